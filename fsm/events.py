@@ -1,0 +1,157 @@
+"""What happened: the only inputs of `Core.step`, in the order in which it is given them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fsm.commands import InvalidModel, ModelNotFound
+from fsm.estimate import DeviceId, Footprint, ModelInfo
+from fsm.ledger import DeviceSample
+from fsm.request import ModelId, RequestId, Want
+from fsm.runner import RunnerId
+
+Resident = tuple[tuple[DeviceId, int], ...]  # measured bytes by device
+
+
+@dataclass(frozen=True, slots=True)
+class Acquire:
+    """Somebody asks. Ends in exactly one Grant or Reject, or in nothing after a Cancel that came first."""
+
+    request: RequestId  # never used before
+    want: Want
+    keep_alive_s: float | None = None  # None: the runner keeps its own; infinite: for ever
+    timeout_s: float | None = None  # None: waits as long as the rules let it
+
+
+@dataclass(frozen=True, slots=True)
+class Cancel:
+    """The asker left; after a Grant it releases, so that a lease nobody received cannot leak."""
+
+    request: RequestId
+
+
+@dataclass(frozen=True, slots=True)
+class Release:
+    """A lease, or the program's own memory, is given back; twice is harmless."""
+
+    request: RequestId
+
+
+@dataclass(frozen=True, slots=True)
+class Expire:
+    """Somebody wants a model out of memory: idle at once, busy after its leases, loading after its waiters."""
+
+    model: ModelId
+
+
+@dataclass(frozen=True, slots=True)
+class Pin:
+    """A model is never given up for others, nor by its keep-alive."""
+
+    model: ModelId
+
+
+@dataclass(frozen=True, slots=True)
+class Unpin:
+    """The model is like any other again; its keep-alive clock starts anew."""
+
+    model: ModelId
+
+
+@dataclass(frozen=True, slots=True)
+class Configure:
+    """Limits were changed while running; None leaves one as it is."""
+
+    max_queue: int | None = None
+    max_runners: int | None = None
+    keep_alive_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Inspected:
+    """An Inspect is over: what the model is made of, or why it cannot be used."""
+
+    model: ModelId
+    outcome: ModelInfo | Footprint | ModelNotFound | InvalidModel
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """A load showed that it is alive."""
+
+    runner: RunnerId
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A Launch succeeded: the runner serves, with these options, and occupies this much."""
+
+    runner: RunnerId
+    num_ctx: int | None = None  # the context it really got; None: as asked
+    resident: Resident = ()
+
+
+@dataclass(frozen=True, slots=True)
+class OutOfMemory:
+    """A runner reported that it ran out of memory, while it loads or while it serves."""
+
+    runner: RunnerId
+
+
+@dataclass(frozen=True, slots=True)
+class Unresponsive:
+    """A runner's process lives but answers no probe."""
+
+    runner: RunnerId
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Exited:
+    """A runner's process is gone, asked for or not, started or not: the one end of every Launch."""
+
+    runner: RunnerId
+    code: int | None  # negative: the signal; None: unknown, or never started
+    reason: str = ""  # in words, with the end of what it printed
+    out_of_memory: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """Devices were read, and the runners' own memory with them; such events come in the order of their readings."""
+
+    devices: tuple[DeviceSample, ...]
+    resident: tuple[tuple[RunnerId, Resident], ...] = ()
+    number: int = 0  # the last Sample command that was known when the reading began; 0: none
+
+
+@dataclass(frozen=True, slots=True)
+class Tick:
+    """The time of `Core.deadline()` has come, or passed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Close:
+    """No new requests; queued ones are rejected, loads stopped; leases may finish until the time-out."""
+
+    timeout_s: float
+
+
+Event = (
+    Acquire
+    | Cancel
+    | Release
+    | Expire
+    | Pin
+    | Unpin
+    | Configure
+    | Inspected
+    | Progress
+    | Loaded
+    | OutOfMemory
+    | Unresponsive
+    | Exited
+    | Sampled
+    | Tick
+    | Close
+)

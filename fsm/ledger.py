@@ -1,0 +1,119 @@
+"""Bytes per device: what there is, what is reported free, what is reserved by whom."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from fsm.estimate import DeviceId
+
+Owner = tuple[str, int]  # ("runner" or "memory", its id); ids are never used again
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceSample:
+    """What was read from one device at one moment."""
+
+    id: DeviceId
+    kind: Literal["cpu", "gpu"]
+    name: str
+    capacity_bytes: int  # what loadmaster may use: the device's memory, or the limit set on it
+    free_bytes: int  # as the device reports it, strangers' use taken off
+    integrated: bool = False  # shares the host's memory
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where one runner goes: bytes by device, and layers by GPU in llama.cpp's terms."""
+
+    bytes: tuple[tuple[DeviceId, int], ...]
+    gpu_layers: tuple[tuple[DeviceId, int], ...] = ()  # empty: host only
+    measured: bool = False  # the bytes were measured on an earlier runner placed the same way
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes over all devices."""
+        return sum(amount for _, amount in self.bytes)
+
+
+@dataclass(slots=True)
+class Account:
+    """What one owner was promised, and what it was seen to occupy; bytes by device."""
+
+    promised: dict[DeviceId, int]
+    resident: dict[DeviceId, int] = field(default_factory=dict)  # at the last look
+    peak: dict[DeviceId, int] = field(default_factory=dict)  # the most that was ever seen
+
+    def held_bytes(self, device: DeviceId) -> int:
+        """Return what counts as taken: a process grows until its first full context, so the larger of both."""
+        return max(self.promised.get(device, 0), self.peak.get(device, 0))
+
+    def untouched_bytes(self, device: DeviceId) -> int:
+        """Return what was promised and is not occupied yet, so that the device still reports it as free."""
+        return max(0, self.promised.get(device, 0) - self.resident.get(device, 0))
+
+    def copy(self) -> Account:
+        """Return an independent copy."""
+        return Account(dict(self.promised), dict(self.resident), dict(self.peak))
+
+
+@dataclass(slots=True)
+class Ledger:
+    """The accounts of every device.
+
+    Invariant: a promise is made only of what is free, so on every device the promises' sum is at most its capacity,
+    unless that capacity shrank afterwards.
+    """
+
+    devices: dict[DeviceId, DeviceSample] = field(default_factory=dict)
+    accounts: dict[Owner, Account] = field(default_factory=dict)
+    shrunk: bool = False  # a capacity was lowered, or a device went, while something was promised on it
+
+    def sample(self, samples: Iterable[DeviceSample]) -> None:
+        """Take over what was read; a device that is no longer read is gone, what is promised on it stays booked."""
+        devices = {sample.id: sample for sample in samples}
+        for id, old in self.devices.items():
+            self.shrunk |= id not in devices or devices[id].capacity_bytes < old.capacity_bytes
+        self.devices = devices
+
+    def reserve(self, owner: Owner, amounts: Iterable[tuple[DeviceId, int]]) -> None:
+        """Promise `amounts` to an owner that has none yet."""
+        assert owner not in self.accounts, f"{owner} holds a reservation already"
+        self.accounts[owner] = Account(dict(amounts))
+
+    def measure(self, owner: Owner, amounts: Mapping[DeviceId, int]) -> None:
+        """Note what an owner was seen to occupy; ignored when its account was closed meanwhile."""
+        account = self.accounts.get(owner)
+        if account is None:
+            return
+        account.resident = dict(amounts)
+        for device, amount in amounts.items():
+            account.peak[device] = max(account.peak.get(device, 0), amount)
+
+    def release(self, owner: Owner) -> None:
+        """Close an owner's account."""
+        del self.accounts[owner]
+
+    def promised_bytes(self, device: DeviceId) -> int:
+        """Return the promises' sum on a device."""
+        return sum(account.promised.get(device, 0) for account in self.accounts.values())
+
+    def held_bytes(self, device: DeviceId) -> int:
+        """Return the sum of what counts as taken on a device: promised, or measured where that is more."""
+        return sum(account.held_bytes(device) for account in self.accounts.values())
+
+    def free_bytes(self, device: DeviceId) -> int:
+        """Return what can still be promised on a device; negative where it is overdrawn.
+
+        min(capacity - held, reported free - untouched): what a loading runner was promised but does not occupy yet
+        is not free, even where strangers hold memory too.
+        """
+        sample = self.devices[device]
+        untouched = sum(account.untouched_bytes(device) for account in self.accounts.values())
+        return min(sample.capacity_bytes - self.held_bytes(device), sample.free_bytes - untouched)
+
+    def copy(self) -> Ledger:
+        """Return an independent copy."""
+        accounts = {owner: account.copy() for owner, account in self.accounts.items()}
+        return Ledger(dict(self.devices), accounts, self.shrunk)

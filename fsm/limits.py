@@ -1,0 +1,26 @@
+"""Every limit the core works by."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Counts and seconds; infinite where a limit is off."""
+
+    max_queue: int = 512  # requests that may wait
+    max_runners: int = 0  # runners whose process may be alive; 0: three a GPU, at least three
+    keep_alive_s: float = 300.0  # how long an unused runner rests, unless a request says otherwise
+    max_wait_s: float = 120.0  # how long a waiting request leaves busy runners alone
+    min_residency_s: float | None = None  # a loaded runner keeps its place so long; None: as long as its load took
+    load_timeout_s: float = 300.0  # a load that shows no progress for so long is stalled
+    recovery_timeout_s: float = 5.0  # how long memory is waited for after a process has gone
+    recovery_interval_s: float = 0.25  # between two looks at it
+    recovery_fraction: float = 0.75  # of the bytes it held, that must be back
+    loads_per_gpu: int = 1
+    loads_on_host: int = 2
+    priority_s: float = 60.0  # one step of priority is worth so many seconds of waiting: everyone's turn comes
+    back_off_s: float = 10.0  # after a failed load; doubles with each
+    back_off_limit_s: float = 300.0
+    good_life_s: float = 60.0  # a runner that served so long before it crashed starts its model's count anew

@@ -1,0 +1,246 @@
+"""What to do for those who wait, oldest first, on a scratch account; of the pool, only the lines' words are changed.
+
+Every plan is made from nothing. A victim is a plan until it expires, so whatever becomes idle first serves the waiter,
+and a waiter that leaves costs nobody anything. A later line starts only in what the earlier ones leave: backfilling.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from fsm.commands import DoesNotFit
+from fsm.estimate import HOST, DeviceId, Footprint, Options, serves
+from fsm.eviction import Candidate, EvictionPolicy, choose
+from fsm.ledger import Placement
+from fsm.placement import Demand, Offload, needed, place
+from fsm.pool import Line, Model, Pool, runner_serves
+from fsm.request import Purpose, Request
+from fsm.runner import EXPIRING, LOADING, READY, Runner, RunnerId
+
+
+@dataclass(slots=True)
+class Plan:
+    """What is to be done now, and when to look again."""
+
+    inspections: list[Model] = field(default_factory=list)
+    launches: list[tuple[Line, Options, Placement]] = field(default_factory=list)
+    memory: list[Request] = field(default_factory=list)  # the program's own, to be granted
+    victims: list[tuple[Runner, str]] = field(default_factory=list)  # to expire, and why
+    matches: list[tuple[Line, Runner]] = field(default_factory=list)  # served after all, as the same
+    refusals: list[tuple[Line, DoesNotFit]] = field(default_factory=list)
+    wanted: set[RunnerId] = field(default_factory=set)  # busy, and others wait for its memory
+    look_at: float = math.inf  # when a wait's bound or a residency ends
+
+
+def make_plan(pool: Pool, policy: EvictionPolicy) -> Plan:
+    """Return what to do for every line, in order."""
+    planner = _Planner(pool, policy)
+    for line in pool.lines_in_order():
+        planner.consider(line)
+    return planner.plan
+
+
+class _Planner:
+    def __init__(self, pool: Pool, policy: EvictionPolicy) -> None:
+        self.pool = pool
+        self.policy = policy
+        self.plan = Plan()
+        ledger = pool.ledger
+        self.gpus = sorted(id for id, sample in ledger.devices.items() if sample.kind == "gpu")
+        self.free = {device: ledger.free_bytes(device) for device in ledger.devices}  # at this moment
+        leaving = [runner for runner in pool.runners.values() if runner.state is EXPIRING]
+        self.total = self._with(self.free, leaving)  # with what is on its way out, less what earlier lines need
+        movable = [runner for runner in pool.runners.values() if not pool.pinned(runner)]
+        self.potential = self._with(self.free, movable)
+        self.claimed: set[RunnerId] = set()  # victims of earlier lines
+        self.places = pool.max_runners() - pool.alive()  # processes that may be started now
+        self.places_total = self.places + sum(runner.process for runner in leaving)
+        self.loading: dict[DeviceId, int] = {}
+        loading = [runner for runner in pool.runners.values() if runner.state is LOADING]
+        self.awaited = {runner.id for runner in loading if pool.lines_for(runner)}
+        for runner in loading:
+            self._count_load(runner.placement)
+
+    def consider(self, line: Line) -> None:
+        """Plan one line."""
+        if line.want.purpose is Purpose.memory:
+            self._consider_memory(line)
+            return
+        model = self.pool.models[line.want.model]
+        current = model.current
+        if current is not None and current.id in self.awaited:
+            same = runner_serves(current, line.want)
+            line.waits_for = "its model to load" if same else "a load of its model with other options"
+            return
+        if not model.fresh:
+            line.waits_for = "its model's metadata"
+            self.plan.inspections.append(model)
+            return
+        options, demand = model.demand(line.want.options)
+        if current is not None and (options == current.told or serves(current.options, options)):
+            self.plan.matches.append((line, current))
+            return
+        self._consider_runner(line, model, options, demand)
+
+    def _consider_memory(self, line: Line) -> None:
+        demand = Demand(Footprint(fixed=line.want.memory))
+        for request in line.requests.values():
+            if (offload := self._offload(line, demand, None)) is None:
+                return
+            if place(demand, offload, self._usable(), self.gpus) is None:
+                self._make_room(line, demand, offload, (), needs_process=False)
+                return
+            self.plan.memory.append(request)
+            self._take(line.want.memory)
+
+    def _consider_runner(self, line: Line, model: Model, options: Options, demand: Demand) -> None:
+        if (offload := self._offload(line, demand, model.current)) is None:
+            return
+        forced = self._forced(model)
+        if not forced and self.places > 0:
+            placement = place(demand, offload, self._usable(), self.gpus)
+            if placement and self._may_load(placement):
+                self.plan.launches.append((line, options, placement))
+                self._take(placement.bytes)
+                self._count_load(placement)
+                self.places -= 1
+                self.places_total -= 1
+                return
+        self._make_room(line, demand, offload, forced, needs_process=True)
+
+    def _make_room(
+        self, line: Line, demand: Demand, offload: Offload, forced: Sequence[Runner], *, needs_process: bool
+    ) -> None:
+        """Choose what to give up for a line that does not start now, and book what it will need."""
+
+        def suffices(victims: Sequence[Candidate]) -> bool:
+            runners = [self.pool.runners[victim.runner] for victim in victims]
+            enough = not needs_process or self.places_total + sum(runner.process for runner in runners) > 0
+            return enough and place(demand, offload, self._with(self.total, runners), self.gpus) is not None
+
+        must = [self._candidate(runner, line.head) for runner in forced]
+        may = self._candidates(line.head, exclude=forced)
+        chosen = choose(may, must, suffices)
+        victims = [self.pool.runners[victim.runner] for victim in chosen or ()]
+        self.claimed.update(runner.id for runner in victims)
+        self.total = self._with(self.total, victims)
+        self.places_total += sum(runner.process for runner in victims) - needs_process
+        final = place(demand, offload, self.total, self.gpus) or place(demand, offload, self.potential, self.gpus)
+        assert final is not None, "a line that can never fit is refused before"
+        for device, amount in needed(final, exact=bool(demand.footprint.fixed)):
+            self.total[device] = self.total.get(device, 0) - amount
+        if chosen is None:
+            line.waits_for = "those before it"
+        elif chosen:
+            self._commit(line, chosen)
+        else:
+            self._wait(line, final)
+
+    def _commit(self, line: Line, chosen: Sequence[Candidate]) -> None:
+        """Give the victims up once all of them may go: none is unloaded for a room that another still holds."""
+        at = max(victim.free_at for victim in chosen)
+        names = ", ".join(victim.model for victim in chosen)
+        if at <= self.pool.now:
+            line.waits_for = f"{names} to leave"
+            reason = f"{line.want.model or 'the program'} needs its memory"
+            self.plan.victims += [(self.pool.runners[victim.runner], reason) for victim in chosen]
+            return
+        line.waits_for = f"{names} to become idle"
+        self.plan.look_at = min(self.plan.look_at, at)
+        self.plan.wanted.update(victim.runner for victim in chosen if victim.leases)
+
+    def _wait(self, line: Line, placement: Placement) -> None:
+        """Enough is on its way already, or only a place among the loads is missing: give up a load nobody waits for."""
+        line.waits_for = "memory that is on its way back"
+        if not self._may_load(placement):
+            line.waits_for = "another load to end"
+            for runner in self.pool.runners.values():
+                if runner.state is LOADING and runner.id not in self.claimed | self.awaited:
+                    self.plan.victims.append((runner, f"{line.want.model} needs its place among the loads"))
+                    self.claimed.add(runner.id)
+                    return
+
+    def _offload(self, line: Line, demand: Demand, current: Runner | None) -> Offload | None:
+        """Return the best way that is possible at all; None: the line is refused, since there is none."""
+        reload_pinned = current is not None and self.pool.pinned(current)
+        if not reload_pinned and not self._no_place_ever(line):
+            for offload in demand.offloads(self.gpus):
+                if place(demand, offload, self.potential, self.gpus):
+                    return offload
+        self.plan.refusals.append((line, self._refusal(line, demand)))
+        return None
+
+    def _no_place_ever(self, line: Line) -> bool:
+        pinned = sum(self.pool.pinned(runner) for runner in self.pool.runners.values())
+        return line.want.purpose is not Purpose.memory and pinned >= self.pool.max_runners()
+
+    def _refusal(self, line: Line, demand: Demand) -> DoesNotFit:
+        everything = self._with(self.free, self.pool.runners.values())
+        capacity = {device: sample.capacity_bytes for device, sample in self.pool.ledger.devices.items()}
+        offload = demand.offloads(self.gpus)[-1]
+        boundless = dict.fromkeys((*capacity, HOST), 2**62)
+        need = place(demand, offload, boundless, self.gpus)
+        pins = sorted({runner.model for runner in self.pool.runners.values() if self.pool.pinned(runner)})
+        if place(demand, offload, everything, self.gpus) and pins:
+            reason = f"it would fit only by moving what is pinned: {', '.join(pins)}"
+        elif place(demand, offload, capacity, self.gpus):
+            reason = "other programs, or the program's own reservations, hold the memory"
+        else:
+            reason = "it is larger than the memory there is"
+        amounts = needed(need, exact=bool(demand.footprint.fixed)) if need else demand.footprint.fixed
+        return DoesNotFit(line.want.model, amounts, tuple(sorted(self.potential.items())), reason)
+
+    def _forced(self, model: Model) -> list[Runner]:
+        """Return what must go whatever fits: the model's own runner with other options; after out of memory, all."""
+        if model.alone:
+            runners = [runner for runner in self.pool.runners.values() if runner.current]
+            return [runner for runner in runners if runner.id not in self.awaited and not self.pool.pinned(runner)]
+        return [model.current] if model.current is not None else []
+
+    def _candidates(self, head: Request, exclude: Sequence[Runner]) -> list[Candidate]:
+        """Return what may be given up for `head`, the first choice first: loads nobody wants, idle, busy."""
+        runners = [
+            runner
+            for runner in self.pool.runners.values()
+            if runner.current and runner.id not in self.claimed | self.awaited
+            and runner not in exclude and not self.pool.pinned(runner)
+        ]  # fmt: skip
+        ordered = self.policy.order(self.pool.now, [self._candidate(runner, head) for runner in runners])
+        return sorted(ordered, key=lambda candidate: (candidate.leases > 0, candidate.free_at > self.pool.now))
+
+    def _candidate(self, runner: Runner, head: Request) -> Candidate:
+        bound = head.queued_at + self.pool.limits.max_wait_s if runner.state is READY else -math.inf
+        account = self.pool.ledger.accounts["runner", runner.id]
+        return Candidate(
+            runner.id, runner.model, sum(map(account.held_bytes, self.pool.ledger.devices)), runner.keep_alive_s,
+            runner.used_at, self.pool.models[runner.model].load_s if runner.loaded_at is not None else None,
+            len(runner.leases), max(self.pool.now, bound, runner.resident_until),
+        )  # fmt: skip
+
+    def _with(self, free: dict[DeviceId, int], runners: Iterable[Runner]) -> dict[DeviceId, int]:
+        accounts = [self.pool.ledger.accounts["runner", runner.id] for runner in runners]
+        return {device: amount + sum(one.held_bytes(device) for one in accounts) for device, amount in free.items()}
+
+    def _usable(self) -> dict[DeviceId, int]:
+        return {device: min(amount, self.total[device]) for device, amount in self.free.items()}
+
+    def _take(self, amounts: Iterable[tuple[DeviceId, int]]) -> None:
+        for device, amount in amounts:
+            self.free[device] = self.free.get(device, 0) - amount
+            self.total[device] = self.total.get(device, 0) - amount
+
+    def _loading_on(self, placement: Placement) -> list[DeviceId]:
+        return [gpu for gpu, _ in placement.gpu_layers] or [HOST]
+
+    def _count_load(self, placement: Placement) -> None:
+        for device in self._loading_on(placement):
+            self.loading[device] = self.loading.get(device, 0) + 1
+
+    def _may_load(self, placement: Placement) -> bool:
+        limits = self.pool.limits
+        return all(
+            self.loading.get(device, 0) < (limits.loads_on_host if device == HOST else limits.loads_per_gpu)
+            for device in self._loading_on(placement)
+        )

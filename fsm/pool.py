@@ -1,0 +1,221 @@
+"""The state of the core: models, runners, requests, lines, memory and time, and what must always be true of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from fsm.commands import Amounts
+from fsm.estimate import Footprint, ModelInfo, Options, estimate, resolve, serves
+from fsm.ledger import Ledger
+from fsm.limits import Limits
+from fsm.placement import Demand
+from fsm.request import ModelId, Purpose, Request, RequestId, RequestState, Want
+from fsm.runner import EXPIRING, IDLE, LOADING, READY, UNLOADED, Runner, RunnerId
+from fsm.timers import Timers
+
+
+@dataclass(slots=True, eq=False)
+class Model:
+    """What is known of one model, whether or not a runner of it lives."""
+
+    id: ModelId
+    info: ModelInfo | Footprint | None = None  # as of the last Inspected
+    fresh: bool = False  # inspected since the last launch; before each, since the file may have changed
+    inspecting: bool = False  # an Inspect is under way
+    current: Runner | None = None  # its one runner that is loading, ready or idle
+    pinned: bool = False
+    failures: int = 0  # loads failed and crashes in a row
+    blocked_until: float = -math.inf  # backed off: nobody is let wait for it before
+    failure: str = ""  # the last one, in words
+    alone: bool = False  # a load ran out of memory: everything else goes before the next one
+    load_s: float | None = None  # how long the last load took
+    measured: dict[tuple[Options, Amounts], Amounts] = field(default_factory=dict)  # (options, split) -> bytes
+    demands: dict[Options, tuple[Options, Demand]] = field(default_factory=dict)  # of this info, by what was asked
+
+    def demand(self, asked: Options) -> tuple[Options, Demand]:
+        """Return the explicit options and the demand of a runner for `asked`; the model has been inspected."""
+        if (known := self.demands.get(asked)) is None:
+            assert self.info is not None, f"{self.id} is planned before it was inspected"
+            if isinstance(self.info, Footprint):
+                known = asked, Demand(self.info)
+            else:
+                options = resolve(self.info, asked)
+                seen = {split: amounts for (measured, split), amounts in self.measured.items() if measured == options}
+                known = options, Demand(estimate(self.info, options), options.num_gpu, options.main_gpu, seen)
+            self.demands[asked] = known
+        return known
+
+    def learn(self, info: ModelInfo | Footprint) -> None:
+        """Take over what an inspection found; what was measured of another file no longer holds."""
+        if info != self.info:
+            self.info = info
+            self.measured.clear()
+            self.demands.clear()
+        self.fresh = True
+
+    def copy(self, runners: dict[RunnerId, Runner]) -> Model:
+        """Return an independent copy that refers to the copied `runners`."""
+        current = runners[self.current.id] if self.current else None
+        return Model(
+            self.id,
+            self.info,
+            self.fresh,
+            self.inspecting,
+            current,
+            self.pinned,
+            self.failures,
+            self.blocked_until,
+            self.failure,
+            self.alone,
+            self.load_s,
+            dict(self.measured),
+            dict(self.demands),
+        )
+
+
+@dataclass(slots=True, eq=False)
+class Line:
+    """The queued requests that want the same, in the order in which they came; never empty."""
+
+    want: Want
+    requests: dict[RequestId, Request] = field(default_factory=dict)
+    waits_for: str = "its turn"  # in words, as of the last plan
+
+    @property
+    def head(self) -> Request:
+        """The one that has waited longest."""
+        return next(iter(self.requests.values()))
+
+
+@dataclass(slots=True)
+class Pool:
+    """Everything a decision may depend on. `Core` alone changes it."""
+
+    limits: Limits
+    ledger: Ledger = field(default_factory=Ledger)
+    models: dict[ModelId, Model] = field(default_factory=dict)
+    runners: dict[RunnerId, Runner] = field(default_factory=dict)  # every one that is not unloaded
+    requests: dict[RequestId, Request] = field(default_factory=dict)  # queued, or granted something to give back
+    lines: dict[Want, Line] = field(default_factory=dict)
+    timers: Timers = field(default_factory=Timers)
+    queued: int = 0  # requests in lines
+    next_runner: int = 1
+    samples: int = 0  # asked for so far
+    closing: bool = False
+    now: float = -math.inf
+
+    def enqueue(self, request: Request) -> Line:
+        """Put a request at the end of its line."""
+        line = self.lines.get(request.want)
+        if line is None:
+            line = self.lines[request.want] = Line(request.want)
+        line.requests[request.id] = request
+        self.requests[request.id] = request
+        self.queued += 1
+        return line
+
+    def dequeue(self, request: Request) -> None:
+        """Take a request out of its line; the request itself stays, to be answered by the caller."""
+        line = self.lines[request.want]
+        del line.requests[request.id]
+        if not line.requests:
+            del self.lines[request.want]
+        self.queued -= 1
+        self.timers.clear(("request", request.id))
+
+    def lines_in_order(self) -> list[Line]:
+        """Return the lines in the order in which they are planned: by age, priority being worth some of it."""
+        worth = self.limits.priority_s
+        age = {want: line.head.queued_at - worth * want.priority for want, line in self.lines.items()}
+        return sorted(self.lines.values(), key=lambda line: (age[line.want], line.head.id))
+
+    def lines_for(self, runner: Runner) -> list[Line]:
+        """Return the lines that wait for this runner's load, or that it could serve now."""
+        return [
+            line
+            for want, line in self.lines.items()
+            if want.model == runner.model and want.purpose is not Purpose.memory and runner_serves(runner, want)
+        ]
+
+    def alive(self) -> int:
+        """Return the number of runners whose process may be alive."""
+        return sum(runner.process for runner in self.runners.values())
+
+    def pinned(self, runner: Runner) -> bool:
+        """Tell whether a runner may not be moved for others; one that is on its way out is moved already."""
+        return runner.state is not EXPIRING and self.models[runner.model].pinned
+
+    def max_runners(self) -> int:
+        """Return the limit on live processes: as set, or three a GPU and at least three, as the devices are now."""
+        if self.limits.max_runners:
+            return self.limits.max_runners
+        return 3 * max(1, sum(sample.kind == "gpu" for sample in self.ledger.devices.values()))
+
+    def check(self) -> None:
+        """Raise AssertionError where an invariant does not hold; for tests and searches, after every step."""
+        for runner in self.runners.values():
+            self._check_runner(runner)
+        queued = [request for line in self.lines.values() for request in line.requests.values()]
+        assert len(queued) == self.queued, "the queue is miscounted"
+        assert all(line.requests for line in self.lines.values()), "an empty line"
+        assert all(request.state is RequestState.queued for request in queued), "answered, but still in a line"
+        held = {id for id, request in self.requests.items() if request.state is RequestState.granted}
+        assert held | {request.id for request in queued} == set(self.requests), "neither queued nor granted"
+        leases = {lease for runner in self.runners.values() for lease in runner.leases}
+        owners = {("runner", id) for id in self.runners} | {("memory", id) for id in held - leases}
+        assert owners == set(self.ledger.accounts), "an account without an owner, or the other way round"
+        for device, sample in self.ledger.devices.items():
+            promised = self.ledger.promised_bytes(device)
+            assert self.ledger.shrunk or promised <= sample.capacity_bytes, f"{device}: promised more than there is"
+        assert not (self.closing and self.lines), "somebody waits for a closed scheduler"
+
+    def _check_runner(self, runner: Runner) -> None:
+        assert runner.state is not UNLOADED, f"{runner} is unloaded but listed"
+        assert (runner.state is READY) <= bool(runner.leases), f"{runner} is ready without a lease"
+        assert bool(runner.leases) <= (runner.state in (READY, EXPIRING)), f"{runner} holds leases it may not"
+        assert runner.current == (self.models[runner.model].current is runner), f"{runner}: not its model's current one"
+        assert runner.process or (runner.state is EXPIRING and not runner.leases), f"{runner} serves without a process"
+        assert not (runner.stopping and runner.leases), f"{runner} is stopped in use"
+        lingers = runner.process and runner.state is EXPIRING and not runner.leases and not runner.stopping
+        assert not lingers, f"{runner} is neither in use nor stopped"
+        for lease in runner.leases:
+            assert self.requests[lease].runner == runner.id, f"lease {lease} is on another runner"
+        timed = runner.state is IDLE and runner.keep_alive_s < math.inf and not self.models[runner.model].pinned
+        assert timed == (self.timers.at(("keep-alive", runner.id)) < math.inf), f"{runner}: keep-alive clock"
+        assert (runner.state is LOADING) == (self.timers.at(("load", runner.id)) < math.inf), f"{runner}: load clock"
+
+    def copy(self) -> Pool:
+        """Return an independent copy; what is immutable is shared."""
+        runners = {id: runner.copy() for id, runner in self.runners.items()}
+        requests = {id: request.copy() for id, request in self.requests.items()}
+        lines = {
+            want: Line(want, {id: requests[id] for id in line.requests}, line.waits_for)
+            for want, line in self.lines.items()
+        }
+        return Pool(
+            self.limits,
+            self.ledger.copy(),
+            {id: model.copy(runners) for id, model in self.models.items()},
+            runners,
+            requests,
+            lines,
+            self.timers.copy(),
+            self.queued,
+            self.next_runner,
+            self.samples,
+            self.closing,
+            self.now,
+        )
+
+    def leases_of(self, model: ModelId) -> Iterator[RequestId]:
+        """Yield the leases held on a model's runners, in order."""
+        for runner in self.runners.values():
+            if runner.model == model:
+                yield from sorted(runner.leases)
+
+
+def runner_serves(runner: Runner, want: Want) -> bool:
+    """Tell whether a runner's options satisfy what is wanted."""
+    return want.options in runner.accepted or serves(runner.options, want.options)

@@ -1,0 +1,60 @@
+"""A request: what somebody waits for, and what becomes of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import NewType
+
+from fsm.estimate import DeviceId, Options
+
+ModelId = NewType("ModelId", str)
+RequestId = NewType("RequestId", int)
+
+
+class RequestState(Enum):
+    """The core alone writes it; a plain enum, since two more triggers a lease would triple the warm path."""
+
+    queued = "queued"  # in exactly one line; not answered
+    granted = "granted"  # answered: holds a lease, or memory of its own
+    released = "released"  # final: what it held is given back, or was lost with its runner
+    rejected = "rejected"  # final: answered with a refusal
+    cancelled = "cancelled"  # final: the asker left
+
+
+class Purpose(Enum):
+    """What a request is to be given."""
+
+    lease = "lease"
+    preload = "preload"  # the model is loaded and rests; nothing to release
+    memory = "memory"  # the program's own memory, out of the ledger while held
+
+    __hash__ = object.__hash__
+
+
+@dataclass(frozen=True, slots=True)
+class Want:
+    """What a line of requests has in common: those who want the same are planned as one and served together."""
+
+    model: ModelId
+    options: Options
+    purpose: Purpose
+    priority: int
+    memory: tuple[tuple[DeviceId, int], ...] = ()  # bytes by device; only for Purpose.memory
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """One question of one asker, answered exactly once."""
+
+    id: RequestId
+    want: Want
+    keep_alive_s: float | None  # None: the runner keeps its own
+    queued_at: float
+    state: RequestState = RequestState.queued
+    survived: bool = False  # one load failed for lack of memory while it waited; the next failure is its answer
+    runner: int | None = None  # the runner its lease is on; None unless granted a lease
+
+    def copy(self) -> Request:
+        """Return an independent copy."""
+        return Request(self.id, self.want, self.keep_alive_s, self.queued_at, self.state, self.survived, self.runner)

@@ -1,0 +1,98 @@
+"""A runner: one life of one process, and the machine of its five states."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import NewType
+
+from fsm.estimate import DeviceId, Options
+from fsm.ledger import Placement
+from fsm.request import ModelId, RequestId
+from fsm.table import Row, Table
+
+RunnerId = NewType("RunnerId", int)
+
+
+class RunnerState(Enum):
+    """The five states of a runner; each comment says what is true while in it."""
+
+    loading = "loading"  # memory is reserved, the process is starting; holds no lease
+    ready = "ready"  # serving: at least one lease
+    idle = "idle"  # loaded, no lease; the keep-alive clock runs, unless it is infinite
+    expiring = "expiring"  # one way: no new lease; drains, then stops, then waits for its memory to come back
+    unloaded = "unloaded"  # final: no lease, no process, no reserved memory
+
+    __hash__ = object.__hash__  # members are singletons; Enum's own hash is a Python call, twice a transition
+
+
+LOADING, READY, IDLE, EXPIRING, UNLOADED = RunnerState
+
+RUNNER_TABLE = Table(
+    "runner",
+    RunnerState,
+    [
+        Row("serve", LOADING, READY),  # the first lease
+        Row("serve", IDLE, READY),
+        Row("rest", LOADING, IDLE),  # loaded, and nobody waits
+        Row("rest", READY, IDLE),  # the last lease is back
+        Row("expire", LOADING, EXPIRING),  # the load is cancelled
+        Row("expire", READY, EXPIRING),  # must drain
+        Row("expire", IDLE, EXPIRING),
+        Row("crash", LOADING, EXPIRING),  # the process is gone or useless, and with it every lease
+        Row("crash", READY, EXPIRING),
+        Row("crash", IDLE, EXPIRING),
+        Row("unload", EXPIRING, UNLOADED, guard="holds_no_lease"),
+    ],
+    initial=LOADING,
+    final=UNLOADED,
+)
+
+
+@dataclass(slots=True, eq=False)
+class Runner:
+    """One life of one process. A reload is a new runner with a new id; ids are never used again."""
+
+    id: RunnerId
+    model: ModelId
+    told: Options  # explicit: what the process was started with
+    placement: Placement  # reserved from Launch to unload
+    keep_alive_s: float  # how long it rests idle; infinite: for ever
+    launched_at: float
+    state: RunnerState = RunnerState.loading  # written by Table.fire alone
+    options: Options = field(default_factory=Options)  # what it really got; as told until it is loaded
+    accepted: set[Options] = field(default_factory=set)  # what was asked and comes to the same
+    leases: set[RequestId] = field(default_factory=set)  # non-empty iff ready, or expiring and still draining
+    loaded_at: float | None = None  # set once, when the process said that it serves
+    used_at: float = 0.0  # the last grant or release
+    resident_until: float = 0.0  # minimum residency: not given up for others before
+    process: bool = True  # a process may be alive: from Launch to Exited
+    stopping: bool = False  # Stop has been sent; it is sent once
+    expire_when_served: bool = False  # asked to expire while loading: its waiters are served, then it goes
+    out_of_memory: bool = False  # it said so; the exit that follows is judged by it
+    wanted: bool = False  # its holders have been told that others wait for its memory
+    last_sample: int = 0  # asked for when its process had gone; only this or a later one tells what is back
+    baseline: dict[DeviceId, int] = field(default_factory=dict)  # free bytes by GPU before its process was gone
+    memory_by: float = 0.0  # when the wait for its memory is over
+
+    def __post_init__(self) -> None:
+        if self.loaded_at is None:
+            self.options = self.told
+
+    def holds_no_lease(self) -> bool:
+        """Guard of `unload`: a runner in use is never unloaded."""
+        return not self.leases
+
+    @property
+    def current(self) -> bool:
+        """Whether it is its model's one runner: loading, ready or idle."""
+        return self.state is LOADING or self.state is READY or self.state is IDLE
+
+    def copy(self) -> Runner:
+        """Return an independent copy; what it shares is immutable."""
+        return Runner(
+            self.id, self.model, self.told, self.placement, self.keep_alive_s, self.launched_at, self.state,
+            self.options, set(self.accepted), set(self.leases), self.loaded_at, self.used_at, self.resident_until,
+            self.process, self.stopping, self.expire_when_served, self.out_of_memory, self.wanted, self.last_sample,
+            dict(self.baseline), self.memory_by,
+        )  # fmt: skip

@@ -1,0 +1,117 @@
+"""A state machine as one table, checked when it is built, fired by `transitions`.
+
+This is the only module that imports `transitions`. One shared machine without models serves every record that has a
+`state`: no memory per record, and none of the library's ways to fail late (a mistyped destination fails only when it is
+fired, a mistyped source never) reaches the rest of the code.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from enum import Enum
+from typing import Generic, Protocol, TypeVar
+
+from transitions import Machine
+
+State = TypeVar("State", bound=Enum)
+
+# Under an application's DEBUG logging, `transitions` formats eight messages a trigger: ten times slower.
+logging.getLogger("transitions").setLevel(logging.WARNING)
+
+
+class TableError(ValueError):
+    """The table itself is wrong: duplicate, unknown, unreachable or dead-end rows."""
+
+
+class IllegalTransition(RuntimeError):
+    """A trigger was fired that is forbidden in this state: a bug of the caller, never the user's news."""
+
+    def __init__(self, table: str, trigger: str, state: Enum, subject: object) -> None:
+        super().__init__(f"{table}: {trigger!r} is not allowed while {state.name}: {subject!r}")
+        self.trigger = trigger
+        self.state = state
+
+
+@dataclass(frozen=True, slots=True)
+class Row(Generic[State]):
+    """One allowed transition; `guard` names a method of the subject, and is there only where it is an invariant."""
+
+    trigger: str
+    source: State
+    destination: State
+    guard: str | None = None
+
+
+class Stateful(Protocol[State]):
+    """Whatever has a `state` that `Table.fire`, and nobody else, writes."""
+
+    state: State
+
+
+class Table(Generic[State]):
+    """The transitions of one kind of record.
+
+    Raises `TableError` when built from rows that repeat a (trigger, source), name a state that is not one of `states`,
+    leave a state unreachable from `initial`, or leave a state that is not `final` without a way to it.
+    """
+
+    def __init__(
+        self, name: str, states: type[State], rows: Iterable[Row[State]], *, initial: State, final: State
+    ) -> None:
+        self.name = name
+        self.states = tuple(states)
+        self.rows = tuple(rows)
+        self.initial = initial
+        self.final = final
+        self._check()
+        self._destinations = {(row.trigger, row.source): row.destination for row in self.rows}
+        machine = Machine(model=None, states=states, initial=None, auto_transitions=False, send_event=False)
+        for row in self.rows:
+            machine.add_transition(row.trigger, row.source, row.destination, conditions=row.guard)
+        self._triggers: Mapping[str, Callable[[Stateful[State]], bool]] = {
+            trigger: event.trigger for trigger, event in machine.events.items()
+        }
+
+    @property
+    def triggers(self) -> tuple[str, ...]:
+        """Every trigger, in the order of the rows."""
+        return tuple(dict.fromkeys(row.trigger for row in self.rows))
+
+    def destination(self, trigger: str, source: State) -> State | None:
+        """Return where `trigger` leads from `source`, guards apart; None where it is not allowed."""
+        return self._destinations.get((trigger, source))
+
+    def fire(self, subject: Stateful[State], trigger: str) -> None:
+        """Move `subject` by `trigger`; raises `IllegalTransition` where the table or the row's guard forbids it."""
+        source = subject.state
+        if (trigger, source) not in self._destinations or not self._triggers[trigger](subject):
+            raise IllegalTransition(self.name, trigger, source, subject)
+
+    def _check(self) -> None:
+        seen: set[tuple[str, State]] = set()
+        for row in self.rows:
+            if (row.trigger, row.source) in seen:
+                raise TableError(f"{self.name}: duplicate row {row.trigger!r} from {row.source!r}")
+            seen.add((row.trigger, row.source))
+        for state in (self.initial, self.final, *(s for row in self.rows for s in (row.source, row.destination))):
+            if state not in self.states:
+                raise TableError(f"{self.name}: unknown state {state!r}")
+        forward = {state: {row.destination for row in self.rows if row.source is state} for state in self.states}
+        backward = {state: {row.source for row in self.rows if row.destination is state} for state in self.states}
+        if forward[self.final]:
+            raise TableError(f"{self.name}: {self.final!r} is final but has a way out")
+        if unreachable := set(self.states) - _closure(self.initial, forward):
+            raise TableError(f"{self.name}: unreachable {sorted(state.name for state in unreachable)}")
+        if dead_ends := set(self.states) - _closure(self.final, backward):
+            raise TableError(f"{self.name}: dead end {sorted(state.name for state in dead_ends)}")
+
+
+def _closure(start: State, edges: Mapping[State, set[State]]) -> set[State]:
+    reached, frontier = {start}, [start]
+    while frontier:
+        for state in edges[frontier.pop()] - reached:
+            reached.add(state)
+            frontier.append(state)
+    return reached

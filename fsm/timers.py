@@ -1,0 +1,67 @@
+"""One deadline per key, the earliest first."""
+
+from __future__ import annotations
+
+import heapq
+import math
+from typing import Literal
+
+Key = tuple[Literal["keep-alive", "load", "memory", "request", "plan", "close"], int]
+
+
+class Timers:
+    """Deadlines that can be moved and cleared at no cost: what is out of date is dropped when it comes up."""
+
+    __slots__ = ("_at", "_heap", "_queued")
+
+    def __init__(self) -> None:
+        self._at: dict[Key, float] = {}  # what holds
+        self._queued: dict[Key, float] = {}  # each key's earliest entry in the heap
+        self._heap: list[tuple[float, Key]] = []  # every key of _at has an entry at or before its time
+
+    def set(self, key: Key, at: float) -> None:
+        """Make `key` due at `at`, in place of what it had; infinite: never."""
+        if at == math.inf:
+            self.clear(key)
+            return
+        self._at[key] = at
+        if at < self._queued.get(key, math.inf):
+            self._queued[key] = at
+            heapq.heappush(self._heap, (at, key))
+
+    def clear(self, key: Key) -> None:
+        """Forget `key`."""
+        self._at.pop(key, None)
+
+    def at(self, key: Key) -> float:
+        """Return when `key` is due; infinite when it is not set."""
+        return self._at.get(key, math.inf)
+
+    def deadline(self) -> float:
+        """Return a time at or before the first that is due, never after it; infinite when nothing is set."""
+        return self._heap[0][0] if self._heap else math.inf
+
+    def take_due(self, now: float) -> Key | None:
+        """Take out the earliest key whose time has come; None when there is none (any more)."""
+        while self._heap and self._heap[0][0] <= now:
+            queued, key = heapq.heappop(self._heap)
+            if self._queued.get(key) == queued:
+                del self._queued[key]
+            at = self._at.get(key)
+            if at is None:
+                continue
+            if at <= now:
+                del self._at[key]
+                return key
+            self.set(key, at)
+        return None
+
+    def items(self) -> list[tuple[float, Key]]:
+        """Return what is set, the earliest first."""
+        return sorted((at, key) for key, at in self._at.items())
+
+    def copy(self) -> Timers:
+        """Return an independent copy."""
+        other = Timers()
+        other._at, other._queued, other._heap = dict(self._at), dict(self._queued), list(self._heap)
+        return other

@@ -1,0 +1,1 @@
+"""Engines: what turns a placed model into a running one."""

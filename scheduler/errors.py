@@ -1,0 +1,275 @@
+"""What can go wrong for the user: every error carries its numbers as fields and says what to do about it.
+
+All of them are `SchedulerError`. `status` is the HTTP status a server would answer with: 400 for what the engine cannot
+do or was asked wrongly, 404 for a missing file, 499 for a cancelled request, 503 for a full queue, 500 otherwise.
+Constructors take exactly the fields, by position or by name; every error survives pickling.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar
+
+_BYTE_UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB", "PiB")
+_SECONDS_PER_UNIT = (("h", 3600), ("m", 60), ("s", 1))
+
+
+def format_bytes(count: int) -> str:
+    """A number of bytes for a person to read, in binary units: "512 bytes", "1.5 GiB"."""
+    if abs(count) < 1024:
+        return f"{count} bytes"
+    value = float(count)
+    power = 0
+    while abs(value) >= 1023.95 and power < len(_BYTE_UNITS) - 1:  # one decimal would make it 1024.0 of a smaller unit
+        value /= 1024
+        power += 1
+    return f"{value:.1f}".removesuffix(".0") + f" {_BYTE_UNITS[power]}"
+
+
+def format_duration(duration_s: float) -> str:
+    """A duration for a person to read: "250ms", "2.5s", "1h30m", or "forever" if it is infinite."""
+    if math.isinf(duration_s):
+        return "forever" if duration_s > 0 else "-forever"
+    if duration_s < 0:
+        return "-" + format_duration(-duration_s)
+    if round(duration_s * 1000) < 1000:
+        return f"{duration_s * 1000:.0f}ms" if duration_s else "0s"
+    if round(duration_s, 1) < 60:
+        return f"{duration_s:.1f}".removesuffix(".0") + "s"
+    rest = round(duration_s)
+    text = ""
+    for unit, unit_s in _SECONDS_PER_UNIT:
+        count, rest = divmod(rest, unit_s)
+        text += f"{count}{unit}" if count else ""
+    return text
+
+
+@dataclass(eq=False)
+class SchedulerError(Exception):
+    """Everything this library raises for its users; `status` is the HTTP status a server would answer with."""
+
+    status: ClassVar[int] = 500
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle by fields, since `args` holds only what was passed by position."""
+        values = tuple(getattr(self, each.name) for each in fields(self) if each.init)
+        notes = getattr(self, "__notes__", None)
+        return (type(self), values) if notes is None else (type(self), values, {"__notes__": notes})
+
+
+@dataclass(eq=False)
+class QueueFull(SchedulerError):
+    """As many requests wait as may wait; this one was refused at once and nothing was changed."""
+
+    limit: int
+    retry_after_s: float
+    status: ClassVar[int] = 503
+
+    def __str__(self) -> str:
+        return (
+            f"{self.limit} requests are waiting already, which is the limit: "
+            f"try again in {format_duration(self.retry_after_s)}, or raise max_queue"
+        )
+
+
+@dataclass(eq=False)
+class ModelNotFound(SchedulerError):
+    """There is no such model: no file at this path, or no model of this name."""
+
+    path: str
+    status: ClassVar[int] = 404
+
+    def __str__(self) -> str:
+        return f"there is no model {self.path!r}: check the name, and that the file exists and can be read"
+
+
+@dataclass(eq=False)
+class InvalidModel(SchedulerError):
+    """The model's file is not one that can be loaded; `offset` is where in it, in bytes, if that is known."""
+
+    path: str
+    reason: str
+    offset: int | None = None
+
+    def __str__(self) -> str:
+        where = "" if self.offset is None else f" at byte {self.offset}"
+        return f"{self.path!r} cannot be loaded: {self.reason}{where}; download or convert the file again"
+
+
+@dataclass(eq=False)
+class DoesNotFit(SchedulerError):
+    """The model can never fit: refused at once, and nothing was evicted for it.
+
+    `free_bytes` gives, for each device, what could be had if everything that may be evicted were gone.
+    """
+
+    model: str
+    needed_bytes: int
+    free_bytes: Mapping[str, int]
+    reason: str
+
+    def __post_init__(self) -> None:
+        self.free_bytes = dict(self.free_bytes)
+
+    def __str__(self) -> str:
+        devices = ", ".join(f"{format_bytes(free)} on {device}" for device, free in self.free_bytes.items())
+        return (
+            f"{self.model!r} needs {format_bytes(self.needed_bytes)} and at most {devices or 'nothing'} can be had: "
+            f"{self.reason}; use a smaller model, context or cache type, or raise the limit"
+        )
+
+
+@dataclass(eq=False)
+class LoadFailed(SchedulerError):
+    """The runner did not come up; `retry_after_s` is the back-off, None if it may be tried again at once."""
+
+    model: str
+    reason: str
+    retry_after_s: float | None = None
+    out_of_memory: bool = False
+
+    def __str__(self) -> str:
+        cause = "it ran out of memory: " if self.out_of_memory else ""
+        advice = "try again" if self.retry_after_s is None else f"try again in {format_duration(self.retry_after_s)}"
+        smaller = ", or ask for a smaller context" if self.out_of_memory else ""
+        return f"loading {self.model!r} failed: {cause}{self.reason}; {advice}{smaller}"
+
+
+@dataclass(eq=False)
+class LoadTimeout(LoadFailed):
+    """The load made no progress for too long and was stopped, `waited_s` seconds after it began."""
+
+    reason: str = field(init=False, default="it made no progress")
+    retry_after_s: float | None = field(init=False, default=None)
+    out_of_memory: bool = field(init=False, default=False)
+    waited_s: float
+
+    def __str__(self) -> str:
+        return (
+            f"loading {self.model!r} was stopped after {format_duration(self.waited_s)} because it made no progress: "
+            "try again, or raise load_timeout"
+        )
+
+
+@dataclass(eq=False)
+class RunnerCrashed(SchedulerError):
+    """The runner's process ended, or answers no longer, while it was leased; the lease is void."""
+
+    model: str
+    runner: int
+    reason: str
+
+    def __str__(self) -> str:
+        return f"runner {self.runner} of {self.model!r} is gone: {self.reason}; acquire the model again"
+
+
+@dataclass(eq=False)
+class RequestCancelled(SchedulerError):
+    """The request was cancelled while it waited; whatever it held was given back."""
+
+    model: str
+    status: ClassVar[int] = 499
+
+    def __str__(self) -> str:
+        return f"the request for {self.model!r} was cancelled: ask again if it is still wanted"
+
+
+@dataclass(eq=False)
+class AcquireTimeout(SchedulerError, TimeoutError):
+    """The caller's time-out passed before a runner was granted; the request has left the queue."""
+
+    model: str
+    timeout_s: float
+    waiting_for: str
+
+    def __str__(self) -> str:
+        return (
+            f"{self.model!r} was not granted within {format_duration(self.timeout_s)}, waiting for {self.waiting_for}: "
+            "wait longer, or release leases sooner"
+        )
+
+
+@dataclass(eq=False)
+class SchedulerClosed(SchedulerError):
+    """The scheduler is closed, or closing: it takes no requests, and those that waited end with this."""
+
+    def __str__(self) -> str:
+        return "the scheduler is closed: make a new one"
+
+
+@dataclass(eq=False)
+class UnsupportedOption(SchedulerError, ValueError):
+    """The engine cannot do what this option asks for."""
+
+    name: str
+    value: object
+    reason: str
+    status: ClassVar[int] = 400
+
+    def __str__(self) -> str:
+        return f"option {self.name}={self.value!r} is not supported: {self.reason}"
+
+
+@dataclass(eq=False)
+class InvalidSettings(SchedulerError, ValueError):
+    """A setting or argument has a value it cannot have; `allowed` says which it can."""
+
+    name: str
+    value: object
+    allowed: str
+    status: ClassVar[int] = 400
+
+    def __str__(self) -> str:
+        return f"{self.name} cannot be {self.value!r}: it must be {self.allowed}"
+
+
+@dataclass(eq=False)
+class EngineMissing(SchedulerError):
+    """The engine is not installed; `how` is the command or step that installs it."""
+
+    engine: str
+    how: str
+
+    def __str__(self) -> str:
+        return f"the engine {self.engine!r} is not installed: {self.how}"
+
+
+@dataclass(eq=False)
+class EngineError(SchedulerError):
+    """The runner answered a request with an error; it goes on serving.
+
+    `status_code` is the HTTP status it answered with (500 if the error came inside a stream), `message` its own words.
+    """
+
+    status_code: int
+    message: str
+
+    def __post_init__(self) -> None:
+        if self.status_code in (400, 413, 422, 501):  # wrong input, or (501) not what this runner was loaded for
+            self.status = 400  # type: ignore[misc]  # of this instance: the kind depends on the engine's answer
+
+    def __str__(self) -> str:
+        return f"the engine answered with status {self.status_code}: {self.message}"
+
+
+__all__ = [
+    "AcquireTimeout",
+    "DoesNotFit",
+    "EngineError",
+    "EngineMissing",
+    "InvalidModel",
+    "InvalidSettings",
+    "LoadFailed",
+    "LoadTimeout",
+    "ModelNotFound",
+    "QueueFull",
+    "RequestCancelled",
+    "RunnerCrashed",
+    "SchedulerClosed",
+    "SchedulerError",
+    "UnsupportedOption",
+    "format_bytes",
+    "format_duration",
+]

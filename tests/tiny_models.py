@@ -1,0 +1,86 @@
+"""Tiny GGUF models that llama.cpp loads and serves for real: random weights, byte tokens, a few hundred kilobytes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import gguf
+import numpy
+from numpy.typing import NDArray
+
+HEADS = 4
+HEADS_KV = 2
+END = "<|end|>"
+TEMPLATE = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
+
+
+def byte_tokens() -> list[str]:
+    """The 256 bytes in the alphabet of GPT-2, in byte order: printable bytes stand for themselves, others move up."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in printable]
+    moved = {byte: 256 + place for place, byte in enumerate(others)}
+    return [chr(moved.get(byte, byte)) for byte in range(256)]
+
+
+def write_tiny_model(path: Path, *, layers: int = 2, width: int = 64, seed: int = 0, context: int = 512) -> Path:
+    """Write a `llama` model with 4 heads (2 for keys and values) to `path` and return `path`.
+
+    The same arguments give the same bytes. `width` is a multiple of 8. It serves chat, completions and, with mean
+    pooling, embeddings; one token is one byte of text, so a prompt of n ASCII characters is n tokens.
+    """
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(context)
+    writer.add_embedding_length(width)
+    writer.add_block_count(layers)
+    writer.add_feed_forward_length(2 * width)
+    writer.add_head_count(HEADS)
+    writer.add_head_count_kv(HEADS_KV)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_dimension_count(width // HEADS)
+    tokens = [*byte_tokens(), END]
+    _add_tokenizer(writer, tokens)
+    _add_tensors(writer, layers=layers, width=width, vocabulary=len(tokens), seed=seed)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def _add_tokenizer(writer: gguf.GGUFWriter, tokens: list[str]) -> None:
+    end = len(tokens) - 1
+    writer.add_vocab_size(len(tokens))
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list(tokens)
+    writer.add_token_types([gguf.TokenType.NORMAL] * end + [gguf.TokenType.CONTROL])
+    writer.add_token_merges(["a b"])  # the tokenizer wants at least one; "ab" is no token, so it changes nothing
+    writer.add_bos_token_id(end)
+    writer.add_eos_token_id(end)
+    writer.add_add_bos_token(False)
+    writer.add_chat_template(TEMPLATE)
+
+
+def _add_tensors(writer: gguf.GGUFWriter, *, layers: int, width: int, vocabulary: int, seed: int) -> None:
+    random = numpy.random.default_rng(seed)
+    key_width = width * HEADS_KV // HEADS
+
+    def matrix(rows: int, columns: int) -> NDArray[numpy.float32]:
+        values = random.standard_normal((rows, columns), dtype=numpy.float32)
+        return values / numpy.float32(columns**0.5)
+
+    ones = numpy.ones(width, dtype=numpy.float32)
+    writer.add_tensor("token_embd.weight", matrix(vocabulary, width))
+    writer.add_tensor("output_norm.weight", ones)
+    writer.add_tensor("output.weight", matrix(vocabulary, width))
+    for layer in range(layers):
+        block = f"blk.{layer}"
+        writer.add_tensor(f"{block}.attn_norm.weight", ones)
+        writer.add_tensor(f"{block}.attn_q.weight", matrix(width, width))
+        writer.add_tensor(f"{block}.attn_k.weight", matrix(key_width, width))
+        writer.add_tensor(f"{block}.attn_v.weight", matrix(key_width, width))
+        writer.add_tensor(f"{block}.attn_output.weight", matrix(width, width))
+        writer.add_tensor(f"{block}.ffn_norm.weight", ones)
+        writer.add_tensor(f"{block}.ffn_gate.weight", matrix(2 * width, width))
+        writer.add_tensor(f"{block}.ffn_up.weight", matrix(2 * width, width))
+        writer.add_tensor(f"{block}.ffn_down.weight", matrix(width, 2 * width))

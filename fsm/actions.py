@@ -138,7 +138,7 @@ class Actions:
         model.alone = False
         if event.num_ctx is not None and runner.options.num_ctx is not None:
             runner.options = replace(runner.options, num_ctx=event.num_ctx)
-        pool.ledger.measure(("runner", runner.id), dict(event.resident))
+        pool.ledger.accounts["runner", runner.id].measure(dict(event.resident))
         self.serve(runner, pool.lines_for(runner))
         if runner.leases:
             residency_s = pool.limits.min_residency_s

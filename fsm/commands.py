@@ -150,6 +150,7 @@ class Ask:
     """Tell the holders of a runner's leases that others wait for its memory."""
 
     runner: RunnerId
+    requests: tuple[RequestId, ...]  # the leases
 
 
 @dataclass(frozen=True, slots=True)

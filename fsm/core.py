@@ -185,7 +185,13 @@ class Core:
         pool = self.pool
         pool.ledger.sample(event.devices)
         for id, amounts in event.resident:
-            pool.ledger.measure(("runner", id), dict(amounts))
+            runner = pool.runners.get(id)
+            if runner is None:
+                continue
+            account = pool.ledger.accounts["runner", id]
+            if runner.state is LOADING and account.resident != dict(amounts):  # its memory moves: the load is alive
+                pool.timers.set(("load", id), pool.now + pool.limits.load_timeout_s)
+            account.measure(dict(amounts))
         for runner in [runner for runner in pool.runners.values() if not runner.process]:
             if event.number >= runner.last_sample and self.act.memory_is_back(runner):
                 self.act.unload(runner, "its memory is back")
@@ -269,6 +275,6 @@ class Core:
         for runner in pool.runners.values():
             if runner.id in plan.wanted and not runner.wanted:
                 runner.wanted = True
-                self.act.commands.append(do.Ask(runner.id))
+                self.act.commands.append(do.Ask(runner.id, tuple(sorted(runner.leases))))
         pool.timers.set(("plan", 0), plan.look_at)
         self.act.replan = False

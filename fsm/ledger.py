@@ -45,6 +45,12 @@ class Account:
     resident: dict[DeviceId, int] = field(default_factory=dict)  # at the last look
     peak: dict[DeviceId, int] = field(default_factory=dict)  # the most that was ever seen
 
+    def measure(self, amounts: Mapping[DeviceId, int]) -> None:
+        """Note what the owner was seen to occupy."""
+        self.resident = dict(amounts)
+        for device, amount in amounts.items():
+            self.peak[device] = max(self.peak.get(device, 0), amount)
+
     def held_bytes(self, device: DeviceId) -> int:
         """Return what counts as taken: a process grows until its first full context, so the larger of both."""
         return max(self.promised.get(device, 0), self.peak.get(device, 0))
@@ -81,15 +87,6 @@ class Ledger:
         """Promise `amounts` to an owner that has none yet."""
         assert owner not in self.accounts, f"{owner} holds a reservation already"
         self.accounts[owner] = Account(dict(amounts))
-
-    def measure(self, owner: Owner, amounts: Mapping[DeviceId, int]) -> None:
-        """Note what an owner was seen to occupy; ignored when its account was closed meanwhile."""
-        account = self.accounts.get(owner)
-        if account is None:
-            return
-        account.resident = dict(amounts)
-        for device, amount in amounts.items():
-            account.peak[device] = max(account.peak.get(device, 0), amount)
 
     def release(self, owner: Owner) -> None:
         """Close an owner's account."""

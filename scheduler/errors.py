@@ -166,6 +166,26 @@ class RunnerCrashed(SchedulerError):
 
 
 @dataclass(eq=False)
+class LeaseReleased(SchedulerError):
+    """The lease was given back; what it gave access to may serve others or be gone."""
+
+    model: str
+
+    def __str__(self) -> str:
+        return f"the lease on {self.model!r} was released: acquire the model again"
+
+
+@dataclass(eq=False)
+class SchedulerBroken(SchedulerError):
+    """A decision raised an exception, which is a bug of this library: nothing is decided any more."""
+
+    cause: str
+
+    def __str__(self) -> str:
+        return f"the scheduler has stopped after an internal error ({self.cause}): please report it, and make a new one"
+
+
+@dataclass(eq=False)
 class RequestCancelled(SchedulerError):
     """The request was cancelled while it waited; whatever it held was given back."""
 
@@ -261,12 +281,14 @@ __all__ = [
     "EngineMissing",
     "InvalidModel",
     "InvalidSettings",
+    "LeaseReleased",
     "LoadFailed",
     "LoadTimeout",
     "ModelNotFound",
     "QueueFull",
     "RequestCancelled",
     "RunnerCrashed",
+    "SchedulerBroken",
     "SchedulerClosed",
     "SchedulerError",
     "UnsupportedOption",

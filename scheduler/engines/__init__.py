@@ -1,1 +1,74 @@
 """Engines: what turns a placed model into a running one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from fsm.estimate import DeviceId, Footprint, ModelInfo, Options
+    from fsm.ledger import Placement
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """Where a runner's server answers, for those who have the key; the key is made for one life and shown nowhere."""
+
+    url: str  # scheme, host and port
+    key: str = field(repr=False)
+
+
+class Report(Protocol):
+    """How an engine tells what happens to one runner; any thread may call it, and no call blocks.
+
+    An engine never calls it from inside `Engine.launch` or `Process.stop`.
+    """
+
+    def progressed(self) -> None:
+        """The load is alive; as often as the engine likes."""
+
+    def loaded(self, endpoint: Endpoint | object, num_ctx: int | None, resident: Mapping[DeviceId, int]) -> None:
+        """It serves, at an endpoint or as the object itself; at most once.
+
+        `num_ctx` is the context that each slot really got, in tokens, or None; `resident` the bytes it occupies.
+        """
+
+    def exited(self, code: int | None, detail: str, out_of_memory: bool) -> None:
+        """It is gone, asked for or not, started or not: exactly once, and the last call.
+
+        `code` is the exit status, the negative signal, or None where it never started; `detail` says it in words.
+        """
+
+
+class Process(Protocol):
+    """The handle of one runner, from its launch on; any thread may use it."""
+
+    @property
+    def pid(self) -> int | None:
+        """The process that runs it; None before it has started, and for an object of this process."""
+
+    def stop(self, grace_s: float) -> None:
+        """Have it end, by force after `grace_s`; returns at once, ends in `Report.exited`, twice is harmless."""
+
+    def resident(self) -> Mapping[DeviceId, int]:
+        """Return the bytes it occupies now, by device, as far as the engine can tell; empty when it is gone."""
+
+    def healthy(self, timeout_s: float) -> bool:
+        """Return whether it answers; blocks for as long as `timeout_s`."""
+
+
+class Engine(Protocol):
+    """What knows how to run one kind of model; it decides nothing about when or where."""
+
+    def inspect(self, model: Any) -> ModelInfo | Footprint:
+        """Return what the model would need; raises `ModelNotFound` or `InvalidModel`."""
+
+    def launch(self, model: Any, options: Options, placement: Placement, report: Report) -> Process:
+        """Start a runner with these resolved options, and return while it starts.
+
+        Ends in exactly one `Report.exited`, unless it raises: then nothing was started and nothing is reported.
+        """
+
+    def close(self) -> None:
+        """End every runner that is left, by force, and the engine's own threads; bounded in time."""

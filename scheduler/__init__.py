@@ -1,0 +1,58 @@
+"""Loads models on demand, keeps them warm, shares them by lease, and gives them up when a device is full."""
+
+from scheduler.engines.python import PythonModel
+from scheduler.errors import (
+    AcquireTimeout,
+    DoesNotFit,
+    EngineError,
+    EngineMissing,
+    InvalidModel,
+    InvalidSettings,
+    LeaseReleased,
+    LoadFailed,
+    LoadTimeout,
+    ModelNotFound,
+    QueueFull,
+    RequestCancelled,
+    RunnerCrashed,
+    SchedulerBroken,
+    SchedulerClosed,
+    SchedulerError,
+    UnsupportedOption,
+)
+from scheduler.hub import EventStream, Gap
+from scheduler.lease import Lease
+from scheduler.scheduler import Scheduler
+from scheduler.settings import Settings
+from scheduler.spec import ModelSpec
+from scheduler.status import RunnerStatus, Status, WaitStatus
+
+__all__ = [
+    "AcquireTimeout",
+    "DoesNotFit",
+    "EngineError",
+    "EngineMissing",
+    "EventStream",
+    "Gap",
+    "InvalidModel",
+    "InvalidSettings",
+    "Lease",
+    "LeaseReleased",
+    "LoadFailed",
+    "LoadTimeout",
+    "ModelNotFound",
+    "ModelSpec",
+    "PythonModel",
+    "QueueFull",
+    "RequestCancelled",
+    "RunnerCrashed",
+    "RunnerStatus",
+    "Scheduler",
+    "SchedulerBroken",
+    "SchedulerClosed",
+    "SchedulerError",
+    "Settings",
+    "Status",
+    "UnsupportedOption",
+    "WaitStatus",
+]

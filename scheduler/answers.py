@@ -1,0 +1,36 @@
+"""From the core's refusals to the user's errors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import assert_never
+
+from fsm import commands as do
+from fsm.request import ModelId
+from scheduler import errors
+
+
+def error_of(refusal: do.Refusal, name: Callable[[ModelId], str]) -> errors.SchedulerError:
+    """Return the exception that tells the user what a refusal says; `name` gives the name of a model."""
+    match refusal:
+        case do.QueueFull(limit, retry_after_s):
+            return errors.QueueFull(limit, retry_after_s)
+        case do.ModelNotFound(path):
+            return errors.ModelNotFound(path)
+        case do.InvalidModel(path, reason, offset):
+            return errors.InvalidModel(path, reason, offset)
+        case do.DoesNotFit(model, needed, available, reason):
+            total = sum(count for _, count in needed)
+            return errors.DoesNotFit(name(model), total, dict(available), reason)
+        case do.LoadFailed(model, reason, retry_after_s, out_of_memory):
+            return errors.LoadFailed(name(model), reason, retry_after_s or None, out_of_memory)
+        case do.LoadTimeout(model, stalled_s):
+            return errors.LoadTimeout(name(model), stalled_s)
+        case do.TimedOut(model, timeout_s, waiting_for):
+            return errors.AcquireTimeout(name(model), timeout_s, waiting_for)
+        case do.Cancelled(model):
+            return errors.RequestCancelled(name(model))
+        case do.Closed():
+            return errors.SchedulerClosed()
+        case _:
+            assert_never(refusal)

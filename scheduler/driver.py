@@ -1,0 +1,134 @@
+"""The inbox, and who drains it: whichever thread holds the core's lock, but never the main thread.
+
+Four things would break this if they were not built in:
+
+* **Ctrl-C** may raise inside a step at any point, and only in the main thread. So the main thread never runs a step:
+  it wakes the driver's own thread. An exception that escapes a step all the same stops the driver and fails everybody.
+* **Finalisers** may run inside a step, in the thread that holds the lock. So `post` appends, and drains only as far as it
+  gets the lock without blocking; who holds it looks at the inbox once more after letting go.
+* **Order.** Commands are handed on under the lock, in order. `perform` only files them; it must not block, nor run the
+  user's code.
+* **Exit.** The thread is a daemon; nothing joins it but `close`, which bounds its wait.
+"""
+
+from __future__ import annotations
+
+import math
+import queue
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+from fsm.commands import Command
+from fsm.core import Core
+from fsm.events import Event, Tick
+from fsm.journal import Entry
+from scheduler.clock import Clock
+
+Value = TypeVar("Value")
+
+_LONGEST_SLEEP_S = 3600.0  # a time-out that every platform's wait accepts
+_TICK = Tick()
+
+
+class Driver:
+    """Feeds a core with events in one total order and hands its commands on."""
+
+    def __init__(
+        self,
+        core: Core,
+        clock: Clock,
+        perform: Callable[[Command], None],
+        publish: Callable[[Sequence[Entry]], None],
+        fail: Callable[[BaseException], None],
+    ) -> None:
+        self._core = core
+        self._clock = clock
+        self._perform = perform  # under the lock: files a command, does not block
+        self._publish = publish  # under the lock: hands journal entries to those who read them
+        self._fail = fail  # once, when a step raised: every waiter is to be told; again for each event after it
+        self._inbox: deque[Event] = deque()
+        self._lock = threading.Lock()  # held while a step runs; taken without blocking, but by `read`
+        self._wake: queue.SimpleQueue[bool] = queue.SimpleQueue()  # its put is safe in finalisers; False: stop
+        self._deadline = math.inf  # the core's, as of the last step
+        self._asleep_until = -math.inf  # when the thread wakes by itself
+        self._main = threading.main_thread().ident
+        self._main_reads = False  # the main thread holds the lock, or is about to
+        self.broken: BaseException | None = None  # what a step raised; nothing is decided after it
+        self._thread = threading.Thread(target=self._run, name="loadmaster-driver", daemon=True)
+
+    def start(self) -> None:
+        """Begin to keep time and to drain for the main thread."""
+        self._thread.start()
+
+    def post(self, event: Event) -> None:
+        """Take in an event; from any thread, in finalisers and signal handlers too. Never blocks."""
+        if threading.get_ident() == self._main:
+            try:
+                self._inbox.append(event)
+            finally:  # even if Ctrl-C came in between
+                self._wake.put(True)
+            return
+        self._inbox.append(event)
+        self._drain()
+        if self._main_reads and self._inbox:
+            self._wake.put(True)  # Ctrl-C may keep the reader from looking at the inbox again
+
+    def read(self, look: Callable[[Core], Value]) -> Value:
+        """Return what `look` finds in the core between two steps; it must be quick."""
+        is_main = threading.get_ident() == self._main
+        self._main_reads |= is_main
+        try:
+            with self._lock:
+                return look(self._core)
+        finally:
+            self._main_reads &= not is_main
+            if self._inbox:
+                self._wake.put(True)  # those who posted meanwhile went away without draining
+
+    def stop(self, timeout_s: float) -> bool:
+        """End the thread; return whether it ended in time."""
+        self._wake.put(False)
+        if threading.current_thread() is not self._thread and self._thread.ident is not None:
+            self._thread.join(timeout_s)
+        return not self._thread.is_alive()
+
+    def _drain(self, *, blocking: bool = False) -> None:
+        while self._inbox and self._lock.acquire(blocking):
+            try:
+                self._step_all()
+            except BaseException as error:
+                self.broken = self.broken or error
+                self._inbox.clear()
+                self._fail(self.broken)
+            finally:
+                self._lock.release()
+            if self._deadline < self._asleep_until:
+                self._wake.put(True)
+
+    def _step_all(self) -> None:
+        core, inbox = self._core, self._inbox
+        if self.broken is not None:
+            raise self.broken
+        while inbox:
+            for command in core.step(self._clock(), inbox.popleft()):
+                self._perform(command)
+        self._deadline = core.deadline()
+        if journal := core.journal:
+            self._publish(journal)
+            journal.clear()
+
+    def _run(self) -> None:
+        while True:
+            until = self._asleep_until = self._deadline
+            if self._deadline < until:
+                continue  # it moved while it was noted: the drainer may not have seen that it must wake us
+            try:
+                sleep_s = min(max(0.0, until - self._clock()), _LONGEST_SLEEP_S)
+                if not self._wake.get(timeout=sleep_s):
+                    return
+            except queue.Empty:
+                self._inbox.append(_TICK)
+            self._asleep_until = -math.inf  # awake: nobody needs to wake us
+            self._drain(blocking=True)

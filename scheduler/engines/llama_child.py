@@ -1,0 +1,261 @@
+"""The program of a runner's process: serves one model with llama.cpp's own server, until its parent stops it or is gone.
+
+It is run by its path and imports nothing of this project, since every import is time to the first token. Its parent
+writes one JSON object on a line of standard input (`Request` says what is in it) and keeps that stream open: its end is
+the order to leave. On standard output it answers with JSON objects, one a line, each with an "event":
+
+    importing                  the process runs
+    loading                    the library is there, the model is being loaded
+    loaded   url, num_ctx      it serves; num_ctx is the context of one slot, in tokens; the last line
+    failed   reason            it does not; the process ends with status 1; the last line
+
+Everything llama.cpp prints goes to standard error. While it loads no Python code runs here (the library holds the
+interpreter's lock), so the signal that stops it keeps its default action and the kernel watches the parent.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import sys
+from typing import Any, Never, TypedDict
+
+PROMPT_CACHE_MIB = 64  # llama.cpp keeps the prompts of idle slots on the host; its own limit is 8 GiB
+MICRO_BATCH = 512  # tokens computed at once; the size of the compute buffers goes with it
+HTTP_THREADS = 4  # each slot's answer occupies one; llama.cpp adds more while all are taken
+WARNINGS = 2  # of llama.cpp's levels of verbosity; those above tell of every request
+ANSWER_LIMIT_BYTES = 1 << 20
+ANSWER_TIMEOUT_S = 30.0
+PARENT_CHECK_S = 1.0
+OOM_SCORE = 300  # of 1000: under memory pressure the kernel takes a runner rather than its host
+LINUX_PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG
+
+
+class Request(TypedDict):
+    """What the parent asks for; tokens, threads and layers are counts, paths are absolute."""
+
+    parent: int  # the process whose end ends this one
+    library: str | None  # the folder that holds the xllamacpp package; None: wherever Python looks
+    key: str  # of every request to the server
+    name: str  # what the server calls the model
+    model: str
+    adapters: list[str]
+    projector: str | None
+    embedding: bool
+    pooling: str | None  # None: what the model says
+    num_ctx: int  # of one slot
+    num_parallel: int
+    num_batch: int
+    num_thread: int
+    use_mmap: bool | None
+    flash_attention: bool | None
+    cache_type_k: str
+    cache_type_v: str
+    gpu_layers: list[int]  # for each visible GPU; empty: host only
+
+
+def settle() -> None:
+    """Take the process's own place: how it ends, and what it leaves behind."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the host decides what Ctrl-C means
+    if sys.platform == "win32":  # untested
+        return
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    import resource
+
+    hard = resource.getrlimit(resource.RLIMIT_CORE)[1]
+    # Prompts are in memory, so no core file. On Linux a limit of 0 does not hold for a program that takes core files
+    # through a pipe, one of 1 byte does.
+    limit = 1 if sys.platform == "linux" and hard != 0 else 0
+    resource.setrlimit(resource.RLIMIT_CORE, (limit, limit))
+    if sys.platform == "linux":
+        import ctypes
+
+        ctypes.CDLL(None).prctl(LINUX_PARENT_DEATH_SIGNAL, int(signal.SIGKILL), 0, 0, 0)
+        try:
+            with open("/proc/self/oom_score_adj", "w", encoding="ascii") as file:
+                file.write(str(OOM_SCORE))
+        except OSError:  # not allowed everywhere, and nothing depends on it
+            pass
+
+
+def take_over_output() -> int:
+    """Return a descriptor of what was standard output; from now on what is printed there goes to standard error."""
+    protocol = os.dup(1)
+    os.dup2(2, 1)
+    return protocol
+
+
+def read_request() -> Request | None:
+    """Return what the parent asks for, or None if it is gone."""
+    line = b""
+    while not line.endswith(b"\n"):
+        part = os.read(0, 1 << 16)
+        if not part:
+            return None
+        line += part
+    request: Request = json.loads(line)
+    return request if request["parent"] == os.getppid() else None
+
+
+def tell(protocol: int, event: str, **fields: object) -> None:
+    """Write one line of the protocol; a parent that is gone ends this process elsewhere."""
+    try:
+        os.write(protocol, json.dumps({"event": event, **fields}).encode() + b"\n")
+    except BrokenPipeError:
+        pass
+
+
+def parameters(library: Any, request: Request) -> Any:
+    """Return llama.cpp's parameters for what was asked; raises ValueError for a name it does not know."""
+    params = library.CommonParams()
+    params.model.path = request["model"]
+    params.model_alias = {request["name"]}
+    params.offline = True
+    params.fit_params = False  # where it goes has been decided
+    params.verbosity = WARNINGS
+    params.warmup = bool(request["gpu_layers"])  # there the first token allocates; on the host it would only come later
+    params.n_parallel = request["num_parallel"]
+    params.n_ctx = request["num_ctx"] * request["num_parallel"]
+    params.n_batch = request["num_batch"]
+    params.n_ubatch = min(MICRO_BATCH, params.n_batch)
+    params.load_mode = load_mode(library, request["use_mmap"])
+    params.flash_attn_type = flash_attention(library, request["flash_attention"])
+    params.cache_type_k = named(library.ggml_type, "GGML_TYPE_", request["cache_type_k"])
+    params.cache_type_v = named(library.ggml_type, "GGML_TYPE_", request["cache_type_v"])
+    for cpu in (params.cpuparams, params.cpuparams_batch):
+        cpu.n_threads = request["num_thread"]
+    if request["embedding"]:
+        params.embedding = True
+        params.n_ubatch = params.n_batch  # an input is embedded in one piece
+        if request["pooling"] is not None:
+            params.pooling_type = named(library.llama_pooling_type, "LLAMA_POOLING_TYPE_", request["pooling"])
+    add_files(library, params, request)
+    place(params, request["gpu_layers"])
+    lock_down(params, request["key"])
+    return params
+
+
+def add_files(library: Any, params: Any, request: Request) -> None:
+    """Add what lies beside the model's own file."""
+    adapters = []
+    for path in request["adapters"]:
+        adapter = library.CommonAdapterLoraInfo()
+        adapter.path, adapter.scale = path, 1.0
+        adapters.append(adapter)
+    params.lora_adapters = adapters
+    if request["projector"] is not None:
+        params.mmproj.path = request["projector"]
+        params.mmproj_use_gpu = bool(request["gpu_layers"])
+
+
+def place(params: Any, gpu_layers: list[int]) -> None:
+    """Put layers on the GPUs this process sees, in their order; all others stay on the host."""
+    params.n_gpu_layers = sum(gpu_layers)
+    params.main_gpu = 0
+    shares = [float(layers) for layers in gpu_layers]
+    params.tensor_split = shares + [0.0] * (len(params.tensor_split) - len(shares))
+
+
+def lock_down(params: Any, key: str) -> None:
+    """Serve this machine only, those who have the key only, and nothing that shows what others asked."""
+    params.hostnames = ["127.0.0.1"]
+    params.port = 0  # the kernel picks one, the server says which
+    params.api_keys = [key]
+    params.cors_origins = "localhost"
+    params.cors_credentials = False
+    params.endpoint_slots = False
+    params.endpoint_props = False
+    params.endpoint_metrics = False
+    params.ui = False
+    params.cache_ram_mib = PROMPT_CACHE_MIB
+    params.n_threads_http = HTTP_THREADS
+
+
+def named(kinds: Any, prefix: str, name: str) -> Any:
+    """Return a member of one of llama.cpp's enumerations by its short name."""
+    try:
+        return getattr(kinds, prefix + name.upper())
+    except AttributeError:
+        allowed = sorted(kind.name.removeprefix(prefix).lower() for kind in kinds)
+        raise ValueError(f"{name!r} is not one of {', '.join(allowed)}") from None
+
+
+def load_mode(library: Any, use_mmap: bool | None) -> Any:
+    """Return whether the file is mapped into memory; None leaves it to llama.cpp."""
+    name = "AUTO" if use_mmap is None else "MMAP" if use_mmap else "NONE"
+    return named(library.llama_load_mode, "LLAMA_LOAD_MODE_", name)
+
+
+def flash_attention(library: Any, wanted: bool | None) -> Any:
+    """Return whether flash attention is used; None leaves it to llama.cpp."""
+    name = "AUTO" if wanted is None else "ENABLED" if wanted else "DISABLED"
+    return named(library.llama_flash_attn_type, "LLAMA_FLASH_ATTN_TYPE_", name)
+
+
+def context_of_a_slot(url: str, key: str) -> int | None:
+    """Ask the server which context each slot really got, in tokens; None if it does not say."""
+    host, _, port = url.removeprefix("http://").rpartition(":")
+    question = f"GET /v1/models HTTP/1.0\r\nHost: {host}\r\nAuthorization: Bearer {key}\r\nConnection: close\r\n\r\n"
+    answer = b""
+    try:
+        with socket.create_connection((host, int(port)), timeout=ANSWER_TIMEOUT_S) as connection:
+            connection.sendall(question.encode())
+            while len(answer) < ANSWER_LIMIT_BYTES and (part := connection.recv(1 << 16)):
+                answer += part
+        context = json.loads(answer.partition(b"\r\n\r\n")[2])["data"][0]["meta"]["n_ctx"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+    return context if isinstance(context, int) else None
+
+
+def wait_for_the_end(parent: int) -> None:
+    """Return when the parent closed standard input or is gone."""
+    if sys.platform == "linux":  # there the kernel ends this process with its parent
+        while os.read(0, 1 << 16):
+            pass
+        return
+    import select  # elsewhere a copy of the parent may keep the stream open
+
+    while os.getppid() == parent:
+        if select.select([0], [], [], PARENT_CHECK_S)[0] and not os.read(0, 1 << 16):
+            return
+
+
+def serve(protocol: int, request: Request) -> Never:
+    """Load and serve; never returns, the process ends here."""
+    tell(protocol, "importing")
+    if request["library"] is not None:
+        sys.path.append(request["library"])
+    try:
+        import xllamacpp
+    except ImportError as error:
+        reason = f"llama.cpp is not installed for {sys.executable} ({error}): pip install 'loadmaster[llama]'"
+        tell(protocol, "failed", reason=reason)
+        os._exit(1)
+    try:
+        params = parameters(xllamacpp, request)
+        tell(protocol, "loading")
+        server = xllamacpp.Server(params)
+    except Exception as error:  # whatever it is, the parent is told in one line and the rest is on standard error
+        tell(protocol, "failed", reason=f"{type(error).__name__}: {error}")
+        os._exit(1)
+    url = server.listening_address
+    tell(protocol, "loaded", url=url, num_ctx=context_of_a_slot(url, request["key"]))
+    wait_for_the_end(request["parent"])
+    os._exit(0)  # without the server's clean-up: it waits for answers under way
+
+
+def main() -> None:
+    """Run as the program of a runner's process."""
+    protocol = take_over_output()
+    settle()
+    request = read_request()
+    if request is not None:
+        serve(protocol, request)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,175 @@
+"""Commands become jobs, and what the jobs find becomes events."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Container, Iterator, Mapping
+
+from fsm import commands as do
+from fsm import events as on
+from fsm.estimate import DeviceId
+from fsm.events import Event
+from fsm.request import ModelId
+from fsm.runner import RunnerId
+from scheduler.client import RunnerClient
+from scheduler.devices import Devices
+from scheduler.engines import Endpoint, Engine, Process
+from scheduler.errors import InvalidModel, ModelNotFound, SchedulerError
+from scheduler.sampler import Sampler
+from scheduler.settings import Settings
+from scheduler.workers import Workers
+
+log = logging.getLogger("loadmaster")
+
+_WORKERS = 8  # jobs that may block at once: inspections, loads of objects, samples, users' callbacks
+_STOPPERS = 2  # of their own, so that nothing can starve a stop
+_FRESH_S = 2.0  # how long an inspection waits for a sample of the devices
+_PROGRESS_S = 1.0  # progress is posted at most so often
+
+
+class Life:
+    """One runner's process, from Launch to Exited; the engine reports to it. Its calls may come from any thread."""
+
+    def __init__(self, launch: do.Launch, engine: Engine, model: object, post: Callable[[Event], None]) -> None:
+        self.runner = launch.runner
+        self.model = launch.model
+        self.endpoint: Endpoint | None = None  # set before Loaded is posted, where the runner is a server
+        self.value: object = None  # the object itself, where the runner is one
+        self.process: Process | None = None  # set when the launch has begun
+        self.lost = ""  # why it is gone
+        self._launch = launch
+        self._engine = engine
+        self._what = model  # as the engine is to be told it
+        self._post = post
+        self._lock = threading.Lock()  # orders begin and stop
+        self._stopped = False  # a Stop came; a launch that has not begun never does
+        self.over = False  # Exited was posted, or is about to be
+        self._progress_at = 0.0
+        self._client: RunnerClient | None = None
+
+    @property
+    def client(self) -> RunnerClient | None:
+        """The client of a runner that is a server, made when it is first used; None for an object."""
+        with self._lock:
+            if self._client is None and self.endpoint is not None:
+                self._client = RunnerClient(self.endpoint.url, self.endpoint.key)
+            return self._client
+
+    def begin(self) -> None:
+        """Carry out the Launch."""
+        with self._lock:
+            if not self._stopped:
+                try:
+                    self.process = self._engine.launch(self._what, self._launch.options, self._launch.placement, self)
+                    return
+                except Exception as error:
+                    log.debug("a launch failed", exc_info=True)
+                    reason = str(error) or repr(error)
+            else:
+                reason = "stopped before it began"
+        self.exited(None, reason, False)
+
+    def stop(self, grace_s: float) -> None:
+        """Carry out a Stop."""
+        with self._lock:
+            self._stopped = True
+            process = self.process
+        if process is not None:
+            process.stop(grace_s)
+
+    def progressed(self) -> None:
+        """Report of the engine: the load is alive."""
+        now = time.monotonic()
+        if now - self._progress_at >= _PROGRESS_S:
+            self._progress_at = now
+            self._post(on.Progress(self.runner))
+
+    def loaded(self, endpoint: Endpoint | object, num_ctx: int | None, resident: Mapping[DeviceId, int]) -> None:
+        """Report of the engine: it serves."""
+        if isinstance(endpoint, Endpoint):
+            self.endpoint = endpoint
+        else:
+            self.value = endpoint
+        self._post(on.Loaded(self.runner, num_ctx, tuple(sorted(resident.items()))))
+
+    def exited(self, code: int | None, detail: str, out_of_memory: bool) -> None:
+        """Report of the engine: the process is gone."""
+        with self._lock:
+            if self.over:
+                return
+            self.over = True
+        self.lost = detail or f"its process exited with {code}"
+        self._post(on.Exited(self.runner, code, detail, out_of_memory))
+        if self._client is not None:
+            self._client.close()
+
+
+class Executor:
+    """Carries out what may block: inspections, launches, stops, samples. `perform` itself never blocks."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        devices: Devices,
+        engine_of: Callable[[ModelId], tuple[Engine, object]],
+        post: Callable[[Event], None],
+        listed: Container[RunnerId],
+    ) -> None:
+        self._settings = settings
+        self._engine_of = engine_of
+        self._post = post
+        self.workers = Workers("loadmaster-worker", _WORKERS)
+        self._stoppers = Workers("loadmaster-stopper", _STOPPERS)
+        self._listed = listed  # the runners that the core still knows; looked at under the driver's lock
+        self.lives: dict[RunnerId, Life] = {}  # one for each of them, and a few of the past; written under that lock
+        self.sampler = Sampler(devices, self.workers, self._running, post)
+
+    def perform(self, command: do.Inspect | do.Launch | do.Stop | do.Sample) -> None:
+        """File a command, in the order in which they are decided; returns at once."""
+        match command:
+            case do.Inspect(model):
+                self.workers.put(lambda: self._inspect(model))
+            case do.Launch(runner, model):
+                engine, what = self._engine_of(model)
+                for past in [id for id in self.lives if id not in self._listed]:
+                    del self.lives[past]
+                life = self.lives[runner] = Life(command, engine, what, self._post)
+                self.workers.put(life.begin)
+            case do.Stop(runner):
+                if (life_to_stop := self.lives.get(runner)) is not None:
+                    grace_s = self._settings.stop_grace
+                    self._stoppers.put(lambda: life_to_stop.stop(grace_s))
+            case do.Sample(number):
+                self.sampler.request(number)
+
+    def probe(self, life: Life) -> None:
+        """Ask a runner whether it still answers, and post it where it does not; blocks up to the probe's time-out."""
+        timeout_s = self._settings.probe_timeout
+        if life.process is not None and not life.process.healthy(timeout_s) and not life.over:
+            self._post(on.Unresponsive(life.runner, f"it did not answer within {timeout_s:g} s"))
+
+    def close(self, timeout_s: float) -> list[str]:
+        """End the threads; return the names of those that hang."""
+        end = time.monotonic() + timeout_s
+        return self._stoppers.close(timeout_s) + self.workers.close(max(0.0, end - time.monotonic()))
+
+    def _running(self) -> Iterator[tuple[RunnerId, Process]]:
+        for id, life in list(self.lives.items()):
+            if life.process is not None and not life.over:
+                yield id, life.process
+
+    def _inspect(self, model: ModelId) -> None:
+        engine, what = self._engine_of(model)
+        try:
+            outcome: object = engine.inspect(what)
+        except ModelNotFound as error:
+            outcome = do.ModelNotFound(error.path)
+        except InvalidModel as error:
+            outcome = do.InvalidModel(error.path, error.reason, error.offset)
+        except (SchedulerError, OSError, Exception) as error:
+            log.debug("an inspection failed", exc_info=True)
+            outcome = do.InvalidModel(model, str(error) or repr(error))
+        self.sampler.refresh(_FRESH_S)  # what is free is read again right before each start
+        self._post(on.Inspected(model, outcome))  # type: ignore[arg-type]  # what an engine returns, or one of the two above

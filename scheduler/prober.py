@@ -1,0 +1,45 @@
+"""A thread that looks after what nobody uses: runners that hang, memory that grows, a clock that jumped."""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from scheduler.executor import Executor
+
+_SAMPLE_INTERVAL_S = 1.0  # while any runner lives
+
+
+class Prober:
+    """Samples memory about once a second and probes each loaded runner once an interval; nobody waits for either."""
+
+    def __init__(self, executor: Executor, interval_s: float) -> None:
+        self._executor = executor
+        self._interval_s = interval_s
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="loadmaster-prober", daemon=True)
+
+    def start(self) -> None:
+        """Begin."""
+        self._thread.start()
+
+    def close(self, timeout_s: float) -> None:
+        """End, and wait for it."""
+        self._stop.set()
+        if self._thread.ident is not None and threading.current_thread() is not self._thread:
+            self._thread.join(timeout_s)
+
+    def _run(self) -> None:
+        waited_s = 0.0
+        pause_s = min(_SAMPLE_INTERVAL_S, self._interval_s)
+        while not self._stop.wait(pause_s):
+            waited_s += pause_s
+            lives = [life for life in list(self._executor.lives.values()) if not life.over]
+            if lives:
+                self._executor.sampler.request()
+            if waited_s >= self._interval_s:
+                waited_s = 0.0
+                for life in lives:
+                    if life.endpoint is not None:
+                        self._executor.probe(life)

@@ -1,0 +1,154 @@
+"""From what a caller names to what the core plans: paths and specs become identities, keywords become options."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import NamedTuple, TypedDict
+
+from fsm.estimate import Options
+from fsm.request import ModelId, Purpose, Want
+from scheduler.engines import Engine
+from scheduler.engines.python import PythonModel
+from scheduler.errors import InvalidSettings, UnsupportedOption
+from scheduler.settings import parse_duration
+from scheduler.spec import ModelSpec
+
+Model = str | os.PathLike[str] | ModelSpec | PythonModel
+
+
+class Asking(TypedDict, total=False):
+    """The keywords of a request: how it waits, what it is loaded with, and what makes it another model."""
+
+    keep_alive: str | float | None  # how long the runner rests unused afterwards; 0: not at all; negative: for ever
+    timeout: str | float | None  # how long to wait
+    priority: int  # higher goes first among those that wait
+    num_ctx: int | None  # context of one slot, tokens
+    num_batch: int | None
+    num_gpu: int | None  # layers on GPUs; negative: automatic; 0: host only
+    main_gpu: int | None
+    num_thread: int | None
+    num_parallel: int | None  # slots, each with a context of its own
+    use_mmap: bool | None
+    flash_attention: bool | None
+    cache_type_k: str | None  # f32, f16, bf16, q8_0, q5_1, q5_0, q4_1, q4_0 or iq4_nl
+    cache_type_v: str | None
+    adapters: tuple[str, ...]  # LoRA files
+    projectors: tuple[str, ...]  # files of a vision model
+    embedding: bool
+
+
+class Question(NamedTuple):
+    """A request, understood."""
+
+    want: Want
+    name: str  # of the model
+    keep_alive_s: float | None
+    timeout_s: float | None
+
+
+_TIMING = frozenset({"keep_alive", "timeout", "priority"})
+_IDENTITY = frozenset({"adapters", "projectors", "embedding"})  # they make it another model, not a reload
+_KINDS: dict[str, type] = {
+    **dict.fromkeys(("num_ctx", "num_batch", "num_thread", "num_parallel", "num_gpu", "main_gpu"), int),
+    **dict.fromkeys(("use_mmap", "flash_attention"), bool),
+    **dict.fromkeys(("cache_type_k", "cache_type_v"), str),
+}
+_POSITIVE = frozenset({"num_ctx", "num_batch", "num_thread", "num_parallel"})
+_CACHE_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl")
+_KNOWN_QUESTIONS = 4096  # questions remembered; then all are forgotten
+
+
+class Registry:
+    """Every model that was asked for, and the engine that runs it."""
+
+    def __init__(self, llama: Engine, python: Engine, pin: Callable[[ModelId], None]) -> None:
+        self._engines: Mapping[type, Engine] = {ModelSpec: llama, PythonModel: python}
+        self._pin = pin  # called once for each spec that says so, before its first request
+        self._pinned: set[ModelId] = set()
+        self._models: dict[ModelId, ModelSpec | PythonModel] = {}
+        self._known: dict[object, Question] = {}
+
+    def question(self, model: Model, asking: Asking, purpose: Purpose = Purpose.lease) -> Question:
+        """Return what is asked; raises `UnsupportedOption` or `InvalidSettings` for what means nothing."""
+        try:
+            key: object = (model, purpose, *asking.items()) if asking or purpose is not Purpose.lease else model
+            if (known := self._known.get(key)) is not None:
+                return known
+        except TypeError:  # a list among the keywords
+            key = None
+        question = self._understand(model, asking, purpose)
+        lasting = isinstance(model, ModelSpec | PythonModel) or os.path.isabs(model)  # others move with the folder
+        if key is not None and lasting:
+            if len(self._known) >= _KNOWN_QUESTIONS:
+                self._known.clear()
+            self._known[key] = question
+        return question
+
+    def identity(self, model: Model, asking: Asking) -> ModelId:
+        """Return the identity of what a caller names."""
+        return self._spec(model, asking).id
+
+    def name(self, id: ModelId) -> str:
+        """Return the name to show for an identity."""
+        model = self._models.get(id)
+        return model.name if model is not None else id
+
+    def engine_of(self, id: ModelId) -> tuple[Engine, ModelSpec | PythonModel]:
+        """Return the engine of a model, and the model as the engine is to be told it."""
+        model = self._models[id]
+        return self._engines[type(model)], model
+
+    def _understand(self, model: Model, asking: Asking, purpose: Purpose) -> Question:
+        spec = self._spec(model, asking)
+        named = {name: value for name, value in asking.items() if name not in _IDENTITY | _TIMING}
+        for name, value in named.items():
+            _check(name, value)
+            if isinstance(spec, PythonModel):
+                raise UnsupportedOption(name, value, "an object has no load-time options")
+        options = Options() if isinstance(spec, PythonModel) else replace(spec.options, **named)
+        keep_alive, timeout = asking.get("keep_alive"), asking.get("timeout")
+        if keep_alive is None:
+            keep_alive = spec.keep_alive
+        keep_alive_s = None if keep_alive is None else parse_duration(keep_alive, name="keep_alive")
+        timeout_s = None if timeout is None else parse_duration(timeout, name="timeout")
+        priority = asking.get("priority", spec.priority)
+        if not isinstance(priority, int):
+            raise InvalidSettings("priority", priority, "a whole number")
+        self._models[spec.id] = spec
+        if spec.pin and spec.id not in self._pinned:
+            self._pinned.add(spec.id)
+            self._pin(spec.id)
+        want = Want(spec.id, options, purpose, priority)
+        return Question(want, spec.name, keep_alive_s, None if timeout_s == math.inf else timeout_s)
+
+    def _spec(self, model: Model, asking: Asking) -> ModelSpec | PythonModel:
+        identity = {name: value for name, value in asking.items() if name in _IDENTITY}
+        if isinstance(model, PythonModel):
+            for name, value in identity.items():
+                raise UnsupportedOption(name, value, "an object has no such part")
+            return model
+        if not isinstance(model, ModelSpec):
+            path = os.fspath(model)
+            if not isinstance(path, str) or not path or path.startswith("-"):
+                raise UnsupportedOption("model", path, "it must be the path of a GGUF file, and not begin with '-'")
+            model = ModelSpec(Path(path).name.removesuffix(".gguf"), path)
+        return replace(model, **identity) if identity else model  # type: ignore[arg-type]  # ModelSpec checks the values
+
+
+def _check(name: str, value: object) -> None:
+    kind = _KINDS.get(name)
+    if kind is None:
+        known = ", ".join(sorted({*_IDENTITY, *_TIMING, *(each.name for each in fields(Options))}))
+        raise UnsupportedOption(name, value, f"there is no such option; there are {known}")
+    if value is None:
+        return
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise UnsupportedOption(name, value, f"it must be of type {kind.__name__}")
+    if name in _POSITIVE and value < 1:  # type: ignore[operator]  # it is an int
+        raise UnsupportedOption(name, value, "it must be at least 1")
+    if kind is str and value not in _CACHE_TYPES:
+        raise UnsupportedOption(name, value, f"it must be one of {', '.join(_CACHE_TYPES)}")

@@ -1,0 +1,88 @@
+"""Reads the devices and the runners' memory, one reading at a time, and posts what was read in that order."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Iterable
+
+from fsm.estimate import DeviceId
+from fsm.events import Event, Resident, Sampled
+from fsm.runner import RunnerId
+from scheduler.devices import Devices
+from scheduler.engines import Process
+from scheduler.workers import Workers
+
+log = logging.getLogger("loadmaster")
+
+
+class Sampler:
+    """Answers any number of wishes for a sample with as few readings as will do.
+
+    A driver's call may stall: then only samples are late, and the core's own time limits go on without them.
+    """
+
+    def __init__(
+        self,
+        devices: Devices,
+        workers: Workers,
+        running: Callable[[], Iterable[tuple[RunnerId, Process]]],
+        post: Callable[[Event], None],
+    ) -> None:
+        self._devices = devices
+        self._workers = workers
+        self._running = running
+        self._post = post
+        self._lock = threading.Lock()  # guards the three below; held for an assignment
+        self._wanted = 0  # the highest number asked for
+        self._again = False  # somebody asked since the reading under way began
+        self._busy = False  # a job is queued or running
+        self._done: list[threading.Event] = []  # those who wait for a reading that has not begun
+
+    def request(self, number: int = 0, done: threading.Event | None = None) -> None:
+        """Have the devices read, beginning after this call; `done` is set when the reading has been posted."""
+        with self._lock:
+            self._wanted = max(self._wanted, number)
+            self._again = True
+            if done is not None:
+                self._done.append(done)
+            if self._busy:
+                return
+            self._busy = True
+        self._workers.put(self._read_all)
+
+    def refresh(self, timeout_s: float) -> bool:
+        """Have the devices read and wait for it; return whether it came in time."""
+        done = threading.Event()
+        self.request(done=done)
+        return done.wait(timeout_s)
+
+    def _read_all(self) -> None:
+        while True:
+            with self._lock:
+                if not self._again:
+                    self._busy = False
+                    return
+                self._again = False
+                number, waiting, self._done = self._wanted, self._done, []
+            try:
+                self._read(number)
+            except Exception:
+                log.exception("the devices could not be read")
+            for done in waiting:
+                done.set()
+
+    def _read(self, number: int) -> None:
+        running = list(self._running())
+        amounts: dict[RunnerId, dict[DeviceId, int]] = {id: dict(process.resident()) for id, process in running}
+        pids = {process.pid: id for id, process in running if process.pid is not None}
+        samples = self._devices.sample()
+        if any(sample.kind == "gpu" for sample in samples):
+            for gpu, held in self._devices.gpu_processes().items():
+                for pid, count in held.items():
+                    if pid in pids:
+                        amounts[pids[pid]][gpu] = count
+        resident: tuple[tuple[RunnerId, Resident], ...] = tuple(
+            (id, tuple(sorted(held.items()))) for id, held in amounts.items() if held
+        )
+        self._post(Sampled(samples, resident, number))

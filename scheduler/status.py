@@ -1,0 +1,100 @@
+"""What `Scheduler.status()` tells: frozen values of one moment."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from fsm.estimate import Options
+from fsm.request import ModelId, RequestId
+from fsm.runner import RunnerId
+from fsm.snapshot import DeviceView, RunnerView, Snapshot
+
+if TYPE_CHECKING:
+    from scheduler.executor import Life
+
+
+@dataclass(frozen=True, slots=True)
+class RunnerStatus:
+    """One runner that is not unloaded."""
+
+    id: RunnerId
+    model: str  # its name
+    state: str  # loading, ready, idle or expiring
+    leases: int
+    pid: int | None  # None: not started yet, or an object
+    url: str | None  # its server; None: not loaded yet, or an object
+    options: Options  # explicit
+    promised_bytes: dict[str, int]  # by device: the prediction, or what was measured before
+    resident_bytes: dict[str, int]  # by device, as last measured; mapped weights count though they are page cache
+    gpu_layers: dict[str, int]  # by GPU
+    expires_in_s: float  # infinite unless its keep-alive clock runs
+    load_s: float | None  # None: still loading
+    pinned: bool
+
+
+@dataclass(frozen=True, slots=True)
+class WaitStatus:
+    """One waiting request."""
+
+    id: RequestId
+    model: str
+    position: int  # 0: first
+    waited_s: float
+    waits_for: str
+    gives_up_in_s: float  # infinite: no time limit of its own
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """Everything at one moment."""
+
+    runners: tuple[RunnerStatus, ...]
+    queue: tuple[WaitStatus, ...]
+    devices: tuple[DeviceView, ...]
+    problems: tuple[str, ...]  # what could not be read of the devices, in sentences
+    closing: bool
+
+
+def status_of(
+    snapshot: Snapshot,
+    now: float,
+    name: Callable[[ModelId], str],
+    life: Callable[[RunnerId], Life | None],
+    problems: tuple[str, ...],
+) -> Status:
+    """Return a snapshot in the user's terms: names for identities, and what only the shell knows of a process."""
+    runners = tuple(_runner_status(view, now, name(view.model), life(view.id)) for view in snapshot.runners)
+    queue = tuple(
+        WaitStatus(
+            wait.request,
+            name(wait.model),
+            wait.position,
+            now - wait.queued_at,
+            wait.waits_for,
+            wait.gives_up_at - now,
+        )
+        for wait in snapshot.queue
+    )
+    return Status(runners, queue, snapshot.devices, problems, snapshot.closing)
+
+
+def _runner_status(view: RunnerView, now: float, name: str, life: Life | None) -> RunnerStatus:
+    process = life.process if life is not None else None
+    endpoint = life.endpoint if life is not None else None
+    return RunnerStatus(
+        view.id,
+        name,
+        view.state.value,
+        view.leases,
+        process.pid if process is not None else None,
+        endpoint.url if endpoint is not None else None,
+        view.options,
+        dict(view.promised),
+        dict(view.resident),
+        dict(view.gpu_layers),
+        view.expires_at - now,
+        None if view.loaded_at is None else view.loaded_at - view.launched_at,
+        view.pinned,
+    )

@@ -1,0 +1,54 @@
+"""What the scheduler itself takes: idle, and per runner and waiting request it keeps a record of."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tracemalloc
+from typing import Any
+
+from fsm import events as on
+from fsm.core import Core
+from fsm.estimate import HOST, Footprint, Options
+from fsm.ledger import DeviceSample
+from fsm.limits import Limits
+from fsm.request import ModelId, Purpose, RequestId, Want
+from fsm.runner import RunnerId
+
+RUNNERS = 200
+
+_IDLE = """
+import psutil
+before = psutil.Process().memory_info().rss
+from scheduler import Scheduler, Settings
+imported = psutil.Process().memory_info().rss
+scheduler = Scheduler(Settings())
+print(imported - before, psutil.Process().memory_info().rss - imported)
+scheduler.close()
+"""
+
+
+def bytes_per_runner() -> float:
+    """Return what the core keeps for one idle runner and its model, by `tracemalloc`."""
+    core = Core(Limits(max_runners=RUNNERS + 1, loads_on_host=RUNNERS))
+    core.step(0.0, on.Sampled((DeviceSample(HOST, "cpu", "host", 2**40, 2**40),)))
+    tracemalloc.start()
+    for number in range(1, RUNNERS + 1):
+        want = Want(ModelId(f"/models/{number}.gguf"), Options(), Purpose.preload, 0)
+        core.step(0.0, on.Acquire(RequestId(number), want))
+        core.step(0.0, on.Inspected(want.model, Footprint(fixed=((HOST, 2**20),))))
+        core.step(0.0, on.Loaded(RunnerId(number)))
+    taken, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    return taken / RUNNERS
+
+
+def run() -> dict[str, Any]:
+    """Return the figures and print them."""
+    done = subprocess.run([sys.executable, "-c", _IDLE], capture_output=True, text=True, check=True)
+    imported, idle = map(int, done.stdout.split())
+    runner = bytes_per_runner()
+    print(
+        f"memory: imports {imported / 2**20:.1f} MiB, an idle scheduler {idle / 2**20:.2f} MiB, a runner {runner / 1024:.1f} KiB"
+    )
+    return {"imports_bytes": imported, "idle_scheduler_bytes": idle, "bytes_per_runner": round(runner)}

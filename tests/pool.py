@@ -1,0 +1,397 @@
+"""A pool under test: events in, commands out, on simulated time, in a simulated world of devices and processes.
+
+    pool = a_pool(capacity="8GiB").ready("a", lease=1)
+    pool.feed(acquire("b", request=2))            # no room: "a" will have to go
+    pool.advance("120s")                          # the bound on b's wait: "a" drains
+    assert pool.feed(acquire("a", request=3)) == []
+    assert pool.feed(release(lease=1)) == [Stop(runner=1)]
+
+Models are objects of declared size (6 GiB unless said otherwise) that are inspected at once; a load and a stop take
+until the test says `loaded` and `exited`. Whatever a test does, the core's own check runs after every step, and every
+request is answered once, every Launch stopped at most once, Finish said once.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Self
+
+from fsm import commands as do
+from fsm import events as on
+from fsm.commands import Command, Refusal
+from fsm.core import Core
+from fsm.estimate import HOST, DeviceId, Footprint, ModelInfo, Options
+from fsm.events import Event
+from fsm.eviction import EvictionPolicy
+from fsm.ledger import DeviceSample, Placement
+from fsm.limits import Limits
+from fsm.request import Purpose, Want
+from fsm.runner import Runner, RunnerState
+
+START = 1000.0  # seconds; not 0, so that a forgotten time shows
+_SCALES = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
+
+
+def amount(text: str | int) -> int:
+    """Return bytes: "8GiB", or a number of them."""
+    return int(_scaled(text))
+
+
+def seconds(text: str | float) -> float:
+    """Return seconds: "120s", "5m", "forever", or a number of them."""
+    return math.inf if text == "forever" else _scaled(text)
+
+
+def _scaled(text: str | float) -> float:
+    if not isinstance(text, str):
+        return text
+    match = re.fullmatch(r"([0-9.]+)(\w+)", text)
+    assert match is not None, text
+    return float(match[1]) * _SCALES[match[2]]
+
+
+# -- events -----------------------------------------------------------------------------------------------------------
+
+
+def acquire(
+    model: str,
+    request: int,
+    *,
+    keep_alive: str | float | None = None,
+    timeout: str | float | None = None,
+    priority: int = 0,
+    purpose: Purpose = Purpose.lease,
+    **options: object,
+) -> on.Acquire:
+    """Somebody asks for a lease of `model`; what is left over are load-time options."""
+    want = Want(model, Options(**options), purpose, priority)
+    keep_alive_s = None if keep_alive is None else seconds(keep_alive)
+    return on.Acquire(request, want, keep_alive_s, None if timeout is None else seconds(timeout))
+
+
+def preload(model: str, request: int, **how: object) -> on.Acquire:
+    """Somebody wants `model` loaded, and no lease."""
+    return acquire(model, request, purpose=Purpose.preload, **how)
+
+
+def memory(request: int, *, priority: int = 0, **sizes: str) -> on.Acquire:
+    """The program wants memory of its own: `cpu="2GiB", gpu0="1GiB"`."""
+    amounts = tuple((DeviceId(device), amount(size)) for device, size in sizes.items())
+    return on.Acquire(request, Want("", Options(), Purpose.memory, priority, amounts))
+
+
+def release(lease: int) -> on.Release:
+    return on.Release(lease)
+
+
+def cancel(request: int) -> on.Cancel:
+    return on.Cancel(request)
+
+
+def expire(model: str) -> on.Expire:
+    return on.Expire(model)
+
+
+def pin(model: str) -> on.Pin:
+    return on.Pin(model)
+
+
+def unpin(model: str) -> on.Unpin:
+    return on.Unpin(model)
+
+
+def loaded(runner: int, num_ctx: int | None = None) -> on.Loaded:
+    """A runner serves; what it occupies is filled in by the world."""
+    return on.Loaded(runner, num_ctx)
+
+
+def progress(runner: int) -> on.Progress:
+    return on.Progress(runner)
+
+
+def exited(runner: int, code: int | None = 0, reason: str = "", *, out_of_memory: bool = False) -> on.Exited:
+    return on.Exited(runner, code, reason, out_of_memory)
+
+
+def out_of_memory(runner: int) -> on.OutOfMemory:
+    return on.OutOfMemory(runner)
+
+
+def unresponsive(runner: int) -> on.Unresponsive:
+    return on.Unresponsive(runner, "it answers no probe")
+
+
+def close(timeout: str | float = "30s") -> on.Close:
+    return on.Close(seconds(timeout))
+
+
+def layered(layers: int, each: str, *, output: str = "0B", host: str = "0B", compute: str = "0B") -> Footprint:
+    """Return the footprint of a model of so many layers, each so large."""
+    return Footprint((amount(each),) * layers, amount(output), amount(host), amount(compute))
+
+
+# -- the pool ---------------------------------------------------------------------------------------------------------
+
+
+class PoolUnderTest:
+    """A core, the time it is told, and a world that answers it; every method leads there by events alone."""
+
+    def __init__(
+        self,
+        core: Core,
+        capacity: int,
+        gpus: Sequence[int],
+        *,
+        each: int,
+        sizes: Mapping[str, int],
+        inspects: bool,
+        samples: bool,
+        integrated: bool,
+    ) -> None:
+        self.core = core
+        self.now = START
+        self.each = each  # bytes of a model that nothing else is said of
+        self.outcomes: dict[str, ModelInfo | Footprint | Refusal] = {}  # what an inspection finds
+        for model, size in sizes.items():
+            self.declare(model, size)
+        self.inspects = inspects  # every Inspect is answered at once
+        self.samples = samples  # every Sample is answered at once
+        self.capacities = {HOST: capacity} | {DeviceId(f"gpu{i}"): size for i, size in enumerate(gpus)}
+        self.integrated = integrated
+        self.strangers: dict[str, int] = {}  # bytes by device that other programs hold
+        self.occupied: dict[int, dict[DeviceId, int]] = {}  # bytes by device of each process that has loaded
+        self.commands: list[Command] = []  # everything that was ever said
+        self.answers: dict[int, Command] = {}  # by request
+        self.asked: set[int] = set()
+        self.launches: dict[int, do.Launch] = {}  # by runner
+        self.stops: set[int] = set()
+        self._next_request = 1001  # of those that a test gives no number
+
+    # -- events and time ----------------------------------------------------------------------------------------------
+
+    def feed(self, *events: Event) -> list[Command]:
+        """Step through `events` at the present moment; return the commands that the world did not answer itself."""
+        left = []
+        for event in events:
+            left += self._step(event)
+        return left
+
+    def advance(self, duration: str | float) -> list[Command]:
+        """Let time pass, with a Tick at each deadline on the way."""
+        left = []
+        until = self.now + seconds(duration)
+        while (deadline := self.core.deadline()) <= until:
+            self.now = max(self.now, deadline)
+            left += self._step(on.Tick())
+            assert self.core.deadline() > self.now, "a Tick leaves nothing due"
+        self.now = until
+        return left
+
+    def sample(self, number: int | None = None) -> on.Sampled:
+        """Return what a reading of all devices would find now."""
+        free = dict(self.capacities)
+        for held in (self.strangers, *self.occupied.values()):
+            for device, size in held.items():
+                free[device] -= size
+        devices = tuple(
+            DeviceSample(
+                id, "cpu" if id == HOST else "gpu", id, size, max(0, free[id]), id != HOST and self.integrated
+            )
+            for id, size in self.capacities.items()
+        )
+        resident = tuple((runner, tuple(held.items())) for runner, held in self.occupied.items())
+        return on.Sampled(devices, resident, self.core.pool.samples if number is None else number)
+
+    def _step(self, event: Event) -> list[Command]:
+        match event:
+            case on.Acquire():
+                self.asked.add(event.request)
+            case on.Loaded() if event.runner in self.launches:
+                held = dict(event.resident) or dict(self.launches[event.runner].placement.bytes)
+                self.occupied[event.runner] = held
+                event = replace(event, resident=tuple(held.items()))
+            case on.Exited():
+                self.occupied.pop(event.runner, None)
+            case _:
+                pass
+        commands = self.core.step(self.now, event)
+        self.core.check()
+        for command in commands:
+            self._record(command)
+        left, replies = [], []
+        for command in commands:
+            if isinstance(command, do.Inspect) and self.inspects:
+                replies += [self.sample(None if self.samples else 0), self.inspection(command.model)]
+            elif isinstance(command, do.Sample) and self.samples:
+                replies.append(self.sample())
+            else:
+                left.append(command)
+        for reply in replies:
+            left += self._step(reply)
+        return left
+
+    def _record(self, command: Command) -> None:
+        self.commands.append(command)
+        match command:
+            case do.Grant() | do.Reject():
+                assert command.request in self.asked, f"{command} answers nobody"
+                assert command.request not in self.answers, f"{command} after {self.answers[command.request]}"
+                self.answers[command.request] = command
+            case do.Launch():
+                assert command.runner not in self.launches, f"{command}: a runner's id is used again"
+                self.launches[command.runner] = command
+            case do.Stop():
+                assert command.runner in self.launches, f"{command} of what was never launched"
+                assert command.runner not in self.stops, f"{command} twice"
+                self.stops.add(command.runner)
+            case do.Revoke():
+                assert isinstance(self.answers.get(command.request), do.Grant), f"{command} of what was not granted"
+            case do.Finish():
+                assert self.commands.count(command) == 1, "Finish twice"
+            case _:
+                pass
+
+    # -- what is known of models --------------------------------------------------------------------------------------
+
+    def declare(self, model: str, size: str | int | Footprint | ModelInfo | Refusal) -> Self:
+        """Say what an inspection of `model` finds: so many bytes of host memory, a model's make-up, or a refusal."""
+        if isinstance(size, str | int):
+            size = Footprint(fixed=((HOST, amount(size)),))
+        self.outcomes[model] = size
+        return self
+
+    def outcome(self, model: str) -> ModelInfo | Footprint | Refusal:
+        return self.outcomes.get(model) or Footprint(fixed=((HOST, self.each),))
+
+    def inspection(self, model: str) -> on.Inspected:
+        """Return the end of an Inspect."""
+        return on.Inspected(model, self.outcome(model))
+
+    def launch(self, runner: int, model: str) -> do.Launch:
+        """Return the Launch of a model of declared size that is asked for without options."""
+        footprint = self.outcome(model)
+        assert isinstance(footprint, Footprint)
+        return do.Launch(runner, model, Options(), Placement(footprint.fixed))
+
+    # -- short cuts ---------------------------------------------------------------------------------------------------
+
+    def request_id(self) -> int:
+        """Return a request's id that nobody has used."""
+        self._next_request += 1
+        return self._next_request - 1
+
+    def loading(self, model: str, request: int | None = None, **how: object) -> Self:
+        """Have `model` launched for a request."""
+        self.feed(acquire(model, request or self.request_id(), **how))
+        assert self.state(model) is RunnerState.loading, f"{model} is {self.state(model)}"
+        return self
+
+    def ready(self, model: str, lease: int | None = None, **how: object) -> Self:
+        """Have `model` loaded and leased."""
+        lease = lease or self.request_id()
+        if self.feed(acquire(model, lease, **how)) != [do.Grant(lease, self.runner(model))]:
+            self.feed(loaded(self.runner(model)))
+        assert self.core.pool.requests[lease].runner == self.runner(model)
+        return self
+
+    def idle(self, model: str, **how: object) -> Self:
+        """Have `model` loaded and given back."""
+        lease = self.request_id()
+        self.ready(model, lease, **how).feed(release(lease))
+        assert self.state(model) is RunnerState.idle, f"{model} is {self.state(model)}"
+        return self
+
+    def expiring(self, model: str, lease: int | None = None, **how: object) -> Self:
+        """Have `model` drain, where a lease is named; else have it stopped and its process not gone yet."""
+        self.ready(model, lease, **how) if lease else self.idle(model, **how)
+        self.feed(expire(model))
+        return self
+
+    # -- what can be seen ---------------------------------------------------------------------------------------------
+
+    def runner(self, model: str) -> int:
+        """Return the latest runner of `model`; 0 where there was none."""
+        return max((id for id, launch in self.launches.items() if launch.model == model), default=0)
+
+    def life(self, model: str) -> Runner:
+        """Return the record of the latest runner of `model`, which is not unloaded."""
+        return self.core.pool.runners[self.runner(model)]
+
+    def state(self, model: str) -> RunnerState:
+        """Return the state of the latest runner of `model`."""
+        runner = self.core.pool.runners.get(self.runner(model))
+        return runner.state if runner else RunnerState.unloaded
+
+    def refusal(self, request: int) -> Refusal:
+        """Return what a request was refused with."""
+        answer = self.answers[request]
+        assert isinstance(answer, do.Reject), answer
+        return answer.refusal
+
+    def waiting(self) -> list[int]:
+        """Return the requests that wait, in order."""
+        return [view.request for view in self.core.snapshot().queue]
+
+    def waits_for(self, request: int) -> str:
+        """Return in words what a request waits for."""
+        return next(view.waits_for for view in self.core.snapshot().queue if view.request == request)
+
+    def free(self, device: str = HOST) -> int:
+        """Return the bytes that can still be promised on a device."""
+        return self.core.pool.ledger.free_bytes(DeviceId(device))
+
+    def settle(self) -> Self:
+        """Let every process end that was told to, until none is left that was."""
+        while ending := [id for id, runner in self.core.pool.runners.items() if runner.stopping and runner.process]:
+            self.feed(*map(exited, ending))
+        return self
+
+
+def a_pool(
+    capacity: str = "8GiB",
+    gpus: Sequence[str] = (),
+    *,
+    each: str = "6GiB",
+    sizes: Mapping[str, str] | None = None,
+    policy: EvictionPolicy | None = None,
+    inspects: bool = True,
+    samples: bool = True,
+    integrated: bool = False,
+    **limits: float,
+) -> PoolUnderTest:
+    """Return an empty pool with a host of `capacity` and `gpus`, whose devices have been read once."""
+    pool = PoolUnderTest(
+        Core(Limits(**limits), policy),
+        amount(capacity),
+        [amount(size) for size in gpus],
+        each=amount(each),
+        sizes={model: amount(size) for model, size in (sizes or {}).items()},
+        inspects=inspects,
+        samples=samples,
+        integrated=integrated,
+    )
+    pool.feed(pool.sample())
+    return pool
+
+
+def refused(commands: Sequence[Command]) -> dict[int, type[Refusal]]:
+    """Return the kind of refusal of each request that `commands` refuse."""
+    return {command.request: type(command.refusal) for command in commands if isinstance(command, do.Reject)}
+
+
+def granted(commands: Sequence[Command]) -> list[int]:
+    """Return the requests that `commands` grant, in order."""
+    return [command.request for command in commands if isinstance(command, do.Grant)]
+
+
+def launched(commands: Sequence[Command]) -> list[str]:
+    """Return the models that `commands` launch, in order."""
+    return [command.model for command in commands if isinstance(command, do.Launch)]
+
+
+def stopped(commands: Sequence[Command]) -> list[int]:
+    """Return the runners that `commands` stop, in order."""
+    return [command.runner for command in commands if isinstance(command, do.Stop)]

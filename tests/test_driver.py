@@ -1,0 +1,261 @@
+"""The driver: one order for all events, and the four precautions that keep a step whole."""
+
+from __future__ import annotations
+
+import gc
+import queue
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+import pytest
+
+from fsm import commands as do
+from fsm import events as on
+from fsm.commands import Command
+from fsm.core import Core
+from fsm.estimate import HOST, Options
+from fsm.journal import Entry
+from fsm.ledger import DeviceSample
+from fsm.request import ModelId, Purpose, RequestId, Want
+from scheduler.clock import monotonic_clock
+from scheduler.driver import Driver
+from scheduler.executor import Life
+from scheduler.workers import Workers
+
+LIMIT_S = 10.0  # ten times what anything here is expected to take, and more
+
+
+def nobody_listens(entries: Sequence[Entry]) -> None:
+    """Entries go nowhere."""
+
+
+@pytest.fixture
+def start() -> Iterator[Callable[..., Driver]]:
+    """Make drivers and end them afterwards."""
+    drivers: list[Driver] = []
+
+    def make(
+        core: Core, perform: Callable[[Command], None] = lambda command: None, fail: list[BaseException] | None = None
+    ) -> Driver:
+        failures = [] if fail is None else fail
+        driver = Driver(core, monotonic_clock, perform, nobody_listens, failures.append)
+        driver.start()
+        drivers.append(driver)
+        return driver
+
+    yield make
+    for driver in drivers:
+        assert driver.stop(LIMIT_S)
+
+
+def in_thread(action: Callable[[], object]) -> None:
+    """Run `action` on a thread that is not the main one, and wait for it."""
+    thread = threading.Thread(target=action, daemon=True)
+    thread.start()
+    thread.join(LIMIT_S)
+    assert not thread.is_alive(), "it hangs"
+
+
+def until(condition: Callable[[], bool]) -> None:
+    """Wait for a condition that other threads bring about."""
+    end = time.monotonic() + LIMIT_S
+    while not condition():
+        assert time.monotonic() < end, "it did not come about in time"
+        threading.Event().wait(0.001)
+
+
+def acquire(request: int, model: str = "a") -> on.Acquire:
+    """One request."""
+    return on.Acquire(RequestId(request), Want(ModelId(model), Options(), Purpose.lease, 0))
+
+
+class Watched(Core):
+    """A core that knows which threads ran its steps, and can do something in the middle of one."""
+
+    def __init__(self, inside: Callable[[on.Event], object] = lambda event: None) -> None:
+        super().__init__()
+        self.inside = inside
+        self.stepped: list[on.Event] = []
+        self.threads: set[int] = set()
+
+    def step(self, now: float, event: on.Event) -> list[Command]:
+        """Note who runs it."""
+        self.threads.add(threading.get_ident())
+        self.stepped.append(event)
+        commands = super().step(now, event)
+        self.inside(event)
+        return commands
+
+
+def interrupt(event: on.Event) -> None:
+    """Raise Ctrl-C while a step runs: the handler's exception comes up in the main thread, wherever that is."""
+    if isinstance(event, on.Acquire):
+        signal.raise_signal(signal.SIGINT)
+
+
+def test_ctrl_c_never_interrupts_a_step_that_the_main_thread_asked_for(start: Callable[..., Driver]) -> None:
+    """The main thread hands over, so the exception meets it outside of the step."""
+    core = Watched(interrupt)
+    driver = start(core)
+    with pytest.raises(KeyboardInterrupt):
+        driver.post(acquire(1))
+        until(lambda: False)
+    until(lambda: RequestId(1) in driver.read(lambda core: core.pool.requests))
+    assert driver.broken is None
+    assert threading.main_thread().ident not in core.threads
+    core.check()
+
+
+def test_without_the_hand_over_ctrl_c_breaks_a_step(start: Callable[..., Driver]) -> None:
+    """The control of the test above: it fails when the main thread drains for itself."""
+    failures: list[BaseException] = []
+    driver = start(Watched(interrupt), fail=failures)
+    driver._main = None  # nobody is the main thread
+    driver.post(acquire(1))
+    assert [type(failure) for failure in failures] == [KeyboardInterrupt]
+
+
+def test_ctrl_c_between_an_event_and_the_wake_up_loses_nothing(start: Callable[..., Driver]) -> None:
+    """What the main thread put into the inbox is drained even if it was interrupted right after."""
+    driver = start(Watched())
+
+    class Inbox(type(driver._inbox)):  # type: ignore[misc]  # a deque that is interrupted
+        def append(self, event: on.Event) -> None:
+            super().append(event)
+            raise KeyboardInterrupt
+
+    driver._inbox = Inbox()
+    with pytest.raises(KeyboardInterrupt):
+        driver.post(acquire(1))
+    until(lambda: not driver._inbox)
+
+
+def test_a_finaliser_inside_a_step_posts_without_a_deadlock(start: Callable[..., Driver]) -> None:
+    """The collector may run a lost lease's finaliser in the very thread that holds the lock."""
+
+    class Lost:
+        def __init__(self) -> None:
+            self.itself = self
+
+        def __del__(self) -> None:
+            driver.post(on.Release(RequestId(99)))
+
+    def collect(event: on.Event) -> None:
+        if isinstance(event, on.Acquire):
+            Lost()
+            gc.collect()
+
+    core = Watched(collect)
+    driver = start(core)
+    in_thread(lambda: driver.post(acquire(1)))
+    assert [type(event) for event in core.stepped] == [on.Acquire, on.Release]
+
+
+def test_an_exception_in_a_step_fails_everybody_and_decides_nothing_more(start: Callable[..., Driver]) -> None:
+    """A bug of ours is not hidden: the first exception is kept, and each later event is answered with it."""
+
+    def fail(event: on.Event) -> None:
+        raise ZeroDivisionError
+
+    failures: list[BaseException] = []
+    core = Watched(fail)
+    driver = start(core, fail=failures)
+    in_thread(lambda: driver.post(acquire(1)))
+    in_thread(lambda: driver.post(acquire(2)))
+    assert isinstance(driver.broken, ZeroDivisionError)
+    assert failures == [driver.broken, driver.broken]
+    assert len(core.stepped) == 1
+
+
+def test_commands_are_handed_on_in_the_order_in_which_they_were_decided(start: Callable[..., Driver]) -> None:
+    """Many threads post at once; what is performed is what one core would have said, in that order."""
+    performed: list[Command] = []
+    core = Watched()
+    driver = start(core, perform=performed.append)
+    threads = [
+        threading.Thread(
+            target=lambda first=first: [driver.post(acquire(id, f"m{id}")) for id in range(first, first + 50)]
+        )  # type: ignore[misc]
+        for first in range(0, 400, 50)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(LIMIT_S)
+    replayed = Core()
+    expected = [command for event in core.stepped for command in replayed.step(0.0, event)]
+    assert len(core.stepped) == 400
+    assert [type(command) for command in performed] == [type(command) for command in expected]
+    assert [command for command in performed if isinstance(command, do.Inspect)] == [
+        command for command in expected if isinstance(command, do.Inspect)
+    ]
+
+
+def test_time_is_kept_while_nothing_happens(start: Callable[..., Driver]) -> None:
+    """The driver's thread wakes at the core's deadline: a request's own time limit ends its wait."""
+    answers: queue.SimpleQueue[Command] = queue.SimpleQueue()
+    driver = start(Core(), perform=answers.put)
+    question = on.Acquire(RequestId(1), Want(ModelId("a"), Options(), Purpose.lease, 0), timeout_s=0.05)
+    in_thread(lambda: driver.post(question))
+    assert isinstance(answers.get(timeout=LIMIT_S), do.Inspect)
+    rejected = answers.get(timeout=LIMIT_S)
+    assert isinstance(rejected, do.Reject) and isinstance(rejected.refusal, do.TimedOut)
+
+
+def test_what_others_post_while_the_core_is_read_is_not_left_lying(start: Callable[..., Driver]) -> None:
+    """A reader holds the lock, so posters go away; their events are drained all the same."""
+    core = Watched()
+    driver = start(core)
+    sample = on.Sampled((DeviceSample(HOST, "cpu", "host", 1, 1),))
+    driver.read(lambda core: in_thread(lambda: driver.post(sample)))
+    until(lambda: core.stepped == [sample])
+
+
+def test_a_stop_cancels_a_launch_that_has_not_begun() -> None:
+    """Stops have threads of their own and may overtake a launch that waits for one; it then never begins."""
+    posted: list[on.Event] = []
+
+    class Engine:
+        def launch(self, *arguments: object) -> None:
+            raise AssertionError("it was launched")
+
+    launch = do.Launch(7, ModelId("a"), Options(), None)  # type: ignore[arg-type]  # never looked at
+    life = Life(launch, Engine(), None, posted.append)  # type: ignore[arg-type]
+    life.stop(1.0)
+    life.begin()
+    life.begin()
+    assert posted == [on.Exited(7, None, "stopped before it began", False)]  # type: ignore[arg-type]
+
+
+def test_a_job_that_hangs_cannot_hang_the_exit() -> None:
+    """The interpreter ends although a worker never does."""
+    program = """
+        import threading
+        from scheduler.workers import Workers
+        workers = Workers("test", 2)
+        begun = threading.Event()
+        workers.put(lambda: (begun.set(), threading.Event().wait()))
+        begun.wait()
+        print("over", flush=True)
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, timeout=LIMIT_S
+    )
+    assert (done.returncode, done.stdout) == (0, "over\n")
+
+
+def test_workers_are_bounded_and_survive_a_job_that_fails() -> None:
+    """Never more threads than the limit; an exception is logged and the thread goes on."""
+    workers = Workers("test", 2)
+    done: queue.SimpleQueue[int] = queue.SimpleQueue()
+    workers.put(lambda: 1 // 0)
+    for number in range(20):
+        workers.put(lambda number=number: done.put(number))  # type: ignore[misc]
+    assert sorted(done.get(timeout=LIMIT_S) for _ in range(20)) == list(range(20))
+    assert len(workers._threads) <= 2
+    assert workers.close(LIMIT_S) == []

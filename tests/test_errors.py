@@ -1,0 +1,156 @@
+"""The user's errors: fields, statuses, sentences."""
+
+from __future__ import annotations
+
+import inspect
+import pickle
+
+import pytest
+
+from scheduler import errors
+from scheduler.errors import (
+    AcquireTimeout,
+    DoesNotFit,
+    EngineError,
+    EngineMissing,
+    InvalidModel,
+    InvalidSettings,
+    LeaseReleased,
+    LoadFailed,
+    LoadTimeout,
+    ModelNotFound,
+    QueueFull,
+    RequestCancelled,
+    RunnerCrashed,
+    SchedulerBroken,
+    SchedulerClosed,
+    SchedulerError,
+    UnsupportedOption,
+    format_bytes,
+    format_duration,
+)
+
+EXAMPLES: list[tuple[SchedulerError, int, tuple[str, ...]]] = [
+    (QueueFull(512, retry_after_s=2.5), 503, ("512", "2.5s", "max_queue")),
+    (ModelNotFound("/models/a.gguf"), 404, ("/models/a.gguf",)),
+    (InvalidModel("/models/a.gguf", "bad magic", offset=4), 500, ("/models/a.gguf", "bad magic", "byte 4")),
+    (DoesNotFit("a", 3 << 30, {"cpu": 2 << 30}, "it is too big"), 500, ("3 GiB", "2 GiB on cpu", "it is too big")),
+    (LoadFailed("a", "no tensors", 10.0, out_of_memory=True), 500, ("no tensors", "out of memory", "10s")),
+    (LoadTimeout("a", waited_s=300.0), 500, ("5m", "load_timeout")),
+    (RunnerCrashed("a", 7, "killed by signal 9"), 500, ("runner 7", "signal 9")),
+    (LeaseReleased("a"), 500, ("'a'", "released", "acquire")),
+    (SchedulerBroken("KeyError: 3"), 500, ("KeyError: 3", "report")),
+    (RequestCancelled("a"), 499, ("cancelled",)),
+    (AcquireTimeout("a", 1.5, waiting_for="memory of 'b'"), 500, ("1.5s", "memory of 'b'")),
+    (SchedulerClosed(), 500, ("closed",)),
+    (UnsupportedOption("num_parallel", 4, "embedders take 1"), 400, ("num_parallel=4", "embedders take 1")),
+    (InvalidSettings("max_queue", 0, "at least 1"), 400, ("max_queue", "0", "at least 1")),
+    (EngineMissing("llama", "pip install 'loadmaster[llama]'"), 500, ("llama", "pip install")),
+    (EngineError(500, "slot unavailable"), 500, ("500", "slot unavailable")),
+]
+each_example = pytest.mark.parametrize(
+    ("error", "status", "words"), EXAMPLES, ids=[type(error).__name__ for error, _, _ in EXAMPLES]
+)
+
+
+@each_example
+def test_s34_every_kind_has_its_http_status(error: SchedulerError, status: int, words: tuple[str, ...]) -> None:
+    """S34: wrong input 400, missing file 404, cancelled 499, queue full 503, anything else 500."""
+    assert error.status == status
+
+
+@each_example
+def test_the_sentence_names_the_numbers(error: SchedulerError, status: int, words: tuple[str, ...]) -> None:
+    """Who reads only the text learns the same as who reads the fields."""
+    assert [word for word in words if word not in str(error)] == []
+
+
+@each_example
+def test_every_kind_survives_pickling(error: SchedulerError, status: int, words: tuple[str, ...]) -> None:
+    """An error may cross a process boundary; fields, text and notes arrive."""
+    error.add_note("seen by the child")
+    copy = pickle.loads(pickle.dumps(error))
+    assert (type(copy), repr(copy), str(copy), copy.__notes__) == (
+        type(error),
+        repr(error),
+        str(error),
+        ["seen by the child"],
+    )
+
+
+def test_every_kind_has_an_example() -> None:
+    """A new kind of error cannot be added without being tested here."""
+    kinds = {each for _, each in inspect.getmembers(errors, inspect.isclass) if issubclass(each, SchedulerError)}
+    assert kinds - {type(error) for error, _, _ in EXAMPLES} == {SchedulerError}
+
+
+def test_every_kind_can_be_imported_by_its_public_name() -> None:
+    """`__all__` names every error."""
+    assert {type(error).__name__ for error, _, _ in EXAMPLES} <= set(errors.__all__)
+
+
+def test_a_timeout_is_also_pythons_own() -> None:
+    """`except TimeoutError` catches it, whatever it was constructed with."""
+    with pytest.raises(TimeoutError):
+        raise AcquireTimeout(model="a", timeout_s=2, waiting_for="its load")
+
+
+def test_a_load_timeout_is_a_failed_load() -> None:
+    """Who handles failed loads handles stalled ones too, with the same fields."""
+    error: LoadFailed = LoadTimeout("a", 300.0)
+    assert (error.model, error.out_of_memory, error.retry_after_s) == ("a", False, None)
+
+
+@pytest.mark.parametrize("kind", [InvalidSettings, UnsupportedOption])
+def test_wrong_input_is_a_value_error(kind: type[SchedulerError]) -> None:
+    """`except ValueError` catches it."""
+    assert issubclass(kind, ValueError)
+
+
+def test_the_numbers_of_does_not_fit_are_a_copy() -> None:
+    """What the scheduler does later with its own mapping does not change the error."""
+    free = {"cpu": 1}
+    error = DoesNotFit("a", 2, free, "it is too big")
+    free["cpu"] = 5
+    assert error.free_bytes == {"cpu": 1}
+
+
+@pytest.mark.parametrize(("status_code", "status"), [(400, 400), (413, 400), (501, 400), (401, 500), (503, 500)])
+def test_s34_an_engines_refusal_of_the_input_is_a_400(status_code: int, status: int) -> None:
+    """S34: what the engine says of the request is the caller's; a wrong key or a busy engine is not."""
+    assert EngineError(status_code, "no").status == status
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [
+        (0, "0 bytes"),
+        (1023, "1023 bytes"),
+        (1024, "1 KiB"),
+        (1536 << 20, "1.5 GiB"),
+        ((1 << 30) - 1, "1 GiB"),
+        (-(2 << 20), "-2 MiB"),
+        (5 << 60, "5120 PiB"),
+    ],
+)
+def test_bytes_are_written_in_binary_units(count: int, text: str) -> None:
+    """One decimal at most, and never 1024 of a smaller unit."""
+    assert format_bytes(count) == text
+
+
+@pytest.mark.parametrize(
+    ("duration_s", "text"),
+    [
+        (0, "0s"),
+        (0.25, "250ms"),
+        (0.9999, "1s"),
+        (2.5, "2.5s"),
+        (59.99, "1m"),
+        (90, "1m30s"),
+        (5400, "1h30m"),
+        (float("inf"), "forever"),
+    ],
+)
+def test_durations_are_written_as_they_may_be_given(duration_s: float, text: str) -> None:
+    """The text is one that `parse_duration` takes."""
+    assert format_duration(duration_s) == text

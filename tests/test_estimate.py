@@ -1,0 +1,367 @@
+"""What a runner would take: resolved options, what serves what, and bytes against those of real children."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import subprocess
+import sys
+from dataclasses import astuple, fields, replace
+from pathlib import Path
+
+import psutil
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fsm.estimate import (
+    CACHE_BLOCK_BYTES,
+    MIB,
+    ONE_AT_A_TIME,
+    PROMPT_CACHE_BYTES,
+    Footprint,
+    ModelInfo,
+    Options,
+    estimate,
+    micro_batch,
+    prompt_cache_bytes,
+    resolve,
+    serves,
+)
+from scheduler.metadata import read_metadata
+from tests.tiny_models import write_tiny_model
+
+A_MODEL = ModelInfo(
+    architecture="llama",
+    context_trained=8192,
+    embedding_length=576,
+    feed_forward_length=1536,
+    vocabulary=49152,
+    heads=9,
+    heads_kv=(3,) * 30,
+    key_length=64,
+    value_length=64,
+    sliding_window=0,
+    layers_bytes=(2_216_448,) * 30,
+    input_bytes=30_081_024,
+    output_bytes=2304,
+    file_bytes=98_362_432,
+    extra_bytes=0,
+    embedding=False,
+    vision=False,
+)
+EMBEDDER = replace(A_MODEL, embedding=True)
+VISION = replace(A_MODEL, vision=True)
+AUTOMATIC = Options()
+EIGHT_BIT = Options(cache_type_k="q8_0", cache_type_v="q8_0")
+
+CHANGES = {
+    "num_batch": 256,
+    "num_gpu": 3,
+    "main_gpu": 1,
+    "num_thread": 2,
+    "use_mmap": False,
+    "flash_attention": False,
+    "cache_type_k": "q8_0",
+    "cache_type_v": "q8_0",
+}
+
+some_options = st.builds(
+    Options,
+    num_ctx=st.none() | st.integers(-1, 20_000),
+    num_batch=st.none() | st.integers(0, 20_000),
+    num_gpu=st.none() | st.integers(-1, 40),
+    main_gpu=st.none() | st.integers(0, 1),
+    num_thread=st.none() | st.integers(1, 8),
+    num_parallel=st.none() | st.integers(0, 8),
+    use_mmap=st.none() | st.booleans(),
+    flash_attention=st.none() | st.booleans(),
+    cache_type_k=st.none() | st.sampled_from(sorted(CACHE_BLOCK_BYTES)),
+    cache_type_v=st.none() | st.sampled_from(sorted(CACHE_BLOCK_BYTES)),
+)
+UNSHARED = replace(A_MODEL, architecture="qwen3next", context_trained=0)
+some_models = st.sampled_from([A_MODEL, EMBEDDER, VISION, UNSHARED])
+
+
+def total(footprint: Footprint) -> int:
+    """The bytes of a runner that is wholly on the host."""
+    layers_bytes, *others, _ = astuple(footprint)
+    return int(sum(layers_bytes) + sum(others))
+
+
+def cost(info: ModelInfo = A_MODEL, options: Options = AUTOMATIC) -> Footprint:
+    return estimate(info, resolve(info, options))
+
+
+def cache(footprint: Footprint, info: ModelInfo = A_MODEL) -> int:
+    """The bytes of the KV cache."""
+    return sum(footprint.layers_bytes) - sum(info.layers_bytes)
+
+
+# resolve
+
+
+def test_what_is_not_named_gets_the_defaults() -> None:
+    """Context 4096, batch 512, one slot, f16; what the engine or the placement decides stays open."""
+    expected = Options(num_ctx=4096, num_batch=512, num_parallel=1, cache_type_k="f16", cache_type_v="f16")
+    assert resolve(A_MODEL, Options()) == expected
+
+
+@given(some_models, some_options)
+def test_resolving_twice_changes_nothing(info: ModelInfo, options: Options) -> None:
+    """Whatever was asked."""
+    assert resolve(info, resolve(info, options)) == resolve(info, options)
+
+
+@pytest.mark.parametrize("num_ctx", [-1, 0, 3, 4])
+def test_s01_a_context_below_4_becomes_4(num_ctx: int) -> None:
+    """S01: the least that makes sense to an engine."""
+    assert resolve(A_MODEL, Options(num_ctx=num_ctx)).num_ctx == 4
+
+
+def test_s01_a_vision_model_gets_at_least_2048() -> None:
+    """S01: an image alone takes hundreds of tokens."""
+    assert resolve(VISION, Options(num_ctx=512)).num_ctx == 2048
+    assert resolve(VISION, Options(num_ctx=3000)).num_ctx == 3000
+
+
+@pytest.mark.parametrize("asked", [None, 2048, 4096, 100_000])
+def test_a_context_is_never_larger_than_trained(asked: int | None) -> None:
+    """Asked for or not; where the training context is not known nothing limits it."""
+    assert resolve(replace(A_MODEL, context_trained=1024), Options(num_ctx=asked)).num_ctx == 1024
+    assert resolve(replace(A_MODEL, context_trained=0), Options(num_ctx=asked)).num_ctx == (asked or 4096)
+
+
+@pytest.mark.parametrize("asked", [None, -2, 0, 1])
+def test_s22_there_is_at_least_one_slot(asked: int | None) -> None:
+    """S22: whatever was asked."""
+    assert resolve(A_MODEL, Options(num_parallel=asked)).num_parallel == 1
+
+
+def test_s22_an_embedder_has_one_slot() -> None:
+    """S22: while the same model has as many as asked when it generates."""
+    assert resolve(EMBEDDER, Options(num_parallel=4)).num_parallel == 1
+    assert resolve(A_MODEL, Options(num_parallel=4)).num_parallel == 4
+
+
+@pytest.mark.parametrize("family", ["mllama", "qwen3vl", "qwen3vlmoe", "qwen35", "lfm2moe", "nemotron_h_omni"])
+def test_s22_families_that_cannot_share_have_one_slot(family: str) -> None:
+    """S22: from one table."""
+    assert family in ONE_AT_A_TIME
+    assert resolve(replace(A_MODEL, architecture=family), Options(num_parallel=4)).num_parallel == 1
+
+
+def test_a_batch_is_never_larger_than_all_contexts() -> None:
+    """Of all slots together."""
+    assert resolve(A_MODEL, Options(num_ctx=100, num_parallel=3)).num_batch == 300
+    assert resolve(A_MODEL, Options(num_batch=9999)).num_batch == 4096
+
+
+@pytest.mark.parametrize("asked", [None, 64, 9999])
+def test_an_embedder_takes_a_whole_context_in_one_pass(asked: int | None) -> None:
+    """llama.cpp refuses a pooled input that is longer than a pass."""
+    options = resolve(EMBEDDER, Options(num_ctx=1000, num_batch=asked))
+    assert (options.num_batch, micro_batch(EMBEDDER, options)) == (1000, 1000)
+
+
+def test_a_generating_model_computes_512_tokens_in_a_pass() -> None:
+    """However large the batch is."""
+    assert micro_batch(A_MODEL, resolve(A_MODEL, Options(num_batch=2048))) == 512
+
+
+# serves
+
+
+@given(some_models, some_options)
+def test_s30_a_runner_serves_what_it_was_loaded_for(info: ModelInfo, asked: Options) -> None:
+    """S30: even where the wish was beyond what the model can have; else it would be loaded again and again."""
+    assert serves(resolve(info, asked), asked, info)
+
+
+@given(some_models, some_options)
+def test_s30_a_runner_serves_who_names_nothing(info: ModelInfo, options: Options) -> None:
+    """S30: automatic values never cause a reload."""
+    assert serves(resolve(info, options), Options())
+
+
+@pytest.mark.parametrize("name", ["num_ctx", "num_parallel"])
+def test_s30_a_larger_runner_serves_a_smaller_wish(name: str) -> None:
+    """S30: in context or slots, and not the other way round."""
+    small = Options(num_ctx=1024, num_parallel=2)
+    large = replace(small, **{name: 2048})  # type: ignore[arg-type]  # both options are numbers
+    assert serves(resolve(A_MODEL, large), small)
+    assert not serves(resolve(A_MODEL, small), large)
+
+
+@pytest.mark.parametrize(("name", "value"), CHANGES.items())
+def test_s30_any_other_difference_needs_a_reload(name: str, value: object) -> None:
+    """S30: unless the runner has just that."""
+    asked = Options(**{name: value})  # type: ignore[arg-type]  # each value is of its option's type
+    assert not serves(resolve(A_MODEL, Options()), asked, A_MODEL)
+    assert serves(resolve(A_MODEL, asked), asked)
+
+
+def test_s30_every_option_is_compared() -> None:
+    """S30: an option that is added later is not forgotten."""
+    assert {each.name for each in fields(Options)} == {*CHANGES, "num_ctx", "num_parallel"}
+
+
+def test_s30_a_negative_num_gpu_matches_any() -> None:
+    """S30: it means automatic."""
+    assert serves(resolve(A_MODEL, Options(num_gpu=7)), Options(num_gpu=-1))
+    assert not serves(resolve(A_MODEL, Options(num_gpu=-1)), Options(num_gpu=7))
+
+
+def test_s30_a_larger_embedder_serves_a_smaller_wish() -> None:
+    """S30: its batch follows from its context, and is no difference of its own."""
+    assert serves(resolve(EMBEDDER, Options()), Options(num_ctx=512, num_batch=512, num_parallel=4), EMBEDDER)
+
+
+# estimate
+
+
+def test_the_cache_is_what_the_engine_reports() -> None:
+    """As llama.cpp prints it: 45 MiB for SmolLM2 in f16, 51 MiB for a wider model in q8_0 with four slots."""
+    assert cache(cost(options=Options(num_ctx=2048))) == 45 * MIB
+    wide = replace(A_MODEL, heads=8, heads_kv=(4,) * 12, layers_bytes=(5_000_000,) * 12)
+    options = replace(EIGHT_BIT, num_ctx=2048, num_parallel=4)
+    assert cache(cost(wide, options), wide) == 51 * MIB
+
+
+@pytest.mark.parametrize("cache_type", sorted(CACHE_BLOCK_BYTES))
+def test_the_cache_goes_with_its_type(cache_type: str) -> None:
+    """By ggml's block sizes; keys and values each for themselves."""
+    plain = cache(cost())
+    keys = cache(cost(options=Options(cache_type_k=cache_type)))
+    both = cache(cost(options=Options(cache_type_k=cache_type, cache_type_v=cache_type)))
+    assert both == plain * CACHE_BLOCK_BYTES[cache_type] // CACHE_BLOCK_BYTES["f16"]
+    assert keys - plain == (both - plain) // 2
+
+
+def test_a_slot_s_cache_is_rounded_up_to_256_tokens() -> None:
+    """As llama.cpp pads it."""
+    small, padded = (cost(options=Options(num_ctx=size, num_parallel=3)) for size in (100, 256))
+    assert cache(small) == cache(padded) > 0
+
+
+def test_sliding_layers_cache_their_window_only() -> None:
+    """5 of 6 layers of gemma3 hold the window and a pass: 4096 and 1024 tokens, as llama.cpp prints it."""
+    gemma = replace(A_MODEL, architecture="gemma3", sliding_window=512, heads_kv=(2,) * 12, layers_bytes=(0,) * 12)
+    layers = cost(gemma).layers_bytes
+    assert layers == (1024 * 2 * 128 * 2,) * 5 + (4096 * 2 * 128 * 2,) + (1024 * 2 * 128 * 2,) * 5 + layers[5:6]
+
+
+def test_layers_without_attention_and_encoders_have_no_cache() -> None:
+    """Only what attends has keys and values, and an encoder keeps none."""
+    mixed = replace(A_MODEL, heads_kv=(0, 3, *A_MODEL.heads_kv[2:]))
+    assert cost(mixed).layers_bytes[0] == mixed.layers_bytes[0] < cost(mixed).layers_bytes[1]
+    assert cache(cost(replace(EMBEDDER, architecture="nomic-bert"))) == 0
+
+
+@pytest.mark.parametrize(
+    ("info", "options", "expected_mib"),
+    [
+        (A_MODEL, Options(num_ctx=512), 15.14),
+        (A_MODEL, Options(num_ctx=8192), 22.64),
+        (A_MODEL, Options(num_ctx=2048, flash_attention=False), 47.51),
+        (EMBEDDER, Options(num_ctx=512), 102.15),
+    ],
+)
+def test_the_compute_buffer_is_what_the_engine_reports(info: ModelInfo, options: Options, expected_mib: float) -> None:
+    """For SmolLM2, as llama.cpp prints it; an embedder computes the logits of all its tokens."""
+    assert cost(info, options).compute_bytes / MIB == pytest.approx(expected_mib, rel=0.05)
+
+
+def test_what_lies_beside_the_model_goes_with_its_output() -> None:
+    """Adapters and projectors are on a GPU when the last layer is."""
+    assert cost(replace(A_MODEL, extra_bytes=5 * MIB)).output_bytes - cost().output_bytes == 5 * MIB
+
+
+def test_the_prompt_cache_is_counted_as_the_engine_is_told() -> None:
+    """A sixteenth of the rest, whole MiB, at most 64; an embedder has none."""
+    options = resolve(A_MODEL, Options())
+    told = prompt_cache_bytes(A_MODEL, options)
+    assert told % MIB == 0 and told == (total(estimate(A_MODEL, options)) - told) // 16 // MIB * MIB
+    large = replace(A_MODEL, layers_bytes=(MIB * 1024,) * 30)
+    assert prompt_cache_bytes(large, options) == PROMPT_CACHE_BYTES
+    assert prompt_cache_bytes(EMBEDDER, resolve(EMBEDDER, Options())) == 0
+
+
+def test_four_bit_weights_count_twice_where_they_are_copied() -> None:
+    """Mapped and in the processor's order, if the host alone computes; Q4_1 weights (5 bits each) are not copied."""
+    layer_weights = 576 * (64 * (9 + 9 + 3 + 3) + 3 * 1536)
+    four_bit = replace(A_MODEL, layers_bytes=(layer_weights * 9 // 16,) * 30)
+    on_host, mapped = Options(num_gpu=0), sum(four_bit.layers_bytes)
+    copied = total(cost(four_bit, on_host)) - total(cost(four_bit, replace(on_host, use_mmap=False)))
+    assert copied == pytest.approx(mapped, rel=0.07)
+    assert total(cost(options=on_host)) == total(cost(options=replace(on_host, use_mmap=False)))
+
+
+@given(some_models, some_options, some_options)
+def test_asking_for_more_never_takes_less(info: ModelInfo, some: Options, other: Options) -> None:
+    """In context and slots; and no part is ever negative."""
+    less = replace(some, num_ctx=min(some.num_ctx or 0, other.num_ctx or 0), num_parallel=some.num_parallel or 1)
+    more = replace(some, num_ctx=max(some.num_ctx or 0, other.num_ctx or 0), num_parallel=(some.num_parallel or 1) + 1)
+    assert 0 < total(cost(info, less)) <= total(cost(info, more))
+
+
+CHILD = """
+import json, sys, xllamacpp
+told = json.loads(sys.argv[1])
+params = xllamacpp.CommonParams()
+params.model.path, params.port, params.ui, params.fit_params = told["path"], 0, False, False
+params.n_ctx, params.n_parallel = told["num_ctx"] * told["num_parallel"], told["num_parallel"]
+params.n_batch, params.n_ubatch, params.cache_ram_mib = told["num_batch"], told["micro_batch"], told["cache_mib"]
+params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
+params.cache_type_k = params.cache_type_v = getattr(xllamacpp.ggml_type, "GGML_TYPE_" + told["cache_type_k"].upper())
+params.embedding = told["embedding"]
+if told["embedding"]:
+    params.pooling_type = xllamacpp.llama_pooling_type.LLAMA_POOLING_TYPE_MEAN
+server = xllamacpp.Server(params)
+print(server.listening_address.removeprefix("http://"), flush=True)
+sys.stdin.read()
+"""
+
+
+def resident_bytes(path: Path, info: ModelInfo, options: Options) -> int:
+    """The resident size of a child that has loaded the model and answered a prompt that fills a context."""
+    told = {each.name: getattr(options, each.name) for each in fields(options)}
+    told |= {"path": str(path), "micro_batch": micro_batch(info, options), "embedding": info.embedding}
+    told["cache_mib"] = prompt_cache_bytes(info, options) // MIB
+    command = [sys.executable, "-c", CHILD, json.dumps(told)]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    ) as child:
+        assert child.stdin and child.stdout and options.num_ctx
+        try:
+            address = child.stdout.readline().strip()
+            tokens = [7 + position % 200 for position in range(options.num_ctx - 4)]
+            body = {"input": tokens} if info.embedding else {"prompt": tokens, "n_predict": 2}
+            connection = http.client.HTTPConnection(address, timeout=120)
+            connection.request("POST", "/v1/embeddings" if info.embedding else "/completion", json.dumps(body))
+            answer = connection.getresponse()
+            assert answer.status == 200, answer.read()
+            return int(psutil.Process(child.pid).memory_info().rss)
+        finally:
+            child.kill()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="resident sizes elsewhere mean something else")
+@pytest.mark.parametrize("embedding", [False, True], ids=["generates", "embeds"])
+@pytest.mark.parametrize(
+    ("width", "layers", "options"),
+    [
+        pytest.param(64, 2, Options(num_ctx=512), id="tiny"),
+        pytest.param(512, 6, Options(num_ctx=512), id="small"),
+        pytest.param(256, 8, replace(EIGHT_BIT, num_ctx=1024, num_parallel=4), id="slots"),
+    ],
+)
+def test_a_prediction_is_near_the_resident_size(
+    tmp_path: Path, width: int, layers: int, options: Options, embedding: bool
+) -> None:
+    """Of a real child that has filled a context: within 15 % when the formulas were fitted, 20 % on any machine."""
+    pytest.importorskip("xllamacpp")
+    path = write_tiny_model(tmp_path / "m.gguf", layers=layers, width=width, context=2048)
+    info = read_metadata(str(path), embedding=embedding)
+    resolved = resolve(info, replace(options, num_gpu=0))
+    assert total(estimate(info, resolved)) == pytest.approx(resident_bytes(path, info, resolved), rel=0.2)

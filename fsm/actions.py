@@ -8,7 +8,7 @@ from dataclasses import replace
 from fsm import commands as do
 from fsm import events as on
 from fsm.commands import Command, Refusal
-from fsm.estimate import Options
+from fsm.estimate import DeviceId, Options
 from fsm.journal import Decision, Entry, Transition
 from fsm.ledger import Placement
 from fsm.pool import Line, Model, Pool
@@ -138,7 +138,9 @@ class Actions:
         model.alone = False
         if event.num_ctx is not None and runner.options.num_ctx is not None:
             runner.options = replace(runner.options, num_ctx=event.num_ctx)
-        pool.ledger.accounts["runner", runner.id].measure(dict(event.resident))
+        account = pool.ledger.accounts["runner", runner.id]
+        account.loaded = True
+        account.measure(dict(event.resident))
         self.serve(runner, pool.lines_for(runner))
         if runner.leases:
             residency_s = pool.limits.min_residency_s
@@ -237,9 +239,8 @@ class Actions:
         else:
             self.revoke_leases(runner, reason)  # it died while it drained
         runner.process = False
-        devices = self.pool.ledger.devices
-        gpus = [gpu for gpu, _ in runner.placement.gpu_layers if gpu in devices and not devices[gpu].integrated]
-        runner.baseline = {gpu: devices[gpu].free_bytes for gpu in gpus}
+        self.replan = True  # its place among the processes is free
+        runner.awaited = self.memory_to_come(runner)
         runner.memory_by = self.pool.now + self.pool.limits.recovery_timeout_s
         self.await_memory(runner)
 
@@ -260,7 +261,7 @@ class Actions:
         self.crash(runner, reason)
         survivors = [request for request in waiting if out_of_memory and not request.survived]
         if survivors:
-            model.alone = True
+            model.alone, model.failure = True, reason
             for request in survivors:
                 request.survived = True
         else:
@@ -297,6 +298,14 @@ class Actions:
         retry_after_s = max(0.0, model.blocked_until - self.pool.now)
         return do.LoadFailed(model.id, model.failure, retry_after_s, out_of_memory)
 
+    def memory_to_come(self, runner: Runner) -> dict[DeviceId, int]:
+        """Return the free bytes by GPU that will show that a runner's memory is back: most of what it occupied."""
+        ledger, account = self.pool.ledger, self.pool.ledger.accounts["runner", runner.id]
+        samples = [ledger.devices[device] for device, _ in runner.placement.bytes if device in ledger.devices]
+        gpus = [sample.id for sample in samples if sample.kind == "gpu" and not sample.integrated]
+        part = self.pool.limits.recovery_fraction
+        return {gpu: ledger.reported_bytes(gpu) + int(part * account.occupied_bytes(gpu)) for gpu in gpus}
+
     def await_memory(self, runner: Runner) -> None:
         """Its process has gone: look until its memory is back, or the wait is over."""
         pool = self.pool
@@ -306,22 +315,19 @@ class Actions:
         pool.samples += 1
         runner.last_sample = runner.last_sample or pool.samples
         self.commands.append(do.Sample(pool.samples))
-        wait_s = pool.limits.recovery_interval_s if runner.baseline else math.inf
+        wait_s = pool.limits.recovery_interval_s if runner.awaited else math.inf
         pool.timers.set(("memory", runner.id), min(runner.memory_by, pool.now + wait_s))
 
     def memory_is_back(self, runner: Runner) -> bool:
         """Judge device by device with signed arithmetic; the host's memory is back when the process has gone."""
-        devices, account = self.pool.ledger.devices, self.pool.ledger.accounts["runner", runner.id]
-        return all(
-            devices[gpu].free_bytes - before >= self.pool.limits.recovery_fraction * account.held_bytes(gpu)
-            for gpu, before in runner.baseline.items()
-            if gpu in devices
-        )
+        devices = self.pool.ledger.devices
+        return all(devices[gpu].free_bytes >= free for gpu, free in runner.awaited.items() if gpu in devices)
 
     def unload(self, runner: Runner, reason: str) -> None:
         pool, model = self.pool, self.pool.models[runner.model]
         account = pool.ledger.accounts["runner", runner.id]
-        if account.peak and runner.loaded_at is not None:
+        unseen = [device for device, size in account.promised.items() if size and device not in account.peak]
+        if runner.loaded_at is not None and not unseen:
             split = runner.placement.gpu_layers
             model.measured[runner.told, split] = tuple((d, account.held_bytes(d)) for d in sorted(account.promised))
             model.demands.clear()

@@ -115,15 +115,16 @@ class Core:
     def _acquire(self, event: on.Acquire) -> None:
         pool, want = self.pool, event.want
         request = Request(event.request, want, event.keep_alive_s, pool.now)
-        if pool.closing:
-            self.act.reject(request, do.Closed())
-            return
         if request.id in pool.requests:
             self.late += 1  # a duplicate
             return
+        if pool.closing:
+            self.act.reject(request, do.Closed())
+            return
         model = pool.models.get(want.model)
         runner = model.current if model is not None else None
-        if runner is not None and runner.state is not LOADING and runner_serves(runner, want):
+        warm = runner is not None and runner.state is not LOADING and want.purpose is not Purpose.memory
+        if runner is not None and warm and runner_serves(runner, want):
             self.act.grant(request, runner)
             return
         if pool.queued >= pool.limits.max_queue:
@@ -134,6 +135,7 @@ class Core:
             if pool.now < model.blocked_until:
                 self.act.reject(request, self.act.load_failure(model, out_of_memory=False))
                 return
+            model.fresh = model.fresh and bool(self.act.lines_of(model))  # else it was read for somebody who left
         pool.enqueue(request)
         if event.timeout_s is not None:
             pool.timers.set(("request", request.id), pool.now + event.timeout_s)
@@ -183,15 +185,14 @@ class Core:
 
     def _sampled(self, event: on.Sampled) -> None:
         pool = self.pool
-        pool.ledger.sample(event.devices)
         for id, amounts in event.resident:
             runner = pool.runners.get(id)
             if runner is None:
                 continue
             account = pool.ledger.accounts["runner", id]
-            if runner.state is LOADING and account.resident != dict(amounts):  # its memory moves: the load is alive
+            if account.measure(dict(amounts)) and runner.state is LOADING:  # its memory moves: the load is alive
                 pool.timers.set(("load", id), pool.now + pool.limits.load_timeout_s)
-            account.measure(dict(amounts))
+        pool.ledger.sample(event.devices)
         for runner in [runner for runner in pool.runners.values() if not runner.process]:
             if event.number >= runner.last_sample and self.act.memory_is_back(runner):
                 self.act.unload(runner, "its memory is back")
@@ -209,7 +210,8 @@ class Core:
                 for line in self.act.lines_of(model):
                     if model.current is None or not runner_serves(model.current, line.want):
                         self.act.reject_line(line, refusal)
-                if not (model.current or model.pinned or model.failures or model.measured):
+                lives = any(runner.model == model.id for runner in self.pool.runners.values())
+                if not (lives or model.pinned or model.failures or model.measured):
                     del self.pool.models[model.id]  # a name that means nothing is not kept
             case info:
                 model.learn(info)
@@ -221,6 +223,8 @@ class Core:
             case on.Progress():
                 if runner.state is LOADING:
                     self.pool.timers.set(("load", runner.id), self.pool.now + self.pool.limits.load_timeout_s)
+                else:
+                    self.late += 1  # it is loaded, or given up
             case on.Loaded():
                 if runner.state is LOADING:
                     self.act.loaded(runner, event)
@@ -228,7 +232,7 @@ class Core:
                     self.late += 1  # cancelled meanwhile; it is being stopped
             case on.OutOfMemory():
                 runner.out_of_memory = True
-                if runner.state is not LOADING:
+                if runner.loaded_at is not None:
                     for other in [other for other in self.pool.runners.values() if other.current]:
                         self.act.expire(other, f"{runner.model} ran out of memory")
             case on.Unresponsive():
@@ -278,3 +282,5 @@ class Core:
                 self.act.commands.append(do.Ask(runner.id, tuple(sorted(runner.leases))))
         pool.timers.set(("plan", 0), plan.look_at)
         self.act.replan = False
+        if plan.victims or plan.memory:  # a next life may fit beside the last; what was granted is gone for good
+            self._carry_out_plan()

@@ -65,6 +65,7 @@ class Footprint:
 MIB = 1024 * 1024
 
 DEFAULT_CONTEXT = 4096  # tokens of one slot, where a request names none
+DEFAULT_EMBEDDER_CONTEXT = 512  # of a decoder that embeds: it computes and keeps the logits of every token
 LEAST_CONTEXT = 4
 LEAST_VISION_CONTEXT = 2048  # an image alone takes hundreds of tokens
 DEFAULT_BATCH = 512
@@ -86,26 +87,22 @@ ONE_AT_A_TIME = frozenset(
     }
 )  # families whose state the engine cannot keep for several slots
 
-CACHE_BLOCK_TOKENS = 32  # elements in a block of every cache type
+CACHE_BLOCK_ELEMENTS = 32  # the same for every cache type
 CACHE_BLOCK_BYTES: Mapping[str, int] = MappingProxyType(
     {"f32": 128, "f16": 64, "bf16": 64, "q8_0": 34, "q5_1": 24, "q5_0": 22, "q4_1": 20, "q4_0": 18, "iq4_nl": 18}
 )  # ggml's block sizes, by llama.cpp's names; these are the cache types there are
 
-# Architectures that llama.cpp gives no cache, and that compute no logits: encoders and diffusion models.
+# Encoders: llama.cpp gives them no cache, and they compute no logits.
 WITHOUT_CACHE = frozenset(
     {
         "bert",
-        "dream",
         "eurobert",
         "jina-bert-v2",
         "jina-bert-v3",
-        "llada",
-        "llada-moe",
         "modern-bert",
         "neo-bert",
         "nomic-bert",
         "nomic-bert-moe",
-        "rnd1",
     }
 )
 # Of this many layers in a row, all but the last see a sliding window only. Other architectures that slide are
@@ -115,7 +112,7 @@ SLIDING_PERIOD: Mapping[str, int] = MappingProxyType({"cohere2": 4, "gemma2": 2,
 CACHE_CELLS = 256  # llama.cpp rounds the cache of a slot up to a multiple of this, tokens
 
 # Measured on x86-64 with the xllamacpp wheel of October 2026, as resident bytes of the child.
-PROCESS_BYTES = 33 * MIB  # Python, the engine's library and its server, with a model of 400 KB loaded
+PROCESS_BYTES = 35 * MIB  # Python, the engine's library and its server, once it has answered
 TOKEN_BYTES = 400  # of the tokenizer, per token of the vocabulary: 200 without merges, 460 with as many merges
 
 PROMPT_CACHE_BYTES = 64 * MIB  # most that a runner's prompt cache may take
@@ -130,11 +127,9 @@ class _Shape:
 
     context: int  # tokens of one slot
     parallel: int
-    batch: int  # logical batch, tokens
-
-    @property
-    def tokens(self) -> int:
-        return self.context * self.parallel
+    batch: int  # tokens of a prompt that are worked on at once
+    micro_batch: int  # tokens of one pass
+    cells: int  # tokens that one slot's cache has room for
 
 
 def resolve(info: ModelInfo, options: Options) -> Options:
@@ -170,15 +165,12 @@ def serves(loaded: Options, asked: Options, info: ModelInfo | None = None) -> bo
 
 def micro_batch(info: ModelInfo, options: Options) -> int:
     """Tokens that the engine computes in one pass (its n_ubatch): an embedder's whole input, else at most 512."""
-    batch = _shape(info, options).batch
-    return batch if info.embedding else min(batch, LARGEST_MICRO_BATCH)
+    return _shape(info, options).micro_batch
 
 
 def prompt_cache_bytes(info: ModelInfo, options: Options) -> int:
     """The limit to give to the engine's prompt cache, which `estimate` counts: whole MiB, 0 to switch it off."""
-    footprint = _without_prompt_cache(info, options)
-    total = sum(footprint.layers_bytes) + footprint.output_bytes + footprint.host_bytes + footprint.compute_bytes
-    return 0 if info.embedding else min(PROMPT_CACHE_BYTES, total // PROMPT_CACHE_PART // MIB * MIB)
+    return _prompt_cache_bytes(info, _without_prompt_cache(info, options))
 
 
 def estimate(info: ModelInfo, options: Options) -> Footprint:
@@ -188,11 +180,12 @@ def estimate(info: ModelInfo, options: Options) -> Footprint:
     were fitted to what llama.cpp reports for its buffers, and checked against the resident size of real children.
     """
     footprint = _without_prompt_cache(info, options)
-    return replace(footprint, host_bytes=footprint.host_bytes + prompt_cache_bytes(info, options))
+    return replace(footprint, host_bytes=footprint.host_bytes + _prompt_cache_bytes(info, footprint))
 
 
 def _shape(info: ModelInfo, options: Options) -> _Shape:
-    context = DEFAULT_CONTEXT if options.num_ctx is None else options.num_ctx
+    automatic = DEFAULT_EMBEDDER_CONTEXT if _computes_every_logit(info) else DEFAULT_CONTEXT
+    context = automatic if options.num_ctx is None else options.num_ctx
     if info.vision:
         context = max(context, LEAST_VISION_CONTEXT)
     if info.context_trained > 0:
@@ -202,7 +195,8 @@ def _shape(info: ModelInfo, options: Options) -> _Shape:
     parallel = 1 if one_at_a_time else max(1, options.num_parallel or 1)
     batch = DEFAULT_BATCH if options.num_batch is None else options.num_batch
     batch = context if info.embedding else max(1, min(batch, context * parallel))
-    return _Shape(context, parallel, batch)
+    micro_batch = batch if info.embedding else min(batch, LARGEST_MICRO_BATCH)
+    return _Shape(context, parallel, batch, micro_batch, _padded(context))
 
 
 def _limited(info: ModelInfo, asked: Options) -> Options:
@@ -235,15 +229,20 @@ def _within(asked: int | None, loaded: int | None) -> bool:
     return asked is None or (loaded is not None and asked <= loaded)
 
 
+def _prompt_cache_bytes(info: ModelInfo, rest: Footprint) -> int:
+    rest_bytes = sum(rest.layers_bytes) + rest.output_bytes + rest.host_bytes + rest.compute_bytes
+    return 0 if info.embedding else min(PROMPT_CACHE_BYTES, rest_bytes // PROMPT_CACHE_PART // MIB * MIB)
+
+
 def _without_prompt_cache(info: ModelInfo, options: Options) -> Footprint:
-    host_bytes = PROCESS_BYTES + info.vocabulary * TOKEN_BYTES + info.input_bytes + _logits_bytes(info, options)
+    shape = _shape(info, options)
+    host_bytes = PROCESS_BYTES + info.vocabulary * TOKEN_BYTES + info.input_bytes + _results_bytes(info, shape)
+    layers = zip(info.layers_bytes, _caches_bytes(info, options, shape), strict=True)
     return Footprint(
-        layers_bytes=tuple(
-            weights_bytes + _cache_bytes(info, options, layer) for layer, weights_bytes in enumerate(info.layers_bytes)
-        ),
+        layers_bytes=tuple(weights_bytes + cache_bytes for weights_bytes, cache_bytes in layers),
         output_bytes=info.output_bytes + info.extra_bytes,
         host_bytes=host_bytes + _repacked_bytes(info, options),
-        compute_bytes=_compute_bytes(info, options),
+        compute_bytes=_compute_bytes(info, options, shape),
     )
 
 
@@ -251,43 +250,42 @@ def _padded(tokens: int) -> int:
     return -(-tokens // CACHE_CELLS) * CACHE_CELLS
 
 
-def _cells(info: ModelInfo, options: Options, layer: int) -> int:
-    """Tokens of one slot that this layer's cache holds (llama.cpp: llama_kv_cache_iswa, and its padding)."""
-    cells = _padded(_shape(info, options).context)
-    period = SLIDING_PERIOD.get(info.architecture, 1)
-    if info.sliding_window == 0 or layer % period == period - 1:
-        return cells
-    return min(cells, _padded(info.sliding_window + micro_batch(info, options)))
+def _caches_bytes(info: ModelInfo, options: Options, shape: _Shape) -> list[int]:
+    """Keys and values of all slots by layer; the whole of a cache is cleared, and so resident, from the start.
 
-
-def _cache_bytes(info: ModelInfo, options: Options, layer: int) -> int:
-    """Keys and values of all slots in one layer; the whole of it is cleared, and so resident, from the start."""
-    if info.architecture in WITHOUT_CACHE or layer >= len(info.heads_kv):
-        return 0
-    heads = info.heads_kv[layer]
-    keys_bytes = _row_bytes(heads * info.key_length, options.cache_type_k)
-    values_bytes = _row_bytes(heads * info.value_length, options.cache_type_v)
-    return _cells(info, options, layer) * _shape(info, options).parallel * (keys_bytes + values_bytes)
+    A sliding layer keeps its window and a pass (llama.cpp: llama_kv_cache_iswa).
+    """
+    caches_bytes = [0] * len(info.layers_bytes)
+    if info.architecture in WITHOUT_CACHE:
+        return caches_bytes
+    period = SLIDING_PERIOD.get(info.architecture, 1) if info.sliding_window else 1
+    window = min(shape.cells, _padded(info.sliding_window + shape.micro_batch))
+    for layer, heads in enumerate(info.heads_kv[: len(caches_bytes)]):
+        cells = shape.cells if layer % period == period - 1 else window
+        token_bytes = _row_bytes(heads * info.key_length, options.cache_type_k)
+        token_bytes += _row_bytes(heads * info.value_length, options.cache_type_v)
+        caches_bytes[layer] = cells * shape.parallel * token_bytes
+    return caches_bytes
 
 
 def _row_bytes(elements: int, cache_type: str | None) -> int:
     """One token's keys or values in a layer; a type that is not known counts as the largest."""
     block_bytes = CACHE_BLOCK_BYTES.get(cache_type or "f16", CACHE_BLOCK_BYTES["f32"])
-    return -(-elements * block_bytes // CACHE_BLOCK_TOKENS)
+    return -(-elements * block_bytes // CACHE_BLOCK_ELEMENTS)
 
 
-def _compute_bytes(info: ModelInfo, options: Options) -> int:
+def _compute_bytes(info: ModelInfo, options: Options, shape: _Shape) -> int:
     """The engine's compute buffer, as fitted to what llama.cpp reports over 40 models and settings of the llama family.
 
     In 4-byte floats per token of a pass, the largest of: feed-forward (three of its width and five of the model's),
     attention (five of the model's width, queries twice, keys, values; without flash attention also every head's
     scores), and for an embedder the logits. Beside it the mask: context by pass, 2 bytes, or 4 without flash attention.
     """
-    tokens = micro_batch(info, options)
+    tokens = shape.micro_batch
     widths = 5 * info.embedding_length
     heads_kv = max(info.heads_kv, default=0)
     attention = 2 * info.heads * info.key_length + heads_kv * (info.key_length + info.value_length)
-    cells = tokens if info.architecture in WITHOUT_CACHE else _padded(_shape(info, options).context)
+    cells = tokens if info.architecture in WITHOUT_CACHE else shape.cells
     mask_bytes = cells * tokens * 2
     if options.flash_attention is False:
         attention += info.heads * cells
@@ -296,12 +294,12 @@ def _compute_bytes(info: ModelInfo, options: Options) -> int:
     return tokens * 4 * (widths + max(3 * info.feed_forward_length, attention, logits)) + mask_bytes
 
 
-def _logits_bytes(info: ModelInfo, options: Options) -> int:
+def _results_bytes(info: ModelInfo, shape: _Shape) -> int:
     """The buffer that results are copied to: a slot's logits, or all tokens' logits and embeddings of an embedder."""
     if not info.embedding:
-        return 4 * info.vocabulary * _shape(info, options).parallel
+        return 4 * info.vocabulary * shape.parallel
     logits = info.vocabulary if _computes_every_logit(info) else 0
-    return 4 * (logits + info.embedding_length) * micro_batch(info, options)
+    return 4 * (logits + info.embedding_length) * shape.micro_batch
 
 
 def _computes_every_logit(info: ModelInfo) -> bool:

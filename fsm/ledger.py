@@ -42,26 +42,39 @@ class Account:
     """What one owner was promised, and what it was seen to occupy; bytes by device."""
 
     promised: dict[DeviceId, int]
-    resident: dict[DeviceId, int] = field(default_factory=dict)  # at the last look
+    resident: dict[DeviceId, int] = field(default_factory=dict)  # as last measured, on devices where that is possible
     peak: dict[DeviceId, int] = field(default_factory=dict)  # the most that was ever seen
+    counted: dict[DeviceId, int] = field(default_factory=dict)  # taken when the devices' free bytes were last read
+    loaded: bool = False  # where nothing is measured, what was promised is taken
 
-    def measure(self, amounts: Mapping[DeviceId, int]) -> None:
-        """Note what the owner was seen to occupy."""
-        self.resident = dict(amounts)
+    def measure(self, amounts: Mapping[DeviceId, int]) -> bool:
+        """Note what the owner was seen to occupy; return whether that is news."""
+        news = any(self.resident.get(device) != amount for device, amount in amounts.items())
+        self.resident |= amounts
         for device, amount in amounts.items():
             self.peak[device] = max(self.peak.get(device, 0), amount)
+        return news
+
+    def occupied_bytes(self, device: DeviceId) -> int:
+        """Return what the owner occupies, as far as is known."""
+        return self.resident.get(device, self.promised.get(device, 0) if self.loaded else 0)
+
+    def count(self) -> None:
+        """Note that the devices' free bytes have just been read: what is occupied is no longer among them."""
+        self.counted = {device: self.occupied_bytes(device) for device in (*self.promised, *self.resident)}
 
     def held_bytes(self, device: DeviceId) -> int:
         """Return what counts as taken: a process grows until its first full context, so the larger of both."""
         return max(self.promised.get(device, 0), self.peak.get(device, 0))
 
     def untouched_bytes(self, device: DeviceId) -> int:
-        """Return what was promised and is not occupied yet, so that the device still reports it as free."""
-        return max(0, self.promised.get(device, 0) - self.resident.get(device, 0))
+        """Return what was not occupied when the device was read, so that it was reported as free, but is spoken for."""
+        taken = max(self.promised.get(device, 0), self.occupied_bytes(device))
+        return max(0, taken - self.counted.get(device, 0))
 
     def copy(self) -> Account:
         """Return an independent copy."""
-        return Account(dict(self.promised), dict(self.resident), dict(self.peak))
+        return Account(dict(self.promised), dict(self.resident), dict(self.peak), dict(self.counted), self.loaded)
 
 
 @dataclass(slots=True)
@@ -82,6 +95,13 @@ class Ledger:
         for id, old in self.devices.items():
             self.shrunk |= id not in devices or devices[id].capacity_bytes < old.capacity_bytes
         self.devices = devices
+        for account in self.accounts.values():
+            account.count()
+
+    def reported_bytes(self, device: DeviceId) -> int:
+        """Return what a device would report as free now: as it was read, less what was taken since."""
+        since = sum(one.occupied_bytes(device) - one.counted.get(device, 0) for one in self.accounts.values())
+        return self.devices[device].free_bytes - since
 
     def reserve(self, owner: Owner, amounts: Iterable[tuple[DeviceId, int]]) -> None:
         """Promise `amounts` to an owner that has none yet."""

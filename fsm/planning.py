@@ -16,7 +16,7 @@ from fsm.eviction import Candidate, EvictionPolicy, choose
 from fsm.ledger import Placement
 from fsm.placement import Demand, Offload, needed, place
 from fsm.pool import Line, Model, Pool, runner_serves
-from fsm.request import Purpose, Request
+from fsm.request import ModelId, Purpose, Request
 from fsm.runner import EXPIRING, LOADING, READY, Runner, RunnerId
 
 
@@ -55,6 +55,7 @@ class _Planner:
         movable = [runner for runner in pool.runners.values() if not pool.pinned(runner)]
         self.potential = self._with(self.free, movable)
         self.claimed: set[RunnerId] = set()  # victims of earlier lines
+        self.planned: set[ModelId] = set()  # models that an earlier line is to get a runner of
         self.places = pool.max_runners() - pool.alive()  # processes that may be started now
         self.places_total = self.places + sum(runner.process for runner in leaving)
         self.loading: dict[DeviceId, int] = {}
@@ -70,19 +71,27 @@ class _Planner:
             return
         model = self.pool.models[line.want.model]
         current = model.current
-        if current is not None and current.id in self.awaited:
-            same = runner_serves(current, line.want)
-            line.waits_for = "its model to load" if same else "a load of its model with other options"
+        awaited = current is not None and current.id in self.awaited
+        if current is not None and awaited and runner_serves(current, line.want):
+            line.waits_for = "its model to load"
             return
         if not model.fresh:
             line.waits_for = "its model's metadata"
             self.plan.inspections.append(model)
             return
-        options, demand = model.demand(line.want.options)
+        options, demand = model.demand(line.want.options, host_only=not self.gpus)
         if current is not None and (options == current.told or serves(current.options, options)):
             self.plan.matches.append((line, current))
             return
-        self._consider_runner(line, model, options, demand)
+        if (offload := self._offload(line, demand, current)) is None:
+            return
+        if awaited:
+            line.waits_for = "a load of its model with other options"
+        elif model.id in self.planned:  # it has one runner at a time
+            line.waits_for = "an earlier request for its model"
+        else:
+            self.planned.add(model.id)
+            self._consider_runner(line, model, options, demand, offload)
 
     def _consider_memory(self, line: Line) -> None:
         demand = Demand(Footprint(fixed=line.want.memory))
@@ -95,13 +104,12 @@ class _Planner:
             self.plan.memory.append(request)
             self._take(line.want.memory)
 
-    def _consider_runner(self, line: Line, model: Model, options: Options, demand: Demand) -> None:
-        if (offload := self._offload(line, demand, model.current)) is None:
-            return
+    def _consider_runner(self, line: Line, model: Model, options: Options, demand: Demand, offload: Offload) -> None:
         forced = self._forced(model)
-        if not forced and self.places > 0:
+        accompanied = model.alone and not all(map(self.pool.pinned, self.pool.runners.values()))
+        if not forced and not accompanied and self.places > 0:
             placement = place(demand, offload, self._usable(), self.gpus)
-            if placement and self._may_load(placement):
+            if placement and not self._full(placement):
                 self.plan.launches.append((line, options, placement))
                 self._take(placement.bytes)
                 self._count_load(placement)
@@ -109,6 +117,8 @@ class _Planner:
                 self.places_total -= 1
                 return
         self._make_room(line, demand, offload, forced, needs_process=True)
+        if model.alone:
+            self.places = 0  # else there might always be somebody beside it
 
     def _make_room(
         self, line: Line, demand: Demand, offload: Offload, forced: Sequence[Runner], *, needs_process: bool
@@ -154,10 +164,11 @@ class _Planner:
     def _wait(self, line: Line, placement: Placement) -> None:
         """Enough is on its way already, or only a place among the loads is missing: give up a load nobody waits for."""
         line.waits_for = "memory that is on its way back"
-        if not self._may_load(placement):
+        if full := self._full(placement):
             line.waits_for = "another load to end"
             for runner in self.pool.runners.values():
-                if runner.state is LOADING and runner.id not in self.claimed | self.awaited:
+                unwanted = runner.state is LOADING and runner.id not in self.claimed | self.awaited
+                if unwanted and not self.pool.pinned(runner) and full & set(self._loading_on(runner.placement)):
                     self.plan.victims.append((runner, f"{line.want.model} needs its place among the loads"))
                     self.claimed.add(runner.id)
                     return
@@ -232,15 +243,17 @@ class _Planner:
             self.total[device] = self.total.get(device, 0) - amount
 
     def _loading_on(self, placement: Placement) -> list[DeviceId]:
-        return [gpu for gpu, _ in placement.gpu_layers] or [HOST]
+        return [device for device, amount in placement.bytes if device != HOST and amount] or [HOST]
 
     def _count_load(self, placement: Placement) -> None:
         for device in self._loading_on(placement):
             self.loading[device] = self.loading.get(device, 0) + 1
 
-    def _may_load(self, placement: Placement) -> bool:
+    def _full(self, placement: Placement) -> set[DeviceId]:
+        """Return the devices on which as many load as may, of those that it loads on."""
         limits = self.pool.limits
-        return all(
-            self.loading.get(device, 0) < (limits.loads_on_host if device == HOST else limits.loads_per_gpu)
+        return {
+            device
             for device in self._loading_on(placement)
-        )
+            if self.loading.get(device, 0) >= (limits.loads_on_host if device == HOST else limits.loads_per_gpu)
+        }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from fsm.commands import Amounts
 from fsm.estimate import Footprint, ModelInfo, Options, estimate, resolve, serves
@@ -32,19 +32,20 @@ class Model:
     alone: bool = False  # a load ran out of memory: everything else goes before the next one
     load_s: float | None = None  # how long the last load took
     measured: dict[tuple[Options, Amounts], Amounts] = field(default_factory=dict)  # (options, split) -> bytes
-    demands: dict[Options, tuple[Options, Demand]] = field(default_factory=dict)  # of this info, by what was asked
+    demands: dict[tuple[Options, bool], tuple[Options, Demand]] = field(default_factory=dict)  # of this info, as asked
 
-    def demand(self, asked: Options) -> tuple[Options, Demand]:
+    def demand(self, asked: Options, *, host_only: bool) -> tuple[Options, Demand]:
         """Return the explicit options and the demand of a runner for `asked`; the model has been inspected."""
-        if (known := self.demands.get(asked)) is None:
+        if (known := self.demands.get((asked, host_only))) is None:
             assert self.info is not None, f"{self.id} is planned before it was inspected"
             if isinstance(self.info, Footprint):
                 known = asked, Demand(self.info)
             else:
                 options = resolve(self.info, asked)
                 seen = {split: amounts for (measured, split), amounts in self.measured.items() if measured == options}
-                known = options, Demand(estimate(self.info, options), options.num_gpu, options.main_gpu, seen)
-            self.demands[asked] = known
+                footprint = estimate(self.info, replace(options, num_gpu=0) if host_only else options)
+                known = options, Demand(footprint, options.num_gpu, options.main_gpu, seen)
+            self.demands[asked, host_only] = known
         return known
 
     def learn(self, info: ModelInfo | Footprint) -> None:

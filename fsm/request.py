@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
+from types import MappingProxyType
 from typing import NewType
 
 from fsm.estimate import DeviceId, Options
@@ -13,13 +15,27 @@ RequestId = NewType("RequestId", int)
 
 
 class RequestState(Enum):
-    """The core alone writes it; a plain enum, since two more triggers a lease would triple the warm path."""
+    """The core alone writes it; a plain enum, since two more triggers a lease would triple the warm path.
 
-    queued = "queued"  # in exactly one line; not answered
-    granted = "granted"  # answered: holds a lease, or memory of its own
-    released = "released"  # final: what it held is given back, or was lost with its runner
-    rejected = "rejected"  # final: answered with a refusal
-    cancelled = "cancelled"  # final: the asker left
+    `MEANING` says what is true while in each.
+    """
+
+    queued = "queued"
+    granted = "granted"
+    released = "released"
+    rejected = "rejected"
+    cancelled = "cancelled"
+
+
+MEANING: Mapping[RequestState, str] = MappingProxyType(
+    {
+        RequestState.queued: "It waits in exactly one line and is not answered.",
+        RequestState.granted: "It is answered: it holds a lease, or memory of its own.",
+        RequestState.released: "Final: it holds nothing; what it held is given back, or was lost with its runner.",
+        RequestState.rejected: "Final: it is answered with a refusal.",
+        RequestState.cancelled: "Final: the asker left before the answer, and is told so.",
+    }
+)
 
 
 class Purpose(Enum):

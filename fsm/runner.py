@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
+from types import MappingProxyType
 from typing import NewType
 
 from fsm.estimate import DeviceId, Options
@@ -15,34 +17,45 @@ RunnerId = NewType("RunnerId", int)
 
 
 class RunnerState(Enum):
-    """The five states of a runner; each comment says what is true while in it."""
+    """The five states of a runner; `MEANING` says what is true while in each."""
 
-    loading = "loading"  # memory is reserved, the process is starting; holds no lease
-    ready = "ready"  # serving: at least one lease
-    idle = "idle"  # loaded, no lease; the keep-alive clock runs, unless it is infinite
-    expiring = "expiring"  # one way: no new lease; drains, then stops, then waits for its memory to come back
-    unloaded = "unloaded"  # final: no lease, no process, no reserved memory
+    loading = "loading"
+    ready = "ready"
+    idle = "idle"
+    expiring = "expiring"
+    unloaded = "unloaded"
 
     __hash__ = object.__hash__  # members are singletons; Enum's own hash is a Python call, twice a transition
 
 
 LOADING, READY, IDLE, EXPIRING, UNLOADED = RunnerState
 
+MEANING: Mapping[RunnerState, str] = MappingProxyType(
+    {
+        LOADING: "Its memory is reserved and its process is starting; it holds no lease.",
+        READY: "It serves: it holds at least one lease.",
+        IDLE: "It is loaded and holds no lease; its keep-alive clock runs, unless it is infinite or pinned.",
+        EXPIRING: "One way: it takes no new lease. It drains those it has, then its process is stopped, then its "
+        "memory is waited for; its reservation ends when that is back, or the wait is over.",
+        UNLOADED: "Final: no lease, no process, no reserved memory.",
+    }
+)
+
 RUNNER_TABLE = Table(
     "runner",
     RunnerState,
     [
-        Row("serve", LOADING, READY),  # the first lease
-        Row("serve", IDLE, READY),
-        Row("rest", LOADING, IDLE),  # loaded, and nobody waits
-        Row("rest", READY, IDLE),  # the last lease is back
-        Row("expire", LOADING, EXPIRING),  # the load is cancelled
-        Row("expire", READY, EXPIRING),  # must drain
-        Row("expire", IDLE, EXPIRING),
-        Row("crash", LOADING, EXPIRING),  # the process is gone or useless, and with it every lease
-        Row("crash", READY, EXPIRING),
-        Row("crash", IDLE, EXPIRING),
-        Row("unload", EXPIRING, UNLOADED, guard="holds_no_lease"),
+        Row("serve", LOADING, READY, "it is loaded, and somebody waits: the first lease"),
+        Row("serve", IDLE, READY, "the first lease of a new use"),
+        Row("rest", LOADING, IDLE, "it is loaded, and nobody waits for a lease"),
+        Row("rest", READY, IDLE, "its last lease is back"),
+        Row("expire", LOADING, EXPIRING, "its load is cancelled"),
+        Row("expire", READY, EXPIRING, "it must drain"),
+        Row("expire", IDLE, EXPIRING, "its keep-alive is over, its memory is wanted, or somebody asked for it"),
+        Row("crash", LOADING, EXPIRING, "its load has failed or stalled"),
+        Row("crash", READY, EXPIRING, "its process is gone or answers no more, and with it every lease"),
+        Row("crash", IDLE, EXPIRING, "its process is gone or answers no more"),
+        Row("unload", EXPIRING, UNLOADED, "its process is gone, and its memory is back", guard="holds_no_lease"),
     ],
     initial=LOADING,
     final=UNLOADED,
@@ -72,7 +85,7 @@ class Runner:
     out_of_memory: bool = False  # it said so; the exit that follows is judged by it
     wanted: bool = False  # its holders have been told that others wait for its memory
     last_sample: int = 0  # asked for when its process had gone; only this or a later one tells what is back
-    baseline: dict[DeviceId, int] = field(default_factory=dict)  # free bytes by GPU before its process was gone
+    awaited: dict[DeviceId, int] = field(default_factory=dict)  # free bytes by GPU that show its memory to be back
     memory_by: float = 0.0  # when the wait for its memory is over
 
     def __post_init__(self) -> None:
@@ -94,5 +107,5 @@ class Runner:
             self.id, self.model, self.told, self.placement, self.keep_alive_s, self.launched_at, self.state,
             self.options, set(self.accepted), set(self.leases), self.loaded_at, self.used_at, self.resident_until,
             self.process, self.stopping, self.expire_when_served, self.out_of_memory, self.wanted, self.last_sample,
-            dict(self.baseline), self.memory_by,
+            dict(self.awaited), self.memory_by,
         )  # fmt: skip

@@ -41,6 +41,7 @@ class Row(Generic[State]):
     trigger: str
     source: State
     destination: State
+    when: str = ""  # in words, for whoever reads the table or its diagram
     guard: str | None = None
 
 

@@ -18,6 +18,7 @@ from scheduler.errors import (
     SchedulerBroken,
     SchedulerClosed,
     SchedulerError,
+    SchedulerForked,
     UnsupportedOption,
 )
 from scheduler.hub import EventStream, Gap
@@ -51,6 +52,7 @@ __all__ = [
     "SchedulerBroken",
     "SchedulerClosed",
     "SchedulerError",
+    "SchedulerForked",
     "Settings",
     "Status",
     "UnsupportedOption",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar, overload
@@ -55,7 +55,9 @@ class RunnerClient:
         """Return the text that follows `prompt`."""
         return self._post(_completion_request(prompt, parameters), _completion_text, timeout_s)
 
-    def stream(self, messages: Messages, *, timeout_s: float | None = None, **parameters: Any) -> Iterator[str]:
+    def stream(
+        self, messages: Messages, *, timeout_s: float | None = None, **parameters: Any
+    ) -> Generator[str, None, None]:
         """Yield the answer to `messages` piece by piece; the request is sent with the first piece that is asked for.
 
         Closing the iterator stops the runner's work on it.
@@ -87,7 +89,7 @@ class RunnerClient:
 
     async def astream(
         self, messages: Messages, *, timeout_s: float | None = None, **parameters: Any
-    ) -> AsyncIterator[str]:
+    ) -> AsyncGenerator[str, None]:
         """As `stream`."""
         pieces = _Pieces()
         async with self._asend(_chat_request(messages, parameters, stream=True), timeout_s) as response:

@@ -3,9 +3,9 @@
 Four things would break this if they were not built in:
 
 * **Ctrl-C** may raise inside a step at any point, and only in the main thread. So the main thread never runs a step:
-  it wakes the driver's own thread. An exception that escapes a step all the same stops the driver and fails everybody.
-* **Finalisers** may run inside a step, in the thread that holds the lock. So `post` appends, and drains only as far as it
-  gets the lock without blocking; who holds it looks at the inbox once more after letting go.
+  it wakes the driver's own thread. An exception that escapes a step all the same stops it and fails every waiter.
+* **Finalisers** may run inside a step, in the thread that holds the lock. So `post` appends, and drains only as far as
+  it gets the lock without blocking; who holds it looks at the inbox once more after letting go.
 * **Order.** Commands are handed on under the lock, in order. `perform` only files them; it must not block, nor run the
   user's code.
 * **Exit.** The thread is a daemon; nothing joins it but `close`, which bounds its wait.
@@ -18,7 +18,7 @@ import queue
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import TypeVar, cast
 
 from fsm.commands import Command
 from fsm.core import Core
@@ -29,7 +29,26 @@ from scheduler.clock import Clock
 Value = TypeVar("Value")
 
 _LONGEST_SLEEP_S = 3600.0  # a time-out that every platform's wait accepts
+_CHECK_S = 1.0  # how often one who reads makes sure that the thread still lives
 _TICK = Tick()
+
+
+class _Look:
+    """A wish to read the core, in its place among the events."""
+
+    def __init__(self, look: Callable[[Core], object]) -> None:
+        self.look = look
+        self.done = threading.Event()
+        self.value: object = None
+        self.error: Exception | None = None
+
+    def run(self, core: Core) -> None:
+        """Read, and let the one who wished know."""
+        try:
+            self.value = self.look(core)
+        except Exception as error:
+            self.error = error
+        self.done.set()
 
 
 class Driver:
@@ -48,13 +67,12 @@ class Driver:
         self._perform = perform  # under the lock: files a command, does not block
         self._publish = publish  # under the lock: hands journal entries to those who read them
         self._fail = fail  # once, when a step raised: every waiter is to be told; again for each event after it
-        self._inbox: deque[Event] = deque()
-        self._lock = threading.Lock()  # held while a step runs; taken without blocking, but by `read`
+        self._inbox: deque[Event | _Look] = deque()
+        self._lock = threading.Lock()  # held while steps run; taken without blocking
         self._wake: queue.SimpleQueue[bool] = queue.SimpleQueue()  # its put is safe in finalisers; False: stop
         self._deadline = math.inf  # the core's, as of the last step
         self._asleep_until = -math.inf  # when the thread wakes by itself
         self._main = threading.main_thread().ident
-        self._main_reads = False  # the main thread holds the lock, or is about to
         self.broken: BaseException | None = None  # what a step raised; nothing is decided after it
         self._thread = threading.Thread(target=self._run, name="loadmaster-driver", daemon=True)
 
@@ -64,28 +82,19 @@ class Driver:
 
     def post(self, event: Event) -> None:
         """Take in an event; from any thread, in finalisers and signal handlers too. Never blocks."""
-        if threading.get_ident() == self._main:
-            try:
-                self._inbox.append(event)
-            finally:  # even if Ctrl-C came in between
-                self._wake.put(True)
-            return
-        self._inbox.append(event)
-        self._drain()
-        if self._main_reads and self._inbox:
-            self._wake.put(True)  # Ctrl-C may keep the reader from looking at the inbox again
+        self._put(event)
 
     def read(self, look: Callable[[Core], Value]) -> Value:
-        """Return what `look` finds in the core between two steps; it must be quick."""
-        is_main = threading.get_ident() == self._main
-        self._main_reads |= is_main
-        try:
-            with self._lock:
-                return look(self._core)
-        finally:
-            self._main_reads &= not is_main
-            if self._inbox:
-                self._wake.put(True)  # those who posted meanwhile went away without draining
+        """Return what `look` finds in the core after everything that this thread posted before; it must be quick."""
+        request = _Look(look)
+        self._put(request)
+        while not request.done.wait(_CHECK_S):
+            if not self._thread.is_alive():  # nobody drains for the main thread any more
+                with self._lock:
+                    return look(self._core)
+        if request.error is not None:
+            raise request.error
+        return cast(Value, request.value)
 
     def stop(self, timeout_s: float) -> bool:
         """End the thread; return whether it ended in time."""
@@ -94,13 +103,22 @@ class Driver:
             self._thread.join(timeout_s)
         return not self._thread.is_alive()
 
-    def _drain(self, *, blocking: bool = False) -> None:
-        while self._inbox and self._lock.acquire(blocking):
+    def _put(self, item: Event | _Look) -> None:
+        if threading.get_ident() == self._main:
+            try:
+                self._inbox.append(item)
+            finally:  # even if Ctrl-C came in between
+                self._wake.put(True)
+        else:
+            self._inbox.append(item)
+            self._drain()
+
+    def _drain(self) -> None:
+        while self._inbox and self._lock.acquire(blocking=False):
             try:
                 self._step_all()
             except BaseException as error:
                 self.broken = self.broken or error
-                self._inbox.clear()
                 self._fail(self.broken)
             finally:
                 self._lock.release()
@@ -109,11 +127,15 @@ class Driver:
 
     def _step_all(self) -> None:
         core, inbox = self._core, self._inbox
-        if self.broken is not None:
-            raise self.broken
         while inbox:
-            for command in core.step(self._clock(), inbox.popleft()):
-                self._perform(command)
+            event = inbox.popleft()
+            if isinstance(event, _Look):
+                event.run(core)
+            elif self.broken is not None:
+                raise self.broken
+            else:
+                for command in core.step(self._clock(), event):
+                    self._perform(command)
         self._deadline = core.deadline()
         if journal := core.journal:
             self._publish(journal)
@@ -131,4 +153,4 @@ class Driver:
             except queue.Empty:
                 self._inbox.append(_TICK)
             self._asleep_until = -math.inf  # awake: nobody needs to wake us
-            self._drain(blocking=True)
+            self._drain()

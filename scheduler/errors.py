@@ -220,6 +220,14 @@ class SchedulerClosed(SchedulerError):
 
 
 @dataclass(eq=False)
+class SchedulerForked(SchedulerError):
+    """The process was forked: its copy of a scheduler is not usable, and nothing of the parent's was touched."""
+
+    def __str__(self) -> str:
+        return "this scheduler belongs to the process that was forked: make a new one here"
+
+
+@dataclass(eq=False)
 class UnsupportedOption(SchedulerError, ValueError):
     """The engine cannot do what this option asks for."""
 
@@ -291,6 +299,7 @@ __all__ = [
     "SchedulerBroken",
     "SchedulerClosed",
     "SchedulerError",
+    "SchedulerForked",
     "UnsupportedOption",
     "format_bytes",
     "format_duration",

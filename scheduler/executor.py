@@ -23,7 +23,8 @@ from scheduler.workers import Workers
 
 log = logging.getLogger("loadmaster")
 
-_WORKERS = 8  # jobs that may block at once: inspections, loads of objects, samples, users' callbacks
+_WORKERS = 8  # jobs that may block at once: inspections, launches, samples
+_CALLERS = 4  # of the user's callbacks, which may block for as long as they like, on the scheduler too
 _STOPPERS = 2  # of their own, so that nothing can starve a stop
 _FRESH_S = 2.0  # how long an inspection waits for a sample of the devices
 _PROGRESS_S = 1.0  # progress is posted at most so often
@@ -121,6 +122,7 @@ class Executor:
         self._engine_of = engine_of
         self._post = post
         self.workers = Workers("loadmaster-worker", _WORKERS)
+        self.callers = Workers("loadmaster-caller", _CALLERS)
         self._stoppers = Workers("loadmaster-stopper", _STOPPERS)
         self._listed = listed  # the runners that the core still knows; looked at under the driver's lock
         self.lives: dict[RunnerId, Life] = {}  # one for each of them, and a few of the past; written under that lock
@@ -153,7 +155,8 @@ class Executor:
     def close(self, timeout_s: float) -> list[str]:
         """End the threads; return the names of those that hang."""
         end = time.monotonic() + timeout_s
-        return self._stoppers.close(timeout_s) + self.workers.close(max(0.0, end - time.monotonic()))
+        pools = (self._stoppers, self.workers, self.callers)
+        return [name for pool in pools for name in pool.close(max(0.0, end - time.monotonic()))]
 
     def _running(self) -> Iterator[tuple[RunnerId, Process]]:
         for id, life in list(self.lives.items()):

@@ -119,6 +119,8 @@ class Lease:
         self.release()
 
     def __del__(self) -> None:
+        if not hasattr(self, "_lock"):  # Ctrl-C came while it was made, before anything was asked for
+            return
         if self._scheduler._give_back(self._ticket) and not self._released:
             warnings.warn(f"a lease on {self.model} was never released", ResourceWarning, stacklevel=2, source=self)
 
@@ -139,13 +141,15 @@ class Lease:
             return self._client().complete(prompt, timeout_s=timeout, **parameters)
 
     @overload
-    def embed(self, text: str, *, timeout: float | None = None) -> list[float]: ...
+    def embed(self, text: str, *, timeout: float | None = None, **parameters: Any) -> list[float]: ...
     @overload
-    def embed(self, text: Sequence[str], *, timeout: float | None = None) -> list[list[float]]: ...
-    def embed(self, text: str | Sequence[str], *, timeout: float | None = None) -> list[float] | list[list[float]]:
+    def embed(self, text: Sequence[str], *, timeout: float | None = None, **parameters: Any) -> list[list[float]]: ...
+    def embed(
+        self, text: str | Sequence[str], *, timeout: float | None = None, **parameters: Any
+    ) -> list[float] | list[list[float]]:
         """Return the vector of a text, or those of several; the model must be asked for with `embedding=True`."""
         with self._talking():
-            return self._client().embed(text, timeout_s=timeout)
+            return self._client().embed(text, timeout_s=timeout, **parameters)
 
     def stream(self, messages: Messages, *, timeout: float | None = None, **parameters: Any) -> Stream:
         """Return the answer to a chat piece by piece; holds the lease until it is exhausted or closed."""
@@ -162,15 +166,17 @@ class Lease:
             return await self._client().acomplete(prompt, timeout_s=timeout, **parameters)
 
     @overload
-    async def aembed(self, text: str, *, timeout: float | None = None) -> list[float]: ...
+    async def aembed(self, text: str, *, timeout: float | None = None, **parameters: Any) -> list[float]: ...
     @overload
-    async def aembed(self, text: Sequence[str], *, timeout: float | None = None) -> list[list[float]]: ...
     async def aembed(
-        self, text: str | Sequence[str], *, timeout: float | None = None
+        self, text: Sequence[str], *, timeout: float | None = None, **parameters: Any
+    ) -> list[list[float]]: ...
+    async def aembed(
+        self, text: str | Sequence[str], *, timeout: float | None = None, **parameters: Any
     ) -> list[float] | list[list[float]]:
         """Like `embed`."""
         with self._talking():
-            return await self._client().aembed(text, timeout_s=timeout)
+            return await self._client().aembed(text, timeout_s=timeout, **parameters)
 
     def astream(self, messages: Messages, *, timeout: float | None = None, **parameters: Any) -> AsyncStream:
         """Like `stream`, for `async for`."""
@@ -220,7 +226,7 @@ class Lease:
 class Stream(Iterator[str]):
     """The pieces of an answer. Holds its lease until it is exhausted, closed, or lost to the garbage collector."""
 
-    def __init__(self, lease: Lease, pieces: Generator[str]) -> None:
+    def __init__(self, lease: Lease, pieces: Generator[str, None, None]) -> None:
         self._pieces = pieces
         self._lease: Lease | None = lease  # None: given back
         lease._begin_stream()
@@ -258,7 +264,7 @@ class Stream(Iterator[str]):
 class AsyncStream(AsyncIterator[str]):
     """Like `Stream`, for `async for`."""
 
-    def __init__(self, lease: Lease, pieces: AsyncGenerator[str]) -> None:
+    def __init__(self, lease: Lease, pieces: AsyncGenerator[str, None]) -> None:
         self._pieces = pieces
         self._lease: Lease | None = lease
         lease._begin_stream()

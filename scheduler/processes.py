@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import queue
 import selectors
 import signal
 import subprocess
@@ -17,12 +18,9 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import IO, Protocol
 
 log = logging.getLogger("loadmaster")
-
-Arguments = TypeVarTuple("Arguments")
-Result = TypeVar("Result")
 
 TAIL_BYTES = 8 << 10  # of standard error that are kept
 POLL_S = 0.05  # between looks at a process that has no pidfd
@@ -51,7 +49,6 @@ class Exit:
     reason: str = ""  # why it never started, or why it was ended although nobody asked
     tail: str = ""  # the last of what it wrote to standard error
     asked: bool = False  # it was told to stop
-    killed: bool = False  # it was ended by force, by us
 
 
 class Listener(Protocol):
@@ -90,7 +87,7 @@ class Child:
     def stop(self, grace_s: float) -> None:
         """Terminate it, and kill it and its group after `grace_s`; before its start this calls it off.
 
-        Returns at once. Again is harmless, and may shorten the grace. Does nothing in a fork of the process that made it.
+        Returns at once. Again is harmless, and may shorten the grace; in a fork of the host it does nothing.
         """
         if self.watcher is not None:
             self.watcher.post(functools.partial(self.watcher.stop, self, grace_s))
@@ -111,6 +108,11 @@ class _Run:
     asked: bool = False
     killed: bool = False
     over: bool = False
+
+    @property
+    def outputs(self) -> list[IO[bytes]]:
+        """Its standard output and error that are not closed."""
+        return [each for each in (self.process.stdout, self.process.stderr) if each is not None and not each.closed]
 
     def take_lines(self, chunk: bytes) -> list[str]:
         """Add to standard output; return the lines that are whole now."""
@@ -151,7 +153,7 @@ class Watcher:
         self._woken, self._wake = os.pipe()
         for end in (self._woken, self._wake):
             os.set_blocking(end, False)
-        self._selector.register(self._woken, selectors.EVENT_READ, self._empty_wake)
+        self._selector.register(self._woken, selectors.EVENT_READ, lambda: os.read(self._woken, _CHUNK_BYTES))
         self._calls: deque[Callable[[], None]] = deque()
         self._wake_lock = threading.RLock()  # so that no wake is written after the pipe is closed; a finaliser may post
         self._runs: dict[Child, _Run] = {}
@@ -185,8 +187,7 @@ class Watcher:
         except OSError:  # not there, not allowed, or the process is gone already and reaped by the host
             pidfd = None
         run = self._runs[child] = _Run(child, process, pidfd, time.monotonic() + PULSE_S, reason)
-        for stream in (process.stdout, process.stderr):
-            assert stream is not None
+        for stream in run.outputs:
             os.set_blocking(stream.fileno(), False)
             self._selector.register(stream, selectors.EVENT_READ, functools.partial(self._read, run, stream))
         if pidfd is not None:
@@ -202,8 +203,8 @@ class Watcher:
             kill_at = time.monotonic() + grace_s
             if not run.asked:
                 run.asked = True
-                run.send(signal.SIGTERM)
-                run.send(signal.SIGCONT)  # a stopped process ends only when it goes on
+                for number in (signal.SIGTERM, signal.SIGCONT):  # a stopped process ends only when it goes on
+                    run.send(number)
                 if run.process.stdin is not None:
                     run.process.stdin.close()
             if not run.killed:
@@ -216,7 +217,7 @@ class Watcher:
     def finish(self, child: Child, exit: Exit) -> None:
         """Tell of a child's end and forget it."""
         self._stops.pop(child, None)
-        _attempt(child.listener.ended, exit)
+        _attempt(functools.partial(child.listener.ended, exit))
         with self._changed:
             self._children.discard(child)
             self._changed.notify_all()
@@ -225,25 +226,23 @@ class Watcher:
         """Kill every child that is left, reap it, and end the thread; return whether that was done in time."""
         end = time.monotonic() + timeout_s
         with self._changed:
-            for child in tuple(self._children):
+            for child in self._children:
                 child.stop(0.0)
             self._changed.wait_for(lambda: not self._children, timeout_s)
-        self.post(self._finish_watching)
+        self._ending = True  # the thread goes on while there are children
+        self.post(lambda: None)
         self._thread.join(max(0.0, end - time.monotonic()))
         return not self._thread.is_alive()
 
-    def _finish_watching(self) -> None:
-        self._ending = True
-
     def _watch(self) -> None:
-        while not (self._ending and not self._runs):
+        while self._children or not self._ending:
             for key, _ in self._selector.select(self._wait_s()):
                 _attempt(key.data)
             while self._calls:
                 _attempt(self._calls.popleft())
             now = time.monotonic()
             for run in tuple(self._runs.values()):
-                _attempt(self._look_at, run, now)
+                _attempt(functools.partial(self._look_at, run, now))
         with self._wake_lock:
             os.close(self._wake)
             self._wake = -1
@@ -290,7 +289,7 @@ class Watcher:
             _attempt(run.child.listener.logged)
         else:
             for line in run.take_lines(chunk):
-                _attempt(run.child.listener.printed, line)
+                _attempt(functools.partial(run.child.listener.printed, line))
         return bool(chunk)
 
     def _end(self, run: _Run) -> None:
@@ -298,100 +297,53 @@ class Watcher:
         if run.over:
             return
         run.over = True
-        for stream in (run.process.stdout, run.process.stderr):
-            assert stream is not None
-            for _ in range(_LAST_CHUNKS):
-                if not self._read(run, stream):
-                    break
+        for stream in run.outputs:
+            any(not self._read(run, stream) for _ in range(_LAST_CHUNKS))
         run.kill_group()  # before it is reaped, so that the number can't be another group's by now
         code = run.process.wait()
-        self._release(run)
-        del self._runs[run.child]
-        tail = run.tail.decode(errors="replace")
-        self.finish(run.child, Exit(code, run.reason, tail, run.asked, run.killed))
-
-    def _release(self, run: _Run) -> None:
-        """Close every descriptor of a process that is gone."""
-        for stream in (run.process.stdout, run.process.stderr):
-            if stream is not None and not stream.closed:
-                self._selector.unregister(stream)
-                stream.close()
+        for stream in run.outputs:
+            self._selector.unregister(stream)
+            stream.close()
         if run.process.stdin is not None:
             run.process.stdin.close()
         if run.pidfd is not None:
             self._selector.unregister(run.pidfd)
             os.close(run.pidfd)
-            run.pidfd = None
-
-
-class Spawner:
-    """Starts every process from one daemon thread, which lives on: children are killed when their starter's thread ends."""
-
-    def __init__(self, watcher: Watcher) -> None:
-        self._watcher = watcher
-        self._children: queue.SimpleQueue[Child | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._run, name="loadmaster-spawner", daemon=True)
-        self._thread.start()
-
-    def put(self, child: Child) -> None:
-        """Have a child started that the watcher has taken over; returns at once."""
-        self._children.put(child)
-
-    def close(self, timeout_s: float) -> bool:
-        """End the thread, after what was put before; return whether that was done in time."""
-        self._children.put(None)
-        self._thread.join(timeout_s)
-        return not self._thread.is_alive()
-
-    def _run(self) -> None:
-        while (child := self._children.get()) is not None:
-            if child.settle():
-                self._watcher.post(self._start(child))
-            del child
-
-    def _start(self, child: Child) -> Callable[[], None]:
-        """Start a process; return the news for the watcher."""
-        try:
-            process = subprocess.Popen(
-                child.program.arguments,
-                bufsize=0,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                env=child.program.environment,
-                start_new_session=True,  # a group of its own, and no Ctrl-C from the terminal
-            )
-        except Exception as error:  # a file that is not there, no memory for a process, an argument with a zero byte
-            exit = Exit(None, f"could not be started: {error or type(error).__name__}")
-            return functools.partial(self._watcher.finish, child, exit)
-        child.pid = process.pid
-        return functools.partial(self._watcher.started, child, process, _feed(process, child.program.input))
+        del self._runs[run.child]
+        self.finish(run.child, Exit(code, run.reason, run.tail.decode(errors="replace"), run.asked))
 
 
 class Processes:
-    """Starts children, watches them and ends them; its two threads begin with the first child."""
+    """Starts children, watches them and ends them; its two threads begin with the first child.
+
+    One daemon thread starts every process, and lives on: children are killed when the thread that started them ends.
+    """
 
     def __init__(self) -> None:
         self._owner = os.getpid()
         self._lock = threading.Lock()
+        self._queue: queue.SimpleQueue[Child | None] = queue.SimpleQueue()  # to be started; None: no more
         self._watcher: Watcher | None = None
-        self._spawner: Spawner | None = None
+        self._spawner: threading.Thread | None = None
         self._closed = False
 
     def start(self, child: Child) -> None:
         """Have a child started, once; returns at once, and all that follows is told to its listener.
 
-        Raises RuntimeError when closed, and in a fork of the process that made this.
+        Raises RuntimeError once closed, and in a fork of the process that made this.
         """
         if os.getpid() != self._owner:
             raise RuntimeError("a fork cannot use its parent's child processes: make a scheduler of its own")
         with self._lock:
             if self._closed:
                 raise RuntimeError("closed: no more processes are started")
-            self._watcher = self._watcher or Watcher()
-            self._spawner = self._spawner or Spawner(self._watcher)
+            if self._watcher is None:
+                self._watcher = Watcher()
+                name = "loadmaster-spawner"
+                self._spawner = threading.Thread(target=self._spawn, args=(self._watcher,), name=name, daemon=True)
+                self._spawner.start()
             self._watcher.add(child)
-            self._spawner.put(child)
+            self._queue.put(child)
 
     def close(self, timeout_s: float = CLOSE_TIMEOUT_S) -> bool:
         """Kill what is left and end the threads; return whether all was gone in time. In a fork it does nothing."""
@@ -399,20 +351,40 @@ class Processes:
             return True
         with self._lock:
             self._closed = True
-            watcher, spawner = self._watcher, self._spawner
+            if self._watcher is None or self._spawner is None:
+                return True
         end = time.monotonic() + timeout_s
-        done = watcher is None or watcher.close(timeout_s)
-        # Last, since that kills on Linux whatever is left.
-        return (spawner is None or spawner.close(max(0.0, end - time.monotonic()))) and done
+        done = self._watcher.close(timeout_s)
+        self._queue.put(None)  # last, since on Linux the end of that thread kills whatever is left
+        self._spawner.join(max(0.0, end - time.monotonic()))
+        return done and not self._spawner.is_alive()
+
+    def _spawn(self, watcher: Watcher) -> None:
+        while (child := self._queue.get()) is not None:
+            if child.settle():
+                watcher.post(_start(child, watcher))
+            del child  # an idle thread keeps nothing alive
 
 
-def _attempt(call: Callable[[Unpack[Arguments]], Result], *arguments: Unpack[Arguments]) -> Result | None:
+def _start(child: Child, watcher: Watcher) -> Callable[[], None]:
+    """Start a process; return the news for the watcher."""
+    program, pipe = child.program, subprocess.PIPE
+    try:  # a new session is a group of its own, and gets no Ctrl-C from the terminal
+        process = subprocess.Popen(
+            program.arguments, 0, None, pipe, pipe, pipe, env=program.environment, start_new_session=True
+        )
+    except Exception as error:  # a file that is not there, no memory for a process, an argument with a zero byte
+        return functools.partial(watcher.finish, child, Exit(None, f"could not be started: {error}"))
+    child.pid = process.pid
+    return functools.partial(watcher.started, child, process, _feed(process, program.input))
+
+
+def _attempt(call: Callable[[], object]) -> None:
     """Make a call that must not end the watcher's thread; what it raises is logged."""
     try:
-        return call(*arguments)
+        call()
     except Exception:
         log.exception("a call about a child process failed")
-        return None
 
 
 def _feed(process: subprocess.Popen[bytes], input: bytes) -> str:

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import NamedTuple, TypedDict
+from typing import Any, NamedTuple, TypedDict
 
 from fsm.estimate import Options
 from fsm.request import ModelId, Purpose, Want
@@ -104,7 +104,7 @@ class Registry:
 
     def _understand(self, model: Model, asking: Asking, purpose: Purpose) -> Question:
         spec = self._spec(model, asking)
-        named = {name: value for name, value in asking.items() if name not in _IDENTITY | _TIMING}
+        named: dict[str, Any] = {name: value for name, value in asking.items() if name not in _IDENTITY | _TIMING}
         for name, value in named.items():
             _check(name, value)
             if isinstance(spec, PythonModel):

@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from typing import Self, Unpack, assert_never
+from typing import Any, Self, Unpack, assert_never
 from weakref import WeakSet
 
 from fsm import commands as do
@@ -27,7 +27,7 @@ from scheduler.devices import Devices
 from scheduler.driver import Driver
 from scheduler.engines.llama import LlamaEngine
 from scheduler.engines.python import PythonEngine
-from scheduler.errors import SchedulerBroken, SchedulerClosed, SchedulerError
+from scheduler.errors import SchedulerBroken, SchedulerClosed, SchedulerError, SchedulerForked
 from scheduler.executor import Executor
 from scheduler.hub import EventStream, Hub
 from scheduler.lease import Lease
@@ -35,13 +35,13 @@ from scheduler.prober import Prober
 from scheduler.registry import Asking, Model, Question, Registry
 from scheduler.settings import Settings, parse_bytes, parse_duration
 from scheduler.status import Status, status_of
-from scheduler.ticket import Callback, FutureTicket, Ticket, settle
+from scheduler.ticket import Callback, FutureTicket, Ticket
 
 log = logging.getLogger("loadmaster")
 
 _FIRST_SAMPLE_S = 10.0  # how long a slow GPU driver may hold up the start
-_EXIT_TIMEOUT_S = 2.0  # how long leases may last when the interpreter exits without close
-_LAST_WORDS_S = 5.0  # beyond the time-outs, for killed processes to be reaped and threads to end
+_EXIT_TIMEOUT_S = 0.0  # when the interpreter exits without close, nobody is left to release a lease
+_LAST_WORDS_S = 2.0  # beyond the time-outs, for killed processes to be reaped and threads to end
 
 
 class Scheduler:
@@ -99,11 +99,10 @@ class Scheduler:
 
         def deliver(ticket: FutureTicket) -> None:
             lease = Lease(self, ticket) if ticket.error is None else None
-            if not settle(future, lease, ticket.error) and lease is not None:
+            if not ticket.settle(future, lease) and lease is not None:
                 lease.release()
 
-        ticket = self._submit(self._registry.question(model, asking), deliver)
-        future.add_done_callback(lambda done: self._withdraw(ticket) if done.cancelled() else None)
+        self._promise(future, self._registry.question(model, asking), deliver)
         return future
 
     def acquire_async(self, model: Model, **asking: Unpack[Asking]) -> Acquiring:
@@ -116,10 +115,9 @@ class Scheduler:
 
         def deliver(ticket: FutureTicket) -> None:
             self._tickets.pop(ticket.id, None)
-            settle(future, None, ticket.error)
+            ticket.settle(future, None)
 
-        ticket = self._submit(self._registry.question(model, asking, Purpose.preload), deliver)
-        future.add_done_callback(lambda done: self._withdraw(ticket) if done.cancelled() else None)
+        self._promise(future, self._registry.question(model, asking, Purpose.preload), deliver)
         return future
 
     def expire(self, model: Model, **asking: Unpack[Asking]) -> None:
@@ -226,9 +224,20 @@ class Scheduler:
         if ticket.error is not None:
             raise ticket.error
 
+    def _promise(self, future: Future[Any], question: Question, deliver: Callable[[FutureTicket], None]) -> None:
+        """Ask for a future; one that is cancelled while it waits has left."""
+        ticket = self._submit(question, deliver)
+
+        def leave(done: Future[Any]) -> None:
+            if done.cancelled():
+                self._withdraw(ticket)
+                ticket.settle(done, None)
+
+        future.add_done_callback(leave)
+
     def _submit(self, question: Question, deliver: Callable[[FutureTicket], None]) -> FutureTicket:
         """Ask and return; `deliver` is called from a worker when it is answered."""
-        ticket = FutureTicket(RequestId(next(self._ids)), question.name, self._executor.workers.put, deliver)
+        ticket = FutureTicket(RequestId(next(self._ids)), question.name, self._executor.callers.put, deliver)
         self._ask(ticket, question)
         return ticket
 
@@ -241,19 +250,21 @@ class Scheduler:
 
     def _post(self, event: on.Event) -> None:
         if self._forked:
-            raise SchedulerError("this is a forked copy of a scheduler: make a new one in the child")
+            raise SchedulerForked()
         self._driver.post(event)
 
     def _withdraw(self, ticket: Ticket) -> None:
         """The asker is gone: whatever becomes of the request, nothing of it remains."""
-        if self._tickets.pop(ticket.id, None) is not None:
-            self._driver.post(on.Cancel(ticket.id))
+        if ticket.id in self._tickets:
+            self._driver.post(on.Cancel(ticket.id))  # first: if Ctrl-C comes in between, it is only said twice
+            self._tickets.pop(ticket.id, None)
 
     def _give_back(self, ticket: Ticket) -> bool:
         """Release what a ticket holds; return False where that was done before, or it was lost."""
-        if self._tickets.pop(ticket.id, None) is None or self._forked:
+        if ticket.id not in self._tickets or self._forked:
             return False
-        self._driver.post(on.Release(ticket.id))
+        self._driver.post(on.Release(ticket.id))  # first: if Ctrl-C comes in between, it is only said twice
+        self._tickets.pop(ticket.id, None)
         return True
 
     def _listen(self, ticket: Ticket, what: str, callback: Callback) -> None:
@@ -266,12 +277,12 @@ class Scheduler:
             return happened
 
         if self._driver.read(add):
-            self._executor.workers.put(lambda: _call(callback))
+            self._executor.callers.put(lambda: _call(callback))
 
     def _notify(self, ticket: Ticket, what: str) -> None:
         for when, callback in ticket.callbacks:
             if when == what:
-                self._executor.workers.put(lambda callback=callback: _call(callback))  # type: ignore[misc]  # binds now
+                self._executor.callers.put(lambda callback=callback: _call(callback))  # type: ignore[misc]  # binds now
 
     def _perform(self, command: do.Command) -> None:
         """File one command; under the driver's lock."""

@@ -47,7 +47,7 @@ class Ticket:
 class FutureTicket(Ticket):
     """A ticket whose answer goes to a future, by way of a worker: a future's callbacks are the user's code."""
 
-    __slots__ = ("deliver", "put")
+    __slots__ = ("deliver", "once", "put")
 
     def __init__(
         self, id: RequestId, model: str, put: Callable[[Callback], None], deliver: Callable[[FutureTicket], None]
@@ -55,22 +55,22 @@ class FutureTicket(Ticket):
         super().__init__(id, model)
         self.put = put
         self.deliver = deliver
+        self.once = allocate_lock()  # taken by the one who completes the future: the answer, or its cancellation
 
     def answer(self, life: Life | None, error: BaseException | None) -> None:
         """Say what became of it; the future hears it from a worker."""
         super().answer(life, error)
         self.put(lambda: self.deliver(self))
 
-
-def settle(future: Future[Any], result: object, error: BaseException | None) -> bool:
-    """Complete a future; return False where it was cancelled before, so that nobody receives the result."""
-    if not future.set_running_or_notify_cancel():
-        return False
-    if error is not None:
-        future.set_exception(error)
-    else:
-        future.set_result(result)
-    return True
+    def settle(self, future: Future[Any], result: object) -> bool:
+        """Complete a future, once; return False where it was cancelled, so that nobody receives the result."""
+        if not self.once.acquire(blocking=False) or not future.set_running_or_notify_cancel():
+            return False
+        if self.error is not None:
+            future.set_exception(self.error)
+        else:
+            future.set_result(result)
+        return True
 
 
 def settle_in_loop(

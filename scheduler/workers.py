@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable
 
-Job = Callable[[], None]
+Job = Callable[[], object]
 
 log = logging.getLogger("loadmaster")
 

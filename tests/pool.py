@@ -166,6 +166,7 @@ class PoolUnderTest:
         self.commands: list[Command] = []  # everything that was ever said
         self.answers: dict[int, Command] = {}  # by request
         self.asked: set[int] = set()
+        self.purposes: dict[int, str] = {}  # by request, kept by whoever cares
         self.launches: dict[int, do.Launch] = {}  # by runner
         self.stops: set[int] = set()
         self._next_request = 1001  # of those that a test gives no number

@@ -18,9 +18,8 @@ from fsm import commands as do
 from fsm import events as on
 from fsm.commands import Command
 from fsm.core import Core
-from fsm.estimate import HOST, Options
+from fsm.estimate import Options
 from fsm.journal import Entry
-from fsm.ledger import DeviceSample
 from fsm.request import ModelId, Purpose, RequestId, Want
 from scheduler.clock import monotonic_clock
 from scheduler.driver import Driver
@@ -207,13 +206,16 @@ def test_time_is_kept_while_nothing_happens(start: Callable[..., Driver]) -> Non
     assert isinstance(rejected, do.Reject) and isinstance(rejected.refusal, do.TimedOut)
 
 
-def test_what_others_post_while_the_core_is_read_is_not_left_lying(start: Callable[..., Driver]) -> None:
-    """A reader holds the lock, so posters go away; their events are drained all the same."""
-    core = Watched()
-    driver = start(core)
-    sample = on.Sampled((DeviceSample(HOST, "cpu", "host", 1, 1),))
-    driver.read(lambda core: in_thread(lambda: driver.post(sample)))
-    until(lambda: core.stepped == [sample])
+def test_a_reader_sees_what_it_posted_before(start: Callable[..., Driver]) -> None:
+    """Reading has its place in the order of events, from the main thread and from others."""
+    driver = start(Core())
+    driver.post(acquire(1))
+    assert driver.read(lambda core: list(core.pool.requests)) == [1]
+    in_thread(lambda: driver.post(acquire(2)))
+    assert driver.read(lambda core: list(core.pool.requests)) == [1, 2]
+    with pytest.raises(ZeroDivisionError):
+        driver.read(lambda core: 1 // 0)
+    assert driver.broken is None
 
 
 def test_a_stop_cancels_a_launch_that_has_not_begun() -> None:

@@ -1,4 +1,4 @@
-"""The program of a runner's process: serves one model with llama.cpp's own server, until its parent stops it or is gone.
+"""The program of a runner's process: serves one model with llama.cpp's own server until its parent stops it or is gone.
 
 It is run by its path and imports nothing of this project, since every import is time to the first token. Its parent
 writes one JSON object on a line of standard input (`Request` says what is in it) and keeps that stream open: its end is
@@ -20,11 +20,10 @@ import os
 import signal
 import socket
 import sys
+from contextlib import suppress
 from typing import Any, Never, TypedDict
 
-PROMPT_CACHE_MIB = 64  # llama.cpp keeps the prompts of idle slots on the host; its own limit is 8 GiB
-MICRO_BATCH = 512  # tokens computed at once; the size of the compute buffers goes with it
-HTTP_THREADS = 4  # each slot's answer occupies one; llama.cpp adds more while all are taken
+HTTP_THREADS = 32  # each answer occupies one, and more may not come at once: probes and late requests wait then
 WARNINGS = 2  # of llama.cpp's levels of verbosity; those above tell of every request
 ANSWER_LIMIT_BYTES = 1 << 20
 ANSWER_TIMEOUT_S = 30.0
@@ -48,6 +47,8 @@ class Request(TypedDict):
     num_ctx: int  # of one slot
     num_parallel: int
     num_batch: int
+    num_micro_batch: int  # tokens computed in one pass; the size of the compute buffers goes with it
+    prompt_cache_mib: int  # of prompts that llama.cpp keeps on the host; its own limit is 8 GiB
     num_thread: int
     use_mmap: bool | None
     flash_attention: bool | None
@@ -74,11 +75,8 @@ def settle() -> None:
         import ctypes
 
         ctypes.CDLL(None).prctl(LINUX_PARENT_DEATH_SIGNAL, int(signal.SIGKILL), 0, 0, 0)
-        try:
-            with open("/proc/self/oom_score_adj", "w", encoding="ascii") as file:
-                file.write(str(OOM_SCORE))
-        except OSError:  # not allowed everywhere, and nothing depends on it
-            pass
+        with suppress(OSError), open("/proc/self/oom_score_adj", "w", encoding="ascii") as file:
+            file.write(str(OOM_SCORE))  # not allowed everywhere, and nothing depends on it
 
 
 def take_over_output() -> int:
@@ -102,10 +100,8 @@ def read_request() -> Request | None:
 
 def tell(protocol: int, event: str, **fields: object) -> None:
     """Write one line of the protocol; a parent that is gone ends this process elsewhere."""
-    try:
+    with suppress(BrokenPipeError):
         os.write(protocol, json.dumps({"event": event, **fields}).encode() + b"\n")
-    except BrokenPipeError:
-        pass
 
 
 def parameters(library: Any, request: Request) -> Any:
@@ -120,7 +116,8 @@ def parameters(library: Any, request: Request) -> Any:
     params.n_parallel = request["num_parallel"]
     params.n_ctx = request["num_ctx"] * request["num_parallel"]
     params.n_batch = request["num_batch"]
-    params.n_ubatch = min(MICRO_BATCH, params.n_batch)
+    params.n_ubatch = request["num_micro_batch"]
+    params.cache_ram_mib = request["prompt_cache_mib"]
     params.load_mode = load_mode(library, request["use_mmap"])
     params.flash_attn_type = flash_attention(library, request["flash_attention"])
     params.cache_type_k = named(library.ggml_type, "GGML_TYPE_", request["cache_type_k"])
@@ -129,7 +126,6 @@ def parameters(library: Any, request: Request) -> Any:
         cpu.n_threads = request["num_thread"]
     if request["embedding"]:
         params.embedding = True
-        params.n_ubatch = params.n_batch  # an input is embedded in one piece
         if request["pooling"] is not None:
             params.pooling_type = named(library.llama_pooling_type, "LLAMA_POOLING_TYPE_", request["pooling"])
     add_files(library, params, request)
@@ -170,7 +166,6 @@ def lock_down(params: Any, key: str) -> None:
     params.endpoint_props = False
     params.endpoint_metrics = False
     params.ui = False
-    params.cache_ram_mib = PROMPT_CACHE_MIB
     params.n_threads_http = HTTP_THREADS
 
 

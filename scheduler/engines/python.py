@@ -1,135 +1,178 @@
-"""Any Python object as a model: an embedder, a reranker, a torch model share the ledger with the rest."""
+"""Any Python object as a model: a callable that loads it, one that unloads it, and the bytes it is said to take."""
 
 from __future__ import annotations
 
-import itertools
 import logging
+import os
 import threading
+import time
+import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from fsm.estimate import DeviceId, Footprint
+from fsm.estimate import DeviceId, Footprint, Options
 from fsm.request import ModelId
 from scheduler.settings import parse_bytes
 
 if TYPE_CHECKING:
-    from fsm.estimate import Options
     from fsm.ledger import Placement
     from scheduler.engines import Report
 
 log = logging.getLogger("loadmaster")
 
-_OUT_OF_MEMORY = frozenset({"MemoryError", "OutOfMemoryError"})  # the second is torch's
+CLOSE_TIMEOUT_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
 class PythonModel:
-    """An object that `load` makes and `unload` ends, with the memory it takes, declared by device.
+    """An object that is loaded on demand and shared by lease, in this process; its name is its identity.
 
-    Both run on threads of their own. Its lease gives the object as `value`.
+    `load` and `unload` run on one thread of its own and may take as long as they need. Without `unload` the object is
+    let go of. Raises `InvalidSettings` for bytes that cannot be read.
     """
 
     name: str
     load: Callable[[], object]
-    unload: Callable[[Any], object] | None = None  # None: it is enough to forget the object
-    memory: Mapping[str, str | int] = field(default_factory=dict)  # {"cpu": "200MiB"}
+    unload: Callable[[Any], object] | None = None
+    memory: Mapping[str, str | int] = field(default_factory=dict)  # bytes by device: {"cpu": "200MiB"}
     keep_alive: str | float | None = None
-    pin: bool = False
-    priority: int = 0
+    pin: bool = False  # never given up for others
+    priority: int = 0  # higher goes first among those that wait
 
     def __post_init__(self) -> None:
-        for device, size in self.memory.items():
-            parse_bytes(size, name=f"memory of {self.name!r} on {device}")
+        parsed = {device: parse_bytes(size, name=f"memory[{device!r}]") for device, size in self.memory.items()}
+        object.__setattr__(self, "memory", parsed)
 
     def __hash__(self) -> int:
         return hash(self.name)
 
     @property
     def id(self) -> ModelId:
-        """Its identity: models of one name share one runner."""
+        """The model's identity."""
         return ModelId(f"python:{self.name}")
 
     @property
-    def declared_bytes(self) -> tuple[tuple[DeviceId, int], ...]:
-        """What it takes, by device."""
-        return tuple((DeviceId(device), parse_bytes(size)) for device, size in self.memory.items())
+    def declared(self) -> tuple[tuple[DeviceId, int], ...]:
+        """The bytes it is said to take, by device."""
+        return tuple((DeviceId(device), parse_bytes(size)) for device, size in sorted(self.memory.items()))
+
+
+class PythonProcess:
+    """The handle of one object, from the start of its load until its unload has returned.
+
+    Both run on one thread, which waits in between, since some objects may only be touched where they were made. It is a
+    daemon: what hangs in there must not hang the interpreter's exit.
+    """
+
+    pid: int | None = None  # it lives in this process
+
+    def __init__(self, model: PythonModel, report: Report, on_end: Callable[[PythonProcess], None]) -> None:
+        self.model = model
+        self._report = report
+        self._on_end = on_end
+        self._owner = os.getpid()
+        self._stop = threading.Event()
+        self._loaded = False  # load has returned, unload has not
+        self._thread = threading.Thread(target=self._live, name=f"loadmaster-object-{model.name}", daemon=True)
+
+    def begin(self) -> None:
+        """Start to load it; raises RuntimeError if there can be no more threads."""
+        self._thread.start()
+
+    def join(self, timeout_s: float) -> bool:
+        """Wait for its end; return whether it came in time."""
+        self._thread.join(timeout_s)
+        return not self._thread.is_alive()
+
+    def stop(self, grace_s: float) -> None:
+        """Have it unloaded, once its load has returned; there is no force to use after `grace_s`."""
+        if os.getpid() == self._owner:  # a fork has a copy of the object, but not the thread
+            self._stop.set()
+
+    def resident(self) -> Mapping[DeviceId, int]:
+        """Return the declared bytes from the end of its load to the end of its unload."""
+        return dict(self.model.declared) if self._loaded else {}
+
+    def healthy(self, timeout_s: float) -> bool:
+        """Return True: there is nothing to ask."""
+        return True
+
+    def _live(self) -> None:
+        try:
+            code, detail, out_of_memory = self._load_and_unload()
+            self._loaded = False
+            self._report.exited(code, detail, out_of_memory)
+        finally:
+            self._on_end(self)
+
+    def _load_and_unload(self) -> tuple[int, str, bool]:
+        """Return how it ended; the object is let go of by then."""
+        try:
+            value = self.model.load()
+        except BaseException as error:  # also what would end a program: here it is the end of a load
+            log.debug("load() of %r failed", self.model.name, exc_info=True)
+            return 1, f"load() raised {_in_words(error)}", _is_out_of_memory(error)
+        self._loaded = True
+        if not self._stop.is_set():
+            self._report.loaded(value, None, dict(self.model.declared))
+        self._stop.wait()
+        try:
+            if self.model.unload is not None:
+                self.model.unload(value)
+        except BaseException as error:
+            log.warning("unload() of %r failed", self.model.name, exc_info=True)
+            return 1, f"unload() raised {_in_words(error)}", False
+        return 0, "unloaded", False
 
 
 class PythonEngine:
-    """Runs objects in this process."""
+    """Runs `PythonModel`s; each load and unload on a daemon thread of its own, so that one may hang."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()  # guards the two below
+        self._processes: set[PythonProcess] = set()  # those that are not over
+        self._closed = False
 
     def inspect(self, model: PythonModel) -> Footprint:
-        """Return what was declared."""
-        return Footprint(fixed=model.declared_bytes)
+        """Return the bytes that were declared."""
+        return Footprint(fixed=model.declared)
 
-    def launch(self, model: PythonModel, options: Options, placement: Placement, report: Report) -> _Object:
-        """Begin to load it."""
-        return _Object(model, report)
-
-    def close(self) -> None:
-        """Nothing to do: an object whose `unload` hangs cannot be ended by force."""
-
-
-class _Object:
-    """One life of an object."""
-
-    pid = None
-    _numbers = itertools.count(1)
-
-    def __init__(self, model: PythonModel, report: Report) -> None:
-        self._model = model
-        self._report = report
-        self._lock = threading.Lock()  # guards the two below
-        self._loaded = False
-        self._stopped = False
-        self._value: object = None
-        self._run(self._load)
-
-    def stop(self, grace_s: float) -> None:
-        """Have it unloaded: now, or when its load has returned, since it holds its memory until then."""
+    def launch(self, model: PythonModel, options: Options, placement: Placement, report: Report) -> PythonProcess:
+        """Start to load an object; options and placement change nothing. Raises RuntimeError once closed."""
+        process = PythonProcess(model, report, self._forget)
         with self._lock:
-            if self._stopped:
-                return
-            self._stopped = True
-            loaded = self._loaded
-        if loaded:
-            self._run(self._unload)
-
-    def resident(self) -> Mapping[DeviceId, int]:
-        """Return what was declared, while it is there."""
-        return dict(self._model.declared_bytes) if self._loaded else {}
-
-    def healthy(self, timeout_s: float) -> bool:
-        """An object answers when it is called."""
-        return True
-
-    def _run(self, job: Callable[[], None]) -> None:
-        name = f"loadmaster-{self._model.name}-{next(self._numbers)}"
-        threading.Thread(target=job, name=name, daemon=True).start()
-
-    def _load(self) -> None:
+            if self._closed:
+                raise RuntimeError("closed: no more objects are loaded")
+            self._processes.add(process)
         try:
-            self._value = self._model.load()
-        except BaseException as error:
-            self._report.exited(1, f"{type(error).__name__}: {error}", type(error).__name__ in _OUT_OF_MEMORY)
-            return
+            process.begin()
+        except RuntimeError:  # no thread could be started
+            self._forget(process)
+            raise
+        return process
+
+    def close(self, timeout_s: float = CLOSE_TIMEOUT_S) -> None:
+        """Unload every object; loads and unloads that do not return within `timeout_s` are left to themselves."""
         with self._lock:
-            self._loaded = True
-            stopped = self._stopped
-        if stopped:
-            self._unload()
-        else:
-            self._report.loaded(self._value, None, self.resident())
+            self._closed = True
+            left = sorted(self._processes, key=lambda process: process.model.name)
+        for process in left:
+            process.stop(0.0)
+        end = time.monotonic() + timeout_s
+        for process in left:
+            if not process.join(max(0.0, end - time.monotonic())):
+                log.warning("load() or unload() of %r did not return in time", process.model.name)
 
-    def _unload(self) -> None:
-        value, self._value = self._value, None
-        detail = ""
-        try:
-            if self._model.unload is not None:
-                self._model.unload(value)
-        except BaseException as error:
-            log.warning("unloading %s failed", self._model.name, exc_info=True)
-            detail = f"its unload failed: {type(error).__name__}: {error}"
-        self._loaded = False
-        self._report.exited(0, detail, False)
+    def _forget(self, process: PythonProcess) -> None:
+        with self._lock:
+            self._processes.discard(process)
+
+
+def _in_words(error: BaseException) -> str:
+    return traceback.format_exception_only(error)[-1].strip()
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out: Python's, or by the name of the error that torch and others raise."""
+    return isinstance(error, MemoryError) or any(kind.__name__ == "OutOfMemoryError" for kind in type(error).__mro__)

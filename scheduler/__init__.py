@@ -1,5 +1,6 @@
 """Loads models on demand, keeps them warm, shares them by lease, and gives them up when a device is full."""
 
+from fsm.estimate import Options
 from scheduler.engines.python import PythonModel
 from scheduler.errors import (
     AcquireTimeout,
@@ -43,6 +44,7 @@ __all__ = [
     "LoadTimeout",
     "ModelNotFound",
     "ModelSpec",
+    "Options",
     "PythonModel",
     "QueueFull",
     "RequestCancelled",

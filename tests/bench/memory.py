@@ -49,6 +49,7 @@ def run() -> dict[str, Any]:
     imported, idle = map(int, done.stdout.split())
     runner = bytes_per_runner()
     print(
-        f"memory: imports {imported / 2**20:.1f} MiB, an idle scheduler {idle / 2**20:.2f} MiB, a runner {runner / 1024:.1f} KiB"
+        f"memory: imports {imported / 2**20:.1f} MiB, an idle scheduler {idle / 2**20:.2f} MiB more, "
+        f"the core's record of a runner and its model {runner / 1024:.1f} KiB"
     )
     return {"imports_bytes": imported, "idle_scheduler_bytes": idle, "bytes_per_runner": round(runner)}

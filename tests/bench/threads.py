@@ -36,6 +36,7 @@ def run() -> dict[str, Any]:
         left = sum(runner.leases for runner in scheduler.status().runners)
         late = scheduler._core.late
     print(
-        f"{THREADS} threads on {len(MODELS)} warm models: {rate:,.0f} leases a second; left over {left}, released twice {late}"
+        f"{THREADS} threads on {len(MODELS)} warm models: {rate:,.0f} leases a second; "
+        f"left over {left}, released twice {late}"
     )
     return {"threads": THREADS, "leases_per_second": round(rate), "left_over": left, "late_events": late}

@@ -270,8 +270,8 @@ class Core:
             if not model.inspecting:
                 model.inspecting = True
                 self.act.commands.append(do.Inspect(model.id))
-        for runner, reason in plan.victims:
-            self.act.expire(runner, reason)
+        for id, reason in plan.victims.items():
+            self.act.expire(pool.runners[id], reason)
         for request in plan.memory:
             self.act.grant_memory(request)
         for line, options, placement in plan.launches:

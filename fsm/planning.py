@@ -27,7 +27,7 @@ class Plan:
     inspections: list[Model] = field(default_factory=list)
     launches: list[tuple[Line, Options, Placement]] = field(default_factory=list)
     memory: list[Request] = field(default_factory=list)  # the program's own, to be granted
-    victims: list[tuple[Runner, str]] = field(default_factory=list)  # to expire, and why
+    victims: dict[RunnerId, str] = field(default_factory=dict)  # to expire, and why
     matches: list[tuple[Line, Runner]] = field(default_factory=list)  # served after all, as the same
     refusals: list[tuple[Line, DoesNotFit]] = field(default_factory=list)
     wanted: set[RunnerId] = field(default_factory=set)  # busy, and others wait for its memory
@@ -126,14 +126,14 @@ class _Planner:
         """Choose what to give up for a line that does not start now, and book what it will need."""
 
         def suffices(victims: Sequence[Candidate]) -> bool:
-            runners = [self.pool.runners[victim.runner] for victim in victims]
+            runners = self._unclaimed(victims)
             enough = not needs_process or self.places_total + sum(runner.process for runner in runners) > 0
             return enough and place(demand, offload, self._with(self.total, runners), self.gpus) is not None
 
         must = [self._candidate(runner, line.head) for runner in forced]
         may = self._candidates(line.head, exclude=forced)
         chosen = choose(may, must, suffices)
-        victims = [self.pool.runners[victim.runner] for victim in chosen or ()]
+        victims = self._unclaimed(chosen or ())
         self.claimed.update(runner.id for runner in victims)
         self.total = self._with(self.total, victims)
         self.places_total += sum(runner.process for runner in victims) - needs_process
@@ -155,7 +155,8 @@ class _Planner:
         if at <= self.pool.now:
             line.waits_for = f"{names} to leave"
             reason = f"{line.want.model or 'the program'} needs its memory"
-            self.plan.victims += [(self.pool.runners[victim.runner], reason) for victim in chosen]
+            for victim in chosen:
+                self.plan.victims.setdefault(victim.runner, reason)
             return
         line.waits_for = f"{names} to become idle"
         self.plan.look_at = min(self.plan.look_at, at)
@@ -169,7 +170,7 @@ class _Planner:
             for runner in self.pool.runners.values():
                 unwanted = runner.state is LOADING and runner.id not in self.claimed | self.awaited
                 if unwanted and not self.pool.pinned(runner) and full & set(self._loading_on(runner.placement)):
-                    self.plan.victims.append((runner, f"{line.want.model} needs its place among the loads"))
+                    self.plan.victims[runner.id] = f"{line.want.model} needs its place among the loads"
                     self.claimed.add(runner.id)
                     return
 
@@ -229,6 +230,10 @@ class _Planner:
             runner.used_at, self.pool.models[runner.model].load_s if runner.loaded_at is not None else None,
             len(runner.leases), max(self.pool.now, bound, runner.resident_until),
         )  # fmt: skip
+
+    def _unclaimed(self, victims: Iterable[Candidate]) -> list[Runner]:
+        """Return the runners that no earlier line counts on; a forced one may be such a line's victim already."""
+        return [self.pool.runners[victim.runner] for victim in victims if victim.runner not in self.claimed]
 
     def _with(self, free: dict[DeviceId, int], runners: Iterable[Runner]) -> dict[DeviceId, int]:
         accounts = [self.pool.ledger.accounts["runner", runner.id] for runner in runners]

@@ -12,7 +12,7 @@ from pathlib import Path
 from fsm.estimate import WITHOUT_CACHE, Options, estimate, resolve
 from fsm.placement import MEASURED_HEADROOM, PREDICTED_HEADROOM
 from scheduler.engines.llama import find_library
-from scheduler.errors import EngineMissing, InvalidModel, SchedulerError
+from scheduler.errors import EngineMissing, InvalidModel, SchedulerError, format_bytes
 from scheduler.metadata import read_metadata
 from scheduler.spec import ModelSpec
 
@@ -156,16 +156,22 @@ def players_in(folder: Path) -> tuple[tuple[Player, ...], tuple[str, ...]]:
 def make_cast(players: Sequence[Player], limit_bytes: int | None, available_bytes: int) -> Cast:
     """Give everybody a role: as many residents as fit into the limit, and a newcomer that does not fit beside them.
 
-    Without a limit one is chosen in which about half of the players fit, at most what is available.
+    Without a limit one is chosen in which about half of the players fit, at most what is available. Raises `DemoError`
+    where one of them does not even fit alone.
     """
     ranked = sorted(players, key=lambda player: (-player.predicted_bytes, player.name))
+    if (needed := _room(ranked[:1])) > (most := min(available_bytes, limit_bytes or available_bytes)):
+        raise DemoError(
+            f"{ranked[0].name} needs {format_bytes(needed)} and there are {format_bytes(most)}: leave it out, or allow "
+            "it more memory"
+        )
     if limit_bytes is None:
         count = max(1, len(ranked) // 2)
         while count > 1 and _room(ranked[:count]) > available_bytes:
             count -= 1
         limit_bytes = _room(ranked[:count])
     fitting = [count for count in range(1, len(ranked) + 1) if _room(ranked[:count]) <= limit_bytes]
-    count = max(fitting, default=1)
+    count = max(fitting)
     newcomer, others = ranked[0], ranked[1 : count + 1]
     left = limit_bytes - sum(player.predicted_bytes for player in others)
     if count == len(ranked) or newcomer.predicted_bytes * (1 + MEASURED_HEADROOM) <= left:

@@ -178,6 +178,8 @@ def summary(record: Record, now: float, expected: Collection[Feature], *, comple
         lines.append(f"  {record.missed} events were missed, so there was more than is shown here")
     lines += ["", "Memory          predicted    measured", *(_memory_line(record, player) for player in record.players)]
     lines += ["", "Seen", *(_feature_line(record, feature, feature in expected, complete) for feature in Feature)]
+    if any(feature not in expected and feature not in record.checklist.seen_at for feature in Feature):
+        lines.append("  (Not here: with these models and this limit there is no occasion for it.)")
     lines += [f"  failed: {answer.client} asked for {answer.model}: {answer.error}" for answer in failures]
     return lines
 
@@ -221,6 +223,6 @@ def _feature_line(record: Record, feature: Feature, expected: bool, complete: bo
     if (at := record.checklist.seen_at.get(feature)) is not None:
         return f"  ✓ {at - record.begin:6.2f} s  {feature.value}"
     if not expected:
-        return f"  –           {feature.value}: not with these models, which all fit at once"
+        return f"  – not here  {feature.value}"
     what = "NOT SEEN" if complete else "not yet"
     return f"  ✗ {what:<8}  {feature.value}"

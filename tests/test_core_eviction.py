@@ -157,6 +157,14 @@ def test_one_model_books_room_once() -> None:
     assert stopped(pool.feed(pool.inspection("c"))) == [1]
 
 
+def test_a_runner_is_given_up_once_for_two_who_need_it_gone() -> None:
+    """One wants its memory, the other its model with other options: both wait for the same end."""
+    pool = a_pool().ready("a", lease=1)
+    pool.feed(acquire("b", request=2), acquire("a", request=3, num_thread=2))
+    assert stopped(pool.feed(release(1))) == [1]
+    assert launched(pool.feed(exited(1))) == ["b"]
+
+
 def test_a_load_that_nobody_waits_for_goes_before_anything_else() -> None:
     """Rule 4: it is aborted when its memory is wanted."""
     pool = a_pool(each="4GiB").idle("a").loading("b", request=1)

@@ -180,8 +180,27 @@ class CoreMachine(RuleBasedStateMachine):
 
     # -- rules: what the world does -----------------------------------------------------------------------------------
 
+    @rule()
+    def answer_everything(self) -> None:
+        """The world does all that it was asked to do, and does it well."""
+        while self.inspecting:
+            self.inspect(0, bad=False)
+        for runner in sorted(self.runners_in(RunnerState.loading)):
+            self.serving.add(runner)
+            self.feed(loaded(runner))
+        for runner in sorted(self.pool.stops & set(self.alive)):
+            self.feed(exited(runner))
+        self.feed(self.pool.sample())
+
+    @rule(target=requests, model=MODELS, options=OPTIONS, keep=KEEP_ALIVES)
+    def ask_and_be_answered(self, model: str, options: dict[str, int], keep: object) -> int:
+        request = self.put(acquire, model, options, keep_alive=keep)
+        self.answer_everything()
+        self.answer_everything()
+        return request
+
     @precondition(lambda self: self.inspecting)
-    @rule(pick=PICK, bad=st.sampled_from([False, False, False, True]))
+    @rule(pick=PICK, bad=st.sampled_from([False] * 5 + [True]))
     def inspect(self, pick: int, bad: bool) -> None:
         model = self.inspecting.pop(pick % len(self.inspecting))
         found = on.Inspected(model, InvalidModel(model, "cut short")) if bad else self.pool.inspection(model)
@@ -273,7 +292,7 @@ class CoreMachine(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         if not self.closing:
-            self.pool.feed(*(unpin(model) for model in "abcdgh"))
+            self.feed(*(unpin(model) for model in "abcdgh"))
             self.settle(lambda: self.asked.keys() <= self.answered and not self.held)
         self.feed(close(10))
         self.settle(lambda: self.finished)
@@ -286,17 +305,11 @@ class CoreMachine(RuleBasedStateMachine):
         for _ in range(200):
             if is_over():
                 return
-            while self.inspecting:
-                self.inspect(0, bad=False)
-            for runner in sorted(set(self.alive) - self.serving - self.pool.stops):
-                self.load(sorted(set(self.alive) - self.serving).index(runner))
+            self.answer_everything()
             for request in sorted(self.held):
                 self.feed(release(request))
-            for runner in sorted(self.pool.stops & set(self.alive)):
-                self.feed(exited(runner))
-            self.feed(self.pool.sample())
             self.pass_time(1.0 if not is_over() else 0)
-        raise AssertionError("it does not settle")
+        raise AssertionError(f"it does not settle: {self.pool.core.snapshot()}")
 
 
 CoreMachine.TestCase.settings = settings(settings.default, stateful_step_count=60)

@@ -103,10 +103,17 @@ def test_a_wide_limit_leaves_no_newcomer() -> None:
 
 
 def test_the_limit_stays_within_what_is_available() -> None:
-    """Of six models three would fit; there is memory for one."""
+    """Of six models three would fit into half of them; there is memory for one."""
     chosen = make_cast([player(name, 100) for name in "abcdef"], None, 150 * MIB)
     assert chosen.limit_bytes <= 150 * MIB
     assert len(chosen.residents) == 1
+
+
+@pytest.mark.parametrize(("limit_bytes", "available_bytes"), [(110 * MIB, PLENTY), (None, 110 * MIB)])
+def test_a_model_that_does_not_even_fit_alone_is_named(limit_bytes: int | None, available_bytes: int) -> None:
+    """Before anything begins, with what it needs: a quarter more than is predicted."""
+    with pytest.raises(DemoError, match=r"large needs 125 MiB and there are 110 MiB"):
+        make_cast([player("small", 10), player("large", 100)], limit_bytes, available_bytes)
 
 
 def test_the_smallest_models_of_a_large_folder_play(tmp_path: Path) -> None:

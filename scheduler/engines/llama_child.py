@@ -28,6 +28,7 @@ WARNINGS = 2  # of llama.cpp's levels of verbosity; those above tell of every re
 ANSWER_LIMIT_BYTES = 1 << 20
 ANSWER_TIMEOUT_S = 30.0
 PARENT_CHECK_S = 1.0
+LOG_PAUSE_S = 0.2  # for the last of the log, where it cannot be flushed
 OOM_SCORE = 300  # of 1000: under memory pressure the kernel takes a runner rather than its host
 LINUX_PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG
 
@@ -219,6 +220,21 @@ def wait_for_the_end(parent: int) -> None:
             return
 
 
+def flush_log(library: Any) -> None:
+    """Have llama.cpp write the last of its log, which it does on a thread of its own: it says why a load failed."""
+    import ctypes
+    import time
+
+    try:  # C++ functions without arguments but a pointer, by the names that GCC and Clang give them
+        functions = ctypes.CDLL(library.xllamacpp.__file__)
+        main_log, flush = functions._Z15common_log_mainv, functions._Z16common_log_flushP10common_log
+    except (AttributeError, OSError):
+        time.sleep(LOG_PAUSE_S)
+        return
+    main_log.restype = ctypes.c_void_p
+    flush(ctypes.c_void_p(main_log()))
+
+
 def serve(protocol: int, request: Request) -> Never:
     """Load and serve; never returns, the process ends here."""
     tell(protocol, "importing")
@@ -236,6 +252,7 @@ def serve(protocol: int, request: Request) -> Never:
         server = xllamacpp.Server(params)
     except Exception as error:  # whatever it is, the parent is told in one line and the rest is on standard error
         tell(protocol, "failed", reason=f"{type(error).__name__}: {error}")
+        flush_log(xllamacpp)
         os._exit(1)
     url = server.listening_address
     tell(protocol, "loaded", url=url, num_ctx=context_of_a_slot(url, request["key"]))

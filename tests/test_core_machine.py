@@ -174,7 +174,7 @@ class CoreMachine(RuleBasedStateMachine):
     def say_a_word_about_a_model(self, model: str, how: object) -> None:
         self.feed(how(model))
 
-    @rule(max_runners=st.integers(0, 3), max_queue=st.integers(0, 6))
+    @rule(max_runners=st.integers(0, 3), max_queue=st.sampled_from([0, 2, 9, 9]))
     def configure(self, max_runners: int, max_queue: int) -> None:
         self.feed(on.Configure(max_queue, max_runners))
 

@@ -80,6 +80,13 @@ def test_an_unpin_lets_those_who_wait_for_its_memory_go_ahead() -> None:
     assert pool.feed(unpin("a")) == [Stop(1)]
 
 
+def test_a_pin_refuses_those_who_wait_for_its_memory() -> None:
+    """They could wait for ever now."""
+    pool = a_pool().ready("a", lease=1)
+    pool.feed(acquire("b", request=2))
+    assert refused(pool.feed(pin("a"))) == {2: DoesNotFit}
+
+
 def test_a_pinned_load_that_nobody_waits_for_goes_on() -> None:
     """Not even its place among the loads is taken from a pin."""
     pool = a_pool(loads_on_host=1, each="1GiB").loading("a", request=1)

@@ -57,7 +57,7 @@ def test_s02_cancelling_after_the_grant_releases_the_runner() -> None:
 
 
 def test_s03_a_loaded_runner_is_granted_at_once() -> None:
-    """S03: a warm request is answered in its own step, with its lease booked in it."""
+    """S03, D04, rule 2: a warm request is answered in its own step, with its lease booked in it."""
     pool = a_pool().idle("a")
     assert pool.feed(acquire("a", request=1)) == [Grant(1, 1)]
     assert pool.life("a").leases == {1}
@@ -216,6 +216,14 @@ def test_d03_a_renewal_beats_an_expiry_that_was_under_way() -> None:
     pool.feed(acquire("a", request=1, keep_alive="1h"), release(1))
     assert pool.advance("59m") == []
     assert pool.state("a") is RunnerState.idle
+
+
+def test_s19_an_expiry_in_use_is_never_polled_for() -> None:
+    """S19: it ends with the last lease; until then nothing is due."""
+    pool = a_pool().expiring("a", lease=1)
+    pool.advance("5m")  # a clock that was set before may be looked at once more
+    assert pool.core.deadline() == math.inf
+    assert pool.feed(release(1)) == [Stop(1)]
 
 
 def test_s20_an_expiry_happens_once() -> None:

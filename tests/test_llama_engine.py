@@ -7,6 +7,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -28,7 +29,7 @@ from scheduler.engines import Endpoint
 from scheduler.engines import llama as llama_engine
 from scheduler.engines.llama import DETAIL_BYTES, LlamaEngine, LlamaProcess, describe, usable_cores
 from scheduler.errors import InvalidModel, ModelNotFound
-from scheduler.processes import Exit
+from scheduler.processes import Child, Exit, Program
 from scheduler.spec import ModelSpec
 from tests.leaks import no_leaks
 from tests.tiny_models import write_tiny_model
@@ -362,6 +363,34 @@ def test_one_that_hangs_is_not_healthy(engine: LlamaEngine, file: Path) -> None:
     wait_until(lambda: not process.healthy(0.2))
     process.stop(GRACE_S)
     assert told.exit()[1] == "stopped while serving"
+
+
+def test_one_that_is_hard_at_work_is_healthy() -> None:
+    """A server whose connections are all taken by long answers lets a probe wait: that is no reason to end it."""
+    with (
+        socket.create_server(("127.0.0.1", 0)) as silent,
+        subprocess.Popen([sys.executable, "-c", "while True: pass"]) as busy,
+    ):
+        process = LlamaProcess(Told(), "key")
+        process.child = Child(Program((), {}), process)
+        process.child.pid = busy.pid
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        process.printed(json.dumps({"event": "loaded", "url": url, "num_ctx": 1}))
+        assert process.healthy(1.0)
+        busy.kill()
+        busy.wait()
+        assert not process.healthy(0.2)
+
+
+def test_it_outlives_the_thread_that_launched_it(engine: LlamaEngine, file: Path) -> None:
+    """The kernel's parent-death signal is about threads: children are started by one that stays."""
+    launched: list[tuple[LlamaProcess, Told]] = []
+    thread = threading.Thread(target=lambda: launched.append(launch_and_wait(engine, file)))
+    thread.start()
+    thread.join()
+    process, told = launched[0]
+    assert process.healthy(LIMIT_S)
+    assert not told.exits
 
 
 def test_a_load_that_stands_still_makes_no_progress(engine: LlamaEngine, file: Path) -> None:

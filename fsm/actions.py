@@ -52,6 +52,7 @@ class Actions:
             self.decide("granted", runner.model, f"waited {pool.now - request.queued_at:.3f} s", request.id, runner.id)
 
     def release(self, request: Request) -> None:
+        """Take back what a request was granted; the last lease lets its runner rest, expire or stop."""
         pool = self.pool
         request.state = RequestState.released
         del pool.requests[request.id]
@@ -112,6 +113,7 @@ class Actions:
         self.decide("granted", request.want.model, "memory of the program's own", request.id)
 
     def launch(self, line: Line, options: Options, placement: Placement) -> None:
+        """Begin a runner's life for those in a line; its memory is booked from here on."""
         pool = self.pool
         model = pool.models[line.want.model]
         keep_alive_s = line.head.keep_alive_s
@@ -131,6 +133,7 @@ class Actions:
             self.journal.append(Transition(pool.now, runner.id, model.id, "launch", None, LOADING, reason, 0))
 
     def loaded(self, runner: Runner, event: on.Loaded) -> None:
+        """A load succeeded: everybody who waits for it is granted, or it rests."""
         pool, model = self.pool, self.pool.models[runner.model]
         pool.timers.clear(("load", runner.id))
         runner.loaded_at = runner.used_at = pool.now
@@ -230,6 +233,7 @@ class Actions:
         self.forget_current(runner)
 
     def exited(self, runner: Runner, event: on.Exited) -> None:
+        """A process is gone, asked for or not: what that means depends on the state, and its memory is awaited."""
         reason = event.reason or f"its process exited with {event.code}"
         if runner.state is LOADING:
             self.load_failed(runner, reason, None, out_of_memory=event.out_of_memory or runner.out_of_memory)
@@ -245,6 +249,7 @@ class Actions:
         self.await_memory(runner)
 
     def unresponsive(self, runner: Runner, reason: str) -> None:
+        """A process lives but is of no use: its leases are void, and it is stopped."""
         if runner.state is LOADING:
             self.load_failed(runner, reason, None)
         elif runner.current:
@@ -324,6 +329,7 @@ class Actions:
         return all(devices[gpu].free_bytes >= free for gpu, free in runner.awaited.items() if gpu in devices)
 
     def unload(self, runner: Runner, reason: str) -> None:
+        """End a runner's life: its reservation ends, and what it took is remembered for the next."""
         pool, model = self.pool, self.pool.models[runner.model]
         account = pool.ledger.accounts["runner", runner.id]
         unseen = [device for device, size in account.promised.items() if size and device not in account.peak]
@@ -348,6 +354,7 @@ class Actions:
         ]
 
     def fire(self, runner: Runner, trigger: str, reason: str) -> None:
+        """Move a runner by a trigger of its table, and note why; nothing else changes its state."""
         source = runner.state
         RUNNER_TABLE.fire(runner, trigger)
         if self.journal is not None:

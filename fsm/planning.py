@@ -164,7 +164,8 @@ class _Planner:
 
     def _wait(self, line: Line, placement: Placement) -> None:
         """Enough is on its way already, or only a place among the loads is missing: give up a load nobody waits for."""
-        line.waits_for = "memory that is on its way back"
+        draining = [runner.model for runner in self.pool.runners.values() if runner.state is EXPIRING and runner.leases]
+        line.waits_for = f"{', '.join(draining)} to finish" if draining else "memory that is on its way back"
         if full := self._full(placement):
             line.waits_for = "another load to end"
             for runner in self.pool.runners.values():

@@ -72,12 +72,20 @@ def status_of(
             name(wait.model),
             wait.position,
             now - wait.queued_at,
-            wait.waits_for,
+            _named(wait.waits_for, snapshot, name),
             wait.gives_up_at - now,
         )
         for wait in snapshot.queue
     )
     return Status(runners, queue, snapshot.devices, problems, snapshot.closing)
+
+
+def _named(text: str, snapshot: Snapshot, name: Callable[[ModelId], str]) -> str:
+    """Return a text of the core's with names in place of identities."""
+    models = {view.model for view in snapshot.runners} | {wait.model for wait in snapshot.queue}
+    for model in sorted(models, key=len, reverse=True):
+        text = text.replace(model, name(model)) if model else text
+    return text
 
 
 def _runner_status(view: RunnerView, now: float, name: str, life: Life | None) -> RunnerStatus:

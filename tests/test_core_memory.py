@@ -137,6 +137,14 @@ def test_a_device_that_is_lost_takes_nobody_with_it() -> None:
     assert pool.launches[2].placement.gpu_layers == ()
 
 
+def test_a_reading_that_shows_a_runner_that_is_gone_is_taken_in_without_it() -> None:
+    """It began before the runner was unloaded; the devices' figures are the latest there are all the same."""
+    pool = a_pool().idle("a")
+    reading = pool.sample(number=9)
+    pool.feed(expire("a"), exited(1), reading)
+    assert pool.core.snapshot().devices[0].reported_free_bytes == 2 * GIB
+
+
 def test_strangers_that_hold_memory_make_a_request_wait_or_fail_by_what_is_there() -> None:
     """Idle runners go before anybody is refused for what other programs hold."""
     pool = a_pool(each="4GiB").idle("a")

@@ -1,15 +1,12 @@
-"""Real models in real child processes, through the public API: what they answer, when they load, and when they leave."""
+"""Real models in real child processes, through the public API: what they answer, when they load and when they go."""
 
 from __future__ import annotations
 
 import asyncio
 import gc
 import importlib.util
-import os
 import random
-import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -22,56 +19,31 @@ from fsm.journal import Decision, Transition
 from scheduler import (
     DoesNotFit,
     EngineError,
-    InvalidModel,
     Lease,
     LeaseReleased,
-    LoadFailed,
-    ModelNotFound,
     ModelSpec,
     Scheduler,
-    Settings,
     Status,
 )
-from scheduler.engines.llama import DETAIL_BYTES
-from tests.leaks import no_leaks
+from tests.real import (
+    LIMIT_S,
+    LONG,
+    ROOM_FOR_ONE,
+    ROOM_FOR_TWO,
+    SHORT,
+    is_gone,
+    quiet_end,
+    settings,
+    states,
+    until,
+    write_models,
+)
 from tests.tiny_models import write_tiny_model
-
-LIMIT_S = 20.0  # a load takes 0.1 s, or a few times that on a busy machine
-ROOM_FOR_ONE = "64MiB"  # a tiny runner takes 35 to 41 MiB, and 25 % more must be free before the first load
-ROOM_FOR_TWO = "100MiB"
-SHORT: dict[str, Any] = {"temperature": 0, "max_tokens": 12, "ignore_eos": True}
-LONG: dict[str, Any] = {"temperature": 0, "max_tokens": 900, "ignore_eos": True}  # takes more than half a second
-
-
-def settings(**arguments: Any) -> Settings:
-    """Return settings under which models stay on the host and leave the machine some cores."""
-    return Settings(**{"gpus": False, "cpu_threads": 1, **arguments})
-
-
-def until(condition: Callable[[], object], limit_s: float = LIMIT_S) -> None:
-    """Wait for a condition that other threads or processes bring about."""
-    end = time.monotonic() + limit_s
-    while not condition():
-        assert time.monotonic() < end, "it did not come about in time"
-        threading.Event().wait(0.005)
-
-
-def is_gone(pid: int | None) -> bool:
-    """Tell whether a process has ended."""
-    try:
-        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return True
-
-
-def states(scheduler: Scheduler) -> dict[str, str]:
-    """Return each model's newest runner's state."""
-    return {runner.model: runner.state for runner in scheduler.status().runners}
 
 
 @pytest.fixture(autouse=True)
-def _nothing_is_left() -> Iterator[None]:
-    with no_leaks():
+def _quiet_end(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    with quiet_end(caplog):
         yield
 
 
@@ -84,11 +56,8 @@ def scheduler() -> Iterator[Scheduler]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three tiny models, a, b and c, that were trained with a context of 1024 tokens."""
-    folder = tmp_path_factory.mktemp("models")
-    for seed, name in enumerate("abc"):
-        write_tiny_model(folder / f"{name}.gguf", seed=seed, context=1024)
-    return folder
+    """Three tiny models, a, b and c."""
+    return write_models(tmp_path_factory.mktemp("models"), "abc")
 
 
 @pytest.fixture
@@ -251,7 +220,7 @@ def test_an_idle_runner_leaves_for_another_model(folder: Path) -> None:
 
 def test_the_least_recently_used_of_two_leaves_for_a_third(folder: Path) -> None:
     """Two fit; the one that was used last stays."""
-    with Scheduler(settings(memory_limit=ROOM_FOR_TWO)) as scheduler:
+    with Scheduler(settings(memory_limit=ROOM_FOR_TWO, min_residency=0)) as scheduler:
         for name in ("a", "b", "a", "c"):
             scheduler.acquire(folder / f"{name}.gguf").release()
         assert states(scheduler) == {"a": "idle", "c": "idle"}
@@ -355,70 +324,6 @@ def test_a_pinned_model_is_not_moved(folder: Path) -> None:
         scheduler.acquire(folder / "b.gguf").release()
 
 
-# -- files that are none -----------------------------------------------------------------------------------------------
-
-
-def _truncated(path: Path, good: bytes) -> None:
-    path.write_bytes(good[:-1000])
-
-
-def _corrupt(path: Path, good: bytes) -> None:
-    path.write_bytes(good[:8] + b"\xff" * 16 + good[24:])
-
-
-WRONG: dict[str, tuple[Callable[[Path, bytes], object], str]] = {
-    "truncated": (_truncated, "file"),
-    "corrupt": (_corrupt, ""),
-    "empty": (lambda path, _: path.touch(), ""),
-    "text": (lambda path, _: path.write_text("hello" * 100), ""),
-    "directory": (lambda path, _: path.mkdir(), "directory|regular file"),
-    "fifo": (lambda path, _: os.mkfifo(path), "regular file"),
-}
-
-
-@pytest.mark.parametrize("kind", WRONG)
-def test_s11_a_file_that_is_no_model_is_refused(scheduler: Scheduler, model: Path, tmp_path: Path, kind: str) -> None:
-    """S11: with file and reason, and nothing is started; there is no back-off, for the file may be put right."""
-    make, reason = WRONG[kind]
-    path = tmp_path / "wrong.gguf"
-    make(path, model.read_bytes())
-    for _ in range(2):
-        with pytest.raises(InvalidModel, match=reason) as refused:
-            scheduler.acquire(path)
-    assert refused.value.path == str(path) and refused.value.reason
-    assert states(scheduler) == {}
-
-
-def test_s11_a_file_that_is_missing_is_served_once_it_is_there(
-    scheduler: Scheduler, model: Path, tmp_path: Path
-) -> None:
-    """S11, S34: status 404, and no memory of it."""
-    path = tmp_path / "late.gguf"
-    with pytest.raises(ModelNotFound) as refused:
-        scheduler.acquire(path)
-    assert (refused.value.path, refused.value.status) == (str(path), 404)
-    path.write_bytes(model.read_bytes())
-    scheduler.acquire(path).release()
-
-
-def test_s25_an_engine_that_does_not_know_a_model_says_so(scheduler: Scheduler, model: Path, tmp_path: Path) -> None:
-    """S25, S28, N13: its own words are in the error, a bounded number of them; who asks again is told at once."""
-    path = tmp_path / "newer.gguf"
-    path.write_bytes(model.read_bytes().replace(b"llama", b"lxama"))
-    for _ in range(2):
-        with pytest.raises(LoadFailed, match="unknown model architecture: 'lxama'") as refused:
-            scheduler.acquire(path)
-        assert len(refused.value.reason) <= DETAIL_BYTES and not refused.value.out_of_memory
-        assert refused.value.retry_after_s is not None and 0 < refused.value.retry_after_s <= 10
-    assert states(scheduler) == {}
-
-
-def test_n13_options_that_do_not_go_together_are_told_in_the_engines_words(scheduler: Scheduler, model: Path) -> None:
-    """N13: these heads are too narrow for blocks of 32."""
-    with pytest.raises(LoadFailed, match="does not divide n_embd_head_k=16"):
-        scheduler.acquire(model, cache_type_k="q8_0")
-
-
 # -- many at once ------------------------------------------------------------------------------------------------------
 
 
@@ -450,8 +355,10 @@ def test_d04_many_threads_share_three_models_where_two_fit(folder: Path) -> None
                 at[entry.runner] = entry.destination.value
             case Decision(what="granted", runner=int(runner)):
                 assert at[runner] == "ready"
-            case Decision() as decision:
-                assert decision.what == "queued"
+            case Decision(what="queued"):
+                continue
+            case _:
+                pytest.fail(f"{entry}")
     assert set(at.values()) == {"unloaded"}
 
 

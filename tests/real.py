@@ -1,0 +1,96 @@
+"""What the tests with real child processes share: settings, waiting, and how to catch a process while it loads."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from scheduler import Lease, Scheduler, Settings
+from tests.leaks import no_leaks
+from tests.tiny_models import write_tiny_model
+
+LIMIT_S = 20.0  # a load takes 0.1 s, or a few times that on a busy machine
+ROOM_FOR_ONE = "64MiB"  # a tiny runner takes 35 to 41 MiB, and 25 % more must be free before its first load
+ROOM_FOR_TWO = "100MiB"
+SHORT: dict[str, Any] = {"temperature": 0, "max_tokens": 12, "ignore_eos": True}
+LONG: dict[str, Any] = {"temperature": 0, "max_tokens": 900, "ignore_eos": True}  # takes about half a second
+
+
+@contextmanager
+def quiet_end(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    """Fail if anything is left over afterwards, or if a warning was logged meanwhile."""
+    with no_leaks():
+        yield
+    warnings = [each.getMessage() for each in caplog.get_records("call") if each.levelno >= logging.WARNING]
+    assert not warnings
+
+
+def settings(**arguments: Any) -> Settings:
+    """Return settings under which models stay on the host, with one thread each."""
+    return Settings(**{"gpus": False, "cpu_threads": 1, **arguments})
+
+
+def write_models(folder: Path, names: str) -> Path:
+    """Write a tiny model for each letter, trained with a context of 1024 tokens; return the folder."""
+    for seed, name in enumerate(names):
+        write_tiny_model(folder / f"{name}.gguf", seed=seed, context=1024)
+    return folder
+
+
+def until(condition: Callable[[], object], limit_s: float = LIMIT_S) -> None:
+    """Wait for a condition that other threads or processes bring about."""
+    end = time.monotonic() + limit_s
+    while not condition():
+        assert time.monotonic() < end, "it did not come about in time"
+        threading.Event().wait(0.005)
+
+
+def is_gone(pid: int | None) -> bool:
+    """Tell whether a process has ended."""
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
+def states(scheduler: Scheduler) -> dict[str, str]:
+    """Return each model's newest runner's state."""
+    return {runner.model: runner.state for runner in scheduler.status().runners}
+
+
+def send(pid: int | None, number: signal.Signals) -> None:
+    """Send a signal to a runner's process."""
+    assert pid is not None
+    os.kill(pid, number)
+
+
+def begin_a_load(scheduler: Scheduler, model: Path) -> tuple[Future[Lease], int]:
+    """Ask for a model, and stop its process while it loads; return the request and the process."""
+    waiting = scheduler.submit(model)
+    return waiting, stop_the_load(scheduler)
+
+
+def stop_the_load(scheduler: Scheduler, *, after: int = 0) -> int:
+    """Stop the process of the one runner that loads, once it has a process other than `after`; return that."""
+
+    def started() -> int:
+        loading = [runner.pid for runner in scheduler.status().runners if runner.state == "loading"]
+        return next((pid for pid in loading if pid and pid != after), 0)
+
+    until(started)
+    pid = started()
+    send(pid, signal.SIGSTOP)
+    until(lambda: psutil.Process(pid).status() == psutil.STATUS_STOPPED)
+    assert pid == started(), "it was loaded already"
+    return pid

@@ -40,7 +40,7 @@ bench: $(FOR_TEST)
 	$(BIN)/python -m tests.bench
 
 docs: $(FOR_TEST)
-	$(BIN)/python -m fsm.diagram docs/states.md
+	$(BIN)/python -m fsm.diagram > docs/states.md
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -280,7 +280,14 @@ class Core:
             if runner.id in plan.wanted and not runner.wanted:
                 runner.wanted = True
                 self.act.commands.append(do.Ask(runner.id, tuple(sorted(runner.leases))))
+        self._tell_what_is_waited_for()
         pool.timers.set(("plan", 0), plan.look_at)
         self.act.replan = False
         if plan.victims or plan.memory:  # a next life may fit beside the last; what was granted is gone for good
             self._carry_out_plan()
+
+    def _tell_what_is_waited_for(self) -> None:
+        for line in self.pool.lines.values() if self.journal is not None else ():
+            if line.told != line.waits_for:
+                line.told = line.waits_for
+                self.act.decide("waits", line.want.model, f"for {line.waits_for}", line.head.id)

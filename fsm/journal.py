@@ -27,7 +27,7 @@ class Decision:
     """Something was decided about a request or a runner."""
 
     at: float  # seconds of the scheduler's clock
-    what: str  # granted, queued, rejected, cancelled, waits, victim, …
+    what: str  # queued, waits, granted or rejected
     model: ModelId
     reason: str
     request: RequestId | None = None

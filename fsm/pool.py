@@ -83,6 +83,7 @@ class Line:
     want: Want
     requests: dict[RequestId, Request] = field(default_factory=dict)
     waits_for: str = "its turn"  # in words, as of the last plan
+    told: str = ""  # what was last noted of it in the journal
 
     @property
     def head(self) -> Request:
@@ -192,7 +193,7 @@ class Pool:
         runners = {id: runner.copy() for id, runner in self.runners.items()}
         requests = {id: request.copy() for id, request in self.requests.items()}
         lines = {
-            want: Line(want, {id: requests[id] for id in line.requests}, line.waits_for)
+            want: Line(want, {id: requests[id] for id in line.requests}, line.waits_for, line.told)
             for want, line in self.lines.items()
         }
         return Pool(

@@ -1,6 +1,9 @@
 """Loads models on demand, keeps them warm, shares them by lease, and gives them up when a device is full."""
 
 from fsm.estimate import Options
+from fsm.eviction import Candidate, EvictionPolicy
+from fsm.journal import Decision, Transition
+from scheduler.asking import Reservation
 from scheduler.engines.python import PythonModel
 from scheduler.errors import (
     AcquireTimeout,
@@ -31,10 +34,13 @@ from scheduler.status import RunnerStatus, Status, WaitStatus
 
 __all__ = [
     "AcquireTimeout",
+    "Candidate",
+    "Decision",
     "DoesNotFit",
     "EngineError",
     "EngineMissing",
     "EventStream",
+    "EvictionPolicy",
     "Gap",
     "InvalidModel",
     "InvalidSettings",
@@ -48,6 +54,7 @@ __all__ = [
     "PythonModel",
     "QueueFull",
     "RequestCancelled",
+    "Reservation",
     "RunnerCrashed",
     "RunnerStatus",
     "Scheduler",
@@ -57,6 +64,7 @@ __all__ = [
     "SchedulerForked",
     "Settings",
     "Status",
+    "Transition",
     "UnsupportedOption",
     "WaitStatus",
 ]

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import assert_never
+from typing import Protocol, assert_never
 
 from fsm import commands as do
 from fsm.request import ModelId
 from scheduler import errors
 
 
-def error_of(refusal: do.Refusal, name: Callable[[ModelId], str]) -> errors.SchedulerError:
-    """Return the exception that tells the user what a refusal says; `name` gives the name of a model."""
+class Names(Protocol):
+    """Who knows the models' names."""
+
+    def name(self, id: ModelId) -> str:
+        """Return the name of an identity."""
+
+    def named(self, text: str) -> str:
+        """Return a text with names in place of identities."""
+
+
+def error_of(refusal: do.Refusal, names: Names) -> errors.SchedulerError:
+    """Return the exception that tells the user what a refusal says."""
+    name = names.name
     match refusal:
         case do.QueueFull(limit, retry_after_s):
             return errors.QueueFull(limit, retry_after_s)
@@ -21,13 +31,13 @@ def error_of(refusal: do.Refusal, name: Callable[[ModelId], str]) -> errors.Sche
             return errors.InvalidModel(path, reason, offset)
         case do.DoesNotFit(model, needed, available, reason):
             total = sum(count for _, count in needed)
-            return errors.DoesNotFit(name(model), total, dict(available), reason)
+            return errors.DoesNotFit(name(model), total, dict(available), names.named(reason))
         case do.LoadFailed(model, reason, retry_after_s, out_of_memory):
             return errors.LoadFailed(name(model), reason, retry_after_s or None, out_of_memory)
         case do.LoadTimeout(model, stalled_s):
             return errors.LoadTimeout(name(model), stalled_s)
         case do.TimedOut(model, timeout_s, waiting_for):
-            return errors.AcquireTimeout(name(model), timeout_s, waiting_for)
+            return errors.AcquireTimeout(name(model), timeout_s, names.named(waiting_for))
         case do.Cancelled(model):
             return errors.RequestCancelled(name(model))
         case do.Closed():

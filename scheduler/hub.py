@@ -57,6 +57,12 @@ class EventStream(Iterator[Entry | Gap]):
             if self.ended or not self._there.acquire(timeout=timeout_s):
                 return None
 
+    def __enter__(self) -> EventStream:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def __iter__(self) -> EventStream:
         return self
 

@@ -51,7 +51,7 @@ class Question(NamedTuple):
 
 
 _TIMING = frozenset({"keep_alive", "timeout", "priority"})
-_IDENTITY = frozenset({"adapters", "projectors", "embedding"})  # they make it another model, not a reload
+_IDENTITY = ("adapters", "projectors", "embedding")  # they make it another model, not a reload
 _KINDS: dict[str, type] = {
     **dict.fromkeys(("num_ctx", "num_batch", "num_thread", "num_parallel", "num_gpu", "main_gpu"), int),
     **dict.fromkeys(("use_mmap", "flash_attention"), bool),
@@ -89,13 +89,22 @@ class Registry:
         return question
 
     def identity(self, model: Model, asking: Asking) -> ModelId:
-        """Return the identity of what a caller names."""
+        """Return the identity of what a caller names; raises `UnsupportedOption` for other keywords."""
+        for name, value in asking.items():
+            if name not in _IDENTITY:
+                raise UnsupportedOption(name, value, f"it does not tell models apart; {', '.join(_IDENTITY)} do")
         return self._spec(model, asking).id
 
     def name(self, id: ModelId) -> str:
         """Return the name to show for an identity."""
         model = self._models.get(id)
         return model.name if model is not None else id
+
+    def named(self, text: str) -> str:
+        """Return a text of the core's with names in place of identities."""
+        for model in sorted(self._models.copy().values(), key=lambda model: len(model.id), reverse=True):
+            text = text.replace(model.id, model.name)
+        return text
 
     def engine_of(self, id: ModelId) -> tuple[Engine, ModelSpec | PythonModel]:
         """Return the engine of a model, and the model as the engine is to be told it."""
@@ -104,7 +113,7 @@ class Registry:
 
     def _understand(self, model: Model, asking: Asking, purpose: Purpose) -> Question:
         spec = self._spec(model, asking)
-        named: dict[str, Any] = {name: value for name, value in asking.items() if name not in _IDENTITY | _TIMING}
+        named: dict[str, Any] = {name: value for name, value in asking.items() if name not in (*_IDENTITY, *_TIMING)}
         for name, value in named.items():
             _check(name, value)
             if isinstance(spec, PythonModel):
@@ -118,6 +127,7 @@ class Registry:
         priority = asking.get("priority", spec.priority)
         if not isinstance(priority, int):
             raise InvalidSettings("priority", priority, "a whole number")
+        self._engines[type(spec)].require()
         self._models[spec.id] = spec
         if spec.pin and spec.id not in self._pinned:
             self._pinned.add(spec.id)

@@ -42,6 +42,7 @@ log = logging.getLogger("loadmaster")
 _FIRST_SAMPLE_S = 10.0  # how long a slow GPU driver may hold up the start
 _EXIT_TIMEOUT_S = 0.0  # when the interpreter exits without close, nobody is left to release a lease
 _LAST_WORDS_S = 2.0  # beyond the time-outs, for killed processes to be reaped and threads to end
+_LOOK_UP_S = 1.0  # no single wait is longer: a Ctrl-C that comes right before one is only seen when it ends
 
 
 class Scheduler:
@@ -153,7 +154,11 @@ class Scheduler:
         """Return the runners, the queue and the devices as they are now."""
         snapshot = self._driver.read(Core.snapshot)
         lives = dict(self._executor.lives)
-        return status_of(snapshot, monotonic_clock(), self._registry.name, lives.get, self._devices.problems)
+        return status_of(snapshot, monotonic_clock(), self._registry, lives.get, self._devices.problems)
+
+    def name(self, model: ModelId) -> str:
+        """Return the name of a model whose identity an event tells."""
+        return self._registry.name(model)
 
     def events(self) -> EventStream:
         """Return an iterator over every transition and decision from now on, with its reason.
@@ -184,7 +189,9 @@ class Scheduler:
         self._driver.post(on.Close(timeout_s))
         try:
             if self._driver.broken is None:
-                self._finished.wait(min(timeout_s + self.settings.stop_grace + _LAST_WORDS_S, threading.TIMEOUT_MAX))
+                end = time.monotonic() + timeout_s + self.settings.stop_grace + _LAST_WORDS_S
+                while not self._finished.is_set() and (left_s := end - time.monotonic()) > 0:
+                    self._finished.wait(min(left_s, _LOOK_UP_S))
         finally:  # after Ctrl-C too
             with self._close_lock:
                 self._end()
@@ -217,7 +224,8 @@ class Scheduler:
         """Ask and block until it is granted; raises the refusal."""
         try:
             self._ask(ticket, question)
-            ticket.gate.acquire()
+            while not ticket.gate.acquire(timeout=_LOOK_UP_S):
+                continue
         except BaseException:  # Ctrl-C, say: whoever leaves has cancelled
             self._withdraw(ticket)
             raise
@@ -294,7 +302,7 @@ class Scheduler:
                 self._executor.perform(command)
             case do.Reject(request, refusal):
                 if (ticket := self._tickets.pop(request, None)) is not None:
-                    ticket.answer(None, error_of(refusal, self._registry.name))
+                    ticket.answer(None, error_of(refusal, self._registry))
             case do.Revoke(request, reason):
                 if (ticket := self._tickets.pop(request, None)) is not None:
                     ticket.lost = reason

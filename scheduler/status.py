@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from fsm.estimate import Options
-from fsm.request import ModelId, RequestId
+from fsm.request import RequestId
 from fsm.runner import RunnerId
 from fsm.snapshot import DeviceView, RunnerView, Snapshot
 
 if TYPE_CHECKING:
+    from scheduler.answers import Names
     from scheduler.executor import Life
 
 
@@ -60,11 +61,12 @@ class Status:
 def status_of(
     snapshot: Snapshot,
     now: float,
-    name: Callable[[ModelId], str],
+    names: Names,
     life: Callable[[RunnerId], Life | None],
     problems: tuple[str, ...],
 ) -> Status:
     """Return a snapshot in the user's terms: names for identities, and what only the shell knows of a process."""
+    name = names.name
     runners = tuple(_runner_status(view, now, name(view.model), life(view.id)) for view in snapshot.runners)
     queue = tuple(
         WaitStatus(
@@ -72,20 +74,12 @@ def status_of(
             name(wait.model),
             wait.position,
             now - wait.queued_at,
-            _named(wait.waits_for, snapshot, name),
+            names.named(wait.waits_for),
             wait.gives_up_at - now,
         )
         for wait in snapshot.queue
     )
     return Status(runners, queue, snapshot.devices, problems, snapshot.closing)
-
-
-def _named(text: str, snapshot: Snapshot, name: Callable[[ModelId], str]) -> str:
-    """Return a text of the core's with names in place of identities."""
-    models = {view.model for view in snapshot.runners} | {wait.model for wait in snapshot.queue}
-    for model in sorted(models, key=len, reverse=True):
-        text = text.replace(model, name(model)) if model else text
-    return text
 
 
 def _runner_status(view: RunnerView, now: float, name: str, life: Life | None) -> RunnerStatus:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import pytest
 
@@ -12,6 +13,7 @@ from fsm.runner import RunnerState
 from tests.pool import (
     a_pool,
     acquire,
+    amount,
     cancel,
     exited,
     expire,
@@ -223,6 +225,13 @@ def test_a_runner_within_its_residency_still_serves() -> None:
     assert pool.feed(acquire("a", request=3)) == [Grant(3, 1)]
 
 
+def test_those_beyond_their_residency_go_before_those_within_it() -> None:
+    """Whoever may go now is taken, though another was used less recently."""
+    pool = a_pool(each="4GiB", min_residency_s=30.0).ready("a", lease=1)
+    pool.feed(release(1), preload("b", request=2), loaded(2))  # a preload brings no residency
+    assert stopped(pool.feed(acquire("c", request=3))) == [2]
+
+
 def test_residency_does_not_keep_what_its_own_users_let_go() -> None:
     """It is for others that it is not moved: a keep-alive of 0 and a wish to expire are obeyed."""
     pool = a_pool(min_residency_s=30.0, capacity="16GiB").ready("a", lease=1, keep_alive=0).idle("b")
@@ -300,6 +309,25 @@ def test_s16_of_busy_ones_the_policys_first_choice_is_drained(policy: str, asked
     assert pool.life("ab"[asked - 1]).state is RunnerState.expiring
 
 
+def test_a_policy_is_told_what_it_may_go_by() -> None:
+    """Sizes, clocks, the cost of another load; never whom an earlier request counts on, or somebody waits for."""
+    seen: list[Candidate] = []
+
+    class Spy(LeastRecentlyUsed):
+        def order(self, now: float, candidates: Sequence[Candidate]) -> Sequence[Candidate]:
+            seen.extend(candidates)
+            return candidates
+
+    pool = a_pool(policy=Spy(), each="2GiB", sizes={"c": "3GiB", "d": "5GiB"}).loading("a", request=1, keep_alive="1m")
+    pool.advance("3s")
+    pool.feed(loaded(1), release(1))
+    pool.advance("4s")
+    pool.loading("b", request=2).loading("c", request=3).feed(cancel(3), acquire("d", request=4))
+    first, second = seen[:2]
+    assert first == Candidate(1, "a", amount("2GiB"), 60.0, pool.now - 4.0, 3.0, 0, pool.now)
+    assert (second.model, second.load_s, second.free_at) == ("c", None, pool.now)
+
+
 def test_choose_takes_what_is_forced_whatever_suffices() -> None:
     """A sibling with other options goes even if there was room beside it."""
     sibling, other = a_candidate(1, "a"), a_candidate(2, "b")
@@ -309,6 +337,13 @@ def test_choose_takes_what_is_forced_whatever_suffices() -> None:
 def test_choose_gives_none_where_all_do_not_suffice() -> None:
     """Nobody is given up for nothing."""
     assert choose([a_candidate(1, "a")], [], lambda victims: len(victims) > 1) is None
+
+
+def test_choose_drops_only_what_the_others_make_superfluous() -> None:
+    """Two of three suffice, no single one does."""
+    one, two, three = (a_candidate(runner, "abc"[runner], held_bytes=runner + 1) for runner in range(3))
+    chosen = choose([one, two, three], [], lambda victims: sum(victim.held_bytes for victim in victims) >= 5)
+    assert chosen == [two, three]
 
 
 def test_choose_keeps_what_turned_out_not_to_be_needed() -> None:

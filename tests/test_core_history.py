@@ -63,14 +63,44 @@ def transitions(journal: list[Entry]) -> list[Transition]:
 
 
 def test_the_journal_tells_what_was_decided_about_requests() -> None:
-    """Queued, granted, rejected, in order, with the wait in words."""
+    """Queued, granted, rejected, in order."""
     pool = a_pool()
     journal: list[Entry] = []
     pool.core.journal = journal
     pool.ready("a", lease=1)
     pool.feed(acquire("b", request=2), cancel(2), memory(3, cpu="1GiB"))
-    told = [(entry.what, entry.request) for entry in journal if isinstance(entry, Decision)]
+    told = [(entry.what, entry.request) for entry in decisions(journal) if entry.what != "waits"]
     assert told == [("queued", 1), ("granted", 1), ("queued", 2), ("rejected", 2), ("queued", 3), ("granted", 3)]
+
+
+def decisions(journal: list[Entry]) -> list[Decision]:
+    return [entry for entry in journal if isinstance(entry, Decision)]
+
+
+def test_the_journal_tells_what_is_waited_for_once_each_time_it_changes() -> None:
+    """In the words that the queue shows."""
+    pool = a_pool().ready("a", lease=1)
+    journal: list[Entry] = []
+    pool.core.journal = journal
+    pool.feed(acquire("b", request=2), pool.sample(), pool.sample(), expire("a"), release(1), exited(1))
+    waits = [(entry.request, entry.reason) for entry in decisions(journal) if entry.what == "waits"]
+    assert waits == [
+        (2, "for its model's metadata"),
+        (2, "for a to become idle"),
+        (2, "for a to finish"),
+        (2, "for memory that is on its way back"),
+        (2, "for its model to load"),
+    ]
+
+
+def test_a_victims_end_says_whose_memory_it_makes() -> None:
+    """A model's, or the program's own."""
+    for wish, reason in ((acquire("b", request=2), "b needs its memory"), (memory(2, cpu="6GiB"), "the program needs")):
+        pool = a_pool().idle("a")
+        journal: list[Entry] = []
+        pool.core.journal = journal
+        pool.feed(wish)
+        assert next(entry.reason for entry in transitions(journal) if entry.trigger == "expire").startswith(reason)
 
 
 def test_the_journal_is_no_input_of_a_decision() -> None:

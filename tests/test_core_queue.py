@@ -94,6 +94,29 @@ def test_a_process_counts_until_it_is_gone() -> None:
     assert pool.state("a") is RunnerState.expiring
 
 
+def test_one_place_among_the_processes_is_given_to_one() -> None:
+    """Two small ones wait for it: the older starts, the other waits on."""
+    pool = a_pool(max_runners=1, each="1GiB").ready("a", lease=1)
+    pool.feed(acquire("b", request=2), acquire("c", request=3), release(1))
+    assert launched(pool.feed(exited(1))) == ["b"]
+
+
+def test_a_place_that_is_coming_is_counted_for_one_who_waits() -> None:
+    """The older waits for a process that is ending; the younger needs another to end, and no third one goes."""
+    pool = a_pool(max_runners=3, each="1GiB").expiring("a").idle("b").idle("c")
+    assert stopped(pool.feed(acquire("d", request=1))) == []
+    assert stopped(pool.feed(acquire("e", request=2))) == [2]
+    assert stopped(pool.feed(acquire("d", request=3))) == []
+
+
+def test_what_a_refused_request_would_have_taken_is_free_for_those_behind_it() -> None:
+    """In the same step, and once."""
+    pool = a_pool(sizes={"a": "4GiB", "b": "6GiB", "c": "3GiB", "d": "1GiB"}).ready("a", lease=1)
+    assert launched(pool.feed(acquire("b", request=2), acquire("c", request=3), acquire("d", request=4))) == []
+    commands = pool.feed(pin("a"))
+    assert (refused(commands), launched(commands)) == ({2: DoesNotFit}, ["c", "d"])
+
+
 def test_s10_d16_the_automatic_limit_follows_the_devices() -> None:
     """S10, D16: three for each GPU and at least three, as the devices are now, not as the first look found them."""
     pool = a_pool(each="1GiB")
@@ -137,6 +160,14 @@ def test_s24_one_load_at_a_time_on_a_gpu() -> None:
     commands = pool.feed(*(acquire(model, request) for request, model in enumerate("abc", 1)))
     assert [[gpu for gpu, _ in command.placement.gpu_layers] for command in commands] == [["gpu0"], ["gpu1"]]
     assert launched(pool.feed(loaded(1))) == ["c"]
+
+
+def test_a_model_on_a_gpu_takes_no_place_among_the_hosts_loads() -> None:
+    """Though some of it stays on the host."""
+    pool = a_pool(capacity="64GiB", gpus=("8GiB", "8GiB"), loads_on_host=1, each="1GiB")
+    for model in "ab":
+        pool.declare(model, layered(4, "512MiB", host="1GiB"))
+    assert launched(pool.feed(acquire("a", 1), acquire("b", 2), acquire("c", 3), acquire("d", 4))) == ["a", "b", "c"]
 
 
 def test_an_object_that_declares_gpu_memory_loads_on_that_gpu() -> None:

@@ -27,6 +27,7 @@ from tests.pool import (
     expire,
     granted,
     loaded,
+    pin,
     preload,
     refused,
     release,
@@ -86,6 +87,20 @@ def test_s04_a_place_in_the_queue_is_free_again_after_an_answer() -> None:
     assert 3 not in refused(pool.feed(acquire("c", request=3)))
 
 
+def test_whoever_waits_can_see_what_for() -> None:
+    """In words: metadata, a load, who is to leave, memory on its way back, those before it."""
+    pool = a_pool(inspects=False, samples=False)
+    pool.feed(acquire("a", request=1))
+    assert pool.waits_for(1) == "its model's metadata"
+    pool.feed(pool.inspection("a"))
+    assert pool.waits_for(1) == "its model to load"
+    pool.inspects = True
+    pool.feed(loaded(1), acquire("b", request=2), acquire("c", request=3))
+    assert (pool.waits_for(2), pool.waits_for(3)) == ("a to become idle", "those before it")
+    pool.feed(release(1), exited(1))
+    assert pool.waits_for(2) == "memory that is on its way back"
+
+
 def test_s05_a_request_cancelled_while_queued_is_answered_at_once() -> None:
     """S05: it gives its place back in the same step."""
     pool = a_pool(max_queue=1).ready("a", lease=1)
@@ -132,6 +147,21 @@ def test_s11_a_file_that_went_bad_refuses_only_those_who_need_it() -> None:
     assert pool.feed(release(1)) == [Stop(1)]
     pool.feed(exited(1))
     assert pool.state("a") is RunnerState.unloaded
+
+
+def test_s11_a_file_that_went_bad_leaves_those_alone_whose_load_is_under_way() -> None:
+    """S11: the process has its file open already; only those who need another load are refused."""
+    pool = a_pool().loading("a", request=1).declare("a", InvalidModel("a", "cut short"))
+    assert refused(pool.feed(acquire("a", request=2, num_thread=3))) == {2: InvalidModel}
+    assert pool.feed(loaded(1)) == [Grant(1, 1)]
+
+
+def test_s11_a_file_that_is_bad_does_not_lose_its_pin() -> None:
+    """S11: once it is mended, it is loaded and stays."""
+    pool = a_pool().declare("a", InvalidModel("a", "cut short"))
+    pool.feed(pin("a"), acquire("a", request=1))
+    pool.declare("a", "1GiB").idle("a")
+    assert pool.core.snapshot().runners[0].pinned
 
 
 def test_s11_a_model_is_read_again_before_each_load() -> None:

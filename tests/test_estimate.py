@@ -293,7 +293,7 @@ def test_four_bit_weights_count_twice_where_they_are_copied() -> None:
     four_bit = replace(A_MODEL, layers_bytes=(layer_weights * 9 // 16,) * 30)
     on_host, mapped = Options(num_gpu=0), sum(four_bit.layers_bytes)
     copied = total(cost(four_bit, on_host)) - total(cost(four_bit, replace(on_host, use_mmap=False)))
-    assert copied == pytest.approx(mapped, rel=0.07)
+    assert copied == pytest.approx(mapped, rel=0.1)  # the bounded prompt cache grows a little with the rest
     assert total(cost(options=on_host)) == total(cost(options=replace(on_host, use_mmap=False)))
 
 

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -111,8 +112,9 @@ def test_a_callback_may_close(scheduler: Scheduler, model: Path) -> None:
 # -- the host ----------------------------------------------------------------------------------------------------------
 
 
-def a_host(model: Path, script: str) -> tuple[subprocess.Popen[str], int]:
-    """Start a program that takes a lease and goes on to `script`; return it, and its runner's process."""
+@contextmanager
+def a_host(model: Path, script: str) -> Iterator[tuple[subprocess.Popen[str], int]]:
+    """Start a program that takes a lease and goes on to `script`; yield it, and its runner's process."""
     head = f"""
         import os, signal, sys, threading
         from scheduler import Scheduler, Settings
@@ -123,16 +125,23 @@ def a_host(model: Path, script: str) -> tuple[subprocess.Popen[str], int]:
     """
     arguments = [sys.executable, "-W", "ignore", "-c", textwrap.dedent(head) + script]
     pipe = subprocess.PIPE
-    host = subprocess.Popen(arguments, stdout=pipe, stderr=pipe, text=True, start_new_session=True)
+    with subprocess.Popen(arguments, stdout=pipe, stderr=pipe, text=True, start_new_session=True) as host:
+        try:
+            yield host, int(next_line(host))
+        finally:
+            host.kill()
+
+
+def next_line(host: subprocess.Popen[str]) -> str:
+    """Wait for the next line that a program prints."""
     assert host.stdout is not None
-    return host, int(host.stdout.readline())
+    return host.stdout.readline()
 
 
 def test_a_host_that_is_killed_leaves_no_orphan(model: Path) -> None:
     """In the middle of an answer."""
-    host, child = a_host(model, "for piece in lease.stream('hello', **long): print(flush=True)")
-    with host:
-        assert host.stdout is not None and host.stdout.readline()
+    with a_host(model, "for piece in lease.stream('hello', **long): print(flush=True)") as (host, child):
+        assert next_line(host)
         host.kill()
         until(lambda: is_gone(child), ORPHANED_S)
 
@@ -153,8 +162,8 @@ def test_a_host_that_is_killed_leaves_no_orphan(model: Path) -> None:
 )
 def test_a_host_that_exits_without_close_leaves_no_orphan(model: Path, end: str) -> None:
     """Whatever goes on: no hang, nothing on standard error, no child."""
-    host, child = a_host(model, end)
-    _, errors = host.communicate(timeout=LIMIT_S)
+    with a_host(model, end) as (host, child):
+        _, errors = host.communicate(timeout=LIMIT_S)
     assert (host.returncode, errors) == (0, "")
     assert is_gone(child)
 
@@ -171,10 +180,10 @@ def test_a_host_that_exits_without_close_leaves_no_orphan(model: Path, end: str)
 )
 def test_ctrl_c_ends_the_host_and_its_child(model: Path, script: str) -> None:
     """The terminal sends it to the whole group; it ends as programs do, with one error, and nothing is left."""
-    host, child = a_host(model, f"print(flush=True)\n{script}")
-    assert host.stdout is not None and host.stdout.readline()
-    os.killpg(host.pid, signal.SIGINT)
-    _, errors = host.communicate(timeout=LIMIT_S)
+    with a_host(model, f"print(flush=True)\n{script}") as (host, child):
+        assert next_line(host)
+        os.killpg(host.pid, signal.SIGINT)
+        _, errors = host.communicate(timeout=LIMIT_S)
     assert host.returncode == -signal.SIGINT and errors.endswith("\nKeyboardInterrupt\n")
     assert is_gone(child)
 
@@ -189,10 +198,10 @@ signal.signal(signal.SIGTERM, end)
 print(flush=True)
 scheduler.acquire(model, num_batch=64)
 """
-    host, child = a_host(model, script)
-    assert host.stdout is not None and host.stdout.readline()
-    host.terminate()
-    _, errors = host.communicate(timeout=LIMIT_S)
+    with a_host(model, script) as (host, child):
+        assert next_line(host)
+        host.terminate()
+        _, errors = host.communicate(timeout=LIMIT_S)
     assert (host.returncode, errors) == (7, "")
     assert is_gone(child)
 
@@ -205,6 +214,6 @@ if (pid := os.fork()) == 0:
     sys.exit(3)
 print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), lease.chat("hello", **{SHORT!r}) == before, lease.lost)
 """
-    host, _ = a_host(model, script)
-    output, errors = host.communicate(timeout=LIMIT_S)
+    with a_host(model, script) as (host, _):
+        output, errors = host.communicate(timeout=LIMIT_S)
     assert (output, errors) == ("3 True False\n", "")

@@ -19,6 +19,7 @@ from fsm.journal import Decision, Transition
 from scheduler import (
     DoesNotFit,
     EngineError,
+    Gap,
     Lease,
     LeaseReleased,
     ModelSpec,
@@ -342,7 +343,7 @@ def test_d04_many_threads_share_three_models_where_two_fit(folder: Path) -> None
                 assert not lease.lost
                 taken.append(lease.runner)
 
-    with Scheduler(settings(memory_limit=ROOM_FOR_TWO, max_wait="50ms", event_buffer=10_000)) as scheduler:
+    with Scheduler(settings(memory_limit=ROOM_FOR_TWO, max_wait="50ms", event_buffer=100_000)) as scheduler:
         events = scheduler.events()
         with ThreadPoolExecutor(8) as pool:
             list(pool.map(lambda seed: visit(scheduler, seed), range(8)))
@@ -355,7 +356,7 @@ def test_d04_many_threads_share_three_models_where_two_fit(folder: Path) -> None
                 at[entry.runner] = entry.destination.value
             case Decision(what="granted", runner=int(runner)):
                 assert at[runner] == "ready"
-            case Decision(what="queued"):
+            case Decision(what="queued" | "waits"):
                 continue
             case _:
                 pytest.fail(f"{entry}")

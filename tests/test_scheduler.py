@@ -416,7 +416,7 @@ def test_expire_unloads_an_idle_model_and_drains_a_busy_one(scheduler: Scheduler
 def test_a_pinned_model_is_not_moved_for_others(scheduler: Scheduler) -> None:
     """What would fit only by moving a pin is refused at once, naming it; unpinned, it goes."""
     scheduler.acquire(a_model("a", pin=True)).release()
-    with pytest.raises(DoesNotFit, match="pinned: python:a"):
+    with pytest.raises(DoesNotFit, match="pinned: a;"):
         scheduler.acquire(a_model("big", "900MiB"))
     scheduler.unpin(a_model("a"))
     scheduler.acquire(a_model("big", "900MiB")).release()
@@ -525,7 +525,7 @@ def test_close_breaks_leases_after_its_time_limit(scheduler: Scheduler) -> None:
 
 
 def test_close_returns_although_an_unload_hangs(caplog: pytest.LogCaptureFixture) -> None:
-    """FAULTS: it is named, and its memory stays booked until then."""
+    """It is named, and its memory stays booked until then."""
     gate = Gate()
     scheduler = Scheduler(Settings(stop_grace="50ms"))
     scheduler.acquire(a_model("stubborn", unload=gate)).release()
@@ -551,7 +551,7 @@ def test_closing_from_several_threads_is_harmless(scheduler: Scheduler) -> None:
 
 
 def test_a_bug_in_a_decision_is_told_to_everybody(scheduler: Scheduler, monkeypatch: pytest.MonkeyPatch) -> None:
-    """House rule 5: it fails every waiter, those who come later, and close still returns."""
+    """It fails every waiter, those who come later, and close still returns."""
     gate = Gate()
     waiting = scheduler.submit(a_model("a", load=gate))
     assert gate.entered.wait(LIMIT_S)
@@ -564,7 +564,7 @@ def test_a_bug_in_a_decision_is_told_to_everybody(scheduler: Scheduler, monkeypa
 
 
 def test_a_fork_refuses_to_use_what_it_inherited(scheduler: Scheduler) -> None:
-    """FAULTS: it neither uses nor ends what belongs to its parent."""
+    """It neither uses nor ends what belongs to its parent."""
     scheduler.acquire(a_model("a")).release()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
@@ -584,7 +584,7 @@ def test_a_fork_refuses_to_use_what_it_inherited(scheduler: Scheduler) -> None:
 
 @pytest.mark.parametrize("end", ["", "raise SystemExit(0)", "scheduler.close(0); scheduler.close()"])
 def test_the_interpreter_exits_without_close(end: str) -> None:
-    """FAULTS: no hang, whether or not a lease is out."""
+    """No hang, whether or not a lease is out."""
     program = f"""
         from scheduler import PythonModel, Scheduler
         scheduler = Scheduler()
@@ -599,7 +599,7 @@ def test_the_interpreter_exits_without_close(end: str) -> None:
 
 
 def test_ten_thousand_waiters_cancelled_at_once_are_each_answered_once() -> None:
-    """FAULTS: a flood; bounded, and nothing is left of it."""
+    """A flood; bounded, and nothing is left of it."""
     gate = Gate()
     with Scheduler(Settings(max_queue=10_000)) as scheduler:
         futures = [scheduler.submit(a_model("a", load=gate)) for _ in range(10_000)]

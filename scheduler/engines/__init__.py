@@ -61,6 +61,9 @@ class Process(Protocol):
 class Engine(Protocol):
     """What knows how to run one kind of model; it decides nothing about when or where."""
 
+    def require(self) -> None:
+        """Raise `EngineMissing` if what it needs is not installed."""
+
     def inspect(self, model: Any) -> ModelInfo | Footprint:
         """Return what the model would need; raises `ModelNotFound` or `InvalidModel`."""
 

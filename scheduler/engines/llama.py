@@ -21,6 +21,7 @@ import psutil
 
 from fsm.estimate import HOST, MIB, DeviceId, ModelInfo, Options, micro_batch, prompt_cache_bytes, resolve
 from scheduler.engines import Endpoint
+from scheduler.errors import EngineMissing
 from scheduler.header import read_header
 from scheduler.metadata import read_metadata
 from scheduler.processes import CLOSE_TIMEOUT_S, Child, Exit, Processes, Program
@@ -183,6 +184,11 @@ class LlamaEngine:
     def __init__(self, *, cpu_threads: int | None = None) -> None:
         self._cpu_threads = cpu_threads
         self._processes = Processes()
+
+    def require(self) -> None:
+        """Raise `EngineMissing` if the library is not installed."""
+        if find_library() is None:
+            raise EngineMissing("llama", "pip install 'loadmaster[llama]'")
 
     def inspect(self, model: ModelSpec) -> ModelInfo:
         """Return what the model's files say; raises `ModelNotFound` or `InvalidModel`."""

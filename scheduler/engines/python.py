@@ -134,6 +134,9 @@ class PythonEngine:
         self._processes: set[PythonProcess] = set()  # those that are not over
         self._closed = False
 
+    def require(self) -> None:
+        """Nothing is needed."""
+
     def inspect(self, model: PythonModel) -> Footprint:
         """Return the bytes that were declared."""
         return Footprint(fixed=model.declared)

@@ -76,8 +76,26 @@ def test_a_runner_that_answers_no_probe_is_stopped_at_once(state: str) -> None:
     assert commands[:-1] == ([] if state == "idle" else [Revoke(1, "it answers no probe")])
 
 
+def test_one_that_answers_no_probe_time_and_again_is_backed_off() -> None:
+    """It counts as a crash."""
+    pool = a_pool().ready("a", lease=1)
+    pool.feed(unresponsive(1), exited(1, code=-9))
+    pool.ready("a", lease=2).feed(unresponsive(2), exited(2, code=-9))
+    assert refused(pool.feed(acquire("a", request=3))) == {3: LoadFailed}
+
+
 def test_a_runner_that_said_nothing_after_unresponsive_is_stopped_once() -> None:
     """A second report changes nothing."""
     pool = a_pool().ready("a", lease=1)
     pool.feed(unresponsive(1))
     assert pool.feed(unresponsive(1), exited(1, code=-9)) == []
+
+
+def test_s29_a_dead_life_is_beside_the_next_one_and_never_in_its_place() -> None:
+    """S29: nothing is keyed by the model's name alone, so nothing stale can be found or leaked under it."""
+    pool = a_pool(samples=False, each="1GiB").ready("a", lease=1)
+    pool.feed(exited(1, code=-9))
+    pool.ready("a", lease=2)
+    assert [(view.id, view.state.name) for view in pool.core.snapshot().runners] == [(1, "expiring"), (2, "ready")]
+    pool.feed(pool.sample())
+    assert [(view.id, view.state.name) for view in pool.core.snapshot().runners] == [(2, "ready")]

@@ -50,6 +50,21 @@ def test_a_load_with_a_keep_alive_of_0_that_nobody_waits_for_is_aborted() -> Non
     assert stopped(pool.feed(cancel(1))) == [1]
 
 
+def test_a_load_keeps_the_keep_alive_of_who_began_it() -> None:
+    """Rule 4: though they have left, and nobody was granted it."""
+    pool = a_pool().loading("a", request=1, keep_alive="10s")
+    pool.feed(cancel(1), loaded(1))
+    assert stopped(pool.advance("9s")) == []
+    assert stopped(pool.advance("1s")) == [1]
+
+
+def test_a_load_that_was_begun_with_a_keep_alive_of_0_is_aborted_whoever_leaves_last() -> None:
+    """Rule 4: one who joined it and named none has no say in it."""
+    pool = a_pool().loading("a", request=1, keep_alive=0)
+    pool.feed(acquire("a", request=2), cancel(1))
+    assert stopped(pool.feed(cancel(2))) == [1]
+
+
 def test_a_load_is_aborted_only_when_the_last_waiter_has_left() -> None:
     """Rule 4: those who joined it still wait for it."""
     pool = a_pool().loading("a", request=1, keep_alive=0)
@@ -259,6 +274,25 @@ def test_n07_any_other_failure_is_the_answer_at_once() -> None:
     pool = a_pool(each="2GiB").loading("a", request=1)
     fails_for_memory(pool, 1)
     assert refused(pool.feed(exited(2, code=1))) == {1: LoadFailed}
+
+
+def test_n07_after_the_answer_nobody_has_to_make_way_any_more() -> None:
+    """N07: the next request for it is like any other."""
+    pool = a_pool(each="2GiB").loading("a", request=1)
+    fails_for_memory(pool, 1)
+    fails_for_memory(pool, 2)
+    pool.idle("b")
+    pool.advance("10s")
+    commands = pool.feed(acquire("a", request=2))
+    assert (stopped(commands), launched(commands)) == ([], ["a"])
+
+
+def test_n07_those_with_other_options_wait_on() -> None:
+    """N07: it was not their load that failed."""
+    pool = a_pool(each="2GiB").loading("a", request=1)
+    pool.feed(acquire("a", request=2, num_thread=3))
+    assert refused(fails_for_memory(pool, 1)) == {}
+    assert pool.waiting() == [1, 2]
 
 
 def test_n07_the_exit_alone_tells_of_the_lack_of_memory() -> None:

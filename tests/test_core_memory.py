@@ -318,6 +318,16 @@ def test_what_was_measured_is_known_for_the_next_load() -> None:
     assert dict(pool.launches[2].placement.bytes) == {HOST: predicted + 5}
 
 
+def test_what_a_load_took_that_failed_is_not_taken_for_what_it_needs() -> None:
+    """It never got as far as to show that."""
+    pool = a_pool(capacity="8GiB").declare("a", a_model()).loading("a", request=1)
+    pool.occupied[1] = {HOST: 7}
+    pool.feed(pool.sample(), exited(1, code=1))
+    pool.advance("10s")
+    pool.loading("a", request=2)
+    assert not pool.launches[2].placement.measured
+
+
 def test_what_was_measured_of_another_file_is_forgotten() -> None:
     """The file has changed since."""
     pool = a_pool(capacity="8GiB").declare("a", a_model()).idle("a")

@@ -76,6 +76,12 @@ def test_n04_what_fits_on_no_single_gpu_is_split() -> None:
     assert placed({HOST: 64, "gpu0": 3, "gpu1": 4, "gpu2": 1}).gpu_layers == (("gpu1", 3), ("gpu0", 2))
 
 
+def test_a_split_leaves_the_headroom_on_each_gpu() -> None:
+    """Two layers of 1 GiB need 2.5 GiB; what does not fit that way fits nowhere, least of all on the host."""
+    assert placed({HOST: 64, "gpu0": 3, "gpu1": 3}).gpu_layers == (("gpu0", 2), ("gpu1", 3))
+    assert placed({HOST: 64, "gpu0": 2, "gpu1": 3}) is None
+
+
 def test_a_split_counts_every_layer_once() -> None:
     """Bytes by device: the layers' own, the output with the last, compute buffers on each device that computes."""
     footprint = layered(4, "1GiB", output="512MiB", host="256MiB", compute="128MiB")
@@ -102,6 +108,15 @@ def test_on_the_host_alone_everything_stays_there() -> None:
     footprint = layered(4, "1GiB", output="512MiB", host="256MiB", compute="128MiB")
     placement = placed({HOST: 64, "gpu0": 64}, footprint, Offload.none)
     assert placement == Placement(((HOST, 4 * GIB + GIB // 2 + GIB // 4 + GIB // 8),))
+
+
+def test_the_output_is_the_last_to_be_offloaded() -> None:
+    """With as many as there are repeating layers, it is still on the host."""
+    footprint = layered(4, "1GiB", output="512MiB")
+    assert dict(placed({HOST: 64, "gpu0": 64}, footprint, Offload.part, num_gpu=4).bytes) == {
+        "gpu0": 4 * GIB,
+        HOST: GIB // 2,
+    }
 
 
 def test_a_number_of_layers_that_is_named_is_kept_to() -> None:

@@ -216,6 +216,14 @@ def test_the_programs_memory_evicts_like_a_model() -> None:
     assert pool.feed(exited(1)) == [Grant(1, None)]
 
 
+def test_the_programs_memory_lets_waiters_go_ahead_when_it_is_given_back() -> None:
+    """It may be what they lack."""
+    pool = a_pool(each="4GiB").ready("a", lease=1)
+    pool.feed(memory(2, cpu="2GiB"))
+    assert launched(pool.feed(acquire("b", request=3))) == []
+    assert launched(pool.feed(release(2))) == ["b"]
+
+
 def test_the_programs_memory_is_not_evicted_for_a_model() -> None:
     """Nobody can take it away, so what does not fit beside it is refused, saying why."""
     pool = a_pool()

@@ -19,7 +19,6 @@ from fsm.journal import Decision, Transition
 from scheduler import (
     DoesNotFit,
     EngineError,
-    Gap,
     Lease,
     LeaseReleased,
     ModelSpec,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 from fsm.commands import Amounts
@@ -210,12 +209,6 @@ class Pool:
             self.closing,
             self.now,
         )
-
-    def leases_of(self, model: ModelId) -> Iterator[RequestId]:
-        """Yield the leases held on a model's runners, in order."""
-        for runner in self.runners.values():
-            if runner.model == model:
-                yield from sorted(runner.leases)
 
 
 def runner_serves(runner: Runner, want: Want) -> bool:

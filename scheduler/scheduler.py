@@ -214,7 +214,7 @@ class Scheduler:
         stuck = [self._registry.name(life.model) for life in self._executor.lives.values() if not life.over]
         if hung or stuck:
             log.warning("closed, but these did not end: %s", ", ".join([*stuck, *hung]))
-        self._answer_all(SchedulerClosed())
+        self._answer_all(SchedulerClosed)
         self._hub.close()
         self._devices.close()
 
@@ -325,19 +325,19 @@ class Scheduler:
     def _fail(self, error: BaseException) -> None:
         """A step raised: tell everybody, and let close end the rest."""
         log.error("a decision failed; the scheduler has stopped", exc_info=error)
-        self._answer_all(SchedulerBroken(repr(error)))
+        self._answer_all(lambda: SchedulerBroken(repr(error)))
         self._finished.set()
 
-    def _answer_all(self, error: SchedulerError) -> None:
+    def _answer_all(self, error: Callable[[], SchedulerError]) -> None:
         while self._tickets:
             try:
                 _, ticket = self._tickets.popitem()
             except KeyError:
                 return
             if ticket.answered:
-                ticket.lost = str(error)
+                ticket.lost = str(error())
             else:
-                ticket.answer(None, error)
+                ticket.answer(None, error())  # one each: a traceback is added to it where it is raised
 
 
 def _limits(settings: Settings) -> Limits:

@@ -272,7 +272,7 @@ def test_ctrl_c_in_acquire_cancels_the_request(scheduler: Scheduler) -> None:
     until(lambda: states(scheduler) == {"a": "idle"})
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # where Python drops an alarm's exception
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # alarms in finalisers
 def test_ctrl_c_at_any_moment_leaves_no_lease_and_no_broken_core(scheduler: Scheduler) -> None:
     """Hundreds of alarms while the main thread acquires and releases: nothing is lost, nothing is broken."""
     scheduler.acquire(a_model("a")).release()

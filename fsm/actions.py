@@ -208,6 +208,8 @@ class Actions:
         self.forget_current(runner)
         if not runner.leases:
             self.stop(runner)
+        else:
+            runner.due_at = self.pool.now + self.pool.limits.max_wait_s
 
     def forget_current(self, runner: Runner) -> None:
         model = self.pool.models[runner.model]
@@ -219,6 +221,7 @@ class Actions:
     def stop(self, runner: Runner) -> None:
         if runner.process and not runner.stopping:
             runner.stopping = True
+            runner.due_at = self.pool.now + self.pool.limits.stop_timeout_s
             self.commands.append(do.Stop(runner.id))
 
     def revoke_leases(self, runner: Runner, reason: str) -> None:
@@ -245,7 +248,7 @@ class Actions:
         runner.process = False
         self.replan = True  # its place among the processes is free
         runner.awaited = self.memory_to_come(runner)
-        runner.memory_by = self.pool.now + self.pool.limits.recovery_timeout_s
+        runner.memory_by = runner.due_at = self.pool.now + self.pool.limits.recovery_timeout_s
         self.await_memory(runner)
 
     def unresponsive(self, runner: Runner, reason: str) -> None:

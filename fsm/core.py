@@ -32,6 +32,7 @@ class Core:
         self.policy: EvictionPolicy = policy or LeastRecentlyUsed()
         self.act = Actions(self.pool)
         self.late = 0  # late or duplicate events that were ignored
+        self.policy_failure = ""  # the last exception that the eviction policy raised, in words
         self._finished = False
 
     def step(self, now: float, event: on.Event) -> list[Command]:
@@ -75,7 +76,7 @@ class Core:
         other = Core(self.pool.limits, self.policy)
         other.pool = self.pool.copy()
         other.act = Actions(other.pool)
-        other.late, other._finished = self.late, self._finished
+        other.late, other._finished, other.policy_failure = self.late, self._finished, self.policy_failure
         return other
 
     # -- events -------------------------------------------------------------------------------------------------------
@@ -256,6 +257,7 @@ class Core:
         if not pool.lines:
             return
         plan = make_plan(pool, self.policy)
+        self.policy_failure = plan.policy_failure or self.policy_failure
         for line, runner in plan.matches:
             runner.accepted.add(line.want.options)
             if runner.state is not LOADING:

@@ -15,6 +15,7 @@ class Limits:
     max_wait_s: float = 120.0  # how long a waiting request leaves busy runners alone
     min_residency_s: float | None = None  # a loaded runner keeps its place so long; None: as long as its load took
     load_timeout_s: float = 300.0  # a load that shows no progress for so long is stalled
+    stop_timeout_s: float = 15.0  # a runner that was stopped so long ago is stuck: nobody counts on its memory
     recovery_timeout_s: float = 5.0  # how long memory is waited for after a process has gone
     recovery_interval_s: float = 0.25  # between two looks at it
     recovery_fraction: float = 0.75  # of the bytes it held, that must be back

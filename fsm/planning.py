@@ -31,6 +31,7 @@ class Plan:
     matches: list[tuple[Line, Runner]] = field(default_factory=list)  # served after all, as the same
     refusals: list[tuple[Line, DoesNotFit]] = field(default_factory=list)
     wanted: set[RunnerId] = field(default_factory=set)  # busy, and others wait for its memory
+    policy_failure: str = ""  # the exception that the policy raised; the oldest runners go first instead
     look_at: float = math.inf  # when a wait's bound or a residency ends
 
 
@@ -50,9 +51,15 @@ class _Planner:
         ledger = pool.ledger
         self.gpus = sorted(id for id, sample in ledger.devices.items() if sample.kind == "gpu")
         self.free = {device: ledger.free_bytes(device) for device in ledger.devices}  # at this moment
-        leaving = [runner for runner in pool.runners.values() if runner.state is EXPIRING]
+        expiring = [runner for runner in pool.runners.values() if runner.state is EXPIRING]
+        leaving = [runner for runner in expiring if pool.now < runner.due_at]  # the others may never end
+        self.plan.look_at = min((runner.due_at for runner in leaving), default=math.inf)
+        self.overdue = {runner.id for runner in expiring if runner not in leaving}
+        self.stuck = {runner.id for runner in expiring if runner.id in self.overdue and not runner.leases}
         self.total = self._with(self.free, leaving)  # with what is on its way out, less what earlier lines need
-        movable = [runner for runner in pool.runners.values() if not pool.pinned(runner)]
+        movable = [
+            runner for runner in pool.runners.values() if not pool.pinned(runner) and runner.id not in self.stuck
+        ]
         self.potential = self._with(self.free, movable)
         self.claimed: set[RunnerId] = set()  # victims of earlier lines
         self.planned: set[ModelId] = set()  # models that an earlier line is to get a runner of
@@ -106,7 +113,8 @@ class _Planner:
 
     def _consider_runner(self, line: Line, model: Model, options: Options, demand: Demand, offload: Offload) -> None:
         forced = self._forced(model)
-        accompanied = model.alone and not all(map(self.pool.pinned, self.pool.runners.values()))
+        others = [runner for runner in self.pool.runners.values() if runner.id not in self.overdue]
+        accompanied = model.alone and not all(map(self.pool.pinned, others))
         if not forced and not accompanied and self.places > 0:
             placement = place(demand, offload, self._usable(), self.gpus)
             if placement and not self._full(placement):
@@ -166,7 +174,10 @@ class _Planner:
         """Enough is on its way already, or only a place among the loads is missing: give up a load nobody waits for."""
         draining = [runner.model for runner in self.pool.runners.values() if runner.state is EXPIRING and runner.leases]
         line.waits_for = f"{', '.join(draining)} to finish" if draining else "memory that is on its way back"
-        if full := self._full(placement):
+        full = self._full(placement)
+        if line.want.purpose is not Purpose.memory and not draining:
+            self._count_load(placement)  # it starts in a moment: its place among the loads is not for younger ones
+        if full:
             line.waits_for = "another load to end"
             for runner in self.pool.runners.values():
                 unwanted = runner.state is LOADING and runner.id not in self.claimed | self.awaited
@@ -186,8 +197,8 @@ class _Planner:
         return None
 
     def _no_place_ever(self, line: Line) -> bool:
-        pinned = sum(self.pool.pinned(runner) for runner in self.pool.runners.values())
-        return line.want.purpose is not Purpose.memory and pinned >= self.pool.max_runners()
+        taken = sum(self.pool.pinned(runner) for runner in self.pool.runners.values()) + len(self.stuck)
+        return line.want.purpose is not Purpose.memory and taken >= self.pool.max_runners()
 
     def _refusal(self, line: Line, demand: Demand) -> DoesNotFit:
         everything = self._with(self.free, self.pool.runners.values())
@@ -196,7 +207,12 @@ class _Planner:
         boundless = dict.fromkeys((*capacity, HOST), 2**62)
         need = place(demand, offload, boundless, self.gpus)
         pins = sorted({runner.model for runner in self.pool.runners.values() if self.pool.pinned(runner)})
-        if place(demand, offload, everything, self.gpus) and pins:
+        stuck = sorted({self.pool.runners[id].model for id in self.stuck})
+        if stuck and place(
+            demand, offload, self._with(self.potential, map(self.pool.runners.__getitem__, self.stuck)), self.gpus
+        ):
+            reason = f"its memory is held by what was stopped and does not end: {', '.join(stuck)}"
+        elif place(demand, offload, everything, self.gpus) and pins:
             reason = f"it would fit only by moving what is pinned: {', '.join(pins)}"
         elif place(demand, offload, capacity, self.gpus):
             reason = "other programs, or the program's own reservations, hold the memory"
@@ -220,7 +236,12 @@ class _Planner:
             if runner.current and runner.id not in self.claimed | self.awaited
             and runner not in exclude and not self.pool.pinned(runner)
         ]  # fmt: skip
-        ordered = self.policy.order(self.pool.now, [self._candidate(runner, head) for runner in runners])
+        candidates = [self._candidate(runner, head) for runner in runners]
+        try:
+            ordered = [one for one in self.policy.order(self.pool.now, candidates) if one in candidates]
+        except Exception as error:  # a policy may be the user's own
+            self.plan.policy_failure = repr(error)
+            ordered = list(candidates)
         return sorted(ordered, key=lambda candidate: (candidate.leases > 0, candidate.free_at > self.pool.now))
 
     def _candidate(self, runner: Runner, head: Request) -> Candidate:

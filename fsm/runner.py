@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
@@ -86,6 +87,7 @@ class Runner:
     wanted: bool = False  # its holders have been told that others wait for its memory
     last_sample: int = 0  # asked for when its process had gone; only this or a later one tells what is back
     awaited: dict[DeviceId, int] = field(default_factory=dict)  # free bytes by GPU that show its memory to be back
+    due_at: float = math.inf  # expiring: when it ought to be gone; after that nobody counts on its memory
     memory_by: float = 0.0  # when the wait for its memory is over
 
     def __post_init__(self) -> None:
@@ -107,5 +109,5 @@ class Runner:
             self.id, self.model, self.told, self.placement, self.keep_alive_s, self.launched_at, self.state,
             self.options, set(self.accepted), set(self.leases), self.loaded_at, self.used_at, self.resident_until,
             self.process, self.stopping, self.expire_when_served, self.out_of_memory, self.wanted, self.last_sample,
-            dict(self.awaited), self.memory_by,
+            dict(self.awaited), self.due_at, self.memory_by,
         )  # fmt: skip

@@ -30,6 +30,7 @@ class RunnerView:
     loaded_at: float | None
     pinned: bool
     process: bool  # its process may be alive
+    due_at: float  # when it ought to be gone; infinite unless it is expiring
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +83,7 @@ def _runners(pool: Pool) -> tuple[RunnerView, ...]:
             runner.id, runner.model, runner.state, len(runner.leases), runner.options, tuple(account.promised.items()),
             tuple(account.resident.items()), runner.placement.gpu_layers, runner.keep_alive_s,
             pool.timers.at(("keep-alive", runner.id)), runner.launched_at, runner.loaded_at,
-            pool.models[runner.model].pinned, runner.process,
+            pool.models[runner.model].pinned, runner.process, runner.due_at,
         )  # fmt: skip
         views.append(view)
     return tuple(views)

@@ -119,6 +119,7 @@ class Driver:
                 self._step_all()
             except BaseException as error:
                 self.broken = self.broken or error
+                self._deadline = math.inf  # nothing is due any more
                 self._fail(self.broken)
             finally:
                 self._lock.release()

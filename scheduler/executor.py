@@ -24,7 +24,7 @@ from scheduler.workers import Workers
 log = logging.getLogger("loadmaster")
 
 _WORKERS = 8  # jobs that may block at once: inspections, launches, samples
-_CALLERS = 4  # of the user's callbacks, which may block for as long as they like, on the scheduler too
+_CALLERS = 64  # of the user's callbacks at once, started as needed: each may block, on the scheduler too
 _STOPPERS = 2  # of their own, so that nothing can starve a stop
 _FRESH_S = 2.0  # how long an inspection waits for a sample of the devices
 _PROGRESS_S = 1.0  # progress is posted at most so often
@@ -44,9 +44,10 @@ class Life:
         self._engine = engine
         self._what = model  # as the engine is to be told it
         self._post = post
-        self._lock = threading.Lock()  # orders begin and stop
-        self._stopped = False  # a Stop came; a launch that has not begun never does
+        self._lock = threading.Lock()  # orders begin and stop; held for an assignment
+        self._stop_grace_s: float | None = None  # a Stop came; a launch that has not begun never does
         self.over = False  # Exited was posted, or is about to be
+        self.probed = False  # a probe is queued or under way
         self._progress_at = 0.0
         self._client: RunnerClient | None = None
 
@@ -59,23 +60,26 @@ class Life:
             return self._client
 
     def begin(self) -> None:
-        """Carry out the Launch."""
+        """Carry out the Launch; no lock is held while the engine takes its time, so that no Stop waits for it."""
+        if self._stop_grace_s is not None:
+            self.exited(None, "stopped before it began", False)
+            return
+        try:
+            process = self._engine.launch(self._what, self._launch.options, self._launch.placement, self)
+        except Exception as error:
+            log.debug("a launch failed", exc_info=True)
+            self.exited(None, str(error) or repr(error), False)
+            return
         with self._lock:
-            if not self._stopped:
-                try:
-                    self.process = self._engine.launch(self._what, self._launch.options, self._launch.placement, self)
-                    return
-                except Exception as error:
-                    log.debug("a launch failed", exc_info=True)
-                    reason = str(error) or repr(error)
-            else:
-                reason = "stopped before it began"
-        self.exited(None, reason, False)
+            self.process = process
+            grace_s = self._stop_grace_s
+        if grace_s is not None:  # it came meanwhile, when there was nothing to stop
+            process.stop(grace_s)
 
     def stop(self, grace_s: float) -> None:
         """Carry out a Stop."""
         with self._lock:
-            self._stopped = True
+            self._stop_grace_s = grace_s
             process = self.process
         if process is not None:
             process.stop(grace_s)
@@ -102,6 +106,7 @@ class Life:
                 return
             self.over = True
         self.lost = detail or f"its process exited with {code}"
+        self.value = None  # else it would stay in memory that is accounted as free
         self._post(on.Exited(self.runner, code, detail, out_of_memory))
         if self._client is not None:
             self._client.close()
@@ -147,10 +152,16 @@ class Executor:
                 self.sampler.request(number)
 
     def probe(self, life: Life) -> None:
-        """Ask a runner whether it still answers, and post it where it does not; blocks up to the probe's time-out."""
+        """Have a runner asked whether it still answers, and post it if it does not; one probe of it at a time."""
+        if not life.probed:
+            life.probed = True
+            self.workers.put(lambda: self._probe(life))
+
+    def _probe(self, life: Life) -> None:
         timeout_s = self._settings.probe_timeout
         if life.process is not None and not life.process.healthy(timeout_s) and not life.over:
             self._post(on.Unresponsive(life.runner, f"it did not answer within {timeout_s:g} s"))
+        life.probed = False
 
     def close(self, timeout_s: float) -> list[str]:
         """End the threads; return the names of those that hang."""

@@ -6,6 +6,8 @@ import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from queue import Empty, SimpleQueue
+from weakref import ReferenceType, ref
 
 from fsm.journal import Entry
 
@@ -27,8 +29,8 @@ class EventStream(Iterator[Entry | Gap]):
         self._limit = limit
         self._entries: deque[Entry] = deque()
         self._missed = 0
-        self._lock = threading.Lock()  # held for an append or a pop
-        self._there = threading.Semaphore(0)  # at least one for whatever there is to take
+        self._lock = threading.RLock()  # re-entered by a finaliser that posts while its thread takes or offers
+        self._there: SimpleQueue[None] = SimpleQueue()  # a token, while there may be something to take
         self.ended = False  # nothing more is offered
 
     def offer(self, entries: Sequence[Entry]) -> None:
@@ -38,23 +40,29 @@ class EventStream(Iterator[Entry | Gap]):
             while len(self._entries) > self._limit:
                 self._entries.popleft()
                 self._missed += 1
-        self._there.release()
+        if self._there.empty():
+            self._there.put(None)
 
     def close(self) -> None:
         """End the stream after what it still holds."""
         self.ended = True
-        self._there.release()
+        self._there.put(None)
 
     def take(self, timeout_s: float | None = None) -> Entry | Gap | None:
         """Return the next one, None when none comes in time or the stream has ended."""
         while True:
             with self._lock:
-                if self._missed:
-                    gap, self._missed = Gap(self._missed), 0
-                    return gap
-                if self._entries:
-                    return self._entries.popleft()
-            if self.ended or not self._there.acquire(timeout=timeout_s):
+                missed, self._missed = self._missed, 0
+                entry = self._entries.popleft() if self._entries and not missed else None
+            if missed:
+                return Gap(missed)
+            if entry is not None:
+                return entry
+            if self.ended:
+                return None
+            try:
+                self._there.get(timeout=timeout_s)
+            except Empty:
                 return None
 
     def __enter__(self) -> EventStream:
@@ -78,26 +86,28 @@ class Hub:
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
-        self._streams: tuple[EventStream, ...] = ()  # replaced, never changed
+        self._streams: tuple[ReferenceType[EventStream], ...] = ()  # replaced, never changed; one forgotten is gone
         self._closed = False
 
     def open(self) -> EventStream:
         """Add a listener; called between two steps, so that nothing is missed or heard twice."""
         stream = EventStream(self._limit)
-        self._streams = (*self._streams, stream)
+        self._streams = (*self._streams, ref(stream))
         if self._closed:
             stream.close()
         return stream
 
     def publish(self, entries: Sequence[Entry]) -> bool:
         """Hand `entries` to every listener and return whether there is one; quick, and runs nobody's code."""
-        self._streams = tuple(stream for stream in self._streams if not stream.ended)
-        for stream in self._streams:
+        streams = [(reference, stream) for reference in self._streams if (stream := reference()) and not stream.ended]
+        self._streams = tuple(reference for reference, _ in streams)
+        for _, stream in streams:
             stream.offer(entries)
-        return bool(self._streams)
+        return bool(streams)
 
     def close(self) -> None:
         """End every stream."""
         self._closed = True
-        for stream in self._streams:
-            stream.close()
+        for reference in self._streams:
+            if (stream := reference()) is not None:
+                stream.close()

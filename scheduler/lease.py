@@ -36,7 +36,7 @@ class Lease:
         self._ticket = ticket
         self._released = False
         self._streams = 0  # open streams; the runner is given back after the last
-        self._lock = threading.Lock()  # guards the two above
+        self._lock = threading.RLock()  # guards the two above; re-entered by the finaliser of a stream
 
     # -- what it is ---------------------------------------------------------------------------------------------------
 
@@ -229,6 +229,7 @@ class Stream(Iterator[str]):
     def __init__(self, lease: Lease, pieces: Generator[str, None, None]) -> None:
         self._pieces = pieces
         self._lease: Lease | None = lease  # None: given back
+        self._unwanted = False  # closed while another thread was reading
         lease._begin_stream()
 
     def __next__(self) -> str:
@@ -236,19 +237,31 @@ class Stream(Iterator[str]):
             raise StopIteration
         try:
             with lease._talking():
-                return next(self._pieces)
+                piece = next(self._pieces)
+            if self._unwanted:
+                raise StopIteration
+            return piece
         except BaseException:
             self.close()
             raise
 
     def close(self) -> None:
-        """End the answer here; the engine stops working on it. Twice is harmless."""
+        """End the answer here; the engine stops working on it. Twice is harmless.
+
+        While another thread waits for the next piece, it ends with that.
+        """
         lease, self._lease = self._lease, None
-        if lease is not None:
-            try:
-                self._pieces.close()
-            finally:
-                lease._end_stream()
+        if lease is None:
+            return
+        try:
+            self._pieces.close()
+        except ValueError:  # another thread is reading
+            self._unwanted, self._lease = True, lease
+            return
+        except BaseException:
+            lease._end_stream()
+            raise
+        lease._end_stream()
 
     def __enter__(self) -> Self:
         return self

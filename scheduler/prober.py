@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from scheduler.executor import Executor
 
-_SAMPLE_INTERVAL_S = 1.0  # while any runner lives
+_SAMPLE_INTERVAL_S = 1.0
 
 
 class Prober:
-    """Samples memory about once a second and probes each loaded runner once an interval; nobody waits for either."""
+    """Has memory sampled about once a second and each loaded runner probed once an interval; waits for neither."""
 
     def __init__(self, executor: Executor, interval_s: float) -> None:
         self._executor = executor
@@ -34,12 +34,10 @@ class Prober:
         waited_s = 0.0
         pause_s = min(_SAMPLE_INTERVAL_S, self._interval_s)
         while not self._stop.wait(pause_s):
+            self._executor.sampler.request()
             waited_s += pause_s
-            lives = [life for life in list(self._executor.lives.values()) if not life.over]
-            if lives:
-                self._executor.sampler.request()
             if waited_s >= self._interval_s:
                 waited_s = 0.0
-                for life in lives:
-                    if life.endpoint is not None:
+                for life in list(self._executor.lives.values()):
+                    if life.endpoint is not None and not life.over:
                         self._executor.probe(life)

@@ -98,7 +98,7 @@ class Registry:
     def name(self, id: ModelId) -> str:
         """Return the name to show for an identity."""
         model = self._models.get(id)
-        return model.name if model is not None else id
+        return model.name if model is not None else id or "the program's own memory"
 
     def named(self, text: str) -> str:
         """Return a text of the core's with names in place of identities."""

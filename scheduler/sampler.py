@@ -33,7 +33,7 @@ class Sampler:
         self._workers = workers
         self._running = running
         self._post = post
-        self._lock = threading.Lock()  # guards the three below; held for an assignment
+        self._lock = threading.RLock()  # guards the four below; re-entered by a finaliser
         self._wanted = 0  # the highest number asked for
         self._again = False  # somebody asked since the reading under way began
         self._busy = False  # a job is queued or running

@@ -42,6 +42,8 @@ log = logging.getLogger("loadmaster")
 _FIRST_SAMPLE_S = 10.0  # how long a slow GPU driver may hold up the start
 _EXIT_TIMEOUT_S = 0.0  # when the interpreter exits without close, nobody is left to release a lease
 _LAST_WORDS_S = 2.0  # beyond the time-outs, for killed processes to be reaped and threads to end
+_FRESH_S = 2.0  # how long a reservation waits for a sample of the devices
+_CLOSE_LOOK_S = 0.1  # between two looks, while it closes, at whether leases are still held
 _LOOK_UP_S = 1.0  # no single wait is longer: a Ctrl-C that comes right before one is only seen when it ends
 
 
@@ -140,6 +142,7 @@ class Scheduler:
         where there never can be, `AcquireTimeout`, `SchedulerClosed`.
         """
         amount = ((DeviceId(device), parse_bytes(size)),)
+        self._executor.sampler.refresh(_FRESH_S)
         want = Want(ModelId(""), Options(), Purpose.memory, 0, amount)
         timeout_s = None if timeout is None else parse_duration(timeout, name="timeout")
         question = Question(want, f"{size} on {device}", None, timeout_s)
@@ -152,9 +155,11 @@ class Scheduler:
 
     def status(self) -> Status:
         """Return the runners, the queue and the devices as they are now."""
-        snapshot = self._driver.read(Core.snapshot)
-        lives = dict(self._executor.lives)
-        return status_of(snapshot, monotonic_clock(), self._registry, lives.get, self._devices.problems)
+        snapshot, failure = self._driver.read(lambda core: (core.snapshot(), core.policy_failure))
+        problems = self._devices.problems
+        if failure:
+            problems = (*problems, f"the eviction policy raised {failure}: the oldest runners go first instead")
+        return status_of(snapshot, monotonic_clock(), self._registry, dict(self._executor.lives).get, problems)
 
     def name(self, model: ModelId) -> str:
         """Return the name of a model whose identity an event tells."""
@@ -189,9 +194,7 @@ class Scheduler:
         self._driver.post(on.Close(timeout_s))
         try:
             if self._driver.broken is None:
-                end = time.monotonic() + timeout_s + self.settings.stop_grace + _LAST_WORDS_S
-                while not self._finished.is_set() and (left_s := end - time.monotonic()) > 0:
-                    self._finished.wait(min(left_s, _LOOK_UP_S))
+                self._await_the_end(timeout_s)
         finally:  # after Ctrl-C too
             with self._close_lock:
                 self._end()
@@ -202,13 +205,23 @@ class Scheduler:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def _await_the_end(self, timeout_s: float) -> None:
+        """Wait until every runner is unloaded: for as long as leases may last, then for as long as a stop may take."""
+        stop_s = self.settings.stop_grace + _LAST_WORDS_S
+        now = time.monotonic()
+        leases_end, end = now + timeout_s, now + stop_s
+        while not self._finished.is_set() and (now := time.monotonic()) < end:
+            if self._tickets and now < leases_end:
+                end = now + stop_s
+            self._finished.wait(min(end - now, _CLOSE_LOOK_S))
+
     def _end(self) -> None:
         """Stop what is left: processes first, then threads, then those who still wait."""
         _open_schedulers.discard(self)
         end = time.monotonic() + _LAST_WORDS_S
         self._prober.close(max(0.1, end - time.monotonic()))
         for engine in self._engines:
-            engine.close()
+            engine.close(max(0.1, end - time.monotonic()))
         hung = self._executor.close(max(0.1, end - time.monotonic()))
         self._driver.stop(max(0.1, end - time.monotonic()))
         stuck = [self._registry.name(life.model) for life in self._executor.lives.values() if not life.over]

@@ -33,6 +33,7 @@ class RunnerStatus:
     expires_in_s: float  # infinite unless its keep-alive clock runs
     load_s: float | None  # None: still loading
     pinned: bool
+    stuck: bool  # it was stopped and ought to be gone: its memory stays booked, and nobody counts on it
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +55,7 @@ class Status:
     runners: tuple[RunnerStatus, ...]
     queue: tuple[WaitStatus, ...]
     devices: tuple[DeviceView, ...]
-    problems: tuple[str, ...]  # what could not be read of the devices, in sentences
+    problems: tuple[str, ...]  # what could not be read of the devices, or went wrong in a policy, in sentences
     closing: bool
 
 
@@ -99,4 +100,5 @@ def _runner_status(view: RunnerView, now: float, name: str, life: Life | None) -
         view.expires_at - now,
         None if view.loaded_at is None else view.loaded_at - view.launched_at,
         view.pinned,
+        not view.leases and now >= view.due_at,
     )

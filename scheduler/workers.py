@@ -24,7 +24,7 @@ class Workers:
         self._limit = limit
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._idle = threading.Semaphore(0)  # threads that wait for a job, less the jobs on their way to them
-        self._lock = threading.Lock()  # guards the list
+        self._lock = threading.RLock()  # guards the list; re-entered by a finaliser that puts while a thread is started
         self._threads: list[threading.Thread] = []
 
     def put(self, job: Job) -> None:
@@ -36,8 +36,12 @@ class Workers:
             if len(self._threads) >= self._limit:
                 return
             thread = threading.Thread(target=self._run, name=f"{self._name}-{len(self._threads)}", daemon=True)
-            self._threads.append(thread)
-        thread.start()
+            try:
+                thread.start()
+            except RuntimeError:  # there can be no more threads now: the job waits for one, or for the next put
+                log.warning("no thread could be started for %s", self._name)
+            else:
+                self._threads.append(thread)
 
     def close(self, timeout_s: float) -> list[str]:
         """Let the threads end after what is queued, wait for them, and return the names of those that hang."""

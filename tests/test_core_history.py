@@ -203,7 +203,7 @@ def test_an_empty_pool_waits_for_nothing() -> None:
 
 
 def test_late_events_are_counted_and_change_nothing() -> None:
-    """Whatever comes for ids that nobody knows."""
+    """S15: Whatever comes for ids that nobody knows."""
     pool = a_busy_pool()
     pool.core.late, before = 0, pool.core.snapshot()
     strangers = [

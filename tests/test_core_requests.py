@@ -387,7 +387,7 @@ def test_the_load_goes_on_when_its_only_waiter_times_out() -> None:
 
 
 def test_an_expired_model_starts_a_new_life_for_the_next_request() -> None:
-    """Rule 1: a victim is never resurrected; its next life has a new id."""
+    """S29: Rule 1: a victim is never resurrected; its next life has a new id."""
     pool = a_pool(capacity="16GiB").expiring("a", lease=1)
     assert [type(command) for command in pool.feed(acquire("a", request=2))] == [Launch]
     assert pool.feed(loaded(2)) == [Grant(2, 2)]

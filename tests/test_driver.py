@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import queue
 import signal
 import subprocess
@@ -19,11 +20,12 @@ from fsm import events as on
 from fsm.commands import Command
 from fsm.core import Core
 from fsm.estimate import Options
-from fsm.journal import Entry
+from fsm.journal import Decision, Entry
 from fsm.request import ModelId, Purpose, RequestId, Want
 from scheduler.clock import monotonic_clock
 from scheduler.driver import Driver
 from scheduler.executor import Life
+from scheduler.hub import EventStream
 from scheduler.workers import Workers
 
 LIMIT_S = 10.0  # ten times what anything here is expected to take, and more
@@ -169,6 +171,7 @@ def test_an_exception_in_a_step_fails_everybody_and_decides_nothing_more(start: 
     assert isinstance(driver.broken, ZeroDivisionError)
     assert failures == [driver.broken, driver.broken]
     assert len(core.stepped) == 1
+    assert driver._deadline == math.inf  # else time would fail it again and again
 
 
 def test_commands_are_handed_on_in_the_order_in_which_they_were_decided(start: Callable[..., Driver]) -> None:
@@ -232,6 +235,66 @@ def test_a_stop_cancels_a_launch_that_has_not_begun() -> None:
     life.begin()
     life.begin()
     assert posted == [on.Exited(7, None, "stopped before it began", False)]  # type: ignore[arg-type]
+
+
+def test_a_launch_that_hangs_does_not_hold_up_its_stop() -> None:
+    """Stops have threads of their own; none of them waits for a launch."""
+    posted: list[on.Event] = []
+    entered, go_on, stopped = threading.Event(), threading.Event(), threading.Event()
+
+    class Process:
+        def stop(self, grace_s: float) -> None:
+            stopped.set()
+
+    class Engine:
+        def launch(self, *arguments: object) -> Process:
+            entered.set()
+            assert go_on.wait(LIMIT_S)
+            return Process()
+
+    life = Life(do.Launch(7, ModelId("a"), Options(), None), Engine(), None, posted.append)  # type: ignore[arg-type]
+    thread = threading.Thread(target=life.begin)
+    thread.start()
+    assert entered.wait(LIMIT_S)
+    in_thread(lambda: life.stop(1.0))
+    go_on.set()
+    assert stopped.wait(LIMIT_S)
+    thread.join()
+
+
+def test_a_thread_that_cannot_be_started_loses_no_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The job waits for the next one; nothing raises, here or at the close."""
+    workers = Workers("test", 2)
+    done: queue.SimpleQueue[int] = queue.SimpleQueue()
+
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        workers.put(lambda: done.put(1))
+    workers.put(lambda: done.put(2))
+    assert [done.get(timeout=LIMIT_S), done.get(timeout=LIMIT_S)] == [1, 2]
+    assert workers.close(LIMIT_S) == []
+
+
+def test_a_finaliser_may_post_while_its_thread_reads_the_events() -> None:
+    """What is offered to a stream from inside a read of it neither blocks nor is lost."""
+    stream = EventStream(10)
+    entry = Decision(0.0, "queued", ModelId("a"), "")
+
+    class Entries(type(stream._entries)):  # type: ignore[misc]  # a deque whose use runs a finaliser
+        def popleft(self) -> Entry:
+            found: Entry = super().popleft()
+            if found.reason == "":
+                stream.offer([Decision(1.0, "queued", ModelId("b"), "late")])
+            return found
+
+    stream._entries = Entries()
+    stream.offer([entry])
+    taken: list[object] = []
+    in_thread(lambda: taken.extend([stream.take(LIMIT_S), stream.take(LIMIT_S)]))
+    assert [getattr(each, "model", None) for each in taken] == ["a", "b"]
 
 
 def test_a_job_that_hangs_cannot_hang_the_exit() -> None:

@@ -12,9 +12,11 @@ import textwrap
 import threading
 import time
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, Future
 from concurrent.futures import wait as wait_for
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -394,6 +396,49 @@ def test_a_lease_granted_to_a_loop_that_is_gone_releases_itself(scheduler: Sched
     until(lambda: states(scheduler) == {"a": "idle"})
 
 
+def test_callbacks_that_block_on_the_scheduler_do_not_block_each_other(scheduler: Scheduler) -> None:
+    """A dozen callbacks that each wait for another future: all get it, and so does everybody else."""
+    done: list[str] = []
+
+    def then(_: Future[Lease]) -> None:
+        with scheduler.submit(a_model("a")).result(LIMIT_S) as lease:
+            done.append(lease.value)
+
+    for _ in range(12):
+        future = scheduler.submit(a_model("a"))
+        future.add_done_callback(then)
+        future.add_done_callback(lambda granted: granted.result().release())
+    until(lambda: len(done) == 12)
+
+
+def test_an_object_is_let_go_of_when_it_is_unloaded(scheduler: Scheduler) -> None:
+    """Else its memory would be accounted as free while it is still there."""
+
+    class Large:
+        pass
+
+    alive: list[weakref.ref[Large]] = []
+
+    def load() -> Large:
+        large = Large()
+        alive.append(weakref.ref(large))
+        return large
+
+    scheduler.acquire(a_model("a", load=load), keep_alive=0).release()
+    until(lambda: states(scheduler) == {} and gc.collect() >= 0 and alive[0]() is None)
+
+
+def test_what_does_not_stop_is_shown_as_stuck(scheduler: Scheduler) -> None:
+    """Its memory stays booked; the bound is the core's, so it is shortened here."""
+    gate = Gate()
+    scheduler._driver.read(lambda core: setattr(core.pool, "limits", replace(core.pool.limits, stop_timeout_s=0.01)))
+    scheduler.acquire(a_model("a", unload=gate), keep_alive=0).release()
+    assert gate.entered.wait(LIMIT_S)
+    until(lambda: [runner.stuck for runner in scheduler.status().runners] == [True])
+    gate.open.set()
+    until(lambda: states(scheduler) == {})
+
+
 # -- the other verbs ---------------------------------------------------------------------------------------------------
 
 
@@ -457,6 +502,15 @@ def test_events_tell_every_transition_with_its_reason(scheduler: Scheduler) -> N
     assert triggers == ["launch", "serve", "rest", "expire", "unload"]
     assert all(entry.reason for entry in entries if isinstance(entry, Transition | Decision))
     events.close()
+
+
+def test_a_listener_that_was_forgotten_costs_nothing_more(scheduler: Scheduler) -> None:
+    """A stream that is dropped without close is gone, and nothing is noted any more."""
+    scheduler.events()
+    gc.collect()
+    scheduler.acquire(a_model("a")).release()
+    scheduler.acquire(a_model("a")).release()
+    assert scheduler._driver.read(lambda core: core.journal) is None
 
 
 def test_a_slow_reader_finds_a_gap_marked() -> None:

@@ -73,5 +73,5 @@ class Engine(Protocol):
         Ends in exactly one `Report.exited`, unless it raises: then nothing was started and nothing is reported.
         """
 
-    def close(self) -> None:
+    def close(self, timeout_s: float) -> None:
         """End every runner that is left, by force, and the engine's own threads; bounded in time."""

@@ -198,9 +198,7 @@ class PoolUnderTest:
             for device, size in held.items():
                 free[device] -= size
         devices = tuple(
-            DeviceSample(
-                id, "cpu" if id == HOST else "gpu", id, size, max(0, free[id]), id != HOST and self.integrated
-            )
+            DeviceSample(id, "cpu" if id == HOST else "gpu", id, size, max(0, free[id]), id != HOST and self.integrated)
             for id, size in self.capacities.items()
         )
         resident = tuple((runner, tuple(held.items())) for runner, held in self.occupied.items())

@@ -5,9 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
-import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,8 +17,8 @@ import pytest
 from scheduler import Lease, Scheduler, Settings
 from tests.leaks import no_leaks
 from tests.tiny_models import write_tiny_model
+from tests.waiting import assert_soon
 
-LIMIT_S = 20.0  # a load takes 0.1 s, or a few times that on a busy machine
 ROOM_FOR_ONE = "64MiB"  # a tiny runner takes 35 to 41 MiB, and 25 % more must be free before its first load
 ROOM_FOR_TWO = "100MiB"
 SHORT: dict[str, Any] = {"temperature": 0, "max_tokens": 12, "ignore_eos": True}
@@ -46,14 +44,6 @@ def write_models(folder: Path, names: str) -> Path:
     for seed, name in enumerate(names):
         write_tiny_model(folder / f"{name}.gguf", seed=seed, context=1024)
     return folder
-
-
-def until(condition: Callable[[], object], limit_s: float = LIMIT_S) -> None:
-    """Wait for a condition that other threads or processes bring about."""
-    end = time.monotonic() + limit_s
-    while not condition():
-        assert time.monotonic() < end, "it did not come about in time"
-        threading.Event().wait(0.005)
 
 
 def is_gone(pid: int | None) -> bool:
@@ -88,9 +78,9 @@ def stop_the_load(scheduler: Scheduler, *, after: int = 0) -> int:
         loading = [runner.pid for runner in scheduler.status().runners if runner.state == "loading"]
         return next((pid for pid in loading if pid and pid != after), 0)
 
-    until(started)
+    assert_soon(started)
     pid = started()
     send(pid, signal.SIGSTOP)
-    until(lambda: psutil.Process(pid).status() == psutil.STATUS_STOPPED)
+    assert_soon(lambda: psutil.Process(pid).status() == psutil.STATUS_STOPPED)
     assert pid == started(), "it was loaded already"
     return pid

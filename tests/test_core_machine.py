@@ -47,9 +47,7 @@ PICK = st.integers(0, 10**6)  # an index into whatever there is, taken modulo it
 
 def new_pool() -> PoolUnderTest:
     """Return a host of 8 GiB and a GPU of 4 GiB; what is asked of the world is answered by rules alone."""
-    pool = a_pool(
-        "8GiB", gpus=("4GiB",), sizes={"a": "2GiB", "b": "3GiB", "c": "6GiB"}, inspects=False, samples=False
-    )
+    pool = a_pool("8GiB", gpus=("4GiB",), sizes={"a": "2GiB", "b": "3GiB", "c": "6GiB"}, inspects=False, samples=False)
     pool.declare("d", a_model(layers_bytes=(256 * MIB,) * 4)).declare("g", layered(4, "512MiB"))
     return pool.declare("h", layered(6, "1GiB", output="512MiB"))
 

@@ -10,7 +10,6 @@ import subprocess
 import sys
 import textwrap
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 
 import pytest
@@ -27,8 +26,7 @@ from scheduler.driver import Driver
 from scheduler.executor import Life
 from scheduler.hub import EventStream
 from scheduler.workers import Workers
-
-LIMIT_S = 10.0  # ten times what anything here is expected to take, and more
+from tests.waiting import LIMIT_S, assert_soon
 
 
 def nobody_listens(entries: Sequence[Entry]) -> None:
@@ -60,14 +58,6 @@ def in_thread(action: Callable[[], object]) -> None:
     thread.start()
     thread.join(LIMIT_S)
     assert not thread.is_alive(), "it hangs"
-
-
-def until(condition: Callable[[], bool]) -> None:
-    """Wait for a condition that other threads bring about."""
-    end = time.monotonic() + LIMIT_S
-    while not condition():
-        assert time.monotonic() < end, "it did not come about in time"
-        threading.Event().wait(0.001)
 
 
 def acquire(request: int, model: str = "a") -> on.Acquire:
@@ -105,8 +95,8 @@ def test_ctrl_c_never_interrupts_a_step_that_the_main_thread_asked_for(start: Ca
     driver = start(core)
     with pytest.raises(KeyboardInterrupt):
         driver.post(acquire(1))
-        until(lambda: False)
-    until(lambda: RequestId(1) in driver.read(lambda core: core.pool.requests))
+        assert_soon(lambda: False)
+    assert_soon(lambda: RequestId(1) in driver.read(lambda core: core.pool.requests))
     assert driver.broken is None
     assert threading.main_thread().ident not in core.threads
     core.check()
@@ -133,7 +123,7 @@ def test_ctrl_c_between_an_event_and_the_wake_up_loses_nothing(start: Callable[.
     driver._inbox = Inbox()
     with pytest.raises(KeyboardInterrupt):
         driver.post(acquire(1))
-    until(lambda: not driver._inbox)
+    assert_soon(lambda: not driver._inbox)
 
 
 def test_a_finaliser_inside_a_step_posts_without_a_deadlock(start: Callable[..., Driver]) -> None:

@@ -18,7 +18,6 @@ import pytest
 
 from scheduler import RunnerCrashed, Scheduler, SchedulerClosed
 from tests.real import (
-    LIMIT_S,
     LONG,
     SHORT,
     begin_a_load,
@@ -27,9 +26,9 @@ from tests.real import (
     send,
     settings,
     states,
-    until,
     write_models,
 )
+from tests.waiting import LIMIT_S, assert_soon
 
 ORPHANED_S = 10.0  # ten times the second within which no child of a killed host is left
 
@@ -89,7 +88,7 @@ def test_close_lets_an_answer_finish(scheduler: Scheduler, model: Path) -> None:
         text = next(stream)
     closing = threading.Thread(target=scheduler.close, args=(LIMIT_S,))
     closing.start()
-    until(lambda: states(scheduler) == {"a": "expiring"})
+    assert_soon(lambda: states(scheduler) == {"a": "expiring"})
     assert text + "".join(stream) == whole
     closing.join(LIMIT_S)
     assert not closing.is_alive()
@@ -143,7 +142,7 @@ def test_a_host_that_is_killed_leaves_no_orphan(model: Path) -> None:
     with a_host(model, "for piece in lease.stream('hello', **long): print(flush=True)") as (host, child):
         assert next_line(host)
         host.kill()
-        until(lambda: is_gone(child), ORPHANED_S)
+        assert_soon(lambda: is_gone(child), ORPHANED_S)
 
 
 @pytest.mark.parametrize(

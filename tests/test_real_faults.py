@@ -23,7 +23,6 @@ from scheduler import (
 )
 from scheduler.engines.llama import DETAIL_BYTES
 from tests.real import (
-    LIMIT_S,
     LONG,
     ROOM_FOR_ONE,
     SHORT,
@@ -34,9 +33,9 @@ from tests.real import (
     settings,
     states,
     stop_the_load,
-    until,
     write_models,
 )
+from tests.waiting import LIMIT_S, assert_soon
 
 NOTICED_S = 1.0  # ten times the 100 ms within which an exit is noticed
 ORPHANED_S = 10.0  # ten times the second within which no child of a killed host is left
@@ -90,7 +89,7 @@ def test_a_second_kill_while_it_loads_is_the_answer(scheduler: Scheduler, model:
     assert failed.value.out_of_memory and failed.value.retry_after_s
     with pytest.raises(LoadFailed, match="killed by SIGKILL"):
         scheduler.acquire(model)
-    until(lambda: scheduler.status().runners == () and scheduler.status().devices[0].held_bytes == 0)
+    assert_soon(lambda: scheduler.status().runners == () and scheduler.status().devices[0].held_bytes == 0)
 
 
 def test_a_holder_learns_that_its_runner_died(
@@ -103,7 +102,7 @@ def test_a_holder_learns_that_its_runner_died(
     lease.on_lost(told.set)
     send(lease.pid, signal.SIGKILL)
     assert told.wait(NOTICED_S)
-    until(lambda: other.lost and "a callback of a lease failed" in caplog.text)
+    assert_soon(lambda: other.lost and "a callback of a lease failed" in caplog.text)
     caplog.clear()
     assert lease.lost and states(scheduler).get("a") != "ready"
     for use in (lambda: lease.chat("hello"), lambda: other.complete("hello"), lambda: other.stream("hello")):
@@ -134,7 +133,7 @@ def test_answers_under_way_break_off_with_the_crash(scheduler: Scheduler, model:
         with pytest.raises(RunnerCrashed):
             list(stream)
         assert list(stream) == []
-    until(lambda: states(scheduler) == {})
+    assert_soon(lambda: states(scheduler) == {})
 
 
 def test_an_idle_runner_that_dies_is_not_listed(scheduler: Scheduler, model: Path) -> None:
@@ -142,7 +141,7 @@ def test_an_idle_runner_that_dies_is_not_listed(scheduler: Scheduler, model: Pat
     with scheduler.acquire(model) as lease:
         runner, pid = lease.runner, lease.pid
     send(pid, signal.SIGKILL)
-    until(lambda: scheduler.status().runners == (), NOTICED_S)
+    assert_soon(lambda: scheduler.status().runners == (), NOTICED_S)
     assert scheduler.status().devices[0].held_bytes == 0
     with scheduler.acquire(model) as lease:
         assert lease.runner != runner and lease.chat("hello", **SHORT)
@@ -153,9 +152,9 @@ def test_a_runner_that_dies_while_it_drains_makes_room(folder: Path) -> None:
     with Scheduler(settings(memory_limit=ROOM_FOR_ONE, max_wait=0, min_residency=0)) as scheduler:
         lease = scheduler.acquire(folder / "a.gguf")
         waiting = scheduler.submit(folder / "b.gguf")
-        until(lambda: states(scheduler) == {"a": "expiring"})
+        assert_soon(lambda: states(scheduler) == {"a": "expiring"})
         send(lease.pid, signal.SIGKILL)
-        until(lambda: lease.lost, NOTICED_S)
+        assert_soon(lambda: lease.lost, NOTICED_S)
         with waiting.result(LIMIT_S) as other:
             assert other.chat("hello", **SHORT)
         with pytest.raises(RunnerCrashed):
@@ -168,7 +167,7 @@ def test_a_model_that_crashes_twice_in_a_row_is_backed_off(scheduler: Scheduler,
     for _ in range(2):
         with scheduler.acquire(model) as lease:
             send(lease.pid, signal.SIGKILL)
-            until(lambda lease=lease: lease.lost, NOTICED_S)  # type: ignore[misc]  # bound now
+            assert_soon(lambda lease=lease: lease.lost, NOTICED_S)  # type: ignore[misc]  # bound now
     with pytest.raises(LoadFailed, match="killed by SIGKILL while serving") as refused:
         scheduler.acquire(model)
     assert refused.value.retry_after_s is not None and 0 < refused.value.retry_after_s <= 20
@@ -187,7 +186,7 @@ def test_a_runner_that_answers_nothing_is_killed(model: Path) -> None:
         send(pid, signal.SIGSTOP)
         with pytest.raises(RunnerCrashed, match="did not answer within"):
             list(stream)
-        until(lambda: lease.lost and is_gone(pid))
+        assert_soon(lambda: lease.lost and is_gone(pid))
         lease.release()
         with scheduler.acquire(model) as lease:
             assert lease.pid != pid and lease.chat("hello", **SHORT)
@@ -199,7 +198,7 @@ def test_an_idle_runner_that_answers_nothing_is_killed(model: Path) -> None:
         with scheduler.acquire(model) as lease:
             pid = lease.pid
         send(pid, signal.SIGSTOP)
-        until(lambda: scheduler.status().runners == () and is_gone(pid))
+        assert_soon(lambda: scheduler.status().runners == () and is_gone(pid))
 
 
 def test_n12_a_load_that_stands_still_is_stopped(model: Path) -> None:
@@ -207,7 +206,7 @@ def test_n12_a_load_that_stands_still_is_stopped(model: Path) -> None:
     with Scheduler(settings(load_timeout="500ms")) as scheduler:
         waiting, pid = begin_a_load(scheduler, model)
         assert isinstance(waiting.exception(LIMIT_S), LoadTimeout)
-        until(lambda: scheduler.status().runners == () and is_gone(pid))
+        assert_soon(lambda: scheduler.status().runners == () and is_gone(pid))
 
 
 def test_d06_d15_a_load_that_stands_still_holds_up_nobody_else(scheduler: Scheduler, folder: Path) -> None:
@@ -219,7 +218,7 @@ def test_d06_d15_a_load_that_stands_still_holds_up_nobody_else(scheduler: Schedu
             assert lease.chat("hello", **SHORT)
     scheduler.expire(folder / "b.gguf")
     assert cancelled.cancel()
-    until(lambda: states(scheduler) == {"a": "loading"} and len(scheduler.status().queue) == 1)
+    assert_soon(lambda: states(scheduler) == {"a": "loading"} and len(scheduler.status().queue) == 1)
     send(pid, signal.SIGCONT)
     with waiting.result(LIMIT_S) as lease:
         assert lease.pid == pid and lease.chat("hello", **SHORT)
@@ -274,7 +273,7 @@ def test_s25_an_engine_that_does_not_know_a_model_says_so(scheduler: Scheduler, 
             scheduler.acquire(path)
         assert len(refused.value.reason) <= DETAIL_BYTES and not refused.value.out_of_memory
         assert refused.value.retry_after_s is not None and 0 < refused.value.retry_after_s <= 10
-    until(lambda: states(scheduler) == {})
+    assert_soon(lambda: states(scheduler) == {})
 
 
 def test_n13_options_that_do_not_go_together_are_told_in_the_engines_words(scheduler: Scheduler, model: Path) -> None:
@@ -293,7 +292,7 @@ def test_a_file_that_is_cut_while_it_is_served_ends_that_runner_only(
         os.truncate(path, 20_000)
         with pytest.raises(RunnerCrashed):
             lease.chat("hello", **SHORT)
-        until(lambda: lease.lost)
+        assert_soon(lambda: lease.lost)
         with pytest.raises(InvalidModel, match="truncated"):
             scheduler.acquire(path)
         assert other.chat("hello", **SHORT)

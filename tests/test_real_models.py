@@ -26,7 +26,6 @@ from scheduler import (
     Status,
 )
 from tests.real import (
-    LIMIT_S,
     LONG,
     ROOM_FOR_ONE,
     ROOM_FOR_TWO,
@@ -35,10 +34,10 @@ from tests.real import (
     quiet_end,
     settings,
     states,
-    until,
     write_models,
 )
 from tests.tiny_models import write_tiny_model
+from tests.waiting import LIMIT_S, assert_soon
 
 
 @pytest.fixture(autouse=True)
@@ -80,7 +79,7 @@ def test_a_real_model_speaks_and_its_memory_was_foreseen(scheduler: Scheduler) -
     with scheduler.acquire(the_real_model(), num_ctx=512) as lease:
         said = [lease.chat("What is the capital of France?", temperature=0, max_tokens=16) for _ in range(2)]
         assert said[0].strip() and said[0] == said[1]
-        until(lambda: scheduler.status().runners[0].resident_bytes.get("cpu", 0) > 50 << 20)
+        assert_soon(lambda: scheduler.status().runners[0].resident_bytes.get("cpu", 0) > 50 << 20)
         runner = scheduler.status().runners[0]
     assert runner.promised_bytes["cpu"] >= 0.8 * runner.resident_bytes["cpu"]
 
@@ -186,7 +185,7 @@ def test_s07_another_option_reloads(scheduler: Scheduler, model: Path) -> None:
     with scheduler.acquire(model, num_ctx=512) as lease:
         assert lease.runner != first
         assert properties(lease)["default_generation_settings"]["n_ctx"] == 512
-        until(lambda: len(scheduler.status().runners) == 1 and is_gone(pid))
+        assert_soon(lambda: len(scheduler.status().runners) == 1 and is_gone(pid))
 
 
 def test_n09_a_context_beyond_what_the_model_has_never_reloads(scheduler: Scheduler, model: Path) -> None:
@@ -202,7 +201,7 @@ def test_a_spec_brings_its_own_options(scheduler: Scheduler, model: Path) -> Non
     with scheduler.acquire(spec) as lease:
         assert (lease.model, scheduler.status().runners[0].model) == ("mine", "mine")
         pid = lease.pid
-    until(lambda: states(scheduler) == {} and is_gone(pid))
+    assert_soon(lambda: states(scheduler) == {} and is_gone(pid))
 
 
 # -- room --------------------------------------------------------------------------------------------------------------
@@ -234,7 +233,7 @@ def test_a_busy_victim_finishes_its_answer(folder: Path, tmp_path: Path) -> None
             stream = lease.stream("hello", **LONG)
             text = next(stream)
             waiting = scheduler.submit(folder / "b.gguf")
-            until(lambda: states(scheduler)["slow"] == "expiring")
+            assert_soon(lambda: states(scheduler)["slow"] == "expiring")
             assert not waiting.done() and lease.wanted
         text += "".join(stream)
         waiting.result(LIMIT_S).release()
@@ -269,7 +268,7 @@ def test_a_stream_that_is_forgotten_gives_its_lease_back(scheduler: Scheduler, m
     with scheduler.acquire(model) as lease:
         next(lease.stream("hello", **LONG))
     gc.collect()
-    until(lambda: states(scheduler) == {"a": "idle"})
+    assert_soon(lambda: states(scheduler) == {"a": "idle"})
 
 
 def test_a_task_that_is_cancelled_in_a_stream_gives_its_lease_back(scheduler: Scheduler, model: Path) -> None:
@@ -290,7 +289,7 @@ def test_a_task_that_is_cancelled_in_a_stream_gives_its_lease_back(scheduler: Sc
 
     asyncio.run(main())
     gc.collect()
-    until(lambda: states(scheduler) == {"a": "idle"})
+    assert_soon(lambda: states(scheduler) == {"a": "idle"})
 
 
 # -- time --------------------------------------------------------------------------------------------------------------
@@ -300,7 +299,7 @@ def test_a_keep_alive_that_runs_out_ends_the_process(scheduler: Scheduler, model
     """S18, S23: and nothing of it is listed any more."""
     with scheduler.acquire(model, keep_alive="50ms") as lease:
         pid = lease.pid
-    until(lambda: states(scheduler) == {} and is_gone(pid))
+    assert_soon(lambda: states(scheduler) == {} and is_gone(pid))
 
 
 def test_a_model_that_is_loaded_beforehand_serves_at_once(scheduler: Scheduler, model: Path) -> None:
@@ -371,7 +370,7 @@ def test_the_status_of_an_idle_pool_is_that_of_its_processes(scheduler: Schedule
         status = scheduler.status()
         return status if all(runner.resident_bytes.get("cpu") for runner in status.runners) else None
 
-    until(measured)
+    assert_soon(measured)
     status = scheduler.status()
     assert {runner.pid for runner in status.runners} == {child.pid for child in psutil.Process().children()}
     assert all(runner.url and runner.promised_bytes["cpu"] > 0 for runner in status.runners)

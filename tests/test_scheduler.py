@@ -41,8 +41,7 @@ from scheduler import (
     UnsupportedOption,
 )
 from tests.leaks import no_leaks
-
-LIMIT_S = 10.0  # ten times what anything here is expected to take, and more
+from tests.waiting import LIMIT_S, assert_soon
 
 
 @pytest.fixture(autouse=True)
@@ -75,14 +74,6 @@ class Gate:
 def a_model(name: str, size: str = "400MiB", **fields: Any) -> PythonModel:
     """An object that loads at once."""
     return PythonModel(name, memory={"cpu": size}, **{"load": lambda: f"<{name}>", **fields})
-
-
-def until(condition: Callable[[], bool]) -> None:
-    """Wait for a condition that other threads bring about."""
-    end = time.monotonic() + LIMIT_S
-    while not condition():
-        assert time.monotonic() < end, "it did not come about in time"
-        threading.Event().wait(0.002)
 
 
 def states(scheduler: Scheduler) -> dict[str, str]:
@@ -144,26 +135,26 @@ def test_a_lost_lease_is_released_with_a_warning(scheduler: Scheduler) -> None:
     with pytest.warns(ResourceWarning, match="never released"):
         del lease
         gc.collect()
-    until(lambda: states(scheduler) == {"a": "idle"})
+    assert_soon(lambda: states(scheduler) == {"a": "idle"})
 
 
 def test_an_exception_inside_the_with_block_releases_the_lease(scheduler: Scheduler) -> None:
     """The user's own errors pass through, and nothing is held after them."""
     with pytest.raises(ZeroDivisionError), scheduler.acquire(a_model("a")):
         raise ZeroDivisionError
-    until(lambda: states(scheduler) == {"a": "idle"})
+    assert_soon(lambda: states(scheduler) == {"a": "idle"})
 
 
 def test_keep_alive_zero_unloads_at_the_last_release(scheduler: Scheduler) -> None:
     """S18, S23."""
     scheduler.acquire(a_model("a"), keep_alive=0).release()
-    until(lambda: states(scheduler) == {})
+    assert_soon(lambda: states(scheduler) == {})
 
 
 def test_a_keep_alive_runs_out(scheduler: Scheduler) -> None:
     """S18, S23: real time, kept by the driver."""
     scheduler.acquire(a_model("a"), keep_alive="50ms").release()
-    until(lambda: states(scheduler) == {})
+    assert_soon(lambda: states(scheduler) == {})
 
 
 def test_a_load_that_raises_is_the_error_of_those_who_waited(scheduler: Scheduler) -> None:
@@ -206,9 +197,9 @@ def test_a_slow_load_holds_up_nobody_else(scheduler: Scheduler) -> None:
     scheduler.acquire(a_model("small", "10MiB")).release()
     assert states(scheduler) == {"warm": "idle", "slow": "loading", "small": "idle"}
     assert slow.cancel()
-    until(lambda: scheduler.status().queue == ())
+    assert_soon(lambda: scheduler.status().queue == ())
     gate.open.set()
-    until(lambda: states(scheduler)["slow"] == "idle")
+    assert_soon(lambda: states(scheduler)["slow"] == "idle")
 
 
 def test_a_slow_unload_holds_up_nobody_else(scheduler: Scheduler) -> None:
@@ -269,9 +260,9 @@ def test_ctrl_c_in_acquire_cancels_the_request(scheduler: Scheduler) -> None:
     with pytest.raises(KeyboardInterrupt):
         scheduler.acquire(a_model("a", load=gate))
     thread.join()
-    until(lambda: scheduler.status().queue == ())
+    assert_soon(lambda: scheduler.status().queue == ())
     gate.open.set()
-    until(lambda: states(scheduler) == {"a": "idle"})
+    assert_soon(lambda: states(scheduler) == {"a": "idle"})
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # alarms in finalisers
@@ -302,7 +293,7 @@ def test_ctrl_c_at_any_moment_leaves_no_lease_and_no_broken_core(scheduler: Sche
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
     gc.collect()
-    until(lambda: states(scheduler) == {"a": "idle"})
+    assert_soon(lambda: states(scheduler) == {"a": "idle"})
     assert seen and scheduler._driver.broken is None and not scheduler._tickets
     scheduler._driver.read(lambda core: core.check())
 
@@ -319,7 +310,7 @@ def test_a_future_that_was_cancelled_after_the_grant_keeps_its_lease_or_gives_it
                 future.result(LIMIT_S)
         else:
             future.result(LIMIT_S).release()
-    until(lambda: states(scheduler) in ({}, {"a": "idle"}))
+    assert_soon(lambda: states(scheduler) in ({}, {"a": "idle"}))
 
 
 def test_a_callback_of_a_future_may_acquire(scheduler: Scheduler) -> None:
@@ -332,13 +323,13 @@ def test_a_callback_of_a_future_may_acquire(scheduler: Scheduler) -> None:
 
     scheduler.submit(a_model("a")).add_done_callback(then)
     assert got.result(LIMIT_S) == "<b>"
-    until(lambda: set(states(scheduler).values()) == {"idle"})
+    assert_soon(lambda: set(states(scheduler).values()) == {"idle"})
 
 
 def test_a_callback_that_raises_harms_nobody(scheduler: Scheduler) -> None:
     """It is logged by the future; the next one is served."""
     scheduler.submit(a_model("a")).add_done_callback(lambda future: future.result().release() or 1 / 0)
-    until(lambda: states(scheduler) == {"a": "idle"})
+    assert_soon(lambda: states(scheduler) == {"a": "idle"})
     scheduler.acquire(a_model("a")).release()
 
 
@@ -375,7 +366,7 @@ def test_a_task_that_is_cancelled_while_it_waits_leaves_the_queue(scheduler: Sch
             await task
 
     asyncio.run(main())
-    until(lambda: scheduler.status().queue == ())
+    assert_soon(lambda: scheduler.status().queue == ())
     gate.open.set()
 
 
@@ -393,7 +384,7 @@ def test_a_lease_granted_to_a_loop_that_is_gone_releases_itself(scheduler: Sched
     loop._default_executor.shutdown()  # type: ignore[attr-defined]  # the thread of to_thread
     loop.close()
     gate.open.set()
-    until(lambda: states(scheduler) == {"a": "idle"})
+    assert_soon(lambda: states(scheduler) == {"a": "idle"})
 
 
 def test_callbacks_that_block_on_the_scheduler_do_not_block_each_other(scheduler: Scheduler) -> None:
@@ -408,7 +399,7 @@ def test_callbacks_that_block_on_the_scheduler_do_not_block_each_other(scheduler
         future = scheduler.submit(a_model("a"))
         future.add_done_callback(then)
         future.add_done_callback(lambda granted: granted.result().release())
-    until(lambda: len(done) == 12)
+    assert_soon(lambda: len(done) == 12)
 
 
 def test_an_object_is_let_go_of_when_it_is_unloaded(scheduler: Scheduler) -> None:
@@ -425,7 +416,7 @@ def test_an_object_is_let_go_of_when_it_is_unloaded(scheduler: Scheduler) -> Non
         return large
 
     scheduler.acquire(a_model("a", load=load), keep_alive=0).release()
-    until(lambda: states(scheduler) == {} and gc.collect() >= 0 and alive[0]() is None)
+    assert_soon(lambda: states(scheduler) == {} and gc.collect() >= 0 and alive[0]() is None)
 
 
 def test_what_does_not_stop_is_shown_as_stuck(scheduler: Scheduler) -> None:
@@ -434,9 +425,9 @@ def test_what_does_not_stop_is_shown_as_stuck(scheduler: Scheduler) -> None:
     scheduler._driver.read(lambda core: setattr(core.pool, "limits", replace(core.pool.limits, stop_timeout_s=0.01)))
     scheduler.acquire(a_model("a", unload=gate), keep_alive=0).release()
     assert gate.entered.wait(LIMIT_S)
-    until(lambda: [runner.stuck for runner in scheduler.status().runners] == [True])
+    assert_soon(lambda: [runner.stuck for runner in scheduler.status().runners] == [True])
     gate.open.set()
-    until(lambda: states(scheduler) == {})
+    assert_soon(lambda: states(scheduler) == {})
 
 
 # -- the other verbs ---------------------------------------------------------------------------------------------------
@@ -454,9 +445,9 @@ def test_expire_unloads_an_idle_model_and_drains_a_busy_one(scheduler: Scheduler
     scheduler.expire(model)
     with scheduler.acquire(model) as lease:
         scheduler.expire(model)
-        until(lambda: states(scheduler) == {"a": "expiring"})
+        assert_soon(lambda: states(scheduler) == {"a": "expiring"})
         assert lease.value == "<a>"
-    until(lambda: states(scheduler) == {})
+    assert_soon(lambda: states(scheduler) == {})
 
 
 def test_a_pinned_model_is_not_moved_for_others(scheduler: Scheduler) -> None:
@@ -494,7 +485,7 @@ def test_events_tell_every_transition_with_its_reason(scheduler: Scheduler) -> N
     events = scheduler.events()
     scheduler.acquire(a_model("a")).release()
     scheduler.expire(a_model("a"))
-    until(lambda: states(scheduler) == {})
+    assert_soon(lambda: states(scheduler) == {})
     entries = []
     while (entry := events.take(0)) is not None:
         entries.append(entry)
@@ -562,7 +553,7 @@ def test_close_lets_leases_finish(scheduler: Scheduler) -> None:
     lease = scheduler.acquire(a_model("a"))
     closing = threading.Thread(target=scheduler.close)
     closing.start()
-    until(lambda: states(scheduler) == {"a": "expiring"})
+    assert_soon(lambda: states(scheduler) == {"a": "expiring"})
     assert lease.value == "<a>" and not lease.lost
     lease.release()
     closing.join(LIMIT_S)
@@ -660,5 +651,5 @@ def test_ten_thousand_waiters_cancelled_at_once_are_each_answered_once() -> None
         futures = [scheduler.submit(a_model("a", load=gate)) for _ in range(10_000)]
         assert all(future.cancel() for future in futures)
         assert not wait_for(futures, LIMIT_S).not_done
-        until(lambda: scheduler.status().queue == () and not scheduler._tickets)
+        assert_soon(lambda: scheduler.status().queue == () and not scheduler._tickets)
         gate.open.set()

@@ -8,9 +8,9 @@ from dataclasses import replace
 from fsm import commands as do
 from fsm import events as on
 from fsm.commands import Command, Refusal
-from fsm.estimate import DeviceId, Options
 from fsm.journal import Decision, Entry, Transition
 from fsm.ledger import Placement
+from fsm.model import Options
 from fsm.pool import Line, Model, Pool
 from fsm.request import ModelId, Purpose, Request, RequestId, RequestState
 from fsm.runner import EXPIRING, IDLE, LOADING, READY, RUNNER_TABLE, Runner, RunnerId
@@ -234,117 +234,6 @@ class Actions:
         self.revoke_leases(runner, reason)
         self.fire(runner, "crash", reason)
         self.forget_current(runner)
-
-    def exited(self, runner: Runner, event: on.Exited) -> None:
-        """A process is gone, asked for or not: what that means depends on the state, and its memory is awaited."""
-        reason = event.reason or f"its process exited with {event.code}"
-        if runner.state is LOADING:
-            self.load_failed(runner, reason, None, out_of_memory=event.out_of_memory or runner.out_of_memory)
-        elif runner.current:
-            self.crash(runner, reason)
-            self.count_crash(runner, reason)
-        else:
-            self.revoke_leases(runner, reason)  # it died while it drained
-        runner.process = False
-        self.replan = True  # its place among the processes is free
-        runner.awaited = self.memory_to_come(runner)
-        runner.memory_by = runner.due_at = self.pool.now + self.pool.limits.recovery_timeout_s
-        self.await_memory(runner)
-
-    def unresponsive(self, runner: Runner, reason: str) -> None:
-        """A process lives but is of no use: its leases are void, and it is stopped."""
-        if runner.state is LOADING:
-            self.load_failed(runner, reason, None)
-        elif runner.current:
-            self.crash(runner, reason)
-            self.count_crash(runner, reason)
-        else:
-            self.revoke_leases(runner, reason)
-        self.stop(runner)
-
-    def load_failed(self, runner: Runner, reason: str, refusal: Refusal | None, *, out_of_memory: bool = False) -> None:
-        """Answer those who waited for a load. After out of memory each survives one, with all others out of the way."""
-        model = self.pool.models[runner.model]
-        waiting = [request for line in self.pool.lines_for(runner) for request in line.requests.values()]
-        self.crash(runner, reason)
-        survivors = [request for request in waiting if out_of_memory and not request.survived]
-        if survivors:
-            model.alone, model.failure = True, reason
-            for request in survivors:
-                request.survived = True
-        else:
-            self.back_off(model, reason)
-            model.alone = False
-        failure = refusal or self.load_failure(model, out_of_memory=out_of_memory)
-        if not survivors:  # the model is backed off for all
-            waiting = [request for line in self.lines_of(model) for request in line.requests.values()]
-        for request in waiting:
-            if request not in survivors:
-                self.answer(request, RequestState.rejected, failure)
-
-    def count_crash(self, runner: Runner, reason: str) -> None:
-        """Back a model off from its second crash in a row on; the first is followed by a new load."""
-        model = self.pool.models[runner.model]
-        if runner.loaded_at is not None and self.pool.now - runner.loaded_at >= self.pool.limits.good_life_s:
-            model.failures = 0
-        if model.failures:
-            self.back_off(model, reason)
-            for line in self.lines_of(model):
-                self.reject_line(line, self.load_failure(model, out_of_memory=False))
-        else:
-            model.failures, model.failure = 1, reason
-
-    def back_off(self, model: Model, reason: str) -> None:
-        limits = self.pool.limits
-        model.failure = reason
-        model.blocked_until = self.pool.now + min(
-            limits.back_off_limit_s, limits.back_off_s * 2.0 ** min(model.failures, 16)
-        )
-        model.failures += 1
-
-    def load_failure(self, model: Model, *, out_of_memory: bool) -> do.LoadFailed:
-        retry_after_s = max(0.0, model.blocked_until - self.pool.now)
-        return do.LoadFailed(model.id, model.failure, retry_after_s, out_of_memory)
-
-    def memory_to_come(self, runner: Runner) -> dict[DeviceId, int]:
-        """Return the free bytes by GPU that will show that a runner's memory is back: most of what it occupied."""
-        ledger, account = self.pool.ledger, self.pool.ledger.accounts["runner", runner.id]
-        samples = [ledger.devices[device] for device, _ in runner.placement.bytes if device in ledger.devices]
-        gpus = [sample.id for sample in samples if sample.kind == "gpu" and not sample.integrated]
-        part = self.pool.limits.recovery_fraction
-        return {gpu: ledger.reported_bytes(gpu) + int(part * account.occupied_bytes(gpu)) for gpu in gpus}
-
-    def await_memory(self, runner: Runner) -> None:
-        """Its process has gone: look until its memory is back, or the wait is over."""
-        pool = self.pool
-        if pool.now >= runner.memory_by:
-            self.unload(runner, "its memory did not come back in time")
-            return
-        pool.samples += 1
-        runner.last_sample = runner.last_sample or pool.samples
-        self.commands.append(do.Sample(pool.samples))
-        wait_s = pool.limits.recovery_interval_s if runner.awaited else math.inf
-        pool.timers.set(("memory", runner.id), min(runner.memory_by, pool.now + wait_s))
-
-    def memory_is_back(self, runner: Runner) -> bool:
-        """Judge device by device with signed arithmetic; the host's memory is back when the process has gone."""
-        devices = self.pool.ledger.devices
-        return all(devices[gpu].free_bytes >= free for gpu, free in runner.awaited.items() if gpu in devices)
-
-    def unload(self, runner: Runner, reason: str) -> None:
-        """End a runner's life: its reservation ends, and what it took is remembered for the next."""
-        pool, model = self.pool, self.pool.models[runner.model]
-        account = pool.ledger.accounts["runner", runner.id]
-        unseen = [device for device, size in account.promised.items() if size and device not in account.peak]
-        if runner.loaded_at is not None and not unseen:
-            split = runner.placement.gpu_layers
-            model.measured[runner.told, split] = tuple((d, account.held_bytes(d)) for d in sorted(account.promised))
-            model.demands.clear()
-        pool.timers.clear(("memory", runner.id))
-        pool.ledger.release(("runner", runner.id))
-        self.fire(runner, "unload", reason)
-        del pool.runners[runner.id]
-        self.replan = True
 
     def model(self, id: ModelId) -> Model:
         return self.pool.models.setdefault(id, Model(id))

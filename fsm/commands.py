@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fsm.estimate import DeviceId, Options
 from fsm.ledger import Placement
+from fsm.model import Amounts, Options
 from fsm.request import ModelId, RequestId
 from fsm.runner import RunnerId
-
-Amounts = tuple[tuple[DeviceId, int], ...]  # bytes by device
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,8 +11,8 @@ from typing import assert_never
 
 from fsm import commands as do
 from fsm import events as on
-from fsm.actions import Actions
 from fsm.commands import Command
+from fsm.endings import Endings
 from fsm.eviction import EvictionPolicy, LeastRecentlyUsed
 from fsm.journal import Entry
 from fsm.limits import Limits
@@ -30,7 +30,7 @@ class Core:
     def __init__(self, limits: Limits | None = None, policy: EvictionPolicy | None = None) -> None:
         self.pool = Pool(limits or Limits())
         self.policy: EvictionPolicy = policy or LeastRecentlyUsed()
-        self.act = Actions(self.pool)
+        self.act = Endings(self.pool)
         self.late = 0  # late or duplicate events that were ignored
         self.policy_failure = ""  # the last exception that the eviction policy raised, in words
         self._finished = False
@@ -75,7 +75,7 @@ class Core:
         """Return an independent core in the same state, without a journal."""
         other = Core(self.pool.limits, self.policy)
         other.pool = self.pool.copy()
-        other.act = Actions(other.pool)
+        other.act = Endings(other.pool)
         other.late, other._finished, other.policy_failure = self.late, self._finished, self.policy_failure
         return other
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fsm.commands import InvalidModel, ModelNotFound
-from fsm.estimate import DeviceId, Footprint, ModelInfo
+from fsm.footprint import Footprint
 from fsm.ledger import DeviceSample
+from fsm.model import DeviceId, ModelInfo
 from fsm.request import ModelId, RequestId, Want
 from fsm.runner import RunnerId
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from fsm.estimate import DeviceId
+from fsm.model import HOST, DeviceId
 
 Owner = tuple[str, int]  # ("runner" or "memory", its id); ids are never used again
 
@@ -21,6 +21,11 @@ class DeviceSample:
     capacity_bytes: int  # what loadmaster may use: the device's memory, or the limit set on it
     free_bytes: int  # as the device reports it, strangers' use taken off
     integrated: bool = False  # shares the host's memory
+
+    @property
+    def memory(self) -> DeviceId:
+        """Where bytes on it are booked: it has a memory of its own, or shares the host's."""
+        return HOST if self.integrated else self.id
 
 
 @dataclass(frozen=True, slots=True)

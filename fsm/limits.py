@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from fsm.model import Options
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +24,9 @@ class Limits:
     loads_per_gpu: int = 1
     loads_on_host: int = 2
     priority_s: float = 60.0  # one step of priority is worth so many seconds of waiting: everyone's turn comes
+    defaults: Options = field(default_factory=Options)  # of what requests leave open; automatic: never a reload
+    spread: bool = False  # a model is dealt over all GPUs even where one takes it
+    require_gpu: bool = False  # a model is refused rather than placed on the host in part or whole
     back_off_s: float = 10.0  # after a failed load; doubles with each
     back_off_limit_s: float = 300.0
     good_life_s: float = 60.0  # a runner that served so long before it crashed starts its model's count anew

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
-from fsm.commands import Amounts
-from fsm.estimate import HOST, DeviceId, Footprint
+from fsm.footprint import Footprint, parts
 from fsm.ledger import Placement
+from fsm.model import HOST, Amounts, DeviceId
 
 PREDICTED_HEADROOM = 0.25  # a prediction fits if it takes at most 80 % of what is free, as in the reference
 MEASURED_HEADROOM = 0.03
@@ -25,6 +25,14 @@ class Offload(Enum):
 
 
 @dataclass(frozen=True, slots=True)
+class Gpu:
+    """A GPU that layers may go to."""
+
+    id: DeviceId
+    memory: DeviceId  # where its bytes are booked: its own, or the host's if it is integrated
+
+
+@dataclass(frozen=True, slots=True)
 class Demand:
     """What a runner needs, and what its request says about where."""
 
@@ -32,15 +40,21 @@ class Demand:
     num_gpu: int | None = None  # layers; None or negative: automatic
     main_gpu: int | None = None
     known: Mapping[Amounts, Amounts] = field(default_factory=dict)  # layers by GPU -> bytes measured with that split
+    spread: bool = False  # over all GPUs, even where one takes it
+    require_gpu: bool = False  # whole on GPUs, or not at all
 
     @property
     def layers(self) -> int:
         """Layers that can be offloaded; the output counts as one more."""
-        return len(self.footprint.layers_bytes) + 1
+        return len(self.footprint.weights_bytes) + 1
 
-    def offloads(self, gpus: Sequence[DeviceId]) -> tuple[Offload, ...]:
+    def offloads(self, gpus: Sequence[Gpu]) -> tuple[Offload, ...]:
         """Return the ways to place it, the best first: what fits whole, once room is made, is not offloaded in part."""
-        if self.footprint.fixed or not gpus or self.num_gpu == 0:
+        if self.footprint.fixed or self.num_gpu == 0:
+            return (Offload.none,)
+        if self.require_gpu:
+            return (Offload.whole,)
+        if not gpus:
             return (Offload.none,)
         if self.num_gpu is None or self.num_gpu < 0:
             return (Offload.whole, Offload.part, Offload.none)
@@ -53,23 +67,26 @@ def needed(placement: Placement, *, exact: bool) -> Amounts:
     return tuple((device, int(amount * (1 + headroom))) for device, amount in placement.bytes)
 
 
-def place(demand: Demand, offload: Offload, free: Free, gpus: Sequence[DeviceId]) -> Placement | None:
+def place(demand: Demand, offload: Offload, free: Free, gpus: Sequence[Gpu]) -> Placement | None:
     """Return where it fits within `free`, headroom included; None where it does not.
 
-    The best single GPU goes first (the explicit `main_gpu`, else the one with most free), then a split over as few as
-    possible; layers are taken from the last to the first, as llama.cpp offloads them.
+    The best single GPU goes first (the explicit `main_gpu`, else a discrete one before an integrated one, else the one
+    with most free), then a split over as few as possible, or over all with `spread`; layers are taken from the last to
+    the first, as llama.cpp offloads them.
     """
     if demand.footprint.fixed:
-        return _within(Placement(demand.footprint.fixed), free, exact=True)
+        return _within(Placement(_booked(dict(demand.footprint.fixed), gpus)), free, exact=True)
     if offload is Offload.none:
-        return _within(_layout(demand, ()), free)
-    order = sorted(gpus, key=lambda gpu: (gpus.index(gpu) != demand.main_gpu, -free.get(gpu, 0), gpu))
+        return _within(_layout(demand, (), gpus), free)
+    order = sorted(
+        gpus, key=lambda gpu: (gpus.index(gpu) != demand.main_gpu, gpu.memory == HOST, -free.get(gpu.memory, 0), gpu.id)
+    )
     for layers in _layer_counts(demand, offload):
-        for size in range(1, len(order) + 1):
+        for size in range(len(order) if demand.spread else 1, len(order) + 1):
             groups = [(gpu,) for gpu in order] if size == 1 else [tuple(order[:size])]
             for group in groups:
                 split = _split(demand, layers, group, free)
-                if split and (placement := _within(_layout(demand, split), free)):
+                if split and (placement := _within(_layout(demand, split, gpus), free)):
                     return placement
     return None
 
@@ -87,44 +104,52 @@ def _within(placement: Placement, free: Free, *, exact: bool = False) -> Placeme
     return placement if fits else None
 
 
+def _booked(amounts: Mapping[DeviceId, int], gpus: Sequence[Gpu]) -> Amounts:
+    """Return amounts by the memory that they are taken from: an integrated GPU's are the host's."""
+    memory = {gpu.id: gpu.memory for gpu in gpus}
+    booked: dict[DeviceId, int] = {}
+    for device, amount in amounts.items():
+        where = memory.get(device, device)
+        booked[where] = booked.get(where, 0) + amount
+    return tuple(booked.items())
+
+
 def _offloaded_bytes(footprint: Footprint, layers: int) -> list[int]:
     """Return the bytes of each offloaded layer in llama.cpp's order, the output last where it is among them."""
-    blocks = footprint.layers_bytes
+    blocks = list(footprint.layers_bytes)
     if layers > len(blocks):
-        return [*blocks, footprint.output_bytes]
-    return list(blocks[len(blocks) - layers :])
+        return [*blocks, footprint.output_bytes + footprint.output_copy_bytes]
+    return blocks[len(blocks) - layers :]
 
 
-def _split(demand: Demand, layers: int, group: Sequence[DeviceId], free: Free) -> Amounts:
-    """Deal the layers to the GPUs of a group in order, each as many as it takes; empty where they do not all go."""
+def _split(demand: Demand, layers: int, group: Sequence[Gpu], free: Free) -> Amounts:
+    """Deal the layers to the GPUs of a group in order, each as many as it takes; empty where they do not all go.
+
+    With `spread`, each takes its share of the group's free memory, as far as layers can be shared.
+    """
     left = _offloaded_bytes(demand.footprint, layers)
+    room = {gpu.memory: free.get(gpu.memory, 0) / (1 + PREDICTED_HEADROOM) for gpu in group}
+    part = min(1.0, sum(left) / max(1.0, sum(room.values()))) if demand.spread else 1.0
     split: list[tuple[DeviceId, int]] = []
-    for gpu in group:
-        room = free.get(gpu, 0) / (1 + PREDICTED_HEADROOM) - demand.footprint.compute_bytes
-        count = 0
-        if len(group) == 1:
-            count = len(left)
-        else:
-            while count < len(left) and (room := room - left[count]) >= 0:
-                count += 1
+    extra_bytes = demand.footprint.projectors_bytes  # on the first
+    for place_in_group, gpu in enumerate(group):
+        last = place_in_group == len(group) - 1
+        most_bytes = room[gpu.memory] - demand.footprint.compute_bytes - extra_bytes
+        share_bytes = most_bytes if last else most_bytes * part
+        count = len(left) if len(group) == 1 else 0
+        while count < len(left) and sum(left[: count + 1]) <= share_bytes:
+            count += 1
         if count:
-            split.append((gpu, count))
+            split.append((gpu.id, count))
+            room[gpu.memory] -= sum(left[:count]) + demand.footprint.compute_bytes + extra_bytes
+            extra_bytes = 0
         left = left[count:]
     return () if left else tuple(split)
 
 
-def _layout(demand: Demand, split: Amounts) -> Placement:
+def _layout(demand: Demand, split: Amounts, gpus: Sequence[Gpu]) -> Placement:
     """Return the bytes by device of a split, measured ones where that split was measured."""
     if (measured := demand.known.get(split)) is not None:
         return Placement(measured, split, measured=True)
-    footprint = demand.footprint
-    offloaded = sum(count for _, count in split)
-    amounts: dict[DeviceId, int] = {}
-    layers = iter(_offloaded_bytes(footprint, offloaded) if split else ())
-    for gpu, count in split:
-        amounts[gpu] = footprint.compute_bytes + sum(next(layers) for _ in range(count))
-    kept = footprint.layers_bytes[: max(0, len(footprint.layers_bytes) - offloaded)]
-    output = 0 if offloaded > len(footprint.layers_bytes) else footprint.output_bytes
-    compute = footprint.compute_bytes if kept or not split else 0
-    amounts[HOST] = footprint.host_bytes + sum(kept) + output + compute
-    return Placement(tuple(amounts.items()), split)
+    amounts = {device: part.total_bytes for device, part in parts(demand.footprint, split).items()}
+    return Placement(_booked(amounts, gpus), split)

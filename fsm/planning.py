@@ -11,10 +11,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from fsm.commands import DoesNotFit
-from fsm.estimate import HOST, DeviceId, Footprint, Options, serves
 from fsm.eviction import Candidate, EvictionPolicy, choose
+from fsm.footprint import Footprint
 from fsm.ledger import Placement
-from fsm.placement import Demand, Offload, needed, place
+from fsm.model import HOST, DeviceId, Options
+from fsm.options import serves
+from fsm.placement import Demand, Gpu, Offload, needed, place
 from fsm.pool import Line, Model, Pool, runner_serves
 from fsm.request import ModelId, Purpose, Request
 from fsm.runner import EXPIRING, LOADING, READY, Runner, RunnerId
@@ -49,7 +51,7 @@ class _Planner:
         self.policy = policy
         self.plan = Plan()
         ledger = pool.ledger
-        self.gpus = sorted(id for id, sample in ledger.devices.items() if sample.kind == "gpu")
+        self.gpus = [Gpu(id, sample.memory) for id, sample in sorted(ledger.devices.items()) if sample.kind == "gpu"]
         self.free = {device: ledger.free_bytes(device) for device in ledger.devices}  # at this moment
         expiring = [runner for runner in pool.runners.values() if runner.state is EXPIRING]
         leaving = [runner for runner in expiring if pool.now < runner.due_at]  # the others may never end
@@ -86,7 +88,7 @@ class _Planner:
             line.waits_for = "its model's metadata"
             self.plan.inspections.append(model)
             return
-        options, demand = model.demand(line.want.options, host_only=not self.gpus)
+        options, demand = model.demand(line.want.options, self.pool.limits)
         if current is not None and (options == current.told or serves(current.options, options)):
             self.plan.matches.append((line, current))
             return

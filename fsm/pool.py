@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
-from fsm.commands import Amounts
-from fsm.estimate import Footprint, ModelInfo, Options, estimate, resolve, serves
+from fsm.estimate import estimate
+from fsm.footprint import Footprint
 from fsm.ledger import Ledger
 from fsm.limits import Limits
+from fsm.model import Amounts, ModelInfo, Options
+from fsm.options import resolve, serves
 from fsm.placement import Demand
 from fsm.request import ModelId, Purpose, Request, RequestId, RequestState, Want
 from fsm.runner import EXPIRING, IDLE, LOADING, READY, UNLOADED, Runner, RunnerId
@@ -31,20 +33,29 @@ class Model:
     alone: bool = False  # a load ran out of memory: everything else goes before the next one
     load_s: float | None = None  # how long the last load took
     measured: dict[tuple[Options, Amounts], Amounts] = field(default_factory=dict)  # (options, split) -> bytes
-    demands: dict[tuple[Options, bool], tuple[Options, Demand]] = field(default_factory=dict)  # of this info, as asked
+    demands: dict[Options, tuple[Options, Demand]] = field(default_factory=dict)  # of this info, as asked
 
-    def demand(self, asked: Options, *, host_only: bool) -> tuple[Options, Demand]:
+    def demand(self, asked: Options, limits: Limits) -> tuple[Options, Demand]:
         """Return the explicit options and the demand of a runner for `asked`; the model has been inspected."""
-        if (known := self.demands.get((asked, host_only))) is None:
+        if (known := self.demands.get(asked)) is None:
             assert self.info is not None, f"{self.id} is planned before it was inspected"
             if isinstance(self.info, Footprint):
-                known = asked, Demand(self.info)
+                known = asked, Demand(self.info, require_gpu=limits.require_gpu)
             else:
-                options = resolve(self.info, asked)
+                options = resolve(self.info, asked, limits.defaults)
                 seen = {split: amounts for (measured, split), amounts in self.measured.items() if measured == options}
-                footprint = estimate(self.info, replace(options, num_gpu=0) if host_only else options)
-                known = options, Demand(footprint, options.num_gpu, options.main_gpu, seen)
-            self.demands[asked, host_only] = known
+                known = (
+                    options,
+                    Demand(
+                        estimate(self.info, options),
+                        options.num_gpu,
+                        options.main_gpu,
+                        seen,
+                        spread=limits.spread,
+                        require_gpu=limits.require_gpu,
+                    ),
+                )
+            self.demands[asked] = known
         return known
 
     def learn(self, info: ModelInfo | Footprint) -> None:

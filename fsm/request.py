@@ -8,7 +8,7 @@ from enum import Enum
 from types import MappingProxyType
 from typing import NewType
 
-from fsm.estimate import DeviceId, Options
+from fsm.model import DeviceId, Options
 
 ModelId = NewType("ModelId", str)
 RequestId = NewType("RequestId", int)

@@ -9,8 +9,8 @@ from enum import Enum
 from types import MappingProxyType
 from typing import NewType
 
-from fsm.estimate import DeviceId, Options
 from fsm.ledger import Placement
+from fsm.model import DeviceId, Options
 from fsm.request import ModelId, RequestId
 from fsm.table import Row, Table
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from fsm.commands import Amounts
-from fsm.estimate import DeviceId, Options
+from fsm.model import Amounts, DeviceId, Options
 from fsm.pool import Pool
 from fsm.request import ModelId, Purpose, RequestId
 from fsm.runner import RunnerId, RunnerState

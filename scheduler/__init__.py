@@ -1,8 +1,8 @@
 """Loads models on demand, keeps them warm, shares them by lease, and gives them up when a device is full."""
 
-from fsm.estimate import Options
 from fsm.eviction import Candidate, EvictionPolicy
 from fsm.journal import Decision, Transition
+from fsm.model import Options
 from scheduler.asking import Reservation
 from scheduler.engines.python import PythonModel
 from scheduler.errors import (

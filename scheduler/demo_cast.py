@@ -9,7 +9,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from fsm.estimate import WITHOUT_CACHE, Options, estimate, resolve
+from fsm.estimate import estimate
+from fsm.footprint import parts
+from fsm.model import HOST, Options
+from fsm.options import WITHOUT_CACHE, resolve
 from fsm.placement import MEASURED_HEADROOM, PREDICTED_HEADROOM
 from scheduler.engines.llama import find_library
 from scheduler.errors import EngineMissing, InvalidModel, SchedulerError, format_bytes
@@ -195,8 +198,7 @@ def _own_player(file: Path) -> Player:
 def _player(spec: ModelSpec) -> Player:
     info = read_metadata(spec.path, embedding=spec.embedding)
     footprint = estimate(info, resolve(info, spec.options))
-    parts = (*footprint.layers_bytes, footprint.output_bytes, footprint.host_bytes, footprint.compute_bytes)
-    return Player(spec, sum(parts))
+    return Player(spec, parts(footprint, ())[HOST].total_bytes)
 
 
 def _link(source: Path, target: Path) -> Path:

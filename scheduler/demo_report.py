@@ -7,8 +7,8 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
-from fsm.estimate import HOST, MIB
 from fsm.journal import Decision, Entry, Transition
+from fsm.model import HOST, MIB
 from fsm.request import ModelId
 from fsm.runner import EXPIRING, IDLE, LOADING, READY, UNLOADED, RunnerId
 from scheduler.demo_cast import Player

@@ -15,8 +15,8 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from fsm.estimate import HOST, MIB
 from fsm.journal import Transition
+from fsm.model import HOST, MIB
 from fsm.runner import EXPIRING
 from scheduler.demo_report import Record
 from scheduler.errors import format_duration

@@ -12,8 +12,8 @@ from typing import Any
 
 import psutil
 
-from fsm.estimate import HOST, DeviceId
 from fsm.ledger import DeviceSample
+from fsm.model import HOST, DeviceId
 
 try:
     import pynvml

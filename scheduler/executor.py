@@ -9,8 +9,8 @@ from collections.abc import Callable, Container, Iterator, Mapping
 
 from fsm import commands as do
 from fsm import events as on
-from fsm.estimate import DeviceId
 from fsm.events import Event
+from fsm.model import DeviceId
 from fsm.request import ModelId
 from fsm.runner import RunnerId
 from scheduler.client import RunnerClient

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
-from fsm.estimate import ModelInfo
+from fsm.model import ModelInfo
 from scheduler.errors import InvalidModel
 from scheduler.header import Header, Tensor, read_header
 
@@ -27,7 +28,9 @@ def read_metadata(
     parts = _read_parts(path)
     beside = [read_header(name) for name in (*adapters, *projectors)]
     vision = any(_sees(projector) for projector in beside[len(adapters) :])
-    return _model_info(parts, extra_bytes=sum(each.file_bytes for each in beside), embedding=embedding, vision=vision)
+    info = _model_info(parts, embedding=embedding, vision=vision)
+    sizes = [each.file_bytes for each in beside]
+    return replace(info, adapters_bytes=sum(sizes[: len(adapters)]), projectors_bytes=sum(sizes[len(adapters) :]))
 
 
 def _read_parts(path: str) -> list[Header]:
@@ -49,7 +52,7 @@ def _sees(projector: Header) -> bool:
     return _number(projector, "clip.has_vision_encoder", default=0 if sound_only else 1) > 0
 
 
-def _model_info(parts: Sequence[Header], *, extra_bytes: int, embedding: bool, vision: bool) -> ModelInfo:
+def _model_info(parts: Sequence[Header], *, embedding: bool, vision: bool) -> ModelInfo:
     """Put the figures together; what the metadata leave out is taken as llama.cpp takes it."""
     header = parts[0]
     tensors = [tensor for part in parts for tensor in part.tensors]
@@ -77,7 +80,6 @@ def _model_info(parts: Sequence[Header], *, extra_bytes: int, embedding: bool, v
         input_bytes=input_bytes,
         output_bytes=output_bytes,
         file_bytes=sum(part.file_bytes for part in parts),
-        extra_bytes=extra_bytes,
         embedding=embedding,
         vision=vision or _number(header, f"{architecture}.vision.block_count", 0) > 0,
     )

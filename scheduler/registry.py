@@ -9,7 +9,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict
 
-from fsm.estimate import Options
+from fsm.model import Options
 from fsm.request import ModelId, Purpose, Want
 from scheduler.engines import Engine
 from scheduler.engines.python import PythonModel

@@ -6,8 +6,8 @@ import logging
 import threading
 from collections.abc import Callable, Iterable
 
-from fsm.estimate import DeviceId
 from fsm.events import Event, Resident, Sampled
+from fsm.model import DeviceId
 from fsm.runner import RunnerId
 from scheduler.devices import Devices
 from scheduler.engines import Process

@@ -16,9 +16,9 @@ from weakref import WeakSet
 from fsm import commands as do
 from fsm import events as on
 from fsm.core import Core
-from fsm.estimate import DeviceId, Options
 from fsm.journal import Entry
 from fsm.limits import Limits
+from fsm.model import DeviceId, Options
 from fsm.request import ModelId, Purpose, RequestId, Want
 from scheduler.answers import error_of
 from scheduler.asking import Acquiring, Reservation

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from os import PathLike, fspath, path
 
-from fsm.estimate import Options
+from fsm.model import Options
 from fsm.request import ModelId
 
 

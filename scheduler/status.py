@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from fsm.estimate import Options
+from fsm.model import Options
 from fsm.request import RequestId
 from fsm.runner import RunnerId
 from fsm.snapshot import DeviceView, RunnerView, Snapshot

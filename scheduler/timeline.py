@@ -9,8 +9,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from fsm.estimate import MIB
 from fsm.journal import Transition
+from fsm.model import MIB
 from fsm.request import ModelId
 from fsm.runner import EXPIRING, IDLE, LOADING, READY, UNLOADED, RunnerId, RunnerState
 

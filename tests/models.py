@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fsm.estimate import ModelInfo
+from fsm.model import ModelInfo
 
 MIB = 2**20
 
@@ -31,7 +31,6 @@ def a_model(
         input_bytes=MIB,
         output_bytes=MIB,
         file_bytes=sum(layers_bytes) + 2 * MIB,
-        extra_bytes=0,
         embedding=embedding,
         vision=vision,
     )

@@ -23,11 +23,12 @@ from fsm import commands as do
 from fsm import events as on
 from fsm.commands import Command, Refusal
 from fsm.core import Core
-from fsm.estimate import HOST, DeviceId, Footprint, ModelInfo, Options
 from fsm.events import Event
 from fsm.eviction import EvictionPolicy
+from fsm.footprint import Footprint
 from fsm.ledger import DeviceSample, Placement
 from fsm.limits import Limits
+from fsm.model import HOST, DeviceId, ModelInfo, Options
 from fsm.request import Purpose, Want
 from fsm.runner import Runner, RunnerState
 
@@ -130,7 +131,9 @@ def close(timeout: str | float = "30s") -> on.Close:
 
 def layered(layers: int, each: str, *, output: str = "0B", host: str = "0B", compute: str = "0B") -> Footprint:
     """Return the footprint of a model of so many layers, each so large."""
-    return Footprint((amount(each),) * layers, amount(output), amount(host), amount(compute))
+    return Footprint(
+        (amount(each),) * layers, (0,) * layers, amount(output), 0, amount(compute), process_bytes=amount(host)
+    )
 
 
 # -- the pool ---------------------------------------------------------------------------------------------------------

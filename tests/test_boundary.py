@@ -23,8 +23,8 @@ EXCEPTIONS = {
 }
 # Imports point one way: a module may import those above it. One that is not listed stands on top of them all.
 ORDER = (
-    "table", "estimate", "limits", "timers", "request", "ledger", "runner", "commands", "events", "journal",
-    "placement", "eviction", "pool", "planning", "snapshot", "actions", "core",
+    "table", "model", "footprint", "options", "estimate", "limits", "timers", "request", "ledger", "runner", "commands",
+    "events", "journal", "placement", "eviction", "pool", "planning", "snapshot", "actions", "endings", "core",
 )  # fmt: skip
 IMPURE_NAMES = {"open", "input", "print", "exec", "eval", "__import__", "globals", "breakpoint"}
 

@@ -6,8 +6,9 @@ import pytest
 
 from fsm import events as on
 from fsm.commands import Grant, Sample, Stop
-from fsm.estimate import HOST, Footprint
+from fsm.footprint import Footprint
 from fsm.ledger import Account, DeviceSample, Ledger
+from fsm.model import HOST
 from fsm.runner import RunnerState
 from tests.models import a_model
 from tests.pool import (
@@ -162,7 +163,7 @@ def a_gpu_pool(**how: object) -> PoolUnderTest:
     """Return a pool of two GPUs of 8 GiB that are read only when a test says so; each model takes 4 GiB of one."""
     pool = a_pool(capacity="64GiB", gpus=("8GiB", "8GiB"), samples=False, **how)
     for model in "abcd":
-        pool.declare(model, Footprint((GIB,) * 4))
+        pool.declare(model, Footprint((GIB,) * 4, (0,) * 4))
     return pool
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from fsm import events as on
 from fsm.commands import Grant
-from fsm.estimate import Options
+from fsm.model import Options
 from fsm.runner import RunnerState
 from tests.models import a_model
 from tests.pool import PoolUnderTest, a_pool, acquire, exited, expire, granted, launched, loaded, preload, release

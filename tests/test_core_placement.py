@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 
 from fsm.commands import DoesNotFit
-from fsm.estimate import HOST, Footprint
+from fsm.footprint import Footprint
 from fsm.ledger import Placement
-from fsm.placement import Demand, Offload, needed, place
+from fsm.model import HOST
+from fsm.placement import Demand, Gpu, Offload, needed, place
 from tests.models import a_model
 from tests.pool import (
     PoolUnderTest,
@@ -25,12 +26,12 @@ from tests.pool import (
 
 GIB = amount("1GiB")
 FOUR_LAYERS = layered(4, "1GiB")  # with the headroom for a prediction: 5 GiB
-BOTH = ("gpu0", "gpu1")
+BOTH = (Gpu("gpu0", "gpu0"), Gpu("gpu1", "gpu1"))
 
 
 def placed(free: dict[str, int], footprint: Footprint = FOUR_LAYERS, offload: Offload = Offload.whole, **how: object):
     """Return where `footprint` goes with so many GiB free, or None."""
-    gpus = [device for device in free if device != HOST]
+    gpus = [Gpu(device, device) for device in free if device != HOST]
     return place(Demand(footprint, **how), offload, {device: size * GIB for device, size in free.items()}, gpus)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fsm import events as on
 from fsm.commands import DoesNotFit, Grant, Launch, Stop
-from fsm.estimate import Footprint
+from fsm.footprint import Footprint
 from fsm.runner import RunnerState
 from tests.pool import (
     a_pool,

@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 import pytest
 
-from fsm.estimate import HOST
+from fsm.model import HOST
 from scheduler.devices import CgroupMemory, Devices, cgroup_memory, visible_devices
 
 Tree = Callable[[str, dict[str, dict[str, object]]], CgroupMemory | None]

@@ -18,8 +18,8 @@ from fsm import commands as do
 from fsm import events as on
 from fsm.commands import Command
 from fsm.core import Core
-from fsm.estimate import Options
 from fsm.journal import Decision, Entry
+from fsm.model import Options
 from fsm.request import ModelId, Purpose, RequestId, Want
 from scheduler.clock import monotonic_clock
 from scheduler.driver import Driver

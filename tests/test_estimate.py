@@ -6,7 +6,7 @@ import http.client
 import json
 import subprocess
 import sys
-from dataclasses import astuple, fields, replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import psutil
@@ -14,20 +14,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fsm.estimate import (
-    CACHE_BLOCK_BYTES,
-    MIB,
-    ONE_AT_A_TIME,
-    PROMPT_CACHE_BYTES,
-    Footprint,
-    ModelInfo,
-    Options,
-    estimate,
-    micro_batch,
-    prompt_cache_bytes,
-    resolve,
-    serves,
-)
+from fsm.estimate import CACHE_BLOCK_BYTES, PROMPT_CACHE_BYTES, estimate, prompt_cache_bytes
+from fsm.footprint import Footprint, parts
+from fsm.model import HOST, MIB, ModelInfo, Options
+from fsm.options import ONE_AT_A_TIME, micro_batch, resolve, serves
 from scheduler.metadata import read_metadata
 from tests.tiny_models import write_tiny_model
 
@@ -46,7 +36,6 @@ A_MODEL = ModelInfo(
     input_bytes=30_081_024,
     output_bytes=2304,
     file_bytes=98_362_432,
-    extra_bytes=0,
     embedding=False,
     vision=False,
 )
@@ -85,17 +74,16 @@ some_models = st.sampled_from([A_MODEL, EMBEDDER, VISION, UNSHARED])
 
 def total(footprint: Footprint) -> int:
     """The bytes of a runner that is wholly on the host."""
-    layers_bytes, *others, _ = astuple(footprint)
-    return int(sum(layers_bytes) + sum(others))
+    return parts(footprint, ())[HOST].total_bytes
 
 
 def cost(info: ModelInfo = A_MODEL, options: Options = AUTOMATIC) -> Footprint:
     return estimate(info, resolve(info, options))
 
 
-def cache(footprint: Footprint, info: ModelInfo = A_MODEL) -> int:
+def cache(footprint: Footprint) -> int:
     """The bytes of the KV cache."""
-    return sum(footprint.layers_bytes) - sum(info.layers_bytes)
+    return sum(footprint.caches_bytes)
 
 
 # resolve
@@ -225,7 +213,7 @@ def test_the_cache_is_what_the_engine_reports() -> None:
     assert cache(cost(options=Options(num_ctx=2048))) == 45 * MIB
     wide = replace(A_MODEL, heads=8, heads_kv=(4,) * 12, layers_bytes=(5_000_000,) * 12)
     options = replace(EIGHT_BIT, num_ctx=2048, num_parallel=4)
-    assert cache(cost(wide, options), wide) == 51 * MIB
+    assert cache(cost(wide, options)) == 51 * MIB
 
 
 @pytest.mark.parametrize("cache_type", sorted(CACHE_BLOCK_BYTES))
@@ -274,7 +262,7 @@ def test_the_compute_buffer_is_what_the_engine_reports(info: ModelInfo, options:
 
 def test_what_lies_beside_the_model_goes_with_its_output() -> None:
     """Adapters and projectors are on a GPU when the last layer is."""
-    assert cost(replace(A_MODEL, extra_bytes=5 * MIB)).output_bytes - cost().output_bytes == 5 * MIB
+    assert cost(replace(A_MODEL, adapters_bytes=5 * MIB)).output_bytes - cost().output_bytes == 5 * MIB
 
 
 def test_the_prompt_cache_is_counted_as_the_engine_is_told() -> None:

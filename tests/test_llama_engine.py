@@ -23,8 +23,8 @@ import numpy
 import psutil
 import pytest
 
-from fsm.estimate import HOST, DeviceId, Options
 from fsm.ledger import Placement
+from fsm.model import HOST, DeviceId, Options
 from scheduler.engines import Endpoint
 from scheduler.engines import llama as llama_engine
 from scheduler.engines.llama import DETAIL_BYTES, LlamaEngine, LlamaProcess, describe, usable_cores

@@ -96,7 +96,7 @@ def test_the_model_is_described_by_its_metadata_and_tensors(tiny: Path) -> None:
     layer = 4 * (64 * 64 * 2 + 32 * 64 * 2 + 128 * 64 * 3 + 2 * 64)
     assert info.layers_bytes == (layer, layer, layer)
     assert (info.input_bytes, info.output_bytes) == (4 * 257 * 64, 4 * (257 * 64 + 64))
-    assert (info.file_bytes, info.extra_bytes) == (tiny.stat().st_size, 0)
+    assert (info.file_bytes, info.adapters_bytes, info.projectors_bytes) == (tiny.stat().st_size, 0, 0)
     assert not info.embedding and not info.vision
 
 
@@ -109,9 +109,9 @@ def test_adapters_and_projectors_add_their_size(tmp_path: Path, tiny: Path) -> N
     """A projector makes a vision model; an adapter does not."""
     adapter = write(tmp_path / "adapter.gguf", a_model(words("general.type", "adapter")))
     projector = write(tmp_path / "projector.gguf", a_model(architecture="clip"))
-    assert read_metadata(str(tiny), adapters=[adapter]).extra_bytes == os.path.getsize(adapter)
+    assert read_metadata(str(tiny), adapters=[adapter]).adapters_bytes == os.path.getsize(adapter)
     both = read_metadata(str(tiny), adapters=[adapter], projectors=[projector])
-    assert both.extra_bytes == os.path.getsize(adapter) + os.path.getsize(projector)
+    assert (both.adapters_bytes, both.projectors_bytes) == (os.path.getsize(adapter), os.path.getsize(projector))
     assert both.vision and not read_metadata(str(tiny), adapters=[adapter]).vision
 
 

@@ -9,8 +9,9 @@ from collections.abc import Callable, Iterator, Mapping
 
 import pytest
 
-from fsm.estimate import HOST, DeviceId, Footprint, Options
+from fsm.footprint import Footprint
 from fsm.ledger import Placement
+from fsm.model import HOST, DeviceId, Options
 from scheduler.engines import Endpoint
 from scheduler.engines.python import PythonEngine, PythonModel, PythonProcess
 from scheduler.errors import InvalidSettings

@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
-    from fsm.estimate import DeviceId, Footprint, ModelInfo, Options
+    from fsm.footprint import Footprint
     from fsm.ledger import Placement
+    from fsm.model import DeviceId, ModelInfo, Options
 
 
 @dataclass(frozen=True, slots=True)

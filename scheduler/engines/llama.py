@@ -19,7 +19,9 @@ from urllib.parse import urlsplit
 
 import psutil
 
-from fsm.estimate import HOST, MIB, DeviceId, ModelInfo, Options, micro_batch, prompt_cache_bytes, resolve
+from fsm.estimate import prompt_cache_bytes
+from fsm.model import HOST, MIB, DeviceId, ModelInfo, Options
+from fsm.options import micro_batch, resolve
 from scheduler.engines import Endpoint
 from scheduler.errors import EngineMissing
 from scheduler.header import read_header

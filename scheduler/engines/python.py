@@ -11,7 +11,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from fsm.estimate import DeviceId, Footprint, Options
+from fsm.footprint import Footprint
+from fsm.model import DeviceId, Options
 from fsm.request import ModelId
 from scheduler.settings import parse_bytes
 

@@ -9,9 +9,10 @@ from typing import Any
 
 from fsm import events as on
 from fsm.core import Core
-from fsm.estimate import HOST, Footprint, Options
+from fsm.footprint import Footprint
 from fsm.ledger import DeviceSample
 from fsm.limits import Limits
+from fsm.model import HOST, Options
 from fsm.request import ModelId, Purpose, RequestId, Want
 from fsm.runner import RunnerId
 

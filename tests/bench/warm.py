@@ -7,9 +7,8 @@ import time
 from concurrent.futures import Future
 from typing import Any
 
-from fsm.commands import Amounts
-from fsm.estimate import Options
 from fsm.ledger import Placement
+from fsm.model import Amounts, Options
 from fsm.request import ModelId
 from fsm.runner import RUNNER_TABLE, Runner, RunnerId
 from scheduler import PythonModel, Scheduler, Settings

@@ -1,0 +1,153 @@
+"""Load-time options: what is automatic made explicit, and which runner serves which wish."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+
+from fsm.model import ModelInfo, Options
+
+DEFAULT_CONTEXT = 4096  # tokens of one slot, where a request names none
+DEFAULT_EMBEDDER_CONTEXT = 512  # of a decoder that embeds: it computes and keeps the logits of every token
+LEAST_CONTEXT = 4
+LEAST_VISION_CONTEXT = 2048  # an image alone takes hundreds of tokens
+DEFAULT_BATCH = 512
+LARGEST_MICRO_BATCH = 512  # tokens per pass of a generating model, whatever its batch
+
+ONE_AT_A_TIME = frozenset(
+    {
+        "lfm2",
+        "lfm2moe",
+        "mllama",
+        "nemotron_h",
+        "nemotron_h_moe",
+        "nemotron_h_omni",
+        "qwen35",
+        "qwen35moe",
+        "qwen3next",
+        "qwen3vl",
+        "qwen3vlmoe",
+    }
+)  # families whose state the engine cannot keep for several slots
+
+# Encoders: llama.cpp gives them no cache, and they compute no logits.
+WITHOUT_CACHE = frozenset(
+    {
+        "bert",
+        "eurobert",
+        "jina-bert-v2",
+        "jina-bert-v3",
+        "modern-bert",
+        "neo-bert",
+        "nomic-bert",
+        "nomic-bert-moe",
+    }
+)
+CACHE_CELLS = 256  # llama.cpp rounds the cache of a slot up to a multiple of this, tokens
+
+_AUTOMATIC = Options()
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """The sizes that everything else follows from, all explicit."""
+
+    context: int  # tokens of one slot
+    parallel: int
+    batch: int  # tokens of a prompt that are worked on at once
+    micro_batch: int  # tokens of one pass
+    cells: int  # tokens that one slot's cache has room for
+
+
+def resolve(info: ModelInfo, options: Options, defaults: Options = _AUTOMATIC) -> Options:
+    """Make explicit what the engine would otherwise choose: context, batch, slots and cache types.
+
+    The context is at least 4 tokens (2048 for a vision model) and at most what the model was trained with; one slot
+    for embedders and for families that cannot share; an embedder's batch holds its whole context, since llama.cpp
+    refuses a pooled input that takes more than one pass. `num_gpu`, `main_gpu`, `num_thread`, `use_mmap` and
+    `flash_attention` stay as they are. What is not named is first taken from `defaults`. Resolving twice changes
+    nothing.
+    """
+    if defaults != _AUTOMATIC:
+        unnamed = [each.name for each in fields(options) if getattr(options, each.name) is None]
+        options = replace(options, **{name: getattr(defaults, name) for name in unnamed})
+    shape = shape_of(info, options)
+    return replace(
+        options,
+        num_ctx=shape.context,
+        num_batch=shape.batch,
+        num_parallel=shape.parallel,
+        cache_type_k=options.cache_type_k or "f16",
+        cache_type_v=options.cache_type_v or "f16",
+    )
+
+
+def serves(loaded: Options, asked: Options, info: ModelInfo | None = None) -> bool:
+    """Whether a runner loaded with the resolved `loaded` may serve a request for the unresolved `asked`.
+
+    What is not named matches, as does a negative `num_gpu`; a larger context or more slots serve a smaller wish;
+    all else that is named must be equal. With the model's `info` a wish is first limited to what the model can
+    have, so that a runner resolved from a wish always serves it: without, one beyond the limits is never served.
+    """
+    if asked == _AUTOMATIC or _covers(loaded, asked):
+        return True
+    return info is not None and _covers(loaded, _limited(info, asked))
+
+
+def micro_batch(info: ModelInfo, options: Options) -> int:
+    """Tokens that the engine computes in one pass (its n_ubatch): an embedder's whole input, else at most 512."""
+    return shape_of(info, options).micro_batch
+
+
+def shape_of(info: ModelInfo, options: Options) -> Shape:
+    automatic = DEFAULT_EMBEDDER_CONTEXT if computes_every_logit(info) else DEFAULT_CONTEXT
+    context = automatic if options.num_ctx is None else options.num_ctx
+    if info.vision:
+        context = max(context, LEAST_VISION_CONTEXT)
+    if info.context_trained > 0:
+        context = min(context, info.context_trained)
+    context = max(context, LEAST_CONTEXT)
+    one_at_a_time = info.embedding or info.architecture in ONE_AT_A_TIME
+    parallel = 1 if one_at_a_time else max(1, options.num_parallel or 1)
+    batch = DEFAULT_BATCH if options.num_batch is None else options.num_batch
+    batch = context if info.embedding else max(1, min(batch, context * parallel))
+    micro_batch = batch if info.embedding else min(batch, LARGEST_MICRO_BATCH)
+    return Shape(context, parallel, batch, micro_batch, padded(context))
+
+
+def _limited(info: ModelInfo, asked: Options) -> Options:
+    """`asked` with what it names cut down to what `resolve` would allow; what it does not name stays so."""
+    shape = shape_of(info, asked)
+    return replace(
+        asked,
+        num_ctx=None if asked.num_ctx is None else shape.context,
+        num_batch=None if asked.num_batch is None or info.embedding else shape.batch,
+        num_parallel=None if asked.num_parallel is None else shape.parallel,
+    )
+
+
+def _covers(loaded: Options, asked: Options) -> bool:
+    return (
+        _within(asked.num_ctx, loaded.num_ctx)
+        and _within(asked.num_parallel, loaded.num_parallel)
+        and (asked.num_gpu is None or asked.num_gpu < 0 or asked.num_gpu == loaded.num_gpu)
+        and asked.num_batch in (None, loaded.num_batch)
+        and asked.main_gpu in (None, loaded.main_gpu)
+        and asked.num_thread in (None, loaded.num_thread)
+        and asked.use_mmap in (None, loaded.use_mmap)
+        and asked.flash_attention in (None, loaded.flash_attention)
+        and asked.cache_type_k in (None, loaded.cache_type_k)
+        and asked.cache_type_v in (None, loaded.cache_type_v)
+    )
+
+
+def _within(asked: int | None, loaded: int | None) -> bool:
+    return asked is None or (loaded is not None and asked <= loaded)
+
+
+def padded(tokens: int) -> int:
+    return -(-tokens // CACHE_CELLS) * CACHE_CELLS
+
+
+def computes_every_logit(info: ModelInfo) -> bool:
+    """With pooling every token is an output: a decoder computes and keeps the logits of each, though none is read."""
+    return info.embedding and info.architecture not in WITHOUT_CACHE

@@ -11,19 +11,19 @@ from scheduler.registry import Question
 from scheduler.ticket import FutureTicket, Ticket, settle_in_loop
 
 if TYPE_CHECKING:
-    from scheduler.scheduler import Scheduler
+    from scheduler.desk import Desk
 
 
 class Reservation:
     """Memory of the program's own, out of the account until it is released; twice is harmless."""
 
-    def __init__(self, scheduler: Scheduler, ticket: Ticket) -> None:
-        self._scheduler = scheduler
+    def __init__(self, desk: Desk, ticket: Ticket) -> None:
+        self._desk = desk
         self._ticket = ticket
 
     def release(self) -> None:
         """Give the memory back to the account."""
-        self._scheduler._give_back(self._ticket)
+        self._desk.give_back(self._ticket)
 
     def __enter__(self) -> Self:
         return self
@@ -38,8 +38,8 @@ class Reservation:
 class Acquiring:
     """A request that is awaited, or entered with `async with`; nothing is asked before."""
 
-    def __init__(self, scheduler: Scheduler, question: Question) -> None:
-        self._scheduler = scheduler
+    def __init__(self, desk: Desk, question: Question) -> None:
+        self._desk = desk
         self._question = question
         self._lease: Lease | None = None
 
@@ -59,12 +59,12 @@ class Acquiring:
         future: asyncio.Future[Lease] = loop.create_future()
 
         def deliver(ticket: FutureTicket) -> None:
-            lease = Lease(self._scheduler, ticket) if ticket.error is None else None
+            lease = Lease(self._desk, ticket) if ticket.error is None else None
             settle_in_loop(loop, future, lease, ticket.error, lease.release if lease is not None else lambda: None)
 
-        ticket = self._scheduler._submit(self._question, deliver)
+        ticket = self._desk.submit(self._question, deliver)
         try:
             return await future
         except BaseException:
-            self._scheduler._withdraw(ticket)
+            self._desk.withdraw(ticket)
             raise

@@ -16,7 +16,7 @@ from scheduler.errors import LeaseReleased, RunnerCrashed, UnsupportedOption
 from scheduler.ticket import Ticket
 
 if TYPE_CHECKING:
-    from scheduler.scheduler import Scheduler
+    from scheduler.desk import Desk
 
 _IS_OBJECT = "it is an object without a server: use the lease's value"
 
@@ -29,10 +29,10 @@ class Lease:
     `LeaseReleased` after the release, and `EngineError` when the engine refuses; those that begin with `a` are awaited.
     """
 
-    __slots__ = ("__weakref__", "_lock", "_released", "_scheduler", "_streams", "_ticket")
+    __slots__ = ("__weakref__", "_desk", "_lock", "_released", "_streams", "_ticket")
 
-    def __init__(self, scheduler: Scheduler, ticket: Ticket) -> None:
-        self._scheduler = scheduler
+    def __init__(self, desk: Desk, ticket: Ticket) -> None:
+        self._desk = desk
         self._ticket = ticket
         self._released = False
         self._streams = 0  # open streams; the runner is given back after the last
@@ -86,11 +86,11 @@ class Lease:
 
     def on_lost(self, callback: Callable[[], object]) -> None:
         """Have `callback` called from another thread, once, when the runner is gone; at once if it is."""
-        self._scheduler._listen(self._ticket, "lost", callback)
+        self._desk.listen(self._ticket, "lost", callback)
 
     def on_wanted(self, callback: Callable[[], object]) -> None:
         """Have `callback` called from another thread, once, when others wait for its memory; at once if they do."""
-        self._scheduler._listen(self._ticket, "wanted", callback)
+        self._desk.listen(self._ticket, "wanted", callback)
 
     # -- its end ------------------------------------------------------------------------------------------------------
 
@@ -100,7 +100,7 @@ class Lease:
             self._released = True
             if self._streams:
                 return
-        self._scheduler._give_back(self._ticket)
+        self._desk.give_back(self._ticket)
 
     def __enter__(self) -> Self:
         return self
@@ -121,7 +121,7 @@ class Lease:
     def __del__(self) -> None:
         if not hasattr(self, "_lock"):  # Ctrl-C came while it was made, before anything was asked for
             return
-        if self._scheduler._give_back(self._ticket) and not self._released:
+        if self._desk.give_back(self._ticket) and not self._released:
             warnings.warn(f"a lease on {self.model} was never released", ResourceWarning, stacklevel=2, source=self)
 
     def __repr__(self) -> str:
@@ -220,7 +220,7 @@ class Lease:
             self._streams -= 1
             last = self._released and not self._streams
         if last:
-            self._scheduler._give_back(self._ticket)
+            self._desk.give_back(self._ticket)
 
 
 class Stream(Iterator[str]):

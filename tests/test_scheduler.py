@@ -294,8 +294,8 @@ def test_ctrl_c_at_any_moment_leaves_no_lease_and_no_broken_core(scheduler: Sche
         signal.signal(signal.SIGALRM, before)
     gc.collect()
     assert_soon(lambda: states(scheduler) == {"a": "idle"})
-    assert seen and scheduler._driver.broken is None and not scheduler._tickets
-    scheduler._driver.read(lambda core: core.check())
+    assert seen and scheduler._desk.driver.broken is None and not scheduler._desk.tickets
+    scheduler._desk.driver.read(lambda core: core.check())
 
 
 # -- futures and event loops -------------------------------------------------------------------------------------------
@@ -422,7 +422,7 @@ def test_an_object_is_let_go_of_when_it_is_unloaded(scheduler: Scheduler) -> Non
 def test_what_does_not_stop_is_shown_as_stuck(scheduler: Scheduler) -> None:
     """Its memory stays booked; the bound is the core's, so it is shortened here."""
     gate = Gate()
-    scheduler._driver.read(lambda core: setattr(core.pool, "limits", replace(core.pool.limits, stop_timeout_s=0.01)))
+    scheduler._desk.driver.read(lambda core: setattr(core.pool, "limits", replace(core.pool.limits, stop_timeout_s=0.01)))
     scheduler.acquire(a_model("a", unload=gate), keep_alive=0).release()
     assert gate.entered.wait(LIMIT_S)
     assert_soon(lambda: [runner.stuck for runner in scheduler.status().runners] == [True])
@@ -501,7 +501,7 @@ def test_a_listener_that_was_forgotten_costs_nothing_more(scheduler: Scheduler) 
     gc.collect()
     scheduler.acquire(a_model("a")).release()
     scheduler.acquire(a_model("a")).release()
-    assert scheduler._driver.read(lambda core: core.journal) is None
+    assert scheduler._desk.driver.read(lambda core: core.journal) is None
 
 
 def test_a_slow_reader_finds_a_gap_marked() -> None:
@@ -651,5 +651,5 @@ def test_ten_thousand_waiters_cancelled_at_once_are_each_answered_once() -> None
         futures = [scheduler.submit(a_model("a", load=gate)) for _ in range(10_000)]
         assert all(future.cancel() for future in futures)
         assert not wait_for(futures, LIMIT_S).not_done
-        assert_soon(lambda: scheduler.status().queue == () and not scheduler._tickets)
+        assert_soon(lambda: scheduler.status().queue == () and not scheduler._desk.tickets)
         gate.open.set()

@@ -1,0 +1,176 @@
+"""Every request between the one who asks and the core: tickets out, answers in."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from typing import Any, assert_never
+
+from fsm import commands as do
+from fsm import events as on
+from fsm.core import Core
+from fsm.journal import Entry
+from fsm.request import RequestId
+from scheduler.answers import error_of
+from scheduler.clock import monotonic_clock
+from scheduler.devices import Devices
+from scheduler.driver import Driver
+from scheduler.errors import SchedulerBroken, SchedulerClosed, SchedulerError, SchedulerForked
+from scheduler.executor import Executor
+from scheduler.hub import Hub
+from scheduler.registry import Question, Registry
+from scheduler.settings import Settings
+from scheduler.ticket import Callback, FutureTicket, Ticket
+
+log = logging.getLogger("loadmaster")
+
+_LOOK_UP_S = 1.0  # no single wait is longer: a Ctrl-C that comes right before one is only seen when it ends
+
+
+class Desk:
+    """Takes requests in and hands answers out; it owns the driver of the core and the executor of its commands."""
+
+    def __init__(self, settings: Settings, core: Core, devices: Devices, registry: Registry, hub: Hub) -> None:
+        self.forked = False  # this is the copy in a forked child: nothing here may be touched
+        self.closing = False
+        self.finished = threading.Event()  # every runner is unloaded after a close
+        self.tickets: dict[RequestId, Ticket] = {}  # from Acquire until refused, lost or given back
+        self._ids = itertools.count(1)
+        self._core = core
+        self._registry = registry
+        self._hub = hub
+        self.driver = Driver(core, monotonic_clock, self._perform, self._publish, self._fail)
+        self.executor = Executor(settings, devices, registry.engine_of, self.driver.post, core.pool.runners)
+
+    def ticket(self, question: Question) -> Ticket:
+        """Return a ticket for a question that is still to be asked."""
+        return Ticket(RequestId(next(self._ids)), question.name)
+
+    def wait(self, ticket: Ticket, question: Question) -> None:
+        """Ask and block until it is granted; raises the refusal."""
+        try:
+            self.ask(ticket, question)
+            while not ticket.gate.acquire(timeout=_LOOK_UP_S):
+                continue
+        except BaseException:  # Ctrl-C, say: whoever leaves has cancelled
+            self.withdraw(ticket)
+            raise
+        if ticket.error is not None:
+            raise ticket.error
+
+    def promise(self, future: Future[Any], question: Question, deliver: Callable[[FutureTicket], None]) -> None:
+        """Ask for a future; one that is cancelled while it waits has left."""
+        ticket = self.submit(question, deliver)
+
+        def leave(done: Future[Any]) -> None:
+            if done.cancelled():
+                self.withdraw(ticket)
+                ticket.settle(done, None)
+
+        future.add_done_callback(leave)
+
+    def submit(self, question: Question, deliver: Callable[[FutureTicket], None]) -> FutureTicket:
+        """Ask and return; `deliver` is called from a worker when it is answered."""
+        ticket = FutureTicket(RequestId(next(self._ids)), question.name, self.executor.callers.put, deliver)
+        self.ask(ticket, question)
+        return ticket
+
+    def ask(self, ticket: Ticket, question: Question) -> None:
+        """Post a request; the ticket is answered some time after, or before this returns."""
+        self.tickets[ticket.id] = ticket
+        self.post(on.Acquire(ticket.id, question.want, question.keep_alive_s, question.timeout_s))
+        if self.closing and self.finished.is_set() and self.tickets.pop(ticket.id, None) is not None:
+            ticket.answer(None, SchedulerClosed())  # the driver has ended, or is about to
+
+    def post(self, event: on.Event) -> None:
+        if self.forked:
+            raise SchedulerForked()
+        self.driver.post(event)
+
+    def withdraw(self, ticket: Ticket) -> None:
+        """The asker is gone: whatever becomes of the request, nothing of it remains."""
+        if ticket.id in self.tickets:
+            self.driver.post(on.Cancel(ticket.id))  # first: if Ctrl-C comes in between, it is only said twice
+            self.tickets.pop(ticket.id, None)
+
+    def give_back(self, ticket: Ticket) -> bool:
+        """Release what a ticket holds; return False where that was done before, or it was lost."""
+        if ticket.id not in self.tickets or self.forked:
+            return False
+        self.driver.post(on.Release(ticket.id))  # first: if Ctrl-C comes in between, it is only said twice
+        self.tickets.pop(ticket.id, None)
+        return True
+
+    def listen(self, ticket: Ticket, what: str, callback: Callback) -> None:
+        """Have a callback run when a lease is lost or wanted; at once where it is already."""
+
+        def add(_: Core) -> bool:
+            happened = bool(ticket.lost) if what == "lost" else ticket.wanted
+            if not happened:
+                ticket.callbacks = (*ticket.callbacks, (what, callback))
+            return happened
+
+        if self.driver.read(add):
+            self.executor.callers.put(lambda: _call(callback))
+
+    def _notify(self, ticket: Ticket, what: str) -> None:
+        for when, callback in ticket.callbacks:
+            if when == what:
+                self.executor.callers.put(lambda callback=callback: _call(callback))  # type: ignore[misc]  # binds now
+
+    def _perform(self, command: do.Command) -> None:
+        """File one command; under the driver's lock."""
+        match command:
+            case do.Grant(request, runner):
+                if (ticket := self.tickets.get(request)) is not None:
+                    ticket.answer(self.executor.lives.get(runner) if runner is not None else None, None)
+            case do.Inspect() | do.Launch() | do.Stop() | do.Sample():
+                self.executor.perform(command)
+            case do.Reject(request, refusal):
+                if (ticket := self.tickets.pop(request, None)) is not None:
+                    ticket.answer(None, error_of(refusal, self._registry))
+            case do.Revoke(request, reason):
+                if (ticket := self.tickets.pop(request, None)) is not None:
+                    ticket.lost = reason
+                    self._notify(ticket, "lost")
+            case do.Ask(_, requests):
+                for id in requests:
+                    if (ticket := self.tickets.get(id)) is not None:
+                        ticket.wanted = True
+                        self._notify(ticket, "wanted")
+            case do.Finish():
+                self.finished.set()
+            case _:
+                assert_never(command)
+
+    def _publish(self, entries: Sequence[Entry]) -> None:
+        """Hand on what was decided; under the driver's lock."""
+        if not self._hub.publish(entries):
+            self._core.journal = None
+
+    def _fail(self, error: BaseException) -> None:
+        """A step raised: tell everybody, and let close end the rest."""
+        log.error("a decision failed; the scheduler has stopped", exc_info=error)
+        self.answer_all(lambda: SchedulerBroken(repr(error)))
+        self.finished.set()
+
+    def answer_all(self, error: Callable[[], SchedulerError]) -> None:
+        while self.tickets:
+            try:
+                _, ticket = self.tickets.popitem()
+            except KeyError:
+                return
+            if ticket.answered:
+                ticket.lost = str(error())
+            else:
+                ticket.answer(None, error())  # one each: a traceback is added to it where it is raised
+
+
+def _call(callback: Callback) -> None:
+    try:
+        callback()
+    except Exception:
+        log.exception("a callback of a lease failed")

@@ -8,9 +8,15 @@ import platform
 import sys
 from pathlib import Path
 
-from tests.bench import cold, memory, threads, warm
+from tests.bench import cold, memory, metadata, threads, warm
 
-BENCHMARKS = {"warm": warm.run, "threads": threads.run, "cold": cold.run, "memory": memory.run}
+BENCHMARKS = {
+    "warm": warm.run,
+    "threads": threads.run,
+    "cold": cold.run,
+    "memory": memory.run,
+    "metadata": metadata.run,
+}
 
 
 def main() -> int:

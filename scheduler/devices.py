@@ -1,190 +1,146 @@
-"""What memory there is: the host through psutil and its cgroups, NVIDIA GPUs through NVML."""
+"""What memory there is: the host's through psutil and its control groups, GPUs' through their driver, with patience."""
 
 from __future__ import annotations
 
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Mapping
 
 import psutil
 
 from fsm.ledger import DeviceSample
 from fsm.model import HOST, DeviceId
+from scheduler.cgroups import cgroup_memory
+from scheduler.nvml import Gpu, Nvml, Reading
 
-try:
-    import pynvml
-except Exception:  # whatever is wrong with the binding, there is still the host
-    pynvml = None
-
-_NO_LIMIT = 1 << 60  # version 1 says "no limit" with the largest number of pages there can be
-RETRY_S = 60.0  # a driver that was not there is asked for again so often at most
-
-
-@dataclass(frozen=True, slots=True)
-class CgroupMemory:
-    """The tightest limit above a process: what it may use in all, and what it may use more than now."""
-
-    limit_bytes: int
-    free_bytes: int
-
-
-def cgroup_memory(
-    root: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")
-) -> CgroupMemory | None:
-    """Return the memory limit of this process's control groups, versions 1 and 2, or None if there is none.
-
-    Every group from the process's own up to `root` is looked at, since each may set a limit. A group's free bytes are
-    its limit less what it uses; file pages that have not been used lately count as free, because the kernel gives them
-    up before it refuses memory: without this a container that has read one large file would look full.
-    """
-    tightest: CgroupMemory | None = None
-    for folder, limit_name, usage_name, cache_name in _groups(root, membership):
-        limit = _read_number(folder / limit_name)
-        usage = _read_number(folder / usage_name)
-        if limit is None or limit >= _NO_LIMIT or usage is None:
-            continue
-        free = min(limit, max(0, limit - usage + _read_statistic(folder / "memory.stat", cache_name)))
-        if tightest is None:
-            tightest = CgroupMemory(limit, free)
-        else:
-            tightest = CgroupMemory(min(tightest.limit_bytes, limit), min(tightest.free_bytes, free))
-    return tightest
-
-
-def _groups(root: Path, membership: Path) -> Iterator[tuple[Path, str, str, str]]:
-    """Yield every group's folder, the process's own first, with the names of its limit, usage and file cache."""
-    try:
-        lines = membership.read_text().splitlines()
-    except OSError:
-        return
-    for line in lines:
-        _, _, rest = line.partition(":")
-        controllers, separator, group = rest.partition(":")
-        if not separator:
-            continue
-        if controllers == "":
-            top, names = root, ("memory.max", "memory.current", "inactive_file")
-        elif "memory" in controllers.split(","):
-            top, names = root / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
-        else:
-            continue
-        # In a container the path may be the host's, of which only the top is mounted here: what is missing is skipped.
-        folder = top / group.lstrip("/")
-        while True:
-            yield (folder, *names)
-            if folder == top or top not in folder.parents:
-                break
-            folder = folder.parent
-
-
-def _read_number(path: Path) -> int | None:
-    """Return the number in a file, or None where there is no file, or no limit ("max")."""
-    try:
-        return int(path.read_text())
-    except (OSError, ValueError):
-        return None
-
-
-def _read_statistic(path: Path, name: str) -> int:
-    try:
-        lines = path.read_text().splitlines()
-    except OSError:
-        return 0
-    return next((int(line.split()[1]) for line in lines if line.startswith(f"{name} ")), 0)
-
-
-def visible_devices(ids: Sequence[str], chosen: str | None) -> list[int]:
-    """Return the places in `ids` that CUDA_VISIBLE_DEVICES leaves visible, in the order it gives them.
-
-    `chosen` is its value, None if it is not set. Entries are indices in PCI order or UUIDs, also shortened; as in CUDA,
-    the first entry that is neither ends the list, and an empty list hides every device.
-    """
-    if chosen is None:
-        return list(range(len(ids)))
-    places: list[int] = []
-    for entry in (part.strip() for part in chosen.split(",")):
-        if entry.isascii() and entry.isdigit():
-            found = [int(entry)] if int(entry) < len(ids) else []
-        else:
-            found = [place for place, id in enumerate(ids) if entry and id.startswith(entry)]
-        if len(found) != 1:
-            break
-        places.extend(place for place in found if place not in places)
-    return places
-
-
-@dataclass(frozen=True, slots=True)
-class _Gpu:
-    """A GPU of this moment; the handle is valid until NVML is shut down."""
-
-    id: DeviceId
-    handle: Any
+FIRST_ANSWER_S = 8.0  # how long the driver's first answer is waited for: it may have to wake the GPUs
+ANSWER_S = 1.5  # and any other
+TRUST_S = 30.0  # a driver that does not answer for longer is not to be trusted with a load: it may never let go of it
+_CLOSE_S = 1.0
 
 
 class Devices:
     """Reads the devices; safe to call from several threads, one of which reads at a time.
 
-    `memory_limit_bytes` caps the host's capacity, not what it reports as free. Nothing here raises because of a GPU or
-    its driver: what cannot be read is left out and named in `problems`.
-    """
+    `memory_limit_bytes` caps the host's capacity, not what it reports as free; `gpu_reserve_bytes` are taken off both,
+    on every GPU with memory of its own. Nothing here raises because of a GPU or its driver: what cannot be read is left
+    out and named in `problems`.
 
-    problems: tuple[str, ...]  # what could not be read at the last look, in sentences
+    The driver is asked on a thread of its own, since a call may take long or never return. Whoever reads waits
+    `ANSWER_S` for it and gets the GPUs' last known figures then, marked as not fresh; until it answers nobody waits
+    again, and after `TRUST_S` there are no GPUs. The host's figures are always those of the moment.
+    """
 
     def __init__(
         self,
         *,
         memory_limit_bytes: int | None = None,
         gpus: bool = True,
+        gpu_reserve_bytes: int = 0,
         environment: Mapping[str, str] = os.environ,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.problems = ()
         self._memory_limit_bytes = memory_limit_bytes
-        self._gpus = gpus
-        self._environment = environment
+        self._gpu_reserve_bytes = gpu_reserve_bytes
         self._clock = clock
-        self._lock = threading.Lock()  # guards everything below
-        self._initialised = False  # NVML is usable, and has to be shut down
-        self._retry_at = -float("inf")  # not before this is NVML initialised again
-        self._failure = ""  # why it was not, if it was tried
+        self._driver = Nvml(environment, clock) if gpus else None
+        self._lock = threading.Lock()  # held while one reads; the driver's thread never takes it
+        self._asking: threading.Thread | None = None  # the last one that asked the driver
+        self._asked_at = 0.0  # when it began
+        self._closing = False
+        self._reading: Reading | None = None  # the driver's last answer; None: it has never answered
+        self._fresh = True  # what was sampled last is an answer to that sample's own question
+
+    @property
+    def problems(self) -> tuple[str, ...]:
+        """What could not be read at the last look, and what still does not answer, in sentences."""
+        problems = self._reading.problems if self._reading is not None else ()
+        overdue_s = self._overdue_s()
+        if overdue_s < ANSWER_S:
+            return problems
+        meanwhile = "what is known of them is from before" if self._trusted() else "they are not used until it does"
+        return (*problems, f"the GPUs' driver has not answered for {overdue_s:.0f} s: {meanwhile}")
 
     def sample(self) -> tuple[DeviceSample, ...]:
         """Return the host and then each visible GPU, as they are now."""
         with self._lock:
-            problems: list[str] = []
+            self._fresh = self._ask()
             host = self._sample_host()
-            samples = [host]
-            for gpu in self._list_gpus(problems):
-                try:
-                    samples.append(_sample_gpu(gpu, host))
-                except Exception as error:  # lost, fallen off the bus, not permitted: it is not there for us
-                    problems.append(f"GPU {gpu.id} is left out: {error}")
-            self.problems = tuple(problems)
-            return tuple(samples)
+            reading = self._reading if self._trusted() else None
+            return (host, *(self._sample_gpu(gpu, host) for gpu in (reading.gpus if reading is not None else ())))
 
     def gpu_processes(self) -> Mapping[DeviceId, Mapping[int, int]]:
-        """Return the bytes each process holds on each visible GPU, by pid.
+        """Return the bytes that each process held on each visible GPU, by pid, when the devices were last sampled.
 
-        A GPU that does not tell is missing, and so is a process whose bytes are not known. Inside a container that has
-        pids of its own the driver usually tells nothing.
+        A GPU that did not tell is missing, and so is a process whose bytes are not known. Inside a container that has
+        pids of its own the driver usually tells nothing. What is held on an integrated GPU is not part of the process's
+        own resident memory: the ledger adds it to what that holds of the host's.
         """
         with self._lock:
-            found: dict[DeviceId, Mapping[int, int]] = {}
-            for gpu in self._list_gpus([]):
-                try:
-                    found[gpu.id] = _processes(gpu.handle)
-                except Exception:  # not supported here, or the GPU is lost, which `sample` reports
-                    continue
-            return found
+            reading = self._reading if self._fresh else None
+            gpus = reading.gpus if reading is not None else ()
+            return {gpu.id: gpu.processes for gpu in gpus if gpu.processes is not None}
+
+    def set_memory_limit(self, memory_limit_bytes: int | None) -> None:
+        """Change the cap on the host's capacity, None for none; the next sample shows it."""
+        self._memory_limit_bytes = memory_limit_bytes
 
     def close(self) -> None:
-        """Let go of the driver; sampling again later is allowed."""
+        """Let go of the driver; returns soon, whatever it does. Sampling again later is allowed."""
         with self._lock:
-            self._shut_down()
+            self._closing = True  # a thread that is still asking lets go when it has its answer
+            if self._asking is not None and self._wait(_CLOSE_S) and self._start(self._let_go):
+                self._wait(_CLOSE_S)
+
+    # -- the driver, on a thread of its own ---------------------------------------------------------------------------
+
+    def _ask(self) -> bool:
+        """Have the driver asked; return whether it has answered. A question that is overdue is not waited for again."""
+        if self._driver is None:
+            return True
+        if self._asking is not None and self._asking.is_alive():
+            return False
+        self._closing = False
+        if not self._start(self._read):
+            return False
+        return self._wait(ANSWER_S if self._reading is not None else FIRST_ANSWER_S)
+
+    def _start(self, job: Callable[[], None]) -> bool:
+        """Run a job on a thread of its own; return False if there can be no more threads."""
+        self._asked_at = self._clock()
+        self._asking = threading.Thread(target=job, name="loadmaster-gpus", daemon=True)
+        try:
+            self._asking.start()
+        except RuntimeError:
+            self._asking = None
+        return self._asking is not None
+
+    def _wait(self, timeout_s: float) -> bool:
+        """Wait for the thread that asks; return whether it has ended."""
+        assert self._asking is not None
+        self._asking.join(timeout_s)
+        return not self._asking.is_alive()
+
+    def _read(self) -> None:
+        assert self._driver is not None
+        self._reading = self._driver.read()
+        if self._closing:
+            self._driver.close()
+
+    def _let_go(self) -> None:
+        assert self._driver is not None
+        self._driver.close()
+
+    def _overdue_s(self) -> float:
+        """Return for how long the driver has been asked without an answer; 0 where it has answered."""
+        asking = self._asking
+        return self._clock() - self._asked_at if asking is not None and asking.is_alive() else 0.0
+
+    def _trusted(self) -> bool:
+        return self._overdue_s() < TRUST_S
+
+    # -- samples ------------------------------------------------------------------------------------------------------
 
     def _sample_host(self) -> DeviceSample:
         memory = psutil.virtual_memory()
@@ -196,102 +152,18 @@ class Devices:
             capacity = min(capacity, self._memory_limit_bytes)
         return DeviceSample(HOST, "cpu", "host", capacity, free, False)
 
-    def _list_gpus(self, problems: list[str]) -> list[_Gpu]:
-        """Return the visible GPUs, initialising NVML if it is time to; call with the lock held."""
-        if not self._gpus or pynvml is None:
-            return []
-        if not self._initialised and not self._initialise():
-            problems.append(f"no GPU is used: {self._failure}")
-            return []
-        try:
-            count = pynvml.nvmlDeviceGetCount()
-        except Exception as error:  # the driver went away: start afresh later
-            self._shut_down()
-            self._postpone(error)
-            problems.append(f"no GPU is used: {self._failure}")
-            return []
-        gpus: dict[int, _Gpu] = {}
-        for index in range(count):
-            try:
-                gpus[index] = _open(index)
-            except Exception as error:
-                problems.append(f"GPU {index} is left out: {error}")
-        ids = [gpus[index].id if index in gpus else "" for index in range(count)]  # a lost one keeps its index
-        chosen = self._environment.get("CUDA_VISIBLE_DEVICES")
-        return [gpus[index] for index in visible_devices(ids, chosen) if index in gpus]
+    def _sample_gpu(self, gpu: Gpu, host: DeviceSample) -> DeviceSample:
+        """Return a GPU's sample; one without memory of its own is integrated, and what it has is the host's.
 
-    def _initialise(self) -> bool:
-        if self._clock() < self._retry_at:
-            return False
-        try:
-            pynvml.nvmlInit()
-        except Exception as error:  # NVMLError, or what ctypes raises for a broken library
-            self._postpone(error)
-            return False
-        self._initialised = True
-        return True
-
-    def _postpone(self, error: Exception) -> None:
-        self._failure = str(error)
-        self._retry_at = self._clock() + RETRY_S
-
-    def _shut_down(self) -> None:
-        if self._initialised:
-            self._initialised = False
-            try:
-                pynvml.nvmlShutdown()
-            except Exception:  # there is nothing left to let go of
-                return
+        What is free is signed once the reserve is taken off, so that what comes back can still be told from it.
+        """
+        if not gpu.capacity_bytes:
+            return DeviceSample(gpu.id, "gpu", gpu.name, host.capacity_bytes, host.free_bytes, integrated=True)
+        capacity_bytes = max(0, gpu.capacity_bytes - self._gpu_reserve_bytes)
+        free_bytes = gpu.free_bytes - self._gpu_reserve_bytes
+        return DeviceSample(
+            gpu.id, "gpu", gpu.name, capacity_bytes, free_bytes, instance=gpu.instance, fresh=self._fresh
+        )
 
 
-def _open(index: int) -> _Gpu:
-    """Return the GPU at this index, or its first instance where it is divided, which is what CUDA would use."""
-    handle = pynvml.nvmlDeviceGetHandleByIndex(index)
-    if _is_divided(handle):
-        handle = pynvml.nvmlDeviceGetMigDeviceHandleByIndex(handle, 0)
-    return _Gpu(DeviceId(_text(pynvml.nvmlDeviceGetUUID(handle))), handle)
-
-
-def _is_divided(handle: Any) -> bool:
-    try:
-        current, _ = pynvml.nvmlDeviceGetMigMode(handle)
-    except pynvml.NVMLError:  # most GPUs cannot be divided
-        return False
-    return bool(current)
-
-
-def _sample_gpu(gpu: _Gpu, host: DeviceSample) -> DeviceSample:
-    """Read one GPU; one without memory of its own is integrated, and what it has is the host's."""
-    name = _text(pynvml.nvmlDeviceGetName(gpu.handle))
-    try:
-        capacity, free = _gpu_memory(gpu.handle)
-    except pynvml.NVMLError_NotSupported:
-        capacity = free = 0
-    if capacity == 0:
-        return DeviceSample(gpu.id, "gpu", name, host.capacity_bytes, host.free_bytes, True)
-    return DeviceSample(gpu.id, "gpu", name, capacity, free, False)
-
-
-def _gpu_memory(handle: Any) -> tuple[int, int]:
-    """Return what can be allocated at most and what is free, in bytes."""
-    try:
-        memory = pynvml.nvmlDeviceGetMemoryInfo(handle, version=pynvml.nvmlMemory_v2)
-    except pynvml.NVMLError:  # an older driver, which counts its own reserve as usable
-        memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
-        return int(memory.total), int(memory.free)
-    return int(memory.total) - int(memory.reserved), int(memory.free)
-
-
-def _processes(handle: Any) -> Mapping[int, int]:
-    try:
-        processes = pynvml.nvmlDeviceGetComputeRunningProcesses_v3(handle)
-    except pynvml.NVMLError_FunctionNotFound:  # a driver older than version 510
-        processes = pynvml.nvmlDeviceGetComputeRunningProcesses_v2(handle)
-    return {int(each.pid): int(each.usedGpuMemory) for each in processes if each.usedGpuMemory is not None}
-
-
-def _text(value: str | bytes) -> str:
-    return value if isinstance(value, str) else value.decode(errors="replace")
-
-
-__all__ = ["CgroupMemory", "Devices", "cgroup_memory", "visible_devices"]
+__all__ = ["Devices"]

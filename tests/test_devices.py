@@ -1,103 +1,40 @@
-"""Devices: the host under limits, and GPUs through a stand-in for NVIDIA's library."""
+"""Devices: the host, and GPUs through the real binding and a stand-in for NVIDIA's library."""
 
 from __future__ import annotations
-
-import json
-import os
-import shutil
-import subprocess
-import sys
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
 
+from fsm.ledger import DeviceSample
 from fsm.model import HOST
-from scheduler.devices import CgroupMemory, Devices, cgroup_memory, visible_devices
+from scheduler.devices import Devices
+from scheduler.nvml import RETRY_S, Board, visible_devices
+from tests.nvml import (
+    LOST,
+    MISMATCH,
+    NO_DRIVER,
+    NO_PERMISSION,
+    NOT_SUPPORTED,
+    Clock,
+    Gpu,
+    StandIn,
+    beside_stand_in,
+    free_of,
+    gpus_of,
+)
 
-Tree = Callable[[str, dict[str, dict[str, object]]], CgroupMemory | None]
-
-
-@pytest.fixture
-def tree(tmp_path: Path) -> Tree:
-    """Write a folder that stands in for /sys/fs/cgroup and read the limits of a process that is where `groups` says."""
-
-    def read(groups: str, folders: dict[str, dict[str, object]]) -> CgroupMemory | None:
-        for folder, files in folders.items():
-            (tmp_path / "cgroup" / folder).mkdir(parents=True, exist_ok=True)
-            for name, content in files.items():
-                (tmp_path / "cgroup" / folder / name).write_text(f"{content}\n")
-        membership = tmp_path / "self"
-        membership.write_text(groups + "\n")
-        return cgroup_memory(tmp_path / "cgroup", membership)
-
-    return read
-
-
-def test_n15_version_2_leaves_limit_minus_current(tree: Tree) -> None:
-    """N15: what the group may still use, not what the machine has."""
-    assert tree("0::/job", {"job": {"memory.max": 1000, "memory.current": 300}}) == CgroupMemory(1000, 700)
+ONE = Gpu("GPU-1", total=1000, reserved=50, free=800, processes={77: 150})
+TWO = Gpu("GPU-2", total=2000, reserved=100)
+DIVIDED = Gpu("GPU-3", instances=[Gpu("MIG-31", total=300, free=100, processes={88: 200}), Gpu("MIG-32", total=500)])
 
 
-def test_n15_version_1_leaves_limit_minus_usage(tree: Tree) -> None:
-    """N15: the older files, below the controller's own folder."""
-    files: dict[str, object] = {"memory.limit_in_bytes": 1000, "memory.usage_in_bytes": 300}
-    assert tree("5:cpu:/\n4:memory:/job", {"memory/job": files}) == CgroupMemory(1000, 700)
-
-
-def test_n15_every_group_above_counts(tree: Tree) -> None:
-    """N15: the smallest limit and the least free memory may belong to different groups."""
-    folders: dict[str, dict[str, object]] = {
-        "a": {"memory.max": 2000, "memory.current": 1900},
-        "a/b": {"memory.max": "max", "memory.current": 500},
-        "a/b/c": {"memory.max": 1000, "memory.current": 300},
-    }
-    assert tree("0::/a/b/c", folders) == CgroupMemory(1000, 100)
-
-
-def test_a_container_sees_only_the_top_of_the_tree(tree: Tree) -> None:
-    """Its path is the host's and does not exist here; the limits at the top are its own."""
-    assert tree("0::/docker/1234", {"": {"memory.max": 1000, "memory.current": 300}}) == CgroupMemory(1000, 700)
-
-
-def test_unused_file_pages_count_as_free(tree: Tree) -> None:
-    """The kernel drops them before it refuses memory."""
-    files: dict[str, object] = {
-        "memory.max": 1000,
-        "memory.current": 900,
-        "memory.stat": "anon 400\ninactive_file 450\nactive_file 50",
-    }
-    assert tree("0::/job", {"job": files}) == CgroupMemory(1000, 550)
-
-
-def test_a_group_over_its_limit_has_nothing_free(tree: Tree) -> None:
-    """A limit lowered below the usage leaves nothing, not less than nothing."""
-    assert tree("0::/job", {"job": {"memory.max": 100, "memory.current": 300}}) == CgroupMemory(100, 0)
-
-
-@pytest.mark.parametrize("groups", ["0::/job", "4:memory:/job", "", "0::/../elsewhere"])
-def test_no_limit_is_none(tree: Tree, groups: str) -> None:
-    """Missing files, other controllers and "max" set no limit."""
-    assert tree(groups, {"job": {"memory.max": "max", "memory.current": 300}, "memory/job": {}}) is None
-
-
-def test_the_largest_number_of_version_1_is_no_limit(tree: Tree) -> None:
-    """It is how version 1 says that there is none."""
-    files: dict[str, object] = {"memory.limit_in_bytes": 9223372036854771712, "memory.usage_in_bytes": 300}
-    assert tree("4:memory:/", {"memory": files}) is None
-
-
-def test_a_system_without_cgroups_has_no_limit(tmp_path: Path) -> None:
-    """Nothing is there to read."""
-    assert cgroup_memory(tmp_path / "cgroup", tmp_path / "self") is None
+# -- the host ---------------------------------------------------------------------------------------------------------
 
 
 def test_the_host_is_always_there() -> None:
     """Without GPUs the host is the only device, with no more than the machine has."""
     (host,) = Devices(gpus=False).sample()
-    assert (host.id, host.kind, host.integrated) == (HOST, "cpu", False)
+    assert (host.id, host.kind, host.integrated, host.fresh) == (HOST, "cpu", False, True)
     assert 0 < host.free_bytes <= host.capacity_bytes <= psutil.virtual_memory().total
 
 
@@ -113,194 +50,289 @@ def test_a_memory_limit_above_the_machines_memory_changes_nothing() -> None:
     assert host.capacity_bytes <= psutil.virtual_memory().total
 
 
+def test_a_memory_limit_that_is_changed_shows_in_the_next_sample() -> None:
+    """None takes it away."""
+    source = Devices(gpus=False)
+    (unlimited,) = source.sample()
+    source.set_memory_limit(1 << 20)
+    assert source.sample()[0].capacity_bytes == 1 << 20
+    source.set_memory_limit(None)
+    assert source.sample()[0].capacity_bytes == unlimited.capacity_bytes
+
+
+# -- which GPUs there are ---------------------------------------------------------------------------------------------
+
+BOARDS = [Board("GPU-aa1"), Board("GPU-bb1"), Board("GPU-aa2"), Board("GPU-dd", "", ("MIG-x1", "MIG-x2"))]
+
+
 @pytest.mark.parametrize(
-    ("chosen", "places"),
+    ("chosen", "visible"),
     [
-        (None, [0, 1, 2]),
+        (None, ["GPU-aa1", "GPU-bb1", "GPU-aa2", "MIG-x1", "MIG-x2"]),
         ("", []),
         ("-1", []),
         ("NoDevFiles", []),
-        ("2,0", [2, 0]),
-        (" 1 , 2 ", [1, 2]),
-        ("1,1", [1]),
-        ("0,7,1", [0]),
-        ("GPU-bb", [1]),
-        ("GPU-aa2,GPU-aa1", [2, 0]),
+        ("2,0", ["GPU-aa2", "GPU-aa1"]),
+        (" 1 , 2 ", ["GPU-bb1", "GPU-aa2"]),
+        ("1,1", ["GPU-bb1"]),
+        ("0,7,1", ["GPU-aa1"]),
+        ("0,-1,1", ["GPU-aa1"]),
+        ("0,,1", ["GPU-aa1"]),
+        ("GPU-bb", ["GPU-bb1"]),
+        ("GPU-aa2,GPU-aa1", ["GPU-aa2", "GPU-aa1"]),
+        ("GPU-bb,1,GPU-bb1", ["GPU-bb1"]),
         ("GPU-aa", []),
-        ("0,GPU-cc,1", [0]),
+        ("0,GPU-cc,1", ["GPU-aa1"]),
+        ("3", ["MIG-x1"]),
+        ("GPU-dd", ["MIG-x1"]),
+        ("MIG-x2", ["MIG-x2"]),
+        ("MIG-x2,MIG-x1,0", ["MIG-x2", "MIG-x1", "GPU-aa1"]),
+        ("MIG-x", []),
     ],
 )
-def test_cuda_visible_devices_is_read_as_cuda_reads_it(chosen: str | None, places: list[int]) -> None:
-    """Indices or UUIDs, also shortened if they stay unique, in their order, up to the first that is neither."""
-    assert visible_devices(["GPU-aa1", "GPU-bb1", "GPU-aa2"], chosen) == places
+def test_cuda_visible_devices_is_read_as_cuda_reads_it(chosen: str | None, visible: list[str]) -> None:
+    """Indices or ids, also shortened if they stay unique, in their order, up to the first that is neither."""
+    assert visible_devices(BOARDS, chosen) == visible
 
 
-STAND_IN = r"""
-/* Reads a state file at every call. First line: what initialising returns. Then a line for each GPU: what its memory
-   query returns, total, reserved and free bytes, pid and bytes of the one process on it. */
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
-typedef unsigned long long u64;
-struct gpu { int error; u64 total, reserved, free, pid, used; } gpus[8];
-static int start, count;
-static void look(void) {
-    FILE *file = fopen(getenv("STAND_IN_STATE"), "r");
-    if (!file || fscanf(file, "%d", &start) != 1) abort();
-    for (count = 0; count < 8; count++) {
-        struct gpu *g = &gpus[count];
-        if (fscanf(file, "%d %llu %llu %llu %llu %llu", &g->error, &g->total, &g->reserved, &g->free, &g->pid, &g->used)
-            != 6) break;
-    }
-    fclose(file);
-}
-int nvmlInitWithFlags(unsigned flags) { look(); return start; }
-int nvmlShutdown(void) { return 0; }
-const char *nvmlErrorString(int code) { return code == 15 ? "GPU is lost" : code == 9 ? "Driver Not Loaded" : "error"; }
-int nvmlDeviceGetCount_v2(unsigned *n) { look(); *n = count; return 0; }
-int nvmlDeviceGetHandleByIndex_v2(unsigned i, void **handle) { *handle = &gpus[i]; return gpus[i].error == 2 ? 15 : 0; }
-static int name(void *handle, const char *prefix, char *out, unsigned size) {
-    snprintf(out, size, "%s%d", prefix, (int)((struct gpu *)handle - gpus));
-    return 0;
-}
-int nvmlDeviceGetName(void *handle, char *out, unsigned size) { return name(handle, "Stand-in ", out, size); }
-int nvmlDeviceGetUUID(void *handle, char *out, unsigned size) { return name(handle, "GPU-", out, size); }
-int nvmlDeviceGetMigMode(void *handle, unsigned *now, unsigned *next) { return 3; }
-int nvmlDeviceGetMemoryInfo(void *handle, u64 *out) {
-    struct gpu *g = handle;
-    out[0] = g->total; out[1] = g->free; out[2] = g->total - g->free;
-    return g->error;
-}
-struct memory_v2 { unsigned version; u64 total, reserved, free, used; };
-struct process { unsigned pid; u64 used; unsigned gpu_instance, compute_instance; };
-#ifndef OLD_DRIVER
-int nvmlDeviceGetMemoryInfo_v2(void *handle, struct memory_v2 *out) {
-    struct gpu *g = handle;
-    if (out->version != 0x02000028) return 25;
-    out->total = g->total; out->reserved = g->reserved; out->free = g->free; out->used = g->total - g->free;
-    return g->error;
-}
-int nvmlDeviceGetComputeRunningProcesses_v3
-#else
-int nvmlDeviceGetComputeRunningProcesses_v2
-#endif
-(void *handle, unsigned *n, struct process *out) {
-    struct gpu *g = handle;
-    unsigned room = *n;
-    *n = g->pid != 0;
-    if (*n > room) return 7;
-    if (*n) { out->pid = g->pid; out->used = g->used; }
-    return g->error;
-}
-"""
-
-READ_ONCE = """
-import json
-from scheduler.devices import Devices
-devices = Devices()
-gpus = {each.id: [each.name, each.capacity_bytes, each.free_bytes, each.integrated] for each in devices.sample()[1:]}
-print(json.dumps([gpus, devices.gpu_processes(), devices.problems]))
-"""
-
-Observe = Callable[..., Any]
+def test_a_gpu_that_was_lost_before_it_was_known_keeps_its_index() -> None:
+    """What is called 1 is not renumbered because 0 cannot be asked for its id."""
+    assert visible_devices([Board(""), Board("GPU-b")], "0,1") == ["GPU-b"]
+    assert visible_devices([Board(""), Board(""), Board("GPU-b")], None) == ["GPU-b"]
 
 
-@pytest.fixture
-def observe(tmp_path: Path) -> Observe:
-    """Run a script, which prints JSON, where NVIDIA's library is the stand-in; `state` is what that says."""
-    compiler = shutil.which("cc") or shutil.which("gcc")
-    if compiler is None or not sys.platform.startswith("linux"):
-        pytest.skip("the stand-in for NVIDIA's library needs Linux and a C compiler, and there is none")
-
-    def run(state: str, *, script: str = READ_ONCE, flags: tuple[str, ...] = (), visible: str | None = None) -> Any:
-        (tmp_path / "stand_in.c").write_text(STAND_IN)
-        library = tmp_path / "libnvidia-ml.so.1"
-        command = [compiler, "-shared", "-fPIC", *flags, "-o", str(library), str(tmp_path / "stand_in.c")]
-        subprocess.run(command, check=True, capture_output=True)
-        (tmp_path / "state").write_text(state)
-        environment = {**os.environ, "LD_LIBRARY_PATH": str(tmp_path), "STAND_IN_STATE": str(tmp_path / "state")}
-        environment.pop("CUDA_VISIBLE_DEVICES", None)
-        if visible is not None:
-            environment["CUDA_VISIBLE_DEVICES"] = visible
-        command = [sys.executable, "-c", script]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
-        assert done.returncode == 0, done.stderr
-        return json.loads(done.stdout)
-
-    return run
+@beside_stand_in(CUDA_VISIBLE_DEVICES="GPU-2,0")
+def test_gpus_come_in_the_order_of_cuda_visible_devices(nvml: StandIn) -> None:
+    """It is the order that `main_gpu` counts in."""
+    nvml.say(ONE, TWO, DIVIDED)
+    assert list(gpus_of(Devices())) == ["GPU-2", "GPU-1"]
 
 
-TWO_GPUS = "0\n0 1000 50 800 77 150\n0 2000 100 1900 0 0\n"
+@beside_stand_in(CUDA_VISIBLE_DEVICES="GPU-2")
+def test_a_hidden_gpu_is_not_asked_about(nvml: StandIn) -> None:
+    """What is wrong with it is nobody's business, and what runs on it neither."""
+    nvml.say(ONE.but(memory_code=LOST), TWO)
+    source = Devices()
+    assert (list(gpus_of(source)), list(source.gpu_processes()), source.problems) == (["GPU-2"], ["GPU-2"], ())
 
 
-def test_gpus_have_their_memory_and_processes(observe: Observe) -> None:
+@beside_stand_in(CUDA_VISIBLE_DEVICES="1")
+def test_an_index_among_different_gpus_is_said_to_be_ambiguous(nvml: StandIn) -> None:
+    """CUDA counts the fastest first by default, which no driver tells."""
+    nvml.say(ONE, TWO.but(capability=(8, 0)))
+    source = Devices()
+    assert list(gpus_of(source)) == ["GPU-2"]
+    (problem,) = source.problems
+    assert "CUDA_DEVICE_ORDER" in problem
+
+
+@beside_stand_in(CUDA_VISIBLE_DEVICES="1", CUDA_DEVICE_ORDER="PCI_BUS_ID")
+def test_an_index_in_the_order_of_the_bus_is_not_ambiguous(nvml: StandIn) -> None:
+    """That is how they are counted here."""
+    nvml.say(ONE, TWO.but(capability=(8, 0)))
+    source = Devices()
+    assert (list(gpus_of(source)), source.problems) == (["GPU-2"], ())
+
+
+# -- what they have ---------------------------------------------------------------------------------------------------
+
+
+@beside_stand_in()
+def test_gpus_have_their_memory_and_processes(nvml: StandIn) -> None:
     """The driver's own reserve is no capacity; processes come by pid."""
-    gpus, processes, problems = observe(TWO_GPUS)
-    assert gpus == {"GPU-0": ["Stand-in 0", 950, 800, False], "GPU-1": ["Stand-in 1", 1900, 1900, False]}
-    assert (processes, problems) == ({"GPU-0": {"77": 150}, "GPU-1": {}}, [])
+    nvml.say(ONE, TWO)
+    source = Devices()
+    assert gpus_of(source) == {
+        "GPU-1": DeviceSample("GPU-1", "gpu", "Stand-in 9.0", 950, 800),
+        "GPU-2": DeviceSample("GPU-2", "gpu", "Stand-in 9.0", 1900, 1900),
+    }
+    assert (source.gpu_processes(), source.problems) == ({"GPU-1": {77: 150}, "GPU-2": {}}, ())
 
 
-def test_an_old_driver_is_asked_in_its_own_way(observe: Observe) -> None:
-    """Without the second version of the memory query the first does."""
-    gpus, processes, _ = observe(TWO_GPUS, flags=("-DOLD_DRIVER",))
-    assert (gpus["GPU-0"], processes["GPU-0"]) == (["Stand-in 0", 1000, 800, False], {"77": 150})
+@beside_stand_in("-DOLD_DRIVER")
+def test_an_old_driver_is_asked_in_its_own_way(nvml: StandIn) -> None:
+    """Where functions are missing, the ones before them do: the reserve counts as usable, and nothing is divided."""
+    nvml.say(ONE, DIVIDED)
+    source = Devices()
+    assert gpus_of(source)["GPU-1"] == DeviceSample("GPU-1", "gpu", "Stand-in 9.0", 1000, 800)
+    assert (source.gpu_processes()["GPU-1"], source.problems) == ({77: 150}, ())
 
 
-def test_hidden_gpus_are_not_there(observe: Observe) -> None:
-    """CUDA_VISIBLE_DEVICES holds for us as it does for CUDA."""
-    gpus, processes, _ = observe(TWO_GPUS, visible="GPU-1")
-    assert (list(gpus), list(processes)) == (["GPU-1"], ["GPU-1"])
+@beside_stand_in()
+def test_every_instance_of_a_divided_gpu_is_a_device(nvml: StandIn) -> None:
+    """Each has its own memory and processes; the GPU as such is none beside them."""
+    nvml.say(ONE, DIVIDED)
+    source = Devices()
+    gpus = gpus_of(source)
+    assert {id: (gpu.capacity_bytes, gpu.free_bytes, gpu.instance) for id, gpu in gpus.items()} == {
+        "GPU-1": (950, 800, False), "MIG-31": (300, 100, True), "MIG-32": (500, 500, True),
+    }  # fmt: skip
+    assert source.gpu_processes() == {"GPU-1": {77: 150}, "MIG-31": {88: 200}, "MIG-32": {}}
 
 
-def test_a_lost_gpu_is_left_out_and_named(observe: Observe) -> None:
+@beside_stand_in()
+def test_a_gpu_that_is_divided_into_nothing_is_left_out(nvml: StandIn) -> None:
+    """CUDA could not use it either; somebody may be about to divide it."""
+    nvml.say(DIVIDED.but(instances=[]))
+    source = Devices()
+    assert gpus_of(source) == {}
+    assert source.problems == ("GPU GPU-3 is left out: it is to be divided, but into nothing yet",)
+    nvml.say(DIVIDED)
+    assert list(gpus_of(source)) == ["MIG-31", "MIG-32"]
+
+
+@beside_stand_in()
+def test_memory_that_others_take_and_give_back_is_seen(nvml: StandIn) -> None:
+    """Each sample is of its own moment."""
+    source = Devices()
+    seen = []
+    for free in (800, 100, 750):
+        nvml.say(ONE.but(free=free))
+        seen.append(free_of(source))
+    assert seen == [{"GPU-1": 800}, {"GPU-1": 100}, {"GPU-1": 750}]
+
+
+@beside_stand_in()
+def test_a_reserve_is_taken_off_every_gpu_with_memory_of_its_own(nvml: StandIn) -> None:
+    """Off what there is and off what is free, which may go below nothing."""
+    nvml.say(ONE.but(free=100), Gpu("GPU-i", memory_code=NOT_SUPPORTED))
+    gpus = gpus_of(Devices(gpu_reserve_bytes=200))
+    assert (gpus["GPU-1"].capacity_bytes, gpus["GPU-1"].free_bytes) == (750, -100)
+    assert gpus["GPU-i"].integrated
+
+
+@beside_stand_in()
+def test_processes_that_may_not_be_seen_are_missing_and_named(nvml: StandIn) -> None:
+    """Without permission the memory is known all the same."""
+    nvml.say(ONE.but(processes_code=NO_PERMISSION), TWO.but(processes={5: 10, 6: -1}))
+    source = Devices()
+    assert list(gpus_of(source)) == ["GPU-1", "GPU-2"]
+    assert source.gpu_processes() == {"GPU-2": {5: 10}}
+    assert source.problems == (
+        "GPU GPU-1 does not tell what each process holds, so what was promised counts: Insufficient Permissions",
+    )
+
+
+# -- integrated GPUs --------------------------------------------------------------------------------------------------
+
+
+@beside_stand_in()
+def test_s27_a_gpu_without_memory_of_its_own_is_integrated(nvml: StandIn) -> None:
+    """S27, N03: whether its driver refuses to tell, tells nothing, or tells of the host's memory."""
+    orin, gb10 = Gpu("GPU-o", memory_code=NOT_SUPPORTED, capability=(8, 7)), Gpu("GPU-g", 1 << 36, capability=(12, 1))
+    nvml.say(orin, gb10, TWO)
+    source = Devices()
+    host, *gpus = source.sample()
+    assert [gpu.integrated for gpu in gpus] == [True, True, False]
+    assert [gpu.memory for gpu in gpus] == [HOST, HOST, "GPU-2"]
+    for gpu in gpus[:2]:
+        assert (gpu.capacity_bytes, gpu.free_bytes) == (host.capacity_bytes, host.free_bytes)
+    assert source.problems == ()
+
+
+@beside_stand_in()
+def test_a_gpu_that_does_not_tell_its_memory_shares_the_hosts(nvml: StandIn) -> None:
+    """Of one that is not known to be integrated that is a guess, and said to be."""
+    nvml.say(ONE.but(memory_code=NOT_SUPPORTED), TWO.but(total=0, reserved=0))
+    source = Devices()
+    assert [gpu.integrated for gpu in gpus_of(source).values()] == [True, True]
+    assert source.problems == tuple(
+        f"GPU {id} does not tell its memory: it is taken to share the host's" for id in ("GPU-1", "GPU-2")
+    )
+
+
+@beside_stand_in()
+def test_n03_an_integrated_gpu_has_no_more_than_the_host_may_use(nvml: StandIn) -> None:
+    """N03: a limit on the host is one on what it shares."""
+    nvml.say(Gpu("GPU-i", memory_code=NOT_SUPPORTED))
+    host, gpu = Devices(memory_limit_bytes=1 << 20).sample()
+    assert (gpu.capacity_bytes, gpu.free_bytes) == (1 << 20, host.free_bytes)
+
+
+# -- what goes wrong --------------------------------------------------------------------------------------------------
+
+
+@beside_stand_in()
+def test_a_lost_gpu_is_left_out_and_named(nvml: StandIn) -> None:
     """The others go on being used, the host too."""
-    gpus, processes, problems = observe("0\n15 1000 0 800 0 0\n0 2000 0 1900 0 0\n")
-    assert (list(gpus), list(processes)) == (["GPU-1"], ["GPU-1"])
-    assert problems == ["GPU GPU-0 is left out: GPU is lost"]
+    source = Devices()
+    nvml.say(ONE, TWO)
+    assert list(gpus_of(source)) == ["GPU-1", "GPU-2"]
+    nvml.say(ONE.but(memory_code=LOST), TWO)
+    assert (list(gpus_of(source)), list(source.gpu_processes())) == (["GPU-2"], ["GPU-2"])
+    assert source.problems == ("GPU GPU-1 is left out: GPU is lost",)
+    nvml.say(ONE, TWO)
+    assert (list(gpus_of(source)), source.problems) == (["GPU-1", "GPU-2"], ())
 
 
-def test_indices_stay_when_a_gpu_before_them_is_lost(observe: Observe) -> None:
-    """What CUDA_VISIBLE_DEVICES calls 1 is not renumbered because 0 cannot be opened."""
-    gpus, _, problems = observe("0\n2 0 0 0 0 0\n0 2000 0 1900 0 0\n0 3000 0 2900 0 0\n", visible="1")
-    assert (list(gpus), problems) == (["GPU-1"], ["GPU 0 is left out: GPU is lost"])
+@beside_stand_in(CUDA_VISIBLE_DEVICES="GPU-1,GPU-2")
+def test_a_gpu_that_cannot_be_opened_hides_none_of_those_after_it(nvml: StandIn) -> None:
+    """It is known by its id as long as it was there once, though CUDA would end the list at it."""
+    source = Devices()
+    nvml.say(ONE, TWO)
+    gpus_of(source)
+    nvml.say(ONE.but(open_code=LOST), TWO)
+    assert (list(gpus_of(source)), source.problems) == (["GPU-2"], ("GPU GPU-1 is left out: GPU is lost",))
 
 
-def test_s27_a_gpu_without_memory_of_its_own_is_integrated(observe: Observe) -> None:
-    """S27, N03: not supported means that it shares the host's memory, which is what it then has."""
-    gpus, _, problems = observe("0\n3 0 0 0 0 0\n")
-    name, capacity, free, integrated = gpus["GPU-0"]
-    assert (name, integrated, problems) == ("Stand-in 0", True, [])
-    assert 0 < free <= capacity <= psutil.virtual_memory().total
+@beside_stand_in()
+def test_a_lost_gpu_that_comes_back_is_found_by_starting_the_driver_again(nvml: StandIn) -> None:
+    """The driver's library has it lost until then; it is not started again at every look."""
+    clock = Clock()
+    source = Devices(clock=clock)
+    nvml.say(ONE, TWO)
+    gpus_of(source)
+    nvml.say(ONE.but(open_code=LOST), TWO)
+    gpus_of(source)
+    nvml.say(ONE, TWO)
+    assert list(gpus_of(source)) == ["GPU-2"]
+    clock.now += RETRY_S
+    assert (list(gpus_of(source)), source.problems) == (["GPU-1", "GPU-2"], ())
 
 
-def test_a_driver_that_does_not_start_leaves_the_host(observe: Observe) -> None:
-    """Sampling does not raise, and says why there is no GPU."""
-    assert observe("9\n0 1000 0 800 0 0\n") == [{}, {}, ["no GPU is used: Driver Not Loaded"]]
-
-
-RETRY = """
-import json, os
-from pathlib import Path
-from scheduler.devices import Devices
-now = 0.0
-devices = Devices(clock=lambda: now)
-counts = [len(devices.sample()) - 1]
-Path(os.environ["STAND_IN_STATE"]).write_text("0\\n0 1000 0 800 0 0\\n")
-for now in (59.0, 60.0):
-    counts.append(len(devices.sample()) - 1)
-devices.close()
-counts.append(len(devices.sample()) - 1)
-print(json.dumps(counts))
-"""
-
-
-def test_a_driver_is_asked_again_after_a_minute(observe: Observe) -> None:
+@beside_stand_in()
+def test_a_driver_is_asked_again_after_a_minute(nvml: StandIn) -> None:
     """A driver that comes late is found, but not asked at every look; after close sampling starts afresh."""
-    assert observe("9\n", script=RETRY) == [0, 0, 1, 1]
+    clock = Clock()
+    source = Devices(clock=clock)
+    counts = [len(gpus_of(source))]
+    assert source.problems == ("no GPU is used: Driver Not Loaded",)
+    nvml.say(ONE)
+    for _ in range(2):
+        clock.now += RETRY_S / 2
+        counts.append(len(gpus_of(source)))
+    source.close()
+    counts.append(len(gpus_of(source)))
+    assert counts == [0, 0, 1, 1]
 
 
-def test_a_machine_without_the_library_has_no_gpus(observe: Observe, tmp_path: Path) -> None:
-    """The library is not there at all, or is not a library: the host is still a device."""
-    script = f"open({str(tmp_path / 'libnvidia-ml.so.1')!r}, 'w').write('nonsense')\n" + READ_ONCE
-    gpus, processes, problems = observe("0\n", script=script)
-    assert (gpus, processes, len(problems)) == ({}, {}, 1)
+@beside_stand_in()
+def test_a_driver_that_does_not_start_leaves_the_host(nvml: StandIn) -> None:
+    """Whatever it says; nothing is raised, and the reason is told."""
+    for code, words in ((NO_DRIVER, "Driver Not Loaded"), (MISMATCH, "RM has detected an NVML/RM version mismatch.")):
+        nvml.say(ONE, init=code)
+        source = Devices()
+        assert gpus_of(source) == {}
+        assert source.problems == (f"no GPU is used: {words}",)
+
+
+@beside_stand_in("-DANCIENT_DRIVER")
+def test_a_library_without_what_is_needed_leaves_the_host(nvml: StandIn) -> None:
+    """It is older than anything that could be used."""
+    nvml.say(ONE)
+    source = Devices()
+    assert (gpus_of(source), source.problems) == ({}, ("no GPU is used: Function Not Found",))
+
+
+@beside_stand_in(library="nonsense")
+def test_a_library_that_is_none_leaves_the_host(nvml: StandIn) -> None:
+    """A file of that name which cannot be loaded."""
+    source = Devices()
+    assert (gpus_of(source), len(source.problems)) == ({}, 1)
+
+
+@beside_stand_in(library=None)
+def test_a_machine_without_the_library_has_no_gpus(nvml: StandIn) -> None:
+    """As most machines are."""
+    source = Devices()
+    assert (gpus_of(source), source.gpu_processes(), len(source.problems)) == ({}, {}, 1)

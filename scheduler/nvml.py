@@ -1,0 +1,235 @@
+"""What NVIDIA's driver says of the GPUs, through its management library. Any call may take long, or never return."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fsm.model import DeviceId
+
+try:
+    import pynvml
+except Exception:  # whatever is wrong with the binding, there is still the host
+    pynvml = None
+
+RETRY_S = 60.0  # a driver that was not there, or lost a GPU, is started again so often at most
+
+# GPUs that have no memory of their own, by compute capability: Tegra X1 and X2, Xavier, Orin, Thor (twice), GB10. Their
+# drivers refuse to tell of memory; one that does tell means the host's.
+_UNIFIED = frozenset({(5, 3), (6, 2), (7, 2), (8, 7), (10, 1), (11, 0), (12, 1)})
+
+
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    """One GPU, or one instance of a divided one, as the driver describes it."""
+
+    id: DeviceId
+    name: str
+    capacity_bytes: int  # what can be allocated at most; 0: it shares the host's memory
+    free_bytes: int
+    instance: bool  # of a divided GPU
+    processes: Mapping[int, int] | None  # bytes by pid, where they are known; None: the driver does not tell
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What was found at one look."""
+
+    gpus: tuple[Gpu, ...] = ()  # the visible ones, in the order that CUDA_VISIBLE_DEVICES gives them
+    problems: tuple[str, ...] = ()  # what could not be read, in sentences
+
+
+@dataclass(frozen=True, slots=True)
+class Board:
+    """A GPU as it sits in the machine."""
+
+    id: str  # empty: it was lost before it could be asked
+    name: str = ""
+    instances: tuple[str, ...] | None = None  # what it is divided into, and then is of no use whole; None: it is not
+
+
+def visible_devices(boards: Sequence[Board], chosen: str | None) -> list[str]:
+    """Return the ids of the devices that CUDA_VISIBLE_DEVICES leaves visible, in the order it gives them.
+
+    `chosen` is its value, None if it is not set: then that is every GPU, and in place of a divided one every instance.
+    Entries are indices of `boards` or ids, also shortened if they stay unique; as in CUDA, the first entry that is
+    neither ends the list, and an empty list hides every device. An entry for a divided GPU means its first instance.
+    """
+    devices = {board.id: (board.id,) if board.instances is None else board.instances for board in boards}
+    if chosen is None:
+        return [id for board in boards if board.id for id in devices[board.id]]
+    instances = [id for board in boards for id in board.instances or ()]
+    found: list[str] = []
+    for entry in (part.strip() for part in chosen.split(",")):
+        if entry.isascii() and entry.isdigit():
+            meant = [board.id for board in boards[int(entry) : int(entry) + 1]]
+        else:
+            meant = [id for id in [*devices, *instances] if entry and id.startswith(entry)]
+        if len(meant) != 1:
+            break
+        found += devices[meant[0]][:1] if meant[0] in devices else meant
+    return list(filter(None, dict.fromkeys(found)))
+
+
+class Nvml:
+    """A session with the driver; to be used by one thread at a time.
+
+    Nothing here raises because of a GPU or its driver: what cannot be read is left out and named in a `Reading`'s
+    problems.
+    """
+
+    def __init__(self, environment: Mapping[str, str], clock: Callable[[], float] = time.monotonic) -> None:
+        self._environment = environment
+        self._clock = clock
+        self._initialised = False  # the library is usable, and has to be shut down
+        self._retry_at = -float("inf")  # it is not initialised before this
+        self._failure = ""  # why it was not the last time, if it was not
+        self._ailing = False  # a GPU could not be opened since it was initialised
+        self._boards: dict[int, Board] = {}  # by index, as they were when they could last be opened
+
+    def read(self) -> Reading:
+        """Ask for every visible GPU's memory and processes."""
+        problems: list[str] = []
+        gpus: list[Gpu] = []
+        handles = self._open_all(problems)
+        for id in self._visible(handles, problems):
+            try:
+                gpus.append(_read_gpu(id, *handles[id], problems))
+            except Exception as error:  # lost, fallen off the bus, not permitted: it is not there for us
+                problems.append(f"GPU {id} is left out: {error}")
+        return Reading(tuple(gpus), tuple(problems))
+
+    def close(self) -> None:
+        """Let go of the driver; reading again later is allowed."""
+        self._retry_at = -float("inf")
+        if self._initialised:
+            self._initialised = False
+            try:
+                pynvml.nvmlShutdown()
+            except Exception:  # there is nothing left to let go of
+                return
+
+    def _open_all(self, problems: list[str]) -> dict[str, tuple[Any, bool]]:
+        """Return the handle of every GPU and instance that can be opened, and whether it is an instance, by id."""
+        handles: dict[str, tuple[Any, bool]] = {}
+        try:
+            self._start()
+            count = pynvml.nvmlDeviceGetCount() if self._initialised else 0
+        except Exception as error:  # NVMLError, or what ctypes raises for a broken library: start afresh later
+            self.close()
+            self._failure = str(error)
+            self._retry_at = self._clock() + RETRY_S
+            count = 0
+        if not self._initialised:
+            problems.append(f"no GPU is used: {self._failure}")
+        self._boards = {index: board for index, board in self._boards.items() if index < count}
+        for index in range(count):
+            try:
+                board = self._boards[index] = _open(index, handles)
+                if board.instances == ():
+                    problems.append(f"GPU {board.id} is left out: it is to be divided, but into nothing yet")
+            except Exception as error:
+                self._ailing = True
+                board = self._boards.setdefault(index, Board(""))
+                problems.append(f"GPU {board.id or index} is left out: {error}")
+        return handles
+
+    def _start(self) -> None:
+        """Initialise the library if it is not, or if that may bring a lost GPU back, and if it is time to."""
+        if self._clock() < self._retry_at:
+            return
+        if self._ailing:
+            self.close()
+        if pynvml is None:
+            raise RuntimeError("the pynvml module cannot be imported")
+        if not self._initialised:
+            pynvml.nvmlInit()
+            self._initialised, self._ailing = True, False
+            self._retry_at = self._clock() + RETRY_S
+
+    def _visible(self, handles: Mapping[str, tuple[Any, bool]], problems: list[str]) -> list[str]:
+        """Return the ids of the visible devices that could be opened."""
+        boards = [self._boards[index] for index in sorted(self._boards)]
+        chosen = self._environment.get("CUDA_VISIBLE_DEVICES")
+        differ = len({board.name for board in boards if board.id}) > 1
+        by_index = any(part.strip().isdigit() for part in (chosen or "").split(","))
+        if differ and by_index and self._environment.get("CUDA_DEVICE_ORDER") != "PCI_BUS_ID":
+            problems.append(
+                "CUDA_VISIBLE_DEVICES names GPUs by index, which are counted in the order of the PCI bus here: CUDA "
+                "counts the fastest first unless CUDA_DEVICE_ORDER is PCI_BUS_ID"
+            )
+        return [id for id in visible_devices(boards, chosen) if id in handles]
+
+
+def _open(index: int, handles: dict[str, tuple[Any, bool]]) -> Board:
+    """Note the handle of the GPU at this index, or those of its instances where it is divided."""
+    handle = pynvml.nvmlDeviceGetHandleByIndex(index)
+    id, name = pynvml.nvmlDeviceGetUUID(handle), pynvml.nvmlDeviceGetName(handle)
+    if not _is_divided(handle):
+        handles[id] = handle, False
+        return Board(id, name)
+    instances: list[str] = []
+    for place in range(pynvml.nvmlDeviceGetMaxMigDeviceCount(handle)):
+        try:
+            instance = pynvml.nvmlDeviceGetMigDeviceHandleByIndex(handle, place)
+        except pynvml.NVMLError_NotFound:  # as many as there may be need not be there
+            continue
+        instances.append(pynvml.nvmlDeviceGetUUID(instance))
+        handles[instances[-1]] = instance, True
+    return Board(id, name, tuple(instances))
+
+
+def _is_divided(handle: Any) -> bool:
+    try:
+        current, _ = pynvml.nvmlDeviceGetMigMode(handle)
+    except pynvml.NVMLError:  # most GPUs cannot be divided
+        return False
+    return bool(current)
+
+
+def _read_gpu(id: str, handle: Any, instance: bool, problems: list[str]) -> Gpu:
+    name = pynvml.nvmlDeviceGetName(handle)
+    unified = not instance and _compute_capability(handle) in _UNIFIED
+    try:
+        capacity, free = (0, 0) if unified else _memory(handle)
+    except pynvml.NVMLError_NotSupported:
+        capacity, free = 0, 0
+    if not capacity and not unified:
+        problems.append(f"GPU {id} does not tell its memory: it is taken to share the host's")
+    processes: Mapping[int, int] | None = None
+    try:
+        processes = _processes(handle)
+    except Exception as error:
+        problems.append(f"GPU {id} does not tell what each process holds, so what was promised counts: {error}")
+    return Gpu(DeviceId(id), name, capacity, free, instance, processes)
+
+
+def _compute_capability(handle: Any) -> tuple[int, int] | None:
+    try:
+        major, minor = pynvml.nvmlDeviceGetCudaComputeCapability(handle)
+    except pynvml.NVMLError:
+        return None
+    return major, minor
+
+
+def _memory(handle: Any) -> tuple[int, int]:
+    """Return what can be allocated at most and what is free, in bytes."""
+    try:
+        memory = pynvml.nvmlDeviceGetMemoryInfo(handle, version=pynvml.nvmlMemory_v2)
+    except pynvml.NVMLError:  # an older driver, which counts its own reserve as usable
+        memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
+        return int(memory.total), int(memory.free)
+    return int(memory.total) - int(memory.reserved), int(memory.free)
+
+
+def _processes(handle: Any) -> Mapping[int, int]:
+    try:
+        processes = pynvml.nvmlDeviceGetComputeRunningProcesses_v3(handle)
+    except pynvml.NVMLError_FunctionNotFound:  # a driver older than version 510
+        processes = pynvml.nvmlDeviceGetComputeRunningProcesses_v2(handle)
+    return {int(each.pid): int(each.usedGpuMemory) for each in processes if each.usedGpuMemory is not None}
+
+
+__all__ = ["Board", "Gpu", "Nvml", "Reading", "visible_devices"]

@@ -76,13 +76,23 @@ class QueueFull(SchedulerError):
 
 @dataclass(eq=False)
 class ModelNotFound(SchedulerError):
-    """There is no such model: no file at this path, or no model of this name."""
+    """There is no such model: no file at this path, or no model of this name.
+
+    For a name, `looked_in` says where it was looked for, and `closest` gives names that there are, the likeliest first.
+    """
 
     path: str
+    looked_in: tuple[str, ...] = ()
+    closest: tuple[str, ...] = ()
     status: ClassVar[int] = 404
 
     def __str__(self) -> str:
-        return f"there is no model {self.path!r}: check the name, and that the file exists and can be read"
+        if not self.looked_in and not self.closest:
+            return f"there is no model {self.path!r}: check the name, and that the file exists and can be read"
+        where = f" in {'; '.join(self.looked_in)}" if self.looked_in else ""
+        names = " or ".join(map(repr, self.closest))
+        advice = f"did you mean {names}?" if names else "check the name; `loadmaster models` lists what there is"
+        return f"there is no model {self.path!r}{where}: {advice}"
 
 
 @dataclass(eq=False)
@@ -95,7 +105,8 @@ class InvalidModel(SchedulerError):
 
     def __str__(self) -> str:
         where = "" if self.offset is None else f" at byte {self.offset}"
-        return f"{self.path!r} cannot be loaded: {self.reason}{where}; download or convert the file again"
+        advice = "" if ";" in self.reason else "; download or convert the file again"  # a reason may bring its own
+        return f"{self.path!r} cannot be loaded: {self.reason}{where}{advice}"
 
 
 @dataclass(eq=False)

@@ -9,11 +9,14 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict
 
-from fsm.model import Options
+from fsm.footprint import Footprint
+from fsm.model import ModelInfo, Options
 from fsm.request import ModelId, Purpose, Want
+from scheduler.catalog import Catalog, is_like_a_path, is_path
+from scheduler.clock import Clock, monotonic_clock
 from scheduler.engines import Engine
 from scheduler.engines.python import PythonModel
-from scheduler.errors import InvalidSettings, UnsupportedOption
+from scheduler.errors import InvalidSettings, ModelNotFound, UnsupportedOption
 from scheduler.settings import parse_duration
 from scheduler.spec import ModelSpec
 
@@ -50,6 +53,15 @@ class Question(NamedTuple):
     timeout_s: float | None
 
 
+class _Known(NamedTuple):
+    """A question that was asked before, and until when its model's name and links count as leading where they led."""
+
+    question: Question
+    until: float
+
+
+LASTING_S = 2.0  # so long after a tag or a link was moved, warm requests may still be given what it led to before
+
 _TIMING = frozenset({"keep_alive", "timeout", "priority"})
 _IDENTITY = ("adapters", "projectors", "embedding")  # they make it another model, not a reload
 _KINDS: dict[str, type] = {
@@ -65,27 +77,39 @@ _KNOWN_QUESTIONS = 4096  # questions remembered; then all are forgotten
 class Registry:
     """Every model that was asked for, and the engine that runs it."""
 
-    def __init__(self, llama: Engine, python: Engine, pin: Callable[[ModelId], None]) -> None:
+    def __init__(
+        self,
+        llama: Engine,
+        python: Engine,
+        catalog: Catalog,
+        pin: Callable[[ModelId], None],
+        clock: Clock = monotonic_clock,
+    ) -> None:
         self._engines: Mapping[type, Engine] = {ModelSpec: llama, PythonModel: python}
+        self._catalog = catalog
         self._pin = pin  # called once for each spec that says so, before its first request
+        self._clock = clock
         self._pinned: set[ModelId] = set()
         self._models: dict[ModelId, ModelSpec | PythonModel] = {}
-        self._known: dict[object, Question] = {}
+        self._known: dict[object, _Known] = {}
 
     def question(self, model: Model, asking: Asking, purpose: Purpose = Purpose.lease) -> Question:
-        """Return what is asked; raises `UnsupportedOption` or `InvalidSettings` for what means nothing."""
+        """Return what is asked; raises `UnsupportedOption` or `InvalidSettings` for what means nothing.
+
+        A name raises `ModelNotFound` and `InvalidModel` too.
+        """
         try:
             key: object = (model, purpose, *asking.items()) if asking or purpose is not Purpose.lease else model
-            if (known := self._known.get(key)) is not None:
-                return known
+            if (known := self._known.get(key)) is not None and self._clock() < known.until:
+                return known.question
         except TypeError:  # a list among the keywords
             key = None
         question = self._understand(model, asking, purpose)
-        lasting = isinstance(model, ModelSpec | PythonModel) or os.path.isabs(model)  # others move with the folder
-        if key is not None and lasting:
+        if key is not None and _lasts(model):
             if len(self._known) >= _KNOWN_QUESTIONS:
                 self._known.clear()
-            self._known[key] = question
+            until = math.inf if isinstance(model, PythonModel) else self._clock() + LASTING_S
+            self._known[key] = _Known(question, until)
         return question
 
     def identity(self, model: Model, asking: Asking) -> ModelId:
@@ -111,7 +135,13 @@ class Registry:
         model = self._models[id]
         return self._engines[type(model)], model
 
-    def _understand(self, model: Model, asking: Asking, purpose: Purpose) -> Question:
+    def look(
+        self, model: Model, asking: Asking, purpose: Purpose = Purpose.lease
+    ) -> tuple[ModelSpec | PythonModel, Question]:
+        """Return what would be asked, and of which model; raises what `question` does.
+
+        Nothing comes of it: the model is not known afterwards, nor pinned, and its engine need not be installed.
+        """
         spec = self._spec(model, asking)
         named: dict[str, Any] = {name: value for name, value in asking.items() if name not in (*_IDENTITY, *_TIMING)}
         for name, value in named.items():
@@ -127,13 +157,21 @@ class Registry:
         priority = asking.get("priority", spec.priority)
         if not isinstance(priority, int):
             raise InvalidSettings("priority", priority, "a whole number")
+        want = Want(spec.id, options, purpose, priority)
+        return spec, Question(want, spec.name, keep_alive_s, None if timeout_s == math.inf else timeout_s)
+
+    def inspect(self, model: ModelSpec | PythonModel) -> ModelInfo | Footprint:
+        """Return what a model that was looked at would need; raises `ModelNotFound` or `InvalidModel`."""
+        return self._engines[type(model)].inspect(model)
+
+    def _understand(self, model: Model, asking: Asking, purpose: Purpose) -> Question:
+        spec, question = self.look(model, asking, purpose)
         self._engines[type(spec)].require()
         self._models[spec.id] = spec
         if spec.pin and spec.id not in self._pinned:
             self._pinned.add(spec.id)
             self._pin(spec.id)
-        want = Want(spec.id, options, purpose, priority)
-        return Question(want, spec.name, keep_alive_s, None if timeout_s == math.inf else timeout_s)
+        return question
 
     def _spec(self, model: Model, asking: Asking) -> ModelSpec | PythonModel:
         identity = {name: value for name, value in asking.items() if name in _IDENTITY}
@@ -141,12 +179,29 @@ class Registry:
             for name, value in identity.items():
                 raise UnsupportedOption(name, value, "an object has no such part")
             return model
-        if not isinstance(model, ModelSpec):
-            path = os.fspath(model)
-            if not isinstance(path, str) or not path or path.startswith("-"):
-                raise UnsupportedOption("model", path, "it must be the path of a GGUF file, and not begin with '-'")
-            model = ModelSpec(Path(path).name.removesuffix(".gguf"), path)
-        return replace(model, **identity) if identity else model  # type: ignore[arg-type]  # ModelSpec checks the values
+        spec = model if isinstance(model, ModelSpec) else self._named(model)
+        return (replace(spec, **identity) if identity else spec).resolved()  # type: ignore[arg-type]  # ModelSpec checks
+
+    def _named(self, model: str | os.PathLike[str]) -> ModelSpec:
+        """Return the model at a path, or of a name."""
+        text = os.fspath(model)
+        if not isinstance(text, str) or not text or text.startswith("-"):
+            raise UnsupportedOption("model", text, "it must be a path or a name, and not begin with '-'")
+        if not isinstance(model, str) or is_path(model):
+            return ModelSpec(Path(text).name.removesuffix(".gguf"), text)
+        try:
+            return self._catalog.find(model)
+        except ModelNotFound as error:
+            if is_like_a_path(model):
+                error.looked_in = ("the working folder", *error.looked_in)
+            raise
+
+
+def _lasts(model: Model) -> bool:
+    """Tell whether a model may be remembered; the path of a file in the working folder may not, since that changes."""
+    if isinstance(model, ModelSpec | PythonModel):
+        return True
+    return os.path.isabs(model) or (isinstance(model, str) and not is_path(model))
 
 
 def _check(name: str, value: object) -> None:

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import re
+from dataclasses import dataclass, field, replace
 from os import PathLike, fspath, path
 
 from fsm.model import Options
 from fsm.request import ModelId
+
+FIRST_PART = re.compile(r"-00001-of-(\d{5})\.gguf$", re.IGNORECASE)  # how a file that was split begins
 
 
 @dataclass(frozen=True, slots=True)
 class ModelSpec:
     """A model under a name, with the defaults its requests have.
 
-    The file, adapters, projectors and `embedding` are its identity: requests that agree on these share one runner.
-    `options` are the load-time options of requests that name none; `keep_alive` is a duration ("5m", seconds; negative:
-    for ever).
+    The real file that `path` leads to, those of adapters and projectors, and `embedding` are its identity: requests
+    that agree on these share one runner, by whatever names and symbolic links they came. A hard link is a file of its
+    own. `options` are the load-time options of requests that name none; `keep_alive` is a duration ("5m", seconds;
+    negative: for ever).
     """
 
     name: str
@@ -27,7 +31,7 @@ class ModelSpec:
     keep_alive: str | float | None = None
     pin: bool = False  # never given up for others
     priority: int = 0  # higher goes first among those that wait
-    id: ModelId = field(init=False)  # the same for specs of the same identity
+    id: ModelId = field(init=False)  # the same for specs of the same identity, where links lead when this is made
 
     def __hash__(self) -> int:
         return hash(self.id)
@@ -39,5 +43,31 @@ class ModelSpec:
         object.__setattr__(self, "path", absolute(self.path))
         object.__setattr__(self, "adapters", tuple(map(absolute, self.adapters)))
         object.__setattr__(self, "projectors", tuple(map(absolute, self.projectors)))
-        parts = [self.path, *self.adapters, *(f"projector:{name}" for name in self.projectors)]
+        parts = [_real(self.path), *map(_real, self.adapters)]
+        parts += [f"projector:{_real(name)}" for name in self.projectors]
         object.__setattr__(self, "id", ModelId("|".join(parts) + ("|embedding" if self.embedding else "")))
+
+    def resolved(self) -> ModelSpec:
+        """Return it with links followed as they lead now, so that what is loaded is what its identity says."""
+        return replace(
+            self,
+            path=_loadable(self.path),
+            adapters=tuple(map(_real, self.adapters)),
+            projectors=tuple(map(_real, self.projectors)),
+        )
+
+
+def _real(name: str) -> str:
+    """Return the real path; what no file can be called stays as it is, to be refused when it is opened."""
+    try:
+        return path.realpath(name)
+    except ValueError:  # a zero byte
+        return name
+
+
+def _loadable(name: str) -> str:
+    """Return the real path of a model, under a name by which the other parts of one that was split are found."""
+    real = _real(name)
+    if FIRST_PART.search(name) and not FIRST_PART.search(real):  # each part is a link to a file without a name
+        return path.join(_real(path.dirname(name)), path.basename(name))
+    return real

@@ -34,6 +34,11 @@ from scheduler.errors import (
 EXAMPLES: list[tuple[SchedulerError, int, tuple[str, ...]]] = [
     (QueueFull(512, retry_after_s=2.5), 503, ("512", "2.5s", "max_queue")),
     (ModelNotFound("/models/a.gguf"), 404, ("/models/a.gguf",)),
+    (
+        ModelNotFound("lama", ("the folder /models",), ("llama", "lamb")),
+        404,
+        ("'lama' in the folder /models", "'lamb'"),
+    ),
     (InvalidModel("/models/a.gguf", "bad magic", offset=4), 500, ("/models/a.gguf", "bad magic", "byte 4")),
     (DoesNotFit("a", 3 << 30, {"cpu": 2 << 30}, "it is too big"), 500, ("3 GiB", "2 GiB on cpu", "it is too big")),
     (LoadFailed("a", "no tensors", 10.0, out_of_memory=True), 500, ("no tensors", "out of memory", "10s")),

@@ -5,78 +5,33 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from decimal import Decimal
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, NamedTuple, TypedDict, Unpack, cast
 
+from fsm.estimate import CACHE_BLOCK_BYTES
 from fsm.eviction import POLICIES, EvictionPolicy
 from scheduler.errors import InvalidSettings, format_bytes, format_duration
+from scheduler.machine_lock import private_folder
+from scheduler.units import parse_bytes, parse_duration
 
 ENVIRONMENT_PREFIX = "LOADMASTER_"
-
-_SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*(?:([kmgtp])(i?))?(?:b|bytes?)?", re.IGNORECASE)
-_SIZE_ALLOWED = 'a number of bytes like "600MiB", "1.5GB" or 1048576, not negative'
-_SIZE_LIMIT = 2**63
-
-_DURATION_PART = r"([0-9]+(?:\.[0-9]+)?)\s*(ms|s|m|h|d)\s*"
-_DURATION = re.compile(rf"(-?)\s*((?:{_DURATION_PART})+)")
-_DURATION_ALLOWED = 'a duration like "5m", "1h30m", "250ms" or a number of seconds; negative or "forever": without end'
-_UNIT_SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+_AROUND_VALUES = " \t\"'"  # what shells and service files leave around a value
 
 
-def parse_bytes(text: str | int, *, name: str = "size") -> int:
-    """Return a number of bytes: "600MiB" and "600Mi" are binary, "600MB" and "600M" decimal, bare numbers are bytes.
-
-    Raises `InvalidSettings`, under `name`, for anything else and for what is negative.
-    """
-    if isinstance(text, int) and not isinstance(text, bool) and 0 <= text < _SIZE_LIMIT:
-        return text
-    match = _SIZE.fullmatch(text.strip()) if isinstance(text, str) else None
-    if match is None:
-        raise InvalidSettings(name, text, _SIZE_ALLOWED)
-    number, power, binary = match.groups()
-    if power is None and "." in number:  # half a byte: the unit was forgotten
-        raise InvalidSettings(name, text, _SIZE_ALLOWED)
-    factor = 1 if power is None else (1024 if binary else 1000) ** ("kmgtp".index(power.lower()) + 1)
-    count = Decimal(number) * factor
-    if count >= _SIZE_LIMIT:
-        raise InvalidSettings(name, text, f"{_SIZE_ALLOWED}, and below 8 EiB")
-    return int(count)
-
-
-def parse_duration(text: str | float, *, name: str = "duration") -> float:
-    """Return seconds from "5m", "1h30m", "250ms", "30s" or a bare number of seconds; negative means `math.inf`.
-
-    Raises `InvalidSettings`, under `name`, for anything else.
-    """
-    if isinstance(text, str):
-        return _parse_duration_text(text, name)
-    if isinstance(text, bool) or not isinstance(text, (int, float)) or math.isnan(text):
-        raise InvalidSettings(name, text, _DURATION_ALLOWED)
-    return math.inf if text < 0 else float(text)
-
-
-def _parse_duration_text(text: str, name: str) -> float:
-    plain = text.strip().lower()
-    if plain == "forever":
-        return math.inf
-    if re.fullmatch(r"-?[0-9]+(\.[0-9]+)?", plain):
-        return math.inf if plain.startswith("-") and float(plain) else abs(float(plain))
-    match = _DURATION.fullmatch(plain)
-    if match is None:
-        raise InvalidSettings(name, text, _DURATION_ALLOWED)
-    duration_s = sum(float(count) * _UNIT_SECONDS[unit] for count, unit in re.findall(_DURATION_PART, match[2]))
-    return math.inf if match[1] and duration_s else duration_s
-
-
-class SettingsArguments(TypedDict, total=False):
-    """The keyword arguments of `Settings`, before they are parsed; durations in seconds or as text."""
+class ChangeableArguments(TypedDict, total=False):
+    """The settings that can be changed while running, before they are parsed; durations in seconds or as text."""
 
     memory_limit: str | int | None
     max_queue: int
     max_runners: int
     keep_alive: str | float
+
+
+class SettingsArguments(ChangeableArguments, total=False):
+    """The keyword arguments of `Settings`, before they are parsed; durations in seconds or as text."""
+
     max_wait: str | float
     min_residency: str | float | None
     load_timeout: str | float
@@ -91,6 +46,15 @@ class SettingsArguments(TypedDict, total=False):
     probe_interval: str | float
     probe_timeout: str | float
     event_buffer: int
+    num_ctx: int | None
+    num_parallel: int | None
+    flash_attention: bool | None
+    cache_type: str | None
+    spread: bool
+    require_gpu: bool
+    gpu_reserve: str | int
+    models: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
+    lock_folder: str | os.PathLike[str] | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, init=False)
@@ -119,6 +83,15 @@ class Settings:
     probe_interval: float
     probe_timeout: float
     event_buffer: int
+    num_ctx: int | None
+    num_parallel: int | None
+    flash_attention: bool | None
+    cache_type: str | None
+    spread: bool
+    require_gpu: bool
+    gpu_reserve: int
+    models: tuple[Path, ...]
+    lock_folder: Path | None
 
     def __init__(self, **arguments: Unpack[SettingsArguments]) -> None:
         given: dict[str, object] = {**arguments}
@@ -131,18 +104,33 @@ class Settings:
     def from_environment(
         cls, environment: Mapping[str, str] | None = None, /, **arguments: Unpack[SettingsArguments]
     ) -> Settings:
-        """Return settings where arguments win over the environment (LOADMASTER_MAX_QUEUE …), and that over defaults.
+        """Return settings from arguments, else LOADMASTER_MAX_QUEUE …, else OLLAMA_MAX_QUEUE …, else the defaults.
 
-        `environment` is the process's own unless given; a variable that is empty counts as not set.
+        `environment` is the process's own unless given; a variable that is empty counts as not set, and quotes around
+        a value are not part of it. Raises `InvalidSettings` by the name of the variable, whichever of the two it is.
         """
         variables = os.environ if environment is None else environment
         chosen: dict[str, Any] = {}
         for row in SETTINGS:
-            text = variables.get(row.variable, "").strip()
-            if text and row.name not in arguments:
-                chosen[row.name] = row.parse(row.variable, text)
+            readers = {row.variable: row.parse, row.reference: row.reference_parse or row.parse}
+            found = [(name, text) for name in readers if (text := variables.get(name, "").strip(_AROUND_VALUES))]
+            if found and row.name not in arguments:
+                name, text = found[0]
+                chosen[row.name] = readers[name](name, text)
         chosen.update(arguments)
         return cls(**chosen)
+
+    def changed(self, **changes: Unpack[ChangeableArguments]) -> Settings:
+        """Return these settings with some changed, as it is allowed while running; raises `InvalidSettings`."""
+        given: dict[str, Any] = {**changes}
+        changeable = [row.name for row in SETTINGS if row.changeable]
+        for name, value in given.items():
+            if name not in changeable:
+                raise InvalidSettings(name, value, f"one of what can change while running: {', '.join(changeable)}")
+        return replace(self, **given)
+
+
+Parse = Callable[[str, Any], object]
 
 
 class Setting(NamedTuple):
@@ -150,8 +138,11 @@ class Setting(NamedTuple):
 
     name: str
     default: object
-    parse: Callable[[str, Any], object]
+    parse: Parse
     meaning: str
+    reference: str = ""  # the environment variable of Ollama's that means the same
+    reference_parse: Parse | None = None  # where its values do not mean quite the same
+    changeable: bool = False  # while running
 
     @property
     def variable(self) -> str:
@@ -161,11 +152,10 @@ class Setting(NamedTuple):
 
 def _count(minimum: int) -> Callable[[str, Any], int]:
     def parse(name: str, value: Any) -> int:
-        if isinstance(value, str) and re.fullmatch(r"[0-9]{1,18}", value):
-            value = int(value)
-        if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
+        count = int(value) if isinstance(value, str) and re.fullmatch(r"[0-9]{1,18}", value) else value
+        if not isinstance(count, int) or isinstance(count, bool) or count < minimum:
             raise InvalidSettings(name, value, f"a whole number of at least {minimum}")
-        return value
+        return count
 
     return parse
 
@@ -180,8 +170,12 @@ def _duration(*, zero: bool = True) -> Callable[[str, Any], float]:
     return parse
 
 
+def _size(name: str, value: Any) -> int:
+    return parse_bytes(value, name=name)
+
+
 def _memory(name: str, value: Any) -> int:
-    count = parse_bytes(value, name=name)
+    count = _size(name, value)
     if count == 0:
         raise InvalidSettings(name, value, "a number of bytes above 0")
     return count
@@ -189,9 +183,9 @@ def _memory(name: str, value: Any) -> int:
 
 def _flag(name: str, value: Any) -> bool:
     match value.lower() if isinstance(value, str) else value:
-        case True | "1" | "true" | "yes" | "on":
+        case True | "1" | "t" | "true" | "yes" | "on":
             return True
-        case False | "0" | "false" | "no" | "off":
+        case False | "0" | "f" | "false" | "no" | "off":
             return False
         case _:
             raise InvalidSettings(name, value, "true or false")
@@ -204,20 +198,73 @@ def _eviction(name: str, value: Any) -> EvictionPolicy:
     return cast(EvictionPolicy, policy)
 
 
-def _optional(parse: Callable[[str, Any], object]) -> Callable[[str, Any], object]:
-    return lambda name, value: None if value is None else parse(name, value)
+def _optional(parse: Parse) -> Parse:
+    """Take None, or "none" where text is all there is, as None."""
+    return lambda name, value: None if value in (None, "none") else parse(name, value)
+
+
+def _automatic(name: str, value: Any) -> int | None:
+    """Take a whole number of at least 1; 0 and None are automatic."""
+    return None if value is None else _count(0)(name, value) or None
+
+
+def _cache_type(name: str, value: Any) -> str:
+    if not isinstance(value, str) or value.lower() not in CACHE_BLOCK_BYTES:
+        raise InvalidSettings(name, value, f"one of {', '.join(CACHE_BLOCK_BYTES)}")
+    return value.lower()
+
+
+def _folders(name: str, value: Any) -> tuple[Path, ...]:
+    """Take one path, or several: a sequence, or one text with the separator that the system has in PATH."""
+    parts = value.split(os.pathsep) if isinstance(value, str) else [value] if isinstance(value, os.PathLike) else value
+    try:
+        paths = [os.fspath(part) for part in parts]
+        if all(isinstance(path, str) and "\0" not in path for path in paths):
+            return tuple(Path(path).expanduser() for path in paths if path)
+    except (TypeError, RuntimeError):  # no path, or of a user who is not known
+        pass
+    raise InvalidSettings(name, value, f"folders: paths, or one text of them with {os.pathsep!r} in between")
+
+
+def _lock_folder(name: str, value: Any) -> Path:
+    if value == "auto":
+        return private_folder()
+    folders = _folders(name, value)
+    if len(folders) != 1:
+        raise InvalidSettings(name, value, '"auto", "none" or a folder')
+    return folders[0].absolute()
+
+
+def _endless_from_zero(name: str, value: Any) -> float:
+    """Take the reference's load time-out, of which 0 means without end."""
+    return parse_duration(value, name=name) or math.inf
 
 
 SETTINGS = (
-    Setting("memory_limit", None, _optional(_memory), "host memory that models may take in all; none: all there is"),
-    Setting("max_queue", 512, _count(1), "requests that may wait; one more is refused at once"),
-    Setting("max_runners", 0, _count(0), "runners alive at once; 0: 3 for each GPU, and at least 3"),
-    Setting("keep_alive", "5m", _duration(), "how long an idle model stays loaded; 0: not at all, negative: for ever"),
+    Setting(
+        "memory_limit", None, _optional(_memory), "host memory that models may take in all; none: all there is",
+        changeable=True,
+    ),
+    Setting(
+        "max_queue", 512, _count(1), "requests that may wait; one more is refused at once",
+        "OLLAMA_MAX_QUEUE", changeable=True,
+    ),
+    Setting(
+        "max_runners", 0, _count(0), "runners alive at once; 0: 3 for each GPU, and at least 3",
+        "OLLAMA_MAX_LOADED_MODELS", changeable=True,
+    ),
+    Setting(
+        "keep_alive", "5m", _duration(), "how long an idle model stays loaded; 0: not at all, negative: for ever",
+        "OLLAMA_KEEP_ALIVE", changeable=True,
+    ),
     Setting("max_wait", "120s", _duration(), "how long a request waits before a busy runner drains for it"),
     Setting(
         "min_residency", None, _optional(_duration()), "how long a loaded model is safe; none: as long as its load took"
     ),
-    Setting("load_timeout", "5m", _duration(zero=False), "how long a load may go without progress"),
+    Setting(
+        "load_timeout", "5m", _duration(zero=False), "how long a load may go without progress; negative: for ever",
+        "OLLAMA_LOAD_TIMEOUT", _endless_from_zero,
+    ),
     Setting("recovery_timeout", "5s", _duration(), "how long to wait for a device to show freed memory"),
     Setting("stop_grace", "2s", _duration(), "how long a process has to end before it is killed"),
     Setting("close_timeout", "10s", _duration(), "how long leases may last after close"),
@@ -229,25 +276,55 @@ SETTINGS = (
     Setting("probe_interval", "10s", _duration(zero=False), "how often a runner is asked whether it still answers"),
     Setting("probe_timeout", "10s", _duration(zero=False), "how long it may take to answer"),
     Setting("event_buffer", 1000, _count(1), "events kept for each slow reader before the oldest are dropped"),
-)
+    Setting(
+        "num_ctx", 0, _automatic, "context of one slot where a request names none, in tokens; 0: automatic",
+        "OLLAMA_CONTEXT_LENGTH",
+    ),
+    Setting(
+        "num_parallel", 0, _automatic, "slots of a runner where a request names none; 0: automatic",
+        "OLLAMA_NUM_PARALLEL",
+    ),
+    Setting(
+        "flash_attention", None, _optional(_flag), "flash attention where a request does not say; none: automatic",
+        "OLLAMA_FLASH_ATTENTION",
+    ),
+    Setting(
+        "cache_type", None, _optional(_cache_type), "type of the KV cache where a request names none; none: f16",
+        "OLLAMA_KV_CACHE_TYPE",
+    ),
+    Setting("spread", False, _flag, "whether a model goes on all GPUs even where one takes it", "OLLAMA_SCHED_SPREAD"),
+    Setting("require_gpu", False, _flag, "whether a model is refused rather than placed on the host, in part or whole"),
+    Setting("gpu_reserve", 0, _size, "memory to keep free on each GPU that has its own", "OLLAMA_GPU_OVERHEAD"),
+    Setting("models", (), _folders, "folders in which models are found by name; several as in PATH"),
+    Setting(
+        "lock_folder", "auto", _optional(_lock_folder),
+        "where programs that load on one device take turns; auto: among this user's, none: they do not",
+    ),
+)  # fmt: skip
 
 
 def settings_table() -> str:
-    """Return the settings as a Markdown table: name, environment variable, default and meaning."""
-    lines = ["| setting | environment variable | default | meaning |", "| --- | --- | --- | --- |"]
+    """Return the settings as a Markdown table: name, both environment variables, default, changeable, meaning."""
+    lines = [
+        "| setting | environment variable | Ollama's | default | while running | meaning |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
     for row in SETTINGS:
         match row.default:
-            case None:
+            case None | ():
                 default = "none"
             case bool():
                 default = str(row.default).lower()
             case _:
                 default = str(row.default)
-        lines.append(f"| `{row.name}` | `{row.variable}` | {default} | {row.meaning} |")
+        reference = f"`{row.reference}`" if row.reference else ""
+        change = "can change" if row.changeable else "fixed"
+        lines.append(f"| `{row.name}` | `{row.variable}` | {reference} | {default} | {change} | {row.meaning} |")
     return "\n".join(lines) + "\n"
 
 
 __all__ = [
+    "ChangeableArguments",
     "Settings",
     "SettingsArguments",
     "format_bytes",

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from fsm import events as on
 from fsm.commands import Grant
 from fsm.model import Options
 from fsm.runner import RunnerState
 from tests.models import a_model
-from tests.pool import PoolUnderTest, a_pool, acquire, exited, expire, granted, launched, loaded, preload, release
+from tests.pool import PoolUnderTest, a_pool, acquire, exited, granted, launched, loaded, preload, release
 
 
 def a_pool_of_models(**how: object) -> PoolUnderTest:
@@ -158,14 +157,3 @@ def test_the_keep_alive_of_a_load_is_that_of_the_last_who_named_one() -> None:
     pool.feed(acquire("a", request=2, keep_alive="2m"), acquire("a", request=3), loaded(1))
     pool.feed(release(1), release(2), release(3))
     assert [view.expires_at - pool.now for view in pool.core.snapshot().runners] == [120.0]
-
-
-def test_a_changed_default_holds_for_the_next_load() -> None:
-    """A runner keeps what it was launched with."""
-    pool = a_pool_of_models().idle("a")
-    pool.feed(on.Configure(keep_alive_s=7.0))
-    pool.idle("b")
-    pool.feed(expire("b"), exited(2))
-    assert [view.expires_at - pool.now for view in pool.core.snapshot().runners] == [300.0]
-    pool.idle("b")
-    assert [view.expires_at - pool.now for view in pool.core.snapshot().runners] == [300.0, 7.0]

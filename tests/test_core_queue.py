@@ -136,8 +136,8 @@ def test_a_limit_that_was_raised_lets_waiters_go_ahead() -> None:
     assert pool.core.pool.limits.max_queue == 7
 
 
-def test_a_limit_that_was_lowered_stops_nobody() -> None:
-    """Those who live stay; no other starts before enough have gone."""
+def test_a_limit_that_was_lowered_stops_nobody_in_use() -> None:
+    """No other starts before enough have gone."""
     pool = a_pool(max_runners=2, each="1GiB").ready("a", lease=1).ready("b", lease=2)
     assert pool.feed(on.Configure(max_runners=1)) == []
     pool.feed(acquire("c", request=3), expire("a"), release(1))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any, get_type_hints
 
 import pytest
@@ -15,6 +17,7 @@ from fsm.eviction import Candidate, KeepAliveOrder, LeastRecentlyUsed
 from scheduler.errors import InvalidSettings
 from scheduler.settings import (
     SETTINGS,
+    ChangeableArguments,
     Settings,
     SettingsArguments,
     format_bytes,
@@ -148,6 +151,20 @@ def test_settings_can_be_replaced() -> None:
         ("eviction", "random"),
         ("eviction", 3),
         ("event_buffer", 1.5),
+        ("num_ctx", -1),
+        ("num_ctx", True),
+        ("num_parallel", "two"),
+        ("flash_attention", "automatic"),
+        ("cache_type", "q8"),
+        ("cache_type", 8),
+        ("spread", None),
+        ("gpu_reserve", -1),
+        ("models", 3),
+        ("models", None),
+        ("models", [None]),
+        ("models", b"/models"),
+        ("models", "/mod\0els"),
+        ("models", "~nobody-of-this-name/models"),
         ("max_qeueu", 5),
     ],
 )
@@ -193,6 +210,132 @@ def test_an_empty_variable_is_not_set() -> None:
     assert Settings.from_environment({"LOADMASTER_MEMORY_LIMIT": " "}).memory_limit is None
 
 
+@pytest.mark.parametrize("text", ["'30s'", '"30s"', " 30s\t", "\"30s '"])
+def test_quotes_and_spaces_around_a_variable_are_not_part_of_it(text: str) -> None:
+    """Some shells and service files leave them there; the reference takes them off too."""
+    for variable in ("LOADMASTER_KEEP_ALIVE", "OLLAMA_KEEP_ALIVE"):
+        assert Settings.from_environment({variable: text}).keep_alive == 30.0
+
+
+@pytest.mark.parametrize("name", ["memory_limit", "min_residency", "cpu_threads", "flash_attention", "cache_type"])
+def test_none_can_be_said_in_the_environment(name: str) -> None:
+    """As the table writes it: for what has no other word for it."""
+    assert getattr(Settings.from_environment({f"LOADMASTER_{name.upper()}": "none"}), name) is None
+
+
+@pytest.mark.parametrize(
+    ("variable", "text", "name", "value"),
+    [
+        ("OLLAMA_KEEP_ALIVE", "90", "keep_alive", 90.0),
+        ("OLLAMA_KEEP_ALIVE", "1h30m", "keep_alive", 5400.0),
+        ("OLLAMA_KEEP_ALIVE", "0", "keep_alive", 0.0),
+        ("OLLAMA_KEEP_ALIVE", "-1", "keep_alive", math.inf),
+        ("OLLAMA_KEEP_ALIVE", "-5m", "keep_alive", math.inf),
+        ("OLLAMA_MAX_QUEUE", "64", "max_queue", 64),
+        ("OLLAMA_MAX_LOADED_MODELS", "2", "max_runners", 2),
+        ("OLLAMA_MAX_LOADED_MODELS", "0", "max_runners", 0),
+        ("OLLAMA_LOAD_TIMEOUT", "600", "load_timeout", 600.0),
+        ("OLLAMA_LOAD_TIMEOUT", "10m", "load_timeout", 600.0),
+        ("OLLAMA_LOAD_TIMEOUT", "-1", "load_timeout", math.inf),
+        ("OLLAMA_NUM_PARALLEL", "4", "num_parallel", 4),
+        ("OLLAMA_NUM_PARALLEL", "0", "num_parallel", None),
+        ("OLLAMA_CONTEXT_LENGTH", "8192", "num_ctx", 8192),
+        ("OLLAMA_CONTEXT_LENGTH", "0", "num_ctx", None),
+        ("OLLAMA_FLASH_ATTENTION", "1", "flash_attention", True),
+        ("OLLAMA_FLASH_ATTENTION", "f", "flash_attention", False),
+        ("OLLAMA_KV_CACHE_TYPE", "Q8_0", "cache_type", "q8_0"),
+        ("OLLAMA_SCHED_SPREAD", "T", "spread", True),
+        ("OLLAMA_GPU_OVERHEAD", "536870912", "gpu_reserve", 512 << 20),
+    ],
+)
+def test_s10_s23_the_references_variables_mean_what_they_mean_there(
+    variable: str, text: str, name: str, value: object
+) -> None:
+    """S10, S23: a service that was set up for it finds its limits here, special values too."""
+    assert Settings.from_environment({variable: text}) == Settings(**{name: value})  # type: ignore[arg-type]  # by name
+
+
+@pytest.mark.parametrize("text", ["0", "0s"])
+def test_n12_a_load_time_out_of_0_is_without_end_in_the_references_variable_only(text: str) -> None:
+    """N12: there 0 means for ever; here, where 0 is no time everywhere else, it is refused."""
+    assert Settings.from_environment({"OLLAMA_LOAD_TIMEOUT": text}).load_timeout == math.inf
+    with pytest.raises(InvalidSettings, match="LOADMASTER_LOAD_TIMEOUT"):
+        Settings.from_environment({"LOADMASTER_LOAD_TIMEOUT": text})
+
+
+def test_our_own_variable_wins_over_the_references() -> None:
+    """And an argument over both; what wins is all that is looked at."""
+    environment = {"LOADMASTER_NUM_CTX": "0", "OLLAMA_CONTEXT_LENGTH": "8192", "OLLAMA_MAX_QUEUE": "many"}
+    settings = Settings.from_environment(environment, max_queue=9)
+    assert (settings.num_ctx, settings.max_queue) == (None, 9)
+
+
+def test_an_empty_variable_of_ours_leaves_the_word_to_the_reference() -> None:
+    """Empty counts as not set."""
+    environment = {"LOADMASTER_KEEP_ALIVE": "", "OLLAMA_KEEP_ALIVE": "1m"}
+    assert Settings.from_environment(environment).keep_alive == 60.0
+
+
+@pytest.mark.parametrize(
+    ("variable", "text"),
+    [
+        ("OLLAMA_KEEP_ALIVE", "soon"),
+        ("OLLAMA_MAX_QUEUE", "0"),
+        ("OLLAMA_MAX_QUEUE", "-1"),
+        ("OLLAMA_NUM_PARALLEL", "auto"),
+        ("OLLAMA_LOAD_TIMEOUT", "long"),
+        ("OLLAMA_SCHED_SPREAD", "always"),
+        ("OLLAMA_KV_CACHE_TYPE", "q3"),
+        ("OLLAMA_GPU_OVERHEAD", "-1"),
+    ],
+)
+def test_a_wrong_value_in_the_references_variable_is_refused_by_its_name(variable: str, text: str) -> None:
+    """There it is passed over in silence, or means true; whoever wrote it is not served by either."""
+    with pytest.raises(InvalidSettings) as caught:
+        Settings.from_environment({variable: text})
+    assert (caught.value.name, caught.value.value) == (variable, text)
+
+
+def test_the_references_variables_are_no_two_settings() -> None:
+    """Each stands for one, and what it means elsewhere it does not mean here: the folder of its store is no setting."""
+    references = [row.reference for row in SETTINGS if row.reference]
+    assert len(references) == len(set(references))
+    assert "OLLAMA_MODELS" not in references
+    assert Settings.from_environment({"OLLAMA_MODELS": "/models"}) == Settings()
+
+
+def test_folders_are_one_path_or_several() -> None:
+    """One text has the separator of PATH in it; a home is found, and what is empty is no folder."""
+    here, home = Path("models"), Path.home()
+    assert Settings(models=here).models == Settings(models="models").models == (here,)
+    assert Settings(models=["~", home / "a:b"]).models == (home, home / "a:b")
+    text = os.pathsep.join(["~/x", "", "models"])
+    assert Settings.from_environment({"LOADMASTER_MODELS": text}).models == (home / "x", here)
+    assert Settings().models == Settings(models="").models == ()
+
+
+def test_what_can_change_while_running_is_changed_in_a_copy() -> None:
+    """Parsed like an argument; the rest stays."""
+    settings = Settings(max_wait="1m", memory_limit="8GiB")
+    changed = settings.changed(memory_limit=None, keep_alive="10s", max_queue=3)
+    assert changed == Settings(max_wait="1m", keep_alive=10, max_queue=3)
+    assert settings.memory_limit == 8 << 30
+
+
+@pytest.mark.parametrize(("name", "value"), [("max_wait", "1m"), ("gpus", False), ("max_qeueu", 5)])
+def test_what_cannot_change_while_running_is_refused(name: str, value: object) -> None:
+    """With the names of what can."""
+    with pytest.raises(InvalidSettings, match="memory_limit, max_queue, max_runners, keep_alive") as caught:
+        Settings().changed(**{name: value})  # type: ignore[arg-type]  # wrong on purpose
+    assert (caught.value.name, caught.value.value) == (name, value)
+
+
+def test_a_wrong_value_changes_nothing() -> None:
+    """It is named like any other."""
+    with pytest.raises(InvalidSettings, match="max_queue cannot be 0"):
+        Settings().changed(max_runners=2, max_queue=0)
+
+
 def test_a_wrong_variable_is_named_by_its_own_name() -> None:
     """The reader of the message has to know where to look."""
     with pytest.raises(InvalidSettings, match="LOADMASTER_LOADS_ON_HOST cannot be 'two'"):
@@ -209,10 +352,15 @@ def test_every_setting_is_declared_everywhere() -> None:
     """The table, the fields and the typed arguments name the same settings in the same order."""
     names = [row.name for row in SETTINGS]
     assert names == [each.name for each in fields(Settings)] == list(get_type_hints(SettingsArguments))
+    assert [row.name for row in SETTINGS if row.changeable] == list(get_type_hints(ChangeableArguments))
 
 
 def test_the_documentation_has_a_line_for_every_setting() -> None:
-    """Name, variable and default come from the one table."""
+    """Name, both variables, default and whether it can change come from the one table."""
     lines = settings_table().splitlines()
     assert len(lines) == len(SETTINGS) + 2
-    assert any(line.startswith("| `keep_alive` | `LOADMASTER_KEEP_ALIVE` | 5m |") for line in lines)
+    assert any(
+        line.startswith("| `keep_alive` | `LOADMASTER_KEEP_ALIVE` | `OLLAMA_KEEP_ALIVE` | 5m | can change |")
+        for line in lines
+    )
+    assert any(line.startswith("| `models` | `LOADMASTER_MODELS` |  | none | fixed |") for line in lines)

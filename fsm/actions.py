@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import replace
 
 from fsm import commands as do
@@ -10,7 +11,7 @@ from fsm import events as on
 from fsm.commands import Command, Refusal
 from fsm.journal import Decision, Entry, Transition
 from fsm.ledger import Placement
-from fsm.model import Options
+from fsm.model import MIB, Amounts, DeviceId, Options
 from fsm.pool import Line, Model, Pool
 from fsm.request import ModelId, Purpose, Request, RequestId, RequestState
 from fsm.runner import EXPIRING, IDLE, LOADING, READY, RUNNER_TABLE, Runner, RunnerId
@@ -34,7 +35,7 @@ class Actions:
         pool = self.pool
         runner.used_at = pool.now
         if request.keep_alive_s is not None:
-            runner.keep_alive_s = request.keep_alive_s
+            runner.keep_alive_s, runner.keeps_default = request.keep_alive_s, False
         if request.want.purpose is Purpose.preload:
             request.state = RequestState.released
             if runner.state is IDLE:
@@ -108,11 +109,11 @@ class Actions:
     def grant_memory(self, request: Request) -> None:
         self.pool.dequeue(request)
         request.state = RequestState.granted
-        self.pool.ledger.reserve(("memory", request.id), request.want.memory)
+        self.pool.ledger.reserve(("memory", request.id), self.pool.ledger.booked(request.want.memory).items())
         self.commands.append(do.Grant(request.id, None))
         self.decide("granted", request.want.model, "memory of the program's own", request.id)
 
-    def launch(self, line: Line, options: Options, placement: Placement) -> None:
+    def launch(self, line: Line, options: Options, placement: Placement) -> Runner:
         """Begin a runner's life for those in a line; its memory is booked from here on."""
         pool = self.pool
         model = pool.models[line.want.model]
@@ -121,6 +122,7 @@ class Actions:
             keep_alive_s = pool.limits.keep_alive_s
         runner = Runner(RunnerId(pool.next_runner), model.id, options, placement, keep_alive_s, pool.now)
         runner.accepted.add(line.want.options)
+        runner.keeps_default = line.head.keep_alive_s is None
         pool.next_runner += 1
         pool.runners[runner.id] = model.current = runner
         pool.ledger.reserve(("runner", runner.id), placement.bytes)
@@ -131,6 +133,7 @@ class Actions:
         if self.journal is not None:
             reason = f"request {line.head.id} waits for it"
             self.journal.append(Transition(pool.now, runner.id, model.id, "launch", None, LOADING, reason, 0))
+        return runner
 
     def loaded(self, runner: Runner, event: on.Loaded) -> None:
         """A load succeeded: everybody who waits for it is granted, or it rests."""
@@ -141,9 +144,8 @@ class Actions:
         model.alone = False
         if event.num_ctx is not None and runner.options.num_ctx is not None:
             runner.options = replace(runner.options, num_ctx=event.num_ctx)
-        account = pool.ledger.accounts["runner", runner.id]
-        account.loaded = True
-        account.measure(dict(event.resident))
+        pool.ledger.accounts["runner", runner.id].loaded = True
+        self.measure(runner, event.resident, event.mapped_bytes)
         self.serve(runner, pool.lines_for(runner))
         if runner.leases:
             residency_s = pool.limits.min_residency_s
@@ -155,6 +157,51 @@ class Actions:
         if runner.expire_when_served and runner.current:
             self.expire(runner, "asked to, once its waiters were served")
         self.replan = True
+
+    def measure(self, runner: Runner, amounts: Amounts, mapped_bytes: int) -> bool:
+        """Book what a runner was seen to occupy, even beyond its promise; return whether that is news."""
+        account = self.pool.ledger.accounts["runner", runner.id]
+        account.mapped_bytes = mapped_bytes
+        within = [device for device, promised in account.promised.items() if account.peak.get(device, 0) <= promised]
+        news = account.measure(self.pool.ledger.booked(amounts))
+        beyond = [device for device in within if account.peak.get(device, 0) > account.promised[device]]
+        if beyond and self.journal is not None and not account.settled:
+            self.decide("measured", runner.model, self._figures(runner, beyond), None, runner.id)
+        return news
+
+    def settle(self, runner: Runner, event: on.Filled) -> bool:
+        """Hold what was measured of a runner, where more was predicted too; False where that is done already."""
+        account = self.pool.ledger.accounts["runner", runner.id]
+        if account.settled:
+            return False
+        account.settle(dict(event.to_come))
+        self.remember(runner)
+        if self.journal is not None:
+            reason = f"a request filled a context; {self._figures(runner, account.peak)}"
+            self.decide("measured", runner.model, reason, None, runner.id)
+        self.replan = True  # there may be room for those who wait
+        return True
+
+    def remember(self, runner: Runner) -> None:
+        """Have the next runner like this one promised what counts as taken by it, where that was measured."""
+        model, account = self.pool.models[runner.model], self.pool.ledger.accounts["runner", runner.id]
+        unseen = [device for device, size in account.promised.items() if size and device not in account.peak]
+        if runner.loaded_at is None or unseen or runner.id < model.first:
+            return
+        took = tuple((device, account.held_bytes(device)) for device in sorted(account.promised))
+        model.measured[runner.told, runner.placement.gpu_layers] = took
+        model.demands.clear()
+
+    def _figures(self, runner: Runner, devices: Iterable[DeviceId]) -> str:
+        account = self.pool.ledger.accounts["runner", runner.id]
+        known = "measured before" if runner.placement.measured else "predicted"
+        predicted = dict(runner.placement.bytes)
+        figures = [
+            f"{device}: {predicted.get(device, 0) / MIB:.1f} MiB {known}, "
+            f"{account.peak[device] / MIB:.1f} MiB measured, {account.held_bytes(device) / MIB:.1f} MiB held"
+            for device in sorted(devices)
+        ]
+        return "; ".join(figures)
 
     def serve(self, runner: Runner, lines: list[Line]) -> None:
         """Grant a loaded runner to everybody who waits for it, in order; those who want no lease come last."""
@@ -181,6 +228,25 @@ class Actions:
     def start_keep_alive(self, runner: Runner) -> None:
         pinned = self.pool.models[runner.model].pinned
         self.pool.timers.set(("keep-alive", runner.id), math.inf if pinned else self.pool.now + runner.keep_alive_s)
+
+    def configure(self, event: on.Configure) -> None:
+        """Take over changed limits; a keep-alive holds for the runners too for which no request has named one."""
+        pool = self.pool
+        changes = {name: value for name in event.__slots__ if (value := getattr(event, name)) is not None}
+        pool.limits = replace(pool.limits, **changes)
+        self.replan = True
+        if event.keep_alive_s is None:
+            return
+        for runner in [runner for runner in pool.runners.values() if runner.keeps_default]:
+            expires_at = pool.timers.at(("keep-alive", runner.id))
+            rests_since = expires_at - runner.keep_alive_s if expires_at < math.inf else runner.used_at
+            runner.keep_alive_s = event.keep_alive_s
+            if runner.state is not IDLE or pool.models[runner.model].pinned:
+                continue
+            if rests_since + runner.keep_alive_s > pool.now:
+                pool.timers.set(("keep-alive", runner.id), rests_since + runner.keep_alive_s)
+            else:
+                self.expire(runner, "its keep-alive is over")
 
     def pin(self, model: Model, pinned: bool) -> None:
         model.pinned = pinned

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fsm.ledger import Placement
-from fsm.model import Amounts, Options
+from fsm.model import Amounts, DeviceId, Options
 from fsm.request import ModelId, RequestId
 from fsm.runner import RunnerId
 
@@ -120,6 +120,24 @@ class Sample:
 
 
 @dataclass(frozen=True, slots=True)
+class Claim:
+    """Have devices for this program alone, all of them or none, then read them. Ends in Sampled and one Claimed.
+
+    Contended may come before them; what comes after its Unclaim is late.
+    """
+
+    number: int  # never used before
+    devices: tuple[DeviceId, ...]  # where the memory is: the host for an integrated GPU
+
+
+@dataclass(frozen=True, slots=True)
+class Unclaim:
+    """Give up a Claim, had or not: the one end of each."""
+
+    number: int
+
+
+@dataclass(frozen=True, slots=True)
 class Grant:
     """Answer a request; a lease is booked on the runner already. None: memory of the program's own."""
 
@@ -156,4 +174,4 @@ class Finish:
     """Everything is unloaded after a Close: the shell may end."""
 
 
-Command = Inspect | Launch | Stop | Sample | Grant | Reject | Revoke | Ask | Finish
+Command = Inspect | Launch | Stop | Sample | Claim | Unclaim | Grant | Reject | Revoke | Ask | Finish

@@ -6,22 +6,33 @@ raises for late or duplicate input. This module says what each event means; `act
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import assert_never
+from dataclasses import dataclass
+from typing import Self, assert_never
 
 from fsm import commands as do
 from fsm import events as on
+from fsm.claims import Claims
 from fsm.commands import Command
-from fsm.endings import Endings
 from fsm.eviction import EvictionPolicy, LeastRecentlyUsed
 from fsm.journal import Entry
 from fsm.limits import Limits
-from fsm.planning import make_plan
+from fsm.planning import Plan, make_plan
 from fsm.pool import Pool, runner_serves
 from fsm.request import Purpose, Request, RequestId, RequestState
 from fsm.runner import LOADING, Runner, RunnerId
 from fsm.snapshot import Snapshot, take_snapshot
 from fsm.timers import Key
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """Everything that a core is made of, but for its policy."""
+
+    pool: Pool
+    late: int
+    finished: bool
+    policy_failure: str
+    claim_failure: str
 
 
 class Core:
@@ -30,10 +41,11 @@ class Core:
     def __init__(self, limits: Limits | None = None, policy: EvictionPolicy | None = None) -> None:
         self.pool = Pool(limits or Limits())
         self.policy: EvictionPolicy = policy or LeastRecentlyUsed()
-        self.act = Endings(self.pool)
+        self.act = Claims(self.pool)
         self.late = 0  # late or duplicate events that were ignored
+        self.plans: list[Plan] | None = None  # every plan is appended to it; None (the default): to nothing
         self.policy_failure = ""  # the last exception that the eviction policy raised, in words
-        self._finished = False
+        self.finished = False  # Finish was said
 
     def step(self, now: float, event: on.Event) -> list[Command]:
         """Take in what happened and return what to do, in order; `now` is in seconds and never goes back."""
@@ -45,8 +57,8 @@ class Core:
         if self.act.replan:
             self.act.replan = False
             self._carry_out_plan()
-            if pool.closing and not pool.runners and not self._finished:
-                self._finished = True
+            if pool.closing and not pool.runners and not self.finished:
+                self.finished = True
                 commands.append(do.Finish())
         return commands
 
@@ -67,17 +79,32 @@ class Core:
         """Raise AssertionError where an invariant does not hold."""
         self.pool.check()
 
+    def failures(self) -> tuple[str, ...]:
+        """Return what went wrong around decisions and was worked round, in sentences."""
+        policy = f"the eviction policy raised {self.policy_failure}: the oldest runners go first instead"
+        return tuple(text for text in (self.policy_failure and policy, self.act.claim_failure) if text)
+
     def snapshot(self) -> Snapshot:
         """Return what can be seen from outside, immutable."""
         return take_snapshot(self.pool)
 
-    def copy(self) -> Core:
+    def state(self) -> State:
+        """Return everything that it is made of, independent of what becomes of it."""
+        return State(self.pool.copy(), self.late, self.finished, self.policy_failure, self.act.claim_failure)
+
+    @classmethod
+    def restore(cls, state: State, policy: EvictionPolicy | None = None) -> Self:
+        """Return a core that goes on from `state`, and owns it from now on; without a journal."""
+        core = cls(state.pool.limits, policy)
+        core.pool = state.pool
+        core.act = Claims(state.pool)
+        core.act.claim_failure = state.claim_failure
+        core.late, core.finished, core.policy_failure = state.late, state.finished, state.policy_failure
+        return core
+
+    def copy(self) -> Self:
         """Return an independent core in the same state, without a journal."""
-        other = Core(self.pool.limits, self.policy)
-        other.pool = self.pool.copy()
-        other.act = Endings(other.pool)
-        other.late, other._finished, other.policy_failure = self.late, self._finished, self.policy_failure
-        return other
+        return self.restore(self.state(), self.policy)
 
     # -- events -------------------------------------------------------------------------------------------------------
 
@@ -94,7 +121,9 @@ class Core:
                 self._sampled(event)
             case on.Inspected():
                 self._inspected(event)
-            case on.Progress() | on.Loaded() | on.OutOfMemory() | on.Unresponsive() | on.Exited():
+            case on.Contended() | on.Claimed():
+                self.late += not self.act.claim_answered(event)
+            case on.Progress() | on.Loaded() | on.Filled() | on.OutOfMemory() | on.Unresponsive() | on.Exited():
                 runner = self.pool.runners.get(event.runner)
                 if runner is None or not runner.process:
                     self.late += 1  # of an earlier life
@@ -105,9 +134,7 @@ class Core:
             case on.Pin() | on.Unpin():
                 self.act.pin(self.act.model(event.model), isinstance(event, on.Pin))
             case on.Configure():
-                changes = {name: value for name in event.__slots__ if (value := getattr(event, name)) is not None}
-                self.pool.limits = replace(self.pool.limits, **changes)
-                self.act.replan = True
+                self.act.configure(event)
             case on.Close():
                 self._close(event.timeout_s)
             case _:
@@ -181,17 +208,19 @@ class Core:
                     self.act.stop(runner)
             case "plan":
                 self.act.replan = True
+            case "claim":
+                self.act.claim_time_is_up(id)
             case _:
                 assert_never(kind)
 
     def _sampled(self, event: on.Sampled) -> None:
-        pool = self.pool
+        pool, mapped = self.pool, dict(event.mapped)
         for id, amounts in event.resident:
             runner = pool.runners.get(id)
             if runner is None:
                 continue
-            account = pool.ledger.accounts["runner", id]
-            if account.measure(dict(amounts)) and runner.state is LOADING:  # its memory moves: the load is alive
+            news = self.act.measure(runner, amounts, mapped.get(id, 0))
+            if news and runner.state is LOADING:  # its memory moves: the load is alive
                 pool.timers.set(("load", id), pool.now + pool.limits.load_timeout_s)
         pool.ledger.sample(event.devices)
         for runner in [runner for runner in pool.runners.values() if not runner.process]:
@@ -215,10 +244,10 @@ class Core:
                 if not (lives or model.pinned or model.failures or model.measured):
                     del self.pool.models[model.id]  # a name that means nothing is not kept
             case info:
-                model.learn(info)
+                model.learn(info, self.pool.next_runner)
 
     def _runner_event(
-        self, runner: Runner, event: on.Progress | on.Loaded | on.OutOfMemory | on.Unresponsive | on.Exited
+        self, runner: Runner, event: on.Progress | on.Loaded | on.Filled | on.OutOfMemory | on.Unresponsive | on.Exited
     ) -> None:
         match event:
             case on.Progress():
@@ -231,6 +260,9 @@ class Core:
                     self.act.loaded(runner, event)
                 else:
                     self.late += 1  # cancelled meanwhile; it is being stopped
+            case on.Filled():
+                if runner.loaded_at is None or not self.act.settle(runner, event):
+                    self.late += 1  # it has served nobody, or has settled before
             case on.OutOfMemory():
                 runner.out_of_memory = True
                 if runner.loaded_at is not None:
@@ -254,9 +286,13 @@ class Core:
 
     def _carry_out_plan(self) -> None:
         pool = self.pool
-        if not pool.lines:
+        if not pool.lines and not pool.overfull():
+            if pool.claims:  # whoever they were for has left
+                self.act.launch_all(())
             return
         plan = make_plan(pool, self.policy)
+        if self.plans is not None:
+            self.plans.append(plan)
         self.policy_failure = plan.policy_failure or self.policy_failure
         for line, runner in plan.matches:
             runner.accepted.add(line.want.options)
@@ -276,8 +312,7 @@ class Core:
             self.act.expire(pool.runners[id], reason)
         for request in plan.memory:
             self.act.grant_memory(request)
-        for line, options, placement in plan.launches:
-            self.act.launch(line, options, placement)
+        self.act.launch_all(plan.launches)
         for runner in pool.runners.values():
             if runner.id in plan.wanted and not runner.wanted:
                 runner.wanted = True

@@ -47,13 +47,17 @@ class Endings(Actions):
         self.stop(runner)
 
     def load_failed(self, runner: Runner, reason: str, refusal: Refusal | None, *, out_of_memory: bool = False) -> None:
-        """Answer those who waited for a load. After out of memory each survives one, with all others out of the way."""
+        """Answer those who waited for a load. After out of memory each survives one.
+
+        The next load has a smaller context, where that was automatic and large, or else all others out of the way.
+        """
         model = self.pool.models[runner.model]
         waiting = [request for line in self.pool.lines_for(runner) for request in line.requests.values()]
         self.crash(runner, reason)
         survivors = [request for request in waiting if out_of_memory and not request.survived]
         if survivors:
-            model.alone, model.failure = True, reason
+            model.failure = reason
+            model.alone = not model.step_down(runner)
             for request in survivors:
                 request.survived = True
         else:
@@ -113,16 +117,15 @@ class Endings(Actions):
     def memory_is_back(self, runner: Runner) -> bool:
         """Judge device by device with signed arithmetic; the host's memory is back when the process has gone."""
         devices = self.pool.ledger.devices
-        return all(devices[gpu].free_bytes >= free for gpu, free in runner.awaited.items() if gpu in devices)
+        awaited = [(devices[gpu], free) for gpu, free in runner.awaited.items() if gpu in devices]
+        return all(sample.fresh and sample.free_bytes >= free for sample, free in awaited)
 
     def unload(self, runner: Runner, reason: str) -> None:
         """End a runner's life: its reservation ends, and what it took is remembered for the next."""
         pool, model = self.pool, self.pool.models[runner.model]
-        account = pool.ledger.accounts["runner", runner.id]
-        unseen = [device for device, size in account.promised.items() if size and device not in account.peak]
-        if runner.loaded_at is not None and not unseen:
-            split = runner.placement.gpu_layers
-            model.measured[runner.told, split] = tuple((d, account.held_bytes(d)) for d in sorted(account.promised))
+        self.remember(runner)
+        if runner.loaded_at is not None and model.context_limit is not None:  # the next may have more room
+            model.context_limit = None
             model.demands.clear()
         pool.timers.clear(("memory", runner.id))
         pool.ledger.release(("runner", runner.id))

@@ -61,7 +61,12 @@ class Unpin:
 
 @dataclass(frozen=True, slots=True)
 class Configure:
-    """Limits were changed while running; None leaves one as it is."""
+    """Limits were changed while running; None leaves one as it is. A changed memory limit comes with the next Sampled.
+
+    Nobody who waits is turned away by a lower `max_queue`. Where more are alive than a lower `max_runners` allows, idle
+    ones go at once, in the policy's order, busy ones when they rest, pinned ones never. A keep-alive holds for new
+    runners, and for those that took the one before.
+    """
 
     max_queue: int | None = None
     max_runners: int | None = None
@@ -90,6 +95,15 @@ class Loaded:
     runner: RunnerId
     num_ctx: int | None = None  # the context it really got; None: as asked
     resident: Resident = ()
+    mapped_bytes: int = 0  # of those on the host: pages of files
+
+
+@dataclass(frozen=True, slots=True)
+class Filled:
+    """A request filled a context of a runner's; a Sampled that came before this measured its memory after that."""
+
+    runner: RunnerId
+    to_come: Resident = ()  # what a full context does not show: most that it may still take beside it
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +138,21 @@ class Sampled:
     devices: tuple[DeviceSample, ...]
     resident: tuple[tuple[RunnerId, Resident], ...] = ()
     number: int = 0  # the last Sample command that was known when the reading began; 0: none
+    mapped: tuple[tuple[RunnerId, int], ...] = ()  # of a runner's bytes on the host: pages of files
+
+
+@dataclass(frozen=True, slots=True)
+class Contended:
+    """A Claim is not had yet: another program loads on one of its devices."""
+
+    number: int
+
+
+@dataclass(frozen=True, slots=True)
+class Claimed:
+    """A Claim is had, as far as that is possible here; the devices were read after that, and Sampled came before."""
+
+    number: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,10 +178,13 @@ Event = (
     | Inspected
     | Progress
     | Loaded
+    | Filled
     | OutOfMemory
     | Unresponsive
     | Exited
     | Sampled
+    | Contended
+    | Claimed
     | Tick
     | Close
 )

@@ -24,10 +24,10 @@ class Transition:
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """Something was decided about a request or a runner."""
+    """Something was decided about a request, or found out about a runner."""
 
     at: float  # seconds of the scheduler's clock
-    what: str  # queued, waits, granted or rejected
+    what: str  # queued, waits, granted or rejected; of a runner: measured
     model: ModelId
     reason: str
     request: RequestId | None = None

@@ -21,6 +21,8 @@ class DeviceSample:
     capacity_bytes: int  # what loadmaster may use: the device's memory, or the limit set on it
     free_bytes: int  # as the device reports it, strangers' use taken off
     integrated: bool = False  # shares the host's memory
+    instance: bool = False  # of a divided GPU: a process can use one of these, and nothing beside it
+    fresh: bool = True  # read now; else the figures are of an earlier sample, for the device does not answer
 
     @property
     def memory(self) -> DeviceId:
@@ -46,11 +48,14 @@ class Placement:
 class Account:
     """What one owner was promised, and what it was seen to occupy; bytes by device."""
 
-    promised: dict[DeviceId, int]
+    promised: dict[DeviceId, int]  # what was predicted, or declared; never raised, lowered when it has settled
     resident: dict[DeviceId, int] = field(default_factory=dict)  # as last measured, on devices where that is possible
     peak: dict[DeviceId, int] = field(default_factory=dict)  # the most that was ever seen
     counted: dict[DeviceId, int] = field(default_factory=dict)  # taken when the devices' free bytes were last read
+    mapped_bytes: int = 0  # of what is resident on the host: pages of files, which the host counts as free all the same
     loaded: bool = False  # where nothing is measured, what was promised is taken
+    settled: bool = False  # it has shown all it needs: wherever it was measured, promised <= peak + to_come
+    to_come: dict[DeviceId, int] = field(default_factory=dict)  # what it had yet to show when it settled
 
     def measure(self, amounts: Mapping[DeviceId, int]) -> bool:
         """Note what the owner was seen to occupy; return whether that is news."""
@@ -58,28 +63,47 @@ class Account:
         self.resident |= amounts
         for device, amount in amounts.items():
             self.peak[device] = max(self.peak.get(device, 0), amount)
+        self._lower()
         return news
+
+    def settle(self, to_come: Mapping[DeviceId, int]) -> None:
+        """What was measured replaces what was predicted, even where it is less; `to_come` is kept free beside it."""
+        self.settled, self.to_come = True, dict(to_come)
+        self._lower()
+
+    def _lower(self) -> None:
+        for device in self.promised.keys() & self.peak.keys() if self.settled else ():
+            most = self.peak[device] + self.to_come.get(device, 0)
+            self.promised[device] = min(self.promised[device], most)
 
     def occupied_bytes(self, device: DeviceId) -> int:
         """Return what the owner occupies, as far as is known."""
         return self.resident.get(device, self.promised.get(device, 0) if self.loaded else 0)
 
-    def count(self) -> None:
-        """Note that the devices' free bytes have just been read: what is occupied is no longer among them."""
-        self.counted = {device: self.occupied_bytes(device) for device in (*self.promised, *self.resident)}
+    def count(self, devices: Iterable[DeviceId]) -> None:
+        """Note that the free bytes of `devices` have just been read: what is occupied is no longer among them."""
+        held = self.promised.keys() | self.resident.keys()
+        self.counted |= {device: self.occupied_bytes(device) for device in devices if device in held}
 
     def held_bytes(self, device: DeviceId) -> int:
-        """Return what counts as taken: a process grows until its first full context, so the larger of both."""
+        """Return what counts as taken: a process grows until it has settled, so the larger of both."""
         return max(self.promised.get(device, 0), self.peak.get(device, 0))
 
     def untouched_bytes(self, device: DeviceId) -> int:
-        """Return what was not occupied when the device was read, so that it was reported as free, but is spoken for."""
-        taken = max(self.promised.get(device, 0), self.occupied_bytes(device))
-        return max(0, taken - self.counted.get(device, 0))
+        """Return what was reported as free when the device was read, but is spoken for: not occupied, or mapped.
+
+        What a runner maps of its file is page cache: the kernel would give it up, to read it again for each token.
+        """
+        counted = self.counted.get(device, 0)
+        cached = min(counted, self.mapped_bytes) if device == HOST else 0
+        return max(0, self.held_bytes(device) - counted + cached)
 
     def copy(self) -> Account:
         """Return an independent copy."""
-        return Account(dict(self.promised), dict(self.resident), dict(self.peak), dict(self.counted), self.loaded)
+        return Account(
+            dict(self.promised), dict(self.resident), dict(self.peak), dict(self.counted), self.mapped_bytes,
+            self.loaded, self.settled, dict(self.to_come),
+        )  # fmt: skip
 
 
 @dataclass(slots=True)
@@ -92,21 +116,32 @@ class Ledger:
 
     devices: dict[DeviceId, DeviceSample] = field(default_factory=dict)
     accounts: dict[Owner, Account] = field(default_factory=dict)
-    shrunk: bool = False  # a capacity was lowered, or a device went, while something was promised on it
+    shrunk: set[DeviceId] = field(default_factory=set)  # lowered, or gone, and until it fits again holding too much
 
     def sample(self, samples: Iterable[DeviceSample]) -> None:
         """Take over what was read; a device that is no longer read is gone, what is promised on it stays booked."""
         devices = {sample.id: sample for sample in samples}
         for id, old in self.devices.items():
-            self.shrunk |= id not in devices or devices[id].capacity_bytes < old.capacity_bytes
+            if id not in devices or devices[id].capacity_bytes < old.capacity_bytes:
+                self.shrunk.add(id)
         self.devices = devices
         for account in self.accounts.values():
-            account.count()
+            account.count(sample.id for sample in devices.values() if sample.fresh)
+        capacity = {sample.id: sample.capacity_bytes for sample in devices.values()}
+        self.shrunk = {id for id in self.shrunk if self.held_bytes(id) > capacity.get(id, 0)}
 
     def reported_bytes(self, device: DeviceId) -> int:
         """Return what a device would report as free now: as it was read, less what was taken since."""
         since = sum(one.occupied_bytes(device) - one.counted.get(device, 0) for one in self.accounts.values())
         return self.devices[device].free_bytes - since
+
+    def booked(self, amounts: Iterable[tuple[DeviceId, int]]) -> dict[DeviceId, int]:
+        """Return amounts by the memory that they are taken from: an integrated GPU's are the host's."""
+        booked: dict[DeviceId, int] = {}
+        for device, amount in amounts:
+            memory = self.devices[device].memory if device in self.devices else device
+            booked[memory] = booked.get(memory, 0) + amount
+        return booked
 
     def reserve(self, owner: Owner, amounts: Iterable[tuple[DeviceId, int]]) -> None:
         """Promise `amounts` to an owner that has none yet."""
@@ -131,11 +166,15 @@ class Ledger:
         min(capacity - held, reported free - untouched): what a loading runner was promised but does not occupy yet
         is not free, even where strangers hold memory too.
         """
+        return self.devices[device].capacity_bytes - self.held_bytes(device) - self.missing_bytes(device)
+
+    def missing_bytes(self, device: DeviceId) -> int:
+        """Return what others hold of what a device has for us; 0 where there is enough for all of us."""
         sample = self.devices[device]
         untouched = sum(account.untouched_bytes(device) for account in self.accounts.values())
-        return min(sample.capacity_bytes - self.held_bytes(device), sample.free_bytes - untouched)
+        return max(0, sample.capacity_bytes - self.held_bytes(device) - (sample.free_bytes - untouched))
 
     def copy(self) -> Ledger:
         """Return an independent copy."""
         accounts = {owner: account.copy() for owner, account in self.accounts.items()}
-        return Ledger(dict(self.devices), accounts, self.shrunk)
+        return Ledger(dict(self.devices), accounts, set(self.shrunk))

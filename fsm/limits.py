@@ -27,6 +27,8 @@ class Limits:
     defaults: Options = field(default_factory=Options)  # of what requests leave open; automatic: never a reload
     spread: bool = False  # a model is dealt over all GPUs even where one takes it
     require_gpu: bool = False  # a model is refused rather than placed on the host in part or whole
+    claims: bool = False  # whether launches claim their devices among all programs on the machine
+    claim_timeout_s: float = 60.0  # how long a claim is waited for; then the launch goes ahead without it
     back_off_s: float = 10.0  # after a failed load; doubles with each
     back_off_limit_s: float = 300.0
     good_life_s: float = 60.0  # a runner that served so long before it crashed starts its model's count anew

@@ -30,6 +30,7 @@ class Gpu:
 
     id: DeviceId
     memory: DeviceId  # where its bytes are booked: its own, or the host's if it is integrated
+    instance: bool = False  # of a divided GPU: CUDA lets a process see one of these, so nothing is split over it
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,9 +82,10 @@ def place(demand: Demand, offload: Offload, free: Free, gpus: Sequence[Gpu]) -> 
     order = sorted(
         gpus, key=lambda gpu: (gpus.index(gpu) != demand.main_gpu, gpu.memory == HOST, -free.get(gpu.memory, 0), gpu.id)
     )
+    team = [gpu for gpu in order if not gpu.instance]
     for layers in _layer_counts(demand, offload):
-        for size in range(len(order) if demand.spread else 1, len(order) + 1):
-            groups = [(gpu,) for gpu in order] if size == 1 else [tuple(order[:size])]
+        for size in range(max(1, len(team)) if demand.spread else 1, max(1, len(team)) + 1):
+            groups = [(gpu,) for gpu in order] if size == 1 else [tuple(team[:size])]
             for group in groups:
                 split = _split(demand, layers, group, free)
                 if split and (placement := _within(_layout(demand, split, gpus), free)):

@@ -7,19 +7,28 @@ and a waiter that leaves costs nobody anything. A later line starts only in what
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from fsm.commands import DoesNotFit
 from fsm.eviction import Candidate, EvictionPolicy, choose
 from fsm.footprint import Footprint
 from fsm.ledger import Placement
-from fsm.model import HOST, DeviceId, Options
+from fsm.model import HOST, Amounts, DeviceId, Options
 from fsm.options import serves
 from fsm.placement import Demand, Gpu, Offload, needed, place
 from fsm.pool import Line, Model, Pool, runner_serves
-from fsm.request import ModelId, Purpose, Request
+from fsm.request import ModelId, Purpose, Request, Want
 from fsm.runner import EXPIRING, LOADING, READY, Runner, RunnerId
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """Where the runner that a line waits for goes, or would, and what leaves before."""
+
+    placement: Placement
+    free: Amounts  # what it was judged by, by device: free, or to be had once the victims have left
+    victims: tuple[Candidate, ...] = ()  # each goes when all of them may
 
 
 @dataclass(slots=True)
@@ -32,6 +41,7 @@ class Plan:
     victims: dict[RunnerId, str] = field(default_factory=dict)  # to expire, and why
     matches: list[tuple[Line, Runner]] = field(default_factory=list)  # served after all, as the same
     refusals: list[tuple[Line, DoesNotFit]] = field(default_factory=list)
+    rooms: dict[Want, Room] = field(default_factory=dict)  # of what is to be loaded, now, later or never
     wanted: set[RunnerId] = field(default_factory=set)  # busy, and others wait for its memory
     policy_failure: str = ""  # the exception that the policy raised; the oldest runners go first instead
     look_at: float = math.inf  # when a wait's bound or a residency ends
@@ -40,6 +50,7 @@ class Plan:
 def make_plan(pool: Pool, policy: EvictionPolicy) -> Plan:
     """Return what to do for every line, in order."""
     planner = _Planner(pool, policy)
+    planner.shed()
     for line in pool.lines_in_order():
         planner.consider(line)
     return planner.plan
@@ -51,14 +62,15 @@ class _Planner:
         self.policy = policy
         self.plan = Plan()
         ledger = pool.ledger
-        self.gpus = [Gpu(id, sample.memory) for id, sample in sorted(ledger.devices.items()) if sample.kind == "gpu"]
-        self.free = {device: ledger.free_bytes(device) for device in ledger.devices}  # at this moment
+        devices = ledger.devices.values()  # in the order in which they were read, which `main_gpu` counts in
+        self.gpus = [Gpu(one.id, one.memory, one.instance) for one in devices if one.kind == "gpu"]
+        self.free = {one.id: ledger.free_bytes(one.id) for one in devices if not one.integrated}  # at this moment
         expiring = [runner for runner in pool.runners.values() if runner.state is EXPIRING]
-        leaving = [runner for runner in expiring if pool.now < runner.due_at]  # the others may never end
-        self.plan.look_at = min((runner.due_at for runner in leaving), default=math.inf)
-        self.overdue = {runner.id for runner in expiring if runner not in leaving}
+        self.leaving = [runner for runner in expiring if pool.now < runner.due_at]  # the others may never end
+        self.plan.look_at = min((runner.due_at for runner in self.leaving), default=math.inf)
+        self.overdue = {runner.id for runner in expiring if runner not in self.leaving}
         self.stuck = {runner.id for runner in expiring if runner.id in self.overdue and not runner.leases}
-        self.total = self._with(self.free, leaving)  # with what is on its way out, less what earlier lines need
+        self.total = self._with(self.free, self.leaving)  # with what is on its way out, less what earlier lines need
         movable = [
             runner for runner in pool.runners.values() if not pool.pinned(runner) and runner.id not in self.stuck
         ]
@@ -66,12 +78,38 @@ class _Planner:
         self.claimed: set[RunnerId] = set()  # victims of earlier lines
         self.planned: set[ModelId] = set()  # models that an earlier line is to get a runner of
         self.places = pool.max_runners() - pool.alive()  # processes that may be started now
-        self.places_total = self.places + sum(runner.process for runner in leaving)
+        self.places_total = self.places + sum(runner.process for runner in self.leaving)
         self.loading: dict[DeviceId, int] = {}
         loading = [runner for runner in pool.runners.values() if runner.state is LOADING]
         self.awaited = {runner.id for runner in loading if pool.lines_for(runner)}
         for runner in loading:
             self._count_load(runner.placement)
+
+    def shed(self) -> None:
+        """Give up idle runners where more are alive, or more is held, than may be; those in use follow when they rest.
+
+        The number counts only where it is set: the automatic one is a rule of thumb that follows the devices, and what
+        is not read at the moment may be back at the next.
+        """
+        limit, ledger, runners = self.pool.limits.max_runners, self.pool.ledger, self.pool.runners
+        if limit:
+            self._shed(f"no more than {limit} runners may be alive", -self.places_total, dict.fromkeys(runners, 1))
+        for device in sorted(ledger.shrunk & ledger.devices.keys()):
+            held = {id: ledger.accounts["runner", id].held_bytes(device) for id in runners}
+            going = self.claimed.union(runner.id for runner in self.leaving)
+            staying = ledger.held_bytes(device) - sum(held[id] for id in going)
+            reason = f"there is less memory on {device} than before"
+            self._shed(reason, staying - ledger.devices[device].capacity_bytes, held)
+
+    def _shed(self, reason: str, excess: int, worth: Mapping[RunnerId, int]) -> None:
+        """Give up as few idle runners as are worth the excess together, or all that are worth something."""
+        may = [one for one in self._candidates(None, ()) if not one.leases and worth[one.runner]]
+        chosen = choose(may, (), lambda victims: sum(worth[victim.runner] for victim in victims) >= excess)
+        victims = self._unclaimed(may if chosen is None else chosen)
+        self.plan.victims.update((runner.id, reason) for runner in victims)
+        self.claimed.update(runner.id for runner in victims)
+        self.total = self._with(self.total, victims)
+        self.places_total += sum(runner.process for runner in victims)
 
     def consider(self, line: Line) -> None:
         """Plan one line."""
@@ -111,7 +149,7 @@ class _Planner:
                 self._make_room(line, demand, offload, (), needs_process=False)
                 return
             self.plan.memory.append(request)
-            self._take(line.want.memory)
+            self._take(self.pool.ledger.booked(line.want.memory).items())
 
     def _consider_runner(self, line: Line, model: Model, options: Options, demand: Demand, offload: Offload) -> None:
         forced = self._forced(model)
@@ -120,6 +158,7 @@ class _Planner:
         if not forced and not accompanied and self.places > 0:
             placement = place(demand, offload, self._usable(), self.gpus)
             if placement and not self._full(placement):
+                self.plan.rooms[line.want] = Room(placement, tuple(sorted(self._usable().items())))
                 self.plan.launches.append((line, options, placement))
                 self._take(placement.bytes)
                 self._count_load(placement)
@@ -149,6 +188,7 @@ class _Planner:
         self.places_total += sum(runner.process for runner in victims) - needs_process
         final = place(demand, offload, self.total, self.gpus) or place(demand, offload, self.potential, self.gpus)
         assert final is not None, "a line that can never fit is refused before"
+        free = tuple(sorted(self.total.items()))
         for device, amount in needed(final, exact=bool(demand.footprint.fixed)):
             self.total[device] = self.total.get(device, 0) - amount
         if chosen is None:
@@ -156,7 +196,8 @@ class _Planner:
         elif chosen:
             self._commit(line, chosen)
         else:
-            self._wait(line, final)
+            chosen = self._wait(line, final)
+        self.plan.rooms[line.want] = Room(final, free, tuple(chosen or ()))
 
     def _commit(self, line: Line, chosen: Sequence[Candidate]) -> None:
         """Give the victims up once all of them may go: none is unloaded for a room that another still holds."""
@@ -172,7 +213,7 @@ class _Planner:
         self.plan.look_at = min(self.plan.look_at, at)
         self.plan.wanted.update(victim.runner for victim in chosen if victim.leases)
 
-    def _wait(self, line: Line, placement: Placement) -> None:
+    def _wait(self, line: Line, placement: Placement) -> Sequence[Candidate]:
         """Enough is on its way already, or only a place among the loads is missing: give up a load nobody waits for."""
         draining = [runner.model for runner in self.pool.runners.values() if runner.state is EXPIRING and runner.leases]
         line.waits_for = f"{', '.join(draining)} to finish" if draining else "memory that is on its way back"
@@ -186,7 +227,8 @@ class _Planner:
                 if unwanted and not self.pool.pinned(runner) and full & set(self._loading_on(runner.placement)):
                     self.plan.victims[runner.id] = f"{line.want.model} needs its place among the loads"
                     self.claimed.add(runner.id)
-                    return
+                    return [self._candidate(runner, line.head)]
+        return ()
 
     def _offload(self, line: Line, demand: Demand, current: Runner | None) -> Offload | None:
         """Return the best way that is possible at all; None: the line is refused, since there is none."""
@@ -204,10 +246,12 @@ class _Planner:
 
     def _refusal(self, line: Line, demand: Demand) -> DoesNotFit:
         everything = self._with(self.free, self.pool.runners.values())
-        capacity = {device: sample.capacity_bytes for device, sample in self.pool.ledger.devices.items()}
+        capacity = {device: self.pool.ledger.devices[device].capacity_bytes for device in self.free}
         offload = demand.offloads(self.gpus)[-1]
         boundless = dict.fromkeys((*capacity, HOST), 2**62)
         need = place(demand, offload, boundless, self.gpus)
+        if need is not None:
+            self.plan.rooms[line.want] = Room(need, tuple(sorted(self.potential.items())))
         pins = sorted({runner.model for runner in self.pool.runners.values() if self.pool.pinned(runner)})
         stuck = sorted({self.pool.runners[id].model for id in self.stuck})
         if stuck and place(
@@ -218,6 +262,8 @@ class _Planner:
             reason = f"it would fit only by moving what is pinned: {', '.join(pins)}"
         elif place(demand, offload, capacity, self.gpus):
             reason = "other programs, or the program's own reservations, hold the memory"
+        elif demand.require_gpu and not self.gpus and not demand.footprint.fixed:
+            reason = "a GPU is required, and there is none"
         else:
             reason = "it is larger than the memory there is"
         amounts = needed(need, exact=bool(demand.footprint.fixed)) if need else demand.footprint.fixed
@@ -230,7 +276,7 @@ class _Planner:
             return [runner for runner in runners if runner.id not in self.awaited and not self.pool.pinned(runner)]
         return [model.current] if model.current is not None else []
 
-    def _candidates(self, head: Request, exclude: Sequence[Runner]) -> list[Candidate]:
+    def _candidates(self, head: Request | None, exclude: Sequence[Runner]) -> list[Candidate]:
         """Return what may be given up for `head`, the first choice first: loads nobody wants, idle, busy."""
         runners = [
             runner
@@ -240,14 +286,16 @@ class _Planner:
         ]  # fmt: skip
         candidates = [self._candidate(runner, head) for runner in runners]
         try:
-            ordered = [one for one in self.policy.order(self.pool.now, candidates) if one in candidates]
+            ordered = [one for one in self.policy.order(self.pool.now, list(candidates)) if one in candidates]
         except Exception as error:  # a policy may be the user's own
             self.plan.policy_failure = repr(error)
             ordered = list(candidates)
         return sorted(ordered, key=lambda candidate: (candidate.leases > 0, candidate.free_at > self.pool.now))
 
-    def _candidate(self, runner: Runner, head: Request) -> Candidate:
-        bound = head.queued_at + self.pool.limits.max_wait_s if runner.state is READY else -math.inf
+    def _candidate(self, runner: Runner, head: Request | None) -> Candidate:
+        bound = -math.inf
+        if head is not None and runner.state is READY:
+            bound = head.queued_at + self.pool.limits.max_wait_s
         account = self.pool.ledger.accounts["runner", runner.id]
         return Candidate(
             runner.id, runner.model, sum(map(account.held_bytes, self.pool.ledger.devices)), runner.keep_alive_s,

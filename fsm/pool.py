@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from fsm.estimate import estimate
 from fsm.footprint import Footprint
 from fsm.ledger import Ledger
 from fsm.limits import Limits
-from fsm.model import Amounts, ModelInfo, Options
+from fsm.model import Amounts, DeviceId, ModelInfo, Options
 from fsm.options import resolve, serves
 from fsm.placement import Demand
 from fsm.request import ModelId, Purpose, Request, RequestId, RequestState, Want
 from fsm.runner import EXPIRING, IDLE, LOADING, READY, UNLOADED, Runner, RunnerId
 from fsm.timers import Timers
+
+CONTEXT_STEPS = (32768, 4096)  # to which an automatic context goes down, tokens: the reference's
 
 
 @dataclass(slots=True, eq=False)
@@ -32,7 +34,10 @@ class Model:
     failure: str = ""  # the last one, in words
     alone: bool = False  # a load ran out of memory: everything else goes before the next one
     load_s: float | None = None  # how long the last load took
-    measured: dict[tuple[Options, Amounts], Amounts] = field(default_factory=dict)  # (options, split) -> bytes
+    context_limit: int | None = None  # of automatic contexts, after one ran out of memory; until a runner has lived
+    first: int = 1  # runners with lower ids were of another file
+    # (options, split) -> bytes: exact where a runner has settled, else never less than was predicted
+    measured: dict[tuple[Options, Amounts], Amounts] = field(default_factory=dict)
     demands: dict[Options, tuple[Options, Demand]] = field(default_factory=dict)  # of this info, as asked
 
     def demand(self, asked: Options, limits: Limits) -> tuple[Options, Demand]:
@@ -42,7 +47,7 @@ class Model:
             if isinstance(self.info, Footprint):
                 known = asked, Demand(self.info, require_gpu=limits.require_gpu)
             else:
-                options = resolve(self.info, asked, limits.defaults)
+                options = resolve(self.info, asked, self._defaults(limits))
                 seen = {split: amounts for (measured, split), amounts in self.measured.items() if measured == options}
                 known = (
                     options,
@@ -58,10 +63,26 @@ class Model:
             self.demands[asked] = known
         return known
 
-    def learn(self, info: ModelInfo | Footprint) -> None:
+    def _defaults(self, limits: Limits) -> Options:
+        """Return what is automatic: the limits' defaults, the context stepped down where it had to be."""
+        if self.context_limit is None:
+            return limits.defaults
+        return replace(limits.defaults, num_ctx=min(self.context_limit, limits.defaults.num_ctx or self.context_limit))
+
+    def step_down(self, failed: Runner) -> bool:
+        """Make automatic contexts smaller after a load ran out of memory with one; return whether that is possible."""
+        automatic = any(asked.num_ctx is None for asked in failed.accepted)
+        smaller = [step for step in CONTEXT_STEPS if step < (failed.told.num_ctx or 0)]
+        if not automatic or not smaller:
+            return False
+        self.context_limit = smaller[0]
+        self.demands.clear()
+        return True
+
+    def learn(self, info: ModelInfo | Footprint, next_runner: int) -> None:
         """Take over what an inspection found; what was measured of another file no longer holds."""
         if info != self.info:
-            self.info = info
+            self.info, self.first = info, next_runner
             self.measured.clear()
             self.demands.clear()
         self.fresh = True
@@ -81,6 +102,8 @@ class Model:
             self.failure,
             self.alone,
             self.load_s,
+            self.context_limit,
+            self.first,
             dict(self.measured),
             dict(self.demands),
         )
@@ -101,6 +124,18 @@ class Line:
         return next(iter(self.requests.values()))
 
 
+@dataclass(slots=True, eq=False)
+class OpenClaim:
+    """Devices that a planned launch asks to have to itself among the programs on the machine; over when it launches."""
+
+    number: int
+    devices: frozenset[DeviceId]
+    by: float  # waited for no longer than until then
+    had: bool = False  # it was had, or the wait for it is over; never between two steps
+    missed: bool = False  # the wait for it is over
+    contended: bool = False  # another program has one of the devices
+
+
 @dataclass(slots=True)
 class Pool:
     """Everything a decision may depend on. `Core` alone changes it."""
@@ -117,6 +152,8 @@ class Pool:
     samples: int = 0  # asked for so far
     closing: bool = False
     now: float = -math.inf
+    claims: dict[int, OpenClaim] = field(default_factory=dict)  # by number; for lines whose launch is planned
+    next_claim: int = 1
 
     def enqueue(self, request: Request) -> Line:
         """Put a request at the end of its line."""
@@ -165,6 +202,10 @@ class Pool:
             return self.limits.max_runners
         return 3 * max(1, sum(sample.kind == "gpu" for sample in self.ledger.devices.values()))
 
+    def overfull(self) -> bool:
+        """Tell whether more may be alive than the limit that is set, or more be held than there is since it shrank."""
+        return bool(self.ledger.shrunk) or 0 < self.limits.max_runners < self.alive()
+
     def check(self) -> None:
         """Raise AssertionError where an invariant does not hold; for tests and searches, after every step."""
         for runner in self.runners.values():
@@ -180,8 +221,10 @@ class Pool:
         assert owners == set(self.ledger.accounts), "an account without an owner, or the other way round"
         for device, sample in self.ledger.devices.items():
             promised = self.ledger.promised_bytes(device)
-            assert self.ledger.shrunk or promised <= sample.capacity_bytes, f"{device}: promised more than there is"
+            fits = promised <= sample.capacity_bytes
+            assert fits or device in self.ledger.shrunk, f"{device}: promised more than there is"
         assert not (self.closing and self.lines), "somebody waits for a closed scheduler"
+        self._check_claims()
 
     def _check_runner(self, runner: Runner) -> None:
         assert runner.state is not UNLOADED, f"{runner} is unloaded but listed"
@@ -189,14 +232,35 @@ class Pool:
         assert bool(runner.leases) <= (runner.state in (READY, EXPIRING)), f"{runner} holds leases it may not"
         assert runner.current == (self.models[runner.model].current is runner), f"{runner}: not its model's current one"
         assert runner.process or (runner.state is EXPIRING and not runner.leases), f"{runner} serves without a process"
+        default = runner.keep_alive_s == self.limits.keep_alive_s
+        assert default or not runner.keeps_default, f"{runner}: neither the default nor one named"
         assert not (runner.stopping and runner.leases), f"{runner} is stopped in use"
         lingers = runner.process and runner.state is EXPIRING and not runner.leases and not runner.stopping
         assert not lingers, f"{runner} is neither in use nor stopped"
         for lease in runner.leases:
             assert self.requests[lease].runner == runner.id, f"lease {lease} is on another runner"
+        account = self.ledger.accounts["runner", runner.id]
+        for device, promised in account.promised.items() if account.settled else ():
+            most = account.peak.get(device, promised) + account.to_come.get(device, 0)
+            assert promised <= most, f"{runner}: more is promised than was measured"
+        assert account.settled <= (runner.loaded_at is not None), f"{runner} has settled before it served"
         timed = runner.state is IDLE and runner.keep_alive_s < math.inf and not self.models[runner.model].pinned
         assert timed == (self.timers.at(("keep-alive", runner.id)) < math.inf), f"{runner}: keep-alive clock"
         assert (runner.state is LOADING) == (self.timers.at(("load", runner.id)) < math.inf), f"{runner}: load clock"
+
+    def _check_claims(self) -> None:
+        under = [runner for runner in self.runners.values() if runner.claim]
+        numbers = {*self.claims, *(runner.claim for runner in under)}
+        assert len(numbers) == len(self.claims) + len(under), "a claim is used twice"
+        assert all(number < self.next_claim for number in numbers), "a claim that was never made"
+        assert len(self.claims) <= len(self.lines), "a claim for nobody"
+        for claim in self.claims.values():
+            assert not claim.had and claim.devices, f"{claim}: had, but nothing was launched"
+            assert self.timers.at(("claim", claim.number)) == claim.by, f"{claim}: nothing ends the wait for it"
+        for runner in under:
+            assert runner.process and runner.loaded_at is None, f"{runner} keeps devices that it needs no more"
+            timed = self.timers.at(("claim", runner.claim)) < math.inf
+            assert timed == runner.stopping, f"{runner}: how long it keeps its devices"
 
     def copy(self) -> Pool:
         """Return an independent copy; what is immutable is shared."""
@@ -219,6 +283,8 @@ class Pool:
             self.samples,
             self.closing,
             self.now,
+            {number: replace(claim) for number, claim in self.claims.items()},
+            self.next_claim,
         )
 
 

@@ -89,6 +89,8 @@ class Runner:
     awaited: dict[DeviceId, int] = field(default_factory=dict)  # free bytes by GPU that show its memory to be back
     due_at: float = math.inf  # expiring: when it ought to be gone; after that nobody counts on its memory
     memory_by: float = 0.0  # when the wait for its memory is over
+    claim: int = 0  # its devices are the program's own by this Claim, while it may take more memory; 0: by none
+    keeps_default: bool = True  # no request has named its keep-alive: a changed default holds for it too
 
     def __post_init__(self) -> None:
         if self.loaded_at is None:
@@ -109,5 +111,5 @@ class Runner:
             self.id, self.model, self.told, self.placement, self.keep_alive_s, self.launched_at, self.state,
             self.options, set(self.accepted), set(self.leases), self.loaded_at, self.used_at, self.resident_until,
             self.process, self.stopping, self.expire_when_served, self.out_of_memory, self.wanted, self.last_sample,
-            dict(self.awaited), self.due_at, self.memory_by,
+            dict(self.awaited), self.due_at, self.memory_by, self.claim, self.keeps_default,
         )  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from fsm.ledger import Account
 from fsm.model import Amounts, DeviceId, Options
 from fsm.pool import Pool
 from fsm.request import ModelId, Purpose, RequestId
@@ -22,6 +23,11 @@ class RunnerView:
     options: Options
     promised: Amounts
     resident: Amounts  # as last measured; empty: not yet
+    predicted: Amounts  # at its launch; or what a runner like it took, where one has lived
+    peak: Amounts  # the most that was measured
+    held: Amounts  # what counts as taken: the larger of what is promised and measured
+    mapped_bytes: int  # of the host's that are resident: pages of files
+    settled: bool  # it has filled a context: what was measured has replaced what was predicted
     gpu_layers: Amounts  # layers by GPU
     keep_alive_s: float
     expires_at: float  # infinite unless its keep-alive clock runs
@@ -56,6 +62,8 @@ class DeviceView:
     reported_free_bytes: int
     held_bytes: int  # promised, or measured where that is more
     free_bytes: int  # what can still be promised
+    missing_bytes: int  # what of our part others hold: by so much less can be promised
+    integrated: bool = False  # a GPU that shares the host's memory: these are the host's figures once more
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,12 +88,17 @@ def _runners(pool: Pool) -> tuple[RunnerView, ...]:
         account = pool.ledger.accounts["runner", runner.id]
         view = RunnerView(
             runner.id, runner.model, runner.state, len(runner.leases), runner.options, tuple(account.promised.items()),
-            tuple(account.resident.items()), runner.placement.gpu_layers, runner.keep_alive_s,
+            tuple(account.resident.items()), runner.placement.bytes, tuple(account.peak.items()), _held(account),
+            account.mapped_bytes, account.settled, runner.placement.gpu_layers, runner.keep_alive_s,
             pool.timers.at(("keep-alive", runner.id)), runner.launched_at, runner.loaded_at,
             pool.models[runner.model].pinned, runner.process, runner.due_at,
         )  # fmt: skip
         views.append(view)
     return tuple(views)
+
+
+def _held(account: Account) -> Amounts:
+    return tuple((device, account.held_bytes(device)) for device in sorted({*account.promised, *account.peak}))
 
 
 def _queue(pool: Pool) -> tuple[WaitView, ...]:
@@ -113,8 +126,10 @@ def _devices(pool: Pool) -> tuple[DeviceView, ...]:
             sample.name,
             sample.capacity_bytes,
             sample.free_bytes,
-            ledger.held_bytes(id),
-            ledger.free_bytes(id),
+            ledger.held_bytes(sample.memory),
+            ledger.free_bytes(sample.memory),
+            ledger.missing_bytes(sample.memory),
+            sample.integrated,
         )
-        for id, sample in sorted(ledger.devices.items())
+        for id, sample in ledger.devices.items()
     )

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import heapq
 import math
+from dataclasses import dataclass, field
 from typing import Literal
 
-Key = tuple[Literal["keep-alive", "load", "memory", "request", "plan", "close"], int]
+Key = tuple[Literal["keep-alive", "load", "memory", "request", "plan", "close", "claim"], int]
 
 
+@dataclass(slots=True, eq=False)
 class Timers:
     """Deadlines that can be moved and cleared at no cost: what is out of date is dropped when it comes up."""
 
-    __slots__ = ("_at", "_heap", "_queued")
-
-    def __init__(self) -> None:
-        self._at: dict[Key, float] = {}  # what holds
-        self._queued: dict[Key, float] = {}  # each key's earliest entry in the heap
-        self._heap: list[tuple[float, Key]] = []  # every key of _at has an entry at or before its time
+    _at: dict[Key, float] = field(default_factory=dict)  # what holds
+    _queued: dict[Key, float] = field(default_factory=dict)  # each key's earliest entry in the heap
+    _heap: list[tuple[float, Key]] = field(default_factory=list)  # every key of _at has an entry at or before its time
 
     def set(self, key: Key, at: float) -> None:
         """Make `key` due at `at`, in place of what it had; infinite: never."""
@@ -62,6 +61,4 @@ class Timers:
 
     def copy(self) -> Timers:
         """Return an independent copy."""
-        other = Timers()
-        other._at, other._queued, other._heap = dict(self._at), dict(self._queued), list(self._heap)
-        return other
+        return Timers(dict(self._at), dict(self._queued), list(self._heap))

@@ -4,6 +4,7 @@ from fsm.eviction import Candidate, EvictionPolicy
 from fsm.journal import Decision, Transition
 from fsm.model import Options
 from scheduler.asking import Reservation
+from scheduler.catalog import Catalog, Resolver
 from scheduler.engines.python import PythonModel
 from scheduler.errors import (
     AcquireTimeout,
@@ -25,6 +26,7 @@ from scheduler.errors import (
     SchedulerForked,
     UnsupportedOption,
 )
+from scheduler.fit import Fit, FitAdvice, FitDevice, FitVictim
 from scheduler.hub import EventStream, Gap
 from scheduler.lease import Lease
 from scheduler.scheduler import Scheduler
@@ -35,12 +37,17 @@ from scheduler.status import RunnerStatus, Status, WaitStatus
 __all__ = [
     "AcquireTimeout",
     "Candidate",
+    "Catalog",
     "Decision",
     "DoesNotFit",
     "EngineError",
     "EngineMissing",
     "EventStream",
     "EvictionPolicy",
+    "Fit",
+    "FitAdvice",
+    "FitDevice",
+    "FitVictim",
     "Gap",
     "InvalidModel",
     "InvalidSettings",
@@ -55,6 +62,7 @@ __all__ = [
     "QueueFull",
     "RequestCancelled",
     "Reservation",
+    "Resolver",
     "RunnerCrashed",
     "RunnerStatus",
     "Scheduler",

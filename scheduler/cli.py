@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Never
 
 from scheduler.errors import InvalidSettings, SchedulerError
-from scheduler.settings import parse_bytes, parse_duration
+from scheduler.settings import Settings, parse_bytes, parse_duration
 
 PROGRAM = "loadmaster"
 WRONG_USE = 2
@@ -51,6 +51,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"{PROGRAM} {_version()}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_demo(commands.add_parser("demo", help="run real models in too little memory and show what happens"))
+    _add_models(commands.add_parser("models", help="list the models that can be had by name, and whether they fit"))
+    _add_fit(commands.add_parser("fit", help="show what a model would take of which device, and whether it fits"))
     return parser
 
 
@@ -66,6 +68,53 @@ def _add_demo(parser: argparse.ArgumentParser) -> None:
     option("--keep-alive", default="1.5s", metavar="TIME", help="keep-alive of the last act (default: 1.5s)")
     option("--requests", type=int, default=9, metavar="N", help="requests when everybody asks at once (default: 9)")
     parser.set_defaults(run=_demo)
+
+
+def _add_models(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Lists the models in the folders that LOADMASTER_MODELS names, in Ollama's store and in the Hugging Face "
+        "cache, each with the name to acquire it by, and whether it would fit into the memory that is free now."
+    )
+    parser.add_argument("--json", action="store_true", help="print a list of objects instead of tables")
+    parser.set_defaults(run=_models)
+
+
+def _add_fit(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Shows what a model would take of each device if it were loaded now, whether that fits, and what to change so "
+        "that it does. Nothing is loaded. Exits with 0 if it fits, with 1 if it does not."
+    )
+    parser.add_argument("model", metavar="MODEL", help="the path of a GGUF file, or a name")
+    asked = parser.add_argument_group("what is asked for").add_argument
+    asked("--num-ctx", type=int, metavar="TOKENS", help="context of one slot")
+    asked("--num-parallel", type=int, metavar="N", help="slots, each with a context of its own")
+    asked("--num-batch", type=int, metavar="TOKENS", help="how much of a prompt is worked on at once")
+    asked("--num-gpu", type=int, metavar="LAYERS", help="layers on GPUs; negative: automatic, 0: none")
+    asked("--cache-type", metavar="TYPE", help="type of the KV cache: f16, q8_0, q4_0, …")
+    asked("--flash-attention", action=argparse.BooleanOptionalAction, help="whether it is used; else automatic")
+    asked("--mmap", action=argparse.BooleanOptionalAction, help="whether the file is mapped; else automatic")
+    asked("--embedding", action="store_true", help="as an embedder")
+    asked("--adapter", action="append", metavar="FILE", help="with a LoRA adapter; may be given several times")
+    asked("--projector", action="append", metavar="FILE", help="with a projector; may be given several times")
+    room = parser.add_argument_group("in other memory than there is").add_argument
+    room("--memory-limit", metavar="SIZE", help="host memory that models may take in all, like 2GiB")
+    room("--host", metavar="SIZE", help="as if the host had so much memory, all of it free")
+    imagined = "as if there were this GPU, all of it free, in place of those there are; may be given several times"
+    room("--gpu", action="append", default=[], metavar="NAME=SIZE", help=imagined)
+    parser.add_argument("--json", action="store_true", help="print an object instead of a table")
+    parser.set_defaults(run=_fit)
+
+
+def _fit(chosen: argparse.Namespace) -> int:
+    from scheduler.fit_command import run_fit  # here, since nothing else needs what it imports
+
+    return run_fit(chosen)
+
+
+def _models(chosen: argparse.Namespace) -> int:
+    from scheduler.models_command import run_models  # here, since nothing else needs what it imports
+
+    return run_models(Settings.from_environment(), as_json=chosen.json)
 
 
 def _demo(chosen: argparse.Namespace) -> int:

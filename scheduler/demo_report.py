@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 
 from fsm.journal import Decision, Entry, Transition
@@ -45,6 +45,20 @@ class Answer:
     ended_at: float
     text: str
     error: str = ""  # empty: it was answered
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What a model's runners took of the host when they took most; bytes."""
+
+    private_bytes: int = 0
+    shared_bytes: int = 0  # pages of files
+    settled: bool = False  # a request filled a context of one: what was measured has replaced what was predicted
+
+    @property
+    def total_bytes(self) -> int:
+        """The sum."""
+        return self.private_bytes + self.shared_bytes
 
 
 class Checklist:
@@ -109,7 +123,7 @@ class Record:
     evictions: int = 0
     drains: int = 0
     missed: int = 0  # entries that the stream dropped
-    measured_bytes: dict[str, int] = field(default_factory=dict)  # the most that a model's runner took on the host
+    measured: dict[str, Measured] = field(default_factory=dict)  # by model, if it was ever loaded
 
     def name(self, id: ModelId) -> str:
         """Return a model's name."""
@@ -141,11 +155,16 @@ class Record:
         """Take in what the memory was like at `now`."""
         resident = 0
         for runner in status.runners:
-            amount = runner.resident_bytes.get(HOST, 0)
-            resident += amount
-            self.measured_bytes[runner.model] = max(self.measured_bytes.get(runner.model, 0), amount)
+            resident += runner.resident_bytes.get(HOST, 0)
+            self.add_measured(runner.model, Measured(runner.private_bytes, runner.shared_bytes, runner.settled))
         held = sum(device.held_bytes for device in status.devices if device.id == HOST)
         self.timeline.add_memory(now, held, resident)
+
+    def add_measured(self, model: str, measured: Measured) -> None:
+        """Take in what a runner of a model takes; of its memory the most is kept."""
+        before = self.measured.get(model, Measured())
+        larger = max(before, measured, key=lambda one: one.total_bytes)
+        self.measured[model] = replace(larger, settled=before.settled or measured.settled)
 
     def is_leaving(self, runner: RunnerId) -> bool:
         """Whether a runner is expiring, or gone."""
@@ -176,7 +195,11 @@ def summary(record: Record, now: float, expected: Collection[Feature], *, comple
     ]
     if record.missed:
         lines.append(f"  {record.missed} events were missed, so there was more than is shown here")
-    lines += ["", "Memory          predicted    measured", *(_memory_line(record, player) for player in record.players)]
+    lines += ["", "Memory          predicted    measured =  private +  shared"]
+    lines += [_memory_line(record, player) for player in record.players]
+    lines.append(
+        "  (Shared are pages of the file. What was measured replaces what was predicted once a context was full.)"
+    )
     lines += ["", "Seen", *(_feature_line(record, feature, feature in expected, complete) for feature in Feature)]
     if any(feature not in expected and feature not in record.checklist.seen_at for feature in Feature):
         lines.append("  (Not here: with these models and this limit there is no occasion for it.)")
@@ -212,11 +235,13 @@ def _waits(waits_s: Sequence[float]) -> str:
 
 
 def _memory_line(record: Record, player: Player) -> str:
-    measured = record.measured_bytes.get(player.name, 0)
-    if not measured:
+    measured = record.measured.get(player.name, Measured())
+    if not measured.total_bytes:
         return f"  {player.name:<12.24} {format_bytes(player.predicted_bytes):>11}   never loaded"
-    share = f"{100 * measured / player.predicted_bytes:.0f} % of it"
-    return f"  {player.name:<12.24} {player.predicted_bytes / MIB:>7.1f} MiB {measured / MIB:>7.1f} MiB   {share}"
+    sizes = f"{player.predicted_bytes / MIB:>7.1f} MiB {measured.total_bytes / MIB:>7.1f} MiB"
+    parts = f"{measured.private_bytes / MIB:>7.1f} {measured.shared_bytes / MIB:>9.1f} MiB"
+    share = f"{100 * measured.total_bytes / player.predicted_bytes:.0f} % of it"
+    return f"  {player.name:<12.24} {sizes}  {parts}   {share}{', and replaced it' if measured.settled else ''}"
 
 
 def _feature_line(record: Record, feature: Feature, expected: bool, complete: bool) -> str:

@@ -42,7 +42,7 @@ class Desk:
         self._core = core
         self._registry = registry
         self._hub = hub
-        self.driver = Driver(core, monotonic_clock, self._perform, self._publish, self._fail)
+        self.driver = Driver(core, monotonic_clock, self._perform, self._publish, self._fail, self._stood_still)
         self.executor = Executor(settings, devices, registry.engine_of, self.driver.post, core.pool.runners)
 
     def ticket(self, question: Question) -> Ticket:
@@ -100,6 +100,8 @@ class Desk:
         """Release what a ticket holds; return False where that was done before, or it was lost."""
         if ticket.id not in self.tickets or self.forked:
             return False
+        if ticket.life is not None:
+            ticket.life.lease_ended = True
         self.driver.post(on.Release(ticket.id))  # first: if Ctrl-C comes in between, it is only said twice
         self.tickets.pop(ticket.id, None)
         return True
@@ -127,7 +129,7 @@ class Desk:
             case do.Grant(request, runner):
                 if (ticket := self.tickets.get(request)) is not None:
                     ticket.answer(self.executor.lives.get(runner) if runner is not None else None, None)
-            case do.Inspect() | do.Launch() | do.Stop() | do.Sample():
+            case do.Inspect() | do.Launch() | do.Stop() | do.Sample() | do.Claim() | do.Unclaim():
                 self.executor.perform(command)
             case do.Reject(request, refusal):
                 if (ticket := self.tickets.pop(request, None)) is not None:
@@ -151,6 +153,11 @@ class Desk:
         if not self._hub.publish(entries):
             self._core.journal = None
 
+    def _stood_still(self) -> None:
+        """Time has passed in which nothing ran here: it is no load's fault, and what was read of the devices is old."""
+        log.info("nothing ran here for a while: the devices are read again")
+        self.executor.look_again()
+
     def _fail(self, error: BaseException) -> None:
         """A step raised: tell everybody, and let close end the rest."""
         log.error("a decision failed; the scheduler has stopped", exc_info=error)
@@ -158,6 +165,7 @@ class Desk:
         self.finished.set()
 
     def answer_all(self, error: Callable[[], SchedulerError]) -> None:
+        """End every request that is left: refuse what waits, break what is held."""
         while self.tickets:
             try:
                 _, ticket = self.tickets.popitem()

@@ -5,18 +5,18 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator
 
 from fsm import commands as do
 from fsm import events as on
 from fsm.events import Event
-from fsm.model import DeviceId
 from fsm.request import ModelId
 from fsm.runner import RunnerId
 from scheduler.client import RunnerClient
 from scheduler.devices import Devices
-from scheduler.engines import Endpoint, Engine, Process
+from scheduler.engines import Endpoint, Engine, Memory, Process
 from scheduler.errors import InvalidModel, ModelNotFound, SchedulerError
+from scheduler.machine_lock import DeviceLocks
 from scheduler.sampler import Sampler
 from scheduler.settings import Settings
 from scheduler.workers import Workers
@@ -26,8 +26,10 @@ log = logging.getLogger("loadmaster")
 _WORKERS = 8  # jobs that may block at once: inspections, launches, samples
 _CALLERS = 64  # of the user's callbacks at once, started as needed: each may block, on the scheduler too
 _STOPPERS = 2  # of their own, so that nothing can starve a stop
-_FRESH_S = 2.0  # how long an inspection waits for a sample of the devices
+_FRESH_S = 2.0  # how long an inspection, or a claim, waits for a sample of the devices
 _PROGRESS_S = 1.0  # progress is posted at most so often
+_LOOK_S = 1.0  # how long a runner may take to say whether it has settled
+_LAST_LOOK_S = 0.2  # the same, right before it is stopped
 
 
 class Life:
@@ -48,6 +50,9 @@ class Life:
         self._stop_grace_s: float | None = None  # a Stop came; a launch that has not begun never does
         self.over = False  # Exited was posted, or is about to be
         self.probed = False  # a probe is queued or under way
+        self.lease_ended = False  # since it was last looked at
+        self.looked_at = False  # a look is queued or under way
+        self.settled = False  # Filled was posted
         self._progress_at = 0.0
         self._client: RunnerClient | None = None
 
@@ -91,13 +96,13 @@ class Life:
             self._progress_at = now
             self._post(on.Progress(self.runner))
 
-    def loaded(self, endpoint: Endpoint | object, num_ctx: int | None, resident: Mapping[DeviceId, int]) -> None:
+    def loaded(self, endpoint: Endpoint | object, num_ctx: int | None, memory: Memory) -> None:
         """Report of the engine: it serves."""
         if isinstance(endpoint, Endpoint):
             self.endpoint = endpoint
         else:
             self.value = endpoint
-        self._post(on.Loaded(self.runner, num_ctx, tuple(sorted(resident.items()))))
+        self._post(on.Loaded(self.runner, num_ctx, tuple(sorted(memory.resident.items())), memory.mapped_bytes))
 
     def exited(self, code: int | None, detail: str, out_of_memory: bool) -> None:
         """Report of the engine: the process is gone."""
@@ -132,8 +137,9 @@ class Executor:
         self._listed = listed  # the runners that the core still knows; looked at under the driver's lock
         self.lives: dict[RunnerId, Life] = {}  # one for each of them, and a few of the past; written under that lock
         self.sampler = Sampler(devices, self.workers, self._running, post)
+        self.locks = self._locks(settings)
 
-    def perform(self, command: do.Inspect | do.Launch | do.Stop | do.Sample) -> None:
+    def perform(self, command: do.Inspect | do.Launch | do.Stop | do.Sample | do.Claim | do.Unclaim) -> None:
         """File a command, in the order in which they are decided; returns at once."""
         match command:
             case do.Inspect(model):
@@ -146,10 +152,15 @@ class Executor:
                 self.workers.put(life.begin)
             case do.Stop(runner):
                 if (life_to_stop := self.lives.get(runner)) is not None:
-                    grace_s = self._settings.stop_grace
-                    self._stoppers.put(lambda: life_to_stop.stop(grace_s))
+                    self._stoppers.put(lambda: self._stop(life_to_stop))
             case do.Sample(number):
                 self.sampler.request(number)
+            case do.Claim(number, devices):
+                if self.locks is not None:
+                    self.locks.claim(number, devices)
+            case do.Unclaim(number):
+                if self.locks is not None:
+                    self.locks.give_back(number)
 
     def probe(self, life: Life) -> None:
         """Have a runner asked whether it still answers, and post it if it does not; one probe of it at a time."""
@@ -160,19 +171,73 @@ class Executor:
     def _probe(self, life: Life) -> None:
         timeout_s = self._settings.probe_timeout
         if life.process is not None and not life.process.healthy(timeout_s) and not life.over:
+            life.lease_ended = False  # nor would it answer a look
             self._post(on.Unresponsive(life.runner, f"it did not answer within {timeout_s:g} s"))
         life.probed = False
+
+    def look(self, life: Life) -> None:
+        """Have a runner asked whether it has settled, and post it when it has; one look at it at a time."""
+        if not life.looked_at:
+            life.looked_at = True
+            self.workers.put(lambda: self._look(life, _LOOK_S))
+
+    def _look(self, life: Life, timeout_s: float) -> None:
+        life.lease_ended = False
+        try:
+            to_come = life.process.settled(timeout_s) if life.process is not None else None
+            if to_come is None or life.settled:
+                return
+            life.settled = self.sampler.refresh(timeout_s)  # its memory is read after it was filled
+            life.lease_ended = not life.settled  # else it is looked at again soon
+            if life.settled:
+                self._post(on.Filled(life.runner, tuple(sorted(to_come.items()))))
+        finally:
+            life.looked_at = False
+
+    def _stop(self, life: Life) -> None:
+        try:
+            if life.lease_ended and not life.settled and not life.over:  # else what its last lease showed would be lost
+                self._look(life, _LAST_LOOK_S)
+        finally:
+            life.stop(self._settings.stop_grace)
+
+    def look_again(self) -> None:
+        """Have the devices read, and loads given their time anew: as after a gap in which they could show nothing."""
+        for life in list(self.lives.values()):
+            if life.process is not None and life.endpoint is None and life.value is None and not life.over:
+                self._post(on.Progress(life.runner))
+        self.sampler.request()
 
     def close(self, timeout_s: float) -> list[str]:
         """End the threads; return the names of those that hang."""
         end = time.monotonic() + timeout_s
-        pools = (self._stoppers, self.workers, self.callers)
-        return [name for pool in pools for name in pool.close(max(0.0, end - time.monotonic()))]
+        ends = [self.locks.close] if self.locks is not None else []
+        ends += [pool.close for pool in (self._stoppers, self.workers, self.callers)]
+        return [name for close in ends for name in close(max(0.0, end - time.monotonic()))]
+
+    @property
+    def problems(self) -> tuple[str, ...]:
+        """What could not be done and was worked round, in sentences."""
+        return (self.locks.problem,) if self.locks is not None and self.locks.problem else ()
 
     def _running(self) -> Iterator[tuple[RunnerId, Process]]:
         for id, life in list(self.lives.items()):
             if life.process is not None and not life.over:
                 yield id, life.process
+
+    def _locks(self, settings: Settings) -> DeviceLocks | None:
+        """Return the locks among the programs on this machine; None where they are off, and nothing is claimed."""
+        if settings.lock_folder is None:
+            return None
+
+        def had(number: int) -> None:
+            self.workers.put(lambda: self._claimed(number))
+
+        return DeviceLocks(settings.lock_folder, had, lambda number: self._post(on.Contended(number)))
+
+    def _claimed(self, number: int) -> None:
+        self.sampler.refresh(_FRESH_S)  # what other programs took before it
+        self._post(on.Claimed(number))
 
     def _inspect(self, model: ModelId) -> None:
         engine, what = self._engine_of(model)

@@ -1,4 +1,4 @@
-"""A thread that looks after what nobody uses: runners that hang, memory that grows, a clock that jumped."""
+"""A thread that looks after what nobody asks for: runners that hang or have settled, memory that grows."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ _SAMPLE_INTERVAL_S = 1.0
 
 
 class Prober:
-    """Has memory sampled about once a second and each loaded runner probed once an interval; waits for neither."""
+    """Has memory sampled about once a second, and each loaded runner probed once an interval; waits for neither.
+
+    Whether a runner has settled is looked at until it has: once an interval, and within a second after a lease on it.
+    """
 
     def __init__(self, executor: Executor, interval_s: float) -> None:
         self._executor = executor
@@ -36,8 +39,12 @@ class Prober:
         while not self._stop.wait(pause_s):
             self._executor.sampler.request()
             waited_s += pause_s
-            if waited_s >= self._interval_s:
-                waited_s = 0.0
-                for life in list(self._executor.lives.values()):
-                    if life.endpoint is not None and not life.over:
-                        self._executor.probe(life)
+            due = waited_s >= self._interval_s
+            waited_s = 0.0 if due else waited_s
+            for life in list(self._executor.lives.values()):
+                if life.endpoint is None or life.over:
+                    continue
+                if due:
+                    self._executor.probe(life)
+                if not life.settled and (due or life.lease_ended):
+                    self._executor.look(life)

@@ -74,15 +74,19 @@ class Sampler:
 
     def _read(self, number: int) -> None:
         running = list(self._running())
-        amounts: dict[RunnerId, dict[DeviceId, int]] = {id: dict(process.resident()) for id, process in running}
+        memories = [(id, process.memory()) for id, process in running]
+        amounts: dict[RunnerId, dict[DeviceId, int]] = {id: dict(memory.resident) for id, memory in memories}
         pids = {process.pid: id for id, process in running if process.pid is not None}
         samples = self._devices.sample()
         if any(sample.kind == "gpu" for sample in samples):
             for gpu, held in self._devices.gpu_processes().items():
-                for pid, count in held.items():
-                    if pid in pids:
-                        amounts[pids[pid]][gpu] = count
+                for pid in held.keys() & pids.keys():
+                    own = amounts[
+                        pids[pid]
+                    ]  # in a container the driver's pids may be others': it holds its buffers anyway
+                    own[gpu] = max(held[pid], own.get(gpu, 0))
         resident: tuple[tuple[RunnerId, Resident], ...] = tuple(
             (id, tuple(sorted(held.items()))) for id, held in amounts.items() if held
         )
-        self._post(Sampled(samples, resident, number))
+        mapped = tuple((id, memory.mapped_bytes) for id, memory in memories if memory.mapped_bytes)
+        self._post(Sampled(samples, resident, number, mapped))

@@ -17,26 +17,30 @@ from fsm.limits import Limits
 from fsm.model import DeviceId, Options
 from fsm.request import ModelId, Purpose, Want
 from scheduler.asking import Acquiring, Reservation
+from scheduler.catalog import Catalog
 from scheduler.clock import monotonic_clock
 from scheduler.desk import Desk
 from scheduler.devices import Devices
 from scheduler.engines.llama import LlamaEngine
 from scheduler.engines.python import PythonEngine
-from scheduler.errors import SchedulerClosed
+from scheduler.errors import SchedulerClosed, SchedulerForked
+from scheduler.fit import Fit, fit_of
 from scheduler.hub import EventStream, Hub
 from scheduler.lease import Lease
 from scheduler.prober import Prober
 from scheduler.registry import Asking, Model, Question, Registry
-from scheduler.settings import Settings, parse_bytes, parse_duration
+from scheduler.settings import ChangeableArguments, Settings
 from scheduler.status import Status, status_of
+from scheduler.stores import default_resolvers
 from scheduler.ticket import FutureTicket
+from scheduler.units import parse_bytes, parse_duration
 
 log = logging.getLogger("loadmaster")
 
 _FIRST_SAMPLE_S = 10.0  # how long a slow GPU driver may hold up the start
 _EXIT_TIMEOUT_S = 0.0  # when the interpreter exits without close, nobody is left to release a lease
 _LAST_WORDS_S = 2.0  # beyond the time-outs, for killed processes to be reaped and threads to end
-_FRESH_S = 2.0  # how long a reservation waits for a sample of the devices
+_FRESH_S = 2.0  # how long a reservation, or a new memory limit, waits for a sample of the devices
 _CLOSE_LOOK_S = 0.1  # between two looks, while it closes, at whether leases are still held
 
 
@@ -46,17 +50,23 @@ class Scheduler:
     Safe to use from any thread, from event loops and from signal handlers. Close it, or use it in a `with` block; what
     is not closed is closed when the interpreter exits. After a fork only the parent may use it.
 
-    `settings` defaults to the environment's (`LOADMASTER_…`), see `Settings`.
+    `settings` defaults to the environment's, see `Settings.from_environment`.
     """
 
     def __init__(self, settings: Settings | None = None) -> None:
         self.settings = settings or Settings.from_environment()
         self._close_lock = threading.Lock()  # one closes, the others wait for it
+        self._configuring = threading.RLock()  # one changes limits; a signal handler may do so in between
         self._hub = Hub(self.settings.event_buffer)
-        self._devices = Devices(memory_limit_bytes=self.settings.memory_limit, gpus=self.settings.gpus)
+        self._devices = Devices(
+            memory_limit_bytes=self.settings.memory_limit,
+            gpus=self.settings.gpus,
+            gpu_reserve_bytes=self.settings.gpu_reserve,
+        )
         self._engines = (LlamaEngine(cpu_threads=self.settings.cpu_threads), PythonEngine())
-        self._registry = Registry(*self._engines, pin=lambda model: self._desk.post(on.Pin(model)))
-        core = Core(_limits(self.settings), self.settings.eviction)
+        self.catalog = Catalog(default_resolvers(self.settings.models))
+        self._registry = Registry(*self._engines, self.catalog, pin=lambda model: self._desk.post(on.Pin(model)))
+        core = Core(limits_of(self.settings), self.settings.eviction)
         self._desk = Desk(self.settings, core, self._devices, self._registry, self._hub)
         self._prober = Prober(self._desk.executor, self.settings.probe_interval)
         _open_schedulers.add(self)
@@ -69,8 +79,9 @@ class Scheduler:
     def acquire(self, model: Model, **asking: Unpack[Asking]) -> Lease:
         """Return a lease on a runner of `model`, loading it if need be; blocks until then.
 
-        `model` is the path of a GGUF file, a `ModelSpec` or a `PythonModel`; `Asking` lists the keywords. Those of
-        loading matter only if they are named: a runner that was loaded otherwise serves whoever does not care.
+        `model` is the path of a GGUF file, a name that `catalog` finds, a `ModelSpec` or a `PythonModel`; `Asking`
+        lists the keywords. Those of loading matter only if they are named: a runner that was loaded otherwise serves
+        whoever does not care.
 
         Raises `QueueFull`, `ModelNotFound`, `InvalidModel`, `DoesNotFit`, `LoadFailed`, `LoadTimeout`,
         `AcquireTimeout`, `UnsupportedOption`, `InvalidSettings`, `SchedulerClosed`.
@@ -136,14 +147,53 @@ class Scheduler:
         self._desk.wait(ticket, question)
         return reservation
 
+    def fit(self, model: Model, **asking: Unpack[Asking]) -> Fit:
+        """Return what would become of a request now: what would go where, who would leave, and how it would fit.
+
+        Takes what `acquire` takes. Nothing is loaded, given up or promised; a request that follows finds what others
+        have changed meanwhile. The engine need not be installed. The model's file is read, and the devices, for which
+        it waits at most 2 s. Raises `ModelNotFound`, `InvalidModel`, `UnsupportedOption`, `InvalidSettings`,
+        `SchedulerClosed`.
+        """
+        if self._desk.forked:
+            raise SchedulerForked()
+        if self._desk.closing:
+            raise SchedulerClosed()
+        spec, question = self._registry.look(model, asking)
+        info = self._registry.inspect(spec)
+        self._desk.executor.sampler.refresh(_FRESH_S)
+        core = self._desk.driver.read(Core.copy)
+        return fit_of(monotonic_clock(), core, question, info, self._registry)
+
+    # -- changing its limits ------------------------------------------------------------------------------------------
+
+    def configure(self, **limits: Unpack[ChangeableArguments]) -> None:
+        """Change limits while running: `memory_limit`, `max_queue`, `max_runners`, `keep_alive`; all of them or none.
+
+        Nobody who waits is turned away, and no lease is broken. What is idle and too much goes at once, what is in use
+        when it rests, what is pinned never. A keep-alive holds for loaded models too, but where a request has named
+        one. A new memory limit is waited for until the devices have been read with it, at most 2 s.
+
+        Raises `InvalidSettings` for a value that is not allowed and for what cannot change, `SchedulerClosed`.
+        """
+        if self._desk.forked:  # who held the lock may be gone
+            raise SchedulerForked()
+        if self._desk.closing:
+            raise SchedulerClosed()
+        with self._configuring:
+            self.settings = self.settings.changed(**limits)
+            now = self.settings  # a signal handler may have changed it again: the last one holds, for everybody
+            self._desk.post(on.Configure(now.max_queue, now.max_runners, now.keep_alive))
+            self._devices.set_memory_limit(now.memory_limit)
+        if "memory_limit" in limits:
+            self._desk.executor.sampler.refresh(_FRESH_S)
+
     # -- looking at it ------------------------------------------------------------------------------------------------
 
     def status(self) -> Status:
         """Return the runners, the queue and the devices as they are now."""
-        snapshot, failure = self._desk.driver.read(lambda core: (core.snapshot(), core.policy_failure))
-        problems = self._devices.problems
-        if failure:
-            problems = (*problems, f"the eviction policy raised {failure}: the oldest runners go first instead")
+        snapshot, failures = self._desk.driver.read(lambda core: (core.snapshot(), core.failures()))
+        problems = (*self._devices.problems, *failures, *self._desk.executor.problems)
         return status_of(snapshot, monotonic_clock(), self._registry, dict(self._desk.executor.lives).get, problems)
 
     def name(self, model: ModelId) -> str:
@@ -217,7 +267,8 @@ class Scheduler:
         self._devices.close()
 
 
-def _limits(settings: Settings) -> Limits:
+def limits_of(settings: Settings) -> Limits:
+    """Return what the core works by under these settings."""
     return Limits(
         max_queue=settings.max_queue,
         max_runners=settings.max_runners,
@@ -228,6 +279,16 @@ def _limits(settings: Settings) -> Limits:
         recovery_timeout_s=settings.recovery_timeout,
         loads_per_gpu=settings.loads_per_device,
         loads_on_host=settings.loads_on_host,
+        defaults=Options(
+            num_ctx=settings.num_ctx,
+            num_parallel=settings.num_parallel,
+            flash_attention=settings.flash_attention,
+            cache_type_k=settings.cache_type,
+            cache_type_v=settings.cache_type,
+        ),
+        claims=settings.lock_folder is not None,
+        spread=settings.spread,
+        require_gpu=settings.require_gpu,
     )
 
 

@@ -6,13 +6,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from fsm.model import Options
+from fsm.model import HOST, Options
 from fsm.request import RequestId
 from fsm.runner import RunnerId
 from fsm.snapshot import DeviceView, RunnerView, Snapshot
 
 if TYPE_CHECKING:
     from scheduler.answers import Names
+    from scheduler.engines import Process
     from scheduler.executor import Life
 
 
@@ -27,8 +28,16 @@ class RunnerStatus:
     pid: int | None  # None: not started yet, or an object
     url: str | None  # its server; None: not loaded yet, or an object
     options: Options  # explicit
-    promised_bytes: dict[str, int]  # by device: the prediction, or what was measured before
+    promised_bytes: dict[str, int]  # by device, at its launch: the prediction, or what was measured before
+    peak_bytes: dict[str, int]  # by device, the most that was measured
+    held_bytes: dict[str, int]  # by device, what counts as taken: the larger of both, or what was measured once settled
+    settled: bool  # a request has filled a context: what was measured has replaced what was predicted
     resident_bytes: dict[str, int]  # by device, as last measured; mapped weights count though they are page cache
+    private_bytes: int  # of those on the host: its own, given back only at its end
+    shared_bytes: int  # of those on the host: pages of files, its weights above all, which others may have mapped too
+    buffers_bytes: dict[
+        str, dict[str, int]
+    ]  # by kind (weights, cache, compute, output, projector) and device, as it says
     gpu_layers: dict[str, int]  # by GPU
     expires_in_s: float  # infinite unless its keep-alive clock runs
     load_s: float | None  # None: still loading
@@ -94,11 +103,24 @@ def _runner_status(view: RunnerView, now: float, name: str, life: Life | None) -
         process.pid if process is not None else None,
         endpoint.url if endpoint is not None else None,
         view.options,
-        dict(view.promised),
+        dict(view.predicted),
+        dict(view.peak),
+        dict(view.held),
+        view.settled,
         dict(view.resident),
+        max(0, dict(view.resident).get(HOST, 0) - view.mapped_bytes),
+        view.mapped_bytes,
+        _buffers_bytes(process),
         dict(view.gpu_layers),
         view.expires_at - now,
         None if view.loaded_at is None else view.loaded_at - view.launched_at,
         view.pinned,
         not view.leases and now >= view.due_at,
     )
+
+
+def _buffers_bytes(process: Process | None) -> dict[str, dict[str, int]]:
+    found: dict[str, dict[str, int]] = {}
+    for buffer in process.buffers if process is not None else ():
+        found.setdefault(buffer.kind, {})[buffer.device] = buffer.bytes
+    return found

@@ -109,6 +109,11 @@ def loaded(runner: int, num_ctx: int | None = None) -> on.Loaded:
     return on.Loaded(runner, num_ctx)
 
 
+def filled(runner: int, **to_come: str) -> on.Filled:
+    """A request filled a context of a runner's; `cpu="64MiB"` may be to come all the same."""
+    return on.Filled(runner, tuple((DeviceId(device), amount(size)) for device, size in to_come.items()))
+
+
 def progress(runner: int) -> on.Progress:
     return on.Progress(runner)
 
@@ -152,6 +157,7 @@ class PoolUnderTest:
         sizes: Mapping[str, int],
         inspects: bool,
         samples: bool,
+        shares: bool,
         integrated: bool,
     ) -> None:
         self.core = core
@@ -162,16 +168,20 @@ class PoolUnderTest:
             self.declare(model, size)
         self.inspects = inspects  # every Inspect is answered at once
         self.samples = samples  # every Sample is answered at once
+        self.shares = shares  # every Claim is had at once
         self.capacities = {HOST: capacity} | {DeviceId(f"gpu{i}"): size for i, size in enumerate(gpus)}
         self.integrated = integrated
         self.strangers: dict[str, int] = {}  # bytes by device that other programs hold
         self.occupied: dict[int, dict[DeviceId, int]] = {}  # bytes by device of each process that has loaded
+        self.mapped: dict[int, int] = {}  # bytes by process of what it occupies of the host: pages of its file
         self.commands: list[Command] = []  # everything that was ever said
         self.answers: dict[int, Command] = {}  # by request
         self.asked: set[int] = set()
         self.purposes: dict[int, str] = {}  # by request, kept by whoever cares
         self.launches: dict[int, do.Launch] = {}  # by runner
         self.stops: set[int] = set()
+        self.claims: dict[int, do.Claim] = {}  # by number, from Claim to Unclaim
+        self.claimed = 0  # how many there were
         self._next_request = 1001  # of those that a test gives no number
 
     # -- events and time ----------------------------------------------------------------------------------------------
@@ -200,12 +210,15 @@ class PoolUnderTest:
         for held in (self.strangers, *self.occupied.values()):
             for device, size in held.items():
                 free[device] -= size
+        mapped = {runner: size for runner, size in self.mapped.items() if runner in self.occupied}
+        free[HOST] += sum(mapped.values())  # page cache
         devices = tuple(
             DeviceSample(id, "cpu" if id == HOST else "gpu", id, size, max(0, free[id]), id != HOST and self.integrated)
             for id, size in self.capacities.items()
         )
         resident = tuple((runner, tuple(held.items())) for runner, held in self.occupied.items())
-        return on.Sampled(devices, resident, self.core.pool.samples if number is None else number)
+        number = self.core.pool.samples if number is None else number
+        return on.Sampled(devices, resident, number, tuple(mapped.items()))
 
     def _step(self, event: Event) -> list[Command]:
         match event:
@@ -229,6 +242,8 @@ class PoolUnderTest:
                 replies += [self.sample(None if self.samples else 0), self.inspection(command.model)]
             elif isinstance(command, do.Sample) and self.samples:
                 replies.append(self.sample())
+            elif isinstance(command, do.Claim) and self.shares:
+                replies += [self.sample(None if self.samples else 0), on.Claimed(command.number)]
             else:
                 left.append(command)
         for reply in replies:
@@ -249,6 +264,12 @@ class PoolUnderTest:
                 assert command.runner in self.launches, f"{command} of what was never launched"
                 assert command.runner not in self.stops, f"{command} twice"
                 self.stops.add(command.runner)
+            case do.Claim():
+                self.claimed += 1
+                assert command.number == self.claimed, f"{command}: not the next number"
+                self.claims[command.number] = command
+            case do.Unclaim():
+                assert self.claims.pop(command.number, None), f"{command} of what was not claimed, or twice"
             case do.Revoke():
                 assert isinstance(self.answers.get(command.request), do.Grant), f"{command} of what was not granted"
             case do.Finish():
@@ -361,6 +382,7 @@ def a_pool(
     policy: EvictionPolicy | None = None,
     inspects: bool = True,
     samples: bool = True,
+    shares: bool = True,
     integrated: bool = False,
     **limits: float,
 ) -> PoolUnderTest:
@@ -373,6 +395,7 @@ def a_pool(
         sizes={model: amount(size) for model, size in (sizes or {}).items()},
         inspects=inspects,
         samples=samples,
+        shares=shares,
         integrated=integrated,
     )
     pool.feed(pool.sample())

@@ -15,7 +15,7 @@ SOURCES = sorted(path for folder in ("fsm", "scheduler") for path in (ROOT / fol
 # Pure parts of the standard library: nothing that knows of time, threads, files, processes, sockets or chance.
 PURE = {
     "__future__", "bisect", "collections", "collections.abc", "dataclasses", "enum", "functools", "heapq", "itertools",
-    "math", "operator", "types", "typing",
+    "math", "operator", "types", "typing", "zlib",
 }  # fmt: skip
 EXCEPTIONS = {
     "table": {"logging", "transitions"},  # it shields the rest from the library, and quietens its logger
@@ -24,7 +24,8 @@ EXCEPTIONS = {
 # Imports point one way: a module may import those above it. One that is not listed stands on top of them all.
 ORDER = (
     "table", "model", "footprint", "options", "estimate", "limits", "timers", "request", "ledger", "runner", "commands",
-    "events", "journal", "placement", "eviction", "pool", "planning", "snapshot", "actions", "endings", "core",
+    "events", "journal", "placement", "eviction", "pool", "planning", "snapshot", "actions", "endings", "claims", "core",
+    "record", "preview",
 )  # fmt: skip
 IMPURE_NAMES = {"open", "input", "print", "exec", "eval", "__import__", "globals", "breakpoint"}
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from fsm import events as on
 from fsm.commands import Grant, LoadFailed, LoadTimeout, Reject, Stop
+from fsm.model import Options
 from fsm.runner import RunnerState
+from tests.models import a_model
 from tests.pool import (
     PoolUnderTest,
     a_pool,
@@ -267,6 +269,39 @@ def test_n07_it_never_survives_two() -> None:
     fails_for_memory(pool, 1)
     fails_for_memory(pool, 2)
     assert pool.refusal(1) == LoadFailed("a", "out of memory", 10.0, out_of_memory=True)
+
+
+def test_n07_an_automatic_context_is_stepped_down_before_others_have_to_go() -> None:
+    """N07: from above 32768 to 32768, from there to 4096; a runner that has lived ends it."""
+    pool = (
+        a_pool(defaults=Options(num_ctx=65536))
+        .declare("a", a_model(context_trained=131072))
+        .declare("b", "1GiB")
+        .idle("b")
+    )
+    pool.loading("a", request=1)
+    assert pool.launches[2].options.num_ctx == 65536
+    assert (stopped(fails_for_memory(pool, 2)), pool.launches[3].options.num_ctx) == ([], 32768)
+    pool.feed(acquire("a", request=2))
+    assert refused(fails_for_memory(pool, 3)) == {1: LoadFailed}
+    assert pool.launches[4].options.num_ctx == 4096
+    pool.feed(loaded(4), release(2), expire("a"), exited(4))
+    pool.loading("a", request=3)
+    assert pool.launches[5].options.num_ctx == 65536
+
+
+def test_n07_a_context_that_was_named_stays() -> None:
+    """N07: then everything else goes instead."""
+    pool = (
+        a_pool(defaults=Options(num_ctx=65536))
+        .declare("a", a_model(context_trained=131072))
+        .declare("b", "1GiB")
+        .idle("b")
+    )
+    pool.loading("a", request=1, num_ctx=65536)
+    assert stopped(fails_for_memory(pool, 2)) == [1]
+    pool.feed(exited(1))
+    assert pool.launches[3].options.num_ctx == 65536
 
 
 def test_n07_any_other_failure_is_the_answer_at_once() -> None:

@@ -6,12 +6,13 @@ import math
 
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, precondition, rule
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, precondition, rule
 
 from fsm import commands as do
 from fsm import events as on
 from fsm.commands import Command, InvalidModel
 from fsm.events import Event
+from fsm.model import HOST
 from fsm.runner import RunnerState
 from tests.models import a_model
 from tests.pool import (
@@ -23,6 +24,7 @@ from tests.pool import (
     close,
     exited,
     expire,
+    filled,
     layered,
     loaded,
     memory,
@@ -45,9 +47,11 @@ SIZES = st.sampled_from(["1GiB", "3GiB", "9GiB"])
 PICK = st.integers(0, 10**6)  # an index into whatever there is, taken modulo its length
 
 
-def new_pool() -> PoolUnderTest:
+def new_pool(*, claims: bool = False) -> PoolUnderTest:
     """Return a host of 8 GiB and a GPU of 4 GiB; what is asked of the world is answered by rules alone."""
-    pool = a_pool("8GiB", gpus=("4GiB",), sizes={"a": "2GiB", "b": "3GiB", "c": "6GiB"}, inspects=False, samples=False)
+    sizes = {"a": "2GiB", "b": "3GiB", "c": "6GiB"}
+    answers = {"inspects": False, "samples": False, "shares": False}
+    pool = a_pool("8GiB", gpus=("4GiB",), sizes=sizes, claims=claims, **answers)
     pool.declare("d", a_model(layers_bytes=(256 * MIB,) * 4)).declare("g", layered(4, "512MiB"))
     return pool.declare("h", layered(6, "1GiB", output="512MiB"))
 
@@ -67,14 +71,22 @@ class CoreMachine(RuleBasedStateMachine):
         self.gone: list[int] = []  # runners after Exited
         self.serving: set[int] = set()  # runners that said Loaded before they were told to stop
         self.inspecting: list[str] = []
+        self.claiming: dict[int, float] = {}  # Claim -> when; that are neither had nor given up
+        self.had: set[int] = set()  # that are had and not given up
         self.excused: set[int] = set()  # runners that may be stopped in use: they answer nothing
         self.closing = self.finished = False
+
+    @initialize(claims=st.booleans())
+    def choose_whether_to_claim(self, claims: bool) -> None:
+        self.pool = new_pool(claims=claims)
 
     # -- the model ----------------------------------------------------------------------------------------------------
 
     def feed(self, *events: Event) -> None:
         for event in events:
             expiring = self.runners_in(RunnerState.expiring)
+            if isinstance(event, on.Claimed) and self.claiming.pop(event.number, None) is not None:
+                self.had.add(event.number)
             commands = self.pool.feed(event)
             self.learn_event(event)
             for command in commands:
@@ -115,6 +127,17 @@ class CoreMachine(RuleBasedStateMachine):
                 del self.held[command.request]
             case do.Launch():
                 self.alive[command.runner] = command.model
+                devices = {device for device, size in command.placement.bytes if size}
+                claims = [set(self.pool.claims[number].devices) for number in self.had & set(self.pool.claims)]
+                alone = any(devices <= claimed for claimed in claims)
+                limits = self.pool.core.pool.limits
+                assert alone or not devices or not limits.claims or self.pool.core.act.claim_failure
+            case do.Claim():
+                self.claiming[command.number] = self.pool.now
+            case do.Unclaim():
+                made_at = self.claiming.pop(command.number, None)
+                assert (made_at is None) == (command.number in self.had), "given up twice"
+                self.had.discard(command.number)
             case do.Stop():
                 in_use = command.runner in self.held.values()
                 assert not in_use or self.closing or command.runner in self.excused, "stopped in use"
@@ -183,6 +206,8 @@ class CoreMachine(RuleBasedStateMachine):
         """The world does all that it was asked to do, and does it well."""
         while self.inspecting:
             self.inspect(0, bad=False)
+        while self.claiming:
+            self.have(0)
         for runner in sorted(self.runners_in(RunnerState.loading)):
             self.serving.add(runner)
             self.feed(loaded(runner))
@@ -203,6 +228,25 @@ class CoreMachine(RuleBasedStateMachine):
         model = self.inspecting.pop(pick % len(self.inspecting))
         found = on.Inspected(model, InvalidModel(model, "cut short")) if bad else self.pool.inspection(model)
         self.feed(self.pool.sample(), found)
+
+    @precondition(lambda self: self.claiming)
+    @rule(pick=PICK)
+    def have(self, pick: int) -> None:
+        self.feed(self.pool.sample())
+        if self.claiming:
+            self.feed(on.Claimed(self.one_of(self.claiming, pick)))
+
+    @precondition(lambda self: self.claiming)
+    @rule(pick=PICK)
+    def contend(self, pick: int) -> None:
+        self.feed(on.Contended(self.one_of(self.claiming, pick)))
+
+    @rule(number=st.integers(1, 9), kind=st.sampled_from([on.Claimed, on.Contended]))
+    def answer_a_claim_late(self, number: int, kind: type[on.Claimed | on.Contended]) -> None:
+        late = self.pool.core.late
+        if number not in self.claiming:
+            self.feed(kind(number))
+            assert self.pool.core.late == late + 1
 
     @precondition(lambda self: set(self.alive) - self.serving)
     @rule(pick=PICK)
@@ -228,11 +272,26 @@ class CoreMachine(RuleBasedStateMachine):
         self.feed(how(self.one_of(self.alive, pick)))
 
     @precondition(lambda self: self.gone)
-    @rule(pick=PICK, how=st.sampled_from([loaded, exited, unresponsive, out_of_memory, progress]))
+    @rule(pick=PICK, how=st.sampled_from([loaded, filled, exited, unresponsive, out_of_memory, progress]))
     def report_late(self, pick: int, how: object) -> None:
         late = self.pool.core.late
         self.feed(how(self.one_of(self.gone, pick)))
         assert self.pool.core.late == late + 1
+
+    @precondition(lambda self: self.pool.occupied)
+    @rule(pick=PICK, part=st.sampled_from([0.25, 0.5, 0.9, 1.0, 1.1]), mapped=st.sampled_from([0, 0.5]))
+    def occupy(self, pick: int, part: float, mapped: float) -> None:
+        """A process takes another part of what it was promised when it was launched."""
+        runner = self.one_of(self.pool.occupied, pick)
+        held = {device: int(size * part) for device, size in self.pool.launches[runner].placement.bytes}
+        self.pool.occupied[runner] = held
+        self.pool.mapped[runner] = int(held.get(HOST, 0) * mapped)
+        self.feed(self.pool.sample())
+
+    @precondition(lambda self: self.alive)
+    @rule(pick=PICK, to_come=st.sampled_from(["0B", "1GiB"]))
+    def fill_a_context(self, pick: int, to_come: str) -> None:
+        self.feed(filled(self.one_of(self.alive, pick), cpu=to_come))
 
     @rule(host=st.integers(0, 4), gpu=st.integers(0, 4))
     def strangers(self, host: int, gpu: int) -> None:
@@ -282,8 +341,23 @@ class CoreMachine(RuleBasedStateMachine):
             assert promised <= device.capacity_bytes
 
     @invariant()
+    def nobody_is_kept_out_for_nothing(self) -> None:
+        loading = {id for id in self.alive if self.pool.core.pool.runners[id].loaded_at is None}
+        assert len(self.had) <= len(loading), "devices are claimed that nothing loads on"
+        assert all(self.pool.now < made_at + 60.0 for made_at in self.claiming.values()), "an endless wait"
+
+    @invariant()
+    def what_is_held_is_what_was_predicted_until_it_was_measured(self) -> None:
+        for view in self.pool.core.snapshot().runners:
+            predicted, peak = dict(view.predicted), dict(view.peak)
+            for device, size in view.held:
+                most = max(predicted.get(device, 0), peak.get(device, 0))
+                least = peak.get(device, most) if view.settled else most
+                assert least <= size <= most
+
+    @invariant()
     def whoever_waits_waits_for_something(self) -> None:
-        stirring = self.inspecting or self.alive or self.held or self.pool.core.deadline() < math.inf
+        stirring = self.inspecting or self.claiming or self.alive or self.held or self.pool.core.deadline() < math.inf
         assert stirring or not self.pool.core.snapshot().queue, "nothing will ever answer those who wait"
 
     # -- the end ------------------------------------------------------------------------------------------------------
@@ -297,6 +371,7 @@ class CoreMachine(RuleBasedStateMachine):
         assert self.finished, "it never finished"
         assert self.pool.core.snapshot().runners == ()
         assert self.asked.keys() <= self.answered
+        assert not self.pool.claims, "claimed after the end"
 
     def settle(self, is_over: object) -> None:
         """Let the world answer everything well, leases be given back and time pass, until it is over."""

@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 
 from fsm.commands import DoesNotFit
+from fsm.estimate import estimate
 from fsm.footprint import Footprint
 from fsm.ledger import Placement
-from fsm.model import HOST
+from fsm.model import HOST, Options
+from fsm.options import resolve
 from fsm.placement import Demand, Gpu, Offload, needed, place
 from tests.models import a_model
 from tests.pool import (
@@ -75,6 +77,22 @@ def test_n04_an_explicit_main_gpu_goes_first() -> None:
 def test_n04_what_fits_on_no_single_gpu_is_split() -> None:
     """N04: over as few as possible, the one with most free first."""
     assert placed({HOST: 64, "gpu0": 3, "gpu1": 4, "gpu2": 1}).gpu_layers == (("gpu1", 3), ("gpu0", 2))
+
+
+def test_n04_a_discrete_gpu_goes_before_an_integrated_one() -> None:
+    """N04: even one with less memory free; the integrated one's is the host's."""
+    gpus = (Gpu("small", "small"), Gpu("shared", HOST))
+    free = {HOST: 64 * GIB, "small": 6 * GIB}
+    assert place(Demand(FOUR_LAYERS), Offload.whole, free, gpus).gpu_layers == (("small", 5),)
+    free["small"] = 4 * GIB
+    assert place(Demand(FOUR_LAYERS), Offload.whole, free, gpus) == Placement(((HOST, 4 * GIB),), (("shared", 5),))
+
+
+def test_n04_spread_deals_a_model_over_all_gpus_by_what_they_have_free() -> None:
+    """N04: each takes its part of the load, although one would take it all."""
+    assert placed({HOST: 64, "gpu0": 10, "gpu1": 10}, spread=True).gpu_layers == (("gpu0", 2), ("gpu1", 3))
+    assert placed({HOST: 64, "gpu0": 20, "gpu1": 5}, spread=True).gpu_layers == (("gpu0", 3), ("gpu1", 2))
+    assert placed({HOST: 64, "gpu0": 3, "gpu1": 1}, spread=True) is None
 
 
 def test_a_split_leaves_the_headroom_on_each_gpu() -> None:
@@ -209,6 +227,30 @@ def test_s09_gpus_are_looked_at_anew_for_each_load() -> None:
     pool.capacities["gpu1"] = 8 * GIB
     pool.loading("a", request=1)
     assert pool.launches[1].placement.gpu_layers == (("gpu1", 5),)
+
+
+def test_n02_what_takes_more_than_four_fifths_of_what_is_free_evicts_before_anything_is_started() -> None:
+    """N02: 4 GiB predicted, 4.5 GiB free: the room is made first, the process starts once it is there."""
+    pool = a_gpu_pool("8.5GiB").idle("a")
+    commands = pool.feed(acquire("b", request=1))
+    assert (stopped(commands), launched(commands)) == ([1], [])
+    assert launched(pool.feed(exited(1))) == ["b"]
+
+
+def test_n02_a_prediction_covers_all_slots_and_no_more_than_was_trained() -> None:
+    """N02: the context is the lesser of what is asked and what was trained, times the slots."""
+    info = a_model(context_trained=2048)
+    one, four = (estimate(info, resolve(info, Options(num_ctx=8192, num_parallel=slots))) for slots in (1, 4))
+    assert sum(four.caches_bytes) == 4 * sum(one.caches_bytes) == 4 * 2 * 2 * 2 * 16 * 4 * 2048
+
+
+def test_a_gpu_may_be_required() -> None:
+    """No silent fall-back to the host, in part or whole; without any GPU the refusal says so."""
+    pool = a_gpu_pool("4GiB", require_gpu=True)
+    assert refused(pool.feed(acquire("a", request=1))) == {1: DoesNotFit}
+    pool = a_gpu_pool(require_gpu=True)
+    assert refused(pool.feed(acquire("a", request=1))) == {1: DoesNotFit}
+    assert pool.refusal(1).reason == "a GPU is required, and there is none"
 
 
 def test_all_layers_on_gpus_or_nothing() -> None:

@@ -18,7 +18,7 @@ from fsm.request import ModelId, RequestId
 from fsm.runner import EXPIRING, IDLE, LOADING, READY, UNLOADED, RunnerId, RunnerState
 from scheduler.demo_cast import MOST_MODELS, DemoError, Player, make_cast, players_in
 from scheduler.demo_clients import likeness, trimmed
-from scheduler.demo_report import Answer, Checklist, Feature, Record, missing, quantiles, summary, wait_text
+from scheduler.demo_report import Answer, Checklist, Feature, Measured, Record, missing, quantiles, summary, wait_text
 from scheduler.spec import ModelSpec
 from scheduler.timeline import Timeline
 from tests.tiny_models import write_tiny_model
@@ -236,9 +236,19 @@ def test_the_summary_compares_predicted_and_measured_memory() -> None:
         line.startswith("  chat") and line.endswith("never loaded")
         for line in summary(record, 110.0, [], complete=True)
     )
-    record.measured_bytes["chat"] = 150 * MIB
+    record.measured["chat"] = Measured(private_bytes=90 * MIB, shared_bytes=60 * MIB)
     lines = summary(record, 110.0, [], complete=True)
-    assert any("200.0 MiB" in line and "150.0 MiB" in line and "75 %" in line for line in lines)
+    words = next(line.split() for line in lines if line.startswith("  chat"))
+    assert words == ["chat", "200.0", "MiB", "150.0", "MiB", "90.0", "60.0", "MiB", "75", "%", "of", "it"]
+
+
+def test_n14_the_summary_says_where_a_prediction_was_replaced() -> None:
+    """N14: a runner of it filled a context, though not the one that took most."""
+    record = a_record()
+    for measured in (Measured(90 * MIB, 60 * MIB), Measured(50 * MIB, 60 * MIB, settled=True)):
+        record.add_measured("chat", measured)
+    line = next(line for line in summary(record, 110.0, [], complete=True) if line.startswith("  chat"))
+    assert "150.0 MiB" in line and line.endswith("75 % of it, and replaced it")
 
 
 def test_what_was_not_seen_is_marked() -> None:

@@ -231,7 +231,8 @@ def test_every_behaviour_of_the_reference_has_its_row_with_tests() -> None:
             assert _NAMED_TEST.search(cells[2]), f"{id} names no test"
             assert cells[3].startswith(("same", "better")), f"{id} has no verdict"
         elif re.fullmatch(r"[ND]\d\d", id):
-            assert cells[2].startswith("not yet") or _NAMED_TEST.search(cells[2]), f"{id} is neither covered nor open"
+            spoken_of = cells[2].startswith(("not yet", "on purpose")) or _NAMED_TEST.search(cells[2])
+            assert spoken_of, f"{id} is neither covered nor open"
 
 
 def test_every_test_that_is_named_exists() -> None:

@@ -13,7 +13,8 @@ import sys
 import textwrap
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+import urllib.request
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -25,7 +26,7 @@ import pytest
 
 from fsm.ledger import Placement
 from fsm.model import HOST, DeviceId, Options
-from scheduler.engines import Endpoint
+from scheduler.engines import Endpoint, Memory
 from scheduler.engines import llama as llama_engine
 from scheduler.engines.llama import DETAIL_BYTES, LlamaEngine, LlamaProcess, describe, usable_cores
 from scheduler.errors import InvalidModel, ModelNotFound
@@ -52,8 +53,8 @@ class Told:
     def progressed(self) -> None:
         self.progress += 1
 
-    def loaded(self, endpoint: Endpoint | object, num_ctx: int | None, resident: Mapping[DeviceId, int]) -> None:
-        self.loads.append((endpoint, num_ctx, dict(resident)))
+    def loaded(self, endpoint: Endpoint | object, num_ctx: int | None, memory: Memory) -> None:
+        self.loads.append((endpoint, num_ctx, dict(memory.resident)))
 
     def exited(self, code: int | None, detail: str, out_of_memory: bool) -> None:
         self.exits.append((code, detail, out_of_memory))
@@ -159,10 +160,16 @@ def test_a_web_page_may_not_read_its_answers(engine: LlamaEngine, file: Path) ->
 
 
 def test_what_others_asked_is_not_shown(engine: LlamaEngine, file: Path) -> None:
-    """Slots and metrics are off."""
+    """Slots are off, and metrics are counts, for whoever has the key."""
     _, told = launch_and_wait(engine, file)
     assert ask(told.endpoint(), "/slots")[0] == 501
-    assert ask(told.endpoint(), "/metrics")[0] == 501
+    assert ask(told.endpoint(), "/metrics", key="another")[0] == 401
+    assert ask(told.endpoint(), "/v1/completions", {"prompt": "secret", "max_tokens": 3})[0] == 200
+    request = urllib.request.Request(f"{told.endpoint().url}/metrics")
+    request.add_header("Authorization", f"Bearer {told.endpoint().key}")
+    with urllib.request.urlopen(request, timeout=LIMIT_S) as answer:
+        shown = [line for line in answer.read().decode().splitlines() if line and not line.startswith("#")]
+    assert shown and all(re.fullmatch(r"llamacpp:\w+ [\d.e+-]+", line) for line in shown)
 
 
 def test_the_key_is_nowhere_to_be_seen(engine: LlamaEngine, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -273,10 +280,10 @@ def test_memory_is_measured_from_the_load_to_the_end(engine: LlamaEngine, file: 
     """The report of the load carries the resident bytes, and there are none of what is gone."""
     process, told = launch_and_wait(engine, file)
     assert told.loads[0][2][HOST] > 10 << 20
-    assert process.resident()[HOST] > 10 << 20
+    assert process.memory().resident[HOST] > 10 << 20
     process.stop(GRACE_S)
     told.exit()
-    assert process.resident() == {}
+    assert process.memory().resident == {}
 
 
 def test_a_file_that_is_not_there_is_not_launched(engine: LlamaEngine, tmp_path: Path) -> None:

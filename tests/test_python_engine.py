@@ -5,14 +5,14 @@ from __future__ import annotations
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 
 import pytest
 
 from fsm.footprint import Footprint
 from fsm.ledger import Placement
 from fsm.model import HOST, DeviceId, Options
-from scheduler.engines import Endpoint
+from scheduler.engines import Endpoint, Memory
 from scheduler.engines.python import PythonEngine, PythonModel, PythonProcess
 from scheduler.errors import InvalidSettings
 from tests.leaks import no_leaks
@@ -31,9 +31,9 @@ class Told:
     def progressed(self) -> None:
         raise AssertionError("an object says nothing while it loads")
 
-    def loaded(self, endpoint: Endpoint | object, num_ctx: int | None, resident: Mapping[DeviceId, int]) -> None:
+    def loaded(self, endpoint: Endpoint | object, num_ctx: int | None, memory: Memory) -> None:
         assert not self.exits
-        self.loads.append((endpoint, num_ctx, dict(resident)))
+        self.loads.append((endpoint, num_ctx, dict(memory.resident)))
 
     def exited(self, code: int | None, detail: str, out_of_memory: bool) -> None:
         self.exits.append((code, detail, out_of_memory))
@@ -112,7 +112,7 @@ def test_the_object_itself_is_reported(engine: PythonEngine) -> None:
     thing = Thing()
     process, told = launch_and_wait(engine, PythonModel("thing", lambda: thing, memory={"cpu": "1MiB"}))
     assert told.loads == [(thing, None, {HOST: MIB})]
-    assert process.resident() == {HOST: MIB}
+    assert process.memory().resident == {HOST: MIB}
     assert process.pid is None
     assert process.healthy(1.0)
     assert not told.exits
@@ -122,7 +122,7 @@ def test_launch_returns_while_it_loads(engine: PythonEngine, gate: threading.Eve
     """A load that takes its time holds nobody up; nothing is resident yet."""
     process, told = launch(engine, PythonModel("thing", gate.wait, memory={"cpu": 1}))
     assert not told.loads
-    assert process.resident() == {}
+    assert process.memory().resident == {}
     gate.set()
     wait_until(lambda: told.loads)
 
@@ -143,7 +143,7 @@ def test_stop_unloads(engine: PythonEngine) -> None:
     assert told.exit() == (0, "unloaded", False)
     assert [what for what, _ in calls] == ["load", thing]
     assert calls[0][1] == calls[1][1] != threading.get_ident()
-    assert process.resident() == {}
+    assert process.memory().resident == {}
 
 
 def test_without_unload_the_object_is_let_go_of(engine: PythonEngine) -> None:
@@ -151,9 +151,9 @@ def test_without_unload_the_object_is_let_go_of(engine: PythonEngine) -> None:
     alive: list[bool] = []
 
     class Watching(Told):
-        def loaded(self, endpoint: object, num_ctx: int | None, resident: Mapping[DeviceId, int]) -> None:
+        def loaded(self, endpoint: object, num_ctx: int | None, memory: Memory) -> None:
             self.reference = weakref.ref(endpoint)
-            self.loads.append((None, num_ctx, dict(resident)))
+            self.loads.append((None, num_ctx, dict(memory.resident)))
 
         def exited(self, code: int | None, detail: str, out_of_memory: bool) -> None:
             alive.append(self.reference() is not None)
@@ -223,7 +223,7 @@ def test_an_unload_that_hangs_is_not_told_as_over(engine: PythonEngine, gate: th
     engine.close(timeout_s=0.1)
     assert time.monotonic() - before < LIMIT_S
     assert not told.exits
-    assert process.resident() == {HOST: 1}
+    assert process.memory().resident == {HOST: 1}
     gate.set()
     assert told.exit()[0] == 0
 

@@ -4,12 +4,38 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from fsm.model import HOST
 
 if TYPE_CHECKING:
     from fsm.footprint import Footprint
     from fsm.ledger import Placement
     from fsm.model import DeviceId, ModelInfo, Options
+
+BufferKind = Literal["weights", "cache", "compute", "output", "projector"]
+
+
+@dataclass(frozen=True, slots=True)
+class Buffer:
+    """What an engine says of itself that it has allocated, or mapped, of one kind on one device."""
+
+    device: DeviceId
+    kind: BufferKind
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """What one runner occupies at a moment, as far as its engine can tell; bytes."""
+
+    resident: Mapping[DeviceId, int] = field(default_factory=dict)  # by device; of a GPU what the engine's buffers take
+    mapped_bytes: int = 0  # of the host's: pages of files, weights above all, that the host counts as free
+
+    @property
+    def private_bytes(self) -> int:
+        """What it occupies of the host for itself."""
+        return max(0, self.resident.get(HOST, 0) - self.mapped_bytes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,10 +55,10 @@ class Report(Protocol):
     def progressed(self) -> None:
         """The load is alive; as often as the engine likes."""
 
-    def loaded(self, endpoint: Endpoint | object, num_ctx: int | None, resident: Mapping[DeviceId, int]) -> None:
+    def loaded(self, endpoint: Endpoint | object, num_ctx: int | None, memory: Memory) -> None:
         """It serves, at an endpoint or as the object itself; at most once.
 
-        `num_ctx` is the context that each slot really got, in tokens, or None; `resident` the bytes it occupies.
+        `num_ctx` is the context that each slot really got, in tokens, or None; `memory` is what it occupies.
         """
 
     def exited(self, code: int | None, detail: str, out_of_memory: bool) -> None:
@@ -52,8 +78,18 @@ class Process(Protocol):
     def stop(self, grace_s: float) -> None:
         """Have it end, by force after `grace_s`; returns at once, ends in `Report.exited`, twice is harmless."""
 
-    def resident(self) -> Mapping[DeviceId, int]:
-        """Return the bytes it occupies now, by device, as far as the engine can tell; empty when it is gone."""
+    @property
+    def buffers(self) -> tuple[Buffer, ...]:
+        """What the engine says it has allocated; empty where it does not say, or not yet."""
+
+    def memory(self) -> Memory:
+        """Return what it occupies now; nothing when it is gone."""
+
+    def settled(self, timeout_s: float) -> Mapping[DeviceId, int] | None:
+        """Tell whether it has taken most of what it will ever take; blocks for as long as `timeout_s`.
+
+        None: not yet, or it cannot tell. Else the bytes by device that it may still take beside that.
+        """
 
     def healthy(self, timeout_s: float) -> bool:
         """Return whether it answers; blocks for as long as `timeout_s`."""

@@ -11,7 +11,7 @@ import re
 import secrets
 import signal
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, TypeVar
@@ -19,10 +19,11 @@ from urllib.parse import urlsplit
 
 import psutil
 
-from fsm.estimate import prompt_cache_bytes
+from fsm.estimate import CHECKPOINTS, prompt_cache_bytes
 from fsm.model import HOST, MIB, DeviceId, ModelInfo, Options
-from fsm.options import micro_batch, resolve
-from scheduler.engines import Endpoint
+from fsm.options import maps_file, micro_batch, resolve
+from scheduler.engines import Buffer, Endpoint, Memory
+from scheduler.engines.llama_report import largest_sequence, loaded_of
 from scheduler.errors import EngineMissing
 from scheduler.header import read_header
 from scheduler.metadata import read_metadata
@@ -69,11 +70,16 @@ Value = TypeVar("Value")
 class LlamaProcess:
     """The handle of one runner; the methods from `printed` on are its child's listener, on the watcher's thread."""
 
-    def __init__(self, report: Report, key: str) -> None:
+    def __init__(self, report: Report, key: str, *, gpus: Sequence[DeviceId] = (), prompt_cache_bytes: int = 0) -> None:
         self.child: Child | None = None  # set before anything is heard of it
+        self.buffers: tuple[Buffer, ...] = ()  # by its own account, once it serves
         self._report = report
         self._key = key
+        self._gpus = gpus  # that it sees, in its order
+        self._prompt_cache_bytes = prompt_cache_bytes  # most that it may keep of earlier prompts on the host
         self._url = ""  # set once it serves
+        self._num_ctx: int | None = None  # of a slot, once it serves and if it says so
+        self._most_bytes = 0  # that it can come to hold of the host for itself; 0: unknown
         self._failure = ""  # why it does not serve, in the child's own words
         self._gone = False
         self._touched = (0, 0)  # memory and input of a load, when it was last looked at
@@ -88,18 +94,37 @@ class LlamaProcess:
         if self.child is not None:
             self.child.stop(grace_s)
 
-    def resident(self) -> Mapping[DeviceId, int]:
-        """Return what it and its children occupy of the host's memory; GPUs are measured elsewhere, by pid."""
-        if self._gone or self.pid is None:
-            return {}
-        total_bytes = 0
+    def memory(self) -> Memory:
+        """Return what it and its children occupy of the host, and what its buffers take of GPUs, as it says."""
+        if self._gone:
+            return Memory()
+        resident_bytes = mapped_bytes = 0
         with suppress(psutil.Error):
-            process = psutil.Process(self.pid)
-            total_bytes = process.memory_info().rss
-            for child in process.children(recursive=True):
+            process = psutil.Process(self.pid) if self.pid is not None else None
+            for each in (process, *process.children(recursive=True)) if process is not None else ():
                 with suppress(psutil.Error):
-                    total_bytes += child.memory_info().rss
-        return {HOST: total_bytes} if total_bytes else {}
+                    memory = each.memory_info()
+                    resident_bytes += memory.rss
+                    mapped_bytes += getattr(memory, "shared", 0)  # on Linux only
+        resident: dict[DeviceId, int] = {HOST: resident_bytes} if resident_bytes else {}
+        for buffer in self.buffers:
+            if buffer.device != HOST:
+                resident[buffer.device] = resident.get(buffer.device, 0) + buffer.bytes
+        return Memory(resident, mapped_bytes)
+
+    def settled(self, timeout_s: float) -> Mapping[DeviceId, int] | None:
+        """Tell whether a request has filled a slot's context, and how much may come after that.
+
+        Two things grow by use after a load: the buffers it computes in are touched when first needed, all of them by a
+        long prompt but few by a long answer, and earlier prompts are kept up to a limit. Their sizes are known. What an
+        embedder puts its results in is not, but there a text as long as the context shows everything at once.
+        """
+        if self._gone or self._num_ctx is None or not self._most_bytes:
+            return None
+        largest = largest_sequence(self._url, self._key, timeout_s)
+        if largest is None or largest < self._num_ctx - 1:  # its last token is answered with, and not computed
+            return None
+        return {HOST: max(0, self._most_bytes - self.memory().private_bytes)}
 
     def healthy(self, timeout_s: float) -> bool:
         """Return whether it answers, or is hard at work: its connections may all be taken by long answers.
@@ -130,13 +155,22 @@ class LlamaProcess:
             return
         match event:
             case "loaded":
-                self._url = message["url"]
-                context = message["num_ctx"]
-                self._report.loaded(Endpoint(self._url, self._key), context, self.resident())
+                if (loaded := loaded_of(message, self._gpus)) is None:
+                    return
+                self.buffers, self._num_ctx, self._url = loaded.buffers, loaded.num_ctx, loaded.url
+                memory = self.memory()
+                self._most_bytes = self._most(memory)
+                self._report.loaded(Endpoint(self._url, self._key), self._num_ctx, memory)
             case "failed":
-                self._failure = message["reason"]
+                self._failure = str(message.get("reason", ""))
             case _:
                 self._report.progressed()
+
+    def _most(self, memory: Memory) -> int:
+        """What it can come to hold of the host for itself, as it has just been loaded; 0 where that is not known."""
+        compute_bytes = sum(each.bytes for each in self.buffers if (each.device, each.kind) == (HOST, "compute"))
+        known = self.buffers and memory.private_bytes
+        return memory.private_bytes + compute_bytes + self._prompt_cache_bytes if known else 0
 
     def logged(self) -> None:
         """The child wrote to its log: a load is alive."""
@@ -206,12 +240,13 @@ class LlamaEngine:
         """
         key = secrets.token_urlsafe(KEY_BYTES)
         request = self._request(model, options, placement, key)
+        gpus = tuple(device for device, _ in placement.gpu_layers)
         program = Program(
             arguments=(sys.executable, "-I", "-S", str(CHILD)),  # neither the user's start-up code nor other packages'
-            environment=child_environment(os.environ, [device for device, _ in placement.gpu_layers]),
+            environment=child_environment(os.environ, gpus),
             input=json.dumps(request).encode() + b"\n",
         )
-        process = LlamaProcess(report, key)
+        process = LlamaProcess(report, key, gpus=gpus, prompt_cache_bytes=request["prompt_cache_mib"] * MIB)
         process.child = Child(program, process)
         self._processes.start(process.child)
         return process
@@ -240,8 +275,9 @@ class LlamaEngine:
             "num_batch": _there(explicit.num_batch),
             "num_micro_batch": micro_batch(info, explicit),
             "prompt_cache_mib": prompt_cache_bytes(info, explicit) // MIB,
+            "num_checkpoints": CHECKPOINTS,
             "num_thread": explicit.num_thread or self._cpu_threads or usable_cores(),
-            "use_mmap": explicit.use_mmap,
+            "use_mmap": maps_file(info, explicit, on_host=not placement.gpu_layers),
             "flash_attention": explicit.flash_attention,
             "cache_type_k": _there(explicit.cache_type_k),
             "cache_type_v": _there(explicit.cache_type_v),
@@ -292,7 +328,9 @@ def describe(exit: Exit, output: str, *, loading: bool) -> str:
 
 def _is_error(line: str) -> bool:
     stamp = _STAMP.match(line)
-    return (stamp is not None and stamp[1] == "E") or any(each.search(line) for each in (_ERROR, _OUT_OF_MEMORY))
+    if stamp is not None and stamp[1] in "EI":  # what it says of a load that goes well may have any word in it
+        return stamp[1] == "E"
+    return any(each.search(line) for each in (_ERROR, _OUT_OF_MEMORY))
 
 
 def _status(exit: Exit) -> str:

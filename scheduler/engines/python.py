@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from fsm.footprint import Footprint
 from fsm.model import DeviceId, Options
 from fsm.request import ModelId
+from scheduler.engines import Buffer, Memory
 from scheduler.settings import parse_bytes
 
 if TYPE_CHECKING:
@@ -67,6 +68,7 @@ class PythonProcess:
     """
 
     pid: int | None = None  # it lives in this process
+    buffers: tuple[Buffer, ...] = ()
 
     def __init__(self, model: PythonModel, report: Report, on_end: Callable[[PythonProcess], None]) -> None:
         self.model = model
@@ -91,9 +93,12 @@ class PythonProcess:
         if os.getpid() == self._owner:  # a fork has a copy of the object, but not the thread
             self._stop.set()
 
-    def resident(self) -> Mapping[DeviceId, int]:
+    def memory(self) -> Memory:
         """Return the declared bytes from the end of its load to the end of its unload."""
-        return dict(self.model.declared) if self._loaded else {}
+        return Memory(dict(self.model.declared) if self._loaded else {})
+
+    def settled(self, timeout_s: float) -> None:
+        """Return None: what was declared is all that is ever known."""
 
     def healthy(self, timeout_s: float) -> bool:
         """Return True: there is nothing to ask."""
@@ -116,7 +121,7 @@ class PythonProcess:
             return 1, f"load() raised {_in_words(error)}", _is_out_of_memory(error)
         self._loaded = True
         if not self._stop.is_set():
-            self._report.loaded(value, None, dict(self.model.declared))
+            self._report.loaded(value, None, self.memory())
         self._stop.wait()
         try:
             if self.model.unload is not None:

@@ -45,6 +45,16 @@ class DoesNotFit:
 
 
 @dataclass(frozen=True, slots=True)
+class Unsupported:
+    """The engine would refuse this model with this option."""
+
+    model: ModelId
+    option: str
+    value: int | bool | str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class LoadFailed:
     """The load it waited for failed, or the model is backed off after failures."""
 
@@ -84,7 +94,16 @@ class Closed:
 
 
 Refusal = (
-    QueueFull | ModelNotFound | InvalidModel | DoesNotFit | LoadFailed | LoadTimeout | TimedOut | Cancelled | Closed
+    QueueFull
+    | ModelNotFound
+    | InvalidModel
+    | DoesNotFit
+    | Unsupported
+    | LoadFailed
+    | LoadTimeout
+    | TimedOut
+    | Cancelled
+    | Closed
 )
 
 

@@ -42,7 +42,7 @@ class Demand:
     main_gpu: int | None = None
     known: Mapping[Amounts, Amounts] = field(default_factory=dict)  # layers by GPU -> bytes measured with that split
     spread: bool = False  # over all GPUs, even where one takes it
-    require_gpu: bool = False  # whole on GPUs, or not at all
+    require_gpu: bool = False  # whole on GPUs, whatever its request says, or not at all
 
     @property
     def layers(self) -> int:
@@ -51,14 +51,14 @@ class Demand:
 
     def offloads(self, gpus: Sequence[Gpu]) -> tuple[Offload, ...]:
         """Return the ways to place it, the best first: what fits whole, once room is made, is not offloaded in part."""
-        if self.footprint.fixed or self.num_gpu == 0:
+        if self.footprint.fixed:
             return (Offload.none,)
         if self.require_gpu:
             return (Offload.whole,)
-        if not gpus:
-            return (Offload.none,)
         if self.num_gpu is None or self.num_gpu < 0:
-            return (Offload.whole, Offload.part, Offload.none)
+            return (Offload.whole, Offload.part, Offload.none) if gpus else (Offload.none,)
+        if self.num_gpu == 0:
+            return (Offload.none,)
         return (Offload.whole,) if self.num_gpu >= self.layers else (Offload.part,)
 
 

@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from fsm.commands import DoesNotFit
+from fsm.commands import DoesNotFit, Refusal, Unsupported
 from fsm.eviction import Candidate, EvictionPolicy, choose
 from fsm.footprint import Footprint
 from fsm.ledger import Placement
@@ -40,7 +40,7 @@ class Plan:
     memory: list[Request] = field(default_factory=list)  # the program's own, to be granted
     victims: dict[RunnerId, str] = field(default_factory=dict)  # to expire, and why
     matches: list[tuple[Line, Runner]] = field(default_factory=list)  # served after all, as the same
-    refusals: list[tuple[Line, DoesNotFit]] = field(default_factory=list)
+    refusals: list[tuple[Line, Refusal]] = field(default_factory=list)
     rooms: dict[Want, Room] = field(default_factory=dict)  # of what is to be loaded, now, later or never
     wanted: set[RunnerId] = field(default_factory=set)  # busy, and others wait for its memory
     policy_failure: str = ""  # the exception that the policy raised; the oldest runners go first instead
@@ -129,6 +129,9 @@ class _Planner:
         options, demand = model.demand(line.want.options, self.pool.limits)
         if current is not None and (options == current.told or serves(current.options, options)):
             self.plan.matches.append((line, current))
+            return
+        if (objection := model.impossible(options)) is not None:
+            self.plan.refusals.append((line, Unsupported(model.id, *objection)))
             return
         if (offload := self._offload(line, demand, current)) is None:
             return
@@ -247,14 +250,16 @@ class _Planner:
     def _refusal(self, line: Line, demand: Demand) -> DoesNotFit:
         everything = self._with(self.free, self.pool.runners.values())
         capacity = {device: self.pool.ledger.devices[device].capacity_bytes for device in self.free}
-        offload = demand.offloads(self.gpus)[-1]
-        boundless = dict.fromkeys((*capacity, HOST), 2**62)
-        need = place(demand, offload, boundless, self.gpus)
+        offload, need = self._least_lacking(demand, dict.fromkeys((*capacity, HOST), 2**62))
         if need is not None:
             self.plan.rooms[line.want] = Room(need, tuple(sorted(self.potential.items())))
         pins = sorted({runner.model for runner in self.pool.runners.values() if self.pool.pinned(runner)})
         stuck = sorted({self.pool.runners[id].model for id in self.stuck})
-        if stuck and place(
+        devices = self.pool.ledger.devices
+        unknown = sorted({device for device, _ in demand.footprint.fixed} - devices.keys())
+        if unknown:
+            reason = f"there is no device {unknown[0]!r}; there is {', '.join(devices) or 'none'}"
+        elif stuck and place(
             demand, offload, self._with(self.potential, map(self.pool.runners.__getitem__, self.stuck)), self.gpus
         ):
             reason = f"its memory is held by what was stopped and does not end: {', '.join(stuck)}"
@@ -262,12 +267,23 @@ class _Planner:
             reason = f"it would fit only by moving what is pinned: {', '.join(pins)}"
         elif place(demand, offload, capacity, self.gpus):
             reason = "other programs, or the program's own reservations, hold the memory"
-        elif demand.require_gpu and not self.gpus and not demand.footprint.fixed:
-            reason = "a GPU is required, and there is none"
+        elif not self.gpus and offload is not Offload.none:
+            reason = f"{'a GPU is required' if demand.require_gpu else 'it is to be on GPUs'}, and there is none"
         else:
             reason = "it is larger than the memory there is"
         amounts = needed(need, exact=bool(demand.footprint.fixed)) if need else demand.footprint.fixed
         return DoesNotFit(line.want.model, amounts, tuple(sorted(self.potential.items())), reason)
+
+    def _least_lacking(self, demand: Demand, boundless: dict[DeviceId, int]) -> tuple[Offload, Placement | None]:
+        """Return the way to place it that lacks least, and what it would need."""
+
+        def lacking_bytes(need: Placement | None) -> int:
+            exact = bool(demand.footprint.fixed)
+            amounts = needed(need, exact=exact) if need else ()
+            return sum(max(0, amount - self.potential.get(device, 0)) for device, amount in amounts)
+
+        ways = [(offload, place(demand, offload, boundless, self.gpus)) for offload in demand.offloads(self.gpus)]
+        return min((way for way in ways if way[1]), key=lambda way: lacking_bytes(way[1]), default=ways[-1])
 
     def _forced(self, model: Model) -> list[Runner]:
         """Return what must go whatever fits: the model's own runner with other options; after out of memory, all."""
@@ -286,7 +302,9 @@ class _Planner:
         ]  # fmt: skip
         candidates = [self._candidate(runner, head) for runner in runners]
         try:
-            ordered = [one for one in self.policy.order(self.pool.now, list(candidates)) if one in candidates]
+            preferred = self.policy.order(self.pool.now, list(candidates))
+            # each of them once: one left out may be all that could make room, and who waits for it would for ever
+            ordered = [one for one in dict.fromkeys((*preferred, *candidates)) if one in candidates]
         except Exception as error:  # a policy may be the user's own
             self.plan.policy_failure = repr(error)
             ordered = list(candidates)

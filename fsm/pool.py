@@ -10,7 +10,7 @@ from fsm.footprint import Footprint
 from fsm.ledger import Ledger
 from fsm.limits import Limits
 from fsm.model import Amounts, DeviceId, ModelInfo, Options
-from fsm.options import resolve, serves
+from fsm.options import impossible, resolve, serves
 from fsm.placement import Demand
 from fsm.request import ModelId, Purpose, Request, RequestId, RequestState, Want
 from fsm.runner import EXPIRING, IDLE, LOADING, READY, UNLOADED, Runner, RunnerId
@@ -78,6 +78,10 @@ class Model:
         self.context_limit = smaller[0]
         self.demands.clear()
         return True
+
+    def impossible(self, options: Options) -> tuple[str, int | bool | str, str] | None:
+        """Return which of these explicit options the engine would refuse for this model, its value, and why."""
+        return impossible(self.info, options) if isinstance(self.info, ModelInfo) else None
 
     def learn(self, info: ModelInfo | Footprint, next_runner: int) -> None:
         """Take over what an inspection found; what was measured of another file no longer holds."""
@@ -224,6 +228,8 @@ class Pool:
             fits = promised <= sample.capacity_bytes
             assert fits or device in self.ledger.shrunk, f"{device}: promised more than there is"
         assert not (self.closing and self.lines), "somebody waits for a closed scheduler"
+        loaded = [runner for runner in self.runners.values() if runner.current and runner.state is not LOADING]
+        assert not any(map(self.lines_for, loaded)), "somebody waits for what is there"
         self._check_claims()
 
     def _check_runner(self, runner: Runner) -> None:

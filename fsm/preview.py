@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from enum import Enum
+from itertools import chain
 from operator import le
 from typing import assert_never
 
@@ -26,7 +27,7 @@ MOST_TRIES = 30  # previews that one advice may cost; each is a copy of the core
 MOST_ADVICE = 3
 
 _QUANTISED = "q8_0"  # what it costs in quality is hardly measurable; smaller types are another matter
-_SMALL_CONTEXT = 2048  # tokens; halved no further, unless it is no larger to begin with, or the model's an embedder
+_SMALL_CONTEXT = 2048  # tokens; halved further only at last, or where it is no larger to begin with, or embeds
 _SMALLEST_CONTEXT = 512
 
 
@@ -188,7 +189,9 @@ def advise(now: float, core: Core, want: Want, info: ModelInfo | Footprint, foun
     advice: list[Advice] = []
     harms: list[tuple[int, ...]] = []  # of each advice
     tries = 0
-    for options in _ways(info, want.options, explicit, _gpu_ways(explicit, found)):
+    ways = _ways(info, want.options, explicit, _gpu_ways(explicit, found))
+    last = (options for options in _last_ways(info, want.options, explicit) if not advice)
+    for options in chain(ways, last):
         harm = _harm(explicit, resolve(info, options, defaults))
         if not any(harm) or any(all(map(le, least, harm)) for least in harms):
             continue
@@ -241,13 +244,23 @@ def _ways(info: ModelInfo, asked: Options, explicit: Options, gpu_ways: Sequence
         yield from (replace(way, num_gpu=layers) for layers in gpu_ways)
 
 
+def _last_ways(info: ModelInfo, asked: Options, explicit: Options) -> Iterator[Options]:
+    """Yield ways to ask that only help where no other does: contexts that are of little use."""
+    least = replace(asked, num_parallel=1) if (explicit.num_parallel or 1) > 1 else asked
+    ways = [least]
+    if _can_be_quantised(info, explicit):
+        ways.append(replace(least, cache_type_k=_QUANTISED, cache_type_v=_QUANTISED))
+    for way in ways:
+        yield from (replace(way, num_ctx=context) for context in (_SMALL_CONTEXT // 2, _SMALLEST_CONTEXT))
+
+
 def _gpu_ways(explicit: Options, found: Preview) -> tuple[int, ...]:
     """Return other numbers of layers to put on GPUs; what was asked for is left to the core if it never fits."""
     if not found.layers:
         return ()
     if explicit.num_gpu is not None and explicit.num_gpu >= 0:
         return (-1,) if found.outcome is Outcome.never else ()
-    if found.outcome is Outcome.never:
+    if found.outcome not in (Outcome.evicts, Outcome.waits):
         return ()  # the core has tried them all
     return tuple(found.layers * quarters // 4 for quarters in (3, 2, 1, 0))
 

@@ -32,6 +32,8 @@ def error_of(refusal: do.Refusal, names: Names) -> errors.SchedulerError:
         case do.DoesNotFit(model, needed, available, reason):
             total = sum(count for _, count in needed)
             return errors.DoesNotFit(name(model), total, dict(available), names.named(reason))
+        case do.Unsupported(_, option, value, reason):
+            return errors.UnsupportedOption(option, value, reason)
         case do.LoadFailed(model, reason, retry_after_s, out_of_memory):
             return errors.LoadFailed(name(model), reason, retry_after_s or None, out_of_memory)
         case do.LoadTimeout(model, stalled_s):

@@ -116,9 +116,10 @@ def _print(fit: Fit, problems: Sequence[str]) -> None:
         for each in fit.advice:
             takes = ", ".join(f"{format_bytes(d.takes_bytes)} on {d.name}" for d in each.fit.devices if d.takes_bytes)
             console.print(Text(f"  {_flags(each.options):<44} {takes}"), soft_wrap=True)
-    elif not fit.fits:
+    elif fit.verdict == "never":
         console.print()
-        console.print(Text("No option makes it fit: it takes a smaller model, or more memory."), soft_wrap=True)
+        none = "None of the options that were tried makes it fit: it takes a smaller model, or more memory."
+        console.print(Text(none), soft_wrap=True)
     for problem in problems:
         console.print(Text(f"({problem})", style="dim"), soft_wrap=True)
 

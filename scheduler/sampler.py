@@ -33,29 +33,40 @@ class Sampler:
         self._workers = workers
         self._running = running
         self._post = post
-        self._lock = threading.RLock()  # guards the four below; re-entered by a finaliser
+        self._lock = threading.RLock()  # guards the five below; re-entered by a finaliser
         self._wanted = 0  # the highest number asked for
         self._again = False  # somebody asked since the reading under way began
         self._busy = False  # a job is queued or running
         self._done: list[threading.Event] = []  # those who wait for a reading that has not begun
+        self._closed = False  # no reading may begin any more
 
     def request(self, number: int = 0, done: threading.Event | None = None) -> None:
         """Have the devices read, beginning after this call; `done` is set when the reading has been posted."""
         with self._lock:
             self._wanted = max(self._wanted, number)
             self._again = True
-            if done is not None:
+            if done is not None and not self._closed:
                 self._done.append(done)
+            elif done is not None:
+                done.set()
             if self._busy:
                 return
             self._busy = True
         self._workers.put(self._read_all)
 
     def refresh(self, timeout_s: float) -> bool:
-        """Have the devices read and wait for it; return whether it came in time."""
+        """Have the devices read and wait for it; return whether it came in time. Once closed, nobody waits."""
         done = threading.Event()
         self.request(done=done)
         return done.wait(timeout_s)
+
+    def close(self) -> None:
+        """Let go of those who wait for a reading that may never begin."""
+        with self._lock:
+            self._closed = True
+            waiting, self._done = self._done, []
+        for done in waiting:
+            done.set()
 
     def _read_all(self) -> None:
         while True:
@@ -81,9 +92,8 @@ class Sampler:
         if any(sample.kind == "gpu" for sample in samples):
             for gpu, held in self._devices.gpu_processes().items():
                 for pid in held.keys() & pids.keys():
-                    own = amounts[
-                        pids[pid]
-                    ]  # in a container the driver's pids may be others': it holds its buffers anyway
+                    own = amounts[pids[pid]]
+                    # in a container the driver's pids may be others': it holds its buffers anyway
                     own[gpu] = max(held[pid], own.get(gpu, 0))
         resident: tuple[tuple[RunnerId, Resident], ...] = tuple(
             (id, tuple(sorted(held.items()))) for id, held in amounts.items() if held

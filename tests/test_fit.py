@@ -37,7 +37,7 @@ from tests.waiting import assert_soon
 
 MIB = 2**20
 LIMIT_S = 60.0  # of a command that takes half a second
-MANY_SLOTS = ("--num-ctx", "1024", "--num-parallel", "512")  # 128 MiB of cache for a tiny model
+MANY_SLOTS = ("--num-ctx", "1024", "--num-parallel", "256")  # 64 MiB of cache for a tiny model
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +128,7 @@ def test_a_quantised_cache_is_named_by_one_option(capsys: pytest.CaptureFixture[
 def test_where_nothing_helps_that_is_said(capsys: pytest.CaptureFixture[str], model: Path) -> None:
     """Else the user would go on trying."""
     status, output = run(capsys, model, "--host", "8MiB")
-    assert status == 1 and "No option makes it fit" in output
+    assert status == 1 and "None of the options that were tried makes it fit" in output
 
 
 def test_gpus_can_be_imagined(capsys: pytest.CaptureFixture[str], model: Path) -> None:
@@ -172,8 +172,8 @@ def test_options_change_what_is_taken(capsys: pytest.CaptureFixture[str], model:
     assert [changed["options"][name] for name in ("num_ctx", "num_parallel", "num_batch")] == [512, 4, 64]
     (host,) = changed["devices"]
     assert host["cache_bytes"] == 2 * plain["cache_bytes"] and host["compute_bytes"] < plain["compute_bytes"]
-    (quantised,) = run_json(capsys, model, "--host", "1GiB", "--cache-type", "q8_0")["devices"]
-    assert quantised["cache_bytes"] < plain["cache_bytes"]
+    (other,) = run_json(capsys, model, "--host", "1GiB", "--cache-type", "f32")["devices"]
+    assert other["cache_bytes"] > plain["cache_bytes"]
     flags = run_json(capsys, model, "--host", "1GiB", "--no-flash-attention", "--no-mmap")["options"]
     assert (flags["flash_attention"], flags["use_mmap"]) == (False, False)
     assert run_json(capsys, model, "--host", "1GiB", "--embedding")["devices"] != [plain]
@@ -320,12 +320,12 @@ def test_victims_are_named_with_what_they_hold(model: Path) -> None:
 def test_what_never_fits_says_what_acquire_would(model: Path) -> None:
     """The same reason, and the same figures."""
     with Scheduler(settings(memory_limit="100MiB")) as scheduler:
-        fit = scheduler.fit(model, num_ctx=1024, num_parallel=512)
+        fit = scheduler.fit(model, num_ctx=1024, num_parallel=256)
         with pytest.raises(DoesNotFit) as refused:
-            scheduler.acquire(model, num_ctx=1024, num_parallel=512)
+            scheduler.acquire(model, num_ctx=1024, num_parallel=256)
         assert (fit.verdict, fit.fits, fit.reason) == ("never", False, refused.value.reason)
         assert [each.needed_bytes for each in fit.devices] == [refused.value.needed_bytes]
-        with scheduler.acquire(model, **{"num_ctx": 1024, **fit.advice[0].options}):
+        with scheduler.acquire(model, **{"num_ctx": 1024, "num_parallel": 256, **fit.advice[0].options}):
             assert scheduler.status().runners[0].promised_bytes == {"cpu": fit.advice[0].fit.devices[0].takes_bytes}
 
 

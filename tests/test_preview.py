@@ -351,7 +351,7 @@ def test_everything_at_once_is_advised_if_nothing_less_will_do() -> None:
 def test_a_cache_that_cannot_be_quantised_is_not_advised_to_be(head: int, options: dict[str, bool]) -> None:
     """llama.cpp refuses it for heads whose size is no multiple of 32, and for values without flash attention."""
     info = a_large_model(head=head)
-    pool = a_pool(needs(info, num_ctx=8192, **options, **QUANTISED)).declare("d", info)
+    pool = a_pool(needs(info, num_ctx=5120, **options)).declare("d", info)  # more than 8192 tokens of q8_0 would take
     assert advised(pool, num_ctx=8192, **options) == [({"num_ctx": 4096}, Outcome.fits)]
 
 
@@ -363,7 +363,14 @@ def test_a_context_is_advised_down_to_what_is_of_use(trained: int, embedding: bo
     info = a_large_model(head=16, context=trained, embedding=embedding)
     pool = a_pool(needs(info, num_ctx=least)).declare("d", info)
     assert advised(pool, num_ctx=trained) == [({"num_ctx": least}, Outcome.fits)]
-    assert advised(a_pool(needs(info, num_ctx=least // 2)).declare("d", info), num_ctx=trained) == []
+    assert advised(a_pool(needs(info, num_ctx=256)).declare("d", info), num_ctx=trained) == []
+
+
+def test_a_context_of_little_use_is_advised_where_nothing_else_helps() -> None:
+    """Rather than that there is no way."""
+    info = a_large_model(head=16, context=8192)
+    pool = a_pool(needs(info, num_ctx=512)).declare("d", info)
+    assert advised(pool, num_ctx=8192) == [({"num_ctx": 512}, Outcome.fits)]
 
 
 def test_nothing_is_advised_where_nothing_helps() -> None:
@@ -452,7 +459,7 @@ def test_advice_costs_a_bounded_number_of_tries() -> None:
     found = preview(1.0, core, want, info)
     core.copies = 0
     assert (found.outcome, advise(1.0, core, want, info, found)) == (Outcome.evicts, ())
-    assert core.copies == MOST_TRIES
+    assert core.copies <= MOST_TRIES
 
 
 @given(

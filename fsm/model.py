@@ -50,10 +50,10 @@ class ModelInfo:
     architecture: str
     context_trained: int
     embedding_length: int
-    feed_forward_length: int
+    feed_forward_length: int  # of what is computed at once: of a dense layer, or of all the experts that are used
     vocabulary: int
     heads: int
-    heads_kv: tuple[int, ...]  # per layer
+    heads_kv: tuple[int, ...]  # per layer; 0 where it does not attend
     key_length: int  # size of one head's key
     value_length: int
     sliding_window: int  # tokens; 0: full attention
@@ -67,10 +67,14 @@ class ModelInfo:
     projectors_bytes: int = 0
     tied: bool = False  # the token embeddings are the output matrix too
     sliding_layers: tuple[bool, ...] = ()  # per layer, whether it sees the window only; empty: none does
-    recurrent_layers: tuple[bool, ...] = ()  # per layer, whether it keeps a state instead of a cache; empty: none does
+    recurrent_layers: tuple[bool, ...] = ()  # per layer, whether it keeps a state; empty: none does
     recurrence: Recurrence = Recurrence()
     experts: int = 0  # in each layer; 0: a dense model
     experts_used: int = 0
+    expert_length: int = 0  # feed-forward width of one expert
+    gated: bool = True  # the feed-forward multiplies two projections
+    merges: int = 0  # of the tokenizer
     types_bytes: tuple[tuple[str, int], ...] = ()  # bytes of the layers' matrices by gguf's name of their type
+    output_type: str = ""  # of the output matrix, tied or not; empty: there is none
     quantisation: str = ""  # gguf's name of the type that most of its bytes have
     pooling: str | None = None  # llama.cpp's name; None: the file names none

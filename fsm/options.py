@@ -42,6 +42,13 @@ WITHOUT_CACHE = frozenset(
         "nomic-bert-moe",
     }
 )
+WITHOUT_LOGITS = WITHOUT_CACHE | {"lfm2"}  # and decoders that compute none when they embed
+UNQUANTISED = frozenset({"f32", "f16", "bf16"})  # cache types that every model can have
+CACHE_BLOCK = 32  # elements of a block of all others; llama.cpp refuses heads that are no whole number of them
+# Types whose matrices llama.cpp reorders on x86-64 as it loads them, by gguf's names: others stay as they are.
+REPACKED = frozenset({"IQ4_NL", "MXFP4", "Q4_0", "Q4_K"})
+MOST_SLOTS = 256
+MOST_THREADS = 512
 CACHE_CELLS = 256  # llama.cpp rounds the cache of a slot up to a multiple of this, tokens
 
 _AUTOMATIC = Options()
@@ -64,12 +71,11 @@ def resolve(info: ModelInfo, options: Options, defaults: Options = _AUTOMATIC) -
     The context is at least 4 tokens (2048 for a vision model) and at most what the model was trained with; one slot
     for embedders and for families that cannot share; an embedder's batch holds its whole context, since llama.cpp
     refuses a pooled input that takes more than one pass. `num_gpu`, `main_gpu`, `num_thread`, `use_mmap` and
-    `flash_attention` stay as they are. What is not named is first taken from `defaults`. Resolving twice changes
-    nothing.
+    `flash_attention` stay as they are. What is not named is first taken from `defaults`, where the model can have it.
+    Resolving twice changes nothing.
     """
     if defaults != _AUTOMATIC:
-        unnamed = [each.name for each in fields(options) if getattr(options, each.name) is None]
-        options = replace(options, **{name: getattr(defaults, name) for name in unnamed})
+        options = _with_defaults(info, options, defaults)
     shape = shape_of(info, options)
     return replace(
         options,
@@ -79,6 +85,44 @@ def resolve(info: ModelInfo, options: Options, defaults: Options = _AUTOMATIC) -
         cache_type_k=options.cache_type_k or "f16",
         cache_type_v=options.cache_type_v or "f16",
     )
+
+
+def _with_defaults(info: ModelInfo, options: Options, defaults: Options) -> Options:
+    """Name what is not named; what would make the model's load fail, or take memory beyond reason, stays automatic."""
+    named = {each.name: getattr(options, each.name) for each in fields(options)}
+    chosen = replace(defaults, **{name: value for name, value in named.items() if value is not None})
+    if computes_every_logit(info):
+        chosen = replace(chosen, num_ctx=options.num_ctx)
+    if info.key_length % CACHE_BLOCK and chosen.cache_type_k not in UNQUANTISED:
+        chosen = replace(chosen, cache_type_k=options.cache_type_k)
+    if (info.value_length % CACHE_BLOCK or chosen.flash_attention is False) and chosen.cache_type_v not in UNQUANTISED:
+        chosen = replace(chosen, cache_type_v=options.cache_type_v)
+    return chosen
+
+
+def impossible(info: ModelInfo, options: Options) -> tuple[str, int | bool | str, str] | None:
+    """Return the first of these resolved options that llama.cpp would refuse for this model, its value, and why.
+
+    A load that must fail would cost others their runners, and everybody who wants the model its back-off.
+    """
+    slots, threads = options.num_parallel or 1, options.num_thread or 1
+    if slots > MOST_SLOTS:
+        return "num_parallel", slots, f"llama.cpp has at most {MOST_SLOTS} slots"
+    if threads > MOST_THREADS:
+        return "num_thread", threads, f"llama.cpp has at most {MOST_THREADS} threads"
+    if info.architecture in WITHOUT_CACHE:
+        return None
+    caches = (
+        ("cache_type_k", options.cache_type_k, info.key_length),
+        ("cache_type_v", options.cache_type_v, info.value_length),
+    )
+    for name, cache_type, length in caches:
+        if cache_type is not None and cache_type not in UNQUANTISED and length % CACHE_BLOCK:
+            return name, cache_type, f"its heads have {length} elements, which are no whole blocks of {CACHE_BLOCK}"
+    value_type = options.cache_type_v
+    if value_type is not None and value_type not in UNQUANTISED and options.flash_attention is False:
+        return "cache_type_v", value_type, "without flash attention llama.cpp cannot quantise values"
+    return None
 
 
 def serves(loaded: Options, asked: Options, info: ModelInfo | None = None) -> bool:
@@ -93,12 +137,30 @@ def serves(loaded: Options, asked: Options, info: ModelInfo | None = None) -> bo
     return info is not None and _covers(loaded, _limited(info, asked))
 
 
+def maps_file(info: ModelInfo, options: Options, on_host: bool) -> bool:
+    """Whether a runner maps its model's file or reads it, where the request does not say; `on_host`: without a GPU.
+
+    A mapped file loads faster, its pages are shared by all that map it, and the system takes them back when it must. So
+    it is mapped, unless most of it would be there twice: the host works with reordered copies of 4-bit weights.
+    docs/memory.md has the figures.
+    """
+    if options.use_mmap is not None:
+        return options.use_mmap
+    return not on_host or 2 * repacked_bytes(info) <= sum(info.layers_bytes)
+
+
+def repacked_bytes(info: ModelInfo) -> int:
+    """The bytes of the layers' matrices that are reordered where the host computes alone."""
+    return sum(type_bytes for type_name, type_bytes in info.types_bytes if type_name in REPACKED)
+
+
 def micro_batch(info: ModelInfo, options: Options) -> int:
     """Tokens that the engine computes in one pass (its n_ubatch): an embedder's whole input, else at most 512."""
     return shape_of(info, options).micro_batch
 
 
 def shape_of(info: ModelInfo, options: Options) -> Shape:
+    """Return the sizes that follow from what is named, and for the rest from the defaults; within what is possible."""
     automatic = DEFAULT_EMBEDDER_CONTEXT if computes_every_logit(info) else DEFAULT_CONTEXT
     context = automatic if options.num_ctx is None else options.num_ctx
     if info.vision:
@@ -150,4 +212,4 @@ def padded(tokens: int) -> int:
 
 def computes_every_logit(info: ModelInfo) -> bool:
     """With pooling every token is an output: a decoder computes and keeps the logits of each, though none is read."""
-    return info.embedding and info.architecture not in WITHOUT_CACHE
+    return info.embedding and info.architecture not in WITHOUT_LOGITS

@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
-import http.client
-import json
-import subprocess
-import sys
 from dataclasses import fields, replace
-from pathlib import Path
 
-import psutil
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from fsm.estimate import CACHE_BLOCK_BYTES, PROMPT_CACHE_BYTES, estimate, prompt_cache_bytes
 from fsm.footprint import Footprint, parts
-from fsm.model import HOST, MIB, ModelInfo, Options
+from fsm.model import HOST, MIB, ModelInfo, Options, Recurrence
 from fsm.options import ONE_AT_A_TIME, micro_batch, resolve, serves
-from scheduler.metadata import read_metadata
-from tests.tiny_models import write_tiny_model
 
 A_MODEL = ModelInfo(
     architecture="llama",
@@ -234,7 +226,8 @@ def test_a_slot_s_cache_is_rounded_up_to_256_tokens() -> None:
 
 def test_sliding_layers_cache_their_window_only() -> None:
     """5 of 6 layers of gemma3 hold the window and a pass: 4096 and 1024 tokens, as llama.cpp prints it."""
-    gemma = replace(A_MODEL, architecture="gemma3", sliding_window=512, heads_kv=(2,) * 12, layers_bytes=(0,) * 12)
+    sliding = (*(True,) * 5, False) * 2
+    gemma = replace(A_MODEL, sliding_window=512, heads_kv=(2,) * 12, layers_bytes=(0,) * 12, sliding_layers=sliding)
     layers = cost(gemma).layers_bytes
     assert layers == (1024 * 2 * 128 * 2,) * 5 + (4096 * 2 * 128 * 2,) + (1024 * 2 * 128 * 2,) * 5 + layers[5:6]
 
@@ -275,14 +268,49 @@ def test_the_prompt_cache_is_counted_as_the_engine_is_told() -> None:
     assert prompt_cache_bytes(EMBEDDER, resolve(EMBEDDER, Options())) == 0
 
 
-def test_four_bit_weights_count_twice_where_they_are_copied() -> None:
-    """Mapped and in the processor's order, if the host alone computes; Q4_1 weights (5 bits each) are not copied."""
-    layer_weights = 576 * (64 * (9 + 9 + 3 + 3) + 3 * 1536)
-    four_bit = replace(A_MODEL, layers_bytes=(layer_weights * 9 // 16,) * 30)
-    on_host, mapped = Options(num_gpu=0), sum(four_bit.layers_bytes)
-    copied = total(cost(four_bit, on_host)) - total(cost(four_bit, replace(on_host, use_mmap=False)))
-    assert copied == pytest.approx(mapped, rel=0.1)  # the bounded prompt cache grows a little with the rest
-    assert total(cost(options=on_host)) == total(cost(options=replace(on_host, use_mmap=False)))
+def test_reordered_weights_count_twice_where_the_file_is_mapped() -> None:
+    """Mapped and in the processor's order, if the host alone computes; types that stay as they are count once."""
+    four_bit = replace(A_MODEL, types_bytes=(("Q4_0", 60 * MIB), ("Q6_K", 4 * MIB)), output_type="Q6_K")
+    read, mapped = (cost(four_bit, Options(num_gpu=0, use_mmap=use_mmap)) for use_mmap in (False, True))
+    assert (read.repacked_bytes, mapped.repacked_bytes) == (0, 60 * MIB)
+    assert total(mapped) - total(read) == pytest.approx(60 * MIB, rel=0.1)  # the prompt cache grows with the rest
+    stays = replace(A_MODEL, types_bytes=(("Q4_1", 64 * MIB),), output_type="Q8_0")
+    assert cost(stays, Options(num_gpu=0, use_mmap=True)).repacked_bytes == 0
+
+
+def test_an_output_matrix_is_reordered_too() -> None:
+    """And embeddings that serve as one are copied even where the file is read, since rows of them are looked up."""
+    untied = replace(A_MODEL, types_bytes=(("Q4_K", 60 * MIB),), output_type="Q4_K", output_bytes=9 * MIB)
+    assert cost(untied, Options(use_mmap=True)).repacked_bytes == 69 * MIB
+    tied = replace(untied, tied=True, input_bytes=7 * MIB)
+    assert cost(tied, Options(use_mmap=True)).repacked_bytes == 67 * MIB
+    assert cost(tied, Options(use_mmap=False)).repacked_bytes == 7 * MIB
+
+
+def test_a_recurrent_layer_keeps_a_state_for_each_slot() -> None:
+    """Whatever the context and the cache's type; a hybrid's other layers have their cells."""
+    sizes = Recurrence(conv=4, inner=1024, state=128, groups=1, rank=16)
+    state_bytes = 4 * (3 * (1024 + 2 * 128) + 128 * 1024)
+    hybrid = replace(
+        A_MODEL,
+        recurrence=sizes,
+        recurrent_layers=(True, False) * 15,
+        heads_kv=(0, 3) * 15,
+        architecture="granitehybrid",
+    )
+    small, large = (cost(hybrid, replace(EIGHT_BIT, num_ctx=context, num_parallel=4)) for context in (512, 4096))
+    assert small.caches_bytes[0] == large.caches_bytes[0] == 4 * state_bytes
+    assert large.caches_bytes[1] == 8 * small.caches_bytes[1] > 0
+
+
+def test_checkpoints_are_counted_for_each_slot() -> None:
+    """Two copies of what sliding layers hold; an embedder and a model that only has full attention make none."""
+    gemma = replace(A_MODEL, architecture="gemma3", sliding_window=512, sliding_layers=(True, False) * 15)
+    options = Options(num_ctx=2048, num_parallel=3)
+    assert cost(gemma, options).checkpoints_bytes == 2 * 3 * 15 * 512 * 3 * (64 + 64) * 2
+    assert (
+        cost(replace(gemma, embedding=True), options).checkpoints_bytes == cost(A_MODEL, options).checkpoints_bytes == 0
+    )
 
 
 @given(some_models, some_options, some_options)
@@ -291,65 +319,3 @@ def test_asking_for_more_never_takes_less(info: ModelInfo, some: Options, other:
     less = replace(some, num_ctx=min(some.num_ctx or 0, other.num_ctx or 0), num_parallel=some.num_parallel or 1)
     more = replace(some, num_ctx=max(some.num_ctx or 0, other.num_ctx or 0), num_parallel=(some.num_parallel or 1) + 1)
     assert 0 < total(cost(info, less)) <= total(cost(info, more))
-
-
-CHILD = """
-import json, sys, xllamacpp
-told = json.loads(sys.argv[1])
-params = xllamacpp.CommonParams()
-params.model.path, params.port, params.ui, params.fit_params = told["path"], 0, False, False
-params.n_ctx, params.n_parallel = told["num_ctx"] * told["num_parallel"], told["num_parallel"]
-params.n_batch, params.n_ubatch, params.cache_ram_mib = told["num_batch"], told["micro_batch"], told["cache_mib"]
-params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
-params.cache_type_k = params.cache_type_v = getattr(xllamacpp.ggml_type, "GGML_TYPE_" + told["cache_type_k"].upper())
-params.embedding = told["embedding"]
-if told["embedding"]:
-    params.pooling_type = xllamacpp.llama_pooling_type.LLAMA_POOLING_TYPE_MEAN
-server = xllamacpp.Server(params)
-print(server.listening_address.removeprefix("http://"), flush=True)
-sys.stdin.read()
-"""
-
-
-def resident_bytes(path: Path, info: ModelInfo, options: Options) -> int:
-    """The resident size of a child that has loaded the model and answered a prompt that fills a context."""
-    told = {each.name: getattr(options, each.name) for each in fields(options)}
-    told |= {"path": str(path), "micro_batch": micro_batch(info, options), "embedding": info.embedding}
-    told["cache_mib"] = prompt_cache_bytes(info, options) // MIB
-    command = [sys.executable, "-c", CHILD, json.dumps(told)]
-    with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-    ) as child:
-        assert child.stdin and child.stdout and options.num_ctx
-        try:
-            address = child.stdout.readline().strip()
-            tokens = [7 + position % 200 for position in range(options.num_ctx - 4)]
-            body = {"input": tokens} if info.embedding else {"prompt": tokens, "n_predict": 2}
-            connection = http.client.HTTPConnection(address, timeout=120)
-            connection.request("POST", "/v1/embeddings" if info.embedding else "/completion", json.dumps(body))
-            answer = connection.getresponse()
-            assert answer.status == 200, answer.read()
-            return int(psutil.Process(child.pid).memory_info().rss)
-        finally:
-            child.kill()
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="resident sizes elsewhere mean something else")
-@pytest.mark.parametrize("embedding", [False, True], ids=["generates", "embeds"])
-@pytest.mark.parametrize(
-    ("width", "layers", "options"),
-    [
-        pytest.param(64, 2, Options(num_ctx=512), id="tiny"),
-        pytest.param(512, 6, Options(num_ctx=512), id="small"),
-        pytest.param(256, 8, replace(EIGHT_BIT, num_ctx=1024, num_parallel=4), id="slots"),
-    ],
-)
-def test_a_prediction_is_near_the_resident_size(
-    tmp_path: Path, width: int, layers: int, options: Options, embedding: bool
-) -> None:
-    """Of a real child that has filled a context: within 15 % when the formulas were fitted, 20 % on any machine."""
-    pytest.importorskip("xllamacpp")
-    path = write_tiny_model(tmp_path / "m.gguf", layers=layers, width=width, context=2048)
-    info = read_metadata(str(path), embedding=embedding)
-    resolved = resolve(info, replace(options, num_gpu=0))
-    assert total(estimate(info, resolved)) == pytest.approx(resident_bytes(path, info, resolved), rel=0.2)

@@ -38,7 +38,7 @@ def write_tiny_model(path: Path, *, layers: int = 2, width: int = 64, seed: int 
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_rope_dimension_count(width // HEADS)
     tokens = [*byte_tokens(), END]
-    _add_tokenizer(writer, tokens)
+    add_tokenizer(writer, tokens)
     _add_tensors(writer, layers=layers, width=width, vocabulary=len(tokens), seed=seed)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -47,7 +47,7 @@ def write_tiny_model(path: Path, *, layers: int = 2, width: int = 64, seed: int 
     return path
 
 
-def _add_tokenizer(writer: gguf.GGUFWriter, tokens: list[str]) -> None:
+def add_tokenizer(writer: gguf.GGUFWriter, tokens: list[str]) -> None:
     end = len(tokens) - 1
     writer.add_vocab_size(len(tokens))
     writer.add_tokenizer_model("gpt2")

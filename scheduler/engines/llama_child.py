@@ -6,31 +6,53 @@ the order to leave. On standard output it answers with JSON objects, one a line,
 
     importing                  the process runs
     loading                    the library is there, the model is being loaded
-    loaded   url, num_ctx      it serves; num_ctx is the context of one slot, in tokens; the last line
+    loaded   url, num_ctx,     it serves; num_ctx is the context of one slot, in tokens; the last line
+             buffers
     failed   reason            it does not; the process ends with status 1; the last line
 
-Everything llama.cpp prints goes to standard error. While it loads no Python code runs here (the library holds the
-interpreter's lock), so the signal that stops it keeps its default action and the kernel watches the parent.
+`buffers` is what llama.cpp says it has allocated or mapped: a list of [device, kind, bytes]. The device is as llama.cpp
+names it ("CPU", "CUDA0"; memory of the host that a GPU reaches counts as "CPU"), the kind "weights", "cache" (of keys
+and values, or recurrent state), "compute", "output" or "projector"; llama.cpp prints hundredths of a MiB. A pair of
+device and kind may come more than once: the same weights mapped and repacked, for one. The list is empty where the
+log cannot be read.
+
+Everything llama.cpp prints goes to standard error: details of the load, but of requests no more than warnings. While it
+loads no Python code runs here (the library holds the interpreter's lock), so the signal that stops it keeps its default
+action and the kernel watches the parent.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import sys
+import time
 from contextlib import suppress
 from typing import Any, Never, TypedDict
 
 HTTP_THREADS = 32  # each answer occupies one, and more may not come at once: probes and late requests wait then
-WARNINGS = 2  # of llama.cpp's levels of verbosity; those above tell of every request
+WARNINGS, DETAILS = 2, 4  # of llama.cpp's levels of verbosity; sizes of buffers are details, as is much of a request
 ANSWER_LIMIT_BYTES = 1 << 20
 ANSWER_TIMEOUT_S = 30.0
 PARENT_CHECK_S = 1.0
 LOG_PAUSE_S = 0.2  # for the last of the log, where it cannot be flushed
 OOM_SCORE = 300  # of 1000: under memory pressure the kernel takes a runner rather than its host
 LINUX_PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG
+MIB = 1 << 20
+
+# What it logs of a buffer; of a projector it says where it computes, then how large its file is.
+BUFFER = re.compile(
+    r"^\S+ I (?P<function>\w+): +"
+    r"(?:(?P<name>\S+) +(?P<what>model|LoRA|KV|RS|compute|output) +buffer size =|model size:) +(?P<mib>[\d.]+) MiB$",
+    re.MULTILINE,
+)
+PROJECTOR = re.compile(r"\bCLIP using (\S+) backend$", re.MULTILINE)
+PROJECTOR_COMPUTES = "reserve_compute_meta"
+KINDS = {"model": "weights", "LoRA": "weights", "KV": "cache", "RS": "cache", "compute": "compute", "output": "output"}
+HOST_BUFFER = re.compile(r"(CPU|AMX)(_|$)|.*_Host$")  # CPU_Mapped, CPU_REPACK, CUDA_Host ...
 
 
 class Request(TypedDict):
@@ -50,6 +72,7 @@ class Request(TypedDict):
     num_batch: int
     num_micro_batch: int  # tokens computed in one pass; the size of the compute buffers goes with it
     prompt_cache_mib: int  # of prompts that llama.cpp keeps on the host; its own limit is 8 GiB
+    num_checkpoints: int  # copies of the states and windows of a slot that it keeps on the host; its own limit is 32
     num_thread: int
     use_mmap: bool | None
     flash_attention: bool | None
@@ -105,20 +128,22 @@ def tell(protocol: int, event: str, **fields: object) -> None:
         os.write(protocol, json.dumps({"event": event, **fields}).encode() + b"\n")
 
 
-def parameters(library: Any, request: Request) -> Any:
+def parameters(library: Any, request: Request, verbosity: int) -> Any:
     """Return llama.cpp's parameters for what was asked; raises ValueError for a name it does not know."""
     params = library.CommonParams()
     params.model.path = request["model"]
     params.model_alias = {request["name"]}
     params.offline = True
     params.fit_params = False  # where it goes has been decided
-    params.verbosity = WARNINGS
+    params.verbosity = verbosity
     params.warmup = bool(request["gpu_layers"])  # there the first token allocates; on the host it would only come later
     params.n_parallel = request["num_parallel"]
     params.n_ctx = request["num_ctx"] * request["num_parallel"]
     params.n_batch = request["num_batch"]
     params.n_ubatch = request["num_micro_batch"]
     params.cache_ram_mib = request["prompt_cache_mib"]
+    params.n_ctx_checkpoints = request["num_checkpoints"]
+    params.kv_unified = False  # each slot has cells of its own: its context is its own whatever the others do
     params.load_mode = load_mode(library, request["use_mmap"])
     params.flash_attn_type = flash_attention(library, request["flash_attention"])
     params.cache_type_k = named(library.ggml_type, "GGML_TYPE_", request["cache_type_k"])
@@ -165,7 +190,7 @@ def lock_down(params: Any, key: str) -> None:
     params.cors_credentials = False
     params.endpoint_slots = False
     params.endpoint_props = False
-    params.endpoint_metrics = False
+    params.endpoint_metrics = True  # counts of tokens and requests
     params.ui = False
     params.n_threads_http = HTTP_THREADS
 
@@ -220,19 +245,55 @@ def wait_for_the_end(parent: int) -> None:
             return
 
 
-def flush_log(library: Any) -> None:
-    """Have llama.cpp write the last of its log, which it does on a thread of its own: it says why a load failed."""
-    import ctypes
-    import time
+class Log:
+    """llama.cpp's log, which it writes on a thread of its own; warnings only where it cannot be copied."""
 
-    try:  # C++ functions without arguments but a pointer, by the names that GCC and Clang give them
-        functions = ctypes.CDLL(library.xllamacpp.__file__)
-        main_log, flush = functions._Z15common_log_mainv, functions._Z16common_log_flushP10common_log
-    except (AttributeError, OSError):
-        time.sleep(LOG_PAUSE_S)
-        return
-    main_log.restype = ctypes.c_void_p
-    flush(ctypes.c_void_p(main_log()))
+    def __init__(self, library: Any) -> None:
+        import ctypes
+
+        self.verbosity = WARNINGS  # to load with
+        self._copy: int | None = None  # a file in memory
+        self._main: Any = None
+        with suppress(AttributeError, OSError):  # C++ functions, by the names that GCC and Clang give them
+            functions = ctypes.CDLL(library.xllamacpp.__file__)
+            self._flush = functions._Z16common_log_flushP10common_log
+            self._set_file = functions._Z19common_log_set_fileP10common_logPKc
+            self._set_verbosity = functions._Z30common_log_set_verbosity_tholdi
+            functions._Z15common_log_mainv.restype = ctypes.c_void_p
+            self._main = ctypes.c_void_p(functions._Z15common_log_mainv())
+            self._copy = os.memfd_create("log")  # on Linux only
+            self._set_file(self._main, f"/proc/self/fd/{self._copy}".encode())
+            self.verbosity = DETAILS
+
+    def flush(self) -> None:
+        """Have the last of it written: it says why a load failed."""
+        if self._main is None:
+            time.sleep(LOG_PAUSE_S)
+        else:
+            self._flush(self._main)
+
+    def finish(self) -> str:
+        """Return what was logged so far, where that is known; from now on only warnings are written."""
+        if self._copy is None:
+            return ""
+        self._set_verbosity(WARNINGS)
+        self._flush(self._main)
+        self._set_file(self._main, None)
+        with open(self._copy, encoding="utf-8", errors="replace") as file:
+            file.seek(0)
+            return file.read()
+
+
+def buffers(log: str) -> list[tuple[str, str, int]]:
+    """Return device, kind and bytes of each buffer that llama.cpp's log tells of."""
+    projector = PROJECTOR.search(log)
+    found = []
+    for line in BUFFER.finditer(log):
+        name, what = line["name"] or (projector[1] if projector else "CPU"), line["what"]
+        device = "CPU" if HOST_BUFFER.match(name) else name.partition("_")[0]
+        kind = "projector" if what is None or line["function"] == PROJECTOR_COMPUTES else KINDS[what]
+        found.append((device, kind, round(float(line["mib"]) * MIB)))
+    return found
 
 
 def serve(protocol: int, request: Request) -> Never:
@@ -246,16 +307,18 @@ def serve(protocol: int, request: Request) -> Never:
         reason = f"llama.cpp is not installed for {sys.executable} ({error}): pip install 'loadmaster[llama]'"
         tell(protocol, "failed", reason=reason)
         os._exit(1)
+    log = Log(xllamacpp)
     try:
-        params = parameters(xllamacpp, request)
+        params = parameters(xllamacpp, request, log.verbosity)
         tell(protocol, "loading")
         server = xllamacpp.Server(params)
     except Exception as error:  # whatever it is, the parent is told in one line and the rest is on standard error
         tell(protocol, "failed", reason=f"{type(error).__name__}: {error}")
-        flush_log(xllamacpp)
+        log.flush()
         os._exit(1)
     url = server.listening_address
-    tell(protocol, "loaded", url=url, num_ctx=context_of_a_slot(url, request["key"]))
+    told = buffers(log.finish())
+    tell(protocol, "loaded", url=url, num_ctx=context_of_a_slot(url, request["key"]), buffers=told)
     wait_for_the_end(request["parent"])
     os._exit(0)  # without the server's clean-up: it waits for answers under way
 

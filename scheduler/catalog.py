@@ -6,13 +6,13 @@ import difflib
 import os
 import stat
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, MutableMapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
 from scheduler.clock import Clock, monotonic_clock
-from scheduler.errors import InvalidModel, ModelNotFound, UnsupportedOption
-from scheduler.spec import FIRST_PART, ModelSpec
+from scheduler.errors import InvalidModel, ModelNotFound, SchedulerError, UnsupportedOption
+from scheduler.spec import FIRST_PART, MOST_PARTS, ModelSpec
 
 LONGEST_NAME = 512  # characters
 CLOSEST = 5  # names that an error suggests, at most
@@ -32,7 +32,8 @@ class Resolver(Protocol):
         """Return the model of that name as it is now, None if there is none here.
 
         Called again every two seconds or so for a name in use, in the thread that asks: it is to be quick.
-        May raise `ModelNotFound` to say what else there would be, and `InvalidModel`.
+        May raise `ModelNotFound` to say what else there would be, and `InvalidModel`. After anything else that it
+        raises the next resolver is asked, and what was raised is told where nobody knows the name.
         """
 
     def names(self) -> Iterable[str]:
@@ -77,18 +78,29 @@ class Catalog:
             except ModelNotFound as error:  # not here either, but it has something to say
                 places = error.looked_in or (resolver.place,)
                 closest += error.closest
+            except SchedulerError:
+                raise
+            except Exception as error:  # it is broken, or may not look: the others are not
+                places = (f"{resolver.place}, which failed with {in_words(error)}",)
             looked_in += filter(None, places)
         closest += closest_names(name, self._all_names())
         raise ModelNotFound(name, tuple(looked_in), tuple(dict.fromkeys(closest)))
 
-    def listing(self) -> Iterator[tuple[str, Resolver]]:
-        """Yield every name once, with the resolver that is the first to know it; what cannot be named is left out."""
+    def listing(self, unlisted: MutableMapping[str, str] | None = None) -> Iterator[tuple[str, Resolver]]:
+        """Yield every name once, with the resolver that is the first to know it; what cannot be named is left out.
+
+        A place that cannot be listed, or not to its end, comes into `unlisted`, with the reason.
+        """
         seen: set[str] = set()
         for resolver in self._resolvers:
-            for name in resolver.names():
-                if name not in seen and _why_not(name) is None:
-                    seen.add(name)
-                    yield name, resolver
+            try:
+                for name in resolver.names():
+                    if name not in seen and _why_not(name) is None:
+                        seen.add(name)
+                        yield name, resolver
+            except Exception as error:
+                if unlisted is not None:
+                    unlisted[resolver.place] = in_words(error)
 
     def _all_names(self) -> tuple[str, ...]:
         with self._lock:
@@ -96,6 +108,11 @@ class Catalog:
                 self._listed = tuple(name for name, _ in self.listing())
                 self._listed_until = self._clock() + LISTED_S
             return self._listed
+
+
+def in_words(error: Exception) -> str:
+    """Return what a resolver raised, for a person to read."""
+    return str(error) if isinstance(error, SchedulerError) else f"{type(error).__name__}: {error}"
 
 
 def closest_names(name: str, names: Iterable[str]) -> list[str]:
@@ -146,7 +163,8 @@ def _why_not(name: str) -> str | None:
 def confined(root: Path, path: Path) -> Path | None:
     """Return the real path of a regular file inside `root`, None if there is nothing.
 
-    Raises `InvalidModel` for what leads out of `root`, whether or not there is anything, and for what is no file.
+    Raises `InvalidModel` for what leads out of `root`, whether or not there is anything, and for what is no file, and
+    PermissionError where it may not be looked for.
     """
     real_root = os.path.realpath(root)
     real = os.path.realpath(path)
@@ -154,6 +172,8 @@ def confined(root: Path, path: Path) -> Path | None:
         raise InvalidModel(str(path), f"it leads out of {real_root}; only what lies inside has a name")
     try:
         status = os.stat(real)
+    except PermissionError:
+        raise
     except OSError:
         return None
     if not stat.S_ISREG(status.st_mode):
@@ -167,7 +187,7 @@ def confined_model(root: Path, path: Path) -> bool:
         return False
     if split := FIRST_PART.search(path.name):
         stem, count = path.name[: split.start()], int(split[1])
-        for part in range(2, count + 1):
+        for part in range(2, min(count, MOST_PARTS) + 1):  # of more, none is ever read
             if confined(root, path.with_name(f"{stem}-{part:05}-of-{count:05}.gguf")) is None:
                 break  # not complete, which is told when it is read
     return True

@@ -126,9 +126,10 @@ class DoesNotFit(SchedulerError):
 
     def __str__(self) -> str:
         devices = ", ".join(f"{format_bytes(free)} on {device}" for device, free in self.free_bytes.items())
+        advice = "" if ";" in self.reason else "; use a smaller model, context or cache type, or raise the limit"
         return (
             f"{self.model!r} needs {format_bytes(self.needed_bytes)} and at most {devices or 'nothing'} can be had: "
-            f"{self.reason}; use a smaller model, context or cache type, or raise the limit"
+            f"{self.reason}{advice}"  # a reason may bring its own
         )
 
 

@@ -170,10 +170,12 @@ class Executor:
 
     def _probe(self, life: Life) -> None:
         timeout_s = self._settings.probe_timeout
-        if life.process is not None and not life.process.healthy(timeout_s) and not life.over:
-            life.lease_ended = False  # nor would it answer a look
-            self._post(on.Unresponsive(life.runner, f"it did not answer within {timeout_s:g} s"))
-        life.probed = False
+        try:
+            if life.process is not None and not life.process.healthy(timeout_s) and not life.over:
+                life.lease_ended = False  # nor would it answer a look
+                self._post(on.Unresponsive(life.runner, f"it did not answer within {timeout_s:g} s"))
+        finally:
+            life.probed = False
 
     def look(self, life: Life) -> None:
         """Have a runner asked whether it has settled, and post it when it has; one look at it at a time."""
@@ -204,13 +206,14 @@ class Executor:
     def look_again(self) -> None:
         """Have the devices read, and loads given their time anew: as after a gap in which they could show nothing."""
         for life in list(self.lives.values()):
-            if life.process is not None and life.endpoint is None and life.value is None and not life.over:
+            if life.endpoint is None and life.value is None and not life.over:
                 self._post(on.Progress(life.runner))
         self.sampler.request()
 
     def close(self, timeout_s: float) -> list[str]:
         """End the threads; return the names of those that hang."""
         end = time.monotonic() + timeout_s
+        self.sampler.close()  # a worker may wait for a reading that is filed behind the end of the workers
         ends = [self.locks.close] if self.locks is not None else []
         ends += [pool.close for pool in (self._stoppers, self.workers, self.callers)]
         return [name for close in ends for name in close(max(0.0, end - time.monotonic()))]

@@ -10,6 +10,7 @@ from queue import Empty, SimpleQueue
 from weakref import ReferenceType, ref
 
 from fsm.journal import Entry
+from scheduler.units import parse_duration, wait_limit
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,8 +49,9 @@ class EventStream(Iterator[Entry | Gap]):
         self.ended = True
         self._there.put(None)
 
-    def take(self, timeout_s: float | None = None) -> Entry | Gap | None:
+    def take(self, timeout_s: str | float | None = None) -> Entry | Gap | None:
         """Return the next one, None when none comes in time or the stream has ended."""
+        wait_s = None if timeout_s is None else wait_limit(parse_duration(timeout_s, name="timeout_s"))
         while True:
             with self._lock:
                 missed, self._missed = self._missed, 0
@@ -61,7 +63,7 @@ class EventStream(Iterator[Entry | Gap]):
             if self.ended:
                 return None
             try:
-                self._there.get(timeout=timeout_s)
+                self._there.get(timeout=wait_s)
             except Empty:
                 return None
 

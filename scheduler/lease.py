@@ -12,13 +12,24 @@ from typing import TYPE_CHECKING, Any, Self, overload
 from fsm.runner import RunnerId
 from scheduler.client import Messages, RunnerClient
 from scheduler.engines import Endpoint
-from scheduler.errors import LeaseReleased, RunnerCrashed, UnsupportedOption
+from scheduler.errors import InvalidSettings, LeaseReleased, RunnerCrashed, UnsupportedOption
 from scheduler.ticket import Ticket
+from scheduler.units import parse_duration, wait_limit
 
 if TYPE_CHECKING:
     from scheduler.desk import Desk
 
 _IS_OBJECT = "it is an object without a server: use the lease's value"
+
+
+def _silence_s(timeout: str | float | None) -> float | None:
+    """Return how long a runner may be silent, None for ever; raises `InvalidSettings` for what is no such time."""
+    if timeout is None:
+        return None
+    silence_s = parse_duration(timeout, name="timeout")
+    if silence_s == 0:
+        raise InvalidSettings("timeout", timeout, "a duration longer than 0")
+    return wait_limit(silence_s)
 
 
 class Lease:
@@ -130,57 +141,62 @@ class Lease:
 
     # -- its use ------------------------------------------------------------------------------------------------------
 
-    def chat(self, messages: Messages, *, timeout: float | None = None, **parameters: Any) -> str:
-        """Return the answer to a chat; `parameters` are those of OpenAI's chat completions; `timeout` in seconds."""
-        with self._talking():
-            return self._client().chat(messages, timeout_s=timeout, **parameters)
+    def chat(self, messages: Messages, *, timeout: str | float | None = None, **parameters: Any) -> str:
+        """Return the answer to a chat; `parameters` are those of OpenAI's chat completions.
 
-    def complete(self, prompt: str, *, timeout: float | None = None, **parameters: Any) -> str:
+        `timeout` is the longest silence that is put up with, then `TimeoutError`.
+        """
+        with self._talking():
+            return self._client().chat(messages, timeout_s=_silence_s(timeout), **parameters)
+
+    def complete(self, prompt: str, *, timeout: str | float | None = None, **parameters: Any) -> str:
         """Return the continuation of a prompt."""
         with self._talking():
-            return self._client().complete(prompt, timeout_s=timeout, **parameters)
+            return self._client().complete(prompt, timeout_s=_silence_s(timeout), **parameters)
 
     @overload
-    def embed(self, text: str, *, timeout: float | None = None, **parameters: Any) -> list[float]: ...
+    def embed(self, text: str, *, timeout: str | float | None = None, **parameters: Any) -> list[float]: ...
     @overload
-    def embed(self, text: Sequence[str], *, timeout: float | None = None, **parameters: Any) -> list[list[float]]: ...
     def embed(
-        self, text: str | Sequence[str], *, timeout: float | None = None, **parameters: Any
+        self, text: Sequence[str], *, timeout: str | float | None = None, **parameters: Any
+    ) -> list[list[float]]: ...
+    def embed(
+        self, text: str | Sequence[str], *, timeout: str | float | None = None, **parameters: Any
     ) -> list[float] | list[list[float]]:
         """Return the vector of a text, or those of several; the model must be asked for with `embedding=True`."""
         with self._talking():
-            return self._client().embed(text, timeout_s=timeout, **parameters)
+            return self._client().embed(text, timeout_s=_silence_s(timeout), **parameters)
 
-    def stream(self, messages: Messages, *, timeout: float | None = None, **parameters: Any) -> Stream:
+    def stream(self, messages: Messages, *, timeout: str | float | None = None, **parameters: Any) -> Stream:
         """Return the answer to a chat piece by piece; holds the lease until it is exhausted or closed."""
-        return Stream(self, self._client().stream(messages, timeout_s=timeout, **parameters))
+        return Stream(self, self._client().stream(messages, timeout_s=_silence_s(timeout), **parameters))
 
-    async def achat(self, messages: Messages, *, timeout: float | None = None, **parameters: Any) -> str:
+    async def achat(self, messages: Messages, *, timeout: str | float | None = None, **parameters: Any) -> str:
         """Like `chat`."""
         with self._talking():
-            return await self._client().achat(messages, timeout_s=timeout, **parameters)
+            return await self._client().achat(messages, timeout_s=_silence_s(timeout), **parameters)
 
-    async def acomplete(self, prompt: str, *, timeout: float | None = None, **parameters: Any) -> str:
+    async def acomplete(self, prompt: str, *, timeout: str | float | None = None, **parameters: Any) -> str:
         """Like `complete`."""
         with self._talking():
-            return await self._client().acomplete(prompt, timeout_s=timeout, **parameters)
+            return await self._client().acomplete(prompt, timeout_s=_silence_s(timeout), **parameters)
 
     @overload
-    async def aembed(self, text: str, *, timeout: float | None = None, **parameters: Any) -> list[float]: ...
+    async def aembed(self, text: str, *, timeout: str | float | None = None, **parameters: Any) -> list[float]: ...
     @overload
     async def aembed(
-        self, text: Sequence[str], *, timeout: float | None = None, **parameters: Any
+        self, text: Sequence[str], *, timeout: str | float | None = None, **parameters: Any
     ) -> list[list[float]]: ...
     async def aembed(
-        self, text: str | Sequence[str], *, timeout: float | None = None, **parameters: Any
+        self, text: str | Sequence[str], *, timeout: str | float | None = None, **parameters: Any
     ) -> list[float] | list[list[float]]:
         """Like `embed`."""
         with self._talking():
-            return await self._client().aembed(text, timeout_s=timeout, **parameters)
+            return await self._client().aembed(text, timeout_s=_silence_s(timeout), **parameters)
 
-    def astream(self, messages: Messages, *, timeout: float | None = None, **parameters: Any) -> AsyncStream:
+    def astream(self, messages: Messages, *, timeout: str | float | None = None, **parameters: Any) -> AsyncStream:
         """Like `stream`, for `async for`."""
-        return AsyncStream(self, self._client().astream(messages, timeout_s=timeout, **parameters))
+        return AsyncStream(self, self._client().astream(messages, timeout_s=_silence_s(timeout), **parameters))
 
     def _check(self) -> None:
         if self._ticket.lost:

@@ -21,10 +21,10 @@ from fsm.model import ModelInfo
 from fsm.options import WITHOUT_CACHE
 from fsm.preview import preview
 from fsm.request import Purpose, Want
-from scheduler.catalog import Catalog
+from scheduler.catalog import Catalog, in_words
 from scheduler.clock import monotonic_clock
 from scheduler.devices import Devices
-from scheduler.errors import InvalidModel, SchedulerError, format_bytes
+from scheduler.errors import InvalidModel, format_bytes
 from scheduler.metadata import read_metadata
 from scheduler.scheduler import limits_of
 from scheduler.settings import Settings
@@ -41,7 +41,7 @@ FITS, IN_PART, ON_HOST, TOO_LARGE = "fits", "fits in part on the GPU", "fits on 
 class Row:
     """One model, as it is listed; numbers are 0 and texts empty where `problem` says why it cannot be read."""
 
-    name: str  # to acquire it by
+    name: str  # to acquire it by; empty where it is the place itself that cannot be listed
     place: str  # where it was found
     path: str = ""
     size_bytes: int = 0  # of its files, adapters and projectors among them
@@ -74,7 +74,8 @@ def read_rows(catalog: Catalog, core: Core, progress: Progress) -> Iterator[Row]
     Whether it fits is judged in `core`, which knows the devices, and is not changed.
     """
     task = progress.add_task("Looking for models", total=None)
-    listed = list(catalog.listing())
+    unlisted: dict[str, str] = {}
+    listed = list(catalog.listing(unlisted))
     progress.remove_task(task)
     for name, resolver in progress.track(listed, description="Reading models"):
         row = Row(name, resolver.place)
@@ -83,8 +84,9 @@ def read_rows(catalog: Catalog, core: Core, progress: Progress) -> Iterator[Row]
                 continue  # it went away meanwhile
             row = replace(row, path=spec.path)
             yield _read(row, spec, core)
-        except SchedulerError as error:
-            yield replace(row, problem=error.reason if isinstance(error, InvalidModel) else str(error))
+        except Exception as error:  # a resolver may be the user's own
+            yield replace(row, problem=error.reason if isinstance(error, InvalidModel) else in_words(error))
+    yield from (Row("", place, problem=why) for place, why in unlisted.items())
 
 
 def _core_of(settings: Settings) -> Core:
@@ -150,7 +152,7 @@ def table_of(rows: Iterable[Row]) -> Table:
 
 def _cells(row: Row) -> tuple[str, ...]:
     if row.problem:
-        return (row.name, "", "", "", "", "", f"cannot be read: {row.problem}")
+        return (row.name or "(the rest)", "", "", "", "", "", f"cannot be read: {row.problem}")
     context, size, needed = str(row.context_trained), format_bytes(row.size_bytes), format_bytes(row.needed_bytes)
     return (row.name, size, row.architecture, row.quantisation, context, needed, row.fits)
 

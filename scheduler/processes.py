@@ -20,6 +20,8 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import IO, Protocol
 
+from scheduler.units import LONGEST_WAIT_S
+
 log = logging.getLogger("loadmaster")
 
 TAIL_BYTES = 8 << 10  # of standard error that are kept
@@ -27,8 +29,7 @@ POLL_S = 0.05  # between looks at a process that has no pidfd
 PULSE_S = 1.0
 CLOSE_TIMEOUT_S = 5.0
 
-_CHUNK_BYTES = 1 << 16
-_LINE_BYTES = 1 << 16  # a longer line is no line of a protocol, and is dropped
+_CHUNK_BYTES = _LINE_BYTES = 1 << 16  # a longer line is no line of a protocol, and is dropped
 _LAST_CHUNKS = 16  # read at most from each stream of a process that is gone: others may still write to it
 
 
@@ -254,7 +255,7 @@ class Watcher:
         times = [at for run in self._runs.values() for at in (run.kill_at, run.pulse_at) if at is not None]
         if any(run.pidfd is None for run in self._runs.values()):
             times.append(time.monotonic() + POLL_S)
-        return max(0.0, min(times) - time.monotonic()) if times else None
+        return min(max(0.0, min(times) - time.monotonic()), LONGEST_WAIT_S) if times else None
 
     def _look_at(self, run: _Run, now: float) -> None:
         if run.kill_at is not None and run.kill_at <= now:

@@ -143,6 +143,8 @@ class Registry:
         Nothing comes of it: the model is not known afterwards, nor pinned, and its engine need not be installed.
         """
         spec = self._spec(model, asking)
+        if isinstance(spec, ModelSpec) and len(spec.projectors) > 1:
+            raise UnsupportedOption("projectors", spec.projectors, "llama.cpp loads one projector for a model")
         named: dict[str, Any] = {name: value for name, value in asking.items() if name not in (*_IDENTITY, *_TIMING)}
         for name, value in named.items():
             _check(name, value)
@@ -184,8 +186,10 @@ class Registry:
 
     def _named(self, model: str | os.PathLike[str]) -> ModelSpec:
         """Return the model at a path, or of a name."""
-        text = os.fspath(model)
-        if not isinstance(text, str) or not text or text.startswith("-"):
+        text = os.fspath(model) if isinstance(model, str | os.PathLike) else None
+        if not isinstance(text, str):
+            raise UnsupportedOption("model", model, "it must be a path, a name, a ModelSpec or a PythonModel")
+        if not text or text.startswith("-"):
             raise UnsupportedOption("model", text, "it must be a path or a name, and not begin with '-'")
         if not isinstance(model, str) or is_path(model):
             return ModelSpec(Path(text).name.removesuffix(".gguf"), text)

@@ -10,6 +10,7 @@ from fsm.model import Options
 from fsm.request import ModelId
 
 FIRST_PART = re.compile(r"-00001-of-(\d{5})\.gguf$", re.IGNORECASE)  # how a file that was split begins
+MOST_PARTS = 1024  # of a file that was split; the largest models have about a hundred
 
 
 @dataclass(frozen=True, slots=True)

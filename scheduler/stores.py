@@ -9,6 +9,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -38,7 +39,9 @@ def default_resolvers(folders: Iterable[str | Path], environment: Mapping[str, s
     if named := environment.get("OLLAMA_MODELS", "").strip():
         stores = [Path(named)]
     else:
-        stores = [Path("~/.ollama/models").expanduser()]
+        stores = []
+        with suppress(RuntimeError):  # nobody's home, as in containers that run as a user who is not known
+            stores.append(Path("~/.ollama/models").expanduser())
         if os.access(OLLAMA_SYSTEM_STORE, os.R_OK | os.X_OK):
             stores.append(Path(OLLAMA_SYSTEM_STORE))
     return (
@@ -68,9 +71,10 @@ class Folder:
         for path in (self.root / name, self.root / f"{stem}.gguf", self.root / f"{stem}.GGUF"):
             if _GGUF.search(path.name) and confined_model(self.root, path):
                 return ModelSpec(stem, str(path))
-        for first in sorted(glob.glob(f"{glob.escape(str(self.root / stem))}-00001-of-*.gguf")):
-            if confined_model(self.root, Path(first)):
-                return ModelSpec(stem, first)
+        for ending in ("", "-00001-of-*"):
+            for file in sorted(glob.glob(f"{glob.escape(str(self.root / stem))}{ending}.[gG][gG][uU][fF]")):
+                if confined_model(self.root, Path(file)):
+                    return ModelSpec(stem, file)
         return None
 
     def names(self) -> Iterator[str]:
@@ -127,7 +131,7 @@ class OllamaStore:
             host, namespace, model, tag = path.parts[-4:]
             before = "" if (host, namespace) == (_HOST, _NAMESPACE) else f"{namespace}/"
             name = f"{before if host == _HOST else f'{host}/{namespace}/'}{model}:{tag}"
-            if _OLLAMA_NAME.fullmatch(name) and path.is_file():
+            if _OLLAMA_NAME.fullmatch(name) and not os.path.isdir(path):  # who may not look is told so when it is read
                 yield name
 
     def _read(self, name: str, manifest: Path) -> ModelSpec:
@@ -140,6 +144,8 @@ class OllamaStore:
             raise InvalidModel(str(manifest), "it names no GGUF file, so it is for another engine than llama.cpp")
         if len(kinds["model"]) > 1:
             raise InvalidModel(str(manifest), "it names several model files, which llama.cpp cannot put together")
+        if len(kinds["projector"]) > 1:
+            raise InvalidModel(str(manifest), "it names several projectors, and llama.cpp loads one")
         if any(len(layers) > _MOST_LAYERS for layers in kinds.values()):
             raise InvalidModel(str(manifest), f"it names more than {_MOST_LAYERS} files of one kind")
         files = {kind: tuple(self._blob(manifest, layer) for layer in layers) for kind, layers in kinds.items()}
@@ -204,6 +210,14 @@ _KNOWN_NAMES = 1024  # remembered; then all are forgotten
 _Stamp = tuple[tuple[int, int] | None, ...]
 
 
+class _Scanned(NamedTuple):
+    """A repository as it was, and the files and folders that tell whether it has other versions or files since."""
+
+    repository: CachedRepoInfo
+    watched: tuple[Path, ...]
+    stamp: _Stamp
+
+
 class _Known(NamedTuple):
     """What a name stood for, and the files that tell whether it still does."""
 
@@ -221,6 +235,7 @@ class HuggingFaceCache:
     def __init__(self, root: Path | None = None) -> None:
         self._root = root  # None: where huggingface_hub keeps it
         self._known: dict[str, _Known] = {}
+        self._scanned: Mapping[str, _Scanned] = {}  # by id, as of the last scan; replaced, never changed
 
     @property
     def place(self) -> str:
@@ -238,6 +253,10 @@ class HuggingFaceCache:
         if known is not None and known.stamp == _stamp(known.watched):
             return known.spec
         self._known.pop(name, None)
+        scanned = self._scanned.get(asked["repo"])
+        if scanned is not None and scanned.stamp == _stamp(scanned.watched):
+            with suppress(ModelNotFound):  # what it lacked may have come since, into a folder of its own
+                return self._choose(name, scanned.repository, asked["file"], asked["tag"])
         for repository in self._repositories():
             if repository.repo_id == asked["repo"]:
                 return self._choose(name, repository, asked["file"], asked["tag"])
@@ -258,10 +277,16 @@ class HuggingFaceCache:
         from huggingface_hub import CacheNotFound, scan_cache_dir
 
         try:
-            repositories = scan_cache_dir(self._folder()).repos
-        except (CacheNotFound, OSError, ValueError):  # there is none, or something else in its place
+            found = scan_cache_dir(self._folder()).repos
+        except (CacheNotFound, ValueError):  # there is none, or something else in its place
             return ()
-        return [each for each in repositories if each.repo_type == "model" and each.revisions]
+        repositories = [each for each in found if each.repo_type == "model" and each.revisions]
+        scanned = {}
+        for each in repositories:
+            watched = (each.repo_path / "refs" / "main", each.repo_path / "snapshots", _revision(each).snapshot_path)
+            scanned[each.repo_id] = _Scanned(each, watched, _stamp(watched))
+        self._scanned = scanned
+        return repositories
 
     def _choose(self, name: str, repository: CachedRepoInfo, file: str | None, tag: str | None) -> ModelSpec:
         revision = _revision(repository)

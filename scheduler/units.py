@@ -15,6 +15,7 @@ _SIZE_LIMIT = 2**63
 _DURATION_PART = r"([0-9]+(?:\.[0-9]+)?)\s*(ms|s|m|h|d)\s*"
 _DURATION = re.compile(rf"(-?)\s*((?:{_DURATION_PART})+)")
 _DURATION_ALLOWED = 'a duration like "5m", "1h30m", "250ms" or a number of seconds; negative or "forever": without end'
+LONGEST_WAIT_S = float((2**31 - 1) // 1000)  # 24 days: sockets and selectors count milliseconds in 31 bits
 _UNIT_SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
 
@@ -45,9 +46,18 @@ def parse_duration(text: str | float, *, name: str = "duration") -> float:
     """
     if isinstance(text, str):
         return _parse_duration_text(text, name)
-    if isinstance(text, bool) or not isinstance(text, (int, float)) or math.isnan(text):
+    try:
+        duration_s = math.nan if isinstance(text, bool) or not isinstance(text, (int, float)) else float(text)
+    except OverflowError:  # a whole number beyond all floats
+        duration_s = math.nan
+    if math.isnan(duration_s):
         raise InvalidSettings(name, text, _DURATION_ALLOWED)
-    return math.inf if text < 0 else float(text)
+    return math.inf if duration_s < 0 else duration_s
+
+
+def wait_limit(duration_s: float) -> float | None:
+    """Return a duration as waits of the operating system take it: None, which is without end, for very long ones."""
+    return None if duration_s > LONGEST_WAIT_S else duration_s
 
 
 def _parse_duration_text(text: str, name: str) -> float:

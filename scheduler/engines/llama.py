@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 
 import psutil
 
-from fsm.estimate import CHECKPOINTS, prompt_cache_bytes
+from fsm.estimate import CHECKPOINTS, kept_bytes, prompt_cache_bytes
 from fsm.model import HOST, MIB, DeviceId, ModelInfo, Options
 from fsm.options import maps_file, micro_batch, resolve
 from scheduler.engines import Buffer, Endpoint, Memory
@@ -28,6 +28,7 @@ from scheduler.errors import EngineMissing
 from scheduler.header import read_header
 from scheduler.metadata import read_metadata
 from scheduler.processes import CLOSE_TIMEOUT_S, Child, Exit, Processes, Program
+from scheduler.units import wait_limit
 
 if TYPE_CHECKING:
     from fsm.ledger import Placement
@@ -70,13 +71,13 @@ Value = TypeVar("Value")
 class LlamaProcess:
     """The handle of one runner; the methods from `printed` on are its child's listener, on the watcher's thread."""
 
-    def __init__(self, report: Report, key: str, *, gpus: Sequence[DeviceId] = (), prompt_cache_bytes: int = 0) -> None:
+    def __init__(self, report: Report, key: str, *, gpus: Sequence[DeviceId] = (), kept_bytes: int = 0) -> None:
         self.child: Child | None = None  # set before anything is heard of it
         self.buffers: tuple[Buffer, ...] = ()  # by its own account, once it serves
         self._report = report
         self._key = key
         self._gpus = gpus  # that it sees, in its order
-        self._prompt_cache_bytes = prompt_cache_bytes  # most that it may keep of earlier prompts on the host
+        self._kept_bytes = kept_bytes  # most that it may keep of earlier prompts on the host
         self._url = ""  # set once it serves
         self._num_ctx: int | None = None  # of a slot, once it serves and if it says so
         self._most_bytes = 0  # that it can come to hold of the host for itself; 0: unknown
@@ -135,7 +136,7 @@ class LlamaProcess:
             return not self._gone
         worked_s = self._worked_s()
         address = urlsplit(self._url)
-        connection = http.client.HTTPConnection(address.hostname or "", address.port, timeout=timeout_s)
+        connection = http.client.HTTPConnection(address.hostname or "", address.port, timeout=wait_limit(timeout_s))
         try:
             connection.request("GET", "/health")
             return connection.getresponse().status == http.client.OK
@@ -170,7 +171,7 @@ class LlamaProcess:
         """What it can come to hold of the host for itself, as it has just been loaded; 0 where that is not known."""
         compute_bytes = sum(each.bytes for each in self.buffers if (each.device, each.kind) == (HOST, "compute"))
         known = self.buffers and memory.private_bytes
-        return memory.private_bytes + compute_bytes + self._prompt_cache_bytes if known else 0
+        return memory.private_bytes + compute_bytes + self._kept_bytes if known else 0
 
     def logged(self) -> None:
         """The child wrote to its log: a load is alive."""
@@ -240,13 +241,14 @@ class LlamaEngine:
         """
         key = secrets.token_urlsafe(KEY_BYTES)
         request = self._request(model, options, placement, key)
+        info = self.inspect(model)
         gpus = tuple(device for device, _ in placement.gpu_layers)
         program = Program(
             arguments=(sys.executable, "-I", "-S", str(CHILD)),  # neither the user's start-up code nor other packages'
             environment=child_environment(os.environ, gpus),
             input=json.dumps(request).encode() + b"\n",
         )
-        process = LlamaProcess(report, key, gpus=gpus, prompt_cache_bytes=request["prompt_cache_mib"] * MIB)
+        process = LlamaProcess(report, key, gpus=gpus, kept_bytes=kept_bytes(info, resolve(info, options)))
         process.child = Child(program, process)
         self._processes.start(process.child)
         return process

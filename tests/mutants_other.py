@@ -1,0 +1,254 @@
+"""Faults that any scheduler might have: of answers, of runners, of memory, of claims."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from fsm import commands as do
+from fsm import events as on
+from fsm.actions import Actions
+from fsm.claims import Claims
+from fsm.core import Core
+from fsm.endings import Endings
+from fsm.planning import _Planner
+from fsm.pool import Line, Pool
+from fsm.request import Request
+from fsm.runner import Runner
+from fsm.timers import Timers
+from tests.mutant import Patch, instead, mutant
+
+# -- answers ----------------------------------------------------------------------------------------------------------
+
+
+@mutant("one-place")
+def granted_twice(patch: Patch) -> None:
+    """A load answers its first waiter twice."""
+
+    @instead(patch, Actions, "serve")
+    def serve(original: Callable[..., None], act: Actions, runner: Runner, lines: list[object]) -> None:
+        original(act, runner, lines)
+        act.commands += [one for one in act.commands if isinstance(one, do.Grant)][:1]
+
+
+@mutant("time-outs")
+def a_time_out_is_forgotten(patch: Patch) -> None:
+    """Whoever named a time-out is not told when it is over."""
+
+    @instead(patch, Core, "_time_is_up")
+    def time_is_up(original: Callable[..., None], core: Core, key: tuple[str, int]) -> None:
+        if key[0] != "request":
+            original(core, key)
+
+
+@mutant("time-outs")
+def a_time_out_outlives_its_request(patch: Patch) -> None:
+    """The clock of somebody who was answered goes on."""
+
+    @instead(patch, Timers, "clear")
+    def clear(original: Callable[..., None], timers: Timers, key: tuple[str, int]) -> None:
+        if key[0] != "request":
+            original(timers, key)
+
+
+@mutant("one-place")
+def a_close_forgets_the_queue(patch: Patch) -> None:
+    """Whoever waits when the scheduler closes waits for ever."""
+
+    @instead(patch, Actions, "reject_line")
+    def reject_line(original: Callable[..., None], act: Actions, line: Line, refusal: do.Refusal) -> None:
+        if not isinstance(refusal, do.Closed):
+            original(act, line, refusal)
+
+
+@mutant("one-place")
+def closing_has_no_end(patch: Patch) -> None:
+    """Nobody is told that everything is unloaded."""
+
+    @instead(patch, Core, "step")
+    def step(original: Callable[..., list[object]], core: Core, now: float, event: on.Event) -> list[object]:
+        commands = [one for one in original(core, now, event) if not isinstance(one, do.Finish)]
+        core.finished = False
+        return commands
+
+
+@mutant("out-of-memory")
+def loads_fail_again_and_again(patch: Patch) -> None:
+    """Each load that runs out of memory is followed by another, for the same request."""
+
+    @instead(patch, Endings, "load_failed")
+    def load_failed(original: Callable[..., None], act: Endings, *args: object, **how: object) -> None:
+        original(act, *args, **how)
+        for request in act.pool.requests.values():
+            request.survived = False
+
+
+@mutant("one-place", most=2000)
+def nobody_looks_again(patch: Patch) -> None:
+    """The core forgets to look again when a victim may go."""
+
+    @instead(patch, Timers, "set")
+    def set_timer(original: Callable[..., None], timers: Timers, key: tuple[str, int], at: float) -> None:
+        if key[0] != "plan":
+            original(timers, key, at)
+
+
+@mutant("one-place", most=2000)
+def what_was_read_wakes_nobody(patch: Patch) -> None:
+    """An inspection that has ended is not acted on."""
+
+    @instead(patch, Core, "_inspected")
+    def inspected(original: Callable[..., None], core: Core, event: on.Inspected) -> None:
+        original(core, event)
+        core.act.replan = False
+
+
+# -- runners ----------------------------------------------------------------------------------------------------------
+
+
+@mutant("three-requests")
+def stopped_in_use(patch: Patch) -> None:
+    """A victim is stopped while it serves."""
+
+    @instead(patch, Actions, "expire")
+    def expire(original: Callable[..., None], act: Actions, runner: Runner, reason: str) -> None:
+        original(act, runner, reason)
+        act.stop(runner)
+
+
+@mutant("three-requests")
+def busy_runners_go_at_once(patch: Patch) -> None:
+    """A runner in use is given up before whoever wants its place has waited long enough."""
+
+    @instead(patch, _Planner, "_candidate")
+    def candidate(original: Callable[..., object], planner: _Planner, runner: Runner, head: Request) -> object:
+        return replace(original(planner, runner, head), free_at=max(planner.pool.now, runner.resident_until))
+
+
+@mutant("one-place")
+def no_residency(patch: Patch) -> None:
+    """A runner may go as soon as it is loaded: two clients could unload each other's models for ever."""
+
+    @instead(patch, _Planner, "_candidate")
+    def candidate(original: Callable[..., object], planner: _Planner, runner: Runner, head: Request) -> object:
+        found = original(planner, runner, head)
+        return found if runner.leases else replace(found, free_at=planner.pool.now)
+
+
+@mutant("pins")
+def pins_do_not_hold(patch: Patch) -> None:
+    """A pinned model is given up for others."""
+    patch.setattr(Pool, "pinned", lambda pool, runner: False)
+
+
+@mutant("one-place")
+def a_late_load_counts(patch: Patch) -> None:
+    """A runner that was given up while it loaded serves when it is loaded after all."""
+
+    @instead(patch, Core, "_runner_event")
+    def runner_event(original: Callable[..., None], core: Core, runner: Runner, event: on.Event) -> None:
+        if isinstance(event, on.Loaded) and runner.loaded_at is None:
+            core.act.loaded(runner, event)
+        else:
+            original(core, runner, event)
+
+
+@mutant("one-place")
+def an_end_counts_twice(patch: Patch) -> None:
+    """The second notice of a process's end begins the wait for its memory again."""
+
+    @instead(patch, Core, "_handle")
+    def handle(original: Callable[..., None], core: Core, event: on.Event) -> None:
+        runner = core.pool.runners.get(event.runner) if isinstance(event, on.Exited) else None
+        if runner is not None and not runner.process:
+            core.act.await_memory(runner)
+        else:
+            original(core, event)
+
+
+@mutant("one-place")
+def loads_have_no_clock(patch: Patch) -> None:
+    """A load that stalls is waited for without end."""
+
+    @instead(patch, Actions, "launch")
+    def launch(original: Callable[..., Runner], act: Actions, *args: object) -> Runner:
+        runner = original(act, *args)
+        act.pool.timers.clear(("load", runner.id))
+        return runner
+
+
+@mutant("configure")
+def stopped_processes_do_not_count(patch: Patch) -> None:
+    """More processes are alive than there may be, while those that were told to stop end."""
+
+    @instead(patch, Pool, "alive")
+    def alive(original: Callable[..., int], pool: Pool) -> int:
+        return sum(runner.process and not runner.stopping for runner in pool.runners.values())
+
+
+# -- memory -----------------------------------------------------------------------------------------------------------
+
+
+@mutant("one-place")
+def memory_is_promised_before_it_is_back(patch: Patch) -> None:
+    """A load begins in what a runner holds that is on its way out."""
+
+    @instead(patch, _Planner, "_usable")
+    def usable(original: Callable[..., object], planner: _Planner) -> object:
+        return dict(planner.total)
+
+
+@mutant("one-place")
+def an_account_stays_open(patch: Patch) -> None:
+    """What an unloaded runner held is never free again."""
+
+    @instead(patch, Endings, "unload")
+    def unload(original: Callable[..., None], act: Endings, runner: Runner, reason: str) -> None:
+        account = act.pool.ledger.accounts["runner", runner.id]
+        original(act, runner, reason)
+        act.pool.ledger.accounts["runner", runner.id] = account
+
+
+@mutant("own-memory")
+def own_memory_is_not_given_back(patch: Patch) -> None:
+    """What the program reserved for itself stays booked when it gives that back."""
+
+    @instead(patch, Actions, "release")
+    def release(original: Callable[..., None], act: Actions, request: Request) -> None:
+        account = act.pool.ledger.accounts.get(("memory", request.id))
+        original(act, request)
+        if account is not None:
+            act.pool.ledger.accounts["memory", request.id] = account
+
+
+@mutant("one-place")
+def an_early_reading_counts(patch: Patch) -> None:
+    """Memory is taken to be back by a reading that began while its process lived."""
+
+    @instead(patch, Core, "_sampled")
+    def sampled(original: Callable[..., None], core: Core, event: on.Sampled) -> None:
+        original(core, replace(event, number=core.pool.samples))
+
+
+# -- claims -----------------------------------------------------------------------------------------------------------
+
+
+@mutant("claims")
+def a_claim_is_kept(patch: Patch) -> None:
+    """Devices are kept from other programs after the load that they were claimed for."""
+
+    @instead(patch, Claims, "loaded")
+    def loaded(original: Callable[..., None], act: Claims, runner: Runner, event: on.Loaded) -> None:
+        Endings.loaded(act, runner, event)
+
+
+@mutant("claims")
+def a_claim_is_given_back_twice(patch: Patch) -> None:
+    """A claim is ended once with its load and once more with its process."""
+
+    @instead(patch, Claims, "exited")
+    def exited(original: Callable[..., None], act: Claims, runner: Runner, event: on.Exited) -> None:
+        claim = runner.claim
+        original(act, runner, event)
+        if claim:
+            act.commands.append(do.Unclaim(claim))

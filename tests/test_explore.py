@@ -1,0 +1,368 @@
+"""The search of the core's states: what it looks at, what it takes for the same, and what it would find."""
+
+from __future__ import annotations
+
+import ast
+import gc
+import math
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields, replace
+from pathlib import Path
+
+import pytest
+
+from fsm import canonical
+from fsm import events as on
+from fsm.canonical import LEFT_OUT, Canonical
+from fsm.commands import Command, Grant, Launch
+from fsm.core import Core
+from fsm.events import Event
+from fsm.explore import Oracle, explore, in_words
+from fsm.judge import judge
+from fsm.pool import Model
+from fsm.request import RequestState
+from fsm.scenarios import SCENARIOS
+from fsm.world import Past, Scenario, begin, kinds, late, next_in_order, possible, time_of
+from scheduler import explore_command
+from scheduler.cli import main
+from tests.mutants import MUTANTS
+
+NAMED = {scenario.name: scenario for scenario in SCENARIOS}
+ONE_PLACE = NAMED["one-place"]
+A, B = ONE_PLACE.wants
+
+
+def a_core(*happened: Event, scenario: Scenario = ONE_PLACE) -> Core:
+    """Return a core to which all this has happened, each at its time."""
+    core = Core(scenario.limits, Oracle())
+    begin(core, scenario)
+    for event in happened:
+        core.step(time_of(core, event), event)
+    return core
+
+
+def inspected(model: str, scenario: Scenario = ONE_PLACE) -> on.Inspected:
+    return on.Inspected(model, dict(scenario.models)[model])
+
+
+def loaded(core: Core, runner: int) -> on.Loaded:
+    return on.Loaded(runner, None, core.pool.runners[runner].placement.bytes)
+
+
+def key_of(core: Core, scenario: Scenario = ONE_PLACE, keys: Canonical | None = None) -> bytes:
+    return (keys or Canonical(kinds(scenario))).key(core)
+
+
+def alike(one: Core, other: Core, scenario: Scenario = ONE_PLACE) -> bool:
+    keys = Canonical(kinds(scenario))
+    return keys.key(one) == keys.key(other)
+
+
+# -- the search --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.name)
+def test_everything_holds_in_the_first_states_of(scenario: Scenario) -> None:
+    """`make explore` looks at many more; there are at least as many as are asked for."""
+    found = explore(scenario, 300)
+    assert found.violation is None, f"{found.violation.what}\n{in_words(found.violation.way)}"
+    assert found.states >= 300
+    assert found.edges > found.states
+
+
+def test_every_state_that_one_request_at_a_time_can_lead_to_is_looked_at() -> None:
+    """A small scenario has an end: all that can be reached has been, whatever bound is set."""
+    small = replace(ONE_PLACE, models=ONE_PLACE.models[:1], wants=(A,), requests=1, expires=False, closes=False)
+    found = explore(small, 100_000)
+    assert found.complete and found.violation is None
+    assert explore(small, found.states + 1) == found
+
+
+def test_the_scenarios_are_about_a_million_states() -> None:
+    """Each has a name of its own, and most of them are looked at in part."""
+    assert len(NAMED) == len(SCENARIOS)
+    assert sum(scenario.most for scenario in SCENARIOS) >= 1_000_000
+
+
+def test_an_event_that_changes_nothing_is_not_the_end() -> None:
+    """A state which the world's order leads back to itself, while somebody waits in it, is found."""
+
+    class Deaf(Core):
+        def step(self, now: float, event: Event) -> list[Command]:
+            return [] if isinstance(event, on.Inspected) else super().step(now, event)
+
+    found = explore(ONE_PLACE, 200, make=Deaf).violation
+    assert found is not None and "waits for ever" in found.what
+    assert [type(step.event) for step in found.way] == [on.Acquire], "the shortest way"
+
+
+def test_an_exception_is_found_with_the_event_that_raised_it() -> None:
+    """The way ends with it."""
+
+    class Broken(Core):
+        def _close(self, timeout_s: float) -> None:
+            raise KeyError("a runner")
+
+    found = explore(ONE_PLACE, 200, make=Broken).violation
+    assert found is not None and found.what == "KeyError('a runner')"
+    assert [step.event for step in found.way] == [on.Close(30.0)]
+
+
+def test_the_oracle_prefers_each_candidate_in_turn() -> None:
+    """Whatever a policy may prefer is tried."""
+    oracle = Oracle(first=1)
+    assert list(oracle.order(0.0, ["a", "b", "c"])) == ["b", "c", "a"]
+    assert oracle.most == 3
+
+
+def test_a_way_is_told_without_what_is_as_usual() -> None:
+    """What happened, when, and what was said to do."""
+    found = next(one for one in MUTANTS if one.name == "a_cancel_is_not_answered").search().violation
+    assert found is not None
+    assert in_words(found.way).splitlines() == [
+        "  1. at 0 s  Acquire(request=1, want=Want(model='a', options=Options(), purpose=lease, priority=0))",
+        "              -> Inspect(model='a')",
+        "  2. at 0 s  Cancel(request=1)",
+        "              -> nothing",
+    ]
+
+
+# -- what is taken for the same ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("record", LEFT_OUT, ids=lambda record: record.__name__)
+def test_every_field_of_a_record_is_in_the_key_or_left_out_for_a_reason(record: type) -> None:
+    """A field that is new has to be thought of: a key that lacks it would hide states."""
+    tree = ast.parse(Path(canonical.__file__).read_text(encoding="utf-8"))
+    name = "claim" if record.__name__ == "OpenClaim" else record.__name__.lower()
+    read = {
+        node.attr
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute)
+        and (
+            (isinstance(node.value, ast.Name) and node.value.id == name)
+            or (isinstance(node.value, ast.Attribute) and node.value.attr == name)
+        )
+    }
+    everything = {field.name for field in fields(record)}
+    left_out = set(LEFT_OUT[record])
+    assert left_out <= everything, "what is left out is no field"
+    assert everything - left_out <= read, "neither in the key nor left out"
+
+
+def test_numbers_of_lives_past_do_not_count() -> None:
+    """After a life that has ended everything is as before it, but for the ids."""
+    first = a_core(on.Acquire(1, A), inspected("a"))
+    again = a_core(on.Acquire(1, A), inspected("a"), loaded(first, 1), on.Release(1), on.Expire("a"), on.Exited(1, 0))
+    begin(again, ONE_PLACE)
+    for event in (on.Acquire(7, A), inspected("a")):
+        again.step(0.0, event)
+    seen = again.pool.models["a"]
+    assert list(again.pool.runners) == [2]
+    seen.measured.clear()  # what is remembered of a life does count
+    assert alike(first, again)
+
+
+def test_what_was_measured_counts() -> None:
+    """The next launch is promised it."""
+    one, other = a_core(on.Acquire(1, A)), a_core(on.Acquire(1, A))
+    other.pool.models["a"].measured[A.options, ()] = (("cpu", 1),)
+    assert not alike(one, other)
+
+
+def test_models_of_one_kind_may_be_exchanged() -> None:
+    """Whoever waits for either of two alike is in the same place."""
+    assert alike(a_core(on.Acquire(1, A)), a_core(on.Acquire(1, B)))
+
+
+def test_models_that_will_turn_out_different_may_not() -> None:
+    """Although nothing is known yet of either, they are not of one kind."""
+    claims = NAMED["claims"]
+    asked = [a_core(on.Acquire(1, want), scenario=claims) for want in claims.wants]
+    assert not alike(*asked, scenario=claims)
+
+
+def test_how_far_off_a_deadline_is_does_not_count_but_the_order_of_deadlines_does() -> None:
+    """What lies behind is alike."""
+    near, far, behind = (a_core(on.Acquire(1, A, None, timeout_s)) for timeout_s in (5.0, 6.0, 0.0))
+    assert alike(near, far)
+    assert not alike(near, behind)
+    first, second = (
+        a_core(on.Acquire(1, A, None, one_s), on.Acquire(2, B, None, other_s))
+        for one_s, other_s in ((5.0, 6.0), (6.0, 5.0))
+    )
+    assert not alike(first, second)
+
+
+def test_a_clock_that_belongs_to_nothing_counts() -> None:
+    """It would hide a fault, were it left out."""
+    one, other = a_core(), a_core()
+    other.pool.timers.set(("request", 99), 5.0)
+    assert not alike(one, other)
+
+
+def test_priority_counts_by_the_order_of_turns() -> None:
+    """Whoever is planned first is not told by age alone."""
+    urgent = replace(B, priority=1)
+    one = a_core(on.Acquire(1, A), on.Acquire(2, B))
+    other = a_core(on.Acquire(1, A), on.Acquire(2, urgent))
+    assert not alike(one, other)
+
+
+def test_equal_states_have_equal_keys_whatever_they_share() -> None:
+    """A copy shares none of its containers with its original."""
+    core = a_core(on.Acquire(1, A), on.Acquire(2, B), inspected("a"))
+    assert alike(core, core.copy())
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.name)
+def test_states_with_one_key_have_one_future(scenario: Scenario) -> None:
+    """Nothing that a decision depends on is missing from the key, but how far off deadlines are.
+
+    So with exact times, whatever may come next leads from both of two states with one key to the same keys.
+    """
+    keys = Canonical(kinds(scenario), exact_times=True)
+
+    def nexts(core: Core, past: Past) -> dict[bytes, tuple[Core, Past]]:
+        found = {}
+        for event in possible(core, scenario, past):
+            after = core.copy()
+            commands = after.step(time_of(core, event), event)
+            found[keys.key(after)] = after, past.after(event, commands)
+        return found
+
+    core = Core(scenario.limits, Oracle())
+    begin(core, scenario)
+    seen = {keys.key(core): (core, Past())}
+    frontier, compared = deque(seen.values()), 0
+    while len(seen) < 400:
+        for key, state in nexts(*frontier.popleft()).items():
+            if key not in seen:
+                seen[key] = state
+                frontier.append(state)
+            elif compared < 100:
+                compared += 1
+                assert nexts(*state).keys() == nexts(*seen[key]).keys()
+    assert compared > 20
+
+
+# -- the world ---------------------------------------------------------------------------------------------------------
+
+
+def test_time_passes_a_back_off_that_no_timer_marks() -> None:
+    """Else a model that failed once would never be asked for again."""
+    core = a_core(on.Acquire(1, A), inspected("a"), on.Exited(1, 1))
+    begin(core, ONE_PLACE)  # its memory is back
+    assert core.deadline() == math.inf or not core.pool.timers.items()
+    assert time_of(core, on.Tick()) == core.pool.models["a"].blocked_until == 11.0
+    assert on.Tick() in list(possible(core, ONE_PLACE, Past(1, 1)))
+
+
+def test_what_comes_late_is_of_the_lives_that_have_ended() -> None:
+    """By the ids that they had, and none that lives."""
+    core = a_core(on.Acquire(1, A), inspected("a"), on.Exited(1, 1), on.Acquire(2, B))
+    events = list(late(core, Past(requests=2, runners=1)))
+    assert on.Release(1) in events and on.Exited(1, None) in events
+    assert on.Release(2) not in events
+
+
+def test_the_worlds_order_ends_with_an_empty_pool() -> None:
+    """Everybody is answered on the way."""
+    core = a_core(on.Acquire(1, A), on.Acquire(2, B))
+    answered = []
+    while (event := next_in_order(core, ONE_PLACE)) is not None:
+        answered += [one.request for one in core.step(time_of(core, event), event) if isinstance(one, Grant)]
+    assert sorted(answered) == [1, 2]
+    assert not core.pool.runners and not core.pool.requests
+
+
+def test_the_past_remembers_the_highest_numbers() -> None:
+    """What lives now does not tell them."""
+    launch = Launch(3, "a", A.options, None)
+    assert Past(2, 1).after(on.Acquire(5, A), [launch]) == Past(5, 3)
+    assert Past(9, 9).after(on.Acquire(5, A), [launch]) == Past(9, 9)
+
+
+# -- the judge ---------------------------------------------------------------------------------------------------------
+
+
+def judged(core: Core, event: Event, spoil: Callable[[Core, list[Command]], None]) -> str:
+    """Return what the judge says of a step that was spoiled."""
+    after = core.copy()
+    after.plans = []
+    commands = after.step(core.pool.now, event)
+    judge(core, event, commands, after, Past(1, 1))
+    spoil(after, commands)
+    with pytest.raises(AssertionError) as caught:
+        judge(core, event, commands, after, Past(1, 1))
+    return str(caught.value)
+
+
+def test_the_judge_misses_an_answer() -> None:
+    """A request that is gone without a word."""
+    assert "a request is lost" in judged(a_core(on.Acquire(1, A)), on.Cancel(1), lambda after, said: said.clear())
+
+
+def test_the_judge_misses_a_lease() -> None:
+    """It was neither given back nor taken back."""
+    core = a_core(on.Acquire(1, A), inspected("a"))
+    core.step(0.0, loaded(core, 1))
+
+    def lose(after: Core, said: list[Command]) -> None:
+        after.pool.runners[1].leases.clear()
+        after.pool.requests.pop(1).state = RequestState.released
+
+    assert "a lease is lost" in judged(core, on.Pin("a"), lose)
+
+
+def test_the_judge_tells_when_nobody_looks_again() -> None:
+    """Whoever waits for what is in use has to be thought of when the wait is over."""
+    core = a_core(on.Acquire(1, A), inspected("a"))
+    core.step(0.0, loaded(core, 1))
+    core.step(0.0, on.Acquire(2, B))
+    forget: Callable[[Core, list[Command]], None] = lambda after, said: after.pool.timers.clear(("plan", 0))  # noqa: E731
+    assert judged(core, inspected("b"), forget) == "nobody looks again"
+
+
+# -- the command -------------------------------------------------------------------------------------------------------
+
+
+def test_the_command_shows_what_it_has_seen(capsys: pytest.CaptureFixture[str]) -> None:
+    """A row for each scenario, and how far it got each second."""
+    assert main(["explore", "--scenario", "hangs", "--scenario", "claims", "--most", "200"]) == 0
+    printed = capsys.readouterr()
+    assert "hangs" in printed.out and "claims" in printed.out and "all" in printed.out
+    assert "in 2 processes" in printed.out
+
+
+def test_the_command_refuses_a_scenario_that_there_is_not(capsys: pytest.CaptureFixture[str]) -> None:
+    """In one line, which names those that there are."""
+    assert main(["explore", "--scenario", "everything"]) == 2
+    assert "one-place" in capsys.readouterr().err
+
+
+def test_the_command_tells_the_shortest_way_to_what_does_not_hold(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And exits with 1."""
+
+    def in_this_process(processes: int, context: object, begin: Callable[..., None], shared: tuple[object]) -> object:
+        return ThreadPoolExecutor(1, "search", begin, shared)
+
+    monkeypatch.setattr(explore_command, "ProcessPoolExecutor", in_this_process)
+    next(one for one in MUTANTS if one.name == "a_cancel_is_not_answered").plant(monkeypatch)
+    try:
+        assert main(["explore", "--scenario", "one-place", "--most", "200"]) == 1
+    finally:
+        gc.enable()
+    printed = capsys.readouterr().out
+    assert "a request is lost, or answered twice" in printed
+    assert "2. at 0 s  Cancel(request=1)" in printed
+
+
+def test_a_model_knows_nothing_of_itself_at_first() -> None:
+    """The key takes what it is to the scenario instead."""
+    assert Model("a").info is None
+    assert key_of(a_core(on.Acquire(1, A))) != key_of(a_core())

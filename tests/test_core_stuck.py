@@ -62,6 +62,35 @@ def test_a_policy_that_raises_does_not_stop_the_scheduler() -> None:
     assert "a policy's bug" in pool.core.policy_failure
 
 
+def test_whom_a_policy_leaves_out_is_given_up_last() -> None:
+    """Rule 11: a policy only orders. If it could keep somebody, those who wait for that memory would wait for ever."""
+
+    class Protective:
+        name = "protective"
+
+        def order(self, now: float, candidates: Sequence[Candidate]) -> Sequence[Candidate]:
+            return [one for one in candidates if one.model != "a"]
+
+    sizes = {"a": "2GiB", "b": "2GiB", "c": "5GiB"}
+    pool = a_pool(capacity="6GiB", sizes=sizes, policy=Protective()).idle("a").idle("b")
+    assert stopped(pool.feed(acquire("c", request=9))) == [pool.runner("b"), pool.runner("a")]
+
+
+def test_whom_a_policy_names_twice_counts_once() -> None:
+    """Else one runner would seem to make room for two, and go although the other still holds the rest."""
+
+    class Repetitive:
+        name = "repetitive"
+
+        def order(self, now: float, candidates: Sequence[Candidate]) -> Sequence[Candidate]:
+            return [candidates[0], *candidates]
+
+    sizes = {"a": "3GiB", "b": "3GiB", "c": "6GiB"}
+    pool = a_pool(capacity="6GiB", sizes=sizes, policy=Repetitive()).idle("a").ready("b", lease=1)
+    assert stopped(pool.feed(acquire("c", request=9))) == []
+    assert pool.waits_for(9) == "a, b to become idle"
+
+
 def test_a_younger_load_does_not_take_the_place_of_one_that_starts_in_a_moment() -> None:
     """Rule 5 for the places among the loads: what is on its way back is the older one's."""
     sizes = {"a": "6GiB", "b": "6GiB", "c": "1GiB"}

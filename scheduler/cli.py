@@ -53,6 +53,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_demo(commands.add_parser("demo", help="run real models in too little memory and show what happens"))
     _add_models(commands.add_parser("models", help="list the models that can be had by name, and whether they fit"))
     _add_fit(commands.add_parser("fit", help="show what a model would take of which device, and whether it fits"))
+    _add_replay(commands.add_parser("replay", help="tell again, from a recording, what was decided and why"))
+    _add_explore(commands.add_parser("explore", help="search every state that a small scheduler can come to"))
     return parser
 
 
@@ -95,7 +97,7 @@ def _add_fit(parser: argparse.ArgumentParser) -> None:
     asked("--mmap", action=argparse.BooleanOptionalAction, help="whether the file is mapped; else automatic")
     asked("--embedding", action="store_true", help="as an embedder")
     asked("--adapter", action="append", metavar="FILE", help="with a LoRA adapter; may be given several times")
-    asked("--projector", action="append", metavar="FILE", help="with a projector; may be given several times")
+    asked("--projector", action="append", metavar="FILE", help="with a projector, one at most")
     room = parser.add_argument_group("in other memory than there is").add_argument
     room("--memory-limit", metavar="SIZE", help="host memory that models may take in all, like 2GiB")
     room("--host", metavar="SIZE", help="as if the host had so much memory, all of it free")
@@ -103,6 +105,48 @@ def _add_fit(parser: argparse.ArgumentParser) -> None:
     room("--gpu", action="append", default=[], metavar="NAME=SIZE", help=imagined)
     parser.add_argument("--json", action="store_true", help="print an object instead of a table")
     parser.set_defaults(run=_fit)
+
+
+def _add_replay(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Runs a recording (the setting `record`) through the decisions once more: who asked, what was decided and why, "
+        "who waited for what. Exits with 0 if each decision is the recorded one, with 1 at the first that is not."
+    )
+    parser.add_argument("recording", type=Path, metavar="FILE", help="the recording, or FILE.1, the one before it")
+    parser.add_argument("--timeline", type=Path, metavar="FILE", help="draw what each runner did when; svg, png or pdf")
+    parser.add_argument("--json", action="store_true", help="print an object instead of a story")
+    parser.set_defaults(run=_replay)
+
+
+def _replay(chosen: argparse.Namespace) -> int:
+    from scheduler.replay_command import run_replay  # here, since nothing else needs what it imports
+
+    return run_replay(chosen)
+
+
+def _add_explore(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Searches, breadth first, what the scheduler's core can come to in small named scenarios: in every state all "
+        "that must hold is checked, and from each everybody who waits must still be answered and the pool become "
+        "empty. Exits with 0 if all holds, else with 1 and the shortest way to what does not."
+    )
+    option = parser.add_argument
+    option("--scenario", action="append", default=[], metavar="NAME", help="this one only; may be given several times")
+    option("--most", type=_count, metavar="N", help="states that are enough of each (default: each has its number)")
+    option("--processes", type=_count, default=2, metavar="N", help="processes that search at a time (default: 2)")
+    parser.set_defaults(run=_explore)
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
+
+
+def _explore(chosen: argparse.Namespace) -> int:
+    from scheduler.explore_command import run_explore  # here, since nothing else needs what it imports
+
+    return run_explore(chosen)
 
 
 def _fit(chosen: argparse.Namespace) -> int:

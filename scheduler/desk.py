@@ -33,7 +33,15 @@ _LOOK_UP_S = 1.0  # no single wait is longer: a Ctrl-C that comes right before o
 class Desk:
     """Takes requests in and hands answers out; it owns the driver of the core and the executor of its commands."""
 
-    def __init__(self, settings: Settings, core: Core, devices: Devices, registry: Registry, hub: Hub) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        core: Core,
+        devices: Devices,
+        registry: Registry,
+        hub: Hub,
+        step: Callable[[float, on.Event], Sequence[do.Command]] | None = None,
+    ) -> None:
         self.forked = False  # this is the copy in a forked child: nothing here may be touched
         self.closing = False
         self.finished = threading.Event()  # every runner is unloaded after a close
@@ -42,7 +50,7 @@ class Desk:
         self._core = core
         self._registry = registry
         self._hub = hub
-        self.driver = Driver(core, monotonic_clock, self._perform, self._publish, self._fail, self._stood_still)
+        self.driver = Driver(core, monotonic_clock, self._perform, self._publish, self._fail, self._stood_still, step)
         self.executor = Executor(settings, devices, registry.engine_of, self.driver.post, core.pool.runners)
 
     def ticket(self, question: Question) -> Ticket:

@@ -29,6 +29,7 @@ from scheduler.clock import Clock
 Value = TypeVar("Value")
 
 _LONGEST_SLEEP_S = 3600.0  # a time-out that every platform's wait accepts
+_GAP_S = 5.0  # a tick that is late by so much: nothing ran here meanwhile, the machine or this program stood still
 _CHECK_S = 1.0  # how often one who reads makes sure that the thread still lives
 _TICK = Tick()
 
@@ -61,14 +62,18 @@ class Driver:
         perform: Callable[[Command], None],
         publish: Callable[[Sequence[Entry]], None],
         fail: Callable[[BaseException], None],
+        stood_still: Callable[[], None] = lambda: None,
+        step: Callable[[float, Event], Sequence[Command]] | None = None,
     ) -> None:
         self._core = core
         self._clock = clock
         self._perform = perform  # under the lock: files a command, does not block
         self._publish = publish  # under the lock: hands journal entries to those who read them
         self._fail = fail  # once, when a step raised: every waiter is to be told; again for each event after it
+        self._step = step or core.step  # under the lock: decides, and does not block
+        self._stood_still = stood_still  # before the first tick after a gap, on the driver's thread; may post
         self._inbox: deque[Event | _Look] = deque()
-        self._lock = threading.Lock()  # held while steps run; taken without blocking
+        self._lock = threading.Lock()  # held while steps run; taken without blocking, but for what is due
         self._wake: queue.SimpleQueue[bool] = queue.SimpleQueue()  # its put is safe in finalisers; False: stop
         self._deadline = math.inf  # the core's, as of the last step
         self._asleep_until = -math.inf  # when the thread wakes by itself
@@ -113,8 +118,8 @@ class Driver:
             self._inbox.append(item)
             self._drain()
 
-    def _drain(self) -> None:
-        while self._inbox and self._lock.acquire(blocking=False):
+    def _drain(self, *, wait: bool = False) -> None:
+        while self._inbox and self._lock.acquire(blocking=wait):
             try:
                 self._step_all()
             except BaseException as error:
@@ -135,7 +140,7 @@ class Driver:
             elif self.broken is not None:
                 raise self.broken
             else:
-                for command in core.step(self._clock(), event):
+                for command in self._step(self._clock(), event):
                     self._perform(command)
         self._deadline = core.deadline()
         if journal := core.journal:
@@ -147,11 +152,15 @@ class Driver:
             until = self._asleep_until = self._deadline
             if self._deadline < until:
                 continue  # it moved while it was noted: the drainer may not have seen that it must wake us
+            due = False
             try:
                 sleep_s = min(max(0.0, until - self._clock()), _LONGEST_SLEEP_S)
                 if not self._wake.get(timeout=sleep_s):
                     return
             except queue.Empty:
+                if self._clock() - until > _GAP_S:
+                    self._stood_still()
                 self._inbox.append(_TICK)
+                due = True
             self._asleep_until = -math.inf  # awake: nobody needs to wake us
-            self._drain()
+            self._drain(wait=due)  # what is due stays due until whoever holds the lock has seen it: that is waited for

@@ -28,6 +28,7 @@ from scheduler.fit import Fit, fit_of
 from scheduler.hub import EventStream, Hub
 from scheduler.lease import Lease
 from scheduler.prober import Prober
+from scheduler.recorder import Recorder
 from scheduler.registry import Asking, Model, Question, Registry
 from scheduler.settings import ChangeableArguments, Settings
 from scheduler.status import Status, status_of
@@ -67,7 +68,11 @@ class Scheduler:
         self.catalog = Catalog(default_resolvers(self.settings.models))
         self._registry = Registry(*self._engines, self.catalog, pin=lambda model: self._desk.post(on.Pin(model)))
         core = Core(limits_of(self.settings), self.settings.eviction)
-        self._desk = Desk(self.settings, core, self._devices, self._registry, self._hub)
+        self._recorder: Recorder | None = None
+        if self.settings.record is not None:
+            self._recorder = Recorder(self.settings.record, self.settings.record_limit, core, self._registry.name)
+        step = self._recorder.step if self._recorder is not None else None
+        self._desk = Desk(self.settings, core, self._devices, self._registry, self._hub, step)
         self._prober = Prober(self._desk.executor, self.settings.probe_interval)
         _open_schedulers.add(self)
         self._desk.driver.start()
@@ -194,6 +199,8 @@ class Scheduler:
         """Return the runners, the queue and the devices as they are now."""
         snapshot, failures = self._desk.driver.read(lambda core: (core.snapshot(), core.failures()))
         problems = (*self._devices.problems, *failures, *self._desk.executor.problems)
+        if self._recorder is not None:
+            problems = (*problems, *self._recorder.problems)
         return status_of(snapshot, monotonic_clock(), self._registry, dict(self._desk.executor.lives).get, problems)
 
     def name(self, model: ModelId) -> str:
@@ -259,6 +266,8 @@ class Scheduler:
             engine.close(max(0.1, end - time.monotonic()))
         hung = self._desk.executor.close(max(0.1, end - time.monotonic()))
         self._desk.driver.stop(max(0.1, end - time.monotonic()))
+        if self._recorder is not None and not self._recorder.close(max(0.1, end - time.monotonic())):
+            hung.append("the recorder")
         stuck = [self._registry.name(life.model) for life in self._desk.executor.lives.values() if not life.over]
         if hung or stuck:
             log.warning("closed, but these did not end: %s", ", ".join([*stuck, *hung]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 import os
 import re
@@ -17,6 +18,7 @@ from scheduler.machine_lock import private_folder
 from scheduler.units import parse_bytes, parse_duration
 
 ENVIRONMENT_PREFIX = "LOADMASTER_"
+SMALLEST_RECORD_BYTES = 64 * 1024
 _AROUND_VALUES = " \t\"'"  # what shells and service files leave around a value
 
 
@@ -55,6 +57,8 @@ class SettingsArguments(ChangeableArguments, total=False):
     gpu_reserve: str | int
     models: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
     lock_folder: str | os.PathLike[str] | None
+    record: str | os.PathLike[str] | None
+    record_limit: str | int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, init=False)
@@ -92,6 +96,8 @@ class Settings:
     gpu_reserve: int
     models: tuple[Path, ...]
     lock_folder: Path | None
+    record: Path | None
+    record_limit: int
 
     def __init__(self, **arguments: Unpack[SettingsArguments]) -> None:
         given: dict[str, object] = {**arguments}
@@ -107,9 +113,11 @@ class Settings:
         """Return settings from arguments, else LOADMASTER_MAX_QUEUE …, else OLLAMA_MAX_QUEUE …, else the defaults.
 
         `environment` is the process's own unless given; a variable that is empty counts as not set, and quotes around
-        a value are not part of it. Raises `InvalidSettings` by the name of the variable, whichever of the two it is.
+        a value are not part of it. Raises `InvalidSettings` by the name of the variable, whichever of the two it is,
+        and for a LOADMASTER_ variable of no setting.
         """
         variables = os.environ if environment is None else environment
+        _check_names(variables)
         chosen: dict[str, Any] = {}
         for row in SETTINGS:
             readers = {row.variable: row.parse, row.reference: row.reference_parse or row.parse}
@@ -128,6 +136,15 @@ class Settings:
             if name not in changeable:
                 raise InvalidSettings(name, value, f"one of what can change while running: {', '.join(changeable)}")
         return replace(self, **given)
+
+
+def _check_names(variables: Mapping[str, str]) -> None:
+    """Raise `InvalidSettings` for a variable of ours that sets nothing: a typing error is not to lift a limit."""
+    known = [row.variable for row in SETTINGS]
+    for name in sorted(variables):
+        if name.startswith(ENVIRONMENT_PREFIX) and name not in known and variables[name].strip(_AROUND_VALUES):
+            (closest,) = difflib.get_close_matches(name.upper(), known, 1, cutoff=0)
+            raise InvalidSettings(name, variables[name], f"the variable of a setting, as {closest} is: check its name")
 
 
 Parse = Callable[[str, Any], object]
@@ -235,6 +252,20 @@ def _lock_folder(name: str, value: Any) -> Path:
     return folders[0].absolute()
 
 
+def _file(name: str, value: Any) -> Path:
+    paths = _folders(name, [value] if isinstance(value, str) else value)
+    if len(paths) != 1:
+        raise InvalidSettings(name, value, '"none" or the path of a file')
+    return paths[0].absolute()
+
+
+def _record_limit(name: str, value: Any) -> int:
+    count = _size(name, value)
+    if count < SMALLEST_RECORD_BYTES:
+        raise InvalidSettings(name, value, f"at least {format_bytes(SMALLEST_RECORD_BYTES)}")
+    return count
+
+
 def _endless_from_zero(name: str, value: Any) -> float:
     """Take the reference's load time-out, of which 0 means without end."""
     return parse_duration(value, name=name) or math.inf
@@ -300,6 +331,8 @@ SETTINGS = (
         "lock_folder", "auto", _optional(_lock_folder),
         "where programs that load on one device take turns; auto: among this user's, none: they do not",
     ),
+    Setting("record", None, _optional(_file), "file to which every decision is recorded, for `loadmaster replay`"),
+    Setting("record_limit", "64MiB", _record_limit, "size of that file and of the one before it, FILE.1, together"),
 )  # fmt: skip
 
 

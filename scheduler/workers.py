@@ -24,31 +24,39 @@ class Workers:
         self._limit = limit
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._idle = threading.Semaphore(0)  # threads that wait for a job, less the jobs on their way to them
-        self._lock = threading.RLock()  # guards the list; re-entered by a finaliser that puts while a thread is started
+        self._lock = threading.RLock()  # guards what follows; re-entered by a finaliser that puts while a thread starts
         self._threads: list[threading.Thread] = []
+        self._closed = False
+        self._late = 0  # threads that run what was put after the close
 
     def put(self, job: Job) -> None:
-        """Have `job` run; returns at once."""
+        """Have `job` run; returns at once. After the close too: on a thread that ends when there is nothing to do."""
         self._jobs.put(job)
-        if self._idle.acquire(blocking=False):
+        if not self._closed and self._idle.acquire(blocking=False):
             return
         with self._lock:
-            if len(self._threads) >= self._limit:
+            number = self._late if self._closed else len(self._threads)
+            if number >= self._limit:
                 return
-            thread = threading.Thread(target=self._run, name=f"{self._name}-{len(self._threads)}", daemon=True)
+            run = self._run_late if self._closed else self._run
+            thread = threading.Thread(target=run, name=f"{self._name}-{number}", daemon=True)
             try:
                 thread.start()
             except RuntimeError:  # there can be no more threads now: the job waits for one, or for the next put
                 log.warning("no thread could be started for %s", self._name)
             else:
-                self._threads.append(thread)
+                if self._closed:
+                    self._late += 1
+                else:
+                    self._threads.append(thread)
 
     def close(self, timeout_s: float) -> list[str]:
         """Let the threads end after what is queued, wait for them, and return the names of those that hang."""
         with self._lock:
+            self._closed = True
+            for _ in self._threads:
+                self._jobs.put(None)
             threads = [thread for thread in self._threads if thread is not threading.current_thread()]
-        for _ in threads:
-            self._jobs.put(None)
         end = time.monotonic() + timeout_s
         for thread in threads:
             thread.join(max(0.0, end - time.monotonic()))
@@ -56,9 +64,29 @@ class Workers:
 
     def _run(self) -> None:
         while (job := self._jobs.get()) is not None:
-            try:
-                job()
-            except Exception:
-                log.exception("a job of %s failed", self._name)
+            self._do(job)
             del job  # what it refers to must not live until the next one
             self._idle.release()
+
+    def _run_late(self) -> None:
+        ends = 0  # of threads that have yet to end: given back, as those may hang for as long as they like
+        while True:
+            with self._lock:
+                try:
+                    job = self._jobs.get_nowait()
+                except queue.Empty:
+                    self._late -= 1
+                    break
+            if job is None:
+                ends += 1
+            else:
+                self._do(job)
+            del job
+        for _ in range(ends):
+            self._jobs.put(None)
+
+    def _do(self, job: Job) -> None:
+        try:
+            job()
+        except Exception:
+            log.exception("a job of %s failed", self._name)

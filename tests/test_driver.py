@@ -11,6 +11,7 @@ import sys
 import textwrap
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 import pytest
 
@@ -197,6 +198,30 @@ def test_time_is_kept_while_nothing_happens(start: Callable[..., Driver]) -> Non
     assert isinstance(answers.get(timeout=LIMIT_S), do.Inspect)
     rejected = answers.get(timeout=LIMIT_S)
     assert isinstance(rejected, do.Reject) and isinstance(rejected.refusal, do.TimedOut)
+
+
+def test_a_deadline_that_comes_during_a_step_is_told_once(start: Callable[..., Driver]) -> None:
+    """The driver's thread waits for whoever holds the lock: it neither spins nor fills the inbox with ticks."""
+    entered, go_on = threading.Event(), threading.Event()
+
+    def linger(event: on.Event) -> None:
+        if isinstance(event, on.Acquire) and event.request == 2:
+            entered.set()
+            assert go_on.wait(LIMIT_S)
+
+    core = Watched(linger)
+    driver = start(core)
+    in_thread(lambda: driver.post(replace(acquire(1), timeout_s=0.05)))
+    holder = threading.Thread(target=lambda: driver.post(acquire(2)), daemon=True)
+    holder.start()
+    assert entered.wait(LIMIT_S)
+    assert_soon(lambda: driver._inbox)
+    threading.Event().wait(0.05)
+    ticks = list(driver._inbox)
+    go_on.set()
+    holder.join(LIMIT_S)
+    assert ticks == [on.Tick()]
+    assert_soon(lambda: 1 not in driver.read(lambda core: core.pool.requests))
 
 
 def test_a_reader_sees_what_it_posted_before(start: Callable[..., Driver]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from concurrent.futures import Future
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from fsm.ledger import Placement
@@ -76,6 +77,17 @@ def beside_busy_threads(scheduler: Scheduler) -> list[float]:
     return taken
 
 
+def while_it_is_recorded() -> list[float]:
+    """One client on a warm model, every decision of which is written to a file."""
+    with (
+        TemporaryDirectory() as folder,
+        Scheduler(Settings(keep_alive=-1, record=f"{folder}/bench.jsonl")) as scheduler,
+    ):
+        scheduler.acquire(MODEL).release()
+        taken: list[float] = off_main(lambda: acquire_and_release(scheduler))
+    return taken
+
+
 def run() -> dict[str, Any]:
     """Return the figures in µs, and print them."""
     with Scheduler(Settings(keep_alive=-1)) as scheduler:
@@ -86,6 +98,7 @@ def run() -> dict[str, Any]:
             leased = summary(off_main(lambda: acquire_and_release(scheduler)))
             paced = summary(off_main(lambda: beside_busy_threads(scheduler)))
         main = summary(acquire_and_release(scheduler))
+    recorded = summary(while_it_is_recorded())
     ratio = idle["p50"] / least["p50"]
     print("warm acquire + release, one thread (µs)                 p50      p99    p99.9")
     for name, row in (
@@ -94,9 +107,11 @@ def run() -> dict[str, Any]:
         ("leased runner", leased),
         ("leased, paced, beside four busy threads", paced),
         ("idle runner, from the main thread", main),
+        ("idle runner, recorded", recorded),
     ):
         print(f"  {name:<48} {row['p50']:>8.1f} {row['p99']:>8.1f} {row['p99.9']:>8.1f}")
     return {
         "floor_us": least, "idle_us": idle, "leased_us": leased, "paced_us": paced, "main_thread_us": main,
+        "recorded_us": recorded,
         "idle_over_floor": round(ratio, 3),
     }  # fmt: skip

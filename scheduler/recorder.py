@@ -1,0 +1,332 @@
+"""A recording: everything the core was told, when, and what it said, as lines of JSON in a file that stays small.
+
+Each file begins with a header that holds the core's whole state, so that it can be replayed by itself. After it comes a
+line for each step. The choices of an eviction policy of the user's own are among them, since they are inputs. Leases,
+prompts, answers, endpoints and keys are not: no event holds any. Paths of models are, and the last words of processes
+that failed.
+
+Nothing waits for the disk. A step only appends to a queue; a thread writes. Where it falls too far behind, or cannot
+write, steps are left out, and a new header follows as soon as that is over. So what is there can always be replayed.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import queue
+import re
+import stat
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+
+from fsm import events as on
+from fsm.commands import Command
+from fsm.core import Core, State
+from fsm.eviction import POLICIES, Candidate, EvictionPolicy
+from fsm.record import encode, schema
+from fsm.request import ModelId
+
+log = logging.getLogger("loadmaster")
+
+KIND, FORMAT = "loadmaster recording", 1
+LONGEST_LINE = 16 * 1024 * 1024  # bytes; neither written nor read
+
+_ENDPOINT = re.compile(r"https?://(?:127\.|localhost|\[::1\])[^\s\"\\]*")
+_encode_json = json.JSONEncoder(separators=(",", ":"), allow_nan=False, check_circular=False).encode
+
+_MOST_WAITING = 20_000  # steps that are not written yet
+_GATHER_S = 0.05  # how long what comes in is gathered before it is written
+_RETRY_S = 5.0  # after a file could not be written
+_BATCH = 500  # steps that are written at once
+_LONGEST_TEXT = 2000  # of an exception
+
+Choice = list[int] | str  # runners in a policy's order; or the exception that it raised, in words
+_Step = tuple[float, on.Event, Sequence[Command], Sequence[Choice], str]  # the last: what the step raised, in words
+
+
+@dataclass(frozen=True, slots=True)
+class _Beginning:
+    """A header is due, before the steps that follow."""
+
+    state: State
+    missing: int  # steps left out right before
+
+
+class PolicyRaised(Exception):
+    """What an eviction policy of the user's own raised, in words that do not change."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self.text = text
+
+    def __repr__(self) -> str:
+        return self.text
+
+
+class _Choosing:
+    """A policy of the user's own during one step, with what it chose."""
+
+    def __init__(self, policy: EvictionPolicy) -> None:
+        self._policy = policy
+        self.name = "own"
+        self.choices: list[Choice] = []
+
+    def order(self, now: float, candidates: Sequence[Candidate]) -> Sequence[Candidate]:
+        """Return what the policy returns, as far as it is among the candidates."""
+        known = list(candidates)
+        try:
+            chosen = [known[known.index(one)] for one in self._policy.order(now, candidates) if one in known]
+        except Exception as error:
+            text = _words(error)
+            self.choices.append(text)
+            raise PolicyRaised(text) from error
+        self.choices.append([one.runner for one in chosen])
+        return chosen
+
+
+class Recorder:
+    """Steps a core and has every step written down. `step` and `begin` are called by one thread at a time."""
+
+    def __init__(self, path: Path, limit_bytes: int, core: Core, name: Callable[[ModelId], str]) -> None:
+        self._path = path
+        self._part_bytes = limit_bytes // 2  # of the limit, the file before has the other half
+        self._core = core
+        self._name = name
+        self._own = not any(core.policy is policy for policy in POLICIES.values())
+        self._policy = _name_of(core.policy)
+        self._queue: deque[_Step | _Beginning] = deque()
+        self._room = _MOST_WAITING  # steps that may wait when the next header is due
+        self._header_due = True  # set by either side; steps are left out until it can be queued
+        self._retry_at = 0.0  # no header before, in the clock of `time.monotonic`
+        self._missing = 0  # steps left out since the last header
+        self._lost = 0  # steps that came too fast
+        self._failure = ""  # why nothing can be written at the moment, in words
+        self._wake: queue.SimpleQueue[None] = queue.SimpleQueue()
+        self._asleep = False  # the thread waits to be woken
+        self._closing = False
+        self._file = -1  # its descriptor; the rest is the thread's own too
+        self._size = 0  # bytes of it that are whole lines
+        self._header_size = 0
+        self._skipping = True  # until the next header
+        self._skipped = 0  # steps left out by the thread since the last header
+        self._named: set[ModelId] = set()  # models whose names are in the file
+        self._thread = threading.Thread(target=self._run, name="loadmaster-recorder", daemon=True)
+        self._thread.start()
+
+    def step(self, now: float, event: on.Event) -> Sequence[Command]:
+        """Step the core, and have it written down; raises what the core raises."""
+        ready = not self._closing and self._ready()
+        if not self._own:
+            choices: Sequence[Choice] = ()
+        else:
+            policy, choosing = self._core.policy, _Choosing(self._core.policy)
+            self._core.policy, choices = choosing, choosing.choices
+        try:
+            commands = self._core.step(now, event)
+        except BaseException as error:
+            if ready:
+                self._put((now, event, (), choices, _words(error)))
+            raise
+        finally:
+            if self._own:
+                self._core.policy = policy  # whoever copies the core between two steps is not recorded
+        if ready:
+            self._put((now, event, commands, choices, ""))
+        return commands
+
+    @property
+    def problems(self) -> tuple[str, ...]:
+        """What could not be recorded, in sentences."""
+        lost = f"{self._lost} steps came faster than they could be written to {self._path}: they are missing there"
+        return tuple(text for text in (self._failure, self._lost and lost) if text)
+
+    def close(self, timeout_s: float) -> bool:
+        """Write what is left and end the thread; return whether it ended in time. What comes later is not recorded."""
+        self._closing = True
+        self._wake.put(None)
+        self._thread.join(timeout_s)
+        return not self._thread.is_alive()
+
+    # -- in the thread that steps -------------------------------------------------------------------------------------
+
+    def _ready(self) -> bool:
+        """Tell whether the next step is recorded; begin anew where that is due and possible."""
+        waiting = len(self._queue)
+        if not self._header_due and waiting < _MOST_WAITING:
+            return True
+        if not self._header_due:
+            self._header_due, self._room = True, _MOST_WAITING // 2
+        if waiting >= self._room or time.monotonic() < self._retry_at:
+            self._missing += 1
+            if not self._failure:
+                self._lost += 1
+            return False
+        self._header_due, self._room = False, _MOST_WAITING
+        self._put(_Beginning(self._core.state(), self._missing))
+        self._missing = 0
+        return True
+
+    def _put(self, item: _Step | _Beginning) -> None:
+        self._queue.append(item)
+        if self._asleep:
+            self._asleep = False
+            self._wake.put(None)
+
+    # -- in the thread that writes ------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        while self._queue or not self._closing:
+            self._asleep = True
+            if not self._queue and not self._closing:
+                self._wake.get()
+            self._asleep = False
+            if not self._closing:
+                with suppress(queue.Empty):
+                    self._wake.get(timeout=_GATHER_S)
+            self._write_all()
+        if self._file >= 0:
+            os.close(self._file)
+
+    def _write_all(self) -> None:
+        while self._queue:
+            batch = [self._queue.popleft() for _ in range(min(_BATCH, len(self._queue)))]
+            lines = bytearray()
+            written = 0  # of the batch: all that is left is left out when something fails
+            try:
+                for place, item in enumerate(batch):
+                    if isinstance(item, _Beginning):
+                        self._flush(lines)
+                        written = place
+                        self._begin(item)
+                        written += 1
+                    elif self._skipping:
+                        self._skipped += 1
+                        written += 1
+                    else:
+                        lines += self._line(item)
+                self._flush(lines)
+            except (OSError, ValueError, TypeError, RecursionError, MemoryError) as error:
+                self._skipped += len(batch) - written
+                self._fail(error)
+
+    def _begin(self, beginning: _Beginning) -> None:
+        """Write a header; at the beginning of a new file, where the one that there is has grown enough."""
+        if self._file < 0 or self._is_full():
+            self._open()
+        self._named = set(beginning.state.pool.models)
+        header = {
+            "kind": KIND,
+            "format": FORMAT,
+            "schema": schema(),
+            "version": _version(),
+            "written": datetime.now(UTC).isoformat(timespec="seconds"),
+            "policy": self._policy,
+            "own_policy": self._own,
+            "missing": beginning.missing + self._skipped,
+            "names": [[model, self._name(model)] for model in beginning.state.pool.models],
+            "state": encode(beginning.state),
+        }
+        line = _as_line(header)
+        self._write(line)
+        self._header_size = len(line)
+        self._skipping, self._skipped = False, 0
+        self._failure = ""
+
+    def _line(self, step: _Step) -> bytes:
+        now, event, commands, choices, raised = step
+        line: dict[str, object] = {"at": now, "event": encode(event)}
+        if commands:
+            line["commands"] = [encode(command) for command in commands]
+        if choices:
+            line["choices"] = choices
+        if raised:
+            line["raised"] = raised
+        if isinstance(event, on.Acquire) and event.want.model not in self._named:
+            self._named.add(event.want.model)
+            line["names"] = [[event.want.model, self._name(event.want.model)]]
+        return _as_line(line)
+
+    def _open(self) -> None:
+        """Begin a new file, readable by this user alone; the one before stays as FILE.1."""
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
+        with suppress(FileNotFoundError):
+            if not stat.S_ISREG(os.lstat(self._path).st_mode):
+                raise OSError(None, "it is not a regular file")
+            os.replace(self._path, f"{self._path}.1")
+        flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | getattr(os, "O_CLOEXEC", 0)
+        self._file = os.open(self._path, flags, 0o600)
+        self._size = 0
+
+    def _flush(self, lines: bytearray) -> None:
+        """Write lines and empty them; have a header queued where the file has grown enough."""
+        if lines:
+            self._write(lines)
+            lines.clear()
+            self._header_due = self._header_due or self._is_full()
+
+    def _is_full(self) -> bool:
+        return self._size >= max(self._part_bytes, 2 * self._header_size)
+
+    def _write(self, lines: bytes | bytearray) -> None:
+        """Write whole lines, or none of them."""
+        try:
+            at = 0
+            while at < len(lines):
+                at += os.write(self._file, lines[at:])
+        except OSError:
+            with suppress(OSError):
+                os.ftruncate(self._file, self._size)
+                os.lseek(self._file, self._size, os.SEEK_SET)
+            raise
+        self._size += len(lines)
+
+    def _fail(self, error: BaseException) -> None:
+        """Leave out what comes, until a header could be written."""
+        self._skipping = True
+        reason = error.strerror or str(error) if isinstance(error, OSError) else _words(error)
+        if not self._failure:
+            log.warning("nothing is recorded to %s: %s", self._path, reason)
+        self._failure = f"nothing is recorded to {self._path}: {reason}"
+        self._retry_at = time.monotonic() + _RETRY_S
+        self._header_due = True
+
+
+def _as_line(value: object) -> bytes:
+    text = _encode_json(value)
+    if "http" in text:  # the last words of a process may tell where it listened; no decision looks at words
+        text = _ENDPOINT.sub("http://...", text)
+    line = text.encode("ascii") + b"\n"
+    if len(line) > LONGEST_LINE:
+        raise ValueError(f"a line of {len(line)} bytes is too long")
+    return line
+
+
+def _words(error: BaseException) -> str:
+    try:
+        return repr(error)[:_LONGEST_TEXT]
+    except Exception:
+        return type(error).__name__
+
+
+def _name_of(policy: EvictionPolicy) -> str:
+    try:
+        return str(policy.name)[:100]
+    except Exception:  # it may be the user's own
+        return type(policy).__name__
+
+
+def _version() -> str:
+    try:
+        return metadata.version("loadmaster")
+    except metadata.PackageNotFoundError:  # run from its source
+        return "unknown"

@@ -1,0 +1,381 @@
+"""A replay, told: who asked, what was decided and why, what was considered and not taken, who waited for what."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import PurePath
+from typing import assert_never
+
+from fsm import commands as do
+from fsm import events as on
+from fsm.core import Core
+from fsm.eviction import Candidate
+from fsm.journal import Decision, Transition
+from fsm.ledger import DeviceSample
+from fsm.model import HOST, Amounts, DeviceId
+from fsm.request import ModelId, Purpose, RequestId
+from fsm.runner import UNLOADED, RunnerId, RunnerState
+from scheduler.answers import error_of
+from scheduler.errors import format_bytes, format_duration
+from scheduler.replay import Begun, Moment
+from scheduler.timeline import Timeline
+
+_BY_A_COMMAND = {"granted", "rejected", "queued", "waits", "launched"}  # decisions that are told otherwise
+
+
+@dataclass(frozen=True, slots=True)
+class Sentence:
+    """One thing that happened or was decided."""
+
+    at_s: float  # from the recording's beginning
+    line: int  # of the file
+    text: str
+    detail: bool = False  # says more of the one before
+
+
+@dataclass(slots=True)
+class Wait:
+    """What became of one request."""
+
+    request: RequestId
+    model: str
+    asked_at_s: float
+    purpose: str
+    answer: str = ""  # empty: it still waits
+    waited_s: float = 0.0
+    reasons: list[tuple[str, float]] = field(default_factory=list)  # what it waited for, and how long each time
+
+    def waits_for(self, reason: str, at_s: float) -> bool:
+        """Take in what it waits for from now on; return whether that is new."""
+        if self.reasons and self.reasons[-1][0] == reason:
+            return False
+        self._end(at_s)
+        self.reasons.append((reason, 0.0))
+        return True
+
+    def answered(self, answer: str, at_s: float) -> None:
+        """Take in its answer."""
+        self._end(at_s)
+        self.answer, self.waited_s = answer, at_s - self.asked_at_s
+
+    def _end(self, at_s: float) -> None:
+        if self.reasons:
+            reason, _ = self.reasons[-1]
+            before = sum(took_s for _, took_s in self.reasons[:-1])
+            self.reasons[-1] = (reason, at_s - self.asked_at_s - before)
+
+
+class Shown:
+    """The models' names, as they may be shown: what is read from a file may hold anything."""
+
+    def __init__(self, names: Mapping[ModelId, str]) -> None:
+        self._names = names
+
+    def name(self, id: ModelId) -> str:
+        """Return the name that was recorded, else that of the file."""
+        return printable(self._names.get(id) or PurePath(id).name.removesuffix(".gguf") or "the program's own memory")
+
+    def named(self, text: str) -> str:
+        """Return the first line of a text, with names in place of identities."""
+        return next(iter(self.lines(text)), "")
+
+    def lines(self, text: str) -> list[str]:
+        """Return the lines of a text, with names in place of identities."""
+        for model in sorted(filter(None, self._names), key=len, reverse=True):
+            text = text.replace(model, self._names[model])
+        return [printable(line.strip()) for line in text.splitlines() if line.strip()]
+
+
+class Story:
+    """Tells the moments of one replay, in order, and keeps what a summary and a timeline show."""
+
+    def __init__(self, names: Mapping[ModelId, str]) -> None:
+        self.shown = Shown(names)
+        self.begin: float | None = None  # the scheduler's time that counts as 0
+        self.end = 0.0  # the last moment, in the scheduler's time
+        self.waits: dict[RequestId, Wait] = {}
+        self.loads = self.evictions = 0
+        self.timeline = Timeline(0.0, self.shown.name)
+        self._core = Core()
+        self._devices: dict[DeviceId, int] = {}  # capacities, as they were last told
+        self._models: dict[RunnerId, ModelId] = {}  # of every runner there was
+        self._states: dict[RunnerId, RunnerState] = {}
+        self._considered = ""  # as it was last told
+        self._at_s, self._line = 0.0, 0
+
+    def tell(self, moment: Begun | Moment) -> Iterator[Sentence]:
+        """Yield what a moment is worth saying, in order."""
+        self._line = moment.line
+        if isinstance(moment, Begun):
+            yield from self._begun(moment)
+            return
+        self._now(moment.at)
+        yield from self._event(moment.event)
+        for entry in moment.entries:
+            match entry:
+                case Transition():
+                    self.timeline.add(entry)
+                    self._states[entry.runner], self._models[entry.runner] = entry.destination, entry.model
+                    yield from self._transition(entry, moment)
+                case Decision() if entry.what not in _BY_A_COMMAND:
+                    yield self._say(f"{self.shown.name(entry.model)} {entry.what}: {self.shown.named(entry.reason)}")
+                case Decision(what="launched"):
+                    yield self._say(f"{self.shown.name(entry.model)} is started {self.shown.named(entry.reason)}")
+                case _:
+                    pass
+        for command in moment.commands:
+            yield from self._command(command)
+        yield from self._waiting(moment)
+        if moment.raised:
+            yield self._say(f"the decision failed, and the scheduler stopped: {printable(moment.raised)}")
+        if moment.entries or isinstance(moment.event, on.Sampled):
+            self._note_memory()
+
+    @property
+    def limit_bytes(self) -> int | None:
+        """What models may take of the host, as last read; None where that is not known."""
+        return self._devices.get(HOST)
+
+    def _now(self, at: float) -> None:
+        if self.begin is None and math.isfinite(at):
+            self.begin = at
+            self.timeline = Timeline(at, self.shown.name)
+        self.end = max(self.end, at)
+        self._at_s = at - (self.begin or 0.0)
+
+    def _say(self, text: str, *, detail: bool = False) -> Sentence:
+        return Sentence(self._at_s, self._line, text, detail)
+
+    def _begun(self, begun: Begun) -> Iterator[Sentence]:
+        """A core was restored: what has changed since the one before, while nothing was recorded, is taken over."""
+        self._core, header = begun.core, begun.header
+        pool = begun.core.pool
+        if pool.now > -math.inf:
+            self._now(pool.now)
+        if header.missing:
+            yield self._say(f"{header.missing} steps are missing here: they were not recorded")
+        if self._states or pool.runners:
+            living = {id: (runner.model, runner.state, len(runner.leases)) for id, runner in pool.runners.items()}
+            for id, before in list(self._states.items()):
+                if id not in living and before is not UNLOADED:
+                    self._take_over(id, self._models[id], UNLOADED, 0)
+            for id, (model, state, leases) in living.items():
+                if self._states.get(id) is not state:
+                    self._take_over(id, model, state, leases)
+        for request in pool.requests.values():
+            asked_at_s = request.queued_at - (self.begin or 0.0)
+            answer = "" if request.state.value == "queued" else "granted before"
+            name = self.shown.name(request.want.model)
+            wait = Wait(request.id, name, asked_at_s, request.want.purpose.value, answer)
+            self.waits.setdefault(request.id, wait)
+        if pool.runners or pool.requests:
+            names = ", ".join(f"{self._runner(id)} {runner.state.value}" for id, runner in pool.runners.items())
+            yield self._say(f"it begins with {names or 'no runner'} and {pool.queued} waiting")
+
+    def _take_over(self, id: RunnerId, model: ModelId, state: RunnerState, leases: int) -> None:
+        before = self._states.get(id)
+        self._states[id], self._models[id] = state, model
+        now = self._core.pool.now
+        self.timeline.add(Transition(now, id, model, "", before, state, "it was so when recording began", leases))
+
+    # -- events -------------------------------------------------------------------------------------------------------
+
+    def _event(self, event: on.Event) -> Iterator[Sentence]:
+        match event:
+            case on.Acquire():
+                yield from self._asked(event)
+            case on.Cancel(request) | on.Release(request):
+                what = "gives back" if isinstance(event, on.Release) else "had left, and gives back"
+                if (wait := self.waits.get(request)) is not None and wait.answer.startswith("granted"):
+                    yield self._say(f"{_number(request)} {what} {wait.model}")
+            case on.Expire(wanted):
+                yield self._say(f"{self.shown.name(wanted)} is asked to leave")
+            case on.Pin(model):
+                yield self._say(f"{self.shown.name(model)} is pinned")
+            case on.Unpin(model):
+                yield self._say(f"{self.shown.name(model)} is no longer pinned")
+            case on.Configure():
+                pairs = [(name, getattr(event, name)) for name in event.__slots__]
+                changes = [f"{name} {_count(value)}" for name, value in pairs if value is not None]
+                yield self._say(f"limits change: {', '.join(changes) or 'nothing'}")
+            case on.Inspected(model, outcome):
+                if isinstance(outcome, do.ModelNotFound | do.InvalidModel):
+                    yield self._say(f"{self.shown.name(model)} cannot be read")
+            case on.Sampled(devices):
+                yield from self._sampled(devices)
+            case on.Contended():
+                yield self._say("another program loads on a device that is wanted")
+            case on.Close(timeout_s):
+                yield self._say(f"the scheduler is closed; leases may last {format_duration(timeout_s)}")
+            case on.Loaded() | on.OutOfMemory() | on.Unresponsive() | on.Exited():
+                yield from self._of_a_runner(event)
+            case on.Progress() | on.Filled() | on.Claimed() | on.Tick():
+                pass
+            case _:
+                assert_never(event)
+
+    def _of_a_runner(self, event: on.Loaded | on.OutOfMemory | on.Unresponsive | on.Exited) -> Iterator[Sentence]:
+        match event:
+            case on.Loaded(runner, _, resident, _):
+                yield self._say(f"{self._runner(runner)} is loaded{_prefixed(', and takes ', resident)}")
+            case on.OutOfMemory(runner):
+                yield self._say(f"{self._runner(runner)} ran out of memory")
+            case on.Unresponsive(runner, reason):
+                yield self._say(f"{self._runner(runner)} does not answer: {self.shown.named(reason)}")
+            case on.Exited(runner, code, reason, out_of_memory):
+                why = self.shown.lines(reason) or ["never started" if code is None else f"with status {code}"]
+                lack = ", for lack of memory" if out_of_memory else ""
+                yield self._say(f"the process of {self._runner(runner)} is gone: {why[0]}{lack}")
+                for last_words in why[1:]:
+                    yield self._say(last_words, detail=True)
+
+    def _asked(self, event: on.Acquire) -> Iterator[Sentence]:
+        want = event.want
+        name = self.shown.name(want.model)
+        if event.request in self.waits:
+            return  # a duplicate: the core ignores it
+        self.waits[event.request] = Wait(event.request, name, self._at_s, want.purpose.value)
+        options = [f"{each} {getattr(want.options, each)}" for each in want.options.__slots__]
+        said = [text for text in options if not text.endswith(" None")]
+        if want.memory:
+            said.append(_amounts(want.memory))
+        if want.priority:
+            said.append(f"priority {want.priority}")
+        if event.keep_alive_s is not None:
+            said.append(f"keep-alive {format_duration(event.keep_alive_s)}")
+        if event.timeout_s is not None:
+            said.append(f"for at most {format_duration(event.timeout_s)}")
+        verb = "wants loaded" if want.purpose is Purpose.preload else "asks for"
+        yield self._say(f"{_number(event.request)} {verb} {name}" + (f" ({', '.join(said)})" if said else ""))
+
+    def _sampled(self, devices: tuple[DeviceSample, ...]) -> Iterator[Sentence]:
+        now = {one.id: one.capacity_bytes for one in devices}
+        if now != self._devices:
+            self._devices = now
+            texts = [f"{one.id} {format_bytes(one.capacity_bytes)}" for one in devices]
+            yield self._say(printable(f"memory there is: {', '.join(texts) or 'none'}"))
+
+    # -- what was decided ---------------------------------------------------------------------------------------------
+
+    def _transition(self, entry: Transition, moment: Moment) -> Iterator[Sentence]:
+        name, reason = self._runner(entry.runner), self.shown.named(entry.reason)
+        if entry.source is None:
+            self.loads += 1
+            launch = next(one for one in moment.commands if isinstance(one, do.Launch) and one.runner == entry.runner)
+            layers = "".join(f", {count} layers on {printable(gpu)}" for gpu, count in launch.placement.gpu_layers)
+            known = "as measured before" if launch.placement.measured else "as predicted"
+            yield self._say(f"{name} is started: {_amounts(launch.placement.bytes)}, {known}{layers}; {reason}")
+            return
+        yield self._say(f"{name}: {entry.source.value} → {entry.destination.value}, {reason}")
+        if reason.endswith("needs its memory"):
+            self.evictions += 1
+            yield from self._tell_considered(moment)
+
+    def _tell_considered(self, moment: Moment) -> Iterator[Sentence]:
+        """Say which runners might have gone, in the policy's order, and why those that stayed did."""
+        gone = {one.runner for one in moment.entries if isinstance(one, Transition) and one.trigger == "expire"}
+        known = [one for one in moment.considered if not gone or any(each.runner in gone for each in one.candidates)]
+        for considered in known[-1:]:
+            texts = [self._candidate(one, one.runner in gone) for one in considered.candidates]
+            text = "considered, in the policy's order: " + "; ".join(texts)
+            if considered.failure:
+                text = f"the policy raised {printable(considered.failure)}; " + text
+            if texts and text != self._considered:
+                self._considered = text
+                yield self._say(text, detail=True)
+
+    def _candidate(self, one: Candidate, gone: bool) -> str:
+        now = self._core.pool.now
+        name = f"{self._runner(one.runner)} with {format_bytes(one.held_bytes)}"
+        if gone:
+            return f"{name} goes"
+        if one.leases:
+            return f"{name} stays, in use ({one.leases} {'lease' if one.leases == 1 else 'leases'})"
+        if one.free_at > now:
+            return f"{name} stays, loaded so lately that it is safe for {format_duration(one.free_at - now)} more"
+        return f"{name} stays, not needed"
+
+    def _command(self, command: do.Command) -> Iterator[Sentence]:
+        match command:
+            case do.Grant(request, runner):
+                wait = self._answer(request, "granted")
+                what = self._runner(runner) if runner is not None else "memory of its own"
+                yield self._say(f"{_number(request)} is granted {what}{_waited(wait)}")
+            case do.Reject(request, do.Cancelled()):
+                wait = self._answer(request, "cancelled")
+                yield self._say(f"{_number(request)} leaves{_waited(wait)}")
+            case do.Reject(request, refusal):
+                error = str(error_of(refusal, self.shown))
+                wait = self._answer(request, type(refusal).__name__)
+                yield self._say(f"{_number(request)} is refused: {self.shown.named(error)}{_waited(wait)}")
+            case do.Revoke(request, reason):
+                self._answer(request, "lost")
+                yield self._say(f"{_number(request)} loses its lease: {self.shown.named(reason)}")
+            case do.Ask(runner, requests):
+                yield self._say(f"others wait for the memory of {self._runner(runner)}; its {len(requests)} are told")
+            case do.Claim(_, devices):
+                yield self._say(f"{printable(', '.join(devices))} is claimed among the programs on the machine")
+            case do.Finish():
+                yield self._say("everything is unloaded")
+            case do.Inspect() | do.Launch() | do.Stop() | do.Sample() | do.Unclaim():
+                pass
+            case _:
+                assert_never(command)
+
+    def _waiting(self, moment: Moment) -> Iterator[Sentence]:
+        for line in self._core.pool.lines.values():
+            reason = self.shown.named(line.waits_for)
+            news = [id for id in line.requests if id in self.waits and self.waits[id].waits_for(reason, self._at_s)]
+            if news:
+                verb = "waits" if len(news) == 1 else "wait"
+                yield self._say(f"{', '.join(map(_number, news))} {verb} for {reason}")
+                if reason.endswith("to become idle"):
+                    yield from self._tell_considered(moment)
+
+    def _answer(self, request: RequestId, answer: str) -> Wait | None:
+        if (wait := self.waits.get(request)) is not None:
+            if wait.answer:
+                wait.answer = answer  # of one that was answered: it lost what it had
+            else:
+                wait.answered(answer, self._at_s)
+        return wait
+
+    def _note_memory(self) -> None:
+        ledger = self._core.pool.ledger
+        resident = sum(account.resident.get(HOST, 0) for account in ledger.accounts.values())
+        self.timeline.add_memory(self.end, ledger.held_bytes(HOST), resident)
+
+    def _runner(self, id: RunnerId) -> str:
+        return f"runner {id}" + (f" of {self.shown.name(self._models[id])}" if id in self._models else "")
+
+
+def printable(text: str) -> str:
+    """Return a text that does to a terminal nothing but show itself."""
+    return "".join(one if one.isprintable() else "\N{REPLACEMENT CHARACTER}" for one in text)
+
+
+def _number(request: RequestId) -> str:
+    return f"request {request}"
+
+
+def _count(value: float) -> str:
+    return f"{value:g}"
+
+
+def _amounts(amounts: Amounts) -> str:
+    return printable(" and ".join(f"{format_bytes(size)} of {device}" for device, size in amounts) or "nothing")
+
+
+def _prefixed(before: str, amounts: Amounts) -> str:
+    return before + _amounts(amounts) if amounts else ""
+
+
+def _waited(wait: Wait | None) -> str:
+    if wait is None or not wait.reasons:
+        return ""
+    reasons = ", ".join(f"{took_s:.3f} s for {reason}" for reason, took_s in wait.reasons)
+    return f", after {wait.waited_s:.3f} s" + (
+        f": {reasons}" if len(wait.reasons) > 1 else f" for {wait.reasons[0][0]}"
+    )

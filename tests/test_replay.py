@@ -1,0 +1,395 @@
+"""Tests of recordings: what is written while the core decides, and that it says the same when it is told the same."""
+
+from __future__ import annotations
+
+import json
+import random
+import stat
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from fsm import events as on
+from fsm.commands import Command
+from fsm.core import Core
+from fsm.eviction import Candidate, EvictionPolicy
+from fsm.record import encode
+from fsm.request import ModelId
+from scheduler import recorder
+from scheduler.cli import WRONG_USE, main
+from scheduler.recorder import Recorder
+from scheduler.replay import Begun, Difference, Moment, RecordingError, Replay
+from tests.leaks import no_leaks
+from tests.pool import PoolUnderTest, a_pool, acquire, cancel, exited, loaded, preload, release
+from tests.test_record import Walk
+from tests.waiting import assert_soon
+
+ROOT = Path(__file__).resolve().parent.parent
+LIMIT = 64 * 2**20
+NOBODY_SEES_S = 600.0
+
+
+def name_of(model: ModelId) -> str:
+    return Path(model).stem
+
+
+class Recorded:
+    """A core as a pool under test steps it: through a recorder."""
+
+    def __init__(self, core: Core, writer: Recorder) -> None:
+        self.core, self.step = core, writer.step
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.core, name)
+
+
+@contextmanager
+def recording(path: Path, core: Core, limit: int = LIMIT) -> Iterator[Recorder]:
+    """Record a core until the block ends; then everything is written, and nothing is left over."""
+    with no_leaks():
+        writer = Recorder(path, limit, core, name_of)
+        try:
+            yield writer
+        finally:
+            assert writer.close(20.0)
+
+
+@contextmanager
+def recorded_pool(path: Path, capacity: str = "12GiB", policy: EvictionPolicy | None = None) -> Iterator[PoolUnderTest]:
+    """A pool in which two models of 5 GiB fit, recorded from its first event on."""
+    pool = a_pool(capacity, each="5GiB", policy=policy)
+    with recording(path, pool.core) as writer:
+        pool.core = Recorded(pool.core, writer)  # type: ignore[assignment]  # it does the same
+        yield pool
+
+
+def moments(path: Path) -> list[Moment]:
+    """Replay a file and return its steps."""
+    return [moment for moment in Replay(path) if isinstance(moment, Moment)]
+
+
+def lines_of(path: Path) -> list[dict[str, object]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    return tmp_path / "incident.jsonl"
+
+
+@pytest.fixture
+def incident(file: Path) -> Path:
+    """An eviction, a crash, a refusal and somebody who leaves."""
+    with recorded_pool(file) as pool:
+        pool.idle("/models/a.gguf").ready("/models/b.gguf", lease=2)
+        pool.feed(acquire("/models/c.gguf", 3), exited(1), loaded(3))
+        pool.feed(exited(2, -9, "killed by SIGKILL\nlast words"), preload("/models/d.gguf", 4), cancel(4))
+        pool.declare("/models/big.gguf", "40GiB").feed(acquire("/models/big.gguf", 5), release(3))
+    return file
+
+
+# -- the same again ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_whatever_happens_is_recorded_and_replays_exactly(seed: int, file: Path) -> None:
+    """Every event with its time, every command, in order; the last state is the same in every part."""
+    walk, told, said = Walk(seed), [], []
+    core = Core(walk.scenario.limits)
+    with recording(file, core) as writer:
+
+        def step(now: float, event: on.Event) -> Sequence[Command]:
+            said.append(list(writer.step(now, event)))
+            return said[-1]
+
+        told += [walk.step(core, step) for _ in range(300)]
+        assert writer.problems == ()
+    again = moments(file)
+    assert [(moment.at, moment.event) for moment in again] == told
+    assert [list(moment.commands) for moment in again] == said and sum(map(len, said)) > 100
+    last = next(each.core for each in list(Replay(file)) if isinstance(each, Begun))
+    for line in last.pool.lines.values():
+        line.told = ""  # only kept where somebody listens
+    assert encode(last.state()) == encode(core.state())
+
+
+def test_a_rotated_file_replays_by_itself(file: Path) -> None:
+    """FILE and FILE.1 begin with all that is needed, and together hold what came last without a gap."""
+    walk, said, limit = Walk(0), [], 192 * 1024
+    core = Core(walk.scenario.limits)
+    with recording(file, core, limit) as writer:
+
+        def step(now: float, event: on.Event) -> Sequence[Command]:
+            said.append(list(writer.step(now, event)))
+            return said[-1]
+
+        for count in range(2000):
+            walk.step(core, step)
+            if count % 50 == 49:
+                assert_soon(lambda: not writer._queue)
+    parts = [Path(f"{file}.1"), file]
+    assert sum(part.stat().st_size for part in parts) < 1.5 * limit
+    last = [list(moment.commands) for part in parts for moment in moments(part)]
+    assert 100 < len(last) < len(said) and last == said[-len(last) :]
+    assert all(header["missing"] == 0 for part in parts for header in lines_of(part) if "kind" in header)
+
+
+def test_a_file_that_was_there_is_kept(incident: Path, file: Path) -> None:
+    """A program that starts again does not overwrite the incident that ended it; only this user can read either."""
+    before = file.read_bytes()
+    with recorded_pool(file) as pool:
+        pool.ready("/models/e.gguf")
+    assert Path(f"{file}.1").read_bytes() == before and "e.gguf" in file.read_text()
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+
+
+class Moody:
+    """A policy that is neither pure nor reliable."""
+
+    name = "moody"
+
+    def __init__(self) -> None:
+        self.chance = random.Random(3)
+
+    def order(self, now: float, candidates: Sequence[Candidate]) -> Sequence[Candidate]:
+        if self.chance.random() < 0.2:
+            raise RuntimeError(f"not now, at {id(self)}")
+        chosen = list(candidates)
+        self.chance.shuffle(chosen)
+        return chosen[: self.chance.randint(0, len(chosen) + 1)]
+
+
+def test_the_choices_of_a_policy_of_the_users_own_are_inputs(file: Path) -> None:
+    """They are replayed without it: what it preferred, left out, and raised."""
+    walk = Walk(0)
+    core = Core(walk.scenario.limits, Moody())
+    with recording(file, core) as writer:
+        for _ in range(400):
+            walk.step(core, writer.step)
+            core.copy().step(core.pool.now + 1, on.Tick())  # whoever asks what would be is not recorded
+    replay = Replay(file)
+    considered = [one for moment in replay if isinstance(moment, Moment) for one in moment.considered]
+    assert any("RuntimeError" in one.failure for one in considered) and sum(not one.failure for one in considered) > 5
+    header = lines_of(file)[0]
+    assert (header["policy"], header["own_policy"], replay.steps) == ("moody", True, 400)
+    assert core.policy.name == "moody"
+
+
+# -- another answer ----------------------------------------------------------------------------------------------------
+
+
+def altered(path: Path, change: Callable[[dict[str, object]], bool]) -> int:
+    """Change the first line that `change` wants changed; return its number."""
+    lines = lines_of(path)
+    number = next(number for number, line in enumerate(lines, 1) if change(line))
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return number
+
+
+def another_placement(line: dict[str, object]) -> bool:
+    launches = [one for one in line.get("commands", ()) if one["is"] == "Launch"]
+    for launch in launches:
+        launch["placement"]["bytes"][0][1] += 1
+    return bool(launches)
+
+
+def test_a_decision_that_differs_is_told_with_its_line(incident: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The first one: what happened, what was expected, what came instead; and the status is 1."""
+    number = altered(incident, another_placement)
+    with pytest.raises(Difference) as found:
+        moments(incident)
+    assert found.value.line == number and isinstance(found.value.event, on.Inspected)
+    assert found.value.expected != found.value.got and "Launch" in found.value.expected
+    assert main(["replay", str(incident)]) == 1
+    output = capsys.readouterr().out
+    assert f"DIFFERS   at line {number}" in output and "expected" in output and "The same" not in output
+    assert main(["replay", "--json", str(incident)]) == 1
+    told = json.loads(capsys.readouterr().out)
+    assert told["same"] is False and told["difference"]["line"] == number
+
+
+@pytest.mark.parametrize("change", [lambda choices: choices.append([1]), lambda choices: choices.pop()])
+def test_a_policy_that_is_asked_more_or_less_often_differs(change: Callable[[list[object]], None], file: Path) -> None:
+    """Even where the commands are the same."""
+    with recorded_pool(file, policy=Moody()) as pool:
+        pool.idle("a").idle("b").feed(acquire("c", 3))
+
+    def alter(line: dict[str, object]) -> bool:
+        choices = line.get("choices")
+        if isinstance(choices, list):
+            change(choices)
+        return bool(isinstance(choices, list))
+
+    number = altered(file, alter)
+    with pytest.raises(Difference, match="policy") as found:
+        moments(file)
+    assert found.value.line == number
+
+
+def test_a_step_that_failed_is_recorded_and_fails_again(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A defect of the core's is recorded with the event that showed it; where it is mended, that differs."""
+
+    def broken(core: Core, timeout_s: float) -> None:
+        raise AssertionError("a defect")
+
+    with monkeypatch.context() as patch, recorded_pool(file) as pool:
+        patch.setattr(Core, "_close", broken)
+        pool.ready("a")
+        with pytest.raises(AssertionError, match="a defect"):
+            pool.feed(on.Close(1.0))
+    with monkeypatch.context() as patch:
+        patch.setattr(Core, "_close", broken)
+        assert moments(file)[-1].raised == "AssertionError('a defect')"
+    with pytest.raises(Difference, match="a defect"):
+        moments(file)
+
+
+# -- files that are cut, damaged or of somebody else -------------------------------------------------------------------
+
+
+def test_a_file_that_is_cut_anywhere_replays_up_to_there(incident: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A crash in the middle of a line leaves that line out, and says so; the first line is needed."""
+    whole = incident.read_bytes()
+    ends = [place + 1 for place, byte in enumerate(whole) if byte == ord("\n")]
+    every = len(moments(incident))
+    for size in {*range(ends[0], len(whole), 97), ends[1], ends[1] + 1, len(whole) - 1}:
+        incident.write_bytes(whole[:size])
+        replay = Replay(incident)
+        assert len([each for each in replay if isinstance(each, Moment)]) == sum(end <= size for end in ends) - 1
+        assert replay.cut == (size not in ends)
+    assert main(["replay", str(incident)]) == 0
+    assert "the last line is cut short" in capsys.readouterr().out
+    assert every == len(ends) - 1
+    for size in (0, 1, ends[0] - 1):
+        incident.write_bytes(whole[:size])
+        with pytest.raises(RecordingError, match=r"it is empty|ends before its first header"):
+            moments(incident)
+
+
+DEEP = '{"kind":' + "[" * 100_000 + "\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("hello\n", "line 1: it is not JSON"), ("[]\n", "not an object"), ("{}\n", "not a recording"),
+        (DEEP, "line 1: "),
+        ('{"kind": "loadmaster recording"}\n', "of format None"), ("\x00\xff\n", "line 1: it is not JSON"),
+        ('{"kind": "loadmaster recording", "format": 2}\n', "of format 2"),
+        ('{"kind": "loadmaster recording", "format": 1}\n', "'policy'"), ('{"at": NaN}\n', "NaN is not a number"),
+        ('{"at": ' + "9" * 99 + "}\n", "too many digits"), ("x" * (recorder.LONGEST_LINE + 5), "longer than"),
+    ],
+)  # fmt: skip
+def test_a_foreign_file_is_refused_in_one_line(
+    text: str, said: str, file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With the file, the line and the reason, and status 2."""
+    file.write_text(text, encoding="latin-1")
+    assert main(["replay", str(file)]) == WRONG_USE
+    output = capsys.readouterr()
+    assert said in output.err and str(file) in output.err and output.err.count("\n") == 1 and len(output.err) < 600
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"event": {"is": "Evil"}}, "Evil"), ({"event": None}, "expected one of"), ({"at": "now"}, "no time"),
+        ({"at": None}, "no time"), ({"commands": {}}, "'commands'"), ({"commands": [{"is": "Tick"}]}, "Tick"),
+        ({"names": [["a"]]}, "not a model and its name"), ({"raised": 7}, "'raised'"),
+        ({"kind": "other"}, "of format"),
+    ],
+)  # fmt: skip
+def test_a_line_that_means_nothing_is_refused(change: dict[str, object], said: str, incident: Path) -> None:
+    """Unknown kinds, wrong types: nothing is guessed."""
+    number = altered(incident, lambda line: "event" in line and line.update(change) is None)
+    with pytest.raises(RecordingError, match=said) as refused:
+        moments(incident)
+    assert refused.value.line == number
+
+
+def test_a_state_that_is_none_of_a_core_is_refused(incident: Path) -> None:
+    """It decodes, but what must always be true is not."""
+    altered(incident, lambda line: line["state"]["pool"].update(queued=7) is None)  # type: ignore[index]
+    with pytest.raises(RecordingError, match="line 1: its state is not one of a core: the queue is miscounted"):
+        moments(incident)
+
+
+def test_a_damaged_file_never_breaks_the_replay(incident: Path) -> None:
+    """Bytes that are changed, left out and doubled: each file replays, differs or is refused, and nothing else."""
+    whole, chance = incident.read_bytes(), random.Random(5)
+    for _ in range(400):
+        damaged = bytearray(whole)
+        for _ in range(chance.randint(1, 3)):
+            at, size = chance.randrange(len(whole)), chance.choice((1, 1, 2, 40))
+            damaged[at : at + size] = chance.choice(
+                (b"", bytes([chance.randrange(256)]), b"9", damaged[at : at + size] * 2)
+            )
+        incident.write_bytes(damaged)
+        try:
+            moments(incident)
+        except (RecordingError, Difference) as error:
+            assert str(error)
+
+
+def test_a_file_that_is_not_there_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In one line; a folder too."""
+    for path, said in ((tmp_path / "none.jsonl", "No such file"), (tmp_path, "Is a directory")):
+        assert main(["replay", str(path)]) == WRONG_USE
+        assert said in capsys.readouterr().err
+
+
+# -- the story ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_story_says_who_asked_what_was_decided_and_why(incident: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Names in place of paths, who left for whom, who stayed and why, who waited for what, last words of a process."""
+    assert main(["replay", str(incident)]) == 0
+    output = capsys.readouterr().out
+    for said in (
+        "request 3 asks for c", "runner 1 of a: idle → expiring, c needs its memory",
+        "runner 2 of b with 5 GiB stays, in use (1 lease)", "runner 1 of a with 5 GiB goes",
+        "request 3 waits for memory that is on its way back", "the process of runner 2 of b is gone: killed by SIGKILL",
+        "last words", "request 2 loses its lease", "request 4 wants loaded d", "request 4 leaves",
+        "request 5 is refused: 'big' needs", "request 3 gives back c", "given up for others: 1", "The same",
+    ):  # fmt: skip
+        assert said in output, f"{said!r} is missing: {output}"
+    assert "/models/" not in output
+
+
+def test_the_story_does_nothing_to_a_terminal(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Names and last words come from elsewhere: control characters are shown as such, markup as it is written."""
+    with recorded_pool(file) as pool:
+        pool.ready("/models/\x1b[2J[red]evil\u202e.gguf", lease=1)
+        pool.feed(exited(1, 1, "\x1b]0;title\x07\r\n\x1b[31mwords"))
+    assert main(["replay", str(file)]) == 0
+    output = capsys.readouterr().out
+    assert "[red]evil" in output and "words" in output
+    assert not set(output) & {"\x1b", "\x07", "\r", "\u202e"}
+
+
+def test_the_story_as_json_has_every_wait(incident: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """For programs; and the timeline is drawn beside it."""
+    picture = tmp_path / "folder" / "timeline.svg"
+    assert main(["replay", str(incident), "--json", "--timeline", str(picture)]) == 0
+    told = json.loads(capsys.readouterr().out)
+    answers = {request["id"]: (request["model"], request["answer"]) for request in told["requests"]}
+    assert answers[3] == ("c", "granted") and answers[2] == ("b", "lost") and answers[4] == ("d", "cancelled")
+    assert answers[5] == ("big", "DoesNotFit") and (told["same"], told["cut"]) == (True, False)
+    waits = next(request["waits"] for request in told["requests"] if request["id"] == 3)
+    assert [wait["for"] for wait in waits][-1] == "its model to load"
+    assert "b · 2" in picture.read_text()
+
+
+def test_a_part_of_a_recording_begins_with_what_was_there(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Runners and requests from before it are known."""
+    pool = a_pool("12GiB", each="5GiB").ready("a", lease=1).ready("b", lease=2)
+    pool.feed(acquire("c", 3))
+    with recording(file, pool.core) as writer:
+        pool.core = Recorded(pool.core, writer)  # type: ignore[assignment]  # it does the same
+        pool.feed(release(1), exited(1), loaded(3))
+    assert main(["replay", str(file)]) == 0
+    output = capsys.readouterr().out
+    assert "it begins with runner 1 of a ready, runner 2 of b ready and 1 waiting" in output
+    assert "request 1 gives back a" in output and "request 3 is granted runner 3 of c" in output

@@ -66,6 +66,7 @@ def test_d15_a_stalled_driver_holds_up_no_grant_and_no_load(nvml: StandIn) -> No
         scheduler.acquire(an_object("next")).release()
         assert time.monotonic() - began < 1.0, "the next load waited once more"
         assert_soon(lambda: any("has not answered" in problem for problem in scheduler.status().problems))
+    nvml.say(ONE)
 
 
 @beside_stand_in()
@@ -108,6 +109,7 @@ def test_a_runner_that_leaves_a_gpu_whose_driver_stalls_is_waited_for_in_vain_bu
         nvml.say(ONE, stall="nvmlDeviceGetMemoryInfo_v2")
         with scheduler.acquire(on_gpu("b", ONE, "6GiB"), timeout="20s"):
             assert loaded(scheduler) == {"b"}
+    nvml.say(ONE)
 
 
 # -- memory and GPUs that come and go ---------------------------------------------------------------------------------

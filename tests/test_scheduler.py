@@ -422,7 +422,8 @@ def test_an_object_is_let_go_of_when_it_is_unloaded(scheduler: Scheduler) -> Non
 def test_what_does_not_stop_is_shown_as_stuck(scheduler: Scheduler) -> None:
     """Its memory stays booked; the bound is the core's, so it is shortened here."""
     gate = Gate()
-    scheduler._desk.driver.read(lambda core: setattr(core.pool, "limits", replace(core.pool.limits, stop_timeout_s=0.01)))
+    read = scheduler._desk.driver.read
+    read(lambda core: setattr(core.pool, "limits", replace(core.pool.limits, stop_timeout_s=0.01)))
     scheduler.acquire(a_model("a", unload=gate), keep_alive=0).release()
     assert gate.entered.wait(LIMIT_S)
     assert_soon(lambda: [runner.stuck for runner in scheduler.status().runners] == [True])

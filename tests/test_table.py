@@ -123,6 +123,8 @@ def test_a_dead_end_is_rejected() -> None:
     """From every state there is a way to the final one."""
     with pytest.raises(TableError, match=r"dead end \['green'\]"):
         a_table(Row("fail", RED, BROKEN), Row("go", RED, GREEN))
+    with pytest.raises(TableError, match=r"dead end \['green'\]"):
+        a_table(Row("fail", RED, BROKEN), Row("go", RED, GREEN), Row("stay", GREEN, GREEN))
 
 
 def test_a_final_state_with_a_way_out_is_rejected() -> None:

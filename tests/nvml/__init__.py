@@ -6,6 +6,7 @@
         ...
 
 The body runs in a child process: which library is found is settled when a process starts, and the binding keeps it.
+Nothing may be left over when it returns (`tests.leaks`): a stall is ended by what is said last.
 """
 
 from __future__ import annotations
@@ -141,9 +142,9 @@ def beside_stand_in(
 def _run(body: Callable[[StandIn], None], folder: Path, state: Path, environment: Mapping[str, str]) -> None:
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("CUDA_", "LOADMASTER_"))}
     program = (
-        "from pathlib import Path; from tests.nvml import StandIn\n"
+        "from pathlib import Path; from tests.leaks import no_leaks; from tests.nvml import StandIn\n"
         f"from {body.__module__} import {body.__name__} as test\n"
-        f"test.body(StandIn(Path({str(state)!r})))"
+        f"with no_leaks(): test.body(StandIn(Path({str(state)!r})))"
     )
     child = {**kept, "LD_LIBRARY_PATH": str(folder), "NVML_STAND_IN_STATE": str(state), **environment}
     done = subprocess.run(

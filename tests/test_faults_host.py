@@ -164,7 +164,7 @@ def test_a_host_that_was_stopped_goes_on_where_it_was(model: Path, tmp_path: Pat
         assert state == "loading", "it was loaded already"
         host.send_signal(signal.SIGSTOP)
         assert_soon(lambda: psutil.Process(host.pid).status() == psutil.STATUS_STOPPED)
-        threading.Event().wait(1.2)
+        threading.Event().wait(3.0)
         host.send_signal(signal.SIGCONT)
         threading.Event().wait(0.2)  # it sees that time has passed, and that its child shows nothing
         os.kill(int(pid), signal.SIGCONT)

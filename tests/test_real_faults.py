@@ -276,10 +276,12 @@ def test_s25_an_engine_that_does_not_know_a_model_says_so(scheduler: Scheduler, 
     assert_soon(lambda: states(scheduler) == {})
 
 
-def test_n13_options_that_do_not_go_together_are_told_in_the_engines_words(scheduler: Scheduler, model: Path) -> None:
-    """N13: these heads are too narrow for blocks of 32."""
-    with pytest.raises(LoadFailed, match="does not divide n_embd_head_k=16"):
-        scheduler.acquire(model, cache_type_k="q8_0")
+def test_n13_what_the_engine_misses_is_told_in_its_words(scheduler: Scheduler, model: Path, tmp_path: Path) -> None:
+    """N13: a sound file whose tensors are not those of its architecture."""
+    path = tmp_path / "renamed.gguf"
+    path.write_bytes(model.read_bytes().replace(b"blk.0.ffn_up.weight", b"blk.0.ffn_UP.weight"))
+    with pytest.raises(LoadFailed, match=r"tensor 'blk\.0\.ffn_up\.weight' not found"):
+        scheduler.acquire(path)
 
 
 def test_a_file_that_is_cut_while_it_is_served_ends_that_runner_only(

@@ -117,6 +117,7 @@ class _Search:
         self.edges = 0
 
     def run(self) -> Exploration:
+        """Expand one state after the other until there are none left, enough, or one that is broken."""
         expanded, violation = 0, None
         frontier: deque[tuple[int, Core, Past]] = deque()
         try:

@@ -17,7 +17,7 @@ from fsm.model import HOST, Options
 from fsm.placement import Demand, Gpu, Offload, place
 from fsm.request import Purpose, Request, Want
 from fsm.runner import Runner
-from tests.pool import PoolUnderTest, a_pool, acquire, close, exited, expire, loaded, progress, release
+from tests.pool import PoolUnderTest, a_pool, acquire, cancel, close, exited, expire, loaded, progress, release
 
 GPU = Gpu("gpu0", "gpu0")
 PAIR = (GPU, Gpu("gpu1", "gpu1"))
@@ -249,3 +249,33 @@ def test_the_last_moment_of_a_back_off_is_told_as_it_is() -> None:
     pool.feed(acquire("a", request=7))
     refusal = pool.answers[7].refusal
     assert isinstance(refusal, do.LoadFailed) and refusal.retry_after_s == pytest.approx(0.5)
+
+
+def test_a_claim_that_is_given_up_is_no_longer_timed() -> None:
+    """Nothing is due once the only one who waited for it has left."""
+    pool = a_pool(claims=True, shares=False)
+    assert pool.feed(acquire("a", request=1)) == [do.Claim(1, (HOST,))]
+    assert pool.feed(cancel(1))[-1] == do.Unclaim(1)
+    assert ("claim", 1) not in [key for _, key in pool.core.pool.timers.items()]
+
+
+def test_a_claim_of_just_these_devices_is_enough() -> None:
+    """However often it is planned again, one launch makes one claim."""
+    pool = a_pool(claims=True, shares=False)
+    pool.feed(acquire("a", request=1))
+    assert pool.feed(acquire("a", request=2), pool.sample()) == []
+    assert (sorted(pool.core.pool.claims), pool.core.pool.next_claim) == ([1], 2)
+
+
+def test_of_crashes_a_good_life_apart_each_is_the_first() -> None:
+    """Two such, and then a third soon after, which is the second in a row."""
+    pool = a_pool(good_life_s=60.0).ready("a", lease=1)
+    for runner in (1, 2):
+        pool.advance("60s")
+        pool.feed(exited(runner, code=-9, reason=f"crash {runner}"))
+        pool.ready("a", lease=runner + 1)
+    assert pool.core.pool.models["a"].failure == "crash 2"
+    pool.feed(exited(3, code=-9, reason="crash 3"))
+    pool.feed(acquire("a", request=9))
+    refusal = pool.answers[9].refusal
+    assert isinstance(refusal, do.LoadFailed) and (refusal.reason, refusal.retry_after_s) == ("crash 3", 20.0)

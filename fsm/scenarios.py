@@ -66,11 +66,11 @@ SCENARIOS: tuple[Scenario, ...] = (
     ),
     Scenario(
         "three-requests", "two models on a device that holds one, three requests",
-        HOST_8, ONE_PLACE, EITHER, 3, 100_000, LIMITS, expires=False,
+        HOST_8, ONE_PLACE, EITHER, 3, 200_000, LIMITS, expires=False,
     ),
     Scenario(
         "four-requests", "two models on a device that holds one, four requests",
-        HOST_8, ONE_PLACE, EITHER, 4, 100_000, LIMITS, expires=False, closes=False,
+        HOST_8, ONE_PLACE, EITHER, 4, 200_000, LIMITS, expires=False, closes=False,
     ),
     Scenario(
         "two-gpus", "three models on two GPUs that hold one each, whose memory comes back late",

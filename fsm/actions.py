@@ -159,15 +159,15 @@ class Actions:
         self.replan = True
 
     def measure(self, runner: Runner, amounts: Amounts, mapped_bytes: int) -> bool:
-        """Book what a runner was seen to occupy, even beyond its promise; return whether that is news."""
+        """Book what a runner was seen to occupy, even beyond its promise; return whether it has grown."""
         account = self.pool.ledger.accounts["runner", runner.id]
         account.mapped_bytes = mapped_bytes
         within = [device for device, promised in account.promised.items() if account.peak.get(device, 0) <= promised]
-        news = account.measure(self.pool.ledger.booked(amounts))
+        grown = account.measure(self.pool.ledger.booked(amounts))
         beyond = [device for device in within if account.peak.get(device, 0) > account.promised[device]]
         if beyond and self.journal is not None and not account.settled:
             self.decide("measured", runner.model, self._figures(runner, beyond), None, runner.id)
-        return news
+        return grown
 
     def settle(self, runner: Runner, event: on.Filled) -> bool:
         """Hold what was measured of a runner, where more was predicted too; False where that is done already."""

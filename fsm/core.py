@@ -219,8 +219,8 @@ class Core:
             runner = pool.runners.get(id)
             if runner is None:
                 continue
-            news = self.act.measure(runner, amounts, mapped.get(id, 0))
-            if news and runner.state is LOADING:  # its memory moves: the load is alive
+            grown = self.act.measure(runner, amounts, mapped.get(id, 0))
+            if grown and runner.state is LOADING:  # the load is alive
                 pool.timers.set(("load", id), pool.now + pool.limits.load_timeout_s)
         pool.ledger.sample(event.devices)
         for runner in [runner for runner in pool.runners.values() if not runner.process]:

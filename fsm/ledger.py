@@ -58,13 +58,13 @@ class Account:
     to_come: dict[DeviceId, int] = field(default_factory=dict)  # what it had yet to show when it settled
 
     def measure(self, amounts: Mapping[DeviceId, int]) -> bool:
-        """Note what the owner was seen to occupy; return whether that is news."""
-        news = any(self.resident.get(device) != amount for device, amount in amounts.items())
+        """Note what the owner was seen to occupy; return whether it is more than ever before, on any device."""
+        grown = any(self.peak.get(device, 0) < amount for device, amount in amounts.items())
         self.resident |= amounts
         for device, amount in amounts.items():
             self.peak[device] = max(self.peak.get(device, 0), amount)
         self._lower()
-        return news
+        return grown
 
     def settle(self, to_come: Mapping[DeviceId, int]) -> None:
         """What was measured replaces what was predicted, even where it is less; `to_come` is kept free beside it."""

@@ -220,15 +220,26 @@ def test_a_load_that_shows_progress_may_take_long() -> None:
 
 
 def test_a_load_that_grows_shows_progress() -> None:
-    """N12: memory that moves is a sign of life, even where the process says nothing."""
+    """N12: memory that grows is a sign of life, even where the process says nothing."""
     pool = a_pool(load_timeout_s=300.0).loading("a", request=1)
-    for size in range(5):
+    for size in range(1, 6):
         pool.advance("299s")
         pool.occupied[1] = {"cpu": size}
         pool.feed(pool.sample())
     pool.advance("200s")
     pool.feed(pool.sample())  # nothing new
     assert refused(pool.advance("99s")) == {}
+    assert refused(pool.advance("1s")) == {1: LoadTimeout}
+
+
+def test_a_load_whose_memory_goes_up_and_down_shows_no_progress() -> None:
+    """N12: under pressure pages come and go for ever; only what was never reached before is progress."""
+    pool = a_pool(load_timeout_s=300.0).loading("a", request=1)
+    for size in (9, 5, 8):
+        pool.advance("99s")
+        pool.occupied[1] = {"cpu": size}
+        pool.feed(pool.sample())
+    assert refused(pool.advance("101s")) == {}
     assert refused(pool.advance("1s")) == {1: LoadTimeout}
 
 

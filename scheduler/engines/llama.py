@@ -83,7 +83,7 @@ class LlamaProcess:
         self._most_bytes = 0  # that it can come to hold of the host for itself; 0: unknown
         self._failure = ""  # why it does not serve, in the child's own words
         self._gone = False
-        self._touched = (0, 0)  # memory and input of a load, when it was last looked at
+        self._touched = (0, 0)  # the most memory and input that was seen of a load
 
     @property
     def pid(self) -> int | None:
@@ -182,9 +182,10 @@ class LlamaProcess:
         """Look whether a load goes on; llama.cpp says nothing while it reads a large file."""
         if self._url:
             return False
-        touched = self._touches()
-        if touched != self._touched:
-            self._touched = touched
+        resident_bytes, read_bytes = self._touches()
+        most_bytes, read_before = self._touched
+        if resident_bytes > most_bytes or read_bytes > read_before:  # pages that come and go are no progress
+            self._touched = (max(resident_bytes, most_bytes), read_bytes)
             self._report.progressed()
         return True
 

@@ -244,7 +244,7 @@ class World:
 
     def _progress(self, process: Process) -> on.Event | None:
         id = process.launch.runner
-        if process.loaded or id not in self.processes:
+        if process.loaded or id not in self.processes or process.load_s == float("inf"):  # what hangs shows nothing
             return None
         self.after(10.0, lambda: self._progress(process))
         return on.Progress(id)

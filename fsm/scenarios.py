@@ -70,7 +70,7 @@ SCENARIOS: tuple[Scenario, ...] = (
     ),
     Scenario(
         "four-requests", "two models on a device that holds one, four requests",
-        HOST_8, ONE_PLACE, EITHER, 4, 200_000, LIMITS, expires=False, closes=False,
+        HOST_8, ONE_PLACE, EITHER, 4, 300_000, LIMITS, expires=False, closes=False,
     ),
     Scenario(
         "two-gpus", "three models on two GPUs that hold one each, whose memory comes back late",

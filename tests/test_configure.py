@@ -196,8 +196,13 @@ def test_many_threads_may_change_limits_at_once(scheduler: Scheduler) -> None:
 
 def test_a_signal_handler_may_change_limits_in_the_middle_of_a_change(scheduler: Scheduler) -> None:
     """The main thread waits for nobody there, itself included, and both changes hold."""
-    told = iter(range(1000, 2000))
-    old = signal.signal(signal.SIGUSR1, lambda *_: scheduler.configure(max_runners=next(told)))
+    told: list[int] = []
+
+    def change(*_: object) -> None:
+        told.append(1000 + len(told))
+        scheduler.configure(max_runners=told[-1])
+
+    old = signal.signal(signal.SIGUSR1, change)
     ended = threading.Event()
 
     def tell() -> None:
@@ -207,13 +212,15 @@ def test_a_signal_handler_may_change_limits_in_the_middle_of_a_change(scheduler:
     teller = threading.Thread(target=tell)
     try:
         teller.start()
-        for number in range(200):
-            scheduler.configure(max_queue=1 + number)
+        number = 0
+        while number < 200 or len(told) < 20:
+            number += 1
+            scheduler.configure(max_queue=number)
     finally:
         ended.set()
         teller.join(LIMIT_S)
         signal.signal(signal.SIGUSR1, old)
-    assert scheduler.settings.max_queue == 200
+    assert scheduler.settings.max_queue == number
     assert scheduler.settings.max_runners >= 1000
     assert shown(scheduler) == work_by(scheduler)
 

@@ -125,16 +125,13 @@ def impossible(info: ModelInfo, options: Options) -> tuple[str, int | bool | str
     return None
 
 
-def serves(loaded: Options, asked: Options, info: ModelInfo | None = None) -> bool:
-    """Whether a runner loaded with the resolved `loaded` may serve a request for the unresolved `asked`.
+def serves(loaded: Options, asked: Options) -> bool:
+    """Whether a runner loaded with the resolved `loaded` may serve a request for `asked`, resolved or not.
 
     What is not named matches, as does a negative `num_gpu`; a larger context or more slots serve a smaller wish;
-    all else that is named must be equal. With the model's `info` a wish is first limited to what the model can
-    have, so that a runner resolved from a wish always serves it: without, one beyond the limits is never served.
+    all else that is named must be equal. A wish beyond what the model can have is served once it is resolved.
     """
-    if asked == _AUTOMATIC or _covers(loaded, asked):
-        return True
-    return info is not None and _covers(loaded, _limited(info, asked))
+    return asked == _AUTOMATIC or _covers(loaded, asked)
 
 
 def maps_file(info: ModelInfo, options: Options, on_host: bool) -> bool:
@@ -174,17 +171,6 @@ def shape_of(info: ModelInfo, options: Options) -> Shape:
     batch = context if info.embedding else max(1, min(batch, context * parallel))
     micro_batch = batch if info.embedding else min(batch, LARGEST_MICRO_BATCH)
     return Shape(context, parallel, batch, micro_batch, padded(context))
-
-
-def _limited(info: ModelInfo, asked: Options) -> Options:
-    """`asked` with what it names cut down to what `resolve` would allow; what it does not name stays so."""
-    shape = shape_of(info, asked)
-    return replace(
-        asked,
-        num_ctx=None if asked.num_ctx is None else shape.context,
-        num_batch=None if asked.num_batch is None or info.embedding else shape.batch,
-        num_parallel=None if asked.num_parallel is None else shape.parallel,
-    )
 
 
 def _covers(loaded: Options, asked: Options) -> bool:

@@ -247,6 +247,7 @@ def _union(members: tuple[object, ...]) -> _Decode:
     readers = [_decoder(one) for one in others]
 
     def decode(value: object, seen: _Seen) -> object:
+        """Read a value of whichever member of the union it is."""
         if value is None and types.NoneType in plain:
             return None
         if isinstance(value, dict) and isinstance(name := value.get("is"), str) and name in records:

@@ -9,6 +9,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict
 
+from fsm.estimate import CACHE_BLOCK_BYTES
 from fsm.footprint import Footprint
 from fsm.model import ModelInfo, Options
 from fsm.request import ModelId, Purpose, Want
@@ -70,7 +71,6 @@ _KINDS: dict[str, type] = {
     **dict.fromkeys(("cache_type_k", "cache_type_v"), str),
 }
 _POSITIVE = frozenset({"num_ctx", "num_batch", "num_thread", "num_parallel"})
-_CACHE_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl")
 _KNOWN_QUESTIONS = 4096  # questions remembered; then all are forgotten
 
 
@@ -219,5 +219,5 @@ def _check(name: str, value: object) -> None:
         raise UnsupportedOption(name, value, f"it must be of type {kind.__name__}")
     if name in _POSITIVE and value < 1:  # type: ignore[operator]  # it is an int
         raise UnsupportedOption(name, value, "it must be at least 1")
-    if kind is str and value not in _CACHE_TYPES:
-        raise UnsupportedOption(name, value, f"it must be one of {', '.join(_CACHE_TYPES)}")
+    if kind is str and value not in CACHE_BLOCK_BYTES:
+        raise UnsupportedOption(name, value, f"it must be one of {', '.join(CACHE_BLOCK_BYTES)}")

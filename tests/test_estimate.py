@@ -155,7 +155,7 @@ def test_a_generating_model_computes_512_tokens_in_a_pass() -> None:
 @given(some_models, some_options)
 def test_s30_a_runner_serves_what_it_was_loaded_for(info: ModelInfo, asked: Options) -> None:
     """S30: even where the wish was beyond what the model can have; else it would be loaded again and again."""
-    assert serves(resolve(info, asked), asked, info)
+    assert serves(resolve(info, asked), resolve(info, asked))
 
 
 @given(some_models, some_options)
@@ -177,7 +177,7 @@ def test_s30_a_larger_runner_serves_a_smaller_wish(name: str) -> None:
 def test_s30_any_other_difference_needs_a_reload(name: str, value: object) -> None:
     """S30: unless the runner has just that."""
     asked = Options(**{name: value})  # type: ignore[arg-type]  # each value is of its option's type
-    assert not serves(resolve(A_MODEL, Options()), asked, A_MODEL)
+    assert not serves(resolve(A_MODEL, Options()), asked)
     assert serves(resolve(A_MODEL, asked), asked)
 
 
@@ -194,7 +194,7 @@ def test_s30_a_negative_num_gpu_matches_any() -> None:
 
 def test_s30_a_larger_embedder_serves_a_smaller_wish() -> None:
     """S30: its batch follows from its context, and is no difference of its own."""
-    assert serves(resolve(EMBEDDER, Options()), Options(num_ctx=512, num_batch=512, num_parallel=4), EMBEDDER)
+    assert serves(resolve(EMBEDDER, Options()), resolve(EMBEDDER, Options(num_ctx=512, num_parallel=4)))
 
 
 # estimate

@@ -9,24 +9,27 @@ from dataclasses import replace
 from fsm import commands as do
 from fsm import events as on
 from fsm.commands import Command, Refusal
+from fsm.explain import devices_refused, runners_refused
 from fsm.journal import Decision, Entry, Transition
 from fsm.ledger import Placement
 from fsm.model import MIB, Amounts, DeviceId, Options
 from fsm.pool import Line, Model, Pool
-from fsm.request import ModelId, Purpose, Request, RequestId, RequestState
+from fsm.request import ModelId, Purpose, Request, RequestId, RequestState, Want
 from fsm.runner import EXPIRING, IDLE, LOADING, READY, RUNNER_TABLE, Runner, RunnerId
+from fsm.threads import threads_for
 
 
 class Actions:
     """The verbs of the core. Each leaves the pool's invariants true and appends what the shell has to do for it."""
 
-    __slots__ = ("commands", "journal", "pool", "replan")
+    __slots__ = ("commands", "journal", "newcomers", "pool", "replan")
 
     def __init__(self, pool: Pool) -> None:
         self.pool = pool
         self.commands: list[Command] = []  # of this step, in order
         self.journal: list[Entry] | None = None
         self.replan = False  # something changed that those who wait may care about
+        self.newcomers: dict[Want, None] = {}  # lines to be judged by the next plan, however far back; empty after it
 
     # -- requests -----------------------------------------------------------------------------------------------------
 
@@ -71,12 +74,19 @@ class Actions:
         elif runner.keep_alive_s <= 0 and not pool.models[runner.model].pinned:
             self.expire(runner, "its keep-alive is 0")
         else:
+            load_s = (runner.loaded_at or 0.0) - runner.launched_at
+            runner.kept_until = pool.now + min(pool.limits.rest_limit_s, pool.limits.rest_part * load_s)
             self.rest(runner, "its last lease is back")
 
     def reject(self, request: Request, refusal: Refusal) -> None:
         request.state = RequestState.rejected
         self.commands.append(do.Reject(request.id, refusal))
-        self.decide("rejected", request.want.model, type(refusal).__name__, request.id)
+        if self.journal is not None:
+            entry = Decision(
+                self.pool.now, "rejected", request.want.model, type(refusal).__name__, request.id,
+                runners=runners_refused(self.pool, refusal), devices=devices_refused(refusal),
+            )  # fmt: skip
+            self.journal.append(entry)
 
     def answer(self, request: Request, state: RequestState, refusal: Refusal) -> None:
         """Take a request out of its line and refuse it; its place is free at once."""
@@ -120,14 +130,20 @@ class Actions:
         keep_alive_s = line.head.keep_alive_s
         if keep_alive_s is None:
             keep_alive_s = pool.limits.keep_alive_s
+        if (threads := threads_for(pool, model, options, placement)) is not None:
+            placement = replace(placement, threads=threads)
         runner = Runner(RunnerId(pool.next_runner), model.id, options, placement, keep_alive_s, pool.now)
+        if threads is not None:
+            runner.options = replace(options, num_thread=threads.answers)  # who asks for as many is served by it
         runner.accepted.add(line.want.options)
         runner.keeps_default = line.head.keep_alive_s is None
+        runner.whole = sum(layers for _, layers in placement.gpu_layers) == model.demand(options, pool.limits)[1].layers
         pool.next_runner += 1
+        pool.processes += 1
         pool.runners[runner.id] = model.current = runner
         pool.ledger.reserve(("runner", runner.id), placement.bytes)
         pool.timers.set(("load", runner.id), pool.now + pool.limits.load_timeout_s)
-        line.waits_for = "its model to load"
+        line.wait("its model to load", pool.expected_at(runner))
         model.fresh = False
         self.commands.append(do.Launch(runner.id, model.id, options, placement))
         if self.journal is not None:
@@ -140,23 +156,26 @@ class Actions:
         pool, model = self.pool, self.pool.models[runner.model]
         pool.timers.clear(("load", runner.id))
         runner.loaded_at = runner.used_at = pool.now
-        model.load_s = pool.now - runner.launched_at
+        load_s = pool.now - runner.launched_at
+        if runner.id >= model.first:
+            shortest_s, _ = model.shortest.get(runner.told, (math.inf, 0.0))
+            model.shortest[runner.told] = min(load_s, shortest_s), pool.now
         model.alone = False
         if event.num_ctx is not None and runner.options.num_ctx is not None:
             runner.options = replace(runner.options, num_ctx=event.num_ctx)
         pool.ledger.accounts["runner", runner.id].loaded = True
         self.measure(runner, event.resident, event.mapped_bytes)
+        self.expect(runner, event)
+        self.remember(runner, load_s)
         self.serve(runner, pool.lines_for(runner))
         if runner.leases:
-            residency_s = pool.limits.min_residency_s
-            if residency_s is None:
-                residency_s = min(model.load_s, pool.limits.max_wait_s)
-            runner.resident_until = pool.now + residency_s
+            idle_s, in_use_s = pool.limits.residency_s(load_s)
+            runner.resident_until, runner.in_use_until = pool.now + idle_s, pool.now + in_use_s
         elif runner.state is LOADING:
             self.rest(runner, "loaded, and nobody waits")
         if runner.expire_when_served and runner.current:
             self.expire(runner, "asked to, once its waiters were served")
-        self.replan = True
+        self.look_again(model)
 
     def measure(self, runner: Runner, amounts: Amounts, mapped_bytes: int) -> bool:
         """Book what a runner was seen to occupy, even beyond its promise; return whether it has grown."""
@@ -182,15 +201,36 @@ class Actions:
         self.replan = True  # there may be room for those who wait
         return True
 
-    def remember(self, runner: Runner) -> None:
-        """Have the next runner like this one promised what counts as taken by it, where that was measured."""
+    def expect(self, runner: Runner, event: on.Loaded) -> None:
+        """Note the most that a runner will take, where its engine can tell that as soon as it has loaded.
+
+        What was measured before is more exact: an earlier life may have filled a context.
+        """
+        account = self.pool.ledger.accounts["runner", runner.id]
+        for device, to_come in event.to_come if not runner.placement.measured else ():
+            if device in account.peak:
+                account.most[device] = account.peak[device] + to_come
+
+    def remember(self, runner: Runner, load_s: float | None = None) -> None:
+        """Have the next runner like this one promised what this one took, or may yet take, where that was measured.
+
+        What was neither settled nor said by the engine is as much as was predicted. `load_s` is told once a life.
+        """
         model, account = self.pool.models[runner.model], self.pool.ledger.accounts["runner", runner.id]
-        unseen = [device for device, size in account.promised.items() if size and device not in account.peak]
-        if runner.loaded_at is None or unseen or runner.id < model.first:
+        if runner.loaded_at is None or runner.id < model.first:
             return
-        took = tuple((device, account.held_bytes(device)) for device in sorted(account.promised))
-        model.measured[runner.told, runner.placement.gpu_layers] = took
-        model.demands.clear()
+        key = runner.told, runner.placement.gpu_layers
+        took = before = model.measured.get(key, ())
+        unseen = [device for device, size in account.promised.items() if size and device not in account.peak]
+        if not unseen and (load_s is None or account.most):  # later there is more to go by, if the engine said nothing
+            took = tuple((device, account.expected_bytes(device)) for device in sorted(account.promised))
+        if took != before:
+            model.measured[key] = took
+            model.demands.clear()
+        if load_s is not None:
+            model.note_load(runner.placement.gpu_layers, load_s)
+        if self.pool.limits.remembers and (took != before or load_s is not None):
+            self.commands.append(do.Remember(runner.id, took, load_s))
 
     def _figures(self, runner: Runner, devices: Iterable[DeviceId]) -> str:
         account = self.pool.ledger.accounts["runner", runner.id]
@@ -280,9 +320,18 @@ class Actions:
     def forget_current(self, runner: Runner) -> None:
         model = self.pool.models[runner.model]
         model.current = None
+        if runner.loaded_at is not None:
+            model.rested_at = runner.used_at
         self.pool.timers.clear(("keep-alive", runner.id))
         self.pool.timers.clear(("load", runner.id))
         self.replan = True
+
+    def ask(self, wanted: Iterable[RunnerId]) -> None:
+        """Tell the holders of busy runners, once, that others wait for their memory."""
+        for runner in map(self.pool.runners.__getitem__, sorted(wanted)):
+            if not runner.wanted:
+                runner.wanted = True
+                self.commands.append(do.Ask(runner.id, tuple(sorted(runner.leases))))
 
     def stop(self, runner: Runner) -> None:
         if runner.process and not runner.stopping:
@@ -304,17 +353,18 @@ class Actions:
     def model(self, id: ModelId) -> Model:
         return self.pool.models.setdefault(id, Model(id))
 
-    def lines_of(self, model: Model) -> list[Line]:
-        return [
-            line
-            for line in self.pool.lines.values()
-            if line.want.model == model.id and line.want.purpose is not Purpose.memory
-        ]
+    def look_again(self, model: Model) -> None:
+        """Have everybody who waits for a model judged anew: more is known of it, or it has a runner."""
+        self.newcomers.update((line.want, None) for line in self.pool.lines_of(model.id))
+        self.replan = True
 
     def fire(self, runner: Runner, trigger: str, reason: str) -> None:
         """Move a runner by a trigger of its table, and note why; nothing else changes its state."""
         source = runner.state
         RUNNER_TABLE.fire(runner, trigger)
+        if runner.on_host:
+            self.pool.working += (runner.state is READY) - (source is READY)
+            self.pool.most_working = max(self.pool.most_working, self.pool.working)
         if self.journal is not None:
             entry = Transition(
                 self.pool.now, runner.id, runner.model, trigger, source, runner.state, reason, len(runner.leases)

@@ -34,6 +34,7 @@ class Audit:
         self.current: dict[ModelId, RunnerId] = {}  # loading, ready or idle
         self.inspecting: set[ModelId] = set()
         self.open: set[int] = set()  # claims
+        self.ahead: dict[ModelId, int] = {}  # bytes of files that are to be read ahead, as last said
         self.runners = self.claims = self.samples = 0  # the last number of each
         self.claiming = claims
         self.closing = self.finished = False
@@ -51,6 +52,9 @@ class Audit:
             self._told(now, event, command, leaving)
         assert left is None or left not in self.waiting, "who left is not answered"
         assert len(self.waiting) == queued, "a request is lost, or answered in silence"
+        if self.ahead:
+            models = {want.model for want, _ in self.waiting.values()}
+            assert models.issuperset(self.ahead), "a file is read ahead for nobody"
         if self.due and isinstance(event, on.Tick):
             late = [id for id, due in self.due.items() if due <= now]
             assert not late, f"request {late[0]} waits beyond its time"
@@ -129,6 +133,10 @@ class Audit:
             case do.Unclaim(number):
                 assert number in self.open, f"claim {number} is given up twice, or was never made"
                 self.open.remove(number)
+            case do.Prefetch(files):
+                self._read_ahead(dict(files))
+            case do.Remember(runner, took, load_s):
+                assert took or load_s is not None, "nothing is to be remembered"
             case do.Ask(runner, requests):
                 assert all(self.held.get(id) == runner for id in requests), "those who hold nothing are asked for it"
             case do.Finish():
@@ -136,6 +144,12 @@ class Audit:
                 self.finished = True
             case _:
                 assert_never(command)
+
+    def _read_ahead(self, files: dict[ModelId, int]) -> None:
+        assert list(files.items()) != list(self.ahead.items()), "the same is said again"
+        assert all(size <= self.ahead.get(model, size) for model, size in files.items()), "an amount grows in a wait"
+        assert not files.keys() & set(self.current), "a file is read ahead of a model that lives"
+        self.ahead = files
 
     def _granted(self, id: RequestId, runner: RunnerId | None, leaving: frozenset[RunnerId]) -> None:
         assert id in self.waiting, f"request {id} is answered twice, or never asked"
@@ -158,6 +172,9 @@ class Audit:
         match refusal:
             case do.TimedOut():
                 assert due <= now, f"request {id} is timed out before its time"
+            case do.NotInTime():
+                assert isinstance(event, on.Acquire | on.Inspected), f"request {id} is told late that it is hopeless"
+                assert now + refusal.least_s > due, f"request {id} is refused, although there is time"
             case do.Cancelled():
                 assert isinstance(event, on.Cancel) and event.request == id, f"request {id} has not left"
             case do.Closed():

@@ -31,18 +31,28 @@ LEFT_OUT: Mapping[type, Mapping[str, str]] = MappingProxyType(
     {
         Pool: {
             "queued": "the sum of the lines, which `check` compares",
+            "turns": "follows from the lines, which `check` compares",
+            "wants": "follows from the lines, which `check` compares",
+            "processes": "the sum of the runners that have one, which `check` compares",
             "next_runner": "ids are replaced by their order; that they grow is checked beside",
             "next_claim": "as the runners' ids",
+            "rests": "for the policy, which is an oracle",
             "samples": "a reading is told from an early one by the runners' `last_sample` alone",
+            "working": "the sum of the ready runners on the host, which `check` compares",
+            "most_working": "for the number of threads, which nothing else follows from",
         },
         Model: {
             "current": "the runner whose state says so, which `check` compares",
             "failure": "words",
-            "load_s": "for the policy, which is an oracle, and an estimate for whoever is turned away",
+            "loads": "for the policy, which is an oracle, and an estimate for whoever is turned away",
+            "shortest": "whom it has refused at once would be refused when their time is up: only sooner",
+            "rested_at": "for the policy, which is an oracle",
+            "rests": "for the policy, which is an oracle",
             "demands": "follows from what the model is made of, its context limit, and what was measured",
         },
         Runner: {
             "model": "the runner stands with its model",
+            "whole": "follows from its placement and what its model is made of",
             "launched_at": "how long its load took: the residency that follows is a time of its own",
             "used_at": "for the policy, which is an oracle",
         },
@@ -51,7 +61,7 @@ LEFT_OUT: Mapping[type, Mapping[str, str]] = MappingProxyType(
             "runner": "it is among the leases",
         },
         Want: {"model": "the line stands with its model"},
-        Line: {"waits_for": "words", "told": "words"},
+        Line: {"waits_for": "words", "until": "for people to read", "told": "words"},
         Account: {},
         Ledger: {},
         OpenClaim: {"had": "never between two steps, which `check` sees to"},
@@ -88,7 +98,7 @@ class Canonical:
 class _View:
     """A pool with its times and ids replaced by their order."""
 
-    __slots__ = ("canonical", "claims", "pool", "requests", "runners", "times", "turns")
+    __slots__ = ("ahead", "canonical", "claims", "pool", "requests", "runners", "times", "turns")
 
     def __init__(self, pool: Pool, canonical: Canonical) -> None:
         self.pool = pool
@@ -97,6 +107,7 @@ class _View:
         self.runners: dict[int, int] = {id: place for place, id in enumerate(pool.runners)}
         under = {runner.claim for runner in pool.runners.values()}
         self.claims = {number: place for place, number in enumerate(sorted({0, *pool.claims, *under}))}
+        self.ahead = {model: (place, size) for place, (model, size) in enumerate(pool.prefetching)}
         self.times = self._order_of_times()
         self.turns = self._turns()
 
@@ -123,7 +134,9 @@ class _View:
         pool, exact = self.pool, self.canonical.exact_times
         times = set(moments(pool))
         for runner in pool.runners.values():
-            times.update((runner.resident_until, runner.due_at, runner.memory_by))
+            times.update(
+                (runner.resident_until, runner.in_use_until, runner.kept_until, runner.due_at, runner.memory_by)
+            )
         times.update(map(self._bound, pool.requests.values()))
         times.update(claim.by for claim in pool.claims.values())
         order: dict[float, float] = dict.fromkeys(times, BEHIND)
@@ -176,6 +189,7 @@ class _View:
             canonical.kinds.get(model.id, -1), canonical.shared(model.info), model.fresh, model.inspecting,
             model.pinned, min(model.failures, MOST_FAILURES), self.times[good_at], self.times[model.blocked_until],
             model.alone, model.context_limit or 0, sorted(map(canonical.number, model.measured.items())),
+            self.ahead.get(model.id, ()),
         )  # fmt: skip
 
     def _runner(self, runner: Runner) -> Part:
@@ -186,9 +200,10 @@ class _View:
             canonical.shared(runner.options), canonical.number(runner.placement), runner.keep_alive_s,
             runner.keeps_default, sorted(map(canonical.shared, runner.accepted)),
             sorted(self.requests.get(id, -1) for id in runner.leases), runner.loaded_at is None,
-            times[runner.resident_until], runner.process, runner.stopping, runner.expire_when_served,
-            runner.out_of_memory, runner.wanted, runner.last_sample > 0, list(runner.awaited.items()),
-            times[runner.due_at], times[runner.memory_by], self.claims[runner.claim], runner.id < model.first,
+            times[runner.resident_until], times[runner.in_use_until], times[runner.kept_until], runner.process,
+            runner.stopping, runner.expire_when_served, runner.out_of_memory, runner.wanted, runner.last_sample > 0,
+            list(runner.awaited.items()), times[runner.due_at], times[runner.memory_by],
+            self.claims[runner.claim], runner.id < model.first,
             _account(self.pool.ledger.accounts["runner", runner.id]),
         )  # fmt: skip
 
@@ -207,6 +222,6 @@ class _View:
 def _account(account: Account) -> Part:
     return (
         list(account.promised.items()), list(account.resident.items()), list(account.peak.items()),
-        list(account.counted.items()), list(account.to_come.items()),
+        list(account.counted.items()), list(account.to_come.items()), list(account.most.items()),
         account.mapped_bytes, account.loaded, account.settled,
     )  # fmt: skip

@@ -50,7 +50,7 @@ class Claims(Endings):
             elif claim.had:
                 self._launch_under(claim, line, options, placement)
             elif claim.contended:
-                line.waits_for = "another program that loads a model"
+                line.wait("another program that loads a model", claim.by)
         by = min([claim.by for claim in unused.values()], default=pool.now + pool.limits.claim_timeout_s)
         for claim in unused.values():
             self._give_up(claim)

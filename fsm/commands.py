@@ -82,6 +82,20 @@ class TimedOut:
 
 
 @dataclass(frozen=True, slots=True)
+class NotInTime:
+    """The asker's own time limit is shorter than the model has ever taken to load: told at once, and nothing is done.
+
+    What else it might wait for is left out, since none of it is certain: memory may be back any moment.
+    """
+
+    model: ModelId
+    timeout_s: float
+    least_s: float  # the load, less what has passed of one that is under way
+    load_s: float  # the shortest that was measured of this file with these options
+    begun_s: float | None  # how long ago the load began that it would wait for; None: it has not
+
+
+@dataclass(frozen=True, slots=True)
 class Cancelled:
     """The asker left before it was answered."""
 
@@ -102,6 +116,7 @@ Refusal = (
     | LoadFailed
     | LoadTimeout
     | TimedOut
+    | NotInTime
     | Cancelled
     | Closed
 )
@@ -157,6 +172,25 @@ class Unclaim:
 
 
 @dataclass(frozen=True, slots=True)
+class Prefetch:
+    """Read so many bytes of these models' files into the page cache, one after the other; nobody hears of it.
+
+    It replaces the one before: what is not named is to be read no further, and 0 bytes of one are no more of it.
+    """
+
+    files: tuple[tuple[ModelId, int], ...]  # bytes from their beginning, the model's own first
+
+
+@dataclass(frozen=True, slots=True)
+class Remember:
+    """Keep, for programs to come, what the life of a runner showed; it ends in nothing, and may be forgotten."""
+
+    runner: RunnerId  # whose Launch says of which model, and with which options and split
+    took: Amounts = ()  # bytes by device that the next one like it is to be promised; empty: not known yet
+    load_s: float | None = None  # how long it took to load; None: as said before, or not known
+
+
+@dataclass(frozen=True, slots=True)
 class Grant:
     """Answer a request; a lease is booked on the runner already. None: memory of the program's own."""
 
@@ -193,4 +227,6 @@ class Finish:
     """Everything is unloaded after a Close: the shell may end."""
 
 
-Command = Inspect | Launch | Stop | Sample | Claim | Unclaim | Grant | Reject | Revoke | Ask | Finish
+Command = (
+    Inspect | Launch | Stop | Sample | Claim | Unclaim | Prefetch | Remember | Grant | Reject | Revoke | Ask | Finish
+)

@@ -6,6 +6,7 @@ raises for late or duplicate input. This module says what each event means; `act
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Self, assert_never
 
@@ -14,14 +15,18 @@ from fsm import events as on
 from fsm.claims import Claims
 from fsm.commands import Command
 from fsm.eviction import EvictionPolicy, LeastRecentlyUsed
+from fsm.explain import tell_choices, tell_waits
 from fsm.journal import Entry
 from fsm.limits import Limits
-from fsm.planning import Plan, make_plan
+from fsm.plan import Plan
+from fsm.planning import make_plan
 from fsm.pool import Pool, runner_serves
+from fsm.prefetching import read_ahead
 from fsm.request import Purpose, Request, RequestId, RequestState
 from fsm.runner import LOADING, Runner, RunnerId
 from fsm.snapshot import Snapshot, take_snapshot
 from fsm.timers import Key
+from fsm.waiting import never_in_time
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,6 +158,8 @@ class Core:
         runner = model.current if model is not None else None
         warm = runner is not None and runner.state is not LOADING and want.purpose is not Purpose.memory
         if runner is not None and warm and runner_serves(runner, want):
+            if model is not None and want.purpose is Purpose.lease and not runner.leases:
+                model.asked(pool.now, pool.rests)
             self.act.grant(request, runner)
             return
         if pool.queued >= pool.limits.max_queue:
@@ -163,12 +170,16 @@ class Core:
             if pool.now < model.blocked_until:
                 self.act.reject(request, self.act.load_failure(model, out_of_memory=False))
                 return
-            model.fresh = model.fresh and bool(self.act.lines_of(model))  # else it was read for somebody who left
-        pool.enqueue(request)
+            if want.purpose is Purpose.lease:
+                model.asked(pool.now, pool.rests)
+            model.fresh = model.fresh and bool(pool.lines_of(model.id))  # else it was read for somebody who left
+        if len(pool.enqueue(request).requests) == 1:
+            self.act.newcomers[want] = None
         if event.timeout_s is not None:
             pool.timers.set(("request", request.id), pool.now + event.timeout_s)
         self.act.decide("queued", want.model, f"{pool.queued} waiting", request.id)
         self.act.replan = True
+        self._refuse_in_time([request])
 
     def _leave(self, event: on.Release | on.Cancel) -> None:
         """End a request from the asker's side. A Cancel after the Grant releases: the lease was never received."""
@@ -237,14 +248,23 @@ class Core:
         self.act.replan = True
         match event.outcome:
             case do.ModelNotFound() | do.InvalidModel() as refusal:
-                for line in self.act.lines_of(model):
+                for line in self.pool.lines_of(model.id):
                     if model.current is None or not runner_serves(model.current, line.want):
                         self.act.reject_line(line, refusal)
                 lives = any(runner.model == model.id for runner in self.pool.runners.values())
                 if not (lives or model.pinned or model.failures or model.measured):
                     del self.pool.models[model.id]  # a name that means nothing is not kept
             case info:
-                model.learn(info, self.pool.next_runner)
+                model.learn(info, self.pool.next_runner, event.known)
+                self.act.look_again(model)
+                waiting = [request for line in self.pool.lines_of(model.id) for request in line.requests.values()]
+                self._refuse_in_time(waiting)
+
+    def _refuse_in_time(self, requests: Iterable[Request]) -> None:
+        """Tell those at once whose own time limit ends before their model can be there; they evict nobody."""
+        for request in requests:
+            if (refusal := never_in_time(self.pool, request)) is not None:
+                self.act.answer(request, RequestState.rejected, refusal)
 
     def _runner_event(
         self, runner: Runner, event: on.Progress | on.Loaded | on.Filled | on.OutOfMemory | on.Unresponsive | on.Exited
@@ -287,44 +307,48 @@ class Core:
     def _carry_out_plan(self) -> None:
         pool = self.pool
         if not pool.lines and not pool.overfull():
+            self.act.newcomers.clear()
             if pool.claims:  # whoever they were for has left
                 self.act.launch_all(())
+            if pool.prefetching:
+                read_ahead(self.act, None)
             return
-        plan = make_plan(pool, self.policy)
+        plan = make_plan(pool, self.policy, self.act.newcomers)
         if self.plans is not None:
             self.plans.append(plan)
         self.policy_failure = plan.policy_failure or self.policy_failure
+        if plan.matches or plan.refusals:
+            self._answer_at_once(plan)
+            self._carry_out_plan()  # what they would have taken is free for those behind them
+            return
+        self.act.newcomers.clear()
+        for model in plan.inspections:
+            if not model.inspecting:
+                model.inspecting = True
+                self.act.commands.append(do.Inspect(model.id))
+        if self.journal is not None:
+            tell_choices(pool, plan, self.journal)
+        for id, reason in plan.victims.items():
+            self.act.expire(pool.runners[id], reason)
+        for request in plan.memory:
+            self.act.grant_memory(request)
+        self.act.launch_all(plan.launches)
+        self.act.ask(plan.wanted)
+        if self.journal is not None:
+            tell_waits(pool, plan, self.journal)
+        pool.timers.set(("plan", 0), plan.look_at)
+        self.act.replan = False
+        if plan.victims or plan.memory:  # a next life may fit beside the last; what was granted is gone for good
+            self._carry_out_plan()
+        else:
+            read_ahead(self.act, plan)
+
+    def _answer_at_once(self, plan: Plan) -> None:
+        """Answer those for whom nothing has to be loaded: what they want is there after all, or can never be."""
         for line, runner in plan.matches:
             runner.accepted.add(line.want.options)
             if runner.state is not LOADING:
                 self.act.serve(runner, [line])
         for line, refusal in plan.refusals:
             self.act.reject_line(line, refusal)
-        if plan.matches or plan.refusals:  # what they would have taken is free for those behind them
-            self.act.replan = False
-            self._carry_out_plan()
-            return
-        for model in plan.inspections:
-            if not model.inspecting:
-                model.inspecting = True
-                self.act.commands.append(do.Inspect(model.id))
-        for id, reason in plan.victims.items():
-            self.act.expire(pool.runners[id], reason)
-        for request in plan.memory:
-            self.act.grant_memory(request)
-        self.act.launch_all(plan.launches)
-        for runner in pool.runners.values():
-            if runner.id in plan.wanted and not runner.wanted:
-                runner.wanted = True
-                self.act.commands.append(do.Ask(runner.id, tuple(sorted(runner.leases))))
-        self._tell_what_is_waited_for()
-        pool.timers.set(("plan", 0), plan.look_at)
         self.act.replan = False
-        if plan.victims or plan.memory:  # a next life may fit beside the last; what was granted is gone for good
-            self._carry_out_plan()
-
-    def _tell_what_is_waited_for(self) -> None:
-        for line in self.pool.lines.values() if self.journal is not None else ():
-            if line.told != line.waits_for:
-                line.told = line.waits_for
-                self.act.decide("waits", line.want.model, f"for {line.waits_for}", line.head.id)

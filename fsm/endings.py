@@ -30,6 +30,7 @@ class Endings(Actions):
         else:
             self.revoke_leases(runner, reason)  # it died while it drained
         runner.process = False
+        self.pool.processes -= 1
         self.replan = True  # its place among the processes is free
         runner.awaited = self.memory_to_come(runner)
         runner.memory_by = runner.due_at = self.pool.now + self.pool.limits.recovery_timeout_s
@@ -65,7 +66,7 @@ class Endings(Actions):
             model.alone = False
         failure = refusal or self.load_failure(model, out_of_memory=out_of_memory)
         if not survivors:  # the model is backed off for all
-            waiting = [request for line in self.lines_of(model) for request in line.requests.values()]
+            waiting = [request for line in self.pool.lines_of(model.id) for request in line.requests.values()]
         for request in waiting:
             if request not in survivors:
                 self.answer(request, RequestState.rejected, failure)
@@ -77,7 +78,7 @@ class Endings(Actions):
             model.failures = 0
         if model.failures:
             self.back_off(model, reason)
-            for line in self.lines_of(model):
+            for line in self.pool.lines_of(model.id):
                 self.reject_line(line, self.load_failure(model, out_of_memory=False))
         else:
             model.failures, model.failure = 1, reason

@@ -50,6 +50,16 @@ def kept_bytes(info: ModelInfo, options: Options) -> int:
     return footprint.prompt_cache_bytes + footprint.checkpoints_bytes
 
 
+def work_bytes(info: ModelInfo, options: Options) -> int:
+    """What the processor comes to work in beside the engine's compute buffers, which do not count it."""
+    return _work_bytes(info, options, shape_of(info, options))
+
+
+def results_bytes(info: ModelInfo, options: Options) -> int:
+    """What an embedder comes to put its results in, once it has any; else 0: there is room from the start."""
+    return _results_bytes(info, shape_of(info, options)) if info.embedding else 0
+
+
 def estimate(info: ModelInfo, options: Options) -> Footprint:
     """What a runner of this model takes with these resolved options, once it has filled a context.
 
@@ -78,6 +88,7 @@ def _without_prompt_cache(info: ModelInfo, options: Options) -> Footprint:
         checkpoints_bytes=_checkpoints_bytes(info, options, shape),
         repacked_bytes=_repacked_bytes(info, options),
         output_copy_bytes=info.input_bytes if info.tied else 0,
+        inputs_bytes=_inputs_bytes(info, options, shape),
     )
 
 
@@ -156,6 +167,15 @@ def _compute_bytes(info: ModelInfo, options: Options, shape: Shape) -> int:
         5 * info.embedding_length + info.vocabulary if computes_every_logit(info) else 0,
     )
     return shape.micro_batch * (FLOAT_BYTES * floats + _mask_bytes(info, options, shape))
+
+
+def _inputs_bytes(info: ModelInfo, options: Options, shape: Shape) -> int:
+    """What a pass begins with and hands on: its masks, and four times its tokens' states.
+
+    As llama.cpp reports it of the host where all layers are on GPUs.
+    """
+    states_bytes = 4 * FLOAT_BYTES * info.embedding_length
+    return shape.micro_batch * (states_bytes + _mask_bytes(info, options, shape))
 
 
 def _mask_bytes(info: ModelInfo, options: Options, shape: Shape) -> int:

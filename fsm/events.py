@@ -8,6 +8,7 @@ from fsm.commands import InvalidModel, ModelNotFound
 from fsm.footprint import Footprint
 from fsm.ledger import DeviceSample
 from fsm.model import DeviceId, ModelInfo
+from fsm.remembered import NOTHING, Remembered
 from fsm.request import ModelId, RequestId, Want
 from fsm.runner import RunnerId
 
@@ -75,10 +76,11 @@ class Configure:
 
 @dataclass(frozen=True, slots=True)
 class Inspected:
-    """An Inspect is over: what the model is made of, or why it cannot be used."""
+    """An Inspect is over: what the model is made of, or why it cannot be used; and what is known of earlier lives."""
 
     model: ModelId
     outcome: ModelInfo | Footprint | ModelNotFound | InvalidModel
+    known: Remembered = NOTHING  # of this very file
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +98,7 @@ class Loaded:
     num_ctx: int | None = None  # the context it really got; None: as asked
     resident: Resident = ()
     mapped_bytes: int = 0  # of those on the host: pages of files
+    to_come: Resident = ()  # most that it may still take beside it, where its engine can tell; else nothing is named
 
 
 @dataclass(frozen=True, slots=True)

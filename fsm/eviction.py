@@ -1,14 +1,19 @@
-"""Which runners to give up so that another fits."""
+"""Which runners to give up so that another fits: the policies, and the choice of a set."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from fsm.request import ModelId
+from fsm.reuse import Outlooks
 from fsm.runner import RunnerId
+
+PRICED_PART = 0.35  # of what the candidates hold: to give up that much shows what memory costs at the moment
+PRICE_FACTOR = 0.5
+SOON_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,20 +25,25 @@ class Candidate:
     held_bytes: int
     keep_alive_s: float  # infinite: for ever
     used_at: float  # its last grant or release, seconds of the core's time
-    load_s: float | None  # what its load took; None while it is loading
+    load_s: float | None  # what a load of its model usually takes where it is; None while it is loading
     leases: int
     free_at: float  # when it may go: now, after its minimum residency, or at the bound of who waits
+    outlook: Callable[[], Outlooks] = field(default=tuple, compare=False, repr=False)  # how soon it may be asked for
+    cost_s: float | None = None  # seconds of loading that giving it up is expected to cost, by the policy; None: unsaid
 
 
 class EvictionPolicy(Protocol):
-    """An order of preference; called inside a step, so it must be quick and must not block."""
+    """An order of preference, or a price of each; called inside a step, so it must be quick and must not block."""
 
     @property
     def name(self) -> str:
         """What it is called in settings and in events."""
 
     def order(self, now: float, candidates: Sequence[Candidate]) -> Sequence[Candidate]:
-        """Return the candidates, the first to be given up first; a pure function of its arguments."""
+        """Return the candidates, the first to be given up first; a pure function of its arguments.
+
+        Where each is returned with a `cost_s`, not the first ones are given up but the set that costs least.
+        """
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,25 +68,52 @@ class LeastRecentlyUsed:
         return sorted(candidates, key=lambda one: (one.keep_alive_s == math.inf, one.used_at, one.runner))
 
 
-POLICIES: dict[str, EvictionPolicy] = {policy.name: policy for policy in (LeastRecentlyUsed(), KeepAliveOrder())}
+@dataclass(frozen=True, slots=True)
+class LeastExpectedLoading:
+    """What it would cost to have each back, weighed with how soon that may be.
 
-
-def choose(
-    ordered: Sequence[Candidate], forced: Sequence[Candidate], suffices: Callable[[Sequence[Candidate]], bool]
-) -> Sequence[Candidate] | None:
-    """Return the victims: `forced` ones, and as few of `ordered` as suffice, the first preferred; None if all do not.
-
-    Taken one by one until they suffice, then those that turned out not to be needed are kept after all.
+    A runner that stays for a while takes memory until it is asked for or the while is over, and saves a load if it is
+    asked for. With a price for memory there is a while for which that is worth most, after which it would be given up
+    anyway: what it is worth then is lost when it goes now. The price is what memory is held for by those of whom the
+    least is expected. A little is added for each by the rate at which it saves loading, which tells apart what is
+    worth nothing at that price.
     """
-    chosen = list(forced)
-    for candidate in ordered:
-        if suffices(chosen):
+
+    name: str = "reuse"
+
+    def order(self, now: float, candidates: Sequence[Candidate]) -> Sequence[Candidate]:
+        """Return them with their costs, the cheapest first; a load that nobody waits for costs nothing."""
+        outlooks = [candidate.outlook() for candidate in candidates]
+        loads_s = [candidate.load_s or 0.0 for candidate in candidates]
+        rates = [
+            load_s * max((asked / rest_s for asked, rest_s in outlook), default=0.0)
+            for load_s, outlook in zip(loads_s, outlooks, strict=True)
+        ]
+        price = PRICE_FACTOR * _price(candidates, rates)
+        priced = [
+            replace(candidate, cost_s=_worth(outlook, load_s, price * candidate.held_bytes) + SOON_S * rate)
+            for candidate, outlook, load_s, rate in zip(candidates, outlooks, loads_s, rates, strict=True)
+        ]
+        return sorted(priced, key=lambda one: (one.cost_s, one.used_at, one.runner))
+
+
+def _price(candidates: Sequence[Candidate], rates: Sequence[float]) -> float:
+    """Return the seconds of loading that a byte saves in a second, of those bytes that save least."""
+    held = sorted((rate / max(1, one.held_bytes), one.held_bytes) for one, rate in zip(candidates, rates, strict=True))
+    wanted = PRICED_PART * sum(amount for _, amount in held)
+    taken, saved = 0, 0.0
+    for density, amount in held:
+        if taken >= wanted:
             break
-        chosen.append(candidate)
-    if not suffices(chosen):
-        return None
-    for candidate in chosen[len(forced) :]:
-        without = [other for other in chosen if other is not candidate]
-        if suffices(without):
-            chosen = without
-    return chosen
+        taken, saved = taken + amount, saved + density * amount
+    return saved / max(1, taken)
+
+
+def _worth(outlooks: Outlooks, load_s: float, rent: float) -> float:
+    """Return what it is worth to keep a runner as long as that pays, if a second of it costs `rent`."""
+    return max(0.0, max((load_s * asked - rent * rest_s for asked, rest_s in outlooks), default=0.0))
+
+
+POLICIES: dict[str, EvictionPolicy] = {
+    policy.name: policy for policy in (LeastExpectedLoading(), LeastRecentlyUsed(), KeepAliveOrder())
+}

@@ -16,6 +16,7 @@ from fsm.commands import Command
 from fsm.core import Core
 from fsm.model import HOST
 from fsm.pool import Pool
+from fsm.prefetching import spare_bytes
 from fsm.request import Request, RequestState
 from fsm.runner import IDLE, LOADING, Runner, RunnerId
 from fsm.world import Past
@@ -32,6 +33,8 @@ def judge(before: Core, event: on.Event, commands: Sequence[Command], after: Cor
         _given_up(was, event, commands, after)
     for command in commands:
         _told(before, event, command, now, past)
+    if was.prefetching or now.prefetching:
+        _read_ahead(was, commands, now)
     if was.claims or now.claims or now.limits.claims:
         _claims(was, commands, now)
     if after.plans:
@@ -144,7 +147,10 @@ def _may_be_victim(was: Pool, runner: Runner, commands: Sequence[Command], now: 
     full = was.overfull() or now.overfull()
     assert waiting or granted or full, f"{runner.model} is given up for nobody"
     assert not now.models[runner.model].pinned, f"{runner.model} is pinned, and given up for others"
-    assert runner.resident_until <= now.now or full, f"{runner.model} is given up within its residency"
+    resident_until = runner.in_use_until if in_use else runner.resident_until
+    if not in_use and now.limits.min_residency_s is None:
+        resident_until = -math.inf  # an automatic one is over when nobody uses it
+    assert resident_until <= now.now or full, f"{runner.model} is given up within its residency"
     overdue = any(_bound(request, now) <= now.now for request in waiting)
     assert not in_use or overdue or granted, f"{runner.model} is given up in use"
 
@@ -199,6 +205,18 @@ def _claims(was: Pool, commands: Sequence[Command], now: Pool) -> None:
     assert left - ended == open_in(now) and ended <= left, "a claim is lost, or given back twice"
 
 
+def _read_ahead(was: Pool, commands: Sequence[Command], now: Pool) -> None:
+    """What is read ahead is said when it changes, and leaves alone what is promised, mapped, or others' to fill."""
+    said = [command.files for command in commands if isinstance(command, do.Prefetch)]
+    assert said == ([now.prefetching] if now.prefetching != was.prefetching else []), "it is not as it was said"
+    before, spare = dict(was.prefetching), spare_bytes(now.ledger)
+    for files in said:
+        assert sum(size for _, size in files) <= spare, "more is read ahead than there is memory to spare"
+        begun = sum(size for model, size in files if model not in before)
+        assert begun <= spare // 2, "more than half of it is filled to begin with"
+        assert all(0 <= size <= before.get(model, size) for model, size in files), "an amount grows in a wait"
+
+
 def _bounded(after: Core) -> None:
     """Whoever waits for what is in use, or resides, does so for a bounded time, and the core looks again by then."""
     pool = after.pool
@@ -212,12 +230,17 @@ def _bounded(after: Core) -> None:
             runner = pool.runners.get(victim.runner)
             if runner is None or not runner.current or runner.state is LOADING:
                 continue
-            latest = max(_bound(line.head, pool), runner.resident_until)
+            latest = max(_bound(line.head, pool), runner.resident_until, runner.in_use_until)
             assert look_at <= max(victim.free_at for victim in room.victims), "nobody looks again"
             assert victim.free_at <= max(latest, pool.now), f"{want.model} waits for {runner.model} without a bound"
-            assert pool.now < max(_bound(line.head, pool), *(one.resident_until for one in pool.runners.values())), (
+            assert pool.now < max(_bound(line.head, pool), *map(_resident_until, pool.runners.values())), (
                 f"{want.model} still waits for {runner.model}"
             )
+
+
+def _resident_until(runner: Runner) -> float:
+    """Return until when a runner keeps its place at most, in use or not."""
+    return max(runner.resident_until, runner.in_use_until)
 
 
 def _bound(request: Request, pool: Pool) -> float:

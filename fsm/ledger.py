@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from fsm.model import HOST, DeviceId
+from fsm.model import HOST, DeviceId, Threads
 
 Owner = tuple[str, int]  # ("runner" or "memory", its id); ids are never used again
 
@@ -23,6 +23,8 @@ class DeviceSample:
     integrated: bool = False  # shares the host's memory
     instance: bool = False  # of a divided GPU: a process can use one of these, and nothing beside it
     fresh: bool = True  # read now; else the figures are of an earlier sample, for the device does not answer
+    library: str = "CUDA"  # of a GPU: that it is used through
+    cores: int = 0  # of the host, that this program may keep busy; 0: unknown, or a GPU
 
     @property
     def memory(self) -> DeviceId:
@@ -32,11 +34,12 @@ class DeviceSample:
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """Where one runner goes: bytes by device, and layers by GPU in llama.cpp's terms."""
+    """Where one runner goes: bytes by device, layers by GPU in llama.cpp's terms, and its part of the host's cores."""
 
     bytes: tuple[tuple[DeviceId, int], ...]
     gpu_layers: tuple[tuple[DeviceId, int], ...] = ()  # empty: host only
     measured: bool = False  # the bytes were measured on an earlier runner placed the same way
+    threads: Threads | None = None  # dealt when it is launched; None: of an object, or the engine decides
 
     @property
     def total_bytes(self) -> int:
@@ -56,6 +59,7 @@ class Account:
     loaded: bool = False  # where nothing is measured, what was promised is taken
     settled: bool = False  # it has shown all it needs: wherever it was measured, promised <= peak + to_come
     to_come: dict[DeviceId, int] = field(default_factory=dict)  # what it had yet to show when it settled
+    most: dict[DeviceId, int] = field(default_factory=dict)  # that it may come to take, by what its engine last said
 
     def measure(self, amounts: Mapping[DeviceId, int]) -> bool:
         """Note what the owner was seen to occupy; return whether it is more than ever before, on any device."""
@@ -69,6 +73,7 @@ class Account:
     def settle(self, to_come: Mapping[DeviceId, int]) -> None:
         """What was measured replaces what was predicted, even where it is less; `to_come` is kept free beside it."""
         self.settled, self.to_come = True, dict(to_come)
+        self.most |= {device: peak + to_come.get(device, 0) for device, peak in self.peak.items()}
         self._lower()
 
     def _lower(self) -> None:
@@ -89,6 +94,10 @@ class Account:
         """Return what counts as taken: a process grows until it has settled, so the larger of both."""
         return max(self.promised.get(device, 0), self.peak.get(device, 0))
 
+    def expected_bytes(self, device: DeviceId) -> int:
+        """Return what the next life like this one is to be promised: the most that this one took, or may yet take."""
+        return max(self.most.get(device, self.promised.get(device, 0)), self.peak.get(device, 0))
+
     def untouched_bytes(self, device: DeviceId) -> int:
         """Return what was reported as free when the device was read, but is spoken for: not occupied, or mapped.
 
@@ -102,7 +111,7 @@ class Account:
         """Return an independent copy."""
         return Account(
             dict(self.promised), dict(self.resident), dict(self.peak), dict(self.counted), self.mapped_bytes,
-            self.loaded, self.settled, dict(self.to_come),
+            self.loaded, self.settled, dict(self.to_come), dict(self.most),
         )  # fmt: skip
 
 

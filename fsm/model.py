@@ -27,6 +27,16 @@ class Options:
     flash_attention: bool | None = None
     cache_type_k: str | None = None  # llama.cpp's names: f16, q8_0, q4_0, …
     cache_type_v: str | None = None
+    require_gpu: bool | None = None  # whole on GPUs or refused; the limits may say so for all
+
+
+@dataclass(frozen=True, slots=True)
+class Threads:
+    """How many threads of the host a runner computes with."""
+
+    answers: int  # a token after another: its threads wait for each other many times in each
+    prompts: int  # many tokens at once
+    on_host: bool = True  # layers are computed there; else its GPUs do it all
 
 
 @dataclass(frozen=True, slots=True)

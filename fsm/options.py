@@ -11,7 +11,7 @@ DEFAULT_EMBEDDER_CONTEXT = 512  # of a decoder that embeds: it computes and keep
 LEAST_CONTEXT = 4
 LEAST_VISION_CONTEXT = 2048  # an image alone takes hundreds of tokens
 DEFAULT_BATCH = 512
-LARGEST_MICRO_BATCH = 512  # tokens per pass of a generating model, whatever its batch
+LARGEST_MICRO_BATCH = 2048  # tokens per pass of a generating model, however large its batch
 
 ONE_AT_A_TIME = frozenset(
     {
@@ -70,8 +70,9 @@ def resolve(info: ModelInfo, options: Options, defaults: Options = _AUTOMATIC) -
 
     The context is at least 4 tokens (2048 for a vision model) and at most what the model was trained with; one slot
     for embedders and for families that cannot share; an embedder's batch holds its whole context, since llama.cpp
-    refuses a pooled input that takes more than one pass. `num_gpu`, `main_gpu`, `num_thread`, `use_mmap` and
-    `flash_attention` stay as they are. What is not named is first taken from `defaults`, where the model can have it.
+    refuses a pooled input that takes more than one pass. `num_gpu`, `main_gpu`, `num_thread`, `use_mmap`,
+    `flash_attention` and `require_gpu` stay as they are. What is not named is first taken from `defaults`, where the
+    model can have it.
     Resolving twice changes nothing.
     """
     if defaults != _AUTOMATIC:
@@ -128,10 +129,17 @@ def impossible(info: ModelInfo, options: Options) -> tuple[str, int | bool | str
 def serves(loaded: Options, asked: Options) -> bool:
     """Whether a runner loaded with the resolved `loaded` may serve a request for `asked`, resolved or not.
 
-    What is not named matches, as does a negative `num_gpu`; a larger context or more slots serve a smaller wish;
-    all else that is named must be equal. A wish beyond what the model can have is served once it is resolved.
+    What is not named matches, as does a negative `num_gpu`; a larger context or more slots serve a smaller wish; all
+    else that is named must be equal, but for `require_gpu`: that is a matter of where the runner went. A wish beyond
+    what the model can have is served once it is resolved.
     """
     return asked == _AUTOMATIC or _covers(loaded, asked)
+
+
+def as_named(explicit: Options, asked: Options) -> Options:
+    """Return of explicit options those that were named: what is automatic is no reason to load a model anew."""
+    left_open = [each.name for each in fields(asked) if getattr(asked, each.name) is None]
+    return replace(explicit, **dict.fromkeys(left_open))
 
 
 def maps_file(info: ModelInfo, options: Options, on_host: bool) -> bool:
@@ -152,7 +160,7 @@ def repacked_bytes(info: ModelInfo) -> int:
 
 
 def micro_batch(info: ModelInfo, options: Options) -> int:
-    """Tokens that the engine computes in one pass (its n_ubatch): an embedder's whole input, else at most 512."""
+    """Tokens that the engine computes in one pass (its n_ubatch): an embedder's input, else its batch, up to 2048."""
     return shape_of(info, options).micro_batch
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
+from fsm.dealing import Deal
 from fsm.footprint import Footprint, parts
 from fsm.ledger import Placement
 from fsm.model import HOST, Amounts, DeviceId
@@ -31,6 +32,7 @@ class Gpu:
     id: DeviceId
     memory: DeviceId  # where its bytes are booked: its own, or the host's if it is integrated
     instance: bool = False  # of a divided GPU: CUDA lets a process see one of these, so nothing is split over it
+    library: str = "CUDA"  # that it is used through: nothing is split over GPUs of two
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,9 +73,9 @@ def needed(placement: Placement, *, exact: bool) -> Amounts:
 def place(demand: Demand, offload: Offload, free: Free, gpus: Sequence[Gpu]) -> Placement | None:
     """Return where it fits within `free`, headroom included; None where it does not.
 
-    The best single GPU goes first (the explicit `main_gpu`, else a discrete one before an integrated one, else the one
-    with most free), then a split over as few as possible, or over all with `spread`; layers are taken from the last to
-    the first, as llama.cpp offloads them.
+    As many layers as possible go to GPUs, the output first and then the last ones, as llama.cpp offloads them. They
+    go to one GPU, the best that takes them (the explicit `main_gpu`, else a discrete one before an integrated one,
+    else the one with most free), or else to as few as possible of one library, or to all of these with `spread`.
     """
     if demand.footprint.fixed:
         return _within(Placement(_booked(dict(demand.footprint.fixed), gpus)), free, exact=True)
@@ -82,14 +84,16 @@ def place(demand: Demand, offload: Offload, free: Free, gpus: Sequence[Gpu]) -> 
     order = sorted(
         gpus, key=lambda gpu: (gpus.index(gpu) != demand.main_gpu, gpu.memory == HOST, -free.get(gpu.memory, 0), gpu.id)
     )
-    team = [gpu for gpu in order if not gpu.instance]
+    table = _Table(demand, free, order)
     for layers in _layer_counts(demand, offload):
-        for size in range(max(1, len(team)) if demand.spread else 1, max(1, len(team)) + 1):
-            groups = [(gpu,) for gpu in order] if size == 1 else [tuple(team[:size])]
-            for group in groups:
-                split = _split(demand, layers, group, free)
-                if split and (placement := _within(_layout(demand, split, gpus), free)):
-                    return placement
+        for split in table.splits(layers):
+            placement = _layout(demand, split, gpus)
+            lacking = _lacking(placement, free)
+            if not lacking:
+                return placement
+            only_host = lacking == {HOST} and not demand.known and all(gpu.memory != HOST for gpu in gpus)
+            if only_host and offload is Offload.part:
+                return None  # with fewer layers on GPUs the host would lack more
     return None
 
 
@@ -101,9 +105,91 @@ def _layer_counts(demand: Demand, offload: Offload) -> Sequence[int]:
     return range(demand.layers - 1, 0, -1)
 
 
+class _Table:
+    """The splits that are worth a look, by the number of layers on GPUs."""
+
+    def __init__(self, demand: Demand, free: Free, order: Sequence[Gpu]) -> None:
+        self.demand = demand
+        self.order = order
+        self.layers_bytes = demand.footprint.offloaded_bytes
+        self.rooms = {gpu.id: _room(free.get(gpu.memory, 0)) - demand.footprint.compute_bytes for gpu in order}
+        self.teams = _teams(order)
+
+    def splits(self, layers: int) -> Iterator[Amounts]:
+        """Yield ways to put so many layers on GPUs that may fit, the best first; none that surely does not."""
+        offloaded = self.layers_bytes[len(self.layers_bytes) - layers :]
+        first_bytes = self.demand.footprint.projectors_bytes
+        over_all = [split for team in self.teams for split in self._spread(team, offloaded, first_bytes)]
+        yield from over_all
+        needs_bytes = sum(offloaded) + first_bytes
+        for gpu in self.order:
+            split = ((gpu.id, layers),)
+            if split in self.demand.known or needs_bytes <= self.rooms[gpu.id]:
+                yield split
+        for team in self.teams:
+            if dealt := self._deal(team, offloaded, first_bytes).fewest():
+                yield _split_of(dealt, team)
+        if self.demand.known:
+            yield from self._measured(layers)
+            for team in self.teams:  # what was dealt above may have been measured, and found larger than predicted
+                yield from self._other_splits(team, offloaded, first_bytes)
+
+    def _spread(self, team: Sequence[Gpu], offloaded: Sequence[int], first_bytes: int) -> Iterator[Amounts]:
+        if self.demand.spread:
+            deal = self._deal(team, offloaded, first_bytes)
+            for size in range(len(team), 1, -1):
+                if dealt := deal.in_shares(size) or deal.in_order(range(size)):
+                    yield _split_of(dealt, team)
+
+    def _other_splits(self, team: Sequence[Gpu], offloaded: Sequence[int], first_bytes: int) -> Iterator[Amounts]:
+        deal = self._deal(team, offloaded, first_bytes)
+        for size in range(2, len(team) + 1):
+            for dealt in (deal.in_order(range(size)), deal.in_shares(size)):
+                if dealt:
+                    yield _split_of(dealt, team)
+
+    def _deal(self, team: Sequence[Gpu], offloaded: Sequence[int], first_bytes: int) -> Deal:
+        several = [(gpu.id, 0) for gpu in team[1:]]
+        copies_bytes = self.demand.footprint.copies_bytes(((team[0].id, len(offloaded)), *several))
+        return Deal(offloaded, first_bytes, [self.rooms[gpu.id] - copies_bytes for gpu in team])
+
+    def _measured(self, layers: int) -> Iterator[Amounts]:
+        """Yield the splits over several GPUs that were seen before: what they took may be less than is predicted."""
+        for split in sorted(self.demand.known, key=lambda split: (len(split), split)):
+            gpus = {gpu for gpu, _ in split}
+            together = any(gpus <= {gpu.id for gpu in team} for team in self.teams)
+            if len(split) > 1 and together and sum(count for _, count in split) == layers:
+                yield split
+
+
+def _teams(order: Sequence[Gpu]) -> list[list[Gpu]]:
+    """Return the GPUs that a model may be split over, by library, several in each: discrete ones, and no instances.
+
+    llama.cpp leaves integrated GPUs out where there is a discrete one, and several of them have the same memory.
+    """
+    teams: dict[str, list[Gpu]] = {}
+    for gpu in order:
+        if not gpu.instance and gpu.memory != HOST:
+            teams.setdefault(gpu.library, []).append(gpu)
+    return [team for team in teams.values() if len(team) > 1]
+
+
+def _split_of(dealt: Sequence[tuple[int, int]], team: Sequence[Gpu]) -> Amounts:
+    return tuple((team[place].id, layers) for place, layers in dealt)
+
+
+def _room(free_bytes: int) -> int:
+    """Return the most that fits with the headroom for a prediction, as `needed` rounds it."""
+    over, under = (1 + PREDICTED_HEADROOM).as_integer_ratio()
+    return (under * (free_bytes + 1) - 1) // over
+
+
+def _lacking(placement: Placement, free: Free, *, exact: bool = False) -> set[DeviceId]:
+    return {device for device, amount in needed(placement, exact=exact) if amount > free.get(device, 0)}
+
+
 def _within(placement: Placement, free: Free, *, exact: bool = False) -> Placement | None:
-    fits = all(amount <= free.get(device, 0) for device, amount in needed(placement, exact=exact))
-    return placement if fits else None
+    return None if _lacking(placement, free, exact=exact) else placement
 
 
 def _booked(amounts: Mapping[DeviceId, int], gpus: Sequence[Gpu]) -> Amounts:
@@ -114,39 +200,6 @@ def _booked(amounts: Mapping[DeviceId, int], gpus: Sequence[Gpu]) -> Amounts:
         where = memory.get(device, device)
         booked[where] = booked.get(where, 0) + amount
     return tuple(booked.items())
-
-
-def _offloaded_bytes(footprint: Footprint, layers: int) -> list[int]:
-    """Return the bytes of each offloaded layer in llama.cpp's order, the output last where it is among them."""
-    blocks = list(footprint.layers_bytes)
-    if layers > len(blocks):
-        return [*blocks, footprint.output_bytes + footprint.output_copy_bytes]
-    return blocks[len(blocks) - layers :]
-
-
-def _split(demand: Demand, layers: int, group: Sequence[Gpu], free: Free) -> Amounts:
-    """Deal the layers to the GPUs of a group in order, each as many as it takes; empty where they do not all go.
-
-    With `spread`, each takes its share of the group's free memory, as far as layers can be shared.
-    """
-    left = _offloaded_bytes(demand.footprint, layers)
-    room = {gpu.memory: free.get(gpu.memory, 0) / (1 + PREDICTED_HEADROOM) for gpu in group}
-    part = min(1.0, sum(left) / max(1.0, sum(room.values()))) if demand.spread else 1.0
-    split: list[tuple[DeviceId, int]] = []
-    extra_bytes = demand.footprint.projectors_bytes  # on the first
-    for place_in_group, gpu in enumerate(group):
-        last = place_in_group == len(group) - 1
-        most_bytes = room[gpu.memory] - demand.footprint.compute_bytes - extra_bytes
-        share_bytes = most_bytes if last else most_bytes * part
-        count = len(left) if len(group) == 1 else 0
-        while count < len(left) and sum(left[: count + 1]) <= share_bytes:
-            count += 1
-        if count:
-            split.append((gpu.id, count))
-            room[gpu.memory] -= sum(left[:count]) + demand.footprint.compute_bytes + extra_bytes
-            extra_bytes = 0
-        left = left[count:]
-    return () if left else tuple(split)
 
 
 def _layout(demand: Demand, split: Amounts, gpus: Sequence[Gpu]) -> Placement:

@@ -7,63 +7,51 @@ and a waiter that leaves costs nobody anything. A later line starts only in what
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
-from fsm.commands import DoesNotFit, Refusal, Unsupported
-from fsm.eviction import Candidate, EvictionPolicy, choose
+from fsm.automatic import is_the_same, wish_of, with_batch
+from fsm.candidates import Candidates
+from fsm.choosing import MOST_SETS, Amount, Choice, Question, choose
+from fsm.commands import DoesNotFit, Unsupported
+from fsm.eviction import Candidate, EvictionPolicy
 from fsm.footprint import Footprint
 from fsm.ledger import Placement
-from fsm.model import HOST, Amounts, DeviceId, Options
-from fsm.options import serves
+from fsm.model import HOST, DeviceId, Options
 from fsm.placement import Demand, Gpu, Offload, needed, place
+from fsm.plan import Plan, Room
 from fsm.pool import Line, Model, Pool, runner_serves
-from fsm.request import ModelId, Purpose, Request, Want
-from fsm.runner import EXPIRING, LOADING, READY, Runner, RunnerId
+from fsm.request import ModelId, Purpose, Want
+from fsm.runner import EXPIRING, LOADING, Runner, RunnerId
+
+LINES_AHEAD = 16  # for so many lines room is made at a time; those behind only take what is there for the taking
 
 
-@dataclass(frozen=True, slots=True)
-class Room:
-    """Where the runner that a line waits for goes, or would, and what leaves before."""
+def make_plan(pool: Pool, policy: EvictionPolicy, newcomers: Collection[Want]) -> Plan:
+    """Return what to do for the lines, in order, until nothing is left that any of them could have.
 
-    placement: Placement
-    free: Amounts  # what it was judged by, by device: free, or to be had once the victims have left
-    victims: tuple[Candidate, ...] = ()  # each goes when all of them may
-
-
-@dataclass(slots=True)
-class Plan:
-    """What is to be done now, and when to look again."""
-
-    inspections: list[Model] = field(default_factory=list)
-    launches: list[tuple[Line, Options, Placement]] = field(default_factory=list)
-    memory: list[Request] = field(default_factory=list)  # the program's own, to be granted
-    victims: dict[RunnerId, str] = field(default_factory=dict)  # to expire, and why
-    matches: list[tuple[Line, Runner]] = field(default_factory=list)  # served after all, as the same
-    refusals: list[tuple[Line, Refusal]] = field(default_factory=list)
-    rooms: dict[Want, Room] = field(default_factory=dict)  # of what is to be loaded, now, later or never
-    wanted: set[RunnerId] = field(default_factory=set)  # busy, and others wait for its memory
-    policy_failure: str = ""  # the exception that the policy raised; the oldest runners go first instead
-    look_at: float = math.inf  # when a wait's bound or a residency ends
-
-
-def make_plan(pool: Pool, policy: EvictionPolicy) -> Plan:
-    """Return what to do for every line, in order."""
+    Those behind are not looked at, but for `newcomers`: whoever has just come is judged at once, wherever it stands.
+    """
     planner = _Planner(pool, policy)
     planner.shed()
     for line in pool.lines_in_order():
+        if planner.exhausted():
+            break
         planner.consider(line)
+    ahead = {line.want for line in planner.plan.looked_at}
+    for want in newcomers:
+        if want in pool.lines and want not in ahead:
+            planner.judge(pool.lines[want], "those before it")
+    planner.plan.policy_failure = planner.candidates.policy_failure
     return planner.plan
 
 
 class _Planner:
     def __init__(self, pool: Pool, policy: EvictionPolicy) -> None:
         self.pool = pool
-        self.policy = policy
         self.plan = Plan()
         ledger = pool.ledger
         devices = ledger.devices.values()  # in the order in which they were read, which `main_gpu` counts in
-        self.gpus = [Gpu(one.id, one.memory, one.instance) for one in devices if one.kind == "gpu"]
+        self.gpus = [Gpu(one.id, one.memory, one.instance, one.library) for one in devices if one.kind == "gpu"]
         self.free = {one.id: ledger.free_bytes(one.id) for one in devices if not one.integrated}  # at this moment
         expiring = [runner for runner in pool.runners.values() if runner.state is EXPIRING]
         self.leaving = [runner for runner in expiring if pool.now < runner.due_at]  # the others may never end
@@ -75,15 +63,19 @@ class _Planner:
             runner for runner in pool.runners.values() if not pool.pinned(runner) and runner.id not in self.stuck
         ]
         self.potential = self._with(self.free, movable)
+        self.unmovable = len(pool.runners) - len(movable)  # as far as can be told: pinned, or stuck
         self.claimed: set[RunnerId] = set()  # victims of earlier lines
+        self.sets_left = MOST_SETS
         self.planned: set[ModelId] = set()  # models that an earlier line is to get a runner of
-        self.places = pool.max_runners() - pool.alive()  # processes that may be started now
+        self.places = pool.max_runners() - pool.processes  # processes that may be started now
         self.places_total = self.places + sum(runner.process for runner in self.leaving)
         self.loading: dict[DeviceId, int] = {}
         loading = [runner for runner in pool.runners.values() if runner.state is LOADING]
         self.awaited = {runner.id for runner in loading if pool.lines_for(runner)}
         for runner in loading:
             self._count_load(runner.placement)
+        self.candidates = Candidates(pool, policy, self.awaited)
+        self.waiting = 0  # lines for which room is to be made
 
     def shed(self) -> None:
         """Give up idle runners where more are alive, or more is held, than may be; those in use follow when they rest.
@@ -103,51 +95,73 @@ class _Planner:
 
     def _shed(self, reason: str, excess: int, worth: Mapping[RunnerId, int]) -> None:
         """Give up as few idle runners as are worth the excess together, or all that are worth something."""
-        may = [one for one in self._candidates(None, ()) if not one.leases and worth[one.runner]]
-        chosen = choose(may, (), lambda victims: sum(worth[victim.runner] for victim in victims) >= excess)
-        victims = self._unclaimed(may if chosen is None else chosen)
+        may = [one for one in self.candidates.until(-math.inf, self.claimed) if not one.leases and worth[one.runner]]
+        choice = self._choose(
+            may, (), lambda victims: sum(worth[victim.runner] for victim in victims) >= excess,
+            lambda victim: (worth[victim.runner],),
+        )  # fmt: skip
+        victims = self._unclaimed(may if choice is None else choice.victims)
         self.plan.victims.update((runner.id, reason) for runner in victims)
         self.claimed.update(runner.id for runner in victims)
         self.total = self._with(self.total, victims)
         self.places_total += sum(runner.process for runner in victims)
 
+    def exhausted(self) -> bool:
+        """Whether no line behind could have anything: enough wait already, and nothing is free or can be given up."""
+        if self.waiting < LINES_AHEAD or not self.candidates.idle <= self.claimed:
+            return False
+        return self.places_total <= 0 or all(amount <= 0 for amount in self.total.values())
+
     def consider(self, line: Line) -> None:
         """Plan one line."""
+        if (judged := self.judge(line)) is None:
+            return
+        options, demand, offload = judged
         if line.want.purpose is Purpose.memory:
-            self._consider_memory(line)
+            self._consider_memory(line, demand, offload)
             return
         model = self.pool.models[line.want.model]
-        current = model.current
-        awaited = current is not None and current.id in self.awaited
-        if current is not None and awaited and runner_serves(current, line.want):
-            line.waits_for = "its model to load"
-            return
-        if not model.fresh:
-            line.waits_for = "its model's metadata"
-            self.plan.inspections.append(model)
-            return
-        options, demand = model.demand(line.want.options, self.pool.limits)
-        if current is not None and (options == current.told or serves(current.options, options)):
-            self.plan.matches.append((line, current))
-            return
-        if (objection := model.impossible(options)) is not None:
-            self.plan.refusals.append((line, Unsupported(model.id, *objection)))
-            return
-        if (offload := self._offload(line, demand, current)) is None:
-            return
-        if awaited:
-            line.waits_for = "a load of its model with other options"
+        if model.current is not None and model.current.id in self.awaited:
+            line.wait("a load of its model with other options", self.pool.expected_at(model.current))
         elif model.id in self.planned:  # it has one runner at a time
-            line.waits_for = "an earlier request for its model"
+            line.wait("an earlier request for its model")
         else:
             self.planned.add(model.id)
             self._consider_runner(line, model, options, demand, offload)
 
-    def _consider_memory(self, line: Line) -> None:
-        demand = Demand(Footprint(fixed=line.want.memory))
+    def judge(self, line: Line, waits_for: str = "") -> tuple[Options, Demand, Offload] | None:
+        """Return what a line needs and the best way to place it; None where that is not the question, or is unknown.
+
+        Then it is refused, or served as it is, or waits for its model's load or metadata.
+        """
+        self.plan.looked_at.append(line)
+        if waits_for:
+            line.wait(waits_for)
+        if line.want.purpose is Purpose.memory:
+            options, demand, current = line.want.options, Demand(Footprint(fixed=line.want.memory)), None
+        else:
+            model = self.pool.models[line.want.model]
+            current = model.current
+            if current is not None and current.id in self.awaited and runner_serves(current, line.want):
+                line.wait("its model to load", self.pool.expected_at(current))
+                return None
+            if not model.fresh:
+                line.wait("its model's metadata")
+                self.plan.inspections.append(model)
+                return None
+            options, demand = wish_of(model, line.want.options, self.pool, self.potential, self.gpus)
+            self.plan.options[line.want] = options
+            if current is not None and is_the_same(current, options, line.want.options):
+                self.plan.matches.append((line, current))
+                return None
+            if (objection := model.impossible(options)) is not None:
+                self.plan.refusals.append((line, Unsupported(model.id, *objection)))
+                return None
+        offload = self._offload(line, demand, current)
+        return None if offload is None else (options, demand, offload)
+
+    def _consider_memory(self, line: Line, demand: Demand, offload: Offload) -> None:
         for request in line.requests.values():
-            if (offload := self._offload(line, demand, None)) is None:
-                return
             if place(demand, offload, self._usable(), self.gpus) is None:
                 self._make_room(line, demand, offload, (), needs_process=False)
                 return
@@ -161,6 +175,9 @@ class _Planner:
         if not forced and not accompanied and self.places > 0:
             placement = place(demand, offload, self._usable(), self.gpus)
             if placement and not self._full(placement):
+                asked, planned = line.want.options, (options, placement)
+                options, placement = with_batch(model, asked, self.pool.limits, planned, self._usable(), self.gpus)
+                self.plan.options[line.want] = options
                 self.plan.rooms[line.want] = Room(placement, tuple(sorted(self._usable().items())))
                 self.plan.launches.append((line, options, placement))
                 self._take(placement.bytes)
@@ -182,9 +199,16 @@ class _Planner:
             enough = not needs_process or self.places_total + sum(runner.process for runner in runners) > 0
             return enough and place(demand, offload, self._with(self.total, runners), self.gpus) is not None
 
-        must = [self._candidate(runner, line.head) for runner in forced]
-        may = self._candidates(line.head, exclude=forced)
-        chosen = choose(may, must, suffices)
+        bound = self._bound(line)
+        must = [self.candidates.candidate(runner, bound) for runner in forced]
+        taken = self.claimed.union(runner.id for runner in forced)
+        may = self.candidates.until(bound, taken) if not suffices(must) else []
+        self.waiting += 1
+        if self.waiting > LINES_AHEAD:  # far back: it is given what nobody uses, but drains nobody yet
+            may = [one for one in may if one.runner in self.candidates.idle]
+        lacking = 1 - self.places_total - sum(one.process for one in self._unclaimed(must)) if needs_process else 0
+        choice = self._choose(may, must, suffices, self._frees(demand, offload), max(0, lacking))
+        chosen: Sequence[Candidate] | None = self.candidates.timed(bound, choice.victims) if choice else None
         victims = self._unclaimed(chosen or ())
         self.claimed.update(runner.id for runner in victims)
         self.total = self._with(self.total, victims)
@@ -195,42 +219,47 @@ class _Planner:
         for device, amount in needed(final, exact=bool(demand.footprint.fixed)):
             self.total[device] = self.total.get(device, 0) - amount
         if chosen is None:
-            line.waits_for = "those before it"
+            line.wait("those before it")
         elif chosen:
-            self._commit(line, chosen)
+            self._commit(line, chosen, may)
         else:
             chosen = self._wait(line, final)
-        self.plan.rooms[line.want] = Room(final, free, tuple(chosen or ()))
+        self.plan.rooms[line.want] = Room(final, free, tuple(chosen or ()), tuple(may), choice)
 
-    def _commit(self, line: Line, chosen: Sequence[Candidate]) -> None:
-        """Give the victims up once all of them may go: none is unloaded for a room that another still holds."""
+    def _commit(self, line: Line, chosen: Sequence[Candidate], may: Sequence[Candidate]) -> None:
+        """Give the victims up once all of them may go: none is unloaded for a room that another still holds.
+
+        Whenever another may go, the choice is made again: whoever may first serves the waiter.
+        """
         at = max(victim.free_at for victim in chosen)
         names = ", ".join(victim.model for victim in chosen)
         if at <= self.pool.now:
-            line.waits_for = f"{names} to leave"
+            line.wait(f"{names} to leave")
             reason = f"{line.want.model or 'the program'} needs its memory"
             for victim in chosen:
                 self.plan.victims.setdefault(victim.runner, reason)
             return
-        line.waits_for = f"{names} to become idle"
-        self.plan.look_at = min(self.plan.look_at, at)
+        line.wait(f"{names} to become idle", at)
+        moments = (at, self._bound(line), *(one.free_at for one in may))
+        self.plan.look_at = min(self.plan.look_at, *(moment for moment in moments if moment > self.pool.now))
         self.plan.wanted.update(victim.runner for victim in chosen if victim.leases)
 
     def _wait(self, line: Line, placement: Placement) -> Sequence[Candidate]:
         """Enough is on its way already, or only a place among the loads is missing: give up a load nobody waits for."""
         draining = [runner.model for runner in self.pool.runners.values() if runner.state is EXPIRING and runner.leases]
-        line.waits_for = f"{', '.join(draining)} to finish" if draining else "memory that is on its way back"
+        by = min((runner.due_at for runner in self.leaving), default=math.inf)
+        line.wait(f"{', '.join(draining)} to finish" if draining else "memory that is on its way back", by)
         full = self._full(placement)
         if line.want.purpose is not Purpose.memory and not draining:
             self._count_load(placement)  # it starts in a moment: its place among the loads is not for younger ones
         if full:
-            line.waits_for = "another load to end"
+            line.wait("another load to end")
             for runner in self.pool.runners.values():
                 unwanted = runner.state is LOADING and runner.id not in self.claimed | self.awaited
                 if unwanted and not self.pool.pinned(runner) and full & set(self._loading_on(runner.placement)):
                     self.plan.victims[runner.id] = f"{line.want.model} needs its place among the loads"
                     self.claimed.add(runner.id)
-                    return [self._candidate(runner, line.head)]
+                    return [self.candidates.candidate(runner, self._bound(line))]
         return ()
 
     def _offload(self, line: Line, demand: Demand, current: Runner | None) -> Offload | None:
@@ -244,8 +273,7 @@ class _Planner:
         return None
 
     def _no_place_ever(self, line: Line) -> bool:
-        taken = sum(self.pool.pinned(runner) for runner in self.pool.runners.values()) + len(self.stuck)
-        return line.want.purpose is not Purpose.memory and taken >= self.pool.max_runners()
+        return line.want.purpose is not Purpose.memory and self.unmovable >= self.pool.max_runners()
 
     def _refusal(self, line: Line, demand: Demand) -> DoesNotFit:
         everything = self._with(self.free, self.pool.runners.values())
@@ -292,34 +320,30 @@ class _Planner:
             return [runner for runner in runners if runner.id not in self.awaited and not self.pool.pinned(runner)]
         return [model.current] if model.current is not None else []
 
-    def _candidates(self, head: Request | None, exclude: Sequence[Runner]) -> list[Candidate]:
-        """Return what may be given up for `head`, the first choice first: loads nobody wants, idle, busy."""
-        runners = [
-            runner
-            for runner in self.pool.runners.values()
-            if runner.current and runner.id not in self.claimed | self.awaited
-            and runner not in exclude and not self.pool.pinned(runner)
-        ]  # fmt: skip
-        candidates = [self._candidate(runner, head) for runner in runners]
-        try:
-            preferred = self.policy.order(self.pool.now, list(candidates))
-            # each of them once: one left out may be all that could make room, and who waits for it would for ever
-            ordered = [one for one in dict.fromkeys((*preferred, *candidates)) if one in candidates]
-        except Exception as error:  # a policy may be the user's own
-            self.plan.policy_failure = repr(error)
-            ordered = list(candidates)
-        return sorted(ordered, key=lambda candidate: (candidate.leases > 0, candidate.free_at > self.pool.now))
+    def _bound(self, line: Line) -> float:
+        """Return until when a line waits for others' convenience."""
+        return line.head.queued_at + self.pool.limits.max_wait_s
 
-    def _candidate(self, runner: Runner, head: Request | None) -> Candidate:
-        bound = -math.inf
-        if head is not None and runner.state is READY:
-            bound = head.queued_at + self.pool.limits.max_wait_s
-        account = self.pool.ledger.accounts["runner", runner.id]
-        return Candidate(
-            runner.id, runner.model, sum(map(account.held_bytes, self.pool.ledger.devices)), runner.keep_alive_s,
-            runner.used_at, self.pool.models[runner.model].load_s if runner.loaded_at is not None else None,
-            len(runner.leases), max(self.pool.now, bound, runner.resident_until),
-        )  # fmt: skip
+    def _choose(
+        self,
+        may: Sequence[Candidate],
+        must: Sequence[Candidate],
+        suffices: Callable[[Sequence[Candidate]], bool],
+        frees: Callable[[Candidate], Amount],
+        least: int = 0,
+    ) -> Choice | None:
+        question = Question(suffices, frees, least, max(0, self.sets_left))
+        choice = choose(self.pool.now, may, must, question)
+        self.sets_left -= choice.tried if choice else 0
+        return choice
+
+    def _frees(self, demand: Demand, offload: Offload) -> Callable[[Candidate], Amount]:
+        """Return what tells how much a candidate frees, on each device that matters to a demand."""
+        fixed = demand.footprint.fixed
+        on_host = [HOST] if offload is Offload.none else list(self.free)
+        devices = sorted(self.pool.ledger.booked(fixed)) if fixed else on_host
+        accounts = self.pool.ledger.accounts
+        return lambda victim: tuple(map(accounts["runner", victim.runner].held_bytes, devices))
 
     def _unclaimed(self, victims: Iterable[Candidate]) -> list[Runner]:
         """Return the runners that no earlier line counts on; a forced one may be such a line's victim already."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left, insort
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 from fsm.estimate import estimate
@@ -12,7 +14,9 @@ from fsm.limits import Limits
 from fsm.model import Amounts, DeviceId, ModelInfo, Options
 from fsm.options import impossible, resolve, serves
 from fsm.placement import Demand
+from fsm.remembered import NOTHING, Remembered, usual_load_s, with_load
 from fsm.request import ModelId, Purpose, Request, RequestId, RequestState, Want
+from fsm.reuse import Histogram, count
 from fsm.runner import EXPIRING, IDLE, LOADING, READY, UNLOADED, Runner, RunnerId
 from fsm.timers import Timers
 
@@ -33,12 +37,15 @@ class Model:
     blocked_until: float = -math.inf  # backed off: nobody is let wait for it before
     failure: str = ""  # the last one, in words
     alone: bool = False  # a load ran out of memory: everything else goes before the next one
-    load_s: float | None = None  # how long the last load took
+    loads: dict[Amounts, tuple[float, ...]] = field(default_factory=dict)  # split -> seconds of the last few
     context_limit: int | None = None  # of automatic contexts, after one ran out of memory; until a runner has lived
     first: int = 1  # runners with lower ids were of another file
-    # (options, split) -> bytes: exact where a runner has settled, else never less than was predicted
+    # (options, split) -> bytes that the next runner is promised: measured, and what was known to be still to come
     measured: dict[tuple[Options, Amounts], Amounts] = field(default_factory=dict)
+    shortest: dict[Options, tuple[float, float]] = field(default_factory=dict)  # load of this file, and when last
     demands: dict[Options, tuple[Options, Demand]] = field(default_factory=dict)  # of this info, as asked
+    rested_at: float = -math.inf  # the last use of its last runner, or when a lease was asked for since
+    rests: Histogram = field(default_factory=dict)  # how long it rested before a lease was asked for
 
     def demand(self, asked: Options, limits: Limits) -> tuple[Options, Demand]:
         """Return the explicit options and the demand of a runner for `asked`; the model has been inspected."""
@@ -47,7 +54,7 @@ class Model:
             if isinstance(self.info, Footprint):
                 known = asked, Demand(self.info, require_gpu=limits.require_gpu)
             else:
-                options = resolve(self.info, asked, self._defaults(limits))
+                options = replace(resolve(self.info, asked, self._defaults(limits)), require_gpu=None)
                 seen = {split: amounts for (measured, split), amounts in self.measured.items() if measured == options}
                 known = (
                     options,
@@ -57,7 +64,7 @@ class Model:
                         options.main_gpu,
                         seen,
                         spread=limits.spread,
-                        require_gpu=limits.require_gpu,
+                        require_gpu=limits.require_gpu or bool(asked.require_gpu),
                     ),
                 )
             self.demands[asked] = known
@@ -83,13 +90,47 @@ class Model:
         """Return which of these explicit options the engine would refuse for this model, its value, and why."""
         return impossible(self.info, options) if isinstance(self.info, ModelInfo) else None
 
-    def learn(self, info: ModelInfo | Footprint, next_runner: int) -> None:
-        """Take over what an inspection found; what was measured of another file no longer holds."""
+    def learn(self, info: ModelInfo | Footprint, next_runner: int, known: Remembered = NOTHING) -> None:
+        """Take over what an inspection found; what was measured of another file no longer holds.
+
+        Of what a store has `known` of this file only that is taken over of which nothing is known here.
+        """
         if info != self.info:
             self.info, self.first = info, next_runner
             self.measured.clear()
+            self.loads.clear()
+            self.shortest.clear()
             self.demands.clear()
+        for took in known.sizes:
+            if (took.options, took.split) not in self.measured:
+                self.measured[took.options, took.split] = took.bytes
+                self.demands.clear()
+        for loads in known.loads:
+            self.loads.setdefault(loads.split, loads.seconds)
         self.fresh = True
+
+    @property
+    def load_s(self) -> float | None:
+        """How long it usually takes to load, wherever that is; None where that is not known."""
+        return usual_load_s(self.loads.values())
+
+    def usual_load_s(self, split: Amounts) -> float | None:
+        """Return how long it usually takes to load with this split, or else with any."""
+        return usual_load_s([self.loads[split]] if split in self.loads else self.loads.values())
+
+    def note_load(self, split: Amounts, load_s: float) -> None:
+        """Remember how long a load took."""
+        self.loads[split] = with_load(self.loads.get(split, ()), load_s)
+
+    def asked(self, now: float, common: Histogram) -> None:
+        """Note that a lease is asked for, and how long the model had rested."""
+        runner = self.current
+        if runner is None or runner.state is LOADING:
+            if self.rested_at > -math.inf:
+                count(now - self.rested_at, self.rests, common)
+            self.rested_at = now
+        elif runner.state is IDLE:
+            count(now - runner.used_at, self.rests, common)
 
     def copy(self, runners: dict[RunnerId, Runner]) -> Model:
         """Return an independent copy that refers to the copied `runners`."""
@@ -105,11 +146,14 @@ class Model:
             self.blocked_until,
             self.failure,
             self.alone,
-            self.load_s,
+            dict(self.loads),
             self.context_limit,
             self.first,
             dict(self.measured),
+            dict(self.shortest),
             dict(self.demands),
+            self.rested_at,
+            dict(self.rests),
         )
 
 
@@ -120,7 +164,12 @@ class Line:
     want: Want
     requests: dict[RequestId, Request] = field(default_factory=dict)
     waits_for: str = "its turn"  # in words, as of the last plan
+    until: float = math.inf  # when that is expected to be over, or looked at again; infinite: unknown
     told: str = ""  # what was last noted of it in the journal
+
+    def wait(self, reason: str, until: float = math.inf) -> None:
+        """Say what it waits for, and until when as far as that is known."""
+        self.waits_for, self.until = reason, until
 
     @property
     def head(self) -> Request:
@@ -150,20 +199,29 @@ class Pool:
     runners: dict[RunnerId, Runner] = field(default_factory=dict)  # every one that is not unloaded
     requests: dict[RequestId, Request] = field(default_factory=dict)  # queued, or granted something to give back
     lines: dict[Want, Line] = field(default_factory=dict)
+    turns: list[tuple[float, RequestId]] = field(default_factory=list)  # of each line's head, in order
+    wants: dict[ModelId, list[Want]] = field(default_factory=dict)  # of the lines for each model, as they began
     timers: Timers = field(default_factory=Timers)
     queued: int = 0  # requests in lines
+    processes: int = 0  # runners whose process may be alive
     next_runner: int = 1
     samples: int = 0  # asked for so far
     closing: bool = False
     now: float = -math.inf
     claims: dict[int, OpenClaim] = field(default_factory=dict)  # by number; for lines whose launch is planned
     next_claim: int = 1
+    prefetching: tuple[tuple[ModelId, int], ...] = ()  # as last said: bytes of files to read ahead, by model that waits
+    working: int = 0  # ready runners that compute on the host
+    most_working: int = 0  # that there ever were at once
+    rests: Histogram = field(default_factory=dict)  # of all models
 
     def enqueue(self, request: Request) -> Line:
         """Put a request at the end of its line."""
         line = self.lines.get(request.want)
         if line is None:
             line = self.lines[request.want] = Line(request.want)
+            self.wants.setdefault(request.want.model, []).append(request.want)
+            insort(self.turns, self._turn(request))
         line.requests[request.id] = request
         self.requests[request.id] = request
         self.queued += 1
@@ -171,30 +229,42 @@ class Pool:
 
     def dequeue(self, request: Request) -> None:
         """Take a request out of its line; the request itself stays, to be answered by the caller."""
-        line = self.lines[request.want]
+        want = request.want
+        line = self.lines[want]
+        led = line.head is request
+        if led:
+            del self.turns[bisect_left(self.turns, self._turn(request))]
         del line.requests[request.id]
         if not line.requests:
-            del self.lines[request.want]
+            del self.lines[want]
+            self.wants[want.model].remove(want)
+            if not self.wants[want.model]:
+                del self.wants[want.model]
+        elif led:
+            insort(self.turns, self._turn(line.head))
         self.queued -= 1
         self.timers.clear(("request", request.id))
 
-    def lines_in_order(self) -> list[Line]:
-        """Return the lines in the order in which they are planned: by age, priority being worth some of it."""
-        worth = self.limits.priority_s
-        age = {want: line.head.queued_at - worth * want.priority for want, line in self.lines.items()}
-        return sorted(self.lines.values(), key=lambda line: (age[line.want], line.head.id))
+    def _turn(self, head: Request) -> tuple[float, RequestId]:
+        """Return what a line is planned by: the age of its first request, priority being worth some of it."""
+        return head.queued_at - self.limits.priority_s * head.want.priority, head.id
+
+    def lines_in_order(self) -> Iterator[Line]:
+        """Yield the lines in the order in which they are planned; none may come or go meanwhile."""
+        return (self.lines[self.requests[head].want] for _, head in self.turns)
+
+    def lines_of(self, model: ModelId) -> list[Line]:
+        """Return the lines for a model, in the order in which they began."""
+        return [self.lines[want] for want in self.wants.get(model, ()) if want.purpose is not Purpose.memory]
 
     def lines_for(self, runner: Runner) -> list[Line]:
         """Return the lines that wait for this runner's load, or that it could serve now."""
-        return [
-            line
-            for want, line in self.lines.items()
-            if want.model == runner.model and want.purpose is not Purpose.memory and runner_serves(runner, want)
-        ]
+        return [line for line in self.lines_of(runner.model) if runner_serves(runner, line.want)]
 
-    def alive(self) -> int:
-        """Return the number of runners whose process may be alive."""
-        return sum(runner.process for runner in self.runners.values())
+    def expected_at(self, runner: Runner) -> float:
+        """Return when a load is expected to be over, by those before it; infinite where none is known."""
+        usual_s = self.models[runner.model].usual_load_s(runner.placement.gpu_layers)
+        return math.inf if usual_s is None else runner.launched_at + usual_s
 
     def pinned(self, runner: Runner) -> bool:
         """Tell whether a runner may not be moved for others; one that is on its way out is moved already."""
@@ -208,7 +278,7 @@ class Pool:
 
     def overfull(self) -> bool:
         """Tell whether more may be alive than the limit that is set, or more be held than there is since it shrank."""
-        return bool(self.ledger.shrunk) or 0 < self.limits.max_runners < self.alive()
+        return bool(self.ledger.shrunk) or 0 < self.limits.max_runners < self.processes
 
     def check(self) -> None:
         """Raise AssertionError where an invariant does not hold; for tests and searches, after every step."""
@@ -216,6 +286,11 @@ class Pool:
             self._check_runner(runner)
         queued = [request for line in self.lines.values() for request in line.requests.values()]
         assert len(queued) == self.queued, "the queue is miscounted"
+        assert self.turns == sorted(self._turn(line.head) for line in self.lines.values()), "a line is out of turn"
+        wants = {want for wants in self.wants.values() for want in wants}
+        assert wants == self.lines.keys() and all(self.wants.values()), "a line is under no model, or another's"
+        processes = sum(runner.process for runner in self.runners.values())
+        assert processes == self.processes, "the processes are miscounted"
         assert all(line.requests for line in self.lines.values()), "an empty line"
         assert all(request.state is RequestState.queued for request in queued), "answered, but still in a line"
         held = {id for id, request in self.requests.items() if request.state is RequestState.granted}
@@ -227,10 +302,16 @@ class Pool:
             promised = self.ledger.promised_bytes(device)
             fits = promised <= sample.capacity_bytes
             assert fits or device in self.ledger.shrunk, f"{device}: promised more than there is"
+        working = sum(runner.state is READY and runner.on_host for runner in self.runners.values())
+        assert working == self.working <= self.most_working, "those at work are miscounted"
         assert not (self.closing and self.lines), "somebody waits for a closed scheduler"
         loaded = [runner for runner in self.runners.values() if runner.current and runner.state is not LOADING]
         assert not any(map(self.lines_for, loaded)), "somebody waits for what is there"
         self._check_claims()
+        waited_for = {want.model for want in self.lines}
+        ahead = [model for model, _ in self.prefetching]
+        assert waited_for.issuperset(ahead), "a file is read ahead for nobody"
+        assert len(set(ahead)) == len(ahead) <= self.limits.prefetches, "more files are read ahead than may be"
 
     def _check_runner(self, runner: Runner) -> None:
         assert runner.state is not UNLOADED, f"{runner} is unloaded but listed"
@@ -273,7 +354,7 @@ class Pool:
         runners = {id: runner.copy() for id, runner in self.runners.items()}
         requests = {id: request.copy() for id, request in self.requests.items()}
         lines = {
-            want: Line(want, {id: requests[id] for id in line.requests}, line.waits_for, line.told)
+            want: Line(want, {id: requests[id] for id in line.requests}, line.waits_for, line.until, line.told)
             for want, line in self.lines.items()
         }
         return Pool(
@@ -283,17 +364,26 @@ class Pool:
             runners,
             requests,
             lines,
+            list(self.turns),
+            {model: list(wants) for model, wants in self.wants.items()},
             self.timers.copy(),
             self.queued,
+            self.processes,
             self.next_runner,
             self.samples,
             self.closing,
             self.now,
             {number: replace(claim) for number, claim in self.claims.items()},
             self.next_claim,
+            self.prefetching,
+            self.working,
+            self.most_working,
+            dict(self.rests),
         )
 
 
 def runner_serves(runner: Runner, want: Want) -> bool:
-    """Tell whether a runner's options satisfy what is wanted."""
-    return want.options in runner.accepted or serves(runner.options, want.options)
+    """Tell whether a runner's options, and where it is, satisfy what is wanted."""
+    if want.options in runner.accepted:
+        return True
+    return serves(runner.options, want.options) and (runner.whole or not want.options.require_gpu)

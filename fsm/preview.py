@@ -18,8 +18,9 @@ from fsm.footprint import Footprint, Part, parts
 from fsm.model import HOST, Amounts, DeviceId, ModelInfo, Options
 from fsm.options import CACHE_BLOCK, UNQUANTISED, resolve
 from fsm.placement import Demand, needed
-from fsm.planning import Plan
+from fsm.plan import Plan
 from fsm.pool import Pool, runner_serves
+from fsm.remembered import NOTHING, Remembered
 from fsm.request import Purpose, RequestId, Want
 from fsm.runner import Runner
 
@@ -74,8 +75,8 @@ class Preview:
         return automatic and sum(count for _, count in self.gpu_layers) < self.layers
 
 
-def preview(now: float, core: Core, want: Want, info: ModelInfo | Footprint) -> Preview:
-    """Return what would become of `want`, asked `now`, if an inspection found `info`; `core` is not changed.
+def preview(now: float, core: Core, want: Want, info: ModelInfo | Footprint, known: Remembered = NOTHING) -> Preview:
+    """Return what would become of `want`, asked `now`, if an inspection found `info` and `known`; `core` stays.
 
     What is due by now is taken to have happened. `want` is for a lease or a preload.
     """
@@ -88,7 +89,7 @@ def preview(now: float, core: Core, want: Want, info: ModelInfo | Footprint) -> 
     request = RequestId(max(pool.requests, default=0) + 1)
     commands = scratch.step(now, on.Acquire(request, want))
     if (model := pool.models.get(want.model)) is not None and model.inspecting:
-        commands += scratch.step(now, on.Inspected(want.model, info))
+        commands += scratch.step(now, on.Inspected(want.model, info, known))
     for command in commands:
         match command:
             case do.Grant(answered, runner) if answered == request and runner is not None:
@@ -112,13 +113,13 @@ def preview(now: float, core: Core, want: Want, info: ModelInfo | Footprint) -> 
 def _planned(pool: Pool, want: Want, plans: Sequence[Plan], outcome: Outcome) -> Preview:
     """Return what was planned for a line: the first plan with victims counts, since the next has them gone already."""
     model = pool.models[want.model]
-    rooms = [plan.rooms[want] for plan in plans if want in plan.rooms]
+    rooms = [(plan.rooms[want], plan.options[want]) for plan in plans if want in plan.rooms]
     if not rooms:
         return Preview(outcome, want.options)
-    room = next((room for room in rooms if room.victims), rooms[-1])
+    room, asked = next((found for found in rooms if found[0].victims), rooms[-1])
     if room.victims:
         outcome = Outcome.evicts
-    options, demand = model.demand(want.options, pool.limits)
+    options, demand = model.demand(asked, pool.limits)
     exact = bool(demand.footprint.fixed)
     needs, placement = dict(needed(room.placement, exact=exact)), room.placement
     shares = _shares(pool, demand.footprint, placement.gpu_layers, dict(placement.bytes), needs, dict(room.free))
@@ -175,7 +176,9 @@ class Advice:
     preview: Preview
 
 
-def advise(now: float, core: Core, want: Want, info: ModelInfo | Footprint, found: Preview) -> tuple[Advice, ...]:
+def advise(
+    now: float, core: Core, want: Want, info: ModelInfo | Footprint, found: Preview, known: Remembered = NOTHING
+) -> tuple[Advice, ...]:
     """Return how to ask so that it fits, the least harm first; empty where it does, or no option would help.
 
     Of what never fits, that is with which options it would, if need be once others have left; of what evicts or
@@ -198,7 +201,7 @@ def advise(now: float, core: Core, want: Want, info: ModelInfo | Footprint, foun
         if tries == MOST_TRIES or len(advice) == MOST_ADVICE:
             break
         tries += 1
-        other = preview(now, core, replace(want, options=options), info)
+        other = preview(now, core, replace(want, options=options), info, known)
         if _worth(other) > _worth(found):
             advice.append(Advice(options, other))
             harms.append(harm)

@@ -74,12 +74,14 @@ class Runner:
     keep_alive_s: float  # how long it rests idle; infinite: for ever
     launched_at: float
     state: RunnerState = RunnerState.loading  # written by Table.fire alone
-    options: Options = field(default_factory=Options)  # what it really got; as told until it is loaded
+    options: Options = field(default_factory=Options)  # what it really got; until it is loaded as told, but for threads
     accepted: set[Options] = field(default_factory=set)  # what was asked and comes to the same
     leases: set[RequestId] = field(default_factory=set)  # non-empty iff ready, or expiring and still draining
     loaded_at: float | None = None  # set once, when the process said that it serves
     used_at: float = 0.0  # the last grant or release
     resident_until: float = 0.0  # minimum residency: not given up for others before
+    in_use_until: float = 0.0  # the same while it is in use: it does not drain for others before; never earlier
+    kept_until: float = 0.0  # idle: its users may be about to ask again; not given up for others before
     process: bool = True  # a process may be alive: from Launch to Exited
     stopping: bool = False  # Stop has been sent; it is sent once
     expire_when_served: bool = False  # asked to expire while loading: its waiters are served, then it goes
@@ -91,9 +93,10 @@ class Runner:
     memory_by: float = 0.0  # when the wait for its memory is over
     claim: int = 0  # its devices are the program's own by this Claim, while it may take more memory; 0: by none
     keeps_default: bool = True  # no request has named its keep-alive: a changed default holds for it too
+    whole: bool = False  # all its layers are on GPUs
 
     def __post_init__(self) -> None:
-        if self.loaded_at is None:
+        if self.options == Options():
             self.options = self.told
 
     def holds_no_lease(self) -> bool:
@@ -105,11 +108,17 @@ class Runner:
         """Whether it is its model's one runner: loading, ready or idle."""
         return self.state is LOADING or self.state is READY or self.state is IDLE
 
+    @property
+    def on_host(self) -> bool:
+        """Whether it takes the host's cores while it works, as far as is known."""
+        return self.placement.threads is not None and self.placement.threads.on_host
+
     def copy(self) -> Runner:
         """Return an independent copy; what it shares is immutable."""
         return Runner(
             self.id, self.model, self.told, self.placement, self.keep_alive_s, self.launched_at, self.state,
             self.options, set(self.accepted), set(self.leases), self.loaded_at, self.used_at, self.resident_until,
-            self.process, self.stopping, self.expire_when_served, self.out_of_memory, self.wanted, self.last_sample,
-            dict(self.awaited), self.due_at, self.memory_by, self.claim, self.keeps_default,
+            self.in_use_until, self.kept_until, self.process, self.stopping, self.expire_when_served,
+            self.out_of_memory, self.wanted, self.last_sample, dict(self.awaited), self.due_at, self.memory_by,
+            self.claim, self.keeps_default, self.whole,
         )  # fmt: skip

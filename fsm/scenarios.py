@@ -17,11 +17,12 @@ A, B, C = map(ModelId, "abc")
 GPU0, GPU1 = map(DeviceId, ("gpu0", "gpu1"))
 HOST_8 = ((HOST, 8 * GIB),)
 # All different, so that no two deadlines fall together by chance. Nothing rests for a time unless a scenario says so;
+# nothing is kept for its next user, which would be one more deadline of the kind of a residency, for every use;
 # memory is looked at once more before the wait for it is over: of times only the order is told apart, and a look every
 # quarter of a second would be the same state again and again.
 LIMITS = Limits(
     keep_alive_s=math.inf, max_wait_s=20.0, min_residency_s=3.0, load_timeout_s=50.0, recovery_interval_s=4.0,
-    recovery_timeout_s=5.0, back_off_s=11.0, good_life_s=60.0,
+    recovery_timeout_s=5.0, back_off_s=11.0, good_life_s=60.0, rest_part=0.0,
 )  # fmt: skip
 
 
@@ -82,6 +83,11 @@ SCENARIOS: tuple[Scenario, ...] = (
         "reload", "a model with a small context and a large one, measured, beside another",
         ((HOST, GIB), (GPU0, GIB)), ((A, _model(2, 200)), (B, _model(2, 200))),
         (_lease(A, SMALL), _lease(A, LARGE), _lease(B)), 3, 40_000, LIMITS, fills=True, expires=False, closes=False,
+    ),
+    Scenario(
+        "read-ahead", "files that are read while a GPU is waited for, with more or less memory to spare",
+        ((HOST, GIB), (GPU0, GIB)), ((A, _model(2, 300)), (B, _model(2, 300))), EITHER, 3, 40_000, LIMITS,
+        other_devices=((HOST, 600 * MIB), (GPU0, GIB)), expires=False, closes=False,
     ),
     Scenario(
         "keep-alive", "runners that rest for a time, for no time, and for ever",

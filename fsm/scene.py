@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
 
-from fsm.eviction import Candidate, EvictionPolicy, KeepAliveOrder, LeastRecentlyUsed
+from fsm.eviction import Candidate, EvictionPolicy, KeepAliveOrder, LeastExpectedLoading, LeastRecentlyUsed
 from fsm.faults import Faults, draw_faults
 from fsm.footprint import Footprint
 from fsm.ledger import DeviceSample
@@ -16,6 +16,7 @@ from fsm.model import HOST, MIB, DeviceId, ModelInfo, Options
 from fsm.request import ModelId, Purpose, Want
 
 GIB = 1024 * MIB
+CORES = 8  # of the host
 INTEGRATED = DeviceId("gpu-integrated")
 
 Info = Footprint | ModelInfo
@@ -120,7 +121,7 @@ def _model_info(draw: Random, layers: int, size: int) -> ModelInfo:
 
 def _devices(draw: Random) -> tuple[DeviceSample, ...]:
     capacity = draw.choice((2, 4, 8, 32)) * GIB
-    devices = [DeviceSample(HOST, "cpu", "host", capacity, capacity)]
+    devices = [DeviceSample(HOST, "cpu", "host", capacity, capacity, cores=CORES)]
     for number in range(draw.choice((0, 0, 1, 1, 2, 3))):
         size = draw.choice((1, 4, 8)) * GIB
         instance = draw.random() < 0.05
@@ -145,12 +146,14 @@ def _limits(draw: Random) -> Limits:
         spread=draw.random() < 0.1,
         require_gpu=draw.random() < 0.1,
         claims=draw.random() < 0.3,
+        remembers=draw.random() < 0.3,
         claim_timeout_s=draw.choice((5.0, 60.0)),
     )
 
 
 def _policy(draw: Random) -> EvictionPolicy:
-    return draw.choice((LeastRecentlyUsed(), KeepAliveOrder(), Capricious(False), Capricious(True)))
+    order = LeastRecentlyUsed(), KeepAliveOrder(), Capricious(False), Capricious(True)
+    return draw.choice((LeastExpectedLoading(), *order))
 
 
 def _wants(draw: Random, names: Sequence[ModelId], devices: Sequence[DeviceSample]) -> tuple[Want, ...]:

@@ -139,7 +139,7 @@ class World:
                 for id in requests:
                     if self.draw.random() < 0.3:
                         self.after(self._about(0.1), lambda id=id: self._give_back(id))  # type: ignore[misc]  # binds now
-            case do.Unclaim() | do.Finish():
+            case do.Unclaim() | do.Prefetch() | do.Remember() | do.Finish():
                 pass
 
     def _happens(self, rate: float) -> bool:
@@ -349,7 +349,7 @@ class World:
             capacity = self.capacities[one.memory]
             free = max(0, capacity - used.get(one.memory, 0))
             self.last[one.id] = sample = DeviceSample(
-                one.id, one.kind, one.name, capacity, free, one.integrated, one.instance
+                one.id, one.kind, one.name, capacity, free, one.integrated, one.instance, cores=one.cores
             )
             devices.append(sample)
         measured = tuple(entry for entry in resident if entry[1])

@@ -48,6 +48,7 @@ class WaitView:
     position: int  # 0: first
     queued_at: float
     waits_for: str
+    until: float  # when that is expected to be over, or looked at again; infinite: unknown
     gives_up_at: float  # infinite: it has no time limit of its own
 
 
@@ -111,6 +112,7 @@ def _queue(pool: Pool) -> tuple[WaitView, ...]:
             position,
             request.queued_at,
             line.waits_for,
+            line.until,
             gives_up_at=pool.timers.at(("request", request.id)),
         )
         for position, (line, request) in enumerate(waiting)

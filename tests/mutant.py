@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import ModuleType
 
 import pytest
 
@@ -45,11 +46,11 @@ def mutant(scenario: str, defect: str = "", most: int = MOST) -> Callable[[Calla
     return add
 
 
-def instead(patch: Patch, owner: type, name: str) -> Callable[[Callable[..., object]], None]:
-    """Replace a method; what replaces it is handed the method itself first."""
+def instead(patch: Patch, owner: type | ModuleType, name: str) -> Callable[[Callable[..., object]], None]:
+    """Replace a method, or a function of a module; what replaces it is handed the original first."""
     original = getattr(owner, name)
 
     def put(faulty: Callable[..., object]) -> None:
-        patch.setattr(owner, name, lambda self, *args, **how: faulty(original, self, *args, **how))
+        patch.setattr(owner, name, lambda *args, **how: faulty(original, *args, **how))
 
     return put

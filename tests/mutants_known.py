@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
 
+from fsm import candidates
 from fsm import commands as do
 from fsm import events as on
 from fsm.actions import Actions
 from fsm.core import Core
 from fsm.endings import Endings
-from fsm.planning import _Planner
+from fsm.pool import Pool
 from fsm.request import Request, RequestState
 from fsm.runner import EXPIRING, LOADING, READY, Runner
 from tests.mutant import Patch, instead, mutant
@@ -34,10 +34,9 @@ def a_victim_comes_back(patch: Patch) -> None:
 def busy_for_ever(patch: Patch) -> None:
     """A victim that is always in use by somebody is waited for without end."""
 
-    @instead(patch, _Planner, "_candidate")
-    def candidate(original: Callable[..., object], planner: _Planner, runner: Runner, head: Request) -> object:
-        found = original(planner, runner, head)
-        return replace(found, free_at=math.inf) if runner.leases else found
+    @instead(patch, candidates, "may_go_at")
+    def may_go_at(original: Callable[..., float], pool: Pool, runner: Runner, bound: float) -> float:
+        return math.inf if runner.leases else original(pool, runner, bound)
 
 
 @mutant("keep-alive", "D03")

@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
+from fsm import candidates, core, prefetching
 from fsm import commands as do
 from fsm import events as on
 from fsm.actions import Actions
 from fsm.claims import Claims
 from fsm.core import Core
 from fsm.endings import Endings
+from fsm.model import HOST
+from fsm.plan import Plan
 from fsm.planning import _Planner
 from fsm.pool import Line, Pool
 from fsm.request import Request
@@ -120,19 +123,18 @@ def stopped_in_use(patch: Patch) -> None:
 def busy_runners_go_at_once(patch: Patch) -> None:
     """A runner in use is given up before whoever wants its place has waited long enough."""
 
-    @instead(patch, _Planner, "_candidate")
-    def candidate(original: Callable[..., object], planner: _Planner, runner: Runner, head: Request) -> object:
-        return replace(original(planner, runner, head), free_at=max(planner.pool.now, runner.resident_until))
+    @instead(patch, candidates, "may_go_at")
+    def may_go_at(original: Callable[..., float], pool: Pool, runner: Runner, bound: float) -> float:
+        return max(pool.now, runner.resident_until)
 
 
 @mutant("one-place")
 def no_residency(patch: Patch) -> None:
     """A runner may go as soon as it is loaded: two clients could unload each other's models for ever."""
 
-    @instead(patch, _Planner, "_candidate")
-    def candidate(original: Callable[..., object], planner: _Planner, runner: Runner, head: Request) -> object:
-        found = original(planner, runner, head)
-        return found if runner.leases else replace(found, free_at=planner.pool.now)
+    @instead(patch, candidates, "may_go_at")
+    def may_go_at(original: Callable[..., float], pool: Pool, runner: Runner, bound: float) -> float:
+        return original(pool, runner, bound) if runner.leases else pool.now
 
 
 @mutant("pins")
@@ -181,9 +183,10 @@ def loads_have_no_clock(patch: Patch) -> None:
 def stopped_processes_do_not_count(patch: Patch) -> None:
     """More processes are alive than there may be, while those that were told to stop end."""
 
-    @instead(patch, Pool, "alive")
-    def alive(original: Callable[..., int], pool: Pool) -> int:
-        return sum(runner.process and not runner.stopping for runner in pool.runners.values())
+    @instead(patch, _Planner, "__init__")
+    def init(original: Callable[..., None], planner: _Planner, pool: Pool, policy: object) -> None:
+        original(planner, pool, policy)
+        planner.places += sum(runner.process and runner.stopping for runner in pool.runners.values())
 
 
 # -- memory -----------------------------------------------------------------------------------------------------------
@@ -252,3 +255,23 @@ def a_claim_is_given_back_twice(patch: Patch) -> None:
         original(act, runner, event)
         if claim:
             act.commands.append(do.Unclaim(claim))
+
+
+# -- files ------------------------------------------------------------------------------------------------------------
+
+
+@mutant("read-ahead")
+def a_file_is_read_ahead_for_whoever_has_left(patch: Patch) -> None:
+    """Nobody is told to stop reading when the last one leaves the queue."""
+
+    def read_ahead(act: Claims, plan: Plan | None) -> None:
+        if plan is not None:
+            prefetching.read_ahead(act, plan)
+
+    patch.setattr(core, "read_ahead", read_ahead)
+
+
+@mutant("read-ahead")
+def what_is_read_ahead_forgets_what_is_promised(patch: Patch) -> None:
+    """All that the host reports as free is taken for spare."""
+    patch.setattr(prefetching, "spare_bytes", lambda ledger: ledger.devices[HOST].free_bytes)

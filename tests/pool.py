@@ -29,6 +29,7 @@ from fsm.footprint import Footprint
 from fsm.ledger import DeviceSample, Placement
 from fsm.limits import Limits
 from fsm.model import HOST, DeviceId, ModelInfo, Options
+from fsm.remembered import NOTHING, Remembered
 from fsm.request import Purpose, Want
 from fsm.runner import Runner, RunnerState
 
@@ -171,6 +172,7 @@ class PoolUnderTest:
         self.shares = shares  # every Claim is had at once
         self.capacities = {HOST: capacity} | {DeviceId(f"gpu{i}"): size for i, size in enumerate(gpus)}
         self.integrated = integrated
+        self.cores = 0  # of the host; 0: unknown
         self.strangers: dict[str, int] = {}  # bytes by device that other programs hold
         self.occupied: dict[int, dict[DeviceId, int]] = {}  # bytes by device of each process that has loaded
         self.mapped: dict[int, int] = {}  # bytes by process of what it occupies of the host: pages of its file
@@ -181,6 +183,7 @@ class PoolUnderTest:
         self.launches: dict[int, do.Launch] = {}  # by runner
         self.stops: set[int] = set()
         self.claims: dict[int, do.Claim] = {}  # by number, from Claim to Unclaim
+        self.known: dict[str, Remembered] = {}  # what a store says of models
         self.claimed = 0  # how many there were
         self._next_request = 1001  # of those that a test gives no number
 
@@ -213,7 +216,9 @@ class PoolUnderTest:
         mapped = {runner: size for runner, size in self.mapped.items() if runner in self.occupied}
         free[HOST] += sum(mapped.values())  # page cache
         devices = tuple(
-            DeviceSample(id, "cpu" if id == HOST else "gpu", id, size, max(0, free[id]), id != HOST and self.integrated)
+            DeviceSample(HOST, "cpu", HOST, size, max(0, free[HOST]), cores=self.cores)
+            if id == HOST
+            else DeviceSample(id, "gpu", id, size, max(0, free[id]), self.integrated)
             for id, size in self.capacities.items()
         )
         resident = tuple((runner, tuple(held.items())) for runner, held in self.occupied.items())
@@ -291,7 +296,7 @@ class PoolUnderTest:
 
     def inspection(self, model: str) -> on.Inspected:
         """Return the end of an Inspect."""
-        return on.Inspected(model, self.outcome(model))
+        return on.Inspected(model, self.outcome(model), self.known.get(model, NOTHING))
 
     def launch(self, runner: int, model: str) -> do.Launch:
         """Return the Launch of a model of declared size that is asked for without options."""

@@ -26,9 +26,11 @@ EXCEPTIONS = {
 }
 # Imports point one way: a module may import those above it. One that is not listed stands on top of them all.
 ORDER = (
-    "table", "model", "footprint", "options", "estimate", "limits", "timers", "request", "ledger", "runner", "commands",
-    "events", "journal", "placement", "eviction", "pool", "planning", "snapshot", "actions", "endings", "claims",
-    "core", "record", "preview", "world", "canonical", "judge", "explore", "scenarios",
+    "table", "model", "footprint", "remembered", "options", "estimate", "limits", "timers", "request", "ledger",
+    "runner", "commands", "events", "journal", "dealing", "placement", "reuse", "eviction", "choosing", "pool",
+    "keeping", "waiting", "threads", "automatic", "candidates", "plan", "explain", "planning", "snapshot", "actions",
+    "prefetching", "endings", "claims", "core", "record", "preview", "world", "canonical", "judge", "explore",
+    "scenarios",
 )  # fmt: skip
 IMPURE_NAMES = {"open", "input", "print", "exec", "eval", "__import__", "globals", "breakpoint"}
 

@@ -207,7 +207,7 @@ def test_a_model_is_offloaded_in_part_to_one_instance() -> None:
     """Where none takes it whole, the rest stays on the host rather than on the instance beside it."""
     pool = changing(a_pool("64GiB", ("3GiB", "3GiB")), lambda gpu, host: replace(gpu, instance=True))
     pool.declare("a", FOUR_LAYERS).loading("a", request=1)
-    assert pool.launches[1].placement.gpu_layers == (("gpu0", 2),)
+    assert pool.launches[1].placement.gpu_layers == (("gpu0", 3),)
 
 
 # -- figures that are not of the moment -------------------------------------------------------------------------------

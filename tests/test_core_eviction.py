@@ -7,10 +7,12 @@ from collections.abc import Sequence
 
 import pytest
 
+from fsm.choosing import first as choose
 from fsm.commands import Ask, Grant, Stop
-from fsm.eviction import POLICIES, Candidate, KeepAliveOrder, LeastRecentlyUsed, choose
+from fsm.eviction import POLICIES, Candidate, KeepAliveOrder, LeastRecentlyUsed
 from fsm.runner import RunnerState
 from tests.pool import (
+    PoolUnderTest,
     a_pool,
     acquire,
     amount,
@@ -210,12 +212,65 @@ def test_nobody_is_asked_for_an_idle_runner() -> None:
 
 def test_a_runner_that_was_just_loaded_keeps_its_place_for_a_while() -> None:
     """Two models under steady traffic would otherwise only load: one load's time of use is everybody's due."""
-    pool = a_pool().loading("a", request=1)
-    pool.advance("7s")
-    pool.feed(loaded(1), release(1))
+    pool = a_pool(max_wait_s=6.0).loading("a", request=1)
+    pool.advance("5s")
+    pool.feed(acquire("b", request=2))
+    pool.advance("2s")
+    pool.feed(loaded(1))
+    pool.advance("5.9s")  # the bound on the wait was over after 4 s
+    assert pool.feed(acquire("a", request=3)) == [Grant(3, 1)]
+    pool.advance("0.1s")
+    assert pool.feed(acquire("a", request=4)) == []  # it drains
+
+
+def test_a_residency_that_was_set_holds_for_an_idle_runner_too() -> None:
+    """Whoever sets it wants it kept, in use or not."""
+    pool = a_pool(min_residency_s=7.0).ready("a", lease=1)
+    pool.feed(release(1))
     assert pool.feed(acquire("b", request=2)) == []
     assert pool.advance("6.9s") == []
     assert pool.advance("0.1s") == [Stop(1)]
+
+
+def rested(load: str, **limits: float) -> PoolUnderTest:
+    """A runner whose load took so long, and whose only lease has just come back."""
+    pool = a_pool(**limits).loading("a", request=1)
+    pool.advance(load)
+    pool.feed(loaded(1), release(1))
+    return pool
+
+
+def test_a_runner_that_came_to_rest_is_kept_for_a_twentieth_of_its_load() -> None:
+    """A user that asks again at once is not to find its model gone; an automatic residency is over with the rest."""
+    pool = rested("4s")
+    assert pool.feed(acquire("b", request=2)) == []
+    assert pool.advance("0.19s") == []
+    assert pool.advance("0.01s") == [Stop(1)]
+
+
+def test_every_use_begins_the_rest_anew() -> None:
+    """It is counted from the last one: whoever is asked again and again is in use."""
+    pool = rested("4s")
+    pool.feed(acquire("b", request=2))
+    for request in (3, 4, 5):
+        pool.advance("0.15s")
+        assert pool.feed(acquire("a", request)) == [Grant(request, 1)]
+        assert pool.feed(release(request)) == []
+    assert pool.advance("0.2s") == [Stop(1)]
+
+
+def test_a_rest_is_no_longer_than_a_second() -> None:
+    """A model that takes minutes to load is not kept idle for as long as others could load in."""
+    pool = rested("100s")
+    pool.feed(acquire("b", request=2))
+    assert pool.advance("1s") == [Stop(1)]
+
+
+def test_a_rest_ends_with_the_bound_on_the_wait() -> None:
+    """Nobody waits for longer than that for the convenience of others."""
+    pool = rested("100s", max_wait_s=0.5)
+    pool.feed(acquire("b", request=2))
+    assert pool.advance("0.5s") == [Stop(1)]
 
 
 def test_a_runner_within_its_residency_still_serves() -> None:
@@ -269,7 +324,7 @@ def test_s16_the_references_order_is_by_keep_alive_then_by_path() -> None:
 
 
 def test_s16_the_default_order_is_by_last_use() -> None:
-    """S16: the longest unused first, whatever its keep-alive; what is kept for ever last."""
+    """S16: with `lru`, and where a core is told no policy: the longest unused first, what is kept for ever last."""
     candidates = [
         a_candidate(1, "a", used_at=1.0, keep_alive_s=math.inf),
         a_candidate(2, "b", used_at=3.0, keep_alive_s=1.0),

@@ -287,6 +287,43 @@ def test_s31_nobody_else_waits_for_it() -> None:
     assert pool.feed(loaded(2)) == [Grant(1, 2)]
 
 
+def test_two_loads_go_on_beside_a_device_whose_memory_is_awaited() -> None:
+    """Rule 10: of three GPUs one waits for its driver; who wants the others is loaded there, at the same time."""
+    pool = a_pool("64GiB", ("8GiB", "8GiB", "8GiB")).declare("x", layered(4, "1500MiB"))
+    for model in "bcd":
+        pool.declare(model, layered(4, "1500MiB"))
+    pool.ready("x", lease=1)
+    gone = pool.launches[1].placement.gpu_layers[0][0]
+    pool.samples = False
+    pool.feed(pool.sample(), release(1), on.Expire("x"))
+    pool.strangers = {gone: 6 * GIB}
+    pool.feed(exited(1))
+    commands = pool.feed(*(acquire(model, request) for request, model in enumerate("bcd", 2)))
+    assert launched(commands) == ["b", "c"]
+    assert {device for id in (2, 3) for device, _ in pool.launches[id].placement.gpu_layers} == {
+        f"gpu{number}" for number in range(3)
+    } - {gone}
+    assert pool.waits_for(4) == "memory that is on its way back"
+    pool.feed(loaded(2), loaded(3))
+    pool.strangers = {}
+    assert launched(pool.feed(pool.sample())) == ["d"]
+
+
+def test_two_gpus_whose_memory_is_awaited_are_loaded_on_in_the_order_in_which_it_comes_back() -> None:
+    """The younger waiter's GPU is back first: it does not wait for the older one's, nor for that to load."""
+    pool = a_gpu_pool().idle("a").idle("b")
+    pool.declare("c", Footprint(fixed=((GPU, 6 * GIB),))).declare("d", Footprint(fixed=((OTHER, 6 * GIB),)))
+    pool.feed(pool.sample(), expire("a"), expire("b"))
+    pool.strangers = {GPU: 4 * GIB, OTHER: 4 * GIB}
+    pool.feed(exited(1), exited(2))
+    assert launched(pool.feed(acquire("c", request=1), acquire("d", request=2))) == []
+    pool.strangers = {GPU: 4 * GIB}
+    assert launched(pool.feed(pool.sample())) == ["d"]
+    pool.strangers = {}
+    assert launched(pool.feed(pool.sample())) == ["c"]
+    assert (pool.state("c"), pool.state("d")) == (RunnerState.loading, RunnerState.loading)
+
+
 def test_d12_each_device_is_waited_for_by_itself() -> None:
     """D12: two runners of two devices are each unloaded by their own memory's return."""
     pool = a_gpu_pool().idle("a").idle("b")

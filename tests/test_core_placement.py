@@ -113,13 +113,13 @@ def test_a_split_counts_every_layer_once() -> None:
 
 
 def test_a_part_is_as_many_layers_as_fit_and_the_rest_stays_on_the_host() -> None:
-    """The last layers go first, as llama.cpp offloads them; the host computes the others."""
+    """The output goes first, then the last layers, as llama.cpp offloads them; the host computes the others."""
     footprint = layered(4, "1GiB", output="512MiB", host="256MiB", compute="128MiB")
     placement = placed({HOST: 64, "gpu0": 3}, footprint, Offload.part)
     assert placement.gpu_layers == (("gpu0", 2),)
     amounts = dict(placement.bytes)
-    assert amounts["gpu0"] == 2 * GIB + GIB // 8
-    assert amounts[HOST] == 2 * GIB + GIB // 2 + GIB // 4 + GIB // 8
+    assert amounts["gpu0"] == GIB + GIB // 2 + GIB // 8
+    assert amounts[HOST] == 3 * GIB + GIB // 4 + GIB // 8
 
 
 def test_on_the_host_alone_everything_stays_there() -> None:
@@ -129,19 +129,18 @@ def test_on_the_host_alone_everything_stays_there() -> None:
     assert placement == Placement(((HOST, 4 * GIB + GIB // 2 + GIB // 4 + GIB // 8),))
 
 
-def test_the_output_is_the_last_to_be_offloaded() -> None:
-    """With as many as there are repeating layers, it is still on the host."""
+def test_the_output_is_the_first_to_be_offloaded() -> None:
+    """With as many as there are repeating layers, the first of these is still on the host."""
     footprint = layered(4, "1GiB", output="512MiB")
-    assert dict(placed({HOST: 64, "gpu0": 64}, footprint, Offload.part, num_gpu=4).bytes) == {
-        "gpu0": 4 * GIB,
-        HOST: GIB // 2,
-    }
+    one, four = (placed({HOST: 64, "gpu0": 64}, footprint, Offload.part, num_gpu=layers) for layers in (1, 4))
+    assert dict(one.bytes) == {"gpu0": GIB // 2, HOST: 4 * GIB}
+    assert dict(four.bytes) == {"gpu0": 3 * GIB + GIB // 2, HOST: GIB}
 
 
 def test_a_number_of_layers_that_is_named_is_kept_to() -> None:
     """Neither more, where more would fit, nor fewer, where it does not."""
     assert placed({HOST: 64, "gpu0": 64}, offload=Offload.part, num_gpu=2).gpu_layers == (("gpu0", 2),)
-    assert placed({HOST: 64, "gpu0": 2}, offload=Offload.part, num_gpu=2) is None
+    assert placed({HOST: 64, "gpu0": 2}, offload=Offload.part, num_gpu=3) is None
 
 
 @pytest.mark.parametrize(
@@ -180,7 +179,7 @@ def a_gpu_pool(*gpus: str, **how: object) -> PoolUnderTest:
 def test_s13_a_model_that_fits_no_gpu_whole_is_offloaded_in_part() -> None:
     """S13: with nothing loaded there is nothing better to wait for."""
     pool = a_gpu_pool("4GiB").loading("a", request=1)
-    assert pool.launches[1].placement.gpu_layers == (("gpu0", 3),)
+    assert pool.launches[1].placement.gpu_layers == (("gpu0", 4),)
 
 
 def test_s13_a_model_that_would_fit_whole_without_others_evicts_them() -> None:
@@ -203,12 +202,12 @@ def test_s13_only_what_is_pinned_makes_a_part_the_best_there_is() -> None:
     pool = a_gpu_pool("8GiB").idle("a")
     pool.feed(pin("a"))
     assert launched(pool.feed(acquire("b", request=1))) == ["b"]
-    assert pool.launches[2].placement.gpu_layers == (("gpu0", 3),)
+    assert pool.launches[2].placement.gpu_layers == (("gpu0", 4),)
 
 
 def test_a_model_goes_to_the_host_where_no_layer_fits_a_gpu() -> None:
     """Rather slow than not at all, unless its request said otherwise."""
-    pool = a_gpu_pool("1GiB").loading("a", request=1)
+    pool = a_gpu_pool("1GiB").declare("a", layered(4, "1GiB", output="1GiB")).loading("a", request=1)
     assert pool.launches[1].placement.gpu_layers == ()
 
 
@@ -266,7 +265,7 @@ def test_s26_a_model_that_fits_nowhere_is_refused_with_the_numbers() -> None:
     """S26: with nothing loaded a miss is an error, and says what it missed by."""
     pool = a_pool(capacity="2GiB", gpus=("1GiB",)).declare("a", FOUR_LAYERS)
     assert refused(pool.feed(acquire("a", request=1))) == {1: DoesNotFit}
-    assert dict(pool.refusal(1).needed) == {HOST: 5 * GIB}
+    assert dict(pool.refusal(1).needed) == {HOST: GIB * 5 // 4, "gpu0": 3 * GIB * 5 // 4}
     assert dict(pool.refusal(1).available) == {HOST: 2 * GIB, "gpu0": GIB}
 
 

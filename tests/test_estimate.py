@@ -144,9 +144,10 @@ def test_an_embedder_takes_a_whole_context_in_one_pass(asked: int | None) -> Non
     assert (options.num_batch, micro_batch(EMBEDDER, options)) == (1000, 1000)
 
 
-def test_a_generating_model_computes_512_tokens_in_a_pass() -> None:
-    """However large the batch is."""
-    assert micro_batch(A_MODEL, resolve(A_MODEL, Options(num_batch=2048))) == 512
+@pytest.mark.parametrize(("asked", "tokens"), [(None, 512), (64, 64), (2048, 2048), (4096, 2048)])
+def test_a_generating_model_computes_its_batch_in_a_pass(asked: int | None, tokens: int) -> None:
+    """Up to 2048 tokens: the buffers that a pass takes grow with it."""
+    assert micro_batch(A_MODEL, resolve(A_MODEL, Options(num_batch=asked))) == tokens
 
 
 # serves
@@ -183,7 +184,7 @@ def test_s30_any_other_difference_needs_a_reload(name: str, value: object) -> No
 
 def test_s30_every_option_is_compared() -> None:
     """S30: an option that is added later is not forgotten."""
-    assert {each.name for each in fields(Options)} == {*CHANGES, "num_ctx", "num_parallel"}
+    assert {each.name for each in fields(Options)} == {*CHANGES, "num_ctx", "num_parallel", "require_gpu"}
 
 
 def test_s30_a_negative_num_gpu_matches_any() -> None:

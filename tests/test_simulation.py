@@ -27,7 +27,7 @@ from tests import fuzz_core
 
 AuditStep = tuple[Event, tuple[Command, ...], tuple[Entry, ...], int]  # and how many are said to wait
 
-SEEDS, STEPS = 45, 700
+SEEDS, STEPS = 60, 700
 PLANTED_SEEDS = 20
 
 
@@ -195,6 +195,8 @@ GIVEN_UP = Transition(0.0, RunnerId(1), ModelId("a"), "expire", READY, EXPIRING,
 UNLOADED_SOON = Transition(0.0, RunnerId(1), ModelId("a"), "unload", EXPIRING, UNLOADED, "", 0)
 LOADED, TICK, STOP, GRANT = on.Loaded(RunnerId(1)), on.Tick(), do.Stop(RunnerId(1)), do.Grant(RequestId(1), RunnerId(1))
 REFUSED = do.Reject(RequestId(1), do.DoesNotFit(ModelId("a"), (), (), ""))
+IN_A_HURRY = on.Acquire(RequestId(1), LEASE, None, 9.0)
+HOPELESS = do.Reject(RequestId(1), do.NotInTime(ModelId("a"), 9.0, 8.0, 8.0, None))
 BEGUN = (ASKED, (LAUNCH,), (LAUNCHED,), 1)
 SERVING = (BEGUN, (LOADED, (GRANT,), (), 0))
 ENDED = on.Exited(RunnerId(1), 0)
@@ -222,6 +224,8 @@ BLUNDERS: dict[str, tuple[AuditStep, ...]] = {
     "who left is not answered": ((ASKED, (), (), 1), (on.Cancel(RequestId(1)), (), (), 1)),
     "waits beyond its time": ((on.Acquire(RequestId(1), LEASE, None, 0.0), (), (), 1), (TICK, (), (), 1)),
     "before its time": ((ASKED, (do.Reject(RequestId(1), do.TimedOut(ModelId("a"), 1.0, "")),), (), 0),),
+    "although there is time": ((IN_A_HURRY, (HOPELESS,), (), 0),),
+    "is told late": ((IN_A_HURRY, (), (), 1), (TICK, (HOPELESS,), (), 0)),
     "has not left": ((ASKED, (do.Reject(RequestId(1), do.Cancelled(ModelId("a"))),), (), 0),),
     "but open": ((ASKED, (do.Reject(RequestId(1), do.Closed()),), (), 0),),
     "after the close": ((on.Close(1.0), (), (), 0), (ASKED, (LAUNCH,), (LAUNCHED,), 1)),
@@ -238,3 +242,8 @@ def test_the_audit_notices(what: str) -> None:
     with pytest.raises(AssertionError, match=what):
         for now, (event, commands, entries, queued) in enumerate((*before, last)):
             audit.step(float(now), event, commands, entries, queued)
+
+
+def test_memory_of_the_programs_own_waits_for_no_process() -> None:
+    """Seed 40109: those before it had booked more processes than may live, and a set was sought that frees as many."""
+    assert simulate(Random(40109), 150).violation is None

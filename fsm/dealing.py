@@ -1,0 +1,103 @@
+"""How consecutive layers are dealt to several GPUs: as few GPUs as possible, whichever of them and in whichever order.
+
+GPUs have an order of preference. The first few of them in that order are tried first, each with as many layers as it
+takes, which in a given order is the best that can be done. Where they do not take all, other GPUs or another order may:
+with layers or GPUs of unequal size it matters who comes first. So every set of GPUs is tried then, each with the order
+in which it takes most, which is exact for up to eight GPUs of different room and bounded for more.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from itertools import accumulate
+
+MOST_SETS = 70  # of one size that are looked at: all there are of eight GPUs
+
+
+class Deal:
+    """Layers to be dealt to GPUs that have `rooms` bytes for them, the preferred GPU first.
+
+    Whichever GPU comes first takes `first_bytes` besides. Answers are (GPU, layers) in the order of the layers, GPUs
+    by their places in `rooms`; each GPU has at least one layer.
+    """
+
+    def __init__(self, layers_bytes: Sequence[int], first_bytes: int, rooms: Sequence[int]) -> None:
+        self._ends = list(accumulate(layers_bytes, initial=0))  # bytes of the first 0, 1, 2, … layers
+        self._first_bytes = first_bytes
+        self._rooms = rooms
+        self._count = len(layers_bytes)
+
+    def fewest(self) -> list[tuple[int, int]]:
+        """Deal all layers to as few GPUs as possible; empty where no GPUs together take them."""
+        least = self._least()
+        for size in range(least, len(self._rooms) + 1):
+            if dealt := self.in_order(range(size)):
+                return dealt if size == least else self._over(size - 1) or dealt
+        return self._over(len(self._rooms)) if least <= len(self._rooms) else []
+
+    def in_order(self, order: Sequence[int]) -> list[tuple[int, int]]:
+        """Deal all layers to GPUs in this order, to each as many as it takes; empty where some are left."""
+        dealt: list[tuple[int, int]] = []
+        at = 0
+        for gpu in order:
+            end = self._reach(at, gpu)
+            if end > at:
+                dealt.append((gpu, end - at))
+            at = end
+            if at == self._count:
+                return dealt
+        return []
+
+    def in_shares(self, size: int) -> list[tuple[int, int]]:
+        """Deal all layers to the first so many GPUs, to each its share of their room; empty where some are left."""
+        rooms = self._rooms[:size]
+        total_bytes = self._ends[-1] + self._first_bytes
+        part = min(1.0, total_bytes / max(1, sum(rooms)))
+        dealt: list[tuple[int, int]] = []
+        at = 0
+        for place in range(size):
+            end = self._reach(at, place, part if place < size - 1 else 1.0)
+            if end > at:
+                dealt.append((place, end - at))
+            at = end
+        return dealt if at == self._count else []
+
+    def _reach(self, at: int, gpu: int, part: float = 1.0) -> int:
+        """Return where a GPU's layers end that begin at `at`."""
+        room = self._rooms[gpu] - (0 if at else self._first_bytes)
+        share = room if part == 1.0 else int(room * part)
+        return at if share < 0 else max(at, bisect_right(self._ends, self._ends[at] + share) - 1)
+
+    def _least(self) -> int:
+        """Return how many GPUs it takes at least: those with most room hold enough together."""
+        missing = self._ends[-1] + self._first_bytes
+        for size, room in enumerate(sorted(self._rooms, reverse=True), 1):
+            missing -= max(0, room)
+            if missing <= 0:
+                return size
+        return len(self._rooms) + 1
+
+    def _over(self, most: int) -> list[tuple[int, int]]:
+        """Deal all layers to at most so many GPUs, in whichever order; empty where that cannot be.
+
+        For each set of GPUs only the order matters by which it takes most layers: whoever comes after takes no less.
+        """
+        reached: dict[frozenset[int], tuple[int, tuple[int, ...]]] = {frozenset(): (0, ())}
+        for _ in range(most):
+            larger: dict[frozenset[int], tuple[int, tuple[int, ...]]] = {}
+            for chosen, (at, order) in reached.items():
+                rooms: set[int] = set()  # of two GPUs with the same room the preferred one will do
+                for gpu, room in enumerate(self._rooms):
+                    if gpu in chosen or room in rooms:
+                        continue
+                    rooms.add(room)
+                    end, together = self._reach(at, gpu), chosen | {gpu}
+                    if end > at and end > larger.get(together, (0, ()))[0]:
+                        larger[together] = end, (*order, gpu)
+            whole = [(sorted(chosen), order) for chosen, (end, order) in larger.items() if end == self._count]
+            if whole:
+                return self.in_order(min(whole)[1])
+            kept = sorted(larger.items(), key=lambda item: (-item[1][0], sorted(item[0])))[:MOST_SETS]
+            reached = dict(kept)
+        return []

@@ -1,0 +1,109 @@
+"""How soon a model will be asked for again, judged by how long it rested before it was asked for so far.
+
+What is kept is a histogram of these rests for each model and one of all of them, in half octaves from a second on. To
+count one takes constant time. What is made of them, at a decision, is a hazard for each bin: of those rests that came
+so far, the part that ended in it. Where a model has shown little, that of all models stands in for its own; for rests
+beyond `LONG_S`, which end when somebody comes back rather than when somebody goes on, scaled by how often this one is
+come back to (proportional hazards with a gamma frailty: D. R. Cox 1972, J. W. Vaupel et al. 1979).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+BINS = 40  # the last one begins at six days, and has no end
+LONG_S = 600.0  # a rest that is as long as that is not a pause of somebody at work
+
+_TRUST = 3.0  # how many rests of its own a model's bin needs to count as much as that of all models
+_COMMON = 0.5  # as many returns of its own are taken for granted, at the rate of all models
+_SURE = 0.005  # the probability of longer rests that is left out
+_HALF = math.sqrt(0.5)
+_EDGES = tuple(2.0 ** (place / 2) for place in range(BINS))  # where the bins begin, seconds
+_LOG_WIDTH = math.log(2.0) / 2
+
+Histogram = dict[int, int]  # rests by bin; a bin that is empty may be missing
+
+
+def bin_of(rest_s: float) -> int:
+    """Return the bin of a rest; one of less than a second is in the first."""
+    if rest_s < 1.0:
+        return 0
+    mantissa, exponent = math.frexp(rest_s)
+    place = 2 * exponent - 2 + (mantissa >= _HALF)
+    return place if place < BINS else BINS - 1
+
+
+def count(rest_s: float, own: Histogram, common: Histogram) -> None:
+    """Note that a model was asked for after a rest; in constant time, since warm requests pay for it too."""
+    if rest_s >= 1.0:
+        place = bin_of(rest_s)
+        own[place] = own.get(place, 0) + 1
+        common[place] = common.get(place, 0) + 1
+
+
+# Of a model that would stay for a while, unless it is asked for before: the probability that it is, and the seconds
+# that it would rest until then, or else all the while, on average. For whiles of growing length.
+Outlooks = Sequence[tuple[float, float]]
+
+
+class Experience:
+    """What is known of the rests of all models, made ready for a decision."""
+
+    __slots__ = ("hazards", "rates")
+
+    def __init__(self, common: Mapping[int, int]) -> None:
+        self.hazards = [0.0] * BINS  # by bin: the probability that a rest which comes so far ends in it
+        self.rates = [0.0] * BINS  # the same, as the integral of a rate over the bin
+        reached = 0
+        for place in range(BINS - 1, -1, -1):
+            ended = common.get(place, 0)
+            reached += ended
+            hazard = (ended + 0.5) / (reached + 1.0)
+            self.hazards[place] = hazard
+            self.rates[place] = -math.log1p(-min(hazard, 0.99))
+
+    def outlooks(self, own: Mapping[int, int], rest_s: float) -> Outlooks:
+        """Return what is to be expected of a model that has rested so long, for stays of growing length."""
+        first = bin_of(rest_s)
+        hazards = self._hazards_of(own, first)
+        stays, asked, rest, at = 1.0, 0.0, 0.0, max(rest_s, 1.0)
+        found = []
+        for place in range(first, BINS - 1):
+            end_s, hazard = _EDGES[place + 1], hazards[place]
+            ends = hazard if place > first else 1.0 - (1.0 - hazard) ** (math.log(end_s / at) / _LOG_WIDTH)
+            asked += stays * ends
+            rest += stays * (end_s - at) * (1.0 - ends / 2)
+            stays *= 1.0 - ends
+            at = end_s
+            found.append((asked, rest))
+            if stays < _SURE:
+                break
+        return found
+
+    def _hazards_of(self, own: Mapping[int, int], first: int) -> list[float]:
+        """Return a model's hazards from the bin that its rest has come to on."""
+        often = self._frailty(own, first)
+        hazards = [0.0] * BINS
+        reached, expm1 = 0, math.expm1
+        for place in range(BINS - 1, first - 1, -1):
+            ended = own.get(place, 0)
+            reached += ended
+            common = self.hazards[place] if place < _LONG else -expm1(-often * self.rates[place])
+            hazards[place] = (ended + _TRUST * common) / (reached + _TRUST)
+        return hazards
+
+    def _frailty(self, own: Mapping[int, int], first: int) -> float:
+        """Return how many times as often as all models this one is come back to after a long rest.
+
+        The rest that goes on counts as far as it has come.
+        """
+        ended, expected = 0, 0.0
+        for place in range(BINS - 1, _LONG - 1, -1):
+            now = own.get(place, 0)
+            ended += now
+            expected += (ended - now / 2 + (place < first)) * self.rates[place]
+        return (ended + _COMMON) / (expected + _COMMON)
+
+
+_LONG = bin_of(LONG_S)

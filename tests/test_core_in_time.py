@@ -1,0 +1,153 @@
+"""A time limit that the model's own load exceeds: told at once, with what is known, and nobody is evicted for it."""
+
+from __future__ import annotations
+
+from fsm.commands import Grant, NotInTime, Reject, Stop, TimedOut
+from fsm.waiting import TRUSTED_S
+from tests.pool import (
+    PoolUnderTest,
+    a_pool,
+    acquire,
+    exited,
+    granted,
+    launched,
+    loaded,
+    memory,
+    refused,
+    release,
+    stopped,
+)
+
+
+def after_a_load(model: str, load_s: float, **limits: float) -> PoolUnderTest:
+    """Return a pool in which a load of `model` took so long, and whose runner is gone."""
+    pool = a_pool(min_residency_s=0.0, keep_alive_s=0.0, **limits)
+    return load_and_go(pool, model, load_s)
+
+
+def load_and_go(pool: PoolUnderTest, model: str, load_s: float) -> PoolUnderTest:
+    lease = pool.request_id()
+    pool.feed(acquire(model, lease))
+    pool.advance(load_s)
+    runner = pool.runner(model)
+    pool.feed(loaded(runner), release(lease), exited(runner))
+    return pool
+
+
+def test_a_limit_that_the_load_exceeds_is_refused_at_once() -> None:
+    """With the estimate: what the load took before."""
+    pool = after_a_load("a", 8.0)
+    assert pool.feed(acquire("a", request=1, timeout="7s")) == [Reject(1, NotInTime("a", 7.0, 8.0, 8.0, None))]
+    assert pool.waiting() == []
+
+
+def test_a_limit_that_just_suffices_is_tried() -> None:
+    """What is loaded in the last moment is granted: never refused what could be served in time."""
+    pool = after_a_load("a", 8.0)
+    assert launched(pool.feed(acquire("a", request=1, timeout="8s"))) == ["a"]
+    pool.advance("7.9s")
+    assert pool.feed(loaded(2)) == [Grant(1, 2)]
+
+
+def test_nobody_is_evicted_for_whom_there_is_no_time() -> None:
+    """It is told before room is made."""
+    pool = load_and_go(a_pool(keep_alive_s=0.0, min_residency_s=0.0), "a", 8.0)
+    pool.idle("b", keep_alive="1h")
+    assert refused(pool.feed(acquire("a", request=1, timeout="7s"))) == {1: NotInTime}
+    assert pool.feed(acquire("a", request=2, timeout="9s")) == [Stop(2)]
+
+
+def test_a_load_that_was_never_measured_promises_nothing() -> None:
+    """The first load of a model may take any time; the asker's limit ends the wait."""
+    pool = a_pool()
+    assert launched(pool.feed(acquire("a", request=1, timeout="0.001s"))) == ["a"]
+    assert refused(pool.advance("1s")) == {1: TimedOut}
+
+
+def test_what_has_passed_of_a_load_counts() -> None:
+    """Who joins a load that is nearly over waits for the rest of it."""
+    pool = after_a_load("a", 8.0)
+    pool.feed(acquire("a", request=1))
+    pool.advance("3s")
+    assert pool.feed(acquire("a", request=2, timeout="4s")) == [Reject(2, NotInTime("a", 4.0, 5.0, 8.0, 3.0))]
+    assert pool.feed(acquire("a", request=3, timeout="5s")) == []
+    assert pool.feed(loaded(2)) == [Grant(1, 2), Grant(3, 2)]
+
+
+def test_a_loaded_model_is_granted_whatever_the_limit() -> None:
+    """Warm requests wait for no load."""
+    pool = load_and_go(a_pool(min_residency_s=0.0), "a", 8.0)
+    assert pool.feed(acquire("a", request=1)) == [pool.launch(2, "a")]
+    pool.feed(loaded(2))
+    assert pool.feed(acquire("a", request=2, timeout="0s")) == [Grant(2, 2)]
+
+
+def test_the_shortest_load_counts() -> None:
+    """One that took long may have read from a cold disk: it says nothing of the next."""
+    pool = after_a_load("a", 8.0)
+    load_and_go(load_and_go(pool, "a", 2.0), "a", 30.0)
+    assert refused(pool.feed(acquire("a", request=1, timeout="1.9s"))) == {1: NotInTime}
+    assert launched(pool.feed(acquire("a", request=2, timeout="2s"))) == ["a"]
+
+
+def test_a_replaced_file_is_measured_anew() -> None:
+    """What another file took to load says nothing of this one; it is looked at before anybody is refused."""
+    pool = after_a_load("a", 8.0)
+    pool.declare("a", "1GiB")
+    assert launched(pool.feed(acquire("a", request=1, timeout="1s"))) == ["a"]
+
+
+def test_a_measured_load_is_not_believed_for_ever() -> None:
+    """Else a model whose only load was slow would never be loaded again by those who have little time."""
+    pool = after_a_load("a", 8.0)
+    pool.advance(TRUSTED_S)
+    assert refused(pool.feed(acquire("a", request=1, timeout="7s"))) == {1: NotInTime}
+    pool.advance("1s")
+    assert launched(pool.feed(acquire("a", request=2, timeout="7s"))) == ["a"]
+
+
+def test_those_with_time_wait_on() -> None:
+    """Each request is judged by its own limit; those without one are served as ever."""
+    pool = after_a_load("a", 8.0)
+    commands = pool.feed(acquire("a", 1, timeout="1s"), acquire("a", 2), acquire("a", 3, timeout="1m"))
+    assert (refused(commands), launched(commands)) == ({1: NotInTime}, ["a"])
+    assert granted(pool.feed(loaded(pool.runner("a")))) == [2, 3]
+
+
+def test_what_other_options_took_to_load_says_nothing() -> None:
+    """A load without GPUs, or with a smaller context, may be quicker; who wants what was measured is told."""
+    pool = a_pool(capacity="32GiB", min_residency_s=0.0)
+    pool.feed(acquire("a", request=1))
+    pool.advance("8s")
+    pool.feed(loaded(1), release(1))
+    pool.feed(acquire("a", request=2, timeout="1s", num_thread=3))
+    assert stopped(pool.advance("0.4s")) == [1]
+    pool.feed(exited(1))
+    pool.advance("0.5s")
+    assert pool.feed(loaded(2)) == [Grant(2, 2)]
+    assert refused(pool.feed(acquire("a", request=3, timeout="1s", num_thread=2))) == {}
+    pool.advance("1s")
+    pool.feed(release(2), exited(2))
+    assert refused(pool.feed(acquire("a", request=4, timeout="0.4s", num_thread=3))) == {4: NotInTime}
+
+
+def test_the_programs_memory_is_never_too_late() -> None:
+    """It is not loaded."""
+    pool = after_a_load("a", 8.0)
+    assert pool.feed(memory(1, cpu="3GiB")) == [Grant(1, None)]
+
+
+def test_it_is_judged_when_the_file_has_been_looked_at() -> None:
+    """Before that, another file may be in its place; the look takes milliseconds."""
+    pool = after_a_load("a", 8.0)
+    pool.inspects = False
+    assert refused(pool.feed(acquire("a", request=1, timeout="1s"))) == {}
+    assert refused(pool.feed(pool.sample(), pool.inspection("a"))) == {1: NotInTime}
+
+
+def test_it_is_judged_at_once_where_the_file_was_looked_at_for_another() -> None:
+    """One who waits for room has had it looked at; no launch has come since."""
+    pool = load_and_go(a_pool(min_residency_s=0.0, keep_alive_s=0.0), "a", 8.0).ready("b", lease=1)
+    pool.feed(acquire("a", request=2))
+    pool.inspects = False
+    assert refused(pool.feed(acquire("a", request=3, timeout="1s"))) == {3: NotInTime}

@@ -1,7 +1,7 @@
 """Loads models on demand, keeps them warm, shares them by lease, and gives them up when a device is full."""
 
 from fsm.eviction import Candidate, EvictionPolicy
-from fsm.journal import Decision, Transition
+from fsm.journal import ConsideredDevice, ConsideredRunner, Decision, Transition
 from fsm.model import Options
 from scheduler.asking import Reservation
 from scheduler.catalog import Catalog, Resolver
@@ -24,6 +24,7 @@ from scheduler.errors import (
     SchedulerClosed,
     SchedulerError,
     SchedulerForked,
+    TimeoutTooShort,
     UnsupportedOption,
 )
 from scheduler.fit import Fit, FitAdvice, FitDevice, FitVictim
@@ -38,6 +39,8 @@ __all__ = [
     "AcquireTimeout",
     "Candidate",
     "Catalog",
+    "ConsideredDevice",
+    "ConsideredRunner",
     "Decision",
     "DoesNotFit",
     "EngineError",
@@ -72,6 +75,7 @@ __all__ = [
     "SchedulerForked",
     "Settings",
     "Status",
+    "TimeoutTooShort",
     "Transition",
     "UnsupportedOption",
     "WaitStatus",

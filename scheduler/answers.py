@@ -40,6 +40,8 @@ def error_of(refusal: do.Refusal, names: Names) -> errors.SchedulerError:
             return errors.LoadTimeout(name(model), stalled_s)
         case do.TimedOut(model, timeout_s, waiting_for):
             return errors.AcquireTimeout(name(model), timeout_s, names.named(waiting_for))
+        case do.NotInTime(model, timeout_s, least_s, load_s, begun_s):
+            return errors.TimeoutTooShort(name(model), timeout_s, least_s, load_s, begun_s)
         case do.Cancelled(model):
             return errors.RequestCancelled(name(model))
         case do.Closed():

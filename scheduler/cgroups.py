@@ -1,7 +1,8 @@
-"""What a process's control groups let it use of the host's memory."""
+"""What a process's control groups let it use of the host's memory and of its processors."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,8 +29,10 @@ class _Files:
 
 # Above memory.high the kernel does not refuse memory, but slows a process down until it gives up as much: a model that
 # is loaded beyond it is of no use. What version 1 calls a soft limit holds only while the whole machine is short.
-_VERSION_1 = _Files(("memory.limit_in_bytes",), "memory.usage_in_bytes", ("total_inactive_file", "total_active_file"))
-_VERSION_2 = _Files(("memory.max", "memory.high"), "memory.current", ("inactive_file", "active_file"))
+_MEMORY = {
+    1: _Files(("memory.limit_in_bytes",), "memory.usage_in_bytes", ("total_inactive_file", "total_active_file")),
+    2: _Files(("memory.max", "memory.high"), "memory.current", ("inactive_file", "active_file")),
+}
 
 
 def cgroup_memory(
@@ -44,7 +47,8 @@ def cgroup_memory(
     room.
     """
     tightest: CgroupMemory | None = None
-    for folder, files in _groups(root, membership):
+    for folder, version in _groups(root, membership, "memory"):
+        files = _MEMORY[version]
         limits = [limit for name in files.limits if (limit := _read_number(folder / name)) is not None]
         limit = min(limits, default=_NO_LIMIT)
         usage = _read_number(folder / files.usage)
@@ -58,8 +62,23 @@ def cgroup_memory(
     return tightest
 
 
-def _groups(root: Path, membership: Path) -> Iterator[tuple[Path, _Files]]:
-    """Yield every group's folder, the process's own first."""
+def cgroup_processors(
+    root: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")
+) -> float | None:
+    """Return how many processors this process's control groups let it keep busy, or None if there is no limit."""
+    tightest: float | None = None
+    for folder, version in _groups(root, membership, "cpu"):
+        if version == 1:
+            quota, period = (_read_number(folder / f"cpu.cfs_{name}_us") for name in ("quota", "period"))
+        else:
+            quota, period = _read_pair(folder / "cpu.max")
+        if quota is not None and period and quota > 0:  # version 1 says "no limit" with -1
+            tightest = min(tightest or math.inf, quota / period)
+    return tightest
+
+
+def _groups(root: Path, membership: Path, controller: str) -> Iterator[tuple[Path, int]]:
+    """Yield every group's folder and its version, the process's own first."""
     try:
         lines = membership.read_text().splitlines()
     except OSError:
@@ -70,15 +89,15 @@ def _groups(root: Path, membership: Path) -> Iterator[tuple[Path, _Files]]:
         if not separator:
             continue
         if controllers == "":
-            top, files = root, _VERSION_2
-        elif "memory" in controllers.split(","):
-            top, files = root / "memory", _VERSION_1
+            top, version = root, 2
+        elif controller in controllers.split(","):
+            top, version = root / controller, 1
         else:
             continue
         # In a container the path may be the host's, of which only the top is mounted here: what is missing is skipped.
         folder = top / group.lstrip("/")
         while True:
-            yield folder, files
+            yield folder, version
             if folder == top or top not in folder.parents:
                 break
             folder = folder.parent
@@ -92,6 +111,15 @@ def _read_number(path: Path) -> int | None:
         return None
 
 
+def _read_pair(path: Path) -> tuple[int | None, int | None]:
+    """Return the two numbers in a file; None and None where there is no file, or no limit ("max")."""
+    try:
+        first, second = path.read_text().split()
+        return int(first), int(second)
+    except (OSError, ValueError):
+        return None, None
+
+
 def _read_statistics(path: Path, names: tuple[str, ...]) -> int:
     try:
         lines = path.read_text().splitlines()
@@ -100,4 +128,4 @@ def _read_statistics(path: Path, names: tuple[str, ...]) -> int:
     return sum(int(line.split()[1]) for line in lines if line.startswith(tuple(f"{name} " for name in names)))
 
 
-__all__ = ["CgroupMemory", "cgroup_memory"]
+__all__ = ["CgroupMemory", "cgroup_memory", "cgroup_processors"]

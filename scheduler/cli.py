@@ -92,6 +92,7 @@ def _add_fit(parser: argparse.ArgumentParser) -> None:
     asked("--num-parallel", type=int, metavar="N", help="slots, each with a context of its own")
     asked("--num-batch", type=int, metavar="TOKENS", help="how much of a prompt is worked on at once")
     asked("--num-gpu", type=int, metavar="LAYERS", help="layers on GPUs; negative: automatic, 0: none")
+    asked("--require-gpu", action="store_true", help="whole on GPUs, and not at all otherwise")
     asked("--cache-type", metavar="TYPE", help="type of the KV cache: f16, q8_0, q4_0, …")
     asked("--flash-attention", action=argparse.BooleanOptionalAction, help="whether it is used; else automatic")
     asked("--mmap", action=argparse.BooleanOptionalAction, help="whether the file is mapped; else automatic")

@@ -137,7 +137,10 @@ class Desk:
             case do.Grant(request, runner):
                 if (ticket := self.tickets.get(request)) is not None:
                     ticket.answer(self.executor.lives.get(runner) if runner is not None else None, None)
-            case do.Inspect() | do.Launch() | do.Stop() | do.Sample() | do.Claim() | do.Unclaim():
+            case (
+                do.Inspect() | do.Launch() | do.Stop() | do.Sample() | do.Claim() | do.Unclaim() | do.Prefetch()
+                | do.Remember()
+            ):  # fmt: skip
                 self.executor.perform(command)
             case do.Reject(request, refusal):
                 if (ticket := self.tickets.pop(request, None)) is not None:

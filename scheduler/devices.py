@@ -1,4 +1,4 @@
-"""What memory there is: the host's through psutil and its control groups, GPUs' through their driver, with patience."""
+"""What memory and cores there are: the host's through psutil and its groups, GPUs' through their driver, patiently."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import psutil
 from fsm.ledger import DeviceSample
 from fsm.model import HOST, DeviceId
 from scheduler.cgroups import cgroup_memory
+from scheduler.cores import usable_cores
 from scheduler.nvml import Gpu, Nvml, Reading
 
 FIRST_ANSWER_S = 8.0  # how long the driver's first answer is waited for: it may have to wake the GPUs
@@ -150,7 +151,7 @@ class Devices:
             capacity, free = min(capacity, limits.limit_bytes), min(free, limits.free_bytes)
         if self._memory_limit_bytes is not None:
             capacity = min(capacity, self._memory_limit_bytes)
-        return DeviceSample(HOST, "cpu", "host", capacity, free, False)
+        return DeviceSample(HOST, "cpu", "host", capacity, free, cores=usable_cores())
 
     def _sample_gpu(self, gpu: Gpu, host: DeviceSample) -> DeviceSample:
         """Return a GPU's sample; one without memory of its own is integrated, and what it has is the host's.

@@ -224,6 +224,28 @@ class AcquireTimeout(SchedulerError, TimeoutError):
 
 
 @dataclass(eq=False)
+class TimeoutTooShort(AcquireTimeout):
+    """The caller's time-out is shorter than the model has ever taken to load: refused at once, and nothing was evicted.
+
+    It would have waited for `least_s` seconds at least: the quickest load that was measured of this file, with these
+    options, took `load_s`, and the one that it would wait for began `begun_s` seconds ago (None: it has not).
+    """
+
+    waiting_for: str = field(init=False, default="its model to load")
+    least_s: float
+    load_s: float
+    begun_s: float | None = None
+    status: ClassVar[int] = 503
+
+    def __str__(self) -> str:
+        begun = "" if self.begun_s is None else f", {format_duration(self.begun_s)} of which have passed"
+        return (
+            f"{self.model!r} cannot be granted within {format_duration(self.timeout_s)}: its quickest load took "
+            f"{format_duration(self.load_s)}{begun}; wait for more than {format_duration(self.least_s)}, or preload it"
+        )
+
+
+@dataclass(eq=False)
 class SchedulerClosed(SchedulerError):
     """The scheduler is closed, or closing: it takes no requests, and those that waited end with this."""
 
@@ -312,6 +334,7 @@ __all__ = [
     "SchedulerClosed",
     "SchedulerError",
     "SchedulerForked",
+    "TimeoutTooShort",
     "UnsupportedOption",
     "format_bytes",
     "format_duration",

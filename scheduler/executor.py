@@ -10,15 +10,20 @@ from collections.abc import Callable, Container, Iterator
 from fsm import commands as do
 from fsm import events as on
 from fsm.events import Event
+from fsm.remembered import NOTHING, Remembered
 from fsm.request import ModelId
 from fsm.runner import RunnerId
 from scheduler.client import RunnerClient
 from scheduler.devices import Devices
 from scheduler.engines import Endpoint, Engine, Memory, Process
 from scheduler.errors import InvalidModel, ModelNotFound, SchedulerError
+from scheduler.footprint_store import Identity
+from scheduler.footprints import Footprints, identity_of
 from scheduler.machine_lock import DeviceLocks
+from scheduler.prefetcher import Prefetcher
 from scheduler.sampler import Sampler
 from scheduler.settings import Settings
+from scheduler.spec import ModelSpec
 from scheduler.workers import Workers
 
 log = logging.getLogger("loadmaster")
@@ -42,12 +47,14 @@ class Life:
         self.value: object = None  # the object itself, where the runner is one
         self.process: Process | None = None  # set when the launch has begun
         self.lost = ""  # why it is gone
-        self._launch = launch
+        self.launch = launch
+        self.identity: Identity | None = None  # of the files that were inspected for it
         self._engine = engine
         self._what = model  # as the engine is to be told it
         self._post = post
         self._lock = threading.Lock()  # orders begin and stop; held for an assignment
         self._stop_grace_s: float | None = None  # a Stop came; a launch that has not begun never does
+        self.serves = False  # Loaded was posted, or is about to be
         self.over = False  # Exited was posted, or is about to be
         self.probed = False  # a probe is queued or under way
         self.lease_ended = False  # since it was last looked at
@@ -70,7 +77,7 @@ class Life:
             self.exited(None, "stopped before it began", False)
             return
         try:
-            process = self._engine.launch(self._what, self._launch.options, self._launch.placement, self)
+            process = self._engine.launch(self._what, self.launch.options, self.launch.placement, self)
         except Exception as error:
             log.debug("a launch failed", exc_info=True)
             self.exited(None, str(error) or repr(error), False)
@@ -102,7 +109,9 @@ class Life:
             self.endpoint = endpoint
         else:
             self.value = endpoint
-        self._post(on.Loaded(self.runner, num_ctx, tuple(sorted(memory.resident.items())), memory.mapped_bytes))
+        self.serves = True
+        resident, to_come = (tuple(sorted(amounts.items())) for amounts in (memory.resident, memory.to_come))
+        self._post(on.Loaded(self.runner, num_ctx, resident, memory.mapped_bytes, to_come))
 
     def exited(self, code: int | None, detail: str, out_of_memory: bool) -> None:
         """Report of the engine: the process is gone."""
@@ -137,9 +146,15 @@ class Executor:
         self._listed = listed  # the runners that the core still knows; looked at under the driver's lock
         self.lives: dict[RunnerId, Life] = {}  # one for each of them, and a few of the past; written under that lock
         self.sampler = Sampler(devices, self.workers, self._running, post)
+        self.prefetcher = Prefetcher(self._files_of, lambda: any(self._loading()))
         self.locks = self._locks(settings)
+        self.footprints = Footprints(settings.footprints) if settings.footprints is not None else None
+        self._identities: dict[ModelId, Identity | None] = {}  # as of the last inspection
 
-    def perform(self, command: do.Inspect | do.Launch | do.Stop | do.Sample | do.Claim | do.Unclaim) -> None:
+    def perform(
+        self,
+        command: do.Inspect | do.Launch | do.Stop | do.Sample | do.Claim | do.Unclaim | do.Prefetch | do.Remember,
+    ) -> None:
         """File a command, in the order in which they are decided; returns at once."""
         match command:
             case do.Inspect(model):
@@ -149,6 +164,7 @@ class Executor:
                 for past in [id for id in self.lives if id not in self._listed]:
                     del self.lives[past]
                 life = self.lives[runner] = Life(command, engine, what, self._post)
+                life.identity = self._identities.get(model)
                 self.workers.put(life.begin)
             case do.Stop(runner):
                 if (life_to_stop := self.lives.get(runner)) is not None:
@@ -161,6 +177,12 @@ class Executor:
             case do.Unclaim(number):
                 if self.locks is not None:
                     self.locks.give_back(number)
+            case do.Prefetch(files):
+                self.prefetcher.ask(files)
+            case do.Remember(runner):
+                told = self.lives.get(runner)
+                if self.footprints is not None and told is not None and told.identity is not None:
+                    self.footprints.remember(told.identity, told.launch, command)
 
     def probe(self, life: Life) -> None:
         """Have a runner asked whether it still answers, and post it if it does not; one probe of it at a time."""
@@ -205,9 +227,8 @@ class Executor:
 
     def look_again(self) -> None:
         """Have the devices read, and loads given their time anew: as after a gap in which they could show nothing."""
-        for life in list(self.lives.values()):
-            if life.endpoint is None and life.value is None and not life.over:
-                self._post(on.Progress(life.runner))
+        for life in self._loading():
+            self._post(on.Progress(life.runner))
         self.sampler.request()
 
     def close(self, timeout_s: float) -> list[str]:
@@ -215,18 +236,29 @@ class Executor:
         end = time.monotonic() + timeout_s
         self.sampler.close()  # a worker may wait for a reading that is filed behind the end of the workers
         ends = [self.locks.close] if self.locks is not None else []
-        ends += [pool.close for pool in (self._stoppers, self.workers, self.callers)]
+        ends += [pool.close for pool in (self.prefetcher, self._stoppers, self.workers, self.callers)]
+        ends += [self.footprints.close] if self.footprints is not None else []
         return [name for close in ends for name in close(max(0.0, end - time.monotonic()))]
 
     @property
     def problems(self) -> tuple[str, ...]:
         """What could not be done and was worked round, in sentences."""
-        return (self.locks.problem,) if self.locks is not None and self.locks.problem else ()
+        found = [each.problem for each in (self.locks, self.footprints) if each is not None]
+        return tuple(filter(None, found))
 
     def _running(self) -> Iterator[tuple[RunnerId, Process]]:
         for id, life in list(self.lives.items()):
             if life.process is not None and not life.over:
                 yield id, life.process
+
+    def _loading(self) -> Iterator[Life]:
+        for life in list(self.lives.values()):
+            if not life.serves and not life.over:
+                yield life
+
+    def _files_of(self, model: ModelId) -> tuple[str, ...]:
+        _, what = self._engine_of(model)
+        return what.files if isinstance(what, ModelSpec) else ()
 
     def _locks(self, settings: Settings) -> DeviceLocks | None:
         """Return the locks among the programs on this machine; None where they are off, and nothing is claimed."""
@@ -244,6 +276,7 @@ class Executor:
 
     def _inspect(self, model: ModelId) -> None:
         engine, what = self._engine_of(model)
+        identity = identity_of(what)  # before it is read, and once more after that: it may be replaced in between
         try:
             outcome: object = engine.inspect(what)
         except ModelNotFound as error:
@@ -254,4 +287,11 @@ class Executor:
             log.debug("an inspection failed", exc_info=True)
             outcome = do.InvalidModel(model, str(error) or repr(error))
         self.sampler.refresh(_FRESH_S)  # what is free is read again right before each start
-        self._post(on.Inspected(model, outcome))  # type: ignore[arg-type]  # what an engine returns, or one of the two above
+        identity = identity if identity == identity_of(what) else None
+        self._identities[model] = identity
+        known = self.recall(identity)
+        self._post(on.Inspected(model, outcome, known))  # type: ignore[arg-type]  # what an engine returns, or one of the two above
+
+    def recall(self, identity: Identity | None) -> Remembered:
+        """Return what earlier lives of these files showed, in whatever program; nothing where that is not known."""
+        return self.footprints.recall(identity) if self.footprints is not None else NOTHING

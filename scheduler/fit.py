@@ -12,6 +12,7 @@ from fsm.eviction import Candidate
 from fsm.ledger import DeviceSample
 from fsm.model import HOST, DeviceId, Options
 from fsm.preview import Preview, Share, advise, preview
+from fsm.remembered import NOTHING, Remembered
 from scheduler.answers import Names, error_of
 from scheduler.errors import format_bytes, format_duration
 
@@ -136,12 +137,22 @@ class Fit:
         return f"{', '.join(others)} and {last} have left" if others else f"{last} has left"
 
 
-def fit_of(now: float, core: Core, question: Question, info: ModelInfo | Footprint, names: Names) -> Fit:
-    """Return what would become of a question at `now`; `core` is nobody else's, and stays as it is."""
-    found = preview(now, core, question.want, info)
+def fit_of(
+    now: float,
+    core: Core,
+    question: Question,
+    info: ModelInfo | Footprint,
+    names: Names,
+    known: Remembered = NOTHING,
+) -> Fit:
+    """Return what would become of a question at `now`; `core` is nobody else's, and stays as it is.
+
+    `known` is what a store remembers of the model's file.
+    """
+    found = preview(now, core, question.want, info, known)
     fit = _fit(now, core, question.name, found, names)
     advice = []
-    for each in advise(now, core, question.want, info, found):
+    for each in advise(now, core, question.want, info, found, known):
         other = _fit(now, core, question.name, each.preview, names)
         advice.append(FitAdvice(_changes(question.want.options, each.options), other))
     return replace(fit, advice=tuple(advice))

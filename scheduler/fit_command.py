@@ -14,8 +14,9 @@ from rich.text import Text
 from fsm import events as on
 from fsm.core import Core
 from fsm.ledger import DeviceSample
-from fsm.model import HOST, DeviceId, Options
-from fsm.placement import PREDICTED_HEADROOM
+from fsm.model import HOST, DeviceId
+from fsm.placement import MEASURED_HEADROOM, PREDICTED_HEADROOM
+from fsm.remembered import NOTHING
 from scheduler.catalog import Catalog
 from scheduler.clock import monotonic_clock
 from scheduler.devices import Devices
@@ -23,6 +24,8 @@ from scheduler.engines.llama import LlamaEngine
 from scheduler.engines.python import PythonEngine
 from scheduler.errors import InvalidSettings, format_bytes
 from scheduler.fit import Fit, FitDevice, fit_of
+from scheduler.footprint_store import FootprintStore
+from scheduler.footprints import identity_of
 from scheduler.registry import Asking, Registry
 from scheduler.scheduler import limits_of
 from scheduler.settings import Settings
@@ -41,11 +44,12 @@ def run_fit(chosen: argparse.Namespace) -> int:
     engines = (LlamaEngine(), PythonEngine())
     registry = Registry(*engines, Catalog(default_resolvers(settings.models)), pin=lambda model: None)
     spec, question = registry.look(chosen.model, _asking(chosen))
-    info = registry.inspect(spec)
+    info, identity = registry.inspect(spec), identity_of(spec)
     now = monotonic_clock()
     core = Core(limits_of(settings), settings.eviction)
     core.step(now, on.Sampled(samples))
-    fit = fit_of(now, core, question, info, registry)
+    known = FootprintStore(settings.footprints).read(identity) if settings.footprints and identity else NOTHING
+    fit = fit_of(now, core, question, info, registry, known)
     if chosen.json:
         print(json.dumps(fit.to_json() | {"problems": problems}, indent=2, ensure_ascii=False))
     else:
@@ -64,6 +68,7 @@ def _asking(chosen: argparse.Namespace) -> Asking:
         "cache_type_v": chosen.cache_type,
         "flash_attention": chosen.flash_attention,
         "use_mmap": chosen.mmap,
+        "require_gpu": chosen.require_gpu or None,
         "embedding": chosen.embedding or None,
         "adapters": chosen.adapter and tuple(chosen.adapter),
         "projectors": chosen.projector and tuple(chosen.projector),
@@ -108,7 +113,7 @@ def _print(fit: Fit, problems: Sequence[str]) -> None:
     if fit.devices:
         console.print()
         console.print(_table(fit.devices))
-        console.print(Text(_explanation(fit.options), style="dim"), soft_wrap=True)
+        console.print(Text(_explanation(fit), style="dim"), soft_wrap=True)
     if fit.advice:
         console.print()
         better = "all of it would go to GPUs" if fit.fits else "it would fit"
@@ -146,13 +151,16 @@ def _table(devices: Sequence[FitDevice]) -> Table:
     return table
 
 
-def _explanation(options: Options) -> str:
+def _explanation(fit: Fit) -> str:
     """What it is for, and how exact."""
+    options = fit.options
     types = " and ".join(dict.fromkeys(name for name in (options.cache_type_k, options.cache_type_v) if name))
     slots = "1 slot" if options.num_parallel == 1 else f"{options.num_parallel} slots"
+    source = "What it takes was measured before" if fit.measured else "It is a prediction"
+    headroom = MEASURED_HEADROOM if fit.measured else PREDICTED_HEADROOM
     return (
         f"For {slots} of {options.num_ctx} tokens, a cache of type {types}, batches of {options.num_batch}. "
-        f"It is a prediction, so {PREDICTED_HEADROOM * 100:.0f} % more must be free."
+        f"{source}, so {headroom * 100:.0f} % more must be free."
     )
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import queue
 import re
@@ -28,6 +29,7 @@ from importlib import metadata
 from pathlib import Path
 
 from fsm import events as on
+from fsm.choosing import NO_COST
 from fsm.commands import Command
 from fsm.core import Core, State
 from fsm.eviction import POLICIES, Candidate, EvictionPolicy
@@ -48,7 +50,8 @@ _RETRY_S = 5.0  # after a file could not be written
 _BATCH = 500  # steps that are written at once
 _LONGEST_TEXT = 2000  # of an exception
 
-Choice = list[int] | str  # runners in a policy's order; or the exception that it raised, in words
+# Runners in a policy's order, [runner, seconds] where it named a cost; or the exception that it raised, in words.
+Choice = list[int | list[int | float]] | str
 _Step = tuple[float, on.Event, Sequence[Command], Sequence[Choice], str]  # the last: what the step raised, in words
 
 
@@ -81,14 +84,16 @@ class _Choosing:
 
     def order(self, now: float, candidates: Sequence[Candidate]) -> Sequence[Candidate]:
         """Return what the policy returns, as far as it is among the candidates."""
-        known = list(candidates)
+        known = {one.runner for one in candidates}
         try:
-            chosen = [known[known.index(one)] for one in self._policy.order(now, candidates) if one in known]
+            chosen = [one for one in self._policy.order(now, candidates) if one.runner in known]
+            if not all(one.cost_s is None or math.isfinite(one.cost_s) for one in chosen):
+                raise ValueError(NO_COST)
         except Exception as error:
             text = _words(error)
             self.choices.append(text)
             raise PolicyRaised(text) from error
-        self.choices.append([one.runner for one in chosen])
+        self.choices.append([one.runner if one.cost_s is None else [one.runner, one.cost_s] for one in chosen])
         return chosen
 
 

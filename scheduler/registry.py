@@ -40,6 +40,7 @@ class Asking(TypedDict, total=False):
     flash_attention: bool | None
     cache_type_k: str | None  # f32, f16, bf16, q8_0, q5_1, q5_0, q4_1, q4_0 or iq4_nl
     cache_type_v: str | None
+    require_gpu: bool | None  # whole on GPUs, or refused
     adapters: tuple[str, ...]  # LoRA files
     projectors: tuple[str, ...]  # files of a vision model
     embedding: bool
@@ -67,7 +68,7 @@ _TIMING = frozenset({"keep_alive", "timeout", "priority"})
 _IDENTITY = ("adapters", "projectors", "embedding")  # they make it another model, not a reload
 _KINDS: dict[str, type] = {
     **dict.fromkeys(("num_ctx", "num_batch", "num_thread", "num_parallel", "num_gpu", "main_gpu"), int),
-    **dict.fromkeys(("use_mmap", "flash_attention"), bool),
+    **dict.fromkeys(("use_mmap", "flash_attention", "require_gpu"), bool),
     **dict.fromkeys(("cache_type_k", "cache_type_v"), str),
 }
 _POSITIVE = frozenset({"num_ctx", "num_batch", "num_thread", "num_parallel"})

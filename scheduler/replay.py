@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from os import PathLike, fspath
 from pathlib import Path
 from typing import BinaryIO, Never, TypeVar, cast
@@ -116,7 +116,8 @@ class _Recorded:
             raise PolicyRaised(choice)
         else:
             known = {one.runner: one for one in candidates}
-            ordered = [known[RunnerId(id)] for id in choice if id in known]
+            pairs = [(one, None) if isinstance(one, int) else (one[0], float(one[1])) for one in choice]
+            ordered = [replace(known[RunnerId(int(id))], cost_s=cost_s) for id, cost_s in pairs if id in known]
         self.asked.append(Considered(tuple(ordered)))
         return ordered
 
@@ -241,9 +242,9 @@ class Replay:
     def _choice(self, value: object) -> Choice:
         if isinstance(value, str):
             return value
-        if not isinstance(value, list) or not all(type(one) is int for one in value):
+        if not isinstance(value, list) or not all(type(one) is int or _is_priced(one) for one in value):
             self._wrong(f"{value!r:.100} is not a policy's choice")
-        return cast("list[int]", value)
+        return cast("list[int | list[int | float]]", value)
 
     def _learn_names(self, text: dict[str, object]) -> None:
         for pair in self._take(text, "names", list, []):
@@ -262,6 +263,10 @@ class Replay:
 
 def _text(commands: Sequence[Command]) -> str:
     return json.dumps([encode(command) for command in commands])
+
+
+def _is_priced(one: object) -> bool:
+    return isinstance(one, list) and [type(part) for part in one] in ([int, float], [int, int])
 
 
 def _refuse(constant: str) -> Never:

@@ -25,6 +25,7 @@ from scheduler.engines.llama import LlamaEngine
 from scheduler.engines.python import PythonEngine
 from scheduler.errors import SchedulerClosed, SchedulerForked
 from scheduler.fit import Fit, fit_of
+from scheduler.footprints import identity_of
 from scheduler.hub import EventStream, Hub
 from scheduler.lease import Lease
 from scheduler.prober import Prober
@@ -42,6 +43,7 @@ _FIRST_SAMPLE_S = 10.0  # how long a slow GPU driver may hold up the start
 _EXIT_TIMEOUT_S = 0.0  # when the interpreter exits without close, nobody is left to release a lease
 _LAST_WORDS_S = 2.0  # beyond the time-outs, for killed processes to be reaped and threads to end
 _FRESH_S = 2.0  # how long a reservation, or a new memory limit, waits for a sample of the devices
+_PREFETCHES = 2  # models whose files are read ahead while they wait for memory
 _CLOSE_LOOK_S = 0.1  # between two looks, while it closes, at whether leases are still held
 
 
@@ -64,7 +66,7 @@ class Scheduler:
             gpus=self.settings.gpus,
             gpu_reserve_bytes=self.settings.gpu_reserve,
         )
-        self._engines = (LlamaEngine(cpu_threads=self.settings.cpu_threads), PythonEngine())
+        self._engines = (LlamaEngine(), PythonEngine())
         self.catalog = Catalog(default_resolvers(self.settings.models))
         self._registry = Registry(*self._engines, self.catalog, pin=lambda model: self._desk.post(on.Pin(model)))
         core = Core(limits_of(self.settings), self.settings.eviction)
@@ -89,7 +91,8 @@ class Scheduler:
         whoever does not care.
 
         Raises `QueueFull`, `ModelNotFound`, `InvalidModel`, `DoesNotFit`, `LoadFailed`, `LoadTimeout`,
-        `AcquireTimeout`, `UnsupportedOption`, `InvalidSettings`, `SchedulerClosed`.
+        `AcquireTimeout` (at once, as `TimeoutTooShort`, where it is certain), `UnsupportedOption`, `InvalidSettings`,
+        `SchedulerClosed`.
         """
         question = self._registry.question(model, asking)
         ticket = self._desk.ticket(question)
@@ -166,9 +169,10 @@ class Scheduler:
             raise SchedulerClosed()
         spec, question = self._registry.look(model, asking)
         info = self._registry.inspect(spec)
+        known = self._desk.executor.recall(identity_of(spec))
         self._desk.executor.sampler.refresh(_FRESH_S)
         core = self._desk.driver.read(Core.copy)
-        return fit_of(monotonic_clock(), core, question, info, self._registry)
+        return fit_of(monotonic_clock(), core, question, info, self._registry, known)
 
     # -- changing its limits ------------------------------------------------------------------------------------------
 
@@ -186,7 +190,11 @@ class Scheduler:
         if self._desk.closing:
             raise SchedulerClosed()
         with self._configuring:
-            self.settings = self.settings.changed(**limits)
+            before = None
+            while before is not self.settings:  # a signal handler has changed it meanwhile: both changes hold
+                before = self.settings
+                changed = before.changed(**limits)
+            self.settings = changed
             now = self.settings  # a signal handler may have changed it again: the last one holds, for everybody
             self._desk.post(on.Configure(now.max_queue, now.max_runners, now.keep_alive))
             self._devices.set_memory_limit(now.memory_limit)
@@ -288,15 +296,20 @@ def limits_of(settings: Settings) -> Limits:
         recovery_timeout_s=settings.recovery_timeout,
         loads_per_gpu=settings.loads_per_device,
         loads_on_host=settings.loads_on_host,
+        prefetches=_PREFETCHES if settings.prefetch else 0,
         defaults=Options(
             num_ctx=settings.num_ctx,
+            num_batch=settings.num_batch,
             num_parallel=settings.num_parallel,
             flash_attention=settings.flash_attention,
             cache_type_k=settings.cache_type,
             cache_type_v=settings.cache_type,
         ),
         claims=settings.lock_folder is not None,
+        cpu_threads=settings.cpu_threads or 0,
+        remembers=settings.footprints is not None,
         spread=settings.spread,
+        context_by_gpus=settings.context_by_gpus,
         require_gpu=settings.require_gpu,
     )
 

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, TypedDict, Unpack, cast
 from fsm.estimate import CACHE_BLOCK_BYTES
 from fsm.eviction import POLICIES, EvictionPolicy
 from scheduler.errors import InvalidSettings, format_bytes, format_duration
+from scheduler.footprint_store import default_footprints
 from scheduler.machine_lock import private_folder
 from scheduler.units import parse_bytes, parse_duration
 
@@ -42,6 +43,7 @@ class SettingsArguments(ChangeableArguments, total=False):
     close_timeout: str | float
     loads_per_device: int
     loads_on_host: int
+    prefetch: bool
     eviction: str | EvictionPolicy
     cpu_threads: int | None
     gpus: bool
@@ -49,6 +51,8 @@ class SettingsArguments(ChangeableArguments, total=False):
     probe_timeout: str | float
     event_buffer: int
     num_ctx: int | None
+    num_batch: int | None
+    context_by_gpus: bool
     num_parallel: int | None
     flash_attention: bool | None
     cache_type: str | None
@@ -57,6 +61,7 @@ class SettingsArguments(ChangeableArguments, total=False):
     gpu_reserve: str | int
     models: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
     lock_folder: str | os.PathLike[str] | None
+    footprints: str | os.PathLike[str] | None
     record: str | os.PathLike[str] | None
     record_limit: str | int
 
@@ -81,6 +86,7 @@ class Settings:
     close_timeout: float
     loads_per_device: int
     loads_on_host: int
+    prefetch: bool
     eviction: EvictionPolicy
     cpu_threads: int | None
     gpus: bool
@@ -88,6 +94,8 @@ class Settings:
     probe_timeout: float
     event_buffer: int
     num_ctx: int | None
+    num_batch: int | None
+    context_by_gpus: bool
     num_parallel: int | None
     flash_attention: bool | None
     cache_type: str | None
@@ -96,6 +104,7 @@ class Settings:
     gpu_reserve: int
     models: tuple[Path, ...]
     lock_folder: Path | None
+    footprints: Path | None
     record: Path | None
     record_limit: int
 
@@ -259,6 +268,10 @@ def _file(name: str, value: Any) -> Path:
     return paths[0].absolute()
 
 
+def _footprints(name: str, value: Any) -> Path:
+    return default_footprints() if value == "auto" else _file(name, value)
+
+
 def _record_limit(name: str, value: Any) -> int:
     count = _size(name, value)
     if count < SMALLEST_RECORD_BYTES:
@@ -290,7 +303,7 @@ SETTINGS = (
     ),
     Setting("max_wait", "120s", _duration(), "how long a request waits before a busy runner drains for it"),
     Setting(
-        "min_residency", None, _optional(_duration()), "how long a loaded model is safe; none: as long as its load took"
+        "min_residency", None, _optional(_duration()), "how long a loaded model is safe; none: by what its load took"
     ),
     Setting(
         "load_timeout", "5m", _duration(zero=False), "how long a load may go without progress; negative: for ever",
@@ -301,8 +314,11 @@ SETTINGS = (
     Setting("close_timeout", "10s", _duration(), "how long leases may last after close"),
     Setting("loads_per_device", 1, _count(1), "loads at once on one GPU"),
     Setting("loads_on_host", 2, _count(1), "loads at once on the host"),
-    Setting("eviction", "lru", _eviction, 'which idle runner goes first: "lru", "keep-alive" or a policy object'),
-    Setting("cpu_threads", None, _optional(_count(1)), "threads of each runner; none: the engine decides"),
+    Setting("prefetch", True, _flag, "whether files of models that wait for memory are read into the page cache"),
+    Setting(
+        "eviction", "reuse", _eviction, 'which idle runners go first: "reuse", "lru", "keep-alive" or a policy object',
+    ),
+    Setting("cpu_threads", None, _optional(_count(1)), "threads of each runner; none: its part of the cores"),
     Setting("gpus", True, _flag, "whether GPUs are used"),
     Setting("probe_interval", "10s", _duration(zero=False), "how often a runner is asked whether it still answers"),
     Setting("probe_timeout", "10s", _duration(zero=False), "how long it may take to answer"),
@@ -310,6 +326,13 @@ SETTINGS = (
     Setting(
         "num_ctx", 0, _automatic, "context of one slot where a request names none, in tokens; 0: automatic",
         "OLLAMA_CONTEXT_LENGTH",
+    ),
+    Setting(
+        "num_batch", 0, _automatic, "tokens of a prompt computed at once where a request names none; 0: automatic",
+    ),
+    Setting(
+        "context_by_gpus", False, _flag,
+        "whether an automatic context is by the GPUs' memory: 262144 from 47 GiB on, 32768 from 23 GiB on",
     ),
     Setting(
         "num_parallel", 0, _automatic, "slots of a runner where a request names none; 0: automatic",
@@ -330,6 +353,10 @@ SETTINGS = (
     Setting(
         "lock_folder", "auto", _optional(_lock_folder),
         "where programs that load on one device take turns; auto: among this user's, none: they do not",
+    ),
+    Setting(
+        "footprints", "auto", _optional(_footprints),
+        "file of what models took and how long they loaded; auto: in this user's cache folder, none: it is forgotten",
     ),
     Setting("record", None, _optional(_file), "file to which every decision is recorded, for `loadmaster replay`"),
     Setting("record_limit", "64MiB", _record_limit, "size of that file and of the one before it, FILE.1, together"),

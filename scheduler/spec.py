@@ -48,6 +48,15 @@ class ModelSpec:
         parts += [f"projector:{_real(name)}" for name in self.projectors]
         object.__setattr__(self, "id", ModelId("|".join(parts) + ("|embedding" if self.embedding else "")))
 
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Every file that a load reads, in order: the model's own, all parts of it, then what lies beside it."""
+        own = [self.path]
+        if split := FIRST_PART.search(self.path):
+            stem, count = self.path[: split.start()], int(split[1])
+            own += [f"{stem}-{part:05}-of-{count:05}.gguf" for part in range(2, min(count, MOST_PARTS) + 1)]
+        return (*own, *self.adapters, *self.projectors)
+
     def resolved(self) -> ModelSpec:
         """Return it with links followed as they lead now, so that what is loaded is what its identity says."""
         return replace(

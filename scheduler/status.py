@@ -54,6 +54,7 @@ class WaitStatus:
     position: int  # 0: first
     waited_s: float
     waits_for: str
+    until_s: float  # in how long that is expected to be over, or looked at again; infinite: unknown
     gives_up_in_s: float  # infinite: no time limit of its own
 
 
@@ -85,6 +86,7 @@ def status_of(
             wait.position,
             now - wait.queued_at,
             names.named(wait.waits_for),
+            wait.until - now,
             wait.gives_up_at - now,
         )
         for wait in snapshot.queue

@@ -288,7 +288,8 @@ class Story:
 
     def _candidate(self, one: Candidate, gone: bool) -> str:
         now = self._core.pool.now
-        name = f"{self._runner(one.runner)} with {format_bytes(one.held_bytes)}"
+        cost = "" if one.cost_s is None else f" and {one.cost_s:.2f} s of loading to be expected"
+        name = f"{self._runner(one.runner)} with {format_bytes(one.held_bytes)}{cost}"
         if gone:
             return f"{name} goes"
         if one.leases:
@@ -319,7 +320,9 @@ class Story:
                 yield self._say(f"{printable(', '.join(devices))} is claimed among the programs on the machine")
             case do.Finish():
                 yield self._say("everything is unloaded")
-            case do.Inspect() | do.Launch() | do.Stop() | do.Sample() | do.Unclaim():
+            case (
+                do.Inspect() | do.Launch() | do.Stop() | do.Sample() | do.Unclaim() | do.Prefetch() | do.Remember()
+            ):
                 pass
             case _:
                 assert_never(command)

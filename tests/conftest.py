@@ -4,10 +4,26 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
+
+
+@pytest.fixture(autouse=True, scope="session")
+def footprints(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Give each test a store of its own for what models took, and its child processes none; yield their folder."""
+    folder = tmp_path_factory.mktemp("footprints")
+
+    def of_this_test() -> Path:
+        name = os.environ.get("PYTEST_CURRENT_TEST", "").rpartition(" ")[0]  # without its phase
+        return folder / f"{sha256(name.encode()).hexdigest()[:16]}.sqlite3"
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("scheduler.settings.default_footprints", of_this_test)
+        patch.setenv("LOADMASTER_FOOTPRINTS", "none")
+        yield folder
 
 
 @pytest.fixture(autouse=True, scope="session")

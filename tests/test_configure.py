@@ -44,8 +44,8 @@ def _nothing_is_left() -> Iterator[None]:
 
 @pytest.fixture
 def scheduler() -> Iterator[Scheduler]:
-    """Room for two objects of 400 MiB."""
-    with Scheduler(Settings(memory_limit="1000MiB", gpus=False, close_timeout="5s")) as scheduler:
+    """Room for two objects of 400 MiB; the one that was used longest ago goes first, however long each took to load."""
+    with Scheduler(Settings(memory_limit="1000MiB", gpus=False, eviction="lru", close_timeout="5s")) as scheduler:
         yield scheduler
 
 
@@ -293,20 +293,22 @@ def test_every_setting_that_the_core_works_by_reaches_it() -> None:
     limits = limits_of(
         Settings(
             max_queue=3, max_runners=4, keep_alive=5, max_wait=6, min_residency=7, load_timeout=8, recovery_timeout=9,
-            loads_per_device=10, loads_on_host=11, num_ctx=12, num_parallel=13, flash_attention=True,
-            cache_type="q8_0", spread=True, require_gpu=True, lock_folder=None,
+            loads_per_device=10, loads_on_host=11, prefetch=False, num_ctx=12, num_batch=14, num_parallel=13,
+            flash_attention=True, cache_type="q8_0", cpu_threads=15, spread=True, context_by_gpus=True,
+            require_gpu=True, lock_folder=None, footprints=None,
         )
     )  # fmt: skip
-    defaults = Options(num_ctx=12, num_parallel=13, flash_attention=True, cache_type_k="q8_0", cache_type_v="q8_0")
+    defaults = Options(12, 14, num_parallel=13, flash_attention=True, cache_type_k="q8_0", cache_type_v="q8_0")
     assert limits == Limits(
         max_queue=3, max_runners=4, keep_alive_s=5.0, max_wait_s=6.0, min_residency_s=7.0, load_timeout_s=8.0,
-        recovery_timeout_s=9.0, loads_per_gpu=10, loads_on_host=11, defaults=defaults, spread=True, require_gpu=True,
+        recovery_timeout_s=9.0, loads_per_gpu=10, loads_on_host=11, prefetches=0, defaults=defaults, cpu_threads=15,
+        spread=True, context_by_gpus=True, require_gpu=True,
     )  # fmt: skip
 
 
 def test_without_settings_the_core_works_by_its_own_defaults() -> None:
     """Both say the same."""
-    given, own = limits_of(Settings(lock_folder=None)), Limits()
+    given, own = limits_of(Settings(lock_folder=None, footprints=None)), Limits()
     assert {each.name: getattr(given, each.name) for each in fields(Limits)} == {
         each.name: getattr(own, each.name) for each in fields(Limits)
     }

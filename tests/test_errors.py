@@ -26,6 +26,7 @@ from scheduler.errors import (
     SchedulerClosed,
     SchedulerError,
     SchedulerForked,
+    TimeoutTooShort,
     UnsupportedOption,
     format_bytes,
     format_duration,
@@ -48,6 +49,7 @@ EXAMPLES: list[tuple[SchedulerError, int, tuple[str, ...]]] = [
     (SchedulerBroken("KeyError: 3"), 500, ("KeyError: 3", "report")),
     (RequestCancelled("a"), 499, ("cancelled",)),
     (AcquireTimeout("a", 1.5, waiting_for="memory of 'b'"), 500, ("1.5s", "memory of 'b'")),
+    (TimeoutTooShort("a", 1.5, 7.0, 9.0, 2.0), 503, ("1.5s", "7s", "9s", "2s of which")),
     (SchedulerClosed(), 500, ("closed",)),
     (SchedulerForked(), 500, ("forked", "new one")),
     (UnsupportedOption("num_parallel", 4, "embedders take 1"), 400, ("num_parallel=4", "embedders take 1")),
@@ -62,7 +64,7 @@ each_example = pytest.mark.parametrize(
 
 @each_example
 def test_s34_every_kind_has_its_http_status(error: SchedulerError, status: int, words: tuple[str, ...]) -> None:
-    """S34: wrong input 400, missing file 404, cancelled 499, queue full 503, anything else 500."""
+    """S34: wrong input 400, missing file 404, cancelled 499, queue full or too little time 503, anything else 500."""
     assert error.status == status
 
 

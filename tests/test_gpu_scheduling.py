@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import tempfile
 import threading
 import time
@@ -112,6 +113,41 @@ def test_a_runner_that_leaves_a_gpu_whose_driver_stalls_is_waited_for_in_vain_bu
     nvml.say(ONE)
 
 
+# -- several at once --------------------------------------------------------------------------------------------------
+
+
+@beside_stand_in()
+def test_two_gpus_load_at_once_and_each_waits_for_its_own_memory(nvml: StandIn) -> None:
+    """D12, S24: one GPU does not show its memory back: who wants it waits, who wants the other one is loaded."""
+    nvml.say(ONE, TWO)
+    entered = {name: threading.Event() for name in "bcd"}
+    go_on = threading.Event()
+
+    def load(name: str) -> str:
+        entered[name].set()
+        assert go_on.wait(20.0)
+        return name
+
+    def a_slow_object(name: str, gpu: Gpu, size: str) -> PythonModel:
+        return PythonModel(name, functools.partial(load, name), memory={gpu.id: size})
+
+    with a_scheduler(recovery_timeout="600s") as scheduler:
+        both = [scheduler.submit(a_slow_object("b", TWO, "1GiB")), scheduler.submit(a_slow_object("c", ONE, "6GiB"))]
+        assert entered["b"].wait(20.0) and entered["c"].wait(20.0), "one GPU's load waits for the other's"
+        nvml.say(ONE.but(free=2 * GIB), TWO)  # what the second one took, which it will not show back
+        go_on.set()
+        for future in both:
+            future.result(20.0).release()
+        assert_soon(lambda: {each.id: each.free_bytes for each in scheduler.status().devices}[ONE.id] == 2 * GIB)
+        scheduler.expire(a_slow_object("c", ONE, "6GiB"))
+        waiting = scheduler.submit(a_slow_object("d", ONE, "6GiB"))
+        assert_soon(lambda: any("on its way back" in wait.waits_for for wait in scheduler.status().queue))
+        scheduler.acquire(on_gpu("e", TWO, "1GiB"), timeout="20s").release()
+        assert not entered["d"].is_set()
+        nvml.say(ONE, TWO)
+        waiting.result(20.0).release()
+
+
 # -- memory and GPUs that come and go ---------------------------------------------------------------------------------
 
 
@@ -148,7 +184,7 @@ def test_a_lost_gpu_takes_no_more_models_and_the_others_do(nvml: StandIn) -> Non
 def test_s10_d16_gpus_that_appear_later_change_how_many_may_run(nvml: StandIn) -> None:
     """S10, D16: three without a GPU, three for each as soon as there are some."""
     nvml.say()
-    with a_scheduler() as scheduler:
+    with a_scheduler(eviction="lru") as scheduler:
         for name in "abcd":
             scheduler.acquire(an_object(name)).release()
         assert loaded(scheduler) == {"b", "c", "d"}

@@ -15,6 +15,7 @@ import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -25,10 +26,12 @@ import psutil
 import pytest
 
 from fsm.ledger import Placement
-from fsm.model import HOST, DeviceId, Options
-from scheduler.engines import Endpoint, Memory
+from fsm.model import HOST, DeviceId, Options, Threads
+from scheduler.cores import usable_cores
+from scheduler.engines import Endpoint, Memory, llama_child
 from scheduler.engines import llama as llama_engine
-from scheduler.engines.llama import DETAIL_BYTES, LlamaEngine, LlamaProcess, describe, usable_cores
+from scheduler.engines.llama import DETAIL_BYTES, LlamaEngine, LlamaProcess, describe
+from scheduler.engines.llama_child import parameters
 from scheduler.errors import InvalidModel, ModelNotFound
 from scheduler.processes import Child, Exit, Program
 from scheduler.spec import ModelSpec
@@ -40,6 +43,7 @@ NOTICED_S = 1.0  # ten times the 100 ms within which an exit is noticed
 GRACE_S = 60.0  # that no test waits for
 ON_HOST = Placement(((HOST, 1),))
 SMALL = Options(num_ctx=256, num_parallel=1, num_thread=1)
+SMALL_AUTOMATIC = Options(num_ctx=256, num_parallel=1)  # its threads are dealt
 
 
 class Told:
@@ -235,19 +239,82 @@ def test_layers_go_to_the_gpus_of_the_placement(engine: LlamaEngine, file: Path)
     assert json.loads(process.child.program.input)["gpu_layers"] == [2, 1]
 
 
-def test_threads_follow_the_option_then_the_setting_then_the_cores(file: Path) -> None:
-    """The most particular wish counts."""
+def test_llama_cpp_does_not_fit_what_was_placed(file: Path) -> None:
+    """Its own pass over the model, which takes as long as loading a small one, would decide once more."""
+    import xllamacpp  # the library that a child imports
 
-    def threads(cpu_threads: int | None, options: Options) -> int:
-        engine = LlamaEngine(cpu_threads=cpu_threads)
-        process = engine.launch(ModelSpec("tiny", str(file)), options, ON_HOST, Told())
+    engine = LlamaEngine()
+    process, _ = launch(engine, file)
+    engine.close()
+    assert process.child is not None
+    told = parameters(xllamacpp, json.loads(process.child.program.input), verbosity=2)
+    assert (told.fit_params, xllamacpp.CommonParams().fit_params) == (False, True)
+
+
+def test_threads_are_those_that_were_dealt(file: Path) -> None:
+    """An engine that is used by itself goes by the option, then by the cores."""
+
+    def threads(options: Options, dealt: Threads | None = None) -> tuple[int, int]:
+        engine = LlamaEngine()
+        placement = replace(ON_HOST, threads=dealt)
+        process = engine.launch(ModelSpec("tiny", str(file)), options, placement, Told())
         engine.close()
         assert process.child is not None
-        return int(json.loads(process.child.program.input)["num_thread"])
+        request = json.loads(process.child.program.input)
+        return request["num_thread"], request["num_thread_prompt"]
 
-    assert threads(3, Options(num_thread=2)) == 2
-    assert threads(3, Options()) == 3
-    assert threads(None, Options()) == usable_cores() >= 1
+    assert threads(Options(), Threads(2, 5)) == (2, 5)
+    assert threads(Options(num_thread=2)) == (2, 2)
+    assert threads(Options()) == (usable_cores(), usable_cores())
+
+
+needs_shares = pytest.mark.skipif(not Path("/proc/self/autogroup").exists(), reason="Linux does not group by session")
+
+
+@needs_shares
+def test_a_load_holds_back_beside_others(engine: LlamaEngine, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has less of the processors while it loads: seen by a library that fails with what it has."""
+    library = file.parent / "library"
+    library.mkdir()
+    (library / "xllamacpp.py").write_text(
+        "from unittest.mock import MagicMock as CommonParams\n"
+        "llama_load_mode = llama_flash_attn_type = ggml_type = CommonParams()\n"
+        "def Server(params): raise RuntimeError(open('/proc/self/autogroup').read())\n"
+    )
+    monkeypatch.setattr(llama_engine, "find_library", lambda: str(library))
+    _, told = launch(engine, file, SMALL)
+    assert f"nice {llama_child.LOADING_NICE}" in told.exit()[1]
+
+
+@needs_shares
+def test_once_it_serves_it_has_as_much_as_others(engine: LlamaEngine, file: Path) -> None:
+    """However often the kernel has to be asked."""
+    process, _ = launch_and_wait(engine, file)
+    wait_until(lambda: Path(f"/proc/{process.pid}/autogroup").read_text().strip().endswith("nice 0"))
+
+
+def test_the_threads_that_were_dealt_are_there(engine: LlamaEngine, file: Path) -> None:
+    """An answer is computed by one thread, and by five where five were dealt, whatever the cores."""
+
+    def added(dealt: Threads) -> int:
+        told = Told()
+        process = engine.launch(ModelSpec("tiny", str(file)), SMALL_AUTOMATIC, replace(ON_HOST, threads=dealt), told)
+        told.endpoint()
+        before = psutil.Process(process.pid).num_threads()
+        ask(told.endpoint(), "/completion", {"prompt": "a", "n_predict": 4, "ignore_eos": True})
+        return psutil.Process(process.pid).num_threads() - before
+
+    assert added(Threads(5, 1)) - added(Threads(1, 1)) == 4
+
+
+def test_how_threads_wait_is_set_on_purpose(engine: LlamaEngine, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the program's own environment says."""
+    monkeypatch.setenv("OMP_WAIT_POLICY", "active")
+    monkeypatch.setenv("GOMP_SPINCOUNT", "infinite")
+    process, _ = launch_and_wait(engine, file)
+    environment = psutil.Process(process.pid).environ()
+    waiting = {name: value for name, value in environment.items() if "OMP" in name}
+    assert waiting == {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "1000"}
 
 
 def test_an_embedder_embeds(engine: LlamaEngine, file: Path) -> None:

@@ -30,6 +30,7 @@ from fsm.ledger import DeviceSample, Placement
 from fsm.limits import Limits
 from fsm.model import HOST, DeviceId, ModelInfo, Options, Recurrence
 from fsm.record import Unreadable, _fields, decode_command, decode_event, decode_state, encode, reachable, schema
+from fsm.remembered import Loads, Remembered, Took
 from fsm.request import ModelId, Purpose, RequestId, Want
 from fsm.runner import RunnerId
 from fsm.timers import Timers
@@ -40,7 +41,7 @@ from tests.test_core_machine import CoreMachine
 
 ROOT = Path(__file__).resolve().parent.parent
 MIB = 2**20
-OF_A_STEP = {"commands", "journal", "pool", "replan"}  # of the verbs: filled anew by every step, or the pool itself
+OF_A_STEP = {"commands", "journal", "newcomers", "pool", "replan"}  # of the verbs: of a step, or the pool
 
 
 def through_json(value: object) -> Any:
@@ -103,6 +104,8 @@ EVENTS: list[on.Event] = [
     on.Inspected(WANT.model, replace(a_model(), recurrence=Recurrence(conv=4))),
     on.Inspected(WANT.model, Footprint(fixed=AMOUNTS)), on.Inspected(WANT.model, do.ModelNotFound("/nowhere")),
     on.Inspected(WANT.model, do.InvalidModel("/bad", "cut short", 17)), on.Progress(RunnerId(3)),
+    on.Inspected(WANT.model, a_model(), Remembered((Took(WANT.options, (), AMOUNTS),), (Loads(AMOUNTS, (0.1, 2)),))),
+    on.Loaded(RunnerId(3), to_come=AMOUNTS),
     on.Loaded(RunnerId(3), 2048, AMOUNTS, 11), on.Filled(RunnerId(3), AMOUNTS), on.OutOfMemory(RunnerId(3)),
     on.Unresponsive(RunnerId(3), "it does not answer"), on.Exited(RunnerId(3), -9, "two\nlines", out_of_memory=True),
     on.Exited(RunnerId(3), None), on.Sampled((SAMPLE,), ((RunnerId(3), AMOUNTS),), 4, ((RunnerId(3), 9),)),
@@ -113,13 +116,15 @@ REFUSALS: list[Refusal] = [
     do.DoesNotFit(WANT.model, AMOUNTS, (), "too large"), do.LoadFailed(WANT.model, "no", 10.0, out_of_memory=True),
     do.Unsupported(WANT.model, "flash_attention", False, "no"), do.Unsupported(WANT.model, "num_ctx", 1, "no"),
     do.Unsupported(WANT.model, "cache_type_k", "q9", "no"), do.LoadTimeout(WANT.model, math.inf),
-    do.TimedOut(WANT.model, 0.1 + 0.2, "its turn"), do.Cancelled(WANT.model), do.Closed(),
+    do.TimedOut(WANT.model, 0.1 + 0.2, "its turn"), do.NotInTime(WANT.model, 0.1, 0.2, 0.3, None),
+    do.Cancelled(WANT.model), do.Closed(),
 ]  # fmt: skip
 COMMANDS: list[Command] = [
     *(do.Reject(RequestId(7), refusal) for refusal in REFUSALS), do.Inspect(WANT.model), do.Stop(RunnerId(3)),
     do.Launch(RunnerId(3), WANT.model, Options(num_gpu=-1), Placement(AMOUNTS, ((DeviceId("gpu0"), 33),), True)),
     do.Sample(4), do.Claim(1, (HOST, DeviceId("gpu0"))), do.Unclaim(1), do.Grant(RequestId(7), RunnerId(3)),
     do.Grant(RequestId(7), None), do.Revoke(RequestId(7), "it crashed"), do.Ask(RunnerId(3), (RequestId(7),)),
+    do.Prefetch(((WANT.model, 2**40),)), do.Remember(RunnerId(3), AMOUNTS, 0.1 + 0.2), do.Remember(RunnerId(3)),
     do.Finish(),
 ]  # fmt: skip
 

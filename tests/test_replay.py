@@ -7,6 +7,7 @@ import random
 import stat
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ import pytest
 from fsm import events as on
 from fsm.commands import Command
 from fsm.core import Core
-from fsm.eviction import Candidate, EvictionPolicy
+from fsm.eviction import Candidate, EvictionPolicy, LeastRecentlyUsed
 from fsm.record import encode
 from fsm.request import ModelId
 from scheduler import recorder
@@ -177,6 +178,20 @@ def test_the_choices_of_a_policy_of_the_users_own_are_inputs(file: Path) -> None
     assert core.policy.name == "moody"
 
 
+def test_the_costs_that_a_policy_of_the_users_own_names_are_inputs(file: Path) -> None:
+    """The same set is the cheapest in the replay, which knows the costs from the file alone."""
+
+    class Priced(LeastRecentlyUsed):
+        def order(self, now: float, candidates: Sequence[Candidate]) -> Sequence[Candidate]:
+            return [replace(one, cost_s=10.0 if one.model == "a" else 0.5) for one in candidates]
+
+    with recorded_pool(file, policy=Priced()) as pool:
+        pool.idle("a").idle("b").feed(acquire("c", 3))
+        assert pool.life("a").current and not pool.life("b").current
+    considered = [one for moment in moments(file) if isinstance(moment, Moment) for one in moment.considered]
+    assert {one.model: one.cost_s for one in considered[0].candidates} == {"a": 10.0, "b": 0.5}
+
+
 # -- another answer ----------------------------------------------------------------------------------------------------
 
 
@@ -214,13 +229,14 @@ def test_a_decision_that_differs_is_told_with_its_line(incident: Path, capsys: p
 def test_a_policy_that_is_asked_more_or_less_often_differs(change: Callable[[list[object]], None], file: Path) -> None:
     """Even where the commands are the same."""
     with recorded_pool(file, policy=Moody()) as pool:
-        pool.idle("a").idle("b").feed(acquire("c", 3))
+        pool.ready("a", lease=1).ready("b", lease=2).feed(acquire("c", 3), acquire("d", 4), release(1))
 
     def alter(line: dict[str, object]) -> bool:
         choices = line.get("choices")
-        if isinstance(choices, list):
+        asked_twice = isinstance(choices, list) and len(choices) > 1  # for the second there is one left to take
+        if asked_twice:
             change(choices)
-        return bool(isinstance(choices, list))
+        return asked_twice
 
     number = altered(file, alter)
     with pytest.raises(Difference, match="policy") as found:

@@ -52,8 +52,8 @@ def _nothing_is_left() -> Iterator[None]:
 
 @pytest.fixture
 def scheduler() -> Iterator[Scheduler]:
-    """Room for two objects of 400 MiB."""
-    with Scheduler(Settings(memory_limit="1000MiB", close_timeout="5s")) as scheduler:
+    """Room for two objects of 400 MiB; the one that was used longest ago goes first, however long each took to load."""
+    with Scheduler(Settings(memory_limit="1000MiB", eviction="lru", close_timeout="5s")) as scheduler:
         yield scheduler
 
 
@@ -200,6 +200,23 @@ def test_a_slow_load_holds_up_nobody_else(scheduler: Scheduler) -> None:
     assert_soon(lambda: scheduler.status().queue == ())
     gate.open.set()
     assert_soon(lambda: states(scheduler)["slow"] == "idle")
+
+
+def test_as_many_load_at_once_as_may_and_the_next_when_one_is_done() -> None:
+    """S24: two cold requests that fit are loaded side by side, not one after the other."""
+    gates = {name: Gate() for name in "abc"}
+    with Scheduler(Settings(loads_on_host=2)) as scheduler:
+        waiting = {name: scheduler.submit(a_model(name, "10MiB", load=gate)) for name, gate in gates.items()}
+        assert gates["a"].entered.wait(LIMIT_S) and gates["b"].entered.wait(LIMIT_S)
+        assert_soon(lambda: [wait.waits_for for wait in scheduler.status().queue][2:] == ["another load to end"])
+        assert not gates["c"].entered.is_set()
+        gates["b"].open.set()
+        waiting["b"].result(LIMIT_S).release()
+        assert gates["c"].entered.wait(LIMIT_S)
+        assert states(scheduler) == {"a": "loading", "b": "idle", "c": "loading"}
+        for name in "ac":
+            gates[name].open.set()
+            waiting[name].result(LIMIT_S).release()
 
 
 def test_a_slow_unload_holds_up_nobody_else(scheduler: Scheduler) -> None:

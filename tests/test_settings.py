@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fsm.eviction import Candidate, KeepAliveOrder, LeastRecentlyUsed
+from fsm.eviction import Candidate, KeepAliveOrder, LeastExpectedLoading
 from scheduler.errors import InvalidSettings
 from scheduler.settings import (
     SETTINGS,
@@ -177,7 +177,7 @@ def test_a_value_that_is_not_allowed_is_named(name: str, value: object) -> None:
 
 def test_policies_are_found_by_name() -> None:
     """A name becomes the policy itself."""
-    assert (Settings().eviction, Settings(eviction="keep-alive").eviction) == (LeastRecentlyUsed(), KeepAliveOrder())
+    assert (Settings().eviction, Settings(eviction="keep-alive").eviction) == (LeastExpectedLoading(), KeepAliveOrder())
 
 
 def test_a_policy_may_be_an_object() -> None:

@@ -31,6 +31,7 @@ class Memory:
 
     resident: Mapping[DeviceId, int] = field(default_factory=dict)  # by device; of a GPU what the engine's buffers take
     mapped_bytes: int = 0  # of the host's: pages of files, weights above all, that the host counts as free
+    to_come: Mapping[DeviceId, int] = field(default_factory=dict)  # most that is yet to come; said when it has loaded
 
     @property
     def private_bytes(self) -> int:

@@ -13,15 +13,17 @@ import signal
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, TypeVar
 from urllib.parse import urlsplit
 
 import psutil
 
-from fsm.estimate import CHECKPOINTS, kept_bytes, prompt_cache_bytes
-from fsm.model import HOST, MIB, DeviceId, ModelInfo, Options
+from fsm.estimate import CHECKPOINTS, kept_bytes, prompt_cache_bytes, results_bytes, work_bytes
+from fsm.model import HOST, MIB, DeviceId, ModelInfo, Options, Threads
 from fsm.options import maps_file, micro_batch, resolve
+from scheduler.cores import usable_cores
 from scheduler.engines import Buffer, Endpoint, Memory
 from scheduler.engines.llama_report import largest_sequence, loaded_of
 from scheduler.errors import EngineMissing
@@ -48,9 +50,14 @@ BUSY_S = 0.05  # and at least this much: CPU time is counted in ticks of 10 ms
 # the library path, which GPU libraries need.
 _KEPT = frozenset({"HOME", "LANG", "LANGUAGE", "LD_LIBRARY_PATH", "PATH", "SYSTEMROOT", "TMPDIR", "TZ"})
 _KEPT_PREFIXES = ("CUDA_", "LC_", "NVIDIA_")
-# By default threads that wait for each other spin. Two runners with two threads each on two cores: 100 tokens took each
-# 25 to 70 s with spinning, 2.8 s without; a single runner is as fast either way.
-_WAITING: Mapping[str, str] = {"OMP_WAIT_POLICY": "passive"}
+# How threads wait for each other, some hundred times in each token. The wheel is built with OpenMP (so llama.cpp's own
+# level of polling is without effect), and libgomp spins 300,000 times before it sleeps: alone that is fastest, but once
+# there are more threads than cores each waits out others' turns. To sleep at once is slowest alone: it takes longer to
+# wake a thread than to compute. With 1,000 spins, some 25 µs, one that runs is waited for awake, one that does not
+# asleep. The number is a choice among about eight on a busy machine, whose runs did not all agree: `python -m
+# tests.bench cores` compares them. "passive" is for an OpenMP that does not know of spins; libgomp goes by their number
+# where it is given both.
+_WAITING: Mapping[str, str] = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "1000"}
 
 _STAMP = re.compile(r"^[\d.]+ ([A-Z]) +")  # of llama.cpp's log: time, and level (E: error)
 _OUT_OF_MEMORY = re.compile(
@@ -71,13 +78,16 @@ Value = TypeVar("Value")
 class LlamaProcess:
     """The handle of one runner; the methods from `printed` on are its child's listener, on the watcher's thread."""
 
-    def __init__(self, report: Report, key: str, *, gpus: Sequence[DeviceId] = (), kept_bytes: int = 0) -> None:
+    def __init__(
+        self, report: Report, key: str, *, gpus: Sequence[DeviceId] = (), kept_bytes: int = 0, results_bytes: int = 0
+    ) -> None:
         self.child: Child | None = None  # set before anything is heard of it
         self.buffers: tuple[Buffer, ...] = ()  # by its own account, once it serves
         self._report = report
         self._key = key
         self._gpus = gpus  # that it sees, in its order
-        self._kept_bytes = kept_bytes  # most that it may keep of earlier prompts on the host
+        self._kept_bytes = kept_bytes  # most of the host that it may come to keep of earlier prompts, and to work in
+        self._results_bytes = results_bytes  # that an embedder allocates with its first request
         self._url = ""  # set once it serves
         self._num_ctx: int | None = None  # of a slot, once it serves and if it says so
         self._most_bytes = 0  # that it can come to hold of the host for itself; 0: unknown
@@ -161,6 +171,7 @@ class LlamaProcess:
                 self.buffers, self._num_ctx, self._url = loaded.buffers, loaded.num_ctx, loaded.url
                 memory = self.memory()
                 self._most_bytes = self._most(memory)
+                memory = replace(memory, to_come=self._to_come(memory))
                 self._report.loaded(Endpoint(self._url, self._key), self._num_ctx, memory)
             case "failed":
                 self._failure = str(message.get("reason", ""))
@@ -172,6 +183,18 @@ class LlamaProcess:
         compute_bytes = sum(each.bytes for each in self.buffers if (each.device, each.kind) == (HOST, "compute"))
         known = self.buffers and memory.private_bytes
         return memory.private_bytes + compute_bytes + self._kept_bytes if known else 0
+
+    def _to_come(self, memory: Memory) -> Mapping[DeviceId, int]:
+        """What it may come to take of the host beside what it takes now, loaded; nothing where that is not known.
+
+        What it computes in is counted whole, though a part was touched; so is what it maps and has not read yet.
+        Of GPUs nothing is said: their libraries allocate for themselves when they are first used.
+        """
+        if not self._most_bytes:
+            return {}
+        filled = [each.bytes for each in self.buffers if each.device == HOST and each.kind != "compute"]
+        unread_bytes = max(0, sum(filled) - memory.resident[HOST])
+        return {HOST: self._most_bytes - memory.private_bytes + self._results_bytes + unread_bytes}
 
     def logged(self) -> None:
         """The child wrote to its log: a load is alive."""
@@ -214,13 +237,9 @@ class LlamaProcess:
 
 
 class LlamaEngine:
-    """Runs `ModelSpec`s; its threads begin with the first launch.
+    """Runs `ModelSpec`s; its threads begin with the first launch."""
 
-    `cpu_threads` is for runners whose options name no number of threads; None: as many as there are cores to use.
-    """
-
-    def __init__(self, *, cpu_threads: int | None = None) -> None:
-        self._cpu_threads = cpu_threads
+    def __init__(self) -> None:
         self._processes = Processes()
 
     def require(self) -> None:
@@ -249,7 +268,14 @@ class LlamaEngine:
             environment=child_environment(os.environ, gpus),
             input=json.dumps(request).encode() + b"\n",
         )
-        process = LlamaProcess(report, key, gpus=gpus, kept_bytes=kept_bytes(info, resolve(info, options)))
+        explicit = resolve(info, options)
+        process = LlamaProcess(
+            report,
+            key,
+            gpus=gpus,
+            kept_bytes=kept_bytes(info, explicit) + work_bytes(info, explicit),
+            results_bytes=results_bytes(info, explicit),
+        )
         process.child = Child(program, process)
         self._processes.start(process.child)
         return process
@@ -263,6 +289,8 @@ class LlamaEngine:
         """Return what the child is told."""
         info = self.inspect(model)
         explicit = resolve(info, options)
+        cores = explicit.num_thread or usable_cores()
+        threads = placement.threads or Threads(cores, cores)  # not dealt where the engine is used by itself
         return {
             "parent": os.getpid(),
             "library": find_library(),
@@ -279,7 +307,8 @@ class LlamaEngine:
             "num_micro_batch": micro_batch(info, explicit),
             "prompt_cache_mib": prompt_cache_bytes(info, explicit) // MIB,
             "num_checkpoints": CHECKPOINTS,
-            "num_thread": explicit.num_thread or self._cpu_threads or usable_cores(),
+            "num_thread": threads.answers,
+            "num_thread_prompt": threads.prompts,
             "use_mmap": maps_file(info, explicit, on_host=not placement.gpu_layers),
             "flash_attention": explicit.flash_attention,
             "cache_type_k": _there(explicit.cache_type_k),
@@ -304,17 +333,6 @@ def child_environment(environment: Mapping[str, str], gpus: Iterable[DeviceId]) 
     """Return what a child sees of `environment`, and of the GPUs: those that its layers are on, in that order."""
     kept = {name: value for name, value in environment.items() if name in _KEPT or name.startswith(_KEPT_PREFIXES)}
     return {**kept, **_WAITING, "CUDA_VISIBLE_DEVICES": ",".join(gpus)}
-
-
-def usable_cores() -> int:
-    """Return how many physical cores this process may keep busy: affinity and a container's quota count."""
-    cores = psutil.cpu_count(logical=False) or os.cpu_count() or 1
-    if hasattr(os, "sched_getaffinity"):
-        cores = min(cores, len(os.sched_getaffinity(0)))
-    with suppress(OSError, ValueError):
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
-        cores = min(cores, int(quota) // int(period))
-    return max(1, cores)
 
 
 def describe(exit: Exit, output: str, *, loading: bool) -> str:

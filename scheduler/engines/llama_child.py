@@ -41,6 +41,9 @@ PARENT_CHECK_S = 1.0
 LOG_PAUSE_S = 0.2  # for the last of the log, where it cannot be flushed
 OOM_SCORE = 300  # of 1000: under memory pressure the kernel takes a runner rather than its host
 LINUX_PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG
+SHARE = "/proc/self/autogroup"  # of the processors, where Linux deals them to sessions
+LOADING_NICE = 5  # a third of what others get where there are too few; 0 is what everybody has
+SHARE_PAUSE_S, SHARE_TRIES = 0.1, 100  # the kernel takes ten changes a second from all of the machine
 MIB = 1 << 20
 
 # What it logs of a buffer; of a projector it says where it computes, then how large its file is.
@@ -73,7 +76,8 @@ class Request(TypedDict):
     num_micro_batch: int  # tokens computed in one pass; the size of the compute buffers goes with it
     prompt_cache_mib: int  # of prompts that llama.cpp keeps on the host; its own limit is 8 GiB
     num_checkpoints: int  # copies of the states and windows of a slot that it keeps on the host; its own limit is 32
-    num_thread: int
+    num_thread: int  # that compute an answer
+    num_thread_prompt: int
     use_mmap: bool | None
     flash_attention: bool | None
     cache_type_k: str
@@ -148,8 +152,8 @@ def parameters(library: Any, request: Request, verbosity: int) -> Any:
     params.flash_attn_type = flash_attention(library, request["flash_attention"])
     params.cache_type_k = named(library.ggml_type, "GGML_TYPE_", request["cache_type_k"])
     params.cache_type_v = named(library.ggml_type, "GGML_TYPE_", request["cache_type_v"])
-    for cpu in (params.cpuparams, params.cpuparams_batch):
-        cpu.n_threads = request["num_thread"]
+    params.cpuparams.n_threads = request["num_thread"]
+    params.cpuparams_batch.n_threads = request["num_thread_prompt"]
     if request["embedding"]:
         params.embedding = True
         if request["pooling"] is not None:
@@ -232,6 +236,22 @@ def context_of_a_slot(url: str, key: str) -> int | None:
     return context if isinstance(context, int) else None
 
 
+def share(nice: int) -> bool:
+    """Say how much of the processors this session gets beside others; return whether that was taken.
+
+    Every runner is a session of its own, and a Linux that groups processes by session goes by the niceness of these,
+    which may be taken back without any rights. Elsewhere nothing is changed.
+    """
+    try:
+        if os.getsid(0) == os.getpid():
+            with open(SHARE, "w", encoding="ascii") as file:
+                file.write(str(nice))
+            return True
+    except (OSError, AttributeError):  # AttributeError: there are no sessions on this system
+        pass
+    return False
+
+
 def wait_for_the_end(parent: int) -> None:
     """Return when the parent closed standard input or is gone."""
     if sys.platform == "linux":  # there the kernel ends this process with its parent
@@ -311,7 +331,9 @@ def serve(protocol: int, request: Request) -> Never:
     try:
         params = parameters(xllamacpp, request, log.verbosity)
         tell(protocol, "loading")
+        held_back = share(LOADING_NICE)  # others' answers go on evenly meanwhile
         server = xllamacpp.Server(params)
+        held_back = held_back and not share(0)
     except Exception as error:  # whatever it is, the parent is told in one line and the rest is on standard error
         tell(protocol, "failed", reason=f"{type(error).__name__}: {error}")
         log.flush()
@@ -319,6 +341,10 @@ def serve(protocol: int, request: Request) -> Never:
     url = server.listening_address
     told = buffers(log.finish())
     tell(protocol, "loaded", url=url, num_ctx=context_of_a_slot(url, request["key"]), buffers=told)
+    for _ in range(SHARE_TRIES if held_back else 0):
+        time.sleep(SHARE_PAUSE_S)
+        if share(0):
+            break
     wait_for_the_end(request["parent"])
     os._exit(0)  # without the server's clean-up: it waits for answers under way
 

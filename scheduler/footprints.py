@@ -1,0 +1,112 @@
+"""What models took before, asked for and kept on a thread of its own, so that nothing else waits for a slow disk."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from collections.abc import Callable, Iterator
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+
+from fsm.commands import Launch, Remember
+from fsm.remembered import NOTHING, Remembered
+from scheduler.footprint_store import FootprintStore, Identity
+from scheduler.spec import FIRST_PART, MOST_PARTS, ModelSpec
+from scheduler.workers import Workers
+
+WAIT_S = 0.5  # that an inspection waits for what is known; then the model is predicted
+MOST_JOBS = 100  # that wait for the disk; more are dropped
+
+
+class Footprints:
+    """The store of one scheduler; safe to use from any thread. Its thread starts when it is first used."""
+
+    def __init__(self, path: Path) -> None:
+        self._store = FootprintStore(path)
+        self._workers = Workers("loadmaster-footprints", 1)
+        self._lock = threading.Lock()  # guards what follows; held for an assignment
+        self._jobs = 0  # queued or under way
+        self._late = 0  # of those, that somebody waited for in vain: until they are done nobody waits
+
+    @property
+    def problem(self) -> str:
+        """Why nothing is remembered, in a sentence; empty: it is."""
+        return self._store.problem
+
+    def recall(self, identity: Identity | None, timeout_s: float = WAIT_S) -> Remembered:
+        """Return what is known; nothing where the disk does not answer in time."""
+        found: list[Remembered] = []
+        done = threading.Event()
+
+        def read(identity: Identity) -> None:
+            found.append(self._store.read(identity))
+            done.set()
+
+        if identity is None or self._late or not self._put(lambda: read(identity)):
+            return NOTHING
+        if not done.wait(timeout_s):
+            with self._lock:
+                self._late = self._jobs
+        return found[0] if found else NOTHING
+
+    def remember(self, identity: Identity, launch: Launch, showed: Remember) -> None:
+        """Have what a runner showed written; returns at once."""
+        options, split = launch.options, launch.placement.gpu_layers
+        self._put(lambda: self._store.write(identity, options, split, showed.took, showed.load_s))
+
+    def close(self, timeout_s: float) -> list[str]:
+        """Have everything written and end the thread; return its name if it hangs."""
+        return self._workers.close(timeout_s)
+
+    def _put(self, job: Callable[[], object]) -> bool:
+        def run() -> None:
+            try:
+                job()
+            finally:
+                with self._lock:
+                    self._jobs -= 1
+                    self._late = max(0, self._late - 1)
+
+        with self._lock:
+            if self._jobs >= MOST_JOBS:
+                return False
+            self._jobs += 1
+        self._workers.put(run)
+        return True
+
+
+def identity_of(model: object) -> Identity | None:
+    """Return what tells a model's files from any others; None for an object, and where they cannot be told.
+
+    Sizes and times are those of now. What loads them is part of it: another version of the engine takes other buffers.
+    """
+    if not isinstance(model, ModelSpec):
+        return None  # it says itself what it takes, and another program's object of this name is another
+    paths = [*_parts(model.path), *model.adapters, *model.projectors]
+    try:
+        found = [os.stat(path) for path in paths]
+    except (OSError, ValueError):
+        return None
+    files = [model.path, model.adapters, model.projectors, model.embedding]
+    state = [*((each.st_size, each.st_mtime_ns) for each in found), *map(_version, ("xllamacpp", "loadmaster"))]
+    return Identity(json.dumps(files), json.dumps(state))
+
+
+def _parts(path: str) -> Iterator[str]:
+    """Yield the files of a model: one, or all parts of one that was split."""
+    first = FIRST_PART.search(path)
+    if first is None:
+        yield path
+        return
+    for number in range(1, min(int(first[1]), MOST_PARTS) + 1):
+        yield f"{path[: first.start()]}-{number:05}-of-{first[1]}{path[first.end() - len('.gguf') :]}"
+
+
+@cache
+def _version(distribution: str) -> str:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return ""

@@ -1,0 +1,72 @@
+"""Real llama.cpp on GPUs that are not there: children whose library has devices that call themselves CUDA0, CUDA1, …
+
+    with engine_gpus(), a_scheduler() as scheduler:
+        with scheduler.acquire(path): ...
+
+Each child has as many as CUDA_VISIBLE_DEVICES names, computes on the processor, and says where its layers, caches and
+buffers are, as it would of GPUs. What it says is llama.cpp's own doing: only the memory is not a GPU's.
+"""
+
+from __future__ import annotations
+
+import atexit
+import ctypes
+import functools
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from scheduler.engines import llama
+
+SOURCE = Path(__file__).with_name("stand_in.c")
+CHILD = """
+import ctypes, os, runpy, sys
+sys.path.append({library!r})
+import xllamacpp
+visible = os.environ["CUDA_VISIBLE_DEVICES"]
+stand_in = ctypes.CDLL({stand_in!r})
+count = len(visible.split(",")) if visible else 0
+assert stand_in.add_gpus(xllamacpp.xllamacpp.__file__.encode(), count, {integrated}, {overlap}) == count
+runpy.run_path({child!r}, run_name="__main__")
+"""
+
+
+@functools.cache
+def build() -> Path:
+    """Build the stand-in once with the machine's compiler; skip the test where that, or this llama.cpp, will not do."""
+    compiler = shutil.which("cc") or shutil.which("gcc")
+    if compiler is None or not sys.platform.startswith("linux"):
+        pytest.skip("the stand-in for the engine's GPUs needs Linux and a C compiler, and there is none")
+    pytest.importorskip("xllamacpp")
+    import xllamacpp
+
+    folder = Path(tempfile.mkdtemp(prefix="loadmaster-gpus-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    built = folder / "stand_in.so"
+    subprocess.run([compiler, "-shared", "-fPIC", "-o", built, SOURCE], check=True, capture_output=True)
+    path = xllamacpp.xllamacpp.__file__
+    ctypes.CDLL(path)  # what the library shows is found in it from now on
+    if ctypes.CDLL(str(built)).add_gpus(path.encode(), 0, 0, 0) < 0:
+        pytest.skip("this llama.cpp has its devices' functions in an order that the stand-in does not know")
+    return built
+
+
+@contextmanager
+def engine_gpus(*, integrated: bool = False, overlap: bool = True) -> Iterator[None]:
+    """Have the children that start meanwhile find GPUs; `overlap`: they take several passes at once, as NVIDIA's do."""
+    stand_in, before = build(), llama.CHILD
+    with tempfile.TemporaryDirectory() as name:
+        child = Path(name) / "child.py"
+        words = {"library": llama.find_library(), "stand_in": str(stand_in), "child": str(before)}
+        child.write_text(CHILD.format(**words, integrated=int(integrated), overlap=int(overlap)))
+        llama.CHILD = child  # type: ignore[misc]  # a constant, but for this
+        try:
+            yield
+        finally:
+            llama.CHILD = before  # type: ignore[misc]

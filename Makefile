@@ -17,19 +17,22 @@ endif
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help run test check bench explore mutants fuzz fuzz-metadata memory soak mutation docs clean
+.PHONY: help run test check bench policies waiting race explore mutants fuzz fuzz-metadata memory soak mutation docs clean
 
 help:
 	@echo "make run     install what the demonstration needs and run it"
 	@echo "make test    run the tests"
 	@echo "make check   run the tests, the type checker and the linter"
 	@echo "make bench   run the benchmarks"
+	@echo "make policies  replay generated traffic with each eviction policy, beside what is possible (SEEDS, 10; TRACE=file)"
 	@echo "make explore search every state that a small scheduler can come to (some minutes)"
 	@echo "make mutants put faults into the core and show what finds them"
 	@echo "make fuzz    run the core in SEEDS simulated worlds of STEPS events each, faults included"
 	@echo "make fuzz-metadata  damage 100,000 model files at random and read what is left"
 	@echo "make memory  compare predictions of memory with real runners and write docs/memory.md (some minutes)"
 	@echo "make soak    use a scheduler hard for MINUTES (10), with real threads, real children and every fault at once"
+	@echo "make waiting compare orders of waiting: three models, one place, on virtual time (SEEDS; some minutes)"
+	@echo "make race    race loadmaster against llama.cpp's router (LLAMA_SERVER=PATH), Ray Serve (RAY_PYTHON=PATH) and the reference's order"
 	@echo "make mutation  change the core in small ways and see which changes no test notices (an hour; goes on where it was)"
 	@echo "make docs    draw docs/states.md again from the state machines"
 	@echo "make clean   remove everything that was installed or generated here"
@@ -46,6 +49,9 @@ check: test
 
 bench: $(FOR_TEST)
 	$(BIN)/python -m tests.bench
+
+policies: $(FOR_TEST)
+	$(BIN)/python -m tests.policies $(if $(SEEDS),--seeds $(SEEDS)) $(if $(TRACE),--trace $(TRACE))
 
 explore: $(FOR_TEST)
 	$(BIN)/loadmaster explore
@@ -64,6 +70,12 @@ memory: $(FOR_TEST)
 
 soak: $(FOR_TEST)
 	$(BIN)/python -m tests.soak $(if $(MINUTES),--minutes $(MINUTES)) $(if $(SEED),--seed $(SEED))
+
+waiting: $(FOR_TEST)
+	$(BIN)/python -m tests.waiting_simulation $(if $(SEEDS),--seeds $(SEEDS)) $(if $(HOURS),--hours $(HOURS))
+# Peers that are not installed are skipped with a line; nothing is fetched for them.
+race: $(FOR_TEST)
+	$(BIN)/python -m tests.race $(if $(ROUNDS),--rounds $(ROUNDS)) $(if $(REQUESTS),--requests $(REQUESTS)) $(if $(ONLY),--only $(ONLY))
 
 mutation: $(FOR_MUTATION)
 	$(BIN)/python -m tests.mutation $(MODULES)

@@ -8,14 +8,18 @@ import platform
 import sys
 from pathlib import Path
 
-from tests.bench import cold, memory, metadata, threads, warm
+from tests.bench import cold, cores, footprints, growth, memory, metadata, prefetch, threads, warm
 
 BENCHMARKS = {
     "warm": warm.run,
     "threads": threads.run,
     "cold": cold.run,
+    "cores": cores.run,
+    "prefetch": prefetch.run,
     "memory": memory.run,
     "metadata": metadata.run,
+    "growth": growth.run,
+    "footprints": footprints.run,
 }
 
 

@@ -1,0 +1,132 @@
+"""What one decision costs as more runners live and more requests wait.
+
+The pool is full and busy: every runner has a lease, and everybody who waits, each for a model of its own, waits for one
+of them to rest. Only the core is measured, so no thread and no process is in the figures.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Iterator
+from itertools import count
+from typing import Any
+
+from fsm import commands as do
+from fsm import events as on
+from fsm.core import Core
+from fsm.eviction import POLICIES
+from fsm.footprint import Footprint
+from fsm.ledger import DeviceSample
+from fsm.limits import Limits
+from fsm.model import HOST, MIB, Options
+from fsm.pool import Model
+from fsm.request import ModelId, Purpose, Request, RequestId, Want
+
+RUNNERS = (10, 100)
+WAITING = (10, 100, 1_000, 10_000)
+REPEATS = 30
+EACH_BYTES = 100 * MIB
+
+
+class Crowd:
+    """A core with `runners` busy runners that fill the host, and `waiting` requests for as many other models."""
+
+    def __init__(self, runners: int, waiting: int) -> None:
+        limits = Limits(max_queue=2 * waiting + 100, max_runners=2 * runners, max_wait_s=1e9)
+        self.core = Core(limits, POLICIES["reuse"])
+        self.ids = count(1)
+        self.now = 0.0
+        capacity = runners * EACH_BYTES
+        self.host = DeviceSample(HOST, "cpu", "host", capacity, 2 * capacity)
+        self.feed(on.Sampled((self.host,)))
+        for number in range(runners):
+            self.acquire(f"busy {number}")
+        for number in range(waiting):
+            self.stand_in_line(f"waiting {number}")
+        self.reading()  # which plans for them all
+        pool = self.core.pool
+        assert len(pool.runners) == runners and pool.queued == waiting, "the crowd is not as it should be"
+
+    def feed(self, event: on.Event) -> list[do.Command]:
+        """Give the core an event, and what its commands end in where that is at once."""
+        self.now += 0.001
+        commands = self.core.step(self.now, event)
+        for command in commands:
+            match command:
+                case do.Inspect(model):
+                    self.feed(on.Inspected(model, Footprint(fixed=((HOST, EACH_BYTES),))))
+                case do.Launch(runner):
+                    self.feed(on.Loaded(runner))
+        return commands
+
+    def acquire(self, model: str) -> RequestId:
+        """Ask for a model; return the request."""
+        request = RequestId(next(self.ids))
+        self.feed(on.Acquire(request, Want(ModelId(model), Options(), Purpose.lease, 0)))
+        return request
+
+    def stand_in_line(self, model: str) -> None:
+        """Have somebody wait for a model whose metadata are known; to ask so many thousand times would take minutes."""
+        pool, id = self.core.pool, ModelId(model)
+        pool.models[id] = Model(id)
+        pool.models[id].learn(Footprint(fixed=((HOST, EACH_BYTES),)), pool.next_runner)
+        pool.enqueue(Request(RequestId(next(self.ids)), Want(id, Options(), Purpose.lease, 0), None, self.now))
+
+    def warm(self) -> None:
+        """Ask for what is loaded and in use, and give it back."""
+        self.feed(on.Release(self.acquire("busy 0")))
+
+    def newcomer(self) -> None:
+        """Ask for what is neither loaded nor asked for, and leave again."""
+        self.feed(on.Cancel(self.acquire("new")))
+
+    def join(self) -> None:
+        """Ask for what others wait for already, and leave again."""
+        self.feed(on.Cancel(self.acquire("waiting 3")))
+
+    def reading(self) -> None:
+        """Have the devices read."""
+        self.feed(on.Sampled((self.host,)))
+
+
+ACTIONS = ("warm", "newcomer", "join", "reading")
+
+
+def microseconds(crowd: Crowd, name: str) -> float:
+    """Return the median time of one action, in microseconds."""
+    action = getattr(crowd, name)
+    taken = []
+    for _ in range(REPEATS):
+        begin = time.thread_time_ns()
+        action()
+        taken.append((time.thread_time_ns() - begin) / 1000)
+    return statistics.median(taken)
+
+
+def rows() -> Iterator[dict[str, Any]]:
+    """Yield the medians of every action, for each number of runners and of waiting requests."""
+    for runners in RUNNERS:
+        for waiting in WAITING:
+            crowd = Crowd(runners, waiting)
+            yield {"runners": runners, "waiting": waiting} | {name: microseconds(crowd, name) for name in ACTIONS}
+
+
+def run() -> dict[str, Any]:
+    """Return the medians, and how many times as much the largest crowd costs as the smallest; print them."""
+    print("one decision of the core, median in µs (asking and giving back are two)")
+    print(f"{'runners':>8}{'waiting':>9}" + "".join(f"{name:>12}" for name in ACTIONS))
+    found = []
+    for row in rows():
+        found.append(row)
+        print(f"{row['runners']:>8}{row['waiting']:>9}" + "".join(f"{row[name]:>12.1f}" for name in ACTIONS))
+    growth = {}
+    for runners in RUNNERS:
+        few, many = (
+            next(row for row in found if (row["runners"], row["waiting"]) == (runners, waiting))
+            for waiting in (WAITING[0], WAITING[-1])
+        )
+        growth[str(runners)] = {name: round(many[name] / few[name], 2) for name in ACTIONS}
+        times = ", ".join(f"{name} {ratio:.2f}" for name, ratio in growth[str(runners)].items())
+        print(f"{WAITING[-1]:,} waiting cost as many times what {WAITING[0]} do, with {runners} runners: {times}")
+    return {"rows": found, "growth": growth}

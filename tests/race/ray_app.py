@@ -1,0 +1,116 @@
+"""The program of Ray's contestant: run by a Python that has Ray, told by one line of its input, ended by its end."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import socket
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+STOP_GRACE_S = 2.0
+
+
+class Model:
+    """One model in a child process of our own engine; stopped when Ray unloads it."""
+
+    def __init__(self, engine: Any, name: str, path: str) -> None:
+        from fsm.ledger import Placement
+        from fsm.model import Options
+        from fsm.options import resolve
+        from scheduler.spec import ModelSpec
+
+        self.endpoint: Any = None
+        self.failure = ""
+        self._done = threading.Event()
+        spec = ModelSpec(name, path)
+        options = resolve(engine.inspect(spec), Options(num_gpu=0))
+        self._process = engine.launch(spec, options, Placement(()), self)
+
+    def progressed(self) -> None:
+        """Nobody asks."""
+
+    def loaded(self, endpoint: Any, num_ctx: int | None, memory: Any) -> None:
+        """It serves."""
+        self.endpoint = endpoint
+        self._done.set()
+
+    def exited(self, code: int | None, detail: str, out_of_memory: bool) -> None:
+        """It is gone."""
+        self.failure = detail
+        self._done.set()
+
+    def wait(self) -> None:
+        """Return when it serves."""
+        self._done.wait()
+        if self.endpoint is None:
+            raise RuntimeError(self.failure)
+
+    def __del__(self) -> None:
+        self._process.stop(STOP_GRACE_S)
+
+
+def deployment(task: dict[str, Any]) -> Any:
+    """Return the application: one replica, a bounded number of models in it."""
+    from ray import serve
+
+    @serve.deployment(num_replicas=1, max_ongoing_requests=100, ray_actor_options={"num_cpus": 0})
+    class Host:
+        def __init__(self) -> None:
+            sys.path.extend(task["paths"])
+            import httpx
+
+            from scheduler.engines.llama import LlamaEngine
+
+            self.engine = LlamaEngine()
+            # A connection for each request: one that was kept and closed meanwhile would look like a model that died.
+            limits = httpx.Limits(max_keepalive_connections=0)
+            self.client = httpx.AsyncClient(timeout=None, limits=limits, trust_env=False)
+
+        @serve.multiplexed(max_num_models_per_replica=task["room"])
+        async def model(self, name: str) -> Model:
+            with open(Path(task["folder"]) / "loads", "a") as file:
+                file.write(name + "\n")
+            model = Model(self.engine, name, task["models"][name])
+            await asyncio.to_thread(model.wait)
+            return model
+
+        async def __call__(self, request: Any) -> Any:
+            from starlette.responses import Response
+
+            body = await request.json()
+            endpoint = (await self.model(serve.get_multiplexed_model_id())).endpoint  # as its documentation does it
+            headers = {"Authorization": f"Bearer {endpoint.key}"}
+            try:
+                answer = await self.client.post(f"{endpoint.url}/v1/chat/completions", json=body, headers=headers)
+            except Exception as error:
+                return Response(f"proxy error: {error!r}", 500)
+            return Response(answer.content, answer.status_code, media_type="application/json")
+
+    return Host.bind()
+
+
+def main() -> None:
+    """Serve until the end of the input."""
+    task = json.loads(sys.stdin.readline())
+    sys.path.extend(task["paths"])
+    import ray
+    from ray import serve
+
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        port = one.getsockname()[1]
+    ray.init(include_dashboard=False, log_to_driver=False, num_cpus=len(os.sched_getaffinity(0)))
+    serve.start(http_options={"host": "127.0.0.1", "port": port})
+    serve.run(deployment(task), route_prefix="/")
+    (Path(task["folder"]) / "url").write_text(f"http://127.0.0.1:{port}\n")
+    sys.stdin.read()
+    serve.shutdown()
+    ray.shutdown()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,234 @@
+"""Models that share too few places: drawn traffic, and a machine that serves it on virtual time as the core decides.
+
+Every model takes one place, so with one place each change of models is a swap: the runner that is there ends, the next
+loads. A runner answers `slots` requests at once; those that were granted and find no slot wait inside the engine, first
+come, first served. A request has waited when its answer begins, wherever it waited.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import math
+from collections import deque
+from dataclasses import dataclass, field
+from random import Random
+
+from fsm import commands as do
+from fsm import events as on
+from fsm.core import Core
+from fsm.footprint import Footprint
+from fsm.ledger import DeviceSample
+from fsm.limits import Limits
+from fsm.model import HOST, Options
+from fsm.request import ModelId, Purpose, RequestId, Want
+from fsm.runner import RunnerId
+
+MODELS = tuple(map(ModelId, "abcdef"))
+SIZE = 2**30  # bytes of a model, and of a place
+WANTS = [Want(model, Options(), Purpose.lease, 0) for model in MODELS]
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """A machine, and what is asked of it."""
+
+    name: str
+    slots: int  # answers at once
+    service_s: float  # an answer takes, on average; lognormal, its standard deviation as large as its mean
+    loads_s: tuple[float, ...]  # of each model
+    stop_s: float
+    zipf: float  # popularity of the n-th model: 1 / n ** zipf
+    places: int = 1  # models that are loaded at the same time
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """How those who wait are ordered: the core's limits, and whether it hears of one request at a time."""
+
+    name: str
+    limits: Limits
+    one_by_one: bool = False
+
+
+CASES = {
+    case.name: case
+    for case in (
+        Case("16 answers at once", 16, 10.0, (8.0, 10.0, 12.0), 1.0, 1.0),
+        Case("4 answers at once", 4, 10.0, (8.0, 10.0, 12.0), 1.0, 1.0),
+        Case("one answer at a time", 1, 2.0, (2.0, 2.0, 2.0), 0.5, 1.0),
+    )
+}
+EVERYBODY = 10**9  # may wait
+ORDERS = {
+    order.name: order
+    for order in (
+        Order("strict order", Limits(max_queue=EVERYBODY, max_wait_s=math.inf, min_residency_s=0.0), one_by_one=True),
+        Order("warm first", Limits(max_queue=EVERYBODY, max_wait_s=math.inf, min_residency_s=0.0)),
+        Order("bound alone", Limits(max_queue=EVERYBODY, min_residency_s=0.0)),
+        Order("ours", Limits(max_queue=EVERYBODY)),
+    )
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """One request of the traffic."""
+
+    at: float
+    model: int
+    service_s: float
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What became of one seed."""
+
+    waits_s: list[list[float]]  # by model
+    swaps: int  # loads
+    swapping_s: float  # spent on loads and ends of runners
+    waited_s: float  # during which somebody waited for a runner
+    useless: int  # runners that were given up without having served anybody
+
+    @property
+    def livelocked(self) -> bool:
+        """Whether changing models kept the machine busy, and not answers: for most of the time that somebody waited."""
+        return bool(self.useless) or self.swapping_s > self.waited_s / 2 > 0
+
+
+def draw_traffic(case: Case, load: float, seed: int, seconds: float) -> list[Arrival]:
+    """Return requests that come at random, at `load` answer seconds per second of a slot: exactly, over all of them."""
+    draw = Random(f"{case.name} {load} {seed}")
+    shares = [1 / place**case.zipf for place in range(1, len(case.loads_s) + 1)]
+    models = range(len(shares))
+    sigma = math.sqrt(math.log(2.0))  # of a lognormal whose standard deviation is its mean
+    found: list[tuple[float, int, float]] = []
+    at = draw.expovariate(load * case.slots / case.service_s)
+    while at < seconds:
+        found.append((at, draw.choices(models, shares)[0], draw.lognormvariate(0.0, sigma)))
+        at += draw.expovariate(load * case.slots / case.service_s)
+    scale = load * case.slots * seconds / sum(work for _, _, work in found)
+    return [Arrival(at, model, work * scale) for at, model, work in found]
+
+
+@dataclass(slots=True)
+class _Runner:
+    """A runner's process, and what goes on in it."""
+
+    model: ModelId
+    loaded: bool = False
+    busy: int = 0  # slots
+    inside: deque[int] = field(default_factory=deque)  # granted, and no slot free yet
+    served: int = 0
+
+
+class Machine:
+    """One place for a model, the traffic that comes, and a core that decides."""
+
+    def __init__(self, case: Case, order: Order, traffic: list[Arrival]) -> None:
+        self.case, self.order, self.traffic = case, order, traffic
+        self.core = Core(order.limits)
+        self.now = 0.0
+        self.begun: list[float] = [math.inf] * len(traffic)  # when each request's answer began
+        self.runners: dict[RunnerId, _Runner] = {}
+        self.of: dict[int, RunnerId] = {}  # the runner of each request that was granted
+        self.outside: deque[int] = deque()  # those of whom the core has not heard
+        self.heard = False  # the core has one that waits
+        self.outcome = Outcome([[] for _ in case.loads_s], 0, 0.0, 0.0, 0)
+        self.heap: list[tuple[float, int, on.Event | int]] = []  # what happens: a number is a request that comes
+        self._numbers = itertools.count()
+
+    def run(self) -> Outcome:
+        """Let all of the traffic come and be served."""
+        for index, arrival in enumerate(self.traffic):
+            self._later(arrival.at, index)
+        self._step(self._sampled())
+        while self.heap or self.core.pool.queued:
+            before, waiting = self.now, self.core.pool.queued or self.outside
+            self._next()
+            self.outcome.waited_s += self.now - before if waiting else 0.0
+            while self.outside and not (self.heard and self.order.one_by_one):
+                self._ask(self.outside.popleft())
+        for arrival, begun in zip(self.traffic, self.begun, strict=True):
+            assert begun < math.inf, "somebody was never served"
+            self.outcome.waits_s[arrival.model].append(begun - arrival.at)
+        return self.outcome
+
+    def _next(self) -> None:
+        deadline = self.core.deadline()
+        if not self.heap or deadline <= self.heap[0][0]:
+            assert deadline < math.inf, "somebody waits, and nothing will ever happen"
+            self.now = max(self.now, deadline)
+            self._step(on.Tick())
+            return
+        self.now, _, what = heapq.heappop(self.heap)
+        match what:
+            case int():
+                self.outside.append(what)
+            case on.Release(request):
+                runner = self.runners[self.of[request]]
+                runner.busy -= 1
+                self._step(what)
+                self._begin(runner)
+            case on.Loaded(id):
+                self.runners[id].loaded = True
+                self._step(what)
+            case on.Exited(id):
+                self.outcome.useless += not self.runners.pop(id).served
+                self._step(what)
+            case _:
+                raise AssertionError(what)
+
+    def _ask(self, index: int) -> None:
+        self.heard = True
+        self._step(on.Acquire(RequestId(index), WANTS[self.traffic[index].model]))
+
+    def _step(self, event: on.Event) -> None:
+        for command in self.core.step(self.now, event):
+            self._perform(command)
+
+    def _perform(self, command: do.Command) -> None:
+        case = self.case
+        match command:
+            case do.Grant(request, id):
+                assert id is not None
+                self.heard = False
+                self.of[request] = id
+                self.runners[id].inside.append(request)
+                self._begin(self.runners[id])
+            case do.Launch(id, model):
+                self.runners[id] = _Runner(model)
+                load_s = case.loads_s[MODELS.index(model)]
+                self.outcome.swaps += 1
+                self.outcome.swapping_s += load_s
+                self._later(self.now + load_s, on.Loaded(id, None, ((HOST, SIZE),)))
+            case do.Stop(id):
+                self.outcome.swapping_s += case.stop_s
+                self._later(self.now + case.stop_s, on.Exited(id, 0))
+            case do.Sample():
+                self._step(self._sampled())
+            case do.Inspect(model):
+                self._step(self._sampled())
+                self._step(on.Inspected(model, Footprint(fixed=((HOST, SIZE),))))
+            case do.Ask():
+                pass
+            case _:
+                raise AssertionError(command)
+
+    def _begin(self, runner: _Runner) -> None:
+        """Have those answered for whom there is a slot."""
+        while runner.inside and runner.busy < self.case.slots:
+            request = runner.inside.popleft()
+            runner.busy += 1
+            runner.served += 1
+            self.begun[request] = self.now
+            self._later(self.now + self.traffic[request].service_s, on.Release(RequestId(request)))
+
+    def _sampled(self) -> on.Sampled:
+        resident = tuple((id, ((HOST, SIZE),)) for id, runner in self.runners.items() if runner.loaded)
+        capacity = SIZE * self.case.places
+        host = DeviceSample(HOST, "cpu", "host", capacity, capacity - SIZE * len(resident))
+        return on.Sampled((host,), resident, self.core.pool.samples)
+
+    def _later(self, at: float, what: on.Event | int) -> None:
+        heapq.heappush(self.heap, (at, next(self._numbers), what))

@@ -40,8 +40,9 @@ help:
 run: $(FOR_RUN)
 	$(BIN)/loadmaster demo
 
+# In two processes: many tests wait for others.
 test: $(FOR_TEST)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2
 
 check: test
 	$(BIN)/python -m mypy
@@ -73,6 +74,7 @@ soak: $(FOR_TEST)
 
 waiting: $(FOR_TEST)
 	$(BIN)/python -m tests.waiting_simulation $(if $(SEEDS),--seeds $(SEEDS)) $(if $(HOURS),--hours $(HOURS))
+
 # Peers that are not installed are skipped with a line; nothing is fetched for them.
 race: $(FOR_TEST)
 	$(BIN)/python -m tests.race $(if $(ROUNDS),--rounds $(ROUNDS)) $(if $(REQUESTS),--requests $(REQUESTS)) $(if $(ONLY),--only $(ONLY))

@@ -57,7 +57,7 @@ AMOUNT = st.integers(0, 12)
 def test_no_set_that_makes_room_is_cheaper(
     drawn: list[tuple[int, int, int, bool, bool]], needed: tuple[int, int], devices: int
 ) -> None:
-    """Compared with all sets: the last tier is left alone or as cheap as can be, then the one before it, beside that."""
+    """Compared with all: the last tier is left alone or as cheap as can be, then the one before it, beside that."""
     candidates = [
         a_candidate(place, cost / 4, first + second, leases=int(busy), keep_alive_s=math.inf if kept else 300.0)
         for place, (cost, first, second, busy, kept) in enumerate(drawn)

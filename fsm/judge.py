@@ -152,6 +152,8 @@ def _may_be_victim(was: Pool, runner: Runner, commands: Sequence[Command], now: 
         resident_until = -math.inf  # an automatic one is over when nobody uses it
     assert resident_until <= now.now or full, f"{runner.model} is given up within its residency"
     overdue = any(_bound(request, now) <= now.now for request in waiting)
+    resting = runner.state is IDLE and runner.kept_until > now.now
+    assert not resting or overdue or granted or full, f"{runner.model} is given up before its users could ask again"
     assert not in_use or overdue or granted, f"{runner.model} is given up in use"
 
 

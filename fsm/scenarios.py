@@ -127,6 +127,12 @@ SCENARIOS: tuple[Scenario, ...] = (
         closes=False,
     ),
     Scenario(
+        "moments-of-rest", "runners that are kept for their next user, and by what their load took",
+        HOST_8, ONE_PLACE, EITHER, 2, 40_000,
+        replace(LIMITS, min_residency_s=None, rest_part=0.1, rest_limit_s=1.0),
+        expires=False,
+    ),
+    Scenario(
         "configure", "limits that are changed while everything runs, and a queue of one place",
         HOST_8, ((A, _on_host(4)), (B, _on_host(4))), EITHER, 3, 50_000, LIMITS, expires=False, closes=False,
         configures=(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -275,3 +276,15 @@ def a_file_is_read_ahead_for_whoever_has_left(patch: Patch) -> None:
 def what_is_read_ahead_forgets_what_is_promised(patch: Patch) -> None:
     """All that the host reports as free is taken for spare."""
     patch.setattr(prefetching, "spare_bytes", lambda ledger: ledger.devices[HOST].free_bytes)
+
+
+# -- moments of rest --------------------------------------------------------------------------------------------------
+
+
+@mutant("moments-of-rest")
+def nobody_is_kept_for_the_next_user(patch: Patch) -> None:
+    """A runner is given up in the moment in which its last lease comes back, though its user may ask again at once."""
+
+    @instead(patch, candidates, "may_go_at")
+    def may_go_at(original: Callable[..., float], pool: Pool, runner: Runner, bound: float) -> float:
+        return original(pool, runner, bound if runner.leases else -math.inf)

@@ -16,7 +16,7 @@ def test_the_search_finds(mutant: Mutant) -> None:
     found = mutant.search().violation
     assert found is not None
     assert found.what
-    assert 1 <= len(found.way) <= 10, in_words(found.way)
+    assert 1 <= len(found.way) <= 12, in_words(found.way)
 
 
 def test_every_defect_of_the_reference_is_among_them() -> None:

@@ -245,7 +245,6 @@ class Core:
             self.late += 1
             return
         model.inspecting = False
-        self.act.replan = True
         match event.outcome:
             case do.ModelNotFound() | do.InvalidModel() as refusal:
                 for line in self.pool.lines_of(model.id):

@@ -59,6 +59,15 @@ def test_what_is_counted_on_one_device_stays_counted_when_another_is_read() -> N
     assert account.counted == {HOST: 10, "gpu0": 5}
 
 
+def test_what_the_next_life_is_promised_is_known_by_device() -> None:
+    """What was settled counts as it was seen, the rest as it was promised, and a strange device for nothing."""
+    account = Account({HOST: 10, "gpu0": 20})
+    account.measure({HOST: 12, "gpu0": 15})
+    account.settle({HOST: 3})
+    assert (account.expected_bytes(HOST), account.expected_bytes("gpu0")) == (15, 15)
+    assert (account.expected_bytes("gpu1"), Account({}).expected_bytes(HOST)) == (0, 0)
+
+
 def test_mapped_pages_are_page_cache_on_the_host_alone() -> None:
     """A GPU's memory is not given up because a file is mapped."""
     account = Account({HOST: 10, "gpu0": 10}, counted={HOST: 10, "gpu0": 10}, mapped_bytes=4)
@@ -279,3 +288,25 @@ def test_of_crashes_a_good_life_apart_each_is_the_first() -> None:
     pool.feed(acquire("a", request=9))
     refusal = pool.answers[9].refusal
     assert isinstance(refusal, do.LoadFailed) and (refusal.reason, refusal.retry_after_s) == ("crash 3", 20.0)
+
+
+def test_a_reading_of_a_runner_that_is_gone_hides_no_others() -> None:
+    """It began before that one went."""
+    pool = a_pool(each="2GiB").idle("a").idle("b")
+    gone, kept = pool.runner("a"), pool.runner("b")
+    reading = pool.sample()
+    pool.feed(expire("a"), exited(gone), pool.sample())
+    grown = tuple((runner, ((HOST, 2**31 + runner),)) for runner in (gone, kept))
+    pool.core.step(pool.now, replace(reading, resident=grown))
+    assert pool.core.pool.ledger.accounts["runner", kept].resident == {HOST: 2**31 + kept}
+
+
+def test_a_model_that_failed_is_remembered_although_its_file_is_gone() -> None:
+    """Nothing was ever measured of it; its back-off holds all the same."""
+    pool = a_pool().loading("a")
+    pool.feed(exited(pool.runner("a"), 1, "no such layer"), pool.sample())
+    pool.advance("11s")
+    pool.declare("a", do.ModelNotFound("a"))
+    pool.feed(acquire("a", request=7))
+    assert isinstance(pool.answers[7].refusal, do.ModelNotFound)
+    assert pool.core.pool.models["a"].failures == 1

@@ -17,6 +17,7 @@ from fsm.pool import Line, Model, Pool
 from fsm.request import ModelId, Purpose, Request, RequestId, RequestState, Want
 from fsm.runner import EXPIRING, IDLE, LOADING, READY, RUNNER_TABLE, Runner, RunnerId
 from fsm.threads import threads_for
+from fsm.waiting import as_fast_as_can_be
 
 
 class Actions:
@@ -52,6 +53,8 @@ class Actions:
                 pool.timers.clear(("keep-alive", runner.id))
                 self.fire(runner, "serve", "granted")
         self.commands.append(do.Grant(request.id, runner.id))
+        if runner.wanted and pool.lines and request.id in runner.leases:
+            self.commands.append(do.Ask(runner.id, (request.id,)))  # the others were told before
         if self.journal is not None:
             self.decide("granted", runner.model, f"waited {pool.now - request.queued_at:.3f} s", request.id, runner.id)
 
@@ -157,9 +160,9 @@ class Actions:
         pool.timers.clear(("load", runner.id))
         runner.loaded_at = runner.used_at = pool.now
         load_s = pool.now - runner.launched_at
-        if runner.id >= model.first:
-            shortest_s, _ = model.shortest.get(runner.told, (math.inf, 0.0))
-            model.shortest[runner.told] = min(load_s, shortest_s), pool.now
+        if runner.id >= model.first and as_fast_as_can_be(pool, runner):
+            shortest_s, _, count = model.shortest.get(runner.told, (math.inf, 0.0, 0))
+            model.shortest[runner.told] = min(load_s, shortest_s), pool.now, count + 1
         model.alone = False
         if event.num_ctx is not None and runner.options.num_ctx is not None:
             runner.options = replace(runner.options, num_ctx=event.num_ctx)

@@ -46,8 +46,9 @@ def in_order(policy: EvictionPolicy, now: float, candidates: Sequence[Candidate]
     Each of them once: one left out may be all that could make room, and who waits for it would for ever.
     """
     known = {one.runner: one for one in candidates}
-    preferred = {one.runner: one.cost_s for one in policy.order(now, list(candidates)) if one.runner in known}
-    costs = list(preferred.values())
+    order = policy.order(now, list(candidates))
+    preferred = {one.runner: one.cost_s for one in order if one.runner in known}
+    costs = [None if cost_s is None else float(cost_s) for cost_s in preferred.values()]  # it may be a user's number
     if not all(cost_s is None or math.isfinite(cost_s) for cost_s in costs):
         raise ValueError(NO_COST)
     ordered = [known.pop(runner) for runner in preferred]
@@ -164,7 +165,7 @@ class _Branches:
     def __init__(self, search: _Search, tier: Sequence[Candidate], beside: Sequence[Candidate]) -> None:
         self.search = search
         self.beside = list(beside)
-        self.order = sorted(tier, key=_density)
+        self.order = sorted(tier, key=lambda one: _density(one, sum(search.question.frees(one))))
         self.costs = [one.cost_s or 0.0 for one in self.order]
         self.amounts = [search.question.frees(one) for one in self.order]
         backwards = accumulate(reversed(self.amounts), _plus, initial=search.nothing)
@@ -214,8 +215,9 @@ class _Branches:
         return cost if missing <= 0 else math.inf
 
 
-def _density(one: Candidate) -> tuple[float, float, int]:
-    return (one.cost_s or 0.0) / max(1, one.held_bytes), one.used_at, one.runner
+def _density(one: Candidate, freed: int) -> tuple[float, float, int]:
+    """Return an order by cost for each byte that is freed where it matters; who frees nothing there goes last."""
+    return (one.cost_s or 0.0) / freed if freed else math.inf, one.used_at, one.runner
 
 
 def _price(one: Candidate) -> tuple[float, float, int]:

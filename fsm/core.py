@@ -15,7 +15,7 @@ from fsm import events as on
 from fsm.claims import Claims
 from fsm.commands import Command
 from fsm.eviction import EvictionPolicy, LeastRecentlyUsed
-from fsm.explain import tell_choices, tell_waits
+from fsm.explain import tell_placed, tell_victims, tell_waits
 from fsm.journal import Entry
 from fsm.limits import Limits
 from fsm.plan import Plan
@@ -60,8 +60,9 @@ class Core:
         self.act.commands = commands
         self._handle(event)
         if self.act.replan:
+            while self._carry_out_plan():
+                pass
             self.act.replan = False
-            self._carry_out_plan()
             if pool.closing and not pool.runners and not self.finished:
                 self.finished = True
                 commands.append(do.Finish())
@@ -172,7 +173,7 @@ class Core:
                 return
             if want.purpose is Purpose.lease:
                 model.asked(pool.now, pool.rests)
-            model.fresh = model.fresh and bool(pool.lines_of(model.id))  # else it was read for somebody who left
+            model.fresh = model.fresh and model.id in pool.wants  # else it was read for somebody who left
         if len(pool.enqueue(request).requests) == 1:
             self.act.newcomers[want] = None
         if event.timeout_s is not None:
@@ -303,7 +304,8 @@ class Core:
             self.act.release(request)
         pool.timers.set(("close", 0), min(pool.timers.at(("close", 0)), pool.now + timeout_s))
 
-    def _carry_out_plan(self) -> None:
+    def _carry_out_plan(self) -> bool:
+        """Make a plan and do what it says; return whether another one may find more to do."""
         pool = self.pool
         if not pool.lines and not pool.overfull():
             self.act.newcomers.clear()
@@ -311,36 +313,36 @@ class Core:
                 self.act.launch_all(())
             if pool.prefetching:
                 read_ahead(self.act, None)
-            return
+            return False
         plan = make_plan(pool, self.policy, self.act.newcomers)
         if self.plans is not None:
             self.plans.append(plan)
         self.policy_failure = plan.policy_failure or self.policy_failure
         if plan.matches or plan.refusals:
             self._answer_at_once(plan)
-            self._carry_out_plan()  # what they would have taken is free for those behind them
-            return
+            return True  # what they would have taken is free for those behind them
         self.act.newcomers.clear()
         for model in plan.inspections:
             if not model.inspecting:
                 model.inspecting = True
                 self.act.commands.append(do.Inspect(model.id))
         if self.journal is not None:
-            tell_choices(pool, plan, self.journal)
+            tell_victims(pool, plan, self.journal)
+        self.act.ask(plan.wanted.union(id for id in plan.victims if pool.runners[id].leases))
         for id, reason in plan.victims.items():
             self.act.expire(pool.runners[id], reason)
         for request in plan.memory:
             self.act.grant_memory(request)
+        since = RunnerId(pool.next_runner)
         self.act.launch_all(plan.launches)
-        self.act.ask(plan.wanted)
         if self.journal is not None:
+            tell_placed(pool, plan, since, self.journal)
             tell_waits(pool, plan, self.journal)
         pool.timers.set(("plan", 0), plan.look_at)
-        self.act.replan = False
         if plan.victims or plan.memory:  # a next life may fit beside the last; what was granted is gone for good
-            self._carry_out_plan()
-        else:
-            read_ahead(self.act, plan)
+            return True
+        read_ahead(self.act, plan)
+        return False
 
     def _answer_at_once(self, plan: Plan) -> None:
         """Answer those for whom nothing has to be loaded: what they want is there after all, or can never be."""
@@ -350,4 +352,3 @@ class Core:
                 self.act.serve(runner, [line])
         for line, refusal in plan.refusals:
             self.act.reject_line(line, refusal)
-        self.act.replan = False

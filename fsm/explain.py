@@ -20,22 +20,30 @@ from fsm.request import Purpose, Want
 from fsm.runner import EXPIRING, LOADING, Runner, RunnerId
 
 
-def tell_choices(pool: Pool, plan: Plan, journal: list[Entry]) -> None:
-    """Note who is given up for whom, and what is placed where, before it happens."""
-    placed = {line.want: placement for line, _, placement in plan.launches}
+def tell_victims(pool: Pool, plan: Plan, journal: list[Entry]) -> None:
+    """Note who is given up for whom, before it happens."""
     for want, room in plan.rooms.items():
-        line = pool.lines[want]
         going = [one for one in room.victims if one.runner in plan.victims]
-        if want in placed:
-            what, reason = "placed", placement_in_words(placed[want])
-        elif going:
-            what, reason = "evicts", _costs(", ".join(one.model for one in going), room)
-        else:
+        if not going:
             continue
+        line = pool.lines[want]
         entry = Decision(
-            pool.now, what, want.model, reason, line.head.id,
-            runners=runners_considered(pool, plan, line) if going else (), devices=devices_considered(pool, want, room),
+            pool.now, "evicts", want.model, _costs(", ".join(one.model for one in going), room), line.head.id,
+            runners=runners_considered(pool, plan, line), devices=devices_considered(pool, want, room),
         )  # fmt: skip
+        journal.append(entry)
+
+
+def tell_placed(pool: Pool, plan: Plan, since: RunnerId, journal: list[Entry]) -> None:
+    """Note what was placed where, of the launches from runner `since` on; others may still wait for their devices."""
+    for line, _, placement in plan.launches:
+        want, runner = line.want, pool.models[line.want.model].current
+        if runner is None or runner.id < since:
+            continue
+        devices = devices_considered(pool, want, plan.rooms[want])
+        entry = Decision(
+            pool.now, "placed", want.model, placement_in_words(placement), line.head.id, runner.id, devices=devices
+        )
         journal.append(entry)
 
 
@@ -129,10 +137,12 @@ def _verdict(pool: Pool, plan: Plan, room: Room | None, runner: Runner) -> str:
     victims = {one.runner: one for one in room.victims} if room else {}
     if runner.id in victims and runner.id in plan.victims:
         return ""
-    return next(_reasons(pool, plan, room, runner, victims.get(runner.id)))
+    return next(_reasons(pool, plan, room, runner))
 
 
-def _reasons(pool: Pool, plan: Plan, room: Room | None, runner: Runner, victim: Candidate | None) -> Iterator[str]:
+def _reasons(pool: Pool, plan: Plan, room: Room | None, runner: Runner) -> Iterator[str]:
+    victim = next((one for one in room.victims if one.runner == runner.id), None) if room else None
+    considered = next((one for one in room.considered if one.runner == runner.id), None) if room else None
     if victim is not None:
         yield f"it is to go in {victim.free_at - pool.now:.1f} s, or when it rests"
     if runner.state is EXPIRING:
@@ -147,9 +157,12 @@ def _reasons(pool: Pool, plan: Plan, room: Room | None, runner: Runner, victim: 
         yield "nobody has to go"
     if runner.leases:
         yield "in use"
-    if (runner.in_use_until > pool.now and runner.leases) or runner.resident_until > pool.now:
-        yield "it has only just been loaded"
-    if room is not None and room.choice is not None and room.choice.cost_s is not None:
+    if considered is not None and considered.free_at > pool.now:
+        set_by_hand = pool.limits.min_residency_s is not None and runner.resident_until > pool.now
+        yield "it has only just been loaded" if set_by_hand else "it was used a moment ago"
+    if room is None or room.choice is None:
+        yield "all that may go would not be enough"
+    elif room.choice.cost_s is not None:
         yield f"to give up others costs less: {room.choice.cost_s:.2f} s are expected"
     yield "others come first in the policy's order, and suffice"
 

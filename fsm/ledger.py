@@ -183,6 +183,11 @@ class Ledger:
         untouched = sum(account.untouched_bytes(device) for account in self.accounts.values())
         return max(0, sample.capacity_bytes - self.held_bytes(device) - (sample.free_bytes - untouched))
 
+    def freed(self, free: Mapping[DeviceId, int], owners: Iterable[Owner]) -> dict[DeviceId, int]:
+        """Return what would be free where `free` is now, once some owners have given back all they hold."""
+        accounts = [self.accounts[owner] for owner in owners]
+        return {device: amount + sum(one.held_bytes(device) for one in accounts) for device, amount in free.items()}
+
     def copy(self) -> Ledger:
         """Return an independent copy."""
         accounts = {owner: account.copy() for owner, account in self.accounts.items()}

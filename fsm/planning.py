@@ -12,17 +12,22 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from fsm.automatic import is_the_same, wish_of, with_batch
 from fsm.candidates import Candidates
 from fsm.choosing import MOST_SETS, Amount, Choice, Question, choose
-from fsm.commands import DoesNotFit, Unsupported
+from fsm.commands import Unsupported
 from fsm.eviction import Candidate, EvictionPolicy
 from fsm.footprint import Footprint
 from fsm.ledger import Placement
+from fsm.loading import Loads, loads_on
 from fsm.model import HOST, DeviceId, Options
 from fsm.placement import Demand, Gpu, Offload, needed, place
 from fsm.plan import Plan, Room
-from fsm.pool import Line, Model, Pool, runner_serves
+from fsm.pool import Line, Model, Pool, Turn, runner_serves
+from fsm.refusing import why_never
 from fsm.request import ModelId, Purpose, Want
 from fsm.runner import EXPIRING, LOADING, Runner, RunnerId
 
+NO_MODEL = ModelId("")  # of lines for memory of the program's own
+BEFORE, EARLIER = "those before it", "an earlier request for its model"
+NOTHING: Mapping[DeviceId, int] = {}
 LINES_AHEAD = 16  # for so many lines room is made at a time; those behind only take what is there for the taking
 
 
@@ -36,11 +41,16 @@ def make_plan(pool: Pool, policy: EvictionPolicy, newcomers: Collection[Want]) -
     for line in pool.lines_in_order():
         if planner.exhausted():
             break
-        planner.consider(line)
+        if not planner.follows(line, newcomers):
+            planner.consider(line)
     ahead = {line.want for line in planner.plan.looked_at}
+    for want in pool.wants.get(NO_MODEL, ()):  # memory of the program's own takes no process's place
+        if want not in ahead:
+            planner.consider(pool.lines[want])
+            ahead.add(want)
     for want in newcomers:
         if want in pool.lines and want not in ahead:
-            planner.judge(pool.lines[want], "those before it")
+            planner.judge(pool.lines[want], BEFORE)
     planner.plan.policy_failure = planner.candidates.policy_failure
     return planner.plan
 
@@ -69,13 +79,12 @@ class _Planner:
         self.planned: set[ModelId] = set()  # models that an earlier line is to get a runner of
         self.places = pool.max_runners() - pool.processes  # processes that may be started now
         self.places_total = self.places + sum(runner.process for runner in self.leaving)
-        self.loading: dict[DeviceId, int] = {}
         loading = [runner for runner in pool.runners.values() if runner.state is LOADING]
         self.awaited = {runner.id for runner in loading if pool.lines_for(runner)}
-        for runner in loading:
-            self._count_load(runner.placement)
+        self.loads = Loads(pool.limits, (runner.placement for runner in loading))
         self.candidates = Candidates(pool, policy, self.awaited)
         self.waiting = 0  # lines for which room is to be made
+        self.behind: list[tuple[Turn, Demand, Offload]] = []  # who is not first in a line for memory, in order
 
     def shed(self) -> None:
         """Give up idle runners where more are alive, or more is held, than may be; those in use follow when they rest.
@@ -112,8 +121,19 @@ class _Planner:
             return False
         return self.places_total <= 0 or all(amount <= 0 for amount in self.total.values())
 
+    def follows(self, line: Line, newcomers: Collection[Want]) -> bool:
+        """Tell whether a line is behind another for its model, and has been judged before: that one goes first."""
+        if line.want.model not in self.planned or line.want in newcomers:
+            return False
+        current = self.pool.models[line.want.model].current
+        if current is not None and current.id in self.awaited and runner_serves(current, line.want):
+            return False
+        line.wait(EARLIER)
+        return True
+
     def consider(self, line: Line) -> None:
         """Plan one line."""
+        self._book_older(line)
         if (judged := self.judge(line)) is None:
             return
         options, demand, offload = judged
@@ -121,12 +141,15 @@ class _Planner:
             self._consider_memory(line, demand, offload)
             return
         model = self.pool.models[line.want.model]
+        if model.id in self.planned:  # it has one runner at a time
+            line.wait(EARLIER)
+            return
+        self.planned.add(model.id)
         if model.current is not None and model.current.id in self.awaited:
             line.wait("a load of its model with other options", self.pool.expected_at(model.current))
-        elif model.id in self.planned:  # it has one runner at a time
-            line.wait("an earlier request for its model")
+            own = self.pool.ledger.accounts["runner", model.current.id]  # which makes room for it in the end
+            self._book(demand, offload, {device: own.held_bytes(device) for device in self.total})
         else:
-            self.planned.add(model.id)
             self._consider_runner(line, model, options, demand, offload)
 
     def judge(self, line: Line, waits_for: str = "") -> tuple[Options, Demand, Offload] | None:
@@ -161,27 +184,44 @@ class _Planner:
         return None if offload is None else (options, demand, offload)
 
     def _consider_memory(self, line: Line, demand: Demand, offload: Offload) -> None:
-        for request in line.requests.values():
-            if place(demand, offload, self._usable(), self.gpus) is None:
-                self._make_room(line, demand, offload, (), needs_process=False)
-                return
-            self.plan.memory.append(request)
+        head, *others = line.requests.values()  # each is as old as it is: once the first has it the next is first
+        self.behind += [(self.pool.turn(request), demand, offload) for request in others]
+        self.behind.sort(key=lambda one: one[0])
+        if place(demand, offload, self._usable(), self.gpus) is None:
+            self._make_room(line, demand, offload, (), needs_process=False)
+        else:
+            self.plan.memory.append(head)
             self._take(self.pool.ledger.booked(line.want.memory).items())
+
+    def _book_older(self, line: Line) -> None:
+        """Book what those will need who are not first in a line for memory, and came before this line."""
+        while self.behind and self.behind[0][0] < self.pool.turn(line.head):
+            _, demand, offload = self.behind.pop(0)
+            self._book(demand, offload)
+
+    def _book(self, demand: Demand, offload: Offload, own: Mapping[DeviceId, int] = NOTHING) -> Placement:
+        """Take what somebody will need, beyond what its own runner holds, out of what younger ones may have."""
+        total = {device: amount + own.get(device, 0) for device, amount in self.total.items()}
+        final = place(demand, offload, total, self.gpus) or place(demand, offload, self.potential, self.gpus)
+        assert final is not None, "a line that can never fit is refused before"
+        for device, amount in needed(final, exact=bool(demand.footprint.fixed)):
+            self.total[device] = self.total.get(device, 0) - max(0, amount - own.get(device, 0))
+        return final
 
     def _consider_runner(self, line: Line, model: Model, options: Options, demand: Demand, offload: Offload) -> None:
         forced = self._forced(model)
         others = [runner for runner in self.pool.runners.values() if runner.id not in self.overdue]
         accompanied = model.alone and not all(map(self.pool.pinned, others))
-        if not forced and not accompanied and self.places > 0:
+        if not forced and not accompanied and min(self.places, self.places_total) > 0:
             placement = place(demand, offload, self._usable(), self.gpus)
-            if placement and not self._full(placement):
+            if placement and not self.loads.full(placement):
                 asked, planned = line.want.options, (options, placement)
                 options, placement = with_batch(model, asked, self.pool.limits, planned, self._usable(), self.gpus)
                 self.plan.options[line.want] = options
                 self.plan.rooms[line.want] = Room(placement, tuple(sorted(self._usable().items())))
                 self.plan.launches.append((line, options, placement))
                 self._take(placement.bytes)
-                self._count_load(placement)
+                self.loads.add(placement)
                 self.places -= 1
                 self.places_total -= 1
                 return
@@ -213,17 +253,14 @@ class _Planner:
         self.claimed.update(runner.id for runner in victims)
         self.total = self._with(self.total, victims)
         self.places_total += sum(runner.process for runner in victims) - needs_process
-        final = place(demand, offload, self.total, self.gpus) or place(demand, offload, self.potential, self.gpus)
-        assert final is not None, "a line that can never fit is refused before"
         free = tuple(sorted(self.total.items()))
-        for device, amount in needed(final, exact=bool(demand.footprint.fixed)):
-            self.total[device] = self.total.get(device, 0) - amount
+        final = self._book(demand, offload)
         if chosen is None:
-            line.wait("those before it")
+            line.wait(*self._hindrance())
         elif chosen:
             self._commit(line, chosen, may)
         else:
-            chosen = self._wait(line, final)
+            chosen = self._wait(line, final, startable=place(demand, offload, self.free, self.gpus) is not None)
         self.plan.rooms[line.want] = Room(final, free, tuple(chosen or ()), tuple(may), choice)
 
     def _commit(self, line: Line, chosen: Sequence[Candidate], may: Sequence[Candidate]) -> None:
@@ -244,22 +281,47 @@ class _Planner:
         self.plan.look_at = min(self.plan.look_at, *(moment for moment in moments if moment > self.pool.now))
         self.plan.wanted.update(victim.runner for victim in chosen if victim.leases)
 
-    def _wait(self, line: Line, placement: Placement) -> Sequence[Candidate]:
+    def _hindrance(self) -> tuple[str, float]:
+        """Return why nobody can be chosen to make room, in words, and until when as far as that is known."""
+        runners = self.pool.runners
+        if self.waiting > 1:
+            return BEFORE, math.inf
+        if self.overdue:
+            return f"{', '.join(runners[id].model for id in sorted(self.overdue))} to finish", math.inf
+        loads = [runners[id] for id in sorted(self.awaited)]
+        until = min(map(self.pool.expected_at, loads), default=math.inf)
+        return f"{', '.join(load.model for load in loads)} to load, and then to become idle" if loads else BEFORE, until
+
+    def _wait(self, line: Line, placement: Placement, *, startable: bool) -> Sequence[Candidate]:
         """Enough is on its way already, or only a place among the loads is missing: give up a load nobody waits for."""
-        draining = [runner.model for runner in self.pool.runners.values() if runner.state is EXPIRING and runner.leases]
+        ledger, devices = self.pool.ledger, [device for device, amount in placement.bytes if amount]
+        draining = [
+            runner.model
+            for runner in self.leaving
+            if runner.leases and any(map(ledger.accounts["runner", runner.id].held_bytes, devices))
+        ]
         by = min((runner.due_at for runner in self.leaving), default=math.inf)
-        line.wait(f"{', '.join(draining)} to finish" if draining else "memory that is on its way back", by)
-        full = self._full(placement)
-        if line.want.purpose is not Purpose.memory and not draining:
-            self._count_load(placement)  # it starts in a moment: its place among the loads is not for younger ones
-        if full:
-            line.wait("another load to end")
-            for runner in self.pool.runners.values():
-                unwanted = runner.state is LOADING and runner.id not in self.claimed | self.awaited
-                if unwanted and not self.pool.pinned(runner) and full & set(self._loading_on(runner.placement)):
-                    self.plan.victims[runner.id] = f"{line.want.model} needs its place among the loads"
-                    self.claimed.add(runner.id)
-                    return [self.candidates.candidate(runner, self._bound(line))]
+        if draining or self.leaving:
+            line.wait(f"{', '.join(draining)} to finish" if draining else "memory that is on its way back", by)
+        else:
+            line.wait(*self._hindrance())
+        full = self.loads.full(placement)
+        if line.want.purpose is Purpose.memory:
+            return ()
+        if not draining:
+            self.loads.add(placement)  # it starts in a moment: its place among the loads is not for younger ones
+        on_full = [
+            runner
+            for runner in self.pool.runners.values()
+            if runner.state is LOADING and full & set(loads_on(runner.placement))
+        ]
+        if full and not draining:
+            line.wait("another load to end", min(map(self.pool.expected_at, on_full), default=math.inf))
+        for runner in on_full if startable else ():
+            if runner.id not in self.claimed | self.awaited and not self.pool.pinned(runner):
+                self.plan.victims[runner.id] = f"{line.want.model} needs its place among the loads"
+                self.claimed.add(runner.id)
+                return [self.candidates.candidate(runner, self._bound(line))]
         return ()
 
     def _offload(self, line: Line, demand: Demand, current: Runner | None) -> Offload | None:
@@ -269,49 +331,14 @@ class _Planner:
             for offload in demand.offloads(self.gpus):
                 if place(demand, offload, self.potential, self.gpus):
                     return offload
-        self.plan.refusals.append((line, self._refusal(line, demand)))
+        refusal, need = why_never(self.pool, self.gpus, line.want.model, demand, self.potential)
+        if need is not None:
+            self.plan.rooms[line.want] = Room(need, tuple(sorted(self.potential.items())))
+        self.plan.refusals.append((line, refusal))
         return None
 
     def _no_place_ever(self, line: Line) -> bool:
         return line.want.purpose is not Purpose.memory and self.unmovable >= self.pool.max_runners()
-
-    def _refusal(self, line: Line, demand: Demand) -> DoesNotFit:
-        everything = self._with(self.free, self.pool.runners.values())
-        capacity = {device: self.pool.ledger.devices[device].capacity_bytes for device in self.free}
-        offload, need = self._least_lacking(demand, dict.fromkeys((*capacity, HOST), 2**62))
-        if need is not None:
-            self.plan.rooms[line.want] = Room(need, tuple(sorted(self.potential.items())))
-        pins = sorted({runner.model for runner in self.pool.runners.values() if self.pool.pinned(runner)})
-        stuck = sorted({self.pool.runners[id].model for id in self.stuck})
-        devices = self.pool.ledger.devices
-        unknown = sorted({device for device, _ in demand.footprint.fixed} - devices.keys())
-        if unknown:
-            reason = f"there is no device {unknown[0]!r}; there is {', '.join(devices) or 'none'}"
-        elif stuck and place(
-            demand, offload, self._with(self.potential, map(self.pool.runners.__getitem__, self.stuck)), self.gpus
-        ):
-            reason = f"its memory is held by what was stopped and does not end: {', '.join(stuck)}"
-        elif place(demand, offload, everything, self.gpus) and pins:
-            reason = f"it would fit only by moving what is pinned: {', '.join(pins)}"
-        elif place(demand, offload, capacity, self.gpus):
-            reason = "other programs, or the program's own reservations, hold the memory"
-        elif not self.gpus and offload is not Offload.none:
-            reason = f"{'a GPU is required' if demand.require_gpu else 'it is to be on GPUs'}, and there is none"
-        else:
-            reason = "it is larger than the memory there is"
-        amounts = needed(need, exact=bool(demand.footprint.fixed)) if need else demand.footprint.fixed
-        return DoesNotFit(line.want.model, amounts, tuple(sorted(self.potential.items())), reason)
-
-    def _least_lacking(self, demand: Demand, boundless: dict[DeviceId, int]) -> tuple[Offload, Placement | None]:
-        """Return the way to place it that lacks least, and what it would need."""
-
-        def lacking_bytes(need: Placement | None) -> int:
-            exact = bool(demand.footprint.fixed)
-            amounts = needed(need, exact=exact) if need else ()
-            return sum(max(0, amount - self.potential.get(device, 0)) for device, amount in amounts)
-
-        ways = [(offload, place(demand, offload, boundless, self.gpus)) for offload in demand.offloads(self.gpus)]
-        return min((way for way in ways if way[1]), key=lambda way: lacking_bytes(way[1]), default=ways[-1])
 
     def _forced(self, model: Model) -> list[Runner]:
         """Return what must go whatever fits: the model's own runner with other options; after out of memory, all."""
@@ -350,8 +377,7 @@ class _Planner:
         return [self.pool.runners[victim.runner] for victim in victims if victim.runner not in self.claimed]
 
     def _with(self, free: dict[DeviceId, int], runners: Iterable[Runner]) -> dict[DeviceId, int]:
-        accounts = [self.pool.ledger.accounts["runner", runner.id] for runner in runners]
-        return {device: amount + sum(one.held_bytes(device) for one in accounts) for device, amount in free.items()}
+        return self.pool.ledger.freed(free, [("runner", runner.id) for runner in runners])
 
     def _usable(self) -> dict[DeviceId, int]:
         return {device: min(amount, self.total[device]) for device, amount in self.free.items()}
@@ -360,19 +386,3 @@ class _Planner:
         for device, amount in amounts:
             self.free[device] = self.free.get(device, 0) - amount
             self.total[device] = self.total.get(device, 0) - amount
-
-    def _loading_on(self, placement: Placement) -> list[DeviceId]:
-        return [device for device, amount in placement.bytes if device != HOST and amount] or [HOST]
-
-    def _count_load(self, placement: Placement) -> None:
-        for device in self._loading_on(placement):
-            self.loading[device] = self.loading.get(device, 0) + 1
-
-    def _full(self, placement: Placement) -> set[DeviceId]:
-        """Return the devices on which as many load as may, of those that it loads on."""
-        limits = self.pool.limits
-        return {
-            device
-            for device in self._loading_on(placement)
-            if self.loading.get(device, 0) >= (limits.loads_on_host if device == HOST else limits.loads_per_gpu)
-        }

@@ -42,7 +42,7 @@ class Model:
     first: int = 1  # runners with lower ids were of another file
     # (options, split) -> bytes that the next runner is promised: measured, and what was known to be still to come
     measured: dict[tuple[Options, Amounts], Amounts] = field(default_factory=dict)
-    shortest: dict[Options, tuple[float, float]] = field(default_factory=dict)  # load of this file, and when last
+    shortest: dict[Options, tuple[float, float, int]] = field(default_factory=dict)  # load, when last, and of how many
     demands: dict[Options, tuple[Options, Demand]] = field(default_factory=dict)  # of this info, as asked
     rested_at: float = -math.inf  # the last use of its last runner, or when a lease was asked for since
     rests: Histogram = field(default_factory=dict)  # how long it rested before a lease was asked for
@@ -157,6 +157,9 @@ class Model:
         )
 
 
+Turn = tuple[float, RequestId]  # the earlier the smaller
+
+
 @dataclass(slots=True, eq=False)
 class Line:
     """The queued requests that want the same, in the order in which they came; never empty."""
@@ -199,7 +202,7 @@ class Pool:
     runners: dict[RunnerId, Runner] = field(default_factory=dict)  # every one that is not unloaded
     requests: dict[RequestId, Request] = field(default_factory=dict)  # queued, or granted something to give back
     lines: dict[Want, Line] = field(default_factory=dict)
-    turns: list[tuple[float, RequestId]] = field(default_factory=list)  # of each line's head, in order
+    turns: list[Turn] = field(default_factory=list)  # of each line's head, in order
     wants: dict[ModelId, list[Want]] = field(default_factory=dict)  # of the lines for each model, as they began
     timers: Timers = field(default_factory=Timers)
     queued: int = 0  # requests in lines
@@ -221,7 +224,7 @@ class Pool:
         if line is None:
             line = self.lines[request.want] = Line(request.want)
             self.wants.setdefault(request.want.model, []).append(request.want)
-            insort(self.turns, self._turn(request))
+            insort(self.turns, self.turn(request))
         line.requests[request.id] = request
         self.requests[request.id] = request
         self.queued += 1
@@ -233,7 +236,7 @@ class Pool:
         line = self.lines[want]
         led = line.head is request
         if led:
-            del self.turns[bisect_left(self.turns, self._turn(request))]
+            del self.turns[bisect_left(self.turns, self.turn(request))]
         del line.requests[request.id]
         if not line.requests:
             del self.lines[want]
@@ -241,11 +244,11 @@ class Pool:
             if not self.wants[want.model]:
                 del self.wants[want.model]
         elif led:
-            insort(self.turns, self._turn(line.head))
+            insort(self.turns, self.turn(line.head))
         self.queued -= 1
         self.timers.clear(("request", request.id))
 
-    def _turn(self, head: Request) -> tuple[float, RequestId]:
+    def turn(self, head: Request) -> Turn:
         """Return what a line is planned by: the age of its first request, priority being worth some of it."""
         return head.queued_at - self.limits.priority_s * head.want.priority, head.id
 
@@ -286,7 +289,7 @@ class Pool:
             self._check_runner(runner)
         queued = [request for line in self.lines.values() for request in line.requests.values()]
         assert len(queued) == self.queued, "the queue is miscounted"
-        assert self.turns == sorted(self._turn(line.head) for line in self.lines.values()), "a line is out of turn"
+        assert self.turns == sorted(self.turn(line.head) for line in self.lines.values()), "a line is out of turn"
         wants = {want for wants in self.wants.values() for want in wants}
         assert wants == self.lines.keys() and all(self.wants.values()), "a line is under no model, or another's"
         processes = sum(runner.process for runner in self.runners.values())

@@ -30,7 +30,7 @@ def read_ahead(act: Actions, plan: Plan | None) -> None:
     left = spare = spare_bytes(pool.ledger)
     files: dict[ModelId, int] = {}
     for line, info in _waiting(pool, plan) if plan is not None else ():
-        if len(files) >= pool.limits.prefetches:
+        if sum(map(bool, files.values())) >= pool.limits.prefetches:
             break
         model = line.want.model
         begun = model in before

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -54,7 +55,7 @@ class WaitStatus:
     position: int  # 0: first
     waited_s: float
     waits_for: str
-    until_s: float  # in how long that is expected to be over, or looked at again; infinite: unknown
+    until_s: float  # in how long that is expected to be over, or looked at again; infinite: unknown, or overdue
     gives_up_in_s: float  # infinite: no time limit of its own
 
 
@@ -86,7 +87,7 @@ def status_of(
             wait.position,
             now - wait.queued_at,
             names.named(wait.waits_for),
-            wait.until - now,
+            wait.until - now if wait.until > now else math.inf,
             wait.gives_up_at - now,
         )
         for wait in snapshot.queue

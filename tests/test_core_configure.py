@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from fsm import events as on
-from fsm.commands import Grant, QueueFull, Stop
+from fsm.commands import Ask, Grant, QueueFull, Stop
 from fsm.eviction import KeepAliveOrder
 from fsm.journal import Entry, Transition
 from fsm.model import HOST
@@ -54,7 +54,7 @@ def test_a_shorter_queue_drops_nobody() -> None:
     assert pool.feed(on.Configure(max_queue=1)) == []
     assert pool.waiting() == [2, 3]
     assert refused(pool.feed(acquire("d", request=4))) == {4: QueueFull}
-    assert pool.feed(acquire("a", request=5)) == [Grant(5, 1)]
+    assert pool.feed(acquire("a", request=5)) == [Grant(5, 1), Ask(1, (5,))]
 
 
 def test_a_longer_queue_lets_in_who_comes_next() -> None:

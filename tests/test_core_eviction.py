@@ -79,7 +79,7 @@ def test_a_busy_runner_is_left_alone_until_the_bound_on_the_wait() -> None:
     pool = a_pool(max_wait_s=120.0).ready("a", lease=1)
     pool.feed(acquire("b", request=2))
     pool.advance("119s")
-    assert pool.feed(acquire("a", request=3)) == [Grant(3, 1)]
+    assert pool.feed(acquire("a", request=3)) == [Grant(3, 1), Ask(1, (3,))]
     assert pool.state("a") is RunnerState.ready
 
 
@@ -218,7 +218,7 @@ def test_a_runner_that_was_just_loaded_keeps_its_place_for_a_while() -> None:
     pool.advance("2s")
     pool.feed(loaded(1))
     pool.advance("5.9s")  # the bound on the wait was over after 4 s
-    assert pool.feed(acquire("a", request=3)) == [Grant(3, 1)]
+    assert pool.feed(acquire("a", request=3)) == [Grant(3, 1), Ask(1, (3,))]
     pool.advance("0.1s")
     assert pool.feed(acquire("a", request=4)) == []  # it drains
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fsm import events as on
-from fsm.commands import DoesNotFit, Grant, Launch, Stop
+from fsm.commands import Ask, DoesNotFit, Grant, Launch, Stop
 from fsm.footprint import Footprint
 from fsm.runner import RunnerState
 from tests.pool import (
@@ -47,7 +47,7 @@ def test_warm_requests_never_wait_for_those_who_wait() -> None:
     pool = a_pool(sizes={"a": "1GiB", "b": "3GiB", "c": "2GiB", "d": "6GiB"})
     pool.ready("a", lease=1).expiring("b").loading("c", request=2)
     pool.feed(acquire("d", request=3))
-    assert pool.feed(acquire("a", request=4)) == [Grant(4, 1)]
+    assert pool.feed(acquire("a", request=4)) == [Grant(4, 1), Ask(1, (4,))]
 
 
 def test_a_higher_priority_is_served_first() -> None:
@@ -172,7 +172,7 @@ def test_a_model_on_a_gpu_takes_no_place_among_the_hosts_loads() -> None:
 
 def test_an_object_that_declares_gpu_memory_loads_on_that_gpu() -> None:
     """It takes that device's place among the loads, not one of the host's."""
-    pool = a_pool(capacity="64GiB", gpus=("8GiB",), each="1GiB")
+    pool = a_pool(capacity="64GiB", gpus=("8GiB",), each="1GiB", max_runners=4)
     for model in "ab":
         pool.declare(model, Footprint(fixed=(("gpu0", amount("1GiB")),)))
     assert launched(pool.feed(acquire("a", 1), acquire("b", 2))) == ["a"]

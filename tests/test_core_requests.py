@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from fsm.commands import (
+    Ask,
     Cancelled,
     Closed,
     Grant,
@@ -68,7 +69,7 @@ def test_s03_warm_requests_pass_the_queue_and_its_limit() -> None:
     """S03: those who wait for something else hold nobody up who needs no wait."""
     pool = a_pool(max_queue=1).ready("a", lease=1)
     pool.feed(acquire("b", request=2))
-    assert pool.feed(acquire("a", request=3)) == [Grant(3, 1)]
+    assert pool.feed(acquire("a", request=3)) == [Grant(3, 1), Ask(1, (3,))]
 
 
 def test_s04_a_full_queue_refuses_at_once() -> None:

@@ -1,0 +1,38 @@
+"""How many models load on each device, and where no more may."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from fsm.ledger import Placement
+from fsm.limits import Limits
+from fsm.model import HOST, DeviceId
+
+
+def loads_on(placement: Placement) -> list[DeviceId]:
+    """Return the devices whose places among the loads a placement takes: its GPUs, else the host."""
+    return [device for device, amount in placement.bytes if device != HOST and amount] or [HOST]
+
+
+class Loads:
+    """The loads by device: those under way, and those that are planned."""
+
+    def __init__(self, limits: Limits, placements: Iterable[Placement]) -> None:
+        self.limits = limits
+        self.counts: dict[DeviceId, int] = {}
+        for placement in placements:
+            self.add(placement)
+
+    def add(self, placement: Placement) -> None:
+        """Count one more."""
+        for device in loads_on(placement):
+            self.counts[device] = self.counts.get(device, 0) + 1
+
+    def full(self, placement: Placement) -> set[DeviceId]:
+        """Return the devices on which as many load as may, of those that it loads on."""
+        limits = self.limits
+        return {
+            device
+            for device in loads_on(placement)
+            if self.counts.get(device, 0) >= (limits.loads_on_host if device == HOST else limits.loads_per_gpu)
+        }

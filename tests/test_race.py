@@ -26,9 +26,9 @@ def test_a_small_race_is_run_and_reported(tmp_path: Path, capsys: pytest.Capture
     model = write_tiny_model(tmp_path / "tiny.gguf", context=1024)
     output = tmp_path / "build" / "race.json"
     arguments = ["--model", str(model), "--requests", "8", "--models", "3", "--clients", "2", "--tokens", "4"]
-    assert main([*arguments, "--only", "a,d", "--output", str(output)]) == 0
+    assert main([*arguments, "--only", "a,d,e", "--output", str(output)]) == 0
     (race,) = json.loads(output.read_text())["races"]
-    for key in ("a", "d"):
+    for key in ("a", "d", "e"):
         (run,) = race["results"][key]
         assert (run["requests"], run["errors"], run["killed"]) == (8, 0, 0), run["error_texts"]
         assert 2 <= run["loads"] <= 8  # the sequence of this seed asks for more than one model

@@ -16,7 +16,7 @@ from typing import Any
 
 from tests.bench.cold import model_path
 from tests.race import report
-from tests.race.contestants import Contestant, Course, loadmaster, reference
+from tests.race.contestants import Contestant, Course, loadmaster, reference, room_for_all
 from tests.race.ray_serve import find_ray, ray_serve
 from tests.race.router import find_binary, router
 from tests.race.trace import Answered, Ask, a_trace, clock, figures, loads_one_by_one, run_clients
@@ -37,6 +37,7 @@ def contestants(arguments: argparse.Namespace) -> list[Contestant]:
         Contestant("b1", "router, 1 thread a child", no_binary, partial(router, binary=binary, more=ONE_THREAD)),
         Contestant("c", "Ray Serve, multiplexed", no_ray, partial(ray_serve, python=python)),
         Contestant("d", "the reference's order", "", reference),
+        Contestant("e", "ours, with room for all", "", room_for_all),
     ]
 
 

@@ -20,12 +20,12 @@ ROOT = Path(__file__).resolve().parent.parent
 WORK = ROOT / "build" / "mutation"
 MODULES = (
     "table", "runner", "request", "ledger", "dealing", "placement", "reuse", "eviction", "choosing", "keeping",
-    "waiting", "candidates", "core", "actions", "endings", "planning", "claims",
+    "waiting", "candidates", "loading", "refusing", "core", "actions", "endings", "planning", "claims",
 )  # fmt: skip
 SUITE = (
     "tests/__init__.py", "tests/pool.py", "tests/models.py", "tests/test_core_*.py", "tests/test_table.py",
     "tests/test_every_state_every_event.py", "tests/test_choosing.py", "tests/test_reuse.py", "tests/bench/__init__.py",
-    "tests/bench/growth.py",
+    "tests/bench/growth.py", "tests/test_placement_search.py", "tests/brute_force.py",
 )  # fmt: skip
 BY_CHANCE = ("--ignore=tests/test_core_machine.py", "--deselect=tests/test_core_shrink.py::TestLimits")
 CONFIGURATION = """\

@@ -3,21 +3,39 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import fields, replace
 
 import pytest
 
 from fsm import commands as do
+from fsm import events as on
 from fsm.core import Core
-from fsm.eviction import KeepAliveOrder
+from fsm.eviction import Candidate, KeepAliveOrder
 from fsm.footprint import Footprint
 from fsm.journal import Transition
+from fsm.keeping import may_go_at
 from fsm.ledger import Account, DeviceSample, Ledger, Placement
 from fsm.model import HOST, Options
 from fsm.placement import Demand, Gpu, Offload, place
 from fsm.request import Purpose, Request, Want
+from fsm.reuse import Experience
 from fsm.runner import Runner
-from tests.pool import PoolUnderTest, a_pool, acquire, cancel, close, exited, expire, loaded, progress, release
+from tests.pool import (
+    PoolUnderTest,
+    a_pool,
+    acquire,
+    amount,
+    cancel,
+    close,
+    exited,
+    expire,
+    layered,
+    loaded,
+    progress,
+    release,
+    unresponsive,
+)
 
 GPU = Gpu("gpu0", "gpu0")
 PAIR = (GPU, Gpu("gpu1", "gpu1"))
@@ -310,3 +328,125 @@ def test_a_model_that_failed_is_remembered_although_its_file_is_gone() -> None:
     pool.feed(acquire("a", request=7))
     assert isinstance(pool.answers[7].refusal, do.ModelNotFound)
     assert pool.core.pool.models["a"].failures == 1
+
+
+# -- what a policy is told --------------------------------------------------------------------------------------------
+
+
+class Listening:
+    """A policy that orders by last use and keeps what it was told."""
+
+    name = "listening"
+
+    def __init__(self) -> None:
+        self.told: dict[str, Candidate] = {}
+        self.asked_at = 0.0
+
+    def order(self, now: float, candidates: Sequence[Candidate]) -> Sequence[Candidate]:
+        self.asked_at = now
+        self.told = {one.model: one for one in candidates}
+        self.outlooks = {one.model: (one.outlook(), one.outlook()) for one in candidates}
+        return sorted(candidates, key=lambda one: one.used_at)
+
+
+def test_an_outlook_is_of_the_rest_so_far_and_of_none_while_in_use() -> None:
+    """Asked for twice it is the same; the time that a policy is told is the plan's."""
+    policy = Listening()
+    pool = a_pool(capacity="12GiB", policy=policy).idle("a").ready("b", lease=7)
+    pool.advance("40s")
+    pool.idle("a")
+    pool.advance("30s")
+    pool.feed(acquire("c", request=8))
+    core, experience = pool.core.pool, Experience(pool.core.pool.rests)
+    assert policy.asked_at == pool.now
+    assert policy.outlooks["a"] == (experience.outlooks(core.models["a"].rests, 30.0),) * 2
+    assert policy.outlooks["b"] == (experience.outlooks(core.models["b"].rests, 0.0),) * 2
+
+
+def test_a_policy_is_told_what_a_load_takes_where_a_runner_is() -> None:
+    """One with fewer layers on GPUs may load faster or slower; one that still loads has no figure."""
+    policy = Listening()
+    pool = a_pool(capacity="64GiB", gpus=("8GiB",), policy=policy, min_residency_s=0.0, loads_per_gpu=2)
+    pool.declare("m", layered(4, "512MiB")).declare("n", layered(4, "512MiB")).declare("x", layered(4, "1500MiB"))
+    for duration, taken in (("2s", "6500MiB"), ("8s", "0B")):  # by another program, so that the first goes there in part
+        pool.strangers = {"gpu0": amount(taken)}
+        pool.feed(pool.sample(), acquire("m", request := pool.request_id()))
+        pool.advance(duration)
+        pool.feed(loaded(pool.runner("m")), release(request))
+        if duration == "2s":
+            pool.feed(expire("m"))
+            pool.settle()
+    pool.loading("n", request=70)
+    pool.feed(cancel(70))
+    pool.advance("10s")
+    pool.feed(acquire("x", request=71))
+    assert (policy.told["m"].load_s, policy.told["n"].load_s) == (8.0, None)
+
+
+def test_nobody_may_go_before_now() -> None:
+    """What has passed of a bound, a residency or a rest is no time of its own."""
+    pool = a_pool(min_residency_s=5.0).ready("a", lease=1)
+    pool.advance("60s")
+    pool.feed(cancel(99))
+    core, runner = pool.core.pool, pool.life("a")
+    core.now = pool.now
+    assert may_go_at(core, runner, bound=pool.now - 9) == pool.now
+    pool.feed(release(1))
+    pool.advance("60s")
+    core.now = pool.now
+    assert may_go_at(core, runner, bound=pool.now - 9) == pool.now
+
+
+def test_two_idle_runners_go_in_the_policys_order_and_busy_ones_after_them() -> None:
+    """However many leases a busy one holds."""
+    pool = a_pool(capacity="14GiB", each="6GiB", max_wait_s=0.0, min_residency_s=0.0, policy=Listening())
+    pool.ready("busy", lease=1)
+    pool.advance("1s")
+    pool.idle("idle")
+    pool.feed(acquire("new", request=3))
+    assert (pool.state("busy").value, pool.state("idle").value) == ("ready", "expiring")
+
+
+# -- claims -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_claim_of_a_load_that_was_stopped_is_timed_no_longer_than_its_process_lives() -> None:
+    """Its time is up for nobody then."""
+    pool = a_pool(claims=True, stop_timeout_s=15.0).loading("a", request=1)
+    pool.feed(unresponsive(1))
+    assert ("claim", 1) in [key for _, key in pool.core.pool.timers.items()]
+    pool.feed(exited(1))
+    assert ("claim", 1) not in [key for _, key in pool.core.pool.timers.items()]
+
+
+def test_the_journal_says_which_launch_went_ahead_without_its_devices() -> None:
+    """With the model, the request and all devices by name."""
+    pool = told(a_pool(claims=True, shares=False, gpus=("8GiB",), claim_timeout_s=60.0))
+    pool.declare("g", layered(4, "1GiB", host="100MiB"))
+    pool.feed(acquire("g", request=7))
+    late = pool.core.late
+    pool.feed(on.Contended(1))
+    assert pool.core.late == late
+    pool.advance("60s")
+    entry = next(entry for entry in pool.core.journal or () if getattr(entry, "what", "") == "launched")
+    assert (entry.model, entry.request) == ("g", 7)
+    assert "cpu, gpu0 could not be had" in entry.reason
+
+
+def test_a_second_crash_in_a_row_is_no_lack_of_memory() -> None:
+    """Those who wait for the next life are told the reason of this one."""
+    pool = a_pool().ready("a", lease=1)
+    pool.feed(unresponsive(1), exited(1))
+    pool.ready("a", lease=2)
+    pool.feed(acquire("a", request=3, num_thread=5), unresponsive(2))
+    refusal = pool.refusal(3)
+    assert isinstance(refusal, do.LoadFailed)
+    assert (refusal.reason, refusal.out_of_memory) == ("it answers no probe", False)
+
+
+def test_a_load_that_hangs_is_told_with_its_reason() -> None:
+    """To everybody who waits for it."""
+    pool = a_pool().loading("a", request=1)
+    pool.feed(unresponsive(1))
+    refusal = pool.refusal(1)
+    assert isinstance(refusal, do.LoadFailed) and refusal.reason == "it answers no probe"

@@ -368,7 +368,7 @@ def test_a_policy_is_told_what_a_load_takes_where_a_runner_is() -> None:
     policy = Listening()
     pool = a_pool(capacity="64GiB", gpus=("8GiB",), policy=policy, min_residency_s=0.0, loads_per_gpu=2)
     pool.declare("m", layered(4, "512MiB")).declare("n", layered(4, "512MiB")).declare("x", layered(4, "1500MiB"))
-    for duration, taken in (("2s", "6500MiB"), ("8s", "0B")):  # by another program, so that the first goes there in part
+    for duration, taken in (("2s", "6500MiB"), ("8s", "0B")):  # by others: the first goes there in part
         pool.strangers = {"gpu0": amount(taken)}
         pool.feed(pool.sample(), acquire("m", request := pool.request_id()))
         pool.advance(duration)

@@ -6,9 +6,9 @@ Whatever is wrong with the file, models are loaded as if it were empty.
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
-import math
 import os
 import platform
 import sqlite3
@@ -17,12 +17,12 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar, get_args, get_type_hints
 from zlib import crc32
 
 import platformdirs
 
-from fsm.model import Amounts, DeviceId, Options
+from fsm.model import HOST, Amounts, DeviceId, Options
 from fsm.remembered import LAST_LOADS, Loads, Remembered, Took, with_load
 
 log = logging.getLogger("loadmaster")
@@ -32,24 +32,28 @@ APPLICATION_ID = 0x4C4D4650  # "LMFP": how a file of ours is told from any other
 MOST_ROWS = 1000  # one is about 600 bytes; the oldest go
 MOST_ROW_BYTES = 64 * 1024
 MOST_OF_A_MODEL = 64  # rows that are read of one model
-MOST_BYTES = 1 << 60  # no device is larger
+MOST_BYTES = 1 << 46  # 64 TiB: no device is larger
+MOST_LAYERS = 1 << 16
+MOST_OF_AN_OPTION = 1 << 63
+MOST_LOAD_S = 1e6  # eleven days
 READ_TIMEOUT_S, WRITE_TIMEOUT_S = 0.25, 2.0  # how long another program may hold the file
 
-_TABLE = """
-CREATE TABLE footprints (
+NO_HOME = Path(os.devnull, "no home folder")  # the usual file where there is none to keep it in: nothing is kept
+
+_TABLE = """CREATE TABLE footprints (
     machine TEXT NOT NULL, files TEXT NOT NULL, options TEXT NOT NULL, split TEXT NOT NULL,
     state TEXT NOT NULL, took TEXT NOT NULL, loads TEXT NOT NULL, checksum INTEGER NOT NULL,
     PRIMARY KEY (machine, files, options, split)
-)
-"""
-_READ = """
-SELECT options, split, took, loads, checksum FROM footprints WHERE machine = ? AND files = ? AND state = ?
-ORDER BY rowid DESC LIMIT ?
-"""
-_READ_ONE = """
+)"""  # as SQLite keeps it, to the letter
+_SCHEMA = {("footprints", _TABLE), ("sqlite_autoindex_footprints_1", None)}  # name and text of all that is in the file
+_READ = f"""
 SELECT options, split, took, loads, checksum FROM footprints
-WHERE machine = ? AND files = ? AND state = ? AND options = ? AND split = ?
+WHERE machine = ? AND files = ? AND state = ? AND length(CAST(options || split || took || loads AS BLOB)) <= {
+    MOST_ROW_BYTES
+}
 """
+_READ_ALL = f"{_READ} ORDER BY rowid DESC LIMIT {MOST_OF_A_MODEL}"
+_READ_ONE = f"{_READ} AND options = ? AND split = ?"
 _FORGET_OTHER_FILES = "DELETE FROM footprints WHERE machine = ? AND files = ? AND state != ?"
 _WRITE = "INSERT OR REPLACE INTO footprints VALUES (?, ?, ?, ?, ?, ?, ?, ?)"
 _FORGET_OLDEST = """
@@ -69,15 +73,20 @@ class Identity:
 
 
 def default_footprints() -> Path:
-    """Return the file that this user's programs share."""
-    return Path(platformdirs.user_cache_path("loadmaster", appauthor=False)) / f"footprints-{VERSION}.sqlite3"
+    """Return the file that this user's programs share; `NO_HOME` where this user has no home."""
+    try:
+        folder = platformdirs.user_cache_path("loadmaster", appauthor=False)
+    except RuntimeError:  # as in a container whose user is a number without a name
+        return NO_HOME
+    return Path(folder) / f"footprints-{VERSION}.sqlite3"
 
 
 class FootprintStore:
     """Reads and writes the file; each call opens it anew, blocks for as long as its time-outs say, and never raises.
 
-    A file that is damaged, or none of ours, is set aside as FILE.old with a warning; one of a newer version is left as
-    it is. What cannot be used is warned of once, and stands in `problem`. One thread uses it at a time.
+    A file that is damaged, or none of ours, is set aside as FILE.old (FILE.old2 …) with a warning; one of a newer
+    version is left as it is. What cannot be used is warned of once, and stands in `problem`. One thread uses it at a
+    time.
     """
 
     def __init__(self, path: Path) -> None:
@@ -85,6 +94,8 @@ class FootprintStore:
         self._problems: dict[str, str] = {}  # that stand, by what was tried
         self._warned = False  # of damaged rows
         self._machine = platform.node()
+        if path == NO_HOME:
+            self._say("made", "this user has none; name a file by the setting footprints")
 
     @property
     def problem(self) -> str:
@@ -93,16 +104,16 @@ class FootprintStore:
 
     def read(self, identity: Identity) -> Remembered:
         """Return what is known of a model's file; nothing where there is none, or it cannot be read."""
-        rows: list[_Row] = []
+        rows: list[_Known] = []
 
         def act() -> None:
             if os.path.lexists(self.path):
                 with self._opened(READ_TIMEOUT_S, write=False) as file:
-                    key = (self._machine, identity.files, identity.state, MOST_OF_A_MODEL)
-                    rows.extend(file.execute(_READ, key))
+                    found = file.execute(_READ_ALL, (self._machine, identity.files, identity.state)).fetchall()
+                rows.extend(known for row in found if (known := self._known(identity, row)) is not None)
 
         self._attempt("read", act)
-        return _remembered([known for row in rows if (known := self._known(identity, row)) is not None])
+        return _remembered(rows)
 
     def write(self, identity: Identity, options: Options, split: Amounts, took: Amounts, load_s: float | None) -> None:
         """Keep what a life showed: `took` replaces what was known, unless it is empty; `load_s` joins the last few."""
@@ -140,7 +151,7 @@ class FootprintStore:
 
     def _known(self, identity: Identity, row: _Row) -> _Known | None:
         """Return what a row says; None, with a warning, where it is not as it was written."""
-        with suppress(ValueError, TypeError, AttributeError):
+        with suppress(ValueError, TypeError, AttributeError, RecursionError):
             if row[4] == _checksum(identity, row[:4]):
                 return _known(row)
         if not self._warned:
@@ -150,6 +161,8 @@ class FootprintStore:
 
     def _attempt(self, what: str, act: Callable[[], None]) -> bool:
         """Take whatever goes wrong as a reason to go on without; return whether the file was put out of the way."""
+        if self.path == NO_HOME:
+            return False
         try:
             act()
         except _Empty:
@@ -161,7 +174,7 @@ class FootprintStore:
                 return self._set_aside(str(error))
             self._say(what, str(error))
             return False
-        except (OSError, ValueError, OverflowError) as error:  # the last two: what SQLite cannot take as text or number
+        except Exception as error:  # text or numbers that SQLite cannot take, say: models are loaded all the same
             self._say(what, str(error))
             return False
         self._problems.pop(what, None)
@@ -177,7 +190,9 @@ class FootprintStore:
 
     def _set_aside(self, reason: str) -> bool:
         """Begin anew, with the old file kept beside: it may be somebody else's, named here by mistake."""
-        aside = self.path.with_name(f"{self.path.name}.old")
+        endings = (f".old{number}" if number > 1 else ".old" for number in itertools.count(1))
+        names = (self.path.with_name(self.path.name + ending) for ending in endings)
+        aside = next(name for name in names if not os.path.lexists(name))
         try:
             os.replace(self.path, aside)
         except FileNotFoundError:  # another program was quicker
@@ -197,13 +212,11 @@ class FootprintStore:
     @contextmanager
     def _opened(self, timeout_s: float, *, write: bool) -> Iterator[sqlite3.Connection]:
         """Open the file for one transaction, its table made where it is new; raises as `_guarded` knows it."""
-        mode = os.stat(self.path).st_mode
-        if not stat.S_ISREG(mode):
+        if not stat.S_ISREG(os.stat(self.path).st_mode):
             raise OSError("it is no file")
-        if write and mode & 0o077:
-            self.path.chmod(0o600)
         uri = f"{self.path.absolute().as_uri()}?mode=rw"  # never made here; where it is read-only this opens it so
         with closing(sqlite3.connect(uri, timeout=timeout_s, isolation_level=None, uri=True)) as file:
+            file.text_factory = _decoded
             file.execute("BEGIN IMMEDIATE" if write else "BEGIN")
             self._check(file, write=write)
             yield file
@@ -213,12 +226,12 @@ class FootprintStore:
         """See to it that the file is one of ours and of this version."""
         (application,) = file.execute("PRAGMA application_id").fetchone()
         (version,) = file.execute("PRAGMA user_version").fetchone()
-        tables = {name for (name,) in file.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+        schema = set(file.execute("SELECT name, sql FROM sqlite_master"))
         if application == APPLICATION_ID and version > VERSION:
             raise OSError("it was written by a newer version")
-        if (application, version) == (APPLICATION_ID, VERSION) and tables == {"footprints"}:
+        if (application, version) == (APPLICATION_ID, VERSION) and schema == _SCHEMA:
             return
-        if (application, version, tables) != (0, 0, set()):
+        if (application, version, schema) != (0, 0, set()):
             raise _Foreign("it is none of this version's")
         if not write:
             raise _Empty
@@ -256,12 +269,29 @@ def _remembered(rows: list[_Known]) -> Remembered:
 def _known(row: _Row) -> _Known:
     """Return what the texts of a row say; raises ValueError or TypeError for anything that is not what is written."""
     options, split, took, seconds = (json.loads(text) for text in row[:4])
-    loads = tuple(_number(value, float, math.inf) for value in seconds)
-    return _Known(Took(Options(**options), _amounts(split), _amounts(took)), loads)
+    layers, held = _amounts(split, MOST_LAYERS), _amounts(took, MOST_BYTES)
+    gpus, devices = dict(layers).keys(), dict(held).keys()
+    if HOST in gpus or (held and not {HOST} <= devices <= {HOST, *gpus}):  # an integrated GPU's bytes are the host's
+        raise ValueError("no such devices")
+    loads = tuple(_number(value, float, MOST_LOAD_S) for value in seconds)[-LAST_LOADS:]
+    return _Known(Took(_options(options), layers, held), loads)
 
 
-def _amounts(pairs: list[tuple[str, int]]) -> Amounts:
-    return tuple((DeviceId(device), _number(amount, int, MOST_BYTES)) for device, amount in pairs)
+_OPTIONS = {name: get_args(kind)[0] for name, kind in get_type_hints(Options).items()}  # their types, None aside
+
+
+def _options(named: dict[str, Any]) -> Options:
+    for name, value in named.items():
+        if type(value) is not _OPTIONS.get(name) or (type(value) is int and abs(value) >= MOST_OF_AN_OPTION):
+            raise ValueError("no such option")
+    return Options(**named)
+
+
+def _amounts(pairs: list[tuple[str, int]], most: int) -> Amounts:
+    amounts = tuple((DeviceId(device), _number(amount, int, most)) for device, amount in pairs)
+    if not all(type(device) is str for device, _ in amounts) or len(dict(amounts)) != len(amounts):
+        raise ValueError("no such devices")
+    return amounts
 
 
 def _number(value: Number, kind: type[Number], most: float) -> Number:
@@ -281,3 +311,8 @@ def _text_of(options: Options) -> str:
 
 def _text(value: object) -> str:
     return json.dumps(value, separators=(",", ":"), allow_nan=False)
+
+
+def _decoded(text: bytes) -> str:
+    """Return a text of the file's; what is none differs from what was written, as its checksum says."""
+    return text.decode(errors="replace")

@@ -7,6 +7,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict, Unpack, cast
@@ -20,6 +21,7 @@ from scheduler.units import parse_bytes, parse_duration
 
 ENVIRONMENT_PREFIX = "LOADMASTER_"
 SMALLEST_RECORD_BYTES = 64 * 1024
+LARGEST_NUMBER = 2**63
 _AROUND_VALUES = " \t\"'"  # what shells and service files leave around a value
 
 
@@ -179,8 +181,8 @@ class Setting(NamedTuple):
 def _count(minimum: int) -> Callable[[str, Any], int]:
     def parse(name: str, value: Any) -> int:
         count = int(value) if isinstance(value, str) and re.fullmatch(r"[0-9]{1,18}", value) else value
-        if not isinstance(count, int) or isinstance(count, bool) or count < minimum:
-            raise InvalidSettings(name, value, f"a whole number of at least {minimum}")
+        if not isinstance(count, int) or isinstance(count, bool) or not minimum <= count < LARGEST_NUMBER:
+            raise InvalidSettings(name, value, f"a whole number of at least {minimum}, and below 2**63")
         return count
 
     return parse
@@ -261,15 +263,18 @@ def _lock_folder(name: str, value: Any) -> Path:
     return folders[0].absolute()
 
 
-def _file(name: str, value: Any) -> Path:
-    paths = _folders(name, [value] if isinstance(value, str) else value)
+def _file(name: str, value: Any, others: str = '"none"') -> Path:
+    paths: tuple[Path, ...] = ()
+    if isinstance(value, str | os.PathLike):
+        with suppress(InvalidSettings):
+            paths = _folders(name, [value])
     if len(paths) != 1:
-        raise InvalidSettings(name, value, '"none" or the path of a file')
+        raise InvalidSettings(name, value, f"{others} or the path of a file")
     return paths[0].absolute()
 
 
 def _footprints(name: str, value: Any) -> Path:
-    return default_footprints() if value == "auto" else _file(name, value)
+    return default_footprints() if value == "auto" else _file(name, value, '"auto", "none"')
 
 
 def _record_limit(name: str, value: Any) -> int:

@@ -18,7 +18,20 @@ import pytest
 
 from fsm.model import HOST, DeviceId, Options
 from fsm.remembered import LAST_LOADS, NOTHING, Loads, Remembered, Took
-from scheduler.footprint_store import APPLICATION_ID, MOST_OF_A_MODEL, MOST_ROWS, VERSION, FootprintStore, Identity
+from scheduler.footprint_store import (
+    _TABLE,
+    APPLICATION_ID,
+    MOST_BYTES,
+    MOST_OF_A_MODEL,
+    MOST_ROW_BYTES,
+    MOST_ROWS,
+    NO_HOME,
+    VERSION,
+    FootprintStore,
+    Identity,
+    _checksum,
+    default_footprints,
+)
 from scheduler.footprints import Footprints, identity_of
 from scheduler.spec import ModelSpec
 from tests.waiting import LIMIT_S
@@ -27,6 +40,7 @@ FILE = Identity('["/models/a.gguf"]', "[[1,2]]")
 OPTIONS = Options(num_ctx=4096, use_mmap=False, cache_type_k="f16")
 TOOK = ((HOST, 7), (DeviceId("GPU-1"), 5))
 SPLIT = ((DeviceId("GPU-1"), 3),)
+ON_HOST = ((HOST, 7),)
 
 
 @pytest.fixture
@@ -73,13 +87,13 @@ def test_nothing_is_made_by_reading(path: Path) -> None:
 
 
 def test_the_file_and_its_folder_are_the_users_alone(path: Path) -> None:
-    """The names of models are nobody else's business; a file that others may read is taken back from them."""
+    """The names of models are nobody else's business, unless the user says so: a file that is shared stays shared."""
     store = written(path)
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
-    path.chmod(0o644)
+    path.chmod(0o664)
     store.write(FILE, OPTIONS, SPLIT, TOOK, 1.0)
-    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert stat.S_IMODE(path.stat().st_mode) == 0o664
 
 
 def test_another_state_of_the_files_is_another_model(path: Path) -> None:
@@ -137,10 +151,10 @@ def test_the_oldest_rows_go(path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     store = FootprintStore(path)
     files = [Identity(f'["/models/{number}.gguf"]', "[]") for number in range(8)]
     for file in files[:5]:
-        store.write(file, OPTIONS, (), TOOK, None)
+        store.write(file, OPTIONS, (), ON_HOST, None)
     store.write(files[0], OPTIONS, (), (), 1.0)  # used again
     for file in files[5:]:
-        store.write(file, OPTIONS, (), TOOK, None)
+        store.write(file, OPTIONS, (), ON_HOST, None)
     left = [number for number, file in enumerate(files) if store.read(file) != NOTHING]
     assert left == [0, 4, 5, 6, 7]
 
@@ -148,7 +162,7 @@ def test_the_oldest_rows_go(path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 def test_a_full_file_is_small(path: Path) -> None:
     """However many models and options there ever were; of one model as many rows are read as a step may take over."""
     store = FootprintStore(path)
-    store.write(FILE, OPTIONS, (), TOOK, 1.0)
+    store.write(FILE, OPTIONS, (), ON_HOST, 1.0)
     with sqlite3.connect(path) as file:  # as many writes would make it
         row = list(file.execute("SELECT * FROM footprints").fetchone())
         many = ([*row[:2], f"{row[2]}{number}", *row[3:]] for number in range(MOST_ROWS + 100))
@@ -166,7 +180,7 @@ def test_what_is_too_long_is_not_kept(path: Path) -> None:
     """A row is bounded too."""
     store = FootprintStore(path)
     long = Identity("x" * 100_000, "[]")
-    store.write(long, OPTIONS, (), TOOK, 1.0)
+    store.write(long, OPTIONS, (), ON_HOST, 1.0)
     assert (store.read(long), store.problem) == (NOTHING, "")
 
 
@@ -181,7 +195,7 @@ def cut_short(path: Path) -> None:
     """A store of some pages, of which the last ones are lost."""
     store = written(path)
     for number in range(40):
-        store.write(FILE, Options(num_ctx=number + 1), (), TOOK, 1.0)
+        store.write(FILE, Options(num_ctx=number + 1), (), ON_HOST, 1.0)
     os.truncate(path, 4096)
 
 
@@ -191,15 +205,43 @@ def of_another_program(path: Path) -> None:
     file.close()
 
 
-def of_an_older_version(path: Path) -> None:
+def of_ours(path: Path, schema: str, version: int = VERSION) -> None:
+    """Write a file that says it is a store, of some schema."""
     with sqlite3.connect(path) as file:
-        file.execute("CREATE TABLE footprints (model TEXT)")
+        file.executescript(schema)
         file.execute(f"PRAGMA application_id = {APPLICATION_ID}")
-        file.execute(f"PRAGMA user_version = {VERSION - 1}")
+        file.execute(f"PRAGMA user_version = {version}")
     file.close()
 
 
-@pytest.mark.parametrize("damage", [garbage, cut_short, of_another_program, of_an_older_version])
+def of_an_older_version(path: Path) -> None:
+    of_ours(path, "CREATE TABLE footprints (model TEXT)", VERSION - 1)
+
+
+def of_other_columns(path: Path) -> None:
+    of_ours(path, "CREATE TABLE footprints (machine TEXT, files TEXT, options TEXT)")
+
+
+def of_a_view(path: Path) -> None:
+    of_ours(path, "CREATE VIEW footprints AS SELECT 1 AS machine")
+
+
+def with_a_trigger(path: Path) -> None:
+    """One that would run for ever when a row is written."""
+    of_ours(
+        path,
+        f"""{_TABLE}; CREATE TRIGGER endless AFTER INSERT ON footprints BEGIN
+        DELETE FROM footprints WHERE machine =
+            (WITH RECURSIVE n(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM n) SELECT max(x) FROM n); END;""",
+    )
+
+
+FOREIGN = [
+    garbage, cut_short, of_another_program, of_an_older_version, of_other_columns, of_a_view, with_a_trigger,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", FOREIGN)
 def test_what_cannot_be_used_is_put_aside_and_begun_anew(
     damage: Callable[[Path], None], path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -217,7 +259,19 @@ def test_what_cannot_be_used_is_put_aside_and_begun_anew(
     assert aside.read_bytes() == before
 
 
-@pytest.mark.parametrize("damage", [garbage, of_another_program])
+def test_nothing_is_lost_of_what_was_put_aside_before(path: Path) -> None:
+    """Its name may be taken, by what was there earlier or by a copy of the user's own: a free one is found."""
+    path.parent.mkdir()
+    first, second = (path.with_name(f"{path.name}.{ending}") for ending in ("old", "old2"))
+    first.write_text("my only backup")
+    for number in range(2):
+        path.write_text(f"no database {number}")
+        written(path)
+    assert (first.read_text(), second.read_text()) == ("my only backup", "no database 0")
+    assert path.with_name(f"{path.name}.old3").read_text() == "no database 1"
+
+
+@pytest.mark.parametrize("damage", [garbage, of_another_program, with_a_trigger])
 def test_a_write_begins_anew_too(damage: Callable[[Path], None], path: Path) -> None:
     """What was to be remembered when it was found is not lost."""
     path.parent.mkdir()
@@ -252,7 +306,7 @@ def test_a_folder_in_its_place_is_said_once(path: Path, caplog: pytest.LogCaptur
     path.mkdir(parents=True)
     store = FootprintStore(path)
     for _ in range(3):
-        store.write(FILE, OPTIONS, (), TOOK, 1.0)
+        store.write(FILE, OPTIONS, (), ON_HOST, 1.0)
         assert store.read(FILE) == NOTHING
     assert path.is_dir() and str(path) in store.problem and len(warnings(caplog)) == 1
 
@@ -262,7 +316,7 @@ def test_a_folder_that_cannot_be_made_is_said_once(tmp_path: Path, caplog: pytes
     (tmp_path / "home").touch()
     store = FootprintStore(tmp_path / "home" / "cache" / "footprints.sqlite3")
     for _ in range(3):
-        store.write(FILE, OPTIONS, (), TOOK, 1.0)
+        store.write(FILE, OPTIONS, (), ON_HOST, 1.0)
         assert store.read(FILE) == NOTHING
     assert store.problem and len(warnings(caplog)) == 1
 
@@ -307,11 +361,11 @@ path = Path(sys.argv[1])
 store = those.FootprintStore(path)
 resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size, resource.RLIM_INFINITY))
 for number in range(60):
-    store.write(those.FILE, those.Options(num_ctx=number + 1), (), those.TOOK, 1.0)
+    store.write(those.FILE, those.Options(num_ctx=number + 1), (), those.ON_HOST, 1.0)
 print(bool(store.problem), those.Took(those.OPTIONS, those.SPLIT, those.TOOK) in store.read(those.FILE).sizes)
 resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-store.write(those.FILE, those.Options(num_ctx=1000), (), those.TOOK, 1.0)
-print(store.problem == "", those.Took(those.Options(num_ctx=1000), (), those.TOOK) in store.read(those.FILE).sizes)
+store.write(those.FILE, those.Options(num_ctx=1000), (), those.ON_HOST, 1.0)
+print(store.problem == "", those.Took(those.Options(num_ctx=1000), (), those.ON_HOST) in store.read(those.FILE).sizes)
 """
 
 
@@ -327,6 +381,13 @@ def change(path: Path, column: str, value: object) -> None:
     with sqlite3.connect(path) as file:
         file.execute(f"UPDATE footprints SET {column} = ?", (value,))
     file.close()
+
+
+def believe(path: Path, options: str, split: str, took: str, loads: str) -> None:
+    """Put a row in, with the right checksum."""
+    for column, value in (("options", options), ("split", split), ("took", took), ("loads", loads)):
+        change(path, column, value)
+    change(path, "checksum", _checksum(FILE, (options, split, took, loads)))
 
 
 @pytest.mark.parametrize(
@@ -351,6 +412,12 @@ def test_a_row_that_was_changed_is_not_used(
 @pytest.mark.parametrize(
     ("options", "took", "loads"),
     [
+        ('{"num_ctx":"x"}', "[]", "[]"), ('{"num_ctx":[1]}', "[]", "[]"), ('{"num_ctx":true}', "[]", "[]"),
+        ('{"use_mmap":1}', "[]", "[]"), ('{"cache_type_k":1}', "[]", "[]"), ('{"num_ctx":null}', "[]", "[]"),
+        (f'{{"num_ctx":{2**63}}}', "[]", "[]"), ("{}", '[["cuda9",1]]', "[]"), ("{}", '[["GPU-1",1]]', "[]"),
+        ("{}", '[["cpu",1],["cuda9",1]]', "[]"), ("{}", '[["cpu",1],["cpu",2]]', "[]"), ("{}", '[[5,1]]', "[]"),
+        ("{}", '[[["cpu"],1]]', "[]"), ("{}", f'[["cpu",{MOST_BYTES}]]', "[]"), ("{}", "[]", "[1e308]"),
+        ("{}", "[" * (MOST_ROW_BYTES // 2), "[]"), ("[" * 30_000 + "]" * 30_000, "[]", "[]"), ("{}", "null", "[]"),
         ('{"dreams":1}', "[]", "[]"), ("[]", "[]", "[]"), ("{}", '[["cpu",-1]]', "[]"), ("{}", '[["cpu",1.5]]', "[]"),
         ("{}", '[["cpu",true]]', "[]"), ("{}", f'[["cpu",{10**30}]]', "[]"), ("{}", '["cpu"]', "[]"), ("{}", "7", "[]"),
         ("{}", "[]", "[NaN]"), ("{}", "[]", "[Infinity]"), ("{}", "[]", "[-1.0]"), ("{}", "[]", '["1"]'),
@@ -358,13 +425,48 @@ def test_a_row_that_was_changed_is_not_used(
 )  # fmt: skip
 def test_a_row_that_makes_no_sense_is_not_used(options: str, took: str, loads: str, path: Path) -> None:
     """Even with the right checksum, as a program of another kind might have written it."""
-    from scheduler.footprint_store import _checksum
-
     store = written(path)
-    for column, value in (("options", options), ("took", took), ("loads", loads)):
-        change(path, column, value)
-    change(path, "checksum", _checksum(FILE, (options, json.dumps(SPLIT, separators=(",", ":")), took, loads)))
+    believe(path, options, json.dumps(SPLIT, separators=(",", ":")), took, loads)
     assert store.read(FILE) == NOTHING
+
+
+@pytest.mark.parametrize("split", ['[[5,1]]', '[[["a"],1]]', '[["cpu",1]]', '[["a",1],["a",1]]', f'[["a",{2**40}]]'])
+def test_a_split_that_makes_no_sense_is_not_used(split: str, path: Path) -> None:
+    """Layers are on GPUs, on each once, and a model has thousands of them at most."""
+    store = written(path)
+    believe(path, "{}", split, "[]", "[1.0]")
+    assert store.read(FILE) == NOTHING
+
+
+def test_a_row_that_is_too_long_is_not_even_read(path: Path) -> None:
+    """Whatever wrote it: what one model's rows take in memory is bounded."""
+    store = written(path)
+    believe(path, "{}", "[]", "[]", f"[{','.join(['0.1'] * MOST_ROW_BYTES)}]")
+    assert store.read(FILE) == NOTHING
+
+
+def test_text_that_is_none_is_a_row_that_is_damaged(path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """One bit in a page, which SQLite does not check: the other rows are used, and it can be written again."""
+    store = written(path)
+    store.write(FILE, Options(num_ctx=1), SPLIT, TOOK, None)
+    path.write_bytes(path.read_bytes().replace(b'"num_ctx":4096', b'"\xeeum_ctx":4096'))
+    assert store.read(FILE).sizes == (Took(Options(num_ctx=1), SPLIT, TOOK),)
+    store.write(FILE, OPTIONS, SPLIT, TOOK, 1.5)
+    assert Took(OPTIONS, SPLIT, TOOK) in store.read(FILE).sizes
+    assert (store.problem, len(warnings(caplog))) == ("", 1)
+
+
+def test_without_a_home_nothing_is_kept(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """As in a container whose user is a number: there is no usual file, which is said once, and what to do about it."""
+
+    def no_home(*_: object, **__: object) -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr("platformdirs.user_cache_path", no_home)
+    path = default_footprints()
+    store = written(path)
+    assert (path, store.read(FILE)) == (NO_HOME, NOTHING)
+    assert "the setting footprints" in store.problem and len(warnings(caplog)) == 1
 
 
 # -- several programs -------------------------------------------------------------------------------------------------
@@ -376,7 +478,7 @@ sys.path.insert(0, os.getcwd())
 import tests.test_footprint_store as those
 store = those.FootprintStore(Path(sys.argv[1]))
 for number in range(20):
-    store.write(those.FILE, those.Options(num_ctx=int(sys.argv[2]) + number), (), those.TOOK, 1.0)
+    store.write(those.FILE, those.Options(num_ctx=int(sys.argv[2]) + number), (), those.ON_HOST, 1.0)
     store.read(those.FILE)
 print(store.problem or "all written")
 """

@@ -8,6 +8,8 @@ import shutil
 import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -209,8 +211,20 @@ def test_the_setting_takes_a_file_or_none(tmp_path: Path) -> None:
     assert Settings(footprints=str(tmp_path / "a.db")).footprints == tmp_path / "a.db"
     assert Settings(footprints="none").footprints is Settings(footprints=None).footprints is None
     assert Settings(footprints="auto").footprints == Settings().footprints
-    with pytest.raises(InvalidSettings, match="footprints"):
-        Settings(footprints="")
+    wrong: tuple[Any, ...] = ("", 5, ["a", "b"], ("a",), "a\0b")
+    for value in wrong:
+        with pytest.raises(InvalidSettings, match='"auto", "none" or the path of a file'):
+            Settings(footprints=value)
+
+
+def test_a_user_without_a_home_has_a_scheduler_that_warns_of_it(monkeypatch: pytest.MonkeyPatch, model: Path) -> None:
+    """As in a container whose user is a number: what models take is not kept, and why stands among the problems."""
+    monkeypatch.setattr("scheduler.settings.default_footprints", default_footprints)
+    monkeypatch.setattr("platformdirs.user_cache_path", Mock(side_effect=RuntimeError("no home directory")))
+    with no_leaks(), Scheduler(Settings(gpus=False)) as scheduler:
+        scheduler.acquire(model).release()
+        (problem,) = scheduler.status().problems
+        assert "this user has none; name a file by the setting footprints" in problem
 
 
 def test_tests_keep_out_of_the_developers_own_file(footprints: Path) -> None:

@@ -141,6 +141,8 @@ def test_settings_can_be_replaced() -> None:
         ("max_queue", 0),
         ("max_queue", True),
         ("max_queue", None),
+        ("max_queue", 2**63),
+        ("num_ctx", 10**400),
         ("max_runners", -1),
         ("memory_limit", 0),
         ("memory_limit", "lots"),

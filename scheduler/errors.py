@@ -14,6 +14,14 @@ from typing import Any, ClassVar
 
 _BYTE_UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB", "PiB")
 _SECONDS_PER_UNIT = (("h", 3600), ("m", 60), ("s", 1))
+_LONGEST_VALUE = 200  # characters of what was passed that are shown
+_SMALLER = "use a smaller model, context or cache type"
+_ADVICE = (  # by what a reason says
+    ("and there is none", "ask for it without a GPU (require_gpu, num_gpu)"),
+    ("stopped and does not end", f"end that process, or {_SMALLER}"),
+    ("moving what is pinned", f"unpin some of it, or {_SMALLER}"),
+    ("hold the memory", f"free some of it, or {_SMALLER}"),
+)
 
 
 def format_bytes(count: int) -> str:
@@ -34,7 +42,7 @@ def format_duration(duration_s: float) -> str:
         return "forever" if duration_s > 0 else "-forever"
     if duration_s < 0:
         return "-" + format_duration(-duration_s)
-    if round(duration_s * 1000) < 1000:
+    if duration_s * 1000 < 999.5:
         return f"{duration_s * 1000:.0f}ms" if duration_s else "0s"
     if round(duration_s, 1) < 60:
         return f"{duration_s:.1f}".removesuffix(".0") + "s"
@@ -44,6 +52,15 @@ def format_duration(duration_s: float) -> str:
         count, rest = divmod(rest, unit_s)
         text += f"{count}{unit}" if count else ""
     return text
+
+
+def _shown(value: object) -> str:
+    """Return what was passed, in a bounded text."""
+    try:
+        text = repr(value)
+    except Exception:  # of an object of the user's own, or of a number with thousands of digits
+        text = f"this {type(value).__name__}"
+    return text if len(text) <= _LONGEST_VALUE else f"{text[:_LONGEST_VALUE]}…"
 
 
 @dataclass(eq=False)
@@ -126,10 +143,12 @@ class DoesNotFit(SchedulerError):
 
     def __str__(self) -> str:
         devices = ", ".join(f"{format_bytes(free)} on {device}" for device, free in self.free_bytes.items())
-        advice = "" if ";" in self.reason else "; use a smaller model, context or cache type, or raise the limit"
+        fitting = (advice for words, advice in _ADVICE if words in self.reason)
+        advice = "" if ";" in self.reason else f"; {next(fitting, f'{_SMALLER}, or raise the limit')}"
+        need = f"needs {format_bytes(self.needed_bytes)} and at most {devices or 'nothing'} can be had"
         return (
-            f"{self.model!r} needs {format_bytes(self.needed_bytes)} and at most {devices or 'nothing'} can be had: "
-            f"{self.reason}{advice}"  # a reason may bring its own
+            f"{self.model!r} {need if self.needed_bytes else 'has no place'}: {self.reason}{advice}"
+            # a reason may bring its own
         )
 
 
@@ -271,7 +290,7 @@ class UnsupportedOption(SchedulerError, ValueError):
     status: ClassVar[int] = 400
 
     def __str__(self) -> str:
-        return f"option {self.name}={self.value!r} is not supported: {self.reason}"
+        return f"option {self.name}={_shown(self.value)} is not supported: {self.reason}"
 
 
 @dataclass(eq=False)
@@ -284,7 +303,7 @@ class InvalidSettings(SchedulerError, ValueError):
     status: ClassVar[int] = 400
 
     def __str__(self) -> str:
-        return f"{self.name} cannot be {self.value!r}: it must be {self.allowed}"
+        return f"{self.name} cannot be {_shown(self.value)}: it must be {self.allowed}"
 
 
 @dataclass(eq=False)

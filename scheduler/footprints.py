@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -13,7 +13,7 @@ from pathlib import Path
 from fsm.commands import Launch, Remember
 from fsm.remembered import NOTHING, Remembered
 from scheduler.footprint_store import FootprintStore, Identity
-from scheduler.spec import FIRST_PART, MOST_PARTS, ModelSpec
+from scheduler.spec import ModelSpec
 from scheduler.workers import Workers
 
 WAIT_S = 0.5  # that an inspection waits for what is known; then the model is predicted
@@ -26,7 +26,7 @@ class Footprints:
     def __init__(self, path: Path) -> None:
         self._store = FootprintStore(path)
         self._workers = Workers("loadmaster-footprints", 1)
-        self._lock = threading.Lock()  # guards what follows; held for an assignment
+        self._lock = threading.RLock()  # guards what follows; held for an assignment, in which a finaliser may come
         self._jobs = 0  # queued or under way
         self._late = 0  # of those, that somebody waited for in vain: until they are done nobody waits
 
@@ -61,19 +61,26 @@ class Footprints:
         return self._workers.close(timeout_s)
 
     def _put(self, job: Callable[[], object]) -> bool:
+        def done() -> None:
+            with self._lock:
+                self._jobs = max(0, self._jobs - 1)
+                self._late = max(0, self._late - 1)
+
         def run() -> None:
             try:
                 job()
             finally:
-                with self._lock:
-                    self._jobs -= 1
-                    self._late = max(0, self._late - 1)
+                done()
 
         with self._lock:
             if self._jobs >= MOST_JOBS:
                 return False
             self._jobs += 1
-        self._workers.put(run)
+        try:
+            self._workers.put(run)
+        except BaseException:  # Ctrl-C, say; where it was queued all the same, it is counted off twice
+            done()
+            raise
         return True
 
 
@@ -84,24 +91,13 @@ def identity_of(model: object) -> Identity | None:
     """
     if not isinstance(model, ModelSpec):
         return None  # it says itself what it takes, and another program's object of this name is another
-    paths = [*_parts(model.path), *model.adapters, *model.projectors]
     try:
-        found = [os.stat(path) for path in paths]
+        found = [os.stat(path) for path in model.files]
     except (OSError, ValueError):
         return None
     files = [model.path, model.adapters, model.projectors, model.embedding]
     state = [*((each.st_size, each.st_mtime_ns) for each in found), *map(_version, ("xllamacpp", "loadmaster"))]
     return Identity(json.dumps(files), json.dumps(state))
-
-
-def _parts(path: str) -> Iterator[str]:
-    """Yield the files of a model: one, or all parts of one that was split."""
-    first = FIRST_PART.search(path)
-    if first is None:
-        yield path
-        return
-    for number in range(1, min(int(first[1]), MOST_PARTS) + 1):
-        yield f"{path[: first.start()]}-{number:05}-of-{first[1]}{path[first.end() - len('.gguf') :]}"
 
 
 @cache

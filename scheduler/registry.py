@@ -18,7 +18,7 @@ from scheduler.clock import Clock, monotonic_clock
 from scheduler.engines import Engine
 from scheduler.engines.python import PythonModel
 from scheduler.errors import InvalidSettings, ModelNotFound, UnsupportedOption
-from scheduler.settings import parse_duration
+from scheduler.settings import LARGEST_NUMBER, parse_duration
 from scheduler.spec import ModelSpec
 
 Model = str | os.PathLike[str] | ModelSpec | PythonModel
@@ -62,6 +62,7 @@ class _Known(NamedTuple):
     until: float
 
 
+MOST_PRIORITY = 10**6  # a step is worth a minute of waiting: two years of it
 LASTING_S = 2.0  # so long after a tag or a link was moved, warm requests may still be given what it led to before
 
 _TIMING = frozenset({"keep_alive", "timeout", "priority"})
@@ -100,7 +101,9 @@ class Registry:
         A name raises `ModelNotFound` and `InvalidModel` too.
         """
         try:
-            key: object = (model, purpose, *asking.items()) if asking or purpose is not Purpose.lease else model
+            key: object = model
+            if asking or purpose is not Purpose.lease:  # the types as well, since 1 and True are equal
+                key = (model, purpose, *asking.items(), *map(type, asking.values()))
             if (known := self._known.get(key)) is not None and self._clock() < known.until:
                 return known.question
         except TypeError:  # a list among the keywords
@@ -157,9 +160,11 @@ class Registry:
             keep_alive = spec.keep_alive
         keep_alive_s = None if keep_alive is None else parse_duration(keep_alive, name="keep_alive")
         timeout_s = None if timeout is None else parse_duration(timeout, name="timeout")
+        for each in fields(options):  # the model's own are checked too
+            _check(each.name, getattr(options, each.name))
         priority = asking.get("priority", spec.priority)
-        if not isinstance(priority, int):
-            raise InvalidSettings("priority", priority, "a whole number")
+        if not isinstance(priority, int) or isinstance(priority, bool) or abs(priority) > MOST_PRIORITY:
+            raise InvalidSettings("priority", priority, f"a whole number from -{MOST_PRIORITY} to {MOST_PRIORITY}")
         want = Want(spec.id, options, purpose, priority)
         return spec, Question(want, spec.name, keep_alive_s, None if timeout_s == math.inf else timeout_s)
 
@@ -220,5 +225,7 @@ def _check(name: str, value: object) -> None:
         raise UnsupportedOption(name, value, f"it must be of type {kind.__name__}")
     if name in _POSITIVE and value < 1:  # type: ignore[operator]  # it is an int
         raise UnsupportedOption(name, value, "it must be at least 1")
+    if kind is int and abs(value) >= LARGEST_NUMBER:  # type: ignore[arg-type]  # it is an int
+        raise UnsupportedOption(name, value, "it must be below 2**63")
     if kind is str and value not in CACHE_BLOCK_BYTES:
         raise UnsupportedOption(name, value, f"it must be one of {', '.join(CACHE_BLOCK_BYTES)}")

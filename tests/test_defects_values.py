@@ -17,13 +17,19 @@ from scheduler import (
     InvalidModel,
     InvalidSettings,
     Lease,
+    ModelSpec,
+    Options,
     PythonModel,
     Scheduler,
     Settings,
     UnsupportedOption,
 )
 from scheduler import metadata as metadata_module
+from scheduler.catalog import Catalog
+from scheduler.engines.llama import LlamaEngine
+from scheduler.engines.python import PythonEngine
 from scheduler.metadata import read_metadata
+from scheduler.registry import MOST_PRIORITY, Registry
 from scheduler.settings import SettingsArguments, parse_duration
 from scheduler.spec import MOST_PARTS
 from tests.leaks import no_leaks
@@ -57,6 +63,39 @@ def lease(file: Path) -> Iterator[Lease]:
 
 def a_model(**fields: Any) -> PythonModel:
     return PythonModel("a", load=object, memory={"cpu": "1MiB"}, **fields)
+
+
+# -- numbers -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("priority", [10**400, -(10**400), MOST_PRIORITY + 1, True, 1.0, "1"])
+def test_a_priority_beyond_reason_is_refused(scheduler: Scheduler, priority: Any) -> None:
+    """By the request or by the model; the core computes with it for everybody who waits."""
+    wrong: tuple[tuple[PythonModel, Any], ...] = ((a_model(), {"priority": priority}), (a_model(priority=priority), {}))
+    for model, asking in wrong:
+        with pytest.raises(InvalidSettings, match="a whole number from -1000000 to 1000000"):
+            scheduler.acquire(model, **asking)
+    scheduler.acquire(a_model(), priority=-MOST_PRIORITY).release()
+
+
+@pytest.mark.parametrize("name", ["num_ctx", "num_batch", "num_parallel", "num_gpu", "main_gpu", "num_thread"])
+def test_a_number_that_no_recording_can_hold_is_refused(file: Path, name: str) -> None:
+    """Of more than 63 bits, by the request or by the model; the largest that is taken is refused for what it asks."""
+    registry = Registry(LlamaEngine(), PythonEngine(), Catalog([]), pin=lambda model: None)
+    for asked, asking in ((file, {name: 2**63}), (ModelSpec("a", str(file), options=Options(**{name: 10**400})), {})):
+        with pytest.raises(UnsupportedOption, match="below 2\\*\\*63"):
+            registry.question(asked, asking)  # type: ignore[arg-type]  # made up of names
+    registry.question(file, {name: 2**63 - 1})  # type: ignore[misc]  # the same
+
+
+def test_what_equals_a_value_that_was_taken_is_refused_all_the_same(file: Path) -> None:
+    """True is equal to 1, which was asked for right before."""
+    registry = Registry(LlamaEngine(), PythonEngine(), Catalog([]), pin=lambda model: None)
+    registry.question(file, {"timeout": 1, "require_gpu": False})
+    wrong: tuple[Any, ...] = ({"timeout": True, "require_gpu": False}, {"timeout": 1, "require_gpu": 0})
+    for asking in wrong:
+        with pytest.raises((InvalidSettings, UnsupportedOption)):
+            registry.question(file, asking)
 
 
 # -- time limits -------------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import pickle
 
 import pytest
 
+from fsm import planning
 from scheduler import errors
 from scheduler.errors import (
     AcquireTimeout,
@@ -42,6 +43,7 @@ EXAMPLES: list[tuple[SchedulerError, int, tuple[str, ...]]] = [
     ),
     (InvalidModel("/models/a.gguf", "bad magic", offset=4), 500, ("/models/a.gguf", "bad magic", "byte 4")),
     (DoesNotFit("a", 3 << 30, {"cpu": 2 << 30}, "it is too big"), 500, ("3 GiB", "2 GiB on cpu", "it is too big")),
+    (DoesNotFit("a", 0, {"cpu": 9}, "a GPU is required, and there is none"), 500, ("has no place: a GPU is required",)),
     (LoadFailed("a", "no tensors", 10.0, out_of_memory=True), 500, ("no tensors", "out of memory", "10s")),
     (LoadTimeout("a", waited_s=300.0), 500, ("5m", "load_timeout")),
     (RunnerCrashed("a", 7, "killed by signal 9"), 500, ("runner 7", "signal 9")),
@@ -53,6 +55,7 @@ EXAMPLES: list[tuple[SchedulerError, int, tuple[str, ...]]] = [
     (SchedulerClosed(), 500, ("closed",)),
     (SchedulerForked(), 500, ("forked", "new one")),
     (UnsupportedOption("num_parallel", 4, "embedders take 1"), 400, ("num_parallel=4", "embedders take 1")),
+    (UnsupportedOption("num_ctx", 10**300, "less"), 400, ("num_ctx=1000", "0… is not supported: less")),
     (InvalidSettings("max_queue", 0, "at least 1"), 400, ("max_queue", "0", "at least 1")),
     (EngineMissing("llama", "pip install 'loadmaster[llama]'"), 500, ("llama", "pip install")),
     (EngineError(500, "slot unavailable"), 500, ("500", "slot unavailable")),
@@ -157,9 +160,49 @@ def test_bytes_are_written_in_binary_units(count: int, text: str) -> None:
         (59.99, "1m"),
         (90, "1m30s"),
         (5400, "1h30m"),
+        (0.9995, "1s"),
+        (0.9994, "999ms"),
         (float("inf"), "forever"),
     ],
 )
 def test_durations_are_written_as_they_may_be_given(duration_s: float, text: str) -> None:
     """The text is one that `parse_duration` takes."""
     assert format_duration(duration_s) == text
+
+
+def test_a_value_that_cannot_be_shown_is_told_by_its_kind() -> None:
+    """Python writes no number of more than 4300 digits; the sentence is there all the same."""
+    assert str(InvalidSettings("priority", 10**9999, "smaller")) == "priority cannot be this int: it must be smaller"
+
+
+def test_a_duration_beyond_all_clocks_is_written_too() -> None:
+    """It is in a sentence that somebody reads, and must not be the next error."""
+    assert format_duration(1e308).endswith("m56s")
+
+
+@pytest.mark.parametrize(
+    ("reason", "advice"),
+    [
+        ("a GPU is required, and there is none", "ask for it without a GPU (require_gpu, num_gpu)"),
+        ("it is to be on GPUs, and there is none", "ask for it without a GPU (require_gpu, num_gpu)"),
+        ("its memory is held by what was stopped and does not end: b", "end that process, or use a smaller"),
+        ("it would fit only by moving what is pinned: b", "unpin some of it, or use a smaller"),
+        ("other programs, or the program's own reservations, hold the memory", "free some of it, or use a smaller"),
+        ("it is larger than the memory there is", "use a smaller model, context or cache type, or raise the limit"),
+    ],
+)
+def test_the_advice_is_one_that_helps(reason: str, advice: str) -> None:
+    """A smaller context brings no GPU, and a raised limit no memory that others hold."""
+    assert f"{reason}; {advice}" in str(DoesNotFit("a", 1, {}, reason))
+
+
+def test_the_advice_goes_by_the_cores_own_words() -> None:
+    """Whoever changes them there is told here."""
+    source = inspect.getsource(planning)
+    assert [words for words, _ in errors._ADVICE if words not in source] == []
+
+
+def test_a_reason_that_brings_its_own_advice_has_the_last_word() -> None:
+    """No second sentence follows it."""
+    reason = "there is no device 'gpu0'; there is cpu"
+    assert str(DoesNotFit("a", 1, {}, reason)).endswith(reason)

@@ -13,6 +13,7 @@ import tempfile
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -430,7 +431,7 @@ def test_a_row_that_makes_no_sense_is_not_used(options: str, took: str, loads: s
     assert store.read(FILE) == NOTHING
 
 
-@pytest.mark.parametrize("split", ['[[5,1]]', '[[["a"],1]]', '[["cpu",1]]', '[["a",1],["a",1]]', f'[["a",{2**40}]]'])
+@pytest.mark.parametrize("split", ["[[5,1]]", '[[["a"],1]]', '[["cpu",1]]', '[["a",1],["a",1]]', f'[["a",{2**40}]]'])
 def test_a_split_that_makes_no_sense_is_not_used(split: str, path: Path) -> None:
     """Layers are on GPUs, on each once, and a model has thousands of them at most."""
     store = written(path)
@@ -546,6 +547,25 @@ def test_no_more_is_queued_than_a_bound(path: Path, monkeypatch: pytest.MonkeyPa
     accepted = [footprints._put(lambda: stalled.go.wait(LIMIT_S)) for _ in range(5)]
     assert accepted == [True] * 3 + [False] * 2
     stalled.go.set()
+    assert footprints.close(LIMIT_S) == []
+
+
+def test_a_job_that_could_not_be_queued_is_not_counted(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C in between would else count as a disk that never answers, and nobody would ask it again."""
+    written(path)
+    footprints = Footprints(path)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(footprints._workers, "put", Mock(side_effect=KeyboardInterrupt))
+        footprints.recall(FILE)
+    assert (footprints._jobs, footprints.recall(FILE, LIMIT_S)) == (0, known())
+    assert footprints.close(LIMIT_S) == []
+
+
+def test_a_finaliser_may_give_a_job_while_another_one_is_counted(path: Path) -> None:
+    """It runs wherever memory is collected, in the thread that holds the lock too."""
+    footprints = Footprints(path)
+    with footprints._lock:
+        assert footprints._put(lambda: None)
     assert footprints.close(LIMIT_S) == []
 
 

@@ -159,11 +159,12 @@ def test_it_stops_when(end: str, a_file: Path) -> None:
 
 
 def test_files_that_cannot_be_read_are_passed_over(a_file: Path, tmp_path: Path) -> None:
-    """One that has gone, and a pipe, which would hold up whoever opens it; the next one is read."""
-    pipe = tmp_path / "pipe"
+    """One that has gone, a folder, and a pipe, which would hold up whoever opens it; the next one is read."""
+    pipe, folder = tmp_path / "pipe", tmp_path / "folder"
     os.mkfifo(pipe)
-    with Disk(a_file, pipe, tmp_path / "gone") as prefetcher:
-        prefetcher.ask((("gone+pipe", SIZE), ("a.gguf", SIZE)))
+    folder.mkdir()
+    with no_leaks(), Disk(a_file, pipe, folder, tmp_path / "gone") as prefetcher:
+        prefetcher.ask((("gone+folder+pipe", SIZE), ("a.gguf", SIZE)))
         assert_soon(lambda: prefetcher.ahead_bytes == SIZE)
 
 

@@ -260,15 +260,15 @@ class LlamaEngine:
         once closed and in a fork.
         """
         key = secrets.token_urlsafe(KEY_BYTES)
-        request = self._request(model, options, placement, key)
         info = self.inspect(model)
+        explicit = resolve(info, options)
+        request = self._request(model, info, explicit, placement, key)
         gpus = tuple(device for device, _ in placement.gpu_layers)
         program = Program(
             arguments=(sys.executable, "-I", "-S", str(CHILD)),  # neither the user's start-up code nor other packages'
             environment=child_environment(os.environ, gpus),
             input=json.dumps(request).encode() + b"\n",
         )
-        explicit = resolve(info, options)
         process = LlamaProcess(
             report,
             key,
@@ -285,10 +285,8 @@ class LlamaEngine:
         if not self._processes.close(timeout_s):
             log.warning("a child process could not be ended within %g s", timeout_s)
 
-    def _request(self, model: ModelSpec, options: Options, placement: Placement, key: str) -> Request:
+    def _request(self, model: ModelSpec, info: ModelInfo, explicit: Options, placement: Placement, key: str) -> Request:
         """Return what the child is told."""
-        info = self.inspect(model)
-        explicit = resolve(info, options)
         cores = explicit.num_thread or usable_cores()
         threads = placement.threads or Threads(cores, cores)  # not dealt where the engine is used by itself
         return {

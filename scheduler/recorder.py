@@ -23,7 +23,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -47,6 +47,7 @@ _encode_json = json.JSONEncoder(separators=(",", ":"), allow_nan=False, check_ci
 _MOST_WAITING = 20_000  # steps that are not written yet
 _GATHER_S = 0.05  # how long what comes in is gathered before it is written
 _RETRY_S = 5.0  # after a file could not be written
+_DUE_PART = 0.75  # of what a file may have: then the next one is to begin
 _BATCH = 500  # steps that are written at once
 _LONGEST_TEXT = 2000  # of an exception
 
@@ -83,10 +84,14 @@ class _Choosing:
         self.choices: list[Choice] = []
 
     def order(self, now: float, candidates: Sequence[Candidate]) -> Sequence[Candidate]:
-        """Return what the policy returns, as far as it is among the candidates."""
-        known = {one.runner for one in candidates}
+        """Return what the policy returns, as far as it is among the candidates; costs of any kind become floats."""
+        known = {one.runner: one for one in candidates}
         try:
-            chosen = [one for one in self._policy.order(now, candidates) if one.runner in known]
+            chosen = [
+                replace(known[one.runner], cost_s=None if one.cost_s is None else float(one.cost_s))
+                for one in self._policy.order(now, candidates)
+                if one.runner in known
+            ]
             if not all(one.cost_s is None or math.isfinite(one.cost_s) for one in chosen):
                 raise ValueError(NO_COST)
         except Exception as error:
@@ -122,6 +127,8 @@ class Recorder:
         self._header_size = 0
         self._skipping = True  # until the next header
         self._skipped = 0  # steps left out by the thread since the last header
+        self._late = 0  # of all that it left out, those that came when the file was full
+        self._asked = False  # for a header, since the last one
         self._named: set[ModelId] = set()  # models whose names are in the file
         self._thread = threading.Thread(target=self._run, name="loadmaster-recorder", daemon=True)
         self._thread.start()
@@ -150,8 +157,9 @@ class Recorder:
     @property
     def problems(self) -> tuple[str, ...]:
         """What could not be recorded, in sentences."""
-        lost = f"{self._lost} steps came faster than they could be written to {self._path}: they are missing there"
-        return tuple(text for text in (self._failure, self._lost and lost) if text)
+        count = self._lost + self._late
+        lost = f"{count} steps came faster than they could be written to {self._path}: they are missing there"
+        return tuple(text for text in (self._failure, count and lost) if text)
 
     def close(self, timeout_s: float) -> bool:
         """Write what is left and end the thread; return whether it ended in time. What comes later is not recorded."""
@@ -203,29 +211,36 @@ class Recorder:
     def _write_all(self) -> None:
         while self._queue:
             batch = [self._queue.popleft() for _ in range(min(_BATCH, len(self._queue)))]
-            lines = bytearray()
-            written = 0  # of the batch: all that is left is left out when something fails
+            lines, held, done = (
+                bytearray(),
+                0,
+                0,
+            )  # what is not written yet, of so many steps; items that are dealt with
             try:
-                for place, item in enumerate(batch):
+                for item in batch:
                     if isinstance(item, _Beginning):
                         self._flush(lines)
-                        written = place
+                        held = 0
                         self._begin(item)
-                        written += 1
                     elif self._skipping:
-                        self._skipped += 1
-                        written += 1
+                        self._leave_out()
+                    elif self._size + len(lines) + len(line := self._line(item)) > self._most():
+                        self._skipping = True
+                        self._leave_out()
                     else:
-                        lines += self._line(item)
+                        lines += line
+                        held += 1
+                    done += 1
                 self._flush(lines)
             except (OSError, ValueError, TypeError, RecursionError, MemoryError) as error:
-                self._skipped += len(batch) - written
+                with suppress(OSError, MemoryError):  # what was before it is kept
+                    self._flush(lines)
+                    held = 0
+                self._skipped += held + sum(one.missing if isinstance(one, _Beginning) else 1 for one in batch[done:])
                 self._fail(error)
 
     def _begin(self, beginning: _Beginning) -> None:
         """Write a header; at the beginning of a new file, where the one that there is has grown enough."""
-        if self._file < 0 or self._is_full():
-            self._open()
         self._named = set(beginning.state.pool.models)
         header = {
             "kind": KIND,
@@ -240,9 +255,11 @@ class Recorder:
             "state": encode(beginning.state),
         }
         line = _as_line(header)
-        self._write(line)
         self._header_size = len(line)
-        self._skipping, self._skipped = False, 0
+        if self._file < 0 or self._is_due() or self._size + len(line) > self._most():
+            self._open()
+        self._write(line)
+        self._skipping, self._skipped, self._asked = False, 0, False
         self._failure = ""
 
     def _line(self, step: _Step) -> bytes:
@@ -277,10 +294,24 @@ class Recorder:
         if lines:
             self._write(lines)
             lines.clear()
-            self._header_due = self._header_due or self._is_full()
+            if self._is_due() and not self._asked:
+                self._asked = self._header_due = True
 
-    def _is_full(self) -> bool:
-        return self._size >= max(self._part_bytes, 2 * self._header_size)
+    def _most(self) -> int:
+        """Return the bytes that the file may have: after a large header as many again."""
+        return max(self._part_bytes, 2 * self._header_size)
+
+    def _is_due(self) -> bool:
+        """Tell whether the next file is to begin: before this one is full, for the steps that come until then."""
+        return self._size >= _DUE_PART * self._most()
+
+    def _leave_out(self) -> None:
+        """Pass over a step: the file is full, or cannot be written, and no header has come since."""
+        self._skipped += 1
+        if not self._failure:
+            self._late += 1
+            if not self._asked:
+                self._asked = self._header_due = True
 
     def _write(self, lines: bytes | bytearray) -> None:
         """Write whole lines, or none of them."""

@@ -3,25 +3,31 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 import stat
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from decimal import Decimal
+from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import pytest
+from numpy import float32, float64
 
 from fsm import events as on
 from fsm.commands import Command
 from fsm.core import Core
 from fsm.eviction import Candidate, EvictionPolicy, LeastRecentlyUsed
 from fsm.record import encode
-from fsm.request import ModelId
+from fsm.request import ModelId, RequestId
 from scheduler import recorder
 from scheduler.cli import WRONG_USE, main
 from scheduler.recorder import Recorder
 from scheduler.replay import Begun, Difference, Moment, RecordingError, Replay
+from scheduler.settings import SMALLEST_RECORD_BYTES
 from tests.leaks import no_leaks
 from tests.pool import PoolUnderTest, a_pool, acquire, cancel, exited, loaded, preload, release
 from tests.test_record import Walk
@@ -128,13 +134,28 @@ def test_a_rotated_file_replays_by_itself(file: Path) -> None:
 
         for count in range(2000):
             walk.step(core, step)
-            if count % 50 == 49:
+            if count % 25 == 24:
                 assert_soon(lambda: not writer._queue)
     parts = [Path(f"{file}.1"), file]
-    assert sum(part.stat().st_size for part in parts) < 1.5 * limit
+    assert sum(part.stat().st_size for part in parts) <= limit
     last = [list(moment.commands) for part in parts for moment in moments(part)]
     assert 100 < len(last) < len(said) and last == said[-len(last) :]
     assert all(header["missing"] == 0 for part in parts for header in lines_of(part) if "kind" in header)
+
+
+def test_a_flood_of_steps_does_not_exceed_the_limit(file: Path) -> None:
+    """What comes faster than a new file can begin is left out, which is told, and what is there replays."""
+    core = Core(Walk(0).scenario.limits)
+    with recording(file, core, SMALLEST_RECORD_BYTES) as writer:
+        for flood in range(5):
+            for step in range(1000):
+                writer.step(float(flood), on.Cancel(RequestId(step)))
+            assert_soon(lambda: not writer._queue)
+            sizes = [part.stat().st_size for part in (file, Path(f"{file}.1")) if part.exists()]
+            assert sum(sizes) <= SMALLEST_RECORD_BYTES
+        (problem,) = writer.problems
+    missing = sum(header["missing"] for header in lines_of(file) if "kind" in header)
+    assert "came faster than they could be written" in problem and missing > 0 and moments(file)
 
 
 def test_a_file_that_was_there_is_kept(incident: Path, file: Path) -> None:
@@ -190,6 +211,45 @@ def test_the_costs_that_a_policy_of_the_users_own_names_are_inputs(file: Path) -
         assert pool.life("a").current and not pool.life("b").current
     considered = [one for moment in moments(file) if isinstance(moment, Moment) for one in moment.considered]
     assert {one.model: one.cost_s for one in considered[0].candidates} == {"a": 10.0, "b": 0.5}
+
+
+@pytest.mark.parametrize("cost", [True, Fraction(3, 2), Decimal("1.5"), float32(1.5), float64(1.5), 10**41])
+def test_costs_of_any_kind_of_number_are_recorded(cost: Any, file: Path) -> None:
+    """As the floats that they are computed with."""
+
+    class Priced(LeastRecentlyUsed):
+        def order(self, now: float, candidates: Sequence[Candidate]) -> Sequence[Candidate]:
+            return [replace(one, cost_s=cost) for one in candidates]
+
+    with recorded_pool(file, policy=Priced()) as pool:
+        pool.idle("a").idle("b").feed(acquire("c", 3))
+    considered = [one for moment in moments(file) for one in moment.considered]
+    assert {one.cost_s for one in considered[0].candidates} == {float(cost)}
+
+
+def test_what_came_before_a_step_that_cannot_be_written_is_kept(file: Path) -> None:
+    """It may wait in one batch with it."""
+    core = Core(Walk(0).scenario.limits)
+    with recording(file, core) as writer:
+        for step in range(20):
+            writer.step(float(step), on.Cancel(RequestId(step)))
+        writer.step(20.0, on.Progress(object()))  # type: ignore[arg-type]  # no JSON has such a runner
+        assert_soon(lambda: "cannot be recorded" in "".join(writer.problems))
+    assert len(moments(file)) == 20
+
+
+@pytest.mark.parametrize("cost", [10**400, "much", math.nan, math.inf])
+def test_a_cost_that_is_no_number_of_seconds_is_a_policy_that_raised(cost: Any, file: Path) -> None:
+    """It is passed over, in the replay too."""
+
+    class Priced(LeastRecentlyUsed):
+        def order(self, now: float, candidates: Sequence[Candidate]) -> Sequence[Candidate]:
+            return [replace(one, cost_s=cost) for one in candidates]
+
+    with recorded_pool(file, policy=Priced()) as pool:
+        pool.idle("a").idle("b").feed(acquire("c", 3))
+    considered = [one for moment in moments(file) for one in moment.considered]
+    assert considered[0].failure
 
 
 # -- another answer ----------------------------------------------------------------------------------------------------

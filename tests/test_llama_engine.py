@@ -555,16 +555,16 @@ def test_a_child_whose_parent_is_gone_does_not_load(file: Path) -> None:
         assert child.stdout is not None and child.stdout.read() == ""
 
 
-@pytest.mark.parametrize(
-    "line",
-    [
-        "alloc_buffer: allocating 512.00 MiB on device 0: cudaMalloc failed: out of memory",
-        "ggml_backend_cpu_buffer_type_alloc_buffer: failed to allocate buffer of size 68719476736",
-        "terminate called after throwing an instance of 'std::bad_alloc'",
-        "ggml_vulkan: Device memory allocation failed: vk::Device::allocateMemory: ErrorOutOfDeviceMemory",
-        "error: Insufficient Memory (00000008:kIOGPUCommandBufferCallbackErrorOutOfMemory)",
-    ],
+RAN_OUT = (
+    "alloc_buffer: allocating 512.00 MiB on device 0: cudaMalloc failed: out of memory",
+    "ggml_backend_cpu_buffer_type_alloc_buffer: failed to allocate buffer of size 68719476736",
+    "terminate called after throwing an instance of 'std::bad_alloc'",
+    "ggml_vulkan: Device memory allocation failed: vk::Device::allocateMemory: ErrorOutOfDeviceMemory",
+    "error: Insufficient Memory (00000008:kIOGPUCommandBufferCallbackErrorOutOfMemory)",
 )
+
+
+@pytest.mark.parametrize("line", RAN_OUT)
 def test_n13_memory_that_ran_out_is_found_in_the_output(line: str) -> None:
     """The engines say it in different ways; the line becomes part of the error."""
     told = Told()
@@ -583,6 +583,54 @@ def test_n13_a_description_is_bounded_and_holds_no_key() -> None:
     assert detail.startswith("killed by SIGABRT while loading\n") and not out_of_memory
     assert len(detail) <= DETAIL_BYTES
     assert "s3cret" not in detail
+
+
+class Served(LlamaProcess):
+    """A process that has served, which nobody needs to start."""
+
+    def __init__(self, told: Told) -> None:
+        super().__init__(told, "key")
+        self._url = "http://127.0.0.1:1"
+
+
+@pytest.mark.parametrize(
+    ("line", "said", "of_memory"),
+    [
+        (f"0.00.010.200 E {line}", line, True) for line in RAN_OUT
+    ] + [
+        ("/src/ggml/src/ggml.c:17: GGML_ASSERT(n > 0) failed", "ggml.c:17: GGML_ASSERT", False),
+        ("/src/ggml-cuda/ggml-cuda.cu:98: CUDA error", "ggml-cuda.cu:98: CUDA error", False),
+        ("CUDA error: out of memory", "CUDA error: out of memory", True),
+        ("terminate called after throwing an instance of 'std::logic_error'",) * 2 + (False,),
+    ],
+)  # fmt: skip
+def test_n13_a_runner_that_served_says_where_it_failed(line: str, said: str, of_memory: bool) -> None:
+    """In the source of its engine, and whether memory ran out."""
+    told = Told()
+    Served(told).ended(Exit(-signal.SIGABRT, tail=f"E all is lost\n{line}\n"))
+    _, detail, out_of_memory = told.exit()
+    assert (detail, out_of_memory) == (f"killed by SIGABRT while serving\n{said}", of_memory)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "parse: error parsing grammar: expecting name at SECRET out of memory",
+        '0.00.010.200 E srv    operator(): got exception: {"message":"Unexpected user saying SECRET, std::bad_alloc"}',
+        "SECRET: failed to allocate",
+        "failed to allocate memory for SECRET",
+        "CUDA error: SECRET",
+        "/src/ggml.c:17: GGML_ASSERT(SECRET) failed",
+        "what():  SECRET",
+        "terminate called after throwing an instance of 'std::SECRET' error",
+    ],
+)
+def test_what_was_asked_of_a_runner_is_not_among_its_last_words(line: str) -> None:
+    """llama.cpp quotes requests in its errors: neither are they told, nor does what they say decide anything."""
+    told = Told()
+    Served(told).ended(Exit(-signal.SIGABRT, tail=f"{line}\nSECRET\n"))
+    _, detail, out_of_memory = told.exit()
+    assert "SECRET" not in detail and not out_of_memory
 
 
 def test_without_errors_the_last_lines_are_shown() -> None:

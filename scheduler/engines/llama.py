@@ -70,6 +70,17 @@ _ERROR = re.compile(
     r"|corrupt(ed)?|segmentation|traceback)\b|[a-z]Error\b|_ASSERT\b",
     re.IGNORECASE,
 )
+# What is told of a runner that has served. In other lines llama.cpp quotes requests, some over several lines; of these
+# all that varies is numbers and names of its own.
+_OF_ITSELF = re.compile(
+    r"(?:\S*/)?((?:ggml|llama)[\w.-]*:\d+: (?:GGML_ASSERT|fatal error|\w+ error))\b.*"
+    r"|((?:CUDA|ROCm|MUSA) error: (?:out of memory|an illegal memory access was encountered|unspecified launch failure))"
+    r"|(terminate called after throwing an instance of '[\w:]+')"
+    r"|([\w:]+: failed to allocate buffer of size \d+)"
+    r"|([\w:]+: allocating [\d.]+ MiB on device \d+: \w+ failed: out of memory)"
+    r"|(\w+: Device memory allocation failed: [\w:]+: ErrorOutOf(?:Device|Host)Memory)"
+    r"|(error: Insufficient Memory \(\d+:\w+\))"
+)
 _LAST_LINES = 5  # shown where no line looks like an error
 
 Value = TypeVar("Value")
@@ -217,6 +228,8 @@ class LlamaProcess:
         self._gone = True
         loading = not self._url
         output = f"{exit.tail}\n{self._failure}".replace(self._key, "(key)")
+        if not loading:
+            output = without_requests(output)
         killed = loading and exit.code == -signal.SIGKILL and not exit.reason  # as the kernel does when memory runs out
         out_of_memory = not exit.asked and (killed or _OUT_OF_MEMORY.search(output) is not None)
         self._report.exited(exit.code, describe(exit, output, loading=loading), out_of_memory)
@@ -331,6 +344,12 @@ def child_environment(environment: Mapping[str, str], gpus: Iterable[DeviceId]) 
     """Return what a child sees of `environment`, and of the GPUs: those that its layers are on, in that order."""
     kept = {name: value for name, value in environment.items() if name in _KEPT or name.startswith(_KEPT_PREFIXES)}
     return {**kept, **_WAITING, "CUDA_VISIBLE_DEVICES": ",".join(gpus)}
+
+
+def without_requests(output: str) -> str:
+    """Return those lines of a server's output that cannot hold what was asked of it: where it failed, and of what."""
+    found = (_OF_ITSELF.fullmatch(_STAMP.sub("", line).strip()) for line in output.splitlines())
+    return "\n".join(match[match.lastindex or 0] for match in found if match is not None)
 
 
 def describe(exit: Exit, output: str, *, loading: bool) -> str:

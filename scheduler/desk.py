@@ -17,7 +17,7 @@ from fsm.request import RequestId
 from scheduler.answers import error_of
 from scheduler.clock import monotonic_clock
 from scheduler.devices import Devices
-from scheduler.driver import Driver
+from scheduler.driver import Driver, Value
 from scheduler.errors import SchedulerBroken, SchedulerClosed, SchedulerError, SchedulerForked
 from scheduler.executor import Executor
 from scheduler.hub import Hub
@@ -93,14 +93,23 @@ class Desk:
         if self.closing and self.finished.is_set() and self.tickets.pop(ticket.id, None) is not None:
             ticket.answer(None, SchedulerClosed())  # the driver has ended, or is about to
 
-    def post(self, event: on.Event) -> None:
+    def check(self) -> None:
+        """Raise `SchedulerForked` in a forked child: its copies of locks may be held by threads that it has not."""
         if self.forked:
             raise SchedulerForked()
+
+    def post(self, event: on.Event) -> None:
+        self.check()
         self.driver.post(event)
+
+    def read(self, look: Callable[[Core], Value]) -> Value:
+        """Return what `look` finds in the core."""
+        self.check()
+        return self.driver.read(look)
 
     def withdraw(self, ticket: Ticket) -> None:
         """The asker is gone: whatever becomes of the request, nothing of it remains."""
-        if ticket.id in self.tickets:
+        if ticket.id in self.tickets and not self.forked:
             self.driver.post(on.Cancel(ticket.id))  # first: if Ctrl-C comes in between, it is only said twice
             self.tickets.pop(ticket.id, None)
 
@@ -123,7 +132,7 @@ class Desk:
                 ticket.callbacks = (*ticket.callbacks, (what, callback))
             return happened
 
-        if self.driver.read(add):
+        if self.read(add):
             self.executor.callers.put(lambda: _call(callback))
 
     def _notify(self, ticket: Ticket, what: str) -> None:

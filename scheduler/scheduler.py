@@ -23,7 +23,7 @@ from scheduler.desk import Desk
 from scheduler.devices import Devices
 from scheduler.engines.llama import LlamaEngine
 from scheduler.engines.python import PythonEngine
-from scheduler.errors import SchedulerClosed, SchedulerForked
+from scheduler.errors import SchedulerClosed
 from scheduler.fit import Fit, fit_of
 from scheduler.footprints import identity_of
 from scheduler.hub import EventStream, Hub
@@ -76,10 +76,14 @@ class Scheduler:
         step = self._recorder.step if self._recorder is not None else None
         self._desk = Desk(self.settings, core, self._devices, self._registry, self._hub, step)
         self._prober = Prober(self._desk.executor, self.settings.probe_interval)
-        _open_schedulers.add(self)
-        self._desk.driver.start()
-        self._desk.executor.sampler.refresh(_FIRST_SAMPLE_S)
-        self._prober.start()
+        try:
+            _open_schedulers.add(self)
+            self._desk.driver.start()
+            self._desk.executor.sampler.refresh(_FIRST_SAMPLE_S)
+            self._prober.start()
+        except BaseException:  # Ctrl-C, say: nobody has it yet who could close it
+            self._end()
+            raise
 
     # -- asking for models --------------------------------------------------------------------------------------------
 
@@ -145,6 +149,7 @@ class Scheduler:
         `device` is "cpu" or a GPU's id as `status()` shows it. Blocks until there is room; raises `DoesNotFit` at once
         where there never can be, `AcquireTimeout`, `SchedulerClosed`.
         """
+        self._desk.check()
         amount = ((DeviceId(device), parse_bytes(size)),)
         self._desk.executor.sampler.refresh(_FRESH_S)
         want = Want(ModelId(""), Options(), Purpose.memory, 0, amount)
@@ -163,15 +168,14 @@ class Scheduler:
         it waits at most 2 s. Raises `ModelNotFound`, `InvalidModel`, `UnsupportedOption`, `InvalidSettings`,
         `SchedulerClosed`.
         """
-        if self._desk.forked:
-            raise SchedulerForked()
+        self._desk.check()
         if self._desk.closing:
             raise SchedulerClosed()
         spec, question = self._registry.look(model, asking)
         info = self._registry.inspect(spec)
         known = self._desk.executor.recall(identity_of(spec))
         self._desk.executor.sampler.refresh(_FRESH_S)
-        core = self._desk.driver.read(Core.copy)
+        core = self._desk.read(Core.copy)
         return fit_of(monotonic_clock(), core, question, info, self._registry, known)
 
     # -- changing its limits ------------------------------------------------------------------------------------------
@@ -185,8 +189,7 @@ class Scheduler:
 
         Raises `InvalidSettings` for a value that is not allowed and for what cannot change, `SchedulerClosed`.
         """
-        if self._desk.forked:  # who held the lock may be gone
-            raise SchedulerForked()
+        self._desk.check()
         if self._desk.closing:
             raise SchedulerClosed()
         with self._configuring:
@@ -205,7 +208,7 @@ class Scheduler:
 
     def status(self) -> Status:
         """Return the runners, the queue and the devices as they are now."""
-        snapshot, failures = self._desk.driver.read(lambda core: (core.snapshot(), core.failures()))
+        snapshot, failures = self._desk.read(lambda core: (core.snapshot(), core.failures()))
         problems = (*self._devices.problems, *failures, *self._desk.executor.problems)
         if self._recorder is not None:
             problems = (*problems, *self._recorder.problems)
@@ -227,7 +230,7 @@ class Scheduler:
                 core.journal = []
             return self._hub.open()
 
-        return self._desk.driver.read(listen)
+        return self._desk.read(listen)
 
     # -- its end ------------------------------------------------------------------------------------------------------
 

@@ -17,7 +17,9 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, Future
 from concurrent.futures import wait as wait_for
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -40,6 +42,7 @@ from scheduler import (
     Settings,
     UnsupportedOption,
 )
+from scheduler import scheduler as scheduler_module
 from tests.leaks import no_leaks
 from tests.waiting import LIMIT_S, assert_soon
 
@@ -644,6 +647,49 @@ def test_a_fork_refuses_to_use_what_it_inherited(scheduler: Scheduler) -> None:
     _, status = os.waitpid(pid, 0)
     assert os.waitstatus_to_exitcode(status) == 42
     scheduler.acquire(a_model("a")).release()
+
+
+CALLS: dict[str, Callable[[Scheduler, Lease], object]] = {
+    "status": lambda scheduler, _: scheduler.status(),
+    "events": lambda scheduler, _: scheduler.events(),
+    "fit": lambda scheduler, _: scheduler.fit(a_model("a")),
+    "reserve": lambda scheduler, _: scheduler.reserve("cpu", 1),
+    "configure": lambda scheduler, _: scheduler.configure(memory_limit=1),
+    "acquire": lambda scheduler, _: scheduler.acquire(a_model("a")),
+    "pin": lambda scheduler, _: scheduler.pin(a_model("a")),
+    "on_lost": lambda _, lease: lease.on_lost(print),
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_a_fork_in_the_middle_of_a_step_is_told_so_at_once(scheduler: Scheduler, call: str) -> None:
+    """In the child the lock of that step is held for ever, by a thread that is not there; no sample comes either."""
+    with scheduler.acquire(a_model("a")) as lease, scheduler._desk.driver._lock:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            pid = os.fork()
+        if pid == 0:
+            signal.alarm(10)
+            scheduler._desk.executor.sampler.refresh = lambda timeout_s: os._exit(2)  # type: ignore[method-assign]
+            try:
+                CALLS[call](scheduler, lease)
+            except SchedulerForked:
+                os._exit(42)
+            finally:
+                os._exit(1)
+        _, status = os.waitpid(pid, 0)
+    assert os.waitstatus_to_exitcode(status) == 42
+
+
+@pytest.mark.parametrize("moment", ["scheduler.sampler.Sampler.refresh", "scheduler.prober.Prober.start"])
+def test_ctrl_c_while_a_scheduler_is_made_leaves_nothing(
+    moment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its first look at slow devices may take seconds; the recording's file is closed too."""
+    monkeypatch.setattr(moment, Mock(side_effect=KeyboardInterrupt))
+    with no_leaks(), pytest.raises(KeyboardInterrupt):
+        Scheduler(Settings(gpus=False, record=tmp_path / "incident.jsonl"))
+    assert not any(each.settings.record for each in scheduler_module._open_schedulers)
 
 
 @pytest.mark.parametrize("end", ["", "raise SystemExit(0)", "scheduler.close(0); scheduler.close()"])

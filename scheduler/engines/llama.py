@@ -74,7 +74,8 @@ _ERROR = re.compile(
 # all that varies is numbers and names of its own.
 _OF_ITSELF = re.compile(
     r"(?:\S*/)?((?:ggml|llama)[\w.-]*:\d+: (?:GGML_ASSERT|fatal error|\w+ error))\b.*"
-    r"|((?:CUDA|ROCm|MUSA) error: (?:out of memory|an illegal memory access was encountered|unspecified launch failure))"
+    r"|((?:CUDA|ROCm|MUSA) error: (?:out of memory|an illegal memory access was encountered|unspecified launch failure|"
+    r"misaligned address))"
     r"|(terminate called after throwing an instance of '[\w:]+')"
     r"|([\w:]+: failed to allocate buffer of size \d+)"
     r"|([\w:]+: allocating [\d.]+ MiB on device \d+: \w+ failed: out of memory)"

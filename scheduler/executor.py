@@ -34,6 +34,7 @@ _STOPPERS = 2  # of their own, so that nothing can starve a stop
 _FRESH_S = 2.0  # how long an inspection, or a claim, waits for a sample of the devices
 _PROGRESS_S = 1.0  # progress is posted at most so often
 _LOOK_S = 1.0  # how long a runner may take to say whether it has settled
+_LEAST_S = 0.1  # for each pool of threads to end, where another has used up the time: else it would be blamed
 _LAST_LOOK_S = 0.2  # the same, right before it is stopped
 
 
@@ -236,9 +237,10 @@ class Executor:
         end = time.monotonic() + timeout_s
         self.sampler.close()  # a worker may wait for a reading that is filed behind the end of the workers
         ends = [self.locks.close] if self.locks is not None else []
-        ends += [pool.close for pool in (self.prefetcher, self._stoppers, self.workers, self.callers)]
+        ends += [pool.close for pool in (self.prefetcher, self._stoppers, self.workers)]
         ends += [self.footprints.close] if self.footprints is not None else []
-        return [name for close in ends for name in close(max(0.0, end - time.monotonic()))]
+        ends += [self.callers.close]  # last: what users do there may take all the time
+        return [name for close in ends for name in close(max(_LEAST_S, end - time.monotonic()))]
 
     @property
     def problems(self) -> tuple[str, ...]:

@@ -43,6 +43,7 @@ from scheduler import (
     UnsupportedOption,
 )
 from scheduler import scheduler as scheduler_module
+from scheduler.footprint_store import Identity
 from tests.leaks import no_leaks
 from tests.waiting import LIMIT_S, assert_soon
 
@@ -601,6 +602,22 @@ def test_close_returns_although_an_unload_hangs(caplog: pytest.LogCaptureFixture
     assert time.monotonic() - begin < LIMIT_S + 5
     assert "stubborn" in caplog.text
     gate.open.set()
+
+
+def test_close_names_the_callback_that_hangs_and_nothing_else(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It uses up all the time there is for threads to end; those that would have ended at once are not to blame."""
+    monkeypatch.setattr("scheduler.scheduler._LAST_WORDS_S", 0.2)
+    gate = Gate()
+    scheduler = Scheduler(Settings(gpus=False))
+    footprints = scheduler._desk.executor.footprints
+    assert footprints is not None and not footprints.recall(Identity("files", "state")).sizes  # its thread is there
+    scheduler.preload(a_model("a")).add_done_callback(gate)
+    assert gate.entered.wait(LIMIT_S)
+    scheduler.close()
+    gate.open.set()
+    assert [each.getMessage() for each in caplog.records] == ["closed, but these did not end: loadmaster-caller-0"]
 
 
 def test_closing_from_several_threads_is_harmless(scheduler: Scheduler) -> None:

@@ -46,13 +46,11 @@ _TABLE = """CREATE TABLE footprints (
     PRIMARY KEY (machine, files, options, split)
 )"""  # as SQLite keeps it, to the letter
 _SCHEMA = {("footprints", _TABLE), ("sqlite_autoindex_footprints_1", None)}  # name and text of all that is in the file
-_READ = f"""
+_READ = """
 SELECT options, split, took, loads, checksum FROM footprints
-WHERE machine = ? AND files = ? AND state = ? AND length(CAST(options || split || took || loads AS BLOB)) <= {
-    MOST_ROW_BYTES
-}
+WHERE machine = ? AND files = ? AND state = ? AND length(CAST(options || split || took || loads AS BLOB)) <= ?
 """
-_READ_ALL = f"{_READ} ORDER BY rowid DESC LIMIT {MOST_OF_A_MODEL}"
+_READ_ALL = f"{_READ} ORDER BY rowid DESC LIMIT ?"
 _READ_ONE = f"{_READ} AND options = ? AND split = ?"
 _FORGET_OTHER_FILES = "DELETE FROM footprints WHERE machine = ? AND files = ? AND state != ?"
 _WRITE = "INSERT OR REPLACE INTO footprints VALUES (?, ?, ?, ?, ?, ?, ?, ?)"
@@ -109,7 +107,8 @@ class FootprintStore:
         def act() -> None:
             if os.path.lexists(self.path):
                 with self._opened(READ_TIMEOUT_S, write=False) as file:
-                    found = file.execute(_READ_ALL, (self._machine, identity.files, identity.state)).fetchall()
+                    key = (self._machine, identity.files, identity.state, MOST_ROW_BYTES)
+                    found = file.execute(_READ_ALL, (*key, MOST_OF_A_MODEL)).fetchall()
                 rows.extend(known for row in found if (known := self._known(identity, row)) is not None)
 
         self._attempt("read", act)
@@ -131,7 +130,8 @@ class FootprintStore:
         load_s: float | None,
     ) -> None:  # fmt: skip
         place = _text_of(options), _text(split)
-        row = file.execute(_READ_ONE, (self._machine, identity.files, identity.state, *place)).fetchone()
+        key = (self._machine, identity.files, identity.state, MOST_ROW_BYTES)
+        row = file.execute(_READ_ONE, (*key, *place)).fetchone()
         known = self._known(identity, row) if row is not None else None
         seconds = known.seconds if known is not None else ()
         if load_s is not None:

@@ -211,11 +211,8 @@ class Recorder:
     def _write_all(self) -> None:
         while self._queue:
             batch = [self._queue.popleft() for _ in range(min(_BATCH, len(self._queue)))]
-            lines, held, done = (
-                bytearray(),
-                0,
-                0,
-            )  # what is not written yet, of so many steps; items that are dealt with
+            lines = bytearray()
+            held = done = 0  # steps that are in `lines`; items of the batch that are dealt with
             try:
                 for item in batch:
                     if isinstance(item, _Beginning):

@@ -314,7 +314,8 @@ class Pool:
         waited_for = {want.model for want in self.lines}
         ahead = [model for model, _ in self.prefetching]
         assert waited_for.issuperset(ahead), "a file is read ahead for nobody"
-        assert len(set(ahead)) == len(ahead) <= self.limits.prefetches, "more files are read ahead than may be"
+        read = sum(size > 0 for _, size in self.prefetching)  # the others keep their places in the order alone
+        assert len(set(ahead)) == len(ahead) and read <= self.limits.prefetches, "more files are read ahead than may be"
 
     def _check_runner(self, runner: Runner) -> None:
         assert runner.state is not UNLOADED, f"{runner} is unloaded but listed"

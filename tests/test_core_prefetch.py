@@ -224,6 +224,16 @@ def test_what_was_begun_is_cut_short_when_memory_gets_short_and_never_grows_agai
         assert prefetches(pool.feed(pool.sample())) == said
 
 
+def test_what_was_cut_to_nothing_leaves_its_place_to_the_next() -> None:
+    """There was memory to spare for two, then for a part of the first only, and now there is again."""
+    pool = a_busy_gpu()
+    pool.feed(acquire("b", request=2), acquire("c", request=3), acquire("d", request=4))
+    pool.strangers = {HOST: 63 * GIB}
+    assert prefetches(pool.feed(pool.sample())) == [{"b": GIB, "c": 0}]
+    pool.strangers = {}
+    assert prefetches(pool.feed(pool.sample())) == [{"b": GIB, "c": 0, "d": SIZE}]
+
+
 def test_it_is_said_once() -> None:
     """Whatever happens while nothing changes for those who wait."""
     pool = a_busy_gpu()

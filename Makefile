@@ -61,7 +61,7 @@ mutants: $(FOR_TEST)
 	$(BIN)/python -m tests.mutants
 
 fuzz: $(FOR_TEST)
-	$(BIN)/python -m tests.fuzz_core $(if $(SEEDS),--seeds $(SEEDS)) $(if $(STEPS),--steps $(STEPS))
+	$(BIN)/python -m tests.fuzz_core --processes 2 $(if $(SEEDS),--seeds $(SEEDS)) $(if $(STEPS),--steps $(STEPS))
 
 fuzz-metadata: $(FOR_TEST)
 	$(BIN)/python -m tests.fuzz_metadata

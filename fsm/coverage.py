@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import get_args
 
 from fsm import commands as do
@@ -32,7 +33,8 @@ OF_A_RUNNER = (*(state.value for state in RunnerState if state not in (EXPIRING,
 class Coverage:
     """What has been seen since it was made."""
 
-    triples: dict[Triple, int] = field(default_factory=dict)  # how often each
+    triples: dict[Triple, int] = field(default_factory=dict)  # how often each, in the order in which they came first
+    first_at: dict[Triple, int] = field(default_factory=dict)  # the step that added each, in that order too
     steps: int = 0
     news_at: int = 0  # the step that added the last triple
     longest: int = 0  # most steps in a row that added none
@@ -58,9 +60,24 @@ class Coverage:
         if not decided:
             none = situation, kind, LATE if late else NOTHING
             triples[none] = triples.get(none, 0) + 1
-        if len(triples) > before:
-            self.longest = max(self.longest, self.steps - self.news_at - 1)
-            self.news_at = self.steps
+        if (news := len(triples) - before) > 0:
+            for triple in [*islice(reversed(triples), news)][::-1]:
+                self._note(triple, self.steps)
+
+    def append(self, other: Coverage) -> None:
+        """Take in what was seen elsewhere, as if it had come after this."""
+        for triple, step in other.first_at.items():
+            if triple not in self.triples:
+                self._note(triple, self.steps + step)
+        for triple, times in other.triples.items():
+            self.triples[triple] = self.triples.get(triple, 0) + times
+        self.steps += other.steps
+        self.preloads += other.preloads
+
+    def _note(self, triple: Triple, step: int) -> None:
+        self.first_at[triple] = step
+        self.longest = max(self.longest, step - self.news_at - 1)
+        self.news_at = step
 
     @property
     def without_news(self) -> int:

@@ -10,51 +10,89 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from multiprocessing import get_context
 from random import Random
 
 from fsm.coverage import Coverage, lines_of
 from fsm.explore import in_words
 from fsm.faults import in_words as faults_in_words
-from fsm.simulation import Outcome, simulate
+from fsm.simulation import simulate
 
 PROGRESS_S = 10.0
+CHUNK = 8  # seeds that a process takes at a time
 ENOUGH_STEPS = 50_000  # with fewer, a row that never fired says nothing
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the seeds; return 0 where everything holds."""
     chosen = _parser().parse_args(arguments)
-    coverage, virtual_s, begun = Coverage(), 0.0, time.process_time()
-    told_at = time.monotonic()
-    for seed in range(chosen.first, chosen.first + chosen.seeds):
-        outcome = simulate(Random(seed), chosen.steps, every=chosen.check_every, coverage=coverage)
-        virtual_s += outcome.virtual_s
-        if outcome.violation is not None:
-            _report_failure(outcome, seed, chosen)
-            return 1
-        if time.monotonic() - told_at >= PROGRESS_S:
-            told_at = time.monotonic()
-            print(f"seed {seed}: {_summary(coverage, virtual_s, begun)}", flush=True)
+    coverage, virtual_s, used_s, told_at = Coverage(), 0.0, 0.0, time.monotonic()
+    run = partial(_run, steps=chosen.steps, every=chosen.check_every)
+    with _mapped(run, range(chosen.first, chosen.first + chosen.seeds), chosen.processes) as ran:
+        for one in ran:
+            coverage.append(one.coverage)
+            virtual_s, used_s = virtual_s + one.virtual_s, used_s + one.used_s
+            if one.broken:
+                _report_failure(one.seed, chosen)
+                return 1
+            if time.monotonic() - told_at >= PROGRESS_S:
+                told_at = time.monotonic()
+                print(f"seed {one.seed}: {_summary(coverage, virtual_s, used_s)}", flush=True)
     print(
         f"seeds {chosen.first} to {chosen.first + chosen.seeds - 1}, {chosen.steps:,} steps each and until it settled"
     )
-    print(_summary(coverage, virtual_s, begun))
+    print(_summary(coverage, virtual_s, used_s))
     print("\n".join(lines_of(coverage)))
     return 1 if coverage.rows_never_fired() and coverage.steps >= ENOUGH_STEPS else 0
 
 
-def _summary(coverage: Coverage, virtual_s: float, begun: float) -> str:
-    used_s = time.process_time() - begun
+@dataclass(frozen=True, slots=True)
+class Ran:
+    """What one seed came to."""
+
+    seed: int
+    coverage: Coverage  # of it alone
+    virtual_s: float
+    used_s: float  # of one processor
+    broken: bool
+
+
+def _run(seed: int, steps: int, every: int) -> Ran:
+    coverage, begun = Coverage(), time.process_time()
+    outcome = simulate(Random(seed), steps, every=every, coverage=coverage, shrinks=False)
+    return Ran(seed, coverage, outcome.virtual_s, time.process_time() - begun, outcome.violation is not None)
+
+
+@contextmanager
+def _mapped(run: Callable[[int], Ran], seeds: Iterable[int], processes: int) -> Iterator[Iterator[Ran]]:
+    """Yield what the seeds came to, in their order."""
+    if processes == 1:
+        yield map(run, seeds)
+        return
+    with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
+        try:
+            yield pool.map(run, seeds, chunksize=CHUNK)
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _summary(coverage: Coverage, virtual_s: float, used_s: float) -> str:
     return (
         f"{coverage.steps:,} steps, {virtual_s / 3600:,.1f} virtual hours, "
-        f"{coverage.steps / used_s:,.0f} steps a second; "
+        f"{coverage.steps / used_s:,.0f} steps a second of a core; "
         f"{len(coverage.triples)} (state, event, decision), none new for {coverage.without_news:,} steps, "
         f"at most {max(coverage.longest, coverage.without_news):,}"
     )
 
 
-def _report_failure(outcome: Outcome, seed: int, chosen: argparse.Namespace) -> None:
+def _report_failure(seed: int, chosen: argparse.Namespace) -> None:
+    """Run a seed that failed once more, and say with how few of its events it fails."""
+    outcome = simulate(Random(seed), chosen.steps, every=chosen.check_every)
     assert outcome.violation is not None
     print(f"seed {seed}: {outcome.violation.what}")
     print(f"faults: {faults_in_words(outcome.scene.faults)}")
@@ -74,6 +112,7 @@ def _parser() -> argparse.ArgumentParser:
     option("--steps", type=int, default=2000, metavar="M", help="events of each before it is to settle (default: 2000)")
     every = "make the core's own check at each K-th step, and at the end; the audit is made at every one (default: 1)"
     option("--check-every", type=int, default=1, metavar="K", help=every)
+    option("--processes", type=int, default=1, metavar="P", help="that run at a time (default: 1)")
     return parser
 
 

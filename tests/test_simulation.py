@@ -51,6 +51,18 @@ def test_every_kind_of_event_command_and_refusal_comes(covered: Coverage) -> Non
     assert covered.kinds_never_seen() == []
 
 
+def test_coverage_of_seeds_adds_up_as_if_it_were_one() -> None:
+    """Step for step: how often what came, and how long nothing new did."""
+    together, added = Coverage(), Coverage()
+    for seed in range(4):
+        alone = Coverage()
+        for coverage in (together, alone):
+            simulate(Random(seed), 300, coverage=coverage)
+        added.append(alone)
+    assert added == together
+    assert list(added.first_at) == list(together.first_at)
+
+
 def test_an_empty_coverage_misses_everything() -> None:
     """What is reported as never fired is counted, not listed by hand."""
     assert len(Coverage().rows_never_fired()) == 17

@@ -8,6 +8,7 @@ from itertools import pairwise
 import pytest
 
 from fsm.core import Core
+from fsm.eviction import Candidate, LeastExpectedLoading
 from fsm.record import decode_state, encode
 from fsm.reuse import BINS, LONG_S, Experience, bin_of, count
 from tests.pool import PoolUnderTest, a_pool, acquire, exited, expire, preload, release
@@ -153,3 +154,62 @@ def test_what_was_noted_is_copied_and_recorded() -> None:
     for core in (twin, again):
         assert core.pool.rests == core.pool.models["a"].rests == {bin_of(50.0): 1}
     assert rests(pool, "a") == {bin_of(50.0): 2}
+
+
+# -- what giving a runner up costs ------------------------------------------------------------------------------------
+
+
+def a_candidate(model: str, held_bytes: int, load_s: float | None, *outlooks: tuple[float, float]) -> Candidate:
+    return Candidate(1, model, held_bytes, 300.0, 0.0, load_s, 0, 0.0, lambda: outlooks)
+
+
+def costs(*candidates: Candidate) -> dict[str, float | None]:
+    return {one.model: one.cost_s for one in LeastExpectedLoading().order(0.0, candidates)}
+
+
+# Their rates are 10 x 0.5 / 5 = 1, 6 x 0.1 / 10 = 0.06 and 2 x 0.2 / 4 = 0.1 seconds of loading a second.
+OFTEN, SELDOM, CHEAP = ((0.5, 5.0), (0.8, 20.0)), ((0.1, 10.0), (0.5, 100.0)), ((0.2, 4.0),)
+
+
+def costs_of_three(a_bytes: int, b_bytes: int, c_bytes: int) -> dict[str, float | None]:
+    """Return what they cost who come often, seldom, and often but cheap."""
+    return costs(
+        a_candidate("a", a_bytes, 10.0, *OFTEN),
+        a_candidate("b", b_bytes, 6.0, *SELDOM),
+        a_candidate("c", c_bytes, 2.0, *CHEAP),
+    )
+
+
+def test_a_cost_is_what_staying_is_worth_and_a_part_of_the_rate() -> None:
+    """The rarest holds just the priced part: a byte costs half of 0.06 / 35 a second."""
+    found = costs_of_three(40, 35, 25)
+    price = 0.5 * 0.06 / 35
+    assert found == {
+        "a": pytest.approx(10 * 0.8 - price * 40 * 20 + 10 * 1.0),
+        "b": pytest.approx(6 * 0.1 - price * 35 * 10 + 10 * 0.06),
+        "c": pytest.approx(2 * 0.2 - price * 25 * 4 + 10 * 0.1),
+    }
+    assert list(found) == ["b", "c", "a"], "the cheapest first"
+
+
+def test_the_price_is_of_as_many_as_hold_the_part_together() -> None:
+    """Here two: what both save, by what both hold."""
+    found = costs_of_three(55, 20, 25)
+    price = 0.5 * (0.06 + 0.1) / (20 + 25)
+    assert found["a"] == pytest.approx(10 * 0.8 - price * 55 * 20 + 10 * 1.0)
+    assert found["c"] == pytest.approx(2 * 0.2 - price * 25 * 4 + 10 * 0.1)
+
+
+def test_a_byte_alone_has_the_whole_price() -> None:
+    """A runner that holds next to nothing, or nothing, has a cost as well."""
+    price = 0.5 * 1.0
+    assert costs(a_candidate("a", 1, 10.0, *OFTEN)) == {"a": pytest.approx(10 * 0.5 - price * 5 + 10 * 1.0)}
+    assert costs(a_candidate("a", 0, 10.0, *OFTEN)) == {"a": pytest.approx(10 * 0.8 + 10 * 1.0)}
+
+
+def test_what_is_not_worth_its_memory_costs_its_rate_alone() -> None:
+    """Never less than nothing; a load that nobody waits for, and what is never asked for, cost nothing."""
+    found = costs(a_candidate("often", 1, 10.0, *OFTEN), a_candidate("large", 10**6, 6.0, (0.1, 10.0), (0.11, 1000.0)))
+    assert found["large"] == pytest.approx(6 * 0.1 - 0.5 * 0.06 * 10 + 10 * 0.06)
+    assert costs(a_candidate("loading", 5, None, *OFTEN)) == {"loading": 0.0}
+    assert costs(a_candidate("never", 5, 10.0)) == {"never": 0.0}

@@ -314,7 +314,7 @@ def test_how_threads_wait_is_set_on_purpose(engine: LlamaEngine, file: Path, mon
     process, _ = launch_and_wait(engine, file)
     environment = psutil.Process(process.pid).environ()
     waiting = {name: value for name, value in environment.items() if "OMP" in name}
-    assert waiting == {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "1000"}
+    assert waiting == {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "300"}
 
 
 def test_an_embedder_embeds(engine: LlamaEngine, file: Path) -> None:

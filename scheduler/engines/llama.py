@@ -53,11 +53,11 @@ _KEPT_PREFIXES = ("CUDA_", "LC_", "NVIDIA_")
 # How threads wait for each other, some hundred times in each token. The wheel is built with OpenMP (so llama.cpp's own
 # level of polling is without effect), and libgomp spins 300,000 times before it sleeps: alone that is fastest, but once
 # there are more threads than cores each waits out others' turns. To sleep at once is slowest alone: it takes longer to
-# wake a thread than to compute. With 1,000 spins, some 25 µs, one that runs is waited for awake, one that does not
-# asleep. The number is a choice among about eight on a busy machine, whose runs did not all agree: `python -m
-# tests.bench cores` compares them. "passive" is for an OpenMP that does not know of spins; libgomp goes by their number
-# where it is given both.
-_WAITING: Mapping[str, str] = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "1000"}
+# wake a thread than to compute. With 300 spins, some 8 µs, one that runs is waited for awake, one that does not
+# asleep: a seventh slower alone than the best, and a third slower than one thread each where several answer at once
+# (`python -m tests.bench cores` compares them). "passive" is for an OpenMP that does not know of spins; libgomp goes by
+# their number where it is given both.
+_WAITING: Mapping[str, str] = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "300"}
 
 _STAMP = re.compile(r"^[\d.]+ ([A-Z]) +")  # of llama.cpp's log: time, and level (E: error)
 _OUT_OF_MEMORY = re.compile(

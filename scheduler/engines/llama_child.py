@@ -42,7 +42,7 @@ LOG_PAUSE_S = 0.2  # for the last of the log, where it cannot be flushed
 OOM_SCORE = 300  # of 1000: under memory pressure the kernel takes a runner rather than its host
 LINUX_PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG
 SHARE = "/proc/self/autogroup"  # of the processors, where Linux deals them to sessions
-LOADING_NICE = 5  # a third of what others get where there are too few; 0 is what everybody has
+LOADING_NICE = 15  # a thirtieth of what others get where there are too few; 0 is what everybody has
 SHARE_PAUSE_S, SHARE_TRIES = 0.1, 100  # the kernel takes ten changes a second from all of the machine
 MIB = 1 << 20
 
@@ -318,6 +318,7 @@ def buffers(log: str) -> list[tuple[str, str, int]]:
 
 def serve(protocol: int, request: Request) -> Never:
     """Load and serve; never returns, the process ends here."""
+    held_back = share(LOADING_NICE)  # others' answers go on evenly meanwhile
     tell(protocol, "importing")
     if request["library"] is not None:
         sys.path.append(request["library"])
@@ -331,7 +332,6 @@ def serve(protocol: int, request: Request) -> Never:
     try:
         params = parameters(xllamacpp, request, log.verbosity)
         tell(protocol, "loading")
-        held_back = share(LOADING_NICE)  # others' answers go on evenly meanwhile
         server = xllamacpp.Server(params)
         held_back = held_back and not share(0)
     except Exception as error:  # whatever it is, the parent is told in one line and the rest is on standard error

@@ -14,6 +14,7 @@ from fsm.journal import Decision, Entry, Transition
 from fsm.ledger import Placement
 from fsm.model import MIB, Amounts, DeviceId, Options
 from fsm.pool import Line, Model, Pool
+from fsm.remembered import keep
 from fsm.request import ModelId, Purpose, Request, RequestId, RequestState, Want
 from fsm.runner import EXPIRING, IDLE, LOADING, READY, RUNNER_TABLE, Runner, RunnerId
 from fsm.threads import threads_for
@@ -162,7 +163,7 @@ class Actions:
         load_s = pool.now - runner.launched_at
         if runner.id >= model.first and as_fast_as_can_be(pool, runner):
             shortest_s, _, count = model.shortest.get(runner.told, (math.inf, 0.0, 0))
-            model.shortest[runner.told] = min(load_s, shortest_s), pool.now, count + 1
+            keep(model.shortest, runner.told, (min(load_s, shortest_s), pool.now, count + 1))
         model.alone = False
         if event.num_ctx is not None and runner.options.num_ctx is not None:
             runner.options = replace(runner.options, num_ctx=event.num_ctx)
@@ -228,7 +229,7 @@ class Actions:
         if not unseen and (load_s is None or account.most):  # later there is more to go by, if the engine said nothing
             took = tuple((device, account.expected_bytes(device)) for device in sorted(account.promised))
         if took != before:
-            model.measured[key] = took
+            keep(model.measured, key, took)
             model.demands.clear()
         if load_s is not None:
             model.note_load(runner.placement.gpu_layers, load_s)

@@ -28,9 +28,7 @@ class Candidates:
             if runner.current and runner.id not in awaited and not pool.pinned(runner)
         ]
         self.idle = {  # may be given up at this moment, whoever waits
-            runner.id
-            for runner in self.movable
-            if not runner.leases and may_go_at(pool, runner, -math.inf) <= pool.now
+            runner.id for runner in self.movable if not runner.leases and may_go_at(pool, runner, -math.inf) <= pool.now
         }
         self._orders: tuple[list[Candidate], list[Candidate]] | None = None
         self._experience: Experience | None = None

@@ -57,9 +57,7 @@ def tell_waits(pool: Pool, plan: Plan, journal: list[Entry]) -> None:
         runners = runners_considered(pool, plan, line) if room else ()
         devices = devices_considered(pool, line.want, room) if room else ()
         reason, id = f"for {line.waits_for}", line.head.id
-        journal.append(
-            Decision(pool.now, "waits", line.want.model, reason, id, None, line.until, runners, devices)
-        )
+        journal.append(Decision(pool.now, "waits", line.want.model, reason, id, None, line.until, runners, devices))
 
 
 def runners_considered(pool: Pool, plan: Plan, line: Line) -> tuple[ConsideredRunner, ...]:

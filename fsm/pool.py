@@ -14,12 +14,13 @@ from fsm.limits import Limits
 from fsm.model import Amounts, DeviceId, ModelInfo, Options
 from fsm.options import impossible, resolve, serves
 from fsm.placement import Demand
-from fsm.remembered import NOTHING, Remembered, usual_load_s, with_load
+from fsm.remembered import NOTHING, Remembered, keep, usual_load_s, with_load
 from fsm.request import ModelId, Purpose, Request, RequestId, RequestState, Want
 from fsm.reuse import Histogram, count
 from fsm.runner import EXPIRING, IDLE, LOADING, READY, UNLOADED, Runner, RunnerId
 from fsm.timers import Timers
 
+MOST_DEMANDS = 2048  # of one model that are remembered: more than its options that are waited for, mostly
 CONTEXT_STEPS = (32768, 4096)  # to which an automatic context goes down, tokens: the reference's
 
 
@@ -67,6 +68,8 @@ class Model:
                         require_gpu=limits.require_gpu or bool(asked.require_gpu),
                     ),
                 )
+            if len(self.demands) == MOST_DEMANDS:
+                self.demands.clear()
             self.demands[asked] = known
         return known
 
@@ -103,7 +106,7 @@ class Model:
             self.demands.clear()
         for took in known.sizes:
             if (took.options, took.split) not in self.measured:
-                self.measured[took.options, took.split] = took.bytes
+                keep(self.measured, (took.options, took.split), took.bytes)
                 self.demands.clear()
         for loads in known.loads:
             self.loads.setdefault(loads.split, loads.seconds)

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TypeVar
 
 from fsm.model import Amounts, Options
 
 LAST_LOADS = 8  # that are kept of each split: enough for a median that one slow load does not move
+MOST_KINDS = 256  # of one model's runners, told apart by their options, of which measurements are kept
+
+Key = TypeVar("Key")
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +41,13 @@ class Remembered:
 
 
 NOTHING = Remembered()
+
+
+def keep(known: dict[Key, Value], key: Key, value: Value) -> None:
+    """Note a value; of very many keys the oldest goes, so that a program that asks for ever new options has an end."""
+    known[key] = value
+    if len(known) > MOST_KINDS:
+        del known[next(iter(known))]
 
 
 def with_load(seconds: tuple[float, ...], load_s: float) -> tuple[float, ...]:

@@ -320,9 +320,7 @@ class Story:
                 yield self._say(f"{printable(', '.join(devices))} is claimed among the programs on the machine")
             case do.Finish():
                 yield self._say("everything is unloaded")
-            case (
-                do.Inspect() | do.Launch() | do.Stop() | do.Sample() | do.Unclaim() | do.Prefetch() | do.Remember()
-            ):
+            case do.Inspect() | do.Launch() | do.Stop() | do.Sample() | do.Unclaim() | do.Prefetch() | do.Remember():
                 pass
             case _:
                 assert_never(command)

@@ -92,9 +92,7 @@ def test_no_set_that_makes_room_is_cheaper(
     st.floats(0.05, 0.9),
 )
 @settings(max_examples=20, deadline=None)
-def test_however_many_sets_there_are_only_so_many_are_looked_at(
-    drawn: list[tuple[int, int, int]], part: float
-) -> None:
+def test_however_many_sets_there_are_only_so_many_are_looked_at(drawn: list[tuple[int, int, int]], part: float) -> None:
     """Then the best so far is taken: it makes room, and is no dearer than what a plain order gives."""
     candidates = [a_candidate(place, cost / 100, one + two) for place, (cost, one, two) in enumerate(drawn)]
     needed = [int(part * sum(one[device] for one in drawn)) for device in (1, 2)]

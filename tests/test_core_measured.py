@@ -6,7 +6,9 @@ from fsm import events as on
 from fsm.commands import DoesNotFit, Grant
 from fsm.journal import Decision, Entry
 from fsm.ledger import Account, DeviceSample, Ledger
-from fsm.model import HOST
+from fsm.model import HOST, Options
+from fsm.pool import MOST_DEMANDS
+from fsm.remembered import MOST_KINDS
 from fsm.runner import RunnerState
 from fsm.snapshot import RunnerView
 from tests.models import a_model
@@ -15,6 +17,7 @@ from tests.pool import (
     a_pool,
     acquire,
     amount,
+    cancel,
     exited,
     expire,
     filled,
@@ -369,3 +372,24 @@ def test_a_copied_account_is_independent() -> None:
     other.measure({HOST: 9})
     other.to_come[HOST] = 3
     assert (account.held_bytes(HOST), account.to_come) == (6, {HOST: 1})
+
+
+# -- how much is remembered -------------------------------------------------------------------------------------------
+
+
+def test_a_program_that_asks_for_ever_new_options_is_not_remembered_for_ever() -> None:
+    """One with a context for each prompt's length: what is known of the model stops growing, and the newest is kept."""
+    pool = a_pool()
+    for num_ctx in range(1, MOST_KINDS + 10):
+        pool.expiring("a", num_ctx=num_ctx).settle()
+    model = pool.core.pool.models["a"]
+    assert len(model.measured) == len(model.shortest) == MOST_KINDS
+    assert (Options(num_ctx=MOST_KINDS + 9), ()) in model.measured
+
+
+def test_ever_new_options_that_are_asked_for_at_once_are_not_remembered_for_ever() -> None:
+    """What each of them would take is worked out for the plan, and worked out again where it is asked for again."""
+    pool = a_pool().ready("a", lease=1)
+    for request in range(2, MOST_DEMANDS + 10):
+        pool.feed(acquire("a", request, num_ctx=request), cancel(request))
+    assert len(pool.core.pool.models["a"].demands) <= MOST_DEMANDS

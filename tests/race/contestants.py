@@ -165,4 +165,3 @@ def reference(course: Course) -> Iterator[Opened]:
                 return _use(lease, ask, course)
 
         yield Opened(ask, lambda: tally.loads, tally.details)
-

@@ -272,18 +272,24 @@ needs_shares = pytest.mark.skipif(not Path("/proc/self/autogroup").exists(), rea
 
 
 @needs_shares
-def test_a_load_holds_back_beside_others(engine: LlamaEngine, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It has less of the processors while it loads: seen by a library that fails with what it has."""
-    library = file.parent / "library"
-    library.mkdir()
-    (library / "xllamacpp.py").write_text(
+@pytest.mark.parametrize("nice", [llama_child.LOADING_NICE, 0])
+def test_a_load_holds_back_beside_others_and_not_for_long(
+    engine: LlamaEngine, file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nice: int
+) -> None:
+    """Beside a program that uses all cores it would take many times as long, and somebody waits for it.
+
+    Seen by a library that fails once it has such a share of the processors.
+    """
+    (tmp_path / "xllamacpp.py").write_text(
         "from unittest.mock import MagicMock as CommonParams\n"
         "llama_load_mode = llama_flash_attn_type = ggml_type = CommonParams()\n"
-        "def Server(params): raise RuntimeError(open('/proc/self/autogroup').read())\n"
+        "def Server(params):\n"
+        f"    while not open('/proc/self/autogroup').read().endswith('nice {nice}\\n'): pass\n"
+        "    raise RuntimeError('as it should be')\n"
     )
-    monkeypatch.setattr(llama_engine, "find_library", lambda: str(library))
+    monkeypatch.setattr(llama_engine, "find_library", lambda: str(tmp_path))
     _, told = launch(engine, file, SMALL)
-    assert f"nice {llama_child.LOADING_NICE}" in told.exit()[1]
+    assert "as it should be" in told.exit()[1]
 
 
 @needs_shares

@@ -82,6 +82,7 @@ _OF_ITSELF = re.compile(
     r"|(\w+: Device memory allocation failed: [\w:]+: ErrorOutOf(?:Device|Host)Memory)"
     r"|(error: Insufficient Memory \(\d+:\w+\))"
 )
+SHARE: Final = "/proc/{}/autogroup"  # of the processors; a child says there that it holds back while it loads
 _LAST_LINES = 5  # shown where no line looks like an error
 
 Value = TypeVar("Value")
@@ -118,17 +119,14 @@ class LlamaProcess:
             self.child.stop(grace_s)
 
     def memory(self) -> Memory:
-        """Return what it and its children occupy of the host, and what its buffers take of GPUs, as it says."""
+        """Return what it occupies of the host, and what its buffers take of GPUs, as it says."""
         if self._gone:
             return Memory()
         resident_bytes = mapped_bytes = 0
-        with suppress(psutil.Error):
-            process = psutil.Process(self.pid) if self.pid is not None else None
-            for each in (process, *process.children(recursive=True)) if process is not None else ():
-                with suppress(psutil.Error):
-                    memory = each.memory_info()
-                    resident_bytes += memory.rss
-                    mapped_bytes += getattr(memory, "shared", 0)  # on Linux only
+        if self.pid is not None:
+            with suppress(psutil.Error):
+                memory = psutil.Process(self.pid).memory_info()
+                resident_bytes, mapped_bytes = memory.rss, getattr(memory, "shared", 0)  # shared: on Linux only
         resident: dict[DeviceId, int] = {HOST: resident_bytes} if resident_bytes else {}
         for buffer in self.buffers:
             if buffer.device != HOST:
@@ -214,9 +212,11 @@ class LlamaProcess:
             self._report.progressed()
 
     def pulse(self) -> bool:
-        """Look whether a load goes on; llama.cpp says nothing while it reads a large file."""
+        """Look whether a load goes on; llama.cpp says nothing while it reads a large file. It has held back enough."""
         if self._url:
             return False
+        with suppress(OSError):  # no such file here, or too many changes at this moment: the next pulse tries again
+            Path(SHARE.format(self.pid)).write_text("0", encoding="ascii")
         resident_bytes, read_bytes = self._touches()
         most_bytes, read_before = self._touched
         if resident_bytes > most_bytes or read_bytes > read_before:  # pages that come and go are no progress

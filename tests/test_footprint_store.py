@@ -476,7 +476,9 @@ WRITER = """
 import os, sys
 from pathlib import Path
 sys.path.insert(0, os.getcwd())
+import scheduler.footprint_store as patience
 import tests.test_footprint_store as those
+patience.READ_TIMEOUT_S = patience.WRITE_TIMEOUT_S = 20.0  # a busy disk is no reason to lose anything here
 store = those.FootprintStore(Path(sys.argv[1]))
 for number in range(20):
     store.write(those.FILE, those.Options(num_ctx=int(sys.argv[2]) + number), (), those.ON_HOST, 1.0)

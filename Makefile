@@ -27,7 +27,7 @@ help:
 	@echo "make policies  replay generated traffic with each eviction policy, beside what is possible (SEEDS, 10; TRACE=file)"
 	@echo "make explore search every state that a small scheduler can come to (some minutes)"
 	@echo "make mutants put faults into the core and show what finds them"
-	@echo "make fuzz    run the core in SEEDS simulated worlds of STEPS events each, faults included"
+	@echo "make fuzz    run the core in SEEDS simulated worlds of STEPS events each, faults included, or until QUIET steps add nothing new"
 	@echo "make fuzz-metadata  damage 100,000 model files at random and read what is left"
 	@echo "make memory  compare predictions of memory with real runners and write docs/memory.md (some minutes)"
 	@echo "make soak    use a scheduler hard for MINUTES (10), with real threads, real children and every fault at once"
@@ -61,7 +61,8 @@ mutants: $(FOR_TEST)
 	$(BIN)/python -m tests.mutants
 
 fuzz: $(FOR_TEST)
-	$(BIN)/python -m tests.fuzz_core --processes 2 $(if $(SEEDS),--seeds $(SEEDS)) $(if $(STEPS),--steps $(STEPS))
+	$(BIN)/python -m tests.fuzz_core --processes 2 $(if $(SEEDS),--seeds $(SEEDS)) $(if $(STEPS),--steps $(STEPS)) \
+		$(if $(QUIET),--quiet $(QUIET))
 
 fuzz-metadata: $(FOR_TEST)
 	$(BIN)/python -m tests.fuzz_metadata

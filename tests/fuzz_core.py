@@ -32,9 +32,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the seeds; return 0 where everything holds."""
     chosen = _parser().parse_args(arguments)
     coverage, virtual_s, used_s, told_at = Coverage(), 0.0, 0.0, time.monotonic()
+    last = chosen.first
     run = partial(_run, steps=chosen.steps, every=chosen.check_every)
     with _mapped(run, range(chosen.first, chosen.first + chosen.seeds), chosen.processes) as ran:
         for one in ran:
+            last = one.seed
             coverage.append(one.coverage)
             virtual_s, used_s = virtual_s + one.virtual_s, used_s + one.used_s
             if one.broken:
@@ -43,9 +45,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if time.monotonic() - told_at >= PROGRESS_S:
                 told_at = time.monotonic()
                 print(f"seed {one.seed}: {_summary(coverage, virtual_s, used_s)}", flush=True)
-    print(
-        f"seeds {chosen.first} to {chosen.first + chosen.seeds - 1}, {chosen.steps:,} steps each and until it settled"
-    )
+            if chosen.quiet and coverage.without_news >= chosen.quiet:
+                break
+    print(f"seeds {chosen.first} to {last}, {chosen.steps:,} steps each and until it settled")
     print(_summary(coverage, virtual_s, used_s))
     print("\n".join(lines_of(coverage)))
     return 1 if coverage.rows_never_fired() and coverage.steps >= ENOUGH_STEPS else 0
@@ -112,6 +114,7 @@ def _parser() -> argparse.ArgumentParser:
     option("--steps", type=int, default=2000, metavar="M", help="events of each before it is to settle (default: 2000)")
     every = "make the core's own check at each K-th step, and at the end; the audit is made at every one (default: 1)"
     option("--check-every", type=int, default=1, metavar="K", help=every)
+    option("--quiet", type=int, metavar="Q", help="end once Q steps in a row add no new (state, event, decision)")
     option("--processes", type=int, default=1, metavar="P", help="that run at a time (default: 1)")
     return parser
 

@@ -197,6 +197,12 @@ def test_a_run_that_finds_nothing_says_what_it_covered(capsys: pytest.CaptureFix
         assert part in printed
 
 
+def test_a_run_ends_once_nothing_new_has_come_for_long(capsys: pytest.CaptureFixture[str]) -> None:
+    """As `--quiet` says, however many seeds it was given."""
+    assert fuzz_core.main(["--seeds", "1000000", "--steps", "200", "--quiet", "100"]) == 0
+    assert "seeds 1 to 1000000" not in capsys.readouterr().out
+
+
 # -- the audit, which has to notice what a core never does ------------------------------------------------------------
 
 LEASE = Want(ModelId("a"), Options(), Purpose.lease, 0)

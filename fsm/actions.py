@@ -13,7 +13,7 @@ from fsm.explain import devices_refused, runners_refused
 from fsm.journal import Decision, Entry, Transition
 from fsm.ledger import Placement
 from fsm.model import MIB, Amounts, DeviceId, Options
-from fsm.pool import Line, Model, Pool
+from fsm.pool import Line, Model, Pool, runner_serves
 from fsm.remembered import keep
 from fsm.request import ModelId, Purpose, Request, RequestId, RequestState, Want
 from fsm.runner import EXPIRING, IDLE, LOADING, READY, RUNNER_TABLE, Runner, RunnerId
@@ -74,6 +74,9 @@ class Actions:
         if runner.leases:
             return
         if runner.state is EXPIRING:
+            model = pool.models[runner.model]
+            if model.current is None:  # it rests from now on, and not since it was given up
+                model.rested_at = max(model.rested_at, pool.now)
             self.stop(runner)
         elif runner.keep_alive_s <= 0 and not pool.models[runner.model].pinned:
             self.expire(runner, "its keep-alive is 0")
@@ -96,6 +99,8 @@ class Actions:
         """Take a request out of its line and refuse it; its place is free at once."""
         self.pool.dequeue(request)
         del self.pool.requests[request.id]
+        if request.want.model in self.pool.models and request.want.model not in self.pool.wants:
+            self.pool.models[request.want.model].alone = False  # that was for those who waited
         self.reject(request, refusal)
         request.state = state
         self.replan = True
@@ -109,6 +114,8 @@ class Actions:
         model = self.pool.models.get(request.want.model)
         runner = model.current if model is not None else None
         if runner is None or runner.state is not LOADING or self.pool.lines_for(runner):
+            return
+        if not runner_serves(runner, request.want):  # it was never waited for by this one
             return
         if runner.keep_alive_s <= 0 or request.keep_alive_s == 0 or runner.expire_when_served:
             self.expire(runner, "nobody waits for it any more")

@@ -22,6 +22,7 @@ from fsm.plan import Plan
 from fsm.planning import make_plan
 from fsm.pool import Pool, runner_serves
 from fsm.prefetching import read_ahead
+from fsm.remembered import MOST_KINDS
 from fsm.request import Purpose, Request, RequestId, RequestState
 from fsm.runner import LOADING, Runner, RunnerId
 from fsm.snapshot import Snapshot, take_snapshot
@@ -137,8 +138,12 @@ class Core:
                     self._runner_event(runner, event)
             case on.Expire():
                 self.late += not self.act.expire_model(event.model)
-            case on.Pin() | on.Unpin():
-                self.act.pin(self.act.model(event.model), isinstance(event, on.Pin))
+            case on.Pin():
+                self.act.pin(self.act.model(event.model), True)
+            case on.Unpin() if event.model in self.pool.models:
+                self.act.pin(self.pool.models[event.model], False)
+            case on.Unpin():
+                self.late += 1  # it was never pinned
             case on.Configure():
                 self.act.configure(event)
             case on.Close():
@@ -286,8 +291,7 @@ class Core:
             case on.OutOfMemory():
                 runner.out_of_memory = True
                 if runner.loaded_at is not None:
-                    for other in [other for other in self.pool.runners.values() if other.current]:
-                        self.act.expire(other, f"{runner.model} ran out of memory")
+                    self.act.ran_out(runner)
             case on.Unresponsive():
                 self.act.unresponsive(runner, event.reason)
             case on.Exited():
@@ -347,6 +351,8 @@ class Core:
     def _answer_at_once(self, plan: Plan) -> None:
         """Answer those for whom nothing has to be loaded: what they want is there after all, or can never be."""
         for line, runner in plan.matches:
+            if len(runner.accepted) >= MOST_KINDS and runner.state is not LOADING:
+                runner.accepted.clear()  # whoever asks for them again is judged again
             runner.accepted.add(line.want.options)
             if runner.state is not LOADING:
                 self.act.serve(runner, [line])

@@ -27,6 +27,8 @@ class Endings(Actions):
         elif runner.current:
             self.crash(runner, reason)
             self.count_crash(runner, reason)
+            if event.out_of_memory:
+                self.ran_out(runner)
         else:
             self.revoke_leases(runner, reason)  # it died while it drained
         runner.process = False
@@ -47,17 +49,25 @@ class Endings(Actions):
             self.revoke_leases(runner, reason)
         self.stop(runner)
 
+    def ran_out(self, runner: Runner) -> None:
+        """Memory ran out while a runner served: everybody is given up, since nobody knows who took it."""
+        for other in [other for other in self.pool.runners.values() if other.current]:
+            self.expire(other, f"{runner.model} ran out of memory")
+
     def load_failed(self, runner: Runner, reason: str, refusal: Refusal | None, *, out_of_memory: bool = False) -> None:
         """Answer those who waited for a load. After out of memory each survives one.
 
-        The next load has a smaller context, where that was automatic and large, or else all others out of the way.
+        The next load has a smaller context, where that was automatic and large, or else all others out of the way. With
+        them out of the way it may fail once for those who came later, and not again: they would come for ever.
         """
         model = self.pool.models[runner.model]
         waiting = [request for line in self.pool.lines_for(runner) for request in line.requests.values()]
         self.crash(runner, reason)
-        survivors = [request for request in waiting if out_of_memory and not request.survived]
+        again = out_of_memory and not (model.alone and model.failures)
+        survivors = [request for request in waiting if again and not request.survived]
         if survivors:
             model.failure = reason
+            model.failures += model.alone
             model.alone = not model.step_down(runner)
             for request in survivors:
                 request.survived = True
@@ -96,12 +106,12 @@ class Endings(Actions):
         return do.LoadFailed(model.id, model.failure, retry_after_s, out_of_memory)
 
     def memory_to_come(self, runner: Runner) -> dict[DeviceId, int]:
-        """Return the free bytes by GPU that will show that a runner's memory is back: most of what it occupied."""
+        """Return what a GPU will have for us, by GPU, once a runner's memory is back: most of what it occupied."""
         ledger, account = self.pool.ledger, self.pool.ledger.accounts["runner", runner.id]
         samples = [ledger.devices[device] for device, _ in runner.placement.bytes if device in ledger.devices]
         gpus = [sample.id for sample in samples if sample.kind == "gpu" and not sample.integrated]
         part = self.pool.limits.recovery_fraction
-        return {gpu: ledger.reported_bytes(gpu) + int(part * account.occupied_bytes(gpu)) for gpu in gpus}
+        return {gpu: ledger.for_us_bytes(gpu) + int(part * account.occupied_bytes(gpu)) for gpu in gpus}
 
     def await_memory(self, runner: Runner) -> None:
         """Its process has gone: look until its memory is back, or the wait is over."""
@@ -117,9 +127,9 @@ class Endings(Actions):
 
     def memory_is_back(self, runner: Runner) -> bool:
         """Judge device by device with signed arithmetic; the host's memory is back when the process has gone."""
-        devices = self.pool.ledger.devices
-        awaited = [(devices[gpu], free) for gpu, free in runner.awaited.items() if gpu in devices]
-        return all(sample.fresh and sample.free_bytes >= free for sample, free in awaited)
+        ledger = self.pool.ledger
+        awaited = [(gpu, expected) for gpu, expected in runner.awaited.items() if gpu in ledger.devices]
+        return all(ledger.devices[gpu].fresh and ledger.for_us_bytes(gpu) >= expected for gpu, expected in awaited)
 
     def unload(self, runner: Runner, reason: str) -> None:
         """End a runner's life: its reservation ends, and what it took is remembered for the next."""

@@ -14,7 +14,8 @@ from fsm import commands as do
 from fsm import events as on
 from fsm.commands import Command
 from fsm.core import Core
-from fsm.model import HOST
+from fsm.ledger import DeviceSample, Owner
+from fsm.model import HOST, DeviceId
 from fsm.pool import Pool
 from fsm.prefetching import spare_bytes
 from fsm.request import Request, RequestState
@@ -84,6 +85,16 @@ def _leases(was: Pool, event: on.Event, commands: Sequence[Command], now: Pool) 
             assert given or useless or closing, "a lease is taken back in use"
 
 
+def _for_us(was: Pool, event: on.Sampled, sample: DeviceSample) -> int:
+    """Return what a reading says that a device has for all of us: free, or occupied by us."""
+    seen: dict[Owner, dict[DeviceId, int]] = {("runner", id): dict(amounts) for id, amounts in event.resident}
+    taken = [
+        seen.get(owner, {}).get(sample.id, account.occupied_bytes(sample.id))
+        for owner, account in was.ledger.accounts.items()
+    ]
+    return sample.free_bytes + sum(taken)
+
+
 def _lives(was: Pool, event: on.Event, now: Pool) -> None:
     """A process is gone when it says so, and nobody else; a runner is unloaded once its memory is back."""
     for runner in was.runners.values():
@@ -94,8 +105,8 @@ def _lives(was: Pool, event: on.Event, now: Pool) -> None:
             assert not own_end or after is None or not after.process, "its end is not noted"
         elif after is None and isinstance(event, on.Sampled):
             assert event.number >= runner.last_sample, "judged by a reading from before its process went"
-            free = {sample.id: sample.free_bytes for sample in event.devices if sample.fresh}
-            back = all(free.get(gpu, math.inf) >= awaited for gpu, awaited in runner.awaited.items())
+            for_us = {sample.id: _for_us(was, event, sample) for sample in event.devices if sample.fresh}
+            back = all(for_us.get(gpu, math.inf) >= awaited for gpu, awaited in runner.awaited.items())
             assert back, "unloaded, although its memory is not back"
 
 

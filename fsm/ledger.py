@@ -139,10 +139,9 @@ class Ledger:
         capacity = {sample.id: sample.capacity_bytes for sample in devices.values()}
         self.shrunk = {id for id in self.shrunk if self.held_bytes(id) > capacity.get(id, 0)}
 
-    def reported_bytes(self, device: DeviceId) -> int:
-        """Return what a device would report as free now: as it was read, less what was taken since."""
-        since = sum(one.occupied_bytes(device) - one.counted.get(device, 0) for one in self.accounts.values())
-        return self.devices[device].free_bytes - since
+    def for_us_bytes(self, device: DeviceId) -> int:
+        """Return what a device had for all of us when it was read: what was free, and what we had taken."""
+        return self.devices[device].free_bytes + sum(one.counted.get(device, 0) for one in self.accounts.values())
 
     def booked(self, amounts: Iterable[tuple[DeviceId, int]]) -> dict[DeviceId, int]:
         """Return amounts by the memory that they are taken from: an integrated GPU's are the host's."""

@@ -1,12 +1,13 @@
-"""How many models load on each device, and where no more may."""
+"""How many models load on each device, where no more may, and where the next one may."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 
 from fsm.ledger import Placement
 from fsm.limits import Limits
 from fsm.model import HOST, DeviceId
+from fsm.placement import Demand, Gpu, Offload, place
 
 
 def loads_on(placement: Placement) -> list[DeviceId]:
@@ -27,6 +28,17 @@ class Loads:
         """Count one more."""
         for device in loads_on(placement):
             self.counts[device] = self.counts.get(device, 0) + 1
+
+    def place(
+        self, demand: Demand, offload: Offload, free: Mapping[DeviceId, int], gpus: Sequence[Gpu]
+    ) -> Placement | None:
+        """Return where one more may begin: where it fits best, or else beside the GPUs on which as many load as may."""
+        placement = place(demand, offload, free, gpus)
+        full = self.full(placement) if placement is not None else set()
+        if full and not demand.spread and demand.main_gpu is None:  # which names one of all of them
+            placement = place(demand, offload, free, [gpu for gpu in gpus if gpu.id not in full])
+            full = self.full(placement) if placement is not None else set()
+        return None if full else placement
 
     def full(self, placement: Placement) -> set[DeviceId]:
         """Return the devices on which as many load as may, of those that it loads on."""

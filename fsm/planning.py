@@ -7,6 +7,7 @@ and a waiter that leaves costs nobody anything. A later line starts only in what
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 from fsm.automatic import is_the_same, wish_of, with_batch
@@ -64,14 +65,11 @@ class _Planner:
         self.gpus = [Gpu(one.id, one.memory, one.instance, one.library) for one in devices if one.kind == "gpu"]
         self.free = {one.id: ledger.free_bytes(one.id) for one in devices if not one.integrated}  # at this moment
         expiring = [runner for runner in pool.runners.values() if runner.state is EXPIRING]
-        self.leaving = [runner for runner in expiring if pool.now < runner.due_at]  # the others may never end
-        self.plan.look_at = min((runner.due_at for runner in self.leaving), default=math.inf)
-        self.overdue = {runner.id for runner in expiring if runner not in self.leaving}
-        self.stuck = {runner.id for runner in expiring if runner.id in self.overdue and not runner.leases}
+        self.leaving = [runner for runner in expiring if not pool.is_overdue(runner)]
+        self.plan.look_at = min((one.due_at for one in self.leaving if one.due_at > pool.now), default=math.inf)
+        self.overdue = {runner.id for runner in expiring if pool.is_overdue(runner)}
         self.total = self._with(self.free, self.leaving)  # with what is on its way out, less what earlier lines need
-        movable = [
-            runner for runner in pool.runners.values() if not pool.pinned(runner) and runner.id not in self.stuck
-        ]
+        movable = [one for one in pool.runners.values() if not pool.pinned(one) and not pool.is_stuck(one)]
         self.potential = self._with(self.free, movable)
         self.unmovable = len(pool.runners) - len(movable)  # as far as can be told: pinned, or stuck
         self.claimed: set[RunnerId] = set()  # victims of earlier lines
@@ -84,6 +82,7 @@ class _Planner:
         self.loads = Loads(pool.limits, (runner.placement for runner in loading))
         self.candidates = Candidates(pool, policy, self.awaited)
         self.waiting = 0  # lines for which room is to be made
+        self.ahead: Counter[DeviceId] = Counter()  # of them, those that are to lie on a device
         self.behind: list[tuple[Turn, Demand, Offload]] = []  # who is not first in a line for memory, in order
 
     def shed(self) -> None:
@@ -117,9 +116,13 @@ class _Planner:
 
     def exhausted(self) -> bool:
         """Whether no line behind could have anything: enough wait already, and nothing is free or can be given up."""
-        if self.waiting < LINES_AHEAD or not self.candidates.idle <= self.claimed:
+        if self.waiting < LINES_AHEAD:
             return False
-        return self.places_total <= 0 or all(amount <= 0 for amount in self.total.values())
+        idle = [self.pool.runners[id] for id in self.candidates.idle - self.claimed]
+        if self.places_total + sum(runner.process for runner in idle) <= 0:
+            return True
+        total = self._with(self.total, idle)
+        return all(amount <= 0 and self.ahead[device] >= LINES_AHEAD for device, amount in total.items())
 
     def follows(self, line: Line, newcomers: Collection[Want]) -> bool:
         """Tell whether a line is behind another for its model, and has been judged before: that one goes first."""
@@ -213,8 +216,8 @@ class _Planner:
         others = [runner for runner in self.pool.runners.values() if runner.id not in self.overdue]
         accompanied = model.alone and not all(map(self.pool.pinned, others))
         if not forced and not accompanied and min(self.places, self.places_total) > 0:
-            placement = place(demand, offload, self._usable(), self.gpus)
-            if placement and not self.loads.full(placement):
+            placement = self.loads.place(demand, offload, self._usable(), self.gpus)
+            if placement is not None:
                 asked, planned = line.want.options, (options, placement)
                 options, placement = with_batch(model, asked, self.pool.limits, planned, self._usable(), self.gpus)
                 self.plan.options[line.want] = options
@@ -244,10 +247,11 @@ class _Planner:
         taken = self.claimed.union(runner.id for runner in forced)
         may = self.candidates.until(bound, taken) if not suffices(must) else []
         self.waiting += 1
-        if self.waiting > LINES_AHEAD:  # far back: it is given what nobody uses, but drains nobody yet
+        memories = self._memories(demand, offload)
+        if all(self.ahead[device] >= LINES_AHEAD for device in memories):  # far back: it is given what nobody uses
             may = [one for one in may if one.runner in self.candidates.idle]
         lacking = 1 - self.places_total - sum(one.process for one in self._unclaimed(must)) if needs_process else 0
-        choice = self._choose(may, must, suffices, self._frees(demand, offload), max(0, lacking))
+        choice = self._choose(may, must, suffices, self._frees(memories), max(0, lacking))
         chosen: Sequence[Candidate] | None = self.candidates.timed(bound, choice.victims) if choice else None
         victims = self._unclaimed(chosen or ())
         self.claimed.update(runner.id for runner in victims)
@@ -255,6 +259,7 @@ class _Planner:
         self.places_total += sum(runner.process for runner in victims) - needs_process
         free = tuple(sorted(self.total.items()))
         final = self._book(demand, offload)
+        self.ahead.update(device for device, amount in final.bytes if amount)
         if chosen is None:
             line.wait(*self._hindrance())
         elif chosen:
@@ -300,7 +305,7 @@ class _Planner:
             for runner in self.leaving
             if runner.leases and any(map(ledger.accounts["runner", runner.id].held_bytes, devices))
         ]
-        by = min((runner.due_at for runner in self.leaving), default=math.inf)
+        by = min((runner.due_at for runner in self.leaving if runner.due_at > self.pool.now), default=math.inf)
         if draining or self.leaving:
             line.wait(f"{', '.join(draining)} to finish" if draining else "memory that is on its way back", by)
         else:
@@ -364,13 +369,16 @@ class _Planner:
         self.sets_left -= choice.tried if choice else 0
         return choice
 
-    def _frees(self, demand: Demand, offload: Offload) -> Callable[[Candidate], Amount]:
-        """Return what tells how much a candidate frees, on each device that matters to a demand."""
-        fixed = demand.footprint.fixed
-        on_host = [HOST] if offload is Offload.none else list(self.free)
-        devices = sorted(self.pool.ledger.booked(fixed)) if fixed else on_host
+    def _memories(self, demand: Demand, offload: Offload) -> list[DeviceId]:
+        """Return where what is demanded may come to lie."""
+        if demand.footprint.fixed:
+            return sorted(self.pool.ledger.booked(demand.footprint.fixed))
+        return [HOST] if offload is Offload.none else list(self.free)
+
+    def _frees(self, memories: Sequence[DeviceId]) -> Callable[[Candidate], Amount]:
+        """Return what tells how much a candidate frees of each memory."""
         accounts = self.pool.ledger.accounts
-        return lambda victim: tuple(map(accounts["runner", victim.runner].held_bytes, devices))
+        return lambda victim: tuple(map(accounts["runner", victim.runner].held_bytes, memories))
 
     def _unclaimed(self, victims: Iterable[Candidate]) -> list[Runner]:
         """Return the runners that no earlier line counts on; a forced one may be such a line's victim already."""

@@ -139,25 +139,10 @@ class Model:
         """Return an independent copy that refers to the copied `runners`."""
         current = runners[self.current.id] if self.current else None
         return Model(
-            self.id,
-            self.info,
-            self.fresh,
-            self.inspecting,
-            current,
-            self.pinned,
-            self.failures,
-            self.blocked_until,
-            self.failure,
-            self.alone,
-            dict(self.loads),
-            self.context_limit,
-            self.first,
-            dict(self.measured),
-            dict(self.shortest),
-            dict(self.demands),
-            self.rested_at,
-            dict(self.rests),
-        )
+            self.id, self.info, self.fresh, self.inspecting, current, self.pinned, self.failures, self.blocked_until,
+            self.failure, self.alone, dict(self.loads), self.context_limit, self.first, dict(self.measured),
+            dict(self.shortest), dict(self.demands), self.rested_at, dict(self.rests),
+        )  # fmt: skip
 
 
 Turn = tuple[float, RequestId]  # the earlier the smaller
@@ -277,10 +262,22 @@ class Pool:
         return runner.state is not EXPIRING and self.models[runner.model].pinned
 
     def max_runners(self) -> int:
-        """Return the limit on live processes: as set, or three a GPU and at least three, as the devices are now."""
+        """Return the limit on live processes: as set, or three a GPU and at least three, as the devices are now.
+
+        Where none is set, those that cannot be moved do not count: what fits into memory would be refused for them.
+        """
         if self.limits.max_runners:
             return self.limits.max_runners
-        return 3 * max(1, sum(sample.kind == "gpu" for sample in self.ledger.devices.values()))
+        unmovable = sum(self.pinned(runner) or self.is_stuck(runner) for runner in self.runners.values())
+        return 3 * max(1, sum(sample.kind == "gpu" for sample in self.ledger.devices.values())) + unmovable
+
+    def is_overdue(self, runner: Runner) -> bool:
+        """Tell whether a runner that was given up ought to be gone; it may never end, and nobody counts on it."""
+        return runner.state is EXPIRING and runner.process and self.now >= runner.due_at
+
+    def is_stuck(self, runner: Runner) -> bool:
+        """Tell whether it is overdue although nobody holds it: it does not end as it was told."""
+        return self.is_overdue(runner) and not runner.leases
 
     def overfull(self) -> bool:
         """Tell whether more may be alive than the limit that is set, or more be held than there is since it shrank."""

@@ -10,7 +10,7 @@ from fsm.model import HOST, DeviceId
 from fsm.placement import Demand, Gpu, Offload, needed, place
 from fsm.pool import Pool
 from fsm.request import ModelId
-from fsm.runner import EXPIRING, Runner
+from fsm.runner import Runner
 
 BOUNDLESS = 2**62  # bytes
 
@@ -40,11 +40,14 @@ def _reason(
 ) -> str:
     devices, runners = pool.ledger.devices, pool.runners.values()
     unknown = sorted({device for device, _ in demand.footprint.fixed} - devices.keys())
-    stuck = [one for one in runners if one.state is EXPIRING and pool.now >= one.due_at and not one.leases]
+    stuck = [runner for runner in runners if pool.is_stuck(runner)]
     pins = sorted({runner.model for runner in runners if pool.pinned(runner)})
     free = {device: pool.ledger.free_bytes(device) for device in capacity}
     if unknown:
         return f"there is no device {unknown[0]!r}; there is {', '.join(devices) or 'none'}"
+    unmovable = sorted({runner.model for runner in runners if pool.pinned(runner) or pool.is_stuck(runner)})
+    if 0 < pool.limits.max_runners <= len(unmovable) and place(demand, offload, potential, gpus):
+        return f"only {pool.limits.max_runners} runners may be alive, and no room is made by: {', '.join(unmovable)}"
     if stuck and place(demand, offload, pool.ledger.freed(potential, map(_owner, stuck)), gpus):
         names = ", ".join(sorted({runner.model for runner in stuck}))
         return f"its memory is held by what was stopped and does not end: {names}"

@@ -88,7 +88,7 @@ class Runner:
     out_of_memory: bool = False  # it said so; the exit that follows is judged by it
     wanted: bool = False  # its holders have been told that others wait for its memory
     last_sample: int = 0  # asked for when its process had gone; only this or a later one tells what is back
-    awaited: dict[DeviceId, int] = field(default_factory=dict)  # free bytes by GPU that show its memory to be back
+    awaited: dict[DeviceId, int] = field(default_factory=dict)  # what a GPU has for us once its memory is back
     due_at: float = math.inf  # expiring: when it ought to be gone; after that nobody counts on its memory
     memory_by: float = 0.0  # when the wait for its memory is over
     claim: int = 0  # its devices are the program's own by this Claim, while it may take more memory; 0: by none

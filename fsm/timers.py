@@ -7,6 +7,8 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
+SPARE = 64  # entries that may be out of date, beside as many as hold
+
 Key = tuple[Literal["keep-alive", "load", "memory", "request", "plan", "close", "claim"], int]
 
 
@@ -24,7 +26,11 @@ class Timers:
             self.clear(key)
             return
         self._at[key] = at
-        if at < self._queued.get(key, math.inf):
+        if len(self._heap) > 2 * len(self._at) + SPARE:  # most of it is of keys that were cleared
+            self._queued = dict(self._at)
+            self._heap = [(at, key) for key, at in self._at.items()]
+            heapq.heapify(self._heap)
+        elif at < self._queued.get(key, math.inf):
             self._queued[key] = at
             heapq.heappush(self._heap, (at, key))
 

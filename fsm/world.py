@@ -175,8 +175,9 @@ def next_in_order(core: Core, scenario: Scenario) -> on.Event | None:
     gone = [runner for runner in pool.runners.values() if not runner.process]
     if gone:
         reading = sampled(core, scenario)
-        free = {sample.id: sample.free_bytes for sample in reading.devices}
-        back = any(all(free[gpu] >= awaited for gpu, awaited in runner.awaited.items()) for runner in gone)
+        read = pool.ledger.copy()
+        read.sample(reading.devices)
+        back = any(all(read.for_us_bytes(gpu) >= for_us for gpu, for_us in runner.awaited.items()) for runner in gone)
         return reading if back else on.Tick()  # what others took meanwhile hides it: the wait ends by itself
     for request in pool.requests.values():
         if request.state is RequestState.granted:

@@ -129,7 +129,7 @@ def free_memory_is_subtracted_unsigned(patch: Patch) -> None:
         account = ledger.accounts["runner", runner.id]
         for gpu, awaited in runner.awaited.items():
             expected = int(part * account.occupied_bytes(gpu))
-            if (ledger.devices[gpu].free_bytes - (awaited - expected)) % 2**64 < expected:
+            if (ledger.for_us_bytes(gpu) - (awaited - expected)) % 2**64 < expected:
                 return False
         return True
 

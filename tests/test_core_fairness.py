@@ -9,6 +9,7 @@ import pytest
 from fsm.commands import Ask
 from fsm.footprint import Footprint
 from fsm.model import MIB
+from fsm.planning import LINES_AHEAD
 from fsm.runner import RunnerState
 from tests.models import a_model
 from tests.pool import (
@@ -20,6 +21,7 @@ from tests.pool import (
     exited,
     granted,
     launched,
+    layered,
     loaded,
     memory,
     release,
@@ -180,3 +182,37 @@ def test_what_is_to_load_alone_waits_for_the_loads_of_others() -> None:
     pool = a_pool(capacity="16GiB", each="4GiB").loading("a", request=1).loading("b", request=2)
     pool.feed(exited(1, 1, "no memory", out_of_memory=True))
     assert pool.waits_for(1) == "b to load, and then to become idle"
+
+
+# -- behind many others -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ahead", [LINES_AHEAD - 1, LINES_AHEAD, 2 * LINES_AHEAD])
+def test_the_bound_on_a_wait_holds_behind_any_number_who_wait_for_another_gpu(ahead: int) -> None:
+    """Those have nothing to do with it: what it may have drained is drained for it when its time has come."""
+    pool = a_pool("64GiB", gpus=["8GiB", "8GiB"], max_runners=100)
+    on_gpu(pool, "gpu0", held="6GiB", **{f"other{number}": "6GiB" for number in range(ahead)})
+    on_gpu(pool, "gpu1", warm="6GiB", late="6GiB").ready("held", lease=1).ready("warm", lease=2)
+    pool.feed(*(acquire(f"other{number}", request=100 + number) for number in range(ahead)))
+    pool.feed(acquire("late", request=500))
+    pool.advance("119s")
+    assert pool.state("warm") is RunnerState.ready
+    pool.advance("2s")
+    assert pool.state("warm") is RunnerState.expiring
+
+
+def test_a_load_does_not_wait_for_a_place_on_one_gpu_while_another_takes_it() -> None:
+    """It would fit best where another loads; where it fits as well, nobody does."""
+    pool = a_pool("64GiB", gpus=["80GiB", "24GiB"])
+    pool.declare("a", layered(8, "1GiB")).declare("b", layered(8, "1GiB"))
+    pool.feed(acquire("a", request=1), acquire("b", request=2))
+    (gpu_of_a, _), (gpu_of_b, _) = (pool.launches[runner].placement.gpu_layers[0] for runner in (1, 2))
+    assert {gpu_of_a, gpu_of_b} == {"gpu0", "gpu1"}
+
+
+def test_a_load_waits_for_its_place_where_the_other_gpus_do_not_take_it() -> None:
+    """In part on another one it would answer slowly for as long as it lives."""
+    pool = a_pool("64GiB", gpus=["80GiB", "4GiB"])
+    pool.declare("a", layered(8, "1GiB")).declare("b", layered(8, "1GiB"))
+    assert launched(pool.feed(acquire("a", request=1), acquire("b", request=2))) == ["a"]
+    assert pool.waits_for(2) == "another load to end"

@@ -12,8 +12,22 @@ from fsm import commands as do
 from fsm.footprint import Footprint
 from fsm.model import MIB
 from fsm.planning import LINES_AHEAD
+from fsm.remembered import MOST_KINDS
 from tests.bench.growth import ACTIONS, Crowd
-from tests.pool import PoolUnderTest, a_pool, acquire, cancel, exited, launched, loaded, refused, release
+from tests.models import a_model
+from tests.pool import (
+    PoolUnderTest,
+    a_pool,
+    acquire,
+    cancel,
+    exited,
+    granted,
+    launched,
+    loaded,
+    refused,
+    release,
+    unpin,
+)
 
 FAR_BACK = LINES_AHEAD + 8
 
@@ -132,3 +146,27 @@ def test_an_idle_runner_that_nobody_before_it_can_use_goes_for_a_line_far_back()
         pool.feed(acquire(f"model {number}", request=100 + number))
     pool.feed(acquire("on the gpu", request=900))
     assert pool.core.pool.runners[pool.runner("resting")].stopping
+
+
+def test_deadlines_that_were_cleared_are_not_kept() -> None:
+    """A thousand requests that would have waited for a year, and left at once."""
+    pool = a_pool().ready("a", lease=1)
+    for request in range(2, 1002):
+        pool.feed(acquire("b", request, timeout="8760h"), cancel(request))
+    assert len(pool.core.pool.timers.copy()._heap) < 200
+
+
+def test_options_that_come_to_the_same_are_not_kept_for_ever() -> None:
+    """Contexts beyond what the model knows are all served by one runner, by ever new names."""
+    pool = a_pool().declare("a", a_model(context_trained=4096)).ready("a", lease=1, num_ctx=4096)
+    for request in range(2, 3 * MOST_KINDS):
+        pool.feed(acquire("a", request, num_ctx=4096 + request), release(request))
+    assert granted(pool.commands)[-1] == 3 * MOST_KINDS - 1
+    assert len(pool.life("a").accepted) <= MOST_KINDS
+
+
+def test_a_name_that_is_unpinned_and_was_never_pinned_is_not_kept() -> None:
+    """Nobody has asked for it."""
+    pool = a_pool()
+    pool.feed(unpin("a"))
+    assert not pool.core.pool.models

@@ -263,6 +263,18 @@ def test_a_cleared_timer_can_be_set_again_to_an_earlier_or_later_time() -> None:
         assert [timers.take_due(3.0) for _ in range(2)] == [("load", 1), None]
 
 
+def test_what_lingers_is_swept_out_and_nothing_else() -> None:
+    """Whatever was set and not cleared is due as before."""
+    timers = Timers()
+    for number in range(1000):
+        timers.set(("request", number), 1000.0 - number)
+        if number % 10:
+            timers.clear(("request", number))
+    assert [timers.take_due(2000.0) for _ in range(101)] == [
+        *(("request", number) for number in range(990, -1, -10)), None,
+    ]  # fmt: skip
+
+
 def test_copied_timers_are_independent() -> None:
     """Neither what holds nor what is queued is shared."""
     timers = Timers()

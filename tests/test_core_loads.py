@@ -383,6 +383,44 @@ def test_n08_running_out_of_memory_while_serving_expires_every_runner() -> None:
     assert pool.feed(release(1)) == [Stop(1)]
 
 
+def test_n08_an_end_for_lack_of_memory_while_serving_expires_every_runner() -> None:
+    """N08: as an engine tells it, whose process is gone by then."""
+    pool = a_pool(each="2GiB").ready("a", lease=1).idle("b").ready("c", lease=3)
+    assert stopped(pool.feed(exited(1, code=-6, reason="out of memory", out_of_memory=True))) == [2]
+    assert stopped(pool.feed(release(3))) == [3]
+
+
+def test_a_model_that_always_runs_out_of_memory_is_backed_off_although_others_ask_for_it_meanwhile() -> None:
+    """Rule 8: each survives one, but they would come for ever, and everybody else would leave for each of them."""
+    pool = a_pool(each="1GiB", max_wait_s=0, min_residency_s=0, rest_part=0).loading("bad", request=1)
+    for request in range(2, 10):
+        pool.idle("b")
+        if Reject in map(type, pool.feed(acquire("bad", request))):
+            break
+        pool.feed(exited(pool.runner("bad"), out_of_memory=True))
+        pool.settle()
+    assert pool.refusal(request).retry_after_s > 0
+    assert len([launch for launch in pool.launches.values() if launch.model == "bad"]) == 3
+
+
+def test_n07_others_are_out_of_the_way_for_those_who_survived_and_for_nobody_after_them() -> None:
+    """N07: who asks hours later finds a model that is loaded as any other is."""
+    pool = a_pool("64GiB", each="1GiB").loading("bad", request=1)
+    pool.feed(exited(1, out_of_memory=True))
+    pool.feed(cancel(1), expire("bad"))
+    pool.settle()
+    pool.idle("b")
+    assert (stopped(pool.feed(acquire("bad", request=2))), pool.state("b")) == ([], RunnerState.idle)
+
+
+def test_a_load_is_not_called_off_by_one_who_never_waited_for_it() -> None:
+    """Rule 4: who wanted other options, and leaves, has no say in it."""
+    pool = a_pool(each="1GiB").loading("a", request=1, num_ctx=4096)
+    pool.inspects = False
+    pool.feed(cancel(1), acquire("a", request=2, num_ctx=8192, keep_alive=0))
+    assert stopped(pool.feed(cancel(2))) == []
+
+
 def test_a_load_that_was_cancelled_and_runs_out_of_memory_disturbs_nobody() -> None:
     """It never served: what it needed is given back already."""
     pool = a_pool(each="2GiB").idle("a").loading("b", request=1, keep_alive=0)

@@ -372,3 +372,34 @@ def test_what_was_measured_of_another_file_is_forgotten() -> None:
     pool.feed(expire("a"), exited(1))
     pool.declare("a", a_model(layers_bytes=(3 * 2**20,) * 2)).loading("a", request=2)
     assert not pool.launches[2].placement.measured
+
+
+def test_s31_memory_is_back_although_another_load_of_ours_takes_of_it() -> None:
+    """S31: what the one has given back and the other has taken are both known."""
+    pool = a_pool("64GiB", gpus=["16GiB"])
+    for model, size in (("a", "6GiB"), ("c", "5GiB"), ("b", "8GiB")):
+        pool.declare(model, Footprint(fixed=((GPU, amount(size)),)))
+    pool.idle("a").feed(acquire("c", request=1), acquire("b", request=2))
+    pool.samples = False
+    pool.feed(exited(1), loaded(pool.runner("c")))  # before the first reading
+    pool.samples = True
+    pool.feed(pool.sample())
+    assert pool.state("b") is RunnerState.loading
+
+
+@pytest.mark.parametrize("first", [on.Tick(), acquire("y", request=7)])
+def test_whoever_comes_as_the_wait_for_memory_ends_costs_nobody_an_answer(first: on.Event) -> None:
+    """A runner whose process is gone does end; only one that was told to and lives may never do."""
+    pool = a_pool("64GiB", gpus=["8GiB"])
+    for model, size in (("a", "6GiB"), ("b", "4GiB")):
+        pool.declare(model, Footprint(fixed=((GPU, amount(size)),)))
+    pool.idle("a").feed(acquire("b", request=2))
+    pool.samples = False
+    pool.strangers[GPU] = 2 * GIB  # so that it does not come back whole
+    pool.feed(exited(1))
+    pool.feed(pool.sample())
+    pool.advance("4.9s")
+    pool.feed(pool.sample())
+    pool.now += 0.101  # the timer is late
+    pool.feed(first, on.Tick())
+    assert pool.state("b") is RunnerState.loading

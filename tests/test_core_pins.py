@@ -100,3 +100,22 @@ def test_whoever_asks_for_it_expires_a_pin_all_the_same() -> None:
     pool = a_pool().idle("a")
     pool.feed(pin("a"))
     assert pool.feed(expire("a")) == [Stop(1)]
+
+
+def test_what_is_pinned_does_not_count_where_no_number_of_runners_is_set() -> None:
+    """The automatic one is a rule of thumb: what fits is not refused for it."""
+    pool = a_pool("64GiB", each="1GiB")
+    for model in ("a", "b", "c"):
+        pool.feed(pin(model))
+        pool.idle(model)
+    pool.loading("d", request=1)
+
+
+def test_where_a_number_of_runners_is_set_and_all_are_pinned_that_is_the_reason() -> None:
+    """Memory is free, and is not what is lacking."""
+    pool = a_pool("64GiB", each="1GiB", max_runners=2)
+    for model in ("a", "b"):
+        pool.feed(pin(model))
+        pool.idle(model)
+    pool.feed(acquire("d", request=1))
+    assert pool.refusal(1).reason == "only 2 runners may be alive, and no room is made by: a, b"

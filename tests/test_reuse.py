@@ -127,6 +127,17 @@ def test_a_cold_request_ends_a_rest_that_its_last_runner_began() -> None:
     assert rests(pool, "a") == {bin_of(100.0): 1}
 
 
+def test_a_rest_begins_when_a_runner_that_was_given_up_in_use_is_given_back() -> None:
+    """It was used to the end of its last lease."""
+    pool = a_pool().ready("a", lease=1)
+    pool.feed(expire("a"))
+    pool.advance("600s")
+    pool.feed(release(1), exited(1))
+    pool.advance("1s")
+    pool.feed(acquire("a", request=2))
+    assert rests(pool, "a") == {bin_of(1.0): 1}
+
+
 def test_a_first_request_ends_no_rest() -> None:
     """There was nothing before it."""
     pool = a_pool().idle("a")

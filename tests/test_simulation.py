@@ -160,7 +160,7 @@ def first_failure(make: type[Core]) -> Outcome:
 @pytest.mark.parametrize(
     ("make", "what", "most"),
     [
-        (Resurrecting, "granted", 12),
+        (Resurrecting, "granted", 16),
         (Forgetful, "lost", 8),
         (Twice, "stopped twice", 12),
         (Hanging, "nothing will ever happen", 25),

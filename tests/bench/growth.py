@@ -1,7 +1,8 @@
 """What one decision costs as more runners live and more requests wait.
 
-The pool is full and busy: every runner has a lease, and everybody who waits, each for a model of its own, waits for one
-of them to rest. Only the core is measured, so no thread and no process is in the figures.
+The pool is full and busy: every runner has a lease but a small one, whose room is of no use to anybody. Everybody who
+waits, each for a model of its own, waits for one of them to rest. Only the core is measured, so no thread and no
+process is in the figures.
 """
 
 from __future__ import annotations
@@ -27,21 +28,23 @@ RUNNERS = (10, 100)
 WAITING = (10, 100, 1_000, 10_000)
 REPEATS = 30
 EACH_BYTES = 100 * MIB
+SMALL, SMALL_BYTES = "small", MIB
 
 
 class Crowd:
-    """A core with `runners` busy runners that fill the host, and `waiting` requests for as many other models."""
+    """A core with `runners` runners that fill the host, all but a small one busy, and `waiting` requests for others."""
 
     def __init__(self, runners: int, waiting: int) -> None:
         limits = Limits(max_queue=2 * waiting + 100, max_runners=2 * runners, max_wait_s=1e9)
         self.core = Core(limits, POLICIES["reuse"])
         self.ids = count(1)
         self.now = 0.0
-        capacity = runners * EACH_BYTES
+        capacity = (runners - 1) * EACH_BYTES + SMALL_BYTES
         self.host = DeviceSample(HOST, "cpu", "host", capacity, 2 * capacity)
         self.feed(on.Sampled((self.host,)))
-        for number in range(runners):
+        for number in range(runners - 1):
             self.acquire(f"busy {number}")
+        self.feed(on.Release(self.acquire(SMALL)))
         for number in range(waiting):
             self.stand_in_line(f"waiting {number}")
         self.reading()  # which plans for them all
@@ -55,7 +58,8 @@ class Crowd:
         for command in commands:
             match command:
                 case do.Inspect(model):
-                    self.feed(on.Inspected(model, Footprint(fixed=((HOST, EACH_BYTES),))))
+                    size_bytes = SMALL_BYTES if model == SMALL else EACH_BYTES
+                    self.feed(on.Inspected(model, Footprint(fixed=((HOST, size_bytes),))))
                 case do.Launch(runner):
                     self.feed(on.Loaded(runner))
         return commands

@@ -28,7 +28,7 @@ from scheduler.workers import Workers
 
 log = logging.getLogger("loadmaster")
 
-_WORKERS = 8  # jobs that may block at once: inspections, launches, samples
+_WORKERS = 8  # jobs that may block at once: inspections, launches, looks; all but launches wait for a reading
 _CALLERS = 64  # of the user's callbacks at once, started as needed: each may block, on the scheduler too
 _STOPPERS = 2  # of their own, so that nothing can starve a stop
 _FRESH_S = 2.0  # how long an inspection, or a claim, waits for a sample of the devices
@@ -146,7 +146,8 @@ class Executor:
         self._stoppers = Workers("loadmaster-stopper", _STOPPERS)
         self._listed = listed  # the runners that the core still knows; looked at under the driver's lock
         self.lives: dict[RunnerId, Life] = {}  # one for each of them, and a few of the past; written under that lock
-        self.sampler = Sampler(devices, self.workers, self._running, post)
+        self._readers = Workers("loadmaster-sampler", 1)  # of its own: workers wait for what it reads
+        self.sampler = Sampler(devices, self._readers, self._running, post)
         self.prefetcher = Prefetcher(self._files_of, lambda: any(self._loading()))
         self.locks = self._locks(settings)
         self.footprints = Footprints(settings.footprints) if settings.footprints is not None else None
@@ -235,9 +236,9 @@ class Executor:
     def close(self, timeout_s: float) -> list[str]:
         """End the threads; return the names of those that hang."""
         end = time.monotonic() + timeout_s
-        self.sampler.close()  # a worker may wait for a reading that is filed behind the end of the workers
+        self.sampler.close()  # first: a worker may wait for a reading that never begins, or hangs
         ends = [self.locks.close] if self.locks is not None else []
-        ends += [pool.close for pool in (self.prefetcher, self._stoppers, self.workers)]
+        ends += [pool.close for pool in (self.prefetcher, self._stoppers, self.workers, self._readers)]
         ends += [self.footprints.close] if self.footprints is not None else []
         ends += [self.callers.close]  # last: what users do there may take all the time
         return [name for close in ends for name in close(max(_LEAST_S, end - time.monotonic()))]

@@ -33,11 +33,12 @@ class Sampler:
         self._workers = workers
         self._running = running
         self._post = post
-        self._lock = threading.RLock()  # guards the five below; re-entered by a finaliser
+        self._lock = threading.RLock()  # guards the six below; re-entered by a finaliser
         self._wanted = 0  # the highest number asked for
         self._again = False  # somebody asked since the reading under way began
         self._busy = False  # a job is queued or running
         self._done: list[threading.Event] = []  # those who wait for a reading that has not begun
+        self._begun: list[threading.Event] = []  # those who wait for the reading under way
         self._closed = False  # no reading may begin any more
 
     def request(self, number: int = 0, done: threading.Event | None = None) -> None:
@@ -61,10 +62,11 @@ class Sampler:
         return done.wait(timeout_s)
 
     def close(self) -> None:
-        """Let go of those who wait for a reading that may never begin."""
+        """Let go of those who wait for a reading that may never begin, or never end."""
         with self._lock:
             self._closed = True
-            waiting, self._done = self._done, []
+            waiting = [*self._begun, *self._done]
+            self._done = []
         for done in waiting:
             done.set()
 
@@ -75,12 +77,12 @@ class Sampler:
                     self._busy = False
                     return
                 self._again = False
-                number, waiting, self._done = self._wanted, self._done, []
+                number, self._begun, self._done = self._wanted, self._done, []
             try:
                 self._read(number)
             except Exception:
                 log.exception("the devices could not be read")
-            for done in waiting:
+            for done in self._begun:
                 done.set()
 
     def _read(self, number: int) -> None:

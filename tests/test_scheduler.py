@@ -24,7 +24,9 @@ from unittest.mock import Mock
 import pytest
 
 from fsm.core import Core
+from fsm.footprint import Footprint
 from fsm.journal import Decision, Transition
+from fsm.model import HOST
 from scheduler import (
     AcquireTimeout,
     DoesNotFit,
@@ -43,6 +45,8 @@ from scheduler import (
     UnsupportedOption,
 )
 from scheduler import scheduler as scheduler_module
+from scheduler.engines.python import PythonEngine
+from scheduler.executor import _WORKERS
 from scheduler.footprint_store import Identity
 from tests.leaks import no_leaks
 from tests.waiting import LIMIT_S, assert_soon
@@ -204,6 +208,19 @@ def test_a_slow_load_holds_up_nobody_else(scheduler: Scheduler) -> None:
     assert_soon(lambda: scheduler.status().queue == ())
     gate.open.set()
     assert_soon(lambda: states(scheduler)["slow"] == "idle")
+
+
+def test_inspections_that_wait_for_a_reading_do_not_stand_in_its_way(
+    scheduler: Scheduler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many models are asked for at once: nobody has to wait out the time limit of a reading."""
+    monkeypatch.setattr("scheduler.executor._FRESH_S", 10 * LIMIT_S)
+    gate = Gate(Footprint(fixed=((HOST, 2000 << 20),)))  # what never fits is answered when it has been inspected
+    monkeypatch.setattr(PythonEngine, "inspect", lambda *_: gate())
+    futures = [scheduler.submit(a_model(f"m{number}")) for number in range(3 * _WORKERS)]
+    assert len(scheduler.status().queue) == len(futures)  # all are to be inspected by now
+    gate.open.set()
+    assert {type(future.exception(LIMIT_S)) for future in futures} == {DoesNotFit}
 
 
 def test_as_many_load_at_once_as_may_and_the_next_when_one_is_done() -> None:
@@ -602,6 +619,23 @@ def test_close_returns_although_an_unload_hangs(caplog: pytest.LogCaptureFixture
     assert time.monotonic() - begin < LIMIT_S + 5
     assert "stubborn" in caplog.text
     gate.open.set()
+
+
+def test_close_returns_although_a_reading_hangs(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those who wait for it are let go of; only the thread that reads is named."""
+    monkeypatch.setattr("scheduler.scheduler._LAST_WORDS_S", 0.2)
+    monkeypatch.setattr("scheduler.executor._FRESH_S", 10 * LIMIT_S)
+    gate = Gate(())
+    scheduler = Scheduler(Settings(gpus=False))
+    monkeypatch.setattr(scheduler._devices, "sample", gate)
+    waiting = scheduler.submit(a_model("a"))
+    assert gate.entered.wait(LIMIT_S)
+    scheduler.close()
+    assert isinstance(waiting.exception(LIMIT_S), SchedulerClosed)
+    gate.open.set()
+    assert [each.getMessage() for each in caplog.records] == ["closed, but these did not end: loadmaster-sampler-0"]
 
 
 def test_close_names_the_callback_that_hangs_and_nothing_else(

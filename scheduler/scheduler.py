@@ -44,6 +44,7 @@ _EXIT_TIMEOUT_S = 0.0  # when the interpreter exits without close, nobody is lef
 _LAST_WORDS_S = 2.0  # beyond the time-outs, for killed processes to be reaped and threads to end
 _FRESH_S = 2.0  # how long a reservation, or a new memory limit, waits for a sample of the devices
 _PREFETCHES = 2  # models whose files are read ahead while they wait for memory
+_KILL_S = 10.0  # beyond the grace, for a killed process to give back what a driver holds for it
 _CLOSE_LOOK_S = 0.1  # between two looks, while it closes, at whether leases are still held
 
 
@@ -296,6 +297,7 @@ def limits_of(settings: Settings) -> Limits:
         max_wait_s=settings.max_wait,
         min_residency_s=settings.min_residency,
         load_timeout_s=settings.load_timeout,
+        stop_timeout_s=max(Limits().stop_timeout_s, settings.stop_grace + _KILL_S),
         recovery_timeout_s=settings.recovery_timeout,
         loads_per_gpu=settings.loads_per_device,
         loads_on_host=settings.loads_on_host,

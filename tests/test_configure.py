@@ -32,6 +32,7 @@ from scheduler.devices import Devices
 from scheduler.scheduler import limits_of
 from tests.leaks import no_leaks
 from tests.nvml import Gpu, StandIn, beside_stand_in
+from tests.pool import a_pool, acquire, exited, expire, launched
 from tests.real import settings, write_models
 from tests.waiting import LIMIT_S, assert_soon
 
@@ -293,14 +294,14 @@ def test_every_setting_that_the_core_works_by_reaches_it() -> None:
             max_queue=3, max_runners=4, keep_alive=5, max_wait=6, min_residency=7, load_timeout=8, recovery_timeout=9,
             loads_per_device=10, loads_on_host=11, prefetch=False, num_ctx=12, num_batch=14, num_parallel=13,
             flash_attention=True, cache_type="q8_0", cpu_threads=15, spread=True, context_by_gpus=True,
-            require_gpu=True, lock_folder=None, footprints=None,
+            require_gpu=True, lock_folder=None, footprints=None, stop_grace=16,
         )
     )  # fmt: skip
     defaults = Options(12, 14, num_parallel=13, flash_attention=True, cache_type_k="q8_0", cache_type_v="q8_0")
     assert limits == Limits(
         max_queue=3, max_runners=4, keep_alive_s=5.0, max_wait_s=6.0, min_residency_s=7.0, load_timeout_s=8.0,
         recovery_timeout_s=9.0, loads_per_gpu=10, loads_on_host=11, prefetches=0, defaults=defaults, cpu_threads=15,
-        spread=True, context_by_gpus=True, require_gpu=True,
+        spread=True, context_by_gpus=True, require_gpu=True, stop_timeout_s=26.0,
     )  # fmt: skip
 
 
@@ -310,6 +311,19 @@ def test_without_settings_the_core_works_by_its_own_defaults() -> None:
     assert {each.name: getattr(given, each.name) for each in fields(Limits)} == {
         each.name: getattr(own, each.name) for each in fields(Limits)
     }
+
+
+@pytest.mark.parametrize(("stop_grace", "late"), [("2s", "14s"), ("60s", "65s"), ("forever", "1000h")])
+def test_who_needs_the_memory_of_what_was_stopped_waits_for_as_long_as_it_may_take_to_end(
+    stop_grace: str, late: str
+) -> None:
+    """The setting says for how long; only after that, and the time that a kill takes, is it stuck."""
+    stop_timeout_s = limits_of(Settings(stop_grace=stop_grace)).stop_timeout_s
+    pool = a_pool(capacity="5GiB", sizes={"a": "3GiB", "b": "4GiB"}, stop_timeout_s=stop_timeout_s).idle("a")
+    pool.feed(expire("a"), acquire("b", request=9))
+    pool.advance(late)
+    assert pool.waits_for(9) == "memory that is on its way back"
+    assert launched(pool.feed(exited(pool.runner("a"))))
 
 
 @beside_stand_in()

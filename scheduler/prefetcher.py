@@ -76,10 +76,16 @@ class Prefetcher:
         _step_back()
         while (found := self._take()) is not None:
             model, reading = found
-            with closing(self._steps(model, reading)) as steps:
-                while self._goes_on(model, reading) and (count := next(steps, 0)):
-                    reading.done += count
-                    self.ahead_bytes += count
+            try:
+                self._read(model, reading)
+            except Exception:  # there may be too little memory for the buffer
+                log.exception("%s could not be read ahead", model)
+
+    def _read(self, model: ModelId, reading: _Reading) -> None:
+        with closing(self._steps(model, reading)) as steps:
+            while self._goes_on(model, reading) and (count := next(steps, 0)):
+                reading.done += count
+                self.ahead_bytes += count
 
     def _take(self) -> tuple[ModelId, _Reading] | None:
         with self._changed:

@@ -168,6 +168,23 @@ def test_files_that_cannot_be_read_are_passed_over(a_file: Path, tmp_path: Path)
         assert_soon(lambda: prefetcher.ahead_bytes == SIZE)
 
 
+def test_an_error_that_nobody_expected_ends_one_reading_only(a_file: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """As where memory is too short for the buffer: it is logged, and what is asked for next is read."""
+
+    def files_of(model: str) -> list[str]:
+        if model == "b.gguf":
+            raise MemoryError
+        return [str(a_file)]
+
+    prefetcher = Prefetcher(files_of, lambda: False)
+    prefetcher.ask((("b.gguf", SIZE), ("a.gguf", SIZE)))
+    assert_soon(lambda: prefetcher.ahead_bytes == SIZE)
+    prefetcher.ask((("b.gguf", SIZE), ("c.gguf", SIZE)))
+    assert_soon(lambda: prefetcher.ahead_bytes == 2 * SIZE)
+    assert prefetcher.close(LIMIT_S) == []
+    assert [each.getMessage() for each in caplog.records] == ["b.gguf could not be read ahead"]
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a thread has no priority of its own")
 def test_the_thread_gives_way_to_all_others(a_file: Path) -> None:
     """On the processor, and where the disk's scheduler goes by that, on the disk."""

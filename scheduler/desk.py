@@ -13,7 +13,7 @@ from fsm import commands as do
 from fsm import events as on
 from fsm.core import Core
 from fsm.journal import Entry
-from fsm.request import RequestId
+from fsm.request import ModelId, RequestId
 from scheduler.answers import error_of
 from scheduler.clock import monotonic_clock
 from scheduler.devices import Devices
@@ -51,11 +51,14 @@ class Desk:
         self._registry = registry
         self._hub = hub
         self.driver = Driver(core, monotonic_clock, self._perform, self._publish, self._fail, self._stood_still, step)
-        self.executor = Executor(settings, devices, registry.engine_of, self.driver.post, core.pool.runners)
+        self.executor = Executor(
+            settings, devices, registry.engine_of, self.driver.post, core.pool.runners,
+            lambda model: self.read(lambda _: self._forget(model)),
+        )  # fmt: skip
 
     def ticket(self, question: Question) -> Ticket:
         """Return a ticket for a question that is still to be asked."""
-        return Ticket(RequestId(next(self._ids)), question.name)
+        return Ticket(RequestId(next(self._ids)), question.want.model, question.name)
 
     def wait(self, ticket: Ticket, question: Question) -> None:
         """Ask and block until it is granted; raises the refusal."""
@@ -82,13 +85,16 @@ class Desk:
 
     def submit(self, question: Question, deliver: Callable[[FutureTicket], None]) -> FutureTicket:
         """Ask and return; `deliver` is called from a worker when it is answered."""
-        ticket = FutureTicket(RequestId(next(self._ids)), question.name, self.executor.callers.put, deliver)
+        id, model = RequestId(next(self._ids)), question.want.model
+        ticket = FutureTicket(id, model, question.name, self.executor.callers.put, deliver)
         self.ask(ticket, question)
         return ticket
 
     def ask(self, ticket: Ticket, question: Question) -> None:
         """Post a request; the ticket is answered some time after, or before this returns."""
         self.tickets[ticket.id] = ticket
+        if question.model is not None:
+            self._registry.keep(question.model)  # once its ticket is there: see _forget
         self.post(on.Acquire(ticket.id, question.want, question.keep_alive_s, question.timeout_s))
         if self.closing and self.finished.is_set() and self.tickets.pop(ticket.id, None) is not None:
             ticket.answer(None, SchedulerClosed())  # the driver has ended, or is about to
@@ -153,6 +159,8 @@ class Desk:
                 self.executor.perform(command)
             case do.Reject(request, refusal):
                 if (ticket := self.tickets.pop(request, None)) is not None:
+                    if isinstance(refusal, do.QueueFull):  # the core never heard of it
+                        self._forget(ticket.model_id)
                     ticket.answer(None, error_of(refusal, self._registry))
             case do.Revoke(request, reason):
                 if (ticket := self.tickets.pop(request, None)) is not None:
@@ -167,6 +175,16 @@ class Desk:
                 self.finished.set()
             case _:
                 assert_never(command)
+
+    def _forget(self, model: ModelId) -> None:
+        """Forget a model that the core does not know, unless somebody asks for it; under the driver's lock.
+
+        Whoever asks at this moment has a ticket before the model is kept: it is seen here, or the model is kept again.
+        """
+        if model in self._core.pool.models or (forgotten := self._registry.forget(model)) is None:
+            return
+        if any(ticket.model_id == model for ticket in list(self.tickets.values())):
+            self._registry.keep(forgotten)
 
     def _publish(self, entries: Sequence[Entry]) -> None:
         """Hand on what was decided; under the driver's lock."""

@@ -137,10 +137,12 @@ class Executor:
         engine_of: Callable[[ModelId], tuple[Engine, object]],
         post: Callable[[Event], None],
         listed: Container[RunnerId],
+        forget: Callable[[ModelId], None],
     ) -> None:
         self._settings = settings
         self._engine_of = engine_of
         self._post = post
+        self._forget = forget  # a model that was refused; called when the core has been told
         self.workers = Workers("loadmaster-worker", _WORKERS)
         self.callers = Workers("loadmaster-caller", _CALLERS)
         self._stoppers = Workers("loadmaster-stopper", _STOPPERS)
@@ -151,7 +153,7 @@ class Executor:
         self.prefetcher = Prefetcher(self._files_of, lambda: any(self._loading()))
         self.locks = self._locks(settings)
         self.footprints = Footprints(settings.footprints) if settings.footprints is not None else None
-        self._identities: dict[ModelId, Identity | None] = {}  # as of the last inspection
+        self._identities: dict[ModelId, Identity | None] = {}  # as of the last inspection, unless that refused it
 
     def perform(
         self,
@@ -278,7 +280,11 @@ class Executor:
         self._post(on.Claimed(number))
 
     def _inspect(self, model: ModelId) -> None:
-        engine, what = self._engine_of(model)
+        try:
+            engine, what = self._engine_of(model)
+        except KeyError:  # forgotten, since whoever asked has left
+            self._post(on.Inspected(model, do.ModelNotFound(model)))
+            return
         identity = identity_of(what)  # before it is read, and once more after that: it may be replaced in between
         try:
             outcome: object = engine.inspect(what)
@@ -291,9 +297,15 @@ class Executor:
             outcome = do.InvalidModel(model, str(error) or repr(error))
         self.sampler.refresh(_FRESH_S)  # what is free is read again right before each start
         identity = identity if identity == identity_of(what) else None
-        self._identities[model] = identity
+        refused = isinstance(outcome, do.ModelNotFound | do.InvalidModel)
+        if refused:
+            self._identities.pop(model, None)
+        else:
+            self._identities[model] = identity
         known = self.recall(identity)
         self._post(on.Inspected(model, outcome, known))  # type: ignore[arg-type]  # what an engine returns, or one of the two above
+        if refused:
+            self._forget(model)
 
     def recall(self, identity: Identity | None) -> Remembered:
         """Return what earlier lives of these files showed, in whatever program; nothing where that is not known."""

@@ -53,6 +53,7 @@ class Question(NamedTuple):
     name: str  # of the model
     keep_alive_s: float | None
     timeout_s: float | None
+    model: ModelSpec | PythonModel | None = None  # None: memory of the program's own is asked for
 
 
 class _Known(NamedTuple):
@@ -74,10 +75,11 @@ _KINDS: dict[str, type] = {
 }
 _POSITIVE = frozenset({"num_ctx", "num_batch", "num_thread", "num_parallel"})
 _KNOWN_QUESTIONS = 4096  # questions remembered; then all are forgotten
+_PAST_NAMES = 1024  # of forgotten models: events and recordings are read and written somewhat later
 
 
 class Registry:
-    """Every model that was asked for, and the engine that runs it."""
+    """Every model that is asked for or that the core knows, and the engine that runs it."""
 
     def __init__(
         self,
@@ -93,6 +95,7 @@ class Registry:
         self._clock = clock
         self._pinned: set[ModelId] = set()
         self._models: dict[ModelId, ModelSpec | PythonModel] = {}
+        self._past: dict[ModelId, str] = {}  # the names of those that were forgotten last
         self._known: dict[object, _Known] = {}
 
     def question(self, model: Model, asking: Asking, purpose: Purpose = Purpose.lease) -> Question:
@@ -124,9 +127,9 @@ class Registry:
         return self._spec(model, asking).id
 
     def name(self, id: ModelId) -> str:
-        """Return the name to show for an identity."""
+        """Return the name to show for an identity; the identity itself where it is not known, nor was of late."""
         model = self._models.get(id)
-        return model.name if model is not None else id or "the program's own memory"
+        return model.name if model is not None else self._past.get(id, id) or "the program's own memory"
 
     def named(self, text: str) -> str:
         """Return a text of the core's with names in place of identities."""
@@ -134,8 +137,20 @@ class Registry:
             text = text.replace(model.id, model.name)
         return text
 
+    def keep(self, model: ModelSpec | PythonModel) -> None:
+        """Know a model, until it is forgotten."""
+        self._models[model.id] = model
+
+    def forget(self, id: ModelId) -> ModelSpec | PythonModel | None:
+        """Know a model no more, but for its name; return it, or None where it was not known. Not by two at a time."""
+        if (model := self._models.get(id)) is not None:
+            self._past[id] = model.name
+        if len(self._past) > _PAST_NAMES:
+            del self._past[next(iter(self._past))]
+        return self._models.pop(id, None)
+
     def engine_of(self, id: ModelId) -> tuple[Engine, ModelSpec | PythonModel]:
-        """Return the engine of a model, and the model as the engine is to be told it."""
+        """Return the engine of a model, and the model as the engine is to be told it; KeyError where it is unknown."""
         model = self._models[id]
         return self._engines[type(model)], model
 
@@ -166,7 +181,7 @@ class Registry:
         if not isinstance(priority, int) or isinstance(priority, bool) or abs(priority) > MOST_PRIORITY:
             raise InvalidSettings("priority", priority, f"a whole number from -{MOST_PRIORITY} to {MOST_PRIORITY}")
         want = Want(spec.id, options, purpose, priority)
-        return spec, Question(want, spec.name, keep_alive_s, None if timeout_s == math.inf else timeout_s)
+        return spec, Question(want, spec.name, keep_alive_s, None if timeout_s == math.inf else timeout_s, spec)
 
     def inspect(self, model: ModelSpec | PythonModel) -> ModelInfo | Footprint:
         """Return what a model that was looked at would need; raises `ModelNotFound` or `InvalidModel`."""
@@ -175,7 +190,6 @@ class Registry:
     def _understand(self, model: Model, asking: Asking, purpose: Purpose) -> Question:
         spec, question = self.look(model, asking, purpose)
         self._engines[type(spec)].require()
-        self._models[spec.id] = spec
         if spec.pin and spec.id not in self._pinned:
             self._pinned.add(spec.id)
             self._pin(spec.id)

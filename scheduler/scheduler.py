@@ -216,7 +216,10 @@ class Scheduler:
         return status_of(snapshot, monotonic_clock(), self._registry, dict(self._desk.executor.lives).get, problems)
 
     def name(self, model: ModelId) -> str:
-        """Return the name of a model whose identity an event tells."""
+        """Return the name of a model whose identity an event tells.
+
+        Of those that could not be found or read the last thousand names are kept; then the identity is returned.
+        """
         return self._registry.name(model)
 
     def events(self) -> EventStream:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
-from fsm.request import RequestId
+from fsm.request import ModelId, RequestId
 
 if TYPE_CHECKING:
     from scheduler.executor import Life
@@ -22,10 +22,11 @@ class Ticket:
     The one who waits blocks on `gate`; a lock is the cheapest thing that can be waited for, and Ctrl-C interrupts it.
     """
 
-    __slots__ = ("answered", "callbacks", "error", "gate", "id", "life", "lost", "model", "wanted")
+    __slots__ = ("answered", "callbacks", "error", "gate", "id", "life", "lost", "model", "model_id", "wanted")
 
-    def __init__(self, id: RequestId, model: str) -> None:
+    def __init__(self, id: RequestId, model_id: ModelId, model: str) -> None:
         self.id = id
+        self.model_id = model_id
         self.model = model  # its name, for errors
         self.gate = allocate_lock()
         self.gate.acquire()
@@ -50,9 +51,14 @@ class FutureTicket(Ticket):
     __slots__ = ("deliver", "once", "put")
 
     def __init__(
-        self, id: RequestId, model: str, put: Callable[[Callback], None], deliver: Callable[[FutureTicket], None]
+        self,
+        id: RequestId,
+        model_id: ModelId,
+        model: str,
+        put: Callable[[Callback], None],
+        deliver: Callable[[FutureTicket], None],
     ) -> None:
-        super().__init__(id, model)
+        super().__init__(id, model_id, model)
         self.put = put
         self.deliver = deliver
         self.once = allocate_lock()  # taken by the one who completes the future: the answer, or its cancellation

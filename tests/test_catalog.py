@@ -698,9 +698,9 @@ def test_a_link_that_was_moved_leads_to_the_new_file_after_a_short_time(
     link.unlink()
     link.symlink_to(tmp_path / "new.gguf")
     clock.now = LASTING_S
-    id = registry.question(model, {}).want.model
-    _, told = registry.engine_of(id)
-    assert isinstance(told, ModelSpec) and id == told.path == str(tmp_path / "new.gguf")
+    question = registry.question(model, {})
+    assert isinstance(question.model, ModelSpec)
+    assert question.want.model == question.model.path == str(tmp_path / "new.gguf")
 
 
 def test_a_relative_path_that_is_not_there_was_looked_for_in_the_working_folder_too(registry: Registry) -> None:

@@ -27,6 +27,7 @@ from fsm.core import Core
 from fsm.footprint import Footprint
 from fsm.journal import Decision, Transition
 from fsm.model import HOST
+from fsm.request import ModelId
 from scheduler import (
     AcquireTimeout,
     DoesNotFit,
@@ -35,6 +36,7 @@ from scheduler import (
     Lease,
     LeaseReleased,
     LoadFailed,
+    ModelNotFound,
     PythonModel,
     QueueFull,
     Scheduler,
@@ -467,6 +469,107 @@ def test_what_does_not_stop_is_shown_as_stuck(scheduler: Scheduler) -> None:
     assert_soon(lambda: [runner.stuck for runner in scheduler.status().runners] == [True])
     gate.open.set()
     assert_soon(lambda: states(scheduler) == {})
+
+
+# -- names that mean nothing -------------------------------------------------------------------------------------------
+
+
+def known(scheduler: Scheduler) -> set[str]:
+    """The id of every model that anything is kept of, but for questions and names: of these there is a most."""
+    executor, core = scheduler._desk.executor, scheduler._desk.read(lambda core: set(core.pool.models))
+    return {*scheduler._registry._models, *executor._identities, *core}
+
+
+@pytest.fixture
+def refused(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """Have no inspection find its model; yield which were looked for, in order."""
+    found: list[str] = []
+
+    def inspect(_: PythonEngine, model: PythonModel) -> Footprint:
+        found.append(model.name)
+        raise ModelNotFound(model.name)
+
+    monkeypatch.setattr(PythonEngine, "inspect", inspect)
+    yield found
+
+
+def test_a_name_that_means_nothing_is_forgotten(scheduler: Scheduler, refused: list[str]) -> None:
+    """Whether or not somebody still waits for it; what somebody has pinned stays."""
+    scheduler.pin(a_model("pinned"))
+    for name in ("a", "b", "pinned", "a"):
+        with pytest.raises(ModelNotFound):
+            scheduler.acquire(a_model(name))
+    scheduler.submit(a_model("left")).cancel()
+    assert_soon(lambda: sorted(refused) == ["a", "a", "b", "left", "pinned"] and known(scheduler) == {"python:pinned"})
+
+
+def test_the_last_names_that_were_forgotten_can_still_be_told(
+    scheduler: Scheduler, refused: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Events and recordings tell identities, and are read and written somewhat later."""
+    monkeypatch.setattr("scheduler.registry._PAST_NAMES", 2)
+    for name in ("a", "b", "c"):
+        with pytest.raises(ModelNotFound):
+            scheduler.acquire(a_model(name))
+        assert_soon(lambda: known(scheduler) == set())
+    assert [scheduler.name(a_model(name).id) for name in ("a", "b", "c")] == ["python:a", "b", "c"]
+
+
+def test_a_name_that_a_full_queue_refuses_is_forgotten() -> None:
+    """The core never heard of it."""
+    gate = Gate()
+    with Scheduler(Settings(gpus=False, max_queue=1)) as scheduler:
+        waiting = scheduler.submit(a_model("a", load=gate))
+        assert gate.entered.wait(LIMIT_S)
+        for name in ("a", "b", "c"):
+            with pytest.raises(QueueFull):
+                scheduler.acquire(a_model(name))
+        assert known(scheduler) == {"python:a"}
+        gate.open.set()
+        waiting.result(LIMIT_S).release()
+
+
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_a_name_that_is_asked_for_while_it_is_forgotten_is_inspected_again(
+    moment: str, scheduler: Scheduler, refused: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may mean something by now; the core has yet to hear of that request."""
+    forget = scheduler._registry.forget
+    asked: list[Future[Lease]] = []
+
+    def ask() -> None:
+        if not asked:
+            asked.append(off_main(lambda: scheduler.submit(a_model("a"))))
+
+    def forget_meanwhile(model: ModelId) -> object:
+        if moment == "before":
+            ask()
+        forgotten = forget(model)
+        ask()
+        return forgotten
+
+    monkeypatch.setattr(scheduler._registry, "forget", forget_meanwhile)
+    with pytest.raises(ModelNotFound):
+        scheduler.acquire(a_model("a"))
+    assert_soon(lambda: asked)
+    assert isinstance(asked[0].exception(LIMIT_S), ModelNotFound)
+    assert refused == ["a", "a"]
+    assert_soon(lambda: known(scheduler) == set())
+
+
+def test_a_name_is_forgotten_while_the_request_of_one_who_left_is_on_its_way(
+    scheduler: Scheduler, refused: list[str]
+) -> None:
+    """Nobody waits for what becomes of that; the next one who asks is answered."""
+    desk = scheduler._desk
+    with desk.driver._lock:  # the driver is in the middle of a step
+        assert scheduler.submit(a_model("a")).cancel()
+        desk._forget(a_model("a").id)
+    assert_soon(lambda: known(scheduler) == set())
+    assert refused == []
+    with pytest.raises(ModelNotFound):
+        scheduler.acquire(a_model("a"))
+    assert refused == ["a"]
 
 
 # -- the other verbs ---------------------------------------------------------------------------------------------------

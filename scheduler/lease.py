@@ -205,6 +205,7 @@ class Lease:
             raise LeaseReleased(self.model)
 
     def _endpoint(self) -> Endpoint:
+        self._desk.check()  # first: what a fork sends on an inherited connection ends up in its parent's answers
         self._check()
         endpoint = self._ticket.life.endpoint if self._ticket.life else None
         if endpoint is None:
@@ -212,6 +213,7 @@ class Lease:
         return endpoint
 
     def _client(self) -> RunnerClient:
+        self._desk.check()
         self._check()
         client = self._ticket.life.client if self._ticket.life else None
         if client is None:
@@ -251,6 +253,7 @@ class Stream(Iterator[str]):
     def __next__(self) -> str:
         if (lease := self._lease) is None:
             raise StopIteration
+        lease._desk.check()
         try:
             with lease._talking():
                 piece = next(self._pieces)
@@ -267,7 +270,7 @@ class Stream(Iterator[str]):
         While another thread waits for the next piece, it ends with that.
         """
         lease, self._lease = self._lease, None
-        if lease is None:
+        if lease is None or lease._desk.forked:
             return
         try:
             self._pieces.close()
@@ -301,6 +304,7 @@ class AsyncStream(AsyncIterator[str]):
     async def __anext__(self) -> str:
         if (lease := self._lease) is None:
             raise StopAsyncIteration
+        lease._desk.check()
         try:
             with lease._talking():
                 return await anext(self._pieces)
@@ -311,7 +315,7 @@ class AsyncStream(AsyncIterator[str]):
     async def aclose(self) -> None:
         """End the answer here. Twice is harmless."""
         lease, self._lease = self._lease, None
-        if lease is not None:
+        if lease is not None and not lease._desk.forked:
             try:
                 await self._pieces.aclose()
             finally:
@@ -325,5 +329,5 @@ class AsyncStream(AsyncIterator[str]):
 
     def __del__(self) -> None:
         lease = getattr(self, "_lease", None)
-        if lease is not None:
+        if lease is not None and not lease._desk.forked:
             lease._end_stream()  # its event loop closes the generator

@@ -216,3 +216,29 @@ print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), lease.chat("hello", **{S
     with a_host(model, script) as (host, _):
         output, errors = host.communicate(timeout=LIMIT_S)
     assert (output, errors) == ("3 True False\n", "")
+
+
+def test_a_fork_reads_and_writes_nothing_on_its_parents_connections(model: Path) -> None:
+    """Neither on those that are kept for the next request nor on that of an open stream: each answer has one asker."""
+    script = """
+from scheduler import SchedulerForked
+whole = lease.chat("hello", **long)
+stream = lease.stream("hello", **long)
+text = next(stream)
+asks = [lambda: lease.chat("x"), lambda: list(stream), lambda: lease.url, lambda: list(lease.stream("x"))]
+if (pid := os.fork()) == 0:
+    refused = 0
+    for ask in asks:
+        try:
+            ask()
+        except SchedulerForked:
+            refused += 1
+    stream.close()
+    del stream
+    sys.exit(refused)
+forked = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+print(forked, text + "".join(stream) == whole, lease.chat("hello", **long) == whole)
+"""
+    with a_host(model, script) as (host, _):
+        output, errors = host.communicate(timeout=LIMIT_S)
+    assert (output, errors) == ("4 True True\n", "")

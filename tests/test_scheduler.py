@@ -812,6 +812,16 @@ CALLS: dict[str, Callable[[Scheduler, Lease], object]] = {
     "acquire": lambda scheduler, _: scheduler.acquire(a_model("a")),
     "pin": lambda scheduler, _: scheduler.pin(a_model("a")),
     "on_lost": lambda _, lease: lease.on_lost(print),
+    "chat": lambda _, lease: lease.chat("hello"),
+    "complete": lambda _, lease: lease.complete("hello"),
+    "stream": lambda _, lease: next(lease.stream("hello")),
+    "embed": lambda _, lease: lease.embed("hello"),
+    "achat": lambda _, lease: asyncio.run(lease.achat("hello")),
+    "acomplete": lambda _, lease: asyncio.run(lease.acomplete("hello")),
+    "astream": lambda _, lease: lease.astream("hello"),
+    "aembed": lambda _, lease: asyncio.run(lease.aembed("hello")),
+    "url": lambda _, lease: lease.url,
+    "api_key": lambda _, lease: lease.api_key,
 }
 
 

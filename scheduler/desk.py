@@ -158,10 +158,12 @@ class Desk:
             ):  # fmt: skip
                 self.executor.perform(command)
             case do.Reject(request, refusal):
-                if (ticket := self.tickets.pop(request, None)) is not None:
-                    if isinstance(refusal, do.QueueFull):  # the core never heard of it
-                        self._forget(ticket.model_id)
-                    ticket.answer(None, error_of(refusal, self._registry))
+                if request in self.tickets:
+                    error = error_of(refusal, self._registry)  # first: if it raises, `answer_all` finds the ticket
+                    if (ticket := self.tickets.pop(request, None)) is not None:
+                        if isinstance(refusal, do.QueueFull):  # the core never heard of it
+                            self._forget(ticket.model_id)
+                        ticket.answer(None, error)
             case do.Revoke(request, reason):
                 if (ticket := self.tickets.pop(request, None)) is not None:
                     ticket.lost = reason
@@ -198,7 +200,6 @@ class Desk:
 
     def _fail(self, error: BaseException) -> None:
         """A step raised: tell everybody, and let close end the rest."""
-        log.error("a decision failed; the scheduler has stopped", exc_info=error)
         self.answer_all(lambda: SchedulerBroken(repr(error)))
         self.finished.set()
 

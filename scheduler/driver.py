@@ -13,6 +13,7 @@ Four things would break this if they were not built in:
 
 from __future__ import annotations
 
+import logging
 import math
 import queue
 import threading
@@ -27,6 +28,8 @@ from fsm.journal import Entry
 from scheduler.clock import Clock
 
 Value = TypeVar("Value")
+
+log = logging.getLogger("loadmaster")
 
 _LONGEST_SLEEP_S = 3600.0  # a time-out that every platform's wait accepts
 _GAP_S = 5.0  # a tick that is late by so much: nothing ran here meanwhile, the machine or this program stood still
@@ -123,9 +126,10 @@ class Driver:
             try:
                 self._step_all()
             except BaseException as error:
-                self.broken = self.broken or error
+                log.error("a decision failed; the scheduler has stopped", exc_info=error)
+                self.broken = error
                 self._deadline = math.inf  # nothing is due any more
-                self._fail(self.broken)
+                self._fail(error)
             finally:
                 self._lock.release()
             if self._deadline < self._asleep_until:
@@ -138,11 +142,12 @@ class Driver:
             if isinstance(event, _Look):
                 event.run(core)
             elif self.broken is not None:
-                raise self.broken
+                self._fail(self.broken)  # not raised again: its traceback would grow with each event
             else:
                 for command in self._step(self._clock(), event):
                     self._perform(command)
-        self._deadline = core.deadline()
+        if self.broken is None:
+            self._deadline = core.deadline()
         if journal := core.journal:
             self._publish(journal)
             journal.clear()

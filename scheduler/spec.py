@@ -8,6 +8,7 @@ from os import PathLike, fspath, path
 
 from fsm.model import Options
 from fsm.request import ModelId
+from scheduler.errors import InvalidSettings
 
 FIRST_PART = re.compile(r"-00001-of-(\d{5})\.gguf$", re.IGNORECASE)  # how a file that was split begins
 MOST_PARTS = 1024  # of a file that was split; the largest models have about a hundred
@@ -20,7 +21,7 @@ class ModelSpec:
     The real file that `path` leads to, those of adapters and projectors, and `embedding` are its identity: requests
     that agree on these share one runner, by whatever names and symbolic links they came. A hard link is a file of its
     own. `options` are the load-time options of requests that name none; `keep_alive` is a duration ("5m", seconds;
-    negative: for ever).
+    negative: for ever). Raises `InvalidSettings` for a name or path that is none.
     """
 
     name: str
@@ -41,6 +42,8 @@ class ModelSpec:
         def absolute(name: str | PathLike[str]) -> str:
             return path.abspath(path.expanduser(fspath(name)))
 
+        check_text("name", self.name)
+        check_text("path", fspath(self.path) if isinstance(self.path, PathLike) else self.path)
         object.__setattr__(self, "path", absolute(self.path))
         object.__setattr__(self, "adapters", tuple(map(absolute, self.adapters)))
         object.__setattr__(self, "projectors", tuple(map(absolute, self.projectors)))
@@ -65,6 +68,12 @@ class ModelSpec:
             adapters=tuple(map(_real, self.adapters)),
             projectors=tuple(map(_real, self.projectors)),
         )
+
+
+def check_text(name: str, value: object) -> None:
+    """Raise `InvalidSettings` where a text is none, or empty: it would break what is told about the model."""
+    if not isinstance(value, str) or not value:
+        raise InvalidSettings(name, value, "a text that is not empty")
 
 
 def _real(name: str) -> str:

@@ -11,6 +11,7 @@ import sys
 import textwrap
 import threading
 import time
+import traceback
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
@@ -782,6 +783,29 @@ def test_a_bug_in_a_decision_is_told_to_everybody(scheduler: Scheduler, monkeypa
             ask()
     assert isinstance(waiting.exception(LIMIT_S), SchedulerBroken)
     gate.open.set()
+
+
+def test_whoever_a_bug_was_to_answer_is_told_too_and_it_is_logged_once(
+    scheduler: Scheduler, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The refusal itself cannot be put into words; its waiter is not forgotten, nor is the log filled."""
+    monkeypatch.setattr("scheduler.desk.error_of", lambda refusal, names: 1 / 0)
+    refused = scheduler.submit(a_model("huge", "2GiB"))
+    assert isinstance(refused.exception(LIMIT_S), SchedulerBroken)
+    trace = traceback_length(scheduler)
+    for _ in range(3):
+        with pytest.raises(SchedulerBroken, match="ZeroDivisionError"):
+            scheduler.acquire(a_model("a"))
+    scheduler.close()
+    assert [each.getMessage() for each in caplog.records] == ["a decision failed; the scheduler has stopped"]
+    assert traceback_length(scheduler) == trace
+
+
+def traceback_length(scheduler: Scheduler) -> int:
+    """How far the exception came that broke a scheduler; it grows each time that it is raised."""
+    error = scheduler._desk.driver.broken
+    assert error is not None
+    return len(traceback.extract_tb(error.__traceback__))
 
 
 def test_a_fork_refuses_to_use_what_it_inherited(scheduler: Scheduler) -> None:

@@ -16,6 +16,7 @@ from fsm.model import DeviceId, Options
 from fsm.request import ModelId
 from scheduler.engines import Buffer, Memory
 from scheduler.settings import parse_bytes
+from scheduler.spec import check_text
 
 if TYPE_CHECKING:
     from fsm.ledger import Placement
@@ -31,7 +32,7 @@ class PythonModel:
     """An object that is loaded on demand and shared by lease, in this process; its name is its identity.
 
     `load` and `unload` run on one thread of its own and may take as long as they need. Without `unload` the object is
-    let go of. Raises `InvalidSettings` for bytes that cannot be read.
+    let go of. Raises `InvalidSettings` for bytes that cannot be read, and a name that is none.
     """
 
     name: str
@@ -43,6 +44,7 @@ class PythonModel:
     priority: int = 0  # higher goes first among those that wait
 
     def __post_init__(self) -> None:
+        check_text("name", self.name)
         parsed = {device: parse_bytes(size, name=f"memory[{device!r}]") for device, size in self.memory.items()}
         object.__setattr__(self, "memory", parsed)
 

@@ -36,23 +36,34 @@ class Reservation:
 
 
 class Acquiring:
-    """A request that is awaited, or entered with `async with`; nothing is asked before."""
+    """A request that is awaited, or entered with `async with`; nothing is asked before.
+
+    Each time that it is awaited or entered it asks anew. Raises RuntimeError where it is entered and not left yet.
+    """
 
     def __init__(self, desk: Desk, question: Question) -> None:
         self._desk = desk
         self._question = question
-        self._lease: Lease | None = None
+        self._entered = False
+        self._lease: Lease | None = None  # while it is entered, once it is granted
 
     def __await__(self) -> Generator[Any, None, Lease]:
         return self._acquire().__await__()
 
     async def __aenter__(self) -> Lease:
-        self._lease = await self._acquire()
+        if self._entered:
+            raise RuntimeError("this request is entered already: call acquire_async again for another lease")
+        self._entered = True
+        try:
+            self._lease = await self._acquire()
+        finally:
+            self._entered = self._lease is not None
         return self._lease
 
     async def __aexit__(self, *_: object) -> None:
         assert self._lease is not None, "entered before it is left"
-        self._lease.release()
+        lease, self._lease, self._entered = self._lease, None, False
+        lease.release()
 
     async def _acquire(self) -> Lease:
         loop = asyncio.get_running_loop()

@@ -60,13 +60,16 @@ class FutureTicket(Ticket):
     ) -> None:
         super().__init__(id, model_id, model)
         self.put = put
-        self.deliver = deliver
+        # None once answered: it leads to the lease, which nobody but its holder may keep alive.
+        self.deliver: Callable[[FutureTicket], None] | None = deliver
         self.once = allocate_lock()  # taken by the one who completes the future: the answer, or its cancellation
 
     def answer(self, life: Life | None, error: BaseException | None) -> None:
         """Say what became of it; the future hears it from a worker."""
         super().answer(life, error)
-        self.put(lambda: self.deliver(self))
+        deliver, self.deliver = self.deliver, None
+        if deliver is not None:
+            self.put(lambda: deliver(self))
 
     def settle(self, future: Future[Any], result: object) -> bool:
         """Complete a future, once; return False where it was cancelled, so that nobody receives the result."""

@@ -50,6 +50,7 @@ class Desk:
         self._core = core
         self._registry = registry
         self._hub = hub
+        self._probe_timeout_s = settings.probe_timeout
         self.driver = Driver(core, monotonic_clock, self._perform, self._publish, self._fail, self._stood_still, step)
         self.executor = Executor(
             settings, devices, registry.engine_of, self.driver.post, core.pool.runners,
@@ -140,6 +141,20 @@ class Desk:
 
         if self.read(add):
             self.executor.callers.put(lambda: _call(callback))
+
+    def look_at(self, ticket: Ticket) -> None:
+        """A connection to a runner broke: have it known whether that is gone; blocks for as long as a probe may.
+
+        Its exit may be heard of some time after its connections have ended, and it must be granted to nobody meanwhile.
+        """
+        life = ticket.life
+        if life is None or life.process is None or ticket.lost or self.finished.is_set():
+            return
+        if not life.over and life.process.healthy(self._probe_timeout_s):
+            return
+        if not life.over:
+            self.post(on.Unresponsive(life.runner, "its connections broke, and it answers no probe"))
+        self.read(lambda core: None)  # after that: the lease is lost
 
     def _notify(self, ticket: Ticket, what: str) -> None:
         for when, callback in ticket.callbacks:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import warnings
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, overload
 
 from fsm.runner import RunnerId
-from scheduler.client import Messages, RunnerClient
+from scheduler.client import Answer, Messages, RunnerClient
 from scheduler.engines import Endpoint
 from scheduler.errors import InvalidSettings, LeaseReleased, RunnerCrashed, UnsupportedOption
 from scheduler.ticket import Ticket
@@ -173,13 +174,11 @@ class Lease:
 
     async def achat(self, messages: Messages, *, timeout: str | float | None = None, **parameters: Any) -> str:
         """Like `chat`."""
-        with self._talking():
-            return await self._client().achat(messages, timeout_s=_silence_s(timeout), **parameters)
+        return await self._awaiting(self._client().achat(messages, timeout_s=_silence_s(timeout), **parameters))
 
     async def acomplete(self, prompt: str, *, timeout: str | float | None = None, **parameters: Any) -> str:
         """Like `complete`."""
-        with self._talking():
-            return await self._client().acomplete(prompt, timeout_s=_silence_s(timeout), **parameters)
+        return await self._awaiting(self._client().acomplete(prompt, timeout_s=_silence_s(timeout), **parameters))
 
     @overload
     async def aembed(self, text: str, *, timeout: str | float | None = None, **parameters: Any) -> list[float]: ...
@@ -191,8 +190,7 @@ class Lease:
         self, text: str | Sequence[str], *, timeout: str | float | None = None, **parameters: Any
     ) -> list[float] | list[list[float]]:
         """Like `embed`."""
-        with self._talking():
-            return await self._client().aembed(text, timeout_s=_silence_s(timeout), **parameters)
+        return await self._awaiting(self._client().aembed(text, timeout_s=_silence_s(timeout), **parameters))
 
     def astream(self, messages: Messages, *, timeout: str | float | None = None, **parameters: Any) -> AsyncStream:
         """Like `stream`, for `async for`."""
@@ -226,6 +224,15 @@ class Lease:
         try:
             yield
         except ConnectionError as error:
+            self._desk.look_at(self._ticket)
+            raise RunnerCrashed(self.model, self.runner, self._ticket.lost or str(error)) from error
+
+    async def _awaiting(self, answer: Awaitable[Answer]) -> Answer:
+        """As `_talking`; the event loop goes on meanwhile."""
+        try:
+            return await answer
+        except ConnectionError as error:
+            await asyncio.to_thread(self._desk.look_at, self._ticket)
             raise RunnerCrashed(self.model, self.runner, self._ticket.lost or str(error)) from error
 
     def _begin_stream(self) -> None:
@@ -306,8 +313,7 @@ class AsyncStream(AsyncIterator[str]):
             raise StopAsyncIteration
         lease._desk.check()
         try:
-            with lease._talking():
-                return await anext(self._pieces)
+            return await lease._awaiting(anext(self._pieces))
         except BaseException:
             await self.aclose()
             raise

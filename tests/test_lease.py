@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import signal
+import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from scheduler import Lease, PythonModel, Scheduler, Settings
+from scheduler import Lease, PythonModel, RunnerCrashed, Scheduler, Settings
+from scheduler.client import RunnerClient
+from scheduler.engines.llama import LlamaProcess
 from tests.leaks import no_leaks
+from tests.real import LONG, SHORT, send, settings, write_models
 from tests.waiting import LIMIT_S, assert_soon
 
 MODEL = PythonModel("a", load=object)
@@ -20,6 +26,19 @@ MODEL = PythonModel("a", load=object)
 def scheduler() -> Iterator[Scheduler]:
     """One for objects."""
     with no_leaks(), Scheduler(Settings(gpus=False)) as scheduler:
+        yield scheduler
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A real model, tiny."""
+    return write_models(tmp_path_factory.mktemp("models"), "a") / "a.gguf"
+
+
+@pytest.fixture
+def serving() -> Iterator[Scheduler]:
+    """One for files."""
+    with no_leaks(), Scheduler(settings()) as scheduler:
         yield scheduler
 
 
@@ -70,3 +89,66 @@ def test_what_is_entered_cannot_be_entered_again(scheduler: Scheduler) -> None:
 
     asyncio.run(main())
     assert leases(scheduler) == [0]
+
+
+def read_to_its_end(lease: Lease) -> None:
+    """Read an answer, and kill the runner in the middle of it."""
+    pieces = lease.stream("hello", **LONG)
+    next(pieces)
+    send(lease.pid, signal.SIGKILL)
+    list(pieces)
+
+
+def await_to_its_end(lease: Lease) -> None:
+    """The same in an event loop."""
+
+    async def main() -> None:
+        pieces = lease.astream("hello", **LONG)
+        await anext(pieces)
+        send(lease.pid, signal.SIGKILL)
+        async for _ in pieces:
+            continue
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("read", [read_to_its_end, await_to_its_end])
+def test_who_was_told_of_a_crash_is_not_given_the_same_runner(
+    serving: Scheduler, file: Path, monkeypatch: pytest.MonkeyPatch, read: Callable[[Lease], None]
+) -> None:
+    """Even where the exit is heard of much later than the connection broke."""
+    heard, tell = threading.Event(), LlamaProcess.ended
+    monkeypatch.setattr("scheduler.engines.llama.EXIT_S", 0.01)
+    monkeypatch.setattr(LlamaProcess, "ended", lambda self, exit: (heard.wait(LIMIT_S), tell(self, exit)))
+    lease = serving.acquire(file)
+    with pytest.raises(RunnerCrashed):
+        read(lease)
+    assert lease.lost
+    lease.release()
+    again = serving.submit(file)
+    assert_soon(lambda: again.done() or serving.status().queue)
+    heard.set()
+    with again.result(LIMIT_S) as other:
+        assert other.runner != lease.runner
+
+
+def test_the_reason_of_a_crash_is_how_its_process_ended(serving: Scheduler, file: Path) -> None:
+    """That is waited for, where it is a moment behind."""
+    with serving.acquire(file) as lease, pytest.raises(RunnerCrashed, match="killed by SIGKILL") as told:
+        read_to_its_end(lease)
+    assert lease.lost and "SIGKILL" in told.value.reason
+
+
+def test_a_connection_that_breaks_does_not_end_a_runner_that_answers(
+    serving: Scheduler, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is probed first."""
+
+    def break_off(*_: object, **__: object) -> str:
+        raise ConnectionError("broken")
+
+    with serving.acquire(file) as lease:
+        with monkeypatch.context() as patch, pytest.raises(RunnerCrashed, match="broken"):
+            patch.setattr(RunnerClient, "chat", break_off)
+            lease.chat("hello")
+        assert lease.chat("hello", **SHORT) and not lease.lost

@@ -11,6 +11,7 @@ import re
 import secrets
 import signal
 import sys
+import threading
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -45,6 +46,7 @@ DETAIL_BYTES = 8 << 10  # of an exit's description
 KEY_BYTES = 32
 BUSY_PART = 0.05  # of a probe's time on a CPU: a server that works this much is not dead, only slow to answer
 BUSY_S = 0.05  # and at least this much: CPU time is counted in ticks of 10 ms
+EXIT_S = 1.0  # how far the news of an exit may be behind the end of its connections
 
 # What a child may see of our environment: no tokens, no LLAMA_ARG_*, nothing that Python or the loader act upon but
 # the library path, which GPU libraries need.
@@ -106,6 +108,7 @@ class LlamaProcess:
         self._most_bytes = 0  # that it can come to hold of the host for itself; 0: unknown
         self._failure = ""  # why it does not serve, in the child's own words
         self._gone = False
+        self._told = threading.Event()  # that it is gone was reported
         self._touched = (0, 0)  # the most memory and input that was seen of a load
 
     @property
@@ -163,6 +166,7 @@ class LlamaProcess:
         except TimeoutError:
             return self._worked_s() - worked_s > max(BUSY_S, BUSY_PART * timeout_s)
         except (OSError, http.client.HTTPException):
+            self._told.wait(min(timeout_s, EXIT_S))  # most likely it ends just now: that says more than our False
             return False
         finally:
             connection.close()
@@ -234,6 +238,7 @@ class LlamaProcess:
         killed = loading and exit.code == -signal.SIGKILL and not exit.reason  # as the kernel does when memory runs out
         out_of_memory = not exit.asked and (killed or _OUT_OF_MEMORY.search(output) is not None)
         self._report.exited(exit.code, describe(exit, output, loading=loading), out_of_memory)
+        self._told.set()
 
     def _touches(self) -> tuple[int, int]:
         """What grows while a model is loaded: bytes resident, and bytes read."""

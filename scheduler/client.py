@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncGenerator, Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar, overload
 from weakref import WeakKeyDictionary
@@ -91,12 +91,13 @@ class RunnerClient:
         self, messages: Messages, *, timeout_s: float | None = None, **parameters: Any
     ) -> AsyncGenerator[str, None]:
         """As `stream`."""
-        pieces = _Pieces()
-        async with self._asend(_chat_request(messages, parameters, stream=True), timeout_s) as response:
-            async for chunk in response.aiter_bytes():
-                for piece in pieces.feed(chunk):
-                    yield piece
-            pieces.finish(self._url)
+        pieces, request = _Pieces(), _chat_request(messages, parameters, stream=True)
+        with self._translated(timeout_s):
+            async with aclosing(await self._asend(request, timeout_s)) as response:
+                async for chunk in response.aiter_bytes():
+                    for piece in pieces.feed(chunk):
+                        yield piece
+                pieces.finish(self._url)
 
     @overload
     async def aembed(self, text: str, *, timeout_s: float | None = None, **parameters: Any) -> list[float]: ...
@@ -128,8 +129,9 @@ class RunnerClient:
             return _parsed(response.read(), parse)
 
     async def _apost(self, request: _Request, parse: Callable[[Any], Answer], timeout_s: float | None) -> Answer:
-        async with self._asend(request, timeout_s) as response:
-            return _parsed(await response.aread(), parse)
+        with self._translated(timeout_s):
+            async with aclosing(await self._asend(request, timeout_s)) as response:
+                return _parsed(await response.aread(), parse)
 
     @contextmanager
     def _send(self, request: _Request, timeout_s: float | None) -> Iterator[httpx.Response]:
@@ -147,18 +149,17 @@ class RunnerClient:
             finally:
                 response.close()
 
-    @asynccontextmanager
-    async def _asend(self, request: _Request, timeout_s: float | None) -> AsyncIterator[httpx.Response]:
-        """As `_send`, each time on a new connection, so that no connection can be stale."""
+    async def _asend(self, request: _Request, timeout_s: float | None) -> httpx.Response:
+        """As `_send`, each time on a new connection, so that no connection can be stale; the answer is to be closed.
+
+        No generator as that is: a loop that ends closes all of those at once, a stream and what it is in the middle of.
+        """
         client = self._of_running_loop()
-        with self._translated(timeout_s):
-            response = await client.send(self._built(client, request, timeout_s), stream=True)
-            try:
-                if response.is_error:
-                    raise _engine_error(response.status_code, await response.aread())
-                yield response
-            finally:
-                await response.aclose()
+        response = await client.send(self._built(client, request, timeout_s), stream=True)
+        if response.is_error:
+            async with aclosing(response):
+                raise _engine_error(response.status_code, await response.aread())
+        return response
 
     def _of_running_loop(self) -> httpx.AsyncClient:
         """Return the running loop's client, since connections and locks belong to a loop.

@@ -348,6 +348,20 @@ def test_a_stream_that_is_closed_early_closes_its_connection(client_of: ClientOf
         assert ended.wait(SILENCE_S)
 
 
+def test_a_loop_that_ends_closes_an_open_stream_quietly(
+    chat_url: str, client_of: ClientOf, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Such a loop closes every asynchronous generator at once, each by itself."""
+
+    async def begin() -> object:
+        pieces = client_of(chat_url).astream("hello", temperature=0, max_tokens=400, ignore_eos=True)
+        assert await anext(pieces)
+        return pieces  # held until the loop is over
+
+    assert asyncio.run(begin())
+    assert not caplog.records
+
+
 def test_silence_beyond_the_time_out_is_a_timeout_error(client_of: ClientOf) -> None:
     """The request may be under way, so it is not sent again."""
 

@@ -18,7 +18,7 @@ from scheduler.answers import error_of
 from scheduler.clock import monotonic_clock
 from scheduler.devices import Devices
 from scheduler.driver import Driver, Value
-from scheduler.errors import SchedulerBroken, SchedulerClosed, SchedulerError, SchedulerForked
+from scheduler.errors import InvalidSettings, SchedulerBroken, SchedulerClosed, SchedulerError, SchedulerForked
 from scheduler.executor import Executor
 from scheduler.hub import Hub
 from scheduler.registry import Question, Registry
@@ -132,6 +132,8 @@ class Desk:
 
     def listen(self, ticket: Ticket, what: str, callback: Callback) -> None:
         """Have a callback run when a lease is lost or wanted; at once where it is already."""
+        if not callable(callback):
+            raise InvalidSettings("callback", callback, "callable")
 
         def add(_: Core) -> bool:
             happened = bool(ticket.lost) if what == "lost" else ticket.wanted

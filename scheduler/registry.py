@@ -19,7 +19,7 @@ from scheduler.engines import Engine
 from scheduler.engines.python import PythonModel
 from scheduler.errors import InvalidSettings, ModelNotFound, UnsupportedOption
 from scheduler.settings import LARGEST_NUMBER, parse_duration
-from scheduler.spec import ModelSpec
+from scheduler.spec import Files, ModelSpec
 
 Model = str | os.PathLike[str] | ModelSpec | PythonModel
 
@@ -41,9 +41,9 @@ class Asking(TypedDict, total=False):
     cache_type_k: str | None  # f32, f16, bf16, q8_0, q5_1, q5_0, q4_1, q4_0 or iq4_nl
     cache_type_v: str | None
     require_gpu: bool | None  # whole on GPUs, or refused
-    adapters: tuple[str, ...]  # LoRA files
-    projectors: tuple[str, ...]  # files of a vision model
-    embedding: bool
+    adapters: Files | None  # LoRA files
+    projectors: Files | None  # files of a vision model
+    embedding: bool | None
 
 
 class Question(NamedTuple):
@@ -202,6 +202,7 @@ class Registry:
                 raise UnsupportedOption(name, value, "an object has no such part")
             return model
         spec = model if isinstance(model, ModelSpec) else self._named(model)
+        identity = {name: value for name, value in identity.items() if value is not None}
         return (replace(spec, **identity) if identity else spec).resolved()  # type: ignore[arg-type]  # ModelSpec checks
 
     def _named(self, model: str | os.PathLike[str]) -> ModelSpec:

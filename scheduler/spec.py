@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from os import PathLike, fspath, path
 
 from fsm.model import Options
 from fsm.request import ModelId
-from scheduler.errors import InvalidSettings
+from scheduler.errors import InvalidModel, InvalidSettings, UnsupportedOption
+
+Files = str | PathLike[str] | Iterable[str | PathLike[str]]  # one path or several
 
 FIRST_PART = re.compile(r"-00001-of-(\d{5})\.gguf$", re.IGNORECASE)  # how a file that was split begins
 MOST_PARTS = 1024  # of a file that was split; the largest models have about a hundred
@@ -21,7 +24,8 @@ class ModelSpec:
     The real file that `path` leads to, those of adapters and projectors, and `embedding` are its identity: requests
     that agree on these share one runner, by whatever names and symbolic links they came. A hard link is a file of its
     own. `options` are the load-time options of requests that name none; `keep_alive` is a duration ("5m", seconds;
-    negative: for ever). Raises `InvalidSettings` for a name or path that is none.
+    negative: for ever). Raises `InvalidSettings` or `UnsupportedOption` for what is of a wrong type, and `InvalidModel`
+    for a path that is not UTF-8.
     """
 
     name: str
@@ -39,14 +43,14 @@ class ModelSpec:
         return hash(self.id)
 
     def __post_init__(self) -> None:
-        def absolute(name: str | PathLike[str]) -> str:
-            return path.abspath(path.expanduser(fspath(name)))
-
-        check_text("name", self.name)
         check_text("path", fspath(self.path) if isinstance(self.path, PathLike) else self.path)
-        object.__setattr__(self, "path", absolute(self.path))
-        object.__setattr__(self, "adapters", tuple(map(absolute, self.adapters)))
-        object.__setattr__(self, "projectors", tuple(map(absolute, self.projectors)))
+        object.__setattr__(self, "path", _absolute(self.path))
+        object.__setattr__(self, "adapters", _several("adapters", self.adapters))
+        object.__setattr__(self, "projectors", _several("projectors", self.projectors))
+        check_text("name", self.name)
+        check_switch("pin", self.pin)
+        if not isinstance(self.embedding, bool):
+            raise UnsupportedOption("embedding", self.embedding, "it must be of type bool")
         parts = [_real(self.path), *map(_real, self.adapters)]
         parts += [f"projector:{_real(name)}" for name in self.projectors]
         object.__setattr__(self, "id", ModelId("|".join(parts) + ("|embedding" if self.embedding else "")))
@@ -74,6 +78,33 @@ def check_text(name: str, value: object) -> None:
     """Raise `InvalidSettings` where a text is none, or empty: it would break what is told about the model."""
     if not isinstance(value, str) or not value:
         raise InvalidSettings(name, value, "a text that is not empty")
+
+
+def check_switch(name: str, value: object) -> None:
+    """Raise `InvalidSettings` for what is neither True nor False; "no" would count as True."""
+    if not isinstance(value, bool):
+        raise InvalidSettings(name, value, "True or False")
+
+
+def _several(option: str, value: Files) -> tuple[str, ...]:
+    """Return the paths that an option names, one or several."""
+    try:
+        names = [fspath(name) for name in ((value,) if isinstance(value, str | PathLike) else value)]
+    except TypeError:
+        names = [""]
+    if not all(isinstance(name, str) and name for name in names):
+        raise UnsupportedOption(option, value, "it must be a path, or several")
+    return tuple(map(_absolute, names))
+
+
+def _absolute(name: str | PathLike[str]) -> str:
+    """Return the absolute path; raises `InvalidModel` for one that the engine cannot be told."""
+    found = path.abspath(path.expanduser(fspath(name)))
+    try:
+        found.encode()
+    except UnicodeEncodeError:
+        raise InvalidModel(found, "its path is not UTF-8; rename it") from None
+    return found
 
 
 def _real(name: str) -> str:

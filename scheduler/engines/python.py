@@ -15,8 +15,9 @@ from fsm.footprint import Footprint
 from fsm.model import DeviceId, Options
 from fsm.request import ModelId
 from scheduler.engines import Buffer, Memory
+from scheduler.errors import InvalidSettings
 from scheduler.settings import parse_bytes
-from scheduler.spec import check_text
+from scheduler.spec import check_switch, check_text
 
 if TYPE_CHECKING:
     from fsm.ledger import Placement
@@ -32,7 +33,7 @@ class PythonModel:
     """An object that is loaded on demand and shared by lease, in this process; its name is its identity.
 
     `load` and `unload` run on one thread of its own and may take as long as they need. Without `unload` the object is
-    let go of. Raises `InvalidSettings` for bytes that cannot be read, and a name that is none.
+    let go of. Raises `InvalidSettings` for bytes that cannot be read, and for what is of a wrong type.
     """
 
     name: str
@@ -45,6 +46,12 @@ class PythonModel:
 
     def __post_init__(self) -> None:
         check_text("name", self.name)
+        check_switch("pin", self.pin)
+        for name, call in (("load", self.load), ("unload", self.unload)):
+            if not callable(call) and (name, call) != ("unload", None):
+                raise InvalidSettings(name, call, "callable")
+        if not isinstance(self.memory, Mapping) or not all(isinstance(device, str) for device in self.memory):
+            raise InvalidSettings("memory", self.memory, 'sizes by device, like {"cpu": "200MiB"}')
         parsed = {device: parse_bytes(size, name=f"memory[{device!r}]") for device, size in self.memory.items()}
         object.__setattr__(self, "memory", parsed)
 

@@ -22,6 +22,7 @@ _ADVICE = (  # by what a reason says
     ("moving what is pinned", f"unpin some of it, or {_SMALLER}"),
     ("hold the memory", f"free some of it, or {_SMALLER}"),
 )
+_SERVED = ("it did not answer within", "its connections broke")  # how a reason begins that is not of a load
 
 
 def format_bytes(count: int) -> str:
@@ -154,7 +155,7 @@ class DoesNotFit(SchedulerError):
 
 @dataclass(eq=False)
 class LoadFailed(SchedulerError):
-    """The runner did not come up; `retry_after_s` is the back-off, None if it may be tried again at once."""
+    """The runner did not come up, or crashed again; `retry_after_s` is the back-off, None: it may be tried at once."""
 
     model: str
     reason: str
@@ -165,7 +166,10 @@ class LoadFailed(SchedulerError):
         cause = "it ran out of memory: " if self.out_of_memory else ""
         advice = "try again" if self.retry_after_s is None else f"try again in {format_duration(self.retry_after_s)}"
         smaller = ", or ask for a smaller context" if self.out_of_memory else ""
-        return f"loading {self.model!r} failed: {cause}{self.reason}; {advice}{smaller}"
+        first, _, _ = self.reason.partition("\n")
+        served = first.startswith(_SERVED) or first.endswith(" while serving")
+        failed = f"{self.model!r} failed again after it was loaded" if served else f"loading {self.model!r} failed"
+        return f"{failed}: {cause}{self.reason}; {advice}{smaller}"
 
 
 @dataclass(eq=False)
@@ -193,7 +197,9 @@ class RunnerCrashed(SchedulerError):
     reason: str
 
     def __str__(self) -> str:
-        return f"runner {self.runner} of {self.model!r} is gone: {self.reason}; acquire the model again"
+        ended = self.reason.startswith("the scheduler")  # has closed, or is broken
+        advice = "" if ended else "; acquire the model again"
+        return f"runner {self.runner} of {self.model!r} is gone: {self.reason}{advice}"
 
 
 @dataclass(eq=False)

@@ -162,8 +162,8 @@ def test_s34_a_prompt_that_is_too_long_is_the_callers_error(chat: RunnerClient) 
 
 
 def test_s34_what_the_runner_was_not_loaded_for_is_the_callers_error(chat: RunnerClient) -> None:
-    """S34: a chat model does not embed."""
-    with pytest.raises(EngineError, match="does not support embeddings") as caught:
+    """S34: a chat model does not embed; what to do about it is said in our words, not for llama.cpp's command line."""
+    with pytest.raises(EngineError, match=r"does not support embeddings\. Acquire .* embedding=True$") as caught:
         chat.embed("hello")
     assert (caught.value.status_code, caught.value.status) == (501, 400)
 

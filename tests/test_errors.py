@@ -206,3 +206,18 @@ def test_a_reason_that_brings_its_own_advice_has_the_last_word() -> None:
     """No second sentence follows it."""
     reason = "there is no device 'gpu0'; there is cpu"
     assert str(DoesNotFit("a", 1, {}, reason)).endswith(reason)
+
+
+@pytest.mark.parametrize("reason", ["the scheduler was closed", str(SchedulerClosed()), str(SchedulerBroken("a bug"))])
+def test_nobody_is_told_to_ask_a_scheduler_again_that_has_ended(reason: str) -> None:
+    """It would refuse."""
+    assert str(RunnerCrashed("m", 1, reason)) == f"runner 1 of 'm' is gone: {reason}"
+    assert str(RunnerCrashed("m", 1, "killed")).endswith("; acquire the model again")
+
+
+@pytest.mark.parametrize("reason", ["killed by SIGKILL while serving", "it did not answer within 10 s"])
+def test_a_back_off_after_crashes_is_not_told_as_a_failed_load(reason: str) -> None:
+    """The load went well."""
+    assert str(LoadFailed("m", reason, 10.0)) == f"'m' failed again after it was loaded: {reason}; try again in 10s"
+    for other in ("killed by SIGKILL while loading\nit fell while serving", "load() raised OSError: it did not answer"):
+        assert str(LoadFailed("m", other)).startswith("loading 'm' failed: ")

@@ -141,7 +141,7 @@ class DeviceLocks:
             return False
         except Exception as error:  # the folder is not to be written to, its file system is full or cannot lock
             if not self.problem:
-                log.warning("devices are not locked against other programs", exc_info=True)
+                log.warning("devices are not locked against other programs: %s", error)
             self.problem = f"devices are not locked against other programs: {error}"
         self._locks |= taken
         self._claims[number] = devices
@@ -161,7 +161,12 @@ class DeviceLocks:
         path = self._folder / f"{quote(device, safe='')}.lock"
         mode = 0o600 if self._private else 0o666
         lock = filelock.FileLock(path, mode=mode, thread_local=False, blocking=False, fallback_to_soft=False)
-        lock.acquire()
+        try:
+            lock.acquire()
+        except filelock.Timeout:  # also where no file can be made: one that another program has is there, and stays
+            if not os.path.lexists(path):
+                raise FileNotFoundError(f"no file can be made in {self._folder}") from None
+            raise
         return lock
 
     def _release_unclaimed(self) -> None:

@@ -225,6 +225,17 @@ def test_what_is_wrong_with_a_folder_is_over_when_it_is_put_right(own: Path) -> 
     holder.locks.close(10.0)
 
 
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="a folder in which not even root makes files")
+def test_a_folder_in_which_no_file_can_be_made_is_no_other_program(caplog: pytest.LogCaptureFixture) -> None:
+    """Nobody is waited for, and one line of the log says so."""
+    with no_leaks():
+        holder = Holder(Path("/proc"))
+        holder.takes(1, CPU)
+        holder.locks.close(10.0)
+    assert holder.contended == [] and holder.locks.problem.endswith("no file can be made in /proc")
+    assert [(each.getMessage(), each.exc_info) for each in caplog.records] == [(holder.locks.problem, None)]
+
+
 # -- schedulers --------------------------------------------------------------------------------------------------------
 
 MODEL = PythonModel("model", object, memory={"cpu": "1MiB"})

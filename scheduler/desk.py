@@ -178,9 +178,9 @@ class Desk:
                 if request in self.tickets:
                     error = error_of(refusal, self._registry)  # first: if it raises, `answer_all` finds the ticket
                     if (ticket := self.tickets.pop(request, None)) is not None:
+                        ticket.answer(None, error)
                         if isinstance(refusal, do.QueueFull):  # the core never heard of it
                             self._forget(ticket.model_id)
-                        ticket.answer(None, error)
             case do.Revoke(request, reason):
                 if (ticket := self.tickets.pop(request, None)) is not None:
                     ticket.lost = reason

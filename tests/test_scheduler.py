@@ -260,8 +260,11 @@ def test_a_slow_unload_holds_up_nobody_else(scheduler: Scheduler) -> None:
 def test_a_waiter_gives_up_at_its_own_time_limit(scheduler: Scheduler) -> None:
     """Every wait has an end; the error says what was waited for."""
     gate = Gate()
+    slow = a_model("slow", load=gate)
+    scheduler.submit(slow)
+    assert_soon(lambda: [runner.state for runner in scheduler.status().runners] == ["loading"])
     with pytest.raises(AcquireTimeout, match="its model to load") as refused:
-        scheduler.acquire(a_model("slow", load=gate), timeout="50ms")
+        scheduler.acquire(slow, timeout="50ms")
     assert refused.value.timeout_s >= 0.05
     gate.open.set()
 

@@ -82,7 +82,7 @@ class _Planner:
         self.loads = Loads(pool.limits, (runner.placement for runner in loading))
         self.candidates = Candidates(pool, policy, self.awaited)
         self.waiting = 0  # lines for which room is to be made
-        self.ahead: Counter[DeviceId] = Counter()  # of them, those that are to lie on a device
+        self.ahead: Counter[DeviceId] = Counter()  # of them, those that lack memory of a device
         self.behind: list[tuple[Turn, Demand, Offload]] = []  # who is not first in a line for memory, in order
 
     def shed(self) -> None:
@@ -247,8 +247,9 @@ class _Planner:
         taken = self.claimed.union(runner.id for runner in forced)
         may = self.candidates.until(bound, taken) if not suffices(must) else []
         self.waiting += 1
-        memories = self._memories(demand, offload)
-        if all(self.ahead[device] >= LINES_AHEAD for device in memories):  # far back: it is given what nobody uses
+        before, memories = dict(self.total), self._memories(demand, offload)
+        where = [device for device in memories if device != HOST] or memories
+        if all(self.ahead[device] >= LINES_AHEAD for device in where):  # far back: it is given what nobody uses
             may = [one for one in may if one.runner in self.candidates.idle]
         lacking = 1 - self.places_total - sum(one.process for one in self._unclaimed(must)) if needs_process else 0
         choice = self._choose(may, must, suffices, self._frees(memories), max(0, lacking))
@@ -259,7 +260,7 @@ class _Planner:
         self.places_total += sum(runner.process for runner in victims) - needs_process
         free = tuple(sorted(self.total.items()))
         final = self._book(demand, offload)
-        self.ahead.update(device for device, amount in final.bytes if amount)
+        self.ahead.update(device for device, amount in final.bytes if amount > before.get(device, 0))
         if chosen is None:
             line.wait(*self._hindrance())
         elif chosen:

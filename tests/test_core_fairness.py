@@ -201,6 +201,18 @@ def test_the_bound_on_a_wait_holds_behind_any_number_who_wait_for_another_gpu(ah
     assert pool.state("warm") is RunnerState.expiring
 
 
+def test_the_bound_on_a_wait_holds_on_the_host_behind_many_who_wait_for_gpus() -> None:
+    """Each of those takes a little of the host as well, and lacks nothing there."""
+    pool = a_pool("8GiB", gpus=["8GiB"], max_runners=100, sizes={"warm": "7GiB", "late": "7GiB"}, keep_alive_s=1e6)
+    for number in range(LINES_AHEAD + 1):
+        pool.declare(f"gpu model {number}", Footprint(fixed=(("gpu0", amount("6GiB")), ("cpu", MIB))))
+    pool.ready("warm", lease=1).ready("gpu model 0", lease=2)
+    pool.feed(*(acquire(f"gpu model {number}", request=100 + number) for number in range(1, LINES_AHEAD + 1)))
+    pool.feed(acquire("late", request=500))
+    pool.advance("121s")
+    assert pool.state("warm") is RunnerState.expiring
+
+
 def test_a_load_does_not_wait_for_a_place_on_one_gpu_while_another_takes_it() -> None:
     """It would fit best where another loads; where it fits as well, nobody does."""
     pool = a_pool("64GiB", gpus=["80GiB", "24GiB"])

@@ -198,10 +198,11 @@ class Scheduler:
             while before is not self.settings:  # a signal handler has changed it meanwhile: both changes hold
                 before = self.settings
                 changed = before.changed(**limits)
-            self.settings = changed
-            now = self.settings  # a signal handler may have changed it again: the last one holds, for everybody
-            self._desk.post(on.Configure(now.max_queue, now.max_runners, now.keep_alive))
-            self._devices.set_memory_limit(now.memory_limit)
+            self.settings, told = changed, None
+            while told is not self.settings:  # or now: the last one is told to everybody last
+                told = self.settings
+                self._desk.post(on.Configure(told.max_queue, told.max_runners, told.keep_alive))
+                self._devices.set_memory_limit(told.memory_limit)
         if "memory_limit" in limits:
             self._desk.executor.sampler.refresh(_FRESH_S)
 

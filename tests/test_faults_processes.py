@@ -133,7 +133,8 @@ def test_a_kill_while_it_is_being_stopped_is_noticed(program: Program, model: Pa
         assert_soon(lambda: states(scheduler) == {"a": "expiring"})
         send(pid, signal.SIGKILL)
         assert_soon(lambda: scheduler.status().runners == (), NOTICED_S)
-        assert scheduler.status().devices[0].held_bytes == 0 and is_gone(int(started.read_text()))
+        assert scheduler.status().devices[0].held_bytes == 0
+        assert_soon(lambda: is_gone(int(started.read_text())), NOTICED_S)
         with scheduler.acquire(model) as lease:
             assert lease.pid != pid
             send(lease.pid, signal.SIGKILL)

@@ -86,6 +86,7 @@ class Actions:
             self.rest(runner, "its last lease is back")
 
     def reject(self, request: Request, refusal: Refusal) -> None:
+        """Refuse a request that stands in no line, or no more."""
         request.state = RequestState.rejected
         self.commands.append(do.Reject(request.id, refusal))
         if self.journal is not None:
@@ -329,6 +330,7 @@ class Actions:
             runner.due_at = self.pool.now + self.pool.limits.max_wait_s
 
     def forget_current(self, runner: Runner) -> None:
+        """Let its model have another runner: this one serves nobody new."""
         model = self.pool.models[runner.model]
         model.current = None
         if runner.loaded_at is not None:

@@ -69,9 +69,9 @@ class _Planner:
         self.plan.look_at = min((one.due_at for one in self.leaving if one.due_at > pool.now), default=math.inf)
         self.overdue = {runner.id for runner in expiring if pool.is_overdue(runner)}
         self.total = self._with(self.free, self.leaving)  # with what is on its way out, less what earlier lines need
-        movable = [one for one in pool.runners.values() if not pool.pinned(one) and not pool.is_stuck(one)]
+        movable = [runner for runner in pool.runners.values() if not pool.is_unmovable(runner)]
         self.potential = self._with(self.free, movable)
-        self.unmovable = len(pool.runners) - len(movable)  # as far as can be told: pinned, or stuck
+        self.unmovable = len(pool.runners) - len(movable)
         self.claimed: set[RunnerId] = set()  # victims of earlier lines
         self.sets_left = MOST_SETS
         self.planned: set[ModelId] = set()  # models that an earlier line is to get a runner of

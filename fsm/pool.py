@@ -268,7 +268,7 @@ class Pool:
         """
         if self.limits.max_runners:
             return self.limits.max_runners
-        unmovable = sum(self.pinned(runner) or self.is_stuck(runner) for runner in self.runners.values())
+        unmovable = sum(map(self.is_unmovable, self.runners.values()))
         return 3 * max(1, sum(sample.kind == "gpu" for sample in self.ledger.devices.values())) + unmovable
 
     def is_overdue(self, runner: Runner) -> bool:
@@ -278,6 +278,10 @@ class Pool:
     def is_stuck(self, runner: Runner) -> bool:
         """Tell whether it is overdue although nobody holds it: it does not end as it was told."""
         return self.is_overdue(runner) and not runner.leases
+
+    def is_unmovable(self, runner: Runner) -> bool:
+        """Tell whether nobody can be given its place or its memory, as far as is known."""
+        return self.pinned(runner) or self.is_stuck(runner)
 
     def overfull(self) -> bool:
         """Tell whether more may be alive than the limit that is set, or more be held than there is since it shrank."""

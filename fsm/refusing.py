@@ -45,9 +45,10 @@ def _reason(
     free = {device: pool.ledger.free_bytes(device) for device in capacity}
     if unknown:
         return f"there is no device {unknown[0]!r}; there is {', '.join(devices) or 'none'}"
-    unmovable = sorted({runner.model for runner in runners if pool.pinned(runner) or pool.is_stuck(runner)})
+    unmovable = [runner.model for runner in runners if pool.is_unmovable(runner)]
     if 0 < pool.limits.max_runners <= len(unmovable) and place(demand, offload, potential, gpus):
-        return f"only {pool.limits.max_runners} runners may be alive, and no room is made by: {', '.join(unmovable)}"
+        names = ", ".join(sorted(set(unmovable)))
+        return f"only {pool.limits.max_runners} runners may be alive, and no room is made by: {names}"
     if stuck and place(demand, offload, pool.ledger.freed(potential, map(_owner, stuck)), gpus):
         names = ", ".join(sorted({runner.model for runner in stuck}))
         return f"its memory is held by what was stopped and does not end: {names}"

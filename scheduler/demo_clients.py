@@ -83,6 +83,7 @@ class Clients:
         """
 
         def use(lease: Lease) -> str:
+            """Answer until it is time to leave; return the last text."""
             busy.set()
             text, end = "", monotonic_clock() + _HOLD_S
             while monotonic_clock() < end and not (served.is_set() or self._record.is_leaving(lease.runner)):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fsm.commands import DoesNotFit, Stop
 from fsm.runner import RunnerState
-from tests.pool import a_pool, acquire, amount, cancel, expire, pin, refused, release, unpin
+from tests.pool import a_pool, acquire, amount, cancel, expire, launched, pin, refused, release, unpin
 
 
 def test_what_never_fits_is_refused_at_once_and_evicts_nobody() -> None:
@@ -108,7 +108,7 @@ def test_what_is_pinned_does_not_count_where_no_number_of_runners_is_set() -> No
     for model in ("a", "b", "c"):
         pool.feed(pin(model))
         pool.idle(model)
-    pool.loading("d", request=1)
+    assert launched(pool.feed(acquire("d", request=1))) == ["d"]
 
 
 def test_where_a_number_of_runners_is_set_and_all_are_pinned_that_is_the_reason() -> None:

@@ -2,7 +2,8 @@
 
 First the engine by itself, over its ways of waiting: one, two and three children at once, each with as many threads as
 there are cores, or with one. Then three children of the scheduler's, which deals the cores. Last how evenly the tokens
-of a warm model come while another loads. The best of each row of the first table is what everything is compared with.
+of a warm model come while another loads, and how long a load takes beside other programs. The best of each row of the
+first table is what everything is compared with.
 """
 
 from __future__ import annotations
@@ -198,6 +199,34 @@ def beside_loads() -> dict[str, float]:
     return found | {"ratio": found["loading_s"] / found["alone_s"]}
 
 
+@contextmanager
+def busy_programs(count: int) -> Iterator[None]:
+    """Have so many other programs use all they are given of the processors, each a session of its own."""
+    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"], start_new_session=True) for _ in range(count)]
+    try:
+        yield
+    finally:
+        for program in busy:
+            program.kill()
+            program.wait()
+
+
+def beside_programs() -> dict[str, float]:
+    """Return the median seconds of a load and its end, alone and beside as many busy programs as there are cores."""
+
+    def a_load() -> float:
+        begin = time.perf_counter()
+        scheduler.acquire(path, keep_alive=0).release()
+        return time.perf_counter() - begin
+
+    with models(1) as (path,), Scheduler(Settings(gpus=False, footprints=None)) as scheduler:
+        a_load()
+        alone = statistics.median(a_load() for _ in range(LOADS))
+        with busy_programs(usable_cores()):
+            beside = statistics.median(a_load() for _ in range(LOADS))
+    return {"alone_s": alone, "beside_s": beside, "ratio": beside / alone}
+
+
 def run() -> dict[str, Any]:
     """Return the figures, and print them as multiples of the best."""
     rows = grid(ROUNDS)
@@ -216,4 +245,6 @@ def run() -> dict[str, Any]:
         f"a warm model's tokens while another loads: 99th percentile {neighbour['ratio']:.2f} × of alone, "
         f"median {neighbour['loading_median_s'] / neighbour['alone_median_s']:.2f} ×"
     )
-    return {"at_once_s": rows, "threads": threads, "beside_loads": neighbour}
+    others = beside_programs()
+    print(f"a load beside {usable_cores()} programs that keep all cores busy: {others['ratio']:.1f} × of alone")
+    return {"at_once_s": rows, "threads": threads, "beside_loads": neighbour, "beside_programs": others}

@@ -48,7 +48,7 @@ class DeviceLocks:
 
     The claims of one scheduler share a device. `had` is called once for a claim that is not given up before, even where
     files cannot be locked: `problem` says so then. `contended` is called before it where another program has a device.
-    Both are called on the thread and must not block.
+    Both are called on the thread, also while a claim is just being given up, and must not block.
     """
 
     problem: str  # why devices are not locked, in a sentence; empty: they are

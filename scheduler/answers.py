@@ -31,7 +31,8 @@ def error_of(refusal: do.Refusal, names: Names) -> errors.SchedulerError:
             return errors.InvalidModel(path, reason, offset)
         case do.DoesNotFit(model, needed, available, reason):
             total = sum(count for _, count in needed)
-            return errors.DoesNotFit(name(model), total, dict(available), names.named(reason))
+            advice = "" if model or ";" in reason else "; reserve less"  # no model of it could be smaller
+            return errors.DoesNotFit(name(model), total, dict(available), names.named(reason) + advice)
         case do.Unsupported(_, option, value, reason):
             return errors.UnsupportedOption(option, value, reason)
         case do.LoadFailed(model, reason, retry_after_s, out_of_memory):

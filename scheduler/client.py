@@ -21,7 +21,11 @@ CONNECT_TIMEOUT_S = 5.0
 # llama.cpp's server closes a connection after 5 s without a request, so none is kept for as long as that.
 _KEEP_S = 4.0
 # What llama.cpp advises who would embed, and what it takes here.
-_EMBEDDING = ("Start it with `--embeddings`", "Acquire the model with embedding=True")
+_ADVICE = {
+    "Start it with `--embeddings`": "Acquire the model with embedding=True",
+    "increase the physical batch size": "shorten it, or acquire the model with a larger num_ctx",
+}
+_TOO_LONG = "is too large to process"  # a text to embed: it blames itself
 # What a connection looks like that the server closed while we kept it, or just as we sent.
 _STALE = (httpx.RemoteProtocolError, httpx.ReadError, httpx.WriteError, httpx.ConnectError)
 
@@ -248,8 +252,12 @@ def _engine_error(status_code: int, content: bytes) -> EngineError:
 def _error_of(error: Any, status_code: int) -> EngineError:
     if not isinstance(error, Mapping):
         return EngineError(status_code, str(error))
-    code, message = error.get("code"), str(error.get("message", error)).replace(*_EMBEDDING)
-    return EngineError(code if isinstance(code, int) else status_code, message)
+    code, message = error.get("code"), str(error.get("message", error))
+    if _TOO_LONG in message:
+        code = httpx.codes.BAD_REQUEST
+    for llamas, ours in _ADVICE.items():
+        message = message.replace(llamas, ours)
+    return EngineError(int(code) if isinstance(code, int) else status_code, message)
 
 
 class _Pieces:

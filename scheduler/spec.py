@@ -47,7 +47,7 @@ class ModelSpec:
         object.__setattr__(self, "path", _absolute(self.path))
         object.__setattr__(self, "adapters", _several("adapters", self.adapters))
         object.__setattr__(self, "projectors", _several("projectors", self.projectors))
-        check_text("name", self.name)
+        check_name(self.name)
         check_switch("pin", self.pin)
         if not isinstance(self.embedding, bool):
             raise UnsupportedOption("embedding", self.embedding, "it must be of type bool")
@@ -78,6 +78,15 @@ def check_text(name: str, value: object) -> None:
     """Raise `InvalidSettings` where a text is none, or empty: it would break what is told about the model."""
     if not isinstance(value, str) or not value:
         raise InvalidSettings(name, value, "a text that is not empty")
+
+
+def check_name(value: object) -> None:
+    """Raise `InvalidSettings` for what nobody could be told as a model's name: it goes into files, and to engines."""
+    check_text("name", value)
+    try:
+        str(value).encode()
+    except UnicodeEncodeError:
+        raise InvalidSettings("name", value, "a text that can be written as UTF-8") from None
 
 
 def check_switch(name: str, value: object) -> None:

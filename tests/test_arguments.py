@@ -9,7 +9,16 @@ from typing import Any
 
 import pytest
 
-from scheduler import InvalidModel, InvalidSettings, ModelSpec, PythonModel, Scheduler, Settings, UnsupportedOption
+from scheduler import (
+    DoesNotFit,
+    InvalidModel,
+    InvalidSettings,
+    ModelSpec,
+    PythonModel,
+    Scheduler,
+    Settings,
+    UnsupportedOption,
+)
 from tests.leaks import no_leaks
 
 MAKE: dict[str, Callable[[Any], object]] = {
@@ -101,6 +110,19 @@ def test_a_pin_is_true_or_false() -> None:
     """Any text would count as true."""
     with pytest.raises(InvalidSettings, match="pin"):
         ModelSpec("a", "/a.gguf", pin="x")  # type: ignore[arg-type]  # on purpose
+
+
+@pytest.mark.parametrize("make", MAKE)
+def test_a_name_that_nobody_could_be_told_is_refused(make: str) -> None:
+    """It goes to the engine, into recordings, and to whoever reads the events."""
+    with pytest.raises(InvalidSettings, match=r"'a\\udcff': it must be a text that can be written as UTF-8"):
+        MAKE[make]("a\udcff")
+
+
+def test_too_much_for_the_programs_own_is_answered_with_what_helps(scheduler: Scheduler) -> None:
+    """No model could be smaller."""
+    with pytest.raises(DoesNotFit, match=r"larger than the memory there is; reserve less$"):
+        scheduler.reserve("cpu", "900TiB")
 
 
 def test_a_callback_that_cannot_be_called_is_refused_at_once(scheduler: Scheduler) -> None:

@@ -126,6 +126,13 @@ def test_several_strings_have_their_vectors_in_order(embedder: RunnerClient) -> 
     assert [pytest.approx(vector, abs=1e-4) for vector in alone] == together
 
 
+def test_a_text_that_is_too_long_to_embed_is_the_callers_mistake(embedder: RunnerClient) -> None:
+    """llama.cpp blames itself (status 500), and advises what nobody can do here."""
+    with pytest.raises(EngineError, match=r"1000 tokens.* shorten it, or acquire .* a larger num_ctx") as told:
+        embedder.embed("a" * 1000)
+    assert (told.value.status_code, told.value.status) == (400, 400)
+
+
 def test_the_async_twins_answer_the_same(chat: RunnerClient, embedder: RunnerClient) -> None:
     """With an event loop or without one."""
 

@@ -17,7 +17,7 @@ from fsm.request import ModelId
 from scheduler.engines import Buffer, Memory
 from scheduler.errors import InvalidSettings
 from scheduler.settings import parse_bytes
-from scheduler.spec import check_switch, check_text
+from scheduler.spec import check_name, check_switch
 
 if TYPE_CHECKING:
     from fsm.ledger import Placement
@@ -45,7 +45,7 @@ class PythonModel:
     priority: int = 0  # higher goes first among those that wait
 
     def __post_init__(self) -> None:
-        check_text("name", self.name)
+        check_name(self.name)
         check_switch("pin", self.pin)
         for name, call in (("load", self.load), ("unload", self.unload)):
             if not callable(call) and (name, call) != ("unload", None):

@@ -19,6 +19,7 @@ from fsm.planning import _Planner
 from fsm.pool import Line, Pool
 from fsm.request import Request
 from fsm.runner import Runner
+from fsm.supply import NOW, SOON
 from fsm.timers import Timers
 from tests.mutant import Patch, instead, mutant
 
@@ -187,7 +188,8 @@ def stopped_processes_do_not_count(patch: Patch) -> None:
     @instead(patch, _Planner, "__init__")
     def init(original: Callable[..., None], planner: _Planner, pool: Pool, policy: object) -> None:
         original(planner, pool, policy)
-        planner.places += sum(runner.process and runner.stopping for runner in pool.runners.values())
+        stopping = sum(runner.process and runner.stopping for runner in pool.runners.values())
+        planner.supply.places = [places + stopping for places in planner.supply.places]
 
 
 # -- memory -----------------------------------------------------------------------------------------------------------
@@ -197,9 +199,10 @@ def stopped_processes_do_not_count(patch: Patch) -> None:
 def memory_is_promised_before_it_is_back(patch: Patch) -> None:
     """A load begins in what a runner holds that is on its way out."""
 
-    @instead(patch, _Planner, "_usable")
-    def usable(original: Callable[..., object], planner: _Planner) -> object:
-        return dict(planner.total)
+    @instead(patch, _Planner, "__init__")
+    def init(original: Callable[..., None], planner: _Planner, pool: Pool, policy: object) -> None:
+        original(planner, pool, policy)
+        planner.supply.bytes[NOW] = dict(planner.supply.bytes[SOON])
 
 
 @mutant("one-place")

@@ -28,9 +28,9 @@ EXCEPTIONS = {
 ORDER = (
     "table", "model", "footprint", "remembered", "options", "estimate", "limits", "timers", "request", "ledger",
     "runner", "commands", "events", "journal", "dealing", "placement", "reuse", "eviction", "choosing", "pool",
-    "keeping", "threads", "automatic", "waiting", "candidates", "loading", "plan", "refusing", "explain", "planning",
-    "snapshot", "actions", "prefetching", "endings", "claims", "core", "record", "preview", "world", "canonical",
-    "judge", "explore", "scenarios",
+    "supply", "keeping", "threads", "automatic", "waiting", "candidates", "loading", "plan", "refusing", "explain",
+    "planning", "snapshot", "actions", "prefetching", "endings", "claims", "core", "record", "preview", "world",
+    "canonical", "judge", "explore", "scenarios",
 )  # fmt: skip
 IMPURE_NAMES = {"open", "input", "print", "exec", "eval", "__import__", "globals", "breakpoint"}
 

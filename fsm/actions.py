@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import replace
 
 from fsm import commands as do
@@ -18,7 +18,7 @@ from fsm.remembered import keep
 from fsm.request import ModelId, Purpose, Request, RequestId, RequestState, Want
 from fsm.runner import EXPIRING, IDLE, LOADING, READY, RUNNER_TABLE, Runner, RunnerId
 from fsm.threads import threads_for
-from fsm.waiting import as_fast_as_can_be
+from fsm.waiting import TRUSTED_S, as_fast_as_can_be
 
 
 class Actions:
@@ -54,7 +54,8 @@ class Actions:
                 pool.timers.clear(("keep-alive", runner.id))
                 self.fire(runner, "serve", "granted")
         self.commands.append(do.Grant(request.id, runner.id))
-        if runner.wanted and pool.lines and request.id in runner.leases:
+        if runner.wanted and pool.lines and request.runner is not None:
+            request.asked = True
             self.commands.append(do.Ask(runner.id, (request.id,)))  # the others were told before
         if self.journal is not None:
             self.decide("granted", runner.model, f"waited {pool.now - request.queued_at:.3f} s", request.id, runner.id)
@@ -78,6 +79,7 @@ class Actions:
             if model.current is None:  # it rests from now on, and not since it was given up
                 model.rested_at = max(model.rested_at, pool.now)
             self.stop(runner)
+            self.replan = True  # it is known by when it is gone
         elif runner.keep_alive_s <= 0 and not pool.models[runner.model].pinned:
             self.expire(runner, "its keep-alive is 0")
         else:
@@ -114,11 +116,12 @@ class Actions:
         """A load that nobody waits for goes on, unless its keep-alive is 0."""
         model = self.pool.models.get(request.want.model)
         runner = model.current if model is not None else None
-        if runner is None or runner.state is not LOADING or self.pool.lines_for(runner):
+        if model is None or runner is None or runner.state is not LOADING or self.pool.lines_for(runner):
             return
         if not runner_serves(runner, request.want):  # it was never waited for by this one
             return
-        if runner.keep_alive_s <= 0 or request.keep_alive_s == 0 or runner.expire_when_served:
+        kept = model.pinned or (runner.keep_alive_s > 0 and request.keep_alive_s != 0)
+        if runner.expire_when_served or not kept:
             self.expire(runner, "nobody waits for it any more")
 
     def retry_after_s(self) -> float:
@@ -149,7 +152,7 @@ class Actions:
             runner.options = replace(options, num_thread=threads.answers)  # who asks for as many is served by it
         runner.accepted.add(line.want.options)
         runner.keeps_default = line.head.keep_alive_s is None
-        runner.whole = sum(layers for _, layers in placement.gpu_layers) == model.demand(options, pool.limits)[1].layers
+        runner.whole = placement.offloaded == model.demand(options, pool.limits)[1].layers
         pool.next_runner += 1
         pool.processes += 1
         pool.runners[runner.id] = model.current = runner
@@ -170,7 +173,9 @@ class Actions:
         runner.loaded_at = runner.used_at = pool.now
         load_s = pool.now - runner.launched_at
         if runner.id >= model.first and as_fast_as_can_be(pool, runner):
-            shortest_s, _, count = model.shortest.get(runner.told, (math.inf, 0.0, 0))
+            shortest_s, measured_at, count = model.shortest.get(runner.told, (math.inf, -math.inf, 0))
+            if pool.now - measured_at > TRUSTED_S:
+                shortest_s, count = math.inf, 0
             keep(model.shortest, runner.told, (min(load_s, shortest_s), pool.now, count + 1))
         model.alone = False
         if event.num_ctx is not None and runner.options.num_ctx is not None:
@@ -273,7 +278,6 @@ class Actions:
 
     def rest(self, runner: Runner, reason: str) -> None:
         self.fire(runner, "rest", reason)
-        runner.wanted = False
         self.start_keep_alive(runner)
         self.replan = True
 
@@ -327,7 +331,8 @@ class Actions:
         if not runner.leases:
             self.stop(runner)
         else:
-            runner.due_at = self.pool.now + self.pool.limits.max_wait_s
+            limits = self.pool.limits
+            runner.due_at = self.pool.now + max(limits.max_wait_s, limits.stop_timeout_s)
 
     def forget_current(self, runner: Runner) -> None:
         """Let its model have another runner: this one serves nobody new."""
@@ -339,12 +344,15 @@ class Actions:
         self.pool.timers.clear(("load", runner.id))
         self.replan = True
 
-    def ask(self, wanted: Iterable[RunnerId]) -> None:
-        """Tell the holders of busy runners, once, that others wait for their memory."""
-        for runner in map(self.pool.runners.__getitem__, sorted(wanted)):
-            if not runner.wanted:
-                runner.wanted = True
-                self.commands.append(do.Ask(runner.id, tuple(sorted(runner.leases))))
+    def ask(self, wanted: Collection[RunnerId]) -> None:
+        """Tell the holders of busy runners, once, that others wait for their memory; of all others nobody does."""
+        for runner in self.pool.runners.values():
+            runner.wanted = runner.id in wanted
+            held = [self.pool.requests[lease] for lease in sorted(runner.leases)]
+            if unasked := [request for request in held if runner.wanted and not request.asked]:
+                self.commands.append(do.Ask(runner.id, tuple(request.id for request in unasked)))
+                for request in unasked:
+                    request.asked = True
 
     def stop(self, runner: Runner) -> None:
         if runner.process and not runner.stopping:

@@ -70,7 +70,7 @@ def with_batch(
     if not steps:
         return planned
     _, usual = model.demand(options, limits)
-    if sum(layers for _, layers in placement.gpu_layers) < usual.layers:
+    if placement.offloaded < usual.layers:
         return planned
     same = [gpu for gpu in gpus if gpu.id in dict(placement.gpu_layers)]
     memories = {gpu.memory for gpu in same}

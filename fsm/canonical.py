@@ -59,6 +59,7 @@ LEFT_OUT: Mapping[type, Mapping[str, str]] = MappingProxyType(
         Request: {
             "want": "it stands in its line; once granted nothing asks for it",
             "runner": "it is among the leases",
+            "asked": "nothing follows from it but who is told",
         },
         Want: {"model": "the line stands with its model"},
         Line: {"waits_for": "words", "until": "for people to read", "told": "words"},

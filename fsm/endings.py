@@ -27,10 +27,10 @@ class Endings(Actions):
         elif runner.current:
             self.crash(runner, reason)
             self.count_crash(runner, reason)
-            if event.out_of_memory:
-                self.ran_out(runner)
         else:
             self.revoke_leases(runner, reason)  # it died while it drained
+        if event.out_of_memory and runner.loaded_at is not None:
+            self.ran_out(runner)
         runner.process = False
         self.pool.processes -= 1
         self.replan = True  # its place among the processes is free
@@ -69,8 +69,8 @@ class Endings(Actions):
             model.failure = reason
             model.failures += model.alone
             model.alone = not model.step_down(runner)
-            for request in survivors:
-                request.survived = True
+            for request in survivors:  # a smaller context is no other try for who named one
+                request.survived = model.alone or request.want.options.num_ctx is None
         else:
             self.back_off(model, reason)
             model.alone = False

@@ -144,7 +144,7 @@ def _reasons(pool: Pool, plan: Plan, room: Room | None, runner: Runner) -> Itera
     if victim is not None:
         yield f"it is to go in {victim.free_at - pool.now:.1f} s, or when it rests"
     if runner.state is EXPIRING:
-        yield "it is on its way out" if pool.now < runner.due_at else "it was stopped, but does not end"
+        yield "it was stopped, but does not end" if pool.is_stuck(runner) else "it is on its way out"
     if pool.pinned(runner):
         yield "pinned"
     if runner.id in plan.victims or _is_victim_of_another(plan, room, runner.id):

@@ -46,6 +46,11 @@ class Placement:
         """Bytes over all devices."""
         return sum(amount for _, amount in self.bytes)
 
+    @property
+    def offloaded(self) -> int:
+        """Layers on GPUs, over all of them."""
+        return sum(layers for _, layers in self.gpu_layers)
+
 
 @dataclass(slots=True)
 class Account:

@@ -33,12 +33,14 @@ class Loads:
         self, demand: Demand, offload: Offload, free: Mapping[DeviceId, int], gpus: Sequence[Gpu]
     ) -> Placement | None:
         """Return where one more may begin: where it fits best, or else beside the GPUs on which as many load as may."""
-        placement = place(demand, offload, free, gpus)
-        full = self.full(placement) if placement is not None else set()
-        if full and not demand.spread and demand.main_gpu is None:  # which names one of all of them
-            placement = place(demand, offload, free, [gpu for gpu in gpus if gpu.id not in full])
-            full = self.full(placement) if placement is not None else set()
-        return None if full else placement
+        best = place(demand, offload, free, gpus)
+        if best is None or not (full := self.full(best)):
+            return best
+        if demand.spread or demand.main_gpu is not None:  # which names one of all of them
+            return None
+        other = place(demand, offload, free, [gpu for gpu in gpus if gpu.id not in full])
+        as_good = other is not None and not self.full(other) and other.offloaded >= best.offloaded
+        return other if as_good else None
 
     def full(self, placement: Placement) -> set[DeviceId]:
         """Return the devices on which as many load as may, of those that it loads on."""

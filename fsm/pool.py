@@ -75,9 +75,9 @@ class Model:
 
     def _defaults(self, limits: Limits) -> Options:
         """Return what is automatic: the limits' defaults, the context stepped down where it had to be."""
-        if self.context_limit is None:
+        if self.context_limit is None or limits.defaults.num_ctx is None:
             return limits.defaults
-        return replace(limits.defaults, num_ctx=min(self.context_limit, limits.defaults.num_ctx or self.context_limit))
+        return replace(limits.defaults, num_ctx=min(self.context_limit, limits.defaults.num_ctx))
 
     def step_down(self, failed: Runner) -> bool:
         """Make automatic contexts smaller after a load ran out of memory with one; return whether that is possible."""

@@ -69,8 +69,11 @@ class Request:
     queued_at: float
     state: RequestState = RequestState.queued
     survived: bool = False  # one load failed for lack of memory while it waited; the next failure is its answer
+    asked: bool = False  # it was told that others wait for what it holds
     runner: int | None = None  # the runner its lease is on; None unless granted a lease
 
     def copy(self) -> Request:
         """Return an independent copy."""
-        return Request(self.id, self.want, self.keep_alive_s, self.queued_at, self.state, self.survived, self.runner)
+        return Request(
+            self.id, self.want, self.keep_alive_s, self.queued_at, self.state, self.survived, self.asked, self.runner
+        )

@@ -26,7 +26,7 @@ def threads_for(pool: Pool, model: Model, options: Options, placement: Placement
     """
     if not isinstance(model.info, ModelInfo):
         return None
-    on_host = sum(layers for _, layers in placement.gpu_layers) <= len(model.info.layers_bytes)
+    on_host = placement.offloaded <= len(model.info.layers_bytes)
     if named := options.num_thread or pool.limits.cpu_threads:
         return Threads(min(named, MOST_THREADS), min(named, MOST_THREADS), on_host)
     host = pool.ledger.devices.get(HOST)

@@ -234,3 +234,14 @@ def test_what_was_measured_counts_whether_or_not_a_gpu_is_required() -> None:
     pool.feed(exited(1))
     pool.feed(acquire("a", request=1, require_gpu=True))
     assert pool.launches[2].placement.measured
+
+
+def test_a_context_that_is_stepped_down_is_no_larger_than_without_gpus() -> None:
+    """It is an upper bound of what is automatic: what the GPUs do not take whole is the usual one."""
+    pool = with_gpus("48GiB", context_by_gpus=True)
+    pool.feed(acquire("a", request=1))
+    assert told(pool)[0] == 262144
+    pool.strangers["gpu0"] = amount("46.4GiB")
+    pool.feed(out_of_memory(1), exited(1, code=1))
+    pool.advance("10s")
+    assert told(pool, 2)[0] == 4096

@@ -99,3 +99,10 @@ def test_s29_a_dead_life_is_beside_the_next_one_and_never_in_its_place() -> None
     assert [(view.id, view.state.name) for view in pool.core.snapshot().runners] == [(1, "expiring"), (2, "ready")]
     pool.feed(pool.sample())
     assert [(view.id, view.state.name) for view in pool.core.snapshot().runners] == [(2, "ready")]
+
+
+def test_memory_that_runs_out_while_a_runner_drains_ends_the_others_too() -> None:
+    """N08: nobody knows who took it, whether or not it was to leave anyway."""
+    pool = a_pool("20GiB").ready("b", lease=2).expiring("a", lease=1)
+    pool.feed(exited(pool.runner("a"), code=-9, out_of_memory=True))
+    assert pool.state("b") is RunnerState.expiring

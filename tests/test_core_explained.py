@@ -96,3 +96,12 @@ def test_nothing_is_made_up_where_nobody_listens() -> None:
     quiet, loud = a_pool(capacity="8GiB").idle("a"), listened(a_pool(capacity="8GiB").idle("a"))
     assert quiet.feed(acquire("b", request=50)) == loud.feed(acquire("b", request=50))
     assert quiet.core.journal is None and told(loud, "evicts").reason == "a"
+
+
+def test_what_drains_for_long_is_not_said_to_be_stopped() -> None:
+    """Its holders have not given it back; it was not told to end yet."""
+    pool = listened(a_pool(max_wait_s=10.0, min_residency_s=0.0).ready("a", lease=1))
+    pool.feed(acquire("b", request=2))
+    pool.advance("30s")
+    pool.feed(acquire("c", request=3))
+    assert reasons(told(pool, "waits"))["a"] == "it is on its way out"

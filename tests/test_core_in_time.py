@@ -195,3 +195,11 @@ def test_what_its_runner_serves_after_all_is_not_refused() -> None:
     pool.ready("m", lease=1, num_ctx=8192)
     assert pool.life("m").options.num_batch == 1024
     assert granted(pool.feed(acquire("m", request=2, num_ctx=10**6, timeout="30s"))) == [2]
+
+
+def test_a_load_from_long_ago_does_not_make_one_of_now_two() -> None:
+    """One alone may have read from the disk what is in memory now."""
+    pool = load_and_go(a_pool(min_residency_s=0.0, keep_alive_s=0.0), "a", 30.0)
+    pool.advance(TRUSTED_S + 1.0)
+    load_and_go(pool, "a", 30.0)
+    assert launched(pool.feed(acquire("a", request=9, timeout=20))) == ["a"]

@@ -435,3 +435,30 @@ def test_out_of_memory_is_forgotten_with_its_life() -> None:
     pool.feed(out_of_memory(1), on.Progress(1), loaded(1), release(1), expire("a"), exited(1))
     pool.loading("a", request=2)
     assert refused(pool.feed(exited(2, code=1))) == {2: LoadFailed}
+
+
+def test_a_pinned_models_load_goes_on_whoever_leaves() -> None:
+    """A keep-alive of 0 does not unload it once it is there either."""
+    pool = a_pool()
+    pool.feed(pin("a"))
+    pool.loading("a", request=1, keep_alive=0)
+    assert stopped(pool.feed(cancel(1))) == []
+    pool.feed(loaded(1))
+    assert pool.state("a") is RunnerState.idle
+
+
+def test_who_named_a_context_has_another_try_where_only_automatic_ones_were_made_smaller() -> None:
+    """With the same context beside the same others it would run out of memory again; all else goes first."""
+    pool = a_pool("32GiB", sizes={"b": "4GiB"}, defaults=Options(num_ctx=65536)).idle("b")
+    pool.declare("a", a_model(context_trained=1 << 18))
+    pool.feed(acquire("a", request=1), acquire("a", request=2, num_ctx=65536))
+    pool.feed(out_of_memory(2), exited(2, code=1))
+    assert pool.life("a").told.num_ctx == 32768
+    pool.feed(loaded(pool.runner("a")), release(1))
+    pool.advance("10s")
+    pool.settle()
+    assert (pool.life("a").told.num_ctx, pool.state("b")) == (65536, RunnerState.idle)
+    pool.feed(out_of_memory(pool.runner("a")), exited(pool.runner("a"), code=1))
+    pool.settle()
+    assert (pool.state("b"), pool.state("a")) == (RunnerState.unloaded, RunnerState.loading)
+    assert refused(pool.feed(out_of_memory(pool.runner("a")), exited(pool.runner("a"), code=1))) == {2: LoadFailed}

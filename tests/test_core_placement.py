@@ -20,6 +20,7 @@ from tests.pool import (
     exited,
     launched,
     layered,
+    loaded,
     memory,
     pin,
     refused,
@@ -274,3 +275,14 @@ def test_a_lease_on_one_gpu_does_not_hold_up_a_load_on_another() -> None:
     pool = a_gpu_pool("8GiB", "8GiB").ready("a", lease=1)
     assert launched(pool.feed(acquire("b", request=2))) == ["b"]
     assert pool.waiting() == [2]
+
+
+def test_what_is_offloaded_in_part_waits_for_a_load_rather_than_to_stay_on_the_smaller_gpu() -> None:
+    """A load is over in a moment, and nothing moves it afterwards."""
+    pool = a_pool("64GiB", ["24GiB", "4GiB"]).declare("small", layered(10, "100MiB"))
+    pool.declare("large", layered(32, "1GiB", compute="100MiB", host="100MiB"))
+    pool.feed(acquire("small", request=1))
+    assert launched(pool.feed(acquire("large", request=2))) == []
+    assert pool.waits_for(2) == "another load to end"
+    assert launched(pool.feed(loaded(1))) == ["large"]
+    assert dict(pool.life("large").placement.gpu_layers).keys() == {"gpu0", "gpu1"}

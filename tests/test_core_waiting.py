@@ -49,7 +49,7 @@ def test_a_waiter_is_served_by_whatever_becomes_idle_first() -> None:
     assert pool.feed(acquire("c", request=3)) == [Ask(1, (1,))]
     assert pool.feed(release(2)) == [Stop(2)]
     assert launched(pool.feed(exited(2))) == ["c"]
-    assert pool.feed(acquire("a", request=4)) == [Grant(4, 1), Ask(1, (4,))]
+    assert pool.feed(acquire("a", request=4)) == [Grant(4, 1)]
 
 
 def test_a_slow_stop_holds_up_no_warm_request() -> None:
@@ -203,3 +203,50 @@ def test_a_request_of_low_priority_has_its_turn() -> None:
         pool.feed(loaded(max(pool.launches)))
     assert pool.now - 1000.0 <= 2 * 60.0 + 20.0
     assert refused(pool.commands) == {}
+
+
+def test_who_would_not_wait_at_all_has_one_runner_drained_and_not_all_of_them() -> None:
+    """What was told to drain is given time to do so, as a stop is."""
+    pool = a_pool("18GiB", max_wait_s=0.0, min_residency_s=0.0, max_runners=9)
+    pool.ready("a", lease=1).ready("b", lease=2).ready("c", lease=3)
+    pool.feed(acquire("d", request=9))
+    states = [pool.state(model) for model in "abc"]
+    assert states == [RunnerState.expiring, RunnerState.ready, RunnerState.ready]
+
+
+# -- who is asked to give a lease back --------------------------------------------------------------------------------
+
+
+def test_whoever_came_since_others_left_is_told_that_somebody_waits() -> None:
+    """The one who was told for them has given back; the new holder would keep the runner until the bound."""
+    pool = a_pool().ready("a", lease=1)
+    assert pool.feed(acquire("b", request=2)) == [Ask(1, (1,))]
+    pool.feed(cancel(2))
+    assert pool.feed(acquire("a", request=3), release(1)) == [Grant(3, 1)]
+    assert pool.feed(acquire("c", request=4)) == [Ask(1, (3,))]
+
+
+def test_nobody_is_told_twice() -> None:
+    """Neither by one who waits longer, nor by another one."""
+    pool = a_pool().ready("a", lease=1)
+    pool.feed(acquire("b", request=2), cancel(2))
+    assert Ask(1, (1,)) in pool.commands
+    assert pool.feed(acquire("c", request=3), pool.sample()) == []
+
+
+def test_nobody_is_told_for_somebody_who_waits_for_their_own_load() -> None:
+    """What somebody wanted who has left is wanted by nobody."""
+    pool = a_pool("16GiB", sizes={"a": "6GiB", "b": "12GiB", "c": "2GiB"}).ready("a", lease=1)
+    pool.feed(acquire("b", request=2), cancel(2), acquire("c", request=3))
+    assert pool.feed(acquire("a", request=4)) == [Grant(4, 1)]
+
+
+def test_when_the_last_lease_of_what_drains_is_back_the_end_is_in_sight() -> None:
+    """Whoever waits is told so at once, and not with the next reading."""
+    pool = a_pool(max_wait_s=10.0, min_residency_s=0.0, stop_timeout_s=60.0).ready("a", lease=1)
+    pool.feed(acquire("b", request=2))
+    pool.advance("30s")
+    assert pool.waits_for(2) == "a to finish"
+    pool.feed(release(1))
+    assert pool.waits_for(2) == "memory that is on its way back"
+    assert pool.core.snapshot().queue[0].until == pool.now + 60.0

@@ -179,13 +179,15 @@ class Ledger:
         min(capacity - held, reported free - untouched): what a loading runner was promised but does not occupy yet
         is not free, even where strangers hold memory too.
         """
-        return self.devices[device].capacity_bytes - self.held_bytes(device) - self.missing_bytes(device)
+        sample = self.devices[device]
+        return min(sample.capacity_bytes - self.held_bytes(device), sample.free_bytes - self._untouched_bytes(device))
 
     def missing_bytes(self, device: DeviceId) -> int:
         """Return what others hold of what a device has for us; 0 where there is enough for all of us."""
-        sample = self.devices[device]
-        untouched = sum(account.untouched_bytes(device) for account in self.accounts.values())
-        return max(0, sample.capacity_bytes - self.held_bytes(device) - (sample.free_bytes - untouched))
+        return self.devices[device].capacity_bytes - self.held_bytes(device) - self.free_bytes(device)
+
+    def _untouched_bytes(self, device: DeviceId) -> int:
+        return sum(account.untouched_bytes(device) for account in self.accounts.values())
 
     def freed(self, free: Mapping[DeviceId, int], owners: Iterable[Owner]) -> dict[DeviceId, int]:
         """Return what would be free where `free` is now, once some owners have given back all they hold."""

@@ -173,7 +173,7 @@ class _Planner:
             if not model.fresh:
                 line.wait("its model's metadata")
                 self.plan.inspections.append(model)
-                if model.info is not None and not waits_for:
+                if model.info is not None and not waits_for and len(self.pool.lines) > 1:
                     self._book_unread(model, line.want.options)
                 return None
             options, demand = wish_of(model, line.want.options, self.pool, self.supply.potential, self.gpus)

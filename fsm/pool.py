@@ -289,27 +289,30 @@ class Pool:
 
     def check(self) -> None:
         """Raise AssertionError where an invariant does not hold; for tests and searches, after every step."""
+        leases: set[RequestId] = set()
+        processes = working = 0
         for runner in self.runners.values():
             self._check_runner(runner)
+            leases |= runner.leases
+            processes += runner.process
+            working += runner.state is READY and runner.on_host
         queued = [request for line in self.lines.values() for request in line.requests.values()]
         assert len(queued) == self.queued, "the queue is miscounted"
         assert self.turns == sorted(self.turn(line.head) for line in self.lines.values()), "a line is out of turn"
-        wants = {want for wants in self.wants.values() for want in wants}
-        assert wants == self.lines.keys() and all(self.wants.values()), "a line is under no model, or another's"
-        processes = sum(runner.process for runner in self.runners.values())
+        listed = [want for model, wants in self.wants.items() for want in wants if want.model == model]
+        wanted = len(listed) == len(self.lines) and all(want in self.lines for want in listed)
+        assert wanted and all(self.wants.values()), "a line is under no model, or another's"
         assert processes == self.processes, "the processes are miscounted"
         assert all(line.requests for line in self.lines.values()), "an empty line"
         assert all(request.state is RequestState.queued for request in queued), "answered, but still in a line"
         held = {id for id, request in self.requests.items() if request.state is RequestState.granted}
         assert held | {request.id for request in queued} == set(self.requests), "neither queued nor granted"
-        leases = {lease for runner in self.runners.values() for lease in runner.leases}
         owners = {("runner", id) for id in self.runners} | {("memory", id) for id in held - leases}
         assert owners == set(self.ledger.accounts), "an account without an owner, or the other way round"
         for device, sample in self.ledger.devices.items():
             promised = self.ledger.promised_bytes(device)
             fits = promised <= sample.capacity_bytes
             assert fits or device in self.ledger.shrunk, f"{device}: promised more than there is"
-        working = sum(runner.state is READY and runner.on_host for runner in self.runners.values())
         assert working == self.working <= self.most_working, "those at work are miscounted"
         assert not (self.closing and self.lines), "somebody waits for a closed scheduler"
         loaded = [runner for runner in self.runners.values() if runner.current and runner.state is not LOADING]

@@ -13,6 +13,8 @@ from fsm.pool import Model
 from fsm.request import RequestState
 from fsm.runner import LOADING, Runner
 
+MOST_MODELS = 1024  # that are remembered; more only where somebody uses them
+
 
 class Endings(Actions):
     """The verbs of failed loads, crashes, back-off and memory recovery."""
@@ -142,4 +144,15 @@ class Endings(Actions):
         pool.ledger.release(("runner", runner.id))
         self.fire(runner, "unload", reason)
         del pool.runners[runner.id]
+        if len(pool.models) > MOST_MODELS:
+            self.forget_models()
         self.replan = True
+
+    def forget_models(self) -> None:
+        """Forget of those models that are of no use to anybody now the ones that rested longest, many at a time."""
+        pool = self.pool
+        used = {runner.model for runner in pool.runners.values()}.union(pool.wants)
+        kept = used.union(id for id, one in pool.models.items() if one.pinned or one.inspecting or one.failures)
+        rested = sorted((one.rested_at, id) for id, one in pool.models.items() if id not in kept)
+        for _, id in rested[: len(pool.models) - MOST_MODELS // 2]:
+            del pool.models[id]

@@ -21,9 +21,11 @@ from tests.pool import (
     acquire,
     cancel,
     exited,
+    expire,
     granted,
     launched,
     loaded,
+    pin,
     refused,
     release,
     unpin,
@@ -170,3 +172,17 @@ def test_a_name_that_is_unpinned_and_was_never_pinned_is_not_kept() -> None:
     pool = a_pool()
     pool.feed(unpin("a"))
     assert not pool.core.pool.models
+
+
+def test_models_that_nobody_uses_any_more_are_forgotten_beyond_a_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A program may make objects of ever new names; those last used, and what is in use or pinned, stay."""
+    monkeypatch.setattr("fsm.endings.MOST_MODELS", 8)
+    pool = a_pool(each="1GiB", max_runners=20).ready("in use", lease=1)
+    pool.feed(pin("pinned"))
+    for number in range(50):
+        pool.idle(f"model {number:02}").feed(expire(f"model {number:02}"))
+        pool.settle()
+        pool.advance("1s")
+    models = set(pool.core.pool.models)
+    assert {"in use", "pinned", "model 48", "model 49"} < models
+    assert len(models) <= 8 + 1

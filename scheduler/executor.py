@@ -29,7 +29,7 @@ from scheduler.workers import Workers
 log = logging.getLogger("loadmaster")
 
 _WORKERS = 8  # jobs that may block at once: inspections, launches, looks; all but launches wait for a reading
-_CALLERS = 64  # of the user's callbacks at once, started as needed: each may block, on the scheduler too
+_CALLERS = 64  # of the user's callbacks at once: each may block, on the scheduler too
 _STOPPERS = 2  # of their own, so that nothing can starve a stop
 _FRESH_S = 2.0  # how long an inspection, or a claim, waits for a sample of the devices
 _PROGRESS_S = 1.0  # progress is posted at most so often
@@ -234,6 +234,12 @@ class Executor:
         for life in self._loading():
             self._post(on.Progress(life.runner))
         self.sampler.request()
+
+    def staff(self) -> None:
+        """Start the threads that could not be started when jobs needed them."""
+        for pool in (self.workers, self.callers, self._stoppers, self._readers, self.prefetcher, self.footprints):
+            if pool is not None:
+                pool.staff()
 
     def close(self, timeout_s: float) -> list[str]:
         """End the threads; return the names of those that hang."""

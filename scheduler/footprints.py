@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-import threading
+from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -13,6 +14,7 @@ from pathlib import Path
 from fsm.commands import Launch, Remember
 from fsm.remembered import NOTHING, Remembered
 from scheduler.footprint_store import FootprintStore, Identity
+from scheduler.gate import Gate
 from scheduler.spec import ModelSpec
 from scheduler.workers import Workers
 
@@ -21,14 +23,13 @@ MOST_JOBS = 100  # that wait for the disk; more are dropped
 
 
 class Footprints:
-    """The store of one scheduler; safe to use from any thread. Its thread starts when it is first used."""
+    """The store of one scheduler; safe to use from any thread. It has a thread of its own."""
 
     def __init__(self, path: Path) -> None:
         self._store = FootprintStore(path)
         self._workers = Workers("loadmaster-footprints", 1)
-        self._lock = threading.RLock()  # guards what follows; held for an assignment, in which a finaliser may come
-        self._jobs = 0  # queued or under way
-        self._late = 0  # of those, that somebody waited for in vain: until they are done nobody waits
+        self._jobs: deque[None] = deque()  # one for each that is queued or under way; no lock, so that nobody waits
+        self._late: Gate | None = None  # of the last job that was waited for in vain: until it is done nobody waits
 
     @property
     def problem(self) -> str:
@@ -38,17 +39,18 @@ class Footprints:
     def recall(self, identity: Identity | None, timeout_s: float = WAIT_S) -> Remembered:
         """Return what is known; nothing where the disk does not answer in time."""
         found: list[Remembered] = []
-        done = threading.Event()
+        done, late = Gate(), self._late
 
         def read(identity: Identity) -> None:
-            found.append(self._store.read(identity))
-            done.set()
+            try:
+                found.append(self._store.read(identity))
+            finally:
+                done.set()
 
-        if identity is None or self._late or not self._put(lambda: read(identity)):
+        if identity is None or (late is not None and not late.is_set()) or not self._put(lambda: read(identity)):
             return NOTHING
         if not done.wait(timeout_s):
-            with self._lock:
-                self._late = self._jobs
+            self._late = done
         return found[0] if found else NOTHING
 
     def remember(self, identity: Identity, launch: Launch, showed: Remember) -> None:
@@ -56,15 +58,18 @@ class Footprints:
         options, split = launch.options, launch.placement.gpu_layers
         self._put(lambda: self._store.write(identity, options, split, showed.took, showed.load_s))
 
+    def staff(self) -> None:
+        """Start its thread where it could not be started."""
+        self._workers.staff()
+
     def close(self, timeout_s: float) -> list[str]:
         """Have everything written and end the thread; return its name if it hangs."""
         return self._workers.close(timeout_s)
 
     def _put(self, job: Callable[[], object]) -> bool:
         def done() -> None:
-            with self._lock:
-                self._jobs = max(0, self._jobs - 1)
-                self._late = max(0, self._late - 1)
+            with suppress(IndexError):
+                self._jobs.pop()
 
         def run() -> None:
             try:
@@ -72,10 +77,9 @@ class Footprints:
             finally:
                 done()
 
-        with self._lock:
-            if self._jobs >= MOST_JOBS:
-                return False
-            self._jobs += 1
+        if len(self._jobs) >= MOST_JOBS:
+            return False
+        self._jobs.append(None)
         try:
             self._workers.put(run)
         except BaseException:  # Ctrl-C, say; where it was queued all the same, it is counted off twice

@@ -49,7 +49,7 @@ class Prefetcher:
         self._changed = threading.Condition()  # guards what follows
         self._readings: dict[ModelId, _Reading] = {}  # in the order in which they were named
         self._busy = False  # a job is queued or running
-        self._closed = False
+        self._closed = False  # nothing more is read
 
     def ask(self, files: Sequence[tuple[ModelId, int]]) -> None:
         """Take over what is to be read from now on; returns at once. What was read in this wait is not read again."""
@@ -64,12 +64,13 @@ class Prefetcher:
             self._busy = True
         self._workers.put(self._run)
 
+    def staff(self) -> None:
+        """Start its thread where it could not be started."""
+        self._workers.staff()
+
     def close(self, timeout_s: float) -> list[str]:
         """Read no further, and end the thread; return its name if it hangs, as on a disk that does not answer."""
-        with self._changed:
-            self._closed = True
-            self._readings = {}
-            self._changed.notify()
+        self._closed = True  # without the lock: a handler may interrupt this, and wait for one who asks
         return self._workers.close(timeout_s)
 
     def _run(self) -> None:
@@ -91,7 +92,7 @@ class Prefetcher:
         with self._changed:
             self._busy = False  # first: a finaliser may ask in between
             for model, reading in self._readings.items():
-                if not reading.begun:
+                if not reading.begun and not self._closed:
                     reading.begun = self._busy = True
                     return model, reading
             return None
@@ -99,9 +100,12 @@ class Prefetcher:
     def _goes_on(self, model: ModelId, reading: _Reading) -> bool:
         """Tell whether more of it is wanted, as soon as no model loads: the disk is theirs."""
         with self._changed:
-            while (wanted := self._readings.get(model) is reading and reading.done < reading.limit) and self._loading():
+            while (wanted := self._wants(model, reading)) and self._loading():
                 self._changed.wait(_YIELD_S)
             return wanted
+
+    def _wants(self, model: ModelId, reading: _Reading) -> bool:
+        return not self._closed and self._readings.get(model) is reading and reading.done < reading.limit
 
     def _steps(self, model: ModelId, reading: _Reading) -> Generator[int, None, None]:
         """Have a model's files in the page cache step by step; yield the bytes of each step."""

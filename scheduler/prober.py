@@ -1,9 +1,11 @@
-"""A thread that looks after what nobody asks for: runners that hang or have settled, memory that grows."""
+"""A thread that looks after what nobody asks for: runners that hang or have settled, memory that grows, threads."""
 
 from __future__ import annotations
 
 import threading
 from typing import TYPE_CHECKING
+
+from scheduler.gate import Gate
 
 if TYPE_CHECKING:
     from scheduler.executor import Executor
@@ -14,13 +16,14 @@ _SAMPLE_INTERVAL_S = 1.0
 class Prober:
     """Has memory sampled about once a second, and each loaded runner probed once an interval; waits for neither.
 
+    Threads that could not be started when jobs needed them are started here, as soon as there can be more again.
     Whether a runner has settled is looked at until it has: once an interval, and within a second after a lease on it.
     """
 
     def __init__(self, executor: Executor, interval_s: float) -> None:
         self._executor = executor
         self._interval_s = interval_s
-        self._stop = threading.Event()
+        self._stop = Gate()
         self._thread = threading.Thread(target=self._run, name="loadmaster-prober", daemon=True)
 
     def start(self) -> None:
@@ -37,6 +40,7 @@ class Prober:
         waited_s = 0.0
         pause_s = min(_SAMPLE_INTERVAL_S, self._interval_s)
         while not self._stop.wait(pause_s):
+            self._executor.staff()
             self._executor.sampler.request()
             waited_s += pause_s
             due = waited_s >= self._interval_s

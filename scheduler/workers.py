@@ -1,4 +1,4 @@
-"""Threads for what may block: bounded, daemons, started when they are needed."""
+"""Threads for what may block: bounded, daemons, one more as soon as none waits for a job."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import logging
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 
 Job = Callable[[], object]
@@ -16,6 +17,9 @@ log = logging.getLogger("loadmaster")
 class Workers:
     """At most `limit` daemon threads that run jobs in the order in which they were put.
 
+    `put` takes no lock and starts no thread: it is called under the driver's lock, in finalisers and in signal
+    handlers. A thread that takes a job sees first to it that another one waits for the next.
+
     Unlike `concurrent.futures`, nothing joins them when the interpreter exits: a job that hangs cannot hang the exit.
     """
 
@@ -23,40 +27,43 @@ class Workers:
         self._name = name
         self._limit = limit
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
-        self._idle = threading.Semaphore(0)  # threads that wait for a job, less the jobs on their way to them
-        self._lock = threading.RLock()  # guards what follows; re-entered by a finaliser that puts while a thread starts
+        self._closed = False  # its threads end
+        self._places = deque([None] * limit)  # for threads that run what was put after the close
+        self._lock = threading.Lock()  # guards what follows
         self._threads: list[threading.Thread] = []
-        self._closed = False
-        self._late = 0  # threads that run what was put after the close
+        self._idle = 0  # threads that wait for a job, or are about to
+        self.staff()
 
     def put(self, job: Job) -> None:
-        """Have `job` run; returns at once. After the close too: on a thread that ends when there is nothing to do."""
+        """Have `job` run; never blocks. After the close too: on a thread that ends when there is nothing to do."""
         self._jobs.put(job)
-        if not self._closed and self._idle.acquire(blocking=False):
-            return
+        if self._closed:
+            self._staff_late()
+
+    def staff(self) -> None:
+        """See to it that a thread waits for a job, unless all are busy; where none can be started, call it again."""
         with self._lock:
-            number = self._late if self._closed else len(self._threads)
-            if number >= self._limit:
+            if self._idle or self._closed or len(self._threads) >= self._limit:
                 return
-            run = self._run_late if self._closed else self._run
-            thread = threading.Thread(target=run, name=f"{self._name}-{number}", daemon=True)
+            name = f"{self._name}-{len(self._threads)}"
+            thread = threading.Thread(target=self._run, name=name, daemon=True)
             try:
                 thread.start()
-            except RuntimeError:  # there can be no more threads now: the job waits for one, or for the next put
-                log.warning("no thread could be started for %s", self._name)
-            else:
-                if self._closed:
-                    self._late += 1
-                else:
-                    self._threads.append(thread)
+            except RuntimeError:  # there can be no more threads now
+                if not self._jobs.empty():
+                    log.warning("no thread could be started for %s", self._name)
+                return
+            self._threads.append(thread)
+            self._idle += 1
 
     def close(self, timeout_s: float) -> list[str]:
         """Let the threads end after what is queued, wait for them, and return the names of those that hang."""
+        self._closed = True
         with self._lock:
-            self._closed = True
-            for _ in self._threads:
-                self._jobs.put(None)
-            threads = [thread for thread in self._threads if thread is not threading.current_thread()]
+            threads = list(self._threads)
+        for _ in threads:
+            self._jobs.put(None)
+        threads = [thread for thread in threads if thread is not threading.current_thread()]
         end = time.monotonic() + timeout_s
         for thread in threads:
             thread.join(max(0.0, end - time.monotonic()))
@@ -64,19 +71,34 @@ class Workers:
 
     def _run(self) -> None:
         while (job := self._jobs.get()) is not None:
+            with self._lock:
+                self._idle -= 1
+            self.staff()
             self._do(job)
             del job  # what it refers to must not live until the next one
-            self._idle.release()
+            with self._lock:
+                self._idle += 1
+
+    def _staff_late(self) -> None:
+        if not self._take_a_place():  # those who have them look once more before they end
+            return
+        thread = threading.Thread(target=self._run_late, name=f"{self._name}-late", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError:  # there can be no more threads now: the job waits for the next put
+            self._places.append(None)
+            log.warning("no thread could be started for %s", self._name)
 
     def _run_late(self) -> None:
         ends = 0  # of threads that have yet to end: given back, as those may hang for as long as they like
         while True:
-            with self._lock:
-                try:
-                    job = self._jobs.get_nowait()
-                except queue.Empty:
-                    self._late -= 1
+            try:
+                job = self._jobs.get_nowait()
+            except queue.Empty:
+                self._places.append(None)
+                if self._jobs.empty() or not self._take_a_place():  # whoever put a job meanwhile may have found none
                     break
+                continue
             if job is None:
                 ends += 1
             else:
@@ -85,8 +107,15 @@ class Workers:
         for _ in range(ends):
             self._jobs.put(None)
 
+    def _take_a_place(self) -> bool:
+        try:
+            self._places.pop()
+        except IndexError:
+            return False
+        return True
+
     def _do(self, job: Job) -> None:
         try:
             job()
-        except Exception:
+        except BaseException:  # sys.exit() in a user's callback ends that, and not the thread
             log.exception("a job of %s failed", self._name)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import logging
-import threading
+from collections import deque
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 
 from fsm.events import Event, Resident, Sampled
 from fsm.model import DeviceId
 from fsm.runner import RunnerId
 from scheduler.devices import Devices
 from scheduler.engines import Process
+from scheduler.gate import Gate
 from scheduler.workers import Workers
 
 log = logging.getLogger("loadmaster")
@@ -33,55 +35,51 @@ class Sampler:
         self._workers = workers
         self._running = running
         self._post = post
-        self._lock = threading.RLock()  # guards the six below; re-entered by a finaliser
-        self._wanted = 0  # the highest number asked for
-        self._again = False  # somebody asked since the reading under way began
-        self._busy = False  # a job is queued or running
-        self._done: list[threading.Event] = []  # those who wait for a reading that has not begun
-        self._begun: list[threading.Event] = []  # those who wait for the reading under way
+        self._asked: deque[tuple[int, Gate | None]] = deque()  # numbers, and those who wait; no reading has begun
+        self._begun: list[Gate] = []  # those who wait for the reading under way
+        self._highest = 0  # of the numbers that were asked for
         self._closed = False  # no reading may begin any more
 
-    def request(self, number: int = 0, done: threading.Event | None = None) -> None:
+    def request(self, number: int = 0, done: Gate | None = None) -> None:
         """Have the devices read, beginning after this call; `done` is set when the reading has been posted."""
-        with self._lock:
-            self._wanted = max(self._wanted, number)
-            self._again = True
-            if done is not None and not self._closed:
-                self._done.append(done)
-            elif done is not None:
-                done.set()
-            if self._busy:
-                return
-            self._busy = True
-        self._workers.put(self._read_all)
+        self._asked.append((number, done))
+        self._workers.put(self._read_all)  # each time: what Ctrl-C kept from being put is read for with the next
+        if self._closed and done is not None:
+            done.set()
 
     def refresh(self, timeout_s: float) -> bool:
         """Have the devices read and wait for it; return whether it came in time. Once closed, nobody waits."""
-        done = threading.Event()
+        done = Gate()
         self.request(done=done)
         return done.wait(timeout_s)
 
     def close(self) -> None:
         """Let go of those who wait for a reading that may never begin, or never end."""
-        with self._lock:
-            self._closed = True
-            waiting = [*self._begun, *self._done]
-            self._done = []
-        for done in waiting:
+        self._closed = True
+        for done in (*self._begun, *self._take()):
             done.set()
 
+    def _take(self) -> list[Gate]:
+        """Take over what was asked for; return those who wait for it."""
+        waiting = []
+        with suppress(IndexError):
+            while True:
+                number, done = self._asked.popleft()
+                self._highest = max(self._highest, number)
+                if done is not None:
+                    waiting.append(done)
+        return waiting
+
     def _read_all(self) -> None:
-        while True:
-            with self._lock:
-                if not self._again:
-                    self._busy = False
-                    return
-                self._again = False
-                number, self._begun, self._done = self._wanted, self._done, []
-            try:
-                self._read(number)
-            except Exception:
-                log.exception("the devices could not be read")
+        if not self._asked:  # an earlier job has read for it
+            return
+        self._begun = self._take()
+        try:
+            if not self._closed:
+                self._read(self._highest)
+        except Exception:
+            log.exception("the devices could not be read")
+        finally:
             for done in self._begun:
                 done.set()
 

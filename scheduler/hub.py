@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from weakref import ReferenceType, ref
 
 from fsm.journal import Entry
+from scheduler.errors import SchedulerForked
 from scheduler.units import parse_duration, wait_limit
 
 
@@ -23,24 +26,28 @@ class Gap:
 class EventStream(Iterator[Entry | Gap]):
     """Entries in order, each once; blocks for the next one, and ends when the scheduler has closed.
 
-    Keeps at most `limit` entries: then the oldest are dropped and a `Gap` takes their place.
+    Keeps at most `limit` entries: then the oldest are dropped and a `Gap` takes their place. In a fork of the process
+    that made it, it raises `SchedulerForked`: nothing is offered there.
     """
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
-        self._entries: deque[Entry] = deque()
-        self._missed = 0
-        self._lock = threading.RLock()  # re-entered by a finaliser that posts while its thread takes or offers
+        self._owner = os.getpid()
+        self._entries: deque[tuple[int, Entry]] = deque()  # numbered: where numbers are missing, entries were dropped
+        self._offered = 0  # in all; written by the one who offers, under the driver's lock
+        self._lock = threading.RLock()  # one takes; never waited for by the one who offers
+        self._next = 0  # the number that is due to be taken
         self._there: SimpleQueue[None] = SimpleQueue()  # a token, while there may be something to take
         self.ended = False  # nothing more is offered
 
     def offer(self, entries: Sequence[Entry]) -> None:
-        """Take in what happened; drops the oldest where there is no room."""
-        with self._lock:
-            self._entries.extend(entries)
+        """Take in what happened, without waiting for anybody; drops the oldest where there is no room."""
+        for entry in entries:
+            self._entries.append((self._offered, entry))
+            self._offered += 1
+        with suppress(IndexError):  # they were taken meanwhile
             while len(self._entries) > self._limit:
                 self._entries.popleft()
-                self._missed += 1
         if self._there.empty():
             self._there.put(None)
 
@@ -53,19 +60,29 @@ class EventStream(Iterator[Entry | Gap]):
         """Return the next one, None when none comes in time or the stream has ended."""
         wait_s = None if timeout_s is None else wait_limit(parse_duration(timeout_s, name="timeout_s"))
         while True:
-            with self._lock:
-                missed, self._missed = self._missed, 0
-                entry = self._entries.popleft() if self._entries and not missed else None
-            if missed:
-                return Gap(missed)
-            if entry is not None:
-                return entry
+            if os.getpid() != self._owner:
+                raise SchedulerForked()
+            if (found := self._take_next()) is not None:
+                return found
             if self.ended:
                 return None
             try:
                 self._there.get(timeout=wait_s)
             except Empty:
                 return None
+
+    def _take_next(self) -> Entry | Gap | None:
+        with self._lock:
+            try:
+                number, entry = self._entries.popleft()
+            except IndexError:
+                return None
+            missed, self._next = number - self._next, max(number, self._next)
+            if missed > 0:
+                self._entries.appendleft((number, entry))
+                return Gap(missed)
+            self._next += 1
+            return entry
 
     def __enter__(self) -> EventStream:
         return self

@@ -830,6 +830,28 @@ def test_a_fork_refuses_to_use_what_it_inherited(scheduler: Scheduler) -> None:
     scheduler.acquire(a_model("a")).release()
 
 
+def test_a_fork_hears_no_event_of_its_parents(scheduler: Scheduler) -> None:
+    """Neither one that was there before nor one to come, which nobody would offer."""
+    with scheduler.events() as events:
+        scheduler.acquire(a_model("a")).release()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            pid = os.fork()
+        if pid == 0:
+            signal.alarm(int(LIMIT_S))  # ends it if it hangs
+            try:
+                events.take(0)
+            except SchedulerForked:
+                with pytest.raises(SchedulerForked):
+                    next(events)
+                os._exit(42)
+            finally:
+                os._exit(1)
+        _, status = os.waitpid(pid, 0)
+        assert os.waitstatus_to_exitcode(status) == 42
+        assert events.take(LIMIT_S) is not None
+
+
 CALLS: dict[str, Callable[[Scheduler, Lease], object]] = {
     "status": lambda scheduler, _: scheduler.status(),
     "events": lambda scheduler, _: scheduler.events(),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import logging
-import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any, assert_never
@@ -20,6 +19,7 @@ from scheduler.devices import Devices
 from scheduler.driver import Driver, Value
 from scheduler.errors import InvalidSettings, SchedulerBroken, SchedulerClosed, SchedulerError, SchedulerForked
 from scheduler.executor import Executor
+from scheduler.gate import Gate
 from scheduler.hub import Hub
 from scheduler.registry import Question, Registry
 from scheduler.settings import Settings
@@ -44,7 +44,7 @@ class Desk:
     ) -> None:
         self.forked = False  # this is the copy in a forked child: nothing here may be touched
         self.closing = False
-        self.finished = threading.Event()  # every runner is unloaded after a close
+        self.finished = Gate()  # every runner is unloaded after a close
         self.tickets: dict[RequestId, Ticket] = {}  # from Acquire until refused, lost or given back
         self._ids = itertools.count(1)
         self._core = core

@@ -1,6 +1,6 @@
 """The inbox, and who drains it: whichever thread holds the core's lock, but never the main thread.
 
-Four things would break this if they were not built in:
+Five things would break this if they were not built in:
 
 * **Ctrl-C** may raise inside a step at any point, and only in the main thread. So the main thread never runs a step:
   it wakes the driver's own thread. An exception that escapes a step all the same stops it and fails every waiter.
@@ -8,6 +8,8 @@ Four things would break this if they were not built in:
   it gets the lock without blocking; who holds it looks at the inbox once more after letting go.
 * **Order.** Commands are handed on under the lock, in order. `perform` only files them; it must not block, nor run the
   user's code.
+* **Signal handlers** may interrupt the main thread wherever it is, and wait for a step there. So nothing that is done
+  under the lock waits for a lock that the main thread may hold.
 * **Exit.** The thread is a daemon; nothing joins it but `close`, which bounds its wait.
 """
 
@@ -17,6 +19,7 @@ import logging
 import math
 import queue
 import threading
+from _thread import allocate_lock
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import TypeVar, cast
@@ -26,6 +29,7 @@ from fsm.core import Core
 from fsm.events import Event, Tick
 from fsm.journal import Entry
 from scheduler.clock import Clock
+from scheduler.gate import Gate
 
 Value = TypeVar("Value")
 
@@ -33,7 +37,7 @@ log = logging.getLogger("loadmaster")
 
 _LONGEST_SLEEP_S = 3600.0  # a time-out that every platform's wait accepts
 _GAP_S = 5.0  # a tick that is late by so much: nothing ran here meanwhile, the machine or this program stood still
-_CHECK_S = 1.0  # how often one who reads makes sure that the thread still lives
+_CHECK_S = 1.0  # how often one who reads makes sure that the thread still runs
 _TICK = Tick()
 
 
@@ -42,12 +46,15 @@ class _Look:
 
     def __init__(self, look: Callable[[Core], object]) -> None:
         self.look = look
-        self.done = threading.Event()
+        self.done = Gate()
         self.value: object = None
         self.error: Exception | None = None
+        self._once = allocate_lock()  # taken by the one who reads
 
     def run(self, core: Core) -> None:
-        """Read, and let the one who wished know."""
+        """Read, unless somebody does already, and let the one who wished know."""
+        if not self._once.acquire(blocking=False):
+            return
         try:
             self.value = self.look(core)
         except Exception as error:
@@ -82,10 +89,12 @@ class Driver:
         self._asleep_until = -math.inf  # when the thread wakes by itself
         self._main = threading.main_thread().ident
         self.broken: BaseException | None = None  # what a step raised; nothing is decided after it
+        self._runs = False  # the thread drains for the main thread
         self._thread = threading.Thread(target=self._run, name="loadmaster-driver", daemon=True)
 
     def start(self) -> None:
         """Begin to keep time and to drain for the main thread."""
+        self._runs = True
         self._thread.start()
 
     def post(self, event: Event) -> None:
@@ -95,11 +104,11 @@ class Driver:
     def read(self, look: Callable[[Core], Value]) -> Value:
         """Return what `look` finds in the core after everything that this thread posted before; it must be quick."""
         request = _Look(look)
-        self._put(request)
-        while not request.done.wait(_CHECK_S):
-            if not self._thread.is_alive():  # nobody drains for the main thread any more
-                with self._lock:
-                    return look(self._core)
+        if self._runs:
+            self._put(request)
+        while not request.done.wait(_CHECK_S if self._runs else 0.0):
+            if not self._runs:  # nobody drains for the main thread any more
+                self._run_alone(request)
         if request.error is not None:
             raise request.error
         return cast(Value, request.value)
@@ -110,6 +119,14 @@ class Driver:
         if threading.current_thread() is not self._thread and self._thread.ident is not None:
             self._thread.join(timeout_s)
         return not self._thread.is_alive()
+
+    def _run_alone(self, request: _Look) -> None:
+        taken = self._lock.acquire(timeout=_CHECK_S)  # no longer: a handler may have interrupted this very thread here
+        try:
+            request.run(self._core)
+        finally:
+            if taken:
+                self._lock.release()
 
     def _put(self, item: Event | _Look) -> None:
         if threading.get_ident() == self._main:
@@ -153,6 +170,12 @@ class Driver:
             journal.clear()
 
     def _run(self) -> None:
+        try:
+            self._keep_time()
+        finally:
+            self._runs = False
+
+    def _keep_time(self) -> None:
         while True:
             until = self._asleep_until = self._deadline
             if self._deadline < until:

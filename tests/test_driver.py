@@ -1,4 +1,4 @@
-"""The driver: one order for all events, and the four precautions that keep a step whole."""
+"""The driver: one order for all events, and the five precautions that keep a step whole."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ from scheduler.driver import Driver
 from scheduler.executor import Life
 from scheduler.hub import EventStream
 from scheduler.workers import Workers
+from tests.interrupts import as_main, interrupted
 from tests.waiting import LIMIT_S, assert_soon
 
 
@@ -299,9 +300,9 @@ def test_a_finaliser_may_post_while_its_thread_reads_the_events() -> None:
     entry = Decision(0.0, "queued", ModelId("a"), "")
 
     class Entries(type(stream._entries)):  # type: ignore[misc]  # a deque whose use runs a finaliser
-        def popleft(self) -> Entry:
-            found: Entry = super().popleft()
-            if found.reason == "":
+        def popleft(self) -> tuple[int, Decision]:
+            found: tuple[int, Decision] = super().popleft()
+            if found[1].reason == "":
                 stream.offer([Decision(1.0, "queued", ModelId("b"), "late")])
             return found
 
@@ -339,3 +340,44 @@ def test_workers_are_bounded_and_survive_a_job_that_fails() -> None:
     assert sorted(done.get(timeout=LIMIT_S) for _ in range(20)) == list(range(20))
     assert len(workers._threads) <= 2
     assert workers.close(LIMIT_S) == []
+
+
+def test_a_job_that_exits_ends_no_thread() -> None:
+    """A callback of the user's may call sys.exit: the next job finds its thread."""
+    workers = Workers("test", 1)
+    done: queue.SimpleQueue[int] = queue.SimpleQueue()
+    workers.put(sys.exit)
+    workers.put(lambda: done.put(1))
+    assert done.get(timeout=LIMIT_S) == 1
+    assert workers.close(LIMIT_S) == []
+
+
+def test_a_handler_may_read_while_its_thread_waits_for_a_reading(
+    start: Callable[..., Driver], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wherever it interrupts the wait: the driver's thread answers both."""
+    monkeypatch.setattr("scheduler.driver._CHECK_S", 0.0)  # so that the wait has no end, and every moment comes
+    for moment in range(1, 300):
+        driver = start(Core())
+        driver._lock.acquire()  # nobody is answered before the handler comes
+
+        def read(count: int, driver: Driver = driver, moment: int = moment) -> None:
+            if count == moment:
+                driver._lock.release()
+                driver._wake.put(True)
+                assert driver.read(lambda core: "inner") == "inner"
+
+        as_main(driver, lambda driver=driver, read=read: interrupted(lambda: driver.read(id), read))  # type: ignore[misc]
+        assert driver.stop(LIMIT_S)
+
+
+def test_nobody_waits_to_read_once_the_driver_has_stopped(
+    start: Callable[..., Driver], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There is no thread to be waited for: the main thread reads by itself."""
+    monkeypatch.setattr("scheduler.driver._CHECK_S", 10 * LIMIT_S)
+    driver = start(Core())
+    assert driver.stop(LIMIT_S)
+    found: list[object] = []
+    as_main(driver, lambda: found.append(driver.read(lambda core: list(core.pool.requests))))
+    assert found == [[]] and not driver._inbox

@@ -7,6 +7,7 @@ import logging
 import os
 import threading
 import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from typing import Self, Unpack
 from weakref import WeakSet
@@ -59,7 +60,8 @@ class Scheduler:
 
     def __init__(self, settings: Settings | None = None) -> None:
         self.settings = settings or Settings.from_environment()
-        self._close_lock = threading.Lock()  # one closes, the others wait for it
+        self._close_lock = threading.RLock()  # one thread ends what is left, the others wait for it
+        self._ending: int | None = None  # the thread that does
         self._configuring = threading.RLock()  # one changes limits; a signal handler may do so in between
         self._hub = Hub(self.settings.event_buffer)
         self._devices = Devices(
@@ -245,7 +247,7 @@ class Scheduler:
         `timeout` defaults to the setting `close_timeout`; leases that last longer are broken. Returns soon after it
         whatever happens; an object whose `unload` hangs is named in a warning. Calling it again is harmless.
         """
-        if self._desk.forked:
+        if self._desk.forked or self._ending == threading.get_ident():  # the latter: in a signal handler
             return
         timeout_s = self.settings.close_timeout if timeout is None else parse_duration(timeout, name="timeout")
         self._desk.closing = True
@@ -255,7 +257,11 @@ class Scheduler:
                 self._await_the_end(timeout_s)
         finally:  # after Ctrl-C too
             with self._close_lock:
-                self._end()
+                self._ending = threading.get_ident()
+                try:
+                    self._end()
+                finally:
+                    self._ending = None
 
     def __enter__(self) -> Self:
         return self
@@ -274,22 +280,49 @@ class Scheduler:
             self._desk.finished.wait(min(end - now, _CLOSE_LOOK_S))
 
     def _end(self) -> None:
-        """Stop what is left: processes first, then threads, then those who still wait."""
+        """Stop what is left: processes first, then threads, then those who still wait.
+
+        Each step is taken whatever the one before raised. What is not a mere failure, Ctrl-C for example, is raised
+        after the last one, and what was not ended then is ended by the next call, if need be at the interpreter's exit.
+        """
+        end, hung = time.monotonic() + _LAST_WORDS_S, list[str]()
+        raised: BaseException | None = None
+        try:
+            for step in self._last_steps(hung):
+                try:
+                    step(max(0.1, end - time.monotonic()))
+                except Exception:
+                    log.exception("a step of the close failed")
+                except BaseException as error:
+                    raised = error
+        finally:
+            self._dismiss()  # again, as Ctrl-C may have come between two steps
+        if raised is not None:
+            raise raised
         _open_schedulers.discard(self)
-        end = time.monotonic() + _LAST_WORDS_S
-        self._prober.close(max(0.1, end - time.monotonic()))
+
+    def _last_steps(self, hung: list[str]) -> Iterator[Callable[[float], object]]:
+        """Yield what is to be stopped, each with its time limit; what hangs is noted, and told of."""
+        yield self._prober.close
         for engine in self._engines:
-            engine.close(max(0.1, end - time.monotonic()))
-        hung = self._desk.executor.close(max(0.1, end - time.monotonic()))
-        self._desk.driver.stop(max(0.1, end - time.monotonic()))
-        if self._recorder is not None and not self._recorder.close(max(0.1, end - time.monotonic())):
-            hung.append("the recorder")
+            yield engine.close
+        yield lambda timeout_s: hung.extend(self._desk.executor.close(timeout_s))
+        yield self._desk.driver.stop
+        if (recorder := self._recorder) is not None:
+            yield lambda timeout_s: None if recorder.close(timeout_s) else hung.append("the recorder")
+        yield lambda _: self._tell(hung)
+        yield lambda _: self._dismiss()
+        yield lambda _: self._devices.close()
+
+    def _dismiss(self) -> None:
+        """Answer those who still wait, and tell those who listen that there is no more."""
+        self._desk.answer_all(SchedulerClosed)
+        self._hub.close()
+
+    def _tell(self, hung: list[str]) -> None:
         stuck = [self._registry.name(life.model) for life in self._desk.executor.lives.values() if not life.over]
         if hung or stuck:
             log.warning("closed, but these did not end: %s", ", ".join([*stuck, *hung]))
-        self._desk.answer_all(SchedulerClosed)
-        self._hub.close()
-        self._devices.close()
 
 
 def limits_of(settings: Settings) -> Limits:

@@ -247,6 +247,28 @@ def test_ten_thousand_waiters_that_leave_at_once_are_each_answered_once() -> Non
         assert_soon(lambda: states(scheduler) == {"a": "idle"})
 
 
+# -- threads that cannot be started ------------------------------------------------------------------------------------
+
+
+def test_whoever_asks_while_no_worker_can_be_started_is_served_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without anybody else who would have to ask first."""
+    begin = threading.Thread.start
+
+    def refuse(thread: threading.Thread) -> None:
+        if thread.name.startswith(("loadmaster-worker", "loadmaster-caller", "loadmaster-sampler")):
+            raise RuntimeError("can't start new thread")
+        begin(thread)
+
+    monkeypatch.setattr("scheduler.scheduler._FIRST_SAMPLE_S", 0.01)
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        scheduler = a_scheduler()
+        with ThreadPoolExecutor(1) as pool:
+            waiting = pool.submit(scheduler.submit, a_model("a")).result(LIMIT_S)
+    with scheduler:
+        waiting.result(LIMIT_S).release()
+
+
 # -- close at bad moments ----------------------------------------------------------------------------------------------
 
 
@@ -316,6 +338,34 @@ def test_close_while_every_callback_is_busy() -> None:
     assert_closes(scheduler)
     gate.open.set()
     lease.release()
+
+
+@pytest.mark.parametrize("name", ["load", "unload"])
+def test_a_load_or_an_unload_may_close(
+    name: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """On its own thread, which cannot be waited for there: it is named, nothing raises, and all else is ended."""
+    monkeypatch.setattr("scheduler.scheduler._LAST_WORDS_S", 0.2)
+    raised: list[BaseException] = []
+    done = threading.Event()
+    scheduler = a_scheduler(stop_grace="100ms", close_timeout=0)
+
+    def close(*_: object) -> None:
+        try:
+            scheduler.close()
+        except BaseException as error:
+            raised.append(error)
+        finally:
+            done.set()
+
+    calls: dict[str, Any] = {"load": object, name: close}
+    waiting = scheduler.submit(a_model("a", **calls), keep_alive=0)
+    if name == "unload":
+        waiting.result(LIMIT_S).release()
+    assert done.wait(LIMIT_S)
+    assert raised == []
+    assert "closed, but these did not end: a" in [each.getMessage() for each in caplog.records]
+    caplog.clear()
 
 
 # -- the end of the host -----------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from fsm.model import DeviceId, Options
 from fsm.request import ModelId
 from scheduler.engines import Buffer, Memory
 from scheduler.errors import InvalidSettings
+from scheduler.gate import Gate
 from scheduler.settings import parse_bytes
 from scheduler.spec import check_name, check_switch
 
@@ -84,7 +85,7 @@ class PythonProcess:
         self._report = report
         self._on_end = on_end
         self._owner = os.getpid()
-        self._stop = threading.Event()
+        self._stop = Gate()
         self._loaded = False  # load has returned, unload has not
         self._thread = threading.Thread(target=self._live, name=f"loadmaster-object-{model.name}", daemon=True)
 
@@ -93,8 +94,9 @@ class PythonProcess:
         self._thread.start()
 
     def join(self, timeout_s: float) -> bool:
-        """Wait for its end; return whether it came in time."""
-        self._thread.join(timeout_s)
+        """Wait for its end; return whether it came in time. Its own thread, which may close too, does not wait."""
+        if self._thread is not threading.current_thread():
+            self._thread.join(timeout_s)
         return not self._thread.is_alive()
 
     def stop(self, grace_s: float) -> None:

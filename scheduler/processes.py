@@ -15,11 +15,12 @@ import subprocess
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import IO, Protocol
+from typing import IO
 
+from scheduler.child import Child, Exit
 from scheduler.units import LONGEST_WAIT_S
 
 log = logging.getLogger("loadmaster")
@@ -31,67 +32,6 @@ CLOSE_TIMEOUT_S = 5.0
 
 _CHUNK_BYTES = _LINE_BYTES = 1 << 16  # a longer line is no line of a protocol, and is dropped
 _LAST_CHUNKS = 16  # read at most from each stream of a process that is gone: others may still write to it
-
-
-@dataclass(frozen=True, slots=True)
-class Program:
-    """What to run: an argument list, never a shell's line."""
-
-    arguments: tuple[str, ...]
-    environment: Mapping[str, str] = field(repr=False)
-    input: bytes = field(default=b"", repr=False)  # for its standard input, which stays open after that; some KiB
-
-
-@dataclass(frozen=True, slots=True)
-class Exit:
-    """How a child ended."""
-
-    code: int | None  # its status, or the negative signal; None: it never started
-    reason: str = ""  # why it never started, or why it was ended although nobody asked
-    tail: str = ""  # the last of what it wrote to standard error
-    asked: bool = False  # it was told to stop
-
-
-class Listener(Protocol):
-    """Hears of one child, on the watcher's thread; what it raises is logged. It must not block."""
-
-    def printed(self, line: str) -> None:
-        """The child wrote a line to standard output."""
-
-    def logged(self) -> None:
-        """The child wrote to standard error."""
-
-    def pulse(self) -> bool:
-        """About a second has passed; return whether to go on with these calls."""
-
-    def ended(self, exit: Exit) -> None:
-        """The child is gone and reaped, or was never started: exactly once, and the last call."""
-
-
-class Child:
-    """One child process, from before it is started until it is gone; any thread may use it."""
-
-    def __init__(self, program: Program, listener: Listener) -> None:
-        self.program = program
-        self.listener = listener
-        self.pid: int | None = None  # from its start on, also after its end
-        self.watcher: Watcher | None = None  # since it was handed over
-        self._lock = threading.Lock()
-        self._settled = False  # it is being started, or never will be
-
-    def settle(self) -> bool:
-        """Take the right to start it, or to call it off: True for the first who asks."""
-        with self._lock:
-            first, self._settled = not self._settled, True
-            return first
-
-    def stop(self, grace_s: float) -> None:
-        """Terminate it, and kill it and its group after `grace_s`; before its start this calls it off.
-
-        Returns at once. Again is harmless, and may shorten the grace; in a fork of the host it does nothing.
-        """
-        if self.watcher is not None:
-            self.watcher.post(functools.partial(self.watcher.stop, self, grace_s))
 
 
 @dataclass(slots=True, eq=False)
@@ -163,7 +103,11 @@ class Watcher:
         self._changed = threading.Condition()  # guards `_children`
         self._ending = False
         self._thread = threading.Thread(target=self._watch, name="loadmaster-watcher", daemon=True)
-        self._thread.start()
+        try:
+            self._thread.start()
+        except RuntimeError:  # there can be no more threads now
+            self._let_go()
+            raise
 
     def post(self, call: Callable[[], None]) -> None:
         """Have `call` made on the watcher's thread; nothing happens in a fork, or once it is closed."""
@@ -226,12 +170,12 @@ class Watcher:
     def close(self, timeout_s: float) -> bool:
         """Kill every child that is left, reap it, and end the thread; return whether that was done in time."""
         end = time.monotonic() + timeout_s
+        self._ending = True  # the thread goes on while there are children
+        self.post(lambda: None)
         with self._changed:
             for child in self._children:
                 child.stop(0.0)
             self._changed.wait_for(lambda: not self._children, timeout_s)
-        self._ending = True  # the thread goes on while there are children
-        self.post(lambda: None)
         self._thread.join(max(0.0, end - time.monotonic()))
         return not self._thread.is_alive()
 
@@ -244,6 +188,9 @@ class Watcher:
             now = time.monotonic()
             for run in tuple(self._runs.values()):
                 _attempt(functools.partial(self._look_at, run, now))
+        self._let_go()
+
+    def _let_go(self) -> None:
         with self._wake_lock:
             os.close(self._wake)
             self._wake = -1
@@ -340,9 +287,11 @@ class Processes:
                 raise RuntimeError("closed: no more processes are started")
             if self._watcher is None:
                 self._watcher = Watcher()
+            if self._spawner is None:
                 name = "loadmaster-spawner"
-                self._spawner = threading.Thread(target=self._spawn, args=(self._watcher,), name=name, daemon=True)
-                self._spawner.start()
+                spawner = threading.Thread(target=self._spawn, args=(self._watcher,), name=name, daemon=True)
+                spawner.start()
+                self._spawner = spawner
             self._watcher.add(child)
             self._queue.put(child)
 
@@ -352,13 +301,15 @@ class Processes:
             return True
         with self._lock:
             self._closed = True
-            if self._watcher is None or self._spawner is None:
-                return True
+            watcher, spawner = self._watcher, self._spawner
         end = time.monotonic() + timeout_s
-        done = self._watcher.close(timeout_s)
-        self._queue.put(None)  # last, since on Linux the end of that thread kills whatever is left
-        self._spawner.join(max(0.0, end - time.monotonic()))
-        return done and not self._spawner.is_alive()
+        try:
+            done = watcher is None or watcher.close(timeout_s)
+        finally:
+            self._queue.put(None)  # last, since on Linux the end of that thread kills whatever is left
+        if spawner is not None:
+            spawner.join(max(0.0, end - time.monotonic()))
+        return done and (spawner is None or not spawner.is_alive())
 
     def _spawn(self, watcher: Watcher) -> None:
         while (child := self._queue.get()) is not None:

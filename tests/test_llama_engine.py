@@ -27,13 +27,13 @@ import pytest
 
 from fsm.ledger import Placement
 from fsm.model import HOST, DeviceId, Options, Threads
+from scheduler.child import Child, Exit, Program
 from scheduler.cores import usable_cores
 from scheduler.engines import Endpoint, Memory, llama_child
 from scheduler.engines import llama as llama_engine
 from scheduler.engines.llama import DETAIL_BYTES, LlamaEngine, LlamaProcess, describe
 from scheduler.engines.llama_child import parameters
 from scheduler.errors import InvalidModel, ModelNotFound
-from scheduler.processes import Child, Exit, Program
 from scheduler.spec import ModelSpec
 from tests.leaks import no_leaks
 from tests.tiny_models import write_tiny_model

@@ -15,7 +15,8 @@ from typing import Any
 import psutil
 import pytest
 
-from scheduler.processes import TAIL_BYTES, Child, Exit, Processes, Program
+from scheduler.child import Child, Exit, Program
+from scheduler.processes import TAIL_BYTES, Processes
 from tests.leaks import no_leaks
 
 LIMIT_S = 10.0  # ten times what anything here is expected to take, and more
@@ -342,6 +343,29 @@ def test_close_kills_every_child_and_tells_of_it() -> None:
         with pytest.raises(RuntimeError):
             start(processes, FOREVER, Heard())
         children[0].stop(0.0)
+
+
+@pytest.mark.parametrize("refused", ["loadmaster-watcher", "loadmaster-spawner"])
+def test_a_thread_that_cannot_be_started_is_started_for_the_next_child(
+    refused: str, processes: Processes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever asked first is told; nothing waits for a thread that never was, nor does the close."""
+    begin = threading.Thread.start
+
+    def refuse(thread: threading.Thread) -> None:
+        if thread.name == refused:
+            raise RuntimeError("can't start new thread")
+        begin(thread)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        other = Processes()
+        for either in (processes, other):
+            with pytest.raises(RuntimeError, match="can't start"):
+                start(either, FOREVER, Heard())
+        assert other.close(LIMIT_S)
+    start_and_wait(processes, FOREVER, heard := Heard())
+    assert heard.lines == ["up"]
 
 
 def test_close_without_any_child_has_nothing_to_do() -> None:

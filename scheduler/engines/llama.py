@@ -11,7 +11,6 @@ import re
 import secrets
 import signal
 import sys
-import threading
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -24,13 +23,15 @@ import psutil
 from fsm.estimate import CHECKPOINTS, kept_bytes, prompt_cache_bytes, results_bytes, work_bytes
 from fsm.model import HOST, MIB, DeviceId, ModelInfo, Options, Threads
 from fsm.options import maps_file, micro_batch, resolve
+from scheduler.child import Child, Exit, Program
 from scheduler.cores import usable_cores
 from scheduler.engines import Buffer, Endpoint, Memory
 from scheduler.engines.llama_report import largest_sequence, loaded_of
 from scheduler.errors import EngineMissing
+from scheduler.gate import Gate
 from scheduler.header import read_header
 from scheduler.metadata import read_metadata
-from scheduler.processes import CLOSE_TIMEOUT_S, Child, Exit, Processes, Program
+from scheduler.processes import CLOSE_TIMEOUT_S, Processes
 from scheduler.units import wait_limit
 
 if TYPE_CHECKING:
@@ -108,7 +109,7 @@ class LlamaProcess:
         self._most_bytes = 0  # that it can come to hold of the host for itself; 0: unknown
         self._failure = ""  # why it does not serve, in the child's own words
         self._gone = False
-        self._told = threading.Event()  # that it is gone was reported
+        self._told = Gate()  # that it is gone was reported
         self._touched = (0, 0)  # the most memory and input that was seen of a load
 
     @property

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 from collections.abc import AsyncGenerator, Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import aclosing, contextmanager
+from contextlib import aclosing, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar, overload
 from weakref import WeakKeyDictionary
@@ -94,12 +95,14 @@ class RunnerClient:
         return await self._apost(_completion_request(prompt, parameters), _completion_text, timeout_s)
 
     async def astream(
-        self, messages: Messages, *, timeout_s: float | None = None, **parameters: Any
+        self, messages: Messages, *, line: Line | None = None, timeout_s: float | None = None, **parameters: Any
     ) -> AsyncGenerator[str, None]:
-        """As `stream`."""
+        """As `stream`; the connection is held by `line` as well, to be cut where no loop is left to close it."""
         pieces, request = _Pieces(), _chat_request(messages, parameters, stream=True)
         with self._translated(timeout_s):
             async with aclosing(await self._asend(request, timeout_s)) as response:
+                if line is not None:
+                    line.response = response
                 async for chunk in response.aiter_bytes():
                     for piece in pieces.feed(chunk):
                         yield piece
@@ -122,6 +125,7 @@ class RunnerClient:
         """Close every connection; later calls, and those under way in other threads, raise `ConnectionError`."""
         self._pooled.close()
         self._fresh.close()
+        self._drop_ended_loops()
 
     async def aclose(self) -> None:
         """Close what the running event loop uses, and then as `close`."""
@@ -175,9 +179,16 @@ class RunnerClient:
         loop = asyncio.get_running_loop()
         client = self._of_loops.get(loop)
         if client is None:
+            self._drop_ended_loops()
             client = httpx.AsyncClient(limits=httpx.Limits(max_keepalive_connections=0), **self._arguments)
             self._of_loops[loop] = client
         return client
+
+    def _drop_ended_loops(self) -> None:
+        """Let go of loops that have ended: what one left open refers to it, so it would stay for ever."""
+        for reference in self._of_loops.keyrefs():
+            if (loop := reference()) is not None and loop.is_closed():
+                self._of_loops.pop(loop, None)
 
     def _built(
         self, client: httpx.Client | httpx.AsyncClient, request: _Request, timeout_s: float | None
@@ -197,6 +208,19 @@ class RunnerClient:
             raise TimeoutError(f"the runner at {self._url} was silent for {limit}: allow it more") from error
         except httpx.RequestError as error:
             raise ConnectionError(f"the runner at {self._url} cannot be reached: {error}") from error
+
+
+@dataclass(slots=True)
+class Line:
+    """The connection of an answer that is streamed in an event loop, once it has begun."""
+
+    response: httpx.Response | None = None
+
+    def cut(self) -> None:
+        """End the connection, so that the runner stops its work; from any thread, and whether or not the loop runs."""
+        if self.response is not None:
+            with suppress(OSError, TypeError):  # it was closed before; some loops have sockets that cannot do this
+                self.response.extensions["network_stream"].get_extra_info("socket").shutdown(socket.SHUT_RDWR)
 
 
 @dataclass(frozen=True, slots=True)
@@ -301,4 +325,4 @@ def _piece(event: Any) -> str:
     return (choices[0]["delta"].get("content") or "") if choices else ""
 
 
-__all__ = ["CONNECT_TIMEOUT_S", "Messages", "RunnerClient"]
+__all__ = ["CONNECT_TIMEOUT_S", "Line", "Messages", "RunnerClient"]

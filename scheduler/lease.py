@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, overload
 
 from fsm.runner import RunnerId
-from scheduler.client import Answer, Messages, RunnerClient
+from scheduler.client import Answer, Line, Messages, RunnerClient
 from scheduler.engines import Endpoint
 from scheduler.errors import InvalidSettings, LeaseReleased, RunnerCrashed, UnsupportedOption
 from scheduler.ticket import Ticket
@@ -194,7 +194,9 @@ class Lease:
 
     def astream(self, messages: Messages, *, timeout: str | float | None = None, **parameters: Any) -> AsyncStream:
         """Like `stream`, for `async for`."""
-        return AsyncStream(self, self._client().astream(messages, timeout_s=_silence_s(timeout), **parameters))
+        line = Line()
+        pieces = self._client().astream(messages, line=line, timeout_s=_silence_s(timeout), **parameters)
+        return AsyncStream(self, pieces, line)
 
     def _check(self) -> None:
         if self._ticket.lost:
@@ -303,8 +305,9 @@ class Stream(Iterator[str]):
 class AsyncStream(AsyncIterator[str]):
     """Like `Stream`, for `async for`."""
 
-    def __init__(self, lease: Lease, pieces: AsyncGenerator[str, None]) -> None:
+    def __init__(self, lease: Lease, pieces: AsyncGenerator[str, None], line: Line) -> None:
         self._pieces = pieces
+        self._line = line
         self._lease: Lease | None = lease
         lease._begin_stream()
 
@@ -336,4 +339,5 @@ class AsyncStream(AsyncIterator[str]):
     def __del__(self) -> None:
         lease = getattr(self, "_lease", None)
         if lease is not None and not lease._desk.forked:
-            lease._end_stream()  # its event loop closes the generator
+            self._line.cut()  # its event loop closes the generator, unless it ends before
+            lease._end_stream()

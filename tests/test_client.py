@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import socket
 import subprocess
 import sys
 import threading
+import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 from pathlib import Path
@@ -367,6 +370,23 @@ def test_a_loop_that_ends_closes_an_open_stream_quietly(
 
     assert asyncio.run(begin())
     assert not caplog.records
+
+
+def test_a_loop_that_has_ended_is_let_go_of(client_of: ClientOf) -> None:
+    """With what it left open, once another one asks."""
+
+    async def begin() -> weakref.ref[asyncio.AbstractEventLoop]:
+        async for _ in client.astream("hello"):
+            break
+        return weakref.ref(asyncio.get_running_loop())
+
+    with Misbehaving(stream(event("a")), answer) as server:
+        client = client_of(server.url)
+        with warnings.catch_warnings(action="ignore", category=ResourceWarning):  # its transport was left open
+            ended = asyncio.run(begin())
+            assert asyncio.run(client.acomplete("one")) == "fine"
+            gc.collect()
+    assert ended() is None
 
 
 def test_silence_beyond_the_time_out_is_a_timeout_error(client_of: ClientOf) -> None:

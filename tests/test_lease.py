@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import gc
 import signal
+import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from scheduler.client import RunnerClient
 from scheduler.engines.llama import LlamaProcess
 from tests.leaks import no_leaks
 from tests.real import LONG, SHORT, send, settings, write_models
+from tests.test_client import Misbehaving, event, stream
 from tests.waiting import LIMIT_S, assert_soon
 
 MODEL = PythonModel("a", load=object)
@@ -152,3 +155,35 @@ def test_a_connection_that_breaks_does_not_end_a_runner_that_answers(
             patch.setattr(RunnerClient, "chat", break_off)
             lease.chat("hello")
         assert lease.chat("hello", **SHORT) and not lease.lost
+
+
+async def leave(lease: Lease) -> None:
+    """Leave the loop over an answer in its middle."""
+    async for _ in lease.astream("hello"):
+        break
+
+
+async def fail(lease: Lease) -> None:
+    """The same, by an exception."""
+    with suppress(LookupError):
+        async for _ in lease.astream("hello"):
+            raise LookupError
+
+
+@pytest.mark.parametrize("end", [leave, fail])
+def test_an_answer_that_is_left_as_the_last_of_its_loop_ends_its_connection(
+    serving: Scheduler, file: Path, monkeypatch: pytest.MonkeyPatch, end: Callable[[Lease], Coroutine[Any, Any, None]]
+) -> None:
+    """That is how the runner learns that it can stop; the loop has no time left to close anything."""
+    ended = threading.Event()
+
+    def act(connection: socket.socket) -> None:
+        stream(event("a"))(connection)
+        connection.recv(1)
+        ended.set()
+
+    with Misbehaving(act) as server:
+        monkeypatch.setattr("scheduler.executor.RunnerClient", lambda _, key: RunnerClient(server.url, key))
+        with serving.acquire(file) as lease:
+            asyncio.run(end(lease))
+            assert ended.wait(LIMIT_S)

@@ -24,7 +24,7 @@ from scheduler.desk import Desk
 from scheduler.devices import Devices
 from scheduler.engines.llama import LlamaEngine
 from scheduler.engines.python import PythonEngine
-from scheduler.errors import SchedulerClosed
+from scheduler.errors import InvalidSettings, SchedulerClosed
 from scheduler.fit import Fit, fit_of
 from scheduler.footprints import identity_of
 from scheduler.hub import EventStream, Hub
@@ -33,6 +33,7 @@ from scheduler.prober import Prober
 from scheduler.recorder import Recorder
 from scheduler.registry import Asking, Model, Question, Registry
 from scheduler.settings import ChangeableArguments, Settings
+from scheduler.spec import check_text
 from scheduler.status import Status, status_of
 from scheduler.stores import default_resolvers
 from scheduler.ticket import FutureTicket
@@ -59,7 +60,9 @@ class Scheduler:
     """
 
     def __init__(self, settings: Settings | None = None) -> None:
-        self.settings = settings or Settings.from_environment()
+        self.settings = Settings.from_environment() if settings is None else settings
+        if not isinstance(self.settings, Settings):
+            raise InvalidSettings("settings", settings, "made of Settings, as in Scheduler(Settings(max_queue=9))")
         self._close_lock = threading.RLock()  # one thread ends what is left, the others wait for it
         self._ending: int | None = None  # the thread that does
         self._configuring = threading.RLock()  # one changes limits; a signal handler may do so in between
@@ -150,9 +153,10 @@ class Scheduler:
         """Take memory of the program's own out of the account while it is held, giving up idle runners for it.
 
         `device` is "cpu" or a GPU's id as `status()` shows it. Blocks until there is room; raises `DoesNotFit` at once
-        where there never can be, `AcquireTimeout`, `SchedulerClosed`.
+        where there never can be, `AcquireTimeout`, `InvalidSettings`, `SchedulerClosed`.
         """
         self._desk.check()
+        check_text("device", device)
         amount = ((DeviceId(device), parse_bytes(size)),)
         self._desk.executor.sampler.refresh(_FRESH_S)
         want = Want(ModelId(""), Options(), Purpose.memory, 0, amount)

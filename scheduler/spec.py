@@ -51,6 +51,8 @@ class ModelSpec:
         check_switch("pin", self.pin)
         if not isinstance(self.embedding, bool):
             raise UnsupportedOption("embedding", self.embedding, "it must be of type bool")
+        if not isinstance(self.options, Options):
+            raise InvalidSettings("options", self.options, "made of Options, as in options=Options(num_ctx=4096)")
         parts = [_real(self.path), *map(_real, self.adapters)]
         parts += [f"projector:{_real(name)}" for name in self.projectors]
         object.__setattr__(self, "id", ModelId("|".join(parts) + ("|embedding" if self.embedding else "")))

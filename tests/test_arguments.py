@@ -142,3 +142,26 @@ def test_a_path_that_the_engine_cannot_be_told_is_refused_at_once(scheduler: Sch
     for path in (file, link):
         with pytest.raises(InvalidModel, match="not UTF-8; rename it"):
             scheduler.acquire(path)
+
+
+@pytest.mark.parametrize("device", [["cpu"], None, 0, ""])
+def test_a_device_that_is_no_text_is_refused_at_once(scheduler: Scheduler, device: Any) -> None:
+    """It is looked up inside of a decision."""
+    with pytest.raises(InvalidSettings, match="device"):
+        scheduler.reserve(device, "1MiB")
+    with scheduler.reserve("cpu", "1MiB"):
+        pass
+
+
+@pytest.mark.parametrize("value", [{"num_ctx": 5}, None, "num_ctx"])
+def test_options_are_a_kind_of_their_own(value: Any) -> None:
+    """With words that say how to make them."""
+    with pytest.raises(InvalidSettings, match=r"options cannot be .*Options\(num_ctx="):
+        ModelSpec("a", "/a.gguf", options=value)
+
+
+@pytest.mark.parametrize("value", [{"max_queue": 3}, {}, Settings, "4GiB"])
+def test_settings_are_a_kind_of_their_own(value: Any) -> None:
+    """What is none is not passed over, also where it is empty."""
+    with pytest.raises(InvalidSettings, match=r"settings cannot be .*Settings\(max_queue="):
+        Scheduler(value)

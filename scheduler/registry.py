@@ -18,8 +18,9 @@ from scheduler.clock import Clock, monotonic_clock
 from scheduler.engines import Engine
 from scheduler.engines.python import PythonModel
 from scheduler.errors import InvalidSettings, ModelNotFound, UnsupportedOption
-from scheduler.settings import LARGEST_NUMBER, parse_duration
 from scheduler.spec import Files, ModelSpec
+from scheduler.units import parse_duration
+from scheduler.values import LARGEST_NUMBER
 
 Model = str | os.PathLike[str] | ModelSpec | PythonModel
 

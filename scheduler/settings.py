@@ -5,23 +5,33 @@ from __future__ import annotations
 import difflib
 import math
 import os
-import re
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple, TypedDict, Unpack, cast
+from typing import Any, NamedTuple, TypedDict, Unpack
 
-from fsm.estimate import CACHE_BLOCK_BYTES
-from fsm.eviction import POLICIES, EvictionPolicy
+from fsm.eviction import EvictionPolicy
 from scheduler.errors import InvalidSettings, format_bytes, format_duration
 from scheduler.footprint_store import default_footprints
 from scheduler.machine_lock import private_folder
 from scheduler.units import parse_bytes, parse_duration
+from scheduler.values import (
+    Parse,
+    automatic,
+    cache_type,
+    count,
+    duration,
+    eviction,
+    file,
+    flag,
+    folders,
+    memory,
+    optional,
+    size,
+)
 
 ENVIRONMENT_PREFIX = "LOADMASTER_"
 SMALLEST_RECORD_BYTES = 64 * 1024
-LARGEST_NUMBER = 2**63
 _AROUND_VALUES = " \t\"'"  # what shells and service files leave around a value
 
 
@@ -158,9 +168,6 @@ def _check_names(variables: Mapping[str, str]) -> None:
             raise InvalidSettings(name, variables[name], f"the variable of a setting, as {closest} is: check its name")
 
 
-Parse = Callable[[str, Any], object]
-
-
 class Setting(NamedTuple):
     """One row of the table: `parse(name, value)` returns the normalised value or raises `InvalidSettings`."""
 
@@ -178,110 +185,24 @@ class Setting(NamedTuple):
         return ENVIRONMENT_PREFIX + self.name.upper()
 
 
-def _count(minimum: int) -> Callable[[str, Any], int]:
-    def parse(name: str, value: Any) -> int:
-        count = int(value) if isinstance(value, str) and re.fullmatch(r"[0-9]{1,18}", value) else value
-        if not isinstance(count, int) or isinstance(count, bool) or not minimum <= count < LARGEST_NUMBER:
-            raise InvalidSettings(name, value, f"a whole number of at least {minimum}, and below 2**63")
-        return count
-
-    return parse
-
-
-def _duration(*, zero: bool = True) -> Callable[[str, Any], float]:
-    def parse(name: str, value: Any) -> float:
-        duration_s = parse_duration(value, name=name)
-        if duration_s == 0 and not zero:
-            raise InvalidSettings(name, value, "a duration longer than 0")
-        return duration_s
-
-    return parse
-
-
-def _size(name: str, value: Any) -> int:
-    return parse_bytes(value, name=name)
-
-
-def _memory(name: str, value: Any) -> int:
-    count = _size(name, value)
-    if count == 0:
-        raise InvalidSettings(name, value, "a number of bytes above 0")
-    return count
-
-
-def _flag(name: str, value: Any) -> bool:
-    match value.lower() if isinstance(value, str) else value:
-        case True | "1" | "t" | "true" | "yes" | "on":
-            return True
-        case False | "0" | "f" | "false" | "no" | "off":
-            return False
-        case _:
-            raise InvalidSettings(name, value, "true or false")
-
-
-def _eviction(name: str, value: Any) -> EvictionPolicy:
-    policy = POLICIES.get(value) if isinstance(value, str) else value
-    if not callable(getattr(policy, "order", None)):
-        raise InvalidSettings(name, value, f"{' or '.join(map(repr, POLICIES))}, or a policy of your own")
-    return cast(EvictionPolicy, policy)
-
-
-def _optional(parse: Parse) -> Parse:
-    """Take None, or "none" where text is all there is, as None."""
-    return lambda name, value: None if value in (None, "none") else parse(name, value)
-
-
-def _automatic(name: str, value: Any) -> int | None:
-    """Take a whole number of at least 1; 0 and None are automatic."""
-    return None if value is None else _count(0)(name, value) or None
-
-
-def _cache_type(name: str, value: Any) -> str:
-    if not isinstance(value, str) or value.lower() not in CACHE_BLOCK_BYTES:
-        raise InvalidSettings(name, value, f"one of {', '.join(CACHE_BLOCK_BYTES)}")
-    return value.lower()
-
-
-def _folders(name: str, value: Any) -> tuple[Path, ...]:
-    """Take one path, or several: a sequence, or one text with the separator that the system has in PATH."""
-    parts = value.split(os.pathsep) if isinstance(value, str) else [value] if isinstance(value, os.PathLike) else value
-    try:
-        paths = [os.fspath(part) for part in parts]
-        if all(isinstance(path, str) and "\0" not in path for path in paths):
-            return tuple(Path(path).expanduser() for path in paths if path)
-    except (TypeError, RuntimeError):  # no path, or of a user who is not known
-        pass
-    raise InvalidSettings(name, value, f"folders: paths, or one text of them with {os.pathsep!r} in between")
-
-
 def _lock_folder(name: str, value: Any) -> Path:
     if value == "auto":
         return private_folder()
-    folders = _folders(name, value)
-    if len(folders) != 1:
-        raise InvalidSettings(name, value, '"auto", "none" or a folder')
-    return folders[0].absolute()
-
-
-def _file(name: str, value: Any, others: str = '"none"') -> Path:
-    paths: tuple[Path, ...] = ()
-    if isinstance(value, str | os.PathLike):
-        with suppress(InvalidSettings):
-            paths = _folders(name, [value])
+    paths = folders(name, value)
     if len(paths) != 1:
-        raise InvalidSettings(name, value, f"{others} or the path of a file")
+        raise InvalidSettings(name, value, '"auto", "none" or a folder')
     return paths[0].absolute()
 
 
 def _footprints(name: str, value: Any) -> Path:
-    return default_footprints() if value == "auto" else _file(name, value, '"auto", "none"')
+    return default_footprints() if value == "auto" else file(name, value, '"auto", "none"')
 
 
 def _record_limit(name: str, value: Any) -> int:
-    count = _size(name, value)
-    if count < SMALLEST_RECORD_BYTES:
+    limit_bytes = size(name, value)
+    if limit_bytes < SMALLEST_RECORD_BYTES:
         raise InvalidSettings(name, value, f"at least {format_bytes(SMALLEST_RECORD_BYTES)}")
-    return count
+    return limit_bytes
 
 
 def _endless_from_zero(name: str, value: Any) -> float:
@@ -291,79 +212,79 @@ def _endless_from_zero(name: str, value: Any) -> float:
 
 SETTINGS = (
     Setting(
-        "memory_limit", None, _optional(_memory), "host memory that models may take in all; none: all there is",
+        "memory_limit", None, optional(memory), "host memory that models may take in all; none: all there is",
         changeable=True,
     ),
     Setting(
-        "max_queue", 512, _count(1), "requests that may wait; one more is refused at once",
+        "max_queue", 512, count(1), "requests that may wait; one more is refused at once",
         "OLLAMA_MAX_QUEUE", changeable=True,
     ),
     Setting(
-        "max_runners", 0, _count(0), "runners alive at once; 0: 3 for each GPU, and at least 3",
+        "max_runners", 0, count(0), "runners alive at once; 0: 3 for each GPU, and at least 3",
         "OLLAMA_MAX_LOADED_MODELS", changeable=True,
     ),
     Setting(
-        "keep_alive", "5m", _duration(), "how long an idle model stays loaded; 0: not at all, negative: for ever",
+        "keep_alive", "5m", duration(), "how long an idle model stays loaded; 0: not at all, negative: for ever",
         "OLLAMA_KEEP_ALIVE", changeable=True,
     ),
-    Setting("max_wait", "120s", _duration(), "how long a request waits before a busy runner drains for it"),
+    Setting("max_wait", "120s", duration(), "how long a request waits before a busy runner drains for it"),
     Setting(
-        "min_residency", None, _optional(_duration()), "how long a loaded model is safe; none: by what its load took"
+        "min_residency", None, optional(duration()), "how long a loaded model is safe; none: by what its load took"
     ),
     Setting(
-        "load_timeout", "5m", _duration(zero=False), "how long a load may go without progress; negative: for ever",
+        "load_timeout", "5m", duration(zero=False), "how long a load may go without progress; negative: for ever",
         "OLLAMA_LOAD_TIMEOUT", _endless_from_zero,
     ),
-    Setting("recovery_timeout", "5s", _duration(), "how long to wait for a device to show freed memory"),
-    Setting("stop_grace", "2s", _duration(), "how long a process has to end before it is killed"),
-    Setting("close_timeout", "10s", _duration(), "how long leases may last after close"),
-    Setting("loads_per_device", 1, _count(1), "loads at once on one GPU"),
-    Setting("loads_on_host", 2, _count(1), "loads at once on the host"),
-    Setting("prefetch", True, _flag, "whether files of models that wait for memory are read into the page cache"),
+    Setting("recovery_timeout", "5s", duration(), "how long to wait for a device to show freed memory"),
+    Setting("stop_grace", "2s", duration(), "how long a process has to end before it is killed"),
+    Setting("close_timeout", "10s", duration(), "how long leases may last after close"),
+    Setting("loads_per_device", 1, count(1), "loads at once on one GPU"),
+    Setting("loads_on_host", 2, count(1), "loads at once on the host"),
+    Setting("prefetch", True, flag, "whether files of models that wait for memory are read into the page cache"),
     Setting(
-        "eviction", "reuse", _eviction, 'which idle runners go first: "reuse", "lru", "keep-alive" or a policy object',
+        "eviction", "reuse", eviction, 'which idle runners go first: "reuse", "lru", "keep-alive" or a policy object',
     ),
-    Setting("cpu_threads", None, _optional(_count(1)), "threads of each runner; none: its part of the cores"),
-    Setting("gpus", True, _flag, "whether GPUs are used"),
-    Setting("probe_interval", "10s", _duration(zero=False), "how often a runner is asked whether it still answers"),
-    Setting("probe_timeout", "10s", _duration(zero=False), "how long it may take to answer"),
-    Setting("event_buffer", 1000, _count(1), "events kept for each slow reader before the oldest are dropped"),
+    Setting("cpu_threads", None, optional(count(1)), "threads of each runner; none: its part of the cores"),
+    Setting("gpus", True, flag, "whether GPUs are used"),
+    Setting("probe_interval", "10s", duration(zero=False), "how often a runner is asked whether it still answers"),
+    Setting("probe_timeout", "10s", duration(zero=False), "how long it may take to answer"),
+    Setting("event_buffer", 1000, count(1), "events kept for each slow reader before the oldest are dropped"),
     Setting(
-        "num_ctx", 0, _automatic, "context of one slot where a request names none, in tokens; 0: automatic",
+        "num_ctx", 0, automatic, "context of one slot where a request names none, in tokens; 0: automatic",
         "OLLAMA_CONTEXT_LENGTH",
     ),
     Setting(
-        "num_batch", 0, _automatic, "tokens of a prompt computed at once where a request names none; 0: automatic",
+        "num_batch", 0, automatic, "tokens of a prompt computed at once where a request names none; 0: automatic",
     ),
     Setting(
-        "context_by_gpus", False, _flag,
+        "context_by_gpus", False, flag,
         "whether an automatic context is by the GPUs' memory: 262144 from 47 GiB on, 32768 from 23 GiB on",
     ),
     Setting(
-        "num_parallel", 0, _automatic, "slots of a runner where a request names none; 0: automatic",
+        "num_parallel", 0, automatic, "slots of a runner where a request names none; 0: automatic",
         "OLLAMA_NUM_PARALLEL",
     ),
     Setting(
-        "flash_attention", None, _optional(_flag), "flash attention where a request does not say; none: automatic",
+        "flash_attention", None, optional(flag), "flash attention where a request does not say; none: automatic",
         "OLLAMA_FLASH_ATTENTION",
     ),
     Setting(
-        "cache_type", None, _optional(_cache_type), "type of the KV cache where a request names none; none: f16",
+        "cache_type", None, optional(cache_type), "type of the KV cache where a request names none; none: f16",
         "OLLAMA_KV_CACHE_TYPE",
     ),
-    Setting("spread", False, _flag, "whether a model goes on all GPUs even where one takes it", "OLLAMA_SCHED_SPREAD"),
-    Setting("require_gpu", False, _flag, "whether a model is refused rather than placed on the host, in part or whole"),
-    Setting("gpu_reserve", 0, _size, "memory to keep free on each GPU that has its own", "OLLAMA_GPU_OVERHEAD"),
-    Setting("models", (), _folders, "folders in which models are found by name; several as in PATH"),
+    Setting("spread", False, flag, "whether a model goes on all GPUs even where one takes it", "OLLAMA_SCHED_SPREAD"),
+    Setting("require_gpu", False, flag, "whether a model is refused rather than placed on the host, in part or whole"),
+    Setting("gpu_reserve", 0, size, "memory to keep free on each GPU that has its own", "OLLAMA_GPU_OVERHEAD"),
+    Setting("models", (), folders, "folders in which models are found by name; several as in PATH"),
     Setting(
-        "lock_folder", "auto", _optional(_lock_folder),
+        "lock_folder", "auto", optional(_lock_folder),
         "where programs that load on one device take turns; auto: among this user's, none: they do not",
     ),
     Setting(
-        "footprints", "auto", _optional(_footprints),
+        "footprints", "auto", optional(_footprints),
         "file of what models took and how long they loaded; auto: in this user's cache folder, none: it is forgotten",
     ),
-    Setting("record", None, _optional(_file), "file to which every decision is recorded, for `loadmaster replay`"),
+    Setting("record", None, optional(file), "file to which every decision is recorded, for `loadmaster replay`"),
     Setting("record_limit", "64MiB", _record_limit, "size of that file and of the one before it, FILE.1, together"),
 )  # fmt: skip
 

@@ -66,7 +66,7 @@ class Candidates:
     def _preferred(self, candidates: list[Candidate]) -> list[Candidate]:
         try:
             return in_order(self.policy, self.pool.now, candidates)
-        except Exception as error:  # a policy may be the user's own
+        except BaseException as error:  # a policy may be the user's own: also what would end a program
             self.policy_failure = repr(error)
             return candidates
 

@@ -94,7 +94,7 @@ class _Choosing:
             ]
             if not all(one.cost_s is None or math.isfinite(one.cost_s) for one in chosen):
                 raise ValueError(NO_COST)
-        except Exception as error:
+        except BaseException as error:  # also what would end a program
             text = _words(error)
             self.choices.append(text)
             raise PolicyRaised(text) from error

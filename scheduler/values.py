@@ -73,6 +73,8 @@ def flag(name: str, value: Any) -> bool:
 def eviction(name: str, value: Any) -> EvictionPolicy:
     """Take the name of a policy, or one of the user's own."""
     policy = POLICIES.get(value) if isinstance(value, str) else value
+    if isinstance(policy, type):
+        raise InvalidSettings(name, value, f"an object, as {policy.__name__}() is, and not its class")
     if not callable(getattr(policy, "order", None)):
         raise InvalidSettings(name, value, f"{' or '.join(map(repr, POLICIES))}, or a policy of your own")
     return cast(EvictionPolicy, policy)

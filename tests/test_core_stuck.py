@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import pytest
+
 from fsm.commands import DoesNotFit, Stop
 from fsm.eviction import Candidate
 from fsm.runner import RunnerState
@@ -48,14 +50,15 @@ def test_a_load_that_needs_to_be_alone_does_not_wait_for_what_is_stuck() -> None
     assert len(again) == 1
 
 
-def test_a_policy_that_raises_does_not_stop_the_scheduler() -> None:
+@pytest.mark.parametrize("kind", [ZeroDivisionError, SystemExit, KeyboardInterrupt])
+def test_a_policy_that_raises_does_not_stop_the_scheduler(kind: type[BaseException]) -> None:
     """It may be the user's own: the oldest go first instead, and the failure is kept for the status."""
 
     class Broken:
         name = "broken"
 
         def order(self, now: float, candidates: Sequence[Candidate]) -> Sequence[Candidate]:
-            raise ZeroDivisionError("a policy's bug")
+            raise kind("a policy's bug")
 
     pool = a_pool(capacity="8GiB", policy=Broken()).idle("a")
     assert stopped(pool.feed(acquire("b", request=9))) == [1]

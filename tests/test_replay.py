@@ -238,6 +238,19 @@ def test_what_came_before_a_step_that_cannot_be_written_is_kept(file: Path) -> N
     assert len(moments(file)) == 20
 
 
+def test_a_policy_that_would_end_the_program_is_a_policy_that_raised(file: Path) -> None:
+    """It is recorded in words, and passed over in the replay too."""
+
+    class Leaving(LeastRecentlyUsed):
+        def order(self, now: float, candidates: Sequence[Candidate]) -> Sequence[Candidate]:
+            raise SystemExit(1)
+
+    with recorded_pool(file, policy=Leaving()) as pool:
+        pool.idle("a").idle("b").feed(acquire("c", 3))
+    considered = [one for moment in moments(file) for one in moment.considered]
+    assert considered[0].failure == "SystemExit(1)"
+
+
 @pytest.mark.parametrize("cost", [10**400, "much", math.nan, math.inf])
 def test_a_cost_that_is_no_number_of_seconds_is_a_policy_that_raised(cost: Any, file: Path) -> None:
     """It is passed over, in the replay too."""

@@ -195,6 +195,12 @@ def test_a_policy_may_be_an_object() -> None:
     assert Settings(eviction=newest).eviction is newest
 
 
+def test_a_policys_class_is_no_policy() -> None:
+    """It says what is missing."""
+    with pytest.raises(InvalidSettings, match=r"eviction cannot be .*an object, as LeastExpectedLoading\(\) is"):
+        Settings(eviction=LeastExpectedLoading)  # type: ignore[arg-type]  # wrong on purpose
+
+
 def test_arguments_win_over_the_environment_and_that_over_defaults() -> None:
     """Each setting is looked for in this order."""
     environment = {"LOADMASTER_MAX_QUEUE": "7", "LOADMASTER_KEEP_ALIVE": "10s", "LOADMASTER_GPUS": "off"}

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Protocol
 
 from scheduler.clock import Clock, monotonic_clock
-from scheduler.errors import InvalidModel, ModelNotFound, SchedulerError, UnsupportedOption
+from scheduler.errors import InvalidModel, InvalidSettings, ModelNotFound, SchedulerError, UnsupportedOption
 from scheduler.spec import FIRST_PART, MOST_PARTS, ModelSpec
 
 LONGEST_NAME = 512  # characters
@@ -19,6 +19,8 @@ CLOSEST = 5  # names that an error suggests, at most
 LISTED_S = (
     5.0  # for so long a list of all names serves for suggestions: who asks for nonsense is not to keep disks busy
 )
+
+_RESOLVERS = "an object with place, find(name) and names(); a folder of models goes into Settings(models=...)"
 
 
 class Resolver(Protocol):
@@ -46,17 +48,23 @@ class Catalog:
     def __init__(self, resolvers: Sequence[Resolver] = (), *, clock: Clock = monotonic_clock) -> None:
         self._resolvers = tuple(resolvers)
         self._clock = clock
-        self._lock = threading.Lock()  # one lists all names, for suggestions
+        self._lock = threading.Lock()  # one lists all names, for suggestions; others take those that were listed before
         self._listed: tuple[str, ...] = ()
         self._listed_until = -float("inf")
 
     @property
     def places(self) -> tuple[str, ...]:
         """Where it looks, in order, for a person to read."""
-        return tuple(resolver.place for resolver in self._resolvers if resolver.place)
+        return tuple(filter(None, map(place_of, self._resolvers)))
 
     def add(self, resolver: Resolver) -> None:
-        """Ask this one too from now on, before those that are asked already."""
+        """Ask this one too from now on, before those that are asked already.
+
+        Raises `InvalidSettings` for what is no resolver.
+        """
+        methods = (getattr(resolver, name, None) for name in ("find", "names"))
+        if isinstance(resolver, type) or not all(map(callable, methods)):
+            raise InvalidSettings("resolver", resolver, _RESOLVERS)
         self._resolvers = (resolver, *self._resolvers)
         self._listed_until = -float("inf")
 
@@ -72,17 +80,17 @@ class Catalog:
         closest: list[str] = []
         for resolver in self._resolvers:
             try:
-                if (spec := resolver.find(name)) is not None:
+                if (spec := found_by(resolver, name)) is not None:
                     return spec
-                places: tuple[str, ...] = (resolver.place,)
+                places: tuple[str, ...] = (place_of(resolver),)
             except ModelNotFound as error:  # not here either, but it has something to say
-                places = error.looked_in or (resolver.place,)
+                places = error.looked_in or (place_of(resolver),)
                 closest += error.closest
             except SchedulerError:
                 raise
             except Exception as error:  # it is broken, or may not look: the others are not
-                places = (f"{resolver.place}, which failed with {in_words(error)}",)
-            looked_in += filter(None, places)
+                places = (f"{place_of(resolver)}, which failed with {in_words(error)}",)
+            looked_in += filter(None, map(str, places))
         closest += closest_names(name, self._all_names())
         raise ModelNotFound(name, tuple(looked_in), tuple(dict.fromkeys(closest)))
 
@@ -100,14 +108,32 @@ class Catalog:
                         yield name, resolver
             except Exception as error:
                 if unlisted is not None:
-                    unlisted[resolver.place] = in_words(error)
+                    unlisted[place_of(resolver)] = in_words(error)
 
     def _all_names(self) -> tuple[str, ...]:
-        with self._lock:
-            if self._clock() >= self._listed_until:
-                self._listed = tuple(name for name, _ in self.listing())
-                self._listed_until = self._clock() + LISTED_S
-            return self._listed
+        with self._lock:  # and not while they are listed: a resolver may ask here for what it is to list
+            if self._clock() < self._listed_until:
+                return self._listed
+            self._listed_until = self._clock() + LISTED_S
+        self._listed = tuple(name for name, _ in self.listing())
+        return self._listed
+
+
+def place_of(resolver: Resolver) -> str:
+    """Return where a resolver looks, for a person to read; the name of its kind where it cannot say."""
+    try:
+        place: object = resolver.place
+        return type(resolver).__name__ if place is None else str(place)
+    except Exception:
+        return type(resolver).__name__
+
+
+def found_by(resolver: Resolver, name: str) -> ModelSpec | None:
+    """Return what a resolver finds; raises what it raises, and TypeError for what is neither a model nor nothing."""
+    found: object = resolver.find(name)
+    if found is None or isinstance(found, ModelSpec):
+        return found
+    raise TypeError(f"find() returned this {type(found).__name__}, and no ModelSpec")
 
 
 def in_words(error: Exception) -> str:

@@ -21,7 +21,7 @@ from fsm.model import ModelInfo
 from fsm.options import WITHOUT_CACHE
 from fsm.preview import preview
 from fsm.request import Purpose, Want
-from scheduler.catalog import Catalog, in_words
+from scheduler.catalog import Catalog, found_by, in_words, place_of
 from scheduler.clock import monotonic_clock
 from scheduler.devices import Devices
 from scheduler.errors import InvalidModel, format_bytes
@@ -78,9 +78,9 @@ def read_rows(catalog: Catalog, core: Core, progress: Progress) -> Iterator[Row]
     listed = list(catalog.listing(unlisted))
     progress.remove_task(task)
     for name, resolver in progress.track(listed, description="Reading models"):
-        row = Row(name, resolver.place)
+        row = Row(name, place_of(resolver))
         try:
-            if (spec := resolver.find(name)) is None:
+            if (spec := found_by(resolver, name)) is None:
                 continue  # it went away meanwhile
             row = replace(row, path=spec.path)
             yield _read(row, spec, core)

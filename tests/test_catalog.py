@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import sys
+import threading
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 import pytest
@@ -15,7 +17,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fsm.model import Options
-from scheduler import InvalidModel, ModelNotFound, ModelSpec, Scheduler, SchedulerError, UnsupportedOption
+from scheduler import (
+    InvalidModel,
+    InvalidSettings,
+    ModelNotFound,
+    ModelSpec,
+    Scheduler,
+    SchedulerError,
+    UnsupportedOption,
+)
 from scheduler.catalog import LISTED_S, Catalog, is_path
 from scheduler.engines.llama import LlamaEngine
 from scheduler.engines.python import PythonEngine
@@ -35,7 +45,7 @@ from tests.stores import (
     write_manifest,
 )
 from tests.tiny_models import write_tiny_model
-from tests.waiting import assert_soon
+from tests.waiting import LIMIT_S, assert_soon
 
 DIGEST = "sha256:" + "0" * 64
 
@@ -253,6 +263,83 @@ def test_a_resolver_of_ones_own_is_asked_first(catalog: Catalog, tmp_path: Path)
     assert catalog.find("chat").path == str(tmp_path / "mine.gguf")
     assert [name for name, _ in catalog.listing()] == ["chat", "other", "llama3.2:latest", "user/repo"]
     assert catalog.places[0] == "the shelf"
+
+
+class Aliases(Shelf):
+    """A resolver that lists only what leads to something, as the catalog says."""
+
+    def __init__(self, catalog: Catalog) -> None:
+        super().__init__()
+        self.catalog = catalog
+
+    def names(self) -> Iterable[str]:
+        for name in ("chat", "none"):
+            with suppress(ModelNotFound):
+                yield f"my-{self.catalog.find(name).name}"
+
+
+def test_a_resolver_may_ask_the_catalog_for_the_names_that_it_lists(catalog: Catalog) -> None:
+    """Also while names are listed for a suggestion, which may be asked for meanwhile."""
+    catalog.add(Aliases(catalog))
+    refused: list[ModelNotFound] = []
+
+    def ask() -> None:
+        try:
+            catalog.find("my-chatt")
+        except ModelNotFound as error:
+            refused.append(error)
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(LIMIT_S)
+    assert [error.closest[0] for error in refused] == ["my-chat"]
+
+
+@pytest.mark.parametrize("added", [None, "models/", Path("models"), Shelf, object()])
+def test_what_is_no_resolver_is_refused_when_it_is_added(catalog: Catalog, added: Any) -> None:
+    """Not when the first name is asked for; a folder is told where it goes."""
+    with pytest.raises(InvalidSettings, match=r"resolver cannot be .* find\(name\).*Settings\(models=") as refused:
+        catalog.add(added)
+    assert refused.value.name == "resolver"
+    assert catalog.find("chat")
+
+
+class Placeless(Shelf):
+    """A resolver that cannot say where it looks."""
+
+    @property
+    def place(self) -> str:  # type: ignore[override]  # it is no attribute here
+        raise LookupError("nobody knows")
+
+
+@pytest.mark.parametrize(("place", "told"), [(Path("/srv/models"), "/srv/models"), (5, "5"), (None, "Shelf")])
+def test_a_place_is_told_as_a_text(catalog: Catalog, place: Any, told: str) -> None:
+    """Whatever the resolver has for one."""
+    shelf = Shelf()
+    shelf.place = place
+    catalog.add(shelf)
+    assert catalog.places[0] == told
+    with pytest.raises(ModelNotFound, match=told):
+        catalog.find("nothing")
+
+
+def test_a_resolver_that_cannot_say_where_it_looks_does_not_stand_in_the_way(catalog: Catalog) -> None:
+    """It is told by its kind."""
+    catalog.add(Placeless())
+    assert catalog.find("chat") and catalog.places[0] == "Placeless"
+    with pytest.raises(ModelNotFound, match="in Placeless; the folder"):
+        catalog.find("nothing")
+
+
+@pytest.mark.parametrize("found", ["/chat.gguf", Path("/chat.gguf"), {"path": "/chat.gguf"}, 5])
+def test_what_a_resolver_finds_is_a_model_or_nothing(catalog: Catalog, found: Any) -> None:
+    """Anything else is told like a failure, and the next one is asked."""
+    shelf = Shelf()
+    shelf.find = lambda name: found  # type: ignore[method-assign]  # on purpose
+    catalog.add(shelf)
+    assert catalog.find("chat").name == "chat"
+    with pytest.raises(ModelNotFound, match=r"the shelf, which failed with TypeError: find\(\) .*, and no ModelSpec;"):
+        catalog.find("nothing")
 
 
 def test_by_default_folders_are_asked_first_then_ollama_then_hugging_face(tmp_path: Path) -> None:

@@ -95,7 +95,7 @@ class Desk:
         """Post a request; the ticket is answered some time after, or before this returns."""
         self.tickets[ticket.id] = ticket
         if question.model is not None:
-            self._registry.keep(question.model)  # once its ticket is there: see _forget
+            self._registry.keep(question.model)  # once its ticket is there: see _drop
         self.post(on.Acquire(ticket.id, question.want, question.keep_alive_s, question.timeout_s))
         if self.closing and self.finished.is_set() and self.tickets.pop(ticket.id, None) is not None:
             ticket.answer(None, SchedulerClosed())  # the driver has ended, or is about to
@@ -195,12 +195,31 @@ class Desk:
             case _:
                 assert_never(command)
 
+    def let_go(self) -> None:
+        """Forget objects that nobody asks for or has pinned and that are not loaded, with what their loads refer to."""
+        if self._registry.objects():
+            self.read(self._let_go)
+
+    def _let_go(self, core: Core) -> None:
+        pool = core.pool
+        self.executor.forget_past()
+        used = {*pool.wants, *(runner.model for runner in pool.runners.values())}
+        used |= {id for id, model in pool.models.items() if model.pinned or model.inspecting}
+        for id in self._registry.objects():
+            if id not in used:
+                self._drop(id)
+
     def _forget(self, model: ModelId) -> None:
-        """Forget a model that the core does not know, unless somebody asks for it; under the driver's lock.
+        """Forget a model that the core does not know, unless somebody asks for it; under the driver's lock."""
+        if model not in self._core.pool.models:
+            self._drop(model)
+
+    def _drop(self, model: ModelId) -> None:
+        """Forget a model, unless somebody asks for it; under the driver's lock.
 
         Whoever asks at this moment has a ticket before the model is kept: it is seen here, or the model is kept again.
         """
-        if model in self._core.pool.models or (forgotten := self._registry.forget(model)) is None:
+        if (forgotten := self._registry.forget(model)) is None:
             return
         if any(ticket.model_id == model for ticket in list(self.tickets.values())):
             self._registry.keep(forgotten)

@@ -165,8 +165,7 @@ class Executor:
                 self.workers.put(lambda: self._inspect(model))
             case do.Launch(runner, model):
                 engine, what = self._engine_of(model)
-                for past in [id for id in self.lives if id not in self._listed]:
-                    del self.lives[past]
+                self.forget_past()
                 life = self.lives[runner] = Life(command, engine, what, self._post)
                 life.identity = self._identities.get(model)
                 self.workers.put(life.begin)
@@ -187,6 +186,11 @@ class Executor:
                 told = self.lives.get(runner)
                 if self.footprints is not None and told is not None and told.identity is not None:
                     self.footprints.remember(told.identity, told.launch, command)
+
+    def forget_past(self) -> None:
+        """Let go of runners that the core knows no more; under the driver's lock."""
+        for past in [id for id in self.lives if id not in self._listed]:
+            del self.lives[past]
 
     def probe(self, life: Life) -> None:
         """Have a runner asked whether it still answers, and post it if it does not; one probe of it at a time."""

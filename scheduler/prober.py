@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from scheduler.gate import Gate
@@ -17,11 +18,13 @@ class Prober:
     """Has memory sampled about once a second, and each loaded runner probed once an interval; waits for neither.
 
     Threads that could not be started when jobs needed them are started here, as soon as there can be more again.
+    `let_go` is called about once a second too: it lets go of what nobody uses any more.
     Whether a runner has settled is looked at until it has: once an interval, and within a second after a lease on it.
     """
 
-    def __init__(self, executor: Executor, interval_s: float) -> None:
+    def __init__(self, executor: Executor, interval_s: float, let_go: Callable[[], None]) -> None:
         self._executor = executor
+        self._let_go = let_go
         self._interval_s = interval_s
         self._stop = Gate()
         self._thread = threading.Thread(target=self._run, name="loadmaster-prober", daemon=True)
@@ -42,6 +45,7 @@ class Prober:
         while not self._stop.wait(pause_s):
             self._executor.staff()
             self._executor.sampler.request()
+            self._let_go()
             waited_s += pause_s
             due = waited_s >= self._interval_s
             waited_s = 0.0 if due else waited_s

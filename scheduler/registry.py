@@ -146,9 +146,17 @@ class Registry:
         """Know a model no more, but for its name; return it, or None where it was not known. Not by two at a time."""
         if (model := self._models.get(id)) is not None:
             self._past[id] = model.name
+        if isinstance(model, PythonModel):
+            for key, known in self._known.copy().items():
+                if known.question.want.model == id:
+                    self._known.pop(key, None)
         if len(self._past) > _PAST_NAMES:
             del self._past[next(iter(self._past))]
         return self._models.pop(id, None)
+
+    def objects(self) -> list[ModelId]:
+        """Return every object that is known."""
+        return [id for id, model in self._models.copy().items() if isinstance(model, PythonModel)]
 
     def engine_of(self, id: ModelId) -> tuple[Engine, ModelSpec | PythonModel]:
         """Return the engine of a model, and the model as the engine is to be told it; KeyError where it is unknown."""

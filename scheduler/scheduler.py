@@ -81,7 +81,7 @@ class Scheduler:
             self._recorder = Recorder(self.settings.record, self.settings.record_limit, core, self._registry.name)
         step = self._recorder.step if self._recorder is not None else None
         self._desk = Desk(self.settings, core, self._devices, self._registry, self._hub, step)
-        self._prober = Prober(self._desk.executor, self.settings.probe_interval)
+        self._prober = Prober(self._desk.executor, self.settings.probe_interval, self._desk.let_go)
         try:
             _open_schedulers.add(self)
             self._desk.driver.start()
@@ -225,7 +225,8 @@ class Scheduler:
     def name(self, model: ModelId) -> str:
         """Return the name of a model whose identity an event tells.
 
-        Of those that could not be found or read the last thousand names are kept; then the identity is returned.
+        Of those that could not be found or read, and of objects that are not there any more, the last thousand names
+        are kept; then the identity is returned.
         """
         return self._registry.name(model)
 

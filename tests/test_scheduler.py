@@ -463,6 +463,71 @@ def test_an_object_is_let_go_of_when_it_is_unloaded(scheduler: Scheduler) -> Non
     assert_soon(lambda: states(scheduler) == {} and gc.collect() >= 0 and alive[0]() is None)
 
 
+class Work:
+    """What the load of an object refers to."""
+
+    def __call__(self) -> str:
+        return "done"
+
+
+def ask_and_release(scheduler: Scheduler, model: PythonModel) -> None:
+    """The whole life of an object."""
+    scheduler.acquire(model, keep_alive=0).release()
+
+
+def be_refused(scheduler: Scheduler, model: PythonModel) -> None:
+    """It can never fit."""
+    with pytest.raises(DoesNotFit):
+        scheduler.acquire(replace(model, memory={"cpu": "2GiB"}))
+
+
+def cancel(scheduler: Scheduler, model: PythonModel) -> None:
+    """Whoever asked has left while it waited."""
+    with scheduler.acquire(a_model("holder", "900MiB"), keep_alive=0):
+        waiting = scheduler.submit(model)
+        assert_soon(lambda: ["holder" in each.waits_for for each in scheduler.status().queue] == [True])
+        assert waiting.cancel()
+
+
+@pytest.mark.parametrize("use", [ask_and_release, be_refused, cancel])
+def test_what_the_load_of_an_object_refers_to_is_let_go_of(
+    scheduler: Scheduler, use: Callable[[Scheduler, PythonModel], None]
+) -> None:
+    """Once nobody asks for it and it is not loaded; it can be asked for again."""
+    work = Work()
+    alive = weakref.ref(work)
+    use(scheduler, a_model("job", load=work))
+    del work
+    assert_soon(lambda: gc.collect() >= 0 and alive() is None)
+    with scheduler.acquire(a_model("job")) as lease:
+        assert lease.value == "<job>"
+    assert scheduler.name(a_model("job").id) == "job"
+
+
+def test_an_object_that_is_in_use_or_pinned_stays_known(scheduler: Scheduler) -> None:
+    """Held, resting and pinned ones are there as before."""
+    scheduler.pin(a_model("pinned"))
+    scheduler.acquire(a_model("pinned")).release()
+    scheduler.expire(a_model("pinned"))
+    scheduler.preload(a_model("rests", "100MiB")).result(LIMIT_S)
+    with scheduler.acquire(a_model("held", "100MiB")):
+        assert_soon(lambda: "pinned" not in states(scheduler))
+        scheduler._desk.let_go()
+        assert scheduler._registry._models.keys() == {"python:pinned", "python:rests", "python:held"}
+
+
+def test_an_object_that_is_let_go_of_as_its_request_is_withdrawn_harms_nobody(scheduler: Scheduler) -> None:
+    """Its inspection may be decided before the core hears of that."""
+    desk = scheduler._desk
+    cancel(scheduler, a_model("a"))
+    with desk.driver._lock:  # the driver is in the middle of a step
+        assert scheduler.submit(a_model("a")).cancel()
+        desk._registry.forget(a_model("a").id)
+    assert_soon(lambda: states(scheduler) == {})
+    scheduler.acquire(a_model("b")).release()
+    assert desk.driver.broken is None
+
+
 def test_what_does_not_stop_is_shown_as_stuck(scheduler: Scheduler) -> None:
     """Its memory stays booked; the bound is the core's, so it is shortened here."""
     gate = Gate()

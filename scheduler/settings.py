@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypedDict, Unpack
 
 from fsm.eviction import EvictionPolicy
+from fsm.options import MOST_SLOTS
 from scheduler.errors import InvalidSettings, format_bytes, format_duration
 from scheduler.footprint_store import default_footprints
 from scheduler.machine_lock import private_folder
@@ -190,12 +191,12 @@ def _lock_folder(name: str, value: Any) -> Path:
         return private_folder()
     paths = folders(name, value)
     if len(paths) != 1:
-        raise InvalidSettings(name, value, '"auto", "none" or a folder')
-    return paths[0].absolute()
+        raise InvalidSettings(name, value, '"auto" or a folder')
+    return paths[0]
 
 
 def _footprints(name: str, value: Any) -> Path:
-    return default_footprints() if value == "auto" else file(name, value, '"auto", "none"')
+    return default_footprints() if value == "auto" else file(name, value, '"auto" or the path of a file')
 
 
 def _record_limit(name: str, value: Any) -> int:
@@ -250,18 +251,18 @@ SETTINGS = (
     Setting("probe_timeout", "10s", duration(zero=False), "how long it may take to answer"),
     Setting("event_buffer", 1000, count(1), "events kept for each slow reader before the oldest are dropped"),
     Setting(
-        "num_ctx", 0, automatic, "context of one slot where a request names none, in tokens; 0: automatic",
+        "num_ctx", 0, automatic(), "context of one slot where a request names none, in tokens; 0: automatic",
         "OLLAMA_CONTEXT_LENGTH",
     ),
     Setting(
-        "num_batch", 0, automatic, "tokens of a prompt computed at once where a request names none; 0: automatic",
+        "num_batch", 0, automatic(), "tokens of a prompt computed at once where a request names none; 0: automatic",
     ),
     Setting(
         "context_by_gpus", False, flag,
         "whether an automatic context is by the GPUs' memory: 262144 from 47 GiB on, 32768 from 23 GiB on",
     ),
     Setting(
-        "num_parallel", 0, automatic, "slots of a runner where a request names none; 0: automatic",
+        "num_parallel", 0, automatic(MOST_SLOTS), "slots of a runner where a request names none; 0: automatic",
         "OLLAMA_NUM_PARALLEL",
     ),
     Setting(

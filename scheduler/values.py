@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,13 +21,14 @@ LARGEST_NUMBER = 2**63
 Parse = Callable[[str, Any], object]
 
 
-def count(minimum: int) -> Callable[[str, Any], int]:
-    """Take whole numbers of at least `minimum`, as text too."""
+def count(minimum: int, most: int = LARGEST_NUMBER - 1) -> Callable[[str, Any], int]:
+    """Take whole numbers from `minimum` to `most`, as text too."""
+    limits = f"of at least {minimum}, and below 2**63" if most >= LARGEST_NUMBER - 1 else f"from {minimum} to {most}"
 
     def parse(name: str, value: Any) -> int:
         number = int(value) if isinstance(value, str) and re.fullmatch(r"[0-9]{1,18}", value) else value
-        if not isinstance(number, int) or isinstance(number, bool) or not minimum <= number < LARGEST_NUMBER:
-            raise InvalidSettings(name, value, f"a whole number of at least {minimum}, and below 2**63")
+        if not isinstance(number, int) or isinstance(number, bool) or not minimum <= number <= most:
+            raise InvalidSettings(name, value, f"a whole number {limits}")
         return number
 
     return parse
@@ -82,12 +82,26 @@ def eviction(name: str, value: Any) -> EvictionPolicy:
 
 def optional(parse: Parse) -> Parse:
     """Take None, or "none" where text is all there is, as None."""
-    return lambda name, value: None if value in (None, "none") else parse(name, value)
+
+    def read(name: str, value: Any) -> object:
+        if value is None or _says_none(value):
+            return None
+        try:
+            return parse(name, value)
+        except InvalidSettings as error:
+            raise InvalidSettings(name, value, f'{error.allowed}, or "none"') from None
+
+    return read
 
 
-def automatic(name: str, value: Any) -> int | None:
-    """Take a whole number of at least 1; 0 and None are automatic."""
-    return None if value is None else count(0)(name, value) or None
+def automatic(most: int = LARGEST_NUMBER - 1) -> Parse:
+    """Take a whole number from 1 to `most`; 0 and None are automatic."""
+    parse = optional(count(0, most))
+    return lambda name, value: parse(name, value) or None
+
+
+def _says_none(value: object) -> bool:
+    return isinstance(value, str) and value.lower() == "none"
 
 
 def cache_type(name: str, value: Any) -> str:
@@ -99,22 +113,28 @@ def cache_type(name: str, value: Any) -> str:
 
 def folders(name: str, value: Any) -> tuple[Path, ...]:
     """Take one path, or several: a sequence, or one text with the separator that the system has in PATH."""
+    if _says_none(value):
+        return ()
     parts = value.split(os.pathsep) if isinstance(value, str) else [value] if isinstance(value, os.PathLike) else value
+    return _paths(name, value, parts, f"folders: paths, or one text of them with {os.pathsep!r} in between")
+
+
+def file(name: str, value: Any, allowed: str = "the path of a file") -> Path:
+    """Take the path of a file; `allowed` says what else the setting takes."""
+    paths = _paths(name, value, [value] if isinstance(value, str | os.PathLike) else [], allowed)
+    if len(paths) != 1:
+        raise InvalidSettings(name, value, allowed)
+    return paths[0]
+
+
+def _paths(name: str, value: object, parts: Any, allowed: str) -> tuple[Path, ...]:
+    """Return absolute paths: the working folder may change."""
     try:
         paths = [os.fspath(part) for part in parts]
         if all(isinstance(path, str) and "\0" not in path for path in paths):
-            return tuple(Path(path).expanduser() for path in paths if path)
+            return tuple(Path(path).expanduser().absolute() for path in paths if path)
     except (TypeError, RuntimeError):  # no path, or of a user who is not known
         pass
-    raise InvalidSettings(name, value, f"folders: paths, or one text of them with {os.pathsep!r} in between")
-
-
-def file(name: str, value: Any, others: str = '"none"') -> Path:
-    """Take the path of a file; `others` are what the setting takes beside it. It becomes absolute."""
-    paths: tuple[Path, ...] = ()
-    if isinstance(value, str | os.PathLike):
-        with suppress(InvalidSettings):
-            paths = folders(name, [value])
-    if len(paths) != 1:
-        raise InvalidSettings(name, value, f"{others} or the path of a file")
-    return paths[0].absolute()
+    except OSError:
+        raise InvalidSettings(name, value, "absolute, since the working folder is gone") from None
+    raise InvalidSettings(name, value, allowed)

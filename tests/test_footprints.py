@@ -213,7 +213,7 @@ def test_the_setting_takes_a_file_or_none(tmp_path: Path) -> None:
     assert Settings(footprints="auto").footprints == Settings().footprints
     wrong: tuple[Any, ...] = ("", 5, ["a", "b"], ("a",), "a\0b")
     for value in wrong:
-        with pytest.raises(InvalidSettings, match='"auto", "none" or the path of a file'):
+        with pytest.raises(InvalidSettings, match='"auto" or the path of a file, or "none"'):
             Settings(footprints=value)
 
 

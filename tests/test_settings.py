@@ -314,12 +314,69 @@ def test_the_references_variables_are_no_two_settings() -> None:
 
 def test_folders_are_one_path_or_several() -> None:
     """One text has the separator of PATH in it; a home is found, and what is empty is no folder."""
-    here, home = Path("models"), Path.home()
-    assert Settings(models=here).models == Settings(models="models").models == (here,)
+    here, home = Path.cwd() / "models", Path.home()
+    assert Settings(models=Path("models")).models == Settings(models="models").models == (here,)
     assert Settings(models=["~", home / "a:b"]).models == (home, home / "a:b")
     text = os.pathsep.join(["~/x", "", "models"])
     assert Settings.from_environment({"LOADMASTER_MODELS": text}).models == (home / "x", here)
     assert Settings().models == Settings(models="").models == ()
+
+
+@pytest.mark.parametrize("name", ["models", "lock_folder", "footprints", "record"])
+def test_a_path_stays_where_it_was_when_the_working_folder_changes(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is made absolute when it is read."""
+    monkeypatch.chdir(tmp_path)
+    value = getattr(Settings(**{name: "here"}), name)  # type: ignore[arg-type]  # by name
+    assert value == ((tmp_path / "here",) if name == "models" else tmp_path / "here")
+
+
+@pytest.mark.parametrize("name", ["models", "lock_folder", "footprints", "record"])
+def test_a_relative_path_in_a_working_folder_that_is_gone_is_refused_by_name(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It says what would do."""
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    with pytest.raises(InvalidSettings, match=f"{name} cannot be 'here': .*absolute.* working folder is gone"):
+        Settings(**{name: "here"})  # type: ignore[arg-type]  # by name
+    assert getattr(Settings(**{name: "/here"}), name)  # type: ignore[arg-type]  # by name
+
+
+def test_as_many_slots_as_a_runner_can_have_are_allowed() -> None:
+    """With more, every request would be refused for an option that it did not name."""
+    assert Settings(num_parallel=256).num_parallel == 256
+    for settings in (
+        lambda: Settings(num_parallel=257),
+        lambda: Settings.from_environment({"OLLAMA_NUM_PARALLEL": "257"}),
+    ):
+        with pytest.raises(InvalidSettings, match=r"(?i)num_parallel cannot be '?257'?: .* from 0 to 256"):
+            settings()
+
+
+OPTIONAL = (
+    "memory_limit", "min_residency", "cpu_threads", "num_ctx", "num_batch", "num_parallel", "flash_attention",
+    "cache_type", "models", "lock_folder", "footprints", "record",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("text", ["none", "None", "NONE"])
+@pytest.mark.parametrize("name", OPTIONAL)
+def test_none_is_understood_in_any_case(name: str, text: str) -> None:
+    """In the environment, where text is all there is, and as an argument; for all that may be left out."""
+    for settings in (Settings.from_environment({f"LOADMASTER_{name.upper()}": text}), Settings(**{name: text})):  # type: ignore[arg-type]  # by name
+        assert not getattr(settings, name)
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in OPTIONAL if name not in ("models", "record", "lock_folder", "footprints")]
+)
+def test_who_is_told_what_is_allowed_is_told_of_none_too(name: str) -> None:
+    """Where it is."""
+    with pytest.raises(InvalidSettings, match=r'or "none"$'):
+        Settings.from_environment({f"LOADMASTER_{name.upper()}": "nonsense"})
 
 
 def test_what_can_change_while_running_is_changed_in_a_copy() -> None:

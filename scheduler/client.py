@@ -13,7 +13,7 @@ from weakref import WeakKeyDictionary
 
 import httpx
 
-from scheduler.errors import EngineError, format_duration
+from scheduler.errors import OUT_OF_FILES, EngineError, format_duration, is_out_of_files
 
 Messages = str | Sequence[Mapping[str, Any]]
 Answer = TypeVar("Answer")
@@ -207,6 +207,8 @@ class RunnerClient:
             limit = format_duration(timeout_s or 0.0)
             raise TimeoutError(f"the runner at {self._url} was silent for {limit}: allow it more") from error
         except httpx.RequestError as error:
+            if is_out_of_files(error):
+                raise EngineError(503, f"it was not asked, for {OUT_OF_FILES}") from error
             raise ConnectionError(f"the runner at {self._url} cannot be reached: {error}") from error
 
 

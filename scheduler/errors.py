@@ -7,6 +7,7 @@ Constructors take exactly the fields, by position or by name; every error surviv
 
 from __future__ import annotations
 
+import errno
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -22,6 +23,7 @@ _ADVICE = (  # by what a reason says
     ("moving what is pinned", f"unpin some of it, or {_SMALLER}"),
     ("hold the memory", f"free some of it, or {_SMALLER}"),
 )
+OUT_OF_FILES = "this program has too many open files; close some, or raise its limit (ulimit -n)"
 _SERVED = ("it did not answer within", "its connections broke")  # how a reason begins that is not of a load
 
 
@@ -53,6 +55,15 @@ def format_duration(duration_s: float) -> str:
         count, rest = divmod(rest, unit_s)
         text += f"{count}{unit}" if count else ""
     return text
+
+
+def is_out_of_files(error: BaseException | None) -> bool:
+    """Tell whether something failed because this program, or the machine, has too many open files."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _shown(value: object) -> str:

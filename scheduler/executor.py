@@ -302,9 +302,14 @@ class Executor:
             outcome = do.ModelNotFound(error.path)
         except InvalidModel as error:
             outcome = do.InvalidModel(error.path, error.reason, error.offset)
-        except (SchedulerError, OSError, Exception) as error:
+        except SchedulerError as error:
+            outcome = do.InvalidModel(model, str(error))
+        except Exception as error:
             log.debug("an inspection failed", exc_info=True)
-            outcome = do.InvalidModel(model, str(error) or repr(error))
+            reason = (
+                f"looking at it failed with {type(error).__name__}: {error}; see what this program may use (ulimit -a)"
+            )
+            outcome = do.InvalidModel(model, reason)
         self.sampler.refresh(_FRESH_S)  # what is free is read again right before each start
         identity = identity if identity == identity_of(what) else None
         refused = isinstance(outcome, do.ModelNotFound | do.InvalidModel)

@@ -14,7 +14,7 @@ from functools import cache
 from math import prod
 from types import ModuleType
 
-from scheduler.errors import InvalidModel, ModelNotFound
+from scheduler.errors import OUT_OF_FILES, InvalidModel, ModelNotFound, is_out_of_files
 from scheduler.window import Window
 
 Value = int | float | str | tuple[int, ...] | None
@@ -93,6 +93,8 @@ def _check_kind(path: str, status: os.stat_result) -> None:
 def _because(error: OSError | ValueError) -> str:
     if isinstance(error, OSError) and error.errno == errno.EACCES:
         return "it may not be read: check its permissions"
+    if is_out_of_files(error):
+        return f"it cannot be read: {OUT_OF_FILES}"
     return f"it cannot be read ({error.strerror or error})" if isinstance(error, OSError) else f"its path has {error}"
 
 

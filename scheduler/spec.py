@@ -110,7 +110,11 @@ def _several(option: str, value: Files) -> tuple[str, ...]:
 
 def _absolute(name: str | PathLike[str]) -> str:
     """Return the absolute path; raises `InvalidModel` for one that the engine cannot be told."""
-    found = path.abspath(path.expanduser(fspath(name)))
+    try:
+        found = path.abspath(path.expanduser(fspath(name)))
+    except OSError:
+        reason = "its path is relative, and the working folder is gone; name it by its absolute path"
+        raise InvalidModel(fspath(name), reason) from None
     try:
         found.encode()
     except UnicodeEncodeError:

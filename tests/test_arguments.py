@@ -165,3 +165,18 @@ def test_settings_are_a_kind_of_their_own(value: Any) -> None:
     """What is none is not passed over, also where it is empty."""
     with pytest.raises(InvalidSettings, match=r"settings cannot be .*Settings\(max_queue="):
         Scheduler(value)
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: ModelSpec("a", "a.gguf"), lambda: ModelSpec("a", "/a.gguf", adapters="b.gguf")]
+)
+def test_a_relative_path_in_a_working_folder_that_is_gone_is_refused(
+    make: Callable[[], object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With what helps."""
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    for make in (lambda: ModelSpec("a", "a.gguf"), lambda: ModelSpec("a", "/a.gguf", adapters="b.gguf")):
+        with pytest.raises(InvalidModel, match=r"the working folder is gone; name it by its absolute path$"):
+            make()

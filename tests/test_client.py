@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import gc
 import json
 import socket
@@ -296,6 +297,22 @@ def test_a_runner_that_is_gone_is_a_connection_error(client_of: ClientOf) -> Non
         client_of(server.url).complete("one")
     with pytest.raises(ConnectionError, match=r"127\.0\.0\.1"):
         asyncio.run(client_of(server.url).acomplete("one"))
+
+
+def test_a_program_that_is_out_of_files_is_told_so_and_the_runner_goes_on(
+    client_of: ClientOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is no fault of the runner's, which is not looked at."""
+
+    def fail(*_: object, **__: object) -> object:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr("socket.create_connection", fail)
+    monkeypatch.setattr("anyio.connect_tcp", fail)
+    client = client_of("http://127.0.0.1:1")
+    for ask in (lambda: client.chat("hello"), lambda: asyncio.run(client.achat("hello"))):
+        with pytest.raises(EngineError, match=r"too many open files; close some, or raise .*ulimit -n"):
+            ask()
 
 
 def test_a_stream_that_has_begun_is_never_sent_again(client_of: ClientOf) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import http.client
 import json
 import os
@@ -18,6 +19,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 from urllib.parse import urlsplit
 
 import gguf
@@ -460,6 +462,24 @@ def test_one_that_is_hard_at_work_is_healthy() -> None:
         busy.kill()
         busy.wait()
         assert not process.healthy(0.2)
+
+
+def test_a_program_that_is_out_of_files_holds_it_against_no_runner(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It can neither ask nor read then: what it cannot tell, it takes as it was."""
+
+    def fail(*_: object, **__: object) -> object:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    process = LlamaProcess(Told(), "key")
+    process._url = "http://127.0.0.1:1"
+    process.child = Mock(pid=os.getpid())
+    monkeypatch.setattr("http.client.HTTPConnection.connect", fail)
+    monkeypatch.setattr("psutil.Process.__init__", fail)
+    assert process.healthy(1.0) and process.memory() == Memory()
+    process._url = ""
+    assert process.pulse()
+    monkeypatch.setattr("importlib.util.find_spec", fail)
+    LlamaEngine().require()
 
 
 def test_it_outlives_the_thread_that_launched_it(engine: LlamaEngine, file: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import math
 import os
@@ -10,6 +11,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import Mock
 
 import gguf
 import numpy
@@ -324,3 +326,13 @@ def test_s25_a_newer_kind_of_value_says_what_to_upgrade(tmp_path: Path) -> None:
     content = a_model(text("general.new") + struct.pack("<II", 77, 0))
     with pytest.raises(InvalidModel, match=r"general\.new.* type 77, .*upgrade it and the engine"):
         read_metadata(write(tmp_path / "m.gguf", content))
+
+
+def test_a_program_that_is_out_of_files_is_told_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file is not at fault."""
+    file = tmp_path / "a.gguf"
+    file.touch()
+    with monkeypatch.context() as patch, pytest.raises(InvalidModel) as told:
+        patch.setattr("os.open", Mock(side_effect=OSError(errno.EMFILE, "Too many open files")))
+        read_metadata(str(file))
+    assert "ulimit -n" in str(told.value) and "download" not in str(told.value)

@@ -33,6 +33,7 @@ from scheduler import (
     AcquireTimeout,
     DoesNotFit,
     Gap,
+    InvalidModel,
     InvalidSettings,
     Lease,
     LeaseReleased,
@@ -582,6 +583,16 @@ def test_the_last_names_that_were_forgotten_can_still_be_told(
             scheduler.acquire(a_model(name))
         assert_soon(lambda: known(scheduler) == set())
     assert [scheduler.name(a_model(name).id) for name in ("a", "b", "c")] == ["python:a", "b", "c"]
+
+
+def test_an_inspection_that_fails_for_another_reason_does_not_blame_the_file(
+    scheduler: Scheduler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where this program may use too little memory to read it, say."""
+    monkeypatch.setattr(PythonEngine, "inspect", Mock(side_effect=ImportError("failed to map segment")))
+    with pytest.raises(InvalidModel, match=r"ImportError: failed to map segment; .*ulimit -a") as told:
+        scheduler.acquire(a_model("a"))
+    assert "download" not in str(told.value)
 
 
 def test_a_name_that_a_full_queue_refuses_is_forgotten() -> None:

@@ -27,7 +27,7 @@ from scheduler.child import Child, Exit, Program
 from scheduler.cores import usable_cores
 from scheduler.engines import Buffer, Endpoint, Memory
 from scheduler.engines.llama_report import largest_sequence, loaded_of
-from scheduler.errors import EngineMissing
+from scheduler.errors import EngineMissing, is_out_of_files
 from scheduler.gate import Gate
 from scheduler.header import read_header
 from scheduler.metadata import read_metadata
@@ -128,7 +128,7 @@ class LlamaProcess:
             return Memory()
         resident_bytes = mapped_bytes = 0
         if self.pid is not None:
-            with suppress(psutil.Error):
+            with suppress(psutil.Error, OSError):  # OSError: too many open files
                 memory = psutil.Process(self.pid).memory_info()
                 resident_bytes, mapped_bytes = memory.rss, getattr(memory, "shared", 0)  # shared: on Linux only
         resident: dict[DeviceId, int] = {HOST: resident_bytes} if resident_bytes else {}
@@ -166,7 +166,9 @@ class LlamaProcess:
             return connection.getresponse().status == http.client.OK
         except TimeoutError:
             return self._worked_s() - worked_s > max(BUSY_S, BUSY_PART * timeout_s)
-        except (OSError, http.client.HTTPException):
+        except (OSError, http.client.HTTPException) as error:
+            if is_out_of_files(error):  # nothing is known of it
+                return True
             self._told.wait(min(timeout_s, EXIT_S))  # most likely it ends just now: that says more than our False
             return False
         finally:
@@ -243,14 +245,14 @@ class LlamaProcess:
 
     def _touches(self) -> tuple[int, int]:
         """What grows while a model is loaded: bytes resident, and bytes read."""
-        with suppress(psutil.Error, AttributeError):  # AttributeError: no counters on this system
+        with suppress(psutil.Error, OSError, AttributeError):  # AttributeError: no counters on this system
             process = psutil.Process(self.pid)
             return process.memory_info().rss, process.io_counters().read_chars
         return self._touched
 
     def _worked_s(self) -> float:
         """Seconds of CPU that it has used so far."""
-        with suppress(psutil.Error):
+        with suppress(psutil.Error, OSError):
             times = psutil.Process(self.pid).cpu_times()
             return times.user + times.system
         return 0.0
@@ -264,8 +266,9 @@ class LlamaEngine:
 
     def require(self) -> None:
         """Raise `EngineMissing` if the library is not installed."""
-        if find_library() is None:
-            raise EngineMissing("llama", "pip install 'loadmaster[llama]'")
+        with suppress(OSError):  # where it cannot be looked for, whoever needs it finds out why
+            if find_library() is None:
+                raise EngineMissing("llama", "pip install 'loadmaster[llama]'")
 
     def inspect(self, model: ModelSpec) -> ModelInfo:
         """Return what the model's files say; raises `ModelNotFound` or `InvalidModel`."""

@@ -13,7 +13,7 @@ from weakref import WeakKeyDictionary
 
 import httpx
 
-from scheduler.errors import OUT_OF_FILES, EngineError, format_duration, is_out_of_files
+from scheduler.errors import OUT_OF_FILES, EngineError, UnsupportedOption, format_duration, is_out_of_files
 
 Messages = str | Sequence[Mapping[str, Any]]
 Answer = TypeVar("Answer")
@@ -35,7 +35,8 @@ class RunnerClient:
     """A client of one runner at `url` (scheme, host and port) with its `key`; may be used by several threads at once.
 
     Every method takes the engine's own request parameters by name (`max_tokens`, `temperature`, …) and `timeout_s`, the
-    longest silence that is put up with, in seconds; None, which is the default, is without limit. All raise
+    longest silence that is put up with, in seconds; None, which is the default, is without limit. One text is returned:
+    `UnsupportedOption` refuses what would be answered with more (`n`, `tools`). All raise
     `EngineError` if the runner answers with an error, `ConnectionError` if it does not answer or breaks off, and
     `TimeoutError` after `timeout_s`. A request is sent at most twice, and never again once its answer has begun.
     """
@@ -233,12 +234,26 @@ class _Request:
     body: dict[str, Any]
 
 
+def _check(parameters: Mapping[str, Any]) -> None:
+    """Raise `UnsupportedOption` for what would be answered with more than the one text that is returned."""
+    if parameters.get("n") not in (None, 1):
+        raise UnsupportedOption("n", parameters["n"], "one answer is returned: ask once for each")
+    for name in ("tools", "functions"):
+        if parameters.get(name):
+            advice = "text is returned, and no calls: point an OpenAI client to the lease's url, with its api_key"
+            raise UnsupportedOption(name, parameters[name], advice)
+
+
 def _chat_request(messages: Messages, parameters: Mapping[str, Any], *, stream: bool = False) -> _Request:
+    _check(parameters)
     said = [{"role": "user", "content": messages}] if isinstance(messages, str) else list(messages)
     return _Request("/v1/chat/completions", {**parameters, "messages": said, "stream": stream})
 
 
 def _completion_request(prompt: str, parameters: Mapping[str, Any]) -> _Request:
+    _check(parameters)
+    if not isinstance(prompt, str):
+        raise UnsupportedOption("prompt", prompt, "it must be one text: ask once for each")
     return _Request("/v1/completions", {**parameters, "prompt": prompt, "stream": False})
 
 
@@ -247,7 +262,7 @@ def _embedding_request(text: str | Sequence[str], parameters: Mapping[str, Any])
 
 
 def _chat_text(answer: Any) -> str:
-    return answer["choices"][0]["message"]["content"] or ""  # null where the model only called a tool
+    return answer["choices"][0]["message"]["content"] or ""  # it may be null
 
 
 def _completion_text(answer: Any) -> str:
@@ -323,8 +338,8 @@ def _piece(event: Any) -> str:
     """Return the text in one event, which may be none: the first only has a role, the last only numbers."""
     if "error" in event:
         raise _error_of(event["error"], 500)
-    choices = event["choices"]
-    return (choices[0]["delta"].get("content") or "") if choices else ""
+    first = [choice for choice in event["choices"] if choice.get("index", 0) == 0]
+    return (first[0]["delta"].get("content") or "") if first else ""
 
 
 __all__ = ["CONNECT_TIMEOUT_S", "Line", "Messages", "RunnerClient"]

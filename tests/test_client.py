@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 
 from scheduler.client import RunnerClient
-from scheduler.errors import EngineError
+from scheduler.errors import EngineError, UnsupportedOption
 from tests.tiny_models import write_tiny_model
 
 SERVER = """
@@ -387,6 +387,50 @@ def test_a_loop_that_ends_closes_an_open_stream_quietly(
 
     assert asyncio.run(begin())
     assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("parameters", "advice"),
+    [
+        ({"n": 2}, "one answer is returned: ask once for each"),
+        ({"tools": [{"type": "function"}]}, "url, with its api_key"),
+        ({"functions": [{}]}, "url, with its api_key"),
+    ],
+)
+def test_what_would_be_answered_with_more_than_a_text_is_refused(
+    parameters: dict[str, Any], advice: str, client_of: ClientOf
+) -> None:
+    """Of several answers only one could be returned, and nothing of a call; it says what to do instead."""
+    client = client_of("http://127.0.0.1:1")
+    asks: list[Callable[[], object]] = [
+        lambda: client.chat("hello", **parameters),
+        lambda: client.complete("hello", **parameters),
+        lambda: list(client.stream("hello", **parameters)),
+        lambda: asyncio.run(client.achat("hello", **parameters)),
+    ]
+    for ask in asks:
+        with pytest.raises(UnsupportedOption, match=advice):
+            ask()
+
+
+def test_one_answer_may_be_asked_for_by_number(client_of: ClientOf) -> None:
+    """As is what stands for no tools."""
+    with Misbehaving(answer) as server:
+        assert client_of(server.url).complete("one", n=1, tools=None) == "fine"
+
+
+@pytest.mark.parametrize("prompt", [["one", "two"], None, 5, b"one"])
+def test_a_prompt_is_one_text(prompt: Any, client_of: ClientOf) -> None:
+    """Of several only the first one's continuation would be returned."""
+    with pytest.raises(UnsupportedOption, match="one text: ask once for each"):
+        client_of("http://127.0.0.1:1").complete(prompt)
+
+
+def test_other_answers_in_a_stream_are_left_out(client_of: ClientOf) -> None:
+    """They would be mixed with the first."""
+    other = event("b").replace(b'{"delta"', b'{"index": 1, "delta"')
+    with Misbehaving(stream(event("a") + other + event("c") + DONE)) as server:
+        assert list(client_of(server.url).stream("hello")) == ["a", "c"]
 
 
 def test_a_loop_that_has_ended_is_let_go_of(client_of: ClientOf) -> None:

@@ -57,6 +57,11 @@ def format_duration(duration_s: float) -> str:
     return text
 
 
+def advice_for(reason: str, otherwise: str) -> str:
+    """Return what helps where a model has no place for this reason, or else `otherwise`."""
+    return next((advice for words, advice in _ADVICE if words in reason), otherwise)
+
+
 def is_out_of_files(error: BaseException | None) -> bool:
     """Tell whether something failed because this program, or the machine, has too many open files."""
     while error is not None:
@@ -155,8 +160,7 @@ class DoesNotFit(SchedulerError):
 
     def __str__(self) -> str:
         devices = ", ".join(f"{format_bytes(free)} on {device}" for device, free in self.free_bytes.items())
-        fitting = (advice for words, advice in _ADVICE if words in self.reason)
-        advice = "" if ";" in self.reason else f"; {next(fitting, f'{_SMALLER}, or raise the limit')}"
+        advice = "" if ";" in self.reason else f"; {advice_for(self.reason, f'{_SMALLER}, or raise the limit')}"
         need = f"needs {format_bytes(self.needed_bytes)} and at most {devices or 'nothing'} can be had"
         return (
             f"{self.model!r} {need if self.needed_bytes else 'has no place'}: {self.reason}{advice}"

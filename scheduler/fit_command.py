@@ -22,7 +22,7 @@ from scheduler.clock import monotonic_clock
 from scheduler.devices import Devices
 from scheduler.engines.llama import LlamaEngine
 from scheduler.engines.python import PythonEngine
-from scheduler.errors import InvalidSettings, format_bytes
+from scheduler.errors import InvalidSettings, advice_for, format_bytes
 from scheduler.fit import Fit, FitDevice, fit_of
 from scheduler.footprint_store import FootprintStore
 from scheduler.footprints import identity_of
@@ -123,8 +123,8 @@ def _print(fit: Fit, problems: Sequence[str]) -> None:
             console.print(Text(f"  {_flags(each.options):<44} {takes}"), soft_wrap=True)
     elif fit.verdict == "never":
         console.print()
-        none = "None of the options that were tried makes it fit: it takes a smaller model, or more memory."
-        console.print(Text(none), soft_wrap=True)
+        advice = advice_for(fit.reason, "it takes a smaller model, or more memory")
+        console.print(Text(f"None of the options that were tried makes it fit: {advice}."), soft_wrap=True)
     for problem in problems:
         console.print(Text(f"({problem})", style="dim"), soft_wrap=True)
 

@@ -78,13 +78,16 @@ class Folder:
         return None
 
     def names(self) -> Iterator[str]:
-        """Yield the names, folder by folder."""
-        for folder, folders, files in os.walk(self.root):
+        """Yield the names, folder by folder; raises OSError at the end where a folder cannot be listed."""
+        failed: list[OSError] = []
+        for folder, folders, files in os.walk(self.root, onerror=failed.append):
             folders[:] = sorted(inner for inner in folders if not inner.startswith("."))
             for file in sorted(files):
                 if _is_model(file):
                     path = Path(folder, file).relative_to(self.root).as_posix()
                     yield FIRST_PART.sub("", path) if FIRST_PART.search(path) else _GGUF.sub("", path)
+        if failed:
+            raise failed[0]
 
 
 # -- Ollama ------------------------------------------------------------------------------------------------------------

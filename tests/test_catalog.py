@@ -419,8 +419,30 @@ def test_what_is_no_regular_file_is_refused(folder: Path, make: object) -> None:
 
 
 def test_a_folder_that_is_not_there_has_no_models(tmp_path: Path) -> None:
-    """It may be made later."""
-    assert (names_of(Folder(tmp_path / "no")), Folder(tmp_path / "no").find("a")) == ([], None)
+    """It may be made later; who lists it is told."""
+    catalog, unlisted = Catalog([Folder(tmp_path / "no")]), dict[str, str]()
+    assert (list(catalog.listing(unlisted)), Folder(tmp_path / "no").find("a")) == ([], None)
+    assert "FileNotFoundError" in unlisted[f"the folder {tmp_path / 'no'}"]
+
+
+def test_what_cannot_be_listed_of_a_folder_does_not_hide_the_rest(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is told at the end."""
+    for name in ("a", "b", "c"):
+        (folder / name).mkdir()
+        (folder / name / "m.gguf").touch()
+    scan = os.scandir
+
+    def refuse(path: str) -> Any:
+        if os.path.basename(path) == "b":
+            raise PermissionError(13, "Permission denied", path)
+        return scan(path)
+
+    monkeypatch.setattr("os.scandir", refuse)
+    unlisted: dict[str, str] = {}
+    assert [name for name, _ in Catalog([Folder(folder)]).listing(unlisted)] == ["a/m", "c/m"]
+    assert "PermissionError" in unlisted[f"the folder {folder}"]
 
 
 # -- Ollama ------------------------------------------------------------------------------------------------------------

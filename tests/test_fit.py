@@ -195,6 +195,17 @@ def test_limits_count(capsys: pytest.CaptureFixture[str], model: Path, monkeypat
     assert run(capsys, model, "--host", "1GiB", "--memory-limit", "1GiB")[0] == 0
 
 
+@pytest.mark.parametrize("arguments", [("--num-gpu", "5"), ("--require-gpu",)])
+def test_who_wants_a_gpu_where_there_is_none_is_told_what_acquire_says(
+    capsys: pytest.CaptureFixture[str], model: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...]
+) -> None:
+    """A smaller model would not help."""
+    monkeypatch.setenv("LOADMASTER_GPUS", "off")
+    status, output = run(capsys, model, *arguments)
+    assert status == 1 and "makes it fit: ask for it without a GPU (require_gpu, num_gpu)." in output
+    assert "smaller model" not in output
+
+
 def test_a_model_can_be_named(capsys: pytest.CaptureFixture[str], model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As it is listed."""
     monkeypatch.setenv("LOADMASTER_MODELS", str(model.parent))

@@ -163,6 +163,20 @@ def test_where_there_is_nothing_it_says_where_it_looked_and_what_to_do(
     assert "pip install 'loadmaster[hub]'" in printed(capsys)
 
 
+@pytest.mark.parametrize("kind", ["missing", "a file"])
+def test_a_place_that_cannot_be_listed_is_told(
+    capsys: pytest.CaptureFixture[str], folder: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """In words, and to programs in a row without a name."""
+    wrong = folder / "wrong"
+    if kind == "a file":
+        wrong.touch()
+    monkeypatch.setenv("LOADMASTER_MODELS", str(wrong))
+    assert "cannot be read: " in printed(capsys)
+    (row,) = json.loads(printed(capsys, "--json"))
+    assert (row["name"], row["place"]) == ("", f"the folder {wrong}") and str(wrong) in row["problem"]
+
+
 def test_names_cannot_command_the_terminal(folder: Path, model: bytes) -> None:
     """A file whose name has control characters has none to be asked by, and what looks like markup is only text."""
     (folder / "a\x1b[2Jb.gguf").write_bytes(model)

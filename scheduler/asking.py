@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any, Self
 
 from scheduler.lease import Lease
 from scheduler.registry import Question
-from scheduler.ticket import FutureTicket, Ticket, settle_in_loop
+from scheduler.ticket import FutureTicket, Ticket, Uncopied, settle_in_loop
 
 if TYPE_CHECKING:
     from scheduler.desk import Desk
 
 
-class Reservation:
+class Reservation(Uncopied):
     """Memory of the program's own, out of the account until it is released; twice is harmless."""
 
     def __init__(self, desk: Desk, ticket: Ticket) -> None:

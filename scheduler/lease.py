@@ -14,7 +14,7 @@ from fsm.runner import RunnerId
 from scheduler.client import Answer, Line, Messages, RunnerClient
 from scheduler.engines import Endpoint
 from scheduler.errors import InvalidSettings, LeaseReleased, RunnerCrashed, UnsupportedOption
-from scheduler.ticket import Ticket
+from scheduler.ticket import Ticket, Uncopied
 from scheduler.units import parse_duration, wait_limit
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def _silence_s(timeout: str | float | None) -> float | None:
     return wait_limit(silence_s)
 
 
-class Lease:
+class Lease(Uncopied):
     """A runner that serves, for as long as this is held: it is not stopped before `release`, unless it crashes.
 
     Use it in a `with` block, or call `release`; twice is harmless. One that is lost to the garbage collector is
@@ -250,7 +250,7 @@ class Lease:
             self._desk.give_back(self._ticket)
 
 
-class Stream(Iterator[str]):
+class Stream(Uncopied, Iterator[str]):
     """The pieces of an answer. Holds its lease until it is exhausted, closed, or lost to the garbage collector."""
 
     def __init__(self, lease: Lease, pieces: Generator[str, None, None]) -> None:
@@ -302,7 +302,7 @@ class Stream(Iterator[str]):
             self.close()
 
 
-class AsyncStream(AsyncIterator[str]):
+class AsyncStream(Uncopied, AsyncIterator[str]):
     """Like `Stream`, for `async for`."""
 
     def __init__(self, lease: Lease, pieces: AsyncGenerator[str, None], line: Line) -> None:

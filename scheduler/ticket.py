@@ -6,7 +6,7 @@ import asyncio
 from _thread import allocate_lock
 from collections.abc import Callable
 from concurrent.futures import Future
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Never
 
 from fsm.request import ModelId, RequestId
 
@@ -14,6 +14,15 @@ if TYPE_CHECKING:
     from scheduler.executor import Life
 
 Callback = Callable[[], object]
+
+
+class Uncopied:
+    """What is given back once: the end of a copy would give back what the original holds."""
+
+    __slots__ = ()
+
+    def __reduce__(self) -> Never:
+        raise TypeError(f"a {type(self).__name__} cannot be copied or pickled: ask the scheduler for another")
 
 
 class Ticket:

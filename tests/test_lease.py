@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import gc
+import pickle
 import signal
 import socket
 import threading
@@ -71,6 +73,26 @@ def test_a_forgotten_lease_is_released_however_it_was_asked_for(scheduler: Sched
     with pytest.warns(ResourceWarning, match="never released"):
         del held
         assert_soon(lambda: gc.collect() >= 0 and leases(scheduler) == [0])
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_what_is_held_cannot_be_copied(scheduler: Scheduler, copied: Callable[[object], object]) -> None:
+    """The end of the copy would release the original."""
+    with scheduler.acquire(MODEL) as lease, scheduler.reserve("cpu", "1MiB") as reservation:
+        for held in (lease, reservation):
+            with pytest.raises(TypeError, match=rf"a {type(held).__name__} cannot be copied"):
+                copied(held)
+        gc.collect()
+        assert leases(scheduler) == [1] and scheduler.status().devices[0].held_bytes >= 2**20
+
+
+def test_a_stream_cannot_be_copied(serving: Scheduler, file: Path) -> None:
+    """It ends once."""
+    with serving.acquire(file) as lease, lease.stream("hello", **SHORT) as pieces:
+        for stream in (pieces, lease.astream("hello")):
+            with pytest.raises(TypeError, match="cannot be copied"):
+                copy.copy(stream)
+        assert "".join(pieces)
 
 
 def test_what_is_entered_cannot_be_entered_again(scheduler: Scheduler) -> None:

@@ -116,7 +116,7 @@ def folders(name: str, value: Any) -> tuple[Path, ...]:
     if _says_none(value):
         return ()
     parts = value.split(os.pathsep) if isinstance(value, str) else [value] if isinstance(value, os.PathLike) else value
-    return _paths(name, value, parts, f"folders: paths, or one text of them with {os.pathsep!r} in between")
+    return _paths(name, value, parts, f'folders: paths, or one text of them with {os.pathsep!r} in between, or "none"')
 
 
 def file(name: str, value: Any, allowed: str = "the path of a file") -> Path:

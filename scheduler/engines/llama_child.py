@@ -42,7 +42,7 @@ LOG_PAUSE_S = 0.2  # for the last of the log, where it cannot be flushed
 OOM_SCORE = 300  # of 1000: under memory pressure the kernel takes a runner rather than its host
 LINUX_PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG
 SHARE = "/proc/self/autogroup"  # of the processors, where Linux deals them to sessions
-LOADING_NICE = 15  # a thirtieth of what others get where there are too few, for a second; 0 is what everybody has
+LOADING_NICE = 19  # a seventieth of what others get where there are too few, for a second; 0 is what everybody has
 SHARE_PAUSE_S, SHARE_TRIES = 0.1, 100  # the kernel takes ten changes a second from all of the machine
 MIB = 1 << 20
 

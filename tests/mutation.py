@@ -19,8 +19,8 @@ from shutil import rmtree
 ROOT = Path(__file__).resolve().parent.parent
 WORK = ROOT / "build" / "mutation"
 MODULES = (
-    "table", "runner", "request", "ledger", "dealing", "placement", "reuse", "eviction", "choosing", "keeping",
-    "waiting", "candidates", "loading", "refusing", "core", "actions", "endings", "planning", "claims",
+    "table", "runner", "request", "ledger", "dealing", "placement", "reuse", "eviction", "choosing", "supply",
+    "keeping", "waiting", "candidates", "loading", "refusing", "core", "actions", "endings", "planning", "claims",
 )  # fmt: skip
 SMALLEST = "request"  # of the modules: it has some fifteen mutants
 SUITE = (

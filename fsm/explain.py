@@ -141,6 +141,8 @@ def _verdict(pool: Pool, plan: Plan, room: Room | None, runner: Runner) -> str:
 def _reasons(pool: Pool, plan: Plan, room: Room | None, runner: Runner) -> Iterator[str]:
     victim = next((one for one in room.victims if one.runner == runner.id), None) if room else None
     considered = next((one for one in room.considered if one.runner == runner.id), None) if room else None
+    if victim is not None and victim.free_at <= pool.now:
+        yield "it is to go when nothing else is missing"
     if victim is not None:
         yield f"it is to go in {victim.free_at - pool.now:.1f} s, or when it rests"
     if runner.state is EXPIRING:

@@ -75,7 +75,7 @@ class _Planner:
         self.unmovable = len(pool.runners) - len(movable)
         self.claimed: set[RunnerId] = set()  # victims of earlier lines
         self.sets_left = MOST_SETS
-        self.followers: Counter[ModelId] = Counter()  # lines behind that one, for the same model
+        self.followers: Counter[ModelId] = Counter()  # lines for a model behind the first of them
         loading = [runner for runner in pool.runners.values() if runner.state is LOADING]
         self.awaited = {runner.id for runner in loading if pool.lines_for(runner)}
         self.loads = Loads(pool.limits, (runner.placement for runner in loading))

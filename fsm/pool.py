@@ -289,8 +289,7 @@ class Pool:
 
     def check(self) -> None:
         """Raise AssertionError where an invariant does not hold; for tests and searches, after every step."""
-        leases: set[RequestId] = set()
-        processes = working = 0
+        leases, processes, working = set[RequestId](), 0, 0
         for runner in self.runners.values():
             self._check_runner(runner)
             leases |= runner.leases

@@ -96,14 +96,19 @@ class RunnerClient:
         return await self._apost(_completion_request(prompt, parameters), _completion_text, timeout_s)
 
     async def astream(
-        self, messages: Messages, *, line: Line | None = None, timeout_s: float | None = None, **parameters: Any
+        self,
+        messages: Messages,
+        *,
+        connection: Connection | None = None,
+        timeout_s: float | None = None,
+        **parameters: Any,
     ) -> AsyncGenerator[str, None]:
-        """As `stream`; the connection is held by `line` as well, to be cut where no loop is left to close it."""
+        """As `stream`; the connection is held by `connection` as well, to be cut where no loop is left to close it."""
         pieces, request = _Pieces(), _chat_request(messages, parameters, stream=True)
         with self._translated(timeout_s):
             async with aclosing(await self._asend(request, timeout_s)) as response:
-                if line is not None:
-                    line.response = response
+                if connection is not None:
+                    connection.response = response
                 async for chunk in response.aiter_bytes():
                     for piece in pieces.feed(chunk):
                         yield piece
@@ -214,7 +219,7 @@ class RunnerClient:
 
 
 @dataclass(slots=True)
-class Line:
+class Connection:
     """The connection of an answer that is streamed in an event loop, once it has begun."""
 
     response: httpx.Response | None = None
@@ -342,4 +347,4 @@ def _piece(event: Any) -> str:
     return (first[0]["delta"].get("content") or "") if first else ""
 
 
-__all__ = ["CONNECT_TIMEOUT_S", "Line", "Messages", "RunnerClient"]
+__all__ = ["CONNECT_TIMEOUT_S", "Connection", "Messages", "RunnerClient"]

@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, overload
 
 from fsm.runner import RunnerId
-from scheduler.client import Answer, Line, Messages, RunnerClient
+from scheduler.client import Answer, Connection, Messages, RunnerClient
 from scheduler.engines import Endpoint
 from scheduler.errors import InvalidSettings, LeaseReleased, RunnerCrashed, UnsupportedOption
 from scheduler.ticket import Ticket, Uncopied
@@ -194,9 +194,9 @@ class Lease(Uncopied):
 
     def astream(self, messages: Messages, *, timeout: str | float | None = None, **parameters: Any) -> AsyncStream:
         """Like `stream`, for `async for`."""
-        line = Line()
-        pieces = self._client().astream(messages, line=line, timeout_s=_silence_s(timeout), **parameters)
-        return AsyncStream(self, pieces, line)
+        connection = Connection()
+        pieces = self._client().astream(messages, connection=connection, timeout_s=_silence_s(timeout), **parameters)
+        return AsyncStream(self, pieces, connection)
 
     def _check(self) -> None:
         if self._ticket.lost:
@@ -305,9 +305,9 @@ class Stream(Uncopied, Iterator[str]):
 class AsyncStream(Uncopied, AsyncIterator[str]):
     """Like `Stream`, for `async for`."""
 
-    def __init__(self, lease: Lease, pieces: AsyncGenerator[str, None], line: Line) -> None:
+    def __init__(self, lease: Lease, pieces: AsyncGenerator[str, None], connection: Connection) -> None:
         self._pieces = pieces
-        self._line = line
+        self._connection = connection
         self._lease: Lease | None = lease
         lease._begin_stream()
 
@@ -339,5 +339,5 @@ class AsyncStream(Uncopied, AsyncIterator[str]):
     def __del__(self) -> None:
         lease = getattr(self, "_lease", None)
         if lease is not None and not lease._desk.forked:
-            self._line.cut()  # its event loop closes the generator, unless it ends before
+            self._connection.cut()  # its event loop closes the generator, unless it ends before
             lease._end_stream()

@@ -8,7 +8,7 @@ from fsm.footprint import Footprint
 from fsm.journal import ConsideredDevice, ConsideredRunner, Decision
 from fsm.model import HOST, MIB
 from fsm.runner import RunnerState
-from tests.pool import PoolUnderTest, a_pool, acquire, exited, loaded, pin, release
+from tests.pool import PoolUnderTest, a_pool, acquire, exited, expire, loaded, pin, release
 
 GIB = 1024 * MIB
 
@@ -105,3 +105,12 @@ def test_what_drains_for_long_is_not_said_to_be_stopped() -> None:
     pool.advance("30s")
     pool.feed(acquire("c", request=3))
     assert reasons(told(pool, "waits"))["a"] == "it is on its way out"
+
+
+def test_an_idle_one_that_stays_until_the_rest_is_there_is_said_to() -> None:
+    """It may go now, and goes when the one that drains has gone."""
+    pool = listened(a_pool("6GiB", sizes={"busy": "5GiB", "idle": "1GiB", "all": "6GiB"}, min_residency_s=0.0))
+    pool.ready("busy", lease=1).idle("idle").feed(expire("busy"))
+    pool.advance("10s")
+    pool.feed(acquire("all", request=11))
+    assert reasons(told(pool, "waits"))["idle"] == "it is to go when nothing else is missing"

@@ -265,6 +265,7 @@ def test_whoever_asks_while_no_worker_can_be_started_is_served_later(monkeypatch
         scheduler = a_scheduler()
         with ThreadPoolExecutor(1) as pool:
             waiting = pool.submit(scheduler.submit, a_model("a")).result(LIMIT_S)
+        assert not waiting.done()
     with scheduler:
         waiting.result(LIMIT_S).release()
 

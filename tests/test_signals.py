@@ -76,30 +76,19 @@ def test_a_decision_waits_for_nothing_that_an_interrupted_thread_holds(name: str
         assert moments[0] > 5
 
 
-@pytest.mark.parametrize("every", [1, 7])
-def test_a_handler_may_look_while_its_thread_closes(every: int) -> None:
-    """It sees what there is, until the end."""
+@pytest.mark.parametrize("every", [3, 7])
+@pytest.mark.parametrize("call", [Scheduler.status, lambda scheduler: scheduler.close(0)], ids=["look", "close"])
+def test_a_handler_may_look_and_close_while_its_thread_closes(every: int, call: Callable[[Scheduler], object]) -> None:
+    """It sees what there is, until the end; its own close returns at once when that has come."""
     scheduler = a_scheduler()
     scheduler.acquire(PythonModel("a", load=object)).release()
 
-    def look(moment: int) -> None:
+    def handle(moment: int) -> None:
         if moment % every == 0:
-            scheduler.status()
+            call(scheduler)
 
-    as_main(scheduler._desk.driver, lambda: interrupted(scheduler.close, look))
-
-
-@pytest.mark.parametrize("every", [3, 11])
-def test_a_handler_may_close_while_its_thread_closes(every: int) -> None:
-    """Once that has come to its end the call in the handler returns at once."""
-    scheduler = a_scheduler()
-    scheduler.acquire(PythonModel("a", load=object)).release()
-
-    def close(moment: int) -> None:
-        if moment % every == 0:
-            scheduler.close(0)
-
-    as_main(scheduler._desk.driver, lambda: interrupted(scheduler.close, close))
+    as_main(scheduler._desk.driver, lambda: interrupted(scheduler.close, handle))
+    assert not scheduler.status().runners
 
 
 # -- Ctrl-C that the program survives ----------------------------------------------------------------------------------

@@ -324,7 +324,7 @@ def test_victims_are_named_with_what_they_hold(model: Path) -> None:
         assert (fit.verdict, fit.victims) == ("evicts", (FitVictim("first", 1, 300 * MIB, 0, 0.0),))
         with scheduler.acquire(first):
             fit = scheduler.fit(model)
-            assert fit.victims[0].leases == 1 and 110 < fit.victims[0].leaves_in_s <= 120
+            assert fit.victims[0].leases == 1 and 110 < fit.victims[0].leaves_in_s < 121
             assert str(fit).startswith("tiny fits once first (300 MiB, in use, in 2m at most) has left: ")
         assert [runner.model for runner in scheduler.status().runners] == ["first"]
 

@@ -61,7 +61,7 @@ def incident(scheduler: Scheduler, folder: Path) -> set[str]:
     secrets = {
         PROMPT,
         a.url,
-        a.url.rpartition(":")[2].rstrip("/"),
+        a.url.removeprefix("http://").rstrip("/"),
         scheduler._desk.executor.lives[a.runner].endpoint.key,
     }
     scheduler.acquire(folder / "b.gguf").release()

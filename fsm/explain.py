@@ -19,6 +19,8 @@ from fsm.pool import Line, Pool
 from fsm.request import Purpose, Want
 from fsm.runner import EXPIRING, LOADING, Runner, RunnerId
 
+NOBODY_GOES = "nobody has to go"
+
 
 def tell_victims(pool: Pool, plan: Plan, journal: list[Entry]) -> None:
     """Note who is given up for whom, before it happens."""
@@ -154,7 +156,7 @@ def _reasons(pool: Pool, plan: Plan, room: Room | None, runner: Runner) -> Itera
     if runner.state is LOADING and pool.lines_for(runner):
         yield "others wait for its load"
     if room is None or not room.considered:
-        yield "nobody has to go"
+        yield NOBODY_GOES
     if runner.leases:
         yield "in use"
     if considered is not None and considered.free_at > pool.now:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from typing import Protocol, assert_never
 
 from fsm import commands as do
@@ -17,6 +19,12 @@ class Names(Protocol):
 
     def named(self, text: str) -> str:
         """Return a text with names in place of identities."""
+
+
+def renamed(text: str, names: Mapping[ModelId, str]) -> str:
+    """Return a text with names in place of identities, each replaced once: a name may be another one's identity."""
+    found = sorted(filter(None, (id for id in names if id in text)), key=len, reverse=True)
+    return re.sub("|".join(map(re.escape, found)), lambda id: names[ModelId(id[0])], text) if found else text
 
 
 def error_of(refusal: do.Refusal, names: Names) -> errors.SchedulerError:

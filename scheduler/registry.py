@@ -13,6 +13,7 @@ from fsm.estimate import CACHE_BLOCK_BYTES
 from fsm.footprint import Footprint
 from fsm.model import ModelInfo, Options
 from fsm.request import ModelId, Purpose, Want
+from scheduler.answers import renamed
 from scheduler.catalog import Catalog, is_like_a_path, is_path
 from scheduler.clock import Clock, monotonic_clock
 from scheduler.engines import Engine
@@ -134,9 +135,7 @@ class Registry:
 
     def named(self, text: str) -> str:
         """Return a text of the core's with names in place of identities."""
-        for model in sorted(self._models.copy().values(), key=lambda model: len(model.id), reverse=True):
-            text = text.replace(model.id, model.name)
-        return text
+        return renamed(text, {model.id: model.name for model in self._models.copy().values()})
 
     def keep(self, model: ModelSpec | PythonModel) -> None:
         """Know a model, until it is forgotten."""

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.text import Text
 
 from scheduler.replay import Begun, Difference, RecordingError, Replay
-from scheduler.story import Sentence, Story, Wait, printable
+from scheduler.story import UNSEEN, Sentence, Story, Wait, printable
 
 DIFFERS = 1  # the exit status
 _LONGEST_SHOWN = 5  # waits in the summary
@@ -36,6 +36,7 @@ def run_replay(chosen: argparse.Namespace) -> int:
                     _print(out, sentence)
     except Difference as found:
         difference = found
+    story.finish()
     if replay.cut:
         notes.append("the last line is cut short, as where a program was killed: it is left out")
     if chosen.timeline is not None:
@@ -73,14 +74,17 @@ def _print_summary(out: Console, replay: Replay, story: Story, notes: list[str],
     waiting = sum(not wait.answer for wait in waits)
     out.print()
     left = sum(wait.answer == "cancelled" for wait in waits)
-    refused = len(waits) - granted - waiting - left
-    out.print(f"Requests  {len(waits)}: {granted} granted, {refused} refused, {left} left, {waiting} still waiting")
+    unseen = sum(wait.answer == UNSEEN for wait in waits)
+    refused = len(waits) - granted - waiting - left - unseen
+    counts = f"{granted} granted, {refused} refused, {left} left, {waiting} still waiting"
+    out.print(f"Requests  {len(waits)}: {counts}" + (f", {unseen} {UNSEEN}" if unseen else ""))
     out.print(f"Loads     {story.loads}; given up for others: {story.evictions}")
     longest = sorted((wait for wait in waits if wait.reasons), key=lambda wait: -wait.waited_s)[:_LONGEST_SHOWN]
     for place, wait in enumerate(longest):
         reasons = ", ".join(f"{took_s:.3f} s for {reason}" for reason, took_s in wait.reasons)
         head = "Waits     " if not place else " " * 10
-        out.print(Text(f"{head}request {wait.request} for {wait.model}: {wait.waited_s:.3f} s ({reasons})"))
+        still = "" if wait.answer else ", and still waits"
+        out.print(Text(f"{head}request {wait.request} for {wait.model}: {wait.waited_s:.3f} s ({reasons}){still}"))
     for note in notes:
         out.print(Text(f"Note      {note}"))
     steps = f"{replay.steps} steps, {replay.commands} commands"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePath
 from typing import assert_never
@@ -11,18 +11,23 @@ from typing import assert_never
 from fsm import commands as do
 from fsm import events as on
 from fsm.core import Core
-from fsm.eviction import Candidate
-from fsm.journal import Decision, Transition
+from fsm.explain import NOBODY_GOES
+from fsm.footprint import Footprint
+from fsm.journal import ConsideredRunner, Decision, Entry, Transition
 from fsm.ledger import DeviceSample
+from fsm.limits import Limits
 from fsm.model import HOST, Amounts, DeviceId
-from fsm.request import ModelId, Purpose, RequestId
+from fsm.request import ModelId, Purpose, Request, RequestId, RequestState
 from fsm.runner import UNLOADED, RunnerId, RunnerState
-from scheduler.answers import error_of
+from scheduler.answers import error_of, renamed
 from scheduler.errors import format_bytes, format_duration
 from scheduler.replay import Begun, Moment
 from scheduler.timeline import Timeline
 
 _BY_A_COMMAND = {"granted", "rejected", "queued", "waits", "launched"}  # decisions that are told otherwise
+
+BEFORE = "what is not in this file"
+UNSEEN = "answered while nothing was recorded"
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +49,7 @@ class Wait:
     asked_at_s: float
     purpose: str
     answer: str = ""  # empty: it still waits
+    holds: bool = False  # what it was granted
     waited_s: float = 0.0
     reasons: list[tuple[str, float]] = field(default_factory=list)  # what it waited for, and how long each time
 
@@ -51,20 +57,17 @@ class Wait:
         """Take in what it waits for from now on; return whether that is new."""
         if self.reasons and self.reasons[-1][0] == reason:
             return False
-        self._end(at_s)
+        self.lasts_until(at_s)
         self.reasons.append((reason, 0.0))
         return True
 
-    def answered(self, answer: str, at_s: float) -> None:
-        """Take in its answer."""
-        self._end(at_s)
-        self.answer, self.waited_s = answer, at_s - self.asked_at_s
-
-    def _end(self, at_s: float) -> None:
+    def lasts_until(self, at_s: float) -> None:
+        """Take in that it waited until a moment, for what it waited for last."""
+        self.waited_s = at_s - self.asked_at_s
         if self.reasons:
             reason, _ = self.reasons[-1]
             before = sum(took_s for _, took_s in self.reasons[:-1])
-            self.reasons[-1] = (reason, at_s - self.asked_at_s - before)
+            self.reasons[-1] = (reason, self.waited_s - before)
 
 
 class Shown:
@@ -83,9 +86,7 @@ class Shown:
 
     def lines(self, text: str) -> list[str]:
         """Return the lines of a text, with names in place of identities."""
-        for model in sorted(filter(None, self._names), key=len, reverse=True):
-            text = text.replace(model, self._names[model])
-        return [printable(line.strip()) for line in text.splitlines() if line.strip()]
+        return [printable(line.strip()) for line in renamed(text, self._names).splitlines() if line.strip()]
 
 
 class Story:
@@ -99,10 +100,10 @@ class Story:
         self.loads = self.evictions = 0
         self.timeline = Timeline(0.0, self.shown.name)
         self._core = Core()
+        self._limits = Limits()  # as they were last told
         self._devices: dict[DeviceId, int] = {}  # capacities, as they were last told
         self._models: dict[RunnerId, ModelId] = {}  # of every runner there was
         self._states: dict[RunnerId, RunnerState] = {}
-        self._considered = ""  # as it was last told
         self._at_s, self._line = 0.0, 0
 
     def tell(self, moment: Begun | Moment) -> Iterator[Sentence]:
@@ -121,17 +122,31 @@ class Story:
                     yield from self._transition(entry, moment)
                 case Decision() if entry.what not in _BY_A_COMMAND:
                     yield self._say(f"{self.shown.name(entry.model)} {entry.what}: {self.shown.named(entry.reason)}")
+                    yield from self._considered(entry)
                 case Decision(what="launched"):
                     yield self._say(f"{self.shown.name(entry.model)} is started {self.shown.named(entry.reason)}")
                 case _:
                     pass
+        self.evictions += len({id for entry in moment.entries for id in _given_up(entry)})
+        reasons = _untold(moment.entries)
         for command in moment.commands:
             yield from self._command(command)
-        yield from self._waiting(moment)
+            if isinstance(command, do.Reject) and command.request in reasons:
+                yield from self._considered(reasons[command.request])
+        yield from self._waiting(reasons)
+        for considered in moment.considered:
+            if considered.failure:
+                yield self._say(f"the eviction policy raised {printable(considered.failure)}: it is passed over")
         if moment.raised:
             yield self._say(f"the decision failed, and the scheduler stopped: {printable(moment.raised)}")
         if moment.entries or isinstance(moment.event, on.Sampled):
             self._note_memory()
+
+    def finish(self) -> None:
+        """Take in that the recording is over: whoever waits has waited until here."""
+        for wait in self.waits.values():
+            if not wait.answer:
+                wait.lasts_until(self.end - (self.begin or 0.0))
 
     @property
     def limit_bytes(self) -> int | None:
@@ -152,6 +167,7 @@ class Story:
         """A core was restored: what has changed since the one before, while nothing was recorded, is taken over."""
         self._core, header = begun.core, begun.header
         pool = begun.core.pool
+        self._limits = pool.limits
         if pool.now > -math.inf:
             self._now(pool.now)
         if header.missing:
@@ -164,21 +180,30 @@ class Story:
             for id, (model, state, leases) in living.items():
                 if self._states.get(id) is not state:
                     self._take_over(id, model, state, leases)
+        for wait in self.waits.values():
+            if wait.request not in pool.requests:
+                wait.answer, wait.holds = wait.answer or UNSEEN, False
         for request in pool.requests.values():
-            asked_at_s = request.queued_at - (self.begin or 0.0)
-            answer = "" if request.state.value == "queued" else "granted before"
-            name = self.shown.name(request.want.model)
-            wait = Wait(request.id, name, asked_at_s, request.want.purpose.value, answer)
-            self.waits.setdefault(request.id, wait)
+            self._take_over_request(request)
         if pool.runners or pool.requests:
             names = ", ".join(f"{self._runner(id)} {runner.state.value}" for id, runner in pool.runners.items())
             yield self._say(f"it begins with {names or 'no runner'} and {pool.queued} waiting")
+        yield from self._waiting({})
 
     def _take_over(self, id: RunnerId, model: ModelId, state: RunnerState, leases: int) -> None:
         before = self._states.get(id)
         self._states[id], self._models[id] = state, model
         now = self._core.pool.now
         self.timeline.add(Transition(now, id, model, "", before, state, "it was so when recording began", leases))
+
+    def _take_over_request(self, request: Request) -> None:
+        asked_at_s = request.queued_at - (self.begin or 0.0)
+        new = Wait(request.id, self.shown.name(request.want.model), asked_at_s, request.want.purpose.value)
+        wait = self.waits.setdefault(request.id, new)
+        if request.state is not RequestState.queued:
+            wait.answer, wait.holds = wait.answer or "granted before", True
+        elif not wait.reasons:
+            wait.waits_for(BEFORE, asked_at_s)
 
     # -- events -------------------------------------------------------------------------------------------------------
 
@@ -188,7 +213,8 @@ class Story:
                 yield from self._asked(event)
             case on.Cancel(request) | on.Release(request):
                 what = "gives back" if isinstance(event, on.Release) else "had left, and gives back"
-                if (wait := self.waits.get(request)) is not None and wait.answer.startswith("granted"):
+                if (wait := self.waits.get(request)) is not None and wait.holds:
+                    wait.holds = False
                     yield self._say(f"{_number(request)} {what} {wait.model}")
             case on.Expire(wanted):
                 yield self._say(f"{self.shown.name(wanted)} is asked to leave")
@@ -197,9 +223,11 @@ class Story:
             case on.Unpin(model):
                 yield self._say(f"{self.shown.name(model)} is no longer pinned")
             case on.Configure():
-                pairs = [(name, getattr(event, name)) for name in event.__slots__]
-                changes = [f"{name} {_count(value)}" for name, value in pairs if value is not None]
-                yield self._say(f"limits change: {', '.join(changes) or 'nothing'}")
+                before, self._limits = self._limits, self._core.pool.limits
+                changed = [name for name in event.__slots__ if getattr(before, name) != getattr(self._limits, name)]
+                if changed:
+                    changes = [_limit(name, getattr(self._limits, name)) for name in changed]
+                    yield self._say(f"limits change: {', '.join(changes)}")
             case on.Inspected(model, outcome):
                 if isinstance(outcome, do.ModelNotFound | do.InvalidModel):
                     yield self._say(f"{self.shown.name(model)} cannot be read")
@@ -265,43 +293,32 @@ class Story:
             self.loads += 1
             launch = next(one for one in moment.commands if isinstance(one, do.Launch) and one.runner == entry.runner)
             layers = "".join(f", {count} layers on {printable(gpu)}" for gpu, count in launch.placement.gpu_layers)
-            known = "as measured before" if launch.placement.measured else "as predicted"
+            info = self._core.pool.models[entry.model].info
+            declared = "as declared" if isinstance(info, Footprint) and info.fixed else "as predicted"
+            known = "as measured before" if launch.placement.measured else declared
             yield self._say(f"{name} is started: {_amounts(launch.placement.bytes)}, {known}{layers}; {reason}")
             return
         yield self._say(f"{name}: {entry.source.value} → {entry.destination.value}, {reason}")
-        if reason.endswith("needs its memory"):
-            self.evictions += 1
-            yield from self._tell_considered(moment)
 
-    def _tell_considered(self, moment: Moment) -> Iterator[Sentence]:
-        """Say which runners might have gone, in the policy's order, and why those that stayed did."""
-        gone = {one.runner for one in moment.entries if isinstance(one, Transition) and one.trigger == "expire"}
-        known = [one for one in moment.considered if not gone or any(each.runner in gone for each in one.candidates)]
-        for considered in known[-1:]:
-            texts = [self._candidate(one, one.runner in gone) for one in considered.candidates]
-            text = "considered, in the policy's order: " + "; ".join(texts)
-            if considered.failure:
-                text = f"the policy raised {printable(considered.failure)}; " + text
-            if texts and text != self._considered:
-                self._considered = text
-                yield self._say(text, detail=True)
+    def _considered(self, entry: Decision) -> Iterator[Sentence]:
+        """Say which runners might have gone, and on which devices it might have gone, with why they were not taken."""
+        runners = [one for one in entry.runners if one.reason != NOBODY_GOES]
+        texts = [f"{self._with_figures(one)}: {one.reason or 'goes'}" for one in runners]
+        texts += [f"not on {printable(one.device)}: {one.reason}" for one in entry.devices if one.reason]
+        if texts:
+            yield self._say("; ".join(texts), detail=True)
 
-    def _candidate(self, one: Candidate, gone: bool) -> str:
-        now = self._core.pool.now
+    def _with_figures(self, one: ConsideredRunner) -> str:
         cost = "" if one.cost_s is None else f" and {one.cost_s:.2f} s of loading to be expected"
-        name = f"{self._runner(one.runner)} with {format_bytes(one.held_bytes)}{cost}"
-        if gone:
-            return f"{name} goes"
-        if one.leases:
-            return f"{name} stays, in use ({one.leases} {'lease' if one.leases == 1 else 'leases'})"
-        if one.free_at > now:
-            return f"{name} stays, loaded so lately that it is safe for {format_duration(one.free_at - now)} more"
-        return f"{name} stays, not needed"
+        leases = "" if not one.leases else f" ({one.leases} {'lease' if one.leases == 1 else 'leases'})"
+        return f"{self._runner(one.runner)} with {format_bytes(sum(size for _, size in one.held_bytes))}{cost}{leases}"
 
     def _command(self, command: do.Command) -> Iterator[Sentence]:
         match command:
             case do.Grant(request, runner):
                 wait = self._answer(request, "granted")
+                if wait is not None:
+                    wait.holds = True
                 what = self._runner(runner) if runner is not None else "memory of its own"
                 yield self._say(f"{_number(request)} is granted {what}{_waited(wait)}")
             case do.Reject(request, do.Cancelled()):
@@ -312,12 +329,13 @@ class Story:
                 wait = self._answer(request, type(refusal).__name__)
                 yield self._say(f"{_number(request)} is refused: {self.shown.named(error)}{_waited(wait)}")
             case do.Revoke(request, reason):
-                self._answer(request, "lost")
+                if (wait := self._answer(request, "lost")) is not None:
+                    wait.holds = False
                 yield self._say(f"{_number(request)} loses its lease: {self.shown.named(reason)}")
             case do.Ask(runner, requests):
                 yield self._say(f"others wait for the memory of {self._runner(runner)}; its {len(requests)} are told")
             case do.Claim(_, devices):
-                yield self._say(f"{printable(', '.join(devices))} is claimed among the programs on the machine")
+                yield self._say(f"{printable(', '.join(devices))} is to be claimed among the programs on the machine")
             case do.Finish():
                 yield self._say("everything is unloaded")
             case do.Inspect() | do.Launch() | do.Stop() | do.Sample() | do.Unclaim() | do.Prefetch() | do.Remember():
@@ -325,22 +343,21 @@ class Story:
             case _:
                 assert_never(command)
 
-    def _waiting(self, moment: Moment) -> Iterator[Sentence]:
+    def _waiting(self, reasons: Mapping[RequestId | None, Decision]) -> Iterator[Sentence]:
         for line in self._core.pool.lines.values():
             reason = self.shown.named(line.waits_for)
             news = [id for id in line.requests if id in self.waits and self.waits[id].waits_for(reason, self._at_s)]
             if news:
                 verb = "waits" if len(news) == 1 else "wait"
                 yield self._say(f"{', '.join(map(_number, news))} {verb} for {reason}")
-                if reason.endswith("to become idle"):
-                    yield from self._tell_considered(moment)
+                for entry in [reasons[id] for id in news if id in reasons]:
+                    yield from self._considered(entry)
 
     def _answer(self, request: RequestId, answer: str) -> Wait | None:
         if (wait := self.waits.get(request)) is not None:
-            if wait.answer:
-                wait.answer = answer  # of one that was answered: it lost what it had
-            else:
-                wait.answered(answer, self._at_s)
+            if not wait.answer:  # else it lost what it had
+                wait.lasts_until(self._at_s)
+            wait.answer = answer
         return wait
 
     def _note_memory(self) -> None:
@@ -361,8 +378,22 @@ def _number(request: RequestId) -> str:
     return f"request {request}"
 
 
-def _count(value: float) -> str:
-    return f"{value:g}"
+def _limit(name: str, value: float) -> str:
+    return f"{name.removesuffix('_s')} {format_duration(value) if name.endswith('_s') else value}"
+
+
+def _untold(entries: Sequence[Entry]) -> dict[RequestId | None, Decision]:
+    """Return why requests wait or are refused, as far as what was considered is not told with another decision."""
+    decisions = [entry for entry in entries if isinstance(entry, Decision)]
+    told = {entry.request for entry in decisions if entry.what not in _BY_A_COMMAND}
+    return {entry.request: entry for entry in decisions if entry.request not in told}
+
+
+def _given_up(entry: Entry) -> list[RunnerId]:
+    """Return who is given up for a model other than its own."""
+    if not isinstance(entry, Decision) or entry.what != "evicts":
+        return []
+    return [one.runner for one in entry.runners if one.taken and one.model != entry.model]
 
 
 def _amounts(amounts: Amounts) -> str:

@@ -28,6 +28,7 @@ from scheduler.cli import WRONG_USE, main
 from scheduler.recorder import Recorder
 from scheduler.replay import Begun, Difference, Moment, RecordingError, Replay
 from scheduler.settings import SMALLEST_RECORD_BYTES
+from scheduler.story import Shown
 from tests.leaks import no_leaks
 from tests.pool import PoolUnderTest, a_pool, acquire, cancel, exited, loaded, preload, release
 from tests.test_record import Walk
@@ -438,7 +439,7 @@ def test_the_story_says_who_asked_what_was_decided_and_why(incident: Path, capsy
     output = capsys.readouterr().out
     for said in (
         "request 3 asks for c", "runner 1 of a: idle → expiring, c needs its memory",
-        "runner 2 of b with 5 GiB stays, in use (1 lease)", "runner 1 of a with 5 GiB goes",
+        "runner 2 of b with 5 GiB (1 lease): in use", "runner 1 of a with 5 GiB: goes",
         "request 3 waits for memory that is on its way back", "the process of runner 2 of b is gone: killed by SIGKILL",
         "last words", "request 2 loses its lease", "request 4 wants loaded d", "request 4 leaves",
         "request 5 is refused: 'big' needs", "request 3 gives back c", "given up for others: 1", "The same",
@@ -482,3 +483,114 @@ def test_a_part_of_a_recording_begins_with_what_was_there(file: Path, capsys: py
     output = capsys.readouterr().out
     assert "it begins with runner 1 of a ready, runner 2 of b ready and 1 waiting" in output
     assert "request 1 gives back a" in output and "request 3 is granted runner 3 of c" in output
+
+
+def told(file: Path, capsys: pytest.CaptureFixture[str], *options: str) -> str:
+    assert main(["replay", *options, str(file)]) == 0
+    return capsys.readouterr().out
+
+
+def test_who_still_waits_at_the_end_has_waited_until_then(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It is what an incident is about: the longest wait comes first."""
+    with recorded_pool(file) as pool:
+        pool.ready("a", lease=1).ready("b", lease=2)
+        pool.feed(acquire("c", 3))
+        pool.advance("20s")
+        pool.feed(acquire("d", 4))
+        pool.advance("1s")
+        pool.feed(cancel(4))
+        pool.advance("30s")
+        pool.feed(cancel(99))
+    said = told(file, capsys)
+    assert "1 left, 1 still waiting" in said
+    assert "Waits     request 3 for c: 51.000 s (0.000 s for its model's metadata, 51.000 s for " in said
+    assert "to become idle), and still waits" in said
+    waits = {one["id"]: one["waited_s"] for one in json.loads(told(file, capsys, "--json"))["requests"]}
+    assert waits[3] == 51.0 and waits[4] == 1.0
+
+
+def test_why_nobody_else_goes_is_told_as_it_was_decided(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Pinned ones too; and where it goes, why not elsewhere."""
+    with recorded_pool(file, "16GiB") as pool:
+        for number, model in enumerate("abp", 1):
+            pool.feed(acquire(model, number))
+            pool.advance("30s")  # so long it loads
+            pool.feed(loaded(number))
+        pool.advance("2h")
+        pool.feed(on.Pin(ModelId("p")), release(1))
+        pool.advance("0.2s")
+        pool.feed(release(2), release(3), acquire("c", 9))
+        pool.declare("/models/big.gguf", "40GiB").feed(acquire("/models/big.gguf", 10))
+    said = told(file, capsys)
+    assert "runner 1 of a with 5 GiB: it is to go in " in said
+    assert "runner 2 of b with 5 GiB: it was used a moment ago; runner 3 of p with 5 GiB: pinned" in said
+    assert "request 10 is refused" in said and "not on cpu: " in said
+
+
+def test_a_load_that_makes_place_is_given_up_for_others(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Not only who leaves for memory."""
+    pool = a_pool("12GiB", each="5GiB", loads_on_host=1)
+    with recording(file, pool.core) as writer:
+        pool.core = Recorded(pool.core, writer)  # type: ignore[assignment]  # it does the same
+        pool.feed(acquire("a", 1), cancel(1), acquire("b", 2))
+    said = told(file, capsys)
+    assert "runner 1 of a: loading → expiring, b needs its place among the loads" in said
+    assert "given up for others: 1" in said
+
+
+def test_a_wait_from_before_a_file_is_not_booked_on_its_first_reason(
+    file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What it waited for then is in another file."""
+    pool = a_pool("12GiB", each="5GiB").ready("a", lease=1).ready("b", lease=2)
+    pool.feed(acquire("c", 3))
+    pool.advance("100s")
+    pool.feed(release(1))
+    pool.advance("2s")
+    with recording(file, pool.core) as writer:
+        pool.core = Recorded(pool.core, writer)  # type: ignore[assignment]  # it does the same
+        pool.advance("1s")
+        pool.feed(exited(1), loaded(3))
+    said = told(file, capsys)
+    assert "after 103.000 s: 100.000 s for what is not in this file, 3.000 s for memory that is on its way back" in said
+
+
+def test_what_was_answered_in_a_gap_does_not_wait(
+    file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor is it forgotten that it was granted: giving back is told."""
+    monkeypatch.setattr(recorder, "_RETRY_S", 0.0)
+    with recorded_pool(file) as pool:
+        pool.ready("a", lease=1).ready("b", lease=2).feed(acquire("c", 3), acquire("c", 4), acquire("c", 5))
+        writer = pool.core.step.__self__  # type: ignore[attr-defined]  # through it each step goes
+        assert_soon(lambda: not writer._queue)
+        with monkeypatch.context() as patch:
+            patch.setattr(Recorder, "_ready", lambda _: False)  # as where the disk is full
+            pool.feed(cancel(4), release(1), exited(1), loaded(3), release(5))
+            writer._header_due, writer._missing = True, 5
+        pool.feed(release(3))
+    said = told(file, capsys)
+    assert "5 steps are missing here" in said and "0 still waiting, 2 answered while nothing was recorded" in said
+    assert "request 3 gives back c" in said
+
+
+def test_what_is_done_twice_is_told_once(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A late Release or Cancel gives nothing back."""
+    with recorded_pool(file) as pool:
+        pool.ready("a", lease=1).feed(release(1), release(1), cancel(1))
+    assert told(file, capsys).count("gives back") == 1
+
+
+def test_only_limits_that_change_are_told(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As people write them."""
+    with recorded_pool(file) as pool:
+        pool.feed(on.Configure(1_234_567, pool.core.pool.limits.max_runners, math.inf))
+        pool.feed(on.Configure(1_234_567, pool.core.pool.limits.max_runners, math.inf))
+    said = told(file, capsys)
+    assert said.count("limits change: max_queue 1234567, keep_alive forever\n") == 1 == said.count("limits change")
+
+
+def test_a_name_that_is_anothers_identity_is_told_once() -> None:
+    """Names take the place of identities, and not of names."""
+    names = {"python:x": "x", "python:python:x": "python:x"}
+    assert Shown(names).lines("python:x and python:python:x") == ["x and python:x"]  # type: ignore[arg-type]

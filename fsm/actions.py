@@ -52,9 +52,10 @@ class Actions:
             runner.leases.add(request.id)
             if runner.state is not READY:
                 pool.timers.clear(("keep-alive", runner.id))
+                self.replan = self.replan or runner.wanted  # it was to go in a moment; who asks its users plans anew
                 self.fire(runner, "serve", "granted")
         self.commands.append(do.Grant(request.id, runner.id))
-        if runner.wanted and pool.lines and request.runner is not None:
+        if runner.wanted and pool.lines and request.runner is not None and not self.replan:
             request.asked = True
             self.commands.append(do.Ask(runner.id, (request.id,)))  # the others were told before
         if self.journal is not None:

@@ -16,7 +16,7 @@ from fsm.core import Core
 from fsm.ledger import Account, Ledger
 from fsm.pool import Line, Model, OpenClaim, Pool
 from fsm.request import ModelId, Request, RequestState, Want
-from fsm.runner import Runner
+from fsm.runner import IDLE, Runner
 from fsm.world import moments
 
 KEY_BYTES = 16
@@ -54,7 +54,7 @@ LEFT_OUT: Mapping[type, Mapping[str, str]] = MappingProxyType(
             "model": "the runner stands with its model",
             "whole": "follows from its placement and what its model is made of",
             "launched_at": "how long its load took: the residency that follows is a time of its own",
-            "used_at": "for the policy, which is an oracle",
+            "used_at": "for the policy, which is an oracle; how long it rests is told where no clock of its runs",
         },
         Request: {
             "want": "it stands in its line; once granted nothing asks for it",
@@ -73,7 +73,8 @@ LEFT_OUT: Mapping[type, Mapping[str, str]] = MappingProxyType(
 class Canonical:
     """Makes the keys of one search; what is only compared is numbered in the order in which it is first seen."""
 
-    def __init__(self, kinds: Mapping[ModelId, object], *, exact_times: bool = False) -> None:
+    def __init__(self, kinds: Mapping[ModelId, object], *, configures: bool = False, exact_times: bool = False) -> None:
+        self.configures = configures  # a keep-alive may be changed, and then counts from when a runner began to rest
         self.exact_times = exact_times  # times are told apart by how far off they are, not by their order alone
         self._numbers: dict[object, int] = {}
         self._shared: dict[int, tuple[object, int]] = {}  # by identity, which is quicker; kept, so that none is reused
@@ -204,9 +205,14 @@ class _View:
             times[runner.resident_until], times[runner.in_use_until], times[runner.kept_until], runner.process,
             runner.stopping, runner.expire_when_served, runner.out_of_memory, runner.wanted, runner.last_sample > 0,
             list(runner.awaited.items()), times[runner.due_at], times[runner.memory_by],
-            self.claims[runner.claim], runner.id < model.first,
+            self.claims[runner.claim], runner.id < model.first, self._rests_for(runner),
             _account(self.pool.ledger.accounts["runner", runner.id]),
         )  # fmt: skip
+
+    def _rests_for(self, runner: Runner) -> float:
+        """Return how long it has rested, where no clock tells and a keep-alive that is changed counts from then on."""
+        counts = self.canonical.configures and runner.state is IDLE and runner.keep_alive_s == math.inf
+        return round(self.pool.now - runner.used_at, 6) if counts else 0.0
 
     def _line(self, line: Line) -> Part:
         want = line.want

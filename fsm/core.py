@@ -61,13 +61,14 @@ class Core:
         self.act.commands = commands
         self._handle(event)
         if self.act.replan:
-            while self._carry_out_plan():
-                pass
-            self.act.replan = False
-            if pool.closing and not pool.runners and not self.finished:
-                self.finished = True
-                commands.append(do.Finish())
+            self._carry_out_plans()
         return commands
+
+    def undone(self) -> list[Command]:
+        """Return what planning anew at this moment would say: nothing, if the last step has left nothing undone."""
+        twin = self.copy()
+        twin._carry_out_plans()
+        return twin.act.commands
 
     @property
     def journal(self) -> list[Entry] | None:
@@ -308,6 +309,14 @@ class Core:
             self.act.release(request)
         pool.timers.set(("close", 0), min(pool.timers.at(("close", 0)), pool.now + timeout_s))
 
+    def _carry_out_plans(self) -> None:
+        while self._carry_out_plan():
+            pass
+        self.act.replan = False
+        if self.pool.closing and not self.pool.runners and not self.finished:
+            self.finished = True
+            self.act.commands.append(do.Finish())
+
     def _carry_out_plan(self) -> bool:
         """Make a plan and do what it says; return whether another one may find more to do."""
         pool = self.pool
@@ -343,7 +352,7 @@ class Core:
             tell_placed(pool, plan, since, self.journal)
             tell_waits(pool, plan, self.journal)
         pool.timers.set(("plan", 0), plan.look_at)
-        if plan.victims or plan.memory:  # a next life may fit beside the last; what was granted is gone for good
+        if plan.victims or plan.memory or pool.next_runner > since:  # there may be more to do, or to read, beside these
             return True
         read_ahead(self.act, plan)
         return False

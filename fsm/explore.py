@@ -108,7 +108,7 @@ class _Search:
         self.make = make
         self.watch = watch
         self.oracle = Oracle()
-        self.canonical = Canonical(kinds(scenario))
+        self.canonical = Canonical(kinds(scenario), configures=bool(scenario.configures))
         self.seen: dict[bytes, int] = {}
         self.parents = array("q")  # by state: the one it was first reached from
         self.arrivals: list[tuple[on.Event, int] | None] = []  # by state: the event that led there, and the choice
@@ -168,6 +168,7 @@ class _Search:
                 key = self.canonical.key(after)
                 if (found := self.seen.get(key)) is None:
                     found = self._see(key, number, (event, choice))
+                    self._leaves_nothing_undone(number, event, choice, after)
                     yield found, after, past.after(event, commands)
                 if choice == 0 and event == in_order:
                     self.nexts[number] = found
@@ -188,6 +189,11 @@ class _Search:
             raise _Broken(_said(error, after), number, event, choice) from error
         after.plans = None
         return after, commands
+
+    def _leaves_nothing_undone(self, number: int, event: on.Event, choice: int, after: Core) -> None:
+        """See that nobody misses a change: a later event would plan anew, and hide that this one has not."""
+        if undone := after.undone():
+            raise _Broken(f"left undone: {_brief(undone[0])}", number, event, choice)
 
     def _too_late(self, number: int, core: Core, past: Past) -> None:
         """What comes when its time is over is counted, and changes nothing else."""

@@ -38,7 +38,7 @@ class Plan:
     refusals: list[tuple[Line, Refusal]] = field(default_factory=list)
     rooms: dict[Want, Room] = field(default_factory=dict)  # of what is to be loaded, now, later or never
     options: dict[Want, Options] = field(default_factory=dict)  # explicit, of what has a room
-    wanted: set[RunnerId] = field(default_factory=set)  # busy, and others wait for its memory
+    wanted: set[RunnerId] = field(default_factory=set)  # others wait for its memory, and it may not go yet
     policy_failure: str = ""  # the exception that the policy raised; the oldest runners go first instead
     look_at: float = math.inf  # when a wait's bound or a residency ends
     looked_at: list[Line] = field(default_factory=list)  # those behind wait as before

@@ -253,7 +253,7 @@ class _Planner:
             self._wait_for(line, chosen, at, may)
         else:
             chosen += self._wait(line, final, horizon, startable=startable)
-        self.plan.wanted.update(victim.runner for victim in chosen if victim.leases and not goes)
+        self.plan.wanted.update(victim.runner for victim in chosen if not goes)
         self.plan.rooms[line.want] = Room(final, free, tuple(chosen), tuple(may), choice)
         return final
 

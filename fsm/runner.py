@@ -86,7 +86,7 @@ class Runner:
     stopping: bool = False  # Stop has been sent; it is sent once
     expire_when_served: bool = False  # asked to expire while loading: its waiters are served, then it goes
     out_of_memory: bool = False  # it said so; the exit that follows is judged by it
-    wanted: bool = False  # it is in use, and others waited for its memory when it was last planned for them
+    wanted: bool = False  # others waited for its memory when it was last planned for them, and it might not go yet
     last_sample: int = 0  # asked for when its process had gone; only this or a later one tells what is back
     awaited: dict[DeviceId, int] = field(default_factory=dict)  # what a GPU has for us once its memory is back
     due_at: float = math.inf  # expiring: when it ought to be gone; after that nobody counts on its memory

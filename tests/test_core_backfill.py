@@ -99,7 +99,7 @@ def test_rather_an_idle_one_leaves_now_than_that_somebody_waits_for_what_others_
 
 
 def granted_at_once(pool: PoolUnderTest, model: str) -> bool:
-    return pool.feed(acquire(model, request=13)) == [do.Grant(13, pool.runner(model))]
+    return do.Grant(13, pool.runner(model)) in pool.feed(acquire(model, request=13))
 
 
 # -- behind another line for the same model ---------------------------------------------------------------------------

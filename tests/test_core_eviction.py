@@ -254,7 +254,7 @@ def test_every_use_begins_the_rest_anew() -> None:
     pool.feed(acquire("b", request=2))
     for request in (3, 4, 5):
         pool.advance("0.15s")
-        assert pool.feed(acquire("a", request)) == [Grant(request, 1)]
+        assert pool.feed(acquire("a", request)) == [Grant(request, 1), Ask(1, (request,))]
         assert pool.feed(release(request)) == []
     assert pool.advance("0.2s") == [Stop(1)]
 
@@ -277,7 +277,7 @@ def test_a_runner_within_its_residency_still_serves() -> None:
     """Whoever comes for it meanwhile is warm."""
     pool = a_pool(min_residency_s=30.0).ready("a", lease=1)
     pool.feed(release(1), acquire("b", request=2))
-    assert pool.feed(acquire("a", request=3)) == [Grant(3, 1)]
+    assert pool.feed(acquire("a", request=3)) == [Grant(3, 1), Ask(1, (3,))]
 
 
 def test_those_beyond_their_residency_go_before_those_within_it() -> None:

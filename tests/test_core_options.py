@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fsm.commands import Grant
+from fsm.commands import Grant, Inspect
 from fsm.model import Options
 from fsm.runner import RunnerState
 from tests.models import a_model
@@ -126,8 +126,7 @@ def test_two_waiters_that_come_to_the_same_share_one_load() -> None:
     pool = a_pool_of_models(inspects=False)
     pool.feed(acquire("a", request=1, num_ctx=100_000), acquire("a", request=2, num_ctx=200_000))
     assert launched(pool.feed(pool.sample(), pool.inspection("a"))) == ["a"]
-    pool.inspects = True
-    assert granted(pool.feed(loaded(1))) == [1, 2]
+    assert granted(pool.feed(pool.inspection("a"), loaded(1))) == [1, 2]
 
 
 def test_d08_a_reload_has_the_options_of_its_own_request() -> None:
@@ -157,3 +156,11 @@ def test_the_keep_alive_of_a_load_is_that_of_the_last_who_named_one() -> None:
     pool.feed(acquire("a", request=2, keep_alive="2m"), acquire("a", request=3), loaded(1))
     pool.feed(release(1), release(2), release(3))
     assert [view.expires_at - pool.now for view in pool.core.snapshot().runners] == [120.0]
+
+
+def test_a_file_is_read_for_the_next_load_while_the_first_goes_on() -> None:
+    """Whoever waits for a reload does not wait for the load before it to end, only to have the file read then."""
+    pool = a_pool(capacity="16GiB", inspects=False).declare("a", a_model())
+    pool.feed(acquire("a", 1, num_ctx=2048), acquire("a", 2, num_ctx=8192))
+    assert pool.feed(pool.inspection("a"))[-1] == Inspect("a")
+    assert pool.life("a").state is RunnerState.loading

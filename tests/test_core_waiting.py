@@ -5,6 +5,8 @@ Each of the first six has a twin with real threads in `test_waiting_threads.py`.
 
 from __future__ import annotations
 
+import pytest
+
 from fsm import events as on
 from fsm.commands import Ask, Grant, Stop
 from fsm.runner import RunnerState
@@ -224,6 +226,18 @@ def test_whoever_came_since_others_left_is_told_that_somebody_waits() -> None:
     pool.feed(cancel(2))
     assert pool.feed(acquire("a", request=3), release(1)) == [Grant(3, 1)]
     assert pool.feed(acquire("c", request=4)) == [Ask(1, (3,))]
+
+
+@pytest.mark.parametrize("limits", [{"min_residency_s": 60.0}, {"rest_part": 0.5, "rest_limit_s": 1.0}])
+def test_who_takes_a_runner_that_is_to_go_in_a_moment_is_told_at_once(limits: dict[str, float]) -> None:
+    """It rests, and may not go yet; its next holder is not told only when it might."""
+    pool = a_pool(**limits)
+    pool.feed(acquire("a", request=1))
+    pool.advance("10s")
+    pool.feed(loaded(1), acquire("b", request=2))
+    pool.advance("2s")
+    assert pool.feed(release(1)) == []
+    assert pool.feed(acquire("a", request=3)) == [Grant(3, 1), Ask(1, (3,))]
 
 
 def test_nobody_is_told_twice() -> None:

@@ -16,7 +16,7 @@ import pytest
 from fsm import canonical
 from fsm import events as on
 from fsm.canonical import LEFT_OUT, Canonical
-from fsm.commands import Command, Grant, Launch
+from fsm.commands import Command, Grant, Launch, Stop
 from fsm.core import Core
 from fsm.events import Event
 from fsm.explore import Oracle, explore, in_words
@@ -223,7 +223,7 @@ def test_states_with_one_key_have_one_future(scenario: Scenario) -> None:
 
     So with exact times, whatever may come next leads from both of two states with one key to the same keys.
     """
-    keys = Canonical(kinds(scenario), exact_times=True)
+    keys = Canonical(kinds(scenario), configures=bool(scenario.configures), exact_times=True)
 
     def nexts(core: Core, past: Past) -> dict[bytes, tuple[Core, Past]]:
         found = {}
@@ -246,6 +246,21 @@ def test_states_with_one_key_have_one_future(scenario: Scenario) -> None:
                 compared += 1
                 assert nexts(*state).keys() == nexts(*seen[key]).keys()
     assert compared > 20
+
+
+def test_how_long_a_runner_rests_is_told_where_a_keep_alive_may_change() -> None:
+    """Without a clock of its own it goes at once by the new one, or not: two states that are not the same."""
+    scenario = next(one for one in SCENARIOS if one.name == "configure")
+    keys, cores = Canonical(kinds(scenario), configures=True), []
+    for rested_s in (0.0, 71.0):
+        core = a_core(on.Acquire(1, scenario.wants[0]), inspected("a", scenario), scenario=scenario)
+        for event in (loaded(core, 1), on.Release(1)):
+            core.step(core.pool.now, event)
+        core.step(core.pool.now + rested_s, on.Cancel(9))
+        cores.append(core)
+    assert keys.key(cores[0]) != keys.key(cores[1])
+    keep_alive = on.Configure(keep_alive_s=70.0)
+    assert [core.step(core.pool.now, keep_alive) for core in cores] == [[], [Stop(1)]]
 
 
 # -- the world ---------------------------------------------------------------------------------------------------------

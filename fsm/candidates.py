@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import replace
 from functools import partial
 
-from fsm.choosing import in_order
+from fsm.choosing import in_order, in_words
 from fsm.eviction import Candidate, EvictionPolicy
 from fsm.keeping import may_go_at
 from fsm.pool import Pool
@@ -67,7 +67,7 @@ class Candidates:
         try:
             return in_order(self.policy, self.pool.now, candidates)
         except BaseException as error:  # a policy may be the user's own: also what would end a program
-            self.policy_failure = repr(error)
+            self.policy_failure = in_words(error)
             return candidates
 
     def _outlook(self, runner: Runner) -> Outlooks:

@@ -16,6 +16,7 @@ from fsm.eviction import Candidate, EvictionPolicy
 MOST_SETS = 500  # that are looked at for one plan; then the best so far is taken
 
 NO_COST = "a cost that is not a finite number"
+_LONGEST_WORDS = 2000  # characters of an exception
 
 Amount = tuple[int, ...]  # bytes by device, in some order that stays the same
 
@@ -38,6 +39,14 @@ class Choice:
     cost_s: float | None = None  # the sum of what the chosen ones cost; None where the policy only orders
     tried: int = 0  # sets that were looked at
     exact: bool = True  # none that may go before is cheaper; False: there were too many sets to know
+
+
+def in_words(error: BaseException) -> str:
+    """Return what was raised in words, as far as it can tell itself: what a policy raises may be the user's own."""
+    try:
+        return repr(error)[:_LONGEST_WORDS]
+    except BaseException:  # also what would end a program
+        return type(error).__name__
 
 
 def in_order(policy: EvictionPolicy, now: float, candidates: Sequence[Candidate]) -> list[Candidate]:

@@ -29,7 +29,7 @@ from importlib import metadata
 from pathlib import Path
 
 from fsm import events as on
-from fsm.choosing import NO_COST
+from fsm.choosing import NO_COST, in_words
 from fsm.commands import Command
 from fsm.core import Core, State
 from fsm.eviction import POLICIES, Candidate, EvictionPolicy
@@ -49,7 +49,6 @@ _GATHER_S = 0.05  # how long what comes in is gathered before it is written
 _RETRY_S = 5.0  # after a file could not be written
 _DUE_PART = 0.75  # of what a file may have: then the next one is to begin
 _BATCH = 500  # steps that are written at once
-_LONGEST_TEXT = 2000  # of an exception
 
 # Runners in a policy's order, [runner, seconds] where it named a cost; or the exception that it raised, in words.
 Choice = list[int | list[int | float]] | str
@@ -95,7 +94,7 @@ class _Choosing:
             if not all(one.cost_s is None or math.isfinite(one.cost_s) for one in chosen):
                 raise ValueError(NO_COST)
         except BaseException as error:  # also what would end a program
-            text = _words(error)
+            text = in_words(error)
             self.choices.append(text)
             raise PolicyRaised(text) from error
         self.choices.append([one.runner if one.cost_s is None else [one.runner, one.cost_s] for one in chosen])
@@ -145,7 +144,7 @@ class Recorder:
             commands = self._core.step(now, event)
         except BaseException as error:
             if ready:
-                self._put((now, event, (), choices, _words(error)))
+                self._put((now, event, (), choices, in_words(error)))
             raise
         finally:
             if self._own:
@@ -326,7 +325,7 @@ class Recorder:
     def _fail(self, error: BaseException) -> None:
         """Leave out what comes, until a header could be written."""
         self._skipping = True
-        reason = error.strerror or str(error) if isinstance(error, OSError) else _words(error)
+        reason = error.strerror or str(error) if isinstance(error, OSError) else in_words(error)
         if not self._failure:
             log.warning("nothing is recorded to %s: %s", self._path, reason)
         self._failure = f"nothing is recorded to {self._path}: {reason}"
@@ -342,13 +341,6 @@ def _as_line(value: object) -> bytes:
     if len(line) > LONGEST_LINE:
         raise ValueError(f"a line of {len(line)} bytes is too long")
     return line
-
-
-def _words(error: BaseException) -> str:
-    try:
-        return repr(error)[:_LONGEST_TEXT]
-    except Exception:
-        return type(error).__name__
 
 
 def _name_of(policy: EvictionPolicy) -> str:

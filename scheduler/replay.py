@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import BinaryIO, Never, TypeVar, cast
 
 from fsm import events as on
+from fsm.choosing import in_words
 from fsm.commands import Command
 from fsm.core import Core
 from fsm.eviction import POLICIES, Candidate, EvictionPolicy
@@ -229,7 +230,7 @@ class Replay:
         try:
             return core.step(at, event), ""
         except Exception as error:
-            return (), repr(error)[:2000]
+            return (), in_words(error)
 
     def _compare(self, event: on.Event, expected: str, got: str, policy: _Recorded) -> None:
         if expected != got:

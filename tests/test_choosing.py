@@ -192,6 +192,24 @@ def test_a_cost_that_is_not_a_number_is_a_fault_of_the_policy() -> None:
     assert [one.cost_s for one in in_order(Own({"model-1": -1.0}), NOW, [a_candidate(1, None)])] == [0.0]
 
 
+@pytest.mark.parametrize("how", [RuntimeError, SystemExit])
+def test_a_policy_may_raise_what_cannot_tell_itself(how: type[BaseException]) -> None:
+    """Its kind is told then."""
+
+    class Mute(Exception):
+        def __repr__(self) -> str:
+            raise how
+
+    class Raising(LeastRecentlyUsed):
+        def order(self, now: float, candidates: Sequence[Candidate]) -> Sequence[Candidate]:
+            raise Mute
+
+    pool = a_pool(policy=Raising()).idle("a")
+    pool.feed(acquire("b", request=1))
+    assert pool.state("a") is RunnerState.expiring
+    assert pool.core.policy_failure == "Mute"
+
+
 def test_with_a_cost_for_some_only_the_order_decides() -> None:
     """Sets cannot be compared then."""
     candidates = [a_candidate(1, 5.0, 10), a_candidate(2, None, 10)]

@@ -252,6 +252,24 @@ def test_a_policy_that_would_end_the_program_is_a_policy_that_raised(file: Path)
     assert considered[0].failure == "SystemExit(1)"
 
 
+@pytest.mark.parametrize("how", [RuntimeError, SystemExit])
+def test_a_policy_that_raises_what_cannot_tell_itself_is_recorded(how: type[BaseException], file: Path) -> None:
+    """By its kind."""
+
+    class Mute(Exception):
+        def __repr__(self) -> str:
+            raise how
+
+    class Raising(LeastRecentlyUsed):
+        def order(self, now: float, candidates: Sequence[Candidate]) -> Sequence[Candidate]:
+            raise Mute
+
+    with recorded_pool(file, policy=Raising()) as pool:
+        pool.idle("a").idle("b").feed(acquire("c", 3))
+    considered = [one for moment in moments(file) for one in moment.considered]
+    assert considered[0].failure == "Mute"
+
+
 @pytest.mark.parametrize("cost", [10**400, "much", math.nan, math.inf])
 def test_a_cost_that_is_no_number_of_seconds_is_a_policy_that_raised(cost: Any, file: Path) -> None:
     """It is passed over, in the replay too."""

@@ -15,7 +15,7 @@ from fsm.request import ModelId
 from fsm.runner import RunnerId
 from scheduler.client import RunnerClient
 from scheduler.devices import Devices
-from scheduler.engines import Endpoint, Engine, Memory, Process
+from scheduler.engines import Endpoint, Engine, Memory, Process, without_addresses
 from scheduler.errors import InvalidModel, ModelNotFound, SchedulerError
 from scheduler.footprint_store import Identity
 from scheduler.footprints import Footprints, identity_of
@@ -120,6 +120,7 @@ class Life:
             if self.over:
                 return
             self.over = True
+        detail = without_addresses(detail)  # last words may tell where it listened, and whoever is told may record it
         self.lost = detail or f"its process exited with {code}"
         self.value = None  # else it would stay in memory that is accounted as free
         self._post(on.Exited(self.runner, code, detail, out_of_memory))

@@ -16,7 +16,6 @@ import logging
 import math
 import os
 import queue
-import re
 import stat
 import threading
 import time
@@ -35,13 +34,13 @@ from fsm.core import Core, State
 from fsm.eviction import POLICIES, Candidate, EvictionPolicy
 from fsm.record import encode, schema
 from fsm.request import ModelId
+from scheduler.engines import without_addresses
 
 log = logging.getLogger("loadmaster")
 
 KIND, FORMAT = "loadmaster recording", 1
 LONGEST_LINE = 16 * 1024 * 1024  # bytes; neither written nor read
 
-_ENDPOINT = re.compile(r"https?://(?:127\.|localhost|\[::1\])[^\s\"\\]*")
 _encode_json = json.JSONEncoder(separators=(",", ":"), allow_nan=False, check_circular=False).encode
 
 _MOST_WAITING = 20_000  # steps that are not written yet
@@ -94,7 +93,7 @@ class _Choosing:
             if not all(one.cost_s is None or math.isfinite(one.cost_s) for one in chosen):
                 raise ValueError(NO_COST)
         except BaseException as error:  # also what would end a program
-            text = in_words(error)
+            text = without_addresses(in_words(error))
             self.choices.append(text)
             raise PolicyRaised(text) from error
         self.choices.append([one.runner if one.cost_s is None else [one.runner, one.cost_s] for one in chosen])
@@ -334,10 +333,7 @@ class Recorder:
 
 
 def _as_line(value: object) -> bytes:
-    text = _encode_json(value)
-    if "http" in text:  # the last words of a process may tell where it listened; no decision looks at words
-        text = _ENDPOINT.sub("http://...", text)
-    line = text.encode("ascii") + b"\n"
+    line = _encode_json(value).encode("ascii") + b"\n"
     if len(line) > LONGEST_LINE:
         raise ValueError(f"a line of {len(line)} bytes is too long")
     return line

@@ -252,6 +252,23 @@ def test_a_policy_that_would_end_the_program_is_a_policy_that_raised(file: Path)
     assert considered[0].failure == "SystemExit(1)"
 
 
+def test_a_recording_leaves_ids_and_names_as_they_are(file: Path) -> None:
+    """Also where they look like the address of a runner; what a policy of the user's own raises is words."""
+
+    class Raising(LeastRecentlyUsed):
+        def order(self, now: float, candidates: Sequence[Candidate]) -> Sequence[Candidate]:
+            raise RuntimeError("nothing at http://127.0.0.1:8080/health")
+
+    one, other, third = (f"http://localhost:{port}/m" for port in (8001, 8002, 8003))
+    with recorded_pool(file, policy=Raising()) as pool:
+        pool.idle(one).idle(other).feed(acquire(third, 3))
+    replay = Replay(file)
+    assert [moment.considered[0].failure for moment in replay if isinstance(moment, Moment) and moment.considered] == [
+        "RuntimeError('nothing at http://..."
+    ]
+    assert {one, other, third} <= set(replay.names) and "127.0.0.1" not in file.read_text()
+
+
 @pytest.mark.parametrize("how", [RuntimeError, SystemExit])
 def test_a_policy_that_raises_what_cannot_tell_itself_is_recorded(how: type[BaseException], file: Path) -> None:
     """By its kind."""

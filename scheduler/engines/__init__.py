@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
     from fsm.model import DeviceId, ModelInfo, Options
 
 BufferKind = Literal["weights", "cache", "compute", "output", "projector"]
+
+_ADDRESS = re.compile(r"https?://(?:127\.|localhost|\[::1\])[^\s\"\\]*")
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +48,11 @@ class Endpoint:
 
     url: str  # scheme, host and port
     key: str = field(repr=False)
+
+
+def without_addresses(words: str) -> str:
+    """Return what somebody said without the addresses of servers on this machine: one may be a runner's."""
+    return _ADDRESS.sub("http://...", words)
 
 
 class Report(Protocol):

@@ -44,7 +44,8 @@ class Model:
     # (options, split) -> bytes that the next runner is promised: measured, and what was known to be still to come
     measured: dict[tuple[Options, Amounts], Amounts] = field(default_factory=dict)
     shortest: dict[Options, tuple[float, float, int]] = field(default_factory=dict)  # load, when last, and of how many
-    demands: dict[Options, tuple[Options, Demand]] = field(default_factory=dict)  # of this info, as asked
+    # of this info, as asked; derived: found again where it is not there
+    demands: dict[Options, tuple[Options, Demand]] = field(default_factory=dict, metadata={"derived": True})
     rested_at: float = -math.inf  # the last use of its last runner, or when a lease was asked for since
     rests: Histogram = field(default_factory=dict)  # how long it rested before a lease was asked for
 

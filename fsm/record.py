@@ -2,7 +2,8 @@
 
 One encoding serves all of them; it is read off the classes, so that a new field or a new event needs no code here:
 
-* a dataclass is an object: its class's name under "is", then its fields; one that has its default is left out
+* a dataclass is an object: its class's name under "is", then its fields; one that has its default is left out, and one
+  that is derived, which its metadata say: the others are all that is needed to find it again
 * a union is told apart by these names; whatever has none of those that are expected is refused
 * sets are lists in a fixed order, mappings are lists of pairs in their own order, enums are their values
 * an infinite time is "inf" or "-inf", since JSON has no number for it; "not a number" cannot be written
@@ -74,9 +75,7 @@ def schema() -> str:
             if issubclass(kind, Enum):
                 found[kind.__name__] = [member.value for member in kind]
             else:
-                found[kind.__name__] = [
-                    (each.name, each.type, _default(each)) for each in fields(cast("type[State]", kind))
-                ]
+                found[kind.__name__] = [(each.name, each.type, _default(each)) for each in _written(kind)]
     return f"{crc32(repr(sorted(found.items())).encode()):08x}"
 
 
@@ -91,11 +90,16 @@ def reachable(kind: object) -> Iterator[type]:
         done.add(one)
         if isinstance(one, type) and is_dataclass(one):
             yield one
-            ahead += get_type_hints(one).values()
+            hints = get_type_hints(one)
+            ahead += [hints[each.name] for each in _written(one)]
         elif isinstance(one, type) and issubclass(one, Enum):
             yield one
         elif get_origin(one) is not Literal:
             ahead += [inner for inner in get_args(one) if inner is not Ellipsis]
+
+
+def _written(kind: type) -> list[Field[object]]:
+    return [each for each in fields(cast("type[State]", kind)) if "derived" not in each.metadata]
 
 
 # -- encoding ---------------------------------------------------------------------------------------------------------
@@ -140,7 +144,7 @@ def _encode_float(value: float) -> object:
 
 @cache
 def _defaults(kind: type) -> tuple[tuple[str, object, type], ...]:
-    found = [(each.name, _default(each)) for each in fields(kind)]
+    found = [(each.name, _default(each)) for each in _written(kind)]
     return tuple((name, default, type(default)) for name, default in found)
 
 
@@ -282,4 +286,4 @@ def _record(kind: type, value: object, seen: _Seen) -> object:
 @cache
 def _fields(kind: type) -> dict[str, _Decode]:
     hints = get_type_hints(kind)
-    return {each.name: _decoder(hints[each.name]) for each in fields(kind)}
+    return {each.name: _decoder(hints[each.name]) for each in _written(kind)}

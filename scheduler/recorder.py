@@ -212,6 +212,8 @@ class Recorder:
             lines = bytearray()
             held = done = 0  # steps that are in `lines`; items of the batch that are dealt with
             try:
+                if not self._skipping and not self._is_there():
+                    raise OSError(None, "it was moved, deleted or changed; does another scheduler write to it?")
                 for item in batch:
                     if isinstance(item, _Beginning):
                         self._flush(lines)
@@ -251,7 +253,7 @@ class Recorder:
         }
         line = _as_line(header)
         self._header_size = len(line)
-        if self._file < 0 or self._is_due() or self._size + len(line) > self._most():
+        if not self._is_there() or self._is_due() or self._size + len(line) > self._most():
             self._open()
         self._write(line)
         self._skipping, self._skipped, self._asked = False, 0, False
@@ -283,6 +285,13 @@ class Recorder:
         flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | getattr(os, "O_CLOEXEC", 0)
         self._file = os.open(self._path, flags, 0o600)
         self._size = 0
+
+    def _is_there(self) -> bool:
+        """Tell whether the file is as it was left, and under its name: else nobody would find what is written."""
+        with suppress(OSError):  # also where none is open
+            mine = os.fstat(self._file)
+            return os.path.samestat(mine, os.stat(self._path)) and mine.st_size == self._size
+        return False
 
     def _flush(self, lines: bytearray) -> None:
         """Write lines and empty them; have a header queued where the file has grown enough."""

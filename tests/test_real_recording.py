@@ -158,6 +158,51 @@ def test_a_place_that_cannot_be_written_is_a_problem_and_no_failure(
     assert isinstance(begun, Begun) and begun.header.missing > 0 and rest
 
 
+@pytest.mark.parametrize("what", ["deleted", "moved", "replaced", "emptied"])
+def test_a_file_that_is_taken_away_is_a_problem_and_begun_anew(
+    what: str, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As by logrotate: nobody would find what is written to a file without a name."""
+    monkeypatch.setattr(recorder, "_RETRY_S", 0.3)
+    with recorded(file) as scheduler:
+
+        def problems() -> str:
+            scheduler.acquire(OBJECT).release()
+            return " ".join(scheduler.status().problems)
+
+        assert not problems()
+        assert_soon(lambda: file.exists() and file.stat().st_size > 0)
+        if what == "deleted":
+            file.unlink()
+        elif what == "emptied":
+            os.truncate(file, 0)
+        else:
+            file.rename(f"{file}.old")
+        if what == "replaced":
+            file.write_text("somebody else's")
+        assert_soon(lambda: f"nothing is recorded to {file}: it was moved, deleted or changed" in problems())
+        assert_soon(lambda: not problems())
+    begun, *rest = list(Replay(file))
+    assert isinstance(begun, Begun) and begun.header.missing > 0 and rest
+
+
+def test_two_schedulers_on_one_file_both_say_so(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each finds that the other has put its file aside; what is there is whole."""
+    monkeypatch.setattr(recorder, "_RETRY_S", 0.3)
+    with recorded(file) as one, recorded(file) as other:
+        found = set()
+
+        def both() -> bool:
+            for scheduler in (one, other):
+                scheduler.acquire(OBJECT).release()
+                if any("does another scheduler write to it?" in each for each in scheduler.status().problems):
+                    found.add(scheduler)
+            return len(found) == 2
+
+        assert_soon(both)
+    assert list(Replay(file)) and list(Replay(f"{file}.1"))
+
+
 @pytest.mark.parametrize("what", ["folder", "fifo", "device"])
 def test_what_is_no_regular_file_is_left_alone(what: str, tmp_path: Path) -> None:
     """Nothing is moved, nothing blocks."""

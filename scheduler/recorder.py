@@ -51,7 +51,8 @@ _BATCH = 500  # steps that are written at once
 
 # Runners in a policy's order, [runner, seconds] where it named a cost; or the exception that it raised, in words.
 Choice = list[int | list[int | float]] | str
-_Step = tuple[float, on.Event, Sequence[Command], Sequence[Choice], str]  # the last: what the step raised, in words
+# Its number and time, and last what the step raised, in words.
+_Step = tuple[int, float, on.Event, Sequence[Command], Sequence[Choice], str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +60,7 @@ class _Beginning:
     """A header is due, before the steps that follow."""
 
     state: State
+    step: int  # number of the next one
     missing: int  # steps left out right before
 
 
@@ -114,6 +116,7 @@ class Recorder:
         self._room = _MOST_WAITING  # steps that may wait when the next header is due
         self._header_due = True  # set by either side; steps are left out until it can be queued
         self._retry_at = 0.0  # no header before, in the clock of `time.monotonic`
+        self._steps = 0  # numbers those that came, recorded or not
         self._missing = 0  # steps left out since the last header
         self._lost = 0  # steps that came too fast
         self._failure = ""  # why nothing can be written at the moment, in words
@@ -133,6 +136,7 @@ class Recorder:
 
     def step(self, now: float, event: on.Event) -> Sequence[Command]:
         """Step the core, and have it written down; raises what the core raises."""
+        self._steps += 1
         ready = not self._closing and self._ready()
         if not self._own:
             choices: Sequence[Choice] = ()
@@ -143,13 +147,13 @@ class Recorder:
             commands = self._core.step(now, event)
         except BaseException as error:
             if ready:
-                self._put((now, event, (), choices, in_words(error)))
+                self._put((self._steps, now, event, (), choices, in_words(error)))
             raise
         finally:
             if self._own:
                 self._core.policy = policy  # whoever copies the core between two steps is not recorded
         if ready:
-            self._put((now, event, commands, choices, ""))
+            self._put((self._steps, now, event, commands, choices, ""))
         return commands
 
     @property
@@ -181,7 +185,7 @@ class Recorder:
                 self._lost += 1
             return False
         self._header_due, self._room = False, _MOST_WAITING
-        self._put(_Beginning(self._core.state(), self._missing))
+        self._put(_Beginning(self._core.state(), self._steps, self._missing))
         self._missing = 0
         return True
 
@@ -247,6 +251,7 @@ class Recorder:
             "written": datetime.now(UTC).isoformat(timespec="seconds"),
             "policy": self._policy,
             "own_policy": self._own,
+            "step": beginning.step,
             "missing": beginning.missing + self._skipped,
             "names": [[model, self._name(model)] for model in beginning.state.pool.models],
             "state": encode(beginning.state),
@@ -260,8 +265,8 @@ class Recorder:
         self._failure = ""
 
     def _line(self, step: _Step) -> bytes:
-        now, event, commands, choices, raised = step
-        line: dict[str, object] = {"at": now, "event": encode(event)}
+        number, now, event, commands, choices, raised = step
+        line: dict[str, object] = {"step": number, "at": now, "event": encode(event)}
         if commands:
             line["commands"] = [encode(command) for command in commands]
         if choices:

@@ -48,6 +48,7 @@ class Header:
 
     policy: str  # its name
     own_policy: bool  # it was the user's: its choices are in the recording
+    step: int  # number of the one that follows
     missing: int  # steps that were left out right before
     schema: str
     version: str  # of the program that wrote it
@@ -133,6 +134,7 @@ class Replay:
     cut: bool = False  # the file ends in the middle of a line
     names: dict[ModelId, str] = field(default_factory=dict)  # of models, as far as they are known so far
     _line: int = 0
+    _due: int = 0  # number of the step that comes next
     _core: Core | None = None
     _policy: _Recorded | None = None
 
@@ -179,6 +181,7 @@ class Replay:
         header = Header(
             self._take(text, "policy", str),
             self._take(text, "own_policy", bool),
+            self._take(text, "step", int),
             self._take(text, "missing", int),
             self._take(text, "schema", str),
             self._take(text, "version", str),
@@ -186,6 +189,9 @@ class Replay:
         )
         if not header.own_policy and header.policy not in POLICIES:
             self._wrong(f"there is no policy {header.policy!r:.100}")
+        if self._core is not None:
+            self._expect(header.step - header.missing)
+        self._due = header.step
         self._learn_names(text)
         self._policy = _Recorded(header)
         try:
@@ -198,11 +204,21 @@ class Replay:
         self._core = core
         return Begun(self._line, header, core)
 
+    def _expect(self, step: int) -> None:
+        """See to it that this step is due: a line that was taken out, or put in, need not change any decision."""
+        if step < self._due:
+            self._wrong(f"step {step} comes again, where step {self._due} is due: is this more than one recording?")
+        if step > self._due:
+            missing = f"step {self._due} is" if step == self._due + 1 else f"steps {self._due} to {step - 1} are"
+            self._wrong(f"{missing} missing before it")
+
     def _of_another(self, header: Header) -> str:
         return "" if not self.is_of_another_version(header) else f" of this version, but of version {header.version}"
 
     def _step(self, text: dict[str, object]) -> Moment:
         core, policy = cast(Core, self._core), cast(_Recorded, self._policy)
+        self._expect(self._take(text, "step", int))
+        self._due += 1
         at = text.get("at")
         if type(at) not in (int, float):
             self._wrong("it has no time")

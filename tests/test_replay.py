@@ -393,6 +393,27 @@ def test_a_file_that_is_cut_anywhere_replays_up_to_there(incident: Path, capsys:
             moments(incident)
 
 
+@pytest.mark.parametrize(
+    ("edit", "line", "said"),
+    [
+        (lambda lines: lines[:3] + lines[4:], 4, "step 3 is missing before it"),
+        (lambda lines: lines[:1] + lines[5:], 2, "steps 1 to 4 are missing before it"),
+        (lambda lines: lines[:5] + lines[4:], 6, "step 4 comes again, where step 5 is due"),
+        (lambda lines: lines + lines, None, "step 1 comes again"),
+        (lambda lines: [*lines, lines[0].replace('"step":1,', '"step":99,')], None, "to 98 are missing before it"),
+    ],
+)  # fmt: skip
+def test_a_line_that_is_missing_or_comes_again_is_told(
+    edit: Callable[[list[str]], list[str]], line: int | None, said: str, incident: Path
+) -> None:
+    """Steps are numbered: one that changed nothing else, and files that were put together, are noticed too."""
+    whole = incident.read_text().splitlines(keepends=True)
+    incident.write_text("".join(edit(whole)))
+    with pytest.raises(RecordingError, match=said) as refused:
+        moments(incident)
+    assert refused.value.line == (line or len(whole) + 1)
+
+
 DEEP = '{"kind":' + "[" * 100_000 + "\n"
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+from importlib import import_module
 from pathlib import Path
 
 from rich.console import Console
@@ -14,11 +16,14 @@ from scheduler.story import UNSEEN, Sentence, Story, Wait, printable
 
 DIFFERS = 1  # the exit status
 _LONGEST_SHOWN = 5  # waits in the summary
+_PICTURES = (".svg", ".png", ".pdf")
 _MOST_SHOWN = 2000  # characters of what was expected, and of what came instead
 
 
 def run_replay(chosen: argparse.Namespace) -> int:
     """Replay a recording, print it, and return the exit status: 0 if the commands are the recorded ones, 1 if not."""
+    if chosen.timeline is not None:
+        _check_place(chosen.timeline)
     replay = Replay(chosen.recording)
     story = Story(replay.names)
     out = Console(soft_wrap=True, highlight=False)
@@ -39,12 +44,14 @@ def run_replay(chosen: argparse.Namespace) -> int:
     story.finish()
     if replay.cut:
         notes.append("the last line is cut short, as where a program was killed: it is left out")
-    if chosen.timeline is not None:
-        notes += _draw(story, chosen.timeline)
-    if chosen.json:
-        print(json.dumps(_as_json(replay, story, told, notes, difference), indent=2, ensure_ascii=False))
-    else:
-        _print_summary(out, replay, story, notes, difference)
+    try:
+        if chosen.timeline is not None:
+            notes += _draw(story, chosen.timeline)
+    finally:  # whatever becomes of the picture
+        if chosen.json:
+            print(json.dumps(_as_json(replay, story, told, notes, difference), indent=2, ensure_ascii=False))
+        else:
+            _print_summary(out, replay, story, notes, difference)
     return 0 if difference is None else DIFFERS
 
 
@@ -96,13 +103,32 @@ def _print_summary(out: Console, replay: Replay, story: Story, notes: list[str],
         out.print(Text(f"  {head:<9} {printable(text)[:_MOST_SHOWN]}"))
 
 
+def _check_place(path: Path) -> None:
+    """Raise `RecordingError` where a timeline cannot be drawn to `path`, before anything is told; make its folder."""
+    reason = ""
+    if path.suffix.lower() not in _PICTURES:
+        reason = f"name a file that ends in {', '.join(_PICTURES[:-1])} or {_PICTURES[-1]}"
+    elif path.is_dir():
+        reason = "it is a folder: name a file in it"
+    else:
+        try:
+            import_module("matplotlib")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if not os.access(path if path.exists() else path.parent, os.W_OK):
+                reason = "it may not be written: name a file in another folder"
+        except ImportError:
+            reason = "a timeline needs matplotlib: pip install 'loadmaster[plot]'"
+        except OSError as error:
+            reason = f"its folder cannot be made: {error.strerror}"
+    if reason:
+        raise RecordingError(str(path), 0, reason)
+
+
 def _draw(story: Story, path: Path) -> list[str]:
     """Draw the timeline; return what there is to say of it."""
     try:
         story.timeline.draw(path, story.end, limit_bytes=story.limit_bytes, title="Runners, as recorded")
-    except ImportError:
-        raise RecordingError(str(path), 0, "a timeline needs matplotlib: pip install 'loadmaster[plot]'") from None
-    except (OSError, ValueError) as error:  # ValueError: an ending of no kind of picture
+    except (OSError, ValueError) as error:  # ValueError: it would be too large
         raise RecordingError(str(path), 0, f"it cannot be drawn: {error}") from error
     return [f"the timeline is in {path}"]
 

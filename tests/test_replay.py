@@ -6,6 +6,7 @@ import json
 import math
 import random
 import stat
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -29,6 +30,7 @@ from scheduler.recorder import Recorder
 from scheduler.replay import Begun, Difference, Moment, RecordingError, Replay
 from scheduler.settings import SMALLEST_RECORD_BYTES
 from scheduler.story import Shown
+from scheduler.timeline import Timeline
 from tests.leaks import no_leaks
 from tests.pool import PoolUnderTest, a_pool, acquire, cancel, exited, loaded, preload, release
 from tests.test_record import Walk
@@ -526,6 +528,50 @@ def test_the_story_as_json_has_every_wait(incident: Path, tmp_path: Path, capsys
     waits = next(request["waits"] for request in told["requests"] if request["id"] == 3)
     assert [wait["for"] for wait in waits][-1] == "its model to load"
     assert "b · 2" in picture.read_text()
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("picture", "name a file that ends in .svg, .png or .pdf"), ("picture.xyz", "that ends in .svg, .png or .pdf"),
+        ("folder.svg", "it is a folder"), ("file/picture.svg", "its folder cannot be made: "),
+    ],
+)  # fmt: skip
+def test_a_timeline_that_cannot_be_drawn_is_told_before_the_story(
+    name: str, said: str, incident: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With what to do; nothing is drawn under another name."""
+    (tmp_path / "folder.svg").mkdir()
+    (tmp_path / "file").touch()
+    before = sorted(tmp_path.rglob("*"))
+    assert main(["replay", str(incident), "--timeline", str(tmp_path / name)]) == WRONG_USE
+    output = capsys.readouterr()
+    assert said in output.err and name in output.err and output.err.count("\n") == 1 and output.out == ""
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_timeline_that_needs_what_is_not_installed_says_so_first(
+    incident: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With what to install."""
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert main(["replay", str(incident), "--timeline", str(tmp_path / "picture.svg")]) == WRONG_USE
+    output = capsys.readouterr()
+    assert "pip install 'loadmaster[plot]'" in output.err and output.out == ""
+
+
+def test_a_verdict_is_told_although_the_timeline_fails(
+    incident: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As where the disk is full at that moment."""
+
+    def fails(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Timeline, "draw", fails)
+    assert main(["replay", str(incident), "--timeline", str(tmp_path / "picture.svg")]) == WRONG_USE
+    output = capsys.readouterr()
+    assert "The same" in output.out and "No space left" in output.err and "the timeline is in" not in output.out
 
 
 def test_a_part_of_a_recording_begins_with_what_was_there(file: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -25,15 +25,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen = _parser().parse_args(arguments)
     run: Callable[[argparse.Namespace], int] = chosen.run
     try:
-        return run(chosen)
+        status = run(chosen)
+        print(end="", flush=True)  # here, where it can be told that it fails
+        return status
     except SchedulerError as error:
         print(f"{PROGRAM}: {error}", file=sys.stderr)
         return WRONG_USE
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # the reader has gone, `| head` say
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _say_no_more()
         return 141
+    except OSError as error:
+        try:
+            print(end="", flush=True)
+        except OSError:  # what was said is still to be written: a full disk, say
+            _say_no_more()
+            print(f"{PROGRAM}: what it says cannot be written: {error.strerror}", file=sys.stderr)
+            return WRONG_USE
+        raise
+
+
+def _say_no_more() -> None:
+    """Have what is still to be written vanish; else the interpreter tries once more at its end, and complains."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 class _Parser(argparse.ArgumentParser):

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import random
 import stat
+import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -486,6 +488,19 @@ def test_a_file_that_is_not_there_is_told(tmp_path: Path, capsys: pytest.Capture
     for path, said in ((tmp_path / "none.jsonl", "No such file"), (tmp_path, "Is a directory")):
         assert main(["replay", str(path)]) == WRONG_USE
         assert said in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no disk that is always full")
+@pytest.mark.parametrize("arguments", [[], ["--json"]])
+def test_a_story_that_cannot_be_printed_is_no_verdict(arguments: list[str], incident: Path) -> None:
+    """It is told in one line, with another status than that of a decision that differs."""
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "scheduler.cli", "replay", *arguments, incident],
+            env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=full, stderr=subprocess.PIPE, text=True, check=False,
+        )  # fmt: skip
+    said = "loadmaster: what it says cannot be written: No space left on device\n"
+    assert (done.returncode, done.stderr) == (WRONG_USE, said)
 
 
 # -- the story ---------------------------------------------------------------------------------------------------------

@@ -12,7 +12,8 @@ from rich.console import Console
 from rich.text import Text
 
 from scheduler.replay import Begun, Difference, RecordingError, Replay
-from scheduler.story import UNSEEN, Sentence, Story, Wait, printable
+from scheduler.story import Sentence, Story, printable
+from scheduler.waits import UNSEEN, Wait
 
 DIFFERS = 1  # the exit status
 _LONGEST_SHOWN = 5  # waits in the summary

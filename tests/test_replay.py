@@ -684,10 +684,10 @@ def test_what_was_answered_in_a_gap_does_not_wait(
         with monkeypatch.context() as patch:
             patch.setattr(Recorder, "_ready", lambda _: False)  # as where the disk is full
             pool.feed(cancel(4), release(1), exited(1), loaded(3), release(5))
-            writer._header_due, writer._missing = True, 5
+            writer._header_due, writer._missing = True, 6
         pool.feed(release(3))
     said = told(file, capsys)
-    assert "5 steps are missing here" in said and "0 still waiting, 2 answered while nothing was recorded" in said
+    assert "6 steps are missing here" in said and "0 still waiting, 2 answered while nothing was recorded" in said
     assert "request 3 gives back c" in said
 
 

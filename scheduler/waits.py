@@ -1,0 +1,40 @@
+"""What became of each request of a recording: what it waited for, for how long each time, and its answer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from fsm.request import RequestId
+
+BEFORE = "what is not in this file"
+UNSEEN = "answered while nothing was recorded"
+
+
+@dataclass(slots=True)
+class Wait:
+    """What became of one request."""
+
+    request: RequestId
+    model: str
+    asked_at_s: float
+    purpose: str
+    answer: str = ""  # empty: it still waits
+    holds: bool = False  # what it was granted
+    waited_s: float = 0.0
+    reasons: list[tuple[str, float]] = field(default_factory=list)  # what it waited for, and how long each time
+
+    def waits_for(self, reason: str, at_s: float) -> bool:
+        """Take in what it waits for from now on; return whether that is new."""
+        if self.reasons and self.reasons[-1][0] == reason:
+            return False
+        self.lasts_until(at_s)
+        self.reasons.append((reason, 0.0))
+        return True
+
+    def lasts_until(self, at_s: float) -> None:
+        """Take in that it waited until a moment, for what it waited for last."""
+        self.waited_s = at_s - self.asked_at_s
+        if self.reasons:
+            reason, _ = self.reasons[-1]
+            before = sum(took_s for _, took_s in self.reasons[:-1])
+            self.reasons[-1] = (reason, self.waited_s - before)

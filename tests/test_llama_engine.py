@@ -280,14 +280,13 @@ def test_a_load_holds_back_beside_others_and_not_for_long(
 ) -> None:
     """Beside a program that uses all cores it would take many times as long, and somebody waits for it.
 
-    Seen by a library that fails once it has such a share of the processors.
+    Seen by a library that fails once it has such a share of the processors, before it has used much of that.
     """
+    if nice:
+        monkeypatch.setattr("scheduler.processes.PULSE_S", 10 * LIMIT_S)  # else its share is taken back meanwhile
     (tmp_path / "xllamacpp.py").write_text(
-        "from unittest.mock import MagicMock as CommonParams\n"
-        "llama_load_mode = llama_flash_attn_type = ggml_type = CommonParams()\n"
-        "def Server(params):\n"
-        f"    while not open('/proc/self/autogroup').read().endswith('nice {nice}\\n'): pass\n"
-        "    raise RuntimeError('as it should be')\n"
+        f"while not open('/proc/self/autogroup').read().endswith('nice {nice}\\n'): pass\n"
+        "raise ImportError('as it should be')\n"
     )
     monkeypatch.setattr(llama_engine, "find_library", lambda: str(tmp_path))
     _, told = launch(engine, file, SMALL)

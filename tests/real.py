@@ -10,15 +10,18 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import psutil
 import pytest
 
 from scheduler import Lease, Scheduler, Settings
+from scheduler.engines import llama
 from tests.leaks import no_leaks
 from tests.tiny_models import write_tiny_model
 from tests.waiting import assert_soon
 
+STOPPING_CHILD = Path(__file__).with_name("stopping_child.py")
 ROOM_FOR_ONE = "64MiB"  # a tiny runner takes 35 to 41 MiB, and 25 % more must be free before its first load
 ROOM_FOR_TWO = "100MiB"
 SHORT: dict[str, Any] = {"temperature": 0, "max_tokens": 12, "ignore_eos": True}
@@ -65,22 +68,28 @@ def send(pid: int | None, number: signal.Signals) -> None:
     os.kill(pid, number)
 
 
-def begin_a_load(scheduler: Scheduler, model: Path) -> tuple[Future[Lease], int]:
-    """Ask for a model, and stop its process while it loads; return the request and the process."""
-    waiting = scheduler.submit(model)
-    return waiting, stop_the_load(scheduler)
+@contextmanager
+def stopping_loads() -> Iterator[None]:
+    """Have each process that is launched meanwhile stop itself before it loads; SIGCONT has it go on."""
+    with patch.object(llama, "CHILD", STOPPING_CHILD):
+        yield
 
 
-def stop_the_load(scheduler: Scheduler, *, after: int = 0) -> int:
-    """Stop the process of the one runner that loads, once it has a process other than `after`; return that."""
+def begin_a_load(scheduler: Scheduler, model: Path, **asking: Any) -> tuple[Future[Lease], int]:
+    """Ask for a model whose process stops while it loads; return the request and the process."""
+    with stopping_loads():
+        waiting = scheduler.submit(model, **asking)
+        return waiting, stopped_load(scheduler)
 
-    def started() -> int:
-        loading = [runner.pid for runner in scheduler.status().runners if runner.state == "loading"]
-        return next((pid for pid in loading if pid and pid != after), 0)
 
-    assert_soon(started)
-    pid = started()
-    send(pid, signal.SIGSTOP)
+def stopped_load(scheduler: Scheduler, *, after: int = 0) -> int:
+    """Wait until the one process that loads, and is not `after`, has stopped itself; return it."""
+
+    def loading() -> int:
+        pids = [runner.pid for runner in scheduler.status().runners if runner.state == "loading"]
+        return next((pid for pid in pids if pid and pid != after), 0)
+
+    assert_soon(loading)
+    pid = loading()
     assert_soon(lambda: psutil.Process(pid).status() == psutil.STATUS_STOPPED)
-    assert pid == started(), "it was loaded already"
     return pid

@@ -35,7 +35,7 @@ from scheduler import (
 from scheduler.driver import Driver
 from scheduler.engines.llama import LlamaEngine
 from tests.leaks import no_leaks
-from tests.real import is_gone, settings, states, stop_the_load, write_models
+from tests.real import STOPPING_CHILD, begin_a_load, is_gone, settings, states, write_models
 from tests.waiting import LIMIT_S, assert_soon
 
 ROOT = Path(__file__).parent.parent
@@ -142,15 +142,16 @@ def test_a_load_is_not_stopped_for_time_in_which_nothing_ran(monkeypatch: pytest
 def test_a_host_that_was_stopped_goes_on_where_it_was(model: Path, tmp_path: Path) -> None:
     """SIGSTOP of both for longer than a load may stand still: when they go on it is served, not called off."""
     script = f"""
-        import os, signal, threading
+        from pathlib import Path
         from scheduler import Scheduler, Settings, driver
+        from scheduler.engines import llama
+        llama.CHILD = Path({str(STOPPING_CHILD)!r})
         driver._GAP_S = 0.3
-        scheduler = Scheduler(Settings(gpus=False, cpu_threads=1, load_timeout=1))
+        scheduler = Scheduler(Settings(gpus=False, cpu_threads=1, load_timeout=2))
         waiting = scheduler.submit({str(model)!r})
         while not (pid := next((one.pid for one in scheduler.status().runners), None)):
             pass
-        os.kill(pid, signal.SIGSTOP)
-        print(pid, scheduler.status().runners[0].state, flush=True)
+        print(pid, flush=True)
         try:
             waiting.result({LIMIT_S}).release()
             print("served", flush=True)
@@ -160,14 +161,14 @@ def test_a_host_that_was_stopped_goes_on_where_it_was(model: Path, tmp_path: Pat
     """
     with a_host(script) as host:
         assert host.stdout is not None
-        pid, state = host.stdout.readline().split()
-        assert state == "loading", "it was loaded already"
+        pid = int(host.stdout.readline())
+        assert_soon(lambda: psutil.Process(pid).status() == psutil.STATUS_STOPPED)
         host.send_signal(signal.SIGSTOP)
         assert_soon(lambda: psutil.Process(host.pid).status() == psutil.STATUS_STOPPED)
-        threading.Event().wait(3.0)
+        threading.Event().wait(4.0)
         host.send_signal(signal.SIGCONT)
         threading.Event().wait(0.2)  # it sees that time has passed, and that its child shows nothing
-        os.kill(int(pid), signal.SIGCONT)
+        os.kill(pid, signal.SIGCONT)
         assert host.communicate(timeout=LIMIT_S) == ("served\n", "")
 
 
@@ -320,8 +321,8 @@ def test_close_while_a_file_is_read(monkeypatch: pytest.MonkeyPatch, model: Path
 def test_close_while_a_child_loads_and_another_is_called_off(model: Path) -> None:
     """One stopped in the middle of its load, one whose turn has not come."""
     scheduler = a_scheduler(loads_on_host=1, memory_limit=None, stop_grace="100ms")
-    waiting = [scheduler.submit(model)]
-    pid = stop_the_load(scheduler)
+    first, pid = begin_a_load(scheduler, model)
+    waiting = [first]
     waiting.append(scheduler.submit(model, embedding=True))
     waiting[0].cancel()
     assert_closes(scheduler, *waiting[1:])

@@ -27,7 +27,6 @@ from tests.real import (
     send,
     settings,
     states,
-    stop_the_load,
     write_models,
 )
 from tests.waiting import LIMIT_S, assert_soon
@@ -269,8 +268,7 @@ def test_a_file_that_is_cut_while_it_is_loaded_fails_that_load_only(folder: Path
     path = tmp_path / "cut.gguf"
     path.write_bytes((folder / "b.gguf").read_bytes())
     with Scheduler(settings()) as scheduler:
-        waiting = scheduler.submit(path, use_mmap=True)
-        pid = stop_the_load(scheduler)
+        waiting, pid = begin_a_load(scheduler, path, use_mmap=True)
         os.truncate(path, 20_000)
         send(pid, signal.SIGCONT)
         error = waiting.exception(LIMIT_S)

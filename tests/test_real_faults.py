@@ -32,7 +32,8 @@ from tests.real import (
     send,
     settings,
     states,
-    stop_the_load,
+    stopped_load,
+    stopping_loads,
     write_models,
 )
 from tests.waiting import LIMIT_S, assert_soon
@@ -82,8 +83,9 @@ def test_a_kill_while_it_loads_is_followed_by_another_load(scheduler: Scheduler,
 def test_a_second_kill_while_it_loads_is_the_answer(scheduler: Scheduler, model: Path) -> None:
     """N07: never a third try; who asks again at once is told at once, and nothing of either load is left."""
     waiting, pid = begin_a_load(scheduler, model)
-    send(pid, signal.SIGKILL)
-    send(stop_the_load(scheduler, after=pid), signal.SIGKILL)
+    with stopping_loads():
+        send(pid, signal.SIGKILL)
+        send(stopped_load(scheduler, after=pid), signal.SIGKILL)
     with pytest.raises(LoadFailed, match="killed by SIGKILL while loading") as failed:
         waiting.result(LIMIT_S)
     assert failed.value.out_of_memory and failed.value.retry_after_s
@@ -203,7 +205,7 @@ def test_an_idle_runner_that_answers_nothing_is_killed(model: Path) -> None:
 
 def test_n12_a_load_that_stands_still_is_stopped(model: Path) -> None:
     """N12: its waiter gets the error, and the process is gone."""
-    with Scheduler(settings(load_timeout="500ms")) as scheduler:
+    with Scheduler(settings(load_timeout="2s")) as scheduler:  # it has to be seen before
         waiting, pid = begin_a_load(scheduler, model)
         assert isinstance(waiting.exception(LIMIT_S), LoadTimeout)
         assert_soon(lambda: scheduler.status().runners == () and is_gone(pid))

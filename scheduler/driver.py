@@ -157,6 +157,7 @@ class Driver:
         while inbox:
             event = inbox.popleft()
             if isinstance(event, _Look):
+                self._tell()  # first: whoever reads has been told of what is found
                 event.run(core)
             elif self.broken is not None:
                 self._fail(self.broken)  # not raised again: its traceback would grow with each event
@@ -165,7 +166,10 @@ class Driver:
                     self._perform(command)
         if self.broken is None:
             self._deadline = core.deadline()
-        if journal := core.journal:
+        self._tell()
+
+    def _tell(self) -> None:
+        if journal := self._core.journal:
             self._publish(journal)
             journal.clear()
 

@@ -41,10 +41,13 @@ def start() -> Iterator[Callable[..., Driver]]:
     drivers: list[Driver] = []
 
     def make(
-        core: Core, perform: Callable[[Command], None] = lambda command: None, fail: list[BaseException] | None = None
+        core: Core,
+        perform: Callable[[Command], None] = lambda command: None,
+        fail: list[BaseException] | None = None,
+        publish: Callable[[Sequence[Entry]], None] = nobody_listens,
     ) -> Driver:
         failures = [] if fail is None else fail
-        driver = Driver(core, monotonic_clock, perform, nobody_listens, failures.append)
+        driver = Driver(core, monotonic_clock, perform, publish, failures.append)
         driver.start()
         drivers.append(driver)
         return driver
@@ -212,7 +215,7 @@ def test_a_deadline_that_comes_during_a_step_is_told_once(start: Callable[..., D
 
     core = Watched(linger)
     driver = start(core)
-    in_thread(lambda: driver.post(replace(acquire(1), timeout_s=0.05)))
+    in_thread(lambda: driver.post(replace(acquire(1), timeout_s=2.0)))  # so long the holder has to begin its step
     holder = threading.Thread(target=lambda: driver.post(acquire(2)), daemon=True)
     holder.start()
     assert entered.wait(LIMIT_S)
@@ -235,6 +238,15 @@ def test_a_reader_sees_what_it_posted_before(start: Callable[..., Driver]) -> No
     with pytest.raises(ZeroDivisionError):
         driver.read(lambda core: 1 // 0)
     assert driver.broken is None
+
+
+def test_whoever_reads_has_been_told_of_what_is_found(start: Callable[..., Driver]) -> None:
+    """What became of the events before it is published first, though all are taken in at once."""
+    told: list[Entry] = []
+    driver = start(Core(), publish=told.extend)
+    driver.read(lambda core: setattr(core, "journal", []))
+    driver._inbox.append(acquire(1))
+    assert driver.read(lambda core: len(told))
 
 
 def test_a_stop_cancels_a_launch_that_has_not_begun() -> None:

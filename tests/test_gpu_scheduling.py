@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from fsm.model import HOST
-from scheduler import AcquireTimeout, DoesNotFit, PythonModel, Scheduler, Settings, devices
+from scheduler import AcquireTimeout, DoesNotFit, PythonModel, Scheduler, Settings, devices, executor
 from tests.nvml import LOST, NOT_SUPPORTED, Gpu, StandIn, beside_stand_in
 from tests.tiny_models import write_tiny_model
 from tests.waiting import assert_soon
@@ -56,16 +56,16 @@ def test_d15_a_stalled_driver_holds_up_no_grant_and_no_load(nvml: StandIn) -> No
         began = time.monotonic()
         grants = 0
         while not cold.done():
-            before = time.monotonic()
             scheduler.acquire(an_object("warm")).release()
-            assert time.monotonic() - before < 1.0, "a warm request waited for the driver"
             assert time.monotonic() - began < 20.0, "a load on the host waits for the driver"
             grants += 1
-        assert grants > 10
+        assert grants > 10, "warm requests waited for the driver"
         cold.result().release()
+        answer_s, devices.ANSWER_S, executor._FRESH_S = devices.ANSWER_S, 60.0, 60.0  # what one more wait would take
         began = time.monotonic()
         scheduler.acquire(an_object("next")).release()
-        assert time.monotonic() - began < 1.0, "the next load waited once more"
+        assert time.monotonic() - began < 10.0, "the next load waited once more"
+        devices.ANSWER_S = answer_s
         assert_soon(lambda: any("has not answered" in problem for problem in scheduler.status().problems))
     nvml.say(ONE)
 
@@ -184,7 +184,7 @@ def test_a_lost_gpu_takes_no_more_models_and_the_others_do(nvml: StandIn) -> Non
 def test_s10_d16_gpus_that_appear_later_change_how_many_may_run(nvml: StandIn) -> None:
     """S10, D16: three without a GPU, three for each as soon as there are some."""
     nvml.say()
-    with a_scheduler(eviction="lru") as scheduler:
+    with a_scheduler(eviction="lru", max_wait=0) as scheduler:  # however long one took to load, it is given no rest
         for name in "abcd":
             scheduler.acquire(an_object(name)).release()
         assert loaded(scheduler) == {"b", "c", "d"}

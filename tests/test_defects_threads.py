@@ -31,7 +31,7 @@ from scheduler.engines.python import PythonEngine
 from tests.leaks import no_leaks
 from tests.waiting import LIMIT_S, assert_soon
 
-PROMPT_S = 1.0  # what takes less than a millisecond by itself, ten times over on a machine that is busy
+PROMPT_S = LIMIT_S / 2  # what takes less than a millisecond by itself; whoever waits for a gate waits LIMIT_S
 SWITCH_S = 1e-6
 
 

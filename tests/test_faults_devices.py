@@ -101,7 +101,7 @@ def test_memory_that_never_comes_back_is_waited_for_so_long_and_no_longer(nvml: 
         begin = time.monotonic()
         scheduler.expire(on_gpu("a", ONE, "6GiB"))
         assert_soon(lambda: scheduler.status().runners == ())
-        assert RECOVERY_S <= time.monotonic() - begin < 10 * RECOVERY_S
+        assert RECOVERY_S <= time.monotonic() - begin < LIMIT_S
         with pytest.raises(DoesNotFit) as refused:
             scheduler.acquire(on_gpu("b", ONE, "6GiB"))
         assert refused.value.free_bytes[ONE.id] == 2 * GIB

@@ -164,7 +164,7 @@ def test_a_host_that_exits_without_close_leaves_no_orphan(model: Path, end: str)
     with a_host(model, end) as (host, child):
         _, errors = host.communicate(timeout=LIMIT_S)
     assert (host.returncode, errors) == (0, "")
-    assert is_gone(child)
+    assert_soon(lambda: is_gone(child), ORPHANED_S)
 
 
 @pytest.mark.parametrize(
@@ -184,7 +184,7 @@ def test_ctrl_c_ends_the_host_and_its_child(model: Path, script: str) -> None:
         os.killpg(host.pid, signal.SIGINT)
         _, errors = host.communicate(timeout=LIMIT_S)
     assert host.returncode == -signal.SIGINT and errors.endswith("\nKeyboardInterrupt\n")
-    assert is_gone(child)
+    assert_soon(lambda: is_gone(child), ORPHANED_S)
 
 
 def test_a_signal_handler_may_close(model: Path) -> None:
@@ -202,7 +202,7 @@ scheduler.acquire(model, num_batch=64)
         host.terminate()
         _, errors = host.communicate(timeout=LIMIT_S)
     assert (host.returncode, errors) == (7, "")
-    assert is_gone(child)
+    assert_soon(lambda: is_gone(child), ORPHANED_S)
 
 
 def test_a_fork_that_ends_takes_no_child_of_its_parent_with_it(model: Path) -> None:

@@ -32,9 +32,10 @@ def test_d15_a_call_that_stalls_is_waited_for_once(nvml: StandIn) -> None:
     for function in ("nvmlDeviceGetCount_v2", "nvmlDeviceGetMemoryInfo_v2", "nvmlDeviceGetComputeRunningProcesses_v3"):
         source = Devices()
         assert 0.5 < stalls(nvml, function, source) < 6.0
+        devices.ANSWER_S = 60.0
         began = time.monotonic()
         gpus_of(source)
-        assert time.monotonic() - began < 0.5, "it was waited for again"
+        assert time.monotonic() - began < 6.0, "it was waited for again"
         assert source.gpu_processes() == {}, "processes as they were are no news"
         nvml.say(ONE.but(free=5))
         assert_soon(lambda source=source: free_of(source) == {"GPU-1": 5})

@@ -13,6 +13,7 @@ def test_a_short_soak_leaves_nothing_behind(tmp_path: Path) -> None:
     found = soak(3.0, 7, tmp_path, lambda line: None)
     assert found["passed"], (found["violations"], found["unexpected"])
     assert found["leases"] >= 100
+    assert not found["idle_clients"]
     assert found["faults"]
     assert all(counts["injected"] == counts["survived"] for counts in found["faults"].values())
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import os
+import subprocess
+import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import FrameType
 from typing import Any
 from unittest.mock import patch
 
@@ -18,6 +22,7 @@ from fsm.runner import RunnerState
 from scheduler.desk import Desk
 
 _SETTLE_S = 10.0
+_ADOPT = 36  # PR_SET_CHILD_SUBREAPER: what loses its parent becomes a child of this process, and not of the first one
 
 
 def _descriptors() -> set[tuple[str, str]]:
@@ -33,6 +38,41 @@ def _descriptors() -> set[tuple[str, str]]:
 def _processes() -> set[int]:
     """Return what descends from this process; what has ended and was not reaped is among it."""
     return {child.pid for child in psutil.Process().children(recursive=True)}
+
+
+def _bury(pids: set[int]) -> None:
+    """Reap those that have ended, where they are children of this process."""
+    for pid in pids:
+        with suppress(ChildProcessError):
+            os.waitpid(pid, os.WNOHANG)
+
+
+@contextmanager
+def _orphans() -> Iterator[set[int]]:
+    """Have this process adopt what its children leave behind; note the children that it starts itself."""
+    started: set[int] = set()
+    start = subprocess.Popen.__init__
+
+    def note(self: subprocess.Popen[Any], *arguments: Any, **named: Any) -> None:
+        start(self, *arguments, **named)
+        started.add(self.pid)
+
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_ADOPT, 1, 0, 0, 0)  # from now on
+    with patch.object(subprocess.Popen, "__init__", note):
+        yield started
+
+
+def _unnamed() -> dict[int, str]:
+    """Return what threads run that the module threading knows nothing of, by their numbers."""
+    known = {thread.ident for thread in threading.enumerate()}
+    return {id: _begun_with(frame) for id, frame in sys._current_frames().items() if id not in known}
+
+
+def _begun_with(frame: FrameType) -> str:
+    while frame.f_back is not None:
+        frame = frame.f_back
+    return frame.f_code.co_qualname
 
 
 @contextmanager
@@ -72,18 +112,33 @@ def _held(desk: Desk) -> list[str]:
 def no_leaks() -> Iterator[None]:
     """Fail if anything is there afterwards that was not there before.
 
-    Threads, file descriptors, children and zombies of this process; and of each scheduler that was made meanwhile
-    requests, tickets, runners, leases, bytes in the ledger, and the locks of devices.
+    Threads, file descriptors, descendants and zombies of this process, those too that lost their parents; and of each
+    scheduler that was made meanwhile requests, tickets, runners, leases, bytes in the ledger, and the locks of devices.
     """
     gc.collect()
     threads, descriptors, processes = set(threading.enumerate()), _descriptors(), _processes()
-    with _desks() as desks:
+    unnamed = _unnamed().keys()
+    with _desks() as desks, _orphans() as started:
         yield
+        _settle(desks, started, threads, unnamed, descriptors, processes)
+
+
+def _settle(
+    desks: list[Desk],
+    started: set[int],
+    threads: set[threading.Thread],
+    unnamed: Collection[int],
+    descriptors: set[tuple[str, str]],
+    processes: set[int],
+) -> None:
+    """Wait until nothing is there that was not there before; fail if that takes long."""
     end = time.monotonic() + _SETTLE_S
     while True:
         gc.collect()
+        _bury(_processes() - processes - started)  # the adopted: nobody else can
         left = {
             "threads": [thread.name for thread in set(threading.enumerate()) - threads],
+            "unnamed threads": [what for id, what in _unnamed().items() if id not in unnamed],
             "descriptors": [target for _, target in _descriptors() - descriptors],
             "children": sorted(_processes() - processes),
             "books": [text for desk in desks for text in _held(desk)],

@@ -541,7 +541,7 @@ def test_a_host_that_is_killed_takes_its_children_with_it(file: Path) -> None:
         threading.Event().wait()
     """
     arguments = [sys.executable, "-c", textwrap.dedent(script), str(file)]
-    with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True) as host:
+    with no_leaks(), subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True) as host:
         assert host.stdout is not None
         child = int(host.stdout.readline())
         assert not is_gone(child)
@@ -565,7 +565,7 @@ def child_alone(file: Path, **changes: Any) -> subprocess.Popen[str]:
 
 def test_the_child_ends_with_its_input(file: Path) -> None:
     """Where no signal tells it of its parent's end, the end of its input does; its output is the protocol only."""
-    with child_alone(file) as child:
+    with no_leaks(), child_alone(file) as child:
         assert child.stdout is not None and child.stdin is not None
         events = [json.loads(child.stdout.readline())["event"] for _ in range(3)]
         assert events == ["importing", "loading", "loaded"]

@@ -145,6 +145,13 @@ def test_a_host_that_is_killed_leaves_no_orphan(model: Path) -> None:
         assert_soon(lambda: is_gone(child), ORPHANED_S)
 
 
+ANOTHER = """
+while not (pids := {each.pid for each in scheduler.status().runners} - {None, lease.pid}):
+    pass
+print(*pids)
+"""
+
+
 @pytest.mark.parametrize(
     "end",
     [
@@ -152,7 +159,7 @@ def test_a_host_that_is_killed_leaves_no_orphan(model: Path) -> None:
         "lease.release()",
         "stream = lease.stream('hello', **long); next(stream)",
         "waiting = scheduler.submit(model, num_batch=64)",
-        "waiting = scheduler.submit(model, embedding=True)",
+        f"waiting = scheduler.submit(model, embedding=True){ANOTHER}",
         "lease.release(); del lease; scheduler.expire(model)",
         "os.kill(lease.pid, signal.SIGSTOP)",
         "os.kill(lease.pid, signal.SIGKILL)",
@@ -162,9 +169,11 @@ def test_a_host_that_is_killed_leaves_no_orphan(model: Path) -> None:
 def test_a_host_that_exits_without_close_leaves_no_orphan(model: Path, end: str) -> None:
     """Whatever goes on: no hang, nothing on standard error, no child."""
     with a_host(model, end) as (host, child):
-        _, errors = host.communicate(timeout=LIMIT_S)
+        output, errors = host.communicate(timeout=LIMIT_S)
     assert (host.returncode, errors) == (0, "")
-    assert_soon(lambda: is_gone(child), ORPHANED_S)
+    children = [child, *map(int, output.split())]
+    assert len(children) == 1 + end.count(ANOTHER)
+    assert_soon(lambda: all(map(is_gone, children)), ORPHANED_S)
 
 
 @pytest.mark.parametrize(

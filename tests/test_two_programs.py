@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.leaks import no_leaks
 from tests.nvml import ROOT, Gpu, StandIn, build
 from tests.waiting import assert_soon
 
@@ -132,9 +133,10 @@ def start(tmp_path: Path) -> Iterator[Start]:
         programs.append(Program(environment | more, *arguments))
         return programs[-1]
 
-    yield begin
-    for program in programs:
-        program.end()
+    with no_leaks():
+        yield begin
+        for program in programs:
+            program.end()
 
 
 def both_ask(start: Start, **environment: str) -> tuple[Program, Program]:

@@ -27,7 +27,7 @@ from scheduler import (
     SchedulerClosed,
     Settings,
 )
-from scheduler.engines.python import PythonEngine
+from scheduler.engines.python import PythonEngine, PythonProcess
 from tests.leaks import no_leaks
 from tests.waiting import LIMIT_S, assert_soon
 
@@ -82,13 +82,21 @@ def together(*actions: Callable[[], object]) -> list[Any]:
     """Run each on a thread of its own, all at once; return what they return. Raises if one raises, or hangs."""
     start = threading.Barrier(len(actions))
 
-    def run(action: Callable[[], object]) -> object:
-        start.wait(LIMIT_S)
-        return action()
+    def run(action: Callable[[], object], future: Future[object]) -> None:
+        try:
+            start.wait(LIMIT_S)
+            future.set_result(action())
+        except BaseException as error:
+            future.set_exception(error)
 
-    with ThreadPoolExecutor(len(actions)) as pool:
-        futures = [pool.submit(run, action) for action in actions]
-        return [future.result(LIMIT_S) for future in futures]
+    futures: list[Future[object]] = [Future() for _ in actions]
+    threads = [threading.Thread(target=run, args=each, daemon=True) for each in zip(actions, futures, strict=True)]
+    for thread in threads:
+        thread.start()
+    end = time.monotonic() + LIMIT_S
+    for thread in threads:
+        thread.join(max(0.0, end - time.monotonic()))
+    return [future.result(0) for future in futures]
 
 
 def took_s(action: Callable[[], object]) -> float:
@@ -177,17 +185,23 @@ def test_d06_a_load_holds_up_no_other_call() -> None:
 def test_d15_no_lock_is_held_over_a_start_a_stop_and_a_reading(monkeypatch: pytest.MonkeyPatch) -> None:
     """D15: all three hang at once, and warm requests are served, cancelled and seen as if nothing were the matter."""
     starts, stops, reads = Gate(), Gate(), Gate()
-    launch = PythonEngine.launch
+    launch, stop = PythonEngine.launch, PythonProcess.stop
     with a_scheduler() as scheduler:
         scheduler.acquire(a_model("warm", "100MiB")).release()
-        scheduler.acquire(a_model("leaving", "100MiB", unload=stops)).release()
+        scheduler.acquire(a_model("leaving", "100MiB")).release()
 
         def slow(engine: PythonEngine, model: PythonModel, *rest: Any) -> Any:
             if model.name == "starting":
                 starts()
             return launch(engine, model, *rest)
 
+        def slow_to_stop(process: PythonProcess, grace_s: float) -> None:
+            if process.model.name == "leaving":
+                stops()
+            stop(process, grace_s)
+
         monkeypatch.setattr(PythonEngine, "launch", slow)
+        monkeypatch.setattr(PythonProcess, "stop", slow_to_stop)
         waiting = scheduler.submit(a_model("starting", "100MiB"))
         assert starts.entered.wait(LIMIT_S)
         sample = scheduler._devices.sample

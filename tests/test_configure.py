@@ -130,7 +130,7 @@ def test_s23_a_changed_keep_alive_holds_for_loaded_models_but_where_one_was_name
     assert scheduler.settings.keep_alive == math.inf
     preload(scheduler, "c")
     left = {runner.model: runner.expires_in_s for runner in scheduler.status().runners}
-    assert 3500 < left["b"] <= 3600 and left["c"] == math.inf
+    assert 3500 < left["b"] < 3601 and left["c"] == math.inf
 
 
 # -- all of them or none ----------------------------------------------------------------------------------------------

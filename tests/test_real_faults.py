@@ -172,7 +172,7 @@ def test_a_model_that_crashes_twice_in_a_row_is_backed_off(scheduler: Scheduler,
             assert_soon(lambda lease=lease: lease.lost, NOTICED_S)  # type: ignore[misc]  # bound now
     with pytest.raises(LoadFailed, match="killed by SIGKILL while serving") as refused:
         scheduler.acquire(model)
-    assert refused.value.retry_after_s is not None and 0 < refused.value.retry_after_s <= 20
+    assert refused.value.retry_after_s is not None and 0 < refused.value.retry_after_s < 21
     assert not refused.value.out_of_memory
 
 
@@ -274,7 +274,7 @@ def test_s25_an_engine_that_does_not_know_a_model_says_so(scheduler: Scheduler, 
         with pytest.raises(LoadFailed, match="unknown model architecture: 'lxama'") as refused:
             scheduler.acquire(path)
         assert len(refused.value.reason) <= DETAIL_BYTES and not refused.value.out_of_memory
-        assert refused.value.retry_after_s is not None and 0 < refused.value.retry_after_s <= 10
+        assert refused.value.retry_after_s is not None and 0 < refused.value.retry_after_s < 11  # rounded
     assert_soon(lambda: states(scheduler) == {})
 
 

@@ -109,14 +109,27 @@ def _report_failure(seed: int, chosen: argparse.Namespace) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz_core", description=__doc__)
     option = parser.add_argument
-    option("--seeds", type=int, default=200, metavar="N", help="how many (default: 200)")
-    option("--first", type=int, default=1, metavar="S", help="the first of them (default: 1)")
-    option("--steps", type=int, default=2000, metavar="M", help="events of each before it is to settle (default: 2000)")
+    option("--seeds", type=_count, default=200, metavar="N", help="how many (default: 200)")
+    option("--first", type=_seed, default=1, metavar="S", help="the first of them (default: 1)")
+    steps = "events of each before it is to settle (default: 2000)"
+    option("--steps", type=_count, default=2000, metavar="M", help=steps)
     every = "make the core's own check at each K-th step, and at the end; the audit is made at every one (default: 1)"
-    option("--check-every", type=int, default=1, metavar="K", help=every)
-    option("--quiet", type=int, metavar="Q", help="end once Q steps in a row add no new (state, event, decision)")
-    option("--processes", type=int, default=1, metavar="P", help="that run at a time (default: 1)")
+    option("--check-every", type=_count, default=1, metavar="K", help=every)
+    option("--quiet", type=_count, metavar="Q", help="end once Q steps in a row add no new (state, event, decision)")
+    option("--processes", type=_count, default=1, metavar="P", help="that run at a time (default: 1)")
     return parser
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
+
+
+def _seed(text: str) -> int:
+    if not text.isdecimal():  # one below 0 would draw what its counterpart above 0 does
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 0")
+    return int(text)
 
 
 if __name__ == "__main__":

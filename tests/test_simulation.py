@@ -203,6 +203,16 @@ def test_a_run_ends_once_nothing_new_has_come_for_long(capsys: pytest.CaptureFix
     assert "seeds 1 to 1000000" not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("option", ["--seeds", "--steps", "--check-every", "--quiet", "--processes"])
+@pytest.mark.parametrize("number", ["0", "-5", "many"])
+def test_a_number_that_runs_nothing_is_refused(option: str, number: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """It would pass for a run in which everything holds."""
+    with pytest.raises(SystemExit) as ended:
+        fuzz_core.main([f"{option}={number}"])
+    assert ended.value.code == 2
+    assert f"{option}: '{number}' is not a whole number of at least 1" in capsys.readouterr().err
+
+
 # -- the audit, which has to notice what a core never does ------------------------------------------------------------
 
 LEASE = Want(ModelId("a"), Options(), Purpose.lease, 0)

@@ -26,7 +26,7 @@ help:
 	@echo "make bench   run the benchmarks"
 	@echo "make policies  replay generated traffic with each eviction policy, beside what is possible (SEEDS, 10; TRACE=file)"
 	@echo "make explore search every state that a small scheduler can come to (some minutes)"
-	@echo "make mutants put faults into the core and show what finds them"
+	@echo "make mutants put faults into the core and show what finds each, and the shortest way to it"
 	@echo "make fuzz    run the core in SEEDS simulated worlds of STEPS events each, faults included, or until QUIET steps add nothing new"
 	@echo "make fuzz-metadata  damage 100,000 model files at random and read what is left"
 	@echo "make memory  compare predictions of memory with real runners and write docs/memory.md (some minutes)"
@@ -58,7 +58,7 @@ explore: $(FOR_TEST)
 	$(BIN)/loadmaster explore
 
 mutants: $(FOR_TEST)
-	$(BIN)/python -m tests.mutants
+	$(BIN)/python -m tests.mutants --verbose
 
 fuzz: $(FOR_TEST)
 	$(BIN)/python -m tests.fuzz_core --processes 2 $(if $(SEEDS),--seeds $(SEEDS)) $(if $(STEPS),--steps $(STEPS)) \

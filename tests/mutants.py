@@ -22,11 +22,14 @@ __all__ = ["MUTANTS", "Mutant", "main", "mutants_known", "mutants_other"]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print what finds each fault; return 1 where one is not found."""
+    """Print what finds each fault; return 1 where one is not found. Arguments that mean nothing exit with 2."""
     parser = argparse.ArgumentParser(prog="python -m tests.mutants", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="FAULT", help="these only, by name or defect")
     parser.add_argument("-v", "--verbose", action="store_true", help="print the shortest way to each")
     chosen = parser.parse_args(arguments)
+    known = dict.fromkeys(name for one in MUTANTS for name in (one.defect, one.name) if name)
+    if unknown := [name for name in chosen.names if name not in known]:
+        parser.error(f"no fault is called {', '.join(unknown)}; there are {', '.join(known)}")
     mutants = [one for one in MUTANTS if not chosen.names or {one.name, one.defect} & set(chosen.names)]
     console, missed = Console(highlight=False, width=200), 0
     table = Table(box=None, pad_edge=False)

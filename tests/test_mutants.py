@@ -38,3 +38,13 @@ def test_the_table_names_what_finds_a_fault(capsys: pytest.CaptureFixture[str]) 
     assert "Loaded(runner=1" in printed
     assert "a request is lost, or answered twice" in printed
     assert "1 of 1 faults are found." in printed
+
+
+def test_a_fault_that_there_is_not_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    """Else a name that was mistyped would pass for one that is found; those that there are, are named."""
+    with pytest.raises(SystemExit) as ended:
+        main(["granted_twice", "granted_thrice"])
+    assert ended.value.code == 2
+    printed = capsys.readouterr()
+    assert "granted_thrice" in printed.err and "granted_twice" in printed.err and "D14" in printed.err
+    assert "faults are found" not in printed.out

@@ -58,7 +58,7 @@ def _chosen(names: Sequence[str]) -> list[Scenario]:
     for name in names:
         if name not in known:
             raise InvalidSettings("--scenario", name, f"one of {', '.join(known)}")
-    return [known[name] for name in names or known]
+    return [known[name] for name in dict.fromkeys(names or known)]
 
 
 def _share(progress: Progress[int]) -> None:

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 from array import array
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from enum import Enum
 
@@ -87,6 +88,13 @@ class _Broken(Exception):
         self.what, self.state, self.event, self.choice = what, state, event, choice
 
 
+class _Stuck(_Broken):
+    """The world's order leads from a state to no end."""
+
+    def __init__(self, state: int) -> None:
+        super().__init__("from here on somebody waits for ever, or the pool is never empty", state)
+
+
 def explore(
     scenario: Scenario,
     most: int | None = None,
@@ -122,13 +130,12 @@ class _Search:
         frontier: deque[tuple[int, Core, Past]] = deque()
         try:
             frontier.append(self._begin())
-            while frontier and len(self.seen) < self.most:
-                expanded, core, past = frontier.popleft()
-                frontier.extend(self._expand(expanded, core, past))
-                self.watch(len(self.seen), self.edges)
-            for number, core, _ in frontier:
-                self.nexts[number] = self._come_back(number, core)
-            self._see_that_all_end()
+            with suppress(_Stuck):  # its next is unknown: that is told below, of the first state that leads there
+                while frontier and len(self.seen) < self.most:
+                    expanded, core, past = frontier.popleft()
+                    frontier.extend(self._expand(expanded, core, past))
+                    self.watch(len(self.seen), self.edges)
+            self._see_that_all_end({number: core for number, core, _ in frontier})
         except _Broken as broken:
             violation = Violation(broken.what, self._way(broken))
         depth = self.depths[expanded] if self.seen else 0
@@ -185,6 +192,7 @@ class _Search:
             commands = after.step(time_of(core, event), event)
             after.check()
             judge(core, event, commands, after, past)
+            _has_left(event, after)
         except Exception as error:
             raise _Broken(_said(error, after), number, event, choice) from error
         after.plans = None
@@ -221,7 +229,7 @@ class _Search:
     def _is_over(self, number: int, core: Core) -> None:
         pool = core.pool
         if pool.lines or pool.runners or pool.requests or pool.claims or pool.ledger.accounts:
-            raise _Broken("something is left, and nothing will ever happen", number)
+            raise _Stuck(number)
 
     def _come_back(self, number: int, core: Core) -> int:
         """Follow the world's order from a state that was not expanded to another that was seen, or to the end."""
@@ -239,17 +247,23 @@ class _Search:
             found = self.seen.get(self.canonical.key(core), number)
             if found != number:
                 return found
-        raise _Broken("from here on somebody waits for ever, or the pool is never empty", number)
+        raise _Stuck(number)
 
-    def _see_that_all_end(self) -> None:
-        """Follow the world's order from every state to the end, in the states that were seen."""
+    def _see_that_all_end(self, frontier: Mapping[int, Core]) -> None:
+        """Follow the world's order from every state to the end; of those that lead to none the first is told.
+
+        Where that comes to the frontier it goes on among states that were not seen, until it is back.
+        """
         ends = bytearray(len(self.nexts))
         for number in range(len(self.nexts)):
             passed: dict[int, None] = {}
             at = number
             while at != END and not ends[at]:
+                if at in frontier and self.nexts[at] == UNKNOWN:
+                    with suppress(_Stuck):
+                        self.nexts[at] = self._come_back(at, frontier[at])
                 if at in passed or self.nexts[at] == UNKNOWN:
-                    raise _Broken("from here on somebody waits for ever, or the pool is never empty", number)
+                    raise _Stuck(number)
                 passed[at] = None
                 at = self.nexts[at]
             for at in passed:
@@ -270,6 +284,12 @@ class _Search:
             self.oracle.first = choice
             steps.append(_step(core, event))
         return tuple(steps)
+
+
+def _has_left(event: on.Event, after: Core) -> None:
+    """Raise AssertionError where somebody gave back what they have, or left, and it is still taken to be theirs."""
+    if isinstance(event, on.Release | on.Cancel):
+        assert event.request not in after.pool.requests, "given back, but held"
 
 
 def _step(core: Core, event: on.Event) -> Step:

@@ -19,6 +19,7 @@ from fsm.request import ModelId, RequestId, RequestState, Want
 from fsm.runner import LOADING, Runner, RunnerId
 
 CLOSE_S = 30.0  # how long a Close lets leases last
+AT_ONCE_S = 0.0  # how long one that comes after it does
 FAILED, KILLED = 1, -9  # exit statuses of a load that failed, and of one that the kernel ended
 
 
@@ -106,8 +107,9 @@ def possible(core: Core, scenario: Scenario, past: Past) -> Iterator[on.Event]:
     pool = core.pool
     yield from _asked(pool, scenario, past)
     for request in pool.requests.values():
-        queued = request.state is RequestState.queued
-        yield on.Cancel(request.id) if queued else on.Release(request.id)
+        if request.state is RequestState.granted:
+            yield on.Release(request.id)
+        yield on.Cancel(request.id)  # of who was granted: the Grant and their leaving crossed
     for model in pool.models.values():
         if model.inspecting:
             yield _inspected(model.id, scenario)
@@ -126,14 +128,15 @@ def possible(core: Core, scenario: Scenario, past: Past) -> Iterator[on.Event]:
     if pool.timers.items() or time_of(core, on.Tick()) > pool.now:
         yield on.Tick()
     yield from scenario.configures
-    if scenario.closes and not pool.closing:
-        yield on.Close(CLOSE_S)
+    if scenario.closes:
+        yield on.Close(AT_ONCE_S if pool.closing else CLOSE_S)
 
 
 def late(core: Core, past: Past) -> Iterator[on.Event]:
     """Yield what may come although its time is over, of the latest lives that have ended; none of it changes anything.
 
-    A request that is known asks again, one that is over is released, a process that is gone has its say.
+    A request that is known asks again, one that is over or still waits is released, a process that is gone has its say,
+    one that serves says once more that it has loaded, and who closes what is closing already allows more time.
     """
     pool = core.pool
     over = next(id for id in range(past.requests, -1, -1) if id not in pool.requests)
@@ -141,6 +144,12 @@ def late(core: Core, past: Past) -> Iterator[on.Event]:
     known = next(iter(pool.requests.values()), None)
     if known is not None:
         yield on.Acquire(known.id, known.want)
+    for request in pool.requests.values():
+        if request.state is RequestState.queued:
+            yield on.Release(request.id)
+    for runner in pool.runners.values():
+        if runner.process and runner.loaded_at is not None:
+            yield from (_loaded(runner), on.Progress(runner.id))
     alive = {runner.id for runner in pool.runners.values() if runner.process}
     gone = RunnerId(next(id for id in range(past.runners, -1, -1) if id not in alive))
     yield from (on.Loaded(gone), on.Progress(gone), on.Filled(gone), on.OutOfMemory(gone))
@@ -153,22 +162,26 @@ def late(core: Core, past: Past) -> Iterator[on.Event]:
             yield on.Inspected(model.id, model.info)
         if model.current is None:
             yield on.Expire(model.id)
+    if pool.closing:
+        yield on.Close(math.inf)
 
 
 def next_in_order(core: Core, scenario: Scenario) -> on.Event | None:
     """Return what comes next where nothing goes wrong, nobody new asks and nobody leaves; None: all is over.
 
-    Leases are given back once nothing else is under way, and models asked to leave once nobody waits.
+    Leases are given back once nothing else is under way, and models asked to leave once nobody waits. A pool that is
+    closed gets no such help: no claim is had, nothing loads, no lease comes back, and time passes for the leases alone.
     """
     pool = core.pool
     for model in pool.models.values():
         if model.inspecting:
             return _inspected(model.id, scenario)
-    for claim in pool.claims.values():
-        return on.Claimed(claim.number)
-    for runner in pool.runners.values():
-        if runner.process and runner.loaded_at is None and not runner.stopping:
-            return _loaded(runner)
+    if not pool.closing:
+        for claim in pool.claims.values():
+            return on.Claimed(claim.number)
+        for runner in pool.runners.values():
+            if runner.process and runner.loaded_at is None and not runner.stopping:
+                return _loaded(runner)
     for runner in pool.runners.values():
         if runner.process and runner.stopping:
             return on.Exited(runner.id, 0)
@@ -179,6 +192,8 @@ def next_in_order(core: Core, scenario: Scenario) -> on.Event | None:
         read.sample(reading.devices)
         back = any(all(read.for_us_bytes(gpu) >= for_us for gpu, for_us in runner.awaited.items()) for runner in gone)
         return reading if back else on.Tick()  # what others took meanwhile hides it: the wait ends by itself
+    if pool.closing:
+        return on.Tick() if any(runner.leases for runner in pool.runners.values()) else None
     for request in pool.requests.values():
         if request.state is RequestState.granted:
             return on.Release(request.id)
@@ -227,9 +242,12 @@ def sampled(
 
 
 def _asked(pool: Pool, scenario: Scenario, past: Past) -> Iterator[on.Event]:
-    if pool.closing or len(pool.requests) >= scenario.requests:
+    if len(pool.requests) >= scenario.requests:
         return
     request = RequestId(past.requests + 1)
+    if pool.closing:
+        yield from (on.Acquire(request, want) for want in scenario.wants)
+        return
     for want in scenario.wants:
         for keep_alive_s in scenario.keep_alives_s:
             for timeout_s in scenario.timeouts_s:

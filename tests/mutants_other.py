@@ -6,6 +6,8 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 
+import pytest
+
 from fsm import candidates, core, prefetching
 from fsm import commands as do
 from fsm import events as on
@@ -17,8 +19,8 @@ from fsm.model import HOST
 from fsm.plan import Plan
 from fsm.planning import _Planner
 from fsm.pool import Line, Model, Pool
-from fsm.request import Request
-from fsm.runner import Runner, RunnerId
+from fsm.request import Request, RequestState
+from fsm.runner import EXPIRING, LOADING, Runner, RunnerId
 from fsm.supply import NOW, SOON
 from fsm.timers import Timers
 from tests.mutant import Patch, instead, mutant
@@ -75,6 +77,75 @@ def closing_has_no_end(patch: Patch) -> None:
         commands = [one for one in original(core, now, event) if not isinstance(one, do.Finish)]
         core.finished = False
         return commands
+
+
+@mutant("one-place")
+def a_closed_scheduler_takes_requests(patch: Patch) -> None:
+    """Whoever asks after the close waits for a load, as before it."""
+
+    @instead(patch, Core, "_acquire")
+    def acquire(original: Callable[..., None], core: Core, event: on.Acquire) -> None:
+        closing, core.pool.closing = core.pool.closing, False
+        original(core, event)
+        core.pool.closing = closing
+
+
+@mutant("one-place")
+def a_second_close_allows_more_time(patch: Patch) -> None:
+    """The time limit of a close begins anew with each."""
+
+    @instead(patch, Core, "_close")
+    def close(original: Callable[..., None], core: Core, timeout_s: float) -> None:
+        original(core, timeout_s)
+        core.pool.timers.set(("close", 0), core.pool.now + timeout_s)
+
+
+@mutant("one-place", most=2000)
+def a_close_does_not_stop_loads(patch: Patch) -> None:
+    """What loads goes on, and the pool is empty only when something else ends it."""
+
+    @instead(patch, Core, "_close")
+    def close(original: Callable[..., None], core: Core, timeout_s: float) -> None:
+        loads = [runner for runner in core.pool.runners.values() if runner.state is LOADING]
+        with pytest.MonkeyPatch.context() as closing:
+            for runner in loads:
+                closing.setattr(runner, "state", EXPIRING)
+            original(core, timeout_s)
+
+
+@mutant("one-place", most=2000)
+def the_time_limit_of_a_close_breaks_no_lease(patch: Patch) -> None:
+    """Somebody who never gives their lease back keeps the scheduler open for ever."""
+
+    @instead(patch, Core, "_time_is_up")
+    def time_is_up(original: Callable[..., None], core: Core, key: tuple[str, int]) -> None:
+        if key[0] != "close":
+            original(core, key)
+
+
+@mutant("one-place")
+def who_leaves_as_they_are_granted_keeps_the_lease(patch: Patch) -> None:
+    """A Cancel that comes after the Grant is taken to be too late."""
+
+    @instead(patch, Core, "_leave")
+    def leave(original: Callable[..., None], core: Core, event: on.Release | on.Cancel) -> None:
+        request = core.pool.requests.get(event.request)
+        if not (isinstance(event, on.Cancel) and request is not None and request.state is RequestState.granted):
+            original(core, event)
+
+
+@mutant("one-place")
+def a_release_ends_a_wait(patch: Patch) -> None:
+    """Whoever releases what they do not have yet is taken out of the queue, without an answer."""
+
+    @instead(patch, Core, "_leave")
+    def leave(original: Callable[..., None], core: Core, event: on.Release | on.Cancel) -> None:
+        request = core.pool.requests.get(event.request)
+        if isinstance(event, on.Release) and request is not None and request.state is RequestState.queued:
+            core.pool.dequeue(request)
+            del core.pool.requests[request.id]
+        else:
+            original(core, event)
 
 
 @mutant("out-of-memory")
@@ -197,6 +268,18 @@ def a_late_load_counts(patch: Patch) -> None:
             core.act.loaded(runner, event)
         else:
             original(core, runner, event)
+
+
+@mutant("one-place")
+def a_load_counts_twice(patch: Patch) -> None:
+    """Whoever serves and says once more that it has loaded begins its residency again."""
+
+    @instead(patch, Core, "_runner_event")
+    def runner_event(original: Callable[..., None], core: Core, runner: Runner, event: on.Event) -> None:
+        original(core, runner, event)
+        if isinstance(event, on.Loaded) and runner.leases:
+            idle_s, in_use_s = core.pool.limits.residency_s(0.0)
+            runner.resident_until, runner.in_use_until = core.pool.now + idle_s, core.pool.now + in_use_s
 
 
 @mutant("one-place")

@@ -98,6 +98,17 @@ def test_an_event_that_changes_nothing_is_not_the_end() -> None:
     assert [type(step.event) for step in found.way] == [on.Acquire], "the shortest way"
 
 
+def test_the_way_to_who_waits_for_ever_is_the_shortest_however_many_states_are_seen() -> None:
+    """The last states that a search came to are not told of where an earlier one leads to them."""
+    one = next(one for one in MUTANTS if one.name == "the_time_limit_of_a_close_breaks_no_lease")
+    ways = []
+    for most in (100, 1000):
+        found = replace(one, most=most).search().violation
+        assert found is not None and "waits for ever" in found.what
+        ways.append([type(step.event) for step in found.way])
+    assert ways == [[on.Acquire, on.Inspected, on.Loaded, on.Close]] * 2
+
+
 def test_an_exception_is_found_with_the_event_that_raised_it() -> None:
     """The way ends with it."""
 
@@ -280,7 +291,45 @@ def test_what_comes_late_is_of_the_lives_that_have_ended() -> None:
     core = a_core(on.Acquire(1, A), inspected("a"), on.Exited(1, 1), on.Acquire(2, B))
     events = list(late(core, Past(requests=2, runners=1)))
     assert on.Release(1) in events and on.Exited(1, None) in events
-    assert on.Release(2) not in events
+    assert on.Cancel(2) not in events
+
+
+def test_what_has_happened_already_comes_late_too() -> None:
+    """It is said again, or said of somebody who is not that far yet."""
+    core = a_core(on.Acquire(1, A), inspected("a"))
+    core.step(0.0, loaded(core, 1))
+    core.step(0.0, on.Acquire(2, B))
+    events = list(late(core, Past(requests=2, runners=1)))
+    assert loaded(core, 1) in events and on.Progress(1) in events
+    assert on.Release(2) in events and on.Release(1) not in events
+    assert not any(isinstance(event, on.Close) for event in events)
+    core.step(0.0, on.Close(30.0))
+    assert on.Close(math.inf) in list(late(core, Past(requests=2, runners=1)))
+
+
+def test_after_a_close_the_world_helps_nobody_to_the_end() -> None:
+    """A lease is left to the time limit, and what loads has to be stopped: neither ends by itself."""
+    core = a_core(on.Acquire(1, A), inspected("a"))
+    core.step(0.0, loaded(core, 1))
+    core.step(0.0, on.Close(30.0))
+    assert next_in_order(core, ONE_PLACE) == on.Tick()
+    loading = a_core(on.Acquire(1, A), inspected("a"))
+    loading.pool.closing = True
+    assert next_in_order(loading, ONE_PLACE) is None
+
+
+def test_what_may_happen_after_a_close_is_asked_and_closed_again() -> None:
+    """Whoever asks is refused, and whoever is in more of a hurry is heard."""
+    core = a_core(on.Acquire(1, A), inspected("a"), on.Close(30.0))
+    events = list(possible(core, ONE_PLACE, Past(1, 1)))
+    assert {on.Acquire(2, A), on.Acquire(2, B), on.Close(0.0)} <= set(events)
+
+
+def test_who_was_granted_may_leave_as_if_they_had_not_been_told() -> None:
+    """The Grant and their Cancel crossed."""
+    core = a_core(on.Acquire(1, A), inspected("a"))
+    core.step(0.0, loaded(core, 1))
+    assert {on.Release(1), on.Cancel(1)} <= set(possible(core, ONE_PLACE, Past(1, 1)))
 
 
 def test_the_worlds_order_ends_with_an_empty_pool() -> None:
@@ -350,6 +399,13 @@ def test_the_command_shows_what_it_has_seen(capsys: pytest.CaptureFixture[str]) 
     printed = capsys.readouterr()
     assert "hangs" in printed.out and "claims" in printed.out and "all" in printed.out
     assert "in 2 processes" in printed.out
+
+
+def test_a_scenario_that_is_named_twice_is_searched_once(capsys: pytest.CaptureFixture[str]) -> None:
+    """The second search would say the same."""
+    assert main(["explore", "--scenario", "hangs", "--scenario", "hangs", "--most", "100"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("hangs") == 1 and "in 1 process;" in printed
 
 
 def test_the_command_refuses_a_scenario_that_there_is_not(capsys: pytest.CaptureFixture[str]) -> None:

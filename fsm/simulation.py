@@ -2,6 +2,7 @@
 
 Safety: the audit is asked after every event, the core's own check as often as it is told to. Liveness: then all faults
 end, nobody new asks, and everything must settle: whoever waits is answered, every lease comes back, the pool is empty.
+Where closing is among the faults it is closed by then, and must become empty although nobody gives anything back.
 What fails comes with as few of its events as are needed to have it fail again.
 """
 
@@ -98,6 +99,8 @@ def simulate(
     violation = None
     try:
         _run(watched, world, most)
+        if scene.faults.closes and not watched.core.pool.closing:  # with all that is under way
+            watched.step(world.now, on.Close(CLOSE_S))
         _settle(watched, scene)
     except Broken as broken:
         kept, what = watched.recorded, str(broken)
@@ -180,21 +183,27 @@ def _settle(watched: _Watched, scene: Scene) -> None:
 
 
 def _in_order(core: Core, scene: Scene) -> on.Event | None:
-    """Return what comes next where nothing goes wrong and nobody new asks; None: all is over."""
+    """Return what comes next where nothing goes wrong and nobody new asks; None: all is over.
+
+    What is closed gets no help: nothing loads, no lease comes back, and time passes for the leases alone.
+    """
     pool = core.pool
     for model in pool.models.values():
         if model.inspecting:
             return on.Inspected(model.id, dict(scene.models)[model.id])
-    for number in pool.claims:
-        return on.Claimed(number)
-    for runner in pool.runners.values():
-        if runner.process and runner.loaded_at is None and not runner.stopping:
-            return on.Loaded(runner.id, None, runner.placement.bytes)
+    if not pool.closing:
+        for number in pool.claims:
+            return on.Claimed(number)
+        for runner in pool.runners.values():
+            if runner.process and runner.loaded_at is None and not runner.stopping:
+                return on.Loaded(runner.id, None, runner.placement.bytes)
     for runner in pool.runners.values():
         if runner.process and runner.stopping:
             return on.Exited(runner.id, 0)
     if any(not runner.process for runner in pool.runners.values()):
         return _all_back(core, scene)
+    if pool.closing:
+        return on.Tick() if any(runner.leases for runner in pool.runners.values()) else None
     for request in pool.requests.values():
         if request.state is RequestState.granted:
             return on.Release(request.id)

@@ -23,6 +23,7 @@ from fsm.model import Options
 from fsm.request import ModelId, Purpose, RequestId, Want
 from fsm.runner import EXPIRING, LOADING, READY, UNLOADED, RunnerId
 from fsm.simulation import Outcome, failure_of, simulate
+from fsm.timers import Key
 from tests import fuzz_core
 
 AuditStep = tuple[Event, tuple[Command, ...], tuple[Entry, ...], int]  # and how many are said to wait
@@ -149,6 +150,26 @@ class Hanging(Core):
             super()._carry_out_plan()
 
 
+class Loading(Core):
+    """Lets a load go on when it is closed: the pool is never empty."""
+
+    def _close(self, timeout_s: float) -> None:
+        loads = [runner for runner in self.pool.runners.values() if runner.state is LOADING]
+        for runner in loads:
+            runner.state = EXPIRING
+        super()._close(timeout_s)
+        for runner in loads:
+            runner.state = LOADING
+
+
+class Lenient(Core):
+    """Breaks no lease when the time limit of a close is over."""
+
+    def _time_is_up(self, key: Key) -> None:
+        if key[0] != "close":
+            super()._time_is_up(key)
+
+
 def first_failure(make: type[Core]) -> Outcome:
     for seed in range(PLANTED_SEEDS):
         outcome = simulate(Random(seed), STEPS, make=make, every=10)
@@ -164,6 +185,8 @@ def first_failure(make: type[Core]) -> Outcome:
         (Forgetful, "lost", 8),
         (Twice, "stopped twice", 12),
         (Hanging, "nothing will ever happen", 25),
+        (Loading, "left over at the end: ", 8),
+        (Lenient, "nothing will ever happen", 8),
     ],
 )
 def test_a_planted_fault_is_found_and_its_trace_is_short(make: type[Core], what: str, most: int) -> None:

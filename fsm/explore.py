@@ -1,4 +1,6 @@
-"""Every state that a small core can reach, breadth first: what must always hold does in each, and each can be left.
+"""The states that a small core can reach, breadth first: what must always hold does in each, and each can be left.
+
+A search ends when there are no more, or after as many as its scenario says.
 
 Safety: after every event the core's own check holds, no step is wrong by the rules of `judge`, and what comes too late
 changes nothing. Liveness: from every state the order of a world without faults, new requests and leave-taking leads to
@@ -18,6 +20,7 @@ from contextlib import suppress
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from enum import Enum
 
+from fsm import commands as do
 from fsm import events as on
 from fsm.canonical import Canonical
 from fsm.commands import Command
@@ -193,6 +196,7 @@ class _Search:
             after.check()
             judge(core, event, commands, after, past)
             _has_left(event, after)
+            _claimed_all(core, event, commands, after)
         except Exception as error:
             raise _Broken(_said(error, after), number, event, choice) from error
         after.plans = None
@@ -290,6 +294,16 @@ def _has_left(event: on.Event, after: Core) -> None:
     """Raise AssertionError where somebody gave back what they have, or left, and it is still taken to be theirs."""
     if isinstance(event, on.Release | on.Cancel):
         assert event.request not in after.pool.requests, "given back, but held"
+
+
+def _claimed_all(before: Core, event: on.Event, commands: Sequence[Command], after: Core) -> None:
+    """Raise AssertionError where a load begins on devices of which some are not claimed, and the wait is not over."""
+    for command in commands if after.pool.limits.claims else ():
+        if isinstance(command, do.Launch):
+            runner = after.pool.runners[command.runner]
+            devices = {device for device, amount in runner.placement.bytes if amount}
+            claimed = before.pool.claims[runner.claim].devices if runner.claim else frozenset()
+            assert devices <= claimed or isinstance(event, on.Tick), "launched on devices that are not all claimed"
 
 
 def _step(core: Core, event: on.Event) -> Step:

@@ -56,6 +56,7 @@ def _memory(gib: int) -> Want:
     return Want(ModelId(""), Options(), Purpose.memory, 0, ((HOST, gib * GIB),))
 
 
+TWO_GPUS = ((HOST, 2 * GIB), (GPU0, 6 * GIB), (GPU1, 6 * GIB))
 ONE_PLACE = ((A, _on_host(6)), (B, _on_host(6)))
 EITHER = (_lease(A), _lease(B))
 SMALL, LARGE = Options(num_ctx=2048), Options(num_ctx=8192)
@@ -74,15 +75,18 @@ SCENARIOS: tuple[Scenario, ...] = (
         HOST_8, ONE_PLACE, EITHER, 4, 300_000, LIMITS, expires=False, closes=False,
     ),
     Scenario(
+        "all-at-once", "four requests, loads that run out of memory, models asked to leave, and the close",
+        HOST_8, ONE_PLACE, EITHER, 4, 100_000, LIMITS, out_of_memory=True,
+    ),
+    Scenario(
         "two-gpus", "three models on two GPUs that hold one each, whose memory comes back late",
-        ((HOST, 2 * GIB), (GPU0, 6 * GIB), (GPU1, 6 * GIB)), tuple((model, _layered(2, 2048)) for model in (A, B, C)),
-        tuple(map(_lease, (A, B, C))), 3, 60_000, LIMITS, expires=False, closes=False,
-        strangers_bytes=GIB,
+        TWO_GPUS, tuple((model, _layered(2, 2048)) for model in (A, B, C)),
+        tuple(map(_lease, (A, B, C))), 3, 60_000, LIMITS, strangers_bytes=GIB,
     ),
     Scenario(
         "reload", "a model with a small context and a large one, measured, beside another",
         ((HOST, GIB), (GPU0, GIB)), ((A, _model(2, 200)), (B, _model(2, 200))),
-        (_lease(A, SMALL), _lease(A, LARGE), _lease(B)), 3, 40_000, LIMITS, fills=True, expires=False, closes=False,
+        (_lease(A, SMALL), _lease(A, LARGE), _lease(B)), 3, 40_000, LIMITS, fills=True,
     ),
     Scenario(
         "read-ahead", "files that are read while a GPU is waited for, with more or less memory to spare",
@@ -119,6 +123,11 @@ SCENARIOS: tuple[Scenario, ...] = (
     Scenario(
         "claims", "launches that claim their devices among all programs on the machine",
         HOST_8, ((A, _on_host(6)), (B, _on_host(2))), EITHER, 2, 50_000,
+        replace(LIMITS, claims=True),
+    ),
+    Scenario(
+        "claims-of-both", "launches that claim one GPU, or two together",
+        TWO_GPUS, ((A, _layered(2, 4096)), (B, _layered(2, 2048))), EITHER, 3, 50_000,
         replace(LIMITS, claims=True),
     ),
     Scenario(

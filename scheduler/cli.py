@@ -69,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_models(commands.add_parser("models", help="list the models that can be had by name, and whether they fit"))
     _add_fit(commands.add_parser("fit", help="show what a model would take of which device, and whether it fits"))
     _add_replay(commands.add_parser("replay", help="tell again, from a recording, what was decided and why"))
-    _add_explore(commands.add_parser("explore", help="search every state that a small scheduler can come to"))
+    _add_explore(commands.add_parser("explore", help="search what a small scheduler can come to"))
     return parser
 
 

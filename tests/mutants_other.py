@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import pytest
 
-from fsm import candidates, core, prefetching
+from fsm import candidates, claims, core, prefetching
 from fsm import commands as do
 from fsm import events as on
 from fsm.actions import Actions
 from fsm.claims import Claims
 from fsm.core import Core
 from fsm.endings import Endings
-from fsm.model import HOST
+from fsm.model import HOST, DeviceId
 from fsm.plan import Plan
 from fsm.planning import _Planner
-from fsm.pool import Line, Model, Pool
+from fsm.pool import Line, Model, OpenClaim, Pool
 from fsm.request import Request, RequestState
 from fsm.runner import EXPIRING, LOADING, Runner, RunnerId
 from fsm.supply import NOW, SOON
@@ -384,6 +384,24 @@ def a_claim_is_given_back_twice(patch: Patch) -> None:
         original(act, runner, event)
         if claim:
             act.commands.append(do.Unclaim(claim))
+
+
+@mutant("claims-of-both")
+def some_of_the_devices_are_enough(patch: Patch) -> None:
+    """A load on two GPUs begins under a claim of one: another program may load on the other at the same time."""
+
+    @instead(patch, claims, "_match")
+    def match(
+        original: Callable[..., list[OpenClaim | None]],
+        unused: dict[int, OpenClaim],
+        wanted: Sequence[frozenset[DeviceId]],
+    ) -> list[OpenClaim | None]:
+        matches = original(unused, wanted)
+        for place, devices in enumerate(wanted):
+            others = [claim for claim in unused.values() if devices & claim.devices]
+            if matches[place] is None and others:
+                matches[place] = unused.pop(others[0].number)
+        return matches
 
 
 # -- files ------------------------------------------------------------------------------------------------------------

@@ -16,7 +16,6 @@ from __future__ import annotations
 from array import array
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from enum import Enum
 
@@ -29,6 +28,7 @@ from fsm.eviction import Candidate
 from fsm.footprint import Footprint
 from fsm.judge import judge
 from fsm.model import ModelInfo
+from fsm.pool import Pool
 from fsm.table import IllegalTransition
 from fsm.world import Past, Scenario, begin, kinds, late, next_in_order, possible, time_of
 
@@ -91,13 +91,6 @@ class _Broken(Exception):
         self.what, self.state, self.event, self.choice = what, state, event, choice
 
 
-class _Stuck(_Broken):
-    """The world's order leads from a state to no end."""
-
-    def __init__(self, state: int) -> None:
-        super().__init__("from here on somebody waits for ever, or the pool is never empty", state)
-
-
 def explore(
     scenario: Scenario,
     most: int | None = None,
@@ -133,11 +126,12 @@ class _Search:
         frontier: deque[tuple[int, Core, Past]] = deque()
         try:
             frontier.append(self._begin())
-            with suppress(_Stuck):  # its next is unknown: that is told below, of the first state that leads there
-                while frontier and len(self.seen) < self.most:
-                    expanded, core, past = frontier.popleft()
-                    frontier.extend(self._expand(expanded, core, past))
-                    self.watch(len(self.seen), self.edges)
+            while frontier and len(self.seen) < self.most:
+                expanded, core, past = frontier.popleft()
+                frontier.extend(self._expand(expanded, core, past))
+                self.watch(len(self.seen), self.edges)
+                if self.nexts[expanded] == UNKNOWN:  # no end: that is told below, of the first state that leads there
+                    break
             self._see_that_all_end({number: core for number, core, _ in frontier})
         except _Broken as broken:
             violation = Violation(broken.what, self._way(broken))
@@ -167,9 +161,6 @@ class _Search:
         """Try everything that may come next; yield the states that are new."""
         self._too_late(number, core, past)
         in_order = next_in_order(core, self.scenario)
-        if in_order is None:
-            self._is_over(number, core)
-            self.nexts[number] = END
         for event in possible(core, self.scenario, past):
             choice, choices = 0, 1
             while choice < choices:
@@ -230,20 +221,14 @@ class _Search:
                 return event
         return None
 
-    def _is_over(self, number: int, core: Core) -> None:
-        pool = core.pool
-        if pool.lines or pool.runners or pool.requests or pool.claims or pool.ledger.accounts:
-            raise _Stuck(number)
-
     def _come_back(self, number: int, core: Core) -> int:
-        """Follow the world's order from a state that was not expanded to another that was seen, or to the end."""
+        """Follow the world's order from a state to another that was seen, or to the end; UNKNOWN: to neither."""
         core = core.copy()
         self.oracle.first = 0
         for _ in range(LONGEST_WAY):
             event = next_in_order(core, self.scenario)
             if event is None:
-                self._is_over(number, core)
-                return END
+                return END if _is_over(core.pool) else UNKNOWN
             try:
                 core.step(time_of(core, event), event)
             except Exception as error:
@@ -251,7 +236,7 @@ class _Search:
             found = self.seen.get(self.canonical.key(core), number)
             if found != number:
                 return found
-        raise _Stuck(number)
+        return UNKNOWN
 
     def _see_that_all_end(self, frontier: Mapping[int, Core]) -> None:
         """Follow the world's order from every state to the end; of those that lead to none the first is told.
@@ -264,10 +249,9 @@ class _Search:
             at = number
             while at != END and not ends[at]:
                 if at in frontier and self.nexts[at] == UNKNOWN:
-                    with suppress(_Stuck):
-                        self.nexts[at] = self._come_back(at, frontier[at])
+                    self.nexts[at] = self._come_back(at, frontier[at])
                 if at in passed or self.nexts[at] == UNKNOWN:
-                    raise _Stuck(number)
+                    raise _Broken("from here on somebody waits for ever, or the pool is never empty", number)
                 passed[at] = None
                 at = self.nexts[at]
             for at in passed:
@@ -288,6 +272,11 @@ class _Search:
             self.oracle.first = choice
             steps.append(_step(core, event))
         return tuple(steps)
+
+
+def _is_over(pool: Pool) -> bool:
+    """Tell whether nothing is left of anybody."""
+    return not (pool.lines or pool.runners or pool.requests or pool.claims or pool.ledger.accounts)
 
 
 def _has_left(event: on.Event, after: Core) -> None:

@@ -17,7 +17,7 @@ from fsm.runner import EXPIRING, LOADING, READY, Runner
 from tests.mutant import Patch, instead, mutant
 
 
-@mutant("three-requests", "D01")
+@mutant("four-requests", "D01")
 def a_victim_comes_back(patch: Patch) -> None:
     """A warm request takes the mark off a busy victim."""
 
@@ -159,11 +159,11 @@ def an_eviction_outlives_its_waiter(patch: Patch) -> None:
     """Whoever was to go for a request goes, although that was cancelled."""
 
     @instead(patch, Core, "_leave")
-    def leave(original: Callable[..., None], core: Core, event: on.Cancel) -> None:
+    def leave(original: Callable[..., None], core: Core, event: on.Release | on.Cancel) -> None:
         request = core.pool.requests.get(event.request)
         line = core.pool.lines.get(request.want) if request is not None else None
         original(core, event)
-        if line is not None and line.waits_for.endswith("to become idle"):
+        if isinstance(event, on.Cancel) and line is not None and line.waits_for.endswith("to become idle"):
             for runner in [runner for runner in core.pool.runners.values() if runner.state is READY]:
                 core.act.expire(runner, "somebody wanted its memory")
 

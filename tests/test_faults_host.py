@@ -348,9 +348,7 @@ def test_close_while_every_callback_is_busy() -> None:
 
 
 @pytest.mark.parametrize("name", ["load", "unload"])
-def test_a_load_or_an_unload_may_close(
-    name: str, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_load_or_an_unload_may_close(name: str, caplog: pytest.LogCaptureFixture) -> None:
     """On its own thread, which cannot be waited for there: it is named, nothing raises, and all else is ended."""
     raised: list[BaseException] = []
     done = threading.Event()

@@ -186,7 +186,7 @@ def first_failure(make: type[Core]) -> Outcome:
         (Twice, "stopped twice", 12),
         (Hanging, "nothing will ever happen", 25),
         (Loading, "left over at the end: ", 8),
-        (Lenient, "nothing will ever happen", 8),
+        (Lenient, "nothing will ever happen", 10),
     ],
 )
 def test_a_planted_fault_is_found_and_its_trace_is_short(make: type[Core], what: str, most: int) -> None:

@@ -231,8 +231,10 @@ def test_as_many_load_at_once_as_may_and_the_next_when_one_is_done() -> None:
     """S24: two cold requests that fit are loaded side by side, not one after the other."""
     gates = {name: Gate() for name in "abc"}
     with Scheduler(Settings(loads_on_host=2)) as scheduler:
-        waiting = {name: scheduler.submit(a_model(name, "10MiB", load=gate)) for name, gate in gates.items()}
+        models = {name: a_model(name, "10MiB", load=gate) for name, gate in gates.items()}
+        waiting = {name: scheduler.submit(models[name]) for name in "ab"}
         assert gates["a"].entered.wait(LIMIT_S) and gates["b"].entered.wait(LIMIT_S)
+        waiting["c"] = scheduler.submit(models["c"])  # not before: it may be inspected first
         assert_soon(lambda: [wait.waits_for for wait in scheduler.status().queue][2:] == ["another load to end"])
         assert not gates["c"].entered.is_set()
         gates["b"].open.set()

@@ -49,10 +49,14 @@ class Prober:
             waited_s += pause_s
             due = waited_s >= self._interval_s
             waited_s = 0.0 if due else waited_s
-            for life in list(self._executor.lives.values()):
-                if life.endpoint is None or life.over:
-                    continue
-                if due:
-                    self._executor.probe(life)
-                if not life.settled and (due or life.lease_ended):
-                    self._executor.look(life)
+            self._look_round(due=due)
+
+    def _look_round(self, *, due: bool) -> None:
+        """Look at each runner; not in the loop above, which would keep the last one until there is another."""
+        for life in list(self._executor.lives.values()):
+            if life.endpoint is None or life.over:
+                continue
+            if due:
+                self._executor.probe(life)
+            if not life.settled and (due or life.lease_ended):
+                self._executor.look(life)

@@ -508,6 +508,20 @@ def test_what_the_load_of_an_object_refers_to_is_let_go_of(
     assert scheduler.name(a_model("job").id) == "job"
 
 
+def test_what_looks_at_runners_now_and_then_keeps_none_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An object that it has seen is let go of like any other, though there is none after it."""
+    monkeypatch.setattr("scheduler.prober._SAMPLE_INTERVAL_S", 0.01)
+    work = Work()
+    alive = weakref.ref(work)
+    with Scheduler(Settings(gpus=False)) as scheduler:
+        with scheduler.acquire(a_model("job", load=work), keep_alive=0):
+            looks = Mock(side_effect=scheduler._desk.executor.staff)
+            monkeypatch.setattr(scheduler._desk.executor, "staff", looks)  # each look begins with it
+            assert_soon(lambda: looks.call_count > 1)
+        del work
+        assert_soon(lambda: gc.collect() >= 0 and alive() is None)
+
+
 def test_an_object_that_is_in_use_or_pinned_stays_known(scheduler: Scheduler) -> None:
     """Held, resting and pinned ones are there as before."""
     scheduler.pin(a_model("pinned"))

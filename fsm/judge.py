@@ -18,6 +18,7 @@ from fsm.ledger import DeviceSample, Owner
 from fsm.model import HOST, DeviceId
 from fsm.pool import Pool
 from fsm.prefetching import spare_bytes
+from fsm.promises import see_promises_kept
 from fsm.request import Request, RequestState
 from fsm.runner import IDLE, LOADING, Runner, RunnerId
 from fsm.world import Past
@@ -40,6 +41,7 @@ def judge(before: Core, event: on.Event, commands: Sequence[Command], after: Cor
         _claims(was, commands, now)
     if after.plans:
         _bounded(after)
+    see_promises_kept(before, event, commands, after)
     assert not after.finished or (now.closing and not now.runners), "finished, but not over"
     over = now.closing and not now.runners and not isinstance(event, on.Tick)
     assert after.finished or before.finished or not over, "closed and empty, but not finished"

@@ -114,7 +114,7 @@ def simulate(
 
 def _watched(scene: Scene, make: Make, every: int, coverage: Coverage | None = None) -> _Watched:
     core = make(scene.limits, scene.policy)
-    watched = _Watched(core, Audit(longest_wait_s(scene), claims=scene.limits.claims), every, coverage)
+    watched = _Watched(core, Audit(longest_wait_s(scene), scene.limits), every, coverage)
     core.journal = watched.journal
     return watched
 

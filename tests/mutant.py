@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from random import Random
 from types import ModuleType
 
 import pytest
 
-from fsm.explore import Exploration, explore
+from fsm.explore import Exploration, Violation, explore
 from fsm.scenarios import SCENARIOS
+from fsm.simulation import simulate
 
 MOST = 40_000  # states within which a fault has to be found
+SIMULATION = "simulation"  # in place of a scenario's name: a fault that takes more than the scenarios have
+STEPS = 1000  # of each seed
 Patch = pytest.MonkeyPatch
 
 
@@ -23,15 +27,26 @@ class Mutant:
     about: str
     defect: str  # D01 to D14, where it is the mechanism of one
     scenario: str
-    most: int
+    most: int  # states, or steps of a simulation
     plant: Callable[[Patch], None]
 
     def search(self) -> Exploration:
         """Plant the fault, search, and take it out again."""
-        scenario = next(one for one in SCENARIOS if one.name == self.scenario)
         with pytest.MonkeyPatch.context() as patch:
             self.plant(patch)
-            return explore(scenario, self.most)
+            if self.scenario == SIMULATION:
+                return self._simulate()
+            return explore(next(one for one in SCENARIOS if one.name == self.scenario), self.most)
+
+    def _simulate(self) -> Exploration:
+        """Run seed after seed; the way is as long as it was, since to make it short takes long."""
+        steps, seed, violation = 0, 0, None
+        while violation is None and steps < self.most:
+            outcome = simulate(Random(seed), STEPS, every=STEPS, shrinks=False)
+            steps, seed, violation = steps + outcome.steps, seed + 1, outcome.violation
+        if violation is not None:
+            violation = Violation(f"{violation.what} (seed {seed - 1})", violation.way)
+        return Exploration(SIMULATION, steps, steps, seed, False, violation)
 
 
 MUTANTS: list[Mutant] = []

@@ -15,10 +15,10 @@ from rich.console import Console
 from rich.table import Table
 
 from fsm.explore import in_words
-from tests import mutants_known, mutants_other, mutants_undone
+from tests import mutants_known, mutants_other, mutants_rules, mutants_undone
 from tests.mutant import MUTANTS, Mutant
 
-__all__ = ["MUTANTS", "Mutant", "main", "mutants_known", "mutants_other", "mutants_undone"]
+__all__ = ["MUTANTS", "Mutant", "main", "mutants_known", "mutants_other", "mutants_rules", "mutants_undone"]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

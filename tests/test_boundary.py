@@ -30,7 +30,7 @@ ORDER = (
     "runner", "commands", "events", "journal", "dealing", "placement", "reuse", "eviction", "choosing", "pool",
     "supply", "keeping", "threads", "automatic", "waiting", "candidates", "loading", "plan", "refusing", "explain",
     "planning", "snapshot", "actions", "prefetching", "endings", "claims", "core", "record", "preview", "world",
-    "canonical", "judge", "explore", "scenarios",
+    "canonical", "promises", "judge", "explore", "scenarios",
 )  # fmt: skip
 IMPURE_NAMES = {"open", "input", "print", "exec", "eval", "__import__", "globals", "breakpoint"}
 

@@ -19,7 +19,8 @@ from fsm.events import Event
 from fsm.faults import Faults, draw_faults
 from fsm.journal import Entry, Transition
 from fsm.ledger import Placement
-from fsm.model import Options
+from fsm.limits import Limits
+from fsm.model import HOST, DeviceId, Options
 from fsm.request import ModelId, Purpose, RequestId, Want
 from fsm.runner import EXPIRING, LOADING, READY, UNLOADED, RunnerId
 from fsm.simulation import Outcome, failure_of, simulate
@@ -251,6 +252,12 @@ HOPELESS = do.Reject(RequestId(1), do.NotInTime(ModelId("a"), 9.0, 8.0, 8.0, Non
 BEGUN = (ASKED, (LAUNCH,), (LAUNCHED,), 1)
 SERVING = (BEGUN, (LOADED, (GRANT,), (), 0))
 ENDED = on.Exited(RunnerId(1), 0)
+FAILED = Transition(0.0, RunnerId(1), ModelId("a"), "crash", LOADING, EXPIRING, "", 0)
+AGAIN = do.Launch(RunnerId(2), ModelId("a"), Options(), Placement(()))
+ASK, EXPIRE = do.Ask(RunnerId(1), (RequestId(1),)), on.Expire(ModelId("a"))
+LATE = do.Reject(RequestId(1), do.LoadFailed(ModelId("a"), "", 301.0))
+ON_GPU = do.Launch(RunnerId(1), ModelId("a"), Options(), Placement(((DeviceId("gpu0"), 1),)))
+CLAIM = do.Claim(1, (DeviceId("gpu0"),))
 
 BLUNDERS: dict[str, tuple[AuditStep, ...]] = {
     "lost": ((ASKED, (), (), 0),),
@@ -281,6 +288,14 @@ BLUNDERS: dict[str, tuple[AuditStep, ...]] = {
     "but open": ((ASKED, (do.Reject(RequestId(1), do.Closed()),), (), 0),),
     "after the close": ((on.Close(1.0), (), (), 0), (ASKED, (LAUNCH,), (LAUNCHED,), 1)),
     "wants memory": ((on.Acquire(RequestId(1), Want(ModelId(""), Options(), Purpose.memory, 0)), (GRANT,), (), 0),),
+    "more wait than may": ((on.Configure(max_queue=0), (), (), 0), (ASKED, (), (), 1)),
+    "loaded again before": (BEGUN, (ENDED, (), (FAILED,), 1), (TICK, (AGAIN,), (), 1)),
+    "that is alive": (BEGUN, (on.Progress(RunnerId(1)), (), (), 1), (TICK, (), (FAILED,), 1)),
+    "for too long": ((ASKED, (LATE,), (), 0),),
+    "somebody stays": (*SERVING, (on.OutOfMemory(RunnerId(1)), (), (), 0)),
+    "asked for it to leave": (BEGUN, (EXPIRE, (), (), 1), (LOADED, (GRANT,), (), 0)),
+    "told twice": (*SERVING, (TICK, (ASK,), (), 0), (TICK, (ASK,), (), 0)),
+    "were not asked": (*SERVING, (TICK, (), (GIVEN_UP,), 0)),
     "has waited for": ((ASKED, (), (), 1), *((TICK, (), (), 1),) * 10),
 }
 
@@ -293,6 +308,36 @@ def test_the_audit_notices(what: str) -> None:
     with pytest.raises(AssertionError, match=what):
         for now, (event, commands, entries, queued) in enumerate((*before, last)):
             audit.step(float(now), event, commands, entries, queued)
+
+
+LOST: dict[str, tuple[AuditStep, ...]] = {
+    "never claimed": ((ASKED, (ON_GPU,), (LAUNCHED,), 1),),
+    "contended": ((ASKED, (CLAIM,), (), 1), (on.Contended(1), (ON_GPU,), (LAUNCHED,), 1)),
+    "another device": ((ASKED, (do.Claim(1, (HOST,)),), (), 1), (on.Claimed(1), (ON_GPU,), (LAUNCHED,), 1)),
+    "given up too early": ((ASKED, (CLAIM,), (), 1), (TICK, (do.Unclaim(1), ON_GPU), (LAUNCHED,), 1)),
+}
+
+
+@pytest.mark.parametrize("how", LOST)
+def test_the_audit_notices_a_launch_without_its_devices(how: str) -> None:
+    """Where launches claim them, each has a claim that was had, or one that was waited for for long enough."""
+    audit = Audit(limits=Limits(claims=True))
+    *before, last = LOST[how]
+    for now, (event, commands, entries, queued) in enumerate(before):
+        audit.step(float(now), event, commands, entries, queued)
+    with pytest.raises(AssertionError, match="without its devices"):
+        audit.step(9.0, *last)
+
+
+def test_a_launch_may_be_under_a_claim_or_after_a_long_wait_for_one() -> None:
+    """The wait of one that was given up for other devices counts."""
+    had, missed = Audit(limits=Limits(claims=True)), Audit(limits=Limits(claims=True))
+    had.step(0.0, ASKED, (CLAIM,), (), 1)
+    had.step(9.0, on.Claimed(1), (ON_GPU,), (LAUNCHED,), 1)
+    missed.step(0.0, ASKED, (do.Claim(1, (HOST,)),), (), 1)
+    missed.step(50.0, TICK, (do.Unclaim(1), do.Claim(2, (DeviceId("gpu0"),))), (), 1)
+    missed.step(60.0, TICK, (do.Unclaim(2), ON_GPU), (LAUNCHED,), 1)
+    assert had.runners == missed.runners == 1
 
 
 def test_memory_of_the_programs_own_waits_for_no_process() -> None:

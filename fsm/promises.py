@@ -1,0 +1,195 @@
+"""What users are promised of a single step, whatever happened; a part of what `judge` asks.
+
+Whose turn it is, how long a runner rests, when it leaves as somebody asked, and what becomes of those in the way. What
+is compared is worked out here once more, from the requests and the events alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from fsm import commands as do
+from fsm import events as on
+from fsm.commands import Command
+from fsm.core import Core
+from fsm.ledger import Owner
+from fsm.limits import USE_PER_LOAD
+from fsm.pool import Pool
+from fsm.request import Purpose, Request, RequestId
+from fsm.runner import EXPIRING, IDLE, LOADING, READY, Runner, RunnerId
+
+
+def see_promises_kept(before: Core, event: on.Event, commands: Sequence[Command], after: Core) -> None:
+    """Raise AssertionError where a step breaks a promise; `after.plans` are those of the step."""
+    was, now = before.pool, after.pool
+    if after.plans:
+        _planned_in_turn(after)
+    _granted_in_turn(was, commands)
+    if isinstance(event, on.Acquire):
+        assert now.queued <= max(now.limits.max_queue, was.queued), "more wait than may"
+    for runner in now.runners.values():
+        if runner.current:
+            _keep_alive(was, event, commands, now, runner)
+    match event:
+        case on.Loaded(id) if id in was.runners and was.runners[id].state is LOADING:
+            _loaded(was.runners[id], now)
+        case on.Expire(model):
+            _asked_to_leave(was, model, now)
+        case on.OutOfMemory(id) | on.Exited(id) if isinstance(event, on.OutOfMemory) or event.out_of_memory:
+            _ran_out(was, id, now)
+        case on.Progress(id) if id in was.runners and was.runners[id].state is LOADING:
+            due_at = now.timers.at(("load", id))
+            assert due_at == now.now + now.limits.load_timeout_s, "a load that is alive is not given more time"
+        case on.Cancel() | on.Tick():
+            _abandoned(was, commands, now)
+        case _:
+            pass
+    if any(runner.leases for runner in was.runners.values()):
+        _asked_first(was, commands, after)
+    if now.ledger.shrunk or now.limits.max_runners:
+        _nobody_rests_in_excess(now)
+
+
+# -- turns ------------------------------------------------------------------------------------------------------------
+
+
+def _planned_in_turn(after: Core) -> None:
+    """Lines go by the age of their oldest request; a step of priority counts as some waiting."""
+    plan = (after.plans or [])[-1]
+    if plan.memory:
+        return  # who was granted is no longer the oldest
+    waited = [list(line.requests.values()) for line in plan.looked_at if line.requests]
+    turns = [min(_turn(request, after.pool) for request in requests) for requests in waited]
+    assert turns == sorted(turns), "somebody is planned before it is their turn"
+
+
+def _turn(request: Request, pool: Pool) -> tuple[float, RequestId]:
+    return request.queued_at - request.want.priority * pool.limits.priority_s, request.id
+
+
+def _granted_in_turn(was: Pool, commands: Sequence[Command]) -> None:
+    """Who waited for one runner is served in the order in which they came, those who want no lease last."""
+    granted: dict[int | None, list[tuple[bool, float, RequestId]]] = {}
+    for one in commands:
+        if isinstance(one, do.Grant) and (request := was.requests.get(one.request)) is not None:
+            last = request.want.purpose is not Purpose.lease
+            granted.setdefault(one.runner, []).append((last, request.queued_at, request.id))
+    for order in granted.values():
+        assert order == sorted(order), "somebody is served before it is their turn"
+
+
+# -- how long runners stay --------------------------------------------------------------------------------------------
+
+
+def _keep_alive(was: Pool, event: on.Event, commands: Sequence[Command], now: Pool, runner: Runner) -> None:
+    """A runner rests for as long as was named last, from its last use on."""
+    earlier = was.runners.get(runner.id)
+    grants = [one.request for one in commands if isinstance(one, do.Grant) and one.runner == runner.id]
+    named = [_named(was, event, request) for request in grants]
+    last = next((keep_alive_s for keep_alive_s in reversed(named) if keep_alive_s is not None), None)
+    said = event.keep_alive_s if isinstance(event, on.Configure) else None
+    if last is not None:
+        expected = {last}
+    elif earlier is None:
+        waiting = [request for line in now.lines_of(runner.model) for request in line.requests.values()]
+        names = [request.keep_alive_s for request in waiting]
+        expected = {now.limits.keep_alive_s if name is None else name for name in names}
+    else:
+        expected = {said if said is not None and earlier.keeps_default else earlier.keep_alive_s}
+    assert runner.keep_alive_s in expected, f"{runner.model} is kept for as long as nobody said"
+    if runner.state is not IDLE:
+        return
+    expires_at, pinned = now.timers.at(("keep-alive", runner.id)), now.models[runner.model].pinned
+    if isinstance(event, on.Release | on.Cancel) and earlier is not None and earlier.state is READY:
+        assert pinned or runner.keep_alive_s > 0, f"{runner.model} rests, although it is not to be kept"
+    if pinned:
+        assert expires_at == math.inf, f"{runner.model} is pinned, and rests for a time"
+    elif earlier is None or earlier.state is not IDLE or grants or _pins(event, runner):
+        assert expires_at == now.now + runner.keep_alive_s, f"{runner.model} does not rest for as long as was said"
+    elif said is None:
+        assert expires_at == was.timers.at(("keep-alive", runner.id)), f"{runner.model} rests anew, and nobody used it"
+
+
+def _named(was: Pool, event: on.Event, id: RequestId) -> float | None:
+    """Return the keep-alive that a request named."""
+    if isinstance(event, on.Acquire) and event.request == id:
+        return event.keep_alive_s
+    return was.requests[id].keep_alive_s
+
+
+def _pins(event: on.Event, runner: Runner) -> bool:
+    return isinstance(event, on.Pin | on.Unpin) and event.model == runner.model
+
+
+def _loaded(earlier: Runner, now: Pool) -> None:
+    """Who was asked to leave leaves once it has served; others keep their place for a time that is bounded."""
+    runner = now.runners.get(earlier.id)
+    if runner is None or not runner.current:
+        return
+    assert not earlier.expire_when_served, f"{runner.model} was asked to leave once it has served, and stays"
+    limits, load_s = now.limits, now.now - runner.launched_at
+    for until, most_s in ((runner.resident_until, load_s), (runner.in_use_until, USE_PER_LOAD * load_s)):
+        most_s = min(most_s, limits.max_wait_s) if limits.min_residency_s is None else limits.min_residency_s
+        assert until <= now.now + most_s, f"{runner.model} keeps its place for too long"
+
+
+def _asked_to_leave(was: Pool, model: str, now: Pool) -> None:
+    """A model that is asked to leave does, or will once those who wait for its load are served."""
+    for earlier in was.runners.values():
+        runner = now.runners.get(earlier.id)
+        if earlier.current and earlier.model == model and runner is not None and runner.current:
+            assert runner.state is LOADING and runner.expire_when_served, f"{model} is asked to leave, and stays"
+
+
+def _ran_out(was: Pool, id: RunnerId, now: Pool) -> None:
+    """Memory ran out while a runner served: everybody is given up, since nobody knows who took it."""
+    cause = was.runners.get(id)
+    if cause is None or not cause.process or cause.loaded_at is None:
+        return
+    for earlier in was.runners.values():
+        runner = now.runners.get(earlier.id)
+        assert runner is None or not runner.current, f"memory ran out, and {earlier.model} stays"
+
+
+def _abandoned(was: Pool, commands: Sequence[Command], now: Pool) -> None:
+    """A load that nobody waits for any more goes on, but not where it would not be kept."""
+    for one in commands:
+        request = was.requests.get(one.request) if isinstance(one, do.Reject) else None
+        model = now.models.get(request.want.model) if request is not None else None
+        if request is None or model is None or model.current is None or model.pinned:
+            continue
+        runner, waited_for = model.current, model.id in now.wants
+        if runner.state is LOADING and runner.id in was.runners and request.want.options in runner.accepted:
+            kept = runner.keep_alive_s > 0 and request.keep_alive_s != 0
+            assert kept or waited_for, f"{model.id} is loaded for nobody, and would not be kept"
+
+
+# -- those in the way -------------------------------------------------------------------------------------------------
+
+
+def _asked_first(was: Pool, commands: Sequence[Command], after: Core) -> None:
+    """The holders of what is given up for others are told so, once."""
+    now = after.pool
+    said = [request for one in commands if isinstance(one, do.Ask) for request in one.requests]
+    assert len(said) == len(set(said)), "somebody is told twice that others wait"
+    assert not any(was.requests[id].asked for id in said if id in was.requests), (
+        "somebody is told again that others wait"
+    )
+    for id in {id for plan in after.plans or () for id in plan.victims}:
+        for lease in now.runners[id].leases if id in now.runners else ():
+            assert lease in said or was.requests[lease].asked, "given up in use, and nobody told that others wait"
+
+
+def _nobody_rests_in_excess(now: Pool) -> None:
+    """Nobody rests where more is held than there is, or more are alive than may be, but for who is pinned."""
+    going = {runner.id for runner in now.runners.values() if runner.state is EXPIRING}
+    resting = [one for one in now.runners.values() if one.state is IDLE and not now.models[one.model].pinned]
+    alive = sum(runner.process and runner.id not in going for runner in now.runners.values())
+    assert not resting or not 0 < now.limits.max_runners < alive, "somebody rests, and more are alive than may be"
+    gone: set[Owner] = {("runner", id) for id in going}
+    for device in now.ledger.shrunk & now.ledger.devices.keys():
+        staying = [one.held_bytes(device) for owner, one in now.ledger.accounts.items() if owner not in gone]
+        if sum(staying) > now.ledger.devices[device].capacity_bytes:
+            in_excess = [one for one in resting if now.ledger.accounts["runner", one.id].held_bytes(device)]
+            assert not in_excess, f"somebody rests on {device}, which has less than is held"

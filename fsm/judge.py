@@ -78,6 +78,7 @@ def _one_more_load(was: Pool, event: on.Event, now: Pool) -> None:
             other = smaller and request.want.options.num_ctx is not None
             last = left is None or (left.survived and not request.survived)
             assert last or other, "loads fail for somebody again and again"
+            assert left is None or smaller or now.models[runner.model].alone, "the next load may not be alone"
 
 
 def _leases(was: Pool, event: on.Event, commands: Sequence[Command], now: Pool) -> None:
@@ -193,6 +194,7 @@ def _told(before: Core, event: on.Event, command: Command, now: Pool, past: Past
             assert id > past.runners, "an id is used again"
             assert not now.closing, "launched after the close"
             _room_to_start(now, now.runners[id])
+            _alone_where_it_must(was, now, now.runners[id])
         case do.Revoke(request):
             assert request not in now.requests, "taken back, but held"
         case do.Finish():
@@ -207,6 +209,14 @@ def _room_to_start(now: Pool, runner: Runner) -> None:
     for device in _gpus(runner):
         most = now.limits.loads_on_host if device == HOST else now.limits.loads_per_gpu
         assert sum(device in devices for devices in loading) <= most, f"more loads on {device} than there may be"
+
+
+def _alone_where_it_must(was: Pool, now: Pool, runner: Runner) -> None:
+    """After a load that ran out of memory the next one begins with everybody out of its way who may be moved."""
+    model = was.models.get(runner.model)
+    if model is not None and model.alone and now.models[runner.model].alone:
+        beside = [one for one in now.runners.values() if one.id < runner.id and one.current]
+        assert all(now.models[one.model].pinned for one in beside), "loaded again, and not alone"
 
 
 def _gpus(runner: Runner) -> list[str]:

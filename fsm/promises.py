@@ -7,16 +7,19 @@ is compared is worked out here once more, from the requests and the events alone
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 
 from fsm import commands as do
 from fsm import events as on
 from fsm.commands import Command
 from fsm.core import Core
+from fsm.footprint import Footprint
 from fsm.ledger import Owner
 from fsm.limits import USE_PER_LOAD
-from fsm.pool import Pool
-from fsm.request import Purpose, Request, RequestId
+from fsm.model import DeviceId
+from fsm.plan import Room
+from fsm.pool import Line, Pool
+from fsm.request import ModelId, Purpose, Request, RequestId
 from fsm.runner import EXPIRING, IDLE, LOADING, READY, Runner, RunnerId
 
 
@@ -25,6 +28,7 @@ def see_promises_kept(before: Core, event: on.Event, commands: Sequence[Command]
     was, now = before.pool, after.pool
     if after.plans:
         _planned_in_turn(after)
+        see_that_plans_are_fair(after, commands)
     _granted_in_turn(was, commands)
     if isinstance(event, on.Acquire):
         assert now.queued <= max(now.limits.max_queue, was.queued), "more wait than may"
@@ -68,6 +72,10 @@ def _turn(request: Request, pool: Pool) -> tuple[float, RequestId]:
     return request.queued_at - request.want.priority * pool.limits.priority_s, request.id
 
 
+def _turn_in(pool: Pool) -> Callable[[Request], tuple[float, RequestId]]:
+    return lambda request: _turn(request, pool)
+
+
 def _granted_in_turn(was: Pool, commands: Sequence[Command]) -> None:
     """Who waited for one runner is served in the order in which they came, those who want no lease last."""
     granted: dict[int | None, list[tuple[bool, float, RequestId]]] = {}
@@ -77,6 +85,82 @@ def _granted_in_turn(was: Pool, commands: Sequence[Command]) -> None:
             granted.setdefault(one.runner, []).append((last, request.queued_at, request.id))
     for order in granted.values():
         assert order == sorted(order), "somebody is served before it is their turn"
+
+
+def see_that_plans_are_fair(after: Core, commands: Sequence[Command]) -> None:
+    """Raise AssertionError where somebody was planned, or started, with what others wait for; the step had a plan."""
+    _victim_of_one(after)
+    _nobody_is_overtaken(after, commands)
+
+
+def _nobody_is_overtaken(after: Core, commands: Sequence[Command]) -> None:
+    """Whoever starts has left alone what the first of those who came before, and wait, will have.
+
+    That is asked of what has declared its bytes, which need no headroom and can be nowhere else. It will have them once
+    those have gone that were stopped, or those that drain too, or those whose place it is to have: if it would have had
+    enough then without what was just taken, it still does.
+    """
+    pool = after.pool
+    started = [one.runner for one in commands if isinstance(one, do.Launch)]
+    granted = [one.request for one in commands if isinstance(one, do.Grant) and one.runner is None]
+    if not pool.lines or not after.plans or not (started or granted):
+        return
+    first = _first_without(after, {pool.runners[id].model for id in started if id in pool.runners})
+    if first is None:
+        return
+    line, room = first
+    turn = min(_turn(request, pool) for request in line.requests.values())
+    younger: list[Owner] = [("memory", id) for id in granted if _turn(pool.requests[id], pool) > turn]
+    for planned, _, _ in (launch for plan in after.plans for launch in plan.launches):
+        runner = pool.models[planned.want.model].current
+        if runner is not None and runner.id in started and min(map(_turn_in(pool), planned.requests.values())) > turn:
+            younger.append(("runner", runner.id))
+    accounts = pool.ledger.accounts
+    for device, need in pool.ledger.booked(room.placement.bytes).items():
+        taken = sum(accounts[owner].held_bytes(device) for owner in younger if owner in accounts)
+        for there in _horizons(pool, room, device) if taken else ():
+            assert not there < need <= there + taken, "who came later takes what another waits for"
+
+
+def _first_without(after: Core, started: Collection[ModelId]) -> tuple[Line, Room] | None:
+    """Return the first line that waits for memory, of declared bytes, and where that goes; None: there is another."""
+    pool, rooms = after.pool, (after.plans or [])[-1].rooms
+    for line in sorted(pool.lines.values(), key=lambda one: min(map(_turn_in(pool), one.requests.values()))):
+        model = pool.models.get(line.want.model)
+        if model is not None and model.current is not None and model.current.state is LOADING:
+            if model.id in started or line.want.options in model.current.accepted:
+                continue
+            return None
+        declared = model is None or (isinstance(model.info, Footprint) and model.info.fixed)
+        room = rooms.get(line.want)
+        return (line, room) if room is not None and declared else None
+    return None
+
+
+def _horizons(pool: Pool, room: Room, device: DeviceId) -> list[int]:
+    """Return what there is of a device for the first who waits, at each time at which it may be enough."""
+    going = [one for one in pool.runners.values() if one.state is EXPIRING and not pool.is_overdue(one)]
+    held = {one.id: pool.ledger.accounts["runner", one.id].held_bytes(device) for one in pool.runners.values()}
+    soon = pool.ledger.free_bytes(device) + sum(held[one.id] for one in going if not one.leases)
+    drained = soon + sum(held[one.id] for one in going if one.leases)
+    victims = [pool.runners[one.runner] for one in room.victims if one.runner in pool.runners]
+    staying = [one for one in victims if one.current]
+    if staying:
+        return [drained + sum(held[one.id] for one in staying)]
+    return [drained] if any(one.leases for one in victims) else [soon, drained]
+
+
+def _victim_of_one(after: Core) -> None:
+    """No two lines count on what one runner leaves, but for who has to leave whoever else counts on it."""
+    pool = after.pool
+    counted: set[RunnerId] = set()
+    for want, room in (after.plans or [])[-1].rooms.items():
+        model = pool.models.get(want.model)
+        forced = model.current if model is not None else None
+        for victim in room.victims if model is None or not model.alone else ():
+            if forced is None or victim.runner != forced.id:
+                assert victim.runner not in counted, f"two count on what {victim.model} leaves"
+                counted.add(victim.runner)
 
 
 # -- how long runners stay --------------------------------------------------------------------------------------------

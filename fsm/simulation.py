@@ -21,6 +21,7 @@ from fsm.core import Core
 from fsm.coverage import Coverage, situation_of
 from fsm.explore import Step, Violation, Way
 from fsm.journal import Entry
+from fsm.promises import see_that_plans_are_fair
 from fsm.request import RequestState
 from fsm.runner import Runner
 from fsm.scene import Scene, draw_scene
@@ -71,6 +72,9 @@ class _Watched:
         try:
             commands = core.step(now, event)
             self.audit.step(now, event, commands, journal, core.pool.queued)
+            if core.plans:
+                see_that_plans_are_fair(core, commands)
+                core.plans.clear()
             if isinstance(event, on.Tick):
                 assert core.deadline() > now, "due, although its Tick has come"
             if len(self.recorded) % self.every == 0 or core.finished:
@@ -115,7 +119,7 @@ def simulate(
 def _watched(scene: Scene, make: Make, every: int, coverage: Coverage | None = None) -> _Watched:
     core = make(scene.limits, scene.policy)
     watched = _Watched(core, Audit(longest_wait_s(scene), scene.limits), every, coverage)
-    core.journal = watched.journal
+    core.journal, core.plans = watched.journal, []
     return watched
 
 

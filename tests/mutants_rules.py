@@ -1,4 +1,4 @@
-"""Faults against what users are promised: turns, keep-alives, back-off, the queue's limit, leaving when asked."""
+"""Faults against what users are promised: turns, claims, back-off, how long runners stay, who takes what from whom."""
 
 from __future__ import annotations
 
@@ -12,12 +12,14 @@ from fsm.actions import Actions
 from fsm.claims import Claims
 from fsm.core import Core
 from fsm.endings import Endings
+from fsm.ledger import Placement
 from fsm.limits import Limits
-from fsm.model import DeviceId
+from fsm.model import Amounts, DeviceId
 from fsm.planning import _Planner
 from fsm.pool import Line, Model, OpenClaim, Pool
 from fsm.request import Request
 from fsm.runner import LOADING, Runner, RunnerId
+from fsm.supply import DRAINED, LATER, SOON, Supply
 from tests.mutant import SIMULATION, Patch, instead, mutant
 
 # -- claims -----------------------------------------------------------------------------------------------------------
@@ -268,3 +270,61 @@ def a_lower_number_of_runners_waits_for_their_end(patch: Patch) -> None:
     def shed(original: Callable[..., None], planner: _Planner, reason: str, *args: object) -> None:
         if "alive" not in reason:
             original(planner, reason, *args)
+
+
+# -- who takes what from whom -----------------------------------------------------------------------------------------
+
+
+@mutant(SIMULATION, most=400_000)
+def a_booking_binds_nobody_before(patch: Patch) -> None:
+    """What is free is for whoever can start in it, although an older request will need it later."""
+
+    def take(supply: Supply, horizon: int, amounts: Amounts, processes: int) -> None:
+        for one in range(horizon, LATER + 1):
+            for device, amount in amounts:
+                supply.bytes[one][device] = supply.bytes[one].get(device, 0) - amount
+            supply.places[one] -= processes
+
+    patch.setattr(Supply, "take", take)
+
+
+@mutant(SIMULATION, most=400_000)
+def what_drains_counts_as_stopped(patch: Patch) -> None:
+    """What runners hold that are given up and still in use is counted on as if it came soon."""
+
+    @instead(patch, Supply, "add")
+    def add(original: Callable[..., None], supply: Supply, horizon: int, gone: Collection[Runner]) -> None:
+        original(supply, SOON if horizon == DRAINED else horizon, gone)
+
+
+@mutant(SIMULATION, most=400_000)
+def two_count_on_one_victim(patch: Patch) -> None:
+    """A runner that is to leave for one line is given to the next one once more."""
+
+    @instead(patch, _Planner, "_make_room")
+    def make_room(original: Callable[..., Placement], planner: _Planner, *args: object) -> Placement:
+        claimed = set(planner.claimed)
+        placement = original(planner, *args)
+        planner.claimed = claimed
+        return placement
+
+
+@mutant("out-of-memory")
+def the_second_try_is_not_alone(patch: Patch) -> None:
+    """A load that ran out of memory is tried again beside the others."""
+
+    @instead(patch, Endings, "load_failed")
+    def load_failed(original: Callable[..., None], act: Endings, runner: Runner, *args: object, **how: object) -> None:
+        original(act, runner, *args, **how)
+        act.pool.models[runner.model].alone = False
+
+
+@mutant("out-of-memory")
+def the_second_try_begins_beside_others(patch: Patch) -> None:
+    """A load that has to be alone begins while others are there who may be moved."""
+
+    @instead(patch, _Planner, "_consider_runner")
+    def consider(original: Callable[..., None], planner: _Planner, line: Line, model: Model, *args: object) -> None:
+        alone, model.alone = model.alone, False
+        original(planner, line, model, *args)
+        model.alone = alone

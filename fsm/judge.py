@@ -215,7 +215,7 @@ def _alone_where_it_must(was: Pool, now: Pool, runner: Runner) -> None:
     """After a load that ran out of memory the next one begins with everybody out of its way who may be moved."""
     model = was.models.get(runner.model)
     if model is not None and model.alone and now.models[runner.model].alone:
-        beside = [one for one in now.runners.values() if one.id < runner.id and one.current]
+        beside = [one for one in now.runners.values() if one.id in was.runners and one.current]
         assert all(now.models[one.model].pinned for one in beside), "loaded again, and not alone"
 
 

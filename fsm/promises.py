@@ -116,9 +116,10 @@ def _nobody_is_overtaken(after: Core, commands: Sequence[Command]) -> None:
         if runner is not None and runner.id in started and min(map(_turn_in(pool), planned.requests.values())) > turn:
             younger.append(("runner", runner.id))
     accounts = pool.ledger.accounts
+    places = math.inf if line.want.purpose is Purpose.memory else sum(kind == "runner" for kind, _ in younger)
     for device, need in pool.ledger.booked(room.placement.bytes).items():
         taken = sum(accounts[owner].held_bytes(device) for owner in younger if owner in accounts)
-        for there in _horizons(pool, room, device) if taken else ():
+        for there in _horizons(pool, room, device, places) if taken else ():
             assert not there < need <= there + taken, "who came later takes what another waits for"
 
 
@@ -137,8 +138,11 @@ def _first_without(after: Core, started: Collection[ModelId]) -> tuple[Line, Roo
     return None
 
 
-def _horizons(pool: Pool, room: Room, device: DeviceId) -> list[int]:
-    """Return what there is of a device for the first who waits, at each time at which it may be enough."""
+def _horizons(pool: Pool, room: Room, device: DeviceId, places: float) -> list[int]:
+    """Return what there is of a device for the first who waits, at each time at which it may be enough.
+
+    Memory without a place for its process, of which as many as `places` were just taken, is not enough.
+    """
     going = [one for one in pool.runners.values() if one.state is EXPIRING and not pool.is_overdue(one)]
     held = {one.id: pool.ledger.accounts["runner", one.id].held_bytes(device) for one in pool.runners.values()}
     soon = pool.ledger.free_bytes(device) + sum(held[one.id] for one in going if not one.leases)
@@ -147,7 +151,10 @@ def _horizons(pool: Pool, room: Room, device: DeviceId) -> list[int]:
     staying = [one for one in victims if one.current]
     if staying:
         return [drained + sum(held[one.id] for one in staying)]
-    return [drained] if any(one.leases for one in victims) else [soon, drained]
+    places += pool.max_runners() - pool.processes + sum(one.process for one in going if not one.leases)
+    if any(one.leases for one in victims) or places <= 0:
+        return [drained] if places + sum(one.process for one in going if one.leases) > 0 else []
+    return [soon, drained]
 
 
 def _victim_of_one(after: Core) -> None:

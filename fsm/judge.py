@@ -212,11 +212,13 @@ def _room_to_start(now: Pool, runner: Runner) -> None:
 
 
 def _alone_where_it_must(was: Pool, now: Pool, runner: Runner) -> None:
-    """After a load that ran out of memory the next one begins with everybody out of its way who may be moved."""
+    """After a load that ran out of memory the next one has everybody out of its way who may be moved, until it ends."""
+    others = [one for one in now.runners.values() if one.current and one is not runner]
     model = was.models.get(runner.model)
     if model is not None and model.alone and now.models[runner.model].alone:
-        beside = [one for one in now.runners.values() if one.id in was.runners and one.current]
-        assert all(now.models[one.model].pinned for one in beside), "loaded again, and not alone"
+        assert all(now.models[one.model].pinned for one in others), "loaded again, and not alone"
+    for one in others:
+        assert one.state is not LOADING or not now.models[one.model].alone, "begun beside a load that is to be alone"
 
 
 def _gpus(runner: Runner) -> list[str]:

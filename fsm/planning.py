@@ -76,9 +76,12 @@ class _Planner:
         self.claimed: set[RunnerId] = set()  # victims of earlier lines
         self.sets_left = MOST_SETS
         self.followers: Counter[ModelId] = Counter()  # lines for a model behind the first of them
-        loading = [runner for runner in pool.runners.values() if runner.state is LOADING]
-        self.awaited = {runner.id for runner in loading if pool.lines_for(runner)}
-        self.loads = Loads(pool.limits, (runner.placement for runner in loading))
+        self.loading = [runner for runner in pool.runners.values() if runner.state is LOADING]
+        self.awaited = {runner.id for runner in self.loading if pool.lines_for(runner)}
+        self.alone = next((runner for runner in self.loading if pool.models[runner.model].alone), None)
+        if self.alone is not None:
+            self.supply.places[NOW] = 0  # nobody begins beside it
+        self.loads = Loads(pool.limits, (runner.placement for runner in self.loading))
         self.candidates = Candidates(pool, policy, self.awaited)
         self.waiting = 0  # lines for which room is to be made
         self.ahead: Counter[DeviceId] = Counter()  # of them, those that lack memory of a device
@@ -208,8 +211,11 @@ class _Planner:
     def _consider_runner(self, line: Line, model: Model, options: Options, need: Need) -> None:
         forced = self._forced(model)
         others = [runner for runner in self.pool.runners.values() if runner.id not in self.overdue]
-        accompanied = model.alone and not all(map(self.pool.pinned, others))
-        if not forced and not accompanied and self.supply.places[NOW] > 0:
+        accompanied = model.alone and bool(self.plan.launches or not all(map(self.pool.pinned, others)))
+        places = self.supply.places[NOW]
+        if model.alone:
+            self.supply.places[NOW] = 0  # nobody begins beside it; else there might always be somebody
+        if not forced and not accompanied and places > 0:
             free = self.supply.bytes[NOW]
             placement = self.loads.place(need.demand, need.offload, free, self.gpus)
             if placement is not None:
@@ -223,8 +229,6 @@ class _Planner:
                 self.loads.add(placement)
                 return
         self.supply.planned[model.id] = dict(need.amounts(self._make_room(line, need, forced)))
-        if model.alone:
-            self.supply.places[NOW] = 0  # else there might always be somebody beside it
 
     def _make_room(self, line: Line, need: Need, forced: Sequence[Runner]) -> Placement:
         """Choose what to give up for a line that does not start now, and book what it will need."""
@@ -319,17 +323,15 @@ class _Planner:
             return ()
         if any(not runner.leases for runner in self.leaving):
             line.wait("memory that is on its way back", by)
+        elif self.alone is not None:
+            line.wait(f"{self.alone.model} to load with nothing beside it", self.pool.expected_at(self.alone))
         else:
             line.wait(*self._hindrance())
         if line.want.purpose is Purpose.memory:
             return ()
         full = self.loads.full(placement)
         self.loads.add(placement)  # it starts in a moment: its place among the loads is not for younger ones
-        on_full = [
-            runner
-            for runner in self.pool.runners.values()
-            if runner.state is LOADING and full & set(loads_on(runner.placement))
-        ]
+        on_full = [runner for runner in self.loading if full & set(loads_on(runner.placement))]
         if full:
             line.wait("another load to end", min(map(self.pool.expected_at, on_full), default=math.inf))
         for runner in on_full if startable else ():

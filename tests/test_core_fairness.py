@@ -184,6 +184,27 @@ def test_what_is_to_load_alone_waits_for_the_loads_of_others() -> None:
     assert pool.waits_for(1) == "b to load, and then to become idle"
 
 
+def test_two_that_are_to_load_alone_begin_one_after_the_other() -> None:
+    """Both ran out of memory beside each other; neither is the other's company again, and who comes waits as well."""
+    pool = a_pool(capacity="16GiB", each="4GiB").loading("a", request=1).loading("b", request=2)
+    pool.feed(exited(1, 1, "no memory", out_of_memory=True))
+    assert launched(pool.feed(exited(2, 1, "no memory", out_of_memory=True))) == ["a"]
+    assert launched(pool.feed(acquire("c", request=3))) == []
+    pool.feed(loaded(3))
+    assert pool.waits_for(2) == "a to become idle"
+    assert pool.state("a") is RunnerState.ready and pool.state("c") is RunnerState.unloaded
+    assert launched(pool.feed(cancel(2))) == ["c"]
+
+
+def test_nobody_begins_beside_a_load_that_is_to_be_alone() -> None:
+    """It is told what it waits for."""
+    pool = a_pool(capacity="16GiB", each="4GiB").loading("a", request=1)
+    assert launched(pool.feed(exited(1, 1, "no memory", out_of_memory=True))) == ["a"]
+    assert launched(pool.feed(acquire("c", request=3))) == []
+    assert pool.waits_for(3) == "a to load with nothing beside it"
+    assert launched(pool.feed(loaded(2))) == ["c"]
+
+
 # -- behind many others -----------------------------------------------------------------------------------------------
 
 

@@ -394,7 +394,10 @@ def test_a_model_that_always_runs_out_of_memory_is_backed_off_although_others_as
     """Rule 8: each survives one, but they would come for ever, and everybody else would leave for each of them."""
     pool = a_pool(each="1GiB", max_wait_s=0, min_residency_s=0, rest_part=0).loading("bad", request=1)
     for request in range(2, 10):
-        pool.idle("b")
+        pool.feed(preload("b", 100 + request))  # it begins when nothing loads that is to be alone
+        if pool.state("b") is RunnerState.loading:
+            pool.feed(loaded(pool.runner("b")))
+        pool.settle()
         if Reject in map(type, pool.feed(acquire("bad", request))):
             break
         pool.feed(exited(pool.runner("bad"), out_of_memory=True))

@@ -19,7 +19,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from enum import Enum
 
-from fsm import commands as do
 from fsm import events as on
 from fsm.canonical import Canonical
 from fsm.commands import Command
@@ -186,8 +185,6 @@ class _Search:
             commands = after.step(time_of(core, event), event)
             after.check()
             judge(core, event, commands, after, past)
-            _has_left(event, after)
-            _claimed_all(core, event, commands, after)
         except Exception as error:
             raise _Broken(_said(error, after), number, event, choice) from error
         after.plans = None
@@ -277,22 +274,6 @@ class _Search:
 def _is_over(pool: Pool) -> bool:
     """Tell whether nothing is left of anybody."""
     return not (pool.lines or pool.runners or pool.requests or pool.claims or pool.ledger.accounts)
-
-
-def _has_left(event: on.Event, after: Core) -> None:
-    """Raise AssertionError where somebody gave back what they have, or left, and it is still taken to be theirs."""
-    if isinstance(event, on.Release | on.Cancel):
-        assert event.request not in after.pool.requests, "given back, but held"
-
-
-def _claimed_all(before: Core, event: on.Event, commands: Sequence[Command], after: Core) -> None:
-    """Raise AssertionError where a load begins on devices of which some are not claimed, and the wait is not over."""
-    for command in commands if after.pool.limits.claims else ():
-        if isinstance(command, do.Launch):
-            runner = after.pool.runners[command.runner]
-            devices = {device for device, amount in runner.placement.bytes if amount}
-            claimed = before.pool.claims[runner.claim].devices if runner.claim else frozenset()
-            assert devices <= claimed or isinstance(event, on.Tick), "launched on devices that are not all claimed"
 
 
 def _step(core: Core, event: on.Event) -> Step:

@@ -30,11 +30,14 @@ def see_promises_kept(before: Core, event: on.Event, commands: Sequence[Command]
         _planned_in_turn(after)
         see_that_plans_are_fair(after, commands)
     _granted_in_turn(was, commands)
+    _has_what_it_loads_on(was, event, commands, now)
     if isinstance(event, on.Acquire):
         assert now.queued <= max(now.limits.max_queue, was.queued), "more wait than may"
     for runner in now.runners.values():
         if runner.current:
             _keep_alive(was, event, commands, now, runner)
+    if isinstance(event, on.Release | on.Cancel):
+        assert event.request not in now.requests, "given back, but held"
     match event:
         case on.Loaded(id) if id in was.runners and was.runners[id].state is LOADING:
             _loaded(was.runners[id], now)
@@ -168,6 +171,16 @@ def _victim_of_one(after: Core) -> None:
             if forced is None or victim.runner != forced.id:
                 assert victim.runner not in counted, f"two count on what {victim.model} leaves"
                 counted.add(victim.runner)
+
+
+def _has_what_it_loads_on(was: Pool, event: on.Event, commands: Sequence[Command], now: Pool) -> None:
+    """A load begins when all its devices are claimed for it, or when the wait for that is over."""
+    for command in commands if now.limits.claims else ():
+        if isinstance(command, do.Launch):
+            runner = now.runners[command.runner]
+            devices = {device for device, amount in runner.placement.bytes if amount}
+            claimed = was.claims[runner.claim].devices if runner.claim else frozenset()
+            assert devices <= claimed or isinstance(event, on.Tick), "launched on devices that are not all claimed"
 
 
 # -- how long runners stay --------------------------------------------------------------------------------------------

@@ -30,19 +30,19 @@ class Mutant:
     most: int  # states, or steps of a simulation
     plant: Callable[[Patch], None]
 
-    def search(self) -> Exploration:
-        """Plant the fault, search, and take it out again."""
+    def search(self, *, shrinks: bool = False) -> Exploration:
+        """Plant the fault, search, and take it out again; a way of a simulation is made short if it `shrinks`."""
         with pytest.MonkeyPatch.context() as patch:
             self.plant(patch)
             if self.scenario == SIMULATION:
-                return self._simulate()
+                return self._simulate(shrinks)
             return explore(next(one for one in SCENARIOS if one.name == self.scenario), self.most)
 
-    def _simulate(self) -> Exploration:
-        """Run seed after seed; the way is as long as it was, since to make it short takes long."""
+    def _simulate(self, shrinks: bool) -> Exploration:
+        """Run seed after seed."""
         steps, seed, violation = 0, 0, None
         while violation is None and steps < self.most:
-            outcome = simulate(Random(seed), STEPS, every=STEPS, shrinks=False)
+            outcome = simulate(Random(seed), STEPS, every=STEPS, shrinks=shrinks)
             steps, seed, violation = steps + outcome.steps, seed + 1, outcome.violation
         if violation is not None:
             violation = Violation(f"{violation.what} (seed {seed - 1})", violation.way)

@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         table.add_column(column, justify="right" if column in ("states", "seconds", "steps") else "left")
     for one in mutants:
         begun = time.process_time()
-        result = one.search()
+        result = one.search(shrinks=chosen.verbose)
         seconds, found = time.process_time() - begun, result.violation
         missed += found is None
         what = found.what if found else "NOT FOUND"

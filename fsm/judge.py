@@ -20,7 +20,7 @@ from fsm.pool import Pool
 from fsm.prefetching import spare_bytes
 from fsm.promises import see_promises_kept
 from fsm.request import Request, RequestState
-from fsm.runner import IDLE, LOADING, Runner, RunnerId
+from fsm.runner import EXPIRING, IDLE, LOADING, Runner, RunnerId
 from fsm.world import Past
 
 
@@ -255,6 +255,7 @@ def _bounded(after: Core) -> None:
     pool = after.pool
     plan = (after.plans or [])[-1]
     look_at = pool.timers.at(("plan", 0))
+    going = [one.due_at for one in pool.runners.values() if one.state is EXPIRING]  # until then nobody need go for it
     for want, room in plan.rooms.items():
         line = pool.lines.get(want)
         if line is None or not room.victims:
@@ -264,7 +265,7 @@ def _bounded(after: Core) -> None:
             if runner is None or not runner.current or runner.state is LOADING:
                 continue
             latest = max(_bound(line.head, pool), runner.resident_until, runner.in_use_until)
-            assert look_at <= max(victim.free_at for victim in room.victims), "nobody looks again"
+            assert look_at <= max([*going, *(victim.free_at for victim in room.victims)]), "nobody looks again"
             assert victim.free_at <= max(latest, pool.now), f"{want.model} waits for {runner.model} without a bound"
             assert pool.now < max(_bound(line.head, pool), *map(_resident_until, pool.runners.values())), (
                 f"{want.model} still waits for {runner.model}"

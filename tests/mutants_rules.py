@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
 
-from fsm import claims
 from fsm import events as on
 from fsm.actions import Actions
 from fsm.claims import Claims
@@ -14,9 +13,9 @@ from fsm.core import Core
 from fsm.endings import Endings
 from fsm.ledger import Placement
 from fsm.limits import Limits
-from fsm.model import Amounts, DeviceId
+from fsm.model import Amounts
 from fsm.planning import _Planner
-from fsm.pool import Line, Model, OpenClaim, Pool
+from fsm.pool import Line, Model, Pool
 from fsm.request import Request
 from fsm.runner import LOADING, Runner, RunnerId
 from fsm.supply import DRAINED, LATER, SOON, Supply
@@ -32,24 +31,6 @@ def a_contended_claim_counts_as_had(patch: Patch) -> None:
     @instead(patch, Claims, "claim_answered")
     def claim_answered(original: Callable[..., bool], act: Claims, event: on.Claimed | on.Contended) -> bool:
         return original(act, on.Claimed(event.number))
-
-
-@mutant(SIMULATION)
-def a_claim_for_a_part_counts_for_all(patch: Patch) -> None:
-    """A launch goes ahead with one of its devices to itself, and not the others."""
-
-    @instead(patch, claims, "_match")
-    def match(
-        original: Callable[..., list[OpenClaim | None]],
-        unused: dict[int, OpenClaim],
-        wanted: Sequence[frozenset[DeviceId]],
-    ) -> list[OpenClaim | None]:
-        matches = original(unused, wanted)
-        for place, devices in enumerate(wanted):
-            sharing = [claim for claim in unused.values() if devices & claim.devices]
-            if matches[place] is None and sharing:
-                matches[place] = unused.pop(sharing[0].number)
-        return matches
 
 
 # -- turns ------------------------------------------------------------------------------------------------------------

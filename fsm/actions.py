@@ -6,9 +6,8 @@ import math
 from collections.abc import Collection, Iterable
 from dataclasses import replace
 
-from fsm import commands as do
-from fsm import events as on
-from fsm.commands import Command, Refusal
+from fsm.commands import Ask, Command, Grant, Launch, Refusal, Reject, Remember, Revoke, Stop
+from fsm.events import Configure, Filled, Loaded
 from fsm.explain import devices_refused, runners_refused
 from fsm.journal import Decision, Entry, Transition
 from fsm.ledger import Placement
@@ -54,10 +53,10 @@ class Actions:
                 pool.timers.clear(("keep-alive", runner.id))
                 self.replan = self.replan or runner.wanted  # it was to go in a moment; who asks its users plans anew
                 self.fire(runner, "serve", "granted")
-        self.commands.append(do.Grant(request.id, runner.id))
+        self.commands.append(Grant(request.id, runner.id))
         if runner.wanted and pool.lines and request.runner is not None and not self.replan:
             request.asked = True
-            self.commands.append(do.Ask(runner.id, (request.id,)))  # the others were told before
+            self.commands.append(Ask(runner.id, (request.id,)))  # the others were told before
         if self.journal is not None:
             self.decide("granted", runner.model, f"waited {pool.now - request.queued_at:.3f} s", request.id, runner.id)
 
@@ -91,7 +90,7 @@ class Actions:
     def reject(self, request: Request, refusal: Refusal) -> None:
         """Refuse a request that stands in no line, or no more."""
         request.state = RequestState.rejected
-        self.commands.append(do.Reject(request.id, refusal))
+        self.commands.append(Reject(request.id, refusal))
         if self.journal is not None:
             entry = Decision(
                 self.pool.now, "rejected", request.want.model, type(refusal).__name__, request.id,
@@ -136,7 +135,7 @@ class Actions:
         self.pool.dequeue(request)
         request.state = RequestState.granted
         self.pool.ledger.reserve(("memory", request.id), self.pool.ledger.booked(request.want.memory).items())
-        self.commands.append(do.Grant(request.id, None))
+        self.commands.append(Grant(request.id, None))
         self.decide("granted", request.want.model, "memory of the program's own", request.id)
 
     def launch(self, line: Line, options: Options, placement: Placement) -> Runner:
@@ -161,13 +160,13 @@ class Actions:
         pool.timers.set(("load", runner.id), pool.now + pool.limits.load_timeout_s)
         line.wait("its model to load", pool.expected_at(runner))
         model.fresh = False
-        self.commands.append(do.Launch(runner.id, model.id, options, placement))
+        self.commands.append(Launch(runner.id, model.id, options, placement))
         if self.journal is not None:
             reason = f"request {line.head.id} waits for it"
             self.journal.append(Transition(pool.now, runner.id, model.id, "launch", None, LOADING, reason, 0))
         return runner
 
-    def loaded(self, runner: Runner, event: on.Loaded) -> None:
+    def loaded(self, runner: Runner, event: Loaded) -> None:
         """A load succeeded: everybody who waits for it is granted, or it rests."""
         pool, model = self.pool, self.pool.models[runner.model]
         pool.timers.clear(("load", runner.id))
@@ -206,7 +205,7 @@ class Actions:
             self.decide("measured", runner.model, self._figures(runner, beyond), None, runner.id)
         return grown
 
-    def settle(self, runner: Runner, event: on.Filled) -> bool:
+    def settle(self, runner: Runner, event: Filled) -> bool:
         """Hold what was measured of a runner, where more was predicted too; False where that is done already."""
         account = self.pool.ledger.accounts["runner", runner.id]
         if account.settled:
@@ -219,7 +218,7 @@ class Actions:
         self.replan = True  # there may be room for those who wait
         return True
 
-    def expect(self, runner: Runner, event: on.Loaded) -> None:
+    def expect(self, runner: Runner, event: Loaded) -> None:
         """Note the most that a runner will take, where its engine can tell that as soon as it has loaded.
 
         What was measured before is more exact: an earlier life may have filled a context.
@@ -248,7 +247,7 @@ class Actions:
         if load_s is not None:
             model.note_load(runner.placement.gpu_layers, load_s)
         if self.pool.limits.remembers and (took != before or load_s is not None):
-            self.commands.append(do.Remember(runner.id, took, load_s))
+            self.commands.append(Remember(runner.id, took, load_s))
 
     def _figures(self, runner: Runner, devices: Iterable[DeviceId]) -> str:
         account = self.pool.ledger.accounts["runner", runner.id]
@@ -286,7 +285,7 @@ class Actions:
         pinned = self.pool.models[runner.model].pinned
         self.pool.timers.set(("keep-alive", runner.id), math.inf if pinned else self.pool.now + runner.keep_alive_s)
 
-    def configure(self, event: on.Configure) -> None:
+    def configure(self, event: Configure) -> None:
         """Take over changed limits; a keep-alive holds for the runners too for which no request has named one."""
         pool = self.pool
         changes = {name: value for name in event.__slots__ if (value := getattr(event, name)) is not None}
@@ -351,7 +350,7 @@ class Actions:
             runner.wanted = runner.id in wanted
             held = [self.pool.requests[lease] for lease in sorted(runner.leases)]
             if unasked := [request for request in held if runner.wanted and not request.asked]:
-                self.commands.append(do.Ask(runner.id, tuple(request.id for request in unasked)))
+                self.commands.append(Ask(runner.id, tuple(request.id for request in unasked)))
                 for request in unasked:
                     request.asked = True
 
@@ -359,12 +358,12 @@ class Actions:
         if runner.process and not runner.stopping:
             runner.stopping = True
             runner.due_at = self.pool.now + self.pool.limits.stop_timeout_s
-            self.commands.append(do.Stop(runner.id))
+            self.commands.append(Stop(runner.id))
 
     def revoke_leases(self, runner: Runner, reason: str) -> None:
         for lease in sorted(runner.leases):
             self.pool.requests.pop(lease).state = RequestState.released
-            self.commands.append(do.Revoke(lease, reason))
+            self.commands.append(Revoke(lease, reason))
         runner.leases.clear()
 
     def crash(self, runner: Runner, reason: str) -> None:

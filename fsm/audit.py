@@ -11,9 +11,46 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import assert_never
 
-from fsm import commands as do
-from fsm import events as on
-from fsm.commands import Command
+from fsm import events
+from fsm.commands import (
+    Ask,
+    Cancelled,
+    Claim,
+    Closed,
+    Command,
+    Finish,
+    Grant,
+    Inspect,
+    Launch,
+    LoadFailed,
+    NotInTime,
+    Prefetch,
+    QueueFull,
+    Refusal,
+    Reject,
+    Remember,
+    Revoke,
+    Sample,
+    Stop,
+    TimedOut,
+    Unclaim,
+)
+from fsm.events import (
+    Acquire,
+    Cancel,
+    Close,
+    Configure,
+    Event,
+    Exited,
+    Expire,
+    Inspected,
+    Loaded,
+    OutOfMemory,
+    Progress,
+    Release,
+    Tick,
+    Unresponsive,
+)
 from fsm.journal import Entry, Transition
 from fsm.limits import Limits
 from fsm.model import DeviceId
@@ -61,7 +98,7 @@ class Audit:
         self.closing = self.finished = False
 
     def step(
-        self, now: float, event: on.Event, commands: Sequence[Command], entries: Sequence[Entry], queued: int
+        self, now: float, event: Event, commands: Sequence[Command], entries: Sequence[Entry], queued: int
     ) -> None:
         """Take in one step: what happened, what was said to do, what was noted; and how many are said to wait."""
         most = max(len(self.waiting), self.max_queue)
@@ -88,69 +125,69 @@ class Audit:
         if self.ahead:
             models = {want.model for want, _ in self.waiting.values()}
             assert models.issuperset(self.ahead), "a file is read ahead for nobody"
-        if self.due and isinstance(event, on.Tick):
+        if self.due and isinstance(event, Tick):
             late = [id for id, due in self.due.items() if due <= now]
             assert not late, f"request {late[0]} waits beyond its time"
         if self.waiting and self.longest_wait_s < math.inf:
             id, (_, since) = next(iter(self.waiting.items()))
             assert now - since <= self.longest_wait_s, f"request {id} has waited for {now - since:g} s"
 
-    def _learn(self, now: float, event: on.Event) -> RequestId | None:
+    def _learn(self, now: float, event: Event) -> RequestId | None:
         """Take in what happened; return who has left and is to be told so."""
         match event:
-            case on.Acquire(id, want):
+            case Acquire(id, want):
                 if id not in self.waiting and id not in self.held:
                     self.waiting[id] = want, now
                     if event.timeout_s is not None:
                         self.due[id] = now + event.timeout_s
-            case on.Release(id) | on.Cancel(id):
+            case Release(id) | Cancel(id):
                 runner = self.held.pop(id, None)
                 if runner is not None:
                     self.users[runner] -= 1
-                elif id in self.waiting and isinstance(event, on.Cancel):
+                elif id in self.waiting and isinstance(event, Cancel):
                     return id
-            case on.Exited() | on.Loaded() | on.Progress() | on.OutOfMemory():
+            case Exited() | Loaded() | Progress() | OutOfMemory():
                 self._heard(now, event)
-            case on.Claimed(number):
+            case events.Claimed(number):
                 if number in self.open:
                     self.open[number].had = True
-            case on.Expire(model):
+            case Expire(model):
                 if model in self.current:
                     self.unwanted.add(self.current[model])
-            case on.Configure():
+            case Configure():
                 self.max_queue = self.max_queue if event.max_queue is None else event.max_queue
-            case on.Inspected(model):
+            case Inspected(model):
                 self.inspecting.discard(model)
-            case on.Close():
+            case Close():
                 self.closing = True
                 self.held = {id: runner for id, runner in self.held.items() if runner is not None}
             case _:
                 pass
         return None
 
-    def _heard(self, now: float, event: on.Exited | on.Loaded | on.Progress | on.OutOfMemory) -> None:
+    def _heard(self, now: float, event: Exited | Loaded | Progress | OutOfMemory) -> None:
         """Take in what was said of a process."""
         runner = event.runner
         match event:
-            case on.Exited():
+            case Exited():
                 if self.alive.pop(runner, None) is not None:
                     self.stopped.discard(runner)
-            case on.Loaded():
+            case Loaded():
                 if runner in self.alive and runner not in self.leaving:
                     self.serving.add(runner)
                     self.loaded_at.setdefault(runner, now)
-            case on.Progress():
+            case Progress():
                 self.shown_at[runner] = now
-            case on.OutOfMemory():
+            case OutOfMemory():
                 self.short.add(runner)
 
-    def _runs_out(self, event: on.Event) -> bool:
+    def _runs_out(self, event: Event) -> bool:
         """Tell whether memory runs out while a runner serves."""
-        if isinstance(event, on.OutOfMemory) or (isinstance(event, on.Exited) and event.out_of_memory):
+        if isinstance(event, OutOfMemory) or (isinstance(event, Exited) and event.out_of_memory):
             return event.runner in self.alive and event.runner in self.serving
         return False
 
-    def _moved(self, now: float, event: on.Event, entry: Transition) -> None:
+    def _moved(self, now: float, event: Event, entry: Transition) -> None:
         if entry.source is None:
             assert entry.model not in self.current, f"{entry.model} has two runners at once"
             self.current[entry.model] = entry.runner
@@ -168,7 +205,7 @@ class Audit:
             self.leaving.discard(entry.runner)
             self.serving.discard(entry.runner)
 
-    def _failed(self, now: float, event: on.Event, entry: Transition) -> None:
+    def _failed(self, now: float, event: Event, entry: Transition) -> None:
         """Count a failure, and how long the model is not loaded again: twice as long each time.
 
         Of a load that ran out of memory nothing is concluded: there may be another way. A first crash is no failure,
@@ -176,9 +213,9 @@ class Audit:
         """
         model, runner, limits = entry.model, entry.runner, self.limits
         if entry.source is LOADING:
-            if isinstance(event, on.Tick):
+            if isinstance(event, Tick):
                 assert now >= self.shown_at[runner] + limits.load_timeout_s, "a load is given up that is alive"
-            if isinstance(event, on.Exited) and (event.out_of_memory or runner in self.short):
+            if isinstance(event, Exited) and (event.out_of_memory or runner in self.short):
                 return
         elif now - self.loaded_at[runner] >= limits.good_life_s or not self.failures.get(model):
             self.failures[model] = 1
@@ -187,42 +224,42 @@ class Audit:
         self.failures[model] = before + 1
         self.blocked[model] = now + min(limits.back_off_limit_s, limits.back_off_s * 2.0 ** min(before, 16))
 
-    def _told(self, now: float, event: on.Event, command: Command, leaving: frozenset[RunnerId]) -> None:
+    def _told(self, now: float, event: Event, command: Command, leaving: frozenset[RunnerId]) -> None:
         match command:
-            case do.Grant(id, runner):
+            case Grant(id, runner):
                 self._granted(id, runner, leaving)
-            case do.Reject(id, refusal):
+            case Reject(id, refusal):
                 assert id in self.waiting, f"request {id} is answered twice, or never asked"
                 del self.waiting[id]
                 self._refused(now, event, id, refusal)
-            case do.Revoke(id):
+            case Revoke(id):
                 self._revoked(event, id)
-            case do.Launch(runner):
+            case Launch(runner):
                 self._launched(now, command)
-            case do.Stop(runner):
+            case Stop(runner):
                 self._told_to_stop(runner)
-            case do.Sample(number):
+            case Sample(number):
                 assert number > self.samples, "a number is used again"
                 self.samples = number
-            case do.Inspect(model):
+            case Inspect(model):
                 assert model not in self.inspecting, f"{model} is inspected twice at a time"
                 self.inspecting.add(model)
-            case do.Claim(number, devices):
+            case Claim(number, devices):
                 assert number > self.claims, "a number is used again"
                 assert self.limits.claims, "claimed, although claims are off"
                 self.claims = number
                 since = min([now, *(claim.since for claim in self.given_up)])
                 self.open[number] = Claimed(frozenset(devices), since)
-            case do.Unclaim(number):
+            case Unclaim(number):
                 assert number in self.open, f"claim {number} is given up twice, or was never made"
                 self.given_up.append(self.open.pop(number))
-            case do.Prefetch(files):
+            case Prefetch(files):
                 self._read_ahead(dict(files))
-            case do.Remember(runner, took, load_s):
+            case Remember(runner, took, load_s):
                 assert took or load_s is not None, "nothing is to be remembered"
-            case do.Ask(runner, requests):
+            case Ask(runner, requests):
                 self._asked_for(runner, requests)
-            case do.Finish():
+            case Finish():
                 assert self.closing and not self.finished and not self.alive and not self.leaving, "finished too early"
                 self.finished = True
             case _:
@@ -250,26 +287,26 @@ class Audit:
             self.held[id] = runner
             self.users[runner] += 1
 
-    def _refused(self, now: float, event: on.Event, id: RequestId, refusal: do.Refusal) -> None:
+    def _refused(self, now: float, event: Event, id: RequestId, refusal: Refusal) -> None:
         due = self.due.pop(id, math.inf)
         match refusal:
-            case do.TimedOut():
+            case TimedOut():
                 assert due <= now, f"request {id} is timed out before its time"
-            case do.NotInTime():
-                assert isinstance(event, on.Acquire | on.Inspected), f"request {id} is told late that it is hopeless"
+            case NotInTime():
+                assert isinstance(event, Acquire | Inspected), f"request {id} is told late that it is hopeless"
                 assert now + refusal.least_s > due, f"request {id} is refused, although there is time"
-            case do.Cancelled():
-                assert isinstance(event, on.Cancel) and event.request == id, f"request {id} has not left"
-            case do.Closed():
+            case Cancelled():
+                assert isinstance(event, Cancel) and event.request == id, f"request {id} has not left"
+            case Closed():
                 assert self.closing, "refused as closed, but open"
-            case do.QueueFull():
-                assert isinstance(event, on.Acquire) and event.request == id, f"request {id} had its place"
-            case do.LoadFailed():
+            case QueueFull():
+                assert isinstance(event, Acquire) and event.request == id, f"request {id} had its place"
+            case LoadFailed():
                 assert refusal.retry_after_s <= self.limits.back_off_limit_s + 1e-6, "backed off for too long"
             case _:
                 pass
 
-    def _launched(self, now: float, launch: do.Launch) -> None:
+    def _launched(self, now: float, launch: Launch) -> None:
         assert launch.runner > self.runners, "an id is used again"
         assert not self.closing, "launched after the close"
         assert self.blocked.get(launch.model, now) <= now, f"{launch.model} is loaded again before its time"
@@ -285,7 +322,7 @@ class Audit:
         assert self.asked.isdisjoint(requests), "somebody is told twice that others wait"
         self.asked.update(requests)
 
-    def _has_its_devices(self, now: float, launch: do.Launch) -> None:
+    def _has_its_devices(self, now: float, launch: Launch) -> None:
         """A launch is under a claim of its own for all devices that it takes memory on, or one was waited for."""
         devices = {device for device, amount in launch.placement.bytes if amount}
         if not devices:
@@ -300,9 +337,9 @@ class Audit:
                 return
         raise AssertionError(f"{launch.runner} is launched without its devices")
 
-    def _victims_were_asked(self, event: on.Event, entries: Sequence[Entry]) -> None:
+    def _victims_were_asked(self, event: Event, entries: Sequence[Entry]) -> None:
         """Whoever holds what is given up for others was told that they wait for it."""
-        if isinstance(event, on.Expire | on.OutOfMemory | on.Exited | on.Loaded | on.Close):
+        if isinstance(event, Expire | OutOfMemory | Exited | Loaded | Close):
             return  # there are other reasons too
         for entry in entries:
             if isinstance(entry, Transition) and entry.source is READY and entry.trigger == "expire":
@@ -316,9 +353,9 @@ class Audit:
         assert not self.users[runner], f"{runner} is stopped in use"
         self.stopped.add(runner)
 
-    def _revoked(self, event: on.Event, id: RequestId) -> None:
+    def _revoked(self, event: Event, id: RequestId) -> None:
         runner = self.held.pop(id, None)
         assert runner is not None, f"lease {id} is taken back from nobody"
         self.users[runner] -= 1
-        ended = isinstance(event, on.Exited | on.Unresponsive) and event.runner == runner
-        assert ended or (self.closing and isinstance(event, on.Tick)), f"lease {id} is taken back in use"
+        ended = isinstance(event, Exited | Unresponsive) and event.runner == runner
+        assert ended or (self.closing and isinstance(event, Tick)), f"lease {id} is taken back in use"

@@ -15,9 +15,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from fsm import commands as do
-from fsm import events as on
+from fsm.commands import Claim, Unclaim
 from fsm.endings import Endings
+from fsm.events import Claimed, Contended, Exited, Loaded
 from fsm.ledger import Placement
 from fsm.model import DeviceId, Options
 from fsm.pool import Line, OpenClaim, Pool
@@ -57,12 +57,12 @@ class Claims(Endings):
         for devices in unclaimed:  # a plan that moved to other devices does not wait anew
             self._claim(devices, by)
 
-    def claim_answered(self, event: on.Claimed | on.Contended) -> bool:
+    def claim_answered(self, event: Claimed | Contended) -> bool:
         """Take in what became of a claim; return False where it has been given up."""
         claim = self.pool.claims.get(event.number)
         if claim is None:
             return False
-        claim.had = isinstance(event, on.Claimed)
+        claim.had = isinstance(event, Claimed)
         claim.contended = not claim.had
         self.replan = True
         return True
@@ -77,11 +77,11 @@ class Claims(Endings):
             if runner.claim == number:
                 self._give_back(runner)
 
-    def loaded(self, runner: Runner, event: on.Loaded) -> None:
+    def loaded(self, runner: Runner, event: Loaded) -> None:
         super().loaded(runner, event)
         self._give_back(runner)
 
-    def exited(self, runner: Runner, event: on.Exited) -> None:
+    def exited(self, runner: Runner, event: Exited) -> None:
         super().exited(runner, event)
         self._give_back(runner)
 
@@ -96,7 +96,7 @@ class Claims(Endings):
         pool.next_claim += 1
         pool.claims[claim.number] = claim
         pool.timers.set(("claim", claim.number), by)
-        self.commands.append(do.Claim(claim.number, tuple(sorted(devices))))
+        self.commands.append(Claim(claim.number, tuple(sorted(devices))))
 
     def _launch_under(self, claim: OpenClaim, line: Line, options: Options, placement: Placement) -> None:
         pool = self.pool
@@ -116,12 +116,12 @@ class Claims(Endings):
     def _give_up(self, claim: OpenClaim) -> None:
         del self.pool.claims[claim.number]
         self.pool.timers.clear(("claim", claim.number))
-        self.commands.append(do.Unclaim(claim.number))
+        self.commands.append(Unclaim(claim.number))
 
     def _give_back(self, runner: Runner) -> None:
         if runner.claim:
             self.pool.timers.clear(("claim", runner.claim))
-            self.commands.append(do.Unclaim(runner.claim))
+            self.commands.append(Unclaim(runner.claim))
             runner.claim = 0
 
 

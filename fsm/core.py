@@ -10,10 +10,41 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Self, assert_never
 
-from fsm import commands as do
-from fsm import events as on
 from fsm.claims import Claims
-from fsm.commands import Command
+from fsm.commands import (
+    Cancelled,
+    Closed,
+    Command,
+    Finish,
+    Inspect,
+    InvalidModel,
+    LoadTimeout,
+    ModelNotFound,
+    QueueFull,
+    TimedOut,
+)
+from fsm.events import (
+    Acquire,
+    Cancel,
+    Claimed,
+    Close,
+    Configure,
+    Contended,
+    Event,
+    Exited,
+    Expire,
+    Filled,
+    Inspected,
+    Loaded,
+    OutOfMemory,
+    Pin,
+    Progress,
+    Release,
+    Sampled,
+    Tick,
+    Unpin,
+    Unresponsive,
+)
 from fsm.eviction import EvictionPolicy, LeastRecentlyUsed
 from fsm.explain import tell_placed, tell_victims, tell_waits
 from fsm.journal import Entry
@@ -53,7 +84,7 @@ class Core:
         self.policy_failure = ""  # the last exception that the eviction policy raised, in words
         self.finished = False  # Finish was said
 
-    def step(self, now: float, event: on.Event) -> list[Command]:
+    def step(self, now: float, event: Event) -> list[Command]:
         """Take in what happened and return what to do, in order; `now` is in seconds and never goes back."""
         pool = self.pool
         pool.now = now if now > pool.now else pool.now
@@ -116,50 +147,50 @@ class Core:
 
     # -- events -------------------------------------------------------------------------------------------------------
 
-    def _handle(self, event: on.Event) -> None:
+    def _handle(self, event: Event) -> None:
         match event:
-            case on.Acquire():
+            case Acquire():
                 self._acquire(event)
-            case on.Release() | on.Cancel():
+            case Release() | Cancel():
                 self._leave(event)
-            case on.Tick():
+            case Tick():
                 while (key := self.pool.timers.take_due(self.pool.now)) is not None:
                     self._time_is_up(key)
-            case on.Sampled():
+            case Sampled():
                 self._sampled(event)
-            case on.Inspected():
+            case Inspected():
                 self._inspected(event)
-            case on.Contended() | on.Claimed():
+            case Contended() | Claimed():
                 self.late += not self.act.claim_answered(event)
-            case on.Progress() | on.Loaded() | on.Filled() | on.OutOfMemory() | on.Unresponsive() | on.Exited():
+            case Progress() | Loaded() | Filled() | OutOfMemory() | Unresponsive() | Exited():
                 runner = self.pool.runners.get(event.runner)
                 if runner is None or not runner.process:
                     self.late += 1  # of an earlier life
                 else:
                     self._runner_event(runner, event)
-            case on.Expire():
+            case Expire():
                 self.late += not self.act.expire_model(event.model)
-            case on.Pin():
+            case Pin():
                 self.act.pin(self.act.model(event.model), True)
-            case on.Unpin() if event.model in self.pool.models:
+            case Unpin() if event.model in self.pool.models:
                 self.act.pin(self.pool.models[event.model], False)
-            case on.Unpin():
+            case Unpin():
                 self.late += 1  # it was never pinned
-            case on.Configure():
+            case Configure():
                 self.act.configure(event)
-            case on.Close():
+            case Close():
                 self._close(event.timeout_s)
             case _:
                 assert_never(event)
 
-    def _acquire(self, event: on.Acquire) -> None:
+    def _acquire(self, event: Acquire) -> None:
         pool, want = self.pool, event.want
         request = Request(event.request, want, event.keep_alive_s, pool.now)
         if request.id in pool.requests:
             self.late += 1  # a duplicate
             return
         if pool.closing:
-            self.act.reject(request, do.Closed())
+            self.act.reject(request, Closed())
             return
         model = pool.models.get(want.model)
         runner = model.current if model is not None else None
@@ -170,7 +201,7 @@ class Core:
             self.act.grant(request, runner)
             return
         if pool.queued >= pool.limits.max_queue:
-            self.act.reject(request, do.QueueFull(pool.limits.max_queue, self.act.retry_after_s()))
+            self.act.reject(request, QueueFull(pool.limits.max_queue, self.act.retry_after_s()))
             return
         if want.purpose is not Purpose.memory:
             model = model or self.act.model(want.model)
@@ -188,15 +219,15 @@ class Core:
         self.act.replan = True
         self._refuse_in_time([request])
 
-    def _leave(self, event: on.Release | on.Cancel) -> None:
+    def _leave(self, event: Release | Cancel) -> None:
         """End a request from the asker's side. A Cancel after the Grant releases: the lease was never received."""
         request = self.pool.requests.get(event.request)
         if request is None:
             self.late += 1  # released, lost or rejected before
         elif request.state is RequestState.granted:
             self.act.release(request)
-        elif isinstance(event, on.Cancel):
-            self.act.answer(request, RequestState.cancelled, do.Cancelled(request.want.model))
+        elif isinstance(event, Cancel):
+            self.act.answer(request, RequestState.cancelled, Cancelled(request.want.model))
             self.act.abandon_load(request)
         else:
             self.late += 1  # a Release of what was never granted
@@ -209,7 +240,7 @@ class Core:
                 self.act.expire(pool.runners[RunnerId(id)], "its keep-alive is over")
             case "load":
                 runner = pool.runners[RunnerId(id)]
-                stalled = do.LoadTimeout(runner.model, pool.limits.load_timeout_s)
+                stalled = LoadTimeout(runner.model, pool.limits.load_timeout_s)
                 self.act.load_failed(runner, "its load showed no progress", stalled)
                 self.act.stop(runner)
             case "memory":
@@ -217,7 +248,7 @@ class Core:
             case "request":
                 request = pool.requests[RequestId(id)]
                 line = pool.lines[request.want]
-                timed_out = do.TimedOut(request.want.model, pool.now - request.queued_at, line.waits_for)
+                timed_out = TimedOut(request.want.model, pool.now - request.queued_at, line.waits_for)
                 self.act.answer(request, RequestState.rejected, timed_out)
                 self.act.abandon_load(request)
             case "close":
@@ -231,7 +262,7 @@ class Core:
             case _:
                 assert_never(kind)
 
-    def _sampled(self, event: on.Sampled) -> None:
+    def _sampled(self, event: Sampled) -> None:
         pool, mapped = self.pool, dict(event.mapped)
         for id, amounts in event.resident:
             runner = pool.runners.get(id)
@@ -246,14 +277,14 @@ class Core:
                 self.act.unload(runner, "its memory is back")
         self.act.replan = True
 
-    def _inspected(self, event: on.Inspected) -> None:
+    def _inspected(self, event: Inspected) -> None:
         model = self.pool.models.get(event.model)
         if model is None or not model.inspecting:
             self.late += 1
             return
         model.inspecting = False
         match event.outcome:
-            case do.ModelNotFound() | do.InvalidModel() as refusal:
+            case ModelNotFound() | InvalidModel() as refusal:
                 for line in self.pool.lines_of(model.id):
                     if model.current is None or not runner_serves(model.current, line.want):
                         self.act.reject_line(line, refusal)
@@ -273,36 +304,36 @@ class Core:
                 self.act.answer(request, RequestState.rejected, refusal)
 
     def _runner_event(
-        self, runner: Runner, event: on.Progress | on.Loaded | on.Filled | on.OutOfMemory | on.Unresponsive | on.Exited
+        self, runner: Runner, event: Progress | Loaded | Filled | OutOfMemory | Unresponsive | Exited
     ) -> None:
         match event:
-            case on.Progress():
+            case Progress():
                 if runner.state is LOADING:
                     self.pool.timers.set(("load", runner.id), self.pool.now + self.pool.limits.load_timeout_s)
                 else:
                     self.late += 1  # it is loaded, or given up
-            case on.Loaded():
+            case Loaded():
                 if runner.state is LOADING:
                     self.act.loaded(runner, event)
                 else:
                     self.late += 1  # cancelled meanwhile; it is being stopped
-            case on.Filled():
+            case Filled():
                 if runner.loaded_at is None or not self.act.settle(runner, event):
                     self.late += 1  # it has served nobody, or has settled before
-            case on.OutOfMemory():
+            case OutOfMemory():
                 runner.out_of_memory = True
                 if runner.loaded_at is not None:
                     self.act.ran_out(runner)
-            case on.Unresponsive():
+            case Unresponsive():
                 self.act.unresponsive(runner, event.reason)
-            case on.Exited():
+            case Exited():
                 self.act.exited(runner, event)
 
     def _close(self, timeout_s: float) -> None:
         pool = self.pool
         pool.closing = self.act.replan = True
         for line in list(pool.lines.values()):
-            self.act.reject_line(line, do.Closed())
+            self.act.reject_line(line, Closed())
         for runner in [runner for runner in pool.runners.values() if runner.current]:
             self.act.expire(runner, "the scheduler closes")
         for request in [request for request in pool.requests.values() if request.runner is None]:
@@ -315,7 +346,7 @@ class Core:
         self.act.replan = False
         if self.pool.closing and not self.pool.runners and not self.finished:
             self.finished = True
-            self.act.commands.append(do.Finish())
+            self.act.commands.append(Finish())
 
     def _carry_out_plan(self) -> bool:
         """Make a plan and do what it says; return whether another one may find more to do."""
@@ -338,7 +369,7 @@ class Core:
         for model in plan.inspections:
             if not model.inspecting:
                 model.inspecting = True
-                self.act.commands.append(do.Inspect(model.id))
+                self.act.commands.append(Inspect(model.id))
         if self.journal is not None:
             tell_victims(pool, plan, self.journal)
         self.act.ask(plan.wanted.union(id for id in plan.victims if pool.runners[id].leases))

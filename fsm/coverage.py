@@ -7,11 +7,31 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import get_args
 
-from fsm import commands as do
-from fsm import events as on
-from fsm.commands import Command
+from fsm.commands import Cancelled, Command, Grant, Refusal, Reject, Revoke
 from fsm.core import Core
 from fsm.diagram import REQUEST_ROWS
+from fsm.events import (
+    Acquire,
+    Cancel,
+    Claimed,
+    Close,
+    Configure,
+    Contended,
+    Event,
+    Exited,
+    Expire,
+    Filled,
+    Inspected,
+    Loaded,
+    OutOfMemory,
+    Pin,
+    Progress,
+    Release,
+    Sampled,
+    Tick,
+    Unpin,
+    Unresponsive,
+)
 from fsm.journal import Entry, Transition
 from fsm.request import ModelId, RequestState
 from fsm.runner import EXPIRING, RUNNER_TABLE, Runner, RunnerState
@@ -20,10 +40,10 @@ Situation = str  # what an event met
 Triple = tuple[Situation, type, object]  # and what was decided: a kind of command, refusal or transition
 
 NOTHING, LATE = "nothing", "late"
-POOL_EVENTS: frozenset[type] = frozenset((on.Sampled, on.Tick, on.Configure, on.Close))
-RUNNER_EVENTS = (on.Loaded, on.Progress, on.Filled, on.OutOfMemory, on.Unresponsive, on.Exited)
-MODEL_EVENTS = (on.Expire, on.Pin, on.Unpin, on.Inspected)
-REQUEST_EVENTS = (on.Acquire, on.Release, on.Cancel)
+POOL_EVENTS: frozenset[type] = frozenset((Sampled, Tick, Configure, Close))
+RUNNER_EVENTS = (Loaded, Progress, Filled, OutOfMemory, Unresponsive, Exited)
+MODEL_EVENTS = (Expire, Pin, Unpin, Inspected)
+REQUEST_EVENTS = (Acquire, Release, Cancel)
 # Where an event meets nothing but these, nothing else is possible.
 OF_A_RUNNER = (*(state.value for state in RunnerState if state not in (EXPIRING, RunnerState.unloaded)),
                "draining", "stopping", "ended", "gone")  # fmt: skip
@@ -41,7 +61,7 @@ class Coverage:
     preloads: int = 0  # granted; no command tells them apart
 
     def add(
-        self, situation: Situation, event: on.Event, commands: Sequence[Command], entries: Sequence[Entry], late: bool
+        self, situation: Situation, event: Event, commands: Sequence[Command], entries: Sequence[Entry], late: bool
     ) -> None:
         """Take in one step."""
         self.steps += 1
@@ -49,7 +69,7 @@ class Coverage:
         before = len(triples)
         decided = False
         for command in commands:
-            what: object = type(command.refusal) if isinstance(command, do.Reject) else type(command)
+            what: object = type(command.refusal) if isinstance(command, Reject) else type(command)
             triples[situation, kind, what] = triples.get((situation, kind, what), 0) + 1
             decided = True
         for entry in entries:
@@ -116,14 +136,14 @@ class Coverage:
     def kinds_never_seen(self) -> list[str]:
         """Return the kinds of events, commands and refusals that never came."""
         seen = {kind for _, kind, _ in self.triples} | {what for _, _, what in self.triples}
-        kinds = (*get_args(on.Event), *get_args(Command), *get_args(do.Refusal))
-        return [kind.__name__ for kind in kinds if kind not in seen and kind is not do.Reject]
+        kinds = (*get_args(Event), *get_args(Command), *get_args(Refusal))
+        return [kind.__name__ for kind in kinds if kind not in seen and kind is not Reject]
 
     def pairs_never_seen(self) -> list[str]:
         """Return which events of a runner never met which of its states, and which of a model's."""
         seen = self.pairs()
         expected = [(state, kind.__name__) for kind in RUNNER_EVENTS for state in OF_A_RUNNER]
-        expected += [(state, kind.__name__) for kind in (*MODEL_EVENTS, on.Acquire) for state in OF_A_RUNNER]
+        expected += [(state, kind.__name__) for kind in (*MODEL_EVENTS, Acquire) for state in OF_A_RUNNER]
         return [f"{kind} while {state}" for state, kind in expected if (state, kind) not in seen]
 
     def _request_fired(self, trigger: str, destination: RequestState, fired: set[object]) -> bool:
@@ -131,34 +151,34 @@ class Coverage:
             case "grant" if destination is RequestState.released:
                 return self.preloads > 0
             case "grant":
-                return do.Grant in fired
+                return Grant in fired
             case "reject":
-                return any(what in get_args(do.Refusal) and what is not do.Cancelled for what in fired)
+                return any(what in get_args(Refusal) and what is not Cancelled for what in fired)
             case "cancel":
-                return do.Cancelled in fired
+                return Cancelled in fired
             case "revoke":
-                return do.Revoke in fired
+                return Revoke in fired
             case _:
-                return any(situation == "granted" and kind is on.Release for situation, kind, _ in self.triples)
+                return any(situation == "granted" and kind is Release for situation, kind, _ in self.triples)
 
 
-def situation_of(core: Core, event: on.Event) -> Situation:
+def situation_of(core: Core, event: Event) -> Situation:
     """Return what an event is about to meet: the state of its runner, of its model's, or of its request."""
     pool = core.pool
     kind = type(event)
     if kind in POOL_EVENTS:
         return "closing" if pool.closing else "somebody waits" if pool.queued else "nobody waits"
     match event:
-        case on.Release(id) | on.Cancel(id):
+        case Release(id) | Cancel(id):
             request = pool.requests.get(id)
             return "unknown" if request is None else request.state.value
-        case on.Acquire(_, want) if not want.model:
+        case Acquire(_, want) if not want.model:
             return "memory"
-        case on.Claimed(number) | on.Contended(number):
+        case Claimed(number) | Contended(number):
             return "claimed" if number in pool.claims else "given up"
-        case on.Acquire() | on.Expire() | on.Pin() | on.Unpin() | on.Inspected():
-            return _of_model(core, event.want.model if isinstance(event, on.Acquire) else event.model)
-        case on.Loaded(id) | on.Progress(id) | on.Filled(id) | on.OutOfMemory(id) | on.Unresponsive(id) | on.Exited(id):
+        case Acquire() | Expire() | Pin() | Unpin() | Inspected():
+            return _of_model(core, event.want.model if isinstance(event, Acquire) else event.model)
+        case Loaded(id) | Progress(id) | Filled(id) | OutOfMemory(id) | Unresponsive(id) | Exited(id):
             runner = pool.runners.get(id)
             return "gone" if runner is None else _of_runner(runner)
         case _:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 
-from fsm import commands as do
-from fsm import events as on
 from fsm.actions import Actions
-from fsm.commands import Refusal
+from fsm.commands import LoadFailed, Refusal, Sample
+from fsm.events import Exited
 from fsm.model import DeviceId
 from fsm.pool import Model
 from fsm.request import RequestState
@@ -21,7 +20,7 @@ class Endings(Actions):
 
     __slots__ = ()
 
-    def exited(self, runner: Runner, event: on.Exited) -> None:
+    def exited(self, runner: Runner, event: Exited) -> None:
         """A process is gone, asked for or not: what that means depends on the state, and its memory is awaited."""
         reason = event.reason or f"its process exited with {event.code}"
         if runner.state is LOADING:
@@ -103,9 +102,9 @@ class Endings(Actions):
         )
         model.failures += 1
 
-    def load_failure(self, model: Model, *, out_of_memory: bool) -> do.LoadFailed:
+    def load_failure(self, model: Model, *, out_of_memory: bool) -> LoadFailed:
         retry_after_s = max(0.0, model.blocked_until - self.pool.now)
-        return do.LoadFailed(model.id, model.failure, retry_after_s, out_of_memory)
+        return LoadFailed(model.id, model.failure, retry_after_s, out_of_memory)
 
     def memory_to_come(self, runner: Runner) -> dict[DeviceId, int]:
         """Return what a GPU will have for us, by GPU, once a runner's memory is back: most of what it occupied."""
@@ -123,7 +122,7 @@ class Endings(Actions):
             return
         pool.samples += 1
         runner.last_sample = runner.last_sample or pool.samples
-        self.commands.append(do.Sample(pool.samples))
+        self.commands.append(Sample(pool.samples))
         wait_s = pool.limits.recovery_interval_s if runner.awaited else math.inf
         pool.timers.set(("memory", runner.id), min(runner.memory_by, pool.now + wait_s))
 

@@ -19,10 +19,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from enum import Enum
 
-from fsm import events as on
 from fsm.canonical import Canonical
 from fsm.commands import Command
 from fsm.core import Core
+from fsm.events import Event
 from fsm.eviction import Candidate
 from fsm.footprint import Footprint
 from fsm.judge import judge
@@ -58,7 +58,7 @@ class Step:
     """One step of a way: when, what happened, and what the core said to do."""
 
     now: float
-    event: on.Event
+    event: Event
     commands: tuple[Command, ...]
 
 
@@ -85,7 +85,7 @@ class Exploration:
 class _Broken(Exception):
     """Something does not hold in a state; with the event that showed it, and the oracle's choice."""
 
-    def __init__(self, what: str, state: int, event: on.Event | None = None, choice: int = 0) -> None:
+    def __init__(self, what: str, state: int, event: Event | None = None, choice: int = 0) -> None:
         super().__init__(what)
         self.what, self.state, self.event, self.choice = what, state, event, choice
 
@@ -114,7 +114,7 @@ class _Search:
         self.canonical = Canonical(kinds(scenario), configures=bool(scenario.configures))
         self.seen: dict[bytes, int] = {}
         self.parents = array("q")  # by state: the one it was first reached from
-        self.arrivals: list[tuple[on.Event, int] | None] = []  # by state: the event that led there, and the choice
+        self.arrivals: list[tuple[Event, int] | None] = []  # by state: the event that led there, and the choice
         self.depths = array("q")
         self.nexts = array("q")  # by state: where the world's order leads
         self.edges = 0
@@ -147,7 +147,7 @@ class _Search:
         begin(core, self.scenario)
         return core
 
-    def _see(self, key: bytes, parent: int, arrival: tuple[on.Event, int] | None) -> int:
+    def _see(self, key: bytes, parent: int, arrival: tuple[Event, int] | None) -> int:
         """Return the number of a state that was not seen before."""
         self.seen[key] = number = len(self.seen)
         self.parents.append(parent)
@@ -176,7 +176,7 @@ class _Search:
         if self.nexts[number] == UNKNOWN:  # the scenario has nobody do what comes next in order
             self.nexts[number] = self._come_back(number, core)
 
-    def _try(self, number: int, core: Core, event: on.Event, choice: int, past: Past) -> tuple[Core, list[Command]]:
+    def _try(self, number: int, core: Core, event: Event, choice: int, past: Past) -> tuple[Core, list[Command]]:
         after = core.copy()
         after.plans = []
         self.oracle.first, self.oracle.most = choice, 1
@@ -190,7 +190,7 @@ class _Search:
         after.plans = None
         return after, commands
 
-    def _leaves_nothing_undone(self, number: int, event: on.Event, choice: int, after: Core) -> None:
+    def _leaves_nothing_undone(self, number: int, event: Event, choice: int, after: Core) -> None:
         """See that nobody misses a change: a later event would plan anew, and hide that this one has not."""
         if undone := after.undone():
             raise _Broken(f"left undone: {_brief(undone[0])}", number, event, choice)
@@ -209,7 +209,7 @@ class _Search:
         if self.seen.get(self.canonical.key(after)) != number:
             raise _Broken("an event that came too late changed something", number, self._which(number, core, past))
 
-    def _which(self, number: int, core: Core, past: Past) -> on.Event | None:
+    def _which(self, number: int, core: Core, past: Past) -> Event | None:
         """Return the event that changed something, although it came too late."""
         for event in late(core, past):
             after = core.copy()
@@ -276,7 +276,7 @@ def _is_over(pool: Pool) -> bool:
     return not (pool.lines or pool.runners or pool.requests or pool.claims or pool.ledger.accounts)
 
 
-def _step(core: Core, event: on.Event) -> Step:
+def _step(core: Core, event: Event) -> Step:
     """Take a step of a way; what raises said nothing."""
     now = time_of(core, event)
     try:

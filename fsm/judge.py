@@ -10,10 +10,23 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 
-from fsm import commands as do
-from fsm import events as on
-from fsm.commands import Command
+from fsm.commands import Claim, Command, Finish, Grant, Launch, Prefetch, Reject, Revoke, Stop, Unclaim
 from fsm.core import Core
+from fsm.events import (
+    Acquire,
+    Cancel,
+    Close,
+    Configure,
+    Event,
+    Exited,
+    Expire,
+    Loaded,
+    OutOfMemory,
+    Release,
+    Sampled,
+    Tick,
+    Unresponsive,
+)
 from fsm.ledger import DeviceSample, Owner
 from fsm.model import HOST, DeviceId
 from fsm.pool import Pool
@@ -24,7 +37,7 @@ from fsm.runner import EXPIRING, IDLE, LOADING, Runner, RunnerId
 from fsm.world import Past
 
 
-def judge(before: Core, event: on.Event, commands: Sequence[Command], after: Core, past: Past) -> None:
+def judge(before: Core, event: Event, commands: Sequence[Command], after: Core, past: Past) -> None:
     """Raise AssertionError where a step was wrong; `after.plans` must have been empty, not None, before it."""
     was, now = before.pool, after.pool
     _answers(was, event, commands, now)
@@ -43,7 +56,7 @@ def judge(before: Core, event: on.Event, commands: Sequence[Command], after: Cor
         _bounded(after)
     see_promises_kept(before, event, commands, after)
     assert not after.finished or (now.closing and not now.runners), "finished, but not over"
-    over = now.closing and not now.runners and not isinstance(event, on.Tick)
+    over = now.closing and not now.runners and not isinstance(event, Tick)
     assert after.finished or before.finished or not over, "closed and empty, but not finished"
 
 
@@ -51,26 +64,26 @@ def _waiting(pool: Pool) -> set[int]:
     return {id for id, request in pool.requests.items() if request.state is RequestState.queued}
 
 
-def _answers(was: Pool, event: on.Event, commands: Sequence[Command], now: Pool) -> None:
+def _answers(was: Pool, event: Event, commands: Sequence[Command], now: Pool) -> None:
     """Everybody is answered once, and at once where what they want is there."""
     asked = _waiting(was)
-    if isinstance(event, on.Acquire) and event.request not in was.requests:
+    if isinstance(event, Acquire) and event.request not in was.requests:
         asked.add(event.request)
-    answered = [one.request for one in commands if isinstance(one, do.Grant | do.Reject)]
+    answered = [one.request for one in commands if isinstance(one, Grant | Reject)]
     assert sorted(answered) == sorted(asked - _waiting(now)), "a request is lost, or answered twice"
-    if isinstance(event, on.Cancel) and event.request in asked:
+    if isinstance(event, Cancel) and event.request in asked:
         assert event.request in answered, "who left is not answered"
-    if isinstance(event, on.Tick):
+    if isinstance(event, Tick):
         due = [id for (at, (kind, id)) in was.timers.items() if kind == "request" and at <= now.now]
         assert set(due) <= set(answered), "somebody waits beyond their time"
 
 
-def _one_more_load(was: Pool, event: on.Event, now: Pool) -> None:
+def _one_more_load(was: Pool, event: Event, now: Pool) -> None:
     """Whoever waited for a load that ran out of memory waits for one more at most.
 
     One that is of a smaller context is none for who named theirs.
     """
-    runner = was.runners.get(event.runner) if isinstance(event, on.Exited) and event.out_of_memory else None
+    runner = was.runners.get(event.runner) if isinstance(event, Exited) and event.out_of_memory else None
     if runner is not None and runner.state is LOADING:
         for request in [request for line in was.lines_for(runner) for request in line.requests.values()]:
             left = now.requests.get(request.id)
@@ -81,20 +94,20 @@ def _one_more_load(was: Pool, event: on.Event, now: Pool) -> None:
             assert left is None or smaller or now.models[runner.model].alone, "the next load may not be alone"
 
 
-def _leases(was: Pool, event: on.Event, commands: Sequence[Command], now: Pool) -> None:
+def _leases(was: Pool, event: Event, commands: Sequence[Command], now: Pool) -> None:
     """A lease ends with its release, or is taken back, and its holder told, where its runner is of no more use."""
-    revoked = {one.request for one in commands if isinstance(one, do.Revoke)}
+    revoked = {one.request for one in commands if isinstance(one, Revoke)}
     for runner in was.runners.values():
         left = now.runners[runner.id].leases if runner.id in now.runners else set()
         for lease in runner.leases - left:
-            given = isinstance(event, on.Release | on.Cancel) and event.request == lease
+            given = isinstance(event, Release | Cancel) and event.request == lease
             assert given or lease in revoked, "a lease is lost, and nobody told"
-            useless = isinstance(event, on.Exited | on.Unresponsive) and event.runner == runner.id
-            closing = now.closing and isinstance(event, on.Tick)
+            useless = isinstance(event, Exited | Unresponsive) and event.runner == runner.id
+            closing = now.closing and isinstance(event, Tick)
             assert given or useless or closing, "a lease is taken back in use"
 
 
-def _for_us(was: Pool, event: on.Sampled, sample: DeviceSample) -> int:
+def _for_us(was: Pool, event: Sampled, sample: DeviceSample) -> int:
     """Return what a reading says that a device has for all of us: free, or occupied by us."""
     seen: dict[Owner, dict[DeviceId, int]] = {("runner", id): dict(amounts) for id, amounts in event.resident}
     taken = [
@@ -104,22 +117,22 @@ def _for_us(was: Pool, event: on.Sampled, sample: DeviceSample) -> int:
     return sample.free_bytes + sum(taken)
 
 
-def _lives(was: Pool, event: on.Event, now: Pool) -> None:
+def _lives(was: Pool, event: Event, now: Pool) -> None:
     """A process is gone when it says so, and nobody else; a runner is unloaded once its memory is back."""
     for runner in was.runners.values():
-        own_end = isinstance(event, on.Exited) and event.runner == runner.id
+        own_end = isinstance(event, Exited) and event.runner == runner.id
         after = now.runners.get(runner.id)
         if runner.process:
             assert own_end or (after is not None and after.process), "another's end is taken for its own"
             assert not own_end or after is None or not after.process, "its end is not noted"
-        elif after is None and isinstance(event, on.Sampled):
+        elif after is None and isinstance(event, Sampled):
             assert event.number >= runner.last_sample, "judged by a reading from before its process went"
             for_us = {sample.id: _for_us(was, event, sample) for sample in event.devices if sample.fresh}
             back = all(for_us.get(gpu, math.inf) >= awaited for gpu, awaited in runner.awaited.items())
             assert back, "unloaded, although its memory is not back"
 
 
-def _given_up(was: Pool, event: on.Event, commands: Sequence[Command], after: Core) -> None:
+def _given_up(was: Pool, event: Event, commands: Sequence[Command], after: Core) -> None:
     """A runner goes for a reason of its own, or as the victim of somebody who may have it."""
     now = after.pool
     victims = {id for plan in after.plans or () for id in plan.victims}
@@ -128,34 +141,34 @@ def _given_up(was: Pool, event: on.Event, commands: Sequence[Command], after: Co
         if not runner.current or (left is not None and left.current):
             continue
         if runner.id in victims:
-            given = {event.request} if isinstance(event, on.Release | on.Cancel) else set()
+            given = {event.request} if isinstance(event, Release | Cancel) else set()
             _may_be_victim(was, runner, commands, now, in_use=bool(runner.leases - given))
         else:
             assert _has_reason(was, runner, event, now), f"{runner.model} is given up for nothing"
 
 
-def _has_reason(was: Pool, runner: Runner, event: on.Event, now: Pool) -> bool:
+def _has_reason(was: Pool, runner: Runner, event: Event, now: Pool) -> bool:
     pinned = was.models[runner.model].pinned
     unwanted = runner.state is LOADING and not now.lines_for(runner)
     match event:
-        case on.Exited(id) | on.Unresponsive(id):
+        case Exited(id) | Unresponsive(id):
             return id == runner.id
-        case on.Expire(model):
+        case Expire(model):
             return model == runner.model
-        case on.Loaded(id):
+        case Loaded(id):
             return id == runner.id and runner.expire_when_served
-        case on.Release(request) | on.Cancel(request):
+        case Release(request) | Cancel(request):
             last = runner.leases == {request} and runner.keep_alive_s <= 0 and not pinned
             return last or unwanted
-        case on.Tick():
+        case Tick():
             timers = {key for at, key in was.timers.items() if at <= now.now}
             over = runner.state is IDLE and ("keep-alive", runner.id) in timers
             return over or ("load", runner.id) in timers or unwanted
-        case on.Configure():
+        case Configure():
             return runner.keeps_default and runner.state is IDLE and not pinned
-        case on.OutOfMemory(id):
+        case OutOfMemory(id):
             return was.runners[id].loaded_at is not None
-        case on.Close():
+        case Close():
             return True
         case _:
             return False
@@ -163,7 +176,7 @@ def _has_reason(was: Pool, runner: Runner, event: on.Event, now: Pool) -> bool:
 
 def _may_be_victim(was: Pool, runner: Runner, commands: Sequence[Command], now: Pool, *, in_use: bool) -> None:
     waiting = [request for line in now.lines.values() for request in line.requests.values()]
-    granted = any(isinstance(one, do.Grant) and one.runner is None for one in commands)
+    granted = any(isinstance(one, Grant) and one.runner is None for one in commands)
     full = was.overfull() or now.overfull()
     assert waiting or granted or full, f"{runner.model} is given up for nobody"
     assert not now.models[runner.model].pinned, f"{runner.model} is pinned, and given up for others"
@@ -177,27 +190,27 @@ def _may_be_victim(was: Pool, runner: Runner, commands: Sequence[Command], now: 
     assert not in_use or overdue or granted, f"{runner.model} is given up in use"
 
 
-def _told(before: Core, event: on.Event, command: Command, now: Pool, past: Past) -> None:
+def _told(before: Core, event: Event, command: Command, now: Pool, past: Past) -> None:
     was = before.pool
     match command:
-        case do.Grant(request, int(id)):
+        case Grant(request, int(id)):
             runner = now.runners[RunnerId(id)]
             held = now.requests.get(request)
             assert runner.loaded_at is not None, "granted what does not serve"
             assert held is None or request in runner.leases, "granted, but not held"
             earlier = was.runners.get(RunnerId(id))
             assert earlier is None or earlier.current, "granted what is on its way out"
-        case do.Stop(id):
+        case Stop(id):
             assert id not in now.runners or not now.runners[id].leases, "stopped in use"
             assert id not in was.runners or not was.runners[id].stopping, "stopped twice"
-        case do.Launch(id):
+        case Launch(id):
             assert id > past.runners, "an id is used again"
             assert not now.closing, "launched after the close"
             _room_to_start(now, now.runners[id])
             _alone_where_it_must(was, now, now.runners[id])
-        case do.Revoke(request):
+        case Revoke(request):
             assert request not in now.requests, "taken back, but held"
-        case do.Finish():
+        case Finish():
             assert not before.finished, "finished twice"
         case _:
             pass
@@ -232,15 +245,15 @@ def _claims(was: Pool, commands: Sequence[Command], now: Pool) -> None:
     def open_in(pool: Pool) -> Counter[int]:
         return Counter([*pool.claims, *(runner.claim for runner in pool.runners.values() if runner.claim)])
 
-    made = Counter(command.number for command in commands if isinstance(command, do.Claim))
-    ended = Counter(command.number for command in commands if isinstance(command, do.Unclaim))
+    made = Counter(command.number for command in commands if isinstance(command, Claim))
+    ended = Counter(command.number for command in commands if isinstance(command, Unclaim))
     left = open_in(was) + made
     assert left - ended == open_in(now) and ended <= left, "a claim is lost, or given back twice"
 
 
 def _read_ahead(was: Pool, commands: Sequence[Command], now: Pool) -> None:
     """What is read ahead is said when it changes, and leaves alone what is promised, mapped, or others' to fill."""
-    said = [command.files for command in commands if isinstance(command, do.Prefetch)]
+    said = [command.files for command in commands if isinstance(command, Prefetch)]
     assert said == ([now.prefetching] if now.prefetching != was.prefetching else []), "it is not as it was said"
     before, spare = dict(was.prefetching), spare_bytes(now.ledger)
     for files in said:

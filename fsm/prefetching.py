@@ -12,8 +12,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from fsm import commands as do
 from fsm.actions import Actions
+from fsm.commands import Prefetch
 from fsm.ledger import Ledger
 from fsm.model import HOST, MIB, ModelInfo
 from fsm.plan import Plan
@@ -46,7 +46,7 @@ def read_ahead(act: Actions, plan: Plan | None) -> None:
             act.decide("prefetched", model, f"{amount / MIB:.1f} MiB of its files while it waits", line.head.id)
     if (said := tuple(files.items())) != pool.prefetching:
         pool.prefetching = said
-        act.commands.append(do.Prefetch(said))
+        act.commands.append(Prefetch(said))
 
 
 def spare_bytes(ledger: Ledger) -> int:

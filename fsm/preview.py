@@ -9,10 +9,9 @@ from itertools import chain
 from operator import le
 from typing import assert_never
 
-from fsm import commands as do
-from fsm import events as on
-from fsm.commands import Refusal
+from fsm.commands import DoesNotFit, Grant, Refusal, Reject
 from fsm.core import Core
+from fsm.events import Acquire, Inspected, Tick
 from fsm.eviction import Candidate
 from fsm.footprint import Footprint, Part, parts
 from fsm.model import HOST, Amounts, DeviceId, ModelInfo, Options
@@ -84,19 +83,19 @@ def preview(now: float, core: Core, want: Want, info: ModelInfo | Footprint, kno
     scratch = core.copy()
     pool, scratch.plans = scratch.pool, []
     pool.limits = replace(pool.limits, claims=False)  # what other programs do at this moment is no part of the answer
-    scratch.step(now, on.Tick())
+    scratch.step(now, Tick())
     scratch.plans.clear()
     request = RequestId(max(pool.requests, default=0) + 1)
-    commands = scratch.step(now, on.Acquire(request, want))
+    commands = scratch.step(now, Acquire(request, want))
     if (model := pool.models.get(want.model)) is not None and model.inspecting:
-        commands += scratch.step(now, on.Inspected(want.model, info, known))
+        commands += scratch.step(now, Inspected(want.model, info, known))
     for command in commands:
         match command:
-            case do.Grant(answered, runner) if answered == request and runner is not None:
+            case Grant(answered, runner) if answered == request and runner is not None:
                 return _served(pool, want, pool.runners[runner], Outcome.warm)
-            case do.Reject(answered, do.DoesNotFit() as refusal) if answered == request:
+            case Reject(answered, DoesNotFit() as refusal) if answered == request:
                 return replace(_planned(pool, want, scratch.plans, Outcome.never), refusal=refusal)
-            case do.Reject(answered, refusal) if answered == request:
+            case Reject(answered, refusal) if answered == request:
                 return Preview(Outcome.refused, want.options, refusal=refusal)
             case _:
                 pass

@@ -9,10 +9,23 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Sequence
 
-from fsm import commands as do
-from fsm import events as on
-from fsm.commands import Command
+from fsm.commands import Ask, Command, Grant, Launch, Reject
 from fsm.core import Core
+from fsm.events import (
+    Acquire,
+    Cancel,
+    Configure,
+    Event,
+    Exited,
+    Expire,
+    Loaded,
+    OutOfMemory,
+    Pin,
+    Progress,
+    Release,
+    Tick,
+    Unpin,
+)
 from fsm.footprint import Footprint
 from fsm.ledger import Owner
 from fsm.limits import USE_PER_LOAD
@@ -23,7 +36,7 @@ from fsm.request import ModelId, Purpose, Request, RequestId
 from fsm.runner import EXPIRING, IDLE, LOADING, READY, Runner, RunnerId
 
 
-def see_promises_kept(before: Core, event: on.Event, commands: Sequence[Command], after: Core) -> None:
+def see_promises_kept(before: Core, event: Event, commands: Sequence[Command], after: Core) -> None:
     """Raise AssertionError where a step breaks a promise; `after.plans` are those of the step."""
     was, now = before.pool, after.pool
     if after.plans:
@@ -31,24 +44,24 @@ def see_promises_kept(before: Core, event: on.Event, commands: Sequence[Command]
         see_that_plans_are_fair(after, commands)
     _granted_in_turn(was, commands)
     _has_what_it_loads_on(was, event, commands, now)
-    if isinstance(event, on.Acquire):
+    if isinstance(event, Acquire):
         assert now.queued <= max(now.limits.max_queue, was.queued), "more wait than may"
     for runner in now.runners.values():
         if runner.current:
             _keep_alive(was, event, commands, now, runner)
-    if isinstance(event, on.Release | on.Cancel):
+    if isinstance(event, Release | Cancel):
         assert event.request not in now.requests, "given back, but held"
     match event:
-        case on.Loaded(id) if id in was.runners and was.runners[id].state is LOADING:
+        case Loaded(id) if id in was.runners and was.runners[id].state is LOADING:
             _loaded(was.runners[id], now)
-        case on.Expire(model):
+        case Expire(model):
             _asked_to_leave(was, model, now)
-        case on.OutOfMemory(id) | on.Exited(id) if isinstance(event, on.OutOfMemory) or event.out_of_memory:
+        case OutOfMemory(id) | Exited(id) if isinstance(event, OutOfMemory) or event.out_of_memory:
             _ran_out(was, id, now)
-        case on.Progress(id) if id in was.runners and was.runners[id].state is LOADING:
+        case Progress(id) if id in was.runners and was.runners[id].state is LOADING:
             due_at = now.timers.at(("load", id))
             assert due_at == now.now + now.limits.load_timeout_s, "a load that is alive is not given more time"
-        case on.Cancel() | on.Tick():
+        case Cancel() | Tick():
             _abandoned(was, commands, now)
         case _:
             pass
@@ -83,7 +96,7 @@ def _granted_in_turn(was: Pool, commands: Sequence[Command]) -> None:
     """Who waited for one runner is served in the order in which they came, those who want no lease last."""
     granted: dict[int | None, list[tuple[bool, float, RequestId]]] = {}
     for one in commands:
-        if isinstance(one, do.Grant) and (request := was.requests.get(one.request)) is not None:
+        if isinstance(one, Grant) and (request := was.requests.get(one.request)) is not None:
             last = request.want.purpose is not Purpose.lease
             granted.setdefault(one.runner, []).append((last, request.queued_at, request.id))
     for order in granted.values():
@@ -104,8 +117,8 @@ def _nobody_is_overtaken(after: Core, commands: Sequence[Command]) -> None:
     enough then without what was just taken, it still does.
     """
     pool = after.pool
-    started = [one.runner for one in commands if isinstance(one, do.Launch)]
-    granted = [one.request for one in commands if isinstance(one, do.Grant) and one.runner is None]
+    started = [one.runner for one in commands if isinstance(one, Launch)]
+    granted = [one.request for one in commands if isinstance(one, Grant) and one.runner is None]
     if not pool.lines or not after.plans or not (started or granted):
         return
     first = _first_without(after, {pool.runners[id].model for id in started if id in pool.runners})
@@ -173,26 +186,26 @@ def _victim_of_one(after: Core) -> None:
                 counted.add(victim.runner)
 
 
-def _has_what_it_loads_on(was: Pool, event: on.Event, commands: Sequence[Command], now: Pool) -> None:
+def _has_what_it_loads_on(was: Pool, event: Event, commands: Sequence[Command], now: Pool) -> None:
     """A load begins when all its devices are claimed for it, or when the wait for that is over."""
     for command in commands if now.limits.claims else ():
-        if isinstance(command, do.Launch):
+        if isinstance(command, Launch):
             runner = now.runners[command.runner]
             devices = {device for device, amount in runner.placement.bytes if amount}
             claimed = was.claims[runner.claim].devices if runner.claim else frozenset()
-            assert devices <= claimed or isinstance(event, on.Tick), "launched on devices that are not all claimed"
+            assert devices <= claimed or isinstance(event, Tick), "launched on devices that are not all claimed"
 
 
 # -- how long runners stay --------------------------------------------------------------------------------------------
 
 
-def _keep_alive(was: Pool, event: on.Event, commands: Sequence[Command], now: Pool, runner: Runner) -> None:
+def _keep_alive(was: Pool, event: Event, commands: Sequence[Command], now: Pool, runner: Runner) -> None:
     """A runner rests for as long as was named last, from its last use on."""
     earlier = was.runners.get(runner.id)
-    grants = [one.request for one in commands if isinstance(one, do.Grant) and one.runner == runner.id]
+    grants = [one.request for one in commands if isinstance(one, Grant) and one.runner == runner.id]
     named = [_named(was, event, request) for request in grants]
     last = next((keep_alive_s for keep_alive_s in reversed(named) if keep_alive_s is not None), None)
-    said = event.keep_alive_s if isinstance(event, on.Configure) else None
+    said = event.keep_alive_s if isinstance(event, Configure) else None
     if last is not None:
         expected = {last}
     elif earlier is None:
@@ -205,7 +218,7 @@ def _keep_alive(was: Pool, event: on.Event, commands: Sequence[Command], now: Po
     if runner.state is not IDLE:
         return
     expires_at, pinned = now.timers.at(("keep-alive", runner.id)), now.models[runner.model].pinned
-    if isinstance(event, on.Release | on.Cancel) and earlier is not None and earlier.state is READY:
+    if isinstance(event, Release | Cancel) and earlier is not None and earlier.state is READY:
         assert pinned or runner.keep_alive_s > 0, f"{runner.model} rests, although it is not to be kept"
     if pinned:
         assert expires_at == math.inf, f"{runner.model} is pinned, and rests for a time"
@@ -215,15 +228,15 @@ def _keep_alive(was: Pool, event: on.Event, commands: Sequence[Command], now: Po
         assert expires_at == was.timers.at(("keep-alive", runner.id)), f"{runner.model} rests anew, and nobody used it"
 
 
-def _named(was: Pool, event: on.Event, id: RequestId) -> float | None:
+def _named(was: Pool, event: Event, id: RequestId) -> float | None:
     """Return the keep-alive that a request named."""
-    if isinstance(event, on.Acquire) and event.request == id:
+    if isinstance(event, Acquire) and event.request == id:
         return event.keep_alive_s
     return was.requests[id].keep_alive_s
 
 
-def _pins(event: on.Event, runner: Runner) -> bool:
-    return isinstance(event, on.Pin | on.Unpin) and event.model == runner.model
+def _pins(event: Event, runner: Runner) -> bool:
+    return isinstance(event, Pin | Unpin) and event.model == runner.model
 
 
 def _loaded(earlier: Runner, now: Pool) -> None:
@@ -259,7 +272,7 @@ def _ran_out(was: Pool, id: RunnerId, now: Pool) -> None:
 def _abandoned(was: Pool, commands: Sequence[Command], now: Pool) -> None:
     """A load that nobody waits for any more goes on, but not where it would not be kept."""
     for one in commands:
-        request = was.requests.get(one.request) if isinstance(one, do.Reject) else None
+        request = was.requests.get(one.request) if isinstance(one, Reject) else None
         model = now.models.get(request.want.model) if request is not None else None
         if request is None or model is None or model.current is None or model.pinned:
             continue
@@ -275,7 +288,7 @@ def _abandoned(was: Pool, commands: Sequence[Command], now: Pool) -> None:
 def _asked_first(was: Pool, commands: Sequence[Command], after: Core) -> None:
     """The holders of what is given up for others are told so, once."""
     now = after.pool
-    said = [request for one in commands if isinstance(one, do.Ask) for request in one.requests]
+    said = [request for one in commands if isinstance(one, Ask) for request in one.requests]
     assert len(said) == len(set(said)), "somebody is told twice that others wait"
     assert not any(was.requests[id].asked for id in said if id in was.requests), (
         "somebody is told again that others wait"

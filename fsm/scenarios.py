@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-from fsm import events as on
+from fsm.events import Configure
 from fsm.footprint import Footprint
 from fsm.limits import Limits
 from fsm.model import HOST, MIB, DeviceId, ModelInfo, Options
@@ -145,8 +145,8 @@ SCENARIOS: tuple[Scenario, ...] = (
         "configure", "limits that are changed while everything runs, and a queue of one place",
         HOST_8, ((A, _on_host(4)), (B, _on_host(4))), EITHER, 3, 50_000, LIMITS, expires=False, closes=False,
         configures=(
-            on.Configure(max_queue=1, max_runners=1), on.Configure(max_queue=2, max_runners=2),
-            on.Configure(keep_alive_s=70.0), on.Configure(keep_alive_s=0.0),
+            Configure(max_queue=1, max_runners=1), Configure(max_queue=2, max_runners=2),
+            Configure(keep_alive_s=70.0), Configure(keep_alive_s=0.0),
         ),
     ),
     Scenario(

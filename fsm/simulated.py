@@ -12,16 +12,53 @@ from dataclasses import dataclass, field, replace
 from heapq import heappop, heappush
 from random import Random
 
-from fsm import commands as do
-from fsm import events as on
-from fsm.commands import Command
+from fsm.commands import (
+    Ask,
+    Claim,
+    Command,
+    Finish,
+    Grant,
+    Inspect,
+    InvalidModel,
+    Launch,
+    ModelNotFound,
+    Prefetch,
+    Reject,
+    Remember,
+    Revoke,
+    Sample,
+    Stop,
+    Unclaim,
+)
+from fsm.events import (
+    Acquire,
+    Cancel,
+    Claimed,
+    Close,
+    Configure,
+    Contended,
+    Event,
+    Exited,
+    Expire,
+    Filled,
+    Inspected,
+    Loaded,
+    OutOfMemory,
+    Pin,
+    Progress,
+    Release,
+    Resident,
+    Sampled,
+    Unpin,
+    Unresponsive,
+)
 from fsm.ledger import DeviceSample
 from fsm.model import HOST, DeviceId
 from fsm.request import ModelId, Purpose, RequestId
 from fsm.runner import RunnerId
 from fsm.scene import INTEGRATED, Info, Scene, draw_info
 
-Thunk = Callable[[], on.Event | None]
+Thunk = Callable[[], Event | None]
 
 SLOWER = 30  # a slow load takes so many times as long
 LONGER = 20  # who forgets holds a lease so many times as long
@@ -34,8 +71,8 @@ CRASHED, KILLED = -11, -9
 # What may come once more. An Acquire is not: its id would be used again once it is over.
 REPEATABLE = frozenset(
     (
-        on.Cancel, on.Release, on.Inspected, on.Progress, on.Loaded, on.Filled, on.OutOfMemory, on.Unresponsive,
-        on.Exited, on.Sampled, on.Contended, on.Claimed, on.Close,
+        Cancel, Release, Inspected, Progress, Loaded, Filled, OutOfMemory, Unresponsive,
+        Exited, Sampled, Contended, Claimed, Close,
     )
 )  # fmt: skip
 
@@ -44,13 +81,13 @@ REPEATABLE = frozenset(
 class Process:
     """One that was launched and has not ended."""
 
-    launch: do.Launch
+    launch: Launch
     takes: dict[DeviceId, int]  # bytes, once it is loaded
     begun: float
     load_s: float  # infinite: it hangs
     loaded: bool = False
 
-    def resident(self, now: float) -> on.Resident:
+    def resident(self, now: float) -> Resident:
         """Return what it occupies: while it loads, more with time."""
         if self.loaded:
             return tuple(self.takes.items())
@@ -106,40 +143,40 @@ class World:
         """Return when something happens next."""
         return self.heap[0][0]
 
-    def next_event(self) -> on.Event | None:
+    def next_event(self) -> Event | None:
         """Let what is next happen; return what the core is to be told of it, if anything."""
         at, _, thunk = heappop(self.heap)
         self.now = max(self.now, at)
         event = thunk()
         if event is not None and type(event) in REPEATABLE and self._happens(self.scene.faults.duplicate):
-            delay_s = 0.0 if isinstance(event, on.Sampled) else self._about(self.draw.choice((0.1, 5.0, 100.0)))
+            delay_s = 0.0 if isinstance(event, Sampled) else self._about(self.draw.choice((0.1, 5.0, 100.0)))
             self.after(delay_s, lambda: event)
         return event
 
     def perform(self, command: Command) -> None:
         """Carry out what the core said to do: what comes of it comes later."""
         match command:
-            case do.Grant(id, runner):
+            case Grant(id, runner):
                 self._granted(id)
-            case do.Reject(id) | do.Revoke(id):
+            case Reject(id) | Revoke(id):
                 self.asked.pop(id, None)
-            case do.Launch():
+            case Launch():
                 self._launch(command)
-            case do.Stop(runner):
+            case Stop(runner):
                 late = self._happens(self.scene.faults.stuck)
                 self.after(self._about(LONG_S / 2 if late else 0.3), lambda: self._exit(runner, 0))
-            case do.Sample(number):
+            case Sample(number):
                 self.wanted = number
                 self.after(self._about(0.05), lambda: self._read(number))
-            case do.Inspect(model):
+            case Inspect(model):
                 self.after(self._about(0.05), lambda: self._inspect(model))
-            case do.Claim(number):
+            case Claim(number):
                 self._claim(number)
-            case do.Ask(_, requests):
+            case Ask(_, requests):
                 for id in requests:
                     if self.draw.random() < 0.3:
                         self.after(self._about(0.1), lambda id=id: self._give_back(id))  # type: ignore[misc]  # binds now
-            case do.Unclaim() | do.Prefetch() | do.Remember() | do.Finish():
+            case Unclaim() | Prefetch() | Remember() | Finish():
                 pass
 
     def _happens(self, rate: float) -> bool:
@@ -150,7 +187,7 @@ class World:
 
     # -- clients ------------------------------------------------------------------------------------------------------
 
-    def _client(self) -> on.Event | None:
+    def _client(self) -> Event | None:
         """Somebody asks, or meddles."""
         faults = self.scene.faults
         self.after(self._about(self.scene.arrival_s), self._client)
@@ -160,10 +197,10 @@ class World:
         if self._happens(faults.meddles / 4):
             return self._meddle()
         if self._happens(faults.closes / 100):
-            return on.Close(self.draw.choice((0.0, 5.0, 30.0)))
+            return Close(self.draw.choice((0.0, 5.0, 30.0)))
         return self._ask()
 
-    def _ask(self) -> on.Event:
+    def _ask(self) -> Event:
         scene, draw = self.scene, self.draw
         self.requests += 1
         id = RequestId(self.requests)
@@ -171,7 +208,7 @@ class World:
         self.asked[id] = want.purpose
         if self._happens(scene.faults.cancels):
             self.after(self._about(draw.choice((0.01, 1.0, 60.0))), lambda: self._leave(id))
-        event = on.Acquire(id, want, draw.choice(scene.keep_alives_s), draw.choice(scene.timeouts_s))
+        event = Acquire(id, want, draw.choice(scene.keep_alives_s), draw.choice(scene.timeouts_s))
         if self._happens(scene.faults.duplicate):
             self.after(self._about(1.0), lambda: event if id in self.asked else None)
         return event
@@ -187,38 +224,38 @@ class World:
         if self._happens(faults.twice):
             self.after(hold_s + self._about(1.0), lambda: self._give_back(id))
 
-    def _give_back(self, id: RequestId) -> on.Event:
+    def _give_back(self, id: RequestId) -> Event:
         self.asked.pop(id, None)
-        return on.Release(id)
+        return Release(id)
 
-    def _leave(self, id: RequestId) -> on.Event:
+    def _leave(self, id: RequestId) -> Event:
         self.asked.pop(id, None)
-        return on.Cancel(id)
+        return Cancel(id)
 
-    def _meddle(self) -> on.Event:
+    def _meddle(self) -> Event:
         draw = self.draw
         model = draw.choice(self.scene.models)[0]
         match draw.randrange(6):
             case 0:
-                self.after(self._about(30.0), lambda: on.Unpin(model))
-                return on.Pin(model)
+                self.after(self._about(30.0), lambda: Unpin(model))
+                return Pin(model)
             case 1:
                 keep_alive_s = draw.choice((None, None, 0.0, 20.0))
-                return on.Configure(draw.choice((None, 2, 9)), draw.choice((None, 0, 1, 3)), keep_alive_s)
+                return Configure(draw.choice((None, 2, 9)), draw.choice((None, 0, 1, 3)), keep_alive_s)
             case 2 | 3:
                 return self._stray()
             case _:
-                return on.Expire(model)
+                return Expire(model)
 
-    def _stray(self) -> on.Event:
+    def _stray(self) -> Event:
         """A word about one of the last runners that nobody expects."""
         id = RunnerId(max(1, self.launched - self.draw.randrange(4)))
-        kinds = (on.Progress(id), on.Filled(id), on.OutOfMemory(id), on.Unresponsive(id, "a stray"))
+        kinds = (Progress(id), Filled(id), OutOfMemory(id), Unresponsive(id, "a stray"))
         return self.draw.choice(kinds)
 
     # -- processes ----------------------------------------------------------------------------------------------------
 
-    def _launch(self, launch: do.Launch) -> None:
+    def _launch(self, launch: Launch) -> None:
         faults, id = self.scene.faults, launch.runner
         self.launched = id
         load_s = self._about(self.scene.load_s) + 0.01
@@ -231,25 +268,25 @@ class World:
         if self._happens(faults.hung_load):
             process.load_s = float("inf")
             if self.draw.random() < 0.3:
-                self.after(self._about(10.0), lambda: on.Unresponsive(id, "it does not answer"))
+                self.after(self._about(10.0), lambda: Unresponsive(id, "it does not answer"))
         elif self._happens(faults.failed_load):
             code = self.draw.choice((1, None))
             self.after(process.load_s, lambda: self._exit(id, code))
         elif self._happens(faults.full_load):
             if self.draw.random() < 0.5:
-                self.after(process.load_s / 2, lambda: on.OutOfMemory(id))
+                self.after(process.load_s / 2, lambda: OutOfMemory(id))
             self.after(process.load_s, lambda: self._exit(id, KILLED, full=True))
         else:
             self.after(process.load_s, lambda: self._loaded(process))
 
-    def _progress(self, process: Process) -> on.Event | None:
+    def _progress(self, process: Process) -> Event | None:
         id = process.launch.runner
         if process.loaded or id not in self.processes or process.load_s == float("inf"):  # what hangs shows nothing
             return None
         self.after(10.0, lambda: self._progress(process))
-        return on.Progress(id)
+        return Progress(id)
 
-    def _loaded(self, process: Process) -> on.Event | None:
+    def _loaded(self, process: Process) -> Event | None:
         id, faults, draw = process.launch.runner, self.scene.faults, self.draw
         if id not in self.processes:
             return None
@@ -257,24 +294,24 @@ class World:
         if self._happens(faults.crash):
             self.after(self._about(LIFE_S), lambda: self._exit(id, CRASHED))
         if self._happens(faults.hang):
-            self.after(self._about(LIFE_S), lambda: self._said(on.Unresponsive(id, "it does not answer")))
+            self.after(self._about(LIFE_S), lambda: self._said(Unresponsive(id, "it does not answer")))
         if self._happens(faults.full):
-            self.after(self._about(LIFE_S), lambda: self._said(on.OutOfMemory(id)))
+            self.after(self._about(LIFE_S), lambda: self._said(OutOfMemory(id)))
         if draw.random() < 0.5:
             to_come = (
                 tuple((device, size // 8) for device, size in process.takes.items()) if draw.random() < 0.5 else ()
             )
-            self.after(self._about(20.0), lambda: self._said(on.Filled(id, to_come)))
+            self.after(self._about(20.0), lambda: self._said(Filled(id, to_come)))
         told = process.launch.options.num_ctx
         context = told // 2 if told is not None and draw.random() < 0.05 else None
         resident = tuple(process.takes.items()) if draw.random() < 0.8 else ()
         mapped = int(process.takes.get(HOST, 0) * draw.random() / 2) if resident else 0
-        return on.Loaded(id, context, resident, mapped)
+        return Loaded(id, context, resident, mapped)
 
-    def _said(self, event: on.Unresponsive | on.OutOfMemory | on.Filled) -> on.Event | None:
+    def _said(self, event: Unresponsive | OutOfMemory | Filled) -> Event | None:
         return event if event.runner in self.processes else None
 
-    def _exit(self, id: RunnerId, code: int | None, *, full: bool = False) -> on.Event | None:
+    def _exit(self, id: RunnerId, code: int | None, *, full: bool = False) -> Event | None:
         process = self.processes.pop(id, None)
         if process is None:
             return None
@@ -283,23 +320,23 @@ class World:
             self.ghosts.append(Ghost(self.now + self._about(5.0), amounts))
         if self._happens(self.scene.faults.memory_lost / 4):
             self.ghosts.append(Ghost(self.now + LOST_S, amounts))
-        return on.Exited(id, code, "", full)
+        return Exited(id, code, "", full)
 
     # -- files and other programs -------------------------------------------------------------------------------------
 
-    def _inspect(self, model: ModelId) -> on.Event | None:
+    def _inspect(self, model: ModelId) -> Event | None:
         """Have the devices read, and then the file."""
         faults = self.scene.faults
-        outcome: Info | do.ModelNotFound | do.InvalidModel
+        outcome: Info | ModelNotFound | InvalidModel
         if self._happens(faults.changed / 4):
             self.files[model] = draw_info(self.draw, self.scene.devices)
         outcome = self.files[model]
         if self._happens(faults.bad / 2):
-            outcome = do.InvalidModel(model, "cut short", 4)
+            outcome = InvalidModel(model, "cut short", 4)
         if self._happens(faults.gone / 2):
-            outcome = do.ModelNotFound(model)
+            outcome = ModelNotFound(model)
         self._read(self.wanted)
-        inspected = on.Inspected(model, outcome)
+        inspected = Inspected(model, outcome)
         self.after(self.posted_at - self.now, lambda: inspected)
         return None
 
@@ -307,19 +344,19 @@ class World:
         faults = self.scene.faults
         wait_s = self._about(0.1)
         if self._happens(faults.contended):
-            self.after(0.01, lambda: on.Contended(number))
+            self.after(0.01, lambda: Contended(number))
             wait_s = self._about(40.0)
         if not self._happens(faults.unclaimable):
             self.after(wait_s, lambda: self._claimed(number))
 
-    def _claimed(self, number: int) -> on.Event | None:
+    def _claimed(self, number: int) -> Event | None:
         self._read(self.wanted)
-        self.after(self.posted_at - self.now, lambda: on.Claimed(number))
+        self.after(self.posted_at - self.now, lambda: Claimed(number))
         return None
 
     # -- devices ------------------------------------------------------------------------------------------------------
 
-    def _look(self) -> on.Event | None:
+    def _look(self) -> Event | None:
         self.after(self.scene.look_s, self._look)
         self._read(self.wanted)
         return None
@@ -330,7 +367,7 @@ class World:
         self.posted_at = max(self.posted_at, self.now + self._about(0.02))
         self.after(self.posted_at - self.now, lambda: sampled)
 
-    def _sampled(self, number: int) -> on.Sampled:
+    def _sampled(self, number: int) -> Sampled:
         now = self.now
         if self.ghosts:
             self.ghosts = [ghost for ghost in self.ghosts if ghost.until > now]
@@ -354,7 +391,7 @@ class World:
             devices.append(sample)
         measured = tuple(entry for entry in resident if entry[1])
         mapped = tuple((id, held[0][1] // 3) for id, held in measured if held[0][0] == HOST)
-        return on.Sampled(tuple(devices), measured, max(number, 0), mapped)
+        return Sampled(tuple(devices), measured, max(number, 0), mapped)
 
     def _change_devices(self) -> None:
         """Other programs come and go, and so do devices."""

@@ -14,11 +14,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from random import Random
 
-from fsm import events as on
 from fsm.audit import Audit
 from fsm.commands import Command
 from fsm.core import Core
 from fsm.coverage import Coverage, situation_of
+from fsm.events import Claimed, Close, Event, Exited, Expire, Inspected, Loaded, Release, Sampled, Tick
 from fsm.explore import Step, Violation, Way
 from fsm.journal import Entry
 from fsm.promises import see_that_plans_are_fair
@@ -35,7 +35,7 @@ OVERSLEPT_S = 3000.0  # a gap lasts no longer
 MOST_PRIORITIES = 3  # between two wishes
 
 Make = Callable[..., Core]
-Recorded = tuple[float, on.Event]
+Recorded = tuple[float, Event]
 
 
 class Broken(Exception):
@@ -63,7 +63,7 @@ class _Watched:
     recorded: list[Recorded] = field(default_factory=list)
     journal: list[Entry] = field(default_factory=list)
 
-    def step(self, now: float, event: on.Event) -> list[Command]:
+    def step(self, now: float, event: Event) -> list[Command]:
         """Have the core take in an event; raises Broken where it does what it may not, or raises itself."""
         core, journal, coverage = self.core, self.journal, self.coverage
         self.recorded.append((now, event))
@@ -75,7 +75,7 @@ class _Watched:
             if core.plans:
                 see_that_plans_are_fair(core, commands)
                 core.plans.clear()
-            if isinstance(event, on.Tick):
+            if isinstance(event, Tick):
                 assert core.deadline() > now, "due, although its Tick has come"
             if len(self.recorded) % self.every == 0 or core.finished:
                 core.check()
@@ -104,7 +104,7 @@ def simulate(
     try:
         _run(watched, world, most)
         if scene.faults.closes and not watched.core.pool.closing:  # with all that is under way
-            watched.step(world.now, on.Close(CLOSE_S))
+            watched.step(world.now, Close(CLOSE_S))
         _settle(watched, scene)
     except Broken as broken:
         kept, what = watched.recorded, str(broken)
@@ -151,10 +151,10 @@ def _run(watched: _Watched, world: World, most: int) -> None:
             world.now += OVERSLEPT_S * draw.random()
             overslept = draw.randrange(20)
         overslept = max(0, overslept - 1)
-        event: on.Event | None
+        event: Event | None
         if deadline < world.next_at() and not overslept:
             world.now = max(world.now, deadline)
-            event = on.Tick()
+            event = Tick()
         else:
             event = world.next_event()
         if event is not None:
@@ -169,10 +169,10 @@ def _settle(watched: _Watched, scene: Scene) -> None:
     core = watched.core
     for _ in range(SETTLING):
         now = core.pool.now + PAUSE_S
-        event = on.Tick() if core.deadline() <= now else _in_order(core, scene)
+        event = Tick() if core.deadline() <= now else _in_order(core, scene)
         if event is None:
             break
-        if isinstance(event, on.Tick):
+        if isinstance(event, Tick):
             now = max(core.pool.now, core.deadline())
         if now == math.inf:
             raise Broken("somebody waits, and nothing will ever happen")
@@ -181,12 +181,12 @@ def _settle(watched: _Watched, scene: Scene) -> None:
         raise Broken("it does not settle: what waits is never answered, or the pool never empty")
     _nothing_left(core)
     if not core.pool.closing:
-        watched.step(core.pool.now, on.Close(CLOSE_S))
+        watched.step(core.pool.now, Close(CLOSE_S))
     if not core.finished:
         raise Broken("it never finished")
 
 
-def _in_order(core: Core, scene: Scene) -> on.Event | None:
+def _in_order(core: Core, scene: Scene) -> Event | None:
     """Return what comes next where nothing goes wrong and nobody new asks; None: all is over.
 
     What is closed gets no help: nothing loads, no lease comes back, and time passes for the leases alone.
@@ -194,32 +194,32 @@ def _in_order(core: Core, scene: Scene) -> on.Event | None:
     pool = core.pool
     for model in pool.models.values():
         if model.inspecting:
-            return on.Inspected(model.id, dict(scene.models)[model.id])
+            return Inspected(model.id, dict(scene.models)[model.id])
     if not pool.closing:
         for number in pool.claims:
-            return on.Claimed(number)
+            return Claimed(number)
         for runner in pool.runners.values():
             if runner.process and runner.loaded_at is None and not runner.stopping:
-                return on.Loaded(runner.id, None, runner.placement.bytes)
+                return Loaded(runner.id, None, runner.placement.bytes)
     for runner in pool.runners.values():
         if runner.process and runner.stopping:
-            return on.Exited(runner.id, 0)
+            return Exited(runner.id, 0)
     if any(not runner.process for runner in pool.runners.values()):
         return _all_back(core, scene)
     if pool.closing:
-        return on.Tick() if any(runner.leases for runner in pool.runners.values()) else None
+        return Tick() if any(runner.leases for runner in pool.runners.values()) else None
     for request in pool.requests.values():
         if request.state is RequestState.granted:
-            return on.Release(request.id)
+            return Release(request.id)
     if pool.lines:
-        return on.Tick()
+        return Tick()
     for model in pool.models.values():
         if model.current is not None:
-            return on.Expire(model.id)
+            return Expire(model.id)
     return None
 
 
-def _all_back(core: Core, scene: Scene) -> on.Sampled:
+def _all_back(core: Core, scene: Scene) -> Sampled:
     """Return a reading in which nothing is missing but what the processes occupy."""
     used: dict[str, int] = {}
     alive: list[Runner] = [runner for runner in core.pool.runners.values() if runner.process]
@@ -229,7 +229,7 @@ def _all_back(core: Core, scene: Scene) -> on.Sampled:
     devices = tuple(
         replace(one, free_bytes=max(0, one.capacity_bytes - used.get(one.memory, 0))) for one in scene.devices
     )
-    return on.Sampled(devices, tuple((runner.id, runner.placement.bytes) for runner in alive), core.pool.samples)
+    return Sampled(devices, tuple((runner.id, runner.placement.bytes) for runner in alive), core.pool.samples)
 
 
 def _nothing_left(core: Core) -> None:

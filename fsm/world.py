@@ -6,10 +6,30 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
-from fsm import commands as do
-from fsm import events as on
-from fsm.commands import Command
+from fsm.commands import Claim, Command, Launch
 from fsm.core import Core
+from fsm.events import (
+    Acquire,
+    Cancel,
+    Claimed,
+    Close,
+    Configure,
+    Contended,
+    Event,
+    Exited,
+    Expire,
+    Filled,
+    Inspected,
+    Loaded,
+    OutOfMemory,
+    Pin,
+    Progress,
+    Release,
+    Sampled,
+    Tick,
+    Unpin,
+    Unresponsive,
+)
 from fsm.footprint import Footprint
 from fsm.ledger import DeviceSample
 from fsm.limits import Limits
@@ -44,7 +64,7 @@ class Scenario:
     expires: bool = True  # somebody may ask for a model to leave
     closes: bool = True
     other_devices: Amounts = ()  # the devices may come to these capacities, and back again
-    configures: tuple[on.Configure, ...] = ()  # limits may be changed like this
+    configures: tuple[Configure, ...] = ()  # limits may be changed like this
     strangers_bytes: int = 0  # of each GPU, that other programs may take while memory is waited for
 
 
@@ -56,16 +76,16 @@ class Past:
     runners: int = 0
     claims: int = 0
 
-    def after(self, event: on.Event, commands: list[Command]) -> Past:
+    def after(self, event: Event, commands: list[Command]) -> Past:
         """Return what is remembered after a step."""
         past = self
-        if isinstance(event, on.Acquire) and event.request > past.requests:
+        if isinstance(event, Acquire) and event.request > past.requests:
             past = replace(past, requests=event.request)
         for command in commands:
             match command:
-                case do.Launch(runner):
+                case Launch(runner):
                     past = replace(past, runners=max(past.runners, runner))
-                case do.Claim(number):
+                case Claim(number):
                     past = replace(past, claims=max(past.claims, number))
                 case _:
                     pass
@@ -94,45 +114,45 @@ def moments(pool: Pool) -> Iterator[float]:
             yield model.current.loaded_at + pool.limits.good_life_s
 
 
-def time_of(core: Core, event: on.Event) -> float:
+def time_of(core: Core, event: Event) -> float:
     """Return when an event comes: now, or for a Tick at the first moment that is ahead."""
     now = core.pool.now
-    if not isinstance(event, on.Tick) or any(at <= now for at, _ in core.pool.timers.items()):
+    if not isinstance(event, Tick) or any(at <= now for at, _ in core.pool.timers.items()):
         return now
     return min((at for at in moments(core.pool) if now < at < math.inf), default=now)
 
 
-def possible(core: Core, scenario: Scenario, past: Past) -> Iterator[on.Event]:
+def possible(core: Core, scenario: Scenario, past: Past) -> Iterator[Event]:
     """Yield every event that may come next."""
     pool = core.pool
     yield from _asked(pool, scenario, past)
     for request in pool.requests.values():
         if request.state is RequestState.granted:
-            yield on.Release(request.id)
-        yield on.Cancel(request.id)  # of who was granted: the Grant and their leaving crossed
+            yield Release(request.id)
+        yield Cancel(request.id)  # of who was granted: the Grant and their leaving crossed
     for model in pool.models.values():
         if model.inspecting:
             yield _inspected(model.id, scenario)
         if scenario.expires and model.current is not None:
-            yield on.Expire(model.id)
+            yield Expire(model.id)
         if scenario.pins:
-            yield on.Unpin(model.id) if model.pinned else on.Pin(model.id)
+            yield Unpin(model.id) if model.pinned else Pin(model.id)
     for runner in pool.runners.values():
         if runner.process:
             yield from _of_a_process(pool, runner, scenario)
     yield from _readings(core, scenario)
     for claim in pool.claims.values():
-        yield on.Claimed(claim.number)
+        yield Claimed(claim.number)
         if not claim.contended:
-            yield on.Contended(claim.number)
-    if pool.timers.items() or time_of(core, on.Tick()) > pool.now:
-        yield on.Tick()
+            yield Contended(claim.number)
+    if pool.timers.items() or time_of(core, Tick()) > pool.now:
+        yield Tick()
     yield from scenario.configures
     if scenario.closes:
-        yield on.Close(AT_ONCE_S if pool.closing else CLOSE_S)
+        yield Close(AT_ONCE_S if pool.closing else CLOSE_S)
 
 
-def late(core: Core, past: Past) -> Iterator[on.Event]:
+def late(core: Core, past: Past) -> Iterator[Event]:
     """Yield what may come although its time is over, of the latest lives that have ended; none of it changes anything.
 
     A request that is known asks again, one that is over or still waits is released, a process that is gone has its say,
@@ -140,33 +160,33 @@ def late(core: Core, past: Past) -> Iterator[on.Event]:
     """
     pool = core.pool
     over = next(id for id in range(past.requests, -1, -1) if id not in pool.requests)
-    yield from (on.Release(RequestId(over)), on.Cancel(RequestId(over)))
+    yield from (Release(RequestId(over)), Cancel(RequestId(over)))
     known = next(iter(pool.requests.values()), None)
     if known is not None:
-        yield on.Acquire(known.id, known.want)
+        yield Acquire(known.id, known.want)
     for request in pool.requests.values():
         if request.state is RequestState.queued:
-            yield on.Release(request.id)
+            yield Release(request.id)
     for runner in pool.runners.values():
         if runner.process and runner.loaded_at is not None:
-            yield from (_loaded(runner), on.Progress(runner.id))
+            yield from (_loaded(runner), Progress(runner.id))
     alive = {runner.id for runner in pool.runners.values() if runner.process}
     gone = RunnerId(next(id for id in range(past.runners, -1, -1) if id not in alive))
-    yield from (on.Loaded(gone), on.Progress(gone), on.Filled(gone), on.OutOfMemory(gone))
-    yield from (on.Unresponsive(gone, ""), on.Exited(gone, None))
+    yield from (Loaded(gone), Progress(gone), Filled(gone), OutOfMemory(gone))
+    yield from (Unresponsive(gone, ""), Exited(gone, None))
     numbers = {*pool.claims, *(runner.claim for runner in pool.runners.values() if runner.claim)}
     ended = next(number for number in range(past.claims, -1, -1) if number not in numbers)
-    yield from (on.Claimed(ended), on.Contended(ended))
+    yield from (Claimed(ended), Contended(ended))
     for model in pool.models.values():
         if not model.inspecting and model.info is not None:
-            yield on.Inspected(model.id, model.info)
+            yield Inspected(model.id, model.info)
         if model.current is None:
-            yield on.Expire(model.id)
+            yield Expire(model.id)
     if pool.closing:
-        yield on.Close(math.inf)
+        yield Close(math.inf)
 
 
-def next_in_order(core: Core, scenario: Scenario) -> on.Event | None:
+def next_in_order(core: Core, scenario: Scenario) -> Event | None:
     """Return what comes next where nothing goes wrong, nobody new asks and nobody leaves; None: all is over.
 
     Leases are given back once nothing else is under way, and models asked to leave once nobody waits. A pool that is
@@ -178,30 +198,30 @@ def next_in_order(core: Core, scenario: Scenario) -> on.Event | None:
             return _inspected(model.id, scenario)
     if not pool.closing:
         for claim in pool.claims.values():
-            return on.Claimed(claim.number)
+            return Claimed(claim.number)
         for runner in pool.runners.values():
             if runner.process and runner.loaded_at is None and not runner.stopping:
                 return _loaded(runner)
     for runner in pool.runners.values():
         if runner.process and runner.stopping:
-            return on.Exited(runner.id, 0)
+            return Exited(runner.id, 0)
     gone = [runner for runner in pool.runners.values() if not runner.process]
     if gone:
         reading = sampled(core, scenario)
         read = pool.ledger.copy()
         read.sample(reading.devices)
         back = any(all(read.for_us_bytes(gpu) >= for_us for gpu, for_us in runner.awaited.items()) for runner in gone)
-        return reading if back else on.Tick()  # what others took meanwhile hides it: the wait ends by itself
+        return reading if back else Tick()  # what others took meanwhile hides it: the wait ends by itself
     if pool.closing:
-        return on.Tick() if any(runner.leases for runner in pool.runners.values()) else None
+        return Tick() if any(runner.leases for runner in pool.runners.values()) else None
     for request in pool.requests.values():
         if request.state is RequestState.granted:
-            return on.Release(request.id)
+            return Release(request.id)
     if pool.lines:
-        return on.Tick()
+        return Tick()
     for model in pool.models.values():
         if model.current is not None:
-            return on.Expire(model.id)
+            return Expire(model.id)
     return None
 
 
@@ -213,7 +233,7 @@ def sampled(
     early: bool = False,
     capacities: Amounts = (),
     strangers_bytes: int = 0,
-) -> on.Sampled:
+) -> Sampled:
     """Return what a reading of the devices finds: what a loaded process occupies is gone from what is free.
 
     With `back=False` the memory of processes that are gone is still missing; an `early` reading began before they went.
@@ -238,23 +258,23 @@ def sampled(
     number = core.pool.samples
     if early:
         number = min(runner.last_sample for runner in core.pool.runners.values() if not runner.process) - 1
-    return on.Sampled(devices, tuple(resident), number)
+    return Sampled(devices, tuple(resident), number)
 
 
-def _asked(pool: Pool, scenario: Scenario, past: Past) -> Iterator[on.Event]:
+def _asked(pool: Pool, scenario: Scenario, past: Past) -> Iterator[Event]:
     if len(pool.requests) >= scenario.requests:
         return
     request = RequestId(past.requests + 1)
     if pool.closing:
-        yield from (on.Acquire(request, want) for want in scenario.wants)
+        yield from (Acquire(request, want) for want in scenario.wants)
         return
     for want in scenario.wants:
         for keep_alive_s in scenario.keep_alives_s:
             for timeout_s in scenario.timeouts_s:
-                yield on.Acquire(request, want, keep_alive_s, timeout_s)
+                yield Acquire(request, want, keep_alive_s, timeout_s)
 
 
-def _readings(core: Core, scenario: Scenario) -> Iterator[on.Event]:
+def _readings(core: Core, scenario: Scenario) -> Iterator[Event]:
     pool = core.pool
     if any(not runner.process for runner in pool.runners.values()):
         yield sampled(core, scenario)
@@ -269,26 +289,26 @@ def _readings(core: Core, scenario: Scenario) -> Iterator[on.Event]:
         yield from (sampled(core, scenario, capacities=one) for one in others if [size for _, size in one] != now)
 
 
-def _of_a_process(pool: Pool, runner: Runner, scenario: Scenario) -> Iterator[on.Event]:
+def _of_a_process(pool: Pool, runner: Runner, scenario: Scenario) -> Iterator[Event]:
     """Yield what a process may do: load, even after it was told to stop; fail, run out of memory, hang, end."""
     if runner.loaded_at is None:
         yield _loaded(runner)
         if scenario.out_of_memory and not runner.stopping:
-            yield on.Exited(runner.id, KILLED, "", out_of_memory=True)
+            yield Exited(runner.id, KILLED, "", out_of_memory=True)
     elif scenario.out_of_memory and not runner.out_of_memory:
-        yield on.OutOfMemory(runner.id)
+        yield OutOfMemory(runner.id)
     if scenario.fills and runner.loaded_at is not None and not pool.ledger.accounts["runner", runner.id].settled:
-        yield on.Filled(runner.id)
+        yield Filled(runner.id)
     if scenario.hangs and runner.state is LOADING:
-        yield on.Progress(runner.id)
+        yield Progress(runner.id)
     if scenario.hangs and not runner.stopping:
-        yield on.Unresponsive(runner.id, "it does not answer")
-    yield on.Exited(runner.id, 0 if runner.stopping else FAILED)
+        yield Unresponsive(runner.id, "it does not answer")
+    yield Exited(runner.id, 0 if runner.stopping else FAILED)
 
 
-def _loaded(runner: Runner) -> on.Loaded:
-    return on.Loaded(runner.id, None, runner.placement.bytes)
+def _loaded(runner: Runner) -> Loaded:
+    return Loaded(runner.id, None, runner.placement.bytes)
 
 
-def _inspected(model: ModelId, scenario: Scenario) -> on.Inspected:
-    return on.Inspected(model, dict(scenario.models)[model])
+def _inspected(model: ModelId, scenario: Scenario) -> Inspected:
+    return Inspected(model, dict(scenario.models)[model])

@@ -6,7 +6,20 @@ import re
 from collections.abc import Mapping
 from typing import Protocol, assert_never
 
-from fsm import commands as do
+from fsm.commands import (
+    Cancelled,
+    Closed,
+    DoesNotFit,
+    InvalidModel,
+    LoadFailed,
+    LoadTimeout,
+    ModelNotFound,
+    NotInTime,
+    QueueFull,
+    Refusal,
+    TimedOut,
+    Unsupported,
+)
 from fsm.request import ModelId
 from scheduler import errors
 
@@ -27,33 +40,33 @@ def renamed(text: str, names: Mapping[ModelId, str]) -> str:
     return re.sub("|".join(map(re.escape, found)), lambda id: names[ModelId(id[0])], text) if found else text
 
 
-def error_of(refusal: do.Refusal, names: Names) -> errors.SchedulerError:
+def error_of(refusal: Refusal, names: Names) -> errors.SchedulerError:
     """Return the exception that tells the user what a refusal says."""
     name = names.name
     match refusal:
-        case do.QueueFull(limit, retry_after_s):
+        case QueueFull(limit, retry_after_s):
             return errors.QueueFull(limit, retry_after_s)
-        case do.ModelNotFound(path):
+        case ModelNotFound(path):
             return errors.ModelNotFound(path)
-        case do.InvalidModel(path, reason, offset):
+        case InvalidModel(path, reason, offset):
             return errors.InvalidModel(path, reason, offset)
-        case do.DoesNotFit(model, needed, available, reason):
+        case DoesNotFit(model, needed, available, reason):
             total = sum(count for _, count in needed)
             advice = "" if model or ";" in reason else "; reserve less"  # no model of it could be smaller
             return errors.DoesNotFit(name(model), total, dict(available), names.named(reason) + advice)
-        case do.Unsupported(_, option, value, reason):
+        case Unsupported(_, option, value, reason):
             return errors.UnsupportedOption(option, value, reason)
-        case do.LoadFailed(model, reason, retry_after_s, out_of_memory):
+        case LoadFailed(model, reason, retry_after_s, out_of_memory):
             return errors.LoadFailed(name(model), reason, retry_after_s or None, out_of_memory)
-        case do.LoadTimeout(model, stalled_s):
+        case LoadTimeout(model, stalled_s):
             return errors.LoadTimeout(name(model), stalled_s)
-        case do.TimedOut(model, timeout_s, waiting_for):
+        case TimedOut(model, timeout_s, waiting_for):
             return errors.AcquireTimeout(name(model), timeout_s, names.named(waiting_for))
-        case do.NotInTime(model, timeout_s, least_s, load_s, begun_s):
+        case NotInTime(model, timeout_s, least_s, load_s, begun_s):
             return errors.TimeoutTooShort(name(model), timeout_s, least_s, load_s, begun_s)
-        case do.Cancelled(model):
+        case Cancelled(model):
             return errors.RequestCancelled(name(model))
-        case do.Closed():
+        case Closed():
             return errors.SchedulerClosed()
         case _:
             assert_never(refusal)

@@ -8,9 +8,25 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any, assert_never
 
-from fsm import commands as do
-from fsm import events as on
+from fsm.commands import (
+    Ask,
+    Claim,
+    Command,
+    Finish,
+    Grant,
+    Inspect,
+    Launch,
+    Prefetch,
+    QueueFull,
+    Reject,
+    Remember,
+    Revoke,
+    Sample,
+    Stop,
+    Unclaim,
+)
 from fsm.core import Core
+from fsm.events import Acquire, Cancel, Event, Release, Unresponsive
 from fsm.journal import Entry
 from fsm.request import ModelId, RequestId
 from scheduler.answers import error_of
@@ -40,7 +56,7 @@ class Desk:
         devices: Devices,
         registry: Registry,
         hub: Hub,
-        step: Callable[[float, on.Event], Sequence[do.Command]] | None = None,
+        step: Callable[[float, Event], Sequence[Command]] | None = None,
     ) -> None:
         self.forked = False  # this is the copy in a forked child: nothing here may be touched
         self.closing = False
@@ -96,7 +112,7 @@ class Desk:
         self.tickets[ticket.id] = ticket
         if question.model is not None:
             self._registry.keep(question.model)  # once its ticket is there: see _drop
-        self.post(on.Acquire(ticket.id, question.want, question.keep_alive_s, question.timeout_s))
+        self.post(Acquire(ticket.id, question.want, question.keep_alive_s, question.timeout_s))
         if self.closing and self.finished.is_set() and self.tickets.pop(ticket.id, None) is not None:
             ticket.answer(None, SchedulerClosed())  # the driver has ended, or is about to
 
@@ -105,7 +121,7 @@ class Desk:
         if self.forked:
             raise SchedulerForked()
 
-    def post(self, event: on.Event) -> None:
+    def post(self, event: Event) -> None:
         self.check()
         self.driver.post(event)
 
@@ -117,7 +133,7 @@ class Desk:
     def withdraw(self, ticket: Ticket) -> None:
         """The asker is gone: whatever becomes of the request, nothing of it remains."""
         if ticket.id in self.tickets and not self.forked:
-            self.driver.post(on.Cancel(ticket.id))  # first: if Ctrl-C comes in between, it is only said twice
+            self.driver.post(Cancel(ticket.id))  # first: if Ctrl-C comes in between, it is only said twice
             self.tickets.pop(ticket.id, None)
 
     def give_back(self, ticket: Ticket) -> bool:
@@ -126,7 +142,7 @@ class Desk:
             return False
         if ticket.life is not None:
             ticket.life.lease_ended = True
-        self.driver.post(on.Release(ticket.id))  # first: if Ctrl-C comes in between, it is only said twice
+        self.driver.post(Release(ticket.id))  # first: if Ctrl-C comes in between, it is only said twice
         self.tickets.pop(ticket.id, None)
         return True
 
@@ -155,7 +171,7 @@ class Desk:
         if not life.over and life.process.healthy(self._probe_timeout_s):
             return
         if not life.over:
-            self.post(on.Unresponsive(life.runner, "its connections broke, and it answers no probe"))
+            self.post(Unresponsive(life.runner, "its connections broke, and it answers no probe"))
         self.read(lambda core: None)  # after that: the lease is lost
 
     def _notify(self, ticket: Ticket, what: str) -> None:
@@ -163,34 +179,34 @@ class Desk:
             if when == what:
                 self.executor.callers.put(lambda callback=callback: _call(callback))  # type: ignore[misc]  # binds now
 
-    def _perform(self, command: do.Command) -> None:
+    def _perform(self, command: Command) -> None:
         """File one command; under the driver's lock."""
         match command:
-            case do.Grant(request, runner):
+            case Grant(request, runner):
                 if (ticket := self.tickets.get(request)) is not None:
                     ticket.answer(self.executor.lives.get(runner) if runner is not None else None, None)
             case (
-                do.Inspect() | do.Launch() | do.Stop() | do.Sample() | do.Claim() | do.Unclaim() | do.Prefetch()
-                | do.Remember()
+                Inspect() | Launch() | Stop() | Sample() | Claim() | Unclaim() | Prefetch()
+                | Remember()
             ):  # fmt: skip
                 self.executor.perform(command)
-            case do.Reject(request, refusal):
+            case Reject(request, refusal):
                 if request in self.tickets:
                     error = error_of(refusal, self._registry)  # first: if it raises, `answer_all` finds the ticket
                     if (ticket := self.tickets.pop(request, None)) is not None:
                         ticket.answer(None, error)
-                        if isinstance(refusal, do.QueueFull):  # the core never heard of it
+                        if isinstance(refusal, QueueFull):  # the core never heard of it
                             self._forget(ticket.model_id)
-            case do.Revoke(request, reason):
+            case Revoke(request, reason):
                 if (ticket := self.tickets.pop(request, None)) is not None:
                     ticket.lost = reason
                     self._notify(ticket, "lost")
-            case do.Ask(_, requests):
+            case Ask(_, requests):
                 for id in requests:
                     if (ticket := self.tickets.get(id)) is not None:
                         ticket.wanted = True
                         self._notify(ticket, "wanted")
-            case do.Finish():
+            case Finish():
                 self.finished.set()
             case _:
                 assert_never(command)

@@ -7,9 +7,9 @@ import threading
 import time
 from collections.abc import Callable, Container, Iterator
 
-from fsm import commands as do
-from fsm import events as on
-from fsm.events import Event
+from fsm import commands
+from fsm.commands import Claim, Inspect, Launch, Prefetch, Remember, Sample, Stop, Unclaim
+from fsm.events import Claimed, Contended, Event, Exited, Filled, Inspected, Loaded, Progress, Unresponsive
 from fsm.remembered import NOTHING, Remembered
 from fsm.request import ModelId
 from fsm.runner import RunnerId
@@ -41,7 +41,7 @@ _LAST_LOOK_S = 0.2  # the same, right before it is stopped
 class Life:
     """One runner's process, from Launch to Exited; the engine reports to it. Its calls may come from any thread."""
 
-    def __init__(self, launch: do.Launch, engine: Engine, model: object, post: Callable[[Event], None]) -> None:
+    def __init__(self, launch: Launch, engine: Engine, model: object, post: Callable[[Event], None]) -> None:
         self.runner = launch.runner
         self.model = launch.model
         self.endpoint: Endpoint | None = None  # set before Loaded is posted, where the runner is a server
@@ -102,7 +102,7 @@ class Life:
         now = time.monotonic()
         if now - self._progress_at >= _PROGRESS_S:
             self._progress_at = now
-            self._post(on.Progress(self.runner))
+            self._post(Progress(self.runner))
 
     def loaded(self, endpoint: Endpoint | object, num_ctx: int | None, memory: Memory) -> None:
         """Report of the engine: it serves."""
@@ -112,7 +112,7 @@ class Life:
             self.value = endpoint
         self.serves = True
         resident, to_come = (tuple(sorted(amounts.items())) for amounts in (memory.resident, memory.to_come))
-        self._post(on.Loaded(self.runner, num_ctx, resident, memory.mapped_bytes, to_come))
+        self._post(Loaded(self.runner, num_ctx, resident, memory.mapped_bytes, to_come))
 
     def exited(self, code: int | None, detail: str, out_of_memory: bool) -> None:
         """Report of the engine: the process is gone."""
@@ -123,7 +123,7 @@ class Life:
         detail = without_addresses(detail)  # last words may tell where it listened, and whoever is told may record it
         self.lost = detail or f"its process exited with {code}"
         self.value = None  # else it would stay in memory that is accounted as free
-        self._post(on.Exited(self.runner, code, detail, out_of_memory))
+        self._post(Exited(self.runner, code, detail, out_of_memory))
         if self._client is not None:
             self._client.close()
 
@@ -158,32 +158,32 @@ class Executor:
 
     def perform(
         self,
-        command: do.Inspect | do.Launch | do.Stop | do.Sample | do.Claim | do.Unclaim | do.Prefetch | do.Remember,
+        command: Inspect | Launch | Stop | Sample | Claim | Unclaim | Prefetch | Remember,
     ) -> None:
         """File a command, in the order in which they are decided; returns at once."""
         match command:
-            case do.Inspect(model):
+            case Inspect(model):
                 self.workers.put(lambda: self._inspect(model))
-            case do.Launch(runner, model):
+            case Launch(runner, model):
                 engine, what = self._engine_of(model)
                 self.forget_past()
                 life = self.lives[runner] = Life(command, engine, what, self._post)
                 life.identity = self._identities.get(model)
                 self.workers.put(life.begin)
-            case do.Stop(runner):
+            case Stop(runner):
                 if (life_to_stop := self.lives.get(runner)) is not None:
                     self._stoppers.put(lambda: self._stop(life_to_stop))
-            case do.Sample(number):
+            case Sample(number):
                 self.sampler.request(number)
-            case do.Claim(number, devices):
+            case Claim(number, devices):
                 if self.locks is not None:
                     self.locks.claim(number, devices)
-            case do.Unclaim(number):
+            case Unclaim(number):
                 if self.locks is not None:
                     self.locks.give_back(number)
-            case do.Prefetch(files):
+            case Prefetch(files):
                 self.prefetcher.ask(files)
-            case do.Remember(runner):
+            case Remember(runner):
                 told = self.lives.get(runner)
                 if self.footprints is not None and told is not None and told.identity is not None:
                     self.footprints.remember(told.identity, told.launch, command)
@@ -204,7 +204,7 @@ class Executor:
         try:
             if life.process is not None and not life.process.healthy(timeout_s) and not life.over:
                 life.lease_ended = False  # nor would it answer a look
-                self._post(on.Unresponsive(life.runner, f"it did not answer within {timeout_s:g} s"))
+                self._post(Unresponsive(life.runner, f"it did not answer within {timeout_s:g} s"))
         finally:
             life.probed = False
 
@@ -223,7 +223,7 @@ class Executor:
             life.settled = self.sampler.refresh(timeout_s)  # its memory is read after it was filled
             life.lease_ended = not life.settled  # else it is looked at again soon
             if life.settled:
-                self._post(on.Filled(life.runner, tuple(sorted(to_come.items()))))
+                self._post(Filled(life.runner, tuple(sorted(to_come.items()))))
         finally:
             life.looked_at = False
 
@@ -237,7 +237,7 @@ class Executor:
     def look_again(self) -> None:
         """Have the devices read, and loads given their time anew: as after a gap in which they could show nothing."""
         for life in self._loading():
-            self._post(on.Progress(life.runner))
+            self._post(Progress(life.runner))
         self.sampler.request()
 
     def staff(self) -> None:
@@ -284,42 +284,42 @@ class Executor:
         def had(number: int) -> None:
             self.workers.put(lambda: self._claimed(number))
 
-        return DeviceLocks(settings.lock_folder, had, lambda number: self._post(on.Contended(number)))
+        return DeviceLocks(settings.lock_folder, had, lambda number: self._post(Contended(number)))
 
     def _claimed(self, number: int) -> None:
         self.sampler.refresh(_FRESH_S)  # what other programs took before it
-        self._post(on.Claimed(number))
+        self._post(Claimed(number))
 
     def _inspect(self, model: ModelId) -> None:
         try:
             engine, what = self._engine_of(model)
         except KeyError:  # forgotten, since whoever asked has left
-            self._post(on.Inspected(model, do.ModelNotFound(model)))
+            self._post(Inspected(model, commands.ModelNotFound(model)))
             return
         identity = identity_of(what)  # before it is read, and once more after that: it may be replaced in between
         try:
             outcome: object = engine.inspect(what)
         except ModelNotFound as error:
-            outcome = do.ModelNotFound(error.path)
+            outcome = commands.ModelNotFound(error.path)
         except InvalidModel as error:
-            outcome = do.InvalidModel(error.path, error.reason, error.offset)
+            outcome = commands.InvalidModel(error.path, error.reason, error.offset)
         except SchedulerError as error:
-            outcome = do.InvalidModel(model, str(error))
+            outcome = commands.InvalidModel(model, str(error))
         except Exception as error:
             log.debug("an inspection failed", exc_info=True)
             reason = (
                 f"looking at it failed with {type(error).__name__}: {error}; see what this program may use (ulimit -a)"
             )
-            outcome = do.InvalidModel(model, reason)
+            outcome = commands.InvalidModel(model, reason)
         self.sampler.refresh(_FRESH_S)  # what is free is read again right before each start
         identity = identity if identity == identity_of(what) else None
-        refused = isinstance(outcome, do.ModelNotFound | do.InvalidModel)
+        refused = isinstance(outcome, commands.ModelNotFound | commands.InvalidModel)
         if refused:
             self._identities.pop(model, None)
         else:
             self._identities[model] = identity
         known = self.recall(identity)
-        self._post(on.Inspected(model, outcome, known))  # type: ignore[arg-type]  # what an engine returns, or one of the two above
+        self._post(Inspected(model, outcome, known))  # type: ignore[arg-type]  # what an engine returns, or one of the two above
         if refused:
             self._forget(model)
 

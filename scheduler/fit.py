@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from fsm import commands as do
+from fsm.commands import DoesNotFit
 from fsm.eviction import Candidate
 from fsm.ledger import DeviceSample
 from fsm.model import HOST, DeviceId, Options
@@ -168,7 +168,7 @@ def _fit(now: float, core: Core, name: str, found: Preview, names: Names) -> Fit
     match found.refusal:
         case None:
             pass
-        case do.DoesNotFit(reason=why):
+        case DoesNotFit(reason=why):
             reason = why
         case refusal:
             reason = str(error_of(refusal, names))

@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from fsm import events as on
 from fsm.core import Core
+from fsm.events import Sampled
 from fsm.ledger import DeviceSample
 from fsm.model import HOST, DeviceId
 from fsm.placement import MEASURED_HEADROOM, PREDICTED_HEADROOM
@@ -47,7 +47,7 @@ def run_fit(chosen: argparse.Namespace) -> int:
     info, identity = registry.inspect(spec), identity_of(spec)
     now = monotonic_clock()
     core = Core(limits_of(settings), settings.eviction)
-    core.step(now, on.Sampled(samples))
+    core.step(now, Sampled(samples))
     known = FootprintStore(settings.footprints).read(identity) if settings.footprints and identity else NOTHING
     fit = fit_of(now, core, question, info, registry, known)
     if chosen.json:

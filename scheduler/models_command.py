@@ -14,9 +14,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
-from fsm import events as on
 from fsm.commands import DoesNotFit
 from fsm.core import Core
+from fsm.events import Sampled
 from fsm.model import ModelInfo
 from fsm.options import WITHOUT_CACHE
 from fsm.preview import preview
@@ -95,7 +95,7 @@ def _core_of(settings: Settings) -> Core:
         memory_limit_bytes=settings.memory_limit, gpus=settings.gpus, gpu_reserve_bytes=settings.gpu_reserve
     )
     core = Core(limits_of(settings), settings.eviction)
-    core.step(monotonic_clock(), on.Sampled(devices.sample()))
+    core.step(monotonic_clock(), Sampled(devices.sample()))
     devices.close()
     return core
 

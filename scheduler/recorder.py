@@ -27,10 +27,10 @@ from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 
-from fsm import events as on
 from fsm.choosing import NO_COST, in_words
 from fsm.commands import Command
 from fsm.core import Core, State
+from fsm.events import Acquire, Event
 from fsm.eviction import POLICIES, Candidate, EvictionPolicy
 from fsm.record import encode, schema
 from fsm.request import ModelId
@@ -52,7 +52,7 @@ _BATCH = 500  # steps that are written at once
 # Runners in a policy's order, [runner, seconds] where it named a cost; or the exception that it raised, in words.
 Choice = list[int | list[int | float]] | str
 # Its number and time, and last what the step raised, in words.
-_Step = tuple[int, float, on.Event, Sequence[Command], Sequence[Choice], str]
+_Step = tuple[int, float, Event, Sequence[Command], Sequence[Choice], str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +134,7 @@ class Recorder:
         self._thread = threading.Thread(target=self._run, name="loadmaster-recorder", daemon=True)
         self._thread.start()
 
-    def step(self, now: float, event: on.Event) -> Sequence[Command]:
+    def step(self, now: float, event: Event) -> Sequence[Command]:
         """Step the core, and have it written down; raises what the core raises."""
         self._steps += 1
         ready = not self._closing and self._ready()
@@ -273,7 +273,7 @@ class Recorder:
             line["choices"] = choices
         if raised:
             line["raised"] = raised
-        if isinstance(event, on.Acquire) and event.want.model not in self._named:
+        if isinstance(event, Acquire) and event.want.model not in self._named:
             self._named.add(event.want.model)
             line["names"] = [[event.want.model, self._name(event.want.model)]]
         return _as_line(line)

@@ -13,10 +13,10 @@ from os import PathLike, fspath
 from pathlib import Path
 from typing import BinaryIO, Never, TypeVar, cast
 
-from fsm import events as on
 from fsm.choosing import in_words
 from fsm.commands import Command
 from fsm.core import Core
+from fsm.events import Event
 from fsm.eviction import POLICIES, Candidate, EvictionPolicy
 from fsm.journal import Entry
 from fsm.record import Unreadable, decode_command, decode_event, decode_state, encode, schema
@@ -78,7 +78,7 @@ class Moment:
 
     line: int
     at: float  # seconds of the scheduler's clock
-    event: on.Event
+    event: Event
     commands: Sequence[Command]
     entries: Sequence[Entry]
     considered: Sequence[Considered]
@@ -88,7 +88,7 @@ class Moment:
 class Difference(Exception):
     """The core says something else than what was recorded; the first such step."""
 
-    def __init__(self, line: int, event: on.Event, expected: str, got: str) -> None:
+    def __init__(self, line: int, event: Event, expected: str, got: str) -> None:
         super().__init__(f"line {line}: after {event!r}: expected {expected}, got {got}")
         self.line = line
         self.event = event
@@ -241,14 +241,14 @@ class Replay:
         core.journal = []
         return Moment(self._line, cast(float, at), event, got, entries, tuple(policy.asked), raised)
 
-    def _ask(self, core: Core, at: float, event: on.Event) -> tuple[Sequence[Command], str]:
+    def _ask(self, core: Core, at: float, event: Event) -> tuple[Sequence[Command], str]:
         """Return what the core says, or what it raises, in words."""
         try:
             return core.step(at, event), ""
         except Exception as error:
             return (), in_words(error)
 
-    def _compare(self, event: on.Event, expected: str, got: str, policy: _Recorded) -> None:
+    def _compare(self, event: Event, expected: str, got: str, policy: _Recorded) -> None:
         if expected != got:
             raise Difference(self._line, event, expected, got)
         if policy.unanswered:

@@ -12,8 +12,8 @@ from concurrent.futures import Future
 from typing import Self, Unpack
 from weakref import WeakSet
 
-from fsm import events as on
 from fsm.core import Core
+from fsm.events import Close, Configure, Expire, Pin, Unpin
 from fsm.limits import Limits
 from fsm.model import DeviceId, Options
 from fsm.request import ModelId, Purpose, Want
@@ -74,7 +74,7 @@ class Scheduler:
         )
         self._engines = (LlamaEngine(), PythonEngine())
         self.catalog = Catalog(default_resolvers(self.settings.models))
-        self._registry = Registry(*self._engines, self.catalog, pin=lambda model: self._desk.post(on.Pin(model)))
+        self._registry = Registry(*self._engines, self.catalog, pin=lambda model: self._desk.post(Pin(model)))
         core = Core(limits_of(self.settings), self.settings.eviction)
         self._recorder: Recorder | None = None
         if self.settings.record is not None:
@@ -139,15 +139,15 @@ class Scheduler:
 
     def expire(self, model: Model, **asking: Unpack[Asking]) -> None:
         """Have a model leave memory: at once if idle, after its leases if busy; harmless if it is not loaded."""
-        self._desk.post(on.Expire(self._registry.identity(model, asking)))
+        self._desk.post(Expire(self._registry.identity(model, asking)))
 
     def pin(self, model: Model, **asking: Unpack[Asking]) -> None:
         """Never give a model up for others, nor for its keep-alive, from now on; it need not be loaded yet."""
-        self._desk.post(on.Pin(self._registry.identity(model, asking)))
+        self._desk.post(Pin(self._registry.identity(model, asking)))
 
     def unpin(self, model: Model, **asking: Unpack[Asking]) -> None:
         """Treat a model like any other again."""
-        self._desk.post(on.Unpin(self._registry.identity(model, asking)))
+        self._desk.post(Unpin(self._registry.identity(model, asking)))
 
     def reserve(self, device: str, size: str | int, *, timeout: str | float | None = None) -> Reservation:
         """Take memory of the program's own out of the account while it is held, giving up idle runners for it.
@@ -207,7 +207,7 @@ class Scheduler:
             self.settings, told = changed, None
             while told is not self.settings:  # or now: the last one is told to everybody last
                 told = self.settings
-                self._desk.post(on.Configure(told.max_queue, told.max_runners, told.keep_alive))
+                self._desk.post(Configure(told.max_queue, told.max_runners, told.keep_alive))
                 self._devices.set_memory_limit(told.memory_limit)
         if "memory_limit" in limits:
             self._desk.executor.sampler.refresh(_FRESH_S)
@@ -256,7 +256,7 @@ class Scheduler:
             return
         timeout_s = self.settings.close_timeout if timeout is None else parse_duration(timeout, name="timeout")
         self._desk.closing = True
-        self._desk.driver.post(on.Close(timeout_s))
+        self._desk.driver.post(Close(timeout_s))
         try:
             if self._desk.driver.broken is None:
                 self._await_the_end(timeout_s)

@@ -8,9 +8,48 @@ from dataclasses import dataclass
 from pathlib import PurePath
 from typing import assert_never
 
-from fsm import commands as do
-from fsm import events as on
+from fsm.commands import (
+    Ask,
+    Cancelled,
+    Claim,
+    Command,
+    Finish,
+    Grant,
+    Inspect,
+    InvalidModel,
+    Launch,
+    ModelNotFound,
+    Prefetch,
+    Reject,
+    Remember,
+    Revoke,
+    Sample,
+    Stop,
+    Unclaim,
+)
 from fsm.core import Core
+from fsm.events import (
+    Acquire,
+    Cancel,
+    Claimed,
+    Close,
+    Configure,
+    Contended,
+    Event,
+    Exited,
+    Expire,
+    Filled,
+    Inspected,
+    Loaded,
+    OutOfMemory,
+    Pin,
+    Progress,
+    Release,
+    Sampled,
+    Tick,
+    Unpin,
+    Unresponsive,
+)
 from fsm.explain import NOBODY_GOES
 from fsm.footprint import Footprint
 from fsm.journal import ConsideredRunner, Decision, Entry, Transition
@@ -99,7 +138,7 @@ class Story:
         reasons = _untold(moment.entries)
         for command in moment.commands:
             yield from self._command(command)
-            if isinstance(command, do.Reject) and command.request in reasons:
+            if isinstance(command, Reject) and command.request in reasons:
                 yield from self._considered(reasons[command.request])
         yield from self._waiting(reasons)
         for considered in moment.considered:
@@ -107,7 +146,7 @@ class Story:
                 yield self._say(f"the eviction policy raised {printable(considered.failure)}: it is passed over")
         if moment.raised:
             yield self._say(f"the decision failed, and the scheduler stopped: {printable(moment.raised)}")
-        if moment.entries or isinstance(moment.event, on.Sampled):
+        if moment.entries or isinstance(moment.event, Sampled):
             self._note_memory()
 
     def finish(self) -> None:
@@ -175,59 +214,59 @@ class Story:
 
     # -- events -------------------------------------------------------------------------------------------------------
 
-    def _event(self, event: on.Event) -> Iterator[Sentence]:
+    def _event(self, event: Event) -> Iterator[Sentence]:
         match event:
-            case on.Acquire():
+            case Acquire():
                 yield from self._asked(event)
-            case on.Cancel(request) | on.Release(request):
-                what = "gives back" if isinstance(event, on.Release) else "had left, and gives back"
+            case Cancel(request) | Release(request):
+                what = "gives back" if isinstance(event, Release) else "had left, and gives back"
                 if (wait := self.waits.get(request)) is not None and wait.holds:
                     wait.holds = False
                     yield self._say(f"{_number(request)} {what} {wait.model}")
-            case on.Expire(wanted):
+            case Expire(wanted):
                 yield self._say(f"{self.shown.name(wanted)} is asked to leave")
-            case on.Pin(model):
+            case Pin(model):
                 yield self._say(f"{self.shown.name(model)} is pinned")
-            case on.Unpin(model):
+            case Unpin(model):
                 yield self._say(f"{self.shown.name(model)} is no longer pinned")
-            case on.Configure():
+            case Configure():
                 before, self._limits = self._limits, self._core.pool.limits
                 changed = [name for name in event.__slots__ if getattr(before, name) != getattr(self._limits, name)]
                 if changed:
                     changes = [_limit(name, getattr(self._limits, name)) for name in changed]
                     yield self._say(f"limits change: {', '.join(changes)}")
-            case on.Inspected(model, outcome):
-                if isinstance(outcome, do.ModelNotFound | do.InvalidModel):
+            case Inspected(model, outcome):
+                if isinstance(outcome, ModelNotFound | InvalidModel):
                     yield self._say(f"{self.shown.name(model)} cannot be read")
-            case on.Sampled(devices):
+            case Sampled(devices):
                 yield from self._sampled(devices)
-            case on.Contended():
+            case Contended():
                 yield self._say("another program loads on a device that is wanted")
-            case on.Close(timeout_s):
+            case Close(timeout_s):
                 yield self._say(f"the scheduler is closed; leases may last {format_duration(timeout_s)}")
-            case on.Loaded() | on.OutOfMemory() | on.Unresponsive() | on.Exited():
+            case Loaded() | OutOfMemory() | Unresponsive() | Exited():
                 yield from self._of_a_runner(event)
-            case on.Progress() | on.Filled() | on.Claimed() | on.Tick():
+            case Progress() | Filled() | Claimed() | Tick():
                 pass
             case _:
                 assert_never(event)
 
-    def _of_a_runner(self, event: on.Loaded | on.OutOfMemory | on.Unresponsive | on.Exited) -> Iterator[Sentence]:
+    def _of_a_runner(self, event: Loaded | OutOfMemory | Unresponsive | Exited) -> Iterator[Sentence]:
         match event:
-            case on.Loaded(runner, _, resident, _):
+            case Loaded(runner, _, resident, _):
                 yield self._say(f"{self._runner(runner)} is loaded{_prefixed(', and takes ', resident)}")
-            case on.OutOfMemory(runner):
+            case OutOfMemory(runner):
                 yield self._say(f"{self._runner(runner)} ran out of memory")
-            case on.Unresponsive(runner, reason):
+            case Unresponsive(runner, reason):
                 yield self._say(f"{self._runner(runner)} does not answer: {self.shown.named(reason)}")
-            case on.Exited(runner, code, reason, out_of_memory):
+            case Exited(runner, code, reason, out_of_memory):
                 why = self.shown.lines(reason) or ["never started" if code is None else f"with status {code}"]
                 lack = ", for lack of memory" if out_of_memory else ""
                 yield self._say(f"the process of {self._runner(runner)} is gone: {why[0]}{lack}")
                 for last_words in why[1:]:
                     yield self._say(last_words, detail=True)
 
-    def _asked(self, event: on.Acquire) -> Iterator[Sentence]:
+    def _asked(self, event: Acquire) -> Iterator[Sentence]:
         want = event.want
         name = self.shown.name(want.model)
         if event.request in self.waits:
@@ -259,7 +298,7 @@ class Story:
         name, reason = self._runner(entry.runner), self.shown.named(entry.reason)
         if entry.source is None:
             self.loads += 1
-            launch = next(one for one in moment.commands if isinstance(one, do.Launch) and one.runner == entry.runner)
+            launch = next(one for one in moment.commands if isinstance(one, Launch) and one.runner == entry.runner)
             layers = "".join(f", {count} layers on {printable(gpu)}" for gpu, count in launch.placement.gpu_layers)
             info = self._core.pool.models[entry.model].info
             declared = "as declared" if isinstance(info, Footprint) and info.fixed else "as predicted"
@@ -281,32 +320,32 @@ class Story:
         leases = "" if not one.leases else f" ({one.leases} {'lease' if one.leases == 1 else 'leases'})"
         return f"{self._runner(one.runner)} with {format_bytes(sum(size for _, size in one.held_bytes))}{cost}{leases}"
 
-    def _command(self, command: do.Command) -> Iterator[Sentence]:
+    def _command(self, command: Command) -> Iterator[Sentence]:
         match command:
-            case do.Grant(request, runner):
+            case Grant(request, runner):
                 wait = self._answer(request, "granted")
                 if wait is not None:
                     wait.holds = True
                 what = self._runner(runner) if runner is not None else "memory of its own"
                 yield self._say(f"{_number(request)} is granted {what}{_waited(wait)}")
-            case do.Reject(request, do.Cancelled()):
+            case Reject(request, Cancelled()):
                 wait = self._answer(request, "cancelled")
                 yield self._say(f"{_number(request)} leaves{_waited(wait)}")
-            case do.Reject(request, refusal):
+            case Reject(request, refusal):
                 error = str(error_of(refusal, self.shown))
                 wait = self._answer(request, type(refusal).__name__)
                 yield self._say(f"{_number(request)} is refused: {self.shown.named(error)}{_waited(wait)}")
-            case do.Revoke(request, reason):
+            case Revoke(request, reason):
                 if (wait := self._answer(request, "lost")) is not None:
                     wait.holds = False
                 yield self._say(f"{_number(request)} loses its lease: {self.shown.named(reason)}")
-            case do.Ask(runner, requests):
+            case Ask(runner, requests):
                 yield self._say(f"others wait for the memory of {self._runner(runner)}; its {len(requests)} are told")
-            case do.Claim(_, devices):
+            case Claim(_, devices):
                 yield self._say(f"{printable(', '.join(devices))} is to be claimed among the programs on the machine")
-            case do.Finish():
+            case Finish():
                 yield self._say("everything is unloaded")
-            case do.Inspect() | do.Launch() | do.Stop() | do.Sample() | do.Unclaim() | do.Prefetch() | do.Remember():
+            case Inspect() | Launch() | Stop() | Sample() | Unclaim() | Prefetch() | Remember():
                 pass
             case _:
                 assert_never(command)

@@ -6,11 +6,11 @@ import math
 from collections.abc import Callable
 
 from fsm import candidates
-from fsm import commands as do
-from fsm import events as on
 from fsm.actions import Actions
+from fsm.commands import Cancelled, Refusal
 from fsm.core import Core
 from fsm.endings import Endings
+from fsm.events import Acquire, Cancel, Event, Exited, Release
 from fsm.pool import Pool
 from fsm.request import Request, RequestState
 from fsm.runner import EXPIRING, LOADING, READY, Runner
@@ -22,7 +22,7 @@ def a_victim_comes_back(patch: Patch) -> None:
     """A warm request takes the mark off a busy victim."""
 
     @instead(patch, Core, "_acquire")
-    def acquire(original: Callable[..., None], core: Core, event: on.Acquire) -> None:
+    def acquire(original: Callable[..., None], core: Core, event: Acquire) -> None:
         for runner in core.pool.runners.values():
             model = core.pool.models[runner.model]
             if runner.model == event.want.model and runner.state is EXPIRING and runner.leases and not model.current:
@@ -65,7 +65,7 @@ def a_late_release_counts(patch: Patch) -> None:
     """A release that comes after its runner has gone is taken off whatever serves now."""
 
     @instead(patch, Core, "_leave")
-    def leave(original: Callable[..., None], core: Core, event: on.Release) -> None:
+    def leave(original: Callable[..., None], core: Core, event: Release) -> None:
         held = [request for request in core.pool.requests.values() if request.state is RequestState.granted]
         if event.request not in core.pool.requests and held:
             core.act.release(held[0])
@@ -78,7 +78,7 @@ def a_load_keeps_everybody_waiting(patch: Patch) -> None:
     """While anything loads, whoever asks has to wait, even for what is there."""
 
     @instead(patch, Core, "_acquire")
-    def acquire(original: Callable[..., None], core: Core, event: on.Acquire) -> None:
+    def acquire(original: Callable[..., None], core: Core, event: Acquire) -> None:
         pool = core.pool
         if any(runner.state is LOADING for runner in pool.runners.values()) and event.request not in pool.requests:
             core.act.model(event.want.model)
@@ -92,7 +92,7 @@ def the_full_queue_is_waited_for(patch: Patch) -> None:
     """Who evicts posts to the bounded queue that nobody else reads: when it is full nothing happens any more."""
 
     @instead(patch, Core, "step")
-    def step(original: Callable[..., object], core: Core, now: float, event: on.Event) -> object:
+    def step(original: Callable[..., object], core: Core, now: float, event: Event) -> object:
         pool = core.pool
         evicts = any(runner.state is EXPIRING for runner in pool.runners.values())
         return [] if evicts and pool.queued >= pool.limits.max_queue else original(core, now, event)
@@ -149,7 +149,7 @@ def ends_have_no_names(patch: Patch) -> None:
     """The end of one runner is taken for the one that is waited for."""
 
     @instead(patch, Endings, "exited")
-    def exited(original: Callable[..., None], act: Endings, runner: Runner, event: on.Exited) -> None:
+    def exited(original: Callable[..., None], act: Endings, runner: Runner, event: Exited) -> None:
         stopping = [one for one in act.pool.runners.values() if one.stopping and one.process]
         original(act, stopping[0] if stopping else runner, event)
 
@@ -159,11 +159,11 @@ def an_eviction_outlives_its_waiter(patch: Patch) -> None:
     """Whoever was to go for a request goes, although that was cancelled."""
 
     @instead(patch, Core, "_leave")
-    def leave(original: Callable[..., None], core: Core, event: on.Release | on.Cancel) -> None:
+    def leave(original: Callable[..., None], core: Core, event: Release | Cancel) -> None:
         request = core.pool.requests.get(event.request)
         line = core.pool.lines.get(request.want) if request is not None else None
         original(core, event)
-        if isinstance(event, on.Cancel) and line is not None and line.waits_for.endswith("to become idle"):
+        if isinstance(event, Cancel) and line is not None and line.waits_for.endswith("to become idle"):
             for runner in [runner for runner in core.pool.runners.values() if runner.state is READY]:
                 core.act.expire(runner, "somebody wanted its memory")
 
@@ -173,8 +173,8 @@ def a_cancel_is_not_answered(patch: Patch) -> None:
     """Somebody who leaves the queue never hears of it."""
 
     @instead(patch, Actions, "reject")
-    def reject(original: Callable[..., None], act: Actions, request: Request, refusal: do.Refusal) -> None:
-        if not isinstance(refusal, do.Cancelled):
+    def reject(original: Callable[..., None], act: Actions, request: Request, refusal: Refusal) -> None:
+        if not isinstance(refusal, Cancelled):
             original(act, request, refusal)
 
 

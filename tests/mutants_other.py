@@ -9,12 +9,12 @@ from dataclasses import replace
 import pytest
 
 from fsm import candidates, claims, core, prefetching
-from fsm import commands as do
-from fsm import events as on
 from fsm.actions import Actions
 from fsm.claims import Claims
+from fsm.commands import Closed, Finish, Grant, Refusal, Unclaim
 from fsm.core import Core
 from fsm.endings import Endings
+from fsm.events import Acquire, Cancel, Event, Exited, Inspected, Loaded, Release, Sampled
 from fsm.model import HOST, DeviceId
 from fsm.plan import Plan
 from fsm.planning import _Planner
@@ -35,7 +35,7 @@ def granted_twice(patch: Patch) -> None:
     @instead(patch, Actions, "serve")
     def serve(original: Callable[..., None], act: Actions, runner: Runner, lines: list[object]) -> None:
         original(act, runner, lines)
-        act.commands += [one for one in act.commands if isinstance(one, do.Grant)][:1]
+        act.commands += [one for one in act.commands if isinstance(one, Grant)][:1]
 
 
 @mutant("time-outs")
@@ -63,8 +63,8 @@ def a_close_forgets_the_queue(patch: Patch) -> None:
     """Whoever waits when the scheduler closes waits for ever."""
 
     @instead(patch, Actions, "reject_line")
-    def reject_line(original: Callable[..., None], act: Actions, line: Line, refusal: do.Refusal) -> None:
-        if not isinstance(refusal, do.Closed):
+    def reject_line(original: Callable[..., None], act: Actions, line: Line, refusal: Refusal) -> None:
+        if not isinstance(refusal, Closed):
             original(act, line, refusal)
 
 
@@ -73,8 +73,8 @@ def closing_has_no_end(patch: Patch) -> None:
     """Nobody is told that everything is unloaded."""
 
     @instead(patch, Core, "step")
-    def step(original: Callable[..., list[object]], core: Core, now: float, event: on.Event) -> list[object]:
-        commands = [one for one in original(core, now, event) if not isinstance(one, do.Finish)]
+    def step(original: Callable[..., list[object]], core: Core, now: float, event: Event) -> list[object]:
+        commands = [one for one in original(core, now, event) if not isinstance(one, Finish)]
         core.finished = False
         return commands
 
@@ -84,7 +84,7 @@ def a_closed_scheduler_takes_requests(patch: Patch) -> None:
     """Whoever asks after the close waits for a load, as before it."""
 
     @instead(patch, Core, "_acquire")
-    def acquire(original: Callable[..., None], core: Core, event: on.Acquire) -> None:
+    def acquire(original: Callable[..., None], core: Core, event: Acquire) -> None:
         closing, core.pool.closing = core.pool.closing, False
         original(core, event)
         core.pool.closing = closing
@@ -128,9 +128,9 @@ def who_leaves_as_they_are_granted_keeps_the_lease(patch: Patch) -> None:
     """A Cancel that comes after the Grant is taken to be too late."""
 
     @instead(patch, Core, "_leave")
-    def leave(original: Callable[..., None], core: Core, event: on.Release | on.Cancel) -> None:
+    def leave(original: Callable[..., None], core: Core, event: Release | Cancel) -> None:
         request = core.pool.requests.get(event.request)
-        if not (isinstance(event, on.Cancel) and request is not None and request.state is RequestState.granted):
+        if not (isinstance(event, Cancel) and request is not None and request.state is RequestState.granted):
             original(core, event)
 
 
@@ -139,9 +139,9 @@ def a_release_ends_a_wait(patch: Patch) -> None:
     """Whoever releases what they do not have yet is taken out of the queue, without an answer."""
 
     @instead(patch, Core, "_leave")
-    def leave(original: Callable[..., None], core: Core, event: on.Release | on.Cancel) -> None:
+    def leave(original: Callable[..., None], core: Core, event: Release | Cancel) -> None:
         request = core.pool.requests.get(event.request)
-        if isinstance(event, on.Release) and request is not None and request.state is RequestState.queued:
+        if isinstance(event, Release) and request is not None and request.state is RequestState.queued:
             core.pool.dequeue(request)
             del core.pool.requests[request.id]
         else:
@@ -174,7 +174,7 @@ def what_was_read_wakes_nobody(patch: Patch) -> None:
     """An inspection that has ended is not acted on."""
 
     @instead(patch, Core, "_inspected")
-    def inspected(original: Callable[..., None], core: Core, event: on.Inspected) -> None:
+    def inspected(original: Callable[..., None], core: Core, event: Inspected) -> None:
         original(core, event)
         core.act.replan = False
 
@@ -221,8 +221,8 @@ def a_late_load_counts(patch: Patch) -> None:
     """A runner that was given up while it loaded serves when it is loaded after all."""
 
     @instead(patch, Core, "_runner_event")
-    def runner_event(original: Callable[..., None], core: Core, runner: Runner, event: on.Event) -> None:
-        if isinstance(event, on.Loaded) and runner.loaded_at is None:
+    def runner_event(original: Callable[..., None], core: Core, runner: Runner, event: Event) -> None:
+        if isinstance(event, Loaded) and runner.loaded_at is None:
             core.act.loaded(runner, event)
         else:
             original(core, runner, event)
@@ -233,9 +233,9 @@ def a_load_counts_twice(patch: Patch) -> None:
     """Whoever serves and says once more that it has loaded begins its residency again."""
 
     @instead(patch, Core, "_runner_event")
-    def runner_event(original: Callable[..., None], core: Core, runner: Runner, event: on.Event) -> None:
+    def runner_event(original: Callable[..., None], core: Core, runner: Runner, event: Event) -> None:
         original(core, runner, event)
-        if isinstance(event, on.Loaded) and runner.leases:
+        if isinstance(event, Loaded) and runner.leases:
             idle_s, in_use_s = core.pool.limits.residency_s(0.0)
             runner.resident_until, runner.in_use_until = core.pool.now + idle_s, core.pool.now + in_use_s
 
@@ -245,8 +245,8 @@ def an_end_counts_twice(patch: Patch) -> None:
     """The second notice of a process's end begins the wait for its memory again."""
 
     @instead(patch, Core, "_handle")
-    def handle(original: Callable[..., None], core: Core, event: on.Event) -> None:
-        runner = core.pool.runners.get(event.runner) if isinstance(event, on.Exited) else None
+    def handle(original: Callable[..., None], core: Core, event: Event) -> None:
+        runner = core.pool.runners.get(event.runner) if isinstance(event, Exited) else None
         if runner is not None and not runner.process:
             core.act.await_memory(runner)
         else:
@@ -316,7 +316,7 @@ def an_early_reading_counts(patch: Patch) -> None:
     """Memory is taken to be back by a reading that began while its process lived."""
 
     @instead(patch, Core, "_sampled")
-    def sampled(original: Callable[..., None], core: Core, event: on.Sampled) -> None:
+    def sampled(original: Callable[..., None], core: Core, event: Sampled) -> None:
         original(core, replace(event, number=core.pool.samples))
 
 
@@ -328,7 +328,7 @@ def a_claim_is_kept(patch: Patch) -> None:
     """Devices are kept from other programs after the load that they were claimed for."""
 
     @instead(patch, Claims, "loaded")
-    def loaded(original: Callable[..., None], act: Claims, runner: Runner, event: on.Loaded) -> None:
+    def loaded(original: Callable[..., None], act: Claims, runner: Runner, event: Loaded) -> None:
         Endings.loaded(act, runner, event)
 
 
@@ -337,11 +337,11 @@ def a_claim_is_given_back_twice(patch: Patch) -> None:
     """A claim is ended once with its load and once more with its process."""
 
     @instead(patch, Claims, "exited")
-    def exited(original: Callable[..., None], act: Claims, runner: Runner, event: on.Exited) -> None:
+    def exited(original: Callable[..., None], act: Claims, runner: Runner, event: Exited) -> None:
         claim = runner.claim
         original(act, runner, event)
         if claim:
-            act.commands.append(do.Unclaim(claim))
+            act.commands.append(Unclaim(claim))
 
 
 @mutant("claims-of-both")

@@ -6,11 +6,11 @@ import math
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
 
-from fsm import events as on
 from fsm.actions import Actions
 from fsm.claims import Claims
 from fsm.core import Core
 from fsm.endings import Endings
+from fsm.events import Acquire, Claimed, Contended, Event, Loaded, Progress
 from fsm.ledger import Placement
 from fsm.limits import Limits
 from fsm.model import Amounts
@@ -29,8 +29,8 @@ def a_contended_claim_counts_as_had(patch: Patch) -> None:
     """A launch goes ahead although another program has its devices."""
 
     @instead(patch, Claims, "claim_answered")
-    def claim_answered(original: Callable[..., bool], act: Claims, event: on.Claimed | on.Contended) -> bool:
-        return original(act, on.Claimed(event.number))
+    def claim_answered(original: Callable[..., bool], act: Claims, event: Claimed | Contended) -> bool:
+        return original(act, Claimed(event.number))
 
 
 # -- turns ------------------------------------------------------------------------------------------------------------
@@ -67,7 +67,7 @@ def one_more_waits_than_may(patch: Patch) -> None:
     """The queue's limit is off by one."""
 
     @instead(patch, Core, "_acquire")
-    def acquire(original: Callable[..., None], core: Core, event: on.Acquire) -> None:
+    def acquire(original: Callable[..., None], core: Core, event: Acquire) -> None:
         limits = core.pool.limits
         core.pool.limits = replace(limits, max_queue=limits.max_queue + 1)
         original(core, event)
@@ -166,7 +166,7 @@ def asked_to_leave_and_forgotten(patch: Patch) -> None:
     """A model that was asked to leave while it loaded stays once it has served."""
 
     @instead(patch, Actions, "loaded")
-    def loaded(original: Callable[..., None], act: Actions, runner: Runner, event: on.Loaded) -> None:
+    def loaded(original: Callable[..., None], act: Actions, runner: Runner, event: Loaded) -> None:
         runner.expire_when_served = False
         original(act, runner, event)
 
@@ -197,8 +197,8 @@ def progress_counts_for_nothing(patch: Patch) -> None:
     """A slow load is given up although it shows that it is alive."""
 
     @instead(patch, Core, "_runner_event")
-    def runner_event(original: Callable[..., None], core: Core, runner: Runner, event: on.Event) -> None:
-        if not isinstance(event, on.Progress) or runner.state is not LOADING:
+    def runner_event(original: Callable[..., None], core: Core, runner: Runner, event: Event) -> None:
+        if not isinstance(event, Progress) or runner.state is not LOADING:
             original(core, runner, event)
 
 

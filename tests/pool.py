@@ -19,11 +19,28 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Self
 
-from fsm import commands as do
-from fsm import events as on
-from fsm.commands import Command, Refusal
+from fsm.commands import Claim, Command, Finish, Grant, Inspect, Launch, Refusal, Reject, Revoke, Sample, Stop, Unclaim
 from fsm.core import Core
-from fsm.events import Event
+from fsm.events import (
+    Acquire,
+    Cancel,
+    Claimed,
+    Close,
+    Event,
+    Exited,
+    Expire,
+    Filled,
+    Inspected,
+    Loaded,
+    OutOfMemory,
+    Pin,
+    Progress,
+    Release,
+    Sampled,
+    Tick,
+    Unpin,
+    Unresponsive,
+)
 from fsm.eviction import EvictionPolicy
 from fsm.footprint import Footprint
 from fsm.ledger import DeviceSample, Placement
@@ -67,72 +84,72 @@ def acquire(
     priority: int = 0,
     purpose: Purpose = Purpose.lease,
     **options: object,
-) -> on.Acquire:
+) -> Acquire:
     """Somebody asks for a lease of `model`; what is left over are load-time options."""
     want = Want(model, Options(**options), purpose, priority)
     keep_alive_s = None if keep_alive is None else seconds(keep_alive)
-    return on.Acquire(request, want, keep_alive_s, None if timeout is None else seconds(timeout))
+    return Acquire(request, want, keep_alive_s, None if timeout is None else seconds(timeout))
 
 
-def preload(model: str, request: int, **how: object) -> on.Acquire:
+def preload(model: str, request: int, **how: object) -> Acquire:
     """Somebody wants `model` loaded, and no lease."""
     return acquire(model, request, purpose=Purpose.preload, **how)
 
 
-def memory(request: int, *, priority: int = 0, **sizes: str) -> on.Acquire:
+def memory(request: int, *, priority: int = 0, **sizes: str) -> Acquire:
     """The program wants memory of its own: `cpu="2GiB", gpu0="1GiB"`."""
     amounts = tuple((DeviceId(device), amount(size)) for device, size in sizes.items())
-    return on.Acquire(request, Want("", Options(), Purpose.memory, priority, amounts))
+    return Acquire(request, Want("", Options(), Purpose.memory, priority, amounts))
 
 
-def release(lease: int) -> on.Release:
-    return on.Release(lease)
+def release(lease: int) -> Release:
+    return Release(lease)
 
 
-def cancel(request: int) -> on.Cancel:
-    return on.Cancel(request)
+def cancel(request: int) -> Cancel:
+    return Cancel(request)
 
 
-def expire(model: str) -> on.Expire:
-    return on.Expire(model)
+def expire(model: str) -> Expire:
+    return Expire(model)
 
 
-def pin(model: str) -> on.Pin:
-    return on.Pin(model)
+def pin(model: str) -> Pin:
+    return Pin(model)
 
 
-def unpin(model: str) -> on.Unpin:
-    return on.Unpin(model)
+def unpin(model: str) -> Unpin:
+    return Unpin(model)
 
 
-def loaded(runner: int, num_ctx: int | None = None) -> on.Loaded:
+def loaded(runner: int, num_ctx: int | None = None) -> Loaded:
     """A runner serves; what it occupies is filled in by the world."""
-    return on.Loaded(runner, num_ctx)
+    return Loaded(runner, num_ctx)
 
 
-def filled(runner: int, **to_come: str) -> on.Filled:
+def filled(runner: int, **to_come: str) -> Filled:
     """A request filled a context of a runner's; `cpu="64MiB"` may be to come all the same."""
-    return on.Filled(runner, tuple((DeviceId(device), amount(size)) for device, size in to_come.items()))
+    return Filled(runner, tuple((DeviceId(device), amount(size)) for device, size in to_come.items()))
 
 
-def progress(runner: int) -> on.Progress:
-    return on.Progress(runner)
+def progress(runner: int) -> Progress:
+    return Progress(runner)
 
 
-def exited(runner: int, code: int | None = 0, reason: str = "", *, out_of_memory: bool = False) -> on.Exited:
-    return on.Exited(runner, code, reason, out_of_memory)
+def exited(runner: int, code: int | None = 0, reason: str = "", *, out_of_memory: bool = False) -> Exited:
+    return Exited(runner, code, reason, out_of_memory)
 
 
-def out_of_memory(runner: int) -> on.OutOfMemory:
-    return on.OutOfMemory(runner)
+def out_of_memory(runner: int) -> OutOfMemory:
+    return OutOfMemory(runner)
 
 
-def unresponsive(runner: int) -> on.Unresponsive:
-    return on.Unresponsive(runner, "it answers no probe")
+def unresponsive(runner: int) -> Unresponsive:
+    return Unresponsive(runner, "it answers no probe")
 
 
-def close(timeout: str | float = "30s") -> on.Close:
-    return on.Close(seconds(timeout))
+def close(timeout: str | float = "30s") -> Close:
+    return Close(seconds(timeout))
 
 
 def layered(layers: int, each: str, *, output: str = "0B", host: str = "0B", compute: str = "0B") -> Footprint:
@@ -180,9 +197,9 @@ class PoolUnderTest:
         self.answers: dict[int, Command] = {}  # by request
         self.asked: set[int] = set()
         self.purposes: dict[int, str] = {}  # by request, kept by whoever cares
-        self.launches: dict[int, do.Launch] = {}  # by runner
+        self.launches: dict[int, Launch] = {}  # by runner
         self.stops: set[int] = set()
-        self.claims: dict[int, do.Claim] = {}  # by number, from Claim to Unclaim
+        self.claims: dict[int, Claim] = {}  # by number, from Claim to Unclaim
         self.known: dict[str, Remembered] = {}  # what a store says of models
         self.claimed = 0  # how many there were
         self._next_request = 1001  # of those that a test gives no number
@@ -202,12 +219,12 @@ class PoolUnderTest:
         until = self.now + seconds(duration)
         while (deadline := self.core.deadline()) <= until:
             self.now = max(self.now, deadline)
-            left += self._step(on.Tick())
+            left += self._step(Tick())
             assert self.core.deadline() > self.now, "a Tick leaves nothing due"
         self.now = until
         return left
 
-    def sample(self, number: int | None = None) -> on.Sampled:
+    def sample(self, number: int | None = None) -> Sampled:
         """Return what a reading of all devices would find now."""
         free = dict(self.capacities)
         for held in (self.strangers, *self.occupied.values()):
@@ -223,17 +240,17 @@ class PoolUnderTest:
         )
         resident = tuple((runner, tuple(held.items())) for runner, held in self.occupied.items())
         number = self.core.pool.samples if number is None else number
-        return on.Sampled(devices, resident, number, tuple(mapped.items()))
+        return Sampled(devices, resident, number, tuple(mapped.items()))
 
     def _step(self, event: Event) -> list[Command]:
         match event:
-            case on.Acquire():
+            case Acquire():
                 self.asked.add(event.request)
-            case on.Loaded() if event.runner in self.launches:
+            case Loaded() if event.runner in self.launches:
                 held = dict(event.resident) or dict(self.launches[event.runner].placement.bytes)
                 self.occupied[event.runner] = held
                 event = replace(event, resident=tuple(held.items()))
-            case on.Exited():
+            case Exited():
                 self.occupied.pop(event.runner, None)
             case _:
                 pass
@@ -243,12 +260,12 @@ class PoolUnderTest:
             self._record(command)
         left, replies = [], []
         for command in commands:
-            if isinstance(command, do.Inspect) and self.inspects:
+            if isinstance(command, Inspect) and self.inspects:
                 replies += [self.sample(None if self.samples else 0), self.inspection(command.model)]
-            elif isinstance(command, do.Sample) and self.samples:
+            elif isinstance(command, Sample) and self.samples:
                 replies.append(self.sample())
-            elif isinstance(command, do.Claim) and self.shares:
-                replies += [self.sample(None if self.samples else 0), on.Claimed(command.number)]
+            elif isinstance(command, Claim) and self.shares:
+                replies += [self.sample(None if self.samples else 0), Claimed(command.number)]
             else:
                 left.append(command)
         for reply in replies:
@@ -258,26 +275,26 @@ class PoolUnderTest:
     def _record(self, command: Command) -> None:
         self.commands.append(command)
         match command:
-            case do.Grant() | do.Reject():
+            case Grant() | Reject():
                 assert command.request in self.asked, f"{command} answers nobody"
                 assert command.request not in self.answers, f"{command} after {self.answers[command.request]}"
                 self.answers[command.request] = command
-            case do.Launch():
+            case Launch():
                 assert command.runner not in self.launches, f"{command}: a runner's id is used again"
                 self.launches[command.runner] = command
-            case do.Stop():
+            case Stop():
                 assert command.runner in self.launches, f"{command} of what was never launched"
                 assert command.runner not in self.stops, f"{command} twice"
                 self.stops.add(command.runner)
-            case do.Claim():
+            case Claim():
                 self.claimed += 1
                 assert command.number == self.claimed, f"{command}: not the next number"
                 self.claims[command.number] = command
-            case do.Unclaim():
+            case Unclaim():
                 assert self.claims.pop(command.number, None), f"{command} of what was not claimed, or twice"
-            case do.Revoke():
-                assert isinstance(self.answers.get(command.request), do.Grant), f"{command} of what was not granted"
-            case do.Finish():
+            case Revoke():
+                assert isinstance(self.answers.get(command.request), Grant), f"{command} of what was not granted"
+            case Finish():
                 assert self.commands.count(command) == 1, "Finish twice"
             case _:
                 pass
@@ -294,15 +311,15 @@ class PoolUnderTest:
     def outcome(self, model: str) -> ModelInfo | Footprint | Refusal:
         return self.outcomes.get(model) or Footprint(fixed=((HOST, self.each),))
 
-    def inspection(self, model: str) -> on.Inspected:
+    def inspection(self, model: str) -> Inspected:
         """Return the end of an Inspect."""
-        return on.Inspected(model, self.outcome(model), self.known.get(model, NOTHING))
+        return Inspected(model, self.outcome(model), self.known.get(model, NOTHING))
 
-    def launch(self, runner: int, model: str) -> do.Launch:
+    def launch(self, runner: int, model: str) -> Launch:
         """Return the Launch of a model of declared size that is asked for without options."""
         footprint = self.outcome(model)
         assert isinstance(footprint, Footprint)
-        return do.Launch(runner, model, Options(), Placement(footprint.fixed))
+        return Launch(runner, model, Options(), Placement(footprint.fixed))
 
     # -- short cuts ---------------------------------------------------------------------------------------------------
 
@@ -320,7 +337,7 @@ class PoolUnderTest:
     def ready(self, model: str, lease: int | None = None, **how: object) -> Self:
         """Have `model` loaded and leased."""
         lease = lease or self.request_id()
-        if self.feed(acquire(model, lease, **how)) != [do.Grant(lease, self.runner(model))]:
+        if self.feed(acquire(model, lease, **how)) != [Grant(lease, self.runner(model))]:
             self.feed(loaded(self.runner(model)))
         assert self.core.pool.requests[lease].runner == self.runner(model)
         return self
@@ -356,7 +373,7 @@ class PoolUnderTest:
     def refusal(self, request: int) -> Refusal:
         """Return what a request was refused with."""
         answer = self.answers[request]
-        assert isinstance(answer, do.Reject), answer
+        assert isinstance(answer, Reject), answer
         return answer.refusal
 
     def waiting(self) -> list[int]:
@@ -409,19 +426,19 @@ def a_pool(
 
 def refused(commands: Sequence[Command]) -> dict[int, type[Refusal]]:
     """Return the kind of refusal of each request that `commands` refuse."""
-    return {command.request: type(command.refusal) for command in commands if isinstance(command, do.Reject)}
+    return {command.request: type(command.refusal) for command in commands if isinstance(command, Reject)}
 
 
 def granted(commands: Sequence[Command]) -> list[int]:
     """Return the requests that `commands` grant, in order."""
-    return [command.request for command in commands if isinstance(command, do.Grant)]
+    return [command.request for command in commands if isinstance(command, Grant)]
 
 
 def launched(commands: Sequence[Command]) -> list[str]:
     """Return the models that `commands` launch, in order."""
-    return [command.model for command in commands if isinstance(command, do.Launch)]
+    return [command.model for command in commands if isinstance(command, Launch)]
 
 
 def stopped(commands: Sequence[Command]) -> list[int]:
     """Return the runners that `commands` stop, in order."""
-    return [command.runner for command in commands if isinstance(command, do.Stop)]
+    return [command.runner for command in commands if isinstance(command, Stop)]

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from fsm import commands as do
+from fsm.commands import Grant
 from fsm.footprint import Footprint
 from fsm.model import MIB
 from fsm.runner import RunnerState
@@ -43,9 +43,9 @@ def test_memory_of_the_programs_own_is_not_granted_for_what_others_will_leave_la
     assert pool.feed(memory(13, cpu="2GiB")) == []
     pool.settle()
     assert pool.state("soon") is RunnerState.loading
-    assert [lease for lease in pool.feed(release(1)) if isinstance(lease, do.Grant)] == []
+    assert [lease for lease in pool.feed(release(1)) if isinstance(lease, Grant)] == []
     pool.settle()
-    assert pool.answers[13] == do.Grant(13, None)
+    assert pool.answers[13] == Grant(13, None)
 
 
 def test_a_place_for_a_process_is_not_had_for_one_that_others_will_leave_later() -> None:
@@ -99,7 +99,7 @@ def test_rather_an_idle_one_leaves_now_than_that_somebody_waits_for_what_others_
 
 
 def granted_at_once(pool: PoolUnderTest, model: str) -> bool:
-    return do.Grant(13, pool.runner(model)) in pool.feed(acquire(model, request=13))
+    return Grant(13, pool.runner(model)) in pool.feed(acquire(model, request=13))
 
 
 # -- behind another line for the same model ---------------------------------------------------------------------------

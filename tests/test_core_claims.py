@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from fsm import commands as do
-from fsm import events as on
+from fsm.commands import Claim, Command, DoesNotFit, Finish, Grant, Launch, Reject, Stop, TimedOut, Unclaim
+from fsm.events import Claimed, Contended, Progress
 from fsm.journal import Decision, Entry
 from fsm.model import DeviceId
 from fsm.runner import RunnerState
@@ -38,12 +38,12 @@ def claiming(capacity: str = "8GiB", *, shares: bool = False, **how: object) -> 
     return a_pool(capacity, claims=True, shares=shares, **how)
 
 
-def had(pool: PoolUnderTest, number: int) -> list[do.Command]:
+def had(pool: PoolUnderTest, number: int) -> list[Command]:
     """Have a Claim answered as the shell does: the devices are read, then it is had."""
-    return pool.feed(pool.sample(), on.Claimed(number))
+    return pool.feed(pool.sample(), Claimed(number))
 
 
-def waits(pool: PoolUnderTest) -> list[do.Command]:
+def waits(pool: PoolUnderTest) -> list[Command]:
     """Have a request for "a" wait for its claim."""
     return pool.feed(acquire("a", request=1))
 
@@ -54,7 +54,7 @@ def waits(pool: PoolUnderTest) -> list[do.Command]:
 def test_a_launch_waits_for_its_claim() -> None:
     """Nothing is launched, and no memory promised, before the devices are the program's own."""
     pool = claiming()
-    assert waits(pool) == [do.Claim(1, ("cpu",))]
+    assert waits(pool) == [Claim(1, ("cpu",))]
     assert pool.free() == amount("8GiB")
     assert had(pool, 1) == [pool.launch(1, "a")]
 
@@ -70,9 +70,9 @@ def test_what_another_program_took_meanwhile_is_seen() -> None:
     pool = claiming()
     waits(pool)
     pool.strangers = {"cpu": amount("6GiB")}
-    assert [type(command) for command in had(pool, 1)] == [do.Reject, do.Unclaim]
+    assert [type(command) for command in had(pool, 1)] == [Reject, Unclaim]
     refusal = pool.refusal(1)
-    assert isinstance(refusal, do.DoesNotFit)
+    assert isinstance(refusal, DoesNotFit)
     assert refusal.available == (("cpu", amount("2GiB")),)
 
 
@@ -81,8 +81,8 @@ def test_a_claim_lasts_until_the_model_is_resident() -> None:
     pool = claiming()
     waits(pool)
     had(pool, 1)
-    assert pool.feed(pool.sample(), on.Progress(1)) == []
-    assert pool.feed(loaded(1)) == [do.Grant(1, 1), do.Unclaim(1)]
+    assert pool.feed(pool.sample(), Progress(1)) == []
+    assert pool.feed(loaded(1)) == [Grant(1, 1), Unclaim(1)]
 
 
 def test_a_claim_lasts_until_a_failed_load_is_gone() -> None:
@@ -90,8 +90,8 @@ def test_a_claim_lasts_until_a_failed_load_is_gone() -> None:
     pool = claiming()
     waits(pool)
     had(pool, 1)
-    assert [type(command) for command in pool.feed(unresponsive(1))] == [do.Reject, do.Stop]
-    assert do.Unclaim(1) in pool.feed(exited(1))
+    assert [type(command) for command in pool.feed(unresponsive(1))] == [Reject, Stop]
+    assert Unclaim(1) in pool.feed(exited(1))
 
 
 def test_a_load_that_is_stopped_and_does_not_end_keeps_its_devices_no_longer_than_that_may_take() -> None:
@@ -99,8 +99,8 @@ def test_a_load_that_is_stopped_and_does_not_end_keeps_its_devices_no_longer_tha
     pool = claiming(stop_timeout_s=15.0, each="1GiB", shares=True).loading("a").loading("b")
     pool.feed(unresponsive(1))
     assert pool.advance("14.9s") == []
-    assert pool.advance("0.1s") == [do.Unclaim(1)]
-    assert do.Unclaim(1) not in pool.feed(exited(1))
+    assert pool.advance("0.1s") == [Unclaim(1)]
+    assert Unclaim(1) not in pool.feed(exited(1))
     assert list(pool.claims) == [2]
 
 
@@ -108,14 +108,14 @@ def test_every_device_that_it_takes_memory_on_is_claimed() -> None:
     """In a fixed order; a device that it takes nothing on is left to others."""
     pool = claiming(gpus=("8GiB", "4GiB"))
     pool.declare("g", layered(4, "1GiB", host="100MiB"))
-    assert pool.feed(acquire("g", request=1)) == [do.Claim(1, ("cpu", "gpu0"))]
+    assert pool.feed(acquire("g", request=1)) == [Claim(1, ("cpu", "gpu0"))]
 
 
 def test_an_integrated_gpu_is_the_hosts_memory() -> None:
     """N03: two programs, one of which sees no such GPU, still agree."""
     pool = claiming("16GiB", gpus=("16GiB",), integrated=True)
     pool.declare("d", a_model(layers_bytes=(2**28,) * 4))
-    assert pool.feed(acquire("d", request=1)) == [do.Claim(1, ("cpu",))]
+    assert pool.feed(acquire("d", request=1)) == [Claim(1, ("cpu",))]
 
 
 def test_what_takes_no_memory_claims_nothing() -> None:
@@ -127,7 +127,7 @@ def test_what_takes_no_memory_claims_nothing() -> None:
 def test_warm_requests_and_the_programs_own_memory_claim_nothing() -> None:
     """Nothing is loaded for them."""
     pool = claiming(shares=True, sizes={"a": "1GiB"}).idle("a")
-    assert pool.feed(acquire("a", request=1), memory(2, cpu="1GiB")) == [do.Grant(1, 1), do.Grant(2, None)]
+    assert pool.feed(acquire("a", request=1), memory(2, cpu="1GiB")) == [Grant(1, 1), Grant(2, None)]
 
 
 # -- room, and other loads ---------------------------------------------------------------------------------------------
@@ -137,15 +137,15 @@ def test_room_is_made_before_anything_is_claimed() -> None:
     """A plan whose room is not there yet keeps nobody out; the victim goes meanwhile."""
     pool = claiming(shares=True, min_residency_s=0.0).idle("a")
     pool.shares = False
-    assert pool.feed(acquire("b", request=2)) == [do.Stop(1)]
-    assert do.Claim(2, ("cpu",)) in pool.feed(exited(1))
+    assert pool.feed(acquire("b", request=2)) == [Stop(1)]
+    assert Claim(2, ("cpu",)) in pool.feed(exited(1))
 
 
 def test_the_loads_of_one_program_do_not_keep_each_other_out() -> None:
     """Each has a claim of its own, so that each is given back for itself."""
     pool = claiming(shares=True, each="1GiB").loading("a").loading("b", 2)
     assert sorted(pool.claims) == [1, 2]
-    assert pool.feed(loaded(2)) == [do.Grant(2, 2), do.Unclaim(2)]
+    assert pool.feed(loaded(2)) == [Grant(2, 2), Unclaim(2)]
 
 
 def test_claims_are_had_in_any_order() -> None:
@@ -153,8 +153,8 @@ def test_claims_are_had_in_any_order() -> None:
     pool = claiming(gpus=("8GiB",), each="1GiB")
     pool.declare("g", layered(4, "1GiB", host="100MiB"))
     assert pool.feed(acquire("g", request=1), acquire("a", request=2)) == [
-        do.Claim(1, ("cpu", "gpu0")),
-        do.Claim(2, ("cpu",)),
+        Claim(1, ("cpu", "gpu0")),
+        Claim(2, ("cpu",)),
     ]
     assert launched(had(pool, 2)) == ["a"]
     assert launched(had(pool, 1)) == ["g"]
@@ -173,7 +173,7 @@ def test_a_claim_is_kept_for_the_launch_that_needs_all_of_it() -> None:
     pool = claiming(gpus=("8GiB",), each="1GiB")
     pool.declare("g", layered(4, "1GiB", host="100MiB"))
     pool.feed(acquire("g", request=1))
-    assert pool.feed(acquire("a", request=2, priority=1)) == [do.Claim(2, ("cpu",))]
+    assert pool.feed(acquire("a", request=2, priority=1)) == [Claim(2, ("cpu",))]
 
 
 def test_a_launch_that_needs_less_than_was_claimed_goes_ahead() -> None:
@@ -183,9 +183,9 @@ def test_a_launch_that_needs_less_than_was_claimed_goes_ahead() -> None:
     pool.feed(acquire("g", request=1))
     pool.strangers = {"gpu0": amount("4GiB")}
     (launch,) = had(pool, 1)
-    assert isinstance(launch, do.Launch)
+    assert isinstance(launch, Launch)
     assert dict(launch.placement.bytes).get(GPU, 0) == 0
-    assert pool.feed(loaded(1)) == [do.Grant(1, 1), do.Unclaim(1)]
+    assert pool.feed(loaded(1)) == [Grant(1, 1), Unclaim(1)]
 
 
 # -- the wait, and its end ---------------------------------------------------------------------------------------------
@@ -196,7 +196,7 @@ def test_whoever_waits_is_told_that_another_program_loads() -> None:
     pool = claiming()
     waits(pool)
     assert "program" not in pool.waits_for(1)
-    assert pool.feed(on.Contended(1)) == []
+    assert pool.feed(Contended(1)) == []
     assert pool.waits_for(1) == "another program that loads a model"
 
 
@@ -206,15 +206,15 @@ def test_after_the_limit_it_goes_ahead_without_and_says_so() -> None:
     waits(pool)
     journal: list[Entry] = []
     pool.core.journal = journal
-    pool.feed(on.Contended(1))
+    pool.feed(Contended(1))
     assert pool.advance("59.9s") == []
-    assert pool.advance("0.1s") == [do.Unclaim(1), pool.launch(1, "a")]
+    assert pool.advance("0.1s") == [Unclaim(1), pool.launch(1, "a")]
     failure = "cpu could not be had from the other programs that load models in 60 s"
     assert pool.core.act.claim_failure == failure
     assert [entry.reason for entry in journal if isinstance(entry, Decision) and entry.what == "launched"] == [
         f"although {failure}"
     ]
-    assert pool.feed(loaded(1)) == [do.Grant(1, 1)]
+    assert pool.feed(loaded(1)) == [Grant(1, 1)]
 
 
 def test_the_next_claim_that_is_had_ends_the_complaint() -> None:
@@ -236,7 +236,7 @@ def test_a_plan_that_moves_to_other_devices_does_not_wait_anew() -> None:
         pool.strangers = {f"gpu{second % 2}": 0, f"gpu{(second + 1) % 2}": amount("1GiB")}
         pool.advance("1s")
         moved = pool.feed(pool.sample())
-        assert [type(command) for command in moved] == [do.Unclaim, do.Claim]
+        assert [type(command) for command in moved] == [Unclaim, Claim]
     assert launched(pool.advance("1s")) == ["g"]
     assert pool.claims == {}
 
@@ -249,8 +249,8 @@ def test_a_wait_that_is_over_is_over_for_whatever_the_plan_then_says() -> None:
     pool.ready("g")
     pool.shares = False
     older = memory(2, gpu0="14GiB")
-    assert pool.feed(replace(older, timeout_s=60.0), acquire("h", request=3))[-1] == do.Claim(2, ("cpu", "gpu1"))
-    (launch,) = [command for command in pool.advance("60s") if isinstance(command, do.Launch)]
+    assert pool.feed(replace(older, timeout_s=60.0), acquire("h", request=3))[-1] == Claim(2, ("cpu", "gpu1"))
+    (launch,) = [command for command in pool.advance("60s") if isinstance(command, Launch)]
     assert [gpu for gpu, _ in launch.placement.gpu_layers] == [GPU]
 
 
@@ -258,7 +258,7 @@ def test_a_claim_whose_waiter_leaves_is_given_up() -> None:
     """What comes of it later is late."""
     pool = claiming()
     waits(pool)
-    assert pool.feed(cancel(1))[-1] == do.Unclaim(1)
+    assert pool.feed(cancel(1))[-1] == Unclaim(1)
     assert had(pool, 1) == []
     assert pool.core.late == 1
 
@@ -267,12 +267,12 @@ def test_a_claim_whose_waiter_runs_out_of_time_is_given_up() -> None:
     """Its own time limit ends the wait as any other."""
     pool = claiming()
     pool.feed(acquire("a", request=1, timeout="5s"))
-    pool.feed(on.Contended(1))
+    pool.feed(Contended(1))
     commands = pool.advance("5s")
-    assert refused(commands) == {1: do.TimedOut}
-    assert commands[-1] == do.Unclaim(1)
+    assert refused(commands) == {1: TimedOut}
+    assert commands[-1] == Unclaim(1)
     refusal = pool.refusal(1)
-    assert isinstance(refusal, do.TimedOut)
+    assert isinstance(refusal, TimedOut)
     assert refusal.waiting_for == "another program that loads a model"
 
 
@@ -285,7 +285,7 @@ def test_a_claim_is_given_up_when_the_room_is_gone() -> None:
     pool.feed(exited(1))
     assert list(pool.claims) == [2]
     pool.strangers = {"cpu": amount("5GiB")}
-    assert refused(pool.feed(pool.sample())) == {3: do.DoesNotFit}
+    assert refused(pool.feed(pool.sample())) == {3: DoesNotFit}
     assert pool.claims == {}
 
 
@@ -293,7 +293,7 @@ def test_close_gives_a_claim_up_before_it_finishes() -> None:
     """Nothing is left to the shell that it has to clean up."""
     pool = claiming()
     waits(pool)
-    assert [type(command) for command in pool.feed(close())] == [do.Reject, do.Unclaim, do.Finish]
+    assert [type(command) for command in pool.feed(close())] == [Reject, Unclaim, Finish]
 
 
 def test_a_copy_has_claims_of_its_own() -> None:
@@ -304,7 +304,7 @@ def test_a_copy_has_claims_of_its_own() -> None:
     had(pool, 1)
     copy.check()
     assert copy.pool.claims[1].had is False
-    assert copy.step(pool.now, on.Claimed(1)) == [pool.launch(1, "a")]
+    assert copy.step(pool.now, Claimed(1)) == [pool.launch(1, "a")]
 
 
 # -- every state of a claim, every event -------------------------------------------------------------------------------
@@ -322,7 +322,7 @@ def stopped(pool: PoolUnderTest) -> None:
 
 def contended(pool: PoolUnderTest) -> None:
     waits(pool)
-    pool.feed(on.Contended(1))
+    pool.feed(Contended(1))
 
 
 def missed(pool: PoolUnderTest) -> None:
@@ -343,7 +343,7 @@ def test_whatever_happens_every_claim_is_given_back_once(state: str, event: str)
     if (what := EVENTS[event](pool)) is not None:
         pool.feed(what)
     pool.shares = True
-    pool.feed(*(answer for number in list(pool.claims) for answer in (pool.sample(), on.Claimed(number))))
+    pool.feed(*(answer for number in list(pool.claims) for answer in (pool.sample(), Claimed(number))))
     for runner in [runner for runner in pool.core.pool.runners.values() if runner.state is RunnerState.loading]:
         pool.feed(loaded(runner.id))
     pool.advance("90s")
@@ -351,5 +351,5 @@ def test_whatever_happens_every_claim_is_given_back_once(state: str, event: str)
     pool.feed(close("0s"))
     pool.advance("0s")  # what is still leased is stopped
     pool.settle()
-    assert do.Finish() in pool.commands
+    assert Finish() in pool.commands
     assert pool.asked == pool.answers.keys()

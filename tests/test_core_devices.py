@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import pytest
 
-from fsm import events as on
 from fsm.commands import DoesNotFit
+from fsm.events import Sampled
 from fsm.ledger import Account, DeviceSample, Ledger
 from fsm.model import HOST
 from fsm.placement import Demand, Gpu, Offload, place
@@ -40,7 +40,7 @@ def changing(pool: PoolUnderTest, change: Change) -> PoolUnderTest:
     """Have every GPU read as `change` makes of it and of the host, from now on."""
     read = pool.sample
 
-    def sample(number: int | None = None) -> on.Sampled:
+    def sample(number: int | None = None) -> Sampled:
         event = read(number)
         host = event.devices[0]
         return replace(event, devices=tuple(one if one is host else change(one, host) for one in event.devices))

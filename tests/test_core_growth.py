@@ -8,7 +8,7 @@ from types import FrameType
 
 import pytest
 
-from fsm import commands as do
+from fsm.commands import DoesNotFit, Grant, InvalidModel
 from fsm.footprint import Footprint
 from fsm.model import MIB
 from fsm.planning import LINES_AHEAD
@@ -84,7 +84,7 @@ def test_a_warm_request_looks_at_no_other_runner_and_no_other_request(max_runner
     for name in ("runners", "requests", "lines", "models"):
         setattr(core.pool, name, Unscanned(getattr(core.pool, name)))
     for model in ("model 3", "model 4"):
-        assert core.step(core.pool.now, acquire(model, request=500)) == [do.Grant(500, pool.runner(model))]
+        assert core.step(core.pool.now, acquire(model, request=500)) == [Grant(500, pool.runner(model))]
         assert core.step(core.pool.now, release(500)) == []
 
 
@@ -94,21 +94,21 @@ def test_the_last_release_scans_nothing_where_nobody_waits() -> None:
     core = pool.core
     for name in ("runners", "requests", "lines", "models"):
         setattr(core.pool, name, Unscanned(getattr(core.pool, name)))
-    assert core.step(core.pool.now, acquire("a", request=500)) == [do.Grant(500, pool.runner("a"))]
+    assert core.step(core.pool.now, acquire("a", request=500)) == [Grant(500, pool.runner("a"))]
     assert core.step(core.pool.now, release(500)) == []
 
 
 def test_who_comes_far_back_is_judged_at_once() -> None:
     """What can never fit is refused at once, however many wait before it."""
     pool = a_crowd().declare("huge", "9GiB")
-    assert refused(pool.feed(acquire("huge", request=900))) == {900: do.DoesNotFit}
+    assert refused(pool.feed(acquire("huge", request=900))) == {900: DoesNotFit}
     assert pool.waits_for(10 + FAR_BACK - 1) == "those before it"
 
 
 def test_a_file_far_back_that_is_no_model_is_its_askers_error_at_once() -> None:
     """S11: its metadata are read although its turn is far off."""
-    pool = a_crowd().declare("bad", do.InvalidModel("bad", "cut short", 4))
-    assert refused(pool.feed(acquire("bad", request=900))) == {900: do.InvalidModel}
+    pool = a_crowd().declare("bad", InvalidModel("bad", "cut short", 4))
+    assert refused(pool.feed(acquire("bad", request=900))) == {900: InvalidModel}
 
 
 def test_everybody_comes_to_the_front_in_order() -> None:

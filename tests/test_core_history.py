@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 
-from fsm import events as on
 from fsm.core import Core
+from fsm.events import Configure, Inspected, OutOfMemory, Progress, Tick, Unresponsive
 from fsm.journal import Decision, Entry, Transition
 from fsm.request import Purpose
 from fsm.runner import EXPIRING, IDLE, LOADING, READY, UNLOADED, RunnerState
@@ -130,10 +130,10 @@ def test_a_copy_goes_its_own_way() -> None:
     before = pool.core.snapshot()
     copy = pool.core.copy()
     assert copy.snapshot() == before
-    for event in (release(1), cancel(3), exited(2), on.Configure(max_runners=1), close("0s")):
+    for event in (release(1), cancel(3), exited(2), Configure(max_runners=1), close("0s")):
         copy.step(pool.now, event)
         copy.check()
-    copy.step(pool.now + 1e6, on.Tick())
+    copy.step(pool.now + 1e6, Tick())
     copy.check()
     assert pool.core.snapshot() == before
     pool.core.check()
@@ -143,7 +143,7 @@ def test_a_copy_decides_like_the_original() -> None:
     """The same events after the copy give the same commands."""
     pool = a_busy_pool()
     copy = pool.core.copy()
-    events = [release(1), loaded(4), on.Tick(), cancel(6), expire("a"), exited(1), close("5s"), on.Tick()]
+    events = [release(1), loaded(4), Tick(), cancel(6), expire("a"), exited(1), close("5s"), Tick()]
     for later, event in enumerate(events):
         now = pool.now + 100.0 * later
         assert copy.step(now, event) == pool.core.step(now, event)
@@ -198,7 +198,7 @@ def test_an_empty_pool_waits_for_nothing() -> None:
     core = Core()
     core.check()
     assert core.deadline() == math.inf
-    assert core.step(0.0, on.Tick()) == []
+    assert core.step(0.0, Tick()) == []
     assert (core.snapshot().runners, core.snapshot().queue, core.snapshot().devices) == ((), (), ())
 
 
@@ -207,8 +207,8 @@ def test_late_events_are_counted_and_change_nothing() -> None:
     pool = a_busy_pool()
     pool.core.late, before = 0, pool.core.snapshot()
     strangers = [
-        release(99), cancel(99), loaded(99), exited(99), on.Progress(99), on.OutOfMemory(99),
-        on.Unresponsive(99, ""), expire("nobody"), on.Inspected("nobody", layered(1, "1GiB")),
+        release(99), cancel(99), loaded(99), exited(99), Progress(99), OutOfMemory(99),
+        Unresponsive(99, ""), expire("nobody"), Inspected("nobody", layered(1, "1GiB")),
     ]  # fmt: skip
     assert pool.feed(*strangers) == []
     assert pool.core.late == len(strangers)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from fsm import events as on
 from fsm.commands import Grant, LoadFailed, LoadTimeout, Reject, Stop
+from fsm.events import Progress
 from fsm.model import Options
 from fsm.runner import RunnerState
 from tests.models import a_model
@@ -435,7 +435,7 @@ def test_a_load_that_was_cancelled_and_runs_out_of_memory_disturbs_nobody() -> N
 def test_out_of_memory_is_forgotten_with_its_life() -> None:
     """The next life's plain failure is not taken for a lack of memory."""
     pool = a_pool(each="2GiB").loading("a", request=1)
-    pool.feed(out_of_memory(1), on.Progress(1), loaded(1), release(1), expire("a"), exited(1))
+    pool.feed(out_of_memory(1), Progress(1), loaded(1), release(1), expire("a"), exited(1))
     pool.loading("a", request=2)
     assert refused(pool.feed(exited(2, code=1))) == {2: LoadFailed}
 

@@ -8,10 +8,20 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, precondition, rule
 
-from fsm import commands as do
-from fsm import events as on
-from fsm.commands import Command, InvalidModel
-from fsm.events import Event
+from fsm.commands import Claim, Command, Finish, Grant, Inspect, InvalidModel, Launch, Reject, Revoke, Stop, Unclaim
+from fsm.events import (
+    Cancel,
+    Claimed,
+    Close,
+    Configure,
+    Contended,
+    Event,
+    Exited,
+    Inspected,
+    Release,
+    Tick,
+    Unresponsive,
+)
 from fsm.model import HOST
 from fsm.runner import RunnerState
 from tests.models import a_model
@@ -85,7 +95,7 @@ class CoreMachine(RuleBasedStateMachine):
     def feed(self, *events: Event) -> None:
         for event in events:
             expiring = self.runners_in(RunnerState.expiring)
-            if isinstance(event, on.Claimed) and self.claiming.pop(event.number, None) is not None:
+            if isinstance(event, Claimed) and self.claiming.pop(event.number, None) is not None:
                 self.had.add(event.number)
             commands = self.pool.feed(event)
             self.learn_event(event)
@@ -97,14 +107,14 @@ class CoreMachine(RuleBasedStateMachine):
 
     def learn_event(self, event: Event) -> None:
         match event:
-            case on.Release() | on.Cancel():
+            case Release() | Cancel():
                 self.held.pop(event.request, None)
-            case on.Exited() if event.runner in self.alive:
+            case Exited() if event.runner in self.alive:
                 del self.alive[event.runner]
                 self.gone.append(event.runner)
-            case on.Unresponsive():
+            case Unresponsive():
                 self.excused.add(event.runner)
-            case on.Close():
+            case Close():
                 self.closing = True
                 self.held = {request: runner for request, runner in self.held.items() if runner is not None}
             case _:
@@ -112,7 +122,7 @@ class CoreMachine(RuleBasedStateMachine):
 
     def learn(self, command: Command, expiring: set[int]) -> None:
         match command:
-            case do.Grant():
+            case Grant():
                 assert command.request not in self.answered, "answered twice"
                 assert command.runner not in expiring, "an expiring runner took a lease"
                 assert command.runner is None or command.runner in self.serving, "granted before it served"
@@ -120,32 +130,32 @@ class CoreMachine(RuleBasedStateMachine):
                 self.held[command.request] = command.runner
                 if self.pool.purposes[command.request] == "preload":
                     del self.held[command.request]
-            case do.Reject():
+            case Reject():
                 assert command.request not in self.answered, "answered twice"
                 self.answered.add(command.request)
-            case do.Revoke():
+            case Revoke():
                 del self.held[command.request]
-            case do.Launch():
+            case Launch():
                 self.alive[command.runner] = command.model
                 devices = {device for device, size in command.placement.bytes if size}
                 claims = [set(self.pool.claims[number].devices) for number in self.had & set(self.pool.claims)]
                 alone = any(devices <= claimed for claimed in claims)
                 limits = self.pool.core.pool.limits
                 assert alone or not devices or not limits.claims or self.pool.core.act.claim_failure
-            case do.Claim():
+            case Claim():
                 self.claiming[command.number] = self.pool.now
-            case do.Unclaim():
+            case Unclaim():
                 made_at = self.claiming.pop(command.number, None)
                 assert (made_at is None) == (command.number in self.had), "given up twice"
                 self.had.discard(command.number)
-            case do.Stop():
+            case Stop():
                 in_use = command.runner in self.held.values()
                 assert not in_use or self.closing or command.runner in self.excused, "stopped in use"
                 self.serving.discard(command.runner)
-            case do.Inspect():
+            case Inspect():
                 assert command.model not in self.inspecting, "inspected twice at a time"
                 self.inspecting.append(command.model)
-            case do.Finish():
+            case Finish():
                 assert not self.finished
                 self.finished = True
             case _:
@@ -197,7 +207,7 @@ class CoreMachine(RuleBasedStateMachine):
 
     @rule(max_runners=st.integers(0, 3), max_queue=st.sampled_from([0, 2, 9, 9]))
     def configure(self, max_runners: int, max_queue: int) -> None:
-        self.feed(on.Configure(max_queue, max_runners))
+        self.feed(Configure(max_queue, max_runners))
 
     # -- rules: what the world does -----------------------------------------------------------------------------------
 
@@ -226,7 +236,7 @@ class CoreMachine(RuleBasedStateMachine):
     @rule(pick=PICK, bad=st.sampled_from([False] * 5 + [True]))
     def inspect(self, pick: int, bad: bool) -> None:
         model = self.inspecting.pop(pick % len(self.inspecting))
-        found = on.Inspected(model, InvalidModel(model, "cut short")) if bad else self.pool.inspection(model)
+        found = Inspected(model, InvalidModel(model, "cut short")) if bad else self.pool.inspection(model)
         self.feed(self.pool.sample(), found)
 
     @precondition(lambda self: self.claiming)
@@ -234,15 +244,15 @@ class CoreMachine(RuleBasedStateMachine):
     def have(self, pick: int) -> None:
         self.feed(self.pool.sample())
         if self.claiming:
-            self.feed(on.Claimed(self.one_of(self.claiming, pick)))
+            self.feed(Claimed(self.one_of(self.claiming, pick)))
 
     @precondition(lambda self: self.claiming)
     @rule(pick=PICK)
     def contend(self, pick: int) -> None:
-        self.feed(on.Contended(self.one_of(self.claiming, pick)))
+        self.feed(Contended(self.one_of(self.claiming, pick)))
 
-    @rule(number=st.integers(1, 9), kind=st.sampled_from([on.Claimed, on.Contended]))
-    def answer_a_claim_late(self, number: int, kind: type[on.Claimed | on.Contended]) -> None:
+    @rule(number=st.integers(1, 9), kind=st.sampled_from([Claimed, Contended]))
+    def answer_a_claim_late(self, number: int, kind: type[Claimed | Contended]) -> None:
         late = self.pool.core.late
         if number not in self.claiming:
             self.feed(kind(number))
@@ -303,7 +313,7 @@ class CoreMachine(RuleBasedStateMachine):
         until = self.pool.now + seconds
         while (deadline := self.pool.core.deadline()) <= until:
             self.pool.now = max(self.pool.now, deadline)
-            self.feed(on.Tick())
+            self.feed(Tick())
             assert self.pool.core.deadline() > self.pool.now, "due, although its Tick has come"
         self.pool.now = until
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from fsm import events as on
 from fsm.commands import DoesNotFit, Grant
+from fsm.events import Loaded, Sampled
 from fsm.journal import Decision, Entry
 from fsm.ledger import Account, DeviceSample, Ledger
 from fsm.model import HOST, Options
@@ -50,7 +50,7 @@ def held(pool: PoolUnderTest, device: str = HOST) -> int:
 def a_small_runner(**how: object) -> PoolUnderTest:
     """Return a pool of 8 GiB with a leased runner that was said to take 6 and takes 4; the lease is 1."""
     pool = a_pool(**how).loading("a", request=1)
-    pool.feed(on.Loaded(1, None, ((HOST, 4 * GIB),)))
+    pool.feed(Loaded(1, None, ((HOST, 4 * GIB),)))
     return pool
 
 
@@ -109,7 +109,7 @@ def test_n14_more_than_was_predicted_counts_at_once() -> None:
 def test_n14_each_device_is_lowered_by_what_was_measured_there() -> None:
     """N14: and where nothing was, what was predicted stays."""
     pool = a_pool("64GiB", gpus=("8GiB",)).declare("a", layered(4, "1GiB", host="2GiB")).ready("a", lease=1)
-    pool.feed(on.Sampled(pool.sample().devices, ((1, ((HOST, GIB),)),)))
+    pool.feed(Sampled(pool.sample().devices, ((1, ((HOST, GIB),)),)))
     account = pool.core.pool.ledger.accounts["runner", 1]
     account.peak = {HOST: GIB}  # the driver has told nothing of the GPU
     pool.feed(filled(1))
@@ -195,7 +195,7 @@ def lived(took: int, *, settles: bool) -> tuple[PoolUnderTest, int]:
     """Return a pool in which a runner of "a" took so much less than predicted, and lives; and the prediction."""
     pool = a_pool("8GiB").declare("a", a_model()).loading("a", request=1)
     predicted = dict(pool.launches[1].placement.bytes)[HOST]
-    pool.feed(on.Loaded(1, None, ((HOST, predicted - took),)))
+    pool.feed(Loaded(1, None, ((HOST, predicted - took),)))
     if settles:
         pool.feed(filled(1))
     return pool, predicted
@@ -224,7 +224,7 @@ def test_n14_a_life_without_a_full_context_does_not_spoil_what_an_earlier_one_ha
     """N14: what is known exactly stays known."""
     pool, predicted = lived(5, settles=True)
     next_launch(pool)
-    pool.feed(on.Loaded(2, None, ((HOST, predicted - 50),)), release(2), expire("a"), exited(2))
+    pool.feed(Loaded(2, None, ((HOST, predicted - 50),)), release(2), expire("a"), exited(2))
     pool.loading("a", request=3)
     assert dict(pool.launches[3].placement.bytes) == {HOST: predicted - 5}
 
@@ -316,7 +316,7 @@ def test_nothing_is_missing_where_there_is_enough_for_all_of_us() -> None:
 def test_n03_what_is_measured_on_an_integrated_gpu_is_the_hosts() -> None:
     """N03, N14: it has no memory of its own, so what its process holds there is added to the rest."""
     pool = a_pool("16GiB", gpus=("16GiB",), integrated=True).declare("a", layered(4, "1GiB")).loading("a", request=1)
-    pool.feed(on.Loaded(1, None, ((HOST, GIB), (GPU, 5 * GIB))))
+    pool.feed(Loaded(1, None, ((HOST, GIB), (GPU, 5 * GIB))))
     assert view(pool).resident == ((HOST, 6 * GIB),)
     assert held(pool) == 6 * GIB
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from fsm import events as on
 from fsm.commands import Grant, Sample, Stop
+from fsm.events import Event, Expire, Loaded, Sampled, Tick
 from fsm.footprint import Footprint
 from fsm.ledger import Account, DeviceSample, Ledger
 from fsm.model import HOST
@@ -80,7 +80,7 @@ def test_memory_that_cannot_be_measured_is_counted_once_too() -> None:
     """A driver may not tell what each process holds on a GPU: a loaded runner has taken what it was promised."""
     pool = a_pool(capacity="64GiB", gpus=("8GiB",)).declare("a", layered(4, "1GiB")).ready("a", lease=1)
     reading = pool.sample()
-    pool.feed(on.Sampled(reading.devices, (), reading.number))
+    pool.feed(Sampled(reading.devices, (), reading.number))
     assert pool.free(GPU) == 4 * GIB
 
 
@@ -295,7 +295,7 @@ def test_two_loads_go_on_beside_a_device_whose_memory_is_awaited() -> None:
     pool.ready("x", lease=1)
     gone = pool.launches[1].placement.gpu_layers[0][0]
     pool.samples = False
-    pool.feed(pool.sample(), release(1), on.Expire("x"))
+    pool.feed(pool.sample(), release(1), Expire("x"))
     pool.strangers = {gone: 6 * GIB}
     pool.feed(exited(1))
     commands = pool.feed(*(acquire(model, request) for request, model in enumerate("bcd", 2)))
@@ -350,7 +350,7 @@ def test_what_was_measured_is_known_for_the_next_load() -> None:
     pool = a_pool(capacity="8GiB").declare("a", a_model())
     pool.loading("a", request=1)
     predicted = dict(pool.launches[1].placement.bytes)[HOST]
-    pool.feed(on.Loaded(1, None, ((HOST, predicted + 5),)), release(1), expire("a"), exited(1))
+    pool.feed(Loaded(1, None, ((HOST, predicted + 5),)), release(1), expire("a"), exited(1))
     pool.loading("a", request=2)
     assert pool.launches[2].placement.measured
     assert dict(pool.launches[2].placement.bytes) == {HOST: predicted + 5}
@@ -387,8 +387,8 @@ def test_s31_memory_is_back_although_another_load_of_ours_takes_of_it() -> None:
     assert pool.state("b") is RunnerState.loading
 
 
-@pytest.mark.parametrize("first", [on.Tick(), acquire("y", request=7)])
-def test_whoever_comes_as_the_wait_for_memory_ends_costs_nobody_an_answer(first: on.Event) -> None:
+@pytest.mark.parametrize("first", [Tick(), acquire("y", request=7)])
+def test_whoever_comes_as_the_wait_for_memory_ends_costs_nobody_an_answer(first: Event) -> None:
     """A runner whose process is gone does end; only one that was told to and lives may never do."""
     pool = a_pool("64GiB", gpus=["8GiB"])
     for model, size in (("a", "6GiB"), ("b", "4GiB")):
@@ -401,5 +401,5 @@ def test_whoever_comes_as_the_wait_for_memory_ends_costs_nobody_an_answer(first:
     pool.advance("4.9s")
     pool.feed(pool.sample())
     pool.now += 0.101  # the timer is late
-    pool.feed(first, on.Tick())
+    pool.feed(first, Tick())
     assert pool.state("b") is RunnerState.loading

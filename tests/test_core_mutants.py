@@ -8,9 +8,9 @@ from dataclasses import fields, replace
 
 import pytest
 
-from fsm import commands as do
-from fsm import events as on
+from fsm.commands import Claim, LoadFailed, ModelNotFound, Unclaim
 from fsm.core import Core
+from fsm.events import Contended
 from fsm.eviction import Candidate, KeepAliveOrder
 from fsm.footprint import Footprint
 from fsm.journal import Transition
@@ -275,14 +275,14 @@ def test_the_last_moment_of_a_back_off_is_told_as_it_is() -> None:
     pool.advance("9.5s")
     pool.feed(acquire("a", request=7))
     refusal = pool.answers[7].refusal
-    assert isinstance(refusal, do.LoadFailed) and refusal.retry_after_s == pytest.approx(0.5)
+    assert isinstance(refusal, LoadFailed) and refusal.retry_after_s == pytest.approx(0.5)
 
 
 def test_a_claim_that_is_given_up_is_no_longer_timed() -> None:
     """Nothing is due once the only one who waited for it has left."""
     pool = a_pool(claims=True, shares=False)
-    assert pool.feed(acquire("a", request=1)) == [do.Claim(1, (HOST,))]
-    assert pool.feed(cancel(1))[-1] == do.Unclaim(1)
+    assert pool.feed(acquire("a", request=1)) == [Claim(1, (HOST,))]
+    assert pool.feed(cancel(1))[-1] == Unclaim(1)
     assert ("claim", 1) not in [key for _, key in pool.core.pool.timers.items()]
 
 
@@ -305,7 +305,7 @@ def test_of_crashes_a_good_life_apart_each_is_the_first() -> None:
     pool.feed(exited(3, code=-9, reason="crash 3"))
     pool.feed(acquire("a", request=9))
     refusal = pool.answers[9].refusal
-    assert isinstance(refusal, do.LoadFailed) and (refusal.reason, refusal.retry_after_s) == ("crash 3", 20.0)
+    assert isinstance(refusal, LoadFailed) and (refusal.reason, refusal.retry_after_s) == ("crash 3", 20.0)
 
 
 def test_a_reading_of_a_runner_that_is_gone_hides_no_others() -> None:
@@ -324,9 +324,9 @@ def test_a_model_that_failed_is_remembered_although_its_file_is_gone() -> None:
     pool = a_pool().loading("a")
     pool.feed(exited(pool.runner("a"), 1, "no such layer"), pool.sample())
     pool.advance("11s")
-    pool.declare("a", do.ModelNotFound("a"))
+    pool.declare("a", ModelNotFound("a"))
     pool.feed(acquire("a", request=7))
-    assert isinstance(pool.answers[7].refusal, do.ModelNotFound)
+    assert isinstance(pool.answers[7].refusal, ModelNotFound)
     assert pool.core.pool.models["a"].failures == 1
 
 
@@ -425,7 +425,7 @@ def test_the_journal_says_which_launch_went_ahead_without_its_devices() -> None:
     pool.declare("g", layered(4, "1GiB", host="100MiB"))
     pool.feed(acquire("g", request=7))
     late = pool.core.late
-    pool.feed(on.Contended(1))
+    pool.feed(Contended(1))
     assert pool.core.late == late
     pool.advance("60s")
     entry = next(entry for entry in pool.core.journal or () if getattr(entry, "what", "") == "launched")
@@ -440,7 +440,7 @@ def test_a_second_crash_in_a_row_is_no_lack_of_memory() -> None:
     pool.ready("a", lease=2)
     pool.feed(acquire("a", request=3, num_thread=5), unresponsive(2))
     refusal = pool.refusal(3)
-    assert isinstance(refusal, do.LoadFailed)
+    assert isinstance(refusal, LoadFailed)
     assert (refusal.reason, refusal.out_of_memory) == ("it answers no probe", False)
 
 
@@ -449,4 +449,4 @@ def test_a_load_that_hangs_is_told_with_its_reason() -> None:
     pool = a_pool().loading("a", request=1)
     pool.feed(unresponsive(1))
     refusal = pool.refusal(1)
-    assert isinstance(refusal, do.LoadFailed) and refusal.reason == "it answers no probe"
+    assert isinstance(refusal, LoadFailed) and refusal.reason == "it answers no probe"

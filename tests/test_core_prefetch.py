@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from fsm import events as on
 from fsm.commands import Ask, Claim, Command, Launch, Prefetch, Stop
+from fsm.events import Cancel, Claimed, Contended
 from fsm.model import HOST
 from tests.models import a_model
 from tests.pool import (
@@ -138,11 +138,11 @@ def test_it_goes_on_while_another_program_loads_on_the_device() -> None:
     pool.feed(acquire("b", request=2), release(1))
     commands = pool.feed(exited(1), pool.sample())
     assert [type(command) for command in commands if not isinstance(command, Stop)] == [Claim]
-    assert prefetches(pool.feed(on.Contended(2))) == []
-    commands = pool.feed(on.Claimed(2))
+    assert prefetches(pool.feed(Contended(2))) == []
+    commands = pool.feed(Claimed(2))
     assert [type(command) for command in commands] == [Launch, Prefetch]
     other = a_pool("64GiB", ("8GiB",), claims=True, shares=False).declare("b", A_FILE)
-    other.feed(acquire("b", request=2), on.Contended(1))
+    other.feed(acquire("b", request=2), Contended(1))
     assert prefetches(other.commands) == []
 
 
@@ -246,7 +246,7 @@ def test_a_copy_of_the_core_goes_on_from_what_was_said() -> None:
     pool = a_busy_gpu()
     pool.feed(acquire("b", request=2))
     copy = pool.core.copy()
-    assert copy.step(pool.now, on.Cancel(2)) == pool.core.step(pool.now, on.Cancel(2))
+    assert copy.step(pool.now, Cancel(2)) == pool.core.step(pool.now, Cancel(2))
 
 
 def test_the_journal_says_whose_files_are_read() -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from fsm import events as on
 from fsm.commands import Ask, DoesNotFit, Grant, Launch, Stop
+from fsm.events import Acquire, Configure
 from fsm.footprint import Footprint
 from fsm.runner import RunnerState
 from tests.pool import (
@@ -132,14 +132,14 @@ def test_a_limit_that_was_raised_lets_waiters_go_ahead() -> None:
     """Limits may change while running; what is left out stays as it was."""
     pool = a_pool(max_runners=1, max_queue=7, each="1GiB").ready("a", lease=1)
     pool.feed(acquire("b", request=2))
-    assert launched(pool.feed(on.Configure(max_runners=2))) == ["b"]
+    assert launched(pool.feed(Configure(max_runners=2))) == ["b"]
     assert pool.core.pool.limits.max_queue == 7
 
 
 def test_a_limit_that_was_lowered_stops_nobody_in_use() -> None:
     """No other starts before enough have gone."""
     pool = a_pool(max_runners=2, each="1GiB").ready("a", lease=1).ready("b", lease=2)
-    assert pool.feed(on.Configure(max_runners=1)) == []
+    assert pool.feed(Configure(max_runners=1)) == []
     pool.feed(acquire("c", request=3), expire("a"), release(1))
     assert launched(pool.feed(exited(1))) == []
 
@@ -273,7 +273,7 @@ def test_the_programs_memory_leaves_pins_alone() -> None:
 def test_no_model_is_mistaken_for_memory() -> None:
     """A wish for memory is never served by a runner, whatever it is called."""
     pool = a_pool()
-    wish = on.Acquire(7, memory(7, cpu="1GiB").want)
+    wish = Acquire(7, memory(7, cpu="1GiB").want)
     pool.ready("", lease=1)
     assert pool.feed(wish) == [Grant(7, None)]
 

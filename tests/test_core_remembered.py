@@ -6,10 +6,9 @@ import json
 
 import pytest
 
-from fsm import commands as do
-from fsm import events as on
-from fsm.commands import Command, DoesNotFit
+from fsm.commands import Command, DoesNotFit, ModelNotFound, QueueFull, Reject, Remember
 from fsm.core import Core
+from fsm.events import Event, Loaded
 from fsm.model import HOST, Amounts, ModelInfo, Options
 from fsm.options import resolve
 from fsm.placement import MEASURED_HEADROOM
@@ -48,8 +47,8 @@ def promised(pool: PoolUnderTest, runner: int = 1) -> int:
     return dict(pool.launches[runner].placement.bytes)[HOST]
 
 
-def told(commands: list[Command]) -> list[do.Remember]:
-    return [command for command in commands if isinstance(command, do.Remember)]
+def told(commands: list[Command]) -> list[Remember]:
+    return [command for command in commands if isinstance(command, Remember)]
 
 
 # -- bytes that are taken over ----------------------------------------------------------------------------------------
@@ -84,7 +83,7 @@ def test_what_was_measured_with_another_split_is_not_used() -> None:
 def test_what_is_known_refuses_at_once_what_a_prediction_would_have_tried() -> None:
     """A model that is known to take more than there is costs nobody a load."""
     pool = a_pool_that(knowing("9GiB"))
-    (refusal,) = [one.refusal for one in pool.feed(acquire("a", request=1, **ASKED)) if isinstance(one, do.Reject)]
+    (refusal,) = [one.refusal for one in pool.feed(acquire("a", request=1, **ASKED)) if isinstance(one, Reject)]
     assert isinstance(refusal, DoesNotFit)
 
 
@@ -92,7 +91,7 @@ def test_what_this_process_measured_beats_the_store() -> None:
     """And stays: what a store says later is of others, or this process's own, and older."""
     pool = a_pool_that(knowing("64MiB"))
     pool.loading("a", request=1, **ASKED)
-    pool.feed(on.Loaded(1, None, ((HOST, 32 * MIB),)), filled(1), release(1), expire("a"), exited(1))
+    pool.feed(Loaded(1, None, ((HOST, 32 * MIB),)), filled(1), release(1), expire("a"), exited(1))
     pool.known["a"] = knowing("96MiB")
     pool.loading("a", request=2, **ASKED)
     assert promised(pool, 2) == 32 * MIB
@@ -123,7 +122,7 @@ def test_a_file_that_was_replaced_takes_over_what_is_known_of_the_new_one_only()
 def test_an_inspection_that_failed_teaches_nothing() -> None:
     """Whatever a store says of it."""
     pool = a_pool_that(knowing("64MiB"))
-    pool.declare("a", do.ModelNotFound("/a"))
+    pool.declare("a", ModelNotFound("/a"))
     pool.feed(acquire("a", request=1, **ASKED))
     assert "a" not in pool.core.pool.models
 
@@ -135,7 +134,7 @@ def test_nothing_is_told_where_nobody_keeps_it() -> None:
     """As without a setting for it."""
     pool = a_pool().declare("a", MODEL)
     pool.loading("a", request=1)
-    pool.feed(on.Loaded(1, None, ((HOST, 32 * MIB),), 0, ((HOST, MIB),)), filled(1), release(1), expire("a"), exited(1))
+    pool.feed(Loaded(1, None, ((HOST, 32 * MIB),), 0, ((HOST, MIB),)), filled(1), release(1), expire("a"), exited(1))
     assert not told(pool.commands)
 
 
@@ -144,8 +143,8 @@ def test_a_load_is_told_with_the_most_that_its_engine_says_will_come() -> None:
     pool = a_pool_that()
     pool.loading("a", request=1, **ASKED)
     pool.now += 3.0
-    commands = pool.feed(on.Loaded(1, None, ((HOST, 32 * MIB),), 0, ((HOST, 8 * MIB),)))
-    assert told(commands) == [do.Remember(1, ((HOST, 40 * MIB),), 3.0)]
+    commands = pool.feed(Loaded(1, None, ((HOST, 32 * MIB),), 0, ((HOST, 8 * MIB),)))
+    assert told(commands) == [Remember(1, ((HOST, 40 * MIB),), 3.0)]
 
 
 def test_without_a_word_of_the_engines_only_the_load_is_told() -> None:
@@ -153,16 +152,16 @@ def test_without_a_word_of_the_engines_only_the_load_is_told() -> None:
     pool = a_pool_that()
     pool.loading("a", request=1, **ASKED)
     predicted = promised(pool)
-    assert told(pool.feed(on.Loaded(1, None, ((HOST, 2 * MIB),)))) == [do.Remember(1, (), 0.0)]
-    assert told(pool.feed(release(1), expire("a"), exited(1))) == [do.Remember(1, ((HOST, predicted),))]
+    assert told(pool.feed(Loaded(1, None, ((HOST, 2 * MIB),)))) == [Remember(1, (), 0.0)]
+    assert told(pool.feed(release(1), expire("a"), exited(1))) == [Remember(1, ((HOST, predicted),))]
 
 
 def test_a_full_context_is_told_and_no_end_that_shows_no_more() -> None:
     """So that a process that is killed afterwards has not lived in vain."""
     pool = a_pool_that()
     pool.loading("a", request=1, **ASKED)
-    pool.feed(on.Loaded(1, None, ((HOST, 32 * MIB),), 0, ((HOST, 8 * MIB),)))
-    assert told(pool.feed(filled(1, cpu="1MiB"))) == [do.Remember(1, ((HOST, 33 * MIB),))]
+    pool.feed(Loaded(1, None, ((HOST, 32 * MIB),), 0, ((HOST, 8 * MIB),)))
+    assert told(pool.feed(filled(1, cpu="1MiB"))) == [Remember(1, ((HOST, 33 * MIB),))]
     assert not told(pool.feed(release(1), expire("a"), exited(1)))
 
 
@@ -170,10 +169,10 @@ def test_growth_after_that_is_told_at_the_end() -> None:
     """Whatever its engine said."""
     pool = a_pool_that()
     pool.loading("a", request=1, **ASKED)
-    pool.feed(on.Loaded(1, None, ((HOST, 32 * MIB),), 0, ((HOST, 8 * MIB),)), filled(1))
+    pool.feed(Loaded(1, None, ((HOST, 32 * MIB),), 0, ((HOST, 8 * MIB),)), filled(1))
     pool.occupied[1] = {HOST: 50 * MIB}
     pool.feed(pool.sample())
-    assert told(pool.feed(release(1), expire("a"), exited(1))) == [do.Remember(1, ((HOST, 50 * MIB),))]
+    assert told(pool.feed(release(1), expire("a"), exited(1))) == [Remember(1, ((HOST, 50 * MIB),))]
 
 
 def test_what_is_to_come_is_counted_beside_a_prediction_that_was_too_small() -> None:
@@ -181,7 +180,7 @@ def test_what_is_to_come_is_counted_beside_a_prediction_that_was_too_small() -> 
     pool = a_pool_that()
     pool.loading("a", request=1, **ASKED)
     predicted = promised(pool)
-    pool.feed(on.Loaded(1, None, ((HOST, predicted),), 0, ((HOST, 8 * MIB),)))
+    pool.feed(Loaded(1, None, ((HOST, predicted),), 0, ((HOST, 8 * MIB),)))
     assert pool.core.pool.ledger.held_bytes(HOST) == predicted
     pool.feed(release(1), expire("a"), exited(1))
     pool.loading("a", request=2, **ASKED)
@@ -192,8 +191,8 @@ def test_a_load_takes_nothing_back_of_what_a_full_context_showed() -> None:
     """An engine's word counts all of what it computes in, and what was measured does not."""
     pool = a_pool_that(knowing("36MiB"))
     pool.loading("a", request=1, **ASKED)
-    commands = pool.feed(on.Loaded(1, None, ((HOST, 32 * MIB),), 0, ((HOST, 8 * MIB),)))
-    assert told(commands) == [do.Remember(1, ((HOST, 36 * MIB),), 0.0)]
+    commands = pool.feed(Loaded(1, None, ((HOST, 32 * MIB),), 0, ((HOST, 8 * MIB),)))
+    assert told(commands) == [Remember(1, ((HOST, 36 * MIB),), 0.0)]
 
 
 def test_a_device_that_nobody_measures_leaves_all_bytes_unknown() -> None:
@@ -202,7 +201,7 @@ def test_a_device_that_nobody_measures_leaves_all_bytes_unknown() -> None:
     pool.loading("a", request=1, **ASKED)
     assert pool.launches[1].placement.gpu_layers
     pool.occupied[1] = {}
-    commands = pool.core.step(pool.now, on.Loaded(1, None, ((HOST, 32 * MIB),), 0, ((HOST, 8 * MIB),)))
+    commands = pool.core.step(pool.now, Loaded(1, None, ((HOST, 32 * MIB),), 0, ((HOST, 8 * MIB),)))
     assert [command.took for command in told(commands)] == [()]
 
 
@@ -267,7 +266,7 @@ def test_a_full_queue_says_when_to_come_back_by_what_is_known() -> None:
     pool = a_pool_that(knowing(0, 40.0, 40.0), max_queue=1)
     pool.loading("a", request=1, **ASKED)
     (rejected,) = pool.feed(acquire("b", request=2))
-    assert rejected == do.Reject(2, do.QueueFull(1, 40.0))
+    assert rejected == Reject(2, QueueFull(1, 40.0))
 
 
 def test_a_policy_is_told_the_usual_load() -> None:
@@ -321,7 +320,7 @@ def test_a_recording_with_remembered_figures_replays_without_the_store() -> None
     pool = a_pool_that(knowing("64MiB", 3.0, 5.0))
     step = pool.core.step
 
-    def recorded(now: float, event: on.Event) -> list[Command]:
+    def recorded(now: float, event: Event) -> list[Command]:
         commands = step(now, event)
         script.append(json.dumps([now, encode(event), [encode(command) for command in commands]]))
         return commands
@@ -330,7 +329,7 @@ def test_a_recording_with_remembered_figures_replays_without_the_store() -> None
     state = decode_state(json.loads(json.dumps(encode(pool.core.state()))))
     pool.loading("a", request=1, **ASKED)
     pool.now += 3.0
-    pool.feed(on.Loaded(1, None, ((HOST, 32 * MIB),), 0, ((HOST, 8 * MIB),)), filled(1), release(1), expire("a"))
+    pool.feed(Loaded(1, None, ((HOST, 32 * MIB),), 0, ((HOST, 8 * MIB),)), filled(1), release(1), expire("a"))
     pool.feed(exited(1))
     pool.loading("a", request=2, **ASKED)
     core = Core.restore(state)
@@ -347,6 +346,6 @@ def test_a_copy_learns_by_itself() -> None:
     pool.loading("a", request=1, **ASKED)
     copy = pool.core.copy()
     before = encode(pool.core.state())
-    copy.step(pool.now + 9.0, on.Loaded(1, None, ((HOST, 32 * MIB),), 0, ((HOST, 8 * MIB),)))
+    copy.step(pool.now + 9.0, Loaded(1, None, ((HOST, 32 * MIB),), 0, ((HOST, 8 * MIB),)))
     assert encode(pool.core.state()) == before
     assert copy.pool.models["a"].loads == {(): (3.0, 9.0)}

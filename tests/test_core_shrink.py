@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import invariant, rule
 
-from fsm import events as on
 from fsm.commands import DoesNotFit, Stop
+from fsm.events import Configure
 from fsm.journal import Entry, Transition
 from fsm.model import HOST
 from fsm.runner import RunnerState
@@ -208,7 +208,7 @@ def test_limits_hold_again_when_everything_has_rested(sizes: list[int], busy: in
     )
     for index, model in enumerate(models):
         pool.ready(model, lease=index + 1) if busy >> index & 1 else pool.idle(model)
-    pool.feed(on.Configure(max_runners=limit))
+    pool.feed(Configure(max_runners=limit))
     shrink(pool, f"{capacity}GiB")
     for index in range(len(models)):
         pool.feed(release(index + 1))
@@ -233,7 +233,7 @@ class ShrinkingMachine(test_core_machine.CoreMachine):
 
     @rule(keep_alive_s=st.sampled_from([0.0, 1.0, 60.0, math.inf]))
     def keep(self, keep_alive_s: float) -> None:
-        self.feed(on.Configure(keep_alive_s=keep_alive_s))
+        self.feed(Configure(keep_alive_s=keep_alive_s))
 
     @invariant()
     def promises_fit_the_devices(self) -> None:

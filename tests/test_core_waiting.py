@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import pytest
 
-from fsm import events as on
 from fsm.commands import Ask, Grant, Stop
+from fsm.events import Progress
 from fsm.runner import RunnerState
 from tests.pool import (
     PoolUnderTest,
@@ -125,7 +125,7 @@ def loaded_for(load: str, **limits: float) -> PoolUnderTest:
     pool = a_pool(max_wait_s=120.0, **limits)
     pool.feed(acquire("a", request=1), acquire("b", request=2))
     pool.advance("120s")
-    pool.feed(on.Progress(1))
+    pool.feed(Progress(1))
     pool.advance(seconds(load) - 120.0)
     pool.feed(loaded(1))
     return pool

@@ -9,8 +9,8 @@ from dataclasses import FrozenInstanceError, fields
 
 import pytest
 
-from fsm import events as on
 from fsm.commands import Cancelled, Closed, Finish, Grant, QueueFull, Revoke, Stop
+from fsm.events import Configure, Event, Tick
 from fsm.model import HOST
 from fsm.runner import RunnerState
 from tests.pool import (
@@ -42,7 +42,7 @@ def test_d03_a_tick_that_was_on_its_way_does_not_beat_a_renewal() -> None:
     pool = a_pool().idle("a", keep_alive="10s")
     pool.now += 11.0
     assert pool.feed(acquire("a", request=1, keep_alive="1h")) == [Grant(1, 1)]
-    assert pool.feed(on.Tick(), release(1), on.Tick()) == []
+    assert pool.feed(Tick(), release(1), Tick()) == []
     assert pool.advance("59m") == []
     assert stopped(pool.advance("2m")) == [1]
 
@@ -50,7 +50,7 @@ def test_d03_a_tick_that_was_on_its_way_does_not_beat_a_renewal() -> None:
 def test_d04_no_order_of_events_parts_a_grant_from_its_lease() -> None:
     """D04: whatever else comes at the same moment, whoever was granted has a runner that nobody stops."""
     reading = a_pool(each="4GiB").idle("a").idle("c").sample()
-    others = [on.Tick(), expire("a"), acquire("b", request=3), reading, out_of_memory(2), close("1h")]
+    others = [Tick(), expire("a"), acquire("b", request=3), reading, out_of_memory(2), close("1h")]
     served = refused_or_queued = 0
     for before in itertools.chain.from_iterable(itertools.permutations(others, count) for count in range(3)):
         pool = a_pool(each="4GiB", max_wait_s=0.0).idle("a", keep_alive="10s").idle("c")
@@ -180,7 +180,7 @@ def assert_consistent(pool: PoolUnderTest) -> None:
     assert [wait.position for wait in seen.queue] == list(range(len(seen.queue)))
 
 
-Make = Callable[[], on.Event]
+Make = Callable[[], Event]
 PAIRS: list[tuple[str, Make]] = [
     ("acquire a", lambda: acquire("a", request=21)),
     ("acquire b", lambda: acquire("b", request=22)),
@@ -193,7 +193,7 @@ PAIRS: list[tuple[str, Make]] = [
     ("expire b", lambda: expire("b")),
     ("pin a", lambda: pin("a")),
     ("unpin b", lambda: unpin("b")),
-    ("configure", lambda: on.Configure(max_runners=1, max_queue=2, keep_alive_s=0.0)),
+    ("configure", lambda: Configure(max_runners=1, max_queue=2, keep_alive_s=0.0)),
     ("progress", lambda: progress(3)),
     ("loaded", lambda: loaded(3)),
     ("filled", lambda: filled(1)),
@@ -201,7 +201,7 @@ PAIRS: list[tuple[str, Make]] = [
     ("b does not answer", lambda: unresponsive(2)),
     ("a exits", lambda: exited(1, code=-9)),
     ("a load exits", lambda: exited(3, code=1)),
-    ("tick", on.Tick),
+    ("tick", Tick),
     ("close", lambda: close("10s")),
 ]
 

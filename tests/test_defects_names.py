@@ -15,8 +15,8 @@ import huggingface_hub
 import pytest
 from rich.progress import Progress
 
-from fsm import events as on
 from fsm.core import Core
+from fsm.events import Sampled
 from fsm.ledger import DeviceSample
 from fsm.limits import Limits
 from fsm.model import HOST
@@ -66,7 +66,7 @@ def public() -> Iterator[Path]:
 def rows(catalog: Catalog) -> list[command.Row]:
     """Return what would be listed."""
     core = Core(Limits())
-    core.step(0.0, on.Sampled((DeviceSample(HOST, "cpu", "host", 8 * GIB, 8 * GIB),)))
+    core.step(0.0, Sampled((DeviceSample(HOST, "cpu", "host", 8 * GIB, 8 * GIB),)))
     return list(command.read_rows(catalog, core, Progress(disable=True)))
 
 

@@ -15,10 +15,9 @@ from dataclasses import replace
 
 import pytest
 
-from fsm import commands as do
-from fsm import events as on
-from fsm.commands import Command
+from fsm.commands import Command, Inspect, Launch, Reject, TimedOut
 from fsm.core import Core
+from fsm.events import Acquire, Event, Exited, Release, Tick
 from fsm.journal import Decision, Entry
 from fsm.model import Options
 from fsm.request import ModelId, Purpose, RequestId, Want
@@ -65,21 +64,21 @@ def in_thread(action: Callable[[], object]) -> None:
     assert not thread.is_alive(), "it hangs"
 
 
-def acquire(request: int, model: str = "a") -> on.Acquire:
+def acquire(request: int, model: str = "a") -> Acquire:
     """One request."""
-    return on.Acquire(RequestId(request), Want(ModelId(model), Options(), Purpose.lease, 0))
+    return Acquire(RequestId(request), Want(ModelId(model), Options(), Purpose.lease, 0))
 
 
 class Watched(Core):
     """A core that knows which threads ran its steps, and can do something in the middle of one."""
 
-    def __init__(self, inside: Callable[[on.Event], object] = lambda event: None) -> None:
+    def __init__(self, inside: Callable[[Event], object] = lambda event: None) -> None:
         super().__init__()
         self.inside = inside
-        self.stepped: list[on.Event] = []
+        self.stepped: list[Event] = []
         self.threads: set[int] = set()
 
-    def step(self, now: float, event: on.Event) -> list[Command]:
+    def step(self, now: float, event: Event) -> list[Command]:
         """Note who runs it."""
         self.threads.add(threading.get_ident())
         self.stepped.append(event)
@@ -88,9 +87,9 @@ class Watched(Core):
         return commands
 
 
-def interrupt(event: on.Event) -> None:
+def interrupt(event: Event) -> None:
     """Raise Ctrl-C while a step runs: the handler's exception comes up in the main thread, wherever that is."""
-    if isinstance(event, on.Acquire):
+    if isinstance(event, Acquire):
         signal.raise_signal(signal.SIGINT)
 
 
@@ -121,7 +120,7 @@ def test_ctrl_c_between_an_event_and_the_wake_up_loses_nothing(start: Callable[.
     driver = start(Watched())
 
     class Inbox(type(driver._inbox)):  # type: ignore[misc]  # a deque that is interrupted
-        def append(self, event: on.Event) -> None:
+        def append(self, event: Event) -> None:
             super().append(event)
             raise KeyboardInterrupt
 
@@ -139,23 +138,23 @@ def test_a_finaliser_inside_a_step_posts_without_a_deadlock(start: Callable[...,
             self.itself = self
 
         def __del__(self) -> None:
-            driver.post(on.Release(RequestId(99)))
+            driver.post(Release(RequestId(99)))
 
-    def collect(event: on.Event) -> None:
-        if isinstance(event, on.Acquire):
+    def collect(event: Event) -> None:
+        if isinstance(event, Acquire):
             Lost()
             gc.collect()
 
     core = Watched(collect)
     driver = start(core)
     in_thread(lambda: driver.post(acquire(1)))
-    assert [type(event) for event in core.stepped] == [on.Acquire, on.Release]
+    assert [type(event) for event in core.stepped] == [Acquire, Release]
 
 
 def test_an_exception_in_a_step_fails_everybody_and_decides_nothing_more(start: Callable[..., Driver]) -> None:
     """A bug of ours is not hidden: the first exception is kept, and each later event is answered with it."""
 
-    def fail(event: on.Event) -> None:
+    def fail(event: Event) -> None:
         raise ZeroDivisionError
 
     failures: list[BaseException] = []
@@ -188,8 +187,8 @@ def test_commands_are_handed_on_in_the_order_in_which_they_were_decided(start: C
     expected = [command for event in core.stepped for command in replayed.step(0.0, event)]
     assert len(core.stepped) == 400
     assert [type(command) for command in performed] == [type(command) for command in expected]
-    assert [command for command in performed if isinstance(command, do.Inspect)] == [
-        command for command in expected if isinstance(command, do.Inspect)
+    assert [command for command in performed if isinstance(command, Inspect)] == [
+        command for command in expected if isinstance(command, Inspect)
     ]
 
 
@@ -197,19 +196,19 @@ def test_time_is_kept_while_nothing_happens(start: Callable[..., Driver]) -> Non
     """The driver's thread wakes at the core's deadline: a request's own time limit ends its wait."""
     answers: queue.SimpleQueue[Command] = queue.SimpleQueue()
     driver = start(Core(), perform=answers.put)
-    question = on.Acquire(RequestId(1), Want(ModelId("a"), Options(), Purpose.lease, 0), timeout_s=0.05)
+    question = Acquire(RequestId(1), Want(ModelId("a"), Options(), Purpose.lease, 0), timeout_s=0.05)
     in_thread(lambda: driver.post(question))
-    assert isinstance(answers.get(timeout=LIMIT_S), do.Inspect)
+    assert isinstance(answers.get(timeout=LIMIT_S), Inspect)
     rejected = answers.get(timeout=LIMIT_S)
-    assert isinstance(rejected, do.Reject) and isinstance(rejected.refusal, do.TimedOut)
+    assert isinstance(rejected, Reject) and isinstance(rejected.refusal, TimedOut)
 
 
 def test_a_deadline_that_comes_during_a_step_is_told_once(start: Callable[..., Driver]) -> None:
     """The driver's thread waits for whoever holds the lock: it neither spins nor fills the inbox with ticks."""
     entered, go_on = threading.Event(), threading.Event()
 
-    def linger(event: on.Event) -> None:
-        if isinstance(event, on.Acquire) and event.request == 2:
+    def linger(event: Event) -> None:
+        if isinstance(event, Acquire) and event.request == 2:
             entered.set()
             assert go_on.wait(LIMIT_S)
 
@@ -224,7 +223,7 @@ def test_a_deadline_that_comes_during_a_step_is_told_once(start: Callable[..., D
     ticks = list(driver._inbox)
     go_on.set()
     holder.join(LIMIT_S)
-    assert ticks == [on.Tick()]
+    assert ticks == [Tick()]
     assert_soon(lambda: 1 not in driver.read(lambda core: core.pool.requests))
 
 
@@ -251,23 +250,23 @@ def test_whoever_reads_has_been_told_of_what_is_found(start: Callable[..., Drive
 
 def test_a_stop_cancels_a_launch_that_has_not_begun() -> None:
     """Stops have threads of their own and may overtake a launch that waits for one; it then never begins."""
-    posted: list[on.Event] = []
+    posted: list[Event] = []
 
     class Engine:
         def launch(self, *arguments: object) -> None:
             raise AssertionError("it was launched")
 
-    launch = do.Launch(7, ModelId("a"), Options(), None)  # type: ignore[arg-type]  # never looked at
+    launch = Launch(7, ModelId("a"), Options(), None)  # type: ignore[arg-type]  # never looked at
     life = Life(launch, Engine(), None, posted.append)  # type: ignore[arg-type]
     life.stop(1.0)
     life.begin()
     life.begin()
-    assert posted == [on.Exited(7, None, "stopped before it began", False)]  # type: ignore[arg-type]
+    assert posted == [Exited(7, None, "stopped before it began", False)]  # type: ignore[arg-type]
 
 
 def test_a_launch_that_hangs_does_not_hold_up_its_stop() -> None:
     """Stops have threads of their own; none of them waits for a launch."""
-    posted: list[on.Event] = []
+    posted: list[Event] = []
     entered, go_on, stopped = threading.Event(), threading.Event(), threading.Event()
 
     class Process:
@@ -280,7 +279,7 @@ def test_a_launch_that_hangs_does_not_hold_up_its_stop() -> None:
             assert go_on.wait(LIMIT_S)
             return Process()
 
-    life = Life(do.Launch(7, ModelId("a"), Options(), None), Engine(), None, posted.append)  # type: ignore[arg-type]
+    life = Life(Launch(7, ModelId("a"), Options(), None), Engine(), None, posted.append)  # type: ignore[arg-type]
     thread = threading.Thread(target=life.begin)
     thread.start()
     assert entered.wait(LIMIT_S)

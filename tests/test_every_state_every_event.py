@@ -6,8 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from fsm import events as on
-from fsm.events import Event
+from fsm.events import Claimed, Configure, Contended, Event, Tick
 from fsm.journal import Entry, Transition
 from fsm.request import Purpose
 from fsm.runner import RUNNER_TABLE, RunnerState
@@ -90,9 +89,9 @@ EVENTS: dict[str, Callable[[PoolUnderTest], Event | None]] = {
     "Unpin": lambda pool: unpin("a"),
     "Inspected": lambda pool: pool.inspection("a"),
     "Sampled": lambda pool: pool.sample(),
-    "Contended": lambda pool: on.Contended(1),
-    "Claimed": lambda pool: on.Claimed(1),
-    "Configure": lambda pool: on.Configure(keep_alive_s=1.0),
+    "Contended": lambda pool: Contended(1),
+    "Claimed": lambda pool: Claimed(1),
+    "Configure": lambda pool: Configure(keep_alive_s=1.0),
     "Close": lambda pool: close(),
     "keep-alive over": lambda pool: None,  # time passes instead
 }
@@ -349,7 +348,7 @@ def test_every_cell_is_named() -> None:
     assert {(state, event) for state, row in OUTCOMES.items() for event in row} == set(CELLS)
     pool = new_pool()
     fed = {type(event(pool)) for event in EVENTS.values()} - {type(None)}
-    assert fed == set(on.Event.__args__) - {on.Tick}
+    assert fed == set(Event.__args__) - {Tick}
     assert pool.core.pool.queued == 0
     assert Purpose.preload in {event.want.purpose for event in (preload("a", 1), memory(1, cpu="1GiB"))}
 

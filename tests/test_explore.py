@@ -14,11 +14,24 @@ from pathlib import Path
 import pytest
 
 from fsm import canonical
-from fsm import events as on
 from fsm.canonical import LEFT_OUT, Canonical
 from fsm.commands import Command, Grant, Launch, Stop
 from fsm.core import Core
-from fsm.events import Event
+from fsm.events import (
+    Acquire,
+    Cancel,
+    Close,
+    Configure,
+    Event,
+    Exited,
+    Expire,
+    Inspected,
+    Loaded,
+    Pin,
+    Progress,
+    Release,
+    Tick,
+)
 from fsm.explore import Oracle, explore, in_words
 from fsm.judge import judge
 from fsm.pool import Model
@@ -43,12 +56,12 @@ def a_core(*happened: Event, scenario: Scenario = ONE_PLACE) -> Core:
     return core
 
 
-def inspected(model: str, scenario: Scenario = ONE_PLACE) -> on.Inspected:
-    return on.Inspected(model, dict(scenario.models)[model])
+def inspected(model: str, scenario: Scenario = ONE_PLACE) -> Inspected:
+    return Inspected(model, dict(scenario.models)[model])
 
 
-def loaded(core: Core, runner: int) -> on.Loaded:
-    return on.Loaded(runner, None, core.pool.runners[runner].placement.bytes)
+def loaded(core: Core, runner: int) -> Loaded:
+    return Loaded(runner, None, core.pool.runners[runner].placement.bytes)
 
 
 def key_of(core: Core, scenario: Scenario = ONE_PLACE, keys: Canonical | None = None) -> bytes:
@@ -94,11 +107,11 @@ def test_an_event_that_changes_nothing_is_not_the_end() -> None:
 
     class Deaf(Core):
         def step(self, now: float, event: Event) -> list[Command]:
-            return [] if isinstance(event, on.Inspected) else super().step(now, event)
+            return [] if isinstance(event, Inspected) else super().step(now, event)
 
     found = explore(ONE_PLACE, 200, make=Deaf).violation
     assert found is not None and "waits for ever" in found.what
-    assert [type(step.event) for step in found.way] == [on.Acquire], "the shortest way"
+    assert [type(step.event) for step in found.way] == [Acquire], "the shortest way"
 
 
 def test_the_way_to_who_waits_for_ever_is_the_shortest_however_many_states_are_seen() -> None:
@@ -109,7 +122,7 @@ def test_the_way_to_who_waits_for_ever_is_the_shortest_however_many_states_are_s
         found = replace(one, most=most).search().violation
         assert found is not None and "waits for ever" in found.what
         ways.append([type(step.event) for step in found.way])
-    assert ways == [[on.Acquire, on.Inspected, on.Loaded, on.Close]] * 2
+    assert ways == [[Acquire, Inspected, Loaded, Close]] * 2
 
 
 def test_an_exception_is_found_with_the_event_that_raised_it() -> None:
@@ -121,7 +134,7 @@ def test_an_exception_is_found_with_the_event_that_raised_it() -> None:
 
     found = explore(ONE_PLACE, 200, make=Broken).violation
     assert found is not None and found.what == "KeyError('a runner')"
-    assert [step.event for step in found.way] == [on.Close(30.0)]
+    assert [step.event for step in found.way] == [Close(30.0)]
 
 
 def test_the_oracle_prefers_each_candidate_in_turn() -> None:
@@ -168,10 +181,10 @@ def test_every_field_of_a_record_is_in_the_key_or_left_out_for_a_reason(record: 
 
 def test_numbers_of_lives_past_do_not_count() -> None:
     """After a life that has ended everything is as before it, but for the ids."""
-    first = a_core(on.Acquire(1, A), inspected("a"))
-    again = a_core(on.Acquire(1, A), inspected("a"), loaded(first, 1), on.Release(1), on.Expire("a"), on.Exited(1, 0))
+    first = a_core(Acquire(1, A), inspected("a"))
+    again = a_core(Acquire(1, A), inspected("a"), loaded(first, 1), Release(1), Expire("a"), Exited(1, 0))
     begin(again, ONE_PLACE)
-    for event in (on.Acquire(7, A), inspected("a")):
+    for event in (Acquire(7, A), inspected("a")):
         again.step(0.0, event)
     seen = again.pool.models["a"]
     assert list(again.pool.runners) == [2]
@@ -181,31 +194,30 @@ def test_numbers_of_lives_past_do_not_count() -> None:
 
 def test_what_was_measured_counts() -> None:
     """The next launch is promised it."""
-    one, other = a_core(on.Acquire(1, A)), a_core(on.Acquire(1, A))
+    one, other = a_core(Acquire(1, A)), a_core(Acquire(1, A))
     other.pool.models["a"].measured[A.options, ()] = (("cpu", 1),)
     assert not alike(one, other)
 
 
 def test_models_of_one_kind_may_be_exchanged() -> None:
     """Whoever waits for either of two alike is in the same place."""
-    assert alike(a_core(on.Acquire(1, A)), a_core(on.Acquire(1, B)))
+    assert alike(a_core(Acquire(1, A)), a_core(Acquire(1, B)))
 
 
 def test_models_that_will_turn_out_different_may_not() -> None:
     """Although nothing is known yet of either, they are not of one kind."""
     claims = NAMED["claims"]
-    asked = [a_core(on.Acquire(1, want), scenario=claims) for want in claims.wants]
+    asked = [a_core(Acquire(1, want), scenario=claims) for want in claims.wants]
     assert not alike(*asked, scenario=claims)
 
 
 def test_how_far_off_a_deadline_is_does_not_count_but_the_order_of_deadlines_does() -> None:
     """What lies behind is alike."""
-    near, far, behind = (a_core(on.Acquire(1, A, None, timeout_s)) for timeout_s in (5.0, 6.0, 0.0))
+    near, far, behind = (a_core(Acquire(1, A, None, timeout_s)) for timeout_s in (5.0, 6.0, 0.0))
     assert alike(near, far)
     assert not alike(near, behind)
     first, second = (
-        a_core(on.Acquire(1, A, None, one_s), on.Acquire(2, B, None, other_s))
-        for one_s, other_s in ((5.0, 6.0), (6.0, 5.0))
+        a_core(Acquire(1, A, None, one_s), Acquire(2, B, None, other_s)) for one_s, other_s in ((5.0, 6.0), (6.0, 5.0))
     )
     assert not alike(first, second)
 
@@ -220,14 +232,14 @@ def test_a_clock_that_belongs_to_nothing_counts() -> None:
 def test_priority_counts_by_the_order_of_turns() -> None:
     """Whoever is planned first is not told by age alone."""
     urgent = replace(B, priority=1)
-    one = a_core(on.Acquire(1, A), on.Acquire(2, B))
-    other = a_core(on.Acquire(1, A), on.Acquire(2, urgent))
+    one = a_core(Acquire(1, A), Acquire(2, B))
+    other = a_core(Acquire(1, A), Acquire(2, urgent))
     assert not alike(one, other)
 
 
 def test_equal_states_have_equal_keys_whatever_they_share() -> None:
     """A copy shares none of its containers with its original."""
-    core = a_core(on.Acquire(1, A), on.Acquire(2, B), inspected("a"))
+    core = a_core(Acquire(1, A), Acquire(2, B), inspected("a"))
     assert alike(core, core.copy())
 
 
@@ -267,13 +279,13 @@ def test_how_long_a_runner_rests_is_told_where_a_keep_alive_may_change() -> None
     scenario = next(one for one in SCENARIOS if one.name == "configure")
     keys, cores = Canonical(kinds(scenario), configures=True), []
     for rested_s in (0.0, 71.0):
-        core = a_core(on.Acquire(1, scenario.wants[0]), inspected("a", scenario), scenario=scenario)
-        for event in (loaded(core, 1), on.Release(1)):
+        core = a_core(Acquire(1, scenario.wants[0]), inspected("a", scenario), scenario=scenario)
+        for event in (loaded(core, 1), Release(1)):
             core.step(core.pool.now, event)
-        core.step(core.pool.now + rested_s, on.Cancel(9))
+        core.step(core.pool.now + rested_s, Cancel(9))
         cores.append(core)
     assert keys.key(cores[0]) != keys.key(cores[1])
-    keep_alive = on.Configure(keep_alive_s=70.0)
+    keep_alive = Configure(keep_alive_s=70.0)
     assert [core.step(core.pool.now, keep_alive) for core in cores] == [[], [Stop(1)]]
 
 
@@ -282,62 +294,62 @@ def test_how_long_a_runner_rests_is_told_where_a_keep_alive_may_change() -> None
 
 def test_time_passes_a_back_off_that_no_timer_marks() -> None:
     """Else a model that failed once would never be asked for again."""
-    core = a_core(on.Acquire(1, A), inspected("a"), on.Exited(1, 1))
+    core = a_core(Acquire(1, A), inspected("a"), Exited(1, 1))
     begin(core, ONE_PLACE)  # its memory is back
     assert core.deadline() == math.inf or not core.pool.timers.items()
-    assert time_of(core, on.Tick()) == core.pool.models["a"].blocked_until == 11.0
-    assert on.Tick() in list(possible(core, ONE_PLACE, Past(1, 1)))
+    assert time_of(core, Tick()) == core.pool.models["a"].blocked_until == 11.0
+    assert Tick() in list(possible(core, ONE_PLACE, Past(1, 1)))
 
 
 def test_what_comes_late_is_of_the_lives_that_have_ended() -> None:
     """By the ids that they had, and none that lives."""
-    core = a_core(on.Acquire(1, A), inspected("a"), on.Exited(1, 1), on.Acquire(2, B))
+    core = a_core(Acquire(1, A), inspected("a"), Exited(1, 1), Acquire(2, B))
     events = list(late(core, Past(requests=2, runners=1)))
-    assert on.Release(1) in events and on.Exited(1, None) in events
-    assert on.Cancel(2) not in events
+    assert Release(1) in events and Exited(1, None) in events
+    assert Cancel(2) not in events
 
 
 def test_what_has_happened_already_comes_late_too() -> None:
     """It is said again, or said of somebody who is not that far yet."""
-    core = a_core(on.Acquire(1, A), inspected("a"))
+    core = a_core(Acquire(1, A), inspected("a"))
     core.step(0.0, loaded(core, 1))
-    core.step(0.0, on.Acquire(2, B))
+    core.step(0.0, Acquire(2, B))
     events = list(late(core, Past(requests=2, runners=1)))
-    assert loaded(core, 1) in events and on.Progress(1) in events
-    assert on.Release(2) in events and on.Release(1) not in events
-    assert not any(isinstance(event, on.Close) for event in events)
-    core.step(0.0, on.Close(30.0))
-    assert on.Close(math.inf) in list(late(core, Past(requests=2, runners=1)))
+    assert loaded(core, 1) in events and Progress(1) in events
+    assert Release(2) in events and Release(1) not in events
+    assert not any(isinstance(event, Close) for event in events)
+    core.step(0.0, Close(30.0))
+    assert Close(math.inf) in list(late(core, Past(requests=2, runners=1)))
 
 
 def test_after_a_close_the_world_helps_nobody_to_the_end() -> None:
     """A lease is left to the time limit, and what loads has to be stopped: neither ends by itself."""
-    core = a_core(on.Acquire(1, A), inspected("a"))
+    core = a_core(Acquire(1, A), inspected("a"))
     core.step(0.0, loaded(core, 1))
-    core.step(0.0, on.Close(30.0))
-    assert next_in_order(core, ONE_PLACE) == on.Tick()
-    loading = a_core(on.Acquire(1, A), inspected("a"))
+    core.step(0.0, Close(30.0))
+    assert next_in_order(core, ONE_PLACE) == Tick()
+    loading = a_core(Acquire(1, A), inspected("a"))
     loading.pool.closing = True
     assert next_in_order(loading, ONE_PLACE) is None
 
 
 def test_what_may_happen_after_a_close_is_asked_and_closed_again() -> None:
     """Whoever asks is refused, and whoever is in more of a hurry is heard."""
-    core = a_core(on.Acquire(1, A), inspected("a"), on.Close(30.0))
+    core = a_core(Acquire(1, A), inspected("a"), Close(30.0))
     events = list(possible(core, ONE_PLACE, Past(1, 1)))
-    assert {on.Acquire(2, A), on.Acquire(2, B), on.Close(0.0)} <= set(events)
+    assert {Acquire(2, A), Acquire(2, B), Close(0.0)} <= set(events)
 
 
 def test_who_was_granted_may_leave_as_if_they_had_not_been_told() -> None:
     """The Grant and their Cancel crossed."""
-    core = a_core(on.Acquire(1, A), inspected("a"))
+    core = a_core(Acquire(1, A), inspected("a"))
     core.step(0.0, loaded(core, 1))
-    assert {on.Release(1), on.Cancel(1)} <= set(possible(core, ONE_PLACE, Past(1, 1)))
+    assert {Release(1), Cancel(1)} <= set(possible(core, ONE_PLACE, Past(1, 1)))
 
 
 def test_the_worlds_order_ends_with_an_empty_pool() -> None:
     """Everybody is answered on the way."""
-    core = a_core(on.Acquire(1, A), on.Acquire(2, B))
+    core = a_core(Acquire(1, A), Acquire(2, B))
     answered = []
     while (event := next_in_order(core, ONE_PLACE)) is not None:
         answered += [one.request for one in core.step(time_of(core, event), event) if isinstance(one, Grant)]
@@ -348,8 +360,8 @@ def test_the_worlds_order_ends_with_an_empty_pool() -> None:
 def test_the_past_remembers_the_highest_numbers() -> None:
     """What lives now does not tell them."""
     launch = Launch(3, "a", A.options, None)
-    assert Past(2, 1).after(on.Acquire(5, A), [launch]) == Past(5, 3)
-    assert Past(9, 9).after(on.Acquire(5, A), [launch]) == Past(9, 9)
+    assert Past(2, 1).after(Acquire(5, A), [launch]) == Past(5, 3)
+    assert Past(9, 9).after(Acquire(5, A), [launch]) == Past(9, 9)
 
 
 # -- the judge ---------------------------------------------------------------------------------------------------------
@@ -369,26 +381,26 @@ def judged(core: Core, event: Event, spoil: Callable[[Core, list[Command]], None
 
 def test_the_judge_misses_an_answer() -> None:
     """A request that is gone without a word."""
-    assert "a request is lost" in judged(a_core(on.Acquire(1, A)), on.Cancel(1), lambda after, said: said.clear())
+    assert "a request is lost" in judged(a_core(Acquire(1, A)), Cancel(1), lambda after, said: said.clear())
 
 
 def test_the_judge_misses_a_lease() -> None:
     """It was neither given back nor taken back."""
-    core = a_core(on.Acquire(1, A), inspected("a"))
+    core = a_core(Acquire(1, A), inspected("a"))
     core.step(0.0, loaded(core, 1))
 
     def lose(after: Core, said: list[Command]) -> None:
         after.pool.runners[1].leases.clear()
         after.pool.requests.pop(1).state = RequestState.released
 
-    assert "a lease is lost" in judged(core, on.Pin("a"), lose)
+    assert "a lease is lost" in judged(core, Pin("a"), lose)
 
 
 def test_the_judge_tells_when_nobody_looks_again() -> None:
     """Whoever waits for what is in use has to be thought of when the wait is over."""
-    core = a_core(on.Acquire(1, A), inspected("a"))
+    core = a_core(Acquire(1, A), inspected("a"))
     core.step(0.0, loaded(core, 1))
-    core.step(0.0, on.Acquire(2, B))
+    core.step(0.0, Acquire(2, B))
     forget: Callable[[Core, list[Command]], None] = lambda after, said: after.pool.timers.clear(("plan", 0))  # noqa: E731
     assert judged(core, inspected("b"), forget) == "nobody looks again"
 
@@ -439,4 +451,4 @@ def test_the_command_tells_the_shortest_way_to_what_does_not_hold(
 def test_a_model_knows_nothing_of_itself_at_first() -> None:
     """The key takes what it is to the scenario instead."""
     assert Model("a").info is None
-    assert key_of(a_core(on.Acquire(1, A))) != key_of(a_core())
+    assert key_of(a_core(Acquire(1, A))) != key_of(a_core())

@@ -21,9 +21,8 @@ from typing import Any
 import psutil
 import pytest
 
-from fsm import events as on
 from fsm.core import Core
-from fsm.events import Tick
+from fsm.events import Event, Tick
 from scheduler import (
     Lease,
     LoadTimeout,
@@ -96,7 +95,7 @@ class Noting(Core):
         super().__init__()
         self.told = told
 
-    def step(self, now: float, event: on.Event) -> list[Any]:
+    def step(self, now: float, event: Event) -> list[Any]:
         self.told.append(event)
         return super().step(now, event)
 

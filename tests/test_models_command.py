@@ -13,8 +13,8 @@ import pytest
 from rich.console import Console
 from rich.progress import Progress
 
-from fsm import events as on
 from fsm.core import Core
+from fsm.events import Sampled
 from fsm.ledger import DeviceSample
 from fsm.limits import Limits
 from fsm.model import HOST, DeviceId
@@ -52,7 +52,7 @@ def a_core(*gpus_free: int, host_free: int = 8 * GIB) -> Core:
     """Return a core with a host and GPUs that have so many bytes free."""
     core = Core(Limits())
     gpus = [DeviceSample(DeviceId(f"gpu{i}"), "gpu", "a GPU", 8 * GIB, free) for i, free in enumerate(gpus_free)]
-    core.step(0.0, on.Sampled((DeviceSample(HOST, "cpu", "host", 8 * GIB, host_free), *gpus)))
+    core.step(0.0, Sampled((DeviceSample(HOST, "cpu", "host", 8 * GIB, host_free), *gpus)))
     return core
 
 

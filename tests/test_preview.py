@@ -9,10 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import rule
 
-from fsm import commands as do
-from fsm import events as on
-from fsm.commands import Command
+from fsm.commands import Closed, Command, DoesNotFit, Grant, Launch, Reject
 from fsm.core import Core
+from fsm.events import Acquire, Inspected, Loaded, Sampled, Tick
 from fsm.footprint import Footprint
 from fsm.ledger import DeviceSample
 from fsm.model import HOST, DeviceId, ModelInfo, Options
@@ -139,7 +138,7 @@ def test_what_never_fits_says_why() -> None:
     """The refusal is the core's own, and the parts are shown all the same."""
     pool = a_pool("8GiB").declare("g", layered(4, "4GiB"))
     found = look(pool, "g")
-    assert isinstance(found.refusal, do.DoesNotFit) and found.outcome is Outcome.never
+    assert isinstance(found.refusal, DoesNotFit) and found.outcome is Outcome.never
     assert [(share.needed_bytes, share.free_bytes) for share in found.shares] == [(amount("20GiB"), amount("8GiB"))]
 
 
@@ -148,7 +147,7 @@ def test_what_would_fit_without_a_pin_says_so() -> None:
     pool = a_pool("8GiB").idle("a")
     pool.feed(pin("a"))
     found = look(pool, "b")
-    assert isinstance(found.refusal, do.DoesNotFit) and "pinned: a" in found.refusal.reason
+    assert isinstance(found.refusal, DoesNotFit) and "pinned: a" in found.refusal.reason
 
 
 def test_a_closed_scheduler_refuses() -> None:
@@ -156,7 +155,7 @@ def test_a_closed_scheduler_refuses() -> None:
     pool = a_pool("8GiB")
     pool.feed(close())
     found = look(pool, "a")
-    assert (found.outcome, found.refusal) == (Outcome.refused, do.Closed())
+    assert (found.outcome, found.refusal) == (Outcome.refused, Closed())
 
 
 def test_what_is_due_has_happened() -> None:
@@ -189,7 +188,7 @@ def test_what_was_measured_replaces_the_prediction() -> None:
     """N14: a runner that lived on the same layers tells what the next one takes, at a smaller headroom."""
     pool = a_pool("8GiB").declare("d", a_model())
     assert look(pool, "d").measured is False
-    pool.loading("d", 1).feed(on.Loaded(pool.runner("d"), None, ((HOST, amount("5GiB")),)), release(1), expire("d"))
+    pool.loading("d", 1).feed(Loaded(pool.runner("d"), None, ((HOST, amount("5GiB")),)), release(1), expire("d"))
     (share,) = look(pool.settle(), "d").shares
     assert look(pool, "d").measured and share.takes_bytes == amount("5GiB") > share.part.total_bytes
     assert share.needed_bytes < amount("5.2GiB")
@@ -217,23 +216,23 @@ class PreviewMachine(CoreMachine):
         assert core.snapshot() == before, "a preview changes nothing"
         core = core.copy()
         core.pool.limits = replace(core.pool.limits, claims=False)  # each would be had, and then it goes on
-        core.step(now, on.Tick())
+        core.step(now, Tick())
         request = len(self.asked) + 1
-        answers = core.step(now, on.Acquire(request, want))
+        answers = core.step(now, Acquire(request, want))
         if any(known.id == model and known.inspecting for known in core.pool.models.values()):
-            answers += core.step(now, on.Inspected(model, self.pool.outcome(model)))
-        self.compare(found, core, on.Acquire(request, want), answers)
+            answers += core.step(now, Inspected(model, self.pool.outcome(model)))
+        self.compare(found, core, Acquire(request, want), answers)
 
     @staticmethod
-    def compare(found: Preview, core: Core, asked: on.Acquire, answers: list[Command]) -> None:
+    def compare(found: Preview, core: Core, asked: Acquire, answers: list[Command]) -> None:
         """Raise AssertionError where what was promised is not what happened."""
-        mine = [each for each in answers if isinstance(each, do.Grant | do.Reject) and each.request == asked.request]
+        mine = [each for each in answers if isinstance(each, Grant | Reject) and each.request == asked.request]
         states = {id: runner.state for id, runner in core.pool.runners.items()}
         match found.outcome:
             case Outcome.warm:
-                assert [type(each) for each in mine] == [do.Grant]
+                assert [type(each) for each in mine] == [Grant]
             case Outcome.fits:
-                launches = [each for each in answers if isinstance(each, do.Launch)]
+                launches = [each for each in answers if isinstance(each, Launch)]
                 (launch,) = [each for each in launches if each.model == asked.want.model]
                 assert (mine, launch.options) == ([], found.options)
                 assert launch.placement.gpu_layers == found.gpu_layers
@@ -247,8 +246,8 @@ class PreviewMachine(CoreMachine):
             case Outcome.waits:
                 assert mine == [] and found.waits_for and not found.victims
             case Outcome.refused | Outcome.never:
-                assert mine == [do.Reject(asked.request, found.refusal)]
-                assert isinstance(found.refusal, do.DoesNotFit) == (found.outcome is Outcome.never)
+                assert mine == [Reject(asked.request, found.refusal)]
+                assert isinstance(found.refusal, DoesNotFit) == (found.outcome is Outcome.never)
 
 
 PreviewMachine.TestCase.settings = settings(settings.default, stateful_step_count=50)
@@ -278,7 +277,7 @@ def test_what_evicts_goes_where_it_was_shown_once_they_have_left(
     for runner in [pool.core.pool.runners[victim.runner] for victim in found.victims]:
         pool.feed(*(release(lease) for lease in sorted(runner.leases)))
     pool.settle()
-    (launch,) = [each for each in pool.commands if isinstance(each, do.Launch) and each.model == "new"]
+    (launch,) = [each for each in pool.commands if isinstance(each, Launch) and each.model == "new"]
     assert launch.placement.gpu_layers == found.gpu_layers
     takes = {share.device: share.takes_bytes for share in found.shares}
     assert {device: takes[device] for device, _ in launch.placement.bytes} == dict(launch.placement.bytes)
@@ -444,8 +443,8 @@ def a_core(host: int, gpu: int, held: Footprint | None = None) -> CountedCore:
     """Return a core with so many MiB, and perhaps an idle model."""
     gpus = [DeviceSample(DeviceId("gpu0"), "gpu", "", gpu * MIB, gpu * MIB)] if gpu else []
     core = CountedCore()
-    core.step(1.0, on.Sampled((DeviceSample(HOST, "cpu", "", host * MIB, host * MIB), *gpus)))
-    for event in (acquire("a", 1), on.Inspected("a", held), loaded(1), release(1)) if held is not None else ():
+    core.step(1.0, Sampled((DeviceSample(HOST, "cpu", "", host * MIB, host * MIB), *gpus)))
+    for event in (acquire("a", 1), Inspected("a", held), loaded(1), release(1)) if held is not None else ():
         core.step(1.0, event)
     return core
 
@@ -493,10 +492,10 @@ def test_every_advice_fits_when_it_is_followed(
     for each in advice:
         assert each.preview.outcome in (Outcome.fits, Outcome.evicts) and changes(want.options, each.options)
         real = core.copy()
-        real.step(1.0, on.Acquire(2, replace(want, options=each.options)))
-        answers = real.step(1.0, on.Inspected("d", info))
-        assert answers and not any(isinstance(answer, do.Reject) for answer in answers)
-        assert any(isinstance(answer, do.Launch) for answer in answers) == (each.preview.outcome is Outcome.fits)
+        real.step(1.0, Acquire(2, replace(want, options=each.options)))
+        answers = real.step(1.0, Inspected("d", info))
+        assert answers and not any(isinstance(answer, Reject) for answer in answers)
+        assert any(isinstance(answer, Launch) for answer in answers) == (each.preview.outcome is Outcome.fits)
     if found.outcome is Outcome.never and not advice and num_gpu is None:
         least = Options(num_ctx=2048, num_parallel=1, **(QUANTISED if head == 64 else {}))
         small = num_ctx is None or num_ctx > 4096  # else the context is left as it is, or halved further

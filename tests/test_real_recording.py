@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from fsm import commands as do
-from fsm import events as on
+from fsm.commands import Finish, Launch, Reject, Revoke, Stop
+from fsm.events import Acquire, Cancel, Exited, Progress
 from scheduler import InvalidSettings, LoadFailed, PythonModel, RunnerCrashed, Scheduler, Settings, recorder
 from scheduler.cli import main
 from scheduler.replay import Begun, Moment, Replay
@@ -86,7 +86,7 @@ def test_a_real_run_replays_exactly(file: Path, folder: Path, tmp_path: Path) ->
         secrets = incident(scheduler, folder)
         assert scheduler.status().problems == ()
     done = [type(each) for moment in steps(file) for each in (moment.event, *moment.commands)]
-    for kind in (on.Acquire, on.Exited, on.Cancel, do.Launch, do.Revoke, do.Reject, do.Stop, do.Finish):
+    for kind in (Acquire, Exited, Cancel, Launch, Revoke, Reject, Stop, Finish):
         assert kind in done
     picture = tmp_path / "timeline.svg"
     replayed = subprocess.run(
@@ -269,7 +269,7 @@ def test_what_cannot_be_recorded_is_left_out(file: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(recorder, "_RETRY_S", 0.0)
     with recorded(file) as scheduler:
         scheduler.acquire(OBJECT).release()
-        scheduler._desk.post(on.Progress(object()))  # type: ignore[arg-type]  # nobody has such a runner
+        scheduler._desk.post(Progress(object()))  # type: ignore[arg-type]  # nobody has such a runner
         assert_soon(lambda: any("cannot be recorded" in each for each in scheduler.status().problems))
 
         def problems() -> tuple[str, ...]:

@@ -20,10 +20,57 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import rule
 
-from fsm import commands as do
-from fsm import events as on
-from fsm.commands import Command, Refusal
+from fsm.commands import (
+    Ask,
+    Cancelled,
+    Claim,
+    Closed,
+    Command,
+    DoesNotFit,
+    Finish,
+    Grant,
+    Inspect,
+    InvalidModel,
+    Launch,
+    LoadFailed,
+    LoadTimeout,
+    ModelNotFound,
+    NotInTime,
+    Prefetch,
+    QueueFull,
+    Refusal,
+    Reject,
+    Remember,
+    Revoke,
+    Sample,
+    Stop,
+    TimedOut,
+    Unclaim,
+    Unsupported,
+)
 from fsm.core import Core, State
+from fsm.events import (
+    Acquire,
+    Cancel,
+    Claimed,
+    Close,
+    Configure,
+    Contended,
+    Event,
+    Exited,
+    Expire,
+    Filled,
+    Inspected,
+    Loaded,
+    OutOfMemory,
+    Pin,
+    Progress,
+    Release,
+    Sampled,
+    Tick,
+    Unpin,
+    Unresponsive,
+)
 from fsm.eviction import KeepAliveOrder
 from fsm.footprint import Footprint
 from fsm.ledger import DeviceSample, Placement
@@ -96,48 +143,48 @@ def differences(one: object, other: object, where: str = "core", seen: dict[int,
 WANT = Want(ModelId("/models/a.gguf"), Options(num_ctx=4096, use_mmap=False), Purpose.lease, -2)
 SAMPLE = DeviceSample(DeviceId("gpu0"), "gpu", "a GPU, Größe \udcff", 8, 4, integrated=True, fresh=False)
 AMOUNTS = ((HOST, 5), (DeviceId("gpu0"), 2**63))
-EVENTS: list[on.Event] = [
-    on.Acquire(RequestId(7), WANT, math.inf, 0.1), on.Acquire(RequestId(8), WANT, 0, None),
-    on.Acquire(RequestId(9), Want(ModelId(""), Options(), Purpose.memory, 0, AMOUNTS)),
-    on.Cancel(RequestId(7)), on.Release(RequestId(7)), on.Expire(WANT.model), on.Pin(WANT.model), on.Unpin(WANT.model),
-    on.Configure(1, 2, math.inf), on.Configure(),
-    on.Inspected(WANT.model, replace(a_model(), recurrence=Recurrence(conv=4))),
-    on.Inspected(WANT.model, Footprint(fixed=AMOUNTS)), on.Inspected(WANT.model, do.ModelNotFound("/nowhere")),
-    on.Inspected(WANT.model, do.InvalidModel("/bad", "cut short", 17)), on.Progress(RunnerId(3)),
-    on.Inspected(WANT.model, a_model(), Remembered((Took(WANT.options, (), AMOUNTS),), (Loads(AMOUNTS, (0.1, 2)),))),
-    on.Loaded(RunnerId(3), to_come=AMOUNTS),
-    on.Loaded(RunnerId(3), 2048, AMOUNTS, 11), on.Filled(RunnerId(3), AMOUNTS), on.OutOfMemory(RunnerId(3)),
-    on.Unresponsive(RunnerId(3), "it does not answer"), on.Exited(RunnerId(3), -9, "two\nlines", out_of_memory=True),
-    on.Exited(RunnerId(3), None), on.Sampled((SAMPLE,), ((RunnerId(3), AMOUNTS),), 4, ((RunnerId(3), 9),)),
-    on.Contended(1), on.Claimed(1), on.Tick(), on.Close(math.inf), on.Close(0.25),
+EVENTS: list[Event] = [
+    Acquire(RequestId(7), WANT, math.inf, 0.1), Acquire(RequestId(8), WANT, 0, None),
+    Acquire(RequestId(9), Want(ModelId(""), Options(), Purpose.memory, 0, AMOUNTS)),
+    Cancel(RequestId(7)), Release(RequestId(7)), Expire(WANT.model), Pin(WANT.model), Unpin(WANT.model),
+    Configure(1, 2, math.inf), Configure(),
+    Inspected(WANT.model, replace(a_model(), recurrence=Recurrence(conv=4))),
+    Inspected(WANT.model, Footprint(fixed=AMOUNTS)), Inspected(WANT.model, ModelNotFound("/nowhere")),
+    Inspected(WANT.model, InvalidModel("/bad", "cut short", 17)), Progress(RunnerId(3)),
+    Inspected(WANT.model, a_model(), Remembered((Took(WANT.options, (), AMOUNTS),), (Loads(AMOUNTS, (0.1, 2)),))),
+    Loaded(RunnerId(3), to_come=AMOUNTS),
+    Loaded(RunnerId(3), 2048, AMOUNTS, 11), Filled(RunnerId(3), AMOUNTS), OutOfMemory(RunnerId(3)),
+    Unresponsive(RunnerId(3), "it does not answer"), Exited(RunnerId(3), -9, "two\nlines", out_of_memory=True),
+    Exited(RunnerId(3), None), Sampled((SAMPLE,), ((RunnerId(3), AMOUNTS),), 4, ((RunnerId(3), 9),)),
+    Contended(1), Claimed(1), Tick(), Close(math.inf), Close(0.25),
 ]  # fmt: skip
 REFUSALS: list[Refusal] = [
-    do.QueueFull(512, 1.5), do.ModelNotFound("/nowhere"), do.InvalidModel("/bad", "cut short"),
-    do.DoesNotFit(WANT.model, AMOUNTS, (), "too large"), do.LoadFailed(WANT.model, "no", 10.0, out_of_memory=True),
-    do.Unsupported(WANT.model, "flash_attention", False, "no"), do.Unsupported(WANT.model, "num_ctx", 1, "no"),
-    do.Unsupported(WANT.model, "cache_type_k", "q9", "no"), do.LoadTimeout(WANT.model, math.inf),
-    do.TimedOut(WANT.model, 0.1 + 0.2, "its turn"), do.NotInTime(WANT.model, 0.1, 0.2, 0.3, None),
-    do.Cancelled(WANT.model), do.Closed(),
+    QueueFull(512, 1.5), ModelNotFound("/nowhere"), InvalidModel("/bad", "cut short"),
+    DoesNotFit(WANT.model, AMOUNTS, (), "too large"), LoadFailed(WANT.model, "no", 10.0, out_of_memory=True),
+    Unsupported(WANT.model, "flash_attention", False, "no"), Unsupported(WANT.model, "num_ctx", 1, "no"),
+    Unsupported(WANT.model, "cache_type_k", "q9", "no"), LoadTimeout(WANT.model, math.inf),
+    TimedOut(WANT.model, 0.1 + 0.2, "its turn"), NotInTime(WANT.model, 0.1, 0.2, 0.3, None),
+    Cancelled(WANT.model), Closed(),
 ]  # fmt: skip
 COMMANDS: list[Command] = [
-    *(do.Reject(RequestId(7), refusal) for refusal in REFUSALS), do.Inspect(WANT.model), do.Stop(RunnerId(3)),
-    do.Launch(RunnerId(3), WANT.model, Options(num_gpu=-1), Placement(AMOUNTS, ((DeviceId("gpu0"), 33),), True)),
-    do.Sample(4), do.Claim(1, (HOST, DeviceId("gpu0"))), do.Unclaim(1), do.Grant(RequestId(7), RunnerId(3)),
-    do.Grant(RequestId(7), None), do.Revoke(RequestId(7), "it crashed"), do.Ask(RunnerId(3), (RequestId(7),)),
-    do.Prefetch(((WANT.model, 2**40),)), do.Remember(RunnerId(3), AMOUNTS, 0.1 + 0.2), do.Remember(RunnerId(3)),
-    do.Finish(),
+    *(Reject(RequestId(7), refusal) for refusal in REFUSALS), Inspect(WANT.model), Stop(RunnerId(3)),
+    Launch(RunnerId(3), WANT.model, Options(num_gpu=-1), Placement(AMOUNTS, ((DeviceId("gpu0"), 33),), True)),
+    Sample(4), Claim(1, (HOST, DeviceId("gpu0"))), Unclaim(1), Grant(RequestId(7), RunnerId(3)),
+    Grant(RequestId(7), None), Revoke(RequestId(7), "it crashed"), Ask(RunnerId(3), (RequestId(7),)),
+    Prefetch(((WANT.model, 2**40),)), Remember(RunnerId(3), AMOUNTS, 0.1 + 0.2), Remember(RunnerId(3)),
+    Finish(),
 ]  # fmt: skip
 
 
 def test_the_examples_are_of_every_kind() -> None:
     """Whoever adds an event, a command or a refusal adds an example here."""
-    assert {type(event) for event in EVENTS} == set(get_args(on.Event))
+    assert {type(event) for event in EVENTS} == set(get_args(Event))
     assert {type(command) for command in COMMANDS} == set(get_args(Command))
     assert {type(refusal) for refusal in REFUSALS} == set(get_args(Refusal))
 
 
 @pytest.mark.parametrize("event", EVENTS, ids=lambda event: type(event).__name__)
-def test_an_event_comes_back_the_same(event: on.Event) -> None:
+def test_an_event_comes_back_the_same(event: Event) -> None:
     """With its types: infinite times, bytes beyond any float, names that no text encoding holds."""
     assert differences(decode_event(through_json(event)), event) == []
 
@@ -151,13 +198,13 @@ def test_a_command_comes_back_the_same(command: Command) -> None:
 def test_a_time_is_written_exactly() -> None:
     """Every finite number comes back to the last bit, and the infinite ones as themselves."""
     for time in (0.1 + 0.2, 5e-324, 1.7976931348623157e308, -0.0, math.inf):
-        back = decode_event(through_json(on.Close(time)))
-        assert isinstance(back, on.Close) and back.timeout_s.hex() == time.hex()
+        back = decode_event(through_json(Close(time)))
+        assert isinstance(back, Close) and back.timeout_s.hex() == time.hex()
 
 
 def test_what_has_its_default_is_left_out() -> None:
     """A line is as short as what it says."""
-    assert through_json(on.Acquire(RequestId(1), Want(ModelId("a"), Options(), Purpose.lease, 0))) == {
+    assert through_json(Acquire(RequestId(1), Want(ModelId("a"), Options(), Purpose.lease, 0))) == {
         "is": "Acquire", "request": 1,
         "want": {"is": "Want", "model": "a", "options": {"is": "Options"}, "purpose": "lease", "priority": 0},
     }  # fmt: skip
@@ -165,7 +212,7 @@ def test_what_has_its_default_is_left_out() -> None:
 
 def test_what_is_no_part_of_the_core_cannot_be_written() -> None:
     """Nor can a time that is none."""
-    for value in (object(), on.Inspected(WANT.model, Path("/")), on.Close(math.nan)):  # type: ignore[arg-type]
+    for value in (object(), Inspected(WANT.model, Path("/")), Close(math.nan)):  # type: ignore[arg-type]
         with pytest.raises(TypeError, match="cannot be recorded"):
             encode(value)
 
@@ -232,7 +279,7 @@ def test_every_field_of_every_class_of_the_core_is_written() -> None:
             assert held == names and not hasattr(object.__new__(kind), "__dict__"), kind
 
 
-@pytest.mark.parametrize("kind", sorted({*reachable(State), *reachable(on.Event), *reachable(Command)}, key=repr))
+@pytest.mark.parametrize("kind", sorted({*reachable(State), *reachable(Event), *reachable(Command)}, key=repr))
 def test_every_field_has_a_type_that_can_be_read(kind: type) -> None:
     """A field of a type that no JSON can tell from others is noticed here, before any file has one."""
     if dataclasses.is_dataclass(kind):
@@ -288,13 +335,13 @@ class Walk:
             limits=Limits(claims=seed % 2 == 0, max_runners=seed % 3), timeouts_s=(None, 10.0), out_of_memory=True,
             hangs=True, fills=True, pins=True, closes=False,
             other_devices=((HOST, 6 * 2**30), (DeviceId("gpu0"), 3 * 2**30)),
-            configures=(on.Configure(max_runners=2), on.Configure(max_runners=0, keep_alive_s=7.0)),
+            configures=(Configure(max_runners=2), Configure(max_runners=0, keep_alive_s=7.0)),
         )  # fmt: skip
 
-    def step(self, core: Core, step: Callable[[float, on.Event], Sequence[Command]]) -> tuple[float, on.Event]:
+    def step(self, core: Core, step: Callable[[float, Event], Sequence[Command]]) -> tuple[float, Event]:
         """Have something that may come next happen to a core, through `step`; return what it was, and when."""
         if core.pool.now == -math.inf:
-            now, event = 0.0, cast(on.Event, sampled(core, self.scenario))
+            now, event = 0.0, cast(Event, sampled(core, self.scenario))
         else:
             event = self.chance.choice(list(possible(core, self.scenario, self.past)))
             now = time_of(core, event) + self.chance.choice((0.0, 0.0, 0.25, 3.0))
@@ -330,7 +377,7 @@ def test_what_is_found_again_from_the_rest_is_not_written() -> None:
     core, twin = pool.core, restored(pool.core)
     assert not twin.pool.models[ModelId("a")].demands
     for request, num_ctx in enumerate((512, 1511, 700, 4096), 50):
-        event = on.Acquire(RequestId(request), Want(ModelId("a"), Options(num_ctx=num_ctx), Purpose.lease, 0))
+        event = Acquire(RequestId(request), Want(ModelId("a"), Options(num_ctx=num_ctx), Purpose.lease, 0))
         assert twin.step(pool.now, event) == core.step(pool.now, event)
     assert encode(twin.state()) == encode(core.state())
 
@@ -342,7 +389,7 @@ class Paired:
         self.core = core
         self.twins: list[Core] = []
 
-    def step(self, now: float, event: on.Event) -> list[Command]:
+    def step(self, now: float, event: Event) -> list[Command]:
         said = self.core.step(now, event)
         for twin in self.twins:
             assert twin.step(now, event) == said

@@ -20,9 +20,9 @@ from typing import Any
 import pytest
 from numpy import float32, float64
 
-from fsm import events as on
 from fsm.commands import Command
 from fsm.core import Core
+from fsm.events import Cancel, Close, Configure, Event, Inspected, Pin, Progress, Tick
 from fsm.eviction import Candidate, EvictionPolicy, LeastRecentlyUsed
 from fsm.record import encode
 from fsm.request import ModelId, RequestId
@@ -112,7 +112,7 @@ def test_whatever_happens_is_recorded_and_replays_exactly(seed: int, file: Path)
     core = Core(walk.scenario.limits)
     with recording(file, core) as writer:
 
-        def step(now: float, event: on.Event) -> Sequence[Command]:
+        def step(now: float, event: Event) -> Sequence[Command]:
             said.append(list(writer.step(now, event)))
             return said[-1]
 
@@ -133,7 +133,7 @@ def test_a_rotated_file_replays_by_itself(file: Path) -> None:
     core = Core(walk.scenario.limits)
     with recording(file, core, limit) as writer:
 
-        def step(now: float, event: on.Event) -> Sequence[Command]:
+        def step(now: float, event: Event) -> Sequence[Command]:
             said.append(list(writer.step(now, event)))
             return said[-1]
 
@@ -154,7 +154,7 @@ def test_a_flood_of_steps_does_not_exceed_the_limit(file: Path) -> None:
     with recording(file, core, SMALLEST_RECORD_BYTES) as writer:
         for flood in range(5):
             for step in range(1000):
-                writer.step(float(flood), on.Cancel(RequestId(step)))
+                writer.step(float(flood), Cancel(RequestId(step)))
             assert_soon(lambda: not writer._queue)
             sizes = [part.stat().st_size for part in (file, Path(f"{file}.1")) if part.exists()]
             assert sum(sizes) <= SMALLEST_RECORD_BYTES
@@ -195,7 +195,7 @@ def test_the_choices_of_a_policy_of_the_users_own_are_inputs(file: Path) -> None
     with recording(file, core) as writer:
         for _ in range(400):
             walk.step(core, writer.step)
-            core.copy().step(core.pool.now + 1, on.Tick())  # whoever asks what would be is not recorded
+            core.copy().step(core.pool.now + 1, Tick())  # whoever asks what would be is not recorded
     replay = Replay(file)
     considered = [one for moment in replay if isinstance(moment, Moment) for one in moment.considered]
     assert any("RuntimeError" in one.failure for one in considered) and sum(not one.failure for one in considered) > 5
@@ -237,8 +237,8 @@ def test_what_came_before_a_step_that_cannot_be_written_is_kept(file: Path) -> N
     core = Core(Walk(0).scenario.limits)
     with recording(file, core) as writer:
         for step in range(20):
-            writer.step(float(step), on.Cancel(RequestId(step)))
-        writer.step(20.0, on.Progress(object()))  # type: ignore[arg-type]  # no JSON has such a runner
+            writer.step(float(step), Cancel(RequestId(step)))
+        writer.step(20.0, Progress(object()))  # type: ignore[arg-type]  # no JSON has such a runner
         assert_soon(lambda: "cannot be recorded" in "".join(writer.problems))
     assert len(moments(file)) == 20
 
@@ -328,7 +328,7 @@ def test_a_decision_that_differs_is_told_with_its_line(incident: Path, capsys: p
     number = altered(incident, another_placement)
     with pytest.raises(Difference) as found:
         moments(incident)
-    assert found.value.line == number and isinstance(found.value.event, on.Inspected)
+    assert found.value.line == number and isinstance(found.value.event, Inspected)
     assert found.value.expected != found.value.got and "Launch" in found.value.expected
     assert main(["replay", str(incident)]) == 1
     output = capsys.readouterr().out
@@ -367,7 +367,7 @@ def test_a_step_that_failed_is_recorded_and_fails_again(file: Path, monkeypatch:
         patch.setattr(Core, "_close", broken)
         pool.ready("a")
         with pytest.raises(AssertionError, match="a defect"):
-            pool.feed(on.Close(1.0))
+            pool.feed(Close(1.0))
     with monkeypatch.context() as patch:
         patch.setattr(Core, "_close", broken)
         assert moments(file)[-1].raised == "AssertionError('a defect')"
@@ -634,7 +634,7 @@ def test_why_nobody_else_goes_is_told_as_it_was_decided(file: Path, capsys: pyte
             pool.advance("30s")  # so long it loads
             pool.feed(loaded(number))
         pool.advance("2h")
-        pool.feed(on.Pin(ModelId("p")), release(1))
+        pool.feed(Pin(ModelId("p")), release(1))
         pool.advance("0.2s")
         pool.feed(release(2), release(3), acquire("c", 9))
         pool.declare("/models/big.gguf", "40GiB").feed(acquire("/models/big.gguf", 10))
@@ -701,8 +701,8 @@ def test_what_is_done_twice_is_told_once(file: Path, capsys: pytest.CaptureFixtu
 def test_only_limits_that_change_are_told(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """As people write them."""
     with recorded_pool(file) as pool:
-        pool.feed(on.Configure(1_234_567, pool.core.pool.limits.max_runners, math.inf))
-        pool.feed(on.Configure(1_234_567, pool.core.pool.limits.max_runners, math.inf))
+        pool.feed(Configure(1_234_567, pool.core.pool.limits.max_runners, math.inf))
+        pool.feed(Configure(1_234_567, pool.core.pool.limits.max_runners, math.inf))
     said = told(file, capsys)
     assert said.count("limits change: max_queue 1234567, keep_alive forever\n") == 1 == said.count("limits change")
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from fsm import commands as do
+from fsm.commands import Prefetch, Sample
 from fsm.journal import Decision
 from fsm.request import ModelId
 from scheduler import Lease, PythonModel, Scheduler, Settings
@@ -43,8 +43,8 @@ def decide(scheduler: Scheduler) -> None:
     def look(_: object) -> None:
         for pool in (executor.workers, executor.callers):
             pool.put(lambda: None)
-        desk._perform(do.Sample(0))
-        desk._perform(do.Prefetch(()))
+        desk._perform(Sample(0))
+        desk._perform(Prefetch(()))
         desk._publish([entry])
         assert executor.footprints is not None
         executor.footprints._put(lambda: None)

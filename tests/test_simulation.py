@@ -9,13 +9,45 @@ from random import Random
 
 import pytest
 
-from fsm import commands as do
-from fsm import events as on
 from fsm.audit import Audit
-from fsm.commands import Command
+from fsm.commands import (
+    Ask,
+    Cancelled,
+    Claim,
+    Closed,
+    Command,
+    DoesNotFit,
+    Finish,
+    Grant,
+    Inspect,
+    Launch,
+    LoadFailed,
+    NotInTime,
+    Reject,
+    Revoke,
+    Sample,
+    Stop,
+    TimedOut,
+    Unclaim,
+)
 from fsm.core import Core
 from fsm.coverage import Coverage
-from fsm.events import Event
+from fsm.events import (
+    Acquire,
+    Cancel,
+    Claimed,
+    Close,
+    Configure,
+    Contended,
+    Event,
+    Exited,
+    Expire,
+    Loaded,
+    OutOfMemory,
+    Progress,
+    Release,
+    Tick,
+)
 from fsm.faults import Faults, draw_faults
 from fsm.journal import Entry, Transition
 from fsm.ledger import Placement
@@ -117,10 +149,10 @@ def test_a_seed_that_failed_once_holds(found: str) -> None:
 class Resurrecting(Core):
     """Grants what is on its way out."""
 
-    def _acquire(self, event: on.Acquire) -> None:
+    def _acquire(self, event: Acquire) -> None:
         for runner in self.pool.runners.values():
             if runner.model == event.want.model and runner.leases and not runner.current:
-                self.act.commands.append(do.Grant(event.request, runner.id))
+                self.act.commands.append(Grant(event.request, runner.id))
                 return
         super()._acquire(event)
 
@@ -130,17 +162,17 @@ class Forgetful(Core):
 
     def step(self, now: float, event: Event) -> list[Command]:
         commands = super().step(now, event)
-        return [c for c in commands if not (isinstance(c, do.Reject) and isinstance(c.refusal, do.TimedOut))]
+        return [c for c in commands if not (isinstance(c, Reject) and isinstance(c.refusal, TimedOut))]
 
 
 class Twice(Core):
     """Stops a runner once more when its lease comes back late."""
 
-    def _leave(self, event: on.Release | on.Cancel) -> None:
+    def _leave(self, event: Release | Cancel) -> None:
         super()._leave(event)
         for runner in self.pool.runners.values():
             if runner.stopping and runner.process:
-                self.act.commands.append(do.Stop(runner.id))
+                self.act.commands.append(Stop(runner.id))
 
 
 class Hanging(Core):
@@ -240,24 +272,24 @@ def test_a_number_that_runs_nothing_is_refused(option: str, number: str, capsys:
 # -- the audit, which has to notice what a core never does ------------------------------------------------------------
 
 LEASE = Want(ModelId("a"), Options(), Purpose.lease, 0)
-ASKED = on.Acquire(RequestId(1), LEASE)
-LAUNCH = do.Launch(RunnerId(1), ModelId("a"), Options(), Placement(()))
+ASKED = Acquire(RequestId(1), LEASE)
+LAUNCH = Launch(RunnerId(1), ModelId("a"), Options(), Placement(()))
 LAUNCHED = Transition(0.0, RunnerId(1), ModelId("a"), "launch", None, LOADING, "", 0)
 GIVEN_UP = Transition(0.0, RunnerId(1), ModelId("a"), "expire", READY, EXPIRING, "", 0)
 UNLOADED_SOON = Transition(0.0, RunnerId(1), ModelId("a"), "unload", EXPIRING, UNLOADED, "", 0)
-LOADED, TICK, STOP, GRANT = on.Loaded(RunnerId(1)), on.Tick(), do.Stop(RunnerId(1)), do.Grant(RequestId(1), RunnerId(1))
-REFUSED = do.Reject(RequestId(1), do.DoesNotFit(ModelId("a"), (), (), ""))
-IN_A_HURRY = on.Acquire(RequestId(1), LEASE, None, 9.0)
-HOPELESS = do.Reject(RequestId(1), do.NotInTime(ModelId("a"), 9.0, 8.0, 8.0, None))
+LOADED, TICK, STOP, GRANT = Loaded(RunnerId(1)), Tick(), Stop(RunnerId(1)), Grant(RequestId(1), RunnerId(1))
+REFUSED = Reject(RequestId(1), DoesNotFit(ModelId("a"), (), (), ""))
+IN_A_HURRY = Acquire(RequestId(1), LEASE, None, 9.0)
+HOPELESS = Reject(RequestId(1), NotInTime(ModelId("a"), 9.0, 8.0, 8.0, None))
 BEGUN = (ASKED, (LAUNCH,), (LAUNCHED,), 1)
 SERVING = (BEGUN, (LOADED, (GRANT,), (), 0))
-ENDED = on.Exited(RunnerId(1), 0)
+ENDED = Exited(RunnerId(1), 0)
 FAILED = Transition(0.0, RunnerId(1), ModelId("a"), "crash", LOADING, EXPIRING, "", 0)
-AGAIN = do.Launch(RunnerId(2), ModelId("a"), Options(), Placement(()))
-ASK, EXPIRE = do.Ask(RunnerId(1), (RequestId(1),)), on.Expire(ModelId("a"))
-LATE = do.Reject(RequestId(1), do.LoadFailed(ModelId("a"), "", 301.0))
-ON_GPU = do.Launch(RunnerId(1), ModelId("a"), Options(), Placement(((DeviceId("gpu0"), 1),)))
-CLAIM = do.Claim(1, (DeviceId("gpu0"),))
+AGAIN = Launch(RunnerId(2), ModelId("a"), Options(), Placement(()))
+ASK, EXPIRE = Ask(RunnerId(1), (RequestId(1),)), Expire(ModelId("a"))
+LATE = Reject(RequestId(1), LoadFailed(ModelId("a"), "", 301.0))
+ON_GPU = Launch(RunnerId(1), ModelId("a"), Options(), Placement(((DeviceId("gpu0"), 1),)))
+CLAIM = Claim(1, (DeviceId("gpu0"),))
 
 BLUNDERS: dict[str, tuple[AuditStep, ...]] = {
     "lost": ((ASKED, (), (), 0),),
@@ -269,30 +301,30 @@ BLUNDERS: dict[str, tuple[AuditStep, ...]] = {
     "stopped twice": (BEGUN, (TICK, (STOP, STOP), (GIVEN_UP,), 1)),
     "process has gone": (BEGUN, (ENDED, (), (GIVEN_UP,), 1), (TICK, (STOP,), (), 1)),
     "unloaded before": (BEGUN, (TICK, (STOP,), (GIVEN_UP, UNLOADED_SOON), 1)),
-    "taken back in use": (*SERVING, (TICK, (do.Revoke(RequestId(1), ""),), (), 0)),
-    "taken back from nobody": ((TICK, (do.Revoke(RequestId(1), ""),), (), 0),),
+    "taken back in use": (*SERVING, (TICK, (Revoke(RequestId(1), ""),), (), 0)),
+    "taken back from nobody": ((TICK, (Revoke(RequestId(1), ""),), (), 0),),
     "two runners": (BEGUN, (TICK, (), (LAUNCHED,), 1)),
     "an id is used again": (BEGUN, (TICK, (LAUNCH,), (), 1)),
-    "a number is used again": ((TICK, (do.Sample(1), do.Sample(1)), (), 0),),
-    "inspected twice": ((TICK, (do.Inspect(ModelId("a")), do.Inspect(ModelId("a"))), (), 0),),
-    "claims are off": ((TICK, (do.Claim(1, ()),), (), 0),),
-    "was never made": ((TICK, (do.Unclaim(1),), (), 0),),
-    "hold nothing": ((TICK, (do.Ask(RunnerId(1), (RequestId(1),)),), (), 0),),
-    "finished too early": (BEGUN, (on.Close(1.0), (do.Finish(),), (), 1)),
-    "who left is not answered": ((ASKED, (), (), 1), (on.Cancel(RequestId(1)), (), (), 1)),
-    "waits beyond its time": ((on.Acquire(RequestId(1), LEASE, None, 0.0), (), (), 1), (TICK, (), (), 1)),
-    "before its time": ((ASKED, (do.Reject(RequestId(1), do.TimedOut(ModelId("a"), 1.0, "")),), (), 0),),
+    "a number is used again": ((TICK, (Sample(1), Sample(1)), (), 0),),
+    "inspected twice": ((TICK, (Inspect(ModelId("a")), Inspect(ModelId("a"))), (), 0),),
+    "claims are off": ((TICK, (Claim(1, ()),), (), 0),),
+    "was never made": ((TICK, (Unclaim(1),), (), 0),),
+    "hold nothing": ((TICK, (Ask(RunnerId(1), (RequestId(1),)),), (), 0),),
+    "finished too early": (BEGUN, (Close(1.0), (Finish(),), (), 1)),
+    "who left is not answered": ((ASKED, (), (), 1), (Cancel(RequestId(1)), (), (), 1)),
+    "waits beyond its time": ((Acquire(RequestId(1), LEASE, None, 0.0), (), (), 1), (TICK, (), (), 1)),
+    "before its time": ((ASKED, (Reject(RequestId(1), TimedOut(ModelId("a"), 1.0, "")),), (), 0),),
     "although there is time": ((IN_A_HURRY, (HOPELESS,), (), 0),),
     "is told late": ((IN_A_HURRY, (), (), 1), (TICK, (HOPELESS,), (), 0)),
-    "has not left": ((ASKED, (do.Reject(RequestId(1), do.Cancelled(ModelId("a"))),), (), 0),),
-    "but open": ((ASKED, (do.Reject(RequestId(1), do.Closed()),), (), 0),),
-    "after the close": ((on.Close(1.0), (), (), 0), (ASKED, (LAUNCH,), (LAUNCHED,), 1)),
-    "wants memory": ((on.Acquire(RequestId(1), Want(ModelId(""), Options(), Purpose.memory, 0)), (GRANT,), (), 0),),
-    "more wait than may": ((on.Configure(max_queue=0), (), (), 0), (ASKED, (), (), 1)),
+    "has not left": ((ASKED, (Reject(RequestId(1), Cancelled(ModelId("a"))),), (), 0),),
+    "but open": ((ASKED, (Reject(RequestId(1), Closed()),), (), 0),),
+    "after the close": ((Close(1.0), (), (), 0), (ASKED, (LAUNCH,), (LAUNCHED,), 1)),
+    "wants memory": ((Acquire(RequestId(1), Want(ModelId(""), Options(), Purpose.memory, 0)), (GRANT,), (), 0),),
+    "more wait than may": ((Configure(max_queue=0), (), (), 0), (ASKED, (), (), 1)),
     "loaded again before": (BEGUN, (ENDED, (), (FAILED,), 1), (TICK, (AGAIN,), (), 1)),
-    "that is alive": (BEGUN, (on.Progress(RunnerId(1)), (), (), 1), (TICK, (), (FAILED,), 1)),
+    "that is alive": (BEGUN, (Progress(RunnerId(1)), (), (), 1), (TICK, (), (FAILED,), 1)),
     "for too long": ((ASKED, (LATE,), (), 0),),
-    "somebody stays": (*SERVING, (on.OutOfMemory(RunnerId(1)), (), (), 0)),
+    "somebody stays": (*SERVING, (OutOfMemory(RunnerId(1)), (), (), 0)),
     "asked for it to leave": (BEGUN, (EXPIRE, (), (), 1), (LOADED, (GRANT,), (), 0)),
     "told twice": (*SERVING, (TICK, (ASK,), (), 0), (TICK, (ASK,), (), 0)),
     "were not asked": (*SERVING, (TICK, (), (GIVEN_UP,), 0)),
@@ -312,9 +344,9 @@ def test_the_audit_notices(what: str) -> None:
 
 LOST: dict[str, tuple[AuditStep, ...]] = {
     "never claimed": ((ASKED, (ON_GPU,), (LAUNCHED,), 1),),
-    "contended": ((ASKED, (CLAIM,), (), 1), (on.Contended(1), (ON_GPU,), (LAUNCHED,), 1)),
-    "another device": ((ASKED, (do.Claim(1, (HOST,)),), (), 1), (on.Claimed(1), (ON_GPU,), (LAUNCHED,), 1)),
-    "given up too early": ((ASKED, (CLAIM,), (), 1), (TICK, (do.Unclaim(1), ON_GPU), (LAUNCHED,), 1)),
+    "contended": ((ASKED, (CLAIM,), (), 1), (Contended(1), (ON_GPU,), (LAUNCHED,), 1)),
+    "another device": ((ASKED, (Claim(1, (HOST,)),), (), 1), (Claimed(1), (ON_GPU,), (LAUNCHED,), 1)),
+    "given up too early": ((ASKED, (CLAIM,), (), 1), (TICK, (Unclaim(1), ON_GPU), (LAUNCHED,), 1)),
 }
 
 
@@ -333,10 +365,10 @@ def test_a_launch_may_be_under_a_claim_or_after_a_long_wait_for_one() -> None:
     """The wait of one that was given up for other devices counts."""
     had, missed = Audit(limits=Limits(claims=True)), Audit(limits=Limits(claims=True))
     had.step(0.0, ASKED, (CLAIM,), (), 1)
-    had.step(9.0, on.Claimed(1), (ON_GPU,), (LAUNCHED,), 1)
-    missed.step(0.0, ASKED, (do.Claim(1, (HOST,)),), (), 1)
-    missed.step(50.0, TICK, (do.Unclaim(1), do.Claim(2, (DeviceId("gpu0"),))), (), 1)
-    missed.step(60.0, TICK, (do.Unclaim(2), ON_GPU), (LAUNCHED,), 1)
+    had.step(9.0, Claimed(1), (ON_GPU,), (LAUNCHED,), 1)
+    missed.step(0.0, ASKED, (Claim(1, (HOST,)),), (), 1)
+    missed.step(50.0, TICK, (Unclaim(1), Claim(2, (DeviceId("gpu0"),))), (), 1)
+    missed.step(60.0, TICK, (Unclaim(2), ON_GPU), (LAUNCHED,), 1)
     assert had.runners == missed.runners == 1
 
 

@@ -14,9 +14,9 @@ from collections import deque
 from dataclasses import dataclass, field
 from random import Random
 
-from fsm import commands as do
-from fsm import events as on
+from fsm.commands import Ask, Command, Grant, Inspect, Launch, Sample, Stop
 from fsm.core import Core
+from fsm.events import Acquire, Event, Exited, Inspected, Loaded, Release, Sampled, Tick
 from fsm.footprint import Footprint
 from fsm.ledger import DeviceSample
 from fsm.limits import Limits
@@ -135,7 +135,7 @@ class Machine:
         self.outside: deque[int] = deque()  # those of whom the core has not heard
         self.heard = False  # the core has one that waits
         self.outcome = Outcome([[] for _ in case.loads_s], 0, 0.0, 0.0, 0)
-        self.heap: list[tuple[float, int, on.Event | int]] = []  # what happens: a number is a request that comes
+        self.heap: list[tuple[float, int, Event | int]] = []  # what happens: a number is a request that comes
         self._numbers = itertools.count()
 
     def run(self) -> Outcome:
@@ -159,21 +159,21 @@ class Machine:
         if not self.heap or deadline <= self.heap[0][0]:
             assert deadline < math.inf, "somebody waits, and nothing will ever happen"
             self.now = max(self.now, deadline)
-            self._step(on.Tick())
+            self._step(Tick())
             return
         self.now, _, what = heapq.heappop(self.heap)
         match what:
             case int():
                 self.outside.append(what)
-            case on.Release(request):
+            case Release(request):
                 runner = self.runners[self.of[request]]
                 runner.busy -= 1
                 self._step(what)
                 self._begin(runner)
-            case on.Loaded(id):
+            case Loaded(id):
                 self.runners[id].loaded = True
                 self._step(what)
-            case on.Exited(id):
+            case Exited(id):
                 self.outcome.useless += not self.runners.pop(id).served
                 self._step(what)
             case _:
@@ -181,36 +181,36 @@ class Machine:
 
     def _ask(self, index: int) -> None:
         self.heard = True
-        self._step(on.Acquire(RequestId(index), WANTS[self.traffic[index].model]))
+        self._step(Acquire(RequestId(index), WANTS[self.traffic[index].model]))
 
-    def _step(self, event: on.Event) -> None:
+    def _step(self, event: Event) -> None:
         for command in self.core.step(self.now, event):
             self._perform(command)
 
-    def _perform(self, command: do.Command) -> None:
+    def _perform(self, command: Command) -> None:
         case = self.case
         match command:
-            case do.Grant(request, id):
+            case Grant(request, id):
                 assert id is not None
                 self.heard = False
                 self.of[request] = id
                 self.runners[id].inside.append(request)
                 self._begin(self.runners[id])
-            case do.Launch(id, model):
+            case Launch(id, model):
                 self.runners[id] = _Runner(model)
                 load_s = case.loads_s[MODELS.index(model)]
                 self.outcome.swaps += 1
                 self.outcome.swapping_s += load_s
-                self._later(self.now + load_s, on.Loaded(id, None, ((HOST, SIZE),)))
-            case do.Stop(id):
+                self._later(self.now + load_s, Loaded(id, None, ((HOST, SIZE),)))
+            case Stop(id):
                 self.outcome.swapping_s += case.stop_s
-                self._later(self.now + case.stop_s, on.Exited(id, 0))
-            case do.Sample():
+                self._later(self.now + case.stop_s, Exited(id, 0))
+            case Sample():
                 self._step(self._sampled())
-            case do.Inspect(model):
+            case Inspect(model):
                 self._step(self._sampled())
-                self._step(on.Inspected(model, Footprint(fixed=((HOST, SIZE),))))
-            case do.Ask():
+                self._step(Inspected(model, Footprint(fixed=((HOST, SIZE),))))
+            case Ask():
                 pass
             case _:
                 raise AssertionError(command)
@@ -222,13 +222,13 @@ class Machine:
             runner.busy += 1
             runner.served += 1
             self.begun[request] = self.now
-            self._later(self.now + self.traffic[request].service_s, on.Release(RequestId(request)))
+            self._later(self.now + self.traffic[request].service_s, Release(RequestId(request)))
 
-    def _sampled(self) -> on.Sampled:
+    def _sampled(self) -> Sampled:
         resident = tuple((id, ((HOST, SIZE),)) for id, runner in self.runners.items() if runner.loaded)
         capacity = SIZE * self.case.places
         host = DeviceSample(HOST, "cpu", "host", capacity, capacity - SIZE * len(resident))
-        return on.Sampled((host,), resident, self.core.pool.samples)
+        return Sampled((host,), resident, self.core.pool.samples)
 
-    def _later(self, at: float, what: on.Event | int) -> None:
+    def _later(self, at: float, what: Event | int) -> None:
         heapq.heappush(self.heap, (at, next(self._numbers), what))

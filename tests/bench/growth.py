@@ -13,9 +13,9 @@ from collections.abc import Iterator
 from itertools import count
 from typing import Any
 
-from fsm import commands as do
-from fsm import events as on
+from fsm.commands import Command, Inspect, Launch
 from fsm.core import Core
+from fsm.events import Acquire, Cancel, Event, Inspected, Loaded, Release, Sampled
 from fsm.eviction import POLICIES
 from fsm.footprint import Footprint
 from fsm.ledger import DeviceSample
@@ -41,33 +41,33 @@ class Crowd:
         self.now = 0.0
         capacity = (runners - 1) * EACH_BYTES + SMALL_BYTES
         self.host = DeviceSample(HOST, "cpu", "host", capacity, 2 * capacity)
-        self.feed(on.Sampled((self.host,)))
+        self.feed(Sampled((self.host,)))
         for number in range(runners - 1):
             self.acquire(f"busy {number}")
-        self.feed(on.Release(self.acquire(SMALL)))
+        self.feed(Release(self.acquire(SMALL)))
         for number in range(waiting):
             self.stand_in_line(f"waiting {number}")
         self.reading()  # which plans for them all
         pool = self.core.pool
         assert len(pool.runners) == runners and pool.queued == waiting, "the crowd is not as it should be"
 
-    def feed(self, event: on.Event) -> list[do.Command]:
+    def feed(self, event: Event) -> list[Command]:
         """Give the core an event, and what its commands end in where that is at once."""
         self.now += 0.001
         commands = self.core.step(self.now, event)
         for command in commands:
             match command:
-                case do.Inspect(model):
+                case Inspect(model):
                     size_bytes = SMALL_BYTES if model == SMALL else EACH_BYTES
-                    self.feed(on.Inspected(model, Footprint(fixed=((HOST, size_bytes),))))
-                case do.Launch(runner):
-                    self.feed(on.Loaded(runner))
+                    self.feed(Inspected(model, Footprint(fixed=((HOST, size_bytes),))))
+                case Launch(runner):
+                    self.feed(Loaded(runner))
         return commands
 
     def acquire(self, model: str) -> RequestId:
         """Ask for a model; return the request."""
         request = RequestId(next(self.ids))
-        self.feed(on.Acquire(request, Want(ModelId(model), Options(), Purpose.lease, 0)))
+        self.feed(Acquire(request, Want(ModelId(model), Options(), Purpose.lease, 0)))
         return request
 
     def stand_in_line(self, model: str) -> None:
@@ -79,19 +79,19 @@ class Crowd:
 
     def warm(self) -> None:
         """Ask for what is loaded and in use, and give it back."""
-        self.feed(on.Release(self.acquire("busy 0")))
+        self.feed(Release(self.acquire("busy 0")))
 
     def newcomer(self) -> None:
         """Ask for what is neither loaded nor asked for, and leave again."""
-        self.feed(on.Cancel(self.acquire("new")))
+        self.feed(Cancel(self.acquire("new")))
 
     def join(self) -> None:
         """Ask for what others wait for already, and leave again."""
-        self.feed(on.Cancel(self.acquire("waiting 3")))
+        self.feed(Cancel(self.acquire("waiting 3")))
 
     def reading(self) -> None:
         """Have the devices read."""
-        self.feed(on.Sampled((self.host,)))
+        self.feed(Sampled((self.host,)))
 
 
 ACTIONS = ("warm", "newcomer", "join", "reading")

@@ -7,8 +7,8 @@ import sys
 import tracemalloc
 from typing import Any
 
-from fsm import events as on
 from fsm.core import Core
+from fsm.events import Acquire, Inspected, Loaded, Sampled
 from fsm.footprint import Footprint
 from fsm.ledger import DeviceSample
 from fsm.limits import Limits
@@ -32,13 +32,13 @@ scheduler.close()
 def bytes_per_runner() -> float:
     """Return what the core keeps for one idle runner and its model, by `tracemalloc`."""
     core = Core(Limits(max_runners=RUNNERS + 1, loads_on_host=RUNNERS))
-    core.step(0.0, on.Sampled((DeviceSample(HOST, "cpu", "host", 2**40, 2**40),)))
+    core.step(0.0, Sampled((DeviceSample(HOST, "cpu", "host", 2**40, 2**40),)))
     tracemalloc.start()
     for number in range(1, RUNNERS + 1):
         want = Want(ModelId(f"/models/{number}.gguf"), Options(), Purpose.preload, 0)
-        core.step(0.0, on.Acquire(RequestId(number), want))
-        core.step(0.0, on.Inspected(want.model, Footprint(fixed=((HOST, 2**20),))))
-        core.step(0.0, on.Loaded(RunnerId(number)))
+        core.step(0.0, Acquire(RequestId(number), want))
+        core.step(0.0, Inspected(want.model, Footprint(fixed=((HOST, 2**20),))))
+        core.step(0.0, Loaded(RunnerId(number)))
     taken, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     return taken / RUNNERS

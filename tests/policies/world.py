@@ -8,9 +8,9 @@ from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from fsm import commands as do
-from fsm import events as on
+from fsm.commands import Command, Grant, Inspect, Launch, Reject, Sample, Stop
 from fsm.core import Core
+from fsm.events import Acquire, Event, Exited, Inspected, Loaded, Release, Sampled, Tick
 from fsm.eviction import Candidate, EvictionPolicy
 from fsm.footprint import Footprint
 from fsm.ledger import DeviceSample
@@ -67,7 +67,7 @@ class _World:
         limits = Limits(max_queue=10**6, max_runners=10**6, keep_alive_s=LONG_S)
         self.core = Core(limits, policy)
         self.now = 0.0
-        self.ahead: list[tuple[float, int, on.Event]] = []
+        self.ahead: list[tuple[float, int, Event]] = []
         self.order = 0  # of events at one time
         self.occupied: dict[int, int] = {}  # bytes by process that has loaded
         self.wants = {model: Want(ModelId(model), Options(), Purpose.lease, 0) for model in trace.bytes}
@@ -82,7 +82,7 @@ class _World:
         for number, ask in enumerate(self.trace.asks, 1):
             self._pass_until(ask.at)
             self.asked[number] = ask.at, ask.hold_s
-            self._step(on.Acquire(RequestId(number), self.wants[ask.model]))
+            self._step(Acquire(RequestId(number), self.wants[ask.model]))
         self._pass_until(self.now + 1e6)
         assert not self.asked, "somebody was never answered"
         self.core.check()
@@ -99,53 +99,53 @@ class _World:
                 return
             if due < next_at:
                 self.now = max(self.now, due)
-                self._step(on.Tick())
+                self._step(Tick())
             else:
                 self.now, _, event = heapq.heappop(self.ahead)
                 self._step(event)
 
-    def _after(self, delay_s: float, event: on.Event) -> None:
+    def _after(self, delay_s: float, event: Event) -> None:
         self.order += 1
         heapq.heappush(self.ahead, (self.now + delay_s, self.order, event))
 
-    def _step(self, event: on.Event) -> None:
+    def _step(self, event: Event) -> None:
         self.steps += 1
-        if isinstance(event, on.Loaded):
+        if isinstance(event, Loaded):
             self.occupied[event.runner] = sum(size for _, size in event.resident)
-        elif isinstance(event, on.Exited):
+        elif isinstance(event, Exited):
             self.occupied.pop(event.runner, None)
         for command in self.core.step(self.now, event):
             self._perform(command)
 
-    def _perform(self, command: do.Command) -> None:
+    def _perform(self, command: Command) -> None:
         match command:
-            case do.Grant(request):
+            case Grant(request):
                 asked_at, hold_s = self.asked.pop(request)
                 self.waited.append(self.now - asked_at)
-                self._after(hold_s, on.Release(request))
-            case do.Reject(request):
+                self._after(hold_s, Release(request))
+            case Reject(request):
                 del self.asked[request]
                 self.refused += 1
-            case do.Inspect(model):
+            case Inspect(model):
                 self._after(0.0, self._read())
-                self._after(0.0, on.Inspected(model, Footprint(fixed=((HOST, self.trace.bytes[model]),))))
-            case do.Launch(runner, model, _, placement):
-                self._after(self.trace.load_s[model], on.Loaded(runner, None, placement.bytes))
+                self._after(0.0, Inspected(model, Footprint(fixed=((HOST, self.trace.bytes[model]),))))
+            case Launch(runner, model, _, placement):
+                self._after(self.trace.load_s[model], Loaded(runner, None, placement.bytes))
                 if model in self.loaded:
                     self.reload_s += self.trace.load_s[model]
                     self.reloads += 1
                 self.loaded.add(model)
-            case do.Stop(runner):
-                self._after(STOP_S, on.Exited(runner, 0))
-            case do.Sample():
+            case Stop(runner):
+                self._after(STOP_S, Exited(runner, 0))
+            case Sample():
                 self._after(0.0, self._read())
             case _:
                 pass
 
-    def _read(self) -> on.Sampled:
+    def _read(self) -> Sampled:
         free = self.capacity - sum(self.occupied.values())
         device = DeviceSample(HOST, "cpu", "host", self.capacity, free)
-        return on.Sampled((device,), number=self.core.pool.samples)
+        return Sampled((device,), number=self.core.pool.samples)
 
 
 def policies(trace: Trace, named: Mapping[str, EvictionPolicy]) -> dict[str, EvictionPolicy]:

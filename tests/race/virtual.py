@@ -17,9 +17,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from fsm import commands as do
-from fsm import events as on
+from fsm.commands import Command, Grant, Inspect, Launch, Reject, Sample, Stop
 from fsm.core import Core
+from fsm.events import Acquire, Event, Exited, Inspected, Loaded, Release, Sampled, Tick
 from fsm.eviction import POLICIES
 from fsm.footprint import Footprint
 from fsm.ledger import DeviceSample
@@ -77,7 +77,7 @@ class Track:
         self._runner_of: dict[int, int] = {}
         memory = DeviceSample(HOST, "cpu", "", 64 * room * MODEL_BYTES, 64 * room * MODEL_BYTES)
         self._sample = (memory,)
-        self._feed(on.Sampled(self._sample))
+        self._feed(Sampled(self._sample))
         for _ in range(clients):
             self._at(0.0, ("ask", 0))
 
@@ -106,7 +106,7 @@ class Track:
         elif self._timed and self._timed[0][0] <= at:
             self._happens(heapq.heappop(self._timed)[2])
         else:
-            self._feed(on.Tick())
+            self._feed(Tick())
 
     def _at(self, at: float, what: tuple[str, int]) -> None:
         heapq.heappush(self._timed, (at, next(self._numbers), what))
@@ -117,11 +117,11 @@ class Track:
             case "ask":
                 self._ask()
             case "loaded":
-                self._feed(on.Loaded(RunnerId(number), None, ((HOST, MODEL_BYTES),)))
+                self._feed(Loaded(RunnerId(number), None, ((HOST, MODEL_BYTES),)))
             case "exited":
-                self._feed(on.Exited(RunnerId(number), 0))
+                self._feed(Exited(RunnerId(number), 0))
             case "sampled":
-                self._feed(on.Sampled(self._sample, (), number))
+                self._feed(Sampled(self._sample, (), number))
             case "answered":
                 self._answered(number)
 
@@ -132,14 +132,14 @@ class Track:
         number = next(self._numbers)
         self._begun[number] = self.now
         want = Want(ModelId(ask.model), Options(), Purpose.lease, 0)
-        self._feed(on.Acquire(RequestId(number), want))
+        self._feed(Acquire(RequestId(number), want))
 
     def _answered(self, number: int) -> None:
         runner = self._runner_of.pop(number)
         self._busy[runner].discard(number)
         self.run.took_s.append(self.now - self._begun.pop(number))
         self._work(runner)
-        self._feed(on.Release(RequestId(number)))
+        self._feed(Release(RequestId(number)))
         self._at(self.now + self.machine.gap_s, ("ask", 0))
 
     def _work(self, runner: int) -> None:
@@ -150,30 +150,30 @@ class Track:
             busy.add(number)
             self._jobs.append(Job(self.machine.answer_s, ("answered", number)))
 
-    def _feed(self, event: on.Event) -> None:
+    def _feed(self, event: Event) -> None:
         for command in self.core.step(self.now, event):
             self._obey(command)
 
-    def _obey(self, command: do.Command) -> None:
+    def _obey(self, command: Command) -> None:
         match command:
-            case do.Inspect(model):
-                self._feed(on.Inspected(model, Footprint(fixed=((HOST, MODEL_BYTES),))))
-            case do.Launch(runner):
+            case Inspect(model):
+                self._feed(Inspected(model, Footprint(fixed=((HOST, MODEL_BYTES),))))
+            case Launch(runner):
                 self.run.loads += 1
                 self._jobs.append(Job(self.machine.load_s, ("loaded", runner)))
-            case do.Stop(runner):
+            case Stop(runner):
                 self._jobs = [job for job in self._jobs if job.end != ("loaded", runner)]
                 self._at(self.now + self.machine.stop_s, ("exited", runner))
-            case do.Sample(number):
+            case Sample(number):
                 self._at(self.now, ("sampled", number))
-            case do.Grant(request, runner):
+            case Grant(request, runner):
                 assert runner is not None
                 self.run.waits_s.append(self.now - self._begun[request])
                 self._runner_of[request] = runner
                 self._queues.setdefault(runner, deque()).append(request)
                 self._work(runner)
             case _:
-                assert not isinstance(command, do.Reject), command
+                assert not isinstance(command, Reject), command
 
 
 def averages(runs: Sequence[Run]) -> dict[str, float]:

@@ -84,7 +84,7 @@ mutation: $(FOR_MUTATION)
 	$(BIN)/python -m tests.mutation $(MODULES)
 
 docs: $(FOR_TEST)
-	$(BIN)/python -m fsm.diagram > docs/states.md
+	$(BIN)/python -m fsm.machine.state_diagram > docs/states.md
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

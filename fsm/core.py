@@ -10,20 +10,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Self, assert_never
 
-from fsm.claims import Claims
-from fsm.commands import (
-    Cancelled,
-    Closed,
-    Command,
-    Finish,
-    Inspect,
-    InvalidModel,
-    LoadTimeout,
-    ModelNotFound,
-    QueueFull,
-    TimedOut,
-)
-from fsm.events import (
+from fsm.eviction.policies import EvictionPolicy, LeastRecentlyUsed
+from fsm.lifecycle.device_claims import Claims
+from fsm.lifecycle.prefetch import read_ahead
+from fsm.machine.request import Purpose, Request, RequestId, RequestState
+from fsm.machine.runner import LOADING, Runner, RunnerId
+from fsm.messages.commands import Command, Finish, Inspect
+from fsm.messages.decision_log import Entry
+from fsm.messages.events import (
     Acquire,
     Cancel,
     Claimed,
@@ -45,20 +39,17 @@ from fsm.events import (
     Unpin,
     Unresponsive,
 )
-from fsm.eviction import EvictionPolicy, LeastRecentlyUsed
-from fsm.explain import tell_placed, tell_victims, tell_waits
-from fsm.journal import Entry
-from fsm.limits import Limits
-from fsm.plan import Plan
-from fsm.planning import make_plan
-from fsm.pool import Pool, runner_serves
-from fsm.prefetching import read_ahead
-from fsm.remembered import MOST_KINDS
-from fsm.request import Purpose, Request, RequestId, RequestState
-from fsm.runner import LOADING, Runner, RunnerId
-from fsm.snapshot import Snapshot, take_snapshot
-from fsm.timers import Key
-from fsm.waiting import never_in_time
+from fsm.messages.refusals import Cancelled, Closed, InvalidModel, LoadTimeout, ModelNotFound, QueueFull, TimedOut
+from fsm.planning.deadline_admission import never_in_time
+from fsm.planning.explanations import tell_placed, tell_victims, tell_waits
+from fsm.planning.plan import Plan
+from fsm.planning.planner import make_plan
+from fsm.sizing.load_history import MOST_KINDS
+from fsm.state.core_config import Limits
+from fsm.state.core_state import Pool
+from fsm.state.runner_match import runner_serves
+from fsm.state.snapshot import Snapshot, take_snapshot
+from fsm.state.timers import Key
 
 
 @dataclass(frozen=True, slots=True)

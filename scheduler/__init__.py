@@ -1,8 +1,8 @@
 """Loads models on demand, keeps them warm, shares them by lease, and gives them up when a device is full."""
 
-from fsm.eviction import Candidate, EvictionPolicy
-from fsm.journal import ConsideredDevice, ConsideredRunner, Decision, Transition
-from fsm.model import Options
+from fsm.domain.model_info import Options
+from fsm.eviction.policies import Candidate, EvictionPolicy
+from fsm.messages.decision_log import ConsideredDevice, ConsideredRunner, Decision, Transition
 from scheduler.asking import Reservation
 from scheduler.catalog import Catalog, Resolver
 from scheduler.engines.python import PythonModel

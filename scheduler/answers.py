@@ -6,7 +6,8 @@ import re
 from collections.abc import Mapping
 from typing import Protocol, assert_never
 
-from fsm.commands import (
+from fsm.machine.request import ModelId
+from fsm.messages.refusals import (
     Cancelled,
     Closed,
     DoesNotFit,
@@ -20,7 +21,6 @@ from fsm.commands import (
     TimedOut,
     Unsupported,
 )
-from fsm.request import ModelId
 from scheduler import errors
 
 

@@ -18,7 +18,7 @@ from types import FrameType
 
 import psutil
 
-from fsm.journal import Decision, Transition
+from fsm.messages.decision_log import Decision, Transition
 from scheduler.clock import monotonic_clock
 from scheduler.demo_cast import Cast, DemoError, Player, engine_check, make_cast, packaged_players, players_in
 from scheduler.demo_clients import Clients

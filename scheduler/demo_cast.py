@@ -9,11 +9,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from fsm.estimate import estimate
-from fsm.footprint import parts
-from fsm.model import HOST, Options
-from fsm.options import WITHOUT_CACHE, resolve
-from fsm.placement import MEASURED_HEADROOM, PREDICTED_HEADROOM
+from fsm.domain.devices import HOST
+from fsm.domain.model_info import Options
+from fsm.placement.search import MEASURED_HEADROOM, PREDICTED_HEADROOM
+from fsm.sizing.footprint import parts
+from fsm.sizing.load_options import WITHOUT_CACHE, resolve
+from fsm.sizing.memory_estimate import estimate
 from scheduler.engines.llama import find_library
 from scheduler.errors import EngineMissing, InvalidModel, SchedulerError, format_bytes
 from scheduler.metadata import read_metadata

@@ -7,7 +7,7 @@ import math
 import threading
 from collections.abc import Callable, Sequence
 
-from fsm.runner import RunnerId
+from fsm.machine.runner import RunnerId
 from scheduler.clock import monotonic_clock
 from scheduler.demo_cast import Player
 from scheduler.demo_report import Answer, Feature, Record, wait_text

@@ -7,10 +7,10 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
 
-from fsm.journal import Decision, Entry, Transition
-from fsm.model import HOST, MIB
-from fsm.request import ModelId
-from fsm.runner import EXPIRING, IDLE, LOADING, READY, UNLOADED, RunnerId
+from fsm.domain.devices import HOST, MIB
+from fsm.machine.request import ModelId
+from fsm.machine.runner import EXPIRING, IDLE, LOADING, READY, UNLOADED, RunnerId
+from fsm.messages.decision_log import Decision, Entry, Transition
 from scheduler.demo_cast import Player
 from scheduler.errors import format_bytes
 from scheduler.status import Status

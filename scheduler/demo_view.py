@@ -15,9 +15,9 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from fsm.journal import Transition
-from fsm.model import HOST, MIB
-from fsm.runner import EXPIRING
+from fsm.domain.devices import HOST, MIB
+from fsm.machine.runner import EXPIRING
+from fsm.messages.decision_log import Transition
 from scheduler.demo_report import Record
 from scheduler.errors import format_duration
 from scheduler.status import RunnerStatus, Status

@@ -8,7 +8,9 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any, assert_never
 
-from fsm.commands import (
+from fsm.core import Core
+from fsm.machine.request import ModelId, RequestId
+from fsm.messages.commands import (
     Ask,
     Claim,
     Command,
@@ -17,7 +19,6 @@ from fsm.commands import (
     Inspect,
     Launch,
     Prefetch,
-    QueueFull,
     Reject,
     Remember,
     Revoke,
@@ -25,10 +26,9 @@ from fsm.commands import (
     Stop,
     Unclaim,
 )
-from fsm.core import Core
-from fsm.events import Acquire, Cancel, Event, Release, Unresponsive
-from fsm.journal import Entry
-from fsm.request import ModelId, RequestId
+from fsm.messages.decision_log import Entry
+from fsm.messages.events import Acquire, Cancel, Event, Release, Unresponsive
+from fsm.messages.refusals import QueueFull
 from scheduler.answers import error_of
 from scheduler.clock import monotonic_clock
 from scheduler.devices import Devices

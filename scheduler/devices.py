@@ -9,8 +9,7 @@ from collections.abc import Callable, Mapping
 
 import psutil
 
-from fsm.ledger import DeviceSample
-from fsm.model import HOST, DeviceId
+from fsm.domain.devices import HOST, DeviceId, DeviceSample
 from scheduler.cgroups import cgroup_memory
 from scheduler.cores import usable_cores
 from scheduler.nvml import Gpu, Nvml, Reading

@@ -24,10 +24,10 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import TypeVar, cast
 
-from fsm.commands import Command
 from fsm.core import Core
-from fsm.events import Event, Tick
-from fsm.journal import Entry
+from fsm.messages.commands import Command
+from fsm.messages.decision_log import Entry
+from fsm.messages.events import Event, Tick
 from scheduler.clock import Clock
 from scheduler.gate import Gate
 

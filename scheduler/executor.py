@@ -7,12 +7,12 @@ import threading
 import time
 from collections.abc import Callable, Container, Iterator
 
-from fsm import commands
-from fsm.commands import Claim, Inspect, Launch, Prefetch, Remember, Sample, Stop, Unclaim
-from fsm.events import Claimed, Contended, Event, Exited, Filled, Inspected, Loaded, Progress, Unresponsive
-from fsm.remembered import NOTHING, Remembered
-from fsm.request import ModelId
-from fsm.runner import RunnerId
+from fsm.machine.request import ModelId
+from fsm.machine.runner import RunnerId
+from fsm.messages import refusals
+from fsm.messages.commands import Claim, Inspect, Launch, Prefetch, Remember, Sample, Stop, Unclaim
+from fsm.messages.events import Claimed, Contended, Event, Exited, Filled, Inspected, Loaded, Progress, Unresponsive
+from fsm.sizing.load_history import NOTHING, Remembered
 from scheduler.client import RunnerClient
 from scheduler.devices import Devices
 from scheduler.engines import Endpoint, Engine, Memory, Process, without_addresses
@@ -294,26 +294,26 @@ class Executor:
         try:
             engine, what = self._engine_of(model)
         except KeyError:  # forgotten, since whoever asked has left
-            self._post(Inspected(model, commands.ModelNotFound(model)))
+            self._post(Inspected(model, refusals.ModelNotFound(model)))
             return
         identity = identity_of(what)  # before it is read, and once more after that: it may be replaced in between
         try:
             outcome: object = engine.inspect(what)
         except ModelNotFound as error:
-            outcome = commands.ModelNotFound(error.path)
+            outcome = refusals.ModelNotFound(error.path)
         except InvalidModel as error:
-            outcome = commands.InvalidModel(error.path, error.reason, error.offset)
+            outcome = refusals.InvalidModel(error.path, error.reason, error.offset)
         except SchedulerError as error:
-            outcome = commands.InvalidModel(model, str(error))
+            outcome = refusals.InvalidModel(model, str(error))
         except Exception as error:
             log.debug("an inspection failed", exc_info=True)
             reason = (
                 f"looking at it failed with {type(error).__name__}: {error}; see what this program may use (ulimit -a)"
             )
-            outcome = commands.InvalidModel(model, reason)
+            outcome = refusals.InvalidModel(model, reason)
         self.sampler.refresh(_FRESH_S)  # what is free is read again right before each start
         identity = identity if identity == identity_of(what) else None
-        refused = isinstance(outcome, commands.ModelNotFound | commands.InvalidModel)
+        refused = isinstance(outcome, refusals.ModelNotFound | refusals.InvalidModel)
         if refused:
             self._identities.pop(model, None)
         else:

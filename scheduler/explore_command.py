@@ -15,9 +15,9 @@ from multiprocessing.sharedctypes import SynchronizedArray
 from rich.console import Console
 from rich.table import Table
 
-from fsm.explore import Exploration, explore, in_words
-from fsm.scenarios import SCENARIOS
-from fsm.world import Scenario
+from fsm.verification.environment import Scenario
+from fsm.verification.model_checker import Exploration, explore, in_words
+from fsm.verification.scenarios import SCENARIOS
 from scheduler.errors import InvalidSettings
 
 VIOLATED = 1  # the exit status

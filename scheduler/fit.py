@@ -7,19 +7,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from fsm.commands import DoesNotFit
-from fsm.eviction import Candidate
-from fsm.ledger import DeviceSample
-from fsm.model import HOST, DeviceId, Options
-from fsm.preview import Preview, Share, advise, preview
-from fsm.remembered import NOTHING, Remembered
+from fsm.advice import advise
+from fsm.domain.devices import HOST, DeviceId, DeviceSample
+from fsm.domain.model_info import Options
+from fsm.eviction.policies import Candidate
+from fsm.messages.refusals import DoesNotFit
+from fsm.preview import Preview, Share, preview
+from fsm.sizing.load_history import NOTHING, Remembered
 from scheduler.answers import Names, error_of
 from scheduler.errors import format_bytes, format_duration
 
 if TYPE_CHECKING:
     from fsm.core import Core
-    from fsm.footprint import Footprint
-    from fsm.model import ModelInfo
+    from fsm.domain.model_info import ModelInfo
+    from fsm.sizing.footprint import Footprint
     from scheduler.registry import Question
 
 Verdict = Literal["warm", "fits", "evicts", "waits", "refused", "never"]

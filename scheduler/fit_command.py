@@ -12,11 +12,10 @@ from rich.table import Table
 from rich.text import Text
 
 from fsm.core import Core
-from fsm.events import Sampled
-from fsm.ledger import DeviceSample
-from fsm.model import HOST, DeviceId
-from fsm.placement import MEASURED_HEADROOM, PREDICTED_HEADROOM
-from fsm.remembered import NOTHING
+from fsm.domain.devices import HOST, DeviceId, DeviceSample
+from fsm.messages.events import Sampled
+from fsm.placement.search import MEASURED_HEADROOM, PREDICTED_HEADROOM
+from fsm.sizing.load_history import NOTHING
 from scheduler.catalog import Catalog
 from scheduler.clock import monotonic_clock
 from scheduler.devices import Devices

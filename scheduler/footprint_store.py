@@ -22,8 +22,9 @@ from zlib import crc32
 
 import platformdirs
 
-from fsm.model import HOST, Amounts, DeviceId, Options
-from fsm.remembered import LAST_LOADS, Loads, Remembered, Took, with_load
+from fsm.domain.devices import HOST, Amounts, DeviceId
+from fsm.domain.model_info import Options
+from fsm.sizing.load_history import LAST_LOADS, Loads, Remembered, Took, with_load
 
 log = logging.getLogger("loadmaster")
 

@@ -11,8 +11,8 @@ from functools import cache
 from importlib import metadata
 from pathlib import Path
 
-from fsm.commands import Launch, Remember
-from fsm.remembered import NOTHING, Remembered
+from fsm.messages.commands import Launch, Remember
+from fsm.sizing.load_history import NOTHING, Remembered
 from scheduler.footprint_store import FootprintStore, Identity
 from scheduler.gate import Gate
 from scheduler.spec import ModelSpec

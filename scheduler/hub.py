@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from weakref import ReferenceType, ref
 
-from fsm.journal import Entry
+from fsm.messages.decision_log import Entry
 from scheduler.errors import SchedulerForked
 from scheduler.units import parse_duration, wait_limit
 

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, overload
 
-from fsm.runner import RunnerId
+from fsm.machine.runner import RunnerId
 from scheduler.client import Answer, Connection, Messages, RunnerClient
 from scheduler.engines import Endpoint
 from scheduler.errors import InvalidSettings, LeaseReleased, RunnerCrashed, UnsupportedOption

@@ -22,7 +22,7 @@ from urllib.parse import quote
 
 import filelock
 
-from fsm.model import DeviceId
+from fsm.domain.devices import DeviceId
 
 log = logging.getLogger("loadmaster")
 

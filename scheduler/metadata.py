@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
 
-from fsm.model import ModelInfo, Recurrence
+from fsm.domain.model_info import ModelInfo, Recurrence
 from scheduler.errors import InvalidModel
 from scheduler.header import Header, Tensor, read_header
 from scheduler.spec import MOST_PARTS

@@ -14,13 +14,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
-from fsm.commands import DoesNotFit
 from fsm.core import Core
-from fsm.events import Sampled
-from fsm.model import ModelInfo
-from fsm.options import WITHOUT_CACHE
+from fsm.domain.model_info import ModelInfo
+from fsm.machine.request import Purpose, Want
+from fsm.messages.events import Sampled
+from fsm.messages.refusals import DoesNotFit
 from fsm.preview import preview
-from fsm.request import Purpose, Want
+from fsm.sizing.load_options import WITHOUT_CACHE
 from scheduler.catalog import Catalog, found_by, in_words, place_of
 from scheduler.clock import monotonic_clock
 from scheduler.devices import Devices

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fsm.model import DeviceId
+from fsm.domain.devices import DeviceId
 
 try:
     import pynvml

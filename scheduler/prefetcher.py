@@ -17,7 +17,7 @@ from contextlib import closing, suppress
 from dataclasses import dataclass
 from typing import BinaryIO
 
-from fsm.request import ModelId
+from fsm.machine.request import ModelId
 from scheduler.workers import Workers
 
 log = logging.getLogger("loadmaster")

@@ -27,13 +27,13 @@ from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 
-from fsm.choosing import NO_COST, in_words
-from fsm.commands import Command
+from fsm.codec import encode, schema
 from fsm.core import Core, State
-from fsm.events import Acquire, Event
-from fsm.eviction import POLICIES, Candidate, EvictionPolicy
-from fsm.record import encode, schema
-from fsm.request import ModelId
+from fsm.eviction.policies import POLICIES, Candidate, EvictionPolicy
+from fsm.eviction.victim_selection import NO_COST, in_words
+from fsm.machine.request import ModelId
+from fsm.messages.commands import Command
+from fsm.messages.events import Acquire, Event
 from scheduler.engines import without_addresses
 
 log = logging.getLogger("loadmaster")

@@ -9,10 +9,10 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict
 
-from fsm.estimate import CACHE_BLOCK_BYTES
-from fsm.footprint import Footprint
-from fsm.model import ModelInfo, Options
-from fsm.request import ModelId, Purpose, Want
+from fsm.domain.model_info import ModelInfo, Options
+from fsm.machine.request import ModelId, Purpose, Want
+from fsm.sizing.footprint import Footprint
+from fsm.sizing.memory_estimate import CACHE_BLOCK_BYTES
 from scheduler.answers import renamed
 from scheduler.catalog import Catalog, is_like_a_path, is_path
 from scheduler.clock import Clock, monotonic_clock

@@ -13,15 +13,15 @@ from os import PathLike, fspath
 from pathlib import Path
 from typing import BinaryIO, Never, TypeVar, cast
 
-from fsm.choosing import in_words
-from fsm.commands import Command
+from fsm.codec import Unreadable, decode_command, decode_event, decode_state, encode, schema
 from fsm.core import Core
-from fsm.events import Event
-from fsm.eviction import POLICIES, Candidate, EvictionPolicy
-from fsm.journal import Entry
-from fsm.record import Unreadable, decode_command, decode_event, decode_state, encode, schema
-from fsm.request import ModelId
-from fsm.runner import RunnerId
+from fsm.eviction.policies import POLICIES, Candidate, EvictionPolicy
+from fsm.eviction.victim_selection import in_words
+from fsm.machine.request import ModelId
+from fsm.machine.runner import RunnerId
+from fsm.messages.commands import Command
+from fsm.messages.decision_log import Entry
+from fsm.messages.events import Event
 from scheduler.errors import SchedulerError
 from scheduler.recorder import FORMAT, KIND, LONGEST_LINE, Choice, PolicyRaised
 

@@ -7,9 +7,9 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 
-from fsm.events import Event, Resident, Sampled
-from fsm.model import DeviceId
-from fsm.runner import RunnerId
+from fsm.domain.devices import DeviceId
+from fsm.machine.runner import RunnerId
+from fsm.messages.events import Event, Resident, Sampled
 from scheduler.devices import Devices
 from scheduler.engines import Process
 from scheduler.gate import Gate

@@ -13,10 +13,11 @@ from typing import Self, Unpack
 from weakref import WeakSet
 
 from fsm.core import Core
-from fsm.events import Close, Configure, Expire, Pin, Unpin
-from fsm.limits import Limits
-from fsm.model import DeviceId, Options
-from fsm.request import ModelId, Purpose, Want
+from fsm.domain.devices import DeviceId
+from fsm.domain.model_info import Options
+from fsm.machine.request import ModelId, Purpose, Want
+from fsm.messages.events import Close, Configure, Expire, Pin, Unpin
+from fsm.state.core_config import Limits
 from scheduler.asking import Acquiring, Reservation
 from scheduler.catalog import Catalog
 from scheduler.clock import monotonic_clock

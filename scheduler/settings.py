@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict, Unpack
 
-from fsm.eviction import EvictionPolicy
-from fsm.options import MOST_SLOTS
+from fsm.eviction.policies import EvictionPolicy
+from fsm.sizing.load_options import MOST_SLOTS
 from scheduler.errors import InvalidSettings, format_bytes, format_duration
 from scheduler.footprint_store import default_footprints
 from scheduler.machine_lock import private_folder

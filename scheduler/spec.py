@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from os import PathLike, fspath, path
 
-from fsm.model import Options
-from fsm.request import ModelId
+from fsm.domain.model_info import Options
+from fsm.machine.request import ModelId
 from scheduler.errors import InvalidModel, InvalidSettings, UnsupportedOption
 
 Files = str | PathLike[str] | Iterable[str | PathLike[str]]  # one path or several

@@ -7,10 +7,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from fsm.model import HOST, Options
-from fsm.request import RequestId
-from fsm.runner import RunnerId
-from fsm.snapshot import DeviceView, RunnerView, Snapshot
+from fsm.domain.devices import HOST
+from fsm.domain.model_info import Options
+from fsm.machine.request import RequestId
+from fsm.machine.runner import RunnerId
+from fsm.state.snapshot import DeviceView, RunnerView, Snapshot
 
 if TYPE_CHECKING:
     from scheduler.answers import Names

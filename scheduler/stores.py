@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from fsm.model import Options
+from fsm.domain.model_info import Options
 from scheduler.catalog import Resolver, confined, confined_model
 from scheduler.errors import InvalidModel, ModelNotFound
 from scheduler.spec import FIRST_PART, ModelSpec

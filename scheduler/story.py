@@ -8,17 +8,18 @@ from dataclasses import dataclass
 from pathlib import PurePath
 from typing import assert_never
 
-from fsm.commands import (
+from fsm.core import Core
+from fsm.domain.devices import HOST, Amounts, DeviceId, DeviceSample
+from fsm.machine.request import ModelId, Purpose, Request, RequestId, RequestState
+from fsm.machine.runner import UNLOADED, RunnerId, RunnerState
+from fsm.messages.commands import (
     Ask,
-    Cancelled,
     Claim,
     Command,
     Finish,
     Grant,
     Inspect,
-    InvalidModel,
     Launch,
-    ModelNotFound,
     Prefetch,
     Reject,
     Remember,
@@ -27,8 +28,8 @@ from fsm.commands import (
     Stop,
     Unclaim,
 )
-from fsm.core import Core
-from fsm.events import (
+from fsm.messages.decision_log import ConsideredRunner, Decision, Entry, Transition
+from fsm.messages.events import (
     Acquire,
     Cancel,
     Claimed,
@@ -50,14 +51,10 @@ from fsm.events import (
     Unpin,
     Unresponsive,
 )
-from fsm.explain import NOBODY_GOES
-from fsm.footprint import Footprint
-from fsm.journal import ConsideredRunner, Decision, Entry, Transition
-from fsm.ledger import DeviceSample
-from fsm.limits import Limits
-from fsm.model import HOST, Amounts, DeviceId
-from fsm.request import ModelId, Purpose, Request, RequestId, RequestState
-from fsm.runner import UNLOADED, RunnerId, RunnerState
+from fsm.messages.refusals import Cancelled, InvalidModel, ModelNotFound
+from fsm.planning.explanations import NOBODY_GOES
+from fsm.sizing.footprint import Footprint
+from fsm.state.core_config import Limits
 from scheduler.answers import error_of, renamed
 from scheduler.errors import format_bytes, format_duration
 from scheduler.replay import Begun, Moment

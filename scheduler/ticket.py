@@ -8,7 +8,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, Never
 
-from fsm.request import ModelId, RequestId
+from fsm.machine.request import ModelId, RequestId
 
 if TYPE_CHECKING:
     from scheduler.executor import Life

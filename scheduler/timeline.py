@@ -9,10 +9,10 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from fsm.journal import Transition
-from fsm.model import MIB
-from fsm.request import ModelId
-from fsm.runner import EXPIRING, IDLE, LOADING, READY, UNLOADED, RunnerId, RunnerState
+from fsm.domain.devices import MIB
+from fsm.machine.request import ModelId
+from fsm.machine.runner import EXPIRING, IDLE, LOADING, READY, UNLOADED, RunnerId, RunnerState
+from fsm.messages.decision_log import Transition
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -11,8 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
-from fsm.estimate import CACHE_BLOCK_BYTES
-from fsm.eviction import POLICIES, EvictionPolicy
+from fsm.eviction.policies import POLICIES, EvictionPolicy
+from fsm.sizing.memory_estimate import CACHE_BLOCK_BYTES
 from scheduler.errors import InvalidSettings
 from scheduler.units import parse_bytes, parse_duration
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from fsm.request import RequestId
+from fsm.machine.request import RequestId
 
 BEFORE = "what is not in this file"
 UNSEEN = "answered while nothing was recorded"

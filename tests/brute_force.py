@@ -10,9 +10,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations, pairwise, permutations
 
-from fsm.footprint import Footprint
-from fsm.model import HOST
-from fsm.placement import Gpu
+from fsm.domain.devices import HOST
+from fsm.placement.search import Gpu
+from fsm.sizing.footprint import Footprint
 
 
 @dataclass(frozen=True)

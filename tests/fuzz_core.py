@@ -18,10 +18,10 @@ from functools import partial
 from multiprocessing import get_context
 from random import Random
 
-from fsm.coverage import Coverage, lines_of
-from fsm.explore import in_words
-from fsm.faults import in_words as faults_in_words
-from fsm.simulation import simulate
+from fsm.verification.decision_coverage import Coverage, lines_of
+from fsm.verification.model_checker import in_words
+from fsm.verification.sim_faults import in_words as faults_in_words
+from fsm.verification.simulator import simulate
 
 PROGRESS_S = 10.0
 CHUNK = 8  # seeds that a process takes at a time

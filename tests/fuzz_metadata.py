@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fsm.model import ModelInfo
+from fsm.domain.model_info import ModelInfo
 from scheduler.errors import InvalidModel, ModelNotFound
 from scheduler.header import forget_headers
 from scheduler.metadata import read_metadata

@@ -18,7 +18,7 @@ from unittest.mock import patch
 
 import psutil
 
-from fsm.runner import RunnerState
+from fsm.machine.runner import RunnerState
 from scheduler.desk import Desk
 
 _SETTLE_S = 10.0

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psutil
 
-from fsm.model import Options
+from fsm.domain.model_info import Options
 from scheduler import Scheduler, Settings
 from scheduler.engines import Endpoint
 from tests.memory.measure import ask, fill

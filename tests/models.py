@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fsm.model import ModelInfo
+from fsm.domain.model_info import ModelInfo
 
 MIB = 2**20
 

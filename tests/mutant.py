@@ -9,9 +9,9 @@ from types import ModuleType
 
 import pytest
 
-from fsm.explore import Exploration, Violation, explore
-from fsm.scenarios import SCENARIOS
-from fsm.simulation import simulate
+from fsm.verification.model_checker import Exploration, Violation, explore
+from fsm.verification.scenarios import SCENARIOS
+from fsm.verification.simulator import simulate
 
 MOST = 40_000  # states within which a fault has to be found
 SIMULATION = "simulation"  # in place of a scenario's name: a fault that takes more than the scenarios have

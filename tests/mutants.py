@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
-from fsm.explore import in_words
+from fsm.verification.model_checker import in_words
 from tests import mutants_known, mutants_other, mutants_rules, mutants_undone
 from tests.mutant import MUTANTS, Mutant
 

@@ -5,15 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from fsm import candidates
-from fsm.actions import Actions
-from fsm.commands import Cancelled, Refusal
 from fsm.core import Core
-from fsm.endings import Endings
-from fsm.events import Acquire, Cancel, Event, Exited, Release
-from fsm.pool import Pool
-from fsm.request import Request, RequestState
-from fsm.runner import EXPIRING, LOADING, READY, Runner
+from fsm.lifecycle.actions import Actions
+from fsm.lifecycle.failures import Endings
+from fsm.machine.request import Request, RequestState
+from fsm.machine.runner import EXPIRING, LOADING, READY, Runner
+from fsm.messages.events import Acquire, Cancel, Event, Exited, Release
+from fsm.messages.refusals import Cancelled, Refusal
+from fsm.planning import eviction_candidates
+from fsm.state.core_state import Pool
 from tests.mutant import Patch, instead, mutant
 
 
@@ -34,7 +34,7 @@ def a_victim_comes_back(patch: Patch) -> None:
 def busy_for_ever(patch: Patch) -> None:
     """A victim that is always in use by somebody is waited for without end."""
 
-    @instead(patch, candidates, "may_go_at")
+    @instead(patch, eviction_candidates, "may_go_at")
     def may_go_at(original: Callable[..., float], pool: Pool, runner: Runner, bound: float) -> float:
         return math.inf if runner.leases else original(pool, runner, bound)
 

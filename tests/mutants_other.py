@@ -8,21 +8,25 @@ from dataclasses import replace
 
 import pytest
 
-from fsm import candidates, claims, core, prefetching
-from fsm.actions import Actions
-from fsm.claims import Claims
-from fsm.commands import Closed, Finish, Grant, Refusal, Unclaim
+from fsm import core
 from fsm.core import Core
-from fsm.endings import Endings
-from fsm.events import Acquire, Cancel, Event, Exited, Inspected, Loaded, Release, Sampled
-from fsm.model import HOST, DeviceId
-from fsm.plan import Plan
-from fsm.planning import _Planner
-from fsm.pool import Line, OpenClaim, Pool
-from fsm.request import Request, RequestState
-from fsm.runner import EXPIRING, LOADING, Runner
-from fsm.supply import NOW, SOON
-from fsm.timers import Timers
+from fsm.domain.devices import HOST, DeviceId
+from fsm.lifecycle import device_claims, prefetch
+from fsm.lifecycle.actions import Actions
+from fsm.lifecycle.device_claims import Claims
+from fsm.lifecycle.failures import Endings
+from fsm.machine.request import Request, RequestState
+from fsm.machine.runner import EXPIRING, LOADING, Runner
+from fsm.messages.commands import Finish, Grant, Unclaim
+from fsm.messages.events import Acquire, Cancel, Event, Exited, Inspected, Loaded, Release, Sampled
+from fsm.messages.refusals import Closed, Refusal
+from fsm.planning import eviction_candidates
+from fsm.planning.availability import NOW, SOON
+from fsm.planning.plan import Plan
+from fsm.planning.planner import _Planner
+from fsm.state.core_state import OpenClaim, Pool
+from fsm.state.request_queue import Line
+from fsm.state.timers import Timers
 from tests.mutant import Patch, instead, mutant
 
 # -- answers ----------------------------------------------------------------------------------------------------------
@@ -196,7 +200,7 @@ def stopped_in_use(patch: Patch) -> None:
 def busy_runners_go_at_once(patch: Patch) -> None:
     """A runner in use is given up before whoever wants its place has waited long enough."""
 
-    @instead(patch, candidates, "may_go_at")
+    @instead(patch, eviction_candidates, "may_go_at")
     def may_go_at(original: Callable[..., float], pool: Pool, runner: Runner, bound: float) -> float:
         return max(pool.now, runner.resident_until)
 
@@ -205,7 +209,7 @@ def busy_runners_go_at_once(patch: Patch) -> None:
 def no_residency(patch: Patch) -> None:
     """A runner may go as soon as it is loaded: two clients could unload each other's models for ever."""
 
-    @instead(patch, candidates, "may_go_at")
+    @instead(patch, eviction_candidates, "may_go_at")
     def may_go_at(original: Callable[..., float], pool: Pool, runner: Runner, bound: float) -> float:
         return original(pool, runner, bound) if runner.leases else pool.now
 
@@ -348,7 +352,7 @@ def a_claim_is_given_back_twice(patch: Patch) -> None:
 def some_of_the_devices_are_enough(patch: Patch) -> None:
     """A load on two GPUs begins under a claim of one: another program may load on the other at the same time."""
 
-    @instead(patch, claims, "_match")
+    @instead(patch, device_claims, "_match")
     def match(
         original: Callable[..., list[OpenClaim | None]],
         unused: dict[int, OpenClaim],
@@ -371,7 +375,7 @@ def a_file_is_read_ahead_for_whoever_has_left(patch: Patch) -> None:
 
     def read_ahead(act: Claims, plan: Plan | None) -> None:
         if plan is not None:
-            prefetching.read_ahead(act, plan)
+            prefetch.read_ahead(act, plan)
 
     patch.setattr(core, "read_ahead", read_ahead)
 
@@ -379,7 +383,7 @@ def a_file_is_read_ahead_for_whoever_has_left(patch: Patch) -> None:
 @mutant("read-ahead")
 def what_is_read_ahead_forgets_what_is_promised(patch: Patch) -> None:
     """All that the host reports as free is taken for spare."""
-    patch.setattr(prefetching, "spare_bytes", lambda ledger: ledger.devices[HOST].free_bytes)
+    patch.setattr(prefetch, "spare_bytes", lambda ledger: ledger.devices[HOST].free_bytes)
 
 
 # -- moments of rest --------------------------------------------------------------------------------------------------
@@ -389,6 +393,6 @@ def what_is_read_ahead_forgets_what_is_promised(patch: Patch) -> None:
 def nobody_is_kept_for_the_next_user(patch: Patch) -> None:
     """A runner is given up in the moment in which its last lease comes back, though its user may ask again at once."""
 
-    @instead(patch, candidates, "may_go_at")
+    @instead(patch, eviction_candidates, "may_go_at")
     def may_go_at(original: Callable[..., float], pool: Pool, runner: Runner, bound: float) -> float:
         return original(pool, runner, bound if runner.leases else -math.inf)

@@ -6,19 +6,20 @@ import math
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
 
-from fsm.actions import Actions
-from fsm.claims import Claims
 from fsm.core import Core
-from fsm.endings import Endings
-from fsm.events import Acquire, Claimed, Contended, Event, Loaded, Progress
-from fsm.ledger import Placement
-from fsm.limits import Limits
-from fsm.model import Amounts
-from fsm.planning import _Planner
-from fsm.pool import Line, Model, Pool
-from fsm.request import Request
-from fsm.runner import LOADING, Runner, RunnerId
-from fsm.supply import DRAINED, LATER, SOON, Supply
+from fsm.domain.devices import Amounts, Placement
+from fsm.lifecycle.actions import Actions
+from fsm.lifecycle.device_claims import Claims
+from fsm.lifecycle.failures import Endings
+from fsm.machine.request import Request
+from fsm.machine.runner import LOADING, Runner, RunnerId
+from fsm.messages.events import Acquire, Claimed, Contended, Event, Loaded, Progress
+from fsm.planning.availability import DRAINED, LATER, SOON, Supply
+from fsm.planning.planner import _Planner
+from fsm.state.core_config import Limits
+from fsm.state.core_state import Pool
+from fsm.state.model_record import Model
+from fsm.state.request_queue import Line
 from tests.mutant import SIMULATION, Patch, instead, mutant
 
 # -- claims -----------------------------------------------------------------------------------------------------------

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from fsm.actions import Actions
-from fsm.pool import Model
-from fsm.request import Request
-from fsm.runner import Runner, RunnerId
+from fsm.lifecycle.actions import Actions
+from fsm.machine.request import Request
+from fsm.machine.runner import Runner, RunnerId
+from fsm.state.model_record import Model
 from tests.mutant import Patch, instead, mutant
 
 

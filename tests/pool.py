@@ -19,9 +19,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Self
 
-from fsm.commands import Claim, Command, Finish, Grant, Inspect, Launch, Refusal, Reject, Revoke, Sample, Stop, Unclaim
 from fsm.core import Core
-from fsm.events import (
+from fsm.domain.devices import HOST, DeviceId, DeviceSample, Placement
+from fsm.domain.model_info import ModelInfo, Options
+from fsm.eviction.policies import EvictionPolicy
+from fsm.machine.request import Purpose, Want
+from fsm.machine.runner import Runner, RunnerState
+from fsm.messages.commands import Claim, Command, Finish, Grant, Inspect, Launch, Reject, Revoke, Sample, Stop, Unclaim
+from fsm.messages.events import (
     Acquire,
     Cancel,
     Claimed,
@@ -41,14 +46,10 @@ from fsm.events import (
     Unpin,
     Unresponsive,
 )
-from fsm.eviction import EvictionPolicy
-from fsm.footprint import Footprint
-from fsm.ledger import DeviceSample, Placement
-from fsm.limits import Limits
-from fsm.model import HOST, DeviceId, ModelInfo, Options
-from fsm.remembered import NOTHING, Remembered
-from fsm.request import Purpose, Want
-from fsm.runner import Runner, RunnerState
+from fsm.messages.refusals import Refusal
+from fsm.sizing.footprint import Footprint
+from fsm.sizing.load_history import NOTHING, Remembered
+from fsm.state.core_config import Limits
 
 START = 1000.0  # seconds; not 0, so that a forgotten time shows
 _SCALES = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}

@@ -73,7 +73,7 @@ def test_the_core_imports_nothing_impure(module: str) -> None:
 def test_only_the_table_imports_transitions() -> None:
     """The rest of the code is shielded from the library."""
     importers = {str(path.relative_to(ROOT)) for path in SOURCES if "transitions" in imports_of(path)}
-    assert importers == {"fsm/table.py"}
+    assert importers == {"fsm/machine/transition_table.py"}
 
 
 @pytest.mark.parametrize("module", [name for name, allowed in EXCEPTIONS.items() if "random" in allowed])

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fsm.model import Options
+from fsm.domain.model_info import Options
 from scheduler import (
     InvalidModel,
     InvalidSettings,

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fsm.choosing import MOST_SETS, Choice, Question, choose, in_order, tier
-from fsm.eviction import POLICIES, Candidate, LeastExpectedLoading, LeastRecentlyUsed
-from fsm.runner import RunnerState
+from fsm.eviction.policies import POLICIES, Candidate, LeastExpectedLoading, LeastRecentlyUsed
+from fsm.eviction.victim_selection import MOST_SETS, Choice, Question, choose, in_order, tier
+from fsm.machine.runner import RunnerState
 from tests.pool import PoolUnderTest, a_pool, acquire, loaded, pin, release
 
 NOW = 100.0

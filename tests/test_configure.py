@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 
-from fsm.journal import Transition
-from fsm.limits import Limits
-from fsm.model import Options
+from fsm.domain.model_info import Options
+from fsm.messages.decision_log import Transition
+from fsm.state.core_config import Limits
 from scheduler import (
     InvalidSettings,
     Lease,

@@ -6,11 +6,12 @@ from dataclasses import replace
 
 import pytest
 
-from fsm.automatic import BATCHES
-from fsm.commands import DoesNotFit
-from fsm.estimate import estimate
-from fsm.model import HOST, MIB, ModelInfo, Options
-from fsm.options import DEFAULT_BATCH, resolve
+from fsm.domain.devices import HOST, MIB
+from fsm.domain.model_info import ModelInfo, Options
+from fsm.messages.refusals import DoesNotFit
+from fsm.planning.automatic_options import BATCHES
+from fsm.sizing.load_options import DEFAULT_BATCH, resolve
+from fsm.sizing.memory_estimate import estimate
 from tests.models import a_model
 from tests.pool import (
     PoolUnderTest,

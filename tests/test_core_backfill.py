@@ -6,10 +6,10 @@ from dataclasses import replace
 
 import pytest
 
-from fsm.commands import Grant
-from fsm.footprint import Footprint
-from fsm.model import MIB
-from fsm.runner import RunnerState
+from fsm.domain.devices import MIB
+from fsm.machine.runner import RunnerState
+from fsm.messages.commands import Grant
+from fsm.sizing.footprint import Footprint
 from tests.models import a_model
 from tests.pool import PoolUnderTest, a_pool, acquire, amount, expire, launched, loaded, memory, release, stopped
 

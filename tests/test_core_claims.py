@@ -6,11 +6,12 @@ from dataclasses import replace
 
 import pytest
 
-from fsm.commands import Claim, Command, DoesNotFit, Finish, Grant, Launch, Reject, Stop, TimedOut, Unclaim
-from fsm.events import Claimed, Contended, Progress
-from fsm.journal import Decision, Entry
-from fsm.model import DeviceId
-from fsm.runner import RunnerState
+from fsm.domain.devices import DeviceId
+from fsm.machine.runner import RunnerState
+from fsm.messages.commands import Claim, Command, Finish, Grant, Launch, Reject, Stop, Unclaim
+from fsm.messages.decision_log import Decision, Entry
+from fsm.messages.events import Claimed, Contended, Progress
+from fsm.messages.refusals import DoesNotFit, TimedOut
 from tests.models import a_model
 from tests.pool import (
     PoolUnderTest,

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 
-from fsm.commands import Closed, Finish, Reject, Revoke, Stop
-from fsm.runner import RunnerState
+from fsm.machine.runner import RunnerState
+from fsm.messages.commands import Finish, Reject, Revoke, Stop
+from fsm.messages.refusals import Closed
 from tests.pool import (
     a_pool,
     acquire,

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 
-from fsm.commands import Ask, Grant, QueueFull, Stop
-from fsm.events import Close, Configure
-from fsm.eviction import KeepAliveOrder
-from fsm.journal import Entry, Transition
-from fsm.model import HOST
-from fsm.runner import RunnerState
+from fsm.domain.devices import HOST
+from fsm.eviction.policies import KeepAliveOrder
+from fsm.machine.runner import RunnerState
+from fsm.messages.commands import Ask, Grant, Stop
+from fsm.messages.decision_log import Entry, Transition
+from fsm.messages.events import Close, Configure
+from fsm.messages.refusals import QueueFull
 from tests.pool import (
     PoolUnderTest,
     a_pool,

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from fsm.commands import LoadFailed, Revoke
-from fsm.runner import RunnerState
+from fsm.machine.runner import RunnerState
+from fsm.messages.commands import Revoke
+from fsm.messages.refusals import LoadFailed
 from tests.pool import a_pool, acquire, exited, launched, refused, release, stopped, unresponsive
 
 

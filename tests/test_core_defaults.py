@@ -6,9 +6,10 @@ from dataclasses import replace
 
 import pytest
 
-from fsm.commands import DoesNotFit, Grant
-from fsm.model import ModelInfo, Options
-from fsm.options import resolve
+from fsm.domain.model_info import ModelInfo, Options
+from fsm.messages.commands import Grant
+from fsm.messages.refusals import DoesNotFit
+from fsm.sizing.load_options import resolve
 from tests.models import a_model
 from tests.pool import a_pool, acquire, amount, launched, layered, refused
 

@@ -7,11 +7,11 @@ from dataclasses import replace
 
 import pytest
 
-from fsm.commands import DoesNotFit
-from fsm.events import Sampled
-from fsm.ledger import Account, DeviceSample, Ledger
-from fsm.model import HOST
-from fsm.placement import Demand, Gpu, Offload, place
+from fsm.domain.devices import HOST, DeviceSample
+from fsm.messages.events import Sampled
+from fsm.messages.refusals import DoesNotFit
+from fsm.placement.search import Demand, Gpu, Offload, place
+from fsm.state.memory_ledger import Account, Ledger
 from tests.models import a_model
 from tests.pool import (
     PoolUnderTest,

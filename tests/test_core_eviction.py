@@ -7,10 +7,10 @@ from collections.abc import Sequence
 
 import pytest
 
-from fsm.choosing import first as choose
-from fsm.commands import Ask, Grant, Stop
-from fsm.eviction import POLICIES, Candidate, KeepAliveOrder, LeastRecentlyUsed
-from fsm.runner import RunnerState
+from fsm.eviction.policies import POLICIES, Candidate, KeepAliveOrder, LeastRecentlyUsed
+from fsm.eviction.victim_selection import first as choose
+from fsm.machine.runner import RunnerState
+from fsm.messages.commands import Ask, Grant, Stop
 from tests.pool import (
     PoolUnderTest,
     a_pool,

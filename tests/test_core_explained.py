@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 
-from fsm.footprint import Footprint
-from fsm.journal import ConsideredDevice, ConsideredRunner, Decision
-from fsm.model import HOST, MIB
-from fsm.runner import RunnerState
+from fsm.domain.devices import HOST, MIB
+from fsm.machine.runner import RunnerState
+from fsm.messages.decision_log import ConsideredDevice, ConsideredRunner, Decision
+from fsm.sizing.footprint import Footprint
 from tests.pool import PoolUnderTest, a_pool, acquire, exited, expire, loaded, pin, release
 
 GIB = 1024 * MIB

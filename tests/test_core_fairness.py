@@ -6,11 +6,11 @@ from dataclasses import replace
 
 import pytest
 
-from fsm.commands import Ask
-from fsm.footprint import Footprint
-from fsm.model import MIB
-from fsm.planning import LINES_AHEAD
-from fsm.runner import RunnerState
+from fsm.domain.devices import MIB
+from fsm.machine.runner import RunnerState
+from fsm.messages.commands import Ask
+from fsm.planning.planner import LINES_AHEAD
+from fsm.sizing.footprint import Footprint
 from tests.models import a_model
 from tests.pool import (
     PoolUnderTest,

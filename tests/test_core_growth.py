@@ -8,11 +8,12 @@ from types import FrameType
 
 import pytest
 
-from fsm.commands import DoesNotFit, Grant, InvalidModel
-from fsm.footprint import Footprint
-from fsm.model import MIB
-from fsm.planning import LINES_AHEAD
-from fsm.remembered import MOST_KINDS
+from fsm.domain.devices import MIB
+from fsm.messages.commands import Grant
+from fsm.messages.refusals import DoesNotFit, InvalidModel
+from fsm.planning.planner import LINES_AHEAD
+from fsm.sizing.footprint import Footprint
+from fsm.sizing.load_history import MOST_KINDS
 from tests.bench.growth import ACTIONS, Crowd
 from tests.models import a_model
 from tests.pool import (
@@ -176,7 +177,7 @@ def test_a_name_that_is_unpinned_and_was_never_pinned_is_not_kept() -> None:
 
 def test_models_that_nobody_uses_any_more_are_forgotten_beyond_a_number(monkeypatch: pytest.MonkeyPatch) -> None:
     """A program may make objects of ever new names; those last used, and what is in use or pinned, stay."""
-    monkeypatch.setattr("fsm.endings.MOST_MODELS", 8)
+    monkeypatch.setattr("fsm.lifecycle.failures.MOST_MODELS", 8)
     pool = a_pool(each="1GiB", max_runners=20).ready("in use", lease=1)
     pool.feed(pin("pinned"))
     for number in range(50):

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 
 from fsm.core import Core
-from fsm.events import Configure, Inspected, OutOfMemory, Progress, Tick, Unresponsive
-from fsm.journal import Decision, Entry, Transition
-from fsm.request import Purpose
-from fsm.runner import EXPIRING, IDLE, LOADING, READY, UNLOADED, RunnerState
-from fsm.timers import Timers
+from fsm.machine.request import Purpose
+from fsm.machine.runner import EXPIRING, IDLE, LOADING, READY, UNLOADED, RunnerState
+from fsm.messages.decision_log import Decision, Entry, Transition
+from fsm.messages.events import Configure, Inspected, OutOfMemory, Progress, Tick, Unresponsive
+from fsm.state.timers import Timers
 from tests.pool import (
     START,
     PoolUnderTest,

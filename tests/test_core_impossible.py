@@ -6,10 +6,11 @@ from dataclasses import replace
 
 import pytest
 
-from fsm.commands import DoesNotFit, Unsupported
-from fsm.model import HOST, Options
-from fsm.options import impossible, resolve
-from fsm.placement import Demand, Gpu, Offload
+from fsm.domain.devices import HOST
+from fsm.domain.model_info import Options
+from fsm.messages.refusals import DoesNotFit, Unsupported
+from fsm.placement.search import Demand, Gpu, Offload
+from fsm.sizing.load_options import impossible, resolve
 from tests.models import a_model
 from tests.pool import a_pool, acquire, amount, granted, launched, layered, refused, stopped
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from fsm.commands import Grant, NotInTime, Reject, Stop, TimedOut
-from fsm.model import MIB
-from fsm.runner import RunnerState
-from fsm.waiting import TRUSTED_S
+from fsm.domain.devices import MIB
+from fsm.machine.runner import RunnerState
+from fsm.messages.commands import Grant, Reject, Stop
+from fsm.messages.refusals import NotInTime, TimedOut
+from fsm.planning.deadline_admission import TRUSTED_S
 from tests.models import a_model
 from tests.pool import (
     PoolUnderTest,

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from fsm.commands import Grant, LoadFailed, LoadTimeout, Reject, Stop
-from fsm.events import Progress
-from fsm.model import Options
-from fsm.runner import RunnerState
+from fsm.domain.model_info import Options
+from fsm.machine.runner import RunnerState
+from fsm.messages.commands import Grant, Reject, Stop
+from fsm.messages.events import Progress
+from fsm.messages.refusals import LoadFailed, LoadTimeout
 from tests.models import a_model
 from tests.pool import (
     PoolUnderTest,

@@ -8,8 +8,10 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, precondition, rule
 
-from fsm.commands import Claim, Command, Finish, Grant, Inspect, InvalidModel, Launch, Reject, Revoke, Stop, Unclaim
-from fsm.events import (
+from fsm.domain.devices import HOST
+from fsm.machine.runner import RunnerState
+from fsm.messages.commands import Claim, Command, Finish, Grant, Inspect, Launch, Reject, Revoke, Stop, Unclaim
+from fsm.messages.events import (
     Cancel,
     Claimed,
     Close,
@@ -22,8 +24,7 @@ from fsm.events import (
     Tick,
     Unresponsive,
 )
-from fsm.model import HOST
-from fsm.runner import RunnerState
+from fsm.messages.refusals import InvalidModel
 from tests.models import a_model
 from tests.pool import (
     PoolUnderTest,

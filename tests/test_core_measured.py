@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from fsm.commands import DoesNotFit, Grant
-from fsm.events import Loaded, Sampled
-from fsm.journal import Decision, Entry
-from fsm.ledger import Account, DeviceSample, Ledger
-from fsm.model import HOST, Options
-from fsm.pool import MOST_DEMANDS
-from fsm.remembered import MOST_KINDS
-from fsm.runner import RunnerState
-from fsm.snapshot import RunnerView
+from fsm.domain.devices import HOST, DeviceSample
+from fsm.domain.model_info import Options
+from fsm.machine.runner import RunnerState
+from fsm.messages.commands import Grant
+from fsm.messages.decision_log import Decision, Entry
+from fsm.messages.events import Loaded, Sampled
+from fsm.messages.refusals import DoesNotFit
+from fsm.sizing.load_history import MOST_KINDS
+from fsm.state.memory_ledger import Account, Ledger
+from fsm.state.model_record import MOST_DEMANDS
+from fsm.state.snapshot import RunnerView
 from tests.models import a_model
 from tests.pool import (
     PoolUnderTest,

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from fsm.commands import Grant, Sample, Stop
-from fsm.events import Event, Expire, Loaded, Sampled, Tick
-from fsm.footprint import Footprint
-from fsm.ledger import Account, DeviceSample, Ledger
-from fsm.model import HOST
-from fsm.runner import RunnerState
+from fsm.domain.devices import HOST, DeviceSample
+from fsm.machine.runner import RunnerState
+from fsm.messages.commands import Grant, Sample, Stop
+from fsm.messages.events import Event, Expire, Loaded, Sampled, Tick
+from fsm.sizing.footprint import Footprint
+from fsm.state.memory_ledger import Account, Ledger
 from tests.models import a_model
 from tests.pool import (
     PoolUnderTest,

@@ -8,19 +8,21 @@ from dataclasses import fields, replace
 
 import pytest
 
-from fsm.commands import Claim, LoadFailed, ModelNotFound, Unclaim
 from fsm.core import Core
-from fsm.events import Contended
-from fsm.eviction import Candidate, KeepAliveOrder
-from fsm.footprint import Footprint
-from fsm.journal import Transition
-from fsm.keeping import may_go_at
-from fsm.ledger import Account, DeviceSample, Ledger, Placement
-from fsm.model import HOST, Options
-from fsm.placement import Demand, Gpu, Offload, place
-from fsm.request import Purpose, Request, Want
-from fsm.reuse import Experience
-from fsm.runner import Runner
+from fsm.domain.devices import HOST, DeviceSample, Placement
+from fsm.domain.model_info import Options
+from fsm.eviction.policies import Candidate, KeepAliveOrder
+from fsm.eviction.reuse_prediction import Experience
+from fsm.machine.request import Purpose, Request, Want
+from fsm.machine.runner import Runner
+from fsm.messages.commands import Claim, Unclaim
+from fsm.messages.decision_log import Transition
+from fsm.messages.events import Contended
+from fsm.messages.refusals import LoadFailed, ModelNotFound
+from fsm.placement.search import Demand, Gpu, Offload, place
+from fsm.planning.keeping import may_go_at
+from fsm.sizing.footprint import Footprint
+from fsm.state.memory_ledger import Account, Ledger
 from tests.pool import (
     PoolUnderTest,
     a_pool,

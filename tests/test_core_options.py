@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from fsm.commands import Grant, Inspect
-from fsm.model import Options
-from fsm.runner import RunnerState
+from fsm.domain.model_info import Options
+from fsm.machine.runner import RunnerState
+from fsm.messages.commands import Grant, Inspect
 from tests.models import a_model
 from tests.pool import PoolUnderTest, a_pool, acquire, exited, granted, launched, loaded, preload, release
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from fsm.commands import DoesNotFit, Stop
-from fsm.runner import RunnerState
+from fsm.machine.runner import RunnerState
+from fsm.messages.commands import Stop
+from fsm.messages.refusals import DoesNotFit
 from tests.pool import a_pool, acquire, amount, cancel, expire, launched, pin, refused, release, unpin
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from fsm.commands import DoesNotFit
-from fsm.estimate import estimate
-from fsm.footprint import Footprint
-from fsm.ledger import Placement
-from fsm.model import HOST, Options
-from fsm.options import resolve
-from fsm.placement import Demand, Gpu, Offload, needed, place
+from fsm.domain.devices import HOST, Placement
+from fsm.domain.model_info import Options
+from fsm.messages.refusals import DoesNotFit
+from fsm.placement.search import Demand, Gpu, Offload, needed, place
+from fsm.sizing.footprint import Footprint
+from fsm.sizing.load_options import resolve
+from fsm.sizing.memory_estimate import estimate
 from tests.models import a_model
 from tests.pool import (
     PoolUnderTest,

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from fsm.commands import Ask, Claim, Command, Launch, Prefetch, Stop
-from fsm.events import Cancel, Claimed, Contended
-from fsm.model import HOST
+from fsm.domain.devices import HOST
+from fsm.messages.commands import Ask, Claim, Command, Launch, Prefetch, Stop
+from fsm.messages.events import Cancel, Claimed, Contended
 from tests.models import a_model
 from tests.pool import (
     PoolUnderTest,

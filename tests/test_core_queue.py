@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from fsm.commands import Ask, DoesNotFit, Grant, Launch, Stop
-from fsm.events import Acquire, Configure
-from fsm.footprint import Footprint
-from fsm.runner import RunnerState
+from fsm.machine.runner import RunnerState
+from fsm.messages.commands import Ask, Grant, Launch, Stop
+from fsm.messages.events import Acquire, Configure
+from fsm.messages.refusals import DoesNotFit
+from fsm.sizing.footprint import Footprint
 from tests.pool import (
     a_pool,
     acquire,

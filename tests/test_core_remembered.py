@@ -6,17 +6,20 @@ import json
 
 import pytest
 
-from fsm.commands import Command, DoesNotFit, ModelNotFound, QueueFull, Reject, Remember
+from fsm.advice import advise
+from fsm.codec import decode_command, decode_event, decode_state, encode
 from fsm.core import Core
-from fsm.events import Event, Loaded
-from fsm.model import HOST, Amounts, ModelInfo, Options
-from fsm.options import resolve
-from fsm.placement import MEASURED_HEADROOM
-from fsm.pool import Model
-from fsm.preview import Outcome, advise, preview
-from fsm.record import decode_command, decode_event, decode_state, encode
-from fsm.remembered import LAST_LOADS, Loads, Remembered, Took
-from fsm.request import ModelId, Purpose, Want
+from fsm.domain.devices import HOST, Amounts
+from fsm.domain.model_info import ModelInfo, Options
+from fsm.machine.request import ModelId, Purpose, Want
+from fsm.messages.commands import Command, Reject, Remember
+from fsm.messages.events import Event, Loaded
+from fsm.messages.refusals import DoesNotFit, ModelNotFound, QueueFull
+from fsm.placement.search import MEASURED_HEADROOM
+from fsm.preview import Outcome, preview
+from fsm.sizing.load_history import LAST_LOADS, Loads, Remembered, Took
+from fsm.sizing.load_options import resolve
+from fsm.state.model_record import Model
 from tests.models import MIB, a_model
 from tests.pool import PoolUnderTest, a_pool, acquire, amount, exited, expire, filled, loaded, release
 

@@ -4,20 +4,9 @@ from __future__ import annotations
 
 import math
 
-from fsm.commands import (
-    Ask,
-    Cancelled,
-    Closed,
-    Grant,
-    InvalidModel,
-    Launch,
-    ModelNotFound,
-    QueueFull,
-    Reject,
-    Stop,
-    TimedOut,
-)
-from fsm.runner import RunnerState
+from fsm.machine.runner import RunnerState
+from fsm.messages.commands import Ask, Grant, Launch, Reject, Stop
+from fsm.messages.refusals import Cancelled, Closed, InvalidModel, ModelNotFound, QueueFull, TimedOut
 from tests.pool import (
     START,
     a_pool,

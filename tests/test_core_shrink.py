@@ -8,11 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import invariant, rule
 
-from fsm.commands import DoesNotFit, Stop
-from fsm.events import Configure
-from fsm.journal import Entry, Transition
-from fsm.model import HOST
-from fsm.runner import RunnerState
+from fsm.domain.devices import HOST
+from fsm.machine.runner import RunnerState
+from fsm.messages.commands import Stop
+from fsm.messages.decision_log import Entry, Transition
+from fsm.messages.events import Configure
+from fsm.messages.refusals import DoesNotFit
 from tests import test_core_machine
 from tests.pool import (
     PoolUnderTest,

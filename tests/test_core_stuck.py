@@ -6,9 +6,10 @@ from collections.abc import Sequence
 
 import pytest
 
-from fsm.commands import DoesNotFit, Stop
-from fsm.eviction import Candidate
-from fsm.runner import RunnerState
+from fsm.eviction.policies import Candidate
+from fsm.machine.runner import RunnerState
+from fsm.messages.commands import Stop
+from fsm.messages.refusals import DoesNotFit
 from tests.pool import a_pool, acquire, exited, expire, launched, release, stopped
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from fsm.footprint import Footprint
-from fsm.ledger import DeviceSample, Ledger, Placement
-from fsm.model import HOST, DeviceId, Options
-from fsm.placement import Demand, Gpu, Offload
-from fsm.request import ModelId
-from fsm.runner import Runner, RunnerId
-from fsm.supply import DRAINED, LATER, NOW, SOON, Need, Supply
+from fsm.domain.devices import HOST, DeviceId, DeviceSample, Placement
+from fsm.domain.model_info import Options
+from fsm.machine.request import ModelId
+from fsm.machine.runner import Runner, RunnerId
+from fsm.placement.search import Demand, Gpu, Offload
+from fsm.planning.availability import DRAINED, LATER, NOW, SOON, Need, Supply
+from fsm.sizing.footprint import Footprint
+from fsm.state.memory_ledger import Ledger
 from tests.pool import amount
 
 GPUS = (DeviceId("gpu0"), DeviceId("gpu1"))

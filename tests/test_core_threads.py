@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from fsm.commands import Grant, Launch
+from fsm.codec import decode_state, encode
 from fsm.core import Core
-from fsm.model import Threads
-from fsm.record import decode_state, encode
+from fsm.domain.devices import Threads
+from fsm.messages.commands import Grant, Launch
 from tests.models import MIB, a_model
 from tests.pool import PoolUnderTest, a_pool, acquire, exited, expire, loaded, preload, release
 

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import pytest
 
-from fsm.commands import Ask, Grant, Stop
-from fsm.events import Progress
-from fsm.runner import RunnerState
+from fsm.machine.runner import RunnerState
+from fsm.messages.commands import Ask, Grant, Stop
+from fsm.messages.events import Progress
 from tests.pool import (
     PoolUnderTest,
     a_pool,

@@ -9,10 +9,11 @@ from dataclasses import FrozenInstanceError, fields
 
 import pytest
 
-from fsm.commands import Cancelled, Closed, Finish, Grant, QueueFull, Revoke, Stop
-from fsm.events import Configure, Event, Tick
-from fsm.model import HOST
-from fsm.runner import RunnerState
+from fsm.domain.devices import HOST
+from fsm.machine.runner import RunnerState
+from fsm.messages.commands import Finish, Grant, Revoke, Stop
+from fsm.messages.events import Configure, Event, Tick
+from fsm.messages.refusals import Cancelled, Closed, QueueFull
 from tests.pool import (
     PoolUnderTest,
     a_pool,

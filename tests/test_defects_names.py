@@ -16,10 +16,9 @@ import pytest
 from rich.progress import Progress
 
 from fsm.core import Core
-from fsm.events import Sampled
-from fsm.ledger import DeviceSample
-from fsm.limits import Limits
-from fsm.model import HOST
+from fsm.domain.devices import HOST, DeviceSample
+from fsm.messages.events import Sampled
+from fsm.state.core_config import Limits
 from scheduler import ModelNotFound, ModelSpec, Scheduler, Settings
 from scheduler import models_command as command
 from scheduler.catalog import Catalog

@@ -17,8 +17,8 @@ from typing import Any, ClassVar
 
 import pytest
 
-from fsm.journal import Transition
-from fsm.runner import RUNNER_TABLE
+from fsm.machine.runner import RUNNER_TABLE
+from fsm.messages.decision_log import Transition
 from scheduler import Gap, PythonModel, Scheduler, SchedulerClosed, SchedulerError, Settings
 from scheduler.status import Status
 from tests.leaks import no_leaks

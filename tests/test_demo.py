@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from fsm.journal import Decision, Transition
-from fsm.request import ModelId, RequestId
-from fsm.runner import EXPIRING, IDLE, LOADING, READY, UNLOADED, RunnerId, RunnerState
+from fsm.machine.request import ModelId, RequestId
+from fsm.machine.runner import EXPIRING, IDLE, LOADING, READY, UNLOADED, RunnerId, RunnerState
+from fsm.messages.decision_log import Decision, Transition
 from scheduler.demo_cast import MOST_MODELS, DemoError, Player, make_cast, players_in
 from scheduler.demo_clients import likeness, trimmed
 from scheduler.demo_report import Answer, Checklist, Feature, Measured, Record, missing, quantiles, summary, wait_text

@@ -5,8 +5,7 @@ from __future__ import annotations
 import psutil
 import pytest
 
-from fsm.ledger import DeviceSample
-from fsm.model import HOST
+from fsm.domain.devices import HOST, DeviceSample
 from scheduler.devices import Devices
 from scheduler.nvml import RETRY_S, Board, visible_devices
 from tests.nvml import (

@@ -16,12 +16,13 @@ from typing import get_args, get_type_hints
 import pytest
 
 import scheduler
-from fsm.commands import Command, Refusal
-from fsm.events import Event
-from fsm.eviction import Candidate
-from fsm.journal import Decision, Transition
-from fsm.runner import RunnerState
-from fsm.snapshot import DeviceView
+from fsm.eviction.policies import Candidate
+from fsm.machine.runner import RunnerState
+from fsm.messages.commands import Command
+from fsm.messages.decision_log import Decision, Transition
+from fsm.messages.events import Event
+from fsm.messages.refusals import Refusal
+from fsm.state.snapshot import DeviceView
 from scheduler import Lease, RunnerStatus, Scheduler, SchedulerError, Status, WaitStatus
 from scheduler.registry import Asking
 from scheduler.settings import settings_table

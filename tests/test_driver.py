@@ -15,12 +15,13 @@ from dataclasses import replace
 
 import pytest
 
-from fsm.commands import Command, Inspect, Launch, Reject, TimedOut
 from fsm.core import Core
-from fsm.events import Acquire, Event, Exited, Release, Tick
-from fsm.journal import Decision, Entry
-from fsm.model import Options
-from fsm.request import ModelId, Purpose, RequestId, Want
+from fsm.domain.model_info import Options
+from fsm.machine.request import ModelId, Purpose, RequestId, Want
+from fsm.messages.commands import Command, Inspect, Launch, Reject
+from fsm.messages.decision_log import Decision, Entry
+from fsm.messages.events import Acquire, Event, Exited, Release, Tick
+from fsm.messages.refusals import TimedOut
 from scheduler.clock import monotonic_clock
 from scheduler.driver import Driver
 from scheduler.executor import Life

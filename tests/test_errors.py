@@ -7,7 +7,7 @@ import pickle
 
 import pytest
 
-from fsm import refusing
+from fsm.planning import infeasibility
 from scheduler import errors
 from scheduler.errors import (
     AcquireTimeout,
@@ -198,7 +198,7 @@ def test_the_advice_is_one_that_helps(reason: str, advice: str) -> None:
 
 def test_the_advice_goes_by_the_cores_own_words() -> None:
     """Whoever changes them there is told here."""
-    source = inspect.getsource(refusing)
+    source = inspect.getsource(infeasibility)
     assert [words for words, _ in errors._ADVICE if words not in source] == []
 
 

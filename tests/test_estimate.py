@@ -8,10 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fsm.estimate import CACHE_BLOCK_BYTES, PROMPT_CACHE_BYTES, estimate, prompt_cache_bytes
-from fsm.footprint import Footprint, parts
-from fsm.model import HOST, MIB, ModelInfo, Options, Recurrence
-from fsm.options import ONE_AT_A_TIME, micro_batch, resolve, serves
+from fsm.domain.devices import HOST, MIB
+from fsm.domain.model_info import ModelInfo, Options, Recurrence
+from fsm.sizing.footprint import Footprint, parts
+from fsm.sizing.load_options import ONE_AT_A_TIME, micro_batch, resolve, serves
+from fsm.sizing.memory_estimate import CACHE_BLOCK_BYTES, PROMPT_CACHE_BYTES, estimate, prompt_cache_bytes
 
 A_MODEL = ModelInfo(
     architecture="llama",

@@ -6,10 +6,10 @@ from collections.abc import Callable
 
 import pytest
 
-from fsm.events import Claimed, Configure, Contended, Event, Tick
-from fsm.journal import Entry, Transition
-from fsm.request import Purpose
-from fsm.runner import RUNNER_TABLE, RunnerState
+from fsm.machine.request import Purpose
+from fsm.machine.runner import RUNNER_TABLE, RunnerState
+from fsm.messages.decision_log import Entry, Transition
+from fsm.messages.events import Claimed, Configure, Contended, Event, Tick
 from tests.pool import (
     PoolUnderTest,
     a_pool,

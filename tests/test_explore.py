@@ -13,11 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from fsm import canonical
-from fsm.canonical import LEFT_OUT, Canonical
-from fsm.commands import Command, Grant, Launch, Stop
 from fsm.core import Core
-from fsm.events import (
+from fsm.machine.request import RequestState
+from fsm.messages.commands import Command, Grant, Launch, Stop
+from fsm.messages.events import (
     Acquire,
     Cancel,
     Close,
@@ -32,12 +31,13 @@ from fsm.events import (
     Release,
     Tick,
 )
-from fsm.explore import Oracle, explore, in_words
-from fsm.judge import judge
-from fsm.pool import Model
-from fsm.request import RequestState
-from fsm.scenarios import SCENARIOS
-from fsm.world import Past, Scenario, begin, kinds, late, next_in_order, possible, time_of
+from fsm.state.model_record import Model
+from fsm.verification import state_key
+from fsm.verification.environment import Past, Scenario, begin, kinds, late, next_in_order, possible, time_of
+from fsm.verification.model_checker import Oracle, explore, in_words
+from fsm.verification.scenarios import SCENARIOS
+from fsm.verification.state_key import LEFT_OUT, Canonical
+from fsm.verification.transition_invariants import judge
 from scheduler import explore_command
 from scheduler.cli import main
 from tests.mutants import MUTANTS
@@ -97,7 +97,7 @@ def test_the_scenarios_are_as_the_readme_says() -> None:
     """Each has a name of its own, and ends at a number of states if not before."""
     assert len(NAMED) == len(SCENARIOS)
     millions = sum(scenario.most for scenario in SCENARIOS) / 1_000_000
-    said = (Path(canonical.__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    said = (Path(state_key.__file__).parents[2] / "README.md").read_text(encoding="utf-8")
     assert f"{len(SCENARIOS)} small scenarios" in said and f"({millions:.1f} million at most)" in said
     assert f"| {len(MUTANTS)} faults put into that core" in said
 
@@ -162,7 +162,7 @@ def test_a_way_is_told_without_what_is_as_usual() -> None:
 @pytest.mark.parametrize("record", LEFT_OUT, ids=lambda record: record.__name__)
 def test_every_field_of_a_record_is_in_the_key_or_left_out_for_a_reason(record: type) -> None:
     """A field that is new has to be thought of: a key that lacks it would hide states."""
-    tree = ast.parse(Path(canonical.__file__).read_text(encoding="utf-8"))
+    tree = ast.parse(Path(state_key.__file__).read_text(encoding="utf-8"))
     name = "claim" if record.__name__ == "OpenClaim" else record.__name__.lower()
     read = {
         node.attr

@@ -17,7 +17,7 @@ from typing import Any
 import psutil
 import pytest
 
-from fsm.model import HOST
+from fsm.domain.devices import HOST
 from scheduler import AcquireTimeout, DoesNotFit, PythonModel, Scheduler, Settings, devices
 from tests.leaks import no_leaks
 from tests.nvml import LOST, NO_DRIVER, Gpu, StandIn, beside_stand_in

@@ -22,7 +22,7 @@ import psutil
 import pytest
 
 from fsm.core import Core
-from fsm.events import Event, Tick
+from fsm.messages.events import Event, Tick
 from scheduler import (
     Lease,
     LoadTimeout,

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from fsm.model import Options
+from fsm.domain.model_info import Options
 from scheduler import (
     DoesNotFit,
     EngineMissing,

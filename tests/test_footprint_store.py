@@ -17,8 +17,9 @@ from unittest.mock import Mock
 
 import pytest
 
-from fsm.model import HOST, DeviceId, Options
-from fsm.remembered import LAST_LOADS, NOTHING, Loads, Remembered, Took
+from fsm.domain.devices import HOST, DeviceId
+from fsm.domain.model_info import Options
+from fsm.sizing.load_history import LAST_LOADS, NOTHING, Loads, Remembered, Took
 from scheduler.footprint_store import (
     _TABLE,
     APPLICATION_ID,

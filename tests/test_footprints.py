@@ -13,7 +13,7 @@ from unittest.mock import Mock
 
 import pytest
 
-from fsm.model import Options
+from fsm.domain.model_info import Options
 from scheduler import InvalidSettings, PythonModel, Scheduler, Settings
 from scheduler.cli import main
 from scheduler.footprint_store import VERSION, default_footprints

@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from fsm.estimate import estimate
-from fsm.footprint import Part, parts
-from fsm.model import HOST, MIB
+from fsm.domain.devices import HOST, MIB
+from fsm.sizing.footprint import Part, parts
+from fsm.sizing.memory_estimate import estimate
 from scheduler import DoesNotFit, RunnerStatus, Scheduler, Settings
 from scheduler.metadata import read_metadata
 from tests.engine_gpus import engine_gpus

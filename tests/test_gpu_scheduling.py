@@ -12,7 +12,7 @@ from typing import Any
 import psutil
 import pytest
 
-from fsm.model import HOST
+from fsm.domain.devices import HOST
 from scheduler import AcquireTimeout, DoesNotFit, PythonModel, Scheduler, Settings, devices, executor
 from tests.nvml import LOST, NOT_SUPPORTED, Gpu, StandIn, beside_stand_in
 from tests.tiny_models import write_tiny_model

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from fsm.model import ModelInfo
+from fsm.domain.model_info import ModelInfo
 from scheduler.errors import InvalidModel, ModelNotFound
 from scheduler.metadata import read_metadata
 from tests import fuzz_metadata

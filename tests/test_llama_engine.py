@@ -27,8 +27,8 @@ import numpy
 import psutil
 import pytest
 
-from fsm.ledger import Placement
-from fsm.model import HOST, DeviceId, Options, Threads
+from fsm.domain.devices import HOST, DeviceId, Placement, Threads
+from fsm.domain.model_info import Options
 from scheduler.child import Child, Exit, Program
 from scheduler.cores import usable_cores
 from scheduler.engines import Endpoint, Memory, llama_child

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from fsm.model import DeviceId
+from fsm.domain.devices import DeviceId
 from scheduler import PythonModel, Scheduler, Settings
 from scheduler.machine_lock import DeviceLocks, private_folder
 from tests.leaks import no_leaks

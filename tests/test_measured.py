@@ -13,10 +13,9 @@ from typing import Any
 import httpx
 import pytest
 
-from fsm.events import Event, Sampled
-from fsm.journal import Decision
-from fsm.ledger import DeviceSample
-from fsm.model import HOST, DeviceId
+from fsm.domain.devices import HOST, DeviceId, DeviceSample
+from fsm.messages.decision_log import Decision
+from fsm.messages.events import Event, Sampled
 from scheduler import DoesNotFit, Lease, PythonModel, Scheduler
 from scheduler.devices import Devices
 from scheduler.engines import Buffer, Memory

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from fsm.model import MIB, ModelInfo, Options
-from fsm.options import maps_file
+from fsm.domain.devices import MIB
+from fsm.domain.model_info import ModelInfo, Options
+from fsm.sizing.load_options import maps_file
 from scheduler.engines.llama_child import buffers
 from scheduler.metadata import read_metadata
 from tests.memory.measure import measure

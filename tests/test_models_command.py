@@ -14,10 +14,9 @@ from rich.console import Console
 from rich.progress import Progress
 
 from fsm.core import Core
-from fsm.events import Sampled
-from fsm.ledger import DeviceSample
-from fsm.limits import Limits
-from fsm.model import HOST, DeviceId
+from fsm.domain.devices import HOST, DeviceId, DeviceSample
+from fsm.messages.events import Sampled
+from fsm.state.core_config import Limits
 from scheduler import cli
 from scheduler import models_command as command
 from scheduler.catalog import Catalog

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fsm.explore import in_words
+from fsm.verification.model_checker import in_words
 from tests.mutant import SIMULATION
 from tests.mutants import MUTANTS, Mutant, main
 

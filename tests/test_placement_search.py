@@ -8,10 +8,9 @@ from dataclasses import dataclass, replace
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from fsm.footprint import Footprint
-from fsm.ledger import DeviceSample
-from fsm.model import HOST
-from fsm.placement import Demand, Gpu, Offload, needed, place
+from fsm.domain.devices import HOST, DeviceSample
+from fsm.placement.search import Demand, Gpu, Offload, needed, place
+from fsm.sizing.footprint import Footprint
 from tests.brute_force import Way, cut, groups, takes_of, ways
 from tests.pool import a_pool, acquire, launched, refused
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from fsm.eviction import POLICIES
+from fsm.eviction.policies import POLICIES
 from tests.policies import __main__ as command
 from tests.policies.bound import lower_bound_s, turns
 from tests.policies.workload import GB, KINDS, MODELS, Ask, Trace, draw_trace, read_trace

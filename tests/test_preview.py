@@ -9,15 +9,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import rule
 
-from fsm.commands import Closed, Command, DoesNotFit, Grant, Launch, Reject
+from fsm.advice import MOST_ADVICE, MOST_TRIES, advise
 from fsm.core import Core
-from fsm.events import Acquire, Inspected, Loaded, Sampled, Tick
-from fsm.footprint import Footprint
-from fsm.ledger import DeviceSample
-from fsm.model import HOST, DeviceId, ModelInfo, Options
-from fsm.preview import MOST_ADVICE, MOST_TRIES, Outcome, Preview, advise, preview
-from fsm.request import Purpose, Want
-from fsm.runner import RunnerState
+from fsm.domain.devices import HOST, DeviceId, DeviceSample
+from fsm.domain.model_info import ModelInfo, Options
+from fsm.machine.request import Purpose, Want
+from fsm.machine.runner import RunnerState
+from fsm.messages.commands import Command, Grant, Launch, Reject
+from fsm.messages.events import Acquire, Inspected, Loaded, Sampled, Tick
+from fsm.messages.refusals import Closed, DoesNotFit
+from fsm.preview import Outcome, Preview, preview
+from fsm.sizing.footprint import Footprint
 from tests.models import a_model
 from tests.pool import PoolUnderTest, a_pool, acquire, amount, close, exited, expire, layered, loaded, pin, release
 from tests.test_core_machine import MODELS, OPTIONS, CoreMachine

@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from fsm.footprint import Footprint
-from fsm.ledger import Placement
-from fsm.model import HOST, DeviceId, Options
+from fsm.domain.devices import HOST, DeviceId, Placement
+from fsm.domain.model_info import Options
+from fsm.sizing.footprint import Footprint
 from scheduler.engines import Endpoint, Memory
 from scheduler.engines.python import PythonEngine, PythonModel, PythonProcess
 from scheduler.errors import InvalidSettings

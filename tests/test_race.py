@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from fsm.core import Core
-from fsm.limits import Limits
+from fsm.state.core_config import Limits
 from tests.race import report
 from tests.race.__main__ import main
 from tests.race.ray_serve import find_ray

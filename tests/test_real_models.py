@@ -15,7 +15,7 @@ import httpx
 import psutil
 import pytest
 
-from fsm.journal import Decision, Transition
+from fsm.messages.decision_log import Decision, Transition
 from scheduler import (
     DoesNotFit,
     EngineError,

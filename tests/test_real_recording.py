@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from fsm.commands import Finish, Launch, Reject, Revoke, Stop
-from fsm.events import Acquire, Cancel, Exited, Progress
+from fsm.messages.commands import Finish, Launch, Reject, Revoke, Stop
+from fsm.messages.events import Acquire, Cancel, Exited, Progress
 from scheduler import InvalidSettings, LoadFailed, PythonModel, RunnerCrashed, Scheduler, Settings, recorder
 from scheduler.cli import main
 from scheduler.replay import Begun, Moment, Replay

@@ -20,36 +20,30 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import rule
 
-from fsm.commands import (
+from fsm.codec import Unreadable, _fields, decode_command, decode_event, decode_state, encode, reachable, schema
+from fsm.core import Core, State
+from fsm.domain.devices import HOST, DeviceId, DeviceSample, Placement
+from fsm.domain.model_info import ModelInfo, Options, Recurrence
+from fsm.eviction.policies import KeepAliveOrder
+from fsm.machine.request import ModelId, Purpose, RequestId, Want
+from fsm.machine.runner import RunnerId
+from fsm.messages.commands import (
     Ask,
-    Cancelled,
     Claim,
-    Closed,
     Command,
-    DoesNotFit,
     Finish,
     Grant,
     Inspect,
-    InvalidModel,
     Launch,
-    LoadFailed,
-    LoadTimeout,
-    ModelNotFound,
-    NotInTime,
     Prefetch,
-    QueueFull,
-    Refusal,
     Reject,
     Remember,
     Revoke,
     Sample,
     Stop,
-    TimedOut,
     Unclaim,
-    Unsupported,
 )
-from fsm.core import Core, State
-from fsm.events import (
+from fsm.messages.events import (
     Acquire,
     Cancel,
     Claimed,
@@ -71,17 +65,25 @@ from fsm.events import (
     Unpin,
     Unresponsive,
 )
-from fsm.eviction import KeepAliveOrder
-from fsm.footprint import Footprint
-from fsm.ledger import DeviceSample, Placement
-from fsm.limits import Limits
-from fsm.model import HOST, DeviceId, ModelInfo, Options, Recurrence
-from fsm.record import Unreadable, _fields, decode_command, decode_event, decode_state, encode, reachable, schema
-from fsm.remembered import Loads, Remembered, Took
-from fsm.request import ModelId, Purpose, RequestId, Want
-from fsm.runner import RunnerId
-from fsm.timers import Timers
-from fsm.world import Past, Scenario, possible, sampled, time_of
+from fsm.messages.refusals import (
+    Cancelled,
+    Closed,
+    DoesNotFit,
+    InvalidModel,
+    LoadFailed,
+    LoadTimeout,
+    ModelNotFound,
+    NotInTime,
+    QueueFull,
+    Refusal,
+    TimedOut,
+    Unsupported,
+)
+from fsm.sizing.footprint import Footprint
+from fsm.sizing.load_history import Loads, Remembered, Took
+from fsm.state.core_config import Limits
+from fsm.state.timers import Timers
+from fsm.verification.environment import Past, Scenario, possible, sampled, time_of
 from tests.models import a_model
 from tests.pool import a_pool, acquire, layered
 from tests.test_core_machine import CoreMachine
@@ -297,7 +299,7 @@ def test_what_a_core_holds_beside_its_pool_comes_back() -> None:
 
 def test_the_schema_is_the_same_in_every_process() -> None:
     """It depends on the classes alone."""
-    code = "from fsm.record import schema; print(schema())"
+    code = "from fsm.codec import schema; print(schema())"
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONHASHSEED": "7"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == schema()

@@ -20,12 +20,12 @@ from typing import Any
 import pytest
 from numpy import float32, float64
 
-from fsm.commands import Command
+from fsm.codec import encode
 from fsm.core import Core
-from fsm.events import Cancel, Close, Configure, Event, Inspected, Pin, Progress, Tick
-from fsm.eviction import Candidate, EvictionPolicy, LeastRecentlyUsed
-from fsm.record import encode
-from fsm.request import ModelId, RequestId
+from fsm.eviction.policies import Candidate, EvictionPolicy, LeastRecentlyUsed
+from fsm.machine.request import ModelId, RequestId
+from fsm.messages.commands import Command
+from fsm.messages.events import Cancel, Close, Configure, Event, Inspected, Pin, Progress, Tick
 from scheduler import recorder
 from scheduler.cli import WRONG_USE, main
 from scheduler.recorder import Recorder

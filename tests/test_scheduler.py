@@ -25,10 +25,10 @@ from unittest.mock import Mock
 import pytest
 
 from fsm.core import Core
-from fsm.footprint import Footprint
-from fsm.journal import Decision, Transition
-from fsm.model import HOST
-from fsm.request import ModelId
+from fsm.domain.devices import HOST
+from fsm.machine.request import ModelId
+from fsm.messages.decision_log import Decision, Transition
+from fsm.sizing.footprint import Footprint
 from scheduler import (
     AcquireTimeout,
     DoesNotFit,

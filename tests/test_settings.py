@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fsm.eviction import Candidate, KeepAliveOrder, LeastExpectedLoading
+from fsm.eviction.policies import Candidate, KeepAliveOrder, LeastExpectedLoading
 from scheduler.errors import InvalidSettings
 from scheduler.settings import (
     SETTINGS,

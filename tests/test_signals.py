@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from fsm.commands import Prefetch, Sample
-from fsm.journal import Decision
-from fsm.request import ModelId
+from fsm.machine.request import ModelId
+from fsm.messages.commands import Prefetch, Sample
+from fsm.messages.decision_log import Decision
 from scheduler import Lease, PythonModel, Scheduler, Settings
 from scheduler import scheduler as scheduler_module
 from tests.interrupts import as_main, interrupted

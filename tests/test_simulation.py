@@ -9,30 +9,27 @@ from random import Random
 
 import pytest
 
-from fsm.audit import Audit
-from fsm.commands import (
+from fsm.core import Core
+from fsm.domain.devices import HOST, DeviceId, Placement
+from fsm.domain.model_info import Options
+from fsm.machine.request import ModelId, Purpose, RequestId, Want
+from fsm.machine.runner import EXPIRING, LOADING, READY, UNLOADED, RunnerId
+from fsm.messages.commands import (
     Ask,
-    Cancelled,
     Claim,
-    Closed,
     Command,
-    DoesNotFit,
     Finish,
     Grant,
     Inspect,
     Launch,
-    LoadFailed,
-    NotInTime,
     Reject,
     Revoke,
     Sample,
     Stop,
-    TimedOut,
     Unclaim,
 )
-from fsm.core import Core
-from fsm.coverage import Coverage
-from fsm.events import (
+from fsm.messages.decision_log import Entry, Transition
+from fsm.messages.events import (
     Acquire,
     Cancel,
     Claimed,
@@ -48,15 +45,13 @@ from fsm.events import (
     Release,
     Tick,
 )
-from fsm.faults import Faults, draw_faults
-from fsm.journal import Entry, Transition
-from fsm.ledger import Placement
-from fsm.limits import Limits
-from fsm.model import HOST, DeviceId, Options
-from fsm.request import ModelId, Purpose, RequestId, Want
-from fsm.runner import EXPIRING, LOADING, READY, UNLOADED, RunnerId
-from fsm.simulation import Outcome, failure_of, simulate
-from fsm.timers import Key
+from fsm.messages.refusals import Cancelled, Closed, DoesNotFit, LoadFailed, NotInTime, TimedOut
+from fsm.state.core_config import Limits
+from fsm.state.timers import Key
+from fsm.verification.decision_coverage import Coverage
+from fsm.verification.sim_faults import Faults, draw_faults
+from fsm.verification.simulator import Outcome, failure_of, simulate
+from fsm.verification.trace_auditor import Audit
 from tests import fuzz_core
 
 AuditStep = tuple[Event, tuple[Command, ...], tuple[Entry, ...], int]  # and how many are said to wait
@@ -106,7 +101,8 @@ def test_an_empty_coverage_misses_everything() -> None:
 def test_a_seed_gives_the_same_world_in_another_process() -> None:
     """Nothing of it may hang on the order of a set: what failed is found again by its number alone."""
     program = (
-        "from random import Random; from fsm.simulation import simulate; from fsm.coverage import Coverage;"
+        "from random import Random; from fsm.verification.simulator import simulate;"
+        "from fsm.verification.decision_coverage import Coverage;"
         "c = Coverage(); o = [simulate(Random(s), 300, coverage=c) for s in range(6)];"
         "print(sorted(map(str, c.triples.items())), [(x.steps, x.virtual_s) for x in o])"
     )

@@ -8,8 +8,8 @@ from enum import Enum
 
 import pytest
 
-from fsm.runner import EXPIRING, RUNNER_TABLE, UNLOADED, RunnerState
-from fsm.table import IllegalTransition, Row, Table, TableError
+from fsm.machine.runner import EXPIRING, RUNNER_TABLE, UNLOADED, RunnerState
+from fsm.machine.transition_table import IllegalTransition, Row, Table, TableError
 
 
 class Light(Enum):

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from fsm.journal import Transition
-from fsm.request import ModelId
-from fsm.runner import EXPIRING, IDLE, LOADING, READY, UNLOADED, RunnerId, RunnerState
+from fsm.machine.request import ModelId
+from fsm.machine.runner import EXPIRING, IDLE, LOADING, READY, UNLOADED, RunnerId, RunnerState
+from fsm.messages.decision_log import Transition
 from scheduler.timeline import COLOURS, Span, Timeline
 
 NAMES = {ModelId("/models/a.gguf"): "chat", ModelId("/models/b.gguf"): "coder"}

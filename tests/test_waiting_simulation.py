@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fsm.limits import Limits
+from fsm.state.core_config import Limits
 from tests.waiting_simulation import OURS, SHORT_S, WARM_FIRST, ratios, row_of, simulate
 from tests.waiting_world import CASES, ORDERS, Arrival, Case, Machine, Order, Outcome, draw_traffic
 

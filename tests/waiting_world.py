@@ -14,15 +14,15 @@ from collections import deque
 from dataclasses import dataclass, field
 from random import Random
 
-from fsm.commands import Ask, Command, Grant, Inspect, Launch, Sample, Stop
 from fsm.core import Core
-from fsm.events import Acquire, Event, Exited, Inspected, Loaded, Release, Sampled, Tick
-from fsm.footprint import Footprint
-from fsm.ledger import DeviceSample
-from fsm.limits import Limits
-from fsm.model import HOST, Options
-from fsm.request import ModelId, Purpose, RequestId, Want
-from fsm.runner import RunnerId
+from fsm.domain.devices import HOST, DeviceSample
+from fsm.domain.model_info import Options
+from fsm.machine.request import ModelId, Purpose, RequestId, Want
+from fsm.machine.runner import RunnerId
+from fsm.messages.commands import Ask, Command, Grant, Inspect, Launch, Sample, Stop
+from fsm.messages.events import Acquire, Event, Exited, Inspected, Loaded, Release, Sampled, Tick
+from fsm.sizing.footprint import Footprint
+from fsm.state.core_config import Limits
 
 MODELS = tuple(map(ModelId, "abcdef"))
 SIZE = 2**30  # bytes of a model, and of a place

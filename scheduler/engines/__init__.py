@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from fsm.model import HOST
+from fsm.domain.devices import HOST
 
 if TYPE_CHECKING:
-    from fsm.footprint import Footprint
-    from fsm.ledger import Placement
-    from fsm.model import DeviceId, ModelInfo, Options
+    from fsm.domain.devices import DeviceId, Placement
+    from fsm.domain.model_info import ModelInfo, Options
+    from fsm.sizing.footprint import Footprint
 
 BufferKind = Literal["weights", "cache", "compute", "output", "projector"]
 

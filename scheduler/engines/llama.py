@@ -20,9 +20,10 @@ from urllib.parse import urlsplit
 
 import psutil
 
-from fsm.estimate import CHECKPOINTS, kept_bytes, prompt_cache_bytes, results_bytes, work_bytes
-from fsm.model import HOST, MIB, DeviceId, ModelInfo, Options, Threads
-from fsm.options import maps_file, micro_batch, resolve
+from fsm.domain.devices import HOST, MIB, DeviceId, Threads
+from fsm.domain.model_info import ModelInfo, Options
+from fsm.sizing.load_options import maps_file, micro_batch, resolve
+from fsm.sizing.memory_estimate import CHECKPOINTS, kept_bytes, prompt_cache_bytes, results_bytes, work_bytes
 from scheduler.child import Child, Exit, Program
 from scheduler.cores import usable_cores
 from scheduler.engines import Buffer, Endpoint, Memory
@@ -35,7 +36,7 @@ from scheduler.processes import CLOSE_TIMEOUT_S, Processes
 from scheduler.units import wait_limit
 
 if TYPE_CHECKING:
-    from fsm.ledger import Placement
+    from fsm.domain.devices import Placement
     from scheduler.engines import Report
     from scheduler.engines.llama_child import Request
     from scheduler.spec import ModelSpec

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Final, get_args
 from urllib.parse import urlsplit
 
-from fsm.model import HOST, DeviceId
+from fsm.domain.devices import HOST, DeviceId
 from scheduler.engines import Buffer, BufferKind
 
 BUFFERS_LIMIT: Final = 256  # that are looked at: a few for each GPU and kind

@@ -11,9 +11,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from fsm.footprint import Footprint
-from fsm.model import DeviceId, Options
-from fsm.request import ModelId
+from fsm.domain.devices import DeviceId
+from fsm.domain.model_info import Options
+from fsm.machine.request import ModelId
+from fsm.sizing.footprint import Footprint
 from scheduler.engines import Buffer, Memory
 from scheduler.errors import InvalidSettings
 from scheduler.gate import Gate
@@ -21,7 +22,7 @@ from scheduler.settings import parse_bytes
 from scheduler.spec import check_name, check_switch
 
 if TYPE_CHECKING:
-    from fsm.ledger import Placement
+    from fsm.domain.devices import Placement
     from scheduler.engines import Report
 
 log = logging.getLogger("loadmaster")

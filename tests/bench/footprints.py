@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from fsm.model import Options
+from fsm.domain.model_info import Options
 from tests.lives import Life, live
 from tests.memory.rows import REAL, Row, write_row
 

@@ -13,16 +13,16 @@ from collections.abc import Iterator
 from itertools import count
 from typing import Any
 
-from fsm.commands import Command, Inspect, Launch
 from fsm.core import Core
-from fsm.events import Acquire, Cancel, Event, Inspected, Loaded, Release, Sampled
-from fsm.eviction import POLICIES
-from fsm.footprint import Footprint
-from fsm.ledger import DeviceSample
-from fsm.limits import Limits
-from fsm.model import HOST, MIB, Options
-from fsm.pool import Model
-from fsm.request import ModelId, Purpose, Request, RequestId, Want
+from fsm.domain.devices import HOST, MIB, DeviceSample
+from fsm.domain.model_info import Options
+from fsm.eviction.policies import POLICIES
+from fsm.machine.request import ModelId, Purpose, Request, RequestId, Want
+from fsm.messages.commands import Command, Inspect, Launch
+from fsm.messages.events import Acquire, Cancel, Event, Inspected, Loaded, Release, Sampled
+from fsm.sizing.footprint import Footprint
+from fsm.state.core_config import Limits
+from fsm.state.model_record import Model
 
 RUNNERS = (10, 100)
 WAITING = (10, 100, 1_000, 10_000)

@@ -8,13 +8,13 @@ import tracemalloc
 from typing import Any
 
 from fsm.core import Core
-from fsm.events import Acquire, Inspected, Loaded, Sampled
-from fsm.footprint import Footprint
-from fsm.ledger import DeviceSample
-from fsm.limits import Limits
-from fsm.model import HOST, Options
-from fsm.request import ModelId, Purpose, RequestId, Want
-from fsm.runner import RunnerId
+from fsm.domain.devices import HOST, DeviceSample
+from fsm.domain.model_info import Options
+from fsm.machine.request import ModelId, Purpose, RequestId, Want
+from fsm.machine.runner import RunnerId
+from fsm.messages.events import Acquire, Inspected, Loaded, Sampled
+from fsm.sizing.footprint import Footprint
+from fsm.state.core_config import Limits
 
 RUNNERS = 200
 

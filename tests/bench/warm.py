@@ -8,10 +8,10 @@ from concurrent.futures import Future
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from fsm.ledger import Placement
-from fsm.model import Amounts, Options
-from fsm.request import ModelId
-from fsm.runner import RUNNER_TABLE, Runner, RunnerId
+from fsm.domain.devices import Amounts, Placement
+from fsm.domain.model_info import Options
+from fsm.machine.request import ModelId
+from fsm.machine.runner import RUNNER_TABLE, Runner, RunnerId
 from scheduler import PythonModel, Scheduler, Settings
 from tests.bench.measure import microseconds, summary
 

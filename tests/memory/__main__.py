@@ -7,7 +7,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from fsm.model import MIB
+from fsm.domain.devices import MIB
 from tests.memory.dry_run import compare
 from tests.memory.measure import measure, measure_mapping
 from tests.memory.report import Result, report

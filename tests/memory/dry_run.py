@@ -9,9 +9,10 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from fsm.estimate import estimate
-from fsm.model import MIB, Options
-from fsm.options import resolve
+from fsm.domain.devices import MIB
+from fsm.domain.model_info import Options
+from fsm.sizing.load_options import resolve
+from fsm.sizing.memory_estimate import estimate
 from scheduler.metadata import read_metadata
 
 CONTEXT = 2048

@@ -15,9 +15,9 @@ from typing import Any
 
 import psutil
 
-from fsm.ledger import Placement
-from fsm.model import HOST, Options
-from fsm.options import resolve
+from fsm.domain.devices import HOST, Placement
+from fsm.domain.model_info import Options
+from fsm.sizing.load_options import resolve
 from scheduler.engines import Endpoint, Memory
 from scheduler.engines.llama import LlamaEngine, LlamaProcess
 from scheduler.spec import ModelSpec

@@ -6,7 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from fsm.estimate import (
+from fsm.domain.devices import MIB
+from fsm.sizing.load_options import REPACKED
+from fsm.sizing.memory_estimate import (
     CHECKPOINTS,
     MERGE_BYTES,
     PROCESS_BYTES,
@@ -14,8 +16,6 @@ from fsm.estimate import (
     PROMPT_CACHE_PART,
     TOKEN_BYTES,
 )
-from fsm.model import MIB
-from fsm.options import REPACKED
 from tests.memory import measure
 from tests.memory.dry_run import DryRun
 from tests.memory.rows import Predicted, Row

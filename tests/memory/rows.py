@@ -8,10 +8,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 
-from fsm.estimate import estimate
-from fsm.footprint import Footprint, parts
-from fsm.model import HOST, Options
-from fsm.options import resolve
+from fsm.domain.devices import HOST
+from fsm.domain.model_info import Options
+from fsm.sizing.footprint import Footprint, parts
+from fsm.sizing.load_options import resolve
+from fsm.sizing.memory_estimate import estimate
 from scheduler.metadata import read_metadata
 from tests.written_models import Design, write_model
 from tests.written_projector import write_projector

@@ -25,8 +25,7 @@ from pathlib import Path
 
 import pytest
 
-from fsm.ledger import DeviceSample
-from fsm.model import HOST
+from fsm.domain.devices import HOST, DeviceSample
 from scheduler.devices import Devices
 
 SOURCE = Path(__file__).with_name("stand_in.c")

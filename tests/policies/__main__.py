@@ -14,7 +14,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict
 from pathlib import Path
 
-from fsm.eviction import POLICIES
+from fsm.eviction.policies import POLICIES
 from tests.policies import report
 from tests.policies.bound import lower_bound_s
 from tests.policies.report import Row

@@ -8,15 +8,15 @@ from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from fsm.commands import Command, Grant, Inspect, Launch, Reject, Sample, Stop
 from fsm.core import Core
-from fsm.events import Acquire, Event, Exited, Inspected, Loaded, Release, Sampled, Tick
-from fsm.eviction import Candidate, EvictionPolicy
-from fsm.footprint import Footprint
-from fsm.ledger import DeviceSample
-from fsm.limits import Limits
-from fsm.model import HOST, Options
-from fsm.request import ModelId, Purpose, RequestId, Want
+from fsm.domain.devices import HOST, DeviceSample
+from fsm.domain.model_info import Options
+from fsm.eviction.policies import Candidate, EvictionPolicy
+from fsm.machine.request import ModelId, Purpose, RequestId, Want
+from fsm.messages.commands import Command, Grant, Inspect, Launch, Reject, Sample, Stop
+from fsm.messages.events import Acquire, Event, Exited, Inspected, Loaded, Release, Sampled, Tick
+from fsm.sizing.footprint import Footprint
+from fsm.state.core_config import Limits
 from tests.policies.workload import Trace
 
 STOP_S = 0.1  # from a Stop to its Exited

@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fsm.journal import Transition
-from fsm.runner import LOADING
+from fsm.machine.runner import LOADING
+from fsm.messages.decision_log import Transition
 from scheduler import Lease, ModelSpec, RunnerCrashed, Scheduler, Settings
 from scheduler.hub import EventStream
 from tests.race.trace import Ask, Asker, Killed, clock

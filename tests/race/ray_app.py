@@ -18,9 +18,9 @@ class Model:
     """One model in a child process of our own engine; stopped when Ray unloads it."""
 
     def __init__(self, engine: Any, name: str, path: str) -> None:
-        from fsm.ledger import Placement
-        from fsm.model import Options
-        from fsm.options import resolve
+        from fsm.domain.devices import Placement
+        from fsm.domain.model_info import Options
+        from fsm.sizing.load_options import resolve
         from scheduler.spec import ModelSpec
 
         self.endpoint: Any = None

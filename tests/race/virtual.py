@@ -17,16 +17,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from fsm.commands import Command, Grant, Inspect, Launch, Reject, Sample, Stop
 from fsm.core import Core
-from fsm.events import Acquire, Event, Exited, Inspected, Loaded, Release, Sampled, Tick
-from fsm.eviction import POLICIES
-from fsm.footprint import Footprint
-from fsm.ledger import DeviceSample
-from fsm.limits import Limits
-from fsm.model import HOST, MIB, Options
-from fsm.request import ModelId, Purpose, RequestId, Want
-from fsm.runner import RunnerId
+from fsm.domain.devices import HOST, MIB, DeviceSample
+from fsm.domain.model_info import Options
+from fsm.eviction.policies import POLICIES
+from fsm.machine.request import ModelId, Purpose, RequestId, Want
+from fsm.machine.runner import RunnerId
+from fsm.messages.commands import Command, Grant, Inspect, Launch, Reject, Sample, Stop
+from fsm.messages.events import Acquire, Event, Exited, Inspected, Loaded, Release, Sampled, Tick
+from fsm.sizing.footprint import Footprint
+from fsm.state.core_config import Limits
 from tests.race.trace import Ask, a_trace, percentile
 
 MODEL_BYTES = 200 * MIB

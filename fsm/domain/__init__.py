@@ -1,0 +1,1 @@
+"""Plain values: models, options and devices."""

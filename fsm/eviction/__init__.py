@@ -1,0 +1,1 @@
+"""Which runners are given up: the policies, and the choice of a set of victims."""

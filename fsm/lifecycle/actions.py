@@ -1,0 +1,403 @@
+"""What becomes of requests and runners: every change of the pool, and the commands that go with it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterable
+from dataclasses import replace
+
+from fsm.domain.devices import MIB, Amounts, DeviceId, Placement
+from fsm.domain.model_info import Options
+from fsm.machine.request import ModelId, Purpose, Request, RequestId, RequestState, Want
+from fsm.machine.runner import EXPIRING, IDLE, LOADING, READY, RUNNER_TABLE, Runner, RunnerId
+from fsm.messages.commands import Ask, Command, Grant, Launch, Reject, Remember, Revoke, Stop
+from fsm.messages.decision_log import Decision, Entry, Transition
+from fsm.messages.events import Configure, Filled, Loaded
+from fsm.messages.refusals import Refusal
+from fsm.planning.deadline_admission import TRUSTED_S, as_fast_as_can_be
+from fsm.planning.explanations import devices_refused, runners_refused
+from fsm.planning.thread_allocation import threads_for
+from fsm.sizing.load_history import keep
+from fsm.state.core_state import Pool
+from fsm.state.model_record import Model
+from fsm.state.request_queue import Line
+from fsm.state.runner_match import runner_serves
+
+
+class Actions:
+    """The verbs of the core. Each leaves the pool's invariants true and appends what the shell has to do for it."""
+
+    __slots__ = ("commands", "journal", "newcomers", "pool", "replan")
+
+    def __init__(self, pool: Pool) -> None:
+        self.pool = pool
+        self.commands: list[Command] = []  # of this step, in order
+        self.journal: list[Entry] | None = None
+        self.replan = False  # something changed that those who wait may care about
+        self.newcomers: dict[Want, None] = {}  # lines to be judged by the next plan, however far back; empty after it
+
+    # -- requests -----------------------------------------------------------------------------------------------------
+
+    def grant(self, request: Request, runner: Runner) -> None:
+        """Answer with a runner; the lease is booked in the same step, so nobody is handed one that is being stopped."""
+        pool = self.pool
+        runner.used_at = pool.now
+        if request.keep_alive_s is not None:
+            runner.keep_alive_s, runner.keeps_default = request.keep_alive_s, False
+        if request.want.purpose is Purpose.preload:
+            request.state = RequestState.released
+            if runner.state is IDLE:
+                self.start_keep_alive(runner)
+        else:
+            request.state = RequestState.granted
+            request.runner = runner.id
+            pool.requests[request.id] = request
+            runner.leases.add(request.id)
+            if runner.state is not READY:
+                pool.timers.clear(("keep-alive", runner.id))
+                self.replan = self.replan or runner.wanted  # it was to go in a moment; who asks its users plans anew
+                self.fire(runner, "serve", "granted")
+        self.commands.append(Grant(request.id, runner.id))
+        if runner.wanted and pool.lines and request.runner is not None and not self.replan:
+            request.asked = True
+            self.commands.append(Ask(runner.id, (request.id,)))  # the others were told before
+        if self.journal is not None:
+            self.decide("granted", runner.model, f"waited {pool.now - request.queued_at:.3f} s", request.id, runner.id)
+
+    def release(self, request: Request) -> None:
+        """Take back what a request was granted; the last lease lets its runner rest, expire or stop."""
+        pool = self.pool
+        request.state = RequestState.released
+        del pool.requests[request.id]
+        if request.runner is None:
+            pool.ledger.release(("memory", request.id))
+            self.replan = True
+            return
+        runner = pool.runners[RunnerId(request.runner)]
+        runner.leases.discard(request.id)
+        runner.used_at = pool.now
+        if runner.leases:
+            return
+        if runner.state is EXPIRING:
+            model = pool.models[runner.model]
+            if model.current is None:  # it rests from now on, and not since it was given up
+                model.rested_at = max(model.rested_at, pool.now)
+            self.stop(runner)
+            self.replan = True  # it is known by when it is gone
+        elif runner.keep_alive_s <= 0 and not pool.models[runner.model].pinned:
+            self.expire(runner, "its keep-alive is 0")
+        else:
+            load_s = (runner.loaded_at or 0.0) - runner.launched_at
+            runner.kept_until = pool.now + min(pool.limits.rest_limit_s, pool.limits.rest_part * load_s)
+            self.rest(runner, "its last lease is back")
+
+    def reject(self, request: Request, refusal: Refusal) -> None:
+        """Refuse a request that stands in no line, or no more."""
+        request.state = RequestState.rejected
+        self.commands.append(Reject(request.id, refusal))
+        if self.journal is not None:
+            entry = Decision(
+                self.pool.now, "rejected", request.want.model, type(refusal).__name__, request.id,
+                runners=runners_refused(self.pool, refusal), devices=devices_refused(refusal),
+            )  # fmt: skip
+            self.journal.append(entry)
+
+    def answer(self, request: Request, state: RequestState, refusal: Refusal) -> None:
+        """Take a request out of its line and refuse it; its place is free at once."""
+        self.pool.dequeue(request)
+        del self.pool.requests[request.id]
+        if request.want.model in self.pool.models and request.want.model not in self.pool.wants:
+            self.pool.models[request.want.model].alone = False  # that was for those who waited
+        self.reject(request, refusal)
+        request.state = state
+        self.replan = True
+
+    def reject_line(self, line: Line, refusal: Refusal) -> None:
+        for request in list(line.requests.values()):
+            self.answer(request, RequestState.rejected, refusal)
+
+    def abandon_load(self, request: Request) -> None:
+        """A load that nobody waits for goes on, unless its keep-alive is 0."""
+        model = self.pool.models.get(request.want.model)
+        runner = model.current if model is not None else None
+        if model is None or runner is None or runner.state is not LOADING or self.pool.lines_for(runner):
+            return
+        if not runner_serves(runner, request.want):  # it was never waited for by this one
+            return
+        kept = model.pinned or (runner.keep_alive_s > 0 and request.keep_alive_s != 0)
+        if runner.expire_when_served or not kept:
+            self.expire(runner, "nobody waits for it any more")
+
+    def retry_after_s(self) -> float:
+        """Estimate when a place in the queue is free: the loads that are waited for, one after another."""
+        known = [model.load_s for model in self.pool.models.values() if model.load_s is not None]
+        return max(1.0, len(self.pool.lines) * (sum(known) / len(known) if known else 1.0))
+
+    # -- runners ------------------------------------------------------------------------------------------------------
+
+    def grant_memory(self, request: Request) -> None:
+        self.pool.dequeue(request)
+        request.state = RequestState.granted
+        self.pool.ledger.reserve(("memory", request.id), self.pool.ledger.booked(request.want.memory).items())
+        self.commands.append(Grant(request.id, None))
+        self.decide("granted", request.want.model, "memory of the program's own", request.id)
+
+    def launch(self, line: Line, options: Options, placement: Placement) -> Runner:
+        """Begin a runner's life for those in a line; its memory is booked from here on."""
+        pool = self.pool
+        model = pool.models[line.want.model]
+        keep_alive_s = line.head.keep_alive_s
+        if keep_alive_s is None:
+            keep_alive_s = pool.limits.keep_alive_s
+        if (threads := threads_for(pool, model, options, placement)) is not None:
+            placement = replace(placement, threads=threads)
+        runner = Runner(RunnerId(pool.next_runner), model.id, options, placement, keep_alive_s, pool.now)
+        if threads is not None:
+            runner.options = replace(options, num_thread=threads.answers)  # who asks for as many is served by it
+        runner.accepted.add(line.want.options)
+        runner.keeps_default = line.head.keep_alive_s is None
+        runner.whole = placement.offloaded == model.demand(options, pool.limits)[1].layers
+        pool.next_runner += 1
+        pool.processes += 1
+        pool.runners[runner.id] = model.current = runner
+        pool.ledger.reserve(("runner", runner.id), placement.bytes)
+        pool.timers.set(("load", runner.id), pool.now + pool.limits.load_timeout_s)
+        line.wait("its model to load", pool.expected_at(runner))
+        model.fresh = False
+        self.commands.append(Launch(runner.id, model.id, options, placement))
+        if self.journal is not None:
+            reason = f"request {line.head.id} waits for it"
+            self.journal.append(Transition(pool.now, runner.id, model.id, "launch", None, LOADING, reason, 0))
+        return runner
+
+    def loaded(self, runner: Runner, event: Loaded) -> None:
+        """A load succeeded: everybody who waits for it is granted, or it rests."""
+        pool, model = self.pool, self.pool.models[runner.model]
+        pool.timers.clear(("load", runner.id))
+        runner.loaded_at = runner.used_at = pool.now
+        load_s = pool.now - runner.launched_at
+        if runner.id >= model.first and as_fast_as_can_be(pool, runner):
+            shortest_s, measured_at, count = model.shortest.get(runner.told, (math.inf, -math.inf, 0))
+            if pool.now - measured_at > TRUSTED_S:
+                shortest_s, count = math.inf, 0
+            keep(model.shortest, runner.told, (min(load_s, shortest_s), pool.now, count + 1))
+        model.alone = False
+        if event.num_ctx is not None and runner.options.num_ctx is not None:
+            runner.options = replace(runner.options, num_ctx=event.num_ctx)
+        pool.ledger.accounts["runner", runner.id].loaded = True
+        self.measure(runner, event.resident, event.mapped_bytes)
+        self.expect(runner, event)
+        self.remember(runner, load_s)
+        self.serve(runner, pool.lines_for(runner))
+        if runner.leases:
+            idle_s, in_use_s = pool.limits.residency_s(load_s)
+            runner.resident_until, runner.in_use_until = pool.now + idle_s, pool.now + in_use_s
+        elif runner.state is LOADING:
+            self.rest(runner, "loaded, and nobody waits")
+        if runner.expire_when_served and runner.current:
+            self.expire(runner, "asked to, once its waiters were served")
+        self.look_again(model)
+
+    def measure(self, runner: Runner, amounts: Amounts, mapped_bytes: int) -> bool:
+        """Book what a runner was seen to occupy, even beyond its promise; return whether it has grown."""
+        account = self.pool.ledger.accounts["runner", runner.id]
+        account.mapped_bytes = mapped_bytes
+        within = [device for device, promised in account.promised.items() if account.peak.get(device, 0) <= promised]
+        grown = account.measure(self.pool.ledger.booked(amounts))
+        beyond = [device for device in within if account.peak.get(device, 0) > account.promised[device]]
+        if beyond and self.journal is not None and not account.settled:
+            self.decide("measured", runner.model, self._figures(runner, beyond), None, runner.id)
+        return grown
+
+    def settle(self, runner: Runner, event: Filled) -> bool:
+        """Hold what was measured of a runner, where more was predicted too; False where that is done already."""
+        account = self.pool.ledger.accounts["runner", runner.id]
+        if account.settled:
+            return False
+        account.settle(dict(event.to_come))
+        self.remember(runner)
+        if self.journal is not None:
+            reason = f"a request filled a context; {self._figures(runner, account.peak)}"
+            self.decide("measured", runner.model, reason, None, runner.id)
+        self.replan = True  # there may be room for those who wait
+        return True
+
+    def expect(self, runner: Runner, event: Loaded) -> None:
+        """Note the most that a runner will take, where its engine can tell that as soon as it has loaded.
+
+        What was measured before is more exact: an earlier life may have filled a context.
+        """
+        account = self.pool.ledger.accounts["runner", runner.id]
+        for device, to_come in event.to_come if not runner.placement.measured else ():
+            if device in account.peak:
+                account.most[device] = account.peak[device] + to_come
+
+    def remember(self, runner: Runner, load_s: float | None = None) -> None:
+        """Have the next runner like this one promised what this one took, or may yet take, where that was measured.
+
+        What was neither settled nor said by the engine is as much as was predicted. `load_s` is told once a life.
+        """
+        model, account = self.pool.models[runner.model], self.pool.ledger.accounts["runner", runner.id]
+        if runner.loaded_at is None or runner.id < model.first:
+            return
+        key = runner.told, runner.placement.gpu_layers
+        took = before = model.measured.get(key, ())
+        unseen = [device for device, size in account.promised.items() if size and device not in account.peak]
+        if not unseen and (load_s is None or account.most):  # later there is more to go by, if the engine said nothing
+            took = tuple((device, account.expected_bytes(device)) for device in sorted(account.promised))
+        if took != before:
+            keep(model.measured, key, took)
+            model.demands.clear()
+        if load_s is not None:
+            model.note_load(runner.placement.gpu_layers, load_s)
+        if self.pool.limits.remembers and (took != before or load_s is not None):
+            self.commands.append(Remember(runner.id, took, load_s))
+
+    def _figures(self, runner: Runner, devices: Iterable[DeviceId]) -> str:
+        account = self.pool.ledger.accounts["runner", runner.id]
+        known = "measured before" if runner.placement.measured else "predicted"
+        predicted = dict(runner.placement.bytes)
+        figures = [
+            f"{device}: {predicted.get(device, 0) / MIB:.1f} MiB {known}, "
+            f"{account.peak[device] / MIB:.1f} MiB measured, {account.held_bytes(device) / MIB:.1f} MiB held"
+            for device in sorted(devices)
+        ]
+        return "; ".join(figures)
+
+    def serve(self, runner: Runner, lines: list[Line]) -> None:
+        """Grant a loaded runner to everybody who waits for it, in order; those who want no lease come last."""
+        requests = sorted((r for line in lines for r in line.requests.values()), key=lambda request: request.id)
+        for request in requests:
+            self.pool.dequeue(request)
+            del self.pool.requests[request.id]
+        for request in requests:
+            if request.want.purpose is Purpose.lease:
+                self.grant(request, runner)
+        for request in requests:
+            if request.want.purpose is Purpose.preload:
+                if runner.state is LOADING:
+                    runner.keep_alive_s = runner.keep_alive_s if request.keep_alive_s is None else request.keep_alive_s
+                    self.rest(runner, "preloaded")
+                self.grant(request, runner)
+
+    def rest(self, runner: Runner, reason: str) -> None:
+        self.fire(runner, "rest", reason)
+        self.start_keep_alive(runner)
+        self.replan = True
+
+    def start_keep_alive(self, runner: Runner) -> None:
+        pinned = self.pool.models[runner.model].pinned
+        self.pool.timers.set(("keep-alive", runner.id), math.inf if pinned else self.pool.now + runner.keep_alive_s)
+
+    def configure(self, event: Configure) -> None:
+        """Take over changed limits; a keep-alive holds for the runners too for which no request has named one."""
+        pool = self.pool
+        changes = {name: value for name in event.__slots__ if (value := getattr(event, name)) is not None}
+        pool.limits = replace(pool.limits, **changes)
+        self.replan = True
+        if event.keep_alive_s is None:
+            return
+        for runner in [runner for runner in pool.runners.values() if runner.keeps_default]:
+            expires_at = pool.timers.at(("keep-alive", runner.id))
+            rests_since = expires_at - runner.keep_alive_s if expires_at < math.inf else runner.used_at
+            runner.keep_alive_s = event.keep_alive_s
+            if runner.state is not IDLE or pool.models[runner.model].pinned:
+                continue
+            if rests_since + runner.keep_alive_s > pool.now:
+                pool.timers.set(("keep-alive", runner.id), rests_since + runner.keep_alive_s)
+            else:
+                self.expire(runner, "its keep-alive is over")
+
+    def pin(self, model: Model, pinned: bool) -> None:
+        model.pinned = pinned
+        if model.current is not None and model.current.state is IDLE:
+            self.start_keep_alive(model.current)
+        self.replan = True
+
+    def expire_model(self, id: ModelId) -> bool:
+        """Return False where there is nothing to expire."""
+        model = self.pool.models.get(id)
+        runner = model.current if model is not None else None
+        if runner is None:
+            return False
+        if runner.state is LOADING and self.pool.lines_for(runner):
+            runner.expire_when_served = True
+        else:
+            self.expire(runner, "asked to")
+        return True
+
+    def expire(self, runner: Runner, reason: str) -> None:
+        """Give a runner up, for good: it drains if it must, then stops."""
+        self.fire(runner, "expire", reason)
+        if runner.loaded_at is not None:
+            self.pool.models[runner.model].failures = 0  # it served, and ends in order
+        self.forget_current(runner)
+        if not runner.leases:
+            self.stop(runner)
+        else:
+            limits = self.pool.limits
+            runner.due_at = self.pool.now + max(limits.max_wait_s, limits.stop_timeout_s)
+
+    def forget_current(self, runner: Runner) -> None:
+        """Let its model have another runner: this one serves nobody new."""
+        model = self.pool.models[runner.model]
+        model.current = None
+        if runner.loaded_at is not None:
+            model.rested_at = runner.used_at
+        self.pool.timers.clear(("keep-alive", runner.id))
+        self.pool.timers.clear(("load", runner.id))
+        self.replan = True
+
+    def ask(self, wanted: Collection[RunnerId]) -> None:
+        """Tell the holders of busy runners, once, that others wait for their memory; of all others nobody does."""
+        for runner in self.pool.runners.values():
+            runner.wanted = runner.id in wanted
+            held = [self.pool.requests[lease] for lease in sorted(runner.leases)]
+            if unasked := [request for request in held if runner.wanted and not request.asked]:
+                self.commands.append(Ask(runner.id, tuple(request.id for request in unasked)))
+                for request in unasked:
+                    request.asked = True
+
+    def stop(self, runner: Runner) -> None:
+        if runner.process and not runner.stopping:
+            runner.stopping = True
+            runner.due_at = self.pool.now + self.pool.limits.stop_timeout_s
+            self.commands.append(Stop(runner.id))
+
+    def revoke_leases(self, runner: Runner, reason: str) -> None:
+        for lease in sorted(runner.leases):
+            self.pool.requests.pop(lease).state = RequestState.released
+            self.commands.append(Revoke(lease, reason))
+        runner.leases.clear()
+
+    def crash(self, runner: Runner, reason: str) -> None:
+        self.revoke_leases(runner, reason)
+        self.fire(runner, "crash", reason)
+        self.forget_current(runner)
+
+    def model(self, id: ModelId) -> Model:
+        return self.pool.models.setdefault(id, Model(id))
+
+    def look_again(self, model: Model) -> None:
+        """Have everybody who waits for a model judged anew: more is known of it, or it has a runner."""
+        self.newcomers.update((line.want, None) for line in self.pool.lines_of(model.id))
+        self.replan = True
+
+    def fire(self, runner: Runner, trigger: str, reason: str) -> None:
+        """Move a runner by a trigger of its table, and note why; nothing else changes its state."""
+        source = runner.state
+        RUNNER_TABLE.fire(runner, trigger)
+        if runner.on_host:
+            self.pool.working += (runner.state is READY) - (source is READY)
+            self.pool.most_working = max(self.pool.most_working, self.pool.working)
+        if self.journal is not None:
+            entry = Transition(
+                self.pool.now, runner.id, runner.model, trigger, source, runner.state, reason, len(runner.leases)
+            )
+            self.journal.append(entry)
+
+    def decide(
+        self, what: str, model: ModelId, reason: str, request: RequestId | None, runner: RunnerId | None = None
+    ) -> None:
+        if self.journal is not None:
+            self.journal.append(Decision(self.pool.now, what, model, reason, request, runner))

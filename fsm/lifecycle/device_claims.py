@@ -1,0 +1,145 @@
+"""Which devices this program has to itself, among all that load models on the machine, from a plan until its model is
+resident.
+
+Free memory is read from the devices, so two programs that plan at the same moment would plan with the same bytes. What
+one takes shows only when its model is resident. So a launch first claims every device that it takes memory on: all of
+them or none, so that programs which want the same devices never hold one each. The figures that count are read after
+the claim is had. It is given back when no more memory is to come: when the model is resident, or its process is gone;
+of a process that ought to be gone it is given back anyway. Whoever waits for too long goes ahead without.
+
+A claim belongs to one launch. Launches of the same program do not keep each other out: its ledger already tells them
+apart, and what they claim both is the program's until both have given it back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from fsm.domain.devices import DeviceId, Placement
+from fsm.domain.model_info import Options
+from fsm.lifecycle.failures import Endings
+from fsm.machine.runner import Runner
+from fsm.messages.commands import Claim, Unclaim
+from fsm.messages.events import Claimed, Contended, Exited, Loaded
+from fsm.state.core_state import OpenClaim, Pool
+from fsm.state.request_queue import Line
+
+Planned = tuple[Line, Options, Placement]
+
+
+class Claims(Endings):
+    """The verbs of claims. Every Claim is ended by one Unclaim, whatever becomes of the launch that it was for."""
+
+    __slots__ = ("claim_failure",)
+
+    def __init__(self, pool: Pool) -> None:
+        super().__init__(pool)
+        self.claim_failure = ""  # in words, what the last launch went ahead without; empty: it had what it claimed
+
+    def launch_all(self, planned: Sequence[Planned]) -> None:
+        """Launch what has its devices to itself, claim them for the rest, and give back what nothing is planned for."""
+        pool = self.pool
+        unused = dict(pool.claims)
+        wanted = [frozenset(device for device, amount in placement.bytes if amount) for _, _, placement in planned]
+        matches = _match(unused, wanted)
+        unclaimed: list[frozenset[DeviceId]] = []
+        for (line, options, placement), devices, claim in zip(planned, wanted, matches, strict=True):
+            if not pool.limits.claims or not devices:
+                self.launch(line, options, placement)
+            elif claim is None:
+                unclaimed.append(devices)
+            elif claim.had:
+                self._launch_under(claim, line, options, placement)
+            elif claim.contended:
+                line.wait("another program that loads a model", claim.by)
+        by = min([claim.by for claim in unused.values()], default=pool.now + pool.limits.claim_timeout_s)
+        for claim in unused.values():
+            self._give_up(claim)
+        for devices in unclaimed:  # a plan that moved to other devices does not wait anew
+            self._claim(devices, by)
+
+    def claim_answered(self, event: Claimed | Contended) -> bool:
+        """Take in what became of a claim; return False where it has been given up."""
+        claim = self.pool.claims.get(event.number)
+        if claim is None:
+            return False
+        claim.had = isinstance(event, Claimed)
+        claim.contended = not claim.had
+        self.replan = True
+        return True
+
+    def claim_time_is_up(self, number: int) -> None:
+        """The wait for a claim is over, or a runner that loaded under it was stopped and ought to be gone."""
+        if (claim := self.pool.claims.get(number)) is not None:
+            claim.had = claim.missed = True
+            self.replan = True
+            return
+        for runner in self.pool.runners.values():
+            if runner.claim == number:
+                self._give_back(runner)
+
+    def loaded(self, runner: Runner, event: Loaded) -> None:
+        super().loaded(runner, event)
+        self._give_back(runner)
+
+    def exited(self, runner: Runner, event: Exited) -> None:
+        super().exited(runner, event)
+        self._give_back(runner)
+
+    def stop(self, runner: Runner) -> None:
+        super().stop(runner)
+        if runner.claim:
+            self.pool.timers.set(("claim", runner.claim), runner.due_at)
+
+    def _claim(self, devices: frozenset[DeviceId], by: float) -> None:
+        pool = self.pool
+        claim = OpenClaim(pool.next_claim, devices, by)
+        pool.next_claim += 1
+        pool.claims[claim.number] = claim
+        pool.timers.set(("claim", claim.number), by)
+        self.commands.append(Claim(claim.number, tuple(sorted(devices))))
+
+    def _launch_under(self, claim: OpenClaim, line: Line, options: Options, placement: Placement) -> None:
+        pool = self.pool
+        self.claim_failure = ""
+        if claim.missed:
+            names = ", ".join(sorted(claim.devices))
+            wait_s = pool.limits.claim_timeout_s
+            self.claim_failure = f"{names} could not be had from the other programs that load models in {wait_s:g} s"
+            self.decide("launched", line.want.model, f"although {self.claim_failure}", line.head.id)
+            self._give_up(claim)
+        runner = self.launch(line, options, placement)
+        if not claim.missed:
+            del pool.claims[claim.number]
+            pool.timers.clear(("claim", claim.number))
+            runner.claim = claim.number
+
+    def _give_up(self, claim: OpenClaim) -> None:
+        del self.pool.claims[claim.number]
+        self.pool.timers.clear(("claim", claim.number))
+        self.commands.append(Unclaim(claim.number))
+
+    def _give_back(self, runner: Runner) -> None:
+        if runner.claim:
+            self.pool.timers.clear(("claim", runner.claim))
+            self.commands.append(Unclaim(runner.claim))
+            runner.claim = 0
+
+
+def _match(unused: dict[int, OpenClaim], wanted: Sequence[frozenset[DeviceId]]) -> list[OpenClaim | None]:
+    """Take out of `unused` a claim for each launch that wants devices: just these, else these and others.
+
+    A claim that was waited for too long serves any launch.
+    """
+    matches: list[OpenClaim | None] = [None] * len(wanted)
+    for exactly in (True, False):
+        for place, devices in enumerate(wanted):
+            fitting = [
+                claim
+                for claim in unused.values()
+                if (devices == claim.devices if exactly else devices <= claim.devices or claim.missed)
+            ]
+            if devices and matches[place] is None and fitting:
+                best = min(fitting, key=lambda claim: (not claim.had, claim.number))
+                matches[place] = unused.pop(best.number)
+    return matches

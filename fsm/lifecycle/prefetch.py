@@ -1,0 +1,77 @@
+"""Whose files are read into the page cache meanwhile: of models that wait for memory, as far as memory is to spare.
+
+A load that finds its file there does not wait for the disk. But page cache is memory too: what is read ahead must never
+push out pages that running models have mapped, nor take what is promised and not touched yet. So to begin with at most
+half of what the host reports as free beyond that is filled, and what was begun is cut short when less is left.
+
+An amount is decided once in a wait and then only falls, so that a file is read once, and nothing is said again and
+again because figures tremble. A model that lives already has its file in memory, or had it lately.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from fsm.domain.devices import HOST, MIB
+from fsm.domain.model_info import ModelInfo
+from fsm.lifecycle.actions import Actions
+from fsm.machine.request import ModelId, Purpose
+from fsm.messages.commands import Prefetch
+from fsm.planning.plan import Plan
+from fsm.state.core_state import Pool
+from fsm.state.memory_ledger import Ledger
+from fsm.state.request_queue import Line
+
+_PART = 2  # one in so many of the bytes to spare is filled at most to begin with
+
+
+def read_ahead(act: Actions, plan: Plan | None) -> None:
+    """Say which files are to be read ahead, where that has changed; None: nobody waits."""
+    pool = act.pool
+    before = dict(pool.prefetching)
+    left = spare = spare_bytes(pool.ledger)
+    files: dict[ModelId, int] = {}
+    for line, info in _waiting(pool, plan) if plan is not None else ():
+        if sum(map(bool, files.values())) >= pool.limits.prefetches:
+            break
+        model = line.want.model
+        begun = model in before
+        if begun:
+            amount = min(before[model], left)
+        else:
+            wanted = info.file_bytes + info.adapters_bytes + info.projectors_bytes
+            amount = min(wanted, max(0, left - (spare - spare // _PART)))
+        if begun or amount:
+            files[model] = amount
+            left -= amount
+        if amount and not begun:
+            act.decide("prefetched", model, f"{amount / MIB:.1f} MiB of its files while it waits", line.head.id)
+    if (said := tuple(files.items())) != pool.prefetching:
+        pool.prefetching = said
+        act.commands.append(Prefetch(said))
+
+
+def spare_bytes(ledger: Ledger) -> int:
+    """Return what the host reports as free beyond what is promised and not touched, and what runners have mapped."""
+    if HOST not in ledger.devices:
+        return 0
+    untouched = sum(account.untouched_bytes(HOST) for account in ledger.accounts.values())
+    return max(0, ledger.devices[HOST].free_bytes - untouched)
+
+
+def _waiting(pool: Pool, plan: Plan) -> Iterator[tuple[Line, ModelInfo]]:
+    """Yield the lines that wait for memory, in order, with what their models are made of.
+
+    A line that is about to start is one of them only if its file is being read already: its devices may not be its own
+    yet.
+    """
+    living = {runner.model for runner in pool.runners.values()}
+    begun = {model for model, _ in pool.prefetching}
+    starting = {line.want.model for line, _, _ in plan.launches} - begun
+    for want in plan.rooms:
+        line = pool.lines.get(want)
+        if line is None or want.purpose is Purpose.memory or want.model in living or want.model in starting:
+            continue
+        info = pool.models[want.model].info
+        if isinstance(info, ModelInfo):
+            yield line, info

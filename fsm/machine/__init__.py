@@ -1,0 +1,1 @@
+"""The state machines of runners and requests, as tables."""

@@ -1,0 +1,102 @@
+"""The state machines as they are, drawn: Mermaid and Markdown from the same tables and words that the core runs on.
+
+`python -m fsm.machine.state_diagram > docs/states.md` draws them again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from fsm.machine import request, runner
+from fsm.machine.request import RequestState
+from fsm.machine.runner import RUNNER_TABLE
+from fsm.machine.transition_table import Row, State, Table
+
+# What becomes of a request. The core writes its state by itself, so that this is a description, not a machine.
+REQUEST_ROWS: tuple[Row[RequestState], ...] = (
+    Row("grant", RequestState.queued, RequestState.granted, "its runner is loaded, or its memory is free"),
+    Row("grant", RequestState.queued, RequestState.released, "a preload: it holds nothing"),
+    Row("reject", RequestState.queued, RequestState.rejected, "its load failed, its time is over, it fits nowhere"),
+    Row("cancel", RequestState.queued, RequestState.cancelled, "the asker left"),
+    Row("release", RequestState.granted, RequestState.released, "given back, or cancelled after its grant"),
+    Row("revoke", RequestState.granted, RequestState.released, "its runner is gone"),
+)
+
+PREFACE = """\
+# States
+
+Drawn by `make docs` from the tables in `fsm/`; a test fails when this page differs from them.
+
+## A runner
+
+One life of one process: a reload is a new runner with a new id. Whatever the table does not name is not allowed; a
+row's guard must hold as well.
+"""
+
+REQUESTS = """\
+## A request
+
+Its state is a plain value that the core alone writes. A warm request is granted in the step in which it comes; one that
+is refused at once is never queued.
+"""
+
+
+def mermaid(table: Table[State]) -> str:
+    """Return a state diagram of a table, in Mermaid's language; several triggers of one way share its arrow."""
+    return _mermaid(table.rows, table.initial, (table.final,))
+
+
+def markdown() -> str:
+    """Return the page of all states: what is true in each, and how one leads to another."""
+    queued, finals = RequestState.queued, (RequestState.released, RequestState.rejected, RequestState.cancelled)
+    parts = [
+        PREFACE,
+        _fenced(mermaid(RUNNER_TABLE)),
+        _meanings(runner.MEANING),
+        _rows(RUNNER_TABLE.rows),
+        REQUESTS,
+        _fenced(_mermaid(REQUEST_ROWS, queued, finals)),
+        _meanings(request.MEANING),
+        _rows(REQUEST_ROWS),
+    ]
+    return "\n".join(parts)
+
+
+def _mermaid(rows: Iterable[Row[State]], initial: State, finals: Sequence[State]) -> str:
+    arrows: dict[tuple[str, str], list[str]] = {}
+    for row in rows:
+        arrows.setdefault((row.source.name, row.destination.name), []).append(row.trigger)
+    lines = [f"{source} --> {destination}: {', '.join(names)}" for (source, destination), names in arrows.items()]
+    ends = [f"{final.name} --> [*]" for final in finals]
+    return "\n    ".join(["stateDiagram-v2", f"[*] --> {initial.name}", *lines, *ends]) + "\n"
+
+
+def _fenced(diagram: str) -> str:
+    return f"```mermaid\n{diagram}```\n"
+
+
+def _meanings(meanings: Mapping[State, str]) -> str:
+    rows = [(f"`{state.name}`", text) for state, text in meanings.items()]
+    return _table(("state", "what is true while in it"), rows)
+
+
+def _rows(rows: Iterable[Row[State]]) -> str:
+    cells = [
+        (
+            f"`{row.trigger}`",
+            f"`{row.source.name}`",
+            f"`{row.destination.name}`",
+            row.when + (f"; guard: `{row.guard}`" if row.guard else ""),
+        )
+        for row in rows
+    ]
+    return _table(("trigger", "from", "to", "when"), cells)
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+
+
+if __name__ == "__main__":
+    print(markdown(), end="")

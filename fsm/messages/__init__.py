@@ -1,0 +1,1 @@
+"""Events in, commands and refusals out, and the log of decisions."""

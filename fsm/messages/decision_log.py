@@ -1,0 +1,68 @@
+"""What the core decided and why, in order: for the user's eyes, never an input of a decision."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from fsm.domain.devices import Amounts, DeviceId
+from fsm.machine.request import ModelId, RequestId
+from fsm.machine.runner import RunnerId, RunnerState
+
+
+@dataclass(frozen=True, slots=True)
+class ConsideredRunner:
+    """A runner that might make room, and why it does not."""
+
+    runner: RunnerId
+    model: ModelId
+    held_bytes: Amounts  # by device
+    state: RunnerState
+    leases: int
+    unused_s: float  # since its last grant or release
+    cost_s: float | None  # seconds of loading that giving it up is expected to cost; None: the policy does not say
+    taken: bool  # it is given up
+    reason: str  # why it is not; empty where it is
+
+
+@dataclass(frozen=True, slots=True)
+class ConsideredDevice:
+    """A device that a model might go on, and why it does not."""
+
+    device: DeviceId
+    needed_bytes: int  # that must be free on it, headroom included; 0: nothing goes there
+    free_bytes: int  # what that is judged by
+    taken: bool  # it goes there
+    reason: str  # why it does not; empty where it does
+
+
+@dataclass(frozen=True, slots=True)
+class Transition:
+    """A runner changed its state."""
+
+    at: float  # seconds of the scheduler's clock
+    runner: RunnerId
+    model: ModelId
+    trigger: str
+    source: RunnerState | None  # None: the runner is new
+    destination: RunnerState
+    reason: str
+    leases: int  # held after it
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """Something was decided about a request, or found out about a runner."""
+
+    at: float  # seconds of the scheduler's clock
+    what: str  # queued, waits, evicts, placed, prefetched, granted or rejected; of a runner: measured
+    model: ModelId
+    reason: str
+    request: RequestId | None = None
+    runner: RunnerId | None = None
+    until: float = math.inf  # of waits: when that is expected to be over, or looked at again; infinite: unknown
+    runners: tuple[ConsideredRunner, ...] = ()  # of waits, evicts and rejected: who might have made room
+    devices: tuple[ConsideredDevice, ...] = ()  # of waits, evicts, placed and rejected: where it might have gone
+
+
+Entry = Transition | Decision

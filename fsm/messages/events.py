@@ -1,0 +1,193 @@
+"""What happened: the only inputs of `Core.step`, in the order in which it is given them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fsm.domain.devices import DeviceId, DeviceSample
+from fsm.domain.model_info import ModelInfo
+from fsm.machine.request import ModelId, RequestId, Want
+from fsm.machine.runner import RunnerId
+from fsm.messages.refusals import InvalidModel, ModelNotFound
+from fsm.sizing.footprint import Footprint
+from fsm.sizing.load_history import NOTHING, Remembered
+
+Resident = tuple[tuple[DeviceId, int], ...]  # measured bytes by device
+
+
+@dataclass(frozen=True, slots=True)
+class Acquire:
+    """Somebody asks. Ends in exactly one Grant or Reject, or in nothing after a Cancel that came first."""
+
+    request: RequestId  # never used before
+    want: Want
+    keep_alive_s: float | None = None  # None: the runner keeps its own; infinite: for ever
+    timeout_s: float | None = None  # None: waits as long as the rules let it
+
+
+@dataclass(frozen=True, slots=True)
+class Cancel:
+    """The asker left; after a Grant it releases, so that a lease nobody received cannot leak."""
+
+    request: RequestId
+
+
+@dataclass(frozen=True, slots=True)
+class Release:
+    """A lease, or the program's own memory, is given back; twice is harmless."""
+
+    request: RequestId
+
+
+@dataclass(frozen=True, slots=True)
+class Expire:
+    """Somebody wants a model out of memory: idle at once, busy after its leases, loading after its waiters."""
+
+    model: ModelId
+
+
+@dataclass(frozen=True, slots=True)
+class Pin:
+    """A model is never given up for others, nor by its keep-alive."""
+
+    model: ModelId
+
+
+@dataclass(frozen=True, slots=True)
+class Unpin:
+    """The model is like any other again; its keep-alive clock starts anew."""
+
+    model: ModelId
+
+
+@dataclass(frozen=True, slots=True)
+class Configure:
+    """Limits were changed while running; None leaves one as it is. A changed memory limit comes with the next Sampled.
+
+    Nobody who waits is turned away by a lower `max_queue`. Where more are alive than a lower `max_runners` allows, idle
+    ones go at once, in the policy's order, busy ones when they rest, pinned ones never. A keep-alive holds for new
+    runners, and for those that took the one before.
+    """
+
+    max_queue: int | None = None
+    max_runners: int | None = None
+    keep_alive_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Inspected:
+    """An Inspect is over: what the model is made of, or why it cannot be used; and what is known of earlier lives."""
+
+    model: ModelId
+    outcome: ModelInfo | Footprint | ModelNotFound | InvalidModel
+    known: Remembered = NOTHING  # of this very file
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """A load showed that it is alive."""
+
+    runner: RunnerId
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A Launch succeeded: the runner serves, with these options, and occupies this much."""
+
+    runner: RunnerId
+    num_ctx: int | None = None  # the context it really got; None: as asked
+    resident: Resident = ()
+    mapped_bytes: int = 0  # of those on the host: pages of files
+    to_come: Resident = ()  # most that it may still take beside it, where its engine can tell; else nothing is named
+
+
+@dataclass(frozen=True, slots=True)
+class Filled:
+    """A request filled a context of a runner's; a Sampled that came before this measured its memory after that."""
+
+    runner: RunnerId
+    to_come: Resident = ()  # what a full context does not show: most that it may still take beside it
+
+
+@dataclass(frozen=True, slots=True)
+class OutOfMemory:
+    """A runner reported that it ran out of memory, while it loads or while it serves."""
+
+    runner: RunnerId
+
+
+@dataclass(frozen=True, slots=True)
+class Unresponsive:
+    """A runner's process lives but answers no probe."""
+
+    runner: RunnerId
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Exited:
+    """A runner's process is gone, asked for or not, started or not: the one end of every Launch."""
+
+    runner: RunnerId
+    code: int | None  # negative: the signal; None: unknown, or never started
+    reason: str = ""  # in words, with the end of what it printed
+    out_of_memory: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """Devices were read, and the runners' own memory with them; such events come in the order of their readings."""
+
+    devices: tuple[DeviceSample, ...]
+    resident: tuple[tuple[RunnerId, Resident], ...] = ()
+    number: int = 0  # the last Sample command that was known when the reading began; 0: none
+    mapped: tuple[tuple[RunnerId, int], ...] = ()  # of a runner's bytes on the host: pages of files
+
+
+@dataclass(frozen=True, slots=True)
+class Contended:
+    """A Claim is not had yet: another program loads on one of its devices."""
+
+    number: int
+
+
+@dataclass(frozen=True, slots=True)
+class Claimed:
+    """A Claim is had, as far as that is possible here; the devices were read after that, and Sampled came before."""
+
+    number: int
+
+
+@dataclass(frozen=True, slots=True)
+class Tick:
+    """The time of `Core.deadline()` has come, or passed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Close:
+    """No new requests; queued ones are rejected, loads stopped; leases may finish until the time-out."""
+
+    timeout_s: float
+
+
+Event = (
+    Acquire
+    | Cancel
+    | Release
+    | Expire
+    | Pin
+    | Unpin
+    | Configure
+    | Inspected
+    | Progress
+    | Loaded
+    | Filled
+    | OutOfMemory
+    | Unresponsive
+    | Exited
+    | Sampled
+    | Contended
+    | Claimed
+    | Tick
+    | Close
+)

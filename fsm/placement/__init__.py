@@ -1,0 +1,1 @@
+"""Which device each layer goes to."""

@@ -1,0 +1,209 @@
+"""Where a model goes: whole on GPUs, partly, or on the host, on a scratch account of what is free."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+
+from fsm.domain.devices import HOST, Amounts, DeviceId, Placement
+from fsm.placement.layer_split import Deal
+from fsm.sizing.footprint import Footprint, parts
+
+PREDICTED_HEADROOM = 0.25  # a prediction fits if it takes at most 80 % of what is free, as in the reference
+MEASURED_HEADROOM = 0.03
+
+Free = Mapping[DeviceId, int]
+
+
+class Offload(Enum):
+    """How much of a model goes to GPUs."""
+
+    whole = "whole"
+    part = "part"
+    none = "none"
+
+
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    """A GPU that layers may go to."""
+
+    id: DeviceId
+    memory: DeviceId  # where its bytes are booked: its own, or the host's if it is integrated
+    instance: bool = False  # of a divided GPU: CUDA lets a process see one of these, so nothing is split over it
+    library: str = "CUDA"  # that it is used through: nothing is split over GPUs of two
+
+
+@dataclass(frozen=True, slots=True)
+class Demand:
+    """What a runner needs, and what its request says about where."""
+
+    footprint: Footprint
+    num_gpu: int | None = None  # layers; None or negative: automatic
+    main_gpu: int | None = None
+    known: Mapping[Amounts, Amounts] = field(default_factory=dict)  # layers by GPU -> bytes measured with that split
+    spread: bool = False  # over all GPUs, even where one takes it
+    require_gpu: bool = False  # whole on GPUs, whatever its request says, or not at all
+
+    @property
+    def layers(self) -> int:
+        """Layers that can be offloaded; the output counts as one more."""
+        return len(self.footprint.weights_bytes) + 1
+
+    def offloads(self, gpus: Sequence[Gpu]) -> tuple[Offload, ...]:
+        """Return the ways to place it, the best first: what fits whole, once room is made, is not offloaded in part."""
+        if self.footprint.fixed:
+            return (Offload.none,)
+        if self.require_gpu:
+            return (Offload.whole,)
+        if self.num_gpu is None or self.num_gpu < 0:
+            return (Offload.whole, Offload.part, Offload.none) if gpus else (Offload.none,)
+        if self.num_gpu == 0:
+            return (Offload.none,)
+        return (Offload.whole,) if self.num_gpu >= self.layers else (Offload.part,)
+
+
+def needed(placement: Placement, *, exact: bool) -> Amounts:
+    """Return the bytes that must be free for it: what it takes and the headroom over what is not exactly known."""
+    headroom = 0.0 if exact else MEASURED_HEADROOM if placement.measured else PREDICTED_HEADROOM
+    return tuple((device, int(amount * (1 + headroom))) for device, amount in placement.bytes)
+
+
+def place(demand: Demand, offload: Offload, free: Free, gpus: Sequence[Gpu]) -> Placement | None:
+    """Return where it fits within `free`, headroom included; None where it does not.
+
+    As many layers as possible go to GPUs, the output first and then the last ones, as llama.cpp offloads them. They
+    go to one GPU, the best that takes them (the explicit `main_gpu`, else a discrete one before an integrated one,
+    else the one with most free), or else to as few as possible of one library, or to all of these with `spread`.
+    """
+    if demand.footprint.fixed:
+        return _within(Placement(_booked(dict(demand.footprint.fixed), gpus)), free, exact=True)
+    if offload is Offload.none:
+        return _within(_layout(demand, (), gpus), free)
+    order = sorted(
+        gpus, key=lambda gpu: (gpus.index(gpu) != demand.main_gpu, gpu.memory == HOST, -free.get(gpu.memory, 0), gpu.id)
+    )
+    table = _Table(demand, free, order)
+    for layers in _layer_counts(demand, offload):
+        for split in table.splits(layers):
+            placement = _layout(demand, split, gpus)
+            lacking = _lacking(placement, free)
+            if not lacking:
+                return placement
+            only_host = lacking == {HOST} and not demand.known and all(gpu.memory != HOST for gpu in gpus)
+            if only_host and offload is Offload.part:
+                return None  # with fewer layers on GPUs the host would lack more
+    return None
+
+
+def _layer_counts(demand: Demand, offload: Offload) -> Sequence[int]:
+    if offload is Offload.whole:
+        return (demand.layers,)
+    if demand.num_gpu is not None and demand.num_gpu > 0:
+        return (demand.num_gpu,)
+    return range(demand.layers - 1, 0, -1)
+
+
+class _Table:
+    """The splits that are worth a look, by the number of layers on GPUs."""
+
+    def __init__(self, demand: Demand, free: Free, order: Sequence[Gpu]) -> None:
+        self.demand = demand
+        self.order = order
+        self.layers_bytes = demand.footprint.offloaded_bytes
+        self.rooms = {gpu.id: _room(free.get(gpu.memory, 0)) - demand.footprint.compute_bytes for gpu in order}
+        self.teams = _teams(order)
+
+    def splits(self, layers: int) -> Iterator[Amounts]:
+        """Yield ways to put so many layers on GPUs that may fit, the best first; none that surely does not."""
+        offloaded = self.layers_bytes[len(self.layers_bytes) - layers :]
+        first_bytes = self.demand.footprint.projectors_bytes
+        over_all = [split for team in self.teams for split in self._spread(team, offloaded, first_bytes)]
+        yield from over_all
+        needs_bytes = sum(offloaded) + first_bytes
+        for gpu in self.order:
+            split = ((gpu.id, layers),)
+            if split in self.demand.known or needs_bytes <= self.rooms[gpu.id]:
+                yield split
+        for team in self.teams:
+            if dealt := self._deal(team, offloaded, first_bytes).fewest():
+                yield _split_of(dealt, team)
+        if self.demand.known:
+            yield from self._measured(layers)
+            for team in self.teams:  # what was dealt above may have been measured, and found larger than predicted
+                yield from self._other_splits(team, offloaded, first_bytes)
+
+    def _spread(self, team: Sequence[Gpu], offloaded: Sequence[int], first_bytes: int) -> Iterator[Amounts]:
+        if self.demand.spread:
+            deal = self._deal(team, offloaded, first_bytes)
+            for size in range(len(team), 1, -1):
+                if dealt := deal.in_shares(size) or deal.in_order(range(size)):
+                    yield _split_of(dealt, team)
+
+    def _other_splits(self, team: Sequence[Gpu], offloaded: Sequence[int], first_bytes: int) -> Iterator[Amounts]:
+        deal = self._deal(team, offloaded, first_bytes)
+        for size in range(2, len(team) + 1):
+            for dealt in (deal.in_order(range(size)), deal.in_shares(size)):
+                if dealt:
+                    yield _split_of(dealt, team)
+
+    def _deal(self, team: Sequence[Gpu], offloaded: Sequence[int], first_bytes: int) -> Deal:
+        several = [(gpu.id, 0) for gpu in team[1:]]
+        copies_bytes = self.demand.footprint.copies_bytes(((team[0].id, len(offloaded)), *several))
+        return Deal(offloaded, first_bytes, [self.rooms[gpu.id] - copies_bytes for gpu in team])
+
+    def _measured(self, layers: int) -> Iterator[Amounts]:
+        """Yield the splits over several GPUs that were seen before: what they took may be less than is predicted."""
+        for split in sorted(self.demand.known, key=lambda split: (len(split), split)):
+            gpus = {gpu for gpu, _ in split}
+            together = any(gpus <= {gpu.id for gpu in team} for team in self.teams)
+            if len(split) > 1 and together and sum(count for _, count in split) == layers:
+                yield split
+
+
+def _teams(order: Sequence[Gpu]) -> list[list[Gpu]]:
+    """Return the GPUs that a model may be split over, by library, several in each: discrete ones, and no instances.
+
+    llama.cpp leaves integrated GPUs out where there is a discrete one, and several of them have the same memory.
+    """
+    teams: dict[str, list[Gpu]] = {}
+    for gpu in order:
+        if not gpu.instance and gpu.memory != HOST:
+            teams.setdefault(gpu.library, []).append(gpu)
+    return [team for team in teams.values() if len(team) > 1]
+
+
+def _split_of(dealt: Sequence[tuple[int, int]], team: Sequence[Gpu]) -> Amounts:
+    return tuple((team[place].id, layers) for place, layers in dealt)
+
+
+def _room(free_bytes: int) -> int:
+    """Return the most that fits with the headroom for a prediction, as `needed` rounds it."""
+    over, under = (1 + PREDICTED_HEADROOM).as_integer_ratio()
+    return (under * (free_bytes + 1) - 1) // over
+
+
+def _lacking(placement: Placement, free: Free, *, exact: bool = False) -> set[DeviceId]:
+    return {device for device, amount in needed(placement, exact=exact) if amount > free.get(device, 0)}
+
+
+def _within(placement: Placement, free: Free, *, exact: bool = False) -> Placement | None:
+    return None if _lacking(placement, free, exact=exact) else placement
+
+
+def _booked(amounts: Mapping[DeviceId, int], gpus: Sequence[Gpu]) -> Amounts:
+    """Return amounts by the memory that they are taken from: an integrated GPU's are the host's."""
+    memory = {gpu.id: gpu.memory for gpu in gpus}
+    booked: dict[DeviceId, int] = {}
+    for device, amount in amounts.items():
+        where = memory.get(device, device)
+        booked[where] = booked.get(where, 0) + amount
+    return tuple(booked.items())
+
+
+def _layout(demand: Demand, split: Amounts, gpus: Sequence[Gpu]) -> Placement:
+    """Return the bytes by device of a split, measured ones where that split was measured."""
+    if (measured := demand.known.get(split)) is not None:
+        return Placement(measured, split, measured=True)
+    amounts = {device: part.total_bytes for device, part in parts(demand.footprint, split).items()}
+    return Placement(_booked(amounts, gpus), split)

@@ -1,0 +1,45 @@
+"""What a plan says: what to do now for those who wait, where each will go, and when to look again."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+from fsm.domain.devices import Amounts, Placement
+from fsm.domain.model_info import Options
+from fsm.eviction.policies import Candidate
+from fsm.eviction.victim_selection import Choice
+from fsm.machine.request import Request, Want
+from fsm.machine.runner import Runner, RunnerId
+from fsm.messages.refusals import Refusal
+from fsm.state.model_record import Model
+from fsm.state.request_queue import Line
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """Where the runner that a line waits for goes, or would, and what leaves before."""
+
+    placement: Placement
+    free: Amounts  # what it was judged by, by device: free, or to be had once the victims have left
+    victims: tuple[Candidate, ...] = ()  # each goes when all of them may
+    considered: tuple[Candidate, ...] = ()  # for being victims, the first choice first; none where none is needed
+    choice: Choice | None = None  # how the victims were chosen
+
+
+@dataclass(slots=True)
+class Plan:
+    """What is to be done now, and when to look again."""
+
+    inspections: list[Model] = field(default_factory=list)
+    launches: list[tuple[Line, Options, Placement]] = field(default_factory=list)
+    memory: list[Request] = field(default_factory=list)  # the program's own, to be granted
+    victims: dict[RunnerId, str] = field(default_factory=dict)  # to expire, and why
+    matches: list[tuple[Line, Runner]] = field(default_factory=list)  # served after all, as the same
+    refusals: list[tuple[Line, Refusal]] = field(default_factory=list)
+    rooms: dict[Want, Room] = field(default_factory=dict)  # of what is to be loaded, now, later or never
+    options: dict[Want, Options] = field(default_factory=dict)  # explicit, of what has a room
+    wanted: set[RunnerId] = field(default_factory=set)  # others wait for its memory, and it may not go yet
+    policy_failure: str = ""  # the exception that the policy raised; the oldest runners go first instead
+    look_at: float = math.inf  # when a wait's bound or a residency ends
+    looked_at: list[Line] = field(default_factory=list)  # those behind wait as before

@@ -1,0 +1,401 @@
+"""What to do for those who wait, oldest first, on a scratch account; of the pool, only the lines' words are changed.
+
+Every plan is made from nothing. A victim is a plan until it expires, so whatever becomes idle first serves the waiter,
+and a waiter that leaves costs nobody anything. A later line starts only in what the earlier ones leave (`supply`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from functools import partial
+
+from fsm.domain.devices import HOST, DeviceId, Placement
+from fsm.domain.model_info import Options
+from fsm.eviction.policies import Candidate, EvictionPolicy
+from fsm.eviction.victim_selection import MOST_SETS, Amount, Choice, Question, choose
+from fsm.machine.request import ModelId, Purpose, Want
+from fsm.machine.runner import EXPIRING, LOADING, Runner, RunnerId
+from fsm.messages.refusals import Unsupported
+from fsm.placement.search import Demand, Gpu, Offload
+from fsm.planning.automatic_options import is_the_same, wish_of, with_batch
+from fsm.planning.availability import DRAINED, LATER, NOW, SOON, Need, Supply
+from fsm.planning.eviction_candidates import Candidates
+from fsm.planning.infeasibility import why_never
+from fsm.planning.load_slots import Loads, loads_on
+from fsm.planning.plan import Plan, Room
+from fsm.sizing.footprint import Footprint
+from fsm.state.core_state import Pool
+from fsm.state.model_record import Model
+from fsm.state.request_queue import Line
+from fsm.state.runner_match import runner_serves
+
+NO_MODEL = ModelId("")  # of lines for memory of the program's own
+BEFORE, EARLIER = "those before it", "an earlier request for its model"
+LINES_AHEAD = 16  # for so many lines room is made at a time; those behind only take what is there for the taking
+
+
+def make_plan(pool: Pool, policy: EvictionPolicy, newcomers: Collection[Want]) -> Plan:
+    """Return what to do for the lines, in order, until nothing is left that any of them could have.
+
+    Those behind are not looked at, but for `newcomers`: whoever has just come is judged at once, wherever it stands.
+    """
+    planner = _Planner(pool, policy)
+    planner.shed()
+    for line in pool.lines_in_order():
+        if planner.exhausted():
+            break
+        if not planner.follows(line, newcomers):
+            planner.consider(line)
+    ahead = {line.want for line in planner.plan.looked_at}
+    for want in pool.wants.get(NO_MODEL, ()):  # memory of the program's own takes no process's place
+        if want not in ahead:
+            planner.consider(pool.lines[want])
+            ahead.add(want)
+    for want in newcomers:
+        if want in pool.lines and want not in ahead:
+            planner.judge(pool.lines[want], BEFORE)
+    planner.plan.policy_failure = planner.candidates.policy_failure
+    return planner.plan
+
+
+class _Planner:
+    def __init__(self, pool: Pool, policy: EvictionPolicy) -> None:
+        self.pool = pool
+        self.plan = Plan()
+        ledger = pool.ledger
+        devices = ledger.devices.values()  # in the order in which they were read, which `main_gpu` counts in
+        self.gpus = [Gpu(one.id, one.memory, one.instance, one.library) for one in devices if one.kind == "gpu"]
+        expiring = [runner for runner in pool.runners.values() if runner.state is EXPIRING]
+        self.leaving = [runner for runner in expiring if not pool.is_overdue(runner)]
+        self.plan.look_at = min((one.due_at for one in self.leaving if one.due_at > pool.now), default=math.inf)
+        self.overdue = {runner.id for runner in expiring if pool.is_overdue(runner)}
+        movable = [runner for runner in pool.runners.values() if not pool.is_unmovable(runner)]
+        self.supply = Supply(ledger, self.gpus, pool.max_runners() - pool.processes, movable)
+        self.supply.add(SOON, [runner for runner in self.leaving if not runner.leases])
+        self.supply.add(DRAINED, [runner for runner in self.leaving if runner.leases])
+        self.unmovable = len(pool.runners) - len(movable)
+        self.claimed: set[RunnerId] = set()  # victims of earlier lines
+        self.sets_left = MOST_SETS
+        self.followers: Counter[ModelId] = Counter()  # lines for a model behind the first of them
+        self.loading = [runner for runner in pool.runners.values() if runner.state is LOADING]
+        self.awaited = {runner.id for runner in self.loading if pool.lines_for(runner)}
+        self.alone = next((runner for runner in self.loading if pool.models[runner.model].alone), None)
+        if self.alone is not None:
+            self.supply.places[NOW] = 0  # nobody begins beside it
+        self.loads = Loads(pool.limits, (runner.placement for runner in self.loading))
+        self.candidates = Candidates(pool, policy, self.awaited)
+        self.waiting = 0  # lines for which room is to be made
+        self.ahead: Counter[DeviceId] = Counter()  # of them, those that lack memory of a device
+
+    def shed(self) -> None:
+        """Give up idle runners where more are alive, or more is held, than may be; those in use follow when they rest.
+
+        The number counts only where it is set: the automatic one is a rule of thumb that follows the devices, and what
+        is not read at the moment may be back at the next.
+        """
+        limit, ledger, runners = self.pool.limits.max_runners, self.pool.ledger, self.pool.runners
+        if limit:
+            self._shed(
+                f"no more than {limit} runners may be alive", -self.supply.places[LATER], dict.fromkeys(runners, 1)
+            )
+        for device in sorted(ledger.shrunk & ledger.devices.keys()):
+            held = {id: ledger.accounts["runner", id].held_bytes(device) for id in runners}
+            going = self.claimed.union(runner.id for runner in self.leaving)
+            staying = ledger.held_bytes(device) - sum(held[id] for id in going)
+            reason = f"there is less memory on {device} than before"
+            self._shed(reason, staying - ledger.devices[device].capacity_bytes, held)
+
+    def _shed(self, reason: str, excess: int, worth: Mapping[RunnerId, int]) -> None:
+        """Give up as few idle runners as are worth the excess together, or all that are worth something."""
+        may = [one for one in self.candidates.until(-math.inf, self.claimed) if not one.leases and worth[one.runner]]
+        choice = self._choose(
+            may, (), lambda victims: sum(worth[victim.runner] for victim in victims) >= excess,
+            lambda victim: (worth[victim.runner],),
+        )  # fmt: skip
+        victims = self._unclaimed(may if choice is None else choice.victims)
+        self.plan.victims.update((runner.id, reason) for runner in victims)
+        self.claimed.update(runner.id for runner in victims)
+        self.supply.add(SOON, victims)
+
+    def exhausted(self) -> bool:
+        """Whether no line behind could have anything: enough wait already, and nothing is free or can be given up."""
+        if self.waiting < LINES_AHEAD:
+            return False
+        idle = [self.pool.runners[id] for id in self.candidates.idle - self.claimed]
+        if self.supply.places[DRAINED] + sum(runner.process for runner in idle) <= 0:
+            return True
+        there = self.supply.beside(DRAINED, idle)
+        return all(amount <= 0 and self.ahead[device] >= LINES_AHEAD for device, amount in there.items())
+
+    def follows(self, line: Line, newcomers: Collection[Want]) -> bool:
+        """Tell whether a line is far behind others for its model, and has been judged before: those go first."""
+        if self.followers[line.want.model] < LINES_AHEAD or line.want in newcomers:
+            return False
+        current = self.pool.models[line.want.model].current
+        if current is not None and current.id in self.awaited and runner_serves(current, line.want):
+            return False
+        line.wait(EARLIER)
+        return True
+
+    def consider(self, line: Line) -> None:
+        """Plan one line."""
+        self.supply.take_older(self.pool.turn(line.head))
+        if (judged := self.judge(line)) is None:
+            return
+        options, need = judged
+        if line.want.purpose is Purpose.memory:
+            self._consider_memory(line, need)
+            return
+        model = self.pool.models[line.want.model]
+        if model.id in self.supply.planned:  # it has one runner at a time
+            line.wait(EARLIER)
+            self.followers[model.id] += 1
+            self.supply.take_next(model.id, need)
+        elif model.current is not None and model.current.id in self.awaited:
+            line.wait("a load of its model with other options", self.pool.expected_at(model.current))
+            self.supply.planned[model.id] = self.supply.held_by(model.current)
+            self.supply.take_next(model.id, need)
+        else:
+            self._consider_runner(line, model, options, need)
+
+    def judge(self, line: Line, waits_for: str = "") -> tuple[Options, Need] | None:
+        """Return what a line needs and the best way to place it; None where that is not the question, or is unknown.
+
+        Then it is refused, or served as it is, or waits for its model's load or metadata.
+        """
+        self.plan.looked_at.append(line)
+        if waits_for:
+            line.wait(waits_for)
+        if line.want.purpose is Purpose.memory:
+            options, demand, current = line.want.options, Demand(Footprint(fixed=line.want.memory)), None
+        else:
+            model = self.pool.models[line.want.model]
+            current = model.current
+            if current is not None and current.id in self.awaited and runner_serves(current, line.want):
+                line.wait("its model to load", self.pool.expected_at(current))
+                return None
+            if not model.fresh:
+                line.wait("its model's metadata")
+                self.plan.inspections.append(model)
+                if model.info is not None and not waits_for and len(self.pool.lines) > 1:
+                    self._book_unread(model, line.want.options)
+                return None
+            options, demand = wish_of(model, line.want.options, self.pool, self.supply.potential, self.gpus)
+            self.plan.options[line.want] = options
+            if current is not None and is_the_same(current, options, line.want.options):
+                self.plan.matches.append((line, current))
+                return None
+            if (objection := model.impossible(options)) is not None:
+                self.plan.refusals.append((line, Unsupported(model.id, *objection)))
+                return None
+        offload = self._offload(line, demand, current)
+        return None if offload is None else (options, Need(demand, offload, line.want.purpose is not Purpose.memory))
+
+    def _consider_memory(self, line: Line, need: Need) -> None:
+        head, *others = line.requests.values()  # each is as old as it is: once the first has it the next is first
+        self.supply.behind = sorted(
+            [*self.supply.behind, *((self.pool.turn(request), need) for request in others)], key=lambda one: one[0]
+        )
+        if self.supply.place(NOW, need) is None:
+            self._make_room(line, need, ())
+        else:
+            self.plan.memory.append(head)
+            self.supply.take(NOW, tuple(self.pool.ledger.booked(line.want.memory).items()), 0)
+
+    def _book_unread(self, model: Model, asked: Options) -> None:
+        """Book what a model will need by what was last read of it: it may have changed, but most likely it has not."""
+        _, demand = wish_of(model, asked, self.pool, self.supply.potential, self.gpus)
+        if (offload := self.supply.best(demand)) is not None:
+            self.supply.planned.setdefault(model.id, self.supply.held_by(model.current))
+            self.supply.take_next(model.id, Need(demand, offload))
+
+    def _consider_runner(self, line: Line, model: Model, options: Options, need: Need) -> None:
+        forced = self._forced(model)
+        others = [runner for runner in self.pool.runners.values() if runner.id not in self.overdue]
+        accompanied = model.alone and bool(self.plan.launches or not all(map(self.pool.pinned, others)))
+        places = self.supply.places[NOW]
+        if model.alone:
+            self.supply.places[NOW] = 0  # nobody begins beside it; else there might always be somebody
+        if not forced and not accompanied and places > 0:
+            free = self.supply.bytes[NOW]
+            placement = self.loads.place(need.demand, need.offload, free, self.gpus)
+            if placement is not None:
+                asked, planned = line.want.options, (options, placement)
+                options, placement = with_batch(model, asked, self.pool.limits, planned, free, self.gpus)
+                self.plan.options[line.want] = options
+                self.plan.rooms[line.want] = Room(placement, tuple(sorted(free.items())))
+                self.plan.launches.append((line, options, placement))
+                self.supply.take(NOW, placement.bytes, 1)
+                self.supply.planned[model.id] = dict(placement.bytes)
+                self.loads.add(placement)
+                return
+        self.supply.planned[model.id] = dict(need.amounts(self._make_room(line, need, forced)))
+
+    def _make_room(self, line: Line, need: Need, forced: Sequence[Runner]) -> Placement:
+        """Choose what to give up for a line that does not start now, and book what it will need."""
+        may, choice = self._select(line, need, forced)
+        chosen = self.candidates.timed(self._bound(line), choice.victims) if choice is not None else []
+        at = max((victim.free_at for victim in chosen), default=math.inf)
+        victims = self._unclaimed(chosen)
+        there = (one for one in (SOON, DRAINED) if at <= self.pool.now and self.supply.place(one, need, victims))
+        horizon = next(there, LATER)  # from when on there is room with what the victims leave
+        goes = horizon == SOON or (horizon == DRAINED and any(victim.leases for victim in chosen))
+        before = self.supply.bytes[DRAINED].copy()
+        self.claimed.update(runner.id for runner in victims)
+        for runner in victims:
+            self.supply.add(max(horizon, DRAINED if runner.leases else SOON), [runner])
+        enough = choice is not None and not chosen  # on its way, or there
+        startable = enough and self.supply.place(NOW, need) is not None
+        final, horizon = self.supply.reach(need, SOON if enough or goes else horizon)
+        free = tuple(sorted(self.supply.bytes[horizon].items()))
+        self.supply.take(horizon, need.amounts(final), need.process)
+        self.ahead.update(device for device, amount in final.bytes if amount > before.get(device, 0))
+        if choice is None:
+            line.wait(*self._hindrance())
+        elif goes:
+            self._give_up(line, chosen)
+        elif at > self.pool.now and chosen:
+            self._wait_for(line, chosen, at, may)
+        else:
+            chosen += self._wait(line, final, horizon, startable=startable)
+        self.plan.wanted.update(victim.runner for victim in chosen if not goes)
+        self.plan.rooms[line.want] = Room(final, free, tuple(chosen), tuple(may), choice)
+        return final
+
+    def _select(self, line: Line, need: Need, forced: Sequence[Runner]) -> tuple[list[Candidate], Choice | None]:
+        """Return who may be given up for a line, and who is: rather idle ones now than what others leave later."""
+        bound = self._bound(line)
+        must = [self.candidates.candidate(runner, bound) for runner in forced]
+        taken = self.claimed.union(runner.id for runner in forced)
+        self.waiting += 1
+        if self._suffices(need, DRAINED, must):
+            return [], Choice(tuple(must), 0.0, 1)
+        may = self.candidates.until(bound, taken)
+        memories = self.supply.memories(need)
+        where = [device for device in memories if device != HOST] or memories
+        if all(self.ahead[device] >= LINES_AHEAD for device in where):  # far back: it is given what nobody uses
+            may = [one for one in may if one.runner in self.candidates.idle]
+        lacking = need.process - sum(one.process for one in self._unclaimed(must))
+        at_rest = [one for one in may if not one.leases and one.free_at <= self.pool.now]
+        hopes = self.supply.bytes[LATER] != self.supply.bytes[DRAINED] or len(set(self.supply.places[DRAINED:])) > 1
+        for horizon, ones in ((DRAINED, at_rest), (LATER, may))[not hopes :]:
+            least = max(0, lacking - self.supply.places[horizon]) if need.process else 0
+            if choice := self._choose(ones, must, partial(self._suffices, need, horizon), self._frees(memories), least):
+                return may, choice
+        return may, None
+
+    def _suffices(self, need: Need, horizon: int, victims: Iterable[Candidate]) -> bool:
+        return self.supply.place(horizon, need, self._unclaimed(victims)) is not None
+
+    def _give_up(self, line: Line, chosen: Sequence[Candidate]) -> None:
+        line.wait(f"{_names(chosen)} to leave")
+        reason = f"{line.want.model or 'the program'} needs its memory"
+        for victim in chosen:
+            self.plan.victims.setdefault(victim.runner, reason)
+
+    def _wait_for(self, line: Line, chosen: Sequence[Candidate], at: float, may: Iterable[Candidate]) -> None:
+        """Wait until all of them may go: none is unloaded for a room that another still holds.
+
+        Whenever another may go, the choice is made again: whoever may first serves the waiter.
+        """
+        line.wait(f"{_names(chosen)} to become idle", at)
+        moments = (at, self._bound(line), *(one.free_at for one in may))
+        self.plan.look_at = min(self.plan.look_at, *(moment for moment in moments if moment > self.pool.now))
+
+    def _hindrance(self) -> tuple[str, float]:
+        """Return why nobody can be chosen to make room, in words, and until when as far as that is known."""
+        runners = self.pool.runners
+        if self.waiting > 1:
+            return BEFORE, math.inf
+        if self.overdue:
+            return f"{', '.join(runners[id].model for id in sorted(self.overdue))} to finish", math.inf
+        loads = [runners[id] for id in sorted(self.awaited)]
+        until = min(map(self.pool.expected_at, loads), default=math.inf)
+        return f"{', '.join(load.model for load in loads)} to load, and then to become idle" if loads else BEFORE, until
+
+    def _wait(self, line: Line, placement: Placement, horizon: int, *, startable: bool) -> Sequence[Candidate]:
+        """Enough is on its way already, or only a place among the loads is missing: give up a load nobody waits for."""
+        if horizon == LATER:
+            line.wait(BEFORE)
+            return ()
+        by = min((runner.due_at for runner in self.leaving if runner.due_at > self.pool.now), default=math.inf)
+        if horizon == DRAINED:
+            line.wait(f"{', '.join(self._draining(placement))} to finish", by)
+            return ()
+        if any(not runner.leases for runner in self.leaving):
+            line.wait("memory that is on its way back", by)
+        elif self.alone is not None:
+            line.wait(f"{self.alone.model} to load with nothing beside it", self.pool.expected_at(self.alone))
+        else:
+            line.wait(*self._hindrance())
+        if line.want.purpose is Purpose.memory:
+            return ()
+        full = self.loads.full(placement)
+        self.loads.add(placement)  # it starts in a moment: its place among the loads is not for younger ones
+        on_full = [runner for runner in self.loading if full & set(loads_on(runner.placement))]
+        if full:
+            line.wait("another load to end", min(map(self.pool.expected_at, on_full), default=math.inf))
+        for runner in on_full if startable else ():
+            if runner.id not in self.claimed | self.awaited and not self.pool.pinned(runner):
+                self.plan.victims[runner.id] = f"{line.want.model} needs its place among the loads"
+                self.claimed.add(runner.id)
+                return [self.candidates.candidate(runner, self._bound(line))]
+        return ()
+
+    def _draining(self, placement: Placement) -> list[ModelId]:
+        """Return who is given up and still in use, of those who hold what is needed there."""
+        accounts, devices = self.pool.ledger.accounts, [device for device, amount in placement.bytes if amount]
+        draining = [runner for runner in self.leaving if runner.leases]
+        holding = [one for one in draining if any(map(accounts["runner", one.id].held_bytes, devices))]
+        return [runner.model for runner in holding or draining]
+
+    def _offload(self, line: Line, demand: Demand, current: Runner | None) -> Offload | None:
+        """Return the best way that is possible at all; None: the line is refused, since there is none."""
+        no_place = line.want.purpose is not Purpose.memory and self.unmovable >= self.pool.max_runners()
+        reload_pinned = current is not None and self.pool.pinned(current)
+        if not (no_place or reload_pinned) and (possible := self.supply.best(demand)) is not None:
+            return possible
+        refusal, need = why_never(self.pool, self.gpus, line.want.model, demand, self.supply.potential)
+        if need is not None:
+            self.plan.rooms[line.want] = Room(need, tuple(sorted(self.supply.potential.items())))
+        self.plan.refusals.append((line, refusal))
+        return None
+
+    def _forced(self, model: Model) -> list[Runner]:
+        """Return what must go whatever fits: the model's own runner with other options; after out of memory, all."""
+        if model.alone:
+            runners = [runner for runner in self.pool.runners.values() if runner.current]
+            return [runner for runner in runners if runner.id not in self.awaited and not self.pool.pinned(runner)]
+        return [model.current] if model.current is not None else []
+
+    def _bound(self, line: Line) -> float:
+        """Return until when a line waits for others' convenience."""
+        return line.head.queued_at + self.pool.limits.max_wait_s
+
+    def _choose(
+        self,
+        may: Sequence[Candidate],
+        must: Sequence[Candidate],
+        suffices: Callable[[Sequence[Candidate]], bool],
+        frees: Callable[[Candidate], Amount],
+        least: int = 0,
+    ) -> Choice | None:
+        question = Question(suffices, frees, least, max(0, self.sets_left))
+        choice = choose(self.pool.now, may, must, question)
+        self.sets_left -= choice.tried if choice else 0
+        return choice
+
+    def _frees(self, memories: Sequence[DeviceId]) -> Callable[[Candidate], Amount]:
+        """Return what tells how much a candidate frees of each memory."""
+        accounts = self.pool.ledger.accounts
+        return lambda victim: tuple(map(accounts["runner", victim.runner].held_bytes, memories))
+
+    def _unclaimed(self, victims: Iterable[Candidate]) -> list[Runner]:
+        """Return the runners that no earlier line counts on; a forced one may be such a line's victim already."""
+        return [self.pool.runners[victim.runner] for victim in victims if victim.runner not in self.claimed]
+
+
+def _names(victims: Iterable[Candidate]) -> str:
+    return ", ".join(victim.model for victim in victims)

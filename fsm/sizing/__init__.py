@@ -1,0 +1,1 @@
+"""What a model takes: load options made explicit, memory predicted, earlier loads."""

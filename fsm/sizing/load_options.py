@@ -1,0 +1,209 @@
+"""Load-time options: what is automatic made explicit, and which runner serves which wish."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+
+from fsm.domain.model_info import ModelInfo, Options
+
+DEFAULT_CONTEXT = 4096  # tokens of one slot, where a request names none
+DEFAULT_EMBEDDER_CONTEXT = 512  # of a decoder that embeds: it computes and keeps the logits of every token
+LEAST_CONTEXT = 4
+LEAST_VISION_CONTEXT = 2048  # an image alone takes hundreds of tokens
+DEFAULT_BATCH = 512
+LARGEST_MICRO_BATCH = 2048  # tokens per pass of a generating model, however large its batch
+
+ONE_AT_A_TIME = frozenset(
+    {
+        "lfm2",
+        "lfm2moe",
+        "mllama",
+        "nemotron_h",
+        "nemotron_h_moe",
+        "nemotron_h_omni",
+        "qwen35",
+        "qwen35moe",
+        "qwen3next",
+        "qwen3vl",
+        "qwen3vlmoe",
+    }
+)  # families whose state the engine cannot keep for several slots
+
+# Encoders: llama.cpp gives them no cache, and they compute no logits.
+WITHOUT_CACHE = frozenset(
+    {
+        "bert",
+        "eurobert",
+        "jina-bert-v2",
+        "jina-bert-v3",
+        "modern-bert",
+        "neo-bert",
+        "nomic-bert",
+        "nomic-bert-moe",
+    }
+)
+WITHOUT_LOGITS = WITHOUT_CACHE | {"lfm2"}  # and decoders that compute none when they embed
+UNQUANTISED = frozenset({"f32", "f16", "bf16"})  # cache types that every model can have
+CACHE_BLOCK = 32  # elements of a block of all others; llama.cpp refuses heads that are no whole number of them
+# Types whose matrices llama.cpp reorders on x86-64 as it loads them, by gguf's names: others stay as they are.
+REPACKED = frozenset({"IQ4_NL", "MXFP4", "Q4_0", "Q4_K"})
+MOST_SLOTS = 256
+MOST_THREADS = 512
+CACHE_CELLS = 256  # llama.cpp rounds the cache of a slot up to a multiple of this, tokens
+
+_AUTOMATIC = Options()
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """The sizes that everything else follows from, all explicit."""
+
+    context: int  # tokens of one slot
+    parallel: int
+    batch: int  # tokens of a prompt that are worked on at once
+    micro_batch: int  # tokens of one pass
+    cells: int  # tokens that one slot's cache has room for
+
+
+def resolve(info: ModelInfo, options: Options, defaults: Options = _AUTOMATIC) -> Options:
+    """Make explicit what the engine would otherwise choose: context, batch, slots and cache types.
+
+    The context is at least 4 tokens (2048 for a vision model) and at most what the model was trained with; one slot
+    for embedders and for families that cannot share; an embedder's batch holds its whole context, since llama.cpp
+    refuses a pooled input that takes more than one pass. `num_gpu`, `main_gpu`, `num_thread`, `use_mmap`,
+    `flash_attention` and `require_gpu` stay as they are. What is not named is first taken from `defaults`, where the
+    model can have it.
+    Resolving twice changes nothing.
+    """
+    if defaults != _AUTOMATIC:
+        options = _with_defaults(info, options, defaults)
+    shape = shape_of(info, options)
+    return replace(
+        options,
+        num_ctx=shape.context,
+        num_batch=shape.batch,
+        num_parallel=shape.parallel,
+        cache_type_k=options.cache_type_k or "f16",
+        cache_type_v=options.cache_type_v or "f16",
+    )
+
+
+def _with_defaults(info: ModelInfo, options: Options, defaults: Options) -> Options:
+    """Name what is not named; what would make the model's load fail, or take memory beyond reason, stays automatic."""
+    named = {each.name: getattr(options, each.name) for each in fields(options)}
+    chosen = replace(defaults, **{name: value for name, value in named.items() if value is not None})
+    if computes_every_logit(info):
+        chosen = replace(chosen, num_ctx=options.num_ctx)
+    if info.key_length % CACHE_BLOCK and chosen.cache_type_k not in UNQUANTISED:
+        chosen = replace(chosen, cache_type_k=options.cache_type_k)
+    if (info.value_length % CACHE_BLOCK or chosen.flash_attention is False) and chosen.cache_type_v not in UNQUANTISED:
+        chosen = replace(chosen, cache_type_v=options.cache_type_v)
+    return chosen
+
+
+def impossible(info: ModelInfo, options: Options) -> tuple[str, int | bool | str, str] | None:
+    """Return the first of these resolved options that llama.cpp would refuse for this model, its value, and why.
+
+    A load that must fail would cost others their runners, and everybody who wants the model its back-off.
+    """
+    slots, threads = options.num_parallel or 1, options.num_thread or 1
+    if slots > MOST_SLOTS:
+        return "num_parallel", slots, f"llama.cpp has at most {MOST_SLOTS} slots"
+    if threads > MOST_THREADS:
+        return "num_thread", threads, f"llama.cpp has at most {MOST_THREADS} threads"
+    if info.architecture in WITHOUT_CACHE:
+        return None
+    caches = (
+        ("cache_type_k", options.cache_type_k, info.key_length),
+        ("cache_type_v", options.cache_type_v, info.value_length),
+    )
+    for name, cache_type, length in caches:
+        if cache_type is not None and cache_type not in UNQUANTISED and length % CACHE_BLOCK:
+            return name, cache_type, f"its heads have {length} elements, which are no whole blocks of {CACHE_BLOCK}"
+    value_type = options.cache_type_v
+    if value_type is not None and value_type not in UNQUANTISED and options.flash_attention is False:
+        return "cache_type_v", value_type, "without flash attention llama.cpp cannot quantise values"
+    return None
+
+
+def serves(loaded: Options, asked: Options) -> bool:
+    """Whether a runner loaded with the resolved `loaded` may serve a request for `asked`, resolved or not.
+
+    What is not named matches, as does a negative `num_gpu`; a larger context or more slots serve a smaller wish; all
+    else that is named must be equal, but for `require_gpu`: that is a matter of where the runner went. A wish beyond
+    what the model can have is served once it is resolved.
+    """
+    return asked == _AUTOMATIC or _covers(loaded, asked)
+
+
+def as_named(explicit: Options, asked: Options) -> Options:
+    """Return of explicit options those that were named: what is automatic is no reason to load a model anew."""
+    left_open = [each.name for each in fields(asked) if getattr(asked, each.name) is None]
+    return replace(explicit, **dict.fromkeys(left_open))
+
+
+def maps_file(info: ModelInfo, options: Options, on_host: bool) -> bool:
+    """Whether a runner maps its model's file or reads it, where the request does not say; `on_host`: without a GPU.
+
+    A mapped file loads faster, its pages are shared by all that map it, and the system takes them back when it must. So
+    it is mapped, unless most of it would be there twice: the host works with reordered copies of 4-bit weights.
+    docs/memory.md has the figures.
+    """
+    if options.use_mmap is not None:
+        return options.use_mmap
+    return not on_host or 2 * repacked_bytes(info) <= sum(info.layers_bytes)
+
+
+def repacked_bytes(info: ModelInfo) -> int:
+    """The bytes of the layers' matrices that are reordered where the host computes alone."""
+    return sum(type_bytes for type_name, type_bytes in info.types_bytes if type_name in REPACKED)
+
+
+def micro_batch(info: ModelInfo, options: Options) -> int:
+    """Tokens that the engine computes in one pass (its n_ubatch): an embedder's input, else its batch, up to 2048."""
+    return shape_of(info, options).micro_batch
+
+
+def shape_of(info: ModelInfo, options: Options) -> Shape:
+    """Return the sizes that follow from what is named, and for the rest from the defaults; within what is possible."""
+    automatic = DEFAULT_EMBEDDER_CONTEXT if computes_every_logit(info) else DEFAULT_CONTEXT
+    context = automatic if options.num_ctx is None else options.num_ctx
+    if info.vision:
+        context = max(context, LEAST_VISION_CONTEXT)
+    if info.context_trained > 0:
+        context = min(context, info.context_trained)
+    context = max(context, LEAST_CONTEXT)
+    one_at_a_time = info.embedding or info.architecture in ONE_AT_A_TIME
+    parallel = 1 if one_at_a_time else max(1, options.num_parallel or 1)
+    batch = DEFAULT_BATCH if options.num_batch is None else options.num_batch
+    batch = context if info.embedding else max(1, min(batch, context * parallel))
+    micro_batch = batch if info.embedding else min(batch, LARGEST_MICRO_BATCH)
+    return Shape(context, parallel, batch, micro_batch, padded(context))
+
+
+def _covers(loaded: Options, asked: Options) -> bool:
+    return (
+        _within(asked.num_ctx, loaded.num_ctx)
+        and _within(asked.num_parallel, loaded.num_parallel)
+        and (asked.num_gpu is None or asked.num_gpu < 0 or asked.num_gpu == loaded.num_gpu)
+        and asked.num_batch in (None, loaded.num_batch)
+        and asked.main_gpu in (None, loaded.main_gpu)
+        and asked.num_thread in (None, loaded.num_thread)
+        and asked.use_mmap in (None, loaded.use_mmap)
+        and asked.flash_attention in (None, loaded.flash_attention)
+        and asked.cache_type_k in (None, loaded.cache_type_k)
+        and asked.cache_type_v in (None, loaded.cache_type_v)
+    )
+
+
+def _within(asked: int | None, loaded: int | None) -> bool:
+    return asked is None or (loaded is not None and asked <= loaded)
+
+
+def padded(tokens: int) -> int:
+    return -(-tokens // CACHE_CELLS) * CACHE_CELLS
+
+
+def computes_every_logit(info: ModelInfo) -> bool:
+    """With pooling every token is an output: a decoder computes and keeps the logits of each, though none is read."""
+    return info.embedding and info.architecture not in WITHOUT_LOGITS

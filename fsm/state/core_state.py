@@ -1,0 +1,243 @@
+"""The state of the core: models, runners, requests, lines, memory and time, and what must always be true of them."""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left, insort
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+
+from fsm.domain.devices import DeviceId
+from fsm.eviction.reuse_prediction import Histogram
+from fsm.machine.request import ModelId, Purpose, Request, RequestId, RequestState, Want
+from fsm.machine.runner import EXPIRING, IDLE, LOADING, READY, UNLOADED, Runner, RunnerId
+from fsm.state.core_config import Limits
+from fsm.state.memory_ledger import Ledger
+from fsm.state.model_record import Model
+from fsm.state.request_queue import Line, Turn
+from fsm.state.runner_match import runner_serves
+from fsm.state.timers import Timers
+
+
+@dataclass(slots=True, eq=False)
+class OpenClaim:
+    """Devices that a planned launch asks to have to itself among the programs on the machine; over when it launches."""
+
+    number: int
+    devices: frozenset[DeviceId]
+    by: float  # waited for no longer than until then
+    had: bool = False  # it was had, or the wait for it is over; never between two steps
+    missed: bool = False  # the wait for it is over
+    contended: bool = False  # another program has one of the devices
+
+
+@dataclass(slots=True)
+class Pool:
+    """Everything a decision may depend on. `Core` alone changes it."""
+
+    limits: Limits
+    ledger: Ledger = field(default_factory=Ledger)
+    models: dict[ModelId, Model] = field(default_factory=dict)
+    runners: dict[RunnerId, Runner] = field(default_factory=dict)  # every one that is not unloaded
+    requests: dict[RequestId, Request] = field(default_factory=dict)  # queued, or granted something to give back
+    lines: dict[Want, Line] = field(default_factory=dict)
+    turns: list[Turn] = field(default_factory=list)  # of each line's head, in order
+    wants: dict[ModelId, list[Want]] = field(default_factory=dict)  # of the lines for each model, as they began
+    timers: Timers = field(default_factory=Timers)
+    queued: int = 0  # requests in lines
+    processes: int = 0  # runners whose process may be alive
+    next_runner: int = 1
+    samples: int = 0  # asked for so far
+    closing: bool = False
+    now: float = -math.inf
+    claims: dict[int, OpenClaim] = field(default_factory=dict)  # by number; for lines whose launch is planned
+    next_claim: int = 1
+    prefetching: tuple[tuple[ModelId, int], ...] = ()  # as last said: bytes of files to read ahead, by model that waits
+    working: int = 0  # ready runners that compute on the host
+    most_working: int = 0  # that there ever were at once
+    rests: Histogram = field(default_factory=dict)  # of all models
+
+    def enqueue(self, request: Request) -> Line:
+        """Put a request at the end of its line."""
+        line = self.lines.get(request.want)
+        if line is None:
+            line = self.lines[request.want] = Line(request.want)
+            self.wants.setdefault(request.want.model, []).append(request.want)
+            insort(self.turns, self.turn(request))
+        line.requests[request.id] = request
+        self.requests[request.id] = request
+        self.queued += 1
+        return line
+
+    def dequeue(self, request: Request) -> None:
+        """Take a request out of its line; the request itself stays, to be answered by the caller."""
+        want = request.want
+        line = self.lines[want]
+        led = line.head is request
+        if led:
+            del self.turns[bisect_left(self.turns, self.turn(request))]
+        del line.requests[request.id]
+        if not line.requests:
+            del self.lines[want]
+            self.wants[want.model].remove(want)
+            if not self.wants[want.model]:
+                del self.wants[want.model]
+        elif led:
+            insort(self.turns, self.turn(line.head))
+        self.queued -= 1
+        self.timers.clear(("request", request.id))
+
+    def turn(self, head: Request) -> Turn:
+        """Return what a line is planned by: the age of its first request, priority being worth some of it."""
+        return head.queued_at - self.limits.priority_s * head.want.priority, head.id
+
+    def lines_in_order(self) -> Iterator[Line]:
+        """Yield the lines in the order in which they are planned; none may come or go meanwhile."""
+        return (self.lines[self.requests[head].want] for _, head in self.turns)
+
+    def lines_of(self, model: ModelId) -> list[Line]:
+        """Return the lines for a model, in the order in which they began."""
+        return [self.lines[want] for want in self.wants.get(model, ()) if want.purpose is not Purpose.memory]
+
+    def lines_for(self, runner: Runner) -> list[Line]:
+        """Return the lines that wait for this runner's load, or that it could serve now."""
+        return [line for line in self.lines_of(runner.model) if runner_serves(runner, line.want)]
+
+    def expected_at(self, runner: Runner) -> float:
+        """Return when a load is expected to be over, by those before it; infinite where none is known."""
+        usual_s = self.models[runner.model].usual_load_s(runner.placement.gpu_layers)
+        return math.inf if usual_s is None else runner.launched_at + usual_s
+
+    def pinned(self, runner: Runner) -> bool:
+        """Tell whether a runner may not be moved for others; one that is on its way out is moved already."""
+        return runner.state is not EXPIRING and self.models[runner.model].pinned
+
+    def max_runners(self) -> int:
+        """Return the limit on live processes: as set, or three a GPU and at least three, as the devices are now.
+
+        Where none is set, those that cannot be moved do not count: what fits into memory would be refused for them.
+        """
+        if self.limits.max_runners:
+            return self.limits.max_runners
+        unmovable = sum(map(self.is_unmovable, self.runners.values()))
+        return 3 * max(1, sum(sample.kind == "gpu" for sample in self.ledger.devices.values())) + unmovable
+
+    def is_overdue(self, runner: Runner) -> bool:
+        """Tell whether a runner that was given up ought to be gone; it may never end, and nobody counts on it."""
+        return runner.state is EXPIRING and runner.process and self.now >= runner.due_at
+
+    def is_stuck(self, runner: Runner) -> bool:
+        """Tell whether it is overdue although nobody holds it: it does not end as it was told."""
+        return self.is_overdue(runner) and not runner.leases
+
+    def is_unmovable(self, runner: Runner) -> bool:
+        """Tell whether nobody can be given its place or its memory, as far as is known."""
+        return self.pinned(runner) or self.is_stuck(runner)
+
+    def overfull(self) -> bool:
+        """Tell whether more may be alive than the limit that is set, or more be held than there is since it shrank."""
+        return bool(self.ledger.shrunk) or 0 < self.limits.max_runners < self.processes
+
+    def check(self) -> None:
+        """Raise AssertionError where an invariant does not hold; for tests and searches, after every step."""
+        leases, processes, working = set[RequestId](), 0, 0
+        for runner in self.runners.values():
+            self._check_runner(runner)
+            leases |= runner.leases
+            processes += runner.process
+            working += runner.state is READY and runner.on_host
+        queued = [request for line in self.lines.values() for request in line.requests.values()]
+        assert len(queued) == self.queued, "the queue is miscounted"
+        assert self.turns == sorted(self.turn(line.head) for line in self.lines.values()), "a line is out of turn"
+        listed = [want for model, wants in self.wants.items() for want in wants if want.model == model]
+        wanted = len(listed) == len(self.lines) and all(want in self.lines for want in listed)
+        assert wanted and all(self.wants.values()), "a line is under no model, or another's"
+        assert processes == self.processes, "the processes are miscounted"
+        assert all(line.requests for line in self.lines.values()), "an empty line"
+        assert all(request.state is RequestState.queued for request in queued), "answered, but still in a line"
+        held = {id for id, request in self.requests.items() if request.state is RequestState.granted}
+        assert held | {request.id for request in queued} == set(self.requests), "neither queued nor granted"
+        owners = {("runner", id) for id in self.runners} | {("memory", id) for id in held - leases}
+        assert owners == set(self.ledger.accounts), "an account without an owner, or the other way round"
+        for device, sample in self.ledger.devices.items():
+            promised = self.ledger.promised_bytes(device)
+            fits = promised <= sample.capacity_bytes
+            assert fits or device in self.ledger.shrunk, f"{device}: promised more than there is"
+        assert working == self.working <= self.most_working, "those at work are miscounted"
+        assert not (self.closing and self.lines), "somebody waits for a closed scheduler"
+        loaded = [runner for runner in self.runners.values() if runner.current and runner.state is not LOADING]
+        assert not any(map(self.lines_for, loaded)), "somebody waits for what is there"
+        self._check_claims()
+        waited_for = {want.model for want in self.lines}
+        ahead = [model for model, _ in self.prefetching]
+        assert waited_for.issuperset(ahead), "a file is read ahead for nobody"
+        read = sum(size > 0 for _, size in self.prefetching)  # the others keep their places in the order alone
+        assert len(set(ahead)) == len(ahead) and read <= self.limits.prefetches, "more files are read ahead than may be"
+
+    def _check_runner(self, runner: Runner) -> None:
+        assert runner.state is not UNLOADED, f"{runner} is unloaded but listed"
+        assert (runner.state is READY) <= bool(runner.leases), f"{runner} is ready without a lease"
+        assert bool(runner.leases) <= (runner.state in (READY, EXPIRING)), f"{runner} holds leases it may not"
+        assert runner.current == (self.models[runner.model].current is runner), f"{runner}: not its model's current one"
+        assert runner.process or (runner.state is EXPIRING and not runner.leases), f"{runner} serves without a process"
+        default = runner.keep_alive_s == self.limits.keep_alive_s
+        assert default or not runner.keeps_default, f"{runner}: neither the default nor one named"
+        assert not (runner.stopping and runner.leases), f"{runner} is stopped in use"
+        lingers = runner.process and runner.state is EXPIRING and not runner.leases and not runner.stopping
+        assert not lingers, f"{runner} is neither in use nor stopped"
+        for lease in runner.leases:
+            assert self.requests[lease].runner == runner.id, f"lease {lease} is on another runner"
+        account = self.ledger.accounts["runner", runner.id]
+        for device, promised in account.promised.items() if account.settled else ():
+            most = account.peak.get(device, promised) + account.to_come.get(device, 0)
+            assert promised <= most, f"{runner}: more is promised than was measured"
+        assert account.settled <= (runner.loaded_at is not None), f"{runner} has settled before it served"
+        timed = runner.state is IDLE and runner.keep_alive_s < math.inf and not self.models[runner.model].pinned
+        assert timed == (self.timers.at(("keep-alive", runner.id)) < math.inf), f"{runner}: keep-alive clock"
+        assert (runner.state is LOADING) == (self.timers.at(("load", runner.id)) < math.inf), f"{runner}: load clock"
+
+    def _check_claims(self) -> None:
+        under = [runner for runner in self.runners.values() if runner.claim]
+        numbers = {*self.claims, *(runner.claim for runner in under)}
+        assert len(numbers) == len(self.claims) + len(under), "a claim is used twice"
+        assert all(number < self.next_claim for number in numbers), "a claim that was never made"
+        assert len(self.claims) <= len(self.lines), "a claim for nobody"
+        for claim in self.claims.values():
+            assert not claim.had and claim.devices, f"{claim}: had, but nothing was launched"
+            assert self.timers.at(("claim", claim.number)) == claim.by, f"{claim}: nothing ends the wait for it"
+        for runner in under:
+            assert runner.process and runner.loaded_at is None, f"{runner} keeps devices that it needs no more"
+            timed = self.timers.at(("claim", runner.claim)) < math.inf
+            assert timed == runner.stopping, f"{runner}: how long it keeps its devices"
+
+    def copy(self) -> Pool:
+        """Return an independent copy; what is immutable is shared."""
+        runners = {id: runner.copy() for id, runner in self.runners.items()}
+        requests = {id: request.copy() for id, request in self.requests.items()}
+        lines = {
+            want: Line(want, {id: requests[id] for id in line.requests}, line.waits_for, line.until, line.told)
+            for want, line in self.lines.items()
+        }
+        return Pool(
+            self.limits,
+            self.ledger.copy(),
+            {id: model.copy(runners) for id, model in self.models.items()},
+            runners,
+            requests,
+            lines,
+            list(self.turns),
+            {model: list(wants) for model, wants in self.wants.items()},
+            self.timers.copy(),
+            self.queued,
+            self.processes,
+            self.next_runner,
+            self.samples,
+            self.closing,
+            self.now,
+            {number: replace(claim) for number, claim in self.claims.items()},
+            self.next_claim,
+            self.prefetching,
+            self.working,
+            self.most_working,
+            dict(self.rests),
+        )

@@ -1,0 +1,30 @@
+"""The queued requests that want the same, and the order in which they are planned."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+from fsm.machine.request import Request, RequestId, Want
+
+Turn = tuple[float, RequestId]  # the earlier the smaller
+
+
+@dataclass(slots=True, eq=False)
+class Line:
+    """The queued requests that want the same, in the order in which they came; never empty."""
+
+    want: Want
+    requests: dict[RequestId, Request] = field(default_factory=dict)
+    waits_for: str = "its turn"  # in words, as of the last plan
+    until: float = math.inf  # when that is expected to be over, or looked at again; infinite: unknown
+    told: str = ""  # what was last noted of it in the journal
+
+    def wait(self, reason: str, until: float = math.inf) -> None:
+        """Say what it waits for, and until when as far as that is known."""
+        self.waits_for, self.until = reason, until
+
+    @property
+    def head(self) -> Request:
+        """The one that has waited longest."""
+        return next(iter(self.requests.values()))

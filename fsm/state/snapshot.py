@@ -1,0 +1,138 @@
+"""What can be seen of the pool from outside: frozen values, safe to keep and to hand on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from fsm.domain.devices import Amounts, DeviceId
+from fsm.domain.model_info import Options
+from fsm.machine.request import ModelId, Purpose, RequestId
+from fsm.machine.runner import RunnerId, RunnerState
+from fsm.state.core_state import Pool
+from fsm.state.memory_ledger import Account
+
+
+@dataclass(frozen=True, slots=True)
+class RunnerView:
+    """One runner; times are seconds of the scheduler's clock, memory is bytes by device."""
+
+    id: RunnerId
+    model: ModelId
+    state: RunnerState
+    leases: int
+    options: Options
+    promised: Amounts
+    resident: Amounts  # as last measured; empty: not yet
+    predicted: Amounts  # at its launch; or what a runner like it took, where one has lived
+    peak: Amounts  # the most that was measured
+    held: Amounts  # what counts as taken: the larger of what is promised and measured
+    mapped_bytes: int  # of the host's that are resident: pages of files
+    settled: bool  # it has filled a context: what was measured has replaced what was predicted
+    gpu_layers: Amounts  # layers by GPU
+    keep_alive_s: float
+    expires_at: float  # infinite unless its keep-alive clock runs
+    launched_at: float
+    loaded_at: float | None
+    pinned: bool
+    process: bool  # its process may be alive
+    due_at: float  # when it ought to be gone; infinite unless it is expiring
+
+
+@dataclass(frozen=True, slots=True)
+class WaitView:
+    """One waiting request."""
+
+    request: RequestId
+    model: ModelId
+    purpose: Purpose
+    position: int  # 0: first
+    queued_at: float
+    waits_for: str
+    until: float  # when that is expected to be over, or looked at again; infinite: unknown
+    gives_up_at: float  # infinite: it has no time limit of its own
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceView:
+    """One device's account, in bytes."""
+
+    id: DeviceId
+    kind: Literal["cpu", "gpu"]
+    name: str
+    capacity_bytes: int
+    reported_free_bytes: int
+    held_bytes: int  # promised, or measured where that is more
+    free_bytes: int  # what can still be promised
+    missing_bytes: int  # what of our part others hold: by so much less can be promised
+    integrated: bool = False  # a GPU that shares the host's memory: these are the host's figures once more
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """Everything at one moment."""
+
+    at: float
+    runners: tuple[RunnerView, ...]
+    queue: tuple[WaitView, ...]
+    devices: tuple[DeviceView, ...]
+    closing: bool
+
+
+def take_snapshot(pool: Pool) -> Snapshot:
+    """Return what `pool` is like now."""
+    return Snapshot(pool.now, _runners(pool), _queue(pool), _devices(pool), pool.closing)
+
+
+def _runners(pool: Pool) -> tuple[RunnerView, ...]:
+    views = []
+    for runner in pool.runners.values():
+        account = pool.ledger.accounts["runner", runner.id]
+        view = RunnerView(
+            runner.id, runner.model, runner.state, len(runner.leases), runner.options, tuple(account.promised.items()),
+            tuple(account.resident.items()), runner.placement.bytes, tuple(account.peak.items()), _held(account),
+            account.mapped_bytes, account.settled, runner.placement.gpu_layers, runner.keep_alive_s,
+            pool.timers.at(("keep-alive", runner.id)), runner.launched_at, runner.loaded_at,
+            pool.models[runner.model].pinned, runner.process, runner.due_at,
+        )  # fmt: skip
+        views.append(view)
+    return tuple(views)
+
+
+def _held(account: Account) -> Amounts:
+    return tuple((device, account.held_bytes(device)) for device in sorted({*account.promised, *account.peak}))
+
+
+def _queue(pool: Pool) -> tuple[WaitView, ...]:
+    waiting = [(line, request) for line in pool.lines_in_order() for request in line.requests.values()]
+    return tuple(
+        WaitView(
+            request.id,
+            request.want.model,
+            request.want.purpose,
+            position,
+            request.queued_at,
+            line.waits_for,
+            line.until,
+            gives_up_at=pool.timers.at(("request", request.id)),
+        )
+        for position, (line, request) in enumerate(waiting)
+    )
+
+
+def _devices(pool: Pool) -> tuple[DeviceView, ...]:
+    ledger = pool.ledger
+    return tuple(
+        DeviceView(
+            id,
+            sample.kind,
+            sample.name,
+            sample.capacity_bytes,
+            sample.free_bytes,
+            ledger.held_bytes(sample.memory),
+            ledger.free_bytes(sample.memory),
+            ledger.missing_bytes(sample.memory),
+            sample.integrated,
+        )
+        for id, sample in ledger.devices.items()
+    )

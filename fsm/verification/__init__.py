@@ -1,0 +1,1 @@
+"""Model checker, simulation and auditor: proof tools, imported by the command `explore` alone."""

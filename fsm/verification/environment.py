@@ -1,0 +1,314 @@
+"""A small world around a core: which events may come next, and which come where nothing goes wrong."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+
+from fsm.core import Core
+from fsm.domain.devices import HOST, Amounts, DeviceSample
+from fsm.domain.model_info import ModelInfo
+from fsm.machine.request import ModelId, RequestId, RequestState, Want
+from fsm.machine.runner import LOADING, Runner, RunnerId
+from fsm.messages.commands import Claim, Command, Launch
+from fsm.messages.events import (
+    Acquire,
+    Cancel,
+    Claimed,
+    Close,
+    Configure,
+    Contended,
+    Event,
+    Exited,
+    Expire,
+    Filled,
+    Inspected,
+    Loaded,
+    OutOfMemory,
+    Pin,
+    Progress,
+    Release,
+    Sampled,
+    Tick,
+    Unpin,
+    Unresponsive,
+)
+from fsm.sizing.footprint import Footprint
+from fsm.state.core_config import Limits
+from fsm.state.core_state import Pool
+
+CLOSE_S = 30.0  # how long a Close lets leases last
+AT_ONCE_S = 0.0  # how long one that comes after it does
+FAILED, KILLED = 1, -9  # exit statuses of a load that failed, and of one that the kernel ended
+
+
+@dataclass(frozen=True, slots=True)
+class Scenario:
+    """What there is, and what may happen; the fewer of each, the more of it can be searched."""
+
+    name: str
+    about: str  # in words
+    devices: Amounts  # capacities, the host first
+    models: tuple[tuple[ModelId, Footprint | ModelInfo], ...]
+    wants: tuple[Want, ...]  # what may be asked for
+    requests: int  # most that are queued or granted at once
+    most: int  # states that are enough of it
+    limits: Limits = field(default_factory=Limits)
+    keep_alives_s: tuple[float | None, ...] = (None,)  # that a request may name
+    timeouts_s: tuple[float | None, ...] = (None,)
+    out_of_memory: bool = False  # loads may run out of memory, and runners that serve
+    hangs: bool = False  # runners may stop answering, and loads show that they are alive
+    fills: bool = False  # contexts may be filled, after which what was measured counts
+    pins: bool = False
+    expires: bool = True  # somebody may ask for a model to leave
+    closes: bool = True
+    other_devices: Amounts = ()  # the devices may come to these capacities, and back again
+    configures: tuple[Configure, ...] = ()  # limits may be changed like this
+    strangers_bytes: int = 0  # of each GPU, that other programs may take while memory is waited for
+
+
+@dataclass(frozen=True, slots=True)
+class Past:
+    """The highest number of each kind that was ever in use, as the world remembers it; the core's word is not taken."""
+
+    requests: int = 0
+    runners: int = 0
+    claims: int = 0
+
+    def after(self, event: Event, commands: list[Command]) -> Past:
+        """Return what is remembered after a step."""
+        past = self
+        if isinstance(event, Acquire) and event.request > past.requests:
+            past = replace(past, requests=event.request)
+        for command in commands:
+            match command:
+                case Launch(runner):
+                    past = replace(past, runners=max(past.runners, runner))
+                case Claim(number):
+                    past = replace(past, claims=max(past.claims, number))
+                case _:
+                    pass
+        return past
+
+
+def begin(core: Core, scenario: Scenario) -> None:
+    """Have a new core read the scenario's devices."""
+    core.step(0.0, sampled(core, scenario))
+
+
+def kinds(scenario: Scenario) -> Mapping[ModelId, object]:
+    """Return what each model is to the scenario: those of one kind may be exchanged for one another."""
+    return {
+        id: (info, frozenset(replace(want, model=ModelId("")) for want in scenario.wants if want.model == id))
+        for id, info in scenario.models
+    }
+
+
+def moments(pool: Pool) -> Iterator[float]:
+    """Yield every time at which something may become true without an event, past ones too: deadlines and bounds."""
+    yield from (at for at, _ in pool.timers.items())
+    for model in pool.models.values():
+        yield model.blocked_until
+        if model.failures and model.current is not None and model.current.loaded_at is not None:
+            yield model.current.loaded_at + pool.limits.good_life_s
+
+
+def time_of(core: Core, event: Event) -> float:
+    """Return when an event comes: now, or for a Tick at the first moment that is ahead."""
+    now = core.pool.now
+    if not isinstance(event, Tick) or any(at <= now for at, _ in core.pool.timers.items()):
+        return now
+    return min((at for at in moments(core.pool) if now < at < math.inf), default=now)
+
+
+def possible(core: Core, scenario: Scenario, past: Past) -> Iterator[Event]:
+    """Yield every event that may come next."""
+    pool = core.pool
+    yield from _asked(pool, scenario, past)
+    for request in pool.requests.values():
+        if request.state is RequestState.granted:
+            yield Release(request.id)
+        yield Cancel(request.id)  # of who was granted: the Grant and their leaving crossed
+    for model in pool.models.values():
+        if model.inspecting:
+            yield _inspected(model.id, scenario)
+        if scenario.expires and model.current is not None:
+            yield Expire(model.id)
+        if scenario.pins:
+            yield Unpin(model.id) if model.pinned else Pin(model.id)
+    for runner in pool.runners.values():
+        if runner.process:
+            yield from _of_a_process(pool, runner, scenario)
+    yield from _readings(core, scenario)
+    for claim in pool.claims.values():
+        yield Claimed(claim.number)
+        if not claim.contended:
+            yield Contended(claim.number)
+    if pool.timers.items() or time_of(core, Tick()) > pool.now:
+        yield Tick()
+    yield from scenario.configures
+    if scenario.closes:
+        yield Close(AT_ONCE_S if pool.closing else CLOSE_S)
+
+
+def late(core: Core, past: Past) -> Iterator[Event]:
+    """Yield what may come although its time is over, of the latest lives that have ended; none of it changes anything.
+
+    A request that is known asks again, one that is over or still waits is released, a process that is gone has its say,
+    one that serves says once more that it has loaded, and who closes what is closing already allows more time.
+    """
+    pool = core.pool
+    over = next(id for id in range(past.requests, -1, -1) if id not in pool.requests)
+    yield from (Release(RequestId(over)), Cancel(RequestId(over)))
+    known = next(iter(pool.requests.values()), None)
+    if known is not None:
+        yield Acquire(known.id, known.want)
+    for request in pool.requests.values():
+        if request.state is RequestState.queued:
+            yield Release(request.id)
+    for runner in pool.runners.values():
+        if runner.process and runner.loaded_at is not None:
+            yield from (_loaded(runner), Progress(runner.id))
+    alive = {runner.id for runner in pool.runners.values() if runner.process}
+    gone = RunnerId(next(id for id in range(past.runners, -1, -1) if id not in alive))
+    yield from (Loaded(gone), Progress(gone), Filled(gone), OutOfMemory(gone))
+    yield from (Unresponsive(gone, ""), Exited(gone, None))
+    numbers = {*pool.claims, *(runner.claim for runner in pool.runners.values() if runner.claim)}
+    ended = next(number for number in range(past.claims, -1, -1) if number not in numbers)
+    yield from (Claimed(ended), Contended(ended))
+    for model in pool.models.values():
+        if not model.inspecting and model.info is not None:
+            yield Inspected(model.id, model.info)
+        if model.current is None:
+            yield Expire(model.id)
+    if pool.closing:
+        yield Close(math.inf)
+
+
+def next_in_order(core: Core, scenario: Scenario) -> Event | None:
+    """Return what comes next where nothing goes wrong, nobody new asks and nobody leaves; None: all is over.
+
+    Leases are given back once nothing else is under way, and models asked to leave once nobody waits. A pool that is
+    closed gets no such help: no claim is had, nothing loads, no lease comes back, and time passes for the leases alone.
+    """
+    pool = core.pool
+    for model in pool.models.values():
+        if model.inspecting:
+            return _inspected(model.id, scenario)
+    if not pool.closing:
+        for claim in pool.claims.values():
+            return Claimed(claim.number)
+        for runner in pool.runners.values():
+            if runner.process and runner.loaded_at is None and not runner.stopping:
+                return _loaded(runner)
+    for runner in pool.runners.values():
+        if runner.process and runner.stopping:
+            return Exited(runner.id, 0)
+    gone = [runner for runner in pool.runners.values() if not runner.process]
+    if gone:
+        reading = sampled(core, scenario)
+        read = pool.ledger.copy()
+        read.sample(reading.devices)
+        back = any(all(read.for_us_bytes(gpu) >= for_us for gpu, for_us in runner.awaited.items()) for runner in gone)
+        return reading if back else Tick()  # what others took meanwhile hides it: the wait ends by itself
+    if pool.closing:
+        return Tick() if any(runner.leases for runner in pool.runners.values()) else None
+    for request in pool.requests.values():
+        if request.state is RequestState.granted:
+            return Release(request.id)
+    if pool.lines:
+        return Tick()
+    for model in pool.models.values():
+        if model.current is not None:
+            return Expire(model.id)
+    return None
+
+
+def sampled(
+    core: Core,
+    scenario: Scenario,
+    *,
+    back: bool = True,
+    early: bool = False,
+    capacities: Amounts = (),
+    strangers_bytes: int = 0,
+) -> Sampled:
+    """Return what a reading of the devices finds: what a loaded process occupies is gone from what is free.
+
+    With `back=False` the memory of processes that are gone is still missing; an `early` reading began before they went.
+    Other programs hold `strangers_bytes` of each GPU.
+    """
+    now = tuple((sample.id, sample.capacity_bytes) for sample in core.pool.ledger.devices.values())
+    capacities = capacities or now or scenario.devices
+    free = dict(capacities)
+    resident = []
+    for runner in core.pool.runners.values():
+        if runner.loaded_at is not None and (runner.process or not back):
+            for device, size in runner.placement.bytes:
+                free[device] -= size
+        if runner.loaded_at is not None and (runner.process or early):
+            resident.append((runner.id, runner.placement.bytes))
+    devices = tuple(
+        DeviceSample(id, "gpu", id, size, max(0, free[id] - strangers_bytes))
+        if id != HOST
+        else DeviceSample(id, "cpu", id, size, max(0, free[id]))
+        for id, size in capacities
+    )
+    number = core.pool.samples
+    if early:
+        number = min(runner.last_sample for runner in core.pool.runners.values() if not runner.process) - 1
+    return Sampled(devices, tuple(resident), number)
+
+
+def _asked(pool: Pool, scenario: Scenario, past: Past) -> Iterator[Event]:
+    if len(pool.requests) >= scenario.requests:
+        return
+    request = RequestId(past.requests + 1)
+    if pool.closing:
+        yield from (Acquire(request, want) for want in scenario.wants)
+        return
+    for want in scenario.wants:
+        for keep_alive_s in scenario.keep_alives_s:
+            for timeout_s in scenario.timeouts_s:
+                yield Acquire(request, want, keep_alive_s, timeout_s)
+
+
+def _readings(core: Core, scenario: Scenario) -> Iterator[Event]:
+    pool = core.pool
+    if any(not runner.process for runner in pool.runners.values()):
+        yield sampled(core, scenario)
+        yield sampled(core, scenario, back=False, early=True)
+        if any(runner.awaited for runner in pool.runners.values()):
+            yield sampled(core, scenario, back=False)
+            if scenario.strangers_bytes:
+                yield sampled(core, scenario, back=False, strangers_bytes=scenario.strangers_bytes)
+    if scenario.other_devices:
+        now = [sample.capacity_bytes for sample in pool.ledger.devices.values()]
+        others = [scenario.devices, scenario.other_devices]
+        yield from (sampled(core, scenario, capacities=one) for one in others if [size for _, size in one] != now)
+
+
+def _of_a_process(pool: Pool, runner: Runner, scenario: Scenario) -> Iterator[Event]:
+    """Yield what a process may do: load, even after it was told to stop; fail, run out of memory, hang, end."""
+    if runner.loaded_at is None:
+        yield _loaded(runner)
+        if scenario.out_of_memory and not runner.stopping:
+            yield Exited(runner.id, KILLED, "", out_of_memory=True)
+    elif scenario.out_of_memory and not runner.out_of_memory:
+        yield OutOfMemory(runner.id)
+    if scenario.fills and runner.loaded_at is not None and not pool.ledger.accounts["runner", runner.id].settled:
+        yield Filled(runner.id)
+    if scenario.hangs and runner.state is LOADING:
+        yield Progress(runner.id)
+    if scenario.hangs and not runner.stopping:
+        yield Unresponsive(runner.id, "it does not answer")
+    yield Exited(runner.id, 0 if runner.stopping else FAILED)
+
+
+def _loaded(runner: Runner) -> Loaded:
+    return Loaded(runner.id, None, runner.placement.bytes)
+
+
+def _inspected(model: ModelId, scenario: Scenario) -> Inspected:
+    return Inspected(model, dict(scenario.models)[model])

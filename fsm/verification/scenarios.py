@@ -1,0 +1,159 @@
+"""The named scenarios of the search: each is small, and about one thing."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+from fsm.domain.devices import HOST, MIB, DeviceId
+from fsm.domain.model_info import ModelInfo, Options
+from fsm.machine.request import ModelId, Purpose, Want
+from fsm.messages.events import Configure
+from fsm.sizing.footprint import Footprint
+from fsm.state.core_config import Limits
+from fsm.verification.environment import Scenario
+
+GIB = 1024 * MIB
+A, B, C = map(ModelId, "abc")
+GPU0, GPU1 = map(DeviceId, ("gpu0", "gpu1"))
+HOST_8 = ((HOST, 8 * GIB),)
+# All different, so that no two deadlines fall together by chance. Nothing rests for a time unless a scenario says so;
+# nothing is kept for its next user, which would be one more deadline of the kind of a residency, for every use;
+# memory is looked at once more before the wait for it is over: of times only the order is told apart, and a look every
+# quarter of a second would be the same state again and again.
+LIMITS = Limits(
+    keep_alive_s=math.inf, max_wait_s=20.0, min_residency_s=3.0, load_timeout_s=50.0, recovery_interval_s=4.0,
+    recovery_timeout_s=5.0, back_off_s=11.0, good_life_s=60.0, rest_part=0.0,
+)  # fmt: skip
+
+
+def _on_host(gib: int) -> Footprint:
+    return Footprint(fixed=((HOST, gib * GIB),))
+
+
+def _layered(layers: int, mib: int) -> Footprint:
+    return Footprint((mib * MIB,) * layers, (0,) * layers, process_bytes=64 * MIB)
+
+
+def _model(layers: int, mib: int) -> ModelInfo:
+    """Return the metadata of a model that can be had with more than one context."""
+    return ModelInfo(
+        architecture="llama", context_trained=8192, embedding_length=64, feed_forward_length=128, vocabulary=256,
+        heads=4, heads_kv=(2,) * layers, key_length=16, value_length=16, sliding_window=0,
+        layers_bytes=(mib * MIB,) * layers, input_bytes=MIB, output_bytes=MIB, file_bytes=(layers * mib + 2) * MIB,
+        embedding=False, vision=False,
+    )  # fmt: skip
+
+
+def _lease(model: ModelId, options: Options = Options(), priority: int = 0) -> Want:  # noqa: B008  # it is frozen
+    return Want(model, options, Purpose.lease, priority)
+
+
+def _preload(model: ModelId) -> Want:
+    return Want(model, Options(), Purpose.preload, 0)
+
+
+def _memory(gib: int) -> Want:
+    return Want(ModelId(""), Options(), Purpose.memory, 0, ((HOST, gib * GIB),))
+
+
+TWO_GPUS = ((HOST, 2 * GIB), (GPU0, 6 * GIB), (GPU1, 6 * GIB))
+ONE_PLACE = ((A, _on_host(6)), (B, _on_host(6)))
+EITHER = (_lease(A), _lease(B))
+SMALL, LARGE = Options(num_ctx=2048), Options(num_ctx=8192)
+
+SCENARIOS: tuple[Scenario, ...] = (
+    Scenario(
+        "one-place", "two models on a device that holds one, two requests",
+        HOST_8, ONE_PLACE, EITHER, 2, 400_000, LIMITS,
+    ),
+    Scenario(
+        "three-requests", "two models on a device that holds one, three requests",
+        HOST_8, ONE_PLACE, EITHER, 3, 200_000, LIMITS, expires=False,
+    ),
+    Scenario(
+        "four-requests", "two models on a device that holds one, four requests",
+        HOST_8, ONE_PLACE, EITHER, 4, 300_000, LIMITS, expires=False, closes=False,
+    ),
+    Scenario(
+        "all-at-once", "four requests, loads that run out of memory, models asked to leave, and the close",
+        HOST_8, ONE_PLACE, EITHER, 4, 100_000, LIMITS, out_of_memory=True,
+    ),
+    Scenario(
+        "two-gpus", "three models on two GPUs that hold one each, whose memory comes back late",
+        TWO_GPUS, tuple((model, _layered(2, 2048)) for model in (A, B, C)),
+        tuple(map(_lease, (A, B, C))), 3, 60_000, LIMITS, strangers_bytes=GIB,
+    ),
+    Scenario(
+        "reload", "a model with a small context and a large one, measured, beside another",
+        ((HOST, GIB), (GPU0, GIB)), ((A, _model(2, 200)), (B, _model(2, 200))),
+        (_lease(A, SMALL), _lease(A, LARGE), _lease(B)), 3, 40_000, LIMITS, fills=True,
+    ),
+    Scenario(
+        "read-ahead", "files that are read while a GPU is waited for, with more or less memory to spare",
+        ((HOST, GIB), (GPU0, GIB)), ((A, _model(2, 300)), (B, _model(2, 300))), EITHER, 3, 40_000, LIMITS,
+        other_devices=((HOST, 600 * MIB), (GPU0, GIB)), expires=False, closes=False,
+    ),
+    Scenario(
+        "keep-alive", "runners that rest for a time, for no time, and for ever",
+        HOST_8, ONE_PLACE, EITHER, 2, 40_000,
+        replace(LIMITS, keep_alive_s=70.0),
+        keep_alives_s=(None, 0.0, math.inf),
+    ),
+    Scenario(
+        "time-outs", "requests that wait for a limited time, or not at all",
+        HOST_8, ONE_PLACE, EITHER, 3, 40_000, LIMITS, timeouts_s=(None, 0.0, 7.0), expires=False, closes=False,
+    ),
+    Scenario(
+        "pins", "models that are pinned and let go, requests that are worth more than others",
+        HOST_8, ONE_PLACE, (*EITHER, _lease(B, priority=1)), 3, 50_000, LIMITS, pins=True, closes=False,
+    ),
+    Scenario(
+        "out-of-memory", "loads and runners that run out of memory, where two fit beside each other",
+        HOST_8, ((A, _on_host(4)), (B, _on_host(4))), EITHER, 2, 50_000, LIMITS, out_of_memory=True, closes=False,
+    ),
+    Scenario(
+        "hangs", "runners that answer no more, loads that are slow",
+        HOST_8, ONE_PLACE, EITHER, 2, 60_000, LIMITS, hangs=True,
+    ),
+    Scenario(
+        "own-memory", "memory of the program's own, and models that are loaded for later",
+        HOST_8, ((A, _on_host(4)), (B, _on_host(4))), (_lease(A), _preload(B), _memory(4)), 3, 50_000, LIMITS,
+        expires=False,
+    ),
+    Scenario(
+        "claims", "launches that claim their devices among all programs on the machine",
+        HOST_8, ((A, _on_host(6)), (B, _on_host(2))), EITHER, 2, 50_000,
+        replace(LIMITS, claims=True),
+    ),
+    Scenario(
+        "claims-of-both", "launches that claim one GPU, or two together",
+        TWO_GPUS, ((A, _layered(2, 4096)), (B, _layered(2, 2048))), EITHER, 3, 50_000,
+        replace(LIMITS, claims=True),
+    ),
+    Scenario(
+        "shrinking", "a device that shrinks and grows again",
+        HOST_8, ((A, _on_host(4)), (B, _on_host(4))), EITHER, 2, 40_000, LIMITS, other_devices=((HOST, 5 * GIB),),
+        closes=False,
+    ),
+    Scenario(
+        "moments-of-rest", "runners that are kept for their next user, and by what their load took",
+        HOST_8, ONE_PLACE, EITHER, 2, 40_000,
+        replace(LIMITS, min_residency_s=None, rest_part=0.1, rest_limit_s=1.0),
+        expires=False,
+    ),
+    Scenario(
+        "configure", "limits that are changed while everything runs, and a queue of one place",
+        HOST_8, ((A, _on_host(4)), (B, _on_host(4))), EITHER, 3, 50_000, LIMITS, expires=False, closes=False,
+        configures=(
+            Configure(max_queue=1, max_runners=1), Configure(max_queue=2, max_runners=2),
+            Configure(keep_alive_s=70.0), Configure(keep_alive_s=0.0),
+        ),
+    ),
+    Scenario(
+        "full-queue", "a queue of one place",
+        HOST_8, ONE_PLACE, EITHER, 3, 60_000,
+        replace(LIMITS, max_queue=1),
+        expires=False, closes=False,
+    ),
+)  # fmt: skip

@@ -1,0 +1,170 @@
+"""What there is in one seed of a simulation: devices, models, wishes, limits, a policy and the faults."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from random import Random
+
+from fsm.domain.devices import HOST, MIB, DeviceId, DeviceSample
+from fsm.domain.model_info import ModelInfo, Options
+from fsm.eviction.policies import Candidate, EvictionPolicy, KeepAliveOrder, LeastExpectedLoading, LeastRecentlyUsed
+from fsm.machine.request import ModelId, Purpose, Want
+from fsm.sizing.footprint import Footprint
+from fsm.state.core_config import Limits
+from fsm.verification.sim_faults import Faults, draw_faults
+
+GIB = 1024 * MIB
+CORES = 8  # of the host
+INTEGRATED = DeviceId("gpu-integrated")
+
+Info = Footprint | ModelInfo
+
+WISHES = (
+    Options(), Options(), Options(), Options(), Options(num_ctx=2048), Options(num_ctx=8192), Options(num_gpu=0),
+    Options(num_gpu=1), Options(num_gpu=99), Options(main_gpu=1), Options(num_parallel=2), Options(num_thread=2),
+    Options(num_ctx=10**6), Options(num_parallel=1000),
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Capricious:
+    """A policy of a user's own: any order, which changes with time, drops somebody now and then, and may raise."""
+
+    raises: bool
+    name: str = "capricious"
+
+    def order(self, now: float, candidates: Sequence[Candidate]) -> Sequence[Candidate]:
+        """Return them in an order that only its arguments decide."""
+        whim = int(now * 7)
+        if self.raises and whim % 5 == 0:
+            raise LookupError("nobody is to go")
+        ordered = sorted(candidates, key=lambda one: (one.runner * 31 + whim) % 17)
+        return ordered[: len(ordered) - (whim % 7 == 0)]
+
+
+@dataclass(frozen=True, slots=True)
+class Scene:
+    """What holds for a whole seed."""
+
+    limits: Limits
+    policy: EvictionPolicy
+    devices: tuple[DeviceSample, ...]  # all free, the host first
+    models: tuple[tuple[ModelId, Info], ...]
+    wants: tuple[Want, ...]  # the earlier ones are asked for more often
+    keep_alives_s: tuple[float | None, ...]  # that a request may name
+    timeouts_s: tuple[float | None, ...]
+    faults: Faults
+    arrival_s: float  # between two requests, on average
+    hold_s: float  # how long a lease is held, on average
+    load_s: float  # how long a load takes, on average
+    look_s: float  # between two readings of the devices
+
+
+def draw_scene(draw: Random) -> Scene:
+    """Return the scene of one seed."""
+    devices = _devices(draw)
+    models = tuple((ModelId(f"model-{number}"), draw_info(draw, devices)) for number in range(draw.randint(1, 6)))
+    names = tuple(name for name, _ in models)
+    return Scene(
+        limits=_limits(draw),
+        policy=_policy(draw),
+        devices=devices,
+        models=models,
+        wants=_wants(draw, names, devices),
+        keep_alives_s=draw.choice(((None,), (None, None, 0.0, 5.0, math.inf))),
+        timeouts_s=draw.choice(((None,), (None, None, 0.0, 10.0, 100.0))),
+        faults=draw_faults(draw),
+        arrival_s=draw.choice((0.1, 0.5, 2.0, 10.0)),
+        hold_s=draw.choice((0.1, 1.0, 10.0)),
+        load_s=draw.choice((0.5, 5.0)),
+        look_s=draw.choice((1.0, 1.0, 5.0, 20.0)),
+    )
+
+
+def draw_info(draw: Random, devices: Sequence[DeviceSample]) -> Info:
+    """Return a model: an object of declared bytes, layers of any size, or what is read from a GGUF file."""
+    most = sum(device.capacity_bytes for device in devices if not device.integrated)
+    size = max(MIB, int(most * 0.9 * draw.random() ** 3))
+    kind = draw.choice(("fixed", "layers", "gguf"))
+    if kind == "fixed":
+        on = draw.choice((HOST, HOST, devices[-1].id))
+        return Footprint(fixed=((on, size),))
+    layers = draw.randint(1, 4)
+    if kind == "layers":
+        each, host = size // (layers + 1), min(size // 4, 200 * MIB)
+        return Footprint((each,) * layers, (each // 8,) * layers, each, 0, each // 8, process_bytes=host)
+    return _model_info(draw, layers, size)
+
+
+def _model_info(draw: Random, layers: int, size: int) -> ModelInfo:
+    return ModelInfo(
+        architecture=draw.choice(("llama", "qwen3next")),
+        context_trained=draw.choice((4096, 131072)),
+        embedding_length=1024,
+        feed_forward_length=2048,
+        vocabulary=32000,
+        heads=16,
+        heads_kv=(4,) * layers,
+        key_length=64,
+        value_length=64,
+        sliding_window=0,
+        layers_bytes=(size // (layers + 1),) * layers,
+        input_bytes=size // (layers + 1) // 2,
+        output_bytes=size // (layers + 1) // 2,
+        file_bytes=size,
+        embedding=draw.random() < 0.1,
+        vision=draw.random() < 0.1,
+    )
+
+
+def _devices(draw: Random) -> tuple[DeviceSample, ...]:
+    capacity = draw.choice((2, 4, 8, 32)) * GIB
+    devices = [DeviceSample(HOST, "cpu", "host", capacity, capacity, cores=CORES)]
+    for number in range(draw.choice((0, 0, 1, 1, 2, 3))):
+        size = draw.choice((1, 4, 8)) * GIB
+        instance = draw.random() < 0.05
+        devices.append(DeviceSample(DeviceId(f"gpu{number}"), "gpu", f"gpu {number}", size, size, False, instance))
+    if draw.random() < 0.15:
+        devices.append(DeviceSample(INTEGRATED, "gpu", "integrated", capacity, capacity, integrated=True))
+    return tuple(devices)
+
+
+def _limits(draw: Random) -> Limits:
+    return Limits(
+        max_queue=0 if draw.random() < 0.03 else draw.choice((3, 8, 16, 32)),
+        max_runners=draw.choice((0, 0, 1, 2, 4)),
+        keep_alive_s=draw.choice((0.0, 5.0, 300.0, math.inf)),
+        max_wait_s=draw.choice((2.0, 30.0, 120.0)),
+        min_residency_s=draw.choice((None, None, 0.0, 10.0)),
+        load_timeout_s=draw.choice((30.0, 300.0)),
+        loads_per_gpu=draw.choice((1, 2)),
+        loads_on_host=draw.choice((1, 2)),
+        priority_s=draw.choice((0.0, 60.0)),
+        defaults=draw.choice((Options(), Options(), Options(num_ctx=65536))),
+        spread=draw.random() < 0.1,
+        require_gpu=draw.random() < 0.1,
+        claims=draw.random() < 0.3,
+        remembers=draw.random() < 0.3,
+        claim_timeout_s=draw.choice((5.0, 60.0)),
+    )
+
+
+def _policy(draw: Random) -> EvictionPolicy:
+    order = LeastRecentlyUsed(), KeepAliveOrder(), Capricious(False), Capricious(True)
+    return draw.choice((LeastExpectedLoading(), *order))
+
+
+def _wants(draw: Random, names: Sequence[ModelId], devices: Sequence[DeviceSample]) -> tuple[Want, ...]:
+    wants = []
+    for _ in range(draw.randint(1, 3)):
+        for name in names:
+            purpose = Purpose.preload if draw.random() < 0.1 else Purpose.lease
+            wants.append(Want(name, draw.choice(WISHES), purpose, draw.choice((0, 0, 0, 1, -2))))
+    for _ in range(draw.choice((0, 0, 1, 2))):
+        device = draw.choice(devices)
+        amount = int(device.capacity_bytes * draw.random() ** 2)
+        wants.append(Want(ModelId(""), Options(), Purpose.memory, 0, ((device.id, amount),)))
+    draw.shuffle(wants)
+    return tuple(wants)

@@ -1,0 +1,410 @@
+"""The world of a simulation: clients, processes, devices and files on virtual time, with their faults.
+
+It is told what the core said to do, and answers with events, each at its time. What has happened meanwhile may have
+made an event late: the world does not hold it back.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from heapq import heappop, heappush
+from random import Random
+
+from fsm.domain.devices import HOST, DeviceId, DeviceSample
+from fsm.machine.request import ModelId, Purpose, RequestId
+from fsm.machine.runner import RunnerId
+from fsm.messages.commands import (
+    Ask,
+    Claim,
+    Command,
+    Finish,
+    Grant,
+    Inspect,
+    Launch,
+    Prefetch,
+    Reject,
+    Remember,
+    Revoke,
+    Sample,
+    Stop,
+    Unclaim,
+)
+from fsm.messages.events import (
+    Acquire,
+    Cancel,
+    Claimed,
+    Close,
+    Configure,
+    Contended,
+    Event,
+    Exited,
+    Expire,
+    Filled,
+    Inspected,
+    Loaded,
+    OutOfMemory,
+    Pin,
+    Progress,
+    Release,
+    Resident,
+    Sampled,
+    Unpin,
+    Unresponsive,
+)
+from fsm.messages.refusals import InvalidModel, ModelNotFound
+from fsm.verification.sim_config import INTEGRATED, Info, Scene, draw_info
+
+Thunk = Callable[[], Event | None]
+
+SLOWER = 30  # a slow load takes so many times as long
+LONGER = 20  # who forgets holds a lease so many times as long
+LIFE_S = 60.0  # of a process that serves, on average, before what goes wrong goes wrong
+LONG_S = 1000.0  # within which what comes very late comes
+LOST_S = 5000.0  # how long memory is missing that is lost
+CHANGES_S = 15.0  # between two changes of a device, on average
+CRASHED, KILLED = -11, -9
+
+# What may come once more. An Acquire is not: its id would be used again once it is over.
+REPEATABLE = frozenset(
+    (
+        Cancel, Release, Inspected, Progress, Loaded, Filled, OutOfMemory, Unresponsive,
+        Exited, Sampled, Contended, Claimed, Close,
+    )
+)  # fmt: skip
+
+
+@dataclass(slots=True, eq=False)
+class Process:
+    """One that was launched and has not ended."""
+
+    launch: Launch
+    takes: dict[DeviceId, int]  # bytes, once it is loaded
+    begun: float
+    load_s: float  # infinite: it hangs
+    loaded: bool = False
+
+    def resident(self, now: float) -> Resident:
+        """Return what it occupies: while it loads, more with time."""
+        if self.loaded:
+            return tuple(self.takes.items())
+        part = min(1.0, (now - self.begun) / self.load_s)
+        return tuple((device, int(size * part)) for device, size in self.takes.items())
+
+
+@dataclass(slots=True)
+class Ghost:
+    """Memory of a process that has ended, which the devices do not show as free yet."""
+
+    until: float
+    amounts: dict[DeviceId, int]
+
+
+@dataclass(slots=True)
+class World:
+    """Everything around a core; `heap` is never empty."""
+
+    scene: Scene
+    draw: Random
+    now: float = 0.0
+    heap: list[tuple[float, int, Thunk]] = field(default_factory=list)
+    processes: dict[RunnerId, Process] = field(default_factory=dict)
+    files: dict[ModelId, Info] = field(default_factory=dict)
+    ghosts: list[Ghost] = field(default_factory=list)
+    strangers: dict[DeviceId, int] = field(default_factory=dict)
+    capacities: dict[DeviceId, int] = field(default_factory=dict)
+    missing: set[DeviceId] = field(default_factory=set)
+    last: dict[DeviceId, DeviceSample] = field(default_factory=dict)  # as they were read last
+    asked: dict[RequestId, Purpose] = field(default_factory=dict)  # until refused or given back
+    requests: int = 0
+    preloads: int = 0  # granted
+    launched: int = 0  # the last runner
+    wanted: int = 0  # the last Sample that was asked for
+    posted_at: float = 0.0  # readings come in the order in which they were begun
+    _numbers: itertools.count[int] = field(default_factory=itertools.count)
+
+    def begin(self) -> None:
+        """Have the devices read, and clients come."""
+        self.files.update(self.scene.models)
+        self.capacities.update((device.id, device.capacity_bytes) for device in self.scene.devices)
+        self.after(0.0, lambda: self._sampled(0))
+        self.after(0.01, self._client)
+        self.after(self.scene.look_s, self._look)
+        self.after(CHANGES_S, self._change_devices)
+
+    def after(self, delay_s: float, thunk: Thunk) -> None:
+        """Have something happen later."""
+        heappush(self.heap, (self.now + delay_s, next(self._numbers), thunk))
+
+    def next_at(self) -> float:
+        """Return when something happens next."""
+        return self.heap[0][0]
+
+    def next_event(self) -> Event | None:
+        """Let what is next happen; return what the core is to be told of it, if anything."""
+        at, _, thunk = heappop(self.heap)
+        self.now = max(self.now, at)
+        event = thunk()
+        if event is not None and type(event) in REPEATABLE and self._happens(self.scene.faults.duplicate):
+            delay_s = 0.0 if isinstance(event, Sampled) else self._about(self.draw.choice((0.1, 5.0, 100.0)))
+            self.after(delay_s, lambda: event)
+        return event
+
+    def perform(self, command: Command) -> None:
+        """Carry out what the core said to do: what comes of it comes later."""
+        match command:
+            case Grant(id, runner):
+                self._granted(id)
+            case Reject(id) | Revoke(id):
+                self.asked.pop(id, None)
+            case Launch():
+                self._launch(command)
+            case Stop(runner):
+                late = self._happens(self.scene.faults.stuck)
+                self.after(self._about(LONG_S / 2 if late else 0.3), lambda: self._exit(runner, 0))
+            case Sample(number):
+                self.wanted = number
+                self.after(self._about(0.05), lambda: self._read(number))
+            case Inspect(model):
+                self.after(self._about(0.05), lambda: self._inspect(model))
+            case Claim(number):
+                self._claim(number)
+            case Ask(_, requests):
+                for id in requests:
+                    if self.draw.random() < 0.3:
+                        self.after(self._about(0.1), lambda id=id: self._give_back(id))  # type: ignore[misc]  # binds now
+            case Unclaim() | Prefetch() | Remember() | Finish():
+                pass
+
+    def _happens(self, rate: float) -> bool:
+        return rate > 0.0 and self.draw.random() < rate
+
+    def _about(self, mean_s: float) -> float:
+        return mean_s * 2.0 * self.draw.random()
+
+    # -- clients ------------------------------------------------------------------------------------------------------
+
+    def _client(self) -> Event | None:
+        """Somebody asks, or meddles."""
+        faults = self.scene.faults
+        self.after(self._about(self.scene.arrival_s), self._client)
+        if self._happens(faults.floods / 10):
+            for _ in range(self.draw.randrange(5, 40)):
+                self.after(self._about(0.01), self._ask)
+        if self._happens(faults.meddles / 4):
+            return self._meddle()
+        if self._happens(faults.closes / 100):
+            return Close(self.draw.choice((0.0, 5.0, 30.0)))
+        return self._ask()
+
+    def _ask(self) -> Event:
+        scene, draw = self.scene, self.draw
+        self.requests += 1
+        id = RequestId(self.requests)
+        want = scene.wants[int(len(scene.wants) * draw.random() ** 2)]
+        self.asked[id] = want.purpose
+        if self._happens(scene.faults.cancels):
+            self.after(self._about(draw.choice((0.01, 1.0, 60.0))), lambda: self._leave(id))
+        event = Acquire(id, want, draw.choice(scene.keep_alives_s), draw.choice(scene.timeouts_s))
+        if self._happens(scene.faults.duplicate):
+            self.after(self._about(1.0), lambda: event if id in self.asked else None)
+        return event
+
+    def _granted(self, id: RequestId) -> None:
+        if self.asked[id] is Purpose.preload:
+            del self.asked[id]
+            self.preloads += 1
+            return
+        faults = self.scene.faults
+        hold_s = self._about(self.scene.hold_s) * (LONGER if self._happens(faults.forgets) else 1)
+        self.after(hold_s, lambda: self._give_back(id))
+        if self._happens(faults.twice):
+            self.after(hold_s + self._about(1.0), lambda: self._give_back(id))
+
+    def _give_back(self, id: RequestId) -> Event:
+        self.asked.pop(id, None)
+        return Release(id)
+
+    def _leave(self, id: RequestId) -> Event:
+        self.asked.pop(id, None)
+        return Cancel(id)
+
+    def _meddle(self) -> Event:
+        draw = self.draw
+        model = draw.choice(self.scene.models)[0]
+        match draw.randrange(6):
+            case 0:
+                self.after(self._about(30.0), lambda: Unpin(model))
+                return Pin(model)
+            case 1:
+                keep_alive_s = draw.choice((None, None, 0.0, 20.0))
+                return Configure(draw.choice((None, 2, 9)), draw.choice((None, 0, 1, 3)), keep_alive_s)
+            case 2 | 3:
+                return self._stray()
+            case _:
+                return Expire(model)
+
+    def _stray(self) -> Event:
+        """A word about one of the last runners that nobody expects."""
+        id = RunnerId(max(1, self.launched - self.draw.randrange(4)))
+        kinds = (Progress(id), Filled(id), OutOfMemory(id), Unresponsive(id, "a stray"))
+        return self.draw.choice(kinds)
+
+    # -- processes ----------------------------------------------------------------------------------------------------
+
+    def _launch(self, launch: Launch) -> None:
+        faults, id = self.scene.faults, launch.runner
+        self.launched = id
+        load_s = self._about(self.scene.load_s) + 0.01
+        part = 1.0 + self.draw.random() / 4 if self._happens(faults.swollen) else 0.7 + 0.3 * self.draw.random()
+        takes = {device: int(size * part) for device, size in launch.placement.bytes}
+        process = self.processes[id] = Process(launch, takes, self.now, load_s)
+        if self._happens(faults.slow_load):
+            process.load_s *= SLOWER
+            self.after(10.0, lambda: self._progress(process))
+        if self._happens(faults.hung_load):
+            process.load_s = float("inf")
+            if self.draw.random() < 0.3:
+                self.after(self._about(10.0), lambda: Unresponsive(id, "it does not answer"))
+        elif self._happens(faults.failed_load):
+            code = self.draw.choice((1, None))
+            self.after(process.load_s, lambda: self._exit(id, code))
+        elif self._happens(faults.full_load):
+            if self.draw.random() < 0.5:
+                self.after(process.load_s / 2, lambda: OutOfMemory(id))
+            self.after(process.load_s, lambda: self._exit(id, KILLED, full=True))
+        else:
+            self.after(process.load_s, lambda: self._loaded(process))
+
+    def _progress(self, process: Process) -> Event | None:
+        id = process.launch.runner
+        if process.loaded or id not in self.processes or process.load_s == float("inf"):  # what hangs shows nothing
+            return None
+        self.after(10.0, lambda: self._progress(process))
+        return Progress(id)
+
+    def _loaded(self, process: Process) -> Event | None:
+        id, faults, draw = process.launch.runner, self.scene.faults, self.draw
+        if id not in self.processes:
+            return None
+        process.loaded = True
+        if self._happens(faults.crash):
+            self.after(self._about(LIFE_S), lambda: self._exit(id, CRASHED))
+        if self._happens(faults.hang):
+            self.after(self._about(LIFE_S), lambda: self._said(Unresponsive(id, "it does not answer")))
+        if self._happens(faults.full):
+            self.after(self._about(LIFE_S), lambda: self._said(OutOfMemory(id)))
+        if draw.random() < 0.5:
+            to_come = (
+                tuple((device, size // 8) for device, size in process.takes.items()) if draw.random() < 0.5 else ()
+            )
+            self.after(self._about(20.0), lambda: self._said(Filled(id, to_come)))
+        told = process.launch.options.num_ctx
+        context = told // 2 if told is not None and draw.random() < 0.05 else None
+        resident = tuple(process.takes.items()) if draw.random() < 0.8 else ()
+        mapped = int(process.takes.get(HOST, 0) * draw.random() / 2) if resident else 0
+        return Loaded(id, context, resident, mapped)
+
+    def _said(self, event: Unresponsive | OutOfMemory | Filled) -> Event | None:
+        return event if event.runner in self.processes else None
+
+    def _exit(self, id: RunnerId, code: int | None, *, full: bool = False) -> Event | None:
+        process = self.processes.pop(id, None)
+        if process is None:
+            return None
+        amounts = dict(process.resident(self.now))
+        if self._happens(self.scene.faults.memory_late):
+            self.ghosts.append(Ghost(self.now + self._about(5.0), amounts))
+        if self._happens(self.scene.faults.memory_lost / 4):
+            self.ghosts.append(Ghost(self.now + LOST_S, amounts))
+        return Exited(id, code, "", full)
+
+    # -- files and other programs -------------------------------------------------------------------------------------
+
+    def _inspect(self, model: ModelId) -> Event | None:
+        """Have the devices read, and then the file."""
+        faults = self.scene.faults
+        outcome: Info | ModelNotFound | InvalidModel
+        if self._happens(faults.changed / 4):
+            self.files[model] = draw_info(self.draw, self.scene.devices)
+        outcome = self.files[model]
+        if self._happens(faults.bad / 2):
+            outcome = InvalidModel(model, "cut short", 4)
+        if self._happens(faults.gone / 2):
+            outcome = ModelNotFound(model)
+        self._read(self.wanted)
+        inspected = Inspected(model, outcome)
+        self.after(self.posted_at - self.now, lambda: inspected)
+        return None
+
+    def _claim(self, number: int) -> None:
+        faults = self.scene.faults
+        wait_s = self._about(0.1)
+        if self._happens(faults.contended):
+            self.after(0.01, lambda: Contended(number))
+            wait_s = self._about(40.0)
+        if not self._happens(faults.unclaimable):
+            self.after(wait_s, lambda: self._claimed(number))
+
+    def _claimed(self, number: int) -> Event | None:
+        self._read(self.wanted)
+        self.after(self.posted_at - self.now, lambda: Claimed(number))
+        return None
+
+    # -- devices ------------------------------------------------------------------------------------------------------
+
+    def _look(self) -> Event | None:
+        self.after(self.scene.look_s, self._look)
+        self._read(self.wanted)
+        return None
+
+    def _read(self, number: int) -> None:
+        """Read the devices now; the core is told a moment later, in the order of the readings."""
+        sampled = self._sampled(number)
+        self.posted_at = max(self.posted_at, self.now + self._about(0.02))
+        self.after(self.posted_at - self.now, lambda: sampled)
+
+    def _sampled(self, number: int) -> Sampled:
+        now = self.now
+        if self.ghosts:
+            self.ghosts = [ghost for ghost in self.ghosts if ghost.until > now]
+        used = dict(self.strangers)
+        resident = [(id, process.resident(now)) for id, process in self.processes.items()]
+        for amounts in (*(held for _, held in resident), *(tuple(ghost.amounts.items()) for ghost in self.ghosts)):
+            for device, size in amounts:
+                used[device] = used.get(device, 0) + size
+        devices = []
+        for one in self.scene.devices:
+            if one.id in self.missing:
+                continue
+            if one.id in self.last and self._happens(self.scene.faults.stale):
+                devices.append(replace(self.last[one.id], fresh=False))
+                continue
+            capacity = self.capacities[one.memory]
+            free = max(0, capacity - used.get(one.memory, 0))
+            self.last[one.id] = sample = DeviceSample(
+                one.id, one.kind, one.name, capacity, free, one.integrated, one.instance, cores=one.cores
+            )
+            devices.append(sample)
+        measured = tuple(entry for entry in resident if entry[1])
+        mapped = tuple((id, held[0][1] // 3) for id, held in measured if held[0][0] == HOST)
+        return Sampled(tuple(devices), measured, max(number, 0), mapped)
+
+    def _change_devices(self) -> None:
+        """Other programs come and go, and so do devices."""
+        self.after(self._about(CHANGES_S), self._change_devices)
+        faults, draw = self.scene.faults, self.draw
+        device = draw.choice(self.scene.devices)
+        if self._happens(faults.strangers):
+            self.strangers[device.id] = int(device.capacity_bytes * draw.random())
+        elif draw.random() < 0.5:
+            self.strangers.pop(device.id, None)
+        if device.id in self.missing:
+            self.missing.remove(device.id)
+        elif device.id != HOST and self._happens(faults.vanishing / 2):
+            self.missing.add(device.id)
+        if device.id != INTEGRATED and self._happens(faults.shrinking / 2):
+            self.capacities[device.id] = int(device.capacity_bytes * (0.3 + 0.7 * draw.random()))
+        elif draw.random() < 0.5:
+            self.capacities[device.id] = device.capacity_bytes

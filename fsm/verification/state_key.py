@@ -1,0 +1,236 @@
+"""One key for all states of a core that differ only in names, in numbers of lives past, and in how far off times are.
+
+Times that lie behind are alike; of those ahead only the order counts. Ids of requests, runners and claims are replaced
+by their order; models of one kind are interchangeable. The first state found with a key stands for all others of it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from hashlib import blake2b
+from marshal import dumps
+from types import MappingProxyType
+
+from fsm.core import Core
+from fsm.machine.request import ModelId, Request, RequestState, Want
+from fsm.machine.runner import IDLE, Runner
+from fsm.state.core_state import OpenClaim, Pool
+from fsm.state.memory_ledger import Account, Ledger
+from fsm.state.model_record import Model
+from fsm.state.request_queue import Line
+from fsm.verification.environment import moments
+
+KEY_BYTES = 16
+WITHOUT_SHARING = 2  # the version of marshal's format in which what is equal is written the same
+MOST_FAILURES = 2  # a model that failed more often is backed off for longer, which the order of times shows
+BEHIND, NEVER = 0, -1  # of times
+
+Part = tuple[object, ...]
+
+# Why a field is not in the key, by record; every other field is, by itself or in what is made of it.
+LEFT_OUT: Mapping[type, Mapping[str, str]] = MappingProxyType(
+    {
+        Pool: {
+            "queued": "the sum of the lines, which `check` compares",
+            "turns": "follows from the lines, which `check` compares",
+            "wants": "follows from the lines, which `check` compares",
+            "processes": "the sum of the runners that have one, which `check` compares",
+            "next_runner": "ids are replaced by their order; that they grow is checked beside",
+            "next_claim": "as the runners' ids",
+            "rests": "for the policy, which is an oracle",
+            "samples": "a reading is told from an early one by the runners' `last_sample` alone",
+            "working": "the sum of the ready runners on the host, which `check` compares",
+            "most_working": "for the number of threads, which nothing else follows from",
+        },
+        Model: {
+            "current": "the runner whose state says so, which `check` compares",
+            "failure": "words",
+            "loads": "for the policy, which is an oracle, and an estimate for whoever is turned away",
+            "shortest": "whom it has refused at once would be refused when their time is up: only sooner",
+            "rested_at": "for the policy, which is an oracle",
+            "rests": "for the policy, which is an oracle",
+            "demands": "follows from what the model is made of, its context limit, and what was measured",
+        },
+        Runner: {
+            "model": "the runner stands with its model",
+            "whole": "follows from its placement and what its model is made of",
+            "launched_at": "how long its load took: the residency that follows is a time of its own",
+            "used_at": "for the policy, which is an oracle; how long it rests is told where no clock of its runs",
+        },
+        Request: {
+            "want": "it stands in its line; once granted nothing asks for it",
+            "runner": "it is among the leases",
+            "asked": "nothing follows from it but who is told",
+        },
+        Want: {"model": "the line stands with its model"},
+        Line: {"waits_for": "words", "until": "for people to read", "told": "words"},
+        Account: {},
+        Ledger: {},
+        OpenClaim: {"had": "never between two steps, which `check` sees to"},
+    }
+)
+
+
+class Canonical:
+    """Makes the keys of one search; what is only compared is numbered in the order in which it is first seen."""
+
+    def __init__(self, kinds: Mapping[ModelId, object], *, configures: bool = False, exact_times: bool = False) -> None:
+        self.configures = configures  # a keep-alive may be changed, and then counts from when a runner began to rest
+        self.exact_times = exact_times  # times are told apart by how far off they are, not by their order alone
+        self._numbers: dict[object, int] = {}
+        self._shared: dict[int, tuple[object, int]] = {}  # by identity, which is quicker; kept, so that none is reused
+        self.kinds = {id: self.number(kind) for id, kind in kinds.items()}
+
+    def key(self, core: Core) -> bytes:
+        """Return the key of a core's state."""
+        parts = (*_View(core.pool, self).parts(), core.finished)
+        return blake2b(dumps(parts, WITHOUT_SHARING), digest_size=KEY_BYTES).digest()  # type: ignore[arg-type]  # tuples of what it takes
+
+    def number(self, thing: object) -> int:
+        """Return the number of whatever is equal to it."""
+        return self._numbers.setdefault(thing, len(self._numbers))
+
+    def shared(self, thing: object) -> int:
+        """Return the number of something immutable that many states share."""
+        known = self._shared.get(id(thing))
+        if known is None:
+            known = self._shared[id(thing)] = thing, self.number(thing)
+        return known[1]
+
+
+class _View:
+    """A pool with its times and ids replaced by their order."""
+
+    __slots__ = ("ahead", "canonical", "claims", "pool", "requests", "runners", "times", "turns")
+
+    def __init__(self, pool: Pool, canonical: Canonical) -> None:
+        self.pool = pool
+        self.canonical = canonical
+        self.requests: dict[int, int] = {id: place for place, id in enumerate(sorted(pool.requests))}
+        self.runners: dict[int, int] = {id: place for place, id in enumerate(pool.runners)}
+        under = {runner.claim for runner in pool.runners.values()}
+        self.claims = {number: place for place, number in enumerate(sorted({0, *pool.claims, *under}))}
+        self.ahead = {model: (place, size) for place, (model, size) in enumerate(pool.prefetching)}
+        self.times = self._order_of_times()
+        self.turns = self._turns()
+
+    def parts(self) -> Part:
+        """Return everything that a decision may depend on, as numbers and words that sort."""
+        pool, ledger, canonical = self.pool, self.pool.ledger, self.canonical
+        runners: dict[str, list[Part]] = {}
+        for runner in pool.runners.values():
+            runners.setdefault(runner.model, []).append(self._runner(runner))
+        lines: dict[str, list[Part]] = {}
+        for line in pool.lines.values():
+            lines.setdefault(line.want.model, []).append(self._line(line))
+        models = sorted(
+            (*self._model(model), runners.get(model.id, []), sorted(lines.get(model.id, [])))
+            for model in pool.models.values()
+        )
+        return (
+            models, sorted(lines.get("", [])), list(map(canonical.number, ledger.devices.values())),
+            sorted(ledger.shrunk), self._memory(ledger), [self._claim(claim) for claim in pool.claims.values()],
+            self._timers(), pool.closing, canonical.shared(pool.limits),
+        )  # fmt: skip
+
+    def _order_of_times(self) -> dict[float, float]:
+        pool, exact = self.pool, self.canonical.exact_times
+        times = set(moments(pool))
+        for runner in pool.runners.values():
+            times.update(
+                (runner.resident_until, runner.in_use_until, runner.kept_until, runner.due_at, runner.memory_by)
+            )
+        times.update(map(self._bound, pool.requests.values()))
+        times.update(claim.by for claim in pool.claims.values())
+        order: dict[float, float] = dict.fromkeys(times, BEHIND)
+        for place, time in enumerate(sorted(time for time in times if pool.now < time < math.inf), 1):
+            order[time] = round(time - pool.now, 6) if exact else place
+        order[math.inf] = NEVER
+        return order
+
+    def _bound(self, request: Request) -> float:
+        """Return when busy runners have to drain for a request; of one that is granted, nothing is left of it."""
+        return request.queued_at + self.pool.limits.max_wait_s if request.state is RequestState.queued else -math.inf
+
+    def _turns(self) -> dict[int, int]:
+        """Return the order in which requests are planned: by age, priority being worth some of it."""
+        worth = self.pool.limits.priority_s
+        ages = sorted(
+            (request.queued_at - worth * want.priority, request.id)
+            for want, line in self.pool.lines.items()
+            for request in line.requests.values()
+        )
+        return {id: place for place, (_, id) in enumerate(ages)}
+
+    def _timers(self) -> list[Part]:
+        """Return every deadline, those too that belong to nothing that is left."""
+        places: Mapping[str, Mapping[int, int]] = {
+            "request": self.requests, "keep-alive": self.runners, "load": self.runners, "memory": self.runners,
+            "claim": self.claims,
+        }  # fmt: skip
+        none: Mapping[int, int] = {}
+        return sorted(
+            (kind, places.get(kind, none).get(id, -1), self.times[at]) for at, (kind, id) in self.pool.timers.items()
+        )
+
+    def _memory(self, ledger: Ledger) -> list[Part]:
+        """Return the program's own reservations."""
+        return sorted(
+            (self.requests.get(id, -1), _account(account))
+            for (kind, id), account in ledger.accounts.items()
+            if kind == "memory"
+        )
+
+    def _claim(self, claim: OpenClaim) -> Part:
+        return self.claims[claim.number], sorted(claim.devices), self.times[claim.by], claim.missed, claim.contended
+
+    def _model(self, model: Model) -> Part:
+        canonical, current = self.canonical, model.current
+        doubted = model.failures and current is not None and current.loaded_at is not None
+        good_at = (current.loaded_at or 0.0) + self.pool.limits.good_life_s if current and doubted else math.inf
+        return (
+            canonical.kinds.get(model.id, -1), canonical.shared(model.info), model.fresh, model.inspecting,
+            model.pinned, min(model.failures, MOST_FAILURES), self.times[good_at], self.times[model.blocked_until],
+            model.alone, model.context_limit or 0, sorted(map(canonical.number, model.measured.items())),
+            self.ahead.get(model.id, ()),
+        )  # fmt: skip
+
+    def _runner(self, runner: Runner) -> Part:
+        canonical, times = self.canonical, self.times
+        model = self.pool.models[runner.model]
+        return (
+            self.runners[runner.id], runner.state.value, canonical.shared(runner.told),
+            canonical.shared(runner.options), canonical.number(runner.placement), runner.keep_alive_s,
+            runner.keeps_default, sorted(map(canonical.shared, runner.accepted)),
+            sorted(self.requests.get(id, -1) for id in runner.leases), runner.loaded_at is None,
+            times[runner.resident_until], times[runner.in_use_until], times[runner.kept_until], runner.process,
+            runner.stopping, runner.expire_when_served, runner.out_of_memory, runner.wanted, runner.last_sample > 0,
+            list(runner.awaited.items()), times[runner.due_at], times[runner.memory_by],
+            self.claims[runner.claim], runner.id < model.first, self._rests_for(runner),
+            _account(self.pool.ledger.accounts["runner", runner.id]),
+        )  # fmt: skip
+
+    def _rests_for(self, runner: Runner) -> float:
+        """Return how long it has rested, where no clock tells and a keep-alive that is changed counts from then on."""
+        counts = self.canonical.configures and runner.state is IDLE and runner.keep_alive_s == math.inf
+        return round(self.pool.now - runner.used_at, 6) if counts else 0.0
+
+    def _line(self, line: Line) -> Part:
+        want = line.want
+        waiting = [
+            (
+                self.requests[request.id], self.turns[request.id], request.survived,
+                -1.0 if request.keep_alive_s is None else request.keep_alive_s, self.times[self._bound(request)],
+            )
+            for request in line.requests.values()
+        ]  # fmt: skip
+        return waiting, self.canonical.shared(want.options), want.purpose.value, want.priority, want.memory
+
+
+def _account(account: Account) -> Part:
+    return (
+        list(account.promised.items()), list(account.resident.items()), list(account.peak.items()),
+        list(account.counted.items()), list(account.to_come.items()), list(account.most.items()),
+        account.mapped_bytes, account.loaded, account.settled,
+    )  # fmt: skip

@@ -1,0 +1,295 @@
+"""What must hold of a single step, whatever happened: judged from what was before it, what was said, and what is after.
+
+`Core.check` says what must hold of a state; this, what must hold of a change. It needs no history but the highest
+numbers, so a search can branch anywhere.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+
+from fsm.core import Core
+from fsm.domain.devices import HOST, DeviceId, DeviceSample
+from fsm.lifecycle.prefetch import spare_bytes
+from fsm.machine.request import Request, RequestState
+from fsm.machine.runner import EXPIRING, IDLE, LOADING, Runner, RunnerId
+from fsm.messages.commands import Claim, Command, Finish, Grant, Launch, Prefetch, Reject, Revoke, Stop, Unclaim
+from fsm.messages.events import (
+    Acquire,
+    Cancel,
+    Close,
+    Configure,
+    Event,
+    Exited,
+    Expire,
+    Loaded,
+    OutOfMemory,
+    Release,
+    Sampled,
+    Tick,
+    Unresponsive,
+)
+from fsm.state.core_state import Pool
+from fsm.state.memory_ledger import Owner
+from fsm.verification.environment import Past
+from fsm.verification.service_guarantees import see_promises_kept
+
+
+def judge(before: Core, event: Event, commands: Sequence[Command], after: Core, past: Past) -> None:
+    """Raise AssertionError where a step was wrong; `after.plans` must have been empty, not None, before it."""
+    was, now = before.pool, after.pool
+    _answers(was, event, commands, now)
+    if was.runners or now.runners:
+        _leases(was, event, commands, now)
+        _lives(was, event, now)
+        _one_more_load(was, event, now)
+        _given_up(was, event, commands, after)
+    for command in commands:
+        _told(before, event, command, now, past)
+    if was.prefetching or now.prefetching:
+        _read_ahead(was, commands, now)
+    if was.claims or now.claims or now.limits.claims:
+        _claims(was, commands, now)
+    if after.plans:
+        _bounded(after)
+    see_promises_kept(before, event, commands, after)
+    assert not after.finished or (now.closing and not now.runners), "finished, but not over"
+    over = now.closing and not now.runners and not isinstance(event, Tick)
+    assert after.finished or before.finished or not over, "closed and empty, but not finished"
+
+
+def _waiting(pool: Pool) -> set[int]:
+    return {id for id, request in pool.requests.items() if request.state is RequestState.queued}
+
+
+def _answers(was: Pool, event: Event, commands: Sequence[Command], now: Pool) -> None:
+    """Everybody is answered once, and at once where what they want is there."""
+    asked = _waiting(was)
+    if isinstance(event, Acquire) and event.request not in was.requests:
+        asked.add(event.request)
+    answered = [one.request for one in commands if isinstance(one, Grant | Reject)]
+    assert sorted(answered) == sorted(asked - _waiting(now)), "a request is lost, or answered twice"
+    if isinstance(event, Cancel) and event.request in asked:
+        assert event.request in answered, "who left is not answered"
+    if isinstance(event, Tick):
+        due = [id for (at, (kind, id)) in was.timers.items() if kind == "request" and at <= now.now]
+        assert set(due) <= set(answered), "somebody waits beyond their time"
+
+
+def _one_more_load(was: Pool, event: Event, now: Pool) -> None:
+    """Whoever waited for a load that ran out of memory waits for one more at most.
+
+    One that is of a smaller context is none for who named theirs.
+    """
+    runner = was.runners.get(event.runner) if isinstance(event, Exited) and event.out_of_memory else None
+    if runner is not None and runner.state is LOADING:
+        for request in [request for line in was.lines_for(runner) for request in line.requests.values()]:
+            left = now.requests.get(request.id)
+            smaller = now.models[runner.model].context_limit != was.models[runner.model].context_limit
+            other = smaller and request.want.options.num_ctx is not None
+            last = left is None or (left.survived and not request.survived)
+            assert last or other, "loads fail for somebody again and again"
+            assert left is None or smaller or now.models[runner.model].alone, "the next load may not be alone"
+
+
+def _leases(was: Pool, event: Event, commands: Sequence[Command], now: Pool) -> None:
+    """A lease ends with its release, or is taken back, and its holder told, where its runner is of no more use."""
+    revoked = {one.request for one in commands if isinstance(one, Revoke)}
+    for runner in was.runners.values():
+        left = now.runners[runner.id].leases if runner.id in now.runners else set()
+        for lease in runner.leases - left:
+            given = isinstance(event, Release | Cancel) and event.request == lease
+            assert given or lease in revoked, "a lease is lost, and nobody told"
+            useless = isinstance(event, Exited | Unresponsive) and event.runner == runner.id
+            closing = now.closing and isinstance(event, Tick)
+            assert given or useless or closing, "a lease is taken back in use"
+
+
+def _for_us(was: Pool, event: Sampled, sample: DeviceSample) -> int:
+    """Return what a reading says that a device has for all of us: free, or occupied by us."""
+    seen: dict[Owner, dict[DeviceId, int]] = {("runner", id): dict(amounts) for id, amounts in event.resident}
+    taken = [
+        seen.get(owner, {}).get(sample.id, account.occupied_bytes(sample.id))
+        for owner, account in was.ledger.accounts.items()
+    ]
+    return sample.free_bytes + sum(taken)
+
+
+def _lives(was: Pool, event: Event, now: Pool) -> None:
+    """A process is gone when it says so, and nobody else; a runner is unloaded once its memory is back."""
+    for runner in was.runners.values():
+        own_end = isinstance(event, Exited) and event.runner == runner.id
+        after = now.runners.get(runner.id)
+        if runner.process:
+            assert own_end or (after is not None and after.process), "another's end is taken for its own"
+            assert not own_end or after is None or not after.process, "its end is not noted"
+        elif after is None and isinstance(event, Sampled):
+            assert event.number >= runner.last_sample, "judged by a reading from before its process went"
+            for_us = {sample.id: _for_us(was, event, sample) for sample in event.devices if sample.fresh}
+            back = all(for_us.get(gpu, math.inf) >= awaited for gpu, awaited in runner.awaited.items())
+            assert back, "unloaded, although its memory is not back"
+
+
+def _given_up(was: Pool, event: Event, commands: Sequence[Command], after: Core) -> None:
+    """A runner goes for a reason of its own, or as the victim of somebody who may have it."""
+    now = after.pool
+    victims = {id for plan in after.plans or () for id in plan.victims}
+    for runner in was.runners.values():
+        left = now.runners.get(runner.id)
+        if not runner.current or (left is not None and left.current):
+            continue
+        if runner.id in victims:
+            given = {event.request} if isinstance(event, Release | Cancel) else set()
+            _may_be_victim(was, runner, commands, now, in_use=bool(runner.leases - given))
+        else:
+            assert _has_reason(was, runner, event, now), f"{runner.model} is given up for nothing"
+
+
+def _has_reason(was: Pool, runner: Runner, event: Event, now: Pool) -> bool:
+    pinned = was.models[runner.model].pinned
+    unwanted = runner.state is LOADING and not now.lines_for(runner)
+    match event:
+        case Exited(id) | Unresponsive(id):
+            return id == runner.id
+        case Expire(model):
+            return model == runner.model
+        case Loaded(id):
+            return id == runner.id and runner.expire_when_served
+        case Release(request) | Cancel(request):
+            last = runner.leases == {request} and runner.keep_alive_s <= 0 and not pinned
+            return last or unwanted
+        case Tick():
+            timers = {key for at, key in was.timers.items() if at <= now.now}
+            over = runner.state is IDLE and ("keep-alive", runner.id) in timers
+            return over or ("load", runner.id) in timers or unwanted
+        case Configure():
+            return runner.keeps_default and runner.state is IDLE and not pinned
+        case OutOfMemory(id):
+            return was.runners[id].loaded_at is not None
+        case Close():
+            return True
+        case _:
+            return False
+
+
+def _may_be_victim(was: Pool, runner: Runner, commands: Sequence[Command], now: Pool, *, in_use: bool) -> None:
+    waiting = [request for line in now.lines.values() for request in line.requests.values()]
+    granted = any(isinstance(one, Grant) and one.runner is None for one in commands)
+    full = was.overfull() or now.overfull()
+    assert waiting or granted or full, f"{runner.model} is given up for nobody"
+    assert not now.models[runner.model].pinned, f"{runner.model} is pinned, and given up for others"
+    resident_until = runner.in_use_until if in_use else runner.resident_until
+    if not in_use and now.limits.min_residency_s is None:
+        resident_until = -math.inf  # an automatic one is over when nobody uses it
+    assert resident_until <= now.now or full, f"{runner.model} is given up within its residency"
+    overdue = any(_bound(request, now) <= now.now for request in waiting)
+    resting = runner.state is IDLE and runner.kept_until > now.now
+    assert not resting or overdue or granted or full, f"{runner.model} is given up before its users could ask again"
+    assert not in_use or overdue or granted, f"{runner.model} is given up in use"
+
+
+def _told(before: Core, event: Event, command: Command, now: Pool, past: Past) -> None:
+    was = before.pool
+    match command:
+        case Grant(request, int(id)):
+            runner = now.runners[RunnerId(id)]
+            held = now.requests.get(request)
+            assert runner.loaded_at is not None, "granted what does not serve"
+            assert held is None or request in runner.leases, "granted, but not held"
+            earlier = was.runners.get(RunnerId(id))
+            assert earlier is None or earlier.current, "granted what is on its way out"
+        case Stop(id):
+            assert id not in now.runners or not now.runners[id].leases, "stopped in use"
+            assert id not in was.runners or not was.runners[id].stopping, "stopped twice"
+        case Launch(id):
+            assert id > past.runners, "an id is used again"
+            assert not now.closing, "launched after the close"
+            _room_to_start(now, now.runners[id])
+            _alone_where_it_must(was, now, now.runners[id])
+        case Revoke(request):
+            assert request not in now.requests, "taken back, but held"
+        case Finish():
+            assert not before.finished, "finished twice"
+        case _:
+            pass
+
+
+def _room_to_start(now: Pool, runner: Runner) -> None:
+    assert sum(one.process for one in now.runners.values()) <= now.max_runners(), "more processes than there may be"
+    loading = [_gpus(one) for one in now.runners.values() if one.state is LOADING]
+    for device in _gpus(runner):
+        most = now.limits.loads_on_host if device == HOST else now.limits.loads_per_gpu
+        assert sum(device in devices for devices in loading) <= most, f"more loads on {device} than there may be"
+
+
+def _alone_where_it_must(was: Pool, now: Pool, runner: Runner) -> None:
+    """After a load that ran out of memory the next one has everybody out of its way who may be moved, until it ends."""
+    others = [one for one in now.runners.values() if one.current and one is not runner]
+    model = was.models.get(runner.model)
+    if model is not None and model.alone and now.models[runner.model].alone:
+        assert all(now.models[one.model].pinned for one in others), "loaded again, and not alone"
+    for one in others:
+        assert one.state is not LOADING or not now.models[one.model].alone, "begun beside a load that is to be alone"
+
+
+def _gpus(runner: Runner) -> list[str]:
+    """Return what a runner loads on: its GPUs, else the host."""
+    return [device for device, amount in runner.placement.bytes if device != HOST and amount] or [HOST]
+
+
+def _claims(was: Pool, commands: Sequence[Command], now: Pool) -> None:
+    """What was claimed and is not given back is somebody's, and the other way round."""
+
+    def open_in(pool: Pool) -> Counter[int]:
+        return Counter([*pool.claims, *(runner.claim for runner in pool.runners.values() if runner.claim)])
+
+    made = Counter(command.number for command in commands if isinstance(command, Claim))
+    ended = Counter(command.number for command in commands if isinstance(command, Unclaim))
+    left = open_in(was) + made
+    assert left - ended == open_in(now) and ended <= left, "a claim is lost, or given back twice"
+
+
+def _read_ahead(was: Pool, commands: Sequence[Command], now: Pool) -> None:
+    """What is read ahead is said when it changes, and leaves alone what is promised, mapped, or others' to fill."""
+    said = [command.files for command in commands if isinstance(command, Prefetch)]
+    assert said == ([now.prefetching] if now.prefetching != was.prefetching else []), "it is not as it was said"
+    before, spare = dict(was.prefetching), spare_bytes(now.ledger)
+    for files in said:
+        assert sum(size for _, size in files) <= spare, "more is read ahead than there is memory to spare"
+        begun = sum(size for model, size in files if model not in before)
+        assert begun <= spare // 2, "more than half of it is filled to begin with"
+        assert all(0 <= size <= before.get(model, size) for model, size in files), "an amount grows in a wait"
+
+
+def _bounded(after: Core) -> None:
+    """Whoever waits for what is in use, or resides, does so for a bounded time, and the core looks again by then."""
+    pool = after.pool
+    plan = (after.plans or [])[-1]
+    look_at = pool.timers.at(("plan", 0))
+    going = [one.due_at for one in pool.runners.values() if one.state is EXPIRING]  # until then nobody need go for it
+    for want, room in plan.rooms.items():
+        line = pool.lines.get(want)
+        if line is None or not room.victims:
+            continue
+        for victim in room.victims:
+            runner = pool.runners.get(victim.runner)
+            if runner is None or not runner.current or runner.state is LOADING:
+                continue
+            latest = max(_bound(line.head, pool), runner.resident_until, runner.in_use_until)
+            assert look_at <= max([*going, *(victim.free_at for victim in room.victims)]), "nobody looks again"
+            assert victim.free_at <= max(latest, pool.now), f"{want.model} waits for {runner.model} without a bound"
+            assert pool.now < max(_bound(line.head, pool), *map(_resident_until, pool.runners.values())), (
+                f"{want.model} still waits for {runner.model}"
+            )
+
+
+def _resident_until(runner: Runner) -> float:
+    """Return until when a runner keeps its place at most, in use or not."""
+    return max(runner.resident_until, runner.in_use_until)
+
+
+def _bound(request: Request, pool: Pool) -> float:
+    """Return when busy runners have to leave for a request."""
+    return request.queued_at + pool.limits.max_wait_s

@@ -3,10 +3,14 @@
 from fsm.domain.model_info import Options
 from fsm.eviction.policies import Candidate, EvictionPolicy
 from fsm.messages.decision_log import ConsideredDevice, ConsideredRunner, Decision, Transition
-from scheduler.asking import Reservation
-from scheduler.catalog import Catalog, Resolver
+from scheduler.api.fit import Fit, FitAdvice, FitDevice, FitVictim
+from scheduler.api.lease import Lease
+from scheduler.api.pending_lease import Reservation
+from scheduler.api.scheduler import Scheduler
+from scheduler.api.status import RunnerStatus, Status, WaitStatus
+from scheduler.config.settings import Settings
 from scheduler.engines.python import PythonModel
-from scheduler.errors import (
+from scheduler.errors.exceptions import (
     AcquireTimeout,
     DoesNotFit,
     EngineError,
@@ -27,13 +31,9 @@ from scheduler.errors import (
     TimeoutTooShort,
     UnsupportedOption,
 )
-from scheduler.fit import Fit, FitAdvice, FitDevice, FitVictim
-from scheduler.hub import EventStream, Gap
-from scheduler.lease import Lease
-from scheduler.scheduler import Scheduler
-from scheduler.settings import Settings
-from scheduler.spec import ModelSpec
-from scheduler.status import RunnerStatus, Status, WaitStatus
+from scheduler.models.catalog import Catalog, Resolver
+from scheduler.models.model_spec import ModelSpec
+from scheduler.runtime.event_stream import EventStream, Gap
 
 __all__ = [
     "AcquireTimeout",

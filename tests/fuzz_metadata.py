@@ -18,9 +18,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from fsm.domain.model_info import ModelInfo
-from scheduler.errors import InvalidModel, ModelNotFound
-from scheduler.header import forget_headers
-from scheduler.metadata import read_metadata
+from scheduler.errors.exceptions import InvalidModel, ModelNotFound
+from scheduler.models.gguf_header import forget_headers
+from scheduler.models.gguf_metadata import read_metadata
 from tests.gguf_bytes import F64, I32, TEXT, U8, U32, a_file, a_model, array, long_number, number, tensor, text, words
 from tests.tiny_models import write_tiny_model
 

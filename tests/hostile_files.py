@@ -8,8 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from scheduler.header import LARGEST_ALIGNMENT, MOST_KEY_BYTES, MOST_KEYS, MOST_TENSORS
-from scheduler.window import MOST_ODD_TEXTS, MOST_TEXTS
+from scheduler.models.bounded_reader import MOST_ODD_TEXTS, MOST_TEXTS
+from scheduler.models.gguf_header import LARGEST_ALIGNMENT, MOST_KEY_BYTES, MOST_KEYS, MOST_TENSORS
 from tests.gguf_bytes import (
     ARRAY,
     BOOL,

@@ -8,7 +8,7 @@ import struct
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from scheduler.window import MOST_READ_BYTES, WINDOW_BYTES
+from scheduler.models.bounded_reader import MOST_READ_BYTES, WINDOW_BYTES
 from tests.gguf_bytes import TEXT, U32, a_file, a_model, array, number, tensor, text, words
 from tests.hostile_files import SOMEWHERE, SOUND, Expected
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from scheduler.driver import Driver
+from scheduler.runtime.driver import Driver
 from tests.waiting import LIMIT_S
 
 SHELL = frozenset(

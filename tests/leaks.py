@@ -19,7 +19,7 @@ from unittest.mock import patch
 import psutil
 
 from fsm.machine.runner import RunnerState
-from scheduler.desk import Desk
+from scheduler.runtime.request_broker import Desk
 
 _SETTLE_S = 10.0
 _ADOPT = 36  # PR_SET_CHILD_SUBREAPER: what loses its parent becomes a child of this process, and not of the first one

@@ -14,7 +14,7 @@ import psutil
 
 from fsm.domain.model_info import Options
 from scheduler import Scheduler, Settings
-from scheduler.engines import Endpoint
+from scheduler.engines.interface import Endpoint
 from tests.memory.measure import ask, fill
 from tests.memory.rows import Row
 from tests.waiting import assert_soon

@@ -26,11 +26,11 @@ from scheduler import (
     SchedulerError,
     UnsupportedOption,
 )
-from scheduler.catalog import LISTED_S, Catalog, is_path
 from scheduler.engines.llama import LlamaEngine
 from scheduler.engines.python import PythonEngine
-from scheduler.registry import LASTING_S, Registry
-from scheduler.stores import MANIFEST_BYTES, Folder, HuggingFaceCache, OllamaStore, default_resolvers
+from scheduler.models.catalog import LISTED_S, Catalog, is_path
+from scheduler.models.sources import MANIFEST_BYTES, Folder, HuggingFaceCache, OllamaStore, default_resolvers
+from scheduler.runtime.model_registry import LASTING_S, Registry
 from tests.leaks import no_leaks
 from tests.real import SHORT, settings
 from tests.stores import (

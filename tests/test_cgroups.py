@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from scheduler.cgroups import CgroupMemory, cgroup_memory
+from scheduler.devices.cgroups import CgroupMemory, cgroup_memory
 from tests.waiting import assert_soon
 
 MIB = 1 << 20
@@ -134,7 +134,7 @@ class Group:
         """Return what a process in it is left: None, or limit and free bytes; it runs `before` first."""
         program = (
             f"open({str(self.folder / 'cgroup.procs')!r}, 'w').write('0')\n{before}\n"
-            "import json; from scheduler.cgroups import cgroup_memory; found = cgroup_memory()\n"
+            "import json; from scheduler.devices.cgroups import cgroup_memory; found = cgroup_memory()\n"
             "print(json.dumps(found and [found.limit_bytes, found.free_bytes]))"
         )
         done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60)

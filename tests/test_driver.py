@@ -22,11 +22,11 @@ from fsm.messages.commands import Command, Inspect, Launch, Reject
 from fsm.messages.decision_log import Decision, Entry
 from fsm.messages.events import Acquire, Event, Exited, Release, Tick
 from fsm.messages.refusals import TimedOut
-from scheduler.clock import monotonic_clock
-from scheduler.driver import Driver
-from scheduler.executor import Life
-from scheduler.hub import EventStream
-from scheduler.workers import Workers
+from scheduler.concurrency.clock import monotonic_clock
+from scheduler.concurrency.thread_pool import Workers
+from scheduler.runtime.driver import Driver
+from scheduler.runtime.event_stream import EventStream
+from scheduler.runtime.runner_handle import Life
 from tests.interrupts import as_main, interrupted
 from tests.waiting import LIMIT_S, assert_soon
 
@@ -329,7 +329,7 @@ def test_a_job_that_hangs_cannot_hang_the_exit() -> None:
     """The interpreter ends although a worker never does."""
     program = """
         import threading
-        from scheduler.workers import Workers
+        from scheduler.concurrency.thread_pool import Workers
         workers = Workers("test", 2)
         begun = threading.Event()
         workers.put(lambda: (begun.set(), threading.Event().wait()))
@@ -368,7 +368,7 @@ def test_a_handler_may_read_while_its_thread_waits_for_a_reading(
     start: Callable[..., Driver], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Wherever it interrupts the wait: the driver's thread answers both."""
-    monkeypatch.setattr("scheduler.driver._CHECK_S", 0.0)  # so that the wait has no end, and every moment comes
+    monkeypatch.setattr("scheduler.runtime.driver._CHECK_S", 0.0)  # so that the wait has no end, and every moment comes
     for moment in range(1, 300):
         driver = start(Core())
         driver._lock.acquire()  # nobody is answered before the handler comes
@@ -387,7 +387,7 @@ def test_nobody_waits_to_read_once_the_driver_has_stopped(
     start: Callable[..., Driver], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """There is no thread to be waited for: the main thread reads by itself."""
-    monkeypatch.setattr("scheduler.driver._CHECK_S", 10 * LIMIT_S)
+    monkeypatch.setattr("scheduler.runtime.driver._CHECK_S", 10 * LIMIT_S)
     driver = start(Core())
     assert driver.stop(LIMIT_S)
     found: list[object] = []

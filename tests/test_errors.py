@@ -8,8 +8,8 @@ import pickle
 import pytest
 
 from fsm.planning import infeasibility
-from scheduler import errors
-from scheduler.errors import (
+from scheduler.errors import exceptions
+from scheduler.errors.exceptions import (
     AcquireTimeout,
     DoesNotFit,
     EngineError,
@@ -29,9 +29,8 @@ from scheduler.errors import (
     SchedulerForked,
     TimeoutTooShort,
     UnsupportedOption,
-    format_bytes,
-    format_duration,
 )
+from scheduler.errors.formatting import format_bytes, format_duration
 
 EXAMPLES: list[tuple[SchedulerError, int, tuple[str, ...]]] = [
     (QueueFull(512, retry_after_s=2.5), 503, ("512", "2.5s", "max_queue")),
@@ -92,13 +91,13 @@ def test_every_kind_survives_pickling(error: SchedulerError, status: int, words:
 
 def test_every_kind_has_an_example() -> None:
     """A new kind of error cannot be added without being tested here."""
-    kinds = {each for _, each in inspect.getmembers(errors, inspect.isclass) if issubclass(each, SchedulerError)}
+    kinds = {each for _, each in inspect.getmembers(exceptions, inspect.isclass) if issubclass(each, SchedulerError)}
     assert kinds - {type(error) for error, _, _ in EXAMPLES} == {SchedulerError}
 
 
 def test_every_kind_can_be_imported_by_its_public_name() -> None:
     """`__all__` names every error."""
-    assert {type(error).__name__ for error, _, _ in EXAMPLES} <= set(errors.__all__)
+    assert {type(error).__name__ for error, _, _ in EXAMPLES} <= set(exceptions.__all__)
 
 
 def test_a_timeout_is_also_pythons_own() -> None:
@@ -199,7 +198,7 @@ def test_the_advice_is_one_that_helps(reason: str, advice: str) -> None:
 def test_the_advice_goes_by_the_cores_own_words() -> None:
     """Whoever changes them there is told here."""
     source = inspect.getsource(infeasibility)
-    assert [words for words, _ in errors._ADVICE if words not in source] == []
+    assert [words for words, _ in exceptions._ADVICE if words not in source] == []
 
 
 def test_a_reason_that_brings_its_own_advice_has_the_last_word() -> None:

@@ -38,8 +38,8 @@ from fsm.verification.model_checker import Oracle, explore, in_words
 from fsm.verification.scenarios import SCENARIOS
 from fsm.verification.state_key import LEFT_OUT, Canonical
 from fsm.verification.transition_invariants import judge
-from scheduler import explore_command
-from scheduler.cli import main
+from scheduler.cli import explore as explore_command
+from scheduler.cli.main import main
 from tests.mutants import MUTANTS
 
 NAMED = {scenario.name: scenario for scenario in SCENARIOS}

@@ -18,7 +18,8 @@ import psutil
 import pytest
 
 from fsm.domain.devices import HOST
-from scheduler import AcquireTimeout, DoesNotFit, PythonModel, Scheduler, Settings, devices
+from scheduler import AcquireTimeout, DoesNotFit, PythonModel, Scheduler, Settings
+from scheduler.devices import device_reader
 from tests.leaks import no_leaks
 from tests.nvml import LOST, NO_DRIVER, Gpu, StandIn, beside_stand_in
 from tests.tiny_models import write_tiny_model
@@ -182,7 +183,7 @@ def test_close_while_memory_is_waited_for_returns(nvml: StandIn) -> None:
 def test_close_while_the_driver_is_stuck_leaves_only_the_thread_in_its_hands(nvml: StandIn) -> None:
     """That ends as soon as the driver lets go of it; then nothing is left at all."""
     nvml.say(ONE)
-    devices.ANSWER_S = 0.5
+    device_reader.ANSWER_S = 0.5
     with no_leaks():
         with Scheduler(Settings(recovery_timeout=RECOVERY_S)) as scheduler:
             scheduler.acquire(on_gpu("a", ONE, "1GiB")).release()

@@ -23,17 +23,10 @@ import pytest
 
 from fsm.core import Core
 from fsm.messages.events import Event, Tick
-from scheduler import (
-    Lease,
-    LoadTimeout,
-    PythonModel,
-    QueueFull,
-    Scheduler,
-    SchedulerClosed,
-    desk,
-)
-from scheduler.driver import Driver
+from scheduler import Lease, LoadTimeout, PythonModel, QueueFull, Scheduler, SchedulerClosed
 from scheduler.engines.llama import LlamaEngine
+from scheduler.runtime import request_broker
+from scheduler.runtime.driver import Driver
 from tests.leaks import no_leaks
 from tests.real import STOPPING_CHILD, begin_a_load, is_gone, settings, states, write_models
 from tests.waiting import LIMIT_S, assert_soon
@@ -121,7 +114,7 @@ def test_a_gap_is_noticed_before_anything_is_judged_by_it() -> None:
 def test_a_load_is_not_stopped_for_time_in_which_nothing_ran(monkeypatch: pytest.MonkeyPatch) -> None:
     """After a gap of an hour the devices are read again, and a load has its time anew, and no more than that."""
     clock, gate = Clock(), Gate()
-    monkeypatch.setattr(desk, "monotonic_clock", clock)
+    monkeypatch.setattr(request_broker, "monotonic_clock", clock)
     with a_scheduler(load_timeout=60) as scheduler:
         scheduler._prober.close(LIMIT_S)  # it reads the devices every second anyway
         waiting = scheduler.submit(a_model("a", load=gate))
@@ -264,7 +257,7 @@ def test_whoever_asks_while_no_worker_can_be_started_is_served_later(monkeypatch
             raise RuntimeError("can't start new thread")
         begin(thread)
 
-    monkeypatch.setattr("scheduler.scheduler._FIRST_SAMPLE_S", 0.01)
+    monkeypatch.setattr("scheduler.api.scheduler._FIRST_SAMPLE_S", 0.01)
     with monkeypatch.context() as patch:
         patch.setattr(threading.Thread, "start", refuse)
         scheduler = a_scheduler()

@@ -16,8 +16,9 @@ from pathlib import Path
 
 import pytest
 
-from scheduler import InvalidModel, Lease, LoadFailed, PythonModel, RunnerCrashed, Scheduler, executor
+from scheduler import InvalidModel, Lease, LoadFailed, PythonModel, RunnerCrashed, Scheduler
 from scheduler.engines import llama
+from scheduler.runtime import executor
 from tests.real import (
     ROOM_FOR_ONE,
     SHORT,

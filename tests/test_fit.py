@@ -25,10 +25,10 @@ from scheduler import (
     Scheduler,
     SchedulerClosed,
     UnsupportedOption,
-    cli,
 )
+from scheduler.cli import main as cli
 from scheduler.engines.llama import LlamaEngine
-from scheduler.errors import format_bytes
+from scheduler.errors.formatting import format_bytes
 from tests.leaks import no_leaks
 from tests.real import settings
 from tests.stores import PARAMS, ollama_model

@@ -20,22 +20,20 @@ import pytest
 from fsm.domain.devices import HOST, DeviceId
 from fsm.domain.model_info import Options
 from fsm.sizing.load_history import LAST_LOADS, NOTHING, Loads, Remembered, Took
-from scheduler.footprint_store import (
+from scheduler.config.paths import NO_HOME, VERSION, default_footprints
+from scheduler.models.measurement_store import (
     _TABLE,
     APPLICATION_ID,
     MOST_BYTES,
     MOST_OF_A_MODEL,
     MOST_ROW_BYTES,
     MOST_ROWS,
-    NO_HOME,
-    VERSION,
     FootprintStore,
     Identity,
     _checksum,
-    default_footprints,
 )
-from scheduler.footprints import Footprints, identity_of
-from scheduler.spec import ModelSpec
+from scheduler.models.measurements import Footprints, identity_of
+from scheduler.models.model_spec import ModelSpec
 from tests.waiting import LIMIT_S
 
 FILE = Identity('["/models/a.gguf"]', "[[1,2]]")
@@ -149,7 +147,7 @@ def test_only_the_last_loads_are_kept(path: Path) -> None:
 
 def test_the_oldest_rows_go(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It grows to a bound; what is used again counts as new."""
-    monkeypatch.setattr("scheduler.footprint_store.MOST_ROWS", 5)
+    monkeypatch.setattr("scheduler.models.measurement_store.MOST_ROWS", 5)
     store = FootprintStore(path)
     files = [Identity(f'["/models/{number}.gguf"]', "[]") for number in range(8)]
     for file in files[:5]:
@@ -544,7 +542,7 @@ def test_a_disk_that_does_not_answer_is_waited_for_once(path: Path) -> None:
 
 def test_no_more_is_queued_than_a_bound(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """However many runners end while the disk does not answer."""
-    monkeypatch.setattr("scheduler.footprints.MOST_JOBS", 3)
+    monkeypatch.setattr("scheduler.models.measurements.MOST_JOBS", 3)
     footprints = Footprints(path)
     stalled = footprints._store = Stalled(path)
     accepted = [footprints._put(lambda: stalled.go.wait(LIMIT_S)) for _ in range(5)]
@@ -601,7 +599,7 @@ def test_a_file_that_was_replaced_is_another(how: str, tmp_path: Path, monkeypat
         case "adapter":
             os.utime(adapter, ns=(1, 2))
         case _:
-            monkeypatch.setattr("scheduler.footprints._version", lambda name: "99")
+            monkeypatch.setattr("scheduler.models.measurements._version", lambda name: "99")
     after = identity_of(spec)
     assert before is not None and after is not None
     assert (after.files, after.state == before.state) == (before.files, False)

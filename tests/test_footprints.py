@@ -15,8 +15,8 @@ import pytest
 
 from fsm.domain.model_info import Options
 from scheduler import InvalidSettings, PythonModel, Scheduler, Settings
-from scheduler.cli import main
-from scheduler.footprint_store import VERSION, default_footprints
+from scheduler.cli.main import main
+from scheduler.config.paths import VERSION, default_footprints
 from tests.leaks import no_leaks
 from tests.lives import live, resident_bytes
 from tests.memory.rows import Row, write_row
@@ -219,7 +219,7 @@ def test_the_setting_takes_a_file_or_none(tmp_path: Path) -> None:
 
 def test_a_user_without_a_home_has_a_scheduler_that_warns_of_it(monkeypatch: pytest.MonkeyPatch, model: Path) -> None:
     """As in a container whose user is a number: what models take is not kept, and why stands among the problems."""
-    monkeypatch.setattr("scheduler.settings.default_footprints", default_footprints)
+    monkeypatch.setattr("scheduler.config.settings.default_footprints", default_footprints)
     monkeypatch.setattr("platformdirs.user_cache_path", Mock(side_effect=RuntimeError("no home directory")))
     with no_leaks(), Scheduler(Settings(gpus=False)) as scheduler:
         scheduler.acquire(model).release()

@@ -17,7 +17,7 @@ from fsm.domain.devices import HOST, MIB
 from fsm.sizing.footprint import Part, parts
 from fsm.sizing.memory_estimate import estimate
 from scheduler import DoesNotFit, RunnerStatus, Scheduler, Settings
-from scheduler.metadata import read_metadata
+from scheduler.models.gguf_metadata import read_metadata
 from tests.engine_gpus import engine_gpus
 from tests.nvml import Gpu, StandIn, beside_stand_in
 from tests.tiny_models import write_tiny_model

@@ -13,7 +13,9 @@ import psutil
 import pytest
 
 from fsm.domain.devices import HOST
-from scheduler import AcquireTimeout, DoesNotFit, PythonModel, Scheduler, Settings, devices, executor
+from scheduler import AcquireTimeout, DoesNotFit, PythonModel, Scheduler, Settings
+from scheduler.devices import device_reader
+from scheduler.runtime import executor
 from tests.nvml import LOST, NOT_SUPPORTED, Gpu, StandIn, beside_stand_in
 from tests.tiny_models import write_tiny_model
 from tests.waiting import assert_soon
@@ -61,11 +63,15 @@ def test_d15_a_stalled_driver_holds_up_no_grant_and_no_load(nvml: StandIn) -> No
             grants += 1
         assert grants > 10, "warm requests waited for the driver"
         cold.result().release()
-        answer_s, devices.ANSWER_S, executor._FRESH_S = devices.ANSWER_S, 60.0, 60.0  # what one more wait would take
+        answer_s, device_reader.ANSWER_S, executor._FRESH_S = (
+            device_reader.ANSWER_S,
+            60.0,
+            60.0,
+        )  # what one more wait would take
         began = time.monotonic()
         scheduler.acquire(an_object("next")).release()
         assert time.monotonic() - began < 10.0, "the next load waited once more"
-        devices.ANSWER_S = answer_s
+        device_reader.ANSWER_S = answer_s
         assert_soon(lambda: any("has not answered" in problem for problem in scheduler.status().problems))
     nvml.say(ONE)
 
@@ -73,7 +79,7 @@ def test_d15_a_stalled_driver_holds_up_no_grant_and_no_load(nvml: StandIn) -> No
 @beside_stand_in()
 def test_a_scheduler_starts_beside_a_driver_that_does_not_answer(nvml: StandIn) -> None:
     """It has the host, says what is missing, and finds the GPUs when there is an answer."""
-    devices.FIRST_ANSWER_S = 0.5
+    device_reader.FIRST_ANSWER_S = 0.5
     nvml.say(ONE, stall="nvmlInitWithFlags")
     with a_scheduler() as scheduler:
         scheduler.acquire(an_object("a")).release()

@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 
 from fsm.domain.model_info import ModelInfo
-from scheduler.errors import InvalidModel, ModelNotFound
-from scheduler.metadata import read_metadata
+from scheduler.errors.exceptions import InvalidModel, ModelNotFound
+from scheduler.models.gguf_metadata import read_metadata
 from tests import fuzz_metadata
 from tests.gguf_bytes import TEXT, a_model, array, text
 from tests.hostile_files import CONTENTS, SOMEWHERE, SOUND, Content, Expected
@@ -28,8 +28,8 @@ ROOM_BYTES = 64 << 20
 # Reads files under a limit of its address space, and prints what was neither read nor refused.
 _CHILD = """
 import json, resource, sys
-from scheduler.errors import SchedulerError
-from scheduler.metadata import read_metadata
+from scheduler.errors.exceptions import SchedulerError
+from scheduler.models.gguf_metadata import read_metadata
 
 first, given, room = json.load(sys.stdin)
 read_metadata(first)  # from here on, everything is imported
@@ -124,7 +124,7 @@ def test_s11_a_file_that_changes_while_it_is_read_is_refused(
         os.truncate(path, 500_000 if mode == "cut" else size + 1)
         return read(descriptor, count)
 
-    monkeypatch.setattr("scheduler.window.os.read", read_and_write)
+    monkeypatch.setattr("scheduler.models.bounded_reader.os.read", read_and_write)
     with pytest.raises(InvalidModel, match=r"became shorter while|changed while") as caught:
         read_metadata(str(path))
     assert caught.value.path == str(path)

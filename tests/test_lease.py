@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 
 from scheduler import Lease, PythonModel, RunnerCrashed, Scheduler, Settings
-from scheduler.client import RunnerClient
 from scheduler.engines.llama import LlamaProcess
+from scheduler.engines.runner_client import RunnerClient
 from tests.leaks import no_leaks
 from tests.real import LONG, SHORT, send, settings, write_models
 from tests.test_client import Misbehaving, event, stream
@@ -143,7 +143,7 @@ def test_who_was_told_of_a_crash_is_not_given_the_same_runner(
 ) -> None:
     """Even where the exit is heard of much later than the connection broke."""
     heard, tell = threading.Event(), LlamaProcess.ended
-    monkeypatch.setattr("scheduler.engines.llama.EXIT_S", 0.01)
+    monkeypatch.setattr("scheduler.engines.interface.llama.EXIT_S", 0.01)
     monkeypatch.setattr(LlamaProcess, "ended", lambda self, exit: (heard.wait(LIMIT_S), tell(self, exit)))
     lease = serving.acquire(file)
     with pytest.raises(RunnerCrashed):
@@ -205,7 +205,7 @@ def test_an_answer_that_is_left_as_the_last_of_its_loop_ends_its_connection(
         ended.set()
 
     with Misbehaving(act) as server:
-        monkeypatch.setattr("scheduler.executor.RunnerClient", lambda _, key: RunnerClient(server.url, key))
+        monkeypatch.setattr("scheduler.runtime.executor.RunnerClient", lambda _, key: RunnerClient(server.url, key))
         with serving.acquire(file) as lease:
             asyncio.run(end(lease))
             assert ended.wait(LIMIT_S)

@@ -29,14 +29,15 @@ import pytest
 
 from fsm.domain.devices import HOST, DeviceId, Placement, Threads
 from fsm.domain.model_info import Options
-from scheduler.child import Child, Exit, Program
-from scheduler.cores import usable_cores
-from scheduler.engines import Endpoint, Memory, llama_child
+from scheduler.devices.cpu_cores import usable_cores
 from scheduler.engines import llama as llama_engine
+from scheduler.engines import llama_child
+from scheduler.engines.child_process import Child, Exit, Program
+from scheduler.engines.interface import Endpoint, Memory
 from scheduler.engines.llama import DETAIL_BYTES, LlamaEngine, LlamaProcess, describe
 from scheduler.engines.llama_child import parameters
-from scheduler.errors import InvalidModel, ModelNotFound
-from scheduler.spec import ModelSpec
+from scheduler.errors.exceptions import InvalidModel, ModelNotFound
+from scheduler.models.model_spec import ModelSpec
 from tests.leaks import no_leaks
 from tests.tiny_models import write_tiny_model
 
@@ -284,7 +285,9 @@ def test_a_load_holds_back_beside_others_and_not_for_long(
     Seen by a library that fails once it has such a share of the processors, before it has used much of that.
     """
     if nice:
-        monkeypatch.setattr("scheduler.processes.PULSE_S", 10 * LIMIT_S)  # else its share is taken back meanwhile
+        monkeypatch.setattr(
+            "scheduler.engines.process_supervisor.PULSE_S", 10 * LIMIT_S
+        )  # else its share is taken back meanwhile
     (tmp_path / "xllamacpp.py").write_text(
         f"while not open('/proc/self/autogroup').read().endswith('nice {nice}\\n'): pass\n"
         "raise ImportError('as it should be')\n"

@@ -17,13 +17,13 @@ from fsm.domain.devices import HOST, DeviceId, DeviceSample
 from fsm.messages.decision_log import Decision
 from fsm.messages.events import Event, Sampled
 from scheduler import DoesNotFit, Lease, PythonModel, Scheduler
-from scheduler.devices import Devices
-from scheduler.engines import Buffer, Memory
+from scheduler.api.status import RunnerStatus
+from scheduler.concurrency.thread_pool import Workers
+from scheduler.devices.device_reader import Devices
+from scheduler.engines.interface import Buffer, Memory
 from scheduler.engines.llama import LlamaProcess
-from scheduler.engines.llama_report import BUFFERS_LIMIT, BYTES_LIMIT, buffers_of, loaded_of
-from scheduler.sampler import Sampler
-from scheduler.status import RunnerStatus
-from scheduler.workers import Workers
+from scheduler.engines.llama_protocol import BUFFERS_LIMIT, BYTES_LIMIT, buffers_of, loaded_of
+from scheduler.runtime.memory_sampler import Sampler
 from tests.real import SHORT, is_gone, quiet_end, send, settings
 from tests.test_llama_engine import Told
 from tests.tiny_models import write_tiny_model
@@ -159,7 +159,7 @@ def test_n14_a_runner_that_hangs_is_released_at_once(
     scheduler: Scheduler, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """N14: it is looked at from elsewhere, and whoever gives it back does not wait for that."""
-    monkeypatch.setattr("scheduler.executor._LOOK_S", 10 * LIMIT_S)
+    monkeypatch.setattr("scheduler.runtime.executor._LOOK_S", 10 * LIMIT_S)
     lease = scheduler.acquire(model, num_ctx=256)
     send(lease.pid, signal.SIGSTOP)
     begin = time.monotonic()

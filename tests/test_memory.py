@@ -12,7 +12,7 @@ from fsm.domain.devices import MIB
 from fsm.domain.model_info import ModelInfo, Options
 from fsm.sizing.load_options import maps_file
 from scheduler.engines.llama_child import buffers
-from scheduler.metadata import read_metadata
+from scheduler.models.gguf_metadata import read_metadata
 from tests.memory.measure import measure
 from tests.memory.report import HEADERS, LEAST_BYTES, MOST_PART, Result, table_row
 from tests.memory.rows import DESIGNS, REAL, ROWS, Row, predict, projectors_of, write_row

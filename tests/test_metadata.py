@@ -21,10 +21,10 @@ from gguf.constants import GGUFValueType as Kind
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scheduler.errors import InvalidModel
-from scheduler.header import CACHED_HEADERS, KEPT_TEXT_BYTES, Header, Tensor, forget_headers, read_header
-from scheduler.metadata import read_metadata
-from scheduler.window import KEPT_ELEMENTS, Window
+from scheduler.errors.exceptions import InvalidModel
+from scheduler.models.bounded_reader import KEPT_ELEMENTS, Window
+from scheduler.models.gguf_header import CACHED_HEADERS, KEPT_TEXT_BYTES, Header, Tensor, forget_headers, read_header
+from scheduler.models.gguf_metadata import read_metadata
 from tests.bench.cold import model_path
 from tests.bench.metadata import cold_s
 from tests.gguf_bytes import TEXT, U32, a_file, a_model, array, number, tensor, text, words

@@ -17,10 +17,10 @@ from fsm.core import Core
 from fsm.domain.devices import HOST, DeviceId, DeviceSample
 from fsm.messages.events import Sampled
 from fsm.state.core_config import Limits
-from scheduler import cli
-from scheduler import models_command as command
-from scheduler.catalog import Catalog
-from scheduler.stores import Folder, OllamaStore
+from scheduler.cli import main as cli
+from scheduler.cli import models as command
+from scheduler.models.catalog import Catalog
+from scheduler.models.sources import Folder, OllamaStore
 from tests.stores import PARAMS, hub_repository, ollama_model, write_manifest
 from tests.tiny_models import write_tiny_model
 

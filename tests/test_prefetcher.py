@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from scheduler import PythonModel, Scheduler
-from scheduler.prefetcher import STEP_BYTES, Prefetcher, _cached, _open
-from scheduler.spec import ModelSpec
+from scheduler.models.model_spec import ModelSpec
+from scheduler.runtime.prefetcher import STEP_BYTES, Prefetcher, _cached, _open
 from tests.leaks import no_leaks
 from tests.real import ROOM_FOR_ONE, settings
 from tests.tiny_models import write_tiny_model

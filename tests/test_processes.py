@@ -15,8 +15,8 @@ from typing import Any
 import psutil
 import pytest
 
-from scheduler.child import Child, Exit, Program
-from scheduler.processes import TAIL_BYTES, Processes
+from scheduler.engines.child_process import Child, Exit, Program
+from scheduler.engines.process_supervisor import TAIL_BYTES, Processes
 from tests.leaks import no_leaks
 
 LIMIT_S = 10.0  # ten times what anything here is expected to take, and more

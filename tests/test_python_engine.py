@@ -12,9 +12,9 @@ import pytest
 from fsm.domain.devices import HOST, DeviceId, Placement
 from fsm.domain.model_info import Options
 from fsm.sizing.footprint import Footprint
-from scheduler.engines import Endpoint, Memory
+from scheduler.engines.interface import Endpoint, Memory
 from scheduler.engines.python import PythonEngine, PythonModel, PythonProcess
-from scheduler.errors import InvalidSettings
+from scheduler.errors.exceptions import InvalidSettings
 from tests.leaks import no_leaks
 
 LIMIT_S = 10.0  # ten times what anything here is expected to take, and more

@@ -15,10 +15,11 @@ import pytest
 
 from fsm.messages.commands import Finish, Launch, Reject, Revoke, Stop
 from fsm.messages.events import Acquire, Cancel, Exited, Progress
-from scheduler import InvalidSettings, LoadFailed, PythonModel, RunnerCrashed, Scheduler, Settings, recorder
-from scheduler.cli import main
-from scheduler.replay import Begun, Moment, Replay
-from scheduler.settings import SMALLEST_RECORD_BYTES
+from scheduler import InvalidSettings, LoadFailed, PythonModel, RunnerCrashed, Scheduler, Settings
+from scheduler.cli.main import main
+from scheduler.config.settings import SMALLEST_RECORD_BYTES
+from scheduler.recording import recorder
+from scheduler.recording.replay import Begun, Moment, Replay
 from tests.leaks import no_leaks
 from tests.real import LONG, ROOM_FOR_TWO, SHORT, begin_a_load, send, settings, write_models
 from tests.waiting import LIMIT_S, assert_soon

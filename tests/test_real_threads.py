@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from scheduler import Scheduler, Settings, cores, devices
-from scheduler.cgroups import cgroup_processors
+from scheduler import Scheduler, Settings
+from scheduler.devices import cpu_cores, device_reader
+from scheduler.devices.cgroups import cgroup_processors
 from tests.leaks import no_leaks
 from tests.real import write_models
 
@@ -22,7 +23,7 @@ def threads(scheduler: Scheduler) -> list[int | None]:
 def test_the_cores_are_dealt_to_real_runners(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first has all of them, one beside it half, and one that names a number that."""
     pytest.importorskip("xllamacpp")
-    monkeypatch.setattr(devices, "usable_cores", lambda: 6)
+    monkeypatch.setattr(device_reader, "usable_cores", lambda: 6)
     folder = write_models(tmp_path, "abc")
     with no_leaks(), Scheduler(Settings(gpus=False)) as scheduler:
         with (
@@ -67,6 +68,6 @@ def test_the_usable_cores_are_the_least_of_what_limits_them(
     """Physical cores, the affinity, whole processors of a quota; there is always one."""
     replaced: dict[str, Any] = {"_physical_cores": lambda: 16, "cgroup_processors": lambda: quota}
     for name, value in replaced.items():
-        monkeypatch.setattr(cores, name, value)
+        monkeypatch.setattr(cpu_cores, name, value)
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(affinity)), raising=False)
-    assert cores.usable_cores() == usable
+    assert cpu_cores.usable_cores() == usable

@@ -26,13 +26,13 @@ from fsm.eviction.policies import Candidate, EvictionPolicy, LeastRecentlyUsed
 from fsm.machine.request import ModelId, RequestId
 from fsm.messages.commands import Command
 from fsm.messages.events import Cancel, Close, Configure, Event, Inspected, Pin, Progress, Tick
-from scheduler import recorder
-from scheduler.cli import WRONG_USE, main
-from scheduler.recorder import Recorder
-from scheduler.replay import Begun, Difference, Moment, RecordingError, Replay
-from scheduler.settings import SMALLEST_RECORD_BYTES
-from scheduler.story import Shown
-from scheduler.timeline import Timeline
+from scheduler.cli.main import WRONG_USE, main
+from scheduler.config.settings import SMALLEST_RECORD_BYTES
+from scheduler.recording import recorder
+from scheduler.recording.narrative import Shown
+from scheduler.recording.recorder import Recorder
+from scheduler.recording.replay import Begun, Difference, Moment, RecordingError, Replay
+from scheduler.recording.timeline import Timeline
 from tests.leaks import no_leaks
 from tests.pool import PoolUnderTest, a_pool, acquire, cancel, exited, loaded, preload, release
 from tests.test_record import Walk

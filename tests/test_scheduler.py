@@ -48,10 +48,10 @@ from scheduler import (
     Settings,
     UnsupportedOption,
 )
-from scheduler import scheduler as scheduler_module
+from scheduler.api import scheduler as scheduler_module
 from scheduler.engines.python import PythonEngine
-from scheduler.executor import _WORKERS
-from scheduler.footprint_store import Identity
+from scheduler.models.measurement_store import Identity
+from scheduler.runtime.executor import _WORKERS
 from tests.leaks import no_leaks
 from tests.waiting import LIMIT_S, assert_soon
 
@@ -218,7 +218,7 @@ def test_inspections_that_wait_for_a_reading_do_not_stand_in_its_way(
     scheduler: Scheduler, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """However many models are asked for at once: nobody has to wait out the time limit of a reading."""
-    monkeypatch.setattr("scheduler.executor._FRESH_S", 10 * LIMIT_S)
+    monkeypatch.setattr("scheduler.runtime.executor._FRESH_S", 10 * LIMIT_S)
     gate = Gate(Footprint(fixed=((HOST, 2000 << 20),)))  # what never fits is answered when it has been inspected
     monkeypatch.setattr(PythonEngine, "inspect", lambda *_: gate())
     futures = [scheduler.submit(a_model(f"m{number}")) for number in range(3 * _WORKERS)]
@@ -510,7 +510,7 @@ def test_what_the_load_of_an_object_refers_to_is_let_go_of(
 
 def test_what_looks_at_runners_now_and_then_keeps_none_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
     """An object that it has seen is let go of like any other, though there is none after it."""
-    monkeypatch.setattr("scheduler.prober._SAMPLE_INTERVAL_S", 0.01)
+    monkeypatch.setattr("scheduler.runtime.health_monitor._SAMPLE_INTERVAL_S", 0.01)
     work = Work()
     alive = weakref.ref(work)
     with Scheduler(Settings(gpus=False)) as scheduler:
@@ -594,7 +594,7 @@ def test_the_last_names_that_were_forgotten_can_still_be_told(
     scheduler: Scheduler, refused: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Events and recordings tell identities, and are read and written somewhat later."""
-    monkeypatch.setattr("scheduler.registry._PAST_NAMES", 2)
+    monkeypatch.setattr("scheduler.runtime.model_registry._PAST_NAMES", 2)
     for name in ("a", "b", "c"):
         with pytest.raises(ModelNotFound):
             scheduler.acquire(a_model(name))
@@ -825,7 +825,7 @@ def test_close_returns_although_a_reading_hangs(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Those who wait for it are let go of; only the thread that reads is named."""
-    monkeypatch.setattr("scheduler.executor._FRESH_S", 10 * LIMIT_S)
+    monkeypatch.setattr("scheduler.runtime.executor._FRESH_S", 10 * LIMIT_S)
     gate = Gate(())
     scheduler = Scheduler(Settings(gpus=False))
     monkeypatch.setattr(scheduler._devices, "sample", gate)
@@ -882,7 +882,7 @@ def test_whoever_a_bug_was_to_answer_is_told_too_and_it_is_logged_once(
     scheduler: Scheduler, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The refusal itself cannot be put into words; its waiter is not forgotten, nor is the log filled."""
-    monkeypatch.setattr("scheduler.desk.error_of", lambda refusal, names: 1 / 0)
+    monkeypatch.setattr("scheduler.runtime.request_broker.error_of", lambda refusal, names: 1 / 0)
     refused = scheduler.submit(a_model("huge", "2GiB"))
     assert isinstance(refused.exception(LIMIT_S), SchedulerBroken)
     trace = traceback_length(scheduler)
@@ -984,7 +984,9 @@ def test_a_fork_in_the_middle_of_a_step_is_told_so_at_once(scheduler: Scheduler,
     assert os.waitstatus_to_exitcode(status) == 42
 
 
-@pytest.mark.parametrize("moment", ["scheduler.sampler.Sampler.refresh", "scheduler.prober.Prober.start"])
+@pytest.mark.parametrize(
+    "moment", ["scheduler.runtime.memory_sampler.Sampler.refresh", "scheduler.runtime.health_monitor.Prober.start"]
+)
 def test_ctrl_c_while_a_scheduler_is_made_leaves_nothing(
     moment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

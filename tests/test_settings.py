@@ -14,8 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fsm.eviction.policies import Candidate, KeepAliveOrder, LeastExpectedLoading
-from scheduler.errors import InvalidSettings
-from scheduler.settings import (
+from scheduler.config.settings import (
     SETTINGS,
     ChangeableArguments,
     Settings,
@@ -26,6 +25,7 @@ from scheduler.settings import (
     parse_duration,
     settings_table,
 )
+from scheduler.errors.exceptions import InvalidSettings
 
 
 @pytest.mark.parametrize(

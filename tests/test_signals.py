@@ -13,7 +13,7 @@ from fsm.machine.request import ModelId
 from fsm.messages.commands import Prefetch, Sample
 from fsm.messages.decision_log import Decision
 from scheduler import Lease, PythonModel, Scheduler, Settings
-from scheduler import scheduler as scheduler_module
+from scheduler.api import scheduler as scheduler_module
 from tests.interrupts import as_main, interrupted
 from tests.leaks import no_leaks
 from tests.real import write_models

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import time
 
-from scheduler import devices
-from scheduler.devices import ANSWER_S, TRUST_S, Devices
+from scheduler.devices import device_reader
+from scheduler.devices.device_reader import ANSWER_S, TRUST_S, Devices
 from tests.nvml import Clock, Gpu, StandIn, beside_stand_in, free_of, gpus_of
 from tests.waiting import assert_soon
 
@@ -15,7 +15,7 @@ TWO = Gpu("GPU-2", total=2000, free=1900)
 
 def stalls(nvml: StandIn, function: str, source: Devices) -> float:
     """Read once, have a function not return from then on, read again; return how long that took, in seconds."""
-    devices.ANSWER_S = 0.6
+    device_reader.ANSWER_S = 0.6
     nvml.say(ONE, TWO)
     assert free_of(source) == {"GPU-1": 800, "GPU-2": 1900}
     nvml.say(ONE.but(free=1), stall=function)
@@ -32,7 +32,7 @@ def test_d15_a_call_that_stalls_is_waited_for_once(nvml: StandIn) -> None:
     for function in ("nvmlDeviceGetCount_v2", "nvmlDeviceGetMemoryInfo_v2", "nvmlDeviceGetComputeRunningProcesses_v3"):
         source = Devices()
         assert 0.5 < stalls(nvml, function, source) < 6.0
-        devices.ANSWER_S = 60.0
+        device_reader.ANSWER_S = 60.0
         began = time.monotonic()
         gpus_of(source)
         assert time.monotonic() - began < 6.0, "it was waited for again"
@@ -64,7 +64,7 @@ def test_a_stalled_driver_is_named_and_not_used_before_long(nvml: StandIn) -> No
 @beside_stand_in()
 def test_a_driver_that_stalls_from_the_start_leaves_the_host(nvml: StandIn) -> None:
     """Nothing is known of its GPUs; they are found when it answers."""
-    devices.FIRST_ANSWER_S = 0.3
+    device_reader.FIRST_ANSWER_S = 0.3
     nvml.say(ONE, stall="nvmlInitWithFlags")
     source = Devices(clock=(clock := Clock()))
     assert gpus_of(source) == {}

@@ -10,7 +10,7 @@ import pytest
 from fsm.machine.request import ModelId
 from fsm.machine.runner import EXPIRING, IDLE, LOADING, READY, UNLOADED, RunnerId, RunnerState
 from fsm.messages.decision_log import Transition
-from scheduler.timeline import COLOURS, Span, Timeline
+from scheduler.recording.timeline import COLOURS, Span, Timeline
 
 NAMES = {ModelId("/models/a.gguf"): "chat", ModelId("/models/b.gguf"): "coder"}
 

@@ -24,22 +24,22 @@ from fsm.domain.devices import HOST, MIB, DeviceId, Threads
 from fsm.domain.model_info import ModelInfo, Options
 from fsm.sizing.load_options import maps_file, micro_batch, resolve
 from fsm.sizing.memory_estimate import CHECKPOINTS, kept_bytes, prompt_cache_bytes, results_bytes, work_bytes
-from scheduler.child import Child, Exit, Program
-from scheduler.cores import usable_cores
-from scheduler.engines import Buffer, Endpoint, Memory
-from scheduler.engines.llama_report import largest_sequence, loaded_of
-from scheduler.errors import EngineMissing, is_out_of_files
-from scheduler.gate import Gate
-from scheduler.header import read_header
-from scheduler.metadata import read_metadata
-from scheduler.processes import CLOSE_TIMEOUT_S, Processes
-from scheduler.units import wait_limit
+from scheduler.concurrency.latch import Gate
+from scheduler.config.quantities import wait_limit
+from scheduler.devices.cpu_cores import usable_cores
+from scheduler.engines.child_process import Child, Exit, Program
+from scheduler.engines.interface import Buffer, Endpoint, Memory
+from scheduler.engines.llama_protocol import largest_sequence, loaded_of
+from scheduler.engines.process_supervisor import CLOSE_TIMEOUT_S, Processes
+from scheduler.errors.exceptions import EngineMissing, is_out_of_files
+from scheduler.models.gguf_header import read_header
+from scheduler.models.gguf_metadata import read_metadata
 
 if TYPE_CHECKING:
     from fsm.domain.devices import Placement
-    from scheduler.engines import Report
+    from scheduler.engines.interface import Report
     from scheduler.engines.llama_child import Request
-    from scheduler.spec import ModelSpec
+    from scheduler.models.model_spec import ModelSpec
 
 log = logging.getLogger("loadmaster")
 

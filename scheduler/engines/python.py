@@ -15,15 +15,15 @@ from fsm.domain.devices import DeviceId
 from fsm.domain.model_info import Options
 from fsm.machine.request import ModelId
 from fsm.sizing.footprint import Footprint
-from scheduler.engines import Buffer, Memory
-from scheduler.errors import InvalidSettings
-from scheduler.gate import Gate
-from scheduler.settings import parse_bytes
-from scheduler.spec import check_name, check_switch
+from scheduler.concurrency.latch import Gate
+from scheduler.config.settings import parse_bytes
+from scheduler.engines.interface import Buffer, Memory
+from scheduler.errors.exceptions import InvalidSettings
+from scheduler.models.model_spec import check_name, check_switch
 
 if TYPE_CHECKING:
     from fsm.domain.devices import Placement
-    from scheduler.engines import Report
+    from scheduler.engines.interface import Report
 
 log = logging.getLogger("loadmaster")
 

@@ -26,7 +26,7 @@ from threading import Event, Thread
 from typing import Any
 
 from scheduler import Lease, Scheduler, Settings
-from scheduler.cores import usable_cores
+from scheduler.devices.cpu_cores import usable_cores
 from scheduler.engines.llama import child_environment
 from tests.bench.cold import model_path
 from tests.bench.measure import percentile

@@ -8,8 +8,8 @@ from typing import Any
 
 import gguf
 
-from scheduler.header import forget_headers, read_header
-from scheduler.metadata import read_metadata
+from scheduler.models.gguf_header import forget_headers, read_header
+from scheduler.models.gguf_metadata import read_metadata
 from tests.bench.cold import model_path
 from tests.bench.measure import microseconds
 

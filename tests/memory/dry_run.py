@@ -13,7 +13,7 @@ from fsm.domain.devices import MIB
 from fsm.domain.model_info import Options
 from fsm.sizing.load_options import resolve
 from fsm.sizing.memory_estimate import estimate
-from scheduler.metadata import read_metadata
+from scheduler.models.gguf_metadata import read_metadata
 
 CONTEXT = 2048
 TIMEOUT_S = 120.0

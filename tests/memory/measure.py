@@ -18,9 +18,9 @@ import psutil
 from fsm.domain.devices import HOST, Placement
 from fsm.domain.model_info import Options
 from fsm.sizing.load_options import resolve
-from scheduler.engines import Endpoint, Memory
+from scheduler.engines.interface import Endpoint, Memory
 from scheduler.engines.llama import LlamaEngine, LlamaProcess
-from scheduler.spec import ModelSpec
+from scheduler.models.model_spec import ModelSpec
 from tests.memory.rows import Row
 
 TIMEOUT_S = 600.0

@@ -13,7 +13,7 @@ from fsm.domain.model_info import Options
 from fsm.sizing.footprint import Footprint, parts
 from fsm.sizing.load_options import resolve
 from fsm.sizing.memory_estimate import estimate
-from scheduler.metadata import read_metadata
+from scheduler.models.gguf_metadata import read_metadata
 from tests.written_models import Design, write_model
 from tests.written_projector import write_projector
 

@@ -26,7 +26,7 @@ from pathlib import Path
 import pytest
 
 from fsm.domain.devices import HOST, DeviceSample
-from scheduler.devices import Devices
+from scheduler.devices.device_reader import Devices
 
 SOURCE = Path(__file__).with_name("stand_in.c")
 ROOT = SOURCE.parent.parent.parent

@@ -13,7 +13,7 @@ from typing import Any
 from fsm.machine.runner import LOADING
 from fsm.messages.decision_log import Transition
 from scheduler import Lease, ModelSpec, RunnerCrashed, Scheduler, Settings
-from scheduler.hub import EventStream
+from scheduler.runtime.event_stream import EventStream
 from tests.race.trace import Ask, Asker, Killed, clock
 
 PATIENCE_S = 600.0  # for one answer: nobody is given up on earlier

@@ -21,7 +21,7 @@ class Model:
         from fsm.domain.devices import Placement
         from fsm.domain.model_info import Options
         from fsm.sizing.load_options import resolve
-        from scheduler.spec import ModelSpec
+        from scheduler.models.model_spec import ModelSpec
 
         self.endpoint: Any = None
         self.failure = ""

@@ -1,0 +1,1 @@
+"""What a program embeds: the scheduler, leases, status and fit."""

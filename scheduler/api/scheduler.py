@@ -1,0 +1,380 @@
+"""The scheduler that a program embeds: `with scheduler.acquire("model.gguf") as lease: …`."""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from typing import Self, Unpack
+from weakref import WeakSet
+
+from fsm.core import Core
+from fsm.domain.devices import DeviceId
+from fsm.domain.model_info import Options
+from fsm.machine.request import ModelId, Purpose, Want
+from fsm.messages.events import Close, Configure, Expire, Pin, Unpin
+from fsm.state.core_config import Limits
+from scheduler.api.fit import Fit, fit_of
+from scheduler.api.lease import Lease
+from scheduler.api.pending_lease import Acquiring, Reservation
+from scheduler.api.status import Status, status_of
+from scheduler.concurrency.clock import monotonic_clock
+from scheduler.config.quantities import parse_bytes, parse_duration
+from scheduler.config.settings import ChangeableArguments, Settings
+from scheduler.devices.device_reader import Devices
+from scheduler.engines.llama import LlamaEngine
+from scheduler.engines.python import PythonEngine
+from scheduler.errors.exceptions import InvalidSettings, SchedulerClosed
+from scheduler.models.catalog import Catalog
+from scheduler.models.measurements import identity_of
+from scheduler.models.model_spec import check_text
+from scheduler.models.sources import default_resolvers
+from scheduler.recording.recorder import Recorder
+from scheduler.runtime.event_stream import EventStream, Hub
+from scheduler.runtime.health_monitor import Prober
+from scheduler.runtime.model_registry import Asking, Model, Question, Registry
+from scheduler.runtime.pending_request import FutureTicket
+from scheduler.runtime.request_broker import Desk
+
+log = logging.getLogger("loadmaster")
+
+_FIRST_SAMPLE_S = 10.0  # how long a slow GPU driver may hold up the start
+_EXIT_TIMEOUT_S = 0.0  # when the interpreter exits without close, nobody is left to release a lease
+_LAST_WORDS_S = 2.0  # beyond the time-outs, for killed processes to be reaped and threads to end
+_FRESH_S = 2.0  # how long a reservation, or a new memory limit, waits for a sample of the devices
+_PREFETCHES = 2  # models whose files are read ahead while they wait for memory
+_KILL_S = 10.0  # beyond the grace, for a killed process to give back what a driver holds for it
+_CLOSE_LOOK_S = 0.1  # between two looks, while it closes, at whether leases are still held
+
+
+class Scheduler:
+    """Loads models on demand into runners, shares them by lease, and gives them up when room is needed.
+
+    Safe to use from any thread, from event loops and from signal handlers. Close it, or use it in a `with` block; what
+    is not closed is closed when the interpreter exits. After a fork only the parent may use it.
+
+    `settings` defaults to the environment's, see `Settings.from_environment`.
+    """
+
+    def __init__(self, settings: Settings | None = None) -> None:
+        self.settings = Settings.from_environment() if settings is None else settings
+        if not isinstance(self.settings, Settings):
+            raise InvalidSettings("settings", settings, "made of Settings, as in Scheduler(Settings(max_queue=9))")
+        self._close_lock = threading.RLock()  # one thread ends what is left, the others wait for it
+        self._ending: int | None = None  # the thread that does
+        self._configuring = threading.RLock()  # one changes limits; a signal handler may do so in between
+        self._hub = Hub(self.settings.event_buffer)
+        self._devices = Devices(
+            memory_limit_bytes=self.settings.memory_limit,
+            gpus=self.settings.gpus,
+            gpu_reserve_bytes=self.settings.gpu_reserve,
+        )
+        self._engines = (LlamaEngine(), PythonEngine())
+        self.catalog = Catalog(default_resolvers(self.settings.models))
+        self._registry = Registry(*self._engines, self.catalog, pin=lambda model: self._desk.post(Pin(model)))
+        core = Core(limits_of(self.settings), self.settings.eviction)
+        self._recorder: Recorder | None = None
+        if self.settings.record is not None:
+            self._recorder = Recorder(self.settings.record, self.settings.record_limit, core, self._registry.name)
+        step = self._recorder.step if self._recorder is not None else None
+        self._desk = Desk(self.settings, core, self._devices, self._registry, self._hub, step)
+        self._prober = Prober(self._desk.executor, self.settings.probe_interval, self._desk.let_go)
+        try:
+            _open_schedulers.add(self)
+            self._desk.driver.start()
+            self._desk.executor.sampler.refresh(_FIRST_SAMPLE_S)
+            self._prober.start()
+        except BaseException:  # Ctrl-C, say: nobody has it yet who could close it
+            self._end()
+            raise
+
+    # -- asking for models --------------------------------------------------------------------------------------------
+
+    def acquire(self, model: Model, **asking: Unpack[Asking]) -> Lease:
+        """Return a lease on a runner of `model`, loading it if need be; blocks until then.
+
+        `model` is the path of a GGUF file, a name that `catalog` finds, a `ModelSpec` or a `PythonModel`; `Asking`
+        lists the keywords. Those of loading matter only if they are named: a runner that was loaded otherwise serves
+        whoever does not care.
+
+        Raises `QueueFull`, `ModelNotFound`, `InvalidModel`, `DoesNotFit`, `LoadFailed`, `LoadTimeout`,
+        `AcquireTimeout` (at once, as `TimeoutTooShort`, where it is certain), `UnsupportedOption`, `InvalidSettings`,
+        `SchedulerClosed`.
+        """
+        question = self._registry.question(model, asking)
+        ticket = self._desk.ticket(question)
+        lease = Lease(self._desk, ticket)  # made first: whatever Ctrl-C interrupts, its end gives back what was granted
+        self._desk.wait(ticket, question)
+        return lease
+
+    def submit(self, model: Model, **asking: Unpack[Asking]) -> Future[Lease]:
+        """Like `acquire`, as a future. `cancel()` works until it is granted; then the lease is to be released."""
+        future: Future[Lease] = Future()
+
+        def deliver(ticket: FutureTicket) -> None:
+            lease = Lease(self._desk, ticket) if ticket.error is None else None
+            if not ticket.settle(future, lease) and lease is not None:
+                lease.release()
+
+        self._desk.promise(future, self._registry.question(model, asking), deliver)
+        return future
+
+    def acquire_async(self, model: Model, **asking: Unpack[Asking]) -> Acquiring:
+        """Like `acquire`, for `await` and `async with`; a task that is cancelled while it waits has cancelled."""
+        return Acquiring(self._desk, self._registry.question(model, asking))
+
+    def preload(self, model: Model, **asking: Unpack[Asking]) -> Future[None]:
+        """Load a model without a lease; the future is done when it rests, loaded."""
+        future: Future[None] = Future()
+
+        def deliver(ticket: FutureTicket) -> None:
+            self._desk.tickets.pop(ticket.id, None)
+            ticket.settle(future, None)
+
+        self._desk.promise(future, self._registry.question(model, asking, Purpose.preload), deliver)
+        return future
+
+    def expire(self, model: Model, **asking: Unpack[Asking]) -> None:
+        """Have a model leave memory: at once if idle, after its leases if busy; harmless if it is not loaded."""
+        self._desk.post(Expire(self._registry.identity(model, asking)))
+
+    def pin(self, model: Model, **asking: Unpack[Asking]) -> None:
+        """Never give a model up for others, nor for its keep-alive, from now on; it need not be loaded yet."""
+        self._desk.post(Pin(self._registry.identity(model, asking)))
+
+    def unpin(self, model: Model, **asking: Unpack[Asking]) -> None:
+        """Treat a model like any other again."""
+        self._desk.post(Unpin(self._registry.identity(model, asking)))
+
+    def reserve(self, device: str, size: str | int, *, timeout: str | float | None = None) -> Reservation:
+        """Take memory of the program's own out of the account while it is held, giving up idle runners for it.
+
+        `device` is "cpu" or a GPU's id as `status()` shows it. Blocks until there is room; raises `DoesNotFit` at once
+        where there never can be, `AcquireTimeout`, `InvalidSettings`, `SchedulerClosed`.
+        """
+        self._desk.check()
+        check_text("device", device)
+        amount = ((DeviceId(device), parse_bytes(size)),)
+        self._desk.executor.sampler.refresh(_FRESH_S)
+        want = Want(ModelId(""), Options(), Purpose.memory, 0, amount)
+        timeout_s = None if timeout is None else parse_duration(timeout, name="timeout")
+        question = Question(want, f"{size} on {device}", None, timeout_s)
+        ticket = self._desk.ticket(question)
+        reservation = Reservation(self._desk, ticket)
+        self._desk.wait(ticket, question)
+        return reservation
+
+    def fit(self, model: Model, **asking: Unpack[Asking]) -> Fit:
+        """Return what would become of a request now: what would go where, who would leave, and how it would fit.
+
+        Takes what `acquire` takes. Nothing is loaded, given up or promised; a request that follows finds what others
+        have changed meanwhile. The engine need not be installed. The model's file is read, and the devices, for which
+        it waits at most 2 s. Raises `ModelNotFound`, `InvalidModel`, `UnsupportedOption`, `InvalidSettings`,
+        `SchedulerClosed`.
+        """
+        self._desk.check()
+        if self._desk.closing:
+            raise SchedulerClosed()
+        spec, question = self._registry.look(model, asking)
+        info = self._registry.inspect(spec)
+        known = self._desk.executor.recall(identity_of(spec))
+        self._desk.executor.sampler.refresh(_FRESH_S)
+        core = self._desk.read(Core.copy)
+        return fit_of(monotonic_clock(), core, question, info, self._registry, known)
+
+    # -- changing its limits ------------------------------------------------------------------------------------------
+
+    def configure(self, **limits: Unpack[ChangeableArguments]) -> None:
+        """Change limits while running: `memory_limit`, `max_queue`, `max_runners`, `keep_alive`; all of them or none.
+
+        Nobody who waits is turned away, and no lease is broken. What is idle and too much goes at once, what is in use
+        when it rests, what is pinned never. A keep-alive holds for loaded models too, but where a request has named
+        one. A new memory limit is waited for until the devices have been read with it, at most 2 s.
+
+        Raises `InvalidSettings` for a value that is not allowed and for what cannot change, `SchedulerClosed`.
+        """
+        self._desk.check()
+        if self._desk.closing:
+            raise SchedulerClosed()
+        with self._configuring:
+            before = None
+            while before is not self.settings:  # a signal handler has changed it meanwhile: both changes hold
+                before = self.settings
+                changed = before.changed(**limits)
+            self.settings, told = changed, None
+            while told is not self.settings:  # or now: the last one is told to everybody last
+                told = self.settings
+                self._desk.post(Configure(told.max_queue, told.max_runners, told.keep_alive))
+                self._devices.set_memory_limit(told.memory_limit)
+        if "memory_limit" in limits:
+            self._desk.executor.sampler.refresh(_FRESH_S)
+
+    # -- looking at it ------------------------------------------------------------------------------------------------
+
+    def status(self) -> Status:
+        """Return the runners, the queue and the devices as they are now."""
+        snapshot, failures = self._desk.read(lambda core: (core.snapshot(), core.failures()))
+        problems = (*self._devices.problems, *failures, *self._desk.executor.problems)
+        if self._recorder is not None:
+            problems = (*problems, *self._recorder.problems)
+        return status_of(snapshot, monotonic_clock(), self._registry, dict(self._desk.executor.lives).get, problems)
+
+    def name(self, model: ModelId) -> str:
+        """Return the name of a model whose identity an event tells.
+
+        Of those that could not be found or read, and of objects that are not there any more, the last thousand names
+        are kept; then the identity is returned.
+        """
+        return self._registry.name(model)
+
+    def events(self) -> EventStream:
+        """Return an iterator over every transition and decision from now on, with its reason.
+
+        It blocks for the next one and ends when the scheduler has closed. A reader that falls more than `event_buffer`
+        entries behind finds a `Gap` in place of the oldest.
+        """
+
+        def listen(core: Core) -> EventStream:
+            if core.journal is None:
+                core.journal = []
+            return self._hub.open()
+
+        return self._desk.read(listen)
+
+    # -- its end ------------------------------------------------------------------------------------------------------
+
+    def close(self, timeout: str | float | None = None) -> None:
+        """Refuse new requests, answer the queued ones, let leases finish for `timeout`, then stop every runner.
+
+        `timeout` defaults to the setting `close_timeout`; leases that last longer are broken. Returns soon after it
+        whatever happens; an object whose `unload` hangs is named in a warning. Calling it again is harmless.
+        """
+        if self._desk.forked or self._ending == threading.get_ident():  # the latter: in a signal handler
+            return
+        timeout_s = self.settings.close_timeout if timeout is None else parse_duration(timeout, name="timeout")
+        self._desk.closing = True
+        self._desk.driver.post(Close(timeout_s))
+        try:
+            if self._desk.driver.broken is None:
+                self._await_the_end(timeout_s)
+        finally:  # after Ctrl-C too
+            with self._close_lock:
+                self._ending = threading.get_ident()
+                try:
+                    self._end()
+                finally:
+                    self._ending = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _await_the_end(self, timeout_s: float) -> None:
+        """Wait until every runner is unloaded: for as long as leases may last, then for as long as a stop may take."""
+        stop_s = self.settings.stop_grace + _LAST_WORDS_S
+        now = time.monotonic()
+        leases_end, end = now + timeout_s, now + stop_s
+        while not self._desk.finished.is_set() and (now := time.monotonic()) < end:
+            if self._desk.tickets and now < leases_end:
+                end = now + stop_s
+            self._desk.finished.wait(min(end - now, _CLOSE_LOOK_S))
+
+    def _end(self) -> None:
+        """Stop what is left: processes first, then threads, then those who still wait.
+
+        Each step is taken whatever the one before raised. What is not a mere failure, Ctrl-C for example, is raised
+        after the last one, and what was not ended then is ended by the next call, if need be at the interpreter's exit.
+        """
+        end, hung = time.monotonic() + _LAST_WORDS_S, list[str]()
+        raised: BaseException | None = None
+        try:
+            for step in self._last_steps(hung):
+                try:
+                    step(max(0.1, end - time.monotonic()))
+                except Exception:
+                    log.exception("a step of the close failed")
+                except BaseException as error:
+                    raised = error
+        finally:
+            self._dismiss()  # again, as Ctrl-C may have come between two steps
+        if raised is not None:
+            raise raised
+        _open_schedulers.discard(self)
+
+    def _last_steps(self, hung: list[str]) -> Iterator[Callable[[float], object]]:
+        """Yield what is to be stopped, each with its time limit; what hangs is noted, and told of."""
+        yield self._prober.close
+        for engine in self._engines:
+            yield engine.close
+        yield lambda timeout_s: hung.extend(self._desk.executor.close(timeout_s))
+        yield self._desk.driver.stop
+        if (recorder := self._recorder) is not None:
+            yield lambda timeout_s: None if recorder.close(timeout_s) else hung.append("the recorder")
+        yield lambda _: self._tell(hung)
+        yield lambda _: self._dismiss()
+        yield lambda _: self._devices.close()
+
+    def _dismiss(self) -> None:
+        """Answer those who still wait, and tell those who listen that there is no more."""
+        self._desk.answer_all(SchedulerClosed)
+        self._hub.close()
+
+    def _tell(self, hung: list[str]) -> None:
+        stuck = [self._registry.name(life.model) for life in self._desk.executor.lives.values() if not life.over]
+        if hung or stuck:
+            log.warning("closed, but these did not end: %s", ", ".join([*stuck, *hung]))
+
+
+def limits_of(settings: Settings) -> Limits:
+    """Return what the core works by under these settings."""
+    return Limits(
+        max_queue=settings.max_queue,
+        max_runners=settings.max_runners,
+        keep_alive_s=settings.keep_alive,
+        max_wait_s=settings.max_wait,
+        min_residency_s=settings.min_residency,
+        load_timeout_s=settings.load_timeout,
+        stop_timeout_s=max(Limits().stop_timeout_s, settings.stop_grace + _KILL_S),
+        recovery_timeout_s=settings.recovery_timeout,
+        loads_per_gpu=settings.loads_per_device,
+        loads_on_host=settings.loads_on_host,
+        prefetches=_PREFETCHES if settings.prefetch else 0,
+        defaults=Options(
+            num_ctx=settings.num_ctx,
+            num_batch=settings.num_batch,
+            num_parallel=settings.num_parallel,
+            flash_attention=settings.flash_attention,
+            cache_type_k=settings.cache_type,
+            cache_type_v=settings.cache_type,
+        ),
+        claims=settings.lock_folder is not None,
+        cpu_threads=settings.cpu_threads or 0,
+        remembers=settings.footprints is not None,
+        spread=settings.spread,
+        context_by_gpus=settings.context_by_gpus,
+        require_gpu=settings.require_gpu,
+    )
+
+
+_open_schedulers: WeakSet[Scheduler] = WeakSet()
+
+
+def _close_all() -> None:
+    for scheduler in list(_open_schedulers):
+        scheduler.close(_EXIT_TIMEOUT_S)
+
+
+def _disown() -> None:
+    for scheduler in list(_open_schedulers):
+        scheduler._desk.forked = True
+
+
+atexit.register(_close_all)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_disown)

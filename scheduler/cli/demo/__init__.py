@@ -1,0 +1,1 @@
+"""The demonstration: models that take turns in too little memory."""

@@ -1,0 +1,171 @@
+"""The command `loadmaster fit`: what would be loaded where, and why, before anything is."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from typing import cast
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from fsm.core import Core
+from fsm.domain.devices import HOST, DeviceId, DeviceSample
+from fsm.messages.events import Sampled
+from fsm.placement.search import MEASURED_HEADROOM, PREDICTED_HEADROOM
+from fsm.sizing.load_history import NOTHING
+from scheduler.api.fit import Fit, FitDevice, fit_of
+from scheduler.api.scheduler import limits_of
+from scheduler.concurrency.clock import monotonic_clock
+from scheduler.config.quantities import parse_bytes
+from scheduler.config.settings import Settings
+from scheduler.devices.device_reader import Devices
+from scheduler.engines.llama import LlamaEngine
+from scheduler.engines.python import PythonEngine
+from scheduler.errors.exceptions import InvalidSettings, advice_for
+from scheduler.errors.formatting import format_bytes
+from scheduler.models.catalog import Catalog
+from scheduler.models.measurement_store import FootprintStore
+from scheduler.models.measurements import identity_of
+from scheduler.models.sources import default_resolvers
+from scheduler.runtime.model_registry import Asking, Registry
+
+DOES_NOT_FIT = 1  # the exit status
+
+
+def run_fit(chosen: argparse.Namespace) -> int:
+    """Print what was asked for and return the exit status."""
+    settings = Settings.from_environment()
+    if chosen.memory_limit is not None:
+        settings = settings.changed(memory_limit=_size("--memory-limit", chosen.memory_limit))
+    samples, problems = _devices(settings, chosen.host, chosen.gpu)
+    engines = (LlamaEngine(), PythonEngine())
+    registry = Registry(*engines, Catalog(default_resolvers(settings.models)), pin=lambda model: None)
+    spec, question = registry.look(chosen.model, _asking(chosen))
+    info, identity = registry.inspect(spec), identity_of(spec)
+    now = monotonic_clock()
+    core = Core(limits_of(settings), settings.eviction)
+    core.step(now, Sampled(samples))
+    known = FootprintStore(settings.footprints).read(identity) if settings.footprints and identity else NOTHING
+    fit = fit_of(now, core, question, info, registry, known)
+    if chosen.json:
+        print(json.dumps(fit.to_json() | {"problems": problems}, indent=2, ensure_ascii=False))
+    else:
+        _print(fit, problems)
+    return 0 if fit.fits else DOES_NOT_FIT
+
+
+def _asking(chosen: argparse.Namespace) -> Asking:
+    """Return what is named, and nothing else: what is not may be the model's own."""
+    named = {
+        "num_ctx": chosen.num_ctx,
+        "num_parallel": chosen.num_parallel,
+        "num_batch": chosen.num_batch,
+        "num_gpu": chosen.num_gpu,
+        "cache_type_k": chosen.cache_type,
+        "cache_type_v": chosen.cache_type,
+        "flash_attention": chosen.flash_attention,
+        "use_mmap": chosen.mmap,
+        "require_gpu": chosen.require_gpu or None,
+        "embedding": chosen.embedding or None,
+        "adapters": chosen.adapter and tuple(chosen.adapter),
+        "projectors": chosen.projector and tuple(chosen.projector),
+    }
+    return cast(Asking, {name: value for name, value in named.items() if value is not None})
+
+
+def _devices(
+    settings: Settings, host: str | None, gpus: Sequence[str]
+) -> tuple[tuple[DeviceSample, ...], tuple[str, ...]]:
+    """Return the devices that are there, or are to be imagined, and what could not be read of them."""
+    devices = Devices(
+        memory_limit_bytes=settings.memory_limit,
+        gpus=settings.gpus and not gpus,
+        gpu_reserve_bytes=settings.gpu_reserve,
+    )
+    samples = list(devices.sample())
+    devices.close()
+    if host is not None:
+        size = _size("--host", host)
+        samples[0] = DeviceSample(HOST, "cpu", "host", min(size, settings.memory_limit or size), size)
+    for text in gpus:
+        name, separator, rest = text.rpartition("=")
+        if not separator or not name or name in {sample.id for sample in samples}:
+            raise InvalidSettings("--gpu", text, "a name and a size, like card=24GiB, each name once")
+        size = max(0, _size("--gpu", rest) - settings.gpu_reserve)
+        samples.append(DeviceSample(DeviceId(name), "gpu", name, size, size))
+    return tuple(samples), devices.problems
+
+
+def _size(name: str, text: str) -> int:
+    size = parse_bytes(text, name=name)
+    if size == 0:
+        raise InvalidSettings(name, text, "a number of bytes above 0")
+    return size
+
+
+def _print(fit: Fit, problems: Sequence[str]) -> None:
+    console = Console(highlight=False)
+    sentence = str(fit)
+    console.print(Text(f"{sentence}.", style="bold green" if fit.fits else "bold red"), soft_wrap=True)
+    if fit.devices:
+        console.print()
+        console.print(_table(fit.devices))
+        console.print(Text(_explanation(fit), style="dim"), soft_wrap=True)
+    if fit.advice:
+        console.print()
+        better = "all of it would go to GPUs" if fit.fits else "it would fit"
+        console.print(Text(f"What to change so that {better}, the least harm first:"), soft_wrap=True)
+        for each in fit.advice:
+            takes = ", ".join(f"{format_bytes(d.takes_bytes)} on {d.name}" for d in each.fit.devices if d.takes_bytes)
+            console.print(Text(f"  {_flags(each.options):<44} {takes}"), soft_wrap=True)
+    elif fit.verdict == "never":
+        console.print()
+        advice = advice_for(fit.reason, "it takes a smaller model, or more memory")
+        console.print(Text(f"None of the options that were tried makes it fit: {advice}."), soft_wrap=True)
+    for problem in problems:
+        console.print(Text(f"({problem})", style="dim"), soft_wrap=True)
+
+
+def _table(devices: Sequence[FitDevice]) -> Table:
+    """A column for each device: what it takes by kind, and what that is judged by."""
+    table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
+    table.add_column("")
+    for device in devices:
+        layers = f"\n{device.gpu_layers} layers" if device.gpu_layers else ""
+        table.add_column(Text(device.name + layers), justify="right")
+    rows = {
+        "weights": [device.weights_bytes for device in devices],
+        "cache": [device.cache_bytes for device in devices],
+        "compute buffers": [device.compute_bytes for device in devices],
+        "process and the rest": [device.other_bytes for device in devices],
+        "takes": [device.takes_bytes for device in devices],
+        "must be free": [device.needed_bytes for device in devices],
+        "is free": [max(0, device.free_bytes) for device in devices],
+    }
+    for name, amounts in rows.items():
+        style = "bold" if name == "takes" else ""
+        table.add_row(Text(name), *(Text(format_bytes(amount)) for amount in amounts), style=style)
+    return table
+
+
+def _explanation(fit: Fit) -> str:
+    """What it is for, and how exact."""
+    options = fit.options
+    types = " and ".join(dict.fromkeys(name for name in (options.cache_type_k, options.cache_type_v) if name))
+    slots = "1 slot" if options.num_parallel == 1 else f"{options.num_parallel} slots"
+    source = "What it takes was measured before" if fit.measured else "It is a prediction"
+    headroom = MEASURED_HEADROOM if fit.measured else PREDICTED_HEADROOM
+    return (
+        f"For {slots} of {options.num_ctx} tokens, a cache of type {types}, batches of {options.num_batch}. "
+        f"{source}, so {headroom * 100:.0f} % more must be free."
+    )
+
+
+def _flags(options: Mapping[str, int | str]) -> str:
+    """Options as they are named to this command, which has one for both types of cache."""
+    names = {"cache_type_k": "cache_type", "cache_type_v": "cache_type"}
+    flags = {f"--{names.get(name, name)}".replace("_", "-"): value for name, value in options.items()}
+    return " ".join(f"{flag} {value}" for flag, value in flags.items())

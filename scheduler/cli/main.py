@@ -1,0 +1,196 @@
+"""The command `loadmaster`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Never
+
+from scheduler.config.settings import Settings, parse_bytes, parse_duration
+from scheduler.errors.exceptions import InvalidSettings, SchedulerError
+
+PROGRAM = "loadmaster"
+WRONG_USE = 2
+LONGEST_KEEP_ALIVE_S = 60.0  # the demonstration waits for it
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit status; what the user did wrong is one line on standard error, status 2."""
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # what a terminal cannot show is no reason to fail
+    chosen = _parser().parse_args(arguments)
+    run: Callable[[argparse.Namespace], int] = chosen.run
+    try:
+        status = run(chosen)
+        print(end="", flush=True)  # here, where it can be told that it fails
+        return status
+    except SchedulerError as error:
+        print(f"{PROGRAM}: {error}", file=sys.stderr)
+        return WRONG_USE
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # the reader has gone, `| head` say
+        _say_no_more()
+        return 141
+    except OSError as error:
+        try:
+            print(end="", flush=True)
+        except OSError:  # what was said is still to be written: a full disk, say
+            _say_no_more()
+            print(f"{PROGRAM}: what it says cannot be written: {error.strerror}", file=sys.stderr)
+            return WRONG_USE
+        raise
+
+
+def _say_no_more() -> None:
+    """Have what is still to be written vanish; else the interpreter tries once more at its end, and complains."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line."""
+
+    def error(self, message: str) -> Never:
+        """Exit with the status of wrong use."""
+        self.exit(WRONG_USE, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog=PROGRAM, description="Loads models on demand, keeps them warm, shares them by lease, and evicts them."
+    )
+    parser.add_argument("--version", action="version", version=f"{PROGRAM} {_version()}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    _add_demo(commands.add_parser("demo", help="run real models in too little memory and show what happens"))
+    _add_models(commands.add_parser("models", help="list the models that can be had by name, and whether they fit"))
+    _add_fit(commands.add_parser("fit", help="show what a model would take of which device, and whether it fits"))
+    _add_replay(commands.add_parser("replay", help="tell again, from a recording, what was decided and why"))
+    _add_explore(commands.add_parser("explore", help="search what a small scheduler can come to"))
+    return parser
+
+
+def _add_demo(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Runs several models, asked by several clients, in memory that does not hold them all; shows every runner as "
+        "it loads, serves, rests and leaves, and ends with a summary and a timeline. Uses no GPU."
+    )
+    option = parser.add_argument
+    option("--models", type=Path, metavar="DIR", help="use the GGUF files in DIR instead of the small model")
+    option("--out", type=Path, default=Path("build"), metavar="DIR", help="where timeline.svg goes (default: build)")
+    option("--memory-limit", metavar="SIZE", help="memory for all models, like 2GiB (default: about half of them fit)")
+    option("--keep-alive", default="1.5s", metavar="TIME", help="keep-alive of the last act (default: 1.5s)")
+    option("--requests", type=int, default=9, metavar="N", help="requests when everybody asks at once (default: 9)")
+    parser.set_defaults(run=_demo)
+
+
+def _add_models(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Lists the models in the folders that LOADMASTER_MODELS names, in Ollama's store and in the Hugging Face "
+        "cache, each with the name to acquire it by, and whether it would fit into the memory that is free now."
+    )
+    parser.add_argument("--json", action="store_true", help="print a list of objects instead of tables")
+    parser.set_defaults(run=_models)
+
+
+def _add_fit(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Shows what a model would take of each device if it were loaded now, whether that fits, and what to change so "
+        "that it does. Nothing is loaded. Exits with 0 if it fits, with 1 if it does not."
+    )
+    parser.add_argument("model", metavar="MODEL", help="the path of a GGUF file, or a name")
+    asked = parser.add_argument_group("what is asked for").add_argument
+    asked("--num-ctx", type=int, metavar="TOKENS", help="context of one slot")
+    asked("--num-parallel", type=int, metavar="N", help="slots, each with a context of its own")
+    asked("--num-batch", type=int, metavar="TOKENS", help="how much of a prompt is worked on at once")
+    asked("--num-gpu", type=int, metavar="LAYERS", help="layers on GPUs; negative: automatic, 0: none")
+    asked("--require-gpu", action="store_true", help="whole on GPUs, and not at all otherwise")
+    asked("--cache-type", metavar="TYPE", help="type of the KV cache: f16, q8_0, q4_0, …")
+    asked("--flash-attention", action=argparse.BooleanOptionalAction, help="whether it is used; else automatic")
+    asked("--mmap", action=argparse.BooleanOptionalAction, help="whether the file is mapped; else automatic")
+    asked("--embedding", action="store_true", help="as an embedder")
+    asked("--adapter", action="append", metavar="FILE", help="with a LoRA adapter; may be given several times")
+    asked("--projector", action="append", metavar="FILE", help="with a projector, one at most")
+    room = parser.add_argument_group("in other memory than there is").add_argument
+    room("--memory-limit", metavar="SIZE", help="host memory that models may take in all, like 2GiB")
+    room("--host", metavar="SIZE", help="as if the host had so much memory, all of it free")
+    imagined = "as if there were this GPU, all of it free, in place of those there are; may be given several times"
+    room("--gpu", action="append", default=[], metavar="NAME=SIZE", help=imagined)
+    parser.add_argument("--json", action="store_true", help="print an object instead of a table")
+    parser.set_defaults(run=_fit)
+
+
+def _add_replay(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Runs a recording (the setting `record`) through the decisions once more: who asked, what was decided and why, "
+        "who waited for what. Exits with 0 if each decision is the recorded one, with 1 at the first that is not."
+    )
+    parser.add_argument("recording", type=Path, metavar="FILE", help="the recording, or FILE.1, the one before it")
+    parser.add_argument("--timeline", type=Path, metavar="FILE", help="draw what each runner did when; svg, png or pdf")
+    parser.add_argument("--json", action="store_true", help="print an object instead of a story")
+    parser.set_defaults(run=_replay)
+
+
+def _replay(chosen: argparse.Namespace) -> int:
+    from scheduler.cli.replay import run_replay  # here, since nothing else needs what it imports
+
+    return run_replay(chosen)
+
+
+def _add_explore(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Searches, breadth first, what the scheduler's core can come to in small named scenarios: in every state all "
+        "that must hold is checked, and from each everybody who waits must still be answered and the pool become "
+        "empty. Exits with 0 if all holds, else with 1 and the shortest way to what does not."
+    )
+    option = parser.add_argument
+    option("--scenario", action="append", default=[], metavar="NAME", help="this one only; may be given several times")
+    option("--most", type=_count, metavar="N", help="states that are enough of each (default: each has its number)")
+    option("--processes", type=_count, default=2, metavar="N", help="processes that search at a time (default: 2)")
+    parser.set_defaults(run=_explore)
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
+
+
+def _explore(chosen: argparse.Namespace) -> int:
+    from scheduler.cli.explore import run_explore  # here, since nothing else needs what it imports
+
+    return run_explore(chosen)
+
+
+def _fit(chosen: argparse.Namespace) -> int:
+    from scheduler.cli.fit import run_fit  # here, since nothing else needs what it imports
+
+    return run_fit(chosen)
+
+
+def _models(chosen: argparse.Namespace) -> int:
+    from scheduler.cli.models import run_models  # here, since nothing else needs what it imports
+
+    return run_models(Settings.from_environment(), as_json=chosen.json)
+
+
+def _demo(chosen: argparse.Namespace) -> int:
+    from scheduler.cli.demo.main import DemoOptions, run_demo  # here, since nothing else needs what it imports
+
+    limit = None if chosen.memory_limit is None else parse_bytes(chosen.memory_limit, name="--memory-limit")
+    keep_alive_s = parse_duration(chosen.keep_alive, name="--keep-alive")
+    if keep_alive_s > LONGEST_KEEP_ALIVE_S:
+        raise InvalidSettings("--keep-alive", chosen.keep_alive, "at most 1m, since the demonstration waits for it")
+    if chosen.requests < 0:
+        raise InvalidSettings("--requests", chosen.requests, "a whole number of at least 0")
+    return run_demo(DemoOptions(chosen.models, chosen.out, limit, keep_alive_s, chosen.requests))
+
+
+def _version() -> str:
+    try:
+        return metadata.version(PROGRAM)
+    except metadata.PackageNotFoundError:  # run from its source
+        return "(not installed)"

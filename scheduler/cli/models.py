@@ -1,0 +1,184 @@
+"""The command `loadmaster models`: what there is to ask for by name, and whether it would fit now."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from itertools import groupby
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.table import Table
+from rich.text import Text
+
+from fsm.core import Core
+from fsm.domain.model_info import ModelInfo
+from fsm.machine.request import Purpose, Want
+from fsm.messages.events import Sampled
+from fsm.messages.refusals import DoesNotFit
+from fsm.preview import preview
+from fsm.sizing.load_options import WITHOUT_CACHE
+from scheduler.api.scheduler import limits_of
+from scheduler.concurrency.clock import monotonic_clock
+from scheduler.config.settings import Settings
+from scheduler.devices.device_reader import Devices
+from scheduler.errors.exceptions import InvalidModel
+from scheduler.errors.formatting import format_bytes
+from scheduler.models.catalog import Catalog, found_by, in_words, place_of
+from scheduler.models.gguf_metadata import read_metadata
+from scheduler.models.model_spec import ModelSpec
+from scheduler.models.sources import HUB_MISSING, default_resolvers, hub_is_installed
+
+PATIENCE_S = 1.0  # what takes longer shows how far it is
+
+
+FITS, IN_PART, ON_HOST, TOO_LARGE = "fits", "fits in part on the GPU", "fits on the host only", "too large"
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One model, as it is listed; numbers are 0 and texts empty where `problem` says why it cannot be read."""
+
+    name: str  # to acquire it by; empty where it is the place itself that cannot be listed
+    place: str  # where it was found
+    path: str = ""
+    size_bytes: int = 0  # of its files, adapters and projectors among them
+    architecture: str = ""
+    quantisation: str = ""  # empty too where the file has none
+    context_trained: int = 0  # tokens
+    needed_bytes: int = 0  # that must be free to load it with automatic options, on all devices together
+    fits: str = ""  # whether it would be loaded so now, if nothing else were: one of the texts below
+    problem: str = ""
+
+
+def run_models(settings: Settings, *, as_json: bool) -> int:
+    """Print the list and return the exit status, which is 0 also if there is nothing."""
+    catalog = Catalog(default_resolvers(settings.models))
+    core = _core_of(settings)
+    with progress_on(Console(stderr=True)) as progress:
+        rows = list(read_rows(catalog, core, progress))
+    if as_json:
+        print(json.dumps([asdict(row) for row in rows], indent=2, ensure_ascii=False))
+    elif rows:
+        _print_tables(rows)
+    else:
+        print(_nothing(catalog.places))
+    return 0
+
+
+def read_rows(catalog: Catalog, core: Core, progress: Progress) -> Iterator[Row]:
+    """Yield a row for each model that has a name, in the order in which names are looked up.
+
+    Whether it fits is judged in `core`, which knows the devices, and is not changed.
+    """
+    task = progress.add_task("Looking for models", total=None)
+    unlisted: dict[str, str] = {}
+    listed = list(catalog.listing(unlisted))
+    progress.remove_task(task)
+    for name, resolver in progress.track(listed, description="Reading models"):
+        row = Row(name, place_of(resolver))
+        try:
+            if (spec := found_by(resolver, name)) is None:
+                continue  # it went away meanwhile
+            row = replace(row, path=spec.path)
+            yield _read(row, spec, core)
+        except Exception as error:  # a resolver may be the user's own
+            yield replace(row, problem=error.reason if isinstance(error, InvalidModel) else in_words(error))
+    yield from (Row("", place, problem=why) for place, why in unlisted.items())
+
+
+def _core_of(settings: Settings) -> Core:
+    """Return a core that has the devices as they are, and no runners."""
+    devices = Devices(
+        memory_limit_bytes=settings.memory_limit, gpus=settings.gpus, gpu_reserve_bytes=settings.gpu_reserve
+    )
+    core = Core(limits_of(settings), settings.eviction)
+    core.step(monotonic_clock(), Sampled(devices.sample()))
+    devices.close()
+    return core
+
+
+def _read(row: Row, spec: ModelSpec, core: Core) -> Row:
+    spec = spec.resolved()
+    info = read_metadata(spec.path, adapters=spec.adapters, projectors=spec.projectors, embedding=spec.embedding)
+    if info.architecture in WITHOUT_CACHE:  # it can only embed
+        info = replace(info, embedding=True)
+    fits, needed_bytes = _fit(spec, info, core)
+    return replace(
+        row,
+        size_bytes=info.file_bytes + info.adapters_bytes + info.projectors_bytes,
+        architecture=info.architecture,
+        quantisation=info.quantisation,
+        context_trained=info.context_trained,
+        fits=fits,
+        needed_bytes=needed_bytes,
+    )
+
+
+def _fit(spec: ModelSpec, info: ModelInfo, core: Core) -> tuple[str, int]:
+    found = preview(monotonic_clock(), core, Want(spec.id, spec.options, Purpose.lease, 0), info)
+    if isinstance(found.refusal, DoesNotFit):
+        return TOO_LARGE, sum(amount for _, amount in found.refusal.needed)
+    needed_bytes = sum(share.needed_bytes for share in found.shares)
+    if found.in_part:
+        return IN_PART if found.gpu_layers else ON_HOST, needed_bytes
+    return FITS, needed_bytes
+
+
+def _print_tables(rows: Sequence[Row]) -> None:
+    console = Console(highlight=False)
+    for place, group in groupby(rows, key=lambda row: row.place):
+        console.print(Text(place, style="bold"))
+        console.print(table_of(group))
+        console.print()
+
+
+def table_of(rows: Iterable[Row]) -> Table:
+    """Return the models of one place as a table."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column("name", overflow="fold")
+    table.add_column("size", justify="right", no_wrap=True)
+    table.add_column("architecture")
+    table.add_column("quantisation")
+    table.add_column("context", justify="right")
+    table.add_column("needs", justify="right", no_wrap=True)
+    table.add_column("fits now?")
+    for row in rows:
+        table.add_row(*map(Text, _cells(row)))
+    return table
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    if row.problem:
+        return (row.name or "(the rest)", "", "", "", "", "", f"cannot be read: {row.problem}")
+    context, size, needed = str(row.context_trained), format_bytes(row.size_bytes), format_bytes(row.needed_bytes)
+    return (row.name, size, row.architecture, row.quantisation, context, needed, row.fits)
+
+
+def _nothing(places: Sequence[str]) -> str:
+    looked = "\n".join(f"  {place}" for place in (*places, *(() if hub_is_installed() else (HUB_MISSING,))))
+    return (
+        f"There are no models to be had by name. Looked in\n{looked}\n"
+        "Name folders of GGUF files with LOADMASTER_MODELS, several separated as in PATH; a file is also taken by its "
+        "path."
+    )
+
+
+@contextmanager
+def progress_on(console: Console) -> Iterator[Progress]:
+    """Yield a display that shows itself on a terminal once things take long, and leaves nothing behind."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    progress = Progress(*columns, console=console, transient=True)
+    patience = threading.Timer(PATIENCE_S, progress.start)
+    if console.is_terminal:
+        patience.start()
+    try:
+        yield progress
+    finally:
+        patience.cancel()
+        if console.is_terminal:
+            patience.join()
+            progress.stop()

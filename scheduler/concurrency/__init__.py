@@ -1,0 +1,1 @@
+"""Threads, latches and the clock."""

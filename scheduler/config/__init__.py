@@ -1,0 +1,1 @@
+"""Settings: their values, where they come from, and where files are."""

@@ -1,0 +1,34 @@
+"""Where files are that this user's programs share."""
+
+from __future__ import annotations
+
+import getpass
+import os
+import tempfile
+from pathlib import Path
+
+import platformdirs
+
+VERSION = 1  # of the table; part of the usual file's name, so that programs of two versions leave each other's alone
+
+NO_HOME = Path(os.devnull, "no home folder")  # the usual file where there is none to keep it in: nothing is kept
+
+
+def default_footprints() -> Path:
+    """Return the file that this user's programs share; `NO_HOME` where this user has no home."""
+    try:
+        folder = platformdirs.user_cache_path("loadmaster", appauthor=False)
+    except RuntimeError:  # as in a container whose user is a number without a name
+        return NO_HOME
+    return Path(folder) / f"footprints-{VERSION}.sqlite3"
+
+
+def private_folder() -> Path:
+    """Return the folder in which this user's programs agree.
+
+    Where programs meet it must not depend on TMPDIR, which login sessions, services and batch jobs of one user set
+    differently: so it is below /tmp where there is one.
+    """
+    user = str(os.getuid()) if hasattr(os, "getuid") else getpass.getuser()
+    shared = Path("/tmp")
+    return (shared if shared.is_dir() else Path(tempfile.gettempdir())) / f"loadmaster-{user}"

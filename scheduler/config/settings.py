@@ -1,0 +1,322 @@
+"""Every limit and time the scheduler has, from arguments or the environment, checked and normalised once."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple, TypedDict, Unpack
+
+from fsm.eviction.policies import EvictionPolicy
+from fsm.sizing.load_options import MOST_SLOTS
+from scheduler.config.paths import default_footprints, private_folder
+from scheduler.config.quantities import parse_bytes, parse_duration
+from scheduler.config.value_parsers import (
+    Parse,
+    automatic,
+    cache_type,
+    count,
+    duration,
+    eviction,
+    file,
+    flag,
+    folders,
+    memory,
+    optional,
+    size,
+)
+from scheduler.errors.exceptions import InvalidSettings
+from scheduler.errors.formatting import format_bytes, format_duration
+
+ENVIRONMENT_PREFIX = "LOADMASTER_"
+SMALLEST_RECORD_BYTES = 64 * 1024
+_AROUND_VALUES = " \t\"'"  # what shells and service files leave around a value
+
+
+class ChangeableArguments(TypedDict, total=False):
+    """The settings that can be changed while running, before they are parsed; durations in seconds or as text."""
+
+    memory_limit: str | int | None
+    max_queue: int
+    max_runners: int
+    keep_alive: str | float
+
+
+class SettingsArguments(ChangeableArguments, total=False):
+    """The keyword arguments of `Settings`, before they are parsed; durations in seconds or as text."""
+
+    max_wait: str | float
+    min_residency: str | float | None
+    load_timeout: str | float
+    recovery_timeout: str | float
+    stop_grace: str | float
+    close_timeout: str | float
+    loads_per_device: int
+    loads_on_host: int
+    prefetch: bool
+    eviction: str | EvictionPolicy
+    cpu_threads: int | None
+    gpus: bool
+    probe_interval: str | float
+    probe_timeout: str | float
+    event_buffer: int
+    num_ctx: int | None
+    num_batch: int | None
+    context_by_gpus: bool
+    num_parallel: int | None
+    flash_attention: bool | None
+    cache_type: str | None
+    spread: bool
+    require_gpu: bool
+    gpu_reserve: str | int
+    models: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
+    lock_folder: str | os.PathLike[str] | None
+    footprints: str | os.PathLike[str] | None
+    record: str | os.PathLike[str] | None
+    record_limit: str | int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, init=False)
+class Settings:
+    """Every limit and time, normalised: sizes in bytes, durations in seconds (`math.inf`: without end).
+
+    `settings_table()` says what each means. Arguments are `SettingsArguments`; what is not named has its default,
+    and the environment is not read: see `from_environment`. Raises `InvalidSettings` for the first value not allowed.
+    """
+
+    memory_limit: int | None
+    max_queue: int
+    max_runners: int
+    keep_alive: float
+    max_wait: float
+    min_residency: float | None
+    load_timeout: float
+    recovery_timeout: float
+    stop_grace: float
+    close_timeout: float
+    loads_per_device: int
+    loads_on_host: int
+    prefetch: bool
+    eviction: EvictionPolicy
+    cpu_threads: int | None
+    gpus: bool
+    probe_interval: float
+    probe_timeout: float
+    event_buffer: int
+    num_ctx: int | None
+    num_batch: int | None
+    context_by_gpus: bool
+    num_parallel: int | None
+    flash_attention: bool | None
+    cache_type: str | None
+    spread: bool
+    require_gpu: bool
+    gpu_reserve: int
+    models: tuple[Path, ...]
+    lock_folder: Path | None
+    footprints: Path | None
+    record: Path | None
+    record_limit: int
+
+    def __init__(self, **arguments: Unpack[SettingsArguments]) -> None:
+        given: dict[str, object] = {**arguments}
+        for row in SETTINGS:
+            object.__setattr__(self, row.name, row.parse(row.name, given.pop(row.name, row.default)))
+        for name, value in given.items():
+            raise InvalidSettings(name, value, f"one of the settings: {', '.join(row.name for row in SETTINGS)}")
+
+    @classmethod
+    def from_environment(
+        cls, environment: Mapping[str, str] | None = None, /, **arguments: Unpack[SettingsArguments]
+    ) -> Settings:
+        """Return settings from arguments, else LOADMASTER_MAX_QUEUE …, else OLLAMA_MAX_QUEUE …, else the defaults.
+
+        `environment` is the process's own unless given; a variable that is empty counts as not set, and quotes around
+        a value are not part of it. Raises `InvalidSettings` by the name of the variable, whichever of the two it is,
+        and for a LOADMASTER_ variable of no setting.
+        """
+        variables = os.environ if environment is None else environment
+        _check_names(variables)
+        chosen: dict[str, Any] = {}
+        for row in SETTINGS:
+            readers = {row.variable: row.parse, row.reference: row.reference_parse or row.parse}
+            found = [(name, text) for name in readers if (text := variables.get(name, "").strip(_AROUND_VALUES))]
+            if found and row.name not in arguments:
+                name, text = found[0]
+                chosen[row.name] = readers[name](name, text)
+        chosen.update(arguments)
+        return cls(**chosen)
+
+    def changed(self, **changes: Unpack[ChangeableArguments]) -> Settings:
+        """Return these settings with some changed, as it is allowed while running; raises `InvalidSettings`."""
+        given: dict[str, Any] = {**changes}
+        changeable = [row.name for row in SETTINGS if row.changeable]
+        for name, value in given.items():
+            if name not in changeable:
+                raise InvalidSettings(name, value, f"one of what can change while running: {', '.join(changeable)}")
+        return replace(self, **given)
+
+
+def _check_names(variables: Mapping[str, str]) -> None:
+    """Raise `InvalidSettings` for a variable of ours that sets nothing: a typing error is not to lift a limit."""
+    known = [row.variable for row in SETTINGS]
+    for name in sorted(variables):
+        if name.startswith(ENVIRONMENT_PREFIX) and name not in known and variables[name].strip(_AROUND_VALUES):
+            (closest,) = difflib.get_close_matches(name.upper(), known, 1, cutoff=0)
+            raise InvalidSettings(name, variables[name], f"the variable of a setting, as {closest} is: check its name")
+
+
+class Setting(NamedTuple):
+    """One row of the table: `parse(name, value)` returns the normalised value or raises `InvalidSettings`."""
+
+    name: str
+    default: object
+    parse: Parse
+    meaning: str
+    reference: str = ""  # the environment variable of Ollama's that means the same
+    reference_parse: Parse | None = None  # where its values do not mean quite the same
+    changeable: bool = False  # while running
+
+    @property
+    def variable(self) -> str:
+        """The environment variable that sets it."""
+        return ENVIRONMENT_PREFIX + self.name.upper()
+
+
+def _lock_folder(name: str, value: Any) -> Path:
+    if value == "auto":
+        return private_folder()
+    paths = folders(name, value)
+    if len(paths) != 1:
+        raise InvalidSettings(name, value, '"auto" or a folder')
+    return paths[0]
+
+
+def _footprints(name: str, value: Any) -> Path:
+    return default_footprints() if value == "auto" else file(name, value, '"auto" or the path of a file')
+
+
+def _record_limit(name: str, value: Any) -> int:
+    limit_bytes = size(name, value)
+    if limit_bytes < SMALLEST_RECORD_BYTES:
+        raise InvalidSettings(name, value, f"at least {format_bytes(SMALLEST_RECORD_BYTES)}")
+    return limit_bytes
+
+
+def _endless_from_zero(name: str, value: Any) -> float:
+    """Take the reference's load time-out, of which 0 means without end."""
+    return parse_duration(value, name=name) or math.inf
+
+
+SETTINGS = (
+    Setting(
+        "memory_limit", None, optional(memory), "host memory that models may take in all; none: all there is",
+        changeable=True,
+    ),
+    Setting(
+        "max_queue", 512, count(1), "requests that may wait; one more is refused at once",
+        "OLLAMA_MAX_QUEUE", changeable=True,
+    ),
+    Setting(
+        "max_runners", 0, count(0), "runners alive at once; 0: 3 for each GPU, and at least 3",
+        "OLLAMA_MAX_LOADED_MODELS", changeable=True,
+    ),
+    Setting(
+        "keep_alive", "5m", duration(), "how long an idle model stays loaded; 0: not at all, negative: for ever",
+        "OLLAMA_KEEP_ALIVE", changeable=True,
+    ),
+    Setting("max_wait", "120s", duration(), "how long a request waits before a busy runner drains for it"),
+    Setting(
+        "min_residency", None, optional(duration()), "how long a loaded model is safe; none: by what its load took"
+    ),
+    Setting(
+        "load_timeout", "5m", duration(zero=False), "how long a load may go without progress; negative: for ever",
+        "OLLAMA_LOAD_TIMEOUT", _endless_from_zero,
+    ),
+    Setting("recovery_timeout", "5s", duration(), "how long to wait for a device to show freed memory"),
+    Setting("stop_grace", "2s", duration(), "how long a process has to end before it is killed"),
+    Setting("close_timeout", "10s", duration(), "how long leases may last after close"),
+    Setting("loads_per_device", 1, count(1), "loads at once on one GPU"),
+    Setting("loads_on_host", 2, count(1), "loads at once on the host"),
+    Setting("prefetch", True, flag, "whether files of models that wait for memory are read into the page cache"),
+    Setting(
+        "eviction", "reuse", eviction, 'which idle runners go first: "reuse", "lru", "keep-alive" or a policy object',
+    ),
+    Setting("cpu_threads", None, optional(count(1)), "threads of each runner; none: its part of the cores"),
+    Setting("gpus", True, flag, "whether GPUs are used"),
+    Setting("probe_interval", "10s", duration(zero=False), "how often a runner is asked whether it still answers"),
+    Setting("probe_timeout", "10s", duration(zero=False), "how long it may take to answer"),
+    Setting("event_buffer", 1000, count(1), "events kept for each slow reader before the oldest are dropped"),
+    Setting(
+        "num_ctx", 0, automatic(), "context of one slot where a request names none, in tokens; 0: automatic",
+        "OLLAMA_CONTEXT_LENGTH",
+    ),
+    Setting(
+        "num_batch", 0, automatic(), "tokens of a prompt computed at once where a request names none; 0: automatic",
+    ),
+    Setting(
+        "context_by_gpus", False, flag,
+        "whether an automatic context is by the GPUs' memory: 262144 from 47 GiB on, 32768 from 23 GiB on",
+    ),
+    Setting(
+        "num_parallel", 0, automatic(MOST_SLOTS), "slots of a runner where a request names none; 0: automatic",
+        "OLLAMA_NUM_PARALLEL",
+    ),
+    Setting(
+        "flash_attention", None, optional(flag), "flash attention where a request does not say; none: automatic",
+        "OLLAMA_FLASH_ATTENTION",
+    ),
+    Setting(
+        "cache_type", None, optional(cache_type), "type of the KV cache where a request names none; none: f16",
+        "OLLAMA_KV_CACHE_TYPE",
+    ),
+    Setting("spread", False, flag, "whether a model goes on all GPUs even where one takes it", "OLLAMA_SCHED_SPREAD"),
+    Setting("require_gpu", False, flag, "whether a model is refused rather than placed on the host, in part or whole"),
+    Setting("gpu_reserve", 0, size, "memory to keep free on each GPU that has its own", "OLLAMA_GPU_OVERHEAD"),
+    Setting("models", (), folders, "folders in which models are found by name; several as in PATH"),
+    Setting(
+        "lock_folder", "auto", optional(_lock_folder),
+        "where programs that load on one device take turns; auto: among this user's, none: they do not",
+    ),
+    Setting(
+        "footprints", "auto", optional(_footprints),
+        "file of what models took and how long they loaded; auto: in this user's cache folder, none: it is forgotten",
+    ),
+    Setting("record", None, optional(file), "file to which every decision is recorded, for `loadmaster replay`"),
+    Setting("record_limit", "64MiB", _record_limit, "size of that file and of the one before it, FILE.1, together"),
+)  # fmt: skip
+
+
+def settings_table() -> str:
+    """Return the settings as a Markdown table: name, both environment variables, default, changeable, meaning."""
+    lines = [
+        "| setting | environment variable | Ollama's | default | while running | meaning |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in SETTINGS:
+        match row.default:
+            case None | ():
+                default = "none"
+            case bool():
+                default = str(row.default).lower()
+            case _:
+                default = str(row.default)
+        reference = f"`{row.reference}`" if row.reference else ""
+        change = "can change" if row.changeable else "fixed"
+        lines.append(f"| `{row.name}` | `{row.variable}` | {reference} | {default} | {change} | {row.meaning} |")
+    return "\n".join(lines) + "\n"
+
+
+__all__ = [
+    "ChangeableArguments",
+    "Settings",
+    "SettingsArguments",
+    "format_bytes",
+    "format_duration",
+    "parse_bytes",
+    "parse_duration",
+    "settings_table",
+]

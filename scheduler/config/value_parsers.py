@@ -1,0 +1,140 @@
+"""What values of settings may look like: each function takes a setting's name and value, and returns it normalised.
+
+All raise `InvalidSettings`, by that name, for what is not allowed.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+from fsm.eviction.policies import POLICIES, EvictionPolicy
+from fsm.sizing.memory_estimate import CACHE_BLOCK_BYTES
+from scheduler.config.quantities import parse_bytes, parse_duration
+from scheduler.errors.exceptions import InvalidSettings
+
+LARGEST_NUMBER = 2**63
+
+Parse = Callable[[str, Any], object]
+
+
+def count(minimum: int, most: int = LARGEST_NUMBER - 1) -> Callable[[str, Any], int]:
+    """Take whole numbers from `minimum` to `most`, as text too."""
+    limits = f"of at least {minimum}, and below 2**63" if most >= LARGEST_NUMBER - 1 else f"from {minimum} to {most}"
+
+    def parse(name: str, value: Any) -> int:
+        number = int(value) if isinstance(value, str) and re.fullmatch(r"[0-9]{1,18}", value) else value
+        if not isinstance(number, int) or isinstance(number, bool) or not minimum <= number <= most:
+            raise InvalidSettings(name, value, f"a whole number {limits}")
+        return number
+
+    return parse
+
+
+def duration(*, zero: bool = True) -> Callable[[str, Any], float]:
+    """Take durations, `zero` among them or not; they become seconds."""
+
+    def parse(name: str, value: Any) -> float:
+        duration_s = parse_duration(value, name=name)
+        if duration_s == 0 and not zero:
+            raise InvalidSettings(name, value, "a duration longer than 0")
+        return duration_s
+
+    return parse
+
+
+def size(name: str, value: Any) -> int:
+    """Take a size; it becomes bytes."""
+    return parse_bytes(value, name=name)
+
+
+def memory(name: str, value: Any) -> int:
+    """Take a size above 0; it becomes bytes."""
+    size_bytes = size(name, value)
+    if size_bytes == 0:
+        raise InvalidSettings(name, value, "a number of bytes above 0")
+    return size_bytes
+
+
+def flag(name: str, value: Any) -> bool:
+    """Take True or False, and what is written for them."""
+    match value.lower() if isinstance(value, str) else value:
+        case True | "1" | "t" | "true" | "yes" | "on":
+            return True
+        case False | "0" | "f" | "false" | "no" | "off":
+            return False
+        case _:
+            raise InvalidSettings(name, value, "true or false")
+
+
+def eviction(name: str, value: Any) -> EvictionPolicy:
+    """Take the name of a policy, or one of the user's own."""
+    policy = POLICIES.get(value) if isinstance(value, str) else value
+    if isinstance(policy, type):
+        raise InvalidSettings(name, value, f"an object, as {policy.__name__}() is, and not its class")
+    if not callable(getattr(policy, "order", None)):
+        raise InvalidSettings(name, value, f"{' or '.join(map(repr, POLICIES))}, or a policy of your own")
+    return cast(EvictionPolicy, policy)
+
+
+def optional(parse: Parse) -> Parse:
+    """Take None, or "none" where text is all there is, as None."""
+
+    def read(name: str, value: Any) -> object:
+        if value is None or _says_none(value):
+            return None
+        try:
+            return parse(name, value)
+        except InvalidSettings as error:
+            raise InvalidSettings(name, value, f'{error.allowed}, or "none"') from None
+
+    return read
+
+
+def automatic(most: int = LARGEST_NUMBER - 1) -> Parse:
+    """Take a whole number from 1 to `most`; 0 and None are automatic."""
+    parse = optional(count(0, most))
+    return lambda name, value: parse(name, value) or None
+
+
+def _says_none(value: object) -> bool:
+    return isinstance(value, str) and value.lower() == "none"
+
+
+def cache_type(name: str, value: Any) -> str:
+    """Take a type of the KV cache."""
+    if not isinstance(value, str) or value.lower() not in CACHE_BLOCK_BYTES:
+        raise InvalidSettings(name, value, f"one of {', '.join(CACHE_BLOCK_BYTES)}")
+    return value.lower()
+
+
+def folders(name: str, value: Any) -> tuple[Path, ...]:
+    """Take one path, or several: a sequence, or one text with the separator that the system has in PATH."""
+    if _says_none(value):
+        return ()
+    parts = value.split(os.pathsep) if isinstance(value, str) else [value] if isinstance(value, os.PathLike) else value
+    return _paths(name, value, parts, f'folders: paths, or one text of them with {os.pathsep!r} in between, or "none"')
+
+
+def file(name: str, value: Any, allowed: str = "the path of a file") -> Path:
+    """Take the path of a file; `allowed` says what else the setting takes."""
+    paths = _paths(name, value, [value] if isinstance(value, str | os.PathLike) else [], allowed)
+    if len(paths) != 1:
+        raise InvalidSettings(name, value, allowed)
+    return paths[0]
+
+
+def _paths(name: str, value: object, parts: Any, allowed: str) -> tuple[Path, ...]:
+    """Return absolute paths: the working folder may change."""
+    try:
+        paths = [os.fspath(part) for part in parts]
+        if all(isinstance(path, str) and "\0" not in path for path in paths):
+            return tuple(Path(path).expanduser().absolute() for path in paths if path)
+    except (TypeError, RuntimeError):  # no path, or of a user who is not known
+        pass
+    except OSError:
+        raise InvalidSettings(name, value, "absolute, since the working folder is gone") from None
+    raise InvalidSettings(name, value, allowed)

@@ -1,0 +1,1 @@
+"""Reading the host and its GPUs."""

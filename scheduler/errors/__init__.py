@@ -1,0 +1,1 @@
+"""The errors that users see, and their words."""

@@ -1,0 +1,350 @@
+"""What can go wrong for the user: every error carries its numbers as fields and says what to do about it.
+
+All of them are `SchedulerError`. `status` is the HTTP status a server would answer with: 400 for what the engine cannot
+do or was asked wrongly, 404 for a missing file, 499 for a cancelled request, 503 for a full queue, 500 otherwise.
+Constructors take exactly the fields, by position or by name; every error survives pickling.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar
+
+from scheduler.errors.formatting import format_bytes, format_duration
+
+_LONGEST_VALUE = 200  # characters of what was passed that are shown
+_SMALLER = "use a smaller model, context or cache type"
+_ADVICE = (  # by what a reason says
+    ("and there is none", "ask for it without a GPU (require_gpu, num_gpu)"),
+    ("stopped and does not end", f"end that process, or {_SMALLER}"),
+    ("moving what is pinned", f"unpin some of it, or {_SMALLER}"),
+    ("hold the memory", f"free some of it, or {_SMALLER}"),
+)
+OUT_OF_FILES = "this program has too many open files; close some, or raise its limit (ulimit -n)"
+_SERVED = ("it did not answer within", "its connections broke")  # how a reason begins that is not of a load
+
+
+def advice_for(reason: str, otherwise: str) -> str:
+    """Return what helps where a model has no place for this reason, or else `otherwise`."""
+    return next((advice for words, advice in _ADVICE if words in reason), otherwise)
+
+
+def is_out_of_files(error: BaseException | None) -> bool:
+    """Tell whether something failed because this program, or the machine, has too many open files."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _shown(value: object) -> str:
+    """Return what was passed, in a bounded text."""
+    try:
+        text = repr(value)
+    except Exception:  # of an object of the user's own, or of a number with thousands of digits
+        text = f"this {type(value).__name__}"
+    return text if len(text) <= _LONGEST_VALUE else f"{text[:_LONGEST_VALUE]}…"
+
+
+@dataclass(eq=False)
+class SchedulerError(Exception):
+    """Everything this library raises for its users; `status` is the HTTP status a server would answer with."""
+
+    status: ClassVar[int] = 500
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle by fields, since `args` holds only what was passed by position."""
+        values = tuple(getattr(self, each.name) for each in fields(self) if each.init)
+        notes = getattr(self, "__notes__", None)
+        return (type(self), values) if notes is None else (type(self), values, {"__notes__": notes})
+
+
+@dataclass(eq=False)
+class QueueFull(SchedulerError):
+    """As many requests wait as may wait; this one was refused at once and nothing was changed."""
+
+    limit: int
+    retry_after_s: float
+    status: ClassVar[int] = 503
+
+    def __str__(self) -> str:
+        return (
+            f"{self.limit} requests are waiting already, which is the limit: "
+            f"try again in {format_duration(self.retry_after_s)}, or raise max_queue"
+        )
+
+
+@dataclass(eq=False)
+class ModelNotFound(SchedulerError):
+    """There is no such model: no file at this path, or no model of this name.
+
+    For a name, `looked_in` says where it was looked for, and `closest` gives names that there are, the likeliest first.
+    """
+
+    path: str
+    looked_in: tuple[str, ...] = ()
+    closest: tuple[str, ...] = ()
+    status: ClassVar[int] = 404
+
+    def __str__(self) -> str:
+        if not self.looked_in and not self.closest:
+            return f"there is no model {self.path!r}: check the name, and that the file exists and can be read"
+        where = f" in {'; '.join(self.looked_in)}" if self.looked_in else ""
+        names = " or ".join(map(repr, self.closest))
+        advice = f"did you mean {names}?" if names else "check the name; `loadmaster models` lists what there is"
+        return f"there is no model {self.path!r}{where}: {advice}"
+
+
+@dataclass(eq=False)
+class InvalidModel(SchedulerError):
+    """The model's file is not one that can be loaded; `offset` is where in it, in bytes, if that is known."""
+
+    path: str
+    reason: str
+    offset: int | None = None
+
+    def __str__(self) -> str:
+        where = "" if self.offset is None else f" at byte {self.offset}"
+        advice = "" if ";" in self.reason else "; download or convert the file again"  # a reason may bring its own
+        return f"{self.path!r} cannot be loaded: {self.reason}{where}{advice}"
+
+
+@dataclass(eq=False)
+class DoesNotFit(SchedulerError):
+    """The model can never fit: refused at once, and nothing was evicted for it.
+
+    `free_bytes` gives, for each device, what could be had if everything that may be evicted were gone.
+    """
+
+    model: str
+    needed_bytes: int
+    free_bytes: Mapping[str, int]
+    reason: str
+
+    def __post_init__(self) -> None:
+        self.free_bytes = dict(self.free_bytes)
+
+    def __str__(self) -> str:
+        devices = ", ".join(f"{format_bytes(free)} on {device}" for device, free in self.free_bytes.items())
+        advice = "" if ";" in self.reason else f"; {advice_for(self.reason, f'{_SMALLER}, or raise the limit')}"
+        need = f"needs {format_bytes(self.needed_bytes)} and at most {devices or 'nothing'} can be had"
+        return (
+            f"{self.model!r} {need if self.needed_bytes else 'has no place'}: {self.reason}{advice}"
+            # a reason may bring its own
+        )
+
+
+@dataclass(eq=False)
+class LoadFailed(SchedulerError):
+    """The runner did not come up, or crashed again; `retry_after_s` is the back-off, None: it may be tried at once."""
+
+    model: str
+    reason: str
+    retry_after_s: float | None = None
+    out_of_memory: bool = False
+
+    def __str__(self) -> str:
+        cause = "it ran out of memory: " if self.out_of_memory else ""
+        advice = "try again" if self.retry_after_s is None else f"try again in {format_duration(self.retry_after_s)}"
+        smaller = ", or ask for a smaller context" if self.out_of_memory else ""
+        first, _, _ = self.reason.partition("\n")
+        served = first.startswith(_SERVED) or first.endswith(" while serving")
+        failed = f"{self.model!r} failed again after it was loaded" if served else f"loading {self.model!r} failed"
+        return f"{failed}: {cause}{self.reason}; {advice}{smaller}"
+
+
+@dataclass(eq=False)
+class LoadTimeout(LoadFailed):
+    """The load made no progress for too long and was stopped, `waited_s` seconds after it began."""
+
+    reason: str = field(init=False, default="it made no progress")
+    retry_after_s: float | None = field(init=False, default=None)
+    out_of_memory: bool = field(init=False, default=False)
+    waited_s: float
+
+    def __str__(self) -> str:
+        return (
+            f"loading {self.model!r} was stopped after {format_duration(self.waited_s)} because it made no progress: "
+            "try again, or raise load_timeout"
+        )
+
+
+@dataclass(eq=False)
+class RunnerCrashed(SchedulerError):
+    """The runner's process ended, or answers no longer, while it was leased; the lease is void."""
+
+    model: str
+    runner: int
+    reason: str
+
+    def __str__(self) -> str:
+        ended = self.reason.startswith("the scheduler")  # has closed, or is broken
+        advice = "" if ended else "; acquire the model again"
+        return f"runner {self.runner} of {self.model!r} is gone: {self.reason}{advice}"
+
+
+@dataclass(eq=False)
+class LeaseReleased(SchedulerError):
+    """The lease was given back; what it gave access to may serve others or be gone."""
+
+    model: str
+
+    def __str__(self) -> str:
+        return f"the lease on {self.model!r} was released: acquire the model again"
+
+
+@dataclass(eq=False)
+class SchedulerBroken(SchedulerError):
+    """A decision raised an exception, which is a bug of this library: nothing is decided any more."""
+
+    cause: str
+
+    def __str__(self) -> str:
+        return f"the scheduler has stopped after an internal error ({self.cause}): please report it, and make a new one"
+
+
+@dataclass(eq=False)
+class RequestCancelled(SchedulerError):
+    """The request was cancelled while it waited; whatever it held was given back."""
+
+    model: str
+    status: ClassVar[int] = 499
+
+    def __str__(self) -> str:
+        return f"the request for {self.model!r} was cancelled: ask again if it is still wanted"
+
+
+@dataclass(eq=False)
+class AcquireTimeout(SchedulerError, TimeoutError):
+    """The caller's time-out passed before a runner was granted; the request has left the queue."""
+
+    model: str
+    timeout_s: float
+    waiting_for: str
+
+    def __str__(self) -> str:
+        return (
+            f"{self.model!r} was not granted within {format_duration(self.timeout_s)}, waiting for {self.waiting_for}: "
+            "wait longer, or release leases sooner"
+        )
+
+
+@dataclass(eq=False)
+class TimeoutTooShort(AcquireTimeout):
+    """The caller's time-out is shorter than the model has ever taken to load: refused at once, and nothing was evicted.
+
+    It would have waited for `least_s` seconds at least: the quickest load that was measured of this file, with these
+    options, took `load_s`, and the one that it would wait for began `begun_s` seconds ago (None: it has not).
+    """
+
+    waiting_for: str = field(init=False, default="its model to load")
+    least_s: float
+    load_s: float
+    begun_s: float | None = None
+    status: ClassVar[int] = 503
+
+    def __str__(self) -> str:
+        begun = "" if self.begun_s is None else f", {format_duration(self.begun_s)} of which have passed"
+        return (
+            f"{self.model!r} cannot be granted within {format_duration(self.timeout_s)}: its quickest load took "
+            f"{format_duration(self.load_s)}{begun}; wait for more than {format_duration(self.least_s)}, or preload it"
+        )
+
+
+@dataclass(eq=False)
+class SchedulerClosed(SchedulerError):
+    """The scheduler is closed, or closing: it takes no requests, and those that waited end with this."""
+
+    def __str__(self) -> str:
+        return "the scheduler is closed: make a new one"
+
+
+@dataclass(eq=False)
+class SchedulerForked(SchedulerError):
+    """The process was forked: its copy of a scheduler is not usable, and nothing of the parent's was touched."""
+
+    def __str__(self) -> str:
+        return "this scheduler belongs to the process that was forked: make a new one here"
+
+
+@dataclass(eq=False)
+class UnsupportedOption(SchedulerError, ValueError):
+    """The engine cannot do what this option asks for."""
+
+    name: str
+    value: object
+    reason: str
+    status: ClassVar[int] = 400
+
+    def __str__(self) -> str:
+        return f"option {self.name}={_shown(self.value)} is not supported: {self.reason}"
+
+
+@dataclass(eq=False)
+class InvalidSettings(SchedulerError, ValueError):
+    """A setting or argument has a value it cannot have; `allowed` says which it can."""
+
+    name: str
+    value: object
+    allowed: str
+    status: ClassVar[int] = 400
+
+    def __str__(self) -> str:
+        return f"{self.name} cannot be {_shown(self.value)}: it must be {self.allowed}"
+
+
+@dataclass(eq=False)
+class EngineMissing(SchedulerError):
+    """The engine is not installed; `how` is the command or step that installs it."""
+
+    engine: str
+    how: str
+
+    def __str__(self) -> str:
+        return f"the engine {self.engine!r} is not installed: {self.how}"
+
+
+@dataclass(eq=False)
+class EngineError(SchedulerError):
+    """The runner answered a request with an error; it goes on serving.
+
+    `status_code` is the HTTP status it answered with (500 if the error came inside a stream), `message` its own words.
+    """
+
+    status_code: int
+    message: str
+
+    def __post_init__(self) -> None:
+        if self.status_code in (400, 413, 422, 501):  # wrong input, or (501) not what this runner was loaded for
+            self.status = 400  # type: ignore[misc]  # of this instance: the kind depends on the engine's answer
+
+    def __str__(self) -> str:
+        return f"the engine answered with status {self.status_code}: {self.message}"
+
+
+__all__ = [
+    "AcquireTimeout",
+    "DoesNotFit",
+    "EngineError",
+    "EngineMissing",
+    "InvalidModel",
+    "InvalidSettings",
+    "LeaseReleased",
+    "LoadFailed",
+    "LoadTimeout",
+    "ModelNotFound",
+    "QueueFull",
+    "RequestCancelled",
+    "RunnerCrashed",
+    "SchedulerBroken",
+    "SchedulerClosed",
+    "SchedulerError",
+    "SchedulerForked",
+    "TimeoutTooShort",
+    "UnsupportedOption",
+    "format_bytes",
+    "format_duration",
+]

@@ -1,0 +1,112 @@
+"""What models took before, asked for and kept on a thread of its own, so that nothing else waits for a slow disk."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+
+from fsm.messages.commands import Launch, Remember
+from fsm.sizing.load_history import NOTHING, Remembered
+from scheduler.concurrency.latch import Gate
+from scheduler.concurrency.thread_pool import Workers
+from scheduler.models.measurement_store import FootprintStore, Identity
+from scheduler.models.model_spec import ModelSpec
+
+WAIT_S = 0.5  # that an inspection waits for what is known; then the model is predicted
+MOST_JOBS = 100  # that wait for the disk; more are dropped
+
+
+class Footprints:
+    """The store of one scheduler; safe to use from any thread. It has a thread of its own."""
+
+    def __init__(self, path: Path) -> None:
+        self._store = FootprintStore(path)
+        self._workers = Workers("loadmaster-footprints", 1)
+        self._jobs: deque[None] = deque()  # one for each that is queued or under way; no lock, so that nobody waits
+        self._late: Gate | None = None  # of the last job that was waited for in vain: until it is done nobody waits
+
+    @property
+    def problem(self) -> str:
+        """Why nothing is remembered, in a sentence; empty: it is."""
+        return self._store.problem
+
+    def recall(self, identity: Identity | None, timeout_s: float = WAIT_S) -> Remembered:
+        """Return what is known; nothing where the disk does not answer in time."""
+        found: list[Remembered] = []
+        done, late = Gate(), self._late
+
+        def read(identity: Identity) -> None:
+            try:
+                found.append(self._store.read(identity))
+            finally:
+                done.set()
+
+        if identity is None or (late is not None and not late.is_set()) or not self._put(lambda: read(identity)):
+            return NOTHING
+        if not done.wait(timeout_s):
+            self._late = done
+        return found[0] if found else NOTHING
+
+    def remember(self, identity: Identity, launch: Launch, showed: Remember) -> None:
+        """Have what a runner showed written; returns at once."""
+        options, split = launch.options, launch.placement.gpu_layers
+        self._put(lambda: self._store.write(identity, options, split, showed.took, showed.load_s))
+
+    def staff(self) -> None:
+        """Start its thread where it could not be started."""
+        self._workers.staff()
+
+    def close(self, timeout_s: float) -> list[str]:
+        """Have everything written and end the thread; return its name if it hangs."""
+        return self._workers.close(timeout_s)
+
+    def _put(self, job: Callable[[], object]) -> bool:
+        def done() -> None:
+            with suppress(IndexError):
+                self._jobs.pop()
+
+        def run() -> None:
+            try:
+                job()
+            finally:
+                done()
+
+        if len(self._jobs) >= MOST_JOBS:
+            return False
+        self._jobs.append(None)
+        try:
+            self._workers.put(run)
+        except BaseException:  # Ctrl-C, say; where it was queued all the same, it is counted off twice
+            done()
+            raise
+        return True
+
+
+def identity_of(model: object) -> Identity | None:
+    """Return what tells a model's files from any others; None for an object, and where they cannot be told.
+
+    Sizes and times are those of now. What loads them is part of it: another version of the engine takes other buffers.
+    """
+    if not isinstance(model, ModelSpec):
+        return None  # it says itself what it takes, and another program's object of this name is another
+    try:
+        found = [os.stat(path) for path in model.files]
+    except (OSError, ValueError):
+        return None
+    files = [model.path, model.adapters, model.projectors, model.embedding]
+    state = [*((each.st_size, each.st_mtime_ns) for each in found), *map(_version, ("xllamacpp", "loadmaster"))]
+    return Identity(json.dumps(files), json.dumps(state))
+
+
+@cache
+def _version(distribution: str) -> str:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return ""

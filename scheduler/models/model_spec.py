@@ -1,0 +1,138 @@
+"""What a user asks for: a model file with everything that makes it a different runner."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from os import PathLike, fspath, path
+
+from fsm.domain.model_info import Options
+from fsm.machine.request import ModelId
+from scheduler.errors.exceptions import InvalidModel, InvalidSettings, UnsupportedOption
+
+Files = str | PathLike[str] | Iterable[str | PathLike[str]]  # one path or several
+
+FIRST_PART = re.compile(r"-00001-of-(\d{5})\.gguf$", re.IGNORECASE)  # how a file that was split begins
+MOST_PARTS = 1024  # of a file that was split; the largest models have about a hundred
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSpec:
+    """A model under a name, with the defaults its requests have.
+
+    The real file that `path` leads to, those of adapters and projectors, and `embedding` are its identity: requests
+    that agree on these share one runner, by whatever names and symbolic links they came. A hard link is a file of its
+    own. `options` are the load-time options of requests that name none; `keep_alive` is a duration ("5m", seconds;
+    negative: for ever). Raises `InvalidSettings` or `UnsupportedOption` for what is of a wrong type, and `InvalidModel`
+    for a path that is not UTF-8.
+    """
+
+    name: str
+    path: str
+    adapters: tuple[str, ...] = ()
+    projectors: tuple[str, ...] = ()
+    embedding: bool = False
+    options: Options = field(default_factory=Options)
+    keep_alive: str | float | None = None
+    pin: bool = False  # never given up for others
+    priority: int = 0  # higher goes first among those that wait
+    id: ModelId = field(init=False)  # the same for specs of the same identity, where links lead when this is made
+
+    def __hash__(self) -> int:
+        return hash(self.id)
+
+    def __post_init__(self) -> None:
+        check_text("path", fspath(self.path) if isinstance(self.path, PathLike) else self.path)
+        object.__setattr__(self, "path", _absolute(self.path))
+        object.__setattr__(self, "adapters", _several("adapters", self.adapters))
+        object.__setattr__(self, "projectors", _several("projectors", self.projectors))
+        check_name(self.name)
+        check_switch("pin", self.pin)
+        if not isinstance(self.embedding, bool):
+            raise UnsupportedOption("embedding", self.embedding, "it must be of type bool")
+        if not isinstance(self.options, Options):
+            raise InvalidSettings("options", self.options, "made of Options, as in options=Options(num_ctx=4096)")
+        parts = [_real(self.path), *map(_real, self.adapters)]
+        parts += [f"projector:{_real(name)}" for name in self.projectors]
+        object.__setattr__(self, "id", ModelId("|".join(parts) + ("|embedding" if self.embedding else "")))
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Every file that a load reads, in order: the model's own, all parts of it, then what lies beside it."""
+        own = [self.path]
+        if split := FIRST_PART.search(self.path):
+            stem, count = self.path[: split.start()], int(split[1])
+            own += [f"{stem}-{part:05}-of-{count:05}.gguf" for part in range(2, min(count, MOST_PARTS) + 1)]
+        return (*own, *self.adapters, *self.projectors)
+
+    def resolved(self) -> ModelSpec:
+        """Return it with links followed as they lead now, so that what is loaded is what its identity says."""
+        return replace(
+            self,
+            path=_loadable(self.path),
+            adapters=tuple(map(_real, self.adapters)),
+            projectors=tuple(map(_real, self.projectors)),
+        )
+
+
+def check_text(name: str, value: object) -> None:
+    """Raise `InvalidSettings` where a text is none, or empty: it would break what is told about the model."""
+    if not isinstance(value, str) or not value:
+        raise InvalidSettings(name, value, "a text that is not empty")
+
+
+def check_name(value: object) -> None:
+    """Raise `InvalidSettings` for what nobody could be told as a model's name: it goes into files, and to engines."""
+    check_text("name", value)
+    try:
+        str(value).encode()
+    except UnicodeEncodeError:
+        raise InvalidSettings("name", value, "a text that can be written as UTF-8") from None
+
+
+def check_switch(name: str, value: object) -> None:
+    """Raise `InvalidSettings` for what is neither True nor False; "no" would count as True."""
+    if not isinstance(value, bool):
+        raise InvalidSettings(name, value, "True or False")
+
+
+def _several(option: str, value: Files) -> tuple[str, ...]:
+    """Return the paths that an option names, one or several."""
+    try:
+        names = [fspath(name) for name in ((value,) if isinstance(value, str | PathLike) else value)]
+    except TypeError:
+        names = [""]
+    if not all(isinstance(name, str) and name for name in names):
+        raise UnsupportedOption(option, value, "it must be a path, or several")
+    return tuple(map(_absolute, names))
+
+
+def _absolute(name: str | PathLike[str]) -> str:
+    """Return the absolute path; raises `InvalidModel` for one that the engine cannot be told."""
+    try:
+        found = path.abspath(path.expanduser(fspath(name)))
+    except OSError:
+        reason = "its path is relative, and the working folder is gone; name it by its absolute path"
+        raise InvalidModel(fspath(name), reason) from None
+    try:
+        found.encode()
+    except UnicodeEncodeError:
+        raise InvalidModel(found, "its path is not UTF-8; rename it") from None
+    return found
+
+
+def _real(name: str) -> str:
+    """Return the real path; what no file can be called stays as it is, to be refused when it is opened."""
+    try:
+        return path.realpath(name)
+    except ValueError:  # a zero byte
+        return name
+
+
+def _loadable(name: str) -> str:
+    """Return the real path of a model, under a name by which the other parts of one that was split are found."""
+    real = _real(name)
+    if FIRST_PART.search(name) and not FIRST_PART.search(real):  # each part is a link to a file without a name
+        return path.join(_real(path.dirname(name)), path.basename(name))
+    return real

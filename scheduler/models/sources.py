@@ -1,0 +1,374 @@
+"""Where models are kept by other programs: folders of GGUF files, Ollama's store, the Hugging Face cache."""
+
+from __future__ import annotations
+
+import glob
+import importlib.util
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from fsm.domain.model_info import Options
+from scheduler.errors.exceptions import InvalidModel, ModelNotFound
+from scheduler.models.catalog import Resolver, confined, confined_model
+from scheduler.models.model_spec import FIRST_PART, ModelSpec
+
+if TYPE_CHECKING:
+    from huggingface_hub import CachedRepoInfo, CachedRevisionInfo
+
+MANIFEST_BYTES = 4 << 20  # of a manifest or parameters, at most; usual ones have about 1 KiB
+DEFAULT_QUANTISATION = "Q4_K_M"  # of a repository that has several, as llama.cpp and Ollama choose
+HUB_MISSING = "the Hugging Face cache, were huggingface_hub installed (pip install 'loadmaster[hub]')"
+OLLAMA_SYSTEM_STORE = "/usr/share/ollama/.ollama/models"  # of the service that Ollama's installer for Linux sets up
+
+_LATER_PART = re.compile(r"-(?!00001-)\d{5}-of-\d{5}\.gguf$", re.IGNORECASE)
+_GGUF = re.compile(r"\.gguf$", re.IGNORECASE)
+
+
+def default_resolvers(folders: Iterable[str | Path], environment: Mapping[str, str] = os.environ) -> Sequence[Resolver]:
+    """Return who is asked for a name: these folders, then Ollama's stores, then the Hugging Face cache.
+
+    `OLLAMA_MODELS` names the only store of Ollama's, where it is set.
+    """
+    if named := environment.get("OLLAMA_MODELS", "").strip():
+        stores = [Path(named)]
+    else:
+        stores = []
+        with suppress(RuntimeError):  # nobody's home, as in containers that run as a user who is not known
+            stores.append(Path("~/.ollama/models").expanduser())
+        if os.access(OLLAMA_SYSTEM_STORE, os.R_OK | os.X_OK):
+            stores.append(Path(OLLAMA_SYSTEM_STORE))
+    return (
+        *(Folder(Path(folder)) for folder in folders),
+        *(OllamaStore(store) for store in stores),
+        HuggingFaceCache(),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Folder:
+    """A folder with GGUF files, in folders of their own too; a name is the path inside it, `.gguf` left out or not.
+
+    A model that was split has the name that its parts share. Hidden folders, and projectors (`mmproj…`), have no names.
+    """
+
+    root: Path
+
+    @property
+    def place(self) -> str:
+        """Where it looks."""
+        return f"the folder {self.root}"
+
+    def find(self, name: str) -> ModelSpec | None:
+        """Return the model of that name."""
+        stem = _GGUF.sub("", name)
+        for path in (self.root / name, self.root / f"{stem}.gguf", self.root / f"{stem}.GGUF"):
+            if _GGUF.search(path.name) and confined_model(self.root, path):
+                return ModelSpec(stem, str(path))
+        for ending in ("", "-00001-of-*"):
+            for file in sorted(glob.glob(f"{glob.escape(str(self.root / stem))}{ending}.[gG][gG][uU][fF]")):
+                if confined_model(self.root, Path(file)):
+                    return ModelSpec(stem, file)
+        return None
+
+    def names(self) -> Iterator[str]:
+        """Yield the names, folder by folder; raises OSError at the end where a folder cannot be listed."""
+        failed: list[OSError] = []
+        for folder, folders, files in os.walk(self.root, onerror=failed.append):
+            folders[:] = sorted(inner for inner in folders if not inner.startswith("."))
+            for file in sorted(files):
+                if _is_model(file):
+                    path = Path(folder, file).relative_to(self.root).as_posix()
+                    yield FIRST_PART.sub("", path) if FIRST_PART.search(path) else _GGUF.sub("", path)
+        if failed:
+            raise failed[0]
+
+
+# -- Ollama ------------------------------------------------------------------------------------------------------------
+
+_HOST, _NAMESPACE, _TAG = "registry.ollama.ai", "library", "latest"  # where a name leaves them out
+_OLLAMA_NAME = re.compile(
+    r"(?:(?:(?P<host>\w[\w.:-]{0,349})/)?(?P<namespace>\w[\w-]{0,79})/)?(?P<model>\w[\w.-]{0,79})(?::(?P<tag>\w[\w.-]{0,79}))?",
+    re.ASCII,
+)
+_DIGEST = re.compile(r"sha256[:-]([0-9a-f]{64})", re.ASCII)  # nothing else becomes part of a path (CVE-2024-37032)
+_LAYER = "application/vnd.ollama.image."
+_KINDS = ("model", "adapter", "projector", "params")  # of layers, those that matter to an engine
+_MOST_LAYERS = 16  # of one kind; real models have one or two
+_COUNTS = ("num_ctx", "num_batch", "num_thread")  # of an Ollama model's parameters, those that Options know too;
+_OTHERS = ("num_gpu", "main_gpu", "use_mmap")  # the rest is about sampling
+
+
+@dataclass(frozen=True, slots=True)
+class OllamaStore:
+    """Models that Ollama has pulled or made, by the names that `ollama list` shows; `:latest` may be left out.
+
+    Adapters, projectors and those parameters that are load-time options here come with them.
+    """
+
+    root: Path
+
+    @property
+    def place(self) -> str:
+        """Where it looks."""
+        return f"Ollama's store {self.root}"
+
+    def find(self, name: str) -> ModelSpec | None:
+        """Return what the manifest of that name says; raises `InvalidModel` for one that says nothing usable."""
+        parts = _OLLAMA_NAME.fullmatch(name)
+        if parts is None:
+            return None
+        place = (parts["host"] or _HOST, parts["namespace"] or _NAMESPACE, parts["model"], parts["tag"] or _TAG)
+        manifest = confined(self.root, self.root.joinpath("manifests", *place))
+        return None if manifest is None else self._read(name, manifest)
+
+    def names(self) -> Iterator[str]:
+        """Yield the names, with their tags."""
+        for path in sorted(self.root.glob("manifests/*/*/*/*")):
+            host, namespace, model, tag = path.parts[-4:]
+            before = "" if (host, namespace) == (_HOST, _NAMESPACE) else f"{namespace}/"
+            name = f"{before if host == _HOST else f'{host}/{namespace}/'}{model}:{tag}"
+            if _OLLAMA_NAME.fullmatch(name) and not os.path.isdir(path):  # who may not look is told so when it is read
+                yield name
+
+    def _read(self, name: str, manifest: Path) -> ModelSpec:
+        content = _read_json(manifest)
+        layers = content.get("layers") if isinstance(content, dict) else None
+        if not isinstance(layers, list) or not all(isinstance(layer, dict) for layer in layers):
+            raise InvalidModel(str(manifest), "it is no manifest of Ollama's: it has no list of layers")
+        kinds = {kind: [layer for layer in layers if layer.get("mediaType") == _LAYER + kind] for kind in _KINDS}
+        if not kinds["model"]:
+            raise InvalidModel(str(manifest), "it names no GGUF file, so it is for another engine than llama.cpp")
+        if len(kinds["model"]) > 1:
+            raise InvalidModel(str(manifest), "it names several model files, which llama.cpp cannot put together")
+        if len(kinds["projector"]) > 1:
+            raise InvalidModel(str(manifest), "it names several projectors, and llama.cpp loads one")
+        if any(len(layers) > _MOST_LAYERS for layers in kinds.values()):
+            raise InvalidModel(str(manifest), f"it names more than {_MOST_LAYERS} files of one kind")
+        files = {kind: tuple(self._blob(manifest, layer) for layer in layers) for kind, layers in kinds.items()}
+        options: dict[str, Any] = {}
+        for params in files["params"]:
+            options |= _options(Path(params))
+        return ModelSpec(name, files["model"][0], files["adapter"], files["projector"], options=Options(**options))
+
+    def _blob(self, manifest: Path, layer: Mapping[str, object]) -> str:
+        digest = layer.get("digest")
+        found = _DIGEST.fullmatch(digest) if isinstance(digest, str) else None
+        if found is None:
+            raise InvalidModel(str(manifest), f"a layer has no sha256 digest, but {str(digest)[:80]!r}")
+        blob = confined(self.root, self.root / "blobs" / f"sha256-{found[1]}")
+        if blob is None:
+            raise InvalidModel(str(manifest), f"the file of its layer sha256-{found[1]} is missing; pull it again")
+        return str(blob)
+
+
+def _read_json(path: Path) -> object:
+    """Return what a small JSON file holds; raises `InvalidModel`."""
+    try:
+        with path.open("rb") as file:
+            text = file.read(MANIFEST_BYTES + 1)
+        if len(text) > MANIFEST_BYTES:
+            raise InvalidModel(str(path), f"it is larger than {MANIFEST_BYTES} bytes, which no manifest is")
+        return json.loads(text)
+    except (OSError, ValueError, RecursionError) as error:
+        reason = "too deeply nested" if isinstance(error, RecursionError) else error
+        raise InvalidModel(str(path), f"it is no JSON that can be read, {reason}") from error
+
+
+def _options(path: Path) -> dict[str, int | bool | None]:
+    """Return the load-time options among an Ollama model's parameters; a count of 0 means automatic there."""
+    params = _read_json(path)
+    if not isinstance(params, dict):
+        raise InvalidModel(str(path), "these parameters of an Ollama model are no object")
+    options: dict[str, int | bool | None] = {}
+    for name in (*_COUNTS, *_OTHERS):
+        value = params.get(name)
+        if value is None:
+            continue
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)
+        if not isinstance(value, int) or isinstance(value, bool) != (name == "use_mmap") or abs(value) >= 1 << 31:
+            raise InvalidModel(str(path), f"the parameter {name} of an Ollama model cannot be {str(value)[:80]!r}")
+        options[name] = None if name in _COUNTS and value < 1 else value
+    return options
+
+
+# -- Hugging Face ------------------------------------------------------------------------------------------------------
+
+_HUB_NAME = re.compile(
+    r"(?:hf\.co/|huggingface\.co/)?(?P<repo>\w[\w.-]*/\w[\w.-]*)(?:/(?P<file>.+\.gguf)|:(?P<tag>[\w.-]+))?",
+    re.ASCII | re.IGNORECASE,
+)
+_QUANTISATION = re.compile(
+    r"(?:^|[-._/])((?:UD-)?(?:I?Q\d\w*|TQ\d\w*|[A-Z]*FP(?:4|8|16)\w*|BF16|F16|F32))$", re.IGNORECASE
+)
+_PROJECTOR = re.compile(r"(?:^|[/._-])mmproj[^/]*\.gguf$", re.IGNORECASE)
+_KNOWN_NAMES = 1024  # remembered; then all are forgotten
+_Stamp = tuple[tuple[int, int] | None, ...]
+
+
+class _Scanned(NamedTuple):
+    """A repository as it was, and the files and folders that tell whether it has other versions or files since."""
+
+    repository: CachedRepoInfo
+    watched: tuple[Path, ...]
+    stamp: _Stamp
+
+
+class _Known(NamedTuple):
+    """What a name stood for, and the files that tell whether it still does."""
+
+    spec: ModelSpec
+    watched: tuple[Path, ...]
+    stamp: _Stamp
+
+
+class HuggingFaceCache:
+    """Models that were downloaded from the Hugging Face hub: "user/repo", "user/repo:Q8_0", "user/repo/file.gguf".
+
+    Only what was downloaded counts, of the version that `main` was then. A projector comes with its model.
+    """
+
+    def __init__(self, root: Path | None = None) -> None:
+        self._root = root  # None: where huggingface_hub keeps it
+        self._known: dict[str, _Known] = {}
+        self._scanned: Mapping[str, _Scanned] = {}  # by id, as of the last scan; replaced, never changed
+
+    @property
+    def place(self) -> str:
+        """Where it looks."""
+        return f"the Hugging Face cache {self._folder()}" if hub_is_installed() else ""
+
+    def find(self, name: str) -> ModelSpec | None:
+        """Return the model; raises `ModelNotFound` with the names there are, where a repository has others."""
+        asked = _HUB_NAME.fullmatch(name)
+        if asked is None:
+            return None
+        if not hub_is_installed():
+            raise ModelNotFound(name, (HUB_MISSING,))
+        known = self._known.get(name)
+        if known is not None and known.stamp == _stamp(known.watched):
+            return known.spec
+        self._known.pop(name, None)
+        scanned = self._scanned.get(asked["repo"])
+        if scanned is not None and scanned.stamp == _stamp(scanned.watched):
+            with suppress(ModelNotFound):  # what it lacked may have come since, into a folder of its own
+                return self._choose(name, scanned.repository, asked["file"], asked["tag"])
+        for repository in self._repositories():
+            if repository.repo_id == asked["repo"]:
+                return self._choose(name, repository, asked["file"], asked["tag"])
+        return None
+
+    def names(self) -> Iterator[str]:
+        """Yield the shortest name of each model."""
+        if hub_is_installed():
+            for repository in sorted(self._repositories(), key=lambda one: one.repo_id):
+                yield from _hub_names(repository.repo_id, _files(_revision(repository)))
+
+    def _folder(self) -> Path:
+        from huggingface_hub.constants import HF_HUB_CACHE  # here, since only this needs it, and it takes 0.1 s
+
+        return self._root or Path(HF_HUB_CACHE)
+
+    def _repositories(self) -> Iterable[CachedRepoInfo]:
+        from huggingface_hub import CacheNotFound, scan_cache_dir
+
+        try:
+            found = scan_cache_dir(self._folder()).repos
+        except (CacheNotFound, ValueError):  # there is none, or something else in its place
+            return ()
+        repositories = [each for each in found if each.repo_type == "model" and each.revisions]
+        scanned = {}
+        for each in repositories:
+            watched = (each.repo_path / "refs" / "main", each.repo_path / "snapshots", _revision(each).snapshot_path)
+            scanned[each.repo_id] = _Scanned(each, watched, _stamp(watched))
+        self._scanned = scanned
+        return repositories
+
+    def _choose(self, name: str, repository: CachedRepoInfo, file: str | None, tag: str | None) -> ModelSpec:
+        revision = _revision(repository)
+        files = _files(revision)
+        models = [each for each in files if _is_model(each)]
+        if file is not None:
+            chosen = [each for each in models if each == file]
+        elif tag is not None:
+            chosen = [each for each in models if _tag(each) == tag.upper()]
+        else:
+            chosen = models if len(models) == 1 else [each for each in models if _tag(each) == DEFAULT_QUANTISATION]
+        if len(chosen) != 1 or not confined_model(self._folder(), files[chosen[0]]):
+            which = "several files fit the name" if chosen else "there is no such file"
+            raise ModelNotFound(
+                name,
+                (f"the Hugging Face cache {self._folder()}, where {repository.repo_id} is, but {which}",),
+                tuple(_hub_names(repository.repo_id, files)),
+            )
+        path = files[chosen[0]]
+        spec = ModelSpec(name, str(path), projectors=self._projectors(files))
+        watched = (repository.repo_path / "refs" / "main", revision.snapshot_path, path)
+        if len(self._known) >= _KNOWN_NAMES:
+            self._known.clear()
+        self._known[name] = _Known(spec, watched, _stamp(watched))
+        return spec
+
+    def _projectors(self, files: Mapping[str, Path]) -> tuple[str, ...]:
+        """Return the projector to use, if there are any: the one in 16 bits, else the first by name."""
+        there = sorted(each for each in files if _PROJECTOR.search(each) and confined(self._folder(), files[each]))
+        there.sort(key=lambda each: _tag(each) != "F16")
+        return tuple(str(files[each]) for each in there[:1])
+
+
+def hub_is_installed() -> bool:
+    """Tell whether the Hugging Face cache can be looked in."""
+    return importlib.util.find_spec("huggingface_hub") is not None
+
+
+def _revision(repository: CachedRepoInfo) -> CachedRevisionInfo:
+    """Return the version that `main` was when it was downloaded, else the youngest."""
+    return max(repository.revisions, key=lambda each: ("main" in each.refs, each.last_modified, each.commit_hash))
+
+
+def _files(revision: CachedRevisionInfo) -> dict[str, Path]:
+    """Return the GGUF files of a version by their path in the repository."""
+    found = {each.file_path.relative_to(revision.snapshot_path).as_posix(): each.file_path for each in revision.files}
+    return {name: found[name] for name in sorted(found) if _GGUF.search(name)}
+
+
+def _hub_names(repository: str, files: Iterable[str]) -> list[str]:
+    """Return the shortest name of each model among a repository's files."""
+    models = [file for file in files if _is_model(file)]
+    if len(models) == 1:
+        return [repository]
+    count = Counter(map(_tag, models))
+    return [
+        f"{repository}:{tag}" if (tag := _tag(file)) and count[tag] == 1 else f"{repository}/{file}" for file in models
+    ]
+
+
+def _tag(file: str) -> str:
+    """Return the quantisation that a file's name ends in, or its folder's; empty if neither does."""
+    stem = _GGUF.sub("", FIRST_PART.sub("", file))
+    found = _QUANTISATION.search(stem) or _QUANTISATION.search(stem.rpartition("/")[0])
+    return found[1].upper() if found else ""
+
+
+def _is_model(file: str) -> bool:
+    return bool(_GGUF.search(file)) and not _LATER_PART.search(file) and not _PROJECTOR.search(file)
+
+
+def _stamp(paths: Iterable[Path]) -> _Stamp:
+    """Return what changes when one of these is written again, or goes."""
+
+    def one(path: Path) -> tuple[int, int] | None:
+        try:
+            status = path.stat()
+        except OSError:
+            return None
+        return status.st_mtime_ns, status.st_ino
+
+    return tuple(map(one, paths))

@@ -1,0 +1,1 @@
+"""Recording decisions, and telling them again."""

@@ -1,0 +1,417 @@
+"""A replay, told: who asked, what was decided and why, what was considered and not taken, who waited for what."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import PurePath
+from typing import assert_never
+
+from fsm.core import Core
+from fsm.domain.devices import HOST, Amounts, DeviceId, DeviceSample
+from fsm.machine.request import ModelId, Purpose, Request, RequestId, RequestState
+from fsm.machine.runner import UNLOADED, RunnerId, RunnerState
+from fsm.messages.commands import (
+    Ask,
+    Claim,
+    Command,
+    Finish,
+    Grant,
+    Inspect,
+    Launch,
+    Prefetch,
+    Reject,
+    Remember,
+    Revoke,
+    Sample,
+    Stop,
+    Unclaim,
+)
+from fsm.messages.decision_log import ConsideredRunner, Decision, Entry, Transition
+from fsm.messages.events import (
+    Acquire,
+    Cancel,
+    Claimed,
+    Close,
+    Configure,
+    Contended,
+    Event,
+    Exited,
+    Expire,
+    Filled,
+    Inspected,
+    Loaded,
+    OutOfMemory,
+    Pin,
+    Progress,
+    Release,
+    Sampled,
+    Tick,
+    Unpin,
+    Unresponsive,
+)
+from fsm.messages.refusals import Cancelled, InvalidModel, ModelNotFound
+from fsm.planning.explanations import NOBODY_GOES
+from fsm.sizing.footprint import Footprint
+from fsm.state.core_config import Limits
+from scheduler.errors.formatting import format_bytes, format_duration
+from scheduler.errors.from_refusals import error_of, renamed
+from scheduler.recording.replay import Begun, Moment
+from scheduler.recording.request_history import BEFORE, UNSEEN, Wait
+from scheduler.recording.timeline import Timeline
+
+_BY_A_COMMAND = {"granted", "rejected", "queued", "waits", "launched"}  # decisions that are told otherwise
+
+
+@dataclass(frozen=True, slots=True)
+class Sentence:
+    """One thing that happened or was decided."""
+
+    at_s: float  # from the recording's beginning
+    line: int  # of the file
+    text: str
+    detail: bool = False  # says more of the one before
+
+
+class Shown:
+    """The models' names, as they may be shown: what is read from a file may hold anything."""
+
+    def __init__(self, names: Mapping[ModelId, str]) -> None:
+        self._names = names
+
+    def name(self, id: ModelId) -> str:
+        """Return the name that was recorded, else that of the file."""
+        return printable(self._names.get(id) or PurePath(id).name.removesuffix(".gguf") or "the program's own memory")
+
+    def named(self, text: str) -> str:
+        """Return the first line of a text, with names in place of identities."""
+        return next(iter(self.lines(text)), "")
+
+    def lines(self, text: str) -> list[str]:
+        """Return the lines of a text, with names in place of identities."""
+        return [printable(line.strip()) for line in renamed(text, self._names).splitlines() if line.strip()]
+
+
+class Story:
+    """Tells the moments of one replay, in order, and keeps what a summary and a timeline show."""
+
+    def __init__(self, names: Mapping[ModelId, str]) -> None:
+        self.shown = Shown(names)
+        self.begin: float | None = None  # the scheduler's time that counts as 0
+        self.end = 0.0  # the last moment, in the scheduler's time
+        self.waits: dict[RequestId, Wait] = {}
+        self.loads = self.evictions = 0
+        self.timeline = Timeline(0.0, self.shown.name)
+        self._core = Core()
+        self._limits = Limits()  # as they were last told
+        self._devices: dict[DeviceId, int] = {}  # capacities, as they were last told
+        self._models: dict[RunnerId, ModelId] = {}  # of every runner there was
+        self._states: dict[RunnerId, RunnerState] = {}
+        self._at_s, self._line = 0.0, 0
+
+    def tell(self, moment: Begun | Moment) -> Iterator[Sentence]:
+        """Yield what a moment is worth saying, in order."""
+        self._line = moment.line
+        if isinstance(moment, Begun):
+            yield from self._begun(moment)
+            return
+        self._now(moment.at)
+        yield from self._event(moment.event)
+        for entry in moment.entries:
+            match entry:
+                case Transition():
+                    self.timeline.add(entry)
+                    self._states[entry.runner], self._models[entry.runner] = entry.destination, entry.model
+                    yield from self._transition(entry, moment)
+                case Decision() if entry.what not in _BY_A_COMMAND:
+                    yield self._say(f"{self.shown.name(entry.model)} {entry.what}: {self.shown.named(entry.reason)}")
+                    yield from self._considered(entry)
+                case Decision(what="launched"):
+                    yield self._say(f"{self.shown.name(entry.model)} is started {self.shown.named(entry.reason)}")
+                case _:
+                    pass
+        self.evictions += len({id for entry in moment.entries for id in _given_up(entry)})
+        reasons = _untold(moment.entries)
+        for command in moment.commands:
+            yield from self._command(command)
+            if isinstance(command, Reject) and command.request in reasons:
+                yield from self._considered(reasons[command.request])
+        yield from self._waiting(reasons)
+        for considered in moment.considered:
+            if considered.failure:
+                yield self._say(f"the eviction policy raised {printable(considered.failure)}: it is passed over")
+        if moment.raised:
+            yield self._say(f"the decision failed, and the scheduler stopped: {printable(moment.raised)}")
+        if moment.entries or isinstance(moment.event, Sampled):
+            self._note_memory()
+
+    def finish(self) -> None:
+        """Take in that the recording is over: whoever waits has waited until here."""
+        for wait in self.waits.values():
+            if not wait.answer:
+                wait.lasts_until(self.end - (self.begin or 0.0))
+
+    @property
+    def limit_bytes(self) -> int | None:
+        """What models may take of the host, as last read; None where that is not known."""
+        return self._devices.get(HOST)
+
+    def _now(self, at: float) -> None:
+        if self.begin is None and math.isfinite(at):
+            self.begin = at
+            self.timeline = Timeline(at, self.shown.name)
+        self.end = max(self.end, at)
+        self._at_s = at - (self.begin or 0.0)
+
+    def _say(self, text: str, *, detail: bool = False) -> Sentence:
+        return Sentence(self._at_s, self._line, text, detail)
+
+    def _begun(self, begun: Begun) -> Iterator[Sentence]:
+        """A core was restored: what has changed since the one before, while nothing was recorded, is taken over."""
+        self._core, header = begun.core, begun.header
+        pool = begun.core.pool
+        self._limits = pool.limits
+        if pool.now > -math.inf:
+            self._now(pool.now)
+        if header.missing:
+            yield self._say(f"{header.missing} steps are missing here: they were not recorded")
+        if self._states or pool.runners:
+            living = {id: (runner.model, runner.state, len(runner.leases)) for id, runner in pool.runners.items()}
+            for id, before in list(self._states.items()):
+                if id not in living and before is not UNLOADED:
+                    self._take_over(id, self._models[id], UNLOADED, 0)
+            for id, (model, state, leases) in living.items():
+                if self._states.get(id) is not state:
+                    self._take_over(id, model, state, leases)
+        for wait in self.waits.values():
+            if wait.request not in pool.requests:
+                wait.answer, wait.holds = wait.answer or UNSEEN, False
+        for request in pool.requests.values():
+            self._take_over_request(request)
+        if pool.runners or pool.requests:
+            names = ", ".join(f"{self._runner(id)} {runner.state.value}" for id, runner in pool.runners.items())
+            yield self._say(f"it begins with {names or 'no runner'} and {pool.queued} waiting")
+        yield from self._waiting({})
+
+    def _take_over(self, id: RunnerId, model: ModelId, state: RunnerState, leases: int) -> None:
+        before = self._states.get(id)
+        self._states[id], self._models[id] = state, model
+        now = self._core.pool.now
+        self.timeline.add(Transition(now, id, model, "", before, state, "it was so when recording began", leases))
+
+    def _take_over_request(self, request: Request) -> None:
+        asked_at_s = request.queued_at - (self.begin or 0.0)
+        new = Wait(request.id, self.shown.name(request.want.model), asked_at_s, request.want.purpose.value)
+        wait = self.waits.setdefault(request.id, new)
+        if request.state is not RequestState.queued:
+            wait.answer, wait.holds = wait.answer or "granted before", True
+        elif not wait.reasons:
+            wait.waits_for(BEFORE, asked_at_s)
+
+    # -- events -------------------------------------------------------------------------------------------------------
+
+    def _event(self, event: Event) -> Iterator[Sentence]:
+        match event:
+            case Acquire():
+                yield from self._asked(event)
+            case Cancel(request) | Release(request):
+                what = "gives back" if isinstance(event, Release) else "had left, and gives back"
+                if (wait := self.waits.get(request)) is not None and wait.holds:
+                    wait.holds = False
+                    yield self._say(f"{_number(request)} {what} {wait.model}")
+            case Expire(wanted):
+                yield self._say(f"{self.shown.name(wanted)} is asked to leave")
+            case Pin(model):
+                yield self._say(f"{self.shown.name(model)} is pinned")
+            case Unpin(model):
+                yield self._say(f"{self.shown.name(model)} is no longer pinned")
+            case Configure():
+                before, self._limits = self._limits, self._core.pool.limits
+                changed = [name for name in event.__slots__ if getattr(before, name) != getattr(self._limits, name)]
+                if changed:
+                    changes = [_limit(name, getattr(self._limits, name)) for name in changed]
+                    yield self._say(f"limits change: {', '.join(changes)}")
+            case Inspected(model, outcome):
+                if isinstance(outcome, ModelNotFound | InvalidModel):
+                    yield self._say(f"{self.shown.name(model)} cannot be read")
+            case Sampled(devices):
+                yield from self._sampled(devices)
+            case Contended():
+                yield self._say("another program loads on a device that is wanted")
+            case Close(timeout_s):
+                yield self._say(f"the scheduler is closed; leases may last {format_duration(timeout_s)}")
+            case Loaded() | OutOfMemory() | Unresponsive() | Exited():
+                yield from self._of_a_runner(event)
+            case Progress() | Filled() | Claimed() | Tick():
+                pass
+            case _:
+                assert_never(event)
+
+    def _of_a_runner(self, event: Loaded | OutOfMemory | Unresponsive | Exited) -> Iterator[Sentence]:
+        match event:
+            case Loaded(runner, _, resident, _):
+                yield self._say(f"{self._runner(runner)} is loaded{_prefixed(', and takes ', resident)}")
+            case OutOfMemory(runner):
+                yield self._say(f"{self._runner(runner)} ran out of memory")
+            case Unresponsive(runner, reason):
+                yield self._say(f"{self._runner(runner)} does not answer: {self.shown.named(reason)}")
+            case Exited(runner, code, reason, out_of_memory):
+                why = self.shown.lines(reason) or ["never started" if code is None else f"with status {code}"]
+                lack = ", for lack of memory" if out_of_memory else ""
+                yield self._say(f"the process of {self._runner(runner)} is gone: {why[0]}{lack}")
+                for last_words in why[1:]:
+                    yield self._say(last_words, detail=True)
+
+    def _asked(self, event: Acquire) -> Iterator[Sentence]:
+        want = event.want
+        name = self.shown.name(want.model)
+        if event.request in self.waits:
+            return  # a duplicate: the core ignores it
+        self.waits[event.request] = Wait(event.request, name, self._at_s, want.purpose.value)
+        options = [f"{each} {getattr(want.options, each)}" for each in want.options.__slots__]
+        said = [text for text in options if not text.endswith(" None")]
+        if want.memory:
+            said.append(_amounts(want.memory))
+        if want.priority:
+            said.append(f"priority {want.priority}")
+        if event.keep_alive_s is not None:
+            said.append(f"keep-alive {format_duration(event.keep_alive_s)}")
+        if event.timeout_s is not None:
+            said.append(f"for at most {format_duration(event.timeout_s)}")
+        verb = "wants loaded" if want.purpose is Purpose.preload else "asks for"
+        yield self._say(f"{_number(event.request)} {verb} {name}" + (f" ({', '.join(said)})" if said else ""))
+
+    def _sampled(self, devices: tuple[DeviceSample, ...]) -> Iterator[Sentence]:
+        now = {one.id: one.capacity_bytes for one in devices}
+        if now != self._devices:
+            self._devices = now
+            texts = [f"{one.id} {format_bytes(one.capacity_bytes)}" for one in devices]
+            yield self._say(printable(f"memory there is: {', '.join(texts) or 'none'}"))
+
+    # -- what was decided ---------------------------------------------------------------------------------------------
+
+    def _transition(self, entry: Transition, moment: Moment) -> Iterator[Sentence]:
+        name, reason = self._runner(entry.runner), self.shown.named(entry.reason)
+        if entry.source is None:
+            self.loads += 1
+            launch = next(one for one in moment.commands if isinstance(one, Launch) and one.runner == entry.runner)
+            layers = "".join(f", {count} layers on {printable(gpu)}" for gpu, count in launch.placement.gpu_layers)
+            info = self._core.pool.models[entry.model].info
+            declared = "as declared" if isinstance(info, Footprint) and info.fixed else "as predicted"
+            known = "as measured before" if launch.placement.measured else declared
+            yield self._say(f"{name} is started: {_amounts(launch.placement.bytes)}, {known}{layers}; {reason}")
+            return
+        yield self._say(f"{name}: {entry.source.value} → {entry.destination.value}, {reason}")
+
+    def _considered(self, entry: Decision) -> Iterator[Sentence]:
+        """Say which runners might have gone, and on which devices it might have gone, with why they were not taken."""
+        runners = [one for one in entry.runners if one.reason != NOBODY_GOES]
+        texts = [f"{self._with_figures(one)}: {one.reason or 'goes'}" for one in runners]
+        texts += [f"not on {printable(one.device)}: {one.reason}" for one in entry.devices if one.reason]
+        if texts:
+            yield self._say("; ".join(texts), detail=True)
+
+    def _with_figures(self, one: ConsideredRunner) -> str:
+        cost = "" if one.cost_s is None else f" and {one.cost_s:.2f} s of loading to be expected"
+        leases = "" if not one.leases else f" ({one.leases} {'lease' if one.leases == 1 else 'leases'})"
+        return f"{self._runner(one.runner)} with {format_bytes(sum(size for _, size in one.held_bytes))}{cost}{leases}"
+
+    def _command(self, command: Command) -> Iterator[Sentence]:
+        match command:
+            case Grant(request, runner):
+                wait = self._answer(request, "granted")
+                if wait is not None:
+                    wait.holds = True
+                what = self._runner(runner) if runner is not None else "memory of its own"
+                yield self._say(f"{_number(request)} is granted {what}{_waited(wait)}")
+            case Reject(request, Cancelled()):
+                wait = self._answer(request, "cancelled")
+                yield self._say(f"{_number(request)} leaves{_waited(wait)}")
+            case Reject(request, refusal):
+                error = str(error_of(refusal, self.shown))
+                wait = self._answer(request, type(refusal).__name__)
+                yield self._say(f"{_number(request)} is refused: {self.shown.named(error)}{_waited(wait)}")
+            case Revoke(request, reason):
+                if (wait := self._answer(request, "lost")) is not None:
+                    wait.holds = False
+                yield self._say(f"{_number(request)} loses its lease: {self.shown.named(reason)}")
+            case Ask(runner, requests):
+                yield self._say(f"others wait for the memory of {self._runner(runner)}; its {len(requests)} are told")
+            case Claim(_, devices):
+                yield self._say(f"{printable(', '.join(devices))} is to be claimed among the programs on the machine")
+            case Finish():
+                yield self._say("everything is unloaded")
+            case Inspect() | Launch() | Stop() | Sample() | Unclaim() | Prefetch() | Remember():
+                pass
+            case _:
+                assert_never(command)
+
+    def _waiting(self, reasons: Mapping[RequestId | None, Decision]) -> Iterator[Sentence]:
+        for line in self._core.pool.lines.values():
+            reason = self.shown.named(line.waits_for)
+            news = [id for id in line.requests if id in self.waits and self.waits[id].waits_for(reason, self._at_s)]
+            if news:
+                verb = "waits" if len(news) == 1 else "wait"
+                yield self._say(f"{', '.join(map(_number, news))} {verb} for {reason}")
+                for entry in [reasons[id] for id in news if id in reasons]:
+                    yield from self._considered(entry)
+
+    def _answer(self, request: RequestId, answer: str) -> Wait | None:
+        if (wait := self.waits.get(request)) is not None:
+            if not wait.answer:  # else it lost what it had
+                wait.lasts_until(self._at_s)
+            wait.answer = answer
+        return wait
+
+    def _note_memory(self) -> None:
+        ledger = self._core.pool.ledger
+        resident = sum(account.resident.get(HOST, 0) for account in ledger.accounts.values())
+        self.timeline.add_memory(self.end, ledger.held_bytes(HOST), resident)
+
+    def _runner(self, id: RunnerId) -> str:
+        return f"runner {id}" + (f" of {self.shown.name(self._models[id])}" if id in self._models else "")
+
+
+def printable(text: str) -> str:
+    """Return a text that does to a terminal nothing but show itself."""
+    return "".join(one if one.isprintable() else "\N{REPLACEMENT CHARACTER}" for one in text)
+
+
+def _number(request: RequestId) -> str:
+    return f"request {request}"
+
+
+def _limit(name: str, value: float) -> str:
+    return f"{name.removesuffix('_s')} {format_duration(value) if name.endswith('_s') else value}"
+
+
+def _untold(entries: Sequence[Entry]) -> dict[RequestId | None, Decision]:
+    """Return why requests wait or are refused, as far as what was considered is not told with another decision."""
+    decisions = [entry for entry in entries if isinstance(entry, Decision)]
+    told = {entry.request for entry in decisions if entry.what not in _BY_A_COMMAND}
+    return {entry.request: entry for entry in decisions if entry.request not in told}
+
+
+def _given_up(entry: Entry) -> list[RunnerId]:
+    """Return who is given up for a model other than its own."""
+    if not isinstance(entry, Decision) or entry.what != "evicts":
+        return []
+    return [one.runner for one in entry.runners if one.taken and one.model != entry.model]
+
+
+def _amounts(amounts: Amounts) -> str:
+    return printable(" and ".join(f"{format_bytes(size)} of {device}" for device, size in amounts) or "nothing")
+
+
+def _prefixed(before: str, amounts: Amounts) -> str:
+    return before + _amounts(amounts) if amounts else ""
+
+
+def _waited(wait: Wait | None) -> str:
+    if wait is None or not wait.reasons:
+        return ""
+    reasons = ", ".join(f"{took_s:.3f} s for {reason}" for reason, took_s in wait.reasons)
+    return f", after {wait.waited_s:.3f} s" + (
+        f": {reasons}" if len(wait.reasons) > 1 else f" for {wait.reasons[0][0]}"
+    )

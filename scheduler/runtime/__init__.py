@@ -1,0 +1,1 @@
+"""The driver of the core, the executor of its commands, and the broker of requests."""

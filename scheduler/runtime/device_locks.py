@@ -1,0 +1,166 @@
+"""Locks by which the programs on one machine load on a device in turns: a file for each device.
+
+The operating system holds a lock for an open file and drops it when the program ends, however it ends. Runners do not
+inherit it, and neither does a fork (`filelock` sees to both), so that a runner which outlives its program for a moment
+keeps nobody out. Two schedulers in one program exclude each other like two programs.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import random
+import stat
+import threading
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from urllib.parse import quote
+
+import filelock
+
+from fsm.domain.devices import DeviceId
+from scheduler.config.paths import private_folder
+
+log = logging.getLogger("loadmaster")
+
+_FIRST_PAUSE_S = 0.002  # between two tries for a lock that another program has; it grows
+_LONGEST_PAUSE_S = 0.1  # a lock that was given back is found so late at most
+
+Job = tuple[int, tuple[DeviceId, ...]]
+
+
+class DeviceLocks:
+    """Takes the locks of claims, all of one or none, and gives them back; on a thread of its own.
+
+    The claims of one scheduler share a device. `had` is called once for a claim that is not given up before, even where
+    files cannot be locked: `problem` says so then. `contended` is called before it where another program has a device.
+    Both are called on the thread, also while a claim is just being given up, and must not block.
+    """
+
+    problem: str  # why devices are not locked, in a sentence; empty: they are
+
+    def __init__(self, folder: Path, had: Callable[[int], None], contended: Callable[[int], None]) -> None:
+        self.problem = ""
+        self._folder = folder
+        self._private = folder == private_folder()
+        self._had = had
+        self._contended = contended
+        self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()  # without devices: give back; None: end
+        self._thread: threading.Thread | None = None  # started by the first claim
+        self._closed = False
+        # What follows belongs to the thread.
+        self._locks: dict[DeviceId, filelock.BaseFileLock] = {}  # those that are held
+        self._claims: dict[int, tuple[DeviceId, ...]] = {}  # had, and not given back
+        self._waiting: dict[int, tuple[DeviceId, ...]] = {}
+        self._pause_s = _FIRST_PAUSE_S
+        self._try_at = 0.0  # when those that wait are tried again
+
+    def claim(self, number: int, devices: Iterable[DeviceId]) -> None:
+        """Have a claim taken; returns at once. Numbers are used once."""
+        if self._thread is None and not self._closed:
+            thread = threading.Thread(target=self._run, name="loadmaster-locks", daemon=True)
+            try:
+                thread.start()
+            except RuntimeError as error:  # there can be no more threads now
+                self.problem = f"devices are not locked against other programs: {error}"
+                self._had(number)
+                return
+            self._thread = thread
+        self._jobs.put((number, tuple(sorted(devices))))
+
+    def give_back(self, number: int) -> None:
+        """Give a claim up, had or not; returns at once."""
+        self._jobs.put((number, ()))
+
+    def close(self, timeout_s: float) -> list[str]:
+        """Give everything back and end the thread; return its name if it hangs."""
+        self._closed = True
+        if (thread := self._thread) is None:
+            return []
+        self._jobs.put(None)
+        thread.join(timeout_s)
+        return [thread.name] if thread.is_alive() else []
+
+    def _run(self) -> None:
+        while True:
+            try:
+                wait_s = max(0.0, self._try_at - time.monotonic()) if self._waiting else None
+                job = self._jobs.get(timeout=wait_s)
+            except queue.Empty:
+                self._try_again()
+                continue
+            match job:
+                case None:
+                    self._claims.clear()
+                    self._release_unclaimed()
+                    return
+                case number, ():
+                    self._waiting.pop(number, None)
+                    if self._claims.pop(number, None):
+                        self._release_unclaimed()
+                case number, devices:
+                    if not self._take(number, devices):
+                        self._waiting[number] = devices
+                        self._pause_s = _FIRST_PAUSE_S
+                        self._try_at = time.monotonic() + self._pause_s
+                        self._contended(number)
+
+    def _try_again(self) -> None:
+        self._waiting = {
+            number: devices for number, devices in self._waiting.items() if not self._take(number, devices)
+        }
+        self._pause_s = min(_LONGEST_PAUSE_S, self._pause_s * 1.5)
+        self._try_at = time.monotonic() + self._pause_s * random.uniform(0.5, 1.0)  # not in step with others
+
+    def _take(self, number: int, devices: tuple[DeviceId, ...]) -> bool:
+        """Take the locks of a claim that are not held already, in order; return False, with none of them, if one is."""
+        taken: dict[DeviceId, filelock.BaseFileLock] = {}
+        try:
+            self._prepare()
+            for device in devices:
+                if device not in self._locks:
+                    taken[device] = self._lock(device)
+            self.problem = ""
+        except filelock.Timeout:
+            for lock in taken.values():
+                lock.release()
+            return False
+        except Exception as error:  # the folder is not to be written to, its file system is full or cannot lock
+            if not self.problem:
+                log.warning("devices are not locked against other programs: %s", error)
+            self.problem = f"devices are not locked against other programs: {error}"
+        self._locks |= taken
+        self._claims[number] = devices
+        self._had(number)
+        return True
+
+    def _prepare(self) -> None:
+        """Make the folder where it is missing; raises OSError where this user's is somebody else's, or a link."""
+        self._folder.mkdir(mode=0o700, parents=not self._private, exist_ok=True)
+        if self._private and hasattr(os, "getuid"):
+            found = self._folder.lstat()
+            if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022:
+                raise PermissionError(f"{self._folder} is not a folder that this user alone may write to")
+
+    def _lock(self, device: DeviceId) -> filelock.BaseFileLock:
+        """Lock a device's file; raises `filelock.Timeout` where another program has it, OSError where it cannot be."""
+        path = self._folder / f"{quote(device, safe='')}.lock"
+        mode = 0o600 if self._private else 0o666
+        lock = filelock.FileLock(path, mode=mode, thread_local=False, blocking=False, fallback_to_soft=False)
+        try:
+            lock.acquire()
+        except filelock.Timeout:  # also where no file can be made: one that another program has is there, and stays
+            if not os.path.lexists(path):
+                raise FileNotFoundError(f"no file can be made in {self._folder}") from None
+            raise
+        return lock
+
+    def _release_unclaimed(self) -> None:
+        claimed = {device for devices in self._claims.values() for device in devices}
+        for device in [device for device in self._locks if device not in claimed]:
+            try:
+                self._locks.pop(device).release()
+            except OSError:  # its file system is gone, and the lock with it
+                log.warning("the lock of %s could not be given back", device, exc_info=True)

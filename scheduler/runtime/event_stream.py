@@ -1,0 +1,132 @@
+"""The event stream: everybody who listens hears every transition and decision, or hears that a gap was left."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from queue import Empty, SimpleQueue
+from weakref import ReferenceType, ref
+
+from fsm.messages.decision_log import Entry
+from scheduler.config.quantities import parse_duration, wait_limit
+from scheduler.errors.exceptions import SchedulerForked
+
+
+@dataclass(frozen=True, slots=True)
+class Gap:
+    """The listener was too slow, and `missed` entries were dropped here."""
+
+    missed: int
+
+
+class EventStream(Iterator[Entry | Gap]):
+    """Entries in order, each once; blocks for the next one, and ends when the scheduler has closed.
+
+    Keeps at most `limit` entries: then the oldest are dropped and a `Gap` takes their place. In a fork of the process
+    that made it, it raises `SchedulerForked`: nothing is offered there.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._owner = os.getpid()
+        self._entries: deque[tuple[int, Entry]] = deque()  # numbered: where numbers are missing, entries were dropped
+        self._offered = 0  # in all; written by the one who offers, under the driver's lock
+        self._lock = threading.RLock()  # one takes; never waited for by the one who offers
+        self._next = 0  # the number that is due to be taken
+        self._there: SimpleQueue[None] = SimpleQueue()  # a token, while there may be something to take
+        self.ended = False  # nothing more is offered
+
+    def offer(self, entries: Sequence[Entry]) -> None:
+        """Take in what happened, without waiting for anybody; drops the oldest where there is no room."""
+        for entry in entries:
+            self._entries.append((self._offered, entry))
+            self._offered += 1
+        with suppress(IndexError):  # they were taken meanwhile
+            while len(self._entries) > self._limit:
+                self._entries.popleft()
+        if self._there.empty():
+            self._there.put(None)
+
+    def close(self) -> None:
+        """End the stream after what it still holds."""
+        self.ended = True
+        self._there.put(None)
+
+    def take(self, timeout_s: str | float | None = None) -> Entry | Gap | None:
+        """Return the next one, None when none comes in time or the stream has ended."""
+        wait_s = None if timeout_s is None else wait_limit(parse_duration(timeout_s, name="timeout_s"))
+        while True:
+            if os.getpid() != self._owner:
+                raise SchedulerForked()
+            if (found := self._take_next()) is not None:
+                return found
+            if self.ended:
+                return None
+            try:
+                self._there.get(timeout=wait_s)
+            except Empty:
+                return None
+
+    def _take_next(self) -> Entry | Gap | None:
+        with self._lock:
+            try:
+                number, entry = self._entries.popleft()
+            except IndexError:
+                return None
+            missed, self._next = number - self._next, max(number, self._next)
+            if missed > 0:
+                self._entries.appendleft((number, entry))
+                return Gap(missed)
+            self._next += 1
+            return entry
+
+    def __enter__(self) -> EventStream:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __iter__(self) -> EventStream:
+        return self
+
+    def __next__(self) -> Entry | Gap:
+        while (entry := self.take()) is None:
+            if self.ended:
+                raise StopIteration
+        return entry
+
+
+class Hub:
+    """Hands the journal to those who listen."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._streams: tuple[ReferenceType[EventStream], ...] = ()  # replaced, never changed; one forgotten is gone
+        self._closed = False
+
+    def open(self) -> EventStream:
+        """Add a listener; called between two steps, so that nothing is missed or heard twice."""
+        stream = EventStream(self._limit)
+        self._streams = (*self._streams, ref(stream))
+        if self._closed:
+            stream.close()
+        return stream
+
+    def publish(self, entries: Sequence[Entry]) -> bool:
+        """Hand `entries` to every listener and return whether there is one; quick, and runs nobody's code."""
+        streams = [(reference, stream) for reference in self._streams if (stream := reference()) and not stream.ended]
+        self._streams = tuple(reference for reference, _ in streams)
+        for _, stream in streams:
+            stream.offer(entries)
+        return bool(streams)
+
+    def close(self) -> None:
+        """End every stream."""
+        self._closed = True
+        for reference in self._streams:
+            if (stream := reference()) is not None:
+                stream.close()

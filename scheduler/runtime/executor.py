@@ -1,0 +1,236 @@
+"""Commands become jobs, and what the jobs find becomes events."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Container, Iterator
+
+from fsm.machine.request import ModelId
+from fsm.machine.runner import RunnerId
+from fsm.messages import refusals
+from fsm.messages.commands import Claim, Inspect, Launch, Prefetch, Remember, Sample, Stop, Unclaim
+from fsm.messages.events import Claimed, Contended, Event, Filled, Inspected, Progress, Unresponsive
+from fsm.sizing.load_history import NOTHING, Remembered
+from scheduler.concurrency.thread_pool import Workers
+from scheduler.config.settings import Settings
+from scheduler.devices.device_reader import Devices
+from scheduler.engines.interface import Engine, Process
+from scheduler.errors.exceptions import InvalidModel, ModelNotFound, SchedulerError
+from scheduler.models.measurement_store import Identity
+from scheduler.models.measurements import Footprints, identity_of
+from scheduler.models.model_spec import ModelSpec
+from scheduler.runtime.device_locks import DeviceLocks
+from scheduler.runtime.memory_sampler import Sampler
+from scheduler.runtime.prefetcher import Prefetcher
+from scheduler.runtime.runner_handle import Life
+
+log = logging.getLogger("loadmaster")
+
+_WORKERS = 8  # jobs that may block at once: inspections, launches, looks; all but launches wait for a reading
+_CALLERS = 64  # of the user's callbacks at once: each may block, on the scheduler too
+_STOPPERS = 2  # of their own, so that nothing can starve a stop
+_FRESH_S = 2.0  # how long an inspection, or a claim, waits for a sample of the devices
+_LOOK_S = 1.0  # how long a runner may take to say whether it has settled
+_LEAST_S = 0.1  # for each pool of threads to end, where another has used up the time: else it would be blamed
+_LAST_LOOK_S = 0.2  # the same, right before it is stopped
+
+
+class Executor:
+    """Carries out what may block: inspections, launches, stops, samples. `perform` itself never blocks."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        devices: Devices,
+        engine_of: Callable[[ModelId], tuple[Engine, object]],
+        post: Callable[[Event], None],
+        listed: Container[RunnerId],
+        forget: Callable[[ModelId], None],
+    ) -> None:
+        self._settings = settings
+        self._engine_of = engine_of
+        self._post = post
+        self._forget = forget  # a model that was refused; called when the core has been told
+        self.workers = Workers("loadmaster-worker", _WORKERS)
+        self.callers = Workers("loadmaster-caller", _CALLERS)
+        self._stoppers = Workers("loadmaster-stopper", _STOPPERS)
+        self._listed = listed  # the runners that the core still knows; looked at under the driver's lock
+        self.lives: dict[RunnerId, Life] = {}  # one for each of them, and a few of the past; written under that lock
+        self._readers = Workers("loadmaster-sampler", 1)  # of its own: workers wait for what it reads
+        self.sampler = Sampler(devices, self._readers, self._running, post)
+        self.prefetcher = Prefetcher(self._files_of, lambda: any(self._loading()))
+        self.locks = self._locks(settings)
+        self.footprints = Footprints(settings.footprints) if settings.footprints is not None else None
+        self._identities: dict[ModelId, Identity | None] = {}  # as of the last inspection, unless that refused it
+
+    def perform(
+        self,
+        command: Inspect | Launch | Stop | Sample | Claim | Unclaim | Prefetch | Remember,
+    ) -> None:
+        """File a command, in the order in which they are decided; returns at once."""
+        match command:
+            case Inspect(model):
+                self.workers.put(lambda: self._inspect(model))
+            case Launch(runner, model):
+                engine, what = self._engine_of(model)
+                self.forget_past()
+                life = self.lives[runner] = Life(command, engine, what, self._post)
+                life.identity = self._identities.get(model)
+                self.workers.put(life.begin)
+            case Stop(runner):
+                if (life_to_stop := self.lives.get(runner)) is not None:
+                    self._stoppers.put(lambda: self._stop(life_to_stop))
+            case Sample(number):
+                self.sampler.request(number)
+            case Claim(number, devices):
+                if self.locks is not None:
+                    self.locks.claim(number, devices)
+            case Unclaim(number):
+                if self.locks is not None:
+                    self.locks.give_back(number)
+            case Prefetch(files):
+                self.prefetcher.ask(files)
+            case Remember(runner):
+                told = self.lives.get(runner)
+                if self.footprints is not None and told is not None and told.identity is not None:
+                    self.footprints.remember(told.identity, told.launch, command)
+
+    def forget_past(self) -> None:
+        """Let go of runners that the core knows no more; under the driver's lock."""
+        for past in [id for id in self.lives if id not in self._listed]:
+            del self.lives[past]
+
+    def probe(self, life: Life) -> None:
+        """Have a runner asked whether it still answers, and post it if it does not; one probe of it at a time."""
+        if not life.probed:
+            life.probed = True
+            self.workers.put(lambda: self._probe(life))
+
+    def _probe(self, life: Life) -> None:
+        timeout_s = self._settings.probe_timeout
+        try:
+            if life.process is not None and not life.process.healthy(timeout_s) and not life.over:
+                life.lease_ended = False  # nor would it answer a look
+                self._post(Unresponsive(life.runner, f"it did not answer within {timeout_s:g} s"))
+        finally:
+            life.probed = False
+
+    def look(self, life: Life) -> None:
+        """Have a runner asked whether it has settled, and post it when it has; one look at it at a time."""
+        if not life.looked_at:
+            life.looked_at = True
+            self.workers.put(lambda: self._look(life, _LOOK_S))
+
+    def _look(self, life: Life, timeout_s: float) -> None:
+        life.lease_ended = False
+        try:
+            to_come = life.process.settled(timeout_s) if life.process is not None else None
+            if to_come is None or life.settled:
+                return
+            life.settled = self.sampler.refresh(timeout_s)  # its memory is read after it was filled
+            life.lease_ended = not life.settled  # else it is looked at again soon
+            if life.settled:
+                self._post(Filled(life.runner, tuple(sorted(to_come.items()))))
+        finally:
+            life.looked_at = False
+
+    def _stop(self, life: Life) -> None:
+        try:
+            if life.lease_ended and not life.settled and not life.over:  # else what its last lease showed would be lost
+                self._look(life, _LAST_LOOK_S)
+        finally:
+            life.stop(self._settings.stop_grace)
+
+    def look_again(self) -> None:
+        """Have the devices read, and loads given their time anew: as after a gap in which they could show nothing."""
+        for life in self._loading():
+            self._post(Progress(life.runner))
+        self.sampler.request()
+
+    def staff(self) -> None:
+        """Start the threads that could not be started when jobs needed them."""
+        for pool in (self.workers, self.callers, self._stoppers, self._readers, self.prefetcher, self.footprints):
+            if pool is not None:
+                pool.staff()
+
+    def close(self, timeout_s: float) -> list[str]:
+        """End the threads; return the names of those that hang."""
+        end = time.monotonic() + timeout_s
+        self.sampler.close()  # first: a worker may wait for a reading that never begins, or hangs
+        ends = [self.locks.close] if self.locks is not None else []
+        ends += [pool.close for pool in (self.prefetcher, self._stoppers, self.workers, self._readers)]
+        ends += [self.footprints.close] if self.footprints is not None else []
+        ends += [self.callers.close]  # last: what users do there may take all the time
+        return [name for close in ends for name in close(max(_LEAST_S, end - time.monotonic()))]
+
+    @property
+    def problems(self) -> tuple[str, ...]:
+        """What could not be done and was worked round, in sentences."""
+        found = [each.problem for each in (self.locks, self.footprints) if each is not None]
+        return tuple(filter(None, found))
+
+    def _running(self) -> Iterator[tuple[RunnerId, Process]]:
+        for id, life in list(self.lives.items()):
+            if life.process is not None and not life.over:
+                yield id, life.process
+
+    def _loading(self) -> Iterator[Life]:
+        for life in list(self.lives.values()):
+            if not life.serves and not life.over:
+                yield life
+
+    def _files_of(self, model: ModelId) -> tuple[str, ...]:
+        _, what = self._engine_of(model)
+        return what.files if isinstance(what, ModelSpec) else ()
+
+    def _locks(self, settings: Settings) -> DeviceLocks | None:
+        """Return the locks among the programs on this machine; None where they are off, and nothing is claimed."""
+        if settings.lock_folder is None:
+            return None
+
+        def had(number: int) -> None:
+            self.workers.put(lambda: self._claimed(number))
+
+        return DeviceLocks(settings.lock_folder, had, lambda number: self._post(Contended(number)))
+
+    def _claimed(self, number: int) -> None:
+        self.sampler.refresh(_FRESH_S)  # what other programs took before it
+        self._post(Claimed(number))
+
+    def _inspect(self, model: ModelId) -> None:
+        try:
+            engine, what = self._engine_of(model)
+        except KeyError:  # forgotten, since whoever asked has left
+            self._post(Inspected(model, refusals.ModelNotFound(model)))
+            return
+        identity = identity_of(what)  # before it is read, and once more after that: it may be replaced in between
+        try:
+            outcome: object = engine.inspect(what)
+        except ModelNotFound as error:
+            outcome = refusals.ModelNotFound(error.path)
+        except InvalidModel as error:
+            outcome = refusals.InvalidModel(error.path, error.reason, error.offset)
+        except SchedulerError as error:
+            outcome = refusals.InvalidModel(model, str(error))
+        except Exception as error:
+            log.debug("an inspection failed", exc_info=True)
+            reason = (
+                f"looking at it failed with {type(error).__name__}: {error}; see what this program may use (ulimit -a)"
+            )
+            outcome = refusals.InvalidModel(model, reason)
+        self.sampler.refresh(_FRESH_S)  # what is free is read again right before each start
+        identity = identity if identity == identity_of(what) else None
+        refused = isinstance(outcome, refusals.ModelNotFound | refusals.InvalidModel)
+        if refused:
+            self._identities.pop(model, None)
+        else:
+            self._identities[model] = identity
+        known = self.recall(identity)
+        self._post(Inspected(model, outcome, known))  # type: ignore[arg-type]  # what an engine returns, or one of the two above
+        if refused:
+            self._forget(model)
+
+    def recall(self, identity: Identity | None) -> Remembered:
+        """Return what earlier lives of these files showed, in whatever program; nothing where that is not known."""
+        return self.footprints.recall(identity) if self.footprints is not None else NOTHING

@@ -1,0 +1,102 @@
+"""Reads the devices and the runners' memory, one reading at a time, and posts what was read in that order."""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+
+from fsm.domain.devices import DeviceId
+from fsm.machine.runner import RunnerId
+from fsm.messages.events import Event, Resident, Sampled
+from scheduler.concurrency.latch import Gate
+from scheduler.concurrency.thread_pool import Workers
+from scheduler.devices.device_reader import Devices
+from scheduler.engines.interface import Process
+
+log = logging.getLogger("loadmaster")
+
+
+class Sampler:
+    """Answers any number of wishes for a sample with as few readings as will do.
+
+    A driver's call may stall: then only samples are late, and the core's own time limits go on without them.
+    """
+
+    def __init__(
+        self,
+        devices: Devices,
+        workers: Workers,
+        running: Callable[[], Iterable[tuple[RunnerId, Process]]],
+        post: Callable[[Event], None],
+    ) -> None:
+        self._devices = devices
+        self._workers = workers
+        self._running = running
+        self._post = post
+        self._asked: deque[tuple[int, Gate | None]] = deque()  # numbers, and those who wait; no reading has begun
+        self._begun: list[Gate] = []  # those who wait for the reading under way
+        self._highest = 0  # of the numbers that were asked for
+        self._closed = False  # no reading may begin any more
+
+    def request(self, number: int = 0, done: Gate | None = None) -> None:
+        """Have the devices read, beginning after this call; `done` is set when the reading has been posted."""
+        self._asked.append((number, done))
+        self._workers.put(self._read_all)  # each time: what Ctrl-C kept from being put is read for with the next
+        if self._closed and done is not None:
+            done.set()
+
+    def refresh(self, timeout_s: float) -> bool:
+        """Have the devices read and wait for it; return whether it came in time. Once closed, nobody waits."""
+        done = Gate()
+        self.request(done=done)
+        return done.wait(timeout_s)
+
+    def close(self) -> None:
+        """Let go of those who wait for a reading that may never begin, or never end."""
+        self._closed = True
+        for done in (*self._begun, *self._take()):
+            done.set()
+
+    def _take(self) -> list[Gate]:
+        """Take over what was asked for; return those who wait for it."""
+        waiting = []
+        with suppress(IndexError):
+            while True:
+                number, done = self._asked.popleft()
+                self._highest = max(self._highest, number)
+                if done is not None:
+                    waiting.append(done)
+        return waiting
+
+    def _read_all(self) -> None:
+        if not self._asked:  # an earlier job has read for it
+            return
+        self._begun = self._take()
+        try:
+            if not self._closed:
+                self._read(self._highest)
+        except Exception:
+            log.exception("the devices could not be read")
+        finally:
+            for done in self._begun:
+                done.set()
+
+    def _read(self, number: int) -> None:
+        running = list(self._running())
+        memories = [(id, process.memory()) for id, process in running]
+        amounts: dict[RunnerId, dict[DeviceId, int]] = {id: dict(memory.resident) for id, memory in memories}
+        pids = {process.pid: id for id, process in running if process.pid is not None}
+        samples = self._devices.sample()
+        if any(sample.kind == "gpu" for sample in samples):
+            for gpu, held in self._devices.gpu_processes().items():
+                for pid in held.keys() & pids.keys():
+                    own = amounts[pids[pid]]
+                    # in a container the driver's pids may be others': it holds its buffers anyway
+                    own[gpu] = max(held[pid], own.get(gpu, 0))
+        resident: tuple[tuple[RunnerId, Resident], ...] = tuple(
+            (id, tuple(sorted(held.items()))) for id, held in amounts.items() if held
+        )
+        mapped = tuple((id, memory.mapped_bytes) for id, memory in memories if memory.mapped_bytes)
+        self._post(Sampled(samples, resident, number, mapped))

@@ -1,0 +1,254 @@
+"""From what a caller names to what the core plans: paths and specs become identities, keywords become options."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any, NamedTuple, TypedDict
+
+from fsm.domain.model_info import ModelInfo, Options
+from fsm.machine.request import ModelId, Purpose, Want
+from fsm.sizing.footprint import Footprint
+from fsm.sizing.memory_estimate import CACHE_BLOCK_BYTES
+from scheduler.concurrency.clock import Clock, monotonic_clock
+from scheduler.config.quantities import parse_duration
+from scheduler.config.value_parsers import LARGEST_NUMBER
+from scheduler.engines.interface import Engine
+from scheduler.engines.python import PythonModel
+from scheduler.errors.exceptions import InvalidSettings, ModelNotFound, UnsupportedOption
+from scheduler.errors.from_refusals import renamed
+from scheduler.models.catalog import Catalog, is_like_a_path, is_path
+from scheduler.models.model_spec import Files, ModelSpec
+
+Model = str | os.PathLike[str] | ModelSpec | PythonModel
+
+
+class Asking(TypedDict, total=False):
+    """The keywords of a request: how it waits, what it is loaded with, and what makes it another model."""
+
+    keep_alive: str | float | None  # how long the runner rests unused afterwards; 0: not at all; negative: for ever
+    timeout: str | float | None  # how long to wait
+    priority: int  # higher goes first among those that wait
+    num_ctx: int | None  # context of one slot, tokens
+    num_batch: int | None
+    num_gpu: int | None  # layers on GPUs; negative: automatic; 0: host only
+    main_gpu: int | None
+    num_thread: int | None
+    num_parallel: int | None  # slots, each with a context of its own
+    use_mmap: bool | None
+    flash_attention: bool | None
+    cache_type_k: str | None  # f32, f16, bf16, q8_0, q5_1, q5_0, q4_1, q4_0 or iq4_nl
+    cache_type_v: str | None
+    require_gpu: bool | None  # whole on GPUs, or refused
+    adapters: Files | None  # LoRA files
+    projectors: Files | None  # files of a vision model
+    embedding: bool | None
+
+
+class Question(NamedTuple):
+    """A request, understood."""
+
+    want: Want
+    name: str  # of the model
+    keep_alive_s: float | None
+    timeout_s: float | None
+    model: ModelSpec | PythonModel | None = None  # None: memory of the program's own is asked for
+
+
+class _Known(NamedTuple):
+    """A question that was asked before, and until when its model's name and links count as leading where they led."""
+
+    question: Question
+    until: float
+
+
+MOST_PRIORITY = 10**6  # a step is worth a minute of waiting: two years of it
+LASTING_S = 2.0  # so long after a tag or a link was moved, warm requests may still be given what it led to before
+
+_TIMING = frozenset({"keep_alive", "timeout", "priority"})
+_IDENTITY = ("adapters", "projectors", "embedding")  # they make it another model, not a reload
+_KINDS: dict[str, type] = {
+    **dict.fromkeys(("num_ctx", "num_batch", "num_thread", "num_parallel", "num_gpu", "main_gpu"), int),
+    **dict.fromkeys(("use_mmap", "flash_attention", "require_gpu"), bool),
+    **dict.fromkeys(("cache_type_k", "cache_type_v"), str),
+}
+_POSITIVE = frozenset({"num_ctx", "num_batch", "num_thread", "num_parallel"})
+_KNOWN_QUESTIONS = 4096  # questions remembered; then all are forgotten
+_PAST_NAMES = 1024  # of forgotten models: events and recordings are read and written somewhat later
+
+
+class Registry:
+    """Every model that is asked for or that the core knows, and the engine that runs it."""
+
+    def __init__(
+        self,
+        llama: Engine,
+        python: Engine,
+        catalog: Catalog,
+        pin: Callable[[ModelId], None],
+        clock: Clock = monotonic_clock,
+    ) -> None:
+        self._engines: Mapping[type, Engine] = {ModelSpec: llama, PythonModel: python}
+        self._catalog = catalog
+        self._pin = pin  # called once for each spec that says so, before its first request
+        self._clock = clock
+        self._pinned: set[ModelId] = set()
+        self._models: dict[ModelId, ModelSpec | PythonModel] = {}
+        self._past: dict[ModelId, str] = {}  # the names of those that were forgotten last
+        self._known: dict[object, _Known] = {}
+
+    def question(self, model: Model, asking: Asking, purpose: Purpose = Purpose.lease) -> Question:
+        """Return what is asked; raises `UnsupportedOption` or `InvalidSettings` for what means nothing.
+
+        A name raises `ModelNotFound` and `InvalidModel` too.
+        """
+        try:
+            key: object = model
+            if asking or purpose is not Purpose.lease:  # the types as well, since 1 and True are equal
+                key = (model, purpose, *asking.items(), *map(type, asking.values()))
+            if (known := self._known.get(key)) is not None and self._clock() < known.until:
+                return known.question
+        except TypeError:  # a list among the keywords
+            key = None
+        question = self._understand(model, asking, purpose)
+        if key is not None and _lasts(model):
+            if len(self._known) >= _KNOWN_QUESTIONS:
+                self._known.clear()
+            until = math.inf if isinstance(model, PythonModel) else self._clock() + LASTING_S
+            self._known[key] = _Known(question, until)
+        return question
+
+    def identity(self, model: Model, asking: Asking) -> ModelId:
+        """Return the identity of what a caller names; raises `UnsupportedOption` for other keywords."""
+        for name, value in asking.items():
+            if name not in _IDENTITY:
+                raise UnsupportedOption(name, value, f"it does not tell models apart; {', '.join(_IDENTITY)} do")
+        return self._spec(model, asking).id
+
+    def name(self, id: ModelId) -> str:
+        """Return the name to show for an identity; the identity itself where it is not known, nor was of late."""
+        model = self._models.get(id)
+        return model.name if model is not None else self._past.get(id, id) or "the program's own memory"
+
+    def named(self, text: str) -> str:
+        """Return a text of the core's with names in place of identities."""
+        return renamed(text, {model.id: model.name for model in self._models.copy().values()})
+
+    def keep(self, model: ModelSpec | PythonModel) -> None:
+        """Know a model, until it is forgotten."""
+        self._models[model.id] = model
+
+    def forget(self, id: ModelId) -> ModelSpec | PythonModel | None:
+        """Know a model no more, but for its name; return it, or None where it was not known. Not by two at a time."""
+        if (model := self._models.get(id)) is not None:
+            self._past[id] = model.name
+        if isinstance(model, PythonModel):
+            for key, known in self._known.copy().items():
+                if known.question.want.model == id:
+                    self._known.pop(key, None)
+        if len(self._past) > _PAST_NAMES:
+            del self._past[next(iter(self._past))]
+        return self._models.pop(id, None)
+
+    def objects(self) -> list[ModelId]:
+        """Return every object that is known."""
+        return [id for id, model in self._models.copy().items() if isinstance(model, PythonModel)]
+
+    def engine_of(self, id: ModelId) -> tuple[Engine, ModelSpec | PythonModel]:
+        """Return the engine of a model, and the model as the engine is to be told it; KeyError where it is unknown."""
+        model = self._models[id]
+        return self._engines[type(model)], model
+
+    def look(
+        self, model: Model, asking: Asking, purpose: Purpose = Purpose.lease
+    ) -> tuple[ModelSpec | PythonModel, Question]:
+        """Return what would be asked, and of which model; raises what `question` does.
+
+        Nothing comes of it: the model is not known afterwards, nor pinned, and its engine need not be installed.
+        """
+        spec = self._spec(model, asking)
+        if isinstance(spec, ModelSpec) and len(spec.projectors) > 1:
+            raise UnsupportedOption("projectors", spec.projectors, "llama.cpp loads one projector for a model")
+        named: dict[str, Any] = {name: value for name, value in asking.items() if name not in (*_IDENTITY, *_TIMING)}
+        for name, value in named.items():
+            _check(name, value)
+            if isinstance(spec, PythonModel):
+                raise UnsupportedOption(name, value, "an object has no load-time options")
+        options = Options() if isinstance(spec, PythonModel) else replace(spec.options, **named)
+        keep_alive, timeout = asking.get("keep_alive"), asking.get("timeout")
+        if keep_alive is None:
+            keep_alive = spec.keep_alive
+        keep_alive_s = None if keep_alive is None else parse_duration(keep_alive, name="keep_alive")
+        timeout_s = None if timeout is None else parse_duration(timeout, name="timeout")
+        for each in fields(options):  # the model's own are checked too
+            _check(each.name, getattr(options, each.name))
+        priority = asking.get("priority", spec.priority)
+        if not isinstance(priority, int) or isinstance(priority, bool) or abs(priority) > MOST_PRIORITY:
+            raise InvalidSettings("priority", priority, f"a whole number from -{MOST_PRIORITY} to {MOST_PRIORITY}")
+        want = Want(spec.id, options, purpose, priority)
+        return spec, Question(want, spec.name, keep_alive_s, None if timeout_s == math.inf else timeout_s, spec)
+
+    def inspect(self, model: ModelSpec | PythonModel) -> ModelInfo | Footprint:
+        """Return what a model that was looked at would need; raises `ModelNotFound` or `InvalidModel`."""
+        return self._engines[type(model)].inspect(model)
+
+    def _understand(self, model: Model, asking: Asking, purpose: Purpose) -> Question:
+        spec, question = self.look(model, asking, purpose)
+        self._engines[type(spec)].require()
+        if spec.pin and spec.id not in self._pinned:
+            self._pinned.add(spec.id)
+            self._pin(spec.id)
+        return question
+
+    def _spec(self, model: Model, asking: Asking) -> ModelSpec | PythonModel:
+        identity = {name: value for name, value in asking.items() if name in _IDENTITY}
+        if isinstance(model, PythonModel):
+            for name, value in identity.items():
+                raise UnsupportedOption(name, value, "an object has no such part")
+            return model
+        spec = model if isinstance(model, ModelSpec) else self._named(model)
+        identity = {name: value for name, value in identity.items() if value is not None}
+        return (replace(spec, **identity) if identity else spec).resolved()  # type: ignore[arg-type]  # ModelSpec checks
+
+    def _named(self, model: str | os.PathLike[str]) -> ModelSpec:
+        """Return the model at a path, or of a name."""
+        text = os.fspath(model) if isinstance(model, str | os.PathLike) else None
+        if not isinstance(text, str):
+            raise UnsupportedOption("model", model, "it must be a path, a name, a ModelSpec or a PythonModel")
+        if not text or text.startswith("-"):
+            raise UnsupportedOption("model", text, "it must be a path or a name, and not begin with '-'")
+        if not isinstance(model, str) or is_path(model):
+            return ModelSpec(Path(text).name.removesuffix(".gguf"), text)
+        try:
+            return self._catalog.find(model)
+        except ModelNotFound as error:
+            if is_like_a_path(model):
+                error.looked_in = ("the working folder", *error.looked_in)
+            raise
+
+
+def _lasts(model: Model) -> bool:
+    """Tell whether a model may be remembered; the path of a file in the working folder may not, since that changes."""
+    if isinstance(model, ModelSpec | PythonModel):
+        return True
+    return os.path.isabs(model) or (isinstance(model, str) and not is_path(model))
+
+
+def _check(name: str, value: object) -> None:
+    kind = _KINDS.get(name)
+    if kind is None:
+        known = ", ".join(sorted({*_IDENTITY, *_TIMING, *(each.name for each in fields(Options))}))
+        raise UnsupportedOption(name, value, f"there is no such option; there are {known}")
+    if value is None:
+        return
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise UnsupportedOption(name, value, f"it must be of type {kind.__name__}")
+    if name in _POSITIVE and value < 1:  # type: ignore[operator]  # it is an int
+        raise UnsupportedOption(name, value, "it must be at least 1")
+    if kind is int and abs(value) >= LARGEST_NUMBER:  # type: ignore[arg-type]  # it is an int
+        raise UnsupportedOption(name, value, "it must be below 2**63")
+    if kind is str and value not in CACHE_BLOCK_BYTES:
+        raise UnsupportedOption(name, value, f"it must be one of {', '.join(CACHE_BLOCK_BYTES)}")

@@ -1,0 +1,281 @@
+"""Every request between the one who asks and the core: tickets out, answers in."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from typing import Any, assert_never
+
+from fsm.core import Core
+from fsm.machine.request import ModelId, RequestId
+from fsm.messages.commands import (
+    Ask,
+    Claim,
+    Command,
+    Finish,
+    Grant,
+    Inspect,
+    Launch,
+    Prefetch,
+    Reject,
+    Remember,
+    Revoke,
+    Sample,
+    Stop,
+    Unclaim,
+)
+from fsm.messages.decision_log import Entry
+from fsm.messages.events import Acquire, Cancel, Event, Release, Unresponsive
+from fsm.messages.refusals import QueueFull
+from scheduler.concurrency.clock import monotonic_clock
+from scheduler.concurrency.latch import Gate
+from scheduler.config.settings import Settings
+from scheduler.devices.device_reader import Devices
+from scheduler.errors.exceptions import (
+    InvalidSettings,
+    SchedulerBroken,
+    SchedulerClosed,
+    SchedulerError,
+    SchedulerForked,
+)
+from scheduler.errors.from_refusals import error_of
+from scheduler.runtime.driver import Driver, Value
+from scheduler.runtime.event_stream import Hub
+from scheduler.runtime.executor import Executor
+from scheduler.runtime.model_registry import Question, Registry
+from scheduler.runtime.pending_request import Callback, FutureTicket, Ticket
+
+log = logging.getLogger("loadmaster")
+
+_LOOK_UP_S = 1.0  # no single wait is longer: a Ctrl-C that comes right before one is only seen when it ends
+
+
+class Desk:
+    """Takes requests in and hands answers out; it owns the driver of the core and the executor of its commands."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        core: Core,
+        devices: Devices,
+        registry: Registry,
+        hub: Hub,
+        step: Callable[[float, Event], Sequence[Command]] | None = None,
+    ) -> None:
+        self.forked = False  # this is the copy in a forked child: nothing here may be touched
+        self.closing = False
+        self.finished = Gate()  # every runner is unloaded after a close
+        self.tickets: dict[RequestId, Ticket] = {}  # from Acquire until refused, lost or given back
+        self._ids = itertools.count(1)
+        self._core = core
+        self._registry = registry
+        self._hub = hub
+        self._probe_timeout_s = settings.probe_timeout
+        self.driver = Driver(core, monotonic_clock, self._perform, self._publish, self._fail, self._stood_still, step)
+        self.executor = Executor(
+            settings, devices, registry.engine_of, self.driver.post, core.pool.runners,
+            lambda model: self.read(lambda _: self._forget(model)),
+        )  # fmt: skip
+
+    def ticket(self, question: Question) -> Ticket:
+        """Return a ticket for a question that is still to be asked."""
+        return Ticket(RequestId(next(self._ids)), question.want.model, question.name)
+
+    def wait(self, ticket: Ticket, question: Question) -> None:
+        """Ask and block until it is granted; raises the refusal."""
+        try:
+            self.ask(ticket, question)
+            while not ticket.gate.acquire(timeout=_LOOK_UP_S):
+                continue
+        except BaseException:  # Ctrl-C, say: whoever leaves has cancelled
+            self.withdraw(ticket)
+            raise
+        if ticket.error is not None:
+            raise ticket.error
+
+    def promise(self, future: Future[Any], question: Question, deliver: Callable[[FutureTicket], None]) -> None:
+        """Ask for a future; one that is cancelled while it waits has left."""
+        ticket = self.submit(question, deliver)
+
+        def leave(done: Future[Any]) -> None:
+            if done.cancelled():
+                self.withdraw(ticket)
+                ticket.settle(done, None)
+
+        future.add_done_callback(leave)
+
+    def submit(self, question: Question, deliver: Callable[[FutureTicket], None]) -> FutureTicket:
+        """Ask and return; `deliver` is called from a worker when it is answered."""
+        id, model = RequestId(next(self._ids)), question.want.model
+        ticket = FutureTicket(id, model, question.name, self.executor.callers.put, deliver)
+        self.ask(ticket, question)
+        return ticket
+
+    def ask(self, ticket: Ticket, question: Question) -> None:
+        """Post a request; the ticket is answered some time after, or before this returns."""
+        self.tickets[ticket.id] = ticket
+        if question.model is not None:
+            self._registry.keep(question.model)  # once its ticket is there: see _drop
+        self.post(Acquire(ticket.id, question.want, question.keep_alive_s, question.timeout_s))
+        if self.closing and self.finished.is_set() and self.tickets.pop(ticket.id, None) is not None:
+            ticket.answer(None, SchedulerClosed())  # the driver has ended, or is about to
+
+    def check(self) -> None:
+        """Raise `SchedulerForked` in a forked child: its copies of locks may be held by threads that it has not."""
+        if self.forked:
+            raise SchedulerForked()
+
+    def post(self, event: Event) -> None:
+        self.check()
+        self.driver.post(event)
+
+    def read(self, look: Callable[[Core], Value]) -> Value:
+        """Return what `look` finds in the core."""
+        self.check()
+        return self.driver.read(look)
+
+    def withdraw(self, ticket: Ticket) -> None:
+        """The asker is gone: whatever becomes of the request, nothing of it remains."""
+        if ticket.id in self.tickets and not self.forked:
+            self.driver.post(Cancel(ticket.id))  # first: if Ctrl-C comes in between, it is only said twice
+            self.tickets.pop(ticket.id, None)
+
+    def give_back(self, ticket: Ticket) -> bool:
+        """Release what a ticket holds; return False where that was done before, or it was lost."""
+        if ticket.id not in self.tickets or self.forked:
+            return False
+        if ticket.life is not None:
+            ticket.life.lease_ended = True
+        self.driver.post(Release(ticket.id))  # first: if Ctrl-C comes in between, it is only said twice
+        self.tickets.pop(ticket.id, None)
+        return True
+
+    def listen(self, ticket: Ticket, what: str, callback: Callback) -> None:
+        """Have a callback run when a lease is lost or wanted; at once where it is already."""
+        if not callable(callback):
+            raise InvalidSettings("callback", callback, "callable")
+
+        def add(_: Core) -> bool:
+            happened = bool(ticket.lost) if what == "lost" else ticket.wanted
+            if not happened:
+                ticket.callbacks = (*ticket.callbacks, (what, callback))
+            return happened
+
+        if self.read(add):
+            self.executor.callers.put(lambda: _call(callback))
+
+    def look_at(self, ticket: Ticket) -> None:
+        """A connection to a runner broke: have it known whether that is gone; blocks for as long as a probe may.
+
+        Its exit may be heard of some time after its connections have ended, and it must be granted to nobody meanwhile.
+        """
+        life = ticket.life
+        if life is None or life.process is None or ticket.lost or self.finished.is_set():
+            return
+        if not life.over and life.process.healthy(self._probe_timeout_s):
+            return
+        if not life.over:
+            self.post(Unresponsive(life.runner, "its connections broke, and it answers no probe"))
+        self.read(lambda core: None)  # after that: the lease is lost
+
+    def _notify(self, ticket: Ticket, what: str) -> None:
+        for when, callback in ticket.callbacks:
+            if when == what:
+                self.executor.callers.put(lambda callback=callback: _call(callback))  # type: ignore[misc]  # binds now
+
+    def _perform(self, command: Command) -> None:
+        """File one command; under the driver's lock."""
+        match command:
+            case Grant(request, runner):
+                if (ticket := self.tickets.get(request)) is not None:
+                    ticket.answer(self.executor.lives.get(runner) if runner is not None else None, None)
+            case (
+                Inspect() | Launch() | Stop() | Sample() | Claim() | Unclaim() | Prefetch()
+                | Remember()
+            ):  # fmt: skip
+                self.executor.perform(command)
+            case Reject(request, refusal):
+                if request in self.tickets:
+                    error = error_of(refusal, self._registry)  # first: if it raises, `answer_all` finds the ticket
+                    if (ticket := self.tickets.pop(request, None)) is not None:
+                        ticket.answer(None, error)
+                        if isinstance(refusal, QueueFull):  # the core never heard of it
+                            self._forget(ticket.model_id)
+            case Revoke(request, reason):
+                if (ticket := self.tickets.pop(request, None)) is not None:
+                    ticket.lost = reason
+                    self._notify(ticket, "lost")
+            case Ask(_, requests):
+                for id in requests:
+                    if (ticket := self.tickets.get(id)) is not None:
+                        ticket.wanted = True
+                        self._notify(ticket, "wanted")
+            case Finish():
+                self.finished.set()
+            case _:
+                assert_never(command)
+
+    def let_go(self) -> None:
+        """Forget objects that nobody asks for or has pinned and that are not loaded, with what their loads refer to."""
+        if self._registry.objects():
+            self.read(self._let_go)
+
+    def _let_go(self, core: Core) -> None:
+        pool = core.pool
+        self.executor.forget_past()
+        used = {*pool.wants, *(runner.model for runner in pool.runners.values())}
+        used |= {id for id, model in pool.models.items() if model.pinned or model.inspecting}
+        for id in self._registry.objects():
+            if id not in used:
+                self._drop(id)
+
+    def _forget(self, model: ModelId) -> None:
+        """Forget a model that the core does not know, unless somebody asks for it; under the driver's lock."""
+        if model not in self._core.pool.models:
+            self._drop(model)
+
+    def _drop(self, model: ModelId) -> None:
+        """Forget a model, unless somebody asks for it; under the driver's lock.
+
+        Whoever asks at this moment has a ticket before the model is kept: it is seen here, or the model is kept again.
+        """
+        if (forgotten := self._registry.forget(model)) is None:
+            return
+        if any(ticket.model_id == model for ticket in list(self.tickets.values())):
+            self._registry.keep(forgotten)
+
+    def _publish(self, entries: Sequence[Entry]) -> None:
+        """Hand on what was decided; under the driver's lock."""
+        if not self._hub.publish(entries):
+            self._core.journal = None
+
+    def _stood_still(self) -> None:
+        """Time has passed in which nothing ran here: it is no load's fault, and what was read of the devices is old."""
+        log.info("nothing ran here for a while: the devices are read again")
+        self.executor.look_again()
+
+    def _fail(self, error: BaseException) -> None:
+        """A step raised: tell everybody, and let close end the rest."""
+        self.answer_all(lambda: SchedulerBroken(repr(error)))
+        self.finished.set()
+
+    def answer_all(self, error: Callable[[], SchedulerError]) -> None:
+        """End every request that is left: refuse what waits, break what is held."""
+        while self.tickets:
+            try:
+                _, ticket = self.tickets.popitem()
+            except KeyError:
+                return
+            if ticket.answered:
+                ticket.lost = str(error())
+            else:
+                ticket.answer(None, error())  # one each: a traceback is added to it where it is raised
+
+
+def _call(callback: Callback) -> None:
+    try:
+        callback()
+    except Exception:
+        log.exception("a callback of a lease failed")

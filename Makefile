@@ -49,39 +49,39 @@ check: test
 	$(BIN)/python -m ruff check
 
 bench: $(FOR_TEST)
-	$(BIN)/python -m tests.bench
+	$(BIN)/python -m tests.tools.bench
 
 policies: $(FOR_TEST)
-	$(BIN)/python -m tests.policies $(if $(SEEDS),--seeds $(SEEDS)) $(if $(TRACE),--trace $(TRACE))
+	$(BIN)/python -m tests.tools.policies $(if $(SEEDS),--seeds $(SEEDS)) $(if $(TRACE),--trace $(TRACE))
 
 explore: $(FOR_TEST)
 	$(BIN)/loadmaster explore
 
 mutants: $(FOR_TEST)
-	$(BIN)/python -m tests.mutants --verbose
+	$(BIN)/python -m tests.verification.mutants --verbose
 
 fuzz: $(FOR_TEST)
-	$(BIN)/python -m tests.fuzz_core --processes 2 $(if $(SEEDS),--seeds $(SEEDS)) $(if $(STEPS),--steps $(STEPS)) \
+	$(BIN)/python -m tests.tools.fuzz_core --processes 2 $(if $(SEEDS),--seeds $(SEEDS)) $(if $(STEPS),--steps $(STEPS)) \
 		$(if $(QUIET),--quiet $(QUIET))
 
 fuzz-metadata: $(FOR_TEST)
-	$(BIN)/python -m tests.fuzz_metadata
+	$(BIN)/python -m tests.tools.fuzz_metadata
 
 memory: $(FOR_TEST)
-	$(BIN)/python -m tests.memory
+	$(BIN)/python -m tests.tools.memory
 
 soak: $(FOR_TEST)
-	$(BIN)/python -m tests.soak $(if $(MINUTES),--minutes $(MINUTES)) $(if $(SEED),--seed $(SEED))
+	$(BIN)/python -m tests.tools.soak $(if $(MINUTES),--minutes $(MINUTES)) $(if $(SEED),--seed $(SEED))
 
 waiting: $(FOR_TEST)
-	$(BIN)/python -m tests.waiting_simulation $(if $(SEEDS),--seeds $(SEEDS)) $(if $(HOURS),--hours $(HOURS))
+	$(BIN)/python -m tests.tools.waiting_simulation $(if $(SEEDS),--seeds $(SEEDS)) $(if $(HOURS),--hours $(HOURS))
 
 # Peers that are not installed are skipped with a line; nothing is fetched for them.
 race: $(FOR_TEST)
-	$(BIN)/python -m tests.race $(if $(ROUNDS),--rounds $(ROUNDS)) $(if $(REQUESTS),--requests $(REQUESTS)) $(if $(ONLY),--only $(ONLY))
+	$(BIN)/python -m tests.tools.race $(if $(ROUNDS),--rounds $(ROUNDS)) $(if $(REQUESTS),--requests $(REQUESTS)) $(if $(ONLY),--only $(ONLY))
 
 mutation: $(FOR_MUTATION)
-	$(BIN)/python -m tests.mutation $(MODULES)
+	$(BIN)/python -m tests.tools.mutation $(MODULES)
 
 docs: $(FOR_TEST)
 	$(BIN)/python -m fsm.machine.state_diagram > docs/states.md

@@ -59,7 +59,7 @@ _KEPT_PREFIXES = ("CUDA_", "LC_", "NVIDIA_")
 # there are more threads than cores each waits out others' turns. To sleep at once is slowest alone: it takes longer to
 # wake a thread than to compute. With 300 spins, some 8 µs, one that runs is waited for awake, one that does not
 # asleep: a seventh slower alone than the best, and a third slower than one thread each where several answer at once
-# (`python -m tests.bench cores` compares them). "passive" is for an OpenMP that does not know of spins; libgomp goes by
+# (`make bench` compares them). "passive" is for an OpenMP that does not know of spins; libgomp goes by
 # their number where it is given both.
 _WAITING: Mapping[str, str] = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "300"}
 

@@ -1,0 +1,1 @@
+"""What a program embeds, with real threads."""

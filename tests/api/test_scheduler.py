@@ -1,0 +1,1024 @@
+"""The public API, with objects as models: who gets what, who is told what, and what is left when it ends."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+import traceback
+import warnings
+import weakref
+from collections.abc import Callable, Iterator
+from concurrent.futures import CancelledError, Future
+from concurrent.futures import wait as wait_for
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
+
+import pytest
+
+from fsm.core import Core
+from fsm.domain.devices import HOST
+from fsm.machine.request import ModelId
+from fsm.messages.decision_log import Decision, Transition
+from fsm.sizing.footprint import Footprint
+from scheduler import (
+    AcquireTimeout,
+    DoesNotFit,
+    Gap,
+    InvalidModel,
+    InvalidSettings,
+    Lease,
+    LeaseReleased,
+    LoadFailed,
+    ModelNotFound,
+    PythonModel,
+    QueueFull,
+    Scheduler,
+    SchedulerBroken,
+    SchedulerClosed,
+    SchedulerForked,
+    Settings,
+    UnsupportedOption,
+)
+from scheduler.api import scheduler as scheduler_module
+from scheduler.engines.python import PythonEngine
+from scheduler.models.measurement_store import Identity
+from scheduler.runtime.executor import _WORKERS
+from tests.support.leaks import no_leaks
+from tests.support.waiting import LIMIT_S, assert_soon
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_left() -> Iterator[None]:
+    with no_leaks():
+        yield
+
+
+@pytest.fixture
+def scheduler() -> Iterator[Scheduler]:
+    """Room for two objects of 400 MiB; the one that was used longest ago goes first, however long each took to load."""
+    with Scheduler(Settings(memory_limit="1000MiB", eviction="lru", close_timeout="5s")) as scheduler:
+        yield scheduler
+
+
+class Gate:
+    """A load or unload that returns when it is let through."""
+
+    def __init__(self, value: object = "value") -> None:
+        self.entered = threading.Event()
+        self.open = threading.Event()
+        self.value = value
+
+    def __call__(self, *_: object) -> object:
+        self.entered.set()
+        assert self.open.wait(LIMIT_S)
+        return self.value
+
+
+def a_model(name: str, size: str = "400MiB", **fields: Any) -> PythonModel:
+    """An object that loads at once."""
+    return PythonModel(name, memory={"cpu": size}, **{"load": lambda: f"<{name}>", **fields})
+
+
+def states(scheduler: Scheduler) -> dict[str, str]:
+    """Each model's newest runner's state."""
+    return {runner.model: runner.state for runner in scheduler.status().runners}
+
+
+def off_main(action: Callable[[], Any]) -> Any:
+    """Run `action` on another thread and return what it returns, or raise what it raises."""
+    future: Future[Any] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(action())
+        except BaseException as error:
+            future.set_exception(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    try:
+        return future.result(LIMIT_S)
+    finally:
+        thread.join(LIMIT_S)
+
+
+# -- leases ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_lease_gives_the_object_and_its_release_lets_it_rest(scheduler: Scheduler) -> None:
+    """S02, S17, S18: one reference while it is held, none afterwards, and the runner stays warm."""
+    with scheduler.acquire(a_model("a")) as lease:
+        assert lease.value == "<a>"
+        assert states(scheduler) == {"a": "ready"}
+    assert states(scheduler) == {"a": "idle"}
+    assert scheduler.acquire(a_model("a")).runner == lease.runner
+
+
+def test_two_leases_share_one_runner(scheduler: Scheduler) -> None:
+    """S06: one runner a model."""
+    with scheduler.acquire(a_model("a")) as first, scheduler.acquire(a_model("a")) as second:
+        assert first.runner == second.runner
+        assert [runner.leases for runner in scheduler.status().runners] == [2]
+
+
+def test_releasing_twice_is_harmless(scheduler: Scheduler) -> None:
+    """D05: the second release takes nobody else's reference."""
+    first, second = scheduler.acquire(a_model("a")), scheduler.acquire(a_model("a"))
+    first.release()
+    first.release()
+    assert [runner.leases for runner in scheduler.status().runners] == [1]
+    second.release()
+    with pytest.raises(LeaseReleased):
+        assert second.value
+
+
+def test_a_lost_lease_is_released_with_a_warning(scheduler: Scheduler) -> None:
+    """S02: the garbage collector ends what its holder forgot (D17)."""
+    lease = scheduler.acquire(a_model("a"))
+    with pytest.warns(ResourceWarning, match="never released"):
+        del lease
+        gc.collect()
+    assert_soon(lambda: states(scheduler) == {"a": "idle"})
+
+
+def test_an_exception_inside_the_with_block_releases_the_lease(scheduler: Scheduler) -> None:
+    """The user's own errors pass through, and nothing is held after them."""
+    with pytest.raises(ZeroDivisionError), scheduler.acquire(a_model("a")):
+        raise ZeroDivisionError
+    assert_soon(lambda: states(scheduler) == {"a": "idle"})
+
+
+def test_keep_alive_zero_unloads_at_the_last_release(scheduler: Scheduler) -> None:
+    """S18, S23."""
+    scheduler.acquire(a_model("a"), keep_alive=0).release()
+    assert_soon(lambda: states(scheduler) == {})
+
+
+def test_a_keep_alive_runs_out(scheduler: Scheduler) -> None:
+    """S18, S23: real time, kept by the driver."""
+    scheduler.acquire(a_model("a"), keep_alive="50ms").release()
+    assert_soon(lambda: states(scheduler) == {})
+
+
+def test_a_load_that_raises_is_the_error_of_those_who_waited(scheduler: Scheduler) -> None:
+    """S28: with the exception's own words, and a back-off for those who ask again at once."""
+
+    def fail() -> object:
+        raise RuntimeError("no such layer")
+
+    broken = a_model("a", load=fail)
+    with pytest.raises(LoadFailed, match="no such layer"):
+        scheduler.acquire(broken)
+    with pytest.raises(LoadFailed, match="no such layer") as refused:
+        scheduler.acquire(broken)
+    assert refused.value.retry_after_s is not None and 0 < refused.value.retry_after_s < 11
+
+
+# -- waiting, cancelling, limits ---------------------------------------------------------------------------------------
+
+
+def test_many_waiters_share_one_load(scheduler: Scheduler) -> None:
+    """One load a model, not one a waiter."""
+    loads: list[int] = []
+    gate = Gate()
+    model = a_model("a", load=lambda: (loads.append(1), gate())[1])
+    futures = [scheduler.submit(model) for _ in range(20)]
+    assert gate.entered.wait(LIMIT_S)
+    gate.open.set()
+    for future in futures:
+        future.result(LIMIT_S).release()
+    assert loads == [1]
+
+
+def test_a_slow_load_holds_up_nobody_else(scheduler: Scheduler) -> None:
+    """D06, D15, rule 5: warm requests, other loads, cancelling and status go on while a load hangs."""
+    scheduler.acquire(a_model("warm")).release()
+    gate = Gate()
+    slow = scheduler.submit(a_model("slow", load=gate))
+    assert gate.entered.wait(LIMIT_S)
+    scheduler.acquire(a_model("warm")).release()
+    scheduler.acquire(a_model("small", "10MiB")).release()
+    assert states(scheduler) == {"warm": "idle", "slow": "loading", "small": "idle"}
+    assert slow.cancel()
+    assert_soon(lambda: scheduler.status().queue == ())
+    gate.open.set()
+    assert_soon(lambda: states(scheduler)["slow"] == "idle")
+
+
+def test_inspections_that_wait_for_a_reading_do_not_stand_in_its_way(
+    scheduler: Scheduler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many models are asked for at once: nobody has to wait out the time limit of a reading."""
+    monkeypatch.setattr("scheduler.runtime.executor._FRESH_S", 10 * LIMIT_S)
+    gate = Gate(Footprint(fixed=((HOST, 2000 << 20),)))  # what never fits is answered when it has been inspected
+    monkeypatch.setattr(PythonEngine, "inspect", lambda *_: gate())
+    futures = [scheduler.submit(a_model(f"m{number}")) for number in range(3 * _WORKERS)]
+    assert len(scheduler.status().queue) == len(futures)  # all are to be inspected by now
+    gate.open.set()
+    assert {type(future.exception(LIMIT_S)) for future in futures} == {DoesNotFit}
+
+
+def test_as_many_load_at_once_as_may_and_the_next_when_one_is_done() -> None:
+    """S24: two cold requests that fit are loaded side by side, not one after the other."""
+    gates = {name: Gate() for name in "abc"}
+    with Scheduler(Settings(loads_on_host=2)) as scheduler:
+        models = {name: a_model(name, "10MiB", load=gate) for name, gate in gates.items()}
+        waiting = {name: scheduler.submit(models[name]) for name in "ab"}
+        assert gates["a"].entered.wait(LIMIT_S) and gates["b"].entered.wait(LIMIT_S)
+        waiting["c"] = scheduler.submit(models["c"])  # not before: it may be inspected first
+        assert_soon(lambda: [wait.waits_for for wait in scheduler.status().queue][2:] == ["another load to end"])
+        assert not gates["c"].entered.is_set()
+        gates["b"].open.set()
+        waiting["b"].result(LIMIT_S).release()
+        assert gates["c"].entered.wait(LIMIT_S)
+        assert states(scheduler) == {"a": "loading", "b": "idle", "c": "loading"}
+        for name in "ac":
+            gates[name].open.set()
+            waiting[name].result(LIMIT_S).release()
+
+
+def test_a_slow_unload_holds_up_nobody_else() -> None:
+    """A victim that takes its time to leave stalls no warm request; who needs its memory waits for it."""
+    gate = Gate()
+    with Scheduler(Settings(memory_limit="1000MiB", eviction="lru", max_wait=0)) as scheduler:  # none rests first
+        scheduler.acquire(a_model("leaving", unload=gate)).release()
+        scheduler.acquire(a_model("warm")).release()
+        scheduler.acquire(a_model("warm")).release()  # used later, so that the other is the victim
+        waiting = scheduler.submit(a_model("new"))
+        assert gate.entered.wait(LIMIT_S)
+        scheduler.acquire(a_model("warm")).release()
+        assert not waiting.done()
+        gate.open.set()
+        waiting.result(LIMIT_S).release()
+
+
+def test_a_waiter_gives_up_at_its_own_time_limit(scheduler: Scheduler) -> None:
+    """Every wait has an end; the error says what was waited for."""
+    gate = Gate()
+    slow = a_model("slow", load=gate)
+    scheduler.submit(slow)
+    assert_soon(lambda: [runner.state for runner in scheduler.status().runners] == ["loading"])
+    with pytest.raises(AcquireTimeout, match="its model to load") as refused:
+        scheduler.acquire(slow, timeout="50ms")
+    assert refused.value.timeout_s >= 0.05
+    gate.open.set()
+
+
+def test_a_full_queue_refuses_at_once_and_a_cancelled_waiter_gives_its_place_back() -> None:
+    """S04, S05, D07, D13: even with a queue of one."""
+    gate = Gate()
+    with Scheduler(Settings(max_queue=1)) as scheduler:
+        waiting = scheduler.submit(a_model("a", load=gate))
+        with pytest.raises(QueueFull) as refused:
+            scheduler.acquire(a_model("b"))
+        assert refused.value.limit == 1 and refused.value.status == 503
+        assert waiting.cancel()
+        scheduler.acquire(a_model("b")).release()
+        gate.open.set()
+
+
+def test_what_can_never_fit_is_refused_at_once_and_evicts_nobody(scheduler: Scheduler) -> None:
+    """Rule 6, S26: with the numbers."""
+    scheduler.acquire(a_model("a")).release()
+    with pytest.raises(DoesNotFit) as refused:
+        scheduler.acquire(a_model("huge", "2GiB"))
+    assert refused.value.needed_bytes == 2 * 2**30 and refused.value.free_bytes == {"cpu": 1000 * 2**20}
+    assert states(scheduler) == {"a": "idle"}
+
+
+def test_ctrl_c_in_acquire_cancels_the_request(scheduler: Scheduler) -> None:
+    """Whoever leaves by an exception has cancelled; a lease that was granted to nobody is released."""
+    gate = Gate()
+
+    def interrupt() -> None:
+        assert gate.entered.wait(LIMIT_S)
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)  # as the terminal does
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    with pytest.raises(KeyboardInterrupt):
+        scheduler.acquire(a_model("a", load=gate))
+    thread.join()
+    assert_soon(lambda: scheduler.status().queue == ())
+    gate.open.set()
+    assert_soon(lambda: states(scheduler) == {"a": "idle"})
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # alarms in finalisers
+def test_ctrl_c_at_any_moment_leaves_no_lease_and_no_broken_core(scheduler: Scheduler) -> None:
+    """Hundreds of alarms while the main thread acquires and releases: nothing is lost, nothing is broken."""
+    scheduler.acquire(a_model("a")).release()
+    model, seen, interrupted = a_model("a"), 0, 0
+    rung: list[int] = []
+
+    def ring(number: int, frame: object) -> None:
+        rung.append(number)
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, ring)
+    warnings.simplefilter("ignore", ResourceWarning)
+    try:
+        while interrupted < 300:
+            try:
+                rung.clear()
+                signal.setitimer(signal.ITIMER_REAL, 0.0002 + (interrupted % 37) * 1e-5)
+                while not rung:  # it may ring in a finaliser, where exceptions are dropped
+                    with scheduler.acquire(model):
+                        seen += 1
+            except KeyboardInterrupt:
+                pass
+            interrupted += 1
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    gc.collect()
+    assert_soon(lambda: states(scheduler) == {"a": "idle"})
+    assert seen and scheduler._desk.driver.broken is None and not scheduler._desk.tickets
+    scheduler._desk.driver.read(lambda core: core.check())
+
+
+# -- futures and event loops -------------------------------------------------------------------------------------------
+
+
+def test_a_future_that_was_cancelled_after_the_grant_keeps_its_lease_or_gives_it_back(scheduler: Scheduler) -> None:
+    """S02, S05: a cancel either comes in time, or the lease is there; it is never lost."""
+    for _ in range(50):
+        future = scheduler.submit(a_model("a"))
+        if future.cancel():
+            with pytest.raises(CancelledError):
+                future.result(LIMIT_S)
+        else:
+            future.result(LIMIT_S).release()
+    assert_soon(lambda: states(scheduler) in ({}, {"a": "idle"}))
+
+
+def test_a_callback_of_a_future_may_acquire(scheduler: Scheduler) -> None:
+    """No user code runs while the lock is held, nor on a thread that others need."""
+    got: Future[str] = Future()
+
+    def then(future: Future[Lease]) -> None:
+        with future.result(), scheduler.acquire(a_model("b")) as other:
+            got.set_result(other.value)
+
+    scheduler.submit(a_model("a")).add_done_callback(then)
+    assert got.result(LIMIT_S) == "<b>"
+    assert_soon(lambda: set(states(scheduler).values()) == {"idle"})
+
+
+def test_a_callback_that_raises_harms_nobody(scheduler: Scheduler) -> None:
+    """It is logged by the future; the next one is served."""
+    scheduler.submit(a_model("a")).add_done_callback(lambda future: future.result().release() or 1 / 0)
+    assert_soon(lambda: states(scheduler) == {"a": "idle"})
+    scheduler.acquire(a_model("a")).release()
+
+
+def test_async_with_holds_a_lease(scheduler: Scheduler) -> None:
+    """The event loop is never blocked: a load goes on while other tasks run."""
+
+    async def main() -> str:
+        gate = Gate("slow")
+        async with asyncio.timeout(LIMIT_S):
+            waiting = asyncio.ensure_future(_value(scheduler, a_model("slow", load=gate)))
+            async with scheduler.acquire_async(a_model("a")) as lease:
+                assert lease.value == "<a>"
+            gate.open.set()
+            return await waiting
+
+    assert asyncio.run(main()) == "slow"
+    assert set(states(scheduler).values()) == {"idle"}
+
+
+async def _value(scheduler: Scheduler, model: PythonModel) -> Any:
+    async with scheduler.acquire_async(model) as lease:
+        return lease.value
+
+
+def test_a_task_that_is_cancelled_while_it_waits_leaves_the_queue(scheduler: Scheduler) -> None:
+    """S02, S05."""
+    gate = Gate()
+
+    async def main() -> None:
+        task = asyncio.ensure_future(_value(scheduler, a_model("a", load=gate)))
+        await asyncio.to_thread(gate.entered.wait, LIMIT_S)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(main())
+    assert_soon(lambda: scheduler.status().queue == ())
+    gate.open.set()
+
+
+def test_a_lease_granted_to_a_loop_that_is_gone_releases_itself(scheduler: Scheduler) -> None:
+    """A lease nobody received cannot leak."""
+    gate = Gate()
+    loop = asyncio.new_event_loop()
+    kept: list[object] = []
+
+    async def begin() -> None:
+        kept.append(asyncio.ensure_future(_value(scheduler, a_model("a", load=gate))))
+        await asyncio.to_thread(gate.entered.wait, LIMIT_S)
+
+    loop.run_until_complete(begin())
+    loop._default_executor.shutdown()  # type: ignore[attr-defined]  # the thread of to_thread
+    loop.close()
+    gate.open.set()
+    assert_soon(lambda: states(scheduler) == {"a": "idle"})
+
+
+def test_callbacks_that_block_on_the_scheduler_do_not_block_each_other(scheduler: Scheduler) -> None:
+    """A dozen callbacks that each wait for another future: all get it, and so does everybody else."""
+    done: list[str] = []
+
+    def then(_: Future[Lease]) -> None:
+        with scheduler.submit(a_model("a")).result(LIMIT_S) as lease:
+            done.append(lease.value)
+
+    for _ in range(12):
+        future = scheduler.submit(a_model("a"))
+        future.add_done_callback(then)
+        future.add_done_callback(lambda granted: granted.result().release())
+    assert_soon(lambda: len(done) == 12)
+
+
+def test_an_object_is_let_go_of_when_it_is_unloaded(scheduler: Scheduler) -> None:
+    """Else its memory would be accounted as free while it is still there."""
+
+    class Large:
+        pass
+
+    alive: list[weakref.ref[Large]] = []
+
+    def load() -> Large:
+        large = Large()
+        alive.append(weakref.ref(large))
+        return large
+
+    scheduler.acquire(a_model("a", load=load), keep_alive=0).release()
+    assert_soon(lambda: states(scheduler) == {} and gc.collect() >= 0 and alive[0]() is None)
+
+
+class Work:
+    """What the load of an object refers to."""
+
+    def __call__(self) -> str:
+        return "done"
+
+
+def ask_and_release(scheduler: Scheduler, model: PythonModel) -> None:
+    """The whole life of an object."""
+    scheduler.acquire(model, keep_alive=0).release()
+
+
+def be_refused(scheduler: Scheduler, model: PythonModel) -> None:
+    """It can never fit."""
+    with pytest.raises(DoesNotFit):
+        scheduler.acquire(replace(model, memory={"cpu": "2GiB"}))
+
+
+def cancel(scheduler: Scheduler, model: PythonModel) -> None:
+    """Whoever asked has left while it waited."""
+    with scheduler.acquire(a_model("holder", "900MiB"), keep_alive=0):
+        waiting = scheduler.submit(model)
+        assert_soon(lambda: ["holder" in each.waits_for for each in scheduler.status().queue] == [True])
+        assert waiting.cancel()
+
+
+@pytest.mark.parametrize("use", [ask_and_release, be_refused, cancel])
+def test_what_the_load_of_an_object_refers_to_is_let_go_of(
+    scheduler: Scheduler, use: Callable[[Scheduler, PythonModel], None]
+) -> None:
+    """Once nobody asks for it and it is not loaded; it can be asked for again."""
+    work = Work()
+    alive = weakref.ref(work)
+    use(scheduler, a_model("job", load=work))
+    del work
+    assert_soon(lambda: gc.collect() >= 0 and alive() is None)
+    with scheduler.acquire(a_model("job")) as lease:
+        assert lease.value == "<job>"
+    assert scheduler.name(a_model("job").id) == "job"
+
+
+def test_what_looks_at_runners_now_and_then_keeps_none_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An object that it has seen is let go of like any other, though there is none after it."""
+    monkeypatch.setattr("scheduler.runtime.health_monitor._SAMPLE_INTERVAL_S", 0.01)
+    work = Work()
+    alive = weakref.ref(work)
+    with Scheduler(Settings(gpus=False)) as scheduler:
+        with scheduler.acquire(a_model("job", load=work), keep_alive=0):
+            looks = Mock(side_effect=scheduler._desk.executor.staff)
+            monkeypatch.setattr(scheduler._desk.executor, "staff", looks)  # each look begins with it
+            assert_soon(lambda: looks.call_count > 1)
+        del work
+        assert_soon(lambda: gc.collect() >= 0 and alive() is None)
+
+
+def test_an_object_that_is_in_use_or_pinned_stays_known(scheduler: Scheduler) -> None:
+    """Held, resting and pinned ones are there as before."""
+    scheduler.pin(a_model("pinned"))
+    scheduler.acquire(a_model("pinned")).release()
+    scheduler.expire(a_model("pinned"))
+    scheduler.preload(a_model("rests", "100MiB")).result(LIMIT_S)
+    with scheduler.acquire(a_model("held", "100MiB")):
+        assert_soon(lambda: "pinned" not in states(scheduler))
+        scheduler._desk.let_go()
+        assert scheduler._registry._models.keys() == {"python:pinned", "python:rests", "python:held"}
+
+
+def test_an_object_that_is_let_go_of_as_its_request_is_withdrawn_harms_nobody(scheduler: Scheduler) -> None:
+    """Its inspection may be decided before the core hears of that."""
+    desk = scheduler._desk
+    cancel(scheduler, a_model("a"))
+    with desk.driver._lock:  # the driver is in the middle of a step
+        assert scheduler.submit(a_model("a")).cancel()
+        desk._registry.forget(a_model("a").id)
+    assert_soon(lambda: states(scheduler) == {})
+    scheduler.acquire(a_model("b")).release()
+    assert desk.driver.broken is None
+
+
+def test_what_does_not_stop_is_shown_as_stuck(scheduler: Scheduler) -> None:
+    """Its memory stays booked; the bound is the core's, so it is shortened here."""
+    gate = Gate()
+    read = scheduler._desk.driver.read
+    read(lambda core: setattr(core.pool, "limits", replace(core.pool.limits, stop_timeout_s=0.01)))
+    scheduler.acquire(a_model("a", unload=gate), keep_alive=0).release()
+    assert gate.entered.wait(LIMIT_S)
+    assert_soon(lambda: [runner.stuck for runner in scheduler.status().runners] == [True])
+    gate.open.set()
+    assert_soon(lambda: states(scheduler) == {})
+
+
+# -- names that mean nothing -------------------------------------------------------------------------------------------
+
+
+def known(scheduler: Scheduler) -> set[str]:
+    """The id of every model that anything is kept of, but for questions and names: of these there is a most."""
+    executor, core = scheduler._desk.executor, scheduler._desk.read(lambda core: set(core.pool.models))
+    return {*scheduler._registry._models, *executor._identities, *core}
+
+
+@pytest.fixture
+def refused(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """Have no inspection find its model; yield which were looked for, in order."""
+    found: list[str] = []
+
+    def inspect(_: PythonEngine, model: PythonModel) -> Footprint:
+        found.append(model.name)
+        raise ModelNotFound(model.name)
+
+    monkeypatch.setattr(PythonEngine, "inspect", inspect)
+    yield found
+
+
+def test_a_name_that_means_nothing_is_forgotten(scheduler: Scheduler, refused: list[str]) -> None:
+    """Whether or not somebody still waits for it; what somebody has pinned stays."""
+    scheduler.pin(a_model("pinned"))
+    for name in ("a", "b", "pinned", "a"):
+        with pytest.raises(ModelNotFound):
+            scheduler.acquire(a_model(name))
+    scheduler.submit(a_model("left")).cancel()
+    assert_soon(lambda: sorted(refused) == ["a", "a", "b", "left", "pinned"] and known(scheduler) == {"python:pinned"})
+
+
+def test_the_last_names_that_were_forgotten_can_still_be_told(
+    scheduler: Scheduler, refused: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Events and recordings tell identities, and are read and written somewhat later."""
+    monkeypatch.setattr("scheduler.runtime.model_registry._PAST_NAMES", 2)
+    for name in ("a", "b", "c"):
+        with pytest.raises(ModelNotFound):
+            scheduler.acquire(a_model(name))
+        assert_soon(lambda: known(scheduler) == set())
+    assert [scheduler.name(a_model(name).id) for name in ("a", "b", "c")] == ["python:a", "b", "c"]
+
+
+def test_an_inspection_that_fails_for_another_reason_does_not_blame_the_file(
+    scheduler: Scheduler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where this program may use too little memory to read it, say."""
+    monkeypatch.setattr(PythonEngine, "inspect", Mock(side_effect=ImportError("failed to map segment")))
+    with pytest.raises(InvalidModel, match=r"ImportError: failed to map segment; .*ulimit -a") as told:
+        scheduler.acquire(a_model("a"))
+    assert "download" not in str(told.value)
+
+
+def test_a_name_that_a_full_queue_refuses_is_forgotten() -> None:
+    """The core never heard of it."""
+    gate = Gate()
+    with Scheduler(Settings(gpus=False, max_queue=1)) as scheduler:
+        waiting = scheduler.submit(a_model("a", load=gate))
+        assert gate.entered.wait(LIMIT_S)
+        for name in ("a", "b", "c"):
+            with pytest.raises(QueueFull):
+                scheduler.acquire(a_model(name))
+        assert known(scheduler) == {"python:a"}
+        gate.open.set()
+        waiting.result(LIMIT_S).release()
+
+
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_a_name_that_is_asked_for_while_it_is_forgotten_is_inspected_again(
+    moment: str, scheduler: Scheduler, refused: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may mean something by now; the core has yet to hear of that request."""
+    forget = scheduler._registry.forget
+    asked: list[Future[Lease]] = []
+
+    def ask() -> None:
+        if not asked:
+            asked.append(off_main(lambda: scheduler.submit(a_model("a"))))
+
+    def forget_meanwhile(model: ModelId) -> object:
+        if moment == "before":
+            ask()
+        forgotten = forget(model)
+        ask()
+        return forgotten
+
+    monkeypatch.setattr(scheduler._registry, "forget", forget_meanwhile)
+    with pytest.raises(ModelNotFound):
+        scheduler.acquire(a_model("a"))
+    assert_soon(lambda: asked)
+    assert isinstance(asked[0].exception(LIMIT_S), ModelNotFound)
+    assert refused == ["a", "a"]
+    assert_soon(lambda: known(scheduler) == set())
+
+
+def test_a_name_is_forgotten_while_the_request_of_one_who_left_is_on_its_way(
+    scheduler: Scheduler, refused: list[str]
+) -> None:
+    """Nobody waits for what becomes of that; the next one who asks is answered."""
+    desk = scheduler._desk
+    with desk.driver._lock:  # the driver is in the middle of a step
+        assert scheduler.submit(a_model("a")).cancel()
+        desk._forget(a_model("a").id)
+    assert_soon(lambda: known(scheduler) == set())
+    assert refused == []
+    with pytest.raises(ModelNotFound):
+        scheduler.acquire(a_model("a"))
+    assert refused == ["a"]
+
+
+# -- the other verbs ---------------------------------------------------------------------------------------------------
+
+
+def test_preload_loads_without_a_lease(scheduler: Scheduler) -> None:
+    """S28: ready for the first request, and resting."""
+    scheduler.preload(a_model("a")).result(LIMIT_S)
+    assert states(scheduler) == {"a": "idle"}
+
+
+def test_expire_unloads_an_idle_model_and_drains_a_busy_one(scheduler: Scheduler) -> None:
+    """S32: unknown is a no-op; the lease stays good until it is released."""
+    model = a_model("a")
+    scheduler.expire(model)
+    with scheduler.acquire(model) as lease:
+        scheduler.expire(model)
+        assert_soon(lambda: states(scheduler) == {"a": "expiring"})
+        assert lease.value == "<a>"
+    assert_soon(lambda: states(scheduler) == {})
+
+
+def test_a_pinned_model_is_not_moved_for_others(scheduler: Scheduler) -> None:
+    """What would fit only by moving a pin is refused at once, naming it; unpinned, it goes."""
+    scheduler.acquire(a_model("a", pin=True)).release()
+    with pytest.raises(DoesNotFit, match="pinned: a;"):
+        scheduler.acquire(a_model("big", "900MiB"))
+    scheduler.unpin(a_model("a"))
+    scheduler.acquire(a_model("big", "900MiB")).release()
+    assert "a" not in states(scheduler)
+
+
+def test_memory_of_the_program_is_out_of_the_account_while_it_is_held(scheduler: Scheduler) -> None:
+    """Reserving gives up idle runners; what does not fit beside it is refused until it is released."""
+    scheduler.acquire(a_model("a")).release()
+    with scheduler.reserve("cpu", "700MiB"):
+        assert states(scheduler) == {}
+        with pytest.raises(DoesNotFit, match="reservations"):
+            scheduler.acquire(a_model("a"))
+    scheduler.acquire(a_model("a")).release()
+
+
+def test_a_holder_is_told_that_others_want_its_memory(scheduler: Scheduler) -> None:
+    """`wanted` and its callback; the holder gives way, and the waiter is served."""
+    told = threading.Event()
+    with scheduler.acquire(a_model("a", "900MiB")) as lease:
+        lease.on_wanted(told.set)
+        waiting = scheduler.submit(a_model("b", "900MiB"))
+        assert told.wait(LIMIT_S) and lease.wanted and not waiting.done()
+    waiting.result(LIMIT_S).release()
+
+
+def test_events_tell_every_transition_with_its_reason(scheduler: Scheduler) -> None:
+    """In order, each once."""
+    events = scheduler.events()
+    scheduler.acquire(a_model("a")).release()
+    scheduler.expire(a_model("a"))
+    assert_soon(lambda: states(scheduler) == {})
+    entries = []
+    while (entry := events.take(0)) is not None:
+        entries.append(entry)
+    triggers = [entry.trigger for entry in entries if isinstance(entry, Transition)]
+    assert triggers == ["launch", "serve", "rest", "expire", "unload"]
+    assert all(entry.reason for entry in entries if isinstance(entry, Transition | Decision))
+    events.close()
+
+
+def test_a_listener_that_was_forgotten_costs_nothing_more(scheduler: Scheduler) -> None:
+    """A stream that is dropped without close is gone, and nothing is noted any more."""
+    scheduler.events()
+    gc.collect()
+    scheduler.acquire(a_model("a")).release()
+    scheduler.acquire(a_model("a")).release()
+    assert scheduler._desk.driver.read(lambda core: core.journal) is None
+
+
+def test_a_slow_reader_finds_a_gap_marked() -> None:
+    """Bounded: the oldest go, and how many is said."""
+    with Scheduler(Settings(event_buffer=5)) as scheduler:
+        events = scheduler.events()
+        for _ in range(10):
+            scheduler.acquire(a_model("a", "1MiB")).release()
+    entries = list(events)
+    assert isinstance(entries[0], Gap) and entries[0].missed > 5
+    assert len(entries) == 6
+
+
+@pytest.mark.parametrize(
+    ("keywords", "word"),
+    [
+        ({"num_ctxx": 1}, "no such option"),
+        ({"num_ctx": 512}, "no load-time options"),
+        ({"embedding": True}, "no such part"),
+    ],
+)
+def test_a_keyword_that_means_nothing_is_refused(scheduler: Scheduler, keywords: dict[str, Any], word: str) -> None:
+    """A clear error for bad input, before anything is asked."""
+    with pytest.raises(UnsupportedOption, match=word):
+        scheduler.acquire(a_model("a"), **keywords)
+    with pytest.raises(InvalidSettings, match="keep_alive"):
+        scheduler.acquire(a_model("a"), keep_alive="soon")
+
+
+# -- the end -----------------------------------------------------------------------------------------------------------
+
+
+def test_close_answers_those_who_wait_and_refuses_those_who_come(scheduler: Scheduler) -> None:
+    """S33, D20: nobody is left without an answer."""
+    gate = Gate()
+    waiting = [scheduler.submit(a_model("a", load=gate)) for _ in range(5)]
+    assert gate.entered.wait(LIMIT_S)
+    threading.Timer(0.05, gate.open.set).start()
+    scheduler.close(timeout=1)
+    for future in waiting:
+        assert isinstance(future.exception(LIMIT_S), SchedulerClosed)
+    for ask in (lambda: scheduler.acquire(a_model("a")), lambda: off_main(lambda: scheduler.acquire(a_model("a")))):
+        with pytest.raises(SchedulerClosed):
+            ask()
+
+
+def test_close_lets_leases_finish(scheduler: Scheduler) -> None:
+    """A lease that is given back in time is not broken."""
+    lease = scheduler.acquire(a_model("a"))
+    closing = threading.Thread(target=scheduler.close)
+    closing.start()
+    assert_soon(lambda: states(scheduler) == {"a": "expiring"})
+    assert lease.value == "<a>" and not lease.lost
+    lease.release()
+    closing.join(LIMIT_S)
+    assert not closing.is_alive() and states(scheduler) == {}
+
+
+def test_close_breaks_leases_after_its_time_limit(scheduler: Scheduler) -> None:
+    """Holders are told, and it returns."""
+    told = threading.Event()
+    lease = scheduler.acquire(a_model("a"))
+    lease.on_lost(told.set)
+    scheduler.close(timeout="50ms")
+    assert told.wait(LIMIT_S) and lease.lost
+    lease.release()
+
+
+def test_close_returns_although_an_unload_hangs(caplog: pytest.LogCaptureFixture) -> None:
+    """It is named, and its memory stays booked until then."""
+    gate = Gate()
+    scheduler = Scheduler(Settings(stop_grace="50ms"))
+    scheduler.acquire(a_model("stubborn", unload=gate)).release()
+    begin = time.monotonic()
+    scheduler.close(timeout="50ms")
+    assert time.monotonic() - begin < LIMIT_S + 5
+    assert "stubborn" in caplog.text
+    gate.open.set()
+
+
+def test_close_returns_although_a_reading_hangs(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those who wait for it are let go of; only the thread that reads is named."""
+    monkeypatch.setattr("scheduler.runtime.executor._FRESH_S", 10 * LIMIT_S)
+    gate = Gate(())
+    scheduler = Scheduler(Settings(gpus=False))
+    monkeypatch.setattr(scheduler._devices, "sample", gate)
+    waiting = scheduler.submit(a_model("a"))
+    assert gate.entered.wait(LIMIT_S)
+    scheduler.close()
+    assert isinstance(waiting.exception(LIMIT_S), SchedulerClosed)
+    gate.open.set()
+    (told,) = caplog.records
+    assert told.getMessage().startswith("closed, but these did not end: loadmaster-sampler-0")
+
+
+def test_close_names_the_callback_that_hangs_and_nothing_else(caplog: pytest.LogCaptureFixture) -> None:
+    """It uses up all the time there is for threads to end; those that would have ended at once are not to blame."""
+    gate = Gate()
+    scheduler = Scheduler(Settings(gpus=False))
+    footprints = scheduler._desk.executor.footprints
+    assert footprints is not None and not footprints.recall(Identity("files", "state")).sizes  # its thread is there
+    scheduler.preload(a_model("a")).add_done_callback(gate)
+    assert gate.entered.wait(LIMIT_S)
+    scheduler.close()
+    gate.open.set()
+    assert [each.getMessage() for each in caplog.records] == ["closed, but these did not end: loadmaster-caller-0"]
+
+
+def test_closing_from_several_threads_is_harmless(scheduler: Scheduler) -> None:
+    """D09, D19: in the middle of a load, too."""
+    gate = Gate()
+    scheduler.submit(a_model("a", load=gate))
+    assert gate.entered.wait(LIMIT_S)
+    threads = [threading.Thread(target=scheduler.close) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    gate.open.set()
+    for thread in threads:
+        thread.join(LIMIT_S)
+    assert not any(thread.is_alive() for thread in threads)
+
+
+def test_a_bug_in_a_decision_is_told_to_everybody(scheduler: Scheduler, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It fails every waiter, those who come later, and close still returns."""
+    gate = Gate()
+    waiting = scheduler.submit(a_model("a", load=gate))
+    assert gate.entered.wait(LIMIT_S)
+    monkeypatch.setattr(Core, "_handle", lambda self, event: 1 / 0)
+    for ask in (lambda: scheduler.acquire(a_model("a")), lambda: off_main(lambda: scheduler.acquire(a_model("a")))):
+        with pytest.raises(SchedulerBroken, match="ZeroDivisionError"):
+            ask()
+    assert isinstance(waiting.exception(LIMIT_S), SchedulerBroken)
+    gate.open.set()
+
+
+def test_whoever_a_bug_was_to_answer_is_told_too_and_it_is_logged_once(
+    scheduler: Scheduler, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The refusal itself cannot be put into words; its waiter is not forgotten, nor is the log filled."""
+    monkeypatch.setattr("scheduler.runtime.request_broker.error_of", lambda refusal, names: 1 / 0)
+    refused = scheduler.submit(a_model("huge", "2GiB"))
+    assert isinstance(refused.exception(LIMIT_S), SchedulerBroken)
+    trace = traceback_length(scheduler)
+    for _ in range(3):
+        with pytest.raises(SchedulerBroken, match="ZeroDivisionError"):
+            scheduler.acquire(a_model("a"))
+    scheduler.close()
+    assert [each.getMessage() for each in caplog.records] == ["a decision failed; the scheduler has stopped"]
+    assert traceback_length(scheduler) == trace
+
+
+def traceback_length(scheduler: Scheduler) -> int:
+    """How far the exception came that broke a scheduler; it grows each time that it is raised."""
+    error = scheduler._desk.driver.broken
+    assert error is not None
+    return len(traceback.extract_tb(error.__traceback__))
+
+
+def test_a_fork_refuses_to_use_what_it_inherited(scheduler: Scheduler) -> None:
+    """It neither uses nor ends what belongs to its parent."""
+    scheduler.acquire(a_model("a")).release()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        pid = os.fork()
+    if pid == 0:
+        try:
+            scheduler.acquire(a_model("a"))
+        except SchedulerForked:
+            scheduler.close()
+            os._exit(42)
+        finally:
+            os._exit(1)
+    _, status = os.waitpid(pid, 0)
+    assert os.waitstatus_to_exitcode(status) == 42
+    scheduler.acquire(a_model("a")).release()
+
+
+def test_a_fork_hears_no_event_of_its_parents(scheduler: Scheduler) -> None:
+    """Neither one that was there before nor one to come, which nobody would offer."""
+    with scheduler.events() as events:
+        scheduler.acquire(a_model("a")).release()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            pid = os.fork()
+        if pid == 0:
+            signal.alarm(int(LIMIT_S))  # ends it if it hangs
+            try:
+                events.take(0)
+            except SchedulerForked:
+                with pytest.raises(SchedulerForked):
+                    next(events)
+                os._exit(42)
+            finally:
+                os._exit(1)
+        _, status = os.waitpid(pid, 0)
+        assert os.waitstatus_to_exitcode(status) == 42
+        assert events.take(LIMIT_S) is not None
+
+
+CALLS: dict[str, Callable[[Scheduler, Lease], object]] = {
+    "status": lambda scheduler, _: scheduler.status(),
+    "events": lambda scheduler, _: scheduler.events(),
+    "fit": lambda scheduler, _: scheduler.fit(a_model("a")),
+    "reserve": lambda scheduler, _: scheduler.reserve("cpu", 1),
+    "configure": lambda scheduler, _: scheduler.configure(memory_limit=1),
+    "acquire": lambda scheduler, _: scheduler.acquire(a_model("a")),
+    "pin": lambda scheduler, _: scheduler.pin(a_model("a")),
+    "on_lost": lambda _, lease: lease.on_lost(print),
+    "chat": lambda _, lease: lease.chat("hello"),
+    "complete": lambda _, lease: lease.complete("hello"),
+    "stream": lambda _, lease: next(lease.stream("hello")),
+    "embed": lambda _, lease: lease.embed("hello"),
+    "achat": lambda _, lease: asyncio.run(lease.achat("hello")),
+    "acomplete": lambda _, lease: asyncio.run(lease.acomplete("hello")),
+    "astream": lambda _, lease: lease.astream("hello"),
+    "aembed": lambda _, lease: asyncio.run(lease.aembed("hello")),
+    "url": lambda _, lease: lease.url,
+    "api_key": lambda _, lease: lease.api_key,
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_a_fork_in_the_middle_of_a_step_is_told_so_at_once(scheduler: Scheduler, call: str) -> None:
+    """In the child the lock of that step is held for ever, by a thread that is not there; no sample comes either."""
+    with scheduler.acquire(a_model("a")) as lease, scheduler._desk.driver._lock:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            pid = os.fork()
+        if pid == 0:
+            signal.alarm(10)
+            scheduler._desk.executor.sampler.refresh = lambda timeout_s: os._exit(2)  # type: ignore[method-assign]
+            try:
+                CALLS[call](scheduler, lease)
+            except SchedulerForked:
+                os._exit(42)
+            finally:
+                os._exit(1)
+        _, status = os.waitpid(pid, 0)
+    assert os.waitstatus_to_exitcode(status) == 42
+
+
+@pytest.mark.parametrize(
+    "moment", ["scheduler.runtime.memory_sampler.Sampler.refresh", "scheduler.runtime.health_monitor.Prober.start"]
+)
+def test_ctrl_c_while_a_scheduler_is_made_leaves_nothing(
+    moment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its first look at slow devices may take seconds; the recording's file is closed too."""
+    monkeypatch.setattr(moment, Mock(side_effect=KeyboardInterrupt))
+    with no_leaks(), pytest.raises(KeyboardInterrupt):
+        Scheduler(Settings(gpus=False, record=tmp_path / "incident.jsonl"))
+    assert not any(each.settings.record for each in scheduler_module._open_schedulers)
+
+
+@pytest.mark.parametrize("end", ["", "raise SystemExit(0)", "scheduler.close(0); scheduler.close()"])
+def test_the_interpreter_exits_without_close(end: str) -> None:
+    """No hang, whether or not a lease is out."""
+    program = f"""
+        from scheduler import PythonModel, Scheduler
+        scheduler = Scheduler()
+        lease = scheduler.acquire(PythonModel("a", load=object))
+        print("over", flush=True)
+        {end}
+    """
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", textwrap.dedent(program)], capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "over\n", "")
+
+
+def test_ten_thousand_waiters_cancelled_at_once_are_each_answered_once() -> None:
+    """A flood; bounded, and nothing is left of it."""
+    gate = Gate()
+    with Scheduler(Settings(max_queue=10_000)) as scheduler:
+        futures = [scheduler.submit(a_model("a", load=gate)) for _ in range(10_000)]
+        assert all(future.cancel() for future in futures)
+        assert not wait_for(futures, LIMIT_S).not_done
+        assert_soon(lambda: scheduler.status().queue == () and not scheduler._desk.tickets)
+        gate.open.set()

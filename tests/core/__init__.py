@@ -1,0 +1,1 @@
+"""The core, told in events."""

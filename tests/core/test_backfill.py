@@ -1,0 +1,174 @@
+"""What comes back at different times: a younger request never takes what an older one has in a moment."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from fsm.domain.devices import MIB
+from fsm.machine.runner import RunnerState
+from fsm.messages.commands import Grant
+from fsm.sizing.footprint import Footprint
+from tests.support.models import a_model
+from tests.support.pool import (
+    PoolUnderTest,
+    a_pool,
+    acquire,
+    amount,
+    expire,
+    launched,
+    loaded,
+    memory,
+    release,
+    stopped,
+)
+
+
+def two_ahead() -> PoolUnderTest:
+    """Return a pool in which "soon" waits for a runner that is gone in a moment, and "late" for one in use.
+
+    2 GiB are free, which "soon" will take with the 1 GiB that "idle" leaves; "late" will leave 2 of the 5 of "busy".
+    """
+    sizes = {"busy": "5GiB", "idle": "1GiB", "soon": "3GiB", "late": "3GiB", "young": "2GiB"}
+    pool = a_pool("8GiB", sizes=sizes, min_residency_s=0.0).ready("busy", lease=1).idle("idle")
+    pool.advance("10s")
+    assert stopped(pool.feed(acquire("soon", request=11))) == [pool.runner("idle")]
+    pool.feed(acquire("late", request=12))
+    assert pool.waits_for(12) == "busy to become idle"
+    return pool
+
+
+def test_what_is_there_now_is_not_had_for_what_others_will_leave_later() -> None:
+    """2 GiB are free, and "late" leaves as much; but "soon" would wait until then for what a younger one took."""
+    pool = two_ahead()
+    assert launched(pool.feed(acquire("young", request=13))) == []
+    assert pool.waits_for(13) == "those before it"
+    pool.settle()
+    assert pool.state("soon") is RunnerState.loading
+
+
+def test_memory_of_the_programs_own_is_not_granted_for_what_others_will_leave_later() -> None:
+    """It could not even be asked back."""
+    pool = two_ahead()
+    assert pool.feed(memory(13, cpu="2GiB")) == []
+    pool.settle()
+    assert pool.state("soon") is RunnerState.loading
+    assert [lease for lease in pool.feed(release(1)) if isinstance(lease, Grant)] == []
+    pool.settle()
+    assert pool.answers[13] == Grant(13, None)
+
+
+def test_a_place_for_a_process_is_not_had_for_one_that_others_will_leave_later() -> None:
+    """The third place is free in a moment for who came first, and two more when those in use have left."""
+    pool = a_pool("20GiB", ["8GiB"], each="6GiB", sizes={"late": "16GiB", "young": "1GiB"}, max_runners=3)
+    for model in ("leaves", "soon"):
+        pool.declare(model, Footprint(fixed=(("gpu0", amount("6GiB")),)))
+    pool.ready("a", lease=1).ready("b", lease=2).idle("leaves")
+    pool.advance("100s")
+    pool.samples = False
+    pool.feed(acquire("soon", request=11), acquire("late", request=12), acquire("young", request=13))
+    pool.settle()
+    assert pool.waits_for(11) == "memory that is on its way back"  # the process has gone, and the GPU shows it later
+    assert launched(pool.commands).count("young") == 0
+    pool.samples = True
+    assert launched(pool.feed(pool.sample())) == ["soon"]
+
+
+def test_nobody_idle_leaves_for_room_of_which_others_leave_the_rest_later() -> None:
+    """It would be unloaded for nothing until then: whoever asks for it meanwhile is served."""
+    sizes = {"busy": "5GiB", "idle": "1GiB", "late": "3GiB", "later": "3GiB"}
+    pool = a_pool("6GiB", sizes=sizes, min_residency_s=0.0).ready("busy", lease=1).idle("idle")
+    pool.advance("10s")
+    pool.feed(acquire("late", request=11))
+    assert stopped(pool.feed(acquire("later", request=12))) == []
+    assert granted_at_once(pool, "idle")
+    pool.feed(release(13))
+    pool.advance("10s")
+    assert stopped(pool.feed(release(1))) == [pool.runner("busy"), pool.runner("idle")]
+    pool.settle()
+    assert (pool.state("late"), pool.state("later")) == (RunnerState.loading, RunnerState.loading)
+
+
+def test_nobody_idle_leaves_for_room_of_which_somebody_who_drains_still_has_the_rest() -> None:
+    """It goes when that is there."""
+    pool = a_pool("6GiB", sizes={"busy": "5GiB", "idle": "1GiB", "all": "6GiB"}).ready("busy", lease=1).idle("idle")
+    pool.feed(expire("busy"))
+    pool.advance("10s")
+    assert stopped(pool.feed(acquire("all", request=11))) == []
+    assert pool.waits_for(11) == "busy to finish"
+    assert stopped(pool.feed(release(1))) == [pool.runner("busy"), pool.runner("idle")]
+
+
+def test_rather_an_idle_one_leaves_now_than_that_somebody_waits_for_what_others_leave() -> None:
+    """Of 5 GiB in use 2 will be left, some time; as many are idle."""
+    sizes = {"busy": "5GiB", "idle": "2GiB", "late": "3GiB", "young": "2GiB"}
+    pool = a_pool("7GiB", sizes=sizes, min_residency_s=0.0).ready("busy", lease=1).idle("idle")
+    pool.advance("10s")
+    pool.feed(acquire("late", request=11))
+    assert stopped(pool.feed(acquire("young", request=12))) == [pool.runner("idle")]
+
+
+def granted_at_once(pool: PoolUnderTest, model: str) -> bool:
+    return Grant(13, pool.runner(model)) in pool.feed(acquire(model, request=13))
+
+
+# -- behind another line for the same model ---------------------------------------------------------------------------
+
+SMALL, LARGE = {"num_ctx": 2048}, {"num_ctx": 16384}  # in 1 GiB, and in 5
+
+
+def waiting_with_two_contexts() -> PoolUnderTest:
+    """Return a pool in which a model is waited for with a small context, and then with a large one."""
+    pool = a_pool("8GiB", sizes={"all": "7900MiB", "other": "4GiB"}).ready("all", lease=1)
+    info = replace(
+        a_model((64 * MIB,) * 4, context_trained=32768), heads_kv=(32,) * 4, key_length=512, value_length=512
+    )
+    pool.declare("a", info)
+    pool.feed(acquire("a", request=2, **SMALL), acquire("a", request=3, **LARGE))
+    return pool
+
+
+def test_what_the_next_runner_of_a_model_will_need_is_not_had_by_younger_ones() -> None:
+    """It would wait for them, though it came before."""
+    pool = waiting_with_two_contexts()
+    pool.feed(acquire("other", request=4), release(1))
+    pool.settle()
+    pool.feed(loaded(pool.runner("a")))
+    assert (pool.waits_for(3), pool.waits_for(4)) == ("a to become idle", "those before it")
+    pool.feed(release(2))
+    pool.advance("10s")
+    pool.settle()
+    assert pool.state("a") is RunnerState.loading
+
+
+def test_nobody_is_refused_because_a_younger_one_reserved_what_they_wait_for() -> None:
+    """What the program holds itself is never given up, so the older request could not be served at all."""
+    pool = waiting_with_two_contexts()
+    pool.feed(memory(4, cpu="4GiB"), release(1))
+    pool.settle()
+    pool.feed(loaded(pool.runner("a")), release(2))
+    pool.advance("10s")
+    pool.settle()
+    assert 3 not in pool.answers
+    assert pool.state("a") is RunnerState.loading
+
+
+def test_while_a_file_is_read_again_nobody_younger_has_what_it_took_before() -> None:
+    """It is read before each load, and most likely has not changed."""
+    pool = a_pool("8GiB", sizes={"a": "6GiB", "b": "6GiB"}).idle("a")
+    pool.feed(expire("a"))
+    pool.settle()
+    pool.inspects = False
+    pool.feed(acquire("a", request=2), acquire("b", request=3))
+    assert launched(pool.feed(pool.inspection("b"))) == []
+    assert launched(pool.feed(pool.inspection("a"))) == ["a"]
+
+
+@pytest.mark.parametrize("lines", [3, 40])
+def test_however_many_wait_for_other_options_of_a_model_others_are_served_behind_them(lines: int) -> None:
+    """They have its runner one after another, and keep no more than the largest of them needs."""
+    pool = a_pool("16GiB", max_queue=100).declare("a", a_model((64 * MIB,) * 4)).declare("other", "1GiB")
+    for number in range(lines):
+        pool.feed(acquire("a", request=10 + number, num_ctx=1024 + number))
+    assert launched(pool.feed(acquire("other", request=2))) == ["other"]

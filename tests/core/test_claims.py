@@ -1,0 +1,356 @@
+"""Claims: a launch has its devices to itself among all programs, from its plan until its model is resident."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from fsm.domain.devices import DeviceId
+from fsm.machine.runner import RunnerState
+from fsm.messages.commands import Claim, Command, Finish, Grant, Launch, Reject, Stop, Unclaim
+from fsm.messages.decision_log import Decision, Entry
+from fsm.messages.events import Claimed, Contended, Progress
+from fsm.messages.refusals import DoesNotFit, TimedOut
+from tests.core.test_every_state_every_event import EVENTS
+from tests.support.models import a_model
+from tests.support.pool import (
+    PoolUnderTest,
+    a_pool,
+    acquire,
+    amount,
+    cancel,
+    close,
+    exited,
+    launched,
+    layered,
+    loaded,
+    memory,
+    refused,
+    release,
+    unresponsive,
+)
+
+GPU = DeviceId("gpu0")
+
+
+def claiming(capacity: str = "8GiB", *, shares: bool = False, **how: object) -> PoolUnderTest:
+    """Return a pool that claims; unless it `shares`, a Claim is answered by the test alone."""
+    return a_pool(capacity, claims=True, shares=shares, **how)
+
+
+def had(pool: PoolUnderTest, number: int) -> list[Command]:
+    """Have a Claim answered as the shell does: the devices are read, then it is had."""
+    return pool.feed(pool.sample(), Claimed(number))
+
+
+def waits(pool: PoolUnderTest) -> list[Command]:
+    """Have a request for "a" wait for its claim."""
+    return pool.feed(acquire("a", request=1))
+
+
+# -- from plan to resident ---------------------------------------------------------------------------------------------
+
+
+def test_a_launch_waits_for_its_claim() -> None:
+    """Nothing is launched, and no memory promised, before the devices are the program's own."""
+    pool = claiming()
+    assert waits(pool) == [Claim(1, ("cpu",))]
+    assert pool.free() == amount("8GiB")
+    assert had(pool, 1) == [pool.launch(1, "a")]
+
+
+def test_without_claims_a_launch_waits_for_nothing() -> None:
+    """Who embeds the core alone need not answer a Claim."""
+    pool = a_pool()
+    assert waits(pool) == [pool.launch(1, "a")]
+
+
+def test_what_another_program_took_meanwhile_is_seen() -> None:
+    """The plan is made anew from what was read after the claim: nothing is launched, the refusal has the numbers."""
+    pool = claiming()
+    waits(pool)
+    pool.strangers = {"cpu": amount("6GiB")}
+    assert [type(command) for command in had(pool, 1)] == [Reject, Unclaim]
+    refusal = pool.refusal(1)
+    assert isinstance(refusal, DoesNotFit)
+    assert refusal.available == (("cpu", amount("2GiB")),)
+
+
+def test_a_claim_lasts_until_the_model_is_resident() -> None:
+    """Another program may plan again once the device shows what was taken."""
+    pool = claiming()
+    waits(pool)
+    had(pool, 1)
+    assert pool.feed(pool.sample(), Progress(1)) == []
+    assert pool.feed(loaded(1)) == [Grant(1, 1), Unclaim(1)]
+
+
+def test_a_claim_lasts_until_a_failed_load_is_gone() -> None:
+    """A process that is being stopped may still take memory; only its end says that it does not."""
+    pool = claiming()
+    waits(pool)
+    had(pool, 1)
+    assert [type(command) for command in pool.feed(unresponsive(1))] == [Reject, Stop]
+    assert Unclaim(1) in pool.feed(exited(1))
+
+
+def test_a_load_that_is_stopped_and_does_not_end_keeps_its_devices_no_longer_than_that_may_take() -> None:
+    """An object whose load hangs must not keep every other program waiting for good; another load keeps its own."""
+    pool = claiming(stop_timeout_s=15.0, each="1GiB", shares=True).loading("a").loading("b")
+    pool.feed(unresponsive(1))
+    assert pool.advance("14.9s") == []
+    assert pool.advance("0.1s") == [Unclaim(1)]
+    assert Unclaim(1) not in pool.feed(exited(1))
+    assert list(pool.claims) == [2]
+
+
+def test_every_device_that_it_takes_memory_on_is_claimed() -> None:
+    """In a fixed order; a device that it takes nothing on is left to others."""
+    pool = claiming(gpus=("8GiB", "4GiB"))
+    pool.declare("g", layered(4, "1GiB", host="100MiB"))
+    assert pool.feed(acquire("g", request=1)) == [Claim(1, ("cpu", "gpu0"))]
+
+
+def test_an_integrated_gpu_is_the_hosts_memory() -> None:
+    """N03: two programs, one of which sees no such GPU, still agree."""
+    pool = claiming("16GiB", gpus=("16GiB",), integrated=True)
+    pool.declare("d", a_model(layers_bytes=(2**28,) * 4))
+    assert pool.feed(acquire("d", request=1)) == [Claim(1, ("cpu",))]
+
+
+def test_what_takes_no_memory_claims_nothing() -> None:
+    """There is nothing to agree about."""
+    pool = claiming(sizes={"a": "0B"})
+    assert launched(waits(pool)) == ["a"]
+
+
+def test_warm_requests_and_the_programs_own_memory_claim_nothing() -> None:
+    """Nothing is loaded for them."""
+    pool = claiming(shares=True, sizes={"a": "1GiB"}).idle("a")
+    assert pool.feed(acquire("a", request=1), memory(2, cpu="1GiB")) == [Grant(1, 1), Grant(2, None)]
+
+
+# -- room, and other loads ---------------------------------------------------------------------------------------------
+
+
+def test_room_is_made_before_anything_is_claimed() -> None:
+    """A plan whose room is not there yet keeps nobody out; the victim goes meanwhile."""
+    pool = claiming(shares=True, min_residency_s=0.0).idle("a")
+    pool.shares = False
+    assert pool.feed(acquire("b", request=2)) == [Stop(1)]
+    assert Claim(2, ("cpu",)) in pool.feed(exited(1))
+
+
+def test_the_loads_of_one_program_do_not_keep_each_other_out() -> None:
+    """Each has a claim of its own, so that each is given back for itself."""
+    pool = claiming(shares=True, each="1GiB").loading("a").loading("b", 2)
+    assert sorted(pool.claims) == [1, 2]
+    assert pool.feed(loaded(2)) == [Grant(2, 2), Unclaim(2)]
+
+
+def test_claims_are_had_in_any_order() -> None:
+    """A younger request does not wait for the devices of an older one, nor take its memory."""
+    pool = claiming(gpus=("8GiB",), each="1GiB")
+    pool.declare("g", layered(4, "1GiB", host="100MiB"))
+    assert pool.feed(acquire("g", request=1), acquire("a", request=2)) == [
+        Claim(1, ("cpu", "gpu0")),
+        Claim(2, ("cpu",)),
+    ]
+    assert launched(had(pool, 2)) == ["a"]
+    assert launched(had(pool, 1)) == ["g"]
+
+
+def test_what_is_had_first_goes_to_the_one_who_waits_longest() -> None:
+    """Two claims of the same devices are as good as each other."""
+    pool = claiming(each="1GiB")
+    pool.feed(acquire("a", request=1), acquire("b", request=2))
+    assert launched(had(pool, 2)) == ["a"]
+    assert launched(had(pool, 1)) == ["b"]
+
+
+def test_a_claim_is_kept_for_the_launch_that_needs_all_of_it() -> None:
+    """Another that goes first and needs less claims that for itself."""
+    pool = claiming(gpus=("8GiB",), each="1GiB")
+    pool.declare("g", layered(4, "1GiB", host="100MiB"))
+    pool.feed(acquire("g", request=1))
+    assert pool.feed(acquire("a", request=2, priority=1)) == [Claim(2, ("cpu",))]
+
+
+def test_a_launch_that_needs_less_than_was_claimed_goes_ahead() -> None:
+    """The fresh figures moved it to the host: the wider claim covers that too."""
+    pool = claiming(gpus=("4GiB",), require_gpu=False)
+    pool.declare("g", layered(4, "512MiB", host="100MiB"))
+    pool.feed(acquire("g", request=1))
+    pool.strangers = {"gpu0": amount("4GiB")}
+    (launch,) = had(pool, 1)
+    assert isinstance(launch, Launch)
+    assert dict(launch.placement.bytes).get(GPU, 0) == 0
+    assert pool.feed(loaded(1)) == [Grant(1, 1), Unclaim(1)]
+
+
+# -- the wait, and its end ---------------------------------------------------------------------------------------------
+
+
+def test_whoever_waits_is_told_that_another_program_loads() -> None:
+    """Only where that is so: a claim that is had at once is not worth a word."""
+    pool = claiming()
+    waits(pool)
+    assert "program" not in pool.waits_for(1)
+    assert pool.feed(Contended(1)) == []
+    assert pool.waits_for(1) == "another program that loads a model"
+
+
+def test_after_the_limit_it_goes_ahead_without_and_says_so() -> None:
+    """Every wait has an end: another program that hangs does not stop this one."""
+    pool = claiming(claim_timeout_s=60.0)
+    waits(pool)
+    journal: list[Entry] = []
+    pool.core.journal = journal
+    pool.feed(Contended(1))
+    assert pool.advance("59.9s") == []
+    assert pool.advance("0.1s") == [Unclaim(1), pool.launch(1, "a")]
+    failure = "cpu could not be had from the other programs that load models in 60 s"
+    assert pool.core.act.claim_failure == failure
+    assert [entry.reason for entry in journal if isinstance(entry, Decision) and entry.what == "launched"] == [
+        f"although {failure}"
+    ]
+    assert pool.feed(loaded(1)) == [Grant(1, 1)]
+
+
+def test_the_next_claim_that_is_had_ends_the_complaint() -> None:
+    """What went wrong once is no problem of now."""
+    pool = claiming(claim_timeout_s=60.0, each="1GiB")
+    waits(pool)
+    pool.advance("60s")
+    pool.feed(acquire("b", request=2))
+    had(pool, 2)
+    assert pool.core.act.claim_failure == ""
+
+
+def test_a_plan_that_moves_to_other_devices_does_not_wait_anew() -> None:
+    """However often the figures change, the wait ends when it was to end at first."""
+    pool = claiming(gpus=("8GiB", "8GiB"), claim_timeout_s=60.0)
+    pool.declare("g", layered(4, "1GiB", host="100MiB"))
+    pool.feed(acquire("g", request=1))
+    for second in range(1, 60):
+        pool.strangers = {f"gpu{second % 2}": 0, f"gpu{(second + 1) % 2}": amount("1GiB")}
+        pool.advance("1s")
+        moved = pool.feed(pool.sample())
+        assert [type(command) for command in moved] == [Unclaim, Claim]
+    assert launched(pool.advance("1s")) == ["g"]
+    assert pool.claims == {}
+
+
+def test_a_wait_that_is_over_is_over_for_whatever_the_plan_then_says() -> None:
+    """Memory kept for an older request is free at the same moment, on a better GPU: it goes there at once."""
+    pool = claiming("32GiB", gpus=("16GiB", "8GiB"), shares=True, claim_timeout_s=60.0)
+    for model in "gh":
+        pool.declare(model, layered(4, "1GiB", host="100MiB"))
+    pool.ready("g")
+    pool.shares = False
+    older = memory(2, gpu0="14GiB")
+    assert pool.feed(replace(older, timeout_s=60.0), acquire("h", request=3))[-1] == Claim(2, ("cpu", "gpu1"))
+    (launch,) = [command for command in pool.advance("60s") if isinstance(command, Launch)]
+    assert [gpu for gpu, _ in launch.placement.gpu_layers] == [GPU]
+
+
+def test_a_claim_whose_waiter_leaves_is_given_up() -> None:
+    """What comes of it later is late."""
+    pool = claiming()
+    waits(pool)
+    assert pool.feed(cancel(1))[-1] == Unclaim(1)
+    assert had(pool, 1) == []
+    assert pool.core.late == 1
+
+
+def test_a_claim_whose_waiter_runs_out_of_time_is_given_up() -> None:
+    """Its own time limit ends the wait as any other."""
+    pool = claiming()
+    pool.feed(acquire("a", request=1, timeout="5s"))
+    pool.feed(Contended(1))
+    commands = pool.advance("5s")
+    assert refused(commands) == {1: TimedOut}
+    assert commands[-1] == Unclaim(1)
+    refusal = pool.refusal(1)
+    assert isinstance(refusal, TimedOut)
+    assert refusal.waiting_for == "another program that loads a model"
+
+
+def test_a_claim_is_given_up_when_the_room_is_gone() -> None:
+    """Whoever cannot launch keeps nobody out; it claims again when there is room."""
+    pool = claiming(sizes={"a": "6GiB", "b": "3GiB"}, shares=True).ready("b", lease=2)
+    pool.feed(release(2))
+    pool.shares = False
+    pool.feed(acquire("c", request=3))  # 6 GiB: "b" goes
+    pool.feed(exited(1))
+    assert list(pool.claims) == [2]
+    pool.strangers = {"cpu": amount("5GiB")}
+    assert refused(pool.feed(pool.sample())) == {3: DoesNotFit}
+    assert pool.claims == {}
+
+
+def test_close_gives_a_claim_up_before_it_finishes() -> None:
+    """Nothing is left to the shell that it has to clean up."""
+    pool = claiming()
+    waits(pool)
+    assert [type(command) for command in pool.feed(close())] == [Reject, Unclaim, Finish]
+
+
+def test_a_copy_has_claims_of_its_own() -> None:
+    """What becomes of one does not touch the other."""
+    pool = claiming()
+    waits(pool)
+    copy = pool.core.copy()
+    had(pool, 1)
+    copy.check()
+    assert copy.pool.claims[1].had is False
+    assert copy.step(pool.now, Claimed(1)) == [pool.launch(1, "a")]
+
+
+# -- every state of a claim, every event -------------------------------------------------------------------------------
+
+
+def loading(pool: PoolUnderTest) -> None:
+    waits(pool)
+    had(pool, 1)
+
+
+def stopped(pool: PoolUnderTest) -> None:
+    loading(pool)
+    pool.feed(unresponsive(1))
+
+
+def contended(pool: PoolUnderTest) -> None:
+    waits(pool)
+    pool.feed(Contended(1))
+
+
+def missed(pool: PoolUnderTest) -> None:
+    waits(pool)
+    pool.advance("60s")
+
+
+STATES = {"open": waits, "contended": contended, "loading": loading, "stopped": stopped, "missed": missed}
+
+
+@pytest.mark.parametrize("state", STATES)
+@pytest.mark.parametrize("event", EVENTS)
+def test_whatever_happens_every_claim_is_given_back_once(state: str, event: str) -> None:
+    """After any event in any state of a claim: once nothing loads, nothing is claimed, and it closes in order."""
+    pool = claiming("64GiB", each="1GiB", stop_timeout_s=15.0)
+    pool.declare("giant", "65GiB")
+    STATES[state](pool)
+    if (what := EVENTS[event](pool)) is not None:
+        pool.feed(what)
+    pool.shares = True
+    pool.feed(*(answer for number in list(pool.claims) for answer in (pool.sample(), Claimed(number))))
+    for runner in [runner for runner in pool.core.pool.runners.values() if runner.state is RunnerState.loading]:
+        pool.feed(loaded(runner.id))
+    pool.advance("90s")
+    assert pool.claims == {}, "kept although nothing loads"
+    pool.feed(close("0s"))
+    pool.advance("0s")  # what is still leased is stopped
+    pool.settle()
+    assert Finish() in pool.commands
+    assert pool.asked == pool.answers.keys()

@@ -1,0 +1,147 @@
+"""The end: nobody is left waiting, nothing is left running, and it is said once."""
+
+from __future__ import annotations
+
+import math
+
+from fsm.machine.runner import RunnerState
+from fsm.messages.commands import Finish, Reject, Revoke, Stop
+from fsm.messages.refusals import Closed
+from tests.support.pool import (
+    a_pool,
+    acquire,
+    cancel,
+    close,
+    exited,
+    expire,
+    granted,
+    loaded,
+    memory,
+    pin,
+    preload,
+    progress,
+    refused,
+    release,
+    stopped,
+)
+
+
+def test_an_empty_pool_closes_at_once() -> None:
+    """There is nothing to wait for."""
+    assert a_pool().feed(close()) == [Finish()]
+
+
+def test_s33_a_close_stops_what_is_idle_and_refuses_what_waits() -> None:
+    """S33: in one step."""
+    pool = a_pool(each="3GiB", max_runners=2).idle("a").ready("b", lease=1)
+    pool.feed(pin("a"), acquire("c", request=2), preload("d", request=3))
+    assert pool.feed(close()) == [Reject(2, Closed()), Reject(3, Closed()), Stop(1)]
+
+
+def test_s33_leases_may_finish() -> None:
+    """S33: their runners drain; the end comes when the last memory is back, and once."""
+    pool = a_pool().ready("a", lease=1)
+    assert pool.feed(close("30s")) == []
+    pool.advance("29s")
+    assert pool.feed(release(1)) == [Stop(1)]
+    assert pool.feed(exited(1)) == [Finish()]
+    assert pool.advance("1h") == []
+
+
+def test_s33_after_the_time_out_leases_are_broken() -> None:
+    """S33: their holders are told, their runners stopped."""
+    pool = a_pool().ready("a", lease=1).ready("a", lease=2)
+    pool.feed(close("30s"))
+    gone = "the scheduler was closed"
+    assert pool.advance("30s") == [Revoke(1, gone), Revoke(2, gone), Stop(1)]
+    assert pool.feed(release(1)) == []
+    assert pool.feed(exited(1)) == [Finish()]
+
+
+def test_a_close_that_waits_for_nobody_breaks_leases_at_once() -> None:
+    """A time-out of 0 is over with the next tick."""
+    pool = a_pool().ready("a", lease=1)
+    pool.feed(close(0))
+    assert stopped(pool.advance(0)) == [1]
+
+
+def test_a_second_close_may_only_shorten_the_wait() -> None:
+    """Nobody is given more time than they were told."""
+    pool = a_pool().ready("a", lease=1)
+    pool.feed(close("30s"), close("10s"), close("1h"))
+    assert stopped(pool.advance("9s")) == []
+    assert stopped(pool.advance("1s")) == [1]
+
+
+def test_a_close_without_a_limit_waits_for_ever() -> None:
+    """Infinite is a time-out too."""
+    pool = a_pool().ready("a", lease=1)
+    pool.feed(close(math.inf))
+    assert pool.advance("10000h") == []
+    assert pool.feed(release(1)) == [Stop(1)]
+
+
+def test_d20_after_a_close_every_request_is_answered() -> None:
+    """D20: those at hand, those queued, those that come afterwards."""
+    pool = a_pool().loading("a", request=1)
+    pool.feed(acquire("b", request=2))
+    assert refused(pool.feed(close())) == {1: Closed, 2: Closed}
+    assert refused(pool.feed(acquire("a", request=3), memory(4, cpu="1GiB"))) == {3: Closed, 4: Closed}
+    pool.feed(exited(1))
+    assert refused(pool.feed(acquire("a", request=5))) == {5: Closed}
+
+
+def test_d20_even_a_warm_request_is_refused() -> None:
+    """D20: no new leases while the old ones drain."""
+    pool = a_pool().ready("a", lease=1)
+    pool.feed(close())
+    assert refused(pool.feed(acquire("a", request=2))) == {2: Closed}
+
+
+def test_d09_a_close_during_a_load_stops_it() -> None:
+    """D09: its waiters are refused, its late events ignored."""
+    pool = a_pool().loading("a", request=1)
+    assert stopped(pool.feed(close())) == [1]
+    assert pool.feed(loaded(1), progress(1)) == []
+    assert pool.feed(exited(1)) == [Finish()]
+
+
+def test_a_close_gives_the_programs_memory_back() -> None:
+    """Its release afterwards is late."""
+    pool = a_pool()
+    pool.feed(memory(1, cpu="1GiB"))
+    assert pool.feed(close()) == [Finish()]
+    pool.feed(release(1))
+    assert pool.core.late == 1
+
+
+def test_a_close_waits_for_memory_to_come_back() -> None:
+    """What was on its way out before is waited for as ever."""
+    pool = a_pool(samples=False).expiring("a")
+    pool.feed(exited(1))
+    assert Finish() not in pool.feed(close())
+    assert pool.feed(pool.sample()) == [Finish()]
+
+
+def test_a_close_waits_for_memory_no_longer_than_ever() -> None:
+    """A device that is never read again does not keep it open."""
+    pool = a_pool(samples=False).expiring("a")
+    pool.feed(exited(1), close())
+    assert Finish() in pool.advance("5s")
+
+
+def test_a_close_while_metadata_are_read_ends_at_once() -> None:
+    """What an inspection finds afterwards is of no use to anybody."""
+    pool = a_pool(inspects=False)
+    pool.feed(acquire("a", request=1))
+    assert pool.feed(close()) == [Reject(1, Closed()), Finish()]
+    assert pool.feed(pool.inspection("a"), cancel(1), expire("a")) == []
+    assert granted(pool.commands) == []
+
+
+def test_a_crash_during_the_close_does_not_keep_it_open() -> None:
+    """Its leases are broken like at any other time."""
+    pool = a_pool().ready("a", lease=1)
+    pool.feed(close())
+    assert pool.feed(exited(1, code=-9, reason="killed")) == [Revoke(1, "killed"), Finish()]
+    assert pool.state("a") is RunnerState.unloaded

@@ -1,0 +1,109 @@
+"""Processes that die or answer no more, and what their models' next requests are told."""
+
+from __future__ import annotations
+
+import pytest
+
+from fsm.machine.runner import RunnerState
+from fsm.messages.commands import Revoke
+from fsm.messages.refusals import LoadFailed
+from tests.support.pool import a_pool, acquire, exited, launched, refused, release, stopped, unresponsive
+
+
+def test_a_crash_breaks_the_leases() -> None:
+    """The holders are told, their releases are late, and the memory comes back."""
+    pool = a_pool().ready("a", lease=1).ready("a", lease=2)
+    assert pool.feed(exited(1, code=-9, reason="killed")) == [Revoke(1, "killed"), Revoke(2, "killed")]
+    assert pool.feed(release(1), release(2)) == []
+    assert (pool.core.late, pool.state("a")) == (2, RunnerState.unloaded)
+
+
+def test_the_first_crash_is_followed_by_a_new_load() -> None:
+    """Whoever asks next starts its next life."""
+    pool = a_pool().ready("a", lease=1)
+    pool.feed(exited(1, code=-9))
+    assert launched(pool.feed(acquire("a", request=2))) == ["a"]
+
+
+def test_the_second_crash_in_a_row_is_backed_off() -> None:
+    """A model that keeps crashing is not loaded for each request anew."""
+    pool = a_pool().ready("a", lease=1)
+    pool.feed(exited(1, code=-9))
+    pool.ready("a", lease=2).feed(exited(2, code=-9, reason="killed"))
+    assert refused(pool.feed(acquire("a", request=3))) == {3: LoadFailed}
+    assert pool.refusal(3).reason == "killed"
+
+
+def test_the_second_crash_in_a_row_is_the_answer_of_those_who_wait() -> None:
+    """Who waits for the model with other options would wait for a load that may not begin."""
+    pool = a_pool().ready("a", lease=1)
+    pool.feed(exited(1, code=-9))
+    pool.ready("a", lease=2).feed(acquire("a", request=3, num_thread=2))
+    assert refused(pool.feed(exited(2, code=-9))) == {3: LoadFailed}
+
+
+def test_a_crash_after_a_good_life_counts_as_the_first() -> None:
+    """A runner that served a minute is not one that keeps crashing."""
+    pool = a_pool(good_life_s=60.0).ready("a", lease=1)
+    pool.feed(exited(1, code=-9))
+    pool.ready("a", lease=2)
+    pool.advance("60s")
+    pool.feed(exited(2, code=-9))
+    assert launched(pool.feed(acquire("a", request=3))) == ["a"]
+
+
+def test_an_idle_runner_that_dies_is_not_listed_as_loaded() -> None:
+    """Rule 8: its death is noticed when it happens; the next request starts a new life."""
+    pool = a_pool(samples=False).idle("a")
+    pool.feed(exited(1, code=-9))
+    assert pool.state("a") is RunnerState.expiring
+    assert launched(pool.feed(acquire("a", request=1), pool.sample())) == ["a"]
+
+
+def test_a_runner_that_dies_while_it_drains_breaks_its_leases() -> None:
+    """It ends there; that is not counted against the model."""
+    pool = a_pool().expiring("a", lease=1)
+    assert pool.feed(exited(1, code=-9, reason="killed")) == [Revoke(1, "killed")]
+    assert pool.state("a") is RunnerState.unloaded
+    assert launched(pool.feed(acquire("a", request=2))) == ["a"]
+
+
+@pytest.mark.parametrize("state", ["ready", "idle", "expiring"])
+def test_a_runner_that_answers_no_probe_is_stopped_at_once(state: str) -> None:
+    """Alive but useless: its leases are broken, and nobody is handed it again."""
+    pool = getattr(a_pool(), state)("a", *((1,) if state != "idle" else ()))
+    commands = pool.feed(unresponsive(1))
+    assert stopped(commands) == [1]
+    assert commands[:-1] == ([] if state == "idle" else [Revoke(1, "it answers no probe")])
+
+
+def test_one_that_answers_no_probe_time_and_again_is_backed_off() -> None:
+    """It counts as a crash."""
+    pool = a_pool().ready("a", lease=1)
+    pool.feed(unresponsive(1), exited(1, code=-9))
+    pool.ready("a", lease=2).feed(unresponsive(2), exited(2, code=-9))
+    assert refused(pool.feed(acquire("a", request=3))) == {3: LoadFailed}
+
+
+def test_a_runner_that_said_nothing_after_unresponsive_is_stopped_once() -> None:
+    """A second report changes nothing."""
+    pool = a_pool().ready("a", lease=1)
+    pool.feed(unresponsive(1))
+    assert pool.feed(unresponsive(1), exited(1, code=-9)) == []
+
+
+def test_s29_a_dead_life_is_beside_the_next_one_and_never_in_its_place() -> None:
+    """S29: nothing is keyed by the model's name alone, so nothing stale can be found or leaked under it."""
+    pool = a_pool(samples=False, each="1GiB").ready("a", lease=1)
+    pool.feed(exited(1, code=-9))
+    pool.ready("a", lease=2)
+    assert [(view.id, view.state.name) for view in pool.core.snapshot().runners] == [(1, "expiring"), (2, "ready")]
+    pool.feed(pool.sample())
+    assert [(view.id, view.state.name) for view in pool.core.snapshot().runners] == [(2, "ready")]
+
+
+def test_memory_that_runs_out_while_a_runner_drains_ends_the_others_too() -> None:
+    """N08: nobody knows who took it, whether or not it was to leave anyway."""
+    pool = a_pool("20GiB").ready("b", lease=2).expiring("a", lease=1)
+    pool.feed(exited(pool.runner("a"), code=-9, out_of_memory=True))
+    assert pool.state("b") is RunnerState.expiring

@@ -1,0 +1,408 @@
+"""Who has to go so that somebody else fits, when, and who never does."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import pytest
+
+from fsm.eviction.policies import POLICIES, Candidate, KeepAliveOrder, LeastRecentlyUsed
+from fsm.eviction.victim_selection import first as choose
+from fsm.machine.runner import RunnerState
+from fsm.messages.commands import Ask, Grant, Stop
+from tests.support.pool import (
+    PoolUnderTest,
+    a_pool,
+    acquire,
+    amount,
+    cancel,
+    exited,
+    expire,
+    launched,
+    loaded,
+    preload,
+    refused,
+    release,
+    stopped,
+)
+
+# -- what goes, and when ----------------------------------------------------------------------------------------------
+
+
+def test_an_idle_runner_goes_at_once_for_one_that_does_not_fit_beside_it() -> None:
+    """S13: something is loaded and the newcomer does not fit whole, so room is made, then it starts."""
+    pool = a_pool().idle("a")
+    assert pool.feed(acquire("b", request=1)) == [Stop(1)]
+    assert pool.feed(exited(1)) == [pool.launch(2, "b")]
+
+
+def test_s26_a_miss_is_a_signal_to_evict_not_an_error() -> None:
+    """S26: with a busy runner in the way the request waits instead of failing."""
+    pool = a_pool().ready("a", lease=1)
+    assert refused(pool.feed(acquire("b", request=2))) == {}
+    assert pool.waiting() == [2]
+
+
+def test_a_victim_is_never_granted_again() -> None:
+    """D01, rule 1: an expiring runner finishes its leases but takes no new ones."""
+    pool = a_pool(capacity="8GiB").ready("a", lease=1)
+    pool.feed(acquire("b", request=2))  # no room: "a" will have to go
+    pool.advance("120s")  # the bound on b's wait: "a" drains
+    assert pool.feed(acquire("a", request=3)) == []
+    assert pool.feed(release(lease=1)) == [Stop(runner=1)]
+
+
+def test_d01_a_keep_alive_named_later_does_not_save_a_victim() -> None:
+    """D01: a request with a keep-alive of an hour comes while the victim drains, and the loader still gets its turn."""
+    pool = a_pool().ready("a", lease=1)
+    pool.feed(acquire("b", request=2))
+    pool.advance("120s")
+    pool.feed(acquire("a", request=3, keep_alive="1h"), release(1))
+    assert launched(pool.feed(exited(1))) == ["b"]
+
+
+def test_d02_overlapping_requests_cannot_keep_a_victim_busy_for_ever() -> None:
+    """D02: leases that always overlap are served until the bound, then the one who waits gets the memory."""
+    pool = a_pool(max_wait_s=120.0).ready("a", lease=1)
+    pool.feed(acquire("b", request=2))
+    for lease in range(100, 220):
+        pool.feed(acquire("a", request=lease), release(1 if lease == 100 else lease - 1))
+        pool.advance("1s")
+    assert pool.state("a") is RunnerState.expiring
+    assert pool.feed(release(219)) == [Stop(1)]
+    assert launched(pool.feed(exited(1))) == ["b"]
+
+
+def test_a_busy_runner_is_left_alone_until_the_bound_on_the_wait() -> None:
+    """Until then it is shared as ever, and warm requests for it wait for nobody (rule 5)."""
+    pool = a_pool(max_wait_s=120.0).ready("a", lease=1)
+    pool.feed(acquire("b", request=2))
+    pool.advance("119s")
+    assert pool.feed(acquire("a", request=3)) == [Grant(3, 1), Ask(1, (3,))]
+    assert pool.state("a") is RunnerState.ready
+
+
+def test_a_victim_that_becomes_idle_before_the_bound_goes_then() -> None:
+    """S14: nobody polls for it: its last release is what the waiter waited for."""
+    pool = a_pool().ready("a", lease=1)
+    pool.feed(acquire("b", request=2))
+    pool.advance("10s")
+    assert pool.feed(release(1)) == [Stop(1)]
+
+
+def test_whatever_becomes_idle_first_serves_the_waiter() -> None:
+    """A victim is a plan until it expires: the one that was to go stays when another is free sooner."""
+    pool = a_pool(each="4GiB").ready("a", lease=1).ready("b", lease=2)
+    assert pool.feed(acquire("c", request=3)) == [Ask(1, (1,))]
+    assert pool.feed(release(2)) == [Stop(2)]
+    pool.feed(exited(2))
+    pool.advance("1h")
+    assert pool.state("a") is RunnerState.ready
+
+
+def test_d13_a_waiter_that_leaves_before_the_bound_costs_nobody_anything() -> None:
+    """D13: who is cancelled while it waits evicts nobody afterwards."""
+    pool = a_pool().ready("a", lease=1)
+    pool.feed(acquire("b", request=2), cancel(2))
+    pool.advance("119s")
+    assert pool.feed(release(1)) == []
+    assert pool.state("a") is RunnerState.idle
+
+
+def test_after_its_expiry_a_victim_goes_even_if_the_waiter_leaves() -> None:
+    """Expiring is one way."""
+    pool = a_pool().ready("a", lease=1)
+    pool.feed(acquire("b", request=2))
+    pool.advance("120s")
+    pool.feed(cancel(2))
+    assert pool.feed(release(1)) == [Stop(1)]
+
+
+def test_no_more_goes_than_is_needed() -> None:
+    """One of three makes room enough; what turned out not to be needed is kept."""
+    pool = a_pool(capacity="8GiB", sizes={"a": "1GiB", "b": "4GiB", "c": "3GiB", "d": "4GiB"})
+    pool.idle("a").idle("b").idle("c")
+    assert pool.feed(acquire("d", request=1)) == [Stop(pool.runner("b"))]
+
+
+def test_nobody_goes_where_enough_is_on_its_way_out() -> None:
+    """A second waiter that fits into what is coming back picks no further victim."""
+    pool = a_pool(capacity="8GiB", sizes={"a": "4GiB", "b": "4GiB", "c": "2GiB", "d": "2GiB"}).idle("a").idle("b")
+    assert stopped(pool.feed(acquire("c", request=1))) == [1]
+    assert stopped(pool.feed(acquire("d", request=2))) == []
+    assert pool.waits_for(2) == "memory that is on its way back"
+    assert launched(pool.feed(exited(1))) == ["c", "d"]
+
+
+def test_d12_each_waiter_waits_for_its_own_memory() -> None:
+    """D12: the end of some runner starts only those whose memory it brings back."""
+    pool = a_pool(capacity="8GiB", sizes={"a": "2GiB", "b": "6GiB", "c": "6GiB"}).expiring("a").ready("b", lease=1)
+    pool.feed(acquire("c", request=2))
+    assert pool.feed(exited(1)) == []
+    assert pool.feed(release(1)) == [Stop(2)]
+
+
+def test_several_victims_go_together_or_not_at_all() -> None:
+    """An idle runner is not unloaded for a room of which a busy one still holds the rest."""
+    pool = a_pool(each="4GiB", sizes={"c": "8GiB"}).idle("a").ready("b", lease=1)
+    assert pool.feed(acquire("c", request=2)) == [Ask(2, (1,))]
+    assert pool.state("a") is RunnerState.idle
+    assert stopped(pool.feed(release(1))) == [1, 2]
+
+
+def test_one_model_books_room_once() -> None:
+    """A lease and a preload of the same model evict what one runner of it needs, not twice that."""
+    pool = a_pool(each="4GiB", inspects=False)
+    pool.inspects = True
+    pool.idle("a").idle("b")
+    pool.inspects = False
+    pool.feed(acquire("c", request=1), preload("c", request=2))
+    assert stopped(pool.feed(pool.inspection("c"))) == [1]
+
+
+def test_a_runner_is_given_up_once_for_two_who_need_it_gone() -> None:
+    """One wants its memory, the other its model with other options: both wait for the same end."""
+    pool = a_pool().ready("a", lease=1)
+    pool.feed(acquire("b", request=2), acquire("a", request=3, num_thread=2))
+    assert stopped(pool.feed(release(1))) == [1]
+    assert launched(pool.feed(exited(1))) == ["b"]
+
+
+def test_a_load_that_nobody_waits_for_goes_before_anything_else() -> None:
+    """Rule 4: it is aborted when its memory is wanted."""
+    pool = a_pool(each="4GiB").idle("a").loading("b", request=1)
+    pool.feed(cancel(1))
+    assert pool.feed(acquire("c", request=2)) == [Stop(2)]
+
+
+def test_a_load_that_somebody_waits_for_is_not_a_victim() -> None:
+    """It goes on, and the newcomer waits until it has been of use."""
+    pool = a_pool().loading("a", request=1)
+    assert pool.feed(acquire("b", request=2)) == []
+    pool.advance("200s")
+    assert pool.state("a") is RunnerState.loading
+
+
+# -- who waits is told to those who hold ------------------------------------------------------------------------------
+
+
+def test_holders_are_asked_once_when_others_want_their_memory() -> None:
+    """An Ask names the leases; another waiter for the same memory asks nobody again."""
+    pool = a_pool().ready("a", lease=1).ready("a", lease=2)
+    assert pool.feed(acquire("b", request=3)) == [Ask(1, (1, 2))]
+    assert pool.feed(acquire("c", request=4)) == []
+
+
+def test_holders_are_asked_again_in_the_next_use() -> None:
+    """Once it rested, an old Ask is forgotten."""
+    pool = a_pool().ready("a", lease=1)
+    pool.feed(acquire("b", request=2), cancel(2), release(1), acquire("a", request=3))
+    assert pool.feed(acquire("b", request=4)) == [Ask(1, (3,))]
+
+
+def test_nobody_is_asked_for_an_idle_runner() -> None:
+    """There is nobody who could give it back."""
+    pool = a_pool().idle("a")
+    assert pool.feed(acquire("b", request=1)) == [Stop(1)]
+
+
+# -- minimum residency ------------------------------------------------------------------------------------------------
+
+
+def test_a_runner_that_was_just_loaded_keeps_its_place_for_a_while() -> None:
+    """Two models under steady traffic would otherwise only load: one load's time of use is everybody's due."""
+    pool = a_pool(max_wait_s=6.0).loading("a", request=1)
+    pool.advance("5s")
+    pool.feed(acquire("b", request=2))
+    pool.advance("2s")
+    pool.feed(loaded(1))
+    pool.advance("5.9s")  # the bound on the wait was over after 4 s
+    assert pool.feed(acquire("a", request=3)) == [Grant(3, 1), Ask(1, (3,))]
+    pool.advance("0.1s")
+    assert pool.feed(acquire("a", request=4)) == []  # it drains
+
+
+def test_a_residency_that_was_set_holds_for_an_idle_runner_too() -> None:
+    """Whoever sets it wants it kept, in use or not."""
+    pool = a_pool(min_residency_s=7.0).ready("a", lease=1)
+    pool.feed(release(1))
+    assert pool.feed(acquire("b", request=2)) == []
+    assert pool.advance("6.9s") == []
+    assert pool.advance("0.1s") == [Stop(1)]
+
+
+def rested(load: str, **limits: float) -> PoolUnderTest:
+    """A runner whose load took so long, and whose only lease has just come back."""
+    pool = a_pool(**limits).loading("a", request=1)
+    pool.advance(load)
+    pool.feed(loaded(1), release(1))
+    return pool
+
+
+def test_a_runner_that_came_to_rest_is_kept_for_a_twentieth_of_its_load() -> None:
+    """A user that asks again at once is not to find its model gone; an automatic residency is over with the rest."""
+    pool = rested("4s")
+    assert pool.feed(acquire("b", request=2)) == []
+    assert pool.advance("0.19s") == []
+    assert pool.advance("0.01s") == [Stop(1)]
+
+
+def test_every_use_begins_the_rest_anew() -> None:
+    """It is counted from the last one: whoever is asked again and again is in use."""
+    pool = rested("4s")
+    pool.feed(acquire("b", request=2))
+    for request in (3, 4, 5):
+        pool.advance("0.15s")
+        assert pool.feed(acquire("a", request)) == [Grant(request, 1), Ask(1, (request,))]
+        assert pool.feed(release(request)) == []
+    assert pool.advance("0.2s") == [Stop(1)]
+
+
+def test_a_rest_is_no_longer_than_a_second() -> None:
+    """A model that takes minutes to load is not kept idle for as long as others could load in."""
+    pool = rested("100s")
+    pool.feed(acquire("b", request=2))
+    assert pool.advance("1s") == [Stop(1)]
+
+
+def test_a_rest_ends_with_the_bound_on_the_wait() -> None:
+    """Nobody waits for longer than that for the convenience of others."""
+    pool = rested("100s", max_wait_s=0.5)
+    pool.feed(acquire("b", request=2))
+    assert pool.advance("0.5s") == [Stop(1)]
+
+
+def test_a_runner_within_its_residency_still_serves() -> None:
+    """Whoever comes for it meanwhile is warm."""
+    pool = a_pool(min_residency_s=30.0).ready("a", lease=1)
+    pool.feed(release(1), acquire("b", request=2))
+    assert pool.feed(acquire("a", request=3)) == [Grant(3, 1), Ask(1, (3,))]
+
+
+def test_those_beyond_their_residency_go_before_those_within_it() -> None:
+    """Whoever may go now is taken, though another was used less recently."""
+    pool = a_pool(each="4GiB", min_residency_s=30.0).ready("a", lease=1)
+    pool.feed(release(1), preload("b", request=2), loaded(2))  # a preload brings no residency
+    assert stopped(pool.feed(acquire("c", request=3))) == [2]
+
+
+def test_residency_does_not_keep_what_its_own_users_let_go() -> None:
+    """It is for others that it is not moved: a keep-alive of 0 and a wish to expire are obeyed."""
+    pool = a_pool(min_residency_s=30.0, capacity="16GiB").ready("a", lease=1, keep_alive=0).idle("b")
+    assert pool.feed(release(1), expire("b")) == [Stop(1), Stop(2)]
+
+
+def test_the_bound_on_a_wait_begins_with_the_wait() -> None:
+    """It is counted from when the oldest of a line came, not from the first look or the last."""
+    pool = a_pool(max_wait_s=100.0).ready("a", lease=1)
+    pool.feed(acquire("b", request=2))
+    pool.advance("50s")
+    pool.feed(acquire("b", request=3), acquire("c", request=4))
+    assert pool.state("a") is RunnerState.ready
+    pool.advance("50s")
+    assert pool.state("a") is RunnerState.expiring
+
+
+# -- the order of victims ---------------------------------------------------------------------------------------------
+
+
+def a_candidate(runner: int, model: str, **fields: float) -> Candidate:
+    known = {"held_bytes": 1, "keep_alive_s": 300.0, "used_at": 0.0, "load_s": 1.0, "leases": 0, "free_at": 0.0}
+    return Candidate(runner, model, **(known | fields))
+
+
+def test_s16_the_references_order_is_by_keep_alive_then_by_path() -> None:
+    """S16, D14: the shortest keep-alive first, one for ever last, the path among equals."""
+    candidates = [
+        a_candidate(1, "d", keep_alive_s=math.inf),
+        a_candidate(2, "c", keep_alive_s=60.0),
+        a_candidate(3, "b", keep_alive_s=60.0),
+        a_candidate(4, "a", keep_alive_s=300.0),
+    ]
+    assert [one.model for one in KeepAliveOrder().order(0.0, candidates)] == ["b", "c", "a", "d"]
+
+
+def test_s16_the_default_order_is_by_last_use() -> None:
+    """S16: with `lru`, and where a core is told no policy: the longest unused first, what is kept for ever last."""
+    candidates = [
+        a_candidate(1, "a", used_at=1.0, keep_alive_s=math.inf),
+        a_candidate(2, "b", used_at=3.0, keep_alive_s=1.0),
+        a_candidate(3, "c", used_at=2.0, keep_alive_s=3600.0),
+    ]
+    assert [one.model for one in LeastRecentlyUsed().order(5.0, candidates)] == ["c", "b", "a"]
+
+
+@pytest.mark.parametrize(("policy", "victim"), [("keep-alive", "b"), ("lru", "a")])
+def test_s14_s16_the_victim_is_the_policys_first_choice(policy: str, victim: str) -> None:
+    """S14: with room to be made for one, the policy's order among the idle decides."""
+    pool = a_pool(each="4GiB", policy=POLICIES[policy])
+    pool.idle("a", keep_alive="10m")
+    pool.advance("1s")
+    pool.idle("b", keep_alive="1m")
+    pool.feed(acquire("c", request=1))
+    assert pool.state(victim) is RunnerState.expiring
+
+
+@pytest.mark.parametrize("policy", ["keep-alive", "lru"])
+def test_s16_idle_ones_go_before_busy_ones(policy: str) -> None:
+    """S16: under both policies, even if the busy one would come first."""
+    pool = a_pool(each="4GiB", policy=POLICIES[policy])
+    pool.ready("a", keep_alive="1s").idle("b", keep_alive="1h")
+    pool.feed(acquire("c", request=1))
+    assert pool.state("b") is RunnerState.expiring
+
+
+@pytest.mark.parametrize(("policy", "asked"), [("keep-alive", 2), ("lru", 1)])
+def test_s16_of_busy_ones_the_policys_first_choice_is_drained(policy: str, asked: int) -> None:
+    """S16: all are in use: one is chosen, and drained when the wait has lasted."""
+    pool = a_pool(each="4GiB", policy=POLICIES[policy]).ready("a", lease=1, keep_alive="1h")
+    pool.advance("1s")
+    pool.ready("b", lease=2, keep_alive="1m")
+    assert pool.feed(acquire("c", request=3)) == [Ask(asked, (asked,))]
+    pool.advance("120s")
+    assert pool.life("ab"[asked - 1]).state is RunnerState.expiring
+
+
+def test_a_policy_is_told_what_it_may_go_by() -> None:
+    """Sizes, clocks, the cost of another load; never whom an earlier request counts on, or somebody waits for."""
+    seen: list[Candidate] = []
+
+    class Spy(LeastRecentlyUsed):
+        def order(self, now: float, candidates: Sequence[Candidate]) -> Sequence[Candidate]:
+            seen.extend(candidates)
+            return candidates
+
+    pool = a_pool(policy=Spy(), each="2GiB", sizes={"c": "3GiB", "d": "5GiB"}).loading("a", request=1, keep_alive="1m")
+    pool.advance("3s")
+    pool.feed(loaded(1), release(1))
+    pool.advance("4s")
+    pool.loading("b", request=2).loading("c", request=3).feed(cancel(3), acquire("d", request=4))
+    first, second = seen[:2]
+    assert first == Candidate(1, "a", amount("2GiB"), 60.0, pool.now - 4.0, 3.0, 0, pool.now)
+    assert (second.model, second.load_s, second.free_at) == ("c", None, pool.now)
+
+
+def test_choose_takes_what_is_forced_whatever_suffices() -> None:
+    """A sibling with other options goes even if there was room beside it."""
+    sibling, other = a_candidate(1, "a"), a_candidate(2, "b")
+    assert choose([other], [sibling], lambda victims: True) == [sibling]
+
+
+def test_choose_gives_none_where_all_do_not_suffice() -> None:
+    """Nobody is given up for nothing."""
+    assert choose([a_candidate(1, "a")], [], lambda victims: len(victims) > 1) is None
+
+
+def test_choose_drops_only_what_the_others_make_superfluous() -> None:
+    """Two of three suffice, no single one does."""
+    one, two, three = (a_candidate(runner, "abc"[runner], held_bytes=runner + 1) for runner in range(3))
+    chosen = choose([one, two, three], [], lambda victims: sum(victim.held_bytes for victim in victims) >= 5)
+    assert chosen == [two, three]
+
+
+def test_choose_keeps_what_turned_out_not_to_be_needed() -> None:
+    """Taken one by one until they suffice; then the small ones that a large one made superfluous are kept."""
+    small, large = a_candidate(1, "a", held_bytes=1), a_candidate(2, "b", held_bytes=4)
+    chosen = choose([small, large], [], lambda victims: sum(one.held_bytes for one in victims) >= 4)
+    assert chosen == [large]

@@ -1,0 +1,116 @@
+"""Every decision says what was considered, with figures, and why the rest was not taken."""
+
+from __future__ import annotations
+
+import math
+
+from fsm.domain.devices import HOST, MIB
+from fsm.machine.runner import RunnerState
+from fsm.messages.decision_log import ConsideredDevice, ConsideredRunner, Decision
+from fsm.sizing.footprint import Footprint
+from tests.support.pool import PoolUnderTest, a_pool, acquire, exited, expire, loaded, pin, release
+
+GIB = 1024 * MIB
+
+
+def listened(pool: PoolUnderTest) -> PoolUnderTest:
+    pool.core.journal = []
+    return pool
+
+
+def told(pool: PoolUnderTest, what: str) -> Decision:
+    """Return the last decision of a kind."""
+    assert pool.core.journal is not None
+    return next(e for e in reversed(pool.core.journal) if isinstance(e, Decision) and e.what == what)
+
+
+def reasons(decision: Decision) -> dict[str, str]:
+    return {one.model: one.reason for one in decision.runners}
+
+
+def test_an_eviction_says_who_goes_and_why_the_others_stay() -> None:
+    """With what each holds, how long nobody has used it, and whether it may go at all."""
+    pool = listened(a_pool(capacity="8GiB", each="2GiB", max_runners=9).idle("old").ready("busy").idle("pinned"))
+    pool.feed(pin("pinned"))
+    pool.idle("new")
+    pool.advance("7s")
+    pool.feed(acquire("other", request=50))
+    decision = told(pool, "evicts")
+    assert (decision.request, decision.model) == (50, "other")
+    assert reasons(decision) == {
+        "old": "",
+        "busy": "in use",
+        "pinned": "pinned",
+        "new": "others come first in the policy's order, and suffice",
+    }
+    old = next(one for one in decision.runners if one.model == "old")
+    assert old == ConsideredRunner(1, "old", ((HOST, 2 * GIB),), RunnerState.idle, 0, 7.0, None, True, "")
+    assert decision.devices == (ConsideredDevice(HOST, 2 * GIB, 2 * GIB, True, ""),)
+
+
+def test_a_wait_says_until_when_and_for_whom() -> None:
+    """The bound of its wait is when the busy one is made to drain."""
+    pool = listened(a_pool(capacity="8GiB", max_wait_s=120.0, min_residency_s=0.0).ready("busy", lease=1))
+    pool.feed(acquire("other", request=2))
+    decision = told(pool, "waits")
+    assert decision.reason == "for busy to become idle"
+    assert decision.until == pool.core.pool.now + 120.0
+    assert reasons(decision) == {"busy": "it is to go in 120.0 s, or when it rests"}
+    (view,) = pool.core.snapshot().queue
+    assert (view.position, view.waits_for, view.until) == (0, "busy to become idle", decision.until)
+
+
+def test_a_wait_for_a_load_says_when_it_is_expected() -> None:
+    """By how long loads of the model took before; the first one may take any time."""
+    pool = listened(a_pool(capacity="8GiB", keep_alive_s=0.0))
+    pool.feed(acquire("a", request=1))
+    assert pool.core.snapshot().queue[0].until == math.inf
+    pool.advance("8s")
+    pool.feed(loaded(1), release(1), exited(1), acquire("a", request=2))
+    assert pool.core.snapshot().queue[0].until == pool.core.pool.now + 8.0
+
+
+def test_a_placement_says_what_each_device_had() -> None:
+    """The one that is taken, and why not another."""
+    pool = listened(a_pool(capacity="32GiB", gpus=["8GiB"]).declare("a", Footprint(fixed=(("gpu0", 3 * GIB),))))
+    pool.feed(acquire("a", request=1))
+    decision = told(pool, "placed")
+    assert decision.reason == "3072.0 MiB of gpu0"
+    assert decision.devices == (
+        ConsideredDevice(HOST, 0, 32 * GIB, False, "not needed"),
+        ConsideredDevice("gpu0", 3 * GIB, 8 * GIB, True, ""),
+    )
+
+
+def test_a_refusal_says_what_would_be_needed_and_who_stands_in_the_way() -> None:
+    """What is pinned is not moved for others."""
+    pool = listened(a_pool(capacity="8GiB").idle("kept"))
+    pool.feed(pin("kept"), acquire("other", request=2))
+    decision = told(pool, "rejected")
+    assert reasons(decision) == {"kept": "pinned"}
+    assert decision.devices == (ConsideredDevice(HOST, 6 * GIB, 2 * GIB, False, "4096.0 MiB are missing"),)
+
+
+def test_nothing_is_made_up_where_nobody_listens() -> None:
+    """Without a journal a decision costs no explanation, and is the same."""
+    quiet, loud = a_pool(capacity="8GiB").idle("a"), listened(a_pool(capacity="8GiB").idle("a"))
+    assert quiet.feed(acquire("b", request=50)) == loud.feed(acquire("b", request=50))
+    assert quiet.core.journal is None and told(loud, "evicts").reason == "a"
+
+
+def test_what_drains_for_long_is_not_said_to_be_stopped() -> None:
+    """Its holders have not given it back; it was not told to end yet."""
+    pool = listened(a_pool(max_wait_s=10.0, min_residency_s=0.0).ready("a", lease=1))
+    pool.feed(acquire("b", request=2))
+    pool.advance("30s")
+    pool.feed(acquire("c", request=3))
+    assert reasons(told(pool, "waits"))["a"] == "it is on its way out"
+
+
+def test_an_idle_one_that_stays_until_the_rest_is_there_is_said_to() -> None:
+    """It may go now, and goes when the one that drains has gone."""
+    pool = listened(a_pool("6GiB", sizes={"busy": "5GiB", "idle": "1GiB", "all": "6GiB"}, min_residency_s=0.0))
+    pool.ready("busy", lease=1).idle("idle").feed(expire("busy"))
+    pool.advance("10s")
+    pool.feed(acquire("all", request=11))
+    assert reasons(told(pool, "waits"))["idle"] == "it is to go when nothing else is missing"

@@ -1,0 +1,251 @@
+"""Backfilling never lets an older request wait longer for a younger one, and who is asked to leave is told."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from fsm.domain.devices import MIB
+from fsm.machine.runner import RunnerState
+from fsm.messages.commands import Ask
+from fsm.planning.planner import LINES_AHEAD
+from fsm.sizing.footprint import Footprint
+from tests.support.models import a_model
+from tests.support.pool import (
+    PoolUnderTest,
+    a_pool,
+    acquire,
+    amount,
+    cancel,
+    exited,
+    granted,
+    launched,
+    layered,
+    loaded,
+    memory,
+    release,
+    stopped,
+)
+
+
+def on_gpu(pool: PoolUnderTest, gpu: str = "gpu0", **sizes: str) -> PoolUnderTest:
+    """Declare models that take memory of one GPU only."""
+    for model, size in sizes.items():
+        pool.declare(model, Footprint(fixed=((gpu, amount(size)),)))
+    return pool
+
+
+# -- an older one first -----------------------------------------------------------------------------------------------
+
+
+def test_the_last_place_among_the_runners_is_kept_for_the_older_one() -> None:
+    """It waits for another load to end only; a younger one that could start elsewhere would take its place."""
+    pool = on_gpu(a_pool(gpus=["16GiB", "16GiB"], max_runners=2), a="4GiB", b="4GiB")
+    on_gpu(pool, "gpu1", c="4GiB").loading("a", request=1)
+    assert launched(pool.feed(acquire("b", request=2), acquire("c", request=3))) == []
+    assert pool.waits_for(2) == "another load to end"
+    assert launched(pool.feed(loaded(1))) == ["b"]
+
+
+@pytest.mark.parametrize("younger", [False, True])
+def test_memory_that_is_waited_for_behind_other_memory_is_booked(younger: bool) -> None:
+    """Two want 4 GiB each, and 2 are free: a younger model does not take these."""
+    pool = a_pool(capacity="12GiB", sizes={"a": "6GiB", "b": "4GiB", "y": "2GiB"}).ready("a", lease=1).ready("b", 2)
+    pool.feed(memory(10, cpu="4GiB"), memory(11, cpu="4GiB"))
+    if younger:
+        assert launched(pool.feed(acquire("y", request=12))) == []
+    pool.feed(release(1))
+    pool.settle()
+    assert {10, 11} <= pool.answers.keys()
+
+
+def test_memory_that_was_asked_for_later_is_not_booked_before_an_older_model() -> None:
+    """A line for memory is as old as its first request; the others in it are as old as they are."""
+    pool = a_pool(capacity="12GiB", sizes={"a": "10GiB", "y": "6GiB"}).ready("a", lease=1)
+    pool.feed(memory(10, cpu="5GiB"), acquire("y", request=11), memory(12, cpu="5GiB"), release(1))
+    pool.settle()
+    assert 10 in pool.answers and 12 not in pool.answers
+    assert pool.state("y") is RunnerState.loading
+
+
+@pytest.mark.parametrize("younger", [False, True])
+def test_what_waits_for_a_load_with_other_options_is_booked(younger: bool) -> None:
+    """When that is over its runner makes room, but not enough: what is free beside it is kept."""
+    pool = a_pool(max_wait_s=20.0).declare("y", "3GiB")
+    pool.declare("m", a_model((400 * MIB,) * 4, context_trained=10**7))
+    pool.feed(acquire("m", request=1, num_ctx=1024), acquire("m", request=2, num_ctx=2_000_000))
+    if younger:
+        assert launched(pool.feed(acquire("y", request=3))) == []
+    pool.feed(loaded(1), release(1))
+    pool.settle()
+    assert [launch.model for launch in pool.launches.values()][:2] == ["m", "m"]
+
+
+@pytest.mark.parametrize("draining", [False, True])
+def test_a_drain_elsewhere_gives_no_place_among_the_loads_away(draining: bool) -> None:
+    """The older one waits for memory that is coming back: a younger one that fits beside it would load first."""
+    pool = a_pool(capacity="64GiB", gpus=["16GiB"], max_runners=8).declare("d", "1GiB")
+    on_gpu(pool, s="12GiB", b="10GiB", y="1GiB")
+    if draining:
+        pool.expiring("d", lease=1)
+    pool.expiring("s")
+    assert launched(pool.feed(acquire("b", request=2), acquire("y", request=3))) == []
+    assert pool.waits_for(2) == "memory that is on its way back"
+    assert launched(pool.feed(exited(pool.runner("s")))) == ["b"]
+
+
+def test_memory_of_the_programs_own_waits_for_no_process() -> None:
+    """However many wait for a place among the runners."""
+    pool = a_pool(capacity="64GiB", each="1GiB", max_runners=1).ready("a", lease=1)
+    for number in range(17):
+        pool.feed(acquire(f"m{number}", request=10 + number))
+    assert granted(pool.feed(memory(99, cpu="1GiB"))) == [99]
+
+
+def test_a_load_that_nobody_waits_for_goes_on_until_its_place_is_of_use() -> None:
+    """Whoever wants the place waits for memory that others still use."""
+    pool = on_gpu(a_pool(capacity="64GiB", gpus=["16GiB"], max_runners=8), d="12GiB", u="1GiB", w="10GiB")
+    pool.expiring("d", lease=1).loading("u", request=2)
+    pool.feed(cancel(2))
+    assert stopped(pool.feed(acquire("w", request=3))) == []
+    assert pool.waits_for(3) == "d to finish"
+
+
+# -- whoever is to leave is told --------------------------------------------------------------------------------------
+
+
+def test_holders_of_what_drains_at_once_are_asked() -> None:
+    """They may give it back early, and have not heard of it before."""
+    pool = a_pool(max_wait_s=0.0, min_residency_s=0.0).ready("a", lease=1)
+    assert pool.feed(acquire("b", request=2)) == [Ask(1, (1,))]
+    assert pool.state("a") is RunnerState.expiring
+
+
+def test_holders_that_come_later_are_asked_too() -> None:
+    """As long as somebody waits for the memory."""
+    pool = a_pool().ready("a", lease=1)
+    pool.feed(acquire("b", request=2))
+    assert Ask(1, (3,)) in pool.feed(acquire("a", request=3))
+    pool.feed(cancel(2))
+    assert Ask(1, (4,)) not in pool.feed(acquire("a", request=4))
+
+
+# -- the cheapest set, on a machine with GPUs -------------------------------------------------------------------------
+
+
+class Costs:
+    """A policy that gives each model a cost."""
+
+    name = "costs"
+
+    def __init__(self, **costs: float) -> None:
+        self.costs = costs
+
+    def order(self, now, candidates):
+        return [replace(one, cost_s=self.costs.get(one.model, 1.0)) for one in candidates]
+
+
+def test_what_is_held_elsewhere_makes_no_set_cheaper() -> None:
+    """For room on the host, a cost is weighed with what goes free there."""
+    held = {"m1": (194, 8007), "m2": (1566, 0), "m3": (4761, 0), "m4": (171, 7783)}
+    policy = Costs(m1=6.0, m2=6.0, m3=3.0, m4=4.0)
+    pool = a_pool(capacity="6692MiB", gpus=["16GiB"], max_runners=9, policy=policy)
+    for model, (host, gpu) in held.items():
+        sizes = (("cpu", host * MIB), ("gpu0", gpu * MIB))
+        pool.declare(model, Footprint(fixed=sizes if gpu else sizes[:1])).idle(model)
+    pool.advance("10s")
+    pool.declare("new", "6420MiB").feed(acquire("new", request=5))
+    assert {model for model in held if pool.state(model) is RunnerState.expiring} == {"m2", "m3", "m4"}
+
+
+# -- in words ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_first_in_order_waits_for_nobody_before_it() -> None:
+    """It is told of the load that holds the memory."""
+    pool = a_pool().loading("a", request=1)
+    pool.feed(acquire("b", request=2, priority=1))
+    assert pool.waits_for(2) == "a to load, and then to become idle"
+
+
+def test_a_drain_that_takes_too_long_is_named() -> None:
+    """It is no longer counted on, and still what is waited for."""
+    pool = a_pool().ready("a", lease=1)
+    pool.feed(acquire("b", request=2))
+    pool.advance("240s")
+    assert pool.waits_for(2) == "a to finish"
+
+
+def test_what_is_to_load_alone_waits_for_the_loads_of_others() -> None:
+    """After it ran out of memory; none is on its way back."""
+    pool = a_pool(capacity="16GiB", each="4GiB").loading("a", request=1).loading("b", request=2)
+    pool.feed(exited(1, 1, "no memory", out_of_memory=True))
+    assert pool.waits_for(1) == "b to load, and then to become idle"
+
+
+def test_two_that_are_to_load_alone_begin_one_after_the_other() -> None:
+    """Both ran out of memory beside each other; neither is the other's company again, and who comes waits as well."""
+    pool = a_pool(capacity="16GiB", each="4GiB").loading("a", request=1).loading("b", request=2)
+    pool.feed(exited(1, 1, "no memory", out_of_memory=True))
+    assert launched(pool.feed(exited(2, 1, "no memory", out_of_memory=True))) == ["a"]
+    assert launched(pool.feed(acquire("c", request=3))) == []
+    pool.feed(loaded(3))
+    assert pool.waits_for(2) == "a to become idle"
+    assert pool.state("a") is RunnerState.ready and pool.state("c") is RunnerState.unloaded
+    assert launched(pool.feed(cancel(2))) == ["c"]
+
+
+def test_nobody_begins_beside_a_load_that_is_to_be_alone() -> None:
+    """It is told what it waits for."""
+    pool = a_pool(capacity="16GiB", each="4GiB").loading("a", request=1)
+    assert launched(pool.feed(exited(1, 1, "no memory", out_of_memory=True))) == ["a"]
+    assert launched(pool.feed(acquire("c", request=3))) == []
+    assert pool.waits_for(3) == "a to load with nothing beside it"
+    assert launched(pool.feed(loaded(2))) == ["c"]
+
+
+# -- behind many others -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ahead", [LINES_AHEAD - 1, LINES_AHEAD, 2 * LINES_AHEAD])
+def test_the_bound_on_a_wait_holds_behind_any_number_who_wait_for_another_gpu(ahead: int) -> None:
+    """Those have nothing to do with it: what it may have drained is drained for it when its time has come."""
+    pool = a_pool("64GiB", gpus=["8GiB", "8GiB"], max_runners=100)
+    on_gpu(pool, "gpu0", held="6GiB", **{f"other{number}": "6GiB" for number in range(ahead)})
+    on_gpu(pool, "gpu1", warm="6GiB", late="6GiB").ready("held", lease=1).ready("warm", lease=2)
+    pool.feed(*(acquire(f"other{number}", request=100 + number) for number in range(ahead)))
+    pool.feed(acquire("late", request=500))
+    pool.advance("119s")
+    assert pool.state("warm") is RunnerState.ready
+    pool.advance("2s")
+    assert pool.state("warm") is RunnerState.expiring
+
+
+def test_the_bound_on_a_wait_holds_on_the_host_behind_many_who_wait_for_gpus() -> None:
+    """Each of those takes a little of the host as well, and lacks nothing there."""
+    pool = a_pool("8GiB", gpus=["8GiB"], max_runners=100, sizes={"warm": "7GiB", "late": "7GiB"}, keep_alive_s=1e6)
+    for number in range(LINES_AHEAD + 1):
+        pool.declare(f"gpu model {number}", Footprint(fixed=(("gpu0", amount("6GiB")), ("cpu", MIB))))
+    pool.ready("warm", lease=1).ready("gpu model 0", lease=2)
+    pool.feed(*(acquire(f"gpu model {number}", request=100 + number) for number in range(1, LINES_AHEAD + 1)))
+    pool.feed(acquire("late", request=500))
+    pool.advance("121s")
+    assert pool.state("warm") is RunnerState.expiring
+
+
+def test_a_load_does_not_wait_for_a_place_on_one_gpu_while_another_takes_it() -> None:
+    """It would fit best where another loads; where it fits as well, nobody does."""
+    pool = a_pool("64GiB", gpus=["80GiB", "24GiB"])
+    pool.declare("a", layered(8, "1GiB")).declare("b", layered(8, "1GiB"))
+    pool.feed(acquire("a", request=1), acquire("b", request=2))
+    (gpu_of_a, _), (gpu_of_b, _) = (pool.launches[runner].placement.gpu_layers[0] for runner in (1, 2))
+    assert {gpu_of_a, gpu_of_b} == {"gpu0", "gpu1"}
+
+
+def test_a_load_waits_for_its_place_where_the_other_gpus_do_not_take_it() -> None:
+    """In part on another one it would answer slowly for as long as it lives."""
+    pool = a_pool("64GiB", gpus=["80GiB", "4GiB"])
+    pool.declare("a", layered(8, "1GiB")).declare("b", layered(8, "1GiB"))
+    assert launched(pool.feed(acquire("a", request=1), acquire("b", request=2))) == ["a"]
+    assert pool.waits_for(2) == "another load to end"

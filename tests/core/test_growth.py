@@ -1,0 +1,189 @@
+"""What a decision costs, counted in calls, does not grow with those who wait; and nobody far back is forgotten."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from types import FrameType
+
+import pytest
+
+from fsm.domain.devices import MIB
+from fsm.messages.commands import Grant
+from fsm.messages.refusals import DoesNotFit, InvalidModel
+from fsm.planning.planner import LINES_AHEAD
+from fsm.sizing.footprint import Footprint
+from fsm.sizing.load_history import MOST_KINDS
+from tests.support.models import a_model
+from tests.support.pool import (
+    PoolUnderTest,
+    a_pool,
+    acquire,
+    cancel,
+    exited,
+    expire,
+    granted,
+    launched,
+    loaded,
+    pin,
+    refused,
+    release,
+    unpin,
+)
+from tests.tools.bench.growth import ACTIONS, Crowd
+
+FAR_BACK = LINES_AHEAD + 8
+
+
+def calls_of(action: Callable[[], object]) -> int:
+    """Return how many functions an action calls, those of C among them."""
+    counted = 0
+
+    def count(frame: FrameType, event: str, argument: object) -> None:
+        nonlocal counted
+        counted += event in ("call", "c_call")
+
+    sys.setprofile(count)
+    try:
+        action()
+    finally:
+        sys.setprofile(None)
+    return counted
+
+
+def a_crowd() -> PoolUnderTest:
+    """Return a pool with one busy runner that fills it, for which as many models wait as are planned, and some."""
+    pool = a_pool(capacity="8GiB", max_queue=1000).ready("busy", lease=1)
+    for number in range(FAR_BACK):
+        pool.feed(acquire(f"model {number}", request=10 + number))
+    return pool
+
+
+def test_a_decision_costs_about_the_same_however_many_wait() -> None:
+    """From 10 who wait to 500, a decision calls at most three times as many functions."""
+    few, many = Crowd(20, 10), Crowd(20, 500)
+    for name in ACTIONS:
+        assert calls_of(getattr(many, name)) <= 3 * calls_of(getattr(few, name)), name
+
+
+class Unscanned(dict):  # type: ignore[type-arg]  # of whatever it is put in the place of
+    """A mapping that is only looked up."""
+
+    def __iter__(self) -> Iterator[object]:
+        raise AssertionError("it was scanned")
+
+    items = keys = values = __iter__  # type: ignore[assignment]  # none of them is to be called
+
+
+@pytest.mark.parametrize("max_runners", [20, 30])
+def test_a_warm_request_looks_at_no_other_runner_and_no_other_request(max_runners: int) -> None:
+    """Asking for what is loaded, and giving it back while others use it or nobody waits, scans nothing."""
+    pool = a_pool(capacity="80GiB", max_runners=max_runners, each="1GiB")
+    for number in range(20):
+        pool.ready(f"model {number}")
+    core = pool.core
+    for name in ("runners", "requests", "lines", "models"):
+        setattr(core.pool, name, Unscanned(getattr(core.pool, name)))
+    for model in ("model 3", "model 4"):
+        assert core.step(core.pool.now, acquire(model, request=500)) == [Grant(500, pool.runner(model))]
+        assert core.step(core.pool.now, release(500)) == []
+
+
+def test_the_last_release_scans_nothing_where_nobody_waits() -> None:
+    """A runner that rests is looked at alone."""
+    pool = a_pool(capacity="80GiB", max_runners=30, each="1GiB").idle("a").ready("b")
+    core = pool.core
+    for name in ("runners", "requests", "lines", "models"):
+        setattr(core.pool, name, Unscanned(getattr(core.pool, name)))
+    assert core.step(core.pool.now, acquire("a", request=500)) == [Grant(500, pool.runner("a"))]
+    assert core.step(core.pool.now, release(500)) == []
+
+
+def test_who_comes_far_back_is_judged_at_once() -> None:
+    """What can never fit is refused at once, however many wait before it."""
+    pool = a_crowd().declare("huge", "9GiB")
+    assert refused(pool.feed(acquire("huge", request=900))) == {900: DoesNotFit}
+    assert pool.waits_for(10 + FAR_BACK - 1) == "those before it"
+
+
+def test_a_file_far_back_that_is_no_model_is_its_askers_error_at_once() -> None:
+    """S11: its metadata are read although its turn is far off."""
+    pool = a_crowd().declare("bad", InvalidModel("bad", "cut short", 4))
+    assert refused(pool.feed(acquire("bad", request=900))) == {900: InvalidModel}
+
+
+def test_everybody_comes_to_the_front_in_order() -> None:
+    """A line far back moves up as those before it are served or leave."""
+    pool = a_crowd()
+    pool.feed(*(cancel(10 + number) for number in range(0, FAR_BACK, 2)))
+    pool.feed(release(1), exited(1))
+    order = []
+    while pool.waiting():
+        runner = max(pool.launches)
+        order.append(pool.launches[runner].model)
+        pool.feed(loaded(runner))
+        lease = next(iter(pool.core.pool.runners[runner].leases))
+        pool.advance("1h")
+        pool.feed(release(lease))
+        pool.settle()
+    assert order == [f"model {number}" for number in range(1, FAR_BACK, 2)][: len(order)]
+    assert len(order) >= FAR_BACK // 2 - 1
+
+
+def test_what_nobody_before_it_can_use_is_not_kept_from_a_line_far_back() -> None:
+    """A line behind all that are planned starts on a GPU that is free, where those before it wait for the host."""
+    pool = a_pool(capacity="8GiB", gpus=["8GiB"], max_queue=1000, max_runners=1000).ready("busy", lease=1)
+    pool.declare("on the gpu", Footprint(fixed=(("gpu0", 4096 * MIB),)))
+    for number in range(FAR_BACK):
+        pool.feed(acquire(f"model {number}", request=10 + number))
+    assert launched(pool.feed(acquire("on the gpu", request=900))) == ["on the gpu"]
+
+
+def test_an_idle_runner_that_nobody_before_it_can_use_goes_for_a_line_far_back() -> None:
+    """Beyond those for whom room is made, what is idle is given up all the same."""
+    pool = a_pool(capacity="8GiB", gpus=["8GiB"], max_queue=1000, max_runners=1000)
+    pool.declare("resting", Footprint(fixed=(("gpu0", 6144 * MIB),)))
+    pool.declare("on the gpu", Footprint(fixed=(("gpu0", 4096 * MIB),)))
+    pool.idle("resting").ready("busy")
+    for number in range(FAR_BACK):
+        pool.feed(acquire(f"model {number}", request=100 + number))
+    pool.feed(acquire("on the gpu", request=900))
+    assert pool.core.pool.runners[pool.runner("resting")].stopping
+
+
+def test_deadlines_that_were_cleared_are_not_kept() -> None:
+    """A thousand requests that would have waited for a year, and left at once."""
+    pool = a_pool().ready("a", lease=1)
+    for request in range(2, 1002):
+        pool.feed(acquire("b", request, timeout="8760h"), cancel(request))
+    assert len(pool.core.pool.timers.copy()._heap) < 200
+
+
+def test_options_that_come_to_the_same_are_not_kept_for_ever() -> None:
+    """Contexts beyond what the model knows are all served by one runner, by ever new names."""
+    pool = a_pool().declare("a", a_model(context_trained=4096)).ready("a", lease=1, num_ctx=4096)
+    for request in range(2, 3 * MOST_KINDS):
+        pool.feed(acquire("a", request, num_ctx=4096 + request), release(request))
+    assert granted(pool.commands)[-1] == 3 * MOST_KINDS - 1
+    assert len(pool.life("a").accepted) <= MOST_KINDS
+
+
+def test_a_name_that_is_unpinned_and_was_never_pinned_is_not_kept() -> None:
+    """Nobody has asked for it."""
+    pool = a_pool()
+    pool.feed(unpin("a"))
+    assert not pool.core.pool.models
+
+
+def test_models_that_nobody_uses_any_more_are_forgotten_beyond_a_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A program may make objects of ever new names; those last used, and what is in use or pinned, stay."""
+    monkeypatch.setattr("fsm.lifecycle.failures.MOST_MODELS", 8)
+    pool = a_pool(each="1GiB", max_runners=20).ready("in use", lease=1)
+    pool.feed(pin("pinned"))
+    for number in range(50):
+        pool.idle(f"model {number:02}").feed(expire(f"model {number:02}"))
+        pool.settle()
+        pool.advance("1s")
+    models = set(pool.core.pool.models)
+    assert {"in use", "pinned", "model 48", "model 49"} < models
+    assert len(models) <= 8 + 1

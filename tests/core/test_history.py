@@ -1,0 +1,286 @@
+"""What can be seen and repeated: journal, snapshot, copies, determinism, deadlines."""
+
+from __future__ import annotations
+
+import math
+
+from fsm.core import Core
+from fsm.machine.request import Purpose
+from fsm.machine.runner import EXPIRING, IDLE, LOADING, READY, UNLOADED, RunnerState
+from fsm.messages.decision_log import Decision, Entry, Transition
+from fsm.messages.events import Configure, Inspected, OutOfMemory, Progress, Tick, Unresponsive
+from fsm.state.timers import Timers
+from tests.support.pool import (
+    START,
+    PoolUnderTest,
+    a_pool,
+    acquire,
+    amount,
+    cancel,
+    close,
+    exited,
+    expire,
+    layered,
+    loaded,
+    memory,
+    pin,
+    preload,
+    release,
+)
+
+
+def a_busy_pool() -> PoolUnderTest:
+    """Return a pool with something of everything: states, waiters, leases, pins, memory, failures, clocks."""
+    pool = a_pool(capacity="16GiB", gpus=("8GiB",), each="2GiB", max_runners=6).declare("g", layered(4, "1GiB"))
+    pool.ready("a", lease=1).idle("b").expiring("c", lease=2).loading("d", request=3, timeout="1h").idle("g")
+    pool.feed(pin("b"), memory(4, cpu="1GiB"), acquire("a", request=5, num_thread=3), preload("e", request=6))
+    pool.feed(acquire("e", request=7, priority=3), exited(pool.runner("g"), code=-9))
+    return pool
+
+
+def test_the_journal_tells_a_life() -> None:
+    """Every transition, with its reason and the leases after it."""
+    pool = a_pool()
+    journal: list[Entry] = []
+    pool.core.journal = journal
+    pool.ready("a", lease=1)
+    pool.advance("2s")
+    pool.feed(release(1), expire("a"), exited(1))
+    life = [(entry.trigger, entry.source, entry.destination, entry.leases) for entry in transitions(journal)]
+    assert life == [
+        ("launch", None, LOADING, 0),
+        ("serve", LOADING, READY, 1),
+        ("rest", READY, IDLE, 0),
+        ("expire", IDLE, EXPIRING, 0),
+        ("unload", EXPIRING, UNLOADED, 0),
+    ]
+    assert [entry.at for entry in transitions(journal)] == [START, START, START + 2, START + 2, START + 2]
+    assert all(entry.reason and entry.runner == 1 and entry.model == "a" for entry in transitions(journal))
+
+
+def transitions(journal: list[Entry]) -> list[Transition]:
+    return [entry for entry in journal if isinstance(entry, Transition)]
+
+
+def test_the_journal_tells_what_was_decided_about_requests() -> None:
+    """Queued, granted, rejected, in order."""
+    pool = a_pool()
+    journal: list[Entry] = []
+    pool.core.journal = journal
+    pool.ready("a", lease=1)
+    pool.feed(acquire("b", request=2), cancel(2), memory(3, cpu="1GiB"))
+    told = [(entry.what, entry.request) for entry in decisions(journal) if entry.what not in ("waits", "placed")]
+    assert told == [("queued", 1), ("granted", 1), ("queued", 2), ("rejected", 2), ("queued", 3), ("granted", 3)]
+
+
+def decisions(journal: list[Entry]) -> list[Decision]:
+    return [entry for entry in journal if isinstance(entry, Decision)]
+
+
+def test_the_journal_tells_what_is_waited_for_once_each_time_it_changes() -> None:
+    """In the words that the queue shows."""
+    pool = a_pool().ready("a", lease=1)
+    journal: list[Entry] = []
+    pool.core.journal = journal
+    pool.feed(acquire("b", request=2), pool.sample(), pool.sample(), expire("a"), release(1), exited(1))
+    waits = [(entry.request, entry.reason) for entry in decisions(journal) if entry.what == "waits"]
+    assert waits == [
+        (2, "for its model's metadata"),
+        (2, "for a to become idle"),
+        (2, "for a to finish"),
+        (2, "for memory that is on its way back"),
+        (2, "for its model to load"),
+    ]
+
+
+def test_a_victims_end_says_whose_memory_it_makes() -> None:
+    """A model's, or the program's own."""
+    for wish, reason in ((acquire("b", request=2), "b needs its memory"), (memory(2, cpu="6GiB"), "the program needs")):
+        pool = a_pool().idle("a")
+        journal: list[Entry] = []
+        pool.core.journal = journal
+        pool.feed(wish)
+        assert next(entry.reason for entry in transitions(journal) if entry.trigger == "expire").startswith(reason)
+
+
+def test_the_journal_is_no_input_of_a_decision() -> None:
+    """With and without one the same events lead to the same commands."""
+    with_journal, without = a_pool(), a_pool()
+    with_journal.core.journal = []
+    for pool in (with_journal, without):
+        pool.ready("a", lease=1).feed(acquire("b", request=2), release(1), exited(1), loaded(2))
+    assert with_journal.commands == without.commands
+
+
+def test_the_same_events_give_the_same_commands() -> None:
+    """Determinism: everything follows from events and times."""
+    first, second = a_busy_pool(), a_busy_pool()
+    for pool in (first, second):
+        pool.advance("10m")
+        pool.feed(close("1s"))
+        pool.advance("1m")
+        pool.settle()
+    assert first.commands == second.commands
+    assert first.core.snapshot() == second.core.snapshot()
+
+
+def test_a_copy_goes_its_own_way() -> None:
+    """What happens to a copy leaves the original as it was, and the other way round."""
+    pool = a_busy_pool()
+    before = pool.core.snapshot()
+    copy = pool.core.copy()
+    assert copy.snapshot() == before
+    for event in (release(1), cancel(3), exited(2), Configure(max_runners=1), close("0s")):
+        copy.step(pool.now, event)
+        copy.check()
+    copy.step(pool.now + 1e6, Tick())
+    copy.check()
+    assert pool.core.snapshot() == before
+    pool.core.check()
+
+
+def test_a_copy_decides_like_the_original() -> None:
+    """The same events after the copy give the same commands."""
+    pool = a_busy_pool()
+    copy = pool.core.copy()
+    events = [release(1), loaded(4), Tick(), cancel(6), expire("a"), exited(1), close("5s"), Tick()]
+    for later, event in enumerate(events):
+        now = pool.now + 100.0 * later
+        assert copy.step(now, event) == pool.core.step(now, event)
+        assert copy.deadline() == pool.core.deadline()
+
+
+def test_a_copy_keeps_count_of_what_was_late_and_of_the_end() -> None:
+    """Neither is forgotten, so that Finish is not said again."""
+    pool = a_pool()
+    pool.feed(release(9), close())
+    copy = pool.core.copy()
+    assert (copy.late, copy.step(pool.now, close())) == (1, [])
+
+
+def test_a_snapshot_shows_everything() -> None:
+    """Runners, who waits in order and for what, devices, whether it closes."""
+    snapshot = a_busy_pool().core.snapshot()
+    states = {view.model: view.state for view in snapshot.runners}
+    assert states == {
+        "a": RunnerState.ready,
+        "b": RunnerState.idle,
+        "c": RunnerState.expiring,
+        "d": RunnerState.loading,
+        "e": RunnerState.loading,
+    }
+    assert {view.model for view in snapshot.runners if view.pinned} == {"b"}
+    assert [(view.request, view.position) for view in snapshot.queue] == [(7, 0), (3, 1), (5, 2), (6, 3)]
+    assert {view.request: view.purpose for view in snapshot.queue}[6] is Purpose.preload
+    assert [view.gives_up_at for view in snapshot.queue if view.request == 3] == [START + 3600.0]
+    host = next(view for view in snapshot.devices if view.id == "cpu")
+    assert (host.capacity_bytes, host.held_bytes) == (amount("16GiB"), amount("11GiB"))
+    assert not snapshot.closing
+
+
+def test_a_snapshot_does_not_change_afterwards() -> None:
+    """It is safe to keep and to hand on."""
+    pool = a_pool().ready("a", lease=1)
+    snapshot = pool.core.snapshot()
+    pool.feed(release(1), expire("a"), exited(1))
+    assert [view.state for view in snapshot.runners] == [RunnerState.ready]
+
+
+def test_time_never_goes_back() -> None:
+    """An event that brings an earlier time than the last is taken as of the last."""
+    pool = a_pool().ready("a", lease=1)
+    pool.core.step(pool.now - 500.0, release(1))
+    assert pool.core.snapshot().runners[0].expires_at == pool.now + 300.0
+
+
+def test_an_empty_pool_waits_for_nothing() -> None:
+    """No deadline, nothing to be seen, nothing wrong."""
+    core = Core()
+    core.check()
+    assert core.deadline() == math.inf
+    assert core.step(0.0, Tick()) == []
+    assert (core.snapshot().runners, core.snapshot().queue, core.snapshot().devices) == ((), (), ())
+
+
+def test_late_events_are_counted_and_change_nothing() -> None:
+    """S15: Whatever comes for ids that nobody knows."""
+    pool = a_busy_pool()
+    pool.core.late, before = 0, pool.core.snapshot()
+    strangers = [
+        release(99), cancel(99), loaded(99), exited(99), Progress(99), OutOfMemory(99),
+        Unresponsive(99, ""), expire("nobody"), Inspected("nobody", layered(1, "1GiB")),
+    ]  # fmt: skip
+    assert pool.feed(*strangers) == []
+    assert pool.core.late == len(strangers)
+    assert pool.core.snapshot() == before
+
+
+# -- timers -----------------------------------------------------------------------------------------------------------
+
+
+def test_timers_come_up_in_order() -> None:
+    """The earliest first, each once."""
+    timers = Timers()
+    timers.set(("keep-alive", 1), 3.0)
+    timers.set(("keep-alive", 2), 1.0)
+    timers.set(("plan", 0), 2.0)
+    assert timers.items() == [(1.0, ("keep-alive", 2)), (2.0, ("plan", 0)), (3.0, ("keep-alive", 1))]
+    assert [timers.take_due(2.5) for _ in range(3)] == [("keep-alive", 2), ("plan", 0), None]
+    assert timers.deadline() == 3.0
+
+
+def test_a_timer_that_was_moved_comes_up_at_its_new_time_only() -> None:
+    """Later or earlier; the old time is at most a look too many."""
+    timers = Timers()
+    timers.set(("load", 1), 1.0)
+    timers.set(("load", 1), 5.0)
+    timers.set(("load", 2), 5.0)
+    timers.set(("load", 2), 1.0)
+    assert [timers.take_due(4.0) for _ in range(2)] == [("load", 2), None]
+    assert [timers.take_due(9.0) for _ in range(2)] == [("load", 1), None]
+
+
+def test_a_timer_that_was_cleared_never_comes_up() -> None:
+    """Nor one that is set to never."""
+    timers = Timers()
+    timers.set(("load", 1), 1.0)
+    timers.clear(("load", 1))
+    timers.set(("load", 2), 1.0)
+    timers.set(("load", 2), math.inf)
+    timers.clear(("load", 3))
+    assert timers.take_due(9.0) is None
+    assert (timers.at(("load", 1)), timers.deadline()) == (math.inf, math.inf)
+
+
+def test_a_cleared_timer_can_be_set_again_to_an_earlier_or_later_time() -> None:
+    """What lingers of its first life does not disturb the second."""
+    for again in (0.5, 1.0, 2.0):
+        timers = Timers()
+        timers.set(("load", 1), 1.0)
+        timers.clear(("load", 1))
+        timers.set(("load", 1), again)
+        assert timers.deadline() <= again
+        assert [timers.take_due(3.0) for _ in range(2)] == [("load", 1), None]
+
+
+def test_what_lingers_is_swept_out_and_nothing_else() -> None:
+    """Whatever was set and not cleared is due as before."""
+    timers = Timers()
+    for number in range(1000):
+        timers.set(("request", number), 1000.0 - number)
+        if number % 10:
+            timers.clear(("request", number))
+    assert [timers.take_due(2000.0) for _ in range(101)] == [
+        *(("request", number) for number in range(990, -1, -10)), None,
+    ]  # fmt: skip
+
+
+def test_copied_timers_are_independent() -> None:
+    """Neither what holds nor what is queued is shared."""
+    timers = Timers()
+    timers.set(("load", 1), 1.0)
+    other = timers.copy()
+    other.take_due(1.0)
+    other.set(("load", 2), 0.5)
+    assert timers.items() == [(1.0, ("load", 1))]
+    assert timers.take_due(2.0) == ("load", 1)

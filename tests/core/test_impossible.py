@@ -1,0 +1,74 @@
+"""Options that the engine would refuse: told at once, at nobody's cost."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from fsm.domain.devices import HOST
+from fsm.domain.model_info import Options
+from fsm.messages.refusals import DoesNotFit, Unsupported
+from fsm.placement.search import Demand, Gpu, Offload
+from fsm.sizing.load_options import impossible, resolve
+from tests.support.models import a_model
+from tests.support.pool import a_pool, acquire, amount, granted, launched, layered, refused, stopped
+
+WHOLE_BLOCKS = replace(a_model(), key_length=64, value_length=64)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("num_parallel", Options(num_parallel=257)),
+        ("num_thread", Options(num_thread=513)),
+        ("cache_type_v", Options(cache_type_v="q8_0", flash_attention=False)),
+    ],
+)
+def test_what_the_engine_refuses_for_every_model_is_known(name: str, options: Options) -> None:
+    """By the name of the option; what is at the limit passes."""
+    found = impossible(WHOLE_BLOCKS, resolve(WHOLE_BLOCKS, options))
+    assert found is not None and found[0] == name
+    assert impossible(WHOLE_BLOCKS, resolve(WHOLE_BLOCKS, Options(num_parallel=256, num_thread=512))) is None
+    assert impossible(WHOLE_BLOCKS, resolve(WHOLE_BLOCKS, Options(cache_type_k="q8_0", cache_type_v="q8_0"))) is None
+
+
+def test_heads_that_are_no_whole_blocks_take_no_quantised_cache() -> None:
+    """Keys and values each by their own size; an encoder has no cache."""
+    odd = replace(WHOLE_BLOCKS, key_length=16)
+    found = impossible(odd, resolve(odd, Options(cache_type_k="q8_0")))
+    assert found is not None and found[:2] == ("cache_type_k", "q8_0")
+    assert impossible(odd, resolve(odd, Options(cache_type_v="q8_0"))) is None
+    encoder = replace(odd, architecture="bert")
+    assert impossible(encoder, resolve(encoder, Options(cache_type_k="q8_0"))) is None
+
+
+def test_an_option_that_cannot_be_costs_nobody_a_runner() -> None:
+    """Neither the model's own runner, nor its next askers a back-off."""
+    pool = a_pool().declare("a", WHOLE_BLOCKS).idle("a")
+    commands = pool.feed(acquire("a", request=1, num_parallel=300))
+    assert (refused(commands), stopped(commands)) == ({1: Unsupported}, [])
+    assert pool.refusal(1).option == "num_parallel"
+    assert granted(pool.feed(acquire("a", request=2))) == [2]
+
+
+def test_layers_for_gpus_that_are_not_there_are_refused() -> None:
+    """Who names a number of layers gets that or nothing: never the host instead."""
+    pool = a_pool(capacity="64GiB").declare("a", WHOLE_BLOCKS)
+    assert refused(pool.feed(acquire("a", request=1, num_gpu=99))) == {1: DoesNotFit}
+    assert pool.refusal(1).reason == "it is to be on GPUs, and there is none"
+    assert launched(pool.feed(acquire("a", request=2, num_gpu=-1))) == ["a"]
+
+
+def test_a_required_gpu_is_no_matter_of_the_request() -> None:
+    """Whatever number of layers it names, none and some among them."""
+    gpus = (Gpu("gpu0", "gpu0"),)
+    for num_gpu in (None, -1, 0, 2):
+        assert Demand(layered(4, "1GiB"), num_gpu, require_gpu=True).offloads(gpus) == (Offload.whole,)
+
+
+def test_a_refusal_tells_the_way_that_lacks_least() -> None:
+    """Whole on the GPU it lacks a little of the host's memory; on the host it would lack much more."""
+    pool = a_pool(capacity="1GiB", gpus=("8GiB",)).declare("a", layered(4, "1GiB", host="1GiB"))
+    assert refused(pool.feed(acquire("a", request=1))) == {1: DoesNotFit}
+    assert dict(pool.refusal(1).needed) == {"gpu0": amount("5GiB"), HOST: amount("1.25GiB")}

@@ -1,0 +1,206 @@
+"""A time limit that the model's own load exceeds: told at once, with what is known, and nobody is evicted for it."""
+
+from __future__ import annotations
+
+from fsm.domain.devices import MIB
+from fsm.machine.runner import RunnerState
+from fsm.messages.commands import Grant, Reject, Stop
+from fsm.messages.refusals import NotInTime, TimedOut
+from fsm.planning.deadline_admission import TRUSTED_S
+from tests.support.models import a_model
+from tests.support.pool import (
+    PoolUnderTest,
+    a_pool,
+    acquire,
+    exited,
+    expire,
+    granted,
+    launched,
+    layered,
+    loaded,
+    memory,
+    pin,
+    refused,
+    release,
+    stopped,
+    unpin,
+)
+
+
+def after_two_loads(model: str, load_s: float, **limits: float) -> PoolUnderTest:
+    """Return a pool in which two loads of `model` took so long, and whose runners are gone."""
+    pool = a_pool(min_residency_s=0.0, keep_alive_s=0.0, **limits)
+    return load_and_go(load_and_go(pool, model, load_s), model, load_s)
+
+
+def load_and_go(pool: PoolUnderTest, model: str, load_s: float) -> PoolUnderTest:
+    """Have a model loaded, used and unloaded; return the pool."""
+    lease = pool.request_id()
+    pool.feed(acquire(model, lease))
+    pool.advance(load_s)
+    runner = pool.runner(model)
+    pool.feed(loaded(runner), release(lease))
+    if pool.state(model) is not RunnerState.expiring:
+        pool.feed(expire(model))
+    pool.settle()
+    return pool
+
+
+def test_a_limit_that_the_load_exceeds_is_refused_at_once() -> None:
+    """With the estimate: what the load took before."""
+    pool = after_two_loads("a", 8.0)
+    assert pool.feed(acquire("a", request=1, timeout="7s")) == [Reject(1, NotInTime("a", 7.0, 8.0, 8.0, None))]
+    assert pool.waiting() == []
+
+
+def test_a_limit_that_just_suffices_is_tried() -> None:
+    """What is loaded in the last moment is granted: never refused what could be served in time."""
+    pool = after_two_loads("a", 8.0)
+    assert launched(pool.feed(acquire("a", request=1, timeout="8s"))) == ["a"]
+    pool.advance("7.9s")
+    assert pool.feed(loaded(3)) == [Grant(1, 3)]
+
+
+def test_nobody_is_evicted_for_whom_there_is_no_time() -> None:
+    """It is told before room is made."""
+    pool = after_two_loads("a", 8.0).idle("b", keep_alive="1h")
+    assert refused(pool.feed(acquire("a", request=1, timeout="7s"))) == {1: NotInTime}
+    assert pool.feed(acquire("a", request=2, timeout="9s")) == [Stop(3)]
+
+
+def test_a_load_that_was_never_measured_promises_nothing() -> None:
+    """The first load of a model may take any time; the asker's limit ends the wait."""
+    pool = a_pool()
+    assert launched(pool.feed(acquire("a", request=1, timeout="0.001s"))) == ["a"]
+    assert refused(pool.advance("1s")) == {1: TimedOut}
+
+
+def test_one_load_alone_promises_nothing() -> None:
+    """It may have read a file from the disk that is in memory now."""
+    pool = load_and_go(a_pool(min_residency_s=0.0, keep_alive_s=0.0), "a", 8.0)
+    assert launched(pool.feed(acquire("a", request=1, timeout="1s"))) == ["a"]
+
+
+def test_what_has_passed_of_a_load_counts() -> None:
+    """Who joins a load that is nearly over waits for the rest of it."""
+    pool = after_two_loads("a", 8.0)
+    pool.feed(acquire("a", request=1))
+    pool.advance("3s")
+    assert pool.feed(acquire("a", request=2, timeout="4s")) == [Reject(2, NotInTime("a", 4.0, 5.0, 8.0, 3.0))]
+    assert pool.feed(acquire("a", request=3, timeout="5s")) == []
+    assert pool.feed(loaded(3)) == [Grant(1, 3), Grant(3, 3)]
+
+
+def test_a_loaded_model_is_granted_whatever_the_limit() -> None:
+    """Warm requests wait for no load."""
+    pool = load_and_go(a_pool(min_residency_s=0.0), "a", 8.0)
+    assert pool.feed(acquire("a", request=1)) == [pool.launch(2, "a")]
+    pool.feed(loaded(2))
+    assert pool.feed(acquire("a", request=2, timeout="0s")) == [Grant(2, 2)]
+
+
+def test_the_shortest_load_counts() -> None:
+    """One that took long may have read from a cold disk: it says nothing of the next."""
+    pool = after_two_loads("a", 8.0)
+    load_and_go(load_and_go(pool, "a", 2.0), "a", 30.0)
+    assert refused(pool.feed(acquire("a", request=1, timeout="1.9s"))) == {1: NotInTime}
+    assert launched(pool.feed(acquire("a", request=2, timeout="2s"))) == ["a"]
+
+
+def test_a_replaced_file_is_measured_anew() -> None:
+    """What another file took to load says nothing of this one; it is looked at before anybody is refused."""
+    pool = after_two_loads("a", 8.0)
+    pool.declare("a", "1GiB")
+    assert launched(pool.feed(acquire("a", request=1, timeout="1s"))) == ["a"]
+
+
+def test_a_measured_load_is_not_believed_for_ever() -> None:
+    """Else a model whose only load was slow would never be loaded again by those who have little time."""
+    pool = after_two_loads("a", 8.0)
+    pool.advance(TRUSTED_S)
+    assert refused(pool.feed(acquire("a", request=1, timeout="7s"))) == {1: NotInTime}
+    pool.advance("1s")
+    assert launched(pool.feed(acquire("a", request=2, timeout="7s"))) == ["a"]
+
+
+def test_those_with_time_wait_on() -> None:
+    """Each request is judged by its own limit; those without one are served as ever."""
+    pool = after_two_loads("a", 8.0)
+    commands = pool.feed(acquire("a", 1, timeout="1s"), acquire("a", 2), acquire("a", 3, timeout="1m"))
+    assert (refused(commands), launched(commands)) == ({1: NotInTime}, ["a"])
+    assert granted(pool.feed(loaded(pool.runner("a")))) == [2, 3]
+
+
+def test_what_other_options_took_to_load_says_nothing() -> None:
+    """A load without GPUs, or with a smaller context, may be quicker; who wants what was measured is told."""
+    pool = a_pool(capacity="32GiB", min_residency_s=0.0)
+    pool.feed(acquire("a", request=1))
+    pool.advance("8s")
+    pool.feed(loaded(1), release(1))
+    pool.feed(acquire("a", request=2, timeout="1s", num_thread=3))
+    assert stopped(pool.advance("0.4s")) == [1]
+    pool.feed(exited(1))
+    pool.advance("0.5s")
+    assert pool.feed(loaded(2)) == [Grant(2, 2)]
+    assert refused(pool.feed(acquire("a", request=3, timeout="1s", num_thread=2))) == {}
+    pool.advance("1s")
+    pool.feed(release(2), exited(2), acquire("a", request=5, num_thread=3))
+    pool.advance("0.5s")
+    pool.feed(loaded(3), release(5), expire("a"), exited(3))
+    assert refused(pool.feed(acquire("a", request=4, timeout="0.4s", num_thread=3))) == {4: NotInTime}
+
+
+def test_the_programs_memory_is_never_too_late() -> None:
+    """It is not loaded."""
+    pool = after_two_loads("a", 8.0)
+    assert pool.feed(memory(1, cpu="3GiB")) == [Grant(1, None)]
+
+
+def test_it_is_judged_when_the_file_has_been_looked_at() -> None:
+    """Before that, another file may be in its place; the look takes milliseconds."""
+    pool = after_two_loads("a", 8.0)
+    pool.inspects = False
+    assert refused(pool.feed(acquire("a", request=1, timeout="1s"))) == {}
+    assert refused(pool.feed(pool.sample(), pool.inspection("a"))) == {1: NotInTime}
+
+
+def test_it_is_judged_at_once_where_the_file_was_looked_at_for_another() -> None:
+    """One who waits for room has had it looked at; no launch has come since."""
+    pool = after_two_loads("a", 8.0).ready("b", lease=1)
+    pool.feed(acquire("a", request=2))
+    pool.inspects = False
+    assert refused(pool.feed(acquire("a", request=3, timeout="1s"))) == {3: NotInTime}
+
+
+def test_a_load_with_fewer_layers_on_gpus_says_nothing() -> None:
+    """A pin took most of the GPU; whole on it, the model may be there much sooner."""
+    pool = a_pool(capacity="64GiB", gpus=["16GiB"]).declare("m", layered(4, "1GiB"))
+    pool.declare("p", layered(1, "12GiB")).feed(pin("p"))
+    pool.idle("p")
+    load_and_go(load_and_go(pool, "m", 60.0), "m", 60.0)
+    pool.feed(unpin("p"), expire("p"))
+    pool.settle()
+    assert launched(pool.feed(acquire("m", request=1, timeout="30s"))) == ["m"]
+
+
+def test_what_its_runner_serves_after_all_is_not_refused() -> None:
+    """A batch that was chosen automatically is no difference, however long loads with the named one took."""
+    pool = a_pool(capacity="64GiB", gpus=["40GiB"], min_residency_s=0.0)
+    pool.declare("m", a_model((500 * MIB,) * 4, context_trained=8192))
+    for _ in range(2):
+        lease = pool.request_id()
+        pool.feed(acquire("m", lease, num_ctx=8192, num_batch=512))
+        pool.advance("60s")
+        pool.feed(loaded(pool.runner("m")), release(lease), expire("m"))
+        pool.settle()
+    pool.ready("m", lease=1, num_ctx=8192)
+    assert pool.life("m").options.num_batch == 1024
+    assert granted(pool.feed(acquire("m", request=2, num_ctx=10**6, timeout="30s"))) == [2]
+
+
+def test_a_load_from_long_ago_does_not_make_one_of_now_two() -> None:
+    """One alone may have read from the disk what is in memory now."""
+    pool = load_and_go(a_pool(min_residency_s=0.0, keep_alive_s=0.0), "a", 30.0)
+    pool.advance(TRUSTED_S + 1.0)
+    load_and_go(pool, "a", 30.0)
+    assert launched(pool.feed(acquire("a", request=9, timeout=20))) == ["a"]

@@ -1,0 +1,405 @@
+"""What is free, what is promised, and when memory counts as given back."""
+
+from __future__ import annotations
+
+import pytest
+
+from fsm.domain.devices import HOST, DeviceSample
+from fsm.machine.runner import RunnerState
+from fsm.messages.commands import Grant, Sample, Stop
+from fsm.messages.events import Event, Expire, Loaded, Sampled, Tick
+from fsm.sizing.footprint import Footprint
+from fsm.state.memory_ledger import Account, Ledger
+from tests.support.models import a_model
+from tests.support.pool import (
+    PoolUnderTest,
+    a_pool,
+    acquire,
+    amount,
+    cancel,
+    exited,
+    expire,
+    launched,
+    layered,
+    loaded,
+    release,
+    stopped,
+)
+
+GPU = "gpu0"
+OTHER = "gpu1"
+GIB = amount("1GiB")
+
+
+def a_ledger(capacity: int, free: int) -> Ledger:
+    return Ledger({HOST: DeviceSample(HOST, "cpu", "host", capacity, free)})
+
+
+# -- what is free -----------------------------------------------------------------------------------------------------
+
+
+def test_s12_free_is_what_is_not_promised() -> None:
+    """S12: with nobody else on the device, the promises decide."""
+    ledger = a_ledger(capacity=100, free=100)
+    ledger.reserve(("runner", 1), [(HOST, 60)])
+    assert ledger.free_bytes(HOST) == 40
+
+
+def test_s12_free_is_what_the_device_reports() -> None:
+    """S12: what strangers hold is not free, whatever was promised."""
+    assert a_ledger(capacity=100, free=30).free_bytes(HOST) == 30
+
+
+def test_s12_what_a_load_has_not_touched_yet_is_not_free() -> None:
+    """S12: the device still reports it as free, and a stranger holds memory too."""
+    ledger = a_ledger(capacity=100, free=70)
+    ledger.reserve(("runner", 1), [(HOST, 60)])
+    assert ledger.free_bytes(HOST) == 10
+
+
+def test_s12_what_a_runner_occupies_is_counted_once() -> None:
+    """S12: once the device has been read with it, its bytes are in the reading."""
+    ledger = a_ledger(capacity=100, free=70)
+    ledger.reserve(("runner", 1), [(HOST, 60)])
+    ledger.accounts["runner", 1].measure({HOST: 50})
+    ledger.sample([DeviceSample(HOST, "cpu", "host", 100, 20)])
+    assert ledger.free_bytes(HOST) == 10
+
+
+def test_s12_what_is_occupied_since_the_device_was_read_is_still_not_free() -> None:
+    """S12: a runner's own report of its size comes before the next reading, and a stranger holds memory too."""
+    pool = a_pool(capacity="16GiB", samples=False)
+    pool.strangers = {"cpu": 6 * GIB}
+    pool.ready("a", lease=1)
+    assert pool.free() == 4 * GIB
+    pool.feed(pool.sample())
+    assert pool.free() == 4 * GIB
+
+
+def test_memory_that_cannot_be_measured_is_counted_once_too() -> None:
+    """A driver may not tell what each process holds on a GPU: a loaded runner has taken what it was promised."""
+    pool = a_pool(capacity="64GiB", gpus=("8GiB",)).declare("a", layered(4, "1GiB")).ready("a", lease=1)
+    reading = pool.sample()
+    pool.feed(Sampled(reading.devices, (), reading.number))
+    assert pool.free(GPU) == 4 * GIB
+
+
+def test_a_runner_that_grew_beyond_its_promise_counts_as_it_was_seen() -> None:
+    """The peak is what it may take again."""
+    ledger = a_ledger(capacity=100, free=100)
+    ledger.reserve(("runner", 1), [(HOST, 60)])
+    account = ledger.accounts["runner", 1]
+    assert account.measure({HOST: 80})
+    account.measure({HOST: 10})
+    assert ledger.held_bytes(HOST) == 80
+
+
+def test_free_may_be_negative() -> None:
+    """An overdrawn device says by how much."""
+    ledger = a_ledger(capacity=100, free=100)
+    ledger.reserve(("runner", 1), [(HOST, 60)])
+    ledger.accounts["runner", 1].measure({HOST: 130})
+    assert ledger.free_bytes(HOST) == -30
+
+
+def test_an_owner_is_promised_memory_once() -> None:
+    """A second promise to the same owner is our own bug."""
+    ledger = a_ledger(capacity=100, free=100)
+    ledger.reserve(("runner", 1), [(HOST, 60)])
+    with pytest.raises(AssertionError):
+        ledger.reserve(("runner", 1), [(HOST, 1)])
+
+
+def test_a_copied_ledger_is_independent() -> None:
+    """Neither its accounts nor its devices are shared."""
+    ledger = a_ledger(capacity=100, free=100)
+    ledger.reserve(("runner", 1), [(HOST, 60)])
+    other = ledger.copy()
+    other.accounts["runner", 1].measure({HOST: 90})
+    other.sample([])
+    assert (ledger.held_bytes(HOST), list(ledger.devices)) == (60, [HOST])
+
+
+def test_an_account_knows_nothing_of_other_devices() -> None:
+    """What was never promised nor seen there is 0."""
+    assert Account({HOST: 1}).held_bytes(GPU) == 0
+
+
+def test_a_device_that_is_lost_takes_nobody_with_it() -> None:
+    """What was promised on it stays booked until its runner is gone; nothing new goes there."""
+    pool = a_pool(capacity="64GiB", gpus=("8GiB",)).declare("a", layered(4, "1GiB")).ready("a", lease=1)
+    del pool.capacities[GPU]
+    pool.occupied.clear()
+    pool.feed(pool.sample())
+    assert pool.state("a") is RunnerState.ready
+    pool.feed(release(1), expire("a"), exited(1))
+    assert pool.state("a") is RunnerState.unloaded
+    pool.loading("a", request=2)
+    assert pool.launches[2].placement.gpu_layers == ()
+
+
+def test_a_reading_that_shows_a_runner_that_is_gone_is_taken_in_without_it() -> None:
+    """It began before the runner was unloaded; the devices' figures are the latest there are all the same."""
+    pool = a_pool().idle("a")
+    reading = pool.sample(number=9)
+    pool.feed(expire("a"), exited(1), reading)
+    assert pool.core.snapshot().devices[0].reported_free_bytes == 2 * GIB
+
+
+def test_strangers_that_hold_memory_make_a_request_wait_or_fail_by_what_is_there() -> None:
+    """Idle runners go before anybody is refused for what other programs hold."""
+    pool = a_pool(each="4GiB").idle("a")
+    pool.strangers = {"cpu": 2 * GIB}
+    assert stopped(pool.feed(acquire("b", request=1))) == [1]
+    pool.strangers = {"cpu": 5 * GIB}
+    pool.feed(exited(1))
+    assert "other programs" in pool.refusal(1).reason
+
+
+# -- memory that comes back -------------------------------------------------------------------------------------------
+
+
+def a_gpu_pool(**how: object) -> PoolUnderTest:
+    """Return a pool of two GPUs of 8 GiB that are read only when a test says so; each model takes 4 GiB of one."""
+    pool = a_pool(capacity="64GiB", gpus=("8GiB", "8GiB"), samples=False, **how)
+    for model in "abcd":
+        pool.declare(model, Footprint((GIB,) * 4, (0,) * 4))
+    return pool
+
+
+def a_runner_that_left(**how: object) -> PoolUnderTest:
+    """Return a pool whose runner on the first GPU has just exited, and of whose 4 GiB nothing is back."""
+    pool = a_gpu_pool(**how).idle("a")
+    pool.feed(pool.sample(), expire("a"))
+    pool.strangers = {GPU: 4 * GIB}
+    pool.feed(exited(1))
+    return pool
+
+
+def test_s21_s31_memory_is_looked_for_when_the_process_has_gone() -> None:
+    """S21, S31: at once, then every 250 ms."""
+    pool = a_gpu_pool().idle("a")
+    assert pool.feed(expire("a")) == [Stop(1)]
+    assert pool.feed(exited(1)) == [Sample(1)]
+    assert pool.advance("249ms") == []
+    assert pool.advance("1ms") == [Sample(2)]
+
+
+def test_s31_memory_is_back_when_three_quarters_of_it_are() -> None:
+    """S31: of what it was measured to hold, on its own device."""
+    pool = a_runner_that_left()
+    pool.strangers = {GPU: GIB + 1}
+    pool.feed(pool.sample())
+    assert pool.state("a") is RunnerState.expiring
+    pool.strangers = {GPU: GIB}
+    pool.feed(pool.sample())
+    assert pool.state("a") is RunnerState.unloaded
+
+
+def test_s31_memory_is_waited_for_five_seconds_and_no_longer() -> None:
+    """S31: a driver that never shows it back holds nobody up for ever."""
+    pool = a_runner_that_left()
+    pool.advance("4.9s")
+    assert pool.state("a") is RunnerState.expiring
+    pool.advance("0.1s")
+    assert pool.state("a") is RunnerState.unloaded
+
+
+def test_s31_a_reading_from_before_the_exit_says_nothing() -> None:
+    """S31: it began when the process still held its memory, or it shows somebody else's."""
+    pool = a_runner_that_left()
+    pool.strangers = {}
+    pool.feed(pool.sample(number=0))
+    assert pool.state("a") is RunnerState.expiring
+    pool.feed(pool.sample(number=1))
+    assert pool.state("a") is RunnerState.unloaded
+
+
+def test_d10_memory_that_falls_is_not_memory_that_comes_back() -> None:
+    """D10: the difference is signed."""
+    pool = a_runner_that_left()
+    pool.strangers = {GPU: 8 * GIB}
+    pool.feed(pool.sample())
+    assert pool.state("a") is RunnerState.expiring
+
+
+def test_d10_what_comes_back_elsewhere_is_not_its_own() -> None:
+    """D10: other devices' traffic does not disturb the wait, in either direction."""
+    pool = a_runner_that_left()
+    pool.strangers[OTHER] = 8 * GIB
+    pool.feed(pool.sample())
+    pool.strangers[OTHER] = 0
+    pool.feed(pool.sample())
+    assert pool.state("a") is RunnerState.expiring
+    pool.strangers = {OTHER: 8 * GIB}
+    pool.feed(pool.sample())
+    assert pool.state("a") is RunnerState.unloaded
+
+
+def test_s31_what_the_device_showed_before_the_load_is_not_what_it_showed_before_the_exit() -> None:
+    """S31: a runner that lived between two readings has its memory back when the device is as free as before."""
+    pool = a_gpu_pool().idle("a")
+    pool.feed(expire("a"), exited(1))
+    pool.feed(pool.sample())
+    assert pool.state("a") is RunnerState.unloaded
+
+
+def test_s31_a_load_that_failed_before_it_took_anything_is_not_waited_for() -> None:
+    """S31: what it was promised but never held cannot come back."""
+    pool = a_gpu_pool().loading("a", request=1)
+    pool.feed(exited(1, code=1))
+    pool.feed(pool.sample())
+    assert pool.state("a") is RunnerState.unloaded
+
+
+def test_s31_an_object_on_a_gpu_is_waited_for_there() -> None:
+    """S31: whatever has no layers takes its declared bytes all the same."""
+    pool = a_gpu_pool().declare("a", Footprint(fixed=((GPU, 4 * GIB),))).idle("a")
+    pool.feed(pool.sample(), expire("a"))
+    pool.strangers = {GPU: 4 * GIB}
+    pool.feed(exited(1))
+    pool.feed(pool.sample())
+    assert pool.state("a") is RunnerState.expiring
+
+
+def test_s31_without_a_gpu_nothing_is_waited_for() -> None:
+    """S31: the host's memory is back when the process is gone; one look takes the new figures in."""
+    pool = a_pool(samples=False).idle("a")
+    pool.feed(expire("a"))
+    pool.strangers = {"cpu": 8 * GIB}
+    assert pool.feed(exited(1)) == [Sample(1)]
+    pool.feed(pool.sample())
+    assert pool.state("a") is RunnerState.unloaded
+
+
+def test_s31_an_integrated_gpu_is_not_waited_for() -> None:
+    """S31: it has no memory of its own."""
+    pool = a_runner_that_left(integrated=True)
+    pool.feed(pool.sample())
+    assert pool.state("a") is RunnerState.unloaded
+
+
+def test_s31_nobody_else_waits_for_it() -> None:
+    """S31, rule 10: others are granted and loaded meanwhile, where there is room for them."""
+    pool = a_runner_that_left()
+    assert launched(pool.feed(acquire("b", request=1))) == ["b"]
+    assert pool.launches[2].placement.gpu_layers == ((OTHER, 5),)
+    assert pool.feed(loaded(2)) == [Grant(1, 2)]
+
+
+def test_two_loads_go_on_beside_a_device_whose_memory_is_awaited() -> None:
+    """Rule 10: of three GPUs one waits for its driver; who wants the others is loaded there, at the same time."""
+    pool = a_pool("64GiB", ("8GiB", "8GiB", "8GiB")).declare("x", layered(4, "1500MiB"))
+    for model in "bcd":
+        pool.declare(model, layered(4, "1500MiB"))
+    pool.ready("x", lease=1)
+    gone = pool.launches[1].placement.gpu_layers[0][0]
+    pool.samples = False
+    pool.feed(pool.sample(), release(1), Expire("x"))
+    pool.strangers = {gone: 6 * GIB}
+    pool.feed(exited(1))
+    commands = pool.feed(*(acquire(model, request) for request, model in enumerate("bcd", 2)))
+    assert launched(commands) == ["b", "c"]
+    assert {device for id in (2, 3) for device, _ in pool.launches[id].placement.gpu_layers} == {
+        f"gpu{number}" for number in range(3)
+    } - {gone}
+    assert pool.waits_for(4) == "memory that is on its way back"
+    pool.feed(loaded(2), loaded(3))
+    pool.strangers = {}
+    assert launched(pool.feed(pool.sample())) == ["d"]
+
+
+def test_two_gpus_whose_memory_is_awaited_are_loaded_on_in_the_order_in_which_it_comes_back() -> None:
+    """The younger waiter's GPU is back first: it does not wait for the older one's, nor for that to load."""
+    pool = a_gpu_pool().idle("a").idle("b")
+    pool.declare("c", Footprint(fixed=((GPU, 6 * GIB),))).declare("d", Footprint(fixed=((OTHER, 6 * GIB),)))
+    pool.feed(pool.sample(), expire("a"), expire("b"))
+    pool.strangers = {GPU: 4 * GIB, OTHER: 4 * GIB}
+    pool.feed(exited(1), exited(2))
+    assert launched(pool.feed(acquire("c", request=1), acquire("d", request=2))) == []
+    pool.strangers = {GPU: 4 * GIB}
+    assert launched(pool.feed(pool.sample())) == ["d"]
+    pool.strangers = {}
+    assert launched(pool.feed(pool.sample())) == ["c"]
+    assert (pool.state("c"), pool.state("d")) == (RunnerState.loading, RunnerState.loading)
+
+
+def test_d12_each_device_is_waited_for_by_itself() -> None:
+    """D12: two runners of two devices are each unloaded by their own memory's return."""
+    pool = a_gpu_pool().idle("a").idle("b")
+    pool.feed(pool.sample(), expire("a"), expire("b"))
+    pool.strangers = {GPU: 4 * GIB, OTHER: 4 * GIB}
+    pool.feed(exited(1), exited(2))
+    pool.strangers = {GPU: 4 * GIB}
+    pool.feed(pool.sample())
+    assert (pool.state("a"), pool.state("b")) == (RunnerState.expiring, RunnerState.unloaded)
+
+
+def test_a_load_that_was_never_wanted_gives_its_promise_back() -> None:
+    """A Stop that overtook its Launch ends in an exit as well."""
+    pool = a_pool().loading("a", request=1, keep_alive=0)
+    pool.feed(cancel(1), exited(1, code=None, reason="stopped before it began"))
+    assert pool.free() == 8 * GIB
+
+
+# -- what was measured ------------------------------------------------------------------------------------------------
+
+
+def test_what_was_measured_is_known_for_the_next_load() -> None:
+    """The next placement of the same model with the same options is exact, within a small headroom."""
+    pool = a_pool(capacity="8GiB").declare("a", a_model())
+    pool.loading("a", request=1)
+    predicted = dict(pool.launches[1].placement.bytes)[HOST]
+    pool.feed(Loaded(1, None, ((HOST, predicted + 5),)), release(1), expire("a"), exited(1))
+    pool.loading("a", request=2)
+    assert pool.launches[2].placement.measured
+    assert dict(pool.launches[2].placement.bytes) == {HOST: predicted + 5}
+
+
+def test_what_a_load_took_that_failed_is_not_taken_for_what_it_needs() -> None:
+    """It never got as far as to show that."""
+    pool = a_pool(capacity="8GiB").declare("a", a_model()).loading("a", request=1)
+    pool.occupied[1] = {HOST: 7}
+    pool.feed(pool.sample(), exited(1, code=1))
+    pool.advance("10s")
+    pool.loading("a", request=2)
+    assert not pool.launches[2].placement.measured
+
+
+def test_what_was_measured_of_another_file_is_forgotten() -> None:
+    """The file has changed since."""
+    pool = a_pool(capacity="8GiB").declare("a", a_model()).idle("a")
+    pool.feed(expire("a"), exited(1))
+    pool.declare("a", a_model(layers_bytes=(3 * 2**20,) * 2)).loading("a", request=2)
+    assert not pool.launches[2].placement.measured
+
+
+def test_s31_memory_is_back_although_another_load_of_ours_takes_of_it() -> None:
+    """S31: what the one has given back and the other has taken are both known."""
+    pool = a_pool("64GiB", gpus=["16GiB"])
+    for model, size in (("a", "6GiB"), ("c", "5GiB"), ("b", "8GiB")):
+        pool.declare(model, Footprint(fixed=((GPU, amount(size)),)))
+    pool.idle("a").feed(acquire("c", request=1), acquire("b", request=2))
+    pool.samples = False
+    pool.feed(exited(1), loaded(pool.runner("c")))  # before the first reading
+    pool.samples = True
+    pool.feed(pool.sample())
+    assert pool.state("b") is RunnerState.loading
+
+
+@pytest.mark.parametrize("first", [Tick(), acquire("y", request=7)])
+def test_whoever_comes_as_the_wait_for_memory_ends_costs_nobody_an_answer(first: Event) -> None:
+    """A runner whose process is gone does end; only one that was told to and lives may never do."""
+    pool = a_pool("64GiB", gpus=["8GiB"])
+    for model, size in (("a", "6GiB"), ("b", "4GiB")):
+        pool.declare(model, Footprint(fixed=((GPU, amount(size)),)))
+    pool.idle("a").feed(acquire("b", request=2))
+    pool.samples = False
+    pool.strangers[GPU] = 2 * GIB  # so that it does not come back whole
+    pool.feed(exited(1))
+    pool.feed(pool.sample())
+    pool.advance("4.9s")
+    pool.feed(pool.sample())
+    pool.now += 0.101  # the timer is late
+    pool.feed(first, Tick())
+    assert pool.state("b") is RunnerState.loading

@@ -1,0 +1,288 @@
+"""Where a model goes: one GPU, several, partly, or the host."""
+
+from __future__ import annotations
+
+import pytest
+
+from fsm.domain.devices import HOST, Placement
+from fsm.domain.model_info import Options
+from fsm.messages.refusals import DoesNotFit
+from fsm.placement.search import Demand, Gpu, Offload, needed, place
+from fsm.sizing.footprint import Footprint
+from fsm.sizing.load_options import resolve
+from fsm.sizing.memory_estimate import estimate
+from tests.support.models import a_model
+from tests.support.pool import (
+    PoolUnderTest,
+    a_pool,
+    acquire,
+    amount,
+    exited,
+    launched,
+    layered,
+    loaded,
+    memory,
+    pin,
+    refused,
+    stopped,
+)
+
+GIB = amount("1GiB")
+FOUR_LAYERS = layered(4, "1GiB")  # with the headroom for a prediction: 5 GiB
+BOTH = (Gpu("gpu0", "gpu0"), Gpu("gpu1", "gpu1"))
+
+
+def placed(free: dict[str, int], footprint: Footprint = FOUR_LAYERS, offload: Offload = Offload.whole, **how: object):
+    """Return where `footprint` goes with so many GiB free, or None."""
+    gpus = [Gpu(device, device) for device in free if device != HOST]
+    return place(Demand(footprint, **how), offload, {device: size * GIB for device, size in free.items()}, gpus)
+
+
+# -- placing one model ------------------------------------------------------------------------------------------------
+
+
+def test_n04_the_gpu_with_most_free_memory_takes_a_whole_model() -> None:
+    """N04: one GPU that takes it is better than several."""
+    assert placed({HOST: 64, "gpu0": 6, "gpu1": 9}).gpu_layers == (("gpu1", 5),)
+
+
+def test_n04_a_prediction_may_fill_four_fifths_of_what_is_free() -> None:
+    """N04: 4 GiB predicted need 5 GiB free."""
+    assert placed({HOST: 64, "gpu0": 5}) is not None
+    assert placed({HOST: 64, "gpu0": 4.9}) is None
+
+
+def test_what_was_measured_needs_less_headroom() -> None:
+    """The same placement as before is known to the byte, so that 3 % are enough."""
+    split = (("gpu0", 5),)
+    known = {split: (("gpu0", 4 * GIB), (HOST, 0))}
+    placement = placed({HOST: 64, "gpu0": 4.2}, known=known)
+    assert (placement.measured, placement.gpu_layers) == (True, split)
+    assert placed({HOST: 64, "gpu0": 4.1}, known=known) is None
+
+
+def test_what_is_declared_needs_no_headroom() -> None:
+    """Its owner answers for it."""
+    declared = Footprint(fixed=((HOST, 4 * GIB),))
+    assert placed({HOST: 4}, declared, Offload.none) == Placement(((HOST, 4 * GIB),))
+    assert needed(Placement(((HOST, 100),)), exact=True) == ((HOST, 100),)
+    assert needed(Placement(((HOST, 100),)), exact=False) == ((HOST, 125),)
+
+
+def test_n04_an_explicit_main_gpu_goes_first() -> None:
+    """N04: even if another has more free; where it does not fit there, another takes it."""
+    assert placed({HOST: 64, "gpu0": 6, "gpu1": 9}, main_gpu=0).gpu_layers == (("gpu0", 5),)
+    assert placed({HOST: 64, "gpu0": 2, "gpu1": 9}, main_gpu=0).gpu_layers == (("gpu1", 5),)
+
+
+def test_n04_what_fits_on_no_single_gpu_is_split() -> None:
+    """N04: over as few as possible, the one with most free first."""
+    assert placed({HOST: 64, "gpu0": 3, "gpu1": 4, "gpu2": 1}).gpu_layers == (("gpu1", 3), ("gpu0", 2))
+
+
+def test_n04_a_discrete_gpu_goes_before_an_integrated_one() -> None:
+    """N04: even one with less memory free; the integrated one's is the host's."""
+    gpus = (Gpu("small", "small"), Gpu("shared", HOST))
+    free = {HOST: 64 * GIB, "small": 6 * GIB}
+    assert place(Demand(FOUR_LAYERS), Offload.whole, free, gpus).gpu_layers == (("small", 5),)
+    free["small"] = 4 * GIB
+    assert place(Demand(FOUR_LAYERS), Offload.whole, free, gpus) == Placement(((HOST, 4 * GIB),), (("shared", 5),))
+
+
+def test_n04_spread_deals_a_model_over_all_gpus_by_what_they_have_free() -> None:
+    """N04: each takes its part of the load, although one would take it all."""
+    assert placed({HOST: 64, "gpu0": 10, "gpu1": 10}, spread=True).gpu_layers == (("gpu0", 2), ("gpu1", 3))
+    assert placed({HOST: 64, "gpu0": 20, "gpu1": 5}, spread=True).gpu_layers == (("gpu0", 3), ("gpu1", 2))
+    assert placed({HOST: 64, "gpu0": 3, "gpu1": 1}, spread=True) is None
+
+
+def test_a_split_leaves_the_headroom_on_each_gpu() -> None:
+    """Two layers of 1 GiB need 2.5 GiB; what does not fit that way fits nowhere, least of all on the host."""
+    assert placed({HOST: 64, "gpu0": 3, "gpu1": 3}).gpu_layers == (("gpu0", 2), ("gpu1", 3))
+    assert placed({HOST: 64, "gpu0": 2, "gpu1": 3}) is None
+
+
+def test_a_split_counts_every_layer_once() -> None:
+    """Bytes by device: the layers' own, the output with the last, compute buffers on each device that computes."""
+    footprint = layered(4, "1GiB", output="512MiB", host="256MiB", compute="128MiB")
+    placement = placed({HOST: 64, "gpu0": 4, "gpu1": 4}, footprint)
+    amounts = dict(placement.bytes)
+    assert sum(layers for _, layers in placement.gpu_layers) == 5
+    assert amounts["gpu0"] + amounts["gpu1"] == 4 * GIB + GIB // 2 + 2 * (GIB // 8)
+    assert amounts[HOST] == GIB // 4
+    assert placement.total_bytes == sum(amounts.values())
+
+
+def test_a_part_is_as_many_layers_as_fit_and_the_rest_stays_on_the_host() -> None:
+    """The output goes first, then the last layers, as llama.cpp offloads them; the host computes the others."""
+    footprint = layered(4, "1GiB", output="512MiB", host="256MiB", compute="128MiB")
+    placement = placed({HOST: 64, "gpu0": 3}, footprint, Offload.part)
+    assert placement.gpu_layers == (("gpu0", 2),)
+    amounts = dict(placement.bytes)
+    assert amounts["gpu0"] == GIB + GIB // 2 + GIB // 8
+    assert amounts[HOST] == 3 * GIB + GIB // 4 + GIB // 8
+
+
+def test_on_the_host_alone_everything_stays_there() -> None:
+    """All layers, the output and one compute buffer."""
+    footprint = layered(4, "1GiB", output="512MiB", host="256MiB", compute="128MiB")
+    placement = placed({HOST: 64, "gpu0": 64}, footprint, Offload.none)
+    assert placement == Placement(((HOST, 4 * GIB + GIB // 2 + GIB // 4 + GIB // 8),))
+
+
+def test_the_output_is_the_first_to_be_offloaded() -> None:
+    """With as many as there are repeating layers, the first of these is still on the host."""
+    footprint = layered(4, "1GiB", output="512MiB")
+    one, four = (placed({HOST: 64, "gpu0": 64}, footprint, Offload.part, num_gpu=layers) for layers in (1, 4))
+    assert dict(one.bytes) == {"gpu0": GIB // 2, HOST: 4 * GIB}
+    assert dict(four.bytes) == {"gpu0": 3 * GIB + GIB // 2, HOST: GIB}
+
+
+def test_a_number_of_layers_that_is_named_is_kept_to() -> None:
+    """Neither more, where more would fit, nor fewer, where it does not."""
+    assert placed({HOST: 64, "gpu0": 64}, offload=Offload.part, num_gpu=2).gpu_layers == (("gpu0", 2),)
+    assert placed({HOST: 64, "gpu0": 2}, offload=Offload.part, num_gpu=3) is None
+
+
+@pytest.mark.parametrize(
+    ("num_gpu", "ways"),
+    [
+        (None, (Offload.whole, Offload.part, Offload.none)),
+        (-1, (Offload.whole, Offload.part, Offload.none)),
+        (0, (Offload.none,)),
+        (3, (Offload.part,)),
+        (5, (Offload.whole,)),
+        (99, (Offload.whole,)),
+    ],
+)
+def test_the_ways_to_place_a_model_by_what_its_request_says(num_gpu: int | None, ways: tuple[Offload, ...]) -> None:
+    """S09: automatic tries the best first; what is named allows nothing else, 0 no GPU at all."""
+    assert Demand(FOUR_LAYERS, num_gpu).offloads(BOTH) == ways
+
+
+def test_without_a_gpu_and_without_layers_there_is_one_way() -> None:
+    """The host, or what was declared."""
+    assert Demand(FOUR_LAYERS).offloads(()) == (Offload.none,)
+    assert Demand(Footprint(fixed=(("gpu0", 1),))).offloads(BOTH) == (Offload.none,)
+
+
+# -- placing among others ---------------------------------------------------------------------------------------------
+
+
+def a_gpu_pool(*gpus: str, **how: object) -> PoolUnderTest:
+    """Return a pool with GPUs, whose models "a" to "d" have four layers of 1 GiB."""
+    pool = a_pool(capacity="64GiB", gpus=gpus, **how)
+    for model in "abcd":
+        pool.declare(model, FOUR_LAYERS)
+    return pool
+
+
+def test_s13_a_model_that_fits_no_gpu_whole_is_offloaded_in_part() -> None:
+    """S13: with nothing loaded there is nothing better to wait for."""
+    pool = a_gpu_pool("4GiB").loading("a", request=1)
+    assert pool.launches[1].placement.gpu_layers == (("gpu0", 4),)
+
+
+def test_s13_a_model_that_would_fit_whole_without_others_evicts_them() -> None:
+    """S13: something is loaded, so it must fit whole, else room is made."""
+    pool = a_gpu_pool("8GiB").idle("a")
+    assert stopped(pool.feed(acquire("b", request=1))) == [1]
+    pool.feed(exited(1))
+    assert pool.launches[2].placement.gpu_layers == (("gpu0", 5),)
+
+
+def test_s13_a_model_is_split_over_gpus_before_anybody_is_evicted() -> None:
+    """Whole on two is as good as whole on one."""
+    pool = a_gpu_pool("8GiB", "4GiB").idle("a")
+    assert launched(pool.feed(acquire("b", request=1))) == ["b"]
+    assert sum(layers for _, layers in pool.launches[2].placement.gpu_layers) == 5
+
+
+def test_s13_only_what_is_pinned_makes_a_part_the_best_there_is() -> None:
+    """What cannot be moved is as if it was not there."""
+    pool = a_gpu_pool("8GiB").idle("a")
+    pool.feed(pin("a"))
+    assert launched(pool.feed(acquire("b", request=1))) == ["b"]
+    assert pool.launches[2].placement.gpu_layers == (("gpu0", 4),)
+
+
+def test_a_model_goes_to_the_host_where_no_layer_fits_a_gpu() -> None:
+    """Rather slow than not at all, unless its request said otherwise."""
+    pool = a_gpu_pool("1GiB").declare("a", layered(4, "1GiB", output="1GiB")).loading("a", request=1)
+    assert pool.launches[1].placement.gpu_layers == ()
+
+
+def test_s09_num_gpu_0_considers_no_gpu() -> None:
+    """S09: everything stays on the host; the GPUs still count for how many may run (S10)."""
+    pool = a_gpu_pool("8GiB", "8GiB").declare("a", a_model()).loading("a", request=1, num_gpu=0)
+    assert pool.launches[1].placement.gpu_layers == ()
+    assert pool.core.pool.max_runners() == 6
+
+
+def test_s09_gpus_are_looked_at_anew_for_each_load() -> None:
+    """S09: a GPU that came, or that strangers filled, is seen by the next load."""
+    pool = a_gpu_pool("8GiB")
+    pool.feed(memory(9, cpu="1GiB"))
+    pool.strangers = {"gpu0": 8 * GIB}
+    pool.capacities["gpu1"] = 8 * GIB
+    pool.loading("a", request=1)
+    assert pool.launches[1].placement.gpu_layers == (("gpu1", 5),)
+
+
+def test_n02_what_takes_more_than_four_fifths_of_what_is_free_evicts_before_anything_is_started() -> None:
+    """N02: 4 GiB predicted, 4.5 GiB free: the room is made first, the process starts once it is there."""
+    pool = a_gpu_pool("8.5GiB").idle("a")
+    commands = pool.feed(acquire("b", request=1))
+    assert (stopped(commands), launched(commands)) == ([1], [])
+    assert launched(pool.feed(exited(1))) == ["b"]
+
+
+def test_n02_a_prediction_covers_all_slots_and_no_more_than_was_trained() -> None:
+    """N02: the context is the lesser of what is asked and what was trained, times the slots."""
+    info = a_model(context_trained=2048)
+    one, four = (estimate(info, resolve(info, Options(num_ctx=8192, num_parallel=slots))) for slots in (1, 4))
+    assert sum(four.caches_bytes) == 4 * sum(one.caches_bytes) == 4 * 2 * 2 * 2 * 16 * 4 * 2048
+
+
+def test_a_gpu_may_be_required() -> None:
+    """No silent fall-back to the host, in part or whole; without any GPU the refusal says so."""
+    pool = a_gpu_pool("4GiB", require_gpu=True)
+    assert refused(pool.feed(acquire("a", request=1))) == {1: DoesNotFit}
+    pool = a_gpu_pool(require_gpu=True)
+    assert refused(pool.feed(acquire("a", request=1))) == {1: DoesNotFit}
+    assert pool.refusal(1).reason == "a GPU is required, and there is none"
+
+
+def test_all_layers_on_gpus_or_nothing() -> None:
+    """Who asks for all layers on GPUs is refused at once where they never fit: no silent fall-back to the host."""
+    pool = a_gpu_pool("8GiB").declare("a", a_model(layers_bytes=(GIB,) * 8))
+    assert refused(pool.feed(acquire("a", request=1, num_gpu=99))) == {1: DoesNotFit}
+    needs = dict(pool.refusal(1).needed)
+    assert needs["gpu0"] > 8 * GIB
+    assert pool.refusal(1).reason == "it is larger than the memory there is"
+
+
+def test_s26_a_model_that_fits_nowhere_is_refused_with_the_numbers() -> None:
+    """S26: with nothing loaded a miss is an error, and says what it missed by."""
+    pool = a_pool(capacity="2GiB", gpus=("1GiB",)).declare("a", FOUR_LAYERS)
+    assert refused(pool.feed(acquire("a", request=1))) == {1: DoesNotFit}
+    assert dict(pool.refusal(1).needed) == {HOST: GIB * 5 // 4, "gpu0": 3 * GIB * 5 // 4}
+    assert dict(pool.refusal(1).available) == {HOST: 2 * GIB, "gpu0": GIB}
+
+
+def test_a_lease_on_one_gpu_does_not_hold_up_a_load_on_another() -> None:
+    """Rule 5: each device has its own account."""
+    pool = a_gpu_pool("8GiB", "8GiB").ready("a", lease=1)
+    assert launched(pool.feed(acquire("b", request=2))) == ["b"]
+    assert pool.waiting() == [2]
+
+
+def test_what_is_offloaded_in_part_waits_for_a_load_rather_than_to_stay_on_the_smaller_gpu() -> None:
+    """A load is over in a moment, and nothing moves it afterwards."""
+    pool = a_pool("64GiB", ["24GiB", "4GiB"]).declare("small", layered(10, "100MiB"))
+    pool.declare("large", layered(32, "1GiB", compute="100MiB", host="100MiB"))
+    pool.feed(acquire("small", request=1))
+    assert launched(pool.feed(acquire("large", request=2))) == []
+    assert pool.waits_for(2) == "another load to end"
+    assert launched(pool.feed(loaded(1))) == ["large"]
+    assert dict(pool.life("large").placement.gpu_layers).keys() == {"gpu0", "gpu1"}

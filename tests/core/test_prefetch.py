@@ -1,0 +1,259 @@
+"""Files that are read ahead: whose, how much of them, when that begins and when it ends."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from fsm.domain.devices import HOST
+from fsm.messages.commands import Ask, Claim, Command, Launch, Prefetch, Stop
+from fsm.messages.events import Cancel, Claimed, Contended
+from tests.support.models import a_model
+from tests.support.pool import (
+    PoolUnderTest,
+    a_pool,
+    acquire,
+    amount,
+    cancel,
+    close,
+    exited,
+    launched,
+    layered,
+    memory,
+    release,
+)
+
+GIB = amount("1GiB")
+A_FILE = a_model((GIB,) * 4)
+SIZE = A_FILE.file_bytes
+
+
+def a_busy_gpu(capacity: str = "64GiB", gpus: tuple[str, ...] = ("8GiB",), **how: object) -> PoolUnderTest:
+    """Return a pool whose GPU is held by "x", in use; "b", "c" and "d" are files that would fit there alone."""
+    pool = a_pool(capacity, gpus, **how).declare("x", layered(4, "1500MiB")).ready("x", lease=1)
+    for model in "bcd":
+        pool.declare(model, A_FILE)
+    return pool
+
+
+def prefetches(commands: list[Command]) -> list[dict[str, int]]:
+    """Return what was said to be read ahead, each time it was."""
+    return [dict(command.files) for command in commands if isinstance(command, Prefetch)]
+
+
+# -- when it begins ---------------------------------------------------------------------------------------------------
+
+
+def test_who_waits_for_memory_has_the_models_file_read_meanwhile() -> None:
+    """All of it, where there is memory to spare."""
+    pool = a_busy_gpu()
+    assert pool.feed(acquire("b", request=2)) == [Ask(1, (1,)), Prefetch((("b", SIZE),))]
+    assert pool.waits_for(2) == "x to become idle"
+
+
+def test_files_beside_the_models_own_are_read_too() -> None:
+    """What a load reads: adapters and projectors."""
+    pool = a_busy_gpu().declare("b", replace(A_FILE, adapters_bytes=3, projectors_bytes=5))
+    assert prefetches(pool.feed(acquire("b", request=2))) == [{"b": SIZE + 8}]
+
+
+def test_while_an_idle_victim_stops_its_successors_file_is_read() -> None:
+    """Short as that may be."""
+    pool = a_busy_gpu()
+    pool.feed(release(1))
+    assert pool.feed(acquire("b", request=2)) == [Stop(1), Prefetch((("b", SIZE),))]
+
+
+def test_what_starts_at_once_is_not_read_ahead() -> None:
+    """Its load reads it."""
+    pool = a_busy_gpu(gpus=("8GiB", "8GiB"))
+    assert launched(commands := pool.feed(acquire("b", request=2))) == ["b"]
+    assert prefetches(commands) == []
+
+
+def test_who_waits_for_metadata_or_for_a_load_has_nothing_read_ahead() -> None:
+    """It is not known yet what there is to read; or it is being read."""
+    pool = a_busy_gpu()
+    pool.inspects = False
+    pool.feed(acquire("b", request=2))
+    assert pool.waits_for(2) == "its model's metadata"
+    other = a_pool("64GiB", ("8GiB",)).declare("b", A_FILE).loading("b", request=1)
+    other.feed(acquire("b", request=2))
+    assert prefetches([*pool.commands, *other.commands]) == []
+
+
+def test_an_object_and_memory_have_no_file() -> None:
+    """Nothing is known of what an object's load reads."""
+    pool = a_pool().ready("a", lease=1)
+    pool.feed(acquire("b", request=2), memory(3, cpu="4GiB"))
+    assert prefetches(pool.commands) == []
+
+
+def test_a_model_that_lives_is_not_read_ahead() -> None:
+    """What waits for it to go, so that it can be loaded with other options, finds its file where it is."""
+    pool = a_pool("64GiB", ("8GiB",)).declare("b", A_FILE).ready("b", lease=1)
+    pool.feed(acquire("b", request=2, num_ctx=8192, num_parallel=4))
+    assert pool.waits_for(2) == "b to become idle"
+    assert prefetches(pool.commands) == []
+
+
+def test_it_can_be_switched_off() -> None:
+    """Then nothing is ever said of it."""
+    pool = a_busy_gpu(prefetches=0)
+    assert pool.feed(acquire("b", request=2)) == [Ask(1, (1,))]
+
+
+# -- when it ends -----------------------------------------------------------------------------------------------------
+
+
+def test_it_ends_when_the_load_begins() -> None:
+    """Nobody else is left that waits."""
+    pool = a_busy_gpu()
+    pool.feed(acquire("b", request=2), release(1))
+    commands = pool.feed(exited(1), pool.sample())
+    assert launched(commands) == ["b"]
+    assert prefetches(commands) == [{}]
+
+
+def test_it_ends_when_who_waited_leaves() -> None:
+    """Unless somebody else waits for the same model."""
+    pool = a_busy_gpu()
+    pool.feed(acquire("b", request=2), acquire("b", request=3))
+    assert prefetches(pool.feed(cancel(2))) == []
+    assert prefetches(pool.feed(cancel(3))) == [{}]
+
+
+def test_it_ends_with_a_time_out_and_with_a_close() -> None:
+    """Every end of a wait is one of it."""
+    pool = a_busy_gpu()
+    pool.feed(acquire("b", request=2, timeout="1s"))
+    assert prefetches(pool.advance("1s")) == [{}]
+    pool.feed(acquire("b", request=3))
+    assert prefetches(pool.feed(close())) == [{}]
+
+
+def test_it_goes_on_while_another_program_loads_on_the_device() -> None:
+    """The memory is there, the device is not: only the launch ends it, and one that need not wait begins nothing."""
+    pool = a_busy_gpu(claims=True)
+    pool.shares = False
+    pool.feed(acquire("b", request=2), release(1))
+    commands = pool.feed(exited(1), pool.sample())
+    assert [type(command) for command in commands if not isinstance(command, Stop)] == [Claim]
+    assert prefetches(pool.feed(Contended(2))) == []
+    commands = pool.feed(Claimed(2))
+    assert [type(command) for command in commands] == [Launch, Prefetch]
+    other = a_pool("64GiB", ("8GiB",), claims=True, shares=False).declare("b", A_FILE)
+    other.feed(acquire("b", request=2), Contended(1))
+    assert prefetches(other.commands) == []
+
+
+def test_another_wait_begins_anew() -> None:
+    """What was read an hour ago may be gone."""
+    pool = a_busy_gpu()
+    pool.feed(acquire("b", request=2), cancel(2))
+    assert prefetches(pool.feed(acquire("b", request=3))) == [{"b": SIZE}]
+
+
+# -- whose, and how much ----------------------------------------------------------------------------------------------
+
+
+def test_those_who_waited_longest_come_first_and_there_are_two_of_them() -> None:
+    """When the first is loaded, the next of those who wait moves up."""
+    pool = a_busy_gpu()
+    pool.feed(acquire("b", request=2), acquire("c", request=3), acquire("d", request=4))
+    assert prefetches(pool.commands) == [{"b": SIZE}, {"b": SIZE, "c": SIZE}]
+    pool.feed(release(1))
+    commands = pool.feed(exited(1), pool.sample())
+    assert launched(commands) == ["b"]
+    assert [list(files) for files in prefetches(commands)] == [["c", "d"]]
+
+
+def test_a_request_that_comes_later_and_matters_more_is_read_first() -> None:
+    """The order is that in which they are planned."""
+    pool = a_busy_gpu()
+    pool.feed(acquire("b", request=2), acquire("c", request=3, priority=1))
+    assert [list(files) for files in prefetches(pool.commands)] == [["b"], ["c", "b"]]
+
+
+def test_at_most_half_of_the_memory_to_spare_is_filled() -> None:
+    """Of both files together."""
+    pool = a_busy_gpu()
+    pool.strangers = {HOST: 52 * GIB}
+    pool.feed(pool.sample())
+    free = pool.core.pool.ledger.devices[HOST].free_bytes
+    pool.feed(acquire("b", request=2), acquire("c", request=3))
+    assert prefetches(pool.commands)[-1] == {"b": SIZE, "c": free // 2 - SIZE}
+
+
+def test_what_is_promised_and_not_touched_is_not_to_spare() -> None:
+    """A model that loads will take it."""
+    pool = a_busy_gpu("16GiB", each="12GiB").loading("object", request=5)
+    pool.feed(acquire("b", request=2))
+    assert prefetches(pool.commands) == [{"b": 2 * GIB}]
+
+
+def test_pages_that_running_models_have_mapped_are_not_to_spare() -> None:
+    """The host reports them as free; read over, they would be read again for each token."""
+    pool = a_busy_gpu("16GiB", each="12GiB").ready("object", lease=5)
+    pool.mapped[2] = 11 * GIB
+    pool.feed(pool.sample(), acquire("b", request=2))
+    assert pool.core.pool.ledger.devices[HOST].free_bytes == 15 * GIB
+    assert prefetches(pool.commands) == [{"b": 2 * GIB}]
+
+
+def test_nothing_is_read_ahead_where_no_memory_is_to_spare() -> None:
+    """It begins when there is some."""
+    pool = a_busy_gpu("16GiB", each="15GiB").ready("object", lease=5)
+    pool.mapped[2] = 15 * GIB
+    pool.strangers = {HOST: GIB}
+    pool.feed(pool.sample())
+    assert prefetches(pool.feed(acquire("b", request=2))) == []
+    pool.strangers = {}
+    assert prefetches(pool.feed(pool.sample())) == [{"b": GIB // 2}]
+    pool.strangers = {HOST: GIB}
+    assert prefetches(pool.feed(pool.sample())) == [{"b": 0}]
+    pool.strangers = {}
+    assert prefetches(pool.feed(pool.sample())) == []
+
+
+def test_what_was_begun_is_cut_short_when_memory_gets_short_and_never_grows_again() -> None:
+    """It may fill all that is to spare, and no more; in one wait it is read once."""
+    pool = a_busy_gpu()
+    pool.feed(acquire("b", request=2))
+    for strangers, said in ((58, []), (62, [{"b": 2 * GIB}]), (63, [{"b": GIB}]), (0, [])):
+        pool.strangers = {HOST: strangers * GIB}
+        assert prefetches(pool.feed(pool.sample())) == said
+
+
+def test_what_was_cut_to_nothing_leaves_its_place_to_the_next() -> None:
+    """There was memory to spare for two, then for a part of the first only, and now there is again."""
+    pool = a_busy_gpu()
+    pool.feed(acquire("b", request=2), acquire("c", request=3), acquire("d", request=4))
+    pool.strangers = {HOST: 63 * GIB}
+    assert prefetches(pool.feed(pool.sample())) == [{"b": GIB, "c": 0}]
+    pool.strangers = {}
+    assert prefetches(pool.feed(pool.sample())) == [{"b": GIB, "c": 0, "d": SIZE}]
+
+
+def test_it_is_said_once() -> None:
+    """Whatever happens while nothing changes for those who wait."""
+    pool = a_busy_gpu()
+    pool.feed(acquire("b", request=2))
+    assert prefetches([*pool.feed(pool.sample(), acquire("b", request=3)), *pool.advance("60s")]) == []
+
+
+def test_a_copy_of_the_core_goes_on_from_what_was_said() -> None:
+    """A search may branch in the middle of a wait."""
+    pool = a_busy_gpu()
+    pool.feed(acquire("b", request=2))
+    copy = pool.core.copy()
+    assert copy.step(pool.now, Cancel(2)) == pool.core.step(pool.now, Cancel(2))
+
+
+def test_the_journal_says_whose_files_are_read() -> None:
+    """Once in a wait, with the bytes."""
+    pool = a_busy_gpu()
+    pool.core.journal = []
+    pool.feed(acquire("b", request=2), pool.sample())
+    assert [(entry.what, entry.model, entry.reason) for entry in pool.core.journal if entry.what == "prefetched"] == [
+        ("prefetched", "b", "4098.0 MiB of its files while it waits")
+    ]

@@ -1,0 +1,516 @@
+"""What a request is told it would get is what it then gets: the preview, and its advice."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import rule
+
+from fsm.advice import MOST_ADVICE, MOST_TRIES, advise
+from fsm.core import Core
+from fsm.domain.devices import HOST, DeviceId, DeviceSample
+from fsm.domain.model_info import ModelInfo, Options
+from fsm.machine.request import Purpose, Want
+from fsm.machine.runner import RunnerState
+from fsm.messages.commands import Command, Grant, Launch, Reject
+from fsm.messages.events import Acquire, Inspected, Loaded, Sampled, Tick
+from fsm.messages.refusals import Closed, DoesNotFit
+from fsm.preview import Outcome, Preview, preview
+from fsm.sizing.footprint import Footprint
+from tests.core.test_machine import MODELS, OPTIONS, CoreMachine
+from tests.support.models import a_model
+from tests.support.pool import (
+    PoolUnderTest,
+    a_pool,
+    acquire,
+    amount,
+    close,
+    exited,
+    expire,
+    layered,
+    loaded,
+    pin,
+    release,
+)
+
+MIB = 2**20
+
+
+def look(pool: PoolUnderTest, model: str, **options: object) -> Preview:
+    """Preview a request for `model` in a pool."""
+    return preview(pool.now, pool.core, acquire(model, 0, **options).want, pool.outcome(model))
+
+
+def a_large_model(*, context: int = 32768, head: int = 32, **how: object) -> ModelInfo:
+    """Return a model whose cache takes as much as its weights at 4096 tokens: 64 MiB in 8 layers."""
+    info = a_model((8 * MIB,) * 8, context_trained=context, **how)
+    return replace(info, heads=8, heads_kv=(16,) * 8, key_length=head, value_length=head)
+
+
+# -- outcomes ----------------------------------------------------------------------------------------------------------
+
+
+def test_what_has_room_fits() -> None:
+    """It says where, what must be free with headroom, and what is."""
+    found = look(a_pool("8GiB").declare("g", layered(4, "1GiB", host="512MiB")), "g")
+    (share,) = found.shares
+    assert (found.outcome, share.device, share.takes_bytes) == (Outcome.fits, HOST, amount("4.5GiB"))
+    assert (share.part.weights_bytes, share.part.other_bytes) == (amount("4GiB"), amount("512MiB"))
+    assert (share.needed_bytes, share.free_bytes) == (amount("4.5GiB") * 5 // 4, amount("8GiB"))
+
+
+def test_what_has_room_on_a_gpu_is_shown_there() -> None:
+    """Layers by GPU, and each memory's part."""
+    pool = a_pool("8GiB", gpus=("8GiB",)).declare("g", layered(4, "1GiB", output="512MiB", host="512MiB"))
+    found = look(pool, "g")
+    takes = {share.device: share.takes_bytes for share in found.shares}
+    assert takes == {HOST: amount("512MiB"), "gpu0": amount("4.5GiB")}
+    assert (found.gpu_layers, found.layers, found.in_part) == ((("gpu0", 5),), 5, False)
+
+
+def test_the_part_of_an_integrated_gpu_is_the_hosts() -> None:
+    """N03: they share one memory, and one line of the account."""
+    pool = a_pool("8GiB", gpus=("8GiB",), integrated=True).declare("g", layered(4, "1GiB", host="512MiB"))
+    found = look(pool, "g")
+    assert [(share.device, share.takes_bytes, share.part.weights_bytes) for share in found.shares] == [
+        (HOST, amount("4.5GiB"), amount("4GiB"))
+    ]
+    assert found.gpu_layers == (("gpu0", 5),)
+
+
+def test_what_does_not_fit_whole_is_shown_in_part() -> None:
+    """Some layers stay on the host."""
+    found = look(a_pool("8GiB", gpus=("3GiB",)).declare("g", layered(4, "1GiB")), "g")
+    assert (found.outcome, found.gpu_layers, found.in_part) == (Outcome.fits, (("gpu0", 3),), True)
+
+
+def test_a_loaded_runner_that_serves_is_warm() -> None:
+    """What it takes is what it holds."""
+    found = look(a_pool("8GiB").idle("a"), "a")
+    assert found.outcome is Outcome.warm
+    assert [(share.takes_bytes, share.needed_bytes) for share in found.shares] == [(amount("6GiB"), 0)]
+
+
+def test_idle_victims_are_named_and_go_at_once() -> None:
+    """With what they hold; what is judged by includes it."""
+    pool = a_pool("8GiB").idle("a")
+    found = look(pool, "b")
+    (victim,) = found.victims
+    assert (found.outcome, victim.model, victim.held_bytes) == (Outcome.evicts, "a", amount("6GiB"))
+    assert (victim.leases, victim.free_at) == (0, pool.now)
+    assert [share.free_bytes for share in found.shares] == [amount("8GiB")]
+
+
+def test_busy_victims_come_with_the_bound_on_the_wait() -> None:
+    """They are left alone for so long at most."""
+    pool = a_pool("8GiB", max_wait_s=120.0).ready("a")
+    (victim,) = look(pool, "b").victims
+    assert (victim.leases, victim.free_at) == (1, pool.now + 120.0)
+
+
+def test_a_load_nobody_waits_for_gives_its_place_up() -> None:
+    """It is a victim like any other, though its memory is not needed."""
+    pool = a_pool("8GiB", each="1GiB", loads_on_host=1)
+    pool.feed(acquire("a", 1, timeout=10))
+    pool.advance("11s")
+    found = look(pool, "b")
+    assert (found.outcome, [victim.model for victim in found.victims]) == (Outcome.evicts, ["a"])
+
+
+def test_other_options_than_the_loaded_ones_evict_the_models_own_runner() -> None:
+    """A reload is an eviction."""
+    pool = a_pool("8GiB").declare("d", a_model()).idle("d", num_ctx=1024)
+    found = look(pool, "d", num_ctx=2048)
+    assert (found.outcome, [victim.model for victim in found.victims]) == (Outcome.evicts, ["d"])
+
+
+def test_a_load_under_way_is_waited_for() -> None:
+    """What it takes is what was promised to it."""
+    found = look(a_pool("8GiB").loading("a"), "a")
+    assert (found.outcome, found.waits_for) == (Outcome.waits, "its model to load")
+    assert [share.takes_bytes for share in found.shares] == [amount("6GiB")]
+
+
+def test_memory_on_its_way_back_is_waited_for() -> None:
+    """Nobody else has to leave."""
+    found = look(a_pool("8GiB").expiring("a"), "b")
+    assert (found.outcome, found.waits_for, found.victims) == (Outcome.waits, "memory that is on its way back", ())
+
+
+def test_those_before_it_are_waited_for() -> None:
+    """What an older request is about to take is not free."""
+    pool = a_pool("8GiB").ready("a")
+    pool.feed(acquire("b", 50))
+    found = look(pool, "c")
+    assert (found.outcome, found.waits_for, found.victims) == (Outcome.waits, "those before it", ())
+
+
+def test_what_never_fits_says_why() -> None:
+    """The refusal is the core's own, and the parts are shown all the same."""
+    pool = a_pool("8GiB").declare("g", layered(4, "4GiB"))
+    found = look(pool, "g")
+    assert isinstance(found.refusal, DoesNotFit) and found.outcome is Outcome.never
+    assert [(share.needed_bytes, share.free_bytes) for share in found.shares] == [(amount("20GiB"), amount("8GiB"))]
+
+
+def test_what_would_fit_without_a_pin_says_so() -> None:
+    """Pins are not moved."""
+    pool = a_pool("8GiB").idle("a")
+    pool.feed(pin("a"))
+    found = look(pool, "b")
+    assert isinstance(found.refusal, DoesNotFit) and "pinned: a" in found.refusal.reason
+
+
+def test_a_closed_scheduler_refuses() -> None:
+    """That is no question of size."""
+    pool = a_pool("8GiB")
+    pool.feed(close())
+    found = look(pool, "a")
+    assert (found.outcome, found.refusal) == (Outcome.refused, Closed())
+
+
+def test_what_is_due_has_happened() -> None:
+    """A keep-alive that is over by now leaves no victim behind, but memory that comes back."""
+    pool = a_pool("8GiB").idle("a", keep_alive=5)
+    pool.now += 6  # and nobody has told the core yet
+    assert look(pool, "b").outcome is Outcome.waits
+
+
+def test_what_is_launched_by_now_is_waited_for() -> None:
+    """The wait for memory is over, so the same request that came before is served first."""
+    pool = a_pool("8GiB", samples=False).idle("a")
+    pool.feed(acquire("b", 1), exited(pool.runner("a")))
+    pool.feed(pool.sample(0))  # read after it had gone, but asked for before
+    assert look(pool, "b").waits_for == "memory that is on its way back"
+    pool.now += 6  # and nobody has told the core yet
+    assert look(pool, "b").waits_for == "its model to load"
+
+
+def test_a_victim_that_somebody_before_is_granted_is_in_use() -> None:
+    """One inspection serves both: an older request turns out to want the runner that this one would have go."""
+    pool = a_pool("8GiB", max_wait_s=120.0).declare("d", a_model(context_trained=8192)).idle("d", num_ctx=8192)
+    pool.inspects = False
+    pool.feed(acquire("d", 1, num_ctx=10**6))
+    (victim,) = look(pool, "d", num_parallel=2).victims
+    assert (victim.model, victim.leases, victim.free_at) == ("d", 1, pool.now + 120.0)
+
+
+def test_what_was_measured_replaces_the_prediction() -> None:
+    """N14: a runner that lived on the same layers tells what the next one takes, at a smaller headroom."""
+    pool = a_pool("8GiB").declare("d", a_model())
+    assert look(pool, "d").measured is False
+    pool.loading("d", 1).feed(Loaded(pool.runner("d"), None, ((HOST, amount("5GiB")),)), release(1), expire("d"))
+    (share,) = look(pool.settle(), "d").shares
+    assert look(pool, "d").measured and share.takes_bytes == amount("5GiB") > share.part.total_bytes
+    assert share.needed_bytes < amount("5.2GiB")
+
+
+def test_a_core_that_shares_its_devices_previews_without_a_claim() -> None:
+    """What other programs do at this moment is no part of the answer, and nothing is claimed."""
+    pool = a_pool("8GiB", claims=True, shares=False)
+    assert look(pool, "a").outcome is Outcome.fits
+    assert (pool.core.pool.claims, pool.claimed) == ({}, 0)
+
+
+# -- the preview is the truth ------------------------------------------------------------------------------------------
+
+
+class PreviewMachine(CoreMachine):
+    """After whatever has happened, a request is previewed, and then asked of a copy of the core for real."""
+
+    @rule(model=MODELS, options=OPTIONS, preload=st.booleans(), priority=st.sampled_from([0, 0, 2]))
+    def look_and_ask(self, model: str, options: dict[str, int], preload: bool, priority: int) -> None:
+        core, now = self.pool.core, self.pool.now
+        before = core.snapshot()
+        want = Want(model, Options(**options), Purpose.preload if preload else Purpose.lease, priority)
+        found = preview(now, core, want, self.pool.outcome(model))
+        assert core.snapshot() == before, "a preview changes nothing"
+        core = core.copy()
+        core.pool.limits = replace(core.pool.limits, claims=False)  # each would be had, and then it goes on
+        core.step(now, Tick())
+        request = len(self.asked) + 1
+        answers = core.step(now, Acquire(request, want))
+        if any(known.id == model and known.inspecting for known in core.pool.models.values()):
+            answers += core.step(now, Inspected(model, self.pool.outcome(model)))
+        self.compare(found, core, Acquire(request, want), answers)
+
+    @staticmethod
+    def compare(found: Preview, core: Core, asked: Acquire, answers: list[Command]) -> None:
+        """Raise AssertionError where what was promised is not what happened."""
+        mine = [each for each in answers if isinstance(each, Grant | Reject) and each.request == asked.request]
+        states = {id: runner.state for id, runner in core.pool.runners.items()}
+        match found.outcome:
+            case Outcome.warm:
+                assert [type(each) for each in mine] == [Grant]
+            case Outcome.fits:
+                launches = [each for each in answers if isinstance(each, Launch)]
+                (launch,) = [each for each in launches if each.model == asked.want.model]
+                assert (mine, launch.options) == ([], found.options)
+                assert launch.placement.gpu_layers == found.gpu_layers
+                assert {s.device: s.takes_bytes for s in found.shares if s.takes_bytes} == {
+                    device: amount for device, amount in launch.placement.bytes if amount
+                }
+            case Outcome.evicts:
+                assert mine == [] and found.victims
+                now = all(victim.free_at <= core.pool.now for victim in found.victims)
+                assert all((states[v.runner] is RunnerState.expiring) == now for v in found.victims)
+            case Outcome.waits:
+                assert mine == [] and found.waits_for and not found.victims
+            case Outcome.refused | Outcome.never:
+                assert mine == [Reject(asked.request, found.refusal)]
+                assert isinstance(found.refusal, DoesNotFit) == (found.outcome is Outcome.never)
+
+
+PreviewMachine.TestCase.settings = settings(settings.default, stateful_step_count=50)
+TestPreview = PreviewMachine.TestCase
+
+
+@given(
+    host=st.integers(4, 12),
+    gpu=st.integers(0, 6),
+    residents=st.lists(st.tuples(st.sampled_from("abc"), st.booleans()), max_size=3, unique_by=lambda each: each[0]),
+    layers=st.integers(2, 10),
+)
+def test_what_evicts_goes_where_it_was_shown_once_they_have_left(
+    host: int, gpu: int, residents: list[tuple[str, bool]], layers: int
+) -> None:
+    """Leases end, processes end, memory is back: the launch that follows has the placement of the preview."""
+    gpus = (f"{gpu}GiB",) if gpu else ()
+    pool = a_pool(f"{host}GiB", gpus=gpus, each="2GiB").declare("new", layered(layers, "512MiB", host="256MiB"))
+    for model, busy in residents:
+        if look(pool, model).outcome is Outcome.fits:
+            (pool.ready if busy else pool.idle)(model)
+    found = look(pool, "new")
+    if found.outcome is not Outcome.evicts:
+        return
+    left = pool.feed(acquire("new", 1))
+    left += pool.advance(max(victim.free_at for victim in found.victims) - pool.now)
+    for runner in [pool.core.pool.runners[victim.runner] for victim in found.victims]:
+        pool.feed(*(release(lease) for lease in sorted(runner.leases)))
+    pool.settle()
+    (launch,) = [each for each in pool.commands if isinstance(each, Launch) and each.model == "new"]
+    assert launch.placement.gpu_layers == found.gpu_layers
+    takes = {share.device: share.takes_bytes for share in found.shares}
+    assert {device: takes[device] for device, _ in launch.placement.bytes} == dict(launch.placement.bytes)
+
+
+# -- advice ------------------------------------------------------------------------------------------------------------
+
+
+def needs(info: ModelInfo, **options: object) -> int:
+    """Return the host memory that must be free for a model with these options."""
+    (share,) = look(a_pool("64GiB").declare("d", info), "d", **options).shares
+    return share.needed_bytes
+
+
+def advised(pool: PoolUnderTest, **options: object) -> list[tuple[dict[str, object], Outcome]]:
+    """Return what is advised for a request for "d", as what it changes, and what comes of each."""
+    want, info = acquire("d", 0, **options).want, pool.outcome("d")
+    found = preview(pool.now, pool.core, want, info)
+    advice = advise(pool.now, pool.core, want, info, found)
+    return [(changes(want.options, each.options), each.preview.outcome) for each in advice]
+
+
+def changes(asked: Options, advised: Options) -> dict[str, object]:
+    """Return the options that are advised to be other than asked for."""
+    names = [each.name for each in fields(Options)]
+    return {name: getattr(advised, name) for name in names if getattr(advised, name) != getattr(asked, name)}
+
+
+QUANTISED = {"cache_type_k": "q8_0", "cache_type_v": "q8_0"}
+
+
+def test_what_fits_needs_no_advice() -> None:
+    """Not even a smaller cache."""
+    assert advised(a_pool("8GiB").declare("d", a_model())) == []
+
+
+def test_the_least_harm_is_advised_first() -> None:
+    """A quantised cache, then the largest context that will do, then fewer slots."""
+    info = a_large_model()
+    asked = {"num_ctx": 8192, "num_parallel": 4}
+    pool = a_pool(needs(info, **asked, **QUANTISED)).declare("d", info)
+    assert look(pool, "d", **asked).outcome is Outcome.never
+    assert advised(pool, **asked) == [
+        (QUANTISED, Outcome.fits),
+        ({"num_ctx": 4096}, Outcome.fits),
+        ({"num_parallel": 2}, Outcome.fits),
+    ]
+
+
+def test_a_quantised_cache_allows_a_larger_context() -> None:
+    """Where the context has to be smaller either way, both ways are named."""
+    info = a_large_model()
+    pool = a_pool(needs(info, num_ctx=8192, **QUANTISED)).declare("d", info)
+    assert needs(info, num_ctx=8192) > needs(info, num_ctx=8192, **QUANTISED) > needs(info, num_ctx=4096)
+    assert advised(pool, num_ctx=16384) == [
+        ({"num_ctx": 4096}, Outcome.fits),
+        ({"num_ctx": 8192, **QUANTISED}, Outcome.fits),
+    ]
+
+
+def test_everything_at_once_is_advised_if_nothing_less_will_do() -> None:
+    """One slot, a small context and a quantised cache."""
+    info = a_large_model()
+    least = {"num_ctx": 2048, "num_parallel": 1, **QUANTISED}
+    pool = a_pool(needs(info, **least)).declare("d", info)
+    assert advised(pool, num_ctx=32768, num_parallel=8) == [(least, Outcome.fits)]
+
+
+@pytest.mark.parametrize(("head", "options"), [(16, {}), (32, {"flash_attention": False})])
+def test_a_cache_that_cannot_be_quantised_is_not_advised_to_be(head: int, options: dict[str, bool]) -> None:
+    """llama.cpp refuses it for heads whose size is no multiple of 32, and for values without flash attention."""
+    info = a_large_model(head=head)
+    pool = a_pool(needs(info, num_ctx=5120, **options)).declare("d", info)  # more than 8192 tokens of q8_0 would take
+    assert advised(pool, num_ctx=8192, **options) == [({"num_ctx": 4096}, Outcome.fits)]
+
+
+@pytest.mark.parametrize(
+    ("trained", "embedding", "least"), [(131072, False, 2048), (2048, False, 512), (4096, True, 512)]
+)
+def test_a_context_is_advised_down_to_what_is_of_use(trained: int, embedding: bool, least: int) -> None:
+    """A large one is not left out because there are many in between; an embedder needs less."""
+    info = a_large_model(head=16, context=trained, embedding=embedding)
+    pool = a_pool(needs(info, num_ctx=least)).declare("d", info)
+    assert advised(pool, num_ctx=trained) == [({"num_ctx": least}, Outcome.fits)]
+    assert advised(a_pool(needs(info, num_ctx=256)).declare("d", info), num_ctx=trained) == []
+
+
+def test_a_context_of_little_use_is_advised_where_nothing_else_helps() -> None:
+    """Rather than that there is no way."""
+    info = a_large_model(head=16, context=8192)
+    pool = a_pool(needs(info, num_ctx=512)).declare("d", info)
+    assert advised(pool, num_ctx=8192) == [({"num_ctx": 512}, Outcome.fits)]
+
+
+def test_nothing_is_advised_where_nothing_helps() -> None:
+    """The weights alone are too large."""
+    assert advised(a_pool("32MiB").declare("d", a_large_model()), num_ctx=4096, num_parallel=4) == []
+
+
+def test_an_object_has_no_options_to_advise() -> None:
+    """Its size is what it is."""
+    pool = a_pool("4GiB")
+    want = acquire("a", 0).want
+    assert advise(pool.now, pool.core, want, pool.outcome("a"), look(pool, "a")) == ()
+
+
+def test_what_evicts_is_told_how_it_need_not() -> None:
+    """A smaller context fits beside those that are loaded."""
+    info = a_large_model()
+    pool = a_pool(needs(info, num_ctx=8192) + amount("64MiB"), sizes={"a": "64MiB"}).declare("d", info).idle("a")
+    pool.core.pool.limits = replace(pool.core.pool.limits, max_runners=9)
+    assert look(pool, "d", num_ctx=16384).outcome in (Outcome.evicts, Outcome.never)
+    advice = advised(pool, num_ctx=16384)
+    assert ({"num_ctx": 8192}, Outcome.fits) in advice
+
+
+def test_a_loaded_runner_with_less_context_is_named() -> None:
+    """It serves without a reload."""
+    pool = a_pool("8GiB").declare("d", a_large_model()).idle("d", num_ctx=4096)
+    assert look(pool, "d", num_ctx=8192).outcome is Outcome.evicts
+    assert ({"num_ctx": 4096}, Outcome.warm) in advised(pool, num_ctx=8192)
+
+
+def test_what_goes_to_a_gpu_in_part_is_told_how_all_of_it_would() -> None:
+    """A smaller cache leaves room for every layer."""
+    info = a_large_model()
+    whole = look(a_pool("8GiB", gpus=("8GiB",)).declare("d", info), "d", num_ctx=4096)
+    needed = next(share.needed_bytes for share in whole.shares if share.device == "gpu0")
+    pool = a_pool("8GiB", gpus=(needed + MIB,)).declare("d", info)
+    assert look(pool, "d", num_ctx=8192).in_part
+    assert ({"num_ctx": 4096}, Outcome.fits) in advised(pool, num_ctx=8192)
+
+
+def test_fewer_layers_on_a_gpu_are_advised_where_somebody_would_have_to_leave_it() -> None:
+    """Slower, but beside it."""
+    info = a_large_model()
+    pool = a_pool("8GiB", gpus=("200MiB",)).declare("d", info)
+    pool.declare("a", Footprint(fixed=((DeviceId("gpu0"), 140 * MIB),))).idle("a")
+    assert look(pool, "d", num_ctx=512).outcome is Outcome.evicts
+    ((change, outcome),) = advised(pool, num_ctx=512)
+    assert (list(change), outcome) == (["num_gpu"], Outcome.fits) and 0 < change["num_gpu"] < 9
+
+
+def test_layers_that_a_gpu_does_not_take_are_left_to_the_core() -> None:
+    """A number of layers that never fits is the first thing to give up if nothing else helps."""
+    info = a_large_model()
+    pool = a_pool("8GiB", gpus=("64MiB",)).declare("d", info)
+    assert look(pool, "d", num_gpu=8).outcome is Outcome.never
+    assert advised(pool, num_gpu=8)[-1] == ({"num_gpu": -1}, Outcome.fits)
+
+
+class CountedCore(Core):
+    """Counts its copies."""
+
+    copies = 0
+
+    def copy(self) -> Core:
+        self.copies += 1
+        return super().copy()
+
+
+def a_core(host: int, gpu: int, held: Footprint | None = None) -> CountedCore:
+    """Return a core with so many MiB, and perhaps an idle model."""
+    gpus = [DeviceSample(DeviceId("gpu0"), "gpu", "", gpu * MIB, gpu * MIB)] if gpu else []
+    core = CountedCore()
+    core.step(1.0, Sampled((DeviceSample(HOST, "cpu", "", host * MIB, host * MIB), *gpus)))
+    for event in (acquire("a", 1), Inspected("a", held), loaded(1), release(1)) if held is not None else ():
+        core.step(1.0, event)
+    return core
+
+
+def test_advice_costs_a_bounded_number_of_tries() -> None:
+    """Also where there is the most to try, and nothing helps."""
+    info = a_model((1024 * MIB,) * 8, context_trained=131072)
+    info = replace(info, key_length=32, value_length=32)
+    core = a_core(65536, 65536, Footprint(fixed=((HOST, 60000 * MIB), (DeviceId("gpu0"), 60000 * MIB))))
+    want = acquire("d", 0, num_ctx=65536, num_parallel=8).want
+    found = preview(1.0, core, want, info)
+    core.copies = 0
+    assert (found.outcome, advise(1.0, core, want, info, found)) == (Outcome.evicts, ())
+    assert core.copies <= MOST_TRIES
+
+
+@given(
+    host=st.integers(16, 2048),
+    gpu=st.integers(0, 1024),
+    layers=st.integers(1, 40),
+    num_ctx=st.sampled_from([None, 512, 3000, 8192, 131072, 10**6]),
+    num_parallel=st.integers(1, 16),
+    num_gpu=st.sampled_from([None, -1, 0, 3, 99]),
+    head=st.sampled_from([16, 64]),
+    held=st.sampled_from([0, 0, 0.4, 0.9]),
+)
+def test_every_advice_fits_when_it_is_followed(
+    host: int,
+    gpu: int,
+    layers: int,
+    num_ctx: int | None,
+    num_parallel: int,
+    num_gpu: int | None,
+    head: int,
+    held: float,
+) -> None:
+    """Asked of the core for real, it is launched, or others leave for it; and where none is given, none would help."""
+    info = replace(a_model((8 * MIB,) * layers, context_trained=131072), key_length=head, value_length=head)
+    core = a_core(host, gpu, layered(1, f"{int(host * held * 0.8)}MiB") if held else None)
+    want = acquire("d", 0, num_ctx=num_ctx, num_parallel=num_parallel, num_gpu=num_gpu).want
+    found = preview(1.0, core, want, info)
+    core.copies = 0
+    advice = advise(1.0, core, want, info, found)
+    assert len(advice) <= MOST_ADVICE and core.copies <= MOST_TRIES
+    for each in advice:
+        assert each.preview.outcome in (Outcome.fits, Outcome.evicts) and changes(want.options, each.options)
+        real = core.copy()
+        real.step(1.0, Acquire(2, replace(want, options=each.options)))
+        answers = real.step(1.0, Inspected("d", info))
+        assert answers and not any(isinstance(answer, Reject) for answer in answers)
+        assert any(isinstance(answer, Launch) for answer in answers) == (each.preview.outcome is Outcome.fits)
+    if found.outcome is Outcome.never and not advice and num_gpu is None:
+        least = Options(num_ctx=2048, num_parallel=1, **(QUANTISED if head == 64 else {}))
+        small = num_ctx is None or num_ctx > 4096  # else the context is left as it is, or halved further
+        assert not small or preview(1.0, core, replace(want, options=least), info).outcome is Outcome.never

@@ -1,0 +1,319 @@
+"""Who waits for whom: order, backfilling, places among the loads and the processes, the program's own memory."""
+
+from __future__ import annotations
+
+from fsm.machine.runner import RunnerState
+from fsm.messages.commands import Ask, Grant, Launch, Stop
+from fsm.messages.events import Acquire, Configure
+from fsm.messages.refusals import DoesNotFit
+from fsm.sizing.footprint import Footprint
+from tests.support.pool import (
+    a_pool,
+    acquire,
+    amount,
+    cancel,
+    exited,
+    expire,
+    granted,
+    launched,
+    layered,
+    loaded,
+    memory,
+    pin,
+    refused,
+    release,
+    stopped,
+)
+
+# -- order and backfilling --------------------------------------------------------------------------------------------
+
+
+def test_a_later_request_that_fits_goes_ahead() -> None:
+    """Rule 5: an older one that waits for room does not hold up what needs none of it."""
+    pool = a_pool(sizes={"a": "4GiB", "b": "6GiB", "c": "1GiB"}).ready("a", lease=1)
+    assert launched(pool.feed(acquire("b", request=2), acquire("c", request=3))) == ["c"]
+
+
+def test_a_later_request_never_takes_what_an_older_one_waits_for() -> None:
+    """Rule 5: it would fit now, but the older one would wait for it once the rest is back."""
+    pool = a_pool(sizes={"a": "4GiB", "b": "6GiB", "c": "3GiB"}).ready("a", lease=1)
+    assert launched(pool.feed(acquire("b", request=2), acquire("c", request=3))) == []
+    assert pool.waits_for(3) == "those before it"
+    pool.feed(release(1))
+    assert launched(pool.feed(exited(1))) == ["b"]
+
+
+def test_warm_requests_never_wait_for_those_who_wait() -> None:
+    """Rule 5: whoever's model is loaded is granted while others load, evict and wait for memory."""
+    pool = a_pool(sizes={"a": "1GiB", "b": "3GiB", "c": "2GiB", "d": "6GiB"})
+    pool.ready("a", lease=1).expiring("b").loading("c", request=2)
+    pool.feed(acquire("d", request=3))
+    assert pool.feed(acquire("a", request=4)) == [Grant(4, 1), Ask(1, (4,))]
+
+
+def test_a_higher_priority_is_served_first() -> None:
+    """Among those who wait, some of the priority is worth a head start."""
+    pool = a_pool().ready("a", lease=1)
+    pool.feed(acquire("b", request=2), acquire("c", request=3, priority=1))
+    assert pool.waiting() == [3, 2]
+    pool.feed(release(1))
+    assert launched(pool.feed(exited(1))) == ["c"]
+
+
+def test_waiting_long_enough_outweighs_any_priority() -> None:
+    """A step of priority is worth so many seconds and no more: everyone's turn comes."""
+    pool = a_pool(priority_s=60.0, max_wait_s=1000.0).ready("a", lease=1)
+    pool.feed(acquire("b", request=2))
+    pool.advance("61s")
+    pool.feed(acquire("c", request=3, priority=1))
+    assert pool.waiting() == [2, 3]
+
+
+def test_equals_are_served_in_the_order_in_which_they_asked() -> None:
+    """Requests of one moment go by their ids."""
+    pool = a_pool().ready("a", lease=1)
+    pool.feed(*(acquire(model, request) for model, request in (("d", 2), ("c", 3), ("b", 4))))
+    assert pool.waiting() == [2, 3, 4]
+
+
+# -- places among processes and loads ---------------------------------------------------------------------------------
+
+
+def test_s10_as_many_processes_live_as_may_live() -> None:
+    """S10: at the limit an idle one goes first, whatever would fit."""
+    pool = a_pool(max_runners=2, each="1GiB").idle("a").idle("b")
+    assert pool.feed(acquire("c", request=1)) == [Stop(1)]
+    assert launched(pool.feed(exited(1))) == ["c"]
+
+
+def test_a_process_counts_until_it_is_gone() -> None:
+    """One that drains or stops holds its place; one whose memory is awaited does not."""
+    pool = a_pool(max_runners=1, each="1GiB", samples=False).expiring("a", lease=1)
+    assert pool.feed(acquire("b", request=2)) == []
+    assert pool.feed(release(1)) == [Stop(1)]
+    assert launched(pool.feed(exited(1))) == ["b"]
+    assert pool.state("a") is RunnerState.expiring
+
+
+def test_one_place_among_the_processes_is_given_to_one() -> None:
+    """Two small ones wait for it: the older starts, the other waits on."""
+    pool = a_pool(max_runners=1, each="1GiB").ready("a", lease=1)
+    pool.feed(acquire("b", request=2), acquire("c", request=3), release(1))
+    assert launched(pool.feed(exited(1))) == ["b"]
+
+
+def test_a_place_that_is_coming_is_counted_for_one_who_waits() -> None:
+    """The older waits for a process that is ending; the younger needs another to end, and no third one goes."""
+    pool = a_pool(max_runners=3, each="1GiB").expiring("a").idle("b").idle("c")
+    assert stopped(pool.feed(acquire("d", request=1))) == []
+    assert stopped(pool.feed(acquire("e", request=2))) == [2]
+    assert stopped(pool.feed(acquire("d", request=3))) == []
+
+
+def test_what_a_refused_request_would_have_taken_is_free_for_those_behind_it() -> None:
+    """In the same step, and once."""
+    pool = a_pool(sizes={"a": "4GiB", "b": "6GiB", "c": "3GiB", "d": "1GiB"}).ready("a", lease=1)
+    assert launched(pool.feed(acquire("b", request=2), acquire("c", request=3), acquire("d", request=4))) == []
+    commands = pool.feed(pin("a"))
+    assert (refused(commands), launched(commands)) == ({2: DoesNotFit}, ["c", "d"])
+
+
+def test_s10_d16_the_automatic_limit_follows_the_devices() -> None:
+    """S10, D16: three for each GPU and at least three, as the devices are now, not as the first look found them."""
+    pool = a_pool(each="1GiB")
+    for model in "abc":
+        pool.idle(model)
+    assert stopped(pool.feed(acquire("d", request=1))) == [1]
+    pool.capacities |= {"gpu0": amount("8GiB"), "gpu1": amount("8GiB")}
+    assert launched(pool.feed(pool.sample())) == ["d"]
+    assert launched(pool.feed(acquire("e", request=2))) == ["e"]
+
+
+def test_a_limit_that_was_raised_lets_waiters_go_ahead() -> None:
+    """Limits may change while running; what is left out stays as it was."""
+    pool = a_pool(max_runners=1, max_queue=7, each="1GiB").ready("a", lease=1)
+    pool.feed(acquire("b", request=2))
+    assert launched(pool.feed(Configure(max_runners=2))) == ["b"]
+    assert pool.core.pool.limits.max_queue == 7
+
+
+def test_a_limit_that_was_lowered_stops_nobody_in_use() -> None:
+    """No other starts before enough have gone."""
+    pool = a_pool(max_runners=2, each="1GiB").ready("a", lease=1).ready("b", lease=2)
+    assert pool.feed(Configure(max_runners=1)) == []
+    pool.feed(acquire("c", request=3), expire("a"), release(1))
+    assert launched(pool.feed(exited(1))) == []
+
+
+def test_s24_two_loads_at_a_time_on_the_host() -> None:
+    """S24: reservations let several load at once, within a limit per device."""
+    pool = a_pool(each="1GiB")
+    assert launched(pool.feed(*(acquire(model, request) for request, model in enumerate("abc", 1)))) == ["a", "b"]
+    assert pool.waits_for(3) == "another load to end"
+    assert launched(pool.feed(loaded(1))) == ["c"]
+
+
+def test_s24_one_load_at_a_time_on_a_gpu() -> None:
+    """S24: two GPUs load one model each; a third model waits for either."""
+    pool = a_pool(capacity="64GiB", gpus=("8GiB", "8GiB"))
+    for model in "abc":
+        pool.declare(model, layered(4, "512MiB"))
+    commands = pool.feed(*(acquire(model, request) for request, model in enumerate("abc", 1)))
+    assert [[gpu for gpu, _ in command.placement.gpu_layers] for command in commands] == [["gpu0"], ["gpu1"]]
+    assert launched(pool.feed(loaded(1))) == ["c"]
+
+
+def test_a_model_on_a_gpu_takes_no_place_among_the_hosts_loads() -> None:
+    """Though some of it stays on the host."""
+    pool = a_pool(capacity="64GiB", gpus=("8GiB", "8GiB"), loads_on_host=1, each="1GiB")
+    for model in "ab":
+        pool.declare(model, layered(4, "512MiB", host="1GiB"))
+    assert launched(pool.feed(acquire("a", 1), acquire("b", 2), acquire("c", 3), acquire("d", 4))) == ["a", "b", "c"]
+
+
+def test_an_object_that_declares_gpu_memory_loads_on_that_gpu() -> None:
+    """It takes that device's place among the loads, not one of the host's."""
+    pool = a_pool(capacity="64GiB", gpus=("8GiB",), each="1GiB", max_runners=4)
+    for model in "ab":
+        pool.declare(model, Footprint(fixed=(("gpu0", amount("1GiB")),)))
+    assert launched(pool.feed(acquire("a", 1), acquire("b", 2))) == ["a"]
+    assert launched(pool.feed(acquire("c", 3), acquire("d", 4))) == ["c", "d"]
+
+
+def test_a_load_that_nobody_waits_for_gives_its_place_up() -> None:
+    """Rule 4: it is aborted when its place among the loads is wanted."""
+    pool = a_pool(loads_on_host=1, each="1GiB").loading("a", request=1)
+    pool.feed(cancel(1))
+    commands = pool.feed(acquire("b", request=2))
+    assert (stopped(commands), launched(commands)) == ([1], ["b"])
+
+
+def test_a_load_on_another_device_gives_nothing_up() -> None:
+    """Only a place on the device that is wanted helps."""
+    pool = a_pool(capacity="64GiB", gpus=("8GiB",), loads_on_host=1, each="1GiB").loading("a", request=1)
+    pool.declare("b", layered(4, "512MiB")).declare("c", layered(4, "512MiB"))
+    pool.loading("b", request=2)
+    pool.feed(cancel(1))
+    assert stopped(pool.feed(acquire("c", request=3))) == []
+    assert stopped(pool.feed(cancel(2))) == [2]
+
+
+# -- the program's own memory -----------------------------------------------------------------------------------------
+
+
+def test_the_programs_memory_is_granted_where_there_is_room() -> None:
+    """It is out of the ledger while it is held, and back when it is released."""
+    pool = a_pool()
+    assert pool.feed(memory(1, cpu="3GiB")) == [Grant(1, None)]
+    assert pool.free() == amount("5GiB")
+    pool.feed(release(1))
+    assert pool.free() == amount("8GiB")
+
+
+def test_the_programs_memory_evicts_like_a_model() -> None:
+    """Idle runners go for it; the grant waits until their memory is back."""
+    pool = a_pool().idle("a")
+    assert pool.feed(memory(1, cpu="3GiB")) == [Stop(1)]
+    assert pool.feed(exited(1)) == [Grant(1, None)]
+
+
+def test_the_programs_memory_lets_waiters_go_ahead_when_it_is_given_back() -> None:
+    """It may be what they lack."""
+    pool = a_pool(each="4GiB").ready("a", lease=1)
+    pool.feed(memory(2, cpu="2GiB"))
+    assert launched(pool.feed(acquire("b", request=3))) == []
+    assert launched(pool.feed(release(2))) == ["b"]
+
+
+def test_the_programs_memory_is_not_evicted_for_a_model() -> None:
+    """Nobody can take it away, so what does not fit beside it is refused, saying why."""
+    pool = a_pool()
+    pool.feed(memory(1, cpu="3GiB"))
+    assert refused(pool.feed(acquire("a", request=2))) == {2: DoesNotFit}
+    assert "the program's own reservations" in pool.refusal(2).reason
+
+
+def test_the_programs_memory_needs_no_process() -> None:
+    """With every place among the processes taken it is still granted."""
+    pool = a_pool(max_runners=1, each="1GiB").ready("a", lease=1)
+    assert pool.feed(memory(2, cpu="3GiB")) == [Grant(2, None)]
+
+
+def test_a_wish_for_memory_can_be_cancelled_before_and_after_its_grant() -> None:
+    """Before, it is answered; after, it is given back."""
+    pool = a_pool().ready("a", lease=1)
+    pool.feed(memory(2, cpu="3GiB"), memory(3, cpu="1GiB"))
+    assert granted(pool.commands) == [1, 3]
+    assert refused(pool.feed(cancel(2), cancel(3))).keys() == {2}
+    assert pool.free() == amount("2GiB")
+
+
+def test_of_two_wishes_for_memory_the_one_that_became_impossible_is_told_at_once() -> None:
+    """Both waited for the same room; what the first took is nobody's to give to the second."""
+    pool = a_pool().ready("a", lease=1)
+    pool.feed(memory(2, cpu="5GiB"), memory(3, cpu="5GiB"), release(1))
+    commands = pool.feed(exited(1))
+    assert (granted(commands), refused(commands)) == ([2], {3: DoesNotFit})
+
+
+def test_several_wishes_for_the_same_memory_are_granted_together() -> None:
+    """As many as fit, each with bytes of its own."""
+    pool = a_pool().ready("a", lease=1)
+    pool.feed(memory(2, cpu="3GiB"), memory(3, cpu="3GiB"), release(1))
+    assert granted(pool.feed(exited(1))) == [2, 3]
+    assert pool.free() == amount("2GiB")
+
+
+def test_the_programs_memory_leaves_pins_alone() -> None:
+    """A pin is not moved for the program either."""
+    pool = a_pool().idle("a")
+    pool.feed(pin("a"))
+    assert refused(pool.feed(memory(1, cpu="3GiB"))) == {1: DoesNotFit}
+
+
+def test_no_model_is_mistaken_for_memory() -> None:
+    """A wish for memory is never served by a runner, whatever it is called."""
+    pool = a_pool()
+    wish = Acquire(7, memory(7, cpu="1GiB").want)
+    pool.ready("", lease=1)
+    assert pool.feed(wish) == [Grant(7, None)]
+
+
+# -- one model, several options ---------------------------------------------------------------------------------------
+
+
+def test_s07_an_incompatible_sibling_is_the_victim_of_a_reload() -> None:
+    """S07: idle, it goes at once; its model's next life has the new options."""
+    pool = a_pool(capacity="32GiB").idle("a")
+    commands = pool.feed(acquire("a", request=1, num_thread=3))
+    assert stopped(commands) == [1]
+    commands += pool.feed(exited(1))
+    assert [command.options.num_thread for command in commands if isinstance(command, Launch)] == [3]
+
+
+def test_s07_a_busy_sibling_drains_at_the_bound_and_the_next_life_starts_beside_it() -> None:
+    """Its next life starts when its own memory fits, even while the old one still answers."""
+    pool = a_pool(capacity="32GiB", max_wait_s=120.0).ready("a", lease=1)
+    pool.feed(acquire("a", request=2, num_thread=3))
+    assert launched(pool.advance("119s")) == []
+    assert launched(pool.advance("1s")) == ["a"]
+    assert pool.core.pool.runners[1].state is RunnerState.expiring
+    assert pool.feed(loaded(2)) == [Grant(2, 2)]
+
+
+def test_a_sibling_in_its_residency_is_not_reloaded_at_once() -> None:
+    """Clients with different options take turns of a load's length, not of a request's."""
+    pool = a_pool(capacity="32GiB", min_residency_s=30.0).ready("a", lease=1)
+    pool.feed(release(1))
+    assert pool.feed(acquire("a", request=2, num_thread=3)) == []
+    assert stopped(pool.advance("30s")) == [1]
+
+
+def test_two_waiters_with_different_options_take_turns() -> None:
+    """A model has one current runner: the second's load begins when the first has had its turn."""
+    pool = a_pool(capacity="32GiB").loading("a", request=1)
+    assert pool.feed(acquire("a", request=2, num_thread=3)) == []
+    assert pool.waits_for(2) == "a load of its model with other options"
+    pool.feed(loaded(1))
+    commands = pool.feed(release(1))
+    assert (stopped(commands), launched(commands)) == ([1], ["a"])

@@ -1,0 +1,104 @@
+"""What ought to be gone and is not: nobody counts on its memory for ever, and every wait has an end."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+
+from fsm.eviction.policies import Candidate
+from fsm.machine.runner import RunnerState
+from fsm.messages.commands import Stop
+from fsm.messages.refusals import DoesNotFit
+from tests.support.pool import a_pool, acquire, exited, expire, launched, release, stopped
+
+
+def test_a_runner_that_does_not_stop_is_not_counted_on() -> None:
+    """Rule 11: at first its memory is on its way; after the bound the idle one goes instead."""
+    pool = a_pool(capacity="5GiB", sizes={"a": "3GiB", "b": "2GiB", "c": "2GiB"}).idle("b").idle("a")
+    pool.feed(expire("a"))
+    assert stopped(pool.feed(acquire("c", request=9))) == []
+    assert pool.waits_for(9) == "memory that is on its way back"
+    assert stopped(pool.advance("20s")) == [pool.runner("b")]
+
+
+def test_a_drain_that_takes_too_long_is_not_counted_on() -> None:
+    """A long answer is not cut; but after another bound on the wait something idle goes in its place."""
+    pool = a_pool(capacity="5GiB", sizes={"a": "3GiB", "b": "2GiB", "c": "2GiB"}).idle("b").ready("a", lease=1)
+    pool.feed(expire("a"), acquire("c", request=9))
+    assert pool.waits_for(9) == "a to finish"
+    assert stopped(pool.advance("119s")) == []
+    assert stopped(pool.advance("2s")) == [pool.runner("b")]
+    assert pool.state("a") is RunnerState.expiring
+    assert pool.feed(release(1)) == [Stop(pool.runner("a"))]
+
+
+def test_what_only_a_stuck_runner_could_make_room_for_is_refused_and_names_it() -> None:
+    """Every wait has an end: once it is overdue, those who would need its memory are told."""
+    pool = a_pool(capacity="5GiB", sizes={"a": "3GiB", "c": "4GiB"}).idle("a")
+    pool.feed(expire("a"), acquire("c", request=9))
+    pool.advance("20s")
+    refusal = pool.refusal(9)
+    assert isinstance(refusal, DoesNotFit) and refusal.reason.endswith("does not end: a")
+
+
+def test_a_load_that_needs_to_be_alone_does_not_wait_for_what_is_stuck() -> None:
+    """N07: after out of memory everything else goes first, but not what never goes."""
+    pool = a_pool(capacity="20GiB", sizes={"a": "3GiB", "b": "6GiB"}).idle("a")
+    pool.feed(expire("a"))
+    pool.loading("b", request=9)
+    again = launched(pool.feed(exited(pool.runner("b"), out_of_memory=True))) + launched(pool.advance("30s"))
+    assert len(again) == 1
+
+
+@pytest.mark.parametrize("kind", [ZeroDivisionError, SystemExit, KeyboardInterrupt])
+def test_a_policy_that_raises_does_not_stop_the_scheduler(kind: type[BaseException]) -> None:
+    """It may be the user's own: the oldest go first instead, and the failure is kept for the status."""
+
+    class Broken:
+        name = "broken"
+
+        def order(self, now: float, candidates: Sequence[Candidate]) -> Sequence[Candidate]:
+            raise kind("a policy's bug")
+
+    pool = a_pool(capacity="8GiB", policy=Broken()).idle("a")
+    assert stopped(pool.feed(acquire("b", request=9))) == [1]
+    assert "a policy's bug" in pool.core.policy_failure
+
+
+def test_whom_a_policy_leaves_out_is_given_up_last() -> None:
+    """Rule 11: a policy only orders. If it could keep somebody, those who wait for that memory would wait for ever."""
+
+    class Protective:
+        name = "protective"
+
+        def order(self, now: float, candidates: Sequence[Candidate]) -> Sequence[Candidate]:
+            return [one for one in candidates if one.model != "a"]
+
+    sizes = {"a": "2GiB", "b": "2GiB", "c": "5GiB"}
+    pool = a_pool(capacity="6GiB", sizes=sizes, policy=Protective()).idle("a").idle("b")
+    assert stopped(pool.feed(acquire("c", request=9))) == [pool.runner("b"), pool.runner("a")]
+
+
+def test_whom_a_policy_names_twice_counts_once() -> None:
+    """Else one runner would seem to make room for two, and go although the other still holds the rest."""
+
+    class Repetitive:
+        name = "repetitive"
+
+        def order(self, now: float, candidates: Sequence[Candidate]) -> Sequence[Candidate]:
+            return [candidates[0], *candidates]
+
+    sizes = {"a": "3GiB", "b": "3GiB", "c": "6GiB"}
+    pool = a_pool(capacity="6GiB", sizes=sizes, policy=Repetitive()).idle("a").ready("b", lease=1)
+    assert stopped(pool.feed(acquire("c", request=9))) == []
+    assert pool.waits_for(9) == "a, b to become idle"
+
+
+def test_a_younger_load_does_not_take_the_place_of_one_that_starts_in_a_moment() -> None:
+    """Rule 5 for the places among the loads: what is on its way back is the older one's."""
+    sizes = {"a": "6GiB", "b": "6GiB", "c": "1GiB"}
+    pool = a_pool(capacity="8GiB", sizes=sizes, loads_on_host=1).idle("a")
+    pool.feed(acquire("b", request=8))
+    assert launched(pool.feed(acquire("c", request=9))) == []
+    assert launched(pool.feed(exited(1)) + pool.feed(pool.sample())) == ["b"]

@@ -1,0 +1,131 @@
+"""The account on which lines are planned: what there is at each horizon, in numbers."""
+
+from __future__ import annotations
+
+from fsm.domain.devices import HOST, DeviceId, DeviceSample, Placement
+from fsm.domain.model_info import Options
+from fsm.machine.request import ModelId
+from fsm.machine.runner import Runner, RunnerId
+from fsm.placement.search import Demand, Gpu, Offload
+from fsm.planning.availability import DRAINED, LATER, NOW, SOON, Need, Supply
+from fsm.sizing.footprint import Footprint
+from fsm.state.memory_ledger import Ledger
+from tests.support.pool import amount
+
+GPUS = (DeviceId("gpu0"), DeviceId("gpu1"))
+MODEL = ModelId("a")
+
+
+def a_supply(host: int = 100, gpus: tuple[int, ...] = (), places: int = 9, held: int = 0) -> Supply:
+    """Return a supply of so many bytes, of which one runner of one process holds some of the host."""
+    sizes = [(HOST, "cpu", host), *((id, "gpu", size) for id, size in zip(GPUS, gpus, strict=False))]
+    ledger = Ledger({id: DeviceSample(id, kind, id, size, size) for id, kind, size in sizes})  # type: ignore[arg-type]  # kinds
+    if held:
+        ledger.reserve(("runner", 1), ((HOST, held),))
+    return Supply(
+        ledger, [Gpu(id, id) for id, kind, _ in sizes if kind == "gpu"], places, [runner(held)] if held else []
+    )
+
+
+def runner(held: int) -> Runner:
+    return Runner(RunnerId(1), MODEL, Options(), Placement(((HOST, held),)), 0.0, 0.0)
+
+
+def of_host(size: int, *, process: bool = True) -> Need:
+    """Return the need of somebody who names so many bytes of the host."""
+    return Need(Demand(Footprint(fixed=((HOST, size),))), Offload.none, process)
+
+
+def host(supply: Supply) -> list[int]:
+    """Return what there is of the host's memory, by horizon."""
+    return [there[HOST] for there in supply.bytes]
+
+
+def test_what_a_runner_holds_is_there_from_its_horizon_on() -> None:
+    """With its place among the processes."""
+    supply = a_supply(100, places=2, held=30)
+    assert (host(supply), supply.potential[HOST]) == ([70, 70, 70, 70], 100)
+    supply.add(DRAINED, [runner(30)])
+    assert (host(supply), supply.places) == ([70, 70, 100, 100], [2, 2, 3, 3])
+    assert supply.held_by(runner(30)) == {HOST: 30}
+    assert supply.held_by(None) == {}
+
+
+def test_what_is_booked_is_missing_from_then_on_and_is_the_most_that_is_left_before() -> None:
+    """Whoever takes more now would take it from who has booked."""
+    supply = a_supply(100, places=2, held=30)
+    supply.add(SOON, [runner(30)])
+    supply.take(SOON, ((HOST, 80),), 1)
+    assert (host(supply), supply.places) == ([20, 20, 20, 20], [2, 2, 2, 2])
+    supply.take(LATER, ((HOST, 25),), 2)
+    assert (host(supply), supply.places) == ([-5, -5, -5, -5], [0, 0, 0, 0])
+
+
+def test_what_is_taken_now_is_missing_at_every_horizon() -> None:
+    """What is left later is not less than that."""
+    supply = a_supply(100, held=30)
+    supply.add(LATER, [runner(30)])
+    supply.take(NOW, ((HOST, 50),), 1)
+    assert (host(supply), supply.places) == ([20, 20, 20, 50], [8, 8, 8, 9])
+
+
+def test_somebody_goes_where_there_is_room_first() -> None:
+    """By bytes and by places; where neither is known, by what there might be."""
+    supply = a_supply(100, places=0, held=30)
+    supply.add(DRAINED, [runner(30)])
+    assert supply.reach(of_host(60, process=False)) == (Placement(((HOST, 60),)), SOON)
+    assert supply.reach(of_host(60)) == (Placement(((HOST, 60),)), DRAINED)
+    assert supply.reach(of_host(60), LATER) == (Placement(((HOST, 60),)), LATER)
+    supply.take(LATER, ((HOST, 90),), 0)
+    assert supply.reach(of_host(60)) == (Placement(((HOST, 60),)), LATER)
+
+
+def test_the_next_runner_of_a_model_takes_what_the_one_before_it_leaves_and_the_rest() -> None:
+    """As much as the largest of those who come, and never a place of its own."""
+    supply = a_supply(100)
+    supply.take(NOW, ((HOST, 40),), 1)
+    supply.planned[MODEL] = {HOST: 40}
+    left = []
+    for size in (50, 30, 55):
+        supply.take_next(MODEL, of_host(size))
+        left.append(supply.bytes[LATER][HOST])
+    assert (left, supply.planned[MODEL]) == ([50, 50, 45], {HOST: 55})
+    assert (host(supply), supply.places) == ([45] * 4, [8] * 4)
+
+
+def test_the_next_runner_of_a_model_goes_where_the_one_before_it_was() -> None:
+    """What that leaves counts, on the device where it leaves it."""
+    supply = a_supply(1000, (70, 60))
+    supply.take(NOW, ((GPUS[0], 40),), 1)
+    supply.planned[MODEL] = {GPUS[0]: 40}
+    layers = Need(Demand(Footprint((20, 20), (0, 0), 10, 0, 0)), Offload.whole)  # 62 with the headroom
+    supply.take_next(MODEL, layers)
+    assert (supply.bytes[LATER][GPUS[0]], supply.bytes[LATER][GPUS[1]]) == (70 - 62, 60)
+    assert supply.planned[MODEL][GPUS[0]] == 62
+
+
+def test_what_one_model_holds_elsewhere_is_not_forgotten_where_the_next_goes() -> None:
+    """Its memory of the other GPU is booked for whoever comes after that."""
+    supply = a_supply(1000, (150, 60))
+    supply.planned[MODEL] = {GPUS[1]: 40}
+    supply.take_next(MODEL, Need(Demand(Footprint((20, 20), (0, 0), 10, 0, 0)), Offload.whole))
+    assert supply.planned[MODEL][GPUS[1]] == 40
+
+
+def test_who_is_not_first_in_a_line_has_a_booking_once_it_is_their_turn() -> None:
+    """Not before those who came earlier."""
+    supply = a_supply(100)
+    supply.behind = [((1.0, 1), of_host(10, process=False)), ((3.0, 3), of_host(20, process=False))]  # type: ignore[list-item]  # ids
+    supply.take_older((2.0, 2))  # type: ignore[arg-type]  # an id
+    assert (host(supply), len(supply.behind)) == ([90] * 4, 1)
+    supply.take_older((4.0, 4))  # type: ignore[arg-type]  # an id
+    assert (host(supply), supply.behind, supply.places) == ([70] * 4, [], [9] * 4)
+
+
+def test_somebody_lacks_memory_where_they_may_go() -> None:
+    """What is declared names its devices; who stays on the host takes none of a GPU."""
+    supply = a_supply(100, (50, 50))
+    demand = Demand(Footprint((amount("1GiB"),), (0,)))
+    assert supply.memories(of_host(10)) == [HOST]
+    assert supply.memories(Need(demand, Offload.none)) == [HOST]
+    assert supply.memories(Need(demand, Offload.part)) == [HOST, *GPUS]

@@ -1,0 +1,183 @@
+"""How many threads a runner gets: the host's cores, dealt to those that are likely to work at once."""
+
+from __future__ import annotations
+
+import pytest
+
+from fsm.codec import decode_state, encode
+from fsm.core import Core
+from fsm.domain.devices import Threads
+from fsm.messages.commands import Grant, Launch
+from tests.support.models import MIB, a_model
+from tests.support.pool import PoolUnderTest, a_pool, acquire, exited, expire, loaded, preload, release
+
+MODELS = "abcdefgh"
+SMALL = a_model((32 * MIB,) * 4)  # takes 182 MiB with all that comes with it
+
+
+def a_host(cores: int, capacity: str = "16GiB", **how: object) -> PoolUnderTest:
+    """Return a pool whose host has so many cores, and whose models are small and compute there."""
+    pool = a_pool(capacity=capacity, **how)
+    pool.cores = cores
+    for model in MODELS:
+        pool.declare(model, SMALL)
+    pool.feed(pool.sample())
+    return pool
+
+
+def answers(pool: PoolUnderTest, runner: int) -> int:
+    """Return the threads that a runner was launched with, for answers."""
+    threads = pool.launches[runner].placement.threads
+    assert threads is not None
+    return threads.answers
+
+
+def test_a_runner_alone_gets_every_core() -> None:
+    """Nobody else is there, and nobody else waits."""
+    pool = a_host(8).loading("a", request=1)
+    assert pool.launches[1].placement.threads == Threads(8, 8)
+
+
+def test_beside_one_that_is_in_use_it_gets_half_of_them() -> None:
+    """Both will work at once; prompts get all cores even so, which costs nobody anything."""
+    pool = a_host(8).ready("a", lease=1).loading("b", request=2)
+    assert pool.launches[2].placement.threads == Threads(4, 8)
+
+
+def test_three_at_once_get_a_third_each_rounded_down() -> None:
+    """More threads than cores would wait for each other."""
+    pool = a_host(16, max_runners=8).ready("a", lease=1).ready("b", lease=2).loading("c", request=3)
+    assert answers(pool, 3) == 5
+
+
+def test_there_is_always_one_thread() -> None:
+    """However many are at work."""
+    pool = a_host(2, max_runners=8)
+    for request, model in enumerate("abcd", 1):
+        pool.ready(model, lease=request)
+    assert [answers(pool, runner) for runner in (1, 2, 3, 4)] == [2, 1, 1, 1]
+
+
+def test_those_that_wait_count_where_there_is_room_for_them() -> None:
+    """Two that are asked for at once are dealt the cores as two, the first one too."""
+    pool = a_host(8, inspects=False)
+    pool.feed(acquire("a", request=1), acquire("b", request=2))
+    pool.feed(pool.inspection("a"), pool.inspection("b"))
+    assert (answers(pool, 1), answers(pool, 2)) == (4, 4)
+
+
+def test_those_that_will_take_its_place_do_not_count() -> None:
+    """There is room for one: who waits is served after it, not beside it."""
+    for how in ({"capacity": "300MiB"}, {"max_runners": 1}):
+        pool = a_host(8, inspects=False, **how)
+        pool.feed(acquire("a", request=1), acquire("b", request=2))
+        pool.feed(pool.inspection("a"))
+        assert answers(pool, 1) == 8
+
+
+def test_those_that_rest_do_not_count_where_models_are_used_in_turns() -> None:
+    """One client that goes from model to model has all the cores with each."""
+    pool = a_host(8, max_runners=8)
+    for request, model in enumerate("abc", 1):
+        pool.ready(model, lease=request).feed(release(lease=request))
+    assert [answers(pool, runner) for runner in (1, 2, 3)] == [8, 8, 8]
+
+
+def test_those_that_rest_count_as_far_as_so_many_have_worked_at_once() -> None:
+    """Two of three resting ones may come back, since two were in use beside each other before."""
+    pool = a_host(12, max_runners=8).ready("a", lease=1).ready("b", lease=2).ready("c", lease=3)
+    pool.feed(release(lease=1), release(lease=2), release(lease=3))
+    pool.loading("d", request=4)
+    assert answers(pool, 4) == 4
+
+
+def test_one_that_is_on_its_way_out_does_not_count() -> None:
+    """It takes no new lease, and will be gone."""
+    pool = a_host(8).ready("a", lease=1)
+    pool.feed(expire("a"))
+    pool.loading("b", request=2)
+    assert answers(pool, 2) == 8
+
+
+def test_a_reload_is_not_divided_with_its_own_earlier_life() -> None:
+    """A model has one runner at a time."""
+    pool = a_host(8).idle("a")
+    pool.feed(acquire("a", request=1, num_ctx=8192), exited(1))
+    assert answers(pool, 2) == 8
+
+
+def test_a_number_that_a_request_names_wins() -> None:
+    """Over the setting, over the cores, for prompts too."""
+    pool = a_host(8, cpu_threads=3).ready("a", lease=1).loading("b", request=2, num_thread=5)
+    assert pool.launches[2].placement.threads == Threads(5, 5)
+
+
+def test_a_number_that_is_set_holds_for_all_others() -> None:
+    """Whatever the cores, and even where they are not known."""
+    assert [answers(a_host(cores, cpu_threads=3).loading("a", request=1), 1) for cores in (0, 2, 64)] == [3, 3, 3]
+
+
+def test_where_the_cores_are_unknown_the_engine_decides() -> None:
+    """Nothing can be dealt."""
+    assert a_host(0).loading("a", request=1).launches[1].placement.threads is None
+
+
+def test_an_object_is_given_no_threads_and_takes_no_cores_of_others() -> None:
+    """What it computes with is its owner's business."""
+    pool = a_host(8).declare("o", "1GiB").ready("o", lease=1).loading("a", request=2)
+    assert pool.launches[1].placement.threads is None
+    assert answers(pool, 2) == 8
+
+
+def test_what_is_dealt_never_costs_a_reload() -> None:
+    """N09: a runner keeps its number whoever comes and goes, and serves who names none, or the same one."""
+    pool = a_host(8).ready("a", lease=1).ready("b", lease=2)
+    pool.feed(release(lease=1))
+    assert pool.feed(acquire("b", request=3), acquire("b", request=4, num_thread=4)) == [Grant(3, 2), Grant(4, 2)]
+    assert pool.feed(acquire("a", request=5), acquire("a", request=6, num_thread=8)) == [Grant(5, 1), Grant(6, 1)]
+
+
+def test_another_number_than_was_dealt_is_a_reload() -> None:
+    """A number that is named is meant."""
+    pool = a_host(8).idle("a")
+    pool.feed(acquire("a", request=1, num_thread=3), exited(1))
+    assert answers(pool, 2) == 3
+
+
+def test_a_model_whole_on_gpus_gets_one_thread_and_leaves_the_cores_to_others() -> None:
+    """It only looks up on the host what its GPU works on."""
+    pool = a_host(8, gpus=("8GiB",)).ready("a", lease=1)
+    assert pool.launches[1].placement.threads == Threads(1, 1, on_host=False)
+    pool.loading("b", request=2, num_gpu=0)
+    assert answers(pool, 2) == 8
+
+
+def test_a_model_partly_on_gpus_takes_its_part_of_the_cores() -> None:
+    """The layers that are left on the host are computed there."""
+    pool = a_host(8, gpus=("8GiB",)).ready("a", lease=1, num_gpu=2).loading("b", request=2, num_gpu=0)
+    assert (answers(pool, 1), answers(pool, 2)) == (8, 4)
+
+
+def test_preloads_that_are_asked_for_together_share_the_cores() -> None:
+    """Who wants them loaded together uses them together."""
+    pool = a_host(8, inspects=False)
+    pool.feed(preload("a", request=1), preload("b", request=2), pool.inspection("a"), pool.inspection("b"))
+    assert (answers(pool, 1), answers(pool, 2)) == (4, 4)
+
+
+@pytest.mark.parametrize("at", ["loading", "ready"])
+def test_what_is_dealt_survives_a_copy_and_a_recording(at: str) -> None:
+    """A core that goes on from what was written down serves the same requests."""
+    pool = a_host(8)
+    pool.loading("a", request=1)
+    if at == "ready":
+        pool.feed(loaded(1))
+    for core in (pool.core.copy(), Core.restore(decode_state(encode(pool.core.state())))):
+        if at == "loading":
+            core.step(pool.now, loaded(1))
+        commands = core.step(pool.now, acquire("a", request=2, num_thread=8))
+        assert commands == [Grant(2, 1)]
+        core.step(pool.now, acquire("b", request=3))
+        launched = core.step(pool.now, pool.inspection("b"))
+        assert [c.placement.threads for c in launched if isinstance(c, Launch)] == [Threads(4, 8)]
+        core.check()

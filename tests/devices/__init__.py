@@ -1,0 +1,1 @@
+"""The host and GPUs, real and stand-in."""

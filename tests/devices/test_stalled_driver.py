@@ -1,0 +1,95 @@
+"""A driver whose calls do not return: what is known meanwhile, for how long, and that nobody waits for it."""
+
+from __future__ import annotations
+
+import time
+
+from scheduler.devices import device_reader
+from scheduler.devices.device_reader import ANSWER_S, TRUST_S, Devices
+from tests.support.nvml import Clock, Gpu, StandIn, beside_stand_in, free_of, gpus_of
+from tests.support.waiting import assert_soon
+
+ONE = Gpu("GPU-1", total=1000, free=800)
+TWO = Gpu("GPU-2", total=2000, free=1900)
+
+
+def stalls(nvml: StandIn, function: str, source: Devices) -> float:
+    """Read once, have a function not return from then on, read again; return how long that took, in seconds."""
+    device_reader.ANSWER_S = 0.6
+    nvml.say(ONE, TWO)
+    assert free_of(source) == {"GPU-1": 800, "GPU-2": 1900}
+    nvml.say(ONE.but(free=1), stall=function)
+    began = time.monotonic()
+    gpus = gpus_of(source)
+    took_s = time.monotonic() - began
+    assert [(gpu.free_bytes, gpu.fresh) for gpu in gpus.values()] == [(800, False), (1900, False)]
+    return took_s
+
+
+@beside_stand_in()
+def test_d15_a_call_that_stalls_is_waited_for_once(nvml: StandIn) -> None:
+    """D15: whichever it is. What was known of the GPUs holds until it returns; then everything is read again."""
+    for function in ("nvmlDeviceGetCount_v2", "nvmlDeviceGetMemoryInfo_v2", "nvmlDeviceGetComputeRunningProcesses_v3"):
+        source = Devices()
+        assert 0.5 < stalls(nvml, function, source) < 6.0
+        device_reader.ANSWER_S = 60.0
+        began = time.monotonic()
+        gpus_of(source)
+        assert time.monotonic() - began < 6.0, "it was waited for again"
+        assert source.gpu_processes() == {}, "processes as they were are no news"
+        nvml.say(ONE.but(free=5))
+        assert_soon(lambda source=source: free_of(source) == {"GPU-1": 5})
+        assert all(gpu.fresh for gpu in gpus_of(source).values())
+        assert source.problems == ()
+        source.close()
+
+
+@beside_stand_in()
+def test_a_stalled_driver_is_named_and_not_used_before_long(nvml: StandIn) -> None:
+    """A program that is started on such a GPU may never end, so that its figures hold only for a while."""
+    clock = Clock()
+    source = Devices(clock=clock)
+    stalls(nvml, "nvmlDeviceGetMemoryInfo_v2", source)
+    clock.now += TRUST_S - 1
+    assert list(gpus_of(source)) == ["GPU-1", "GPU-2"]
+    assert source.problems == ("the GPUs' driver has not answered for 29 s: what is known of them is from before",)
+    clock.now += 1
+    assert list(gpus_of(source)) == []
+    assert source.problems == ("the GPUs' driver has not answered for 30 s: they are not used until it does",)
+    nvml.say(TWO)
+    assert_soon(lambda: list(gpus_of(source)) == ["GPU-2"])
+    assert source.problems == ()
+
+
+@beside_stand_in()
+def test_a_driver_that_stalls_from_the_start_leaves_the_host(nvml: StandIn) -> None:
+    """Nothing is known of its GPUs; they are found when it answers."""
+    device_reader.FIRST_ANSWER_S = 0.3
+    nvml.say(ONE, stall="nvmlInitWithFlags")
+    source = Devices(clock=(clock := Clock()))
+    assert gpus_of(source) == {}
+    clock.now += ANSWER_S
+    assert len(source.problems) == 1
+    nvml.say(ONE)
+    assert_soon(lambda: free_of(source) == {"GPU-1": 800})
+
+
+@beside_stand_in()
+def test_d17_closing_does_not_wait_for_a_stalled_driver(nvml: StandIn) -> None:
+    """D17: its thread lets go of the driver when it has its answer, and ends."""
+    for function in ("nvmlDeviceGetMemoryInfo_v2", "nvmlShutdown"):
+        source = Devices()
+        if function == "nvmlShutdown":
+            nvml.say(ONE)
+            gpus_of(source)
+            nvml.say(ONE, stall=function)
+        else:
+            stalls(nvml, function, source)
+        began = time.monotonic()
+        source.close()
+        assert time.monotonic() - began < 10.0
+        asking = source._asking
+        assert asking is not None and asking.is_alive() and asking.daemon
+        nvml.say(ONE)
+        assert_soon(lambda asking=asking: not asking.is_alive())
+        assert source._driver is not None and not source._driver._initialised

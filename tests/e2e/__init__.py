@@ -1,0 +1,1 @@
+"""Real engines, real files, real faults."""

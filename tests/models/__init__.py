@@ -1,0 +1,1 @@
+"""Model files, the catalogue and the store of measurements."""

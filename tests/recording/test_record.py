@@ -1,0 +1,434 @@
+"""Tests of the core's record: what is written down and read again is the same, whatever happened before."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from enum import Enum
+from pathlib import Path
+from typing import Any, cast, get_args
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import rule
+
+from fsm.codec import Unreadable, _fields, decode_command, decode_event, decode_state, encode, reachable, schema
+from fsm.core import Core, State
+from fsm.domain.devices import HOST, DeviceId, DeviceSample, Placement
+from fsm.domain.model_info import ModelInfo, Options, Recurrence
+from fsm.eviction.policies import KeepAliveOrder
+from fsm.machine.request import ModelId, Purpose, RequestId, Want
+from fsm.machine.runner import RunnerId
+from fsm.messages.commands import (
+    Ask,
+    Claim,
+    Command,
+    Finish,
+    Grant,
+    Inspect,
+    Launch,
+    Prefetch,
+    Reject,
+    Remember,
+    Revoke,
+    Sample,
+    Stop,
+    Unclaim,
+)
+from fsm.messages.events import (
+    Acquire,
+    Cancel,
+    Claimed,
+    Close,
+    Configure,
+    Contended,
+    Event,
+    Exited,
+    Expire,
+    Filled,
+    Inspected,
+    Loaded,
+    OutOfMemory,
+    Pin,
+    Progress,
+    Release,
+    Sampled,
+    Tick,
+    Unpin,
+    Unresponsive,
+)
+from fsm.messages.refusals import (
+    Cancelled,
+    Closed,
+    DoesNotFit,
+    InvalidModel,
+    LoadFailed,
+    LoadTimeout,
+    ModelNotFound,
+    NotInTime,
+    QueueFull,
+    Refusal,
+    TimedOut,
+    Unsupported,
+)
+from fsm.sizing.footprint import Footprint
+from fsm.sizing.load_history import Loads, Remembered, Took
+from fsm.state.core_config import Limits
+from fsm.state.timers import Timers
+from fsm.verification.environment import Past, Scenario, possible, sampled, time_of
+from tests.core.test_machine import CoreMachine
+from tests.support.models import a_model
+from tests.support.pool import a_pool, acquire, layered
+
+ROOT = Path(__file__).resolve().parents[2]
+MIB = 2**20
+OF_A_STEP = {"commands", "journal", "newcomers", "pool", "replan"}  # of the verbs: of a step, or the pool
+
+
+def through_json(value: object) -> Any:
+    return json.loads(json.dumps(encode(value), allow_nan=False))
+
+
+def restored(core: Core) -> Core:
+    """Return a core that was written down and read again."""
+    return Core.restore(decode_state(through_json(core.state())), core.policy)
+
+
+def parts_of(thing: object) -> Iterator[tuple[object, object]]:
+    """Yield what a thing is made of, by whatever means it holds it; nothing here knows how it is written down."""
+    match thing:
+        case dict():
+            yield from enumerate(pair for item in thing.items() for pair in item)
+        case list() | tuple():
+            yield from enumerate(thing)
+        case set() | frozenset():
+            yield "members", sorted(map(repr, thing))
+        case _ if type(thing).__module__.startswith("fsm") and not isinstance(thing, Enum):
+            slots = [name for kind in type(thing).__mro__ for name in getattr(kind, "__slots__", ())]
+            for name in [*slots, *getattr(thing, "__dict__", {})]:
+                if name not in ("commands", "journal", "demands"):  # of the last step, its notes; found when needed
+                    yield name, getattr(thing, name)
+        case _:
+            pass
+
+
+def differences(one: object, other: object, where: str = "core", seen: dict[int, int] | None = None) -> list[str]:
+    """Return where two things differ: in values, in types, in orders, and in what is the same object twice."""
+    seen = {} if seen is None else seen
+    if type(one) is not type(other):
+        return [f"{where}: {type(one).__name__} and {type(other).__name__}"]
+    mutable = dataclasses.is_dataclass(one) and not type(one).__dataclass_params__.frozen
+    if mutable and id(one) in seen:
+        return [] if seen[id(one)] == id(other) else [f"{where}: shared with others in one, not in the other"]
+    seen[id(one)] = id(other)
+    ones, others = list(parts_of(one)), list(parts_of(other))
+    if not ones and not others:
+        return [] if one == other or (type(one).__module__.startswith("fsm.") and repr(one) == repr(other)) else [
+            f"{where}: {one!r} and {other!r}"
+        ]  # fmt: skip
+    if len(ones) != len(others):
+        return [f"{where}: {len(ones)} and {len(others)} parts"]
+    pairs = zip(ones, others, strict=True)
+    return [text for (name, a), (_, b) in pairs for text in differences(a, b, f"{where}.{name}", seen)]
+
+
+# -- what there is -----------------------------------------------------------------------------------------------------
+
+WANT = Want(ModelId("/models/a.gguf"), Options(num_ctx=4096, use_mmap=False), Purpose.lease, -2)
+SAMPLE = DeviceSample(DeviceId("gpu0"), "gpu", "a GPU, Größe \udcff", 8, 4, integrated=True, fresh=False)
+AMOUNTS = ((HOST, 5), (DeviceId("gpu0"), 2**63))
+EVENTS: list[Event] = [
+    Acquire(RequestId(7), WANT, math.inf, 0.1), Acquire(RequestId(8), WANT, 0, None),
+    Acquire(RequestId(9), Want(ModelId(""), Options(), Purpose.memory, 0, AMOUNTS)),
+    Cancel(RequestId(7)), Release(RequestId(7)), Expire(WANT.model), Pin(WANT.model), Unpin(WANT.model),
+    Configure(1, 2, math.inf), Configure(),
+    Inspected(WANT.model, replace(a_model(), recurrence=Recurrence(conv=4))),
+    Inspected(WANT.model, Footprint(fixed=AMOUNTS)), Inspected(WANT.model, ModelNotFound("/nowhere")),
+    Inspected(WANT.model, InvalidModel("/bad", "cut short", 17)), Progress(RunnerId(3)),
+    Inspected(WANT.model, a_model(), Remembered((Took(WANT.options, (), AMOUNTS),), (Loads(AMOUNTS, (0.1, 2)),))),
+    Loaded(RunnerId(3), to_come=AMOUNTS),
+    Loaded(RunnerId(3), 2048, AMOUNTS, 11), Filled(RunnerId(3), AMOUNTS), OutOfMemory(RunnerId(3)),
+    Unresponsive(RunnerId(3), "it does not answer"), Exited(RunnerId(3), -9, "two\nlines", out_of_memory=True),
+    Exited(RunnerId(3), None), Sampled((SAMPLE,), ((RunnerId(3), AMOUNTS),), 4, ((RunnerId(3), 9),)),
+    Contended(1), Claimed(1), Tick(), Close(math.inf), Close(0.25),
+]  # fmt: skip
+REFUSALS: list[Refusal] = [
+    QueueFull(512, 1.5), ModelNotFound("/nowhere"), InvalidModel("/bad", "cut short"),
+    DoesNotFit(WANT.model, AMOUNTS, (), "too large"), LoadFailed(WANT.model, "no", 10.0, out_of_memory=True),
+    Unsupported(WANT.model, "flash_attention", False, "no"), Unsupported(WANT.model, "num_ctx", 1, "no"),
+    Unsupported(WANT.model, "cache_type_k", "q9", "no"), LoadTimeout(WANT.model, math.inf),
+    TimedOut(WANT.model, 0.1 + 0.2, "its turn"), NotInTime(WANT.model, 0.1, 0.2, 0.3, None),
+    Cancelled(WANT.model), Closed(),
+]  # fmt: skip
+COMMANDS: list[Command] = [
+    *(Reject(RequestId(7), refusal) for refusal in REFUSALS), Inspect(WANT.model), Stop(RunnerId(3)),
+    Launch(RunnerId(3), WANT.model, Options(num_gpu=-1), Placement(AMOUNTS, ((DeviceId("gpu0"), 33),), True)),
+    Sample(4), Claim(1, (HOST, DeviceId("gpu0"))), Unclaim(1), Grant(RequestId(7), RunnerId(3)),
+    Grant(RequestId(7), None), Revoke(RequestId(7), "it crashed"), Ask(RunnerId(3), (RequestId(7),)),
+    Prefetch(((WANT.model, 2**40),)), Remember(RunnerId(3), AMOUNTS, 0.1 + 0.2), Remember(RunnerId(3)),
+    Finish(),
+]  # fmt: skip
+
+
+def test_the_examples_are_of_every_kind() -> None:
+    """Whoever adds an event, a command or a refusal adds an example here."""
+    assert {type(event) for event in EVENTS} == set(get_args(Event))
+    assert {type(command) for command in COMMANDS} == set(get_args(Command))
+    assert {type(refusal) for refusal in REFUSALS} == set(get_args(Refusal))
+
+
+@pytest.mark.parametrize("event", EVENTS, ids=lambda event: type(event).__name__)
+def test_an_event_comes_back_the_same(event: Event) -> None:
+    """With its types: infinite times, bytes beyond any float, names that no text encoding holds."""
+    assert differences(decode_event(through_json(event)), event) == []
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: type(command).__name__)
+def test_a_command_comes_back_the_same(command: Command) -> None:
+    """Refusals among them."""
+    assert differences(decode_command(through_json(command)), command) == []
+
+
+def test_a_time_is_written_exactly() -> None:
+    """Every finite number comes back to the last bit, and the infinite ones as themselves."""
+    for time in (0.1 + 0.2, 5e-324, 1.7976931348623157e308, -0.0, math.inf):
+        back = decode_event(through_json(Close(time)))
+        assert isinstance(back, Close) and back.timeout_s.hex() == time.hex()
+
+
+def test_what_has_its_default_is_left_out() -> None:
+    """A line is as short as what it says."""
+    assert through_json(Acquire(RequestId(1), Want(ModelId("a"), Options(), Purpose.lease, 0))) == {
+        "is": "Acquire", "request": 1,
+        "want": {"is": "Want", "model": "a", "options": {"is": "Options"}, "purpose": "lease", "priority": 0},
+    }  # fmt: skip
+
+
+def test_what_is_no_part_of_the_core_cannot_be_written() -> None:
+    """Nor can a time that is none."""
+    for value in (object(), Inspected(WANT.model, Path("/")), Close(math.nan)):  # type: ignore[arg-type]
+        with pytest.raises(TypeError, match="cannot be recorded"):
+            encode(value)
+
+
+# -- what is not an encoding -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        (None, "None"), (7, "7"), ([], r"\[\]"), ({}, "{}"), ({"is": "Evil"}, "Evil"), ({"is": ["Tick"]}, "Tick"),
+        ({"is": "Grant", "request": 1}, "Grant"), ({"is": "Release"}, "request"), ({"is": "Tick", "x": 1}, "no 'x'"),
+        ({"is": "Release", "request": "1"}, "expected int"), ({"is": "Release", "request": True}, "expected int"),
+        ({"is": "Release", "request": 1.0}, "expected int"), ({"is": "Close", "timeout_s": "soon"}, "a number"),
+        ({"is": "Close", "timeout_s": False}, "a number"), ({"is": "Close", "timeout_s": [1]}, "a number"),
+        ({"is": "Loaded", "runner": 1, "resident": [["cpu"]]}, "2 values"),
+        ({"is": "Loaded", "runner": 1, "resident": {"cpu": 1}}, "a list"),
+        ({"is": "Inspected", "model": "a", "outcome": {"is": "Closed"}}, "ModelInfo"),
+        ({"is": "Acquire", "request": 1, "want": {"is": "Want", "model": "a", "options": {"is": "Options"},
+          "purpose": "theft", "priority": 0}}, "theft"),
+        ({"is": "Sampled", "devices": [{"is": "DeviceSample", "id": "x", "kind": "tpu", "name": "x",
+          "capacity_bytes": 1, "free_bytes": 1}]}, "tpu"),
+    ],
+)  # fmt: skip
+def test_what_is_no_event_is_refused(value: object, said: str) -> None:
+    """With what was expected in its place, and no other error than this."""
+    with pytest.raises(Unreadable, match=said):
+        decode_event(value)
+
+
+def test_a_state_refers_only_to_what_came_before() -> None:
+    """A runner that was never written, or is written twice, is refused."""
+    pool = a_pool().idle("a")
+    written = json.dumps(encode(pool.core.state()))
+    assert '{"is": "Runner", "again": 1}' in written
+    for wrong in (
+        '{"is": "Runner", "again": 2}',
+        '{"is": "Runner", "again": "1"}',
+        '{"is": "Runner", "again": 1, "x": 1}',
+    ):
+        with pytest.raises(Unreadable):
+            decode_state(json.loads(written.replace('{"is": "Runner", "again": 1}', wrong)))
+    whole = through_json(pool.core.state())
+    whole["pool"]["runners"][0][1] = whole["pool"]["models"][0][1]["current"]
+    with pytest.raises(Unreadable, match="once"):
+        decode_state(whole)
+
+
+# -- the whole state ---------------------------------------------------------------------------------------------------
+
+
+def test_every_field_of_every_class_of_the_core_is_written() -> None:
+    """What a core holds beside its pool is named in its state; all else is found from the types of fields."""
+    core = a_pool().ready("a").core
+    kinds = set(reachable(State))
+    assert set(vars(core)) - {field.name for field in dataclasses.fields(State)} == {"policy", "act", "plans"}
+    slots = {name for kind in type(core.act).__mro__ for name in getattr(kind, "__slots__", ())}
+    assert slots - OF_A_STEP == {"claim_failure"}
+    assert Timers in kinds and {type(core.pool), type(core.pool.ledger)} <= kinds
+    for kind in kinds:
+        if dataclasses.is_dataclass(kind):  # nothing that lives outside of fields
+            names = {field.name for field in dataclasses.fields(kind)}
+            held = {name for base in kind.__mro__ for name in getattr(base, "__slots__", ())}
+            assert held == names and not hasattr(object.__new__(kind), "__dict__"), kind
+
+
+@pytest.mark.parametrize("kind", sorted({*reachable(State), *reachable(Event), *reachable(Command)}, key=repr))
+def test_every_field_has_a_type_that_can_be_read(kind: type) -> None:
+    """A field of a type that no JSON can tell from others is noticed here, before any file has one."""
+    if dataclasses.is_dataclass(kind):
+        assert _fields(kind).keys() == {field.name for field in dataclasses.fields(kind) if not field.metadata}
+
+
+def test_what_a_core_holds_beside_its_pool_comes_back() -> None:
+    """Each field of a state is the restored core's, and a second state has it again."""
+    values: dict[str, Any] = {"int": 3, "bool": True, "str": "words"}
+    names = {field.name: str(field.type) for field in dataclasses.fields(State) if field.name != "pool"}
+    state = replace(Core().state(), **{name: values[kind] for name, kind in names.items()})
+    again = Core.restore(decode_state(through_json(state))).state()
+    assert encode(again) == encode(state) != encode(Core().state())
+
+
+def test_the_schema_is_the_same_in_every_process() -> None:
+    """It depends on the classes alone."""
+    code = "from fsm.codec import schema; print(schema())"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONHASHSEED": "7"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == schema()
+
+
+def test_a_restored_core_keeps_the_order_in_which_deadlines_come_up() -> None:
+    """Also that of those which were moved since, where what is queued tells it and what is due does not."""
+    core = a_pool().core
+    timers = core.pool.timers
+    timers.set(("keep-alive", 1), core.pool.now + 1)
+    timers.set(("keep-alive", 1), core.pool.now + 9)
+    timers.set(("keep-alive", 2), core.pool.now + 5)
+    back = restored(core).pool.timers
+    due = core.pool.now + 10
+    assert [timers.copy().take_due(due), timers.take_due(due)] == [back.copy().take_due(due), back.take_due(due)]
+
+
+class Walk:
+    """Events in any order in a world in which everything goes wrong now and then."""
+
+    def __init__(self, seed: int) -> None:
+        sizes = (("a", "1GiB"), ("b", "2GiB"), ("c", "3GiB"))
+        models: list[tuple[ModelId, Footprint | ModelInfo]] = [
+            (ModelId(name), layered(4, size)) for name, size in sizes
+        ]
+        models.append((ModelId("d"), a_model(layers_bytes=(256 * MIB,) * 4)))
+        asked = ((None, Purpose.lease, 0), (2048, Purpose.lease, 1), (None, Purpose.preload, 0))
+        wants = [Want(model, Options(num_ctx=num_ctx), *how) for model, _ in models for num_ctx, *how in asked]
+        wants.append(Want(ModelId(""), Options(), Purpose.memory, 0, ((HOST, 2**30),)))
+        self.chance = random.Random(seed)
+        self.past = Past()
+        self.scenario = Scenario(
+            name="any", about="", most=0, models=tuple(models), wants=tuple(wants), requests=9,
+            devices=((HOST, 8 * 2**30), (DeviceId("gpu0"), 6 * 2**30)), keep_alives_s=(None, 0.0, 5.0, math.inf),
+            limits=Limits(claims=seed % 2 == 0, max_runners=seed % 3), timeouts_s=(None, 10.0), out_of_memory=True,
+            hangs=True, fills=True, pins=True, closes=False,
+            other_devices=((HOST, 6 * 2**30), (DeviceId("gpu0"), 3 * 2**30)),
+            configures=(Configure(max_runners=2), Configure(max_runners=0, keep_alive_s=7.0)),
+        )  # fmt: skip
+
+    def step(self, core: Core, step: Callable[[float, Event], Sequence[Command]]) -> tuple[float, Event]:
+        """Have something that may come next happen to a core, through `step`; return what it was, and when."""
+        if core.pool.now == -math.inf:
+            now, event = 0.0, cast(Event, sampled(core, self.scenario))
+        else:
+            event = self.chance.choice(list(possible(core, self.scenario, self.past)))
+            now = time_of(core, event) + self.chance.choice((0.0, 0.0, 0.25, 3.0))
+        self.past = self.past.after(event, list(step(now, event)))
+        return now, event
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_a_restored_core_goes_on_as_the_one_it_was_written_from(seed: int) -> None:
+    """After each of many steps: the same in every part, and the same commands and state after the next event."""
+    walk = Walk(seed)
+    core = Core(walk.scenario.limits, KeepAliveOrder() if seed % 4 == 1 else None)
+    for _ in range(120):
+        twin = restored(core)
+        assert differences(twin, core) == []
+        assert twin.state().pool is not twin.pool
+        paired = Paired(core)
+        paired.twins.append(twin)
+        walk.step(core, paired.step)
+        assert encode(twin.state()) == encode(core.state())
+        twin.check()
+
+
+def test_what_is_found_again_from_the_rest_is_not_written() -> None:
+    """However many contexts were asked for: a core that was read again finds it, and decides the same."""
+    pool = a_pool(each="1GiB").idle("a")
+    model = pool.core.pool.models[ModelId("a")]
+    model.info = a_model()
+    empty = encode(pool.core.state())
+    for num_ctx in range(512, 1512):
+        model.demand(Options(num_ctx=num_ctx), pool.core.pool.limits)
+    assert len(model.demands) >= 1000 and encode(pool.core.state()) == empty
+    core, twin = pool.core, restored(pool.core)
+    assert not twin.pool.models[ModelId("a")].demands
+    for request, num_ctx in enumerate((512, 1511, 700, 4096), 50):
+        event = Acquire(RequestId(request), Want(ModelId("a"), Options(num_ctx=num_ctx), Purpose.lease, 0))
+        assert twin.step(pool.now, event) == core.step(pool.now, event)
+    assert encode(twin.state()) == encode(core.state())
+
+
+class Paired:
+    """Cores that are told the same, and must say the same: one, and those that were written down on the way."""
+
+    def __init__(self, core: Core) -> None:
+        self.core = core
+        self.twins: list[Core] = []
+
+    def step(self, now: float, event: Event) -> list[Command]:
+        said = self.core.step(now, event)
+        for twin in self.twins:
+            assert twin.step(now, event) == said
+        return said
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.core, name)
+
+
+class RecordedMachine(CoreMachine):
+    """The core among all that Hypothesis thinks of, written down and read again at any time."""
+
+    @rule(go_on_from_it=st.booleans())
+    def write_it_down(self, go_on_from_it: bool) -> None:
+        paired = self.pool.core
+        if not isinstance(paired, Paired):
+            paired = self.pool.core = Paired(paired)  # type: ignore[assignment]  # it says and does the same
+        twin = restored(paired.core)
+        assert differences(twin, paired.core) == []
+        paired.twins = [*paired.twins[-1:], twin]
+        if go_on_from_it:  # the rest is that of one who was read again
+            paired.core, paired.twins[-1] = paired.twins[-1], paired.core
+
+    def teardown(self) -> None:
+        if isinstance(paired := self.pool.core, Paired):
+            for twin in paired.twins:
+                assert differences(twin, paired.core) == []
+        super().teardown()
+
+
+TestRecordedMachine = RecordedMachine.TestCase
+TestRecordedMachine.settings = settings(settings.default, max_examples=30, stateful_step_count=50)
+
+
+def test_a_policy_is_not_part_of_a_state() -> None:
+    """It may be code of the user's; whoever restores a core says which."""
+    pool = a_pool("12GiB", each="5GiB").idle("a").idle("b")
+    twin = Core.restore(pool.core.state(), KeepAliveOrder())
+    assert twin.policy.name == "keep-alive" and Core.restore(pool.core.state()).policy.name == "lru"
+    assert twin.step(pool.now, acquire("c", 99)) == pool.core.step(pool.now, acquire("c", 99))

@@ -1,0 +1,1 @@
+"""The driver, the executor and the broker."""

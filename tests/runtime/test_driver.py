@@ -1,0 +1,395 @@
+"""The driver: one order for all events, and the five precautions that keep a step whole."""
+
+from __future__ import annotations
+
+import gc
+import math
+import queue
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+
+import pytest
+
+from fsm.core import Core
+from fsm.domain.model_info import Options
+from fsm.machine.request import ModelId, Purpose, RequestId, Want
+from fsm.messages.commands import Command, Inspect, Launch, Reject
+from fsm.messages.decision_log import Decision, Entry
+from fsm.messages.events import Acquire, Event, Exited, Release, Tick
+from fsm.messages.refusals import TimedOut
+from scheduler.concurrency.clock import monotonic_clock
+from scheduler.concurrency.thread_pool import Workers
+from scheduler.runtime.driver import Driver
+from scheduler.runtime.event_stream import EventStream
+from scheduler.runtime.runner_handle import Life
+from tests.support.interrupts import as_main, interrupted
+from tests.support.waiting import LIMIT_S, assert_soon
+
+
+def nobody_listens(entries: Sequence[Entry]) -> None:
+    """Entries go nowhere."""
+
+
+@pytest.fixture
+def start() -> Iterator[Callable[..., Driver]]:
+    """Make drivers and end them afterwards."""
+    drivers: list[Driver] = []
+
+    def make(
+        core: Core,
+        perform: Callable[[Command], None] = lambda command: None,
+        fail: list[BaseException] | None = None,
+        publish: Callable[[Sequence[Entry]], None] = nobody_listens,
+    ) -> Driver:
+        failures = [] if fail is None else fail
+        driver = Driver(core, monotonic_clock, perform, publish, failures.append)
+        driver.start()
+        drivers.append(driver)
+        return driver
+
+    yield make
+    for driver in drivers:
+        assert driver.stop(LIMIT_S)
+
+
+def in_thread(action: Callable[[], object]) -> None:
+    """Run `action` on a thread that is not the main one, and wait for it."""
+    thread = threading.Thread(target=action, daemon=True)
+    thread.start()
+    thread.join(LIMIT_S)
+    assert not thread.is_alive(), "it hangs"
+
+
+def acquire(request: int, model: str = "a") -> Acquire:
+    """One request."""
+    return Acquire(RequestId(request), Want(ModelId(model), Options(), Purpose.lease, 0))
+
+
+class Watched(Core):
+    """A core that knows which threads ran its steps, and can do something in the middle of one."""
+
+    def __init__(self, inside: Callable[[Event], object] = lambda event: None) -> None:
+        super().__init__()
+        self.inside = inside
+        self.stepped: list[Event] = []
+        self.threads: set[int] = set()
+
+    def step(self, now: float, event: Event) -> list[Command]:
+        """Note who runs it."""
+        self.threads.add(threading.get_ident())
+        self.stepped.append(event)
+        commands = super().step(now, event)
+        self.inside(event)
+        return commands
+
+
+def interrupt(event: Event) -> None:
+    """Raise Ctrl-C while a step runs: the handler's exception comes up in the main thread, wherever that is."""
+    if isinstance(event, Acquire):
+        signal.raise_signal(signal.SIGINT)
+
+
+def test_ctrl_c_never_interrupts_a_step_that_the_main_thread_asked_for(start: Callable[..., Driver]) -> None:
+    """The main thread hands over, so the exception meets it outside of the step."""
+    core = Watched(interrupt)
+    driver = start(core)
+    with pytest.raises(KeyboardInterrupt):
+        driver.post(acquire(1))
+        assert_soon(lambda: False)
+    assert_soon(lambda: RequestId(1) in driver.read(lambda core: core.pool.requests))
+    assert driver.broken is None
+    assert threading.main_thread().ident not in core.threads
+    core.check()
+
+
+def test_without_the_hand_over_ctrl_c_breaks_a_step(start: Callable[..., Driver]) -> None:
+    """The control of the test above: it fails when the main thread drains for itself."""
+    failures: list[BaseException] = []
+    driver = start(Watched(interrupt), fail=failures)
+    driver._main = None  # nobody is the main thread
+    driver.post(acquire(1))
+    assert [type(failure) for failure in failures] == [KeyboardInterrupt]
+
+
+def test_ctrl_c_between_an_event_and_the_wake_up_loses_nothing(start: Callable[..., Driver]) -> None:
+    """What the main thread put into the inbox is drained even if it was interrupted right after."""
+    driver = start(Watched())
+
+    class Inbox(type(driver._inbox)):  # type: ignore[misc]  # a deque that is interrupted
+        def append(self, event: Event) -> None:
+            super().append(event)
+            raise KeyboardInterrupt
+
+    driver._inbox = Inbox()
+    with pytest.raises(KeyboardInterrupt):
+        driver.post(acquire(1))
+    assert_soon(lambda: not driver._inbox)
+
+
+def test_a_finaliser_inside_a_step_posts_without_a_deadlock(start: Callable[..., Driver]) -> None:
+    """The collector may run a lost lease's finaliser in the very thread that holds the lock."""
+
+    class Lost:
+        def __init__(self) -> None:
+            self.itself = self
+
+        def __del__(self) -> None:
+            driver.post(Release(RequestId(99)))
+
+    def collect(event: Event) -> None:
+        if isinstance(event, Acquire):
+            Lost()
+            gc.collect()
+
+    core = Watched(collect)
+    driver = start(core)
+    in_thread(lambda: driver.post(acquire(1)))
+    assert [type(event) for event in core.stepped] == [Acquire, Release]
+
+
+def test_an_exception_in_a_step_fails_everybody_and_decides_nothing_more(start: Callable[..., Driver]) -> None:
+    """A bug of ours is not hidden: the first exception is kept, and each later event is answered with it."""
+
+    def fail(event: Event) -> None:
+        raise ZeroDivisionError
+
+    failures: list[BaseException] = []
+    core = Watched(fail)
+    driver = start(core, fail=failures)
+    in_thread(lambda: driver.post(acquire(1)))
+    in_thread(lambda: driver.post(acquire(2)))
+    assert isinstance(driver.broken, ZeroDivisionError)
+    assert failures == [driver.broken, driver.broken]
+    assert len(core.stepped) == 1
+    assert driver._deadline == math.inf  # else time would fail it again and again
+
+
+def test_commands_are_handed_on_in_the_order_in_which_they_were_decided(start: Callable[..., Driver]) -> None:
+    """Many threads post at once; what is performed is what one core would have said, in that order."""
+    performed: list[Command] = []
+    core = Watched()
+    driver = start(core, perform=performed.append)
+    threads = [
+        threading.Thread(
+            target=lambda first=first: [driver.post(acquire(id, f"m{id}")) for id in range(first, first + 50)]
+        )  # type: ignore[misc]
+        for first in range(0, 400, 50)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(LIMIT_S)
+    replayed = Core()
+    expected = [command for event in core.stepped for command in replayed.step(0.0, event)]
+    assert len(core.stepped) == 400
+    assert [type(command) for command in performed] == [type(command) for command in expected]
+    assert [command for command in performed if isinstance(command, Inspect)] == [
+        command for command in expected if isinstance(command, Inspect)
+    ]
+
+
+def test_time_is_kept_while_nothing_happens(start: Callable[..., Driver]) -> None:
+    """The driver's thread wakes at the core's deadline: a request's own time limit ends its wait."""
+    answers: queue.SimpleQueue[Command] = queue.SimpleQueue()
+    driver = start(Core(), perform=answers.put)
+    question = Acquire(RequestId(1), Want(ModelId("a"), Options(), Purpose.lease, 0), timeout_s=0.05)
+    in_thread(lambda: driver.post(question))
+    assert isinstance(answers.get(timeout=LIMIT_S), Inspect)
+    rejected = answers.get(timeout=LIMIT_S)
+    assert isinstance(rejected, Reject) and isinstance(rejected.refusal, TimedOut)
+
+
+def test_a_deadline_that_comes_during_a_step_is_told_once(start: Callable[..., Driver]) -> None:
+    """The driver's thread waits for whoever holds the lock: it neither spins nor fills the inbox with ticks."""
+    entered, go_on = threading.Event(), threading.Event()
+
+    def linger(event: Event) -> None:
+        if isinstance(event, Acquire) and event.request == 2:
+            entered.set()
+            assert go_on.wait(LIMIT_S)
+
+    core = Watched(linger)
+    driver = start(core)
+    in_thread(lambda: driver.post(replace(acquire(1), timeout_s=2.0)))  # so long the holder has to begin its step
+    holder = threading.Thread(target=lambda: driver.post(acquire(2)), daemon=True)
+    holder.start()
+    assert entered.wait(LIMIT_S)
+    assert_soon(lambda: driver._inbox)
+    threading.Event().wait(0.05)
+    ticks = list(driver._inbox)
+    go_on.set()
+    holder.join(LIMIT_S)
+    assert ticks == [Tick()]
+    assert_soon(lambda: 1 not in driver.read(lambda core: core.pool.requests))
+
+
+def test_a_reader_sees_what_it_posted_before(start: Callable[..., Driver]) -> None:
+    """Reading has its place in the order of events, from the main thread and from others."""
+    driver = start(Core())
+    driver.post(acquire(1))
+    assert driver.read(lambda core: list(core.pool.requests)) == [1]
+    in_thread(lambda: driver.post(acquire(2)))
+    assert driver.read(lambda core: list(core.pool.requests)) == [1, 2]
+    with pytest.raises(ZeroDivisionError):
+        driver.read(lambda core: 1 // 0)
+    assert driver.broken is None
+
+
+def test_whoever_reads_has_been_told_of_what_is_found(start: Callable[..., Driver]) -> None:
+    """What became of the events before it is published first, though all are taken in at once."""
+    told: list[Entry] = []
+    driver = start(Core(), publish=told.extend)
+    driver.read(lambda core: setattr(core, "journal", []))
+    driver._inbox.append(acquire(1))
+    assert driver.read(lambda core: len(told))
+
+
+def test_a_stop_cancels_a_launch_that_has_not_begun() -> None:
+    """Stops have threads of their own and may overtake a launch that waits for one; it then never begins."""
+    posted: list[Event] = []
+
+    class Engine:
+        def launch(self, *arguments: object) -> None:
+            raise AssertionError("it was launched")
+
+    launch = Launch(7, ModelId("a"), Options(), None)  # type: ignore[arg-type]  # never looked at
+    life = Life(launch, Engine(), None, posted.append)  # type: ignore[arg-type]
+    life.stop(1.0)
+    life.begin()
+    life.begin()
+    assert posted == [Exited(7, None, "stopped before it began", False)]  # type: ignore[arg-type]
+
+
+def test_a_launch_that_hangs_does_not_hold_up_its_stop() -> None:
+    """Stops have threads of their own; none of them waits for a launch."""
+    posted: list[Event] = []
+    entered, go_on, stopped = threading.Event(), threading.Event(), threading.Event()
+
+    class Process:
+        def stop(self, grace_s: float) -> None:
+            stopped.set()
+
+    class Engine:
+        def launch(self, *arguments: object) -> Process:
+            entered.set()
+            assert go_on.wait(LIMIT_S)
+            return Process()
+
+    life = Life(Launch(7, ModelId("a"), Options(), None), Engine(), None, posted.append)  # type: ignore[arg-type]
+    thread = threading.Thread(target=life.begin)
+    thread.start()
+    assert entered.wait(LIMIT_S)
+    in_thread(lambda: life.stop(1.0))
+    go_on.set()
+    assert stopped.wait(LIMIT_S)
+    thread.join()
+
+
+def test_a_thread_that_cannot_be_started_loses_no_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The job waits for the next one; nothing raises, here or at the close."""
+    workers = Workers("test", 2)
+    done: queue.SimpleQueue[int] = queue.SimpleQueue()
+
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        workers.put(lambda: done.put(1))
+    workers.put(lambda: done.put(2))
+    assert [done.get(timeout=LIMIT_S), done.get(timeout=LIMIT_S)] == [1, 2]
+    assert workers.close(LIMIT_S) == []
+
+
+def test_a_finaliser_may_post_while_its_thread_reads_the_events() -> None:
+    """What is offered to a stream from inside a read of it neither blocks nor is lost."""
+    stream = EventStream(10)
+    entry = Decision(0.0, "queued", ModelId("a"), "")
+
+    class Entries(type(stream._entries)):  # type: ignore[misc]  # a deque whose use runs a finaliser
+        def popleft(self) -> tuple[int, Decision]:
+            found: tuple[int, Decision] = super().popleft()
+            if found[1].reason == "":
+                stream.offer([Decision(1.0, "queued", ModelId("b"), "late")])
+            return found
+
+    stream._entries = Entries()
+    stream.offer([entry])
+    taken: list[object] = []
+    in_thread(lambda: taken.extend([stream.take(LIMIT_S), stream.take(LIMIT_S)]))
+    assert [getattr(each, "model", None) for each in taken] == ["a", "b"]
+
+
+def test_a_job_that_hangs_cannot_hang_the_exit() -> None:
+    """The interpreter ends although a worker never does."""
+    program = """
+        import threading
+        from scheduler.concurrency.thread_pool import Workers
+        workers = Workers("test", 2)
+        begun = threading.Event()
+        workers.put(lambda: (begun.set(), threading.Event().wait()))
+        begun.wait()
+        print("over", flush=True)
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, timeout=LIMIT_S
+    )
+    assert (done.returncode, done.stdout) == (0, "over\n")
+
+
+def test_workers_are_bounded_and_survive_a_job_that_fails() -> None:
+    """Never more threads than the limit; an exception is logged and the thread goes on."""
+    workers = Workers("test", 2)
+    done: queue.SimpleQueue[int] = queue.SimpleQueue()
+    workers.put(lambda: 1 // 0)
+    for number in range(20):
+        workers.put(lambda number=number: done.put(number))  # type: ignore[misc]
+    assert sorted(done.get(timeout=LIMIT_S) for _ in range(20)) == list(range(20))
+    assert len(workers._threads) <= 2
+    assert workers.close(LIMIT_S) == []
+
+
+def test_a_job_that_exits_ends_no_thread() -> None:
+    """A callback of the user's may call sys.exit: the next job finds its thread."""
+    workers = Workers("test", 1)
+    done: queue.SimpleQueue[int] = queue.SimpleQueue()
+    workers.put(sys.exit)
+    workers.put(lambda: done.put(1))
+    assert done.get(timeout=LIMIT_S) == 1
+    assert workers.close(LIMIT_S) == []
+
+
+def test_a_handler_may_read_while_its_thread_waits_for_a_reading(
+    start: Callable[..., Driver], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wherever it interrupts the wait: the driver's thread answers both."""
+    monkeypatch.setattr("scheduler.runtime.driver._CHECK_S", 0.0)  # so that the wait has no end, and every moment comes
+    for moment in range(1, 300):
+        driver = start(Core())
+        driver._lock.acquire()  # nobody is answered before the handler comes
+
+        def read(count: int, driver: Driver = driver, moment: int = moment) -> None:
+            if count == moment:
+                driver._lock.release()
+                driver._wake.put(True)
+                assert driver.read(lambda core: "inner") == "inner"
+
+        as_main(driver, lambda driver=driver, read=read: interrupted(lambda: driver.read(id), read))  # type: ignore[misc]
+        assert driver.stop(LIMIT_S)
+
+
+def test_nobody_waits_to_read_once_the_driver_has_stopped(
+    start: Callable[..., Driver], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There is no thread to be waited for: the main thread reads by itself."""
+    monkeypatch.setattr("scheduler.runtime.driver._CHECK_S", 10 * LIMIT_S)
+    driver = start(Core())
+    assert driver.stop(LIMIT_S)
+    found: list[object] = []
+    as_main(driver, lambda: found.append(driver.read(lambda core: list(core.pool.requests))))
+    assert found == [[]] and not driver._inbox

@@ -1,0 +1,180 @@
+"""Signal handlers may use the scheduler at any moment, and Ctrl-C may come at any: nothing hangs or is left over."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fsm.machine.request import ModelId
+from fsm.messages.commands import Prefetch, Sample
+from fsm.messages.decision_log import Decision
+from scheduler import Lease, PythonModel, Scheduler, Settings
+from scheduler.api import scheduler as scheduler_module
+from tests.support.interrupts import as_main, interrupted
+from tests.support.leaks import no_leaks
+from tests.support.real import write_models
+from tests.support.waiting import LIMIT_S
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_left() -> Iterator[None]:
+    with no_leaks():
+        yield
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_models(tmp_path_factory.mktemp("models"), "a") / "a.gguf"
+
+
+def a_scheduler(**more: Any) -> Scheduler:
+    return Scheduler(Settings(**{"gpus": False, "cpu_threads": 1, "stop_grace": "100ms", **more}))
+
+
+def decide(scheduler: Scheduler) -> None:
+    """Have everything done that is done under the core's lock, and wait for it, as for a step."""
+    desk = scheduler._desk
+    executor, entry = desk.executor, Decision(0.0, "queued", ModelId("a"), "")
+
+    def look(_: object) -> None:
+        for pool in (executor.workers, executor.callers):
+            pool.put(lambda: None)
+        desk._perform(Sample(0))
+        desk._perform(Prefetch(()))
+        desk._publish([entry])
+        assert executor.footprints is not None
+        executor.footprints._put(lambda: None)
+
+    desk.read(look)
+
+
+CALLS: dict[str, Callable[[Scheduler, Lease, Path], object]] = {
+    "status": lambda scheduler, lease, model: scheduler.status(),
+    "fit": lambda scheduler, lease, model: scheduler.fit(model),
+    "configure": lambda scheduler, lease, model: scheduler.configure(memory_limit=None),
+    "reserve": lambda scheduler, lease, model: scheduler.reserve("cpu", "1MiB").release(),
+    "submit": lambda scheduler, lease, model: scheduler.submit(PythonModel("a", load=object)).result().release(),
+    "events": lambda scheduler, lease, model: scheduler.events().take(0.001),
+    "on_wanted": lambda scheduler, lease, model: lease.on_wanted(lambda: None),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_decision_waits_for_nothing_that_an_interrupted_thread_holds(name: str, model: Path) -> None:
+    """A handler that has to wait for one is answered, wherever the main thread is in its own call."""
+    with a_scheduler() as scheduler, scheduler.acquire(PythonModel("a", load=object)) as lease:
+        moments: list[int] = []
+
+        def call() -> None:
+            moments.append(interrupted(lambda: CALLS[name](scheduler, lease, model), lambda _: decide(scheduler)))
+
+        as_main(scheduler._desk.driver, call)
+        assert moments[0] > 5
+
+
+@pytest.mark.parametrize("every", [3, 7])
+@pytest.mark.parametrize("call", [Scheduler.status, lambda scheduler: scheduler.close(0)], ids=["look", "close"])
+def test_a_handler_may_look_and_close_while_its_thread_closes(every: int, call: Callable[[Scheduler], object]) -> None:
+    """It sees what there is, until the end; its own close returns at once when that has come."""
+    scheduler = a_scheduler()
+    scheduler.acquire(PythonModel("a", load=object)).release()
+
+    def handle(moment: int) -> None:
+        if moment % every == 0:
+            call(scheduler)
+
+    as_main(scheduler._desk.driver, lambda: interrupted(scheduler.close, handle))
+    assert not scheduler.status().runners
+
+
+# -- Ctrl-C that the program survives ----------------------------------------------------------------------------------
+
+
+def test_ctrl_c_while_a_reading_is_asked_for_stops_no_later_one() -> None:
+    """At whichever instruction: the next one is read for."""
+    with a_scheduler() as scheduler:
+        sampler, moment, whole = scheduler._desk.executor.sampler, 0, False
+
+        def interrupt(now: int) -> None:
+            if now == moment:
+                raise KeyboardInterrupt
+
+        def ask() -> None:
+            nonlocal moment, whole
+            while not whole:
+                moment += 1
+                try:
+                    whole = interrupted(lambda: sampler.refresh(LIMIT_S), interrupt) < moment
+                except KeyboardInterrupt:
+                    assert sampler.refresh(LIMIT_S)
+
+        as_main(scheduler._desk.driver, ask, 5 * LIMIT_S)
+
+
+LAST_STEPS = ["_prober.close", "_desk.executor.close", "_desk.driver.stop", "_recorder.close", "_devices.close"]
+
+
+@pytest.mark.parametrize("step", LAST_STEPS)
+def test_ctrl_c_in_the_last_steps_of_a_close_skips_no_other(
+    step: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who listens hears the end, and what the step was to end is ended when the interpreter exits."""
+    scheduler = a_scheduler(record=tmp_path / "recording.jsonl")
+    *path, name = step.split(".")
+    owner: Any = scheduler
+    for part in path:
+        owner = getattr(owner, part)
+    listener = threading.Thread(target=list, args=(scheduler.events(),), daemon=True)
+    listener.start()
+    with monkeypatch.context() as patch:
+
+        def interrupt(*_: object) -> None:
+            raise KeyboardInterrupt
+
+        patch.setattr(owner, name, interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            scheduler.close(0)
+        listener.join(LIMIT_S)
+        assert not listener.is_alive(), "it waits for ever"
+    assert scheduler in scheduler_module._open_schedulers
+    scheduler_module._close_all()
+    assert scheduler not in scheduler_module._open_schedulers
+
+
+def test_a_step_of_a_close_that_fails_is_logged(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It neither keeps the others from being taken nor raises out of a with block."""
+    with a_scheduler() as scheduler:
+        close = scheduler._devices.close
+        monkeypatch.setattr(scheduler._prober, "close", lambda timeout_s: 1 / 0)
+    assert [each.getMessage() for each in caplog.records] == ["a step of the close failed"]
+    monkeypatch.undo()
+    assert scheduler._devices.close == close
+    scheduler.close()
+
+
+def test_ctrl_c_at_any_moment_of_a_close_leaves_nothing_after_the_next() -> None:
+    """Whatever it meets, the call after it ends the rest."""
+    moments = iter(range(1, 10_000, 7))
+    whole = False
+    while not whole:
+        scheduler, moment = a_scheduler(), next(moments)
+        scheduler.acquire(PythonModel("a", load=object)).release()
+
+        def interrupt(now: int, moment: int = moment) -> None:
+            if now == moment:
+                raise KeyboardInterrupt
+
+        def close(scheduler: Scheduler = scheduler, moment: int = moment) -> None:
+            nonlocal whole
+            try:
+                whole = interrupted(lambda: scheduler.close(0), interrupt) < moment  # type: ignore[arg-type]
+            except KeyboardInterrupt:
+                scheduler.close(0)
+
+        as_main(scheduler._desk.driver, close)

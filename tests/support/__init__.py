@@ -1,0 +1,1 @@
+"""What tests share: a harness of the core, models, children, stand-ins."""

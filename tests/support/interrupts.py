@@ -1,0 +1,71 @@
+"""What a signal handler does to the thread that it interrupts, at any moment of a call: no signal has to hit that."""
+
+from __future__ import annotations
+
+import dis
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from scheduler.runtime.driver import Driver
+from tests.support.waiting import LIMIT_S
+
+SHELL = frozenset(
+    {"asking", "desk", "driver", "executor", "footprints", "gate", "hub", "prober", "sampler", "scheduler", "ticket"}
+    | {"workers", "threading"}
+)  # the files between whose instructions it comes
+
+
+def as_main(driver: Driver, action: Callable[[], object], limit_s: float = LIMIT_S) -> None:
+    """Run an action on a thread that the driver takes for the main one; fail if it hangs, or raises."""
+    raised: list[BaseException] = []
+
+    def run() -> None:
+        driver._main = threading.get_ident()
+        try:
+            action()
+        except BaseException as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(limit_s)
+    assert not thread.is_alive(), "it hangs"
+    if raised:
+        raise raised[0]
+
+
+def interrupted(call: Callable[[], object], handler: Callable[[int], object]) -> int:
+    """Make a call, and call `handler` with a number, from 1, wherever a signal's could run; return how many there were.
+
+    That is where the interpreter looks for signals: after calls, at the begin of functions and when it jumps back.
+    """
+    count = 0
+
+    def enter(frame: FrameType, what: str, _: Any) -> Any:
+        code, before = frame.f_code.co_code, ""
+        if Path(frame.f_code.co_filename).stem not in SHELL:
+            return None
+
+        def go_on(frame: FrameType, what: str, _: Any) -> Any:
+            nonlocal before, count
+            if what == "opcode":
+                looks = before.startswith(("CALL", "RESUME", "JUMP_BACK", "POP_JUMP_BACK"))
+                before = dis.opname[code[frame.f_lasti]]
+                if looks:
+                    count += 1
+                    handler(count)
+            return go_on
+
+        frame.f_trace_opcodes = True
+        return go_on
+
+    sys.settrace(enter)
+    try:
+        call()
+    finally:
+        sys.settrace(None)
+    return count

@@ -1,0 +1,103 @@
+"""Lives of one model in programs of their own that share a store: what each expects before, and what it takes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import psutil
+
+from fsm.domain.model_info import Options
+from scheduler import Scheduler, Settings
+from scheduler.engines.interface import Endpoint
+from tests.support.waiting import assert_soon
+from tests.tools.memory.measure import ask, fill
+from tests.tools.memory.rows import Row
+
+LIMIT_S = 600.0
+SMALL_PROMPTS = 16  # of an eighth of a context each
+
+
+@dataclass(frozen=True, slots=True)
+class Life:
+    """One program, in which a model was loaded once; bytes of the host."""
+
+    expected_bytes: int  # by `fit`, before anything was loaded
+    measured: bool  # it says that this was measured before
+    promised_bytes: int  # by the account, from the launch on
+    taken_bytes: int  # resident, at most, as psutil has it
+    held_bytes: int  # by the account, at the end
+    load_s: float
+
+    @property
+    def off(self) -> float:
+        """How far what was expected is above what was taken; a part of it."""
+        return self.expected_bytes / self.taken_bytes - 1
+
+
+def live(store: Path, model: Path, row: Row, *, fills: bool) -> Life:
+    """Have a new program load a model, fill its contexts and its prompt cache if it `fills`, and end."""
+    options = {name: value for name, value in asdict(row.options).items() if value is not None}
+    arguments = json.dumps([str(store), str(model), options, row.embedding, fills])
+    program = [sys.executable, "-m", "tests.support.lives", arguments]
+    done = subprocess.run(program, capture_output=True, text=True, timeout=LIMIT_S, check=False)
+    assert done.returncode == 0, done.stderr
+    return Life(**json.loads(done.stdout.splitlines()[-1]))
+
+
+def _live(store: str, model: str, options: dict[str, object], embedding: bool, fills: bool) -> Life:
+    row = Row(model, Options(**options), embedding)  # type: ignore[arg-type]  # as they were written
+    settings = Settings(gpus=False, cpu_threads=1, probe_interval="1h", footprints=store)
+    with Scheduler(settings) as scheduler:
+        asking = {**options, "embedding": embedding}
+        fit = scheduler.fit(model, **asking)  # type: ignore[arg-type]  # as they were written
+        with scheduler.acquire(model, **asking) as lease:  # type: ignore[arg-type]  # as they were written
+            taken_bytes = resident_bytes(lease.pid)
+            for _ in fill_all(Endpoint(lease.url, lease.api_key), row) if fills else ():
+                taken_bytes = max(taken_bytes, resident_bytes(lease.pid))
+        if fills:
+            assert_soon(lambda: scheduler.status().runners[0].settled)
+        (runner,) = scheduler.status().runners
+        assert runner.load_s is not None
+        return Life(
+            fit.devices[0].takes_bytes,
+            fit.measured,
+            runner.promised_bytes["cpu"],
+            taken_bytes,
+            runner.held_bytes["cpu"],
+            runner.load_s,
+        )
+
+
+def fill_all(endpoint: Endpoint, row: Row) -> Iterator[None]:
+    """Fill a context to its last token, and then everything there is; comes back after each request."""
+    tokens = [5 + position % 199 for position in range((row.options.num_ctx or 0) - 1)]
+    if row.embedding:
+        ask(endpoint, "/v1/embeddings", {"input": tokens})
+    else:
+        ask(endpoint, "/completion", {"prompt": tokens[:-8], "n_predict": 64, "ignore_eos": True})
+    yield
+    yield from fill(endpoint, row)
+    for number in range(0 if row.embedding else SMALL_PROMPTS):  # the prompt cache takes none larger than itself
+        small = [50 + number, *(3 + (number + 2) * position % 199 for position in range(len(tokens) // 8))]
+        ask(endpoint, "/completion", {"prompt": small, "n_predict": 2})
+        yield
+
+
+def resident_bytes(pid: int | None) -> int:
+    """Return what a process and its children occupy."""
+    process = psutil.Process(pid)
+    total = process.memory_info().rss
+    for child in process.children(recursive=True):
+        with suppress(psutil.Error):
+            total += child.memory_info().rss
+    return int(total)
+
+
+if __name__ == "__main__":
+    print(json.dumps(asdict(_live(*json.loads(sys.argv[1])))))

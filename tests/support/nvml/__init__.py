@@ -1,0 +1,152 @@
+"""A stand-in for NVIDIA's library, and tests that run where it is the one that the real binding finds.
+
+    @beside_stand_in()
+    def test_memory_that_others_take_is_seen(nvml: StandIn) -> None:
+        nvml.say(Gpu("GPU-a", total=1000))
+        ...
+
+The body runs in a child process: which library is found is settled when a process starts, and the binding keeps it.
+Nothing may be left over when it returns (`tests.leaks`): a stall is ended by what is said last.
+"""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from ctypes.util import find_library
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import pytest
+
+from fsm.domain.devices import HOST, DeviceSample
+from scheduler.devices.device_reader import Devices
+
+SOURCE = Path(__file__).with_name("stand_in.c")
+ROOT = SOURCE.parents[3]
+TIMEOUT_S = 120.0
+NOT_SUPPORTED, NO_PERMISSION, NO_DRIVER, LOST, MISMATCH = 3, 4, 9, 15, 18  # what NVML's functions return
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """What the stand-in says of one GPU, or of one instance; in bytes."""
+
+    id: str
+    total: int = 1000
+    free: int | None = None  # None: all but the reserve
+    reserved: int = 0  # of the driver's own
+    processes: Mapping[int, int] = field(default_factory=dict)  # bytes by pid; -1: not told
+    instances: Sequence[Gpu] | None = None  # what it is divided into; None: it is not
+    capability: tuple[int, int] = (9, 0)
+    open_code: int = 0  # what asking for its handle returns
+    memory_code: int = 0  # and for its memory
+    processes_code: int = 0  # and for its processes
+
+    def lines(self, kind: str = "gpu") -> list[str]:
+        """Return its part of the state."""
+        free = self.total - self.reserved if self.free is None else self.free
+        codes = f"{self.open_code} {self.memory_code} {self.processes_code} {int(self.instances is not None)}"
+        memory = f"{self.total} {self.reserved} {free}"
+        own = f"{kind} {self.id} {codes} {self.capability[0]} {self.capability[1]} {memory}"
+        processes = [f"process {pid} {used}" for pid, used in self.processes.items()]
+        return [own, *processes, *(line for each in self.instances or () for line in each.lines("instance"))]
+
+    def but(self, **changes: object) -> Gpu:
+        """Return it with something changed."""
+        return replace(self, **changes)
+
+
+class StandIn:
+    """Says what the library answers from now on."""
+
+    def __init__(self, state: Path) -> None:
+        self._state = state
+
+    def say(self, *gpus: Gpu, init: int = 0, stall: str = "-") -> None:
+        """Have these GPUs; `init` is what initialising returns, `stall` names a function that does not return."""
+        lines = [f"init {init}", f"stall {stall}", *(line for gpu in gpus for line in gpu.lines())]
+        new = self._state.with_suffix(".new")
+        new.write_text("\n".join(lines) + "\n")
+        new.replace(self._state)  # the library never sees half of it
+
+
+class Clock:
+    """A clock that the test sets."""
+
+    now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def gpus_of(source: Devices) -> dict[str, DeviceSample]:
+    """Read the devices; return the GPUs by id, in their order."""
+    host, *gpus = source.sample()
+    assert host.id == HOST and host.fresh, "the host is always read"
+    return {gpu.id: gpu for gpu in gpus}
+
+
+def free_of(source: Devices) -> dict[str, int]:
+    """Read the devices; return each GPU's free bytes."""
+    return {id: gpu.free_bytes for id, gpu in gpus_of(source).items()}
+
+
+@functools.cache
+def build(flags: tuple[str, ...] = ()) -> Path:
+    """Build the stand-in once with the machine's compiler; skip the test where there is none."""
+    compiler = shutil.which("cc") or shutil.which("gcc")
+    if compiler is None or not sys.platform.startswith("linux"):
+        pytest.skip("the stand-in for NVIDIA's library needs Linux and a C compiler, and there is none")
+    folder = Path(tempfile.mkdtemp(prefix="loadmaster-nvml-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    built = folder / "libnvidia-ml.so.1"
+    subprocess.run([compiler, *flags, "-shared", "-fPIC", "-o", built, SOURCE], check=True, capture_output=True)
+    return built
+
+
+def beside_stand_in(
+    *flags: str, library: str | None = "stand-in", **environment: str
+) -> Callable[[Callable[[StandIn], None]], Callable[[Path], None]]:
+    """Have a test's body run in a child where the stand-in, built with `flags`, is NVIDIA's library.
+
+    `library`: else what stands in the file instead; None: there is none. What is left over is set in the child's
+    environment.
+    """
+
+    def decorate(body: Callable[[StandIn], None]) -> Callable[[Path], None]:
+        def test(tmp_path: Path) -> None:
+            folder = tmp_path
+            if library == "stand-in":
+                folder = build(flags).parent
+            elif library is not None:
+                (folder / "libnvidia-ml.so.1").write_text(library)
+            elif find_library("nvidia-ml"):
+                pytest.skip("the machine has NVIDIA's library, so that it cannot be missing")
+            _run(body, folder, tmp_path / "state", environment)
+
+        test.__name__, test.__doc__, test.__module__ = body.__name__, body.__doc__, body.__module__
+        test.body = body  # type: ignore[attr-defined]  # for the child; not __wrapped__, whose arguments pytest reads
+        return test
+
+    return decorate
+
+
+def _run(body: Callable[[StandIn], None], folder: Path, state: Path, environment: Mapping[str, str]) -> None:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("CUDA_", "LOADMASTER_"))}
+    program = (
+        "from pathlib import Path; from tests.support.leaks import no_leaks; from tests.support.nvml import StandIn\n"
+        f"from {body.__module__} import {body.__name__} as test\n"
+        f"with no_leaks(): test.body(StandIn(Path({str(state)!r})))"
+    )
+    child = {**kept, "LD_LIBRARY_PATH": str(folder), "NVML_STAND_IN_STATE": str(state), **environment}
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, env=child, capture_output=True, text=True, timeout=TIMEOUT_S
+    )
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"

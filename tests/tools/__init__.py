@@ -1,0 +1,1 @@
+"""Programs that measure and report, and their own tests."""

@@ -1,0 +1,157 @@
+"""What a real child takes: loaded by the engine, then asked until it holds what it can come to hold."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import threading
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from fsm.domain.devices import HOST, Placement
+from fsm.domain.model_info import Options
+from fsm.sizing.load_options import resolve
+from scheduler.engines.interface import Endpoint, Memory
+from scheduler.engines.llama import LlamaEngine, LlamaProcess
+from scheduler.models.model_spec import ModelSpec
+from tests.tools.memory.rows import Row
+
+TIMEOUT_S = 600.0
+MARGIN = 8  # tokens that are left for an answer
+SHORT = 512  # tokens of the prompts that come after every slot is full
+
+
+class Heard:
+    """What an engine reports of one runner."""
+
+    def __init__(self) -> None:
+        self.endpoint: Endpoint | None = None
+        self.ended = ""
+        self._told = threading.Event()
+
+    def progressed(self) -> None:
+        """It loads."""
+
+    def loaded(self, endpoint: Endpoint | object, num_ctx: int | None, memory: Memory) -> None:
+        """It serves."""
+        assert isinstance(endpoint, Endpoint)
+        self.endpoint = endpoint
+        self._told.set()
+
+    def exited(self, code: int | None, detail: str, out_of_memory: bool) -> None:
+        """It is gone."""
+        self.ended = detail
+        self._told.set()
+
+    def wait(self) -> Endpoint:
+        """Return where it serves."""
+        assert self._told.wait(TIMEOUT_S), "it does not load in time"
+        assert self.endpoint is not None, self.ended
+        return self.endpoint
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What one row's child took; bytes."""
+
+    weights_bytes: int  # this and the next four: buffers, as llama.cpp reports them
+    cache_bytes: int
+    compute_bytes: int
+    output_bytes: int
+    projector_bytes: int
+    resident_bytes: int  # of the process, at most, as its contexts and prompt cache were filled
+    mapped_bytes: int  # of these, pages of files: weights, programs, libraries
+    load_s: float
+
+
+@contextmanager
+def running(model: ModelSpec, options: Options) -> Iterator[tuple[LlamaProcess, Endpoint, float]]:
+    """Load a model on the host; gives its process, where it serves, and how long that took."""
+    engine, heard = LlamaEngine(), Heard()
+    begin = time.perf_counter()
+    info = engine.inspect(model)
+    process = engine.launch(model, resolve(info, options), Placement(((HOST, 0),)), heard)
+    try:
+        endpoint = heard.wait()
+        yield process, endpoint, time.perf_counter() - begin
+    finally:
+        process.stop(0.0)
+        engine.close()
+
+
+def measure(path: Path, row: Row, projectors: tuple[str, ...] = ()) -> Measured:
+    """Load a row and fill it: every slot once, and then as many prompts again as its prompt cache takes."""
+    model = ModelSpec("m", str(path), projectors=projectors, embedding=row.embedding)
+    with running(model, row.explicit()) as (process, endpoint, load_s):
+        kinds = {each.kind: each.bytes for each in process.buffers}
+        memory = max(
+            (process_memory(process) for _ in fill(endpoint, row)), key=lambda each: each.rss
+        )  # some of it is given back as prompts take the place of others
+        return Measured(
+            kinds.get("weights", 0),
+            kinds.get("cache", 0),
+            kinds.get("compute", 0),
+            kinds.get("output", 0),
+            kinds.get("projector", 0),
+            memory.rss,
+            memory.shared,
+            load_s,
+        )
+
+
+def process_memory(process: LlamaProcess) -> Any:
+    """Return what a process occupies at the moment, in psutil's terms."""
+    return psutil.Process(process.pid).memory_info()
+
+
+def fill(endpoint: Endpoint, row: Row) -> Iterator[None]:
+    """Send prompts until every slot and the prompt cache are full; comes back after each."""
+    context, slots = row.options.num_ctx or 0, row.options.num_parallel or 1
+    lengths = [context - MARGIN] * slots + [min(context - MARGIN, SHORT)] * (0 if row.embedding else 2)
+    for number, length in enumerate(lengths):
+        tokens = [7 + (number + 1) * position % 199 for position in range(length)]  # no two begin alike
+        tokens[0] = 10 + number
+        if row.embedding:
+            ask(endpoint, "/v1/embeddings", {"input": tokens})
+        else:
+            ask(endpoint, "/completion", {"prompt": tokens, "n_predict": 2, "id_slot": number % slots})
+        yield
+
+
+def ask(endpoint: Endpoint, path: str, body: dict[str, object]) -> None:
+    """Send one request and wait for its answer."""
+    headers = {"Authorization": f"Bearer {endpoint.key}", "Content-Type": "application/json"}
+    request = urllib.request.Request(endpoint.url + path, json.dumps(body).encode(), headers)
+    with urllib.request.urlopen(request, timeout=TIMEOUT_S) as answer:
+        answer.read()
+
+
+@dataclass(frozen=True, slots=True)
+class Mapping:
+    """One way to load a file whose pages are in memory already."""
+
+    load_s: float  # the median of several
+    resident_bytes: int
+    mapped_bytes: int
+
+
+def measure_mapping(path: Path, use_mmap: bool, repeats: int = 5) -> Mapping:
+    """Load a model several times, with its file mapped or read."""
+    path.read_bytes()
+    taken: list[float] = []
+    resident_bytes = mapped_bytes = 0
+    for _ in range(repeats):
+        options = Options(num_ctx=512, num_gpu=0, use_mmap=use_mmap)
+        with running(ModelSpec("m", str(path)), options) as (process, endpoint, load_s):
+            ask(endpoint, "/completion", {"prompt": [20, 30, 40], "n_predict": 1})
+            taken.append(load_s)
+            memory = psutil.Process(process.pid).memory_info()
+            resident_bytes, mapped_bytes = memory.rss, memory.shared
+    return Mapping(statistics.median(taken), resident_bytes, mapped_bytes)

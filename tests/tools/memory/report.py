@@ -1,0 +1,147 @@
+"""docs/memory.md, from what was predicted and measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from fsm.domain.devices import MIB
+from fsm.sizing.load_options import REPACKED
+from fsm.sizing.memory_estimate import (
+    CHECKPOINTS,
+    MERGE_BYTES,
+    PROCESS_BYTES,
+    PROMPT_CACHE_BYTES,
+    PROMPT_CACHE_PART,
+    TOKEN_BYTES,
+)
+from tests.tools.memory import measure
+from tests.tools.memory.dry_run import DryRun
+from tests.tools.memory.rows import Predicted, Row
+
+MOST_PART = 0.1  # that a prediction may be wrong by
+LEAST_BYTES = 2 * MIB  # of buffers, that it may be wrong by however small they are
+
+TEMPLATE = Path(__file__).with_name("template.md")
+HEADERS = ("model", "context", "slots", "cache", "special", "cache, MiB", "compute, MiB", "both", "process, MiB", "off")
+RULE = "| --- | ---: | ---: | --- | --- | ---: | ---: | ---: | ---: | ---: |"
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """A row with what was said before its load and what came of it."""
+
+    row: Row
+    predicted: Predicted
+    measured: measure.Measured
+
+    @property
+    def buffers_off(self) -> float:
+        """How much cache and compute buffers were overestimated, as a part of what llama.cpp reports."""
+        reported_bytes = self.measured.cache_bytes + self.measured.compute_bytes
+        return (self.predicted.cache_bytes + self.predicted.compute_bytes) / reported_bytes - 1
+
+    @property
+    def whole_off(self) -> float:
+        """How much the process was overestimated, as a part of its resident size."""
+        return self.predicted.whole_bytes / self.measured.resident_bytes - 1
+
+    @property
+    def holds(self) -> bool:
+        """Whether the row is within the bounds."""
+        reported_bytes = self.measured.cache_bytes + self.measured.compute_bytes
+        within = max(LEAST_BYTES, MOST_PART * reported_bytes)
+        return abs(self.buffers_off) * reported_bytes <= within and abs(self.whole_off) <= MOST_PART
+
+
+def table_row(row: Row, predicted: Predicted, measured: measure.Measured | None) -> list[str]:
+    """Return a row's cells up to the difference of its buffers; without measurements only what is predicted."""
+
+    def both(predicted_bytes: int, measured_bytes: int | None) -> str:
+        shown = f"{predicted_bytes / MIB:.1f}"
+        return shown if measured_bytes is None else f"{shown} / {measured_bytes / MIB:.1f}"
+
+    special = [word for word, holds in (("embeds", row.embedding), ("projector", row.projector)) if holds]
+    special += ["no flash attention"] if row.options.flash_attention is False else []
+    special += ["mapped"] if row.options.use_mmap else []
+    named = [row.model, f"{row.options.num_ctx}", f"{row.options.num_parallel}", f"{row.options.cache_type_k}"]
+    return [
+        *named,
+        ", ".join(special),
+        both(predicted.cache_bytes, measured.cache_bytes if measured else None),
+        both(predicted.compute_bytes, measured.compute_bytes if measured else None),
+    ]
+
+
+def report(results: Sequence[Result], mappings: Mapping[str, Sequence[measure.Mapping]], dry: Sequence[DryRun]) -> str:
+    """Return the whole document."""
+    return TEMPLATE.read_text(encoding="utf-8").format(
+        repacked=", ".join(sorted(REPACKED)),
+        process_mib=PROCESS_BYTES // MIB,
+        token_bytes=TOKEN_BYTES,
+        merge_bytes=MERGE_BYTES,
+        prompt_cache_part=PROMPT_CACHE_PART,
+        prompt_cache_mib=PROMPT_CACHE_BYTES // MIB,
+        checkpoints=CHECKPOINTS,
+        table=_table(results),
+        pages=_pages(results),
+        mappings=_mapping(mappings),
+        dry=_dry(dry),
+    )
+
+
+def _table(results: Sequence[Result]) -> str:
+    lines = ["| " + " | ".join(HEADERS) + " |", RULE]
+    for each in results:
+        cells = table_row(each.row, each.predicted, each.measured)
+        whole = f"{each.predicted.whole_bytes / MIB:.1f} / {each.measured.resident_bytes / MIB:.1f}"
+        lines.append("| " + " | ".join([*cells, f"{each.buffers_off:+.1%}", whole, f"{each.whole_off:+.1%}"]) + " |")
+    buffers, process = _worst(results, lambda each: each.buffers_off), _worst(results, lambda each: each.whole_off)
+    worst = [
+        f"- Worst for cache and compute buffers: {_name(buffers.row)}, {buffers.buffers_off:+.1%}.",
+        f"- Worst for the whole process: {_name(process.row)}, {process.whole_off:+.1%}.",
+    ]
+    return "\n".join([f"## {len(results)} configurations, predicted / measured", "", *lines, "", *worst])
+
+
+def _worst(results: Sequence[Result], off: Callable[[Result], float]) -> Result:
+    return max(results, key=lambda each: abs(off(each)))
+
+
+def _name(row: Row) -> str:
+    options, embeds = row.options, " that embeds" if row.embedding else ""
+    return f"{row.model}{embeds} with {options.num_parallel} x {options.num_ctx} tokens in {options.cache_type_k}"
+
+
+def _pages(results: Sequence[Result]) -> str:
+    lines = ["| model | weights, reported | pages of files | private |", "| --- | ---: | ---: | ---: |"]
+    seen: set[str] = set()
+    for each in results:
+        if each.row.model not in seen:
+            seen.add(each.row.model)
+            measured = each.measured
+            sizes = measured.weights_bytes, measured.mapped_bytes, measured.resident_bytes - measured.mapped_bytes
+            lines.append(f"| {each.row.model} | " + " | ".join(f"{size / MIB:.1f}" for size in sizes) + " |")
+    return "\n".join(lines)
+
+
+def _mapping(mappings: Mapping[str, Sequence[measure.Mapping]]) -> str:
+    lines = ["| model | file | load, s | resident, MiB | private, MiB |", "| --- | --- | ---: | ---: | ---: |"]
+    for name, ways in mappings.items():
+        for way, kind in zip(ways, ("mapped", "read"), strict=True):
+            private_bytes = way.resident_bytes - way.mapped_bytes
+            sizes = f"{way.resident_bytes / MIB:.0f} | {private_bytes / MIB:.0f}"
+            lines.append(f"| {name} | {kind} | {way.load_s:.2f} | {sizes} |")
+    return "\n".join(lines)
+
+
+def _dry(dry: Sequence[DryRun]) -> str:
+    lines = [
+        "| model | llama.cpp: buffers, MiB | it takes, s | ours, MiB | it takes, ms |",
+        "| --- | ---: | ---: | ---: | ---: |",
+    ]
+    for each in dry:
+        theirs, ours = f"{each.theirs_bytes / MIB:.0f} | {each.theirs_s:.2f}", f"{each.ours_bytes / MIB:.1f}"
+        lines.append(f"| {each.model} | {theirs} | {ours} | {each.ours_s * 1000:.2f} |")
+    return "\n".join(lines)

@@ -1,0 +1,120 @@
+"""llama.cpp's own server in its router mode, which loads and unloads models by itself."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import httpx
+
+from tests.tools.race.contestants import PATIENCE_S, Course, Opened
+from tests.tools.race.trace import Ask, Asker, Killed
+
+START_S = 60.0
+STOP_S = 30.0
+_SPAWNS = "spawning server instance with name="  # what it logs of each load
+_BROKEN = ("proxy error", "could not establish connection", "failed to read connection")  # its child was gone
+
+
+def find_binary(named: str | None) -> tuple[str, str]:
+    """Return the path of `llama-server` and "", or "" and why there is none; nothing is ever fetched."""
+    wanted = named or os.environ.get("LLAMA_SERVER") or "llama-server"
+    found = shutil.which(wanted)
+    if found is None:
+        where = f"{wanted} is no program" if wanted != "llama-server" else "it is not on PATH"
+        return "", f"no llama-server: {where}; name one with --llama-server PATH or LLAMA_SERVER=PATH"
+    told = subprocess.run([found, "--help"], capture_output=True, text=True, timeout=START_S, check=False)
+    if "--models-max" not in told.stdout + told.stderr:
+        return "", f"{found} has no router mode (--models-max): a newer llama-server is needed"
+    return found, ""
+
+
+@contextmanager
+def router(course: Course, binary: str, more: Sequence[str] = ()) -> Iterator[Opened]:
+    """A router with its defaults but for the number of models, and for `more` arguments."""
+    port = _free_port()
+    with TemporaryDirectory(prefix="race-router-") as folder:
+        log = Path(folder) / "log"
+        arguments = [
+            binary, "--host", "127.0.0.1", "--port", str(port), "--offline",
+            "--models-dir", str(course.folder), "--models-max", str(course.room), *more,
+        ]  # fmt: skip
+        hidden = {name: value for name, value in os.environ.items() if not name.startswith("LLAMA_ARG_")}
+        environment = {**hidden, "LLAMA_CACHE": folder}  # else it would offer models that it once fetched
+        with log.open("wb") as output:
+            process = subprocess.Popen(
+                arguments, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=environment,
+                start_new_session=True,
+            )  # fmt: skip
+        try:
+            _await(process, port, log)
+            with fresh_client(f"http://127.0.0.1:{port}") as client:
+                yield Opened(http_asker(client, course), lambda: log.read_text(errors="replace").count(_SPAWNS))
+        finally:
+            _stop(process)
+
+
+def fresh_client(url: str) -> httpx.Client:
+    """Return a client that connects anew for every request: a kept connection that was closed meanwhile is no error."""
+    limits = httpx.Limits(max_keepalive_connections=0)
+    return httpx.Client(base_url=url, timeout=PATIENCE_S, limits=limits, trust_env=False)
+
+
+def http_asker(client: httpx.Client, course: Course) -> Asker:
+    """Return a function that asks by HTTP, as OpenAI's chat completions are asked."""
+
+    def ask(ask: Ask) -> None:
+        messages = [{"role": "user", "content": ask.question}]
+        body = {"model": ask.model, "messages": messages, **course.parameters()}
+        headers = {"serve_multiplexed_model_id": ask.model}
+        try:
+            answer = client.post("/v1/chat/completions", json=body, headers=headers)
+        except httpx.TransportError as error:
+            raise Killed(f"the answer broke off: {error!r}") from error
+        if answer.status_code != httpx.codes.OK:
+            text = f"{answer.status_code}: {answer.text}"
+            raise Killed(text) if any(sign in text.lower() for sign in _BROKEN) else RuntimeError(text)
+        if not answer.json()["choices"]:
+            raise RuntimeError("an answer without a choice")
+
+    return ask
+
+
+def _await(process: subprocess.Popen[bytes], port: int, log: Path) -> None:
+    end = time.monotonic() + START_S
+    while time.monotonic() < end and process.poll() is None:
+        try:
+            if httpx.get(f"http://127.0.0.1:{port}/health", trust_env=False).status_code == httpx.codes.OK:
+                return
+        except httpx.TransportError:
+            time.sleep(0.1)
+    raise RuntimeError(f"the router did not start: {log.read_text(errors='replace')[-500:]}")
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """End the router, and whatever is left of its group."""
+    process.terminate()
+    try:
+        process.wait(STOP_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        return
+
+
+def _free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        port: int = one.getsockname()[1]
+        return port

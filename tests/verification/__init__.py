@@ -1,0 +1,1 @@
+"""The model checker, the simulation, and the faults that they have to find."""

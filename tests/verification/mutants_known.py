@@ -1,0 +1,190 @@
+"""The defects D01 to D14 of the reference, each as the same mechanism in our core."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from fsm.core import Core
+from fsm.lifecycle.actions import Actions
+from fsm.lifecycle.failures import Endings
+from fsm.machine.request import Request, RequestState
+from fsm.machine.runner import EXPIRING, LOADING, READY, Runner
+from fsm.messages.events import Acquire, Cancel, Event, Exited, Release
+from fsm.messages.refusals import Cancelled, Refusal
+from fsm.planning import eviction_candidates
+from fsm.state.core_state import Pool
+from tests.verification.mutant import Patch, instead, mutant
+
+
+@mutant("four-requests", "D01")
+def a_victim_comes_back(patch: Patch) -> None:
+    """A warm request takes the mark off a busy victim."""
+
+    @instead(patch, Core, "_acquire")
+    def acquire(original: Callable[..., None], core: Core, event: Acquire) -> None:
+        for runner in core.pool.runners.values():
+            model = core.pool.models[runner.model]
+            if runner.model == event.want.model and runner.state is EXPIRING and runner.leases and not model.current:
+                runner.state, model.current = READY, runner
+        original(core, event)
+
+
+@mutant("three-requests", "D02")
+def busy_for_ever(patch: Patch) -> None:
+    """A victim that is always in use by somebody is waited for without end."""
+
+    @instead(patch, eviction_candidates, "may_go_at")
+    def may_go_at(original: Callable[..., float], pool: Pool, runner: Runner, bound: float) -> float:
+        return math.inf if runner.leases else original(pool, runner, bound)
+
+
+@mutant("keep-alive", "D03")
+def the_clock_runs_on(patch: Patch) -> None:
+    """A renewal leaves the keep-alive clock running that it came before."""
+
+    @instead(patch, Actions, "grant")
+    def grant(original: Callable[..., None], act: Actions, request: Request, runner: Runner) -> None:
+        expires_at = act.pool.timers.at(("keep-alive", runner.id))
+        original(act, request, runner)
+        act.pool.timers.set(("keep-alive", runner.id), expires_at)
+
+
+@mutant("one-place", "D04")
+def granted_then_booked(patch: Patch) -> None:
+    """Somebody is told that a runner is theirs before the lease is booked."""
+
+    @instead(patch, Actions, "grant")
+    def grant(original: Callable[..., None], act: Actions, request: Request, runner: Runner) -> None:
+        original(act, request, runner)
+        runner.leases.discard(request.id)
+
+
+@mutant("one-place", "D05")
+def a_late_release_counts(patch: Patch) -> None:
+    """A release that comes after its runner has gone is taken off whatever serves now."""
+
+    @instead(patch, Core, "_leave")
+    def leave(original: Callable[..., None], core: Core, event: Release) -> None:
+        held = [request for request in core.pool.requests.values() if request.state is RequestState.granted]
+        if event.request not in core.pool.requests and held:
+            core.act.release(held[0])
+        else:
+            original(core, event)
+
+
+@mutant("own-memory", "D06")
+def a_load_keeps_everybody_waiting(patch: Patch) -> None:
+    """While anything loads, whoever asks has to wait, even for what is there."""
+
+    @instead(patch, Core, "_acquire")
+    def acquire(original: Callable[..., None], core: Core, event: Acquire) -> None:
+        pool = core.pool
+        if any(runner.state is LOADING for runner in pool.runners.values()) and event.request not in pool.requests:
+            core.act.model(event.want.model)
+            pool.enqueue(Request(event.request, event.want, event.keep_alive_s, pool.now))
+        else:
+            original(core, event)
+
+
+@mutant("full-queue", "D07")
+def the_full_queue_is_waited_for(patch: Patch) -> None:
+    """Who evicts posts to the bounded queue that nobody else reads: when it is full nothing happens any more."""
+
+    @instead(patch, Core, "step")
+    def step(original: Callable[..., object], core: Core, now: float, event: Event) -> object:
+        pool = core.pool
+        evicts = any(runner.state is EXPIRING for runner in pool.runners.values())
+        return [] if evicts and pool.queued >= pool.limits.max_queue else original(core, now, event)
+
+
+@mutant("one-place", "D08")
+def a_failed_load_keeps_its_place(patch: Patch) -> None:
+    """After a failed load its model still has a runner that loads."""
+
+    @instead(patch, Actions, "forget_current")
+    def forget(original: Callable[..., None], act: Actions, runner: Runner) -> None:
+        original(act, runner)
+        if runner.loaded_at is None and not runner.stopping:
+            act.pool.models[runner.model].current = runner
+
+
+@mutant("one-place", "D09")
+def a_close_expects_loaded_runners(patch: Patch) -> None:
+    """A shutdown during a load fails."""
+
+    @instead(patch, Core, "_close")
+    def close(original: Callable[..., None], core: Core, timeout_s: float) -> None:
+        assert all(runner.loaded_at is not None for runner in core.pool.runners.values()), "a runner without a server"
+        original(core, timeout_s)
+
+
+@mutant("two-gpus", "D10")
+def free_memory_is_subtracted_unsigned(patch: Patch) -> None:
+    """Free memory that falls while it is waited for counts as memory that has come back."""
+
+    @instead(patch, Endings, "memory_is_back")
+    def memory_is_back(original: Callable[..., bool], act: Endings, runner: Runner) -> bool:
+        ledger, part = act.pool.ledger, act.pool.limits.recovery_fraction
+        account = ledger.accounts["runner", runner.id]
+        for gpu, awaited in runner.awaited.items():
+            expected = int(part * account.occupied_bytes(gpu))
+            if (ledger.for_us_bytes(gpu) - (awaited - expected)) % 2**64 < expected:
+                return False
+        return True
+
+
+@mutant("one-place", "D11")
+def ids_are_used_again(patch: Patch) -> None:
+    """A runner has the id of one that is gone, as processes have."""
+
+    @instead(patch, Actions, "launch")
+    def launch(original: Callable[..., Runner], act: Actions, *args: object) -> Runner:
+        act.pool.next_runner = max(act.pool.runners, default=0) + 1
+        return original(act, *args)
+
+
+@mutant("own-memory", "D12")
+def ends_have_no_names(patch: Patch) -> None:
+    """The end of one runner is taken for the one that is waited for."""
+
+    @instead(patch, Endings, "exited")
+    def exited(original: Callable[..., None], act: Endings, runner: Runner, event: Exited) -> None:
+        stopping = [one for one in act.pool.runners.values() if one.stopping and one.process]
+        original(act, stopping[0] if stopping else runner, event)
+
+
+@mutant("three-requests", "D13")
+def an_eviction_outlives_its_waiter(patch: Patch) -> None:
+    """Whoever was to go for a request goes, although that was cancelled."""
+
+    @instead(patch, Core, "_leave")
+    def leave(original: Callable[..., None], core: Core, event: Release | Cancel) -> None:
+        request = core.pool.requests.get(event.request)
+        line = core.pool.lines.get(request.want) if request is not None else None
+        original(core, event)
+        if isinstance(event, Cancel) and line is not None and line.waits_for.endswith("to become idle"):
+            for runner in [runner for runner in core.pool.runners.values() if runner.state is READY]:
+                core.act.expire(runner, "somebody wanted its memory")
+
+
+@mutant("one-place", "D13")
+def a_cancel_is_not_answered(patch: Patch) -> None:
+    """Somebody who leaves the queue never hears of it."""
+
+    @instead(patch, Actions, "reject")
+    def reject(original: Callable[..., None], act: Actions, request: Request, refusal: Refusal) -> None:
+        if not isinstance(refusal, Cancelled):
+            original(act, request, refusal)
+
+
+@mutant("one-place", "D14")
+def for_ever_is_not_at_all(patch: Patch) -> None:
+    """A keep-alive without end unloads at once."""
+
+    @instead(patch, Actions, "rest")
+    def rest(original: Callable[..., None], act: Actions, runner: Runner, reason: str) -> None:
+        if runner.keep_alive_s == math.inf and runner.state is READY:
+            act.expire(runner, reason)
+        else:
+            original(act, runner, reason)

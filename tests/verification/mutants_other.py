@@ -1,0 +1,398 @@
+"""Faults that any scheduler might have: of answers, of runners, of memory, of claims."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import pytest
+
+from fsm import core
+from fsm.core import Core
+from fsm.domain.devices import HOST, DeviceId
+from fsm.lifecycle import device_claims, prefetch
+from fsm.lifecycle.actions import Actions
+from fsm.lifecycle.device_claims import Claims
+from fsm.lifecycle.failures import Endings
+from fsm.machine.request import Request, RequestState
+from fsm.machine.runner import EXPIRING, LOADING, Runner
+from fsm.messages.commands import Finish, Grant, Unclaim
+from fsm.messages.events import Acquire, Cancel, Event, Exited, Inspected, Loaded, Release, Sampled
+from fsm.messages.refusals import Closed, Refusal
+from fsm.planning import eviction_candidates
+from fsm.planning.availability import NOW, SOON
+from fsm.planning.plan import Plan
+from fsm.planning.planner import _Planner
+from fsm.state.core_state import OpenClaim, Pool
+from fsm.state.request_queue import Line
+from fsm.state.timers import Timers
+from tests.verification.mutant import Patch, instead, mutant
+
+# -- answers ----------------------------------------------------------------------------------------------------------
+
+
+@mutant("one-place")
+def granted_twice(patch: Patch) -> None:
+    """A load answers its first waiter twice."""
+
+    @instead(patch, Actions, "serve")
+    def serve(original: Callable[..., None], act: Actions, runner: Runner, lines: list[object]) -> None:
+        original(act, runner, lines)
+        act.commands += [one for one in act.commands if isinstance(one, Grant)][:1]
+
+
+@mutant("time-outs")
+def a_time_out_is_forgotten(patch: Patch) -> None:
+    """Whoever named a time-out is not told when it is over."""
+
+    @instead(patch, Core, "_time_is_up")
+    def time_is_up(original: Callable[..., None], core: Core, key: tuple[str, int]) -> None:
+        if key[0] != "request":
+            original(core, key)
+
+
+@mutant("time-outs")
+def a_time_out_outlives_its_request(patch: Patch) -> None:
+    """The clock of somebody who was answered goes on."""
+
+    @instead(patch, Timers, "clear")
+    def clear(original: Callable[..., None], timers: Timers, key: tuple[str, int]) -> None:
+        if key[0] != "request":
+            original(timers, key)
+
+
+@mutant("one-place")
+def a_close_forgets_the_queue(patch: Patch) -> None:
+    """Whoever waits when the scheduler closes waits for ever."""
+
+    @instead(patch, Actions, "reject_line")
+    def reject_line(original: Callable[..., None], act: Actions, line: Line, refusal: Refusal) -> None:
+        if not isinstance(refusal, Closed):
+            original(act, line, refusal)
+
+
+@mutant("one-place")
+def closing_has_no_end(patch: Patch) -> None:
+    """Nobody is told that everything is unloaded."""
+
+    @instead(patch, Core, "step")
+    def step(original: Callable[..., list[object]], core: Core, now: float, event: Event) -> list[object]:
+        commands = [one for one in original(core, now, event) if not isinstance(one, Finish)]
+        core.finished = False
+        return commands
+
+
+@mutant("one-place")
+def a_closed_scheduler_takes_requests(patch: Patch) -> None:
+    """Whoever asks after the close waits for a load, as before it."""
+
+    @instead(patch, Core, "_acquire")
+    def acquire(original: Callable[..., None], core: Core, event: Acquire) -> None:
+        closing, core.pool.closing = core.pool.closing, False
+        original(core, event)
+        core.pool.closing = closing
+
+
+@mutant("one-place")
+def a_second_close_allows_more_time(patch: Patch) -> None:
+    """The time limit of a close begins anew with each."""
+
+    @instead(patch, Core, "_close")
+    def close(original: Callable[..., None], core: Core, timeout_s: float) -> None:
+        original(core, timeout_s)
+        core.pool.timers.set(("close", 0), core.pool.now + timeout_s)
+
+
+@mutant("one-place", most=2000)
+def a_close_does_not_stop_loads(patch: Patch) -> None:
+    """What loads goes on, and the pool is empty only when something else ends it."""
+
+    @instead(patch, Core, "_close")
+    def close(original: Callable[..., None], core: Core, timeout_s: float) -> None:
+        loads = [runner for runner in core.pool.runners.values() if runner.state is LOADING]
+        with pytest.MonkeyPatch.context() as closing:
+            for runner in loads:
+                closing.setattr(runner, "state", EXPIRING)
+            original(core, timeout_s)
+
+
+@mutant("one-place", most=2000)
+def the_time_limit_of_a_close_breaks_no_lease(patch: Patch) -> None:
+    """Somebody who never gives their lease back keeps the scheduler open for ever."""
+
+    @instead(patch, Core, "_time_is_up")
+    def time_is_up(original: Callable[..., None], core: Core, key: tuple[str, int]) -> None:
+        if key[0] != "close":
+            original(core, key)
+
+
+@mutant("one-place")
+def who_leaves_as_they_are_granted_keeps_the_lease(patch: Patch) -> None:
+    """A Cancel that comes after the Grant is taken to be too late."""
+
+    @instead(patch, Core, "_leave")
+    def leave(original: Callable[..., None], core: Core, event: Release | Cancel) -> None:
+        request = core.pool.requests.get(event.request)
+        if not (isinstance(event, Cancel) and request is not None and request.state is RequestState.granted):
+            original(core, event)
+
+
+@mutant("one-place")
+def a_release_ends_a_wait(patch: Patch) -> None:
+    """Whoever releases what they do not have yet is taken out of the queue, without an answer."""
+
+    @instead(patch, Core, "_leave")
+    def leave(original: Callable[..., None], core: Core, event: Release | Cancel) -> None:
+        request = core.pool.requests.get(event.request)
+        if isinstance(event, Release) and request is not None and request.state is RequestState.queued:
+            core.pool.dequeue(request)
+            del core.pool.requests[request.id]
+        else:
+            original(core, event)
+
+
+@mutant("out-of-memory")
+def loads_fail_again_and_again(patch: Patch) -> None:
+    """Each load that runs out of memory is followed by another, for the same request."""
+
+    @instead(patch, Endings, "load_failed")
+    def load_failed(original: Callable[..., None], act: Endings, *args: object, **how: object) -> None:
+        original(act, *args, **how)
+        for request in act.pool.requests.values():
+            request.survived = False
+
+
+@mutant("one-place", most=2000)
+def nobody_looks_again(patch: Patch) -> None:
+    """The core forgets to look again when a victim may go."""
+
+    @instead(patch, Timers, "set")
+    def set_timer(original: Callable[..., None], timers: Timers, key: tuple[str, int], at: float) -> None:
+        if key[0] != "plan":
+            original(timers, key, at)
+
+
+@mutant("one-place", most=2000)
+def what_was_read_wakes_nobody(patch: Patch) -> None:
+    """An inspection that has ended is not acted on."""
+
+    @instead(patch, Core, "_inspected")
+    def inspected(original: Callable[..., None], core: Core, event: Inspected) -> None:
+        original(core, event)
+        core.act.replan = False
+
+
+# -- runners ----------------------------------------------------------------------------------------------------------
+
+
+@mutant("three-requests")
+def stopped_in_use(patch: Patch) -> None:
+    """A victim is stopped while it serves."""
+
+    @instead(patch, Actions, "expire")
+    def expire(original: Callable[..., None], act: Actions, runner: Runner, reason: str) -> None:
+        original(act, runner, reason)
+        act.stop(runner)
+
+
+@mutant("three-requests")
+def busy_runners_go_at_once(patch: Patch) -> None:
+    """A runner in use is given up before whoever wants its place has waited long enough."""
+
+    @instead(patch, eviction_candidates, "may_go_at")
+    def may_go_at(original: Callable[..., float], pool: Pool, runner: Runner, bound: float) -> float:
+        return max(pool.now, runner.resident_until)
+
+
+@mutant("one-place")
+def no_residency(patch: Patch) -> None:
+    """A runner may go as soon as it is loaded: two clients could unload each other's models for ever."""
+
+    @instead(patch, eviction_candidates, "may_go_at")
+    def may_go_at(original: Callable[..., float], pool: Pool, runner: Runner, bound: float) -> float:
+        return original(pool, runner, bound) if runner.leases else pool.now
+
+
+@mutant("pins")
+def pins_do_not_hold(patch: Patch) -> None:
+    """A pinned model is given up for others."""
+    patch.setattr(Pool, "pinned", lambda pool, runner: False)
+
+
+@mutant("one-place")
+def a_late_load_counts(patch: Patch) -> None:
+    """A runner that was given up while it loaded serves when it is loaded after all."""
+
+    @instead(patch, Core, "_runner_event")
+    def runner_event(original: Callable[..., None], core: Core, runner: Runner, event: Event) -> None:
+        if isinstance(event, Loaded) and runner.loaded_at is None:
+            core.act.loaded(runner, event)
+        else:
+            original(core, runner, event)
+
+
+@mutant("one-place")
+def a_load_counts_twice(patch: Patch) -> None:
+    """Whoever serves and says once more that it has loaded begins its residency again."""
+
+    @instead(patch, Core, "_runner_event")
+    def runner_event(original: Callable[..., None], core: Core, runner: Runner, event: Event) -> None:
+        original(core, runner, event)
+        if isinstance(event, Loaded) and runner.leases:
+            idle_s, in_use_s = core.pool.limits.residency_s(0.0)
+            runner.resident_until, runner.in_use_until = core.pool.now + idle_s, core.pool.now + in_use_s
+
+
+@mutant("one-place")
+def an_end_counts_twice(patch: Patch) -> None:
+    """The second notice of a process's end begins the wait for its memory again."""
+
+    @instead(patch, Core, "_handle")
+    def handle(original: Callable[..., None], core: Core, event: Event) -> None:
+        runner = core.pool.runners.get(event.runner) if isinstance(event, Exited) else None
+        if runner is not None and not runner.process:
+            core.act.await_memory(runner)
+        else:
+            original(core, event)
+
+
+@mutant("one-place")
+def loads_have_no_clock(patch: Patch) -> None:
+    """A load that stalls is waited for without end."""
+
+    @instead(patch, Actions, "launch")
+    def launch(original: Callable[..., Runner], act: Actions, *args: object) -> Runner:
+        runner = original(act, *args)
+        act.pool.timers.clear(("load", runner.id))
+        return runner
+
+
+@mutant("configure")
+def stopped_processes_do_not_count(patch: Patch) -> None:
+    """More processes are alive than there may be, while those that were told to stop end."""
+
+    @instead(patch, _Planner, "__init__")
+    def init(original: Callable[..., None], planner: _Planner, pool: Pool, policy: object) -> None:
+        original(planner, pool, policy)
+        stopping = sum(runner.process and runner.stopping for runner in pool.runners.values())
+        planner.supply.places = [places + stopping for places in planner.supply.places]
+
+
+# -- memory -----------------------------------------------------------------------------------------------------------
+
+
+@mutant("one-place")
+def memory_is_promised_before_it_is_back(patch: Patch) -> None:
+    """A load begins in what a runner holds that is on its way out."""
+
+    @instead(patch, _Planner, "__init__")
+    def init(original: Callable[..., None], planner: _Planner, pool: Pool, policy: object) -> None:
+        original(planner, pool, policy)
+        planner.supply.bytes[NOW] = dict(planner.supply.bytes[SOON])
+
+
+@mutant("one-place")
+def an_account_stays_open(patch: Patch) -> None:
+    """What an unloaded runner held is never free again."""
+
+    @instead(patch, Endings, "unload")
+    def unload(original: Callable[..., None], act: Endings, runner: Runner, reason: str) -> None:
+        account = act.pool.ledger.accounts["runner", runner.id]
+        original(act, runner, reason)
+        act.pool.ledger.accounts["runner", runner.id] = account
+
+
+@mutant("own-memory")
+def own_memory_is_not_given_back(patch: Patch) -> None:
+    """What the program reserved for itself stays booked when it gives that back."""
+
+    @instead(patch, Actions, "release")
+    def release(original: Callable[..., None], act: Actions, request: Request) -> None:
+        account = act.pool.ledger.accounts.get(("memory", request.id))
+        original(act, request)
+        if account is not None:
+            act.pool.ledger.accounts["memory", request.id] = account
+
+
+@mutant("one-place")
+def an_early_reading_counts(patch: Patch) -> None:
+    """Memory is taken to be back by a reading that began while its process lived."""
+
+    @instead(patch, Core, "_sampled")
+    def sampled(original: Callable[..., None], core: Core, event: Sampled) -> None:
+        original(core, replace(event, number=core.pool.samples))
+
+
+# -- claims -----------------------------------------------------------------------------------------------------------
+
+
+@mutant("claims")
+def a_claim_is_kept(patch: Patch) -> None:
+    """Devices are kept from other programs after the load that they were claimed for."""
+
+    @instead(patch, Claims, "loaded")
+    def loaded(original: Callable[..., None], act: Claims, runner: Runner, event: Loaded) -> None:
+        Endings.loaded(act, runner, event)
+
+
+@mutant("claims")
+def a_claim_is_given_back_twice(patch: Patch) -> None:
+    """A claim is ended once with its load and once more with its process."""
+
+    @instead(patch, Claims, "exited")
+    def exited(original: Callable[..., None], act: Claims, runner: Runner, event: Exited) -> None:
+        claim = runner.claim
+        original(act, runner, event)
+        if claim:
+            act.commands.append(Unclaim(claim))
+
+
+@mutant("claims-of-both")
+def some_of_the_devices_are_enough(patch: Patch) -> None:
+    """A load on two GPUs begins under a claim of one: another program may load on the other at the same time."""
+
+    @instead(patch, device_claims, "_match")
+    def match(
+        original: Callable[..., list[OpenClaim | None]],
+        unused: dict[int, OpenClaim],
+        wanted: Sequence[frozenset[DeviceId]],
+    ) -> list[OpenClaim | None]:
+        matches = original(unused, wanted)
+        for place, devices in enumerate(wanted):
+            others = [claim for claim in unused.values() if devices & claim.devices]
+            if matches[place] is None and others:
+                matches[place] = unused.pop(others[0].number)
+        return matches
+
+
+# -- files ------------------------------------------------------------------------------------------------------------
+
+
+@mutant("read-ahead")
+def a_file_is_read_ahead_for_whoever_has_left(patch: Patch) -> None:
+    """Nobody is told to stop reading when the last one leaves the queue."""
+
+    def read_ahead(act: Claims, plan: Plan | None) -> None:
+        if plan is not None:
+            prefetch.read_ahead(act, plan)
+
+    patch.setattr(core, "read_ahead", read_ahead)
+
+
+@mutant("read-ahead")
+def what_is_read_ahead_forgets_what_is_promised(patch: Patch) -> None:
+    """All that the host reports as free is taken for spare."""
+    patch.setattr(prefetch, "spare_bytes", lambda ledger: ledger.devices[HOST].free_bytes)
+
+
+# -- moments of rest --------------------------------------------------------------------------------------------------
+
+
+@mutant("moments-of-rest")
+def nobody_is_kept_for_the_next_user(patch: Patch) -> None:
+    """A runner is given up in the moment in which its last lease comes back, though its user may ask again at once."""
+
+    @instead(patch, eviction_candidates, "may_go_at")
+    def may_go_at(original: Callable[..., float], pool: Pool, runner: Runner, bound: float) -> float:
+        return original(pool, runner, bound if runner.leases else -math.inf)

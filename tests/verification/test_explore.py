@@ -1,0 +1,454 @@
+"""The search of the core's states: what it looks at, what it takes for the same, and what it would find."""
+
+from __future__ import annotations
+
+import ast
+import gc
+import math
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields, replace
+from pathlib import Path
+
+import pytest
+
+from fsm.core import Core
+from fsm.machine.request import RequestState
+from fsm.messages.commands import Command, Grant, Launch, Stop
+from fsm.messages.events import (
+    Acquire,
+    Cancel,
+    Close,
+    Configure,
+    Event,
+    Exited,
+    Expire,
+    Inspected,
+    Loaded,
+    Pin,
+    Progress,
+    Release,
+    Tick,
+)
+from fsm.state.model_record import Model
+from fsm.verification import state_key
+from fsm.verification.environment import Past, Scenario, begin, kinds, late, next_in_order, possible, time_of
+from fsm.verification.model_checker import Oracle, explore, in_words
+from fsm.verification.scenarios import SCENARIOS
+from fsm.verification.state_key import LEFT_OUT, Canonical
+from fsm.verification.transition_invariants import judge
+from scheduler.cli import explore as explore_command
+from scheduler.cli.main import main
+from tests.verification.mutants import MUTANTS
+
+NAMED = {scenario.name: scenario for scenario in SCENARIOS}
+ONE_PLACE = NAMED["one-place"]
+A, B = ONE_PLACE.wants
+
+
+def a_core(*happened: Event, scenario: Scenario = ONE_PLACE) -> Core:
+    """Return a core to which all this has happened, each at its time."""
+    core = Core(scenario.limits, Oracle())
+    begin(core, scenario)
+    for event in happened:
+        core.step(time_of(core, event), event)
+    return core
+
+
+def inspected(model: str, scenario: Scenario = ONE_PLACE) -> Inspected:
+    return Inspected(model, dict(scenario.models)[model])
+
+
+def loaded(core: Core, runner: int) -> Loaded:
+    return Loaded(runner, None, core.pool.runners[runner].placement.bytes)
+
+
+def key_of(core: Core, scenario: Scenario = ONE_PLACE, keys: Canonical | None = None) -> bytes:
+    return (keys or Canonical(kinds(scenario))).key(core)
+
+
+def alike(one: Core, other: Core, scenario: Scenario = ONE_PLACE) -> bool:
+    keys = Canonical(kinds(scenario))
+    return keys.key(one) == keys.key(other)
+
+
+# -- the search --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.name)
+def test_everything_holds_in_the_first_states_of(scenario: Scenario) -> None:
+    """`make explore` looks at many more; there are at least as many as are asked for."""
+    found = explore(scenario, 300)
+    assert found.violation is None, f"{found.violation.what}\n{in_words(found.violation.way)}"
+    assert found.states >= 300
+    assert found.edges > found.states
+
+
+def test_every_state_that_one_request_at_a_time_can_lead_to_is_looked_at() -> None:
+    """A small scenario has an end: all that can be reached has been, whatever bound is set."""
+    small = replace(ONE_PLACE, models=ONE_PLACE.models[:1], wants=(A,), requests=1, expires=False, closes=False)
+    found = explore(small, 100_000)
+    assert found.complete and found.violation is None
+    assert explore(small, found.states + 1) == found
+
+
+def test_the_scenarios_are_as_the_readme_says() -> None:
+    """Each has a name of its own, and ends at a number of states if not before."""
+    assert len(NAMED) == len(SCENARIOS)
+    millions = sum(scenario.most for scenario in SCENARIOS) / 1_000_000
+    said = (Path(state_key.__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    assert f"{len(SCENARIOS)} small scenarios" in said and f"({millions:.1f} million at most)" in said
+    assert f"| {len(MUTANTS)} faults put into that core" in said
+
+
+def test_an_event_that_changes_nothing_is_not_the_end() -> None:
+    """A state which the world's order leads back to itself, while somebody waits in it, is found."""
+
+    class Deaf(Core):
+        def step(self, now: float, event: Event) -> list[Command]:
+            return [] if isinstance(event, Inspected) else super().step(now, event)
+
+    found = explore(ONE_PLACE, 200, make=Deaf).violation
+    assert found is not None and "waits for ever" in found.what
+    assert [type(step.event) for step in found.way] == [Acquire], "the shortest way"
+
+
+def test_the_way_to_who_waits_for_ever_is_the_shortest_however_many_states_are_seen() -> None:
+    """The last states that a search came to are not told of where an earlier one leads to them."""
+    one = next(one for one in MUTANTS if one.name == "the_time_limit_of_a_close_breaks_no_lease")
+    ways = []
+    for most in (100, 1000):
+        found = replace(one, most=most).search().violation
+        assert found is not None and "waits for ever" in found.what
+        ways.append([type(step.event) for step in found.way])
+    assert ways == [[Acquire, Inspected, Loaded, Close]] * 2
+
+
+def test_an_exception_is_found_with_the_event_that_raised_it() -> None:
+    """The way ends with it."""
+
+    class Broken(Core):
+        def _close(self, timeout_s: float) -> None:
+            raise KeyError("a runner")
+
+    found = explore(ONE_PLACE, 200, make=Broken).violation
+    assert found is not None and found.what == "KeyError('a runner')"
+    assert [step.event for step in found.way] == [Close(30.0)]
+
+
+def test_the_oracle_prefers_each_candidate_in_turn() -> None:
+    """Whatever a policy may prefer is tried."""
+    oracle = Oracle(first=1)
+    assert list(oracle.order(0.0, ["a", "b", "c"])) == ["b", "c", "a"]
+    assert oracle.most == 3
+
+
+def test_a_way_is_told_without_what_is_as_usual() -> None:
+    """What happened, when, and what was said to do."""
+    found = next(one for one in MUTANTS if one.name == "a_cancel_is_not_answered").search().violation
+    assert found is not None
+    assert in_words(found.way).splitlines() == [
+        "  1. at 0 s  Acquire(request=1, want=Want(model='a', options=Options(), purpose=lease, priority=0))",
+        "              -> Inspect(model='a')",
+        "  2. at 0 s  Cancel(request=1)",
+        "              -> nothing",
+    ]
+
+
+# -- what is taken for the same ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("record", LEFT_OUT, ids=lambda record: record.__name__)
+def test_every_field_of_a_record_is_in_the_key_or_left_out_for_a_reason(record: type) -> None:
+    """A field that is new has to be thought of: a key that lacks it would hide states."""
+    tree = ast.parse(Path(state_key.__file__).read_text(encoding="utf-8"))
+    name = "claim" if record.__name__ == "OpenClaim" else record.__name__.lower()
+    read = {
+        node.attr
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute)
+        and (
+            (isinstance(node.value, ast.Name) and node.value.id == name)
+            or (isinstance(node.value, ast.Attribute) and node.value.attr == name)
+        )
+    }
+    everything = {field.name for field in fields(record)}
+    left_out = set(LEFT_OUT[record])
+    assert left_out <= everything, "what is left out is no field"
+    assert everything - left_out <= read, "neither in the key nor left out"
+
+
+def test_numbers_of_lives_past_do_not_count() -> None:
+    """After a life that has ended everything is as before it, but for the ids."""
+    first = a_core(Acquire(1, A), inspected("a"))
+    again = a_core(Acquire(1, A), inspected("a"), loaded(first, 1), Release(1), Expire("a"), Exited(1, 0))
+    begin(again, ONE_PLACE)
+    for event in (Acquire(7, A), inspected("a")):
+        again.step(0.0, event)
+    seen = again.pool.models["a"]
+    assert list(again.pool.runners) == [2]
+    seen.measured.clear()  # what is remembered of a life does count
+    assert alike(first, again)
+
+
+def test_what_was_measured_counts() -> None:
+    """The next launch is promised it."""
+    one, other = a_core(Acquire(1, A)), a_core(Acquire(1, A))
+    other.pool.models["a"].measured[A.options, ()] = (("cpu", 1),)
+    assert not alike(one, other)
+
+
+def test_models_of_one_kind_may_be_exchanged() -> None:
+    """Whoever waits for either of two alike is in the same place."""
+    assert alike(a_core(Acquire(1, A)), a_core(Acquire(1, B)))
+
+
+def test_models_that_will_turn_out_different_may_not() -> None:
+    """Although nothing is known yet of either, they are not of one kind."""
+    claims = NAMED["claims"]
+    asked = [a_core(Acquire(1, want), scenario=claims) for want in claims.wants]
+    assert not alike(*asked, scenario=claims)
+
+
+def test_how_far_off_a_deadline_is_does_not_count_but_the_order_of_deadlines_does() -> None:
+    """What lies behind is alike."""
+    near, far, behind = (a_core(Acquire(1, A, None, timeout_s)) for timeout_s in (5.0, 6.0, 0.0))
+    assert alike(near, far)
+    assert not alike(near, behind)
+    first, second = (
+        a_core(Acquire(1, A, None, one_s), Acquire(2, B, None, other_s)) for one_s, other_s in ((5.0, 6.0), (6.0, 5.0))
+    )
+    assert not alike(first, second)
+
+
+def test_a_clock_that_belongs_to_nothing_counts() -> None:
+    """It would hide a fault, were it left out."""
+    one, other = a_core(), a_core()
+    other.pool.timers.set(("request", 99), 5.0)
+    assert not alike(one, other)
+
+
+def test_priority_counts_by_the_order_of_turns() -> None:
+    """Whoever is planned first is not told by age alone."""
+    urgent = replace(B, priority=1)
+    one = a_core(Acquire(1, A), Acquire(2, B))
+    other = a_core(Acquire(1, A), Acquire(2, urgent))
+    assert not alike(one, other)
+
+
+def test_equal_states_have_equal_keys_whatever_they_share() -> None:
+    """A copy shares none of its containers with its original."""
+    core = a_core(Acquire(1, A), Acquire(2, B), inspected("a"))
+    assert alike(core, core.copy())
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.name)
+def test_states_with_one_key_have_one_future(scenario: Scenario) -> None:
+    """Nothing that a decision depends on is missing from the key, but how far off deadlines are.
+
+    So with exact times, whatever may come next leads from both of two states with one key to the same keys.
+    """
+    keys = Canonical(kinds(scenario), configures=bool(scenario.configures), exact_times=True)
+
+    def nexts(core: Core, past: Past) -> dict[bytes, tuple[Core, Past]]:
+        found = {}
+        for event in possible(core, scenario, past):
+            after = core.copy()
+            commands = after.step(time_of(core, event), event)
+            found[keys.key(after)] = after, past.after(event, commands)
+        return found
+
+    core = Core(scenario.limits, Oracle())
+    begin(core, scenario)
+    seen = {keys.key(core): (core, Past())}
+    frontier, compared = deque(seen.values()), 0
+    while len(seen) < 400:
+        for key, state in nexts(*frontier.popleft()).items():
+            if key not in seen:
+                seen[key] = state
+                frontier.append(state)
+            elif compared < 100:
+                compared += 1
+                assert nexts(*state).keys() == nexts(*seen[key]).keys()
+    assert compared > 20
+
+
+def test_how_long_a_runner_rests_is_told_where_a_keep_alive_may_change() -> None:
+    """Without a clock of its own it goes at once by the new one, or not: two states that are not the same."""
+    scenario = next(one for one in SCENARIOS if one.name == "configure")
+    keys, cores = Canonical(kinds(scenario), configures=True), []
+    for rested_s in (0.0, 71.0):
+        core = a_core(Acquire(1, scenario.wants[0]), inspected("a", scenario), scenario=scenario)
+        for event in (loaded(core, 1), Release(1)):
+            core.step(core.pool.now, event)
+        core.step(core.pool.now + rested_s, Cancel(9))
+        cores.append(core)
+    assert keys.key(cores[0]) != keys.key(cores[1])
+    keep_alive = Configure(keep_alive_s=70.0)
+    assert [core.step(core.pool.now, keep_alive) for core in cores] == [[], [Stop(1)]]
+
+
+# -- the world ---------------------------------------------------------------------------------------------------------
+
+
+def test_time_passes_a_back_off_that_no_timer_marks() -> None:
+    """Else a model that failed once would never be asked for again."""
+    core = a_core(Acquire(1, A), inspected("a"), Exited(1, 1))
+    begin(core, ONE_PLACE)  # its memory is back
+    assert core.deadline() == math.inf or not core.pool.timers.items()
+    assert time_of(core, Tick()) == core.pool.models["a"].blocked_until == 11.0
+    assert Tick() in list(possible(core, ONE_PLACE, Past(1, 1)))
+
+
+def test_what_comes_late_is_of_the_lives_that_have_ended() -> None:
+    """By the ids that they had, and none that lives."""
+    core = a_core(Acquire(1, A), inspected("a"), Exited(1, 1), Acquire(2, B))
+    events = list(late(core, Past(requests=2, runners=1)))
+    assert Release(1) in events and Exited(1, None) in events
+    assert Cancel(2) not in events
+
+
+def test_what_has_happened_already_comes_late_too() -> None:
+    """It is said again, or said of somebody who is not that far yet."""
+    core = a_core(Acquire(1, A), inspected("a"))
+    core.step(0.0, loaded(core, 1))
+    core.step(0.0, Acquire(2, B))
+    events = list(late(core, Past(requests=2, runners=1)))
+    assert loaded(core, 1) in events and Progress(1) in events
+    assert Release(2) in events and Release(1) not in events
+    assert not any(isinstance(event, Close) for event in events)
+    core.step(0.0, Close(30.0))
+    assert Close(math.inf) in list(late(core, Past(requests=2, runners=1)))
+
+
+def test_after_a_close_the_world_helps_nobody_to_the_end() -> None:
+    """A lease is left to the time limit, and what loads has to be stopped: neither ends by itself."""
+    core = a_core(Acquire(1, A), inspected("a"))
+    core.step(0.0, loaded(core, 1))
+    core.step(0.0, Close(30.0))
+    assert next_in_order(core, ONE_PLACE) == Tick()
+    loading = a_core(Acquire(1, A), inspected("a"))
+    loading.pool.closing = True
+    assert next_in_order(loading, ONE_PLACE) is None
+
+
+def test_what_may_happen_after_a_close_is_asked_and_closed_again() -> None:
+    """Whoever asks is refused, and whoever is in more of a hurry is heard."""
+    core = a_core(Acquire(1, A), inspected("a"), Close(30.0))
+    events = list(possible(core, ONE_PLACE, Past(1, 1)))
+    assert {Acquire(2, A), Acquire(2, B), Close(0.0)} <= set(events)
+
+
+def test_who_was_granted_may_leave_as_if_they_had_not_been_told() -> None:
+    """The Grant and their Cancel crossed."""
+    core = a_core(Acquire(1, A), inspected("a"))
+    core.step(0.0, loaded(core, 1))
+    assert {Release(1), Cancel(1)} <= set(possible(core, ONE_PLACE, Past(1, 1)))
+
+
+def test_the_worlds_order_ends_with_an_empty_pool() -> None:
+    """Everybody is answered on the way."""
+    core = a_core(Acquire(1, A), Acquire(2, B))
+    answered = []
+    while (event := next_in_order(core, ONE_PLACE)) is not None:
+        answered += [one.request for one in core.step(time_of(core, event), event) if isinstance(one, Grant)]
+    assert sorted(answered) == [1, 2]
+    assert not core.pool.runners and not core.pool.requests
+
+
+def test_the_past_remembers_the_highest_numbers() -> None:
+    """What lives now does not tell them."""
+    launch = Launch(3, "a", A.options, None)
+    assert Past(2, 1).after(Acquire(5, A), [launch]) == Past(5, 3)
+    assert Past(9, 9).after(Acquire(5, A), [launch]) == Past(9, 9)
+
+
+# -- the judge ---------------------------------------------------------------------------------------------------------
+
+
+def judged(core: Core, event: Event, spoil: Callable[[Core, list[Command]], None]) -> str:
+    """Return what the judge says of a step that was spoiled."""
+    after = core.copy()
+    after.plans = []
+    commands = after.step(core.pool.now, event)
+    judge(core, event, commands, after, Past(1, 1))
+    spoil(after, commands)
+    with pytest.raises(AssertionError) as caught:
+        judge(core, event, commands, after, Past(1, 1))
+    return str(caught.value)
+
+
+def test_the_judge_misses_an_answer() -> None:
+    """A request that is gone without a word."""
+    assert "a request is lost" in judged(a_core(Acquire(1, A)), Cancel(1), lambda after, said: said.clear())
+
+
+def test_the_judge_misses_a_lease() -> None:
+    """It was neither given back nor taken back."""
+    core = a_core(Acquire(1, A), inspected("a"))
+    core.step(0.0, loaded(core, 1))
+
+    def lose(after: Core, said: list[Command]) -> None:
+        after.pool.runners[1].leases.clear()
+        after.pool.requests.pop(1).state = RequestState.released
+
+    assert "a lease is lost" in judged(core, Pin("a"), lose)
+
+
+def test_the_judge_tells_when_nobody_looks_again() -> None:
+    """Whoever waits for what is in use has to be thought of when the wait is over."""
+    core = a_core(Acquire(1, A), inspected("a"))
+    core.step(0.0, loaded(core, 1))
+    core.step(0.0, Acquire(2, B))
+    forget: Callable[[Core, list[Command]], None] = lambda after, said: after.pool.timers.clear(("plan", 0))  # noqa: E731
+    assert judged(core, inspected("b"), forget) == "nobody looks again"
+
+
+# -- the command -------------------------------------------------------------------------------------------------------
+
+
+def test_the_command_shows_what_it_has_seen(capsys: pytest.CaptureFixture[str]) -> None:
+    """A row for each scenario, and how far it got each second."""
+    assert main(["explore", "--scenario", "hangs", "--scenario", "claims", "--most", "200"]) == 0
+    printed = capsys.readouterr()
+    assert "hangs" in printed.out and "claims" in printed.out and "all" in printed.out
+    assert "in 2 processes" in printed.out
+
+
+def test_a_scenario_that_is_named_twice_is_searched_once(capsys: pytest.CaptureFixture[str]) -> None:
+    """The second search would say the same."""
+    assert main(["explore", "--scenario", "hangs", "--scenario", "hangs", "--most", "100"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("hangs") == 1 and "in 1 process;" in printed
+
+
+def test_the_command_refuses_a_scenario_that_there_is_not(capsys: pytest.CaptureFixture[str]) -> None:
+    """In one line, which names those that there are."""
+    assert main(["explore", "--scenario", "everything"]) == 2
+    assert "one-place" in capsys.readouterr().err
+
+
+def test_the_command_tells_the_shortest_way_to_what_does_not_hold(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And exits with 1."""
+
+    def in_this_process(processes: int, context: object, begin: Callable[..., None], shared: tuple[object]) -> object:
+        return ThreadPoolExecutor(1, "search", begin, shared)
+
+    monkeypatch.setattr(explore_command, "ProcessPoolExecutor", in_this_process)
+    next(one for one in MUTANTS if one.name == "a_cancel_is_not_answered").plant(monkeypatch)
+    try:
+        assert main(["explore", "--scenario", "one-place", "--most", "200"]) == 1
+    finally:
+        gc.enable()
+    printed = capsys.readouterr().out
+    assert "a request is lost, or answered twice" in printed
+    assert "2. at 0 s  Cancel(request=1)" in printed
+
+
+def test_a_model_knows_nothing_of_itself_at_first() -> None:
+    """The key takes what it is to the scenario instead."""
+    assert Model("a").info is None
+    assert key_of(a_core(Acquire(1, A))) != key_of(a_core())

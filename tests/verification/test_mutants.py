@@ -1,0 +1,51 @@
+"""Faults put into the core by hand are found, each by the shortest way to it."""
+
+from __future__ import annotations
+
+import pytest
+
+from fsm.verification.model_checker import in_words
+from tests.verification.mutant import SIMULATION
+from tests.verification.mutants import MUTANTS, Mutant, main
+
+DEFECTS = {f"D{number:02}" for number in range(1, 15)}
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda one: f"{one.defect}_{one.name}".lstrip("_"))
+def test_the_search_finds(mutant: Mutant) -> None:
+    """Something that must hold does not, and the way there ends with the event that shows it."""
+    found = mutant.search().violation
+    assert found is not None
+    assert found.what
+    assert 1 <= len(found.way) <= (2000 if mutant.scenario == SIMULATION else 12), in_words(found.way)
+
+
+def test_every_defect_of_the_reference_is_among_them() -> None:
+    """D01 to D14 are mechanisms of the core; the others live in threads and processes."""
+    assert {one.defect for one in MUTANTS if one.defect} == DEFECTS
+
+
+def test_a_fault_is_taken_out_again() -> None:
+    """A fault that stayed would be found under the names of others."""
+    one = next(one for one in MUTANTS if one.name == "granted_twice")
+    first, second = one.search(), one.search()
+    assert first == second, "a search is repeatable"
+
+
+def test_the_table_names_what_finds_a_fault(capsys: pytest.CaptureFixture[str]) -> None:
+    """With the way in words where it is asked for."""
+    assert main(["granted_twice", "-v"]) == 0
+    printed = capsys.readouterr().out
+    assert "Loaded(runner=1" in printed
+    assert "a request is lost, or answered twice" in printed
+    assert "1 of 1 faults are found." in printed
+
+
+def test_a_fault_that_there_is_not_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    """Else a name that was mistyped would pass for one that is found; those that there are, are named."""
+    with pytest.raises(SystemExit) as ended:
+        main(["granted_twice", "granted_thrice"])
+    assert ended.value.code == 2
+    printed = capsys.readouterr()
+    assert "granted_thrice" in printed.err and "granted_twice" in printed.err and "D14" in printed.err
+    assert "faults are found" not in printed.out

@@ -20,7 +20,7 @@ from fsm.messages.decision_log import Transition
 from fsm.messages.events import Contended
 from fsm.messages.refusals import LoadFailed, ModelNotFound
 from fsm.placement.search import Demand, Gpu, Offload, place
-from fsm.planning.keeping import may_go_at
+from fsm.planning.eviction_candidates import may_go_at
 from fsm.sizing.footprint import Footprint
 from fsm.state.memory_ledger import Account, Ledger
 from tests.support.pool import (

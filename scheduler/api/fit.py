@@ -7,13 +7,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from fsm.advice import advise
 from fsm.domain.devices import HOST, DeviceId, DeviceSample
 from fsm.domain.model_info import Options
 from fsm.eviction.policies import Candidate
 from fsm.messages.refusals import DoesNotFit
 from fsm.preview import Preview, Share, preview
 from fsm.sizing.load_history import NOTHING, Remembered
+from scheduler.api.fit_advice import advise
 from scheduler.errors.formatting import format_bytes, format_duration
 from scheduler.errors.from_refusals import Names, error_of
 

@@ -27,7 +27,6 @@ from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 
-from fsm.codec import encode, schema
 from fsm.core import Core, State
 from fsm.eviction.policies import POLICIES, Candidate, EvictionPolicy
 from fsm.eviction.victim_selection import NO_COST, in_words
@@ -35,6 +34,7 @@ from fsm.machine.request import ModelId
 from fsm.messages.commands import Command
 from fsm.messages.events import Acquire, Event
 from scheduler.errors.formatting import without_addresses
+from scheduler.recording.codec import encode, schema
 
 log = logging.getLogger("loadmaster")
 

@@ -13,7 +13,6 @@ from os import PathLike, fspath
 from pathlib import Path
 from typing import BinaryIO, Never, TypeVar, cast
 
-from fsm.codec import Unreadable, decode_command, decode_event, decode_state, encode, schema
 from fsm.core import Core
 from fsm.eviction.policies import POLICIES, Candidate, EvictionPolicy
 from fsm.eviction.victim_selection import in_words
@@ -23,6 +22,7 @@ from fsm.messages.commands import Command
 from fsm.messages.decision_log import Entry
 from fsm.messages.events import Event
 from scheduler.errors.exceptions import SchedulerError
+from scheduler.recording.codec import Unreadable, decode_command, decode_event, decode_state, encode, schema
 from scheduler.recording.recorder import FORMAT, KIND, LONGEST_LINE, Choice, PolicyRaised
 
 Kind = TypeVar("Kind")

@@ -9,7 +9,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import rule
 
-from fsm.advice import MOST_ADVICE, MOST_TRIES, advise
 from fsm.core import Core
 from fsm.domain.devices import HOST, DeviceId, DeviceSample
 from fsm.domain.model_info import ModelInfo, Options
@@ -20,6 +19,7 @@ from fsm.messages.events import Acquire, Inspected, Loaded, Sampled, Tick
 from fsm.messages.refusals import Closed, DoesNotFit
 from fsm.preview import Outcome, Preview, preview
 from fsm.sizing.footprint import Footprint
+from scheduler.api.fit_advice import MOST_ADVICE, MOST_TRIES, advise
 from tests.core.test_machine import MODELS, OPTIONS, CoreMachine
 from tests.support.models import a_model
 from tests.support.pool import (

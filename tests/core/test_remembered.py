@@ -6,8 +6,6 @@ import json
 
 import pytest
 
-from fsm.advice import advise
-from fsm.codec import decode_command, decode_event, decode_state, encode
 from fsm.core import Core
 from fsm.domain.devices import HOST, Amounts
 from fsm.domain.model_info import ModelInfo, Options
@@ -20,6 +18,8 @@ from fsm.preview import Outcome, preview
 from fsm.sizing.load_history import LAST_LOADS, Loads, Remembered, Took
 from fsm.sizing.load_options import resolve
 from fsm.state.model_record import Model
+from scheduler.api.fit_advice import advise
+from scheduler.recording.codec import decode_command, decode_event, decode_state, encode
 from tests.support.models import MIB, a_model
 from tests.support.pool import PoolUnderTest, a_pool, acquire, amount, exited, expire, filled, loaded, release
 

@@ -7,10 +7,10 @@ from itertools import pairwise
 
 import pytest
 
-from fsm.codec import decode_state, encode
 from fsm.core import Core
 from fsm.eviction.policies import Candidate, LeastExpectedLoading
 from fsm.eviction.reuse_prediction import BINS, LONG_S, Experience, bin_of, count
+from scheduler.recording.codec import decode_state, encode
 from tests.support.pool import PoolUnderTest, a_pool, acquire, exited, expire, preload, release
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from fsm.codec import decode_state, encode
 from fsm.core import Core
 from fsm.domain.devices import Threads
 from fsm.messages.commands import Grant, Launch
+from scheduler.recording.codec import decode_state, encode
 from tests.support.models import MIB, a_model
 from tests.support.pool import PoolUnderTest, a_pool, acquire, exited, expire, loaded, preload, release
 

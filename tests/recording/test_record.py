@@ -20,7 +20,6 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import rule
 
-from fsm.codec import Unreadable, _fields, decode_command, decode_event, decode_state, encode, reachable, schema
 from fsm.core import Core, State
 from fsm.domain.devices import HOST, DeviceId, DeviceSample, Placement
 from fsm.domain.model_info import ModelInfo, Options, Recurrence
@@ -84,6 +83,16 @@ from fsm.sizing.load_history import Loads, Remembered, Took
 from fsm.state.core_config import Limits
 from fsm.state.timers import Timers
 from fsm.verification.environment import Past, Scenario, possible, sampled, time_of
+from scheduler.recording.codec import (
+    Unreadable,
+    _fields,
+    decode_command,
+    decode_event,
+    decode_state,
+    encode,
+    reachable,
+    schema,
+)
 from tests.core.test_machine import CoreMachine
 from tests.support.models import a_model
 from tests.support.pool import a_pool, acquire, layered
@@ -299,7 +308,7 @@ def test_what_a_core_holds_beside_its_pool_comes_back() -> None:
 
 def test_the_schema_is_the_same_in_every_process() -> None:
     """It depends on the classes alone."""
-    code = "from fsm.codec import schema; print(schema())"
+    code = "from scheduler.recording.codec import schema; print(schema())"
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONHASHSEED": "7"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == schema()

@@ -20,7 +20,6 @@ from typing import Any
 import pytest
 from numpy import float32, float64
 
-from fsm.codec import encode
 from fsm.core import Core
 from fsm.eviction.policies import Candidate, EvictionPolicy, LeastRecentlyUsed
 from fsm.machine.request import ModelId, RequestId
@@ -29,6 +28,7 @@ from fsm.messages.events import Cancel, Close, Configure, Event, Inspected, Pin,
 from scheduler.cli.main import WRONG_USE, main
 from scheduler.config.settings import SMALLEST_RECORD_BYTES
 from scheduler.recording import recorder
+from scheduler.recording.codec import encode
 from scheduler.recording.narrative import Shown
 from scheduler.recording.recorder import Recorder
 from scheduler.recording.replay import Begun, Difference, Moment, RecordingError, Replay

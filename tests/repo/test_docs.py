@@ -29,7 +29,7 @@ from scheduler.runtime.model_registry import Asking
 from tests.support.tiny_models import write_tiny_model
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("**/*.md"))]
 EXAMPLES = [ROOT / "README.md", ROOT / "docs" / "api.md"]
 LIMIT_S = 120.0  # an example takes about 2 s
 
@@ -104,12 +104,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("title", programs())
-def test_an_example_runs_and_prints_what_it_says(title: str, folder: Path) -> None:
-    """As a program of its own with real models: it ends in order, warns of nothing, and forgets no lease."""
+def test_an_example_runs_and_prints_what_it_says(title: str, folder: Path, tmp_path: Path) -> None:
+    """As a program of its own with real models: it ends in order, warns of nothing, and forgets no lease.
+
+    An example of the README runs as pasted in an empty folder, with the demonstration's model.
+    """
     code = programs()[title]
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", code],
-        cwd=folder,
+        cwd=tmp_path if title.startswith("README.md") else folder,
         env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUTF8": "1"},
         capture_output=True,
         encoding="utf-8",
@@ -127,12 +130,12 @@ def test_an_example_fits_the_page(title: str) -> None:
     assert [line for line in programs()[title].splitlines() if len(line) > 120] == []
 
 
-# -- README ------------------------------------------------------------------------------------------------------------
+# -- settings and links ------------------------------------------------------------------------------------------------
 
 
 def test_the_table_of_settings_is_the_one_that_is_generated() -> None:
     """Between its markers stands what `settings_table()` returns, and nothing else."""
-    before, _, rest = read(ROOT / "README.md").partition("<!-- settings -->\n")
+    before, _, rest = read(ROOT / "docs" / "settings.md").partition("<!-- settings -->\n")
     table, _, after = rest.partition("<!-- /settings -->\n")
     assert before and after and table == settings_table()
 

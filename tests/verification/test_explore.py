@@ -93,11 +93,11 @@ def test_every_state_that_one_request_at_a_time_can_lead_to_is_looked_at() -> No
     assert explore(small, found.states + 1) == found
 
 
-def test_the_scenarios_are_as_the_readme_says() -> None:
+def test_the_scenarios_are_as_the_page_on_testing_says() -> None:
     """Each has a name of its own, and ends at a number of states if not before."""
     assert len(NAMED) == len(SCENARIOS)
     millions = sum(scenario.most for scenario in SCENARIOS) / 1_000_000
-    said = (Path(state_key.__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    said = (Path(state_key.__file__).parents[2] / "docs" / "testing.md").read_text(encoding="utf-8")
     assert f"{len(SCENARIOS)} small scenarios" in said and f"({millions:.1f} million at most)" in said
     assert f"| {len(MUTANTS)} faults put into that core" in said
 

@@ -1,4 +1,6 @@
-"""Loads models on demand, keeps them warm, shares them by lease, and gives them up when a device is full."""
+"""Loads models on demand, keeps them loaded, shares them by lease, and evicts them when memory is full."""
+
+import importlib.metadata
 
 from fsm.domain.model_info import Options
 from fsm.eviction.policies import Candidate, EvictionPolicy
@@ -80,3 +82,14 @@ __all__ = [
     "UnsupportedOption",
     "WaitStatus",
 ]
+
+
+def _version() -> str:
+    """Return the version of the installed distribution; "0+unknown" where the code runs without being installed."""
+    try:
+        return importlib.metadata.version("loadmaster")
+    except importlib.metadata.PackageNotFoundError:
+        return "0+unknown"
+
+
+__version__ = _version()

@@ -6,10 +6,10 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Never
 
+from scheduler import __version__
 from scheduler.config.settings import Settings, parse_bytes, parse_duration
 from scheduler.errors.exceptions import InvalidSettings, SchedulerError
 
@@ -63,7 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog=PROGRAM, description="Loads models on demand, keeps them warm, shares them by lease, and evicts them."
     )
-    parser.add_argument("--version", action="version", version=f"{PROGRAM} {_version()}")
+    parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_demo(commands.add_parser("demo", help="run real models in too little memory and show what happens"))
     _add_models(commands.add_parser("models", help="list the models that can be had by name, and whether they fit"))
@@ -187,10 +187,3 @@ def _demo(chosen: argparse.Namespace) -> int:
     if chosen.requests < 0:
         raise InvalidSettings("--requests", chosen.requests, "a whole number of at least 0")
     return run_demo(DemoOptions(chosen.models, chosen.out, limit, keep_alive_s, chosen.requests))
-
-
-def _version() -> str:
-    try:
-        return metadata.version(PROGRAM)
-    except metadata.PackageNotFoundError:  # run from its source
-        return "(not installed)"

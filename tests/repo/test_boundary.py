@@ -101,11 +101,7 @@ def under(tree: ast.Module, condition: str) -> set[ast.AST]:
 def test_a_package_imports_itself_and_lower_layers(module: str) -> None:
     """Neighbours in one layer do not know of each other."""
     ours = {name for name in imports_of(module) if name.split(".")[0] in ("fsm", "scheduler")}
-    too_high = {
-        name
-        for name in ours
-        if package_of(name) != package_of(module) and (layer_of(name) >= layer_of(module) or name == "scheduler")
-    }
+    too_high = {name for name in ours if package_of(name) != package_of(module) and layer_of(name) >= layer_of(module)}
     assert not too_high
 
 

@@ -19,10 +19,13 @@ from shutil import rmtree
 ROOT = Path(__file__).resolve().parents[2]
 WORK = ROOT / "build" / "mutation"
 MODULES = (
-    "table", "runner", "request", "ledger", "dealing", "placement", "reuse", "eviction", "choosing", "supply",
-    "keeping", "waiting", "candidates", "loading", "refusing", "core", "actions", "endings", "planning", "claims",
+    "machine.transition_table", "machine.runner", "machine.request", "state.memory_ledger", "placement.layer_split",
+    "placement.search", "eviction.reuse_prediction", "eviction.policies", "eviction.victim_selection",
+    "planning.availability", "planning.deadline_admission", "planning.eviction_candidates", "planning.load_slots",
+    "planning.infeasibility", "planning.planner", "lifecycle.actions", "lifecycle.failures", "lifecycle.device_claims",
+    "core",
 )  # fmt: skip
-SMALLEST = "request"  # of the modules: it has some fifteen mutants
+SMALLEST = "machine.request"  # of the modules: it has some fifteen mutants
 SUITE = (
     "tests/__init__.py", "tests/*/__init__.py", "tests/support/pool.py", "tests/support/models.py",
     "tests/core/test_*.py",
@@ -51,13 +54,15 @@ UNNOTICED = ("survived", "no tests", "suspicious")
 
 def prepare() -> None:
     """Bring the copy up to date; a file that is as it was stays untouched."""
-    files = "".join(f"    fsm/{module}.py\n" for module in MODULES)  # always all: mutmut forgets what is left out
+    files = "".join(
+        f"    fsm/{module.replace('.', '/')}.py\n" for module in MODULES
+    )  # always all: mutmut forgets what is left out
     wanted = {"setup.cfg": CONFIGURATION.format(options=" ".join(BY_CHANCE), files=files).encode()}
     wanted["tests/conftest.py"] = CONFTEST.encode()
-    for pattern in ("fsm/*.py", *SUITE):
+    for pattern in ("fsm/**/*.py", *SUITE):
         wanted |= {str(path.relative_to(ROOT)): path.read_bytes() for path in sorted(ROOT.glob(pattern))}
     (WORK / "mutants" / "mutmut-stats.json").unlink(missing_ok=True)  # which test runs what: tests may have changed
-    for old in [*WORK.glob("fsm/*.py"), *WORK.glob("tests/*.py")]:
+    for old in [*WORK.glob("fsm/**/*.py"), *WORK.glob("tests/**/*.py")]:
         if str(old.relative_to(WORK)) not in wanted:
             old.unlink()
     for name, content in wanted.items():
@@ -82,9 +87,14 @@ def verdicts() -> dict[str, str]:
     return {name: verdict for name, _, verdict in lines if name.startswith("fsm.")}
 
 
+def module_of(name: str) -> str:
+    """Return the module of `fsm` that a mutant is in: "planning.planner" of "fsm.planning.planner.x_…"."""
+    return name.rpartition(".")[0].removeprefix("fsm.")
+
+
 def edited() -> bool:
     """Tell whether the core was changed since mutmut last read it."""
-    files = [(source, WORK / "mutants" / "fsm" / source.name) for source in WORK.glob("fsm/*.py")]
+    files = [(source, WORK / "mutants" / source.relative_to(WORK)) for source in WORK.glob("fsm/**/*.py")]
     return any(copy.exists() and copy.stat().st_mtime < source.stat().st_mtime for source, copy in files)
 
 
@@ -92,20 +102,20 @@ def to_do(modules: Iterable[str], *, again: bool) -> list[str]:
     """Return the mutants of some modules that are to be tried: by name, or all of a module that has none yet."""
     found = verdicts()
     wanted = ("not checked", *UNNOTICED) if again else ("not checked",)
-    known = {name.split(".")[1] for name in found}
-    names = [name for name, verdict in found.items() if name.split(".")[1] in modules and verdict in wanted]
+    known = {module_of(name) for name in found}
+    names = [name for name, verdict in found.items() if module_of(name) in modules and verdict in wanted]
     return names + [f"fsm.{module}.*" for module in modules if module not in known]
 
 
 def report(found: dict[str, str], modules: Sequence[str]) -> None:
     """Print each mutant that nobody noticed, then the score by module."""
     for name, verdict in found.items():
-        if verdict in UNNOTICED and name.split(".")[1] in modules:
+        if verdict in UNNOTICED and module_of(name) in modules:
             print(f"\n{name}: {verdict}\n{mutmut('show', name).rstrip()}")
-    print(f"\n{'module':<12}{'mutants':>9}{'killed':>9}{'survived':>9}{'not run':>9}{'score':>8}")
+    print(f"\n{'module':<30}{'mutants':>9}{'killed':>9}{'survived':>9}{'not run':>9}{'score':>8}")
     total: Counter[str] = Counter()
     for module in (*modules, "all"):
-        counts = Counter(verdict for name, verdict in found.items() if name.split(".")[1] == module)
+        counts = Counter(verdict for name, verdict in found.items() if module_of(name) == module)
         total += counts
         print(_row(module, total if module == "all" else counts))
 
@@ -114,7 +124,7 @@ def _row(module: str, counts: Counter[str]) -> str:
     missed, not_run = sum(counts[verdict] for verdict in UNNOTICED), counts["not checked"]
     tried = counts.total() - not_run
     score = f"{100 * (tried - missed) / tried:.1f} %" if tried else "-"
-    return f"{module:<12}{counts.total():>9}{tried - missed:>9}{missed:>9}{not_run:>9}{score:>8}"
+    return f"{module:<30}{counts.total():>9}{tried - missed:>9}{missed:>9}{not_run:>9}{score:>8}"
 
 
 def main() -> int:

@@ -39,7 +39,8 @@ from fsm.messages.events import (
     Unpin,
     Unresponsive,
 )
-from fsm.messages.refusals import Cancelled, Closed, InvalidModel, LoadTimeout, ModelNotFound, QueueFull, TimedOut
+from fsm.messages.reasons import ClaimMissed, LoadStalled, Queued, RunnerReason
+from fsm.messages.refusals import Cancelled, Closed, InvalidModel, ModelNotFound, QueueFull, TimedOut
 from fsm.planning.deadline_admission import never_in_time
 from fsm.planning.explanations import tell_placed, tell_victims, tell_waits
 from fsm.planning.plan import Plan
@@ -60,7 +61,7 @@ class State:
     late: int
     finished: bool
     policy_failure: str
-    claim_failure: str
+    claim_failure: ClaimMissed | None
 
 
 class Core:
@@ -109,10 +110,9 @@ class Core:
         """Raise AssertionError where an invariant does not hold."""
         self.pool.check()
 
-    def failures(self) -> tuple[str, ...]:
-        """Return what went wrong around decisions and was worked round, in sentences."""
-        policy = f"the eviction policy raised {self.policy_failure}: the oldest runners go first instead"
-        return tuple(text for text in (self.policy_failure and policy, self.act.claim_failure) if text)
+    def failures(self) -> tuple[str | ClaimMissed, ...]:
+        """Return what went wrong around decisions and was worked round; a text is what the eviction policy raised."""
+        return tuple(filter(None, (self.policy_failure, self.act.claim_failure)))
 
     def snapshot(self) -> Snapshot:
         """Return what can be seen from outside, immutable."""
@@ -206,7 +206,7 @@ class Core:
             self.act.newcomers[want] = None
         if event.timeout_s is not None:
             pool.timers.set(("request", request.id), pool.now + event.timeout_s)
-        self.act.decide("queued", want.model, f"{pool.queued} waiting", request.id)
+        self.act.decide("queued", want.model, Queued(pool.queued), request.id)
         self.act.replan = True
         self._refuse_in_time([request])
 
@@ -228,11 +228,10 @@ class Core:
         kind, id = key
         match kind:
             case "keep-alive":
-                self.act.expire(pool.runners[RunnerId(id)], "its keep-alive is over")
+                self.act.expire(pool.runners[RunnerId(id)], RunnerReason.keep_alive_over)
             case "load":
                 runner = pool.runners[RunnerId(id)]
-                stalled = LoadTimeout(runner.model, pool.limits.load_timeout_s)
-                self.act.load_failed(runner, "its load showed no progress", stalled)
+                self.act.load_failed(runner, LoadStalled(pool.limits.load_timeout_s))
                 self.act.stop(runner)
             case "memory":
                 self.act.await_memory(pool.runners[RunnerId(id)])
@@ -244,7 +243,7 @@ class Core:
                 self.act.abandon_load(request)
             case "close":
                 for runner in [runner for runner in pool.runners.values() if runner.leases]:
-                    self.act.revoke_leases(runner, "the scheduler was closed")
+                    self.act.revoke_leases(runner, None)
                     self.act.stop(runner)
             case "plan":
                 self.act.replan = True
@@ -265,7 +264,7 @@ class Core:
         pool.ledger.sample(event.devices)
         for runner in [runner for runner in pool.runners.values() if not runner.process]:
             if event.number >= runner.last_sample and self.act.memory_is_back(runner):
-                self.act.unload(runner, "its memory is back")
+                self.act.unload(runner, RunnerReason.memory_freed)
         self.act.replan = True
 
     def _inspected(self, event: Inspected) -> None:
@@ -326,7 +325,7 @@ class Core:
         for line in list(pool.lines.values()):
             self.act.reject_line(line, Closed())
         for runner in [runner for runner in pool.runners.values() if runner.current]:
-            self.act.expire(runner, "the scheduler closes")
+            self.act.expire(runner, RunnerReason.closing)
         for request in [request for request in pool.requests.values() if request.runner is None]:
             self.act.release(request)
         pool.timers.set(("close", 0), min(pool.timers.at(("close", 0)), pool.now + timeout_s))

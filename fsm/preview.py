@@ -14,6 +14,7 @@ from fsm.machine.request import Purpose, RequestId, Want
 from fsm.machine.runner import Runner
 from fsm.messages.commands import Grant, Reject
 from fsm.messages.events import Acquire, Inspected, Tick
+from fsm.messages.reasons import WaitReason
 from fsm.messages.refusals import DoesNotFit, Refusal
 from fsm.placement.search import Demand, needed
 from fsm.planning.plan import Plan
@@ -56,7 +57,7 @@ class Preview:
     layers: int = 0  # that can go to GPUs, the output among them; 0: there are none, or no GPUs
     measured: bool = False  # what it takes was measured on a runner placed the same way, or on the one that serves
     victims: tuple[Candidate, ...] = ()  # non-empty iff it evicts
-    waits_for: str = ""  # in words; non-empty iff it waits
+    waits_for: WaitReason | None = None  # not None iff it waits
     refusal: Refusal | None = None  # DoesNotFit if never, another kind if it is refused
 
     @property

@@ -4,7 +4,6 @@ import importlib.metadata
 
 from fsm.domain.model_info import Options
 from fsm.eviction.policies import Candidate, EvictionPolicy
-from fsm.messages.decision_log import ConsideredDevice, ConsideredRunner, Decision, Transition
 from scheduler.api.fit import Fit, FitAdvice, FitDevice, FitVictim
 from scheduler.api.lease import Lease
 from scheduler.api.pending_lease import Reservation
@@ -35,7 +34,7 @@ from scheduler.errors.exceptions import (
 )
 from scheduler.models.catalog import Catalog, Resolver
 from scheduler.models.model_spec import ModelSpec
-from scheduler.runtime.event_stream import EventStream, Gap
+from scheduler.runtime.event_stream import ConsideredDevice, ConsideredRunner, Decision, EventStream, Gap, Transition
 
 __all__ = [
     "AcquireTimeout",

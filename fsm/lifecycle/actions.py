@@ -6,13 +6,23 @@ import math
 from collections.abc import Collection, Iterable
 from dataclasses import replace
 
-from fsm.domain.devices import MIB, Amounts, DeviceId, Placement
+from fsm.domain.devices import Amounts, DeviceId, Placement
 from fsm.domain.model_info import Options
 from fsm.machine.request import ModelId, Purpose, Request, RequestId, RequestState, Want
 from fsm.machine.runner import EXPIRING, IDLE, LOADING, READY, RUNNER_TABLE, Runner, RunnerId
 from fsm.messages.commands import Ask, Command, Grant, Launch, Reject, Remember, Revoke, Stop
-from fsm.messages.decision_log import Decision, Entry, Transition
+from fsm.messages.decision_log import Decision, DecisionReason, Entry, Transition
 from fsm.messages.events import Configure, Filled, Loaded
+from fsm.messages.reasons import (
+    AskedBy,
+    ExpireReason,
+    FailureReason,
+    Measured,
+    RunnerReason,
+    TransitionReason,
+    Waited,
+    WaitFor,
+)
 from fsm.messages.refusals import Refusal
 from fsm.planning.deadline_admission import TRUSTED_S, as_fast_as_can_be
 from fsm.planning.explanations import devices_refused, runners_refused
@@ -56,13 +66,13 @@ class Actions:
             if runner.state is not READY:
                 pool.timers.clear(("keep-alive", runner.id))
                 self.replan = self.replan or runner.wanted  # it was to go in a moment; who asks its users plans anew
-                self.fire(runner, "serve", "granted")
+                self.fire(runner, "serve", RunnerReason.granted)
         self.commands.append(Grant(request.id, runner.id))
         if runner.wanted and pool.lines and request.runner is not None and not self.replan:
             request.asked = True
             self.commands.append(Ask(runner.id, (request.id,)))  # the others were told before
         if self.journal is not None:
-            self.decide("granted", runner.model, f"waited {pool.now - request.queued_at:.3f} s", request.id, runner.id)
+            self.decide("granted", runner.model, Waited(pool.now - request.queued_at), request.id, runner.id)
 
     def release(self, request: Request) -> None:
         """Take back what a request was granted; the last lease lets its runner rest, expire or stop."""
@@ -85,11 +95,11 @@ class Actions:
             self.stop(runner)
             self.replan = True  # it is known by when it is gone
         elif runner.keep_alive_s <= 0 and not pool.models[runner.model].pinned:
-            self.expire(runner, "its keep-alive is 0")
+            self.expire(runner, RunnerReason.no_keep_alive)
         else:
             load_s = (runner.loaded_at or 0.0) - runner.launched_at
             runner.kept_until = pool.now + min(pool.limits.rest_limit_s, pool.limits.rest_part * load_s)
-            self.rest(runner, "its last lease is back")
+            self.rest(runner, RunnerReason.released)
 
     def reject(self, request: Request, refusal: Refusal) -> None:
         """Refuse a request that stands in no line, or no more."""
@@ -97,7 +107,7 @@ class Actions:
         self.commands.append(Reject(request.id, refusal))
         if self.journal is not None:
             entry = Decision(
-                self.pool.now, "rejected", request.want.model, type(refusal).__name__, request.id,
+                self.pool.now, "rejected", request.want.model, refusal, request.id,
                 runners=runners_refused(self.pool, refusal), devices=devices_refused(refusal),
             )  # fmt: skip
             self.journal.append(entry)
@@ -126,7 +136,7 @@ class Actions:
             return
         kept = model.pinned or (runner.keep_alive_s > 0 and request.keep_alive_s != 0)
         if runner.expire_when_served or not kept:
-            self.expire(runner, "nobody waits for it any more")
+            self.expire(runner, RunnerReason.abandoned)
 
     def retry_after_s(self) -> float:
         """Estimate when a place in the queue is free: the loads that are waited for, one after another."""
@@ -140,7 +150,7 @@ class Actions:
         request.state = RequestState.granted
         self.pool.ledger.reserve(("memory", request.id), self.pool.ledger.booked(request.want.memory).items())
         self.commands.append(Grant(request.id, None))
-        self.decide("granted", request.want.model, "memory of the program's own", request.id)
+        self.decide("granted", request.want.model, Waited(self.pool.now - request.queued_at), request.id)
 
     def launch(self, line: Line, options: Options, placement: Placement) -> Runner:
         """Begin a runner's life for those in a line; its memory is booked from here on."""
@@ -162,12 +172,12 @@ class Actions:
         pool.runners[runner.id] = model.current = runner
         pool.ledger.reserve(("runner", runner.id), placement.bytes)
         pool.timers.set(("load", runner.id), pool.now + pool.limits.load_timeout_s)
-        line.wait("its model to load", pool.expected_at(runner))
+        line.wait(WaitFor.load, pool.expected_at(runner))
         model.fresh = False
         self.commands.append(Launch(runner.id, model.id, options, placement))
         if self.journal is not None:
-            reason = f"request {line.head.id} waits for it"
-            self.journal.append(Transition(pool.now, runner.id, model.id, "launch", None, LOADING, reason, 0))
+            why = AskedBy(line.head.id)
+            self.journal.append(Transition(pool.now, runner.id, model.id, "launch", None, LOADING, why, 0))
         return runner
 
     def loaded(self, runner: Runner, event: Loaded) -> None:
@@ -193,9 +203,9 @@ class Actions:
             idle_s, in_use_s = pool.limits.residency_s(load_s)
             runner.resident_until, runner.in_use_until = pool.now + idle_s, pool.now + in_use_s
         elif runner.state is LOADING:
-            self.rest(runner, "loaded, and nobody waits")
+            self.rest(runner, RunnerReason.loaded)
         if runner.expire_when_served and runner.current:
-            self.expire(runner, "asked to, once its waiters were served")
+            self.expire(runner, RunnerReason.asked_while_awaited)
         self.look_again(model)
 
     def measure(self, runner: Runner, amounts: Amounts, mapped_bytes: int) -> bool:
@@ -206,7 +216,7 @@ class Actions:
         grown = account.measure(self.pool.ledger.booked(amounts))
         beyond = [device for device in within if account.peak.get(device, 0) > account.promised[device]]
         if beyond and self.journal is not None and not account.settled:
-            self.decide("measured", runner.model, self._figures(runner, beyond), None, runner.id)
+            self.decide("measured", runner.model, self._figures(runner, beyond, filled=False), None, runner.id)
         return grown
 
     def settle(self, runner: Runner, event: Filled) -> bool:
@@ -217,8 +227,7 @@ class Actions:
         account.settle(dict(event.to_come))
         self.remember(runner)
         if self.journal is not None:
-            reason = f"a request filled a context; {self._figures(runner, account.peak)}"
-            self.decide("measured", runner.model, reason, None, runner.id)
+            self.decide("measured", runner.model, self._figures(runner, account.peak, filled=True), None, runner.id)
         self.replan = True  # there may be room for those who wait
         return True
 
@@ -253,16 +262,13 @@ class Actions:
         if self.pool.limits.remembers and (took != before or load_s is not None):
             self.commands.append(Remember(runner.id, took, load_s))
 
-    def _figures(self, runner: Runner, devices: Iterable[DeviceId]) -> str:
-        account = self.pool.ledger.accounts["runner", runner.id]
-        known = "measured before" if runner.placement.measured else "predicted"
-        predicted = dict(runner.placement.bytes)
-        figures = [
-            f"{device}: {predicted.get(device, 0) / MIB:.1f} MiB {known}, "
-            f"{account.peak[device] / MIB:.1f} MiB measured, {account.held_bytes(device) / MIB:.1f} MiB held"
+    def _figures(self, runner: Runner, devices: Iterable[DeviceId], *, filled: bool) -> Measured:
+        account, predicted = self.pool.ledger.accounts["runner", runner.id], dict(runner.placement.bytes)
+        figures = (
+            (device, predicted.get(device, 0), account.peak[device], account.held_bytes(device))
             for device in sorted(devices)
-        ]
-        return "; ".join(figures)
+        )
+        return Measured(tuple(figures), runner.placement.measured, filled)
 
     def serve(self, runner: Runner, lines: list[Line]) -> None:
         """Grant a loaded runner to everybody who waits for it, in order; those who want no lease come last."""
@@ -277,10 +283,10 @@ class Actions:
             if request.want.purpose is Purpose.preload:
                 if runner.state is LOADING:
                     runner.keep_alive_s = runner.keep_alive_s if request.keep_alive_s is None else request.keep_alive_s
-                    self.rest(runner, "preloaded")
+                    self.rest(runner, RunnerReason.preloaded)
                 self.grant(request, runner)
 
-    def rest(self, runner: Runner, reason: str) -> None:
+    def rest(self, runner: Runner, reason: RunnerReason) -> None:
         self.fire(runner, "rest", reason)
         self.start_keep_alive(runner)
         self.replan = True
@@ -306,7 +312,7 @@ class Actions:
             if rests_since + runner.keep_alive_s > pool.now:
                 pool.timers.set(("keep-alive", runner.id), rests_since + runner.keep_alive_s)
             else:
-                self.expire(runner, "its keep-alive is over")
+                self.expire(runner, RunnerReason.keep_alive_over)
 
     def pin(self, model: Model, pinned: bool) -> None:
         model.pinned = pinned
@@ -323,10 +329,10 @@ class Actions:
         if runner.state is LOADING and self.pool.lines_for(runner):
             runner.expire_when_served = True
         else:
-            self.expire(runner, "asked to")
+            self.expire(runner, RunnerReason.asked)
         return True
 
-    def expire(self, runner: Runner, reason: str) -> None:
+    def expire(self, runner: Runner, reason: ExpireReason) -> None:
         """Give a runner up, for good: it drains if it must, then stops."""
         self.fire(runner, "expire", reason)
         if runner.loaded_at is not None:
@@ -364,13 +370,13 @@ class Actions:
             runner.due_at = self.pool.now + self.pool.limits.stop_timeout_s
             self.commands.append(Stop(runner.id))
 
-    def revoke_leases(self, runner: Runner, reason: str) -> None:
+    def revoke_leases(self, runner: Runner, reason: FailureReason | None) -> None:
         for lease in sorted(runner.leases):
             self.pool.requests.pop(lease).state = RequestState.released
             self.commands.append(Revoke(lease, reason))
         runner.leases.clear()
 
-    def crash(self, runner: Runner, reason: str) -> None:
+    def crash(self, runner: Runner, reason: FailureReason) -> None:
         self.revoke_leases(runner, reason)
         self.fire(runner, "crash", reason)
         self.forget_current(runner)
@@ -383,7 +389,7 @@ class Actions:
         self.newcomers.update((line.want, None) for line in self.pool.lines_of(model.id))
         self.replan = True
 
-    def fire(self, runner: Runner, trigger: str, reason: str) -> None:
+    def fire(self, runner: Runner, trigger: str, reason: TransitionReason) -> None:
         """Move a runner by a trigger of its table, and note why; nothing else changes its state."""
         source = runner.state
         RUNNER_TABLE.fire(runner, trigger)
@@ -397,7 +403,7 @@ class Actions:
             self.journal.append(entry)
 
     def decide(
-        self, what: str, model: ModelId, reason: str, request: RequestId | None, runner: RunnerId | None = None
+        self, what: str, model: ModelId, why: DecisionReason, request: RequestId | None, runner: RunnerId | None = None
     ) -> None:
         if self.journal is not None:
-            self.journal.append(Decision(self.pool.now, what, model, reason, request, runner))
+            self.journal.append(Decision(self.pool.now, what, model, why, request, runner))

@@ -21,6 +21,7 @@ from fsm.lifecycle.failures import Endings
 from fsm.machine.runner import Runner
 from fsm.messages.commands import Claim, Unclaim
 from fsm.messages.events import Claimed, Contended, Exited, Loaded
+from fsm.messages.reasons import ClaimMissed, WaitFor
 from fsm.state.core_state import OpenClaim, Pool
 from fsm.state.request_queue import Line
 
@@ -34,7 +35,7 @@ class Claims(Endings):
 
     def __init__(self, pool: Pool) -> None:
         super().__init__(pool)
-        self.claim_failure = ""  # in words, what the last launch went ahead without; empty: it had what it claimed
+        self.claim_failure: ClaimMissed | None = None  # of the last launch; None: it had what it claimed
 
     def launch_all(self, planned: Sequence[Planned]) -> None:
         """Launch what has its devices to itself, claim them for the rest, and give back what nothing is planned for."""
@@ -51,7 +52,7 @@ class Claims(Endings):
             elif claim.had:
                 self._launch_under(claim, line, options, placement)
             elif claim.contended:
-                line.wait("another program that loads a model", claim.by)
+                line.wait(WaitFor.other_program, claim.by)
         by = min([claim.by for claim in unused.values()], default=pool.now + pool.limits.claim_timeout_s)
         for claim in unused.values():
             self._give_up(claim)
@@ -101,12 +102,10 @@ class Claims(Endings):
 
     def _launch_under(self, claim: OpenClaim, line: Line, options: Options, placement: Placement) -> None:
         pool = self.pool
-        self.claim_failure = ""
+        self.claim_failure = None
         if claim.missed:
-            names = ", ".join(sorted(claim.devices))
-            wait_s = pool.limits.claim_timeout_s
-            self.claim_failure = f"{names} could not be had from the other programs that load models in {wait_s:g} s"
-            self.decide("launched", line.want.model, f"although {self.claim_failure}", line.head.id)
+            self.claim_failure = ClaimMissed(tuple(sorted(claim.devices)), pool.limits.claim_timeout_s)
+            self.decide("launched", line.want.model, self.claim_failure, line.head.id)
             self._give_up(claim)
         runner = self.launch(line, options, placement)
         if not claim.missed:

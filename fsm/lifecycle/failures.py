@@ -10,7 +10,8 @@ from fsm.machine.request import RequestState
 from fsm.machine.runner import LOADING, Runner
 from fsm.messages.commands import Sample
 from fsm.messages.events import Exited
-from fsm.messages.refusals import LoadFailed, Refusal
+from fsm.messages.reasons import FailureReason, LoadStalled, ProcessExited, RanOutOfMemory, RunnerReason
+from fsm.messages.refusals import LoadFailed, LoadTimeout
 from fsm.state.model_record import Model
 
 MOST_MODELS = 1024  # that are remembered; more only where somebody uses them
@@ -23,9 +24,9 @@ class Endings(Actions):
 
     def exited(self, runner: Runner, event: Exited) -> None:
         """A process is gone, asked for or not: what that means depends on the state, and its memory is awaited."""
-        reason = event.reason or f"its process exited with {event.code}"
+        reason = ProcessExited(event.code, event.reason, runner.loaded_at is not None)
         if runner.state is LOADING:
-            self.load_failed(runner, reason, None, out_of_memory=event.out_of_memory or runner.out_of_memory)
+            self.load_failed(runner, reason, out_of_memory=event.out_of_memory or runner.out_of_memory)
         elif runner.current:
             self.crash(runner, reason)
             self.count_crash(runner, reason)
@@ -40,10 +41,10 @@ class Endings(Actions):
         runner.memory_by = runner.due_at = self.pool.now + self.pool.limits.recovery_timeout_s
         self.await_memory(runner)
 
-    def unresponsive(self, runner: Runner, reason: str) -> None:
+    def unresponsive(self, runner: Runner, reason: FailureReason) -> None:
         """A process lives but is of no use: its leases are void, and it is stopped."""
         if runner.state is LOADING:
-            self.load_failed(runner, reason, None)
+            self.load_failed(runner, reason)
         elif runner.current:
             self.crash(runner, reason)
             self.count_crash(runner, reason)
@@ -54,9 +55,9 @@ class Endings(Actions):
     def ran_out(self, runner: Runner) -> None:
         """Memory ran out while a runner served: everybody is given up, since nobody knows who took it."""
         for other in [other for other in self.pool.runners.values() if other.current]:
-            self.expire(other, f"{runner.model} ran out of memory")
+            self.expire(other, RanOutOfMemory(runner.model))
 
-    def load_failed(self, runner: Runner, reason: str, refusal: Refusal | None, *, out_of_memory: bool = False) -> None:
+    def load_failed(self, runner: Runner, reason: FailureReason, *, out_of_memory: bool = False) -> None:
         """Answer those who waited for a load. After out of memory each survives one.
 
         The next load has a smaller context, where that was automatic and large, or else all others out of the way. With
@@ -76,14 +77,15 @@ class Endings(Actions):
         else:
             self.back_off(model, reason)
             model.alone = False
-        failure = refusal or self.load_failure(model, out_of_memory=out_of_memory)
+        stalled = LoadTimeout(model.id, reason.timeout_s) if isinstance(reason, LoadStalled) else None
+        failure = stalled or self.load_failure(model, out_of_memory=out_of_memory)
         if not survivors:  # the model is backed off for all
             waiting = [request for line in self.pool.lines_of(model.id) for request in line.requests.values()]
         for request in waiting:
             if request not in survivors:
                 self.answer(request, RequestState.rejected, failure)
 
-    def count_crash(self, runner: Runner, reason: str) -> None:
+    def count_crash(self, runner: Runner, reason: FailureReason) -> None:
         """Back a model off from its second crash in a row on; the first is followed by a new load."""
         model = self.pool.models[runner.model]
         if runner.loaded_at is not None and self.pool.now - runner.loaded_at >= self.pool.limits.good_life_s:
@@ -95,7 +97,7 @@ class Endings(Actions):
         else:
             model.failures, model.failure = 1, reason
 
-    def back_off(self, model: Model, reason: str) -> None:
+    def back_off(self, model: Model, reason: FailureReason) -> None:
         limits = self.pool.limits
         model.failure = reason
         model.blocked_until = self.pool.now + min(
@@ -104,6 +106,7 @@ class Endings(Actions):
         model.failures += 1
 
     def load_failure(self, model: Model, *, out_of_memory: bool) -> LoadFailed:
+        assert model.failure is not None, f"{model.id} has not failed"
         retry_after_s = max(0.0, model.blocked_until - self.pool.now)
         return LoadFailed(model.id, model.failure, retry_after_s, out_of_memory)
 
@@ -119,7 +122,7 @@ class Endings(Actions):
         """Its process has gone: look until its memory is back, or the wait is over."""
         pool = self.pool
         if pool.now >= runner.memory_by:
-            self.unload(runner, "its memory did not come back in time")
+            self.unload(runner, RunnerReason.memory_overdue)
             return
         pool.samples += 1
         runner.last_sample = runner.last_sample or pool.samples
@@ -133,7 +136,7 @@ class Endings(Actions):
         awaited = [(gpu, expected) for gpu, expected in runner.awaited.items() if gpu in ledger.devices]
         return all(ledger.devices[gpu].fresh and ledger.for_us_bytes(gpu) >= expected for gpu, expected in awaited)
 
-    def unload(self, runner: Runner, reason: str) -> None:
+    def unload(self, runner: Runner, reason: RunnerReason) -> None:
         """End a runner's life: its reservation ends, and what it took is remembered for the next."""
         pool, model = self.pool, self.pool.models[runner.model]
         self.remember(runner)

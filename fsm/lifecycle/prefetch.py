@@ -12,11 +12,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from fsm.domain.devices import HOST, MIB
+from fsm.domain.devices import HOST
 from fsm.domain.model_info import ModelInfo
 from fsm.lifecycle.actions import Actions
 from fsm.machine.request import ModelId, Purpose
 from fsm.messages.commands import Prefetch
+from fsm.messages.reasons import Prefetched
 from fsm.planning.plan import Plan
 from fsm.state.core_state import Pool
 from fsm.state.memory_ledger import Ledger
@@ -45,7 +46,7 @@ def read_ahead(act: Actions, plan: Plan | None) -> None:
             files[model] = amount
             left -= amount
         if amount and not begun:
-            act.decide("prefetched", model, f"{amount / MIB:.1f} MiB of its files while it waits", line.head.id)
+            act.decide("prefetched", model, Prefetched(amount), line.head.id)
     if (said := tuple(files.items())) != pool.prefetching:
         pool.prefetching = said
         act.commands.append(Prefetch(said))

@@ -8,6 +8,7 @@ from fsm.domain.devices import Amounts, DeviceId, Placement
 from fsm.domain.model_info import Options
 from fsm.machine.request import ModelId, RequestId
 from fsm.machine.runner import RunnerId
+from fsm.messages.reasons import FailureReason
 from fsm.messages.refusals import Refusal
 
 
@@ -100,7 +101,7 @@ class Revoke:
     """Tell a lease's holder that its runner is gone; the lease is released already."""
 
     request: RequestId
-    reason: str
+    reason: FailureReason | None  # None: the scheduler was closed
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ from fsm.domain.devices import DeviceId, DeviceSample
 from fsm.domain.model_info import ModelInfo
 from fsm.machine.request import ModelId, RequestId, Want
 from fsm.machine.runner import RunnerId
+from fsm.messages.reasons import NoAnswer
 from fsm.messages.refusals import InvalidModel, ModelNotFound
 from fsm.sizing.footprint import Footprint
 from fsm.sizing.load_history import NOTHING, Remembered
@@ -121,7 +122,7 @@ class Unresponsive:
     """A runner's process lives but answers no probe."""
 
     runner: RunnerId
-    reason: str
+    reason: NoAnswer
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +131,7 @@ class Exited:
 
     runner: RunnerId
     code: int | None  # negative: the signal; None: unknown, or never started
-    reason: str = ""  # in words, with the end of what it printed
+    reason: str = ""  # the engine's and the system's own words, with the end of what it printed
     out_of_memory: bool = False
 
 

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from fsm.domain.devices import Amounts
 from fsm.machine.request import ModelId
+from fsm.messages.reasons import FailureReason, InfeasibleReason, WaitReason
+from fsm.sizing.load_options import UnsupportedReason
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +41,7 @@ class DoesNotFit:
     model: ModelId
     needed: Amounts  # headroom included
     available: Amounts  # the most that could be had
-    reason: str
+    reason: InfeasibleReason
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +51,7 @@ class Unsupported:
     model: ModelId
     option: str
     value: int | bool | str
-    reason: str
+    reason: UnsupportedReason
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +59,7 @@ class LoadFailed:
     """The load it waited for failed, or the model is backed off after failures."""
 
     model: ModelId
-    reason: str
+    reason: FailureReason
     retry_after_s: float
     out_of_memory: bool = False
 
@@ -76,7 +78,7 @@ class TimedOut:
 
     model: ModelId
     timeout_s: float
-    waiting_for: str
+    waiting_for: WaitReason
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,12 +1,13 @@
-"""Why a request can never be placed: the reason in words, and the way to place it that lacks least."""
+"""Why a request can never be placed: the reason, and the way to place it that lacks least."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from fsm.domain.devices import HOST, DeviceId, Placement
 from fsm.machine.request import ModelId
 from fsm.machine.runner import Runner
+from fsm.messages.reasons import Infeasible, InfeasibleReason, MemoryHeld, NoSuchDevice, RunnerLimit
 from fsm.messages.refusals import DoesNotFit
 from fsm.placement.search import Demand, Gpu, Offload, needed, place
 from fsm.state.core_state import Pool
@@ -37,28 +38,26 @@ def _reason(
     offload: Offload,
     potential: Mapping[DeviceId, int],
     capacity: Mapping[DeviceId, int],
-) -> str:
+) -> InfeasibleReason:
     devices, runners = pool.ledger.devices, pool.runners.values()
     unknown = sorted({device for device, _ in demand.footprint.fixed} - devices.keys())
     stuck = [runner for runner in runners if pool.is_stuck(runner)]
-    pins = sorted({runner.model for runner in runners if pool.pinned(runner)})
+    pinned = [runner for runner in runners if pool.pinned(runner)]
     free = {device: pool.ledger.free_bytes(device) for device in capacity}
     if unknown:
-        return f"there is no device {unknown[0]!r}; there is {', '.join(devices) or 'none'}"
-    unmovable = [runner.model for runner in runners if pool.is_unmovable(runner)]
+        return NoSuchDevice(unknown[0], tuple(devices))
+    unmovable = [runner for runner in runners if pool.is_unmovable(runner)]
     if 0 < pool.limits.max_runners <= len(unmovable) and place(demand, offload, potential, gpus):
-        names = ", ".join(sorted(set(unmovable)))
-        return f"only {pool.limits.max_runners} runners may be alive, and no room is made by: {names}"
+        return RunnerLimit(pool.limits.max_runners, _models(unmovable))
     if stuck and place(demand, offload, pool.ledger.freed(potential, map(_owner, stuck)), gpus):
-        names = ", ".join(sorted({runner.model for runner in stuck}))
-        return f"its memory is held by what was stopped and does not end: {names}"
-    if place(demand, offload, pool.ledger.freed(free, map(_owner, runners)), gpus) and pins:
-        return f"it would fit only by moving what is pinned: {', '.join(pins)}"
+        return MemoryHeld(_models(stuck), pinned=False)
+    if place(demand, offload, pool.ledger.freed(free, map(_owner, runners)), gpus) and pinned:
+        return MemoryHeld(_models(pinned), pinned=True)
     if place(demand, offload, capacity, gpus):
-        return "other programs, or the program's own reservations, hold the memory"
+        return Infeasible.held_elsewhere
     if not gpus and offload is not Offload.none:
-        return f"{'a GPU is required' if demand.require_gpu else 'it is to be on GPUs'}, and there is none"
-    return "it is larger than the memory there is"
+        return Infeasible.no_required_gpu if demand.require_gpu else Infeasible.no_gpu
+    return Infeasible.too_large
 
 
 def _least_lacking(
@@ -72,6 +71,10 @@ def _least_lacking(
 
     ways = [(offload, place(demand, offload, boundless, gpus)) for offload in demand.offloads(gpus)]
     return min((way for way in ways if way[1]), key=lambda way: lacking_bytes(way[1]), default=ways[-1])
+
+
+def _models(runners: Iterable[Runner]) -> tuple[ModelId, ...]:
+    return tuple(sorted({runner.model for runner in runners}))
 
 
 def _owner(runner: Runner) -> Owner:

@@ -11,6 +11,7 @@ from fsm.eviction.policies import Candidate
 from fsm.eviction.victim_selection import Choice
 from fsm.machine.request import Request, Want
 from fsm.machine.runner import Runner, RunnerId
+from fsm.messages.reasons import ExpireReason
 from fsm.messages.refusals import Refusal
 from fsm.state.model_record import Model
 from fsm.state.request_queue import Line
@@ -34,7 +35,7 @@ class Plan:
     inspections: list[Model] = field(default_factory=list)
     launches: list[tuple[Line, Options, Placement]] = field(default_factory=list)
     memory: list[Request] = field(default_factory=list)  # the program's own, to be granted
-    victims: dict[RunnerId, str] = field(default_factory=dict)  # to expire, and why
+    victims: dict[RunnerId, ExpireReason] = field(default_factory=dict)  # to expire, and why
     matches: list[tuple[Line, Runner]] = field(default_factory=list)  # served after all, as the same
     refusals: list[tuple[Line, Refusal]] = field(default_factory=list)
     rooms: dict[Want, Room] = field(default_factory=dict)  # of what is to be loaded, now, later or never

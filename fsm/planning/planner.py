@@ -1,4 +1,4 @@
-"""What to do for those who wait, oldest first, on a scratch account; of the pool, only the lines' words are changed.
+"""What to do for those who wait, oldest first, on a scratch account; of the pool, only why lines wait is changed.
 
 Every plan is made from nothing. A victim is a plan until it expires, so whatever becomes idle first serves the waiter,
 and a waiter that leaves costs nobody anything. A later line starts only in what the earlier ones leave (`supply`).
@@ -17,6 +17,7 @@ from fsm.eviction.policies import Candidate, EvictionPolicy
 from fsm.eviction.victim_selection import MOST_SETS, Amount, Choice, Question, choose
 from fsm.machine.request import ModelId, Purpose, Want
 from fsm.machine.runner import EXPIRING, LOADING, Runner, RunnerId
+from fsm.messages.reasons import DeviceShrunk, NeededFor, RunnerLimit, RunnerStep, WaitFor, WaitForRunners, WaitReason
 from fsm.messages.refusals import Unsupported
 from fsm.placement.search import Demand, Gpu, Offload
 from fsm.planning.automatic_options import is_the_same, wish_of, with_batch
@@ -32,7 +33,6 @@ from fsm.state.request_queue import Line
 from fsm.state.runner_match import runner_serves
 
 NO_MODEL = ModelId("")  # of lines for memory of the program's own
-BEFORE, EARLIER = "those before it", "an earlier request for its model"
 LINES_AHEAD = 16  # for so many lines room is made at a time; those behind only take what is there for the taking
 
 
@@ -55,7 +55,7 @@ def make_plan(pool: Pool, policy: EvictionPolicy, newcomers: Collection[Want]) -
             ahead.add(want)
     for want in newcomers:
         if want in pool.lines and want not in ahead:
-            planner.judge(pool.lines[want], BEFORE)
+            planner.judge(pool.lines[want], WaitFor.earlier_requests)
     planner.plan.policy_failure = planner.candidates.policy_failure
     return planner.plan
 
@@ -97,17 +97,14 @@ class _Planner:
         """
         limit, ledger, runners = self.pool.limits.max_runners, self.pool.ledger, self.pool.runners
         if limit:
-            self._shed(
-                f"no more than {limit} runners may be alive", -self.supply.places[LATER], dict.fromkeys(runners, 1)
-            )
+            self._shed(RunnerLimit(limit), -self.supply.places[LATER], dict.fromkeys(runners, 1))
         for device in sorted(ledger.shrunk & ledger.devices.keys()):
             held = {id: ledger.accounts["runner", id].held_bytes(device) for id in runners}
             going = self.claimed.union(runner.id for runner in self.leaving)
             staying = ledger.held_bytes(device) - sum(held[id] for id in going)
-            reason = f"there is less memory on {device} than before"
-            self._shed(reason, staying - ledger.devices[device].capacity_bytes, held)
+            self._shed(DeviceShrunk(device), staying - ledger.devices[device].capacity_bytes, held)
 
-    def _shed(self, reason: str, excess: int, worth: Mapping[RunnerId, int]) -> None:
+    def _shed(self, reason: RunnerLimit | DeviceShrunk, excess: int, worth: Mapping[RunnerId, int]) -> None:
         """Give up as few idle runners as are worth the excess together, or all that are worth something."""
         may = [one for one in self.candidates.until(-math.inf, self.claimed) if not one.leases and worth[one.runner]]
         choice = self._choose(
@@ -136,7 +133,7 @@ class _Planner:
         current = self.pool.models[line.want.model].current
         if current is not None and current.id in self.awaited and runner_serves(current, line.want):
             return False
-        line.wait(EARLIER)
+        line.wait(WaitFor.same_model)
         return True
 
     def consider(self, line: Line) -> None:
@@ -150,17 +147,17 @@ class _Planner:
             return
         model = self.pool.models[line.want.model]
         if model.id in self.supply.planned:  # it has one runner at a time
-            line.wait(EARLIER)
+            line.wait(WaitFor.same_model)
             self.followers[model.id] += 1
             self.supply.take_next(model.id, need)
         elif model.current is not None and model.current.id in self.awaited:
-            line.wait("a load of its model with other options", self.pool.expected_at(model.current))
+            line.wait(WaitFor.other_load, self.pool.expected_at(model.current))
             self.supply.planned[model.id] = self.supply.held_by(model.current)
             self.supply.take_next(model.id, need)
         else:
             self._consider_runner(line, model, options, need)
 
-    def judge(self, line: Line, waits_for: str = "") -> tuple[Options, Need] | None:
+    def judge(self, line: Line, waits_for: WaitReason | None = None) -> tuple[Options, Need] | None:
         """Return what a line needs and the best way to place it; None where that is not the question, or is unknown.
 
         Then it is refused, or served as it is, or waits for its model's load or metadata.
@@ -174,10 +171,10 @@ class _Planner:
             model = self.pool.models[line.want.model]
             current = model.current
             if current is not None and current.id in self.awaited and runner_serves(current, line.want):
-                line.wait("its model to load", self.pool.expected_at(current))
+                line.wait(WaitFor.load, self.pool.expected_at(current))
                 return None
             if not model.fresh:
-                line.wait("its model's metadata")
+                line.wait(WaitFor.metadata)
                 self.plan.inspections.append(model)
                 if model.info is not None and not waits_for and len(self.pool.lines) > 1:
                     self._book_unread(model, line.want.options)
@@ -290,44 +287,43 @@ class _Planner:
         return self.supply.place(horizon, need, self._unclaimed(victims)) is not None
 
     def _give_up(self, line: Line, chosen: Sequence[Candidate]) -> None:
-        line.wait(f"{_names(chosen)} to leave")
-        reason = f"{line.want.model or 'the program'} needs its memory"
+        line.wait(WaitForRunners(_models(chosen), RunnerStep.leave))
         for victim in chosen:
-            self.plan.victims.setdefault(victim.runner, reason)
+            self.plan.victims.setdefault(victim.runner, NeededFor(line.want.model))
 
     def _wait_for(self, line: Line, chosen: Sequence[Candidate], at: float, may: Iterable[Candidate]) -> None:
         """Wait until all of them may go: none is unloaded for a room that another still holds.
 
         Whenever another may go, the choice is made again: whoever may first serves the waiter.
         """
-        line.wait(f"{_names(chosen)} to become idle", at)
+        line.wait(WaitForRunners(_models(chosen), RunnerStep.idle), at)
         moments = (at, self._bound(line), *(one.free_at for one in may))
         self.plan.look_at = min(self.plan.look_at, *(moment for moment in moments if moment > self.pool.now))
 
-    def _hindrance(self) -> tuple[str, float]:
-        """Return why nobody can be chosen to make room, in words, and until when as far as that is known."""
+    def _hindrance(self) -> tuple[WaitReason, float]:
+        """Return why nobody can be chosen to make room, and until when as far as that is known."""
         runners = self.pool.runners
-        if self.waiting > 1:
-            return BEFORE, math.inf
+        if self.waiting > 1 or not (self.overdue or self.awaited):
+            return WaitFor.earlier_requests, math.inf
         if self.overdue:
-            return f"{', '.join(runners[id].model for id in sorted(self.overdue))} to finish", math.inf
+            return WaitForRunners(_models(runners[id] for id in sorted(self.overdue)), RunnerStep.drain), math.inf
         loads = [runners[id] for id in sorted(self.awaited)]
-        until = min(map(self.pool.expected_at, loads), default=math.inf)
-        return f"{', '.join(load.model for load in loads)} to load, and then to become idle" if loads else BEFORE, until
+        return WaitForRunners(_models(loads), RunnerStep.load_then_idle), min(map(self.pool.expected_at, loads))
 
     def _wait(self, line: Line, placement: Placement, horizon: int, *, startable: bool) -> Sequence[Candidate]:
         """Enough is on its way already, or only a place among the loads is missing: give up a load nobody waits for."""
         if horizon == LATER:
-            line.wait(BEFORE)
+            line.wait(WaitFor.earlier_requests)
             return ()
         by = min((runner.due_at for runner in self.leaving if runner.due_at > self.pool.now), default=math.inf)
         if horizon == DRAINED:
-            line.wait(f"{', '.join(self._draining(placement))} to finish", by)
+            line.wait(WaitForRunners(self._draining(placement), RunnerStep.drain), by)
             return ()
         if any(not runner.leases for runner in self.leaving):
-            line.wait("memory that is on its way back", by)
+            line.wait(WaitFor.memory, by)
         elif self.alone is not None:
-            line.wait(f"{self.alone.model} to load with nothing beside it", self.pool.expected_at(self.alone))
+            reason = WaitForRunners((self.alone.model,), RunnerStep.load_alone)
+            line.wait(reason, self.pool.expected_at(self.alone))
         else:
             line.wait(*self._hindrance())
         if line.want.purpose is Purpose.memory:
@@ -336,20 +332,20 @@ class _Planner:
         self.loads.add(placement)  # it starts in a moment: its place among the loads is not for younger ones
         on_full = [runner for runner in self.loading if full & set(loads_on(runner.placement))]
         if full:
-            line.wait("another load to end", min(map(self.pool.expected_at, on_full), default=math.inf))
+            line.wait(WaitFor.load_slot, min(map(self.pool.expected_at, on_full), default=math.inf))
         for runner in on_full if startable else ():
             if runner.id not in self.claimed | self.awaited and not self.pool.pinned(runner):
-                self.plan.victims[runner.id] = f"{line.want.model} needs its place among the loads"
+                self.plan.victims[runner.id] = NeededFor(line.want.model, load_slot=True)
                 self.claimed.add(runner.id)
                 return [self.candidates.candidate(runner, self._bound(line))]
         return ()
 
-    def _draining(self, placement: Placement) -> list[ModelId]:
+    def _draining(self, placement: Placement) -> tuple[ModelId, ...]:
         """Return who is given up and still in use, of those who hold what is needed there."""
         accounts, devices = self.pool.ledger.accounts, [device for device, amount in placement.bytes if amount]
         draining = [runner for runner in self.leaving if runner.leases]
         holding = [one for one in draining if any(map(accounts["runner", one.id].held_bytes, devices))]
-        return [runner.model for runner in holding or draining]
+        return _models(holding or draining)
 
     def _offload(self, line: Line, demand: Demand, current: Runner | None) -> Offload | None:
         """Return the best way that is possible at all; None: the line is refused, since there is none."""
@@ -397,5 +393,5 @@ class _Planner:
         return [self.pool.runners[victim.runner] for victim in victims if victim.runner not in self.claimed]
 
 
-def _names(victims: Iterable[Candidate]) -> str:
-    return ", ".join(victim.model for victim in victims)
+def _models(runners: Iterable[Runner | Candidate]) -> tuple[ModelId, ...]:
+    return tuple(runner.model for runner in runners)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
+from enum import Enum
 
 from fsm.domain.model_info import ModelInfo, Options
 
@@ -54,6 +55,15 @@ CACHE_CELLS = 256  # llama.cpp rounds the cache of a slot up to a multiple of th
 _AUTOMATIC = Options()
 
 
+class UnsupportedReason(Enum):
+    """Why the engine would refuse an option for a model."""
+
+    too_many_slots = "too_many_slots"
+    too_many_threads = "too_many_threads"
+    partial_blocks = "partial_blocks"  # a quantised cache needs heads of whole blocks
+    needs_flash_attention = "needs_flash_attention"  # to quantise values
+
+
 @dataclass(frozen=True, slots=True)
 class Shape:
     """The sizes that everything else follows from, all explicit."""
@@ -101,16 +111,16 @@ def _with_defaults(info: ModelInfo, options: Options, defaults: Options) -> Opti
     return chosen
 
 
-def impossible(info: ModelInfo, options: Options) -> tuple[str, int | bool | str, str] | None:
+def impossible(info: ModelInfo, options: Options) -> tuple[str, int | bool | str, UnsupportedReason] | None:
     """Return the first of these resolved options that llama.cpp would refuse for this model, its value, and why.
 
     A load that must fail would cost others their runners, and everybody who wants the model its back-off.
     """
     slots, threads = options.num_parallel or 1, options.num_thread or 1
     if slots > MOST_SLOTS:
-        return "num_parallel", slots, f"llama.cpp has at most {MOST_SLOTS} slots"
+        return "num_parallel", slots, UnsupportedReason.too_many_slots
     if threads > MOST_THREADS:
-        return "num_thread", threads, f"llama.cpp has at most {MOST_THREADS} threads"
+        return "num_thread", threads, UnsupportedReason.too_many_threads
     if info.architecture in WITHOUT_CACHE:
         return None
     caches = (
@@ -119,10 +129,10 @@ def impossible(info: ModelInfo, options: Options) -> tuple[str, int | bool | str
     )
     for name, cache_type, length in caches:
         if cache_type is not None and cache_type not in UNQUANTISED and length % CACHE_BLOCK:
-            return name, cache_type, f"its heads have {length} elements, which are no whole blocks of {CACHE_BLOCK}"
+            return name, cache_type, UnsupportedReason.partial_blocks
     value_type = options.cache_type_v
     if value_type is not None and value_type not in UNQUANTISED and options.flash_attention is False:
-        return "cache_type_v", value_type, "without flash attention llama.cpp cannot quantise values"
+        return "cache_type_v", value_type, UnsupportedReason.needs_flash_attention
     return None
 
 

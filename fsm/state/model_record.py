@@ -10,10 +10,11 @@ from fsm.domain.model_info import ModelInfo, Options
 from fsm.eviction.reuse_prediction import Histogram, count
 from fsm.machine.request import ModelId
 from fsm.machine.runner import IDLE, LOADING, Runner, RunnerId
+from fsm.messages.reasons import FailureReason
 from fsm.placement.search import Demand
 from fsm.sizing.footprint import Footprint
 from fsm.sizing.load_history import NOTHING, Remembered, keep, usual_load_s, with_load
-from fsm.sizing.load_options import impossible, resolve
+from fsm.sizing.load_options import UnsupportedReason, impossible, resolve
 from fsm.sizing.memory_estimate import estimate
 from fsm.state.core_config import Limits
 
@@ -33,7 +34,7 @@ class Model:
     pinned: bool = False
     failures: int = 0  # loads failed and crashes in a row
     blocked_until: float = -math.inf  # backed off: nobody is let wait for it before
-    failure: str = ""  # the last one, in words
+    failure: FailureReason | None = None  # the last one
     alone: bool = False  # a load ran out of memory: everything else goes before the next one
     loads: dict[Amounts, tuple[float, ...]] = field(default_factory=dict)  # split -> seconds of the last few
     context_limit: int | None = None  # of automatic contexts, after one ran out of memory; until a runner has lived
@@ -87,7 +88,7 @@ class Model:
         self.demands.clear()
         return True
 
-    def impossible(self, options: Options) -> tuple[str, int | bool | str, str] | None:
+    def impossible(self, options: Options) -> tuple[str, int | bool | str, UnsupportedReason] | None:
         """Return which of these explicit options the engine would refuse for this model, its value, and why."""
         return impossible(self.info, options) if isinstance(self.info, ModelInfo) else None
 

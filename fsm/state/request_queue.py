@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field
 
 from fsm.machine.request import Request, RequestId, Want
+from fsm.messages.reasons import WaitFor, WaitReason
 
 Turn = tuple[float, RequestId]  # the earlier the smaller
 
@@ -16,11 +17,11 @@ class Line:
 
     want: Want
     requests: dict[RequestId, Request] = field(default_factory=dict)
-    waits_for: str = "its turn"  # in words, as of the last plan
+    waits_for: WaitReason = WaitFor.plan  # as of the last plan
     until: float = math.inf  # when that is expected to be over, or looked at again; infinite: unknown
-    told: str = ""  # what was last noted of it in the journal
+    told: WaitReason | None = None  # what was last noted of it in the journal
 
-    def wait(self, reason: str, until: float = math.inf) -> None:
+    def wait(self, reason: WaitReason, until: float = math.inf) -> None:
         """Say what it waits for, and until when as far as that is known."""
         self.waits_for, self.until = reason, until
 

@@ -9,6 +9,7 @@ from fsm.domain.devices import Amounts, DeviceId
 from fsm.domain.model_info import Options
 from fsm.machine.request import ModelId, Purpose, RequestId
 from fsm.machine.runner import RunnerId, RunnerState
+from fsm.messages.reasons import WaitReason
 from fsm.state.core_state import Pool
 from fsm.state.memory_ledger import Account
 
@@ -48,7 +49,7 @@ class WaitView:
     purpose: Purpose
     position: int  # 0: first
     queued_at: float
-    waits_for: str
+    waits_for: WaitReason
     until: float  # when that is expected to be over, or looked at again; infinite: unknown
     gives_up_at: float  # infinite: it has no time limit of its own
 

@@ -34,6 +34,7 @@ from fsm.messages.events import (
     Unpin,
     Unresponsive,
 )
+from fsm.messages.reasons import NoAnswer
 from fsm.sizing.footprint import Footprint
 from fsm.state.core_config import Limits
 from fsm.state.core_state import Pool
@@ -41,6 +42,7 @@ from fsm.state.core_state import Pool
 CLOSE_S = 30.0  # how long a Close lets leases last
 AT_ONCE_S = 0.0  # how long one that comes after it does
 FAILED, KILLED = 1, -9  # exit statuses of a load that failed, and of one that the kernel ended
+NO_ANSWER = NoAnswer(10.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,7 +175,7 @@ def late(core: Core, past: Past) -> Iterator[Event]:
     alive = {runner.id for runner in pool.runners.values() if runner.process}
     gone = RunnerId(next(id for id in range(past.runners, -1, -1) if id not in alive))
     yield from (Loaded(gone), Progress(gone), Filled(gone), OutOfMemory(gone))
-    yield from (Unresponsive(gone, ""), Exited(gone, None))
+    yield from (Unresponsive(gone, NO_ANSWER), Exited(gone, None))
     numbers = {*pool.claims, *(runner.claim for runner in pool.runners.values() if runner.claim)}
     ended = next(number for number in range(past.claims, -1, -1) if number not in numbers)
     yield from (Claimed(ended), Contended(ended))
@@ -302,7 +304,7 @@ def _of_a_process(pool: Pool, runner: Runner, scenario: Scenario) -> Iterator[Ev
     if scenario.hangs and runner.state is LOADING:
         yield Progress(runner.id)
     if scenario.hangs and not runner.stopping:
-        yield Unresponsive(runner.id, "it does not answer")
+        yield Unresponsive(runner.id, NO_ANSWER)
     yield Exited(runner.id, 0 if runner.stopping else FAILED)
 
 

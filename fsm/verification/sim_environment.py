@@ -53,6 +53,7 @@ from fsm.messages.events import (
     Unpin,
     Unresponsive,
 )
+from fsm.messages.reasons import NoAnswer
 from fsm.messages.refusals import InvalidModel, ModelNotFound
 from fsm.verification.sim_config import INTEGRATED, Info, Scene, draw_info
 
@@ -65,6 +66,7 @@ LONG_S = 1000.0  # within which what comes very late comes
 LOST_S = 5000.0  # how long memory is missing that is lost
 CHANGES_S = 15.0  # between two changes of a device, on average
 CRASHED, KILLED = -11, -9
+NO_ANSWER = NoAnswer(10.0)
 
 # What may come once more. An Acquire is not: its id would be used again once it is over.
 REPEATABLE = frozenset(
@@ -248,7 +250,7 @@ class World:
     def _stray(self) -> Event:
         """A word about one of the last runners that nobody expects."""
         id = RunnerId(max(1, self.launched - self.draw.randrange(4)))
-        kinds = (Progress(id), Filled(id), OutOfMemory(id), Unresponsive(id, "a stray"))
+        kinds = (Progress(id), Filled(id), OutOfMemory(id), Unresponsive(id, NO_ANSWER))
         return self.draw.choice(kinds)
 
     # -- processes ----------------------------------------------------------------------------------------------------
@@ -266,7 +268,7 @@ class World:
         if self._happens(faults.hung_load):
             process.load_s = float("inf")
             if self.draw.random() < 0.3:
-                self.after(self._about(10.0), lambda: Unresponsive(id, "it does not answer"))
+                self.after(self._about(10.0), lambda: Unresponsive(id, NO_ANSWER))
         elif self._happens(faults.failed_load):
             code = self.draw.choice((1, None))
             self.after(process.load_s, lambda: self._exit(id, code))
@@ -292,7 +294,7 @@ class World:
         if self._happens(faults.crash):
             self.after(self._about(LIFE_S), lambda: self._exit(id, CRASHED))
         if self._happens(faults.hang):
-            self.after(self._about(LIFE_S), lambda: self._said(Unresponsive(id, "it does not answer")))
+            self.after(self._about(LIFE_S), lambda: self._said(Unresponsive(id, NO_ANSWER)))
         if self._happens(faults.full):
             self.after(self._about(LIFE_S), lambda: self._said(OutOfMemory(id)))
         if draw.random() < 0.5:

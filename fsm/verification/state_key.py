@@ -45,7 +45,7 @@ LEFT_OUT: Mapping[type, Mapping[str, str]] = MappingProxyType(
         },
         Model: {
             "current": "the runner whose state says so, which `check` compares",
-            "failure": "words",
+            "failure": "for people to read",
             "loads": "for the policy, which is an oracle, and an estimate for whoever is turned away",
             "shortest": "whom it has refused at once would be refused when their time is up: only sooner",
             "rested_at": "for the policy, which is an oracle",
@@ -64,7 +64,7 @@ LEFT_OUT: Mapping[type, Mapping[str, str]] = MappingProxyType(
             "asked": "nothing follows from it but who is told",
         },
         Want: {"model": "the line stands with its model"},
-        Line: {"waits_for": "words", "until": "for people to read", "told": "words"},
+        Line: dict.fromkeys(("waits_for", "until", "told"), "for people to read"),
         Account: {},
         Ledger: {},
         OpenClaim: {"had": "never between two steps, which `check` sees to"},

@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Any, Literal
 from fsm.domain.devices import HOST, DeviceId, DeviceSample
 from fsm.domain.model_info import Options
 from fsm.eviction.policies import Candidate
+from fsm.machine.request import ModelId
 from fsm.messages.refusals import DoesNotFit
 from fsm.preview import Preview, Share, preview
 from fsm.sizing.load_history import NOTHING, Remembered
 from scheduler.api.fit_advice import advise
 from scheduler.errors.formatting import format_bytes, format_duration
-from scheduler.errors.from_refusals import Names, error_of
+from scheduler.errors.from_refusals import error_of
+from scheduler.errors.wording import Name, infeasible_reason, remedy, wait_reason
 
 if TYPE_CHECKING:
     from fsm.core import Core
@@ -76,6 +78,7 @@ class Fit:
     victims: tuple[FitVictim, ...] = ()  # who would leave; non-empty iff the verdict is "evicts"
     reason: str = ""  # what it waits for, or why it is refused or never fits
     advice: tuple[FitAdvice, ...] = ()  # how to ask so that it fits, or fits better; the least harm first
+    remedy: str = ""  # what else helps where it never fits, if something is in its way
 
     @property
     def fits(self) -> bool:
@@ -143,45 +146,53 @@ def fit_of(
     core: Core,
     question: Question,
     info: ModelInfo | Footprint,
-    names: Names,
+    name: Name,
     known: Remembered = NOTHING,
 ) -> Fit:
     """Return what would become of a question at `now`; `core` is nobody else's, and stays as it is.
 
     `known` is what a store remembers of the model's file.
     """
+
+    def named(id: ModelId) -> str:
+        """Return the name to show: the model that is asked about need not be known otherwise."""
+        return question.name if id == question.want.model else name(id)
+
     found = preview(now, core, question.want, info, known)
-    fit = _fit(now, core, question.name, found, names)
+    fit = _fit(now, core, question.name, found, named)
     advice = []
     for each in advise(now, core, question.want, info, found, known):
-        other = _fit(now, core, question.name, each.preview, names)
+        other = _fit(now, core, question.name, each.preview, named)
         advice.append(FitAdvice(_changes(question.want.options, each.options), other))
     return replace(fit, advice=tuple(advice))
 
 
-def _fit(now: float, core: Core, name: str, found: Preview, names: Names) -> Fit:
+def _fit(now: float, core: Core, model: str, found: Preview, name: Name) -> Fit:
     samples = core.pool.ledger.devices
     layers: dict[DeviceId, int] = {}
     for gpu, count in found.gpu_layers:
         memory = samples[gpu].memory if gpu in samples else gpu
         layers[memory] = layers.get(memory, 0) + count
-    reason = found.waits_for
+    reason = helps = ""
     match found.refusal:
+        case None if found.waits_for is not None:
+            reason = wait_reason(found.waits_for, name)
         case None:
             pass
         case DoesNotFit(reason=why):
-            reason = why
+            reason, helps = infeasible_reason(why, name), remedy(why, "")
         case refusal:
-            reason = str(error_of(refusal, names))
+            reason = str(error_of(refusal, name))
     return Fit(
-        name,
+        model,
         found.outcome.value,
         found.options,
         tuple(_device(samples.get(share.device), share, layers.get(share.device, 0)) for share in found.shares),
         found.layers,
         found.measured,
-        tuple(_victim(now, victim, names) for victim in found.victims),
-        names.named(reason),
+        tuple(_victim(now, victim, name) for victim in found.victims),
+        reason,
+        remedy=helps,
     )
 
 
@@ -201,9 +212,9 @@ def _device(sample: DeviceSample | None, share: Share, gpu_layers: int) -> FitDe
     )
 
 
-def _victim(now: float, victim: Candidate, names: Names) -> FitVictim:
+def _victim(now: float, victim: Candidate, name: Name) -> FitVictim:
     leaves_in_s = max(0.0, victim.free_at - now)
-    return FitVictim(names.name(victim.model), victim.runner, victim.held_bytes, victim.leases, leaves_in_s)
+    return FitVictim(name(victim.model), victim.runner, victim.held_bytes, victim.leases, leaves_in_s)
 
 
 def _changes(asked: Options, advised: Options) -> dict[str, int | str]:

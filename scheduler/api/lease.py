@@ -200,7 +200,7 @@ class Lease(Uncopied):
 
     def _check(self) -> None:
         if self._ticket.lost:
-            raise RunnerCrashed(self.model, self.runner, self._ticket.lost)
+            raise RunnerCrashed(self.model, self.runner, self._ticket.lost, self._ticket.closed)
         if self._released and not self._streams:
             raise LeaseReleased(self.model)
 
@@ -227,7 +227,9 @@ class Lease(Uncopied):
             yield
         except ConnectionError as error:
             self._desk.look_at(self._ticket)
-            raise RunnerCrashed(self.model, self.runner, self._ticket.lost or str(error)) from error
+            raise RunnerCrashed(
+                self.model, self.runner, self._ticket.lost or str(error), self._ticket.closed
+            ) from error
 
     async def _awaiting(self, answer: Awaitable[Answer]) -> Answer:
         """As `_talking`; the event loop goes on meanwhile."""
@@ -235,7 +237,9 @@ class Lease(Uncopied):
             return await answer
         except ConnectionError as error:
             await asyncio.to_thread(self._desk.look_at, self._ticket)
-            raise RunnerCrashed(self.model, self.runner, self._ticket.lost or str(error)) from error
+            raise RunnerCrashed(
+                self.model, self.runner, self._ticket.lost or str(error), self._ticket.closed
+            ) from error
 
     def _begin_stream(self) -> None:
         with self._lock:

@@ -29,6 +29,7 @@ from scheduler.devices.device_reader import Devices
 from scheduler.engines.llama import LlamaEngine
 from scheduler.engines.python import PythonEngine
 from scheduler.errors.exceptions import InvalidSettings, SchedulerClosed
+from scheduler.errors.wording import problem
 from scheduler.models.catalog import Catalog
 from scheduler.models.measurements import identity_of
 from scheduler.models.model_spec import check_text
@@ -67,7 +68,6 @@ class Scheduler:
         self._close_lock = threading.RLock()  # one thread ends what is left, the others wait for it
         self._ending: int | None = None  # the thread that does
         self._configuring = threading.RLock()  # one changes limits; a signal handler may do so in between
-        self._hub = Hub(self.settings.event_buffer)
         self._devices = Devices(
             memory_limit_bytes=self.settings.memory_limit,
             gpus=self.settings.gpus,
@@ -76,6 +76,7 @@ class Scheduler:
         self._engines = (LlamaEngine(), PythonEngine())
         self.catalog = Catalog(default_resolvers(self.settings.models))
         self._registry = Registry(*self._engines, self.catalog, pin=lambda model: self._desk.post(Pin(model)))
+        self._hub = Hub(self.settings.event_buffer, self._registry.name)
         core = Core(limits_of(self.settings), self.settings.eviction)
         self._recorder: Recorder | None = None
         if self.settings.record is not None:
@@ -184,7 +185,7 @@ class Scheduler:
         known = self._desk.executor.recall(identity_of(spec))
         self._desk.executor.sampler.refresh(_FRESH_S)
         core = self._desk.read(Core.copy)
-        return fit_of(monotonic_clock(), core, question, info, self._registry, known)
+        return fit_of(monotonic_clock(), core, question, info, self._registry.name, known)
 
     # -- changing its limits ------------------------------------------------------------------------------------------
 
@@ -218,10 +219,11 @@ class Scheduler:
     def status(self) -> Status:
         """Return the runners, the queue and the devices as they are now."""
         snapshot, failures = self._desk.read(lambda core: (core.snapshot(), core.failures()))
-        problems = (*self._devices.problems, *failures, *self._desk.executor.problems)
+        problems = (*self._devices.problems, *map(problem, failures), *self._desk.executor.problems)
         if self._recorder is not None:
             problems = (*problems, *self._recorder.problems)
-        return status_of(snapshot, monotonic_clock(), self._registry, dict(self._desk.executor.lives).get, problems)
+        lives = dict(self._desk.executor.lives)
+        return status_of(snapshot, monotonic_clock(), self._registry.name, lives.get, problems)
 
     def name(self, model: ModelId) -> str:
         """Return the name of a model whose identity an event tells.

@@ -12,10 +12,10 @@ from fsm.domain.model_info import Options
 from fsm.machine.request import RequestId
 from fsm.machine.runner import RunnerId
 from fsm.state.snapshot import DeviceView, RunnerView, Snapshot
+from scheduler.errors.wording import Name, wait_reason
 
 if TYPE_CHECKING:
     from scheduler.engines.interface import Process
-    from scheduler.errors.from_refusals import Names
     from scheduler.runtime.runner_handle import Life
 
 
@@ -74,12 +74,11 @@ class Status:
 def status_of(
     snapshot: Snapshot,
     now: float,
-    names: Names,
+    name: Name,
     life: Callable[[RunnerId], Life | None],
     problems: tuple[str, ...],
 ) -> Status:
     """Return a snapshot in the user's terms: names for identities, and what only the shell knows of a process."""
-    name = names.name
     runners = tuple(_runner_status(view, now, name(view.model), life(view.id)) for view in snapshot.runners)
     queue = tuple(
         WaitStatus(
@@ -87,7 +86,7 @@ def status_of(
             name(wait.model),
             wait.position,
             now - wait.queued_at,
-            names.named(wait.waits_for),
+            wait_reason(wait.waits_for, name),
             wait.until - now if wait.until > now else math.inf,
             wait.gives_up_at - now,
         )

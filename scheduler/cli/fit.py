@@ -24,7 +24,7 @@ from scheduler.config.settings import Settings
 from scheduler.devices.device_reader import Devices
 from scheduler.engines.llama import LlamaEngine
 from scheduler.engines.python import PythonEngine
-from scheduler.errors.exceptions import InvalidSettings, advice_for
+from scheduler.errors.exceptions import InvalidSettings
 from scheduler.errors.formatting import format_bytes
 from scheduler.models.catalog import Catalog
 from scheduler.models.measurement_store import FootprintStore
@@ -49,7 +49,7 @@ def run_fit(chosen: argparse.Namespace) -> int:
     core = Core(limits_of(settings), settings.eviction)
     core.step(now, Sampled(samples))
     known = FootprintStore(settings.footprints).read(identity) if settings.footprints and identity else NOTHING
-    fit = fit_of(now, core, question, info, registry, known)
+    fit = fit_of(now, core, question, info, registry.name, known)
     if chosen.json:
         print(json.dumps(fit.to_json() | {"problems": problems}, indent=2, ensure_ascii=False))
     else:
@@ -123,7 +123,7 @@ def _print(fit: Fit, problems: Sequence[str]) -> None:
             console.print(Text(f"  {_flags(each.options):<44} {takes}"), soft_wrap=True)
     elif fit.verdict == "never":
         console.print()
-        advice = advice_for(fit.reason, "it takes a smaller model, or more memory")
+        advice = fit.remedy or "it takes a smaller model, or more memory"
         console.print(Text(f"None of the options that were tried makes it fit: {advice}."), soft_wrap=True)
     for problem in problems:
         console.print(Text(f"({problem})", style="dim"), soft_wrap=True)

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from scheduler.recording.narrative import Sentence, Story, printable
 from scheduler.recording.replay import Begun, Difference, RecordingError, Replay
-from scheduler.recording.request_history import UNSEEN, Wait
+from scheduler.recording.request_history import GRANTED_BEFORE, UNSEEN, Wait
 
 DIFFERS = 1  # the exit status
 _LONGEST_SHOWN = 5  # waits in the summary
@@ -78,7 +78,7 @@ def _print(out: Console, sentence: Sentence) -> None:
 
 def _print_summary(out: Console, replay: Replay, story: Story, notes: list[str], difference: Difference | None) -> None:
     waits = list(story.waits.values())
-    granted = sum(wait.answer.startswith("granted") or wait.answer == "lost" for wait in waits)
+    granted = sum(wait.answer in ("granted", GRANTED_BEFORE, "lost") for wait in waits)
     waiting = sum(not wait.answer for wait in waits)
     out.print()
     left = sum(wait.answer == "cancelled" for wait in waits)

@@ -15,20 +15,7 @@ from typing import Any, ClassVar
 from scheduler.errors.formatting import format_bytes, format_duration
 
 _LONGEST_VALUE = 200  # characters of what was passed that are shown
-_SMALLER = "use a smaller model, context or cache type"
-_ADVICE = (  # by what a reason says
-    ("and there is none", "ask for it without a GPU (require_gpu, num_gpu)"),
-    ("stopped and does not end", f"end that process, or {_SMALLER}"),
-    ("moving what is pinned", f"unpin some of it, or {_SMALLER}"),
-    ("hold the memory", f"free some of it, or {_SMALLER}"),
-)
 OUT_OF_FILES = "this program has too many open files; close some, or raise its limit (ulimit -n)"
-_SERVED = ("it did not answer within", "its connections broke")  # how a reason begins that is not of a load
-
-
-def advice_for(reason: str, otherwise: str) -> str:
-    """Return what helps where a model has no place for this reason, or else `otherwise`."""
-    return next((advice for words, advice in _ADVICE if words in reason), otherwise)
 
 
 def is_out_of_files(error: BaseException | None) -> bool:
@@ -107,52 +94,52 @@ class InvalidModel(SchedulerError):
     offset: int | None = None
 
     def __str__(self) -> str:
-        where = "" if self.offset is None else f" at byte {self.offset}"
-        advice = "" if ";" in self.reason else "; download or convert the file again"  # a reason may bring its own
-        return f"{self.path!r} cannot be loaded: {self.reason}{where}{advice}"
+        where = "" if self.offset is None else f" at byte {self.offset}; download or convert the file again"
+        return f"{self.path!r} cannot be loaded: {self.reason}{where}"
 
 
 @dataclass(eq=False)
 class DoesNotFit(SchedulerError):
     """The model can never fit: refused at once, and nothing was evicted for it.
 
-    `free_bytes` gives, for each device, what could be had if everything that may be evicted were gone.
+    `free_bytes` gives, for each device, what could be had if everything that may be evicted were gone; `advice` says
+    what helps, where there is something.
     """
 
     model: str
     needed_bytes: int
     free_bytes: Mapping[str, int]
     reason: str
+    advice: str = ""
 
     def __post_init__(self) -> None:
         self.free_bytes = dict(self.free_bytes)
 
     def __str__(self) -> str:
         devices = ", ".join(f"{format_bytes(free)} on {device}" for device, free in self.free_bytes.items())
-        advice = "" if ";" in self.reason else f"; {advice_for(self.reason, f'{_SMALLER}, or raise the limit')}"
+        advice = f"; {self.advice}" if self.advice else ""
         need = f"needs {format_bytes(self.needed_bytes)} and at most {devices or 'nothing'} can be had"
-        return (
-            f"{self.model!r} {need if self.needed_bytes else 'has no place'}: {self.reason}{advice}"
-            # a reason may bring its own
-        )
+        return f"{self.model!r} {need if self.needed_bytes else 'has no place'}: {self.reason}{advice}"
 
 
 @dataclass(eq=False)
 class LoadFailed(SchedulerError):
-    """The runner did not come up, or crashed again; `retry_after_s` is the back-off, None: it may be tried at once."""
+    """The runner did not come up, or crashed again; `retry_after_s` is the back-off, None: it may be tried at once.
+
+    `served` says that the runner had loaded before it failed.
+    """
 
     model: str
     reason: str
     retry_after_s: float | None = None
     out_of_memory: bool = False
+    served: bool = False
 
     def __str__(self) -> str:
         cause = "it ran out of memory: " if self.out_of_memory else ""
         advice = "try again" if self.retry_after_s is None else f"try again in {format_duration(self.retry_after_s)}"
         smaller = ", or ask for a smaller context" if self.out_of_memory else ""
-        first, _, _ = self.reason.partition("\n")
-        served = first.startswith(_SERVED) or first.endswith(" while serving")
-        failed = f"{self.model!r} failed again after it was loaded" if served else f"loading {self.model!r} failed"
+        failed = f"{self.model!r} failed again after it was loaded" if self.served else f"loading {self.model!r} failed"
         return f"{failed}: {cause}{self.reason}; {advice}{smaller}"
 
 
@@ -163,6 +150,7 @@ class LoadTimeout(LoadFailed):
     reason: str = field(init=False, default="it made no progress")
     retry_after_s: float | None = field(init=False, default=None)
     out_of_memory: bool = field(init=False, default=False)
+    served: bool = field(init=False, default=False)
     waited_s: float
 
     def __str__(self) -> str:
@@ -174,15 +162,18 @@ class LoadTimeout(LoadFailed):
 
 @dataclass(eq=False)
 class RunnerCrashed(SchedulerError):
-    """The runner's process ended, or answers no longer, while it was leased; the lease is void."""
+    """The runner's process ended, or answers no longer, while it was leased; the lease is void.
+
+    `closed` says that the scheduler has ended with it, so that it serves nothing any more.
+    """
 
     model: str
     runner: int
     reason: str
+    closed: bool = False
 
     def __str__(self) -> str:
-        ended = self.reason.startswith("the scheduler")  # has closed, or is broken
-        advice = "" if ended else "; acquire the model again"
+        advice = "" if self.closed else "; acquire the model again"
         return f"runner {self.runner} of {self.model!r} is gone: {self.reason}{advice}"
 
 

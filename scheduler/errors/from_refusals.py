@@ -1,12 +1,11 @@
-"""From the core's refusals to the user's errors."""
+"""From the core's refusals to the user's errors, and to the words for decisions, which may be refusals."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
-from typing import Protocol, assert_never
+from typing import assert_never
 
-from fsm.machine.request import ModelId
+from fsm.messages.decision_log import Decision
+from fsm.messages.reasons import NoAnswer, ProcessExited
 from fsm.messages.refusals import (
     Cancelled,
     Closed,
@@ -21,28 +20,11 @@ from fsm.messages.refusals import (
     TimedOut,
     Unsupported,
 )
-from scheduler.errors import exceptions
+from scheduler.errors import exceptions, wording
 
 
-class Names(Protocol):
-    """Who knows the models' names."""
-
-    def name(self, id: ModelId) -> str:
-        """Return the name of an identity."""
-
-    def named(self, text: str) -> str:
-        """Return a text with names in place of identities."""
-
-
-def renamed(text: str, names: Mapping[ModelId, str]) -> str:
-    """Return a text with names in place of identities, each replaced once: a name may be another one's identity."""
-    found = sorted(filter(None, (id for id in names if id in text)), key=len, reverse=True)
-    return re.sub("|".join(map(re.escape, found)), lambda id: names[ModelId(id[0])], text) if found else text
-
-
-def error_of(refusal: Refusal, names: Names) -> exceptions.SchedulerError:
+def error_of(refusal: Refusal, name: wording.Name) -> exceptions.SchedulerError:
     """Return the exception that tells the user what a refusal says."""
-    name = names.name
     match refusal:
         case QueueFull(limit, retry_after_s):
             return exceptions.QueueFull(limit, retry_after_s)
@@ -52,16 +34,21 @@ def error_of(refusal: Refusal, names: Names) -> exceptions.SchedulerError:
             return exceptions.InvalidModel(path, reason, offset)
         case DoesNotFit(model, needed, available, reason):
             total = sum(count for _, count in needed)
-            advice = "" if model or ";" in reason else "; reserve less"  # no model of it could be smaller
-            return exceptions.DoesNotFit(name(model), total, dict(available), names.named(reason) + advice)
+            advice = wording.remedy(reason, f"{wording.SMALLER}, or raise the limit")
+            if advice and not model:  # a reservation: no model of it could be smaller
+                advice = "reserve less"
+            words = wording.infeasible_reason(reason, name)
+            return exceptions.DoesNotFit(name(model), total, dict(available), words, advice)
         case Unsupported(_, option, value, reason):
-            return exceptions.UnsupportedOption(option, value, reason)
+            return exceptions.UnsupportedOption(option, value, wording.UNSUPPORTED[reason])
         case LoadFailed(model, reason, retry_after_s, out_of_memory):
-            return exceptions.LoadFailed(name(model), reason, retry_after_s or None, out_of_memory)
+            served = isinstance(reason, NoAnswer) or (isinstance(reason, ProcessExited) and reason.loaded)
+            words = wording.failure_reason(reason)
+            return exceptions.LoadFailed(name(model), words, retry_after_s or None, out_of_memory, served)
         case LoadTimeout(model, stalled_s):
             return exceptions.LoadTimeout(name(model), stalled_s)
         case TimedOut(model, timeout_s, waiting_for):
-            return exceptions.AcquireTimeout(name(model), timeout_s, names.named(waiting_for))
+            return exceptions.AcquireTimeout(name(model), timeout_s, wording.wait_reason(waiting_for, name))
         case NotInTime(model, timeout_s, least_s, load_s, begun_s):
             return exceptions.TimeoutTooShort(name(model), timeout_s, least_s, load_s, begun_s)
         case Cancelled(model):
@@ -70,3 +57,12 @@ def error_of(refusal: Refusal, names: Names) -> exceptions.SchedulerError:
             return exceptions.SchedulerClosed()
         case _:
             assert_never(refusal)
+
+
+def decision_words(entry: Decision, name: wording.Name) -> str:
+    """Return why a decision is as it is, in words."""
+    if entry.why is None:
+        return wording.victims(entry.runners, name)
+    if isinstance(entry.why, Refusal):
+        return str(error_of(entry.why, name))
+    return wording.decision_reason(entry.why, name)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import PurePath
 from typing import assert_never
 
@@ -51,14 +51,22 @@ from fsm.messages.events import (
     Unpin,
     Unresponsive,
 )
+from fsm.messages.reasons import KeptReason
 from fsm.messages.refusals import Cancelled, InvalidModel, ModelNotFound
-from fsm.planning.explanations import NOBODY_GOES
 from fsm.sizing.footprint import Footprint
 from fsm.state.core_config import Limits
 from scheduler.errors.formatting import format_bytes, format_duration
-from scheduler.errors.from_refusals import error_of, renamed
+from scheduler.errors.from_refusals import decision_words, error_of
+from scheduler.errors.wording import (
+    device_reason,
+    failure_reason,
+    kept_reason,
+    revoke_reason,
+    transition_reason,
+    wait_reason,
+)
 from scheduler.recording.replay import Begun, Moment
-from scheduler.recording.request_history import BEFORE, UNSEEN, Wait
+from scheduler.recording.request_history import BEFORE, GRANTED_BEFORE, UNSEEN, Wait
 from scheduler.recording.timeline import Timeline
 
 _BY_A_COMMAND = {"granted", "rejected", "queued", "waits", "launched"}  # decisions that are told otherwise
@@ -74,35 +82,16 @@ class Sentence:
     detail: bool = False  # says more of the one before
 
 
-class Shown:
-    """The models' names, as they may be shown: what is read from a file may hold anything."""
-
-    def __init__(self, names: Mapping[ModelId, str]) -> None:
-        self._names = names
-
-    def name(self, id: ModelId) -> str:
-        """Return the name that was recorded, else that of the file."""
-        return printable(self._names.get(id) or PurePath(id).name.removesuffix(".gguf") or "the program's own memory")
-
-    def named(self, text: str) -> str:
-        """Return the first line of a text, with names in place of identities."""
-        return next(iter(self.lines(text)), "")
-
-    def lines(self, text: str) -> list[str]:
-        """Return the lines of a text, with names in place of identities."""
-        return [printable(line.strip()) for line in renamed(text, self._names).splitlines() if line.strip()]
-
-
 class Story:
     """Tells the moments of one replay, in order, and keeps what a summary and a timeline show."""
 
     def __init__(self, names: Mapping[ModelId, str]) -> None:
-        self.shown = Shown(names)
+        self._names = names
         self.begin: float | None = None  # the scheduler's time that counts as 0
         self.end = 0.0  # the last moment, in the scheduler's time
         self.waits: dict[RequestId, Wait] = {}
         self.loads = self.evictions = 0
-        self.timeline = Timeline(0.0, self.shown.name)
+        self.timeline = Timeline(0.0, self.name)
         self._core = Core()
         self._limits = Limits()  # as they were last told
         self._devices: dict[DeviceId, int] = {}  # capacities, as they were last told
@@ -121,14 +110,14 @@ class Story:
         for entry in moment.entries:
             match entry:
                 case Transition():
-                    self.timeline.add(entry)
+                    self.timeline.add(entry.at, entry.runner, entry.model, entry.destination)
                     self._states[entry.runner], self._models[entry.runner] = entry.destination, entry.model
                     yield from self._transition(entry, moment)
                 case Decision() if entry.what not in _BY_A_COMMAND:
-                    yield self._say(f"{self.shown.name(entry.model)} {entry.what}: {self.shown.named(entry.reason)}")
+                    yield self._say(f"{self.name(entry.model)} {entry.what}: {decision_words(entry, self.name)}")
                     yield from self._considered(entry)
                 case Decision(what="launched"):
-                    yield self._say(f"{self.shown.name(entry.model)} is started {self.shown.named(entry.reason)}")
+                    yield self._say(f"{self.name(entry.model)} is started {decision_words(entry, self.name)}")
                 case _:
                     pass
         self.evictions += len({id for entry in moment.entries for id in _given_up(entry)})
@@ -140,11 +129,15 @@ class Story:
         yield from self._waiting(reasons)
         for considered in moment.considered:
             if considered.failure:
-                yield self._say(f"the eviction policy raised {printable(considered.failure)}: it is passed over")
+                yield self._say(f"the eviction policy raised {considered.failure}: it is passed over")
         if moment.raised:
-            yield self._say(f"the decision failed, and the scheduler stopped: {printable(moment.raised)}")
+            yield self._say(f"the decision failed, and the scheduler stopped: {moment.raised}")
         if moment.entries or isinstance(moment.event, Sampled):
             self._note_memory()
+
+    def name(self, id: ModelId) -> str:
+        """Return the name that was recorded of a model, else that of its file."""
+        return printable(self._names.get(id) or PurePath(id).name.removesuffix(".gguf") or "the program's own memory")
 
     def finish(self) -> None:
         """Take in that the recording is over: whoever waits has waited until here."""
@@ -160,12 +153,13 @@ class Story:
     def _now(self, at: float) -> None:
         if self.begin is None and math.isfinite(at):
             self.begin = at
-            self.timeline = Timeline(at, self.shown.name)
+            self.timeline = Timeline(at, self.name)
         self.end = max(self.end, at)
         self._at_s = at - (self.begin or 0.0)
 
     def _say(self, text: str, *, detail: bool = False) -> Sentence:
-        return Sentence(self._at_s, self._line, text, detail)
+        """Return the first line of a text as it may be shown: what is read from a file may hold anything."""
+        return Sentence(self._at_s, self._line, next(iter(lines_of(text)), ""), detail)
 
     def _begun(self, begun: Begun) -> Iterator[Sentence]:
         """A core was restored: what has changed since the one before, while nothing was recorded, is taken over."""
@@ -177,13 +171,13 @@ class Story:
         if header.missing:
             yield self._say(f"{header.missing} steps are missing here: they were not recorded")
         if self._states or pool.runners:
-            living = {id: (runner.model, runner.state, len(runner.leases)) for id, runner in pool.runners.items()}
+            living = {id: (runner.model, runner.state) for id, runner in pool.runners.items()}
             for id, before in list(self._states.items()):
                 if id not in living and before is not UNLOADED:
-                    self._take_over(id, self._models[id], UNLOADED, 0)
-            for id, (model, state, leases) in living.items():
+                    self._take_over(id, self._models[id], UNLOADED)
+            for id, (model, state) in living.items():
                 if self._states.get(id) is not state:
-                    self._take_over(id, model, state, leases)
+                    self._take_over(id, model, state)
         for wait in self.waits.values():
             if wait.request not in pool.requests:
                 wait.answer, wait.holds = wait.answer or UNSEEN, False
@@ -194,18 +188,16 @@ class Story:
             yield self._say(f"it begins with {names or 'no runner'} and {pool.queued} waiting")
         yield from self._waiting({})
 
-    def _take_over(self, id: RunnerId, model: ModelId, state: RunnerState, leases: int) -> None:
-        before = self._states.get(id)
+    def _take_over(self, id: RunnerId, model: ModelId, state: RunnerState) -> None:
         self._states[id], self._models[id] = state, model
-        now = self._core.pool.now
-        self.timeline.add(Transition(now, id, model, "", before, state, "it was so when recording began", leases))
+        self.timeline.add(self._core.pool.now, id, model, state)
 
     def _take_over_request(self, request: Request) -> None:
         asked_at_s = request.queued_at - (self.begin or 0.0)
-        new = Wait(request.id, self.shown.name(request.want.model), asked_at_s, request.want.purpose.value)
+        new = Wait(request.id, self.name(request.want.model), asked_at_s, request.want.purpose.value)
         wait = self.waits.setdefault(request.id, new)
         if request.state is not RequestState.queued:
-            wait.answer, wait.holds = wait.answer or "granted before", True
+            wait.answer, wait.holds = wait.answer or GRANTED_BEFORE, True
         elif not wait.reasons:
             wait.waits_for(BEFORE, asked_at_s)
 
@@ -221,11 +213,11 @@ class Story:
                     wait.holds = False
                     yield self._say(f"{_number(request)} {what} {wait.model}")
             case Expire(wanted):
-                yield self._say(f"{self.shown.name(wanted)} is asked to leave")
+                yield self._say(f"{self.name(wanted)} is asked to leave")
             case Pin(model):
-                yield self._say(f"{self.shown.name(model)} is pinned")
+                yield self._say(f"{self.name(model)} is pinned")
             case Unpin(model):
-                yield self._say(f"{self.shown.name(model)} is no longer pinned")
+                yield self._say(f"{self.name(model)} is no longer pinned")
             case Configure():
                 before, self._limits = self._limits, self._core.pool.limits
                 changed = [name for name in event.__slots__ if getattr(before, name) != getattr(self._limits, name)]
@@ -234,7 +226,7 @@ class Story:
                     yield self._say(f"limits change: {', '.join(changes)}")
             case Inspected(model, outcome):
                 if isinstance(outcome, ModelNotFound | InvalidModel):
-                    yield self._say(f"{self.shown.name(model)} cannot be read")
+                    yield self._say(f"{self.name(model)} cannot be read")
             case Sampled(devices):
                 yield from self._sampled(devices)
             case Contended():
@@ -255,9 +247,9 @@ class Story:
             case OutOfMemory(runner):
                 yield self._say(f"{self._runner(runner)} ran out of memory")
             case Unresponsive(runner, reason):
-                yield self._say(f"{self._runner(runner)} does not answer: {self.shown.named(reason)}")
+                yield self._say(f"{self._runner(runner)} does not answer: {failure_reason(reason)}")
             case Exited(runner, code, reason, out_of_memory):
-                why = self.shown.lines(reason) or ["never started" if code is None else f"with status {code}"]
+                why = lines_of(reason) or ["never started" if code is None else f"with status {code}"]
                 lack = ", for lack of memory" if out_of_memory else ""
                 yield self._say(f"the process of {self._runner(runner)} is gone: {why[0]}{lack}")
                 for last_words in why[1:]:
@@ -265,7 +257,7 @@ class Story:
 
     def _asked(self, event: Acquire) -> Iterator[Sentence]:
         want = event.want
-        name = self.shown.name(want.model)
+        name = self.name(want.model)
         if event.request in self.waits:
             return  # a duplicate: the core ignores it
         self.waits[event.request] = Wait(event.request, name, self._at_s, want.purpose.value)
@@ -287,16 +279,16 @@ class Story:
         if now != self._devices:
             self._devices = now
             texts = [f"{one.id} {format_bytes(one.capacity_bytes)}" for one in devices]
-            yield self._say(printable(f"memory there is: {', '.join(texts) or 'none'}"))
+            yield self._say(f"memory there is: {', '.join(texts) or 'none'}")
 
     # -- what was decided ---------------------------------------------------------------------------------------------
 
     def _transition(self, entry: Transition, moment: Moment) -> Iterator[Sentence]:
-        name, reason = self._runner(entry.runner), self.shown.named(entry.reason)
+        name, reason = self._runner(entry.runner), transition_reason(entry.why, self.name)
         if entry.source is None:
             self.loads += 1
             launch = next(one for one in moment.commands if isinstance(one, Launch) and one.runner == entry.runner)
-            layers = "".join(f", {count} layers on {printable(gpu)}" for gpu, count in launch.placement.gpu_layers)
+            layers = "".join(f", {count} layers on {gpu}" for gpu, count in launch.placement.gpu_layers)
             info = self._core.pool.models[entry.model].info
             declared = "as declared" if isinstance(info, Footprint) and info.fixed else "as predicted"
             known = "as measured before" if launch.placement.measured else declared
@@ -306,9 +298,10 @@ class Story:
 
     def _considered(self, entry: Decision) -> Iterator[Sentence]:
         """Say which runners might have gone, and on which devices it might have gone, with why they were not taken."""
-        runners = [one for one in entry.runners if one.reason != NOBODY_GOES]
-        texts = [f"{self._with_figures(one)}: {one.reason or 'goes'}" for one in runners]
-        texts += [f"not on {printable(one.device)}: {one.reason}" for one in entry.devices if one.reason]
+        runners = [one for one in entry.runners if one.why is not KeptReason.not_needed]
+        texts = [f"{self._with_figures(one)}: {kept_reason(one) or 'goes'}" for one in runners]
+        devices = [one for one in entry.devices if not one.taken]
+        texts += [f"not on {one.device}: {device_reason(one, entry.devices)}" for one in devices]
         if texts:
             yield self._say("; ".join(texts), detail=True)
 
@@ -329,17 +322,19 @@ class Story:
                 wait = self._answer(request, "cancelled")
                 yield self._say(f"{_number(request)} leaves{_waited(wait)}")
             case Reject(request, refusal):
-                error = str(error_of(refusal, self.shown))
+                if isinstance(refusal, InvalidModel | ModelNotFound):
+                    refusal = replace(refusal, path=self.name(ModelId(refusal.path)))
                 wait = self._answer(request, type(refusal).__name__)
-                yield self._say(f"{_number(request)} is refused: {self.shown.named(error)}{_waited(wait)}")
+                error = next(iter(lines_of(str(error_of(refusal, self.name)))), "")
+                yield self._say(f"{_number(request)} is refused: {error}{_waited(wait)}")
             case Revoke(request, reason):
                 if (wait := self._answer(request, "lost")) is not None:
                     wait.holds = False
-                yield self._say(f"{_number(request)} loses its lease: {self.shown.named(reason)}")
+                yield self._say(f"{_number(request)} loses its lease: {revoke_reason(reason)}")
             case Ask(runner, requests):
                 yield self._say(f"others wait for the memory of {self._runner(runner)}; its {len(requests)} are told")
             case Claim(_, devices):
-                yield self._say(f"{printable(', '.join(devices))} is to be claimed among the programs on the machine")
+                yield self._say(f"{', '.join(devices)} is to be claimed among the programs on the machine")
             case Finish():
                 yield self._say("everything is unloaded")
             case Inspect() | Launch() | Stop() | Sample() | Unclaim() | Prefetch() | Remember():
@@ -349,7 +344,7 @@ class Story:
 
     def _waiting(self, reasons: Mapping[RequestId | None, Decision]) -> Iterator[Sentence]:
         for line in self._core.pool.lines.values():
-            reason = self.shown.named(line.waits_for)
+            reason = printable(wait_reason(line.waits_for, self.name))
             news = [id for id in line.requests if id in self.waits and self.waits[id].waits_for(reason, self._at_s)]
             if news:
                 verb = "waits" if len(news) == 1 else "wait"
@@ -370,12 +365,17 @@ class Story:
         self.timeline.add_memory(self.end, ledger.held_bytes(HOST), resident)
 
     def _runner(self, id: RunnerId) -> str:
-        return f"runner {id}" + (f" of {self.shown.name(self._models[id])}" if id in self._models else "")
+        return f"runner {id}" + (f" of {self.name(self._models[id])}" if id in self._models else "")
 
 
 def printable(text: str) -> str:
     """Return a text that does to a terminal nothing but show itself."""
     return "".join(one if one.isprintable() else "\N{REPLACEMENT CHARACTER}" for one in text)
+
+
+def lines_of(text: str) -> list[str]:
+    """Return the lines of a text as they may be shown."""
+    return [printable(line.strip()) for line in text.splitlines() if line.strip()]
 
 
 def _number(request: RequestId) -> str:
@@ -401,7 +401,7 @@ def _given_up(entry: Entry) -> list[RunnerId]:
 
 
 def _amounts(amounts: Amounts) -> str:
-    return printable(" and ".join(f"{format_bytes(size)} of {device}" for device, size in amounts) or "nothing")
+    return " and ".join(f"{format_bytes(size)} of {device}" for device, size in amounts) or "nothing"
 
 
 def _prefixed(before: str, amounts: Amounts) -> str:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from fsm.machine.request import RequestId
 
 BEFORE = "what is not in this file"
+GRANTED_BEFORE = "granted before"
 UNSEEN = "answered while nothing was recorded"
 
 

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 from fsm.domain.devices import MIB
 from fsm.machine.request import ModelId
 from fsm.machine.runner import EXPIRING, IDLE, LOADING, READY, UNLOADED, RunnerId, RunnerState
-from fsm.messages.decision_log import Transition
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -52,21 +51,24 @@ class MemoryPoint:
 
 
 class Timeline:
-    """Collects transitions, in order, and shows them; `begin` is the scheduler's time that counts as 0.
+    """Collects when each runner came to which state, in order, and shows it.
 
-    `name` gives the name to show for a model's identity. Not for several threads at once.
+    `begin` is the scheduler's time that counts as 0; `name` gives the name to show for a model's identity. Not for
+    several threads at once.
     """
 
     def __init__(self, begin: float, name: Callable[[ModelId], str] = str) -> None:
         self._begin = begin
         self._name = name
-        self._changes: dict[RunnerId, list[Transition]] = {}  # in the order in which the runners were started
+        self._models: dict[RunnerId, ModelId] = {}  # in the order in which the runners were started
+        self._changes: dict[RunnerId, list[tuple[float, RunnerState]]] = {}  # when it came to which state
         self._memory: list[MemoryPoint] = []
         self._marks: list[tuple[float, str]] = []
 
-    def add(self, entry: Transition) -> None:
-        """Take in what a runner did."""
-        self._changes.setdefault(entry.runner, []).append(entry)
+    def add(self, at: float, runner: RunnerId, model: ModelId, state: RunnerState) -> None:
+        """Take in that a runner came to a state at `at`, in the scheduler's time."""
+        self._models[runner] = model
+        self._changes.setdefault(runner, []).append((at, state))
 
     def add_memory(self, at: float, held_bytes: int, resident_bytes: int) -> None:
         """Take in what all runners took at `at`, in the scheduler's time."""
@@ -89,14 +91,14 @@ class Timeline:
         return tuple(
             Span(
                 runner,
-                self._name(change.model),
-                change.destination,
-                change.at - self._begin,
-                max(change.at, following.at if following is not None else now) - self._begin,
+                self._name(self._models[runner]),
+                state,
+                at - self._begin,
+                max(at, until) - self._begin,
             )
             for runner, changes in self._changes.items()
-            for change, following in zip(changes, [*changes[1:], None], strict=True)
-            if change.destination is not UNLOADED
+            for (at, state), (until, _) in zip(changes, [*changes[1:], (now, UNLOADED)], strict=True)
+            if state is not UNLOADED
         )
 
     def draw(
@@ -110,7 +112,7 @@ class Timeline:
         import matplotlib
 
         spans = self.spans(now)
-        lines = [f"{self._name(changes[0].model)} · {runner}" for runner, changes in self._changes.items()]
+        lines = [f"{self._name(model)} · {runner}" for runner, model in self._models.items()]
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "loadmaster", "font.size": 9.0}):
             figure, rows, memory = _canvas(len(lines) + bool(self._marks), bool(self._memory))

@@ -7,13 +7,67 @@ import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from queue import Empty, SimpleQueue
+from typing import Any, assert_never
 from weakref import ReferenceType, ref
 
+from fsm.messages import decision_log
 from fsm.messages.decision_log import Entry
 from scheduler.config.quantities import parse_duration, wait_limit
 from scheduler.errors.exceptions import SchedulerForked
+from scheduler.errors.from_refusals import decision_words
+from scheduler.errors.wording import Name, device_reason, kept_reason, transition_reason
+
+
+@dataclass(frozen=True, slots=True)
+class ConsideredRunner(decision_log.ConsideredRunner):
+    """A runner that might make room, and why it does not."""
+
+    reason: str = ""  # why it is not given up, in words; empty where it is
+
+
+@dataclass(frozen=True, slots=True)
+class ConsideredDevice(decision_log.ConsideredDevice):
+    """A device that a model might go on, and why it does not."""
+
+    reason: str = ""  # why it does not go there, in words; empty where it does
+
+
+@dataclass(frozen=True, slots=True)
+class Transition(decision_log.Transition):
+    """A runner changed its state."""
+
+    reason: str = ""  # `why` in words, with the models' names
+
+
+@dataclass(frozen=True, slots=True)
+class Decision(decision_log.Decision):
+    """Something was decided about a request, or found out about a runner."""
+
+    runners: tuple[ConsideredRunner, ...] = ()
+    devices: tuple[ConsideredDevice, ...] = ()
+    reason: str = ""  # `why` in words, with the models' names
+
+
+def event_of(entry: Entry, name: Name) -> Transition | Decision:
+    """Return an entry of the core's journal as it is handed out: with its reasons in words beside."""
+    match entry:
+        case decision_log.Transition():
+            return Transition(**_values(entry), reason=transition_reason(entry.why, name))
+        case decision_log.Decision():
+            runners = tuple(ConsideredRunner(**_values(one), reason=kept_reason(one)) for one in entry.runners)
+            devices = tuple(
+                ConsideredDevice(**_values(one), reason=device_reason(one, entry.devices)) for one in entry.devices
+            )
+            values = _values(entry) | {"runners": runners, "devices": devices}
+            return Decision(**values, reason=decision_words(entry, name))
+        case _:
+            assert_never(entry)
+
+
+def _values(entry: object) -> dict[str, Any]:
+    return {each.name: getattr(entry, each.name) for each in fields(entry)}  # type: ignore[arg-type]  # a dataclass
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,15 +77,16 @@ class Gap:
     missed: int
 
 
-class EventStream(Iterator[Entry | Gap]):
+class EventStream(Iterator[Transition | Decision | Gap]):
     """Entries in order, each once; blocks for the next one, and ends when the scheduler has closed.
 
     Keeps at most `limit` entries: then the oldest are dropped and a `Gap` takes their place. In a fork of the process
     that made it, it raises `SchedulerForked`: nothing is offered there.
     """
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int, name: Name) -> None:
         self._limit = limit
+        self._name = name
         self._owner = os.getpid()
         self._entries: deque[tuple[int, Entry]] = deque()  # numbered: where numbers are missing, entries were dropped
         self._offered = 0  # in all; written by the one who offers, under the driver's lock
@@ -56,14 +111,14 @@ class EventStream(Iterator[Entry | Gap]):
         self.ended = True
         self._there.put(None)
 
-    def take(self, timeout_s: str | float | None = None) -> Entry | Gap | None:
+    def take(self, timeout_s: str | float | None = None) -> Transition | Decision | Gap | None:
         """Return the next one, None when none comes in time or the stream has ended."""
         wait_s = None if timeout_s is None else wait_limit(parse_duration(timeout_s, name="timeout_s"))
         while True:
             if os.getpid() != self._owner:
                 raise SchedulerForked()
             if (found := self._take_next()) is not None:
-                return found
+                return found if isinstance(found, Gap) else event_of(found, self._name)
             if self.ended:
                 return None
             try:
@@ -93,7 +148,7 @@ class EventStream(Iterator[Entry | Gap]):
     def __iter__(self) -> EventStream:
         return self
 
-    def __next__(self) -> Entry | Gap:
+    def __next__(self) -> Transition | Decision | Gap:
         while (entry := self.take()) is None:
             if self.ended:
                 raise StopIteration
@@ -103,14 +158,15 @@ class EventStream(Iterator[Entry | Gap]):
 class Hub:
     """Hands the journal to those who listen."""
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int, name: Name) -> None:
         self._limit = limit
+        self._name = name
         self._streams: tuple[ReferenceType[EventStream], ...] = ()  # replaced, never changed; one forgotten is gone
         self._closed = False
 
     def open(self) -> EventStream:
         """Add a listener; called between two steps, so that nothing is missed or heard twice."""
-        stream = EventStream(self._limit)
+        stream = EventStream(self._limit, self._name)
         self._streams = (*self._streams, ref(stream))
         if self._closed:
             stream.close()

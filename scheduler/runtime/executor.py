@@ -11,6 +11,7 @@ from fsm.machine.runner import RunnerId
 from fsm.messages import refusals
 from fsm.messages.commands import Claim, Inspect, Launch, Prefetch, Remember, Sample, Stop, Unclaim
 from fsm.messages.events import Claimed, Contended, Event, Filled, Inspected, Progress, Unresponsive
+from fsm.messages.reasons import NoAnswer
 from fsm.sizing.load_history import NOTHING, Remembered
 from scheduler.concurrency.thread_pool import Workers
 from scheduler.config.settings import Settings
@@ -112,7 +113,7 @@ class Executor:
         try:
             if life.process is not None and not life.process.healthy(timeout_s) and not life.over:
                 life.lease_ended = False  # nor would it answer a look
-                self._post(Unresponsive(life.runner, f"it did not answer within {timeout_s:g} s"))
+                self._post(Unresponsive(life.runner, NoAnswer(timeout_s)))
         finally:
             life.probed = False
 

@@ -19,7 +19,6 @@ from scheduler.config.value_parsers import LARGEST_NUMBER
 from scheduler.engines.interface import Engine
 from scheduler.engines.python import PythonModel
 from scheduler.errors.exceptions import InvalidSettings, ModelNotFound, UnsupportedOption
-from scheduler.errors.from_refusals import renamed
 from scheduler.models.catalog import Catalog, is_like_a_path, is_path
 from scheduler.models.model_spec import Files, ModelSpec
 
@@ -132,10 +131,6 @@ class Registry:
         """Return the name to show for an identity; the identity itself where it is not known, nor was of late."""
         model = self._models.get(id)
         return model.name if model is not None else self._past.get(id, id) or "the program's own memory"
-
-    def named(self, text: str) -> str:
-        """Return a text of the core's with names in place of identities."""
-        return renamed(text, {model.id: model.name for model in self._models.copy().values()})
 
     def keep(self, model: ModelSpec | PythonModel) -> None:
         """Know a model, until it is forgotten."""

@@ -31,7 +31,19 @@ class Ticket:
     The one who waits blocks on `gate`; a lock is the cheapest thing that can be waited for, and Ctrl-C interrupts it.
     """
 
-    __slots__ = ("answered", "callbacks", "error", "gate", "id", "life", "lost", "model", "model_id", "wanted")
+    __slots__ = (
+        "answered",
+        "callbacks",
+        "closed",
+        "error",
+        "gate",
+        "id",
+        "life",
+        "lost",
+        "model",
+        "model_id",
+        "wanted",
+    )
 
     def __init__(self, id: RequestId, model_id: ModelId, model: str) -> None:
         self.id = id
@@ -43,6 +55,7 @@ class Ticket:
         self.life: Life | None = None  # the runner; None: not granted, or granted without one
         self.error: BaseException | None = None  # the refusal
         self.lost: str = ""  # why the runner is gone
+        self.closed = False  # it is gone with the scheduler; set before `lost` is
         self.wanted = False  # others wait for the runner's memory
         self.callbacks: tuple[tuple[str, Callback], ...] = ()  # ("lost" or "wanted", what to call)
 

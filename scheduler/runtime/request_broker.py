@@ -28,6 +28,7 @@ from fsm.messages.commands import (
 )
 from fsm.messages.decision_log import Entry
 from fsm.messages.events import Acquire, Cancel, Event, Release, Unresponsive
+from fsm.messages.reasons import NoAnswer
 from fsm.messages.refusals import QueueFull
 from scheduler.concurrency.clock import monotonic_clock
 from scheduler.concurrency.latch import Gate
@@ -41,6 +42,7 @@ from scheduler.errors.exceptions import (
     SchedulerForked,
 )
 from scheduler.errors.from_refusals import error_of
+from scheduler.errors.wording import revoke_reason
 from scheduler.runtime.driver import Driver, Value
 from scheduler.runtime.event_stream import Hub
 from scheduler.runtime.executor import Executor
@@ -177,7 +179,7 @@ class Desk:
         if not life.over and life.process.healthy(self._probe_timeout_s):
             return
         if not life.over:
-            self.post(Unresponsive(life.runner, "its connections broke, and it answers no probe"))
+            self.post(Unresponsive(life.runner, NoAnswer(self._probe_timeout_s, disconnected=True)))
         self.read(lambda core: None)  # after that: the lease is lost
 
     def _notify(self, ticket: Ticket, what: str) -> None:
@@ -198,14 +200,15 @@ class Desk:
                 self.executor.perform(command)
             case Reject(request, refusal):
                 if request in self.tickets:
-                    error = error_of(refusal, self._registry)  # first: if it raises, `answer_all` finds the ticket
+                    error = error_of(refusal, self._registry.name)  # first: if it raises, `answer_all` finds the ticket
                     if (ticket := self.tickets.pop(request, None)) is not None:
                         ticket.answer(None, error)
                         if isinstance(refusal, QueueFull):  # the core never heard of it
                             self._forget(ticket.model_id)
             case Revoke(request, reason):
                 if (ticket := self.tickets.pop(request, None)) is not None:
-                    ticket.lost = reason
+                    ticket.closed = reason is None
+                    ticket.lost = revoke_reason(reason)
                     self._notify(ticket, "lost")
             case Ask(_, requests):
                 for id in requests:
@@ -269,7 +272,7 @@ class Desk:
             except KeyError:
                 return
             if ticket.answered:
-                ticket.lost = str(error())
+                ticket.closed, ticket.lost = True, str(error())
             else:
                 ticket.answer(None, error())  # one each: a traceback is added to it where it is raised
 

@@ -27,7 +27,6 @@ class Life:
         self.endpoint: Endpoint | None = None  # set before Loaded is posted, where the runner is a server
         self.value: object = None  # the object itself, where the runner is one
         self.process: Process | None = None  # set when the launch has begun
-        self.lost = ""  # why it is gone
         self.launch = launch
         self.identity: Identity | None = None  # of the files that were inspected for it
         self._engine = engine
@@ -101,7 +100,6 @@ class Life:
                 return
             self.over = True
         detail = without_addresses(detail)  # last words may tell where it listened, and whoever is told may record it
-        self.lost = detail or f"its process exited with {code}"
         self.value = None  # else it would stay in memory that is accounted as free
         self._post(Exited(self.runner, code, detail, out_of_memory))
         if self._client is not None:

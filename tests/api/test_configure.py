@@ -17,6 +17,7 @@ import pytest
 
 from fsm.domain.model_info import Options
 from fsm.messages.decision_log import Transition
+from fsm.messages.reasons import WaitFor
 from fsm.state.core_config import Limits
 from scheduler import (
     InvalidSettings,
@@ -103,7 +104,7 @@ def test_a_lower_number_of_runners_holds_for_idle_ones_at_once(scheduler: Schedu
         assert states(scheduler) == {"b": "idle"}
         scheduler.close()
         reasons = [entry.reason for entry in events if isinstance(entry, Transition) and entry.trigger == "expire"]
-    assert reasons[0] == "no more than 1 runners may be alive"
+    assert reasons[0] == "no more than 1 runner may be alive"
 
 
 def test_a_shorter_queue_refuses_who_comes_next(scheduler: Scheduler) -> None:
@@ -322,7 +323,7 @@ def test_who_needs_the_memory_of_what_was_stopped_waits_for_as_long_as_it_may_ta
     pool = a_pool(capacity="5GiB", sizes={"a": "3GiB", "b": "4GiB"}, stop_timeout_s=stop_timeout_s).idle("a")
     pool.feed(expire("a"), acquire("b", request=9))
     pool.advance(late)
-    assert pool.waits_for(9) == "memory that is on its way back"
+    assert pool.waits_for(9) == WaitFor.memory
     assert launched(pool.feed(exited(pool.runner("a"))))
 
 

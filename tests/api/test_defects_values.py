@@ -226,7 +226,7 @@ def test_a_number_beyond_all_clocks_is_no_duration(scheduler: Scheduler, number:
         lambda: scheduler.acquire(a_model(), timeout=number),
         lambda: scheduler.reserve("cpu", 1, timeout=number),
         lambda: scheduler.close(number),
-        lambda: EventStream(1).take(number),
+        lambda: EventStream(1, str).take(number),
     ]
     for wait in waits:
         with pytest.raises(InvalidSettings):

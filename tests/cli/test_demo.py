@@ -16,6 +16,7 @@ import pytest
 from fsm.machine.request import ModelId, RequestId
 from fsm.machine.runner import EXPIRING, IDLE, LOADING, READY, UNLOADED, RunnerId, RunnerState
 from fsm.messages.decision_log import Decision, Transition
+from fsm.messages.reasons import NeededFor, RunnerReason, TransitionReason, Waited
 from scheduler.cli.demo.clients import likeness, trimmed
 from scheduler.cli.demo.models import MOST_MODELS, DemoError, Player, make_cast, players_in
 from scheduler.cli.demo.report import (
@@ -35,6 +36,7 @@ from tests.support.tiny_models import write_tiny_model
 
 MIB = 1024 * 1024
 MODEL = ModelId("/models/chat.gguf")
+FOR_ANOTHER = NeededFor(ModelId("/models/b.gguf"))
 PLENTY = 1 << 40
 
 
@@ -47,18 +49,18 @@ def change(
     at: float,
     source: RunnerState | None,
     destination: RunnerState,
-    reason: str = "",
+    why: TransitionReason = RunnerReason.granted,
     *,
     runner: int = 1,
     leases: int = 0,
 ) -> Transition:
     """A transition of a runner of the model `chat`."""
-    return Transition(at, RunnerId(runner), MODEL, "", source, destination, reason, leases)
+    return Transition(at, RunnerId(runner), MODEL, "", source, destination, why, leases)
 
 
 def granted(at: float, request: int, *, runner: int = 1) -> Decision:
     """A lease."""
-    return Decision(at, "granted", MODEL, "", RequestId(request), RunnerId(runner))
+    return Decision(at, "granted", MODEL, Waited(0.0), RequestId(request), RunnerId(runner))
 
 
 def seen(*entries: Transition | Decision) -> dict[Feature, float]:
@@ -177,24 +179,25 @@ def test_an_idle_runner_that_serves_was_kept() -> None:
 
 def test_an_idle_runner_that_leaves_for_another_is_an_eviction() -> None:
     """The reason tells it from an expiry."""
-    assert seen(change(3.0, IDLE, EXPIRING, "/models/b.gguf needs its memory")) == {Feature.eviction: 3.0}
+    assert seen(change(3.0, IDLE, EXPIRING, FOR_ANOTHER)) == {Feature.eviction: 3.0}
 
 
 def test_a_keep_alive_that_is_over_is_an_expiry() -> None:
     """The reason tells it from an eviction."""
-    assert seen(change(3.0, IDLE, EXPIRING, "its keep-alive is over")) == {Feature.expiry: 3.0}
+    assert seen(change(3.0, IDLE, EXPIRING, RunnerReason.keep_alive_over)) == {Feature.expiry: 3.0}
 
 
 def test_a_busy_runner_that_leaves_is_a_drain_once_it_has_left() -> None:
     """It is seen when it begins, but only counts if it ends."""
-    begins = change(3.0, READY, EXPIRING, "/models/b.gguf needs its memory", leases=1)
+    begins = change(3.0, READY, EXPIRING, FOR_ANOTHER, leases=1)
     assert seen(begins) == {}
     assert seen(begins, change(5.0, EXPIRING, UNLOADED)) == {Feature.drain: 3.0}
 
 
 def test_a_runner_that_is_stopped_at_the_end_is_neither() -> None:
-    """Closing is no feature."""
-    assert seen(change(3.0, IDLE, EXPIRING, "the scheduler closes"), change(4.0, EXPIRING, UNLOADED)) == {}
+    """Closing is no feature, nor is a load that makes place for another."""
+    for why in (RunnerReason.closing, NeededFor(ModelId("/models/b.gguf"), load_slot=True)):
+        assert seen(change(3.0, IDLE, EXPIRING, why), change(4.0, EXPIRING, UNLOADED)) == {}
 
 
 def test_only_the_first_time_counts() -> None:
@@ -232,7 +235,7 @@ def test_the_summary_counts_loads_and_evictions() -> None:
     record = a_record(
         change(100.0, None, LOADING),
         change(101.0, LOADING, READY),
-        change(102.0, READY, EXPIRING, "/models/b.gguf needs its memory", leases=1),
+        change(102.0, READY, EXPIRING, FOR_ANOTHER, leases=1),
     )
     lines = summary(record, 110.0, [], complete=True)
     assert "  loads       1" in lines
@@ -295,11 +298,6 @@ def test_percentiles_lie_between_the_extremes() -> None:
 def test_waits_are_given_in_fitting_units(wait_s: float, text: str) -> None:
     """From microseconds up."""
     assert wait_text(wait_s) == text
-
-
-def test_reasons_are_told_with_names() -> None:
-    """The scheduler speaks of identities, the reader knows names."""
-    assert a_record().in_names("/models/chat.gguf needs its memory") == "chat needs its memory"
 
 
 def test_answers_are_shown_without_what_a_terminal_would_obey() -> None:

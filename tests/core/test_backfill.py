@@ -9,6 +9,7 @@ import pytest
 from fsm.domain.devices import MIB
 from fsm.machine.runner import RunnerState
 from fsm.messages.commands import Grant
+from fsm.messages.reasons import RunnerStep, WaitFor, WaitForRunners
 from fsm.sizing.footprint import Footprint
 from tests.support.models import a_model
 from tests.support.pool import (
@@ -35,7 +36,7 @@ def two_ahead() -> PoolUnderTest:
     pool.advance("10s")
     assert stopped(pool.feed(acquire("soon", request=11))) == [pool.runner("idle")]
     pool.feed(acquire("late", request=12))
-    assert pool.waits_for(12) == "busy to become idle"
+    assert pool.waits_for(12) == WaitForRunners(("busy",), RunnerStep.idle)
     return pool
 
 
@@ -43,7 +44,7 @@ def test_what_is_there_now_is_not_had_for_what_others_will_leave_later() -> None
     """2 GiB are free, and "late" leaves as much; but "soon" would wait until then for what a younger one took."""
     pool = two_ahead()
     assert launched(pool.feed(acquire("young", request=13))) == []
-    assert pool.waits_for(13) == "those before it"
+    assert pool.waits_for(13) == WaitFor.earlier_requests
     pool.settle()
     assert pool.state("soon") is RunnerState.loading
 
@@ -69,7 +70,7 @@ def test_a_place_for_a_process_is_not_had_for_one_that_others_will_leave_later()
     pool.samples = False
     pool.feed(acquire("soon", request=11), acquire("late", request=12), acquire("young", request=13))
     pool.settle()
-    assert pool.waits_for(11) == "memory that is on its way back"  # the process has gone, and the GPU shows it later
+    assert pool.waits_for(11) == WaitFor.memory  # the process has gone, and the GPU shows it later
     assert launched(pool.commands).count("young") == 0
     pool.samples = True
     assert launched(pool.feed(pool.sample())) == ["soon"]
@@ -96,7 +97,7 @@ def test_nobody_idle_leaves_for_room_of_which_somebody_who_drains_still_has_the_
     pool.feed(expire("busy"))
     pool.advance("10s")
     assert stopped(pool.feed(acquire("all", request=11))) == []
-    assert pool.waits_for(11) == "busy to finish"
+    assert pool.waits_for(11) == WaitForRunners(("busy",), RunnerStep.drain)
     assert stopped(pool.feed(release(1))) == [pool.runner("busy"), pool.runner("idle")]
 
 
@@ -135,7 +136,7 @@ def test_what_the_next_runner_of_a_model_will_need_is_not_had_by_younger_ones() 
     pool.feed(acquire("other", request=4), release(1))
     pool.settle()
     pool.feed(loaded(pool.runner("a")))
-    assert (pool.waits_for(3), pool.waits_for(4)) == ("a to become idle", "those before it")
+    assert (pool.waits_for(3), pool.waits_for(4)) == (WaitForRunners(("a",), RunnerStep.idle), WaitFor.earlier_requests)
     pool.feed(release(2))
     pool.advance("10s")
     pool.settle()

@@ -11,6 +11,7 @@ from fsm.machine.runner import RunnerState
 from fsm.messages.commands import Claim, Command, Finish, Grant, Launch, Reject, Stop, Unclaim
 from fsm.messages.decision_log import Decision, Entry
 from fsm.messages.events import Claimed, Contended, Progress
+from fsm.messages.reasons import ClaimMissed, WaitFor
 from fsm.messages.refusals import DoesNotFit, TimedOut
 from tests.core.test_every_state_every_event import EVENTS
 from tests.support.models import a_model
@@ -196,9 +197,9 @@ def test_whoever_waits_is_told_that_another_program_loads() -> None:
     """Only where that is so: a claim that is had at once is not worth a word."""
     pool = claiming()
     waits(pool)
-    assert "program" not in pool.waits_for(1)
+    assert pool.waits_for(1) != WaitFor.other_program
     assert pool.feed(Contended(1)) == []
-    assert pool.waits_for(1) == "another program that loads a model"
+    assert pool.waits_for(1) == WaitFor.other_program
 
 
 def test_after_the_limit_it_goes_ahead_without_and_says_so() -> None:
@@ -210,11 +211,9 @@ def test_after_the_limit_it_goes_ahead_without_and_says_so() -> None:
     pool.feed(Contended(1))
     assert pool.advance("59.9s") == []
     assert pool.advance("0.1s") == [Unclaim(1), pool.launch(1, "a")]
-    failure = "cpu could not be had from the other programs that load models in 60 s"
-    assert pool.core.act.claim_failure == failure
-    assert [entry.reason for entry in journal if isinstance(entry, Decision) and entry.what == "launched"] == [
-        f"although {failure}"
-    ]
+    missed = ClaimMissed(("cpu",), 60.0)
+    assert pool.core.act.claim_failure == missed
+    assert [entry.why for entry in journal if isinstance(entry, Decision) and entry.what == "launched"] == [missed]
     assert pool.feed(loaded(1)) == [Grant(1, 1)]
 
 
@@ -225,7 +224,7 @@ def test_the_next_claim_that_is_had_ends_the_complaint() -> None:
     pool.advance("60s")
     pool.feed(acquire("b", request=2))
     had(pool, 2)
-    assert pool.core.act.claim_failure == ""
+    assert pool.core.act.claim_failure is None
 
 
 def test_a_plan_that_moves_to_other_devices_does_not_wait_anew() -> None:
@@ -274,7 +273,7 @@ def test_a_claim_whose_waiter_runs_out_of_time_is_given_up() -> None:
     assert commands[-1] == Unclaim(1)
     refusal = pool.refusal(1)
     assert isinstance(refusal, TimedOut)
-    assert refusal.waiting_for == "another program that loads a model"
+    assert refusal.waiting_for == WaitFor.other_program
 
 
 def test_a_claim_is_given_up_when_the_room_is_gone() -> None:

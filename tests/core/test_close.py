@@ -6,6 +6,7 @@ import math
 
 from fsm.machine.runner import RunnerState
 from fsm.messages.commands import Finish, Reject, Revoke, Stop
+from fsm.messages.reasons import ProcessExited
 from fsm.messages.refusals import Closed
 from tests.support.pool import (
     a_pool,
@@ -52,8 +53,7 @@ def test_s33_after_the_time_out_leases_are_broken() -> None:
     """S33: their holders are told, their runners stopped."""
     pool = a_pool().ready("a", lease=1).ready("a", lease=2)
     pool.feed(close("30s"))
-    gone = "the scheduler was closed"
-    assert pool.advance("30s") == [Revoke(1, gone), Revoke(2, gone), Stop(1)]
+    assert pool.advance("30s") == [Revoke(1, None), Revoke(2, None), Stop(1)]
     assert pool.feed(release(1)) == []
     assert pool.feed(exited(1)) == [Finish()]
 
@@ -143,5 +143,8 @@ def test_a_crash_during_the_close_does_not_keep_it_open() -> None:
     """Its leases are broken like at any other time."""
     pool = a_pool().ready("a", lease=1)
     pool.feed(close())
-    assert pool.feed(exited(1, code=-9, reason="killed")) == [Revoke(1, "killed"), Finish()]
+    assert pool.feed(exited(1, code=-9, reason="killed")) == [
+        Revoke(1, ProcessExited(-9, "killed", loaded=True)),
+        Finish(),
+    ]
     assert pool.state("a") is RunnerState.unloaded

@@ -10,6 +10,7 @@ from fsm.machine.runner import RunnerState
 from fsm.messages.commands import Ask, Grant, Stop
 from fsm.messages.decision_log import Entry, Transition
 from fsm.messages.events import Close, Configure
+from fsm.messages.reasons import RunnerLimit
 from fsm.messages.refusals import QueueFull
 from tests.support.pool import (
     PoolUnderTest,
@@ -165,13 +166,13 @@ def test_an_automatic_limit_that_falls_with_the_devices_stops_nobody() -> None:
 
 
 def test_why_a_runner_went_for_a_lower_limit_is_noted() -> None:
-    """The journal says so, in words."""
+    """The journal says so."""
     pool = idle("a", "b")
     pool.core.journal = list[Entry]()
     pool.feed(Configure(max_runners=1))
     (entry,) = pool.core.journal
     assert isinstance(entry, Transition)
-    assert (entry.runner, entry.trigger, entry.reason) == (1, "expire", "no more than 1 runners may be alive")
+    assert (entry.runner, entry.trigger, entry.why) == (1, "expire", RunnerLimit(1))
 
 
 # -- keep_alive -------------------------------------------------------------------------------------------------------

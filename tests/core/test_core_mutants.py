@@ -18,6 +18,15 @@ from fsm.machine.runner import Runner
 from fsm.messages.commands import Claim, Unclaim
 from fsm.messages.decision_log import Transition
 from fsm.messages.events import Contended
+from fsm.messages.reasons import (
+    ClaimMissed,
+    LoadStalled,
+    NoAnswer,
+    ProcessExited,
+    Queued,
+    RunnerReason,
+    TransitionReason,
+)
 from fsm.messages.refusals import LoadFailed, ModelNotFound
 from fsm.placement.search import Demand, Gpu, Offload, place
 from fsm.planning.eviction_candidates import may_go_at
@@ -196,24 +205,22 @@ def test_a_copy_is_like_the_original_in_every_field(original: Runner | Request) 
 
 
 def test_a_copy_of_a_core_has_its_policy_and_its_failures() -> None:
-    """What went wrong in words, and by what order runners go."""
-    core = Core(policy=KeepAliveOrder())
-    core.policy_failure, core.act.claim_failure, core.late = "ValueError()", "no lock", 3
+    """What went wrong, and by what order runners go."""
+    core, missed = Core(policy=KeepAliveOrder()), ClaimMissed((HOST,), 60.0)
+    core.policy_failure, core.act.claim_failure, core.late = "ValueError()", missed, 3
     copy = core.copy()
     assert copy.policy is core.policy and copy.pool.limits == core.pool.limits
-    assert (copy.policy_failure, copy.act.claim_failure, copy.late) == ("ValueError()", "no lock", 3)
+    assert (copy.policy_failure, copy.act.claim_failure, copy.late) == ("ValueError()", missed, 3)
 
 
-def test_failures_are_told_in_sentences() -> None:
-    """None at first; of a policy with what it raised."""
-    core = Core()
+def test_failures_are_told() -> None:
+    """None at first; of a policy what it raised."""
+    core, missed = Core(), ClaimMissed((HOST,), 60.0)
     assert core.failures() == ()
-    core.act.claim_failure = "no lock"
-    assert core.failures() == ("no lock",)
+    core.act.claim_failure = missed
+    assert core.failures() == (missed,)
     core.policy_failure = "ValueError()"
-    assert core.failures() == (
-        "the eviction policy raised ValueError(): the oldest runners go first instead", "no lock",
-    )  # fmt: skip
+    assert core.failures() == ("ValueError()", missed)
 
 
 def test_every_late_event_is_counted() -> None:
@@ -224,9 +231,9 @@ def test_every_late_event_is_counted() -> None:
     assert pool.core.late == late + 5
 
 
-def reasons(pool: PoolUnderTest) -> list[str]:
+def reasons(pool: PoolUnderTest) -> list[TransitionReason]:
     """Why runners moved, since the journal was begun."""
-    return [entry.reason for entry in pool.core.journal or () if isinstance(entry, Transition)]
+    return [entry.why for entry in pool.core.journal or () if isinstance(entry, Transition)]
 
 
 def told(pool: PoolUnderTest) -> PoolUnderTest:
@@ -238,13 +245,13 @@ def told(pool: PoolUnderTest) -> PoolUnderTest:
 @pytest.mark.parametrize(
     ("what", "reason"),
     [
-        ("keep-alive", "its keep-alive is over"),
-        ("close", "the scheduler closes"),
-        ("stall", "its load showed no progress"),
+        ("keep-alive", RunnerReason.keep_alive_over),
+        ("close", RunnerReason.closing),
+        ("stall", LoadStalled(300.0)),
     ],
 )
-def test_a_transition_tells_its_reason(what: str, reason: str) -> None:
-    """In the words that `events()` shows."""
+def test_a_transition_tells_its_reason(what: str, reason: TransitionReason) -> None:
+    """With the time that a load was given."""
     pool = told(a_pool().loading("a") if what == "stall" else a_pool().idle("a"))
     if what == "close":
         pool.feed(close(0))
@@ -258,7 +265,7 @@ def test_a_queued_request_is_told_with_its_model_and_its_place() -> None:
     pool = told(a_pool())
     pool.feed(acquire("a", request=7))
     entries = [entry for entry in pool.core.journal or () if getattr(entry, "what", "") == "queued"]
-    assert [(entry.model, entry.reason, entry.request) for entry in entries] == [("a", "1 waiting", 7)]
+    assert [(entry.model, entry.why, entry.request) for entry in entries] == [("a", Queued(1), 7)]
 
 
 def test_nothing_is_due_once_everything_has_gone() -> None:
@@ -303,11 +310,11 @@ def test_of_crashes_a_good_life_apart_each_is_the_first() -> None:
         pool.advance("60s")
         pool.feed(exited(runner, code=-9, reason=f"crash {runner}"))
         pool.ready("a", lease=runner + 1)
-    assert pool.core.pool.models["a"].failure == "crash 2"
+    assert pool.core.pool.models["a"].failure == ProcessExited(-9, "crash 2", loaded=True)
     pool.feed(exited(3, code=-9, reason="crash 3"))
     pool.feed(acquire("a", request=9))
     refusal = pool.answers[9].refusal
-    assert isinstance(refusal, LoadFailed) and (refusal.reason, refusal.retry_after_s) == ("crash 3", 20.0)
+    assert refusal == LoadFailed("a", ProcessExited(-9, "crash 3", loaded=True), 20.0)
 
 
 def test_a_reading_of_a_runner_that_is_gone_hides_no_others() -> None:
@@ -431,8 +438,7 @@ def test_the_journal_says_which_launch_went_ahead_without_its_devices() -> None:
     assert pool.core.late == late
     pool.advance("60s")
     entry = next(entry for entry in pool.core.journal or () if getattr(entry, "what", "") == "launched")
-    assert (entry.model, entry.request) == ("g", 7)
-    assert "cpu, gpu0 could not be had" in entry.reason
+    assert (entry.model, entry.request, entry.why) == ("g", 7, ClaimMissed((HOST, "gpu0"), 60.0))
 
 
 def test_a_second_crash_in_a_row_is_no_lack_of_memory() -> None:
@@ -443,7 +449,7 @@ def test_a_second_crash_in_a_row_is_no_lack_of_memory() -> None:
     pool.feed(acquire("a", request=3, num_thread=5), unresponsive(2))
     refusal = pool.refusal(3)
     assert isinstance(refusal, LoadFailed)
-    assert (refusal.reason, refusal.out_of_memory) == ("it answers no probe", False)
+    assert (refusal.reason, refusal.out_of_memory) == (NoAnswer(10.0), False)
 
 
 def test_a_load_that_hangs_is_told_with_its_reason() -> None:
@@ -451,4 +457,4 @@ def test_a_load_that_hangs_is_told_with_its_reason() -> None:
     pool = a_pool().loading("a", request=1)
     pool.feed(unresponsive(1))
     refusal = pool.refusal(1)
-    assert isinstance(refusal, LoadFailed) and refusal.reason == "it answers no probe"
+    assert isinstance(refusal, LoadFailed) and refusal.reason == NoAnswer(10.0)

@@ -6,14 +6,17 @@ import pytest
 
 from fsm.machine.runner import RunnerState
 from fsm.messages.commands import Revoke
+from fsm.messages.reasons import NoAnswer, ProcessExited
 from fsm.messages.refusals import LoadFailed
 from tests.support.pool import a_pool, acquire, exited, launched, refused, release, stopped, unresponsive
+
+KILLED = ProcessExited(-9, "killed", loaded=True)
 
 
 def test_a_crash_breaks_the_leases() -> None:
     """The holders are told, their releases are late, and the memory comes back."""
     pool = a_pool().ready("a", lease=1).ready("a", lease=2)
-    assert pool.feed(exited(1, code=-9, reason="killed")) == [Revoke(1, "killed"), Revoke(2, "killed")]
+    assert pool.feed(exited(1, code=-9, reason="killed")) == [Revoke(1, KILLED), Revoke(2, KILLED)]
     assert pool.feed(release(1), release(2)) == []
     assert (pool.core.late, pool.state("a")) == (2, RunnerState.unloaded)
 
@@ -31,7 +34,7 @@ def test_the_second_crash_in_a_row_is_backed_off() -> None:
     pool.feed(exited(1, code=-9))
     pool.ready("a", lease=2).feed(exited(2, code=-9, reason="killed"))
     assert refused(pool.feed(acquire("a", request=3))) == {3: LoadFailed}
-    assert pool.refusal(3).reason == "killed"
+    assert pool.refusal(3).reason == KILLED
 
 
 def test_the_second_crash_in_a_row_is_the_answer_of_those_who_wait() -> None:
@@ -63,7 +66,7 @@ def test_an_idle_runner_that_dies_is_not_listed_as_loaded() -> None:
 def test_a_runner_that_dies_while_it_drains_breaks_its_leases() -> None:
     """It ends there; that is not counted against the model."""
     pool = a_pool().expiring("a", lease=1)
-    assert pool.feed(exited(1, code=-9, reason="killed")) == [Revoke(1, "killed")]
+    assert pool.feed(exited(1, code=-9, reason="killed")) == [Revoke(1, KILLED)]
     assert pool.state("a") is RunnerState.unloaded
     assert launched(pool.feed(acquire("a", request=2))) == ["a"]
 
@@ -74,7 +77,7 @@ def test_a_runner_that_answers_no_probe_is_stopped_at_once(state: str) -> None:
     pool = getattr(a_pool(), state)("a", *((1,) if state != "idle" else ()))
     commands = pool.feed(unresponsive(1))
     assert stopped(commands) == [1]
-    assert commands[:-1] == ([] if state == "idle" else [Revoke(1, "it answers no probe")])
+    assert commands[:-1] == ([] if state == "idle" else [Revoke(1, NoAnswer(10.0))])
 
 
 def test_one_that_answers_no_probe_time_and_again_is_backed_off() -> None:

@@ -11,6 +11,7 @@ from fsm.eviction.policies import POLICIES, Candidate, KeepAliveOrder, LeastRece
 from fsm.eviction.victim_selection import first as choose
 from fsm.machine.runner import RunnerState
 from fsm.messages.commands import Ask, Grant, Stop
+from fsm.messages.reasons import WaitFor
 from tests.support.pool import (
     PoolUnderTest,
     a_pool,
@@ -131,7 +132,7 @@ def test_nobody_goes_where_enough_is_on_its_way_out() -> None:
     pool = a_pool(capacity="8GiB", sizes={"a": "4GiB", "b": "4GiB", "c": "2GiB", "d": "2GiB"}).idle("a").idle("b")
     assert stopped(pool.feed(acquire("c", request=1))) == [1]
     assert stopped(pool.feed(acquire("d", request=2))) == []
-    assert pool.waits_for(2) == "memory that is on its way back"
+    assert pool.waits_for(2) == WaitFor.memory
     assert launched(pool.feed(exited(1))) == ["c", "d"]
 
 

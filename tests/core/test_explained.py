@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 
-from fsm.domain.devices import HOST, MIB
+from fsm.domain.devices import HOST, MIB, Placement
 from fsm.machine.runner import RunnerState
 from fsm.messages.decision_log import ConsideredDevice, ConsideredRunner, Decision
+from fsm.messages.reasons import KeptReason, RunnerStep, WaitForRunners
 from fsm.sizing.footprint import Footprint
 from tests.support.pool import PoolUnderTest, a_pool, acquire, exited, expire, loaded, pin, release
 
@@ -24,8 +25,8 @@ def told(pool: PoolUnderTest, what: str) -> Decision:
     return next(e for e in reversed(pool.core.journal) if isinstance(e, Decision) and e.what == what)
 
 
-def reasons(decision: Decision) -> dict[str, str]:
-    return {one.model: one.reason for one in decision.runners}
+def reasons(decision: Decision) -> dict[str, KeptReason | None]:
+    return {one.model: one.why for one in decision.runners}
 
 
 def test_an_eviction_says_who_goes_and_why_the_others_stay() -> None:
@@ -38,14 +39,14 @@ def test_an_eviction_says_who_goes_and_why_the_others_stay() -> None:
     decision = told(pool, "evicts")
     assert (decision.request, decision.model) == (50, "other")
     assert reasons(decision) == {
-        "old": "",
-        "busy": "in use",
-        "pinned": "pinned",
-        "new": "others come first in the policy's order, and suffice",
+        "old": None,
+        "busy": KeptReason.in_use,
+        "pinned": KeptReason.pinned,
+        "new": KeptReason.others_come_first,
     }
     old = next(one for one in decision.runners if one.model == "old")
-    assert old == ConsideredRunner(1, "old", ((HOST, 2 * GIB),), RunnerState.idle, 0, 7.0, None, True, "")
-    assert decision.devices == (ConsideredDevice(HOST, 2 * GIB, 2 * GIB, True, ""),)
+    assert old == ConsideredRunner(1, "old", ((HOST, 2 * GIB),), RunnerState.idle, 0, 7.0, None, True, None, 0.0)
+    assert decision.devices == (ConsideredDevice(HOST, 2 * GIB, 2 * GIB, True),)
 
 
 def test_a_wait_says_until_when_and_for_whom() -> None:
@@ -53,11 +54,11 @@ def test_a_wait_says_until_when_and_for_whom() -> None:
     pool = listened(a_pool(capacity="8GiB", max_wait_s=120.0, min_residency_s=0.0).ready("busy", lease=1))
     pool.feed(acquire("other", request=2))
     decision = told(pool, "waits")
-    assert decision.reason == "for busy to become idle"
+    assert decision.why == WaitForRunners(("busy",), RunnerStep.idle)
     assert decision.until == pool.core.pool.now + 120.0
-    assert reasons(decision) == {"busy": "it is to go in 120.0 s, or when it rests"}
+    assert [(one.why, one.goes_in_s) for one in decision.runners] == [(KeptReason.goes_later, 120.0)]
     (view,) = pool.core.snapshot().queue
-    assert (view.position, view.waits_for, view.until) == (0, "busy to become idle", decision.until)
+    assert (view.position, view.waits_for, view.until) == (0, decision.why, decision.until)
 
 
 def test_a_wait_for_a_load_says_when_it_is_expected() -> None:
@@ -75,10 +76,10 @@ def test_a_placement_says_what_each_device_had() -> None:
     pool = listened(a_pool(capacity="32GiB", gpus=["8GiB"]).declare("a", Footprint(fixed=(("gpu0", 3 * GIB),))))
     pool.feed(acquire("a", request=1))
     decision = told(pool, "placed")
-    assert decision.reason == "3072.0 MiB of gpu0"
+    assert decision.why == Placement((("gpu0", 3 * GIB),))
     assert decision.devices == (
-        ConsideredDevice(HOST, 0, 32 * GIB, False, "not needed"),
-        ConsideredDevice("gpu0", 3 * GIB, 8 * GIB, True, ""),
+        ConsideredDevice(HOST, 0, 32 * GIB, False),
+        ConsideredDevice("gpu0", 3 * GIB, 8 * GIB, True),
     )
 
 
@@ -87,15 +88,15 @@ def test_a_refusal_says_what_would_be_needed_and_who_stands_in_the_way() -> None
     pool = listened(a_pool(capacity="8GiB").idle("kept"))
     pool.feed(pin("kept"), acquire("other", request=2))
     decision = told(pool, "rejected")
-    assert reasons(decision) == {"kept": "pinned"}
-    assert decision.devices == (ConsideredDevice(HOST, 6 * GIB, 2 * GIB, False, "4096.0 MiB are missing"),)
+    assert reasons(decision) == {"kept": KeptReason.pinned}
+    assert decision.devices == (ConsideredDevice(HOST, 6 * GIB, 2 * GIB, False),)
 
 
 def test_nothing_is_made_up_where_nobody_listens() -> None:
     """Without a journal a decision costs no explanation, and is the same."""
     quiet, loud = a_pool(capacity="8GiB").idle("a"), listened(a_pool(capacity="8GiB").idle("a"))
     assert quiet.feed(acquire("b", request=50)) == loud.feed(acquire("b", request=50))
-    assert quiet.core.journal is None and told(loud, "evicts").reason == "a"
+    assert quiet.core.journal is None and reasons(told(loud, "evicts")) == {"a": None}
 
 
 def test_what_drains_for_long_is_not_said_to_be_stopped() -> None:
@@ -104,7 +105,7 @@ def test_what_drains_for_long_is_not_said_to_be_stopped() -> None:
     pool.feed(acquire("b", request=2))
     pool.advance("30s")
     pool.feed(acquire("c", request=3))
-    assert reasons(told(pool, "waits"))["a"] == "it is on its way out"
+    assert reasons(told(pool, "waits"))["a"] is KeptReason.expiring
 
 
 def test_an_idle_one_that_stays_until_the_rest_is_there_is_said_to() -> None:
@@ -113,4 +114,4 @@ def test_an_idle_one_that_stays_until_the_rest_is_there_is_said_to() -> None:
     pool.ready("busy", lease=1).idle("idle").feed(expire("busy"))
     pool.advance("10s")
     pool.feed(acquire("all", request=11))
-    assert reasons(told(pool, "waits"))["idle"] == "it is to go when nothing else is missing"
+    assert reasons(told(pool, "waits"))["idle"] is KeptReason.goes_last

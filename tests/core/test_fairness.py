@@ -9,6 +9,7 @@ import pytest
 from fsm.domain.devices import MIB
 from fsm.machine.runner import RunnerState
 from fsm.messages.commands import Ask
+from fsm.messages.reasons import RunnerStep, WaitFor, WaitForRunners
 from fsm.planning.planner import LINES_AHEAD
 from fsm.sizing.footprint import Footprint
 from tests.support.models import a_model
@@ -44,7 +45,7 @@ def test_the_last_place_among_the_runners_is_kept_for_the_older_one() -> None:
     pool = on_gpu(a_pool(gpus=["16GiB", "16GiB"], max_runners=2), a="4GiB", b="4GiB")
     on_gpu(pool, "gpu1", c="4GiB").loading("a", request=1)
     assert launched(pool.feed(acquire("b", request=2), acquire("c", request=3))) == []
-    assert pool.waits_for(2) == "another load to end"
+    assert pool.waits_for(2) == WaitFor.load_slot
     assert launched(pool.feed(loaded(1))) == ["b"]
 
 
@@ -91,7 +92,7 @@ def test_a_drain_elsewhere_gives_no_place_among_the_loads_away(draining: bool) -
         pool.expiring("d", lease=1)
     pool.expiring("s")
     assert launched(pool.feed(acquire("b", request=2), acquire("y", request=3))) == []
-    assert pool.waits_for(2) == "memory that is on its way back"
+    assert pool.waits_for(2) == WaitFor.memory
     assert launched(pool.feed(exited(pool.runner("s")))) == ["b"]
 
 
@@ -109,7 +110,7 @@ def test_a_load_that_nobody_waits_for_goes_on_until_its_place_is_of_use() -> Non
     pool.expiring("d", lease=1).loading("u", request=2)
     pool.feed(cancel(2))
     assert stopped(pool.feed(acquire("w", request=3))) == []
-    assert pool.waits_for(3) == "d to finish"
+    assert pool.waits_for(3) == WaitForRunners(("d",), RunnerStep.drain)
 
 
 # -- whoever is to leave is told --------------------------------------------------------------------------------------
@@ -166,7 +167,7 @@ def test_the_first_in_order_waits_for_nobody_before_it() -> None:
     """It is told of the load that holds the memory."""
     pool = a_pool().loading("a", request=1)
     pool.feed(acquire("b", request=2, priority=1))
-    assert pool.waits_for(2) == "a to load, and then to become idle"
+    assert pool.waits_for(2) == WaitForRunners(("a",), RunnerStep.load_then_idle)
 
 
 def test_a_drain_that_takes_too_long_is_named() -> None:
@@ -174,14 +175,14 @@ def test_a_drain_that_takes_too_long_is_named() -> None:
     pool = a_pool().ready("a", lease=1)
     pool.feed(acquire("b", request=2))
     pool.advance("240s")
-    assert pool.waits_for(2) == "a to finish"
+    assert pool.waits_for(2) == WaitForRunners(("a",), RunnerStep.drain)
 
 
 def test_what_is_to_load_alone_waits_for_the_loads_of_others() -> None:
     """After it ran out of memory; none is on its way back."""
     pool = a_pool(capacity="16GiB", each="4GiB").loading("a", request=1).loading("b", request=2)
     pool.feed(exited(1, 1, "no memory", out_of_memory=True))
-    assert pool.waits_for(1) == "b to load, and then to become idle"
+    assert pool.waits_for(1) == WaitForRunners(("b",), RunnerStep.load_then_idle)
 
 
 def test_two_that_are_to_load_alone_begin_one_after_the_other() -> None:
@@ -191,7 +192,7 @@ def test_two_that_are_to_load_alone_begin_one_after_the_other() -> None:
     assert launched(pool.feed(exited(2, 1, "no memory", out_of_memory=True))) == ["a"]
     assert launched(pool.feed(acquire("c", request=3))) == []
     pool.feed(loaded(3))
-    assert pool.waits_for(2) == "a to become idle"
+    assert pool.waits_for(2) == WaitForRunners(("a",), RunnerStep.idle)
     assert pool.state("a") is RunnerState.ready and pool.state("c") is RunnerState.unloaded
     assert launched(pool.feed(cancel(2))) == ["c"]
 
@@ -201,7 +202,7 @@ def test_nobody_begins_beside_a_load_that_is_to_be_alone() -> None:
     pool = a_pool(capacity="16GiB", each="4GiB").loading("a", request=1)
     assert launched(pool.feed(exited(1, 1, "no memory", out_of_memory=True))) == ["a"]
     assert launched(pool.feed(acquire("c", request=3))) == []
-    assert pool.waits_for(3) == "a to load with nothing beside it"
+    assert pool.waits_for(3) == WaitForRunners(("a",), RunnerStep.load_alone)
     assert launched(pool.feed(loaded(2))) == ["c"]
 
 
@@ -248,4 +249,4 @@ def test_a_load_waits_for_its_place_where_the_other_gpus_do_not_take_it() -> Non
     pool = a_pool("64GiB", gpus=["80GiB", "4GiB"])
     pool.declare("a", layered(8, "1GiB")).declare("b", layered(8, "1GiB"))
     assert launched(pool.feed(acquire("a", request=1), acquire("b", request=2))) == ["a"]
-    assert pool.waits_for(2) == "another load to end"
+    assert pool.waits_for(2) == WaitFor.load_slot

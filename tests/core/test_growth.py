@@ -10,6 +10,7 @@ import pytest
 
 from fsm.domain.devices import MIB
 from fsm.messages.commands import Grant
+from fsm.messages.reasons import WaitFor
 from fsm.messages.refusals import DoesNotFit, InvalidModel
 from fsm.planning.planner import LINES_AHEAD
 from fsm.sizing.footprint import Footprint
@@ -103,7 +104,7 @@ def test_who_comes_far_back_is_judged_at_once() -> None:
     """What can never fit is refused at once, however many wait before it."""
     pool = a_crowd().declare("huge", "9GiB")
     assert refused(pool.feed(acquire("huge", request=900))) == {900: DoesNotFit}
-    assert pool.waits_for(10 + FAR_BACK - 1) == "those before it"
+    assert pool.waits_for(10 + FAR_BACK - 1) == WaitFor.earlier_requests
 
 
 def test_a_file_far_back_that_is_no_model_is_its_askers_error_at_once() -> None:

@@ -8,7 +8,8 @@ from fsm.core import Core
 from fsm.machine.request import Purpose
 from fsm.machine.runner import EXPIRING, IDLE, LOADING, READY, UNLOADED, RunnerState
 from fsm.messages.decision_log import Decision, Entry, Transition
-from fsm.messages.events import Configure, Inspected, OutOfMemory, Progress, Tick, Unresponsive
+from fsm.messages.events import Configure, Inspected, OutOfMemory, Progress, Tick
+from fsm.messages.reasons import NeededFor, RunnerStep, WaitFor, WaitForRunners
 from fsm.state.timers import Timers
 from tests.support.pool import (
     START,
@@ -26,6 +27,7 @@ from tests.support.pool import (
     pin,
     preload,
     release,
+    unresponsive,
 )
 
 
@@ -55,7 +57,7 @@ def test_the_journal_tells_a_life() -> None:
         ("unload", EXPIRING, UNLOADED, 0),
     ]
     assert [entry.at for entry in transitions(journal)] == [START, START, START + 2, START + 2, START + 2]
-    assert all(entry.reason and entry.runner == 1 and entry.model == "a" for entry in transitions(journal))
+    assert all(entry.why and entry.runner == 1 and entry.model == "a" for entry in transitions(journal))
 
 
 def transitions(journal: list[Entry]) -> list[Transition]:
@@ -78,29 +80,29 @@ def decisions(journal: list[Entry]) -> list[Decision]:
 
 
 def test_the_journal_tells_what_is_waited_for_once_each_time_it_changes() -> None:
-    """In the words that the queue shows."""
+    """The same as the queue shows."""
     pool = a_pool().ready("a", lease=1)
     journal: list[Entry] = []
     pool.core.journal = journal
     pool.feed(acquire("b", request=2), pool.sample(), pool.sample(), expire("a"), release(1), exited(1))
-    waits = [(entry.request, entry.reason) for entry in decisions(journal) if entry.what == "waits"]
+    waits = [(entry.request, entry.why) for entry in decisions(journal) if entry.what == "waits"]
     assert waits == [
-        (2, "for its model's metadata"),
-        (2, "for a to become idle"),
-        (2, "for a to finish"),
-        (2, "for memory that is on its way back"),
-        (2, "for its model to load"),
+        (2, WaitFor.metadata),
+        (2, WaitForRunners(("a",), RunnerStep.idle)),
+        (2, WaitForRunners(("a",), RunnerStep.drain)),
+        (2, WaitFor.memory),
+        (2, WaitFor.load),
     ]
 
 
 def test_a_victims_end_says_whose_memory_it_makes() -> None:
     """A model's, or the program's own."""
-    for wish, reason in ((acquire("b", request=2), "b needs its memory"), (memory(2, cpu="6GiB"), "the program needs")):
+    for wish, model in ((acquire("b", request=2), "b"), (memory(2, cpu="6GiB"), "")):
         pool = a_pool().idle("a")
         journal: list[Entry] = []
         pool.core.journal = journal
         pool.feed(wish)
-        assert next(entry.reason for entry in transitions(journal) if entry.trigger == "expire").startswith(reason)
+        assert [entry.why for entry in transitions(journal) if entry.trigger == "expire"] == [NeededFor(model)]
 
 
 def test_the_journal_is_no_input_of_a_decision() -> None:
@@ -208,7 +210,7 @@ def test_late_events_are_counted_and_change_nothing() -> None:
     pool.core.late, before = 0, pool.core.snapshot()
     strangers = [
         release(99), cancel(99), loaded(99), exited(99), Progress(99), OutOfMemory(99),
-        Unresponsive(99, ""), expire("nobody"), Inspected("nobody", layered(1, "1GiB")),
+        unresponsive(99), expire("nobody"), Inspected("nobody", layered(1, "1GiB")),
     ]  # fmt: skip
     assert pool.feed(*strangers) == []
     assert pool.core.late == len(strangers)

@@ -8,9 +8,10 @@ import pytest
 
 from fsm.domain.devices import HOST
 from fsm.domain.model_info import Options
+from fsm.messages.reasons import Infeasible
 from fsm.messages.refusals import DoesNotFit, Unsupported
 from fsm.placement.search import Demand, Gpu, Offload
-from fsm.sizing.load_options import impossible, resolve
+from fsm.sizing.load_options import UnsupportedReason, impossible, resolve
 from tests.support.models import a_model
 from tests.support.pool import a_pool, acquire, amount, granted, launched, layered, refused, stopped
 
@@ -18,17 +19,23 @@ WHOLE_BLOCKS = replace(a_model(), key_length=64, value_length=64)
 
 
 @pytest.mark.parametrize(
-    ("name", "options"),
+    ("name", "options", "reason"),
     [
-        ("num_parallel", Options(num_parallel=257)),
-        ("num_thread", Options(num_thread=513)),
-        ("cache_type_v", Options(cache_type_v="q8_0", flash_attention=False)),
+        ("num_parallel", Options(num_parallel=257), UnsupportedReason.too_many_slots),
+        ("num_thread", Options(num_thread=513), UnsupportedReason.too_many_threads),
+        (
+            "cache_type_v",
+            Options(cache_type_v="q8_0", flash_attention=False),
+            UnsupportedReason.needs_flash_attention,
+        ),
     ],
 )
-def test_what_the_engine_refuses_for_every_model_is_known(name: str, options: Options) -> None:
-    """By the name of the option; what is at the limit passes."""
+def test_what_the_engine_refuses_for_every_model_is_known(
+    name: str, options: Options, reason: UnsupportedReason
+) -> None:
+    """By the name of the option, with the reason; what is at the limit passes."""
     found = impossible(WHOLE_BLOCKS, resolve(WHOLE_BLOCKS, options))
-    assert found is not None and found[0] == name
+    assert found is not None and (found[0], found[2]) == (name, reason)
     assert impossible(WHOLE_BLOCKS, resolve(WHOLE_BLOCKS, Options(num_parallel=256, num_thread=512))) is None
     assert impossible(WHOLE_BLOCKS, resolve(WHOLE_BLOCKS, Options(cache_type_k="q8_0", cache_type_v="q8_0"))) is None
 
@@ -37,7 +44,7 @@ def test_heads_that_are_no_whole_blocks_take_no_quantised_cache() -> None:
     """Keys and values each by their own size; an encoder has no cache."""
     odd = replace(WHOLE_BLOCKS, key_length=16)
     found = impossible(odd, resolve(odd, Options(cache_type_k="q8_0")))
-    assert found is not None and found[:2] == ("cache_type_k", "q8_0")
+    assert found is not None and found == ("cache_type_k", "q8_0", UnsupportedReason.partial_blocks)
     assert impossible(odd, resolve(odd, Options(cache_type_v="q8_0"))) is None
     encoder = replace(odd, architecture="bert")
     assert impossible(encoder, resolve(encoder, Options(cache_type_k="q8_0"))) is None
@@ -56,7 +63,7 @@ def test_layers_for_gpus_that_are_not_there_are_refused() -> None:
     """Who names a number of layers gets that or nothing: never the host instead."""
     pool = a_pool(capacity="64GiB").declare("a", WHOLE_BLOCKS)
     assert refused(pool.feed(acquire("a", request=1, num_gpu=99))) == {1: DoesNotFit}
-    assert pool.refusal(1).reason == "it is to be on GPUs, and there is none"
+    assert pool.refusal(1).reason is Infeasible.no_gpu
     assert launched(pool.feed(acquire("a", request=2, num_gpu=-1))) == ["a"]
 
 

@@ -6,6 +6,7 @@ from fsm.domain.model_info import Options
 from fsm.machine.runner import RunnerState
 from fsm.messages.commands import Grant, Reject, Stop
 from fsm.messages.events import Progress
+from fsm.messages.reasons import ProcessExited
 from fsm.messages.refusals import LoadFailed, LoadTimeout
 from tests.support.models import a_model
 from tests.support.pool import (
@@ -155,7 +156,7 @@ def test_a_load_that_fails_is_the_answer_of_all_who_wait_for_it() -> None:
     """They are told why, and when it is worth asking again."""
     pool = a_pool().loading("a", request=1)
     pool.feed(acquire("a", request=2))
-    failure = LoadFailed("a", "no such tensor", 10.0)
+    failure = LoadFailed("a", ProcessExited(1, "no such tensor", loaded=False), 10.0)
     assert pool.feed(exited(1, code=1, reason="no such tensor")) == [Reject(1, failure), Reject(2, failure)]
 
 
@@ -164,7 +165,8 @@ def test_a_model_that_is_backed_off_refuses_at_once() -> None:
     pool = a_pool().loading("a", request=1)
     pool.feed(exited(1, code=1, reason="no such tensor"))
     pool.advance("4s")
-    assert pool.feed(acquire("a", request=2)) == [Reject(2, LoadFailed("a", "no such tensor", 6.0))]
+    failure = ProcessExited(1, "no such tensor", loaded=False)
+    assert pool.feed(acquire("a", request=2)) == [Reject(2, LoadFailed("a", failure, 6.0))]
     pool.advance("6s")
     assert launched(pool.feed(acquire("a", request=3))) == ["a"]
 
@@ -280,7 +282,8 @@ def test_n07_it_never_survives_two() -> None:
     pool = a_pool(each="2GiB").loading("a", request=1)
     fails_for_memory(pool, 1)
     fails_for_memory(pool, 2)
-    assert pool.refusal(1) == LoadFailed("a", "out of memory", 10.0, out_of_memory=True)
+    failure = ProcessExited(-9, "out of memory", loaded=False)
+    assert pool.refusal(1) == LoadFailed("a", failure, 10.0, out_of_memory=True)
 
 
 def test_n07_an_automatic_context_is_stepped_down_before_others_have_to_go() -> None:
@@ -355,7 +358,7 @@ def test_n07_each_request_survives_one_and_is_answered_with_the_reason() -> None
     pool.feed(acquire("a", request=2))
     commands = fails_for_memory(pool, 2)
     assert (refused(commands), launched(commands)) == ({1: LoadFailed}, ["a"])
-    assert pool.refusal(1).reason == "out of memory"
+    assert pool.refusal(1).reason == ProcessExited(-9, "out of memory", loaded=False)
     assert granted(pool.feed(loaded(3))) == [2]
 
 

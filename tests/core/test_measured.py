@@ -6,8 +6,9 @@ from fsm.domain.devices import HOST, DeviceSample
 from fsm.domain.model_info import Options
 from fsm.machine.runner import RunnerState
 from fsm.messages.commands import Grant
-from fsm.messages.decision_log import Decision, Entry
+from fsm.messages.decision_log import Decision, DecisionReason, Entry
 from fsm.messages.events import Loaded, Sampled
+from fsm.messages.reasons import Measured
 from fsm.messages.refusals import DoesNotFit
 from fsm.sizing.load_history import MOST_KINDS
 from fsm.state.memory_ledger import Account, Ledger
@@ -326,8 +327,8 @@ def test_n03_what_is_measured_on_an_integrated_gpu_is_the_hosts() -> None:
 # -- what is told -----------------------------------------------------------------------------------------------------
 
 
-def measured(journal: list[Entry]) -> list[str]:
-    return [entry.reason for entry in journal if isinstance(entry, Decision) and entry.what == "measured"]
+def measured(journal: list[Entry]) -> list[DecisionReason | None]:
+    return [entry.why for entry in journal if isinstance(entry, Decision) and entry.what == "measured"]
 
 
 def test_n14_it_is_told_when_a_prediction_is_replaced() -> None:
@@ -337,9 +338,7 @@ def test_n14_it_is_told_when_a_prediction_is_replaced() -> None:
     pool.core.journal = journal
     pool.feed(filled(1, cpu="1GiB"), filled(1))
     seen(pool, 1, cpu="7GiB")
-    assert measured(journal) == [
-        "a request filled a context; cpu: 6144.0 MiB predicted, 4096.0 MiB measured, 5120.0 MiB held"
-    ]
+    assert measured(journal) == [Measured(((HOST, 6 * GIB, 4 * GIB, 5 * GIB),), known=False, filled=True)]
     assert [entry.runner for entry in journal] == [1]
 
 
@@ -350,7 +349,7 @@ def test_n14_it_is_told_when_a_prediction_was_too_small() -> None:
     pool.core.journal = journal
     seen(pool, 1, cpu="7GiB")
     seen(pool, 1, cpu="8GiB")
-    assert measured(journal) == ["cpu: 6144.0 MiB predicted, 7168.0 MiB measured, 7168.0 MiB held"]
+    assert measured(journal) == [Measured(((HOST, 6 * GIB, 7 * GIB, 7 * GIB),), known=False, filled=False)]
 
 
 def test_n14_figures_that_come_from_an_earlier_life_are_told_as_such() -> None:
@@ -360,7 +359,8 @@ def test_n14_figures_that_come_from_an_earlier_life_are_told_as_such() -> None:
     journal: list[Entry] = []
     pool.core.journal = journal
     pool.feed(loaded(2), filled(2))
-    assert "MiB measured before, " in measured(journal)[0]
+    (why,) = measured(journal)
+    assert isinstance(why, Measured) and why.known
 
 
 def test_a_copied_account_is_independent() -> None:

@@ -8,6 +8,7 @@ from fsm.domain.devices import HOST, DeviceSample
 from fsm.machine.runner import RunnerState
 from fsm.messages.commands import Grant, Sample, Stop
 from fsm.messages.events import Event, Expire, Loaded, Sampled, Tick
+from fsm.messages.reasons import Infeasible, WaitFor
 from fsm.sizing.footprint import Footprint
 from fsm.state.memory_ledger import Account, Ledger
 from tests.support.models import a_model
@@ -153,7 +154,7 @@ def test_strangers_that_hold_memory_make_a_request_wait_or_fail_by_what_is_there
     assert stopped(pool.feed(acquire("b", request=1))) == [1]
     pool.strangers = {"cpu": 5 * GIB}
     pool.feed(exited(1))
-    assert "other programs" in pool.refusal(1).reason
+    assert pool.refusal(1).reason is Infeasible.held_elsewhere
 
 
 # -- memory that comes back -------------------------------------------------------------------------------------------
@@ -303,7 +304,7 @@ def test_two_loads_go_on_beside_a_device_whose_memory_is_awaited() -> None:
     assert {device for id in (2, 3) for device, _ in pool.launches[id].placement.gpu_layers} == {
         f"gpu{number}" for number in range(3)
     } - {gone}
-    assert pool.waits_for(4) == "memory that is on its way back"
+    assert pool.waits_for(4) == WaitFor.memory
     pool.feed(loaded(2), loaded(3))
     pool.strangers = {}
     assert launched(pool.feed(pool.sample())) == ["d"]

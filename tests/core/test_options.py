@@ -7,6 +7,7 @@ import pytest
 from fsm.domain.model_info import Options
 from fsm.machine.runner import RunnerState
 from fsm.messages.commands import Grant, Inspect
+from fsm.messages.reasons import WaitFor
 from tests.support.models import a_model
 from tests.support.pool import PoolUnderTest, a_pool, acquire, exited, granted, launched, loaded, preload, release
 
@@ -117,7 +118,7 @@ def test_a_wish_that_comes_to_the_same_joins_a_load() -> None:
     """Its options are compared as they will be, not as they were written."""
     pool = a_pool_of_models().loading("a", request=1, num_ctx=8192)
     pool.feed(acquire("a", request=2, num_ctx=100_000))
-    assert pool.waits_for(2) == "its model to load"
+    assert pool.waits_for(2) == WaitFor.load
     assert granted(pool.feed(loaded(1))) == [1, 2]
 
 

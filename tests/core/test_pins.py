@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fsm.machine.runner import RunnerState
 from fsm.messages.commands import Stop
+from fsm.messages.reasons import Infeasible, MemoryHeld, RunnerLimit
 from fsm.messages.refusals import DoesNotFit
 from tests.support.pool import a_pool, acquire, amount, cancel, expire, launched, pin, refused, release, unpin
 
@@ -14,7 +15,7 @@ def test_what_never_fits_is_refused_at_once_and_evicts_nobody() -> None:
     assert refused(pool.feed(acquire("c", request=1))) == {1: DoesNotFit}
     assert pool.refusal(1).needed == (("cpu", amount("9GiB")),)
     assert pool.refusal(1).available == (("cpu", amount("8GiB")),)
-    assert pool.refusal(1).reason == "it is larger than the memory there is"
+    assert pool.refusal(1).reason is Infeasible.too_large
     assert pool.state("a") is RunnerState.idle
 
 
@@ -37,7 +38,7 @@ def test_a_pin_is_never_moved_for_others() -> None:
     pool = a_pool().idle("a")
     pool.feed(pin("a"))
     assert refused(pool.feed(acquire("b", request=1))) == {1: DoesNotFit}
-    assert pool.refusal(1).reason == "it would fit only by moving what is pinned: a"
+    assert pool.refusal(1).reason == MemoryHeld(("a",), pinned=True)
     assert pool.state("a") is RunnerState.idle
 
 
@@ -46,7 +47,7 @@ def test_a_pin_is_not_reloaded_with_other_options_for_others() -> None:
     pool = a_pool(capacity="64GiB").idle("a")
     pool.feed(pin("a"))
     assert refused(pool.feed(acquire("a", request=1, num_thread=3))) == {1: DoesNotFit}
-    assert "pinned: a" in pool.refusal(1).reason
+    assert pool.refusal(1).reason == MemoryHeld(("a",), pinned=True)
 
 
 def test_pins_that_take_every_place_leave_none_for_others() -> None:
@@ -119,4 +120,4 @@ def test_where_a_number_of_runners_is_set_and_all_are_pinned_that_is_the_reason(
         pool.feed(pin(model))
         pool.idle(model)
     pool.feed(acquire("d", request=1))
-    assert pool.refusal(1).reason == "only 2 runners may be alive, and no room is made by: a, b"
+    assert pool.refusal(1).reason == RunnerLimit(2, ("a", "b"))

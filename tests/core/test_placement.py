@@ -6,6 +6,7 @@ import pytest
 
 from fsm.domain.devices import HOST, Placement
 from fsm.domain.model_info import Options
+from fsm.messages.reasons import Infeasible, WaitFor
 from fsm.messages.refusals import DoesNotFit
 from fsm.placement.search import Demand, Gpu, Offload, needed, place
 from fsm.sizing.footprint import Footprint
@@ -250,7 +251,7 @@ def test_a_gpu_may_be_required() -> None:
     assert refused(pool.feed(acquire("a", request=1))) == {1: DoesNotFit}
     pool = a_gpu_pool(require_gpu=True)
     assert refused(pool.feed(acquire("a", request=1))) == {1: DoesNotFit}
-    assert pool.refusal(1).reason == "a GPU is required, and there is none"
+    assert pool.refusal(1).reason is Infeasible.no_required_gpu
 
 
 def test_all_layers_on_gpus_or_nothing() -> None:
@@ -259,7 +260,7 @@ def test_all_layers_on_gpus_or_nothing() -> None:
     assert refused(pool.feed(acquire("a", request=1, num_gpu=99))) == {1: DoesNotFit}
     needs = dict(pool.refusal(1).needed)
     assert needs["gpu0"] > 8 * GIB
-    assert pool.refusal(1).reason == "it is larger than the memory there is"
+    assert pool.refusal(1).reason is Infeasible.too_large
 
 
 def test_s26_a_model_that_fits_nowhere_is_refused_with_the_numbers() -> None:
@@ -283,6 +284,6 @@ def test_what_is_offloaded_in_part_waits_for_a_load_rather_than_to_stay_on_the_s
     pool.declare("large", layered(32, "1GiB", compute="100MiB", host="100MiB"))
     pool.feed(acquire("small", request=1))
     assert launched(pool.feed(acquire("large", request=2))) == []
-    assert pool.waits_for(2) == "another load to end"
+    assert pool.waits_for(2) == WaitFor.load_slot
     assert launched(pool.feed(loaded(1))) == ["large"]
     assert dict(pool.life("large").placement.gpu_layers).keys() == {"gpu0", "gpu1"}

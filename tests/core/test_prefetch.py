@@ -7,6 +7,7 @@ from dataclasses import replace
 from fsm.domain.devices import HOST
 from fsm.messages.commands import Ask, Claim, Command, Launch, Prefetch, Stop
 from fsm.messages.events import Cancel, Claimed, Contended
+from fsm.messages.reasons import Prefetched, RunnerStep, WaitFor, WaitForRunners
 from tests.support.models import a_model
 from tests.support.pool import (
     PoolUnderTest,
@@ -47,7 +48,7 @@ def test_who_waits_for_memory_has_the_models_file_read_meanwhile() -> None:
     """All of it, where there is memory to spare."""
     pool = a_busy_gpu()
     assert pool.feed(acquire("b", request=2)) == [Ask(1, (1,)), Prefetch((("b", SIZE),))]
-    assert pool.waits_for(2) == "x to become idle"
+    assert pool.waits_for(2) == WaitForRunners(("x",), RunnerStep.idle)
 
 
 def test_files_beside_the_models_own_are_read_too() -> None:
@@ -75,7 +76,7 @@ def test_who_waits_for_metadata_or_for_a_load_has_nothing_read_ahead() -> None:
     pool = a_busy_gpu()
     pool.inspects = False
     pool.feed(acquire("b", request=2))
-    assert pool.waits_for(2) == "its model's metadata"
+    assert pool.waits_for(2) == WaitFor.metadata
     other = a_pool("64GiB", ("8GiB",)).declare("b", A_FILE).loading("b", request=1)
     other.feed(acquire("b", request=2))
     assert prefetches([*pool.commands, *other.commands]) == []
@@ -92,7 +93,7 @@ def test_a_model_that_lives_is_not_read_ahead() -> None:
     """What waits for it to go, so that it can be loaded with other options, finds its file where it is."""
     pool = a_pool("64GiB", ("8GiB",)).declare("b", A_FILE).ready("b", lease=1)
     pool.feed(acquire("b", request=2, num_ctx=8192, num_parallel=4))
-    assert pool.waits_for(2) == "b to become idle"
+    assert pool.waits_for(2) == WaitForRunners(("b",), RunnerStep.idle)
     assert prefetches(pool.commands) == []
 
 
@@ -254,6 +255,6 @@ def test_the_journal_says_whose_files_are_read() -> None:
     pool = a_busy_gpu()
     pool.core.journal = []
     pool.feed(acquire("b", request=2), pool.sample())
-    assert [(entry.what, entry.model, entry.reason) for entry in pool.core.journal if entry.what == "prefetched"] == [
-        ("prefetched", "b", "4098.0 MiB of its files while it waits")
+    assert [(entry.what, entry.model, entry.why) for entry in pool.core.journal if entry.what == "prefetched"] == [
+        ("prefetched", "b", Prefetched(amount("4098MiB")))
     ]

@@ -16,6 +16,7 @@ from fsm.machine.request import Purpose, Want
 from fsm.machine.runner import RunnerState
 from fsm.messages.commands import Command, Grant, Launch, Reject
 from fsm.messages.events import Acquire, Inspected, Loaded, Sampled, Tick
+from fsm.messages.reasons import MemoryHeld, WaitFor
 from fsm.messages.refusals import Closed, DoesNotFit
 from fsm.preview import Outcome, Preview, preview
 from fsm.sizing.footprint import Footprint
@@ -130,14 +131,14 @@ def test_other_options_than_the_loaded_ones_evict_the_models_own_runner() -> Non
 def test_a_load_under_way_is_waited_for() -> None:
     """What it takes is what was promised to it."""
     found = look(a_pool("8GiB").loading("a"), "a")
-    assert (found.outcome, found.waits_for) == (Outcome.waits, "its model to load")
+    assert (found.outcome, found.waits_for) == (Outcome.waits, WaitFor.load)
     assert [share.takes_bytes for share in found.shares] == [amount("6GiB")]
 
 
 def test_memory_on_its_way_back_is_waited_for() -> None:
     """Nobody else has to leave."""
     found = look(a_pool("8GiB").expiring("a"), "b")
-    assert (found.outcome, found.waits_for, found.victims) == (Outcome.waits, "memory that is on its way back", ())
+    assert (found.outcome, found.waits_for, found.victims) == (Outcome.waits, WaitFor.memory, ())
 
 
 def test_those_before_it_are_waited_for() -> None:
@@ -145,7 +146,7 @@ def test_those_before_it_are_waited_for() -> None:
     pool = a_pool("8GiB").ready("a")
     pool.feed(acquire("b", 50))
     found = look(pool, "c")
-    assert (found.outcome, found.waits_for, found.victims) == (Outcome.waits, "those before it", ())
+    assert (found.outcome, found.waits_for, found.victims) == (Outcome.waits, WaitFor.earlier_requests, ())
 
 
 def test_what_never_fits_says_why() -> None:
@@ -161,7 +162,7 @@ def test_what_would_fit_without_a_pin_says_so() -> None:
     pool = a_pool("8GiB").idle("a")
     pool.feed(pin("a"))
     found = look(pool, "b")
-    assert isinstance(found.refusal, DoesNotFit) and "pinned: a" in found.refusal.reason
+    assert isinstance(found.refusal, DoesNotFit) and found.refusal.reason == MemoryHeld(("a",), pinned=True)
 
 
 def test_a_closed_scheduler_refuses() -> None:
@@ -184,9 +185,9 @@ def test_what_is_launched_by_now_is_waited_for() -> None:
     pool = a_pool("8GiB", samples=False).idle("a")
     pool.feed(acquire("b", 1), exited(pool.runner("a")))
     pool.feed(pool.sample(0))  # read after it had gone, but asked for before
-    assert look(pool, "b").waits_for == "memory that is on its way back"
+    assert look(pool, "b").waits_for == WaitFor.memory
     pool.now += 6  # and nobody has told the core yet
-    assert look(pool, "b").waits_for == "its model to load"
+    assert look(pool, "b").waits_for == WaitFor.load
 
 
 def test_a_victim_that_somebody_before_is_granted_is_in_use() -> None:

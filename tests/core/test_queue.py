@@ -5,6 +5,7 @@ from __future__ import annotations
 from fsm.machine.runner import RunnerState
 from fsm.messages.commands import Ask, Grant, Launch, Stop
 from fsm.messages.events import Acquire, Configure
+from fsm.messages.reasons import Infeasible, WaitFor
 from fsm.messages.refusals import DoesNotFit
 from fsm.sizing.footprint import Footprint
 from tests.support.pool import (
@@ -38,7 +39,7 @@ def test_a_later_request_never_takes_what_an_older_one_waits_for() -> None:
     """Rule 5: it would fit now, but the older one would wait for it once the rest is back."""
     pool = a_pool(sizes={"a": "4GiB", "b": "6GiB", "c": "3GiB"}).ready("a", lease=1)
     assert launched(pool.feed(acquire("b", request=2), acquire("c", request=3))) == []
-    assert pool.waits_for(3) == "those before it"
+    assert pool.waits_for(3) == WaitFor.earlier_requests
     pool.feed(release(1))
     assert launched(pool.feed(exited(1))) == ["b"]
 
@@ -149,7 +150,7 @@ def test_s24_two_loads_at_a_time_on_the_host() -> None:
     """S24: reservations let several load at once, within a limit per device."""
     pool = a_pool(each="1GiB")
     assert launched(pool.feed(*(acquire(model, request) for request, model in enumerate("abc", 1)))) == ["a", "b"]
-    assert pool.waits_for(3) == "another load to end"
+    assert pool.waits_for(3) == WaitFor.load_slot
     assert launched(pool.feed(loaded(1))) == ["c"]
 
 
@@ -230,7 +231,7 @@ def test_the_programs_memory_is_not_evicted_for_a_model() -> None:
     pool = a_pool()
     pool.feed(memory(1, cpu="3GiB"))
     assert refused(pool.feed(acquire("a", request=2))) == {2: DoesNotFit}
-    assert "the program's own reservations" in pool.refusal(2).reason
+    assert pool.refusal(2).reason is Infeasible.held_elsewhere
 
 
 def test_the_programs_memory_needs_no_process() -> None:
@@ -313,7 +314,7 @@ def test_two_waiters_with_different_options_take_turns() -> None:
     """A model has one current runner: the second's load begins when the first has had its turn."""
     pool = a_pool(capacity="32GiB").loading("a", request=1)
     assert pool.feed(acquire("a", request=2, num_thread=3)) == []
-    assert pool.waits_for(2) == "a load of its model with other options"
+    assert pool.waits_for(2) == WaitFor.other_load
     pool.feed(loaded(1))
     commands = pool.feed(release(1))
     assert (stopped(commands), launched(commands)) == ([1], ["a"])

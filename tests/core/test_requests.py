@@ -6,6 +6,7 @@ import math
 
 from fsm.machine.runner import RunnerState
 from fsm.messages.commands import Ask, Grant, Launch, Reject, Stop
+from fsm.messages.reasons import ProcessExited, RunnerStep, WaitFor, WaitForRunners
 from fsm.messages.refusals import Cancelled, Closed, InvalidModel, ModelNotFound, QueueFull, TimedOut
 from tests.support.pool import (
     START,
@@ -37,7 +38,7 @@ def test_s02_a_request_is_answered_once_with_an_error() -> None:
     """S02: a load that fails is the answer of whoever waited for it."""
     pool = a_pool().loading("a", request=1)
     assert refused(pool.feed(exited(1, code=1, reason="no such tensor"))) != {}
-    assert pool.refusal(1).reason == "no such tensor"
+    assert pool.refusal(1).reason == ProcessExited(1, "no such tensor", loaded=False)
 
 
 def test_s02_cancelling_after_the_grant_releases_the_runner() -> None:
@@ -81,14 +82,14 @@ def test_whoever_waits_can_see_what_for() -> None:
     """In words: metadata, a load, who is to leave, memory on its way back, those before it."""
     pool = a_pool(inspects=False, samples=False)
     pool.feed(acquire("a", request=1))
-    assert pool.waits_for(1) == "its model's metadata"
+    assert pool.waits_for(1) == WaitFor.metadata
     pool.feed(pool.inspection("a"))
-    assert pool.waits_for(1) == "its model to load"
+    assert pool.waits_for(1) == WaitFor.load
     pool.inspects = True
     pool.feed(loaded(1), acquire("b", request=2), acquire("c", request=3))
-    assert (pool.waits_for(2), pool.waits_for(3)) == ("a to become idle", "those before it")
+    assert (pool.waits_for(2), pool.waits_for(3)) == (WaitForRunners(("a",), RunnerStep.idle), WaitFor.earlier_requests)
     pool.feed(release(1), exited(1))
-    assert pool.waits_for(2) == "memory that is on its way back"
+    assert pool.waits_for(2) == WaitFor.memory
 
 
 def test_s05_a_request_cancelled_while_queued_is_answered_at_once() -> None:
@@ -357,7 +358,7 @@ def test_a_request_times_out_by_its_own_limit() -> None:
     pool = a_pool().ready("a", lease=1)
     pool.feed(acquire("b", request=2, timeout="10s"))
     assert pool.advance("9s") == []
-    assert pool.advance("1s") == [Reject(2, TimedOut("b", 10.0, "a to become idle"))]
+    assert pool.advance("1s") == [Reject(2, TimedOut("b", 10.0, WaitForRunners(("a",), RunnerStep.idle)))]
     assert pool.waiting() == []
 
 

@@ -13,6 +13,7 @@ from fsm.machine.runner import RunnerState
 from fsm.messages.commands import Stop
 from fsm.messages.decision_log import Entry, Transition
 from fsm.messages.events import Configure
+from fsm.messages.reasons import DeviceShrunk
 from fsm.messages.refusals import DoesNotFit
 from tests.core import test_machine
 from tests.support.pool import (
@@ -192,7 +193,7 @@ def test_why_a_runner_went_for_less_memory_is_noted() -> None:
     shrink(pool, "1GiB")
     (entry,) = pool.core.journal
     assert isinstance(entry, Transition)
-    assert (entry.trigger, entry.reason) == ("expire", "there is less memory on cpu than before")
+    assert (entry.trigger, entry.why) == ("expire", DeviceShrunk(HOST))
 
 
 @given(

@@ -9,6 +9,7 @@ import pytest
 from fsm.eviction.policies import Candidate
 from fsm.machine.runner import RunnerState
 from fsm.messages.commands import Stop
+from fsm.messages.reasons import MemoryHeld, RunnerStep, WaitFor, WaitForRunners
 from fsm.messages.refusals import DoesNotFit
 from tests.support.pool import a_pool, acquire, exited, expire, launched, release, stopped
 
@@ -18,7 +19,7 @@ def test_a_runner_that_does_not_stop_is_not_counted_on() -> None:
     pool = a_pool(capacity="5GiB", sizes={"a": "3GiB", "b": "2GiB", "c": "2GiB"}).idle("b").idle("a")
     pool.feed(expire("a"))
     assert stopped(pool.feed(acquire("c", request=9))) == []
-    assert pool.waits_for(9) == "memory that is on its way back"
+    assert pool.waits_for(9) == WaitFor.memory
     assert stopped(pool.advance("20s")) == [pool.runner("b")]
 
 
@@ -26,7 +27,7 @@ def test_a_drain_that_takes_too_long_is_not_counted_on() -> None:
     """A long answer is not cut; but after another bound on the wait something idle goes in its place."""
     pool = a_pool(capacity="5GiB", sizes={"a": "3GiB", "b": "2GiB", "c": "2GiB"}).idle("b").ready("a", lease=1)
     pool.feed(expire("a"), acquire("c", request=9))
-    assert pool.waits_for(9) == "a to finish"
+    assert pool.waits_for(9) == WaitForRunners(("a",), RunnerStep.drain)
     assert stopped(pool.advance("119s")) == []
     assert stopped(pool.advance("2s")) == [pool.runner("b")]
     assert pool.state("a") is RunnerState.expiring
@@ -39,7 +40,7 @@ def test_what_only_a_stuck_runner_could_make_room_for_is_refused_and_names_it() 
     pool.feed(expire("a"), acquire("c", request=9))
     pool.advance("20s")
     refusal = pool.refusal(9)
-    assert isinstance(refusal, DoesNotFit) and refusal.reason.endswith("does not end: a")
+    assert isinstance(refusal, DoesNotFit) and refusal.reason == MemoryHeld(("a",), pinned=False)
 
 
 def test_a_load_that_needs_to_be_alone_does_not_wait_for_what_is_stuck() -> None:
@@ -92,7 +93,7 @@ def test_whom_a_policy_names_twice_counts_once() -> None:
     sizes = {"a": "3GiB", "b": "3GiB", "c": "6GiB"}
     pool = a_pool(capacity="6GiB", sizes=sizes, policy=Repetitive()).idle("a").ready("b", lease=1)
     assert stopped(pool.feed(acquire("c", request=9))) == []
-    assert pool.waits_for(9) == "a, b to become idle"
+    assert pool.waits_for(9) == WaitForRunners(("a", "b"), RunnerStep.idle)
 
 
 def test_a_younger_load_does_not_take_the_place_of_one_that_starts_in_a_moment() -> None:

@@ -10,6 +10,7 @@ import pytest
 from fsm.machine.runner import RunnerState
 from fsm.messages.commands import Ask, Grant, Stop
 from fsm.messages.events import Progress
+from fsm.messages.reasons import RunnerStep, WaitFor, WaitForRunners
 from tests.support.pool import (
     PoolUnderTest,
     a_pool,
@@ -260,7 +261,7 @@ def test_when_the_last_lease_of_what_drains_is_back_the_end_is_in_sight() -> Non
     pool = a_pool(max_wait_s=10.0, min_residency_s=0.0, stop_timeout_s=60.0).ready("a", lease=1)
     pool.feed(acquire("b", request=2))
     pool.advance("30s")
-    assert pool.waits_for(2) == "a to finish"
+    assert pool.waits_for(2) == WaitForRunners(("a",), RunnerStep.drain)
     pool.feed(release(1))
-    assert pool.waits_for(2) == "memory that is on its way back"
+    assert pool.waits_for(2) == WaitFor.memory
     assert pool.core.snapshot().queue[0].until == pool.now + 60.0

@@ -64,6 +64,7 @@ from fsm.messages.events import (
     Unpin,
     Unresponsive,
 )
+from fsm.messages.reasons import ClaimMissed, FailureReason, InfeasibleReason, NoAnswer, WaitReason
 from fsm.messages.refusals import (
     Cancelled,
     Closed,
@@ -80,6 +81,7 @@ from fsm.messages.refusals import (
 )
 from fsm.sizing.footprint import Footprint
 from fsm.sizing.load_history import Loads, Remembered, Took
+from fsm.sizing.load_options import UnsupportedReason
 from fsm.state.core_config import Limits
 from fsm.state.timers import Timers
 from fsm.verification.environment import Past, Scenario, possible, sampled, time_of
@@ -96,6 +98,7 @@ from scheduler.recording.codec import (
 from tests.core.test_machine import CoreMachine
 from tests.support.models import a_model
 from tests.support.pool import a_pool, acquire, layered
+from tests.support.reasons import every
 
 ROOT = Path(__file__).resolve().parents[2]
 MIB = 2**20
@@ -165,23 +168,27 @@ EVENTS: list[Event] = [
     Inspected(WANT.model, a_model(), Remembered((Took(WANT.options, (), AMOUNTS),), (Loads(AMOUNTS, (0.1, 2)),))),
     Loaded(RunnerId(3), to_come=AMOUNTS),
     Loaded(RunnerId(3), 2048, AMOUNTS, 11), Filled(RunnerId(3), AMOUNTS), OutOfMemory(RunnerId(3)),
-    Unresponsive(RunnerId(3), "it does not answer"), Exited(RunnerId(3), -9, "two\nlines", out_of_memory=True),
+    Unresponsive(RunnerId(3), NoAnswer(0.1, True)), Exited(RunnerId(3), -9, "two\nlines", out_of_memory=True),
     Exited(RunnerId(3), None), Sampled((SAMPLE,), ((RunnerId(3), AMOUNTS),), 4, ((RunnerId(3), 9),)),
     Contended(1), Claimed(1), Tick(), Close(math.inf), Close(0.25),
 ]  # fmt: skip
 REFUSALS: list[Refusal] = [
     QueueFull(512, 1.5), ModelNotFound("/nowhere"), InvalidModel("/bad", "cut short"),
-    DoesNotFit(WANT.model, AMOUNTS, (), "too large"), LoadFailed(WANT.model, "no", 10.0, out_of_memory=True),
-    Unsupported(WANT.model, "flash_attention", False, "no"), Unsupported(WANT.model, "num_ctx", 1, "no"),
-    Unsupported(WANT.model, "cache_type_k", "q9", "no"), LoadTimeout(WANT.model, math.inf),
-    TimedOut(WANT.model, 0.1 + 0.2, "its turn"), NotInTime(WANT.model, 0.1, 0.2, 0.3, None),
-    Cancelled(WANT.model), Closed(),
+    *(DoesNotFit(WANT.model, AMOUNTS, (), reason) for reason in every(InfeasibleReason)),
+    *(LoadFailed(WANT.model, reason, 10.0, out_of_memory=True) for reason in every(FailureReason)),
+    *(TimedOut(WANT.model, 0.1 + 0.2, reason) for reason in every(WaitReason)),
+    *(Unsupported(WANT.model, "num_ctx", 1, reason) for reason in every(UnsupportedReason)),
+    Unsupported(WANT.model, "flash_attention", False, UnsupportedReason.needs_flash_attention),
+    Unsupported(WANT.model, "cache_type_k", "q9", UnsupportedReason.partial_blocks),
+    LoadTimeout(WANT.model, math.inf), NotInTime(WANT.model, 0.1, 0.2, 0.3, None), Cancelled(WANT.model),
+    Closed(),
 ]  # fmt: skip
 COMMANDS: list[Command] = [
     *(Reject(RequestId(7), refusal) for refusal in REFUSALS), Inspect(WANT.model), Stop(RunnerId(3)),
     Launch(RunnerId(3), WANT.model, Options(num_gpu=-1), Placement(AMOUNTS, ((DeviceId("gpu0"), 33),), True)),
     Sample(4), Claim(1, (HOST, DeviceId("gpu0"))), Unclaim(1), Grant(RequestId(7), RunnerId(3)),
-    Grant(RequestId(7), None), Revoke(RequestId(7), "it crashed"), Ask(RunnerId(3), (RequestId(7),)),
+    Grant(RequestId(7), None), *(Revoke(RequestId(7), reason) for reason in (*every(FailureReason), None)),
+    Ask(RunnerId(3), (RequestId(7),)),
     Prefetch(((WANT.model, 2**40),)), Remember(RunnerId(3), AMOUNTS, 0.1 + 0.2), Remember(RunnerId(3)),
     Finish(),
 ]  # fmt: skip
@@ -299,9 +306,9 @@ def test_every_field_has_a_type_that_can_be_read(kind: type) -> None:
 
 def test_what_a_core_holds_beside_its_pool_comes_back() -> None:
     """Each field of a state is the restored core's, and a second state has it again."""
-    values: dict[str, Any] = {"int": 3, "bool": True, "str": "words"}
+    values = {"int": 3, "bool": True, "str": "words", "ClaimMissed | None": ClaimMissed((HOST,), 60.0)}
     names = {field.name: str(field.type) for field in dataclasses.fields(State) if field.name != "pool"}
-    state = replace(Core().state(), **{name: values[kind] for name, kind in names.items()})
+    state = replace(Core().state(), **{name: values[kind] for name, kind in names.items()})  # type: ignore[arg-type]  # of its type each
     again = Core.restore(decode_state(through_json(state))).state()
     assert encode(again) == encode(state) != encode(Core().state())
 

@@ -29,7 +29,6 @@ from scheduler.cli.main import WRONG_USE, main
 from scheduler.config.settings import SMALLEST_RECORD_BYTES
 from scheduler.recording import recorder
 from scheduler.recording.codec import encode
-from scheduler.recording.narrative import Shown
 from scheduler.recording.recorder import Recorder
 from scheduler.recording.replay import Begun, Difference, Moment, RecordingError, Replay
 from scheduler.recording.timeline import Timeline
@@ -123,7 +122,7 @@ def test_whatever_happens_is_recorded_and_replays_exactly(seed: int, file: Path)
     assert [list(moment.commands) for moment in again] == said and sum(map(len, said)) > 100
     last = next(each.core for each in list(Replay(file)) if isinstance(each, Begun))
     for line in last.pool.lines.values():
-        line.told = ""  # only kept where somebody listens
+        line.told = None  # only kept where somebody listens
     assert encode(last.state()) == encode(core.state())
 
 
@@ -512,8 +511,8 @@ def test_the_story_says_who_asked_what_was_decided_and_why(incident: Path, capsy
     output = capsys.readouterr().out
     for said in (
         "request 3 asks for c", "runner 1 of a: idle → expiring, c needs its memory",
-        "runner 2 of b with 5 GiB (1 lease): in use", "runner 1 of a with 5 GiB: goes",
-        "request 3 waits for memory that is on its way back", "the process of runner 2 of b is gone: killed by SIGKILL",
+        "runner 2 of b with 5 GiB (1 lease): it is in use", "runner 1 of a with 5 GiB: goes",
+        "request 3 waits for memory being freed", "the process of runner 2 of b is gone: killed by SIGKILL",
         "last words", "request 2 loses its lease", "request 4 wants loaded d", "request 4 leaves",
         "request 5 is refused: 'big' needs", "request 3 gives back c", "given up for others: 1", "The same",
     ):  # fmt: skip
@@ -640,7 +639,7 @@ def test_why_nobody_else_goes_is_told_as_it_was_decided(file: Path, capsys: pyte
         pool.declare("/models/big.gguf", "40GiB").feed(acquire("/models/big.gguf", 10))
     said = told(file, capsys)
     assert "runner 1 of a with 5 GiB: it is to go in " in said
-    assert "runner 2 of b with 5 GiB: it was used a moment ago; runner 3 of p with 5 GiB: pinned" in said
+    assert "runner 2 of b with 5 GiB: it was used a moment ago; runner 3 of p with 5 GiB: it is pinned" in said
     assert "request 10 is refused" in said and "not on cpu: " in said
 
 
@@ -651,7 +650,7 @@ def test_a_load_that_makes_place_is_given_up_for_others(file: Path, capsys: pyte
         pool.core = Recorded(pool.core, writer)  # type: ignore[assignment]  # it does the same
         pool.feed(acquire("a", 1), cancel(1), acquire("b", 2))
     said = told(file, capsys)
-    assert "runner 1 of a: loading → expiring, b needs its place among the loads" in said
+    assert "runner 1 of a: loading → expiring, b needs its load slot" in said
     assert "given up for others: 1" in said
 
 
@@ -669,7 +668,7 @@ def test_a_wait_from_before_a_file_is_not_booked_on_its_first_reason(
         pool.advance("1s")
         pool.feed(exited(1), loaded(3))
     said = told(file, capsys)
-    assert "after 103.000 s: 100.000 s for what is not in this file, 3.000 s for memory that is on its way back" in said
+    assert "after 103.000 s: 100.000 s for what is not in this file, 3.000 s for memory being freed" in said
 
 
 def test_what_was_answered_in_a_gap_does_not_wait(
@@ -705,9 +704,3 @@ def test_only_limits_that_change_are_told(file: Path, capsys: pytest.CaptureFixt
         pool.feed(Configure(1_234_567, pool.core.pool.limits.max_runners, math.inf))
     said = told(file, capsys)
     assert said.count("limits change: max_queue 1234567, keep_alive forever\n") == 1 == said.count("limits change")
-
-
-def test_a_name_that_is_anothers_identity_is_told_once() -> None:
-    """Names take the place of identities, and not of names."""
-    names = {"python:x": "x", "python:python:x": "python:x"}
-    assert Shown(names).lines("python:x and python:python:x") == ["x and python:x"]  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Tests of the timeline: spans from hand-made transitions, and what is written in the picture of them."""
+"""Tests of the timeline: spans from hand-made changes, and what is written in the picture of them."""
 
 from __future__ import annotations
 
@@ -9,27 +9,22 @@ import pytest
 
 from fsm.machine.request import ModelId
 from fsm.machine.runner import EXPIRING, IDLE, LOADING, READY, UNLOADED, RunnerId, RunnerState
-from fsm.messages.decision_log import Transition
 from scheduler.recording.timeline import COLOURS, Span, Timeline
 
 NAMES = {ModelId("/models/a.gguf"): "chat", ModelId("/models/b.gguf"): "coder"}
 
 
-def change(at: float, runner: int, model: str, source: RunnerState | None, destination: RunnerState) -> Transition:
-    """A transition of which only what a timeline looks at matters."""
-    return Transition(at, RunnerId(runner), ModelId(model), "", source, destination, "", 0)
-
-
 def a_timeline() -> Timeline:
     """Runner 1 lives from 100 to 106 s; runner 2 is loaded at 104 s and still ready."""
     timeline = Timeline(100.0, name=lambda id: NAMES[id])
-    timeline.add(change(100.0, 1, "/models/a.gguf", None, LOADING))
-    timeline.add(change(101.0, 1, "/models/a.gguf", LOADING, READY))
-    timeline.add(change(102.0, 1, "/models/a.gguf", READY, IDLE))
-    timeline.add(change(103.0, 2, "/models/b.gguf", None, LOADING))
-    timeline.add(change(104.0, 2, "/models/b.gguf", LOADING, READY))
-    timeline.add(change(105.0, 1, "/models/a.gguf", IDLE, EXPIRING))
-    timeline.add(change(106.0, 1, "/models/a.gguf", EXPIRING, UNLOADED))
+    first, second = (RunnerId(1), ModelId("/models/a.gguf")), (RunnerId(2), ModelId("/models/b.gguf"))
+    timeline.add(100.0, *first, LOADING)
+    timeline.add(101.0, *first, READY)
+    timeline.add(102.0, *first, IDLE)
+    timeline.add(103.0, *second, LOADING)
+    timeline.add(104.0, *second, READY)
+    timeline.add(105.0, *first, EXPIRING)
+    timeline.add(106.0, *first, UNLOADED)
     return timeline
 
 

@@ -21,6 +21,7 @@ from fsm.machine.request import ModelId, Purpose, RequestId, Want
 from fsm.messages.commands import Command, Inspect, Launch, Reject
 from fsm.messages.decision_log import Decision, Entry
 from fsm.messages.events import Acquire, Event, Exited, Release, Tick
+from fsm.messages.reasons import Queued
 from fsm.messages.refusals import TimedOut
 from scheduler.concurrency.clock import monotonic_clock
 from scheduler.concurrency.thread_pool import Workers
@@ -308,14 +309,14 @@ def test_a_thread_that_cannot_be_started_loses_no_job(monkeypatch: pytest.Monkey
 
 def test_a_finaliser_may_post_while_its_thread_reads_the_events() -> None:
     """What is offered to a stream from inside a read of it neither blocks nor is lost."""
-    stream = EventStream(10)
-    entry = Decision(0.0, "queued", ModelId("a"), "")
+    stream = EventStream(10, str)
+    entry = Decision(0.0, "queued", ModelId("a"), Queued(1))
 
     class Entries(type(stream._entries)):  # type: ignore[misc]  # a deque whose use runs a finaliser
         def popleft(self) -> tuple[int, Decision]:
             found: tuple[int, Decision] = super().popleft()
-            if found[1].reason == "":
-                stream.offer([Decision(1.0, "queued", ModelId("b"), "late")])
+            if found[1].why == Queued(1):
+                stream.offer([Decision(1.0, "queued", ModelId("b"), Queued(2))])
             return found
 
     stream._entries = Entries()

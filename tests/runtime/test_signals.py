@@ -12,6 +12,7 @@ import pytest
 from fsm.machine.request import ModelId
 from fsm.messages.commands import Prefetch, Sample
 from fsm.messages.decision_log import Decision
+from fsm.messages.reasons import Queued
 from scheduler import Lease, PythonModel, Scheduler, Settings
 from scheduler.api import scheduler as scheduler_module
 from tests.support.interrupts import as_main, interrupted
@@ -38,7 +39,7 @@ def a_scheduler(**more: Any) -> Scheduler:
 def decide(scheduler: Scheduler) -> None:
     """Have everything done that is done under the core's lock, and wait for it, as for a step."""
     desk = scheduler._desk
-    executor, entry = desk.executor, Decision(0.0, "queued", ModelId("a"), "")
+    executor, entry = desk.executor, Decision(0.0, "queued", ModelId("a"), Queued(1))
 
     def look(_: object) -> None:
         for pool in (executor.workers, executor.callers):

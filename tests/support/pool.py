@@ -46,6 +46,7 @@ from fsm.messages.events import (
     Unpin,
     Unresponsive,
 )
+from fsm.messages.reasons import NoAnswer, WaitReason
 from fsm.messages.refusals import Refusal
 from fsm.sizing.footprint import Footprint
 from fsm.sizing.load_history import NOTHING, Remembered
@@ -146,7 +147,7 @@ def out_of_memory(runner: int) -> OutOfMemory:
 
 
 def unresponsive(runner: int) -> Unresponsive:
-    return Unresponsive(runner, "it answers no probe")
+    return Unresponsive(runner, NoAnswer(10.0))
 
 
 def close(timeout: str | float = "30s") -> Close:
@@ -381,7 +382,7 @@ class PoolUnderTest:
         """Return the requests that wait, in order."""
         return [view.request for view in self.core.snapshot().queue]
 
-    def waits_for(self, request: int) -> str:
+    def waits_for(self, request: int) -> WaitReason:
         """Return in words what a request waits for."""
         return next(view.waits_for for view in self.core.snapshot().queue if view.request == request)
 

@@ -11,6 +11,7 @@ from fsm.lifecycle.failures import Endings
 from fsm.machine.request import Request, RequestState
 from fsm.machine.runner import EXPIRING, LOADING, READY, Runner
 from fsm.messages.events import Acquire, Cancel, Event, Exited, Release
+from fsm.messages.reasons import NeededFor, RunnerReason, RunnerStep, WaitForRunners
 from fsm.messages.refusals import Cancelled, Refusal
 from fsm.planning import eviction_candidates
 from fsm.state.core_state import Pool
@@ -163,9 +164,10 @@ def an_eviction_outlives_its_waiter(patch: Patch) -> None:
         request = core.pool.requests.get(event.request)
         line = core.pool.lines.get(request.want) if request is not None else None
         original(core, event)
-        if isinstance(event, Cancel) and line is not None and line.waits_for.endswith("to become idle"):
+        reason = line.waits_for if isinstance(event, Cancel) and line is not None else None
+        if isinstance(reason, WaitForRunners) and reason.step is RunnerStep.idle:
             for runner in [runner for runner in core.pool.runners.values() if runner.state is READY]:
-                core.act.expire(runner, "somebody wanted its memory")
+                core.act.expire(runner, NeededFor(request.want.model))
 
 
 @mutant("one-place", "D13")
@@ -183,7 +185,7 @@ def for_ever_is_not_at_all(patch: Patch) -> None:
     """A keep-alive without end unloads at once."""
 
     @instead(patch, Actions, "rest")
-    def rest(original: Callable[..., None], act: Actions, runner: Runner, reason: str) -> None:
+    def rest(original: Callable[..., None], act: Actions, runner: Runner, reason: RunnerReason) -> None:
         if runner.keep_alive_s == math.inf and runner.state is READY:
             act.expire(runner, reason)
         else:

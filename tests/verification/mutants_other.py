@@ -19,6 +19,7 @@ from fsm.machine.request import Request, RequestState
 from fsm.machine.runner import EXPIRING, LOADING, Runner
 from fsm.messages.commands import Finish, Grant, Unclaim
 from fsm.messages.events import Acquire, Cancel, Event, Exited, Inspected, Loaded, Release, Sampled
+from fsm.messages.reasons import ExpireReason, RunnerReason
 from fsm.messages.refusals import Closed, Refusal
 from fsm.planning import eviction_candidates
 from fsm.planning.availability import NOW, SOON
@@ -191,7 +192,7 @@ def stopped_in_use(patch: Patch) -> None:
     """A victim is stopped while it serves."""
 
     @instead(patch, Actions, "expire")
-    def expire(original: Callable[..., None], act: Actions, runner: Runner, reason: str) -> None:
+    def expire(original: Callable[..., None], act: Actions, runner: Runner, reason: ExpireReason) -> None:
         original(act, runner, reason)
         act.stop(runner)
 
@@ -297,7 +298,7 @@ def an_account_stays_open(patch: Patch) -> None:
     """What an unloaded runner held is never free again."""
 
     @instead(patch, Endings, "unload")
-    def unload(original: Callable[..., None], act: Endings, runner: Runner, reason: str) -> None:
+    def unload(original: Callable[..., None], act: Endings, runner: Runner, reason: RunnerReason) -> None:
         account = act.pool.ledger.accounts["runner", runner.id]
         original(act, runner, reason)
         act.pool.ledger.accounts["runner", runner.id] = account

@@ -14,6 +14,7 @@ from fsm.lifecycle.failures import Endings
 from fsm.machine.request import Request
 from fsm.machine.runner import LOADING, Runner, RunnerId
 from fsm.messages.events import Acquire, Claimed, Contended, Event, Loaded, Progress
+from fsm.messages.reasons import FailureReason, RanOutOfMemory, RunnerLimit
 from fsm.planning.availability import DRAINED, LATER, SOON, Supply
 from fsm.planning.planner import _Planner
 from fsm.state.core_config import Limits
@@ -83,7 +84,7 @@ def nothing_is_backed_off(patch: Patch) -> None:
     """A model whose load has failed is loaded again for the next who asks."""
 
     @instead(patch, Endings, "back_off")
-    def back_off(original: Callable[..., None], act: Endings, model: Model, reason: str) -> None:
+    def back_off(original: Callable[..., None], act: Endings, model: Model, reason: FailureReason) -> None:
         original(act, model, reason)
         model.blocked_until = act.pool.now
 
@@ -93,7 +94,7 @@ def each_failure_is_the_first(patch: Patch) -> None:
     """A model that fails again and again is backed off for as short a time as at first."""
 
     @instead(patch, Endings, "back_off")
-    def back_off(original: Callable[..., None], act: Endings, model: Model, reason: str) -> None:
+    def back_off(original: Callable[..., None], act: Endings, model: Model, reason: FailureReason) -> None:
         model.failures = 0
         original(act, model, reason)
 
@@ -103,7 +104,7 @@ def a_crash_loop_has_no_end(patch: Patch) -> None:
     """Each crash is followed by a new load at once, as if it were the first."""
 
     @instead(patch, Endings, "count_crash")
-    def count_crash(original: Callable[..., None], act: Endings, runner: Runner, reason: str) -> None:
+    def count_crash(original: Callable[..., None], act: Endings, runner: Runner, reason: FailureReason) -> None:
         act.pool.models[runner.model].failures = 0
         original(act, runner, reason)
 
@@ -113,7 +114,7 @@ def back_off_has_no_limit(patch: Patch) -> None:
     """The time doubles for ever."""
 
     @instead(patch, Endings, "back_off")
-    def back_off(original: Callable[..., None], act: Endings, model: Model, reason: str) -> None:
+    def back_off(original: Callable[..., None], act: Endings, model: Model, reason: FailureReason) -> None:
         limits = act.pool.limits
         act.pool.limits = replace(limits, back_off_limit_s=math.inf)
         original(act, model, reason)
@@ -190,7 +191,7 @@ def only_who_ran_out_of_memory_goes(patch: Patch) -> None:
     @instead(patch, Endings, "ran_out")
     def ran_out(original: Callable[..., None], act: Endings, runner: Runner) -> None:
         if runner.current:
-            act.expire(runner, "it ran out of memory")
+            act.expire(runner, RanOutOfMemory(runner.model))
 
 
 @mutant("hangs")
@@ -249,8 +250,8 @@ def a_lower_number_of_runners_waits_for_their_end(patch: Patch) -> None:
     """More idle runners are alive than may be, until their keep-alives are over."""
 
     @instead(patch, _Planner, "_shed")
-    def shed(original: Callable[..., None], planner: _Planner, reason: str, *args: object) -> None:
-        if "alive" not in reason:
+    def shed(original: Callable[..., None], planner: _Planner, reason: object, *args: object) -> None:
+        if not isinstance(reason, RunnerLimit):
             original(planner, reason, *args)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from fsm.lifecycle.actions import Actions
 from fsm.machine.request import Request
 from fsm.machine.runner import Runner, RunnerId
+from fsm.messages.reasons import RunnerReason
 from fsm.state.model_record import Model
 from tests.verification.mutant import Patch, instead, mutant
 
@@ -27,7 +28,7 @@ def a_rest_wakes_nobody(patch: Patch) -> None:
     """A runner becomes idle, and those who wait for that are not looked at."""
 
     @instead(patch, Actions, "rest")
-    def rest(original: Callable[..., None], act: Actions, runner: Runner, reason: str) -> None:
+    def rest(original: Callable[..., None], act: Actions, runner: Runner, reason: RunnerReason) -> None:
         replan = act.replan
         original(act, runner, reason)
         act.replan = replan

@@ -18,7 +18,6 @@ from types import FrameType
 
 import psutil
 
-from fsm.messages.decision_log import Decision, Transition
 from scheduler.api.scheduler import Scheduler
 from scheduler.cli.demo.clients import Clients
 from scheduler.cli.demo.models import Cast, DemoError, Player, engine_check, make_cast, packaged_players, players_in
@@ -28,7 +27,7 @@ from scheduler.concurrency.clock import monotonic_clock
 from scheduler.config.settings import Settings
 from scheduler.errors.formatting import format_bytes, format_duration
 from scheduler.recording.timeline import Timeline
-from scheduler.runtime.event_stream import Gap
+from scheduler.runtime.event_stream import Decision, Gap, Transition
 
 INTERRUPTED = 130  # as a shell reports Ctrl-C
 

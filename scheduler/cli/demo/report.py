@@ -11,14 +11,13 @@ from fsm.domain.devices import HOST, MIB
 from fsm.machine.request import ModelId
 from fsm.machine.runner import EXPIRING, IDLE, LOADING, READY, UNLOADED, RunnerId
 from fsm.messages.decision_log import Decision, Entry, Transition
+from fsm.messages.reasons import NeededFor, RunnerReason
 from scheduler.api.status import Status
 from scheduler.cli.demo.models import Player
 from scheduler.errors.formatting import format_bytes
 from scheduler.recording.timeline import Timeline
 
-# The scheduler's words for why a runner leaves.
-_FOR_ANOTHER = "needs its memory"
-_KEEP_ALIVE = "its keep-alive is"  # over, or 0
+_KEEP_ALIVE = (RunnerReason.no_keep_alive, RunnerReason.keep_alive_over)
 
 
 class Feature(Enum):
@@ -93,14 +92,14 @@ class Checklist:
             case (source, destination) if source is IDLE and destination is READY:
                 self.see(Feature.keep_alive, entry.at)
             case (source, destination) if source is IDLE and destination is EXPIRING:
-                if _FOR_ANOTHER in entry.reason:
+                if _for_another(entry):
                     self.see(Feature.eviction, entry.at)
-                elif _KEEP_ALIVE in entry.reason:
+                elif entry.why in _KEEP_ALIVE:
                     self.see(Feature.expiry, entry.at)
             case (source, destination) if source is READY and destination is EXPIRING:
-                if _FOR_ANOTHER in entry.reason and entry.leases:
+                if _for_another(entry) and entry.leases:
                     self._draining[entry.runner] = entry.at
-                elif _KEEP_ALIVE in entry.reason:
+                elif entry.why in _KEEP_ALIVE:
                     self.see(Feature.expiry, entry.at)
             case (_, destination) if destination is UNLOADED and entry.runner in self._draining:
                 self.see(Feature.drain, self._draining[entry.runner])
@@ -129,25 +128,19 @@ class Record:
         """Return a model's name."""
         return next((player.name for player in self.players if player.spec.id == id), id)
 
-    def in_names(self, text: str) -> str:
-        """Return a sentence of the scheduler's with names in place of identities."""
-        for player in sorted(self.players, key=lambda player: -len(player.spec.id)):
-            text = text.replace(player.spec.id, player.name)
-        return text
-
     def add_entry(self, entry: Entry) -> None:
         """Take in what happened."""
         self.checklist.note(entry)
         if isinstance(entry, Decision):
             return
-        self.timeline.add(entry)
+        self.timeline.add(entry.at, entry.runner, entry.model, entry.destination)
         if entry.source is None:
             self.loads += 1
         if entry.source is LOADING and entry.destination is not EXPIRING:
             self.loaded_at[entry.runner] = entry.at
         if entry.destination is EXPIRING:
             self._leaving.add(entry.runner)
-            if _FOR_ANOTHER in entry.reason:
+            if _for_another(entry):
                 self.evictions += 1
                 self.drains += entry.leases > 0
 
@@ -177,6 +170,10 @@ class Record:
     def failures(self) -> tuple[Answer, ...]:
         """Return the requests that were not answered."""
         return tuple(answer for answer in self.answers if answer.error)
+
+
+def _for_another(entry: Transition) -> bool:
+    return isinstance(entry.why, NeededFor) and not entry.why.load_slot
 
 
 def summary(record: Record, now: float, expected: Collection[Feature], *, complete: bool) -> list[str]:

@@ -17,10 +17,10 @@ from rich.text import Text
 
 from fsm.domain.devices import HOST, MIB
 from fsm.machine.runner import EXPIRING
-from fsm.messages.decision_log import Transition
 from scheduler.api.status import RunnerStatus, Status
 from scheduler.cli.demo.report import Record
 from scheduler.errors.formatting import format_duration
+from scheduler.runtime.event_stream import Transition
 
 _QUEUE_ROWS = 4
 _RECENT = 5  # transitions in view
@@ -57,7 +57,7 @@ def change_text(record: Record, entry: Transition) -> str:
     runner = f"{record.name(entry.model)} · {entry.runner}"
     source = f"{entry.source.value} → " if entry.source is not None else "→ "
     busy = f"; it still has {entry.leases} to answer" if entry.leases and entry.destination is EXPIRING else ""
-    return f"{runner:<16} {source + entry.destination.value:<20} {record.in_names(entry.reason)}{busy}"
+    return f"{runner:<16} {source + entry.destination.value:<20} {entry.reason}{busy}"
 
 
 class PlainView:
@@ -130,8 +130,7 @@ class LiveView:
     def _queue_table(self, status: Status) -> Table:
         table = _table(waits=18, since=9, until=24)
         for wait in status.queue[:_QUEUE_ROWS]:
-            reason = self._record.in_names(wait.waits_for)
-            table.add_row(wait.model, format_duration(round(wait.waited_s, 1)), reason)
+            table.add_row(wait.model, format_duration(round(wait.waited_s, 1)), wait.waits_for)
         rest = len(status.queue) - _QUEUE_ROWS
         _fill(table, _QUEUE_ROWS + 1 - min(len(status.queue), _QUEUE_ROWS), f"and {rest} more" if rest > 0 else "")
         return table

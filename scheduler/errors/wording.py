@@ -1,0 +1,290 @@
+"""The words for every reason of the core: made here alone, where people read them, and never looked at by a program.
+
+`name` gives the name to show for a model's identity. What engines, the system and eviction policies said of themselves
+is passed on as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
+from typing import assert_never
+
+from fsm.domain.devices import Placement
+from fsm.machine.request import ModelId
+from fsm.messages.decision_log import ConsideredDevice, ConsideredRunner
+from fsm.messages.reasons import (
+    AskedBy,
+    ClaimMissed,
+    DeviceShrunk,
+    FailureReason,
+    Infeasible,
+    InfeasibleReason,
+    KeptReason,
+    LoadStalled,
+    Measured,
+    MemoryHeld,
+    NeededFor,
+    NoAnswer,
+    NoSuchDevice,
+    Prefetched,
+    ProcessExited,
+    Queued,
+    RanOutOfMemory,
+    RunnerLimit,
+    RunnerReason,
+    RunnerStep,
+    TransitionReason,
+    Waited,
+    WaitFor,
+    WaitForRunners,
+    WaitReason,
+)
+from fsm.sizing.load_options import CACHE_BLOCK, MOST_SLOTS, MOST_THREADS, UnsupportedReason
+from scheduler.errors.formatting import format_bytes, format_duration
+
+Name = Callable[[ModelId], str]
+
+SMALLER = "use a smaller model, context or cache type"
+_WITHOUT_GPU = "ask for it without a GPU (require_gpu, num_gpu)"
+
+WAITS: Mapping[WaitFor, str] = MappingProxyType(
+    {
+        WaitFor.plan: "its turn",
+        WaitFor.metadata: "its model's metadata",
+        WaitFor.load: "its model to load",
+        WaitFor.other_load: "a load of its model with other options",
+        WaitFor.earlier_requests: "earlier requests",
+        WaitFor.same_model: "an earlier request for its model",
+        WaitFor.memory: "memory being freed",
+        WaitFor.load_slot: "another load to end",
+        WaitFor.other_program: "another program that loads a model",
+    }
+)
+STEPS: Mapping[RunnerStep, str] = MappingProxyType(
+    {
+        RunnerStep.leave: "to leave",
+        RunnerStep.idle: "to become idle",
+        RunnerStep.drain: "to finish",
+        RunnerStep.load_then_idle: "to load, and then to become idle",
+        RunnerStep.load_alone: "to load with no other load beside it",
+    }
+)
+RUNNERS: Mapping[RunnerReason, str] = MappingProxyType(
+    {
+        RunnerReason.granted: "a lease was granted",
+        RunnerReason.released: "its last lease was released",
+        RunnerReason.loaded: "it is loaded, and no request waits for a lease",
+        RunnerReason.preloaded: "it was preloaded",
+        RunnerReason.no_keep_alive: "its keep-alive is 0",
+        RunnerReason.keep_alive_over: "its keep-alive is over",
+        RunnerReason.abandoned: "no request waits for it any more",
+        RunnerReason.asked: "the program asked for it to leave",
+        RunnerReason.asked_while_awaited: "the program asked for it to leave after the requests that waited for it",
+        RunnerReason.closing: "the scheduler closes",
+        RunnerReason.memory_freed: "its memory is free again",
+        RunnerReason.memory_overdue: "its memory was not free again in time",
+    }
+)
+INFEASIBLE: Mapping[Infeasible, str] = MappingProxyType(
+    {
+        Infeasible.held_elsewhere: "other programs, or the program's own reservations, hold the memory",
+        Infeasible.no_gpu: "it is to be on GPUs, and there is none",
+        Infeasible.no_required_gpu: "a GPU is required, and there is none",
+        Infeasible.too_large: "it is larger than the memory there is",
+    }
+)
+UNSUPPORTED: Mapping[UnsupportedReason, str] = MappingProxyType(
+    {
+        UnsupportedReason.too_many_slots: f"llama.cpp has at most {MOST_SLOTS} slots",
+        UnsupportedReason.too_many_threads: f"llama.cpp has at most {MOST_THREADS} threads",
+        UnsupportedReason.partial_blocks: f"the model's heads are no whole blocks of {CACHE_BLOCK} elements",
+        UnsupportedReason.needs_flash_attention: "without flash attention llama.cpp cannot quantise values",
+    }
+)
+KEPT: Mapping[KeptReason, str] = MappingProxyType(
+    {
+        KeptReason.goes_last: "it is to go when nothing else is missing",
+        KeptReason.goes_later: "it is to go in {goes_in}, or when it rests",
+        KeptReason.overdue: "it was stopped, but does not end",
+        KeptReason.expiring: "it is expiring already",
+        KeptReason.pinned: "it is pinned",
+        KeptReason.other_victim: "it goes for another request",
+        KeptReason.awaited: "other requests wait for its load",
+        KeptReason.not_needed: "no runner has to go",
+        KeptReason.in_use: "it is in use",
+        KeptReason.just_loaded: "it has only just been loaded",
+        KeptReason.just_used: "it was used a moment ago",
+        KeptReason.not_enough: "all runners that may go would not be enough",
+        KeptReason.others_cost_less: "giving up other runners is expected to cost less",
+        KeptReason.others_come_first: "other runners come first in the policy's order, and suffice",
+    }
+)
+
+
+def wait_reason(reason: WaitReason, name: Name) -> str:
+    """Return what a request waits for, as in "it waits for …"."""
+    match reason:
+        case WaitFor():
+            return WAITS[reason]
+        case WaitForRunners(models, step):
+            return f"{_names(models, name)} {STEPS[step]}"
+        case _:
+            assert_never(reason)
+
+
+def transition_reason(reason: TransitionReason, name: Name) -> str:
+    """Return why a runner changed its state."""
+    match reason:
+        case RunnerReason():
+            return RUNNERS[reason]
+        case AskedBy(request):
+            return f"request {request} waits for it"
+        case NeededFor(model, load_slot):
+            return f"{name(model) if model else 'the program'} needs its {'load slot' if load_slot else 'memory'}"
+        case RunnerLimit():
+            return _runner_limit(reason, name)
+        case DeviceShrunk(device):
+            return f"there is less memory on {device} than before"
+        case RanOutOfMemory(model):
+            return f"{name(model)} ran out of memory"
+        case ProcessExited() | NoAnswer() | LoadStalled():
+            return failure_reason(reason)
+        case _:
+            assert_never(reason)
+
+
+def failure_reason(reason: FailureReason) -> str:
+    """Return why a runner is gone, or of no use; it may have several lines, of which the first says most."""
+    match reason:
+        case ProcessExited(code, text):
+            return text or f"its process exited with {code}"
+        case NoAnswer(timeout_s, disconnected):
+            broke = "its connections broke, and " if disconnected else ""
+            return f"{broke}it did not answer within {format_duration(timeout_s)}"
+        case LoadStalled(timeout_s):
+            return f"its load showed no progress for {format_duration(timeout_s)}"
+        case _:
+            assert_never(reason)
+
+
+def revoke_reason(reason: FailureReason | None) -> str:
+    """Return why a lease is lost."""
+    return "the scheduler was closed" if reason is None else failure_reason(reason)
+
+
+def infeasible_reason(reason: InfeasibleReason, name: Name) -> str:
+    """Return why a request can never be satisfied."""
+    match reason:
+        case Infeasible():
+            return INFEASIBLE[reason]
+        case NoSuchDevice(device, devices):
+            return f"there is no device {device!r}; there is {', '.join(devices) or 'none'}"
+        case RunnerLimit():
+            return _runner_limit(reason, name)
+        case MemoryHeld(models, pinned):
+            stuck = "its memory is held by runners that were stopped and do not end"
+            held = "it would fit only by giving up what is pinned" if pinned else stuck
+            return f"{held}: {_names(models, name)}"
+        case _:
+            assert_never(reason)
+
+
+def remedy(reason: InfeasibleReason, otherwise: str) -> str:
+    """Return what helps where a request can never be satisfied; `otherwise` where the size is all there is to change.
+
+    It is empty where the reason itself says what there is.
+    """
+    match reason:
+        case Infeasible.no_gpu | Infeasible.no_required_gpu:
+            return _WITHOUT_GPU
+        case Infeasible.held_elsewhere:
+            return f"free some of it, or {SMALLER}"
+        case MemoryHeld(pinned=pinned):
+            return f"{'unpin some of it' if pinned else 'end that process'}, or {SMALLER}"
+        case Infeasible.too_large | RunnerLimit():
+            return otherwise
+        case NoSuchDevice():
+            return ""
+        case _:
+            assert_never(reason)
+
+
+def kept_reason(considered: ConsideredRunner) -> str:
+    """Return why a runner is not given up; empty where it is."""
+    if considered.why is None:
+        return ""
+    return KEPT[considered.why].format(goes_in=format_duration(considered.goes_in_s))
+
+
+def device_reason(considered: ConsideredDevice, devices: Iterable[ConsideredDevice]) -> str:
+    """Return why a model does not go on one of the `devices` that were considered; empty where it does."""
+    needed, free = considered.needed_bytes, considered.free_bytes
+    if considered.taken:
+        return ""
+    if needed:
+        return f"it lacks {format_bytes(needed - free)}" if needed > free else "it has enough"
+    whole = sum(one.needed_bytes for one in devices)
+    return "it is not needed" if whole <= free else f"{format_bytes(max(0, free))} are not enough for all of it"
+
+
+def victims(runners: Iterable[ConsideredRunner], name: Name) -> str:
+    """Return which runners are given up, and what that is expected to cost where the policy says so."""
+    going = [one for one in runners if one.taken]
+    names, costs = _names((one.model for one in going), name), [one.cost_s for one in going if one.cost_s is not None]
+    return f"{names}, which is expected to cost {sum(costs):.2f} s of loading" if costs else names
+
+
+def decision_reason(
+    reason: WaitReason | Queued | Waited | Placement | ClaimMissed | Prefetched | Measured, name: Name
+) -> str:
+    """Return why a decision is as it is, for those that are not refusals."""
+    match reason:
+        case WaitFor() | WaitForRunners():
+            return f"for {wait_reason(reason, name)}"
+        case Queued(waiting):
+            return "1 request waits" if waiting == 1 else f"{waiting} requests wait"
+        case Waited(waited_s):
+            return f"it waited {waited_s:.3f} s"
+        case Placement(amounts, gpu_layers):
+            layers = [f"{count} layers on {device}" for device, count in gpu_layers]
+            return ", ".join([*layers, *(f"{format_bytes(size)} of {device}" for device, size in amounts)])
+        case ClaimMissed():
+            return f"although {claim_missed(reason)}"
+        case Prefetched(size):
+            return f"{format_bytes(size)} of its files while it waits"
+        case Measured(amounts, known, filled):
+            before = "measured before" if known else "predicted"
+            figures = [
+                f"{on}: {format_bytes(predicted)} {before}, {format_bytes(most)} measured, {format_bytes(held)} held"
+                for on, predicted, most, held in amounts
+            ]
+            return "; ".join((["a request filled a context"] if filled else []) + figures)
+        case _:
+            assert_never(reason)
+
+
+def claim_missed(reason: ClaimMissed) -> str:
+    """Return what a launch went ahead without."""
+    devices = ", ".join(reason.devices)
+    return f"{devices} could not be had from the other programs that load models in {format_duration(reason.timeout_s)}"
+
+
+def problem(found: str | ClaimMissed) -> str:
+    """Return what went wrong around decisions; a text is what the eviction policy raised."""
+    match found:
+        case str():
+            return f"the eviction policy raised {found}: the oldest runners go first instead"
+        case ClaimMissed():
+            return claim_missed(found)
+        case _:
+            assert_never(found)
+
+
+def _names(models: Iterable[ModelId], name: Name) -> str:
+    return ", ".join(map(name, models))
+
+
+def _runner_limit(reason: RunnerLimit, name: Name) -> str:
+    kept = f", and these cannot be given up: {_names(reason.unmovable, name)}" if reason.unmovable else ""
+    return f"no more than {reason.limit} {'runner' if reason.limit == 1 else 'runners'} may be alive{kept}"

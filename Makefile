@@ -15,14 +15,20 @@ ifeq ($(shell test -x $(BIN)/python && echo usable),)
 $(shell rm -rf $(VENV))
 endif
 
+# The tests that need the decision core alone.
+TESTS_OF_CORE := tests/core tests/verification tests/repo/test_boundary.py
+
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help run test check bench policies waiting race explore mutants fuzz fuzz-metadata memory soak mutation docs clean
+.PHONY: help run test test-fast coverage lint check bench policies waiting race explore mutants fuzz fuzz-metadata memory soak mutation trace-request docs clean
 
 help:
 	@echo "make run     install what the demonstration needs and run it"
 	@echo "make test    run the tests"
-	@echo "make check   run the tests, the type checker and the linter"
+	@echo "make test-fast  run the quick tests of the decision core"
+	@echo "make coverage  run the same, and fail if less of the core is run by them than has been"
+	@echo "make lint    run the linter, the formatter's check and the type checker"
+	@echo "make check   run make lint and make test, as continuous integration does"
 	@echo "make bench   run the benchmarks"
 	@echo "make policies  replay generated traffic with each eviction policy, beside what is possible (SEEDS, 10; TRACE=file)"
 	@echo "make explore search what a small scheduler can come to, in every order of events (half an hour)"
@@ -34,6 +40,7 @@ help:
 	@echo "make waiting compare orders of waiting: three models, one place, on virtual time (SEEDS; some minutes)"
 	@echo "make race    race loadmaster against llama.cpp's router (LLAMA_SERVER=PATH), Ray Serve (RAY_PYTHON=PATH) and the reference's order"
 	@echo "make mutation  change the core in small ways and see which changes no test notices (an hour; goes on where it was)"
+	@echo "make trace-request  count the files and functions of this project that one request passes (VERBOSE=1 lists them)"
 	@echo "make docs    draw docs/states.md again from the state machines"
 	@echo "make clean   remove everything that was installed or generated here"
 
@@ -44,9 +51,22 @@ run: $(FOR_RUN)
 test: $(FOR_TEST)
 	$(BIN)/python -m pytest --numprocesses 2
 
-check: test
-	$(BIN)/python -m mypy
+# In one process, which is enough for seconds.
+test-fast: $(FOR_TEST)
+	HYPOTHESIS_PROFILE=fast $(BIN)/python -m pytest -m "not slow" $(TESTS_OF_CORE)
+
+# The least is in setup.cfg.
+coverage: $(FOR_TEST)
+	HYPOTHESIS_PROFILE=fast $(BIN)/python -m coverage run -m pytest -m "not slow" $(TESTS_OF_CORE)
+	$(BIN)/python -m coverage report
+
+# What takes seconds comes first.
+check: lint test
+
+lint: $(FOR_TEST)
 	$(BIN)/python -m ruff check
+	$(BIN)/python -m ruff format --check
+	$(BIN)/python -m mypy
 
 bench: $(FOR_TEST)
 	$(BIN)/python -m tests.tools.bench
@@ -83,11 +103,14 @@ race: $(FOR_TEST)
 mutation: $(FOR_MUTATION)
 	$(BIN)/python -m tests.tools.mutation $(MODULES)
 
+trace-request: $(FOR_TEST)
+	$(BIN)/python -m tests.tools.trace_request $(if $(VERBOSE),--verbose)
+
 docs: $(FOR_TEST)
 	$(BIN)/python -m fsm.machine.state_diagram > docs/states.md
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BIN)/python:

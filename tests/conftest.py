@@ -1,4 +1,4 @@
-"""How much Hypothesis tries: HYPOTHESIS_PROFILE is dev (the default), ci (the same examples every time) or nightly."""
+"""How much Hypothesis tries: HYPOTHESIS_PROFILE is dev (the default), ci (always the same examples), fast, nightly."""
 
 from __future__ import annotations
 
@@ -42,6 +42,7 @@ def lock_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 settings.register_profile("dev", deadline=None)
 settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
+settings.register_profile("fast", deadline=None, derandomize=True, max_examples=20)
 settings.register_profile(
     "nightly", deadline=None, max_examples=5000, stateful_step_count=100, suppress_health_check=[HealthCheck.too_slow]
 )

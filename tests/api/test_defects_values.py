@@ -38,6 +38,7 @@ from tests.support.tiny_models import write_tiny_model
 from tests.support.waiting import assert_soon
 
 ENDLESS: tuple[Any, ...] = (math.inf, 1e300, 1e12, 3e9, 3e6, "forever", -1, "40d")  # 2**31 ms are less than 25 days
+LONG_S = 30 * 86400.0  # the shortest of them is longer
 ONE_TOKEN: dict[str, Any] = {"max_tokens": 1, "temperature": 0}
 
 
@@ -191,10 +192,13 @@ def test_a_child_without_a_time_limit_to_end_is_waited_for(file: Path) -> None:
 
 @pytest.mark.parametrize("timeout", ENDLESS)
 def test_requests_wait_for_ever(scheduler: Scheduler, timeout: Any) -> None:
-    """To acquire, to reserve, to keep, to configure."""
+    """To acquire, to reserve, to keep, to configure: nothing is refused, and the runner stays loaded."""
     scheduler.acquire(a_model(keep_alive=timeout), timeout=timeout, keep_alive=timeout).release()
     scheduler.reserve("cpu", 1, timeout=timeout).release()
     scheduler.configure(keep_alive=timeout)
+    (runner,) = scheduler.status().runners
+    assert runner.state == "idle"
+    assert runner.expires_in_s > LONG_S
 
 
 @pytest.mark.parametrize("timeout", ENDLESS)

@@ -192,6 +192,7 @@ async def fail(lease: Lease) -> None:
             raise LookupError
 
 
+@pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")  # only its loop could have closed the transport
 @pytest.mark.parametrize("end", [leave, fail])
 def test_an_answer_that_is_left_as_the_last_of_its_loop_ends_its_connection(
     serving: Scheduler, file: Path, monkeypatch: pytest.MonkeyPatch, end: Callable[[Lease], Coroutine[Any, Any, None]]

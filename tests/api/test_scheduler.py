@@ -120,7 +120,8 @@ def test_a_lease_gives_the_object_and_its_release_lets_it_rest(scheduler: Schedu
         assert lease.value == "<a>"
         assert states(scheduler) == {"a": "ready"}
     assert states(scheduler) == {"a": "idle"}
-    assert scheduler.acquire(a_model("a")).runner == lease.runner
+    with scheduler.acquire(a_model("a")) as again:
+        assert again.runner == lease.runner
 
 
 def test_two_leases_share_one_runner(scheduler: Scheduler) -> None:
@@ -265,12 +266,13 @@ def test_a_waiter_gives_up_at_its_own_time_limit(scheduler: Scheduler) -> None:
     """Every wait has an end; the error says what was waited for."""
     gate = Gate()
     slow = a_model("slow", load=gate)
-    scheduler.submit(slow)
+    first = scheduler.submit(slow)
     assert_soon(lambda: [runner.state for runner in scheduler.status().runners] == ["loading"])
     with pytest.raises(AcquireTimeout, match="its model to load") as refused:
         scheduler.acquire(slow, timeout="50ms")
     assert refused.value.timeout_s >= 0.05
     gate.open.set()
+    first.result(LIMIT_S).release()
 
 
 def test_a_full_queue_refuses_at_once_and_a_cancelled_waiter_gives_its_place_back() -> None:

@@ -9,7 +9,7 @@ import pytest
 from fsm.domain.devices import HOST, MIB
 from fsm.domain.model_info import ModelInfo, Options
 from fsm.messages.refusals import DoesNotFit
-from fsm.planning.automatic_options import BATCHES
+from fsm.planning.automatic_options import BATCHES, Batch
 from fsm.sizing.load_options import DEFAULT_BATCH, resolve
 from fsm.sizing.memory_estimate import estimate
 from tests.support.models import a_model
@@ -62,14 +62,14 @@ def test_n05_a_batch_follows_from_the_context(context: int, batch: int) -> None:
 
 
 @pytest.mark.parametrize("batch", BATCHES, ids=str)
-def test_n05_a_batch_is_stepped_down_until_it_fits(batch: object) -> None:
+def test_n05_a_batch_is_stepped_down_until_it_fits(batch: Batch) -> None:
     """N05: 1024 want 75 % of what is free, 2048 want 60 %, with 768 MiB and 2 GiB beside the model."""
     assert batch in BATCHES
     usual = whole_on_a_gpu(num_ctx=65536, num_batch=512)
-    least = int((usual + batch.surcharge_bytes) / batch.part)  # type: ignore[attr-defined]
+    least = int((usual + batch.surcharge_bytes) / batch.part)
     enough, short = (with_gpus(f"{size}B").loading("a", 1, num_ctx=65536) for size in (least + MIB, least - MIB))
     smaller = {2048: 1024, 1024: DEFAULT_BATCH}
-    tokens = batch.tokens  # type: ignore[attr-defined]
+    tokens = batch.tokens
     assert (told(enough)[1], told(short)[1]) == (tokens, smaller[tokens])
 
 

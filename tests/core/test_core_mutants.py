@@ -5,18 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import fields, replace
+from typing import Any
 
 import pytest
 
 from fsm.core import Core
-from fsm.domain.devices import HOST, DeviceSample, Placement
+from fsm.domain.devices import HOST, DeviceId, DeviceSample, Placement
 from fsm.domain.model_info import Options
 from fsm.eviction.policies import Candidate, KeepAliveOrder
 from fsm.eviction.reuse_prediction import Experience
 from fsm.machine.request import Purpose, Request, Want
 from fsm.machine.runner import Runner
 from fsm.messages.commands import Claim, Unclaim
-from fsm.messages.decision_log import Transition
+from fsm.messages.decision_log import Decision, Transition
 from fsm.messages.events import Contended
 from fsm.messages.reasons import (
     ClaimMissed,
@@ -53,10 +54,12 @@ PAIR = (GPU, Gpu("gpu1", "gpu1"))
 LAYERS = Footprint((100,) * 4, (0,) * 4, output_bytes=100)  # with the output: five of 100 bytes
 
 
-def layers(free: dict[str, int], footprint: Footprint = LAYERS, offload: Offload = Offload.whole, **how: object):
+def layers(
+    free: dict[str, int], footprint: Footprint = LAYERS, offload: Offload = Offload.whole, **how: Any
+) -> dict[DeviceId, int] | None:
     """Return the layers by GPU, None where it does not go anywhere."""
     placement = place(Demand(footprint, **how), offload, {HOST: 10**6, **free}, PAIR)
-    return placement and dict(placement.gpu_layers)
+    return None if placement is None else dict(placement.gpu_layers)
 
 
 # -- the ledger -------------------------------------------------------------------------------------------------------
@@ -177,8 +180,8 @@ def test_compute_buffers_and_projectors_take_their_part_of_a_split() -> None:
 # -- runners and cores ------------------------------------------------------------------------------------------------
 
 
-RUNNER = Runner(1, "a", Options(num_ctx=1), Placement(((HOST, 1),)), 2.0, 3.0)  # type: ignore[arg-type]  # ids
-REQUEST = Request(1, Want("a", Options(), Purpose.lease, 0), 2.0, 3.0)  # type: ignore[arg-type]  # ids
+RUNNER = Runner(1, "a", Options(num_ctx=1), Placement(((HOST, 1),)), 2.0, 3.0)
+REQUEST = Request(1, Want("a", Options(), Purpose.lease, 0), 2.0, 3.0)
 
 
 @pytest.mark.parametrize("original", [RUNNER, REQUEST], ids=lambda original: type(original).__name__)
@@ -264,7 +267,7 @@ def test_a_queued_request_is_told_with_its_model_and_its_place() -> None:
     """The journal says who waits, and for whom."""
     pool = told(a_pool())
     pool.feed(acquire("a", request=7))
-    entries = [entry for entry in pool.core.journal or () if getattr(entry, "what", "") == "queued"]
+    entries = [entry for entry in pool.core.journal or () if isinstance(entry, Decision) and entry.what == "queued"]
     assert [(entry.model, entry.why, entry.request) for entry in entries] == [("a", Queued(1), 7)]
 
 
@@ -283,7 +286,7 @@ def test_the_last_moment_of_a_back_off_is_told_as_it_is() -> None:
     pool.feed(exited(pool.runner("a"), 1, "no such layer"))
     pool.advance("9.5s")
     pool.feed(acquire("a", request=7))
-    refusal = pool.answers[7].refusal
+    refusal = pool.refusal(7)
     assert isinstance(refusal, LoadFailed) and refusal.retry_after_s == pytest.approx(0.5)
 
 
@@ -313,8 +316,7 @@ def test_of_crashes_a_good_life_apart_each_is_the_first() -> None:
     assert pool.core.pool.models["a"].failure == ProcessExited(-9, "crash 2", loaded=True)
     pool.feed(exited(3, code=-9, reason="crash 3"))
     pool.feed(acquire("a", request=9))
-    refusal = pool.answers[9].refusal
-    assert refusal == LoadFailed("a", ProcessExited(-9, "crash 3", loaded=True), 20.0)
+    assert pool.refusal(9) == LoadFailed("a", ProcessExited(-9, "crash 3", loaded=True), 20.0)
 
 
 def test_a_reading_of_a_runner_that_is_gone_hides_no_others() -> None:
@@ -335,7 +337,7 @@ def test_a_model_that_failed_is_remembered_although_its_file_is_gone() -> None:
     pool.advance("11s")
     pool.declare("a", ModelNotFound("a"))
     pool.feed(acquire("a", request=7))
-    assert isinstance(pool.answers[7].refusal, ModelNotFound)
+    assert isinstance(pool.refusal(7), ModelNotFound)
     assert pool.core.pool.models["a"].failures == 1
 
 
@@ -437,7 +439,8 @@ def test_the_journal_says_which_launch_went_ahead_without_its_devices() -> None:
     pool.feed(Contended(1))
     assert pool.core.late == late
     pool.advance("60s")
-    entry = next(entry for entry in pool.core.journal or () if getattr(entry, "what", "") == "launched")
+    decisions = [entry for entry in pool.core.journal or () if isinstance(entry, Decision)]
+    entry = next(entry for entry in decisions if entry.what == "launched")
     assert (entry.model, entry.request, entry.why) == ("g", 7, ClaimMissed((HOST, "gpu0"), 60.0))
 
 

@@ -207,6 +207,7 @@ PAIRS: list[tuple[str, Make]] = [
 ]
 
 
+@pytest.mark.slow
 def test_d19_any_two_events_end_well_in_both_orders() -> None:
     """D19: there are no locks that could be taken in two orders; all are answered, and the pool becomes empty."""
     for (first, one), (second, other) in itertools.permutations(PAIRS, 2):

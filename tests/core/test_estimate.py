@@ -170,7 +170,7 @@ def test_s30_a_runner_serves_who_names_nothing(info: ModelInfo, options: Options
 def test_s30_a_larger_runner_serves_a_smaller_wish(name: str) -> None:
     """S30: in context or slots, and not the other way round."""
     small = Options(num_ctx=1024, num_parallel=2)
-    large = replace(small, **{name: 2048})  # type: ignore[arg-type]  # both options are numbers
+    large = replace(small, **{name: 2048})
     assert serves(resolve(A_MODEL, large), small)
     assert not serves(resolve(A_MODEL, small), large)
 
@@ -178,7 +178,7 @@ def test_s30_a_larger_runner_serves_a_smaller_wish(name: str) -> None:
 @pytest.mark.parametrize(("name", "value"), CHANGES.items())
 def test_s30_any_other_difference_needs_a_reload(name: str, value: object) -> None:
     """S30: unless the runner has just that."""
-    asked = Options(**{name: value})  # type: ignore[arg-type]  # each value is of its option's type
+    asked = Options(**{name: value})
     assert not serves(resolve(A_MODEL, Options()), asked)
     assert serves(resolve(A_MODEL, asked), asked)
 

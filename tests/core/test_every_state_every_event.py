@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from fsm.machine.request import Purpose
-from fsm.machine.runner import RUNNER_TABLE, RunnerState
+from fsm.machine.runner import RUNNER_TABLE, RunnerId, RunnerState
 from fsm.messages.decision_log import Entry, Transition
 from fsm.messages.events import Claimed, Configure, Contended, Event, Tick
 from tests.support.pool import (
@@ -327,7 +327,7 @@ def walk(state: str, event: str) -> tuple[str, list[Transition]]:
     before = pool.core.snapshot()
     what = EVENTS[event](pool)
     commands = pool.advance(KEEP_ALIVE_S) if what is None else pool.feed(what)
-    runner = pool.core.pool.runners.get(1)
+    runner = pool.core.pool.runners.get(RunnerId(1))
     after = runner.state if runner else RunnerState.unloaded
     fired = [entry for entry in journal if isinstance(entry, Transition) and entry.runner == 1]
     if pool.core.late:

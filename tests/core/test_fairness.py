@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
 
 from fsm.domain.devices import MIB
+from fsm.eviction.policies import Candidate
 from fsm.machine.runner import RunnerState
 from fsm.messages.commands import Ask
 from fsm.messages.reasons import RunnerStep, WaitFor, WaitForRunners
@@ -143,7 +145,7 @@ class Costs:
     def __init__(self, **costs: float) -> None:
         self.costs = costs
 
-    def order(self, now, candidates):
+    def order(self, now: float, candidates: Sequence[Candidate]) -> Sequence[Candidate]:
         return [replace(one, cost_s=self.costs.get(one.model, 1.0)) for one in candidates]
 
 

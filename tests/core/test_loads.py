@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fsm.domain.model_info import Options
 from fsm.machine.runner import RunnerState
-from fsm.messages.commands import Grant, Reject, Stop
+from fsm.messages.commands import Command, Grant, Reject, Stop
 from fsm.messages.events import Progress
 from fsm.messages.reasons import ProcessExited
 from fsm.messages.refusals import LoadFailed, LoadTimeout
@@ -263,7 +263,7 @@ def test_the_load_of_a_preload_that_fails_is_its_answer() -> None:
 # -- out of memory ----------------------------------------------------------------------------------------------------
 
 
-def fails_for_memory(pool: PoolUnderTest, runner: int) -> list[object]:
+def fails_for_memory(pool: PoolUnderTest, runner: int) -> list[Command]:
     """Have a load end for lack of memory."""
     return pool.feed(out_of_memory(runner), exited(runner, code=-9, reason="out of memory"))
 

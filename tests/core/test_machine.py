@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Collection
 
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -12,6 +13,7 @@ from fsm.domain.devices import HOST
 from fsm.machine.runner import RunnerState
 from fsm.messages.commands import Claim, Command, Finish, Grant, Inspect, Launch, Reject, Revoke, Stop, Unclaim
 from fsm.messages.events import (
+    Acquire,
     Cancel,
     Claimed,
     Close,
@@ -176,7 +178,7 @@ class CoreMachine(RuleBasedStateMachine):
     def ask_for_memory(self, host: str, on_gpu: bool) -> int:
         return self.put(lambda _, request: memory(request, **{"gpu0" if on_gpu else "cpu": host}), "", {})
 
-    def put(self, how: object, model: str, options: dict[str, int], **more: object) -> int:
+    def put(self, how: Callable[..., Acquire], model: str, options: dict[str, int], **more: object) -> int:
         request = len(self.asked) + 1
         self.asked[request] = model
         event = how(model, request, **more, **options)
@@ -203,7 +205,7 @@ class CoreMachine(RuleBasedStateMachine):
             self.feed(acquire("a", request))
 
     @rule(model=MODELS, how=st.sampled_from([expire, expire, pin, unpin]))
-    def say_a_word_about_a_model(self, model: str, how: object) -> None:
+    def say_a_word_about_a_model(self, model: str, how: Callable[[str], Event]) -> None:
         self.feed(how(model))
 
     @rule(max_runners=st.integers(0, 3), max_queue=st.sampled_from([0, 2, 9, 9]))
@@ -279,12 +281,12 @@ class CoreMachine(RuleBasedStateMachine):
 
     @precondition(lambda self: self.alive)
     @rule(pick=PICK, how=st.sampled_from([unresponsive, out_of_memory, progress]))
-    def report(self, pick: int, how: object) -> None:
+    def report(self, pick: int, how: Callable[[int], Event]) -> None:
         self.feed(how(self.one_of(self.alive, pick)))
 
     @precondition(lambda self: self.gone)
     @rule(pick=PICK, how=st.sampled_from([loaded, filled, exited, unresponsive, out_of_memory, progress]))
-    def report_late(self, pick: int, how: object) -> None:
+    def report_late(self, pick: int, how: Callable[[int], Event]) -> None:
         late = self.pool.core.late
         self.feed(how(self.one_of(self.gone, pick)))
         assert self.pool.core.late == late + 1
@@ -324,7 +326,7 @@ class CoreMachine(RuleBasedStateMachine):
         self.feed(close(timeout))
 
     @staticmethod
-    def one_of(choices: object, pick: int) -> int:
+    def one_of(choices: Collection[int], pick: int) -> int:
         return sorted(choices)[pick % len(choices)]
 
     # -- what must always be true -------------------------------------------------------------------------------------
@@ -384,7 +386,7 @@ class CoreMachine(RuleBasedStateMachine):
         assert self.asked.keys() <= self.answered
         assert not self.pool.claims, "claimed after the end"
 
-    def settle(self, is_over: object) -> None:
+    def settle(self, is_over: Callable[[], bool]) -> None:
         """Let the world answer everything well, leases be given back and time pass, until it is over."""
         for _ in range(200):
             if is_over():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fsm.domain.devices import HOST, DeviceSample
+from fsm.domain.devices import HOST, DeviceId, DeviceSample
 from fsm.domain.model_info import Options
 from fsm.machine.runner import RunnerState
 from fsm.messages.commands import Grant
@@ -38,7 +38,7 @@ GIB = amount("1GiB")
 
 def seen(pool: PoolUnderTest, runner: int, **sizes: str) -> None:
     """Have a runner's process occupy so much, and the devices read."""
-    pool.occupied[runner] = {device: amount(size) for device, size in sizes.items()}
+    pool.occupied[runner] = {DeviceId(device): amount(size) for device, size in sizes.items()}
     pool.feed(pool.sample())
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
-from fsm.domain.devices import HOST, Placement
+from fsm.domain.devices import HOST, DeviceId, Placement
 from fsm.domain.model_info import Options
 from fsm.messages.reasons import Infeasible, WaitFor
 from fsm.messages.refusals import DoesNotFit
@@ -33,10 +35,13 @@ FOUR_LAYERS = layered(4, "1GiB")  # with the headroom for a prediction: 5 GiB
 BOTH = (Gpu("gpu0", "gpu0"), Gpu("gpu1", "gpu1"))
 
 
-def placed(free: dict[str, int], footprint: Footprint = FOUR_LAYERS, offload: Offload = Offload.whole, **how: object):
+def placed(
+    free: dict[str, int], footprint: Footprint = FOUR_LAYERS, offload: Offload = Offload.whole, **how: Any
+) -> Any:
     """Return where `footprint` goes with so many GiB free, or None."""
-    gpus = [Gpu(device, device) for device in free if device != HOST]
-    return place(Demand(footprint, **how), offload, {device: size * GIB for device, size in free.items()}, gpus)
+    free_bytes = {DeviceId(device): size * GIB for device, size in free.items()}
+    gpus = [Gpu(device, device) for device in free_bytes if device != HOST]
+    return place(Demand(footprint, **how), offload, free_bytes, gpus)
 
 
 # -- placing one model ------------------------------------------------------------------------------------------------
@@ -85,7 +90,9 @@ def test_n04_a_discrete_gpu_goes_before_an_integrated_one() -> None:
     """N04: even one with less memory free; the integrated one's is the host's."""
     gpus = (Gpu("small", "small"), Gpu("shared", HOST))
     free = {HOST: 64 * GIB, "small": 6 * GIB}
-    assert place(Demand(FOUR_LAYERS), Offload.whole, free, gpus).gpu_layers == (("small", 5),)
+    assert place(Demand(FOUR_LAYERS), Offload.whole, free, gpus) == Placement(
+        (("small", 4 * GIB), (HOST, 0)), (("small", 5),)
+    )
     free["small"] = 4 * GIB
     assert place(Demand(FOUR_LAYERS), Offload.whole, free, gpus) == Placement(((HOST, 4 * GIB),), (("shared", 5),))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -60,7 +61,9 @@ def cases(draw: st.DrawFn) -> Case:
 def found(case: Case, offload: Offload, **how: object) -> Way | None:
     """Return where it is placed; bytes by memory, none that take nothing."""
     placement = place(Demand(case.footprint, **how), offload, case.free, case.gpus)
-    return placement and Way(placement.gpu_layers, {memory: size for memory, size in placement.bytes if size})
+    if placement is None:
+        return None
+    return Way(placement.gpu_layers, {memory: size for memory, size in placement.bytes if size})
 
 
 def possible(case: Case, offload: Offload, num_gpu: int | None = None) -> list[Way]:
@@ -84,6 +87,7 @@ def is_one_of(way: Way, candidates: Sequence[Way]) -> bool:
     )
 
 
+@pytest.mark.slow
 @settings(max_examples=500)
 @given(cases(), st.sampled_from(Offload), st.booleans(), st.none() | st.integers(0, 4))
 def test_what_fits_is_placed_and_what_does_not_is_not(
@@ -131,6 +135,7 @@ def test_of_single_gpus_a_discrete_one_goes_first_and_then_the_one_with_most_fre
         assert way is not None and way.split[0][0] == best.id
 
 
+@pytest.mark.slow
 @settings(max_examples=500)
 @given(cases(), st.booleans())
 def test_in_part_as_many_layers_as_possible_are_offloaded(case: Case, spread: bool) -> None:

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from fsm.domain.devices import HOST
 from fsm.messages.commands import Ask, Claim, Command, Launch, Prefetch, Stop
+from fsm.messages.decision_log import Decision
 from fsm.messages.events import Cancel, Claimed, Contended
 from fsm.messages.reasons import Prefetched, RunnerStep, WaitFor, WaitForRunners
 from tests.support.models import a_model
@@ -255,6 +256,7 @@ def test_the_journal_says_whose_files_are_read() -> None:
     pool = a_busy_gpu()
     pool.core.journal = []
     pool.feed(acquire("b", request=2), pool.sample())
-    assert [(entry.what, entry.model, entry.why) for entry in pool.core.journal if entry.what == "prefetched"] == [
-        ("prefetched", "b", Prefetched(amount("4098MiB")))
+    decisions = [entry for entry in pool.core.journal if isinstance(entry, Decision)]
+    assert [(entry.model, entry.why) for entry in decisions if entry.what == "prefetched"] == [
+        ("b", Prefetched(amount("4098MiB")))
     ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields, replace
+from typing import Any, Self
 
 import pytest
 from hypothesis import given, settings
@@ -307,7 +308,7 @@ def needs(info: ModelInfo, **options: object) -> int:
     return share.needed_bytes
 
 
-def advised(pool: PoolUnderTest, **options: object) -> list[tuple[dict[str, object], Outcome]]:
+def advised(pool: PoolUnderTest, **options: object) -> list[tuple[dict[str, Any], Outcome]]:
     """Return what is advised for a request for "d", as what it changes, and what comes of each."""
     want, info = acquire("d", 0, **options).want, pool.outcome("d")
     found = preview(pool.now, pool.core, want, info)
@@ -449,7 +450,7 @@ class CountedCore(Core):
 
     copies = 0
 
-    def copy(self) -> Core:
+    def copy(self) -> Self:
         self.copies += 1
         return super().copy()
 

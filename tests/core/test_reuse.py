@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from itertools import pairwise
 
 import pytest
@@ -14,7 +15,7 @@ from scheduler.recording.codec import decode_state, encode
 from tests.support.pool import PoolUnderTest, a_pool, acquire, exited, expire, preload, release
 
 
-def asked_within(outlooks: object, seconds: float) -> float:
+def asked_within(outlooks: Iterable[tuple[float, float]], seconds: float) -> float:
     """Return the probability of the longest stay in which less than `seconds` are rested."""
     return max((asked for asked, rest_s in outlooks if rest_s <= seconds), default=0.0)
 

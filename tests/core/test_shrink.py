@@ -254,6 +254,6 @@ class ShrinkingMachine(test_machine.CoreMachine):
 
 
 ShrinkingMachine.TestCase.settings = settings(
-    settings.default, max_examples=max(10, settings.default.max_examples // 4), stateful_step_count=60
+    settings.default, max_examples=max(10, settings().max_examples // 4), stateful_step_count=60
 )
 TestLimits = ShrinkingMachine.TestCase

@@ -19,7 +19,7 @@ MODEL = ModelId("a")
 def a_supply(host: int = 100, gpus: tuple[int, ...] = (), places: int = 9, held: int = 0) -> Supply:
     """Return a supply of so many bytes, of which one runner of one process holds some of the host."""
     sizes = [(HOST, "cpu", host), *((id, "gpu", size) for id, size in zip(GPUS, gpus, strict=False))]
-    ledger = Ledger({id: DeviceSample(id, kind, id, size, size) for id, kind, size in sizes})  # type: ignore[arg-type]  # kinds
+    ledger = Ledger({id: DeviceSample(id, kind, id, size, size) for id, kind, size in sizes})
     if held:
         ledger.reserve(("runner", 1), ((HOST, held),))
     return Supply(
@@ -115,10 +115,10 @@ def test_what_one_model_holds_elsewhere_is_not_forgotten_where_the_next_goes() -
 def test_who_is_not_first_in_a_line_has_a_booking_once_it_is_their_turn() -> None:
     """Not before those who came earlier."""
     supply = a_supply(100)
-    supply.behind = [((1.0, 1), of_host(10, process=False)), ((3.0, 3), of_host(20, process=False))]  # type: ignore[list-item]  # ids
-    supply.take_older((2.0, 2))  # type: ignore[arg-type]  # an id
+    supply.behind = [((1.0, 1), of_host(10, process=False)), ((3.0, 3), of_host(20, process=False))]
+    supply.take_older((2.0, 2))
     assert (host(supply), len(supply.behind)) == ([90] * 4, 1)
-    supply.take_older((4.0, 4))  # type: ignore[arg-type]  # an id
+    supply.take_older((4.0, 4))
     assert (host(supply), supply.behind, supply.places) == ([70] * 4, [], [9] * 4)
 
 

@@ -108,9 +108,9 @@ def test_an_unknown_state_is_rejected(row: Row[Light]) -> None:
 def test_an_unknown_initial_or_final_state_is_rejected() -> None:
     """They are states like any other."""
     with pytest.raises(TableError, match="unknown state"):
-        Table("light", Light, ROWS, initial=RED, final=UNLOADED)
+        Table("light", Light, ROWS, initial=RED, final=UNLOADED)  # type: ignore[misc]  # of another kind
     with pytest.raises(TableError, match="unknown state"):
-        Table("light", Light, ROWS, initial=UNLOADED, final=BROKEN)
+        Table("light", Light, ROWS, initial=UNLOADED, final=BROKEN)  # type: ignore[misc]  # of another kind
 
 
 def test_an_unreachable_state_is_rejected() -> None:

@@ -137,7 +137,7 @@ def differences(one: object, other: object, where: str = "core", seen: dict[int,
     seen = {} if seen is None else seen
     if type(one) is not type(other):
         return [f"{where}: {type(one).__name__} and {type(other).__name__}"]
-    mutable = dataclasses.is_dataclass(one) and not type(one).__dataclass_params__.frozen
+    mutable = dataclasses.is_dataclass(one) and not cast(Any, type(one)).__dataclass_params__.frozen
     if mutable and id(one) in seen:
         return [] if seen[id(one)] == id(other) else [f"{where}: shared with others in one, not in the other"]
     seen[id(one)] = id(other)
@@ -230,7 +230,7 @@ def test_what_has_its_default_is_left_out() -> None:
 
 def test_what_is_no_part_of_the_core_cannot_be_written() -> None:
     """Nor can a time that is none."""
-    for value in (object(), Inspected(WANT.model, Path("/")), Close(math.nan)):  # type: ignore[arg-type]
+    for value in (object(), Inspected(WANT.model, Path("/")), Close(math.nan)):
         with pytest.raises(TypeError, match="cannot be recorded"):
             encode(value)
 
@@ -367,6 +367,7 @@ class Walk:
         return now, event
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(12))
 def test_a_restored_core_goes_on_as_the_one_it_was_written_from(seed: int) -> None:
     """After each of many steps: the same in every part, and the same commands and state after the next event."""
@@ -422,7 +423,7 @@ class RecordedMachine(CoreMachine):
 
     @rule(go_on_from_it=st.booleans())
     def write_it_down(self, go_on_from_it: bool) -> None:
-        paired = self.pool.core
+        paired: Any = self.pool.core
         if not isinstance(paired, Paired):
             paired = self.pool.core = Paired(paired)  # type: ignore[assignment]  # it says and does the same
         twin = restored(paired.core)

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations, pairwise, permutations
 
-from fsm.domain.devices import HOST
+from fsm.domain.devices import HOST, DeviceId
 from fsm.placement.search import Gpu
 from fsm.sizing.footprint import Footprint
 
@@ -62,11 +62,11 @@ def cut(layers: int, pieces: int) -> Iterator[tuple[int, ...]]:
         yield tuple(after - before for before, after in pairwise(edges))
 
 
-def takes_of(footprint: Footprint, split: Sequence[tuple[str, int]], gpus: Sequence[Gpu]) -> dict[str, int]:
+def takes_of(footprint: Footprint, split: Sequence[tuple[DeviceId, int]], gpus: Sequence[Gpu]) -> dict[DeviceId, int]:
     """Return the bytes of each memory, added up part by part."""
     blocks = len(footprint.weights_bytes)
     memory = {gpu.id: gpu.memory for gpu in gpus}
-    home: list[str] = [HOST] * (blocks + 1)  # where each layer is, the output last
+    home: list[DeviceId] = [HOST] * (blocks + 1)  # where each layer is, the output last
     place = blocks + 1 - sum(layers for _, layers in split)
     for gpu, layers in split:
         home[place : place + layers] = [gpu] * layers

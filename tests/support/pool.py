@@ -17,14 +17,14 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Self
+from typing import Any, Self
 
 from fsm.core import Core
 from fsm.domain.devices import HOST, DeviceId, DeviceSample, Placement
 from fsm.domain.model_info import ModelInfo, Options
 from fsm.eviction.policies import EvictionPolicy
 from fsm.machine.request import Purpose, Want
-from fsm.machine.runner import Runner, RunnerState
+from fsm.machine.runner import Runner, RunnerId, RunnerState
 from fsm.messages.commands import Claim, Command, Finish, Grant, Inspect, Launch, Reject, Revoke, Sample, Stop, Unclaim
 from fsm.messages.events import (
     Acquire,
@@ -85,7 +85,7 @@ def acquire(
     timeout: str | float | None = None,
     priority: int = 0,
     purpose: Purpose = Purpose.lease,
-    **options: object,
+    **options: Any,
 ) -> Acquire:
     """Somebody asks for a lease of `model`; what is left over are load-time options."""
     want = Want(model, Options(**options), purpose, priority)
@@ -93,7 +93,7 @@ def acquire(
     return Acquire(request, want, keep_alive_s, None if timeout is None else seconds(timeout))
 
 
-def preload(model: str, request: int, **how: object) -> Acquire:
+def preload(model: str, request: int, **how: Any) -> Acquire:
     """Somebody wants `model` loaded, and no lease."""
     return acquire(model, request, purpose=Purpose.preload, **how)
 
@@ -192,7 +192,7 @@ class PoolUnderTest:
         self.capacities = {HOST: capacity} | {DeviceId(f"gpu{i}"): size for i, size in enumerate(gpus)}
         self.integrated = integrated
         self.cores = 0  # of the host; 0: unknown
-        self.strangers: dict[str, int] = {}  # bytes by device that other programs hold
+        self.strangers: dict[DeviceId, int] = {}  # bytes by device that other programs hold
         self.occupied: dict[int, dict[DeviceId, int]] = {}  # bytes by device of each process that has loaded
         self.mapped: dict[int, int] = {}  # bytes by process of what it occupies of the host: pages of its file
         self.commands: list[Command] = []  # everything that was ever said
@@ -330,13 +330,13 @@ class PoolUnderTest:
         self._next_request += 1
         return self._next_request - 1
 
-    def loading(self, model: str, request: int | None = None, **how: object) -> Self:
+    def loading(self, model: str, request: int | None = None, **how: Any) -> Self:
         """Have `model` launched for a request."""
         self.feed(acquire(model, request or self.request_id(), **how))
         assert self.state(model) is RunnerState.loading, f"{model} is {self.state(model)}"
         return self
 
-    def ready(self, model: str, lease: int | None = None, **how: object) -> Self:
+    def ready(self, model: str, lease: int | None = None, **how: Any) -> Self:
         """Have `model` loaded and leased."""
         lease = lease or self.request_id()
         if self.feed(acquire(model, lease, **how)) != [Grant(lease, self.runner(model))]:
@@ -344,14 +344,14 @@ class PoolUnderTest:
         assert self.core.pool.requests[lease].runner == self.runner(model)
         return self
 
-    def idle(self, model: str, **how: object) -> Self:
+    def idle(self, model: str, **how: Any) -> Self:
         """Have `model` loaded and given back."""
         lease = self.request_id()
         self.ready(model, lease, **how).feed(release(lease))
         assert self.state(model) is RunnerState.idle, f"{model} is {self.state(model)}"
         return self
 
-    def expiring(self, model: str, lease: int | None = None, **how: object) -> Self:
+    def expiring(self, model: str, lease: int | None = None, **how: Any) -> Self:
         """Have `model` drain, where a lease is named; else have it stopped and its process not gone yet."""
         self.ready(model, lease, **how) if lease else self.idle(model, **how)
         self.feed(expire(model))
@@ -359,9 +359,9 @@ class PoolUnderTest:
 
     # -- what can be seen ---------------------------------------------------------------------------------------------
 
-    def runner(self, model: str) -> int:
+    def runner(self, model: str) -> RunnerId:
         """Return the latest runner of `model`; 0 where there was none."""
-        return max((id for id, launch in self.launches.items() if launch.model == model), default=0)
+        return RunnerId(max((id for id, launch in self.launches.items() if launch.model == model), default=0))
 
     def life(self, model: str) -> Runner:
         """Return the record of the latest runner of `model`, which is not unloaded."""
@@ -372,7 +372,7 @@ class PoolUnderTest:
         runner = self.core.pool.runners.get(self.runner(model))
         return runner.state if runner else RunnerState.unloaded
 
-    def refusal(self, request: int) -> Refusal:
+    def refusal(self, request: int) -> Any:
         """Return what a request was refused with."""
         answer = self.answers[request]
         assert isinstance(answer, Reject), answer
@@ -408,7 +408,7 @@ def a_pool(
     samples: bool = True,
     shares: bool = True,
     integrated: bool = False,
-    **limits: float,
+    **limits: Any,
 ) -> PoolUnderTest:
     """Return an empty pool with a host of `capacity` and `gpus`, whose devices have been read once."""
     pool = PoolUnderTest(

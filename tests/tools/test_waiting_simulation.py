@@ -120,6 +120,7 @@ def test_no_slot_answers_two_at_once() -> None:
     assert spans[-1][1] >= sum(one.service_s for one in traffic) + outcome.swapping_s - CASES[SERIAL].stop_s
 
 
+@pytest.mark.slow
 def test_where_warm_clients_overlap_the_bound_pays() -> None:
     """Both aims, on one seed: the mean within 1.3 times that of warm first, the longest wait at most half of it."""
     of = {order: [simulate(PARALLEL, 0.9, order, 1, 3600.0)] for order in (OURS, WARM_FIRST)}

@@ -76,7 +76,7 @@ def row_of(case: str, load: float, order: str, outcomes: Sequence[Outcome], seco
 
 def compare(pool: ProcessPoolExecutor, seeds: int, seconds: float) -> list[Row]:
     """Run every order on the same traffic, in every case and at every load."""
-    rows = []
+    rows: list[Row] = []
     for case in CASES:
         for load in LOADS:
             print(f"\n{case}, {load:.0%} load: seconds of waiting")

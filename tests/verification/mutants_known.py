@@ -164,10 +164,11 @@ def an_eviction_outlives_its_waiter(patch: Patch) -> None:
         request = core.pool.requests.get(event.request)
         line = core.pool.lines.get(request.want) if request is not None else None
         original(core, event)
-        reason = line.waits_for if isinstance(event, Cancel) and line is not None else None
-        if isinstance(reason, WaitForRunners) and reason.step is RunnerStep.idle:
+        if not isinstance(event, Cancel) or line is None:
+            return
+        if isinstance(line.waits_for, WaitForRunners) and line.waits_for.step is RunnerStep.idle:
             for runner in [runner for runner in core.pool.runners.values() if runner.state is READY]:
-                core.act.expire(runner, NeededFor(request.want.model))
+                core.act.expire(runner, NeededFor(line.want.model))
 
 
 @mutant("one-place", "D13")

@@ -14,7 +14,10 @@ from pathlib import Path
 import pytest
 
 from fsm.core import Core
-from fsm.machine.request import RequestState
+from fsm.domain.devices import HOST
+from fsm.eviction.policies import Candidate
+from fsm.machine.request import RequestId, RequestState
+from fsm.machine.runner import RunnerId
 from fsm.messages.commands import Command, Grant, Launch, Stop
 from fsm.messages.events import (
     Acquire,
@@ -140,7 +143,8 @@ def test_an_exception_is_found_with_the_event_that_raised_it() -> None:
 def test_the_oracle_prefers_each_candidate_in_turn() -> None:
     """Whatever a policy may prefer is tried."""
     oracle = Oracle(first=1)
-    assert list(oracle.order(0.0, ["a", "b", "c"])) == ["b", "c", "a"]
+    a, b, c = (Candidate(RunnerId(number), A.model, 0, 0.0, 0.0, None, 0, 0.0) for number in (1, 2, 3))
+    assert list(oracle.order(0.0, [a, b, c])) == [b, c, a]
     assert oracle.most == 3
 
 
@@ -195,7 +199,7 @@ def test_numbers_of_lives_past_do_not_count() -> None:
 def test_what_was_measured_counts() -> None:
     """The next launch is promised it."""
     one, other = a_core(Acquire(1, A)), a_core(Acquire(1, A))
-    other.pool.models["a"].measured[A.options, ()] = (("cpu", 1),)
+    other.pool.models["a"].measured[A.options, ()] = ((HOST, 1),)
     assert not alike(one, other)
 
 
@@ -207,8 +211,8 @@ def test_models_of_one_kind_may_be_exchanged() -> None:
 def test_models_that_will_turn_out_different_may_not() -> None:
     """Although nothing is known yet of either, they are not of one kind."""
     claims = NAMED["claims"]
-    asked = [a_core(Acquire(1, want), scenario=claims) for want in claims.wants]
-    assert not alike(*asked, scenario=claims)
+    one, other = (a_core(Acquire(1, want), scenario=claims) for want in claims.wants)
+    assert not alike(one, other, scenario=claims)
 
 
 def test_how_far_off_a_deadline_is_does_not_count_but_the_order_of_deadlines_does() -> None:
@@ -390,8 +394,8 @@ def test_the_judge_misses_a_lease() -> None:
     core.step(0.0, loaded(core, 1))
 
     def lose(after: Core, said: list[Command]) -> None:
-        after.pool.runners[1].leases.clear()
-        after.pool.requests.pop(1).state = RequestState.released
+        after.pool.runners[RunnerId(1)].leases.clear()
+        after.pool.requests.pop(RequestId(1)).state = RequestState.released
 
     assert "a lease is lost" in judged(core, Pin("a"), lose)
 

@@ -11,6 +11,7 @@ from tests.verification.mutants import MUTANTS, Mutant, main
 DEFECTS = {f"D{number:02}" for number in range(1, 15)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda one: f"{one.defect}_{one.name}".lstrip("_"))
 def test_the_search_finds(mutant: Mutant) -> None:
     """Something that must hold does not, and the way there ends with the event that shows it."""

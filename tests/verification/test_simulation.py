@@ -70,11 +70,13 @@ def covered() -> Coverage:
     return coverage
 
 
+@pytest.mark.slow
 def test_every_row_of_every_table_is_fired(covered: Coverage) -> None:
     """And everything that is asked of the core holds meanwhile."""
     assert covered.rows_never_fired() == []
 
 
+@pytest.mark.slow
 def test_every_kind_of_event_command_and_refusal_comes(covered: Coverage) -> None:
     """A kind that never came would not be tested by any of this."""
     assert covered.kinds_never_seen() == []
@@ -98,6 +100,7 @@ def test_an_empty_coverage_misses_everything() -> None:
     assert "Acquire" in Coverage().kinds_never_seen() and "Unclaim" in Coverage().kinds_never_seen()
 
 
+@pytest.mark.slow
 def test_a_seed_gives_the_same_world_in_another_process() -> None:
     """Nothing of it may hang on the order of a set: what failed is found again by its number alone."""
     program = (
@@ -174,9 +177,10 @@ class Twice(Core):
 class Hanging(Core):
     """Does not look at those who wait when a process has ended: safe, but nobody is ever answered."""
 
-    def _carry_out_plan(self) -> None:
-        if not any(runner.id > 1 for runner in self.pool.runners.values()) or not self.pool.lines:
-            super()._carry_out_plan()
+    def _carry_out_plan(self) -> bool:
+        if any(runner.id > 1 for runner in self.pool.runners.values()) and self.pool.lines:
+            return False
+        return super()._carry_out_plan()
 
 
 class Loading(Core):
@@ -207,6 +211,7 @@ def first_failure(make: type[Core]) -> Outcome:
     raise AssertionError("not found")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("make", "what", "most"),
     [

@@ -2,6 +2,8 @@
 
 `Core.step` is the only thing that changes the pool. The same state and the same inputs give the same outputs; it never
 raises for late or duplicate input. This module says what each event means; `actions` carries it out.
+
+It is also all that the shell sees of the core's state: queries that return values. The tables behind them are private.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from typing import Self, assert_never
 from fsm.eviction.policies import EvictionPolicy, LeastRecentlyUsed
 from fsm.lifecycle.device_claims import Claims
 from fsm.lifecycle.prefetch import read_ahead
-from fsm.machine.request import Purpose, Request, RequestId, RequestState
+from fsm.machine.request import ModelId, Purpose, Request, RequestId, RequestState
 from fsm.machine.runner import LOADING, Runner, RunnerId
 from fsm.messages.commands import Command, Finish, Inspect
 from fsm.messages.decision_log import Entry
@@ -49,8 +51,10 @@ from fsm.sizing.load_history import MOST_KINDS
 from fsm.state.core_config import Limits
 from fsm.state.core_state import Pool
 from fsm.state.runner_match import runner_serves
-from fsm.state.snapshot import Snapshot, take_snapshot
+from fsm.state.snapshot import DeviceView, HeldView, RunnerView, Snapshot, WaitView, take_snapshot
 from fsm.state.timers import Key
+
+__all__ = ["Core", "DeviceView", "HeldView", "Limits", "RunnerView", "Snapshot", "State", "WaitView"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +66,10 @@ class State:
     finished: bool
     policy_failure: str
     claim_failure: ClaimMissed | None
+
+    def models(self) -> tuple[ModelId, ...]:
+        """Return every model that anything is known of."""
+        return tuple(self.pool.models)
 
 
 class Core:
@@ -117,6 +125,18 @@ class Core:
     def snapshot(self) -> Snapshot:
         """Return what can be seen from outside, immutable."""
         return take_snapshot(self.pool)
+
+    def knows(self, model: ModelId) -> bool:
+        """Tell whether anything is known of a model."""
+        return model in self.pool.models
+
+    def lives(self, runner: RunnerId) -> bool:
+        """Tell whether a runner was launched and is not unloaded yet."""
+        return runner in self.pool.runners
+
+    def models_in_use(self) -> frozenset[ModelId]:
+        """Return the models that are asked for, read, pinned or have a runner."""
+        return self.pool.models_in_use()
 
     def state(self) -> State:
         """Return everything that it is made of, independent of what becomes of it."""

@@ -154,8 +154,7 @@ class Endings(Actions):
     def forget_models(self) -> None:
         """Forget of those models that are of no use to anybody now the ones that rested longest, many at a time."""
         pool = self.pool
-        used = {runner.model for runner in pool.runners.values()}.union(pool.wants)
-        kept = used.union(id for id, one in pool.models.items() if one.pinned or one.inspecting or one.failures)
+        kept = pool.models_in_use().union(id for id, one in pool.models.items() if one.failures)
         rested = sorted((one.rested_at, id) for id, one in pool.models.items() if id not in kept)
         for _, id in rested[: len(pool.models) - MOST_MODELS // 2]:
             del pool.models[id]

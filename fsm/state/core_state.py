@@ -103,6 +103,11 @@ class Pool:
         """Return the lines that wait for this runner's load, or that it could serve now."""
         return [line for line in self.lines_of(runner.model) if runner_serves(runner, line.want)]
 
+    def models_in_use(self) -> frozenset[ModelId]:
+        """Return the models that are asked for, inspected, pinned or have a runner."""
+        used = {*self.wants, *(runner.model for runner in self.runners.values())}
+        return frozenset(used.union(id for id, model in self.models.items() if model.pinned or model.inspecting))
+
     def expected_at(self, runner: Runner) -> float:
         """Return when a load is expected to be over, by those before it; infinite where none is known."""
         usual_s = self.models[runner.model].usual_load_s(runner.placement.gpu_layers)

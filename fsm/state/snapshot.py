@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from fsm.domain.devices import Amounts, DeviceId
+from fsm.domain.devices import HOST, Amounts, DeviceId
 from fsm.domain.model_info import Options
-from fsm.machine.request import ModelId, Purpose, RequestId
+from fsm.machine.request import ModelId, Purpose, RequestId, RequestState
 from fsm.machine.runner import RunnerId, RunnerState
 from fsm.messages.reasons import WaitReason
+from fsm.sizing.footprint import Footprint
+from fsm.state.core_config import Limits
 from fsm.state.core_state import Pool
 from fsm.state.memory_ledger import Account
 
@@ -38,6 +40,7 @@ class RunnerView:
     pinned: bool
     process: bool  # its process may be alive
     due_at: float  # when it ought to be gone; infinite unless it is expiring
+    declared: bool  # the model is an object whose owner said what it takes: nothing is predicted
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +58,17 @@ class WaitView:
 
 
 @dataclass(frozen=True, slots=True)
+class HeldView:
+    """One granted request that holds a lease, or memory of the program's own."""
+
+    request: RequestId
+    model: ModelId
+    purpose: Purpose
+    queued_at: float
+    runner: RunnerId | None  # None: it holds memory
+
+
+@dataclass(frozen=True, slots=True)
 class DeviceView:
     """One device's account, in bytes."""
 
@@ -68,6 +82,11 @@ class DeviceView:
     missing_bytes: int  # what of our part others hold: by so much less can be promised
     integrated: bool = False  # a GPU that shares the host's memory: these are the host's figures once more
 
+    @property
+    def memory(self) -> DeviceId:
+        """The device whose account holds its bytes: the host for an integrated GPU."""
+        return HOST if self.integrated else self.id
+
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
@@ -76,31 +95,34 @@ class Snapshot:
     at: float
     runners: tuple[RunnerView, ...]
     queue: tuple[WaitView, ...]
+    held: tuple[HeldView, ...]
     devices: tuple[DeviceView, ...]
+    limits: Limits
     closing: bool
 
 
 def take_snapshot(pool: Pool) -> Snapshot:
     """Return what `pool` is like now."""
-    return Snapshot(pool.now, _runners(pool), _queue(pool), _devices(pool), pool.closing)
+    return Snapshot(pool.now, _runners(pool), _queue(pool), _held(pool), _devices(pool), pool.limits, pool.closing)
 
 
 def _runners(pool: Pool) -> tuple[RunnerView, ...]:
     views = []
     for runner in pool.runners.values():
-        account = pool.ledger.accounts["runner", runner.id]
+        account, info = pool.ledger.accounts["runner", runner.id], pool.models[runner.model].info
         view = RunnerView(
             runner.id, runner.model, runner.state, len(runner.leases), runner.options, tuple(account.promised.items()),
-            tuple(account.resident.items()), runner.placement.bytes, tuple(account.peak.items()), _held(account),
+            tuple(account.resident.items()), runner.placement.bytes, tuple(account.peak.items()), _held_bytes(account),
             account.mapped_bytes, account.settled, runner.placement.gpu_layers, runner.keep_alive_s,
             pool.timers.at(("keep-alive", runner.id)), runner.launched_at, runner.loaded_at,
             pool.models[runner.model].pinned, runner.process, runner.due_at,
+            isinstance(info, Footprint) and bool(info.fixed),
         )  # fmt: skip
         views.append(view)
     return tuple(views)
 
 
-def _held(account: Account) -> Amounts:
+def _held_bytes(account: Account) -> Amounts:
     return tuple((device, account.held_bytes(device)) for device in sorted({*account.promised, *account.peak}))
 
 
@@ -121,6 +143,20 @@ def _queue(pool: Pool) -> tuple[WaitView, ...]:
     )
 
 
+def _held(pool: Pool) -> tuple[HeldView, ...]:
+    return tuple(
+        HeldView(
+            request.id,
+            request.want.model,
+            request.want.purpose,
+            request.queued_at,
+            RunnerId(request.runner) if request.runner is not None else None,
+        )
+        for request in pool.requests.values()
+        if request.state is RequestState.granted
+    )
+
+
 def _devices(pool: Pool) -> tuple[DeviceView, ...]:
     ledger = pool.ledger
     return tuple(
@@ -130,10 +166,11 @@ def _devices(pool: Pool) -> tuple[DeviceView, ...]:
             sample.name,
             sample.capacity_bytes,
             sample.free_bytes,
-            ledger.held_bytes(sample.memory),
-            ledger.free_bytes(sample.memory),
-            ledger.missing_bytes(sample.memory),
+            ledger.held_bytes(memory),
+            ledger.free_bytes(memory),
+            ledger.missing_bytes(memory),
             sample.integrated,
         )
         for id, sample in ledger.devices.items()
+        for memory in [sample.memory if sample.memory in ledger.devices else id]  # the host may not have been read
     )

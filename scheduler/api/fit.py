@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from fsm.domain.devices import HOST, DeviceId, DeviceSample
+from fsm.domain.devices import HOST, DeviceId
 from fsm.domain.model_info import Options
 from fsm.eviction.policies import Candidate
 from fsm.machine.request import ModelId
@@ -20,7 +20,7 @@ from scheduler.errors.from_refusals import error_of
 from scheduler.errors.wording import Name, infeasible_reason, remedy, wait_reason
 
 if TYPE_CHECKING:
-    from fsm.core import Core
+    from fsm.core import Core, DeviceView
     from fsm.domain.model_info import ModelInfo
     from fsm.sizing.footprint import Footprint
     from scheduler.runtime.model_registry import Question
@@ -158,20 +158,20 @@ def fit_of(
         """Return the name to show: the model that is asked about need not be known otherwise."""
         return question.name if id == question.want.model else name(id)
 
+    devices = {device.id: device for device in core.snapshot().devices}
     found = preview(now, core, question.want, info, known)
-    fit = _fit(now, core, question.name, found, named)
+    fit = _fit(now, devices, question.name, found, named)
     advice = []
     for each in advise(now, core, question.want, info, found, known):
-        other = _fit(now, core, question.name, each.preview, named)
+        other = _fit(now, devices, question.name, each.preview, named)
         advice.append(FitAdvice(_changes(question.want.options, each.options), other))
     return replace(fit, advice=tuple(advice))
 
 
-def _fit(now: float, core: Core, model: str, found: Preview, name: Name) -> Fit:
-    samples = core.pool.ledger.devices
+def _fit(now: float, devices: Mapping[DeviceId, DeviceView], model: str, found: Preview, name: Name) -> Fit:
     layers: dict[DeviceId, int] = {}
     for gpu, count in found.gpu_layers:
-        memory = samples[gpu].memory if gpu in samples else gpu
+        memory = devices[gpu].memory if gpu in devices else gpu
         layers[memory] = layers.get(memory, 0) + count
     reason = helps = ""
     match found.refusal:
@@ -187,7 +187,7 @@ def _fit(now: float, core: Core, model: str, found: Preview, name: Name) -> Fit:
         model,
         found.outcome.value,
         found.options,
-        tuple(_device(samples.get(share.device), share, layers.get(share.device, 0)) for share in found.shares),
+        tuple(_device(devices.get(share.device), share, layers.get(share.device, 0)) for share in found.shares),
         found.layers,
         found.measured,
         tuple(_victim(now, victim, name) for victim in found.victims),
@@ -196,11 +196,11 @@ def _fit(now: float, core: Core, model: str, found: Preview, name: Name) -> Fit:
     )
 
 
-def _device(sample: DeviceSample | None, share: Share, gpu_layers: int) -> FitDevice:
+def _device(device: DeviceView | None, share: Share, gpu_layers: int) -> FitDevice:
     part = share.part
     return FitDevice(
         share.device,
-        "the host" if share.device == HOST else sample.name if sample is not None else share.device,
+        "the host" if share.device == HOST else device.name if device is not None else share.device,
         part.weights_bytes,
         part.cache_bytes,
         part.compute_bytes,

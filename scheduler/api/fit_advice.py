@@ -43,7 +43,7 @@ def advise(
     """
     if isinstance(info, Footprint) or _worth(found) == _BEST:
         return ()
-    defaults = core.pool.limits.defaults
+    defaults = core.snapshot().limits.defaults
     explicit = resolve(info, found.options, defaults)
     advice: list[Advice] = []
     harms: list[tuple[int, ...]] = []  # of each advice

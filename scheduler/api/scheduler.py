@@ -12,12 +12,11 @@ from concurrent.futures import Future
 from typing import Self, Unpack
 from weakref import WeakSet
 
-from fsm.core import Core
+from fsm.core import Core, Limits
 from fsm.domain.devices import DeviceId
 from fsm.domain.model_info import Options
 from fsm.machine.request import ModelId, Purpose, Want
 from fsm.messages.events import Close, Configure, Expire, Pin, Unpin
-from fsm.state.core_config import Limits
 from scheduler.api.fit import Fit, fit_of
 from scheduler.api.lease import Lease
 from scheduler.api.pending_lease import Acquiring, Reservation

@@ -7,11 +7,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from fsm.core import DeviceView, RunnerView, Snapshot
 from fsm.domain.devices import HOST
 from fsm.domain.model_info import Options
 from fsm.machine.request import RequestId
 from fsm.machine.runner import RunnerId
-from fsm.state.snapshot import DeviceView, RunnerView, Snapshot
 from scheduler.errors.wording import Name, wait_reason
 
 if TYPE_CHECKING:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 from pathlib import PurePath
 from typing import assert_never
 
-from fsm.core import Core
+from fsm.core import Core, HeldView, Limits, Snapshot, WaitView
 from fsm.domain.devices import HOST, Amounts, DeviceId, DeviceSample
-from fsm.machine.request import ModelId, Purpose, Request, RequestId, RequestState
+from fsm.machine.request import ModelId, Purpose, RequestId
 from fsm.machine.runner import UNLOADED, RunnerId, RunnerState
 from fsm.messages.commands import (
     Ask,
@@ -53,8 +54,6 @@ from fsm.messages.events import (
 )
 from fsm.messages.reasons import KeptReason
 from fsm.messages.refusals import Cancelled, InvalidModel, ModelNotFound
-from fsm.sizing.footprint import Footprint
-from fsm.state.core_config import Limits
 from scheduler.errors.formatting import format_bytes, format_duration
 from scheduler.errors.from_refusals import decision_words, error_of
 from scheduler.errors.wording import (
@@ -93,6 +92,7 @@ class Story:
         self.loads = self.evictions = 0
         self.timeline = Timeline(0.0, self.name)
         self._core = Core()
+        self._seen: Snapshot = self._core.snapshot()  # after the moment that is told
         self._limits = Limits()  # as they were last told
         self._devices: dict[DeviceId, int] = {}  # capacities, as they were last told
         self._models: dict[RunnerId, ModelId] = {}  # of every runner there was
@@ -106,6 +106,8 @@ class Story:
             yield from self._begun(moment)
             return
         self._now(moment.at)
+        if not moment.raised:  # else the core is in the middle of a step
+            self._seen = self._core.snapshot()
         yield from self._event(moment.event)
         for entry in moment.entries:
             match entry:
@@ -164,39 +166,41 @@ class Story:
     def _begun(self, begun: Begun) -> Iterator[Sentence]:
         """A core was restored: what has changed since the one before, while nothing was recorded, is taken over."""
         self._core, header = begun.core, begun.header
-        pool = begun.core.pool
-        self._limits = pool.limits
-        if pool.now > -math.inf:
-            self._now(pool.now)
+        seen = self._seen = begun.core.snapshot()
+        self._limits = seen.limits
+        if seen.at > -math.inf:
+            self._now(seen.at)
         if header.missing:
             yield self._say(f"{header.missing} steps are missing here: they were not recorded")
-        if self._states or pool.runners:
-            living = {id: (runner.model, runner.state) for id, runner in pool.runners.items()}
+        if self._states or seen.runners:
+            living = {runner.id: (runner.model, runner.state) for runner in seen.runners}
             for id, before in list(self._states.items()):
                 if id not in living and before is not UNLOADED:
                     self._take_over(id, self._models[id], UNLOADED)
             for id, (model, state) in living.items():
                 if self._states.get(id) is not state:
                     self._take_over(id, model, state)
+        asked: tuple[WaitView | HeldView, ...] = (*seen.queue, *seen.held)
+        requests = {one.request: one for one in asked}
         for wait in self.waits.values():
-            if wait.request not in pool.requests:
+            if wait.request not in requests:
                 wait.answer, wait.holds = wait.answer or UNSEEN, False
-        for request in pool.requests.values():
+        for _, request in sorted(requests.items()):
             self._take_over_request(request)
-        if pool.runners or pool.requests:
-            names = ", ".join(f"{self._runner(id)} {runner.state.value}" for id, runner in pool.runners.items())
-            yield self._say(f"it begins with {names or 'no runner'} and {pool.queued} waiting")
+        if seen.runners or requests:
+            names = ", ".join(f"{self._runner(runner.id)} {runner.state.value}" for runner in seen.runners)
+            yield self._say(f"it begins with {names or 'no runner'} and {len(seen.queue)} waiting")
         yield from self._waiting({})
 
     def _take_over(self, id: RunnerId, model: ModelId, state: RunnerState) -> None:
         self._states[id], self._models[id] = state, model
-        self.timeline.add(self._core.pool.now, id, model, state)
+        self.timeline.add(self._seen.at, id, model, state)
 
-    def _take_over_request(self, request: Request) -> None:
+    def _take_over_request(self, request: WaitView | HeldView) -> None:
         asked_at_s = request.queued_at - (self.begin or 0.0)
-        new = Wait(request.id, self.name(request.want.model), asked_at_s, request.want.purpose.value)
-        wait = self.waits.setdefault(request.id, new)
-        if request.state is not RequestState.queued:
+        new = Wait(request.request, self.name(request.model), asked_at_s, request.purpose.value)
+        wait = self.waits.setdefault(request.request, new)
+        if isinstance(request, HeldView):
             wait.answer, wait.holds = wait.answer or GRANTED_BEFORE, True
         elif not wait.reasons:
             wait.waits_for(BEFORE, asked_at_s)
@@ -219,7 +223,7 @@ class Story:
             case Unpin(model):
                 yield self._say(f"{self.name(model)} is no longer pinned")
             case Configure():
-                before, self._limits = self._limits, self._core.pool.limits
+                before, self._limits = self._limits, self._seen.limits
                 changed = [name for name in event.__slots__ if getattr(before, name) != getattr(self._limits, name)]
                 if changed:
                     changes = [_limit(name, getattr(self._limits, name)) for name in changed]
@@ -289,9 +293,8 @@ class Story:
             self.loads += 1
             launch = next(one for one in moment.commands if isinstance(one, Launch) and one.runner == entry.runner)
             layers = "".join(f", {count} layers on {gpu}" for gpu, count in launch.placement.gpu_layers)
-            info = self._core.pool.models[entry.model].info
-            declared = "as declared" if isinstance(info, Footprint) and info.fixed else "as predicted"
-            known = "as measured before" if launch.placement.measured else declared
+            declared = any(one.declared for one in self._seen.runners if one.id == entry.runner)
+            known = "as measured before" if launch.placement.measured else "as declared" if declared else "as predicted"
             yield self._say(f"{name} is started: {_amounts(launch.placement.bytes)}, {known}{layers}; {reason}")
             return
         yield self._say(f"{name}: {entry.source.value} → {entry.destination.value}, {reason}")
@@ -343,9 +346,10 @@ class Story:
                 assert_never(command)
 
     def _waiting(self, reasons: Mapping[RequestId | None, Decision]) -> Iterator[Sentence]:
-        for line in self._core.pool.lines.values():
-            reason = printable(wait_reason(line.waits_for, self.name))
-            news = [id for id in line.requests if id in self.waits and self.waits[id].waits_for(reason, self._at_s)]
+        for (_, waits_for), waits in groupby(self._seen.queue, lambda wait: (wait.model, wait.waits_for)):
+            reason = printable(wait_reason(waits_for, self.name))
+            ids = [wait.request for wait in waits if wait.request in self.waits]
+            news = [id for id in ids if self.waits[id].waits_for(reason, self._at_s)]
             if news:
                 verb = "waits" if len(news) == 1 else "wait"
                 yield self._say(f"{', '.join(map(_number, news))} {verb} for {reason}")
@@ -360,9 +364,9 @@ class Story:
         return wait
 
     def _note_memory(self) -> None:
-        ledger = self._core.pool.ledger
-        resident = sum(account.resident.get(HOST, 0) for account in ledger.accounts.values())
-        self.timeline.add_memory(self.end, ledger.held_bytes(HOST), resident)
+        held = sum(device.held_bytes for device in self._seen.devices if device.id == HOST)
+        resident = sum(size for one in self._seen.runners for device, size in one.resident if device == HOST)
+        self.timeline.add_memory(self.end, held, resident)
 
     def _runner(self, id: RunnerId) -> str:
         return f"runner {id}" + (f" of {self.name(self._models[id])}" if id in self._models else "")

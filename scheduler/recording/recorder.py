@@ -242,7 +242,8 @@ class Recorder:
 
     def _begin(self, beginning: _Beginning) -> None:
         """Write a header; at the beginning of a new file, where the one that there is has grown enough."""
-        self._named = set(beginning.state.pool.models)
+        models = beginning.state.models()
+        self._named = set(models)
         header = {
             "kind": KIND,
             "format": FORMAT,
@@ -253,7 +254,7 @@ class Recorder:
             "own_policy": self._own,
             "step": beginning.step,
             "missing": beginning.missing + self._skipped,
-            "names": [[model, self._name(model)] for model in beginning.state.pool.models],
+            "names": [[model, self._name(model)] for model in models],
             "state": encode(beginning.state),
         }
         line = _as_line(header)

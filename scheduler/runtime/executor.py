@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Iterator
 
 from fsm.machine.request import ModelId
 from fsm.machine.runner import RunnerId
@@ -46,7 +46,7 @@ class Executor:
         devices: Devices,
         engine_of: Callable[[ModelId], tuple[Engine, object]],
         post: Callable[[Event], None],
-        listed: Container[RunnerId],
+        lives_on: Callable[[RunnerId], bool],
         forget: Callable[[ModelId], None],
     ) -> None:
         self._settings = settings
@@ -56,8 +56,8 @@ class Executor:
         self.workers = Workers("loadmaster-worker", _WORKERS)
         self.callers = Workers("loadmaster-caller", _CALLERS)
         self._stoppers = Workers("loadmaster-stopper", _STOPPERS)
-        self._listed = listed  # the runners that the core still knows; looked at under the driver's lock
-        self.lives: dict[RunnerId, Life] = {}  # one for each of them, and a few of the past; written under that lock
+        self._lives_on = lives_on  # whether the core still knows a runner; called under the driver's lock
+        self.lives: dict[RunnerId, Life] = {}  # of those that it knows, and a few past ones; written under that lock
         self._readers = Workers("loadmaster-sampler", 1)  # of its own: workers wait for what it reads
         self.sampler = Sampler(devices, self._readers, self._running, post)
         self.prefetcher = Prefetcher(self._files_of, lambda: any(self._loading()))
@@ -99,7 +99,7 @@ class Executor:
 
     def forget_past(self) -> None:
         """Let go of runners that the core knows no more; under the driver's lock."""
-        for past in [id for id in self.lives if id not in self._listed]:
+        for past in [id for id in self.lives if not self._lives_on(id)]:
             del self.lives[past]
 
     def probe(self, life: Life) -> None:

@@ -77,7 +77,7 @@ class Desk:
         self._probe_timeout_s = settings.probe_timeout
         self.driver = Driver(core, monotonic_clock, self._perform, self._publish, self._fail, self._stood_still, step)
         self.executor = Executor(
-            settings, devices, registry.engine_of, self.driver.post, core.pool.runners,
+            settings, devices, registry.engine_of, self.driver.post, core.lives,
             lambda model: self.read(lambda _: self._forget(model)),
         )  # fmt: skip
 
@@ -226,17 +226,15 @@ class Desk:
             self.read(self._let_go)
 
     def _let_go(self, core: Core) -> None:
-        pool = core.pool
         self.executor.forget_past()
-        used = {*pool.wants, *(runner.model for runner in pool.runners.values())}
-        used |= {id for id, model in pool.models.items() if model.pinned or model.inspecting}
+        used = core.models_in_use()
         for id in self._registry.objects():
             if id not in used:
                 self._drop(id)
 
     def _forget(self, model: ModelId) -> None:
         """Forget a model that the core does not know, unless somebody asks for it; under the driver's lock."""
-        if model not in self._core.pool.models:
+        if not self._core.knows(model):
             self._drop(model)
 
     def _drop(self, model: ModelId) -> None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 
 from fsm.core import Core
+from fsm.domain.devices import DeviceId, DeviceSample
 from fsm.machine.request import Purpose
 from fsm.machine.runner import EXPIRING, IDLE, LOADING, READY, UNLOADED, RunnerState
 from fsm.messages.decision_log import Decision, Entry, Transition
-from fsm.messages.events import Configure, Inspected, OutOfMemory, Progress, Tick
+from fsm.messages.events import Configure, Inspected, OutOfMemory, Progress, Sampled, Tick
 from fsm.messages.reasons import NeededFor, RunnerStep, WaitFor, WaitForRunners
 from fsm.state.timers import Timers
 from tests.support.pool import (
@@ -27,6 +28,7 @@ from tests.support.pool import (
     pin,
     preload,
     release,
+    unpin,
     unresponsive,
 )
 
@@ -161,7 +163,7 @@ def test_a_copy_keeps_count_of_what_was_late_and_of_the_end() -> None:
 
 
 def test_a_snapshot_shows_everything() -> None:
-    """Runners, who waits in order and for what, devices, whether it closes."""
+    """Runners, who waits in order and for what, who holds what, devices, limits, whether it closes."""
     snapshot = a_busy_pool().core.snapshot()
     states = {view.model: view.state for view in snapshot.runners}
     assert states == {
@@ -177,7 +179,44 @@ def test_a_snapshot_shows_everything() -> None:
     assert [view.gives_up_at for view in snapshot.queue if view.request == 3] == [START + 3600.0]
     host = next(view for view in snapshot.devices if view.id == "cpu")
     assert (host.capacity_bytes, host.held_bytes) == (amount("16GiB"), amount("11GiB"))
-    assert not snapshot.closing
+    assert [(view.request, view.model, view.purpose, view.runner) for view in snapshot.held] == [
+        (1, "a", Purpose.lease, 1),
+        (2, "c", Purpose.lease, 3),
+        (4, "", Purpose.memory, None),
+    ]
+    assert all(view.declared for view in snapshot.runners)
+    assert snapshot.limits.max_runners == 6 and not snapshot.closing
+
+
+def test_a_snapshot_tells_a_declared_size_from_a_predicted_one() -> None:
+    """Of an object its owner said what it takes; the layers of a file are an estimate."""
+    pool = a_pool(each="1GiB").declare("layers", layered(2, "1GiB")).idle("layers").idle("object")
+    assert {view.model: view.declared for view in pool.core.snapshot().runners} == {"layers": False, "object": True}
+
+
+def test_a_snapshot_shows_an_integrated_gpu_where_the_host_was_not_read() -> None:
+    """Its bytes are the host's, whose account is not there: it has the figures of its own reading."""
+    core = Core()
+    core.step(0.0, Sampled((DeviceSample(DeviceId("gpu0"), "gpu", "gpu0", 8, 4, integrated=True),)))
+    assert [(view.id, view.free_bytes) for view in core.snapshot().devices] == [("gpu0", 4)]
+
+
+def test_the_core_tells_which_models_and_runners_it_keeps() -> None:
+    """A model is in use while a request, an inspection, a pin or a runner names it, and known for longer."""
+    pool = a_pool(inspects=False)
+    core = pool.core
+    assert not core.knows("a") and not core.lives(1) and core.models_in_use() == frozenset()
+    pool.feed(acquire("a", request=1))
+    assert core.knows("a") and core.models_in_use() == {"a"}
+    pool.feed(cancel(1))
+    assert core.models_in_use() == {"a"}, "it is inspected"
+    pool.feed(pool.inspection("a"), pin("b"))
+    assert core.models_in_use() == {"b"} and core.state().models() == ("a", "b")
+    pool.inspects = True
+    pool.idle("a")
+    assert core.lives(1) and core.models_in_use() == {"a", "b"}
+    pool.feed(expire("a"), exited(1), unpin("b"))
+    assert not core.lives(1) and core.models_in_use() == frozenset() and core.knows("a")
 
 
 def test_a_snapshot_does_not_change_afterwards() -> None:

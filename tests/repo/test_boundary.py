@@ -27,8 +27,7 @@ LAYERS = (
     ("fsm.planning",),
     ("fsm.lifecycle",),
     ("fsm.core",),
-    ("scheduler.recording.codec", "fsm.preview", "fsm.verification"),
-    ("scheduler.api.fit_advice",),
+    ("fsm.preview", "fsm.verification"),
     ("scheduler.errors", "scheduler.devices", "scheduler.concurrency"),
     ("scheduler.config", "scheduler.recording"),
     ("scheduler.models",),
@@ -54,6 +53,12 @@ EXCEPTIONS = {
     "fsm.verification.sim_config": {"random"},
     "fsm.verification.sim_environment": {"random"},
     "fsm.verification.simulator": {"random", "re"},
+}
+# What the shell may not see of the core: packages of its state, planning and lifecycle, and the records of its tables.
+PRIVATE = ("fsm.state", "fsm.planning", "fsm.lifecycle")
+TABLES = {"Request", "Runner", "RUNNER_TABLE", "Table"}
+SEEN_BY_THE_SHELL = {  # the codec encodes whole states, the records in them included
+    "scheduler.recording.codec": {"fsm.machine.request.Request", "fsm.machine.runner.Runner"},
 }
 IMPURE_NAMES = {"open", "input", "print", "exec", "eval", "__import__", "globals", "breakpoint"}
 
@@ -122,6 +127,28 @@ def test_few_import_a_reserved_package(package: str, importers: set[str]) -> Non
     """The proof tools and the recordings are no part of what runs."""
     found = [module for module in SOURCES if any(is_in(name, package) for name in imports_of(module))]
     assert [module for module in found if not any(is_in(module, one) for one in importers)] == []
+
+
+@pytest.mark.parametrize("module", [module for module in SOURCES if is_in(module, "scheduler")])
+def test_the_shell_asks_the_core_and_does_not_hold_its_tables(module: str) -> None:
+    """It imports values, events and commands, and what it has to know of the state it asks `Core` for."""
+    tree = tree_of(module)
+    imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    names = {f"{node.module}.{alias.name}" for node in imports for alias in node.names}
+    private = {name for name in names if any(is_in(name, package) for package in PRIVATE)}
+    tables = {name for name in names if is_in(name, "fsm") and name.rpartition(".")[2] in TABLES}
+    assert private | tables == SEEN_BY_THE_SHELL.get(module, set())
+    attributes = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    assert not attributes & {"act", "pool"}
+
+
+def test_what_is_private_to_the_core_exists() -> None:
+    """Else a module that is renamed would be private no more."""
+    assert set(PRIVATE) <= set(SOURCES)
+    bodies = [node for module in FSM for node in tree_of(module).body]
+    defined = {node.name for node in bodies if isinstance(node, ast.ClassDef)}
+    assigned = {ast.unparse(target) for node in bodies if isinstance(node, ast.Assign) for target in node.targets}
+    assert defined | assigned >= TABLES
 
 
 @pytest.mark.parametrize("module", PURE_MODULES)

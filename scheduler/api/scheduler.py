@@ -16,6 +16,7 @@ from fsm.core import Core, Limits
 from fsm.domain.devices import DeviceId
 from fsm.domain.model_info import Options
 from fsm.machine.request import ModelId, Purpose, Want
+from fsm.messages.commands import Ask, Command, Finish, Grant, Reject, Revoke
 from fsm.messages.events import Close, Configure, Expire, Pin, Unpin
 from scheduler.api.fit import Fit, fit_of
 from scheduler.api.lease import Lease
@@ -34,7 +35,9 @@ from scheduler.models.measurements import identity_of
 from scheduler.models.model_spec import check_text
 from scheduler.models.sources import default_resolvers
 from scheduler.recording.recorder import Recorder
+from scheduler.runtime.driver import Driver
 from scheduler.runtime.event_stream import EventStream, Hub
+from scheduler.runtime.executor import Executor
 from scheduler.runtime.health_monitor import Prober
 from scheduler.runtime.model_registry import Asking, Model, Question, Registry
 from scheduler.runtime.pending_request import FutureTicket
@@ -80,17 +83,32 @@ class Scheduler:
         self._recorder: Recorder | None = None
         if self.settings.record is not None:
             self._recorder = Recorder(self.settings.record, self.settings.record_limit, core, self._registry.name)
-        step = self._recorder.step if self._recorder is not None else None
-        self._desk = Desk(self.settings, core, self._devices, self._registry, self._hub, step)
-        self._prober = Prober(self._desk.executor, self.settings.probe_interval, self._desk.let_go)
+        self._driver = Driver(
+            core, monotonic_clock, self._perform, self._hub.publish, lambda error: self._desk.fail(error),
+            lambda: self._executor.look_again(), self._recorder.step if self._recorder is not None else None,
+        )  # fmt: skip
+        self._executor = Executor(
+            self.settings, self._devices, self._registry.engine_of, self._driver.post, core.lives,
+            lambda model: self._desk.forget(model),
+        )  # fmt: skip
+        self._desk = Desk(self._registry, self._driver, self._executor, core.knows, self.settings.probe_timeout)
+        self._prober = Prober(self._executor, self.settings.probe_interval, self._desk.let_go)
         try:
             _open_schedulers.add(self)
-            self._desk.driver.start()
-            self._desk.executor.sampler.refresh(_FIRST_SAMPLE_S)
+            self._driver.start()
+            self._executor.refresh(_FIRST_SAMPLE_S)
             self._prober.start()
         except BaseException:  # Ctrl-C, say: nobody has it yet who could close it
             self._end()
             raise
+
+    def _perform(self, command: Command) -> None:
+        """Hand a command to the peer that carries it out; under the driver's lock."""
+        match command:
+            case Grant() | Reject() | Revoke() | Ask() | Finish():
+                self._desk.perform(command)
+            case _:
+                self._executor.perform(command)
 
     # -- asking for models --------------------------------------------------------------------------------------------
 
@@ -159,7 +177,7 @@ class Scheduler:
         self._desk.check()
         check_text("device", device)
         amount = ((DeviceId(device), parse_bytes(size)),)
-        self._desk.executor.sampler.refresh(_FRESH_S)
+        self._executor.refresh(_FRESH_S)
         want = Want(ModelId(""), Options(), Purpose.memory, 0, amount)
         timeout_s = None if timeout is None else parse_duration(timeout, name="timeout")
         question = Question(want, f"{size} on {device}", None, timeout_s)
@@ -181,8 +199,8 @@ class Scheduler:
             raise SchedulerClosed()
         spec, question = self._registry.look(model, asking)
         info = self._registry.inspect(spec)
-        known = self._desk.executor.recall(identity_of(spec))
-        self._desk.executor.sampler.refresh(_FRESH_S)
+        known = self._executor.recall(identity_of(spec))
+        self._executor.refresh(_FRESH_S)
         core = self._desk.read(Core.copy)
         return fit_of(monotonic_clock(), core, question, info, self._registry.name, known)
 
@@ -211,18 +229,17 @@ class Scheduler:
                 self._desk.post(Configure(told.max_queue, told.max_runners, told.keep_alive))
                 self._devices.set_memory_limit(told.memory_limit)
         if "memory_limit" in limits:
-            self._desk.executor.sampler.refresh(_FRESH_S)
+            self._executor.refresh(_FRESH_S)
 
     # -- looking at it ------------------------------------------------------------------------------------------------
 
     def status(self) -> Status:
         """Return the runners, the queue and the devices as they are now."""
         snapshot, failures = self._desk.read(lambda core: (core.snapshot(), core.failures()))
-        problems = (*self._devices.problems, *map(problem, failures), *self._desk.executor.problems)
+        problems = (*self._devices.problems, *map(problem, failures), *self._executor.problems)
         if self._recorder is not None:
             problems = (*problems, *self._recorder.problems)
-        lives = dict(self._desk.executor.lives)
-        return status_of(snapshot, monotonic_clock(), self._registry.name, lives.get, problems)
+        return status_of(snapshot, monotonic_clock(), self._registry.name, dict(self._executor.lives).get, problems)
 
     def name(self, model: ModelId) -> str:
         """Return the name of a model whose identity an event tells.
@@ -258,9 +275,9 @@ class Scheduler:
             return
         timeout_s = self.settings.close_timeout if timeout is None else parse_duration(timeout, name="timeout")
         self._desk.closing = True
-        self._desk.driver.post(Close(timeout_s))
+        self._driver.post(Close(timeout_s))
         try:
-            if self._desk.driver.broken is None:
+            if self._driver.broken is None:
                 self._await_the_end(timeout_s)
         finally:  # after Ctrl-C too
             with self._close_lock:
@@ -313,8 +330,8 @@ class Scheduler:
         yield self._prober.close
         for engine in self._engines:
             yield engine.close
-        yield lambda timeout_s: hung.extend(self._desk.executor.close(timeout_s))
-        yield self._desk.driver.stop
+        yield lambda timeout_s: hung.extend(self._executor.close(timeout_s))
+        yield self._driver.stop
         if (recorder := self._recorder) is not None:
             yield lambda timeout_s: None if recorder.close(timeout_s) else hung.append("the recorder")
         yield lambda _: self._tell(hung)
@@ -327,7 +344,7 @@ class Scheduler:
         self._hub.close()
 
     def _tell(self, hung: list[str]) -> None:
-        stuck = [self._registry.name(life.model) for life in self._desk.executor.lives.values() if not life.over]
+        stuck = [self._registry.name(life.model) for life in self._executor.lives.values() if not life.over]
         if hung or stuck:
             log.warning("closed, but these did not end: %s", ", ".join([*stuck, *hung]))
 

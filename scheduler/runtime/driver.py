@@ -70,7 +70,7 @@ class Driver:
         core: Core,
         clock: Clock,
         perform: Callable[[Command], None],
-        publish: Callable[[Sequence[Entry]], None],
+        publish: Callable[[Sequence[Entry]], bool],
         fail: Callable[[BaseException], None],
         stood_still: Callable[[], None] = lambda: None,
         step: Callable[[float, Event], Sequence[Command]] | None = None,
@@ -78,7 +78,7 @@ class Driver:
         self._core = core
         self._clock = clock
         self._perform = perform  # under the lock: files a command, does not block
-        self._publish = publish  # under the lock: hands journal entries to those who read them
+        self._publish = publish  # under the lock: hands journal entries to those who read them; False: nobody does
         self._fail = fail  # once, when a step raised: every waiter is to be told; again for each event after it
         self._step = step or core.step  # under the lock: decides, and does not block
         self._stood_still = stood_still  # before the first tick after a gap, on the driver's thread; may post
@@ -170,8 +170,10 @@ class Driver:
 
     def _tell(self) -> None:
         if journal := self._core.journal:
-            self._publish(journal)
-            journal.clear()
+            if self._publish(journal):
+                journal.clear()
+            else:  # nothing is noted any more
+                self._core.journal = None
 
     def _run(self) -> None:
         try:

@@ -143,8 +143,24 @@ class Executor:
         finally:
             life.stop(self._settings.stop_grace)
 
+    def call(self, callback: Callable[[], object]) -> None:
+        """Have a callback of the user's run on a thread that may block; returns at once."""
+        self.callers.put(callback)
+
+    def refresh(self, timeout_s: float) -> bool:
+        """Have the devices read and wait for it; return whether it came in time. Once closed, nobody waits."""
+        return self.sampler.refresh(timeout_s)
+
+    def request_sample(self) -> None:
+        """Have the devices read; returns at once."""
+        self.sampler.request()
+
     def look_again(self) -> None:
-        """Have the devices read, and loads given their time anew: as after a gap in which they could show nothing."""
+        """Time has passed in which nothing ran here: it is no load's fault, and what was read of the devices is old.
+
+        The devices are read again, and loads, which could show nothing in that time, are given their time anew.
+        """
+        log.info("nothing ran here for a while: the devices are read again")
         for life in self._loading():
             self._post(Progress(life.runner))
         self.sampler.request()

@@ -44,7 +44,7 @@ class Prober:
         pause_s = min(_SAMPLE_INTERVAL_S, self._interval_s)
         while not self._stop.wait(pause_s):
             self._executor.staff()
-            self._executor.sampler.request()
+            self._executor.request_sample()
             self._let_go()
             waited_s += pause_s
             due = waited_s >= self._interval_s

@@ -4,36 +4,17 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any, assert_never
 
 from fsm.core import Core
 from fsm.machine.request import ModelId, RequestId
-from fsm.messages.commands import (
-    Ask,
-    Claim,
-    Command,
-    Finish,
-    Grant,
-    Inspect,
-    Launch,
-    Prefetch,
-    Reject,
-    Remember,
-    Revoke,
-    Sample,
-    Stop,
-    Unclaim,
-)
-from fsm.messages.decision_log import Entry
+from fsm.messages.commands import Ask, Finish, Grant, Reject, Revoke
 from fsm.messages.events import Acquire, Cancel, Event, Release, Unresponsive
 from fsm.messages.reasons import NoAnswer
 from fsm.messages.refusals import QueueFull
-from scheduler.concurrency.clock import monotonic_clock
 from scheduler.concurrency.latch import Gate
-from scheduler.config.settings import Settings
-from scheduler.devices.device_reader import Devices
 from scheduler.errors.exceptions import (
     InvalidSettings,
     SchedulerBroken,
@@ -44,42 +25,38 @@ from scheduler.errors.exceptions import (
 from scheduler.errors.from_refusals import error_of
 from scheduler.errors.wording import revoke_reason
 from scheduler.runtime.driver import Driver, Value
-from scheduler.runtime.event_stream import Hub
 from scheduler.runtime.executor import Executor
 from scheduler.runtime.model_registry import Question, Registry
 from scheduler.runtime.pending_request import Callback, FutureTicket, Ticket
 
 log = logging.getLogger("loadmaster")
 
+Answer = Grant | Reject | Revoke | Ask | Finish  # all other commands are the executor's
+
 _LOOK_UP_S = 1.0  # no single wait is longer: a Ctrl-C that comes right before one is only seen when it ends
 
 
 class Desk:
-    """Takes requests in and hands answers out; it owns the driver of the core and the executor of its commands."""
+    """Takes requests in and hands answers out: a peer of the driver, which decides, and of the executor."""
 
     def __init__(
         self,
-        settings: Settings,
-        core: Core,
-        devices: Devices,
         registry: Registry,
-        hub: Hub,
-        step: Callable[[float, Event], Sequence[Command]] | None = None,
+        driver: Driver,
+        executor: Executor,
+        knows: Callable[[ModelId], bool],
+        probe_timeout_s: float,
     ) -> None:
         self.forked = False  # this is the copy in a forked child: nothing here may be touched
         self.closing = False
         self.finished = Gate()  # every runner is unloaded after a close
         self.tickets: dict[RequestId, Ticket] = {}  # from Acquire until refused, lost or given back
         self._ids = itertools.count(1)
-        self._core = core
         self._registry = registry
-        self._hub = hub
-        self._probe_timeout_s = settings.probe_timeout
-        self.driver = Driver(core, monotonic_clock, self._perform, self._publish, self._fail, self._stood_still, step)
-        self.executor = Executor(
-            settings, devices, registry.engine_of, self.driver.post, core.lives,
-            lambda model: self.read(lambda _: self._forget(model)),
-        )  # fmt: skip
+        self._driver = driver
+        self._executor = executor
+        self._knows = knows  # whether the core knows a model; called under the driver's lock
+        self._probe_timeout_s = probe_timeout_s
 
     def ticket(self, question: Question) -> Ticket:
         """Return a ticket for a question that is still to be asked."""
@@ -111,7 +88,7 @@ class Desk:
     def submit(self, question: Question, deliver: Callable[[FutureTicket], None]) -> FutureTicket:
         """Ask and return; `deliver` is called from a worker when it is answered."""
         id, model = RequestId(next(self._ids)), question.want.model
-        ticket = FutureTicket(id, model, question.name, self.executor.callers.put, deliver)
+        ticket = FutureTicket(id, model, question.name, self._executor.call, deliver)
         self.ask(ticket, question)
         return ticket
 
@@ -131,17 +108,17 @@ class Desk:
 
     def post(self, event: Event) -> None:
         self.check()
-        self.driver.post(event)
+        self._driver.post(event)
 
     def read(self, look: Callable[[Core], Value]) -> Value:
         """Return what `look` finds in the core."""
         self.check()
-        return self.driver.read(look)
+        return self._driver.read(look)
 
     def withdraw(self, ticket: Ticket) -> None:
         """The asker is gone: whatever becomes of the request, nothing of it remains."""
         if ticket.id in self.tickets and not self.forked:
-            self.driver.post(Cancel(ticket.id))  # first: if Ctrl-C comes in between, it is only said twice
+            self._driver.post(Cancel(ticket.id))  # first: if Ctrl-C comes in between, it is only said twice
             self.tickets.pop(ticket.id, None)
 
     def give_back(self, ticket: Ticket) -> bool:
@@ -150,7 +127,7 @@ class Desk:
             return False
         if ticket.life is not None:
             ticket.life.lease_ended = True
-        self.driver.post(Release(ticket.id))  # first: if Ctrl-C comes in between, it is only said twice
+        self._driver.post(Release(ticket.id))  # first: if Ctrl-C comes in between, it is only said twice
         self.tickets.pop(ticket.id, None)
         return True
 
@@ -166,7 +143,7 @@ class Desk:
             return happened
 
         if self.read(add):
-            self.executor.callers.put(lambda: _call(callback))
+            self._executor.call(lambda: _call(callback))
 
     def look_at(self, ticket: Ticket) -> None:
         """A connection to a runner broke: have it known whether that is gone; blocks for as long as a probe may.
@@ -185,19 +162,14 @@ class Desk:
     def _notify(self, ticket: Ticket, what: str) -> None:
         for when, callback in ticket.callbacks:
             if when == what:
-                self.executor.callers.put(lambda callback=callback: _call(callback))  # type: ignore[misc]  # binds now
+                self._executor.call(lambda callback=callback: _call(callback))  # type: ignore[misc]  # binds now
 
-    def _perform(self, command: Command) -> None:
-        """File one command; under the driver's lock."""
+    def perform(self, command: Answer) -> None:
+        """Hand on one answer; under the driver's lock."""
         match command:
             case Grant(request, runner):
                 if (ticket := self.tickets.get(request)) is not None:
-                    ticket.answer(self.executor.lives.get(runner) if runner is not None else None, None)
-            case (
-                Inspect() | Launch() | Stop() | Sample() | Claim() | Unclaim() | Prefetch()
-                | Remember()
-            ):  # fmt: skip
-                self.executor.perform(command)
+                    ticket.answer(self._executor.lives.get(runner) if runner is not None else None, None)
             case Reject(request, refusal):
                 if request in self.tickets:
                     error = error_of(refusal, self._registry.name)  # first: if it raises, `answer_all` finds the ticket
@@ -226,15 +198,19 @@ class Desk:
             self.read(self._let_go)
 
     def _let_go(self, core: Core) -> None:
-        self.executor.forget_past()
+        self._executor.forget_past()
         used = core.models_in_use()
         for id in self._registry.objects():
             if id not in used:
                 self._drop(id)
 
+    def forget(self, model: ModelId) -> None:
+        """Forget a model that the core does not know, unless somebody asks for it."""
+        self.read(lambda _: self._forget(model))
+
     def _forget(self, model: ModelId) -> None:
-        """Forget a model that the core does not know, unless somebody asks for it; under the driver's lock."""
-        if not self._core.knows(model):
+        """The same, under the driver's lock."""
+        if not self._knows(model):
             self._drop(model)
 
     def _drop(self, model: ModelId) -> None:
@@ -247,17 +223,7 @@ class Desk:
         if any(ticket.model_id == model for ticket in list(self.tickets.values())):
             self._registry.keep(forgotten)
 
-    def _publish(self, entries: Sequence[Entry]) -> None:
-        """Hand on what was decided; under the driver's lock."""
-        if not self._hub.publish(entries):
-            self._core.journal = None
-
-    def _stood_still(self) -> None:
-        """Time has passed in which nothing ran here: it is no load's fault, and what was read of the devices is old."""
-        log.info("nothing ran here for a while: the devices are read again")
-        self.executor.look_again()
-
-    def _fail(self, error: BaseException) -> None:
+    def fail(self, error: BaseException) -> None:
         """A step raised: tell everybody, and let close end the rest."""
         self.answer_all(lambda: SchedulerBroken(repr(error)))
         self.finished.set()

@@ -158,7 +158,7 @@ def test_a_runner_is_probed_again_and_again_without_a_time_limit(file: Path, cap
     """An endless probe of a runner that answers ends, and the next one finds out what is wrong later."""
     arguments = {"probe_timeout": "forever", "probe_interval": "50ms"}
     with no_leaks(), Scheduler(settings(num_ctx=256, **arguments)) as scheduler, scheduler.acquire(file) as lease:
-        (life,) = scheduler._desk.executor.lives.values()
+        (life,) = scheduler._executor.lives.values()
         process, asked = life.process, []
         assert process is not None
         healthy = process.healthy

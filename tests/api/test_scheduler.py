@@ -344,8 +344,8 @@ def test_ctrl_c_at_any_moment_leaves_no_lease_and_no_broken_core(scheduler: Sche
         signal.signal(signal.SIGALRM, before)
     gc.collect()
     assert_soon(lambda: states(scheduler) == {"a": "idle"})
-    assert seen and scheduler._desk.driver.broken is None and not scheduler._desk.tickets
-    scheduler._desk.driver.read(lambda core: core.check())
+    assert seen and scheduler._driver.broken is None and not scheduler._desk.tickets
+    scheduler._driver.read(lambda core: core.check())
 
 
 # -- futures and event loops -------------------------------------------------------------------------------------------
@@ -517,8 +517,8 @@ def test_what_looks_at_runners_now_and_then_keeps_none_of_them(monkeypatch: pyte
     alive = weakref.ref(work)
     with Scheduler(Settings(gpus=False)) as scheduler:
         with scheduler.acquire(a_model("job", load=work), keep_alive=0):
-            looks = Mock(side_effect=scheduler._desk.executor.staff)
-            monkeypatch.setattr(scheduler._desk.executor, "staff", looks)  # each look begins with it
+            looks = Mock(side_effect=scheduler._executor.staff)
+            monkeypatch.setattr(scheduler._executor, "staff", looks)  # each look begins with it
             assert_soon(lambda: looks.call_count > 1)
         del work
         assert_soon(lambda: gc.collect() >= 0 and alive() is None)
@@ -538,20 +538,19 @@ def test_an_object_that_is_in_use_or_pinned_stays_known(scheduler: Scheduler) ->
 
 def test_an_object_that_is_let_go_of_as_its_request_is_withdrawn_harms_nobody(scheduler: Scheduler) -> None:
     """Its inspection may be decided before the core hears of that."""
-    desk = scheduler._desk
     cancel(scheduler, a_model("a"))
-    with desk.driver._lock:  # the driver is in the middle of a step
+    with scheduler._driver._lock:  # the driver is in the middle of a step
         assert scheduler.submit(a_model("a")).cancel()
-        desk._registry.forget(a_model("a").id)
+        scheduler._registry.forget(a_model("a").id)
     assert_soon(lambda: states(scheduler) == {})
     scheduler.acquire(a_model("b")).release()
-    assert desk.driver.broken is None
+    assert scheduler._driver.broken is None
 
 
 def test_what_does_not_stop_is_shown_as_stuck(scheduler: Scheduler) -> None:
     """Its memory stays booked; the bound is the core's, so it is shortened here."""
     gate = Gate()
-    read = scheduler._desk.driver.read
+    read = scheduler._driver.read
     read(lambda core: setattr(core.pool, "limits", replace(core.pool.limits, stop_timeout_s=0.01)))
     scheduler.acquire(a_model("a", unload=gate), keep_alive=0).release()
     assert gate.entered.wait(LIMIT_S)
@@ -565,7 +564,7 @@ def test_what_does_not_stop_is_shown_as_stuck(scheduler: Scheduler) -> None:
 
 def known(scheduler: Scheduler) -> set[str]:
     """The id of every model that anything is kept of, but for questions and names: of these there is a most."""
-    executor, core = scheduler._desk.executor, scheduler._desk.read(lambda core: set(core.pool.models))
+    executor, core = scheduler._executor, scheduler._desk.read(lambda core: set(core.pool.models))
     return {*scheduler._registry._models, *executor._identities, *core}
 
 
@@ -660,10 +659,9 @@ def test_a_name_is_forgotten_while_the_request_of_one_who_left_is_on_its_way(
     scheduler: Scheduler, refused: list[str]
 ) -> None:
     """Nobody waits for what becomes of that; the next one who asks is answered."""
-    desk = scheduler._desk
-    with desk.driver._lock:  # the driver is in the middle of a step
+    with scheduler._driver._lock:  # the driver is in the middle of a step
         assert scheduler.submit(a_model("a")).cancel()
-        desk._forget(a_model("a").id)
+        scheduler._desk._forget(a_model("a").id)
     assert_soon(lambda: known(scheduler) == set())
     assert refused == []
     with pytest.raises(ModelNotFound):
@@ -742,7 +740,7 @@ def test_a_listener_that_was_forgotten_costs_nothing_more(scheduler: Scheduler) 
     gc.collect()
     scheduler.acquire(a_model("a")).release()
     scheduler.acquire(a_model("a")).release()
-    assert scheduler._desk.driver.read(lambda core: core.journal) is None
+    assert scheduler._driver.read(lambda core: core.journal) is None
 
 
 def test_a_slow_reader_finds_a_gap_marked() -> None:
@@ -844,7 +842,7 @@ def test_close_names_the_callback_that_hangs_and_nothing_else(caplog: pytest.Log
     """It uses up all the time there is for threads to end; those that would have ended at once are not to blame."""
     gate = Gate()
     scheduler = Scheduler(Settings(gpus=False))
-    footprints = scheduler._desk.executor.footprints
+    footprints = scheduler._executor.footprints
     assert footprints is not None and not footprints.recall(Identity("files", "state")).sizes  # its thread is there
     scheduler.preload(a_model("a")).add_done_callback(gate)
     assert gate.entered.wait(LIMIT_S)
@@ -898,7 +896,7 @@ def test_whoever_a_bug_was_to_answer_is_told_too_and_it_is_logged_once(
 
 def traceback_length(scheduler: Scheduler) -> int:
     """How far the exception came that broke a scheduler; it grows each time that it is raised."""
-    error = scheduler._desk.driver.broken
+    error = scheduler._driver.broken
     assert error is not None
     return len(traceback.extract_tb(error.__traceback__))
 
@@ -969,13 +967,13 @@ CALLS: dict[str, Callable[[Scheduler, Lease], object]] = {
 @pytest.mark.parametrize("call", CALLS)
 def test_a_fork_in_the_middle_of_a_step_is_told_so_at_once(scheduler: Scheduler, call: str) -> None:
     """In the child the lock of that step is held for ever, by a thread that is not there; no sample comes either."""
-    with scheduler.acquire(a_model("a")) as lease, scheduler._desk.driver._lock:
+    with scheduler.acquire(a_model("a")) as lease, scheduler._driver._lock:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)
             pid = os.fork()
         if pid == 0:
             signal.alarm(10)
-            scheduler._desk.executor.sampler.refresh = lambda timeout_s: os._exit(2)  # type: ignore[method-assign]
+            scheduler._executor.refresh = lambda timeout_s: os._exit(2)  # type: ignore[method-assign]
             try:
                 CALLS[call](scheduler, lease)
             except SchedulerForked:

@@ -300,7 +300,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @invariant()
     def the_account_is_right(self) -> None:
-        self.scheduler._desk.driver.read(Core.check)
+        self.scheduler._driver.read(Core.check)
 
     def teardown(self) -> None:
         try:

@@ -98,7 +98,7 @@ def test_memory_that_never_comes_back_is_waited_for_so_long_and_no_longer(nvml: 
     with a_scheduler() as scheduler:
         scheduler.acquire(on_gpu("a", ONE, "6GiB")).release()
         nvml.say(ONE.but(free=2 * GIB))
-        scheduler._desk.executor.sampler.refresh(LIMIT_S)
+        scheduler._executor.refresh(LIMIT_S)
         begin = time.monotonic()
         scheduler.expire(on_gpu("a", ONE, "6GiB"))
         assert_soon(lambda: scheduler.status().runners == ())
@@ -118,7 +118,7 @@ def test_memory_that_others_take_while_a_runner_leaves_is_not_counted_on(nvml: S
         model = PythonModel("a", object, lambda _: leaving.wait(LIMIT_S), memory={ONE.id: "6GiB"})
         scheduler.acquire(model).release()
         nvml.say(ONE.but(free=2 * GIB))
-        scheduler._desk.executor.sampler.refresh(LIMIT_S)
+        scheduler._executor.refresh(LIMIT_S)
         waiting = scheduler.submit(on_gpu("b", ONE, "6GiB"))
         assert_soon(lambda: [runner.state for runner in scheduler.status().runners] == ["expiring"])
         nvml.say(ONE.but(free=3 * GIB))
@@ -136,7 +136,7 @@ def test_what_lived_on_a_gpu_that_is_lost_can_leave(nvml: StandIn) -> None:
     with a_scheduler() as scheduler:
         lease = scheduler.acquire(on_gpu("a", TWO, "3GiB"))
         nvml.say(ONE, TWO.but(memory_code=LOST))
-        scheduler._desk.executor.sampler.refresh(LIMIT_S)
+        scheduler._executor.refresh(LIMIT_S)
         assert [device.id for device in scheduler.status().devices] == [HOST, ONE.id]
         lease.release()
         scheduler.expire(on_gpu("a", TWO, "3GiB"))
@@ -168,7 +168,7 @@ def test_close_while_memory_is_waited_for_returns(nvml: StandIn) -> None:
     with a_scheduler(recovery_timeout=600, stop_grace="100ms") as scheduler:
         scheduler.acquire(on_gpu("a", ONE, "6GiB")).release()
         nvml.say(ONE.but(free=2 * GIB))
-        scheduler._desk.executor.sampler.refresh(LIMIT_S)
+        scheduler._executor.refresh(LIMIT_S)
         scheduler.expire(on_gpu("a", ONE, "6GiB"))
         with pytest.raises(AcquireTimeout, match="memory"):
             scheduler.acquire(on_gpu("b", ONE, "6GiB"), timeout="100ms")

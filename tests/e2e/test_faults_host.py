@@ -23,9 +23,16 @@ import pytest
 
 from fsm.core import Core
 from fsm.messages.events import Event, Tick
-from scheduler import Lease, LoadTimeout, PythonModel, QueueFull, Scheduler, SchedulerClosed
+from scheduler import (
+    Lease,
+    LoadTimeout,
+    PythonModel,
+    QueueFull,
+    Scheduler,
+    SchedulerClosed,
+)
+from scheduler.api import scheduler as scheduler_module
 from scheduler.engines.llama import LlamaEngine
-from scheduler.runtime import request_broker
 from scheduler.runtime.driver import Driver
 from tests.support.leaks import no_leaks
 from tests.support.real import STOPPING_CHILD, begin_a_load, is_gone, settings, states, write_models
@@ -97,7 +104,7 @@ def test_a_gap_is_noticed_before_anything_is_judged_by_it() -> None:
     """The first tick after it comes behind what the one who was told of it had to say; an ordinary one tells nobody."""
     told: list[object] = []
     clock, core = Clock(), Noting(told)
-    driver = Driver(core, clock, lambda _: None, lambda _: None, lambda _: None, lambda: told.append("gap"))
+    driver = Driver(core, clock, lambda _: None, lambda _: False, lambda _: None, lambda: told.append("gap"))
     driver.start()
     try:
         driver.read(lambda core: core.pool.timers.set(("plan", 0), clock() + 0.02))
@@ -114,7 +121,7 @@ def test_a_gap_is_noticed_before_anything_is_judged_by_it() -> None:
 def test_a_load_is_not_stopped_for_time_in_which_nothing_ran(monkeypatch: pytest.MonkeyPatch) -> None:
     """After a gap of an hour the devices are read again, and a load has its time anew, and no more than that."""
     clock, gate = Clock(), Gate()
-    monkeypatch.setattr(request_broker, "monotonic_clock", clock)
+    monkeypatch.setattr(scheduler_module, "monotonic_clock", clock)
     with a_scheduler(load_timeout=60) as scheduler:
         scheduler._prober.close(LIMIT_S)  # it reads the devices every second anyway
         waiting = scheduler.submit(a_model("a", load=gate))

@@ -66,7 +66,7 @@ def fill(lease: Lease, **parameters: Any) -> None:
 
 
 def has_been_looked_at(scheduler: Scheduler, lease: Lease) -> bool:
-    life = scheduler._desk.executor.lives[lease.runner]
+    life = scheduler._executor.lives[lease.runner]
     return not (life.lease_ended or life.looked_at)
 
 
@@ -319,7 +319,7 @@ def test_n14_memory_that_another_program_takes_is_seen_by_the_next_plan(schedule
         return (replace(host, free_bytes=reported_bytes - others_bytes), *gpus)
 
     scheduler._devices.sample = read  # type: ignore[method-assign]  # else whatever runs here would have a say
-    assert scheduler._desk.executor.sampler.refresh(LIMIT_S)
+    assert scheduler._executor.refresh(LIMIT_S)
     before = scheduler.status().devices[0]
     held_bytes = before.free_bytes // 4
     large = PythonModel("large", load=object, memory={"cpu": before.free_bytes - held_bytes // 2})

@@ -100,8 +100,8 @@ def test_how_long_it_loaded_is_known_too(store: Path, model: Path) -> None:
     for _ in range(2):
         life_of(model, store)
     with Scheduler(settings(footprints=store)) as scheduler, scheduler.acquire(model) as lease:
-        known = scheduler._desk.executor.lives[lease.runner].model
-        loads = scheduler._desk.driver.read(lambda core: dict(core.pool.models[known].loads))
+        known = scheduler._executor.lives[lease.runner].model
+        loads = scheduler._driver.read(lambda core: dict(core.pool.models[known].loads))
     assert [len(seconds) for seconds in loads.values()] == [3]
 
 

@@ -63,7 +63,7 @@ def incident(scheduler: Scheduler, folder: Path) -> set[str]:
         PROMPT,
         a.url,
         a.url.removeprefix("http://").rstrip("/"),
-        scheduler._desk.executor.lives[a.runner].endpoint.key,
+        scheduler._executor.lives[a.runner].endpoint.key,
     }
     scheduler.acquire(folder / "b.gguf").release()
     with scheduler.acquire(folder / "c.gguf") as c:  # "b" leaves for it

@@ -32,8 +32,9 @@ from tests.support.interrupts import as_main, interrupted
 from tests.support.waiting import LIMIT_S, assert_soon
 
 
-def nobody_listens(entries: Sequence[Entry]) -> None:
+def nobody_listens(entries: Sequence[Entry]) -> bool:
     """Entries go nowhere."""
+    return False
 
 
 @pytest.fixture
@@ -45,7 +46,7 @@ def start() -> Iterator[Callable[..., Driver]]:
         core: Core,
         perform: Callable[[Command], None] = lambda command: None,
         fail: list[BaseException] | None = None,
-        publish: Callable[[Sequence[Entry]], None] = nobody_listens,
+        publish: Callable[[Sequence[Entry]], bool] = nobody_listens,
     ) -> Driver:
         failures = [] if fail is None else fail
         driver = Driver(core, monotonic_clock, perform, publish, failures.append)
@@ -244,7 +245,7 @@ def test_a_reader_sees_what_it_posted_before(start: Callable[..., Driver]) -> No
 def test_whoever_reads_has_been_told_of_what_is_found(start: Callable[..., Driver]) -> None:
     """What became of the events before it is published first, though all are taken in at once."""
     told: list[Entry] = []
-    driver = start(Core(), publish=told.extend)
+    driver = start(Core(), publish=lambda entries: told.extend(entries) is None)
     driver.read(lambda core: setattr(core, "journal", []))
     driver._inbox.append(acquire(1))
     assert driver.read(lambda core: len(told))

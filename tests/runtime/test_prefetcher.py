@@ -218,7 +218,7 @@ def test_who_waits_for_memory_finds_the_file_read(prefetch: bool, tmp_path: Path
         lease = scheduler.acquire(busy)
         waiting = scheduler.submit(path)
         assert_soon(lambda: any(wait.waits_for == "busy to become idle" for wait in scheduler.status().queue))
-        prefetcher = scheduler._desk.executor.prefetcher
+        prefetcher = scheduler._executor.prefetcher
         if prefetch:
             assert_soon(lambda: prefetcher.ahead_bytes == path.stat().st_size)
         lease.release()

@@ -38,19 +38,18 @@ def a_scheduler(**more: Any) -> Scheduler:
 
 def decide(scheduler: Scheduler) -> None:
     """Have everything done that is done under the core's lock, and wait for it, as for a step."""
-    desk = scheduler._desk
-    executor, entry = desk.executor, Decision(0.0, "queued", ModelId("a"), Queued(1))
+    executor, entry = scheduler._executor, Decision(0.0, "queued", ModelId("a"), Queued(1))
 
     def look(_: object) -> None:
         for pool in (executor.workers, executor.callers):
             pool.put(lambda: None)
-        desk._perform(Sample(0))
-        desk._perform(Prefetch(()))
-        desk._publish([entry])
+        scheduler._perform(Sample(0))
+        scheduler._perform(Prefetch(()))
+        scheduler._hub.publish([entry])
         assert executor.footprints is not None
         executor.footprints._put(lambda: None)
 
-    desk.read(look)
+    scheduler._driver.read(look)
 
 
 CALLS: dict[str, Callable[[Scheduler, Lease, Path], object]] = {
@@ -73,7 +72,7 @@ def test_a_decision_waits_for_nothing_that_an_interrupted_thread_holds(name: str
         def call() -> None:
             moments.append(interrupted(lambda: CALLS[name](scheduler, lease, model), lambda _: decide(scheduler)))
 
-        as_main(scheduler._desk.driver, call)
+        as_main(scheduler._driver, call)
         assert moments[0] > 5
 
 
@@ -88,7 +87,7 @@ def test_a_handler_may_look_and_close_while_its_thread_closes(every: int, call: 
         if moment % every == 0:
             call(scheduler)
 
-    as_main(scheduler._desk.driver, lambda: interrupted(scheduler.close, handle))
+    as_main(scheduler._driver, lambda: interrupted(scheduler.close, handle))
     assert not scheduler.status().runners
 
 
@@ -98,7 +97,7 @@ def test_a_handler_may_look_and_close_while_its_thread_closes(every: int, call: 
 def test_ctrl_c_while_a_reading_is_asked_for_stops_no_later_one() -> None:
     """At whichever instruction: the next one is read for."""
     with a_scheduler() as scheduler:
-        sampler, moment, whole = scheduler._desk.executor.sampler, 0, False
+        sampler, moment, whole = scheduler._executor.sampler, 0, False
 
         def interrupt(now: int) -> None:
             if now == moment:
@@ -113,10 +112,10 @@ def test_ctrl_c_while_a_reading_is_asked_for_stops_no_later_one() -> None:
                 except KeyboardInterrupt:
                     assert sampler.refresh(LIMIT_S)
 
-        as_main(scheduler._desk.driver, ask, 5 * LIMIT_S)
+        as_main(scheduler._driver, ask, 5 * LIMIT_S)
 
 
-LAST_STEPS = ["_prober.close", "_desk.executor.close", "_desk.driver.stop", "_recorder.close", "_devices.close"]
+LAST_STEPS = ["_prober.close", "_executor.close", "_driver.stop", "_recorder.close", "_devices.close"]
 
 
 @pytest.mark.parametrize("step", LAST_STEPS)
@@ -178,4 +177,4 @@ def test_ctrl_c_at_any_moment_of_a_close_leaves_nothing_after_the_next() -> None
             except KeyboardInterrupt:
                 scheduler.close(0)
 
-        as_main(scheduler._desk.driver, close)
+        as_main(scheduler._driver, close)

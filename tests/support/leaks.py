@@ -19,7 +19,7 @@ from unittest.mock import patch
 import psutil
 
 from fsm.machine.runner import RunnerState
-from scheduler.runtime.request_broker import Desk
+from scheduler import Scheduler
 
 _SETTLE_S = 10.0
 _ADOPT = 36  # PR_SET_CHILD_SUBREAPER: what loses its parent becomes a child of this process, and not of the first one
@@ -76,30 +76,30 @@ def _begun_with(frame: FrameType) -> str:
 
 
 @contextmanager
-def _desks() -> Iterator[list[Desk]]:
-    """Note the desk of every scheduler that is made meanwhile."""
-    made: list[Desk] = []
-    make = Desk.__init__
+def _schedulers() -> Iterator[list[Scheduler]]:
+    """Note every scheduler that is made meanwhile."""
+    made: list[Scheduler] = []
+    make = Scheduler.__init__
 
-    def note(self: Desk, *arguments: Any, **named: Any) -> None:
-        made.append(self)
+    def note(self: Scheduler, *arguments: Any, **named: Any) -> None:
         make(self, *arguments, **named)
+        made.append(self)
 
-    with patch.object(Desk, "__init__", note):
+    with patch.object(Scheduler, "__init__", note):
         yield made
 
 
-def _held(desk: Desk) -> list[str]:
+def _held(scheduler: Scheduler) -> list[str]:
     """Return what a closed scheduler still has in its books.
 
     Of one that could not end, since an object's unload hung or a decision raised, runners that are on their way out.
     """
-    pool, locks = desk._core.pool, desk.executor.locks
-    left = [f"ticket {id}" for id in desk.tickets]
+    pool, locks = scheduler._driver._core.pool, scheduler._executor.locks
+    left = [f"ticket {id}" for id in scheduler._desk.tickets]
     left += [f"the lock of {device}" for device in (locks._locks if locks is not None else ())]
-    if desk.driver.broken is not None:
+    if scheduler._driver.broken is not None:
         return left
-    ended = desk.finished.is_set()
+    ended = scheduler._desk.finished.is_set()
     runners = [one for one in pool.runners.values() if ended or one.state is not RunnerState.expiring or one.leases]
     left += [f"{one.state.value} runner {one.id} of {one.model}" for one in runners]
     left += [f"request {id}" for id in pool.requests] + [f"the line for {want}" for want in pool.lines]
@@ -118,13 +118,13 @@ def no_leaks() -> Iterator[None]:
     gc.collect()
     threads, descriptors, processes = set(threading.enumerate()), _descriptors(), _processes()
     unnamed = _unnamed().keys()
-    with _desks() as desks, _orphans() as started:
+    with _schedulers() as schedulers, _orphans() as started:
         yield
-        _settle(desks, started, threads, unnamed, descriptors, processes)
+        _settle(schedulers, started, threads, unnamed, descriptors, processes)
 
 
 def _settle(
-    desks: list[Desk],
+    schedulers: list[Scheduler],
     started: set[int],
     threads: set[threading.Thread],
     unnamed: Collection[int],
@@ -141,7 +141,7 @@ def _settle(
             "unnamed threads": [what for id, what in _unnamed().items() if id not in unnamed],
             "descriptors": [target for _, target in _descriptors() - descriptors],
             "children": sorted(_processes() - processes),
-            "books": [text for desk in desks for text in _held(desk)],
+            "books": [text for scheduler in schedulers for text in _held(scheduler)],
         }
         if not any(left.values()):
             return

@@ -51,7 +51,7 @@ class Soak:
         self.paths = [write_tiny_model(folder / f"tiny-{number}.gguf", seed=number) for number in range(3)]
         self.locks = folder / "locks"
         self.scheduler = Scheduler(settings(self.locks))
-        self.scheduler._desk.driver.read(_shorten_back_off)
+        self.scheduler._driver.read(_shorten_back_off)
         self.gate = Gate()
         self.rests: list[Memory] = []
         self.clients = [self._client(kind, f"{seed} {kind} {i}") for kind, count in CAST.items() for i in range(count)]
@@ -119,7 +119,7 @@ class Soak:
                 return self.world.violate(f"at rest, and yet: {left}")
             time.sleep(0.02)
         try:
-            self.scheduler._desk.driver.read(Core.check)
+            self.scheduler._driver.read(Core.check)
         except AssertionError as error:
             self.world.violate(f"the account is wrong: {error}")
 
@@ -154,13 +154,13 @@ class Soak:
 
     def close(self) -> None:
         """End it; then nothing at all may be held."""
-        desk = self.scheduler._desk
+        driver, tickets = self.scheduler._driver, self.scheduler._desk.tickets
         self.scheduler.close("5s")
-        pool = desk._core.pool
+        pool = driver._core.pool
         left = {
-            "tickets": len(desk.tickets), "runners": len(pool.runners), "accounts": len(pool.ledger.accounts),
+            "tickets": len(tickets), "runners": len(pool.runners), "accounts": len(pool.ledger.accounts),
             "requests": len(pool.requests), "allocated_bytes": self.world.allocated_bytes,
-            "inbox": len(desk.driver._inbox), "locks": len([path for path in self.locks.glob("*") if _is_held(path)]),
+            "inbox": len(driver._inbox), "locks": len([path for path in self.locks.glob("*") if _is_held(path)]),
         }  # fmt: skip
         if any(left.values()):
             self.world.violate(f"left over: {left}")

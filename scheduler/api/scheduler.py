@@ -12,7 +12,7 @@ from concurrent.futures import Future
 from typing import Self, Unpack
 from weakref import WeakSet
 
-from fsm.core import Core, Limits
+from fsm.core import Core, Limits, Snapshot
 from fsm.domain.devices import DeviceId
 from fsm.domain.model_info import Options
 from fsm.machine.request import ModelId, Purpose, Want
@@ -25,6 +25,7 @@ from scheduler.api.status import Status, status_of
 from scheduler.concurrency.clock import monotonic_clock
 from scheduler.config.quantities import parse_bytes, parse_duration
 from scheduler.config.settings import ChangeableArguments, Settings
+from scheduler.debug_state import DebugState
 from scheduler.devices.device_reader import Devices
 from scheduler.engines.llama import LlamaEngine
 from scheduler.engines.python import PythonEngine
@@ -240,6 +241,32 @@ class Scheduler:
         if self._recorder is not None:
             problems = (*problems, *self._recorder.problems)
         return status_of(snapshot, monotonic_clock(), self._registry.name, dict(self._executor.lives).get, problems)
+
+    def debug_state(self) -> DebugState:
+        """Return what is held inside, for tests and for reports of bugs; after a close, and after a bug, too.
+
+        Raises AssertionError where an invariant of the core does not hold, `SchedulerForked`.
+        """
+
+        def look(core: Core) -> tuple[Snapshot, int, tuple[ModelId, ...], bool]:
+            if self._driver.broken is None:  # else a step has ended in its middle
+                core.check()
+            return core.snapshot(), core.late, core.state().models(), core.journal is not None
+
+        snapshot, late, models, listening = self._desk.read(look)
+        return DebugState(
+            snapshot=snapshot,
+            late_events=late,
+            models=frozenset(models),
+            named_models=self._registry.known(),
+            requests=frozenset(self._desk.tickets),
+            locked=self._executor.locked,
+            listening=listening,
+            to_record=self._recorder.waiting if self._recorder is not None else 0,
+            read_ahead_bytes=self._executor.read_ahead_bytes,
+            ended=self._desk.finished.is_set(),
+            error=self._driver.broken,
+        )
 
     def name(self, model: ModelId) -> str:
         """Return the name of a model whose identity an event tells.

@@ -157,6 +157,11 @@ class Recorder:
         return commands
 
     @property
+    def waiting(self) -> int:
+        """How many steps are not written yet."""
+        return len(self._queue)
+
+    @property
     def problems(self) -> tuple[str, ...]:
         """What could not be recorded, in sentences."""
         count = self._lost + self._late

@@ -74,6 +74,11 @@ class DeviceLocks:
         """Give a claim up, had or not; returns at once."""
         self._jobs.put((number, ()))
 
+    @property
+    def held(self) -> frozenset[DeviceId]:
+        """The devices that are locked at this moment."""
+        return frozenset(self._locks)
+
     def close(self, timeout_s: float) -> list[str]:
         """Give everything back and end the thread; return its name if it hangs."""
         self._closed = True

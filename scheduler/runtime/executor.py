@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 
+from fsm.domain.devices import DeviceId
 from fsm.machine.request import ModelId
 from fsm.machine.runner import RunnerId
 from fsm.messages import refusals
@@ -180,6 +181,16 @@ class Executor:
         ends += [self.footprints.close] if self.footprints is not None else []
         ends += [self.callers.close]  # last: what users do there may take all the time
         return [name for close in ends for name in close(max(_LEAST_S, end - time.monotonic()))]
+
+    @property
+    def locked(self) -> frozenset[DeviceId]:
+        """The devices that are locked against other programs on this machine."""
+        return self.locks.held if self.locks is not None else frozenset()
+
+    @property
+    def read_ahead_bytes(self) -> int:
+        """What was read of models' files while they waited, since the beginning."""
+        return self.prefetcher.ahead_bytes
 
     @property
     def problems(self) -> tuple[str, ...]:

@@ -148,6 +148,10 @@ class Registry:
             del self._past[next(iter(self._past))]
         return self._models.pop(id, None)
 
+    def known(self) -> frozenset[ModelId]:
+        """Return every model that is known."""
+        return frozenset(self._models)
+
     def objects(self) -> list[ModelId]:
         """Return every object that is known."""
         return [id for id, model in self._models.copy().items() if isinstance(model, PythonModel)]

@@ -172,7 +172,7 @@ def test_what_is_not_named_keeps_its_value(scheduler: Scheduler) -> None:
 
 def work_by(scheduler: Scheduler) -> tuple[int, int, float]:
     """Return the limits that the core works by."""
-    limits = scheduler._driver.read(lambda core: core.pool.limits)
+    limits = scheduler.debug_state().snapshot.limits
     return limits.max_queue, limits.max_runners, limits.keep_alive_s
 
 

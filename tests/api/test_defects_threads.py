@@ -284,7 +284,7 @@ def test_d17_threads_that_never_finish_keep_nothing() -> None:
             future.result(LIMIT_S)
     assert entries[0] and entries == entries[:1] * 4, "all heard the same"
     gc.collect()
-    assert [thing() for thing in things] == [None] and not scheduler._desk.tickets
+    assert [thing() for thing in things] == [None] and not scheduler.debug_state().requests
 
 
 ASKING: dict[str, Callable[[Scheduler], object]] = {

@@ -26,8 +26,9 @@ import pytest
 
 from fsm.core import Core
 from fsm.domain.devices import HOST
-from fsm.machine.request import ModelId
+from fsm.machine.request import ModelId, RequestId
 from fsm.messages.decision_log import Decision, Transition
+from fsm.messages.events import Release
 from fsm.sizing.footprint import Footprint
 from scheduler import (
     AcquireTimeout,
@@ -344,8 +345,8 @@ def test_ctrl_c_at_any_moment_leaves_no_lease_and_no_broken_core(scheduler: Sche
         signal.signal(signal.SIGALRM, before)
     gc.collect()
     assert_soon(lambda: states(scheduler) == {"a": "idle"})
-    assert seen and scheduler._driver.broken is None and not scheduler._desk.tickets
-    scheduler._driver.read(lambda core: core.check())
+    state = scheduler.debug_state()
+    assert seen and state.error is None and not state.requests
 
 
 # -- futures and event loops -------------------------------------------------------------------------------------------
@@ -533,7 +534,7 @@ def test_an_object_that_is_in_use_or_pinned_stays_known(scheduler: Scheduler) ->
     with scheduler.acquire(a_model("held", "100MiB")):
         assert_soon(lambda: "pinned" not in states(scheduler))
         scheduler._desk.let_go()
-        assert scheduler._registry._models.keys() == {"python:pinned", "python:rests", "python:held"}
+        assert scheduler.debug_state().named_models == {"python:pinned", "python:rests", "python:held"}
 
 
 def test_an_object_that_is_let_go_of_as_its_request_is_withdrawn_harms_nobody(scheduler: Scheduler) -> None:
@@ -544,7 +545,7 @@ def test_an_object_that_is_let_go_of_as_its_request_is_withdrawn_harms_nobody(sc
         scheduler._registry.forget(a_model("a").id)
     assert_soon(lambda: states(scheduler) == {})
     scheduler.acquire(a_model("b")).release()
-    assert scheduler._driver.broken is None
+    assert scheduler.debug_state().error is None
 
 
 def test_what_does_not_stop_is_shown_as_stuck(scheduler: Scheduler) -> None:
@@ -564,8 +565,8 @@ def test_what_does_not_stop_is_shown_as_stuck(scheduler: Scheduler) -> None:
 
 def known(scheduler: Scheduler) -> set[str]:
     """The id of every model that anything is kept of, but for questions and names: of these there is a most."""
-    executor, core = scheduler._executor, scheduler._desk.read(lambda core: set(core.pool.models))
-    return {*scheduler._registry._models, *executor._identities, *core}
+    state = scheduler.debug_state()
+    return {*state.named_models, *state.models, *scheduler._executor._identities}
 
 
 @pytest.fixture
@@ -719,6 +720,33 @@ def test_a_holder_is_told_that_others_want_its_memory(scheduler: Scheduler) -> N
     waiting.result(LIMIT_S).release()
 
 
+def test_the_debug_state_tells_what_is_held_inside(scheduler: Scheduler) -> None:
+    """Open requests, models, runners and late events, by ids; nothing of it is left after a close."""
+    with scheduler.acquire(a_model("a")):
+        scheduler._driver.post(Release(RequestId(77)))  # of what was never granted
+        state = scheduler.debug_state()
+        assert [held.request for held in state.snapshot.held] == list(state.requests)
+        assert [runner.model for runner in state.snapshot.runners] == ["python:a"]
+        assert state.models == state.named_models == {"python:a"}
+        assert (state.late_events, state.listening, state.ended, state.error) == (1, False, False, None)
+        assert state.snapshot.limits.max_queue == scheduler.settings.max_queue
+        events = scheduler.events()
+        assert scheduler.debug_state().listening
+        events.close()
+    scheduler.close()
+    state = scheduler.debug_state()
+    assert state.ended and not state.requests and not state.locked and not state.snapshot.runners
+
+
+def test_the_debug_state_checks_the_invariants(scheduler: Scheduler) -> None:
+    """What is wrong with the books is told as it is found."""
+    scheduler._driver.read(lambda core: setattr(core.pool, "queued", 1))
+    with pytest.raises(AssertionError, match="the queue is miscounted"):
+        scheduler.debug_state()
+    scheduler._driver.read(lambda core: setattr(core.pool, "queued", 0))
+    assert not scheduler.debug_state().snapshot.queue
+
+
 def test_events_tell_every_transition_with_its_reason(scheduler: Scheduler) -> None:
     """In order, each once."""
     events = scheduler.events()
@@ -740,7 +768,7 @@ def test_a_listener_that_was_forgotten_costs_nothing_more(scheduler: Scheduler) 
     gc.collect()
     scheduler.acquire(a_model("a")).release()
     scheduler.acquire(a_model("a")).release()
-    assert scheduler._driver.read(lambda core: core.journal) is None
+    assert not scheduler.debug_state().listening
 
 
 def test_a_slow_reader_finds_a_gap_marked() -> None:
@@ -896,7 +924,7 @@ def test_whoever_a_bug_was_to_answer_is_told_too_and_it_is_logged_once(
 
 def traceback_length(scheduler: Scheduler) -> int:
     """How far the exception came that broke a scheduler; it grows each time that it is raised."""
-    error = scheduler._driver.broken
+    error = scheduler.debug_state().error
     assert error is not None
     return len(traceback.extract_tb(error.__traceback__))
 
@@ -1020,5 +1048,5 @@ def test_ten_thousand_waiters_cancelled_at_once_are_each_answered_once() -> None
         futures = [scheduler.submit(a_model("a", load=gate)) for _ in range(10_000)]
         assert all(future.cancel() for future in futures)
         assert not wait_for(futures, LIMIT_S).not_done
-        assert_soon(lambda: scheduler.status().queue == () and not scheduler._desk.tickets)
+        assert_soon(lambda: scheduler.status().queue == () and not scheduler.debug_state().requests)
         gate.open.set()

@@ -20,7 +20,6 @@ from hypothesis import Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, precondition, rule
 
-from fsm.core import Core
 from scheduler import (
     AcquireTimeout,
     DoesNotFit,
@@ -300,7 +299,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @invariant()
     def the_account_is_right(self) -> None:
-        self.scheduler._driver.read(Core.check)
+        self.scheduler.debug_state()  # it checks the core's invariants
 
     def teardown(self) -> None:
         try:
@@ -317,7 +316,7 @@ class SchedulerMachine(RuleBasedStateMachine):
                 assert isinstance(future.exception(0), REFUSALS), repr(future.exception(0))
         self.the_objects_saw_nothing_wrong()
         assert self.engine.allocated == [], "still loaded after the close"
-        assert self.scheduler._desk.tickets == {}
+        assert not self.scheduler.debug_state().requests
         self.futures.clear()
         self.leaks.__exit__(None, None, None)
 

@@ -247,7 +247,9 @@ def test_ten_thousand_waiters_that_leave_at_once_are_each_answered_once() -> Non
         for future in served:
             future.result(LIMIT_S).release()
         assert cancelled + len(served) == 10_000
-        assert_soon(lambda: len(answers) == 10_000 and scheduler.status().queue == () and not scheduler._desk.tickets)
+        assert_soon(
+            lambda: len(answers) == 10_000 and scheduler.status().queue == () and not scheduler.debug_state().requests
+        )
         assert set(answers.values()) == {1}
         assert_soon(lambda: states(scheduler) == {"a": "idle"})
 

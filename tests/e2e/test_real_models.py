@@ -345,7 +345,7 @@ def test_d04_many_threads_share_three_models_where_two_fit(folder: Path) -> None
         events = scheduler.events()
         with ThreadPoolExecutor(8) as pool:
             list(pool.map(lambda seed: visit(scheduler, seed), range(8)))
-        scheduler._driver.read(lambda core: core.check())
+        scheduler.debug_state()  # it checks the core's invariants
     assert len(taken) == 240 and len(set(taken)) > 3
     at: dict[int, str] = {}
     for entry in events:

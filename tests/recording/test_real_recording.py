@@ -63,7 +63,7 @@ def incident(scheduler: Scheduler, folder: Path) -> set[str]:
         PROMPT,
         a.url,
         a.url.removeprefix("http://").rstrip("/"),
-        scheduler._executor.lives[a.runner].endpoint.key,
+        a.api_key,
     }
     scheduler.acquire(folder / "b.gguf").release()
     with scheduler.acquire(folder / "c.gguf") as c:  # "b" leaves for it
@@ -256,8 +256,8 @@ def test_what_comes_too_fast_is_left_out_and_told(file: Path, monkeypatch: pytes
         for _ in range(6):
             for _ in range(100):
                 scheduler.acquire(OBJECT).release()
-                assert len(scheduler._recorder._queue) <= 51  # type: ignore[union-attr]  # it is recorded
-            assert_soon(lambda: not scheduler._recorder._queue)  # type: ignore[union-attr]
+                assert scheduler.debug_state().to_record <= 51
+            assert_soon(lambda: not scheduler.debug_state().to_record)
         problems = scheduler.status().problems
     assert any("came faster than they could be written" in each for each in problems)
     parts = [each for each in Replay(file) if isinstance(each, Begun)]

@@ -218,9 +218,8 @@ def test_who_waits_for_memory_finds_the_file_read(prefetch: bool, tmp_path: Path
         lease = scheduler.acquire(busy)
         waiting = scheduler.submit(path)
         assert_soon(lambda: any(wait.waits_for == "busy to become idle" for wait in scheduler.status().queue))
-        prefetcher = scheduler._executor.prefetcher
         if prefetch:
-            assert_soon(lambda: prefetcher.ahead_bytes == path.stat().st_size)
+            assert_soon(lambda: scheduler.debug_state().read_ahead_bytes == path.stat().st_size)
         lease.release()
         waiting.result(LIMIT_S).release()
-        assert prefetcher.ahead_bytes == (path.stat().st_size if prefetch else 0)
+        assert scheduler.debug_state().read_ahead_bytes == (path.stat().st_size if prefetch else 0)

@@ -93,19 +93,18 @@ def _held(scheduler: Scheduler) -> list[str]:
     """Return what a closed scheduler still has in its books.
 
     Of one that could not end, since an object's unload hung or a decision raised, runners that are on their way out.
+    Each account of the ledger and each claim belongs to one of these, which the core's own check sees to.
     """
-    pool, locks = scheduler._driver._core.pool, scheduler._executor.locks
-    left = [f"ticket {id}" for id in scheduler._desk.tickets]
-    left += [f"the lock of {device}" for device in (locks._locks if locks is not None else ())]
-    if scheduler._driver.broken is not None:
+    books = scheduler.debug_state()
+    left = [f"ticket {id}" for id in books.requests]
+    left += [f"the lock of {device}" for device in books.locked]
+    if books.error is not None:
         return left
-    ended = scheduler._desk.finished.is_set()
-    runners = [one for one in pool.runners.values() if ended or one.state is not RunnerState.expiring or one.leases]
+    seen, expiring = books.snapshot, RunnerState.expiring
+    runners = [one for one in seen.runners if books.ended or one.state is not expiring or one.leases]
     left += [f"{one.state.value} runner {one.id} of {one.model}" for one in runners]
-    left += [f"request {id}" for id in pool.requests] + [f"the line for {want}" for want in pool.lines]
-    left += [f"claim {number}" for number in pool.claims] if ended else []
-    accounts = [owner for owner in pool.ledger.accounts if ended or owner[0] == "memory"]
-    return left + [f"the bytes of {kind} {id}" for kind, id in accounts]
+    left += [f"request {one.request} waits" for one in seen.queue]
+    return left + [f"request {one.request} holds what it was granted" for one in seen.held]
 
 
 @contextmanager

@@ -71,10 +71,10 @@ def compare(path: Path, rounds: int = ROUNDS) -> dict[str, Any]:
         for scheduler in (reads, waits):
             first_token_s(scheduler, path, cached=True)  # everything is imported, for both
         for _ in range(rounds):
-            before = reads._executor.prefetcher.ahead_bytes
+            before = reads.debug_state().read_ahead_bytes
             for turn, (cached, prefetch) in TURNS.items():
                 taken[turn].append(first_token_s(reads if prefetch else waits, path, cached=cached))
-            ahead.append(reads._executor.prefetcher.ahead_bytes - before)
+            ahead.append(reads.debug_state().read_ahead_bytes - before)
     size = path.stat().st_size
     medians = {turn: statistics.median(seconds) for turn, seconds in taken.items()}
     ratio = medians["read ahead"] / medians["on the disk"]

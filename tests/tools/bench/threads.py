@@ -34,7 +34,7 @@ def run() -> dict[str, Any]:
             thread.join()
         rate = sum(counts) / (time.perf_counter() - begin)
         left = sum(runner.leases for runner in scheduler.status().runners)
-        late = scheduler._driver.read(lambda core: core.late)
+        late = scheduler.debug_state().late_events
     print(
         f"{THREADS} threads on {len(MODELS)} warm models: {rate:,.0f} leases a second; "
         f"left over {left}, released twice {late}"

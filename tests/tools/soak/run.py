@@ -119,7 +119,7 @@ class Soak:
                 return self.world.violate(f"at rest, and yet: {left}")
             time.sleep(0.02)
         try:
-            self.scheduler._driver.read(Core.check)
+            self.scheduler.debug_state()
         except AssertionError as error:
             self.world.violate(f"the account is wrong: {error}")
 
@@ -129,7 +129,7 @@ class Soak:
         left = [f"{runner.model} has {runner.leases} leases" for runner in status.runners if runner.leases]
         left += [f"{runner.model} is {runner.state}" for runner in status.runners if runner.state != "idle"]
         left += [f"a request for {wait.model} waits" for wait in status.queue]
-        tickets = len(self.scheduler._desk.tickets)
+        tickets = len(self.scheduler.debug_state().requests)
         return left + [f"{tickets} tickets"] * bool(tickets)
 
     def recover(self) -> set[str]:
@@ -154,13 +154,13 @@ class Soak:
 
     def close(self) -> None:
         """End it; then nothing at all may be held."""
-        driver, tickets = self.scheduler._driver, self.scheduler._desk.tickets
         self.scheduler.close("5s")
-        pool = driver._core.pool
+        books = self.scheduler.debug_state()
         left = {
-            "tickets": len(tickets), "runners": len(pool.runners), "accounts": len(pool.ledger.accounts),
-            "requests": len(pool.requests), "allocated_bytes": self.world.allocated_bytes,
-            "inbox": len(driver._inbox), "locks": len([path for path in self.locks.glob("*") if _is_held(path)]),
+            "tickets": len(books.requests), "runners": len(books.snapshot.runners),
+            "requests": len(books.snapshot.queue) + len(books.snapshot.held),
+            "allocated_bytes": self.world.allocated_bytes,
+            "locks": len([path for path in self.locks.glob("*") if _is_held(path)]),
         }  # fmt: skip
         if any(left.values()):
             self.world.violate(f"left over: {left}")

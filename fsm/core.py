@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Self, assert_never
 
-from fsm.eviction.policies import EvictionPolicy, LeastRecentlyUsed
+from fsm.eviction.policies import DEFAULT_POLICY, EvictionPolicy
 from fsm.lifecycle.device_claims import Claims
 from fsm.lifecycle.prefetch import read_ahead
 from fsm.machine.request import ModelId, Purpose, Request, RequestId, RequestState
@@ -77,7 +77,7 @@ class Core:
 
     def __init__(self, limits: Limits | None = None, policy: EvictionPolicy | None = None) -> None:
         self.pool = Pool(limits or Limits())
-        self.policy: EvictionPolicy = policy or LeastRecentlyUsed()
+        self.policy = DEFAULT_POLICY if policy is None else policy
         self.act = Claims(self.pool)
         self.late = 0  # late or duplicate events that were ignored
         self.plans: list[Plan] | None = None  # every plan is appended to it; None (the default): to nothing

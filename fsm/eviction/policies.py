@@ -117,3 +117,4 @@ def _worth(outlooks: Outlooks, load_s: float, rent: float) -> float:
 POLICIES: dict[str, EvictionPolicy] = {
     policy.name: policy for policy in (LeastExpectedLoading(), LeastRecentlyUsed(), KeepAliveOrder())
 }
+DEFAULT_POLICY = POLICIES["reuse"]  # of a core, and of the setting `eviction`

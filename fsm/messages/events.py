@@ -18,7 +18,7 @@ Resident = tuple[tuple[DeviceId, int], ...]  # measured bytes by device
 
 @dataclass(frozen=True, slots=True)
 class Acquire:
-    """Somebody asks. Ends in exactly one Grant or Reject, or in nothing after a Cancel that came first."""
+    """A request begins. It is answered by exactly one Grant or Reject; after a Cancel by a Reject with Cancelled."""
 
     request: RequestId  # never used before
     want: Want
@@ -28,7 +28,7 @@ class Acquire:
 
 @dataclass(frozen=True, slots=True)
 class Cancel:
-    """The asker left; after a Grant it releases, so that a lease nobody received cannot leak."""
+    """The asker left. A waiting request is rejected with Cancelled, a granted one released, so that no lease leaks."""
 
     request: RequestId
 

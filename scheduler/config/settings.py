@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict, Unpack
 
-from fsm.eviction.policies import EvictionPolicy
+from fsm.eviction.policies import DEFAULT_POLICY, EvictionPolicy
 from fsm.sizing.load_options import MOST_SLOTS
 from scheduler.config.paths import default_footprints, private_folder
 from scheduler.config.quantities import parse_bytes, parse_duration
@@ -243,7 +243,8 @@ SETTINGS = (
     Setting("loads_on_host", 2, count(1), "loads at once on the host"),
     Setting("prefetch", True, flag, "whether files of models that wait for memory are read into the page cache"),
     Setting(
-        "eviction", "reuse", eviction, 'which idle runners go first: "reuse", "lru", "keep-alive" or a policy object',
+        "eviction", DEFAULT_POLICY.name, eviction,
+        'which idle runners go first: "reuse", "lru", "keep-alive" or a policy object',
     ),
     Setting("cpu_threads", None, optional(count(1)), "threads of each runner; none: its part of the cores"),
     Setting("gpus", True, flag, "whether GPUs are used"),

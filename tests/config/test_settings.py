@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fsm.core import Core
 from fsm.eviction.policies import Candidate, KeepAliveOrder, LeastExpectedLoading
 from scheduler.config.settings import (
     SETTINGS,
@@ -179,6 +180,7 @@ def test_a_value_that_is_not_allowed_is_named(name: str, value: object) -> None:
 
 def test_policies_are_found_by_name() -> None:
     """A name becomes the policy itself."""
+    assert Settings().eviction is Core().policy, "one default, of the settings and of the core"
     assert (Settings().eviction, Settings(eviction="keep-alive").eviction) == (LeastExpectedLoading(), KeepAliveOrder())
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from fsm.domain.devices import HOST
-from fsm.eviction.policies import KeepAliveOrder
+from fsm.eviction.policies import EvictionPolicy, KeepAliveOrder, LeastRecentlyUsed
 from fsm.machine.runner import RunnerState
 from fsm.messages.commands import Ask, Grant, Stop
 from fsm.messages.decision_log import Entry, Transition
@@ -38,7 +38,7 @@ def expires_in(pool: PoolUnderTest, model: str) -> float:
     return view.expires_at - pool.now
 
 
-def idle(*models: str, policy: KeepAliveOrder | None = None, **limits: float) -> PoolUnderTest:
+def idle(*models: str, policy: EvictionPolicy | None = None, **limits: float) -> PoolUnderTest:
     """Return a pool of idle models of 1 GiB, the first unused for longest."""
     pool = a_pool(each="1GiB", policy=policy, **limits)
     for model in models:
@@ -73,7 +73,7 @@ def test_a_longer_queue_lets_in_who_comes_next() -> None:
 
 def test_idle_runners_beyond_a_lower_limit_go_at_once_in_the_order_of_the_policy() -> None:
     """As few as are too many, the longest unused first."""
-    pool = idle("a", "b", "c")
+    pool = idle("a", "b", "c", policy=LeastRecentlyUsed())
     assert pool.feed(Configure(max_runners=2)) == [Stop(1)]
     assert pool.feed(Configure(max_runners=1)) == [Stop(2)]
 

@@ -122,7 +122,8 @@ def test_after_its_expiry_a_victim_goes_even_if_the_waiter_leaves() -> None:
 
 def test_no_more_goes_than_is_needed() -> None:
     """One of three makes room enough; what turned out not to be needed is kept."""
-    pool = a_pool(capacity="8GiB", sizes={"a": "1GiB", "b": "4GiB", "c": "3GiB", "d": "4GiB"})
+    sizes = {"a": "1GiB", "b": "4GiB", "c": "3GiB", "d": "4GiB"}
+    pool = a_pool(capacity="8GiB", sizes=sizes, policy=LeastRecentlyUsed())
     pool.idle("a").idle("b").idle("c")
     assert pool.feed(acquire("d", request=1)) == [Stop(pool.runner("b"))]
 
@@ -324,8 +325,8 @@ def test_s16_the_references_order_is_by_keep_alive_then_by_path() -> None:
     assert [one.model for one in KeepAliveOrder().order(0.0, candidates)] == ["b", "c", "a", "d"]
 
 
-def test_s16_the_default_order_is_by_last_use() -> None:
-    """S16: with `lru`, and where a core is told no policy: the longest unused first, what is kept for ever last."""
+def test_s16_lru_orders_by_last_use() -> None:
+    """S16: the longest unused first, what is kept for ever last."""
     candidates = [
         a_candidate(1, "a", used_at=1.0, keep_alive_s=math.inf),
         a_candidate(2, "b", used_at=3.0, keep_alive_s=1.0),

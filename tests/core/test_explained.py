@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from fsm.domain.devices import HOST, MIB, Placement
+from fsm.eviction.policies import LeastRecentlyUsed
 from fsm.machine.runner import RunnerState
 from fsm.messages.decision_log import ConsideredDevice, ConsideredRunner, Decision
 from fsm.messages.reasons import KeptReason, RunnerStep, WaitForRunners
@@ -31,7 +32,8 @@ def reasons(decision: Decision) -> dict[str, KeptReason | None]:
 
 def test_an_eviction_says_who_goes_and_why_the_others_stay() -> None:
     """With what each holds, how long nobody has used it, and whether it may go at all."""
-    pool = listened(a_pool(capacity="8GiB", each="2GiB", max_runners=9).idle("old").ready("busy").idle("pinned"))
+    pool = listened(a_pool(capacity="8GiB", each="2GiB", max_runners=9, policy=LeastRecentlyUsed()))
+    pool.idle("old").ready("busy").idle("pinned")
     pool.feed(pin("pinned"))
     pool.idle("new")
     pool.advance("7s")
@@ -94,7 +96,8 @@ def test_a_refusal_says_what_would_be_needed_and_who_stands_in_the_way() -> None
 
 def test_nothing_is_made_up_where_nobody_listens() -> None:
     """Without a journal a decision costs no explanation, and is the same."""
-    quiet, loud = a_pool(capacity="8GiB").idle("a"), listened(a_pool(capacity="8GiB").idle("a"))
+    quiet, loud = (a_pool(capacity="8GiB", policy=LeastRecentlyUsed()).idle("a") for _ in range(2))
+    listened(loud)
     assert quiet.feed(acquire("b", request=50)) == loud.feed(acquire("b", request=50))
     assert quiet.core.journal is None and reasons(told(loud, "evicts")) == {"a": None}
 

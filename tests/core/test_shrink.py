@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import invariant, rule
 
 from fsm.domain.devices import HOST
+from fsm.eviction.policies import LeastRecentlyUsed
 from fsm.machine.runner import RunnerState
 from fsm.messages.commands import Stop
 from fsm.messages.decision_log import Entry, Transition
@@ -43,7 +44,7 @@ def shrink(pool: PoolUnderTest, size: str, device: str = HOST) -> list[object]:
 
 def test_as_few_idle_runners_go_as_lower_memory_asks_for() -> None:
     """The longest unused first; one that turns out not to be needed stays."""
-    pool = a_pool(capacity="8GiB", sizes={"a": "1GiB", "b": "4GiB", "c": "2GiB"})
+    pool = a_pool(capacity="8GiB", sizes={"a": "1GiB", "b": "4GiB", "c": "2GiB"}, policy=LeastRecentlyUsed())
     for model in "abc":
         pool.idle(model).advance("1s")
     assert shrink(pool, "7GiB") == []

@@ -23,7 +23,7 @@ from hypothesis.stateful import rule
 from fsm.core import Core, State
 from fsm.domain.devices import HOST, DeviceId, DeviceSample, Placement
 from fsm.domain.model_info import ModelInfo, Options, Recurrence
-from fsm.eviction.policies import KeepAliveOrder
+from fsm.eviction.policies import DEFAULT_POLICY, KeepAliveOrder
 from fsm.machine.request import ModelId, Purpose, RequestId, Want
 from fsm.machine.runner import RunnerId
 from fsm.messages.commands import (
@@ -447,5 +447,5 @@ def test_a_policy_is_not_part_of_a_state() -> None:
     """It may be code of the user's; whoever restores a core says which."""
     pool = a_pool("12GiB", each="5GiB").idle("a").idle("b")
     twin = Core.restore(pool.core.state(), KeepAliveOrder())
-    assert twin.policy.name == "keep-alive" and Core.restore(pool.core.state()).policy.name == "lru"
+    assert twin.policy.name == "keep-alive" and Core.restore(pool.core.state()).policy is DEFAULT_POLICY
     assert twin.step(pool.now, acquire("c", 99)) == pool.core.step(pool.now, acquire("c", 99))

@@ -21,7 +21,7 @@ import pytest
 from numpy import float32, float64
 
 from fsm.core import Core
-from fsm.eviction.policies import Candidate, EvictionPolicy, LeastRecentlyUsed
+from fsm.eviction.policies import POLICIES, Candidate, EvictionPolicy, LeastRecentlyUsed
 from fsm.machine.request import ModelId, RequestId
 from fsm.messages.commands import Command
 from fsm.messages.events import Cancel, Close, Configure, Event, Inspected, Pin, Progress, Tick
@@ -93,7 +93,7 @@ def file(tmp_path: Path) -> Path:
 @pytest.fixture
 def incident(file: Path) -> Path:
     """An eviction, a crash, a refusal and somebody who leaves."""
-    with recorded_pool(file) as pool:
+    with recorded_pool(file, policy=POLICIES["lru"]) as pool:
         pool.idle("/models/a.gguf").ready("/models/b.gguf", lease=2)
         pool.feed(acquire("/models/c.gguf", 3), exited(1), loaded(3))
         pool.feed(exited(2, -9, "killed by SIGKILL\nlast words"), preload("/models/d.gguf", 4), cancel(4))
@@ -627,7 +627,7 @@ def test_who_still_waits_at_the_end_has_waited_until_then(file: Path, capsys: py
 
 def test_why_nobody_else_goes_is_told_as_it_was_decided(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Pinned ones too; and where it goes, why not elsewhere."""
-    with recorded_pool(file, "16GiB") as pool:
+    with recorded_pool(file, "16GiB", POLICIES["lru"]) as pool:
         for number, model in enumerate("abp", 1):
             pool.feed(acquire(model, number))
             pool.advance("30s")  # so long it loads

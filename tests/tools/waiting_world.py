@@ -17,6 +17,7 @@ from random import Random
 from fsm.core import Core
 from fsm.domain.devices import HOST, DeviceSample
 from fsm.domain.model_info import Options
+from fsm.eviction.policies import POLICIES
 from fsm.machine.request import ModelId, Purpose, RequestId, Want
 from fsm.machine.runner import RunnerId
 from fsm.messages.commands import Ask, Command, Grant, Inspect, Launch, Sample, Stop
@@ -127,7 +128,7 @@ class Machine:
 
     def __init__(self, case: Case, order: Order, traffic: list[Arrival]) -> None:
         self.case, self.order, self.traffic = case, order, traffic
-        self.core = Core(order.limits)
+        self.core = Core(order.limits, POLICIES["lru"])
         self.now = 0.0
         self.begun: list[float] = [math.inf] * len(traffic)  # when each request's answer began
         self.runners: dict[RunnerId, _Runner] = {}

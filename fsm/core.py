@@ -85,8 +85,12 @@ class Core:
         self.finished = False  # Finish was said
 
     def step(self, now: float, event: Event) -> list[Command]:
-        """Take in what happened and return what to do, in order; `now` is in seconds and never goes back."""
+        """Take in what happened and return what to do, in order; `now` is in seconds and never goes back.
+
+        What is returned, and what is noted in the journal, is of the step that `steps` numbers until the next one.
+        """
         pool = self.pool
+        pool.steps += 1
         pool.now = now if now > pool.now else pool.now
         commands: list[Command] = []
         self.act.commands = commands
@@ -109,6 +113,11 @@ class Core:
     @journal.setter
     def journal(self, journal: list[Entry] | None) -> None:
         self.act.journal = journal
+
+    @property
+    def steps(self) -> int:
+        """How many steps there were: the number of the one under way, or of the last one. A step that raises counts."""
+        return self.pool.steps
 
     def deadline(self) -> float:
         """Return when the next Tick is due, or a little before; infinite when nothing is."""

@@ -14,6 +14,7 @@ class DebugState:
     """The books of a scheduler, for tests and for reports of bugs; the fields may change with any version."""
 
     snapshot: Snapshot  # of the core: runners, waiting requests, what granted ones hold, devices, limits
+    step: int  # number of the core's last one, as events and recordings name it
     late_events: int  # that the core ignored, since they came twice or too late
     models: frozenset[ModelId]  # that the core knows anything of
     named_models: frozenset[ModelId]  # whose names and engines are known: at least those that are asked for

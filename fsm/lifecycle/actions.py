@@ -10,6 +10,7 @@ from fsm.domain.devices import Amounts, DeviceId, Placement
 from fsm.domain.model_info import Options
 from fsm.machine.request import ModelId, Purpose, Request, RequestId, RequestState, Want
 from fsm.machine.runner import EXPIRING, IDLE, LOADING, READY, RUNNER_TABLE, Runner, RunnerId
+from fsm.machine.transition_table import IllegalTransition
 from fsm.messages.commands import Ask, Command, Grant, Launch, Reject, Remember, Revoke, Stop
 from fsm.messages.decision_log import Decision, DecisionReason, Entry, Transition
 from fsm.messages.events import Configure, Filled, Loaded
@@ -32,6 +33,8 @@ from fsm.state.core_state import Pool
 from fsm.state.model_record import Model
 from fsm.state.request_queue import Line
 from fsm.state.runner_match import runner_serves
+
+TOLD = 5  # of a runner's transitions, where the next one is illegal
 
 
 class Actions:
@@ -108,7 +111,7 @@ class Actions:
         if self.journal is not None:
             entry = Decision(
                 self.pool.now, "rejected", request.want.model, refusal, request.id,
-                runners=runners_refused(self.pool, refusal), devices=devices_refused(refusal),
+                runners=runners_refused(self.pool, refusal), devices=devices_refused(refusal), step=self.pool.steps,
             )  # fmt: skip
             self.journal.append(entry)
 
@@ -177,7 +180,8 @@ class Actions:
         self.commands.append(Launch(runner.id, model.id, options, placement))
         if self.journal is not None:
             why = AskedBy(line.head.id)
-            self.journal.append(Transition(pool.now, runner.id, model.id, "launch", None, LOADING, why, 0))
+            entry = Transition(pool.now, runner.id, model.id, "launch", None, LOADING, why, 0, pool.steps)
+            self.journal.append(entry)
         return runner
 
     def loaded(self, runner: Runner, event: Loaded) -> None:
@@ -391,19 +395,37 @@ class Actions:
 
     def fire(self, runner: Runner, trigger: str, reason: TransitionReason) -> None:
         """Move a runner by a trigger of its table, and note why; nothing else changes its state."""
-        source = runner.state
-        RUNNER_TABLE.fire(runner, trigger)
+        source, pool = runner.state, self.pool
+        try:
+            RUNNER_TABLE.fire(runner, trigger)
+        except IllegalTransition as error:
+            error.story = self._story(runner)
+            raise
         if runner.on_host:
-            self.pool.working += (runner.state is READY) - (source is READY)
-            self.pool.most_working = max(self.pool.most_working, self.pool.working)
+            pool.working += (runner.state is READY) - (source is READY)
+            pool.most_working = max(pool.most_working, pool.working)
         if self.journal is not None:
             entry = Transition(
-                self.pool.now, runner.id, runner.model, trigger, source, runner.state, reason, len(runner.leases)
+                pool.now, runner.id, runner.model, trigger, source, runner.state, reason, len(runner.leases), pool.steps
             )
             self.journal.append(entry)
+
+    def _story(self, runner: Runner) -> str:
+        """Return what a runner has been through: its last transitions, where they are noted, and else its own times."""
+        pool, entries = self.pool, self.journal or ()
+        life = [entry for entry in entries if isinstance(entry, Transition) and entry.runner == runner.id]
+        told = [
+            f"in step {entry.step}, at {entry.at:g} s: {entry.trigger}, {entry.destination.value} ({entry.reason})"
+            for entry in life[-TOLD:]
+        ]
+        if not told:
+            times = {"launched": runner.launched_at, "loaded": runner.loaded_at, "last used": runner.used_at}
+            told = [f"{what} at {at:g} s" for what, at in times.items() if at is not None]
+        return f"step {pool.steps}, at {pool.now:g} s; runner {runner.id} before it: {'; '.join(told)}"
 
     def decide(
         self, what: str, model: ModelId, why: DecisionReason, request: RequestId | None, runner: RunnerId | None = None
     ) -> None:
         if self.journal is not None:
-            self.journal.append(Decision(self.pool.now, what, model, why, request, runner))
+            entry = Decision(self.pool.now, what, model, why, request, runner, step=self.pool.steps)
+            self.journal.append(entry)

@@ -28,10 +28,15 @@ class TableError(ValueError):
 class IllegalTransition(RuntimeError):
     """A trigger was fired that is forbidden in this state: a bug of the caller, never the user's news."""
 
+    story = ""  # what the subject has been through, where it is known; told after the rest of the message
+
     def __init__(self, table: str, trigger: str, state: Enum, subject: object) -> None:
         super().__init__(f"{table}: {trigger!r} is not allowed while {state.name}: {subject!r}")
         self.trigger = trigger
         self.state = state
+
+    def __str__(self) -> str:
+        return f"{super().__str__()}; {self.story}" if self.story else super().__str__()
 
 
 @dataclass(frozen=True, slots=True)

@@ -59,6 +59,7 @@ class Transition:
     destination: RunnerState
     why: TransitionReason
     leases: int  # held after it
+    step: int = 0  # number of the core's step in which it did
 
 
 DecisionReason = Queued | Waited | WaitReason | Placement | Refusal | ClaimMissed | Prefetched | Measured
@@ -77,6 +78,7 @@ class Decision:
     until: float = math.inf  # of waits: when that is expected to be over, or looked at again; infinite: unknown
     runners: tuple[ConsideredRunner, ...] = ()  # of waits, evicts and rejected: who might have made room
     devices: tuple[ConsideredDevice, ...] = ()  # of waits, evicts, placed and rejected: where it might have gone
+    step: int = 0  # number of the core's step in which it was
 
 
 Entry = Transition | Decision

@@ -26,7 +26,7 @@ def tell_victims(pool: Pool, plan: Plan, journal: list[Entry]) -> None:
         line = pool.lines[want]
         entry = Decision(
             pool.now, "evicts", want.model, None, line.head.id,
-            runners=runners_considered(pool, plan, line), devices=devices_considered(pool, want, room),
+            runners=runners_considered(pool, plan, line), devices=devices_considered(pool, want, room), step=pool.steps,
         )  # fmt: skip
         journal.append(entry)
 
@@ -38,7 +38,10 @@ def tell_placed(pool: Pool, plan: Plan, since: RunnerId, journal: list[Entry]) -
         if runner is None or runner.id < since:
             continue
         devices = devices_considered(pool, want, plan.rooms[want])
-        journal.append(Decision(pool.now, "placed", want.model, placement, line.head.id, runner.id, devices=devices))
+        entry = Decision(
+            pool.now, "placed", want.model, placement, line.head.id, runner.id, devices=devices, step=pool.steps
+        )
+        journal.append(entry)
 
 
 def tell_waits(pool: Pool, plan: Plan, journal: list[Entry]) -> None:
@@ -51,7 +54,8 @@ def tell_waits(pool: Pool, plan: Plan, journal: list[Entry]) -> None:
         runners = runners_considered(pool, plan, line) if room else ()
         devices = devices_considered(pool, line.want, room) if room else ()
         why, id = line.waits_for, line.head.id
-        journal.append(Decision(pool.now, "waits", line.want.model, why, id, None, line.until, runners, devices))
+        entry = Decision(pool.now, "waits", line.want.model, why, id, None, line.until, runners, devices, pool.steps)
+        journal.append(entry)
 
 
 def runners_considered(pool: Pool, plan: Plan, line: Line) -> tuple[ConsideredRunner, ...]:

@@ -56,6 +56,7 @@ class Pool:
     working: int = 0  # ready runners that compute on the host
     most_working: int = 0  # that there ever were at once
     rests: Histogram = field(default_factory=dict)  # of all models
+    steps: int = 0  # begun so far: the number of the one under way, or of the last one
 
     def enqueue(self, request: Request) -> Line:
         """Put a request at the end of its line."""
@@ -245,4 +246,5 @@ class Pool:
             self.working,
             self.most_working,
             dict(self.rests),
+            self.steps,
         )

@@ -42,6 +42,7 @@ LEFT_OUT: Mapping[type, Mapping[str, str]] = MappingProxyType(
             "samples": "a reading is told from an early one by the runners' `last_sample` alone",
             "working": "the sum of the ready runners on the host, which `check` compares",
             "most_working": "for the number of threads, which nothing else follows from",
+            "steps": "numbers for people to read",
         },
         Model: {
             "current": "the runner whose state says so, which `check` compares",

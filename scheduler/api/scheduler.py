@@ -248,14 +248,15 @@ class Scheduler:
         Raises AssertionError where an invariant of the core does not hold, `SchedulerForked`.
         """
 
-        def look(core: Core) -> tuple[Snapshot, int, tuple[ModelId, ...], bool]:
+        def look(core: Core) -> tuple[Snapshot, int, int, tuple[ModelId, ...], bool]:
             if self._driver.broken is None:  # else a step has ended in its middle
                 core.check()
-            return core.snapshot(), core.late, core.state().models(), core.journal is not None
+            return core.snapshot(), core.steps, core.late, core.state().models(), core.journal is not None
 
-        snapshot, late, models, listening = self._desk.read(look)
+        snapshot, step, late, models, listening = self._desk.read(look)
         return DebugState(
             snapshot=snapshot,
+            step=step,
             late_events=late,
             models=frozenset(models),
             named_models=self._registry.known(),

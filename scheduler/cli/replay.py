@@ -147,7 +147,7 @@ def _as_json(
         "loads": story.loads,
         "evictions": story.evictions,
         "requests": [_wait_as_json(wait) for wait in story.waits.values()],
-        "story": [{"at_s": one.at_s, "line": one.line, "text": one.text} for one in told],
+        "story": [{"at_s": one.at_s, "line": one.line, "step": one.step, "text": one.text} for one in told],
     }
     if difference is not None:
         found["difference"] = {

@@ -78,6 +78,7 @@ class Sentence:
     at_s: float  # from the recording's beginning
     line: int  # of the file
     text: str
+    step: int  # number of the core's step; 0: of none
     detail: bool = False  # says more of the one before
 
 
@@ -97,11 +98,12 @@ class Story:
         self._devices: dict[DeviceId, int] = {}  # capacities, as they were last told
         self._models: dict[RunnerId, ModelId] = {}  # of every runner there was
         self._states: dict[RunnerId, RunnerState] = {}
-        self._at_s, self._line = 0.0, 0
+        self._at_s, self._line, self._step = 0.0, 0, 0
 
     def tell(self, moment: Begun | Moment) -> Iterator[Sentence]:
         """Yield what a moment is worth saying, in order."""
         self._line = moment.line
+        self._step = 0 if isinstance(moment, Begun) else moment.step
         if isinstance(moment, Begun):
             yield from self._begun(moment)
             return
@@ -161,7 +163,7 @@ class Story:
 
     def _say(self, text: str, *, detail: bool = False) -> Sentence:
         """Return the first line of a text as it may be shown: what is read from a file may hold anything."""
-        return Sentence(self._at_s, self._line, next(iter(lines_of(text)), ""), detail)
+        return Sentence(self._at_s, self._line, next(iter(lines_of(text)), ""), self._step, detail)
 
     def _begun(self, begun: Begun) -> Iterator[Sentence]:
         """A core was restored: what has changed since the one before, while nothing was recorded, is taken over."""

@@ -116,7 +116,6 @@ class Recorder:
         self._room = _MOST_WAITING  # steps that may wait when the next header is due
         self._header_due = True  # set by either side; steps are left out until it can be queued
         self._retry_at = 0.0  # no header before, in the clock of `time.monotonic`
-        self._steps = 0  # numbers those that came, recorded or not
         self._missing = 0  # steps left out since the last header
         self._lost = 0  # steps that came too fast
         self._failure = ""  # why nothing can be written at the moment, in words
@@ -136,8 +135,8 @@ class Recorder:
 
     def step(self, now: float, event: Event) -> Sequence[Command]:
         """Step the core, and have it written down; raises what the core raises."""
-        self._steps += 1
-        ready = not self._closing and self._ready()
+        number = self._core.steps + 1
+        ready = not self._closing and self._ready(number)
         if not self._own:
             choices: Sequence[Choice] = ()
         else:
@@ -147,13 +146,13 @@ class Recorder:
             commands = self._core.step(now, event)
         except BaseException as error:
             if ready:
-                self._put((self._steps, now, event, (), choices, in_words(error)))
+                self._put((number, now, event, (), choices, in_words(error)))
             raise
         finally:
             if self._own:
                 self._core.policy = policy  # whoever copies the core between two steps is not recorded
         if ready:
-            self._put((self._steps, now, event, commands, choices, ""))
+            self._put((number, now, event, commands, choices, ""))
         return commands
 
     @property
@@ -177,8 +176,8 @@ class Recorder:
 
     # -- in the thread that steps -------------------------------------------------------------------------------------
 
-    def _ready(self) -> bool:
-        """Tell whether the next step is recorded; begin anew where that is due and possible."""
+    def _ready(self, number: int) -> bool:
+        """Tell whether the step of a number is recorded; begin anew where that is due and possible."""
         waiting = len(self._queue)
         if not self._header_due and waiting < _MOST_WAITING:
             return True
@@ -190,7 +189,7 @@ class Recorder:
                 self._lost += 1
             return False
         self._header_due, self._room = False, _MOST_WAITING
-        self._put(_Beginning(self._core.state(), self._steps, self._missing))
+        self._put(_Beginning(self._core.state(), number, self._missing))
         self._missing = 0
         return True
 

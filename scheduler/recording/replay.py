@@ -82,6 +82,7 @@ class Moment:
     commands: Sequence[Command]
     entries: Sequence[Entry]
     considered: Sequence[Considered]
+    step: int  # its number, which its entries have too
     raised: str = ""  # a step that failed then has failed now
 
 
@@ -217,7 +218,8 @@ class Replay:
 
     def _step(self, text: dict[str, object]) -> Moment:
         core, policy = cast(Core, self._core), cast(_Recorded, self._policy)
-        self._expect(self._take(text, "step", int))
+        step = self._take(text, "step", int)
+        self._expect(step)
         self._due += 1
         at = text.get("at")
         if type(at) not in (int, float):
@@ -239,7 +241,7 @@ class Replay:
         self.commands += len(expected)
         entries = tuple(core.journal or ())
         core.journal = []
-        return Moment(self._line, cast(float, at), event, got, entries, tuple(policy.asked), raised)
+        return Moment(self._line, cast(float, at), event, got, entries, tuple(policy.asked), step, raised)
 
     def _ask(self, core: Core, at: float, event: Event) -> tuple[Sequence[Command], str]:
         """Return what the core says, or what it raises, in words."""

@@ -143,7 +143,7 @@ class Driver:
             try:
                 self._step_all()
             except BaseException as error:
-                log.error("a decision failed; the scheduler has stopped", exc_info=error)
+                log.error("step %d failed; the scheduler has stopped", self._core.steps, exc_info=error)
                 self.broken = error
                 self._deadline = math.inf  # nothing is due any more
                 self._fail(error)

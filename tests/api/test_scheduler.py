@@ -913,12 +913,12 @@ def test_whoever_a_bug_was_to_answer_is_told_too_and_it_is_logged_once(
     monkeypatch.setattr("scheduler.runtime.request_broker.error_of", lambda refusal, names: 1 / 0)
     refused = scheduler.submit(a_model("huge", "2GiB"))
     assert isinstance(refused.exception(LIMIT_S), SchedulerBroken)
-    trace = traceback_length(scheduler)
+    step, trace = scheduler.debug_state().step, traceback_length(scheduler)
     for _ in range(3):
         with pytest.raises(SchedulerBroken, match="ZeroDivisionError"):
             scheduler.acquire(a_model("a"))
     scheduler.close()
-    assert [each.getMessage() for each in caplog.records] == ["a decision failed; the scheduler has stopped"]
+    assert [each.getMessage() for each in caplog.records] == [f"step {step} failed; the scheduler has stopped"]
     assert traceback_length(scheduler) == trace
 
 

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import math
 
+import pytest
+from fsm.codec import decode_state, encode
+
 from fsm.core import Core
 from fsm.domain.devices import DeviceId, DeviceSample
 from fsm.machine.request import Purpose
 from fsm.machine.runner import EXPIRING, IDLE, LOADING, READY, UNLOADED, RunnerState
+from fsm.machine.transition_table import IllegalTransition
+from fsm.messages.commands import Stop
 from fsm.messages.decision_log import Decision, Entry, Transition
 from fsm.messages.events import Configure, Inspected, OutOfMemory, Progress, Sampled, Tick
 from fsm.messages.reasons import NeededFor, RunnerStep, WaitFor, WaitForRunners
@@ -225,6 +230,57 @@ def test_a_snapshot_does_not_change_afterwards() -> None:
     snapshot = pool.core.snapshot()
     pool.feed(release(1), expire("a"), exited(1))
     assert [view.state for view in snapshot.runners] == [RunnerState.ready]
+
+
+def test_every_entry_names_the_step_that_caused_it() -> None:
+    """Late events count too; the commands of a step are of the number that the core has after it."""
+    pool = a_pool().idle("a")
+    journal: list[Entry] = []
+    pool.core.journal, first = journal, pool.core.steps + 1
+    assert pool.feed(acquire("b", request=7), release(99)) == [Stop(1)]
+    assert pool.core.steps == first + 3, "asked, read, inspected, and a late release"
+    decided = [(entry.step, entry.what) for entry in decisions(journal) if entry.what in ("queued", "evicts")]
+    assert decided == [(first, "queued"), (first + 2, "evicts")]
+    assert [(entry.step, entry.trigger) for entry in transitions(journal)] == [(first + 2, "expire")]
+
+
+def test_steps_are_counted_on_in_a_copy_and_from_a_state() -> None:
+    """Numbers are used once, whatever goes on from a state."""
+    pool = a_busy_pool()
+    steps = pool.core.steps
+    assert steps > 10
+    for twin in (pool.core.copy(), Core.restore(decode_state(encode(pool.core.state())))):
+        twin.step(pool.now, Tick())
+        assert (twin.steps, pool.core.steps) == (steps + 1, steps)
+
+
+def test_a_step_that_raises_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its number is in the log, and in the recording."""
+    core = Core()
+    monkeypatch.setattr(Core, "_close", lambda core, timeout_s: 1 // 0)
+    with pytest.raises(ZeroDivisionError):
+        core.step(0.0, close())
+    assert core.steps == 1
+
+
+def test_an_illegal_transition_tells_what_its_runner_has_been_through() -> None:
+    """The last transitions where they are noted, with their steps and reasons; else the runner's own times."""
+    said = {}
+    for name, journal in {"quiet": None, "loud": list[Entry]()}.items():
+        pool = a_pool()
+        pool.core.journal = journal
+        pool.feed(acquire("a", request=1))
+        pool.advance("3s")
+        pool.feed(loaded(1), release(1), expire("a"))
+        with pytest.raises(IllegalTransition, match="runner: 'serve' is not allowed while expiring") as raised:
+            pool.core.act.fire(pool.life("a"), "serve", "granted")
+        said[name] = str(raised.value)
+        assert raised.value.story not in repr(raised.value), "what is recorded is the same where nothing is noted"
+    assert said["quiet"].endswith(
+        "; step 7, at 1003 s; runner 1 before it: launched at 1000 s; loaded at 1003 s; last used at 1003 s"
+    )
+    assert "in step 4, at 1000 s: launch, loading (request 1 waits for it); in step 5, at 1003 s: serve" in said["loud"]
+    assert said["loud"].endswith("in step 7, at 1003 s: expire, expiring (asked to)")
 
 
 def test_time_never_goes_back() -> None:

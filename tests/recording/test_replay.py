@@ -23,7 +23,8 @@ from numpy import float32, float64
 from fsm.core import Core
 from fsm.eviction.policies import POLICIES, Candidate, EvictionPolicy, LeastRecentlyUsed
 from fsm.machine.request import ModelId, RequestId
-from fsm.messages.commands import Command
+from fsm.machine.runner import RunnerId
+from fsm.messages.commands import Command, Stop
 from fsm.messages.events import Cancel, Close, Configure, Event, Inspected, Pin, Progress, Tick
 from scheduler.cli.main import WRONG_USE, main
 from scheduler.config.settings import SMALLEST_RECORD_BYTES
@@ -399,11 +400,11 @@ def test_a_file_that_is_cut_anywhere_replays_up_to_there(incident: Path, capsys:
 @pytest.mark.parametrize(
     ("edit", "line", "said"),
     [
-        (lambda lines: lines[:3] + lines[4:], 4, "step 3 is missing before it"),
-        (lambda lines: lines[:1] + lines[5:], 2, "steps 1 to 4 are missing before it"),
-        (lambda lines: lines[:5] + lines[4:], 6, "step 4 comes again, where step 5 is due"),
-        (lambda lines: lines + lines, None, "step 1 comes again"),
-        (lambda lines: [*lines, lines[0].replace('"step":1,', '"step":99,')], None, "to 98 are missing before it"),
+        (lambda lines: lines[:3] + lines[4:], 4, "step 4 is missing before it"),
+        (lambda lines: lines[:1] + lines[5:], 2, "steps 2 to 5 are missing before it"),
+        (lambda lines: lines[:5] + lines[4:], 6, "step 5 comes again, where step 6 is due"),
+        (lambda lines: lines + lines, None, "step 2 comes again"),
+        (lambda lines: [*lines, lines[0].replace('"step":2,', '"step":99,')], None, "to 98 are missing before it"),
     ],
 )  # fmt: skip
 def test_a_line_that_is_missing_or_comes_again_is_told(
@@ -415,6 +416,20 @@ def test_a_line_that_is_missing_or_comes_again_is_told(
     with pytest.raises(RecordingError, match=said) as refused:
         moments(incident)
     assert refused.value.line == (line or len(whole) + 1)
+
+
+def test_a_step_has_one_number_in_the_core_the_recording_and_the_story(
+    incident: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What a listener hears, or the log names, is found in the file; one step was taken before it was recorded."""
+    replayed = moments(incident)
+    assert [moment.step for moment in replayed] == list(range(2, len(replayed) + 2))
+    entries = [(entry.step, moment.step) for moment in replayed for entry in moment.entries]
+    assert len(entries) > 20 and all(noted == recorded for noted, recorded in entries)
+    story = json.loads(told(incident, capsys, "--json"))["story"]
+    evicts = next(one for one in story if "c evicts: a" in one["text"])
+    (moment,) = [one for one in replayed if one.step == evicts["step"]]
+    assert Stop(RunnerId(1)) in moment.commands and isinstance(moment.event, Inspected)
 
 
 DEEP = '{"kind":' + "[" * 100_000 + "\n"
@@ -681,7 +696,7 @@ def test_what_was_answered_in_a_gap_does_not_wait(
         writer = pool.core.step.__self__  # type: ignore[attr-defined]  # through it each step goes
         assert_soon(lambda: not writer._queue)
         with monkeypatch.context() as patch:
-            patch.setattr(Recorder, "_ready", lambda _: False)  # as where the disk is full
+            patch.setattr(Recorder, "_ready", lambda *_: False)  # as where the disk is full
             pool.feed(cancel(4), release(1), exited(1), loaded(3), release(5))
             writer._header_due, writer._missing = True, 6
         pool.feed(release(3))

@@ -97,15 +97,22 @@ class Driver:
         self._runs = True
         self._thread.start()
 
-    def post(self, event: Event) -> None:
-        """Take in an event; from any thread, in finalisers and signal handlers too. Never blocks."""
-        self._put(event)
+    def post(self, item: Event | _Look) -> None:
+        """Take in an event, or a wish to read; from any thread, in finalisers and signal handlers too. Never blocks."""
+        if threading.get_ident() == self._main:
+            try:
+                self._inbox.append(item)
+            finally:  # even if Ctrl-C came in between
+                self._wake.put(True)
+        else:
+            self._inbox.append(item)
+            self._drain()
 
     def read(self, look: Callable[[Core], Value]) -> Value:
         """Return what `look` finds in the core after everything that this thread posted before; it must be quick."""
         request = _Look(look)
         if self._runs:
-            self._put(request)
+            self.post(request)
         while not request.done.wait(_CHECK_S if self._runs else 0.0):
             if not self._runs:  # nobody drains for the main thread any more
                 self._run_alone(request)
@@ -127,16 +134,6 @@ class Driver:
         finally:
             if taken:
                 self._lock.release()
-
-    def _put(self, item: Event | _Look) -> None:
-        if threading.get_ident() == self._main:
-            try:
-                self._inbox.append(item)
-            finally:  # even if Ctrl-C came in between
-                self._wake.put(True)
-        else:
-            self._inbox.append(item)
-            self._drain()
 
     def _drain(self, *, wait: bool = False) -> None:
         while self._inbox and self._lock.acquire(blocking=wait):

@@ -415,7 +415,7 @@ class Actions:
         pool, entries = self.pool, self.journal or ()
         life = [entry for entry in entries if isinstance(entry, Transition) and entry.runner == runner.id]
         told = [
-            f"in step {entry.step}, at {entry.at:g} s: {entry.trigger}, {entry.destination.value} ({entry.reason})"
+            f"in step {entry.step}, at {entry.at:g} s: {entry.trigger}, {entry.destination.value} ({entry.why})"
             for entry in life[-TOLD:]
         ]
         if not told:

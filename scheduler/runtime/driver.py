@@ -78,7 +78,7 @@ class Driver:
         self._core = core
         self._clock = clock
         self._perform = perform  # under the lock: files a command, does not block
-        self._publish = publish  # under the lock: hands journal entries to those who read them; False: nobody does
+        self._publish = publish  # under the lock: hands journal entries to the listeners; returns whether there is one
         self._fail = fail  # once, when a step raised: every waiter is to be told; again for each event after it
         self._step = step or core.step  # under the lock: decides, and does not block
         self._stood_still = stood_still  # before the first tick after a gap, on the driver's thread; may post

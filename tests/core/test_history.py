@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 
 import pytest
-from fsm.codec import decode_state, encode
 
 from fsm.core import Core
 from fsm.domain.devices import DeviceId, DeviceSample
@@ -17,6 +16,7 @@ from fsm.messages.decision_log import Decision, Entry, Transition
 from fsm.messages.events import Configure, Inspected, OutOfMemory, Progress, Sampled, Tick
 from fsm.messages.reasons import NeededFor, RunnerStep, WaitFor, WaitForRunners
 from fsm.state.timers import Timers
+from scheduler.recording.codec import decode_state, encode
 from tests.support.pool import (
     START,
     PoolUnderTest,

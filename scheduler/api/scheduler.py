@@ -18,6 +18,7 @@ from fsm.domain.model_info import Options
 from fsm.machine.request import ModelId, Purpose, Want
 from fsm.messages.commands import Ask, Command, Finish, Grant, Reject, Revoke
 from fsm.messages.events import Close, Configure, Expire, Pin, Unpin
+from scheduler.api.debug_state import DebugState
 from scheduler.api.fit import Fit, fit_of
 from scheduler.api.lease import Lease
 from scheduler.api.pending_lease import Acquiring, Reservation
@@ -25,7 +26,6 @@ from scheduler.api.status import Status, status_of
 from scheduler.concurrency.clock import monotonic_clock
 from scheduler.config.quantities import parse_bytes, parse_duration
 from scheduler.config.settings import ChangeableArguments, Settings
-from scheduler.debug_state import DebugState
 from scheduler.devices.device_reader import Devices
 from scheduler.engines.llama import LlamaEngine
 from scheduler.engines.python import PythonEngine

@@ -247,7 +247,7 @@ class Core:
         elif request.state is RequestState.granted:
             self.act.release(request)
         elif isinstance(event, Cancel):
-            self.act.answer(request, RequestState.cancelled, Cancelled(request.want.model))
+            self.act.answer(request, RequestState.cancelled, Cancelled(request.spec.model))
             self.act.abandon_load(request)
         else:
             self.late += 1  # a Release of what was never granted
@@ -266,8 +266,8 @@ class Core:
                 self.act.await_memory(pool.runners[RunnerId(id)])
             case "request":
                 request = pool.requests[RequestId(id)]
-                line = pool.lines[request.want]
-                timed_out = TimedOut(request.want.model, pool.now - request.queued_at, line.waits_for)
+                line = pool.lines[request.spec]
+                timed_out = TimedOut(request.spec.model, pool.now - request.queued_at, line.waits_for)
                 self.act.answer(request, RequestState.rejected, timed_out)
                 self.act.abandon_load(request)
             case "close":
@@ -410,9 +410,9 @@ class Core:
     def _answer_at_once(self, plan: Plan) -> None:
         """Answer those for whom nothing has to be loaded: what they want is there after all, or can never be."""
         for line, runner in plan.matches:
-            if len(runner.accepted) >= MOST_KINDS and runner.state is not LOADING:
-                runner.accepted.clear()  # whoever asks for them again is judged again
-            runner.accepted.add(line.want.options)
+            if len(runner.equivalent_requests) >= MOST_KINDS and runner.state is not LOADING:
+                runner.equivalent_requests.clear()  # whoever asks for them again is judged again
+            runner.equivalent_requests.add(line.want.options)
             if runner.state is not LOADING:
                 self.act.serve(runner, [line])
         for line, refusal in plan.refusals:

@@ -10,7 +10,7 @@ from fsm.core import Core
 from fsm.domain.devices import HOST, Amounts, DeviceId
 from fsm.domain.model_info import ModelInfo, Options
 from fsm.eviction.policies import Candidate
-from fsm.machine.request import Purpose, RequestId, Want
+from fsm.machine.request import Purpose, RequestId, RequestSpec
 from fsm.machine.runner import Runner
 from fsm.messages.commands import Grant, Reject
 from fsm.messages.events import Acquire, Inspected, Tick
@@ -18,8 +18,8 @@ from fsm.messages.reasons import WaitReason
 from fsm.messages.refusals import DoesNotFit, Refusal
 from fsm.placement.search import Demand, needed
 from fsm.planning.plan import Plan
-from fsm.sizing.footprint import Footprint, Part, parts
-from fsm.sizing.load_history import NOTHING, Remembered
+from fsm.sizing.footprint import DeviceBytes, Footprint, bytes_by_device
+from fsm.sizing.load_history import NOTHING, LoadHistory
 from fsm.state.core_state import Pool
 from fsm.state.runner_match import runner_serves
 
@@ -40,7 +40,7 @@ class Share:
     """What one device gives, in bytes."""
 
     device: DeviceId  # an integrated GPU's share is the host's
-    part: Part  # as predicted, by kind
+    part: DeviceBytes  # as predicted, by kind
     takes_bytes: int  # the sum of it, or what was measured
     needed_bytes: int  # what must be free for it: headroom included
     free_bytes: int  # what it is judged by: what is free, and what the victims leave
@@ -67,7 +67,9 @@ class Preview:
         return automatic and sum(count for _, count in self.gpu_layers) < self.layers
 
 
-def preview(now: float, core: Core, want: Want, info: ModelInfo | Footprint, known: Remembered = NOTHING) -> Preview:
+def preview(
+    now: float, core: Core, want: RequestSpec, info: ModelInfo | Footprint, known: LoadHistory = NOTHING
+) -> Preview:
     """Return what would become of `want`, asked `now`, if an inspection found `info` and `known`; `core` stays.
 
     What is due by now is taken to have happened. `want` is for a lease or a preload.
@@ -102,7 +104,7 @@ def preview(now: float, core: Core, want: Want, info: ModelInfo | Footprint, kno
     return found if found.victims else replace(found, waits_for=pool.lines[want].waits_for)
 
 
-def _planned(pool: Pool, want: Want, plans: Sequence[Plan], outcome: Outcome) -> Preview:
+def _planned(pool: Pool, want: RequestSpec, plans: Sequence[Plan], outcome: Outcome) -> Preview:
     """Return what was planned for a line: the first plan with victims counts, since the next has them gone already."""
     model = pool.models[want.model]
     rooms = [(plan.rooms[want], plan.options[want]) for plan in plans if want in plan.rooms]
@@ -119,17 +121,17 @@ def _planned(pool: Pool, want: Want, plans: Sequence[Plan], outcome: Outcome) ->
     return Preview(outcome, options, shares, placement.gpu_layers, layers, placement.measured, room.victims)
 
 
-def _served(pool: Pool, want: Want, runner: Runner, outcome: Outcome) -> Preview:
+def _served(pool: Pool, want: RequestSpec, runner: Runner, outcome: Outcome) -> Preview:
     """Return what the runner takes that serves the request, or will."""
     model, ledger, split = pool.models[want.model], pool.ledger, runner.placement.gpu_layers
     account = ledger.accounts["runner", runner.id]
-    _, demand = model.demand(runner.told, pool.limits)
+    _, demand = model.demand(runner.launch_options, pool.limits)
     takes = {device: account.held_bytes(device) for device in account.promised}
     free = {device: ledger.free_bytes(device) for device in ledger.devices}
     shares = _shares(pool, demand.footprint, split, takes, {}, free)
     layers = _layers(pool, demand)
     measured = runner.placement.measured or account.settled
-    return Preview(outcome, runner.options, shares, split, layers, measured)
+    return Preview(outcome, runner.effective_options, shares, split, layers, measured)
 
 
 def _layers(pool: Pool, demand: Demand) -> int:
@@ -146,15 +148,15 @@ def _shares(
     free: Mapping[DeviceId, int],
 ) -> tuple[Share, ...]:
     """Return what each memory gives: an integrated GPU's part is the host's."""
-    found: dict[DeviceId, Part] = {}
-    for device, part in parts(footprint, split).items():
+    found: dict[DeviceId, DeviceBytes] = {}
+    for device, part in bytes_by_device(footprint, split).items():
         memory = pool.ledger.devices[device].memory if device in pool.ledger.devices else device
-        found[memory] = _sum(found.get(memory, Part()), part)
+        found[memory] = _sum(found.get(memory, DeviceBytes()), part)
     return tuple(
-        Share(device, found.get(device, Part()), takes.get(device, 0), needs.get(device, 0), free.get(device, 0))
+        Share(device, found.get(device, DeviceBytes()), takes.get(device, 0), needs.get(device, 0), free.get(device, 0))
         for device in sorted(found.keys() | takes.keys(), key=lambda device: (device != HOST, device))
     )
 
 
-def _sum(one: Part, other: Part) -> Part:
-    return Part(*(getattr(one, each.name) + getattr(other, each.name) for each in fields(Part)))
+def _sum(one: DeviceBytes, other: DeviceBytes) -> DeviceBytes:
+    return DeviceBytes(*(getattr(one, each.name) + getattr(other, each.name) for each in fields(DeviceBytes)))

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from fsm.domain.devices import Amounts, DeviceId, Placement
 from fsm.domain.model_info import Options
-from fsm.machine.request import ModelId, Purpose, Request, RequestId, RequestState, Want
+from fsm.machine.request import ModelId, Purpose, Request, RequestId, RequestSpec, RequestState
 from fsm.machine.runner import EXPIRING, IDLE, LOADING, READY, RUNNER_TABLE, Runner, RunnerId
 from fsm.machine.transition_table import IllegalTransition
 from fsm.messages.commands import Ask, Command, Grant, Launch, Reject, Remember, Revoke, Stop
@@ -28,7 +28,7 @@ from fsm.messages.refusals import Refusal
 from fsm.planning.deadline_admission import TRUSTED_S, as_fast_as_can_be
 from fsm.planning.explanations import devices_refused, runners_refused
 from fsm.planning.thread_allocation import threads_for
-from fsm.sizing.load_history import keep
+from fsm.sizing.load_history import note_bounded
 from fsm.state.core_state import Pool
 from fsm.state.model_record import Model
 from fsm.state.request_queue import Line
@@ -47,7 +47,9 @@ class Actions:
         self.commands: list[Command] = []  # of this step, in order
         self.journal: list[Entry] | None = None
         self.replan = False  # something changed that those who wait may care about
-        self.newcomers: dict[Want, None] = {}  # lines to be judged by the next plan, however far back; empty after it
+        self.newcomers: dict[
+            RequestSpec, None
+        ] = {}  # lines to be judged by the next plan, however far back; empty after it
 
     # -- requests -----------------------------------------------------------------------------------------------------
 
@@ -56,8 +58,8 @@ class Actions:
         pool = self.pool
         runner.used_at = pool.now
         if request.keep_alive_s is not None:
-            runner.keep_alive_s, runner.keeps_default = request.keep_alive_s, False
-        if request.want.purpose is Purpose.preload:
+            runner.keep_alive_s, runner.uses_default_keep_alive = request.keep_alive_s, False
+        if request.spec.purpose is Purpose.preload:
             request.state = RequestState.released
             if runner.state is IDLE:
                 self.start_keep_alive(runner)
@@ -68,10 +70,10 @@ class Actions:
             runner.leases.add(request.id)
             if runner.state is not READY:
                 pool.timers.clear(("keep-alive", runner.id))
-                self.replan = self.replan or runner.wanted  # it was to go in a moment; who asks its users plans anew
+                self.replan = self.replan or runner.contended  # it was to go in a moment; who asks its users plans anew
                 self.fire(runner, "serve", RunnerReason.granted)
         self.commands.append(Grant(request.id, runner.id))
-        if runner.wanted and pool.lines and request.runner is not None and not self.replan:
+        if runner.contended and pool.lines and request.runner is not None and not self.replan:
             request.asked = True
             self.commands.append(Ask(runner.id, (request.id,)))  # the others were told before
         if self.journal is not None:
@@ -101,7 +103,7 @@ class Actions:
             self.expire(runner, RunnerReason.no_keep_alive)
         else:
             load_s = (runner.loaded_at or 0.0) - runner.launched_at
-            runner.kept_until = pool.now + min(pool.limits.rest_limit_s, pool.limits.rest_part * load_s)
+            runner.idle_grace_until = pool.now + min(pool.limits.rest_limit_s, pool.limits.rest_part * load_s)
             self.rest(runner, RunnerReason.released)
 
     def reject(self, request: Request, refusal: Refusal) -> None:
@@ -110,7 +112,7 @@ class Actions:
         self.commands.append(Reject(request.id, refusal))
         if self.journal is not None:
             entry = Decision(
-                self.pool.now, "rejected", request.want.model, refusal, request.id,
+                self.pool.now, "rejected", request.spec.model, refusal, request.id,
                 runners=runners_refused(self.pool, refusal), devices=devices_refused(refusal), step=self.pool.steps,
             )  # fmt: skip
             self.journal.append(entry)
@@ -119,8 +121,8 @@ class Actions:
         """Take a request out of its line and refuse it; its place is free at once."""
         self.pool.dequeue(request)
         del self.pool.requests[request.id]
-        if request.want.model in self.pool.models and request.want.model not in self.pool.wants:
-            self.pool.models[request.want.model].alone = False  # that was for those who waited
+        if request.spec.model in self.pool.models and request.spec.model not in self.pool.wants:
+            self.pool.models[request.spec.model].alone = False  # that was for those who waited
         self.reject(request, refusal)
         request.state = state
         self.replan = True
@@ -131,11 +133,11 @@ class Actions:
 
     def abandon_load(self, request: Request) -> None:
         """A load that nobody waits for goes on, unless its keep-alive is 0."""
-        model = self.pool.models.get(request.want.model)
+        model = self.pool.models.get(request.spec.model)
         runner = model.current if model is not None else None
         if model is None or runner is None or runner.state is not LOADING or self.pool.lines_for(runner):
             return
-        if not runner_serves(runner, request.want):  # it was never waited for by this one
+        if not runner_serves(runner, request.spec):  # it was never waited for by this one
             return
         kept = model.pinned or (runner.keep_alive_s > 0 and request.keep_alive_s != 0)
         if runner.expire_when_served or not kept:
@@ -151,9 +153,9 @@ class Actions:
     def grant_memory(self, request: Request) -> None:
         self.pool.dequeue(request)
         request.state = RequestState.granted
-        self.pool.ledger.reserve(("memory", request.id), self.pool.ledger.booked(request.want.memory).items())
+        self.pool.ledger.reserve(("memory", request.id), self.pool.ledger.booked(request.spec.memory).items())
         self.commands.append(Grant(request.id, None))
-        self.decide("granted", request.want.model, Waited(self.pool.now - request.queued_at), request.id)
+        self.decide("granted", request.spec.model, Waited(self.pool.now - request.queued_at), request.id)
 
     def launch(self, line: Line, options: Options, placement: Placement) -> Runner:
         """Begin a runner's life for those in a line; its memory is booked from here on."""
@@ -166,10 +168,12 @@ class Actions:
             placement = replace(placement, threads=threads)
         runner = Runner(RunnerId(pool.next_runner), model.id, options, placement, keep_alive_s, pool.now)
         if threads is not None:
-            runner.options = replace(options, num_thread=threads.answers)  # who asks for as many is served by it
-        runner.accepted.add(line.want.options)
-        runner.keeps_default = line.head.keep_alive_s is None
-        runner.whole = placement.offloaded == model.demand(options, pool.limits)[1].layers
+            runner.effective_options = replace(
+                options, num_thread=threads.answers
+            )  # who asks for as many is served by it
+        runner.equivalent_requests.add(line.want.options)
+        runner.uses_default_keep_alive = line.head.keep_alive_s is None
+        runner.fully_offloaded = placement.offloaded == model.demand(options, pool.limits)[1].layers
         pool.next_runner += 1
         pool.processes += 1
         pool.runners[runner.id] = model.current = runner
@@ -191,13 +195,13 @@ class Actions:
         runner.loaded_at = runner.used_at = pool.now
         load_s = pool.now - runner.launched_at
         if runner.id >= model.first and as_fast_as_can_be(pool, runner):
-            shortest_s, measured_at, count = model.shortest.get(runner.told, (math.inf, -math.inf, 0))
+            shortest_s, measured_at, count = model.shortest.get(runner.launch_options, (math.inf, -math.inf, 0))
             if pool.now - measured_at > TRUSTED_S:
                 shortest_s, count = math.inf, 0
-            keep(model.shortest, runner.told, (min(load_s, shortest_s), pool.now, count + 1))
+            note_bounded(model.shortest, runner.launch_options, (min(load_s, shortest_s), pool.now, count + 1))
         model.alone = False
-        if event.num_ctx is not None and runner.options.num_ctx is not None:
-            runner.options = replace(runner.options, num_ctx=event.num_ctx)
+        if event.num_ctx is not None and runner.effective_options.num_ctx is not None:
+            runner.effective_options = replace(runner.effective_options, num_ctx=event.num_ctx)
         pool.ledger.accounts["runner", runner.id].loaded = True
         self.measure(runner, event.resident, event.mapped_bytes)
         self.expect(runner, event)
@@ -205,7 +209,7 @@ class Actions:
         self.serve(runner, pool.lines_for(runner))
         if runner.leases:
             idle_s, in_use_s = pool.limits.residency_s(load_s)
-            runner.resident_until, runner.in_use_until = pool.now + idle_s, pool.now + in_use_s
+            runner.resident_until, runner.drain_protected_until = pool.now + idle_s, pool.now + in_use_s
         elif runner.state is LOADING:
             self.rest(runner, RunnerReason.loaded)
         if runner.expire_when_served and runner.current:
@@ -253,13 +257,13 @@ class Actions:
         model, account = self.pool.models[runner.model], self.pool.ledger.accounts["runner", runner.id]
         if runner.loaded_at is None or runner.id < model.first:
             return
-        key = runner.told, runner.placement.gpu_layers
+        key = runner.launch_options, runner.placement.gpu_layers
         took = before = model.measured.get(key, ())
         unseen = [device for device, size in account.promised.items() if size and device not in account.peak]
         if not unseen and (load_s is None or account.most):  # later there is more to go by, if the engine said nothing
             took = tuple((device, account.expected_bytes(device)) for device in sorted(account.promised))
         if took != before:
-            keep(model.measured, key, took)
+            note_bounded(model.measured, key, took)
             model.demands.clear()
         if load_s is not None:
             model.note_load(runner.placement.gpu_layers, load_s)
@@ -281,10 +285,10 @@ class Actions:
             self.pool.dequeue(request)
             del self.pool.requests[request.id]
         for request in requests:
-            if request.want.purpose is Purpose.lease:
+            if request.spec.purpose is Purpose.lease:
                 self.grant(request, runner)
         for request in requests:
-            if request.want.purpose is Purpose.preload:
+            if request.spec.purpose is Purpose.preload:
                 if runner.state is LOADING:
                     runner.keep_alive_s = runner.keep_alive_s if request.keep_alive_s is None else request.keep_alive_s
                     self.rest(runner, RunnerReason.preloaded)
@@ -307,7 +311,7 @@ class Actions:
         self.replan = True
         if event.keep_alive_s is None:
             return
-        for runner in [runner for runner in pool.runners.values() if runner.keeps_default]:
+        for runner in [runner for runner in pool.runners.values() if runner.uses_default_keep_alive]:
             expires_at = pool.timers.at(("keep-alive", runner.id))
             rests_since = expires_at - runner.keep_alive_s if expires_at < math.inf else runner.used_at
             runner.keep_alive_s = event.keep_alive_s
@@ -346,7 +350,7 @@ class Actions:
             self.stop(runner)
         else:
             limits = self.pool.limits
-            runner.due_at = self.pool.now + max(limits.max_wait_s, limits.stop_timeout_s)
+            runner.stop_deadline = self.pool.now + max(limits.max_wait_s, limits.stop_timeout_s)
 
     def forget_current(self, runner: Runner) -> None:
         """Let its model have another runner: this one serves nobody new."""
@@ -361,9 +365,9 @@ class Actions:
     def ask(self, wanted: Collection[RunnerId]) -> None:
         """Tell the holders of busy runners, once, that others wait for their memory; of all others nobody does."""
         for runner in self.pool.runners.values():
-            runner.wanted = runner.id in wanted
+            runner.contended = runner.id in wanted
             held = [self.pool.requests[lease] for lease in sorted(runner.leases)]
-            if unasked := [request for request in held if runner.wanted and not request.asked]:
+            if unasked := [request for request in held if runner.contended and not request.asked]:
                 self.commands.append(Ask(runner.id, tuple(request.id for request in unasked)))
                 for request in unasked:
                     request.asked = True
@@ -371,7 +375,7 @@ class Actions:
     def stop(self, runner: Runner) -> None:
         if runner.process and not runner.stopping:
             runner.stopping = True
-            runner.due_at = self.pool.now + self.pool.limits.stop_timeout_s
+            runner.stop_deadline = self.pool.now + self.pool.limits.stop_timeout_s
             self.commands.append(Stop(runner.id))
 
     def revoke_leases(self, runner: Runner, reason: FailureReason | None) -> None:

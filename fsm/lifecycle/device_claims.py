@@ -90,7 +90,7 @@ class Claims(Endings):
     def stop(self, runner: Runner) -> None:
         super().stop(runner)
         if runner.claim:
-            self.pool.timers.set(("claim", runner.claim), runner.due_at)
+            self.pool.timers.set(("claim", runner.claim), runner.stop_deadline)
 
     def _claim(self, devices: frozenset[DeviceId], by: float) -> None:
         pool = self.pool

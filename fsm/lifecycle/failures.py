@@ -37,8 +37,8 @@ class Endings(Actions):
         runner.process = False
         self.pool.processes -= 1
         self.replan = True  # its place among the processes is free
-        runner.awaited = self.memory_to_come(runner)
-        runner.memory_by = runner.due_at = self.pool.now + self.pool.limits.recovery_timeout_s
+        runner.recovery_targets = self.memory_to_come(runner)
+        runner.recovery_deadline = runner.stop_deadline = self.pool.now + self.pool.limits.recovery_timeout_s
         self.await_memory(runner)
 
     def unresponsive(self, runner: Runner, reason: FailureReason) -> None:
@@ -73,7 +73,7 @@ class Endings(Actions):
             model.failures += model.alone
             model.alone = not model.step_down(runner)
             for request in survivors:  # a smaller context is no other try for who named one
-                request.survived = model.alone or request.want.options.num_ctx is None
+                request.survived = model.alone or request.spec.options.num_ctx is None
         else:
             self.back_off(model, reason)
             model.alone = False
@@ -121,19 +121,19 @@ class Endings(Actions):
     def await_memory(self, runner: Runner) -> None:
         """Its process has gone: look until its memory is back, or the wait is over."""
         pool = self.pool
-        if pool.now >= runner.memory_by:
+        if pool.now >= runner.recovery_deadline:
             self.unload(runner, RunnerReason.memory_overdue)
             return
         pool.samples += 1
         runner.last_sample = runner.last_sample or pool.samples
         self.commands.append(Sample(pool.samples))
-        wait_s = pool.limits.recovery_interval_s if runner.awaited else math.inf
-        pool.timers.set(("memory", runner.id), min(runner.memory_by, pool.now + wait_s))
+        wait_s = pool.limits.recovery_interval_s if runner.recovery_targets else math.inf
+        pool.timers.set(("memory", runner.id), min(runner.recovery_deadline, pool.now + wait_s))
 
     def memory_is_back(self, runner: Runner) -> bool:
         """Judge device by device with signed arithmetic; the host's memory is back when the process has gone."""
         ledger = self.pool.ledger
-        awaited = [(gpu, expected) for gpu, expected in runner.awaited.items() if gpu in ledger.devices]
+        awaited = [(gpu, expected) for gpu, expected in runner.recovery_targets.items() if gpu in ledger.devices]
         return all(ledger.devices[gpu].fresh and ledger.for_us_bytes(gpu) >= expected for gpu, expected in awaited)
 
     def unload(self, runner: Runner, reason: RunnerReason) -> None:

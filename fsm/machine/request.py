@@ -50,7 +50,7 @@ class Purpose(Enum):
 
 
 @dataclass(frozen=True, slots=True)
-class Want:
+class RequestSpec:
     """What a line of requests has in common: those who want the same are planned as one and served together."""
 
     model: ModelId
@@ -65,7 +65,7 @@ class Request:
     """One question of one asker, answered exactly once."""
 
     id: RequestId
-    want: Want
+    spec: RequestSpec
     keep_alive_s: float | None  # None: the runner keeps its own
     queued_at: float
     state: RequestState = RequestState.queued
@@ -76,5 +76,5 @@ class Request:
     def copy(self) -> Request:
         """Return an independent copy."""
         return Request(
-            self.id, self.want, self.keep_alive_s, self.queued_at, self.state, self.survived, self.asked, self.runner
+            self.id, self.spec, self.keep_alive_s, self.queued_at, self.state, self.survived, self.asked, self.runner
         )

@@ -69,35 +69,39 @@ class Runner:
 
     id: RunnerId
     model: ModelId
-    told: Options  # explicit: what the process was started with
+    launch_options: Options  # explicit: what the process was started with
     placement: Placement  # reserved from Launch to unload
     keep_alive_s: float  # how long it rests idle; infinite: for ever
     launched_at: float
     state: RunnerState = RunnerState.loading  # written by Table.fire alone
-    options: Options = field(default_factory=Options)  # what it really got; until it is loaded as told, but for threads
-    accepted: set[Options] = field(default_factory=set)  # what was asked and comes to the same
+    effective_options: Options = field(
+        default_factory=Options
+    )  # what it really got; until it is loaded as told, but for threads
+    equivalent_requests: set[Options] = field(default_factory=set)  # what was asked and comes to the same
     leases: set[RequestId] = field(default_factory=set)  # non-empty iff ready, or expiring and still draining
     loaded_at: float | None = None  # set once, when the process said that it serves
     used_at: float = 0.0  # the last grant or release
     resident_until: float = 0.0  # minimum residency: not given up for others before
-    in_use_until: float = 0.0  # the same while it is in use: it does not drain for others before; never earlier
-    kept_until: float = 0.0  # idle: its users may be about to ask again; not given up for others before
+    drain_protected_until: float = (
+        0.0  # the same while it is in use: it does not drain for others before; never earlier
+    )
+    idle_grace_until: float = 0.0  # idle: its users may be about to ask again; not given up for others before
     process: bool = True  # a process may be alive: from Launch to Exited
     stopping: bool = False  # Stop has been sent; it is sent once
     expire_when_served: bool = False  # asked to expire while loading: its waiters are served, then it goes
     out_of_memory: bool = False  # it said so; the exit that follows is judged by it
-    wanted: bool = False  # others waited for its memory when it was last planned for them, and it might not go yet
+    contended: bool = False  # others waited for its memory when it was last planned for them, and it might not go yet
     last_sample: int = 0  # asked for when its process had gone; only this or a later one tells what is back
-    awaited: dict[DeviceId, int] = field(default_factory=dict)  # what a GPU has for us once its memory is back
-    due_at: float = math.inf  # expiring: when it ought to be gone; after that nobody counts on its memory
-    memory_by: float = 0.0  # when the wait for its memory is over
+    recovery_targets: dict[DeviceId, int] = field(default_factory=dict)  # what a GPU has for us once its memory is back
+    stop_deadline: float = math.inf  # expiring: when it ought to be gone; after that nobody counts on its memory
+    recovery_deadline: float = 0.0  # when the wait for its memory is over
     claim: int = 0  # its devices are the program's own by this Claim, while it may take more memory; 0: by none
-    keeps_default: bool = True  # no request has named its keep-alive: a changed default holds for it too
-    whole: bool = False  # all its layers are on GPUs
+    uses_default_keep_alive: bool = True  # no request has named its keep-alive: a changed default holds for it too
+    fully_offloaded: bool = False  # all its layers are on GPUs
 
     def __post_init__(self) -> None:
-        if self.options == Options():
-            self.options = self.told
+        if self.effective_options == Options():
+            self.effective_options = self.launch_options
 
     def holds_no_lease(self) -> bool:
         """Guard of `unload`: a runner in use is never unloaded."""
@@ -116,9 +120,9 @@ class Runner:
     def copy(self) -> Runner:
         """Return an independent copy; what it shares is immutable."""
         return Runner(
-            self.id, self.model, self.told, self.placement, self.keep_alive_s, self.launched_at, self.state,
-            self.options, set(self.accepted), set(self.leases), self.loaded_at, self.used_at, self.resident_until,
-            self.in_use_until, self.kept_until, self.process, self.stopping, self.expire_when_served,
-            self.out_of_memory, self.wanted, self.last_sample, dict(self.awaited), self.due_at, self.memory_by,
-            self.claim, self.keeps_default, self.whole,
+            self.id, self.model, self.launch_options, self.placement, self.keep_alive_s, self.launched_at, self.state,
+            self.effective_options, set(self.equivalent_requests), set(self.leases), self.loaded_at, self.used_at, self.resident_until,
+            self.drain_protected_until, self.idle_grace_until, self.process, self.stopping, self.expire_when_served,
+            self.out_of_memory, self.contended, self.last_sample, dict(self.recovery_targets), self.stop_deadline, self.recovery_deadline,
+            self.claim, self.uses_default_keep_alive, self.fully_offloaded,
         )  # fmt: skip

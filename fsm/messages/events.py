@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 from fsm.domain.devices import DeviceId, DeviceSample
 from fsm.domain.model_info import ModelInfo
-from fsm.machine.request import ModelId, RequestId, Want
+from fsm.machine.request import ModelId, RequestId, RequestSpec
 from fsm.machine.runner import RunnerId
 from fsm.messages.reasons import NoAnswer
 from fsm.messages.refusals import InvalidModel, ModelNotFound
 from fsm.sizing.footprint import Footprint
-from fsm.sizing.load_history import NOTHING, Remembered
+from fsm.sizing.load_history import NOTHING, LoadHistory
 
 Resident = tuple[tuple[DeviceId, int], ...]  # measured bytes by device
 
@@ -21,7 +21,7 @@ class Acquire:
     """A request begins. It is answered by exactly one Grant or Reject; after a Cancel by a Reject with Cancelled."""
 
     request: RequestId  # never used before
-    want: Want
+    want: RequestSpec
     keep_alive_s: float | None = None  # None: the runner keeps its own; infinite: for ever
     timeout_s: float | None = None  # None: waits as long as the rules let it
 
@@ -81,7 +81,7 @@ class Inspected:
 
     model: ModelId
     outcome: ModelInfo | Footprint | ModelNotFound | InvalidModel
-    known: Remembered = NOTHING  # of this very file
+    known: LoadHistory = NOTHING  # of this very file
 
 
 @dataclass(frozen=True, slots=True)

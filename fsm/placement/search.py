@@ -8,7 +8,7 @@ from enum import Enum
 
 from fsm.domain.devices import HOST, Amounts, DeviceId, Placement
 from fsm.placement.layer_split import Deal
-from fsm.sizing.footprint import Footprint, parts
+from fsm.sizing.footprint import Footprint, bytes_by_device
 
 PREDICTED_HEADROOM = 0.25  # a prediction fits if it takes at most 80 % of what is free, as in the reference
 MEASURED_HEADROOM = 0.03
@@ -205,5 +205,5 @@ def _layout(demand: Demand, split: Amounts, gpus: Sequence[Gpu]) -> Placement:
     """Return the bytes by device of a split, measured ones where that split was measured."""
     if (measured := demand.known.get(split)) is not None:
         return Placement(measured, split, measured=True)
-    amounts = {device: part.total_bytes for device, part in parts(demand.footprint, split).items()}
+    amounts = {device: part.total_bytes for device, part in bytes_by_device(demand.footprint, split).items()}
     return Placement(_booked(amounts, gpus), split)

@@ -86,9 +86,9 @@ def with_batch(
 
 def is_the_same(current: Runner, options: Options, asked: Options) -> bool:
     """Tell whether a runner is what somebody wants, once that is made explicit; what is automatic is no difference."""
-    if asked.require_gpu and not current.whole:
+    if asked.require_gpu and not current.fully_offloaded:
         return False
-    return options == current.told or serves(current.options, as_named(options, asked))
+    return options == current.launch_options or serves(current.effective_options, as_named(options, asked))
 
 
 def _contexts(info: ModelInfo | Footprint | None, asked: Options, limits: Limits, gpu_bytes: int) -> Iterator[int]:

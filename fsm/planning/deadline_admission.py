@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from fsm.domain.model_info import Options
-from fsm.machine.request import Purpose, Request, Want
+from fsm.machine.request import Purpose, Request, RequestSpec
 from fsm.machine.runner import LOADING, Runner
 from fsm.messages.refusals import NotInTime
 from fsm.planning.automatic_options import is_the_same
@@ -25,10 +25,10 @@ def never_in_time(pool: Pool, request: Request) -> NotInTime | None:
     Every other wait may be over at once: a lease is given back, a process ends, somebody leaves the queue.
     """
     gives_up_at = pool.timers.at(("request", request.id))
-    if gives_up_at == math.inf or request.want.purpose is Purpose.memory:
+    if gives_up_at == math.inf or request.spec.purpose is Purpose.memory:
         return None
-    model = pool.models[request.want.model]
-    load = _load(pool, model, request.want)
+    model = pool.models[request.spec.model]
+    load = _load(pool, model, request.spec)
     if load is None:
         return None
     options, begun_s = load
@@ -44,17 +44,17 @@ def as_fast_as_can_be(pool: Pool, runner: Runner) -> bool:
     gpus = any(sample.kind == "gpu" for sample in pool.ledger.devices.values())
     info = pool.models[runner.model].info
     declared = isinstance(info, Footprint) and bool(info.fixed)
-    return runner.whole or declared or runner.told.num_gpu == 0 or not gpus
+    return runner.fully_offloaded or declared or runner.launch_options.num_gpu == 0 or not gpus
 
 
-def _load(pool: Pool, model: Model, want: Want) -> tuple[Options, float | None] | None:
+def _load(pool: Pool, model: Model, want: RequestSpec) -> tuple[Options, float | None] | None:
     """Return the options of the load that has to end first, and how long ago it began; None: there may be none.
 
     Of a file that was not looked at since the last launch nothing is certain: another may be in its place.
     """
     current = model.current
     if current is not None and runner_serves(current, want):
-        return (current.told, pool.now - current.launched_at) if current.state is LOADING else None
+        return (current.launch_options, pool.now - current.launched_at) if current.state is LOADING else None
     if not model.fresh:
         return None
     options, _ = model.demand(want.options, pool.limits)

@@ -89,7 +89,7 @@ def may_go_at(pool: Pool, runner: Runner, bound: float) -> float:
     that rests while others wait has none left; one that was set holds to its end.
     """
     if runner.leases:
-        return max(pool.now, runner.in_use_until, bound)
+        return max(pool.now, runner.drain_protected_until, bound)
     resident_until = runner.resident_until if pool.limits.min_residency_s is not None else pool.now
-    kept_until = min(runner.kept_until, bound) if runner.state is IDLE else pool.now
+    kept_until = min(runner.idle_grace_until, bound) if runner.state is IDLE else pool.now
     return max(pool.now, resident_until, kept_until)

@@ -6,7 +6,7 @@ Made only where somebody reads the journal, from the plan as it was carried out;
 from __future__ import annotations
 
 from fsm.eviction.policies import Candidate
-from fsm.machine.request import Purpose, Want
+from fsm.machine.request import Purpose, RequestSpec
 from fsm.machine.runner import EXPIRING, LOADING, Runner, RunnerId
 from fsm.messages.decision_log import ConsideredDevice, ConsideredRunner, Decision, Entry
 from fsm.messages.reasons import KeptReason
@@ -68,7 +68,7 @@ def runners_considered(pool: Pool, plan: Plan, line: Line) -> tuple[ConsideredRu
     )
 
 
-def devices_considered(pool: Pool, want: Want, room: Room) -> tuple[ConsideredDevice, ...]:
+def devices_considered(pool: Pool, want: RequestSpec, room: Room) -> tuple[ConsideredDevice, ...]:
     """Return every device, with what a placement needs of it and what there is for it."""
     info = pool.models[want.model].info if want.purpose is not Purpose.memory else None
     exact = info is None or (isinstance(info, Footprint) and bool(info.fixed))
@@ -94,7 +94,7 @@ def runners_refused(pool: Pool, refusal: Refusal) -> tuple[ConsideredRunner, ...
     return tuple(
         _considered(pool, runner, None, KeptReason.pinned if pool.pinned(runner) else KeptReason.overdue)
         for runner in pool.runners.values()
-        if pool.pinned(runner) or (runner.state is EXPIRING and not runner.leases and pool.now >= runner.due_at)
+        if pool.pinned(runner) or (runner.state is EXPIRING and not runner.leases and pool.now >= runner.stop_deadline)
     )
 
 

@@ -9,7 +9,7 @@ from fsm.domain.devices import Amounts, Placement
 from fsm.domain.model_info import Options
 from fsm.eviction.policies import Candidate
 from fsm.eviction.victim_selection import Choice
-from fsm.machine.request import Request, Want
+from fsm.machine.request import Request, RequestSpec
 from fsm.machine.runner import Runner, RunnerId
 from fsm.messages.reasons import ExpireReason
 from fsm.messages.refusals import Refusal
@@ -38,8 +38,8 @@ class Plan:
     victims: dict[RunnerId, ExpireReason] = field(default_factory=dict)  # to expire, and why
     matches: list[tuple[Line, Runner]] = field(default_factory=list)  # served after all, as the same
     refusals: list[tuple[Line, Refusal]] = field(default_factory=list)
-    rooms: dict[Want, Room] = field(default_factory=dict)  # of what is to be loaded, now, later or never
-    options: dict[Want, Options] = field(default_factory=dict)  # explicit, of what has a room
+    rooms: dict[RequestSpec, Room] = field(default_factory=dict)  # of what is to be loaded, now, later or never
+    options: dict[RequestSpec, Options] = field(default_factory=dict)  # explicit, of what has a room
     wanted: set[RunnerId] = field(default_factory=set)  # others wait for its memory, and it may not go yet
     policy_failure: str = ""  # the exception that the policy raised; the oldest runners go first instead
     look_at: float = math.inf  # when a wait's bound or a residency ends

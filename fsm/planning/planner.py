@@ -15,7 +15,7 @@ from fsm.domain.devices import HOST, DeviceId, Placement
 from fsm.domain.model_info import Options
 from fsm.eviction.policies import Candidate, EvictionPolicy
 from fsm.eviction.victim_selection import MOST_SETS, Amount, Choice, Question, choose
-from fsm.machine.request import ModelId, Purpose, Want
+from fsm.machine.request import ModelId, Purpose, RequestSpec
 from fsm.machine.runner import EXPIRING, LOADING, Runner, RunnerId
 from fsm.messages.reasons import DeviceShrunk, NeededFor, RunnerLimit, RunnerStep, WaitFor, WaitForRunners, WaitReason
 from fsm.messages.refusals import Unsupported
@@ -36,7 +36,7 @@ NO_MODEL = ModelId("")  # of lines for memory of the program's own
 LINES_AHEAD = 16  # for so many lines room is made at a time; those behind only take what is there for the taking
 
 
-def make_plan(pool: Pool, policy: EvictionPolicy, newcomers: Collection[Want]) -> Plan:
+def make_plan(pool: Pool, policy: EvictionPolicy, newcomers: Collection[RequestSpec]) -> Plan:
     """Return what to do for the lines, in order, until nothing is left that any of them could have.
 
     Those behind are not looked at, but for `newcomers`: whoever has just come is judged at once, wherever it stands.
@@ -69,7 +69,9 @@ class _Planner:
         self.gpus = [Gpu(one.id, one.memory, one.instance, one.library) for one in devices if one.kind == "gpu"]
         expiring = [runner for runner in pool.runners.values() if runner.state is EXPIRING]
         self.leaving = [runner for runner in expiring if not pool.is_overdue(runner)]
-        self.plan.look_at = min((one.due_at for one in self.leaving if one.due_at > pool.now), default=math.inf)
+        self.plan.look_at = min(
+            (one.stop_deadline for one in self.leaving if one.stop_deadline > pool.now), default=math.inf
+        )
         self.overdue = {runner.id for runner in expiring if pool.is_overdue(runner)}
         movable = [runner for runner in pool.runners.values() if not pool.is_unmovable(runner)]
         self.supply = Supply(ledger, self.gpus, pool.max_runners() - pool.processes, movable)
@@ -126,7 +128,7 @@ class _Planner:
         there = self.supply.beside(DRAINED, idle)
         return all(amount <= 0 and self.ahead[device] >= LINES_AHEAD for device, amount in there.items())
 
-    def follows(self, line: Line, newcomers: Collection[Want]) -> bool:
+    def follows(self, line: Line, newcomers: Collection[RequestSpec]) -> bool:
         """Tell whether a line is far behind others for its model, and has been judged before: those go first."""
         if self.followers[line.want.model] < LINES_AHEAD or line.want in newcomers:
             return False
@@ -315,7 +317,9 @@ class _Planner:
         if horizon == LATER:
             line.wait(WaitFor.earlier_requests)
             return ()
-        by = min((runner.due_at for runner in self.leaving if runner.due_at > self.pool.now), default=math.inf)
+        by = min(
+            (runner.stop_deadline for runner in self.leaving if runner.stop_deadline > self.pool.now), default=math.inf
+        )
         if horizon == DRAINED:
             line.wait(WaitForRunners(self._draining(placement), RunnerStep.drain), by)
             return ()

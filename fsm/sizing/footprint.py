@@ -47,7 +47,7 @@ class Footprint:
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class DeviceBytes:
     """What a runner takes of one device, in bytes."""
 
     weights_bytes: int = 0
@@ -61,13 +61,13 @@ class Part:
         return self.weights_bytes + self.cache_bytes + self.compute_bytes + self.other_bytes
 
 
-def parts(footprint: Footprint, split: Amounts) -> dict[DeviceId, Part]:
+def bytes_by_device(footprint: Footprint, split: Amounts) -> dict[DeviceId, DeviceBytes]:
     """Return what each device takes of a model, the host always among them; `split` is layers by GPU."""
     if footprint.fixed:
-        return {device: Part(other_bytes=amount) for device, amount in footprint.fixed}
+        return {device: DeviceBytes(other_bytes=amount) for device, amount in footprint.fixed}
     blocks = len(footprint.weights_bytes)
     offloaded = sum(layers for _, layers in split)
-    found: dict[DeviceId, Part] = {}
+    found: dict[DeviceId, DeviceBytes] = {}
     at = first = min(blocks, blocks + 1 - offloaded)
     projectors_bytes = footprint.projectors_bytes
     copies_bytes = footprint.copies_bytes(split)
@@ -76,12 +76,12 @@ def parts(footprint: Footprint, split: Amounts) -> dict[DeviceId, Part]:
         if at + layers > blocks:
             weights_bytes += footprint.output_bytes + footprint.output_copy_bytes
         compute_bytes = footprint.compute_bytes + copies_bytes
-        found[gpu] = Part(weights_bytes, sum(footprint.caches_bytes[at : at + layers]), compute_bytes)
+        found[gpu] = DeviceBytes(weights_bytes, sum(footprint.caches_bytes[at : at + layers]), compute_bytes)
         at, projectors_bytes = at + layers, 0
     weights_bytes = footprint.input_bytes + projectors_bytes + sum(footprint.weights_bytes[:first])
     weights_bytes += 0 if split else footprint.output_bytes + footprint.repacked_bytes
     computes = first > 0 or not split
-    found[HOST] = Part(
+    found[HOST] = DeviceBytes(
         weights_bytes,
         sum(footprint.caches_bytes[:first]),
         footprint.compute_bytes if computes else footprint.inputs_bytes + copies_bytes,

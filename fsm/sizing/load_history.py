@@ -17,7 +17,7 @@ Value = TypeVar("Value")
 
 
 @dataclass(frozen=True, slots=True)
-class Took:
+class MeasuredBytes:
     """What runners take that are loaded with these explicit options and split."""
 
     options: Options
@@ -26,7 +26,7 @@ class Took:
 
 
 @dataclass(frozen=True, slots=True)
-class Loads:
+class LoadTimes:
     """How long loads with this split took."""
 
     split: Amounts
@@ -34,17 +34,17 @@ class Loads:
 
 
 @dataclass(frozen=True, slots=True)
-class Remembered:
+class LoadHistory:
     """Everything that a store knows of one model's file, as of an inspection."""
 
-    sizes: tuple[Took, ...] = ()
-    loads: tuple[Loads, ...] = ()
+    sizes: tuple[MeasuredBytes, ...] = ()
+    loads: tuple[LoadTimes, ...] = ()
 
 
-NOTHING = Remembered()
+NOTHING = LoadHistory()
 
 
-def keep(known: dict[Key, Value], key: Key, value: Value) -> None:
+def note_bounded(known: dict[Key, Value], key: Key, value: Value) -> None:
     """Note a value; of very many keys the oldest goes, so that a program that asks for ever new options has an end."""
     known[key] = value
     if len(known) > MOST_KINDS:

@@ -8,7 +8,7 @@ from types import MappingProxyType
 
 from fsm.domain.devices import HOST, MIB
 from fsm.domain.model_info import ModelInfo, Options
-from fsm.sizing.footprint import Footprint, parts
+from fsm.sizing.footprint import Footprint, bytes_by_device
 from fsm.sizing.load_options import (
     REPACKED,
     WITHOUT_CACHE,
@@ -72,7 +72,7 @@ def estimate(info: ModelInfo, options: Options) -> Footprint:
 
 
 def _prompt_cache_bytes(info: ModelInfo, rest: Footprint) -> int:
-    rest_bytes = parts(rest, ())[HOST].total_bytes
+    rest_bytes = bytes_by_device(rest, ())[HOST].total_bytes
     return 0 if info.embedding else min(PROMPT_CACHE_BYTES, rest_bytes // PROMPT_CACHE_PART // MIB * MIB)
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 
 from fsm.domain.devices import DeviceId
 from fsm.eviction.reuse_prediction import Histogram
-from fsm.machine.request import ModelId, Purpose, Request, RequestId, RequestState, Want
+from fsm.machine.request import ModelId, Purpose, Request, RequestId, RequestSpec, RequestState
 from fsm.machine.runner import EXPIRING, IDLE, LOADING, READY, UNLOADED, Runner, RunnerId
 from fsm.state.core_config import Limits
 from fsm.state.memory_ledger import Ledger
@@ -40,9 +40,9 @@ class Pool:
     models: dict[ModelId, Model] = field(default_factory=dict)
     runners: dict[RunnerId, Runner] = field(default_factory=dict)  # every one that is not unloaded
     requests: dict[RequestId, Request] = field(default_factory=dict)  # queued, or granted something to give back
-    lines: dict[Want, Line] = field(default_factory=dict)
+    lines: dict[RequestSpec, Line] = field(default_factory=dict)
     turns: list[Turn] = field(default_factory=list)  # of each line's head, in order
-    wants: dict[ModelId, list[Want]] = field(default_factory=dict)  # of the lines for each model, as they began
+    wants: dict[ModelId, list[RequestSpec]] = field(default_factory=dict)  # of the lines for each model, as they began
     timers: Timers = field(default_factory=Timers)
     queued: int = 0  # requests in lines
     processes: int = 0  # runners whose process may be alive
@@ -60,10 +60,10 @@ class Pool:
 
     def enqueue(self, request: Request) -> Line:
         """Put a request at the end of its line."""
-        line = self.lines.get(request.want)
+        line = self.lines.get(request.spec)
         if line is None:
-            line = self.lines[request.want] = Line(request.want)
-            self.wants.setdefault(request.want.model, []).append(request.want)
+            line = self.lines[request.spec] = Line(request.spec)
+            self.wants.setdefault(request.spec.model, []).append(request.spec)
             insort(self.turns, self.turn(request))
         line.requests[request.id] = request
         self.requests[request.id] = request
@@ -72,7 +72,7 @@ class Pool:
 
     def dequeue(self, request: Request) -> None:
         """Take a request out of its line; the request itself stays, to be answered by the caller."""
-        want = request.want
+        want = request.spec
         line = self.lines[want]
         led = line.head is request
         if led:
@@ -90,11 +90,11 @@ class Pool:
 
     def turn(self, head: Request) -> Turn:
         """Return what a line is planned by: the age of its first request, priority being worth some of it."""
-        return head.queued_at - self.limits.priority_s * head.want.priority, head.id
+        return head.queued_at - self.limits.priority_s * head.spec.priority, head.id
 
     def lines_in_order(self) -> Iterator[Line]:
         """Yield the lines in the order in which they are planned; none may come or go meanwhile."""
-        return (self.lines[self.requests[head].want] for _, head in self.turns)
+        return (self.lines[self.requests[head].spec] for _, head in self.turns)
 
     def lines_of(self, model: ModelId) -> list[Line]:
         """Return the lines for a model, in the order in which they began."""
@@ -130,7 +130,7 @@ class Pool:
 
     def is_overdue(self, runner: Runner) -> bool:
         """Tell whether a runner that was given up ought to be gone; it may never end, and nobody counts on it."""
-        return runner.state is EXPIRING and runner.process and self.now >= runner.due_at
+        return runner.state is EXPIRING and runner.process and self.now >= runner.stop_deadline
 
     def is_stuck(self, runner: Runner) -> bool:
         """Tell whether it is overdue although nobody holds it: it does not end as it was told."""
@@ -187,7 +187,7 @@ class Pool:
         assert runner.current == (self.models[runner.model].current is runner), f"{runner}: not its model's current one"
         assert runner.process or (runner.state is EXPIRING and not runner.leases), f"{runner} serves without a process"
         default = runner.keep_alive_s == self.limits.keep_alive_s
-        assert default or not runner.keeps_default, f"{runner}: neither the default nor one named"
+        assert default or not runner.uses_default_keep_alive, f"{runner}: neither the default nor one named"
         assert not (runner.stopping and runner.leases), f"{runner} is stopped in use"
         lingers = runner.process and runner.state is EXPIRING and not runner.leases and not runner.stopping
         assert not lingers, f"{runner} is neither in use nor stopped"

@@ -13,7 +13,7 @@ from fsm.machine.runner import IDLE, LOADING, Runner, RunnerId
 from fsm.messages.reasons import FailureReason
 from fsm.placement.search import Demand
 from fsm.sizing.footprint import Footprint
-from fsm.sizing.load_history import NOTHING, Remembered, keep, usual_load_s, with_load
+from fsm.sizing.load_history import NOTHING, LoadHistory, note_bounded, usual_load_s, with_load
 from fsm.sizing.load_options import UnsupportedReason, impossible, resolve
 from fsm.sizing.memory_estimate import estimate
 from fsm.state.core_config import Limits
@@ -80,8 +80,8 @@ class Model:
 
     def step_down(self, failed: Runner) -> bool:
         """Make automatic contexts smaller after a load ran out of memory with one; return whether that is possible."""
-        automatic = any(asked.num_ctx is None for asked in failed.accepted)
-        smaller = [step for step in CONTEXT_STEPS if step < (failed.told.num_ctx or 0)]
+        automatic = any(asked.num_ctx is None for asked in failed.equivalent_requests)
+        smaller = [step for step in CONTEXT_STEPS if step < (failed.launch_options.num_ctx or 0)]
         if not automatic or not smaller:
             return False
         self.context_limit = smaller[0]
@@ -92,7 +92,7 @@ class Model:
         """Return which of these explicit options the engine would refuse for this model, its value, and why."""
         return impossible(self.info, options) if isinstance(self.info, ModelInfo) else None
 
-    def learn(self, info: ModelInfo | Footprint, next_runner: int, known: Remembered = NOTHING) -> None:
+    def learn(self, info: ModelInfo | Footprint, next_runner: int, known: LoadHistory = NOTHING) -> None:
         """Take over what an inspection found; what was measured of another file no longer holds.
 
         Of what a store has `known` of this file only that is taken over of which nothing is known here.
@@ -105,7 +105,7 @@ class Model:
             self.demands.clear()
         for took in known.sizes:
             if (took.options, took.split) not in self.measured:
-                keep(self.measured, (took.options, took.split), took.bytes)
+                note_bounded(self.measured, (took.options, took.split), took.bytes)
                 self.demands.clear()
         for loads in known.loads:
             self.loads.setdefault(loads.split, loads.seconds)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-from fsm.machine.request import Request, RequestId, Want
+from fsm.machine.request import Request, RequestId, RequestSpec
 from fsm.messages.reasons import WaitFor, WaitReason
 
 Turn = tuple[float, RequestId]  # the earlier the smaller
@@ -15,7 +15,7 @@ Turn = tuple[float, RequestId]  # the earlier the smaller
 class Line:
     """The queued requests that want the same, in the order in which they came; never empty."""
 
-    want: Want
+    want: RequestSpec
     requests: dict[RequestId, Request] = field(default_factory=dict)
     waits_for: WaitReason = WaitFor.plan  # as of the last plan
     until: float = math.inf  # when that is expected to be over, or looked at again; infinite: unknown

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from fsm.machine.request import Want
+from fsm.machine.request import RequestSpec
 from fsm.machine.runner import Runner
 from fsm.sizing.load_options import serves
 
 
-def runner_serves(runner: Runner, want: Want) -> bool:
+def runner_serves(runner: Runner, want: RequestSpec) -> bool:
     """Tell whether a runner's options, and where it is, satisfy what is wanted."""
-    if want.options in runner.accepted:
+    if want.options in runner.equivalent_requests:
         return True
-    return serves(runner.options, want.options) and (runner.whole or not want.options.require_gpu)
+    return serves(runner.effective_options, want.options) and (runner.fully_offloaded or not want.options.require_gpu)

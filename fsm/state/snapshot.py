@@ -111,11 +111,11 @@ def _runners(pool: Pool) -> tuple[RunnerView, ...]:
     for runner in pool.runners.values():
         account, info = pool.ledger.accounts["runner", runner.id], pool.models[runner.model].info
         view = RunnerView(
-            runner.id, runner.model, runner.state, len(runner.leases), runner.options, tuple(account.promised.items()),
+            runner.id, runner.model, runner.state, len(runner.leases), runner.effective_options, tuple(account.promised.items()),
             tuple(account.resident.items()), runner.placement.bytes, tuple(account.peak.items()), _held_bytes(account),
             account.mapped_bytes, account.settled, runner.placement.gpu_layers, runner.keep_alive_s,
             pool.timers.at(("keep-alive", runner.id)), runner.launched_at, runner.loaded_at,
-            pool.models[runner.model].pinned, runner.process, runner.due_at,
+            pool.models[runner.model].pinned, runner.process, runner.stop_deadline,
             isinstance(info, Footprint) and bool(info.fixed),
         )  # fmt: skip
         views.append(view)
@@ -131,8 +131,8 @@ def _queue(pool: Pool) -> tuple[WaitView, ...]:
     return tuple(
         WaitView(
             request.id,
-            request.want.model,
-            request.want.purpose,
+            request.spec.model,
+            request.spec.purpose,
             position,
             request.queued_at,
             line.waits_for,
@@ -147,8 +147,8 @@ def _held(pool: Pool) -> tuple[HeldView, ...]:
     return tuple(
         HeldView(
             request.id,
-            request.want.model,
-            request.want.purpose,
+            request.spec.model,
+            request.spec.purpose,
             request.queued_at,
             RunnerId(request.runner) if request.runner is not None else None,
         )

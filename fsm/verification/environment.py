@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from fsm.core import Core
 from fsm.domain.devices import HOST, Amounts, DeviceSample
 from fsm.domain.model_info import ModelInfo
-from fsm.machine.request import ModelId, RequestId, RequestState, Want
+from fsm.machine.request import ModelId, RequestId, RequestSpec, RequestState
 from fsm.machine.runner import LOADING, Runner, RunnerId
 from fsm.messages.commands import Claim, Command, Launch
 from fsm.messages.events import (
@@ -53,7 +53,7 @@ class Scenario:
     about: str  # in words
     devices: Amounts  # capacities, the host first
     models: tuple[tuple[ModelId, Footprint | ModelInfo], ...]
-    wants: tuple[Want, ...]  # what may be asked for
+    wants: tuple[RequestSpec, ...]  # what may be asked for
     requests: int  # most that are queued or granted at once
     most: int  # states that are enough of it
     limits: Limits = field(default_factory=Limits)
@@ -165,7 +165,7 @@ def late(core: Core, past: Past) -> Iterator[Event]:
     yield from (Release(RequestId(over)), Cancel(RequestId(over)))
     known = next(iter(pool.requests.values()), None)
     if known is not None:
-        yield Acquire(known.id, known.want)
+        yield Acquire(known.id, known.spec)
     for request in pool.requests.values():
         if request.state is RequestState.queued:
             yield Release(request.id)
@@ -212,7 +212,9 @@ def next_in_order(core: Core, scenario: Scenario) -> Event | None:
         reading = sampled(core, scenario)
         read = pool.ledger.copy()
         read.sample(reading.devices)
-        back = any(all(read.for_us_bytes(gpu) >= for_us for gpu, for_us in runner.awaited.items()) for runner in gone)
+        back = any(
+            all(read.for_us_bytes(gpu) >= for_us for gpu, for_us in runner.recovery_targets.items()) for runner in gone
+        )
         return reading if back else Tick()  # what others took meanwhile hides it: the wait ends by itself
     if pool.closing:
         return Tick() if any(runner.leases for runner in pool.runners.values()) else None
@@ -281,7 +283,7 @@ def _readings(core: Core, scenario: Scenario) -> Iterator[Event]:
     if any(not runner.process for runner in pool.runners.values()):
         yield sampled(core, scenario)
         yield sampled(core, scenario, back=False, early=True)
-        if any(runner.awaited for runner in pool.runners.values()):
+        if any(runner.recovery_targets for runner in pool.runners.values()):
             yield sampled(core, scenario, back=False)
             if scenario.strangers_bytes:
                 yield sampled(core, scenario, back=False, strangers_bytes=scenario.strangers_bytes)

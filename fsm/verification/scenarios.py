@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from fsm.domain.devices import HOST, MIB, DeviceId
 from fsm.domain.model_info import ModelInfo, Options
-from fsm.machine.request import ModelId, Purpose, Want
+from fsm.machine.request import ModelId, Purpose, RequestSpec
 from fsm.messages.events import Configure
 from fsm.sizing.footprint import Footprint
 from fsm.state.core_config import Limits
@@ -45,16 +45,16 @@ def _model(layers: int, mib: int) -> ModelInfo:
     )  # fmt: skip
 
 
-def _lease(model: ModelId, options: Options = Options(), priority: int = 0) -> Want:  # noqa: B008  # it is frozen
-    return Want(model, options, Purpose.lease, priority)
+def _lease(model: ModelId, options: Options = Options(), priority: int = 0) -> RequestSpec:  # noqa: B008  # it is frozen
+    return RequestSpec(model, options, Purpose.lease, priority)
 
 
-def _preload(model: ModelId) -> Want:
-    return Want(model, Options(), Purpose.preload, 0)
+def _preload(model: ModelId) -> RequestSpec:
+    return RequestSpec(model, Options(), Purpose.preload, 0)
 
 
-def _memory(gib: int) -> Want:
-    return Want(ModelId(""), Options(), Purpose.memory, 0, ((HOST, gib * GIB),))
+def _memory(gib: int) -> RequestSpec:
+    return RequestSpec(ModelId(""), Options(), Purpose.memory, 0, ((HOST, gib * GIB),))
 
 
 TWO_GPUS = ((HOST, 2 * GIB), (GPU0, 6 * GIB), (GPU1, 6 * GIB))

@@ -86,7 +86,7 @@ def _planned_in_turn(after: Core) -> None:
 
 
 def _turn(request: Request, pool: Pool) -> tuple[float, RequestId]:
-    return request.queued_at - request.want.priority * pool.limits.priority_s, request.id
+    return request.queued_at - request.spec.priority * pool.limits.priority_s, request.id
 
 
 def _turn_in(pool: Pool) -> Callable[[Request], tuple[float, RequestId]]:
@@ -98,7 +98,7 @@ def _granted_in_turn(was: Pool, commands: Sequence[Command]) -> None:
     granted: dict[int | None, list[tuple[bool, float, RequestId]]] = {}
     for one in commands:
         if isinstance(one, Grant) and (request := was.requests.get(one.request)) is not None:
-            last = request.want.purpose is not Purpose.lease
+            last = request.spec.purpose is not Purpose.lease
             granted.setdefault(one.runner, []).append((last, request.queued_at, request.id))
     for order in granted.values():
         assert order == sorted(order), "somebody is served before it is their turn"
@@ -146,7 +146,7 @@ def _first_without(after: Core, started: Collection[ModelId]) -> tuple[Line, Roo
     for line in sorted(pool.lines.values(), key=lambda one: min(map(_turn_in(pool), one.requests.values()))):
         model = pool.models.get(line.want.model)
         if model is not None and model.current is not None and model.current.state is LOADING:
-            if model.id in started or line.want.options in model.current.accepted:
+            if model.id in started or line.want.options in model.current.equivalent_requests:
                 continue
             return None
         declared = model is None or (isinstance(model.info, Footprint) and model.info.fixed)
@@ -214,7 +214,7 @@ def _keep_alive(was: Pool, event: Event, commands: Sequence[Command], now: Pool,
         names = [request.keep_alive_s for request in waiting]
         expected = {now.limits.keep_alive_s if name is None else name for name in names}
     else:
-        expected = {said if said is not None and earlier.keeps_default else earlier.keep_alive_s}
+        expected = {said if said is not None and earlier.uses_default_keep_alive else earlier.keep_alive_s}
     assert runner.keep_alive_s in expected, f"{runner.model} is kept for as long as nobody said"
     if runner.state is not IDLE:
         return
@@ -247,7 +247,7 @@ def _loaded(earlier: Runner, now: Pool) -> None:
         return
     assert not earlier.expire_when_served, f"{runner.model} was asked to leave once it has served, and stays"
     limits, load_s = now.limits, now.now - runner.launched_at
-    for until, most_s in ((runner.resident_until, load_s), (runner.in_use_until, USE_PER_LOAD * load_s)):
+    for until, most_s in ((runner.resident_until, load_s), (runner.drain_protected_until, USE_PER_LOAD * load_s)):
         most_s = min(most_s, limits.max_wait_s) if limits.min_residency_s is None else limits.min_residency_s
         assert until <= now.now + most_s, f"{runner.model} keeps its place for too long"
 
@@ -274,11 +274,11 @@ def _abandoned(was: Pool, commands: Sequence[Command], now: Pool) -> None:
     """A load that nobody waits for any more goes on, but not where it would not be kept."""
     for one in commands:
         request = was.requests.get(one.request) if isinstance(one, Reject) else None
-        model = now.models.get(request.want.model) if request is not None else None
+        model = now.models.get(request.spec.model) if request is not None else None
         if request is None or model is None or model.current is None or model.pinned:
             continue
         runner, waited_for = model.current, model.id in now.wants
-        if runner.state is LOADING and runner.id in was.runners and request.want.options in runner.accepted:
+        if runner.state is LOADING and runner.id in was.runners and request.spec.options in runner.equivalent_requests:
             kept = runner.keep_alive_s > 0 and request.keep_alive_s != 0
             assert kept or waited_for, f"{model.id} is loaded for nobody, and would not be kept"
 

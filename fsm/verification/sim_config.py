@@ -10,7 +10,7 @@ from random import Random
 from fsm.domain.devices import HOST, MIB, DeviceId, DeviceSample
 from fsm.domain.model_info import ModelInfo, Options
 from fsm.eviction.policies import Candidate, EvictionPolicy, KeepAliveOrder, LeastExpectedLoading, LeastRecentlyUsed
-from fsm.machine.request import ModelId, Purpose, Want
+from fsm.machine.request import ModelId, Purpose, RequestSpec
 from fsm.sizing.footprint import Footprint
 from fsm.state.core_config import Limits
 from fsm.verification.sim_faults import Faults, draw_faults
@@ -52,7 +52,7 @@ class Scene:
     policy: EvictionPolicy
     devices: tuple[DeviceSample, ...]  # all free, the host first
     models: tuple[tuple[ModelId, Info], ...]
-    wants: tuple[Want, ...]  # the earlier ones are asked for more often
+    wants: tuple[RequestSpec, ...]  # the earlier ones are asked for more often
     keep_alives_s: tuple[float | None, ...]  # that a request may name
     timeouts_s: tuple[float | None, ...]
     faults: Faults
@@ -156,15 +156,15 @@ def _policy(draw: Random) -> EvictionPolicy:
     return draw.choice((LeastExpectedLoading(), *order))
 
 
-def _wants(draw: Random, names: Sequence[ModelId], devices: Sequence[DeviceSample]) -> tuple[Want, ...]:
+def _wants(draw: Random, names: Sequence[ModelId], devices: Sequence[DeviceSample]) -> tuple[RequestSpec, ...]:
     wants = []
     for _ in range(draw.randint(1, 3)):
         for name in names:
             purpose = Purpose.preload if draw.random() < 0.1 else Purpose.lease
-            wants.append(Want(name, draw.choice(WISHES), purpose, draw.choice((0, 0, 0, 1, -2))))
+            wants.append(RequestSpec(name, draw.choice(WISHES), purpose, draw.choice((0, 0, 0, 1, -2))))
     for _ in range(draw.choice((0, 0, 1, 2))):
         device = draw.choice(devices)
         amount = int(device.capacity_bytes * draw.random() ** 2)
-        wants.append(Want(ModelId(""), Options(), Purpose.memory, 0, ((device.id, amount),)))
+        wants.append(RequestSpec(ModelId(""), Options(), Purpose.memory, 0, ((device.id, amount),)))
     draw.shuffle(wants)
     return tuple(wants)

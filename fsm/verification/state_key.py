@@ -13,7 +13,7 @@ from marshal import dumps
 from types import MappingProxyType
 
 from fsm.core import Core
-from fsm.machine.request import ModelId, Request, RequestState, Want
+from fsm.machine.request import ModelId, Request, RequestSpec, RequestState
 from fsm.machine.runner import IDLE, Runner
 from fsm.state.core_state import OpenClaim, Pool
 from fsm.state.memory_ledger import Account, Ledger
@@ -64,7 +64,7 @@ LEFT_OUT: Mapping[type, Mapping[str, str]] = MappingProxyType(
             "runner": "it is among the leases",
             "asked": "nothing follows from it but who is told",
         },
-        Want: {"model": "the line stands with its model"},
+        RequestSpec: {"model": "the line stands with its model"},
         Line: dict.fromkeys(("waits_for", "until", "told"), "for people to read"),
         Account: {},
         Ledger: {},
@@ -140,7 +140,13 @@ class _View:
         times = set(moments(pool))
         for runner in pool.runners.values():
             times.update(
-                (runner.resident_until, runner.in_use_until, runner.kept_until, runner.due_at, runner.memory_by)
+                (
+                    runner.resident_until,
+                    runner.drain_protected_until,
+                    runner.idle_grace_until,
+                    runner.stop_deadline,
+                    runner.recovery_deadline,
+                )
             )
         times.update(map(self._bound, pool.requests.values()))
         times.update(claim.by for claim in pool.claims.values())
@@ -201,13 +207,13 @@ class _View:
         canonical, times = self.canonical, self.times
         model = self.pool.models[runner.model]
         return (
-            self.runners[runner.id], runner.state.value, canonical.shared(runner.told),
-            canonical.shared(runner.options), canonical.number(runner.placement), runner.keep_alive_s,
-            runner.keeps_default, sorted(map(canonical.shared, runner.accepted)),
+            self.runners[runner.id], runner.state.value, canonical.shared(runner.launch_options),
+            canonical.shared(runner.effective_options), canonical.number(runner.placement), runner.keep_alive_s,
+            runner.uses_default_keep_alive, sorted(map(canonical.shared, runner.equivalent_requests)),
             sorted(self.requests.get(id, -1) for id in runner.leases), runner.loaded_at is None,
-            times[runner.resident_until], times[runner.in_use_until], times[runner.kept_until], runner.process,
-            runner.stopping, runner.expire_when_served, runner.out_of_memory, runner.wanted, runner.last_sample > 0,
-            list(runner.awaited.items()), times[runner.due_at], times[runner.memory_by],
+            times[runner.resident_until], times[runner.drain_protected_until], times[runner.idle_grace_until], runner.process,
+            runner.stopping, runner.expire_when_served, runner.out_of_memory, runner.contended, runner.last_sample > 0,
+            list(runner.recovery_targets.items()), times[runner.stop_deadline], times[runner.recovery_deadline],
             self.claims[runner.claim], runner.id < model.first, self._rests_for(runner),
             _account(self.pool.ledger.accounts["runner", runner.id]),
         )  # fmt: skip

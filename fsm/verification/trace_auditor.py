@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import assert_never
 
 from fsm.domain.devices import DeviceId
-from fsm.machine.request import ModelId, Purpose, RequestId, Want
+from fsm.machine.request import ModelId, Purpose, RequestId, RequestSpec
 from fsm.machine.runner import EXPIRING, LOADING, READY, UNLOADED, RunnerId
 from fsm.messages import events
 from fsm.messages.commands import (
@@ -68,7 +68,7 @@ class Audit:
         self.longest_wait_s = longest_wait_s  # nobody waits for longer, whatever goes wrong
         self.limits = limits or Limits()  # as they were at first
         self.max_queue = self.limits.max_queue  # as it is now
-        self.waiting: dict[RequestId, tuple[Want, float]] = {}  # since when, the oldest first
+        self.waiting: dict[RequestId, tuple[RequestSpec, float]] = {}  # since when, the oldest first
         self.due: dict[RequestId, float] = {}  # of those who wait and named a time-out
         self.held: dict[RequestId, RunnerId | None] = {}  # None: memory of the program's own
         self.alive: dict[RunnerId, ModelId] = {}  # from Launch to Exited

@@ -88,7 +88,7 @@ def _one_more_load(was: Pool, event: Event, now: Pool) -> None:
         for request in [request for line in was.lines_for(runner) for request in line.requests.values()]:
             left = now.requests.get(request.id)
             smaller = now.models[runner.model].context_limit != was.models[runner.model].context_limit
-            other = smaller and request.want.options.num_ctx is not None
+            other = smaller and request.spec.options.num_ctx is not None
             last = left is None or (left.survived and not request.survived)
             assert last or other, "loads fail for somebody again and again"
             assert left is None or smaller or now.models[runner.model].alone, "the next load may not be alone"
@@ -128,7 +128,7 @@ def _lives(was: Pool, event: Event, now: Pool) -> None:
         elif after is None and isinstance(event, Sampled):
             assert event.number >= runner.last_sample, "judged by a reading from before its process went"
             for_us = {sample.id: _for_us(was, event, sample) for sample in event.devices if sample.fresh}
-            back = all(for_us.get(gpu, math.inf) >= awaited for gpu, awaited in runner.awaited.items())
+            back = all(for_us.get(gpu, math.inf) >= awaited for gpu, awaited in runner.recovery_targets.items())
             assert back, "unloaded, although its memory is not back"
 
 
@@ -165,7 +165,7 @@ def _has_reason(was: Pool, runner: Runner, event: Event, now: Pool) -> bool:
             over = runner.state is IDLE and ("keep-alive", runner.id) in timers
             return over or ("load", runner.id) in timers or unwanted
         case Configure():
-            return runner.keeps_default and runner.state is IDLE and not pinned
+            return runner.uses_default_keep_alive and runner.state is IDLE and not pinned
         case OutOfMemory(id):
             return was.runners[id].loaded_at is not None
         case Close():
@@ -180,12 +180,12 @@ def _may_be_victim(was: Pool, runner: Runner, commands: Sequence[Command], now: 
     full = was.overfull() or now.overfull()
     assert waiting or granted or full, f"{runner.model} is given up for nobody"
     assert not now.models[runner.model].pinned, f"{runner.model} is pinned, and given up for others"
-    resident_until = runner.in_use_until if in_use else runner.resident_until
+    resident_until = runner.drain_protected_until if in_use else runner.resident_until
     if not in_use and now.limits.min_residency_s is None:
         resident_until = -math.inf  # an automatic one is over when nobody uses it
     assert resident_until <= now.now or full, f"{runner.model} is given up within its residency"
     overdue = any(_bound(request, now) <= now.now for request in waiting)
-    resting = runner.state is IDLE and runner.kept_until > now.now
+    resting = runner.state is IDLE and runner.idle_grace_until > now.now
     assert not resting or overdue or granted or full, f"{runner.model} is given up before its users could ask again"
     assert not in_use or overdue or granted, f"{runner.model} is given up in use"
 
@@ -268,7 +268,9 @@ def _bounded(after: Core) -> None:
     pool = after.pool
     plan = (after.plans or [])[-1]
     look_at = pool.timers.at(("plan", 0))
-    going = [one.due_at for one in pool.runners.values() if one.state is EXPIRING]  # until then nobody need go for it
+    going = [
+        one.stop_deadline for one in pool.runners.values() if one.state is EXPIRING
+    ]  # until then nobody need go for it
     for want, room in plan.rooms.items():
         line = pool.lines.get(want)
         if line is None or not room.victims:
@@ -277,7 +279,7 @@ def _bounded(after: Core) -> None:
             runner = pool.runners.get(victim.runner)
             if runner is None or not runner.current or runner.state is LOADING:
                 continue
-            latest = max(_bound(line.head, pool), runner.resident_until, runner.in_use_until)
+            latest = max(_bound(line.head, pool), runner.resident_until, runner.drain_protected_until)
             assert look_at <= max([*going, *(victim.free_at for victim in room.victims)]), "nobody looks again"
             assert victim.free_at <= max(latest, pool.now), f"{want.model} waits for {runner.model} without a bound"
             assert pool.now < max(_bound(line.head, pool), *map(_resident_until, pool.runners.values())), (
@@ -287,7 +289,7 @@ def _bounded(after: Core) -> None:
 
 def _resident_until(runner: Runner) -> float:
     """Return until when a runner keeps its place at most, in use or not."""
-    return max(runner.resident_until, runner.in_use_until)
+    return max(runner.resident_until, runner.drain_protected_until)
 
 
 def _bound(request: Request, pool: Pool) -> float:

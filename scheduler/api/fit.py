@@ -13,7 +13,7 @@ from fsm.eviction.policies import Candidate
 from fsm.machine.request import ModelId
 from fsm.messages.refusals import DoesNotFit
 from fsm.preview import Preview, Share, preview
-from fsm.sizing.load_history import NOTHING, Remembered
+from fsm.sizing.load_history import NOTHING, LoadHistory
 from scheduler.api.fit_advice import advise
 from scheduler.errors.formatting import format_bytes, format_duration
 from scheduler.errors.from_refusals import error_of
@@ -147,7 +147,7 @@ def fit_of(
     question: Question,
     info: ModelInfo | Footprint,
     name: Name,
-    known: Remembered = NOTHING,
+    known: LoadHistory = NOTHING,
 ) -> Fit:
     """Return what would become of a question at `now`; `core` is nobody else's, and stays as it is.
 

@@ -10,10 +10,10 @@ from typing import assert_never
 
 from fsm.core import Core
 from fsm.domain.model_info import ModelInfo, Options
-from fsm.machine.request import Want
+from fsm.machine.request import RequestSpec
 from fsm.preview import Outcome, Preview, preview
 from fsm.sizing.footprint import Footprint
-from fsm.sizing.load_history import NOTHING, Remembered
+from fsm.sizing.load_history import NOTHING, LoadHistory
 from fsm.sizing.load_options import CACHE_BLOCK, UNQUANTISED, resolve
 
 MOST_TRIES = 30  # previews that one advice may cost; each is a copy of the core and two steps
@@ -33,7 +33,7 @@ class Advice:
 
 
 def advise(
-    now: float, core: Core, want: Want, info: ModelInfo | Footprint, found: Preview, known: Remembered = NOTHING
+    now: float, core: Core, want: RequestSpec, info: ModelInfo | Footprint, found: Preview, known: LoadHistory = NOTHING
 ) -> tuple[Advice, ...]:
     """Return how to ask so that it fits, the least harm first; empty where it does, or no option would help.
 

@@ -15,7 +15,7 @@ from weakref import WeakSet
 from fsm.core import Core, Limits, Snapshot
 from fsm.domain.devices import DeviceId
 from fsm.domain.model_info import Options
-from fsm.machine.request import ModelId, Purpose, Want
+from fsm.machine.request import ModelId, Purpose, RequestSpec
 from fsm.messages.commands import Ask, Command, Finish, Grant, Reject, Revoke
 from fsm.messages.events import Close, Configure, Expire, Pin, Unpin
 from scheduler.api.debug_state import DebugState
@@ -179,7 +179,7 @@ class Scheduler:
         check_text("device", device)
         amount = ((DeviceId(device), parse_bytes(size)),)
         self._executor.refresh(_FRESH_S)
-        want = Want(ModelId(""), Options(), Purpose.memory, 0, amount)
+        want = RequestSpec(ModelId(""), Options(), Purpose.memory, 0, amount)
         timeout_s = None if timeout is None else parse_duration(timeout, name="timeout")
         question = Question(want, f"{size} on {device}", None, timeout_s)
         ticket = self._desk.ticket(question)

@@ -16,7 +16,7 @@ from rich.text import Text
 
 from fsm.core import Core
 from fsm.domain.model_info import ModelInfo
-from fsm.machine.request import Purpose, Want
+from fsm.machine.request import Purpose, RequestSpec
 from fsm.messages.events import Sampled
 from fsm.messages.refusals import DoesNotFit
 from fsm.preview import preview
@@ -119,7 +119,7 @@ def _read(row: Row, spec: ModelSpec, core: Core) -> Row:
 
 
 def _fit(spec: ModelSpec, info: ModelInfo, core: Core) -> tuple[str, int]:
-    found = preview(monotonic_clock(), core, Want(spec.id, spec.options, Purpose.lease, 0), info)
+    found = preview(monotonic_clock(), core, RequestSpec(spec.id, spec.options, Purpose.lease, 0), info)
     if isinstance(found.refusal, DoesNotFit):
         return TOO_LARGE, sum(amount for _, amount in found.refusal.needed)
     needed_bytes = sum(share.needed_bytes for share in found.shares)

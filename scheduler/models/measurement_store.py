@@ -22,7 +22,7 @@ from zlib import crc32
 
 from fsm.domain.devices import HOST, Amounts, DeviceId
 from fsm.domain.model_info import Options
-from fsm.sizing.load_history import LAST_LOADS, Loads, Remembered, Took, with_load
+from fsm.sizing.load_history import LAST_LOADS, LoadHistory, LoadTimes, MeasuredBytes, with_load
 from scheduler.config.paths import NO_HOME, VERSION
 
 log = logging.getLogger("loadmaster")
@@ -87,7 +87,7 @@ class FootprintStore:
         """Why nothing is remembered, in a sentence; empty: it is."""
         return next(iter(self._problems.values()), "")
 
-    def read(self, identity: Identity) -> Remembered:
+    def read(self, identity: Identity) -> LoadHistory:
         """Return what is known of a model's file; nothing where there is none, or it cannot be read."""
         rows: list[_Known] = []
 
@@ -239,18 +239,18 @@ class _Foreign(Exception):
 class _Known:
     """One row."""
 
-    took: Took  # its bytes are empty where only loads are known
+    took: MeasuredBytes  # its bytes are empty where only loads are known
     seconds: tuple[float, ...]
 
 
-def _remembered(rows: list[_Known]) -> Remembered:
+def _remembered(rows: list[_Known]) -> LoadHistory:
     """Put rows together, the newest first: loads with one split belong together, whatever else was asked for."""
     loads: dict[Amounts, tuple[float, ...]] = {}
     for row in rows:
         split = row.took.split
         loads[split] = (*row.seconds, *loads.get(split, ()))[-LAST_LOADS:]
     sizes = tuple(row.took for row in rows if row.took.bytes)
-    return Remembered(sizes, tuple(Loads(split, seconds) for split, seconds in loads.items() if seconds))
+    return LoadHistory(sizes, tuple(LoadTimes(split, seconds) for split, seconds in loads.items() if seconds))
 
 
 def _known(row: _Row) -> _Known:
@@ -261,7 +261,7 @@ def _known(row: _Row) -> _Known:
     if HOST in gpus or (held and not {HOST} <= devices <= {HOST, *gpus}):  # an integrated GPU's bytes are the host's
         raise ValueError("no such devices")
     loads = tuple(_number(value, float, MOST_LOAD_S) for value in seconds)[-LAST_LOADS:]
-    return _Known(Took(_options(options), layers, held), loads)
+    return _Known(MeasuredBytes(_options(options), layers, held), loads)
 
 
 _OPTIONS = {name: get_args(kind)[0] for name, kind in get_type_hints(Options).items()}  # their types, None aside

@@ -12,7 +12,7 @@ from importlib import metadata
 from pathlib import Path
 
 from fsm.messages.commands import Launch, Remember
-from fsm.sizing.load_history import NOTHING, Remembered
+from fsm.sizing.load_history import NOTHING, LoadHistory
 from scheduler.concurrency.latch import Gate
 from scheduler.concurrency.thread_pool import Workers
 from scheduler.models.measurement_store import FootprintStore, Identity
@@ -36,9 +36,9 @@ class Footprints:
         """Why nothing is remembered, in a sentence; empty: it is."""
         return self._store.problem
 
-    def recall(self, identity: Identity | None, timeout_s: float = WAIT_S) -> Remembered:
+    def recall(self, identity: Identity | None, timeout_s: float = WAIT_S) -> LoadHistory:
         """Return what is known; nothing where the disk does not answer in time."""
-        found: list[Remembered] = []
+        found: list[LoadHistory] = []
         done, late = Gate(), self._late
 
         def read(identity: Identity) -> None:

@@ -13,7 +13,7 @@ from fsm.messages import refusals
 from fsm.messages.commands import Claim, Inspect, Launch, Prefetch, Remember, Sample, Stop, Unclaim
 from fsm.messages.events import Claimed, Contended, Event, Filled, Inspected, Progress, Unresponsive
 from fsm.messages.reasons import NoAnswer
-from fsm.sizing.load_history import NOTHING, Remembered
+from fsm.sizing.load_history import NOTHING, LoadHistory
 from scheduler.concurrency.thread_pool import Workers
 from scheduler.config.settings import Settings
 from scheduler.devices.device_reader import Devices
@@ -259,6 +259,6 @@ class Executor:
         if refused:
             self._forget(model)
 
-    def recall(self, identity: Identity | None) -> Remembered:
+    def recall(self, identity: Identity | None) -> LoadHistory:
         """Return what earlier lives of these files showed, in whatever program; nothing where that is not known."""
         return self.footprints.recall(identity) if self.footprints is not None else NOTHING

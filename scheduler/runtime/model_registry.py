@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypedDict
 
 from fsm.domain.model_info import ModelInfo, Options
-from fsm.machine.request import ModelId, Purpose, Want
+from fsm.machine.request import ModelId, Purpose, RequestSpec
 from fsm.sizing.footprint import Footprint
 from fsm.sizing.memory_estimate import CACHE_BLOCK_BYTES
 from scheduler.concurrency.clock import Clock, monotonic_clock
@@ -50,7 +50,7 @@ class Asking(TypedDict, total=False):
 class Question(NamedTuple):
     """A request, understood."""
 
-    want: Want
+    want: RequestSpec
     name: str  # of the model
     keep_alive_s: float | None
     timeout_s: float | None
@@ -187,7 +187,7 @@ class Registry:
         priority = asking.get("priority", spec.priority)
         if not isinstance(priority, int) or isinstance(priority, bool) or abs(priority) > MOST_PRIORITY:
             raise InvalidSettings("priority", priority, f"a whole number from -{MOST_PRIORITY} to {MOST_PRIORITY}")
-        want = Want(spec.id, options, purpose, priority)
+        want = RequestSpec(spec.id, options, purpose, priority)
         return spec, Question(want, spec.name, keep_alive_s, None if timeout_s == math.inf else timeout_s, spec)
 
     def inspect(self, model: ModelSpec | PythonModel) -> ModelInfo | Footprint:

@@ -14,7 +14,7 @@ from fsm.domain.devices import HOST, DeviceId, DeviceSample, Placement
 from fsm.domain.model_info import Options
 from fsm.eviction.policies import Candidate, KeepAliveOrder
 from fsm.eviction.reuse_prediction import Experience
-from fsm.machine.request import Purpose, Request, Want
+from fsm.machine.request import Purpose, Request, RequestSpec
 from fsm.machine.runner import Runner
 from fsm.messages.commands import Claim, Unclaim
 from fsm.messages.decision_log import Decision, Transition
@@ -181,7 +181,7 @@ def test_compute_buffers_and_projectors_take_their_part_of_a_split() -> None:
 
 
 RUNNER = Runner(1, "a", Options(num_ctx=1), Placement(((HOST, 1),)), 2.0, 3.0)
-REQUEST = Request(1, Want("a", Options(), Purpose.lease, 0), 2.0, 3.0)
+REQUEST = Request(1, RequestSpec("a", Options(), Purpose.lease, 0), 2.0, 3.0)
 
 
 @pytest.mark.parametrize("original", [RUNNER, REQUEST], ids=lambda original: type(original).__name__)

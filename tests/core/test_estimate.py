@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from fsm.domain.devices import HOST, MIB
 from fsm.domain.model_info import ModelInfo, Options, Recurrence
-from fsm.sizing.footprint import Footprint, parts
+from fsm.sizing.footprint import Footprint, bytes_by_device
 from fsm.sizing.load_options import ONE_AT_A_TIME, micro_batch, resolve, serves
 from fsm.sizing.memory_estimate import CACHE_BLOCK_BYTES, PROMPT_CACHE_BYTES, estimate, prompt_cache_bytes
 
@@ -67,7 +67,7 @@ some_models = st.sampled_from([A_MODEL, EMBEDDER, VISION, UNSHARED])
 
 def total(footprint: Footprint) -> int:
     """The bytes of a runner that is wholly on the host."""
-    return parts(footprint, ())[HOST].total_bytes
+    return bytes_by_device(footprint, ())[HOST].total_bytes
 
 
 def cost(info: ModelInfo = A_MODEL, options: Options = AUTOMATIC) -> Footprint:

@@ -166,7 +166,7 @@ def test_options_that_come_to_the_same_are_not_kept_for_ever() -> None:
     for request in range(2, 3 * MOST_KINDS):
         pool.feed(acquire("a", request, num_ctx=4096 + request), release(request))
     assert granted(pool.commands)[-1] == 3 * MOST_KINDS - 1
-    assert len(pool.life("a").accepted) <= MOST_KINDS
+    assert len(pool.life("a").equivalent_requests) <= MOST_KINDS
 
 
 def test_a_name_that_is_unpinned_and_was_never_pinned_is_not_kept() -> None:

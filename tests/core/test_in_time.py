@@ -194,7 +194,7 @@ def test_what_its_runner_serves_after_all_is_not_refused() -> None:
         pool.feed(loaded(pool.runner("m")), release(lease), expire("m"))
         pool.settle()
     pool.ready("m", lease=1, num_ctx=8192)
-    assert pool.life("m").options.num_batch == 1024
+    assert pool.life("m").effective_options.num_batch == 1024
     assert granted(pool.feed(acquire("m", request=2, num_ctx=10**6, timeout="30s"))) == [2]
 
 

@@ -460,11 +460,11 @@ def test_who_named_a_context_has_another_try_where_only_automatic_ones_were_made
     pool.declare("a", a_model(context_trained=1 << 18))
     pool.feed(acquire("a", request=1), acquire("a", request=2, num_ctx=65536))
     pool.feed(out_of_memory(2), exited(2, code=1))
-    assert pool.life("a").told.num_ctx == 32768
+    assert pool.life("a").launch_options.num_ctx == 32768
     pool.feed(loaded(pool.runner("a")), release(1))
     pool.advance("10s")
     pool.settle()
-    assert (pool.life("a").told.num_ctx, pool.state("b")) == (65536, RunnerState.idle)
+    assert (pool.life("a").launch_options.num_ctx, pool.state("b")) == (65536, RunnerState.idle)
     pool.feed(out_of_memory(pool.runner("a")), exited(pool.runner("a"), code=1))
     pool.settle()
     assert (pool.state("b"), pool.state("a")) == (RunnerState.unloaded, RunnerState.loading)

@@ -13,7 +13,7 @@ from hypothesis.stateful import rule
 from fsm.core import Core
 from fsm.domain.devices import HOST, DeviceId, DeviceSample
 from fsm.domain.model_info import ModelInfo, Options
-from fsm.machine.request import Purpose, Want
+from fsm.machine.request import Purpose, RequestSpec
 from fsm.machine.runner import RunnerState
 from fsm.messages.commands import Command, Grant, Launch, Reject
 from fsm.messages.events import Acquire, Inspected, Loaded, Sampled, Tick
@@ -227,7 +227,7 @@ class PreviewMachine(CoreMachine):
     def look_and_ask(self, model: str, options: dict[str, int], preload: bool, priority: int) -> None:
         core, now = self.pool.core, self.pool.now
         before = core.snapshot()
-        want = Want(model, Options(**options), Purpose.preload if preload else Purpose.lease, priority)
+        want = RequestSpec(model, Options(**options), Purpose.preload if preload else Purpose.lease, priority)
         found = preview(now, core, want, self.pool.outcome(model))
         assert core.snapshot() == before, "a preview changes nothing"
         core = core.copy()

@@ -9,13 +9,13 @@ import pytest
 from fsm.core import Core
 from fsm.domain.devices import HOST, Amounts
 from fsm.domain.model_info import ModelInfo, Options
-from fsm.machine.request import ModelId, Purpose, Want
+from fsm.machine.request import ModelId, Purpose, RequestSpec
 from fsm.messages.commands import Command, Reject, Remember
 from fsm.messages.events import Event, Loaded
 from fsm.messages.refusals import DoesNotFit, ModelNotFound, QueueFull
 from fsm.placement.search import MEASURED_HEADROOM
 from fsm.preview import Outcome, preview
-from fsm.sizing.load_history import LAST_LOADS, Loads, Remembered, Took
+from fsm.sizing.load_history import LAST_LOADS, LoadHistory, LoadTimes, MeasuredBytes
 from fsm.sizing.load_options import resolve
 from fsm.state.model_record import Model
 from scheduler.api.fit_advice import advise
@@ -31,13 +31,15 @@ def explicit(**options: int) -> Options:
     return resolve(MODEL, Options(**(options or ASKED)))
 
 
-def knowing(size: str | int = 0, *loads_s: float, split: Amounts = (), model: ModelInfo = MODEL) -> Remembered:
+def knowing(size: str | int = 0, *loads_s: float, split: Amounts = (), model: ModelInfo = MODEL) -> LoadHistory:
     """Return what a store says: what a runner takes of the host if it is loaded as `asked`, and how long loads took."""
-    took = (Took(explicit(), split, ((HOST, amount(size) if isinstance(size, str) else size),)),) if size else ()
-    return Remembered(took, (Loads(split, loads_s),) if loads_s else ())
+    took = (
+        (MeasuredBytes(explicit(), split, ((HOST, amount(size) if isinstance(size, str) else size),)),) if size else ()
+    )
+    return LoadHistory(took, (LoadTimes(split, loads_s),) if loads_s else ())
 
 
-def a_pool_that(known: Remembered | None = None, capacity: str = "8GiB", **limits: object) -> PoolUnderTest:
+def a_pool_that(known: LoadHistory | None = None, capacity: str = "8GiB", **limits: object) -> PoolUnderTest:
     """Return a pool that tells what is to be remembered, and whose store says `known` of the model a."""
     pool = a_pool(capacity, remembers=True, **limits)
     pool.declare("a", MODEL)
@@ -105,7 +107,7 @@ def test_what_other_programs_measured_meanwhile_is_taken_over_where_nothing_is_k
     pool = a_pool_that()
     pool.ready("a", lease=1, **ASKED)
     pool.feed(release(1), expire("a"), exited(1))
-    pool.known["a"] = Remembered((Took(explicit(num_ctx=512), (), ((HOST, 48 * MIB),)),))
+    pool.known["a"] = LoadHistory((MeasuredBytes(explicit(num_ctx=512), (), ((HOST, 48 * MIB),)),))
     pool.loading("a", request=2, num_ctx=512)
     assert promised(pool, 2) == 48 * MIB
 
@@ -294,7 +296,7 @@ def test_a_policy_is_told_the_usual_load() -> None:
 def test_a_preview_knows_what_a_load_would_know() -> None:
     """Bytes, and that they were measured; the core that is asked stays as it was."""
     pool = a_pool_that()
-    want = Want(ModelId("a"), Options(**ASKED), Purpose.lease, 0)
+    want = RequestSpec(ModelId("a"), Options(**ASKED), Purpose.lease, 0)
     before = encode(pool.core.state())
     found = preview(0.0, pool.core, want, MODEL, knowing("64MiB"))
     assert found.measured and found.shares[0].takes_bytes == 64 * MIB
@@ -305,9 +307,9 @@ def test_a_preview_knows_what_a_load_would_know() -> None:
 def test_advice_knows_it_too() -> None:
     """What was measured to be too much with one context may be known to fit with another."""
     pool = a_pool_that(capacity="60MiB")
-    want = Want(ModelId("a"), Options(), Purpose.lease, 0)
+    want = RequestSpec(ModelId("a"), Options(), Purpose.lease, 0)
     whole, half = explicit(num_ctx=4096), explicit(num_ctx=2048)
-    known = Remembered((Took(whole, (), ((HOST, 9 << 30),)), Took(half, (), ((HOST, 7 * MIB),))))
+    known = LoadHistory((MeasuredBytes(whole, (), ((HOST, 9 << 30),)), MeasuredBytes(half, (), ((HOST, 7 * MIB),))))
     found = preview(0.0, pool.core, want, MODEL, known)
     assert found.measured and found.outcome is Outcome.never
     advised = {each.options.num_ctx: each.preview for each in advise(0.0, pool.core, want, MODEL, found, known)}

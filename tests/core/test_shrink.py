@@ -247,7 +247,9 @@ class ShrinkingMachine(test_machine.CoreMachine):
         for device in ledger.shrunk & ledger.devices.keys():
             held = {id: ledger.accounts["runner", id].held_bytes(device) for id in pool.runners}
             going = {
-                id for id, one in pool.runners.items() if one.state is RunnerState.expiring and pool.now < one.due_at
+                id
+                for id, one in pool.runners.items()
+                if one.state is RunnerState.expiring and pool.now < one.stop_deadline
             }
             fits = ledger.held_bytes(device) - sum(held[id] for id in going) <= ledger.devices[device].capacity_bytes
             resting = [one for one in pool.runners.values() if one.state is RunnerState.idle and not pool.pinned(one)]

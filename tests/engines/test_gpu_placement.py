@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from fsm.domain.devices import HOST, MIB
-from fsm.sizing.footprint import Part, parts
+from fsm.sizing.footprint import DeviceBytes, bytes_by_device
 from fsm.sizing.memory_estimate import estimate
 from scheduler import DoesNotFit, RunnerStatus, Scheduler, Settings
 from scheduler.models.gguf_metadata import read_metadata
@@ -44,14 +44,14 @@ def loaded(scheduler: Scheduler, path: Path, **asking: Any) -> RunnerStatus:
         assert lease.complete("a", temperature=0, max_tokens=3, ignore_eos=True)
         (runner,) = [each for each in scheduler.status().runners if each.model == path.stem and each.leases]
     info = read_metadata(str(path))
-    planned = parts(estimate(info, runner.options), tuple(runner.gpu_layers.items()))
+    planned = bytes_by_device(estimate(info, runner.options), tuple(runner.gpu_layers.items()))
     for device, part in planned.items():
         _compare(device, part, {kind: sizes.get(device, 0) for kind, sizes in runner.buffers_bytes.items()})
     assert {device for sizes in runner.buffers_bytes.values() for device in sizes} <= set(planned)
     return runner
 
 
-def _compare(device: str, part: Part, told: dict[str, int]) -> None:
+def _compare(device: str, part: DeviceBytes, told: dict[str, int]) -> None:
     """Weights and caches are known exactly but for padding; of buffers no more is taken than was planned."""
     on_gpu = device != HOST
     assert abs(told["weights"] - part.weights_bytes) <= (ROUNDED if on_gpu else part.weights_bytes), (device, "weights")

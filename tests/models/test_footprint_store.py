@@ -19,7 +19,7 @@ import pytest
 
 from fsm.domain.devices import HOST, DeviceId
 from fsm.domain.model_info import Options
-from fsm.sizing.load_history import LAST_LOADS, NOTHING, Loads, Remembered, Took
+from fsm.sizing.load_history import LAST_LOADS, NOTHING, LoadHistory, LoadTimes, MeasuredBytes
 from scheduler.config.paths import NO_HOME, VERSION, default_footprints
 from scheduler.models.measurement_store import (
     _TABLE,
@@ -55,9 +55,9 @@ def written(path: Path, *, load_s: float = 1.5) -> FootprintStore:
     return store
 
 
-def known(load_s: float = 1.5) -> Remembered:
+def known(load_s: float = 1.5) -> LoadHistory:
     """Return what that row says."""
-    return Remembered((Took(OPTIONS, SPLIT, TOOK),), (Loads(SPLIT, (load_s,)),))
+    return LoadHistory((MeasuredBytes(OPTIONS, SPLIT, TOOK),), (LoadTimes(SPLIT, (load_s,)),))
 
 
 def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
@@ -103,7 +103,7 @@ def test_another_state_of_the_files_is_another_model(path: Path) -> None:
     assert store.read(replaced) == NOTHING
     store.write(replaced, OPTIONS, (), ((HOST, 9),), None)
     assert store.read(FILE) == NOTHING
-    assert store.read(replaced).sizes == (Took(OPTIONS, (), ((HOST, 9),)),)
+    assert store.read(replaced).sizes == (MeasuredBytes(OPTIONS, (), ((HOST, 9),)),)
 
 
 def test_other_options_and_splits_are_told_apart(path: Path) -> None:
@@ -114,7 +114,7 @@ def test_other_options_and_splits_are_told_apart(path: Path) -> None:
     store.write(FILE, OPTIONS, (), ((HOST, 2),), 3.5)
     found = store.read(FILE)
     assert set(found.sizes) == {
-        Took(OPTIONS, SPLIT, TOOK), Took(other, SPLIT, ((HOST, 1),)), Took(OPTIONS, (), ((HOST, 2),)),
+        MeasuredBytes(OPTIONS, SPLIT, TOOK), MeasuredBytes(other, SPLIT, ((HOST, 1),)), MeasuredBytes(OPTIONS, (), ((HOST, 2),)),
     }  # fmt: skip
     assert {each.split: each.seconds for each in found.loads} == {SPLIT: (1.5, 2.5), (): (3.5,)}
 
@@ -133,7 +133,9 @@ def test_a_load_alone_leaves_the_bytes_as_they_were(path: Path) -> None:
     store = written(path)
     store.write(FILE, OPTIONS, SPLIT, (), 2.5)
     store.write(FILE, OPTIONS, SPLIT, ((HOST, 8),), None)
-    assert store.read(FILE) == Remembered((Took(OPTIONS, SPLIT, ((HOST, 8),)),), (Loads(SPLIT, (1.5, 2.5)),))
+    assert store.read(FILE) == LoadHistory(
+        (MeasuredBytes(OPTIONS, SPLIT, ((HOST, 8),)),), (LoadTimes(SPLIT, (1.5, 2.5)),)
+    )
 
 
 def test_only_the_last_loads_are_kept(path: Path) -> None:
@@ -406,7 +408,7 @@ def test_a_row_that_was_changed_is_not_used(
     assert (store.read(FILE), store.read(FILE)) == (NOTHING, NOTHING)
     assert len(warnings(caplog)) == 1
     store.write(FILE, OPTIONS, SPLIT, TOOK, 1.5)
-    assert Took(OPTIONS, SPLIT, TOOK) in store.read(FILE).sizes
+    assert MeasuredBytes(OPTIONS, SPLIT, TOOK) in store.read(FILE).sizes
 
 
 @pytest.mark.parametrize(
@@ -450,9 +452,9 @@ def test_text_that_is_none_is_a_row_that_is_damaged(path: Path, caplog: pytest.L
     store = written(path)
     store.write(FILE, Options(num_ctx=1), SPLIT, TOOK, None)
     path.write_bytes(path.read_bytes().replace(b'"num_ctx":4096', b'"\xeeum_ctx":4096'))
-    assert store.read(FILE).sizes == (Took(Options(num_ctx=1), SPLIT, TOOK),)
+    assert store.read(FILE).sizes == (MeasuredBytes(Options(num_ctx=1), SPLIT, TOOK),)
     store.write(FILE, OPTIONS, SPLIT, TOOK, 1.5)
-    assert Took(OPTIONS, SPLIT, TOOK) in store.read(FILE).sizes
+    assert MeasuredBytes(OPTIONS, SPLIT, TOOK) in store.read(FILE).sizes
     assert (store.problem, len(warnings(caplog))) == ("", 1)
 
 
@@ -521,7 +523,7 @@ class Stalled(FootprintStore):
         super().__init__(path)
         self.go = threading.Event()
 
-    def read(self, identity: Identity) -> Remembered:
+    def read(self, identity: Identity) -> LoadHistory:
         self.go.wait(LIMIT_S)
         return super().read(identity)
 

@@ -24,7 +24,7 @@ from fsm.core import Core, State
 from fsm.domain.devices import HOST, DeviceId, DeviceSample, Placement
 from fsm.domain.model_info import ModelInfo, Options, Recurrence
 from fsm.eviction.policies import DEFAULT_POLICY, KeepAliveOrder
-from fsm.machine.request import ModelId, Purpose, RequestId, Want
+from fsm.machine.request import ModelId, Purpose, RequestId, RequestSpec
 from fsm.machine.runner import RunnerId
 from fsm.messages.commands import (
     Ask,
@@ -80,7 +80,7 @@ from fsm.messages.refusals import (
     Unsupported,
 )
 from fsm.sizing.footprint import Footprint
-from fsm.sizing.load_history import Loads, Remembered, Took
+from fsm.sizing.load_history import LoadHistory, LoadTimes, MeasuredBytes
 from fsm.sizing.load_options import UnsupportedReason
 from fsm.state.core_config import Limits
 from fsm.state.timers import Timers
@@ -154,18 +154,18 @@ def differences(one: object, other: object, where: str = "core", seen: dict[int,
 
 # -- what there is -----------------------------------------------------------------------------------------------------
 
-WANT = Want(ModelId("/models/a.gguf"), Options(num_ctx=4096, use_mmap=False), Purpose.lease, -2)
+WANT = RequestSpec(ModelId("/models/a.gguf"), Options(num_ctx=4096, use_mmap=False), Purpose.lease, -2)
 SAMPLE = DeviceSample(DeviceId("gpu0"), "gpu", "a GPU, Größe \udcff", 8, 4, integrated=True, fresh=False)
 AMOUNTS = ((HOST, 5), (DeviceId("gpu0"), 2**63))
 EVENTS: list[Event] = [
     Acquire(RequestId(7), WANT, math.inf, 0.1), Acquire(RequestId(8), WANT, 0, None),
-    Acquire(RequestId(9), Want(ModelId(""), Options(), Purpose.memory, 0, AMOUNTS)),
+    Acquire(RequestId(9), RequestSpec(ModelId(""), Options(), Purpose.memory, 0, AMOUNTS)),
     Cancel(RequestId(7)), Release(RequestId(7)), Expire(WANT.model), Pin(WANT.model), Unpin(WANT.model),
     Configure(1, 2, math.inf), Configure(),
     Inspected(WANT.model, replace(a_model(), recurrence=Recurrence(conv=4))),
     Inspected(WANT.model, Footprint(fixed=AMOUNTS)), Inspected(WANT.model, ModelNotFound("/nowhere")),
     Inspected(WANT.model, InvalidModel("/bad", "cut short", 17)), Progress(RunnerId(3)),
-    Inspected(WANT.model, a_model(), Remembered((Took(WANT.options, (), AMOUNTS),), (Loads(AMOUNTS, (0.1, 2)),))),
+    Inspected(WANT.model, a_model(), LoadHistory((MeasuredBytes(WANT.options, (), AMOUNTS),), (LoadTimes(AMOUNTS, (0.1, 2)),))),
     Loaded(RunnerId(3), to_come=AMOUNTS),
     Loaded(RunnerId(3), 2048, AMOUNTS, 11), Filled(RunnerId(3), AMOUNTS), OutOfMemory(RunnerId(3)),
     Unresponsive(RunnerId(3), NoAnswer(0.1, True)), Exited(RunnerId(3), -9, "two\nlines", out_of_memory=True),
@@ -222,7 +222,7 @@ def test_a_time_is_written_exactly() -> None:
 
 def test_what_has_its_default_is_left_out() -> None:
     """A line is as short as what it says."""
-    assert through_json(Acquire(RequestId(1), Want(ModelId("a"), Options(), Purpose.lease, 0))) == {
+    assert through_json(Acquire(RequestId(1), RequestSpec(ModelId("a"), Options(), Purpose.lease, 0))) == {
         "is": "Acquire", "request": 1,
         "want": {"is": "Want", "model": "a", "options": {"is": "Options"}, "purpose": "lease", "priority": 0},
     }  # fmt: skip
@@ -343,8 +343,8 @@ class Walk:
         ]
         models.append((ModelId("d"), a_model(layers_bytes=(256 * MIB,) * 4)))
         asked = ((None, Purpose.lease, 0), (2048, Purpose.lease, 1), (None, Purpose.preload, 0))
-        wants = [Want(model, Options(num_ctx=num_ctx), *how) for model, _ in models for num_ctx, *how in asked]
-        wants.append(Want(ModelId(""), Options(), Purpose.memory, 0, ((HOST, 2**30),)))
+        wants = [RequestSpec(model, Options(num_ctx=num_ctx), *how) for model, _ in models for num_ctx, *how in asked]
+        wants.append(RequestSpec(ModelId(""), Options(), Purpose.memory, 0, ((HOST, 2**30),)))
         self.chance = random.Random(seed)
         self.past = Past()
         self.scenario = Scenario(
@@ -396,7 +396,7 @@ def test_what_is_found_again_from_the_rest_is_not_written() -> None:
     core, twin = pool.core, restored(pool.core)
     assert not twin.pool.models[ModelId("a")].demands
     for request, num_ctx in enumerate((512, 1511, 700, 4096), 50):
-        event = Acquire(RequestId(request), Want(ModelId("a"), Options(num_ctx=num_ctx), Purpose.lease, 0))
+        event = Acquire(RequestId(request), RequestSpec(ModelId("a"), Options(num_ctx=num_ctx), Purpose.lease, 0))
         assert twin.step(pool.now, event) == core.step(pool.now, event)
     assert encode(twin.state()) == encode(core.state())
 

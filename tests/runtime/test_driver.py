@@ -17,7 +17,7 @@ import pytest
 
 from fsm.core import Core
 from fsm.domain.model_info import Options
-from fsm.machine.request import ModelId, Purpose, RequestId, Want
+from fsm.machine.request import ModelId, Purpose, RequestId, RequestSpec
 from fsm.messages.commands import Command, Inspect, Launch, Reject
 from fsm.messages.decision_log import Decision, Entry
 from fsm.messages.events import Acquire, Event, Exited, Release, Tick
@@ -69,7 +69,7 @@ def in_thread(action: Callable[[], object]) -> None:
 
 def acquire(request: int, model: str = "a") -> Acquire:
     """One request."""
-    return Acquire(RequestId(request), Want(ModelId(model), Options(), Purpose.lease, 0))
+    return Acquire(RequestId(request), RequestSpec(ModelId(model), Options(), Purpose.lease, 0))
 
 
 class Watched(Core):
@@ -199,7 +199,7 @@ def test_time_is_kept_while_nothing_happens(start: Callable[..., Driver]) -> Non
     """The driver's thread wakes at the core's deadline: a request's own time limit ends its wait."""
     answers: queue.SimpleQueue[Command] = queue.SimpleQueue()
     driver = start(Core(), perform=answers.put)
-    question = Acquire(RequestId(1), Want(ModelId("a"), Options(), Purpose.lease, 0), timeout_s=0.05)
+    question = Acquire(RequestId(1), RequestSpec(ModelId("a"), Options(), Purpose.lease, 0), timeout_s=0.05)
     in_thread(lambda: driver.post(question))
     assert isinstance(answers.get(timeout=LIMIT_S), Inspect)
     rejected = answers.get(timeout=LIMIT_S)

@@ -23,7 +23,7 @@ from fsm.core import Core
 from fsm.domain.devices import HOST, DeviceId, DeviceSample, Placement
 from fsm.domain.model_info import ModelInfo, Options
 from fsm.eviction.policies import EvictionPolicy
-from fsm.machine.request import Purpose, Want
+from fsm.machine.request import Purpose, RequestSpec
 from fsm.machine.runner import Runner, RunnerId, RunnerState
 from fsm.messages.commands import Claim, Command, Finish, Grant, Inspect, Launch, Reject, Revoke, Sample, Stop, Unclaim
 from fsm.messages.events import (
@@ -49,7 +49,7 @@ from fsm.messages.events import (
 from fsm.messages.reasons import NoAnswer, WaitReason
 from fsm.messages.refusals import Refusal
 from fsm.sizing.footprint import Footprint
-from fsm.sizing.load_history import NOTHING, Remembered
+from fsm.sizing.load_history import NOTHING, LoadHistory
 from fsm.state.core_config import Limits
 
 START = 1000.0  # seconds; not 0, so that a forgotten time shows
@@ -88,7 +88,7 @@ def acquire(
     **options: Any,
 ) -> Acquire:
     """Somebody asks for a lease of `model`; what is left over are load-time options."""
-    want = Want(model, Options(**options), purpose, priority)
+    want = RequestSpec(model, Options(**options), purpose, priority)
     keep_alive_s = None if keep_alive is None else seconds(keep_alive)
     return Acquire(request, want, keep_alive_s, None if timeout is None else seconds(timeout))
 
@@ -101,7 +101,7 @@ def preload(model: str, request: int, **how: Any) -> Acquire:
 def memory(request: int, *, priority: int = 0, **sizes: str) -> Acquire:
     """The program wants memory of its own: `cpu="2GiB", gpu0="1GiB"`."""
     amounts = tuple((DeviceId(device), amount(size)) for device, size in sizes.items())
-    return Acquire(request, Want("", Options(), Purpose.memory, priority, amounts))
+    return Acquire(request, RequestSpec("", Options(), Purpose.memory, priority, amounts))
 
 
 def release(lease: int) -> Release:
@@ -202,7 +202,7 @@ class PoolUnderTest:
         self.launches: dict[int, Launch] = {}  # by runner
         self.stops: set[int] = set()
         self.claims: dict[int, Claim] = {}  # by number, from Claim to Unclaim
-        self.known: dict[str, Remembered] = {}  # what a store says of models
+        self.known: dict[str, LoadHistory] = {}  # what a store says of models
         self.claimed = 0  # how many there were
         self._next_request = 1001  # of those that a test gives no number
 

@@ -18,7 +18,7 @@ from fsm.core import Core
 from fsm.domain.devices import HOST, DeviceSample
 from fsm.domain.model_info import Options
 from fsm.eviction.policies import POLICIES
-from fsm.machine.request import ModelId, Purpose, RequestId, Want
+from fsm.machine.request import ModelId, Purpose, RequestId, RequestSpec
 from fsm.machine.runner import RunnerId
 from fsm.messages.commands import Ask, Command, Grant, Inspect, Launch, Sample, Stop
 from fsm.messages.events import Acquire, Event, Exited, Inspected, Loaded, Release, Sampled, Tick
@@ -27,7 +27,7 @@ from fsm.state.core_config import Limits
 
 MODELS = tuple(map(ModelId, "abcdef"))
 SIZE = 2**30  # bytes of a model, and of a place
-WANTS = [Want(model, Options(), Purpose.lease, 0) for model in MODELS]
+WANTS = [RequestSpec(model, Options(), Purpose.lease, 0) for model in MODELS]
 
 
 @dataclass(frozen=True, slots=True)

@@ -128,7 +128,7 @@ def free_memory_is_subtracted_unsigned(patch: Patch) -> None:
     def memory_is_back(original: Callable[..., bool], act: Endings, runner: Runner) -> bool:
         ledger, part = act.pool.ledger, act.pool.limits.recovery_fraction
         account = ledger.accounts["runner", runner.id]
-        for gpu, awaited in runner.awaited.items():
+        for gpu, awaited in runner.recovery_targets.items():
             expected = int(part * account.occupied_bytes(gpu))
             if (ledger.for_us_bytes(gpu) - (awaited - expected)) % 2**64 < expected:
                 return False
@@ -162,7 +162,7 @@ def an_eviction_outlives_its_waiter(patch: Patch) -> None:
     @instead(patch, Core, "_leave")
     def leave(original: Callable[..., None], core: Core, event: Release | Cancel) -> None:
         request = core.pool.requests.get(event.request)
-        line = core.pool.lines.get(request.want) if request is not None else None
+        line = core.pool.lines.get(request.spec) if request is not None else None
         original(core, event)
         if not isinstance(event, Cancel) or line is None:
             return

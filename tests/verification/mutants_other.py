@@ -242,7 +242,7 @@ def a_load_counts_twice(patch: Patch) -> None:
         original(core, runner, event)
         if isinstance(event, Loaded) and runner.leases:
             idle_s, in_use_s = core.pool.limits.residency_s(0.0)
-            runner.resident_until, runner.in_use_until = core.pool.now + idle_s, core.pool.now + in_use_s
+            runner.resident_until, runner.drain_protected_until = core.pool.now + idle_s, core.pool.now + in_use_s
 
 
 @mutant("one-place")

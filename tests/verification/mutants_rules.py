@@ -130,9 +130,9 @@ def a_named_keep_alive_is_ignored(patch: Patch) -> None:
 
     @instead(patch, Actions, "grant")
     def grant(original: Callable[..., None], act: Actions, request: Request, runner: Runner) -> None:
-        before = runner.keep_alive_s, runner.keeps_default
+        before = runner.keep_alive_s, runner.uses_default_keep_alive
         original(act, request, runner)
-        runner.keep_alive_s, runner.keeps_default = before
+        runner.keep_alive_s, runner.uses_default_keep_alive = before
 
 
 @mutant("keep-alive")

@@ -12,7 +12,7 @@ import pytest
 from fsm.core import Core
 from fsm.domain.devices import HOST, DeviceId, Placement
 from fsm.domain.model_info import Options
-from fsm.machine.request import ModelId, Purpose, RequestId, Want
+from fsm.machine.request import ModelId, Purpose, RequestId, RequestSpec
 from fsm.machine.runner import EXPIRING, LOADING, READY, UNLOADED, RunnerId
 from fsm.messages.commands import (
     Ask,
@@ -272,7 +272,7 @@ def test_a_number_that_runs_nothing_is_refused(option: str, number: str, capsys:
 
 # -- the audit, which has to notice what a core never does ------------------------------------------------------------
 
-LEASE = Want(ModelId("a"), Options(), Purpose.lease, 0)
+LEASE = RequestSpec(ModelId("a"), Options(), Purpose.lease, 0)
 ASKED = Acquire(RequestId(1), LEASE)
 LAUNCH = Launch(RunnerId(1), ModelId("a"), Options(), Placement(()))
 LAUNCHED = Transition(0.0, RunnerId(1), ModelId("a"), "launch", None, LOADING, "", 0)
@@ -320,7 +320,7 @@ BLUNDERS: dict[str, tuple[AuditStep, ...]] = {
     "has not left": ((ASKED, (Reject(RequestId(1), Cancelled(ModelId("a"))),), (), 0),),
     "but open": ((ASKED, (Reject(RequestId(1), Closed()),), (), 0),),
     "after the close": ((Close(1.0), (), (), 0), (ASKED, (LAUNCH,), (LAUNCHED,), 1)),
-    "wants memory": ((Acquire(RequestId(1), Want(ModelId(""), Options(), Purpose.memory, 0)), (GRANT,), (), 0),),
+    "wants memory": ((Acquire(RequestId(1), RequestSpec(ModelId(""), Options(), Purpose.memory, 0)), (GRANT,), (), 0),),
     "more wait than may": ((Configure(max_queue=0), (), (), 0), (ASKED, (), (), 1)),
     "loaded again before": (BEGUN, (ENDED, (), (FAILED,), 1), (TICK, (AGAIN,), (), 1)),
     "that is alive": (BEGUN, (Progress(RunnerId(1)), (), (), 1), (TICK, (), (FAILED,), 1)),

@@ -12,7 +12,7 @@ from pathlib import Path
 from fsm.domain.devices import HOST
 from fsm.domain.model_info import Options
 from fsm.placement.search import MEASURED_HEADROOM, PREDICTED_HEADROOM
-from fsm.sizing.footprint import parts
+from fsm.sizing.footprint import bytes_by_device
 from fsm.sizing.load_options import WITHOUT_CACHE, resolve
 from fsm.sizing.memory_estimate import estimate
 from scheduler.engines.llama import find_library
@@ -200,7 +200,7 @@ def _own_player(file: Path) -> Player:
 def _player(spec: ModelSpec) -> Player:
     info = read_metadata(spec.path, embedding=spec.embedding)
     footprint = estimate(info, resolve(info, spec.options))
-    return Player(spec, parts(footprint, ())[HOST].total_bytes)
+    return Player(spec, bytes_by_device(footprint, ())[HOST].total_bytes)
 
 
 def _link(source: Path, target: Path) -> Path:

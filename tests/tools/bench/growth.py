@@ -17,7 +17,7 @@ from fsm.core import Core
 from fsm.domain.devices import HOST, MIB, DeviceSample
 from fsm.domain.model_info import Options
 from fsm.eviction.policies import POLICIES
-from fsm.machine.request import ModelId, Purpose, Request, RequestId, Want
+from fsm.machine.request import ModelId, Purpose, Request, RequestId, RequestSpec
 from fsm.messages.commands import Command, Inspect, Launch
 from fsm.messages.events import Acquire, Cancel, Event, Inspected, Loaded, Release, Sampled
 from fsm.sizing.footprint import Footprint
@@ -67,7 +67,7 @@ class Crowd:
     def acquire(self, model: str) -> RequestId:
         """Ask for a model; return the request."""
         request = RequestId(next(self.ids))
-        self.feed(Acquire(request, Want(ModelId(model), Options(), Purpose.lease, 0)))
+        self.feed(Acquire(request, RequestSpec(ModelId(model), Options(), Purpose.lease, 0)))
         return request
 
     def stand_in_line(self, model: str) -> None:
@@ -75,7 +75,7 @@ class Crowd:
         pool, id = self.core.pool, ModelId(model)
         pool.models[id] = Model(id)
         pool.models[id].learn(Footprint(fixed=((HOST, EACH_BYTES),)), pool.next_runner)
-        pool.enqueue(Request(RequestId(next(self.ids)), Want(id, Options(), Purpose.lease, 0), None, self.now))
+        pool.enqueue(Request(RequestId(next(self.ids)), RequestSpec(id, Options(), Purpose.lease, 0), None, self.now))
 
     def warm(self) -> None:
         """Ask for what is loaded and in use, and give it back."""

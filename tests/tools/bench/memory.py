@@ -10,7 +10,7 @@ from typing import Any
 from fsm.core import Core
 from fsm.domain.devices import HOST, DeviceSample
 from fsm.domain.model_info import Options
-from fsm.machine.request import ModelId, Purpose, RequestId, Want
+from fsm.machine.request import ModelId, Purpose, RequestId, RequestSpec
 from fsm.machine.runner import RunnerId
 from fsm.messages.events import Acquire, Inspected, Loaded, Sampled
 from fsm.sizing.footprint import Footprint
@@ -35,7 +35,7 @@ def bytes_per_runner() -> float:
     core.step(0.0, Sampled((DeviceSample(HOST, "cpu", "host", 2**40, 2**40),)))
     tracemalloc.start()
     for number in range(1, RUNNERS + 1):
-        want = Want(ModelId(f"/models/{number}.gguf"), Options(), Purpose.preload, 0)
+        want = RequestSpec(ModelId(f"/models/{number}.gguf"), Options(), Purpose.preload, 0)
         core.step(0.0, Acquire(RequestId(number), want))
         core.step(0.0, Inspected(want.model, Footprint(fixed=((HOST, 2**20),))))
         core.step(0.0, Loaded(RunnerId(number)))

@@ -10,7 +10,7 @@ from types import MappingProxyType
 
 from fsm.domain.devices import HOST
 from fsm.domain.model_info import Options
-from fsm.sizing.footprint import Footprint, parts
+from fsm.sizing.footprint import Footprint, bytes_by_device
 from fsm.sizing.load_options import resolve
 from fsm.sizing.memory_estimate import estimate
 from scheduler.models.gguf_metadata import read_metadata
@@ -137,5 +137,5 @@ def predict(path: Path, row: Row, projectors: tuple[str, ...] = ()) -> Predicted
     """Return what is predicted for a row before its first load."""
     info = read_metadata(str(path), embedding=row.embedding, projectors=projectors)
     footprint = estimate(info, resolve(info, row.explicit()))
-    whole_bytes = parts(footprint, ())[HOST].total_bytes
+    whole_bytes = bytes_by_device(footprint, ())[HOST].total_bytes
     return Predicted(footprint, sum(footprint.caches_bytes), footprint.compute_bytes, whole_bytes)

@@ -12,7 +12,7 @@ from fsm.core import Core
 from fsm.domain.devices import HOST, DeviceSample
 from fsm.domain.model_info import Options
 from fsm.eviction.policies import Candidate, EvictionPolicy
-from fsm.machine.request import ModelId, Purpose, RequestId, Want
+from fsm.machine.request import ModelId, Purpose, RequestId, RequestSpec
 from fsm.messages.commands import Command, Grant, Inspect, Launch, Reject, Sample, Stop
 from fsm.messages.events import Acquire, Event, Exited, Inspected, Loaded, Release, Sampled, Tick
 from fsm.sizing.footprint import Footprint
@@ -70,7 +70,7 @@ class _World:
         self.ahead: list[tuple[float, int, Event]] = []
         self.order = 0  # of events at one time
         self.occupied: dict[int, int] = {}  # bytes by process that has loaded
-        self.wants = {model: Want(ModelId(model), Options(), Purpose.lease, 0) for model in trace.bytes}
+        self.wants = {model: RequestSpec(ModelId(model), Options(), Purpose.lease, 0) for model in trace.bytes}
         self.asked: dict[int, tuple[float, float]] = {}  # by request: when, and how long it holds
         self.waited: list[float] = []
         self.loaded: set[str] = set()

@@ -21,7 +21,7 @@ from fsm.core import Core
 from fsm.domain.devices import HOST, MIB, DeviceSample
 from fsm.domain.model_info import Options
 from fsm.eviction.policies import POLICIES
-from fsm.machine.request import ModelId, Purpose, RequestId, Want
+from fsm.machine.request import ModelId, Purpose, RequestId, RequestSpec
 from fsm.machine.runner import RunnerId
 from fsm.messages.commands import Command, Grant, Inspect, Launch, Reject, Sample, Stop
 from fsm.messages.events import Acquire, Event, Exited, Inspected, Loaded, Release, Sampled, Tick
@@ -131,7 +131,7 @@ class Track:
             return
         number = next(self._numbers)
         self._begun[number] = self.now
-        want = Want(ModelId(ask.model), Options(), Purpose.lease, 0)
+        want = RequestSpec(ModelId(ask.model), Options(), Purpose.lease, 0)
         self._feed(Acquire(RequestId(number), want))
 
     def _answered(self, number: int) -> None:

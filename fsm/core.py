@@ -17,19 +17,19 @@ from fsm.lifecycle.device_claims import Claims
 from fsm.lifecycle.prefetch import read_ahead
 from fsm.machine.request import ModelId, Purpose, Request, RequestId, RequestState
 from fsm.machine.runner import LOADING, Runner, RunnerId
-from fsm.messages.commands import Command, Finish, Inspect
+from fsm.messages.commands import Command, Finished, Inspect
 from fsm.messages.decision_log import Entry
 from fsm.messages.events import (
     Acquire,
     Cancel,
-    Claimed,
+    ClaimContended,
+    ClaimGranted,
     Close,
     Configure,
-    Contended,
+    ContextFilled,
     Event,
     Exited,
     Expire,
-    Filled,
     Inspected,
     Loaded,
     OutOfMemory,
@@ -42,7 +42,14 @@ from fsm.messages.events import (
     Unresponsive,
 )
 from fsm.messages.reasons import ClaimMissed, LoadStalled, Queued, RunnerReason
-from fsm.messages.refusals import Cancelled, Closed, InvalidModel, ModelNotFound, QueueFull, TimedOut
+from fsm.messages.refusals import (
+    Cancelled,
+    InvalidModelRefusal,
+    ModelNotFoundRefusal,
+    QueueFullRefusal,
+    SchedulerClosed,
+    TimedOut,
+)
 from fsm.planning.deadline_admission import never_in_time
 from fsm.planning.explanations import tell_placed, tell_victims, tell_waits
 from fsm.planning.plan import Plan
@@ -180,9 +187,9 @@ class Core:
                 self._sampled(event)
             case Inspected():
                 self._inspected(event)
-            case Contended() | Claimed():
+            case ClaimContended() | ClaimGranted():
                 self.late += not self.act.claim_answered(event)
-            case Progress() | Loaded() | Filled() | OutOfMemory() | Unresponsive() | Exited():
+            case Progress() | Loaded() | ContextFilled() | OutOfMemory() | Unresponsive() | Exited():
                 runner = self.pool.runners.get(event.runner)
                 if runner is None or not runner.process:
                     self.late += 1  # of an earlier life
@@ -204,13 +211,13 @@ class Core:
                 assert_never(event)
 
     def _acquire(self, event: Acquire) -> None:
-        pool, want = self.pool, event.want
+        pool, want = self.pool, event.spec
         request = Request(event.request, want, event.keep_alive_s, pool.now)
         if request.id in pool.requests:
             self.late += 1  # a duplicate
             return
         if pool.closing:
-            self.act.reject(request, Closed())
+            self.act.reject(request, SchedulerClosed())
             return
         model = pool.models.get(want.model)
         runner = model.current if model is not None else None
@@ -221,7 +228,7 @@ class Core:
             self.act.grant(request, runner)
             return
         if pool.queued >= pool.limits.max_queue:
-            self.act.reject(request, QueueFull(pool.limits.max_queue, self.act.retry_after_s()))
+            self.act.reject(request, QueueFullRefusal(pool.limits.max_queue, self.act.retry_after_s()))
             return
         if want.purpose is not Purpose.memory:
             model = model or self.act.model(want.model)
@@ -303,7 +310,7 @@ class Core:
             return
         model.inspecting = False
         match event.outcome:
-            case ModelNotFound() | InvalidModel() as refusal:
+            case ModelNotFoundRefusal() | InvalidModelRefusal() as refusal:
                 for line in self.pool.lines_of(model.id):
                     if model.current is None or not runner_serves(model.current, line.want):
                         self.act.reject_line(line, refusal)
@@ -311,7 +318,7 @@ class Core:
                 if not (lives or model.pinned or model.failures or model.measured):
                     del self.pool.models[model.id]  # a name that means nothing is not kept
             case info:
-                model.learn(info, self.pool.next_runner, event.known)
+                model.learn(info, self.pool.next_runner, event.history)
                 self.act.look_again(model)
                 waiting = [request for line in self.pool.lines_of(model.id) for request in line.requests.values()]
                 self._refuse_in_time(waiting)
@@ -323,7 +330,7 @@ class Core:
                 self.act.answer(request, RequestState.rejected, refusal)
 
     def _runner_event(
-        self, runner: Runner, event: Progress | Loaded | Filled | OutOfMemory | Unresponsive | Exited
+        self, runner: Runner, event: Progress | Loaded | ContextFilled | OutOfMemory | Unresponsive | Exited
     ) -> None:
         match event:
             case Progress():
@@ -336,7 +343,7 @@ class Core:
                     self.act.loaded(runner, event)
                 else:
                     self.late += 1  # cancelled meanwhile; it is being stopped
-            case Filled():
+            case ContextFilled():
                 if runner.loaded_at is None or not self.act.settle(runner, event):
                     self.late += 1  # it has served nobody, or has settled before
             case OutOfMemory():
@@ -352,7 +359,7 @@ class Core:
         pool = self.pool
         pool.closing = self.act.replan = True
         for line in list(pool.lines.values()):
-            self.act.reject_line(line, Closed())
+            self.act.reject_line(line, SchedulerClosed())
         for runner in [runner for runner in pool.runners.values() if runner.current]:
             self.act.expire(runner, RunnerReason.closing)
         for request in [request for request in pool.requests.values() if request.runner is None]:
@@ -365,7 +372,7 @@ class Core:
         self.act.replan = False
         if self.pool.closing and not self.pool.runners and not self.finished:
             self.finished = True
-            self.act.commands.append(Finish())
+            self.act.commands.append(Finished())
 
     def _carry_out_plan(self) -> bool:
         """Make a plan and do what it says; return whether another one may find more to do."""

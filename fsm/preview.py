@@ -15,7 +15,7 @@ from fsm.machine.runner import Runner
 from fsm.messages.commands import Grant, Reject
 from fsm.messages.events import Acquire, Inspected, Tick
 from fsm.messages.reasons import WaitReason
-from fsm.messages.refusals import DoesNotFit, Refusal
+from fsm.messages.refusals import DoesNotFitRefusal, Refusal
 from fsm.placement.search import Demand, needed
 from fsm.planning.plan import Plan
 from fsm.sizing.footprint import DeviceBytes, Footprint, bytes_by_device
@@ -88,7 +88,7 @@ def preview(
         match command:
             case Grant(answered, runner) if answered == request and runner is not None:
                 return _served(pool, want, pool.runners[runner], Outcome.warm)
-            case Reject(answered, DoesNotFit() as refusal) if answered == request:
+            case Reject(answered, DoesNotFitRefusal() as refusal) if answered == request:
                 return replace(_planned(pool, want, scratch.plans, Outcome.never), refusal=refusal)
             case Reject(answered, refusal) if answered == request:
                 return Preview(Outcome.refused, want.options, refusal=refusal)

@@ -11,9 +11,18 @@ from fsm.domain.model_info import Options
 from fsm.machine.request import ModelId, Purpose, Request, RequestId, RequestSpec, RequestState
 from fsm.machine.runner import EXPIRING, IDLE, LOADING, READY, RUNNER_TABLE, Runner, RunnerId
 from fsm.machine.transition_table import IllegalTransition
-from fsm.messages.commands import Ask, Command, Grant, Launch, Reject, Remember, Revoke, Stop
+from fsm.messages.commands import (
+    Command,
+    Grant,
+    Launch,
+    NotifyContention,
+    PersistMeasurement,
+    Reject,
+    RevokeLease,
+    Stop,
+)
 from fsm.messages.decision_log import Decision, DecisionReason, Entry, Transition
-from fsm.messages.events import Configure, Filled, Loaded
+from fsm.messages.events import Configure, ContextFilled, Loaded
 from fsm.messages.reasons import (
     AskedBy,
     ExpireReason,
@@ -75,7 +84,7 @@ class Actions:
         self.commands.append(Grant(request.id, runner.id))
         if runner.contended and pool.lines and request.runner is not None and not self.replan:
             request.asked = True
-            self.commands.append(Ask(runner.id, (request.id,)))  # the others were told before
+            self.commands.append(NotifyContention(runner.id, (request.id,)))  # the others were told before
         if self.journal is not None:
             self.decide("granted", runner.model, Waited(pool.now - request.queued_at), request.id, runner.id)
 
@@ -227,12 +236,12 @@ class Actions:
             self.decide("measured", runner.model, self._figures(runner, beyond, filled=False), None, runner.id)
         return grown
 
-    def settle(self, runner: Runner, event: Filled) -> bool:
+    def settle(self, runner: Runner, event: ContextFilled) -> bool:
         """Hold what was measured of a runner, where more was predicted too; False where that is done already."""
         account = self.pool.ledger.accounts["runner", runner.id]
         if account.settled:
             return False
-        account.settle(dict(event.to_come))
+        account.settle(dict(event.expected_growth))
         self.remember(runner)
         if self.journal is not None:
             self.decide("measured", runner.model, self._figures(runner, account.peak, filled=True), None, runner.id)
@@ -245,7 +254,7 @@ class Actions:
         What was measured before is more exact: an earlier life may have filled a context.
         """
         account = self.pool.ledger.accounts["runner", runner.id]
-        for device, to_come in event.to_come if not runner.placement.measured else ():
+        for device, to_come in event.expected_growth if not runner.placement.measured else ():
             if device in account.peak:
                 account.most[device] = account.peak[device] + to_come
 
@@ -268,7 +277,7 @@ class Actions:
         if load_s is not None:
             model.note_load(runner.placement.gpu_layers, load_s)
         if self.pool.limits.remembers and (took != before or load_s is not None):
-            self.commands.append(Remember(runner.id, took, load_s))
+            self.commands.append(PersistMeasurement(runner.id, took, load_s))
 
     def _figures(self, runner: Runner, devices: Iterable[DeviceId], *, filled: bool) -> Measured:
         account, predicted = self.pool.ledger.accounts["runner", runner.id], dict(runner.placement.bytes)
@@ -368,7 +377,7 @@ class Actions:
             runner.contended = runner.id in wanted
             held = [self.pool.requests[lease] for lease in sorted(runner.leases)]
             if unasked := [request for request in held if runner.contended and not request.asked]:
-                self.commands.append(Ask(runner.id, tuple(request.id for request in unasked)))
+                self.commands.append(NotifyContention(runner.id, tuple(request.id for request in unasked)))
                 for request in unasked:
                     request.asked = True
 
@@ -381,7 +390,7 @@ class Actions:
     def revoke_leases(self, runner: Runner, reason: FailureReason | None) -> None:
         for lease in sorted(runner.leases):
             self.pool.requests.pop(lease).state = RequestState.released
-            self.commands.append(Revoke(lease, reason))
+            self.commands.append(RevokeLease(lease, reason))
         runner.leases.clear()
 
     def crash(self, runner: Runner, reason: FailureReason) -> None:

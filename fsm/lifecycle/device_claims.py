@@ -19,8 +19,8 @@ from fsm.domain.devices import DeviceId, Placement
 from fsm.domain.model_info import Options
 from fsm.lifecycle.failures import Endings
 from fsm.machine.runner import Runner
-from fsm.messages.commands import Claim, Unclaim
-from fsm.messages.events import Claimed, Contended, Exited, Loaded
+from fsm.messages.commands import Claim, ReleaseClaim
+from fsm.messages.events import ClaimContended, ClaimGranted, Exited, Loaded
 from fsm.messages.reasons import ClaimMissed, WaitFor
 from fsm.state.core_state import OpenClaim, Pool
 from fsm.state.request_queue import Line
@@ -59,12 +59,12 @@ class Claims(Endings):
         for devices in unclaimed:  # a plan that moved to other devices does not wait anew
             self._claim(devices, by)
 
-    def claim_answered(self, event: Claimed | Contended) -> bool:
+    def claim_answered(self, event: ClaimGranted | ClaimContended) -> bool:
         """Take in what became of a claim; return False where it has been given up."""
         claim = self.pool.claims.get(event.number)
         if claim is None:
             return False
-        claim.had = isinstance(event, Claimed)
+        claim.had = isinstance(event, ClaimGranted)
         claim.contended = not claim.had
         self.replan = True
         return True
@@ -116,12 +116,12 @@ class Claims(Endings):
     def _give_up(self, claim: OpenClaim) -> None:
         del self.pool.claims[claim.number]
         self.pool.timers.clear(("claim", claim.number))
-        self.commands.append(Unclaim(claim.number))
+        self.commands.append(ReleaseClaim(claim.number))
 
     def _give_back(self, runner: Runner) -> None:
         if runner.claim:
             self.pool.timers.clear(("claim", runner.claim))
-            self.commands.append(Unclaim(runner.claim))
+            self.commands.append(ReleaseClaim(runner.claim))
             runner.claim = 0
 
 

@@ -11,7 +11,7 @@ from fsm.machine.runner import LOADING, Runner
 from fsm.messages.commands import Sample
 from fsm.messages.events import Exited
 from fsm.messages.reasons import FailureReason, LoadStalled, ProcessExited, RanOutOfMemory, RunnerReason
-from fsm.messages.refusals import LoadFailed, LoadTimeout
+from fsm.messages.refusals import LoadFailedRefusal, LoadTimeoutRefusal
 from fsm.state.model_record import Model
 
 MOST_MODELS = 1024  # that are remembered; more only where somebody uses them
@@ -77,7 +77,7 @@ class Endings(Actions):
         else:
             self.back_off(model, reason)
             model.alone = False
-        stalled = LoadTimeout(model.id, reason.timeout_s) if isinstance(reason, LoadStalled) else None
+        stalled = LoadTimeoutRefusal(model.id, reason.timeout_s) if isinstance(reason, LoadStalled) else None
         failure = stalled or self.load_failure(model, out_of_memory=out_of_memory)
         if not survivors:  # the model is backed off for all
             waiting = [request for line in self.pool.lines_of(model.id) for request in line.requests.values()]
@@ -105,10 +105,10 @@ class Endings(Actions):
         )
         model.failures += 1
 
-    def load_failure(self, model: Model, *, out_of_memory: bool) -> LoadFailed:
+    def load_failure(self, model: Model, *, out_of_memory: bool) -> LoadFailedRefusal:
         assert model.failure is not None, f"{model.id} has not failed"
         retry_after_s = max(0.0, model.blocked_until - self.pool.now)
-        return LoadFailed(model.id, model.failure, retry_after_s, out_of_memory)
+        return LoadFailedRefusal(model.id, model.failure, retry_after_s, out_of_memory)
 
     def memory_to_come(self, runner: Runner) -> dict[DeviceId, int]:
         """Return what a GPU will have for us, by GPU, once a runner's memory is back: most of what it occupied."""

@@ -55,7 +55,7 @@ class Claim:
 
 
 @dataclass(frozen=True, slots=True)
-class Unclaim:
+class ReleaseClaim:
     """Give up a Claim, had or not: the one end of each."""
 
     number: int
@@ -72,7 +72,7 @@ class Prefetch:
 
 
 @dataclass(frozen=True, slots=True)
-class Remember:
+class PersistMeasurement:
     """Keep, for programs to come, what the life of a runner showed; it ends in nothing, and may be forgotten."""
 
     runner: RunnerId  # whose Launch says of which model, and with which options and split
@@ -97,7 +97,7 @@ class Reject:
 
 
 @dataclass(frozen=True, slots=True)
-class Revoke:
+class RevokeLease:
     """Tell a lease's holder that its runner is gone; the lease is released already."""
 
     request: RequestId
@@ -105,7 +105,7 @@ class Revoke:
 
 
 @dataclass(frozen=True, slots=True)
-class Ask:
+class NotifyContention:
     """Tell the holders of a runner's leases that others wait for its memory."""
 
     runner: RunnerId
@@ -113,10 +113,22 @@ class Ask:
 
 
 @dataclass(frozen=True, slots=True)
-class Finish:
+class Finished:
     """Everything is unloaded after a Close: the shell may end."""
 
 
 Command = (
-    Inspect | Launch | Stop | Sample | Claim | Unclaim | Prefetch | Remember | Grant | Reject | Revoke | Ask | Finish
+    Inspect
+    | Launch
+    | Stop
+    | Sample
+    | Claim
+    | ReleaseClaim
+    | Prefetch
+    | PersistMeasurement
+    | Grant
+    | Reject
+    | RevokeLease
+    | NotifyContention
+    | Finished
 )

@@ -9,7 +9,7 @@ from fsm.domain.model_info import ModelInfo
 from fsm.machine.request import ModelId, RequestId, RequestSpec
 from fsm.machine.runner import RunnerId
 from fsm.messages.reasons import NoAnswer
-from fsm.messages.refusals import InvalidModel, ModelNotFound
+from fsm.messages.refusals import InvalidModelRefusal, ModelNotFoundRefusal
 from fsm.sizing.footprint import Footprint
 from fsm.sizing.load_history import NOTHING, LoadHistory
 
@@ -21,7 +21,7 @@ class Acquire:
     """A request begins. It is answered by exactly one Grant or Reject; after a Cancel by a Reject with Cancelled."""
 
     request: RequestId  # never used before
-    want: RequestSpec
+    spec: RequestSpec
     keep_alive_s: float | None = None  # None: the runner keeps its own; infinite: for ever
     timeout_s: float | None = None  # None: waits as long as the rules let it
 
@@ -80,8 +80,8 @@ class Inspected:
     """An Inspect is over: what the model is made of, or why it cannot be used; and what is known of earlier lives."""
 
     model: ModelId
-    outcome: ModelInfo | Footprint | ModelNotFound | InvalidModel
-    known: LoadHistory = NOTHING  # of this very file
+    outcome: ModelInfo | Footprint | ModelNotFoundRefusal | InvalidModelRefusal
+    history: LoadHistory = NOTHING  # of this very file
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,15 +99,15 @@ class Loaded:
     num_ctx: int | None = None  # the context it really got; None: as asked
     resident: Resident = ()
     mapped_bytes: int = 0  # of those on the host: pages of files
-    to_come: Resident = ()  # most that it may still take beside it, where its engine can tell; else nothing is named
+    expected_growth: Resident = ()  # most that it may still take beside it, where its engine can tell; else nothing is named
 
 
 @dataclass(frozen=True, slots=True)
-class Filled:
+class ContextFilled:
     """A request filled a context of a runner's; a Sampled that came before this measured its memory after that."""
 
     runner: RunnerId
-    to_come: Resident = ()  # what a full context does not show: most that it may still take beside it
+    expected_growth: Resident = ()  # what a full context does not show: most that it may still take beside it
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,14 +146,14 @@ class Sampled:
 
 
 @dataclass(frozen=True, slots=True)
-class Contended:
+class ClaimContended:
     """A Claim is not had yet: another program loads on one of its devices."""
 
     number: int
 
 
 @dataclass(frozen=True, slots=True)
-class Claimed:
+class ClaimGranted:
     """A Claim is had, as far as that is possible here; the devices were read after that, and Sampled came before."""
 
     number: int
@@ -182,13 +182,13 @@ Event = (
     | Inspected
     | Progress
     | Loaded
-    | Filled
+    | ContextFilled
     | OutOfMemory
     | Unresponsive
     | Exited
     | Sampled
-    | Contended
-    | Claimed
+    | ClaimContended
+    | ClaimGranted
     | Tick
     | Close
 )

@@ -11,7 +11,7 @@ from fsm.sizing.load_options import UnsupportedReason
 
 
 @dataclass(frozen=True, slots=True)
-class QueueFull:
+class QueueFullRefusal:
     """As many wait as may wait."""
 
     limit: int
@@ -19,14 +19,14 @@ class QueueFull:
 
 
 @dataclass(frozen=True, slots=True)
-class ModelNotFound:
+class ModelNotFoundRefusal:
     """There is no such file."""
 
     path: str
 
 
 @dataclass(frozen=True, slots=True)
-class InvalidModel:
+class InvalidModelRefusal:
     """The file is not a model that can be used."""
 
     path: str
@@ -35,7 +35,7 @@ class InvalidModel:
 
 
 @dataclass(frozen=True, slots=True)
-class DoesNotFit:
+class DoesNotFitRefusal:
     """It fits on no device, even with everything gone that may be moved."""
 
     model: ModelId
@@ -45,7 +45,7 @@ class DoesNotFit:
 
 
 @dataclass(frozen=True, slots=True)
-class Unsupported:
+class UnsupportedOption:
     """The engine would refuse this model with this option."""
 
     model: ModelId
@@ -55,7 +55,7 @@ class Unsupported:
 
 
 @dataclass(frozen=True, slots=True)
-class LoadFailed:
+class LoadFailedRefusal:
     """The load it waited for failed, or the model is backed off after failures."""
 
     model: ModelId
@@ -65,7 +65,7 @@ class LoadFailed:
 
 
 @dataclass(frozen=True, slots=True)
-class LoadTimeout:
+class LoadTimeoutRefusal:
     """The load it waited for stopped showing progress."""
 
     model: ModelId
@@ -82,7 +82,7 @@ class TimedOut:
 
 
 @dataclass(frozen=True, slots=True)
-class NotInTime:
+class DeadlineInfeasible:
     """The asker's own time limit is shorter than the model has ever taken to load: told at once, and nothing is done.
 
     What else it might wait for is left out, since none of it is certain: memory may be back any moment.
@@ -103,20 +103,20 @@ class Cancelled:
 
 
 @dataclass(frozen=True, slots=True)
-class Closed:
+class SchedulerClosed:
     """The scheduler is closing or closed."""
 
 
 Refusal = (
-    QueueFull
-    | ModelNotFound
-    | InvalidModel
-    | DoesNotFit
-    | Unsupported
-    | LoadFailed
-    | LoadTimeout
+    QueueFullRefusal
+    | ModelNotFoundRefusal
+    | InvalidModelRefusal
+    | DoesNotFitRefusal
+    | UnsupportedOption
+    | LoadFailedRefusal
+    | LoadTimeoutRefusal
     | TimedOut
-    | NotInTime
+    | DeadlineInfeasible
     | Cancelled
-    | Closed
+    | SchedulerClosed
 )

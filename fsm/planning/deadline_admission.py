@@ -7,7 +7,7 @@ import math
 from fsm.domain.model_info import Options
 from fsm.machine.request import Purpose, Request, RequestSpec
 from fsm.machine.runner import LOADING, Runner
-from fsm.messages.refusals import NotInTime
+from fsm.messages.refusals import DeadlineInfeasible
 from fsm.planning.automatic_options import is_the_same
 from fsm.sizing.footprint import Footprint
 from fsm.state.core_state import Pool
@@ -18,7 +18,7 @@ ENOUGH_LOADS = 2  # of one alone the file may have been read from the disk, and 
 TRUSTED_S = 600.0  # how long a measured load is counted on: what has been read since may load sooner the next time
 
 
-def never_in_time(pool: Pool, request: Request) -> NotInTime | None:
+def never_in_time(pool: Pool, request: Request) -> DeadlineInfeasible | None:
     """Return the refusal of a queued request that leaves before its model can be there; None: it may be served.
 
     Only the model's own load is counted, the shortest of several that were measured of its file with these options.
@@ -36,7 +36,7 @@ def never_in_time(pool: Pool, request: Request) -> NotInTime | None:
     least_s = shortest_s - (begun_s or 0.0)
     if loads < ENOUGH_LOADS or pool.now - measured_at > TRUSTED_S or pool.now + least_s <= gives_up_at:
         return None
-    return NotInTime(model.id, gives_up_at - request.queued_at, least_s, shortest_s, begun_s)
+    return DeadlineInfeasible(model.id, gives_up_at - request.queued_at, least_s, shortest_s, begun_s)
 
 
 def as_fast_as_can_be(pool: Pool, runner: Runner) -> bool:

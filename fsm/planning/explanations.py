@@ -10,7 +10,7 @@ from fsm.machine.request import Purpose, RequestSpec
 from fsm.machine.runner import EXPIRING, LOADING, Runner, RunnerId
 from fsm.messages.decision_log import ConsideredDevice, ConsideredRunner, Decision, Entry
 from fsm.messages.reasons import KeptReason
-from fsm.messages.refusals import DoesNotFit, Refusal
+from fsm.messages.refusals import DoesNotFitRefusal, Refusal
 from fsm.placement.search import needed
 from fsm.planning.plan import Plan, Room
 from fsm.sizing.footprint import Footprint
@@ -80,7 +80,7 @@ def devices_considered(pool: Pool, want: RequestSpec, room: Room) -> tuple[Consi
 
 def devices_refused(refusal: Refusal) -> tuple[ConsideredDevice, ...]:
     """Return the devices that a refusal speaks of: what would be needed of each, and had at most."""
-    if not isinstance(refusal, DoesNotFit):
+    if not isinstance(refusal, DoesNotFitRefusal):
         return ()
     needs, most = dict(refusal.needed), dict(refusal.available)
     devices = sorted({*needs, *most})
@@ -89,7 +89,7 @@ def devices_refused(refusal: Refusal) -> tuple[ConsideredDevice, ...]:
 
 def runners_refused(pool: Pool, refusal: Refusal) -> tuple[ConsideredRunner, ...]:
     """Return the runners that may not make room for what was refused, and why not."""
-    if not isinstance(refusal, DoesNotFit):
+    if not isinstance(refusal, DoesNotFitRefusal):
         return ()
     return tuple(
         _considered(pool, runner, None, KeptReason.pinned if pool.pinned(runner) else KeptReason.overdue)

@@ -8,7 +8,7 @@ from fsm.domain.devices import HOST, DeviceId, Placement
 from fsm.machine.request import ModelId
 from fsm.machine.runner import Runner
 from fsm.messages.reasons import Infeasible, InfeasibleReason, MemoryHeld, NoSuchDevice, RunnerLimit
-from fsm.messages.refusals import DoesNotFit
+from fsm.messages.refusals import DoesNotFitRefusal
 from fsm.placement.search import Demand, Gpu, Offload, needed, place
 from fsm.state.core_state import Pool
 from fsm.state.memory_ledger import Owner
@@ -18,7 +18,7 @@ BOUNDLESS = 2**62  # bytes
 
 def why_never(
     pool: Pool, gpus: Sequence[Gpu], model: ModelId, demand: Demand, potential: Mapping[DeviceId, int]
-) -> tuple[DoesNotFit, Placement | None]:
+) -> tuple[DoesNotFitRefusal, Placement | None]:
     """Return the refusal of what would not fit into `potential`, and what it would need; None where that is not known.
 
     `potential` is what is free once everybody has left who may.
@@ -28,7 +28,7 @@ def why_never(
     exact = bool(demand.footprint.fixed)
     amounts = needed(need, exact=exact) if need else demand.footprint.fixed
     reason = _reason(pool, gpus, demand, offload, potential, capacity)
-    return DoesNotFit(model, amounts, tuple(sorted(potential.items())), reason), need
+    return DoesNotFitRefusal(model, amounts, tuple(sorted(potential.items())), reason), need
 
 
 def _reason(

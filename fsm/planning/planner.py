@@ -18,7 +18,7 @@ from fsm.eviction.victim_selection import MOST_SETS, Amount, Choice, Question, c
 from fsm.machine.request import ModelId, Purpose, RequestSpec
 from fsm.machine.runner import EXPIRING, LOADING, Runner, RunnerId
 from fsm.messages.reasons import DeviceShrunk, NeededFor, RunnerLimit, RunnerStep, WaitFor, WaitForRunners, WaitReason
-from fsm.messages.refusals import Unsupported
+from fsm.messages.refusals import UnsupportedOption
 from fsm.placement.search import Demand, Gpu, Offload
 from fsm.planning.automatic_options import is_the_same, wish_of, with_batch
 from fsm.planning.availability import DRAINED, LATER, NOW, SOON, Need, Supply
@@ -187,7 +187,7 @@ class _Planner:
                 self.plan.matches.append((line, current))
                 return None
             if (objection := model.impossible(options)) is not None:
-                self.plan.refusals.append((line, Unsupported(model.id, *objection)))
+                self.plan.refusals.append((line, UnsupportedOption(model.id, *objection)))
                 return None
         offload = self._offload(line, demand, current)
         return None if offload is None else (options, Need(demand, offload, line.want.purpose is not Purpose.memory))

@@ -11,19 +11,19 @@ from fsm.core import Core
 from fsm.machine.request import ModelId, RequestState
 from fsm.machine.runner import EXPIRING, RUNNER_TABLE, Runner, RunnerState
 from fsm.machine.state_diagram import REQUEST_ROWS
-from fsm.messages.commands import Command, Grant, Reject, Revoke
+from fsm.messages.commands import Command, Grant, Reject, RevokeLease
 from fsm.messages.decision_log import Entry, Transition
 from fsm.messages.events import (
     Acquire,
     Cancel,
-    Claimed,
+    ClaimContended,
+    ClaimGranted,
     Close,
     Configure,
-    Contended,
+    ContextFilled,
     Event,
     Exited,
     Expire,
-    Filled,
     Inspected,
     Loaded,
     OutOfMemory,
@@ -42,7 +42,7 @@ Triple = tuple[Situation, type, object]  # and what was decided: a kind of comma
 
 NOTHING, LATE = "nothing", "late"
 POOL_EVENTS: frozenset[type] = frozenset((Sampled, Tick, Configure, Close))
-RUNNER_EVENTS = (Loaded, Progress, Filled, OutOfMemory, Unresponsive, Exited)
+RUNNER_EVENTS = (Loaded, Progress, ContextFilled, OutOfMemory, Unresponsive, Exited)
 MODEL_EVENTS = (Expire, Pin, Unpin, Inspected)
 REQUEST_EVENTS = (Acquire, Release, Cancel)
 # Where an event meets nothing but these, nothing else is possible.
@@ -158,7 +158,7 @@ class Coverage:
             case "cancel":
                 return Cancelled in fired
             case "revoke":
-                return Revoke in fired
+                return RevokeLease in fired
             case _:
                 return any(situation == "granted" and kind is Release for situation, kind, _ in self.triples)
 
@@ -175,11 +175,11 @@ def situation_of(core: Core, event: Event) -> Situation:
             return "unknown" if request is None else request.state.value
         case Acquire(_, want) if not want.model:
             return "memory"
-        case Claimed(number) | Contended(number):
+        case ClaimGranted(number) | ClaimContended(number):
             return "claimed" if number in pool.claims else "given up"
         case Acquire() | Expire() | Pin() | Unpin() | Inspected():
-            return _of_model(core, event.want.model if isinstance(event, Acquire) else event.model)
-        case Loaded(id) | Progress(id) | Filled(id) | OutOfMemory(id) | Unresponsive(id) | Exited(id):
+            return _of_model(core, event.spec.model if isinstance(event, Acquire) else event.model)
+        case Loaded(id) | Progress(id) | ContextFilled(id) | OutOfMemory(id) | Unresponsive(id) | Exited(id):
             runner = pool.runners.get(id)
             return "gone" if runner is None else _of_runner(runner)
         case _:

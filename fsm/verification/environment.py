@@ -15,14 +15,14 @@ from fsm.messages.commands import Claim, Command, Launch
 from fsm.messages.events import (
     Acquire,
     Cancel,
-    Claimed,
+    ClaimContended,
+    ClaimGranted,
     Close,
     Configure,
-    Contended,
+    ContextFilled,
     Event,
     Exited,
     Expire,
-    Filled,
     Inspected,
     Loaded,
     OutOfMemory,
@@ -144,9 +144,9 @@ def possible(core: Core, scenario: Scenario, past: Past) -> Iterator[Event]:
             yield from _of_a_process(pool, runner, scenario)
     yield from _readings(core, scenario)
     for claim in pool.claims.values():
-        yield Claimed(claim.number)
+        yield ClaimGranted(claim.number)
         if not claim.contended:
-            yield Contended(claim.number)
+            yield ClaimContended(claim.number)
     if pool.timers.items() or time_of(core, Tick()) > pool.now:
         yield Tick()
     yield from scenario.configures
@@ -174,11 +174,11 @@ def late(core: Core, past: Past) -> Iterator[Event]:
             yield from (_loaded(runner), Progress(runner.id))
     alive = {runner.id for runner in pool.runners.values() if runner.process}
     gone = RunnerId(next(id for id in range(past.runners, -1, -1) if id not in alive))
-    yield from (Loaded(gone), Progress(gone), Filled(gone), OutOfMemory(gone))
+    yield from (Loaded(gone), Progress(gone), ContextFilled(gone), OutOfMemory(gone))
     yield from (Unresponsive(gone, NO_ANSWER), Exited(gone, None))
     numbers = {*pool.claims, *(runner.claim for runner in pool.runners.values() if runner.claim)}
     ended = next(number for number in range(past.claims, -1, -1) if number not in numbers)
-    yield from (Claimed(ended), Contended(ended))
+    yield from (ClaimGranted(ended), ClaimContended(ended))
     for model in pool.models.values():
         if not model.inspecting and model.info is not None:
             yield Inspected(model.id, model.info)
@@ -200,7 +200,7 @@ def next_in_order(core: Core, scenario: Scenario) -> Event | None:
             return _inspected(model.id, scenario)
     if not pool.closing:
         for claim in pool.claims.values():
-            return Claimed(claim.number)
+            return ClaimGranted(claim.number)
         for runner in pool.runners.values():
             if runner.process and runner.loaded_at is None and not runner.stopping:
                 return _loaded(runner)
@@ -302,7 +302,7 @@ def _of_a_process(pool: Pool, runner: Runner, scenario: Scenario) -> Iterator[Ev
     elif scenario.out_of_memory and not runner.out_of_memory:
         yield OutOfMemory(runner.id)
     if scenario.fills and runner.loaded_at is not None and not pool.ledger.accounts["runner", runner.id].settled:
-        yield Filled(runner.id)
+        yield ContextFilled(runner.id)
     if scenario.hangs and runner.state is LOADING:
         yield Progress(runner.id)
     if scenario.hangs and not runner.stopping:

@@ -13,7 +13,7 @@ from fsm.core import Core
 from fsm.domain.devices import DeviceId
 from fsm.machine.request import ModelId, Purpose, Request, RequestId
 from fsm.machine.runner import EXPIRING, IDLE, LOADING, READY, Runner, RunnerId
-from fsm.messages.commands import Ask, Command, Grant, Launch, Reject
+from fsm.messages.commands import Command, Grant, Launch, NotifyContention, Reject
 from fsm.messages.events import (
     Acquire,
     Cancel,
@@ -289,7 +289,7 @@ def _abandoned(was: Pool, commands: Sequence[Command], now: Pool) -> None:
 def _asked_first(was: Pool, commands: Sequence[Command], after: Core) -> None:
     """The holders of what is given up for others are told so, once."""
     now = after.pool
-    said = [request for one in commands if isinstance(one, Ask) for request in one.requests]
+    said = [request for one in commands if isinstance(one, NotifyContention) for request in one.requests]
     assert len(said) == len(set(said)), "somebody is told twice that others wait"
     assert not any(was.requests[id].asked for id in said if id in was.requests), (
         "somebody is told again that others wait"

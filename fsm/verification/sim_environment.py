@@ -16,32 +16,32 @@ from fsm.domain.devices import HOST, DeviceId, DeviceSample
 from fsm.machine.request import ModelId, Purpose, RequestId
 from fsm.machine.runner import RunnerId
 from fsm.messages.commands import (
-    Ask,
     Claim,
     Command,
-    Finish,
+    Finished,
     Grant,
     Inspect,
     Launch,
+    NotifyContention,
+    PersistMeasurement,
     Prefetch,
     Reject,
-    Remember,
-    Revoke,
+    ReleaseClaim,
+    RevokeLease,
     Sample,
     Stop,
-    Unclaim,
 )
 from fsm.messages.events import (
     Acquire,
     Cancel,
-    Claimed,
+    ClaimContended,
+    ClaimGranted,
     Close,
     Configure,
-    Contended,
+    ContextFilled,
     Event,
     Exited,
     Expire,
-    Filled,
     Inspected,
     Loaded,
     OutOfMemory,
@@ -54,7 +54,7 @@ from fsm.messages.events import (
     Unresponsive,
 )
 from fsm.messages.reasons import NoAnswer
-from fsm.messages.refusals import InvalidModel, ModelNotFound
+from fsm.messages.refusals import InvalidModelRefusal, ModelNotFoundRefusal
 from fsm.verification.sim_config import INTEGRATED, Info, Scene, draw_info
 
 Thunk = Callable[[], Event | None]
@@ -71,8 +71,8 @@ NO_ANSWER = NoAnswer(10.0)
 # What may come once more. An Acquire is not: its id would be used again once it is over.
 REPEATABLE = frozenset(
     (
-        Cancel, Release, Inspected, Progress, Loaded, Filled, OutOfMemory, Unresponsive,
-        Exited, Sampled, Contended, Claimed, Close,
+        Cancel, Release, Inspected, Progress, Loaded, ContextFilled, OutOfMemory, Unresponsive,
+        Exited, Sampled, ClaimContended, ClaimGranted, Close,
     )
 )  # fmt: skip
 
@@ -158,7 +158,7 @@ class World:
         match command:
             case Grant(id, runner):
                 self._granted(id)
-            case Reject(id) | Revoke(id):
+            case Reject(id) | RevokeLease(id):
                 self.asked.pop(id, None)
             case Launch():
                 self._launch(command)
@@ -172,11 +172,11 @@ class World:
                 self.after(self._about(0.05), lambda: self._inspect(model))
             case Claim(number):
                 self._claim(number)
-            case Ask(_, requests):
+            case NotifyContention(_, requests):
                 for id in requests:
                     if self.draw.random() < 0.3:
                         self.after(self._about(0.1), lambda id=id: self._give_back(id))  # type: ignore[misc]  # binds now
-            case Unclaim() | Prefetch() | Remember() | Finish():
+            case ReleaseClaim() | Prefetch() | PersistMeasurement() | Finished():
                 pass
 
     def _happens(self, rate: float) -> bool:
@@ -250,7 +250,7 @@ class World:
     def _stray(self) -> Event:
         """A word about one of the last runners that nobody expects."""
         id = RunnerId(max(1, self.launched - self.draw.randrange(4)))
-        kinds = (Progress(id), Filled(id), OutOfMemory(id), Unresponsive(id, NO_ANSWER))
+        kinds = (Progress(id), ContextFilled(id), OutOfMemory(id), Unresponsive(id, NO_ANSWER))
         return self.draw.choice(kinds)
 
     # -- processes ----------------------------------------------------------------------------------------------------
@@ -301,14 +301,14 @@ class World:
             to_come = (
                 tuple((device, size // 8) for device, size in process.takes.items()) if draw.random() < 0.5 else ()
             )
-            self.after(self._about(20.0), lambda: self._said(Filled(id, to_come)))
+            self.after(self._about(20.0), lambda: self._said(ContextFilled(id, to_come)))
         told = process.launch.options.num_ctx
         context = told // 2 if told is not None and draw.random() < 0.05 else None
         resident = tuple(process.takes.items()) if draw.random() < 0.8 else ()
         mapped = int(process.takes.get(HOST, 0) * draw.random() / 2) if resident else 0
         return Loaded(id, context, resident, mapped)
 
-    def _said(self, event: Unresponsive | OutOfMemory | Filled) -> Event | None:
+    def _said(self, event: Unresponsive | OutOfMemory | ContextFilled) -> Event | None:
         return event if event.runner in self.processes else None
 
     def _exit(self, id: RunnerId, code: int | None, *, full: bool = False) -> Event | None:
@@ -327,14 +327,14 @@ class World:
     def _inspect(self, model: ModelId) -> Event | None:
         """Have the devices read, and then the file."""
         faults = self.scene.faults
-        outcome: Info | ModelNotFound | InvalidModel
+        outcome: Info | ModelNotFoundRefusal | InvalidModelRefusal
         if self._happens(faults.changed / 4):
             self.files[model] = draw_info(self.draw, self.scene.devices)
         outcome = self.files[model]
         if self._happens(faults.bad / 2):
-            outcome = InvalidModel(model, "cut short", 4)
+            outcome = InvalidModelRefusal(model, "cut short", 4)
         if self._happens(faults.gone / 2):
-            outcome = ModelNotFound(model)
+            outcome = ModelNotFoundRefusal(model)
         self._read(self.wanted)
         inspected = Inspected(model, outcome)
         self.after(self.posted_at - self.now, lambda: inspected)
@@ -344,14 +344,14 @@ class World:
         faults = self.scene.faults
         wait_s = self._about(0.1)
         if self._happens(faults.contended):
-            self.after(0.01, lambda: Contended(number))
+            self.after(0.01, lambda: ClaimContended(number))
             wait_s = self._about(40.0)
         if not self._happens(faults.unclaimable):
             self.after(wait_s, lambda: self._claimed(number))
 
     def _claimed(self, number: int) -> Event | None:
         self._read(self.wanted)
-        self.after(self.posted_at - self.now, lambda: Claimed(number))
+        self.after(self.posted_at - self.now, lambda: ClaimGranted(number))
         return None
 
     # -- devices ------------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from fsm.machine.request import RequestState
 from fsm.machine.runner import Runner
 from fsm.messages.commands import Command
 from fsm.messages.decision_log import Entry
-from fsm.messages.events import Claimed, Close, Event, Exited, Expire, Inspected, Loaded, Release, Sampled, Tick
+from fsm.messages.events import ClaimGranted, Close, Event, Exited, Expire, Inspected, Loaded, Release, Sampled, Tick
 from fsm.verification.decision_coverage import Coverage, situation_of
 from fsm.verification.model_checker import Step, Violation, Way
 from fsm.verification.service_guarantees import see_that_plans_are_fair
@@ -197,7 +197,7 @@ def _in_order(core: Core, scene: Scene) -> Event | None:
             return Inspected(model.id, dict(scene.models)[model.id])
     if not pool.closing:
         for number in pool.claims:
-            return Claimed(number)
+            return ClaimGranted(number)
         for runner in pool.runners.values():
             if runner.process and runner.loaded_at is None and not runner.stopping:
                 return Loaded(runner.id, None, runner.placement.bytes)

@@ -16,20 +16,20 @@ from fsm.machine.request import ModelId, Purpose, RequestId, RequestSpec
 from fsm.machine.runner import EXPIRING, LOADING, READY, UNLOADED, RunnerId
 from fsm.messages import events
 from fsm.messages.commands import (
-    Ask,
     Claim,
     Command,
-    Finish,
+    Finished,
     Grant,
     Inspect,
     Launch,
+    NotifyContention,
+    PersistMeasurement,
     Prefetch,
     Reject,
-    Remember,
-    Revoke,
+    ReleaseClaim,
+    RevokeLease,
     Sample,
     Stop,
-    Unclaim,
 )
 from fsm.messages.decision_log import Entry, Transition
 from fsm.messages.events import (
@@ -48,7 +48,15 @@ from fsm.messages.events import (
     Tick,
     Unresponsive,
 )
-from fsm.messages.refusals import Cancelled, Closed, LoadFailed, NotInTime, QueueFull, Refusal, TimedOut
+from fsm.messages.refusals import (
+    Cancelled,
+    DeadlineInfeasible,
+    LoadFailedRefusal,
+    QueueFullRefusal,
+    Refusal,
+    SchedulerClosed,
+    TimedOut,
+)
 from fsm.state.core_config import Limits
 
 
@@ -142,7 +150,7 @@ class Audit:
                     return id
             case Exited() | Loaded() | Progress() | OutOfMemory():
                 self._heard(now, event)
-            case events.Claimed(number):
+            case events.ClaimGranted(number):
                 if number in self.open:
                     self.open[number].had = True
             case Expire(model):
@@ -226,7 +234,7 @@ class Audit:
                 assert id in self.waiting, f"request {id} is answered twice, or never asked"
                 del self.waiting[id]
                 self._refused(now, event, id, refusal)
-            case Revoke(id):
+            case RevokeLease(id):
                 self._revoked(event, id)
             case Launch(runner):
                 self._launched(now, command)
@@ -244,16 +252,16 @@ class Audit:
                 self.claims = number
                 since = min([now, *(claim.since for claim in self.given_up)])
                 self.open[number] = Claimed(frozenset(devices), since)
-            case Unclaim(number):
+            case ReleaseClaim(number):
                 assert number in self.open, f"claim {number} is given up twice, or was never made"
                 self.given_up.append(self.open.pop(number))
             case Prefetch(files):
                 self._read_ahead(dict(files))
-            case Remember(runner, took, load_s):
+            case PersistMeasurement(runner, took, load_s):
                 assert took or load_s is not None, "nothing is to be remembered"
-            case Ask(runner, requests):
+            case NotifyContention(runner, requests):
                 self._asked_for(runner, requests)
-            case Finish():
+            case Finished():
                 assert self.closing and not self.finished and not self.alive and not self.leaving, "finished too early"
                 self.finished = True
             case _:
@@ -286,16 +294,16 @@ class Audit:
         match refusal:
             case TimedOut():
                 assert due <= now, f"request {id} is timed out before its time"
-            case NotInTime():
+            case DeadlineInfeasible():
                 assert isinstance(event, Acquire | Inspected), f"request {id} is told late that it is hopeless"
                 assert now + refusal.least_s > due, f"request {id} is refused, although there is time"
             case Cancelled():
                 assert isinstance(event, Cancel) and event.request == id, f"request {id} has not left"
-            case Closed():
+            case SchedulerClosed():
                 assert self.closing, "refused as closed, but open"
-            case QueueFull():
+            case QueueFullRefusal():
                 assert isinstance(event, Acquire) and event.request == id, f"request {id} had its place"
-            case LoadFailed():
+            case LoadFailedRefusal():
                 assert refusal.retry_after_s <= self.limits.back_off_limit_s + 1e-6, "backed off for too long"
             case _:
                 pass

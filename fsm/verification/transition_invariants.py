@@ -15,7 +15,18 @@ from fsm.domain.devices import HOST, DeviceId, DeviceSample
 from fsm.lifecycle.prefetch import spare_bytes
 from fsm.machine.request import Request, RequestState
 from fsm.machine.runner import EXPIRING, IDLE, LOADING, Runner, RunnerId
-from fsm.messages.commands import Claim, Command, Finish, Grant, Launch, Prefetch, Reject, Revoke, Stop, Unclaim
+from fsm.messages.commands import (
+    Claim,
+    Command,
+    Finished,
+    Grant,
+    Launch,
+    Prefetch,
+    Reject,
+    ReleaseClaim,
+    RevokeLease,
+    Stop,
+)
 from fsm.messages.events import (
     Acquire,
     Cancel,
@@ -96,7 +107,7 @@ def _one_more_load(was: Pool, event: Event, now: Pool) -> None:
 
 def _leases(was: Pool, event: Event, commands: Sequence[Command], now: Pool) -> None:
     """A lease ends with its release, or is taken back, and its holder told, where its runner is of no more use."""
-    revoked = {one.request for one in commands if isinstance(one, Revoke)}
+    revoked = {one.request for one in commands if isinstance(one, RevokeLease)}
     for runner in was.runners.values():
         left = now.runners[runner.id].leases if runner.id in now.runners else set()
         for lease in runner.leases - left:
@@ -208,9 +219,9 @@ def _told(before: Core, event: Event, command: Command, now: Pool, past: Past) -
             assert not now.closing, "launched after the close"
             _room_to_start(now, now.runners[id])
             _alone_where_it_must(was, now, now.runners[id])
-        case Revoke(request):
+        case RevokeLease(request):
             assert request not in now.requests, "taken back, but held"
-        case Finish():
+        case Finished():
             assert not before.finished, "finished twice"
         case _:
             pass
@@ -246,7 +257,7 @@ def _claims(was: Pool, commands: Sequence[Command], now: Pool) -> None:
         return Counter([*pool.claims, *(runner.claim for runner in pool.runners.values() if runner.claim)])
 
     made = Counter(command.number for command in commands if isinstance(command, Claim))
-    ended = Counter(command.number for command in commands if isinstance(command, Unclaim))
+    ended = Counter(command.number for command in commands if isinstance(command, ReleaseClaim))
     left = open_in(was) + made
     assert left - ended == open_in(now) and ended <= left, "a claim is lost, or given back twice"
 

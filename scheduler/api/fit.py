@@ -11,7 +11,7 @@ from fsm.domain.devices import HOST, DeviceId
 from fsm.domain.model_info import Options
 from fsm.eviction.policies import Candidate
 from fsm.machine.request import ModelId
-from fsm.messages.refusals import DoesNotFit
+from fsm.messages.refusals import DoesNotFitRefusal
 from fsm.preview import Preview, Share, preview
 from fsm.sizing.load_history import NOTHING, LoadHistory
 from scheduler.api.fit_advice import advise
@@ -179,7 +179,7 @@ def _fit(now: float, devices: Mapping[DeviceId, DeviceView], model: str, found: 
             reason = wait_reason(found.waits_for, name)
         case None:
             pass
-        case DoesNotFit(reason=why):
+        case DoesNotFitRefusal(reason=why):
             reason, helps = infeasible_reason(why, name), remedy(why, "")
         case refusal:
             reason = str(error_of(refusal, name))

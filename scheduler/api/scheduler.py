@@ -16,7 +16,7 @@ from fsm.core import Core, Limits, Snapshot
 from fsm.domain.devices import DeviceId
 from fsm.domain.model_info import Options
 from fsm.machine.request import ModelId, Purpose, RequestSpec
-from fsm.messages.commands import Ask, Command, Finish, Grant, Reject, Revoke
+from fsm.messages.commands import Command, Finished, Grant, NotifyContention, Reject, RevokeLease
 from fsm.messages.events import Close, Configure, Expire, Pin, Unpin
 from scheduler.api.debug_state import DebugState
 from scheduler.api.fit import Fit, fit_of
@@ -106,7 +106,7 @@ class Scheduler:
     def _perform(self, command: Command) -> None:
         """Hand a command to the peer that carries it out; under the driver's lock."""
         match command:
-            case Grant() | Reject() | Revoke() | Ask() | Finish():
+            case Grant() | Reject() | RevokeLease() | NotifyContention() | Finished():
                 self._desk.perform(command)
             case _:
                 self._executor.perform(command)

@@ -18,7 +18,7 @@ from fsm.core import Core
 from fsm.domain.model_info import ModelInfo
 from fsm.machine.request import Purpose, RequestSpec
 from fsm.messages.events import Sampled
-from fsm.messages.refusals import DoesNotFit
+from fsm.messages.refusals import DoesNotFitRefusal
 from fsm.preview import preview
 from fsm.sizing.load_options import WITHOUT_CACHE
 from scheduler.api.scheduler import limits_of
@@ -120,7 +120,7 @@ def _read(row: Row, spec: ModelSpec, core: Core) -> Row:
 
 def _fit(spec: ModelSpec, info: ModelInfo, core: Core) -> tuple[str, int]:
     found = preview(monotonic_clock(), core, RequestSpec(spec.id, spec.options, Purpose.lease, 0), info)
-    if isinstance(found.refusal, DoesNotFit):
+    if isinstance(found.refusal, DoesNotFitRefusal):
         return TOO_LARGE, sum(amount for _, amount in found.refusal.needed)
     needed_bytes = sum(share.needed_bytes for share in found.shares)
     if found.in_part:

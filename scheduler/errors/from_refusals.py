@@ -8,17 +8,17 @@ from fsm.messages.decision_log import Decision
 from fsm.messages.reasons import NoAnswer, ProcessExited
 from fsm.messages.refusals import (
     Cancelled,
-    Closed,
-    DoesNotFit,
-    InvalidModel,
-    LoadFailed,
-    LoadTimeout,
-    ModelNotFound,
-    NotInTime,
-    QueueFull,
+    DeadlineInfeasible,
+    DoesNotFitRefusal,
+    InvalidModelRefusal,
+    LoadFailedRefusal,
+    LoadTimeoutRefusal,
+    ModelNotFoundRefusal,
+    QueueFullRefusal,
     Refusal,
+    SchedulerClosed,
     TimedOut,
-    Unsupported,
+    UnsupportedOption,
 )
 from scheduler.errors import exceptions, wording
 
@@ -26,34 +26,34 @@ from scheduler.errors import exceptions, wording
 def error_of(refusal: Refusal, name: wording.Name) -> exceptions.SchedulerError:
     """Return the exception that tells the user what a refusal says."""
     match refusal:
-        case QueueFull(limit, retry_after_s):
+        case QueueFullRefusal(limit, retry_after_s):
             return exceptions.QueueFull(limit, retry_after_s)
-        case ModelNotFound(path):
+        case ModelNotFoundRefusal(path):
             return exceptions.ModelNotFound(path)
-        case InvalidModel(path, reason, offset):
+        case InvalidModelRefusal(path, reason, offset):
             return exceptions.InvalidModel(path, reason, offset)
-        case DoesNotFit(model, needed, available, reason):
+        case DoesNotFitRefusal(model, needed, available, reason):
             total = sum(count for _, count in needed)
             advice = wording.remedy(reason, f"{wording.SMALLER}, or raise the limit")
             if advice and not model:  # a reservation: no model of it could be smaller
                 advice = "reserve less"
             words = wording.infeasible_reason(reason, name)
             return exceptions.DoesNotFit(name(model), total, dict(available), words, advice)
-        case Unsupported(_, option, value, reason):
+        case UnsupportedOption(_, option, value, reason):
             return exceptions.UnsupportedOption(option, value, wording.UNSUPPORTED[reason])
-        case LoadFailed(model, reason, retry_after_s, out_of_memory):
+        case LoadFailedRefusal(model, reason, retry_after_s, out_of_memory):
             served = isinstance(reason, NoAnswer) or (isinstance(reason, ProcessExited) and reason.loaded)
             words = wording.failure_reason(reason)
             return exceptions.LoadFailed(name(model), words, retry_after_s or None, out_of_memory, served)
-        case LoadTimeout(model, stalled_s):
+        case LoadTimeoutRefusal(model, stalled_s):
             return exceptions.LoadTimeout(name(model), stalled_s)
         case TimedOut(model, timeout_s, waiting_for):
             return exceptions.AcquireTimeout(name(model), timeout_s, wording.wait_reason(waiting_for, name))
-        case NotInTime(model, timeout_s, least_s, load_s, begun_s):
+        case DeadlineInfeasible(model, timeout_s, least_s, load_s, begun_s):
             return exceptions.TimeoutTooShort(name(model), timeout_s, least_s, load_s, begun_s)
         case Cancelled(model):
             return exceptions.RequestCancelled(name(model))
-        case Closed():
+        case SchedulerClosed():
             return exceptions.SchedulerClosed()
         case _:
             assert_never(refusal)

@@ -11,7 +11,7 @@ from functools import cache
 from importlib import metadata
 from pathlib import Path
 
-from fsm.messages.commands import Launch, Remember
+from fsm.messages.commands import Launch, PersistMeasurement
 from fsm.sizing.load_history import NOTHING, LoadHistory
 from scheduler.concurrency.latch import Gate
 from scheduler.concurrency.thread_pool import Workers
@@ -53,7 +53,7 @@ class Footprints:
             self._late = done
         return found[0] if found else NOTHING
 
-    def remember(self, identity: Identity, launch: Launch, showed: Remember) -> None:
+    def remember(self, identity: Identity, launch: Launch, showed: PersistMeasurement) -> None:
         """Have what a runner showed written; returns at once."""
         options, split = launch.options, launch.placement.gpu_layers
         self._put(lambda: self._store.write(identity, options, split, showed.took, showed.load_s))

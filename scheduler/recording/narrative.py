@@ -14,33 +14,33 @@ from fsm.domain.devices import HOST, Amounts, DeviceId, DeviceSample
 from fsm.machine.request import ModelId, Purpose, RequestId
 from fsm.machine.runner import UNLOADED, RunnerId, RunnerState
 from fsm.messages.commands import (
-    Ask,
     Claim,
     Command,
-    Finish,
+    Finished,
     Grant,
     Inspect,
     Launch,
+    NotifyContention,
+    PersistMeasurement,
     Prefetch,
     Reject,
-    Remember,
-    Revoke,
+    ReleaseClaim,
+    RevokeLease,
     Sample,
     Stop,
-    Unclaim,
 )
 from fsm.messages.decision_log import ConsideredRunner, Decision, Entry, Transition
 from fsm.messages.events import (
     Acquire,
     Cancel,
-    Claimed,
+    ClaimContended,
+    ClaimGranted,
     Close,
     Configure,
-    Contended,
+    ContextFilled,
     Event,
     Exited,
     Expire,
-    Filled,
     Inspected,
     Loaded,
     OutOfMemory,
@@ -53,7 +53,7 @@ from fsm.messages.events import (
     Unresponsive,
 )
 from fsm.messages.reasons import KeptReason
-from fsm.messages.refusals import Cancelled, InvalidModel, ModelNotFound
+from fsm.messages.refusals import Cancelled, InvalidModelRefusal, ModelNotFoundRefusal
 from scheduler.errors.formatting import format_bytes, format_duration
 from scheduler.errors.from_refusals import decision_words, error_of
 from scheduler.errors.wording import (
@@ -231,17 +231,17 @@ class Story:
                     changes = [_limit(name, getattr(self._limits, name)) for name in changed]
                     yield self._say(f"limits change: {', '.join(changes)}")
             case Inspected(model, outcome):
-                if isinstance(outcome, ModelNotFound | InvalidModel):
+                if isinstance(outcome, ModelNotFoundRefusal | InvalidModelRefusal):
                     yield self._say(f"{self.name(model)} cannot be read")
             case Sampled(devices):
                 yield from self._sampled(devices)
-            case Contended():
+            case ClaimContended():
                 yield self._say("another program loads on a device that is wanted")
             case Close(timeout_s):
                 yield self._say(f"the scheduler is closed; leases may last {format_duration(timeout_s)}")
             case Loaded() | OutOfMemory() | Unresponsive() | Exited():
                 yield from self._of_a_runner(event)
-            case Progress() | Filled() | Claimed() | Tick():
+            case Progress() | ContextFilled() | ClaimGranted() | Tick():
                 pass
             case _:
                 assert_never(event)
@@ -262,7 +262,7 @@ class Story:
                     yield self._say(last_words, detail=True)
 
     def _asked(self, event: Acquire) -> Iterator[Sentence]:
-        want = event.want
+        want = event.spec
         name = self.name(want.model)
         if event.request in self.waits:
             return  # a duplicate: the core ignores it
@@ -327,22 +327,22 @@ class Story:
                 wait = self._answer(request, "cancelled")
                 yield self._say(f"{_number(request)} leaves{_waited(wait)}")
             case Reject(request, refusal):
-                if isinstance(refusal, InvalidModel | ModelNotFound):
+                if isinstance(refusal, InvalidModelRefusal | ModelNotFoundRefusal):
                     refusal = replace(refusal, path=self.name(ModelId(refusal.path)))
                 wait = self._answer(request, type(refusal).__name__)
                 error = next(iter(lines_of(str(error_of(refusal, self.name)))), "")
                 yield self._say(f"{_number(request)} is refused: {error}{_waited(wait)}")
-            case Revoke(request, reason):
+            case RevokeLease(request, reason):
                 if (wait := self._answer(request, "lost")) is not None:
                     wait.holds = False
                 yield self._say(f"{_number(request)} loses its lease: {revoke_reason(reason)}")
-            case Ask(runner, requests):
+            case NotifyContention(runner, requests):
                 yield self._say(f"others wait for the memory of {self._runner(runner)}; its {len(requests)} are told")
             case Claim(_, devices):
                 yield self._say(f"{', '.join(devices)} is to be claimed among the programs on the machine")
-            case Finish():
+            case Finished():
                 yield self._say("everything is unloaded")
-            case Inspect() | Launch() | Stop() | Sample() | Unclaim() | Prefetch() | Remember():
+            case Inspect() | Launch() | Stop() | Sample() | ReleaseClaim() | Prefetch() | PersistMeasurement():
                 pass
             case _:
                 assert_never(command)

@@ -278,9 +278,9 @@ class Recorder:
             line["choices"] = choices
         if raised:
             line["raised"] = raised
-        if isinstance(event, Acquire) and event.want.model not in self._named:
-            self._named.add(event.want.model)
-            line["names"] = [[event.want.model, self._name(event.want.model)]]
+        if isinstance(event, Acquire) and event.spec.model not in self._named:
+            self._named.add(event.spec.model)
+            line["names"] = [[event.spec.model, self._name(event.spec.model)]]
         return _as_line(line)
 
     def _open(self) -> None:

@@ -10,8 +10,8 @@ from fsm.domain.devices import DeviceId
 from fsm.machine.request import ModelId
 from fsm.machine.runner import RunnerId
 from fsm.messages import refusals
-from fsm.messages.commands import Claim, Inspect, Launch, Prefetch, Remember, Sample, Stop, Unclaim
-from fsm.messages.events import Claimed, Contended, Event, Filled, Inspected, Progress, Unresponsive
+from fsm.messages.commands import Claim, Inspect, Launch, PersistMeasurement, Prefetch, ReleaseClaim, Sample, Stop
+from fsm.messages.events import ClaimContended, ClaimGranted, ContextFilled, Event, Inspected, Progress, Unresponsive
 from fsm.messages.reasons import NoAnswer
 from fsm.sizing.load_history import NOTHING, LoadHistory
 from scheduler.concurrency.thread_pool import Workers
@@ -68,7 +68,7 @@ class Executor:
 
     def perform(
         self,
-        command: Inspect | Launch | Stop | Sample | Claim | Unclaim | Prefetch | Remember,
+        command: Inspect | Launch | Stop | Sample | Claim | ReleaseClaim | Prefetch | PersistMeasurement,
     ) -> None:
         """File a command, in the order in which they are decided; returns at once."""
         match command:
@@ -88,12 +88,12 @@ class Executor:
             case Claim(number, devices):
                 if self.locks is not None:
                     self.locks.claim(number, devices)
-            case Unclaim(number):
+            case ReleaseClaim(number):
                 if self.locks is not None:
                     self.locks.give_back(number)
             case Prefetch(files):
                 self.prefetcher.ask(files)
-            case Remember(runner):
+            case PersistMeasurement(runner):
                 told = self.lives.get(runner)
                 if self.footprints is not None and told is not None and told.identity is not None:
                     self.footprints.remember(told.identity, told.launch, command)
@@ -133,7 +133,7 @@ class Executor:
             life.settled = self.sampler.refresh(timeout_s)  # its memory is read after it was filled
             life.lease_ended = not life.settled  # else it is looked at again soon
             if life.settled:
-                self._post(Filled(life.runner, tuple(sorted(to_come.items()))))
+                self._post(ContextFilled(life.runner, tuple(sorted(to_come.items()))))
         finally:
             life.looked_at = False
 
@@ -220,36 +220,36 @@ class Executor:
         def had(number: int) -> None:
             self.workers.put(lambda: self._claimed(number))
 
-        return DeviceLocks(settings.lock_folder, had, lambda number: self._post(Contended(number)))
+        return DeviceLocks(settings.lock_folder, had, lambda number: self._post(ClaimContended(number)))
 
     def _claimed(self, number: int) -> None:
         self.sampler.refresh(_FRESH_S)  # what other programs took before it
-        self._post(Claimed(number))
+        self._post(ClaimGranted(number))
 
     def _inspect(self, model: ModelId) -> None:
         try:
             engine, what = self._engine_of(model)
         except KeyError:  # forgotten, since whoever asked has left
-            self._post(Inspected(model, refusals.ModelNotFound(model)))
+            self._post(Inspected(model, refusals.ModelNotFoundRefusal(model)))
             return
         identity = identity_of(what)  # before it is read, and once more after that: it may be replaced in between
         try:
             outcome: object = engine.inspect(what)
         except ModelNotFound as error:
-            outcome = refusals.ModelNotFound(error.path)
+            outcome = refusals.ModelNotFoundRefusal(error.path)
         except InvalidModel as error:
-            outcome = refusals.InvalidModel(error.path, error.reason, error.offset)
+            outcome = refusals.InvalidModelRefusal(error.path, error.reason, error.offset)
         except SchedulerError as error:
-            outcome = refusals.InvalidModel(model, str(error))
+            outcome = refusals.InvalidModelRefusal(model, str(error))
         except Exception as error:
             log.debug("an inspection failed", exc_info=True)
             reason = (
                 f"looking at it failed with {type(error).__name__}: {error}; see what this program may use (ulimit -a)"
             )
-            outcome = refusals.InvalidModel(model, reason)
+            outcome = refusals.InvalidModelRefusal(model, reason)
         self.sampler.refresh(_FRESH_S)  # what is free is read again right before each start
         identity = identity if identity == identity_of(what) else None
-        refused = isinstance(outcome, refusals.ModelNotFound | refusals.InvalidModel)
+        refused = isinstance(outcome, refusals.ModelNotFoundRefusal | refusals.InvalidModelRefusal)
         if refused:
             self._identities.pop(model, None)
         else:

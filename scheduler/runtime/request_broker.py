@@ -10,10 +10,10 @@ from typing import Any, assert_never
 
 from fsm.core import Core
 from fsm.machine.request import ModelId, RequestId
-from fsm.messages.commands import Ask, Finish, Grant, Reject, Revoke
+from fsm.messages.commands import Finished, Grant, NotifyContention, Reject, RevokeLease
 from fsm.messages.events import Acquire, Cancel, Event, Release, Unresponsive
 from fsm.messages.reasons import NoAnswer
-from fsm.messages.refusals import QueueFull
+from fsm.messages.refusals import QueueFullRefusal
 from scheduler.concurrency.latch import Gate
 from scheduler.errors.exceptions import (
     InvalidSettings,
@@ -31,7 +31,7 @@ from scheduler.runtime.pending_request import Callback, FutureTicket, Ticket
 
 log = logging.getLogger("loadmaster")
 
-Answer = Grant | Reject | Revoke | Ask | Finish  # all other commands are the executor's
+Answer = Grant | Reject | RevokeLease | NotifyContention | Finished  # all other commands are the executor's
 
 _LOOK_UP_S = 1.0  # no single wait is longer: a Ctrl-C that comes right before one is only seen when it ends
 
@@ -175,19 +175,19 @@ class Desk:
                     error = error_of(refusal, self._registry.name)  # first: if it raises, `answer_all` finds the ticket
                     if (ticket := self.tickets.pop(request, None)) is not None:
                         ticket.answer(None, error)
-                        if isinstance(refusal, QueueFull):  # the core never heard of it
+                        if isinstance(refusal, QueueFullRefusal):  # the core never heard of it
                             self._forget(ticket.model_id)
-            case Revoke(request, reason):
+            case RevokeLease(request, reason):
                 if (ticket := self.tickets.pop(request, None)) is not None:
                     ticket.closed = reason is None
                     ticket.lost = revoke_reason(reason)
                     self._notify(ticket, "lost")
-            case Ask(_, requests):
+            case NotifyContention(_, requests):
                 for id in requests:
                     if (ticket := self.tickets.get(id)) is not None:
                         ticket.wanted = True
                         self._notify(ticket, "wanted")
-            case Finish():
+            case Finished():
                 self.finished.set()
             case _:
                 assert_never(command)

@@ -142,7 +142,7 @@ def test_a_runner_that_leaves_says_for_what(reason: ExpireReason, words: str) ->
 )
 def test_a_failure_is_told_with_what_the_engine_said(reason: FailureReason, words: str, served: bool) -> None:
     """As it is; and whether the load had succeeded."""
-    error = error_of(refusals.LoadFailed(MODEL, reason, 10.0), name)
+    error = error_of(refusals.LoadFailedRefusal(MODEL, reason, 10.0), name)
     assert isinstance(error, LoadFailed)
     assert (error.model, error.reason, error.served, error.retry_after_s) == ("chat", words, served, 10.0)
 
@@ -161,15 +161,15 @@ def test_a_failure_is_told_with_what_the_engine_said(reason: FailureReason, word
 )
 def test_the_advice_is_one_that_helps(reason: InfeasibleReason, advice: str) -> None:
     """A smaller context brings no GPU, and a raised limit no memory that others hold; a reservation has no model."""
-    error = error_of(refusals.DoesNotFit(MODEL, ((HOST, 1),), (), reason), name)
+    error = error_of(refusals.DoesNotFitRefusal(MODEL, ((HOST, 1),), (), reason), name)
     assert isinstance(error, DoesNotFit) and error.advice.startswith(advice)
     assert f"{wording.infeasible_reason(reason, name)}; {advice}" in str(error)
-    assert str(error_of(refusals.DoesNotFit(ModelId(""), (), (), reason), name)).endswith("; reserve less")
+    assert str(error_of(refusals.DoesNotFitRefusal(ModelId(""), (), (), reason), name)).endswith("; reserve less")
 
 
 def test_where_there_is_no_such_device_those_that_there_are_are_the_advice() -> None:
     """A smaller model would not go there either."""
-    error = error_of(refusals.DoesNotFit(MODEL, ((GPU, 1),), (), NoSuchDevice(GPU, (HOST,))), name)
+    error = error_of(refusals.DoesNotFitRefusal(MODEL, ((GPU, 1),), (), NoSuchDevice(GPU, (HOST,))), name)
     assert str(error).endswith("there is no device 'gpu0'; there is cpu")
     assert wording.infeasible_reason(NoSuchDevice(GPU, ()), name).endswith("there is none")
 
@@ -237,7 +237,7 @@ def test_events_have_words_beside_the_values() -> None:
     """Those of runners and devices too; a refusal is told as its error."""
     listened = event_stream.EventStream(9, name)
     devices = (ConsideredDevice(HOST, GIB, 0, False),)
-    refusal = refusals.DoesNotFit(MODEL, ((HOST, GIB),), ((HOST, 0),), MemoryHeld((OTHER,), pinned=True))
+    refusal = refusals.DoesNotFitRefusal(MODEL, ((HOST, GIB),), ((HOST, 0),), MemoryHeld((OTHER,), pinned=True))
     listened.offer(
         [
             Transition(1.0, RunnerId(1), MODEL, "serve", LOADING, READY, NeededFor(MODEL), 1),

@@ -8,7 +8,7 @@ import pytest
 
 from fsm.domain.devices import HOST, MIB
 from fsm.domain.model_info import ModelInfo, Options
-from fsm.messages.refusals import DoesNotFit
+from fsm.messages.refusals import DoesNotFitRefusal
 from fsm.planning.automatic_options import BATCHES, Batch
 from fsm.sizing.load_options import DEFAULT_BATCH, resolve
 from fsm.sizing.memory_estimate import estimate
@@ -198,10 +198,10 @@ def test_n06_a_context_by_the_gpus_leaves_room_for_far_fewer_models(gpu: str, by
 def test_a_request_may_require_a_gpu() -> None:
     """It is refused with the numbers where the model is not whole on GPUs; others may have it in part."""
     pool = with_gpus("1GiB")
-    assert refused(pool.feed(acquire("a", request=1, require_gpu=True))) == {1: DoesNotFit}
+    assert refused(pool.feed(acquire("a", request=1, require_gpu=True))) == {1: DoesNotFitRefusal}
     assert dict(pool.refusal(1).needed)["gpu0"] > GIB == dict(pool.refusal(1).available)["gpu0"]
     assert launched(pool.feed(acquire("a", request=2, require_gpu=False))) == ["a"]
-    assert refused(with_gpus().feed(acquire("a", request=1, require_gpu=True))) == {1: DoesNotFit}
+    assert refused(with_gpus().feed(acquire("a", request=1, require_gpu=True))) == {1: DoesNotFitRefusal}
 
 
 def test_a_runner_that_is_whole_on_gpus_serves_who_requires_one() -> None:
@@ -225,7 +225,7 @@ def test_a_runner_that_is_on_the_host_is_reloaded_for_who_requires_a_gpu() -> No
     assert (stopped(commands), launched(commands)) == ([1], ["a"])
     assert dict(pool.launches[2].placement.gpu_layers) == {"gpu0": 5}
     pool = with_gpus("1GiB").idle("a")
-    assert refused(pool.feed(acquire("a", request=1, require_gpu=True))) == {1: DoesNotFit}
+    assert refused(pool.feed(acquire("a", request=1, require_gpu=True))) == {1: DoesNotFitRefusal}
     assert not pool.stops
 
 

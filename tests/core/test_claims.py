@@ -8,11 +8,11 @@ import pytest
 
 from fsm.domain.devices import DeviceId
 from fsm.machine.runner import RunnerState
-from fsm.messages.commands import Claim, Command, Finish, Grant, Launch, Reject, Stop, Unclaim
+from fsm.messages.commands import Claim, Command, Finished, Grant, Launch, Reject, ReleaseClaim, Stop
 from fsm.messages.decision_log import Decision, Entry
-from fsm.messages.events import Claimed, Contended, Progress
+from fsm.messages.events import ClaimContended, ClaimGranted, Progress
 from fsm.messages.reasons import ClaimMissed, WaitFor
-from fsm.messages.refusals import DoesNotFit, TimedOut
+from fsm.messages.refusals import DoesNotFitRefusal, TimedOut
 from tests.core.test_every_state_every_event import EVENTS
 from tests.support.models import a_model
 from tests.support.pool import (
@@ -42,7 +42,7 @@ def claiming(capacity: str = "8GiB", *, shares: bool = False, **how: object) -> 
 
 def had(pool: PoolUnderTest, number: int) -> list[Command]:
     """Have a Claim answered as the shell does: the devices are read, then it is had."""
-    return pool.feed(pool.sample(), Claimed(number))
+    return pool.feed(pool.sample(), ClaimGranted(number))
 
 
 def waits(pool: PoolUnderTest) -> list[Command]:
@@ -72,9 +72,9 @@ def test_what_another_program_took_meanwhile_is_seen() -> None:
     pool = claiming()
     waits(pool)
     pool.strangers = {"cpu": amount("6GiB")}
-    assert [type(command) for command in had(pool, 1)] == [Reject, Unclaim]
+    assert [type(command) for command in had(pool, 1)] == [Reject, ReleaseClaim]
     refusal = pool.refusal(1)
-    assert isinstance(refusal, DoesNotFit)
+    assert isinstance(refusal, DoesNotFitRefusal)
     assert refusal.available == (("cpu", amount("2GiB")),)
 
 
@@ -84,7 +84,7 @@ def test_a_claim_lasts_until_the_model_is_resident() -> None:
     waits(pool)
     had(pool, 1)
     assert pool.feed(pool.sample(), Progress(1)) == []
-    assert pool.feed(loaded(1)) == [Grant(1, 1), Unclaim(1)]
+    assert pool.feed(loaded(1)) == [Grant(1, 1), ReleaseClaim(1)]
 
 
 def test_a_claim_lasts_until_a_failed_load_is_gone() -> None:
@@ -93,7 +93,7 @@ def test_a_claim_lasts_until_a_failed_load_is_gone() -> None:
     waits(pool)
     had(pool, 1)
     assert [type(command) for command in pool.feed(unresponsive(1))] == [Reject, Stop]
-    assert Unclaim(1) in pool.feed(exited(1))
+    assert ReleaseClaim(1) in pool.feed(exited(1))
 
 
 def test_a_load_that_is_stopped_and_does_not_end_keeps_its_devices_no_longer_than_that_may_take() -> None:
@@ -101,8 +101,8 @@ def test_a_load_that_is_stopped_and_does_not_end_keeps_its_devices_no_longer_tha
     pool = claiming(stop_timeout_s=15.0, each="1GiB", shares=True).loading("a").loading("b")
     pool.feed(unresponsive(1))
     assert pool.advance("14.9s") == []
-    assert pool.advance("0.1s") == [Unclaim(1)]
-    assert Unclaim(1) not in pool.feed(exited(1))
+    assert pool.advance("0.1s") == [ReleaseClaim(1)]
+    assert ReleaseClaim(1) not in pool.feed(exited(1))
     assert list(pool.claims) == [2]
 
 
@@ -147,7 +147,7 @@ def test_the_loads_of_one_program_do_not_keep_each_other_out() -> None:
     """Each has a claim of its own, so that each is given back for itself."""
     pool = claiming(shares=True, each="1GiB").loading("a").loading("b", 2)
     assert sorted(pool.claims) == [1, 2]
-    assert pool.feed(loaded(2)) == [Grant(2, 2), Unclaim(2)]
+    assert pool.feed(loaded(2)) == [Grant(2, 2), ReleaseClaim(2)]
 
 
 def test_claims_are_had_in_any_order() -> None:
@@ -187,7 +187,7 @@ def test_a_launch_that_needs_less_than_was_claimed_goes_ahead() -> None:
     (launch,) = had(pool, 1)
     assert isinstance(launch, Launch)
     assert dict(launch.placement.bytes).get(GPU, 0) == 0
-    assert pool.feed(loaded(1)) == [Grant(1, 1), Unclaim(1)]
+    assert pool.feed(loaded(1)) == [Grant(1, 1), ReleaseClaim(1)]
 
 
 # -- the wait, and its end ---------------------------------------------------------------------------------------------
@@ -198,7 +198,7 @@ def test_whoever_waits_is_told_that_another_program_loads() -> None:
     pool = claiming()
     waits(pool)
     assert pool.waits_for(1) != WaitFor.other_program
-    assert pool.feed(Contended(1)) == []
+    assert pool.feed(ClaimContended(1)) == []
     assert pool.waits_for(1) == WaitFor.other_program
 
 
@@ -208,9 +208,9 @@ def test_after_the_limit_it_goes_ahead_without_and_says_so() -> None:
     waits(pool)
     journal: list[Entry] = []
     pool.core.journal = journal
-    pool.feed(Contended(1))
+    pool.feed(ClaimContended(1))
     assert pool.advance("59.9s") == []
-    assert pool.advance("0.1s") == [Unclaim(1), pool.launch(1, "a")]
+    assert pool.advance("0.1s") == [ReleaseClaim(1), pool.launch(1, "a")]
     missed = ClaimMissed(("cpu",), 60.0)
     assert pool.core.act.claim_failure == missed
     assert [entry.why for entry in journal if isinstance(entry, Decision) and entry.what == "launched"] == [missed]
@@ -236,7 +236,7 @@ def test_a_plan_that_moves_to_other_devices_does_not_wait_anew() -> None:
         pool.strangers = {f"gpu{second % 2}": 0, f"gpu{(second + 1) % 2}": amount("1GiB")}
         pool.advance("1s")
         moved = pool.feed(pool.sample())
-        assert [type(command) for command in moved] == [Unclaim, Claim]
+        assert [type(command) for command in moved] == [ReleaseClaim, Claim]
     assert launched(pool.advance("1s")) == ["g"]
     assert pool.claims == {}
 
@@ -258,7 +258,7 @@ def test_a_claim_whose_waiter_leaves_is_given_up() -> None:
     """What comes of it later is late."""
     pool = claiming()
     waits(pool)
-    assert pool.feed(cancel(1))[-1] == Unclaim(1)
+    assert pool.feed(cancel(1))[-1] == ReleaseClaim(1)
     assert had(pool, 1) == []
     assert pool.core.late == 1
 
@@ -267,10 +267,10 @@ def test_a_claim_whose_waiter_runs_out_of_time_is_given_up() -> None:
     """Its own time limit ends the wait as any other."""
     pool = claiming()
     pool.feed(acquire("a", request=1, timeout="5s"))
-    pool.feed(Contended(1))
+    pool.feed(ClaimContended(1))
     commands = pool.advance("5s")
     assert refused(commands) == {1: TimedOut}
-    assert commands[-1] == Unclaim(1)
+    assert commands[-1] == ReleaseClaim(1)
     refusal = pool.refusal(1)
     assert isinstance(refusal, TimedOut)
     assert refusal.waiting_for == WaitFor.other_program
@@ -285,7 +285,7 @@ def test_a_claim_is_given_up_when_the_room_is_gone() -> None:
     pool.feed(exited(1))
     assert list(pool.claims) == [2]
     pool.strangers = {"cpu": amount("5GiB")}
-    assert refused(pool.feed(pool.sample())) == {3: DoesNotFit}
+    assert refused(pool.feed(pool.sample())) == {3: DoesNotFitRefusal}
     assert pool.claims == {}
 
 
@@ -293,7 +293,7 @@ def test_close_gives_a_claim_up_before_it_finishes() -> None:
     """Nothing is left to the shell that it has to clean up."""
     pool = claiming()
     waits(pool)
-    assert [type(command) for command in pool.feed(close())] == [Reject, Unclaim, Finish]
+    assert [type(command) for command in pool.feed(close())] == [Reject, ReleaseClaim, Finished]
 
 
 def test_a_copy_has_claims_of_its_own() -> None:
@@ -304,7 +304,7 @@ def test_a_copy_has_claims_of_its_own() -> None:
     had(pool, 1)
     copy.check()
     assert copy.pool.claims[1].had is False
-    assert copy.step(pool.now, Claimed(1)) == [pool.launch(1, "a")]
+    assert copy.step(pool.now, ClaimGranted(1)) == [pool.launch(1, "a")]
 
 
 # -- every state of a claim, every event -------------------------------------------------------------------------------
@@ -322,7 +322,7 @@ def stopped(pool: PoolUnderTest) -> None:
 
 def contended(pool: PoolUnderTest) -> None:
     waits(pool)
-    pool.feed(Contended(1))
+    pool.feed(ClaimContended(1))
 
 
 def missed(pool: PoolUnderTest) -> None:
@@ -343,7 +343,7 @@ def test_whatever_happens_every_claim_is_given_back_once(state: str, event: str)
     if (what := EVENTS[event](pool)) is not None:
         pool.feed(what)
     pool.shares = True
-    pool.feed(*(answer for number in list(pool.claims) for answer in (pool.sample(), Claimed(number))))
+    pool.feed(*(answer for number in list(pool.claims) for answer in (pool.sample(), ClaimGranted(number))))
     for runner in [runner for runner in pool.core.pool.runners.values() if runner.state is RunnerState.loading]:
         pool.feed(loaded(runner.id))
     pool.advance("90s")
@@ -351,5 +351,5 @@ def test_whatever_happens_every_claim_is_given_back_once(state: str, event: str)
     pool.feed(close("0s"))
     pool.advance("0s")  # what is still leased is stopped
     pool.settle()
-    assert Finish() in pool.commands
+    assert Finished() in pool.commands
     assert pool.asked == pool.answers.keys()

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 
 from fsm.machine.runner import RunnerState
-from fsm.messages.commands import Finish, Reject, Revoke, Stop
+from fsm.messages.commands import Finished, Reject, RevokeLease, Stop
 from fsm.messages.reasons import ProcessExited
-from fsm.messages.refusals import Closed
+from fsm.messages.refusals import SchedulerClosed
 from tests.support.pool import (
     a_pool,
     acquire,
@@ -29,14 +29,14 @@ from tests.support.pool import (
 
 def test_an_empty_pool_closes_at_once() -> None:
     """There is nothing to wait for."""
-    assert a_pool().feed(close()) == [Finish()]
+    assert a_pool().feed(close()) == [Finished()]
 
 
 def test_s33_a_close_stops_what_is_idle_and_refuses_what_waits() -> None:
     """S33: in one step."""
     pool = a_pool(each="3GiB", max_runners=2).idle("a").ready("b", lease=1)
     pool.feed(pin("a"), acquire("c", request=2), preload("d", request=3))
-    assert pool.feed(close()) == [Reject(2, Closed()), Reject(3, Closed()), Stop(1)]
+    assert pool.feed(close()) == [Reject(2, SchedulerClosed()), Reject(3, SchedulerClosed()), Stop(1)]
 
 
 def test_s33_leases_may_finish() -> None:
@@ -45,7 +45,7 @@ def test_s33_leases_may_finish() -> None:
     assert pool.feed(close("30s")) == []
     pool.advance("29s")
     assert pool.feed(release(1)) == [Stop(1)]
-    assert pool.feed(exited(1)) == [Finish()]
+    assert pool.feed(exited(1)) == [Finished()]
     assert pool.advance("1h") == []
 
 
@@ -53,9 +53,9 @@ def test_s33_after_the_time_out_leases_are_broken() -> None:
     """S33: their holders are told, their runners stopped."""
     pool = a_pool().ready("a", lease=1).ready("a", lease=2)
     pool.feed(close("30s"))
-    assert pool.advance("30s") == [Revoke(1, None), Revoke(2, None), Stop(1)]
+    assert pool.advance("30s") == [RevokeLease(1, None), RevokeLease(2, None), Stop(1)]
     assert pool.feed(release(1)) == []
-    assert pool.feed(exited(1)) == [Finish()]
+    assert pool.feed(exited(1)) == [Finished()]
 
 
 def test_a_close_that_waits_for_nobody_breaks_leases_at_once() -> None:
@@ -85,17 +85,20 @@ def test_d20_after_a_close_every_request_is_answered() -> None:
     """D20: those at hand, those queued, those that come afterwards."""
     pool = a_pool().loading("a", request=1)
     pool.feed(acquire("b", request=2))
-    assert refused(pool.feed(close())) == {1: Closed, 2: Closed}
-    assert refused(pool.feed(acquire("a", request=3), memory(4, cpu="1GiB"))) == {3: Closed, 4: Closed}
+    assert refused(pool.feed(close())) == {1: SchedulerClosed, 2: SchedulerClosed}
+    assert refused(pool.feed(acquire("a", request=3), memory(4, cpu="1GiB"))) == {
+        3: SchedulerClosed,
+        4: SchedulerClosed,
+    }
     pool.feed(exited(1))
-    assert refused(pool.feed(acquire("a", request=5))) == {5: Closed}
+    assert refused(pool.feed(acquire("a", request=5))) == {5: SchedulerClosed}
 
 
 def test_d20_even_a_warm_request_is_refused() -> None:
     """D20: no new leases while the old ones drain."""
     pool = a_pool().ready("a", lease=1)
     pool.feed(close())
-    assert refused(pool.feed(acquire("a", request=2))) == {2: Closed}
+    assert refused(pool.feed(acquire("a", request=2))) == {2: SchedulerClosed}
 
 
 def test_d09_a_close_during_a_load_stops_it() -> None:
@@ -103,14 +106,14 @@ def test_d09_a_close_during_a_load_stops_it() -> None:
     pool = a_pool().loading("a", request=1)
     assert stopped(pool.feed(close())) == [1]
     assert pool.feed(loaded(1), progress(1)) == []
-    assert pool.feed(exited(1)) == [Finish()]
+    assert pool.feed(exited(1)) == [Finished()]
 
 
 def test_a_close_gives_the_programs_memory_back() -> None:
     """Its release afterwards is late."""
     pool = a_pool()
     pool.feed(memory(1, cpu="1GiB"))
-    assert pool.feed(close()) == [Finish()]
+    assert pool.feed(close()) == [Finished()]
     pool.feed(release(1))
     assert pool.core.late == 1
 
@@ -119,22 +122,22 @@ def test_a_close_waits_for_memory_to_come_back() -> None:
     """What was on its way out before is waited for as ever."""
     pool = a_pool(samples=False).expiring("a")
     pool.feed(exited(1))
-    assert Finish() not in pool.feed(close())
-    assert pool.feed(pool.sample()) == [Finish()]
+    assert Finished() not in pool.feed(close())
+    assert pool.feed(pool.sample()) == [Finished()]
 
 
 def test_a_close_waits_for_memory_no_longer_than_ever() -> None:
     """A device that is never read again does not keep it open."""
     pool = a_pool(samples=False).expiring("a")
     pool.feed(exited(1), close())
-    assert Finish() in pool.advance("5s")
+    assert Finished() in pool.advance("5s")
 
 
 def test_a_close_while_metadata_are_read_ends_at_once() -> None:
     """What an inspection finds afterwards is of no use to anybody."""
     pool = a_pool(inspects=False)
     pool.feed(acquire("a", request=1))
-    assert pool.feed(close()) == [Reject(1, Closed()), Finish()]
+    assert pool.feed(close()) == [Reject(1, SchedulerClosed()), Finished()]
     assert pool.feed(pool.inspection("a"), cancel(1), expire("a")) == []
     assert granted(pool.commands) == []
 
@@ -144,7 +147,7 @@ def test_a_crash_during_the_close_does_not_keep_it_open() -> None:
     pool = a_pool().ready("a", lease=1)
     pool.feed(close())
     assert pool.feed(exited(1, code=-9, reason="killed")) == [
-        Revoke(1, ProcessExited(-9, "killed", loaded=True)),
-        Finish(),
+        RevokeLease(1, ProcessExited(-9, "killed", loaded=True)),
+        Finished(),
     ]
     assert pool.state("a") is RunnerState.unloaded

@@ -7,11 +7,11 @@ import math
 from fsm.domain.devices import HOST
 from fsm.eviction.policies import EvictionPolicy, KeepAliveOrder, LeastRecentlyUsed
 from fsm.machine.runner import RunnerState
-from fsm.messages.commands import Ask, Grant, Stop
+from fsm.messages.commands import Grant, NotifyContention, Stop
 from fsm.messages.decision_log import Entry, Transition
 from fsm.messages.events import Close, Configure
 from fsm.messages.reasons import RunnerLimit
-from fsm.messages.refusals import QueueFull
+from fsm.messages.refusals import QueueFullRefusal
 from tests.support.pool import (
     PoolUnderTest,
     a_pool,
@@ -55,8 +55,8 @@ def test_a_shorter_queue_drops_nobody() -> None:
     pool.feed(acquire("b", request=2), acquire("c", request=3))
     assert pool.feed(Configure(max_queue=1)) == []
     assert pool.waiting() == [2, 3]
-    assert refused(pool.feed(acquire("d", request=4))) == {4: QueueFull}
-    assert pool.feed(acquire("a", request=5)) == [Grant(5, 1), Ask(1, (5,))]
+    assert refused(pool.feed(acquire("d", request=4))) == {4: QueueFullRefusal}
+    assert pool.feed(acquire("a", request=5)) == [Grant(5, 1), NotifyContention(1, (5,))]
 
 
 def test_a_longer_queue_lets_in_who_comes_next() -> None:

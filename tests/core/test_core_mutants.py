@@ -16,9 +16,9 @@ from fsm.eviction.policies import Candidate, KeepAliveOrder
 from fsm.eviction.reuse_prediction import Experience
 from fsm.machine.request import Purpose, Request, RequestSpec
 from fsm.machine.runner import Runner
-from fsm.messages.commands import Claim, Unclaim
+from fsm.messages.commands import Claim, ReleaseClaim
 from fsm.messages.decision_log import Decision, Transition
-from fsm.messages.events import Contended
+from fsm.messages.events import ClaimContended
 from fsm.messages.reasons import (
     ClaimMissed,
     LoadStalled,
@@ -28,7 +28,7 @@ from fsm.messages.reasons import (
     RunnerReason,
     TransitionReason,
 )
-from fsm.messages.refusals import LoadFailed, ModelNotFound
+from fsm.messages.refusals import LoadFailedRefusal, ModelNotFoundRefusal
 from fsm.placement.search import Demand, Gpu, Offload, place
 from fsm.planning.eviction_candidates import may_go_at
 from fsm.sizing.footprint import Footprint
@@ -287,14 +287,14 @@ def test_the_last_moment_of_a_back_off_is_told_as_it_is() -> None:
     pool.advance("9.5s")
     pool.feed(acquire("a", request=7))
     refusal = pool.refusal(7)
-    assert isinstance(refusal, LoadFailed) and refusal.retry_after_s == pytest.approx(0.5)
+    assert isinstance(refusal, LoadFailedRefusal) and refusal.retry_after_s == pytest.approx(0.5)
 
 
 def test_a_claim_that_is_given_up_is_no_longer_timed() -> None:
     """Nothing is due once the only one who waited for it has left."""
     pool = a_pool(claims=True, shares=False)
     assert pool.feed(acquire("a", request=1)) == [Claim(1, (HOST,))]
-    assert pool.feed(cancel(1))[-1] == Unclaim(1)
+    assert pool.feed(cancel(1))[-1] == ReleaseClaim(1)
     assert ("claim", 1) not in [key for _, key in pool.core.pool.timers.items()]
 
 
@@ -316,7 +316,7 @@ def test_of_crashes_a_good_life_apart_each_is_the_first() -> None:
     assert pool.core.pool.models["a"].failure == ProcessExited(-9, "crash 2", loaded=True)
     pool.feed(exited(3, code=-9, reason="crash 3"))
     pool.feed(acquire("a", request=9))
-    assert pool.refusal(9) == LoadFailed("a", ProcessExited(-9, "crash 3", loaded=True), 20.0)
+    assert pool.refusal(9) == LoadFailedRefusal("a", ProcessExited(-9, "crash 3", loaded=True), 20.0)
 
 
 def test_a_reading_of_a_runner_that_is_gone_hides_no_others() -> None:
@@ -335,9 +335,9 @@ def test_a_model_that_failed_is_remembered_although_its_file_is_gone() -> None:
     pool = a_pool().loading("a")
     pool.feed(exited(pool.runner("a"), 1, "no such layer"), pool.sample())
     pool.advance("11s")
-    pool.declare("a", ModelNotFound("a"))
+    pool.declare("a", ModelNotFoundRefusal("a"))
     pool.feed(acquire("a", request=7))
-    assert isinstance(pool.refusal(7), ModelNotFound)
+    assert isinstance(pool.refusal(7), ModelNotFoundRefusal)
     assert pool.core.pool.models["a"].failures == 1
 
 
@@ -436,7 +436,7 @@ def test_the_journal_says_which_launch_went_ahead_without_its_devices() -> None:
     pool.declare("g", layered(4, "1GiB", host="100MiB"))
     pool.feed(acquire("g", request=7))
     late = pool.core.late
-    pool.feed(Contended(1))
+    pool.feed(ClaimContended(1))
     assert pool.core.late == late
     pool.advance("60s")
     decisions = [entry for entry in pool.core.journal or () if isinstance(entry, Decision)]
@@ -451,7 +451,7 @@ def test_a_second_crash_in_a_row_is_no_lack_of_memory() -> None:
     pool.ready("a", lease=2)
     pool.feed(acquire("a", request=3, num_thread=5), unresponsive(2))
     refusal = pool.refusal(3)
-    assert isinstance(refusal, LoadFailed)
+    assert isinstance(refusal, LoadFailedRefusal)
     assert (refusal.reason, refusal.out_of_memory) == (NoAnswer(10.0), False)
 
 
@@ -460,4 +460,4 @@ def test_a_load_that_hangs_is_told_with_its_reason() -> None:
     pool = a_pool().loading("a", request=1)
     pool.feed(unresponsive(1))
     refusal = pool.refusal(1)
-    assert isinstance(refusal, LoadFailed) and refusal.reason == NoAnswer(10.0)
+    assert isinstance(refusal, LoadFailedRefusal) and refusal.reason == NoAnswer(10.0)

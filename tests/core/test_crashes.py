@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from fsm.machine.runner import RunnerState
-from fsm.messages.commands import Revoke
+from fsm.messages.commands import RevokeLease
 from fsm.messages.reasons import NoAnswer, ProcessExited
-from fsm.messages.refusals import LoadFailed
+from fsm.messages.refusals import LoadFailedRefusal
 from tests.support.pool import a_pool, acquire, exited, launched, refused, release, stopped, unresponsive
 
 KILLED = ProcessExited(-9, "killed", loaded=True)
@@ -16,7 +16,7 @@ KILLED = ProcessExited(-9, "killed", loaded=True)
 def test_a_crash_breaks_the_leases() -> None:
     """The holders are told, their releases are late, and the memory comes back."""
     pool = a_pool().ready("a", lease=1).ready("a", lease=2)
-    assert pool.feed(exited(1, code=-9, reason="killed")) == [Revoke(1, KILLED), Revoke(2, KILLED)]
+    assert pool.feed(exited(1, code=-9, reason="killed")) == [RevokeLease(1, KILLED), RevokeLease(2, KILLED)]
     assert pool.feed(release(1), release(2)) == []
     assert (pool.core.late, pool.state("a")) == (2, RunnerState.unloaded)
 
@@ -33,7 +33,7 @@ def test_the_second_crash_in_a_row_is_backed_off() -> None:
     pool = a_pool().ready("a", lease=1)
     pool.feed(exited(1, code=-9))
     pool.ready("a", lease=2).feed(exited(2, code=-9, reason="killed"))
-    assert refused(pool.feed(acquire("a", request=3))) == {3: LoadFailed}
+    assert refused(pool.feed(acquire("a", request=3))) == {3: LoadFailedRefusal}
     assert pool.refusal(3).reason == KILLED
 
 
@@ -42,7 +42,7 @@ def test_the_second_crash_in_a_row_is_the_answer_of_those_who_wait() -> None:
     pool = a_pool().ready("a", lease=1)
     pool.feed(exited(1, code=-9))
     pool.ready("a", lease=2).feed(acquire("a", request=3, num_thread=2))
-    assert refused(pool.feed(exited(2, code=-9))) == {3: LoadFailed}
+    assert refused(pool.feed(exited(2, code=-9))) == {3: LoadFailedRefusal}
 
 
 def test_a_crash_after_a_good_life_counts_as_the_first() -> None:
@@ -66,7 +66,7 @@ def test_an_idle_runner_that_dies_is_not_listed_as_loaded() -> None:
 def test_a_runner_that_dies_while_it_drains_breaks_its_leases() -> None:
     """It ends there; that is not counted against the model."""
     pool = a_pool().expiring("a", lease=1)
-    assert pool.feed(exited(1, code=-9, reason="killed")) == [Revoke(1, KILLED)]
+    assert pool.feed(exited(1, code=-9, reason="killed")) == [RevokeLease(1, KILLED)]
     assert pool.state("a") is RunnerState.unloaded
     assert launched(pool.feed(acquire("a", request=2))) == ["a"]
 
@@ -77,7 +77,7 @@ def test_a_runner_that_answers_no_probe_is_stopped_at_once(state: str) -> None:
     pool = getattr(a_pool(), state)("a", *((1,) if state != "idle" else ()))
     commands = pool.feed(unresponsive(1))
     assert stopped(commands) == [1]
-    assert commands[:-1] == ([] if state == "idle" else [Revoke(1, NoAnswer(10.0))])
+    assert commands[:-1] == ([] if state == "idle" else [RevokeLease(1, NoAnswer(10.0))])
 
 
 def test_one_that_answers_no_probe_time_and_again_is_backed_off() -> None:
@@ -85,7 +85,7 @@ def test_one_that_answers_no_probe_time_and_again_is_backed_off() -> None:
     pool = a_pool().ready("a", lease=1)
     pool.feed(unresponsive(1), exited(1, code=-9))
     pool.ready("a", lease=2).feed(unresponsive(2), exited(2, code=-9))
-    assert refused(pool.feed(acquire("a", request=3))) == {3: LoadFailed}
+    assert refused(pool.feed(acquire("a", request=3))) == {3: LoadFailedRefusal}
 
 
 def test_a_runner_that_said_nothing_after_unresponsive_is_stopped_once() -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from fsm.domain.model_info import ModelInfo, Options
 from fsm.messages.commands import Grant
-from fsm.messages.refusals import DoesNotFit
+from fsm.messages.refusals import DoesNotFitRefusal
 from fsm.sizing.load_options import resolve
 from tests.support.models import a_model
 from tests.support.pool import a_pool, acquire, amount, launched, layered, refused
@@ -103,7 +103,7 @@ def test_with_a_gpu_required_what_does_not_fit_on_gpus_is_refused() -> None:
     """Though the host has room for it; objects, which say where they are, are not asked."""
     pool = a_pool(capacity="64GiB", gpus=("4GiB",), require_gpu=True).declare("large", layered(8, "1GiB"))
     pool.declare("small", layered(2, "1GiB")).declare("object", amount("1GiB"))
-    assert refused(pool.feed(acquire("large", request=1))) == {1: DoesNotFit}
+    assert refused(pool.feed(acquire("large", request=1))) == {1: DoesNotFitRefusal}
     assert launched(pool.feed(acquire("small", request=2), acquire("object", request=3))) == ["small", "object"]
 
 

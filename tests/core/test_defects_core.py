@@ -11,9 +11,9 @@ import pytest
 
 from fsm.domain.devices import HOST
 from fsm.machine.runner import RunnerState
-from fsm.messages.commands import Finish, Grant, Revoke, Stop
+from fsm.messages.commands import Finished, Grant, RevokeLease, Stop
 from fsm.messages.events import Configure, Event, Tick
-from fsm.messages.refusals import Cancelled, Closed, QueueFull
+from fsm.messages.refusals import Cancelled, QueueFullRefusal, SchedulerClosed
 from tests.support.pool import (
     PoolUnderTest,
     a_pool,
@@ -81,7 +81,7 @@ def test_d07_a_waiter_keeps_its_one_place_through_evictions_and_failures() -> No
     """D07: nobody has to come back to the queue to be looked at again, so that it cannot be full for them."""
     pool = a_pool(max_queue=1).ready("a", lease=1)
     pool.feed(acquire("b", request=2))
-    assert refused(pool.feed(acquire("c", request=3))) == {3: QueueFull}
+    assert refused(pool.feed(acquire("c", request=3))) == {3: QueueFullRefusal}
     pool.feed(release(1))
     assert launched(pool.feed(exited(1))) == ["b"]
     assert launched(pool.feed(exited(2, code=-9, out_of_memory=True))) == ["b"]
@@ -126,12 +126,12 @@ def test_d17_a_close_leaves_nothing_of_callers_that_never_finish() -> None:
     """D17: leases that nobody gives back, memory of the program's own, and waits without end."""
     pool = a_pool("16GiB").ready("a", lease=1).ready("b", lease=2)
     pool.feed(memory(3, cpu="1GiB"), acquire("c", request=4))
-    assert refused(pool.feed(close("30s"))) == {4: Closed}
+    assert refused(pool.feed(close("30s"))) == {4: SchedulerClosed}
     commands = pool.advance("30s")
-    assert {command.request for command in commands if isinstance(command, Revoke)} == {1, 2}
+    assert {command.request for command in commands if isinstance(command, RevokeLease)} == {1, 2}
     assert stopped(commands) == [1, 2]
     commands = pool.feed(exited(1), exited(2))
-    assert commands[-1] == Finish()
+    assert commands[-1] == Finished()
     state = pool.core.pool
     assert not (state.runners or state.requests or state.lines or state.claims or state.ledger.accounts)
     assert [key for _, key in state.timers.items() if key[0] != "plan"] == []
@@ -229,7 +229,7 @@ def ends(pool: PoolUnderTest, what: str) -> None:
     pool.advance("1s")
     pool.settle().advance("10s")
     assert pool.asked == pool.answers.keys(), what
-    assert Finish() in pool.commands and not pool.core.pool.runners, what
+    assert Finished() in pool.commands and not pool.core.pool.runners, what
     assert not pool.core.pool.ledger.accounts, what
 
 
@@ -237,10 +237,10 @@ def test_d20_who_comes_while_it_ends_or_after_its_end_is_answered() -> None:
     """D20: in hand, waiting and loading when the close comes, while it drains, and once everything has ended."""
     pool = a_pool("13GiB").ready("a", lease=1).loading("b", request=2)
     pool.feed(acquire("c", request=3))
-    assert refused(pool.feed(close("30s"))) == {2: Closed, 3: Closed}
-    assert refused(pool.feed(acquire("a", request=4))) == {4: Closed}
-    assert pool.feed(release(1), exited(1), exited(2))[-1] == Finish()
-    assert refused(pool.feed(acquire("a", request=5), memory(6, cpu="1B"))) == {5: Closed, 6: Closed}
+    assert refused(pool.feed(close("30s"))) == {2: SchedulerClosed, 3: SchedulerClosed}
+    assert refused(pool.feed(acquire("a", request=4))) == {4: SchedulerClosed}
+    assert pool.feed(release(1), exited(1), exited(2))[-1] == Finished()
+    assert refused(pool.feed(acquire("a", request=5), memory(6, cpu="1B"))) == {5: SchedulerClosed, 6: SchedulerClosed}
     assert pool.asked == pool.answers.keys()
 
 
@@ -251,4 +251,4 @@ def test_d20_a_stop_of_the_close_comes_once_for_each_life() -> None:
     pool.advance("1s")
     assert pool.stops == {1, 2, 3} == set(pool.launches)
     assert pool.commands.count(Stop(1)) == 1
-    assert pool.settle().commands[-1] == Finish()
+    assert pool.settle().commands[-1] == Finished()

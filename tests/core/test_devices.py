@@ -10,7 +10,7 @@ import pytest
 
 from fsm.domain.devices import HOST, DeviceId, DeviceSample
 from fsm.messages.events import Sampled
-from fsm.messages.refusals import DoesNotFit
+from fsm.messages.refusals import DoesNotFitRefusal
 from fsm.placement.search import Demand, Gpu, Offload, place
 from fsm.state.memory_ledger import Account, Ledger
 from fsm.state.snapshot import DeviceView
@@ -96,7 +96,7 @@ def test_n03_an_integrated_gpu_has_no_more_free_than_the_host() -> None:
     """N03: what other programs hold of the host's memory is not its either."""
     pool = sharing("8GiB", ("0B",), "gpu0")
     pool.strangers = {HOST: 4 * GIB}
-    assert refused(pool.feed(acquire("a", request=1))) == {1: DoesNotFit}
+    assert refused(pool.feed(acquire("a", request=1))) == {1: DoesNotFitRefusal}
 
 
 def test_n04_a_discrete_gpu_goes_before_an_integrated_one() -> None:
@@ -122,7 +122,7 @@ def test_n03_memory_of_the_programs_own_on_an_integrated_gpu_is_the_hosts() -> N
     """N03: it is booked there, and given back there."""
     pool = sharing("8GiB", ("0B",), "gpu0")
     commands = pool.feed(memory(1, gpu0="3GiB"), memory(2, gpu0="3GiB"), memory(3, gpu0="3GiB"))
-    assert (granted(commands), refused(commands)) == ([1, 2], {3: DoesNotFit})
+    assert (granted(commands), refused(commands)) == ([1, 2], {3: DoesNotFitRefusal})
     assert pool.free() == 2 * GIB
     pool.feed(release(1))
     assert pool.free() == 5 * GIB
@@ -260,5 +260,5 @@ def test_without_gpus_a_model_is_refused_or_goes_to_the_host(require_gpu: bool, 
     pool = sharing("64GiB", ("8GiB",), require_gpu=require_gpu)
     del pool.capacities["gpu0"]
     commands = pool.feed(acquire("a", request=1))
-    assert refused(commands) == ({1: DoesNotFit} if where is None else {})
+    assert refused(commands) == ({1: DoesNotFitRefusal} if where is None else {})
     assert [launch.placement.gpu_layers for launch in pool.launches.values()] == ([] if where is None else [where])

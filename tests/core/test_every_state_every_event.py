@@ -9,7 +9,7 @@ import pytest
 from fsm.machine.request import Purpose
 from fsm.machine.runner import RUNNER_TABLE, RunnerId, RunnerState
 from fsm.messages.decision_log import Entry, Transition
-from fsm.messages.events import Claimed, Configure, Contended, Event, Tick
+from fsm.messages.events import ClaimContended, ClaimGranted, Configure, Event, Tick
 from tests.support.pool import (
     PoolUnderTest,
     a_pool,
@@ -89,8 +89,8 @@ EVENTS: dict[str, Callable[[PoolUnderTest], Event | None]] = {
     "Unpin": lambda pool: unpin("a"),
     "Inspected": lambda pool: pool.inspection("a"),
     "Sampled": lambda pool: pool.sample(),
-    "Contended": lambda pool: Contended(1),
-    "Claimed": lambda pool: Claimed(1),
+    "Contended": lambda pool: ClaimContended(1),
+    "Claimed": lambda pool: ClaimGranted(1),
     "Configure": lambda pool: Configure(keep_alive_s=1.0),
     "Close": lambda pool: close(),
     "keep-alive over": lambda pool: None,  # time passes instead
@@ -350,7 +350,7 @@ def test_every_cell_is_named() -> None:
     fed = {type(event(pool)) for event in EVENTS.values()} - {type(None)}
     assert fed == set(Event.__args__) - {Tick}
     assert pool.core.pool.queued == 0
-    assert Purpose.preload in {event.want.purpose for event in (preload("a", 1), memory(1, cpu="1GiB"))}
+    assert Purpose.preload in {event.spec.purpose for event in (preload("a", 1), memory(1, cpu="1GiB"))}
 
 
 def test_every_row_of_the_table_is_fired_by_some_cell() -> None:

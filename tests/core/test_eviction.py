@@ -10,7 +10,7 @@ import pytest
 from fsm.eviction.policies import POLICIES, Candidate, KeepAliveOrder, LeastRecentlyUsed
 from fsm.eviction.victim_selection import first as choose
 from fsm.machine.runner import RunnerState
-from fsm.messages.commands import Ask, Grant, Stop
+from fsm.messages.commands import Grant, NotifyContention, Stop
 from fsm.messages.reasons import WaitFor
 from tests.support.pool import (
     PoolUnderTest,
@@ -80,7 +80,7 @@ def test_a_busy_runner_is_left_alone_until_the_bound_on_the_wait() -> None:
     pool = a_pool(max_wait_s=120.0).ready("a", lease=1)
     pool.feed(acquire("b", request=2))
     pool.advance("119s")
-    assert pool.feed(acquire("a", request=3)) == [Grant(3, 1), Ask(1, (3,))]
+    assert pool.feed(acquire("a", request=3)) == [Grant(3, 1), NotifyContention(1, (3,))]
     assert pool.state("a") is RunnerState.ready
 
 
@@ -95,7 +95,7 @@ def test_a_victim_that_becomes_idle_before_the_bound_goes_then() -> None:
 def test_whatever_becomes_idle_first_serves_the_waiter() -> None:
     """A victim is a plan until it expires: the one that was to go stays when another is free sooner."""
     pool = a_pool(each="4GiB").ready("a", lease=1).ready("b", lease=2)
-    assert pool.feed(acquire("c", request=3)) == [Ask(1, (1,))]
+    assert pool.feed(acquire("c", request=3)) == [NotifyContention(1, (1,))]
     assert pool.feed(release(2)) == [Stop(2)]
     pool.feed(exited(2))
     pool.advance("1h")
@@ -148,7 +148,7 @@ def test_d12_each_waiter_waits_for_its_own_memory() -> None:
 def test_several_victims_go_together_or_not_at_all() -> None:
     """An idle runner is not unloaded for a room of which a busy one still holds the rest."""
     pool = a_pool(each="4GiB", sizes={"c": "8GiB"}).idle("a").ready("b", lease=1)
-    assert pool.feed(acquire("c", request=2)) == [Ask(2, (1,))]
+    assert pool.feed(acquire("c", request=2)) == [NotifyContention(2, (1,))]
     assert pool.state("a") is RunnerState.idle
     assert stopped(pool.feed(release(1))) == [1, 2]
 
@@ -192,7 +192,7 @@ def test_a_load_that_somebody_waits_for_is_not_a_victim() -> None:
 def test_holders_are_asked_once_when_others_want_their_memory() -> None:
     """An Ask names the leases; another waiter for the same memory asks nobody again."""
     pool = a_pool().ready("a", lease=1).ready("a", lease=2)
-    assert pool.feed(acquire("b", request=3)) == [Ask(1, (1, 2))]
+    assert pool.feed(acquire("b", request=3)) == [NotifyContention(1, (1, 2))]
     assert pool.feed(acquire("c", request=4)) == []
 
 
@@ -200,7 +200,7 @@ def test_holders_are_asked_again_in_the_next_use() -> None:
     """Once it rested, an old Ask is forgotten."""
     pool = a_pool().ready("a", lease=1)
     pool.feed(acquire("b", request=2), cancel(2), release(1), acquire("a", request=3))
-    assert pool.feed(acquire("b", request=4)) == [Ask(1, (3,))]
+    assert pool.feed(acquire("b", request=4)) == [NotifyContention(1, (3,))]
 
 
 def test_nobody_is_asked_for_an_idle_runner() -> None:
@@ -220,7 +220,7 @@ def test_a_runner_that_was_just_loaded_keeps_its_place_for_a_while() -> None:
     pool.advance("2s")
     pool.feed(loaded(1))
     pool.advance("5.9s")  # the bound on the wait was over after 4 s
-    assert pool.feed(acquire("a", request=3)) == [Grant(3, 1), Ask(1, (3,))]
+    assert pool.feed(acquire("a", request=3)) == [Grant(3, 1), NotifyContention(1, (3,))]
     pool.advance("0.1s")
     assert pool.feed(acquire("a", request=4)) == []  # it drains
 
@@ -256,7 +256,7 @@ def test_every_use_begins_the_rest_anew() -> None:
     pool.feed(acquire("b", request=2))
     for request in (3, 4, 5):
         pool.advance("0.15s")
-        assert pool.feed(acquire("a", request)) == [Grant(request, 1), Ask(1, (request,))]
+        assert pool.feed(acquire("a", request)) == [Grant(request, 1), NotifyContention(1, (request,))]
         assert pool.feed(release(request)) == []
     assert pool.advance("0.2s") == [Stop(1)]
 
@@ -279,7 +279,7 @@ def test_a_runner_within_its_residency_still_serves() -> None:
     """Whoever comes for it meanwhile is warm."""
     pool = a_pool(min_residency_s=30.0).ready("a", lease=1)
     pool.feed(release(1), acquire("b", request=2))
-    assert pool.feed(acquire("a", request=3)) == [Grant(3, 1), Ask(1, (3,))]
+    assert pool.feed(acquire("a", request=3)) == [Grant(3, 1), NotifyContention(1, (3,))]
 
 
 def test_those_beyond_their_residency_go_before_those_within_it() -> None:
@@ -361,7 +361,7 @@ def test_s16_of_busy_ones_the_policys_first_choice_is_drained(policy: str, asked
     pool = a_pool(each="4GiB", policy=POLICIES[policy]).ready("a", lease=1, keep_alive="1h")
     pool.advance("1s")
     pool.ready("b", lease=2, keep_alive="1m")
-    assert pool.feed(acquire("c", request=3)) == [Ask(asked, (asked,))]
+    assert pool.feed(acquire("c", request=3)) == [NotifyContention(asked, (asked,))]
     pool.advance("120s")
     assert pool.life("ab"[asked - 1]).state is RunnerState.expiring
 

@@ -10,7 +10,7 @@ import pytest
 from fsm.domain.devices import MIB
 from fsm.eviction.policies import Candidate
 from fsm.machine.runner import RunnerState
-from fsm.messages.commands import Ask
+from fsm.messages.commands import NotifyContention
 from fsm.messages.reasons import RunnerStep, WaitFor, WaitForRunners
 from fsm.planning.planner import LINES_AHEAD
 from fsm.sizing.footprint import Footprint
@@ -121,7 +121,7 @@ def test_a_load_that_nobody_waits_for_goes_on_until_its_place_is_of_use() -> Non
 def test_holders_of_what_drains_at_once_are_asked() -> None:
     """They may give it back early, and have not heard of it before."""
     pool = a_pool(max_wait_s=0.0, min_residency_s=0.0).ready("a", lease=1)
-    assert pool.feed(acquire("b", request=2)) == [Ask(1, (1,))]
+    assert pool.feed(acquire("b", request=2)) == [NotifyContention(1, (1,))]
     assert pool.state("a") is RunnerState.expiring
 
 
@@ -129,9 +129,9 @@ def test_holders_that_come_later_are_asked_too() -> None:
     """As long as somebody waits for the memory."""
     pool = a_pool().ready("a", lease=1)
     pool.feed(acquire("b", request=2))
-    assert Ask(1, (3,)) in pool.feed(acquire("a", request=3))
+    assert NotifyContention(1, (3,)) in pool.feed(acquire("a", request=3))
     pool.feed(cancel(2))
-    assert Ask(1, (4,)) not in pool.feed(acquire("a", request=4))
+    assert NotifyContention(1, (4,)) not in pool.feed(acquire("a", request=4))
 
 
 # -- the cheapest set, on a machine with GPUs -------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import pytest
 from fsm.domain.devices import MIB
 from fsm.messages.commands import Grant
 from fsm.messages.reasons import WaitFor
-from fsm.messages.refusals import DoesNotFit, InvalidModel
+from fsm.messages.refusals import DoesNotFitRefusal, InvalidModelRefusal
 from fsm.planning.planner import LINES_AHEAD
 from fsm.sizing.footprint import Footprint
 from fsm.sizing.load_history import MOST_KINDS
@@ -103,14 +103,14 @@ def test_the_last_release_scans_nothing_where_nobody_waits() -> None:
 def test_who_comes_far_back_is_judged_at_once() -> None:
     """What can never fit is refused at once, however many wait before it."""
     pool = a_crowd().declare("huge", "9GiB")
-    assert refused(pool.feed(acquire("huge", request=900))) == {900: DoesNotFit}
+    assert refused(pool.feed(acquire("huge", request=900))) == {900: DoesNotFitRefusal}
     assert pool.waits_for(10 + FAR_BACK - 1) == WaitFor.earlier_requests
 
 
 def test_a_file_far_back_that_is_no_model_is_its_askers_error_at_once() -> None:
     """S11: its metadata are read although its turn is far off."""
-    pool = a_crowd().declare("bad", InvalidModel("bad", "cut short", 4))
-    assert refused(pool.feed(acquire("bad", request=900))) == {900: InvalidModel}
+    pool = a_crowd().declare("bad", InvalidModelRefusal("bad", "cut short", 4))
+    assert refused(pool.feed(acquire("bad", request=900))) == {900: InvalidModelRefusal}
 
 
 def test_everybody_comes_to_the_front_in_order() -> None:

@@ -9,7 +9,7 @@ import pytest
 from fsm.domain.devices import HOST
 from fsm.domain.model_info import Options
 from fsm.messages.reasons import Infeasible
-from fsm.messages.refusals import DoesNotFit, Unsupported
+from fsm.messages.refusals import DoesNotFitRefusal, UnsupportedOption
 from fsm.placement.search import Demand, Gpu, Offload
 from fsm.sizing.load_options import UnsupportedReason, impossible, resolve
 from tests.support.models import a_model
@@ -54,7 +54,7 @@ def test_an_option_that_cannot_be_costs_nobody_a_runner() -> None:
     """Neither the model's own runner, nor its next askers a back-off."""
     pool = a_pool().declare("a", WHOLE_BLOCKS).idle("a")
     commands = pool.feed(acquire("a", request=1, num_parallel=300))
-    assert (refused(commands), stopped(commands)) == ({1: Unsupported}, [])
+    assert (refused(commands), stopped(commands)) == ({1: UnsupportedOption}, [])
     assert pool.refusal(1).option == "num_parallel"
     assert granted(pool.feed(acquire("a", request=2))) == [2]
 
@@ -62,7 +62,7 @@ def test_an_option_that_cannot_be_costs_nobody_a_runner() -> None:
 def test_layers_for_gpus_that_are_not_there_are_refused() -> None:
     """Who names a number of layers gets that or nothing: never the host instead."""
     pool = a_pool(capacity="64GiB").declare("a", WHOLE_BLOCKS)
-    assert refused(pool.feed(acquire("a", request=1, num_gpu=99))) == {1: DoesNotFit}
+    assert refused(pool.feed(acquire("a", request=1, num_gpu=99))) == {1: DoesNotFitRefusal}
     assert pool.refusal(1).reason is Infeasible.no_gpu
     assert launched(pool.feed(acquire("a", request=2, num_gpu=-1))) == ["a"]
 
@@ -77,5 +77,5 @@ def test_a_required_gpu_is_no_matter_of_the_request() -> None:
 def test_a_refusal_tells_the_way_that_lacks_least() -> None:
     """Whole on the GPU it lacks a little of the host's memory; on the host it would lack much more."""
     pool = a_pool(capacity="1GiB", gpus=("8GiB",)).declare("a", layered(4, "1GiB", host="1GiB"))
-    assert refused(pool.feed(acquire("a", request=1))) == {1: DoesNotFit}
+    assert refused(pool.feed(acquire("a", request=1))) == {1: DoesNotFitRefusal}
     assert dict(pool.refusal(1).needed) == {"gpu0": amount("5GiB"), HOST: amount("1.25GiB")}

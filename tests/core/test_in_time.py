@@ -5,7 +5,7 @@ from __future__ import annotations
 from fsm.domain.devices import MIB
 from fsm.machine.runner import RunnerState
 from fsm.messages.commands import Grant, Reject, Stop
-from fsm.messages.refusals import NotInTime, TimedOut
+from fsm.messages.refusals import DeadlineInfeasible, TimedOut
 from fsm.planning.deadline_admission import TRUSTED_S
 from tests.support.models import a_model
 from tests.support.pool import (
@@ -49,7 +49,7 @@ def load_and_go(pool: PoolUnderTest, model: str, load_s: float) -> PoolUnderTest
 def test_a_limit_that_the_load_exceeds_is_refused_at_once() -> None:
     """With the estimate: what the load took before."""
     pool = after_two_loads("a", 8.0)
-    assert pool.feed(acquire("a", request=1, timeout="7s")) == [Reject(1, NotInTime("a", 7.0, 8.0, 8.0, None))]
+    assert pool.feed(acquire("a", request=1, timeout="7s")) == [Reject(1, DeadlineInfeasible("a", 7.0, 8.0, 8.0, None))]
     assert pool.waiting() == []
 
 
@@ -64,7 +64,7 @@ def test_a_limit_that_just_suffices_is_tried() -> None:
 def test_nobody_is_evicted_for_whom_there_is_no_time() -> None:
     """It is told before room is made."""
     pool = after_two_loads("a", 8.0).idle("b", keep_alive="1h")
-    assert refused(pool.feed(acquire("a", request=1, timeout="7s"))) == {1: NotInTime}
+    assert refused(pool.feed(acquire("a", request=1, timeout="7s"))) == {1: DeadlineInfeasible}
     assert pool.feed(acquire("a", request=2, timeout="9s")) == [Stop(3)]
 
 
@@ -86,7 +86,7 @@ def test_what_has_passed_of_a_load_counts() -> None:
     pool = after_two_loads("a", 8.0)
     pool.feed(acquire("a", request=1))
     pool.advance("3s")
-    assert pool.feed(acquire("a", request=2, timeout="4s")) == [Reject(2, NotInTime("a", 4.0, 5.0, 8.0, 3.0))]
+    assert pool.feed(acquire("a", request=2, timeout="4s")) == [Reject(2, DeadlineInfeasible("a", 4.0, 5.0, 8.0, 3.0))]
     assert pool.feed(acquire("a", request=3, timeout="5s")) == []
     assert pool.feed(loaded(3)) == [Grant(1, 3), Grant(3, 3)]
 
@@ -103,7 +103,7 @@ def test_the_shortest_load_counts() -> None:
     """One that took long may have read from a cold disk: it says nothing of the next."""
     pool = after_two_loads("a", 8.0)
     load_and_go(load_and_go(pool, "a", 2.0), "a", 30.0)
-    assert refused(pool.feed(acquire("a", request=1, timeout="1.9s"))) == {1: NotInTime}
+    assert refused(pool.feed(acquire("a", request=1, timeout="1.9s"))) == {1: DeadlineInfeasible}
     assert launched(pool.feed(acquire("a", request=2, timeout="2s"))) == ["a"]
 
 
@@ -118,7 +118,7 @@ def test_a_measured_load_is_not_believed_for_ever() -> None:
     """Else a model whose only load was slow would never be loaded again by those who have little time."""
     pool = after_two_loads("a", 8.0)
     pool.advance(TRUSTED_S)
-    assert refused(pool.feed(acquire("a", request=1, timeout="7s"))) == {1: NotInTime}
+    assert refused(pool.feed(acquire("a", request=1, timeout="7s"))) == {1: DeadlineInfeasible}
     pool.advance("1s")
     assert launched(pool.feed(acquire("a", request=2, timeout="7s"))) == ["a"]
 
@@ -127,7 +127,7 @@ def test_those_with_time_wait_on() -> None:
     """Each request is judged by its own limit; those without one are served as ever."""
     pool = after_two_loads("a", 8.0)
     commands = pool.feed(acquire("a", 1, timeout="1s"), acquire("a", 2), acquire("a", 3, timeout="1m"))
-    assert (refused(commands), launched(commands)) == ({1: NotInTime}, ["a"])
+    assert (refused(commands), launched(commands)) == ({1: DeadlineInfeasible}, ["a"])
     assert granted(pool.feed(loaded(pool.runner("a")))) == [2, 3]
 
 
@@ -147,7 +147,7 @@ def test_what_other_options_took_to_load_says_nothing() -> None:
     pool.feed(release(2), exited(2), acquire("a", request=5, num_thread=3))
     pool.advance("0.5s")
     pool.feed(loaded(3), release(5), expire("a"), exited(3))
-    assert refused(pool.feed(acquire("a", request=4, timeout="0.4s", num_thread=3))) == {4: NotInTime}
+    assert refused(pool.feed(acquire("a", request=4, timeout="0.4s", num_thread=3))) == {4: DeadlineInfeasible}
 
 
 def test_the_programs_memory_is_never_too_late() -> None:
@@ -161,7 +161,7 @@ def test_it_is_judged_when_the_file_has_been_looked_at() -> None:
     pool = after_two_loads("a", 8.0)
     pool.inspects = False
     assert refused(pool.feed(acquire("a", request=1, timeout="1s"))) == {}
-    assert refused(pool.feed(pool.sample(), pool.inspection("a"))) == {1: NotInTime}
+    assert refused(pool.feed(pool.sample(), pool.inspection("a"))) == {1: DeadlineInfeasible}
 
 
 def test_it_is_judged_at_once_where_the_file_was_looked_at_for_another() -> None:
@@ -169,7 +169,7 @@ def test_it_is_judged_at_once_where_the_file_was_looked_at_for_another() -> None
     pool = after_two_loads("a", 8.0).ready("b", lease=1)
     pool.feed(acquire("a", request=2))
     pool.inspects = False
-    assert refused(pool.feed(acquire("a", request=3, timeout="1s"))) == {3: NotInTime}
+    assert refused(pool.feed(acquire("a", request=3, timeout="1s"))) == {3: DeadlineInfeasible}
 
 
 def test_a_load_with_fewer_layers_on_gpus_says_nothing() -> None:

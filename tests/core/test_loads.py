@@ -7,7 +7,7 @@ from fsm.machine.runner import RunnerState
 from fsm.messages.commands import Command, Grant, Reject, Stop
 from fsm.messages.events import Progress
 from fsm.messages.reasons import ProcessExited
-from fsm.messages.refusals import LoadFailed, LoadTimeout
+from fsm.messages.refusals import LoadFailedRefusal, LoadTimeoutRefusal
 from tests.support.models import a_model
 from tests.support.pool import (
     PoolUnderTest,
@@ -140,7 +140,7 @@ def test_d08_a_load_after_an_eviction_that_fails_leaves_nothing_taken() -> None:
     """D08: the place among the loads, the memory and the options are those of the next one that starts."""
     pool = a_pool(loads_on_host=1).idle("a")
     pool.feed(acquire("b", request=1, num_thread=2), exited(1), exited(2, code=1, reason="broken"))
-    assert refused(pool.commands) == {1: LoadFailed}
+    assert refused(pool.commands) == {1: LoadFailedRefusal}
     pool.ready("c", lease=2)
     pool.feed(release(2))
     pool.advance("10s")
@@ -156,7 +156,7 @@ def test_a_load_that_fails_is_the_answer_of_all_who_wait_for_it() -> None:
     """They are told why, and when it is worth asking again."""
     pool = a_pool().loading("a", request=1)
     pool.feed(acquire("a", request=2))
-    failure = LoadFailed("a", ProcessExited(1, "no such tensor", loaded=False), 10.0)
+    failure = LoadFailedRefusal("a", ProcessExited(1, "no such tensor", loaded=False), 10.0)
     assert pool.feed(exited(1, code=1, reason="no such tensor")) == [Reject(1, failure), Reject(2, failure)]
 
 
@@ -166,7 +166,7 @@ def test_a_model_that_is_backed_off_refuses_at_once() -> None:
     pool.feed(exited(1, code=1, reason="no such tensor"))
     pool.advance("4s")
     failure = ProcessExited(1, "no such tensor", loaded=False)
-    assert pool.feed(acquire("a", request=2)) == [Reject(2, LoadFailed("a", failure, 6.0))]
+    assert pool.feed(acquire("a", request=2)) == [Reject(2, LoadFailedRefusal("a", failure, 6.0))]
     pool.advance("6s")
     assert launched(pool.feed(acquire("a", request=3))) == ["a"]
 
@@ -202,14 +202,14 @@ def test_a_failed_load_refuses_those_with_other_options_too() -> None:
     """The model is backed off for all, so nobody is left waiting for it."""
     pool = a_pool().loading("a", request=1)
     pool.feed(acquire("a", request=2, num_thread=3))
-    assert refused(pool.feed(exited(1, code=1))) == {1: LoadFailed, 2: LoadFailed}
+    assert refused(pool.feed(exited(1, code=1))) == {1: LoadFailedRefusal, 2: LoadFailedRefusal}
 
 
 def test_a_load_that_shows_no_progress_is_stopped() -> None:
     """N12: its waiters are told how long nothing came."""
     pool = a_pool(load_timeout_s=300.0).loading("a", request=1)
     assert pool.advance("299s") == []
-    assert pool.advance("1s") == [Reject(1, LoadTimeout("a", 300.0)), Stop(1)]
+    assert pool.advance("1s") == [Reject(1, LoadTimeoutRefusal("a", 300.0)), Stop(1)]
     assert launched(pool.feed(exited(1, code=-9), acquire("a", request=2))) == []
 
 
@@ -232,7 +232,7 @@ def test_a_load_that_grows_shows_progress() -> None:
     pool.advance("200s")
     pool.feed(pool.sample())  # nothing new
     assert refused(pool.advance("99s")) == {}
-    assert refused(pool.advance("1s")) == {1: LoadTimeout}
+    assert refused(pool.advance("1s")) == {1: LoadTimeoutRefusal}
 
 
 def test_a_load_whose_memory_goes_up_and_down_shows_no_progress() -> None:
@@ -243,21 +243,21 @@ def test_a_load_whose_memory_goes_up_and_down_shows_no_progress() -> None:
         pool.occupied[1] = {"cpu": size}
         pool.feed(pool.sample())
     assert refused(pool.advance("101s")) == {}
-    assert refused(pool.advance("1s")) == {1: LoadTimeout}
+    assert refused(pool.advance("1s")) == {1: LoadTimeoutRefusal}
 
 
 def test_a_load_that_answers_no_probe_has_failed() -> None:
     """Its waiters are told, and it is stopped."""
     pool = a_pool().loading("a", request=1)
     commands = pool.feed(unresponsive(1))
-    assert (refused(commands), stopped(commands)) == ({1: LoadFailed}, [1])
+    assert (refused(commands), stopped(commands)) == ({1: LoadFailedRefusal}, [1])
 
 
 def test_the_load_of_a_preload_that_fails_is_its_answer() -> None:
     """It is told like anybody else."""
     pool = a_pool()
     pool.feed(preload("a", request=1))
-    assert refused(pool.feed(exited(1, code=1))) == {1: LoadFailed}
+    assert refused(pool.feed(exited(1, code=1))) == {1: LoadFailedRefusal}
 
 
 # -- out of memory ----------------------------------------------------------------------------------------------------
@@ -283,7 +283,7 @@ def test_n07_it_never_survives_two() -> None:
     fails_for_memory(pool, 1)
     fails_for_memory(pool, 2)
     failure = ProcessExited(-9, "out of memory", loaded=False)
-    assert pool.refusal(1) == LoadFailed("a", failure, 10.0, out_of_memory=True)
+    assert pool.refusal(1) == LoadFailedRefusal("a", failure, 10.0, out_of_memory=True)
 
 
 def test_n07_an_automatic_context_is_stepped_down_before_others_have_to_go() -> None:
@@ -298,7 +298,7 @@ def test_n07_an_automatic_context_is_stepped_down_before_others_have_to_go() -> 
     assert pool.launches[2].options.num_ctx == 65536
     assert (stopped(fails_for_memory(pool, 2)), pool.launches[3].options.num_ctx) == ([], 32768)
     pool.feed(acquire("a", request=2))
-    assert refused(fails_for_memory(pool, 3)) == {1: LoadFailed}
+    assert refused(fails_for_memory(pool, 3)) == {1: LoadFailedRefusal}
     assert pool.launches[4].options.num_ctx == 4096
     pool.feed(loaded(4), release(2), expire("a"), exited(4))
     pool.loading("a", request=3)
@@ -323,7 +323,7 @@ def test_n07_any_other_failure_is_the_answer_at_once() -> None:
     """N07: only a lack of memory is tried again; after that, nothing is."""
     pool = a_pool(each="2GiB").loading("a", request=1)
     fails_for_memory(pool, 1)
-    assert refused(pool.feed(exited(2, code=1))) == {1: LoadFailed}
+    assert refused(pool.feed(exited(2, code=1))) == {1: LoadFailedRefusal}
 
 
 def test_n07_after_the_answer_nobody_has_to_make_way_any_more() -> None:
@@ -357,7 +357,7 @@ def test_n07_each_request_survives_one_and_is_answered_with_the_reason() -> None
     fails_for_memory(pool, 1)
     pool.feed(acquire("a", request=2))
     commands = fails_for_memory(pool, 2)
-    assert (refused(commands), launched(commands)) == ({1: LoadFailed}, ["a"])
+    assert (refused(commands), launched(commands)) == ({1: LoadFailedRefusal}, ["a"])
     assert pool.refusal(1).reason == ProcessExited(-9, "out of memory", loaded=False)
     assert granted(pool.feed(loaded(3))) == [2]
 
@@ -441,7 +441,7 @@ def test_out_of_memory_is_forgotten_with_its_life() -> None:
     pool = a_pool(each="2GiB").loading("a", request=1)
     pool.feed(out_of_memory(1), Progress(1), loaded(1), release(1), expire("a"), exited(1))
     pool.loading("a", request=2)
-    assert refused(pool.feed(exited(2, code=1))) == {2: LoadFailed}
+    assert refused(pool.feed(exited(2, code=1))) == {2: LoadFailedRefusal}
 
 
 def test_a_pinned_models_load_goes_on_whoever_leaves() -> None:
@@ -468,4 +468,6 @@ def test_who_named_a_context_has_another_try_where_only_automatic_ones_were_made
     pool.feed(out_of_memory(pool.runner("a")), exited(pool.runner("a"), code=1))
     pool.settle()
     assert (pool.state("b"), pool.state("a")) == (RunnerState.unloaded, RunnerState.loading)
-    assert refused(pool.feed(out_of_memory(pool.runner("a")), exited(pool.runner("a"), code=1))) == {2: LoadFailed}
+    assert refused(pool.feed(out_of_memory(pool.runner("a")), exited(pool.runner("a"), code=1))) == {
+        2: LoadFailedRefusal
+    }

@@ -11,14 +11,25 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initial
 
 from fsm.domain.devices import HOST
 from fsm.machine.runner import RunnerState
-from fsm.messages.commands import Claim, Command, Finish, Grant, Inspect, Launch, Reject, Revoke, Stop, Unclaim
+from fsm.messages.commands import (
+    Claim,
+    Command,
+    Finished,
+    Grant,
+    Inspect,
+    Launch,
+    Reject,
+    ReleaseClaim,
+    RevokeLease,
+    Stop,
+)
 from fsm.messages.events import (
     Acquire,
     Cancel,
-    Claimed,
+    ClaimContended,
+    ClaimGranted,
     Close,
     Configure,
-    Contended,
     Event,
     Exited,
     Inspected,
@@ -26,7 +37,7 @@ from fsm.messages.events import (
     Tick,
     Unresponsive,
 )
-from fsm.messages.refusals import InvalidModel
+from fsm.messages.refusals import InvalidModelRefusal
 from tests.support.models import a_model
 from tests.support.pool import (
     PoolUnderTest,
@@ -98,7 +109,7 @@ class CoreMachine(RuleBasedStateMachine):
     def feed(self, *events: Event) -> None:
         for event in events:
             expiring = self.runners_in(RunnerState.expiring)
-            if isinstance(event, Claimed) and self.claiming.pop(event.number, None) is not None:
+            if isinstance(event, ClaimGranted) and self.claiming.pop(event.number, None) is not None:
                 self.had.add(event.number)
             commands = self.pool.feed(event)
             self.learn_event(event)
@@ -136,7 +147,7 @@ class CoreMachine(RuleBasedStateMachine):
             case Reject():
                 assert command.request not in self.answered, "answered twice"
                 self.answered.add(command.request)
-            case Revoke():
+            case RevokeLease():
                 del self.held[command.request]
             case Launch():
                 self.alive[command.runner] = command.model
@@ -147,7 +158,7 @@ class CoreMachine(RuleBasedStateMachine):
                 assert alone or not devices or not limits.claims or self.pool.core.act.claim_failure
             case Claim():
                 self.claiming[command.number] = self.pool.now
-            case Unclaim():
+            case ReleaseClaim():
                 made_at = self.claiming.pop(command.number, None)
                 assert (made_at is None) == (command.number in self.had), "given up twice"
                 self.had.discard(command.number)
@@ -158,7 +169,7 @@ class CoreMachine(RuleBasedStateMachine):
             case Inspect():
                 assert command.model not in self.inspecting, "inspected twice at a time"
                 self.inspecting.append(command.model)
-            case Finish():
+            case Finished():
                 assert not self.finished
                 self.finished = True
             case _:
@@ -182,7 +193,7 @@ class CoreMachine(RuleBasedStateMachine):
         request = len(self.asked) + 1
         self.asked[request] = model
         event = how(model, request, **more, **options)
-        self.pool.purposes[request] = event.want.purpose.name
+        self.pool.purposes[request] = event.spec.purpose.name
         self.feed(event)
         return request
 
@@ -239,7 +250,7 @@ class CoreMachine(RuleBasedStateMachine):
     @rule(pick=PICK, bad=st.sampled_from([False] * 5 + [True]))
     def inspect(self, pick: int, bad: bool) -> None:
         model = self.inspecting.pop(pick % len(self.inspecting))
-        found = Inspected(model, InvalidModel(model, "cut short")) if bad else self.pool.inspection(model)
+        found = Inspected(model, InvalidModelRefusal(model, "cut short")) if bad else self.pool.inspection(model)
         self.feed(self.pool.sample(), found)
 
     @precondition(lambda self: self.claiming)
@@ -247,15 +258,15 @@ class CoreMachine(RuleBasedStateMachine):
     def have(self, pick: int) -> None:
         self.feed(self.pool.sample())
         if self.claiming:
-            self.feed(Claimed(self.one_of(self.claiming, pick)))
+            self.feed(ClaimGranted(self.one_of(self.claiming, pick)))
 
     @precondition(lambda self: self.claiming)
     @rule(pick=PICK)
     def contend(self, pick: int) -> None:
-        self.feed(Contended(self.one_of(self.claiming, pick)))
+        self.feed(ClaimContended(self.one_of(self.claiming, pick)))
 
-    @rule(number=st.integers(1, 9), kind=st.sampled_from([Claimed, Contended]))
-    def answer_a_claim_late(self, number: int, kind: type[Claimed | Contended]) -> None:
+    @rule(number=st.integers(1, 9), kind=st.sampled_from([ClaimGranted, ClaimContended]))
+    def answer_a_claim_late(self, number: int, kind: type[ClaimGranted | ClaimContended]) -> None:
         late = self.pool.core.late
         if number not in self.claiming:
             self.feed(kind(number))

@@ -9,7 +9,7 @@ from fsm.messages.commands import Grant
 from fsm.messages.decision_log import Decision, DecisionReason, Entry
 from fsm.messages.events import Loaded, Sampled
 from fsm.messages.reasons import Measured
-from fsm.messages.refusals import DoesNotFit
+from fsm.messages.refusals import DoesNotFitRefusal
 from fsm.sizing.load_history import MOST_KINDS
 from fsm.state.memory_ledger import Account, Ledger
 from fsm.state.model_record import MOST_DEMANDS
@@ -167,7 +167,7 @@ def test_n14_no_more_is_expected_of_a_victim_than_it_really_holds() -> None:
     """N14: a settled runner that leaves makes room for what it takes, not for what it was promised once."""
     pool = a_small_runner(capacity="12GiB").idle("b").declare("c", "7GiB")
     pool.feed(filled(1), release(1), pin("b"), acquire("c", request=2))
-    assert isinstance(pool.refusal(2), DoesNotFit)
+    assert isinstance(pool.refusal(2), DoesNotFitRefusal)
     assert dict(pool.refusal(2).available) == {HOST: 6 * GIB}
     assert pool.stops == set()
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 from fsm.machine.runner import RunnerState
 from fsm.messages.commands import Stop
 from fsm.messages.reasons import Infeasible, MemoryHeld, RunnerLimit
-from fsm.messages.refusals import DoesNotFit
+from fsm.messages.refusals import DoesNotFitRefusal
 from tests.support.pool import a_pool, acquire, amount, cancel, expire, launched, pin, refused, release, unpin
 
 
 def test_what_never_fits_is_refused_at_once_and_evicts_nobody() -> None:
     """Rule 6: with the numbers, and with everything else where it was."""
     pool = a_pool(sizes={"c": "9GiB"}).idle("a")
-    assert refused(pool.feed(acquire("c", request=1))) == {1: DoesNotFit}
+    assert refused(pool.feed(acquire("c", request=1))) == {1: DoesNotFitRefusal}
     assert pool.refusal(1).needed == (("cpu", amount("9GiB")),)
     assert pool.refusal(1).available == (("cpu", amount("8GiB")),)
     assert pool.refusal(1).reason is Infeasible.too_large
@@ -22,7 +22,7 @@ def test_what_never_fits_is_refused_at_once_and_evicts_nobody() -> None:
 def test_s08_what_never_fits_is_refused_before_a_victim_is_picked_for_its_process() -> None:
     """S08: at the limit of runners the reference evicts first and looks afterwards."""
     pool = a_pool(max_runners=1, each="1GiB", sizes={"c": "9GiB"}).idle("a")
-    assert refused(pool.feed(acquire("c", request=1))) == {1: DoesNotFit}
+    assert refused(pool.feed(acquire("c", request=1))) == {1: DoesNotFitRefusal}
     assert pool.state("a") is RunnerState.idle
 
 
@@ -30,14 +30,14 @@ def test_what_never_fits_is_told_so_while_a_load_of_its_model_is_waited_for() ->
     """Rule 6: with other options it could not be served after that load either."""
     pool = a_pool(each="4GiB").loading("a", request=1)
     pool.declare("a", "9GiB")
-    assert refused(pool.feed(acquire("a", request=2, num_thread=3))) == {2: DoesNotFit}
+    assert refused(pool.feed(acquire("a", request=2, num_thread=3))) == {2: DoesNotFitRefusal}
 
 
 def test_a_pin_is_never_moved_for_others() -> None:
     """What fits only in its place is refused at once, naming it."""
     pool = a_pool().idle("a")
     pool.feed(pin("a"))
-    assert refused(pool.feed(acquire("b", request=1))) == {1: DoesNotFit}
+    assert refused(pool.feed(acquire("b", request=1))) == {1: DoesNotFitRefusal}
     assert pool.refusal(1).reason == MemoryHeld(("a",), pinned=True)
     assert pool.state("a") is RunnerState.idle
 
@@ -46,7 +46,7 @@ def test_a_pin_is_not_reloaded_with_other_options_for_others() -> None:
     """A reload moves it too."""
     pool = a_pool(capacity="64GiB").idle("a")
     pool.feed(pin("a"))
-    assert refused(pool.feed(acquire("a", request=1, num_thread=3))) == {1: DoesNotFit}
+    assert refused(pool.feed(acquire("a", request=1, num_thread=3))) == {1: DoesNotFitRefusal}
     assert pool.refusal(1).reason == MemoryHeld(("a",), pinned=True)
 
 
@@ -54,7 +54,7 @@ def test_pins_that_take_every_place_leave_none_for_others() -> None:
     """With as many pinned as may run, another model can never start, however small it is."""
     pool = a_pool(max_runners=1, each="1GiB").idle("a")
     pool.feed(pin("a"))
-    assert refused(pool.feed(acquire("b", request=1))) == {1: DoesNotFit}
+    assert refused(pool.feed(acquire("b", request=1))) == {1: DoesNotFitRefusal}
 
 
 def test_a_pin_does_not_expire_by_its_keep_alive() -> None:
@@ -86,7 +86,7 @@ def test_a_pin_refuses_those_who_wait_for_its_memory() -> None:
     """They could wait for ever now."""
     pool = a_pool().ready("a", lease=1)
     pool.feed(acquire("b", request=2))
-    assert refused(pool.feed(pin("a"))) == {2: DoesNotFit}
+    assert refused(pool.feed(pin("a"))) == {2: DoesNotFitRefusal}
 
 
 def test_a_pinned_load_that_nobody_waits_for_goes_on() -> None:

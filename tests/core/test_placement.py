@@ -9,7 +9,7 @@ import pytest
 from fsm.domain.devices import HOST, DeviceId, Placement
 from fsm.domain.model_info import Options
 from fsm.messages.reasons import Infeasible, WaitFor
-from fsm.messages.refusals import DoesNotFit
+from fsm.messages.refusals import DoesNotFitRefusal
 from fsm.placement.search import Demand, Gpu, Offload, needed, place
 from fsm.sizing.footprint import Footprint
 from fsm.sizing.load_options import resolve
@@ -255,16 +255,16 @@ def test_n02_a_prediction_covers_all_slots_and_no_more_than_was_trained() -> Non
 def test_a_gpu_may_be_required() -> None:
     """No silent fall-back to the host, in part or whole; without any GPU the refusal says so."""
     pool = a_gpu_pool("4GiB", require_gpu=True)
-    assert refused(pool.feed(acquire("a", request=1))) == {1: DoesNotFit}
+    assert refused(pool.feed(acquire("a", request=1))) == {1: DoesNotFitRefusal}
     pool = a_gpu_pool(require_gpu=True)
-    assert refused(pool.feed(acquire("a", request=1))) == {1: DoesNotFit}
+    assert refused(pool.feed(acquire("a", request=1))) == {1: DoesNotFitRefusal}
     assert pool.refusal(1).reason is Infeasible.no_required_gpu
 
 
 def test_all_layers_on_gpus_or_nothing() -> None:
     """Who asks for all layers on GPUs is refused at once where they never fit: no silent fall-back to the host."""
     pool = a_gpu_pool("8GiB").declare("a", a_model(layers_bytes=(GIB,) * 8))
-    assert refused(pool.feed(acquire("a", request=1, num_gpu=99))) == {1: DoesNotFit}
+    assert refused(pool.feed(acquire("a", request=1, num_gpu=99))) == {1: DoesNotFitRefusal}
     needs = dict(pool.refusal(1).needed)
     assert needs["gpu0"] > 8 * GIB
     assert pool.refusal(1).reason is Infeasible.too_large
@@ -273,7 +273,7 @@ def test_all_layers_on_gpus_or_nothing() -> None:
 def test_s26_a_model_that_fits_nowhere_is_refused_with_the_numbers() -> None:
     """S26: with nothing loaded a miss is an error, and says what it missed by."""
     pool = a_pool(capacity="2GiB", gpus=("1GiB",)).declare("a", FOUR_LAYERS)
-    assert refused(pool.feed(acquire("a", request=1))) == {1: DoesNotFit}
+    assert refused(pool.feed(acquire("a", request=1))) == {1: DoesNotFitRefusal}
     assert dict(pool.refusal(1).needed) == {HOST: GIB * 5 // 4, "gpu0": 3 * GIB * 5 // 4}
     assert dict(pool.refusal(1).available) == {HOST: 2 * GIB, "gpu0": GIB}
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 from fsm.domain.devices import HOST
-from fsm.messages.commands import Ask, Claim, Command, Launch, Prefetch, Stop
+from fsm.messages.commands import Claim, Command, Launch, NotifyContention, Prefetch, Stop
 from fsm.messages.decision_log import Decision
-from fsm.messages.events import Cancel, Claimed, Contended
+from fsm.messages.events import Cancel, ClaimContended, ClaimGranted
 from fsm.messages.reasons import Prefetched, RunnerStep, WaitFor, WaitForRunners
 from tests.support.models import a_model
 from tests.support.pool import (
@@ -48,7 +48,7 @@ def prefetches(commands: list[Command]) -> list[dict[str, int]]:
 def test_who_waits_for_memory_has_the_models_file_read_meanwhile() -> None:
     """All of it, where there is memory to spare."""
     pool = a_busy_gpu()
-    assert pool.feed(acquire("b", request=2)) == [Ask(1, (1,)), Prefetch((("b", SIZE),))]
+    assert pool.feed(acquire("b", request=2)) == [NotifyContention(1, (1,)), Prefetch((("b", SIZE),))]
     assert pool.waits_for(2) == WaitForRunners(("x",), RunnerStep.idle)
 
 
@@ -101,7 +101,7 @@ def test_a_model_that_lives_is_not_read_ahead() -> None:
 def test_it_can_be_switched_off() -> None:
     """Then nothing is ever said of it."""
     pool = a_busy_gpu(prefetches=0)
-    assert pool.feed(acquire("b", request=2)) == [Ask(1, (1,))]
+    assert pool.feed(acquire("b", request=2)) == [NotifyContention(1, (1,))]
 
 
 # -- when it ends -----------------------------------------------------------------------------------------------------
@@ -140,11 +140,11 @@ def test_it_goes_on_while_another_program_loads_on_the_device() -> None:
     pool.feed(acquire("b", request=2), release(1))
     commands = pool.feed(exited(1), pool.sample())
     assert [type(command) for command in commands if not isinstance(command, Stop)] == [Claim]
-    assert prefetches(pool.feed(Contended(2))) == []
-    commands = pool.feed(Claimed(2))
+    assert prefetches(pool.feed(ClaimContended(2))) == []
+    commands = pool.feed(ClaimGranted(2))
     assert [type(command) for command in commands] == [Launch, Prefetch]
     other = a_pool("64GiB", ("8GiB",), claims=True, shares=False).declare("b", A_FILE)
-    other.feed(acquire("b", request=2), Contended(1))
+    other.feed(acquire("b", request=2), ClaimContended(1))
     assert prefetches(other.commands) == []
 
 

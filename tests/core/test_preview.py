@@ -18,7 +18,7 @@ from fsm.machine.runner import RunnerState
 from fsm.messages.commands import Command, Grant, Launch, Reject
 from fsm.messages.events import Acquire, Inspected, Loaded, Sampled, Tick
 from fsm.messages.reasons import MemoryHeld, WaitFor
-from fsm.messages.refusals import Closed, DoesNotFit
+from fsm.messages.refusals import DoesNotFitRefusal, SchedulerClosed
 from fsm.preview import Outcome, Preview, preview
 from fsm.sizing.footprint import Footprint
 from scheduler.api.fit_advice import MOST_ADVICE, MOST_TRIES, advise
@@ -43,7 +43,7 @@ MIB = 2**20
 
 def look(pool: PoolUnderTest, model: str, **options: object) -> Preview:
     """Preview a request for `model` in a pool."""
-    return preview(pool.now, pool.core, acquire(model, 0, **options).want, pool.outcome(model))
+    return preview(pool.now, pool.core, acquire(model, 0, **options).spec, pool.outcome(model))
 
 
 def a_large_model(*, context: int = 32768, head: int = 32, **how: object) -> ModelInfo:
@@ -154,7 +154,7 @@ def test_what_never_fits_says_why() -> None:
     """The refusal is the core's own, and the parts are shown all the same."""
     pool = a_pool("8GiB").declare("g", layered(4, "4GiB"))
     found = look(pool, "g")
-    assert isinstance(found.refusal, DoesNotFit) and found.outcome is Outcome.never
+    assert isinstance(found.refusal, DoesNotFitRefusal) and found.outcome is Outcome.never
     assert [(share.needed_bytes, share.free_bytes) for share in found.shares] == [(amount("20GiB"), amount("8GiB"))]
 
 
@@ -163,7 +163,7 @@ def test_what_would_fit_without_a_pin_says_so() -> None:
     pool = a_pool("8GiB").idle("a")
     pool.feed(pin("a"))
     found = look(pool, "b")
-    assert isinstance(found.refusal, DoesNotFit) and found.refusal.reason == MemoryHeld(("a",), pinned=True)
+    assert isinstance(found.refusal, DoesNotFitRefusal) and found.refusal.reason == MemoryHeld(("a",), pinned=True)
 
 
 def test_a_closed_scheduler_refuses() -> None:
@@ -171,7 +171,7 @@ def test_a_closed_scheduler_refuses() -> None:
     pool = a_pool("8GiB")
     pool.feed(close())
     found = look(pool, "a")
-    assert (found.outcome, found.refusal) == (Outcome.refused, Closed())
+    assert (found.outcome, found.refusal) == (Outcome.refused, SchedulerClosed())
 
 
 def test_what_is_due_has_happened() -> None:
@@ -249,7 +249,7 @@ class PreviewMachine(CoreMachine):
                 assert [type(each) for each in mine] == [Grant]
             case Outcome.fits:
                 launches = [each for each in answers if isinstance(each, Launch)]
-                (launch,) = [each for each in launches if each.model == asked.want.model]
+                (launch,) = [each for each in launches if each.model == asked.spec.model]
                 assert (mine, launch.options) == ([], found.options)
                 assert launch.placement.gpu_layers == found.gpu_layers
                 assert {s.device: s.takes_bytes for s in found.shares if s.takes_bytes} == {
@@ -263,7 +263,7 @@ class PreviewMachine(CoreMachine):
                 assert mine == [] and found.waits_for and not found.victims
             case Outcome.refused | Outcome.never:
                 assert mine == [Reject(asked.request, found.refusal)]
-                assert isinstance(found.refusal, DoesNotFit) == (found.outcome is Outcome.never)
+                assert isinstance(found.refusal, DoesNotFitRefusal) == (found.outcome is Outcome.never)
 
 
 PreviewMachine.TestCase.settings = settings(settings.default, stateful_step_count=50)
@@ -310,7 +310,7 @@ def needs(info: ModelInfo, **options: object) -> int:
 
 def advised(pool: PoolUnderTest, **options: object) -> list[tuple[dict[str, Any], Outcome]]:
     """Return what is advised for a request for "d", as what it changes, and what comes of each."""
-    want, info = acquire("d", 0, **options).want, pool.outcome("d")
+    want, info = acquire("d", 0, **options).spec, pool.outcome("d")
     found = preview(pool.now, pool.core, want, info)
     advice = advise(pool.now, pool.core, want, info, found)
     return [(changes(want.options, each.options), each.preview.outcome) for each in advice]
@@ -396,7 +396,7 @@ def test_nothing_is_advised_where_nothing_helps() -> None:
 def test_an_object_has_no_options_to_advise() -> None:
     """Its size is what it is."""
     pool = a_pool("4GiB")
-    want = acquire("a", 0).want
+    want = acquire("a", 0).spec
     assert advise(pool.now, pool.core, want, pool.outcome("a"), look(pool, "a")) == ()
 
 
@@ -470,7 +470,7 @@ def test_advice_costs_a_bounded_number_of_tries() -> None:
     info = a_model((1024 * MIB,) * 8, context_trained=131072)
     info = replace(info, key_length=32, value_length=32)
     core = a_core(65536, 65536, Footprint(fixed=((HOST, 60000 * MIB), (DeviceId("gpu0"), 60000 * MIB))))
-    want = acquire("d", 0, num_ctx=65536, num_parallel=8).want
+    want = acquire("d", 0, num_ctx=65536, num_parallel=8).spec
     found = preview(1.0, core, want, info)
     core.copies = 0
     assert (found.outcome, advise(1.0, core, want, info, found)) == (Outcome.evicts, ())
@@ -500,7 +500,7 @@ def test_every_advice_fits_when_it_is_followed(
     """Asked of the core for real, it is launched, or others leave for it; and where none is given, none would help."""
     info = replace(a_model((8 * MIB,) * layers, context_trained=131072), key_length=head, value_length=head)
     core = a_core(host, gpu, layered(1, f"{int(host * held * 0.8)}MiB") if held else None)
-    want = acquire("d", 0, num_ctx=num_ctx, num_parallel=num_parallel, num_gpu=num_gpu).want
+    want = acquire("d", 0, num_ctx=num_ctx, num_parallel=num_parallel, num_gpu=num_gpu).spec
     found = preview(1.0, core, want, info)
     core.copies = 0
     advice = advise(1.0, core, want, info, found)

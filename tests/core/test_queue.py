@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from fsm.machine.runner import RunnerState
-from fsm.messages.commands import Ask, Grant, Launch, Stop
+from fsm.messages.commands import Grant, Launch, NotifyContention, Stop
 from fsm.messages.events import Acquire, Configure
 from fsm.messages.reasons import Infeasible, WaitFor
-from fsm.messages.refusals import DoesNotFit
+from fsm.messages.refusals import DoesNotFitRefusal
 from fsm.sizing.footprint import Footprint
 from tests.support.pool import (
     a_pool,
@@ -49,7 +49,7 @@ def test_warm_requests_never_wait_for_those_who_wait() -> None:
     pool = a_pool(sizes={"a": "1GiB", "b": "3GiB", "c": "2GiB", "d": "6GiB"})
     pool.ready("a", lease=1).expiring("b").loading("c", request=2)
     pool.feed(acquire("d", request=3))
-    assert pool.feed(acquire("a", request=4)) == [Grant(4, 1), Ask(1, (4,))]
+    assert pool.feed(acquire("a", request=4)) == [Grant(4, 1), NotifyContention(1, (4,))]
 
 
 def test_a_higher_priority_is_served_first() -> None:
@@ -116,7 +116,7 @@ def test_what_a_refused_request_would_have_taken_is_free_for_those_behind_it() -
     pool = a_pool(sizes={"a": "4GiB", "b": "6GiB", "c": "3GiB", "d": "1GiB"}).ready("a", lease=1)
     assert launched(pool.feed(acquire("b", request=2), acquire("c", request=3), acquire("d", request=4))) == []
     commands = pool.feed(pin("a"))
-    assert (refused(commands), launched(commands)) == ({2: DoesNotFit}, ["c", "d"])
+    assert (refused(commands), launched(commands)) == ({2: DoesNotFitRefusal}, ["c", "d"])
 
 
 def test_s10_d16_the_automatic_limit_follows_the_devices() -> None:
@@ -231,7 +231,7 @@ def test_the_programs_memory_is_not_evicted_for_a_model() -> None:
     """Nobody can take it away, so what does not fit beside it is refused, saying why."""
     pool = a_pool()
     pool.feed(memory(1, cpu="3GiB"))
-    assert refused(pool.feed(acquire("a", request=2))) == {2: DoesNotFit}
+    assert refused(pool.feed(acquire("a", request=2))) == {2: DoesNotFitRefusal}
     assert pool.refusal(2).reason is Infeasible.held_elsewhere
 
 
@@ -255,7 +255,7 @@ def test_of_two_wishes_for_memory_the_one_that_became_impossible_is_told_at_once
     pool = a_pool().ready("a", lease=1)
     pool.feed(memory(2, cpu="5GiB"), memory(3, cpu="5GiB"), release(1))
     commands = pool.feed(exited(1))
-    assert (granted(commands), refused(commands)) == ([2], {3: DoesNotFit})
+    assert (granted(commands), refused(commands)) == ([2], {3: DoesNotFitRefusal})
 
 
 def test_several_wishes_for_the_same_memory_are_granted_together() -> None:
@@ -270,13 +270,13 @@ def test_the_programs_memory_leaves_pins_alone() -> None:
     """A pin is not moved for the program either."""
     pool = a_pool().idle("a")
     pool.feed(pin("a"))
-    assert refused(pool.feed(memory(1, cpu="3GiB"))) == {1: DoesNotFit}
+    assert refused(pool.feed(memory(1, cpu="3GiB"))) == {1: DoesNotFitRefusal}
 
 
 def test_no_model_is_mistaken_for_memory() -> None:
     """A wish for memory is never served by a runner, whatever it is called."""
     pool = a_pool()
-    wish = Acquire(7, memory(7, cpu="1GiB").want)
+    wish = Acquire(7, memory(7, cpu="1GiB").spec)
     pool.ready("", lease=1)
     assert pool.feed(wish) == [Grant(7, None)]
 

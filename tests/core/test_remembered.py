@@ -10,9 +10,9 @@ from fsm.core import Core
 from fsm.domain.devices import HOST, Amounts
 from fsm.domain.model_info import ModelInfo, Options
 from fsm.machine.request import ModelId, Purpose, RequestSpec
-from fsm.messages.commands import Command, Reject, Remember
+from fsm.messages.commands import Command, PersistMeasurement, Reject
 from fsm.messages.events import Event, Loaded
-from fsm.messages.refusals import DoesNotFit, ModelNotFound, QueueFull
+from fsm.messages.refusals import DoesNotFitRefusal, ModelNotFoundRefusal, QueueFullRefusal
 from fsm.placement.search import MEASURED_HEADROOM
 from fsm.preview import Outcome, preview
 from fsm.sizing.load_history import LAST_LOADS, LoadHistory, LoadTimes, MeasuredBytes
@@ -52,8 +52,8 @@ def promised(pool: PoolUnderTest, runner: int = 1) -> int:
     return dict(pool.launches[runner].placement.bytes)[HOST]
 
 
-def told(commands: list[Command]) -> list[Remember]:
-    return [command for command in commands if isinstance(command, Remember)]
+def told(commands: list[Command]) -> list[PersistMeasurement]:
+    return [command for command in commands if isinstance(command, PersistMeasurement)]
 
 
 # -- bytes that are taken over ----------------------------------------------------------------------------------------
@@ -89,7 +89,7 @@ def test_what_is_known_refuses_at_once_what_a_prediction_would_have_tried() -> N
     """A model that is known to take more than there is costs nobody a load."""
     pool = a_pool_that(knowing("9GiB"))
     (refusal,) = [one.refusal for one in pool.feed(acquire("a", request=1, **ASKED)) if isinstance(one, Reject)]
-    assert isinstance(refusal, DoesNotFit)
+    assert isinstance(refusal, DoesNotFitRefusal)
 
 
 def test_what_this_process_measured_beats_the_store() -> None:
@@ -127,7 +127,7 @@ def test_a_file_that_was_replaced_takes_over_what_is_known_of_the_new_one_only()
 def test_an_inspection_that_failed_teaches_nothing() -> None:
     """Whatever a store says of it."""
     pool = a_pool_that(knowing("64MiB"))
-    pool.declare("a", ModelNotFound("/a"))
+    pool.declare("a", ModelNotFoundRefusal("/a"))
     pool.feed(acquire("a", request=1, **ASKED))
     assert "a" not in pool.core.pool.models
 
@@ -149,7 +149,7 @@ def test_a_load_is_told_with_the_most_that_its_engine_says_will_come() -> None:
     pool.loading("a", request=1, **ASKED)
     pool.now += 3.0
     commands = pool.feed(Loaded(1, None, ((HOST, 32 * MIB),), 0, ((HOST, 8 * MIB),)))
-    assert told(commands) == [Remember(1, ((HOST, 40 * MIB),), 3.0)]
+    assert told(commands) == [PersistMeasurement(1, ((HOST, 40 * MIB),), 3.0)]
 
 
 def test_without_a_word_of_the_engines_only_the_load_is_told() -> None:
@@ -157,8 +157,8 @@ def test_without_a_word_of_the_engines_only_the_load_is_told() -> None:
     pool = a_pool_that()
     pool.loading("a", request=1, **ASKED)
     predicted = promised(pool)
-    assert told(pool.feed(Loaded(1, None, ((HOST, 2 * MIB),)))) == [Remember(1, (), 0.0)]
-    assert told(pool.feed(release(1), expire("a"), exited(1))) == [Remember(1, ((HOST, predicted),))]
+    assert told(pool.feed(Loaded(1, None, ((HOST, 2 * MIB),)))) == [PersistMeasurement(1, (), 0.0)]
+    assert told(pool.feed(release(1), expire("a"), exited(1))) == [PersistMeasurement(1, ((HOST, predicted),))]
 
 
 def test_a_full_context_is_told_and_no_end_that_shows_no_more() -> None:
@@ -166,7 +166,7 @@ def test_a_full_context_is_told_and_no_end_that_shows_no_more() -> None:
     pool = a_pool_that()
     pool.loading("a", request=1, **ASKED)
     pool.feed(Loaded(1, None, ((HOST, 32 * MIB),), 0, ((HOST, 8 * MIB),)))
-    assert told(pool.feed(filled(1, cpu="1MiB"))) == [Remember(1, ((HOST, 33 * MIB),))]
+    assert told(pool.feed(filled(1, cpu="1MiB"))) == [PersistMeasurement(1, ((HOST, 33 * MIB),))]
     assert not told(pool.feed(release(1), expire("a"), exited(1)))
 
 
@@ -177,7 +177,7 @@ def test_growth_after_that_is_told_at_the_end() -> None:
     pool.feed(Loaded(1, None, ((HOST, 32 * MIB),), 0, ((HOST, 8 * MIB),)), filled(1))
     pool.occupied[1] = {HOST: 50 * MIB}
     pool.feed(pool.sample())
-    assert told(pool.feed(release(1), expire("a"), exited(1))) == [Remember(1, ((HOST, 50 * MIB),))]
+    assert told(pool.feed(release(1), expire("a"), exited(1))) == [PersistMeasurement(1, ((HOST, 50 * MIB),))]
 
 
 def test_what_is_to_come_is_counted_beside_a_prediction_that_was_too_small() -> None:
@@ -197,7 +197,7 @@ def test_a_load_takes_nothing_back_of_what_a_full_context_showed() -> None:
     pool = a_pool_that(knowing("36MiB"))
     pool.loading("a", request=1, **ASKED)
     commands = pool.feed(Loaded(1, None, ((HOST, 32 * MIB),), 0, ((HOST, 8 * MIB),)))
-    assert told(commands) == [Remember(1, ((HOST, 36 * MIB),), 0.0)]
+    assert told(commands) == [PersistMeasurement(1, ((HOST, 36 * MIB),), 0.0)]
 
 
 def test_a_device_that_nobody_measures_leaves_all_bytes_unknown() -> None:
@@ -271,7 +271,7 @@ def test_a_full_queue_says_when_to_come_back_by_what_is_known() -> None:
     pool = a_pool_that(knowing(0, 40.0, 40.0), max_queue=1)
     pool.loading("a", request=1, **ASKED)
     (rejected,) = pool.feed(acquire("b", request=2))
-    assert rejected == Reject(2, QueueFull(1, 40.0))
+    assert rejected == Reject(2, QueueFullRefusal(1, 40.0))
 
 
 def test_a_policy_is_told_the_usual_load() -> None:

@@ -5,9 +5,16 @@ from __future__ import annotations
 import math
 
 from fsm.machine.runner import RunnerState
-from fsm.messages.commands import Ask, Grant, Launch, Reject, Stop
+from fsm.messages.commands import Grant, Launch, NotifyContention, Reject, Stop
 from fsm.messages.reasons import ProcessExited, RunnerStep, WaitFor, WaitForRunners
-from fsm.messages.refusals import Cancelled, Closed, InvalidModel, ModelNotFound, QueueFull, TimedOut
+from fsm.messages.refusals import (
+    Cancelled,
+    InvalidModelRefusal,
+    ModelNotFoundRefusal,
+    QueueFullRefusal,
+    SchedulerClosed,
+    TimedOut,
+)
 from tests.support.pool import (
     START,
     a_pool,
@@ -59,14 +66,14 @@ def test_s03_warm_requests_pass_the_queue_and_its_limit() -> None:
     """S03: those who wait for something else hold nobody up who needs no wait."""
     pool = a_pool(max_queue=1).ready("a", lease=1)
     pool.feed(acquire("b", request=2))
-    assert pool.feed(acquire("a", request=3)) == [Grant(3, 1), Ask(1, (3,))]
+    assert pool.feed(acquire("a", request=3)) == [Grant(3, 1), NotifyContention(1, (3,))]
 
 
 def test_s04_a_full_queue_refuses_at_once() -> None:
     """S04: one more than may wait is told so, with the limit and when to come again."""
     pool = a_pool(max_queue=2).loading("a", request=1)
     pool.feed(acquire("b", request=2))
-    assert refused(pool.feed(acquire("c", request=3))) == {3: QueueFull}
+    assert refused(pool.feed(acquire("c", request=3))) == {3: QueueFullRefusal}
     assert pool.refusal(3).limit == 2
     assert pool.refusal(3).retry_after_s >= 1.0
 
@@ -126,15 +133,15 @@ def test_s06_pending_requests_are_served_first_come_first_served() -> None:
 
 def test_s11_a_file_that_is_missing_is_its_requesters_error() -> None:
     """S11: metadata is read before anything is evicted or started; what it finds wrong is the answer."""
-    pool = a_pool().idle("a").declare("b", ModelNotFound("/models/b"))
-    assert pool.feed(acquire("b", request=1)) == [Reject(1, ModelNotFound("/models/b"))]
+    pool = a_pool().idle("a").declare("b", ModelNotFoundRefusal("/models/b"))
+    assert pool.feed(acquire("b", request=1)) == [Reject(1, ModelNotFoundRefusal("/models/b"))]
     assert pool.state("a") is RunnerState.idle
 
 
 def test_s11_a_file_that_went_bad_refuses_only_those_who_need_it() -> None:
     """S11: the next life of a model cannot start; the one that drains lives on and ends in order."""
-    pool = a_pool().expiring("a", lease=1).declare("a", InvalidModel("a", "cut short", 40))
-    assert pool.feed(acquire("a", request=2)) == [Reject(2, InvalidModel("a", "cut short", 40))]
+    pool = a_pool().expiring("a", lease=1).declare("a", InvalidModelRefusal("a", "cut short", 40))
+    assert pool.feed(acquire("a", request=2)) == [Reject(2, InvalidModelRefusal("a", "cut short", 40))]
     assert pool.feed(release(1)) == [Stop(1)]
     pool.feed(exited(1))
     assert pool.state("a") is RunnerState.unloaded
@@ -142,14 +149,14 @@ def test_s11_a_file_that_went_bad_refuses_only_those_who_need_it() -> None:
 
 def test_s11_a_file_that_went_bad_leaves_those_alone_whose_load_is_under_way() -> None:
     """S11: the process has its file open already; only those who need another load are refused."""
-    pool = a_pool().loading("a", request=1).declare("a", InvalidModel("a", "cut short"))
-    assert refused(pool.feed(acquire("a", request=2, num_thread=3))) == {2: InvalidModel}
+    pool = a_pool().loading("a", request=1).declare("a", InvalidModelRefusal("a", "cut short"))
+    assert refused(pool.feed(acquire("a", request=2, num_thread=3))) == {2: InvalidModelRefusal}
     assert pool.feed(loaded(1)) == [Grant(1, 1)]
 
 
 def test_s11_a_file_that_is_bad_does_not_lose_its_pin() -> None:
     """S11: once it is mended, it is loaded and stays."""
-    pool = a_pool().declare("a", InvalidModel("a", "cut short"))
+    pool = a_pool().declare("a", InvalidModelRefusal("a", "cut short"))
     pool.feed(pin("a"), acquire("a", request=1))
     pool.declare("a", "1GiB").idle("a")
     assert pool.core.snapshot().runners[0].pinned
@@ -339,7 +346,7 @@ def test_a_duplicate_request_is_not_answered_again_by_a_closing_pool() -> None:
     pool = a_pool().ready("a", lease=1)
     pool.feed(close())
     assert pool.feed(acquire("a", request=1)) == []
-    assert refused(pool.feed(acquire("a", request=2))) == {2: Closed}
+    assert refused(pool.feed(acquire("a", request=2))) == {2: SchedulerClosed}
 
 
 def test_d07_a_queue_of_one_place_or_none_never_blocks() -> None:

@@ -15,7 +15,7 @@ from fsm.messages.commands import Stop
 from fsm.messages.decision_log import Entry, Transition
 from fsm.messages.events import Configure
 from fsm.messages.reasons import DeviceShrunk
-from fsm.messages.refusals import DoesNotFit
+from fsm.messages.refusals import DoesNotFitRefusal
 from tests.core import test_machine
 from tests.support.pool import (
     PoolUnderTest,
@@ -77,7 +77,7 @@ def test_a_pinned_runner_stays_in_memory_that_was_lowered() -> None:
     pool = a_pool(sizes={"a": "4GiB"}).idle("a")
     pool.feed(pin("a"))
     assert shrink(pool, "2GiB") == []
-    assert refused(pool.feed(acquire("b", request=1))) == {1: DoesNotFit}
+    assert refused(pool.feed(acquire("b", request=1))) == {1: DoesNotFitRefusal}
     assert pool.feed(unpin("a")) == [Stop(1)]
 
 
@@ -86,7 +86,7 @@ def test_who_asks_while_memory_is_overdrawn_waits_or_is_refused() -> None:
     pool = a_pool(sizes={"a": "6GiB", "b": "2GiB", "c": "6GiB"}).ready("a", lease=1)
     shrink(pool, "4GiB")
     commands = pool.feed(acquire("b", request=2), acquire("c", request=3))
-    assert (refused(commands), launched(commands), pool.waiting()) == ({3: DoesNotFit}, [], [2])
+    assert (refused(commands), launched(commands), pool.waiting()) == ({3: DoesNotFitRefusal}, [], [2])
     assert stopped(pool.feed(release(1))) == [1]
     assert launched(pool.feed(exited(1))) == ["b"]
 

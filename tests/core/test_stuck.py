@@ -10,7 +10,7 @@ from fsm.eviction.policies import Candidate
 from fsm.machine.runner import RunnerState
 from fsm.messages.commands import Stop
 from fsm.messages.reasons import MemoryHeld, RunnerStep, WaitFor, WaitForRunners
-from fsm.messages.refusals import DoesNotFit
+from fsm.messages.refusals import DoesNotFitRefusal
 from tests.support.pool import a_pool, acquire, exited, expire, launched, release, stopped
 
 
@@ -40,7 +40,7 @@ def test_what_only_a_stuck_runner_could_make_room_for_is_refused_and_names_it() 
     pool.feed(expire("a"), acquire("c", request=9))
     pool.advance("20s")
     refusal = pool.refusal(9)
-    assert isinstance(refusal, DoesNotFit) and refusal.reason == MemoryHeld(("a",), pinned=False)
+    assert isinstance(refusal, DoesNotFitRefusal) and refusal.reason == MemoryHeld(("a",), pinned=False)
 
 
 def test_a_load_that_needs_to_be_alone_does_not_wait_for_what_is_stuck() -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 
 from fsm.machine.runner import RunnerState
-from fsm.messages.commands import Ask, Grant, Stop
+from fsm.messages.commands import Grant, NotifyContention, Stop
 from fsm.messages.events import Progress
 from fsm.messages.reasons import RunnerStep, WaitFor, WaitForRunners
 from tests.support.pool import (
@@ -49,7 +49,7 @@ def test_two_cold_requests_that_fit_are_loaded_at_the_same_time() -> None:
 def test_a_waiter_is_served_by_whatever_becomes_idle_first() -> None:
     """The one that was to go is still in use, and stays: no victim is fixed before it expires."""
     pool = a_pool(each="4GiB").ready("a", lease=1).ready("b", lease=2)
-    assert pool.feed(acquire("c", request=3)) == [Ask(1, (1,))]
+    assert pool.feed(acquire("c", request=3)) == [NotifyContention(1, (1,))]
     assert pool.feed(release(2)) == [Stop(2)]
     assert launched(pool.feed(exited(2))) == ["c"]
     assert pool.feed(acquire("a", request=4)) == [Grant(4, 1)]
@@ -223,10 +223,10 @@ def test_who_would_not_wait_at_all_has_one_runner_drained_and_not_all_of_them() 
 def test_whoever_came_since_others_left_is_told_that_somebody_waits() -> None:
     """The one who was told for them has given back; the new holder would keep the runner until the bound."""
     pool = a_pool().ready("a", lease=1)
-    assert pool.feed(acquire("b", request=2)) == [Ask(1, (1,))]
+    assert pool.feed(acquire("b", request=2)) == [NotifyContention(1, (1,))]
     pool.feed(cancel(2))
     assert pool.feed(acquire("a", request=3), release(1)) == [Grant(3, 1)]
-    assert pool.feed(acquire("c", request=4)) == [Ask(1, (3,))]
+    assert pool.feed(acquire("c", request=4)) == [NotifyContention(1, (3,))]
 
 
 @pytest.mark.parametrize("limits", [{"min_residency_s": 60.0}, {"rest_part": 0.5, "rest_limit_s": 1.0}])
@@ -238,14 +238,14 @@ def test_who_takes_a_runner_that_is_to_go_in_a_moment_is_told_at_once(limits: di
     pool.feed(loaded(1), acquire("b", request=2))
     pool.advance("2s")
     assert pool.feed(release(1)) == []
-    assert pool.feed(acquire("a", request=3)) == [Grant(3, 1), Ask(1, (3,))]
+    assert pool.feed(acquire("a", request=3)) == [Grant(3, 1), NotifyContention(1, (3,))]
 
 
 def test_nobody_is_told_twice() -> None:
     """Neither by one who waits longer, nor by another one."""
     pool = a_pool().ready("a", lease=1)
     pool.feed(acquire("b", request=2), cancel(2))
-    assert Ask(1, (1,)) in pool.commands
+    assert NotifyContention(1, (1,)) in pool.commands
     assert pool.feed(acquire("c", request=3), pool.sample()) == []
 
 

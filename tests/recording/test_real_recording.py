@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from fsm.messages.commands import Finish, Launch, Reject, Revoke, Stop
+from fsm.messages.commands import Finished, Launch, Reject, RevokeLease, Stop
 from fsm.messages.events import Acquire, Cancel, Exited, Progress
 from scheduler import InvalidSettings, LoadFailed, PythonModel, RunnerCrashed, Scheduler, Settings
 from scheduler.cli.main import main
@@ -87,7 +87,7 @@ def test_a_real_run_replays_exactly(file: Path, folder: Path, tmp_path: Path) ->
         secrets = incident(scheduler, folder)
         assert scheduler.status().problems == ()
     done = [type(each) for moment in steps(file) for each in (moment.event, *moment.commands)]
-    for kind in (Acquire, Exited, Cancel, Launch, Revoke, Reject, Stop, Finish):
+    for kind in (Acquire, Exited, Cancel, Launch, RevokeLease, Reject, Stop, Finished):
         assert kind in done
     picture = tmp_path / "timeline.svg"
     replayed = subprocess.run(

@@ -25,16 +25,28 @@ from fsm.domain.model_info import ModelInfo, Options
 from fsm.eviction.policies import EvictionPolicy
 from fsm.machine.request import Purpose, RequestSpec
 from fsm.machine.runner import Runner, RunnerId, RunnerState
-from fsm.messages.commands import Claim, Command, Finish, Grant, Inspect, Launch, Reject, Revoke, Sample, Stop, Unclaim
+from fsm.messages.commands import (
+    Claim,
+    Command,
+    Finished,
+    Grant,
+    Inspect,
+    Launch,
+    Reject,
+    ReleaseClaim,
+    RevokeLease,
+    Sample,
+    Stop,
+)
 from fsm.messages.events import (
     Acquire,
     Cancel,
-    Claimed,
+    ClaimGranted,
     Close,
+    ContextFilled,
     Event,
     Exited,
     Expire,
-    Filled,
     Inspected,
     Loaded,
     OutOfMemory,
@@ -129,9 +141,9 @@ def loaded(runner: int, num_ctx: int | None = None) -> Loaded:
     return Loaded(runner, num_ctx)
 
 
-def filled(runner: int, **to_come: str) -> Filled:
+def filled(runner: int, **to_come: str) -> ContextFilled:
     """A request filled a context of a runner's; `cpu="64MiB"` may be to come all the same."""
-    return Filled(runner, tuple((DeviceId(device), amount(size)) for device, size in to_come.items()))
+    return ContextFilled(runner, tuple((DeviceId(device), amount(size)) for device, size in to_come.items()))
 
 
 def progress(runner: int) -> Progress:
@@ -267,7 +279,7 @@ class PoolUnderTest:
             elif isinstance(command, Sample) and self.samples:
                 replies.append(self.sample())
             elif isinstance(command, Claim) and self.shares:
-                replies += [self.sample(None if self.samples else 0), Claimed(command.number)]
+                replies += [self.sample(None if self.samples else 0), ClaimGranted(command.number)]
             else:
                 left.append(command)
         for reply in replies:
@@ -292,11 +304,11 @@ class PoolUnderTest:
                 self.claimed += 1
                 assert command.number == self.claimed, f"{command}: not the next number"
                 self.claims[command.number] = command
-            case Unclaim():
+            case ReleaseClaim():
                 assert self.claims.pop(command.number, None), f"{command} of what was not claimed, or twice"
-            case Revoke():
+            case RevokeLease():
                 assert isinstance(self.answers.get(command.request), Grant), f"{command} of what was not granted"
-            case Finish():
+            case Finished():
                 assert self.commands.count(command) == 1, "Finish twice"
             case _:
                 pass

@@ -20,7 +20,7 @@ from fsm.domain.model_info import Options
 from fsm.eviction.policies import POLICIES
 from fsm.machine.request import ModelId, Purpose, RequestId, RequestSpec
 from fsm.machine.runner import RunnerId
-from fsm.messages.commands import Ask, Command, Grant, Inspect, Launch, Sample, Stop
+from fsm.messages.commands import Command, Grant, Inspect, Launch, NotifyContention, Sample, Stop
 from fsm.messages.events import Acquire, Event, Exited, Inspected, Loaded, Release, Sampled, Tick
 from fsm.sizing.footprint import Footprint
 from fsm.state.core_config import Limits
@@ -211,7 +211,7 @@ class Machine:
             case Inspect(model):
                 self._step(self._sampled())
                 self._step(Inspected(model, Footprint(fixed=((HOST, SIZE),))))
-            case Ask():
+            case NotifyContention():
                 pass
             case _:
                 raise AssertionError(command)

@@ -26,7 +26,7 @@ def a_victim_comes_back(patch: Patch) -> None:
     def acquire(original: Callable[..., None], core: Core, event: Acquire) -> None:
         for runner in core.pool.runners.values():
             model = core.pool.models[runner.model]
-            if runner.model == event.want.model and runner.state is EXPIRING and runner.leases and not model.current:
+            if runner.model == event.spec.model and runner.state is EXPIRING and runner.leases and not model.current:
                 runner.state, model.current = READY, runner
         original(core, event)
 
@@ -82,8 +82,8 @@ def a_load_keeps_everybody_waiting(patch: Patch) -> None:
     def acquire(original: Callable[..., None], core: Core, event: Acquire) -> None:
         pool = core.pool
         if any(runner.state is LOADING for runner in pool.runners.values()) and event.request not in pool.requests:
-            core.act.model(event.want.model)
-            pool.enqueue(Request(event.request, event.want, event.keep_alive_s, pool.now))
+            core.act.model(event.spec.model)
+            pool.enqueue(Request(event.request, event.spec, event.keep_alive_s, pool.now))
         else:
             original(core, event)
 

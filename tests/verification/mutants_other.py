@@ -17,10 +17,10 @@ from fsm.lifecycle.device_claims import Claims
 from fsm.lifecycle.failures import Endings
 from fsm.machine.request import Request, RequestState
 from fsm.machine.runner import EXPIRING, LOADING, Runner
-from fsm.messages.commands import Finish, Grant, Unclaim
+from fsm.messages.commands import Finished, Grant, ReleaseClaim
 from fsm.messages.events import Acquire, Cancel, Event, Exited, Inspected, Loaded, Release, Sampled
 from fsm.messages.reasons import ExpireReason, RunnerReason
-from fsm.messages.refusals import Closed, Refusal
+from fsm.messages.refusals import Refusal, SchedulerClosed
 from fsm.planning import eviction_candidates
 from fsm.planning.availability import NOW, SOON
 from fsm.planning.plan import Plan
@@ -69,7 +69,7 @@ def a_close_forgets_the_queue(patch: Patch) -> None:
 
     @instead(patch, Actions, "reject_line")
     def reject_line(original: Callable[..., None], act: Actions, line: Line, refusal: Refusal) -> None:
-        if not isinstance(refusal, Closed):
+        if not isinstance(refusal, SchedulerClosed):
             original(act, line, refusal)
 
 
@@ -79,7 +79,7 @@ def closing_has_no_end(patch: Patch) -> None:
 
     @instead(patch, Core, "step")
     def step(original: Callable[..., list[object]], core: Core, now: float, event: Event) -> list[object]:
-        commands = [one for one in original(core, now, event) if not isinstance(one, Finish)]
+        commands = [one for one in original(core, now, event) if not isinstance(one, Finished)]
         core.finished = False
         return commands
 
@@ -346,7 +346,7 @@ def a_claim_is_given_back_twice(patch: Patch) -> None:
         claim = runner.claim
         original(act, runner, event)
         if claim:
-            act.commands.append(Unclaim(claim))
+            act.commands.append(ReleaseClaim(claim))
 
 
 @mutant("claims-of-both")

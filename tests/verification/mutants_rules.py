@@ -13,7 +13,7 @@ from fsm.lifecycle.device_claims import Claims
 from fsm.lifecycle.failures import Endings
 from fsm.machine.request import Request
 from fsm.machine.runner import LOADING, Runner, RunnerId
-from fsm.messages.events import Acquire, Claimed, Contended, Event, Loaded, Progress
+from fsm.messages.events import Acquire, ClaimContended, ClaimGranted, Event, Loaded, Progress
 from fsm.messages.reasons import FailureReason, RanOutOfMemory, RunnerLimit
 from fsm.planning.availability import DRAINED, LATER, SOON, Supply
 from fsm.planning.planner import _Planner
@@ -31,8 +31,8 @@ def a_contended_claim_counts_as_had(patch: Patch) -> None:
     """A launch goes ahead although another program has its devices."""
 
     @instead(patch, Claims, "claim_answered")
-    def claim_answered(original: Callable[..., bool], act: Claims, event: Claimed | Contended) -> bool:
-        return original(act, Claimed(event.number))
+    def claim_answered(original: Callable[..., bool], act: Claims, event: ClaimGranted | ClaimContended) -> bool:
+        return original(act, ClaimGranted(event.number))
 
 
 # -- turns ------------------------------------------------------------------------------------------------------------

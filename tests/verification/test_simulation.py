@@ -15,27 +15,27 @@ from fsm.domain.model_info import Options
 from fsm.machine.request import ModelId, Purpose, RequestId, RequestSpec
 from fsm.machine.runner import EXPIRING, LOADING, READY, UNLOADED, RunnerId
 from fsm.messages.commands import (
-    Ask,
     Claim,
     Command,
-    Finish,
+    Finished,
     Grant,
     Inspect,
     Launch,
+    NotifyContention,
     Reject,
-    Revoke,
+    ReleaseClaim,
+    RevokeLease,
     Sample,
     Stop,
-    Unclaim,
 )
 from fsm.messages.decision_log import Entry, Transition
 from fsm.messages.events import (
     Acquire,
     Cancel,
-    Claimed,
+    ClaimContended,
+    ClaimGranted,
     Close,
     Configure,
-    Contended,
     Event,
     Exited,
     Expire,
@@ -45,7 +45,14 @@ from fsm.messages.events import (
     Release,
     Tick,
 )
-from fsm.messages.refusals import Cancelled, Closed, DoesNotFit, LoadFailed, NotInTime, TimedOut
+from fsm.messages.refusals import (
+    Cancelled,
+    DeadlineInfeasible,
+    DoesNotFitRefusal,
+    LoadFailedRefusal,
+    SchedulerClosed,
+    TimedOut,
+)
 from fsm.state.core_config import Limits
 from fsm.state.timers import Key
 from fsm.verification.decision_coverage import Coverage
@@ -150,7 +157,7 @@ class Resurrecting(Core):
 
     def _acquire(self, event: Acquire) -> None:
         for runner in self.pool.runners.values():
-            if runner.model == event.want.model and runner.leases and not runner.current:
+            if runner.model == event.spec.model and runner.leases and not runner.current:
                 self.act.commands.append(Grant(event.request, runner.id))
                 return
         super()._acquire(event)
@@ -279,16 +286,16 @@ LAUNCHED = Transition(0.0, RunnerId(1), ModelId("a"), "launch", None, LOADING, "
 GIVEN_UP = Transition(0.0, RunnerId(1), ModelId("a"), "expire", READY, EXPIRING, "", 0)
 UNLOADED_SOON = Transition(0.0, RunnerId(1), ModelId("a"), "unload", EXPIRING, UNLOADED, "", 0)
 LOADED, TICK, STOP, GRANT = Loaded(RunnerId(1)), Tick(), Stop(RunnerId(1)), Grant(RequestId(1), RunnerId(1))
-REFUSED = Reject(RequestId(1), DoesNotFit(ModelId("a"), (), (), ""))
+REFUSED = Reject(RequestId(1), DoesNotFitRefusal(ModelId("a"), (), (), ""))
 IN_A_HURRY = Acquire(RequestId(1), LEASE, None, 9.0)
-HOPELESS = Reject(RequestId(1), NotInTime(ModelId("a"), 9.0, 8.0, 8.0, None))
+HOPELESS = Reject(RequestId(1), DeadlineInfeasible(ModelId("a"), 9.0, 8.0, 8.0, None))
 BEGUN = (ASKED, (LAUNCH,), (LAUNCHED,), 1)
 SERVING = (BEGUN, (LOADED, (GRANT,), (), 0))
 ENDED = Exited(RunnerId(1), 0)
 FAILED = Transition(0.0, RunnerId(1), ModelId("a"), "crash", LOADING, EXPIRING, "", 0)
 AGAIN = Launch(RunnerId(2), ModelId("a"), Options(), Placement(()))
-ASK, EXPIRE = Ask(RunnerId(1), (RequestId(1),)), Expire(ModelId("a"))
-LATE = Reject(RequestId(1), LoadFailed(ModelId("a"), "", 301.0))
+ASK, EXPIRE = NotifyContention(RunnerId(1), (RequestId(1),)), Expire(ModelId("a"))
+LATE = Reject(RequestId(1), LoadFailedRefusal(ModelId("a"), "", 301.0))
 ON_GPU = Launch(RunnerId(1), ModelId("a"), Options(), Placement(((DeviceId("gpu0"), 1),)))
 CLAIM = Claim(1, (DeviceId("gpu0"),))
 
@@ -302,23 +309,23 @@ BLUNDERS: dict[str, tuple[AuditStep, ...]] = {
     "stopped twice": (BEGUN, (TICK, (STOP, STOP), (GIVEN_UP,), 1)),
     "process has gone": (BEGUN, (ENDED, (), (GIVEN_UP,), 1), (TICK, (STOP,), (), 1)),
     "unloaded before": (BEGUN, (TICK, (STOP,), (GIVEN_UP, UNLOADED_SOON), 1)),
-    "taken back in use": (*SERVING, (TICK, (Revoke(RequestId(1), ""),), (), 0)),
-    "taken back from nobody": ((TICK, (Revoke(RequestId(1), ""),), (), 0),),
+    "taken back in use": (*SERVING, (TICK, (RevokeLease(RequestId(1), ""),), (), 0)),
+    "taken back from nobody": ((TICK, (RevokeLease(RequestId(1), ""),), (), 0),),
     "two runners": (BEGUN, (TICK, (), (LAUNCHED,), 1)),
     "an id is used again": (BEGUN, (TICK, (LAUNCH,), (), 1)),
     "a number is used again": ((TICK, (Sample(1), Sample(1)), (), 0),),
     "inspected twice": ((TICK, (Inspect(ModelId("a")), Inspect(ModelId("a"))), (), 0),),
     "claims are off": ((TICK, (Claim(1, ()),), (), 0),),
-    "was never made": ((TICK, (Unclaim(1),), (), 0),),
-    "hold nothing": ((TICK, (Ask(RunnerId(1), (RequestId(1),)),), (), 0),),
-    "finished too early": (BEGUN, (Close(1.0), (Finish(),), (), 1)),
+    "was never made": ((TICK, (ReleaseClaim(1),), (), 0),),
+    "hold nothing": ((TICK, (NotifyContention(RunnerId(1), (RequestId(1),)),), (), 0),),
+    "finished too early": (BEGUN, (Close(1.0), (Finished(),), (), 1)),
     "who left is not answered": ((ASKED, (), (), 1), (Cancel(RequestId(1)), (), (), 1)),
     "waits beyond its time": ((Acquire(RequestId(1), LEASE, None, 0.0), (), (), 1), (TICK, (), (), 1)),
     "before its time": ((ASKED, (Reject(RequestId(1), TimedOut(ModelId("a"), 1.0, "")),), (), 0),),
     "although there is time": ((IN_A_HURRY, (HOPELESS,), (), 0),),
     "is told late": ((IN_A_HURRY, (), (), 1), (TICK, (HOPELESS,), (), 0)),
     "has not left": ((ASKED, (Reject(RequestId(1), Cancelled(ModelId("a"))),), (), 0),),
-    "but open": ((ASKED, (Reject(RequestId(1), Closed()),), (), 0),),
+    "but open": ((ASKED, (Reject(RequestId(1), SchedulerClosed()),), (), 0),),
     "after the close": ((Close(1.0), (), (), 0), (ASKED, (LAUNCH,), (LAUNCHED,), 1)),
     "wants memory": ((Acquire(RequestId(1), RequestSpec(ModelId(""), Options(), Purpose.memory, 0)), (GRANT,), (), 0),),
     "more wait than may": ((Configure(max_queue=0), (), (), 0), (ASKED, (), (), 1)),
@@ -345,9 +352,9 @@ def test_the_audit_notices(what: str) -> None:
 
 LOST: dict[str, tuple[AuditStep, ...]] = {
     "never claimed": ((ASKED, (ON_GPU,), (LAUNCHED,), 1),),
-    "contended": ((ASKED, (CLAIM,), (), 1), (Contended(1), (ON_GPU,), (LAUNCHED,), 1)),
-    "another device": ((ASKED, (Claim(1, (HOST,)),), (), 1), (Claimed(1), (ON_GPU,), (LAUNCHED,), 1)),
-    "given up too early": ((ASKED, (CLAIM,), (), 1), (TICK, (Unclaim(1), ON_GPU), (LAUNCHED,), 1)),
+    "contended": ((ASKED, (CLAIM,), (), 1), (ClaimContended(1), (ON_GPU,), (LAUNCHED,), 1)),
+    "another device": ((ASKED, (Claim(1, (HOST,)),), (), 1), (ClaimGranted(1), (ON_GPU,), (LAUNCHED,), 1)),
+    "given up too early": ((ASKED, (CLAIM,), (), 1), (TICK, (ReleaseClaim(1), ON_GPU), (LAUNCHED,), 1)),
 }
 
 
@@ -366,10 +373,10 @@ def test_a_launch_may_be_under_a_claim_or_after_a_long_wait_for_one() -> None:
     """The wait of one that was given up for other devices counts."""
     had, missed = Audit(limits=Limits(claims=True)), Audit(limits=Limits(claims=True))
     had.step(0.0, ASKED, (CLAIM,), (), 1)
-    had.step(9.0, Claimed(1), (ON_GPU,), (LAUNCHED,), 1)
+    had.step(9.0, ClaimGranted(1), (ON_GPU,), (LAUNCHED,), 1)
     missed.step(0.0, ASKED, (Claim(1, (HOST,)),), (), 1)
-    missed.step(50.0, TICK, (Unclaim(1), Claim(2, (DeviceId("gpu0"),))), (), 1)
-    missed.step(60.0, TICK, (Unclaim(2), ON_GPU), (LAUNCHED,), 1)
+    missed.step(50.0, TICK, (ReleaseClaim(1), Claim(2, (DeviceId("gpu0"),))), (), 1)
+    missed.step(60.0, TICK, (ReleaseClaim(2), ON_GPU), (LAUNCHED,), 1)
     assert had.runners == missed.runners == 1
 
 

@@ -16,7 +16,7 @@ from fsm.messages.commands import Grant, Reject
 from fsm.messages.events import Acquire, Inspected, Tick
 from fsm.messages.reasons import WaitReason
 from fsm.messages.refusals import DoesNotFitRefusal, Refusal
-from fsm.placement.search import Demand, needed
+from fsm.placement.search import PlacementDemand, needed
 from fsm.planning.plan import Plan
 from fsm.sizing.footprint import DeviceBytes, Footprint, bytes_by_device
 from fsm.sizing.load_history import NOTHING, LoadHistory
@@ -134,7 +134,7 @@ def _served(pool: Pool, want: RequestSpec, runner: Runner, outcome: Outcome) -> 
     return Preview(outcome, runner.effective_options, shares, split, layers, measured)
 
 
-def _layers(pool: Pool, demand: Demand) -> int:
+def _layers(pool: Pool, demand: PlacementDemand) -> int:
     gpus = any(sample.kind == "gpu" for sample in pool.ledger.devices.values())
     return demand.layers if gpus and not demand.footprint.fixed else 0
 

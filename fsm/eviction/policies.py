@@ -7,13 +7,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
-from fsm.eviction.reuse_prediction import Outlooks
+from fsm.eviction.reuse_prediction import ReuseForecast
 from fsm.machine.request import ModelId
 from fsm.machine.runner import RunnerId
 
 PRICED_PART = 0.35  # of what the candidates hold: to give up that much shows what memory costs at the moment
 PRICE_FACTOR = 0.5
-SOON_S = 10.0
+TIE_BREAK_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +28,9 @@ class Candidate:
     load_s: float | None  # what a load of its model usually takes where it is; None while it is loading
     leases: int
     free_at: float  # when it may go: now, after its minimum residency, or at the bound of who waits
-    outlook: Callable[[], Outlooks] = field(default=tuple, compare=False, repr=False)  # how soon it may be asked for
+    outlook: Callable[[], ReuseForecast] = field(
+        default=tuple, compare=False, repr=False
+    )  # how soon it may be asked for
     cost_s: float | None = None  # seconds of loading that giving it up is expected to cost, by the policy; None: unsaid
 
 
@@ -69,7 +71,7 @@ class LeastRecentlyUsed:
 
 
 @dataclass(frozen=True, slots=True)
-class LeastExpectedLoading:
+class ExpectedReloadCost:
     """What it would cost to have each back, weighed with how soon that may be.
 
     A runner that stays for a while takes memory until it is asked for or the while is over, and saves a load if it is
@@ -91,7 +93,7 @@ class LeastExpectedLoading:
         ]
         price = PRICE_FACTOR * _price(candidates, rates)
         priced = [
-            replace(candidate, cost_s=_worth(outlook, load_s, price * candidate.held_bytes) + SOON_S * rate)
+            replace(candidate, cost_s=_worth(outlook, load_s, price * candidate.held_bytes) + TIE_BREAK_S * rate)
             for candidate, outlook, load_s, rate in zip(candidates, outlooks, loads_s, rates, strict=True)
         ]
         return sorted(priced, key=lambda one: (one.cost_s, one.used_at, one.runner))
@@ -109,12 +111,12 @@ def _price(candidates: Sequence[Candidate], rates: Sequence[float]) -> float:
     return saved / max(1, taken)
 
 
-def _worth(outlooks: Outlooks, load_s: float, rent: float) -> float:
+def _worth(outlooks: ReuseForecast, load_s: float, rent: float) -> float:
     """Return what it is worth to keep a runner as long as that pays, if a second of it costs `rent`."""
     return max(0.0, max((load_s * asked - rent * rest_s for asked, rest_s in outlooks), default=0.0))
 
 
 POLICIES: dict[str, EvictionPolicy] = {
-    policy.name: policy for policy in (LeastExpectedLoading(), LeastRecentlyUsed(), KeepAliveOrder())
+    policy.name: policy for policy in (ExpectedReloadCost(), LeastRecentlyUsed(), KeepAliveOrder())
 }
 DEFAULT_POLICY = POLICIES["reuse"]  # of a core, and of the setting `eviction`

@@ -34,7 +34,7 @@ def bin_of(rest_s: float) -> int:
     return place if place < BINS else BINS - 1
 
 
-def count(rest_s: float, own: Histogram, common: Histogram) -> None:
+def count_interval(rest_s: float, own: Histogram, common: Histogram) -> None:
     """Note that a model was asked for after a rest; in constant time, since warm requests pay for it too."""
     if rest_s >= 1.0:
         place = bin_of(rest_s)
@@ -44,10 +44,10 @@ def count(rest_s: float, own: Histogram, common: Histogram) -> None:
 
 # Of a model that would stay for a while, unless it is asked for before: the probability that it is, and the seconds
 # that it would rest until then, or else all the while, on average. For whiles of growing length.
-Outlooks = Sequence[tuple[float, float]]
+ReuseForecast = Sequence[tuple[float, float]]
 
 
-class Experience:
+class IdleTimeStatistics:
     """What is known of the rests of all models, made ready for a decision."""
 
     __slots__ = ("hazards", "rates")
@@ -63,7 +63,7 @@ class Experience:
             self.hazards[place] = hazard
             self.rates[place] = -math.log1p(-min(hazard, 0.99))
 
-    def outlooks(self, own: Mapping[int, int], rest_s: float) -> Outlooks:
+    def forecast(self, own: Mapping[int, int], rest_s: float) -> ReuseForecast:
         """Return what is to be expected of a model that has rested so long, for stays of growing length."""
         first = bin_of(rest_s)
         hazards = self._hazards_of(own, first)

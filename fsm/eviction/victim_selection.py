@@ -22,7 +22,7 @@ Amount = tuple[int, ...]  # bytes by device, in some order that stays the same
 
 
 @dataclass(frozen=True, slots=True)
-class Question:
+class SelectionProblem:
     """What has to be found out: which victims make room."""
 
     suffices: Callable[[Sequence[Candidate]], bool]
@@ -32,7 +32,7 @@ class Question:
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
+class VictimSet:
     """Whom to give up, and what that is expected to cost."""
 
     victims: tuple[Candidate, ...]  # forced ones first
@@ -49,7 +49,7 @@ def in_words(error: BaseException) -> str:
         return type(error).__name__
 
 
-def in_order(policy: EvictionPolicy, now: float, candidates: Sequence[Candidate]) -> list[Candidate]:
+def apply_policy(policy: EvictionPolicy, now: float, candidates: Sequence[Candidate]) -> list[Candidate]:
     """Return the candidates in a policy's order, with its costs; raises what it raises.
 
     Each of them once: one left out may be all that could make room, and who waits for it would for ever.
@@ -68,23 +68,25 @@ def in_order(policy: EvictionPolicy, now: float, candidates: Sequence[Candidate]
     return [*ordered, *known.values()]
 
 
-def choose(now: float, ordered: Sequence[Candidate], forced: Sequence[Candidate], question: Question) -> Choice | None:
+def choose_victims(
+    now: float, ordered: Sequence[Candidate], forced: Sequence[Candidate], question: SelectionProblem
+) -> VictimSet | None:
     """Return the victims: `forced` ones, and those of `ordered` that are to go with them; None if all do not suffice.
 
     Where all have a cost the cheapest set is taken, in tiers. Where they have none, as few as suffice, the first
     preferred.
     """
     if any(candidate.cost_s is None for candidate in ordered):
-        victims = first(ordered, forced, question.suffices)
-        return None if victims is None else Choice(tuple(victims))
+        victims = smallest_prefix(ordered, forced, question.suffices)
+        return None if victims is None else VictimSet(tuple(victims))
     if question.suffices(forced):
-        return Choice(tuple(forced), 0.0, 1)
+        return VictimSet(tuple(forced), 0.0, 1)
     if not question.suffices([*forced, *ordered]):
         return None
     return _cheapest(now, ordered, forced, question)
 
 
-def first(
+def smallest_prefix(
     ordered: Sequence[Candidate], forced: Sequence[Candidate], suffices: Callable[[Sequence[Candidate]], bool]
 ) -> Sequence[Candidate] | None:
     """Return `forced` ones, and as few of `ordered` as suffice, the first preferred; None if all do not.
@@ -105,37 +107,39 @@ def first(
     return chosen
 
 
-def tier(candidate: Candidate, now: float) -> tuple[bool, bool, bool]:
+def eviction_tier(candidate: Candidate, now: float) -> tuple[bool, bool, bool]:
     """Return what counts before costs: who may not go yet goes last, then who is in use, then who is kept for ever."""
     return candidate.free_at > now, candidate.leases > 0, candidate.keep_alive_s == math.inf
 
 
-def _cheapest(now: float, ordered: Sequence[Candidate], forced: Sequence[Candidate], question: Question) -> Choice:
+def _cheapest(
+    now: float, ordered: Sequence[Candidate], forced: Sequence[Candidate], question: SelectionProblem
+) -> VictimSet:
     """Return the cheapest set. No more tiers are touched than have to be.
 
     Of the last of them as cheap a part as will do, then of the one before it, beside that part, and so on down.
     """
-    groups = groupby(sorted(ordered, key=lambda one: tier(one, now)), lambda one: tier(one, now))
+    groups = groupby(sorted(ordered, key=lambda one: eviction_tier(one, now)), lambda one: eviction_tier(one, now))
     tiers = [list(group) for _, group in groups]
-    search = _Search(question, forced, len(ordered) and len(question.frees(ordered[0])))
+    search = SetOracle(question, forced, len(ordered) and len(question.frees(ordered[0])))
     last = next(count for count in range(1, len(tiers) + 1) if search.enough(_joined(tiers[:count])))
     chosen: list[Candidate] = []
     for place in range(last - 1, -1, -1):
         beside = [*chosen, *_joined(tiers[:place])]
         if not search.enough(beside):
-            chosen += _Branches(search, tiers[place], beside).best
+            chosen += BranchAndBound(search, tiers[place], beside).best
     chosen.sort(key=lambda one: (one.cost_s or 0.0, one.used_at, one.runner))
-    return Choice((*forced, *chosen), _cost(chosen), search.tried, search.exact)
+    return VictimSet((*forced, *chosen), _cost(chosen), search.tried, search.exact)
 
 
 def _joined(tiers: Iterable[Iterable[Candidate]]) -> list[Candidate]:
     return [candidate for one in tiers for candidate in one]
 
 
-class _Search:
+class SetOracle:
     """What is known of sets, all of them beside the forced ones."""
 
-    def __init__(self, question: Question, forced: Sequence[Candidate], width: int) -> None:
+    def __init__(self, question: SelectionProblem, forced: Sequence[Candidate], width: int) -> None:
         self.question = question
         self.forced = forced
         self.nothing = (0,) * width
@@ -168,10 +172,10 @@ class _Search:
         return tuple(map(sum, zip(self.nothing, *amounts, strict=True)))
 
 
-class _Branches:
+class BranchAndBound:
     """Branch and bound over the sets of one tier, all of which suffices: each in turn is taken, and left."""
 
-    def __init__(self, search: _Search, tier: Sequence[Candidate], beside: Sequence[Candidate]) -> None:
+    def __init__(self, search: SetOracle, tier: Sequence[Candidate], beside: Sequence[Candidate]) -> None:
         self.search = search
         self.beside = list(beside)
         self.order = sorted(tier, key=lambda one: _density(one, sum(search.question.frees(one))))
@@ -185,7 +189,7 @@ class _Branches:
 
     def _greedy(self, ordered: Sequence[Candidate]) -> list[Candidate]:
         """Return the first ones that suffice, without those that turn out not to be needed."""
-        found = first(ordered, self.beside, self.search.enough)
+        found = smallest_prefix(ordered, self.beside, self.search.enough)
         assert found is not None, "all of a tier suffices"
         return list(found[len(self.beside) :])
 

@@ -15,7 +15,7 @@ from itertools import accumulate
 MOST_SETS = 70  # of one size that are looked at: all there are of eight GPUs
 
 
-class Deal:
+class LayerSplitter:
     """Layers to be dealt to GPUs that have `rooms` bytes for them, the preferred GPU first.
 
     Whichever GPU comes first takes `first_bytes` besides. Answers are (GPU, layers) in the order of the layers, GPUs
@@ -32,11 +32,11 @@ class Deal:
         """Deal all layers to as few GPUs as possible; empty where no GPUs together take them."""
         least = self._least()
         for size in range(least, len(self._rooms) + 1):
-            if dealt := self.in_order(range(size)):
-                return dealt if size == least else self._over(size - 1) or dealt
-        return self._over(len(self._rooms)) if least <= len(self._rooms) else []
+            if dealt := self.first_fit(range(size)):
+                return dealt if size == least else self.best_over_subsets(size - 1) or dealt
+        return self.best_over_subsets(len(self._rooms)) if least <= len(self._rooms) else []
 
-    def in_order(self, order: Sequence[int]) -> list[tuple[int, int]]:
+    def first_fit(self, order: Sequence[int]) -> list[tuple[int, int]]:
         """Deal all layers to GPUs in this order, to each as many as it takes; empty where some are left."""
         dealt: list[tuple[int, int]] = []
         at = 0
@@ -49,7 +49,7 @@ class Deal:
                 return dealt
         return []
 
-    def in_shares(self, size: int) -> list[tuple[int, int]]:
+    def proportional(self, size: int) -> list[tuple[int, int]]:
         """Deal all layers to the first so many GPUs, to each its share of their room; empty where some are left."""
         rooms = self._rooms[:size]
         total_bytes = self._ends[-1] + self._first_bytes
@@ -78,7 +78,7 @@ class Deal:
                 return size
         return len(self._rooms) + 1
 
-    def _over(self, most: int) -> list[tuple[int, int]]:
+    def best_over_subsets(self, most: int) -> list[tuple[int, int]]:
         """Deal all layers to at most so many GPUs, in whichever order; empty where that cannot be.
 
         For each set of GPUs only the order matters by which it takes most layers: whoever comes after takes no less.
@@ -97,7 +97,7 @@ class Deal:
                         larger[together] = end, (*order, gpu)
             whole = [(sorted(chosen), order) for chosen, (end, order) in larger.items() if end == self._count]
             if whole:
-                return self.in_order(min(whole)[1])
+                return self.first_fit(min(whole)[1])
             kept = sorted(larger.items(), key=lambda item: (-item[1][0], sorted(item[0])))[:MOST_SETS]
             reached = dict(kept)
         return []

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from fsm.domain.devices import HOST, Amounts, DeviceId, Placement
-from fsm.placement.layer_split import Deal
+from fsm.placement.layer_split import LayerSplitter
 from fsm.sizing.footprint import Footprint, bytes_by_device
 
 PREDICTED_HEADROOM = 0.25  # a prediction fits if it takes at most 80 % of what is free, as in the reference
@@ -20,7 +20,7 @@ class Offload(Enum):
     """How much of a model goes to GPUs."""
 
     whole = "whole"
-    part = "part"
+    partial = "part"
     none = "none"
 
 
@@ -35,7 +35,7 @@ class Gpu:
 
 
 @dataclass(frozen=True, slots=True)
-class Demand:
+class PlacementDemand:
     """What a runner needs, and what its request says about where."""
 
     footprint: Footprint
@@ -50,17 +50,17 @@ class Demand:
         """Layers that can be offloaded; the output counts as one more."""
         return len(self.footprint.weights_bytes) + 1
 
-    def offloads(self, gpus: Sequence[Gpu]) -> tuple[Offload, ...]:
+    def offload_modes(self, gpus: Sequence[Gpu]) -> tuple[Offload, ...]:
         """Return the ways to place it, the best first: what fits whole, once room is made, is not offloaded in part."""
         if self.footprint.fixed:
             return (Offload.none,)
         if self.require_gpu:
             return (Offload.whole,)
         if self.num_gpu is None or self.num_gpu < 0:
-            return (Offload.whole, Offload.part, Offload.none) if gpus else (Offload.none,)
+            return (Offload.whole, Offload.partial, Offload.none) if gpus else (Offload.none,)
         if self.num_gpu == 0:
             return (Offload.none,)
-        return (Offload.whole,) if self.num_gpu >= self.layers else (Offload.part,)
+        return (Offload.whole,) if self.num_gpu >= self.layers else (Offload.partial,)
 
 
 def needed(placement: Placement, *, exact: bool) -> Amounts:
@@ -69,7 +69,7 @@ def needed(placement: Placement, *, exact: bool) -> Amounts:
     return tuple((device, int(amount * (1 + headroom))) for device, amount in placement.bytes)
 
 
-def place(demand: Demand, offload: Offload, free: Free, gpus: Sequence[Gpu]) -> Placement | None:
+def find_placement(demand: PlacementDemand, offload: Offload, free: Free, gpus: Sequence[Gpu]) -> Placement | None:
     """Return where it fits within `free`, headroom included; None where it does not.
 
     As many layers as possible go to GPUs, the output first and then the last ones, as llama.cpp offloads them. They
@@ -83,7 +83,7 @@ def place(demand: Demand, offload: Offload, free: Free, gpus: Sequence[Gpu]) -> 
     order = sorted(
         gpus, key=lambda gpu: (gpus.index(gpu) != demand.main_gpu, gpu.memory == HOST, -free.get(gpu.memory, 0), gpu.id)
     )
-    table = _Table(demand, free, order)
+    table = SplitEnumerator(demand, free, order)
     for layers in _layer_counts(demand, offload):
         for split in table.splits(layers):
             placement = _layout(demand, split, gpus)
@@ -91,12 +91,12 @@ def place(demand: Demand, offload: Offload, free: Free, gpus: Sequence[Gpu]) -> 
             if not lacking:
                 return placement
             only_host = lacking == {HOST} and not demand.known and all(gpu.memory != HOST for gpu in gpus)
-            if only_host and offload is Offload.part:
+            if only_host and offload is Offload.partial:
                 return None  # with fewer layers on GPUs the host would lack more
     return None
 
 
-def _layer_counts(demand: Demand, offload: Offload) -> Sequence[int]:
+def _layer_counts(demand: PlacementDemand, offload: Offload) -> Sequence[int]:
     if offload is Offload.whole:
         return (demand.layers,)
     if demand.num_gpu is not None and demand.num_gpu > 0:
@@ -104,10 +104,10 @@ def _layer_counts(demand: Demand, offload: Offload) -> Sequence[int]:
     return range(demand.layers - 1, 0, -1)
 
 
-class _Table:
+class SplitEnumerator:
     """The splits that are worth a look, by the number of layers on GPUs."""
 
-    def __init__(self, demand: Demand, free: Free, order: Sequence[Gpu]) -> None:
+    def __init__(self, demand: PlacementDemand, free: Free, order: Sequence[Gpu]) -> None:
         self.demand = demand
         self.order = order
         self.layers_bytes = demand.footprint.offloaded_bytes
@@ -118,7 +118,7 @@ class _Table:
         """Yield ways to put so many layers on GPUs that may fit, the best first; none that surely does not."""
         offloaded = self.layers_bytes[len(self.layers_bytes) - layers :]
         first_bytes = self.demand.footprint.projectors_bytes
-        over_all = [split for team in self.teams for split in self._spread(team, offloaded, first_bytes)]
+        over_all = [split for team in self.teams for split in self._spread_over(team, offloaded, first_bytes)]
         yield from over_all
         needs_bytes = sum(offloaded) + first_bytes
         for gpu in self.order:
@@ -133,24 +133,24 @@ class _Table:
             for team in self.teams:  # what was dealt above may have been measured, and found larger than predicted
                 yield from self._other_splits(team, offloaded, first_bytes)
 
-    def _spread(self, team: Sequence[Gpu], offloaded: Sequence[int], first_bytes: int) -> Iterator[Amounts]:
+    def _spread_over(self, team: Sequence[Gpu], offloaded: Sequence[int], first_bytes: int) -> Iterator[Amounts]:
         if self.demand.spread:
             deal = self._deal(team, offloaded, first_bytes)
             for size in range(len(team), 1, -1):
-                if dealt := deal.in_shares(size) or deal.in_order(range(size)):
+                if dealt := deal.proportional(size) or deal.first_fit(range(size)):
                     yield _split_of(dealt, team)
 
     def _other_splits(self, team: Sequence[Gpu], offloaded: Sequence[int], first_bytes: int) -> Iterator[Amounts]:
         deal = self._deal(team, offloaded, first_bytes)
         for size in range(2, len(team) + 1):
-            for dealt in (deal.in_order(range(size)), deal.in_shares(size)):
+            for dealt in (deal.first_fit(range(size)), deal.proportional(size)):
                 if dealt:
                     yield _split_of(dealt, team)
 
-    def _deal(self, team: Sequence[Gpu], offloaded: Sequence[int], first_bytes: int) -> Deal:
+    def _deal(self, team: Sequence[Gpu], offloaded: Sequence[int], first_bytes: int) -> LayerSplitter:
         several = [(gpu.id, 0) for gpu in team[1:]]
         copies_bytes = self.demand.footprint.copies_bytes(((team[0].id, len(offloaded)), *several))
-        return Deal(offloaded, first_bytes, [self.rooms[gpu.id] - copies_bytes for gpu in team])
+        return LayerSplitter(offloaded, first_bytes, [self.rooms[gpu.id] - copies_bytes for gpu in team])
 
     def _measured(self, layers: int) -> Iterator[Amounts]:
         """Yield the splits over several GPUs that were seen before: what they took may be less than is predicted."""
@@ -201,7 +201,7 @@ def _booked(amounts: Mapping[DeviceId, int], gpus: Sequence[Gpu]) -> Amounts:
     return tuple(booked.items())
 
 
-def _layout(demand: Demand, split: Amounts, gpus: Sequence[Gpu]) -> Placement:
+def _layout(demand: PlacementDemand, split: Amounts, gpus: Sequence[Gpu]) -> Placement:
     """Return the bytes by device of a split, measured ones where that split was measured."""
     if (measured := demand.known.get(split)) is not None:
         return Placement(measured, split, measured=True)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from fsm.domain.devices import MIB, DeviceId, Placement
 from fsm.domain.model_info import ModelInfo, Options
 from fsm.machine.runner import Runner
-from fsm.placement.search import PREDICTED_HEADROOM, Demand, Gpu, Offload, place
+from fsm.placement.search import PREDICTED_HEADROOM, Gpu, Offload, PlacementDemand, find_placement
 from fsm.sizing.footprint import Footprint
 from fsm.sizing.load_options import as_named, computes_every_logit, serves
 from fsm.state.core_config import Limits
@@ -39,7 +39,7 @@ BATCHES = (Batch(2048, 32768, 0.60, 2048 * MIB), Batch(1024, 4096, 0.75, 768 * M
 
 def wish_of(
     model: Model, asked: Options, pool: Pool, free: Mapping[DeviceId, int], gpus: Sequence[Gpu]
-) -> tuple[Options, Demand]:
+) -> tuple[Options, PlacementDemand]:
     """Return the explicit options and the demand of a runner for `asked`.
 
     A context by the GPUs' memory is the largest with which the model is whole on them within `free`, else the usual.
@@ -48,7 +48,7 @@ def wish_of(
     for context in _contexts(model.info, asked, pool.limits, gpu_bytes):
         if context <= (model.context_limit or context):
             wish = model.demand(replace(asked, num_ctx=context), pool.limits)
-            if place(wish[1], Offload.whole, free, gpus):
+            if find_placement(wish[1], Offload.whole, free, gpus):
                 return wish
     return model.demand(asked, pool.limits)
 
@@ -79,7 +79,7 @@ def with_batch(
         larger, demand = model.demand(replace(options, num_batch=batch.tokens), limits)
         predicted_bytes = demand.footprint.compute_bytes - usual.footprint.compute_bytes
         room = _room_for(batch, free, memories, predicted_bytes)
-        if found := place(demand, Offload.whole, room, same):
+        if found := find_placement(demand, Offload.whole, room, same):
             return larger, found
     return planned
 

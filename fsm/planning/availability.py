@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from fsm.domain.devices import HOST, Amounts, DeviceId, Placement
 from fsm.machine.request import ModelId
 from fsm.machine.runner import Runner
-from fsm.placement.search import Demand, Gpu, Offload, needed, place
+from fsm.placement.search import Gpu, Offload, PlacementDemand, find_placement, needed
 from fsm.state.memory_ledger import Ledger
 from fsm.state.request_queue import Turn
 
@@ -28,7 +28,7 @@ LATER = 3  # once those have gone too that are to leave for somebody, and may no
 class Need:
     """What somebody needs, and the best way to place it that is possible at all."""
 
-    demand: Demand
+    demand: PlacementDemand
     offload: Offload
     process: bool = True  # one has to be started; not for memory of the program's own
 
@@ -50,10 +50,10 @@ class Supply:
         self.planned: dict[ModelId, dict[DeviceId, int]] = {}  # what the runner takes that is to come first, by model
         self.behind: list[tuple[Turn, Need]] = []  # who is not first in a line, and has a booking when it is their turn
 
-    def best(self, demand: Demand) -> Offload | None:
+    def best(self, demand: PlacementDemand) -> Offload | None:
         """Return the best way to place something that there is at all."""
-        ways = demand.offloads(self.gpus)
-        return next((offload for offload in ways if place(demand, offload, self.potential, self.gpus)), None)
+        ways = demand.offload_modes(self.gpus)
+        return next((offload for offload in ways if find_placement(demand, offload, self.potential, self.gpus)), None)
 
     def memories(self, need: Need) -> list[DeviceId]:
         """Return where what is needed may come to lie."""
@@ -78,7 +78,7 @@ class Supply:
         """Return where somebody fits at a horizon once some more runners have gone, and a process may be started."""
         if need.process and self.places[horizon] + sum(runner.process for runner in gone) <= 0:
             return None
-        return place(need.demand, need.offload, self.beside(horizon, gone), self.gpus)
+        return find_placement(need.demand, need.offload, self.beside(horizon, gone), self.gpus)
 
     def reach(self, need: Need, since: int = SOON) -> tuple[Placement, int]:
         """Return where somebody will go, and from when on there is room; `LATER` also where that is not known."""
@@ -121,7 +121,7 @@ class Supply:
             self.take(horizon, need.amounts(placement), need.process)
 
     def _placed(self, need: Need, free: Mapping[DeviceId, int]) -> Placement:
-        ways = (place(need.demand, need.offload, there, self.gpus) for there in (free, self.potential))
+        ways = (find_placement(need.demand, need.offload, there, self.gpus) for there in (free, self.potential))
         placement = next(filter(None, ways), None)
         assert placement is not None, "a line that can never fit is refused before"
         return placement

@@ -8,8 +8,8 @@ from dataclasses import replace
 from functools import partial
 
 from fsm.eviction.policies import Candidate, EvictionPolicy
-from fsm.eviction.reuse_prediction import Experience, Outlooks
-from fsm.eviction.victim_selection import in_order, in_words
+from fsm.eviction.reuse_prediction import IdleTimeStatistics, ReuseForecast
+from fsm.eviction.victim_selection import apply_policy, in_words
 from fsm.machine.runner import IDLE, Runner, RunnerId
 from fsm.state.core_state import Pool
 
@@ -30,8 +30,8 @@ class Candidates:
             runner.id for runner in self.movable if not runner.leases and may_go_at(pool, runner, -math.inf) <= pool.now
         }
         self._orders: tuple[list[Candidate], list[Candidate]] | None = None
-        self._experience: Experience | None = None
-        self._outlooks: dict[RunnerId, Outlooks] = {}  # as far as a policy has asked
+        self._experience: IdleTimeStatistics | None = None
+        self._outlooks: dict[RunnerId, ReuseForecast] = {}  # as far as a policy has asked
 
     def until(self, bound: float, without: Collection[RunnerId]) -> list[Candidate]:
         """Return who may be given up for somebody who waits until `bound`: who may go now, then idle ones, then others.
@@ -64,18 +64,18 @@ class Candidates:
 
     def _preferred(self, candidates: list[Candidate]) -> list[Candidate]:
         try:
-            return in_order(self.policy, self.pool.now, candidates)
+            return apply_policy(self.policy, self.pool.now, candidates)
         except BaseException as error:  # a policy may be the user's own: also what would end a program
             self.policy_failure = in_words(error)
             return candidates
 
-    def _outlook(self, runner: Runner) -> Outlooks:
+    def _outlook(self, runner: Runner) -> ReuseForecast:
         """Return how soon a runner's model may be asked for again; found once a plan, and only where it is wanted."""
         if self._experience is None:
-            self._experience = Experience(self.pool.rests)
+            self._experience = IdleTimeStatistics(self.pool.rests)
         if (known := self._outlooks.get(runner.id)) is None:
             rest_s = 0.0 if runner.leases else self.pool.now - runner.used_at
-            known = self._experience.outlooks(self.pool.models[runner.model].rests, rest_s)
+            known = self._experience.forecast(self.pool.models[runner.model].rests, rest_s)
             self._outlooks[runner.id] = known
         return known
 

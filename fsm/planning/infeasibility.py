@@ -9,7 +9,7 @@ from fsm.machine.request import ModelId
 from fsm.machine.runner import Runner
 from fsm.messages.reasons import Infeasible, InfeasibleReason, MemoryHeld, NoSuchDevice, RunnerLimit
 from fsm.messages.refusals import DoesNotFitRefusal
-from fsm.placement.search import Demand, Gpu, Offload, needed, place
+from fsm.placement.search import Gpu, Offload, PlacementDemand, find_placement, needed
 from fsm.state.core_state import Pool
 from fsm.state.memory_ledger import Owner
 
@@ -17,7 +17,7 @@ BOUNDLESS = 2**62  # bytes
 
 
 def why_never(
-    pool: Pool, gpus: Sequence[Gpu], model: ModelId, demand: Demand, potential: Mapping[DeviceId, int]
+    pool: Pool, gpus: Sequence[Gpu], model: ModelId, demand: PlacementDemand, potential: Mapping[DeviceId, int]
 ) -> tuple[DoesNotFitRefusal, Placement | None]:
     """Return the refusal of what would not fit into `potential`, and what it would need; None where that is not known.
 
@@ -34,7 +34,7 @@ def why_never(
 def _reason(
     pool: Pool,
     gpus: Sequence[Gpu],
-    demand: Demand,
+    demand: PlacementDemand,
     offload: Offload,
     potential: Mapping[DeviceId, int],
     capacity: Mapping[DeviceId, int],
@@ -47,13 +47,13 @@ def _reason(
     if unknown:
         return NoSuchDevice(unknown[0], tuple(devices))
     unmovable = [runner for runner in runners if pool.is_unmovable(runner)]
-    if 0 < pool.limits.max_runners <= len(unmovable) and place(demand, offload, potential, gpus):
+    if 0 < pool.limits.max_runners <= len(unmovable) and find_placement(demand, offload, potential, gpus):
         return RunnerLimit(pool.limits.max_runners, _models(unmovable))
-    if stuck and place(demand, offload, pool.ledger.freed(potential, map(_owner, stuck)), gpus):
+    if stuck and find_placement(demand, offload, pool.ledger.freed(potential, map(_owner, stuck)), gpus):
         return MemoryHeld(_models(stuck), pinned=False)
-    if place(demand, offload, pool.ledger.freed(free, map(_owner, runners)), gpus) and pinned:
+    if find_placement(demand, offload, pool.ledger.freed(free, map(_owner, runners)), gpus) and pinned:
         return MemoryHeld(_models(pinned), pinned=True)
-    if place(demand, offload, capacity, gpus):
+    if find_placement(demand, offload, capacity, gpus):
         return Infeasible.held_elsewhere
     if not gpus and offload is not Offload.none:
         return Infeasible.no_required_gpu if demand.require_gpu else Infeasible.no_gpu
@@ -61,7 +61,7 @@ def _reason(
 
 
 def _least_lacking(
-    demand: Demand, boundless: Mapping[DeviceId, int], potential: Mapping[DeviceId, int], gpus: Sequence[Gpu]
+    demand: PlacementDemand, boundless: Mapping[DeviceId, int], potential: Mapping[DeviceId, int], gpus: Sequence[Gpu]
 ) -> tuple[Offload, Placement | None]:
     """Return the way to place it that lacks least, and what it would need."""
 
@@ -69,7 +69,7 @@ def _least_lacking(
         amounts = needed(need, exact=bool(demand.footprint.fixed)) if need else ()
         return sum(max(0, amount - potential.get(device, 0)) for device, amount in amounts)
 
-    ways = [(offload, place(demand, offload, boundless, gpus)) for offload in demand.offloads(gpus)]
+    ways = [(offload, find_placement(demand, offload, boundless, gpus)) for offload in demand.offload_modes(gpus)]
     return min((way for way in ways if way[1]), key=lambda way: lacking_bytes(way[1]), default=ways[-1])
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 from fsm.domain.devices import HOST, DeviceId, Placement
-from fsm.placement.search import Demand, Gpu, Offload, place
+from fsm.placement.search import Gpu, Offload, PlacementDemand, find_placement
 from fsm.state.core_config import Limits
 
 
@@ -29,15 +29,15 @@ class Loads:
             self.counts[device] = self.counts.get(device, 0) + 1
 
     def place(
-        self, demand: Demand, offload: Offload, free: Mapping[DeviceId, int], gpus: Sequence[Gpu]
+        self, demand: PlacementDemand, offload: Offload, free: Mapping[DeviceId, int], gpus: Sequence[Gpu]
     ) -> Placement | None:
         """Return where one more may begin: where it fits best, or else beside the GPUs on which as many load as may."""
-        best = place(demand, offload, free, gpus)
+        best = find_placement(demand, offload, free, gpus)
         if best is None or not (full := self.full(best)):
             return best
         if demand.spread or demand.main_gpu is not None:  # which names one of all of them
             return None
-        other = place(demand, offload, free, [gpu for gpu in gpus if gpu.id not in full])
+        other = find_placement(demand, offload, free, [gpu for gpu in gpus if gpu.id not in full])
         as_good = other is not None and not self.full(other) and other.offloaded >= best.offloaded
         return other if as_good else None
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from fsm.domain.devices import Amounts, Placement
 from fsm.domain.model_info import Options
 from fsm.eviction.policies import Candidate
-from fsm.eviction.victim_selection import Choice
+from fsm.eviction.victim_selection import VictimSet
 from fsm.machine.request import Request, RequestSpec
 from fsm.machine.runner import Runner, RunnerId
 from fsm.messages.reasons import ExpireReason
@@ -25,7 +25,7 @@ class Room:
     free: Amounts  # what it was judged by, by device: free, or to be had once the victims have left
     victims: tuple[Candidate, ...] = ()  # each goes when all of them may
     considered: tuple[Candidate, ...] = ()  # for being victims, the first choice first; none where none is needed
-    choice: Choice | None = None  # how the victims were chosen
+    choice: VictimSet | None = None  # how the victims were chosen
 
 
 @dataclass(slots=True)

@@ -14,12 +14,12 @@ from functools import partial
 from fsm.domain.devices import HOST, DeviceId, Placement
 from fsm.domain.model_info import Options
 from fsm.eviction.policies import Candidate, EvictionPolicy
-from fsm.eviction.victim_selection import MOST_SETS, Amount, Choice, Question, choose
+from fsm.eviction.victim_selection import MOST_SETS, Amount, SelectionProblem, VictimSet, choose_victims
 from fsm.machine.request import ModelId, Purpose, RequestSpec
 from fsm.machine.runner import EXPIRING, LOADING, Runner, RunnerId
 from fsm.messages.reasons import DeviceShrunk, NeededFor, RunnerLimit, RunnerStep, WaitFor, WaitForRunners, WaitReason
 from fsm.messages.refusals import UnsupportedOption
-from fsm.placement.search import Demand, Gpu, Offload
+from fsm.placement.search import Gpu, Offload, PlacementDemand
 from fsm.planning.automatic_options import is_the_same, wish_of, with_batch
 from fsm.planning.availability import DRAINED, LATER, NOW, SOON, Need, Supply
 from fsm.planning.eviction_candidates import Candidates
@@ -168,7 +168,7 @@ class _Planner:
         if waits_for:
             line.wait(waits_for)
         if line.want.purpose is Purpose.memory:
-            options, demand, current = line.want.options, Demand(Footprint(fixed=line.want.memory)), None
+            options, demand, current = line.want.options, PlacementDemand(Footprint(fixed=line.want.memory)), None
         else:
             model = self.pool.models[line.want.model]
             current = model.current
@@ -263,14 +263,14 @@ class _Planner:
         self.plan.rooms[line.want] = Room(final, free, tuple(chosen), tuple(may), choice)
         return final
 
-    def _select(self, line: Line, need: Need, forced: Sequence[Runner]) -> tuple[list[Candidate], Choice | None]:
+    def _select(self, line: Line, need: Need, forced: Sequence[Runner]) -> tuple[list[Candidate], VictimSet | None]:
         """Return who may be given up for a line, and who is: rather idle ones now than what others leave later."""
         bound = self._bound(line)
         must = [self.candidates.candidate(runner, bound) for runner in forced]
         taken = self.claimed.union(runner.id for runner in forced)
         self.waiting += 1
         if self._suffices(need, DRAINED, must):
-            return [], Choice(tuple(must), 0.0, 1)
+            return [], VictimSet(tuple(must), 0.0, 1)
         may = self.candidates.until(bound, taken)
         memories = self.supply.memories(need)
         where = [device for device in memories if device != HOST] or memories
@@ -351,7 +351,7 @@ class _Planner:
         holding = [one for one in draining if any(map(accounts["runner", one.id].held_bytes, devices))]
         return _models(holding or draining)
 
-    def _offload(self, line: Line, demand: Demand, current: Runner | None) -> Offload | None:
+    def _offload(self, line: Line, demand: PlacementDemand, current: Runner | None) -> Offload | None:
         """Return the best way that is possible at all; None: the line is refused, since there is none."""
         no_place = line.want.purpose is not Purpose.memory and self.unmovable >= self.pool.max_runners()
         reload_pinned = current is not None and self.pool.pinned(current)
@@ -381,9 +381,9 @@ class _Planner:
         suffices: Callable[[Sequence[Candidate]], bool],
         frees: Callable[[Candidate], Amount],
         least: int = 0,
-    ) -> Choice | None:
-        question = Question(suffices, frees, least, max(0, self.sets_left))
-        choice = choose(self.pool.now, may, must, question)
+    ) -> VictimSet | None:
+        question = SelectionProblem(suffices, frees, least, max(0, self.sets_left))
+        choice = choose_victims(self.pool.now, may, must, question)
         self.sets_left -= choice.tried if choice else 0
         return choice
 

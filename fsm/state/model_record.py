@@ -7,11 +7,11 @@ from dataclasses import dataclass, field, replace
 
 from fsm.domain.devices import Amounts
 from fsm.domain.model_info import ModelInfo, Options
-from fsm.eviction.reuse_prediction import Histogram, count
+from fsm.eviction.reuse_prediction import Histogram, count_interval
 from fsm.machine.request import ModelId
 from fsm.machine.runner import IDLE, LOADING, Runner, RunnerId
 from fsm.messages.reasons import FailureReason
-from fsm.placement.search import Demand
+from fsm.placement.search import PlacementDemand
 from fsm.sizing.footprint import Footprint
 from fsm.sizing.load_history import NOTHING, LoadHistory, note_bounded, usual_load_s, with_load
 from fsm.sizing.load_options import UnsupportedReason, impossible, resolve
@@ -43,22 +43,22 @@ class Model:
     measured: dict[tuple[Options, Amounts], Amounts] = field(default_factory=dict)
     shortest: dict[Options, tuple[float, float, int]] = field(default_factory=dict)  # load, when last, and of how many
     # of this info, as asked; derived: found again where it is not there
-    demands: dict[Options, tuple[Options, Demand]] = field(default_factory=dict, metadata={"derived": True})
+    demands: dict[Options, tuple[Options, PlacementDemand]] = field(default_factory=dict, metadata={"derived": True})
     rested_at: float = -math.inf  # the last use of its last runner, or when a lease was asked for since
     rests: Histogram = field(default_factory=dict)  # how long it rested before a lease was asked for
 
-    def demand(self, asked: Options, limits: Limits) -> tuple[Options, Demand]:
+    def demand(self, asked: Options, limits: Limits) -> tuple[Options, PlacementDemand]:
         """Return the explicit options and the demand of a runner for `asked`; the model has been inspected."""
         if (known := self.demands.get(asked)) is None:
             assert self.info is not None, f"{self.id} is planned before it was inspected"
             if isinstance(self.info, Footprint):
-                known = asked, Demand(self.info, require_gpu=limits.require_gpu)
+                known = asked, PlacementDemand(self.info, require_gpu=limits.require_gpu)
             else:
                 options = replace(resolve(self.info, asked, self._defaults(limits)), require_gpu=None)
                 seen = {split: amounts for (measured, split), amounts in self.measured.items() if measured == options}
                 known = (
                     options,
-                    Demand(
+                    PlacementDemand(
                         estimate(self.info, options),
                         options.num_gpu,
                         options.main_gpu,
@@ -129,10 +129,10 @@ class Model:
         runner = self.current
         if runner is None or runner.state is LOADING:
             if self.rested_at > -math.inf:
-                count(now - self.rested_at, self.rests, common)
+                count_interval(now - self.rested_at, self.rests, common)
             self.rested_at = now
         elif runner.state is IDLE:
-            count(now - runner.used_at, self.rests, common)
+            count_interval(now - runner.used_at, self.rests, common)
 
     def copy(self, runners: dict[RunnerId, Runner]) -> Model:
         """Return an independent copy that refers to the copied `runners`."""

@@ -9,7 +9,7 @@ from random import Random
 
 from fsm.domain.devices import HOST, MIB, DeviceId, DeviceSample
 from fsm.domain.model_info import ModelInfo, Options
-from fsm.eviction.policies import Candidate, EvictionPolicy, KeepAliveOrder, LeastExpectedLoading, LeastRecentlyUsed
+from fsm.eviction.policies import Candidate, EvictionPolicy, ExpectedReloadCost, KeepAliveOrder, LeastRecentlyUsed
 from fsm.machine.request import ModelId, Purpose, RequestSpec
 from fsm.sizing.footprint import Footprint
 from fsm.state.core_config import Limits
@@ -153,7 +153,7 @@ def _limits(draw: Random) -> Limits:
 
 def _policy(draw: Random) -> EvictionPolicy:
     order = LeastRecentlyUsed(), KeepAliveOrder(), Capricious(False), Capricious(True)
-    return draw.choice((LeastExpectedLoading(), *order))
+    return draw.choice((ExpectedReloadCost(), *order))
 
 
 def _wants(draw: Random, names: Sequence[ModelId], devices: Sequence[DeviceSample]) -> tuple[RequestSpec, ...]:

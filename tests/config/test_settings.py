@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fsm.core import Core
-from fsm.eviction.policies import Candidate, KeepAliveOrder, LeastExpectedLoading
+from fsm.eviction.policies import Candidate, ExpectedReloadCost, KeepAliveOrder
 from scheduler.config.settings import (
     SETTINGS,
     ChangeableArguments,
@@ -181,7 +181,7 @@ def test_a_value_that_is_not_allowed_is_named(name: str, value: object) -> None:
 def test_policies_are_found_by_name() -> None:
     """A name becomes the policy itself."""
     assert Settings().eviction is Core().policy, "one default, of the settings and of the core"
-    assert (Settings().eviction, Settings(eviction="keep-alive").eviction) == (LeastExpectedLoading(), KeepAliveOrder())
+    assert (Settings().eviction, Settings(eviction="keep-alive").eviction) == (ExpectedReloadCost(), KeepAliveOrder())
 
 
 def test_a_policy_may_be_an_object() -> None:
@@ -200,7 +200,7 @@ def test_a_policy_may_be_an_object() -> None:
 def test_a_policys_class_is_no_policy() -> None:
     """It says what is missing."""
     with pytest.raises(InvalidSettings, match=r"eviction cannot be .*an object, as LeastExpectedLoading\(\) is"):
-        Settings(eviction=LeastExpectedLoading)  # type: ignore[arg-type]  # wrong on purpose
+        Settings(eviction=ExpectedReloadCost)  # type: ignore[arg-type]  # wrong on purpose
 
 
 def test_arguments_win_over_the_environment_and_that_over_defaults() -> None:

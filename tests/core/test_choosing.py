@@ -11,8 +11,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fsm.eviction.policies import POLICIES, Candidate, LeastExpectedLoading, LeastRecentlyUsed
-from fsm.eviction.victim_selection import MOST_SETS, Choice, Question, choose, in_order, tier
+from fsm.eviction.policies import POLICIES, Candidate, ExpectedReloadCost, LeastRecentlyUsed
+from fsm.eviction.victim_selection import (
+    MOST_SETS,
+    SelectionProblem,
+    VictimSet,
+    apply_policy,
+    choose_victims,
+    eviction_tier,
+)
 from fsm.machine.runner import RunnerState
 from tests.support.pool import PoolUnderTest, a_pool, acquire, loaded, pin, release
 
@@ -24,21 +31,21 @@ def a_candidate(runner: int, cost_s: float | None, held_bytes: int = 1, **fields
     return Candidate(runner, f"model-{runner}", held_bytes, **(known | fields), cost_s=cost_s)
 
 
-def ask(needed: Sequence[int], amounts: dict[int, tuple[int, ...]], **how: int) -> Question:
+def ask(needed: Sequence[int], amounts: dict[int, tuple[int, ...]], **how: int) -> SelectionProblem:
     """Return a question for room: so much of each device has to be free, of what each runner would free."""
 
     def suffices(victims: Sequence[Candidate]) -> bool:
         freed = [sum(amounts[victim.runner][device] for victim in victims) for device in range(len(needed))]
         return all(have >= need for have, need in zip(freed, needed, strict=True))
 
-    return Question(suffices, lambda candidate: amounts[candidate.runner], **how)
+    return SelectionProblem(suffices, lambda candidate: amounts[candidate.runner], **how)
 
 
-def one_device(candidates: Sequence[Candidate], needed: int, **how: int) -> Question:
+def one_device(candidates: Sequence[Candidate], needed: int, **how: int) -> SelectionProblem:
     return ask([needed], {one.runner: (one.held_bytes,) for one in candidates}, **how)
 
 
-def models_of(choice: Choice | None) -> list[int]:
+def models_of(choice: VictimSet | None) -> list[int]:
     assert choice is not None
     return [victim.runner for victim in choice.victims]
 
@@ -64,7 +71,7 @@ def test_no_set_that_makes_room_is_cheaper(
     ]
     amounts = {place: one[1 : 1 + devices] for place, one in enumerate(drawn)}
     question = ask(needed[:devices], amounts)
-    chosen = choose(NOW, candidates, (), question)
+    chosen = choose_victims(NOW, candidates, (), question)
     every = [list(some) for count in range(len(drawn) + 1) for some in combinations(candidates, count)]
     enough = [some for some in every if question.suffices(some)]
     if not enough:
@@ -72,10 +79,10 @@ def test_no_set_that_makes_room_is_cheaper(
         return
     assert chosen is not None and chosen.exact and question.suffices(chosen.victims)
 
-    tiers = sorted({tier(one, NOW) for one in candidates}, reverse=True)
+    tiers = sorted({eviction_tier(one, NOW) for one in candidates}, reverse=True)
 
     def parts(some: Sequence[Candidate]) -> list[set[int]]:
-        return [{one.runner for one in some if tier(one, NOW) == level} for level in tiers]
+        return [{one.runner for one in some if eviction_tier(one, NOW) == level} for level in tiers]
 
     def cost(part: set[int]) -> tuple[bool, float]:
         return bool(part), sum(candidates[place].cost_s or 0.0 for place in part)
@@ -104,10 +111,10 @@ def test_however_many_sets_there_are_only_so_many_are_looked_at(drawn: list[tupl
         planned += 1
         return question.suffices(victims)
 
-    chosen = choose(NOW, candidates, (), replace(question, suffices=suffices))
+    chosen = choose_victims(NOW, candidates, (), replace(question, suffices=suffices))
     assert chosen is not None and question.suffices(chosen.victims)
     in_turn = sorted(candidates, key=lambda one: one.cost_s or 0.0)
-    plain = choose(NOW, [replace(one, cost_s=None) for one in in_turn], (), question)
+    plain = choose_victims(NOW, [replace(one, cost_s=None) for one in in_turn], (), question)
     assert plain is not None and chosen.cost_s is not None
     known = {one.runner: one.cost_s or 0.0 for one in candidates}
     assert chosen.cost_s <= sum(known[victim.runner] for victim in plain.victims) + 1e-9
@@ -121,40 +128,40 @@ def test_however_many_sets_there_are_only_so_many_are_looked_at(drawn: list[tupl
 def test_several_cheap_ones_go_rather_than_a_dear_one() -> None:
     """And a dear one stays although it alone would do."""
     candidates = [a_candidate(1, 5.0, 10), a_candidate(2, 1.0, 5), a_candidate(3, 1.0, 5), a_candidate(4, 9.0, 5)]
-    assert sorted(models_of(choose(NOW, candidates, (), one_device(candidates, 10)))) == [2, 3]
+    assert sorted(models_of(choose_victims(NOW, candidates, (), one_device(candidates, 10)))) == [2, 3]
 
 
 def test_one_goes_rather_than_several_that_cost_more_together() -> None:
     """An order would have begun with the cheap ones."""
     candidates = [a_candidate(1, 5.0, 10), a_candidate(2, 3.0, 5), a_candidate(3, 3.0, 5)]
-    assert models_of(choose(NOW, candidates, (), one_device(candidates, 10))) == [1]
+    assert models_of(choose_victims(NOW, candidates, (), one_device(candidates, 10))) == [1]
 
 
 @pytest.mark.parametrize("later", [{"leases": 1}, {"free_at": NOW + 1}, {"keep_alive_s": math.inf}])
 def test_idle_ones_that_suffice_go_before_cheaper_ones_of_a_later_tier(later: dict[str, float]) -> None:
     """In use, just loaded, or kept for ever: what it costs does not matter as long as others do."""
     candidates = [a_candidate(1, 0.0, 10, **later), a_candidate(2, 50.0, 5), a_candidate(3, 50.0, 5)]
-    assert sorted(models_of(choose(NOW, candidates, (), one_device(candidates, 10)))) == [2, 3]
+    assert sorted(models_of(choose_victims(NOW, candidates, (), one_device(candidates, 10)))) == [2, 3]
 
 
 def test_beside_what_has_to_go_of_a_later_tier_no_more_than_needed_goes() -> None:
     """The busy one alone suffices, the idle one does not: it is not given up for nothing."""
     candidates = [a_candidate(1, 5.0, 10, leases=1), a_candidate(2, 1.0, 5)]
-    assert models_of(choose(NOW, candidates, (), one_device(candidates, 10))) == [1]
+    assert models_of(choose_victims(NOW, candidates, (), one_device(candidates, 10))) == [1]
 
 
 def test_as_many_processes_end_as_have_to() -> None:
     """Memory may be enough, and a place among the runners be missing."""
     candidates = [a_candidate(1, 5.0, 10), a_candidate(2, 3.0, 0)]
-    assert models_of(choose(NOW, candidates, (), replace(one_device(candidates, 0), least=0))) == []
-    short = Question(lambda victims: bool(victims), lambda one: (one.held_bytes,), least=1)
-    assert models_of(choose(NOW, candidates, (), short)) == [2]
+    assert models_of(choose_victims(NOW, candidates, (), replace(one_device(candidates, 0), least=0))) == []
+    short = SelectionProblem(lambda victims: bool(victims), lambda one: (one.held_bytes,), least=1)
+    assert models_of(choose_victims(NOW, candidates, (), short)) == [2]
 
 
 def test_what_is_forced_goes_first_and_costs_nothing_more() -> None:
     """It was not chosen."""
     forced, others = a_candidate(9, 7.0, 4), [a_candidate(1, 1.0, 6), a_candidate(2, 2.0, 6)]
-    choice = choose(NOW, others, [forced], one_device([forced, *others], 10))
+    choice = choose_victims(NOW, others, [forced], one_device([forced, *others], 10))
     assert choice is not None
     assert (models_of(choice), choice.cost_s) == ([9, 1], 1.0)
 
@@ -189,7 +196,7 @@ def test_a_cost_that_is_not_a_number_is_a_fault_of_the_policy() -> None:
     pool.feed(acquire("b", request=1))
     assert pool.state("a") is RunnerState.expiring
     assert "not a finite number" in pool.core.policy_failure
-    assert [one.cost_s for one in in_order(Own({"model-1": -1.0}), NOW, [a_candidate(1, None)])] == [0.0]
+    assert [one.cost_s for one in apply_policy(Own({"model-1": -1.0}), NOW, [a_candidate(1, None)])] == [0.0]
 
 
 @pytest.mark.parametrize("how", [RuntimeError, SystemExit])
@@ -213,14 +220,14 @@ def test_a_policy_may_raise_what_cannot_tell_itself(how: type[BaseException]) ->
 def test_with_a_cost_for_some_only_the_order_decides() -> None:
     """Sets cannot be compared then."""
     candidates = [a_candidate(1, 5.0, 10), a_candidate(2, None, 10)]
-    choice = choose(NOW, candidates, (), one_device(candidates, 10))
+    choice = choose_victims(NOW, candidates, (), one_device(candidates, 10))
     assert choice is not None
     assert (models_of(choice), choice.cost_s) == ([1], None)
 
 
 def test_a_decision_shows_whom_it_considered_and_what_each_would_cost() -> None:
     """For those who want to know why: the room in the plan has all of it."""
-    pool = a_pool(policy=LeastExpectedLoading(), each="4GiB").idle("a").idle("b")
+    pool = a_pool(policy=ExpectedReloadCost(), each="4GiB").idle("a").idle("b")
     pool.core.plans = []
     pool.feed(acquire("c", request=1))
     room = next(room for plan in pool.core.plans for room in plan.rooms.values() if room.victims)
@@ -245,7 +252,7 @@ def load(pool: PoolUnderTest, model: str, duration: str) -> None:
 def test_who_is_expected_back_soon_stays_though_it_was_used_less_recently() -> None:
     """One comes every minute and is due; the other comes every ten minutes, and was here a moment ago."""
     victims = {}
-    for policy in (LeastExpectedLoading(), LeastRecentlyUsed()):
+    for policy in (ExpectedReloadCost(), LeastRecentlyUsed()):
         pool = a_pool(each="4GiB", policy=policy, keep_alive_s=3600.0, min_residency_s=0.0)
         load(pool, "a", "5s")
         load(pool, "b", "5s")
@@ -262,7 +269,7 @@ def test_who_is_expected_back_soon_stays_though_it_was_used_less_recently() -> N
 
 def test_of_two_that_are_used_alike_the_one_that_loads_faster_goes() -> None:
     """What it would cost to have it back counts."""
-    pool = a_pool(each="4GiB", policy=LeastExpectedLoading(), min_residency_s=0.0)
+    pool = a_pool(each="4GiB", policy=ExpectedReloadCost(), min_residency_s=0.0)
     load(pool, "a", "50s")
     load(pool, "b", "5s")
     pool.advance("10s")
@@ -298,7 +305,7 @@ def test_the_same_is_chosen_from_the_same() -> None:
     """Two cores to which the same happened give up the same, and so does one that was copied on the way."""
     said = []
     for copies in (False, True):
-        pool = a_pool(capacity="16GiB", each="4GiB", policy=LeastExpectedLoading(), max_runners=8, keep_alive_s=9e9)
+        pool = a_pool(capacity="16GiB", each="4GiB", policy=ExpectedReloadCost(), max_runners=8, keep_alive_s=9e9)
         for place in range(12):
             pool.idle("abcd"[place % 4] if place % 3 else "a")
             pool.advance(f"{7 * place + 1}s")

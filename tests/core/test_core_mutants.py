@@ -13,7 +13,7 @@ from fsm.core import Core
 from fsm.domain.devices import HOST, DeviceId, DeviceSample, Placement
 from fsm.domain.model_info import Options
 from fsm.eviction.policies import Candidate, KeepAliveOrder
-from fsm.eviction.reuse_prediction import Experience
+from fsm.eviction.reuse_prediction import IdleTimeStatistics
 from fsm.machine.request import Purpose, Request, RequestSpec
 from fsm.machine.runner import Runner
 from fsm.messages.commands import Claim, ReleaseClaim
@@ -29,7 +29,7 @@ from fsm.messages.reasons import (
     TransitionReason,
 )
 from fsm.messages.refusals import LoadFailedRefusal, ModelNotFoundRefusal
-from fsm.placement.search import Demand, Gpu, Offload, place
+from fsm.placement.search import Gpu, Offload, PlacementDemand, find_placement
 from fsm.planning.eviction_candidates import may_go_at
 from fsm.sizing.footprint import Footprint
 from fsm.state.memory_ledger import Account, Ledger
@@ -58,7 +58,7 @@ def layers(
     free: dict[str, int], footprint: Footprint = LAYERS, offload: Offload = Offload.whole, **how: Any
 ) -> dict[DeviceId, int] | None:
     """Return the layers by GPU, None where it does not go anywhere."""
-    placement = place(Demand(footprint, **how), offload, {HOST: 10**6, **free}, PAIR)
+    placement = find_placement(PlacementDemand(footprint, **how), offload, {HOST: 10**6, **free}, PAIR)
     return None if placement is None else dict(placement.gpu_layers)
 
 
@@ -139,15 +139,15 @@ def test_what_is_not_known_is_booked_where_it_was_asked_for() -> None:
 
 def test_in_part_goes_all_but_one_at_most_and_one_at_least() -> None:
     """The output counts as a layer; as many go as there is room for, headroom of a quarter included."""
-    assert layers({"gpu0": 10_000}, offload=Offload.part) == {"gpu0": 4}
-    assert layers({"gpu0": 250}, offload=Offload.part) == {"gpu0": 2}
-    assert layers({"gpu0": 125}, offload=Offload.part) == {"gpu0": 1}
-    assert layers({"gpu0": 124}, offload=Offload.part) is None
+    assert layers({"gpu0": 10_000}, offload=Offload.partial) == {"gpu0": 4}
+    assert layers({"gpu0": 250}, offload=Offload.partial) == {"gpu0": 2}
+    assert layers({"gpu0": 125}, offload=Offload.partial) == {"gpu0": 1}
+    assert layers({"gpu0": 124}, offload=Offload.partial) is None
 
 
 def test_one_layer_is_one_layer() -> None:
     """What a request names is what it gets."""
-    assert layers({"gpu0": 10_000}, offload=Offload.part, num_gpu=1) == {"gpu0": 1}
+    assert layers({"gpu0": 10_000}, offload=Offload.partial, num_gpu=1) == {"gpu0": 1}
 
 
 def test_a_gpu_of_which_nothing_is_known_has_no_room() -> None:
@@ -155,7 +155,7 @@ def test_a_gpu_of_which_nothing_is_known_has_no_room() -> None:
     assert layers({}) is None
     assert layers({"gpu1": 625}) == {"gpu1": 5}
     tiny = Footprint(fixed=(("gpu0", 1),))
-    assert place(Demand(tiny), Offload.none, {}, PAIR) is None
+    assert find_placement(PlacementDemand(tiny), Offload.none, {}, PAIR) is None
     assert layers({}, Footprint((0,) * 4, (0,) * 4, output_bytes=1), spread=False) is None
 
 
@@ -368,10 +368,10 @@ def test_an_outlook_is_of_the_rest_so_far_and_of_none_while_in_use() -> None:
     pool.idle("a")
     pool.advance("30s")
     pool.feed(acquire("c", request=8))
-    core, experience = pool.core.pool, Experience(pool.core.pool.rests)
+    core, experience = pool.core.pool, IdleTimeStatistics(pool.core.pool.rests)
     assert policy.asked_at == pool.now
-    assert policy.outlooks["a"] == (experience.outlooks(core.models["a"].rests, 30.0),) * 2
-    assert policy.outlooks["b"] == (experience.outlooks(core.models["b"].rests, 0.0),) * 2
+    assert policy.outlooks["a"] == (experience.forecast(core.models["a"].rests, 30.0),) * 2
+    assert policy.outlooks["b"] == (experience.forecast(core.models["b"].rests, 0.0),) * 2
 
 
 def test_a_policy_is_told_what_a_load_takes_where_a_runner_is() -> None:

@@ -11,7 +11,7 @@ import pytest
 from fsm.domain.devices import HOST, DeviceId, DeviceSample
 from fsm.messages.events import Sampled
 from fsm.messages.refusals import DoesNotFitRefusal
-from fsm.placement.search import Demand, Gpu, Offload, place
+from fsm.placement.search import Gpu, Offload, PlacementDemand, find_placement
 from fsm.state.memory_ledger import Account, Ledger
 from fsm.state.snapshot import DeviceView
 from tests.support.models import a_model
@@ -186,7 +186,7 @@ WHOLE = (Gpu("gpu0", "gpu0"), Gpu("gpu1", "gpu1"))
 def placed(gpus: tuple[Gpu, ...], each: int, **how: Any) -> dict[DeviceId, int] | None:
     """Return the layers by GPU of a model of four, with so many GiB free on each; None: it does not fit whole."""
     free = {HOST: 64 * GIB} | {gpu.id: each * GIB for gpu in gpus}
-    placement = place(Demand(FOUR_LAYERS, **how), Offload.whole, free, gpus)
+    placement = find_placement(PlacementDemand(FOUR_LAYERS, **how), Offload.whole, free, gpus)
     return None if placement is None else dict(placement.gpu_layers)
 
 

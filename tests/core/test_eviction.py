@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import pytest
 
 from fsm.eviction.policies import POLICIES, Candidate, KeepAliveOrder, LeastRecentlyUsed
-from fsm.eviction.victim_selection import first as choose
+from fsm.eviction.victim_selection import smallest_prefix as choose
 from fsm.machine.runner import RunnerState
 from fsm.messages.commands import Grant, NotifyContention, Stop
 from fsm.messages.reasons import WaitFor

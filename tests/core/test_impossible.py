@@ -10,7 +10,7 @@ from fsm.domain.devices import HOST
 from fsm.domain.model_info import Options
 from fsm.messages.reasons import Infeasible
 from fsm.messages.refusals import DoesNotFitRefusal, UnsupportedOption
-from fsm.placement.search import Demand, Gpu, Offload
+from fsm.placement.search import Gpu, Offload, PlacementDemand
 from fsm.sizing.load_options import UnsupportedReason, impossible, resolve
 from tests.support.models import a_model
 from tests.support.pool import a_pool, acquire, amount, granted, launched, layered, refused, stopped
@@ -71,7 +71,7 @@ def test_a_required_gpu_is_no_matter_of_the_request() -> None:
     """Whatever number of layers it names, none and some among them."""
     gpus = (Gpu("gpu0", "gpu0"),)
     for num_gpu in (None, -1, 0, 2):
-        assert Demand(layered(4, "1GiB"), num_gpu, require_gpu=True).offloads(gpus) == (Offload.whole,)
+        assert PlacementDemand(layered(4, "1GiB"), num_gpu, require_gpu=True).offload_modes(gpus) == (Offload.whole,)
 
 
 def test_a_refusal_tells_the_way_that_lacks_least() -> None:

@@ -10,7 +10,7 @@ from fsm.domain.devices import HOST, DeviceId, Placement
 from fsm.domain.model_info import Options
 from fsm.messages.reasons import Infeasible, WaitFor
 from fsm.messages.refusals import DoesNotFitRefusal
-from fsm.placement.search import Demand, Gpu, Offload, needed, place
+from fsm.placement.search import Gpu, Offload, PlacementDemand, find_placement, needed
 from fsm.sizing.footprint import Footprint
 from fsm.sizing.load_options import resolve
 from fsm.sizing.memory_estimate import estimate
@@ -41,7 +41,7 @@ def placed(
     """Return where `footprint` goes with so many GiB free, or None."""
     free_bytes = {DeviceId(device): size * GIB for device, size in free.items()}
     gpus = [Gpu(device, device) for device in free_bytes if device != HOST]
-    return place(Demand(footprint, **how), offload, free_bytes, gpus)
+    return find_placement(PlacementDemand(footprint, **how), offload, free_bytes, gpus)
 
 
 # -- placing one model ------------------------------------------------------------------------------------------------
@@ -90,11 +90,13 @@ def test_n04_a_discrete_gpu_goes_before_an_integrated_one() -> None:
     """N04: even one with less memory free; the integrated one's is the host's."""
     gpus = (Gpu("small", "small"), Gpu("shared", HOST))
     free = {HOST: 64 * GIB, "small": 6 * GIB}
-    assert place(Demand(FOUR_LAYERS), Offload.whole, free, gpus) == Placement(
+    assert find_placement(PlacementDemand(FOUR_LAYERS), Offload.whole, free, gpus) == Placement(
         (("small", 4 * GIB), (HOST, 0)), (("small", 5),)
     )
     free["small"] = 4 * GIB
-    assert place(Demand(FOUR_LAYERS), Offload.whole, free, gpus) == Placement(((HOST, 4 * GIB),), (("shared", 5),))
+    assert find_placement(PlacementDemand(FOUR_LAYERS), Offload.whole, free, gpus) == Placement(
+        ((HOST, 4 * GIB),), (("shared", 5),)
+    )
 
 
 def test_n04_spread_deals_a_model_over_all_gpus_by_what_they_have_free() -> None:
@@ -124,7 +126,7 @@ def test_a_split_counts_every_layer_once() -> None:
 def test_a_part_is_as_many_layers_as_fit_and_the_rest_stays_on_the_host() -> None:
     """The output goes first, then the last layers, as llama.cpp offloads them; the host computes the others."""
     footprint = layered(4, "1GiB", output="512MiB", host="256MiB", compute="128MiB")
-    placement = placed({HOST: 64, "gpu0": 3}, footprint, Offload.part)
+    placement = placed({HOST: 64, "gpu0": 3}, footprint, Offload.partial)
     assert placement.gpu_layers == (("gpu0", 2),)
     amounts = dict(placement.bytes)
     assert amounts["gpu0"] == GIB + GIB // 2 + GIB // 8
@@ -141,37 +143,37 @@ def test_on_the_host_alone_everything_stays_there() -> None:
 def test_the_output_is_the_first_to_be_offloaded() -> None:
     """With as many as there are repeating layers, the first of these is still on the host."""
     footprint = layered(4, "1GiB", output="512MiB")
-    one, four = (placed({HOST: 64, "gpu0": 64}, footprint, Offload.part, num_gpu=layers) for layers in (1, 4))
+    one, four = (placed({HOST: 64, "gpu0": 64}, footprint, Offload.partial, num_gpu=layers) for layers in (1, 4))
     assert dict(one.bytes) == {"gpu0": GIB // 2, HOST: 4 * GIB}
     assert dict(four.bytes) == {"gpu0": 3 * GIB + GIB // 2, HOST: GIB}
 
 
 def test_a_number_of_layers_that_is_named_is_kept_to() -> None:
     """Neither more, where more would fit, nor fewer, where it does not."""
-    assert placed({HOST: 64, "gpu0": 64}, offload=Offload.part, num_gpu=2).gpu_layers == (("gpu0", 2),)
-    assert placed({HOST: 64, "gpu0": 2}, offload=Offload.part, num_gpu=3) is None
+    assert placed({HOST: 64, "gpu0": 64}, offload=Offload.partial, num_gpu=2).gpu_layers == (("gpu0", 2),)
+    assert placed({HOST: 64, "gpu0": 2}, offload=Offload.partial, num_gpu=3) is None
 
 
 @pytest.mark.parametrize(
     ("num_gpu", "ways"),
     [
-        (None, (Offload.whole, Offload.part, Offload.none)),
-        (-1, (Offload.whole, Offload.part, Offload.none)),
+        (None, (Offload.whole, Offload.partial, Offload.none)),
+        (-1, (Offload.whole, Offload.partial, Offload.none)),
         (0, (Offload.none,)),
-        (3, (Offload.part,)),
+        (3, (Offload.partial,)),
         (5, (Offload.whole,)),
         (99, (Offload.whole,)),
     ],
 )
 def test_the_ways_to_place_a_model_by_what_its_request_says(num_gpu: int | None, ways: tuple[Offload, ...]) -> None:
     """S09: automatic tries the best first; what is named allows nothing else, 0 no GPU at all."""
-    assert Demand(FOUR_LAYERS, num_gpu).offloads(BOTH) == ways
+    assert PlacementDemand(FOUR_LAYERS, num_gpu).offload_modes(BOTH) == ways
 
 
 def test_without_a_gpu_and_without_layers_there_is_one_way() -> None:
     """The host, or what was declared."""
-    assert Demand(FOUR_LAYERS).offloads(()) == (Offload.none,)
-    assert Demand(Footprint(fixed=(("gpu0", 1),))).offloads(BOTH) == (Offload.none,)
+    assert PlacementDemand(FOUR_LAYERS).offload_modes(()) == (Offload.none,)
+    assert PlacementDemand(Footprint(fixed=(("gpu0", 1),))).offload_modes(BOTH) == (Offload.none,)
 
 
 # -- placing among others ---------------------------------------------------------------------------------------------

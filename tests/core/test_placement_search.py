@@ -10,7 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from fsm.domain.devices import HOST, DeviceSample
-from fsm.placement.search import Demand, Gpu, Offload, needed, place
+from fsm.placement.search import Gpu, Offload, PlacementDemand, find_placement, needed
 from fsm.sizing.footprint import Footprint
 from tests.support.brute_force import Way, cut, groups, takes_of, ways
 from tests.support.pool import a_pool, acquire, launched, refused
@@ -60,7 +60,7 @@ def cases(draw: st.DrawFn) -> Case:
 
 def found(case: Case, offload: Offload, **how: object) -> Way | None:
     """Return where it is placed; bytes by memory, none that take nothing."""
-    placement = place(Demand(case.footprint, **how), offload, case.free, case.gpus)
+    placement = find_placement(PlacementDemand(case.footprint, **how), offload, case.free, case.gpus)
     if placement is None:
         return None
     return Way(placement.gpu_layers, {memory: size for memory, size in placement.bytes if size})
@@ -73,7 +73,7 @@ def possible(case: Case, offload: Offload, num_gpu: int | None = None) -> list[W
     match offload:
         case Offload.whole:
             return [way for way in every if way.layers == units]
-        case Offload.part:
+        case Offload.partial:
             return [way for way in every if way.layers == num_gpu or (num_gpu is None and 0 < way.layers < units)]
         case Offload.none:
             return [way for way in every if not way.split]
@@ -104,7 +104,7 @@ def test_a_number_of_layers_that_is_named_is_placed_wherever_it_fits(case: Case,
     """Neither more nor fewer."""
     units = len(case.footprint.weights_bytes) + 1
     if num_gpu < units:
-        way, candidates = found(case, Offload.part, num_gpu=num_gpu), possible(case, Offload.part, num_gpu)
+        way, candidates = found(case, Offload.partial, num_gpu=num_gpu), possible(case, Offload.partial, num_gpu)
         assert (way is None) == (not candidates)
         assert way is None or is_one_of(way, candidates)
 
@@ -140,10 +140,10 @@ def test_of_single_gpus_a_discrete_one_goes_first_and_then_the_one_with_most_fre
 @given(cases(), st.booleans())
 def test_in_part_as_many_layers_as_possible_are_offloaded(case: Case, spread: bool) -> None:
     """Over several GPUs rather than fewer layers on one; of ways with as many, as few GPUs as possible."""
-    if (way := found(case, Offload.part, spread=spread)) is None:
+    if (way := found(case, Offload.partial, spread=spread)) is None:
         return
-    most = max(other.layers for other in possible(case, Offload.part))
-    fewest = min(len(other.split) for other in possible(case, Offload.part) if other.layers == most)
+    most = max(other.layers for other in possible(case, Offload.partial))
+    fewest = min(len(other.split) for other in possible(case, Offload.partial) if other.layers == most)
     assert way.layers == most
     assert spread or len(way.split) == fewest
 
@@ -182,8 +182,8 @@ def test_what_was_measured_counts_instead_of_what_is_predicted(case: Case, data:
     for split in chosen:
         took = data.draw(st.integers(0, 60))
         known[split] = tuple((memory, took) for memory in sorted(takes_of(case.footprint, split, case.gpus)))
-    demand = Demand(case.footprint, known=known)
-    placement = place(demand, Offload.whole, case.free, case.gpus)
+    demand = PlacementDemand(case.footprint, known=known)
+    placement = find_placement(demand, Offload.whole, case.free, case.gpus)
     seen_to_fit = [
         split for split, took in known.items() if all(size + 3 * size // 100 <= case.free[m] for m, size in took)
     ]

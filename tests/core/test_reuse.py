@@ -9,8 +9,8 @@ from itertools import pairwise
 import pytest
 
 from fsm.core import Core
-from fsm.eviction.policies import Candidate, LeastExpectedLoading
-from fsm.eviction.reuse_prediction import BINS, LONG_S, Experience, bin_of, count
+from fsm.eviction.policies import Candidate, ExpectedReloadCost
+from fsm.eviction.reuse_prediction import BINS, LONG_S, IdleTimeStatistics, bin_of, count_interval
 from scheduler.recording.codec import decode_state, encode
 from tests.support.pool import PoolUnderTest, a_pool, acquire, exited, expire, preload, release
 
@@ -23,7 +23,7 @@ def asked_within(outlooks: Iterable[tuple[float, float]], seconds: float) -> flo
 def histogram(*rests_s: float) -> dict[int, int]:
     found: dict[int, int] = {}
     for rest_s in rests_s:
-        count(rest_s, found, {})
+        count_interval(rest_s, found, {})
     return found
 
 
@@ -44,13 +44,13 @@ def test_a_rest_counts_for_its_model_and_for_all() -> None:
     own: dict[int, int] = {}
     common = {bin_of(10.0): 3}
     for rest_s in (10.0, 0.9, 10.0):
-        count(rest_s, own, common)
+        count_interval(rest_s, own, common)
     assert (own, common) == ({bin_of(10.0): 2}, {bin_of(10.0): 5})
 
 
 def test_an_outlook_grows_with_the_stay() -> None:
     """Staying longer, it is asked for more probably and rests longer."""
-    outlooks = Experience(histogram(3.0, 30.0, 300.0, 3000.0)).outlooks(histogram(5.0, 50.0), 4.0)
+    outlooks = IdleTimeStatistics(histogram(3.0, 30.0, 300.0, 3000.0)).forecast(histogram(5.0, 50.0), 4.0)
     for (asked, rest_s), (more_asked, more_rest_s) in pairwise(outlooks):
         assert 0.0 <= asked <= more_asked <= 1.0
         assert 0.0 < rest_s < more_rest_s
@@ -60,41 +60,41 @@ def test_who_came_back_every_minute_is_expected_within_the_next() -> None:
     """A model's own rests decide, where it has shown enough."""
     common = histogram(*[60.0] * 50, *[3600.0] * 50)
     often, seldom = histogram(*[60.0] * 50), histogram(*[3600.0] * 50)
-    experience = Experience(common)
-    assert asked_within(experience.outlooks(often, 40.0), 120.0) > 0.9
-    assert asked_within(experience.outlooks(seldom, 40.0), 120.0) < 0.1
+    experience = IdleTimeStatistics(common)
+    assert asked_within(experience.forecast(often, 40.0), 120.0) > 0.9
+    assert asked_within(experience.forecast(seldom, 40.0), 120.0) < 0.1
 
 
 def test_who_has_rested_longer_than_ever_before_is_expected_less() -> None:
     """A pause within a session is over soon or never: an hour after the last of many short ones, it will stay away."""
     own = histogram(*[20.0] * 100)
-    experience = Experience(histogram(*[20.0] * 400, *[20000.0] * 20))
-    soon = asked_within(experience.outlooks(own, 10.0), 60.0)
-    late = asked_within(experience.outlooks(own, 3600.0), 60.0)
+    experience = IdleTimeStatistics(histogram(*[20.0] * 400, *[20000.0] * 20))
+    soon = asked_within(experience.forecast(own, 10.0), 60.0)
+    late = asked_within(experience.forecast(own, 3600.0), 60.0)
     assert soon > 0.9 > 0.1 > late
 
 
 def test_of_the_unknown_what_all_have_done_is_expected() -> None:
     """A model that was never asked for twice is like the others."""
-    experience = Experience(histogram(*[60.0] * 100))
-    assert asked_within(experience.outlooks({}, 50.0), 100.0) > 0.5
+    experience = IdleTimeStatistics(histogram(*[60.0] * 100))
+    assert asked_within(experience.forecast({}, 50.0), 100.0) > 0.5
 
 
 def test_of_two_that_have_rested_long_the_one_that_comes_back_oftener_is_expected_sooner() -> None:
     """Beyond a pause the number of returns counts, although neither has rested just as long before."""
     common = histogram(*[2 * LONG_S] * 20, *[8 * LONG_S] * 20, *[40 * LONG_S] * 20)
-    experience = Experience(common)
+    experience = IdleTimeStatistics(common)
     often, seldom = histogram(*[2 * LONG_S] * 20), histogram(40 * LONG_S)
     rest_s = 10 * LONG_S
-    assert asked_within(experience.outlooks(often, rest_s), rest_s) > asked_within(
-        experience.outlooks(seldom, rest_s), rest_s
+    assert asked_within(experience.forecast(often, rest_s), rest_s) > asked_within(
+        experience.forecast(seldom, rest_s), rest_s
     )
 
 
 @pytest.mark.parametrize("rest_s", [0.0, 1.0, 1e4, 1e9, math.inf])
 def test_nothing_known_is_no_error(rest_s: float) -> None:
     """At the beginning, or after any rest, there is an outlook, or none; never a failure."""
-    for asked, stay_s in Experience({}).outlooks({}, min(rest_s, 1e300)):
+    for asked, stay_s in IdleTimeStatistics({}).forecast({}, min(rest_s, 1e300)):
         assert 0.0 <= asked <= 1.0
         assert stay_s > 0.0
 
@@ -176,7 +176,7 @@ def a_candidate(model: str, held_bytes: int, load_s: float | None, *outlooks: tu
 
 
 def costs(*candidates: Candidate) -> dict[str, float | None]:
-    return {one.model: one.cost_s for one in LeastExpectedLoading().order(0.0, candidates)}
+    return {one.model: one.cost_s for one in ExpectedReloadCost().order(0.0, candidates)}
 
 
 # Their rates are 10 x 0.5 / 5 = 1, 6 x 0.1 / 10 = 0.06 and 2 x 0.2 / 4 = 0.1 seconds of loading a second.

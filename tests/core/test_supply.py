@@ -6,7 +6,7 @@ from fsm.domain.devices import HOST, DeviceId, DeviceSample, Placement
 from fsm.domain.model_info import Options
 from fsm.machine.request import ModelId
 from fsm.machine.runner import Runner, RunnerId
-from fsm.placement.search import Demand, Gpu, Offload
+from fsm.placement.search import Gpu, Offload, PlacementDemand
 from fsm.planning.availability import DRAINED, LATER, NOW, SOON, Need, Supply
 from fsm.sizing.footprint import Footprint
 from fsm.state.memory_ledger import Ledger
@@ -33,7 +33,7 @@ def runner(held: int) -> Runner:
 
 def of_host(size: int, *, process: bool = True) -> Need:
     """Return the need of somebody who names so many bytes of the host."""
-    return Need(Demand(Footprint(fixed=((HOST, size),))), Offload.none, process)
+    return Need(PlacementDemand(Footprint(fixed=((HOST, size),))), Offload.none, process)
 
 
 def host(supply: Supply) -> list[int]:
@@ -98,7 +98,7 @@ def test_the_next_runner_of_a_model_goes_where_the_one_before_it_was() -> None:
     supply = a_supply(1000, (70, 60))
     supply.take(NOW, ((GPUS[0], 40),), 1)
     supply.planned[MODEL] = {GPUS[0]: 40}
-    layers = Need(Demand(Footprint((20, 20), (0, 0), 10, 0, 0)), Offload.whole)  # 62 with the headroom
+    layers = Need(PlacementDemand(Footprint((20, 20), (0, 0), 10, 0, 0)), Offload.whole)  # 62 with the headroom
     supply.take_next(MODEL, layers)
     assert (supply.bytes[LATER][GPUS[0]], supply.bytes[LATER][GPUS[1]]) == (70 - 62, 60)
     assert supply.planned[MODEL][GPUS[0]] == 62
@@ -108,7 +108,7 @@ def test_what_one_model_holds_elsewhere_is_not_forgotten_where_the_next_goes() -
     """Its memory of the other GPU is booked for whoever comes after that."""
     supply = a_supply(1000, (150, 60))
     supply.planned[MODEL] = {GPUS[1]: 40}
-    supply.take_next(MODEL, Need(Demand(Footprint((20, 20), (0, 0), 10, 0, 0)), Offload.whole))
+    supply.take_next(MODEL, Need(PlacementDemand(Footprint((20, 20), (0, 0), 10, 0, 0)), Offload.whole))
     assert supply.planned[MODEL][GPUS[1]] == 40
 
 
@@ -125,7 +125,7 @@ def test_who_is_not_first_in_a_line_has_a_booking_once_it_is_their_turn() -> Non
 def test_somebody_lacks_memory_where_they_may_go() -> None:
     """What is declared names its devices; who stays on the host takes none of a GPU."""
     supply = a_supply(100, (50, 50))
-    demand = Demand(Footprint((amount("1GiB"),), (0,)))
+    demand = PlacementDemand(Footprint((amount("1GiB"),), (0,)))
     assert supply.memories(of_host(10)) == [HOST]
     assert supply.memories(Need(demand, Offload.none)) == [HOST]
-    assert supply.memories(Need(demand, Offload.part)) == [HOST, *GPUS]
+    assert supply.memories(Need(demand, Offload.partial)) == [HOST, *GPUS]

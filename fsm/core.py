@@ -55,20 +55,20 @@ from fsm.planning.explanations import tell_placed, tell_victims, tell_waits
 from fsm.planning.plan import Plan
 from fsm.planning.planner import make_plan
 from fsm.sizing.load_history import MOST_KINDS
-from fsm.state.core_config import Limits
-from fsm.state.core_state import Pool
+from fsm.state.core_config import CoreConfig
+from fsm.state.core_state import CoreState
 from fsm.state.runner_match import runner_serves
 from fsm.state.snapshot import DeviceView, HeldView, RunnerView, Snapshot, WaitView, take_snapshot
 from fsm.state.timers import Key
 
-__all__ = ["Core", "DeviceView", "HeldView", "Limits", "RunnerView", "Snapshot", "State", "WaitView"]
+__all__ = ["Core", "DeviceView", "HeldView", "CoreConfig", "RunnerView", "Snapshot", "CoreCheckpoint", "WaitView"]
 
 
 @dataclass(frozen=True, slots=True)
-class State:
+class CoreCheckpoint:
     """Everything that a core is made of, but for its policy."""
 
-    pool: Pool
+    state: CoreState
     late: int
     finished: bool
     policy_failure: str
@@ -76,16 +76,16 @@ class State:
 
     def models(self) -> tuple[ModelId, ...]:
         """Return every model that anything is known of."""
-        return tuple(self.pool.models)
+        return tuple(self.state.models)
 
 
 class Core:
     """One pool of runners and the rules by which they are shared; not thread-safe, and in need of no thread."""
 
-    def __init__(self, limits: Limits | None = None, policy: EvictionPolicy | None = None) -> None:
-        self.pool = Pool(limits or Limits())
+    def __init__(self, limits: CoreConfig | None = None, policy: EvictionPolicy | None = None) -> None:
+        self._state = CoreState(limits or CoreConfig())
         self.policy = DEFAULT_POLICY if policy is None else policy
-        self.act = Claims(self.pool)
+        self._lifecycle = Claims(self._state)
         self.late = 0  # late or duplicate events that were ignored
         self.plans: list[Plan] | None = None  # every plan is appended to it; None (the default): to nothing
         self.policy_failure = ""  # the last exception that the eviction policy raised, in words
@@ -96,13 +96,13 @@ class Core:
 
         What is returned, and what is noted in the journal, is of the step that `steps` numbers until the next one.
         """
-        pool = self.pool
+        pool = self._state
         pool.steps += 1
         pool.now = now if now > pool.now else pool.now
         commands: list[Command] = []
-        self.act.commands = commands
+        self._lifecycle.commands = commands
         self._handle(event)
-        if self.act.replan:
+        if self._lifecycle.replan:
             self._carry_out_plans()
         return commands
 
@@ -110,67 +110,69 @@ class Core:
         """Return what planning anew at this moment would say: nothing, if the last step has left nothing undone."""
         twin = self.copy()
         twin._carry_out_plans()
-        return twin.act.commands
+        return twin._lifecycle.commands
 
     @property
     def journal(self) -> list[Entry] | None:
         """What was decided and why is appended to it; None (the default): nothing is noted."""
-        return self.act.journal
+        return self._lifecycle.journal
 
     @journal.setter
     def journal(self, journal: list[Entry] | None) -> None:
-        self.act.journal = journal
+        self._lifecycle.journal = journal
 
     @property
     def steps(self) -> int:
         """How many steps there were: the number of the one under way, or of the last one. A step that raises counts."""
-        return self.pool.steps
+        return self._state.steps
 
     def deadline(self) -> float:
         """Return when the next Tick is due, or a little before; infinite when nothing is."""
-        return self.pool.timers.deadline()
+        return self._state.timers.deadline()
 
     def check(self) -> None:
         """Raise AssertionError where an invariant does not hold."""
-        self.pool.check()
+        self._state.check()
 
     def failures(self) -> tuple[str | ClaimMissed, ...]:
         """Return what went wrong around decisions and was worked round; a text is what the eviction policy raised."""
-        return tuple(filter(None, (self.policy_failure, self.act.claim_failure)))
+        return tuple(filter(None, (self.policy_failure, self._lifecycle.claim_failure)))
 
     def snapshot(self) -> Snapshot:
         """Return what can be seen from outside, immutable."""
-        return take_snapshot(self.pool)
+        return take_snapshot(self._state)
 
     def knows(self, model: ModelId) -> bool:
         """Tell whether anything is known of a model."""
-        return model in self.pool.models
+        return model in self._state.models
 
     def lives(self, runner: RunnerId) -> bool:
         """Tell whether a runner was launched and is not unloaded yet."""
-        return runner in self.pool.runners
+        return runner in self._state.runners
 
     def models_in_use(self) -> frozenset[ModelId]:
         """Return the models that are asked for, read, pinned or have a runner."""
-        return self.pool.models_in_use()
+        return self._state.models_in_use()
 
-    def state(self) -> State:
+    def checkpoint(self) -> CoreCheckpoint:
         """Return everything that it is made of, independent of what becomes of it."""
-        return State(self.pool.copy(), self.late, self.finished, self.policy_failure, self.act.claim_failure)
+        return CoreCheckpoint(
+            self._state.copy(), self.late, self.finished, self.policy_failure, self._lifecycle.claim_failure
+        )
 
     @classmethod
-    def restore(cls, state: State, policy: EvictionPolicy | None = None) -> Self:
+    def restore(cls, state: CoreCheckpoint, policy: EvictionPolicy | None = None) -> Self:
         """Return a core that goes on from `state`, and owns it from now on; without a journal."""
-        core = cls(state.pool.limits, policy)
-        core.pool = state.pool
-        core.act = Claims(state.pool)
-        core.act.claim_failure = state.claim_failure
+        core = cls(state.state.config, policy)
+        core._state = state.state
+        core._lifecycle = Claims(state.state)
+        core._lifecycle.claim_failure = state.claim_failure
         core.late, core.finished, core.policy_failure = state.late, state.finished, state.policy_failure
         return core
 
     def copy(self) -> Self:
         """Return an independent core in the same state, without a journal."""
-        return self.restore(self.state(), self.policy)
+        return self.restore(self.checkpoint(), self.policy)
 
     # -- events -------------------------------------------------------------------------------------------------------
 
@@ -181,153 +183,157 @@ class Core:
             case Release() | Cancel():
                 self._leave(event)
             case Tick():
-                while (key := self.pool.timers.take_due(self.pool.now)) is not None:
+                while (key := self._state.timers.take_due(self._state.now)) is not None:
                     self._time_is_up(key)
             case Sampled():
                 self._sampled(event)
             case Inspected():
                 self._inspected(event)
             case ClaimContended() | ClaimGranted():
-                self.late += not self.act.claim_answered(event)
+                self.late += not self._lifecycle.claim_answered(event)
             case Progress() | Loaded() | ContextFilled() | OutOfMemory() | Unresponsive() | Exited():
-                runner = self.pool.runners.get(event.runner)
+                runner = self._state.runners.get(event.runner)
                 if runner is None or not runner.process:
                     self.late += 1  # of an earlier life
                 else:
                     self._runner_event(runner, event)
             case Expire():
-                self.late += not self.act.expire_model(event.model)
+                self.late += not self._lifecycle.expire_model(event.model)
             case Pin():
-                self.act.pin(self.act.model(event.model), True)
-            case Unpin() if event.model in self.pool.models:
-                self.act.pin(self.pool.models[event.model], False)
+                self._lifecycle.pin(self._lifecycle.model(event.model), True)
+            case Unpin() if event.model in self._state.models:
+                self._lifecycle.pin(self._state.models[event.model], False)
             case Unpin():
                 self.late += 1  # it was never pinned
             case Configure():
-                self.act.configure(event)
+                self._lifecycle.configure(event)
             case Close():
                 self._close(event.timeout_s)
             case _:
                 assert_never(event)
 
     def _acquire(self, event: Acquire) -> None:
-        pool, want = self.pool, event.spec
+        pool, want = self._state, event.spec
         request = Request(event.request, want, event.keep_alive_s, pool.now)
         if request.id in pool.requests:
             self.late += 1  # a duplicate
             return
         if pool.closing:
-            self.act.reject(request, SchedulerClosed())
+            self._lifecycle.reject(request, SchedulerClosed())
             return
         model = pool.models.get(want.model)
         runner = model.current if model is not None else None
         warm = runner is not None and runner.state is not LOADING and want.purpose is not Purpose.memory
         if runner is not None and warm and runner_serves(runner, want):
             if model is not None and want.purpose is Purpose.lease and not runner.leases:
-                model.asked(pool.now, pool.rests)
-            self.act.grant(request, runner)
+                model.record_arrival(pool.now, pool.idle_intervals)
+            self._lifecycle.grant(request, runner)
             return
-        if pool.queued >= pool.limits.max_queue:
-            self.act.reject(request, QueueFullRefusal(pool.limits.max_queue, self.act.retry_after_s()))
+        if pool.queued >= pool.config.max_queue:
+            self._lifecycle.reject(request, QueueFullRefusal(pool.config.max_queue, self._lifecycle.retry_after_s()))
             return
         if want.purpose is not Purpose.memory:
-            model = model or self.act.model(want.model)
+            model = model or self._lifecycle.model(want.model)
             if pool.now < model.blocked_until:
-                self.act.reject(request, self.act.load_failure(model, out_of_memory=False))
+                self._lifecycle.reject(request, self._lifecycle.load_failure(model, out_of_memory=False))
                 return
             if want.purpose is Purpose.lease:
-                model.asked(pool.now, pool.rests)
-            model.fresh = model.fresh and model.id in pool.wants  # else it was read for somebody who left
+                model.record_arrival(pool.now, pool.idle_intervals)
+            model.inspected_since_launch = (
+                model.inspected_since_launch and model.id in pool.specs_by_model
+            )  # else it was read for somebody who left
         if len(pool.enqueue(request).requests) == 1:
-            self.act.newcomers[want] = None
+            self._lifecycle.newcomers[want] = None
         if event.timeout_s is not None:
             pool.timers.set(("request", request.id), pool.now + event.timeout_s)
-        self.act.decide("queued", want.model, Queued(pool.queued), request.id)
-        self.act.replan = True
+        self._lifecycle.decide("queued", want.model, Queued(pool.queued), request.id)
+        self._lifecycle.replan = True
         self._refuse_in_time([request])
 
     def _leave(self, event: Release | Cancel) -> None:
         """End a request from the asker's side. A Cancel after the Grant releases: the lease was never received."""
-        request = self.pool.requests.get(event.request)
+        request = self._state.requests.get(event.request)
         if request is None:
             self.late += 1  # released, lost or rejected before
         elif request.state is RequestState.granted:
-            self.act.release(request)
+            self._lifecycle.release(request)
         elif isinstance(event, Cancel):
-            self.act.answer(request, RequestState.cancelled, Cancelled(request.spec.model))
-            self.act.abandon_load(request)
+            self._lifecycle.answer(request, RequestState.cancelled, Cancelled(request.spec.model))
+            self._lifecycle.abandon_load(request)
         else:
             self.late += 1  # a Release of what was never granted
 
     def _time_is_up(self, key: Key) -> None:
-        pool = self.pool
+        pool = self._state
         kind, id = key
         match kind:
             case "keep-alive":
-                self.act.expire(pool.runners[RunnerId(id)], RunnerReason.keep_alive_over)
+                self._lifecycle.expire(pool.runners[RunnerId(id)], RunnerReason.keep_alive_over)
             case "load":
                 runner = pool.runners[RunnerId(id)]
-                self.act.load_failed(runner, LoadStalled(pool.limits.load_timeout_s))
-                self.act.stop(runner)
+                self._lifecycle.load_failed(runner, LoadStalled(pool.config.load_timeout_s))
+                self._lifecycle.stop(runner)
             case "memory":
-                self.act.await_memory(pool.runners[RunnerId(id)])
+                self._lifecycle.await_memory(pool.runners[RunnerId(id)])
             case "request":
                 request = pool.requests[RequestId(id)]
-                line = pool.lines[request.spec]
+                line = pool.groups[request.spec]
                 timed_out = TimedOut(request.spec.model, pool.now - request.queued_at, line.waits_for)
-                self.act.answer(request, RequestState.rejected, timed_out)
-                self.act.abandon_load(request)
+                self._lifecycle.answer(request, RequestState.rejected, timed_out)
+                self._lifecycle.abandon_load(request)
             case "close":
                 for runner in [runner for runner in pool.runners.values() if runner.leases]:
-                    self.act.revoke_leases(runner, None)
-                    self.act.stop(runner)
+                    self._lifecycle.revoke_leases(runner, None)
+                    self._lifecycle.stop(runner)
             case "plan":
-                self.act.replan = True
+                self._lifecycle.replan = True
             case "claim":
-                self.act.claim_time_is_up(id)
+                self._lifecycle.claim_time_is_up(id)
             case _:
                 assert_never(kind)
 
     def _sampled(self, event: Sampled) -> None:
-        pool, mapped = self.pool, dict(event.mapped)
+        pool, mapped = self._state, dict(event.mapped)
         for id, amounts in event.resident:
             runner = pool.runners.get(id)
             if runner is None:
                 continue
-            grown = self.act.measure(runner, amounts, mapped.get(id, 0))
+            grown = self._lifecycle.measure(runner, amounts, mapped.get(id, 0))
             if grown and runner.state is LOADING:  # the load is alive
-                pool.timers.set(("load", id), pool.now + pool.limits.load_timeout_s)
+                pool.timers.set(("load", id), pool.now + pool.config.load_timeout_s)
         pool.ledger.sample(event.devices)
         for runner in [runner for runner in pool.runners.values() if not runner.process]:
-            if event.number >= runner.last_sample and self.act.memory_is_back(runner):
-                self.act.unload(runner, RunnerReason.memory_freed)
-        self.act.replan = True
+            if event.number >= runner.last_sample and self._lifecycle.memory_is_back(runner):
+                self._lifecycle.unload(runner, RunnerReason.memory_freed)
+        self._lifecycle.replan = True
 
     def _inspected(self, event: Inspected) -> None:
-        model = self.pool.models.get(event.model)
+        model = self._state.models.get(event.model)
         if model is None or not model.inspecting:
             self.late += 1
             return
         model.inspecting = False
         match event.outcome:
             case ModelNotFoundRefusal() | InvalidModelRefusal() as refusal:
-                for line in self.pool.lines_of(model.id):
-                    if model.current is None or not runner_serves(model.current, line.want):
-                        self.act.reject_line(line, refusal)
-                lives = any(runner.model == model.id for runner in self.pool.runners.values())
+                for line in self._state.groups_of_model(model.id):
+                    if model.current is None or not runner_serves(model.current, line.spec):
+                        self._lifecycle.reject_line(line, refusal)
+                lives = any(runner.model == model.id for runner in self._state.runners.values())
                 if not (lives or model.pinned or model.failures or model.measured):
-                    del self.pool.models[model.id]  # a name that means nothing is not kept
+                    del self._state.models[model.id]  # a name that means nothing is not kept
             case info:
-                model.learn(info, self.pool.next_runner, event.history)
-                self.act.look_again(model)
-                waiting = [request for line in self.pool.lines_of(model.id) for request in line.requests.values()]
+                model.apply_inspection(info, self._state.next_runner, event.history)
+                self._lifecycle.look_again(model)
+                waiting = [
+                    request for line in self._state.groups_of_model(model.id) for request in line.requests.values()
+                ]
                 self._refuse_in_time(waiting)
 
     def _refuse_in_time(self, requests: Iterable[Request]) -> None:
         """Tell those at once whose own time limit ends before their model can be there; they evict nobody."""
         for request in requests:
-            if (refusal := never_in_time(self.pool, request)) is not None:
-                self.act.answer(request, RequestState.rejected, refusal)
+            if (refusal := never_in_time(self._state, request)) is not None:
+                self._lifecycle.answer(request, RequestState.rejected, refusal)
 
     def _runner_event(
         self, runner: Runner, event: Progress | Loaded | ContextFilled | OutOfMemory | Unresponsive | Exited
@@ -335,83 +341,83 @@ class Core:
         match event:
             case Progress():
                 if runner.state is LOADING:
-                    self.pool.timers.set(("load", runner.id), self.pool.now + self.pool.limits.load_timeout_s)
+                    self._state.timers.set(("load", runner.id), self._state.now + self._state.config.load_timeout_s)
                 else:
                     self.late += 1  # it is loaded, or given up
             case Loaded():
                 if runner.state is LOADING:
-                    self.act.loaded(runner, event)
+                    self._lifecycle.loaded(runner, event)
                 else:
                     self.late += 1  # cancelled meanwhile; it is being stopped
             case ContextFilled():
-                if runner.loaded_at is None or not self.act.settle(runner, event):
+                if runner.loaded_at is None or not self._lifecycle.settle(runner, event):
                     self.late += 1  # it has served nobody, or has settled before
             case OutOfMemory():
                 runner.out_of_memory = True
                 if runner.loaded_at is not None:
-                    self.act.ran_out(runner)
+                    self._lifecycle.ran_out(runner)
             case Unresponsive():
-                self.act.unresponsive(runner, event.reason)
+                self._lifecycle.unresponsive(runner, event.reason)
             case Exited():
-                self.act.exited(runner, event)
+                self._lifecycle.exited(runner, event)
 
     def _close(self, timeout_s: float) -> None:
-        pool = self.pool
-        pool.closing = self.act.replan = True
-        for line in list(pool.lines.values()):
-            self.act.reject_line(line, SchedulerClosed())
+        pool = self._state
+        pool.closing = self._lifecycle.replan = True
+        for line in list(pool.groups.values()):
+            self._lifecycle.reject_line(line, SchedulerClosed())
         for runner in [runner for runner in pool.runners.values() if runner.current]:
-            self.act.expire(runner, RunnerReason.closing)
+            self._lifecycle.expire(runner, RunnerReason.closing)
         for request in [request for request in pool.requests.values() if request.runner is None]:
-            self.act.release(request)
+            self._lifecycle.release(request)
         pool.timers.set(("close", 0), min(pool.timers.at(("close", 0)), pool.now + timeout_s))
 
     def _carry_out_plans(self) -> None:
         while self._carry_out_plan():
             pass
-        self.act.replan = False
-        if self.pool.closing and not self.pool.runners and not self.finished:
+        self._lifecycle.replan = False
+        if self._state.closing and not self._state.runners and not self.finished:
             self.finished = True
-            self.act.commands.append(Finished())
+            self._lifecycle.commands.append(Finished())
 
     def _carry_out_plan(self) -> bool:
         """Make a plan and do what it says; return whether another one may find more to do."""
-        pool = self.pool
-        if not pool.lines and not pool.overfull():
-            self.act.newcomers.clear()
+        pool = self._state
+        if not pool.groups and not pool.overfull():
+            self._lifecycle.newcomers.clear()
             if pool.claims:  # whoever they were for has left
-                self.act.launch_all(())
+                self._lifecycle.launch_all(())
             if pool.prefetching:
-                read_ahead(self.act, None)
+                read_ahead(self._lifecycle, None)
             return False
-        plan = make_plan(pool, self.policy, self.act.newcomers)
+        plan = make_plan(pool, self.policy, self._lifecycle.newcomers)
         if self.plans is not None:
             self.plans.append(plan)
         self.policy_failure = plan.policy_failure or self.policy_failure
         if plan.matches or plan.refusals:
             self._answer_at_once(plan)
             return True  # what they would have taken is free for those behind them
-        self.act.newcomers.clear()
+        self._lifecycle.newcomers.clear()
         for model in plan.inspections:
             if not model.inspecting:
                 model.inspecting = True
-                self.act.commands.append(Inspect(model.id))
+                self._lifecycle.commands.append(Inspect(model.id))
         if self.journal is not None:
             tell_victims(pool, plan, self.journal)
-        self.act.ask(plan.wanted.union(id for id in plan.victims if pool.runners[id].leases))
+        self._lifecycle.ask(plan.wanted.union(id for id in plan.victims if pool.runners[id].leases))
         for id, reason in plan.victims.items():
-            self.act.expire(pool.runners[id], reason)
+            self._lifecycle.expire(pool.runners[id], reason)
         for request in plan.memory:
-            self.act.grant_memory(request)
+            self._lifecycle.grant_memory(request)
         since = RunnerId(pool.next_runner)
-        self.act.launch_all(plan.launches)
+        self._lifecycle.launch_all(plan.launches)
         if self.journal is not None:
             tell_placed(pool, plan, since, self.journal)
             tell_waits(pool, plan, self.journal)
         pool.timers.set(("plan", 0), plan.look_at)
         if plan.victims or plan.memory or pool.next_runner > since:  # there may be more to do, or to read, beside these
             return True
-        read_ahead(self.act, plan)
+        read_ahead(self._lifecycle, plan)
         return False
 
     def _answer_at_once(self, plan: Plan) -> None:
@@ -419,8 +425,8 @@ class Core:
         for line, runner in plan.matches:
             if len(runner.equivalent_requests) >= MOST_KINDS and runner.state is not LOADING:
                 runner.equivalent_requests.clear()  # whoever asks for them again is judged again
-            runner.equivalent_requests.add(line.want.options)
+            runner.equivalent_requests.add(line.spec.options)
             if runner.state is not LOADING:
-                self.act.serve(runner, [line])
+                self._lifecycle.serve(runner, [line])
         for line, refusal in plan.refusals:
-            self.act.reject_line(line, refusal)
+            self._lifecycle.reject_line(line, refusal)

@@ -20,7 +20,7 @@ from fsm.placement.search import PlacementDemand, needed
 from fsm.planning.plan import Plan
 from fsm.sizing.footprint import DeviceBytes, Footprint, bytes_by_device
 from fsm.sizing.load_history import NOTHING, LoadHistory
-from fsm.state.core_state import Pool
+from fsm.state.core_state import CoreState
 from fsm.state.runner_match import runner_serves
 
 
@@ -76,8 +76,8 @@ def preview(
     """
     assert want.purpose is not Purpose.memory, "memory has no model"
     scratch = core.copy()
-    pool, scratch.plans = scratch.pool, []
-    pool.limits = replace(pool.limits, claims=False)  # what other programs do at this moment is no part of the answer
+    pool, scratch.plans = scratch._state, []
+    pool.config = replace(pool.config, claims=False)  # what other programs do at this moment is no part of the answer
     scratch.step(now, Tick())
     scratch.plans.clear()
     request = RequestId(max(pool.requests, default=0) + 1)
@@ -94,17 +94,17 @@ def preview(
                 return Preview(Outcome.refused, want.options, refusal=refusal)
             case _:
                 pass
-    if any(line.want == want for plan in scratch.plans for line, *_ in plan.launches):
+    if any(line.spec == want for plan in scratch.plans for line, *_ in plan.launches):
         return _planned(pool, want, scratch.plans, Outcome.fits)
     carried_out = [plan for plan in scratch.plans if not (plan.matches or plan.refusals)]  # else it was made anew
     found = _planned(pool, want, carried_out, Outcome.waits)
     current = pool.models[want.model].current
     if current is not None and runner_serves(current, want):
         found = _served(pool, want, current, Outcome.waits)
-    return found if found.victims else replace(found, waits_for=pool.lines[want].waits_for)
+    return found if found.victims else replace(found, waits_for=pool.groups[want].waits_for)
 
 
-def _planned(pool: Pool, want: RequestSpec, plans: Sequence[Plan], outcome: Outcome) -> Preview:
+def _planned(pool: CoreState, want: RequestSpec, plans: Sequence[Plan], outcome: Outcome) -> Preview:
     """Return what was planned for a line: the first plan with victims counts, since the next has them gone already."""
     model = pool.models[want.model]
     rooms = [(plan.rooms[want], plan.options[want]) for plan in plans if want in plan.rooms]
@@ -113,7 +113,7 @@ def _planned(pool: Pool, want: RequestSpec, plans: Sequence[Plan], outcome: Outc
     room, asked = next((found for found in rooms if found[0].victims), rooms[-1])
     if room.victims:
         outcome = Outcome.evicts
-    options, demand = model.demand(asked, pool.limits)
+    options, demand = model.demand(asked, pool.config)
     exact = bool(demand.footprint.fixed)
     needs, placement = dict(needed(room.placement, exact=exact)), room.placement
     shares = _shares(pool, demand.footprint, placement.gpu_layers, dict(placement.bytes), needs, dict(room.free))
@@ -121,26 +121,26 @@ def _planned(pool: Pool, want: RequestSpec, plans: Sequence[Plan], outcome: Outc
     return Preview(outcome, options, shares, placement.gpu_layers, layers, placement.measured, room.victims)
 
 
-def _served(pool: Pool, want: RequestSpec, runner: Runner, outcome: Outcome) -> Preview:
+def _served(pool: CoreState, want: RequestSpec, runner: Runner, outcome: Outcome) -> Preview:
     """Return what the runner takes that serves the request, or will."""
     model, ledger, split = pool.models[want.model], pool.ledger, runner.placement.gpu_layers
     account = ledger.accounts["runner", runner.id]
-    _, demand = model.demand(runner.launch_options, pool.limits)
-    takes = {device: account.held_bytes(device) for device in account.promised}
+    _, demand = model.demand(runner.launch_options, pool.config)
+    takes = {device: account.held_bytes(device) for device in account.reserved}
     free = {device: ledger.free_bytes(device) for device in ledger.devices}
     shares = _shares(pool, demand.footprint, split, takes, {}, free)
     layers = _layers(pool, demand)
-    measured = runner.placement.measured or account.settled
+    measured = runner.placement.measured or account.peak_observed
     return Preview(outcome, runner.effective_options, shares, split, layers, measured)
 
 
-def _layers(pool: Pool, demand: PlacementDemand) -> int:
+def _layers(pool: CoreState, demand: PlacementDemand) -> int:
     gpus = any(sample.kind == "gpu" for sample in pool.ledger.devices.values())
     return demand.layers if gpus and not demand.footprint.fixed else 0
 
 
 def _shares(
-    pool: Pool,
+    pool: CoreState,
     footprint: Footprint,
     split: Amounts,
     takes: Mapping[DeviceId, int],

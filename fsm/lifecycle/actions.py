@@ -38,9 +38,9 @@ from fsm.planning.deadline_admission import TRUSTED_S, as_fast_as_can_be
 from fsm.planning.explanations import devices_refused, runners_refused
 from fsm.planning.thread_allocation import threads_for
 from fsm.sizing.load_history import note_bounded
-from fsm.state.core_state import Pool
-from fsm.state.model_record import Model
-from fsm.state.request_queue import Line
+from fsm.state.core_state import CoreState
+from fsm.state.model_record import ModelRecord
+from fsm.state.request_queue import RequestGroup
 from fsm.state.runner_match import runner_serves
 
 TOLD = 5  # of a runner's transitions, where the next one is illegal
@@ -51,7 +51,7 @@ class Actions:
 
     __slots__ = ("commands", "journal", "newcomers", "pool", "replan")
 
-    def __init__(self, pool: Pool) -> None:
+    def __init__(self, pool: CoreState) -> None:
         self.pool = pool
         self.commands: list[Command] = []  # of this step, in order
         self.journal: list[Entry] | None = None
@@ -82,7 +82,7 @@ class Actions:
                 self.replan = self.replan or runner.contended  # it was to go in a moment; who asks its users plans anew
                 self.fire(runner, "serve", RunnerReason.granted)
         self.commands.append(Grant(request.id, runner.id))
-        if runner.contended and pool.lines and request.runner is not None and not self.replan:
+        if runner.contended and pool.groups and request.runner is not None and not self.replan:
             request.asked = True
             self.commands.append(NotifyContention(runner.id, (request.id,)))  # the others were told before
         if self.journal is not None:
@@ -112,7 +112,9 @@ class Actions:
             self.expire(runner, RunnerReason.no_keep_alive)
         else:
             load_s = (runner.loaded_at or 0.0) - runner.launched_at
-            runner.idle_grace_until = pool.now + min(pool.limits.rest_limit_s, pool.limits.rest_part * load_s)
+            runner.idle_grace_until = pool.now + min(
+                pool.config.idle_grace_limit_s, pool.config.idle_grace_part * load_s
+            )
             self.rest(runner, RunnerReason.released)
 
     def reject(self, request: Request, refusal: Refusal) -> None:
@@ -130,13 +132,13 @@ class Actions:
         """Take a request out of its line and refuse it; its place is free at once."""
         self.pool.dequeue(request)
         del self.pool.requests[request.id]
-        if request.spec.model in self.pool.models and request.spec.model not in self.pool.wants:
-            self.pool.models[request.spec.model].alone = False  # that was for those who waited
+        if request.spec.model in self.pool.models and request.spec.model not in self.pool.specs_by_model:
+            self.pool.models[request.spec.model].load_exclusively = False  # that was for those who waited
         self.reject(request, refusal)
         request.state = state
         self.replan = True
 
-    def reject_line(self, line: Line, refusal: Refusal) -> None:
+    def reject_line(self, line: RequestGroup, refusal: Refusal) -> None:
         for request in list(line.requests.values()):
             self.answer(request, RequestState.rejected, refusal)
 
@@ -144,7 +146,7 @@ class Actions:
         """A load that nobody waits for goes on, unless its keep-alive is 0."""
         model = self.pool.models.get(request.spec.model)
         runner = model.current if model is not None else None
-        if model is None or runner is None or runner.state is not LOADING or self.pool.lines_for(runner):
+        if model is None or runner is None or runner.state is not LOADING or self.pool.groups_served_by(runner):
             return
         if not runner_serves(runner, request.spec):  # it was never waited for by this one
             return
@@ -155,24 +157,24 @@ class Actions:
     def retry_after_s(self) -> float:
         """Estimate when a place in the queue is free: the loads that are waited for, one after another."""
         known = [model.load_s for model in self.pool.models.values() if model.load_s is not None]
-        return max(1.0, len(self.pool.lines) * (sum(known) / len(known) if known else 1.0))
+        return max(1.0, len(self.pool.groups) * (sum(known) / len(known) if known else 1.0))
 
     # -- runners ------------------------------------------------------------------------------------------------------
 
     def grant_memory(self, request: Request) -> None:
         self.pool.dequeue(request)
         request.state = RequestState.granted
-        self.pool.ledger.reserve(("memory", request.id), self.pool.ledger.booked(request.spec.memory).items())
+        self.pool.ledger.reserve(("memory", request.id), self.pool.ledger.by_memory(request.spec.memory).items())
         self.commands.append(Grant(request.id, None))
         self.decide("granted", request.spec.model, Waited(self.pool.now - request.queued_at), request.id)
 
-    def launch(self, line: Line, options: Options, placement: Placement) -> Runner:
+    def launch(self, line: RequestGroup, options: Options, placement: Placement) -> Runner:
         """Begin a runner's life for those in a line; its memory is booked from here on."""
         pool = self.pool
-        model = pool.models[line.want.model]
+        model = pool.models[line.spec.model]
         keep_alive_s = line.head.keep_alive_s
         if keep_alive_s is None:
-            keep_alive_s = pool.limits.keep_alive_s
+            keep_alive_s = pool.config.keep_alive_s
         if (threads := threads_for(pool, model, options, placement)) is not None:
             placement = replace(placement, threads=threads)
         runner = Runner(RunnerId(pool.next_runner), model.id, options, placement, keep_alive_s, pool.now)
@@ -180,16 +182,16 @@ class Actions:
             runner.effective_options = replace(
                 options, num_thread=threads.answers
             )  # who asks for as many is served by it
-        runner.equivalent_requests.add(line.want.options)
+        runner.equivalent_requests.add(line.spec.options)
         runner.uses_default_keep_alive = line.head.keep_alive_s is None
-        runner.fully_offloaded = placement.offloaded == model.demand(options, pool.limits)[1].layers
+        runner.fully_offloaded = placement.offloaded == model.demand(options, pool.config)[1].layers
         pool.next_runner += 1
         pool.processes += 1
         pool.runners[runner.id] = model.current = runner
         pool.ledger.reserve(("runner", runner.id), placement.bytes)
-        pool.timers.set(("load", runner.id), pool.now + pool.limits.load_timeout_s)
+        pool.timers.set(("load", runner.id), pool.now + pool.config.load_timeout_s)
         line.wait(WaitFor.load, pool.expected_at(runner))
-        model.fresh = False
+        model.inspected_since_launch = False
         self.commands.append(Launch(runner.id, model.id, options, placement))
         if self.journal is not None:
             why = AskedBy(line.head.id)
@@ -203,21 +205,21 @@ class Actions:
         pool.timers.clear(("load", runner.id))
         runner.loaded_at = runner.used_at = pool.now
         load_s = pool.now - runner.launched_at
-        if runner.id >= model.first and as_fast_as_can_be(pool, runner):
-            shortest_s, measured_at, count = model.shortest.get(runner.launch_options, (math.inf, -math.inf, 0))
+        if runner.id >= model.first_runner_of_file and as_fast_as_can_be(pool, runner):
+            shortest_s, measured_at, count = model.shortest_load.get(runner.launch_options, (math.inf, -math.inf, 0))
             if pool.now - measured_at > TRUSTED_S:
                 shortest_s, count = math.inf, 0
-            note_bounded(model.shortest, runner.launch_options, (min(load_s, shortest_s), pool.now, count + 1))
-        model.alone = False
+            note_bounded(model.shortest_load, runner.launch_options, (min(load_s, shortest_s), pool.now, count + 1))
+        model.load_exclusively = False
         if event.num_ctx is not None and runner.effective_options.num_ctx is not None:
             runner.effective_options = replace(runner.effective_options, num_ctx=event.num_ctx)
         pool.ledger.accounts["runner", runner.id].loaded = True
         self.measure(runner, event.resident, event.mapped_bytes)
         self.expect(runner, event)
         self.remember(runner, load_s)
-        self.serve(runner, pool.lines_for(runner))
+        self.serve(runner, pool.groups_served_by(runner))
         if runner.leases:
-            idle_s, in_use_s = pool.limits.residency_s(load_s)
+            idle_s, in_use_s = pool.config.residency_s(load_s)
             runner.resident_until, runner.drain_protected_until = pool.now + idle_s, pool.now + in_use_s
         elif runner.state is LOADING:
             self.rest(runner, RunnerReason.loaded)
@@ -229,19 +231,19 @@ class Actions:
         """Book what a runner was seen to occupy, even beyond its promise; return whether it has grown."""
         account = self.pool.ledger.accounts["runner", runner.id]
         account.mapped_bytes = mapped_bytes
-        within = [device for device, promised in account.promised.items() if account.peak.get(device, 0) <= promised]
-        grown = account.measure(self.pool.ledger.booked(amounts))
-        beyond = [device for device in within if account.peak.get(device, 0) > account.promised[device]]
-        if beyond and self.journal is not None and not account.settled:
+        within = [device for device, promised in account.reserved.items() if account.peak.get(device, 0) <= promised]
+        grown = account.measure(self.pool.ledger.by_memory(amounts))
+        beyond = [device for device in within if account.peak.get(device, 0) > account.reserved[device]]
+        if beyond and self.journal is not None and not account.peak_observed:
             self.decide("measured", runner.model, self._figures(runner, beyond, filled=False), None, runner.id)
         return grown
 
     def settle(self, runner: Runner, event: ContextFilled) -> bool:
         """Hold what was measured of a runner, where more was predicted too; False where that is done already."""
         account = self.pool.ledger.accounts["runner", runner.id]
-        if account.settled:
+        if account.peak_observed:
             return False
-        account.settle(dict(event.expected_growth))
+        account.observe_peak(dict(event.expected_growth))
         self.remember(runner)
         if self.journal is not None:
             self.decide("measured", runner.model, self._figures(runner, account.peak, filled=True), None, runner.id)
@@ -256,7 +258,7 @@ class Actions:
         account = self.pool.ledger.accounts["runner", runner.id]
         for device, to_come in event.expected_growth if not runner.placement.measured else ():
             if device in account.peak:
-                account.most[device] = account.peak[device] + to_come
+                account.projected_peak[device] = account.peak[device] + to_come
 
     def remember(self, runner: Runner, load_s: float | None = None) -> None:
         """Have the next runner like this one promised what this one took, or may yet take, where that was measured.
@@ -264,19 +266,21 @@ class Actions:
         What was neither settled nor said by the engine is as much as was predicted. `load_s` is told once a life.
         """
         model, account = self.pool.models[runner.model], self.pool.ledger.accounts["runner", runner.id]
-        if runner.loaded_at is None or runner.id < model.first:
+        if runner.loaded_at is None or runner.id < model.first_runner_of_file:
             return
         key = runner.launch_options, runner.placement.gpu_layers
         took = before = model.measured.get(key, ())
-        unseen = [device for device, size in account.promised.items() if size and device not in account.peak]
-        if not unseen and (load_s is None or account.most):  # later there is more to go by, if the engine said nothing
-            took = tuple((device, account.expected_bytes(device)) for device in sorted(account.promised))
+        unseen = [device for device, size in account.reserved.items() if size and device not in account.peak]
+        if not unseen and (
+            load_s is None or account.projected_peak
+        ):  # later there is more to go by, if the engine said nothing
+            took = tuple((device, account.expected_bytes(device)) for device in sorted(account.reserved))
         if took != before:
             note_bounded(model.measured, key, took)
             model.demands.clear()
         if load_s is not None:
             model.note_load(runner.placement.gpu_layers, load_s)
-        if self.pool.limits.remembers and (took != before or load_s is not None):
+        if self.pool.config.persists_measurements and (took != before or load_s is not None):
             self.commands.append(PersistMeasurement(runner.id, took, load_s))
 
     def _figures(self, runner: Runner, devices: Iterable[DeviceId], *, filled: bool) -> Measured:
@@ -287,7 +291,7 @@ class Actions:
         )
         return Measured(tuple(figures), runner.placement.measured, filled)
 
-    def serve(self, runner: Runner, lines: list[Line]) -> None:
+    def serve(self, runner: Runner, lines: list[RequestGroup]) -> None:
         """Grant a loaded runner to everybody who waits for it, in order; those who want no lease come last."""
         requests = sorted((r for line in lines for r in line.requests.values()), key=lambda request: request.id)
         for request in requests:
@@ -316,7 +320,7 @@ class Actions:
         """Take over changed limits; a keep-alive holds for the runners too for which no request has named one."""
         pool = self.pool
         changes = {name: value for name in event.__slots__ if (value := getattr(event, name)) is not None}
-        pool.limits = replace(pool.limits, **changes)
+        pool.config = replace(pool.config, **changes)
         self.replan = True
         if event.keep_alive_s is None:
             return
@@ -331,7 +335,7 @@ class Actions:
             else:
                 self.expire(runner, RunnerReason.keep_alive_over)
 
-    def pin(self, model: Model, pinned: bool) -> None:
+    def pin(self, model: ModelRecord, pinned: bool) -> None:
         model.pinned = pinned
         if model.current is not None and model.current.state is IDLE:
             self.start_keep_alive(model.current)
@@ -343,7 +347,7 @@ class Actions:
         runner = model.current if model is not None else None
         if runner is None:
             return False
-        if runner.state is LOADING and self.pool.lines_for(runner):
+        if runner.state is LOADING and self.pool.groups_served_by(runner):
             runner.expire_when_served = True
         else:
             self.expire(runner, RunnerReason.asked)
@@ -358,7 +362,7 @@ class Actions:
         if not runner.leases:
             self.stop(runner)
         else:
-            limits = self.pool.limits
+            limits = self.pool.config
             runner.stop_deadline = self.pool.now + max(limits.max_wait_s, limits.stop_timeout_s)
 
     def forget_current(self, runner: Runner) -> None:
@@ -384,7 +388,7 @@ class Actions:
     def stop(self, runner: Runner) -> None:
         if runner.process and not runner.stopping:
             runner.stopping = True
-            runner.stop_deadline = self.pool.now + self.pool.limits.stop_timeout_s
+            runner.stop_deadline = self.pool.now + self.pool.config.stop_timeout_s
             self.commands.append(Stop(runner.id))
 
     def revoke_leases(self, runner: Runner, reason: FailureReason | None) -> None:
@@ -398,12 +402,12 @@ class Actions:
         self.fire(runner, "crash", reason)
         self.forget_current(runner)
 
-    def model(self, id: ModelId) -> Model:
-        return self.pool.models.setdefault(id, Model(id))
+    def model(self, id: ModelId) -> ModelRecord:
+        return self.pool.models.setdefault(id, ModelRecord(id))
 
-    def look_again(self, model: Model) -> None:
+    def look_again(self, model: ModelRecord) -> None:
         """Have everybody who waits for a model judged anew: more is known of it, or it has a runner."""
-        self.newcomers.update((line.want, None) for line in self.pool.lines_of(model.id))
+        self.newcomers.update((line.spec, None) for line in self.pool.groups_of_model(model.id))
         self.replan = True
 
     def fire(self, runner: Runner, trigger: str, reason: TransitionReason) -> None:
@@ -415,8 +419,8 @@ class Actions:
             error.story = self._story(runner)
             raise
         if runner.on_host:
-            pool.working += (runner.state is READY) - (source is READY)
-            pool.most_working = max(pool.most_working, pool.working)
+            pool.busy_on_host += (runner.state is READY) - (source is READY)
+            pool.peak_busy_on_host = max(pool.peak_busy_on_host, pool.busy_on_host)
         if self.journal is not None:
             entry = Transition(
                 pool.now, runner.id, runner.model, trigger, source, runner.state, reason, len(runner.leases), pool.steps

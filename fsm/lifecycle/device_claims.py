@@ -22,10 +22,10 @@ from fsm.machine.runner import Runner
 from fsm.messages.commands import Claim, ReleaseClaim
 from fsm.messages.events import ClaimContended, ClaimGranted, Exited, Loaded
 from fsm.messages.reasons import ClaimMissed, WaitFor
-from fsm.state.core_state import OpenClaim, Pool
-from fsm.state.request_queue import Line
+from fsm.state.core_state import CoreState, OpenClaim
+from fsm.state.request_queue import RequestGroup
 
-Planned = tuple[Line, Options, Placement]
+Planned = tuple[RequestGroup, Options, Placement]
 
 
 class Claims(Endings):
@@ -33,7 +33,7 @@ class Claims(Endings):
 
     __slots__ = ("claim_failure",)
 
-    def __init__(self, pool: Pool) -> None:
+    def __init__(self, pool: CoreState) -> None:
         super().__init__(pool)
         self.claim_failure: ClaimMissed | None = None  # of the last launch; None: it had what it claimed
 
@@ -45,7 +45,7 @@ class Claims(Endings):
         matches = _match(unused, wanted)
         unclaimed: list[frozenset[DeviceId]] = []
         for (line, options, placement), devices, claim in zip(planned, wanted, matches, strict=True):
-            if not pool.limits.claims or not devices:
+            if not pool.config.claims or not devices:
                 self.launch(line, options, placement)
             elif claim is None:
                 unclaimed.append(devices)
@@ -53,7 +53,7 @@ class Claims(Endings):
                 self._launch_under(claim, line, options, placement)
             elif claim.contended:
                 line.wait(WaitFor.other_program, claim.by)
-        by = min([claim.by for claim in unused.values()], default=pool.now + pool.limits.claim_timeout_s)
+        by = min([claim.by for claim in unused.values()], default=pool.now + pool.config.claim_timeout_s)
         for claim in unused.values():
             self._give_up(claim)
         for devices in unclaimed:  # a plan that moved to other devices does not wait anew
@@ -100,12 +100,12 @@ class Claims(Endings):
         pool.timers.set(("claim", claim.number), by)
         self.commands.append(Claim(claim.number, tuple(sorted(devices))))
 
-    def _launch_under(self, claim: OpenClaim, line: Line, options: Options, placement: Placement) -> None:
+    def _launch_under(self, claim: OpenClaim, line: RequestGroup, options: Options, placement: Placement) -> None:
         pool = self.pool
         self.claim_failure = None
         if claim.missed:
-            self.claim_failure = ClaimMissed(tuple(sorted(claim.devices)), pool.limits.claim_timeout_s)
-            self.decide("launched", line.want.model, self.claim_failure, line.head.id)
+            self.claim_failure = ClaimMissed(tuple(sorted(claim.devices)), pool.config.claim_timeout_s)
+            self.decide("launched", line.spec.model, self.claim_failure, line.head.id)
             self._give_up(claim)
         runner = self.launch(line, options, placement)
         if not claim.missed:

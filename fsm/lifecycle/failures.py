@@ -12,7 +12,7 @@ from fsm.messages.commands import Sample
 from fsm.messages.events import Exited
 from fsm.messages.reasons import FailureReason, LoadStalled, ProcessExited, RanOutOfMemory, RunnerReason
 from fsm.messages.refusals import LoadFailedRefusal, LoadTimeoutRefusal
-from fsm.state.model_record import Model
+from fsm.state.model_record import ModelRecord
 
 MOST_MODELS = 1024  # that are remembered; more only where somebody uses them
 
@@ -38,7 +38,7 @@ class Endings(Actions):
         self.pool.processes -= 1
         self.replan = True  # its place among the processes is free
         runner.recovery_targets = self.memory_to_come(runner)
-        runner.recovery_deadline = runner.stop_deadline = self.pool.now + self.pool.limits.recovery_timeout_s
+        runner.recovery_deadline = runner.stop_deadline = self.pool.now + self.pool.config.recovery_timeout_s
         self.await_memory(runner)
 
     def unresponsive(self, runner: Runner, reason: FailureReason) -> None:
@@ -64,23 +64,23 @@ class Endings(Actions):
         them out of the way it may fail once for those who came later, and not again: they would come for ever.
         """
         model = self.pool.models[runner.model]
-        waiting = [request for line in self.pool.lines_for(runner) for request in line.requests.values()]
+        waiting = [request for line in self.pool.groups_served_by(runner) for request in line.requests.values()]
         self.crash(runner, reason)
-        again = out_of_memory and not (model.alone and model.failures)
+        again = out_of_memory and not (model.load_exclusively and model.failures)
         survivors = [request for request in waiting if again and not request.survived]
         if survivors:
             model.failure = reason
-            model.failures += model.alone
-            model.alone = not model.step_down(runner)
+            model.failures += model.load_exclusively
+            model.load_exclusively = not model.step_down(runner)
             for request in survivors:  # a smaller context is no other try for who named one
-                request.survived = model.alone or request.spec.options.num_ctx is None
+                request.survived = model.load_exclusively or request.spec.options.num_ctx is None
         else:
             self.back_off(model, reason)
-            model.alone = False
+            model.load_exclusively = False
         stalled = LoadTimeoutRefusal(model.id, reason.timeout_s) if isinstance(reason, LoadStalled) else None
         failure = stalled or self.load_failure(model, out_of_memory=out_of_memory)
         if not survivors:  # the model is backed off for all
-            waiting = [request for line in self.pool.lines_of(model.id) for request in line.requests.values()]
+            waiting = [request for line in self.pool.groups_of_model(model.id) for request in line.requests.values()]
         for request in waiting:
             if request not in survivors:
                 self.answer(request, RequestState.rejected, failure)
@@ -88,24 +88,24 @@ class Endings(Actions):
     def count_crash(self, runner: Runner, reason: FailureReason) -> None:
         """Back a model off from its second crash in a row on; the first is followed by a new load."""
         model = self.pool.models[runner.model]
-        if runner.loaded_at is not None and self.pool.now - runner.loaded_at >= self.pool.limits.good_life_s:
+        if runner.loaded_at is not None and self.pool.now - runner.loaded_at >= self.pool.config.good_life_s:
             model.failures = 0
         if model.failures:
             self.back_off(model, reason)
-            for line in self.pool.lines_of(model.id):
+            for line in self.pool.groups_of_model(model.id):
                 self.reject_line(line, self.load_failure(model, out_of_memory=False))
         else:
             model.failures, model.failure = 1, reason
 
-    def back_off(self, model: Model, reason: FailureReason) -> None:
-        limits = self.pool.limits
+    def back_off(self, model: ModelRecord, reason: FailureReason) -> None:
+        limits = self.pool.config
         model.failure = reason
         model.blocked_until = self.pool.now + min(
             limits.back_off_limit_s, limits.back_off_s * 2.0 ** min(model.failures, 16)
         )
         model.failures += 1
 
-    def load_failure(self, model: Model, *, out_of_memory: bool) -> LoadFailedRefusal:
+    def load_failure(self, model: ModelRecord, *, out_of_memory: bool) -> LoadFailedRefusal:
         assert model.failure is not None, f"{model.id} has not failed"
         retry_after_s = max(0.0, model.blocked_until - self.pool.now)
         return LoadFailedRefusal(model.id, model.failure, retry_after_s, out_of_memory)
@@ -115,8 +115,8 @@ class Endings(Actions):
         ledger, account = self.pool.ledger, self.pool.ledger.accounts["runner", runner.id]
         samples = [ledger.devices[device] for device, _ in runner.placement.bytes if device in ledger.devices]
         gpus = [sample.id for sample in samples if sample.kind == "gpu" and not sample.integrated]
-        part = self.pool.limits.recovery_fraction
-        return {gpu: ledger.for_us_bytes(gpu) + int(part * account.occupied_bytes(gpu)) for gpu in gpus}
+        part = self.pool.config.recovery_fraction
+        return {gpu: ledger.total_available(gpu) + int(part * account.occupied_bytes(gpu)) for gpu in gpus}
 
     def await_memory(self, runner: Runner) -> None:
         """Its process has gone: look until its memory is back, or the wait is over."""
@@ -127,14 +127,14 @@ class Endings(Actions):
         pool.samples += 1
         runner.last_sample = runner.last_sample or pool.samples
         self.commands.append(Sample(pool.samples))
-        wait_s = pool.limits.recovery_interval_s if runner.recovery_targets else math.inf
+        wait_s = pool.config.recovery_interval_s if runner.recovery_targets else math.inf
         pool.timers.set(("memory", runner.id), min(runner.recovery_deadline, pool.now + wait_s))
 
     def memory_is_back(self, runner: Runner) -> bool:
         """Judge device by device with signed arithmetic; the host's memory is back when the process has gone."""
         ledger = self.pool.ledger
         awaited = [(gpu, expected) for gpu, expected in runner.recovery_targets.items() if gpu in ledger.devices]
-        return all(ledger.devices[gpu].fresh and ledger.for_us_bytes(gpu) >= expected for gpu, expected in awaited)
+        return all(ledger.devices[gpu].fresh and ledger.total_available(gpu) >= expected for gpu, expected in awaited)
 
     def unload(self, runner: Runner, reason: RunnerReason) -> None:
         """End a runner's life: its reservation ends, and what it took is remembered for the next."""

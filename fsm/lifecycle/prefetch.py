@@ -19,9 +19,9 @@ from fsm.machine.request import ModelId, Purpose
 from fsm.messages.commands import Prefetch
 from fsm.messages.reasons import Prefetched
 from fsm.planning.plan import Plan
-from fsm.state.core_state import Pool
+from fsm.state.core_state import CoreState
 from fsm.state.memory_ledger import Ledger
-from fsm.state.request_queue import Line
+from fsm.state.request_queue import RequestGroup
 
 _PART = 2  # one in so many of the bytes to spare is filled at most to begin with
 
@@ -33,9 +33,9 @@ def read_ahead(act: Actions, plan: Plan | None) -> None:
     left = spare = spare_bytes(pool.ledger)
     files: dict[ModelId, int] = {}
     for line, info in _waiting(pool, plan) if plan is not None else ():
-        if sum(map(bool, files.values())) >= pool.limits.prefetches:
+        if sum(map(bool, files.values())) >= pool.config.prefetches:
             break
-        model = line.want.model
+        model = line.spec.model
         begun = model in before
         if begun:
             amount = min(before[model], left)
@@ -56,11 +56,11 @@ def spare_bytes(ledger: Ledger) -> int:
     """Return what the host reports as free beyond what is promised and not touched, and what runners have mapped."""
     if HOST not in ledger.devices:
         return 0
-    untouched = sum(account.untouched_bytes(HOST) for account in ledger.accounts.values())
+    untouched = sum(account.reserved_not_touched(HOST) for account in ledger.accounts.values())
     return max(0, ledger.devices[HOST].free_bytes - untouched)
 
 
-def _waiting(pool: Pool, plan: Plan) -> Iterator[tuple[Line, ModelInfo]]:
+def _waiting(pool: CoreState, plan: Plan) -> Iterator[tuple[RequestGroup, ModelInfo]]:
     """Yield the lines that wait for memory, in order, with what their models are made of.
 
     A line that is about to start is one of them only if its file is being read already: its devices may not be its own
@@ -68,9 +68,9 @@ def _waiting(pool: Pool, plan: Plan) -> Iterator[tuple[Line, ModelInfo]]:
     """
     living = {runner.model for runner in pool.runners.values()}
     begun = {model for model, _ in pool.prefetching}
-    starting = {line.want.model for line, _, _ in plan.launches} - begun
+    starting = {line.spec.model for line, _, _ in plan.launches} - begun
     for want in plan.rooms:
-        line = pool.lines.get(want)
+        line = pool.groups.get(want)
         if line is None or want.purpose is Purpose.memory or want.model in living or want.model in starting:
             continue
         info = pool.models[want.model].info

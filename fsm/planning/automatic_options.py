@@ -16,9 +16,9 @@ from fsm.machine.runner import Runner
 from fsm.placement.search import PREDICTED_HEADROOM, Gpu, Offload, PlacementDemand, find_placement
 from fsm.sizing.footprint import Footprint
 from fsm.sizing.load_options import as_named, computes_every_logit, serves
-from fsm.state.core_config import Limits
-from fsm.state.core_state import Pool
-from fsm.state.model_record import Model
+from fsm.state.core_config import CoreConfig
+from fsm.state.core_state import CoreState
+from fsm.state.model_record import ModelRecord
 
 GIB = 1024 * MIB
 CONTEXTS = ((47 * GIB, 262144), (23 * GIB, 32768))  # so many tokens from so much memory of all GPUs on; else the usual
@@ -38,25 +38,25 @@ BATCHES = (Batch(2048, 32768, 0.60, 2048 * MIB), Batch(1024, 4096, 0.75, 768 * M
 
 
 def wish_of(
-    model: Model, asked: Options, pool: Pool, free: Mapping[DeviceId, int], gpus: Sequence[Gpu]
+    model: ModelRecord, asked: Options, pool: CoreState, free: Mapping[DeviceId, int], gpus: Sequence[Gpu]
 ) -> tuple[Options, PlacementDemand]:
     """Return the explicit options and the demand of a runner for `asked`.
 
     A context by the GPUs' memory is the largest with which the model is whole on them within `free`, else the usual.
     """
     gpu_bytes = sum(pool.ledger.devices[memory].capacity_bytes for memory in {gpu.memory for gpu in gpus})
-    for context in _contexts(model.info, asked, pool.limits, gpu_bytes):
+    for context in _contexts(model.info, asked, pool.config, gpu_bytes):
         if context <= (model.context_limit or context):
-            wish = model.demand(replace(asked, num_ctx=context), pool.limits)
+            wish = model.demand(replace(asked, num_ctx=context), pool.config)
             if find_placement(wish[1], Offload.whole, free, gpus):
                 return wish
-    return model.demand(asked, pool.limits)
+    return model.demand(asked, pool.config)
 
 
 def with_batch(
-    model: Model,
+    model: ModelRecord,
     asked: Options,
-    limits: Limits,
+    limits: CoreConfig,
     planned: tuple[Options, Placement],
     free: Mapping[DeviceId, int],
     gpus: Sequence[Gpu],
@@ -66,7 +66,7 @@ def with_batch(
     What has run out of memory before keeps the usual one.
     """
     options, placement = planned
-    careful = model.alone or model.context_limit is not None
+    careful = model.load_exclusively or model.context_limit is not None
     steps = () if careful or not placement.gpu_layers else tuple(_batches(model.info, asked, limits, options))
     if not steps:
         return planned
@@ -91,17 +91,19 @@ def is_the_same(current: Runner, options: Options, asked: Options) -> bool:
     return options == current.launch_options or serves(current.effective_options, as_named(options, asked))
 
 
-def _contexts(info: ModelInfo | Footprint | None, asked: Options, limits: Limits, gpu_bytes: int) -> Iterator[int]:
+def _contexts(info: ModelInfo | Footprint | None, asked: Options, limits: CoreConfig, gpu_bytes: int) -> Iterator[int]:
     """Yield the contexts to try for what names none, the largest first; none where the usual one is taken."""
     named = asked.num_ctx is not None or limits.defaults.num_ctx is not None
-    if not limits.context_by_gpus or named or not isinstance(info, ModelInfo) or computes_every_logit(info):
+    if not limits.auto_context_from_vram or named or not isinstance(info, ModelInfo) or computes_every_logit(info):
         return
     for least_bytes, tokens in CONTEXTS:
         if gpu_bytes >= least_bytes:
             yield tokens
 
 
-def _batches(info: ModelInfo | Footprint | None, asked: Options, limits: Limits, explicit: Options) -> Iterator[Batch]:
+def _batches(
+    info: ModelInfo | Footprint | None, asked: Options, limits: CoreConfig, explicit: Options
+) -> Iterator[Batch]:
     """Yield the batches to try for what names none, the largest first; none where the usual one is taken."""
     named = asked.num_batch is not None or limits.defaults.num_batch is not None
     if named or not isinstance(info, ModelInfo) or info.embedding:

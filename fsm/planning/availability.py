@@ -16,7 +16,7 @@ from fsm.machine.request import ModelId
 from fsm.machine.runner import Runner
 from fsm.placement.search import Gpu, Offload, PlacementDemand, find_placement, needed
 from fsm.state.memory_ledger import Ledger
-from fsm.state.request_queue import Turn
+from fsm.state.request_queue import QueueRank
 
 NOW = 0
 SOON = 1  # once those have gone that were stopped
@@ -48,7 +48,9 @@ class Supply:
         self.potential = dict(self.beside(NOW, movable))  # once everybody has left who may, whoever waits for what
         self.places = [places] * (LATER + 1)
         self.planned: dict[ModelId, dict[DeviceId, int]] = {}  # what the runner takes that is to come first, by model
-        self.behind: list[tuple[Turn, Need]] = []  # who is not first in a line, and has a booking when it is their turn
+        self.behind: list[
+            tuple[QueueRank, Need]
+        ] = []  # who is not first in a line, and has a booking when it is their turn
 
     def best(self, demand: PlacementDemand) -> Offload | None:
         """Return the best way to place something that there is at all."""
@@ -58,14 +60,14 @@ class Supply:
     def memories(self, need: Need) -> list[DeviceId]:
         """Return where what is needed may come to lie."""
         if need.demand.footprint.fixed:
-            return sorted(self.ledger.booked(need.demand.footprint.fixed))
+            return sorted(self.ledger.by_memory(need.demand.footprint.fixed))
         return [HOST] if need.offload is Offload.none else list(self.potential)
 
     def beside(self, horizon: int, gone: Collection[Runner]) -> dict[DeviceId, int]:
         """Return the bytes that there are at a horizon once some more runners have gone; not to be changed."""
         if not gone:
             return self.bytes[horizon]
-        return self.ledger.freed(self.bytes[horizon], [("runner", runner.id) for runner in gone])
+        return self.ledger.available_after(self.bytes[horizon], [("runner", runner.id) for runner in gone])
 
     def held_by(self, runner: Runner | None) -> dict[DeviceId, int]:
         """Return what a runner holds, which makes room for the next one of its model in the end."""
@@ -113,7 +115,7 @@ class Supply:
         self.take(LATER, tuple((device, max(0, amount - planned.get(device, 0))) for device, amount in amounts), 0)
         planned |= {device: max(amount, planned.get(device, 0)) for device, amount in amounts}
 
-    def take_older(self, turn: Turn) -> None:
+    def take_older(self, turn: QueueRank) -> None:
         """Book what those will need who are not first in a line, and came before somebody."""
         while self.behind and self.behind[0][0] < turn:
             _, need = self.behind.pop(0)

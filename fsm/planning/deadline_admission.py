@@ -10,15 +10,15 @@ from fsm.machine.runner import LOADING, Runner
 from fsm.messages.refusals import DeadlineInfeasible
 from fsm.planning.automatic_options import is_the_same
 from fsm.sizing.footprint import Footprint
-from fsm.state.core_state import Pool
-from fsm.state.model_record import Model
+from fsm.state.core_state import CoreState
+from fsm.state.model_record import ModelRecord
 from fsm.state.runner_match import runner_serves
 
 ENOUGH_LOADS = 2  # of one alone the file may have been read from the disk, and may be in memory now
 TRUSTED_S = 600.0  # how long a measured load is counted on: what has been read since may load sooner the next time
 
 
-def never_in_time(pool: Pool, request: Request) -> DeadlineInfeasible | None:
+def never_in_time(pool: CoreState, request: Request) -> DeadlineInfeasible | None:
     """Return the refusal of a queued request that leaves before its model can be there; None: it may be served.
 
     Only the model's own load is counted, the shortest of several that were measured of its file with these options.
@@ -32,14 +32,14 @@ def never_in_time(pool: Pool, request: Request) -> DeadlineInfeasible | None:
     if load is None:
         return None
     options, begun_s = load
-    shortest_s, measured_at, loads = model.shortest.get(options, (0.0, -math.inf, 0))
+    shortest_s, measured_at, loads = model.shortest_load.get(options, (0.0, -math.inf, 0))
     least_s = shortest_s - (begun_s or 0.0)
     if loads < ENOUGH_LOADS or pool.now - measured_at > TRUSTED_S or pool.now + least_s <= gives_up_at:
         return None
     return DeadlineInfeasible(model.id, gives_up_at - request.queued_at, least_s, shortest_s, begun_s)
 
 
-def as_fast_as_can_be(pool: Pool, runner: Runner) -> bool:
+def as_fast_as_can_be(pool: CoreState, runner: Runner) -> bool:
     """Tell whether a runner is loaded in the fastest way: where it is not whole on GPUs, it never could be."""
     gpus = any(sample.kind == "gpu" for sample in pool.ledger.devices.values())
     info = pool.models[runner.model].info
@@ -47,7 +47,7 @@ def as_fast_as_can_be(pool: Pool, runner: Runner) -> bool:
     return runner.fully_offloaded or declared or runner.launch_options.num_gpu == 0 or not gpus
 
 
-def _load(pool: Pool, model: Model, want: RequestSpec) -> tuple[Options, float | None] | None:
+def _load(pool: CoreState, model: ModelRecord, want: RequestSpec) -> tuple[Options, float | None] | None:
     """Return the options of the load that has to end first, and how long ago it began; None: there may be none.
 
     Of a file that was not looked at since the last launch nothing is certain: another may be in its place.
@@ -55,9 +55,9 @@ def _load(pool: Pool, model: Model, want: RequestSpec) -> tuple[Options, float |
     current = model.current
     if current is not None and runner_serves(current, want):
         return (current.launch_options, pool.now - current.launched_at) if current.state is LOADING else None
-    if not model.fresh:
+    if not model.inspected_since_launch:
         return None
-    options, _ = model.demand(want.options, pool.limits)
+    options, _ = model.demand(want.options, pool.config)
     if current is not None and is_the_same(current, options, want.options):
         return None  # the plan will find it to be the same
     return options, None

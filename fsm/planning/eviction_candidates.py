@@ -11,13 +11,13 @@ from fsm.eviction.policies import Candidate, EvictionPolicy
 from fsm.eviction.reuse_prediction import IdleTimeStatistics, ReuseForecast
 from fsm.eviction.victim_selection import apply_policy, in_words
 from fsm.machine.runner import IDLE, Runner, RunnerId
-from fsm.state.core_state import Pool
+from fsm.state.core_state import CoreState
 
 
 class Candidates:
     """Every runner that may be given up at all, as a policy sees it."""
 
-    def __init__(self, pool: Pool, policy: EvictionPolicy, awaited: Collection[RunnerId]) -> None:
+    def __init__(self, pool: CoreState, policy: EvictionPolicy, awaited: Collection[RunnerId]) -> None:
         self.pool = pool
         self.policy = policy
         self.policy_failure = ""  # the exception that the policy raised; the oldest runners go first instead
@@ -72,15 +72,15 @@ class Candidates:
     def _outlook(self, runner: Runner) -> ReuseForecast:
         """Return how soon a runner's model may be asked for again; found once a plan, and only where it is wanted."""
         if self._experience is None:
-            self._experience = IdleTimeStatistics(self.pool.rests)
+            self._experience = IdleTimeStatistics(self.pool.idle_intervals)
         if (known := self._outlooks.get(runner.id)) is None:
             rest_s = 0.0 if runner.leases else self.pool.now - runner.used_at
-            known = self._experience.forecast(self.pool.models[runner.model].rests, rest_s)
+            known = self._experience.forecast(self.pool.models[runner.model].idle_intervals, rest_s)
             self._outlooks[runner.id] = known
         return known
 
 
-def may_go_at(pool: Pool, runner: Runner, bound: float) -> float:
+def may_go_at(pool: CoreState, runner: Runner, bound: float) -> float:
     """Return when `runner` may go for somebody who waits for others' convenience until `bound`; now at the least.
 
     A busy one goes at the bound, and not within its minimum residency. An idle one goes once it has rested for a small
@@ -90,6 +90,6 @@ def may_go_at(pool: Pool, runner: Runner, bound: float) -> float:
     """
     if runner.leases:
         return max(pool.now, runner.drain_protected_until, bound)
-    resident_until = runner.resident_until if pool.limits.min_residency_s is not None else pool.now
+    resident_until = runner.resident_until if pool.config.min_residency_s is not None else pool.now
     kept_until = min(runner.idle_grace_until, bound) if runner.state is IDLE else pool.now
     return max(pool.now, resident_until, kept_until)

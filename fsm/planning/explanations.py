@@ -14,16 +14,16 @@ from fsm.messages.refusals import DoesNotFitRefusal, Refusal
 from fsm.placement.search import needed
 from fsm.planning.plan import Plan, Room
 from fsm.sizing.footprint import Footprint
-from fsm.state.core_state import Pool
-from fsm.state.request_queue import Line
+from fsm.state.core_state import CoreState
+from fsm.state.request_queue import RequestGroup
 
 
-def tell_victims(pool: Pool, plan: Plan, journal: list[Entry]) -> None:
+def tell_victims(pool: CoreState, plan: Plan, journal: list[Entry]) -> None:
     """Note who is given up for whom, before it happens."""
     for want, room in plan.rooms.items():
         if not any(one.runner in plan.victims for one in room.victims):
             continue
-        line = pool.lines[want]
+        line = pool.groups[want]
         entry = Decision(
             pool.now, "evicts", want.model, None, line.head.id,
             runners=runners_considered(pool, plan, line), devices=devices_considered(pool, want, room), step=pool.steps,
@@ -31,10 +31,10 @@ def tell_victims(pool: Pool, plan: Plan, journal: list[Entry]) -> None:
         journal.append(entry)
 
 
-def tell_placed(pool: Pool, plan: Plan, since: RunnerId, journal: list[Entry]) -> None:
+def tell_placed(pool: CoreState, plan: Plan, since: RunnerId, journal: list[Entry]) -> None:
     """Note what was placed where, of the launches from runner `since` on; others may still wait for their devices."""
     for line, _, placement in plan.launches:
-        want, runner = line.want, pool.models[line.want.model].current
+        want, runner = line.spec, pool.models[line.spec.model].current
         if runner is None or runner.id < since:
             continue
         devices = devices_considered(pool, want, plan.rooms[want])
@@ -44,23 +44,23 @@ def tell_placed(pool: Pool, plan: Plan, since: RunnerId, journal: list[Entry]) -
         journal.append(entry)
 
 
-def tell_waits(pool: Pool, plan: Plan, journal: list[Entry]) -> None:
+def tell_waits(pool: CoreState, plan: Plan, journal: list[Entry]) -> None:
     """Note what those wait for of whom that has changed, and until when."""
     for line in plan.looked_at:
-        if line.want not in pool.lines or line.told == line.waits_for:
+        if line.spec not in pool.groups or line.told == line.waits_for:
             continue
         line.told = line.waits_for
-        room = plan.rooms.get(line.want)
+        room = plan.rooms.get(line.spec)
         runners = runners_considered(pool, plan, line) if room else ()
-        devices = devices_considered(pool, line.want, room) if room else ()
+        devices = devices_considered(pool, line.spec, room) if room else ()
         why, id = line.waits_for, line.head.id
-        entry = Decision(pool.now, "waits", line.want.model, why, id, None, line.until, runners, devices, pool.steps)
+        entry = Decision(pool.now, "waits", line.spec.model, why, id, None, line.until, runners, devices, pool.steps)
         journal.append(entry)
 
 
-def runners_considered(pool: Pool, plan: Plan, line: Line) -> tuple[ConsideredRunner, ...]:
+def runners_considered(pool: CoreState, plan: Plan, line: RequestGroup) -> tuple[ConsideredRunner, ...]:
     """Return every runner that holds memory or a place, with what became of it when room was made for a line."""
-    room = plan.rooms.get(line.want)
+    room = plan.rooms.get(line.spec)
     known = {one.runner: one for one in (*room.considered, *room.victims)} if room else {}
     return tuple(
         _considered(pool, runner, known.get(runner.id), _verdict(pool, plan, room, runner))
@@ -68,7 +68,7 @@ def runners_considered(pool: Pool, plan: Plan, line: Line) -> tuple[ConsideredRu
     )
 
 
-def devices_considered(pool: Pool, want: RequestSpec, room: Room) -> tuple[ConsideredDevice, ...]:
+def devices_considered(pool: CoreState, want: RequestSpec, room: Room) -> tuple[ConsideredDevice, ...]:
     """Return every device, with what a placement needs of it and what there is for it."""
     info = pool.models[want.model].info if want.purpose is not Purpose.memory else None
     exact = info is None or (isinstance(info, Footprint) and bool(info.fixed))
@@ -87,7 +87,7 @@ def devices_refused(refusal: Refusal) -> tuple[ConsideredDevice, ...]:
     return tuple(ConsideredDevice(device, needs.get(device, 0), most.get(device, 0), False) for device in devices)
 
 
-def runners_refused(pool: Pool, refusal: Refusal) -> tuple[ConsideredRunner, ...]:
+def runners_refused(pool: CoreState, refusal: Refusal) -> tuple[ConsideredRunner, ...]:
     """Return the runners that may not make room for what was refused, and why not."""
     if not isinstance(refusal, DoesNotFitRefusal):
         return ()
@@ -98,12 +98,14 @@ def runners_refused(pool: Pool, refusal: Refusal) -> tuple[ConsideredRunner, ...
     )
 
 
-def _considered(pool: Pool, runner: Runner, candidate: Candidate | None, why: KeptReason | None) -> ConsideredRunner:
+def _considered(
+    pool: CoreState, runner: Runner, candidate: Candidate | None, why: KeptReason | None
+) -> ConsideredRunner:
     account = pool.ledger.accounts["runner", runner.id]
     return ConsideredRunner(
         runner.id,
         runner.model,
-        tuple((device, account.held_bytes(device)) for device in sorted({*account.promised, *account.peak})),
+        tuple((device, account.held_bytes(device)) for device in sorted({*account.reserved, *account.peak})),
         runner.state,
         len(runner.leases),
         pool.now - runner.used_at if runner.loaded_at is not None else 0.0,
@@ -114,7 +116,7 @@ def _considered(pool: Pool, runner: Runner, candidate: Candidate | None, why: Ke
     )
 
 
-def _verdict(pool: Pool, plan: Plan, room: Room | None, runner: Runner) -> KeptReason | None:
+def _verdict(pool: CoreState, plan: Plan, room: Room | None, runner: Runner) -> KeptReason | None:
     """Return why a runner is not given up for a line; None where it is."""
     victim = next((one for one in room.victims if one.runner == runner.id), None) if room else None
     considered = next((one for one in room.considered if one.runner == runner.id), None) if room else None
@@ -128,14 +130,14 @@ def _verdict(pool: Pool, plan: Plan, room: Room | None, runner: Runner) -> KeptR
         return KeptReason.pinned
     if runner.id in plan.victims or _is_victim_of_another(plan, room, runner.id):
         return KeptReason.other_victim
-    if runner.state is LOADING and pool.lines_for(runner):
+    if runner.state is LOADING and pool.groups_served_by(runner):
         return KeptReason.awaited
     if room is None or not room.considered:
         return KeptReason.not_needed
     if runner.leases:
         return KeptReason.in_use
     if considered is not None and considered.free_at > pool.now:
-        set_by_hand = pool.limits.min_residency_s is not None and runner.resident_until > pool.now
+        set_by_hand = pool.config.min_residency_s is not None and runner.resident_until > pool.now
         return KeptReason.just_loaded if set_by_hand else KeptReason.just_used
     if room.choice is None:
         return KeptReason.not_enough

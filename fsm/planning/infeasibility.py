@@ -10,14 +10,14 @@ from fsm.machine.runner import Runner
 from fsm.messages.reasons import Infeasible, InfeasibleReason, MemoryHeld, NoSuchDevice, RunnerLimit
 from fsm.messages.refusals import DoesNotFitRefusal
 from fsm.placement.search import Gpu, Offload, PlacementDemand, find_placement, needed
-from fsm.state.core_state import Pool
+from fsm.state.core_state import CoreState
 from fsm.state.memory_ledger import Owner
 
 BOUNDLESS = 2**62  # bytes
 
 
 def why_never(
-    pool: Pool, gpus: Sequence[Gpu], model: ModelId, demand: PlacementDemand, potential: Mapping[DeviceId, int]
+    pool: CoreState, gpus: Sequence[Gpu], model: ModelId, demand: PlacementDemand, potential: Mapping[DeviceId, int]
 ) -> tuple[DoesNotFitRefusal, Placement | None]:
     """Return the refusal of what would not fit into `potential`, and what it would need; None where that is not known.
 
@@ -32,7 +32,7 @@ def why_never(
 
 
 def _reason(
-    pool: Pool,
+    pool: CoreState,
     gpus: Sequence[Gpu],
     demand: PlacementDemand,
     offload: Offload,
@@ -47,11 +47,11 @@ def _reason(
     if unknown:
         return NoSuchDevice(unknown[0], tuple(devices))
     unmovable = [runner for runner in runners if pool.is_unmovable(runner)]
-    if 0 < pool.limits.max_runners <= len(unmovable) and find_placement(demand, offload, potential, gpus):
-        return RunnerLimit(pool.limits.max_runners, _models(unmovable))
-    if stuck and find_placement(demand, offload, pool.ledger.freed(potential, map(_owner, stuck)), gpus):
+    if 0 < pool.config.max_runners <= len(unmovable) and find_placement(demand, offload, potential, gpus):
+        return RunnerLimit(pool.config.max_runners, _models(unmovable))
+    if stuck and find_placement(demand, offload, pool.ledger.available_after(potential, map(_owner, stuck)), gpus):
         return MemoryHeld(_models(stuck), pinned=False)
-    if find_placement(demand, offload, pool.ledger.freed(free, map(_owner, runners)), gpus) and pinned:
+    if find_placement(demand, offload, pool.ledger.available_after(free, map(_owner, runners)), gpus) and pinned:
         return MemoryHeld(_models(pinned), pinned=True)
     if find_placement(demand, offload, capacity, gpus):
         return Infeasible.held_elsewhere

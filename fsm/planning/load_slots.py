@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from fsm.domain.devices import HOST, DeviceId, Placement
 from fsm.placement.search import Gpu, Offload, PlacementDemand, find_placement
-from fsm.state.core_config import Limits
+from fsm.state.core_config import CoreConfig
 
 
 def loads_on(placement: Placement) -> list[DeviceId]:
@@ -17,7 +17,7 @@ def loads_on(placement: Placement) -> list[DeviceId]:
 class Loads:
     """The loads by device: those under way, and those that are planned."""
 
-    def __init__(self, limits: Limits, placements: Iterable[Placement]) -> None:
+    def __init__(self, limits: CoreConfig, placements: Iterable[Placement]) -> None:
         self.limits = limits
         self.counts: dict[DeviceId, int] = {}
         for placement in placements:
@@ -47,5 +47,5 @@ class Loads:
         return {
             device
             for device in loads_on(placement)
-            if self.counts.get(device, 0) >= (limits.loads_on_host if device == HOST else limits.loads_per_gpu)
+            if self.counts.get(device, 0) >= (limits.max_host_loads if device == HOST else limits.max_loads_per_gpu)
         }

@@ -13,8 +13,8 @@ from fsm.machine.request import Request, RequestSpec
 from fsm.machine.runner import Runner, RunnerId
 from fsm.messages.reasons import ExpireReason
 from fsm.messages.refusals import Refusal
-from fsm.state.model_record import Model
-from fsm.state.request_queue import Line
+from fsm.state.model_record import ModelRecord
+from fsm.state.request_queue import RequestGroup
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,15 +32,15 @@ class Room:
 class Plan:
     """What is to be done now, and when to look again."""
 
-    inspections: list[Model] = field(default_factory=list)
-    launches: list[tuple[Line, Options, Placement]] = field(default_factory=list)
+    inspections: list[ModelRecord] = field(default_factory=list)
+    launches: list[tuple[RequestGroup, Options, Placement]] = field(default_factory=list)
     memory: list[Request] = field(default_factory=list)  # the program's own, to be granted
     victims: dict[RunnerId, ExpireReason] = field(default_factory=dict)  # to expire, and why
-    matches: list[tuple[Line, Runner]] = field(default_factory=list)  # served after all, as the same
-    refusals: list[tuple[Line, Refusal]] = field(default_factory=list)
+    matches: list[tuple[RequestGroup, Runner]] = field(default_factory=list)  # served after all, as the same
+    refusals: list[tuple[RequestGroup, Refusal]] = field(default_factory=list)
     rooms: dict[RequestSpec, Room] = field(default_factory=dict)  # of what is to be loaded, now, later or never
     options: dict[RequestSpec, Options] = field(default_factory=dict)  # explicit, of what has a room
     wanted: set[RunnerId] = field(default_factory=set)  # others wait for its memory, and it may not go yet
     policy_failure: str = ""  # the exception that the policy raised; the oldest runners go first instead
     look_at: float = math.inf  # when a wait's bound or a residency ends
-    looked_at: list[Line] = field(default_factory=list)  # those behind wait as before
+    looked_at: list[RequestGroup] = field(default_factory=list)  # those behind wait as before

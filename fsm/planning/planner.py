@@ -27,41 +27,41 @@ from fsm.planning.infeasibility import why_never
 from fsm.planning.load_slots import Loads, loads_on
 from fsm.planning.plan import Plan, Room
 from fsm.sizing.footprint import Footprint
-from fsm.state.core_state import Pool
-from fsm.state.model_record import Model
-from fsm.state.request_queue import Line
+from fsm.state.core_state import CoreState
+from fsm.state.model_record import ModelRecord
+from fsm.state.request_queue import RequestGroup
 from fsm.state.runner_match import runner_serves
 
 NO_MODEL = ModelId("")  # of lines for memory of the program's own
 LINES_AHEAD = 16  # for so many lines room is made at a time; those behind only take what is there for the taking
 
 
-def make_plan(pool: Pool, policy: EvictionPolicy, newcomers: Collection[RequestSpec]) -> Plan:
+def make_plan(pool: CoreState, policy: EvictionPolicy, newcomers: Collection[RequestSpec]) -> Plan:
     """Return what to do for the lines, in order, until nothing is left that any of them could have.
 
     Those behind are not looked at, but for `newcomers`: whoever has just come is judged at once, wherever it stands.
     """
     planner = _Planner(pool, policy)
     planner.shed()
-    for line in pool.lines_in_order():
+    for line in pool.groups_in_order():
         if planner.exhausted():
             break
         if not planner.follows(line, newcomers):
             planner.consider(line)
-    ahead = {line.want for line in planner.plan.looked_at}
-    for want in pool.wants.get(NO_MODEL, ()):  # memory of the program's own takes no process's place
+    ahead = {line.spec for line in planner.plan.looked_at}
+    for want in pool.specs_by_model.get(NO_MODEL, ()):  # memory of the program's own takes no process's place
         if want not in ahead:
-            planner.consider(pool.lines[want])
+            planner.consider(pool.groups[want])
             ahead.add(want)
     for want in newcomers:
-        if want in pool.lines and want not in ahead:
-            planner.judge(pool.lines[want], WaitFor.earlier_requests)
+        if want in pool.groups and want not in ahead:
+            planner.judge(pool.groups[want], WaitFor.earlier_requests)
     planner.plan.policy_failure = planner.candidates.policy_failure
     return planner.plan
 
 
 class _Planner:
-    def __init__(self, pool: Pool, policy: EvictionPolicy) -> None:
+    def __init__(self, pool: CoreState, policy: EvictionPolicy) -> None:
         self.pool = pool
         self.plan = Plan()
         ledger = pool.ledger
@@ -82,11 +82,11 @@ class _Planner:
         self.sets_left = MOST_SETS
         self.followers: Counter[ModelId] = Counter()  # lines for a model behind the first of them
         self.loading = [runner for runner in pool.runners.values() if runner.state is LOADING]
-        self.awaited = {runner.id for runner in self.loading if pool.lines_for(runner)}
-        self.alone = next((runner for runner in self.loading if pool.models[runner.model].alone), None)
+        self.awaited = {runner.id for runner in self.loading if pool.groups_served_by(runner)}
+        self.alone = next((runner for runner in self.loading if pool.models[runner.model].load_exclusively), None)
         if self.alone is not None:
             self.supply.places[NOW] = 0  # nobody begins beside it
-        self.loads = Loads(pool.limits, (runner.placement for runner in self.loading))
+        self.loads = Loads(pool.config, (runner.placement for runner in self.loading))
         self.candidates = Candidates(pool, policy, self.awaited)
         self.waiting = 0  # lines for which room is to be made
         self.ahead: Counter[DeviceId] = Counter()  # of them, those that lack memory of a device
@@ -97,10 +97,10 @@ class _Planner:
         The number counts only where it is set: the automatic one is a rule of thumb that follows the devices, and what
         is not read at the moment may be back at the next.
         """
-        limit, ledger, runners = self.pool.limits.max_runners, self.pool.ledger, self.pool.runners
+        limit, ledger, runners = self.pool.config.max_runners, self.pool.ledger, self.pool.runners
         if limit:
             self._shed(RunnerLimit(limit), -self.supply.places[LATER], dict.fromkeys(runners, 1))
-        for device in sorted(ledger.shrunk & ledger.devices.keys()):
+        for device in sorted(ledger.overcommitted & ledger.devices.keys()):
             held = {id: ledger.accounts["runner", id].held_bytes(device) for id in runners}
             going = self.claimed.union(runner.id for runner in self.leaving)
             staying = ledger.held_bytes(device) - sum(held[id] for id in going)
@@ -128,26 +128,26 @@ class _Planner:
         there = self.supply.beside(DRAINED, idle)
         return all(amount <= 0 and self.ahead[device] >= LINES_AHEAD for device, amount in there.items())
 
-    def follows(self, line: Line, newcomers: Collection[RequestSpec]) -> bool:
+    def follows(self, line: RequestGroup, newcomers: Collection[RequestSpec]) -> bool:
         """Tell whether a line is far behind others for its model, and has been judged before: those go first."""
-        if self.followers[line.want.model] < LINES_AHEAD or line.want in newcomers:
+        if self.followers[line.spec.model] < LINES_AHEAD or line.spec in newcomers:
             return False
-        current = self.pool.models[line.want.model].current
-        if current is not None and current.id in self.awaited and runner_serves(current, line.want):
+        current = self.pool.models[line.spec.model].current
+        if current is not None and current.id in self.awaited and runner_serves(current, line.spec):
             return False
         line.wait(WaitFor.same_model)
         return True
 
-    def consider(self, line: Line) -> None:
+    def consider(self, line: RequestGroup) -> None:
         """Plan one line."""
-        self.supply.take_older(self.pool.turn(line.head))
+        self.supply.take_older(self.pool.rank(line.head))
         if (judged := self.judge(line)) is None:
             return
         options, need = judged
-        if line.want.purpose is Purpose.memory:
+        if line.spec.purpose is Purpose.memory:
             self._consider_memory(line, need)
             return
-        model = self.pool.models[line.want.model]
+        model = self.pool.models[line.spec.model]
         if model.id in self.supply.planned:  # it has one runner at a time
             line.wait(WaitFor.same_model)
             self.followers[model.id] += 1
@@ -159,7 +159,7 @@ class _Planner:
         else:
             self._consider_runner(line, model, options, need)
 
-    def judge(self, line: Line, waits_for: WaitReason | None = None) -> tuple[Options, Need] | None:
+    def judge(self, line: RequestGroup, waits_for: WaitReason | None = None) -> tuple[Options, Need] | None:
         """Return what a line needs and the best way to place it; None where that is not the question, or is unknown.
 
         Then it is refused, or served as it is, or waits for its model's load or metadata.
@@ -167,64 +167,64 @@ class _Planner:
         self.plan.looked_at.append(line)
         if waits_for:
             line.wait(waits_for)
-        if line.want.purpose is Purpose.memory:
-            options, demand, current = line.want.options, PlacementDemand(Footprint(fixed=line.want.memory)), None
+        if line.spec.purpose is Purpose.memory:
+            options, demand, current = line.spec.options, PlacementDemand(Footprint(fixed=line.spec.memory)), None
         else:
-            model = self.pool.models[line.want.model]
+            model = self.pool.models[line.spec.model]
             current = model.current
-            if current is not None and current.id in self.awaited and runner_serves(current, line.want):
+            if current is not None and current.id in self.awaited and runner_serves(current, line.spec):
                 line.wait(WaitFor.load, self.pool.expected_at(current))
                 return None
-            if not model.fresh:
+            if not model.inspected_since_launch:
                 line.wait(WaitFor.metadata)
                 self.plan.inspections.append(model)
-                if model.info is not None and not waits_for and len(self.pool.lines) > 1:
-                    self._book_unread(model, line.want.options)
+                if model.info is not None and not waits_for and len(self.pool.groups) > 1:
+                    self._book_unread(model, line.spec.options)
                 return None
-            options, demand = wish_of(model, line.want.options, self.pool, self.supply.potential, self.gpus)
-            self.plan.options[line.want] = options
-            if current is not None and is_the_same(current, options, line.want.options):
+            options, demand = wish_of(model, line.spec.options, self.pool, self.supply.potential, self.gpus)
+            self.plan.options[line.spec] = options
+            if current is not None and is_the_same(current, options, line.spec.options):
                 self.plan.matches.append((line, current))
                 return None
             if (objection := model.impossible(options)) is not None:
                 self.plan.refusals.append((line, UnsupportedOption(model.id, *objection)))
                 return None
         offload = self._offload(line, demand, current)
-        return None if offload is None else (options, Need(demand, offload, line.want.purpose is not Purpose.memory))
+        return None if offload is None else (options, Need(demand, offload, line.spec.purpose is not Purpose.memory))
 
-    def _consider_memory(self, line: Line, need: Need) -> None:
+    def _consider_memory(self, line: RequestGroup, need: Need) -> None:
         head, *others = line.requests.values()  # each is as old as it is: once the first has it the next is first
         self.supply.behind = sorted(
-            [*self.supply.behind, *((self.pool.turn(request), need) for request in others)], key=lambda one: one[0]
+            [*self.supply.behind, *((self.pool.rank(request), need) for request in others)], key=lambda one: one[0]
         )
         if self.supply.place(NOW, need) is None:
             self._make_room(line, need, ())
         else:
             self.plan.memory.append(head)
-            self.supply.take(NOW, tuple(self.pool.ledger.booked(line.want.memory).items()), 0)
+            self.supply.take(NOW, tuple(self.pool.ledger.by_memory(line.spec.memory).items()), 0)
 
-    def _book_unread(self, model: Model, asked: Options) -> None:
+    def _book_unread(self, model: ModelRecord, asked: Options) -> None:
         """Book what a model will need by what was last read of it: it may have changed, but most likely it has not."""
         _, demand = wish_of(model, asked, self.pool, self.supply.potential, self.gpus)
         if (offload := self.supply.best(demand)) is not None:
             self.supply.planned.setdefault(model.id, self.supply.held_by(model.current))
             self.supply.take_next(model.id, Need(demand, offload))
 
-    def _consider_runner(self, line: Line, model: Model, options: Options, need: Need) -> None:
+    def _consider_runner(self, line: RequestGroup, model: ModelRecord, options: Options, need: Need) -> None:
         forced = self._forced(model)
         others = [runner for runner in self.pool.runners.values() if runner.id not in self.overdue]
-        accompanied = model.alone and bool(self.plan.launches or not all(map(self.pool.pinned, others)))
+        accompanied = model.load_exclusively and bool(self.plan.launches or not all(map(self.pool.pinned, others)))
         places = self.supply.places[NOW]
-        if model.alone:
+        if model.load_exclusively:
             self.supply.places[NOW] = 0  # nobody begins beside it; else there might always be somebody
         if not forced and not accompanied and places > 0:
             free = self.supply.bytes[NOW]
             placement = self.loads.place(need.demand, need.offload, free, self.gpus)
             if placement is not None:
-                asked, planned = line.want.options, (options, placement)
-                options, placement = with_batch(model, asked, self.pool.limits, planned, free, self.gpus)
-                self.plan.options[line.want] = options
-                self.plan.rooms[line.want] = Room(placement, tuple(sorted(free.items())))
+                asked, planned = line.spec.options, (options, placement)
+                options, placement = with_batch(model, asked, self.pool.config, planned, free, self.gpus)
+                self.plan.options[line.spec] = options
+                self.plan.rooms[line.spec] = Room(placement, tuple(sorted(free.items())))
                 self.plan.launches.append((line, options, placement))
                 self.supply.take(NOW, placement.bytes, 1)
                 self.supply.planned[model.id] = dict(placement.bytes)
@@ -232,7 +232,7 @@ class _Planner:
                 return
         self.supply.planned[model.id] = dict(need.amounts(self._make_room(line, need, forced)))
 
-    def _make_room(self, line: Line, need: Need, forced: Sequence[Runner]) -> Placement:
+    def _make_room(self, line: RequestGroup, need: Need, forced: Sequence[Runner]) -> Placement:
         """Choose what to give up for a line that does not start now, and book what it will need."""
         may, choice = self._select(line, need, forced)
         chosen = self.candidates.timed(self._bound(line), choice.victims) if choice is not None else []
@@ -260,10 +260,12 @@ class _Planner:
         else:
             chosen += self._wait(line, final, horizon, startable=startable)
         self.plan.wanted.update(victim.runner for victim in chosen if not goes)
-        self.plan.rooms[line.want] = Room(final, free, tuple(chosen), tuple(may), choice)
+        self.plan.rooms[line.spec] = Room(final, free, tuple(chosen), tuple(may), choice)
         return final
 
-    def _select(self, line: Line, need: Need, forced: Sequence[Runner]) -> tuple[list[Candidate], VictimSet | None]:
+    def _select(
+        self, line: RequestGroup, need: Need, forced: Sequence[Runner]
+    ) -> tuple[list[Candidate], VictimSet | None]:
         """Return who may be given up for a line, and who is: rather idle ones now than what others leave later."""
         bound = self._bound(line)
         must = [self.candidates.candidate(runner, bound) for runner in forced]
@@ -288,12 +290,12 @@ class _Planner:
     def _suffices(self, need: Need, horizon: int, victims: Iterable[Candidate]) -> bool:
         return self.supply.place(horizon, need, self._unclaimed(victims)) is not None
 
-    def _give_up(self, line: Line, chosen: Sequence[Candidate]) -> None:
+    def _give_up(self, line: RequestGroup, chosen: Sequence[Candidate]) -> None:
         line.wait(WaitForRunners(_models(chosen), RunnerStep.leave))
         for victim in chosen:
-            self.plan.victims.setdefault(victim.runner, NeededFor(line.want.model))
+            self.plan.victims.setdefault(victim.runner, NeededFor(line.spec.model))
 
-    def _wait_for(self, line: Line, chosen: Sequence[Candidate], at: float, may: Iterable[Candidate]) -> None:
+    def _wait_for(self, line: RequestGroup, chosen: Sequence[Candidate], at: float, may: Iterable[Candidate]) -> None:
         """Wait until all of them may go: none is unloaded for a room that another still holds.
 
         Whenever another may go, the choice is made again: whoever may first serves the waiter.
@@ -312,7 +314,7 @@ class _Planner:
         loads = [runners[id] for id in sorted(self.awaited)]
         return WaitForRunners(_models(loads), RunnerStep.load_then_idle), min(map(self.pool.expected_at, loads))
 
-    def _wait(self, line: Line, placement: Placement, horizon: int, *, startable: bool) -> Sequence[Candidate]:
+    def _wait(self, line: RequestGroup, placement: Placement, horizon: int, *, startable: bool) -> Sequence[Candidate]:
         """Enough is on its way already, or only a place among the loads is missing: give up a load nobody waits for."""
         if horizon == LATER:
             line.wait(WaitFor.earlier_requests)
@@ -330,7 +332,7 @@ class _Planner:
             line.wait(reason, self.pool.expected_at(self.alone))
         else:
             line.wait(*self._hindrance())
-        if line.want.purpose is Purpose.memory:
+        if line.spec.purpose is Purpose.memory:
             return ()
         full = self.loads.full(placement)
         self.loads.add(placement)  # it starts in a moment: its place among the loads is not for younger ones
@@ -339,7 +341,7 @@ class _Planner:
             line.wait(WaitFor.load_slot, min(map(self.pool.expected_at, on_full), default=math.inf))
         for runner in on_full if startable else ():
             if runner.id not in self.claimed | self.awaited and not self.pool.pinned(runner):
-                self.plan.victims[runner.id] = NeededFor(line.want.model, load_slot=True)
+                self.plan.victims[runner.id] = NeededFor(line.spec.model, load_slot=True)
                 self.claimed.add(runner.id)
                 return [self.candidates.candidate(runner, self._bound(line))]
         return ()
@@ -351,28 +353,28 @@ class _Planner:
         holding = [one for one in draining if any(map(accounts["runner", one.id].held_bytes, devices))]
         return _models(holding or draining)
 
-    def _offload(self, line: Line, demand: PlacementDemand, current: Runner | None) -> Offload | None:
+    def _offload(self, line: RequestGroup, demand: PlacementDemand, current: Runner | None) -> Offload | None:
         """Return the best way that is possible at all; None: the line is refused, since there is none."""
-        no_place = line.want.purpose is not Purpose.memory and self.unmovable >= self.pool.max_runners()
+        no_place = line.spec.purpose is not Purpose.memory and self.unmovable >= self.pool.max_runners()
         reload_pinned = current is not None and self.pool.pinned(current)
         if not (no_place or reload_pinned) and (possible := self.supply.best(demand)) is not None:
             return possible
-        refusal, need = why_never(self.pool, self.gpus, line.want.model, demand, self.supply.potential)
+        refusal, need = why_never(self.pool, self.gpus, line.spec.model, demand, self.supply.potential)
         if need is not None:
-            self.plan.rooms[line.want] = Room(need, tuple(sorted(self.supply.potential.items())))
+            self.plan.rooms[line.spec] = Room(need, tuple(sorted(self.supply.potential.items())))
         self.plan.refusals.append((line, refusal))
         return None
 
-    def _forced(self, model: Model) -> list[Runner]:
+    def _forced(self, model: ModelRecord) -> list[Runner]:
         """Return what must go whatever fits: the model's own runner with other options; after out of memory, all."""
-        if model.alone:
+        if model.load_exclusively:
             runners = [runner for runner in self.pool.runners.values() if runner.current]
             return [runner for runner in runners if runner.id not in self.awaited and not self.pool.pinned(runner)]
         return [model.current] if model.current is not None else []
 
-    def _bound(self, line: Line) -> float:
+    def _bound(self, line: RequestGroup) -> float:
         """Return until when a line waits for others' convenience."""
-        return line.head.queued_at + self.pool.limits.max_wait_s
+        return line.head.queued_at + self.pool.config.max_wait_s
 
     def _choose(
         self,

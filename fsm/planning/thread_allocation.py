@@ -13,13 +13,13 @@ from fsm.domain.devices import HOST, Placement, Threads
 from fsm.domain.model_info import ModelInfo, Options
 from fsm.machine.runner import IDLE
 from fsm.sizing.load_options import MOST_THREADS
-from fsm.state.core_state import Pool
-from fsm.state.model_record import Model
+from fsm.state.core_state import CoreState
+from fsm.state.model_record import ModelRecord
 
 WITHOUT_LAYERS = 1  # threads of a runner whose layers are all on GPUs: it only looks up what they work on
 
 
-def threads_for(pool: Pool, model: Model, options: Options, placement: Placement) -> Threads | None:
+def threads_for(pool: CoreState, model: ModelRecord, options: Options, placement: Placement) -> Threads | None:
     """Return the threads of a runner that is launched now; None where that is not for the core to say.
 
     What a request names wins, then what is set. Otherwise answers get an even part of the cores. Prompts get all of
@@ -28,7 +28,7 @@ def threads_for(pool: Pool, model: Model, options: Options, placement: Placement
     if not isinstance(model.info, ModelInfo):
         return None
     on_host = placement.offloaded <= len(model.info.layers_bytes)
-    if named := options.num_thread or pool.limits.cpu_threads:
+    if named := options.num_thread or pool.config.cpu_threads:
         return Threads(min(named, MOST_THREADS), min(named, MOST_THREADS), on_host)
     host = pool.ledger.devices.get(HOST)
     cores = min(host.cores, MOST_THREADS) if host is not None else 0
@@ -39,7 +39,7 @@ def threads_for(pool: Pool, model: Model, options: Options, placement: Placement
     return Threads(max(1, cores // at_once(pool, model, placement)), cores)
 
 
-def at_once(pool: Pool, model: Model, placement: Placement) -> int:
+def at_once(pool: CoreState, model: ModelRecord, placement: Placement) -> int:
     """Return how many runners are likely to work on the host at once with one that is launched now, itself included.
 
     Those that are in use or load now, and those that others wait for and that have room beside it. Idle ones count as
@@ -48,10 +48,10 @@ def at_once(pool: Pool, model: Model, placement: Placement) -> int:
     others = [runner for runner in pool.runners.values() if runner.current and runner.on_host]
     idle = sum(runner.state is IDLE for runner in others)
     busy = len(others) - idle + _coming(pool, model, placement)
-    return 1 + max(busy, min(busy + idle, pool.most_working - 1))
+    return 1 + max(busy, min(busy + idle, pool.peak_busy_on_host - 1))
 
 
-def _coming(pool: Pool, model: Model, placement: Placement) -> int:
+def _coming(pool: CoreState, model: ModelRecord, placement: Placement) -> int:
     """Return how many models that others wait for can be loaded beside it; where there is a GPU, they may go there."""
     devices = pool.ledger.devices
     if any(sample.kind == "gpu" for sample in devices.values()):
@@ -59,5 +59,5 @@ def _coming(pool: Pool, model: Model, placement: Placement) -> int:
     own_bytes = dict(placement.bytes).get(HOST, 0)
     room = max(0, pool.ledger.free_bytes(HOST) - own_bytes) // max(1, own_bytes)
     most = max(0, min(room, pool.max_runners() - pool.processes - 1))
-    others = (pool.models.get(id) for id in pool.wants)  # none: memory of the program's own
+    others = (pool.models.get(id) for id in pool.specs_by_model)  # none: memory of the program's own
     return sum(1 for _ in islice((one for one in others if one not in (None, model) and one.current is None), most))

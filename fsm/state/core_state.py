@@ -11,10 +11,10 @@ from fsm.domain.devices import DeviceId
 from fsm.eviction.reuse_prediction import Histogram
 from fsm.machine.request import ModelId, Purpose, Request, RequestId, RequestSpec, RequestState
 from fsm.machine.runner import EXPIRING, IDLE, LOADING, READY, UNLOADED, Runner, RunnerId
-from fsm.state.core_config import Limits
+from fsm.state.core_config import CoreConfig
 from fsm.state.memory_ledger import Ledger
-from fsm.state.model_record import Model
-from fsm.state.request_queue import Line, Turn
+from fsm.state.model_record import ModelRecord
+from fsm.state.request_queue import QueueRank, RequestGroup
 from fsm.state.runner_match import runner_serves
 from fsm.state.timers import Timers
 
@@ -32,17 +32,19 @@ class OpenClaim:
 
 
 @dataclass(slots=True)
-class Pool:
+class CoreState:
     """Everything a decision may depend on. `Core` alone changes it."""
 
-    limits: Limits
+    config: CoreConfig
     ledger: Ledger = field(default_factory=Ledger)
-    models: dict[ModelId, Model] = field(default_factory=dict)
+    models: dict[ModelId, ModelRecord] = field(default_factory=dict)
     runners: dict[RunnerId, Runner] = field(default_factory=dict)  # every one that is not unloaded
     requests: dict[RequestId, Request] = field(default_factory=dict)  # queued, or granted something to give back
-    lines: dict[RequestSpec, Line] = field(default_factory=dict)
-    turns: list[Turn] = field(default_factory=list)  # of each line's head, in order
-    wants: dict[ModelId, list[RequestSpec]] = field(default_factory=dict)  # of the lines for each model, as they began
+    groups: dict[RequestSpec, RequestGroup] = field(default_factory=dict)
+    ranks: list[QueueRank] = field(default_factory=list)  # of each line's head, in order
+    specs_by_model: dict[ModelId, list[RequestSpec]] = field(
+        default_factory=dict
+    )  # of the lines for each model, as they began
     timers: Timers = field(default_factory=Timers)
     queued: int = 0  # requests in lines
     processes: int = 0  # runners whose process may be alive
@@ -53,18 +55,18 @@ class Pool:
     claims: dict[int, OpenClaim] = field(default_factory=dict)  # by number; for lines whose launch is planned
     next_claim: int = 1
     prefetching: tuple[tuple[ModelId, int], ...] = ()  # as last said: bytes of files to read ahead, by model that waits
-    working: int = 0  # ready runners that compute on the host
-    most_working: int = 0  # that there ever were at once
-    rests: Histogram = field(default_factory=dict)  # of all models
+    busy_on_host: int = 0  # ready runners that compute on the host
+    peak_busy_on_host: int = 0  # that there ever were at once
+    idle_intervals: Histogram = field(default_factory=dict)  # of all models
     steps: int = 0  # begun so far: the number of the one under way, or of the last one
 
-    def enqueue(self, request: Request) -> Line:
+    def enqueue(self, request: Request) -> RequestGroup:
         """Put a request at the end of its line."""
-        line = self.lines.get(request.spec)
+        line = self.groups.get(request.spec)
         if line is None:
-            line = self.lines[request.spec] = Line(request.spec)
-            self.wants.setdefault(request.spec.model, []).append(request.spec)
-            insort(self.turns, self.turn(request))
+            line = self.groups[request.spec] = RequestGroup(request.spec)
+            self.specs_by_model.setdefault(request.spec.model, []).append(request.spec)
+            insort(self.ranks, self.rank(request))
         line.requests[request.id] = request
         self.requests[request.id] = request
         self.queued += 1
@@ -73,40 +75,40 @@ class Pool:
     def dequeue(self, request: Request) -> None:
         """Take a request out of its line; the request itself stays, to be answered by the caller."""
         want = request.spec
-        line = self.lines[want]
+        line = self.groups[want]
         led = line.head is request
         if led:
-            del self.turns[bisect_left(self.turns, self.turn(request))]
+            del self.ranks[bisect_left(self.ranks, self.rank(request))]
         del line.requests[request.id]
         if not line.requests:
-            del self.lines[want]
-            self.wants[want.model].remove(want)
-            if not self.wants[want.model]:
-                del self.wants[want.model]
+            del self.groups[want]
+            self.specs_by_model[want.model].remove(want)
+            if not self.specs_by_model[want.model]:
+                del self.specs_by_model[want.model]
         elif led:
-            insort(self.turns, self.turn(line.head))
+            insort(self.ranks, self.rank(line.head))
         self.queued -= 1
         self.timers.clear(("request", request.id))
 
-    def turn(self, head: Request) -> Turn:
+    def rank(self, head: Request) -> QueueRank:
         """Return what a line is planned by: the age of its first request, priority being worth some of it."""
-        return head.queued_at - self.limits.priority_s * head.spec.priority, head.id
+        return head.queued_at - self.config.priority_s * head.spec.priority, head.id
 
-    def lines_in_order(self) -> Iterator[Line]:
+    def groups_in_order(self) -> Iterator[RequestGroup]:
         """Yield the lines in the order in which they are planned; none may come or go meanwhile."""
-        return (self.lines[self.requests[head].spec] for _, head in self.turns)
+        return (self.groups[self.requests[head].spec] for _, head in self.ranks)
 
-    def lines_of(self, model: ModelId) -> list[Line]:
+    def groups_of_model(self, model: ModelId) -> list[RequestGroup]:
         """Return the lines for a model, in the order in which they began."""
-        return [self.lines[want] for want in self.wants.get(model, ()) if want.purpose is not Purpose.memory]
+        return [self.groups[want] for want in self.specs_by_model.get(model, ()) if want.purpose is not Purpose.memory]
 
-    def lines_for(self, runner: Runner) -> list[Line]:
+    def groups_served_by(self, runner: Runner) -> list[RequestGroup]:
         """Return the lines that wait for this runner's load, or that it could serve now."""
-        return [line for line in self.lines_of(runner.model) if runner_serves(runner, line.want)]
+        return [line for line in self.groups_of_model(runner.model) if runner_serves(runner, line.spec)]
 
     def models_in_use(self) -> frozenset[ModelId]:
         """Return the models that are asked for, inspected, pinned or have a runner."""
-        used = {*self.wants, *(runner.model for runner in self.runners.values())}
+        used = {*self.specs_by_model, *(runner.model for runner in self.runners.values())}
         return frozenset(used.union(id for id, model in self.models.items() if model.pinned or model.inspecting))
 
     def expected_at(self, runner: Runner) -> float:
@@ -123,8 +125,8 @@ class Pool:
 
         Where none is set, those that cannot be moved do not count: what fits into memory would be refused for them.
         """
-        if self.limits.max_runners:
-            return self.limits.max_runners
+        if self.config.max_runners:
+            return self.config.max_runners
         unmovable = sum(map(self.is_unmovable, self.runners.values()))
         return 3 * max(1, sum(sample.kind == "gpu" for sample in self.ledger.devices.values())) + unmovable
 
@@ -142,7 +144,7 @@ class Pool:
 
     def overfull(self) -> bool:
         """Tell whether more may be alive than the limit that is set, or more be held than there is since it shrank."""
-        return bool(self.ledger.shrunk) or 0 < self.limits.max_runners < self.processes
+        return bool(self.ledger.overcommitted) or 0 < self.config.max_runners < self.processes
 
     def check(self) -> None:
         """Raise AssertionError where an invariant does not hold; for tests and searches, after every step."""
@@ -152,33 +154,33 @@ class Pool:
             leases |= runner.leases
             processes += runner.process
             working += runner.state is READY and runner.on_host
-        queued = [request for line in self.lines.values() for request in line.requests.values()]
+        queued = [request for line in self.groups.values() for request in line.requests.values()]
         assert len(queued) == self.queued, "the queue is miscounted"
-        assert self.turns == sorted(self.turn(line.head) for line in self.lines.values()), "a line is out of turn"
-        listed = [want for model, wants in self.wants.items() for want in wants if want.model == model]
-        wanted = len(listed) == len(self.lines) and all(want in self.lines for want in listed)
-        assert wanted and all(self.wants.values()), "a line is under no model, or another's"
+        assert self.ranks == sorted(self.rank(line.head) for line in self.groups.values()), "a line is out of turn"
+        listed = [want for model, wants in self.specs_by_model.items() for want in wants if want.model == model]
+        wanted = len(listed) == len(self.groups) and all(want in self.groups for want in listed)
+        assert wanted and all(self.specs_by_model.values()), "a line is under no model, or another's"
         assert processes == self.processes, "the processes are miscounted"
-        assert all(line.requests for line in self.lines.values()), "an empty line"
+        assert all(line.requests for line in self.groups.values()), "an empty line"
         assert all(request.state is RequestState.queued for request in queued), "answered, but still in a line"
         held = {id for id, request in self.requests.items() if request.state is RequestState.granted}
         assert held | {request.id for request in queued} == set(self.requests), "neither queued nor granted"
         owners = {("runner", id) for id in self.runners} | {("memory", id) for id in held - leases}
         assert owners == set(self.ledger.accounts), "an account without an owner, or the other way round"
         for device, sample in self.ledger.devices.items():
-            promised = self.ledger.promised_bytes(device)
+            promised = self.ledger.reserved_bytes(device)
             fits = promised <= sample.capacity_bytes
-            assert fits or device in self.ledger.shrunk, f"{device}: promised more than there is"
-        assert working == self.working <= self.most_working, "those at work are miscounted"
-        assert not (self.closing and self.lines), "somebody waits for a closed scheduler"
+            assert fits or device in self.ledger.overcommitted, f"{device}: promised more than there is"
+        assert working == self.busy_on_host <= self.peak_busy_on_host, "those at work are miscounted"
+        assert not (self.closing and self.groups), "somebody waits for a closed scheduler"
         loaded = [runner for runner in self.runners.values() if runner.current and runner.state is not LOADING]
-        assert not any(map(self.lines_for, loaded)), "somebody waits for what is there"
+        assert not any(map(self.groups_served_by, loaded)), "somebody waits for what is there"
         self._check_claims()
-        waited_for = {want.model for want in self.lines}
+        waited_for = {want.model for want in self.groups}
         ahead = [model for model, _ in self.prefetching]
         assert waited_for.issuperset(ahead), "a file is read ahead for nobody"
         read = sum(size > 0 for _, size in self.prefetching)  # the others keep their places in the order alone
-        assert len(set(ahead)) == len(ahead) and read <= self.limits.prefetches, "more files are read ahead than may be"
+        assert len(set(ahead)) == len(ahead) and read <= self.config.prefetches, "more files are read ahead than may be"
 
     def _check_runner(self, runner: Runner) -> None:
         assert runner.state is not UNLOADED, f"{runner} is unloaded but listed"
@@ -186,7 +188,7 @@ class Pool:
         assert bool(runner.leases) <= (runner.state in (READY, EXPIRING)), f"{runner} holds leases it may not"
         assert runner.current == (self.models[runner.model].current is runner), f"{runner}: not its model's current one"
         assert runner.process or (runner.state is EXPIRING and not runner.leases), f"{runner} serves without a process"
-        default = runner.keep_alive_s == self.limits.keep_alive_s
+        default = runner.keep_alive_s == self.config.keep_alive_s
         assert default or not runner.uses_default_keep_alive, f"{runner}: neither the default nor one named"
         assert not (runner.stopping and runner.leases), f"{runner} is stopped in use"
         lingers = runner.process and runner.state is EXPIRING and not runner.leases and not runner.stopping
@@ -194,10 +196,10 @@ class Pool:
         for lease in runner.leases:
             assert self.requests[lease].runner == runner.id, f"lease {lease} is on another runner"
         account = self.ledger.accounts["runner", runner.id]
-        for device, promised in account.promised.items() if account.settled else ():
-            most = account.peak.get(device, promised) + account.to_come.get(device, 0)
+        for device, promised in account.reserved.items() if account.peak_observed else ():
+            most = account.peak.get(device, promised) + account.expected_growth.get(device, 0)
             assert promised <= most, f"{runner}: more is promised than was measured"
-        assert account.settled <= (runner.loaded_at is not None), f"{runner} has settled before it served"
+        assert account.peak_observed <= (runner.loaded_at is not None), f"{runner} has settled before it served"
         timed = runner.state is IDLE and runner.keep_alive_s < math.inf and not self.models[runner.model].pinned
         assert timed == (self.timers.at(("keep-alive", runner.id)) < math.inf), f"{runner}: keep-alive clock"
         assert (runner.state is LOADING) == (self.timers.at(("load", runner.id)) < math.inf), f"{runner}: load clock"
@@ -207,7 +209,7 @@ class Pool:
         numbers = {*self.claims, *(runner.claim for runner in under)}
         assert len(numbers) == len(self.claims) + len(under), "a claim is used twice"
         assert all(number < self.next_claim for number in numbers), "a claim that was never made"
-        assert len(self.claims) <= len(self.lines), "a claim for nobody"
+        assert len(self.claims) <= len(self.groups), "a claim for nobody"
         for claim in self.claims.values():
             assert not claim.had and claim.devices, f"{claim}: had, but nothing was launched"
             assert self.timers.at(("claim", claim.number)) == claim.by, f"{claim}: nothing ends the wait for it"
@@ -216,23 +218,23 @@ class Pool:
             timed = self.timers.at(("claim", runner.claim)) < math.inf
             assert timed == runner.stopping, f"{runner}: how long it keeps its devices"
 
-    def copy(self) -> Pool:
+    def copy(self) -> CoreState:
         """Return an independent copy; what is immutable is shared."""
         runners = {id: runner.copy() for id, runner in self.runners.items()}
         requests = {id: request.copy() for id, request in self.requests.items()}
         lines = {
-            want: Line(want, {id: requests[id] for id in line.requests}, line.waits_for, line.until, line.told)
-            for want, line in self.lines.items()
+            want: RequestGroup(want, {id: requests[id] for id in line.requests}, line.waits_for, line.until, line.told)
+            for want, line in self.groups.items()
         }
-        return Pool(
-            self.limits,
+        return CoreState(
+            self.config,
             self.ledger.copy(),
             {id: model.copy(runners) for id, model in self.models.items()},
             runners,
             requests,
             lines,
-            list(self.turns),
-            {model: list(wants) for model, wants in self.wants.items()},
+            list(self.ranks),
+            {model: list(wants) for model, wants in self.specs_by_model.items()},
             self.timers.copy(),
             self.queued,
             self.processes,
@@ -243,8 +245,8 @@ class Pool:
             {number: replace(claim) for number, claim in self.claims.items()},
             self.next_claim,
             self.prefetching,
-            self.working,
-            self.most_working,
-            dict(self.rests),
+            self.busy_on_host,
+            self.peak_busy_on_host,
+            dict(self.idle_intervals),
             self.steps,
         )

@@ -16,38 +16,42 @@ from fsm.sizing.footprint import Footprint
 from fsm.sizing.load_history import NOTHING, LoadHistory, note_bounded, usual_load_s, with_load
 from fsm.sizing.load_options import UnsupportedReason, impossible, resolve
 from fsm.sizing.memory_estimate import estimate
-from fsm.state.core_config import Limits
+from fsm.state.core_config import CoreConfig
 
 MOST_DEMANDS = 2048  # of one model that are remembered: more than its options that are waited for, mostly
 CONTEXT_STEPS = (32768, 4096)  # to which an automatic context goes down, tokens: the reference's
 
 
 @dataclass(slots=True, eq=False)
-class Model:
+class ModelRecord:
     """What is known of one model, whether or not a runner of it lives."""
 
     id: ModelId
     info: ModelInfo | Footprint | None = None  # as of the last Inspected
-    fresh: bool = False  # inspected since the last launch; before each, since the file may have changed
+    inspected_since_launch: bool = (
+        False  # inspected since the last launch; before each, since the file may have changed
+    )
     inspecting: bool = False  # an Inspect is under way
     current: Runner | None = None  # its one runner that is loading, ready or idle
     pinned: bool = False
     failures: int = 0  # loads failed and crashes in a row
     blocked_until: float = -math.inf  # backed off: nobody is let wait for it before
     failure: FailureReason | None = None  # the last one
-    alone: bool = False  # a load ran out of memory: everything else goes before the next one
+    load_exclusively: bool = False  # a load ran out of memory: everything else goes before the next one
     loads: dict[Amounts, tuple[float, ...]] = field(default_factory=dict)  # split -> seconds of the last few
     context_limit: int | None = None  # of automatic contexts, after one ran out of memory; until a runner has lived
-    first: int = 1  # runners with lower ids were of another file
+    first_runner_of_file: int = 1  # runners with lower ids were of another file
     # (options, split) -> bytes that the next runner is promised: measured, and what was known to be still to come
     measured: dict[tuple[Options, Amounts], Amounts] = field(default_factory=dict)
-    shortest: dict[Options, tuple[float, float, int]] = field(default_factory=dict)  # load, when last, and of how many
+    shortest_load: dict[Options, tuple[float, float, int]] = field(
+        default_factory=dict
+    )  # load, when last, and of how many
     # of this info, as asked; derived: found again where it is not there
     demands: dict[Options, tuple[Options, PlacementDemand]] = field(default_factory=dict, metadata={"derived": True})
     rested_at: float = -math.inf  # the last use of its last runner, or when a lease was asked for since
-    rests: Histogram = field(default_factory=dict)  # how long it rested before a lease was asked for
+    idle_intervals: Histogram = field(default_factory=dict)  # how long it rested before a lease was asked for
 
-    def demand(self, asked: Options, limits: Limits) -> tuple[Options, PlacementDemand]:
+    def demand(self, asked: Options, limits: CoreConfig) -> tuple[Options, PlacementDemand]:
         """Return the explicit options and the demand of a runner for `asked`; the model has been inspected."""
         if (known := self.demands.get(asked)) is None:
             assert self.info is not None, f"{self.id} is planned before it was inspected"
@@ -63,7 +67,7 @@ class Model:
                         options.num_gpu,
                         options.main_gpu,
                         seen,
-                        spread=limits.spread,
+                        spread=limits.spread_over_gpus,
                         require_gpu=limits.require_gpu or bool(asked.require_gpu),
                     ),
                 )
@@ -72,7 +76,7 @@ class Model:
             self.demands[asked] = known
         return known
 
-    def _defaults(self, limits: Limits) -> Options:
+    def _defaults(self, limits: CoreConfig) -> Options:
         """Return what is automatic: the limits' defaults, the context stepped down where it had to be."""
         if self.context_limit is None or limits.defaults.num_ctx is None:
             return limits.defaults
@@ -92,16 +96,16 @@ class Model:
         """Return which of these explicit options the engine would refuse for this model, its value, and why."""
         return impossible(self.info, options) if isinstance(self.info, ModelInfo) else None
 
-    def learn(self, info: ModelInfo | Footprint, next_runner: int, known: LoadHistory = NOTHING) -> None:
+    def apply_inspection(self, info: ModelInfo | Footprint, next_runner: int, known: LoadHistory = NOTHING) -> None:
         """Take over what an inspection found; what was measured of another file no longer holds.
 
         Of what a store has `known` of this file only that is taken over of which nothing is known here.
         """
         if info != self.info:
-            self.info, self.first = info, next_runner
+            self.info, self.first_runner_of_file = info, next_runner
             self.measured.clear()
             self.loads.clear()
-            self.shortest.clear()
+            self.shortest_load.clear()
             self.demands.clear()
         for took in known.sizes:
             if (took.options, took.split) not in self.measured:
@@ -109,7 +113,7 @@ class Model:
                 self.demands.clear()
         for loads in known.loads:
             self.loads.setdefault(loads.split, loads.seconds)
-        self.fresh = True
+        self.inspected_since_launch = True
 
     @property
     def load_s(self) -> float | None:
@@ -124,21 +128,21 @@ class Model:
         """Remember how long a load took."""
         self.loads[split] = with_load(self.loads.get(split, ()), load_s)
 
-    def asked(self, now: float, common: Histogram) -> None:
+    def record_arrival(self, now: float, common: Histogram) -> None:
         """Note that a lease is asked for, and how long the model had rested."""
         runner = self.current
         if runner is None or runner.state is LOADING:
             if self.rested_at > -math.inf:
-                count_interval(now - self.rested_at, self.rests, common)
+                count_interval(now - self.rested_at, self.idle_intervals, common)
             self.rested_at = now
         elif runner.state is IDLE:
-            count_interval(now - runner.used_at, self.rests, common)
+            count_interval(now - runner.used_at, self.idle_intervals, common)
 
-    def copy(self, runners: dict[RunnerId, Runner]) -> Model:
+    def copy(self, runners: dict[RunnerId, Runner]) -> ModelRecord:
         """Return an independent copy that refers to the copied `runners`."""
         current = runners[self.current.id] if self.current else None
-        return Model(
-            self.id, self.info, self.fresh, self.inspecting, current, self.pinned, self.failures, self.blocked_until,
-            self.failure, self.alone, dict(self.loads), self.context_limit, self.first, dict(self.measured),
-            dict(self.shortest), dict(self.demands), self.rested_at, dict(self.rests),
+        return ModelRecord(
+            self.id, self.info, self.inspected_since_launch, self.inspecting, current, self.pinned, self.failures, self.blocked_until,
+            self.failure, self.load_exclusively, dict(self.loads), self.context_limit, self.first_runner_of_file, dict(self.measured),
+            dict(self.shortest_load), dict(self.demands), self.rested_at, dict(self.idle_intervals),
         )  # fmt: skip

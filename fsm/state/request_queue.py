@@ -8,14 +8,14 @@ from dataclasses import dataclass, field
 from fsm.machine.request import Request, RequestId, RequestSpec
 from fsm.messages.reasons import WaitFor, WaitReason
 
-Turn = tuple[float, RequestId]  # the earlier the smaller
+QueueRank = tuple[float, RequestId]  # the earlier the smaller
 
 
 @dataclass(slots=True, eq=False)
-class Line:
+class RequestGroup:
     """The queued requests that want the same, in the order in which they came; never empty."""
 
-    want: RequestSpec
+    spec: RequestSpec
     requests: dict[RequestId, Request] = field(default_factory=dict)
     waits_for: WaitReason = WaitFor.plan  # as of the last plan
     until: float = math.inf  # when that is expected to be over, or looked at again; infinite: unknown

@@ -11,8 +11,8 @@ from fsm.machine.request import ModelId, Purpose, RequestId, RequestState
 from fsm.machine.runner import RunnerId, RunnerState
 from fsm.messages.reasons import WaitReason
 from fsm.sizing.footprint import Footprint
-from fsm.state.core_config import Limits
-from fsm.state.core_state import Pool
+from fsm.state.core_config import CoreConfig
+from fsm.state.core_state import CoreState
 from fsm.state.memory_ledger import Account
 
 
@@ -97,23 +97,23 @@ class Snapshot:
     queue: tuple[WaitView, ...]
     held: tuple[HeldView, ...]
     devices: tuple[DeviceView, ...]
-    limits: Limits
+    limits: CoreConfig
     closing: bool
 
 
-def take_snapshot(pool: Pool) -> Snapshot:
+def take_snapshot(pool: CoreState) -> Snapshot:
     """Return what `pool` is like now."""
-    return Snapshot(pool.now, _runners(pool), _queue(pool), _held(pool), _devices(pool), pool.limits, pool.closing)
+    return Snapshot(pool.now, _runners(pool), _queue(pool), _held(pool), _devices(pool), pool.config, pool.closing)
 
 
-def _runners(pool: Pool) -> tuple[RunnerView, ...]:
+def _runners(pool: CoreState) -> tuple[RunnerView, ...]:
     views = []
     for runner in pool.runners.values():
         account, info = pool.ledger.accounts["runner", runner.id], pool.models[runner.model].info
         view = RunnerView(
-            runner.id, runner.model, runner.state, len(runner.leases), runner.effective_options, tuple(account.promised.items()),
+            runner.id, runner.model, runner.state, len(runner.leases), runner.effective_options, tuple(account.reserved.items()),
             tuple(account.resident.items()), runner.placement.bytes, tuple(account.peak.items()), _held_bytes(account),
-            account.mapped_bytes, account.settled, runner.placement.gpu_layers, runner.keep_alive_s,
+            account.mapped_bytes, account.peak_observed, runner.placement.gpu_layers, runner.keep_alive_s,
             pool.timers.at(("keep-alive", runner.id)), runner.launched_at, runner.loaded_at,
             pool.models[runner.model].pinned, runner.process, runner.stop_deadline,
             isinstance(info, Footprint) and bool(info.fixed),
@@ -123,11 +123,11 @@ def _runners(pool: Pool) -> tuple[RunnerView, ...]:
 
 
 def _held_bytes(account: Account) -> Amounts:
-    return tuple((device, account.held_bytes(device)) for device in sorted({*account.promised, *account.peak}))
+    return tuple((device, account.held_bytes(device)) for device in sorted({*account.reserved, *account.peak}))
 
 
-def _queue(pool: Pool) -> tuple[WaitView, ...]:
-    waiting = [(line, request) for line in pool.lines_in_order() for request in line.requests.values()]
+def _queue(pool: CoreState) -> tuple[WaitView, ...]:
+    waiting = [(line, request) for line in pool.groups_in_order() for request in line.requests.values()]
     return tuple(
         WaitView(
             request.id,
@@ -143,7 +143,7 @@ def _queue(pool: Pool) -> tuple[WaitView, ...]:
     )
 
 
-def _held(pool: Pool) -> tuple[HeldView, ...]:
+def _held(pool: CoreState) -> tuple[HeldView, ...]:
     return tuple(
         HeldView(
             request.id,
@@ -157,7 +157,7 @@ def _held(pool: Pool) -> tuple[HeldView, ...]:
     )
 
 
-def _devices(pool: Pool) -> tuple[DeviceView, ...]:
+def _devices(pool: CoreState) -> tuple[DeviceView, ...]:
     ledger = pool.ledger
     return tuple(
         DeviceView(
@@ -168,7 +168,7 @@ def _devices(pool: Pool) -> tuple[DeviceView, ...]:
             sample.free_bytes,
             ledger.held_bytes(memory),
             ledger.free_bytes(memory),
-            ledger.missing_bytes(memory),
+            ledger.held_by_others(memory),
             sample.integrated,
         )
         for id, sample in ledger.devices.items()

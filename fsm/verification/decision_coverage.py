@@ -165,7 +165,7 @@ class Coverage:
 
 def situation_of(core: Core, event: Event) -> Situation:
     """Return what an event is about to meet: the state of its runner, of its model's, or of its request."""
-    pool = core.pool
+    pool = core._state
     kind = type(event)
     if kind in POOL_EVENTS:
         return "closing" if pool.closing else "somebody waits" if pool.queued else "nobody waits"
@@ -187,10 +187,10 @@ def situation_of(core: Core, event: Event) -> Situation:
 
 
 def _of_model(core: Core, id: ModelId) -> Situation:
-    model = core.pool.models.get(id)
+    model = core._state.models.get(id)
     if model is not None and model.current is not None:
         return _of_runner(model.current)
-    for runner in core.pool.runners.values():
+    for runner in core._state.runners.values():
         if runner.model == id:
             return _of_runner(runner)
     return "gone"

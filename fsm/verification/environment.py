@@ -36,8 +36,8 @@ from fsm.messages.events import (
 )
 from fsm.messages.reasons import NoAnswer
 from fsm.sizing.footprint import Footprint
-from fsm.state.core_config import Limits
-from fsm.state.core_state import Pool
+from fsm.state.core_config import CoreConfig
+from fsm.state.core_state import CoreState
 
 CLOSE_S = 30.0  # how long a Close lets leases last
 AT_ONCE_S = 0.0  # how long one that comes after it does
@@ -53,10 +53,10 @@ class Scenario:
     about: str  # in words
     devices: Amounts  # capacities, the host first
     models: tuple[tuple[ModelId, Footprint | ModelInfo], ...]
-    wants: tuple[RequestSpec, ...]  # what may be asked for
+    specs: tuple[RequestSpec, ...]  # what may be asked for
     requests: int  # most that are queued or granted at once
     most: int  # states that are enough of it
-    limits: Limits = field(default_factory=Limits)
+    limits: CoreConfig = field(default_factory=CoreConfig)
     keep_alives_s: tuple[float | None, ...] = (None,)  # that a request may name
     timeouts_s: tuple[float | None, ...] = (None,)
     out_of_memory: bool = False  # loads may run out of memory, and runners that serve
@@ -102,31 +102,31 @@ def begin(core: Core, scenario: Scenario) -> None:
 def kinds(scenario: Scenario) -> Mapping[ModelId, object]:
     """Return what each model is to the scenario: those of one kind may be exchanged for one another."""
     return {
-        id: (info, frozenset(replace(want, model=ModelId("")) for want in scenario.wants if want.model == id))
+        id: (info, frozenset(replace(want, model=ModelId("")) for want in scenario.specs if want.model == id))
         for id, info in scenario.models
     }
 
 
-def moments(pool: Pool) -> Iterator[float]:
+def moments(pool: CoreState) -> Iterator[float]:
     """Yield every time at which something may become true without an event, past ones too: deadlines and bounds."""
     yield from (at for at, _ in pool.timers.items())
     for model in pool.models.values():
         yield model.blocked_until
         if model.failures and model.current is not None and model.current.loaded_at is not None:
-            yield model.current.loaded_at + pool.limits.good_life_s
+            yield model.current.loaded_at + pool.config.good_life_s
 
 
 def time_of(core: Core, event: Event) -> float:
     """Return when an event comes: now, or for a Tick at the first moment that is ahead."""
-    now = core.pool.now
-    if not isinstance(event, Tick) or any(at <= now for at, _ in core.pool.timers.items()):
+    now = core._state.now
+    if not isinstance(event, Tick) or any(at <= now for at, _ in core._state.timers.items()):
         return now
-    return min((at for at in moments(core.pool) if now < at < math.inf), default=now)
+    return min((at for at in moments(core._state) if now < at < math.inf), default=now)
 
 
 def possible(core: Core, scenario: Scenario, past: Past) -> Iterator[Event]:
     """Yield every event that may come next."""
-    pool = core.pool
+    pool = core._state
     yield from _asked(pool, scenario, past)
     for request in pool.requests.values():
         if request.state is RequestState.granted:
@@ -160,7 +160,7 @@ def late(core: Core, past: Past) -> Iterator[Event]:
     A request that is known asks again, one that is over or still waits is released, a process that is gone has its say,
     one that serves says once more that it has loaded, and who closes what is closing already allows more time.
     """
-    pool = core.pool
+    pool = core._state
     over = next(id for id in range(past.requests, -1, -1) if id not in pool.requests)
     yield from (Release(RequestId(over)), Cancel(RequestId(over)))
     known = next(iter(pool.requests.values()), None)
@@ -194,7 +194,7 @@ def next_in_order(core: Core, scenario: Scenario) -> Event | None:
     Leases are given back once nothing else is under way, and models asked to leave once nobody waits. A pool that is
     closed gets no such help: no claim is had, nothing loads, no lease comes back, and time passes for the leases alone.
     """
-    pool = core.pool
+    pool = core._state
     for model in pool.models.values():
         if model.inspecting:
             return _inspected(model.id, scenario)
@@ -213,7 +213,8 @@ def next_in_order(core: Core, scenario: Scenario) -> Event | None:
         read = pool.ledger.copy()
         read.sample(reading.devices)
         back = any(
-            all(read.for_us_bytes(gpu) >= for_us for gpu, for_us in runner.recovery_targets.items()) for runner in gone
+            all(read.total_available(gpu) >= for_us for gpu, for_us in runner.recovery_targets.items())
+            for runner in gone
         )
         return reading if back else Tick()  # what others took meanwhile hides it: the wait ends by itself
     if pool.closing:
@@ -221,7 +222,7 @@ def next_in_order(core: Core, scenario: Scenario) -> Event | None:
     for request in pool.requests.values():
         if request.state is RequestState.granted:
             return Release(request.id)
-    if pool.lines:
+    if pool.groups:
         return Tick()
     for model in pool.models.values():
         if model.current is not None:
@@ -243,11 +244,11 @@ def sampled(
     With `back=False` the memory of processes that are gone is still missing; an `early` reading began before they went.
     Other programs hold `strangers_bytes` of each GPU.
     """
-    now = tuple((sample.id, sample.capacity_bytes) for sample in core.pool.ledger.devices.values())
+    now = tuple((sample.id, sample.capacity_bytes) for sample in core._state.ledger.devices.values())
     capacities = capacities or now or scenario.devices
     free = dict(capacities)
     resident = []
-    for runner in core.pool.runners.values():
+    for runner in core._state.runners.values():
         if runner.loaded_at is not None and (runner.process or not back):
             for device, size in runner.placement.bytes:
                 free[device] -= size
@@ -259,27 +260,27 @@ def sampled(
         else DeviceSample(id, "cpu", id, size, max(0, free[id]))
         for id, size in capacities
     )
-    number = core.pool.samples
+    number = core._state.samples
     if early:
-        number = min(runner.last_sample for runner in core.pool.runners.values() if not runner.process) - 1
+        number = min(runner.last_sample for runner in core._state.runners.values() if not runner.process) - 1
     return Sampled(devices, tuple(resident), number)
 
 
-def _asked(pool: Pool, scenario: Scenario, past: Past) -> Iterator[Event]:
+def _asked(pool: CoreState, scenario: Scenario, past: Past) -> Iterator[Event]:
     if len(pool.requests) >= scenario.requests:
         return
     request = RequestId(past.requests + 1)
     if pool.closing:
-        yield from (Acquire(request, want) for want in scenario.wants)
+        yield from (Acquire(request, want) for want in scenario.specs)
         return
-    for want in scenario.wants:
+    for want in scenario.specs:
         for keep_alive_s in scenario.keep_alives_s:
             for timeout_s in scenario.timeouts_s:
                 yield Acquire(request, want, keep_alive_s, timeout_s)
 
 
 def _readings(core: Core, scenario: Scenario) -> Iterator[Event]:
-    pool = core.pool
+    pool = core._state
     if any(not runner.process for runner in pool.runners.values()):
         yield sampled(core, scenario)
         yield sampled(core, scenario, back=False, early=True)
@@ -293,7 +294,7 @@ def _readings(core: Core, scenario: Scenario) -> Iterator[Event]:
         yield from (sampled(core, scenario, capacities=one) for one in others if [size for _, size in one] != now)
 
 
-def _of_a_process(pool: Pool, runner: Runner, scenario: Scenario) -> Iterator[Event]:
+def _of_a_process(pool: CoreState, runner: Runner, scenario: Scenario) -> Iterator[Event]:
     """Yield what a process may do: load, even after it was told to stop; fail, run out of memory, hang, end."""
     if runner.loaded_at is None:
         yield _loaded(runner)
@@ -301,7 +302,7 @@ def _of_a_process(pool: Pool, runner: Runner, scenario: Scenario) -> Iterator[Ev
             yield Exited(runner.id, KILLED, "", out_of_memory=True)
     elif scenario.out_of_memory and not runner.out_of_memory:
         yield OutOfMemory(runner.id)
-    if scenario.fills and runner.loaded_at is not None and not pool.ledger.accounts["runner", runner.id].settled:
+    if scenario.fills and runner.loaded_at is not None and not pool.ledger.accounts["runner", runner.id].peak_observed:
         yield ContextFilled(runner.id)
     if scenario.hangs and runner.state is LOADING:
         yield Progress(runner.id)

@@ -26,7 +26,7 @@ from fsm.machine.transition_table import IllegalTransition
 from fsm.messages.commands import Command
 from fsm.messages.events import Event
 from fsm.sizing.footprint import Footprint
-from fsm.state.core_state import Pool
+from fsm.state.core_state import CoreState
 from fsm.verification.environment import Past, Scenario, begin, kinds, late, next_in_order, possible, time_of
 from fsm.verification.state_key import Canonical
 from fsm.verification.transition_invariants import judge
@@ -200,7 +200,7 @@ class _Search:
         after = core.copy()
         for event in late(core, past):
             try:
-                commands = after.step(core.pool.now, event)
+                commands = after.step(core._state.now, event)
             except Exception as error:
                 raise _Broken(f"an event that came too late: {_said(error, after)}", number, event) from error
             if commands:
@@ -213,7 +213,7 @@ class _Search:
         """Return the event that changed something, although it came too late."""
         for event in late(core, past):
             after = core.copy()
-            after.step(core.pool.now, event)
+            after.step(core._state.now, event)
             if self.seen.get(self.canonical.key(after)) != number:
                 return event
         return None
@@ -225,7 +225,7 @@ class _Search:
         for _ in range(LONGEST_WAY):
             event = next_in_order(core, self.scenario)
             if event is None:
-                return END if _is_over(core.pool) else UNKNOWN
+                return END if _is_over(core._state) else UNKNOWN
             try:
                 core.step(time_of(core, event), event)
             except Exception as error:
@@ -271,9 +271,9 @@ class _Search:
         return tuple(steps)
 
 
-def _is_over(pool: Pool) -> bool:
+def _is_over(pool: CoreState) -> bool:
     """Tell whether nothing is left of anybody."""
-    return not (pool.lines or pool.runners or pool.requests or pool.claims or pool.ledger.accounts)
+    return not (pool.groups or pool.runners or pool.requests or pool.claims or pool.ledger.accounts)
 
 
 def _step(core: Core, event: Event) -> Step:
@@ -288,7 +288,7 @@ def _step(core: Core, event: Event) -> Step:
 def _said(error: Exception, core: Core) -> str:
     """Return what an exception says, runners by their names."""
     said = str(error) if isinstance(error, AssertionError | IllegalTransition) else repr(error)
-    for runner in core.pool.runners.values():
+    for runner in core._state.runners.values():
         said = said.replace(repr(runner), f"runner {runner.id} of {runner.model}")
     return said
 

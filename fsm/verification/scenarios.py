@@ -10,7 +10,7 @@ from fsm.domain.model_info import ModelInfo, Options
 from fsm.machine.request import ModelId, Purpose, RequestSpec
 from fsm.messages.events import Configure
 from fsm.sizing.footprint import Footprint
-from fsm.state.core_config import Limits
+from fsm.state.core_config import CoreConfig
 from fsm.verification.environment import Scenario
 
 GIB = 1024 * MIB
@@ -21,9 +21,9 @@ HOST_8 = ((HOST, 8 * GIB),)
 # nothing is kept for its next user, which would be one more deadline of the kind of a residency, for every use;
 # memory is looked at once more before the wait for it is over: of times only the order is told apart, and a look every
 # quarter of a second would be the same state again and again.
-LIMITS = Limits(
+LIMITS = CoreConfig(
     keep_alive_s=math.inf, max_wait_s=20.0, min_residency_s=3.0, load_timeout_s=50.0, recovery_interval_s=4.0,
-    recovery_timeout_s=5.0, back_off_s=11.0, good_life_s=60.0, rest_part=0.0,
+    recovery_timeout_s=5.0, back_off_s=11.0, good_life_s=60.0, idle_grace_part=0.0,
 )  # fmt: skip
 
 
@@ -139,7 +139,7 @@ SCENARIOS: tuple[Scenario, ...] = (
     Scenario(
         "moments-of-rest", "runners that are kept for their next user, and by what their load took",
         HOST_8, ONE_PLACE, EITHER, 2, 40_000,
-        replace(LIMITS, min_residency_s=None, rest_part=0.1, rest_limit_s=1.0),
+        replace(LIMITS, min_residency_s=None, idle_grace_part=0.1, idle_grace_limit_s=1.0),
         expires=False,
     ),
     Scenario(

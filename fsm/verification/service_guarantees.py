@@ -32,21 +32,21 @@ from fsm.messages.events import (
 from fsm.planning.plan import Room
 from fsm.sizing.footprint import Footprint
 from fsm.state.core_config import USE_PER_LOAD
-from fsm.state.core_state import Pool
+from fsm.state.core_state import CoreState
 from fsm.state.memory_ledger import Owner
-from fsm.state.request_queue import Line
+from fsm.state.request_queue import RequestGroup
 
 
 def see_promises_kept(before: Core, event: Event, commands: Sequence[Command], after: Core) -> None:
     """Raise AssertionError where a step breaks a promise; `after.plans` are those of the step."""
-    was, now = before.pool, after.pool
+    was, now = before._state, after._state
     if after.plans:
         _planned_in_turn(after)
         see_that_plans_are_fair(after, commands)
     _granted_in_turn(was, commands)
     _has_what_it_loads_on(was, event, commands, now)
     if isinstance(event, Acquire):
-        assert now.queued <= max(now.limits.max_queue, was.queued), "more wait than may"
+        assert now.queued <= max(now.config.max_queue, was.queued), "more wait than may"
     for runner in now.runners.values():
         if runner.current:
             _keep_alive(was, event, commands, now, runner)
@@ -61,14 +61,14 @@ def see_promises_kept(before: Core, event: Event, commands: Sequence[Command], a
             _ran_out(was, id, now)
         case Progress(id) if id in was.runners and was.runners[id].state is LOADING:
             due_at = now.timers.at(("load", id))
-            assert due_at == now.now + now.limits.load_timeout_s, "a load that is alive is not given more time"
+            assert due_at == now.now + now.config.load_timeout_s, "a load that is alive is not given more time"
         case Cancel() | Tick():
             _abandoned(was, commands, now)
         case _:
             pass
     if any(runner.leases for runner in was.runners.values()):
         _asked_first(was, commands, after)
-    if now.ledger.shrunk or now.limits.max_runners:
+    if now.ledger.overcommitted or now.config.max_runners:
         _nobody_rests_in_excess(now)
 
 
@@ -81,19 +81,19 @@ def _planned_in_turn(after: Core) -> None:
     if plan.memory:
         return  # who was granted is no longer the oldest
     waited = [list(line.requests.values()) for line in plan.looked_at if line.requests]
-    turns = [min(_turn(request, after.pool) for request in requests) for requests in waited]
+    turns = [min(_turn(request, after._state) for request in requests) for requests in waited]
     assert turns == sorted(turns), "somebody is planned before it is their turn"
 
 
-def _turn(request: Request, pool: Pool) -> tuple[float, RequestId]:
-    return request.queued_at - request.spec.priority * pool.limits.priority_s, request.id
+def _turn(request: Request, pool: CoreState) -> tuple[float, RequestId]:
+    return request.queued_at - request.spec.priority * pool.config.priority_s, request.id
 
 
-def _turn_in(pool: Pool) -> Callable[[Request], tuple[float, RequestId]]:
+def _turn_in(pool: CoreState) -> Callable[[Request], tuple[float, RequestId]]:
     return lambda request: _turn(request, pool)
 
 
-def _granted_in_turn(was: Pool, commands: Sequence[Command]) -> None:
+def _granted_in_turn(was: CoreState, commands: Sequence[Command]) -> None:
     """Who waited for one runner is served in the order in which they came, those who want no lease last."""
     granted: dict[int | None, list[tuple[bool, float, RequestId]]] = {}
     for one in commands:
@@ -117,10 +117,10 @@ def _nobody_is_overtaken(after: Core, commands: Sequence[Command]) -> None:
     those have gone that were stopped, or those that drain too, or those whose place it is to have: if it would have had
     enough then without what was just taken, it still does.
     """
-    pool = after.pool
+    pool = after._state
     started = [one.runner for one in commands if isinstance(one, Launch)]
     granted = [one.request for one in commands if isinstance(one, Grant) and one.runner is None]
-    if not pool.lines or not after.plans or not (started or granted):
+    if not pool.groups or not after.plans or not (started or granted):
         return
     first = _first_without(after, {pool.runners[id].model for id in started if id in pool.runners})
     if first is None:
@@ -129,33 +129,33 @@ def _nobody_is_overtaken(after: Core, commands: Sequence[Command]) -> None:
     turn = min(_turn(request, pool) for request in line.requests.values())
     younger: list[Owner] = [("memory", id) for id in granted if _turn(pool.requests[id], pool) > turn]
     for planned, _, _ in (launch for plan in after.plans for launch in plan.launches):
-        runner = pool.models[planned.want.model].current
+        runner = pool.models[planned.spec.model].current
         if runner is not None and runner.id in started and min(map(_turn_in(pool), planned.requests.values())) > turn:
             younger.append(("runner", runner.id))
     accounts = pool.ledger.accounts
-    places = math.inf if line.want.purpose is Purpose.memory else sum(kind == "runner" for kind, _ in younger)
-    for device, need in pool.ledger.booked(room.placement.bytes).items():
+    places = math.inf if line.spec.purpose is Purpose.memory else sum(kind == "runner" for kind, _ in younger)
+    for device, need in pool.ledger.by_memory(room.placement.bytes).items():
         taken = sum(accounts[owner].held_bytes(device) for owner in younger if owner in accounts)
         for there in _horizons(pool, room, device, places) if taken else ():
             assert not there < need <= there + taken, "who came later takes what another waits for"
 
 
-def _first_without(after: Core, started: Collection[ModelId]) -> tuple[Line, Room] | None:
+def _first_without(after: Core, started: Collection[ModelId]) -> tuple[RequestGroup, Room] | None:
     """Return the first line that waits for memory, of declared bytes, and where that goes; None: there is another."""
-    pool, rooms = after.pool, (after.plans or [])[-1].rooms
-    for line in sorted(pool.lines.values(), key=lambda one: min(map(_turn_in(pool), one.requests.values()))):
-        model = pool.models.get(line.want.model)
+    pool, rooms = after._state, (after.plans or [])[-1].rooms
+    for line in sorted(pool.groups.values(), key=lambda one: min(map(_turn_in(pool), one.requests.values()))):
+        model = pool.models.get(line.spec.model)
         if model is not None and model.current is not None and model.current.state is LOADING:
-            if model.id in started or line.want.options in model.current.equivalent_requests:
+            if model.id in started or line.spec.options in model.current.equivalent_requests:
                 continue
             return None
         declared = model is None or (isinstance(model.info, Footprint) and model.info.fixed)
-        room = rooms.get(line.want)
+        room = rooms.get(line.spec)
         return (line, room) if room is not None and declared else None
     return None
 
 
-def _horizons(pool: Pool, room: Room, device: DeviceId, places: float) -> list[int]:
+def _horizons(pool: CoreState, room: Room, device: DeviceId, places: float) -> list[int]:
     """Return what there is of a device for the first who waits, at each time at which it may be enough.
 
     Memory without a place for its process, of which as many as `places` were just taken, is not enough.
@@ -176,20 +176,20 @@ def _horizons(pool: Pool, room: Room, device: DeviceId, places: float) -> list[i
 
 def _victim_of_one(after: Core) -> None:
     """No two lines count on what one runner leaves, but for who has to leave whoever else counts on it."""
-    pool = after.pool
+    pool = after._state
     counted: set[RunnerId] = set()
     for want, room in (after.plans or [])[-1].rooms.items():
         model = pool.models.get(want.model)
         forced = model.current if model is not None else None
-        for victim in room.victims if model is None or not model.alone else ():
+        for victim in room.victims if model is None or not model.load_exclusively else ():
             if forced is None or victim.runner != forced.id:
                 assert victim.runner not in counted, f"two count on what {victim.model} leaves"
                 counted.add(victim.runner)
 
 
-def _has_what_it_loads_on(was: Pool, event: Event, commands: Sequence[Command], now: Pool) -> None:
+def _has_what_it_loads_on(was: CoreState, event: Event, commands: Sequence[Command], now: CoreState) -> None:
     """A load begins when all its devices are claimed for it, or when the wait for that is over."""
-    for command in commands if now.limits.claims else ():
+    for command in commands if now.config.claims else ():
         if isinstance(command, Launch):
             runner = now.runners[command.runner]
             devices = {device for device, amount in runner.placement.bytes if amount}
@@ -200,7 +200,7 @@ def _has_what_it_loads_on(was: Pool, event: Event, commands: Sequence[Command], 
 # -- how long runners stay --------------------------------------------------------------------------------------------
 
 
-def _keep_alive(was: Pool, event: Event, commands: Sequence[Command], now: Pool, runner: Runner) -> None:
+def _keep_alive(was: CoreState, event: Event, commands: Sequence[Command], now: CoreState, runner: Runner) -> None:
     """A runner rests for as long as was named last, from its last use on."""
     earlier = was.runners.get(runner.id)
     grants = [one.request for one in commands if isinstance(one, Grant) and one.runner == runner.id]
@@ -210,9 +210,9 @@ def _keep_alive(was: Pool, event: Event, commands: Sequence[Command], now: Pool,
     if last is not None:
         expected = {last}
     elif earlier is None:
-        waiting = [request for line in now.lines_of(runner.model) for request in line.requests.values()]
+        waiting = [request for line in now.groups_of_model(runner.model) for request in line.requests.values()]
         names = [request.keep_alive_s for request in waiting]
-        expected = {now.limits.keep_alive_s if name is None else name for name in names}
+        expected = {now.config.keep_alive_s if name is None else name for name in names}
     else:
         expected = {said if said is not None and earlier.uses_default_keep_alive else earlier.keep_alive_s}
     assert runner.keep_alive_s in expected, f"{runner.model} is kept for as long as nobody said"
@@ -229,7 +229,7 @@ def _keep_alive(was: Pool, event: Event, commands: Sequence[Command], now: Pool,
         assert expires_at == was.timers.at(("keep-alive", runner.id)), f"{runner.model} rests anew, and nobody used it"
 
 
-def _named(was: Pool, event: Event, id: RequestId) -> float | None:
+def _named(was: CoreState, event: Event, id: RequestId) -> float | None:
     """Return the keep-alive that a request named."""
     if isinstance(event, Acquire) and event.request == id:
         return event.keep_alive_s
@@ -240,19 +240,19 @@ def _pins(event: Event, runner: Runner) -> bool:
     return isinstance(event, Pin | Unpin) and event.model == runner.model
 
 
-def _loaded(earlier: Runner, now: Pool) -> None:
+def _loaded(earlier: Runner, now: CoreState) -> None:
     """Who was asked to leave leaves once it has served; others keep their place for a time that is bounded."""
     runner = now.runners.get(earlier.id)
     if runner is None or not runner.current:
         return
     assert not earlier.expire_when_served, f"{runner.model} was asked to leave once it has served, and stays"
-    limits, load_s = now.limits, now.now - runner.launched_at
+    limits, load_s = now.config, now.now - runner.launched_at
     for until, most_s in ((runner.resident_until, load_s), (runner.drain_protected_until, USE_PER_LOAD * load_s)):
         most_s = min(most_s, limits.max_wait_s) if limits.min_residency_s is None else limits.min_residency_s
         assert until <= now.now + most_s, f"{runner.model} keeps its place for too long"
 
 
-def _asked_to_leave(was: Pool, model: str, now: Pool) -> None:
+def _asked_to_leave(was: CoreState, model: str, now: CoreState) -> None:
     """A model that is asked to leave does, or will once those who wait for its load are served."""
     for earlier in was.runners.values():
         runner = now.runners.get(earlier.id)
@@ -260,7 +260,7 @@ def _asked_to_leave(was: Pool, model: str, now: Pool) -> None:
             assert runner.state is LOADING and runner.expire_when_served, f"{model} is asked to leave, and stays"
 
 
-def _ran_out(was: Pool, id: RunnerId, now: Pool) -> None:
+def _ran_out(was: CoreState, id: RunnerId, now: CoreState) -> None:
     """Memory ran out while a runner served: everybody is given up, since nobody knows who took it."""
     cause = was.runners.get(id)
     if cause is None or not cause.process or cause.loaded_at is None:
@@ -270,14 +270,14 @@ def _ran_out(was: Pool, id: RunnerId, now: Pool) -> None:
         assert runner is None or not runner.current, f"memory ran out, and {earlier.model} stays"
 
 
-def _abandoned(was: Pool, commands: Sequence[Command], now: Pool) -> None:
+def _abandoned(was: CoreState, commands: Sequence[Command], now: CoreState) -> None:
     """A load that nobody waits for any more goes on, but not where it would not be kept."""
     for one in commands:
         request = was.requests.get(one.request) if isinstance(one, Reject) else None
         model = now.models.get(request.spec.model) if request is not None else None
         if request is None or model is None or model.current is None or model.pinned:
             continue
-        runner, waited_for = model.current, model.id in now.wants
+        runner, waited_for = model.current, model.id in now.specs_by_model
         if runner.state is LOADING and runner.id in was.runners and request.spec.options in runner.equivalent_requests:
             kept = runner.keep_alive_s > 0 and request.keep_alive_s != 0
             assert kept or waited_for, f"{model.id} is loaded for nobody, and would not be kept"
@@ -286,9 +286,9 @@ def _abandoned(was: Pool, commands: Sequence[Command], now: Pool) -> None:
 # -- those in the way -------------------------------------------------------------------------------------------------
 
 
-def _asked_first(was: Pool, commands: Sequence[Command], after: Core) -> None:
+def _asked_first(was: CoreState, commands: Sequence[Command], after: Core) -> None:
     """The holders of what is given up for others are told so, once."""
-    now = after.pool
+    now = after._state
     said = [request for one in commands if isinstance(one, NotifyContention) for request in one.requests]
     assert len(said) == len(set(said)), "somebody is told twice that others wait"
     assert not any(was.requests[id].asked for id in said if id in was.requests), (
@@ -299,14 +299,14 @@ def _asked_first(was: Pool, commands: Sequence[Command], after: Core) -> None:
             assert lease in said or was.requests[lease].asked, "given up in use, and nobody told that others wait"
 
 
-def _nobody_rests_in_excess(now: Pool) -> None:
+def _nobody_rests_in_excess(now: CoreState) -> None:
     """Nobody rests where more is held than there is, or more are alive than may be, but for who is pinned."""
     going = {runner.id for runner in now.runners.values() if runner.state is EXPIRING}
     resting = [one for one in now.runners.values() if one.state is IDLE and not now.models[one.model].pinned]
     alive = sum(runner.process and runner.id not in going for runner in now.runners.values())
-    assert not resting or not 0 < now.limits.max_runners < alive, "somebody rests, and more are alive than may be"
+    assert not resting or not 0 < now.config.max_runners < alive, "somebody rests, and more are alive than may be"
     gone: set[Owner] = {("runner", id) for id in going}
-    for device in now.ledger.shrunk & now.ledger.devices.keys():
+    for device in now.ledger.overcommitted & now.ledger.devices.keys():
         staying = [one.held_bytes(device) for owner, one in now.ledger.accounts.items() if owner not in gone]
         if sum(staying) > now.ledger.devices[device].capacity_bytes:
             in_excess = [one for one in resting if now.ledger.accounts["runner", one.id].held_bytes(device)]

@@ -12,7 +12,7 @@ from fsm.domain.model_info import ModelInfo, Options
 from fsm.eviction.policies import Candidate, EvictionPolicy, ExpectedReloadCost, KeepAliveOrder, LeastRecentlyUsed
 from fsm.machine.request import ModelId, Purpose, RequestSpec
 from fsm.sizing.footprint import Footprint
-from fsm.state.core_config import Limits
+from fsm.state.core_config import CoreConfig
 from fsm.verification.sim_faults import Faults, draw_faults
 
 GIB = 1024 * MIB
@@ -48,11 +48,11 @@ class Capricious:
 class Scene:
     """What holds for a whole seed."""
 
-    limits: Limits
+    limits: CoreConfig
     policy: EvictionPolicy
     devices: tuple[DeviceSample, ...]  # all free, the host first
     models: tuple[tuple[ModelId, Info], ...]
-    wants: tuple[RequestSpec, ...]  # the earlier ones are asked for more often
+    specs: tuple[RequestSpec, ...]  # the earlier ones are asked for more often
     keep_alives_s: tuple[float | None, ...]  # that a request may name
     timeouts_s: tuple[float | None, ...]
     faults: Faults
@@ -72,7 +72,7 @@ def draw_scene(draw: Random) -> Scene:
         policy=_policy(draw),
         devices=devices,
         models=models,
-        wants=_wants(draw, names, devices),
+        specs=_wants(draw, names, devices),
         keep_alives_s=draw.choice(((None,), (None, None, 0.0, 5.0, math.inf))),
         timeouts_s=draw.choice(((None,), (None, None, 0.0, 10.0, 100.0))),
         faults=draw_faults(draw),
@@ -131,22 +131,22 @@ def _devices(draw: Random) -> tuple[DeviceSample, ...]:
     return tuple(devices)
 
 
-def _limits(draw: Random) -> Limits:
-    return Limits(
+def _limits(draw: Random) -> CoreConfig:
+    return CoreConfig(
         max_queue=0 if draw.random() < 0.03 else draw.choice((3, 8, 16, 32)),
         max_runners=draw.choice((0, 0, 1, 2, 4)),
         keep_alive_s=draw.choice((0.0, 5.0, 300.0, math.inf)),
         max_wait_s=draw.choice((2.0, 30.0, 120.0)),
         min_residency_s=draw.choice((None, None, 0.0, 10.0)),
         load_timeout_s=draw.choice((30.0, 300.0)),
-        loads_per_gpu=draw.choice((1, 2)),
-        loads_on_host=draw.choice((1, 2)),
+        max_loads_per_gpu=draw.choice((1, 2)),
+        max_host_loads=draw.choice((1, 2)),
         priority_s=draw.choice((0.0, 60.0)),
         defaults=draw.choice((Options(), Options(), Options(num_ctx=65536))),
-        spread=draw.random() < 0.1,
+        spread_over_gpus=draw.random() < 0.1,
         require_gpu=draw.random() < 0.1,
         claims=draw.random() < 0.3,
-        remembers=draw.random() < 0.3,
+        persists_measurements=draw.random() < 0.3,
         claim_timeout_s=draw.choice((5.0, 60.0)),
     )
 

@@ -204,7 +204,7 @@ class World:
         scene, draw = self.scene, self.draw
         self.requests += 1
         id = RequestId(self.requests)
-        want = scene.wants[int(len(scene.wants) * draw.random() ** 2)]
+        want = scene.specs[int(len(scene.specs) * draw.random() ** 2)]
         self.asked[id] = want.purpose
         if self._happens(scene.faults.cancels):
             self.after(self._about(draw.choice((0.01, 1.0, 60.0))), lambda: self._leave(id))

@@ -71,7 +71,7 @@ class _Watched:
         late = core.late
         try:
             commands = core.step(now, event)
-            self.audit.step(now, event, commands, journal, core.pool.queued)
+            self.audit.step(now, event, commands, journal, core._state.queued)
             if core.plans:
                 see_that_plans_are_fair(core, commands)
                 core.plans.clear()
@@ -103,7 +103,7 @@ def simulate(
     violation = None
     try:
         _run(watched, world, most)
-        if scene.faults.closes and not watched.core.pool.closing:  # with all that is under way
+        if scene.faults.closes and not watched.core._state.closing:  # with all that is under way
             watched.step(world.now, Close(CLOSE_S))
         _settle(watched, scene)
     except Broken as broken:
@@ -113,7 +113,7 @@ def simulate(
         violation = Violation(what, _way(scene, make, kept))
     if coverage is not None:
         coverage.preloads += world.preloads
-    return Outcome(scene, len(watched.recorded), watched.core.pool.now, violation)
+    return Outcome(scene, len(watched.recorded), watched.core._state.now, violation)
 
 
 def _watched(scene: Scene, make: Make, every: int, coverage: Coverage | None = None) -> _Watched:
@@ -136,7 +136,7 @@ def longest_wait_s(scene: Scene) -> float:
     turn_s += 2 * scene.hold_s * (LONGER if faults.forgets else 1)
     turn_s += (LONG_S if faults.stuck else 1.0) + limits.recovery_timeout_s
     turn_s += 2 * load_s
-    longest_s = (1 + len(scene.wants)) * turn_s + MOST_PRIORITIES * limits.priority_s
+    longest_s = (1 + len(scene.specs)) * turn_s + MOST_PRIORITIES * limits.priority_s
     return longest_s + (2 * OVERSLEPT_S if faults.gap else 0.0)
 
 
@@ -168,20 +168,20 @@ def _settle(watched: _Watched, scene: Scene) -> None:
     """Have nothing go wrong any more until all is over; raises Broken where it never is."""
     core = watched.core
     for _ in range(SETTLING):
-        now = core.pool.now + PAUSE_S
+        now = core._state.now + PAUSE_S
         event = Tick() if core.deadline() <= now else _in_order(core, scene)
         if event is None:
             break
         if isinstance(event, Tick):
-            now = max(core.pool.now, core.deadline())
+            now = max(core._state.now, core.deadline())
         if now == math.inf:
             raise Broken("somebody waits, and nothing will ever happen")
         watched.step(now, event)
     else:
         raise Broken("it does not settle: what waits is never answered, or the pool never empty")
     _nothing_left(core)
-    if not core.pool.closing:
-        watched.step(core.pool.now, Close(CLOSE_S))
+    if not core._state.closing:
+        watched.step(core._state.now, Close(CLOSE_S))
     if not core.finished:
         raise Broken("it never finished")
 
@@ -191,7 +191,7 @@ def _in_order(core: Core, scene: Scene) -> Event | None:
 
     What is closed gets no help: nothing loads, no lease comes back, and time passes for the leases alone.
     """
-    pool = core.pool
+    pool = core._state
     for model in pool.models.values():
         if model.inspecting:
             return Inspected(model.id, dict(scene.models)[model.id])
@@ -211,7 +211,7 @@ def _in_order(core: Core, scene: Scene) -> Event | None:
     for request in pool.requests.values():
         if request.state is RequestState.granted:
             return Release(request.id)
-    if pool.lines:
+    if pool.groups:
         return Tick()
     for model in pool.models.values():
         if model.current is not None:
@@ -222,23 +222,23 @@ def _in_order(core: Core, scene: Scene) -> Event | None:
 def _all_back(core: Core, scene: Scene) -> Sampled:
     """Return a reading in which nothing is missing but what the processes occupy."""
     used: dict[str, int] = {}
-    alive: list[Runner] = [runner for runner in core.pool.runners.values() if runner.process]
+    alive: list[Runner] = [runner for runner in core._state.runners.values() if runner.process]
     for runner in alive:
         for device, size in runner.placement.bytes:
             used[device] = used.get(device, 0) + size
     devices = tuple(
         replace(one, free_bytes=max(0, one.capacity_bytes - used.get(one.memory, 0))) for one in scene.devices
     )
-    return Sampled(devices, tuple((runner.id, runner.placement.bytes) for runner in alive), core.pool.samples)
+    return Sampled(devices, tuple((runner.id, runner.placement.bytes) for runner in alive), core._state.samples)
 
 
 def _nothing_left(core: Core) -> None:
-    pool = core.pool
+    pool = core._state
     left = [
         name
         for name, things in (
             ("requests", pool.requests), ("runners", pool.runners), ("accounts", pool.ledger.accounts),
-            ("claims", pool.claims), ("lines", pool.lines),
+            ("claims", pool.claims), ("lines", pool.groups),
         )
         if things
     ]  # fmt: skip

@@ -15,10 +15,10 @@ from types import MappingProxyType
 from fsm.core import Core
 from fsm.machine.request import ModelId, Request, RequestSpec, RequestState
 from fsm.machine.runner import IDLE, Runner
-from fsm.state.core_state import OpenClaim, Pool
+from fsm.state.core_state import CoreState, OpenClaim
 from fsm.state.memory_ledger import Account, Ledger
-from fsm.state.model_record import Model
-from fsm.state.request_queue import Line
+from fsm.state.model_record import ModelRecord
+from fsm.state.request_queue import RequestGroup
 from fsm.verification.environment import moments
 
 KEY_BYTES = 16
@@ -31,7 +31,7 @@ Part = tuple[object, ...]
 # Why a field is not in the key, by record; every other field is, by itself or in what is made of it.
 LEFT_OUT: Mapping[type, Mapping[str, str]] = MappingProxyType(
     {
-        Pool: {
+        CoreState: {
             "queued": "the sum of the lines, which `check` compares",
             "turns": "follows from the lines, which `check` compares",
             "wants": "follows from the lines, which `check` compares",
@@ -44,7 +44,7 @@ LEFT_OUT: Mapping[type, Mapping[str, str]] = MappingProxyType(
             "most_working": "for the number of threads, which nothing else follows from",
             "steps": "numbers for people to read",
         },
-        Model: {
+        ModelRecord: {
             "current": "the runner whose state says so, which `check` compares",
             "failure": "for people to read",
             "loads": "for the policy, which is an oracle, and an estimate for whoever is turned away",
@@ -65,7 +65,7 @@ LEFT_OUT: Mapping[type, Mapping[str, str]] = MappingProxyType(
             "asked": "nothing follows from it but who is told",
         },
         RequestSpec: {"model": "the line stands with its model"},
-        Line: dict.fromkeys(("waits_for", "until", "told"), "for people to read"),
+        RequestGroup: dict.fromkeys(("waits_for", "until", "told"), "for people to read"),
         Account: {},
         Ledger: {},
         OpenClaim: {"had": "never between two steps, which `check` sees to"},
@@ -85,7 +85,7 @@ class Canonical:
 
     def key(self, core: Core) -> bytes:
         """Return the key of a core's state."""
-        parts = (*_View(core.pool, self).parts(), core.finished)
+        parts = (*_View(core._state, self).parts(), core.finished)
         return blake2b(dumps(parts, WITHOUT_SHARING), digest_size=KEY_BYTES).digest()  # type: ignore[arg-type]  # tuples of what it takes
 
     def number(self, thing: object) -> int:
@@ -105,7 +105,7 @@ class _View:
 
     __slots__ = ("ahead", "canonical", "claims", "pool", "requests", "runners", "times", "turns")
 
-    def __init__(self, pool: Pool, canonical: Canonical) -> None:
+    def __init__(self, pool: CoreState, canonical: Canonical) -> None:
         self.pool = pool
         self.canonical = canonical
         self.requests: dict[int, int] = {id: place for place, id in enumerate(sorted(pool.requests))}
@@ -123,16 +123,16 @@ class _View:
         for runner in pool.runners.values():
             runners.setdefault(runner.model, []).append(self._runner(runner))
         lines: dict[str, list[Part]] = {}
-        for line in pool.lines.values():
-            lines.setdefault(line.want.model, []).append(self._line(line))
+        for line in pool.groups.values():
+            lines.setdefault(line.spec.model, []).append(self._line(line))
         models = sorted(
             (*self._model(model), runners.get(model.id, []), sorted(lines.get(model.id, [])))
             for model in pool.models.values()
         )
         return (
             models, sorted(lines.get("", [])), list(map(canonical.number, ledger.devices.values())),
-            sorted(ledger.shrunk), self._memory(ledger), [self._claim(claim) for claim in pool.claims.values()],
-            self._timers(), pool.closing, canonical.shared(pool.limits),
+            sorted(ledger.overcommitted), self._memory(ledger), [self._claim(claim) for claim in pool.claims.values()],
+            self._timers(), pool.closing, canonical.shared(pool.config),
         )  # fmt: skip
 
     def _order_of_times(self) -> dict[float, float]:
@@ -158,14 +158,14 @@ class _View:
 
     def _bound(self, request: Request) -> float:
         """Return when busy runners have to drain for a request; of one that is granted, nothing is left of it."""
-        return request.queued_at + self.pool.limits.max_wait_s if request.state is RequestState.queued else -math.inf
+        return request.queued_at + self.pool.config.max_wait_s if request.state is RequestState.queued else -math.inf
 
     def _turns(self) -> dict[int, int]:
         """Return the order in which requests are planned: by age, priority being worth some of it."""
-        worth = self.pool.limits.priority_s
+        worth = self.pool.config.priority_s
         ages = sorted(
             (request.queued_at - worth * want.priority, request.id)
-            for want, line in self.pool.lines.items()
+            for want, line in self.pool.groups.items()
             for request in line.requests.values()
         )
         return {id: place for place, (_, id) in enumerate(ages)}
@@ -192,14 +192,14 @@ class _View:
     def _claim(self, claim: OpenClaim) -> Part:
         return self.claims[claim.number], sorted(claim.devices), self.times[claim.by], claim.missed, claim.contended
 
-    def _model(self, model: Model) -> Part:
+    def _model(self, model: ModelRecord) -> Part:
         canonical, current = self.canonical, model.current
         doubted = model.failures and current is not None and current.loaded_at is not None
-        good_at = (current.loaded_at or 0.0) + self.pool.limits.good_life_s if current and doubted else math.inf
+        good_at = (current.loaded_at or 0.0) + self.pool.config.good_life_s if current and doubted else math.inf
         return (
-            canonical.kinds.get(model.id, -1), canonical.shared(model.info), model.fresh, model.inspecting,
+            canonical.kinds.get(model.id, -1), canonical.shared(model.info), model.inspected_since_launch, model.inspecting,
             model.pinned, min(model.failures, MOST_FAILURES), self.times[good_at], self.times[model.blocked_until],
-            model.alone, model.context_limit or 0, sorted(map(canonical.number, model.measured.items())),
+            model.load_exclusively, model.context_limit or 0, sorted(map(canonical.number, model.measured.items())),
             self.ahead.get(model.id, ()),
         )  # fmt: skip
 
@@ -214,7 +214,7 @@ class _View:
             times[runner.resident_until], times[runner.drain_protected_until], times[runner.idle_grace_until], runner.process,
             runner.stopping, runner.expire_when_served, runner.out_of_memory, runner.contended, runner.last_sample > 0,
             list(runner.recovery_targets.items()), times[runner.stop_deadline], times[runner.recovery_deadline],
-            self.claims[runner.claim], runner.id < model.first, self._rests_for(runner),
+            self.claims[runner.claim], runner.id < model.first_runner_of_file, self._rests_for(runner),
             _account(self.pool.ledger.accounts["runner", runner.id]),
         )  # fmt: skip
 
@@ -223,8 +223,8 @@ class _View:
         counts = self.canonical.configures and runner.state is IDLE and runner.keep_alive_s == math.inf
         return round(self.pool.now - runner.used_at, 6) if counts else 0.0
 
-    def _line(self, line: Line) -> Part:
-        want = line.want
+    def _line(self, line: RequestGroup) -> Part:
+        want = line.spec
         waiting = [
             (
                 self.requests[request.id], self.turns[request.id], request.survived,
@@ -237,7 +237,7 @@ class _View:
 
 def _account(account: Account) -> Part:
     return (
-        list(account.promised.items()), list(account.resident.items()), list(account.peak.items()),
-        list(account.counted.items()), list(account.to_come.items()), list(account.most.items()),
-        account.mapped_bytes, account.loaded, account.settled,
+        list(account.reserved.items()), list(account.resident.items()), list(account.peak.items()),
+        list(account.resident_at_last_sample.items()), list(account.expected_growth.items()), list(account.projected_peak.items()),
+        account.mapped_bytes, account.loaded, account.peak_observed,
     )  # fmt: skip

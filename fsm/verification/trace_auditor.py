@@ -57,7 +57,7 @@ from fsm.messages.refusals import (
     SchedulerClosed,
     TimedOut,
 )
-from fsm.state.core_config import Limits
+from fsm.state.core_config import CoreConfig
 
 
 @dataclass(slots=True)
@@ -72,9 +72,9 @@ class Claimed:
 class Audit:
     """Told of every step; raises AssertionError where what was said to do cannot be right."""
 
-    def __init__(self, longest_wait_s: float = math.inf, limits: Limits | None = None) -> None:
+    def __init__(self, longest_wait_s: float = math.inf, limits: CoreConfig | None = None) -> None:
         self.longest_wait_s = longest_wait_s  # nobody waits for longer, whatever goes wrong
-        self.limits = limits or Limits()  # as they were at first
+        self.limits = limits or CoreConfig()  # as they were at first
         self.max_queue = self.limits.max_queue  # as it is now
         self.waiting: dict[RequestId, tuple[RequestSpec, float]] = {}  # since when, the oldest first
         self.due: dict[RequestId, float] = {}  # of those who wait and named a time-out

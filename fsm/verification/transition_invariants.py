@@ -42,7 +42,7 @@ from fsm.messages.events import (
     Tick,
     Unresponsive,
 )
-from fsm.state.core_state import Pool
+from fsm.state.core_state import CoreState
 from fsm.state.memory_ledger import Owner
 from fsm.verification.environment import Past
 from fsm.verification.service_guarantees import see_promises_kept
@@ -50,7 +50,7 @@ from fsm.verification.service_guarantees import see_promises_kept
 
 def judge(before: Core, event: Event, commands: Sequence[Command], after: Core, past: Past) -> None:
     """Raise AssertionError where a step was wrong; `after.plans` must have been empty, not None, before it."""
-    was, now = before.pool, after.pool
+    was, now = before._state, after._state
     _answers(was, event, commands, now)
     if was.runners or now.runners:
         _leases(was, event, commands, now)
@@ -61,7 +61,7 @@ def judge(before: Core, event: Event, commands: Sequence[Command], after: Core, 
         _told(before, event, command, now, past)
     if was.prefetching or now.prefetching:
         _read_ahead(was, commands, now)
-    if was.claims or now.claims or now.limits.claims:
+    if was.claims or now.claims or now.config.claims:
         _claims(was, commands, now)
     if after.plans:
         _bounded(after)
@@ -71,11 +71,11 @@ def judge(before: Core, event: Event, commands: Sequence[Command], after: Core, 
     assert after.finished or before.finished or not over, "closed and empty, but not finished"
 
 
-def _waiting(pool: Pool) -> set[int]:
+def _waiting(pool: CoreState) -> set[int]:
     return {id for id, request in pool.requests.items() if request.state is RequestState.queued}
 
 
-def _answers(was: Pool, event: Event, commands: Sequence[Command], now: Pool) -> None:
+def _answers(was: CoreState, event: Event, commands: Sequence[Command], now: CoreState) -> None:
     """Everybody is answered once, and at once where what they want is there."""
     asked = _waiting(was)
     if isinstance(event, Acquire) and event.request not in was.requests:
@@ -89,23 +89,25 @@ def _answers(was: Pool, event: Event, commands: Sequence[Command], now: Pool) ->
         assert set(due) <= set(answered), "somebody waits beyond their time"
 
 
-def _one_more_load(was: Pool, event: Event, now: Pool) -> None:
+def _one_more_load(was: CoreState, event: Event, now: CoreState) -> None:
     """Whoever waited for a load that ran out of memory waits for one more at most.
 
     One that is of a smaller context is none for who named theirs.
     """
     runner = was.runners.get(event.runner) if isinstance(event, Exited) and event.out_of_memory else None
     if runner is not None and runner.state is LOADING:
-        for request in [request for line in was.lines_for(runner) for request in line.requests.values()]:
+        for request in [request for line in was.groups_served_by(runner) for request in line.requests.values()]:
             left = now.requests.get(request.id)
             smaller = now.models[runner.model].context_limit != was.models[runner.model].context_limit
             other = smaller and request.spec.options.num_ctx is not None
             last = left is None or (left.survived and not request.survived)
             assert last or other, "loads fail for somebody again and again"
-            assert left is None or smaller or now.models[runner.model].alone, "the next load may not be alone"
+            assert left is None or smaller or now.models[runner.model].load_exclusively, (
+                "the next load may not be alone"
+            )
 
 
-def _leases(was: Pool, event: Event, commands: Sequence[Command], now: Pool) -> None:
+def _leases(was: CoreState, event: Event, commands: Sequence[Command], now: CoreState) -> None:
     """A lease ends with its release, or is taken back, and its holder told, where its runner is of no more use."""
     revoked = {one.request for one in commands if isinstance(one, RevokeLease)}
     for runner in was.runners.values():
@@ -118,7 +120,7 @@ def _leases(was: Pool, event: Event, commands: Sequence[Command], now: Pool) -> 
             assert given or useless or closing, "a lease is taken back in use"
 
 
-def _for_us(was: Pool, event: Sampled, sample: DeviceSample) -> int:
+def _for_us(was: CoreState, event: Sampled, sample: DeviceSample) -> int:
     """Return what a reading says that a device has for all of us: free, or occupied by us."""
     seen: dict[Owner, dict[DeviceId, int]] = {("runner", id): dict(amounts) for id, amounts in event.resident}
     taken = [
@@ -128,7 +130,7 @@ def _for_us(was: Pool, event: Sampled, sample: DeviceSample) -> int:
     return sample.free_bytes + sum(taken)
 
 
-def _lives(was: Pool, event: Event, now: Pool) -> None:
+def _lives(was: CoreState, event: Event, now: CoreState) -> None:
     """A process is gone when it says so, and nobody else; a runner is unloaded once its memory is back."""
     for runner in was.runners.values():
         own_end = isinstance(event, Exited) and event.runner == runner.id
@@ -143,9 +145,9 @@ def _lives(was: Pool, event: Event, now: Pool) -> None:
             assert back, "unloaded, although its memory is not back"
 
 
-def _given_up(was: Pool, event: Event, commands: Sequence[Command], after: Core) -> None:
+def _given_up(was: CoreState, event: Event, commands: Sequence[Command], after: Core) -> None:
     """A runner goes for a reason of its own, or as the victim of somebody who may have it."""
-    now = after.pool
+    now = after._state
     victims = {id for plan in after.plans or () for id in plan.victims}
     for runner in was.runners.values():
         left = now.runners.get(runner.id)
@@ -158,9 +160,9 @@ def _given_up(was: Pool, event: Event, commands: Sequence[Command], after: Core)
             assert _has_reason(was, runner, event, now), f"{runner.model} is given up for nothing"
 
 
-def _has_reason(was: Pool, runner: Runner, event: Event, now: Pool) -> bool:
+def _has_reason(was: CoreState, runner: Runner, event: Event, now: CoreState) -> bool:
     pinned = was.models[runner.model].pinned
-    unwanted = runner.state is LOADING and not now.lines_for(runner)
+    unwanted = runner.state is LOADING and not now.groups_served_by(runner)
     match event:
         case Exited(id) | Unresponsive(id):
             return id == runner.id
@@ -185,14 +187,16 @@ def _has_reason(was: Pool, runner: Runner, event: Event, now: Pool) -> bool:
             return False
 
 
-def _may_be_victim(was: Pool, runner: Runner, commands: Sequence[Command], now: Pool, *, in_use: bool) -> None:
-    waiting = [request for line in now.lines.values() for request in line.requests.values()]
+def _may_be_victim(
+    was: CoreState, runner: Runner, commands: Sequence[Command], now: CoreState, *, in_use: bool
+) -> None:
+    waiting = [request for line in now.groups.values() for request in line.requests.values()]
     granted = any(isinstance(one, Grant) and one.runner is None for one in commands)
     full = was.overfull() or now.overfull()
     assert waiting or granted or full, f"{runner.model} is given up for nobody"
     assert not now.models[runner.model].pinned, f"{runner.model} is pinned, and given up for others"
     resident_until = runner.drain_protected_until if in_use else runner.resident_until
-    if not in_use and now.limits.min_residency_s is None:
+    if not in_use and now.config.min_residency_s is None:
         resident_until = -math.inf  # an automatic one is over when nobody uses it
     assert resident_until <= now.now or full, f"{runner.model} is given up within its residency"
     overdue = any(_bound(request, now) <= now.now for request in waiting)
@@ -201,8 +205,8 @@ def _may_be_victim(was: Pool, runner: Runner, commands: Sequence[Command], now: 
     assert not in_use or overdue or granted, f"{runner.model} is given up in use"
 
 
-def _told(before: Core, event: Event, command: Command, now: Pool, past: Past) -> None:
-    was = before.pool
+def _told(before: Core, event: Event, command: Command, now: CoreState, past: Past) -> None:
+    was = before._state
     match command:
         case Grant(request, int(id)):
             runner = now.runners[RunnerId(id)]
@@ -227,22 +231,24 @@ def _told(before: Core, event: Event, command: Command, now: Pool, past: Past) -
             pass
 
 
-def _room_to_start(now: Pool, runner: Runner) -> None:
+def _room_to_start(now: CoreState, runner: Runner) -> None:
     assert sum(one.process for one in now.runners.values()) <= now.max_runners(), "more processes than there may be"
     loading = [_gpus(one) for one in now.runners.values() if one.state is LOADING]
     for device in _gpus(runner):
-        most = now.limits.loads_on_host if device == HOST else now.limits.loads_per_gpu
+        most = now.config.max_host_loads if device == HOST else now.config.max_loads_per_gpu
         assert sum(device in devices for devices in loading) <= most, f"more loads on {device} than there may be"
 
 
-def _alone_where_it_must(was: Pool, now: Pool, runner: Runner) -> None:
+def _alone_where_it_must(was: CoreState, now: CoreState, runner: Runner) -> None:
     """After a load that ran out of memory the next one has everybody out of its way who may be moved, until it ends."""
     others = [one for one in now.runners.values() if one.current and one is not runner]
     model = was.models.get(runner.model)
-    if model is not None and model.alone and now.models[runner.model].alone:
+    if model is not None and model.load_exclusively and now.models[runner.model].load_exclusively:
         assert all(now.models[one.model].pinned for one in others), "loaded again, and not alone"
     for one in others:
-        assert one.state is not LOADING or not now.models[one.model].alone, "begun beside a load that is to be alone"
+        assert one.state is not LOADING or not now.models[one.model].load_exclusively, (
+            "begun beside a load that is to be alone"
+        )
 
 
 def _gpus(runner: Runner) -> list[str]:
@@ -250,10 +256,10 @@ def _gpus(runner: Runner) -> list[str]:
     return [device for device, amount in runner.placement.bytes if device != HOST and amount] or [HOST]
 
 
-def _claims(was: Pool, commands: Sequence[Command], now: Pool) -> None:
+def _claims(was: CoreState, commands: Sequence[Command], now: CoreState) -> None:
     """What was claimed and is not given back is somebody's, and the other way round."""
 
-    def open_in(pool: Pool) -> Counter[int]:
+    def open_in(pool: CoreState) -> Counter[int]:
         return Counter([*pool.claims, *(runner.claim for runner in pool.runners.values() if runner.claim)])
 
     made = Counter(command.number for command in commands if isinstance(command, Claim))
@@ -262,7 +268,7 @@ def _claims(was: Pool, commands: Sequence[Command], now: Pool) -> None:
     assert left - ended == open_in(now) and ended <= left, "a claim is lost, or given back twice"
 
 
-def _read_ahead(was: Pool, commands: Sequence[Command], now: Pool) -> None:
+def _read_ahead(was: CoreState, commands: Sequence[Command], now: CoreState) -> None:
     """What is read ahead is said when it changes, and leaves alone what is promised, mapped, or others' to fill."""
     said = [command.files for command in commands if isinstance(command, Prefetch)]
     assert said == ([now.prefetching] if now.prefetching != was.prefetching else []), "it is not as it was said"
@@ -276,14 +282,14 @@ def _read_ahead(was: Pool, commands: Sequence[Command], now: Pool) -> None:
 
 def _bounded(after: Core) -> None:
     """Whoever waits for what is in use, or resides, does so for a bounded time, and the core looks again by then."""
-    pool = after.pool
+    pool = after._state
     plan = (after.plans or [])[-1]
     look_at = pool.timers.at(("plan", 0))
     going = [
         one.stop_deadline for one in pool.runners.values() if one.state is EXPIRING
     ]  # until then nobody need go for it
     for want, room in plan.rooms.items():
-        line = pool.lines.get(want)
+        line = pool.groups.get(want)
         if line is None or not room.victims:
             continue
         for victim in room.victims:
@@ -303,6 +309,6 @@ def _resident_until(runner: Runner) -> float:
     return max(runner.resident_until, runner.drain_protected_until)
 
 
-def _bound(request: Request, pool: Pool) -> float:
+def _bound(request: Request, pool: CoreState) -> float:
     """Return when busy runners have to leave for a request."""
-    return request.queued_at + pool.limits.max_wait_s
+    return request.queued_at + pool.config.max_wait_s

@@ -12,7 +12,7 @@ from concurrent.futures import Future
 from typing import Self, Unpack
 from weakref import WeakSet
 
-from fsm.core import Core, Limits, Snapshot
+from fsm.core import Core, CoreConfig, Snapshot
 from fsm.domain.devices import DeviceId
 from fsm.domain.model_info import Options
 from fsm.machine.request import ModelId, Purpose, RequestSpec
@@ -251,7 +251,7 @@ class Scheduler:
         def look(core: Core) -> tuple[Snapshot, int, int, tuple[ModelId, ...], bool]:
             if self._driver.broken is None:  # else a step has ended in its middle
                 core.check()
-            return core.snapshot(), core.steps, core.late, core.state().models(), core.journal is not None
+            return core.snapshot(), core.steps, core.late, core.checkpoint().models(), core.journal is not None
 
         snapshot, step, late, models, listening = self._desk.read(look)
         return DebugState(
@@ -377,19 +377,19 @@ class Scheduler:
             log.warning("closed, but these did not end: %s", ", ".join([*stuck, *hung]))
 
 
-def limits_of(settings: Settings) -> Limits:
+def limits_of(settings: Settings) -> CoreConfig:
     """Return what the core works by under these settings."""
-    return Limits(
+    return CoreConfig(
         max_queue=settings.max_queue,
         max_runners=settings.max_runners,
         keep_alive_s=settings.keep_alive,
         max_wait_s=settings.max_wait,
         min_residency_s=settings.min_residency,
         load_timeout_s=settings.load_timeout,
-        stop_timeout_s=max(Limits().stop_timeout_s, settings.stop_grace + _KILL_S),
+        stop_timeout_s=max(CoreConfig().stop_timeout_s, settings.stop_grace + _KILL_S),
         recovery_timeout_s=settings.recovery_timeout,
-        loads_per_gpu=settings.loads_per_device,
-        loads_on_host=settings.loads_on_host,
+        max_loads_per_gpu=settings.loads_per_device,
+        max_host_loads=settings.loads_on_host,
         prefetches=_PREFETCHES if settings.prefetch else 0,
         defaults=Options(
             num_ctx=settings.num_ctx,
@@ -401,9 +401,9 @@ def limits_of(settings: Settings) -> Limits:
         ),
         claims=settings.lock_folder is not None,
         cpu_threads=settings.cpu_threads or 0,
-        remembers=settings.footprints is not None,
-        spread=settings.spread,
-        context_by_gpus=settings.context_by_gpus,
+        persists_measurements=settings.footprints is not None,
+        spread_over_gpus=settings.spread,
+        auto_context_from_vram=settings.context_by_gpus,
         require_gpu=settings.require_gpu,
     )
 

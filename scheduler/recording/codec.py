@@ -23,7 +23,7 @@ from functools import cache
 from typing import Literal, NewType, Union, cast, get_args, get_origin, get_type_hints
 from zlib import crc32
 
-from fsm.core import State
+from fsm.core import CoreCheckpoint
 from fsm.machine.request import Request
 from fsm.machine.runner import Runner
 from fsm.messages.commands import Command
@@ -61,16 +61,16 @@ def decode_command(value: object) -> Command:
     return cast(Command, _decoder(Command)(value, _Seen()))
 
 
-def decode_state(value: object) -> State:
+def decode_state(value: object) -> CoreCheckpoint:
     """Return the state that was encoded, for `Core.restore`; raises `Unreadable`."""
-    return cast(State, _decoder(State)(value, _Seen()))
+    return cast(CoreCheckpoint, _decoder(CoreCheckpoint)(value, _Seen()))
 
 
 @cache
 def schema() -> str:
     """Return a short text that stands for every class, field, type and default that an encoding depends on."""
     found: dict[str, object] = {}
-    for root in (Event, Command, State):
+    for root in (Event, Command, CoreCheckpoint):
         for kind in reachable(root):
             if issubclass(kind, Enum):
                 found[kind.__name__] = [member.value for member in kind]
@@ -99,7 +99,7 @@ def reachable(kind: object) -> Iterator[type]:
 
 
 def _written(kind: type) -> list[Field[object]]:
-    return [each for each in fields(cast("type[State]", kind)) if "derived" not in each.metadata]
+    return [each for each in fields(cast("type[CoreCheckpoint]", kind)) if "derived" not in each.metadata]
 
 
 # -- encoding ---------------------------------------------------------------------------------------------------------

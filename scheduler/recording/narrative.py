@@ -9,7 +9,7 @@ from itertools import groupby
 from pathlib import PurePath
 from typing import assert_never
 
-from fsm.core import Core, HeldView, Limits, Snapshot, WaitView
+from fsm.core import Core, CoreConfig, HeldView, Snapshot, WaitView
 from fsm.domain.devices import HOST, Amounts, DeviceId, DeviceSample
 from fsm.machine.request import ModelId, Purpose, RequestId
 from fsm.machine.runner import UNLOADED, RunnerId, RunnerState
@@ -94,7 +94,7 @@ class Story:
         self.timeline = Timeline(0.0, self.name)
         self._core = Core()
         self._seen: Snapshot = self._core.snapshot()  # after the moment that is told
-        self._limits = Limits()  # as they were last told
+        self._limits = CoreConfig()  # as they were last told
         self._devices: dict[DeviceId, int] = {}  # capacities, as they were last told
         self._models: dict[RunnerId, ModelId] = {}  # of every runner there was
         self._states: dict[RunnerId, RunnerState] = {}

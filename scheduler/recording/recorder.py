@@ -27,7 +27,7 @@ from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 
-from fsm.core import Core, State
+from fsm.core import Core, CoreCheckpoint
 from fsm.eviction.policies import POLICIES, Candidate, EvictionPolicy
 from fsm.eviction.victim_selection import NO_COST, in_words
 from fsm.machine.request import ModelId
@@ -59,7 +59,7 @@ _Step = tuple[int, float, Event, Sequence[Command], Sequence[Choice], str]
 class _Beginning:
     """A header is due, before the steps that follow."""
 
-    state: State
+    state: CoreCheckpoint
     step: int  # number of the next one
     missing: int  # steps left out right before
 
@@ -189,7 +189,7 @@ class Recorder:
                 self._lost += 1
             return False
         self._header_due, self._room = False, _MOST_WAITING
-        self._put(_Beginning(self._core.state(), number, self._missing))
+        self._put(_Beginning(self._core.checkpoint(), number, self._missing))
         self._missing = 0
         return True
 

@@ -18,7 +18,7 @@ import pytest
 from fsm.domain.model_info import Options
 from fsm.messages.decision_log import Transition
 from fsm.messages.reasons import WaitFor
-from fsm.state.core_config import Limits
+from fsm.state.core_config import CoreConfig
 from scheduler import (
     InvalidSettings,
     Lease,
@@ -299,18 +299,18 @@ def test_every_setting_that_the_core_works_by_reaches_it() -> None:
         )
     )  # fmt: skip
     defaults = Options(12, 14, num_parallel=13, flash_attention=True, cache_type_k="q8_0", cache_type_v="q8_0")
-    assert limits == Limits(
+    assert limits == CoreConfig(
         max_queue=3, max_runners=4, keep_alive_s=5.0, max_wait_s=6.0, min_residency_s=7.0, load_timeout_s=8.0,
-        recovery_timeout_s=9.0, loads_per_gpu=10, loads_on_host=11, prefetches=0, defaults=defaults, cpu_threads=15,
-        spread=True, context_by_gpus=True, require_gpu=True, stop_timeout_s=26.0,
+        recovery_timeout_s=9.0, max_loads_per_gpu=10, max_host_loads=11, prefetches=0, defaults=defaults, cpu_threads=15,
+        spread_over_gpus=True, auto_context_from_vram=True, require_gpu=True, stop_timeout_s=26.0,
     )  # fmt: skip
 
 
 def test_without_settings_the_core_works_by_its_own_defaults() -> None:
     """Both say the same."""
-    given, own = limits_of(Settings(lock_folder=None, footprints=None)), Limits()
-    assert {each.name: getattr(given, each.name) for each in fields(Limits)} == {
-        each.name: getattr(own, each.name) for each in fields(Limits)
+    given, own = limits_of(Settings(lock_folder=None, footprints=None)), CoreConfig()
+    assert {each.name: getattr(given, each.name) for each in fields(CoreConfig)} == {
+        each.name: getattr(own, each.name) for each in fields(CoreConfig)
     }
 
 

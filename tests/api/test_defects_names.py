@@ -18,7 +18,7 @@ from rich.progress import Progress
 from fsm.core import Core
 from fsm.domain.devices import HOST, DeviceSample
 from fsm.messages.events import Sampled
-from fsm.state.core_config import Limits
+from fsm.state.core_config import CoreConfig
 from scheduler import ModelNotFound, ModelSpec, Scheduler, Settings
 from scheduler.cli import models as command
 from scheduler.models.catalog import Catalog
@@ -64,7 +64,7 @@ def public() -> Iterator[Path]:
 
 def rows(catalog: Catalog) -> list[command.Row]:
     """Return what would be listed."""
-    core = Core(Limits())
+    core = Core(CoreConfig())
     core.step(0.0, Sampled((DeviceSample(HOST, "cpu", "host", 8 * GIB, 8 * GIB),)))
     return list(command.read_rows(catalog, core, Progress(disable=True)))
 

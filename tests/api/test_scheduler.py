@@ -552,7 +552,7 @@ def test_what_does_not_stop_is_shown_as_stuck(scheduler: Scheduler) -> None:
     """Its memory stays booked; the bound is the core's, so it is shortened here."""
     gate = Gate()
     read = scheduler._driver.read
-    read(lambda core: setattr(core.pool, "limits", replace(core.pool.limits, stop_timeout_s=0.01)))
+    read(lambda core: setattr(core._state, "limits", replace(core._state.config, stop_timeout_s=0.01)))
     scheduler.acquire(a_model("a", unload=gate), keep_alive=0).release()
     assert gate.entered.wait(LIMIT_S)
     assert_soon(lambda: [runner.stuck for runner in scheduler.status().runners] == [True])
@@ -740,10 +740,10 @@ def test_the_debug_state_tells_what_is_held_inside(scheduler: Scheduler) -> None
 
 def test_the_debug_state_checks_the_invariants(scheduler: Scheduler) -> None:
     """What is wrong with the books is told as it is found."""
-    scheduler._driver.read(lambda core: setattr(core.pool, "queued", 1))
+    scheduler._driver.read(lambda core: setattr(core._state, "queued", 1))
     with pytest.raises(AssertionError, match="the queue is miscounted"):
         scheduler.debug_state()
-    scheduler._driver.read(lambda core: setattr(core.pool, "queued", 0))
+    scheduler._driver.read(lambda core: setattr(core._state, "queued", 0))
     assert not scheduler.debug_state().snapshot.queue
 
 

@@ -16,7 +16,7 @@ from rich.progress import Progress
 from fsm.core import Core
 from fsm.domain.devices import HOST, DeviceId, DeviceSample
 from fsm.messages.events import Sampled
-from fsm.state.core_config import Limits
+from fsm.state.core_config import CoreConfig
 from scheduler.cli import main as cli
 from scheduler.cli import models as command
 from scheduler.models.catalog import Catalog
@@ -49,7 +49,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def a_core(*gpus_free: int, host_free: int = 8 * GIB) -> Core:
     """Return a core with a host and GPUs that have so many bytes free."""
-    core = Core(Limits())
+    core = Core(CoreConfig())
     gpus = [DeviceSample(DeviceId(f"gpu{i}"), "gpu", "a GPU", 8 * GIB, free) for i, free in enumerate(gpus_free)]
     core.step(0.0, Sampled((DeviceSample(HOST, "cpu", "host", 8 * GIB, host_free), *gpus)))
     return core

@@ -212,7 +212,7 @@ def test_after_the_limit_it_goes_ahead_without_and_says_so() -> None:
     assert pool.advance("59.9s") == []
     assert pool.advance("0.1s") == [ReleaseClaim(1), pool.launch(1, "a")]
     missed = ClaimMissed(("cpu",), 60.0)
-    assert pool.core.act.claim_failure == missed
+    assert pool.core._lifecycle.claim_failure == missed
     assert [entry.why for entry in journal if isinstance(entry, Decision) and entry.what == "launched"] == [missed]
     assert pool.feed(loaded(1)) == [Grant(1, 1)]
 
@@ -224,7 +224,7 @@ def test_the_next_claim_that_is_had_ends_the_complaint() -> None:
     pool.advance("60s")
     pool.feed(acquire("b", request=2))
     had(pool, 2)
-    assert pool.core.act.claim_failure is None
+    assert pool.core._lifecycle.claim_failure is None
 
 
 def test_a_plan_that_moves_to_other_devices_does_not_wait_anew() -> None:
@@ -303,7 +303,7 @@ def test_a_copy_has_claims_of_its_own() -> None:
     copy = pool.core.copy()
     had(pool, 1)
     copy.check()
-    assert copy.pool.claims[1].had is False
+    assert copy._state.claims[1].had is False
     assert copy.step(pool.now, ClaimGranted(1)) == [pool.launch(1, "a")]
 
 
@@ -344,7 +344,7 @@ def test_whatever_happens_every_claim_is_given_back_once(state: str, event: str)
         pool.feed(what)
     pool.shares = True
     pool.feed(*(answer for number in list(pool.claims) for answer in (pool.sample(), ClaimGranted(number))))
-    for runner in [runner for runner in pool.core.pool.runners.values() if runner.state is RunnerState.loading]:
+    for runner in [runner for runner in pool.core._state.runners.values() if runner.state is RunnerState.loading]:
         pool.feed(loaded(runner.id))
     pool.advance("90s")
     assert pool.claims == {}, "kept although nothing loads"

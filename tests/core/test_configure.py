@@ -261,7 +261,7 @@ def test_what_is_not_named_stays_as_it_was() -> None:
     """One limit at a time."""
     pool = a_pool(max_queue=7, max_runners=3, keep_alive_s=9.0)
     pool.feed(Configure(max_queue=8))
-    limits = pool.core.pool.limits
+    limits = pool.core._state.config
     assert (limits.max_queue, limits.max_runners, limits.keep_alive_s) == (8, 3, 9.0)
 
 

@@ -88,22 +88,22 @@ def test_what_is_counted_on_one_device_stays_counted_when_another_is_read() -> N
     account = Account({HOST: 10}, resident={"gpu0": 5}, loaded=True)
     account.count([HOST])
     account.count(["gpu0", "gpu1"])
-    assert account.counted == {HOST: 10, "gpu0": 5}
+    assert account.resident_at_last_sample == {HOST: 10, "gpu0": 5}
 
 
 def test_what_the_next_life_is_promised_is_known_by_device() -> None:
     """What was settled counts as it was seen, the rest as it was promised, and a strange device for nothing."""
     account = Account({HOST: 10, "gpu0": 20})
     account.measure({HOST: 12, "gpu0": 15})
-    account.settle({HOST: 3})
+    account.observe_peak({HOST: 3})
     assert (account.expected_bytes(HOST), account.expected_bytes("gpu0")) == (15, 15)
     assert (account.expected_bytes("gpu1"), Account({}).expected_bytes(HOST)) == (0, 0)
 
 
 def test_mapped_pages_are_page_cache_on_the_host_alone() -> None:
     """A GPU's memory is not given up because a file is mapped."""
-    account = Account({HOST: 10, "gpu0": 10}, counted={HOST: 10, "gpu0": 10}, mapped_bytes=4)
-    assert (account.untouched_bytes(HOST), account.untouched_bytes("gpu0")) == (4, 0)
+    account = Account({HOST: 10, "gpu0": 10}, resident_at_last_sample={HOST: 10, "gpu0": 10}, mapped_bytes=4)
+    assert (account.reserved_not_touched(HOST), account.reserved_not_touched("gpu0")) == (4, 0)
 
 
 def test_a_device_that_shrank_to_what_is_held_has_shrunk_no_more() -> None:
@@ -112,9 +112,9 @@ def test_a_device_that_shrank_to_what_is_held_has_shrunk_no_more() -> None:
     ledger.sample([DeviceSample(HOST, "cpu", HOST, 100, 100)])
     ledger.reserve(("runner", 1), ((HOST, 50),))
     ledger.sample([DeviceSample(HOST, "cpu", HOST, 49, 49)])
-    assert ledger.shrunk == {HOST}
+    assert ledger.overcommitted == {HOST}
     ledger.sample([DeviceSample(HOST, "cpu", HOST, 50, 50)])
-    assert ledger.shrunk == set()
+    assert ledger.overcommitted == set()
 
 
 def test_a_device_that_is_gone_counts_as_shrunk_while_a_byte_is_promised_on_it() -> None:
@@ -123,15 +123,15 @@ def test_a_device_that_is_gone_counts_as_shrunk_while_a_byte_is_promised_on_it()
     ledger.sample([DeviceSample("gpu0", "gpu", "gpu0", 100, 100)])
     ledger.reserve(("runner", 1), (("gpu0", 1),))
     ledger.sample([])
-    assert ledger.shrunk == {"gpu0"}
+    assert ledger.overcommitted == {"gpu0"}
 
 
 def test_what_is_not_known_is_booked_where_it_was_asked_for() -> None:
     """A device that has been lost has a name all the same; and one that promises nothing adds nothing."""
     ledger = Ledger()
     ledger.reserve(("runner", 1), ((HOST, 10),))
-    assert ledger.booked([("gpu7", 5), ("gpu7", 1)]) == {"gpu7": 6}
-    assert ledger.promised_bytes("gpu7") == 0
+    assert ledger.by_memory([("gpu7", 5), ("gpu7", 1)]) == {"gpu7": 6}
+    assert ledger.reserved_bytes("gpu7") == 0
 
 
 # -- placement --------------------------------------------------------------------------------------------------------
@@ -210,17 +210,17 @@ def test_a_copy_is_like_the_original_in_every_field(original: Runner | Request) 
 def test_a_copy_of_a_core_has_its_policy_and_its_failures() -> None:
     """What went wrong, and by what order runners go."""
     core, missed = Core(policy=KeepAliveOrder()), ClaimMissed((HOST,), 60.0)
-    core.policy_failure, core.act.claim_failure, core.late = "ValueError()", missed, 3
+    core.policy_failure, core._lifecycle.claim_failure, core.late = "ValueError()", missed, 3
     copy = core.copy()
-    assert copy.policy is core.policy and copy.pool.limits == core.pool.limits
-    assert (copy.policy_failure, copy.act.claim_failure, copy.late) == ("ValueError()", missed, 3)
+    assert copy.policy is core.policy and copy._state.config == core._state.config
+    assert (copy.policy_failure, copy._lifecycle.claim_failure, copy.late) == ("ValueError()", missed, 3)
 
 
 def test_failures_are_told() -> None:
     """None at first; of a policy what it raised."""
     core, missed = Core(), ClaimMissed((HOST,), 60.0)
     assert core.failures() == ()
-    core.act.claim_failure = missed
+    core._lifecycle.claim_failure = missed
     assert core.failures() == (missed,)
     core.policy_failure = "ValueError()"
     assert core.failures() == ("ValueError()", missed)
@@ -295,7 +295,7 @@ def test_a_claim_that_is_given_up_is_no_longer_timed() -> None:
     pool = a_pool(claims=True, shares=False)
     assert pool.feed(acquire("a", request=1)) == [Claim(1, (HOST,))]
     assert pool.feed(cancel(1))[-1] == ReleaseClaim(1)
-    assert ("claim", 1) not in [key for _, key in pool.core.pool.timers.items()]
+    assert ("claim", 1) not in [key for _, key in pool.core._state.timers.items()]
 
 
 def test_a_claim_of_just_these_devices_is_enough() -> None:
@@ -303,7 +303,7 @@ def test_a_claim_of_just_these_devices_is_enough() -> None:
     pool = a_pool(claims=True, shares=False)
     pool.feed(acquire("a", request=1))
     assert pool.feed(acquire("a", request=2), pool.sample()) == []
-    assert (sorted(pool.core.pool.claims), pool.core.pool.next_claim) == ([1], 2)
+    assert (sorted(pool.core._state.claims), pool.core._state.next_claim) == ([1], 2)
 
 
 def test_of_crashes_a_good_life_apart_each_is_the_first() -> None:
@@ -313,7 +313,7 @@ def test_of_crashes_a_good_life_apart_each_is_the_first() -> None:
         pool.advance("60s")
         pool.feed(exited(runner, code=-9, reason=f"crash {runner}"))
         pool.ready("a", lease=runner + 1)
-    assert pool.core.pool.models["a"].failure == ProcessExited(-9, "crash 2", loaded=True)
+    assert pool.core._state.models["a"].failure == ProcessExited(-9, "crash 2", loaded=True)
     pool.feed(exited(3, code=-9, reason="crash 3"))
     pool.feed(acquire("a", request=9))
     assert pool.refusal(9) == LoadFailedRefusal("a", ProcessExited(-9, "crash 3", loaded=True), 20.0)
@@ -327,7 +327,7 @@ def test_a_reading_of_a_runner_that_is_gone_hides_no_others() -> None:
     pool.feed(expire("a"), exited(gone), pool.sample())
     grown = tuple((runner, ((HOST, 2**31 + runner),)) for runner in (gone, kept))
     pool.core.step(pool.now, replace(reading, resident=grown))
-    assert pool.core.pool.ledger.accounts["runner", kept].resident == {HOST: 2**31 + kept}
+    assert pool.core._state.ledger.accounts["runner", kept].resident == {HOST: 2**31 + kept}
 
 
 def test_a_model_that_failed_is_remembered_although_its_file_is_gone() -> None:
@@ -338,7 +338,7 @@ def test_a_model_that_failed_is_remembered_although_its_file_is_gone() -> None:
     pool.declare("a", ModelNotFoundRefusal("a"))
     pool.feed(acquire("a", request=7))
     assert isinstance(pool.refusal(7), ModelNotFoundRefusal)
-    assert pool.core.pool.models["a"].failures == 1
+    assert pool.core._state.models["a"].failures == 1
 
 
 # -- what a policy is told --------------------------------------------------------------------------------------------
@@ -368,10 +368,10 @@ def test_an_outlook_is_of_the_rest_so_far_and_of_none_while_in_use() -> None:
     pool.idle("a")
     pool.advance("30s")
     pool.feed(acquire("c", request=8))
-    core, experience = pool.core.pool, IdleTimeStatistics(pool.core.pool.rests)
+    core, experience = pool.core._state, IdleTimeStatistics(pool.core._state.idle_intervals)
     assert policy.asked_at == pool.now
-    assert policy.outlooks["a"] == (experience.forecast(core.models["a"].rests, 30.0),) * 2
-    assert policy.outlooks["b"] == (experience.forecast(core.models["b"].rests, 0.0),) * 2
+    assert policy.outlooks["a"] == (experience.forecast(core.models["a"].idle_intervals, 30.0),) * 2
+    assert policy.outlooks["b"] == (experience.forecast(core.models["b"].idle_intervals, 0.0),) * 2
 
 
 def test_a_policy_is_told_what_a_load_takes_where_a_runner_is() -> None:
@@ -399,7 +399,7 @@ def test_nobody_may_go_before_now() -> None:
     pool = a_pool(min_residency_s=5.0).ready("a", lease=1)
     pool.advance("60s")
     pool.feed(cancel(99))
-    core, runner = pool.core.pool, pool.life("a")
+    core, runner = pool.core._state, pool.life("a")
     core.now = pool.now
     assert may_go_at(core, runner, bound=pool.now - 9) == pool.now
     pool.feed(release(1))
@@ -425,9 +425,9 @@ def test_a_claim_of_a_load_that_was_stopped_is_timed_no_longer_than_its_process_
     """Its time is up for nobody then."""
     pool = a_pool(claims=True, stop_timeout_s=15.0).loading("a", request=1)
     pool.feed(unresponsive(1))
-    assert ("claim", 1) in [key for _, key in pool.core.pool.timers.items()]
+    assert ("claim", 1) in [key for _, key in pool.core._state.timers.items()]
     pool.feed(exited(1))
-    assert ("claim", 1) not in [key for _, key in pool.core.pool.timers.items()]
+    assert ("claim", 1) not in [key for _, key in pool.core._state.timers.items()]
 
 
 def test_the_journal_says_which_launch_went_ahead_without_its_devices() -> None:

@@ -61,7 +61,7 @@ def test_d04_no_order_of_events_parts_a_grant_from_its_lease() -> None:
             served += 1
             assert 1 not in pool.stops, f"after {before} it was granted and is being stopped"
             pool.feed(*(each for each in others if each not in before))
-            assert 1 not in pool.stops and pool.core.pool.runners[1].leases == {2}, f"after {before}"
+            assert 1 not in pool.stops and pool.core._state.runners[1].leases == {2}, f"after {before}"
         else:
             refused_or_queued += 1
             assert pool.state("a") is RunnerState.expiring, f"after {before} it was turned away for nothing"
@@ -132,8 +132,8 @@ def test_d17_a_close_leaves_nothing_of_callers_that_never_finish() -> None:
     assert stopped(commands) == [1, 2]
     commands = pool.feed(exited(1), exited(2))
     assert commands[-1] == Finished()
-    state = pool.core.pool
-    assert not (state.runners or state.requests or state.lines or state.claims or state.ledger.accounts)
+    state = pool.core._state
+    assert not (state.runners or state.requests or state.groups or state.claims or state.ledger.accounts)
     assert [key for _, key in state.timers.items() if key[0] != "plan"] == []
 
 
@@ -220,17 +220,17 @@ def test_d19_any_two_events_end_well_in_both_orders() -> None:
 def ends(pool: PoolUnderTest, what: str) -> None:
     """Let every process do as it is told, every holder give back, then close; all is answered and given back."""
     for _ in range(3):
-        pool.feed(*(release(id) for id in list(pool.core.pool.requests) if id not in pool.waiting()))
+        pool.feed(*(release(id) for id in list(pool.core._state.requests) if id not in pool.waiting()))
         pool.settle()
-        loading = [id for id, one in pool.core.pool.runners.items() if one.state is RunnerState.loading]
+        loading = [id for id, one in pool.core._state.runners.items() if one.state is RunnerState.loading]
         pool.feed(*map(loaded, loading))
         pool.advance("10s")
     pool.feed(close(0.0))
     pool.advance("1s")
     pool.settle().advance("10s")
     assert pool.asked == pool.answers.keys(), what
-    assert Finished() in pool.commands and not pool.core.pool.runners, what
-    assert not pool.core.pool.ledger.accounts, what
+    assert Finished() in pool.commands and not pool.core._state.runners, what
+    assert not pool.core._state.ledger.accounts, what
 
 
 def test_d20_who_comes_while_it_ends_or_after_its_end_is_answered() -> None:

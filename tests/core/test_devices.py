@@ -84,12 +84,12 @@ def test_n03_an_integrated_gpu_and_the_host_are_never_promised_more_than_there_i
     """N03: the second model, which goes on the host, does not fit beside the first one."""
     pool = sharing("8GiB", ("0B",), "gpu0").declare("b", READ).loading("a", request=1)
     assert launched(pool.feed(acquire("b", request=2, num_gpu=0))) == []
-    assert pool.core.pool.ledger.promised_bytes(HOST) == 4 * GIB
+    assert pool.core._state.ledger.reserved_bytes(HOST) == 4 * GIB
     pool.feed(loaded(1), release(1))
     assert pool.stops == {1}, "it fits only in its place"
     assert launched(pool.feed(exited(1))) == ["b"]
     assert pool.launches[2].placement.gpu_layers == ()
-    assert 4 * GIB < pool.core.pool.ledger.promised_bytes(HOST) < 5 * GIB
+    assert 4 * GIB < pool.core._state.ledger.reserved_bytes(HOST) < 5 * GIB
 
 
 def test_n03_an_integrated_gpu_has_no_more_free_than_the_host() -> None:
@@ -113,7 +113,7 @@ def test_n03_what_a_process_holds_on_an_integrated_gpu_is_held_of_the_host_once(
     pool.occupied.clear()
     pool.strangers = {HOST: 4 * GIB}  # the runner itself, as the host's free memory shows it
     pool.feed(replace(pool.sample(), resident=((1, ((HOST, 1 * GIB), ("gpu0", 3 * GIB))),)))
-    account = pool.core.pool.ledger.accounts["runner", 1]
+    account = pool.core._state.ledger.accounts["runner", 1]
     assert account.resident == {HOST: 4 * GIB}
     assert pool.free() == 12 * GIB
 
@@ -222,9 +222,9 @@ def test_what_was_taken_since_a_gpu_was_read_is_not_free_while_it_is_not_read_ag
     ledger.sample([gpu])
     ledger.accounts["runner", 1] = Account({"gpu0": 5 * GIB}, {"gpu0": 5 * GIB})
     ledger.sample([replace(gpu, fresh=False)])
-    assert (ledger.free_bytes("gpu0"), ledger.for_us_bytes("gpu0")) == (3 * GIB, 8 * GIB)
+    assert (ledger.free_bytes("gpu0"), ledger.total_available("gpu0")) == (3 * GIB, 8 * GIB)
     ledger.sample([replace(gpu, free_bytes=2 * GIB)])  # others came as well
-    assert (ledger.free_bytes("gpu0"), ledger.for_us_bytes("gpu0")) == (2 * GIB, 7 * GIB)
+    assert (ledger.free_bytes("gpu0"), ledger.total_available("gpu0")) == (2 * GIB, 7 * GIB)
 
 
 def a_stalled_gpu(**limits: float) -> PoolUnderTest:

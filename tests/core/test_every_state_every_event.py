@@ -327,7 +327,7 @@ def walk(state: str, event: str) -> tuple[str, list[Transition]]:
     before = pool.core.snapshot()
     what = EVENTS[event](pool)
     commands = pool.advance(KEEP_ALIVE_S) if what is None else pool.feed(what)
-    runner = pool.core.pool.runners.get(RunnerId(1))
+    runner = pool.core._state.runners.get(RunnerId(1))
     after = runner.state if runner else RunnerState.unloaded
     fired = [entry for entry in journal if isinstance(entry, Transition) and entry.runner == 1]
     if pool.core.late:
@@ -349,7 +349,7 @@ def test_every_cell_is_named() -> None:
     pool = new_pool()
     fed = {type(event(pool)) for event in EVENTS.values()} - {type(None)}
     assert fed == set(Event.__args__) - {Tick}
-    assert pool.core.pool.queued == 0
+    assert pool.core._state.queued == 0
     assert Purpose.preload in {event.spec.purpose for event in (preload("a", 1), memory(1, cpu="1GiB"))}
 
 

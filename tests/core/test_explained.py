@@ -57,7 +57,7 @@ def test_a_wait_says_until_when_and_for_whom() -> None:
     pool.feed(acquire("other", request=2))
     decision = told(pool, "waits")
     assert decision.why == WaitForRunners(("busy",), RunnerStep.idle)
-    assert decision.until == pool.core.pool.now + 120.0
+    assert decision.until == pool.core._state.now + 120.0
     assert [(one.why, one.goes_in_s) for one in decision.runners] == [(KeptReason.goes_later, 120.0)]
     (view,) = pool.core.snapshot().queue
     assert (view.position, view.waits_for, view.until) == (0, decision.why, decision.until)
@@ -70,7 +70,7 @@ def test_a_wait_for_a_load_says_when_it_is_expected() -> None:
     assert pool.core.snapshot().queue[0].until == math.inf
     pool.advance("8s")
     pool.feed(loaded(1), release(1), exited(1), acquire("a", request=2))
-    assert pool.core.snapshot().queue[0].until == pool.core.pool.now + 8.0
+    assert pool.core.snapshot().queue[0].until == pool.core._state.now + 8.0
 
 
 def test_a_placement_says_what_each_device_had() -> None:

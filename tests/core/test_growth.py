@@ -84,10 +84,10 @@ def test_a_warm_request_looks_at_no_other_runner_and_no_other_request(max_runner
         pool.ready(f"model {number}")
     core = pool.core
     for name in ("runners", "requests", "lines", "models"):
-        setattr(core.pool, name, Unscanned(getattr(core.pool, name)))
+        setattr(core._state, name, Unscanned(getattr(core._state, name)))
     for model in ("model 3", "model 4"):
-        assert core.step(core.pool.now, acquire(model, request=500)) == [Grant(500, pool.runner(model))]
-        assert core.step(core.pool.now, release(500)) == []
+        assert core.step(core._state.now, acquire(model, request=500)) == [Grant(500, pool.runner(model))]
+        assert core.step(core._state.now, release(500)) == []
 
 
 def test_the_last_release_scans_nothing_where_nobody_waits() -> None:
@@ -95,9 +95,9 @@ def test_the_last_release_scans_nothing_where_nobody_waits() -> None:
     pool = a_pool(capacity="80GiB", max_runners=30, each="1GiB").idle("a").ready("b")
     core = pool.core
     for name in ("runners", "requests", "lines", "models"):
-        setattr(core.pool, name, Unscanned(getattr(core.pool, name)))
-    assert core.step(core.pool.now, acquire("a", request=500)) == [Grant(500, pool.runner("a"))]
-    assert core.step(core.pool.now, release(500)) == []
+        setattr(core._state, name, Unscanned(getattr(core._state, name)))
+    assert core.step(core._state.now, acquire("a", request=500)) == [Grant(500, pool.runner("a"))]
+    assert core.step(core._state.now, release(500)) == []
 
 
 def test_who_comes_far_back_is_judged_at_once() -> None:
@@ -123,7 +123,7 @@ def test_everybody_comes_to_the_front_in_order() -> None:
         runner = max(pool.launches)
         order.append(pool.launches[runner].model)
         pool.feed(loaded(runner))
-        lease = next(iter(pool.core.pool.runners[runner].leases))
+        lease = next(iter(pool.core._state.runners[runner].leases))
         pool.advance("1h")
         pool.feed(release(lease))
         pool.settle()
@@ -149,7 +149,7 @@ def test_an_idle_runner_that_nobody_before_it_can_use_goes_for_a_line_far_back()
     for number in range(FAR_BACK):
         pool.feed(acquire(f"model {number}", request=100 + number))
     pool.feed(acquire("on the gpu", request=900))
-    assert pool.core.pool.runners[pool.runner("resting")].stopping
+    assert pool.core._state.runners[pool.runner("resting")].stopping
 
 
 def test_deadlines_that_were_cleared_are_not_kept() -> None:
@@ -157,7 +157,7 @@ def test_deadlines_that_were_cleared_are_not_kept() -> None:
     pool = a_pool().ready("a", lease=1)
     for request in range(2, 1002):
         pool.feed(acquire("b", request, timeout="8760h"), cancel(request))
-    assert len(pool.core.pool.timers.copy()._heap) < 200
+    assert len(pool.core._state.timers.copy()._heap) < 200
 
 
 def test_options_that_come_to_the_same_are_not_kept_for_ever() -> None:
@@ -173,7 +173,7 @@ def test_a_name_that_is_unpinned_and_was_never_pinned_is_not_kept() -> None:
     """Nobody has asked for it."""
     pool = a_pool()
     pool.feed(unpin("a"))
-    assert not pool.core.pool.models
+    assert not pool.core._state.models
 
 
 def test_models_that_nobody_uses_any_more_are_forgotten_beyond_a_number(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -185,6 +185,6 @@ def test_models_that_nobody_uses_any_more_are_forgotten_beyond_a_number(monkeypa
         pool.idle(f"model {number:02}").feed(expire(f"model {number:02}"))
         pool.settle()
         pool.advance("1s")
-    models = set(pool.core.pool.models)
+    models = set(pool.core._state.models)
     assert {"in use", "pinned", "model 48", "model 49"} < models
     assert len(models) <= 8 + 1

@@ -216,7 +216,7 @@ def test_the_core_tells_which_models_and_runners_it_keeps() -> None:
     pool.feed(cancel(1))
     assert core.models_in_use() == {"a"}, "it is inspected"
     pool.feed(pool.inspection("a"), pin("b"))
-    assert core.models_in_use() == {"b"} and core.state().models() == ("a", "b")
+    assert core.models_in_use() == {"b"} and core.checkpoint().models() == ("a", "b")
     pool.inspects = True
     pool.idle("a")
     assert core.lives(1) and core.models_in_use() == {"a", "b"}
@@ -249,7 +249,7 @@ def test_steps_are_counted_on_in_a_copy_and_from_a_state() -> None:
     pool = a_busy_pool()
     steps = pool.core.steps
     assert steps > 10
-    for twin in (pool.core.copy(), Core.restore(decode_state(encode(pool.core.state())))):
+    for twin in (pool.core.copy(), Core.restore(decode_state(encode(pool.core.checkpoint())))):
         twin.step(pool.now, Tick())
         assert (twin.steps, pool.core.steps) == (steps + 1, steps)
 
@@ -273,7 +273,7 @@ def test_an_illegal_transition_tells_what_its_runner_has_been_through() -> None:
         pool.advance("3s")
         pool.feed(loaded(1), release(1), expire("a"))
         with pytest.raises(IllegalTransition, match="runner: 'serve' is not allowed while expiring") as raised:
-            pool.core.act.fire(pool.life("a"), "serve", "granted")
+            pool.core._lifecycle.fire(pool.life("a"), "serve", "granted")
         said[name] = str(raised.value)
         assert raised.value.story not in repr(raised.value), "what is recorded is the same where nothing is noted"
     assert said["quiet"].endswith(

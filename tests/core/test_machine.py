@@ -154,8 +154,8 @@ class CoreMachine(RuleBasedStateMachine):
                 devices = {device for device, size in command.placement.bytes if size}
                 claims = [set(self.pool.claims[number].devices) for number in self.had & set(self.pool.claims)]
                 alone = any(devices <= claimed for claimed in claims)
-                limits = self.pool.core.pool.limits
-                assert alone or not devices or not limits.claims or self.pool.core.act.claim_failure
+                limits = self.pool.core._state.config
+                assert alone or not devices or not limits.claims or self.pool.core._lifecycle.claim_failure
             case Claim():
                 self.claiming[command.number] = self.pool.now
             case ReleaseClaim():
@@ -366,7 +366,7 @@ class CoreMachine(RuleBasedStateMachine):
 
     @invariant()
     def nobody_is_kept_out_for_nothing(self) -> None:
-        loading = {id for id in self.alive if self.pool.core.pool.runners[id].loaded_at is None}
+        loading = {id for id in self.alive if self.pool.core._state.runners[id].loaded_at is None}
         assert len(self.had) <= len(loading), "devices are claimed that nothing loads on"
         assert all(self.pool.now < made_at + 60.0 for made_at in self.claiming.values()), "an endless wait"
 

@@ -47,7 +47,7 @@ def view(pool: PoolUnderTest, model: str = "a") -> RunnerView:
 
 
 def held(pool: PoolUnderTest, device: str = HOST) -> int:
-    return pool.core.pool.ledger.held_bytes(device)
+    return pool.core._state.ledger.held_bytes(device)
 
 
 def a_small_runner(**how: object) -> PoolUnderTest:
@@ -113,7 +113,7 @@ def test_n14_each_device_is_lowered_by_what_was_measured_there() -> None:
     """N14: and where nothing was, what was predicted stays."""
     pool = a_pool("64GiB", gpus=("8GiB",)).declare("a", layered(4, "1GiB", host="2GiB")).ready("a", lease=1)
     pool.feed(Sampled(pool.sample().devices, ((1, ((HOST, GIB),)),)))
-    account = pool.core.pool.ledger.accounts["runner", 1]
+    account = pool.core._state.ledger.accounts["runner", 1]
     account.peak = {HOST: GIB}  # the driver has told nothing of the GPU
     pool.feed(filled(1))
     assert (held(pool), held(pool, GPU)) == (GIB, 4 * GIB)
@@ -123,7 +123,7 @@ def test_n14_a_device_that_is_measured_late_is_lowered_when_it_is() -> None:
     """N14: the context is full already by then."""
     account = Account({HOST: 10, GPU: 10}, loaded=True)
     account.measure({HOST: 5})
-    account.settle({})
+    account.observe_peak({})
     assert (account.held_bytes(HOST), account.held_bytes(GPU)) == (5, 10)
     account.measure({GPU: 6})
     assert account.held_bytes(GPU) == 6
@@ -248,7 +248,7 @@ def test_n14_what_was_measured_of_an_older_file_is_not_remembered_for_the_new_on
     pool.feed(filled(1), release(1), exited(1))
     assert not pool.launches[2].placement.measured
     pool.feed(loaded(2), release(2), acquire("a", request=3, num_ctx=1024), exited(2))
-    assert pool.core.pool.models["a"].measured.keys() == {(pool.launches[2].options, ())}
+    assert pool.core._state.models["a"].measured.keys() == {(pool.launches[2].options, ())}
 
 
 # -- page cache -------------------------------------------------------------------------------------------------------
@@ -280,10 +280,10 @@ def test_pages_that_were_mapped_since_the_reading_are_counted_once() -> None:
     """No more of them can be among the free bytes than were occupied when these were read."""
     account = Account({HOST: 10})
     account.mapped_bytes = 8
-    assert account.untouched_bytes(HOST) == 10
+    assert account.reserved_not_touched(HOST) == 10
     account.measure({HOST: 10})
     account.count([HOST])
-    assert (account.untouched_bytes(HOST), account.untouched_bytes(GPU)) == (8, 0)
+    assert (account.reserved_not_touched(HOST), account.reserved_not_touched(GPU)) == (8, 0)
 
 
 # -- others -----------------------------------------------------------------------------------------------------------
@@ -313,7 +313,7 @@ def test_nothing_is_missing_where_there_is_enough_for_all_of_us() -> None:
     """A limit of our own is lower than what the machine has."""
     ledger = Ledger({HOST: DeviceSample(HOST, "cpu", "host", 100, 500)})
     ledger.reserve(("runner", 1), [(HOST, 60)])
-    assert (ledger.missing_bytes(HOST), ledger.free_bytes(HOST)) == (0, 40)
+    assert (ledger.held_by_others(HOST), ledger.free_bytes(HOST)) == (0, 40)
 
 
 def test_n03_what_is_measured_on_an_integrated_gpu_is_the_hosts() -> None:
@@ -368,12 +368,12 @@ def test_a_copied_account_is_independent() -> None:
     account = Account({HOST: 10})
     account.measure({HOST: 5})
     account.mapped_bytes = 2
-    account.settle({HOST: 1})
+    account.observe_peak({HOST: 1})
     other = account.copy()
     assert other == account
     other.measure({HOST: 9})
-    other.to_come[HOST] = 3
-    assert (account.held_bytes(HOST), account.to_come) == (6, {HOST: 1})
+    other.expected_growth[HOST] = 3
+    assert (account.held_bytes(HOST), account.expected_growth) == (6, {HOST: 1})
 
 
 # -- how much is remembered -------------------------------------------------------------------------------------------
@@ -384,8 +384,8 @@ def test_a_program_that_asks_for_ever_new_options_is_not_remembered_for_ever() -
     pool = a_pool()
     for num_ctx in range(1, MOST_KINDS + 10):
         pool.expiring("a", num_ctx=num_ctx).settle()
-    model = pool.core.pool.models["a"]
-    assert len(model.measured) == len(model.shortest) == MOST_KINDS
+    model = pool.core._state.models["a"]
+    assert len(model.measured) == len(model.shortest_load) == MOST_KINDS
     assert (Options(num_ctx=MOST_KINDS + 9), ()) in model.measured
 
 
@@ -394,4 +394,4 @@ def test_ever_new_options_that_are_asked_for_at_once_are_not_remembered_for_ever
     pool = a_pool().ready("a", lease=1)
     for request in range(2, MOST_DEMANDS + 10):
         pool.feed(acquire("a", request, num_ctx=request), cancel(request))
-    assert len(pool.core.pool.models["a"].demands) <= MOST_DEMANDS
+    assert len(pool.core._state.models["a"].demands) <= MOST_DEMANDS

@@ -226,7 +226,7 @@ def test_s09_num_gpu_0_considers_no_gpu() -> None:
     """S09: everything stays on the host; the GPUs still count for how many may run (S10)."""
     pool = a_gpu_pool("8GiB", "8GiB").declare("a", a_model()).loading("a", request=1, num_gpu=0)
     assert pool.launches[1].placement.gpu_layers == ()
-    assert pool.core.pool.max_runners() == 6
+    assert pool.core._state.max_runners() == 6
 
 
 def test_s09_gpus_are_looked_at_anew_for_each_load() -> None:

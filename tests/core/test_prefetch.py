@@ -181,7 +181,7 @@ def test_at_most_half_of_the_memory_to_spare_is_filled() -> None:
     pool = a_busy_gpu()
     pool.strangers = {HOST: 52 * GIB}
     pool.feed(pool.sample())
-    free = pool.core.pool.ledger.devices[HOST].free_bytes
+    free = pool.core._state.ledger.devices[HOST].free_bytes
     pool.feed(acquire("b", request=2), acquire("c", request=3))
     assert prefetches(pool.commands)[-1] == {"b": SIZE, "c": free // 2 - SIZE}
 
@@ -198,7 +198,7 @@ def test_pages_that_running_models_have_mapped_are_not_to_spare() -> None:
     pool = a_busy_gpu("16GiB", each="12GiB").ready("object", lease=5)
     pool.mapped[2] = 11 * GIB
     pool.feed(pool.sample(), acquire("b", request=2))
-    assert pool.core.pool.ledger.devices[HOST].free_bytes == 15 * GIB
+    assert pool.core._state.ledger.devices[HOST].free_bytes == 15 * GIB
     assert prefetches(pool.commands) == [{"b": 2 * GIB}]
 
 

@@ -214,7 +214,7 @@ def test_a_core_that_shares_its_devices_previews_without_a_claim() -> None:
     """What other programs do at this moment is no part of the answer, and nothing is claimed."""
     pool = a_pool("8GiB", claims=True, shares=False)
     assert look(pool, "a").outcome is Outcome.fits
-    assert (pool.core.pool.claims, pool.claimed) == ({}, 0)
+    assert (pool.core._state.claims, pool.claimed) == ({}, 0)
 
 
 # -- the preview is the truth ------------------------------------------------------------------------------------------
@@ -231,11 +231,11 @@ class PreviewMachine(CoreMachine):
         found = preview(now, core, want, self.pool.outcome(model))
         assert core.snapshot() == before, "a preview changes nothing"
         core = core.copy()
-        core.pool.limits = replace(core.pool.limits, claims=False)  # each would be had, and then it goes on
+        core._state.config = replace(core._state.config, claims=False)  # each would be had, and then it goes on
         core.step(now, Tick())
         request = len(self.asked) + 1
         answers = core.step(now, Acquire(request, want))
-        if any(known.id == model and known.inspecting for known in core.pool.models.values()):
+        if any(known.id == model and known.inspecting for known in core._state.models.values()):
             answers += core.step(now, Inspected(model, self.pool.outcome(model)))
         self.compare(found, core, Acquire(request, want), answers)
 
@@ -243,7 +243,7 @@ class PreviewMachine(CoreMachine):
     def compare(found: Preview, core: Core, asked: Acquire, answers: list[Command]) -> None:
         """Raise AssertionError where what was promised is not what happened."""
         mine = [each for each in answers if isinstance(each, Grant | Reject) and each.request == asked.request]
-        states = {id: runner.state for id, runner in core.pool.runners.items()}
+        states = {id: runner.state for id, runner in core._state.runners.items()}
         match found.outcome:
             case Outcome.warm:
                 assert [type(each) for each in mine] == [Grant]
@@ -257,7 +257,7 @@ class PreviewMachine(CoreMachine):
                 }
             case Outcome.evicts:
                 assert mine == [] and found.victims
-                now = all(victim.free_at <= core.pool.now for victim in found.victims)
+                now = all(victim.free_at <= core._state.now for victim in found.victims)
                 assert all((states[v.runner] is RunnerState.expiring) == now for v in found.victims)
             case Outcome.waits:
                 assert mine == [] and found.waits_for and not found.victims
@@ -290,7 +290,7 @@ def test_what_evicts_goes_where_it_was_shown_once_they_have_left(
         return
     left = pool.feed(acquire("new", 1))
     left += pool.advance(max(victim.free_at for victim in found.victims) - pool.now)
-    for runner in [pool.core.pool.runners[victim.runner] for victim in found.victims]:
+    for runner in [pool.core._state.runners[victim.runner] for victim in found.victims]:
         pool.feed(*(release(lease) for lease in sorted(runner.leases)))
     pool.settle()
     (launch,) = [each for each in pool.commands if isinstance(each, Launch) and each.model == "new"]
@@ -404,7 +404,7 @@ def test_what_evicts_is_told_how_it_need_not() -> None:
     """A smaller context fits beside those that are loaded."""
     info = a_large_model()
     pool = a_pool(needs(info, num_ctx=8192) + amount("64MiB"), sizes={"a": "64MiB"}).declare("d", info).idle("a")
-    pool.core.pool.limits = replace(pool.core.pool.limits, max_runners=9)
+    pool.core._state.config = replace(pool.core._state.config, max_runners=9)
     assert look(pool, "d", num_ctx=16384).outcome in (Outcome.evicts, Outcome.never)
     advice = advised(pool, num_ctx=16384)
     assert ({"num_ctx": 8192}, Outcome.fits) in advice

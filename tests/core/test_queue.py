@@ -135,7 +135,7 @@ def test_a_limit_that_was_raised_lets_waiters_go_ahead() -> None:
     pool = a_pool(max_runners=1, max_queue=7, each="1GiB").ready("a", lease=1)
     pool.feed(acquire("b", request=2))
     assert launched(pool.feed(Configure(max_runners=2))) == ["b"]
-    assert pool.core.pool.limits.max_queue == 7
+    assert pool.core._state.config.max_queue == 7
 
 
 def test_a_limit_that_was_lowered_stops_nobody_in_use() -> None:
@@ -299,7 +299,7 @@ def test_s07_a_busy_sibling_drains_at_the_bound_and_the_next_life_starts_beside_
     pool.feed(acquire("a", request=2, num_thread=3))
     assert launched(pool.advance("119s")) == []
     assert launched(pool.advance("1s")) == ["a"]
-    assert pool.core.pool.runners[1].state is RunnerState.expiring
+    assert pool.core._state.runners[1].state is RunnerState.expiring
     assert pool.feed(loaded(2)) == [Grant(2, 2)]
 
 

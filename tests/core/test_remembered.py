@@ -17,7 +17,7 @@ from fsm.placement.search import MEASURED_HEADROOM
 from fsm.preview import Outcome, preview
 from fsm.sizing.load_history import LAST_LOADS, LoadHistory, LoadTimes, MeasuredBytes
 from fsm.sizing.load_options import resolve
-from fsm.state.model_record import Model
+from fsm.state.model_record import ModelRecord
 from scheduler.api.fit_advice import advise
 from scheduler.recording.codec import decode_command, decode_event, decode_state, encode
 from tests.support.models import MIB, a_model
@@ -121,7 +121,7 @@ def test_a_file_that_was_replaced_takes_over_what_is_known_of_the_new_one_only()
     del pool.known["a"]
     pool.loading("a", request=2, **ASKED)
     assert not pool.launches[2].placement.measured
-    assert pool.core.pool.models["a"].load_s is None
+    assert pool.core._state.models["a"].load_s is None
 
 
 def test_an_inspection_that_failed_teaches_nothing() -> None:
@@ -129,7 +129,7 @@ def test_an_inspection_that_failed_teaches_nothing() -> None:
     pool = a_pool_that(knowing("64MiB"))
     pool.declare("a", ModelNotFoundRefusal("/a"))
     pool.feed(acquire("a", request=1, **ASKED))
-    assert "a" not in pool.core.pool.models
+    assert "a" not in pool.core._state.models
 
 
 # -- what is told -----------------------------------------------------------------------------------------------------
@@ -186,7 +186,7 @@ def test_what_is_to_come_is_counted_beside_a_prediction_that_was_too_small() -> 
     pool.loading("a", request=1, **ASKED)
     predicted = promised(pool)
     pool.feed(Loaded(1, None, ((HOST, predicted),), 0, ((HOST, 8 * MIB),)))
-    assert pool.core.pool.ledger.held_bytes(HOST) == predicted
+    assert pool.core._state.ledger.held_bytes(HOST) == predicted
     pool.feed(release(1), expire("a"), exited(1))
     pool.loading("a", request=2, **ASKED)
     assert promised(pool, 2) == predicted + 8 * MIB
@@ -216,7 +216,7 @@ def test_a_load_that_failed_is_no_load() -> None:
     pool.loading("a", request=1, **ASKED)
     pool.feed(exited(1))
     assert not told(pool.commands)
-    assert pool.core.pool.models["a"].load_s is None
+    assert pool.core._state.models["a"].load_s is None
 
 
 def test_a_runner_of_an_older_file_tells_nothing() -> None:
@@ -234,7 +234,7 @@ def test_a_runner_of_an_older_file_tells_nothing() -> None:
 
 def test_the_usual_load_is_the_median_of_the_last_few() -> None:
     """One load from a cold disk, or beside others, moves nothing."""
-    model = Model(ModelId("a"))
+    model = ModelRecord(ModelId("a"))
     assert model.load_s is None
     for load_s in (2.0, 90.0, 3.0):
         model.note_load((), load_s)
@@ -246,7 +246,7 @@ def test_the_usual_load_is_the_median_of_the_last_few() -> None:
 
 def test_each_split_has_its_own_usual_load() -> None:
     """A GPU's is not the host's; where nothing is known of one, the others say what they can."""
-    model, gpu = Model(ModelId("a")), (("gpu0", 5),)
+    model, gpu = ModelRecord(ModelId("a")), (("gpu0", 5),)
     for load_s in (10.0, 12.0):
         model.note_load((), load_s)
     model.note_load(gpu, 2.0)
@@ -257,7 +257,7 @@ def test_loads_of_earlier_programs_count_until_there_are_newer_ones() -> None:
     """They are taken over once; what this process adds is not taken over again with the next inspection."""
     pool = a_pool_that(knowing(0, 4.0, 6.0))
     pool.loading("a", request=1, **ASKED)
-    model = pool.core.pool.models["a"]
+    model = pool.core._state.models["a"]
     assert model.load_s == 5.0
     pool.now += 20.0
     pool.feed(loaded(1), release(1), expire("a"), exited(1))
@@ -297,11 +297,11 @@ def test_a_preview_knows_what_a_load_would_know() -> None:
     """Bytes, and that they were measured; the core that is asked stays as it was."""
     pool = a_pool_that()
     want = RequestSpec(ModelId("a"), Options(**ASKED), Purpose.lease, 0)
-    before = encode(pool.core.state())
+    before = encode(pool.core.checkpoint())
     found = preview(0.0, pool.core, want, MODEL, knowing("64MiB"))
     assert found.measured and found.shares[0].takes_bytes == 64 * MIB
     assert not preview(0.0, pool.core, want, MODEL).measured
-    assert encode(pool.core.state()) == before
+    assert encode(pool.core.checkpoint()) == before
 
 
 def test_advice_knows_it_too() -> None:
@@ -331,7 +331,7 @@ def test_a_recording_with_remembered_figures_replays_without_the_store() -> None
         return commands
 
     pool.core.step = recorded  # type: ignore[method-assign]  # what a recorder does
-    state = decode_state(json.loads(json.dumps(encode(pool.core.state()))))
+    state = decode_state(json.loads(json.dumps(encode(pool.core.checkpoint()))))
     pool.loading("a", request=1, **ASKED)
     pool.now += 3.0
     pool.feed(Loaded(1, None, ((HOST, 32 * MIB),), 0, ((HOST, 8 * MIB),)), filled(1), release(1), expire("a"))
@@ -342,7 +342,7 @@ def test_a_recording_with_remembered_figures_replays_without_the_store() -> None
     for line in script:
         now, event, commands = json.loads(line)
         assert core.step(now, decode_event(event)) == [decode_command(command) for command in commands]
-    assert encode(core.state()) == encode(pool.core.state())
+    assert encode(core.checkpoint()) == encode(pool.core.checkpoint())
 
 
 def test_a_copy_learns_by_itself() -> None:
@@ -350,7 +350,7 @@ def test_a_copy_learns_by_itself() -> None:
     pool = a_pool_that(knowing("64MiB", 3.0))
     pool.loading("a", request=1, **ASKED)
     copy = pool.core.copy()
-    before = encode(pool.core.state())
+    before = encode(pool.core.checkpoint())
     copy.step(pool.now + 9.0, Loaded(1, None, ((HOST, 32 * MIB),), 0, ((HOST, 8 * MIB),)))
-    assert encode(pool.core.state()) == before
-    assert copy.pool.models["a"].loads == {(): (3.0, 9.0)}
+    assert encode(pool.core.checkpoint()) == before
+    assert copy._state.models["a"].loads == {(): (3.0, 9.0)}

@@ -103,7 +103,7 @@ def test_nothing_known_is_no_error(rest_s: float) -> None:
 
 
 def rests(pool: PoolUnderTest, model: str) -> dict[int, int]:
-    return pool.core.pool.models[model].rests
+    return pool.core._state.models[model].idle_intervals
 
 
 def test_a_warm_request_ends_a_rest() -> None:
@@ -113,7 +113,7 @@ def test_a_warm_request_ends_a_rest() -> None:
     pool.feed(release(1))
     pool.advance("30s")
     pool.feed(acquire("a", request=2), acquire("a", request=3))  # the second finds it in use
-    assert rests(pool, "a") == {bin_of(30.0): 1} == pool.core.pool.rests
+    assert rests(pool, "a") == {bin_of(30.0): 1} == pool.core._state.idle_intervals
 
 
 def test_a_cold_request_ends_a_rest_that_its_last_runner_began() -> None:
@@ -159,12 +159,12 @@ def test_what_was_noted_is_copied_and_recorded() -> None:
     pool.advance("50s")
     pool.feed(acquire("a", request=2))
     twin = pool.core.copy()
-    again = Core.restore(decode_state(encode(pool.core.state())))
+    again = Core.restore(decode_state(encode(pool.core.checkpoint())))
     pool.feed(release(2))
     pool.advance("50s")
     pool.feed(acquire("a", request=3))
     for core in (twin, again):
-        assert core.pool.rests == core.pool.models["a"].rests == {bin_of(50.0): 1}
+        assert core._state.idle_intervals == core._state.models["a"].idle_intervals == {bin_of(50.0): 1}
     assert rests(pool, "a") == {bin_of(50.0): 2}
 
 

@@ -241,10 +241,10 @@ class ShrinkingMachine(test_machine.CoreMachine):
     @invariant()
     def promises_fit_the_devices(self) -> None:
         """They need not here: what is in use stays. But nobody rests where there is too much."""
-        core, pool, ledger = self.pool.core, self.pool.core.pool, self.pool.core.pool.ledger
+        core, pool, ledger = self.pool.core, self.pool.core._state, self.pool.core._state.ledger
         if pool.closing or core.deadline() <= pool.now:  # something is due, and looked at when its Tick comes
             return
-        for device in ledger.shrunk & ledger.devices.keys():
+        for device in ledger.overcommitted & ledger.devices.keys():
             held = {id: ledger.accounts["runner", id].held_bytes(device) for id in pool.runners}
             going = {
                 id

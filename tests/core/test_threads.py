@@ -172,7 +172,7 @@ def test_what_is_dealt_survives_a_copy_and_a_recording(at: str) -> None:
     pool.loading("a", request=1)
     if at == "ready":
         pool.feed(loaded(1))
-    for core in (pool.core.copy(), Core.restore(decode_state(encode(pool.core.state())))):
+    for core in (pool.core.copy(), Core.restore(decode_state(encode(pool.core.checkpoint())))):
         if at == "loading":
             core.step(pool.now, loaded(1))
         commands = core.step(pool.now, acquire("a", request=2, num_thread=8))

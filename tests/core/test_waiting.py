@@ -200,7 +200,7 @@ def test_a_request_of_low_priority_has_its_turn() -> None:
             break
         pool.feed(acquire(f"high{request}", request=request, priority=2))
         pool.advance("10s")
-        for runner in list(pool.core.pool.runners.values()):
+        for runner in list(pool.core._state.runners.values()):
             pool.feed(*(release(lease) for lease in sorted(runner.leases)))
         pool.settle()
         pool.feed(loaded(max(pool.launches)))

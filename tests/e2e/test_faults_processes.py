@@ -225,7 +225,7 @@ def test_a_model_that_fails_to_load_is_backed_off_longer_each_time(program: Prog
                 scheduler.acquire(model)
             waits.append(refused.value.retry_after_s or 0)
             scheduler._driver.read(
-                lambda core: [setattr(one, "blocked_until", 0.0) for one in core.pool.models.values()]
+                lambda core: [setattr(one, "blocked_until", 0.0) for one in core._state.models.values()]
             )
     assert all(most_s / 2 < wait_s < most_s + 1 for wait_s, most_s in zip(waits, (10, 20, 40), strict=True)), waits
 

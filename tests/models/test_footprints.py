@@ -101,7 +101,7 @@ def test_how_long_it_loaded_is_known_too(store: Path, model: Path) -> None:
         life_of(model, store)
     with Scheduler(settings(footprints=store)) as scheduler, scheduler.acquire(model) as lease:
         known = scheduler._executor.lives[lease.runner].model
-        loads = scheduler._driver.read(lambda core: dict(core.pool.models[known].loads))
+        loads = scheduler._driver.read(lambda core: dict(core._state.models[known].loads))
     assert [len(seconds) for seconds in loads.values()] == [3]
 
 

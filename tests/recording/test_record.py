@@ -20,7 +20,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import rule
 
-from fsm.core import Core, State
+from fsm.core import Core, CoreCheckpoint
 from fsm.domain.devices import HOST, DeviceId, DeviceSample, Placement
 from fsm.domain.model_info import ModelInfo, Options, Recurrence
 from fsm.eviction.policies import DEFAULT_POLICY, KeepAliveOrder
@@ -82,7 +82,7 @@ from fsm.messages.refusals import (
 from fsm.sizing.footprint import Footprint
 from fsm.sizing.load_history import LoadHistory, LoadTimes, MeasuredBytes
 from fsm.sizing.load_options import UnsupportedReason
-from fsm.state.core_config import Limits
+from fsm.state.core_config import CoreConfig
 from fsm.state.timers import Timers
 from fsm.verification.environment import Past, Scenario, possible, sampled, time_of
 from scheduler.recording.codec import (
@@ -111,7 +111,7 @@ def through_json(value: object) -> Any:
 
 def restored(core: Core) -> Core:
     """Return a core that was written down and read again."""
-    return Core.restore(decode_state(through_json(core.state())), core.policy)
+    return Core.restore(decode_state(through_json(core.checkpoint())), core.policy)
 
 
 def parts_of(thing: object) -> Iterator[tuple[object, object]]:
@@ -264,7 +264,7 @@ def test_what_is_no_event_is_refused(value: object, said: str) -> None:
 def test_a_state_refers_only_to_what_came_before() -> None:
     """A runner that was never written, or is written twice, is refused."""
     pool = a_pool().idle("a")
-    written = json.dumps(encode(pool.core.state()))
+    written = json.dumps(encode(pool.core.checkpoint()))
     assert '{"is": "Runner", "again": 1}' in written
     for wrong in (
         '{"is": "Runner", "again": 2}',
@@ -273,7 +273,7 @@ def test_a_state_refers_only_to_what_came_before() -> None:
     ):
         with pytest.raises(Unreadable):
             decode_state(json.loads(written.replace('{"is": "Runner", "again": 1}', wrong)))
-    whole = through_json(pool.core.state())
+    whole = through_json(pool.core.checkpoint())
     whole["pool"]["runners"][0][1] = whole["pool"]["models"][0][1]["current"]
     with pytest.raises(Unreadable, match="once"):
         decode_state(whole)
@@ -285,11 +285,11 @@ def test_a_state_refers_only_to_what_came_before() -> None:
 def test_every_field_of_every_class_of_the_core_is_written() -> None:
     """What a core holds beside its pool is named in its state; all else is found from the types of fields."""
     core = a_pool().ready("a").core
-    kinds = set(reachable(State))
-    assert set(vars(core)) - {field.name for field in dataclasses.fields(State)} == {"policy", "act", "plans"}
-    slots = {name for kind in type(core.act).__mro__ for name in getattr(kind, "__slots__", ())}
+    kinds = set(reachable(CoreCheckpoint))
+    assert set(vars(core)) - {field.name for field in dataclasses.fields(CoreCheckpoint)} == {"policy", "act", "plans"}
+    slots = {name for kind in type(core._lifecycle).__mro__ for name in getattr(kind, "__slots__", ())}
     assert slots - OF_A_STEP == {"claim_failure"}
-    assert Timers in kinds and {type(core.pool), type(core.pool.ledger)} <= kinds
+    assert Timers in kinds and {type(core._state), type(core._state.ledger)} <= kinds
     for kind in kinds:
         if dataclasses.is_dataclass(kind):  # nothing that lives outside of fields
             names = {field.name for field in dataclasses.fields(kind)}
@@ -297,7 +297,7 @@ def test_every_field_of_every_class_of_the_core_is_written() -> None:
             assert held == names and not hasattr(object.__new__(kind), "__dict__"), kind
 
 
-@pytest.mark.parametrize("kind", sorted({*reachable(State), *reachable(Event), *reachable(Command)}, key=repr))
+@pytest.mark.parametrize("kind", sorted({*reachable(CoreCheckpoint), *reachable(Event), *reachable(Command)}, key=repr))
 def test_every_field_has_a_type_that_can_be_read(kind: type) -> None:
     """A field of a type that no JSON can tell from others is noticed here, before any file has one."""
     if dataclasses.is_dataclass(kind):
@@ -307,10 +307,10 @@ def test_every_field_has_a_type_that_can_be_read(kind: type) -> None:
 def test_what_a_core_holds_beside_its_pool_comes_back() -> None:
     """Each field of a state is the restored core's, and a second state has it again."""
     values = {"int": 3, "bool": True, "str": "words", "ClaimMissed | None": ClaimMissed((HOST,), 60.0)}
-    names = {field.name: str(field.type) for field in dataclasses.fields(State) if field.name != "pool"}
-    state = replace(Core().state(), **{name: values[kind] for name, kind in names.items()})  # type: ignore[arg-type]  # of its type each
-    again = Core.restore(decode_state(through_json(state))).state()
-    assert encode(again) == encode(state) != encode(Core().state())
+    names = {field.name: str(field.type) for field in dataclasses.fields(CoreCheckpoint) if field.name != "pool"}
+    state = replace(Core().checkpoint(), **{name: values[kind] for name, kind in names.items()})  # type: ignore[arg-type]  # of its type each
+    again = Core.restore(decode_state(through_json(state))).checkpoint()
+    assert encode(again) == encode(state) != encode(Core().checkpoint())
 
 
 def test_the_schema_is_the_same_in_every_process() -> None:
@@ -324,12 +324,12 @@ def test_the_schema_is_the_same_in_every_process() -> None:
 def test_a_restored_core_keeps_the_order_in_which_deadlines_come_up() -> None:
     """Also that of those which were moved since, where what is queued tells it and what is due does not."""
     core = a_pool().core
-    timers = core.pool.timers
-    timers.set(("keep-alive", 1), core.pool.now + 1)
-    timers.set(("keep-alive", 1), core.pool.now + 9)
-    timers.set(("keep-alive", 2), core.pool.now + 5)
-    back = restored(core).pool.timers
-    due = core.pool.now + 10
+    timers = core._state.timers
+    timers.set(("keep-alive", 1), core._state.now + 1)
+    timers.set(("keep-alive", 1), core._state.now + 9)
+    timers.set(("keep-alive", 2), core._state.now + 5)
+    back = restored(core)._state.timers
+    due = core._state.now + 10
     assert [timers.copy().take_due(due), timers.take_due(due)] == [back.copy().take_due(due), back.take_due(due)]
 
 
@@ -348,9 +348,9 @@ class Walk:
         self.chance = random.Random(seed)
         self.past = Past()
         self.scenario = Scenario(
-            name="any", about="", most=0, models=tuple(models), wants=tuple(wants), requests=9,
+            name="any", about="", most=0, models=tuple(models), specs=tuple(wants), requests=9,
             devices=((HOST, 8 * 2**30), (DeviceId("gpu0"), 6 * 2**30)), keep_alives_s=(None, 0.0, 5.0, math.inf),
-            limits=Limits(claims=seed % 2 == 0, max_runners=seed % 3), timeouts_s=(None, 10.0), out_of_memory=True,
+            limits=CoreConfig(claims=seed % 2 == 0, max_runners=seed % 3), timeouts_s=(None, 10.0), out_of_memory=True,
             hangs=True, fills=True, pins=True, closes=False,
             other_devices=((HOST, 6 * 2**30), (DeviceId("gpu0"), 3 * 2**30)),
             configures=(Configure(max_runners=2), Configure(max_runners=0, keep_alive_s=7.0)),
@@ -358,7 +358,7 @@ class Walk:
 
     def step(self, core: Core, step: Callable[[float, Event], Sequence[Command]]) -> tuple[float, Event]:
         """Have something that may come next happen to a core, through `step`; return what it was, and when."""
-        if core.pool.now == -math.inf:
+        if core._state.now == -math.inf:
             now, event = 0.0, cast(Event, sampled(core, self.scenario))
         else:
             event = self.chance.choice(list(possible(core, self.scenario, self.past)))
@@ -376,29 +376,29 @@ def test_a_restored_core_goes_on_as_the_one_it_was_written_from(seed: int) -> No
     for _ in range(120):
         twin = restored(core)
         assert differences(twin, core) == []
-        assert twin.state().pool is not twin.pool
+        assert twin.checkpoint().state is not twin._state
         paired = Paired(core)
         paired.twins.append(twin)
         walk.step(core, paired.step)
-        assert encode(twin.state()) == encode(core.state())
+        assert encode(twin.checkpoint()) == encode(core.checkpoint())
         twin.check()
 
 
 def test_what_is_found_again_from_the_rest_is_not_written() -> None:
     """However many contexts were asked for: a core that was read again finds it, and decides the same."""
     pool = a_pool(each="1GiB").idle("a")
-    model = pool.core.pool.models[ModelId("a")]
+    model = pool.core._state.models[ModelId("a")]
     model.info = a_model()
-    empty = encode(pool.core.state())
+    empty = encode(pool.core.checkpoint())
     for num_ctx in range(512, 1512):
-        model.demand(Options(num_ctx=num_ctx), pool.core.pool.limits)
-    assert len(model.demands) >= 1000 and encode(pool.core.state()) == empty
+        model.demand(Options(num_ctx=num_ctx), pool.core._state.config)
+    assert len(model.demands) >= 1000 and encode(pool.core.checkpoint()) == empty
     core, twin = pool.core, restored(pool.core)
-    assert not twin.pool.models[ModelId("a")].demands
+    assert not twin._state.models[ModelId("a")].demands
     for request, num_ctx in enumerate((512, 1511, 700, 4096), 50):
         event = Acquire(RequestId(request), RequestSpec(ModelId("a"), Options(num_ctx=num_ctx), Purpose.lease, 0))
         assert twin.step(pool.now, event) == core.step(pool.now, event)
-    assert encode(twin.state()) == encode(core.state())
+    assert encode(twin.checkpoint()) == encode(core.checkpoint())
 
 
 class Paired:
@@ -446,6 +446,6 @@ TestRecordedMachine.settings = settings(settings.default, max_examples=30, state
 def test_a_policy_is_not_part_of_a_state() -> None:
     """It may be code of the user's; whoever restores a core says which."""
     pool = a_pool("12GiB", each="5GiB").idle("a").idle("b")
-    twin = Core.restore(pool.core.state(), KeepAliveOrder())
-    assert twin.policy.name == "keep-alive" and Core.restore(pool.core.state()).policy is DEFAULT_POLICY
+    twin = Core.restore(pool.core.checkpoint(), KeepAliveOrder())
+    assert twin.policy.name == "keep-alive" and Core.restore(pool.core.checkpoint()).policy is DEFAULT_POLICY
     assert twin.step(pool.now, acquire("c", 99)) == pool.core.step(pool.now, acquire("c", 99))

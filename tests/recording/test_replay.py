@@ -122,9 +122,9 @@ def test_whatever_happens_is_recorded_and_replays_exactly(seed: int, file: Path)
     assert [(moment.at, moment.event) for moment in again] == told
     assert [list(moment.commands) for moment in again] == said and sum(map(len, said)) > 100
     last = next(each.core for each in list(Replay(file)) if isinstance(each, Begun))
-    for line in last.pool.lines.values():
+    for line in last._state.groups.values():
         line.told = None  # only kept where somebody listens
-    assert encode(last.state()) == encode(core.state())
+    assert encode(last.checkpoint()) == encode(core.checkpoint())
 
 
 def test_a_rotated_file_replays_by_itself(file: Path) -> None:
@@ -195,7 +195,7 @@ def test_the_choices_of_a_policy_of_the_users_own_are_inputs(file: Path) -> None
     with recording(file, core) as writer:
         for _ in range(400):
             walk.step(core, writer.step)
-            core.copy().step(core.pool.now + 1, Tick())  # whoever asks what would be is not recorded
+            core.copy().step(core._state.now + 1, Tick())  # whoever asks what would be is not recorded
     replay = Replay(file)
     considered = [one for moment in replay if isinstance(moment, Moment) for one in moment.considered]
     assert any("RuntimeError" in one.failure for one in considered) and sum(not one.failure for one in considered) > 5
@@ -715,7 +715,7 @@ def test_what_is_done_twice_is_told_once(file: Path, capsys: pytest.CaptureFixtu
 def test_only_limits_that_change_are_told(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """As people write them."""
     with recorded_pool(file) as pool:
-        pool.feed(Configure(1_234_567, pool.core.pool.limits.max_runners, math.inf))
-        pool.feed(Configure(1_234_567, pool.core.pool.limits.max_runners, math.inf))
+        pool.feed(Configure(1_234_567, pool.core._state.config.max_runners, math.inf))
+        pool.feed(Configure(1_234_567, pool.core._state.config.max_runners, math.inf))
     said = told(file, capsys)
     assert said.count("limits change: max_queue 1234567, keep_alive forever\n") == 1 == said.count("limits change")

@@ -103,7 +103,7 @@ def test_ctrl_c_never_interrupts_a_step_that_the_main_thread_asked_for(start: Ca
     with pytest.raises(KeyboardInterrupt):
         driver.post(acquire(1))
         assert_soon(lambda: False)
-    assert_soon(lambda: RequestId(1) in driver.read(lambda core: core.pool.requests))
+    assert_soon(lambda: RequestId(1) in driver.read(lambda core: core._state.requests))
     assert driver.broken is None
     assert threading.main_thread().ident not in core.threads
     core.check()
@@ -227,16 +227,16 @@ def test_a_deadline_that_comes_during_a_step_is_told_once(start: Callable[..., D
     go_on.set()
     holder.join(LIMIT_S)
     assert ticks == [Tick()]
-    assert_soon(lambda: 1 not in driver.read(lambda core: core.pool.requests))
+    assert_soon(lambda: 1 not in driver.read(lambda core: core._state.requests))
 
 
 def test_a_reader_sees_what_it_posted_before(start: Callable[..., Driver]) -> None:
     """Reading has its place in the order of events, from the main thread and from others."""
     driver = start(Core())
     driver.post(acquire(1))
-    assert driver.read(lambda core: list(core.pool.requests)) == [1]
+    assert driver.read(lambda core: list(core._state.requests)) == [1]
     in_thread(lambda: driver.post(acquire(2)))
-    assert driver.read(lambda core: list(core.pool.requests)) == [1, 2]
+    assert driver.read(lambda core: list(core._state.requests)) == [1, 2]
     with pytest.raises(ZeroDivisionError):
         driver.read(lambda core: 1 // 0)
     assert driver.broken is None
@@ -393,5 +393,5 @@ def test_nobody_waits_to_read_once_the_driver_has_stopped(
     driver = start(Core())
     assert driver.stop(LIMIT_S)
     found: list[object] = []
-    as_main(driver, lambda: found.append(driver.read(lambda core: list(core.pool.requests))))
+    as_main(driver, lambda: found.append(driver.read(lambda core: list(core._state.requests))))
     assert found == [[]] and not driver._inbox

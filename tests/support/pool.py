@@ -62,7 +62,7 @@ from fsm.messages.reasons import NoAnswer, WaitReason
 from fsm.messages.refusals import Refusal
 from fsm.sizing.footprint import Footprint
 from fsm.sizing.load_history import NOTHING, LoadHistory
-from fsm.state.core_config import Limits
+from fsm.state.core_config import CoreConfig
 
 START = 1000.0  # seconds; not 0, so that a forgotten time shows
 _SCALES = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
@@ -253,7 +253,7 @@ class PoolUnderTest:
             for id, size in self.capacities.items()
         )
         resident = tuple((runner, tuple(held.items())) for runner, held in self.occupied.items())
-        number = self.core.pool.samples if number is None else number
+        number = self.core._state.samples if number is None else number
         return Sampled(devices, resident, number, tuple(mapped.items()))
 
     def _step(self, event: Event) -> list[Command]:
@@ -353,7 +353,7 @@ class PoolUnderTest:
         lease = lease or self.request_id()
         if self.feed(acquire(model, lease, **how)) != [Grant(lease, self.runner(model))]:
             self.feed(loaded(self.runner(model)))
-        assert self.core.pool.requests[lease].runner == self.runner(model)
+        assert self.core._state.requests[lease].runner == self.runner(model)
         return self
 
     def idle(self, model: str, **how: Any) -> Self:
@@ -377,11 +377,11 @@ class PoolUnderTest:
 
     def life(self, model: str) -> Runner:
         """Return the record of the latest runner of `model`, which is not unloaded."""
-        return self.core.pool.runners[self.runner(model)]
+        return self.core._state.runners[self.runner(model)]
 
     def state(self, model: str) -> RunnerState:
         """Return the state of the latest runner of `model`."""
-        runner = self.core.pool.runners.get(self.runner(model))
+        runner = self.core._state.runners.get(self.runner(model))
         return runner.state if runner else RunnerState.unloaded
 
     def refusal(self, request: int) -> Any:
@@ -400,11 +400,11 @@ class PoolUnderTest:
 
     def free(self, device: str = HOST) -> int:
         """Return the bytes that can still be promised on a device."""
-        return self.core.pool.ledger.free_bytes(DeviceId(device))
+        return self.core._state.ledger.free_bytes(DeviceId(device))
 
     def settle(self) -> Self:
         """Let every process end that was told to, until none is left that was."""
-        while ending := [id for id, runner in self.core.pool.runners.items() if runner.stopping and runner.process]:
+        while ending := [id for id, runner in self.core._state.runners.items() if runner.stopping and runner.process]:
             self.feed(*map(exited, ending))
         return self
 
@@ -424,7 +424,7 @@ def a_pool(
 ) -> PoolUnderTest:
     """Return an empty pool with a host of `capacity` and `gpus`, whose devices have been read once."""
     pool = PoolUnderTest(
-        Core(Limits(**limits), policy),
+        Core(CoreConfig(**limits), policy),
         amount(capacity),
         [amount(size) for size in gpus],
         each=amount(each),

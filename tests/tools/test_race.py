@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from fsm.core import Core
-from fsm.state.core_config import Limits
+from fsm.state.core_config import CoreConfig
 from tests.support.tiny_models import write_tiny_model
 from tests.tools.race import report
 from tests.tools.race.__main__ import main
@@ -105,7 +105,10 @@ def test_aims_are_judged_by_medians_against_the_better_peer() -> None:
 def test_on_virtual_time_everybody_is_answered_and_a_rest_saves_loads() -> None:
     """Users that ask again at once find their model there: fewer loads than turning memory over at every rest."""
     loads = {}
-    for name, limits in {"ours": Limits(max_runners=2), "at once": Limits(max_runners=2, max_wait_s=0.0)}.items():
+    for name, limits in {
+        "ours": CoreConfig(max_runners=2),
+        "at once": CoreConfig(max_runners=2, max_wait_s=0.0),
+    }.items():
         trace = a_trace(150, NAMES, exponent=1.0, seed=1)
         run = Track(trace, 4, 2, Machine(), Core(limits)).go()
         assert len(run.took_s) == len(trace)

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fsm.state.core_config import Limits
+from fsm.state.core_config import CoreConfig
 from tests.tools.waiting_simulation import OURS, SHORT_S, WARM_FIRST, ratios, row_of, simulate
 from tests.tools.waiting_world import CASES, ORDERS, Arrival, Case, Machine, Order, Outcome, draw_traffic
 
@@ -43,7 +43,7 @@ def worlds(draw: st.DrawFn) -> tuple[Case, Order, list[Arrival]]:
     models = draw(st.integers(2, 5))
     loads_s = tuple(draw(st.lists(seconds, min_size=models, max_size=models)))
     case = Case("drawn", MANY, 0.0, loads_s, draw(st.floats(0.0, 5.0)), 0.0, places=draw(st.integers(1, 3)))
-    limits = Limits(
+    limits = CoreConfig(
         max_wait_s=draw(st.sampled_from((1.0, 20.0, 120.0))),
         min_residency_s=draw(st.sampled_from((None, 0.0, 15.0))),
         max_runners=models,

@@ -23,7 +23,7 @@ from fsm.machine.runner import RunnerId
 from fsm.messages.commands import Command, Grant, Inspect, Launch, NotifyContention, Sample, Stop
 from fsm.messages.events import Acquire, Event, Exited, Inspected, Loaded, Release, Sampled, Tick
 from fsm.sizing.footprint import Footprint
-from fsm.state.core_config import Limits
+from fsm.state.core_config import CoreConfig
 
 MODELS = tuple(map(ModelId, "abcdef"))
 SIZE = 2**30  # bytes of a model, and of a place
@@ -48,7 +48,7 @@ class Order:
     """How those who wait are ordered: the core's limits, and whether it hears of one request at a time."""
 
     name: str
-    limits: Limits
+    limits: CoreConfig
     one_by_one: bool = False
 
 
@@ -64,10 +64,12 @@ EVERYBODY = 10**9  # may wait
 ORDERS = {
     order.name: order
     for order in (
-        Order("strict order", Limits(max_queue=EVERYBODY, max_wait_s=math.inf, min_residency_s=0.0), one_by_one=True),
-        Order("warm first", Limits(max_queue=EVERYBODY, max_wait_s=math.inf, min_residency_s=0.0)),
-        Order("bound alone", Limits(max_queue=EVERYBODY, min_residency_s=0.0)),
-        Order("ours", Limits(max_queue=EVERYBODY)),
+        Order(
+            "strict order", CoreConfig(max_queue=EVERYBODY, max_wait_s=math.inf, min_residency_s=0.0), one_by_one=True
+        ),
+        Order("warm first", CoreConfig(max_queue=EVERYBODY, max_wait_s=math.inf, min_residency_s=0.0)),
+        Order("bound alone", CoreConfig(max_queue=EVERYBODY, min_residency_s=0.0)),
+        Order("ours", CoreConfig(max_queue=EVERYBODY)),
     )
 }
 
@@ -144,8 +146,8 @@ class Machine:
         for index, arrival in enumerate(self.traffic):
             self._later(arrival.at, index)
         self._step(self._sampled())
-        while self.heap or self.core.pool.queued:
-            before, waiting = self.now, self.core.pool.queued or self.outside
+        while self.heap or self.core._state.queued:
+            before, waiting = self.now, self.core._state.queued or self.outside
             self._next()
             self.outcome.waited_s += self.now - before if waiting else 0.0
             while self.outside and not (self.heard and self.order.one_by_one):
@@ -229,7 +231,7 @@ class Machine:
         resident = tuple((id, ((HOST, SIZE),)) for id, runner in self.runners.items() if runner.loaded)
         capacity = SIZE * self.case.places
         host = DeviceSample(HOST, "cpu", "host", capacity, capacity - SIZE * len(resident))
-        return Sampled((host,), resident, self.core.pool.samples)
+        return Sampled((host,), resident, self.core._state.samples)
 
     def _later(self, at: float, what: Event | int) -> None:
         heapq.heappush(self.heap, (at, next(self._numbers), what))

@@ -14,7 +14,7 @@ from fsm.messages.events import Acquire, Cancel, Event, Exited, Release
 from fsm.messages.reasons import NeededFor, RunnerReason, RunnerStep, WaitForRunners
 from fsm.messages.refusals import Cancelled, Refusal
 from fsm.planning import eviction_candidates
-from fsm.state.core_state import Pool
+from fsm.state.core_state import CoreState
 from tests.verification.mutant import Patch, instead, mutant
 
 
@@ -24,8 +24,8 @@ def a_victim_comes_back(patch: Patch) -> None:
 
     @instead(patch, Core, "_acquire")
     def acquire(original: Callable[..., None], core: Core, event: Acquire) -> None:
-        for runner in core.pool.runners.values():
-            model = core.pool.models[runner.model]
+        for runner in core._state.runners.values():
+            model = core._state.models[runner.model]
             if runner.model == event.spec.model and runner.state is EXPIRING and runner.leases and not model.current:
                 runner.state, model.current = READY, runner
         original(core, event)
@@ -36,7 +36,7 @@ def busy_for_ever(patch: Patch) -> None:
     """A victim that is always in use by somebody is waited for without end."""
 
     @instead(patch, eviction_candidates, "may_go_at")
-    def may_go_at(original: Callable[..., float], pool: Pool, runner: Runner, bound: float) -> float:
+    def may_go_at(original: Callable[..., float], pool: CoreState, runner: Runner, bound: float) -> float:
         return math.inf if runner.leases else original(pool, runner, bound)
 
 
@@ -67,9 +67,9 @@ def a_late_release_counts(patch: Patch) -> None:
 
     @instead(patch, Core, "_leave")
     def leave(original: Callable[..., None], core: Core, event: Release) -> None:
-        held = [request for request in core.pool.requests.values() if request.state is RequestState.granted]
-        if event.request not in core.pool.requests and held:
-            core.act.release(held[0])
+        held = [request for request in core._state.requests.values() if request.state is RequestState.granted]
+        if event.request not in core._state.requests and held:
+            core._lifecycle.release(held[0])
         else:
             original(core, event)
 
@@ -80,9 +80,9 @@ def a_load_keeps_everybody_waiting(patch: Patch) -> None:
 
     @instead(patch, Core, "_acquire")
     def acquire(original: Callable[..., None], core: Core, event: Acquire) -> None:
-        pool = core.pool
+        pool = core._state
         if any(runner.state is LOADING for runner in pool.runners.values()) and event.request not in pool.requests:
-            core.act.model(event.spec.model)
+            core._lifecycle.model(event.spec.model)
             pool.enqueue(Request(event.request, event.spec, event.keep_alive_s, pool.now))
         else:
             original(core, event)
@@ -94,9 +94,9 @@ def the_full_queue_is_waited_for(patch: Patch) -> None:
 
     @instead(patch, Core, "step")
     def step(original: Callable[..., object], core: Core, now: float, event: Event) -> object:
-        pool = core.pool
+        pool = core._state
         evicts = any(runner.state is EXPIRING for runner in pool.runners.values())
-        return [] if evicts and pool.queued >= pool.limits.max_queue else original(core, now, event)
+        return [] if evicts and pool.queued >= pool.config.max_queue else original(core, now, event)
 
 
 @mutant("one-place", "D08")
@@ -116,7 +116,7 @@ def a_close_expects_loaded_runners(patch: Patch) -> None:
 
     @instead(patch, Core, "_close")
     def close(original: Callable[..., None], core: Core, timeout_s: float) -> None:
-        assert all(runner.loaded_at is not None for runner in core.pool.runners.values()), "a runner without a server"
+        assert all(runner.loaded_at is not None for runner in core._state.runners.values()), "a runner without a server"
         original(core, timeout_s)
 
 
@@ -126,11 +126,11 @@ def free_memory_is_subtracted_unsigned(patch: Patch) -> None:
 
     @instead(patch, Endings, "memory_is_back")
     def memory_is_back(original: Callable[..., bool], act: Endings, runner: Runner) -> bool:
-        ledger, part = act.pool.ledger, act.pool.limits.recovery_fraction
+        ledger, part = act.pool.ledger, act.pool.config.recovery_fraction
         account = ledger.accounts["runner", runner.id]
         for gpu, awaited in runner.recovery_targets.items():
             expected = int(part * account.occupied_bytes(gpu))
-            if (ledger.for_us_bytes(gpu) - (awaited - expected)) % 2**64 < expected:
+            if (ledger.total_available(gpu) - (awaited - expected)) % 2**64 < expected:
                 return False
         return True
 
@@ -161,14 +161,14 @@ def an_eviction_outlives_its_waiter(patch: Patch) -> None:
 
     @instead(patch, Core, "_leave")
     def leave(original: Callable[..., None], core: Core, event: Release | Cancel) -> None:
-        request = core.pool.requests.get(event.request)
-        line = core.pool.lines.get(request.spec) if request is not None else None
+        request = core._state.requests.get(event.request)
+        line = core._state.groups.get(request.spec) if request is not None else None
         original(core, event)
         if not isinstance(event, Cancel) or line is None:
             return
         if isinstance(line.waits_for, WaitForRunners) and line.waits_for.step is RunnerStep.idle:
-            for runner in [runner for runner in core.pool.runners.values() if runner.state is READY]:
-                core.act.expire(runner, NeededFor(line.want.model))
+            for runner in [runner for runner in core._state.runners.values() if runner.state is READY]:
+                core._lifecycle.expire(runner, NeededFor(line.spec.model))
 
 
 @mutant("one-place", "D13")

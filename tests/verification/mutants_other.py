@@ -25,8 +25,8 @@ from fsm.planning import eviction_candidates
 from fsm.planning.availability import NOW, SOON
 from fsm.planning.plan import Plan
 from fsm.planning.planner import _Planner
-from fsm.state.core_state import OpenClaim, Pool
-from fsm.state.request_queue import Line
+from fsm.state.core_state import CoreState, OpenClaim
+from fsm.state.request_queue import RequestGroup
 from fsm.state.timers import Timers
 from tests.verification.mutant import Patch, instead, mutant
 
@@ -68,7 +68,7 @@ def a_close_forgets_the_queue(patch: Patch) -> None:
     """Whoever waits when the scheduler closes waits for ever."""
 
     @instead(patch, Actions, "reject_line")
-    def reject_line(original: Callable[..., None], act: Actions, line: Line, refusal: Refusal) -> None:
+    def reject_line(original: Callable[..., None], act: Actions, line: RequestGroup, refusal: Refusal) -> None:
         if not isinstance(refusal, SchedulerClosed):
             original(act, line, refusal)
 
@@ -90,9 +90,9 @@ def a_closed_scheduler_takes_requests(patch: Patch) -> None:
 
     @instead(patch, Core, "_acquire")
     def acquire(original: Callable[..., None], core: Core, event: Acquire) -> None:
-        closing, core.pool.closing = core.pool.closing, False
+        closing, core._state.closing = core._state.closing, False
         original(core, event)
-        core.pool.closing = closing
+        core._state.closing = closing
 
 
 @mutant("one-place")
@@ -102,7 +102,7 @@ def a_second_close_allows_more_time(patch: Patch) -> None:
     @instead(patch, Core, "_close")
     def close(original: Callable[..., None], core: Core, timeout_s: float) -> None:
         original(core, timeout_s)
-        core.pool.timers.set(("close", 0), core.pool.now + timeout_s)
+        core._state.timers.set(("close", 0), core._state.now + timeout_s)
 
 
 @mutant("one-place", most=2000)
@@ -111,7 +111,7 @@ def a_close_does_not_stop_loads(patch: Patch) -> None:
 
     @instead(patch, Core, "_close")
     def close(original: Callable[..., None], core: Core, timeout_s: float) -> None:
-        loads = [runner for runner in core.pool.runners.values() if runner.state is LOADING]
+        loads = [runner for runner in core._state.runners.values() if runner.state is LOADING]
         with pytest.MonkeyPatch.context() as closing:
             for runner in loads:
                 closing.setattr(runner, "state", EXPIRING)
@@ -134,7 +134,7 @@ def who_leaves_as_they_are_granted_keeps_the_lease(patch: Patch) -> None:
 
     @instead(patch, Core, "_leave")
     def leave(original: Callable[..., None], core: Core, event: Release | Cancel) -> None:
-        request = core.pool.requests.get(event.request)
+        request = core._state.requests.get(event.request)
         if not (isinstance(event, Cancel) and request is not None and request.state is RequestState.granted):
             original(core, event)
 
@@ -145,10 +145,10 @@ def a_release_ends_a_wait(patch: Patch) -> None:
 
     @instead(patch, Core, "_leave")
     def leave(original: Callable[..., None], core: Core, event: Release | Cancel) -> None:
-        request = core.pool.requests.get(event.request)
+        request = core._state.requests.get(event.request)
         if isinstance(event, Release) and request is not None and request.state is RequestState.queued:
-            core.pool.dequeue(request)
-            del core.pool.requests[request.id]
+            core._state.dequeue(request)
+            del core._state.requests[request.id]
         else:
             original(core, event)
 
@@ -181,7 +181,7 @@ def what_was_read_wakes_nobody(patch: Patch) -> None:
     @instead(patch, Core, "_inspected")
     def inspected(original: Callable[..., None], core: Core, event: Inspected) -> None:
         original(core, event)
-        core.act.replan = False
+        core._lifecycle.replan = False
 
 
 # -- runners ----------------------------------------------------------------------------------------------------------
@@ -202,7 +202,7 @@ def busy_runners_go_at_once(patch: Patch) -> None:
     """A runner in use is given up before whoever wants its place has waited long enough."""
 
     @instead(patch, eviction_candidates, "may_go_at")
-    def may_go_at(original: Callable[..., float], pool: Pool, runner: Runner, bound: float) -> float:
+    def may_go_at(original: Callable[..., float], pool: CoreState, runner: Runner, bound: float) -> float:
         return max(pool.now, runner.resident_until)
 
 
@@ -211,14 +211,14 @@ def no_residency(patch: Patch) -> None:
     """A runner may go as soon as it is loaded: two clients could unload each other's models for ever."""
 
     @instead(patch, eviction_candidates, "may_go_at")
-    def may_go_at(original: Callable[..., float], pool: Pool, runner: Runner, bound: float) -> float:
+    def may_go_at(original: Callable[..., float], pool: CoreState, runner: Runner, bound: float) -> float:
         return original(pool, runner, bound) if runner.leases else pool.now
 
 
 @mutant("pins")
 def pins_do_not_hold(patch: Patch) -> None:
     """A pinned model is given up for others."""
-    patch.setattr(Pool, "pinned", lambda pool, runner: False)
+    patch.setattr(CoreState, "pinned", lambda pool, runner: False)
 
 
 @mutant("one-place")
@@ -228,7 +228,7 @@ def a_late_load_counts(patch: Patch) -> None:
     @instead(patch, Core, "_runner_event")
     def runner_event(original: Callable[..., None], core: Core, runner: Runner, event: Event) -> None:
         if isinstance(event, Loaded) and runner.loaded_at is None:
-            core.act.loaded(runner, event)
+            core._lifecycle.loaded(runner, event)
         else:
             original(core, runner, event)
 
@@ -241,8 +241,8 @@ def a_load_counts_twice(patch: Patch) -> None:
     def runner_event(original: Callable[..., None], core: Core, runner: Runner, event: Event) -> None:
         original(core, runner, event)
         if isinstance(event, Loaded) and runner.leases:
-            idle_s, in_use_s = core.pool.limits.residency_s(0.0)
-            runner.resident_until, runner.drain_protected_until = core.pool.now + idle_s, core.pool.now + in_use_s
+            idle_s, in_use_s = core._state.config.residency_s(0.0)
+            runner.resident_until, runner.drain_protected_until = core._state.now + idle_s, core._state.now + in_use_s
 
 
 @mutant("one-place")
@@ -251,9 +251,9 @@ def an_end_counts_twice(patch: Patch) -> None:
 
     @instead(patch, Core, "_handle")
     def handle(original: Callable[..., None], core: Core, event: Event) -> None:
-        runner = core.pool.runners.get(event.runner) if isinstance(event, Exited) else None
+        runner = core._state.runners.get(event.runner) if isinstance(event, Exited) else None
         if runner is not None and not runner.process:
-            core.act.await_memory(runner)
+            core._lifecycle.await_memory(runner)
         else:
             original(core, event)
 
@@ -274,7 +274,7 @@ def stopped_processes_do_not_count(patch: Patch) -> None:
     """More processes are alive than there may be, while those that were told to stop end."""
 
     @instead(patch, _Planner, "__init__")
-    def init(original: Callable[..., None], planner: _Planner, pool: Pool, policy: object) -> None:
+    def init(original: Callable[..., None], planner: _Planner, pool: CoreState, policy: object) -> None:
         original(planner, pool, policy)
         stopping = sum(runner.process and runner.stopping for runner in pool.runners.values())
         planner.supply.places = [places + stopping for places in planner.supply.places]
@@ -288,7 +288,7 @@ def memory_is_promised_before_it_is_back(patch: Patch) -> None:
     """A load begins in what a runner holds that is on its way out."""
 
     @instead(patch, _Planner, "__init__")
-    def init(original: Callable[..., None], planner: _Planner, pool: Pool, policy: object) -> None:
+    def init(original: Callable[..., None], planner: _Planner, pool: CoreState, policy: object) -> None:
         original(planner, pool, policy)
         planner.supply.bytes[NOW] = dict(planner.supply.bytes[SOON])
 
@@ -322,7 +322,7 @@ def an_early_reading_counts(patch: Patch) -> None:
 
     @instead(patch, Core, "_sampled")
     def sampled(original: Callable[..., None], core: Core, event: Sampled) -> None:
-        original(core, replace(event, number=core.pool.samples))
+        original(core, replace(event, number=core._state.samples))
 
 
 # -- claims -----------------------------------------------------------------------------------------------------------
@@ -395,5 +395,5 @@ def nobody_is_kept_for_the_next_user(patch: Patch) -> None:
     """A runner is given up in the moment in which its last lease comes back, though its user may ask again at once."""
 
     @instead(patch, eviction_candidates, "may_go_at")
-    def may_go_at(original: Callable[..., float], pool: Pool, runner: Runner, bound: float) -> float:
+    def may_go_at(original: Callable[..., float], pool: CoreState, runner: Runner, bound: float) -> float:
         return original(pool, runner, bound if runner.leases else -math.inf)

@@ -17,10 +17,10 @@ from fsm.messages.events import Acquire, ClaimContended, ClaimGranted, Event, Lo
 from fsm.messages.reasons import FailureReason, RanOutOfMemory, RunnerLimit
 from fsm.planning.availability import DRAINED, LATER, SOON, Supply
 from fsm.planning.planner import _Planner
-from fsm.state.core_config import Limits
-from fsm.state.core_state import Pool
-from fsm.state.model_record import Model
-from fsm.state.request_queue import Line
+from fsm.state.core_config import CoreConfig
+from fsm.state.core_state import CoreState
+from fsm.state.model_record import ModelRecord
+from fsm.state.request_queue import RequestGroup
 from tests.verification.mutant import SIMULATION, Patch, instead, mutant
 
 # -- claims -----------------------------------------------------------------------------------------------------------
@@ -42,15 +42,15 @@ def a_contended_claim_counts_as_had(patch: Patch) -> None:
 def the_newest_goes_first(patch: Patch) -> None:
     """Whoever came last is planned before those who have waited."""
 
-    @instead(patch, Pool, "lines_in_order")
-    def lines_in_order(original: Callable[..., Iterator[Line]], pool: Pool) -> Iterator[Line]:
+    @instead(patch, CoreState, "groups_in_order")
+    def lines_in_order(original: Callable[..., Iterator[RequestGroup]], pool: CoreState) -> Iterator[RequestGroup]:
         return reversed(list(original(pool)))
 
 
 @mutant("pins")
 def priority_is_worth_nothing(patch: Patch) -> None:
     """Those who are worth more wait as long as others."""
-    patch.setattr(Pool, "turn", lambda pool, head: (head.queued_at, head.id))
+    patch.setattr(CoreState, "rank", lambda pool, head: (head.queued_at, head.id))
 
 
 @mutant("three-requests")
@@ -70,10 +70,10 @@ def one_more_waits_than_may(patch: Patch) -> None:
 
     @instead(patch, Core, "_acquire")
     def acquire(original: Callable[..., None], core: Core, event: Acquire) -> None:
-        limits = core.pool.limits
-        core.pool.limits = replace(limits, max_queue=limits.max_queue + 1)
+        limits = core._state.config
+        core._state.config = replace(limits, max_queue=limits.max_queue + 1)
         original(core, event)
-        core.pool.limits = limits
+        core._state.config = limits
 
 
 # -- back-off ---------------------------------------------------------------------------------------------------------
@@ -84,7 +84,7 @@ def nothing_is_backed_off(patch: Patch) -> None:
     """A model whose load has failed is loaded again for the next who asks."""
 
     @instead(patch, Endings, "back_off")
-    def back_off(original: Callable[..., None], act: Endings, model: Model, reason: FailureReason) -> None:
+    def back_off(original: Callable[..., None], act: Endings, model: ModelRecord, reason: FailureReason) -> None:
         original(act, model, reason)
         model.blocked_until = act.pool.now
 
@@ -94,7 +94,7 @@ def each_failure_is_the_first(patch: Patch) -> None:
     """A model that fails again and again is backed off for as short a time as at first."""
 
     @instead(patch, Endings, "back_off")
-    def back_off(original: Callable[..., None], act: Endings, model: Model, reason: FailureReason) -> None:
+    def back_off(original: Callable[..., None], act: Endings, model: ModelRecord, reason: FailureReason) -> None:
         model.failures = 0
         original(act, model, reason)
 
@@ -114,11 +114,11 @@ def back_off_has_no_limit(patch: Patch) -> None:
     """The time doubles for ever."""
 
     @instead(patch, Endings, "back_off")
-    def back_off(original: Callable[..., None], act: Endings, model: Model, reason: FailureReason) -> None:
-        limits = act.pool.limits
-        act.pool.limits = replace(limits, back_off_limit_s=math.inf)
+    def back_off(original: Callable[..., None], act: Endings, model: ModelRecord, reason: FailureReason) -> None:
+        limits = act.pool.config
+        act.pool.config = replace(limits, back_off_limit_s=math.inf)
         original(act, model, reason)
-        act.pool.limits = limits
+        act.pool.config = limits
 
 
 # -- how long runners stay --------------------------------------------------------------------------------------------
@@ -180,7 +180,7 @@ def loads_cannot_be_asked_to_leave(patch: Patch) -> None:
     @instead(patch, Actions, "expire_model")
     def expire_model(original: Callable[..., bool], act: Actions, id: str) -> bool:
         current = act.pool.models[id].current if id in act.pool.models else None
-        loading = current is not None and current.state is LOADING and bool(act.pool.lines_for(current))
+        loading = current is not None and current.state is LOADING and bool(act.pool.groups_served_by(current))
         return loading or original(act, id)
 
 
@@ -207,7 +207,7 @@ def progress_counts_for_nothing(patch: Patch) -> None:
 @mutant("moments-of-rest")
 def residency_has_no_bound(patch: Patch) -> None:
     """A runner whose load took long keeps its place for longer than anybody may be let wait."""
-    patch.setattr(Limits, "residency_s", lambda limits, load_s: (load_s, 9 * load_s))
+    patch.setattr(CoreConfig, "residency_s", lambda limits, load_s: (load_s, 9 * load_s))
 
 
 @mutant("keep-alive")
@@ -299,7 +299,7 @@ def the_second_try_is_not_alone(patch: Patch) -> None:
     @instead(patch, Endings, "load_failed")
     def load_failed(original: Callable[..., None], act: Endings, runner: Runner, *args: object, **how: object) -> None:
         original(act, runner, *args, **how)
-        act.pool.models[runner.model].alone = False
+        act.pool.models[runner.model].load_exclusively = False
 
 
 @mutant("out-of-memory")
@@ -307,7 +307,9 @@ def the_second_try_begins_beside_others(patch: Patch) -> None:
     """A load that has to be alone begins while others are there who may be moved."""
 
     @instead(patch, _Planner, "_consider_runner")
-    def consider(original: Callable[..., None], planner: _Planner, line: Line, model: Model, *args: object) -> None:
-        alone, model.alone = model.alone, False
+    def consider(
+        original: Callable[..., None], planner: _Planner, line: RequestGroup, model: ModelRecord, *args: object
+    ) -> None:
+        alone, model.load_exclusively = model.load_exclusively, False
         original(planner, line, model, *args)
-        model.alone = alone
+        model.load_exclusively = alone

@@ -8,7 +8,7 @@ from fsm.lifecycle.actions import Actions
 from fsm.machine.request import Request
 from fsm.machine.runner import Runner, RunnerId
 from fsm.messages.reasons import RunnerReason
-from fsm.state.model_record import Model
+from fsm.state.model_record import ModelRecord
 from tests.verification.mutant import Patch, instead, mutant
 
 
@@ -39,7 +39,7 @@ def an_end_of_a_pin_wakes_nobody(patch: Patch) -> None:
     """A model is no longer pinned, and those who wait for its memory do not get it."""
 
     @instead(patch, Actions, "pin")
-    def pin(original: Callable[..., None], act: Actions, model: Model, pinned: bool) -> None:
+    def pin(original: Callable[..., None], act: Actions, model: ModelRecord, pinned: bool) -> None:
         replan = act.replan
         original(act, model, pinned)
         act.replan = replan

@@ -34,7 +34,7 @@ from fsm.messages.events import (
     Release,
     Tick,
 )
-from fsm.state.model_record import Model
+from fsm.state.model_record import ModelRecord
 from fsm.verification import state_key
 from fsm.verification.environment import Past, Scenario, begin, kinds, late, next_in_order, possible, time_of
 from fsm.verification.model_checker import Oracle, explore, in_words
@@ -47,7 +47,7 @@ from tests.verification.mutants import MUTANTS
 
 NAMED = {scenario.name: scenario for scenario in SCENARIOS}
 ONE_PLACE = NAMED["one-place"]
-A, B = ONE_PLACE.wants
+A, B = ONE_PLACE.specs
 
 
 def a_core(*happened: Event, scenario: Scenario = ONE_PLACE) -> Core:
@@ -64,7 +64,7 @@ def inspected(model: str, scenario: Scenario = ONE_PLACE) -> Inspected:
 
 
 def loaded(core: Core, runner: int) -> Loaded:
-    return Loaded(runner, None, core.pool.runners[runner].placement.bytes)
+    return Loaded(runner, None, core._state.runners[runner].placement.bytes)
 
 
 def key_of(core: Core, scenario: Scenario = ONE_PLACE, keys: Canonical | None = None) -> bytes:
@@ -90,7 +90,7 @@ def test_everything_holds_in_the_first_states_of(scenario: Scenario) -> None:
 
 def test_every_state_that_one_request_at_a_time_can_lead_to_is_looked_at() -> None:
     """A small scenario has an end: all that can be reached has been, whatever bound is set."""
-    small = replace(ONE_PLACE, models=ONE_PLACE.models[:1], wants=(A,), requests=1, expires=False, closes=False)
+    small = replace(ONE_PLACE, models=ONE_PLACE.models[:1], specs=(A,), requests=1, expires=False, closes=False)
     found = explore(small, 100_000)
     assert found.complete and found.violation is None
     assert explore(small, found.states + 1) == found
@@ -190,8 +190,8 @@ def test_numbers_of_lives_past_do_not_count() -> None:
     begin(again, ONE_PLACE)
     for event in (Acquire(7, A), inspected("a")):
         again.step(0.0, event)
-    seen = again.pool.models["a"]
-    assert list(again.pool.runners) == [2]
+    seen = again._state.models["a"]
+    assert list(again._state.runners) == [2]
     seen.measured.clear()  # what is remembered of a life does count
     assert alike(first, again)
 
@@ -199,7 +199,7 @@ def test_numbers_of_lives_past_do_not_count() -> None:
 def test_what_was_measured_counts() -> None:
     """The next launch is promised it."""
     one, other = a_core(Acquire(1, A)), a_core(Acquire(1, A))
-    other.pool.models["a"].measured[A.options, ()] = ((HOST, 1),)
+    other._state.models["a"].measured[A.options, ()] = ((HOST, 1),)
     assert not alike(one, other)
 
 
@@ -211,7 +211,7 @@ def test_models_of_one_kind_may_be_exchanged() -> None:
 def test_models_that_will_turn_out_different_may_not() -> None:
     """Although nothing is known yet of either, they are not of one kind."""
     claims = NAMED["claims"]
-    one, other = (a_core(Acquire(1, want), scenario=claims) for want in claims.wants)
+    one, other = (a_core(Acquire(1, want), scenario=claims) for want in claims.specs)
     assert not alike(one, other, scenario=claims)
 
 
@@ -229,7 +229,7 @@ def test_how_far_off_a_deadline_is_does_not_count_but_the_order_of_deadlines_doe
 def test_a_clock_that_belongs_to_nothing_counts() -> None:
     """It would hide a fault, were it left out."""
     one, other = a_core(), a_core()
-    other.pool.timers.set(("request", 99), 5.0)
+    other._state.timers.set(("request", 99), 5.0)
     assert not alike(one, other)
 
 
@@ -283,14 +283,14 @@ def test_how_long_a_runner_rests_is_told_where_a_keep_alive_may_change() -> None
     scenario = next(one for one in SCENARIOS if one.name == "configure")
     keys, cores = Canonical(kinds(scenario), configures=True), []
     for rested_s in (0.0, 71.0):
-        core = a_core(Acquire(1, scenario.wants[0]), inspected("a", scenario), scenario=scenario)
+        core = a_core(Acquire(1, scenario.specs[0]), inspected("a", scenario), scenario=scenario)
         for event in (loaded(core, 1), Release(1)):
-            core.step(core.pool.now, event)
-        core.step(core.pool.now + rested_s, Cancel(9))
+            core.step(core._state.now, event)
+        core.step(core._state.now + rested_s, Cancel(9))
         cores.append(core)
     assert keys.key(cores[0]) != keys.key(cores[1])
     keep_alive = Configure(keep_alive_s=70.0)
-    assert [core.step(core.pool.now, keep_alive) for core in cores] == [[], [Stop(1)]]
+    assert [core.step(core._state.now, keep_alive) for core in cores] == [[], [Stop(1)]]
 
 
 # -- the world ---------------------------------------------------------------------------------------------------------
@@ -300,8 +300,8 @@ def test_time_passes_a_back_off_that_no_timer_marks() -> None:
     """Else a model that failed once would never be asked for again."""
     core = a_core(Acquire(1, A), inspected("a"), Exited(1, 1))
     begin(core, ONE_PLACE)  # its memory is back
-    assert core.deadline() == math.inf or not core.pool.timers.items()
-    assert time_of(core, Tick()) == core.pool.models["a"].blocked_until == 11.0
+    assert core.deadline() == math.inf or not core._state.timers.items()
+    assert time_of(core, Tick()) == core._state.models["a"].blocked_until == 11.0
     assert Tick() in list(possible(core, ONE_PLACE, Past(1, 1)))
 
 
@@ -333,7 +333,7 @@ def test_after_a_close_the_world_helps_nobody_to_the_end() -> None:
     core.step(0.0, Close(30.0))
     assert next_in_order(core, ONE_PLACE) == Tick()
     loading = a_core(Acquire(1, A), inspected("a"))
-    loading.pool.closing = True
+    loading._state.closing = True
     assert next_in_order(loading, ONE_PLACE) is None
 
 
@@ -358,7 +358,7 @@ def test_the_worlds_order_ends_with_an_empty_pool() -> None:
     while (event := next_in_order(core, ONE_PLACE)) is not None:
         answered += [one.request for one in core.step(time_of(core, event), event) if isinstance(one, Grant)]
     assert sorted(answered) == [1, 2]
-    assert not core.pool.runners and not core.pool.requests
+    assert not core._state.runners and not core._state.requests
 
 
 def test_the_past_remembers_the_highest_numbers() -> None:
@@ -375,7 +375,7 @@ def judged(core: Core, event: Event, spoil: Callable[[Core, list[Command]], None
     """Return what the judge says of a step that was spoiled."""
     after = core.copy()
     after.plans = []
-    commands = after.step(core.pool.now, event)
+    commands = after.step(core._state.now, event)
     judge(core, event, commands, after, Past(1, 1))
     spoil(after, commands)
     with pytest.raises(AssertionError) as caught:
@@ -394,8 +394,8 @@ def test_the_judge_misses_a_lease() -> None:
     core.step(0.0, loaded(core, 1))
 
     def lose(after: Core, said: list[Command]) -> None:
-        after.pool.runners[RunnerId(1)].leases.clear()
-        after.pool.requests.pop(RequestId(1)).state = RequestState.released
+        after._state.runners[RunnerId(1)].leases.clear()
+        after._state.requests.pop(RequestId(1)).state = RequestState.released
 
     assert "a lease is lost" in judged(core, Pin("a"), lose)
 
@@ -405,7 +405,7 @@ def test_the_judge_tells_when_nobody_looks_again() -> None:
     core = a_core(Acquire(1, A), inspected("a"))
     core.step(0.0, loaded(core, 1))
     core.step(0.0, Acquire(2, B))
-    forget: Callable[[Core, list[Command]], None] = lambda after, said: after.pool.timers.clear(("plan", 0))  # noqa: E731
+    forget: Callable[[Core, list[Command]], None] = lambda after, said: after._state.timers.clear(("plan", 0))  # noqa: E731
     assert judged(core, inspected("b"), forget) == "nobody looks again"
 
 
@@ -454,5 +454,5 @@ def test_the_command_tells_the_shortest_way_to_what_does_not_hold(
 
 def test_a_model_knows_nothing_of_itself_at_first() -> None:
     """The key takes what it is to the scenario instead."""
-    assert Model("a").info is None
+    assert ModelRecord("a").info is None
     assert key_of(a_core(Acquire(1, A))) != key_of(a_core())

@@ -53,7 +53,7 @@ from fsm.messages.refusals import (
     SchedulerClosed,
     TimedOut,
 )
-from fsm.state.core_config import Limits
+from fsm.state.core_config import CoreConfig
 from fsm.state.timers import Key
 from fsm.verification.decision_coverage import Coverage
 from fsm.verification.sim_faults import Faults, draw_faults
@@ -156,9 +156,9 @@ class Resurrecting(Core):
     """Grants what is on its way out."""
 
     def _acquire(self, event: Acquire) -> None:
-        for runner in self.pool.runners.values():
+        for runner in self._state.runners.values():
             if runner.model == event.spec.model and runner.leases and not runner.current:
-                self.act.commands.append(Grant(event.request, runner.id))
+                self._lifecycle.commands.append(Grant(event.request, runner.id))
                 return
         super()._acquire(event)
 
@@ -176,16 +176,16 @@ class Twice(Core):
 
     def _leave(self, event: Release | Cancel) -> None:
         super()._leave(event)
-        for runner in self.pool.runners.values():
+        for runner in self._state.runners.values():
             if runner.stopping and runner.process:
-                self.act.commands.append(Stop(runner.id))
+                self._lifecycle.commands.append(Stop(runner.id))
 
 
 class Hanging(Core):
     """Does not look at those who wait when a process has ended: safe, but nobody is ever answered."""
 
     def _carry_out_plan(self) -> bool:
-        if any(runner.id > 1 for runner in self.pool.runners.values()) and self.pool.lines:
+        if any(runner.id > 1 for runner in self._state.runners.values()) and self._state.groups:
             return False
         return super()._carry_out_plan()
 
@@ -194,7 +194,7 @@ class Loading(Core):
     """Lets a load go on when it is closed: the pool is never empty."""
 
     def _close(self, timeout_s: float) -> None:
-        loads = [runner for runner in self.pool.runners.values() if runner.state is LOADING]
+        loads = [runner for runner in self._state.runners.values() if runner.state is LOADING]
         for runner in loads:
             runner.state = EXPIRING
         super()._close(timeout_s)
@@ -361,7 +361,7 @@ LOST: dict[str, tuple[AuditStep, ...]] = {
 @pytest.mark.parametrize("how", LOST)
 def test_the_audit_notices_a_launch_without_its_devices(how: str) -> None:
     """Where launches claim them, each has a claim that was had, or one that was waited for for long enough."""
-    audit = Audit(limits=Limits(claims=True))
+    audit = Audit(limits=CoreConfig(claims=True))
     *before, last = LOST[how]
     for now, (event, commands, entries, queued) in enumerate(before):
         audit.step(float(now), event, commands, entries, queued)
@@ -371,7 +371,7 @@ def test_the_audit_notices_a_launch_without_its_devices(how: str) -> None:
 
 def test_a_launch_may_be_under_a_claim_or_after_a_long_wait_for_one() -> None:
     """The wait of one that was given up for other devices counts."""
-    had, missed = Audit(limits=Limits(claims=True)), Audit(limits=Limits(claims=True))
+    had, missed = Audit(limits=CoreConfig(claims=True)), Audit(limits=CoreConfig(claims=True))
     had.step(0.0, ASKED, (CLAIM,), (), 1)
     had.step(9.0, ClaimGranted(1), (ON_GPU,), (LAUNCHED,), 1)
     missed.step(0.0, ASKED, (Claim(1, (HOST,)),), (), 1)

@@ -21,8 +21,8 @@ from fsm.machine.request import ModelId, Purpose, Request, RequestId, RequestSpe
 from fsm.messages.commands import Command, Inspect, Launch
 from fsm.messages.events import Acquire, Cancel, Event, Inspected, Loaded, Release, Sampled
 from fsm.sizing.footprint import Footprint
-from fsm.state.core_config import Limits
-from fsm.state.model_record import Model
+from fsm.state.core_config import CoreConfig
+from fsm.state.model_record import ModelRecord
 
 RUNNERS = (10, 100)
 WAITING = (10, 100, 1_000, 10_000)
@@ -35,7 +35,7 @@ class Crowd:
     """A core with `runners` runners that fill the host, all but a small one busy, and `waiting` requests for others."""
 
     def __init__(self, runners: int, waiting: int) -> None:
-        limits = Limits(max_queue=2 * waiting + 100, max_runners=2 * runners, max_wait_s=1e9)
+        limits = CoreConfig(max_queue=2 * waiting + 100, max_runners=2 * runners, max_wait_s=1e9)
         self.core = Core(limits, POLICIES["reuse"])
         self.ids = count(1)
         self.now = 0.0
@@ -48,7 +48,7 @@ class Crowd:
         for number in range(waiting):
             self.stand_in_line(f"waiting {number}")
         self.reading()  # which plans for them all
-        pool = self.core.pool
+        pool = self.core._state
         assert len(pool.runners) == runners and pool.queued == waiting, "the crowd is not as it should be"
 
     def feed(self, event: Event) -> list[Command]:
@@ -72,9 +72,9 @@ class Crowd:
 
     def stand_in_line(self, model: str) -> None:
         """Have somebody wait for a model whose metadata are known; to ask so many thousand times would take minutes."""
-        pool, id = self.core.pool, ModelId(model)
-        pool.models[id] = Model(id)
-        pool.models[id].learn(Footprint(fixed=((HOST, EACH_BYTES),)), pool.next_runner)
+        pool, id = self.core._state, ModelId(model)
+        pool.models[id] = ModelRecord(id)
+        pool.models[id].apply_inspection(Footprint(fixed=((HOST, EACH_BYTES),)), pool.next_runner)
         pool.enqueue(Request(RequestId(next(self.ids)), RequestSpec(id, Options(), Purpose.lease, 0), None, self.now))
 
     def warm(self) -> None:

@@ -14,7 +14,7 @@ from fsm.machine.request import ModelId, Purpose, RequestId, RequestSpec
 from fsm.machine.runner import RunnerId
 from fsm.messages.events import Acquire, Inspected, Loaded, Sampled
 from fsm.sizing.footprint import Footprint
-from fsm.state.core_config import Limits
+from fsm.state.core_config import CoreConfig
 
 RUNNERS = 200
 
@@ -31,7 +31,7 @@ scheduler.close()
 
 def bytes_per_runner() -> float:
     """Return what the core keeps for one idle runner and its model, by `tracemalloc`."""
-    core = Core(Limits(max_runners=RUNNERS + 1, loads_on_host=RUNNERS))
+    core = Core(CoreConfig(max_runners=RUNNERS + 1, max_host_loads=RUNNERS))
     core.step(0.0, Sampled((DeviceSample(HOST, "cpu", "host", 2**40, 2**40),)))
     tracemalloc.start()
     for number in range(1, RUNNERS + 1):

@@ -16,7 +16,7 @@ from fsm.machine.request import ModelId, Purpose, RequestId, RequestSpec
 from fsm.messages.commands import Command, Grant, Inspect, Launch, Reject, Sample, Stop
 from fsm.messages.events import Acquire, Event, Exited, Inspected, Loaded, Release, Sampled, Tick
 from fsm.sizing.footprint import Footprint
-from fsm.state.core_config import Limits
+from fsm.state.core_config import CoreConfig
 from tests.tools.policies.workload import Trace
 
 STOP_S = 0.1  # from a Stop to its Exited
@@ -64,7 +64,7 @@ class _World:
     def __init__(self, trace: Trace, capacity: int, policy: EvictionPolicy) -> None:
         self.trace = trace
         self.capacity = capacity
-        limits = Limits(max_queue=10**6, max_runners=10**6, keep_alive_s=LONG_S)
+        limits = CoreConfig(max_queue=10**6, max_runners=10**6, keep_alive_s=LONG_S)
         self.core = Core(limits, policy)
         self.now = 0.0
         self.ahead: list[tuple[float, int, Event]] = []
@@ -145,7 +145,7 @@ class _World:
     def _read(self) -> Sampled:
         free = self.capacity - sum(self.occupied.values())
         device = DeviceSample(HOST, "cpu", "host", self.capacity, free)
-        return Sampled((device,), number=self.core.pool.samples)
+        return Sampled((device,), number=self.core._state.samples)
 
 
 def policies(trace: Trace, named: Mapping[str, EvictionPolicy]) -> dict[str, EvictionPolicy]:

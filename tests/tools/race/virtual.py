@@ -26,7 +26,7 @@ from fsm.machine.runner import RunnerId
 from fsm.messages.commands import Command, Grant, Inspect, Launch, Reject, Sample, Stop
 from fsm.messages.events import Acquire, Event, Exited, Inspected, Loaded, Release, Sampled, Tick
 from fsm.sizing.footprint import Footprint
-from fsm.state.core_config import Limits
+from fsm.state.core_config import CoreConfig
 from tests.tools.race.trace import Ask, a_trace, percentile
 
 MODEL_BYTES = 200 * MIB
@@ -187,7 +187,7 @@ def averages(runs: Sequence[Run]) -> dict[str, float]:
     }
 
 
-def races(limits: Limits, policy: str, machine: Machine, *, requests: int, seeds: int) -> dict[str, float]:
+def races(limits: CoreConfig, policy: str, machine: Machine, *, requests: int, seeds: int) -> dict[str, float]:
     """Return the averages over seeds of the race's own shape: four models, four clients, room for two."""
     runs = []
     for seed in range(1, seeds + 1):
@@ -215,7 +215,7 @@ def main(arguments: Sequence[str]) -> int:
     }
     print(f"{'':<26}{'total':>8}{'loads':>8}{'p50':>8}{'p95':>8}{'p99':>8}{'max':>8}")
     for name, (policy, changes) in variants.items():
-        limits = Limits(max_runners=2, **changes)
+        limits = CoreConfig(max_runners=2, **changes)
         machine = Machine(answer_s=asked.answer, load_s=asked.load)
         row = races(limits, policy, machine, requests=asked.requests, seeds=asked.seeds)
         print(f"{name:<26}" + "".join(f"{row[key]:>8.2f}" for key in row))

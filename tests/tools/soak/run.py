@@ -243,7 +243,7 @@ def _soak(seconds: float, seed: int, folder: Path, say: Callable[[str], None]) -
 
 def _shorten_back_off(core: Core) -> None:
     """Have failed loads be tried again soon: else most of a soak would be spent being refused."""
-    core.pool.limits = replace(core.pool.limits, back_off_s=0.05, back_off_limit_s=0.5)
+    core._state.config = replace(core._state.config, back_off_s=0.05, back_off_limit_s=0.5)
 
 
 def _is_held(path: Path) -> bool:

@@ -50,7 +50,7 @@ from fsm.messages.refusals import (
     SchedulerClosed,
     TimedOut,
 )
-from fsm.planning.deadline_admission import never_in_time
+from fsm.planning.deadline_admission import infeasible_deadline
 from fsm.planning.explanations import tell_placed, tell_victims, tell_waits
 from fsm.planning.plan import Plan
 from fsm.planning.planner import make_plan
@@ -113,13 +113,13 @@ class Core:
         return twin._lifecycle.commands
 
     @property
-    def journal(self) -> list[Entry] | None:
+    def decision_log(self) -> list[Entry] | None:
         """What was decided and why is appended to it; None (the default): nothing is noted."""
-        return self._lifecycle.journal
+        return self._lifecycle.decision_log
 
-    @journal.setter
-    def journal(self, journal: list[Entry] | None) -> None:
-        self._lifecycle.journal = journal
+    @decision_log.setter
+    def decision_log(self, journal: list[Entry] | None) -> None:
+        self._lifecycle.decision_log = journal
 
     @property
     def steps(self) -> int:
@@ -243,7 +243,7 @@ class Core:
                 model.inspected_since_launch and model.id in pool.specs_by_model
             )  # else it was read for somebody who left
         if len(pool.enqueue(request).requests) == 1:
-            self._lifecycle.newcomers[want] = None
+            self._lifecycle.unevaluated[want] = None
         if event.timeout_s is not None:
             pool.timers.set(("request", request.id), pool.now + event.timeout_s)
         self._lifecycle.decide("queued", want.model, Queued(pool.queued), request.id)
@@ -323,7 +323,7 @@ class Core:
                     del self._state.models[model.id]  # a name that means nothing is not kept
             case info:
                 model.apply_inspection(info, self._state.next_runner, event.history)
-                self._lifecycle.look_again(model)
+                self._lifecycle.reevaluate(model)
                 waiting = [
                     request for line in self._state.groups_of_model(model.id) for request in line.requests.values()
                 ]
@@ -332,7 +332,7 @@ class Core:
     def _refuse_in_time(self, requests: Iterable[Request]) -> None:
         """Tell those at once whose own time limit ends before their model can be there; they evict nobody."""
         for request in requests:
-            if (refusal := never_in_time(self._state, request)) is not None:
+            if (refusal := infeasible_deadline(self._state, request)) is not None:
                 self._lifecycle.answer(request, RequestState.rejected, refusal)
 
     def _runner_event(
@@ -350,7 +350,7 @@ class Core:
                 else:
                     self.late += 1  # cancelled meanwhile; it is being stopped
             case ContextFilled():
-                if runner.loaded_at is None or not self._lifecycle.settle(runner, event):
+                if runner.loaded_at is None or not self._lifecycle.observe_peak(runner, event):
                     self.late += 1  # it has served nobody, or has settled before
             case OutOfMemory():
                 runner.out_of_memory = True
@@ -384,37 +384,37 @@ class Core:
         """Make a plan and do what it says; return whether another one may find more to do."""
         pool = self._state
         if not pool.groups and not pool.overfull():
-            self._lifecycle.newcomers.clear()
+            self._lifecycle.unevaluated.clear()
             if pool.claims:  # whoever they were for has left
                 self._lifecycle.launch_all(())
             if pool.prefetching:
                 read_ahead(self._lifecycle, None)
             return False
-        plan = make_plan(pool, self.policy, self._lifecycle.newcomers)
+        plan = make_plan(pool, self.policy, self._lifecycle.unevaluated)
         if self.plans is not None:
             self.plans.append(plan)
         self.policy_failure = plan.policy_failure or self.policy_failure
         if plan.matches or plan.refusals:
             self._answer_at_once(plan)
             return True  # what they would have taken is free for those behind them
-        self._lifecycle.newcomers.clear()
+        self._lifecycle.unevaluated.clear()
         for model in plan.inspections:
             if not model.inspecting:
                 model.inspecting = True
                 self._lifecycle.commands.append(Inspect(model.id))
-        if self.journal is not None:
-            tell_victims(pool, plan, self.journal)
-        self._lifecycle.ask(plan.wanted.union(id for id in plan.victims if pool.runners[id].leases))
+        if self.decision_log is not None:
+            tell_victims(pool, plan, self.decision_log)
+        self._lifecycle.notify_contention(plan.contended.union(id for id in plan.victims if pool.runners[id].leases))
         for id, reason in plan.victims.items():
             self._lifecycle.expire(pool.runners[id], reason)
         for request in plan.memory:
             self._lifecycle.grant_memory(request)
         since = RunnerId(pool.next_runner)
         self._lifecycle.launch_all(plan.launches)
-        if self.journal is not None:
-            tell_placed(pool, plan, since, self.journal)
-            tell_waits(pool, plan, self.journal)
-        pool.timers.set(("plan", 0), plan.look_at)
+        if self.decision_log is not None:
+            tell_placed(pool, plan, since, self.decision_log)
+            tell_waits(pool, plan, self.decision_log)
+        pool.timers.set(("plan", 0), plan.replan_at)
         if plan.victims or plan.memory or pool.next_runner > since:  # there may be more to do, or to read, beside these
             return True
         read_ahead(self._lifecycle, plan)

@@ -107,7 +107,7 @@ def preview(
 def _planned(pool: CoreState, want: RequestSpec, plans: Sequence[Plan], outcome: Outcome) -> Preview:
     """Return what was planned for a line: the first plan with victims counts, since the next has them gone already."""
     model = pool.models[want.model]
-    rooms = [(plan.rooms[want], plan.options[want]) for plan in plans if want in plan.rooms]
+    rooms = [(plan.placements[want], plan.options[want]) for plan in plans if want in plan.placements]
     if not rooms:
         return Preview(outcome, want.options)
     room, asked = next((found for found in rooms if found[0].victims), rooms[-1])

@@ -34,7 +34,7 @@ from fsm.messages.reasons import (
     WaitFor,
 )
 from fsm.messages.refusals import Refusal
-from fsm.planning.deadline_admission import TRUSTED_S, as_fast_as_can_be
+from fsm.planning.deadline_admission import LOAD_TIME_TTL_S, is_fastest_placement
 from fsm.planning.explanations import devices_refused, runners_refused
 from fsm.planning.thread_allocation import threads_for
 from fsm.sizing.load_history import note_bounded
@@ -49,14 +49,14 @@ TOLD = 5  # of a runner's transitions, where the next one is illegal
 class Actions:
     """The verbs of the core. Each leaves the pool's invariants true and appends what the shell has to do for it."""
 
-    __slots__ = ("commands", "journal", "newcomers", "pool", "replan")
+    __slots__ = ("commands", "decision_log", "unevaluated", "state", "replan")
 
     def __init__(self, pool: CoreState) -> None:
-        self.pool = pool
+        self.state = pool
         self.commands: list[Command] = []  # of this step, in order
-        self.journal: list[Entry] | None = None
+        self.decision_log: list[Entry] | None = None
         self.replan = False  # something changed that those who wait may care about
-        self.newcomers: dict[
+        self.unevaluated: dict[
             RequestSpec, None
         ] = {}  # lines to be judged by the next plan, however far back; empty after it
 
@@ -64,7 +64,7 @@ class Actions:
 
     def grant(self, request: Request, runner: Runner) -> None:
         """Answer with a runner; the lease is booked in the same step, so nobody is handed one that is being stopped."""
-        pool = self.pool
+        pool = self.state
         runner.used_at = pool.now
         if request.keep_alive_s is not None:
             runner.keep_alive_s, runner.uses_default_keep_alive = request.keep_alive_s, False
@@ -85,12 +85,12 @@ class Actions:
         if runner.contended and pool.groups and request.runner is not None and not self.replan:
             request.asked = True
             self.commands.append(NotifyContention(runner.id, (request.id,)))  # the others were told before
-        if self.journal is not None:
+        if self.decision_log is not None:
             self.decide("granted", runner.model, Waited(pool.now - request.queued_at), request.id, runner.id)
 
     def release(self, request: Request) -> None:
         """Take back what a request was granted; the last lease lets its runner rest, expire or stop."""
-        pool = self.pool
+        pool = self.state
         request.state = RequestState.released
         del pool.requests[request.id]
         if request.runner is None:
@@ -121,19 +121,19 @@ class Actions:
         """Refuse a request that stands in no line, or no more."""
         request.state = RequestState.rejected
         self.commands.append(Reject(request.id, refusal))
-        if self.journal is not None:
+        if self.decision_log is not None:
             entry = Decision(
-                self.pool.now, "rejected", request.spec.model, refusal, request.id,
-                runners=runners_refused(self.pool, refusal), devices=devices_refused(refusal), step=self.pool.steps,
+                self.state.now, "rejected", request.spec.model, refusal, request.id,
+                runners=runners_refused(self.state, refusal), devices=devices_refused(refusal), step=self.state.steps,
             )  # fmt: skip
-            self.journal.append(entry)
+            self.decision_log.append(entry)
 
     def answer(self, request: Request, state: RequestState, refusal: Refusal) -> None:
         """Take a request out of its line and refuse it; its place is free at once."""
-        self.pool.dequeue(request)
-        del self.pool.requests[request.id]
-        if request.spec.model in self.pool.models and request.spec.model not in self.pool.specs_by_model:
-            self.pool.models[request.spec.model].load_exclusively = False  # that was for those who waited
+        self.state.dequeue(request)
+        del self.state.requests[request.id]
+        if request.spec.model in self.state.models and request.spec.model not in self.state.specs_by_model:
+            self.state.models[request.spec.model].load_exclusively = False  # that was for those who waited
         self.reject(request, refusal)
         request.state = state
         self.replan = True
@@ -144,9 +144,9 @@ class Actions:
 
     def abandon_load(self, request: Request) -> None:
         """A load that nobody waits for goes on, unless its keep-alive is 0."""
-        model = self.pool.models.get(request.spec.model)
+        model = self.state.models.get(request.spec.model)
         runner = model.current if model is not None else None
-        if model is None or runner is None or runner.state is not LOADING or self.pool.groups_served_by(runner):
+        if model is None or runner is None or runner.state is not LOADING or self.state.groups_served_by(runner):
             return
         if not runner_serves(runner, request.spec):  # it was never waited for by this one
             return
@@ -156,21 +156,21 @@ class Actions:
 
     def retry_after_s(self) -> float:
         """Estimate when a place in the queue is free: the loads that are waited for, one after another."""
-        known = [model.load_s for model in self.pool.models.values() if model.load_s is not None]
-        return max(1.0, len(self.pool.groups) * (sum(known) / len(known) if known else 1.0))
+        known = [model.load_s for model in self.state.models.values() if model.load_s is not None]
+        return max(1.0, len(self.state.groups) * (sum(known) / len(known) if known else 1.0))
 
     # -- runners ------------------------------------------------------------------------------------------------------
 
     def grant_memory(self, request: Request) -> None:
-        self.pool.dequeue(request)
+        self.state.dequeue(request)
         request.state = RequestState.granted
-        self.pool.ledger.reserve(("memory", request.id), self.pool.ledger.by_memory(request.spec.memory).items())
+        self.state.ledger.reserve(("memory", request.id), self.state.ledger.by_memory(request.spec.memory).items())
         self.commands.append(Grant(request.id, None))
-        self.decide("granted", request.spec.model, Waited(self.pool.now - request.queued_at), request.id)
+        self.decide("granted", request.spec.model, Waited(self.state.now - request.queued_at), request.id)
 
     def launch(self, line: RequestGroup, options: Options, placement: Placement) -> Runner:
         """Begin a runner's life for those in a line; its memory is booked from here on."""
-        pool = self.pool
+        pool = self.state
         model = pool.models[line.spec.model]
         keep_alive_s = line.head.keep_alive_s
         if keep_alive_s is None:
@@ -193,21 +193,21 @@ class Actions:
         line.wait(WaitFor.load, pool.expected_at(runner))
         model.inspected_since_launch = False
         self.commands.append(Launch(runner.id, model.id, options, placement))
-        if self.journal is not None:
+        if self.decision_log is not None:
             why = AskedBy(line.head.id)
             entry = Transition(pool.now, runner.id, model.id, "launch", None, LOADING, why, 0, pool.steps)
-            self.journal.append(entry)
+            self.decision_log.append(entry)
         return runner
 
     def loaded(self, runner: Runner, event: Loaded) -> None:
         """A load succeeded: everybody who waits for it is granted, or it rests."""
-        pool, model = self.pool, self.pool.models[runner.model]
+        pool, model = self.state, self.state.models[runner.model]
         pool.timers.clear(("load", runner.id))
         runner.loaded_at = runner.used_at = pool.now
         load_s = pool.now - runner.launched_at
-        if runner.id >= model.first_runner_of_file and as_fast_as_can_be(pool, runner):
+        if runner.id >= model.first_runner_of_file and is_fastest_placement(pool, runner):
             shortest_s, measured_at, count = model.shortest_load.get(runner.launch_options, (math.inf, -math.inf, 0))
-            if pool.now - measured_at > TRUSTED_S:
+            if pool.now - measured_at > LOAD_TIME_TTL_S:
                 shortest_s, count = math.inf, 0
             note_bounded(model.shortest_load, runner.launch_options, (min(load_s, shortest_s), pool.now, count + 1))
         model.load_exclusively = False
@@ -216,7 +216,7 @@ class Actions:
         pool.ledger.accounts["runner", runner.id].loaded = True
         self.measure(runner, event.resident, event.mapped_bytes)
         self.expect(runner, event)
-        self.remember(runner, load_s)
+        self.record_measurement(runner, load_s)
         self.serve(runner, pool.groups_served_by(runner))
         if runner.leases:
             idle_s, in_use_s = pool.config.residency_s(load_s)
@@ -225,27 +225,27 @@ class Actions:
             self.rest(runner, RunnerReason.loaded)
         if runner.expire_when_served and runner.current:
             self.expire(runner, RunnerReason.asked_while_awaited)
-        self.look_again(model)
+        self.reevaluate(model)
 
     def measure(self, runner: Runner, amounts: Amounts, mapped_bytes: int) -> bool:
         """Book what a runner was seen to occupy, even beyond its promise; return whether it has grown."""
-        account = self.pool.ledger.accounts["runner", runner.id]
+        account = self.state.ledger.accounts["runner", runner.id]
         account.mapped_bytes = mapped_bytes
         within = [device for device, promised in account.reserved.items() if account.peak.get(device, 0) <= promised]
-        grown = account.measure(self.pool.ledger.by_memory(amounts))
+        grown = account.measure(self.state.ledger.by_memory(amounts))
         beyond = [device for device in within if account.peak.get(device, 0) > account.reserved[device]]
-        if beyond and self.journal is not None and not account.peak_observed:
+        if beyond and self.decision_log is not None and not account.peak_observed:
             self.decide("measured", runner.model, self._figures(runner, beyond, filled=False), None, runner.id)
         return grown
 
-    def settle(self, runner: Runner, event: ContextFilled) -> bool:
+    def observe_peak(self, runner: Runner, event: ContextFilled) -> bool:
         """Hold what was measured of a runner, where more was predicted too; False where that is done already."""
-        account = self.pool.ledger.accounts["runner", runner.id]
+        account = self.state.ledger.accounts["runner", runner.id]
         if account.peak_observed:
             return False
         account.observe_peak(dict(event.expected_growth))
-        self.remember(runner)
-        if self.journal is not None:
+        self.record_measurement(runner)
+        if self.decision_log is not None:
             self.decide("measured", runner.model, self._figures(runner, account.peak, filled=True), None, runner.id)
         self.replan = True  # there may be room for those who wait
         return True
@@ -255,17 +255,17 @@ class Actions:
 
         What was measured before is more exact: an earlier life may have filled a context.
         """
-        account = self.pool.ledger.accounts["runner", runner.id]
+        account = self.state.ledger.accounts["runner", runner.id]
         for device, to_come in event.expected_growth if not runner.placement.measured else ():
             if device in account.peak:
                 account.projected_peak[device] = account.peak[device] + to_come
 
-    def remember(self, runner: Runner, load_s: float | None = None) -> None:
+    def record_measurement(self, runner: Runner, load_s: float | None = None) -> None:
         """Have the next runner like this one promised what this one took, or may yet take, where that was measured.
 
         What was neither settled nor said by the engine is as much as was predicted. `load_s` is told once a life.
         """
-        model, account = self.pool.models[runner.model], self.pool.ledger.accounts["runner", runner.id]
+        model, account = self.state.models[runner.model], self.state.ledger.accounts["runner", runner.id]
         if runner.loaded_at is None or runner.id < model.first_runner_of_file:
             return
         key = runner.launch_options, runner.placement.gpu_layers
@@ -280,11 +280,11 @@ class Actions:
             model.demands.clear()
         if load_s is not None:
             model.note_load(runner.placement.gpu_layers, load_s)
-        if self.pool.config.persists_measurements and (took != before or load_s is not None):
+        if self.state.config.persists_measurements and (took != before or load_s is not None):
             self.commands.append(PersistMeasurement(runner.id, took, load_s))
 
     def _figures(self, runner: Runner, devices: Iterable[DeviceId], *, filled: bool) -> Measured:
-        account, predicted = self.pool.ledger.accounts["runner", runner.id], dict(runner.placement.bytes)
+        account, predicted = self.state.ledger.accounts["runner", runner.id], dict(runner.placement.bytes)
         figures = (
             (device, predicted.get(device, 0), account.peak[device], account.held_bytes(device))
             for device in sorted(devices)
@@ -295,8 +295,8 @@ class Actions:
         """Grant a loaded runner to everybody who waits for it, in order; those who want no lease come last."""
         requests = sorted((r for line in lines for r in line.requests.values()), key=lambda request: request.id)
         for request in requests:
-            self.pool.dequeue(request)
-            del self.pool.requests[request.id]
+            self.state.dequeue(request)
+            del self.state.requests[request.id]
         for request in requests:
             if request.spec.purpose is Purpose.lease:
                 self.grant(request, runner)
@@ -313,12 +313,12 @@ class Actions:
         self.replan = True
 
     def start_keep_alive(self, runner: Runner) -> None:
-        pinned = self.pool.models[runner.model].pinned
-        self.pool.timers.set(("keep-alive", runner.id), math.inf if pinned else self.pool.now + runner.keep_alive_s)
+        pinned = self.state.models[runner.model].pinned
+        self.state.timers.set(("keep-alive", runner.id), math.inf if pinned else self.state.now + runner.keep_alive_s)
 
     def configure(self, event: Configure) -> None:
         """Take over changed limits; a keep-alive holds for the runners too for which no request has named one."""
-        pool = self.pool
+        pool = self.state
         changes = {name: value for name in event.__slots__ if (value := getattr(event, name)) is not None}
         pool.config = replace(pool.config, **changes)
         self.replan = True
@@ -343,11 +343,11 @@ class Actions:
 
     def expire_model(self, id: ModelId) -> bool:
         """Return False where there is nothing to expire."""
-        model = self.pool.models.get(id)
+        model = self.state.models.get(id)
         runner = model.current if model is not None else None
         if runner is None:
             return False
-        if runner.state is LOADING and self.pool.groups_served_by(runner):
+        if runner.state is LOADING and self.state.groups_served_by(runner):
             runner.expire_when_served = True
         else:
             self.expire(runner, RunnerReason.asked)
@@ -357,29 +357,29 @@ class Actions:
         """Give a runner up, for good: it drains if it must, then stops."""
         self.fire(runner, "expire", reason)
         if runner.loaded_at is not None:
-            self.pool.models[runner.model].failures = 0  # it served, and ends in order
+            self.state.models[runner.model].failures = 0  # it served, and ends in order
         self.forget_current(runner)
         if not runner.leases:
             self.stop(runner)
         else:
-            limits = self.pool.config
-            runner.stop_deadline = self.pool.now + max(limits.max_wait_s, limits.stop_timeout_s)
+            limits = self.state.config
+            runner.stop_deadline = self.state.now + max(limits.max_wait_s, limits.stop_timeout_s)
 
     def forget_current(self, runner: Runner) -> None:
         """Let its model have another runner: this one serves nobody new."""
-        model = self.pool.models[runner.model]
+        model = self.state.models[runner.model]
         model.current = None
         if runner.loaded_at is not None:
             model.rested_at = runner.used_at
-        self.pool.timers.clear(("keep-alive", runner.id))
-        self.pool.timers.clear(("load", runner.id))
+        self.state.timers.clear(("keep-alive", runner.id))
+        self.state.timers.clear(("load", runner.id))
         self.replan = True
 
-    def ask(self, wanted: Collection[RunnerId]) -> None:
+    def notify_contention(self, wanted: Collection[RunnerId]) -> None:
         """Tell the holders of busy runners, once, that others wait for their memory; of all others nobody does."""
-        for runner in self.pool.runners.values():
+        for runner in self.state.runners.values():
             runner.contended = runner.id in wanted
-            held = [self.pool.requests[lease] for lease in sorted(runner.leases)]
+            held = [self.state.requests[lease] for lease in sorted(runner.leases)]
             if unasked := [request for request in held if runner.contended and not request.asked]:
                 self.commands.append(NotifyContention(runner.id, tuple(request.id for request in unasked)))
                 for request in unasked:
@@ -388,12 +388,12 @@ class Actions:
     def stop(self, runner: Runner) -> None:
         if runner.process and not runner.stopping:
             runner.stopping = True
-            runner.stop_deadline = self.pool.now + self.pool.config.stop_timeout_s
+            runner.stop_deadline = self.state.now + self.state.config.stop_timeout_s
             self.commands.append(Stop(runner.id))
 
     def revoke_leases(self, runner: Runner, reason: FailureReason | None) -> None:
         for lease in sorted(runner.leases):
-            self.pool.requests.pop(lease).state = RequestState.released
+            self.state.requests.pop(lease).state = RequestState.released
             self.commands.append(RevokeLease(lease, reason))
         runner.leases.clear()
 
@@ -403,16 +403,16 @@ class Actions:
         self.forget_current(runner)
 
     def model(self, id: ModelId) -> ModelRecord:
-        return self.pool.models.setdefault(id, ModelRecord(id))
+        return self.state.models.setdefault(id, ModelRecord(id))
 
-    def look_again(self, model: ModelRecord) -> None:
+    def reevaluate(self, model: ModelRecord) -> None:
         """Have everybody who waits for a model judged anew: more is known of it, or it has a runner."""
-        self.newcomers.update((line.spec, None) for line in self.pool.groups_of_model(model.id))
+        self.unevaluated.update((line.spec, None) for line in self.state.groups_of_model(model.id))
         self.replan = True
 
     def fire(self, runner: Runner, trigger: str, reason: TransitionReason) -> None:
         """Move a runner by a trigger of its table, and note why; nothing else changes its state."""
-        source, pool = runner.state, self.pool
+        source, pool = runner.state, self.state
         try:
             RUNNER_TABLE.fire(runner, trigger)
         except IllegalTransition as error:
@@ -421,15 +421,15 @@ class Actions:
         if runner.on_host:
             pool.busy_on_host += (runner.state is READY) - (source is READY)
             pool.peak_busy_on_host = max(pool.peak_busy_on_host, pool.busy_on_host)
-        if self.journal is not None:
+        if self.decision_log is not None:
             entry = Transition(
                 pool.now, runner.id, runner.model, trigger, source, runner.state, reason, len(runner.leases), pool.steps
             )
-            self.journal.append(entry)
+            self.decision_log.append(entry)
 
     def _story(self, runner: Runner) -> str:
         """Return what a runner has been through: its last transitions, where they are noted, and else its own times."""
-        pool, entries = self.pool, self.journal or ()
+        pool, entries = self.state, self.decision_log or ()
         life = [entry for entry in entries if isinstance(entry, Transition) and entry.runner == runner.id]
         told = [
             f"in step {entry.step}, at {entry.at:g} s: {entry.trigger}, {entry.destination.value} ({entry.why})"
@@ -443,6 +443,6 @@ class Actions:
     def decide(
         self, what: str, model: ModelId, why: DecisionReason, request: RequestId | None, runner: RunnerId | None = None
     ) -> None:
-        if self.journal is not None:
-            entry = Decision(self.pool.now, what, model, why, request, runner, step=self.pool.steps)
-            self.journal.append(entry)
+        if self.decision_log is not None:
+            entry = Decision(self.state.now, what, model, why, request, runner, step=self.state.steps)
+            self.decision_log.append(entry)

@@ -39,7 +39,7 @@ class Claims(Endings):
 
     def launch_all(self, planned: Sequence[Planned]) -> None:
         """Launch what has its devices to itself, claim them for the rest, and give back what nothing is planned for."""
-        pool = self.pool
+        pool = self.state
         unused = dict(pool.claims)
         wanted = [frozenset(device for device, amount in placement.bytes if amount) for _, _, placement in planned]
         matches = _match(unused, wanted)
@@ -61,7 +61,7 @@ class Claims(Endings):
 
     def claim_answered(self, event: ClaimGranted | ClaimContended) -> bool:
         """Take in what became of a claim; return False where it has been given up."""
-        claim = self.pool.claims.get(event.number)
+        claim = self.state.claims.get(event.number)
         if claim is None:
             return False
         claim.had = isinstance(event, ClaimGranted)
@@ -71,11 +71,11 @@ class Claims(Endings):
 
     def claim_time_is_up(self, number: int) -> None:
         """The wait for a claim is over, or a runner that loaded under it was stopped and ought to be gone."""
-        if (claim := self.pool.claims.get(number)) is not None:
+        if (claim := self.state.claims.get(number)) is not None:
             claim.had = claim.missed = True
             self.replan = True
             return
-        for runner in self.pool.runners.values():
+        for runner in self.state.runners.values():
             if runner.claim == number:
                 self._give_back(runner)
 
@@ -90,10 +90,10 @@ class Claims(Endings):
     def stop(self, runner: Runner) -> None:
         super().stop(runner)
         if runner.claim:
-            self.pool.timers.set(("claim", runner.claim), runner.stop_deadline)
+            self.state.timers.set(("claim", runner.claim), runner.stop_deadline)
 
     def _claim(self, devices: frozenset[DeviceId], by: float) -> None:
-        pool = self.pool
+        pool = self.state
         claim = OpenClaim(pool.next_claim, devices, by)
         pool.next_claim += 1
         pool.claims[claim.number] = claim
@@ -101,7 +101,7 @@ class Claims(Endings):
         self.commands.append(Claim(claim.number, tuple(sorted(devices))))
 
     def _launch_under(self, claim: OpenClaim, line: RequestGroup, options: Options, placement: Placement) -> None:
-        pool = self.pool
+        pool = self.state
         self.claim_failure = None
         if claim.missed:
             self.claim_failure = ClaimMissed(tuple(sorted(claim.devices)), pool.config.claim_timeout_s)
@@ -114,13 +114,13 @@ class Claims(Endings):
             runner.claim = claim.number
 
     def _give_up(self, claim: OpenClaim) -> None:
-        del self.pool.claims[claim.number]
-        self.pool.timers.clear(("claim", claim.number))
+        del self.state.claims[claim.number]
+        self.state.timers.clear(("claim", claim.number))
         self.commands.append(ReleaseClaim(claim.number))
 
     def _give_back(self, runner: Runner) -> None:
         if runner.claim:
-            self.pool.timers.clear(("claim", runner.claim))
+            self.state.timers.clear(("claim", runner.claim))
             self.commands.append(ReleaseClaim(runner.claim))
             runner.claim = 0
 

@@ -35,10 +35,10 @@ class Endings(Actions):
         if event.out_of_memory and runner.loaded_at is not None:
             self.ran_out(runner)
         runner.process = False
-        self.pool.processes -= 1
+        self.state.processes -= 1
         self.replan = True  # its place among the processes is free
         runner.recovery_targets = self.memory_to_come(runner)
-        runner.recovery_deadline = runner.stop_deadline = self.pool.now + self.pool.config.recovery_timeout_s
+        runner.recovery_deadline = runner.stop_deadline = self.state.now + self.state.config.recovery_timeout_s
         self.await_memory(runner)
 
     def unresponsive(self, runner: Runner, reason: FailureReason) -> None:
@@ -54,7 +54,7 @@ class Endings(Actions):
 
     def ran_out(self, runner: Runner) -> None:
         """Memory ran out while a runner served: everybody is given up, since nobody knows who took it."""
-        for other in [other for other in self.pool.runners.values() if other.current]:
+        for other in [other for other in self.state.runners.values() if other.current]:
             self.expire(other, RanOutOfMemory(runner.model))
 
     def load_failed(self, runner: Runner, reason: FailureReason, *, out_of_memory: bool = False) -> None:
@@ -63,8 +63,8 @@ class Endings(Actions):
         The next load has a smaller context, where that was automatic and large, or else all others out of the way. With
         them out of the way it may fail once for those who came later, and not again: they would come for ever.
         """
-        model = self.pool.models[runner.model]
-        waiting = [request for line in self.pool.groups_served_by(runner) for request in line.requests.values()]
+        model = self.state.models[runner.model]
+        waiting = [request for line in self.state.groups_served_by(runner) for request in line.requests.values()]
         self.crash(runner, reason)
         again = out_of_memory and not (model.load_exclusively and model.failures)
         survivors = [request for request in waiting if again and not request.survived]
@@ -80,47 +80,47 @@ class Endings(Actions):
         stalled = LoadTimeoutRefusal(model.id, reason.timeout_s) if isinstance(reason, LoadStalled) else None
         failure = stalled or self.load_failure(model, out_of_memory=out_of_memory)
         if not survivors:  # the model is backed off for all
-            waiting = [request for line in self.pool.groups_of_model(model.id) for request in line.requests.values()]
+            waiting = [request for line in self.state.groups_of_model(model.id) for request in line.requests.values()]
         for request in waiting:
             if request not in survivors:
                 self.answer(request, RequestState.rejected, failure)
 
     def count_crash(self, runner: Runner, reason: FailureReason) -> None:
         """Back a model off from its second crash in a row on; the first is followed by a new load."""
-        model = self.pool.models[runner.model]
-        if runner.loaded_at is not None and self.pool.now - runner.loaded_at >= self.pool.config.good_life_s:
+        model = self.state.models[runner.model]
+        if runner.loaded_at is not None and self.state.now - runner.loaded_at >= self.state.config.good_life_s:
             model.failures = 0
         if model.failures:
             self.back_off(model, reason)
-            for line in self.pool.groups_of_model(model.id):
+            for line in self.state.groups_of_model(model.id):
                 self.reject_line(line, self.load_failure(model, out_of_memory=False))
         else:
             model.failures, model.failure = 1, reason
 
     def back_off(self, model: ModelRecord, reason: FailureReason) -> None:
-        limits = self.pool.config
+        limits = self.state.config
         model.failure = reason
-        model.blocked_until = self.pool.now + min(
+        model.blocked_until = self.state.now + min(
             limits.back_off_limit_s, limits.back_off_s * 2.0 ** min(model.failures, 16)
         )
         model.failures += 1
 
     def load_failure(self, model: ModelRecord, *, out_of_memory: bool) -> LoadFailedRefusal:
         assert model.failure is not None, f"{model.id} has not failed"
-        retry_after_s = max(0.0, model.blocked_until - self.pool.now)
+        retry_after_s = max(0.0, model.blocked_until - self.state.now)
         return LoadFailedRefusal(model.id, model.failure, retry_after_s, out_of_memory)
 
     def memory_to_come(self, runner: Runner) -> dict[DeviceId, int]:
         """Return what a GPU will have for us, by GPU, once a runner's memory is back: most of what it occupied."""
-        ledger, account = self.pool.ledger, self.pool.ledger.accounts["runner", runner.id]
+        ledger, account = self.state.ledger, self.state.ledger.accounts["runner", runner.id]
         samples = [ledger.devices[device] for device, _ in runner.placement.bytes if device in ledger.devices]
         gpus = [sample.id for sample in samples if sample.kind == "gpu" and not sample.integrated]
-        part = self.pool.config.recovery_fraction
+        part = self.state.config.recovery_fraction
         return {gpu: ledger.total_available(gpu) + int(part * account.occupied_bytes(gpu)) for gpu in gpus}
 
     def await_memory(self, runner: Runner) -> None:
         """Its process has gone: look until its memory is back, or the wait is over."""
-        pool = self.pool
+        pool = self.state
         if pool.now >= runner.recovery_deadline:
             self.unload(runner, RunnerReason.memory_overdue)
             return
@@ -132,14 +132,14 @@ class Endings(Actions):
 
     def memory_is_back(self, runner: Runner) -> bool:
         """Judge device by device with signed arithmetic; the host's memory is back when the process has gone."""
-        ledger = self.pool.ledger
+        ledger = self.state.ledger
         awaited = [(gpu, expected) for gpu, expected in runner.recovery_targets.items() if gpu in ledger.devices]
         return all(ledger.devices[gpu].fresh and ledger.total_available(gpu) >= expected for gpu, expected in awaited)
 
     def unload(self, runner: Runner, reason: RunnerReason) -> None:
         """End a runner's life: its reservation ends, and what it took is remembered for the next."""
-        pool, model = self.pool, self.pool.models[runner.model]
-        self.remember(runner)
+        pool, model = self.state, self.state.models[runner.model]
+        self.record_measurement(runner)
         if runner.loaded_at is not None and model.context_limit is not None:  # the next may have more room
             model.context_limit = None
             model.demands.clear()
@@ -153,7 +153,7 @@ class Endings(Actions):
 
     def forget_models(self) -> None:
         """Forget of those models that are of no use to anybody now the ones that rested longest, many at a time."""
-        pool = self.pool
+        pool = self.state
         kept = pool.models_in_use().union(id for id, one in pool.models.items() if one.failures)
         rested = sorted((one.rested_at, id) for id, one in pool.models.items() if id not in kept)
         for _, id in rested[: len(pool.models) - MOST_MODELS // 2]:

@@ -28,7 +28,7 @@ _PART = 2  # one in so many of the bytes to spare is filled at most to begin wit
 
 def read_ahead(act: Actions, plan: Plan | None) -> None:
     """Say which files are to be read ahead, where that has changed; None: nobody waits."""
-    pool = act.pool
+    pool = act.state
     before = dict(pool.prefetching)
     left = spare = spare_bytes(pool.ledger)
     files: dict[ModelId, int] = {}
@@ -69,7 +69,7 @@ def _waiting(pool: CoreState, plan: Plan) -> Iterator[tuple[RequestGroup, ModelI
     living = {runner.model for runner in pool.runners.values()}
     begun = {model for model, _ in pool.prefetching}
     starting = {line.spec.model for line, _, _ in plan.launches} - begun
-    for want in plan.rooms:
+    for want in plan.placements:
         line = pool.groups.get(want)
         if line is None or want.purpose is Purpose.memory or want.model in living or want.model in starting:
             continue

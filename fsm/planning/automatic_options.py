@@ -37,7 +37,7 @@ class Batch:
 BATCHES = (Batch(2048, 32768, 0.60, 2048 * MIB), Batch(1024, 4096, 0.75, 768 * MIB))
 
 
-def wish_of(
+def resolved_demand(
     model: ModelRecord, asked: Options, pool: CoreState, free: Mapping[DeviceId, int], gpus: Sequence[Gpu]
 ) -> tuple[Options, PlacementDemand]:
     """Return the explicit options and the demand of a runner for `asked`.

@@ -15,10 +15,12 @@ from fsm.state.model_record import ModelRecord
 from fsm.state.runner_match import runner_serves
 
 ENOUGH_LOADS = 2  # of one alone the file may have been read from the disk, and may be in memory now
-TRUSTED_S = 600.0  # how long a measured load is counted on: what has been read since may load sooner the next time
+LOAD_TIME_TTL_S = (
+    600.0  # how long a measured load is counted on: what has been read since may load sooner the next time
+)
 
 
-def never_in_time(pool: CoreState, request: Request) -> DeadlineInfeasible | None:
+def infeasible_deadline(pool: CoreState, request: Request) -> DeadlineInfeasible | None:
     """Return the refusal of a queued request that leaves before its model can be there; None: it may be served.
 
     Only the model's own load is counted, the shortest of several that were measured of its file with these options.
@@ -34,12 +36,12 @@ def never_in_time(pool: CoreState, request: Request) -> DeadlineInfeasible | Non
     options, begun_s = load
     shortest_s, measured_at, loads = model.shortest_load.get(options, (0.0, -math.inf, 0))
     least_s = shortest_s - (begun_s or 0.0)
-    if loads < ENOUGH_LOADS or pool.now - measured_at > TRUSTED_S or pool.now + least_s <= gives_up_at:
+    if loads < ENOUGH_LOADS or pool.now - measured_at > LOAD_TIME_TTL_S or pool.now + least_s <= gives_up_at:
         return None
     return DeadlineInfeasible(model.id, gives_up_at - request.queued_at, least_s, shortest_s, begun_s)
 
 
-def as_fast_as_can_be(pool: CoreState, runner: Runner) -> bool:
+def is_fastest_placement(pool: CoreState, runner: Runner) -> bool:
     """Tell whether a runner is loaded in the fastest way: where it is not whole on GPUs, it never could be."""
     gpus = any(sample.kind == "gpu" for sample in pool.ledger.devices.values())
     info = pool.models[runner.model].info

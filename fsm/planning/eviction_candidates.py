@@ -27,13 +27,15 @@ class Candidates:
             if runner.current and runner.id not in awaited and not pool.pinned(runner)
         ]
         self.idle = {  # may be given up at this moment, whoever waits
-            runner.id for runner in self.movable if not runner.leases and may_go_at(pool, runner, -math.inf) <= pool.now
+            runner.id
+            for runner in self.movable
+            if not runner.leases and evictable_at(pool, runner, -math.inf) <= pool.now
         }
         self._orders: tuple[list[Candidate], list[Candidate]] | None = None
         self._experience: IdleTimeStatistics | None = None
         self._outlooks: dict[RunnerId, ReuseForecast] = {}  # as far as a policy has asked
 
-    def until(self, bound: float, without: Collection[RunnerId]) -> list[Candidate]:
+    def evictable_until(self, bound: float, without: Collection[RunnerId]) -> list[Candidate]:
         """Return who may be given up for somebody who waits until `bound`: who may go now, then idle ones, then others.
 
         When each may go is exact only where that is now: `timed` says the rest.
@@ -46,7 +48,7 @@ class Candidates:
     def timed(self, bound: float, candidates: Iterable[Candidate]) -> list[Candidate]:
         """Return candidates with the time from which on each may go for somebody who waits until `bound`."""
         runners = self.pool.runners
-        return [replace(one, free_at=may_go_at(self.pool, runners[one.runner], bound)) for one in candidates]
+        return [replace(one, free_at=evictable_at(self.pool, runners[one.runner], bound)) for one in candidates]
 
     def candidate(self, runner: Runner, bound: float) -> Candidate:
         """Return a runner as a policy sees it."""
@@ -55,7 +57,7 @@ class Candidates:
         load_s = None if runner.loaded_at is None else model.usual_load_s(runner.placement.gpu_layers)
         return Candidate(
             runner.id, runner.model, sum(map(account.held_bytes, self.pool.ledger.devices)), runner.keep_alive_s,
-            runner.used_at, load_s, len(runner.leases), may_go_at(self.pool, runner, bound),
+            runner.used_at, load_s, len(runner.leases), evictable_at(self.pool, runner, bound),
             partial(self._outlook, runner),
         )  # fmt: skip
 
@@ -80,7 +82,7 @@ class Candidates:
         return known
 
 
-def may_go_at(pool: CoreState, runner: Runner, bound: float) -> float:
+def evictable_at(pool: CoreState, runner: Runner, bound: float) -> float:
     """Return when `runner` may go for somebody who waits for others' convenience until `bound`; now at the least.
 
     A busy one goes at the bound, and not within its minimum residency. An idle one goes once it has rested for a small

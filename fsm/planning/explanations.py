@@ -12,7 +12,7 @@ from fsm.messages.decision_log import ConsideredDevice, ConsideredRunner, Decisi
 from fsm.messages.reasons import KeptReason
 from fsm.messages.refusals import DoesNotFitRefusal, Refusal
 from fsm.placement.search import needed
-from fsm.planning.plan import Plan, Room
+from fsm.planning.plan import Plan, PlannedPlacement
 from fsm.sizing.footprint import Footprint
 from fsm.state.core_state import CoreState
 from fsm.state.request_queue import RequestGroup
@@ -20,7 +20,7 @@ from fsm.state.request_queue import RequestGroup
 
 def tell_victims(pool: CoreState, plan: Plan, journal: list[Entry]) -> None:
     """Note who is given up for whom, before it happens."""
-    for want, room in plan.rooms.items():
+    for want, room in plan.placements.items():
         if not any(one.runner in plan.victims for one in room.victims):
             continue
         line = pool.groups[want]
@@ -37,7 +37,7 @@ def tell_placed(pool: CoreState, plan: Plan, since: RunnerId, journal: list[Entr
         want, runner = line.spec, pool.models[line.spec.model].current
         if runner is None or runner.id < since:
             continue
-        devices = devices_considered(pool, want, plan.rooms[want])
+        devices = devices_considered(pool, want, plan.placements[want])
         entry = Decision(
             pool.now, "placed", want.model, placement, line.head.id, runner.id, devices=devices, step=pool.steps
         )
@@ -46,11 +46,11 @@ def tell_placed(pool: CoreState, plan: Plan, since: RunnerId, journal: list[Entr
 
 def tell_waits(pool: CoreState, plan: Plan, journal: list[Entry]) -> None:
     """Note what those wait for of whom that has changed, and until when."""
-    for line in plan.looked_at:
+    for line in plan.evaluated:
         if line.spec not in pool.groups or line.told == line.waits_for:
             continue
         line.told = line.waits_for
-        room = plan.rooms.get(line.spec)
+        room = plan.placements.get(line.spec)
         runners = runners_considered(pool, plan, line) if room else ()
         devices = devices_considered(pool, line.spec, room) if room else ()
         why, id = line.waits_for, line.head.id
@@ -60,7 +60,7 @@ def tell_waits(pool: CoreState, plan: Plan, journal: list[Entry]) -> None:
 
 def runners_considered(pool: CoreState, plan: Plan, line: RequestGroup) -> tuple[ConsideredRunner, ...]:
     """Return every runner that holds memory or a place, with what became of it when room was made for a line."""
-    room = plan.rooms.get(line.spec)
+    room = plan.placements.get(line.spec)
     known = {one.runner: one for one in (*room.considered, *room.victims)} if room else {}
     return tuple(
         _considered(pool, runner, known.get(runner.id), _verdict(pool, plan, room, runner))
@@ -68,7 +68,7 @@ def runners_considered(pool: CoreState, plan: Plan, line: RequestGroup) -> tuple
     )
 
 
-def devices_considered(pool: CoreState, want: RequestSpec, room: Room) -> tuple[ConsideredDevice, ...]:
+def devices_considered(pool: CoreState, want: RequestSpec, room: PlannedPlacement) -> tuple[ConsideredDevice, ...]:
     """Return every device, with what a placement needs of it and what there is for it."""
     info = pool.models[want.model].info if want.purpose is not Purpose.memory else None
     exact = info is None or (isinstance(info, Footprint) and bool(info.fixed))
@@ -116,7 +116,7 @@ def _considered(
     )
 
 
-def _verdict(pool: CoreState, plan: Plan, room: Room | None, runner: Runner) -> KeptReason | None:
+def _verdict(pool: CoreState, plan: Plan, room: PlannedPlacement | None, runner: Runner) -> KeptReason | None:
     """Return why a runner is not given up for a line; None where it is."""
     victim = next((one for one in room.victims if one.runner == runner.id), None) if room else None
     considered = next((one for one in room.considered if one.runner == runner.id), None) if room else None
@@ -139,10 +139,10 @@ def _verdict(pool: CoreState, plan: Plan, room: Room | None, runner: Runner) -> 
     if considered is not None and considered.free_at > pool.now:
         set_by_hand = pool.config.min_residency_s is not None and runner.resident_until > pool.now
         return KeptReason.just_loaded if set_by_hand else KeptReason.just_used
-    if room.choice is None:
+    if room.victim_set is None:
         return KeptReason.not_enough
-    return KeptReason.others_come_first if room.choice.cost_s is None else KeptReason.others_cost_less
+    return KeptReason.others_come_first if room.victim_set.cost_s is None else KeptReason.others_cost_less
 
 
-def _is_victim_of_another(plan: Plan, room: Room | None, id: RunnerId) -> bool:
-    return any(each is not room and any(one.runner == id for one in each.victims) for each in plan.rooms.values())
+def _is_victim_of_another(plan: Plan, room: PlannedPlacement | None, id: RunnerId) -> bool:
+    return any(each is not room and any(one.runner == id for one in each.victims) for each in plan.placements.values())

@@ -16,7 +16,7 @@ from fsm.state.memory_ledger import Owner
 BOUNDLESS = 2**62  # bytes
 
 
-def why_never(
+def infeasible_reason(
     pool: CoreState, gpus: Sequence[Gpu], model: ModelId, demand: PlacementDemand, potential: Mapping[DeviceId, int]
 ) -> tuple[DoesNotFitRefusal, Placement | None]:
     """Return the refusal of what would not fit into `potential`, and what it would need; None where that is not known.

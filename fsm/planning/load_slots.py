@@ -14,7 +14,7 @@ def loads_on(placement: Placement) -> list[DeviceId]:
     return [device for device, amount in placement.bytes if device != HOST and amount] or [HOST]
 
 
-class Loads:
+class LoadSlots:
     """The loads by device: those under way, and those that are planned."""
 
     def __init__(self, limits: CoreConfig, placements: Iterable[Placement]) -> None:
@@ -28,7 +28,7 @@ class Loads:
         for device in loads_on(placement):
             self.counts[device] = self.counts.get(device, 0) + 1
 
-    def place(
+    def find_placement(
         self, demand: PlacementDemand, offload: Offload, free: Mapping[DeviceId, int], gpus: Sequence[Gpu]
     ) -> Placement | None:
         """Return where one more may begin: where it fits best, or else beside the GPUs on which as many load as may."""

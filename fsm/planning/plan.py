@@ -18,14 +18,14 @@ from fsm.state.request_queue import RequestGroup
 
 
 @dataclass(frozen=True, slots=True)
-class Room:
+class PlannedPlacement:
     """Where the runner that a line waits for goes, or would, and what leaves before."""
 
     placement: Placement
     free: Amounts  # what it was judged by, by device: free, or to be had once the victims have left
     victims: tuple[Candidate, ...] = ()  # each goes when all of them may
     considered: tuple[Candidate, ...] = ()  # for being victims, the first choice first; none where none is needed
-    choice: VictimSet | None = None  # how the victims were chosen
+    victim_set: VictimSet | None = None  # how the victims were chosen
 
 
 @dataclass(slots=True)
@@ -38,9 +38,11 @@ class Plan:
     victims: dict[RunnerId, ExpireReason] = field(default_factory=dict)  # to expire, and why
     matches: list[tuple[RequestGroup, Runner]] = field(default_factory=list)  # served after all, as the same
     refusals: list[tuple[RequestGroup, Refusal]] = field(default_factory=list)
-    rooms: dict[RequestSpec, Room] = field(default_factory=dict)  # of what is to be loaded, now, later or never
+    placements: dict[RequestSpec, PlannedPlacement] = field(
+        default_factory=dict
+    )  # of what is to be loaded, now, later or never
     options: dict[RequestSpec, Options] = field(default_factory=dict)  # explicit, of what has a room
-    wanted: set[RunnerId] = field(default_factory=set)  # others wait for its memory, and it may not go yet
+    contended: set[RunnerId] = field(default_factory=set)  # others wait for its memory, and it may not go yet
     policy_failure: str = ""  # the exception that the policy raised; the oldest runners go first instead
-    look_at: float = math.inf  # when a wait's bound or a residency ends
-    looked_at: list[RequestGroup] = field(default_factory=list)  # those behind wait as before
+    replan_at: float = math.inf  # when a wait's bound or a residency ends
+    evaluated: list[RequestGroup] = field(default_factory=list)  # those behind wait as before

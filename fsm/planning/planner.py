@@ -20,12 +20,12 @@ from fsm.machine.runner import EXPIRING, LOADING, Runner, RunnerId
 from fsm.messages.reasons import DeviceShrunk, NeededFor, RunnerLimit, RunnerStep, WaitFor, WaitForRunners, WaitReason
 from fsm.messages.refusals import UnsupportedOption
 from fsm.placement.search import Gpu, Offload, PlacementDemand
-from fsm.planning.automatic_options import is_the_same, wish_of, with_batch
-from fsm.planning.availability import DRAINED, LATER, NOW, SOON, Need, Supply
+from fsm.planning.automatic_options import is_the_same, resolved_demand, with_batch
+from fsm.planning.availability import DRAINED, LATER, NOW, SOON, AvailabilityProfile, Requirement
 from fsm.planning.eviction_candidates import Candidates
-from fsm.planning.infeasibility import why_never
-from fsm.planning.load_slots import Loads, loads_on
-from fsm.planning.plan import Plan, Room
+from fsm.planning.infeasibility import infeasible_reason
+from fsm.planning.load_slots import LoadSlots, loads_on
+from fsm.planning.plan import Plan, PlannedPlacement
 from fsm.sizing.footprint import Footprint
 from fsm.state.core_state import CoreState
 from fsm.state.model_record import ModelRecord
@@ -42,20 +42,20 @@ def make_plan(pool: CoreState, policy: EvictionPolicy, newcomers: Collection[Req
     Those behind are not looked at, but for `newcomers`: whoever has just come is judged at once, wherever it stands.
     """
     planner = _Planner(pool, policy)
-    planner.shed()
+    planner.evict_excess()
     for line in pool.groups_in_order():
-        if planner.exhausted():
+        if planner.nothing_left():
             break
-        if not planner.follows(line, newcomers):
-            planner.consider(line)
-    ahead = {line.spec for line in planner.plan.looked_at}
+        if not planner.is_behind_same_model(line, newcomers):
+            planner.plan_group(line)
+    ahead = {line.spec for line in planner.plan.evaluated}
     for want in pool.specs_by_model.get(NO_MODEL, ()):  # memory of the program's own takes no process's place
         if want not in ahead:
-            planner.consider(pool.groups[want])
+            planner.plan_group(pool.groups[want])
             ahead.add(want)
     for want in newcomers:
         if want in pool.groups and want not in ahead:
-            planner.judge(pool.groups[want], WaitFor.earlier_requests)
+            planner.evaluate(pool.groups[want], WaitFor.earlier_requests)
     planner.plan.policy_failure = planner.candidates.policy_failure
     return planner.plan
 
@@ -69,29 +69,29 @@ class _Planner:
         self.gpus = [Gpu(one.id, one.memory, one.instance, one.library) for one in devices if one.kind == "gpu"]
         expiring = [runner for runner in pool.runners.values() if runner.state is EXPIRING]
         self.leaving = [runner for runner in expiring if not pool.is_overdue(runner)]
-        self.plan.look_at = min(
+        self.plan.replan_at = min(
             (one.stop_deadline for one in self.leaving if one.stop_deadline > pool.now), default=math.inf
         )
         self.overdue = {runner.id for runner in expiring if pool.is_overdue(runner)}
         movable = [runner for runner in pool.runners.values() if not pool.is_unmovable(runner)]
-        self.supply = Supply(ledger, self.gpus, pool.max_runners() - pool.processes, movable)
-        self.supply.add(SOON, [runner for runner in self.leaving if not runner.leases])
-        self.supply.add(DRAINED, [runner for runner in self.leaving if runner.leases])
+        self.availability = AvailabilityProfile(ledger, self.gpus, pool.max_runners() - pool.processes, movable)
+        self.availability.add(SOON, [runner for runner in self.leaving if not runner.leases])
+        self.availability.add(DRAINED, [runner for runner in self.leaving if runner.leases])
         self.unmovable = len(pool.runners) - len(movable)
         self.claimed: set[RunnerId] = set()  # victims of earlier lines
         self.sets_left = MOST_SETS
-        self.followers: Counter[ModelId] = Counter()  # lines for a model behind the first of them
+        self.successors: Counter[ModelId] = Counter()  # lines for a model behind the first of them
         self.loading = [runner for runner in pool.runners.values() if runner.state is LOADING]
         self.awaited = {runner.id for runner in self.loading if pool.groups_served_by(runner)}
         self.alone = next((runner for runner in self.loading if pool.models[runner.model].load_exclusively), None)
         if self.alone is not None:
-            self.supply.places[NOW] = 0  # nobody begins beside it
-        self.loads = Loads(pool.config, (runner.placement for runner in self.loading))
+            self.availability.process_slots[NOW] = 0  # nobody begins beside it
+        self.load_slots = LoadSlots(pool.config, (runner.placement for runner in self.loading))
         self.candidates = Candidates(pool, policy, self.awaited)
         self.waiting = 0  # lines for which room is to be made
         self.ahead: Counter[DeviceId] = Counter()  # of them, those that lack memory of a device
 
-    def shed(self) -> None:
+    def evict_excess(self) -> None:
         """Give up idle runners where more are alive, or more is held, than may be; those in use follow when they rest.
 
         The number counts only where it is set: the automatic one is a rule of thumb that follows the devices, and what
@@ -99,7 +99,7 @@ class _Planner:
         """
         limit, ledger, runners = self.pool.config.max_runners, self.pool.ledger, self.pool.runners
         if limit:
-            self._shed(RunnerLimit(limit), -self.supply.places[LATER], dict.fromkeys(runners, 1))
+            self._shed(RunnerLimit(limit), -self.availability.process_slots[LATER], dict.fromkeys(runners, 1))
         for device in sorted(ledger.overcommitted & ledger.devices.keys()):
             held = {id: ledger.accounts["runner", id].held_bytes(device) for id in runners}
             going = self.claimed.union(runner.id for runner in self.leaving)
@@ -108,7 +108,11 @@ class _Planner:
 
     def _shed(self, reason: RunnerLimit | DeviceShrunk, excess: int, worth: Mapping[RunnerId, int]) -> None:
         """Give up as few idle runners as are worth the excess together, or all that are worth something."""
-        may = [one for one in self.candidates.until(-math.inf, self.claimed) if not one.leases and worth[one.runner]]
+        may = [
+            one
+            for one in self.candidates.evictable_until(-math.inf, self.claimed)
+            if not one.leases and worth[one.runner]
+        ]
         choice = self._choose(
             may, (), lambda victims: sum(worth[victim.runner] for victim in victims) >= excess,
             lambda victim: (worth[victim.runner],),
@@ -116,21 +120,21 @@ class _Planner:
         victims = self._unclaimed(may if choice is None else choice.victims)
         self.plan.victims.update((runner.id, reason) for runner in victims)
         self.claimed.update(runner.id for runner in victims)
-        self.supply.add(SOON, victims)
+        self.availability.add(SOON, victims)
 
-    def exhausted(self) -> bool:
+    def nothing_left(self) -> bool:
         """Whether no line behind could have anything: enough wait already, and nothing is free or can be given up."""
         if self.waiting < LINES_AHEAD:
             return False
         idle = [self.pool.runners[id] for id in self.candidates.idle - self.claimed]
-        if self.supply.places[DRAINED] + sum(runner.process for runner in idle) <= 0:
+        if self.availability.process_slots[DRAINED] + sum(runner.process for runner in idle) <= 0:
             return True
-        there = self.supply.beside(DRAINED, idle)
+        there = self.availability.available_after(DRAINED, idle)
         return all(amount <= 0 and self.ahead[device] >= LINES_AHEAD for device, amount in there.items())
 
-    def follows(self, line: RequestGroup, newcomers: Collection[RequestSpec]) -> bool:
+    def is_behind_same_model(self, line: RequestGroup, newcomers: Collection[RequestSpec]) -> bool:
         """Tell whether a line is far behind others for its model, and has been judged before: those go first."""
-        if self.followers[line.spec.model] < LINES_AHEAD or line.spec in newcomers:
+        if self.successors[line.spec.model] < LINES_AHEAD or line.spec in newcomers:
             return False
         current = self.pool.models[line.spec.model].current
         if current is not None and current.id in self.awaited and runner_serves(current, line.spec):
@@ -138,33 +142,33 @@ class _Planner:
         line.wait(WaitFor.same_model)
         return True
 
-    def consider(self, line: RequestGroup) -> None:
+    def plan_group(self, line: RequestGroup) -> None:
         """Plan one line."""
-        self.supply.take_older(self.pool.rank(line.head))
-        if (judged := self.judge(line)) is None:
+        self.availability.reserve_earlier(self.pool.rank(line.head))
+        if (judged := self.evaluate(line)) is None:
             return
         options, need = judged
         if line.spec.purpose is Purpose.memory:
             self._consider_memory(line, need)
             return
         model = self.pool.models[line.spec.model]
-        if model.id in self.supply.planned:  # it has one runner at a time
+        if model.id in self.availability.reserved_by_model:  # it has one runner at a time
             line.wait(WaitFor.same_model)
-            self.followers[model.id] += 1
-            self.supply.take_next(model.id, need)
+            self.successors[model.id] += 1
+            self.availability.reserve_successor(model.id, need)
         elif model.current is not None and model.current.id in self.awaited:
             line.wait(WaitFor.other_load, self.pool.expected_at(model.current))
-            self.supply.planned[model.id] = self.supply.held_by(model.current)
-            self.supply.take_next(model.id, need)
+            self.availability.reserved_by_model[model.id] = self.availability.held_by(model.current)
+            self.availability.reserve_successor(model.id, need)
         else:
             self._consider_runner(line, model, options, need)
 
-    def judge(self, line: RequestGroup, waits_for: WaitReason | None = None) -> tuple[Options, Need] | None:
+    def evaluate(self, line: RequestGroup, waits_for: WaitReason | None = None) -> tuple[Options, Requirement] | None:
         """Return what a line needs and the best way to place it; None where that is not the question, or is unknown.
 
         Then it is refused, or served as it is, or waits for its model's load or metadata.
         """
-        self.plan.looked_at.append(line)
+        self.plan.evaluated.append(line)
         if waits_for:
             line.wait(waits_for)
         if line.spec.purpose is Purpose.memory:
@@ -179,9 +183,11 @@ class _Planner:
                 line.wait(WaitFor.metadata)
                 self.plan.inspections.append(model)
                 if model.info is not None and not waits_for and len(self.pool.groups) > 1:
-                    self._book_unread(model, line.spec.options)
+                    self._reserve_stale_estimate(model, line.spec.options)
                 return None
-            options, demand = wish_of(model, line.spec.options, self.pool, self.supply.potential, self.gpus)
+            options, demand = resolved_demand(
+                model, line.spec.options, self.pool, self.availability.potential, self.gpus
+            )
             self.plan.options[line.spec] = options
             if current is not None and is_the_same(current, options, line.spec.options):
                 self.plan.matches.append((line, current))
@@ -190,81 +196,90 @@ class _Planner:
                 self.plan.refusals.append((line, UnsupportedOption(model.id, *objection)))
                 return None
         offload = self._offload(line, demand, current)
-        return None if offload is None else (options, Need(demand, offload, line.spec.purpose is not Purpose.memory))
-
-    def _consider_memory(self, line: RequestGroup, need: Need) -> None:
-        head, *others = line.requests.values()  # each is as old as it is: once the first has it the next is first
-        self.supply.behind = sorted(
-            [*self.supply.behind, *((self.pool.rank(request), need) for request in others)], key=lambda one: one[0]
+        return (
+            None
+            if offload is None
+            else (options, Requirement(demand, offload, line.spec.purpose is not Purpose.memory))
         )
-        if self.supply.place(NOW, need) is None:
-            self._make_room(line, need, ())
+
+    def _consider_memory(self, line: RequestGroup, need: Requirement) -> None:
+        head, *others = line.requests.values()  # each is as old as it is: once the first has it the next is first
+        self.availability.queued_members = sorted(
+            [*self.availability.queued_members, *((self.pool.rank(request), need) for request in others)],
+            key=lambda one: one[0],
+        )
+        if self.availability.find_placement(NOW, need) is None:
+            self._plan_eviction(line, need, ())
         else:
             self.plan.memory.append(head)
-            self.supply.take(NOW, tuple(self.pool.ledger.by_memory(line.spec.memory).items()), 0)
+            self.availability.reserve(NOW, tuple(self.pool.ledger.by_memory(line.spec.memory).items()), 0)
 
-    def _book_unread(self, model: ModelRecord, asked: Options) -> None:
+    def _reserve_stale_estimate(self, model: ModelRecord, asked: Options) -> None:
         """Book what a model will need by what was last read of it: it may have changed, but most likely it has not."""
-        _, demand = wish_of(model, asked, self.pool, self.supply.potential, self.gpus)
-        if (offload := self.supply.best(demand)) is not None:
-            self.supply.planned.setdefault(model.id, self.supply.held_by(model.current))
-            self.supply.take_next(model.id, Need(demand, offload))
+        _, demand = resolved_demand(model, asked, self.pool, self.availability.potential, self.gpus)
+        if (offload := self.availability.best_offload(demand)) is not None:
+            self.availability.reserved_by_model.setdefault(model.id, self.availability.held_by(model.current))
+            self.availability.reserve_successor(model.id, Requirement(demand, offload))
 
-    def _consider_runner(self, line: RequestGroup, model: ModelRecord, options: Options, need: Need) -> None:
-        forced = self._forced(model)
+    def _consider_runner(self, line: RequestGroup, model: ModelRecord, options: Options, need: Requirement) -> None:
+        forced = self._mandatory_victims(model)
         others = [runner for runner in self.pool.runners.values() if runner.id not in self.overdue]
         accompanied = model.load_exclusively and bool(self.plan.launches or not all(map(self.pool.pinned, others)))
-        places = self.supply.places[NOW]
+        places = self.availability.process_slots[NOW]
         if model.load_exclusively:
-            self.supply.places[NOW] = 0  # nobody begins beside it; else there might always be somebody
+            self.availability.process_slots[NOW] = 0  # nobody begins beside it; else there might always be somebody
         if not forced and not accompanied and places > 0:
-            free = self.supply.bytes[NOW]
-            placement = self.loads.place(need.demand, need.offload, free, self.gpus)
+            free = self.availability.bytes[NOW]
+            placement = self.load_slots.find_placement(need.demand, need.offload, free, self.gpus)
             if placement is not None:
                 asked, planned = line.spec.options, (options, placement)
                 options, placement = with_batch(model, asked, self.pool.config, planned, free, self.gpus)
                 self.plan.options[line.spec] = options
-                self.plan.rooms[line.spec] = Room(placement, tuple(sorted(free.items())))
+                self.plan.placements[line.spec] = PlannedPlacement(placement, tuple(sorted(free.items())))
                 self.plan.launches.append((line, options, placement))
-                self.supply.take(NOW, placement.bytes, 1)
-                self.supply.planned[model.id] = dict(placement.bytes)
-                self.loads.add(placement)
+                self.availability.reserve(NOW, placement.bytes, 1)
+                self.availability.reserved_by_model[model.id] = dict(placement.bytes)
+                self.load_slots.add(placement)
                 return
-        self.supply.planned[model.id] = dict(need.amounts(self._make_room(line, need, forced)))
+        self.availability.reserved_by_model[model.id] = dict(need.amounts(self._plan_eviction(line, need, forced)))
 
-    def _make_room(self, line: RequestGroup, need: Need, forced: Sequence[Runner]) -> Placement:
+    def _plan_eviction(self, line: RequestGroup, need: Requirement, forced: Sequence[Runner]) -> Placement:
         """Choose what to give up for a line that does not start now, and book what it will need."""
         may, choice = self._select(line, need, forced)
         chosen = self.candidates.timed(self._bound(line), choice.victims) if choice is not None else []
         at = max((victim.free_at for victim in chosen), default=math.inf)
         victims = self._unclaimed(chosen)
-        there = (one for one in (SOON, DRAINED) if at <= self.pool.now and self.supply.place(one, need, victims))
+        there = (
+            one
+            for one in (SOON, DRAINED)
+            if at <= self.pool.now and self.availability.find_placement(one, need, victims)
+        )
         horizon = next(there, LATER)  # from when on there is room with what the victims leave
         goes = horizon == SOON or (horizon == DRAINED and any(victim.leases for victim in chosen))
-        before = self.supply.bytes[DRAINED].copy()
+        before = self.availability.bytes[DRAINED].copy()
         self.claimed.update(runner.id for runner in victims)
         for runner in victims:
-            self.supply.add(max(horizon, DRAINED if runner.leases else SOON), [runner])
+            self.availability.add(max(horizon, DRAINED if runner.leases else SOON), [runner])
         enough = choice is not None and not chosen  # on its way, or there
-        startable = enough and self.supply.place(NOW, need) is not None
-        final, horizon = self.supply.reach(need, SOON if enough or goes else horizon)
-        free = tuple(sorted(self.supply.bytes[horizon].items()))
-        self.supply.take(horizon, need.amounts(final), need.process)
+        startable = enough and self.availability.find_placement(NOW, need) is not None
+        final, horizon = self.availability.earliest_fit(need, SOON if enough or goes else horizon)
+        free = tuple(sorted(self.availability.bytes[horizon].items()))
+        self.availability.reserve(horizon, need.amounts(final), need.process)
         self.ahead.update(device for device, amount in final.bytes if amount > before.get(device, 0))
         if choice is None:
-            line.wait(*self._hindrance())
+            line.wait(*self._blocking_reason())
         elif goes:
             self._give_up(line, chosen)
         elif at > self.pool.now and chosen:
             self._wait_for(line, chosen, at, may)
         else:
             chosen += self._wait(line, final, horizon, startable=startable)
-        self.plan.wanted.update(victim.runner for victim in chosen if not goes)
-        self.plan.rooms[line.spec] = Room(final, free, tuple(chosen), tuple(may), choice)
+        self.plan.contended.update(victim.runner for victim in chosen if not goes)
+        self.plan.placements[line.spec] = PlannedPlacement(final, free, tuple(chosen), tuple(may), choice)
         return final
 
     def _select(
-        self, line: RequestGroup, need: Need, forced: Sequence[Runner]
+        self, line: RequestGroup, need: Requirement, forced: Sequence[Runner]
     ) -> tuple[list[Candidate], VictimSet | None]:
         """Return who may be given up for a line, and who is: rather idle ones now than what others leave later."""
         bound = self._bound(line)
@@ -273,22 +288,25 @@ class _Planner:
         self.waiting += 1
         if self._suffices(need, DRAINED, must):
             return [], VictimSet(tuple(must), 0.0, 1)
-        may = self.candidates.until(bound, taken)
-        memories = self.supply.memories(need)
+        may = self.candidates.evictable_until(bound, taken)
+        memories = self.availability.memories(need)
         where = [device for device in memories if device != HOST] or memories
         if all(self.ahead[device] >= LINES_AHEAD for device in where):  # far back: it is given what nobody uses
             may = [one for one in may if one.runner in self.candidates.idle]
         lacking = need.process - sum(one.process for one in self._unclaimed(must))
         at_rest = [one for one in may if not one.leases and one.free_at <= self.pool.now]
-        hopes = self.supply.bytes[LATER] != self.supply.bytes[DRAINED] or len(set(self.supply.places[DRAINED:])) > 1
+        hopes = (
+            self.availability.bytes[LATER] != self.availability.bytes[DRAINED]
+            or len(set(self.availability.process_slots[DRAINED:])) > 1
+        )
         for horizon, ones in ((DRAINED, at_rest), (LATER, may))[not hopes :]:
-            least = max(0, lacking - self.supply.places[horizon]) if need.process else 0
+            least = max(0, lacking - self.availability.process_slots[horizon]) if need.process else 0
             if choice := self._choose(ones, must, partial(self._suffices, need, horizon), self._frees(memories), least):
                 return may, choice
         return may, None
 
-    def _suffices(self, need: Need, horizon: int, victims: Iterable[Candidate]) -> bool:
-        return self.supply.place(horizon, need, self._unclaimed(victims)) is not None
+    def _suffices(self, need: Requirement, horizon: int, victims: Iterable[Candidate]) -> bool:
+        return self.availability.find_placement(horizon, need, self._unclaimed(victims)) is not None
 
     def _give_up(self, line: RequestGroup, chosen: Sequence[Candidate]) -> None:
         line.wait(WaitForRunners(_models(chosen), RunnerStep.leave))
@@ -302,9 +320,9 @@ class _Planner:
         """
         line.wait(WaitForRunners(_models(chosen), RunnerStep.idle), at)
         moments = (at, self._bound(line), *(one.free_at for one in may))
-        self.plan.look_at = min(self.plan.look_at, *(moment for moment in moments if moment > self.pool.now))
+        self.plan.replan_at = min(self.plan.replan_at, *(moment for moment in moments if moment > self.pool.now))
 
-    def _hindrance(self) -> tuple[WaitReason, float]:
+    def _blocking_reason(self) -> tuple[WaitReason, float]:
         """Return why nobody can be chosen to make room, and until when as far as that is known."""
         runners = self.pool.runners
         if self.waiting > 1 or not (self.overdue or self.awaited):
@@ -331,11 +349,11 @@ class _Planner:
             reason = WaitForRunners((self.alone.model,), RunnerStep.load_alone)
             line.wait(reason, self.pool.expected_at(self.alone))
         else:
-            line.wait(*self._hindrance())
+            line.wait(*self._blocking_reason())
         if line.spec.purpose is Purpose.memory:
             return ()
-        full = self.loads.full(placement)
-        self.loads.add(placement)  # it starts in a moment: its place among the loads is not for younger ones
+        full = self.load_slots.full(placement)
+        self.load_slots.add(placement)  # it starts in a moment: its place among the loads is not for younger ones
         on_full = [runner for runner in self.loading if full & set(loads_on(runner.placement))]
         if full:
             line.wait(WaitFor.load_slot, min(map(self.pool.expected_at, on_full), default=math.inf))
@@ -357,15 +375,15 @@ class _Planner:
         """Return the best way that is possible at all; None: the line is refused, since there is none."""
         no_place = line.spec.purpose is not Purpose.memory and self.unmovable >= self.pool.max_runners()
         reload_pinned = current is not None and self.pool.pinned(current)
-        if not (no_place or reload_pinned) and (possible := self.supply.best(demand)) is not None:
+        if not (no_place or reload_pinned) and (possible := self.availability.best_offload(demand)) is not None:
             return possible
-        refusal, need = why_never(self.pool, self.gpus, line.spec.model, demand, self.supply.potential)
+        refusal, need = infeasible_reason(self.pool, self.gpus, line.spec.model, demand, self.availability.potential)
         if need is not None:
-            self.plan.rooms[line.spec] = Room(need, tuple(sorted(self.supply.potential.items())))
+            self.plan.placements[line.spec] = PlannedPlacement(need, tuple(sorted(self.availability.potential.items())))
         self.plan.refusals.append((line, refusal))
         return None
 
-    def _forced(self, model: ModelRecord) -> list[Runner]:
+    def _mandatory_victims(self, model: ModelRecord) -> list[Runner]:
         """Return what must go whatever fits: the model's own runner with other options; after out of memory, all."""
         if model.load_exclusively:
             runners = [runner for runner in self.pool.runners.values() if runner.current]

@@ -29,7 +29,7 @@ from fsm.messages.events import (
     Tick,
     Unpin,
 )
-from fsm.planning.plan import Room
+from fsm.planning.plan import PlannedPlacement
 from fsm.sizing.footprint import Footprint
 from fsm.state.core_config import USE_PER_LOAD
 from fsm.state.core_state import CoreState
@@ -80,7 +80,7 @@ def _planned_in_turn(after: Core) -> None:
     plan = (after.plans or [])[-1]
     if plan.memory:
         return  # who was granted is no longer the oldest
-    waited = [list(line.requests.values()) for line in plan.looked_at if line.requests]
+    waited = [list(line.requests.values()) for line in plan.evaluated if line.requests]
     turns = [min(_turn(request, after._state) for request in requests) for requests in waited]
     assert turns == sorted(turns), "somebody is planned before it is their turn"
 
@@ -140,9 +140,9 @@ def _nobody_is_overtaken(after: Core, commands: Sequence[Command]) -> None:
             assert not there < need <= there + taken, "who came later takes what another waits for"
 
 
-def _first_without(after: Core, started: Collection[ModelId]) -> tuple[RequestGroup, Room] | None:
+def _first_without(after: Core, started: Collection[ModelId]) -> tuple[RequestGroup, PlannedPlacement] | None:
     """Return the first line that waits for memory, of declared bytes, and where that goes; None: there is another."""
-    pool, rooms = after._state, (after.plans or [])[-1].rooms
+    pool, rooms = after._state, (after.plans or [])[-1].placements
     for line in sorted(pool.groups.values(), key=lambda one: min(map(_turn_in(pool), one.requests.values()))):
         model = pool.models.get(line.spec.model)
         if model is not None and model.current is not None and model.current.state is LOADING:
@@ -155,7 +155,7 @@ def _first_without(after: Core, started: Collection[ModelId]) -> tuple[RequestGr
     return None
 
 
-def _horizons(pool: CoreState, room: Room, device: DeviceId, places: float) -> list[int]:
+def _horizons(pool: CoreState, room: PlannedPlacement, device: DeviceId, places: float) -> list[int]:
     """Return what there is of a device for the first who waits, at each time at which it may be enough.
 
     Memory without a place for its process, of which as many as `places` were just taken, is not enough.
@@ -178,7 +178,7 @@ def _victim_of_one(after: Core) -> None:
     """No two lines count on what one runner leaves, but for who has to leave whoever else counts on it."""
     pool = after._state
     counted: set[RunnerId] = set()
-    for want, room in (after.plans or [])[-1].rooms.items():
+    for want, room in (after.plans or [])[-1].placements.items():
         model = pool.models.get(want.model)
         forced = model.current if model is not None else None
         for victim in room.victims if model is None or not model.load_exclusively else ():

@@ -119,7 +119,7 @@ def simulate(
 def _watched(scene: Scene, make: Make, every: int, coverage: Coverage | None = None) -> _Watched:
     core = make(scene.limits, scene.policy)
     watched = _Watched(core, Audit(longest_wait_s(scene), scene.limits), every, coverage)
-    core.journal, core.plans = watched.journal, []
+    core.decision_log, core.plans = watched.journal, []
     return watched
 
 

@@ -288,7 +288,7 @@ def _bounded(after: Core) -> None:
     going = [
         one.stop_deadline for one in pool.runners.values() if one.state is EXPIRING
     ]  # until then nobody need go for it
-    for want, room in plan.rooms.items():
+    for want, room in plan.placements.items():
         line = pool.groups.get(want)
         if line is None or not room.victims:
             continue

@@ -251,7 +251,7 @@ class Scheduler:
         def look(core: Core) -> tuple[Snapshot, int, int, tuple[ModelId, ...], bool]:
             if self._driver.broken is None:  # else a step has ended in its middle
                 core.check()
-            return core.snapshot(), core.steps, core.late, core.checkpoint().models(), core.journal is not None
+            return core.snapshot(), core.steps, core.late, core.checkpoint().models(), core.decision_log is not None
 
         snapshot, step, late, models, listening = self._desk.read(look)
         return DebugState(
@@ -285,8 +285,8 @@ class Scheduler:
         """
 
         def listen(core: Core) -> EventStream:
-            if core.journal is None:
-                core.journal = []
+            if core.decision_log is None:
+                core.decision_log = []
             return self._hub.open()
 
         return self._desk.read(listen)

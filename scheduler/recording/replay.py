@@ -201,7 +201,7 @@ class Replay:
             core.check()
         except Exception as error:  # what was never a core's state may break anything
             self._wrong(f"its state is not one of a core{self._of_another(header)}: {error}"[:400])
-        core.journal = []
+        core.decision_log = []
         self._core = core
         return Begun(self._line, header, core)
 
@@ -239,8 +239,8 @@ class Replay:
         self._compare(event, raised or _text(expected), failure or _text(got), policy)
         self.steps += 1
         self.commands += len(expected)
-        entries = tuple(core.journal or ())
-        core.journal = []
+        entries = tuple(core.decision_log or ())
+        core.decision_log = []
         return Moment(self._line, cast(float, at), event, got, entries, tuple(policy.asked), step, raised)
 
     def _ask(self, core: Core, at: float, event: Event) -> tuple[Sequence[Command], str]:

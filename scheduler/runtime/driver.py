@@ -166,11 +166,11 @@ class Driver:
         self._tell()
 
     def _tell(self) -> None:
-        if journal := self._core.journal:
+        if journal := self._core.decision_log:
             if self._publish(journal):
                 journal.clear()
             else:  # nothing is noted any more
-                self._core.journal = None
+                self._core.decision_log = None
 
     def _run(self) -> None:
         try:

@@ -230,12 +230,15 @@ def test_a_decision_shows_whom_it_considered_and_what_each_would_cost() -> None:
     pool = a_pool(policy=ExpectedReloadCost(), each="4GiB").idle("a").idle("b")
     pool.core.plans = []
     pool.feed(acquire("c", request=1))
-    room = next(room for plan in pool.core.plans for room in plan.rooms.values() if room.victims)
+    room = next(room for plan in pool.core.plans for room in plan.placements.values() if room.victims)
     assert {one.model for one in room.considered} == {"a", "b"}
     assert all(one.cost_s is not None for one in room.considered)
-    assert room.choice is not None
-    assert (room.choice.victims, room.choice.cost_s) == (room.victims, sum(one.cost_s or 0.0 for one in room.victims))
-    assert room.choice.tried > 0
+    assert room.victim_set is not None
+    assert (room.victim_set.victims, room.victim_set.cost_s) == (
+        room.victims,
+        sum(one.cost_s or 0.0 for one in room.victims),
+    )
+    assert room.victim_set.tried > 0
 
 
 # -- loadmaster's own -------------------------------------------------------------------------------------------------

@@ -207,7 +207,7 @@ def test_after_the_limit_it_goes_ahead_without_and_says_so() -> None:
     pool = claiming(claim_timeout_s=60.0)
     waits(pool)
     journal: list[Entry] = []
-    pool.core.journal = journal
+    pool.core.decision_log = journal
     pool.feed(ClaimContended(1))
     assert pool.advance("59.9s") == []
     assert pool.advance("0.1s") == [ReleaseClaim(1), pool.launch(1, "a")]

@@ -168,9 +168,9 @@ def test_an_automatic_limit_that_falls_with_the_devices_stops_nobody() -> None:
 def test_why_a_runner_went_for_a_lower_limit_is_noted() -> None:
     """The journal says so."""
     pool = idle("a", "b")
-    pool.core.journal = list[Entry]()
+    pool.core.decision_log = list[Entry]()
     pool.feed(Configure(max_runners=1))
-    (entry,) = pool.core.journal
+    (entry,) = pool.core.decision_log
     assert isinstance(entry, Transition)
     assert (entry.runner, entry.trigger, entry.why) == (1, "expire", RunnerLimit(1))
 

@@ -30,7 +30,7 @@ from fsm.messages.reasons import (
 )
 from fsm.messages.refusals import LoadFailedRefusal, ModelNotFoundRefusal
 from fsm.placement.search import Gpu, Offload, PlacementDemand, find_placement
-from fsm.planning.eviction_candidates import may_go_at
+from fsm.planning.eviction_candidates import evictable_at
 from fsm.sizing.footprint import Footprint
 from fsm.state.memory_ledger import Account, Ledger
 from tests.support.pool import (
@@ -236,12 +236,12 @@ def test_every_late_event_is_counted() -> None:
 
 def reasons(pool: PoolUnderTest) -> list[TransitionReason]:
     """Why runners moved, since the journal was begun."""
-    return [entry.why for entry in pool.core.journal or () if isinstance(entry, Transition)]
+    return [entry.why for entry in pool.core.decision_log or () if isinstance(entry, Transition)]
 
 
 def told(pool: PoolUnderTest) -> PoolUnderTest:
     """Have a journal kept from now on."""
-    pool.core.journal = []
+    pool.core.decision_log = []
     return pool
 
 
@@ -267,7 +267,9 @@ def test_a_queued_request_is_told_with_its_model_and_its_place() -> None:
     """The journal says who waits, and for whom."""
     pool = told(a_pool())
     pool.feed(acquire("a", request=7))
-    entries = [entry for entry in pool.core.journal or () if isinstance(entry, Decision) and entry.what == "queued"]
+    entries = [
+        entry for entry in pool.core.decision_log or () if isinstance(entry, Decision) and entry.what == "queued"
+    ]
     assert [(entry.model, entry.why, entry.request) for entry in entries] == [("a", Queued(1), 7)]
 
 
@@ -401,11 +403,11 @@ def test_nobody_may_go_before_now() -> None:
     pool.feed(cancel(99))
     core, runner = pool.core._state, pool.life("a")
     core.now = pool.now
-    assert may_go_at(core, runner, bound=pool.now - 9) == pool.now
+    assert evictable_at(core, runner, bound=pool.now - 9) == pool.now
     pool.feed(release(1))
     pool.advance("60s")
     core.now = pool.now
-    assert may_go_at(core, runner, bound=pool.now - 9) == pool.now
+    assert evictable_at(core, runner, bound=pool.now - 9) == pool.now
 
 
 def test_two_idle_runners_go_in_the_policys_order_and_busy_ones_after_them() -> None:
@@ -439,7 +441,7 @@ def test_the_journal_says_which_launch_went_ahead_without_its_devices() -> None:
     pool.feed(ClaimContended(1))
     assert pool.core.late == late
     pool.advance("60s")
-    decisions = [entry for entry in pool.core.journal or () if isinstance(entry, Decision)]
+    decisions = [entry for entry in pool.core.decision_log or () if isinstance(entry, Decision)]
     entry = next(entry for entry in decisions if entry.what == "launched")
     assert (entry.model, entry.request, entry.why) == ("g", 7, ClaimMissed((HOST, "gpu0"), 60.0))
 

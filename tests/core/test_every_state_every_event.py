@@ -323,7 +323,7 @@ def walk(state: str, event: str) -> tuple[str, list[Transition]]:
     pool = STATES[state](new_pool())
     pool.declare("giant", "65GiB")
     journal: list[Entry] = []
-    pool.core.journal, pool.core.late = journal, 0
+    pool.core.decision_log, pool.core.late = journal, 0
     before = pool.core.snapshot()
     what = EVENTS[event](pool)
     commands = pool.advance(KEEP_ALIVE_S) if what is None else pool.feed(what)

@@ -16,14 +16,14 @@ GIB = 1024 * MIB
 
 
 def listened(pool: PoolUnderTest) -> PoolUnderTest:
-    pool.core.journal = []
+    pool.core.decision_log = []
     return pool
 
 
 def told(pool: PoolUnderTest, what: str) -> Decision:
     """Return the last decision of a kind."""
-    assert pool.core.journal is not None
-    return next(e for e in reversed(pool.core.journal) if isinstance(e, Decision) and e.what == what)
+    assert pool.core.decision_log is not None
+    return next(e for e in reversed(pool.core.decision_log) if isinstance(e, Decision) and e.what == what)
 
 
 def reasons(decision: Decision) -> dict[str, KeptReason | None]:
@@ -99,7 +99,7 @@ def test_nothing_is_made_up_where_nobody_listens() -> None:
     quiet, loud = (a_pool(capacity="8GiB", policy=LeastRecentlyUsed()).idle("a") for _ in range(2))
     listened(loud)
     assert quiet.feed(acquire("b", request=50)) == loud.feed(acquire("b", request=50))
-    assert quiet.core.journal is None and reasons(told(loud, "evicts")) == {"a": None}
+    assert quiet.core.decision_log is None and reasons(told(loud, "evicts")) == {"a": None}
 
 
 def test_what_drains_for_long_is_not_said_to_be_stopped() -> None:

@@ -51,7 +51,7 @@ def test_the_journal_tells_a_life() -> None:
     """Every transition, with its reason and the leases after it."""
     pool = a_pool()
     journal: list[Entry] = []
-    pool.core.journal = journal
+    pool.core.decision_log = journal
     pool.ready("a", lease=1)
     pool.advance("2s")
     pool.feed(release(1), expire("a"), exited(1))
@@ -75,7 +75,7 @@ def test_the_journal_tells_what_was_decided_about_requests() -> None:
     """Queued, granted, rejected, in order."""
     pool = a_pool()
     journal: list[Entry] = []
-    pool.core.journal = journal
+    pool.core.decision_log = journal
     pool.ready("a", lease=1)
     pool.feed(acquire("b", request=2), cancel(2), memory(3, cpu="1GiB"))
     told = [(entry.what, entry.request) for entry in decisions(journal) if entry.what not in ("waits", "placed")]
@@ -90,7 +90,7 @@ def test_the_journal_tells_what_is_waited_for_once_each_time_it_changes() -> Non
     """The same as the queue shows."""
     pool = a_pool().ready("a", lease=1)
     journal: list[Entry] = []
-    pool.core.journal = journal
+    pool.core.decision_log = journal
     pool.feed(acquire("b", request=2), pool.sample(), pool.sample(), expire("a"), release(1), exited(1))
     waits = [(entry.request, entry.why) for entry in decisions(journal) if entry.what == "waits"]
     assert waits == [
@@ -107,7 +107,7 @@ def test_a_victims_end_says_whose_memory_it_makes() -> None:
     for wish, model in ((acquire("b", request=2), "b"), (memory(2, cpu="6GiB"), "")):
         pool = a_pool().idle("a")
         journal: list[Entry] = []
-        pool.core.journal = journal
+        pool.core.decision_log = journal
         pool.feed(wish)
         assert [entry.why for entry in transitions(journal) if entry.trigger == "expire"] == [NeededFor(model)]
 
@@ -115,7 +115,7 @@ def test_a_victims_end_says_whose_memory_it_makes() -> None:
 def test_the_journal_is_no_input_of_a_decision() -> None:
     """With and without one the same events lead to the same commands."""
     with_journal, without = a_pool(), a_pool()
-    with_journal.core.journal = []
+    with_journal.core.decision_log = []
     for pool in (with_journal, without):
         pool.ready("a", lease=1).feed(acquire("b", request=2), release(1), exited(1), loaded(2))
     assert with_journal.commands == without.commands
@@ -236,7 +236,7 @@ def test_every_entry_names_the_step_that_caused_it() -> None:
     """Late events count too; the commands of a step are of the number that the core has after it."""
     pool = a_pool().idle("a")
     journal: list[Entry] = []
-    pool.core.journal, first = journal, pool.core.steps + 1
+    pool.core.decision_log, first = journal, pool.core.steps + 1
     assert pool.feed(acquire("b", request=7), release(99)) == [Stop(1)]
     assert pool.core.steps == first + 3, "asked, read, inspected, and a late release"
     decided = [(entry.step, entry.what) for entry in decisions(journal) if entry.what in ("queued", "evicts")]
@@ -268,7 +268,7 @@ def test_an_illegal_transition_tells_what_its_runner_has_been_through() -> None:
     said = {}
     for name, journal in {"quiet": None, "loud": list[Entry]()}.items():
         pool = a_pool()
-        pool.core.journal = journal
+        pool.core.decision_log = journal
         pool.feed(acquire("a", request=1))
         pool.advance("3s")
         pool.feed(loaded(1), release(1), expire("a"))

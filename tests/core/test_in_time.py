@@ -6,7 +6,7 @@ from fsm.domain.devices import MIB
 from fsm.machine.runner import RunnerState
 from fsm.messages.commands import Grant, Reject, Stop
 from fsm.messages.refusals import DeadlineInfeasible, TimedOut
-from fsm.planning.deadline_admission import TRUSTED_S
+from fsm.planning.deadline_admission import LOAD_TIME_TTL_S
 from tests.support.models import a_model
 from tests.support.pool import (
     PoolUnderTest,
@@ -117,7 +117,7 @@ def test_a_replaced_file_is_measured_anew() -> None:
 def test_a_measured_load_is_not_believed_for_ever() -> None:
     """Else a model whose only load was slow would never be loaded again by those who have little time."""
     pool = after_two_loads("a", 8.0)
-    pool.advance(TRUSTED_S)
+    pool.advance(LOAD_TIME_TTL_S)
     assert refused(pool.feed(acquire("a", request=1, timeout="7s"))) == {1: DeadlineInfeasible}
     pool.advance("1s")
     assert launched(pool.feed(acquire("a", request=2, timeout="7s"))) == ["a"]
@@ -201,6 +201,6 @@ def test_what_its_runner_serves_after_all_is_not_refused() -> None:
 def test_a_load_from_long_ago_does_not_make_one_of_now_two() -> None:
     """One alone may have read from the disk what is in memory now."""
     pool = load_and_go(a_pool(min_residency_s=0.0, keep_alive_s=0.0), "a", 30.0)
-    pool.advance(TRUSTED_S + 1.0)
+    pool.advance(LOAD_TIME_TTL_S + 1.0)
     load_and_go(pool, "a", 30.0)
     assert launched(pool.feed(acquire("a", request=9, timeout=20))) == ["a"]

@@ -335,7 +335,7 @@ def test_n14_it_is_told_when_a_prediction_is_replaced() -> None:
     """N14: with both figures and what is held from now on, once."""
     pool = a_small_runner()
     journal: list[Entry] = []
-    pool.core.journal = journal
+    pool.core.decision_log = journal
     pool.feed(filled(1, cpu="1GiB"), filled(1))
     seen(pool, 1, cpu="7GiB")
     assert measured(journal) == [Measured(((HOST, 6 * GIB, 4 * GIB, 5 * GIB),), known=False, filled=True)]
@@ -346,7 +346,7 @@ def test_n14_it_is_told_when_a_prediction_was_too_small() -> None:
     """N14: when it first shows, and not with each byte after that."""
     pool = a_pool().ready("a", lease=1)
     journal: list[Entry] = []
-    pool.core.journal = journal
+    pool.core.decision_log = journal
     seen(pool, 1, cpu="7GiB")
     seen(pool, 1, cpu="8GiB")
     assert measured(journal) == [Measured(((HOST, 6 * GIB, 7 * GIB, 7 * GIB),), known=False, filled=False)]
@@ -357,7 +357,7 @@ def test_n14_figures_that_come_from_an_earlier_life_are_told_as_such() -> None:
     pool, _ = lived(0, settles=True)
     next_launch(pool)
     journal: list[Entry] = []
-    pool.core.journal = journal
+    pool.core.decision_log = journal
     pool.feed(loaded(2), filled(2))
     (why,) = measured(journal)
     assert isinstance(why, Measured) and why.known

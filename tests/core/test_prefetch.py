@@ -254,9 +254,9 @@ def test_a_copy_of_the_core_goes_on_from_what_was_said() -> None:
 def test_the_journal_says_whose_files_are_read() -> None:
     """Once in a wait, with the bytes."""
     pool = a_busy_gpu()
-    pool.core.journal = []
+    pool.core.decision_log = []
     pool.feed(acquire("b", request=2), pool.sample())
-    decisions = [entry for entry in pool.core.journal if isinstance(entry, Decision)]
+    decisions = [entry for entry in pool.core.decision_log if isinstance(entry, Decision)]
     assert [(entry.model, entry.why) for entry in decisions if entry.what == "prefetched"] == [
         ("b", Prefetched(amount("4098MiB")))
     ]

@@ -190,9 +190,9 @@ def test_who_goes_for_one_device_counts_for_the_other() -> None:
 def test_why_a_runner_went_for_less_memory_is_noted() -> None:
     """With the device, so that the user finds the limit."""
     pool = a_pool().idle("a")
-    pool.core.journal = list[Entry]()
+    pool.core.decision_log = list[Entry]()
     shrink(pool, "1GiB")
-    (entry,) = pool.core.journal
+    (entry,) = pool.core.decision_log
     assert isinstance(entry, Transition)
     assert (entry.trigger, entry.why) == ("expire", DeviceShrunk(HOST))
 

@@ -7,7 +7,7 @@ from fsm.domain.model_info import Options
 from fsm.machine.request import ModelId
 from fsm.machine.runner import Runner, RunnerId
 from fsm.placement.search import Gpu, Offload, PlacementDemand
-from fsm.planning.availability import DRAINED, LATER, NOW, SOON, Need, Supply
+from fsm.planning.availability import DRAINED, LATER, NOW, SOON, AvailabilityProfile, Requirement
 from fsm.sizing.footprint import Footprint
 from fsm.state.memory_ledger import Ledger
 from tests.support.pool import amount
@@ -16,13 +16,13 @@ GPUS = (DeviceId("gpu0"), DeviceId("gpu1"))
 MODEL = ModelId("a")
 
 
-def a_supply(host: int = 100, gpus: tuple[int, ...] = (), places: int = 9, held: int = 0) -> Supply:
+def a_supply(host: int = 100, gpus: tuple[int, ...] = (), places: int = 9, held: int = 0) -> AvailabilityProfile:
     """Return a supply of so many bytes, of which one runner of one process holds some of the host."""
     sizes = [(HOST, "cpu", host), *((id, "gpu", size) for id, size in zip(GPUS, gpus, strict=False))]
     ledger = Ledger({id: DeviceSample(id, kind, id, size, size) for id, kind, size in sizes})
     if held:
         ledger.reserve(("runner", 1), ((HOST, held),))
-    return Supply(
+    return AvailabilityProfile(
         ledger, [Gpu(id, id) for id, kind, _ in sizes if kind == "gpu"], places, [runner(held)] if held else []
     )
 
@@ -31,12 +31,12 @@ def runner(held: int) -> Runner:
     return Runner(RunnerId(1), MODEL, Options(), Placement(((HOST, held),)), 0.0, 0.0)
 
 
-def of_host(size: int, *, process: bool = True) -> Need:
+def of_host(size: int, *, process: bool = True) -> Requirement:
     """Return the need of somebody who names so many bytes of the host."""
-    return Need(PlacementDemand(Footprint(fixed=((HOST, size),))), Offload.none, process)
+    return Requirement(PlacementDemand(Footprint(fixed=((HOST, size),))), Offload.none, process)
 
 
-def host(supply: Supply) -> list[int]:
+def host(supply: AvailabilityProfile) -> list[int]:
     """Return what there is of the host's memory, by horizon."""
     return [there[HOST] for there in supply.bytes]
 
@@ -46,7 +46,7 @@ def test_what_a_runner_holds_is_there_from_its_horizon_on() -> None:
     supply = a_supply(100, places=2, held=30)
     assert (host(supply), supply.potential[HOST]) == ([70, 70, 70, 70], 100)
     supply.add(DRAINED, [runner(30)])
-    assert (host(supply), supply.places) == ([70, 70, 100, 100], [2, 2, 3, 3])
+    assert (host(supply), supply.process_slots) == ([70, 70, 100, 100], [2, 2, 3, 3])
     assert supply.held_by(runner(30)) == {HOST: 30}
     assert supply.held_by(None) == {}
 
@@ -55,71 +55,71 @@ def test_what_is_booked_is_missing_from_then_on_and_is_the_most_that_is_left_bef
     """Whoever takes more now would take it from who has booked."""
     supply = a_supply(100, places=2, held=30)
     supply.add(SOON, [runner(30)])
-    supply.take(SOON, ((HOST, 80),), 1)
-    assert (host(supply), supply.places) == ([20, 20, 20, 20], [2, 2, 2, 2])
-    supply.take(LATER, ((HOST, 25),), 2)
-    assert (host(supply), supply.places) == ([-5, -5, -5, -5], [0, 0, 0, 0])
+    supply.reserve(SOON, ((HOST, 80),), 1)
+    assert (host(supply), supply.process_slots) == ([20, 20, 20, 20], [2, 2, 2, 2])
+    supply.reserve(LATER, ((HOST, 25),), 2)
+    assert (host(supply), supply.process_slots) == ([-5, -5, -5, -5], [0, 0, 0, 0])
 
 
 def test_what_is_taken_now_is_missing_at_every_horizon() -> None:
     """What is left later is not less than that."""
     supply = a_supply(100, held=30)
     supply.add(LATER, [runner(30)])
-    supply.take(NOW, ((HOST, 50),), 1)
-    assert (host(supply), supply.places) == ([20, 20, 20, 50], [8, 8, 8, 9])
+    supply.reserve(NOW, ((HOST, 50),), 1)
+    assert (host(supply), supply.process_slots) == ([20, 20, 20, 50], [8, 8, 8, 9])
 
 
 def test_somebody_goes_where_there_is_room_first() -> None:
     """By bytes and by places; where neither is known, by what there might be."""
     supply = a_supply(100, places=0, held=30)
     supply.add(DRAINED, [runner(30)])
-    assert supply.reach(of_host(60, process=False)) == (Placement(((HOST, 60),)), SOON)
-    assert supply.reach(of_host(60)) == (Placement(((HOST, 60),)), DRAINED)
-    assert supply.reach(of_host(60), LATER) == (Placement(((HOST, 60),)), LATER)
-    supply.take(LATER, ((HOST, 90),), 0)
-    assert supply.reach(of_host(60)) == (Placement(((HOST, 60),)), LATER)
+    assert supply.earliest_fit(of_host(60, process=False)) == (Placement(((HOST, 60),)), SOON)
+    assert supply.earliest_fit(of_host(60)) == (Placement(((HOST, 60),)), DRAINED)
+    assert supply.earliest_fit(of_host(60), LATER) == (Placement(((HOST, 60),)), LATER)
+    supply.reserve(LATER, ((HOST, 90),), 0)
+    assert supply.earliest_fit(of_host(60)) == (Placement(((HOST, 60),)), LATER)
 
 
 def test_the_next_runner_of_a_model_takes_what_the_one_before_it_leaves_and_the_rest() -> None:
     """As much as the largest of those who come, and never a place of its own."""
     supply = a_supply(100)
-    supply.take(NOW, ((HOST, 40),), 1)
-    supply.planned[MODEL] = {HOST: 40}
+    supply.reserve(NOW, ((HOST, 40),), 1)
+    supply.reserved_by_model[MODEL] = {HOST: 40}
     left = []
     for size in (50, 30, 55):
-        supply.take_next(MODEL, of_host(size))
+        supply.reserve_successor(MODEL, of_host(size))
         left.append(supply.bytes[LATER][HOST])
-    assert (left, supply.planned[MODEL]) == ([50, 50, 45], {HOST: 55})
-    assert (host(supply), supply.places) == ([45] * 4, [8] * 4)
+    assert (left, supply.reserved_by_model[MODEL]) == ([50, 50, 45], {HOST: 55})
+    assert (host(supply), supply.process_slots) == ([45] * 4, [8] * 4)
 
 
 def test_the_next_runner_of_a_model_goes_where_the_one_before_it_was() -> None:
     """What that leaves counts, on the device where it leaves it."""
     supply = a_supply(1000, (70, 60))
-    supply.take(NOW, ((GPUS[0], 40),), 1)
-    supply.planned[MODEL] = {GPUS[0]: 40}
-    layers = Need(PlacementDemand(Footprint((20, 20), (0, 0), 10, 0, 0)), Offload.whole)  # 62 with the headroom
-    supply.take_next(MODEL, layers)
+    supply.reserve(NOW, ((GPUS[0], 40),), 1)
+    supply.reserved_by_model[MODEL] = {GPUS[0]: 40}
+    layers = Requirement(PlacementDemand(Footprint((20, 20), (0, 0), 10, 0, 0)), Offload.whole)  # 62 with the headroom
+    supply.reserve_successor(MODEL, layers)
     assert (supply.bytes[LATER][GPUS[0]], supply.bytes[LATER][GPUS[1]]) == (70 - 62, 60)
-    assert supply.planned[MODEL][GPUS[0]] == 62
+    assert supply.reserved_by_model[MODEL][GPUS[0]] == 62
 
 
 def test_what_one_model_holds_elsewhere_is_not_forgotten_where_the_next_goes() -> None:
     """Its memory of the other GPU is booked for whoever comes after that."""
     supply = a_supply(1000, (150, 60))
-    supply.planned[MODEL] = {GPUS[1]: 40}
-    supply.take_next(MODEL, Need(PlacementDemand(Footprint((20, 20), (0, 0), 10, 0, 0)), Offload.whole))
-    assert supply.planned[MODEL][GPUS[1]] == 40
+    supply.reserved_by_model[MODEL] = {GPUS[1]: 40}
+    supply.reserve_successor(MODEL, Requirement(PlacementDemand(Footprint((20, 20), (0, 0), 10, 0, 0)), Offload.whole))
+    assert supply.reserved_by_model[MODEL][GPUS[1]] == 40
 
 
 def test_who_is_not_first_in_a_line_has_a_booking_once_it_is_their_turn() -> None:
     """Not before those who came earlier."""
     supply = a_supply(100)
-    supply.behind = [((1.0, 1), of_host(10, process=False)), ((3.0, 3), of_host(20, process=False))]
-    supply.take_older((2.0, 2))
-    assert (host(supply), len(supply.behind)) == ([90] * 4, 1)
-    supply.take_older((4.0, 4))
-    assert (host(supply), supply.behind, supply.places) == ([70] * 4, [], [9] * 4)
+    supply.queued_members = [((1.0, 1), of_host(10, process=False)), ((3.0, 3), of_host(20, process=False))]
+    supply.reserve_earlier((2.0, 2))
+    assert (host(supply), len(supply.queued_members)) == ([90] * 4, 1)
+    supply.reserve_earlier((4.0, 4))
+    assert (host(supply), supply.queued_members, supply.process_slots) == ([70] * 4, [], [9] * 4)
 
 
 def test_somebody_lacks_memory_where_they_may_go() -> None:
@@ -127,5 +127,5 @@ def test_somebody_lacks_memory_where_they_may_go() -> None:
     supply = a_supply(100, (50, 50))
     demand = PlacementDemand(Footprint((amount("1GiB"),), (0,)))
     assert supply.memories(of_host(10)) == [HOST]
-    assert supply.memories(Need(demand, Offload.none)) == [HOST]
-    assert supply.memories(Need(demand, Offload.partial)) == [HOST, *GPUS]
+    assert supply.memories(Requirement(demand, Offload.none)) == [HOST]
+    assert supply.memories(Requirement(demand, Offload.partial)) == [HOST, *GPUS]

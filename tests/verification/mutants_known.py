@@ -35,7 +35,7 @@ def a_victim_comes_back(patch: Patch) -> None:
 def busy_for_ever(patch: Patch) -> None:
     """A victim that is always in use by somebody is waited for without end."""
 
-    @instead(patch, eviction_candidates, "may_go_at")
+    @instead(patch, eviction_candidates, "evictable_at")
     def may_go_at(original: Callable[..., float], pool: CoreState, runner: Runner, bound: float) -> float:
         return math.inf if runner.leases else original(pool, runner, bound)
 
@@ -46,9 +46,9 @@ def the_clock_runs_on(patch: Patch) -> None:
 
     @instead(patch, Actions, "grant")
     def grant(original: Callable[..., None], act: Actions, request: Request, runner: Runner) -> None:
-        expires_at = act.pool.timers.at(("keep-alive", runner.id))
+        expires_at = act.state.timers.at(("keep-alive", runner.id))
         original(act, request, runner)
-        act.pool.timers.set(("keep-alive", runner.id), expires_at)
+        act.state.timers.set(("keep-alive", runner.id), expires_at)
 
 
 @mutant("one-place", "D04")
@@ -107,7 +107,7 @@ def a_failed_load_keeps_its_place(patch: Patch) -> None:
     def forget(original: Callable[..., None], act: Actions, runner: Runner) -> None:
         original(act, runner)
         if runner.loaded_at is None and not runner.stopping:
-            act.pool.models[runner.model].current = runner
+            act.state.models[runner.model].current = runner
 
 
 @mutant("one-place", "D09")
@@ -126,7 +126,7 @@ def free_memory_is_subtracted_unsigned(patch: Patch) -> None:
 
     @instead(patch, Endings, "memory_is_back")
     def memory_is_back(original: Callable[..., bool], act: Endings, runner: Runner) -> bool:
-        ledger, part = act.pool.ledger, act.pool.config.recovery_fraction
+        ledger, part = act.state.ledger, act.state.config.recovery_fraction
         account = ledger.accounts["runner", runner.id]
         for gpu, awaited in runner.recovery_targets.items():
             expected = int(part * account.occupied_bytes(gpu))
@@ -141,7 +141,7 @@ def ids_are_used_again(patch: Patch) -> None:
 
     @instead(patch, Actions, "launch")
     def launch(original: Callable[..., Runner], act: Actions, *args: object) -> Runner:
-        act.pool.next_runner = max(act.pool.runners, default=0) + 1
+        act.state.next_runner = max(act.state.runners, default=0) + 1
         return original(act, *args)
 
 
@@ -151,7 +151,7 @@ def ends_have_no_names(patch: Patch) -> None:
 
     @instead(patch, Endings, "exited")
     def exited(original: Callable[..., None], act: Endings, runner: Runner, event: Exited) -> None:
-        stopping = [one for one in act.pool.runners.values() if one.stopping and one.process]
+        stopping = [one for one in act.state.runners.values() if one.stopping and one.process]
         original(act, stopping[0] if stopping else runner, event)
 
 

@@ -160,7 +160,7 @@ def loads_fail_again_and_again(patch: Patch) -> None:
     @instead(patch, Endings, "load_failed")
     def load_failed(original: Callable[..., None], act: Endings, *args: object, **how: object) -> None:
         original(act, *args, **how)
-        for request in act.pool.requests.values():
+        for request in act.state.requests.values():
             request.survived = False
 
 
@@ -201,7 +201,7 @@ def stopped_in_use(patch: Patch) -> None:
 def busy_runners_go_at_once(patch: Patch) -> None:
     """A runner in use is given up before whoever wants its place has waited long enough."""
 
-    @instead(patch, eviction_candidates, "may_go_at")
+    @instead(patch, eviction_candidates, "evictable_at")
     def may_go_at(original: Callable[..., float], pool: CoreState, runner: Runner, bound: float) -> float:
         return max(pool.now, runner.resident_until)
 
@@ -210,7 +210,7 @@ def busy_runners_go_at_once(patch: Patch) -> None:
 def no_residency(patch: Patch) -> None:
     """A runner may go as soon as it is loaded: two clients could unload each other's models for ever."""
 
-    @instead(patch, eviction_candidates, "may_go_at")
+    @instead(patch, eviction_candidates, "evictable_at")
     def may_go_at(original: Callable[..., float], pool: CoreState, runner: Runner, bound: float) -> float:
         return original(pool, runner, bound) if runner.leases else pool.now
 
@@ -265,7 +265,7 @@ def loads_have_no_clock(patch: Patch) -> None:
     @instead(patch, Actions, "launch")
     def launch(original: Callable[..., Runner], act: Actions, *args: object) -> Runner:
         runner = original(act, *args)
-        act.pool.timers.clear(("load", runner.id))
+        act.state.timers.clear(("load", runner.id))
         return runner
 
 
@@ -277,7 +277,7 @@ def stopped_processes_do_not_count(patch: Patch) -> None:
     def init(original: Callable[..., None], planner: _Planner, pool: CoreState, policy: object) -> None:
         original(planner, pool, policy)
         stopping = sum(runner.process and runner.stopping for runner in pool.runners.values())
-        planner.supply.places = [places + stopping for places in planner.supply.places]
+        planner.availability.process_slots = [places + stopping for places in planner.availability.process_slots]
 
 
 # -- memory -----------------------------------------------------------------------------------------------------------
@@ -290,7 +290,7 @@ def memory_is_promised_before_it_is_back(patch: Patch) -> None:
     @instead(patch, _Planner, "__init__")
     def init(original: Callable[..., None], planner: _Planner, pool: CoreState, policy: object) -> None:
         original(planner, pool, policy)
-        planner.supply.bytes[NOW] = dict(planner.supply.bytes[SOON])
+        planner.availability.bytes[NOW] = dict(planner.availability.bytes[SOON])
 
 
 @mutant("one-place")
@@ -299,9 +299,9 @@ def an_account_stays_open(patch: Patch) -> None:
 
     @instead(patch, Endings, "unload")
     def unload(original: Callable[..., None], act: Endings, runner: Runner, reason: RunnerReason) -> None:
-        account = act.pool.ledger.accounts["runner", runner.id]
+        account = act.state.ledger.accounts["runner", runner.id]
         original(act, runner, reason)
-        act.pool.ledger.accounts["runner", runner.id] = account
+        act.state.ledger.accounts["runner", runner.id] = account
 
 
 @mutant("own-memory")
@@ -310,10 +310,10 @@ def own_memory_is_not_given_back(patch: Patch) -> None:
 
     @instead(patch, Actions, "release")
     def release(original: Callable[..., None], act: Actions, request: Request) -> None:
-        account = act.pool.ledger.accounts.get(("memory", request.id))
+        account = act.state.ledger.accounts.get(("memory", request.id))
         original(act, request)
         if account is not None:
-            act.pool.ledger.accounts["memory", request.id] = account
+            act.state.ledger.accounts["memory", request.id] = account
 
 
 @mutant("one-place")
@@ -394,6 +394,6 @@ def what_is_read_ahead_forgets_what_is_promised(patch: Patch) -> None:
 def nobody_is_kept_for_the_next_user(patch: Patch) -> None:
     """A runner is given up in the moment in which its last lease comes back, though its user may ask again at once."""
 
-    @instead(patch, eviction_candidates, "may_go_at")
+    @instead(patch, eviction_candidates, "evictable_at")
     def may_go_at(original: Callable[..., float], pool: CoreState, runner: Runner, bound: float) -> float:
         return original(pool, runner, bound if runner.leases else -math.inf)

@@ -15,7 +15,7 @@ from fsm.machine.request import Request
 from fsm.machine.runner import LOADING, Runner, RunnerId
 from fsm.messages.events import Acquire, ClaimContended, ClaimGranted, Event, Loaded, Progress
 from fsm.messages.reasons import FailureReason, RanOutOfMemory, RunnerLimit
-from fsm.planning.availability import DRAINED, LATER, SOON, Supply
+from fsm.planning.availability import DRAINED, LATER, SOON, AvailabilityProfile
 from fsm.planning.planner import _Planner
 from fsm.state.core_config import CoreConfig
 from fsm.state.core_state import CoreState
@@ -86,7 +86,7 @@ def nothing_is_backed_off(patch: Patch) -> None:
     @instead(patch, Endings, "back_off")
     def back_off(original: Callable[..., None], act: Endings, model: ModelRecord, reason: FailureReason) -> None:
         original(act, model, reason)
-        model.blocked_until = act.pool.now
+        model.blocked_until = act.state.now
 
 
 @mutant(SIMULATION)
@@ -105,7 +105,7 @@ def a_crash_loop_has_no_end(patch: Patch) -> None:
 
     @instead(patch, Endings, "count_crash")
     def count_crash(original: Callable[..., None], act: Endings, runner: Runner, reason: FailureReason) -> None:
-        act.pool.models[runner.model].failures = 0
+        act.state.models[runner.model].failures = 0
         original(act, runner, reason)
 
 
@@ -115,10 +115,10 @@ def back_off_has_no_limit(patch: Patch) -> None:
 
     @instead(patch, Endings, "back_off")
     def back_off(original: Callable[..., None], act: Endings, model: ModelRecord, reason: FailureReason) -> None:
-        limits = act.pool.config
-        act.pool.config = replace(limits, back_off_limit_s=math.inf)
+        limits = act.state.config
+        act.state.config = replace(limits, back_off_limit_s=math.inf)
         original(act, model, reason)
-        act.pool.config = limits
+        act.state.config = limits
 
 
 # -- how long runners stay --------------------------------------------------------------------------------------------
@@ -141,7 +141,7 @@ def none_at_all_rests(patch: Patch) -> None:
 
     @instead(patch, Actions, "release")
     def release(original: Callable[..., None], act: Actions, request: Request) -> None:
-        runner = act.pool.runners.get(RunnerId(request.runner or 0))
+        runner = act.state.runners.get(RunnerId(request.runner or 0))
         if runner is None or not runner.current or runner.keep_alive_s > 0:
             original(act, request)
             return
@@ -160,7 +160,7 @@ def for_twice_as_long(patch: Patch) -> None:
     def start_keep_alive(original: Callable[..., None], act: Actions, runner: Runner) -> None:
         original(act, runner)
         key = ("keep-alive", runner.id)
-        act.pool.timers.set(key, act.pool.timers.at(key) + runner.keep_alive_s)
+        act.state.timers.set(key, act.state.timers.at(key) + runner.keep_alive_s)
 
 
 @mutant("one-place")
@@ -179,8 +179,8 @@ def loads_cannot_be_asked_to_leave(patch: Patch) -> None:
 
     @instead(patch, Actions, "expire_model")
     def expire_model(original: Callable[..., bool], act: Actions, id: str) -> bool:
-        current = act.pool.models[id].current if id in act.pool.models else None
-        loading = current is not None and current.state is LOADING and bool(act.pool.groups_served_by(current))
+        current = act.state.models[id].current if id in act.state.models else None
+        loading = current is not None and current.state is LOADING and bool(act.state.groups_served_by(current))
         return loading or original(act, id)
 
 
@@ -223,9 +223,9 @@ def a_load_goes_on_for_nobody(patch: Patch) -> None:
 def asked_again_and_again(patch: Patch) -> None:
     """Who holds what others wait for is told so by every plan."""
 
-    @instead(patch, Actions, "ask")
+    @instead(patch, Actions, "notify_contention")
     def ask(original: Callable[..., None], act: Actions, wanted: Collection[RunnerId]) -> None:
-        for request in act.pool.requests.values():
+        for request in act.state.requests.values():
             request.asked = False
         original(act, wanted)
 
@@ -234,7 +234,7 @@ def asked_again_and_again(patch: Patch) -> None:
 def victims_are_not_asked(patch: Patch) -> None:
     """Nobody who is in the way hears that others wait."""
 
-    @instead(patch, Actions, "ask")
+    @instead(patch, Actions, "notify_contention")
     def ask(original: Callable[..., None], act: Actions, wanted: Collection[RunnerId]) -> None:
         original(act, ())
 
@@ -242,7 +242,7 @@ def victims_are_not_asked(patch: Patch) -> None:
 @mutant("shrinking")
 def what_is_too_much_stays(patch: Patch) -> None:
     """Idle runners rest on a device that has less than they hold."""
-    patch.setattr(_Planner, "shed", lambda planner: None)
+    patch.setattr(_Planner, "evict_excess", lambda planner: None)
 
 
 @mutant("configure")
@@ -262,21 +262,21 @@ def a_lower_number_of_runners_waits_for_their_end(patch: Patch) -> None:
 def a_booking_binds_nobody_before(patch: Patch) -> None:
     """What is free is for whoever can start in it, although an older request will need it later."""
 
-    def take(supply: Supply, horizon: int, amounts: Amounts, processes: int) -> None:
+    def take(supply: AvailabilityProfile, horizon: int, amounts: Amounts, processes: int) -> None:
         for one in range(horizon, LATER + 1):
             for device, amount in amounts:
                 supply.bytes[one][device] = supply.bytes[one].get(device, 0) - amount
-            supply.places[one] -= processes
+            supply.process_slots[one] -= processes
 
-    patch.setattr(Supply, "take", take)
+    patch.setattr(AvailabilityProfile, "reserve", take)
 
 
 @mutant(SIMULATION, most=400_000)
 def what_drains_counts_as_stopped(patch: Patch) -> None:
     """What runners hold that are given up and still in use is counted on as if it came soon."""
 
-    @instead(patch, Supply, "add")
-    def add(original: Callable[..., None], supply: Supply, horizon: int, gone: Collection[Runner]) -> None:
+    @instead(patch, AvailabilityProfile, "add")
+    def add(original: Callable[..., None], supply: AvailabilityProfile, horizon: int, gone: Collection[Runner]) -> None:
         original(supply, SOON if horizon == DRAINED else horizon, gone)
 
 
@@ -284,7 +284,7 @@ def what_drains_counts_as_stopped(patch: Patch) -> None:
 def two_count_on_one_victim(patch: Patch) -> None:
     """A runner that is to leave for one line is given to the next one once more."""
 
-    @instead(patch, _Planner, "_make_room")
+    @instead(patch, _Planner, "_plan_eviction")
     def make_room(original: Callable[..., Placement], planner: _Planner, *args: object) -> Placement:
         claimed = set(planner.claimed)
         placement = original(planner, *args)
@@ -299,7 +299,7 @@ def the_second_try_is_not_alone(patch: Patch) -> None:
     @instead(patch, Endings, "load_failed")
     def load_failed(original: Callable[..., None], act: Endings, runner: Runner, *args: object, **how: object) -> None:
         original(act, runner, *args, **how)
-        act.pool.models[runner.model].load_exclusively = False
+        act.state.models[runner.model].load_exclusively = False
 
 
 @mutant("out-of-memory")

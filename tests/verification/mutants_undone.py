@@ -49,6 +49,6 @@ def an_end_of_a_pin_wakes_nobody(patch: Patch) -> None:
 def who_takes_what_is_to_go_is_not_asked(patch: Patch) -> None:
     """A runner that rests, and is to go in a moment, is taken by somebody who is not told that others wait."""
 
-    @instead(patch, Actions, "ask")
+    @instead(patch, Actions, "notify_contention")
     def ask(original: Callable[..., None], act: Actions, wanted: set[RunnerId]) -> None:
-        original(act, {id for id in wanted if act.pool.runners[id].leases})
+        original(act, {id for id in wanted if act.state.runners[id].leases})

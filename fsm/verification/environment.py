@@ -71,14 +71,14 @@ class Scenario:
 
 
 @dataclass(frozen=True, slots=True)
-class Past:
+class IdHighWater:
     """The highest number of each kind that was ever in use, as the world remembers it; the core's word is not taken."""
 
     requests: int = 0
     runners: int = 0
     claims: int = 0
 
-    def after(self, event: Event, commands: list[Command]) -> Past:
+    def after(self, event: Event, commands: list[Command]) -> IdHighWater:
         """Return what is remembered after a step."""
         past = self
         if isinstance(event, Acquire) and event.request > past.requests:
@@ -124,7 +124,7 @@ def time_of(core: Core, event: Event) -> float:
     return min((at for at in moments(core._state) if now < at < math.inf), default=now)
 
 
-def possible(core: Core, scenario: Scenario, past: Past) -> Iterator[Event]:
+def enabled_events(core: Core, scenario: Scenario, past: IdHighWater) -> Iterator[Event]:
     """Yield every event that may come next."""
     pool = core._state
     yield from _asked(pool, scenario, past)
@@ -154,7 +154,7 @@ def possible(core: Core, scenario: Scenario, past: Past) -> Iterator[Event]:
         yield Close(AT_ONCE_S if pool.closing else CLOSE_S)
 
 
-def late(core: Core, past: Past) -> Iterator[Event]:
+def stale_events(core: Core, past: IdHighWater) -> Iterator[Event]:
     """Yield what may come although its time is over, of the latest lives that have ended; none of it changes anything.
 
     A request that is known asks again, one that is over or still waits is released, a process that is gone has its say,
@@ -188,7 +188,7 @@ def late(core: Core, past: Past) -> Iterator[Event]:
         yield Close(math.inf)
 
 
-def next_in_order(core: Core, scenario: Scenario) -> Event | None:
+def fair_next_event(core: Core, scenario: Scenario) -> Event | None:
     """Return what comes next where nothing goes wrong, nobody new asks and nobody leaves; None: all is over.
 
     Leases are given back once nothing else is under way, and models asked to leave once nobody waits. A pool that is
@@ -266,7 +266,7 @@ def sampled(
     return Sampled(devices, tuple(resident), number)
 
 
-def _asked(pool: CoreState, scenario: Scenario, past: Past) -> Iterator[Event]:
+def _asked(pool: CoreState, scenario: Scenario, past: IdHighWater) -> Iterator[Event]:
     if len(pool.requests) >= scenario.requests:
         return
     request = RequestId(past.requests + 1)

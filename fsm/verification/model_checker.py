@@ -27,19 +27,28 @@ from fsm.messages.commands import Command
 from fsm.messages.events import Event
 from fsm.sizing.footprint import Footprint
 from fsm.state.core_state import CoreState
-from fsm.verification.environment import Past, Scenario, begin, kinds, late, next_in_order, possible, time_of
-from fsm.verification.state_key import Canonical
+from fsm.verification.environment import (
+    IdHighWater,
+    Scenario,
+    begin,
+    enabled_events,
+    fair_next_event,
+    kinds,
+    stale_events,
+    time_of,
+)
+from fsm.verification.state_key import StateKeys
 from fsm.verification.transition_invariants import judge
 
 UNKNOWN, END = -1, -2  # in place of a state's number
 LONGEST_WAY = 1000  # events from any state to the end of everything
 
 Watch = Callable[[int, int], None]  # called with the states and edges seen so far
-Way = tuple["Step", ...]
+Trace = tuple["Step", ...]
 
 
 @dataclass(slots=True)
-class Oracle:
+class NondeterministicPolicy:
     """A policy that may prefer any runner there is to choose from."""
 
     name: str = "oracle"
@@ -67,7 +76,7 @@ class Violation:
     """What does not hold, and the shortest way to it."""
 
     what: str
-    way: Way
+    trace: Trace
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,8 +119,8 @@ class _Search:
         self.most = most
         self.make = make
         self.watch = watch
-        self.oracle = Oracle()
-        self.canonical = Canonical(kinds(scenario), configures=bool(scenario.configures))
+        self.oracle = NondeterministicPolicy()
+        self.canonical = StateKeys(kinds(scenario), configures=bool(scenario.configures))
         self.seen: dict[bytes, int] = {}
         self.parents = array("q")  # by state: the one it was first reached from
         self.arrivals: list[tuple[Event, int] | None] = []  # by state: the event that led there, and the choice
@@ -122,7 +131,7 @@ class _Search:
     def run(self) -> Exploration:
         """Expand one state after the other until there are none left, enough, or one that is broken."""
         expanded, violation = 0, None
-        frontier: deque[tuple[int, Core, Past]] = deque()
+        frontier: deque[tuple[int, Core, IdHighWater]] = deque()
         try:
             frontier.append(self._begin())
             while frontier and len(self.seen) < self.most:
@@ -138,9 +147,9 @@ class _Search:
         complete = violation is None and not frontier
         return Exploration(self.scenario.name, len(self.seen), self.edges, depth, complete, violation)
 
-    def _begin(self) -> tuple[int, Core, Past]:
+    def _begin(self) -> tuple[int, Core, IdHighWater]:
         core = self._start()
-        return self._see(self.canonical.key(core), UNKNOWN, None), core, Past()
+        return self._see(self.canonical.key(core), UNKNOWN, None), core, IdHighWater()
 
     def _start(self) -> Core:
         core = self.make(self.scenario.limits, self.oracle)
@@ -156,11 +165,11 @@ class _Search:
         self.nexts.append(UNKNOWN)
         return number
 
-    def _expand(self, number: int, core: Core, past: Past) -> Iterator[tuple[int, Core, Past]]:
+    def _expand(self, number: int, core: Core, past: IdHighWater) -> Iterator[tuple[int, Core, IdHighWater]]:
         """Try everything that may come next; yield the states that are new."""
         self._too_late(number, core, past)
-        in_order = next_in_order(core, self.scenario)
-        for event in possible(core, self.scenario, past):
+        in_order = fair_next_event(core, self.scenario)
+        for event in enabled_events(core, self.scenario, past):
             choice, choices = 0, 1
             while choice < choices:
                 after, commands = self._try(number, core, event, choice, past)
@@ -176,7 +185,7 @@ class _Search:
         if self.nexts[number] == UNKNOWN:  # the scenario has nobody do what comes next in order
             self.nexts[number] = self._come_back(number, core)
 
-    def _try(self, number: int, core: Core, event: Event, choice: int, past: Past) -> tuple[Core, list[Command]]:
+    def _try(self, number: int, core: Core, event: Event, choice: int, past: IdHighWater) -> tuple[Core, list[Command]]:
         after = core.copy()
         after.plans = []
         self.oracle.first, self.oracle.most = choice, 1
@@ -195,10 +204,10 @@ class _Search:
         if undone := after.undone():
             raise _Broken(f"left undone: {_brief(undone[0])}", number, event, choice)
 
-    def _too_late(self, number: int, core: Core, past: Past) -> None:
+    def _too_late(self, number: int, core: Core, past: IdHighWater) -> None:
         """What comes when its time is over is counted, and changes nothing else."""
         after = core.copy()
-        for event in late(core, past):
+        for event in stale_events(core, past):
             try:
                 commands = after.step(core._state.now, event)
             except Exception as error:
@@ -209,9 +218,9 @@ class _Search:
         if self.seen.get(self.canonical.key(after)) != number:
             raise _Broken("an event that came too late changed something", number, self._which(number, core, past))
 
-    def _which(self, number: int, core: Core, past: Past) -> Event | None:
+    def _which(self, number: int, core: Core, past: IdHighWater) -> Event | None:
         """Return the event that changed something, although it came too late."""
-        for event in late(core, past):
+        for event in stale_events(core, past):
             after = core.copy()
             after.step(core._state.now, event)
             if self.seen.get(self.canonical.key(after)) != number:
@@ -223,7 +232,7 @@ class _Search:
         core = core.copy()
         self.oracle.first = 0
         for _ in range(LONGEST_WAY):
-            event = next_in_order(core, self.scenario)
+            event = fair_next_event(core, self.scenario)
             if event is None:
                 return END if _is_over(core._state) else UNKNOWN
             try:
@@ -254,7 +263,7 @@ class _Search:
             for at in passed:
                 ends[at] = 1
 
-    def _way(self, broken: _Broken) -> Way:
+    def _way(self, broken: _Broken) -> Trace:
         """Play the shortest way to a state again, and the event that broke it, or what comes next in order."""
         arrivals = [(broken.event, broken.choice)] if broken.event is not None else []
         number = broken.state
@@ -293,7 +302,7 @@ def _said(error: Exception, core: Core) -> str:
     return said
 
 
-def in_words(way: Way) -> str:
+def in_words(way: Trace) -> str:
     """Return a way as lines: what happened, and what the core said to do; what is as usual is not said."""
     lines = []
     for number, step in enumerate(way, 1):

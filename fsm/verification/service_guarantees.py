@@ -37,7 +37,7 @@ from fsm.state.memory_ledger import Owner
 from fsm.state.request_queue import RequestGroup
 
 
-def see_promises_kept(before: Core, event: Event, commands: Sequence[Command], after: Core) -> None:
+def check_service_guarantees(before: Core, event: Event, commands: Sequence[Command], after: Core) -> None:
     """Raise AssertionError where a step breaks a promise; `after.plans` are those of the step."""
     was, now = before._state, after._state
     if after.plans:

@@ -45,7 +45,7 @@ class Capricious:
 
 
 @dataclass(frozen=True, slots=True)
-class Scene:
+class SimConfig:
     """What holds for a whole seed."""
 
     limits: CoreConfig
@@ -62,12 +62,12 @@ class Scene:
     look_s: float  # between two readings of the devices
 
 
-def draw_scene(draw: Random) -> Scene:
+def draw_sim_config(draw: Random) -> SimConfig:
     """Return the scene of one seed."""
     devices = _devices(draw)
     models = tuple((ModelId(f"model-{number}"), draw_info(draw, devices)) for number in range(draw.randint(1, 6)))
     names = tuple(name for name, _ in models)
-    return Scene(
+    return SimConfig(
         limits=_limits(draw),
         policy=_policy(draw),
         devices=devices,

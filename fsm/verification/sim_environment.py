@@ -55,7 +55,7 @@ from fsm.messages.events import (
 )
 from fsm.messages.reasons import NoAnswer
 from fsm.messages.refusals import InvalidModelRefusal, ModelNotFoundRefusal
-from fsm.verification.sim_config import INTEGRATED, Info, Scene, draw_info
+from fsm.verification.sim_config import INTEGRATED, Info, SimConfig, draw_info
 
 Thunk = Callable[[], Event | None]
 
@@ -104,10 +104,10 @@ class Ghost:
 
 
 @dataclass(slots=True)
-class World:
+class SimEnvironment:
     """Everything around a core; `heap` is never empty."""
 
-    scene: Scene
+    scene: SimConfig
     draw: Random
     now: float = 0.0
     heap: list[tuple[float, int, Thunk]] = field(default_factory=list)

@@ -21,11 +21,11 @@ from fsm.messages.commands import Command
 from fsm.messages.decision_log import Entry
 from fsm.messages.events import ClaimGranted, Close, Event, Exited, Expire, Inspected, Loaded, Release, Sampled, Tick
 from fsm.verification.decision_coverage import Coverage, situation_of
-from fsm.verification.model_checker import Step, Violation, Way
+from fsm.verification.model_checker import Step, Trace, Violation
 from fsm.verification.service_guarantees import see_that_plans_are_fair
-from fsm.verification.sim_config import Scene, draw_scene
-from fsm.verification.sim_environment import LONG_S, LONGER, SLOWER, World
-from fsm.verification.trace_auditor import Audit
+from fsm.verification.sim_config import SimConfig, draw_sim_config
+from fsm.verification.sim_environment import LONG_S, LONGER, SLOWER, SimEnvironment
+from fsm.verification.trace_auditor import TraceAuditor
 
 CLOSE_S = 10.0
 PAUSE_S = 0.05  # between two events while it settles
@@ -46,7 +46,7 @@ class Broken(Exception):
 class Outcome:
     """What became of one seed."""
 
-    scene: Scene
+    scene: SimConfig
     steps: int  # the liveness phase among them
     virtual_s: float
     violation: Violation | None
@@ -57,7 +57,7 @@ class _Watched:
     """A core that is looked at after every step."""
 
     core: Core
-    audit: Audit
+    audit: TraceAuditor
     every: int  # the core's own check is made after so many steps, and when it has finished
     coverage: Coverage | None = None
     recorded: list[Recorded] = field(default_factory=list)
@@ -97,9 +97,9 @@ def simulate(
     shrinks: bool = True,
 ) -> Outcome:
     """Run one seed for `most` steps and then until it has settled; with coverage, what it showed is added to that."""
-    scene = draw_scene(draw)
+    scene = draw_sim_config(draw)
     watched = _watched(scene, make, every, coverage)
-    world = World(scene, draw)
+    world = SimEnvironment(scene, draw)
     violation = None
     try:
         _run(watched, world, most)
@@ -116,14 +116,14 @@ def simulate(
     return Outcome(scene, len(watched.recorded), watched.core._state.now, violation)
 
 
-def _watched(scene: Scene, make: Make, every: int, coverage: Coverage | None = None) -> _Watched:
+def _watched(scene: SimConfig, make: Make, every: int, coverage: Coverage | None = None) -> _Watched:
     core = make(scene.limits, scene.policy)
-    watched = _Watched(core, Audit(longest_wait_s(scene), scene.limits), every, coverage)
+    watched = _Watched(core, TraceAuditor(longest_wait_s(scene), scene.limits), every, coverage)
     core.decision_log, core.plans = watched.journal, []
     return watched
 
 
-def longest_wait_s(scene: Scene) -> float:
+def longest_wait_s(scene: SimConfig) -> float:
     """Return a time within which everybody is answered: each kind of wish takes its turn, and each turn has an end.
 
     A turn is the wait for busy runners, what they have left to do, their end, and two loads: one may run out of memory.
@@ -140,7 +140,7 @@ def longest_wait_s(scene: Scene) -> float:
     return longest_s + (2 * OVERSLEPT_S if faults.gap else 0.0)
 
 
-def _run(watched: _Watched, world: World, most: int) -> None:
+def _run(watched: _Watched, world: SimEnvironment, most: int) -> None:
     """Let time pass from event to event."""
     core, draw, gap = watched.core, world.draw, world.scene.faults.gap / 1000
     overslept = 0  # events that come before the Tick that is due
@@ -164,7 +164,7 @@ def _run(watched: _Watched, world: World, most: int) -> None:
             return
 
 
-def _settle(watched: _Watched, scene: Scene) -> None:
+def _settle(watched: _Watched, scene: SimConfig) -> None:
     """Have nothing go wrong any more until all is over; raises Broken where it never is."""
     core = watched.core
     for _ in range(SETTLING):
@@ -186,7 +186,7 @@ def _settle(watched: _Watched, scene: Scene) -> None:
         raise Broken("it never finished")
 
 
-def _in_order(core: Core, scene: Scene) -> Event | None:
+def _in_order(core: Core, scene: SimConfig) -> Event | None:
     """Return what comes next where nothing goes wrong and nobody new asks; None: all is over.
 
     What is closed gets no help: nothing loads, no lease comes back, and time passes for the leases alone.
@@ -219,7 +219,7 @@ def _in_order(core: Core, scene: Scene) -> Event | None:
     return None
 
 
-def _all_back(core: Core, scene: Scene) -> Sampled:
+def _all_back(core: Core, scene: SimConfig) -> Sampled:
     """Return a reading in which nothing is missing but what the processes occupy."""
     used: dict[str, int] = {}
     alive: list[Runner] = [runner for runner in core._state.runners.values() if runner.process]
@@ -249,7 +249,7 @@ def _nothing_left(core: Core) -> None:
 # -- what failed ------------------------------------------------------------------------------------------------------
 
 
-def failure_of(scene: Scene, make: Make, recorded: Sequence[Recorded]) -> str | None:
+def failure_of(scene: SimConfig, make: Make, recorded: Sequence[Recorded]) -> str | None:
     """Play events to a new core, then let it settle; return what does not hold, if anything."""
     watched = _watched(scene, make, every=1)
     try:
@@ -261,7 +261,7 @@ def failure_of(scene: Scene, make: Make, recorded: Sequence[Recorded]) -> str | 
     return None
 
 
-def _shrink(scene: Scene, make: Make, recorded: Sequence[Recorded], what: str) -> list[Recorded]:
+def _shrink(scene: SimConfig, make: Make, recorded: Sequence[Recorded], what: str) -> list[Recorded]:
     """Return as few of the events as still fail in the same way: pieces are left out, smaller and smaller ones."""
     kept = list(recorded)
     steps = 0
@@ -284,7 +284,7 @@ def _alike(one: str | None, other: str) -> bool:
     return one is not None and re.sub(r"\d+", "#", one) == re.sub(r"\d+", "#", other)
 
 
-def _way(scene: Scene, make: Make, recorded: Sequence[Recorded]) -> Way:
+def _way(scene: SimConfig, make: Make, recorded: Sequence[Recorded]) -> Trace:
     """Play events once more and note what is done at each."""
     core = make(scene.limits, scene.policy)
     steps = []

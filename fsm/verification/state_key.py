@@ -73,7 +73,7 @@ LEFT_OUT: Mapping[type, Mapping[str, str]] = MappingProxyType(
 )
 
 
-class Canonical:
+class StateKeys:
     """Makes the keys of one search; what is only compared is numbered in the order in which it is first seen."""
 
     def __init__(self, kinds: Mapping[ModelId, object], *, configures: bool = False, exact_times: bool = False) -> None:
@@ -105,7 +105,7 @@ class _View:
 
     __slots__ = ("ahead", "canonical", "claims", "pool", "requests", "runners", "times", "turns")
 
-    def __init__(self, pool: CoreState, canonical: Canonical) -> None:
+    def __init__(self, pool: CoreState, canonical: StateKeys) -> None:
         self.pool = pool
         self.canonical = canonical
         self.requests: dict[int, int] = {id: place for place, id in enumerate(sorted(pool.requests))}

@@ -69,7 +69,7 @@ class Claimed:
     had: bool = False  # the answer was Claimed, and nothing was launched under it yet
 
 
-class Audit:
+class TraceAuditor:
     """Told of every step; raises AssertionError where what was said to do cannot be right."""
 
     def __init__(self, longest_wait_s: float = math.inf, limits: CoreConfig | None = None) -> None:

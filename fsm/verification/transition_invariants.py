@@ -44,11 +44,11 @@ from fsm.messages.events import (
 )
 from fsm.state.core_state import CoreState
 from fsm.state.memory_ledger import Owner
-from fsm.verification.environment import Past
-from fsm.verification.service_guarantees import see_promises_kept
+from fsm.verification.environment import IdHighWater
+from fsm.verification.service_guarantees import check_service_guarantees
 
 
-def judge(before: Core, event: Event, commands: Sequence[Command], after: Core, past: Past) -> None:
+def judge(before: Core, event: Event, commands: Sequence[Command], after: Core, past: IdHighWater) -> None:
     """Raise AssertionError where a step was wrong; `after.plans` must have been empty, not None, before it."""
     was, now = before._state, after._state
     _answers(was, event, commands, now)
@@ -65,7 +65,7 @@ def judge(before: Core, event: Event, commands: Sequence[Command], after: Core, 
         _claims(was, commands, now)
     if after.plans:
         _bounded(after)
-    see_promises_kept(before, event, commands, after)
+    check_service_guarantees(before, event, commands, after)
     assert not after.finished or (now.closing and not now.runners), "finished, but not over"
     over = now.closing and not now.runners and not isinstance(event, Tick)
     assert after.finished or before.finished or not over, "closed and empty, but not finished"
@@ -205,7 +205,7 @@ def _may_be_victim(
     assert not in_use or overdue or granted, f"{runner.model} is given up in use"
 
 
-def _told(before: Core, event: Event, command: Command, now: CoreState, past: Past) -> None:
+def _told(before: Core, event: Event, command: Command, now: CoreState, past: IdHighWater) -> None:
     was = before._state
     match command:
         case Grant(request, int(id)):

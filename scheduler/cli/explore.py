@@ -111,4 +111,4 @@ def _print(searches: Sequence[Search], seconds: float, processes: int) -> None:
     for one in searches:
         if one.found.violation is not None:
             console.print(f"\n{one.found.scenario}: {one.found.violation.what}", markup=False)
-            console.print(in_words(one.found.violation.way), markup=False, soft_wrap=True)
+            console.print(in_words(one.found.violation.trace), markup=False, soft_wrap=True)

@@ -84,7 +84,7 @@ from fsm.sizing.load_history import LoadHistory, LoadTimes, MeasuredBytes
 from fsm.sizing.load_options import UnsupportedReason
 from fsm.state.core_config import CoreConfig
 from fsm.state.timers import Timers
-from fsm.verification.environment import Past, Scenario, possible, sampled, time_of
+from fsm.verification.environment import IdHighWater, Scenario, enabled_events, sampled, time_of
 from scheduler.recording.codec import (
     Unreadable,
     _fields,
@@ -346,7 +346,7 @@ class Walk:
         wants = [RequestSpec(model, Options(num_ctx=num_ctx), *how) for model, _ in models for num_ctx, *how in asked]
         wants.append(RequestSpec(ModelId(""), Options(), Purpose.memory, 0, ((HOST, 2**30),)))
         self.chance = random.Random(seed)
-        self.past = Past()
+        self.past = IdHighWater()
         self.scenario = Scenario(
             name="any", about="", most=0, models=tuple(models), specs=tuple(wants), requests=9,
             devices=((HOST, 8 * 2**30), (DeviceId("gpu0"), 6 * 2**30)), keep_alives_s=(None, 0.0, 5.0, math.inf),
@@ -361,7 +361,7 @@ class Walk:
         if core._state.now == -math.inf:
             now, event = 0.0, cast(Event, sampled(core, self.scenario))
         else:
-            event = self.chance.choice(list(possible(core, self.scenario, self.past)))
+            event = self.chance.choice(list(enabled_events(core, self.scenario, self.past)))
             now = time_of(core, event) + self.chance.choice((0.0, 0.0, 0.25, 3.0))
         self.past = self.past.after(event, list(step(now, event)))
         return now, event

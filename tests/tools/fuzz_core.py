@@ -101,7 +101,7 @@ def _report_failure(seed: int, chosen: argparse.Namespace) -> None:
     print(f"limits: {outcome.scene.limits}")
     print(f"policy: {outcome.scene.policy}")
     print(f"what is needed for it, of {outcome.steps:,} events:")
-    print(in_words(outcome.violation.way))
+    print(in_words(outcome.violation.trace))
     options = f"--first {seed} --seeds 1 --steps {chosen.steps} --check-every {chosen.check_every}"
     print(f"again: {sys.executable} -m tests.tools.fuzz_core {options}")
 

@@ -45,7 +45,7 @@ class Mutant:
             outcome = simulate(Random(seed), STEPS, every=STEPS, shrinks=shrinks)
             steps, seed, violation = steps + outcome.steps, seed + 1, outcome.violation
         if violation is not None:
-            violation = Violation(f"{violation.what} (seed {seed - 1})", violation.way)
+            violation = Violation(f"{violation.what} (seed {seed - 1})", violation.trace)
         return Exploration(SIMULATION, steps, steps, seed, False, violation)
 
 

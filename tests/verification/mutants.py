@@ -42,10 +42,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         seconds, found = time.process_time() - begun, result.violation
         missed += found is None
         what = found.what if found else "NOT FOUND"
-        steps = str(len(found.way)) if found else ""
+        steps = str(len(found.trace)) if found else ""
         table.add_row(one.defect, one.name, one.scenario, f"{result.states:,}", f"{seconds:.2f}", steps, what)
         if chosen.verbose and found is not None:
-            console.print(f"{one.defect or '---'} {one.name}: {one.about}\n{in_words(found.way)}\n  => {what}\n")
+            console.print(f"{one.defect or '---'} {one.name}: {one.about}\n{in_words(found.trace)}\n  => {what}\n")
     console.print(table)
     console.print(f"{len(mutants) - missed} of {len(mutants)} faults are found.")
     return 1 if missed else 0

@@ -36,10 +36,19 @@ from fsm.messages.events import (
 )
 from fsm.state.model_record import ModelRecord
 from fsm.verification import state_key
-from fsm.verification.environment import Past, Scenario, begin, kinds, late, next_in_order, possible, time_of
-from fsm.verification.model_checker import Oracle, explore, in_words
+from fsm.verification.environment import (
+    IdHighWater,
+    Scenario,
+    begin,
+    enabled_events,
+    fair_next_event,
+    kinds,
+    stale_events,
+    time_of,
+)
+from fsm.verification.model_checker import NondeterministicPolicy, explore, in_words
 from fsm.verification.scenarios import SCENARIOS
-from fsm.verification.state_key import LEFT_OUT, Canonical
+from fsm.verification.state_key import LEFT_OUT, StateKeys
 from fsm.verification.transition_invariants import judge
 from scheduler.cli import explore as explore_command
 from scheduler.cli.main import main
@@ -52,7 +61,7 @@ A, B = ONE_PLACE.specs
 
 def a_core(*happened: Event, scenario: Scenario = ONE_PLACE) -> Core:
     """Return a core to which all this has happened, each at its time."""
-    core = Core(scenario.limits, Oracle())
+    core = Core(scenario.limits, NondeterministicPolicy())
     begin(core, scenario)
     for event in happened:
         core.step(time_of(core, event), event)
@@ -67,12 +76,12 @@ def loaded(core: Core, runner: int) -> Loaded:
     return Loaded(runner, None, core._state.runners[runner].placement.bytes)
 
 
-def key_of(core: Core, scenario: Scenario = ONE_PLACE, keys: Canonical | None = None) -> bytes:
-    return (keys or Canonical(kinds(scenario))).key(core)
+def key_of(core: Core, scenario: Scenario = ONE_PLACE, keys: StateKeys | None = None) -> bytes:
+    return (keys or StateKeys(kinds(scenario))).key(core)
 
 
 def alike(one: Core, other: Core, scenario: Scenario = ONE_PLACE) -> bool:
-    keys = Canonical(kinds(scenario))
+    keys = StateKeys(kinds(scenario))
     return keys.key(one) == keys.key(other)
 
 
@@ -83,7 +92,7 @@ def alike(one: Core, other: Core, scenario: Scenario = ONE_PLACE) -> bool:
 def test_everything_holds_in_the_first_states_of(scenario: Scenario) -> None:
     """`make explore` looks at many more; there are at least as many as are asked for."""
     found = explore(scenario, 300)
-    assert found.violation is None, f"{found.violation.what}\n{in_words(found.violation.way)}"
+    assert found.violation is None, f"{found.violation.what}\n{in_words(found.violation.trace)}"
     assert found.states >= 300
     assert found.edges > found.states
 
@@ -114,7 +123,7 @@ def test_an_event_that_changes_nothing_is_not_the_end() -> None:
 
     found = explore(ONE_PLACE, 200, make=Deaf).violation
     assert found is not None and "waits for ever" in found.what
-    assert [type(step.event) for step in found.way] == [Acquire], "the shortest way"
+    assert [type(step.event) for step in found.trace] == [Acquire], "the shortest way"
 
 
 def test_the_way_to_who_waits_for_ever_is_the_shortest_however_many_states_are_seen() -> None:
@@ -124,7 +133,7 @@ def test_the_way_to_who_waits_for_ever_is_the_shortest_however_many_states_are_s
     for most in (100, 1000):
         found = replace(one, most=most).search().violation
         assert found is not None and "waits for ever" in found.what
-        ways.append([type(step.event) for step in found.way])
+        ways.append([type(step.event) for step in found.trace])
     assert ways == [[Acquire, Inspected, Loaded, Close]] * 2
 
 
@@ -137,12 +146,12 @@ def test_an_exception_is_found_with_the_event_that_raised_it() -> None:
 
     found = explore(ONE_PLACE, 200, make=Broken).violation
     assert found is not None and found.what == "KeyError('a runner')"
-    assert [step.event for step in found.way] == [Close(30.0)]
+    assert [step.event for step in found.trace] == [Close(30.0)]
 
 
 def test_the_oracle_prefers_each_candidate_in_turn() -> None:
     """Whatever a policy may prefer is tried."""
-    oracle = Oracle(first=1)
+    oracle = NondeterministicPolicy(first=1)
     a, b, c = (Candidate(RunnerId(number), A.model, 0, 0.0, 0.0, None, 0, 0.0) for number in (1, 2, 3))
     assert list(oracle.order(0.0, [a, b, c])) == [b, c, a]
     assert oracle.most == 3
@@ -152,7 +161,7 @@ def test_a_way_is_told_without_what_is_as_usual() -> None:
     """What happened, when, and what was said to do."""
     found = next(one for one in MUTANTS if one.name == "a_cancel_is_not_answered").search().violation
     assert found is not None
-    assert in_words(found.way).splitlines() == [
+    assert in_words(found.trace).splitlines() == [
         "  1. at 0 s  Acquire(request=1, want=Want(model='a', options=Options(), purpose=lease, priority=0))",
         "              -> Inspect(model='a')",
         "  2. at 0 s  Cancel(request=1)",
@@ -253,19 +262,19 @@ def test_states_with_one_key_have_one_future(scenario: Scenario) -> None:
 
     So with exact times, whatever may come next leads from both of two states with one key to the same keys.
     """
-    keys = Canonical(kinds(scenario), configures=bool(scenario.configures), exact_times=True)
+    keys = StateKeys(kinds(scenario), configures=bool(scenario.configures), exact_times=True)
 
-    def nexts(core: Core, past: Past) -> dict[bytes, tuple[Core, Past]]:
+    def nexts(core: Core, past: IdHighWater) -> dict[bytes, tuple[Core, IdHighWater]]:
         found = {}
-        for event in possible(core, scenario, past):
+        for event in enabled_events(core, scenario, past):
             after = core.copy()
             commands = after.step(time_of(core, event), event)
             found[keys.key(after)] = after, past.after(event, commands)
         return found
 
-    core = Core(scenario.limits, Oracle())
+    core = Core(scenario.limits, NondeterministicPolicy())
     begin(core, scenario)
-    seen = {keys.key(core): (core, Past())}
+    seen = {keys.key(core): (core, IdHighWater())}
     frontier, compared = deque(seen.values()), 0
     while len(seen) < 400:
         for key, state in nexts(*frontier.popleft()).items():
@@ -281,7 +290,7 @@ def test_states_with_one_key_have_one_future(scenario: Scenario) -> None:
 def test_how_long_a_runner_rests_is_told_where_a_keep_alive_may_change() -> None:
     """Without a clock of its own it goes at once by the new one, or not: two states that are not the same."""
     scenario = next(one for one in SCENARIOS if one.name == "configure")
-    keys, cores = Canonical(kinds(scenario), configures=True), []
+    keys, cores = StateKeys(kinds(scenario), configures=True), []
     for rested_s in (0.0, 71.0):
         core = a_core(Acquire(1, scenario.specs[0]), inspected("a", scenario), scenario=scenario)
         for event in (loaded(core, 1), Release(1)):
@@ -302,13 +311,13 @@ def test_time_passes_a_back_off_that_no_timer_marks() -> None:
     begin(core, ONE_PLACE)  # its memory is back
     assert core.deadline() == math.inf or not core._state.timers.items()
     assert time_of(core, Tick()) == core._state.models["a"].blocked_until == 11.0
-    assert Tick() in list(possible(core, ONE_PLACE, Past(1, 1)))
+    assert Tick() in list(enabled_events(core, ONE_PLACE, IdHighWater(1, 1)))
 
 
 def test_what_comes_late_is_of_the_lives_that_have_ended() -> None:
     """By the ids that they had, and none that lives."""
     core = a_core(Acquire(1, A), inspected("a"), Exited(1, 1), Acquire(2, B))
-    events = list(late(core, Past(requests=2, runners=1)))
+    events = list(stale_events(core, IdHighWater(requests=2, runners=1)))
     assert Release(1) in events and Exited(1, None) in events
     assert Cancel(2) not in events
 
@@ -318,12 +327,12 @@ def test_what_has_happened_already_comes_late_too() -> None:
     core = a_core(Acquire(1, A), inspected("a"))
     core.step(0.0, loaded(core, 1))
     core.step(0.0, Acquire(2, B))
-    events = list(late(core, Past(requests=2, runners=1)))
+    events = list(stale_events(core, IdHighWater(requests=2, runners=1)))
     assert loaded(core, 1) in events and Progress(1) in events
     assert Release(2) in events and Release(1) not in events
     assert not any(isinstance(event, Close) for event in events)
     core.step(0.0, Close(30.0))
-    assert Close(math.inf) in list(late(core, Past(requests=2, runners=1)))
+    assert Close(math.inf) in list(stale_events(core, IdHighWater(requests=2, runners=1)))
 
 
 def test_after_a_close_the_world_helps_nobody_to_the_end() -> None:
@@ -331,16 +340,16 @@ def test_after_a_close_the_world_helps_nobody_to_the_end() -> None:
     core = a_core(Acquire(1, A), inspected("a"))
     core.step(0.0, loaded(core, 1))
     core.step(0.0, Close(30.0))
-    assert next_in_order(core, ONE_PLACE) == Tick()
+    assert fair_next_event(core, ONE_PLACE) == Tick()
     loading = a_core(Acquire(1, A), inspected("a"))
     loading._state.closing = True
-    assert next_in_order(loading, ONE_PLACE) is None
+    assert fair_next_event(loading, ONE_PLACE) is None
 
 
 def test_what_may_happen_after_a_close_is_asked_and_closed_again() -> None:
     """Whoever asks is refused, and whoever is in more of a hurry is heard."""
     core = a_core(Acquire(1, A), inspected("a"), Close(30.0))
-    events = list(possible(core, ONE_PLACE, Past(1, 1)))
+    events = list(enabled_events(core, ONE_PLACE, IdHighWater(1, 1)))
     assert {Acquire(2, A), Acquire(2, B), Close(0.0)} <= set(events)
 
 
@@ -348,14 +357,14 @@ def test_who_was_granted_may_leave_as_if_they_had_not_been_told() -> None:
     """The Grant and their Cancel crossed."""
     core = a_core(Acquire(1, A), inspected("a"))
     core.step(0.0, loaded(core, 1))
-    assert {Release(1), Cancel(1)} <= set(possible(core, ONE_PLACE, Past(1, 1)))
+    assert {Release(1), Cancel(1)} <= set(enabled_events(core, ONE_PLACE, IdHighWater(1, 1)))
 
 
 def test_the_worlds_order_ends_with_an_empty_pool() -> None:
     """Everybody is answered on the way."""
     core = a_core(Acquire(1, A), Acquire(2, B))
     answered = []
-    while (event := next_in_order(core, ONE_PLACE)) is not None:
+    while (event := fair_next_event(core, ONE_PLACE)) is not None:
         answered += [one.request for one in core.step(time_of(core, event), event) if isinstance(one, Grant)]
     assert sorted(answered) == [1, 2]
     assert not core._state.runners and not core._state.requests
@@ -364,8 +373,8 @@ def test_the_worlds_order_ends_with_an_empty_pool() -> None:
 def test_the_past_remembers_the_highest_numbers() -> None:
     """What lives now does not tell them."""
     launch = Launch(3, "a", A.options, None)
-    assert Past(2, 1).after(Acquire(5, A), [launch]) == Past(5, 3)
-    assert Past(9, 9).after(Acquire(5, A), [launch]) == Past(9, 9)
+    assert IdHighWater(2, 1).after(Acquire(5, A), [launch]) == IdHighWater(5, 3)
+    assert IdHighWater(9, 9).after(Acquire(5, A), [launch]) == IdHighWater(9, 9)
 
 
 # -- the judge ---------------------------------------------------------------------------------------------------------
@@ -376,10 +385,10 @@ def judged(core: Core, event: Event, spoil: Callable[[Core, list[Command]], None
     after = core.copy()
     after.plans = []
     commands = after.step(core._state.now, event)
-    judge(core, event, commands, after, Past(1, 1))
+    judge(core, event, commands, after, IdHighWater(1, 1))
     spoil(after, commands)
     with pytest.raises(AssertionError) as caught:
-        judge(core, event, commands, after, Past(1, 1))
+        judge(core, event, commands, after, IdHighWater(1, 1))
     return str(caught.value)
 
 

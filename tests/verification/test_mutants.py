@@ -18,7 +18,7 @@ def test_the_search_finds(mutant: Mutant) -> None:
     found = mutant.search().violation
     assert found is not None
     assert found.what
-    assert 1 <= len(found.way) <= (2000 if mutant.scenario == SIMULATION else 12), in_words(found.way)
+    assert 1 <= len(found.trace) <= (2000 if mutant.scenario == SIMULATION else 12), in_words(found.trace)
 
 
 def test_every_defect_of_the_reference_is_among_them() -> None:

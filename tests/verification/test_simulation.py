@@ -58,7 +58,7 @@ from fsm.state.timers import Key
 from fsm.verification.decision_coverage import Coverage
 from fsm.verification.sim_faults import Faults, draw_faults
 from fsm.verification.simulator import Outcome, failure_of, simulate
-from fsm.verification.trace_auditor import Audit
+from fsm.verification.trace_auditor import TraceAuditor
 from tests.tools import fuzz_core
 
 AuditStep = tuple[Event, tuple[Command, ...], tuple[Entry, ...], int]  # and how many are said to wait
@@ -235,8 +235,8 @@ def test_a_planted_fault_is_found_and_its_trace_is_short(make: type[Core], what:
     outcome = first_failure(make)
     assert outcome.violation is not None
     assert what in outcome.violation.what
-    assert len(outcome.violation.way) <= min(most, outcome.steps)
-    events = [(step.now, step.event) for step in outcome.violation.way]
+    assert len(outcome.violation.trace) <= min(most, outcome.steps)
+    events = [(step.now, step.event) for step in outcome.violation.trace]
     assert what in (failure_of(outcome.scene, make, events) or "")
     assert failure_of(outcome.scene, Core, events) is None
 
@@ -343,7 +343,7 @@ BLUNDERS: dict[str, tuple[AuditStep, ...]] = {
 @pytest.mark.parametrize("what", BLUNDERS)
 def test_the_audit_notices(what: str) -> None:
     """Each of its rules fails where it should; a second passes from step to step."""
-    audit = Audit(longest_wait_s=5.0)
+    audit = TraceAuditor(longest_wait_s=5.0)
     *before, last = BLUNDERS[what]
     with pytest.raises(AssertionError, match=what):
         for now, (event, commands, entries, queued) in enumerate((*before, last)):
@@ -361,7 +361,7 @@ LOST: dict[str, tuple[AuditStep, ...]] = {
 @pytest.mark.parametrize("how", LOST)
 def test_the_audit_notices_a_launch_without_its_devices(how: str) -> None:
     """Where launches claim them, each has a claim that was had, or one that was waited for for long enough."""
-    audit = Audit(limits=CoreConfig(claims=True))
+    audit = TraceAuditor(limits=CoreConfig(claims=True))
     *before, last = LOST[how]
     for now, (event, commands, entries, queued) in enumerate(before):
         audit.step(float(now), event, commands, entries, queued)
@@ -371,7 +371,7 @@ def test_the_audit_notices_a_launch_without_its_devices(how: str) -> None:
 
 def test_a_launch_may_be_under_a_claim_or_after_a_long_wait_for_one() -> None:
     """The wait of one that was given up for other devices counts."""
-    had, missed = Audit(limits=CoreConfig(claims=True)), Audit(limits=CoreConfig(claims=True))
+    had, missed = TraceAuditor(limits=CoreConfig(claims=True)), TraceAuditor(limits=CoreConfig(claims=True))
     had.step(0.0, ASKED, (CLAIM,), (), 1)
     had.step(9.0, ClaimGranted(1), (ON_GPU,), (LAUNCHED,), 1)
     missed.step(0.0, ASKED, (Claim(1, (HOST,)),), (), 1)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from fsm.core import Core, DeviceView
     from fsm.domain.model_info import ModelInfo
     from fsm.sizing.footprint import Footprint
-    from scheduler.runtime.model_registry import Question
+    from scheduler.runtime.model_registry import ParsedRequest
 
 Verdict = Literal["warm", "fits", "evicts", "waits", "refused", "never"]
 
@@ -144,7 +144,7 @@ class Fit:
 def fit_of(
     now: float,
     core: Core,
-    question: Question,
+    question: ParsedRequest,
     info: ModelInfo | Footprint,
     name: Name,
     known: LoadHistory = NOTHING,
@@ -156,15 +156,15 @@ def fit_of(
 
     def named(id: ModelId) -> str:
         """Return the name to show: the model that is asked about need not be known otherwise."""
-        return question.name if id == question.want.model else name(id)
+        return question.name if id == question.spec.model else name(id)
 
     devices = {device.id: device for device in core.snapshot().devices}
-    found = preview(now, core, question.want, info, known)
+    found = preview(now, core, question.spec, info, known)
     fit = _fit(now, devices, question.name, found, named)
     advice = []
-    for each in advise(now, core, question.want, info, found, known):
+    for each in advise(now, core, question.spec, info, found, known):
         other = _fit(now, devices, question.name, each.preview, named)
-        advice.append(FitAdvice(_changes(question.want.options, each.options), other))
+        advice.append(FitAdvice(_changes(question.spec.options, each.options), other))
     return replace(fit, advice=tuple(advice))
 
 

@@ -15,10 +15,10 @@ from scheduler.config.quantities import parse_duration, wait_limit
 from scheduler.engines.interface import Endpoint
 from scheduler.engines.runner_client import Answer, Connection, Messages, RunnerClient
 from scheduler.errors.exceptions import InvalidSettings, LeaseReleased, RunnerCrashed, UnsupportedOption
-from scheduler.runtime.pending_request import Ticket, Uncopied
+from scheduler.runtime.pending_request import NonCopyable, PendingRequest
 
 if TYPE_CHECKING:
-    from scheduler.runtime.request_broker import Desk
+    from scheduler.runtime.request_broker import RequestBroker
 
 _IS_OBJECT = "it is an object without a server: use the lease's value"
 
@@ -33,7 +33,7 @@ def _silence_s(timeout: str | float | None) -> float | None:
     return wait_limit(silence_s)
 
 
-class Lease(Uncopied):
+class Lease(NonCopyable):
     """A runner that serves, for as long as this is held: it is not stopped before `release`, unless it crashes.
 
     Use it in a `with` block, or call `release`; twice is harmless. One that is lost to the garbage collector is
@@ -43,7 +43,7 @@ class Lease(Uncopied):
 
     __slots__ = ("__weakref__", "_desk", "_lock", "_released", "_streams", "_ticket")
 
-    def __init__(self, desk: Desk, ticket: Ticket) -> None:
+    def __init__(self, desk: RequestBroker, ticket: PendingRequest) -> None:
         self._desk = desk
         self._ticket = ticket
         self._released = False
@@ -60,13 +60,13 @@ class Lease(Uncopied):
     @property
     def runner(self) -> RunnerId:
         """The id of the runner; never used again for another."""
-        assert self._ticket.life is not None, "a lease is granted with a runner"
-        return self._ticket.life.runner
+        assert self._ticket.runner is not None, "a lease is granted with a runner"
+        return self._ticket.runner.runner
 
     @property
     def pid(self) -> int | None:
         """The process of the runner; None for an object."""
-        process = self._ticket.life.process if self._ticket.life else None
+        process = self._ticket.runner.process if self._ticket.runner else None
         return process.pid if process is not None else None
 
     @property
@@ -83,8 +83,8 @@ class Lease(Uncopied):
     def value(self) -> Any:
         """The object itself, where the model is one (`PythonModel`)."""
         self._check()
-        assert self._ticket.life is not None, "a lease is granted with a runner"
-        return self._ticket.life.value
+        assert self._ticket.runner is not None, "a lease is granted with a runner"
+        return self._ticket.runner.value
 
     @property
     def lost(self) -> bool:
@@ -98,11 +98,11 @@ class Lease(Uncopied):
 
     def on_lost(self, callback: Callable[[], object]) -> None:
         """Have `callback` called from another thread, once, when the runner is gone; at once if it is."""
-        self._desk.listen(self._ticket, "lost", callback)
+        self._desk.add_listener(self._ticket, "lost", callback)
 
     def on_wanted(self, callback: Callable[[], object]) -> None:
         """Have `callback` called from another thread, once, when others wait for its memory; at once if they do."""
-        self._desk.listen(self._ticket, "wanted", callback)
+        self._desk.add_listener(self._ticket, "wanted", callback)
 
     # -- its end ------------------------------------------------------------------------------------------------------
 
@@ -112,7 +112,7 @@ class Lease(Uncopied):
             self._released = True
             if self._streams:
                 return
-        self._desk.give_back(self._ticket)
+        self._desk.release(self._ticket)
 
     def __enter__(self) -> Self:
         return self
@@ -133,7 +133,7 @@ class Lease(Uncopied):
     def __del__(self) -> None:
         if not hasattr(self, "_lock"):  # Ctrl-C came while it was made, before anything was asked for
             return
-        if self._desk.give_back(self._ticket) and not self._released:
+        if self._desk.release(self._ticket) and not self._released:
             warnings.warn(f"a lease on {self.model} was never released", ResourceWarning, stacklevel=2, source=self)
 
     def __repr__(self) -> str:
@@ -207,7 +207,7 @@ class Lease(Uncopied):
     def _endpoint(self) -> Endpoint:
         self._desk.check()  # first: what a fork sends on an inherited connection ends up in its parent's answers
         self._check()
-        endpoint = self._ticket.life.endpoint if self._ticket.life else None
+        endpoint = self._ticket.runner.endpoint if self._ticket.runner else None
         if endpoint is None:
             raise UnsupportedOption("model", self.model, _IS_OBJECT)
         return endpoint
@@ -215,7 +215,7 @@ class Lease(Uncopied):
     def _client(self) -> RunnerClient:
         self._desk.check()
         self._check()
-        client = self._ticket.life.client if self._ticket.life else None
+        client = self._ticket.runner.client if self._ticket.runner else None
         if client is None:
             raise UnsupportedOption("model", self.model, _IS_OBJECT)
         return client
@@ -226,7 +226,7 @@ class Lease(Uncopied):
         try:
             yield
         except ConnectionError as error:
-            self._desk.look_at(self._ticket)
+            self._desk.verify_runner(self._ticket)
             raise RunnerCrashed(
                 self.model, self.runner, self._ticket.lost or str(error), self._ticket.closed
             ) from error
@@ -236,7 +236,7 @@ class Lease(Uncopied):
         try:
             return await answer
         except ConnectionError as error:
-            await asyncio.to_thread(self._desk.look_at, self._ticket)
+            await asyncio.to_thread(self._desk.verify_runner, self._ticket)
             raise RunnerCrashed(
                 self.model, self.runner, self._ticket.lost or str(error), self._ticket.closed
             ) from error
@@ -251,10 +251,10 @@ class Lease(Uncopied):
             self._streams -= 1
             last = self._released and not self._streams
         if last:
-            self._desk.give_back(self._ticket)
+            self._desk.release(self._ticket)
 
 
-class Stream(Uncopied, Iterator[str]):
+class Stream(NonCopyable, Iterator[str]):
     """The pieces of an answer. Holds its lease until it is exhausted, closed, or lost to the garbage collector."""
 
     def __init__(self, lease: Lease, pieces: Generator[str, None, None]) -> None:
@@ -306,7 +306,7 @@ class Stream(Uncopied, Iterator[str]):
             self.close()
 
 
-class AsyncStream(Uncopied, AsyncIterator[str]):
+class AsyncStream(NonCopyable, AsyncIterator[str]):
     """Like `Stream`, for `async for`."""
 
     def __init__(self, lease: Lease, pieces: AsyncGenerator[str, None], connection: Connection) -> None:

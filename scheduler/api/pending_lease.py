@@ -7,23 +7,23 @@ from collections.abc import Generator
 from typing import TYPE_CHECKING, Any, Self
 
 from scheduler.api.lease import Lease
-from scheduler.runtime.model_registry import Question
-from scheduler.runtime.pending_request import FutureTicket, Ticket, Uncopied, settle_in_loop
+from scheduler.runtime.model_registry import ParsedRequest
+from scheduler.runtime.pending_request import FutureRequest, NonCopyable, PendingRequest, settle_in_loop
 
 if TYPE_CHECKING:
-    from scheduler.runtime.request_broker import Desk
+    from scheduler.runtime.request_broker import RequestBroker
 
 
-class Reservation(Uncopied):
+class Reservation(NonCopyable):
     """Memory of the program's own, out of the account until it is released; twice is harmless."""
 
-    def __init__(self, desk: Desk, ticket: Ticket) -> None:
+    def __init__(self, desk: RequestBroker, ticket: PendingRequest) -> None:
         self._desk = desk
         self._ticket = ticket
 
     def release(self) -> None:
         """Give the memory back to the account."""
-        self._desk.give_back(self._ticket)
+        self._desk.release(self._ticket)
 
     def __enter__(self) -> Self:
         return self
@@ -41,7 +41,7 @@ class Acquiring:
     Each time that it is awaited or entered it asks anew. Raises RuntimeError where it is entered and not left yet.
     """
 
-    def __init__(self, desk: Desk, question: Question) -> None:
+    def __init__(self, desk: RequestBroker, question: ParsedRequest) -> None:
         self._desk = desk
         self._question = question
         self._entered = False
@@ -69,13 +69,13 @@ class Acquiring:
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Lease] = loop.create_future()
 
-        def deliver(ticket: FutureTicket) -> None:
+        def deliver(ticket: FutureRequest) -> None:
             lease = Lease(self._desk, ticket) if ticket.error is None else None
             settle_in_loop(loop, future, lease, ticket.error, lease.release if lease is not None else lambda: None)
 
-        ticket = self._desk.submit(self._question, deliver)
+        ticket = self._desk.new_future_request(self._question, deliver)
         try:
             return await future
         except BaseException:
-            self._desk.withdraw(ticket)
+            self._desk.cancel(ticket)
             raise

@@ -26,7 +26,7 @@ from scheduler.api.status import Status, status_of
 from scheduler.concurrency.clock import monotonic_clock
 from scheduler.config.quantities import parse_bytes, parse_duration
 from scheduler.config.settings import ChangeableArguments, Settings
-from scheduler.devices.device_reader import Devices
+from scheduler.devices.device_reader import DeviceReader
 from scheduler.engines.llama import LlamaEngine
 from scheduler.engines.python import PythonEngine
 from scheduler.errors.exceptions import InvalidSettings, SchedulerClosed
@@ -39,10 +39,10 @@ from scheduler.recording.recorder import Recorder
 from scheduler.runtime.driver import Driver
 from scheduler.runtime.event_stream import EventStream, Hub
 from scheduler.runtime.executor import Executor
-from scheduler.runtime.health_monitor import Prober
-from scheduler.runtime.model_registry import Asking, Model, Question, Registry
-from scheduler.runtime.pending_request import FutureTicket
-from scheduler.runtime.request_broker import Desk
+from scheduler.runtime.health_monitor import HealthMonitor
+from scheduler.runtime.model_registry import AcquireOptions, Model, ModelRegistry, ParsedRequest
+from scheduler.runtime.pending_request import FutureRequest
+from scheduler.runtime.request_broker import RequestBroker
 
 log = logging.getLogger("loadmaster")
 
@@ -71,14 +71,14 @@ class Scheduler:
         self._close_lock = threading.RLock()  # one thread ends what is left, the others wait for it
         self._ending: int | None = None  # the thread that does
         self._configuring = threading.RLock()  # one changes limits; a signal handler may do so in between
-        self._devices = Devices(
+        self._devices = DeviceReader(
             memory_limit_bytes=self.settings.memory_limit,
             gpus=self.settings.gpus,
             gpu_reserve_bytes=self.settings.gpu_reserve,
         )
         self._engines = (LlamaEngine(), PythonEngine())
         self.catalog = Catalog(default_resolvers(self.settings.models))
-        self._registry = Registry(*self._engines, self.catalog, pin=lambda model: self._desk.post(Pin(model)))
+        self._registry = ModelRegistry(*self._engines, self.catalog, pin=lambda model: self._desk.post(Pin(model)))
         self._hub = Hub(self.settings.event_buffer, self._registry.name)
         core = Core(limits_of(self.settings), self.settings.eviction)
         self._recorder: Recorder | None = None
@@ -86,14 +86,16 @@ class Scheduler:
             self._recorder = Recorder(self.settings.record, self.settings.record_limit, core, self._registry.name)
         self._driver = Driver(
             core, monotonic_clock, self._perform, self._hub.publish, lambda error: self._desk.fail(error),
-            lambda: self._executor.look_again(), self._recorder.step if self._recorder is not None else None,
+            lambda: self._executor.resample(), self._recorder.step if self._recorder is not None else None,
         )  # fmt: skip
         self._executor = Executor(
             self.settings, self._devices, self._registry.engine_of, self._driver.post, core.lives,
             lambda model: self._desk.forget(model),
         )  # fmt: skip
-        self._desk = Desk(self._registry, self._driver, self._executor, core.knows, self.settings.probe_timeout)
-        self._prober = Prober(self._executor, self.settings.probe_interval, self._desk.let_go)
+        self._desk = RequestBroker(
+            self._registry, self._driver, self._executor, core.knows, self.settings.probe_timeout
+        )
+        self._prober = HealthMonitor(self._executor, self.settings.probe_interval, self._desk.drop_unused_objects)
         try:
             _open_schedulers.add(self)
             self._driver.start()
@@ -113,10 +115,10 @@ class Scheduler:
 
     # -- asking for models --------------------------------------------------------------------------------------------
 
-    def acquire(self, model: Model, **asking: Unpack[Asking]) -> Lease:
+    def acquire(self, model: Model, **asking: Unpack[AcquireOptions]) -> Lease:
         """Return a lease on a runner of `model`, loading it if need be; blocks until then.
 
-        `model` is the path of a GGUF file, a name that `catalog` finds, a `ModelSpec` or a `PythonModel`; `Asking`
+        `model` is the path of a GGUF file, a name that `catalog` finds, a `ModelSpec` or a `PythonModel`; `AcquireOptions`
         lists the keywords. Those of loading matter only if they are named: a runner that was loaded otherwise serves
         whoever does not care.
 
@@ -124,48 +126,48 @@ class Scheduler:
         `AcquireTimeout` (at once, as `TimeoutTooShort`, where it is certain), `UnsupportedOption`, `InvalidSettings`,
         `SchedulerClosed`.
         """
-        question = self._registry.question(model, asking)
-        ticket = self._desk.ticket(question)
+        question = self._registry.parse_cached(model, asking)
+        ticket = self._desk.new_request(question)
         lease = Lease(self._desk, ticket)  # made first: whatever Ctrl-C interrupts, its end gives back what was granted
-        self._desk.wait(ticket, question)
+        self._desk.submit_and_wait(ticket, question)
         return lease
 
-    def submit(self, model: Model, **asking: Unpack[Asking]) -> Future[Lease]:
+    def submit(self, model: Model, **asking: Unpack[AcquireOptions]) -> Future[Lease]:
         """Like `acquire`, as a future. `cancel()` works until it is granted; then the lease is to be released."""
         future: Future[Lease] = Future()
 
-        def deliver(ticket: FutureTicket) -> None:
+        def deliver(ticket: FutureRequest) -> None:
             lease = Lease(self._desk, ticket) if ticket.error is None else None
             if not ticket.settle(future, lease) and lease is not None:
                 lease.release()
 
-        self._desk.promise(future, self._registry.question(model, asking), deliver)
+        self._desk.submit_future(future, self._registry.parse_cached(model, asking), deliver)
         return future
 
-    def acquire_async(self, model: Model, **asking: Unpack[Asking]) -> Acquiring:
+    def acquire_async(self, model: Model, **asking: Unpack[AcquireOptions]) -> Acquiring:
         """Like `acquire`, for `await` and `async with`; a task that is cancelled while it waits has cancelled."""
-        return Acquiring(self._desk, self._registry.question(model, asking))
+        return Acquiring(self._desk, self._registry.parse_cached(model, asking))
 
-    def preload(self, model: Model, **asking: Unpack[Asking]) -> Future[None]:
+    def preload(self, model: Model, **asking: Unpack[AcquireOptions]) -> Future[None]:
         """Load a model without a lease; the future is done when it rests, loaded."""
         future: Future[None] = Future()
 
-        def deliver(ticket: FutureTicket) -> None:
-            self._desk.tickets.pop(ticket.id, None)
+        def deliver(ticket: FutureRequest) -> None:
+            self._desk.requests.pop(ticket.id, None)
             ticket.settle(future, None)
 
-        self._desk.promise(future, self._registry.question(model, asking, Purpose.preload), deliver)
+        self._desk.submit_future(future, self._registry.parse_cached(model, asking, Purpose.preload), deliver)
         return future
 
-    def expire(self, model: Model, **asking: Unpack[Asking]) -> None:
+    def expire(self, model: Model, **asking: Unpack[AcquireOptions]) -> None:
         """Have a model leave memory: at once if idle, after its leases if busy; harmless if it is not loaded."""
         self._desk.post(Expire(self._registry.identity(model, asking)))
 
-    def pin(self, model: Model, **asking: Unpack[Asking]) -> None:
+    def pin(self, model: Model, **asking: Unpack[AcquireOptions]) -> None:
         """Never give a model up for others, nor for its keep-alive, from now on; it need not be loaded yet."""
         self._desk.post(Pin(self._registry.identity(model, asking)))
 
-    def unpin(self, model: Model, **asking: Unpack[Asking]) -> None:
+    def unpin(self, model: Model, **asking: Unpack[AcquireOptions]) -> None:
         """Treat a model like any other again."""
         self._desk.post(Unpin(self._registry.identity(model, asking)))
 
@@ -181,13 +183,13 @@ class Scheduler:
         self._executor.refresh(_FRESH_S)
         want = RequestSpec(ModelId(""), Options(), Purpose.memory, 0, amount)
         timeout_s = None if timeout is None else parse_duration(timeout, name="timeout")
-        question = Question(want, f"{size} on {device}", None, timeout_s)
-        ticket = self._desk.ticket(question)
+        question = ParsedRequest(want, f"{size} on {device}", None, timeout_s)
+        ticket = self._desk.new_request(question)
         reservation = Reservation(self._desk, ticket)
-        self._desk.wait(ticket, question)
+        self._desk.submit_and_wait(ticket, question)
         return reservation
 
-    def fit(self, model: Model, **asking: Unpack[Asking]) -> Fit:
+    def fit(self, model: Model, **asking: Unpack[AcquireOptions]) -> Fit:
         """Return what would become of a request now: what would go where, who would leave, and how it would fit.
 
         Takes what `acquire` takes. Nothing is loaded, given up or promised; a request that follows finds what others
@@ -198,11 +200,11 @@ class Scheduler:
         self._desk.check()
         if self._desk.closing:
             raise SchedulerClosed()
-        spec, question = self._registry.look(model, asking)
+        spec, question = self._registry.parse(model, asking)
         info = self._registry.inspect(spec)
-        known = self._executor.recall(identity_of(spec))
+        known = self._executor.load_measurements(identity_of(spec))
         self._executor.refresh(_FRESH_S)
-        core = self._desk.read(Core.copy)
+        core = self._desk.query(Core.copy)
         return fit_of(monotonic_clock(), core, question, info, self._registry.name, known)
 
     # -- changing its limits ------------------------------------------------------------------------------------------
@@ -236,11 +238,13 @@ class Scheduler:
 
     def status(self) -> Status:
         """Return the runners, the queue and the devices as they are now."""
-        snapshot, failures = self._desk.read(lambda core: (core.snapshot(), core.failures()))
+        snapshot, failures = self._desk.query(lambda core: (core.snapshot(), core.failures()))
         problems = (*self._devices.problems, *map(problem, failures), *self._executor.problems)
         if self._recorder is not None:
             problems = (*problems, *self._recorder.problems)
-        return status_of(snapshot, monotonic_clock(), self._registry.name, dict(self._executor.lives).get, problems)
+        return status_of(
+            snapshot, monotonic_clock(), self._registry.name, dict(self._executor.runner_handles).get, problems
+        )
 
     def debug_state(self) -> DebugState:
         """Return what is held inside, for tests and for reports of bugs; after a close, and after a bug, too.
@@ -253,14 +257,14 @@ class Scheduler:
                 core.check()
             return core.snapshot(), core.steps, core.late, core.checkpoint().models(), core.decision_log is not None
 
-        snapshot, step, late, models, listening = self._desk.read(look)
+        snapshot, step, late, models, listening = self._desk.query(look)
         return DebugState(
             snapshot=snapshot,
             step=step,
             late_events=late,
             models=frozenset(models),
             named_models=self._registry.known(),
-            requests=frozenset(self._desk.tickets),
+            requests=frozenset(self._desk.requests),
             locked=self._executor.locked,
             listening=listening,
             to_record=self._recorder.waiting if self._recorder is not None else 0,
@@ -289,7 +293,7 @@ class Scheduler:
                 core.decision_log = []
             return self._hub.open()
 
-        return self._desk.read(listen)
+        return self._desk.query(listen)
 
     # -- its end ------------------------------------------------------------------------------------------------------
 
@@ -327,7 +331,7 @@ class Scheduler:
         now = time.monotonic()
         leases_end, end = now + timeout_s, now + stop_s
         while not self._desk.finished.is_set() and (now := time.monotonic()) < end:
-            if self._desk.tickets and now < leases_end:
+            if self._desk.requests and now < leases_end:
                 end = now + stop_s
             self._desk.finished.wait(min(end - now, _CLOSE_LOOK_S))
 
@@ -372,7 +376,7 @@ class Scheduler:
         self._hub.close()
 
     def _tell(self, hung: list[str]) -> None:
-        stuck = [self._registry.name(life.model) for life in self._executor.lives.values() if not life.over]
+        stuck = [self._registry.name(life.model) for life in self._executor.runner_handles.values() if not life.over]
         if hung or stuck:
             log.warning("closed, but these did not end: %s", ", ".join([*stuck, *hung]))
 

@@ -16,7 +16,7 @@ from scheduler.errors.wording import Name, wait_reason
 
 if TYPE_CHECKING:
     from scheduler.engines.interface import Process
-    from scheduler.runtime.runner_handle import Life
+    from scheduler.runtime.runner_handle import RunnerHandle
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +75,7 @@ def status_of(
     snapshot: Snapshot,
     now: float,
     name: Name,
-    life: Callable[[RunnerId], Life | None],
+    life: Callable[[RunnerId], RunnerHandle | None],
     problems: tuple[str, ...],
 ) -> Status:
     """Return a snapshot in the user's terms: names for identities, and what only the shell knows of a process."""
@@ -95,7 +95,7 @@ def status_of(
     return Status(runners, queue, snapshot.devices, problems, snapshot.closing)
 
 
-def _runner_status(view: RunnerView, now: float, name: str, life: Life | None) -> RunnerStatus:
+def _runner_status(view: RunnerView, now: float, name: str, life: RunnerHandle | None) -> RunnerStatus:
     process = life.process if life is not None else None
     endpoint = life.endpoint if life is not None else None
     return RunnerStatus(

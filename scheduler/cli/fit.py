@@ -21,16 +21,16 @@ from scheduler.api.scheduler import limits_of
 from scheduler.concurrency.clock import monotonic_clock
 from scheduler.config.quantities import parse_bytes
 from scheduler.config.settings import Settings
-from scheduler.devices.device_reader import Devices
+from scheduler.devices.device_reader import DeviceReader
 from scheduler.engines.llama import LlamaEngine
 from scheduler.engines.python import PythonEngine
 from scheduler.errors.exceptions import InvalidSettings
 from scheduler.errors.formatting import format_bytes
 from scheduler.models.catalog import Catalog
-from scheduler.models.measurement_store import FootprintStore
+from scheduler.models.measurement_store import MeasurementStore
 from scheduler.models.measurements import identity_of
 from scheduler.models.sources import default_resolvers
-from scheduler.runtime.model_registry import Asking, Registry
+from scheduler.runtime.model_registry import AcquireOptions, ModelRegistry
 
 DOES_NOT_FIT = 1  # the exit status
 
@@ -42,13 +42,13 @@ def run_fit(chosen: argparse.Namespace) -> int:
         settings = settings.changed(memory_limit=_size("--memory-limit", chosen.memory_limit))
     samples, problems = _devices(settings, chosen.host, chosen.gpu)
     engines = (LlamaEngine(), PythonEngine())
-    registry = Registry(*engines, Catalog(default_resolvers(settings.models)), pin=lambda model: None)
-    spec, question = registry.look(chosen.model, _asking(chosen))
+    registry = ModelRegistry(*engines, Catalog(default_resolvers(settings.models)), pin=lambda model: None)
+    spec, question = registry.parse(chosen.model, _asking(chosen))
     info, identity = registry.inspect(spec), identity_of(spec)
     now = monotonic_clock()
     core = Core(limits_of(settings), settings.eviction)
     core.step(now, Sampled(samples))
-    known = FootprintStore(settings.footprints).read(identity) if settings.footprints and identity else NOTHING
+    known = MeasurementStore(settings.footprints).read(identity) if settings.footprints and identity else NOTHING
     fit = fit_of(now, core, question, info, registry.name, known)
     if chosen.json:
         print(json.dumps(fit.to_json() | {"problems": problems}, indent=2, ensure_ascii=False))
@@ -57,7 +57,7 @@ def run_fit(chosen: argparse.Namespace) -> int:
     return 0 if fit.fits else DOES_NOT_FIT
 
 
-def _asking(chosen: argparse.Namespace) -> Asking:
+def _asking(chosen: argparse.Namespace) -> AcquireOptions:
     """Return what is named, and nothing else: what is not may be the model's own."""
     named = {
         "num_ctx": chosen.num_ctx,
@@ -73,14 +73,14 @@ def _asking(chosen: argparse.Namespace) -> Asking:
         "adapters": chosen.adapter and tuple(chosen.adapter),
         "projectors": chosen.projector and tuple(chosen.projector),
     }
-    return cast(Asking, {name: value for name, value in named.items() if value is not None})
+    return cast(AcquireOptions, {name: value for name, value in named.items() if value is not None})
 
 
 def _devices(
     settings: Settings, host: str | None, gpus: Sequence[str]
 ) -> tuple[tuple[DeviceSample, ...], tuple[str, ...]]:
     """Return the devices that are there, or are to be imagined, and what could not be read of them."""
-    devices = Devices(
+    devices = DeviceReader(
         memory_limit_bytes=settings.memory_limit,
         gpus=settings.gpus and not gpus,
         gpu_reserve_bytes=settings.gpu_reserve,

@@ -24,7 +24,7 @@ from fsm.sizing.load_options import WITHOUT_CACHE
 from scheduler.api.scheduler import limits_of
 from scheduler.concurrency.clock import monotonic_clock
 from scheduler.config.settings import Settings
-from scheduler.devices.device_reader import Devices
+from scheduler.devices.device_reader import DeviceReader
 from scheduler.errors.exceptions import InvalidModel
 from scheduler.errors.formatting import format_bytes
 from scheduler.models.catalog import Catalog, found_by, in_words, place_of
@@ -92,7 +92,7 @@ def read_rows(catalog: Catalog, core: Core, progress: Progress) -> Iterator[Row]
 
 def _core_of(settings: Settings) -> Core:
     """Return a core that has the devices as they are, and no runners."""
-    devices = Devices(
+    devices = DeviceReader(
         memory_limit_bytes=settings.memory_limit, gpus=settings.gpus, gpu_reserve_bytes=settings.gpu_reserve
     )
     core = Core(limits_of(settings), settings.eviction)

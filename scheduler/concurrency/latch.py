@@ -6,7 +6,7 @@ from _thread import allocate_lock
 from contextlib import suppress
 
 
-class Gate:
+class Latch:
     """Like `threading.Event`, but set for good, and `set` never blocks: it may be called under the driver's lock.
 
     An Event has a lock of its own. A signal handler may come while the main thread holds that, and wait for the very

@@ -14,7 +14,7 @@ Job = Callable[[], object]
 log = logging.getLogger("loadmaster")
 
 
-class Workers:
+class ThreadPool:
     """At most `limit` daemon threads that run jobs in the order in which they were put.
 
     `put` takes no lock and starts no thread: it is called under the driver's lock, in finalisers and in signal
@@ -32,7 +32,7 @@ class Workers:
         self._lock = threading.Lock()  # guards what follows
         self._threads: list[threading.Thread] = []
         self._idle = 0  # threads that wait for a job, or are about to
-        self.staff()
+        self.ensure_threads()
 
     def put(self, job: Job) -> None:
         """Have `job` run; never blocks. After the close too: on a thread that ends when there is nothing to do."""
@@ -40,7 +40,7 @@ class Workers:
         if self._closed:
             self._staff_late()
 
-    def staff(self) -> None:
+    def ensure_threads(self) -> None:
         """See to it that a thread waits for a job, unless all are busy; where none can be started, call it again."""
         with self._lock:
             if self._idle or self._closed or len(self._threads) >= self._limit:
@@ -73,7 +73,7 @@ class Workers:
         while (job := self._jobs.get()) is not None:
             with self._lock:
                 self._idle -= 1
-            self.staff()
+            self.ensure_threads()
             self._do(job)
             del job  # what it refers to must not live until the next one
             with self._lock:

@@ -14,7 +14,7 @@ VERSION = 1  # of the table; part of the usual file's name, so that programs of 
 NO_HOME = Path(os.devnull, "no home folder")  # the usual file where there is none to keep it in: nothing is kept
 
 
-def default_footprints() -> Path:
+def default_measurement_file() -> Path:
     """Return the file that this user's programs share; `NO_HOME` where this user has no home."""
     try:
         folder = platformdirs.user_cache_path("loadmaster", appauthor=False)
@@ -23,7 +23,7 @@ def default_footprints() -> Path:
     return Path(folder) / f"footprints-{VERSION}.sqlite3"
 
 
-def private_folder() -> Path:
+def shared_lock_folder() -> Path:
     """Return the folder in which this user's programs agree.
 
     Where programs meet it must not depend on TMPDIR, which login sessions, services and batch jobs of one user set

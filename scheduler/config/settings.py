@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, TypedDict, Unpack
 
 from fsm.eviction.policies import DEFAULT_POLICY, EvictionPolicy
 from fsm.sizing.load_options import MOST_SLOTS
-from scheduler.config.paths import default_footprints, private_folder
+from scheduler.config.paths import default_measurement_file, shared_lock_folder
 from scheduler.config.quantities import parse_bytes, parse_duration
 from scheduler.config.value_parsers import (
     Parse,
@@ -188,7 +188,7 @@ class Setting(NamedTuple):
 
 def _lock_folder(name: str, value: Any) -> Path:
     if value == "auto":
-        return private_folder()
+        return shared_lock_folder()
     paths = folders(name, value)
     if len(paths) != 1:
         raise InvalidSettings(name, value, '"auto" or a folder')
@@ -196,7 +196,7 @@ def _lock_folder(name: str, value: Any) -> Path:
 
 
 def _footprints(name: str, value: Any) -> Path:
-    return default_footprints() if value == "auto" else file(name, value, '"auto" or the path of a file')
+    return default_measurement_file() if value == "auto" else file(name, value, '"auto" or the path of a file')
 
 
 def _record_limit(name: str, value: Any) -> int:

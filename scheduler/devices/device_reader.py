@@ -20,7 +20,7 @@ TRUST_S = 30.0  # a driver that does not answer for longer is not to be trusted 
 _CLOSE_S = 1.0
 
 
-class Devices:
+class DeviceReader:
     """Reads the devices; safe to call from several threads, one of which reads at a time.
 
     `memory_limit_bytes` caps the host's capacity, not what it reports as free; `gpu_reserve_bytes` are taken off both,
@@ -166,4 +166,4 @@ class Devices:
         )
 
 
-__all__ = ["Devices"]
+__all__ = ["DeviceReader"]

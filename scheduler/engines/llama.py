@@ -24,7 +24,7 @@ from fsm.domain.devices import HOST, MIB, DeviceId, Threads
 from fsm.domain.model_info import ModelInfo, Options
 from fsm.sizing.load_options import maps_file, micro_batch, resolve
 from fsm.sizing.memory_estimate import CHECKPOINTS, kept_bytes, prompt_cache_bytes, results_bytes, work_bytes
-from scheduler.concurrency.latch import Gate
+from scheduler.concurrency.latch import Latch
 from scheduler.config.quantities import wait_limit
 from scheduler.devices.cpu_cores import usable_cores
 from scheduler.engines.child_process import Child, Exit, Program
@@ -110,7 +110,7 @@ class LlamaProcess:
         self._most_bytes = 0  # that it can come to hold of the host for itself; 0: unknown
         self._failure = ""  # why it does not serve, in the child's own words
         self._gone = False
-        self._told = Gate()  # that it is gone was reported
+        self._told = Latch()  # that it is gone was reported
         self._touched = (0, 0)  # the most memory and input that was seen of a load
 
     @property

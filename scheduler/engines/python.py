@@ -15,7 +15,7 @@ from fsm.domain.devices import DeviceId
 from fsm.domain.model_info import Options
 from fsm.machine.request import ModelId
 from fsm.sizing.footprint import Footprint
-from scheduler.concurrency.latch import Gate
+from scheduler.concurrency.latch import Latch
 from scheduler.config.settings import parse_bytes
 from scheduler.engines.interface import Buffer, Memory
 from scheduler.errors.exceptions import InvalidSettings
@@ -86,7 +86,7 @@ class PythonProcess:
         self._report = report
         self._on_end = on_end
         self._owner = os.getpid()
-        self._stop = Gate()
+        self._stop = Latch()
         self._loaded = False  # load has returned, unload has not
         self._thread = threading.Thread(target=self._live, name=f"loadmaster-object-{model.name}", daemon=True)
 

@@ -66,7 +66,7 @@ class Identity:
     state: str  # their sizes and times, and the versions of what loads them
 
 
-class FootprintStore:
+class MeasurementStore:
     """Reads and writes the file; each call opens it anew, blocks for as long as its time-outs say, and never raises.
 
     A file that is damaged, or none of ours, is set aside as FILE.old (FILE.old2 …) with a warning; one of a newer

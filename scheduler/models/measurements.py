@@ -13,23 +13,23 @@ from pathlib import Path
 
 from fsm.messages.commands import Launch, PersistMeasurement
 from fsm.sizing.load_history import NOTHING, LoadHistory
-from scheduler.concurrency.latch import Gate
-from scheduler.concurrency.thread_pool import Workers
-from scheduler.models.measurement_store import FootprintStore, Identity
+from scheduler.concurrency.latch import Latch
+from scheduler.concurrency.thread_pool import ThreadPool
+from scheduler.models.measurement_store import Identity, MeasurementStore
 from scheduler.models.model_spec import ModelSpec
 
 WAIT_S = 0.5  # that an inspection waits for what is known; then the model is predicted
 MOST_JOBS = 100  # that wait for the disk; more are dropped
 
 
-class Footprints:
+class Measurements:
     """The store of one scheduler; safe to use from any thread. It has a thread of its own."""
 
     def __init__(self, path: Path) -> None:
-        self._store = FootprintStore(path)
-        self._workers = Workers("loadmaster-footprints", 1)
+        self._store = MeasurementStore(path)
+        self._workers = ThreadPool("loadmaster-footprints", 1)
         self._jobs: deque[None] = deque()  # one for each that is queued or under way; no lock, so that nobody waits
-        self._late: Gate | None = None  # of the last job that was waited for in vain: until it is done nobody waits
+        self._late: Latch | None = None  # of the last job that was waited for in vain: until it is done nobody waits
 
     @property
     def problem(self) -> str:
@@ -39,7 +39,7 @@ class Footprints:
     def recall(self, identity: Identity | None, timeout_s: float = WAIT_S) -> LoadHistory:
         """Return what is known; nothing where the disk does not answer in time."""
         found: list[LoadHistory] = []
-        done, late = Gate(), self._late
+        done, late = Latch(), self._late
 
         def read(identity: Identity) -> None:
             try:
@@ -58,9 +58,9 @@ class Footprints:
         options, split = launch.options, launch.placement.gpu_layers
         self._put(lambda: self._store.write(identity, options, split, showed.took, showed.load_s))
 
-    def staff(self) -> None:
+    def ensure_threads(self) -> None:
         """Start its thread where it could not be started."""
-        self._workers.staff()
+        self._workers.ensure_threads()
 
     def close(self, timeout_s: float) -> list[str]:
         """Have everything written and end the thread; return its name if it hangs."""

@@ -21,7 +21,7 @@ from urllib.parse import quote
 import filelock
 
 from fsm.domain.devices import DeviceId
-from scheduler.config.paths import private_folder
+from scheduler.config.paths import shared_lock_folder
 
 log = logging.getLogger("loadmaster")
 
@@ -44,7 +44,7 @@ class DeviceLocks:
     def __init__(self, folder: Path, had: Callable[[int], None], contended: Callable[[int], None]) -> None:
         self.problem = ""
         self._folder = folder
-        self._private = folder == private_folder()
+        self._private = folder == shared_lock_folder()
         self._had = had
         self._contended = contended
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()  # without devices: give back; None: end

@@ -29,7 +29,7 @@ from fsm.messages.commands import Command
 from fsm.messages.decision_log import Entry
 from fsm.messages.events import Event, Tick
 from scheduler.concurrency.clock import Clock
-from scheduler.concurrency.latch import Gate
+from scheduler.concurrency.latch import Latch
 
 Value = TypeVar("Value")
 
@@ -41,12 +41,12 @@ _CHECK_S = 1.0  # how often one who reads makes sure that the thread still runs
 _TICK = Tick()
 
 
-class _Look:
+class _Query:
     """A wish to read the core, in its place among the events."""
 
     def __init__(self, look: Callable[[Core], object]) -> None:
         self.look = look
-        self.done = Gate()
+        self.done = Latch()
         self.value: object = None
         self.error: Exception | None = None
         self._once = allocate_lock()  # taken by the one who reads
@@ -82,7 +82,7 @@ class Driver:
         self._fail = fail  # once, when a step raised: every waiter is to be told; again for each event after it
         self._step = step or core.step  # under the lock: decides, and does not block
         self._stood_still = stood_still  # before the first tick after a gap, on the driver's thread; may post
-        self._inbox: deque[Event | _Look] = deque()
+        self._inbox: deque[Event | _Query] = deque()
         self._lock = threading.Lock()  # held while steps run; taken without blocking, but for what is due
         self._wake: queue.SimpleQueue[bool] = queue.SimpleQueue()  # its put is safe in finalisers; False: stop
         self._deadline = math.inf  # the core's, as of the last step
@@ -97,7 +97,7 @@ class Driver:
         self._runs = True
         self._thread.start()
 
-    def post(self, item: Event | _Look) -> None:
+    def post(self, item: Event | _Query) -> None:
         """Take in an event, or a wish to read; from any thread, in finalisers and signal handlers too. Never blocks."""
         if threading.get_ident() == self._main:
             try:
@@ -108,9 +108,9 @@ class Driver:
             self._inbox.append(item)
             self._drain()
 
-    def read(self, look: Callable[[Core], Value]) -> Value:
+    def query(self, look: Callable[[Core], Value]) -> Value:
         """Return what `look` finds in the core after everything that this thread posted before; it must be quick."""
-        request = _Look(look)
+        request = _Query(look)
         if self._runs:
             self.post(request)
         while not request.done.wait(_CHECK_S if self._runs else 0.0):
@@ -127,7 +127,7 @@ class Driver:
             self._thread.join(timeout_s)
         return not self._thread.is_alive()
 
-    def _run_alone(self, request: _Look) -> None:
+    def _run_alone(self, request: _Query) -> None:
         taken = self._lock.acquire(timeout=_CHECK_S)  # no longer: a handler may have interrupted this very thread here
         try:
             request.run(self._core)
@@ -153,7 +153,7 @@ class Driver:
         core, inbox = self._core, self._inbox
         while inbox:
             event = inbox.popleft()
-            if isinstance(event, _Look):
+            if isinstance(event, _Query):
                 self._tell()  # first: whoever reads has been told of what is found
                 event.run(core)
             elif self.broken is not None:

@@ -14,18 +14,18 @@ from fsm.messages.commands import Claim, Inspect, Launch, PersistMeasurement, Pr
 from fsm.messages.events import ClaimContended, ClaimGranted, ContextFilled, Event, Inspected, Progress, Unresponsive
 from fsm.messages.reasons import NoAnswer
 from fsm.sizing.load_history import NOTHING, LoadHistory
-from scheduler.concurrency.thread_pool import Workers
+from scheduler.concurrency.thread_pool import ThreadPool
 from scheduler.config.settings import Settings
-from scheduler.devices.device_reader import Devices
+from scheduler.devices.device_reader import DeviceReader
 from scheduler.engines.interface import Engine, Process
 from scheduler.errors.exceptions import InvalidModel, ModelNotFound, SchedulerError
 from scheduler.models.measurement_store import Identity
-from scheduler.models.measurements import Footprints, identity_of
+from scheduler.models.measurements import Measurements, identity_of
 from scheduler.models.model_spec import ModelSpec
 from scheduler.runtime.device_locks import DeviceLocks
-from scheduler.runtime.memory_sampler import Sampler
+from scheduler.runtime.memory_sampler import MemorySampler
 from scheduler.runtime.prefetcher import Prefetcher
-from scheduler.runtime.runner_handle import Life
+from scheduler.runtime.runner_handle import RunnerHandle
 
 log = logging.getLogger("loadmaster")
 
@@ -44,7 +44,7 @@ class Executor:
     def __init__(
         self,
         settings: Settings,
-        devices: Devices,
+        devices: DeviceReader,
         engine_of: Callable[[ModelId], tuple[Engine, object]],
         post: Callable[[Event], None],
         lives_on: Callable[[RunnerId], bool],
@@ -54,16 +54,18 @@ class Executor:
         self._engine_of = engine_of
         self._post = post
         self._forget = forget  # a model that was refused; called when the core has been told
-        self.workers = Workers("loadmaster-worker", _WORKERS)
-        self.callers = Workers("loadmaster-caller", _CALLERS)
-        self._stoppers = Workers("loadmaster-stopper", _STOPPERS)
+        self.worker_pool = ThreadPool("loadmaster-worker", _WORKERS)
+        self.callback_pool = ThreadPool("loadmaster-caller", _CALLERS)
+        self.stop_pool = ThreadPool("loadmaster-stopper", _STOPPERS)
         self._lives_on = lives_on  # whether the core still knows a runner; called under the driver's lock
-        self.lives: dict[RunnerId, Life] = {}  # of those that it knows, and a few past ones; written under that lock
-        self._readers = Workers("loadmaster-sampler", 1)  # of its own: workers wait for what it reads
-        self.sampler = Sampler(devices, self._readers, self._running, post)
+        self.runner_handles: dict[
+            RunnerId, RunnerHandle
+        ] = {}  # of those that it knows, and a few past ones; written under that lock
+        self._readers = ThreadPool("loadmaster-sampler", 1)  # of its own: workers wait for what it reads
+        self.sampler = MemorySampler(devices, self._readers, self._running, post)
         self.prefetcher = Prefetcher(self._files_of, lambda: any(self._loading()))
         self.locks = self._locks(settings)
-        self.footprints = Footprints(settings.footprints) if settings.footprints is not None else None
+        self.measurements = Measurements(settings.footprints) if settings.footprints is not None else None
         self._identities: dict[ModelId, Identity | None] = {}  # as of the last inspection, unless that refused it
 
     def perform(
@@ -73,16 +75,16 @@ class Executor:
         """File a command, in the order in which they are decided; returns at once."""
         match command:
             case Inspect(model):
-                self.workers.put(lambda: self._inspect(model))
+                self.worker_pool.put(lambda: self._inspect(model))
             case Launch(runner, model):
                 engine, what = self._engine_of(model)
                 self.forget_past()
-                life = self.lives[runner] = Life(command, engine, what, self._post)
+                life = self.runner_handles[runner] = RunnerHandle(command, engine, what, self._post)
                 life.identity = self._identities.get(model)
-                self.workers.put(life.begin)
+                self.worker_pool.put(life.begin)
             case Stop(runner):
-                if (life_to_stop := self.lives.get(runner)) is not None:
-                    self._stoppers.put(lambda: self._stop(life_to_stop))
+                if (life_to_stop := self.runner_handles.get(runner)) is not None:
+                    self.stop_pool.put(lambda: self._stop(life_to_stop))
             case Sample(number):
                 self.sampler.request(number)
             case Claim(number, devices):
@@ -94,22 +96,22 @@ class Executor:
             case Prefetch(files):
                 self.prefetcher.ask(files)
             case PersistMeasurement(runner):
-                told = self.lives.get(runner)
-                if self.footprints is not None and told is not None and told.identity is not None:
-                    self.footprints.remember(told.identity, told.launch, command)
+                told = self.runner_handles.get(runner)
+                if self.measurements is not None and told is not None and told.identity is not None:
+                    self.measurements.remember(told.identity, told.launch, command)
 
     def forget_past(self) -> None:
         """Let go of runners that the core knows no more; under the driver's lock."""
-        for past in [id for id in self.lives if not self._lives_on(id)]:
-            del self.lives[past]
+        for past in [id for id in self.runner_handles if not self._lives_on(id)]:
+            del self.runner_handles[past]
 
-    def probe(self, life: Life) -> None:
+    def probe(self, life: RunnerHandle) -> None:
         """Have a runner asked whether it still answers, and post it if it does not; one probe of it at a time."""
         if not life.probed:
             life.probed = True
-            self.workers.put(lambda: self._probe(life))
+            self.worker_pool.put(lambda: self._probe(life))
 
-    def _probe(self, life: Life) -> None:
+    def _probe(self, life: RunnerHandle) -> None:
         timeout_s = self._settings.probe_timeout
         try:
             if life.process is not None and not life.process.healthy(timeout_s) and not life.over:
@@ -118,13 +120,13 @@ class Executor:
         finally:
             life.probed = False
 
-    def look(self, life: Life) -> None:
+    def poll_context_filled(self, life: RunnerHandle) -> None:
         """Have a runner asked whether it has settled, and post it when it has; one look at it at a time."""
         if not life.looked_at:
             life.looked_at = True
-            self.workers.put(lambda: self._look(life, _LOOK_S))
+            self.worker_pool.put(lambda: self._look(life, _LOOK_S))
 
-    def _look(self, life: Life, timeout_s: float) -> None:
+    def _look(self, life: RunnerHandle, timeout_s: float) -> None:
         life.lease_ended = False
         try:
             to_come = life.process.settled(timeout_s) if life.process is not None else None
@@ -137,7 +139,7 @@ class Executor:
         finally:
             life.looked_at = False
 
-    def _stop(self, life: Life) -> None:
+    def _stop(self, life: RunnerHandle) -> None:
         try:
             if life.lease_ended and not life.settled and not life.over:  # else what its last lease showed would be lost
                 self._look(life, _LAST_LOOK_S)
@@ -146,7 +148,7 @@ class Executor:
 
     def call(self, callback: Callable[[], object]) -> None:
         """Have a callback of the user's run on a thread that may block; returns at once."""
-        self.callers.put(callback)
+        self.callback_pool.put(callback)
 
     def refresh(self, timeout_s: float) -> bool:
         """Have the devices read and wait for it; return whether it came in time. Once closed, nobody waits."""
@@ -156,7 +158,7 @@ class Executor:
         """Have the devices read; returns at once."""
         self.sampler.request()
 
-    def look_again(self) -> None:
+    def resample(self) -> None:
         """Time has passed in which nothing ran here: it is no load's fault, and what was read of the devices is old.
 
         The devices are read again, and loads, which could show nothing in that time, are given their time anew.
@@ -166,20 +168,27 @@ class Executor:
             self._post(Progress(life.runner))
         self.sampler.request()
 
-    def staff(self) -> None:
+    def ensure_threads(self) -> None:
         """Start the threads that could not be started when jobs needed them."""
-        for pool in (self.workers, self.callers, self._stoppers, self._readers, self.prefetcher, self.footprints):
+        for pool in (
+            self.worker_pool,
+            self.callback_pool,
+            self.stop_pool,
+            self._readers,
+            self.prefetcher,
+            self.measurements,
+        ):
             if pool is not None:
-                pool.staff()
+                pool.ensure_threads()
 
     def close(self, timeout_s: float) -> list[str]:
         """End the threads; return the names of those that hang."""
         end = time.monotonic() + timeout_s
         self.sampler.close()  # first: a worker may wait for a reading that never begins, or hangs
         ends = [self.locks.close] if self.locks is not None else []
-        ends += [pool.close for pool in (self.prefetcher, self._stoppers, self.workers, self._readers)]
-        ends += [self.footprints.close] if self.footprints is not None else []
-        ends += [self.callers.close]  # last: what users do there may take all the time
+        ends += [pool.close for pool in (self.prefetcher, self.stop_pool, self.worker_pool, self._readers)]
+        ends += [self.measurements.close] if self.measurements is not None else []
+        ends += [self.callback_pool.close]  # last: what users do there may take all the time
         return [name for close in ends for name in close(max(_LEAST_S, end - time.monotonic()))]
 
     @property
@@ -195,16 +204,16 @@ class Executor:
     @property
     def problems(self) -> tuple[str, ...]:
         """What could not be done and was worked round, in sentences."""
-        found = [each.problem for each in (self.locks, self.footprints) if each is not None]
+        found = [each.problem for each in (self.locks, self.measurements) if each is not None]
         return tuple(filter(None, found))
 
     def _running(self) -> Iterator[tuple[RunnerId, Process]]:
-        for id, life in list(self.lives.items()):
+        for id, life in list(self.runner_handles.items()):
             if life.process is not None and not life.over:
                 yield id, life.process
 
-    def _loading(self) -> Iterator[Life]:
-        for life in list(self.lives.values()):
+    def _loading(self) -> Iterator[RunnerHandle]:
+        for life in list(self.runner_handles.values()):
             if not life.serves and not life.over:
                 yield life
 
@@ -218,7 +227,7 @@ class Executor:
             return None
 
         def had(number: int) -> None:
-            self.workers.put(lambda: self._claimed(number))
+            self.worker_pool.put(lambda: self._claimed(number))
 
         return DeviceLocks(settings.lock_folder, had, lambda number: self._post(ClaimContended(number)))
 
@@ -254,11 +263,11 @@ class Executor:
             self._identities.pop(model, None)
         else:
             self._identities[model] = identity
-        known = self.recall(identity)
+        known = self.load_measurements(identity)
         self._post(Inspected(model, outcome, known))  # type: ignore[arg-type]  # what an engine returns, or one of the two above
         if refused:
             self._forget(model)
 
-    def recall(self, identity: Identity | None) -> LoadHistory:
+    def load_measurements(self, identity: Identity | None) -> LoadHistory:
         """Return what earlier lives of these files showed, in whatever program; nothing where that is not known."""
-        return self.footprints.recall(identity) if self.footprints is not None else NOTHING
+        return self.measurements.recall(identity) if self.measurements is not None else NOTHING

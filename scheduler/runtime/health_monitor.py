@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from scheduler.concurrency.latch import Gate
+from scheduler.concurrency.latch import Latch
 
 if TYPE_CHECKING:
     from scheduler.runtime.executor import Executor
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 _SAMPLE_INTERVAL_S = 1.0
 
 
-class Prober:
+class HealthMonitor:
     """Has memory sampled about once a second, and each loaded runner probed once an interval; waits for neither.
 
     Threads that could not be started when jobs needed them are started here, as soon as there can be more again.
@@ -26,7 +26,7 @@ class Prober:
         self._executor = executor
         self._let_go = let_go
         self._interval_s = interval_s
-        self._stop = Gate()
+        self._stop = Latch()
         self._thread = threading.Thread(target=self._run, name="loadmaster-prober", daemon=True)
 
     def start(self) -> None:
@@ -43,7 +43,7 @@ class Prober:
         waited_s = 0.0
         pause_s = min(_SAMPLE_INTERVAL_S, self._interval_s)
         while not self._stop.wait(pause_s):
-            self._executor.staff()
+            self._executor.ensure_threads()
             self._executor.request_sample()
             self._let_go()
             waited_s += pause_s
@@ -53,10 +53,10 @@ class Prober:
 
     def _look_round(self, *, due: bool) -> None:
         """Look at each runner; not in the loop above, which would keep the last one until there is another."""
-        for life in list(self._executor.lives.values()):
+        for life in list(self._executor.runner_handles.values()):
             if life.endpoint is None or life.over:
                 continue
             if due:
                 self._executor.probe(life)
             if not life.settled and (due or life.lease_ended):
-                self._executor.look(life)
+                self._executor.poll_context_filled(life)

@@ -10,15 +10,15 @@ from contextlib import suppress
 from fsm.domain.devices import DeviceId
 from fsm.machine.runner import RunnerId
 from fsm.messages.events import Event, Resident, Sampled
-from scheduler.concurrency.latch import Gate
-from scheduler.concurrency.thread_pool import Workers
-from scheduler.devices.device_reader import Devices
+from scheduler.concurrency.latch import Latch
+from scheduler.concurrency.thread_pool import ThreadPool
+from scheduler.devices.device_reader import DeviceReader
 from scheduler.engines.interface import Process
 
 log = logging.getLogger("loadmaster")
 
 
-class Sampler:
+class MemorySampler:
     """Answers any number of wishes for a sample with as few readings as will do.
 
     A driver's call may stall: then only samples are late, and the core's own time limits go on without them.
@@ -26,8 +26,8 @@ class Sampler:
 
     def __init__(
         self,
-        devices: Devices,
-        workers: Workers,
+        devices: DeviceReader,
+        workers: ThreadPool,
         running: Callable[[], Iterable[tuple[RunnerId, Process]]],
         post: Callable[[Event], None],
     ) -> None:
@@ -35,12 +35,12 @@ class Sampler:
         self._workers = workers
         self._running = running
         self._post = post
-        self._asked: deque[tuple[int, Gate | None]] = deque()  # numbers, and those who wait; no reading has begun
-        self._begun: list[Gate] = []  # those who wait for the reading under way
+        self._asked: deque[tuple[int, Latch | None]] = deque()  # numbers, and those who wait; no reading has begun
+        self._begun: list[Latch] = []  # those who wait for the reading under way
         self._highest = 0  # of the numbers that were asked for
         self._closed = False  # no reading may begin any more
 
-    def request(self, number: int = 0, done: Gate | None = None) -> None:
+    def request(self, number: int = 0, done: Latch | None = None) -> None:
         """Have the devices read, beginning after this call; `done` is set when the reading has been posted."""
         self._asked.append((number, done))
         self._workers.put(self._read_all)  # each time: what Ctrl-C kept from being put is read for with the next
@@ -49,7 +49,7 @@ class Sampler:
 
     def refresh(self, timeout_s: float) -> bool:
         """Have the devices read and wait for it; return whether it came in time. Once closed, nobody waits."""
-        done = Gate()
+        done = Latch()
         self.request(done=done)
         return done.wait(timeout_s)
 
@@ -59,7 +59,7 @@ class Sampler:
         for done in (*self._begun, *self._take()):
             done.set()
 
-    def _take(self) -> list[Gate]:
+    def _take(self) -> list[Latch]:
         """Take over what was asked for; return those who wait for it."""
         waiting = []
         with suppress(IndexError):

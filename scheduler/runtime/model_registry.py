@@ -25,7 +25,7 @@ from scheduler.models.model_spec import Files, ModelSpec
 Model = str | os.PathLike[str] | ModelSpec | PythonModel
 
 
-class Asking(TypedDict, total=False):
+class AcquireOptions(TypedDict, total=False):
     """The keywords of a request: how it waits, what it is loaded with, and what makes it another model."""
 
     keep_alive: str | float | None  # how long the runner rests unused afterwards; 0: not at all; negative: for ever
@@ -47,10 +47,10 @@ class Asking(TypedDict, total=False):
     embedding: bool | None
 
 
-class Question(NamedTuple):
+class ParsedRequest(NamedTuple):
     """A request, understood."""
 
-    want: RequestSpec
+    spec: RequestSpec
     name: str  # of the model
     keep_alive_s: float | None
     timeout_s: float | None
@@ -60,7 +60,7 @@ class Question(NamedTuple):
 class _Known(NamedTuple):
     """A question that was asked before, and until when its model's name and links count as leading where they led."""
 
-    question: Question
+    question: ParsedRequest
     until: float
 
 
@@ -79,7 +79,7 @@ _KNOWN_QUESTIONS = 4096  # questions remembered; then all are forgotten
 _PAST_NAMES = 1024  # of forgotten models: events and recordings are read and written somewhat later
 
 
-class Registry:
+class ModelRegistry:
     """Every model that is asked for or that the core knows, and the engine that runs it."""
 
     def __init__(
@@ -99,7 +99,7 @@ class Registry:
         self._past: dict[ModelId, str] = {}  # the names of those that were forgotten last
         self._known: dict[object, _Known] = {}
 
-    def question(self, model: Model, asking: Asking, purpose: Purpose = Purpose.lease) -> Question:
+    def parse_cached(self, model: Model, asking: AcquireOptions, purpose: Purpose = Purpose.lease) -> ParsedRequest:
         """Return what is asked; raises `UnsupportedOption` or `InvalidSettings` for what means nothing.
 
         A name raises `ModelNotFound` and `InvalidModel` too.
@@ -120,7 +120,7 @@ class Registry:
             self._known[key] = _Known(question, until)
         return question
 
-    def identity(self, model: Model, asking: Asking) -> ModelId:
+    def identity(self, model: Model, asking: AcquireOptions) -> ModelId:
         """Return the identity of what a caller names; raises `UnsupportedOption` for other keywords."""
         for name, value in asking.items():
             if name not in _IDENTITY:
@@ -132,17 +132,17 @@ class Registry:
         model = self._models.get(id)
         return model.name if model is not None else self._past.get(id, id) or "the program's own memory"
 
-    def keep(self, model: ModelSpec | PythonModel) -> None:
+    def register(self, model: ModelSpec | PythonModel) -> None:
         """Know a model, until it is forgotten."""
         self._models[model.id] = model
 
-    def forget(self, id: ModelId) -> ModelSpec | PythonModel | None:
+    def unregister(self, id: ModelId) -> ModelSpec | PythonModel | None:
         """Know a model no more, but for its name; return it, or None where it was not known. Not by two at a time."""
         if (model := self._models.get(id)) is not None:
             self._past[id] = model.name
         if isinstance(model, PythonModel):
             for key, known in self._known.copy().items():
-                if known.question.want.model == id:
+                if known.question.spec.model == id:
                     self._known.pop(key, None)
         if len(self._past) > _PAST_NAMES:
             del self._past[next(iter(self._past))]
@@ -161,9 +161,9 @@ class Registry:
         model = self._models[id]
         return self._engines[type(model)], model
 
-    def look(
-        self, model: Model, asking: Asking, purpose: Purpose = Purpose.lease
-    ) -> tuple[ModelSpec | PythonModel, Question]:
+    def parse(
+        self, model: Model, asking: AcquireOptions, purpose: Purpose = Purpose.lease
+    ) -> tuple[ModelSpec | PythonModel, ParsedRequest]:
         """Return what would be asked, and of which model; raises what `question` does.
 
         Nothing comes of it: the model is not known afterwards, nor pinned, and its engine need not be installed.
@@ -188,21 +188,21 @@ class Registry:
         if not isinstance(priority, int) or isinstance(priority, bool) or abs(priority) > MOST_PRIORITY:
             raise InvalidSettings("priority", priority, f"a whole number from -{MOST_PRIORITY} to {MOST_PRIORITY}")
         want = RequestSpec(spec.id, options, purpose, priority)
-        return spec, Question(want, spec.name, keep_alive_s, None if timeout_s == math.inf else timeout_s, spec)
+        return spec, ParsedRequest(want, spec.name, keep_alive_s, None if timeout_s == math.inf else timeout_s, spec)
 
     def inspect(self, model: ModelSpec | PythonModel) -> ModelInfo | Footprint:
         """Return what a model that was looked at would need; raises `ModelNotFound` or `InvalidModel`."""
         return self._engines[type(model)].inspect(model)
 
-    def _understand(self, model: Model, asking: Asking, purpose: Purpose) -> Question:
-        spec, question = self.look(model, asking, purpose)
+    def _understand(self, model: Model, asking: AcquireOptions, purpose: Purpose) -> ParsedRequest:
+        spec, question = self.parse(model, asking, purpose)
         self._engines[type(spec)].require()
         if spec.pin and spec.id not in self._pinned:
             self._pinned.add(spec.id)
             self._pin(spec.id)
         return question
 
-    def _spec(self, model: Model, asking: Asking) -> ModelSpec | PythonModel:
+    def _spec(self, model: Model, asking: AcquireOptions) -> ModelSpec | PythonModel:
         identity = {name: value for name, value in asking.items() if name in _IDENTITY}
         if isinstance(model, PythonModel):
             for name, value in identity.items():

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any, Never
 from fsm.machine.request import ModelId, RequestId
 
 if TYPE_CHECKING:
-    from scheduler.runtime.runner_handle import Life
+    from scheduler.runtime.runner_handle import RunnerHandle
 
 Callback = Callable[[], object]
 
 
-class Uncopied:
+class NonCopyable:
     """What is given back once: the end of a copy would give back what the original holds."""
 
     __slots__ = ()
@@ -25,7 +25,7 @@ class Uncopied:
         raise TypeError(f"a {type(self).__name__} cannot be copied or pickled: ask the scheduler for another")
 
 
-class Ticket:
+class PendingRequest:
     """One request, from its Acquire to the end of what it was granted. Answered once.
 
     The one who waits blocks on `gate`; a lock is the cheapest thing that can be waited for, and Ctrl-C interrupts it.
@@ -38,7 +38,7 @@ class Ticket:
         "error",
         "gate",
         "id",
-        "life",
+        "runner",
         "lost",
         "model",
         "model_id",
@@ -52,22 +52,22 @@ class Ticket:
         self.gate = allocate_lock()
         self.gate.acquire()
         self.answered = False
-        self.life: Life | None = None  # the runner; None: not granted, or granted without one
+        self.runner: RunnerHandle | None = None  # the runner; None: not granted, or granted without one
         self.error: BaseException | None = None  # the refusal
         self.lost: str = ""  # why the runner is gone
         self.closed = False  # it is gone with the scheduler; set before `lost` is
         self.wanted = False  # others wait for the runner's memory
         self.callbacks: tuple[tuple[str, Callback], ...] = ()  # ("lost" or "wanted", what to call)
 
-    def answer(self, life: Life | None, error: BaseException | None) -> None:
+    def answer(self, life: RunnerHandle | None, error: BaseException | None) -> None:
         """Say what became of it; runs nobody's code, and may be called under the driver's lock."""
-        self.life = life
+        self.runner = life
         self.error = error
         self.answered = True
         self.gate.release()
 
 
-class FutureTicket(Ticket):
+class FutureRequest(PendingRequest):
     """A ticket whose answer goes to a future, by way of a worker: a future's callbacks are the user's code."""
 
     __slots__ = ("deliver", "once", "put")
@@ -78,15 +78,15 @@ class FutureTicket(Ticket):
         model_id: ModelId,
         model: str,
         put: Callable[[Callback], None],
-        deliver: Callable[[FutureTicket], None],
+        deliver: Callable[[FutureRequest], None],
     ) -> None:
         super().__init__(id, model_id, model)
         self.put = put
         # None once answered: it leads to the lease, which nobody but its holder may keep alive.
-        self.deliver: Callable[[FutureTicket], None] | None = deliver
+        self.deliver: Callable[[FutureRequest], None] | None = deliver
         self.once = allocate_lock()  # taken by the one who completes the future: the answer, or its cancellation
 
-    def answer(self, life: Life | None, error: BaseException | None) -> None:
+    def answer(self, life: RunnerHandle | None, error: BaseException | None) -> None:
         """Say what became of it; the future hears it from a worker."""
         super().answer(life, error)
         deliver, self.deliver = self.deliver, None

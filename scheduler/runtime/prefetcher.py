@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import BinaryIO
 
 from fsm.machine.request import ModelId
-from scheduler.concurrency.thread_pool import Workers
+from scheduler.concurrency.thread_pool import ThreadPool
 
 log = logging.getLogger("loadmaster")
 
@@ -45,7 +45,7 @@ class Prefetcher:
         self.copied_bytes = 0  # of those, what went through the buffer: the others were in the page cache by then
         self._files_of = files_of
         self._loading = loading
-        self._workers = Workers("loadmaster-prefetcher", 1)
+        self._workers = ThreadPool("loadmaster-prefetcher", 1)
         self._changed = threading.Condition()  # guards what follows
         self._readings: dict[ModelId, _Reading] = {}  # in the order in which they were named
         self._busy = False  # a job is queued or running
@@ -64,9 +64,9 @@ class Prefetcher:
             self._busy = True
         self._workers.put(self._run)
 
-    def staff(self) -> None:
+    def ensure_threads(self) -> None:
         """Start its thread where it could not be started."""
-        self._workers.staff()
+        self._workers.ensure_threads()
 
     def close(self, timeout_s: float) -> list[str]:
         """Read no further, and end the thread; return its name if it hangs, as on a disk that does not answer."""

@@ -14,7 +14,7 @@ from fsm.messages.commands import Finished, Grant, NotifyContention, Reject, Rev
 from fsm.messages.events import Acquire, Cancel, Event, Release, Unresponsive
 from fsm.messages.reasons import NoAnswer
 from fsm.messages.refusals import QueueFullRefusal
-from scheduler.concurrency.latch import Gate
+from scheduler.concurrency.latch import Latch
 from scheduler.errors.exceptions import (
     InvalidSettings,
     SchedulerBroken,
@@ -26,8 +26,8 @@ from scheduler.errors.from_refusals import error_of
 from scheduler.errors.wording import revoke_reason
 from scheduler.runtime.driver import Driver, Value
 from scheduler.runtime.executor import Executor
-from scheduler.runtime.model_registry import Question, Registry
-from scheduler.runtime.pending_request import Callback, FutureTicket, Ticket
+from scheduler.runtime.model_registry import ModelRegistry, ParsedRequest
+from scheduler.runtime.pending_request import Callback, FutureRequest, PendingRequest
 
 log = logging.getLogger("loadmaster")
 
@@ -36,12 +36,12 @@ Answer = Grant | Reject | RevokeLease | NotifyContention | Finished  # all other
 _LOOK_UP_S = 1.0  # no single wait is longer: a Ctrl-C that comes right before one is only seen when it ends
 
 
-class Desk:
+class RequestBroker:
     """Takes requests in and hands answers out: a peer of the driver, which decides, and of the executor."""
 
     def __init__(
         self,
-        registry: Registry,
+        registry: ModelRegistry,
         driver: Driver,
         executor: Executor,
         knows: Callable[[ModelId], bool],
@@ -49,8 +49,8 @@ class Desk:
     ) -> None:
         self.forked = False  # this is the copy in a forked child: nothing here may be touched
         self.closing = False
-        self.finished = Gate()  # every runner is unloaded after a close
-        self.tickets: dict[RequestId, Ticket] = {}  # from Acquire until refused, lost or given back
+        self.finished = Latch()  # every runner is unloaded after a close
+        self.requests: dict[RequestId, PendingRequest] = {}  # from Acquire until refused, lost or given back
         self._ids = itertools.count(1)
         self._registry = registry
         self._driver = driver
@@ -58,47 +58,49 @@ class Desk:
         self._knows = knows  # whether the core knows a model; called under the driver's lock
         self._probe_timeout_s = probe_timeout_s
 
-    def ticket(self, question: Question) -> Ticket:
+    def new_request(self, question: ParsedRequest) -> PendingRequest:
         """Return a ticket for a question that is still to be asked."""
-        return Ticket(RequestId(next(self._ids)), question.want.model, question.name)
+        return PendingRequest(RequestId(next(self._ids)), question.spec.model, question.name)
 
-    def wait(self, ticket: Ticket, question: Question) -> None:
+    def submit_and_wait(self, ticket: PendingRequest, question: ParsedRequest) -> None:
         """Ask and block until it is granted; raises the refusal."""
         try:
-            self.ask(ticket, question)
+            self.submit(ticket, question)
             while not ticket.gate.acquire(timeout=_LOOK_UP_S):
                 continue
         except BaseException:  # Ctrl-C, say: whoever leaves has cancelled
-            self.withdraw(ticket)
+            self.cancel(ticket)
             raise
         if ticket.error is not None:
             raise ticket.error
 
-    def promise(self, future: Future[Any], question: Question, deliver: Callable[[FutureTicket], None]) -> None:
+    def submit_future(
+        self, future: Future[Any], question: ParsedRequest, deliver: Callable[[FutureRequest], None]
+    ) -> None:
         """Ask for a future; one that is cancelled while it waits has left."""
-        ticket = self.submit(question, deliver)
+        ticket = self.new_future_request(question, deliver)
 
         def leave(done: Future[Any]) -> None:
             if done.cancelled():
-                self.withdraw(ticket)
+                self.cancel(ticket)
                 ticket.settle(done, None)
 
         future.add_done_callback(leave)
 
-    def submit(self, question: Question, deliver: Callable[[FutureTicket], None]) -> FutureTicket:
+    def new_future_request(self, question: ParsedRequest, deliver: Callable[[FutureRequest], None]) -> FutureRequest:
         """Ask and return; `deliver` is called from a worker when it is answered."""
-        id, model = RequestId(next(self._ids)), question.want.model
-        ticket = FutureTicket(id, model, question.name, self._executor.call, deliver)
-        self.ask(ticket, question)
+        id, model = RequestId(next(self._ids)), question.spec.model
+        ticket = FutureRequest(id, model, question.name, self._executor.call, deliver)
+        self.submit(ticket, question)
         return ticket
 
-    def ask(self, ticket: Ticket, question: Question) -> None:
+    def submit(self, ticket: PendingRequest, question: ParsedRequest) -> None:
         """Post a request; the ticket is answered some time after, or before this returns."""
-        self.tickets[ticket.id] = ticket
+        self.requests[ticket.id] = ticket
         if question.model is not None:
-            self._registry.keep(question.model)  # once its ticket is there: see _drop
-        self.post(Acquire(ticket.id, question.want, question.keep_alive_s, question.timeout_s))
-        if self.closing and self.finished.is_set() and self.tickets.pop(ticket.id, None) is not None:
+            self._registry.register(question.model)  # once its ticket is there: see _drop
+        self.post(Acquire(ticket.id, question.spec, question.keep_alive_s, question.timeout_s))
+        if self.closing and self.finished.is_set() and self.requests.pop(ticket.id, None) is not None:
             ticket.answer(None, SchedulerClosed())  # the driver has ended, or is about to
 
     def check(self) -> None:
@@ -110,28 +112,28 @@ class Desk:
         self.check()
         self._driver.post(event)
 
-    def read(self, look: Callable[[Core], Value]) -> Value:
+    def query(self, look: Callable[[Core], Value]) -> Value:
         """Return what `look` finds in the core."""
         self.check()
-        return self._driver.read(look)
+        return self._driver.query(look)
 
-    def withdraw(self, ticket: Ticket) -> None:
+    def cancel(self, ticket: PendingRequest) -> None:
         """The asker is gone: whatever becomes of the request, nothing of it remains."""
-        if ticket.id in self.tickets and not self.forked:
+        if ticket.id in self.requests and not self.forked:
             self._driver.post(Cancel(ticket.id))  # first: if Ctrl-C comes in between, it is only said twice
-            self.tickets.pop(ticket.id, None)
+            self.requests.pop(ticket.id, None)
 
-    def give_back(self, ticket: Ticket) -> bool:
+    def release(self, ticket: PendingRequest) -> bool:
         """Release what a ticket holds; return False where that was done before, or it was lost."""
-        if ticket.id not in self.tickets or self.forked:
+        if ticket.id not in self.requests or self.forked:
             return False
-        if ticket.life is not None:
-            ticket.life.lease_ended = True
+        if ticket.runner is not None:
+            ticket.runner.lease_ended = True
         self._driver.post(Release(ticket.id))  # first: if Ctrl-C comes in between, it is only said twice
-        self.tickets.pop(ticket.id, None)
+        self.requests.pop(ticket.id, None)
         return True
 
-    def listen(self, ticket: Ticket, what: str, callback: Callback) -> None:
+    def add_listener(self, ticket: PendingRequest, what: str, callback: Callback) -> None:
         """Have a callback run when a lease is lost or wanted; at once where it is already."""
         if not callable(callback):
             raise InvalidSettings("callback", callback, "callable")
@@ -142,24 +144,24 @@ class Desk:
                 ticket.callbacks = (*ticket.callbacks, (what, callback))
             return happened
 
-        if self.read(add):
+        if self.query(add):
             self._executor.call(lambda: _call(callback))
 
-    def look_at(self, ticket: Ticket) -> None:
+    def verify_runner(self, ticket: PendingRequest) -> None:
         """A connection to a runner broke: have it known whether that is gone; blocks for as long as a probe may.
 
         Its exit may be heard of some time after its connections have ended, and it must be granted to nobody meanwhile.
         """
-        life = ticket.life
+        life = ticket.runner
         if life is None or life.process is None or ticket.lost or self.finished.is_set():
             return
         if not life.over and life.process.healthy(self._probe_timeout_s):
             return
         if not life.over:
             self.post(Unresponsive(life.runner, NoAnswer(self._probe_timeout_s, disconnected=True)))
-        self.read(lambda core: None)  # after that: the lease is lost
+        self.query(lambda core: None)  # after that: the lease is lost
 
-    def _notify(self, ticket: Ticket, what: str) -> None:
+    def _notify(self, ticket: PendingRequest, what: str) -> None:
         for when, callback in ticket.callbacks:
             if when == what:
                 self._executor.call(lambda callback=callback: _call(callback))  # type: ignore[misc]  # binds now
@@ -168,23 +170,23 @@ class Desk:
         """Hand on one answer; under the driver's lock."""
         match command:
             case Grant(request, runner):
-                if (ticket := self.tickets.get(request)) is not None:
-                    ticket.answer(self._executor.lives.get(runner) if runner is not None else None, None)
+                if (ticket := self.requests.get(request)) is not None:
+                    ticket.answer(self._executor.runner_handles.get(runner) if runner is not None else None, None)
             case Reject(request, refusal):
-                if request in self.tickets:
+                if request in self.requests:
                     error = error_of(refusal, self._registry.name)  # first: if it raises, `answer_all` finds the ticket
-                    if (ticket := self.tickets.pop(request, None)) is not None:
+                    if (ticket := self.requests.pop(request, None)) is not None:
                         ticket.answer(None, error)
                         if isinstance(refusal, QueueFullRefusal):  # the core never heard of it
                             self._forget(ticket.model_id)
             case RevokeLease(request, reason):
-                if (ticket := self.tickets.pop(request, None)) is not None:
+                if (ticket := self.requests.pop(request, None)) is not None:
                     ticket.closed = reason is None
                     ticket.lost = revoke_reason(reason)
                     self._notify(ticket, "lost")
             case NotifyContention(_, requests):
                 for id in requests:
-                    if (ticket := self.tickets.get(id)) is not None:
+                    if (ticket := self.requests.get(id)) is not None:
                         ticket.wanted = True
                         self._notify(ticket, "wanted")
             case Finished():
@@ -192,10 +194,10 @@ class Desk:
             case _:
                 assert_never(command)
 
-    def let_go(self) -> None:
+    def drop_unused_objects(self) -> None:
         """Forget objects that nobody asks for or has pinned and that are not loaded, with what their loads refer to."""
         if self._registry.objects():
-            self.read(self._let_go)
+            self.query(self._let_go)
 
     def _let_go(self, core: Core) -> None:
         self._executor.forget_past()
@@ -206,7 +208,7 @@ class Desk:
 
     def forget(self, model: ModelId) -> None:
         """Forget a model that the core does not know, unless somebody asks for it."""
-        self.read(lambda _: self._forget(model))
+        self.query(lambda _: self._forget(model))
 
     def _forget(self, model: ModelId) -> None:
         """The same, under the driver's lock."""
@@ -218,10 +220,10 @@ class Desk:
 
         Whoever asks at this moment has a ticket before the model is kept: it is seen here, or the model is kept again.
         """
-        if (forgotten := self._registry.forget(model)) is None:
+        if (forgotten := self._registry.unregister(model)) is None:
             return
-        if any(ticket.model_id == model for ticket in list(self.tickets.values())):
-            self._registry.keep(forgotten)
+        if any(ticket.model_id == model for ticket in list(self.requests.values())):
+            self._registry.register(forgotten)
 
     def fail(self, error: BaseException) -> None:
         """A step raised: tell everybody, and let close end the rest."""
@@ -230,9 +232,9 @@ class Desk:
 
     def answer_all(self, error: Callable[[], SchedulerError]) -> None:
         """End every request that is left: refuse what waits, break what is held."""
-        while self.tickets:
+        while self.requests:
             try:
-                _, ticket = self.tickets.popitem()
+                _, ticket = self.requests.popitem()
             except KeyError:
                 return
             if ticket.answered:

@@ -18,7 +18,7 @@ log = logging.getLogger("loadmaster")
 _PROGRESS_S = 1.0  # progress is posted at most so often
 
 
-class Life:
+class RunnerHandle:
     """One runner's process, from Launch to Exited; the engine reports to it. Its calls may come from any thread."""
 
     def __init__(self, launch: Launch, engine: Engine, model: object, post: Callable[[Event], None]) -> None:

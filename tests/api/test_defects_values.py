@@ -31,7 +31,7 @@ from scheduler.models import gguf_metadata as metadata_module
 from scheduler.models.catalog import Catalog
 from scheduler.models.gguf_metadata import read_metadata
 from scheduler.models.model_spec import MOST_PARTS
-from scheduler.runtime.model_registry import MOST_PRIORITY, Registry
+from scheduler.runtime.model_registry import MOST_PRIORITY, ModelRegistry
 from tests.support.leaks import no_leaks
 from tests.support.real import send, settings
 from tests.support.tiny_models import write_tiny_model
@@ -82,21 +82,21 @@ def test_a_priority_beyond_reason_is_refused(scheduler: Scheduler, priority: Any
 @pytest.mark.parametrize("name", ["num_ctx", "num_batch", "num_parallel", "num_gpu", "main_gpu", "num_thread"])
 def test_a_number_that_no_recording_can_hold_is_refused(file: Path, name: str) -> None:
     """Of more than 63 bits, by the request or by the model; the largest that is taken is refused for what it asks."""
-    registry = Registry(LlamaEngine(), PythonEngine(), Catalog([]), pin=lambda model: None)
+    registry = ModelRegistry(LlamaEngine(), PythonEngine(), Catalog([]), pin=lambda model: None)
     for asked, asking in ((file, {name: 2**63}), (ModelSpec("a", str(file), options=Options(**{name: 10**400})), {})):
         with pytest.raises(UnsupportedOption, match="below 2\\*\\*63"):
-            registry.question(asked, asking)  # type: ignore[arg-type]  # made up of names
-    registry.question(file, {name: 2**63 - 1})  # type: ignore[misc]  # the same
+            registry.parse_cached(asked, asking)  # type: ignore[arg-type]  # made up of names
+    registry.parse_cached(file, {name: 2**63 - 1})  # type: ignore[misc]  # the same
 
 
 def test_what_equals_a_value_that_was_taken_is_refused_all_the_same(file: Path) -> None:
     """True is equal to 1, which was asked for right before."""
-    registry = Registry(LlamaEngine(), PythonEngine(), Catalog([]), pin=lambda model: None)
-    registry.question(file, {"timeout": 1, "require_gpu": False})
+    registry = ModelRegistry(LlamaEngine(), PythonEngine(), Catalog([]), pin=lambda model: None)
+    registry.parse_cached(file, {"timeout": 1, "require_gpu": False})
     wrong: tuple[Any, ...] = ({"timeout": True, "require_gpu": False}, {"timeout": 1, "require_gpu": 0})
     for asking in wrong:
         with pytest.raises((InvalidSettings, UnsupportedOption)):
-            registry.question(file, asking)
+            registry.parse_cached(file, asking)
 
 
 # -- time limits -------------------------------------------------------------------------------------------------------
@@ -158,7 +158,7 @@ def test_a_runner_is_probed_again_and_again_without_a_time_limit(file: Path, cap
     """An endless probe of a runner that answers ends, and the next one finds out what is wrong later."""
     arguments = {"probe_timeout": "forever", "probe_interval": "50ms"}
     with no_leaks(), Scheduler(settings(num_ctx=256, **arguments)) as scheduler, scheduler.acquire(file) as lease:
-        (life,) = scheduler._executor.lives.values()
+        (life,) = scheduler._executor.runner_handles.values()
         process, asked = life.process, []
         assert process is not None
         healthy = process.healthy

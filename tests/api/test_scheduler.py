@@ -518,7 +518,7 @@ def test_what_looks_at_runners_now_and_then_keeps_none_of_them(monkeypatch: pyte
     alive = weakref.ref(work)
     with Scheduler(Settings(gpus=False)) as scheduler:
         with scheduler.acquire(a_model("job", load=work), keep_alive=0):
-            looks = Mock(side_effect=scheduler._executor.staff)
+            looks = Mock(side_effect=scheduler._executor.ensure_threads)
             monkeypatch.setattr(scheduler._executor, "staff", looks)  # each look begins with it
             assert_soon(lambda: looks.call_count > 1)
         del work
@@ -533,7 +533,7 @@ def test_an_object_that_is_in_use_or_pinned_stays_known(scheduler: Scheduler) ->
     scheduler.preload(a_model("rests", "100MiB")).result(LIMIT_S)
     with scheduler.acquire(a_model("held", "100MiB")):
         assert_soon(lambda: "pinned" not in states(scheduler))
-        scheduler._desk.let_go()
+        scheduler._desk.drop_unused_objects()
         assert scheduler.debug_state().named_models == {"python:pinned", "python:rests", "python:held"}
 
 
@@ -542,7 +542,7 @@ def test_an_object_that_is_let_go_of_as_its_request_is_withdrawn_harms_nobody(sc
     cancel(scheduler, a_model("a"))
     with scheduler._driver._lock:  # the driver is in the middle of a step
         assert scheduler.submit(a_model("a")).cancel()
-        scheduler._registry.forget(a_model("a").id)
+        scheduler._registry.unregister(a_model("a").id)
     assert_soon(lambda: states(scheduler) == {})
     scheduler.acquire(a_model("b")).release()
     assert scheduler.debug_state().error is None
@@ -551,7 +551,7 @@ def test_an_object_that_is_let_go_of_as_its_request_is_withdrawn_harms_nobody(sc
 def test_what_does_not_stop_is_shown_as_stuck(scheduler: Scheduler) -> None:
     """Its memory stays booked; the bound is the core's, so it is shortened here."""
     gate = Gate()
-    read = scheduler._driver.read
+    read = scheduler._driver.query
     read(lambda core: setattr(core._state, "limits", replace(core._state.config, stop_timeout_s=0.01)))
     scheduler.acquire(a_model("a", unload=gate), keep_alive=0).release()
     assert gate.entered.wait(LIMIT_S)
@@ -633,7 +633,7 @@ def test_a_name_that_is_asked_for_while_it_is_forgotten_is_inspected_again(
     moment: str, scheduler: Scheduler, refused: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It may mean something by now; the core has yet to hear of that request."""
-    forget = scheduler._registry.forget
+    forget = scheduler._registry.unregister
     asked: list[Future[Lease]] = []
 
     def ask() -> None:
@@ -740,10 +740,10 @@ def test_the_debug_state_tells_what_is_held_inside(scheduler: Scheduler) -> None
 
 def test_the_debug_state_checks_the_invariants(scheduler: Scheduler) -> None:
     """What is wrong with the books is told as it is found."""
-    scheduler._driver.read(lambda core: setattr(core._state, "queued", 1))
+    scheduler._driver.query(lambda core: setattr(core._state, "queued", 1))
     with pytest.raises(AssertionError, match="the queue is miscounted"):
         scheduler.debug_state()
-    scheduler._driver.read(lambda core: setattr(core._state, "queued", 0))
+    scheduler._driver.query(lambda core: setattr(core._state, "queued", 0))
     assert not scheduler.debug_state().snapshot.queue
 
 
@@ -870,7 +870,7 @@ def test_close_names_the_callback_that_hangs_and_nothing_else(caplog: pytest.Log
     """It uses up all the time there is for threads to end; those that would have ended at once are not to blame."""
     gate = Gate()
     scheduler = Scheduler(Settings(gpus=False))
-    footprints = scheduler._executor.footprints
+    footprints = scheduler._executor.measurements
     assert footprints is not None and not footprints.recall(Identity("files", "state")).sizes  # its thread is there
     scheduler.preload(a_model("a")).add_done_callback(gate)
     assert gate.entered.wait(LIMIT_S)
@@ -1013,7 +1013,8 @@ def test_a_fork_in_the_middle_of_a_step_is_told_so_at_once(scheduler: Scheduler,
 
 
 @pytest.mark.parametrize(
-    "moment", ["scheduler.runtime.memory_sampler.Sampler.refresh", "scheduler.runtime.health_monitor.Prober.start"]
+    "moment",
+    ["scheduler.runtime.memory_sampler.MemorySampler.refresh", "scheduler.runtime.health_monitor.HealthMonitor.start"],
 )
 def test_ctrl_c_while_a_scheduler_is_made_leaves_nothing(
     moment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -6,7 +6,7 @@ import psutil
 import pytest
 
 from fsm.domain.devices import HOST, DeviceSample
-from scheduler.devices.device_reader import Devices
+from scheduler.devices.device_reader import DeviceReader
 from scheduler.devices.nvml import RETRY_S, Board, visible_devices
 from tests.support.nvml import (
     LOST,
@@ -32,26 +32,26 @@ DIVIDED = Gpu("GPU-3", instances=[Gpu("MIG-31", total=300, free=100, processes={
 
 def test_the_host_is_always_there() -> None:
     """Without GPUs the host is the only device, with no more than the machine has."""
-    (host,) = Devices(gpus=False).sample()
+    (host,) = DeviceReader(gpus=False).sample()
     assert (host.id, host.kind, host.integrated, host.fresh) == (HOST, "cpu", False, True)
     assert 0 < host.free_bytes <= host.capacity_bytes <= psutil.virtual_memory().total
 
 
 def test_the_memory_limit_caps_the_hosts_capacity_only() -> None:
     """What is reported free is the machine's; the limit is on what we take."""
-    (host,) = Devices(gpus=False, memory_limit_bytes=1 << 20).sample()
+    (host,) = DeviceReader(gpus=False, memory_limit_bytes=1 << 20).sample()
     assert (host.capacity_bytes, host.free_bytes > 1 << 20) == (1 << 20, True)
 
 
 def test_a_memory_limit_above_the_machines_memory_changes_nothing() -> None:
     """There is no more than there is."""
-    (host,) = Devices(gpus=False, memory_limit_bytes=1 << 60).sample()
+    (host,) = DeviceReader(gpus=False, memory_limit_bytes=1 << 60).sample()
     assert host.capacity_bytes <= psutil.virtual_memory().total
 
 
 def test_a_memory_limit_that_is_changed_shows_in_the_next_sample() -> None:
     """None takes it away."""
-    source = Devices(gpus=False)
+    source = DeviceReader(gpus=False)
     (unlimited,) = source.sample()
     source.set_memory_limit(1 << 20)
     assert source.sample()[0].capacity_bytes == 1 << 20
@@ -104,14 +104,14 @@ def test_a_gpu_that_was_lost_before_it_was_known_keeps_its_index() -> None:
 def test_gpus_come_in_the_order_of_cuda_visible_devices(nvml: StandIn) -> None:
     """It is the order that `main_gpu` counts in."""
     nvml.say(ONE, TWO, DIVIDED)
-    assert list(gpus_of(Devices())) == ["GPU-2", "GPU-1"]
+    assert list(gpus_of(DeviceReader())) == ["GPU-2", "GPU-1"]
 
 
 @beside_stand_in(CUDA_VISIBLE_DEVICES="GPU-2")
 def test_a_hidden_gpu_is_not_asked_about(nvml: StandIn) -> None:
     """What is wrong with it is nobody's business, and what runs on it neither."""
     nvml.say(ONE.but(memory_code=LOST), TWO)
-    source = Devices()
+    source = DeviceReader()
     assert (list(gpus_of(source)), list(source.gpu_processes()), source.problems) == (["GPU-2"], ["GPU-2"], ())
 
 
@@ -119,7 +119,7 @@ def test_a_hidden_gpu_is_not_asked_about(nvml: StandIn) -> None:
 def test_an_index_among_different_gpus_is_said_to_be_ambiguous(nvml: StandIn) -> None:
     """CUDA counts the fastest first by default, which no driver tells."""
     nvml.say(ONE, TWO.but(capability=(8, 0)))
-    source = Devices()
+    source = DeviceReader()
     assert list(gpus_of(source)) == ["GPU-2"]
     (problem,) = source.problems
     assert "CUDA_DEVICE_ORDER" in problem
@@ -129,7 +129,7 @@ def test_an_index_among_different_gpus_is_said_to_be_ambiguous(nvml: StandIn) ->
 def test_an_index_in_the_order_of_the_bus_is_not_ambiguous(nvml: StandIn) -> None:
     """That is how they are counted here."""
     nvml.say(ONE, TWO.but(capability=(8, 0)))
-    source = Devices()
+    source = DeviceReader()
     assert (list(gpus_of(source)), source.problems) == (["GPU-2"], ())
 
 
@@ -140,7 +140,7 @@ def test_an_index_in_the_order_of_the_bus_is_not_ambiguous(nvml: StandIn) -> Non
 def test_gpus_have_their_memory_and_processes(nvml: StandIn) -> None:
     """The driver's own reserve is no capacity; processes come by pid."""
     nvml.say(ONE, TWO)
-    source = Devices()
+    source = DeviceReader()
     assert gpus_of(source) == {
         "GPU-1": DeviceSample("GPU-1", "gpu", "Stand-in 9.0", 950, 800),
         "GPU-2": DeviceSample("GPU-2", "gpu", "Stand-in 9.0", 1900, 1900),
@@ -152,7 +152,7 @@ def test_gpus_have_their_memory_and_processes(nvml: StandIn) -> None:
 def test_an_old_driver_is_asked_in_its_own_way(nvml: StandIn) -> None:
     """Where functions are missing, the ones before them do: the reserve counts as usable, and nothing is divided."""
     nvml.say(ONE, DIVIDED)
-    source = Devices()
+    source = DeviceReader()
     assert gpus_of(source)["GPU-1"] == DeviceSample("GPU-1", "gpu", "Stand-in 9.0", 1000, 800)
     assert (source.gpu_processes()["GPU-1"], source.problems) == ({77: 150}, ())
 
@@ -161,7 +161,7 @@ def test_an_old_driver_is_asked_in_its_own_way(nvml: StandIn) -> None:
 def test_every_instance_of_a_divided_gpu_is_a_device(nvml: StandIn) -> None:
     """Each has its own memory and processes; the GPU as such is none beside them."""
     nvml.say(ONE, DIVIDED)
-    source = Devices()
+    source = DeviceReader()
     gpus = gpus_of(source)
     assert {id: (gpu.capacity_bytes, gpu.free_bytes, gpu.instance) for id, gpu in gpus.items()} == {
         "GPU-1": (950, 800, False), "MIG-31": (300, 100, True), "MIG-32": (500, 500, True),
@@ -173,7 +173,7 @@ def test_every_instance_of_a_divided_gpu_is_a_device(nvml: StandIn) -> None:
 def test_a_gpu_that_is_divided_into_nothing_is_left_out(nvml: StandIn) -> None:
     """CUDA could not use it either; somebody may be about to divide it."""
     nvml.say(DIVIDED.but(instances=[]))
-    source = Devices()
+    source = DeviceReader()
     assert gpus_of(source) == {}
     assert source.problems == ("GPU GPU-3 is left out: it is to be divided, but into nothing yet",)
     nvml.say(DIVIDED)
@@ -183,7 +183,7 @@ def test_a_gpu_that_is_divided_into_nothing_is_left_out(nvml: StandIn) -> None:
 @beside_stand_in()
 def test_memory_that_others_take_and_give_back_is_seen(nvml: StandIn) -> None:
     """Each sample is of its own moment."""
-    source = Devices()
+    source = DeviceReader()
     seen = []
     for free in (800, 100, 750):
         nvml.say(ONE.but(free=free))
@@ -195,7 +195,7 @@ def test_memory_that_others_take_and_give_back_is_seen(nvml: StandIn) -> None:
 def test_a_reserve_is_taken_off_every_gpu_with_memory_of_its_own(nvml: StandIn) -> None:
     """Off what there is and off what is free, which may go below nothing."""
     nvml.say(ONE.but(free=100), Gpu("GPU-i", memory_code=NOT_SUPPORTED))
-    gpus = gpus_of(Devices(gpu_reserve_bytes=200))
+    gpus = gpus_of(DeviceReader(gpu_reserve_bytes=200))
     assert (gpus["GPU-1"].capacity_bytes, gpus["GPU-1"].free_bytes) == (750, -100)
     assert gpus["GPU-i"].integrated
 
@@ -204,7 +204,7 @@ def test_a_reserve_is_taken_off_every_gpu_with_memory_of_its_own(nvml: StandIn) 
 def test_processes_that_may_not_be_seen_are_missing_and_named(nvml: StandIn) -> None:
     """Without permission the memory is known all the same."""
     nvml.say(ONE.but(processes_code=NO_PERMISSION), TWO.but(processes={5: 10, 6: -1}))
-    source = Devices()
+    source = DeviceReader()
     assert list(gpus_of(source)) == ["GPU-1", "GPU-2"]
     assert source.gpu_processes() == {"GPU-2": {5: 10}}
     assert source.problems == (
@@ -220,7 +220,7 @@ def test_s27_a_gpu_without_memory_of_its_own_is_integrated(nvml: StandIn) -> Non
     """S27, N03: whether its driver refuses to tell, tells nothing, or tells of the host's memory."""
     orin, gb10 = Gpu("GPU-o", memory_code=NOT_SUPPORTED, capability=(8, 7)), Gpu("GPU-g", 1 << 36, capability=(12, 1))
     nvml.say(orin, gb10, TWO)
-    source = Devices()
+    source = DeviceReader()
     host, *gpus = source.sample()
     assert [gpu.integrated for gpu in gpus] == [True, True, False]
     assert [gpu.memory for gpu in gpus] == [HOST, HOST, "GPU-2"]
@@ -233,7 +233,7 @@ def test_s27_a_gpu_without_memory_of_its_own_is_integrated(nvml: StandIn) -> Non
 def test_a_gpu_that_does_not_tell_its_memory_shares_the_hosts(nvml: StandIn) -> None:
     """Of one that is not known to be integrated that is a guess, and said to be."""
     nvml.say(ONE.but(memory_code=NOT_SUPPORTED), TWO.but(total=0, reserved=0))
-    source = Devices()
+    source = DeviceReader()
     assert [gpu.integrated for gpu in gpus_of(source).values()] == [True, True]
     assert source.problems == tuple(
         f"GPU {id} does not tell its memory: it is taken to share the host's" for id in ("GPU-1", "GPU-2")
@@ -244,7 +244,7 @@ def test_a_gpu_that_does_not_tell_its_memory_shares_the_hosts(nvml: StandIn) -> 
 def test_n03_an_integrated_gpu_has_no_more_than_the_host_may_use(nvml: StandIn) -> None:
     """N03: a limit on the host is one on what it shares."""
     nvml.say(Gpu("GPU-i", memory_code=NOT_SUPPORTED))
-    host, gpu = Devices(memory_limit_bytes=1 << 20).sample()
+    host, gpu = DeviceReader(memory_limit_bytes=1 << 20).sample()
     assert (gpu.capacity_bytes, gpu.free_bytes) == (1 << 20, host.free_bytes)
 
 
@@ -254,7 +254,7 @@ def test_n03_an_integrated_gpu_has_no_more_than_the_host_may_use(nvml: StandIn) 
 @beside_stand_in()
 def test_a_lost_gpu_is_left_out_and_named(nvml: StandIn) -> None:
     """The others go on being used, the host too."""
-    source = Devices()
+    source = DeviceReader()
     nvml.say(ONE, TWO)
     assert list(gpus_of(source)) == ["GPU-1", "GPU-2"]
     nvml.say(ONE.but(memory_code=LOST), TWO)
@@ -267,7 +267,7 @@ def test_a_lost_gpu_is_left_out_and_named(nvml: StandIn) -> None:
 @beside_stand_in(CUDA_VISIBLE_DEVICES="GPU-1,GPU-2")
 def test_a_gpu_that_cannot_be_opened_hides_none_of_those_after_it(nvml: StandIn) -> None:
     """It is known by its id as long as it was there once, though CUDA would end the list at it."""
-    source = Devices()
+    source = DeviceReader()
     nvml.say(ONE, TWO)
     gpus_of(source)
     nvml.say(ONE.but(open_code=LOST), TWO)
@@ -278,7 +278,7 @@ def test_a_gpu_that_cannot_be_opened_hides_none_of_those_after_it(nvml: StandIn)
 def test_a_lost_gpu_that_comes_back_is_found_by_starting_the_driver_again(nvml: StandIn) -> None:
     """The driver's library has it lost until then; it is not started again at every look."""
     clock = Clock()
-    source = Devices(clock=clock)
+    source = DeviceReader(clock=clock)
     nvml.say(ONE, TWO)
     gpus_of(source)
     nvml.say(ONE.but(open_code=LOST), TWO)
@@ -293,7 +293,7 @@ def test_a_lost_gpu_that_comes_back_is_found_by_starting_the_driver_again(nvml: 
 def test_a_driver_is_asked_again_after_a_minute(nvml: StandIn) -> None:
     """A driver that comes late is found, but not asked at every look; after close sampling starts afresh."""
     clock = Clock()
-    source = Devices(clock=clock)
+    source = DeviceReader(clock=clock)
     counts = [len(gpus_of(source))]
     assert source.problems == ("no GPU is used: Driver Not Loaded",)
     nvml.say(ONE)
@@ -310,7 +310,7 @@ def test_a_driver_that_does_not_start_leaves_the_host(nvml: StandIn) -> None:
     """Whatever it says; nothing is raised, and the reason is told."""
     for code, words in ((NO_DRIVER, "Driver Not Loaded"), (MISMATCH, "RM has detected an NVML/RM version mismatch.")):
         nvml.say(ONE, init=code)
-        source = Devices()
+        source = DeviceReader()
         assert gpus_of(source) == {}
         assert source.problems == (f"no GPU is used: {words}",)
 
@@ -319,19 +319,19 @@ def test_a_driver_that_does_not_start_leaves_the_host(nvml: StandIn) -> None:
 def test_a_library_without_what_is_needed_leaves_the_host(nvml: StandIn) -> None:
     """It is older than anything that could be used."""
     nvml.say(ONE)
-    source = Devices()
+    source = DeviceReader()
     assert (gpus_of(source), source.problems) == ({}, ("no GPU is used: Function Not Found",))
 
 
 @beside_stand_in(library="nonsense")
 def test_a_library_that_is_none_leaves_the_host(nvml: StandIn) -> None:
     """A file of that name which cannot be loaded."""
-    source = Devices()
+    source = DeviceReader()
     assert (gpus_of(source), len(source.problems)) == ({}, 1)
 
 
 @beside_stand_in(library=None)
 def test_a_machine_without_the_library_has_no_gpus(nvml: StandIn) -> None:
     """As most machines are."""
-    source = Devices()
+    source = DeviceReader()
     assert (gpus_of(source), source.gpu_processes(), len(source.problems)) == ({}, {}, 1)

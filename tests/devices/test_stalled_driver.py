@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 from scheduler.devices import device_reader
-from scheduler.devices.device_reader import ANSWER_S, TRUST_S, Devices
+from scheduler.devices.device_reader import ANSWER_S, TRUST_S, DeviceReader
 from tests.support.nvml import Clock, Gpu, StandIn, beside_stand_in, free_of, gpus_of
 from tests.support.waiting import assert_soon
 
@@ -13,7 +13,7 @@ ONE = Gpu("GPU-1", total=1000, free=800)
 TWO = Gpu("GPU-2", total=2000, free=1900)
 
 
-def stalls(nvml: StandIn, function: str, source: Devices) -> float:
+def stalls(nvml: StandIn, function: str, source: DeviceReader) -> float:
     """Read once, have a function not return from then on, read again; return how long that took, in seconds."""
     device_reader.ANSWER_S = 0.6
     nvml.say(ONE, TWO)
@@ -30,7 +30,7 @@ def stalls(nvml: StandIn, function: str, source: Devices) -> float:
 def test_d15_a_call_that_stalls_is_waited_for_once(nvml: StandIn) -> None:
     """D15: whichever it is. What was known of the GPUs holds until it returns; then everything is read again."""
     for function in ("nvmlDeviceGetCount_v2", "nvmlDeviceGetMemoryInfo_v2", "nvmlDeviceGetComputeRunningProcesses_v3"):
-        source = Devices()
+        source = DeviceReader()
         assert 0.5 < stalls(nvml, function, source) < 6.0
         device_reader.ANSWER_S = 60.0
         began = time.monotonic()
@@ -48,7 +48,7 @@ def test_d15_a_call_that_stalls_is_waited_for_once(nvml: StandIn) -> None:
 def test_a_stalled_driver_is_named_and_not_used_before_long(nvml: StandIn) -> None:
     """A program that is started on such a GPU may never end, so that its figures hold only for a while."""
     clock = Clock()
-    source = Devices(clock=clock)
+    source = DeviceReader(clock=clock)
     stalls(nvml, "nvmlDeviceGetMemoryInfo_v2", source)
     clock.now += TRUST_S - 1
     assert list(gpus_of(source)) == ["GPU-1", "GPU-2"]
@@ -66,7 +66,7 @@ def test_a_driver_that_stalls_from_the_start_leaves_the_host(nvml: StandIn) -> N
     """Nothing is known of its GPUs; they are found when it answers."""
     device_reader.FIRST_ANSWER_S = 0.3
     nvml.say(ONE, stall="nvmlInitWithFlags")
-    source = Devices(clock=(clock := Clock()))
+    source = DeviceReader(clock=(clock := Clock()))
     assert gpus_of(source) == {}
     clock.now += ANSWER_S
     assert len(source.problems) == 1
@@ -78,7 +78,7 @@ def test_a_driver_that_stalls_from_the_start_leaves_the_host(nvml: StandIn) -> N
 def test_d17_closing_does_not_wait_for_a_stalled_driver(nvml: StandIn) -> None:
     """D17: its thread lets go of the driver when it has its answer, and ends."""
     for function in ("nvmlDeviceGetMemoryInfo_v2", "nvmlShutdown"):
-        source = Devices()
+        source = DeviceReader()
         if function == "nvmlShutdown":
             nvml.say(ONE)
             gpus_of(source)

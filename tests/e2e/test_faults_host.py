@@ -107,10 +107,10 @@ def test_a_gap_is_noticed_before_anything_is_judged_by_it() -> None:
     driver = Driver(core, clock, lambda _: None, lambda _: False, lambda _: None, lambda: told.append("gap"))
     driver.start()
     try:
-        driver.read(lambda core: core._state.timers.set(("plan", 0), clock() + 0.02))
+        driver.query(lambda core: core._state.timers.set(("plan", 0), clock() + 0.02))
         assert_soon(lambda: isinstance(told[-1:] and told[-1], Tick))
         assert "gap" not in told
-        driver.read(lambda core: core._state.timers.set(("plan", 0), clock() + 60.0))
+        driver.query(lambda core: core._state.timers.set(("plan", 0), clock() + 60.0))
         clock.ahead_s = 3600.0
         driver._wake.put(True)  # as any event of the main thread would
         assert_soon(lambda: told[-2:] == ["gap", Tick()])

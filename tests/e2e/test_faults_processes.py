@@ -224,7 +224,7 @@ def test_a_model_that_fails_to_load_is_backed_off_longer_each_time(program: Prog
             with pytest.raises(LoadFailed) as refused:
                 scheduler.acquire(model)
             waits.append(refused.value.retry_after_s or 0)
-            scheduler._driver.read(
+            scheduler._driver.query(
                 lambda core: [setattr(one, "blocked_until", 0.0) for one in core._state.models.values()]
             )
     assert all(most_s / 2 < wait_s < most_s + 1 for wait_s, most_s in zip(waits, (10, 20, 40), strict=True)), waits
@@ -250,7 +250,7 @@ def test_a_file_that_is_cut_while_its_load_waits_for_its_turn_is_never_loaded(fo
         first, pid = begin_a_load(scheduler, folder / "a.gguf")
         waiting = scheduler.submit(path)
         assert_soon(lambda: len(scheduler.status().queue) == 2)
-        assert_soon(lambda: not scheduler._driver.read(inspecting))
+        assert_soon(lambda: not scheduler._driver.query(inspecting))
         os.truncate(path, 20_000)
         send(pid, signal.SIGCONT)
         first.result(LIMIT_S).release()

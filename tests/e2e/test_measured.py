@@ -18,12 +18,12 @@ from fsm.messages.decision_log import Decision
 from fsm.messages.events import Event, Sampled
 from scheduler import DoesNotFit, Lease, PythonModel, Scheduler
 from scheduler.api.status import RunnerStatus
-from scheduler.concurrency.thread_pool import Workers
-from scheduler.devices.device_reader import Devices
+from scheduler.concurrency.thread_pool import ThreadPool
+from scheduler.devices.device_reader import DeviceReader
 from scheduler.engines.interface import Buffer, Memory
 from scheduler.engines.llama import LlamaProcess
 from scheduler.engines.llama_protocol import BUFFERS_LIMIT, BYTES_LIMIT, buffers_of, loaded_of
-from scheduler.runtime.memory_sampler import Sampler
+from scheduler.runtime.memory_sampler import MemorySampler
 from tests.engines.test_llama_engine import Told
 from tests.support.real import SHORT, is_gone, quiet_end, send, settings
 from tests.support.tiny_models import write_tiny_model
@@ -66,7 +66,7 @@ def fill(lease: Lease, **parameters: Any) -> None:
 
 
 def has_been_looked_at(scheduler: Scheduler, lease: Lease) -> bool:
-    life = scheduler._executor.lives[lease.runner]
+    life = scheduler._executor.runner_handles[lease.runner]
     return not (life.lease_ended or life.looked_at)
 
 
@@ -248,7 +248,7 @@ def test_a_context_that_makes_no_sense_is_not_known(said: object, taken: int | N
     assert loaded is not None and (loaded.num_ctx, loaded.buffers) == (taken, ())
 
 
-class GpuOfAnotherMachine(Devices):
+class GpuOfAnotherMachine(DeviceReader):
     """Devices with two GPUs that are not there: what their driver tells of processes is the test's to say."""
 
     def __init__(self, held: Mapping[DeviceId, Mapping[int, int]]) -> None:
@@ -285,8 +285,8 @@ class Occupant:
 def reading(held: Mapping[DeviceId, Mapping[int, int]]) -> Sampled:
     """Return what is posted where the driver says that processes hold so much."""
     posted: list[Event] = []
-    workers = Workers("test", 1)
-    sampler = Sampler(GpuOfAnotherMachine(held), workers, lambda: [(1, Occupant())], posted.append)
+    workers = ThreadPool("test", 1)
+    sampler = MemorySampler(GpuOfAnotherMachine(held), workers, lambda: [(1, Occupant())], posted.append)
     assert sampler.refresh(LIMIT_S)
     assert workers.close(LIMIT_S) == []
     assert isinstance(posted[0], Sampled)

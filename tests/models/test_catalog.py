@@ -30,7 +30,7 @@ from scheduler.engines.llama import LlamaEngine
 from scheduler.engines.python import PythonEngine
 from scheduler.models.catalog import LISTED_S, Catalog, is_path
 from scheduler.models.sources import MANIFEST_BYTES, Folder, HuggingFaceCache, OllamaStore, default_resolvers
-from scheduler.runtime.model_registry import LASTING_S, Registry
+from scheduler.runtime.model_registry import LASTING_S, ModelRegistry
 from tests.support.leaks import no_leaks
 from tests.support.real import SHORT, settings
 from tests.support.stores import (
@@ -773,57 +773,57 @@ def shelf(tmp_path: Path) -> Shelf:
 
 
 @pytest.fixture
-def registry(shelf: Shelf, clock: Clock) -> Registry:
-    return Registry(LlamaEngine(), PythonEngine(), Catalog([shelf]), pin=lambda model: None, clock=clock)
+def registry(shelf: Shelf, clock: Clock) -> ModelRegistry:
+    return ModelRegistry(LlamaEngine(), PythonEngine(), Catalog([shelf]), pin=lambda model: None, clock=clock)
 
 
-def test_a_warm_name_is_not_looked_up_again_for_a_while(registry: Registry, shelf: Shelf, clock: Clock) -> None:
+def test_a_warm_name_is_not_looked_up_again_for_a_while(registry: ModelRegistry, shelf: Shelf, clock: Clock) -> None:
     """It costs what a path costs; each set of keywords is a question of its own."""
-    first = registry.question("chat", {})
+    first = registry.parse_cached("chat", {})
     clock.now = 0.99 * LASTING_S
-    assert registry.question("chat", {}) is first and shelf.asked == 1
+    assert registry.parse_cached("chat", {}) is first and shelf.asked == 1
 
 
 def test_a_name_that_was_moved_leads_to_the_new_file_after_a_short_time(
-    registry: Registry, shelf: Shelf, clock: Clock, tmp_path: Path
+    registry: ModelRegistry, shelf: Shelf, clock: Clock, tmp_path: Path
 ) -> None:
     """The documented two seconds; its older runner is another model."""
-    first = registry.question("chat", {"num_ctx": 512})
+    first = registry.parse_cached("chat", {"num_ctx": 512})
     shelf.models["chat"] = tmp_path / "new.gguf"
     clock.now = LASTING_S
-    second = registry.question("chat", {"num_ctx": 512})
-    assert (first.want.model, second.want.model) == (str(tmp_path / "old.gguf"), str(tmp_path / "new.gguf"))
+    second = registry.parse_cached("chat", {"num_ctx": 512})
+    assert (first.spec.model, second.spec.model) == (str(tmp_path / "old.gguf"), str(tmp_path / "new.gguf"))
 
 
 @pytest.mark.parametrize("kind", ["path", "spec"])
 def test_a_link_that_was_moved_leads_to_the_new_file_after_a_short_time(
-    registry: Registry, clock: Clock, tmp_path: Path, kind: str
+    registry: ModelRegistry, clock: Clock, tmp_path: Path, kind: str
 ) -> None:
     """For absolute paths and for specs; what is loaded is what the identity says."""
     link = tmp_path / "link.gguf"
     link.symlink_to(tmp_path / "old.gguf")
     model = str(link) if kind == "path" else ModelSpec("m", str(link))
-    registry.question(model, {})
+    registry.parse_cached(model, {})
     link.unlink()
     link.symlink_to(tmp_path / "new.gguf")
     clock.now = LASTING_S
-    question = registry.question(model, {})
+    question = registry.parse_cached(model, {})
     assert isinstance(question.model, ModelSpec)
-    assert question.want.model == question.model.path == str(tmp_path / "new.gguf")
+    assert question.spec.model == question.model.path == str(tmp_path / "new.gguf")
 
 
-def test_a_relative_path_that_is_not_there_was_looked_for_in_the_working_folder_too(registry: Registry) -> None:
+def test_a_relative_path_that_is_not_there_was_looked_for_in_the_working_folder_too(registry: ModelRegistry) -> None:
     """Whether it was meant as a path or as a name."""
     with pytest.raises(ModelNotFound) as refused:
-        registry.question("models/chat.gguf", {})
+        registry.parse_cached("models/chat.gguf", {})
     assert refused.value.looked_in == ("the working folder", "the shelf")
 
 
 @pytest.mark.parametrize("model", ["", "-chat", "chat\n", b"chat"])
-def test_what_is_neither_path_nor_name_is_refused(registry: Registry, model: str) -> None:
+def test_what_is_neither_path_nor_name_is_refused(registry: ModelRegistry, model: str) -> None:
     """Status 400, before anything is asked."""
     with pytest.raises(UnsupportedOption):
-        registry.question(model, {})
+        registry.parse_cached(model, {})
 
 
 def test_models_are_acquired_by_folder_name_and_by_ollama_name(

@@ -20,7 +20,7 @@ import pytest
 from fsm.domain.devices import HOST, DeviceId
 from fsm.domain.model_info import Options
 from fsm.sizing.load_history import LAST_LOADS, NOTHING, LoadHistory, LoadTimes, MeasuredBytes
-from scheduler.config.paths import NO_HOME, VERSION, default_footprints
+from scheduler.config.paths import NO_HOME, VERSION, default_measurement_file
 from scheduler.models.measurement_store import (
     _TABLE,
     APPLICATION_ID,
@@ -28,11 +28,11 @@ from scheduler.models.measurement_store import (
     MOST_OF_A_MODEL,
     MOST_ROW_BYTES,
     MOST_ROWS,
-    FootprintStore,
     Identity,
+    MeasurementStore,
     _checksum,
 )
-from scheduler.models.measurements import Footprints, identity_of
+from scheduler.models.measurements import Measurements, identity_of
 from scheduler.models.model_spec import ModelSpec
 from tests.support.waiting import LIMIT_S
 
@@ -48,9 +48,9 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "cache" / "footprints.sqlite3"
 
 
-def written(path: Path, *, load_s: float = 1.5) -> FootprintStore:
+def written(path: Path, *, load_s: float = 1.5) -> MeasurementStore:
     """Return a store that has written one row."""
-    store = FootprintStore(path)
+    store = MeasurementStore(path)
     store.write(FILE, OPTIONS, SPLIT, TOOK, load_s)
     return store
 
@@ -77,12 +77,12 @@ def is_a_store(path: Path) -> bool:
 def test_what_was_written_is_read_by_another_store(path: Path) -> None:
     """As after a restart: options, split, bytes and seconds are exactly those that were written."""
     written(path)
-    assert FootprintStore(path).read(FILE) == known()
+    assert MeasurementStore(path).read(FILE) == known()
 
 
 def test_nothing_is_made_by_reading(path: Path) -> None:
     """Whoever only asks leaves nothing behind."""
-    store = FootprintStore(path)
+    store = MeasurementStore(path)
     assert (store.read(FILE), store.problem, path.parent.exists()) == (NOTHING, "", False)
 
 
@@ -125,7 +125,7 @@ def test_another_machine_that_shares_the_folder_has_figures_of_its_own(
     """A home on the network is read by many; a disk that is fast here is not fast there."""
     written(path)
     monkeypatch.setattr("platform.node", lambda: "another")
-    assert FootprintStore(path).read(FILE) == NOTHING
+    assert MeasurementStore(path).read(FILE) == NOTHING
 
 
 def test_a_load_alone_leaves_the_bytes_as_they_were(path: Path) -> None:
@@ -140,7 +140,7 @@ def test_a_load_alone_leaves_the_bytes_as_they_were(path: Path) -> None:
 
 def test_only_the_last_loads_are_kept(path: Path) -> None:
     """Enough for a median; a disk that became faster shows after a few."""
-    store = FootprintStore(path)
+    store = MeasurementStore(path)
     for number in range(LAST_LOADS + 3):
         store.write(FILE, OPTIONS, (), (), float(number))
     (loads,) = store.read(FILE).loads
@@ -150,7 +150,7 @@ def test_only_the_last_loads_are_kept(path: Path) -> None:
 def test_the_oldest_rows_go(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It grows to a bound; what is used again counts as new."""
     monkeypatch.setattr("scheduler.models.measurement_store.MOST_ROWS", 5)
-    store = FootprintStore(path)
+    store = MeasurementStore(path)
     files = [Identity(f'["/models/{number}.gguf"]', "[]") for number in range(8)]
     for file in files[:5]:
         store.write(file, OPTIONS, (), ON_HOST, None)
@@ -163,7 +163,7 @@ def test_the_oldest_rows_go(path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_a_full_file_is_small(path: Path) -> None:
     """However many models and options there ever were; of one model as many rows are read as a step may take over."""
-    store = FootprintStore(path)
+    store = MeasurementStore(path)
     store.write(FILE, OPTIONS, (), ON_HOST, 1.0)
     with sqlite3.connect(path) as file:  # as many writes would make it
         row = list(file.execute("SELECT * FROM footprints").fetchone())
@@ -180,7 +180,7 @@ def test_a_full_file_is_small(path: Path) -> None:
 
 def test_what_is_too_long_is_not_kept(path: Path) -> None:
     """A row is bounded too."""
-    store = FootprintStore(path)
+    store = MeasurementStore(path)
     long = Identity("x" * 100_000, "[]")
     store.write(long, OPTIONS, (), ON_HOST, 1.0)
     assert (store.read(long), store.problem) == (NOTHING, "")
@@ -251,7 +251,7 @@ def test_what_cannot_be_used_is_put_aside_and_begun_anew(
     path.parent.mkdir()
     damage(path)
     before = path.read_bytes()
-    store = FootprintStore(path)
+    store = MeasurementStore(path)
     assert store.read(FILE) == NOTHING
     store.write(FILE, OPTIONS, SPLIT, TOOK, 1.5)
     assert (store.read(FILE), store.problem) == (known(), "")
@@ -285,7 +285,7 @@ def test_an_empty_file_is_a_new_one(path: Path, caplog: pytest.LogCaptureFixture
     """As `touch` makes it, or a program that ended before it wrote."""
     path.parent.mkdir()
     path.touch()
-    store = FootprintStore(path)
+    store = MeasurementStore(path)
     assert store.read(FILE) == NOTHING
     store.write(FILE, OPTIONS, SPLIT, TOOK, 1.5)
     assert store.read(FILE) == known() and not warnings(caplog)
@@ -306,7 +306,7 @@ def test_a_file_of_a_newer_version_is_left_alone(path: Path, caplog: pytest.LogC
 def test_a_folder_in_its_place_is_said_once(path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Nothing is remembered then, and nothing else is wrong."""
     path.mkdir(parents=True)
-    store = FootprintStore(path)
+    store = MeasurementStore(path)
     for _ in range(3):
         store.write(FILE, OPTIONS, (), ON_HOST, 1.0)
         assert store.read(FILE) == NOTHING
@@ -316,7 +316,7 @@ def test_a_folder_in_its_place_is_said_once(path: Path, caplog: pytest.LogCaptur
 def test_a_folder_that_cannot_be_made_is_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """As where the home is not to be written to, or is a file."""
     (tmp_path / "home").touch()
-    store = FootprintStore(tmp_path / "home" / "cache" / "footprints.sqlite3")
+    store = MeasurementStore(tmp_path / "home" / "cache" / "footprints.sqlite3")
     for _ in range(3):
         store.write(FILE, OPTIONS, (), ON_HOST, 1.0)
         assert store.read(FILE) == NOTHING
@@ -465,7 +465,7 @@ def test_without_a_home_nothing_is_kept(monkeypatch: pytest.MonkeyPatch, caplog:
         raise RuntimeError("Could not determine home directory.")
 
     monkeypatch.setattr("platformdirs.user_cache_path", no_home)
-    path = default_footprints()
+    path = default_measurement_file()
     store = written(path)
     assert (path, store.read(FILE)) == (NO_HOME, NOTHING)
     assert "the setting footprints" in store.problem and len(warnings(caplog)) == 1
@@ -496,7 +496,7 @@ def test_programs_that_write_at_once_lose_nothing(path: Path) -> None:
     ]
     said = [program.communicate(timeout=LIMIT_S)[0].strip() for program in programs]
     assert said == ["all written"] * 2
-    found = {took.options.num_ctx for took in FootprintStore(path).read(FILE).sizes}
+    found = {took.options.num_ctx for took in MeasurementStore(path).read(FILE).sizes}
     assert found == {first + number for first in (1000, 2000) for number in range(20)}
 
 
@@ -516,7 +516,7 @@ def test_a_program_that_holds_the_file_is_not_waited_for_long(path: Path, caplog
 # -- the thread -------------------------------------------------------------------------------------------------------
 
 
-class Stalled(FootprintStore):
+class Stalled(MeasurementStore):
     """A store on a disk that does not answer until it is let go."""
 
     def __init__(self, path: Path) -> None:
@@ -531,7 +531,7 @@ class Stalled(FootprintStore):
 def test_a_disk_that_does_not_answer_is_waited_for_once(path: Path) -> None:
     """Inspections go on with predictions; when it answers again, what is known is used again."""
     written(path)
-    footprints = Footprints(path)
+    footprints = Measurements(path)
     stalled = footprints._store = Stalled(path)
     assert footprints.recall(FILE, 0.01) == NOTHING
     assert footprints.recall(FILE, LIMIT_S) == NOTHING  # at once
@@ -545,7 +545,7 @@ def test_a_disk_that_does_not_answer_is_waited_for_once(path: Path) -> None:
 def test_no_more_is_queued_than_a_bound(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """However many runners end while the disk does not answer."""
     monkeypatch.setattr("scheduler.models.measurements.MOST_JOBS", 3)
-    footprints = Footprints(path)
+    footprints = Measurements(path)
     stalled = footprints._store = Stalled(path)
     accepted = [footprints._put(lambda: stalled.go.wait(LIMIT_S)) for _ in range(5)]
     assert accepted == [True] * 3 + [False] * 2
@@ -556,7 +556,7 @@ def test_no_more_is_queued_than_a_bound(path: Path, monkeypatch: pytest.MonkeyPa
 def test_a_job_that_could_not_be_queued_is_not_counted(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ctrl-C in between would else count as a disk that never answers, and nobody would ask it again."""
     written(path)
-    footprints = Footprints(path)
+    footprints = Measurements(path)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(footprints._workers, "put", Mock(side_effect=KeyboardInterrupt))
         footprints.recall(FILE)

@@ -16,7 +16,7 @@ import pytest
 from fsm.domain.model_info import Options
 from scheduler import InvalidSettings, PythonModel, Scheduler, Settings
 from scheduler.cli.main import main
-from scheduler.config.paths import VERSION, default_footprints
+from scheduler.config.paths import VERSION, default_measurement_file
 from tests.support.leaks import no_leaks
 from tests.support.lives import live, resident_bytes
 from tests.support.real import SHORT, quiet_end, settings
@@ -100,8 +100,8 @@ def test_how_long_it_loaded_is_known_too(store: Path, model: Path) -> None:
     for _ in range(2):
         life_of(model, store)
     with Scheduler(settings(footprints=store)) as scheduler, scheduler.acquire(model) as lease:
-        known = scheduler._executor.lives[lease.runner].model
-        loads = scheduler._driver.read(lambda core: dict(core._state.models[known].loads))
+        known = scheduler._executor.runner_handles[lease.runner].model
+        loads = scheduler._driver.query(lambda core: dict(core._state.models[known].loads))
     assert [len(seconds) for seconds in loads.values()] == [3]
 
 
@@ -202,7 +202,7 @@ def test_the_command_knows_it_as_well(
 def test_the_usual_file_is_in_the_users_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """One for all programs of a user, and of one version of the table."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    path = default_footprints()
+    path = default_measurement_file()
     assert path.name == f"footprints-{VERSION}.sqlite3" and path.parent.name == "loadmaster"
 
 
@@ -219,7 +219,7 @@ def test_the_setting_takes_a_file_or_none(tmp_path: Path) -> None:
 
 def test_a_user_without_a_home_has_a_scheduler_that_warns_of_it(monkeypatch: pytest.MonkeyPatch, model: Path) -> None:
     """As in a container whose user is a number: what models take is not kept, and why stands among the problems."""
-    monkeypatch.setattr("scheduler.config.settings.default_footprints", default_footprints)
+    monkeypatch.setattr("scheduler.config.settings.default_footprints", default_measurement_file)
     monkeypatch.setattr("platformdirs.user_cache_path", Mock(side_effect=RuntimeError("no home directory")))
     with no_leaks(), Scheduler(Settings(gpus=False)) as scheduler:
         scheduler.acquire(model).release()

@@ -25,7 +25,7 @@ from fsm.messages.refusals import Refusal
 from fsm.state.snapshot import DeviceView
 from scheduler import Lease, RunnerStatus, Scheduler, SchedulerError, Status, WaitStatus
 from scheduler.config.settings import settings_table
-from scheduler.runtime.model_registry import Asking
+from scheduler.runtime.model_registry import AcquireOptions
 from tests.support.tiny_models import write_tiny_model
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -171,7 +171,7 @@ def test_every_keyword_of_a_request_is_listed() -> None:
     """In the order in which they are declared."""
     section = dict(sections(ROOT / "docs" / "api.md"))["Asking for a model"]
     listed = [cells[0].strip("`") for cells in rows(section) if cells[0].startswith("`")]
-    assert listed == list(get_type_hints(Asking))
+    assert listed == list(get_type_hints(AcquireOptions))
 
 
 def test_everything_public_is_described() -> None:

@@ -24,10 +24,10 @@ from fsm.messages.events import Acquire, Event, Exited, Release, Tick
 from fsm.messages.reasons import Queued
 from fsm.messages.refusals import TimedOut
 from scheduler.concurrency.clock import monotonic_clock
-from scheduler.concurrency.thread_pool import Workers
+from scheduler.concurrency.thread_pool import ThreadPool
 from scheduler.runtime.driver import Driver
 from scheduler.runtime.event_stream import EventStream
-from scheduler.runtime.runner_handle import Life
+from scheduler.runtime.runner_handle import RunnerHandle
 from tests.support.interrupts import as_main, interrupted
 from tests.support.waiting import LIMIT_S, assert_soon
 
@@ -103,7 +103,7 @@ def test_ctrl_c_never_interrupts_a_step_that_the_main_thread_asked_for(start: Ca
     with pytest.raises(KeyboardInterrupt):
         driver.post(acquire(1))
         assert_soon(lambda: False)
-    assert_soon(lambda: RequestId(1) in driver.read(lambda core: core._state.requests))
+    assert_soon(lambda: RequestId(1) in driver.query(lambda core: core._state.requests))
     assert driver.broken is None
     assert threading.main_thread().ident not in core.threads
     core.check()
@@ -227,18 +227,18 @@ def test_a_deadline_that_comes_during_a_step_is_told_once(start: Callable[..., D
     go_on.set()
     holder.join(LIMIT_S)
     assert ticks == [Tick()]
-    assert_soon(lambda: 1 not in driver.read(lambda core: core._state.requests))
+    assert_soon(lambda: 1 not in driver.query(lambda core: core._state.requests))
 
 
 def test_a_reader_sees_what_it_posted_before(start: Callable[..., Driver]) -> None:
     """Reading has its place in the order of events, from the main thread and from others."""
     driver = start(Core())
     driver.post(acquire(1))
-    assert driver.read(lambda core: list(core._state.requests)) == [1]
+    assert driver.query(lambda core: list(core._state.requests)) == [1]
     in_thread(lambda: driver.post(acquire(2)))
-    assert driver.read(lambda core: list(core._state.requests)) == [1, 2]
+    assert driver.query(lambda core: list(core._state.requests)) == [1, 2]
     with pytest.raises(ZeroDivisionError):
-        driver.read(lambda core: 1 // 0)
+        driver.query(lambda core: 1 // 0)
     assert driver.broken is None
 
 
@@ -246,9 +246,9 @@ def test_whoever_reads_has_been_told_of_what_is_found(start: Callable[..., Drive
     """What became of the events before it is published first, though all are taken in at once."""
     told: list[Entry] = []
     driver = start(Core(), publish=lambda entries: told.extend(entries) is None)
-    driver.read(lambda core: setattr(core, "journal", []))
+    driver.query(lambda core: setattr(core, "journal", []))
     driver._inbox.append(acquire(1))
-    assert driver.read(lambda core: len(told))
+    assert driver.query(lambda core: len(told))
 
 
 def test_a_stop_cancels_a_launch_that_has_not_begun() -> None:
@@ -260,7 +260,7 @@ def test_a_stop_cancels_a_launch_that_has_not_begun() -> None:
             raise AssertionError("it was launched")
 
     launch = Launch(7, ModelId("a"), Options(), None)  # type: ignore[arg-type]  # never looked at
-    life = Life(launch, Engine(), None, posted.append)  # type: ignore[arg-type]
+    life = RunnerHandle(launch, Engine(), None, posted.append)  # type: ignore[arg-type]
     life.stop(1.0)
     life.begin()
     life.begin()
@@ -282,7 +282,7 @@ def test_a_launch_that_hangs_does_not_hold_up_its_stop() -> None:
             assert go_on.wait(LIMIT_S)
             return Process()
 
-    life = Life(Launch(7, ModelId("a"), Options(), None), Engine(), None, posted.append)  # type: ignore[arg-type]
+    life = RunnerHandle(Launch(7, ModelId("a"), Options(), None), Engine(), None, posted.append)  # type: ignore[arg-type]
     thread = threading.Thread(target=life.begin)
     thread.start()
     assert entered.wait(LIMIT_S)
@@ -294,7 +294,7 @@ def test_a_launch_that_hangs_does_not_hold_up_its_stop() -> None:
 
 def test_a_thread_that_cannot_be_started_loses_no_job(monkeypatch: pytest.MonkeyPatch) -> None:
     """The job waits for the next one; nothing raises, here or at the close."""
-    workers = Workers("test", 2)
+    workers = ThreadPool("test", 2)
     done: queue.SimpleQueue[int] = queue.SimpleQueue()
 
     def refuse(thread: threading.Thread) -> None:
@@ -346,7 +346,7 @@ def test_a_job_that_hangs_cannot_hang_the_exit() -> None:
 
 def test_workers_are_bounded_and_survive_a_job_that_fails() -> None:
     """Never more threads than the limit; an exception is logged and the thread goes on."""
-    workers = Workers("test", 2)
+    workers = ThreadPool("test", 2)
     done: queue.SimpleQueue[int] = queue.SimpleQueue()
     workers.put(lambda: 1 // 0)
     for number in range(20):
@@ -358,7 +358,7 @@ def test_workers_are_bounded_and_survive_a_job_that_fails() -> None:
 
 def test_a_job_that_exits_ends_no_thread() -> None:
     """A callback of the user's may call sys.exit: the next job finds its thread."""
-    workers = Workers("test", 1)
+    workers = ThreadPool("test", 1)
     done: queue.SimpleQueue[int] = queue.SimpleQueue()
     workers.put(sys.exit)
     workers.put(lambda: done.put(1))
@@ -379,9 +379,9 @@ def test_a_handler_may_read_while_its_thread_waits_for_a_reading(
             if count == moment:
                 driver._lock.release()
                 driver._wake.put(True)
-                assert driver.read(lambda core: "inner") == "inner"
+                assert driver.query(lambda core: "inner") == "inner"
 
-        as_main(driver, lambda driver=driver, read=read: interrupted(lambda: driver.read(id), read))  # type: ignore[misc]
+        as_main(driver, lambda driver=driver, read=read: interrupted(lambda: driver.query(id), read))  # type: ignore[misc]
         assert driver.stop(LIMIT_S)
 
 
@@ -393,5 +393,5 @@ def test_nobody_waits_to_read_once_the_driver_has_stopped(
     driver = start(Core())
     assert driver.stop(LIMIT_S)
     found: list[object] = []
-    as_main(driver, lambda: found.append(driver.read(lambda core: list(core._state.requests))))
+    as_main(driver, lambda: found.append(driver.query(lambda core: list(core._state.requests))))
     assert found == [[]] and not driver._inbox

@@ -13,7 +13,7 @@ import pytest
 
 from fsm.domain.devices import DeviceId
 from scheduler import PythonModel, Scheduler, Settings
-from scheduler.config.paths import private_folder
+from scheduler.config.paths import shared_lock_folder
 from scheduler.runtime.device_locks import DeviceLocks
 from tests.support.leaks import no_leaks
 from tests.support.waiting import assert_soon
@@ -168,9 +168,9 @@ def problem_with(folder: Path) -> str:
 
 def test_the_own_folder_does_not_depend_on_where_temporary_files_go(monkeypatch: pytest.MonkeyPatch) -> None:
     """A service and a login of one user have different places for those, and one machine."""
-    before = private_folder()
+    before = shared_lock_folder()
     monkeypatch.setenv("TMPDIR", "/elsewhere")
-    assert private_folder() == before
+    assert shared_lock_folder() == before
     assert str(os.getuid()) in before.name
 
 

@@ -41,15 +41,15 @@ def decide(scheduler: Scheduler) -> None:
     executor, entry = scheduler._executor, Decision(0.0, "queued", ModelId("a"), Queued(1))
 
     def look(_: object) -> None:
-        for pool in (executor.workers, executor.callers):
+        for pool in (executor.worker_pool, executor.callback_pool):
             pool.put(lambda: None)
         scheduler._perform(Sample(0))
         scheduler._perform(Prefetch(()))
         scheduler._hub.publish([entry])
-        assert executor.footprints is not None
-        executor.footprints._put(lambda: None)
+        assert executor.measurements is not None
+        executor.measurements._put(lambda: None)
 
-    scheduler._driver.read(look)
+    scheduler._driver.query(look)
 
 
 CALLS: dict[str, Callable[[Scheduler, Lease, Path], object]] = {

@@ -26,7 +26,7 @@ from pathlib import Path
 import pytest
 
 from fsm.domain.devices import HOST, DeviceSample
-from scheduler.devices.device_reader import Devices
+from scheduler.devices.device_reader import DeviceReader
 
 SOURCE = Path(__file__).with_name("stand_in.c")
 ROOT = SOURCE.parents[3]
@@ -86,14 +86,14 @@ class Clock:
         return self.now
 
 
-def gpus_of(source: Devices) -> dict[str, DeviceSample]:
+def gpus_of(source: DeviceReader) -> dict[str, DeviceSample]:
     """Read the devices; return the GPUs by id, in their order."""
     host, *gpus = source.sample()
     assert host.id == HOST and host.fresh, "the host is always read"
     return {gpu.id: gpu for gpu in gpus}
 
 
-def free_of(source: Devices) -> dict[str, int]:
+def free_of(source: DeviceReader) -> dict[str, int]:
     """Read the devices; return each GPU's free bytes."""
     return {id: gpu.free_bytes for id, gpu in gpus_of(source).items()}
 

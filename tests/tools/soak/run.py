@@ -51,7 +51,7 @@ class Soak:
         self.paths = [write_tiny_model(folder / f"tiny-{number}.gguf", seed=number) for number in range(3)]
         self.locks = folder / "locks"
         self.scheduler = Scheduler(settings(self.locks))
-        self.scheduler._driver.read(_shorten_back_off)
+        self.scheduler._driver.query(_shorten_back_off)
         self.gate = Gate()
         self.rests: list[Memory] = []
         self.clients = [self._client(kind, f"{seed} {kind} {i}") for kind, count in CAST.items() for i in range(count)]

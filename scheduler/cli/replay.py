@@ -11,8 +11,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
-from scheduler.recording.narrative import Sentence, Story, printable
-from scheduler.recording.replay import Begun, Difference, RecordingError, Replay
+from scheduler.recording.narrative import Narrative, NarrativeLine, printable
+from scheduler.recording.replay import Difference, RecordingError, Replay, ReplayStarted
 from scheduler.recording.request_history import GRANTED_BEFORE, UNSEEN, Wait
 
 DIFFERS = 1  # the exit status
@@ -26,14 +26,14 @@ def run_replay(chosen: argparse.Namespace) -> int:
     if chosen.timeline is not None:
         _check_place(chosen.timeline)
     replay = Replay(chosen.recording)
-    story = Story(replay.names)
+    story = Narrative(replay.names)
     out = Console(soft_wrap=True, highlight=False)
-    told: list[Sentence] = []
+    told: list[NarrativeLine] = []
     notes: list[str] = []
     difference: Difference | None = None
     try:
         for moment in replay:
-            if isinstance(moment, Begun):
+            if isinstance(moment, ReplayStarted):
                 notes += [note for note in _notes(moment, replay) if note not in notes]
             for sentence in story.tell(moment):
                 if chosen.json:
@@ -56,7 +56,7 @@ def run_replay(chosen: argparse.Namespace) -> int:
     return 0 if difference is None else DIFFERS
 
 
-def _notes(begun: Begun, replay: Replay) -> list[str]:
+def _notes(begun: ReplayStarted, replay: Replay) -> list[str]:
     header = begun.header
     notes = [f"recorded from {printable(header.written)} on by version {printable(header.version)}"]
     if replay.is_of_another_version(header):
@@ -68,7 +68,7 @@ def _notes(begun: Begun, replay: Replay) -> list[str]:
     return notes
 
 
-def _print(out: Console, sentence: Sentence) -> None:
+def _print(out: Console, sentence: NarrativeLine) -> None:
     at = " " * 11 if sentence.detail else f"{sentence.at_s:+10.3f} "
     if not out.is_terminal:  # ten times as fast
         print(at, sentence.text)
@@ -76,7 +76,9 @@ def _print(out: Console, sentence: Sentence) -> None:
     out.print(Text.assemble((at, "dim"), " ", (sentence.text, "dim" if sentence.detail else "")))
 
 
-def _print_summary(out: Console, replay: Replay, story: Story, notes: list[str], difference: Difference | None) -> None:
+def _print_summary(
+    out: Console, replay: Replay, story: Narrative, notes: list[str], difference: Difference | None
+) -> None:
     waits = list(story.waits.values())
     granted = sum(wait.answer in ("granted", GRANTED_BEFORE, "lost") for wait in waits)
     waiting = sum(not wait.answer for wait in waits)
@@ -125,7 +127,7 @@ def _check_place(path: Path) -> None:
         raise RecordingError(str(path), 0, reason)
 
 
-def _draw(story: Story, path: Path) -> list[str]:
+def _draw(story: Narrative, path: Path) -> list[str]:
     """Draw the timeline; return what there is to say of it."""
     try:
         story.timeline.draw(path, story.end, limit_bytes=story.limit_bytes, title="Runners, as recorded")
@@ -135,7 +137,7 @@ def _draw(story: Story, path: Path) -> list[str]:
 
 
 def _as_json(
-    replay: Replay, story: Story, told: list[Sentence], notes: list[str], difference: Difference | None
+    replay: Replay, story: Narrative, told: list[NarrativeLine], notes: list[str], difference: Difference | None
 ) -> dict[str, object]:
     found: dict[str, object] = {
         "recording": str(replay.path),

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
-    from scheduler.engines.process_supervisor import Watcher
+    from scheduler.engines.process_supervisor import ChildSupervisor
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +40,7 @@ class Listener(Protocol):
     def logged(self) -> None:
         """The child wrote to standard error."""
 
-    def pulse(self) -> bool:
+    def on_tick(self) -> bool:
         """About a second has passed; return whether to go on with these calls."""
 
     def ended(self, exit: Exit) -> None:
@@ -54,7 +54,7 @@ class Child:
         self.program = program
         self.listener = listener
         self.pid: int | None = None  # from its start on, also after its end
-        self.watcher: Watcher | None = None  # since it was handed over
+        self.watcher: ChildSupervisor | None = None  # since it was handed over
         self._lock = threading.Lock()
         self._settled = False  # it is being started, or never will be
 

@@ -48,7 +48,7 @@ class Endpoint:
     key: str = field(repr=False)
 
 
-class Report(Protocol):
+class RunnerListener(Protocol):
     """How an engine tells what happens to one runner; any thread may call it, and no call blocks.
 
     An engine never calls it from inside `Engine.launch` or `Process.stop`.
@@ -87,7 +87,7 @@ class Process(Protocol):
     def memory(self) -> Memory:
         """Return what it occupies now; nothing when it is gone."""
 
-    def settled(self, timeout_s: float) -> Mapping[DeviceId, int] | None:
+    def context_filled(self, timeout_s: float) -> Mapping[DeviceId, int] | None:
         """Tell whether it has taken most of what it will ever take; blocks for as long as `timeout_s`.
 
         None: not yet, or it cannot tell. Else the bytes by device that it may still take beside that.
@@ -106,7 +106,7 @@ class Engine(Protocol):
     def inspect(self, model: Any) -> ModelInfo | Footprint:
         """Return what the model would need; raises `ModelNotFound` or `InvalidModel`."""
 
-    def launch(self, model: Any, options: Options, placement: Placement, report: Report) -> Process:
+    def launch(self, model: Any, options: Options, placement: Placement, report: RunnerListener) -> Process:
         """Start a runner with these resolved options, and return while it starts.
 
         Ends in exactly one `Report.exited`, unless it raises: then nothing was started and nothing is reported.

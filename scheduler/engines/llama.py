@@ -30,14 +30,14 @@ from scheduler.devices.cpu_cores import usable_cores
 from scheduler.engines.child_process import Child, Exit, Program
 from scheduler.engines.interface import Buffer, Endpoint, Memory
 from scheduler.engines.llama_protocol import largest_sequence, loaded_of
-from scheduler.engines.process_supervisor import CLOSE_TIMEOUT_S, Processes
+from scheduler.engines.process_supervisor import CLOSE_TIMEOUT_S, ChildLauncher
 from scheduler.errors.exceptions import EngineMissing, is_out_of_files
 from scheduler.models.gguf_header import read_header
 from scheduler.models.gguf_metadata import read_metadata
 
 if TYPE_CHECKING:
     from fsm.domain.devices import Placement
-    from scheduler.engines.interface import Report
+    from scheduler.engines.interface import RunnerListener
     from scheduler.engines.llama_child import Request
     from scheduler.models.model_spec import ModelSpec
 
@@ -96,7 +96,13 @@ class LlamaProcess:
     """The handle of one runner; the methods from `printed` on are its child's listener, on the watcher's thread."""
 
     def __init__(
-        self, report: Report, key: str, *, gpus: Sequence[DeviceId] = (), kept_bytes: int = 0, results_bytes: int = 0
+        self,
+        report: RunnerListener,
+        key: str,
+        *,
+        gpus: Sequence[DeviceId] = (),
+        kept_bytes: int = 0,
+        results_bytes: int = 0,
     ) -> None:
         self.child: Child | None = None  # set before anything is heard of it
         self.buffers: tuple[Buffer, ...] = ()  # by its own account, once it serves
@@ -138,7 +144,7 @@ class LlamaProcess:
                 resident[buffer.device] = resident.get(buffer.device, 0) + buffer.bytes
         return Memory(resident, mapped_bytes)
 
-    def settled(self, timeout_s: float) -> Mapping[DeviceId, int] | None:
+    def context_filled(self, timeout_s: float) -> Mapping[DeviceId, int] | None:
         """Tell whether a request has filled a slot's context, and how much may come after that.
 
         Two things grow by use after a load: the buffers it computes in are touched when first needed, all of them by a
@@ -219,7 +225,7 @@ class LlamaProcess:
         if not self._url:
             self._report.progressed()
 
-    def pulse(self) -> bool:
+    def on_tick(self) -> bool:
         """Look whether a load goes on; llama.cpp says nothing while it reads a large file. It has held back enough."""
         if self._url:
             return False
@@ -263,7 +269,7 @@ class LlamaEngine:
     """Runs `ModelSpec`s; its threads begin with the first launch."""
 
     def __init__(self) -> None:
-        self._processes = Processes()
+        self._processes = ChildLauncher()
 
     def require(self) -> None:
         """Raise `EngineMissing` if the library is not installed."""
@@ -277,7 +283,7 @@ class LlamaEngine:
             model.path, adapters=model.adapters, projectors=model.projectors, embedding=model.embedding
         )
 
-    def launch(self, model: ModelSpec, options: Options, placement: Placement, report: Report) -> LlamaProcess:
+    def launch(self, model: ModelSpec, options: Options, placement: Placement, report: RunnerListener) -> LlamaProcess:
         """Start a child that loads the model, and return at once.
 
         Raises `ModelNotFound` or `InvalidModel` for what became of the file since it was inspected, and RuntimeError

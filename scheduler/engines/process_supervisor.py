@@ -35,7 +35,7 @@ _LAST_CHUNKS = 16  # read at most from each stream of a process that is gone: ot
 
 
 @dataclass(slots=True, eq=False)
-class _Run:
+class _RunningChild:
     """A process that was started and is not reaped; belongs to the watcher's thread."""
 
     child: Child
@@ -82,7 +82,7 @@ class _Run:
             return True
 
 
-class Watcher:
+class ChildSupervisor:
     """Notices within 100 ms what children print and how they end, and ends those that are to go. One daemon thread.
 
     Everything about a running child happens on that thread: `post` hands it a call.
@@ -97,7 +97,7 @@ class Watcher:
         self._selector.register(self._woken, selectors.EVENT_READ, lambda: os.read(self._woken, _CHUNK_BYTES))
         self._calls: deque[Callable[[], None]] = deque()
         self._wake_lock = threading.RLock()  # so that no wake is written after the pipe is closed; a finaliser may post
-        self._runs: dict[Child, _Run] = {}
+        self._runs: dict[Child, _RunningChild] = {}
         self._stops: dict[Child, float] = {}  # the grace of those that are being started and must stop at once
         self._children: set[Child] = set()  # handed over and not ended
         self._changed = threading.Condition()  # guards `_children`
@@ -131,7 +131,7 @@ class Watcher:
             pidfd = os.pidfd_open(process.pid) if hasattr(os, "pidfd_open") else None
         except OSError:  # not there, not allowed, or the process is gone already and reaped by the host
             pidfd = None
-        run = self._runs[child] = _Run(child, process, pidfd, time.monotonic() + PULSE_S, reason)
+        run = self._runs[child] = _RunningChild(child, process, pidfd, time.monotonic() + PULSE_S, reason)
         for stream in run.outputs:
             os.set_blocking(stream.fileno(), False)
             self._selector.register(stream, selectors.EVENT_READ, functools.partial(self._read, run, stream))
@@ -204,23 +204,23 @@ class Watcher:
             times.append(time.monotonic() + POLL_S)
         return min(max(0.0, min(times) - time.monotonic()), LONGEST_WAIT_S) if times else None
 
-    def _look_at(self, run: _Run, now: float) -> None:
+    def _look_at(self, run: _RunningChild, now: float) -> None:
         if run.kill_at is not None and run.kill_at <= now:
             self._kill(run)
         if run.pulse_at is not None and run.pulse_at <= now:
             run.pulse_at = None
-            if run.child.listener.pulse():
+            if run.child.listener.on_tick():
                 run.pulse_at = now + PULSE_S
         if run.pidfd is None and run.is_gone():
             self._end(run)
 
-    def _kill(self, run: _Run) -> None:
+    def _kill(self, run: _RunningChild) -> None:
         run.kill_at = None
         run.killed = True
         run.kill_group()
         run.send(signal.SIGKILL)  # as it may have left its group
 
-    def _read(self, run: _Run, stream: IO[bytes]) -> bool:
+    def _read(self, run: _RunningChild, stream: IO[bytes]) -> bool:
         """Take in what there is, up to a limit; return whether there may be more."""
         if stream.closed:
             return False
@@ -240,7 +240,7 @@ class Watcher:
                 _attempt(functools.partial(run.child.listener.printed, line))
         return bool(chunk)
 
-    def _end(self, run: _Run) -> None:
+    def _end(self, run: _RunningChild) -> None:
         """Reap a process that has ended, and whatever it left in its group."""
         if run.over:
             return
@@ -261,7 +261,7 @@ class Watcher:
         self.finish(run.child, Exit(code, run.reason, run.tail.decode(errors="replace"), run.asked))
 
 
-class Processes:
+class ChildLauncher:
     """Starts children, watches them and ends them; its two threads begin with the first child.
 
     One daemon thread starts every process, and lives on: children are killed when the thread that started them ends.
@@ -271,7 +271,7 @@ class Processes:
         self._owner = os.getpid()
         self._lock = threading.Lock()
         self._queue: queue.SimpleQueue[Child | None] = queue.SimpleQueue()  # to be started; None: no more
-        self._watcher: Watcher | None = None
+        self._watcher: ChildSupervisor | None = None
         self._spawner: threading.Thread | None = None
         self._closed = False
 
@@ -286,7 +286,7 @@ class Processes:
             if self._closed:
                 raise RuntimeError("closed: no more processes are started")
             if self._watcher is None:
-                self._watcher = Watcher()
+                self._watcher = ChildSupervisor()
             if self._spawner is None:
                 name = "loadmaster-spawner"
                 spawner = threading.Thread(target=self._spawn, args=(self._watcher,), name=name, daemon=True)
@@ -311,14 +311,14 @@ class Processes:
             spawner.join(max(0.0, end - time.monotonic()))
         return done and (spawner is None or not spawner.is_alive())
 
-    def _spawn(self, watcher: Watcher) -> None:
+    def _spawn(self, watcher: ChildSupervisor) -> None:
         while (child := self._queue.get()) is not None:
             if child.settle():
                 watcher.post(_start(child, watcher))
             del child  # an idle thread keeps nothing alive
 
 
-def _start(child: Child, watcher: Watcher) -> Callable[[], None]:
+def _start(child: Child, watcher: ChildSupervisor) -> Callable[[], None]:
     """Start a process; return the news for the watcher."""
     program, pipe = child.program, subprocess.PIPE
     try:  # a new session is a group of its own, and gets no Ctrl-C from the terminal

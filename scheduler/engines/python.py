@@ -23,7 +23,7 @@ from scheduler.models.model_spec import check_name, check_switch
 
 if TYPE_CHECKING:
     from fsm.domain.devices import Placement
-    from scheduler.engines.interface import Report
+    from scheduler.engines.interface import RunnerListener
 
 log = logging.getLogger("loadmaster")
 
@@ -81,7 +81,7 @@ class PythonProcess:
     pid: int | None = None  # it lives in this process
     buffers: tuple[Buffer, ...] = ()
 
-    def __init__(self, model: PythonModel, report: Report, on_end: Callable[[PythonProcess], None]) -> None:
+    def __init__(self, model: PythonModel, report: RunnerListener, on_end: Callable[[PythonProcess], None]) -> None:
         self.model = model
         self._report = report
         self._on_end = on_end
@@ -109,7 +109,7 @@ class PythonProcess:
         """Return the declared bytes from the end of its load to the end of its unload."""
         return Memory(dict(self.model.declared) if self._loaded else {})
 
-    def settled(self, timeout_s: float) -> None:
+    def context_filled(self, timeout_s: float) -> None:
         """Return None: what was declared is all that is ever known."""
 
     def healthy(self, timeout_s: float) -> bool:
@@ -159,7 +159,9 @@ class PythonEngine:
         """Return the bytes that were declared."""
         return Footprint(fixed=model.declared)
 
-    def launch(self, model: PythonModel, options: Options, placement: Placement, report: Report) -> PythonProcess:
+    def launch(
+        self, model: PythonModel, options: Options, placement: Placement, report: RunnerListener
+    ) -> PythonProcess:
         """Start to load an object; options and placement change nothing. Raises RuntimeError once closed."""
         process = PythonProcess(model, report, self._forget)
         with self._lock:

@@ -64,7 +64,7 @@ from scheduler.errors.wording import (
     transition_reason,
     wait_reason,
 )
-from scheduler.recording.replay import Begun, Moment
+from scheduler.recording.replay import ReplayedStep, ReplayStarted
 from scheduler.recording.request_history import BEFORE, GRANTED_BEFORE, UNSEEN, Wait
 from scheduler.recording.timeline import Timeline
 
@@ -72,7 +72,7 @@ _BY_A_COMMAND = {"granted", "rejected", "queued", "waits", "launched"}  # decisi
 
 
 @dataclass(frozen=True, slots=True)
-class Sentence:
+class NarrativeLine:
     """One thing that happened or was decided."""
 
     at_s: float  # from the recording's beginning
@@ -82,7 +82,7 @@ class Sentence:
     detail: bool = False  # says more of the one before
 
 
-class Story:
+class Narrative:
     """Tells the moments of one replay, in order, and keeps what a summary and a timeline show."""
 
     def __init__(self, names: Mapping[ModelId, str]) -> None:
@@ -100,11 +100,11 @@ class Story:
         self._states: dict[RunnerId, RunnerState] = {}
         self._at_s, self._line, self._step = 0.0, 0, 0
 
-    def tell(self, moment: Begun | Moment) -> Iterator[Sentence]:
+    def tell(self, moment: ReplayStarted | ReplayedStep) -> Iterator[NarrativeLine]:
         """Yield what a moment is worth saying, in order."""
         self._line = moment.line
-        self._step = 0 if isinstance(moment, Begun) else moment.step
-        if isinstance(moment, Begun):
+        self._step = 0 if isinstance(moment, ReplayStarted) else moment.step
+        if isinstance(moment, ReplayStarted):
             yield from self._begun(moment)
             return
         self._now(moment.at)
@@ -161,11 +161,11 @@ class Story:
         self.end = max(self.end, at)
         self._at_s = at - (self.begin or 0.0)
 
-    def _say(self, text: str, *, detail: bool = False) -> Sentence:
+    def _say(self, text: str, *, detail: bool = False) -> NarrativeLine:
         """Return the first line of a text as it may be shown: what is read from a file may hold anything."""
-        return Sentence(self._at_s, self._line, next(iter(lines_of(text)), ""), self._step, detail)
+        return NarrativeLine(self._at_s, self._line, next(iter(lines_of(text)), ""), self._step, detail)
 
-    def _begun(self, begun: Begun) -> Iterator[Sentence]:
+    def _begun(self, begun: ReplayStarted) -> Iterator[NarrativeLine]:
         """A core was restored: what has changed since the one before, while nothing was recorded, is taken over."""
         self._core, header = begun.core, begun.header
         seen = self._seen = begun.core.snapshot()
@@ -209,7 +209,7 @@ class Story:
 
     # -- events -------------------------------------------------------------------------------------------------------
 
-    def _event(self, event: Event) -> Iterator[Sentence]:
+    def _event(self, event: Event) -> Iterator[NarrativeLine]:
         match event:
             case Acquire():
                 yield from self._asked(event)
@@ -246,7 +246,7 @@ class Story:
             case _:
                 assert_never(event)
 
-    def _of_a_runner(self, event: Loaded | OutOfMemory | Unresponsive | Exited) -> Iterator[Sentence]:
+    def _of_a_runner(self, event: Loaded | OutOfMemory | Unresponsive | Exited) -> Iterator[NarrativeLine]:
         match event:
             case Loaded(runner, _, resident, _):
                 yield self._say(f"{self._runner(runner)} is loaded{_prefixed(', and takes ', resident)}")
@@ -261,7 +261,7 @@ class Story:
                 for last_words in why[1:]:
                     yield self._say(last_words, detail=True)
 
-    def _asked(self, event: Acquire) -> Iterator[Sentence]:
+    def _asked(self, event: Acquire) -> Iterator[NarrativeLine]:
         want = event.spec
         name = self.name(want.model)
         if event.request in self.waits:
@@ -280,7 +280,7 @@ class Story:
         verb = "wants loaded" if want.purpose is Purpose.preload else "asks for"
         yield self._say(f"{_number(event.request)} {verb} {name}" + (f" ({', '.join(said)})" if said else ""))
 
-    def _sampled(self, devices: tuple[DeviceSample, ...]) -> Iterator[Sentence]:
+    def _sampled(self, devices: tuple[DeviceSample, ...]) -> Iterator[NarrativeLine]:
         now = {one.id: one.capacity_bytes for one in devices}
         if now != self._devices:
             self._devices = now
@@ -289,7 +289,7 @@ class Story:
 
     # -- what was decided ---------------------------------------------------------------------------------------------
 
-    def _transition(self, entry: Transition, moment: Moment) -> Iterator[Sentence]:
+    def _transition(self, entry: Transition, moment: ReplayedStep) -> Iterator[NarrativeLine]:
         name, reason = self._runner(entry.runner), transition_reason(entry.why, self.name)
         if entry.source is None:
             self.loads += 1
@@ -301,7 +301,7 @@ class Story:
             return
         yield self._say(f"{name}: {entry.source.value} → {entry.destination.value}, {reason}")
 
-    def _considered(self, entry: Decision) -> Iterator[Sentence]:
+    def _considered(self, entry: Decision) -> Iterator[NarrativeLine]:
         """Say which runners might have gone, and on which devices it might have gone, with why they were not taken."""
         runners = [one for one in entry.runners if one.why is not KeptReason.not_needed]
         texts = [f"{self._with_figures(one)}: {kept_reason(one) or 'goes'}" for one in runners]
@@ -315,7 +315,7 @@ class Story:
         leases = "" if not one.leases else f" ({one.leases} {'lease' if one.leases == 1 else 'leases'})"
         return f"{self._runner(one.runner)} with {format_bytes(sum(size for _, size in one.held_bytes))}{cost}{leases}"
 
-    def _command(self, command: Command) -> Iterator[Sentence]:
+    def _command(self, command: Command) -> Iterator[NarrativeLine]:
         match command:
             case Grant(request, runner):
                 wait = self._answer(request, "granted")
@@ -347,7 +347,7 @@ class Story:
             case _:
                 assert_never(command)
 
-    def _waiting(self, reasons: Mapping[RequestId | None, Decision]) -> Iterator[Sentence]:
+    def _waiting(self, reasons: Mapping[RequestId | None, Decision]) -> Iterator[NarrativeLine]:
         for (_, waits_for), waits in groupby(self._seen.queue, lambda wait: (wait.model, wait.waits_for)):
             reason = printable(wait_reason(waits_for, self.name))
             ids = [wait.request for wait in waits if wait.request in self.waits]

@@ -64,7 +64,7 @@ class Considered:
 
 
 @dataclass(frozen=True, slots=True)
-class Begun:
+class ReplayStarted:
     """The core was restored; `core` is the one that the moments after this are of."""
 
     line: int
@@ -73,7 +73,7 @@ class Begun:
 
 
 @dataclass(frozen=True, slots=True)
-class Moment:
+class ReplayedStep:
     """One step, with what the core noted of it."""
 
     line: int
@@ -139,7 +139,7 @@ class Replay:
     _core: Core | None = None
     _policy: _Recorded | None = None
 
-    def __iter__(self) -> Iterator[Begun | Moment]:
+    def __iter__(self) -> Iterator[ReplayStarted | ReplayedStep]:
         try:
             with Path(self.path).open("rb") as file:
                 for text in self._lines(file):
@@ -176,7 +176,7 @@ class Replay:
                 self._wrong("this is not a recording of loadmaster")
             yield value
 
-    def _begin(self, text: dict[str, object]) -> Begun:
+    def _begin(self, text: dict[str, object]) -> ReplayStarted:
         if text["kind"] != KIND or text.get("format") != FORMAT:
             self._wrong(f"it is of format {text.get('format')!r:.20}, and only {FORMAT} can be read")
         header = Header(
@@ -203,7 +203,7 @@ class Replay:
             self._wrong(f"its state is not one of a core{self._of_another(header)}: {error}"[:400])
         core.decision_log = []
         self._core = core
-        return Begun(self._line, header, core)
+        return ReplayStarted(self._line, header, core)
 
     def _expect(self, step: int) -> None:
         """See to it that this step is due: a line that was taken out, or put in, need not change any decision."""
@@ -216,7 +216,7 @@ class Replay:
     def _of_another(self, header: Header) -> str:
         return "" if not self.is_of_another_version(header) else f" of this version, but of version {header.version}"
 
-    def _step(self, text: dict[str, object]) -> Moment:
+    def _step(self, text: dict[str, object]) -> ReplayedStep:
         core, policy = cast(Core, self._core), cast(_Recorded, self._policy)
         step = self._take(text, "step", int)
         self._expect(step)
@@ -241,7 +241,7 @@ class Replay:
         self.commands += len(expected)
         entries = tuple(core.decision_log or ())
         core.decision_log = []
-        return Moment(self._line, cast(float, at), event, got, entries, tuple(policy.asked), step, raised)
+        return ReplayedStep(self._line, cast(float, at), event, got, entries, tuple(policy.asked), step, raised)
 
     def _ask(self, core: Core, at: float, event: Event) -> tuple[Sequence[Command], str]:
         """Return what the core says, or what it raises, in words."""

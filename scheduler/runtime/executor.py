@@ -129,7 +129,7 @@ class Executor:
     def _look(self, life: RunnerHandle, timeout_s: float) -> None:
         life.lease_ended = False
         try:
-            to_come = life.process.settled(timeout_s) if life.process is not None else None
+            to_come = life.process.context_filled(timeout_s) if life.process is not None else None
             if to_come is None or life.settled:
                 return
             life.settled = self.sampler.refresh(timeout_s)  # its memory is read after it was filled

@@ -480,7 +480,7 @@ def test_a_program_that_is_out_of_files_holds_it_against_no_runner(monkeypatch: 
     monkeypatch.setattr("psutil.Process.__init__", fail)
     assert process.healthy(1.0) and process.memory() == Memory()
     process._url = ""
-    assert process.pulse()
+    assert process.on_tick()
     monkeypatch.setattr("importlib.util.find_spec", fail)
     LlamaEngine().require()
 
@@ -503,13 +503,13 @@ def test_a_load_that_stands_still_makes_no_progress(engine: LlamaEngine, file: P
     os.kill(process.pid or 0, signal.SIGSTOP)
     wait_until(lambda: psutil.Process(process.pid).status() == psutil.STATUS_STOPPED)
     if not told.loads:
-        process.pulse()
+        process.on_tick()
         before = told.progress
-        assert process.pulse()
+        assert process.on_tick()
         assert told.progress == before
     os.kill(process.pid or 0, signal.SIGCONT)
     told.endpoint()
-    assert not process.pulse()
+    assert not process.on_tick()
 
 
 def test_ctrl_c_is_for_the_host_alone(engine: LlamaEngine, file: Path) -> None:

@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from scheduler.engines.child_process import Child, Exit, Program
-from scheduler.engines.process_supervisor import TAIL_BYTES, Processes
+from scheduler.engines.process_supervisor import TAIL_BYTES, ChildLauncher
 from tests.support.leaks import no_leaks
 
 LIMIT_S = 10.0  # ten times what anything here is expected to take, and more
@@ -81,13 +81,13 @@ def is_gone(pid: int) -> bool:
         return True
 
 
-def start(processes: Processes, script: str, heard: Heard, input: bytes = b"") -> Child:
+def start(processes: ChildLauncher, script: str, heard: Heard, input: bytes = b"") -> Child:
     child = Child(Program((sys.executable, "-I", "-S", "-c", script), {}, input), heard)
     processes.start(child)
     return child
 
 
-def start_and_wait(processes: Processes, script: str, heard: Heard) -> Child:
+def start_and_wait(processes: ChildLauncher, script: str, heard: Heard) -> Child:
     """Start a script and wait for its first line."""
     child = start(processes, script, heard)
     wait_until(lambda: heard.lines)
@@ -95,15 +95,15 @@ def start_and_wait(processes: Processes, script: str, heard: Heard) -> Child:
 
 
 @pytest.fixture
-def processes() -> Iterator[Processes]:
+def processes() -> Iterator[ChildLauncher]:
     with no_leaks():
-        processes = Processes()
+        processes = ChildLauncher()
         yield processes
         assert processes.close(LIMIT_S)
 
 
 @pytest.fixture(params=["pidfd", "polled"])
-def either(request: pytest.FixtureRequest, processes: Processes, monkeypatch: pytest.MonkeyPatch) -> Processes:
+def either(request: pytest.FixtureRequest, processes: ChildLauncher, monkeypatch: pytest.MonkeyPatch) -> ChildLauncher:
     """Processes with and without what the kernel offers to watch them by."""
 
     def refused(pid: int, flags: int = 0) -> int:
@@ -114,7 +114,7 @@ def either(request: pytest.FixtureRequest, processes: Processes, monkeypatch: py
     return processes
 
 
-def test_lines_come_in_order_and_before_the_end(either: Processes) -> None:
+def test_lines_come_in_order_and_before_the_end(either: ChildLauncher) -> None:
     """Everything a child printed is heard, also what came right before its exit, and then the exit."""
     heard = Heard()
     start(either, "import sys\nfor number in range(2000): print(number)\nsys.exit(3)", heard)
@@ -123,7 +123,7 @@ def test_lines_come_in_order_and_before_the_end(either: Processes) -> None:
     assert heard.threads == {"loadmaster-watcher"}
 
 
-def test_input_arrives_and_its_stream_stays_open(processes: Processes) -> None:
+def test_input_arrives_and_its_stream_stays_open(processes: ChildLauncher) -> None:
     """A child reads its input, and reads on without coming to an end."""
     heard = Heard()
     child = start(processes, "import sys\nfor line in sys.stdin: print(line, end='', flush=True)", heard, b"hello\n")
@@ -133,7 +133,7 @@ def test_input_arrives_and_its_stream_stays_open(processes: Processes) -> None:
     assert heard.exit().asked
 
 
-def test_input_that_finds_no_room_ends_the_child(processes: Processes) -> None:
+def test_input_that_finds_no_room_ends_the_child(processes: ChildLauncher) -> None:
     """A child that does not read cannot keep the thread that starts the others."""
     heard = Heard()
     start(processes, FOREVER, heard, b"x" * (1 << 20))
@@ -142,7 +142,7 @@ def test_input_that_finds_no_room_ends_the_child(processes: Processes) -> None:
     assert exit.code == -signal.SIGKILL and not exit.asked
 
 
-def test_only_the_last_of_the_log_is_kept(processes: Processes) -> None:
+def test_only_the_last_of_the_log_is_kept(processes: ChildLauncher) -> None:
     """A child may log without end; the tail is bounded and is the last."""
     heard = Heard()
     start(processes, "import sys\nfor number in range(20000): print(number, file=sys.stderr)", heard)
@@ -152,7 +152,7 @@ def test_only_the_last_of_the_log_is_kept(processes: Processes) -> None:
     assert heard.logs > 0
 
 
-def test_a_line_that_never_ends_is_dropped(processes: Processes) -> None:
+def test_a_line_that_never_ends_is_dropped(processes: ChildLauncher) -> None:
     """Memory is bounded whatever a child prints, and what follows is heard again."""
     heard = Heard()
     start(processes, "import sys\nprint('x' * (1 << 20))\nprint('after')", heard)
@@ -161,7 +161,7 @@ def test_a_line_that_never_ends_is_dropped(processes: Processes) -> None:
     assert sum(map(len, heard.lines)) < 1 << 18
 
 
-def test_a_kill_from_outside_is_noticed(either: Processes) -> None:
+def test_a_kill_from_outside_is_noticed(either: ChildLauncher) -> None:
     """A child that somebody kills is told about within a tenth of a second (here: ten times that)."""
     heard = Heard()
     child = start_and_wait(either, FOREVER, heard)
@@ -171,7 +171,7 @@ def test_a_kill_from_outside_is_noticed(either: Processes) -> None:
     assert heard.exit() == Exit(-signal.SIGKILL)
 
 
-def test_stop_terminates(either: Processes) -> None:
+def test_stop_terminates(either: ChildLauncher) -> None:
     """A child that is told to stop gets SIGTERM, and the exit says that it was asked for."""
     heard = Heard()
     child = start_and_wait(either, FOREVER, heard)
@@ -180,7 +180,7 @@ def test_stop_terminates(either: Processes) -> None:
     assert heard.exit() == Exit(-signal.SIGTERM, asked=True)
 
 
-def test_stop_returns_at_once(processes: Processes) -> None:
+def test_stop_returns_at_once(processes: ChildLauncher) -> None:
     """Whoever stops a child does not wait for its grace."""
     heard = Heard()
     child = start_and_wait(processes, STUBBORN, heard)
@@ -190,7 +190,7 @@ def test_stop_returns_at_once(processes: Processes) -> None:
     assert not heard.exits
 
 
-def test_a_child_that_ignores_sigterm_is_killed_with_what_it_started(either: Processes) -> None:
+def test_a_child_that_ignores_sigterm_is_killed_with_what_it_started(either: ChildLauncher) -> None:
     """After the grace the whole group is killed: a grandchild does not survive."""
     heard = Heard()
     child = start_and_wait(either, STUBBORN, heard)
@@ -200,7 +200,7 @@ def test_a_child_that_ignores_sigterm_is_killed_with_what_it_started(either: Pro
     wait_until(lambda: is_gone(grandchild))
 
 
-def test_a_later_stop_may_shorten_the_grace(processes: Processes) -> None:
+def test_a_later_stop_may_shorten_the_grace(processes: ChildLauncher) -> None:
     """Closing does not wait for a grace that was given before."""
     heard = Heard()
     child = start_and_wait(processes, STUBBORN, heard)
@@ -209,7 +209,7 @@ def test_a_later_stop_may_shorten_the_grace(processes: Processes) -> None:
     assert heard.exit().code == -signal.SIGKILL
 
 
-def test_what_a_child_leaves_behind_is_killed(either: Processes) -> None:
+def test_what_a_child_leaves_behind_is_killed(either: ChildLauncher) -> None:
     """A child that ends by itself takes its group with it."""
     heard = Heard()
     child = start_and_wait(either, STUBBORN, heard)
@@ -219,7 +219,7 @@ def test_what_a_child_leaves_behind_is_killed(either: Processes) -> None:
     wait_until(lambda: is_gone(int(heard.lines[0])))
 
 
-def test_a_child_that_is_stopped_can_be_ended(processes: Processes) -> None:
+def test_a_child_that_is_stopped_can_be_ended(processes: ChildLauncher) -> None:
     """SIGSTOP does not keep a child from ending when it is told to."""
     heard = Heard()
     child = start_and_wait(processes, FOREVER, heard)
@@ -229,7 +229,7 @@ def test_a_child_that_is_stopped_can_be_ended(processes: Processes) -> None:
     assert heard.exit() == Exit(-signal.SIGTERM, asked=True)
 
 
-def test_a_program_that_is_not_there_never_starts(processes: Processes) -> None:
+def test_a_program_that_is_not_there_never_starts(processes: ChildLauncher) -> None:
     """The exit has no code, and says why."""
     heard = Heard()
     child = Child(Program(("/no/such/program",), {}), heard)
@@ -239,7 +239,7 @@ def test_a_program_that_is_not_there_never_starts(processes: Processes) -> None:
     assert "No such file" in exit.reason
 
 
-def test_a_stop_before_the_start_calls_it_off(processes: Processes, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stop_before_the_start_calls_it_off(processes: ChildLauncher, monkeypatch: pytest.MonkeyPatch) -> None:
     """A child that waits for its turn ends at once, though the one before it still takes its time to start."""
     go_on, begun = threading.Event(), threading.Event()
 
@@ -263,7 +263,7 @@ def test_a_stop_before_the_start_calls_it_off(processes: Processes, monkeypatch:
     assert waiting.pid is None
 
 
-def test_a_listener_that_raises_harms_nobody(processes: Processes) -> None:
+def test_a_listener_that_raises_harms_nobody(processes: ChildLauncher) -> None:
     """What a listener raises is logged; the next child is watched as ever, and the descriptors are closed."""
 
     class Broken(Heard):
@@ -281,7 +281,7 @@ def test_a_listener_that_raises_harms_nobody(processes: Processes) -> None:
     assert heard.exit().code == 0
 
 
-def test_exits_are_noticed_when_the_host_ignores_sigchld(either: Processes) -> None:
+def test_exits_are_noticed_when_the_host_ignores_sigchld(either: ChildLauncher) -> None:
     """The kernel then reaps children by itself, and their status is lost, but not that they are gone."""
     before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     try:
@@ -295,7 +295,7 @@ def test_exits_are_noticed_when_the_host_ignores_sigchld(either: Processes) -> N
         signal.signal(signal.SIGCHLD, before)
 
 
-def test_a_child_pulses_for_as_long_as_it_is_wanted(processes: Processes) -> None:
+def test_a_child_pulses_for_as_long_as_it_is_wanted(processes: ChildLauncher) -> None:
     """About once a second a listener may look after its child, until it says that it need not."""
     heard = Heard()
     heard.pulses_wanted = 1
@@ -308,7 +308,7 @@ def test_a_child_pulses_for_as_long_as_it_is_wanted(processes: Processes) -> Non
 
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
-def test_a_fork_of_the_host_kills_nothing(processes: Processes) -> None:
+def test_a_fork_of_the_host_kills_nothing(processes: ChildLauncher) -> None:
     """A copy of the host can neither stop nor close what it inherited, nor start more."""
     heard = Heard()
     child = start_and_wait(processes, FOREVER, heard)
@@ -332,7 +332,7 @@ def test_a_fork_of_the_host_kills_nothing(processes: Processes) -> None:
 def test_close_kills_every_child_and_tells_of_it() -> None:
     """Loaded, stubborn or stopped: after close there is no child, thread or descriptor, and each exit was told."""
     with no_leaks():
-        processes = Processes()
+        processes = ChildLauncher()
         all_heard = [Heard() for _ in range(6)]
         children = [start_and_wait(processes, (FOREVER, STUBBORN)[n % 2], heard) for n, heard in enumerate(all_heard)]
         assert children[0].pid is not None
@@ -347,7 +347,7 @@ def test_close_kills_every_child_and_tells_of_it() -> None:
 
 @pytest.mark.parametrize("refused", ["loadmaster-watcher", "loadmaster-spawner"])
 def test_a_thread_that_cannot_be_started_is_started_for_the_next_child(
-    refused: str, processes: Processes, monkeypatch: pytest.MonkeyPatch
+    refused: str, processes: ChildLauncher, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whoever asked first is told; nothing waits for a thread that never was, nor does the close."""
     begin = threading.Thread.start
@@ -359,7 +359,7 @@ def test_a_thread_that_cannot_be_started_is_started_for_the_next_child(
 
     with monkeypatch.context() as patch:
         patch.setattr(threading.Thread, "start", refuse)
-        other = Processes()
+        other = ChildLauncher()
         for either in (processes, other):
             with pytest.raises(RuntimeError, match="can't start"):
                 start(either, FOREVER, Heard())
@@ -371,10 +371,10 @@ def test_a_thread_that_cannot_be_started_is_started_for_the_next_child(
 def test_close_without_any_child_has_nothing_to_do() -> None:
     """No thread is started before the first child."""
     with no_leaks():
-        assert Processes().close(0.0)
+        assert ChildLauncher().close(0.0)
 
 
-def test_descriptors_are_not_inherited_by_other_programs(processes: Processes) -> None:
+def test_descriptors_are_not_inherited_by_other_programs(processes: ChildLauncher) -> None:
     """A program that the host starts by other means gets none of the pipes."""
     before = inheritable()
     start_and_wait(processes, FOREVER, Heard())

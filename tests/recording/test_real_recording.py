@@ -19,7 +19,7 @@ from scheduler import InvalidSettings, LoadFailed, PythonModel, RunnerCrashed, S
 from scheduler.cli.main import main
 from scheduler.config.settings import SMALLEST_RECORD_BYTES
 from scheduler.recording import recorder
-from scheduler.recording.replay import Begun, Moment, Replay
+from scheduler.recording.replay import Replay, ReplayedStep, ReplayStarted
 from tests.support.leaks import no_leaks
 from tests.support.real import LONG, ROOM_FOR_TWO, SHORT, begin_a_load, send, settings, write_models
 from tests.support.waiting import LIMIT_S, assert_soon
@@ -50,9 +50,9 @@ def recorded(file: Path, **arguments: Any) -> Scheduler:
     return Scheduler(settings(record=file, **arguments))
 
 
-def steps(file: Path) -> list[Moment]:
+def steps(file: Path) -> list[ReplayedStep]:
     """Replay a file; raises where anything differs."""
-    return [moment for moment in Replay(file) if isinstance(moment, Moment)]
+    return [moment for moment in Replay(file) if isinstance(moment, ReplayedStep)]
 
 
 def incident(scheduler: Scheduler, folder: Path) -> set[str]:
@@ -116,7 +116,7 @@ def test_a_rotated_recording_of_a_real_run_replays_exactly(file: Path, folder: P
         assert lease.chat(PROMPT, **SHORT) and scheduler.status().problems == ()
     for part in (before, file):
         begun, *_ = list(Replay(part))
-        assert isinstance(begun, Begun) and begun.header.missing == 0 and len(steps(part)) > 20
+        assert isinstance(begun, ReplayStarted) and begun.header.missing == 0 and len(steps(part)) > 20
     assert file.stat().st_size + before.stat().st_size < 2 * SMALLEST_RECORD_BYTES
     assert main(["replay", str(file)]) == 0
 
@@ -156,7 +156,7 @@ def test_a_place_that_cannot_be_written_is_a_problem_and_no_failure(
 
         assert_soon(lambda: not problems())
     begun, *rest = list(Replay(file))
-    assert isinstance(begun, Begun) and begun.header.missing > 0 and rest
+    assert isinstance(begun, ReplayStarted) and begun.header.missing > 0 and rest
 
 
 @pytest.mark.parametrize("what", ["deleted", "moved", "replaced", "emptied"])
@@ -184,7 +184,7 @@ def test_a_file_that_is_taken_away_is_a_problem_and_begun_anew(
         assert_soon(lambda: f"nothing is recorded to {file}: it was moved, deleted or changed" in problems())
         assert_soon(lambda: not problems())
     begun, *rest = list(Replay(file))
-    assert isinstance(begun, Begun) and begun.header.missing > 0 and rest
+    assert isinstance(begun, ReplayStarted) and begun.header.missing > 0 and rest
 
 
 def test_two_schedulers_on_one_file_both_say_so(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -244,7 +244,7 @@ with Scheduler(Settings(gpus=False, record={str(file)!r})) as scheduler:
         check=False, timeout=LIMIT_S * 4,
     )  # fmt: skip
     assert (done.returncode, done.stdout) == (0, "()\n"), done.stderr
-    parts = [each for each in Replay(file) if isinstance(each, Begun)]
+    parts = [each for each in Replay(file) if isinstance(each, ReplayStarted)]
     assert len(parts) > 1 and parts[-1].header.missing > 0 and file.stat().st_size > 20_000
 
 
@@ -260,7 +260,7 @@ def test_what_comes_too_fast_is_left_out_and_told(file: Path, monkeypatch: pytes
             assert_soon(lambda: not scheduler.debug_state().to_record)
         problems = scheduler.status().problems
     assert any("came faster than they could be written" in each for each in problems)
-    parts = [each for each in Replay(file) if isinstance(each, Begun)]
+    parts = [each for each in Replay(file) if isinstance(each, ReplayStarted)]
     assert len(parts) > 2 and all(part.header.missing > 0 for part in parts[1:])
     assert len(steps(file)) > 100
 
@@ -278,7 +278,7 @@ def test_what_cannot_be_recorded_is_left_out(file: Path, monkeypatch: pytest.Mon
             return scheduler.status().problems
 
         assert_soon(lambda: not problems())
-    assert len([each for each in Replay(file) if isinstance(each, Begun)]) > 1
+    assert len([each for each in Replay(file) if isinstance(each, ReplayStarted)]) > 1
 
 
 def test_failed_loads_of_objects_replay(file: Path) -> None:

@@ -31,7 +31,7 @@ from scheduler.config.settings import SMALLEST_RECORD_BYTES
 from scheduler.recording import recorder
 from scheduler.recording.codec import encode
 from scheduler.recording.recorder import Recorder
-from scheduler.recording.replay import Begun, Difference, Moment, RecordingError, Replay
+from scheduler.recording.replay import Difference, RecordingError, Replay, ReplayedStep, ReplayStarted
 from scheduler.recording.timeline import Timeline
 from tests.recording.test_record import Walk
 from tests.support.leaks import no_leaks
@@ -77,9 +77,9 @@ def recorded_pool(path: Path, capacity: str = "12GiB", policy: EvictionPolicy | 
         yield pool
 
 
-def moments(path: Path) -> list[Moment]:
+def moments(path: Path) -> list[ReplayedStep]:
     """Replay a file and return its steps."""
-    return [moment for moment in Replay(path) if isinstance(moment, Moment)]
+    return [moment for moment in Replay(path) if isinstance(moment, ReplayedStep)]
 
 
 def lines_of(path: Path) -> list[dict[str, object]]:
@@ -121,7 +121,7 @@ def test_whatever_happens_is_recorded_and_replays_exactly(seed: int, file: Path)
     again = moments(file)
     assert [(moment.at, moment.event) for moment in again] == told
     assert [list(moment.commands) for moment in again] == said and sum(map(len, said)) > 100
-    last = next(each.core for each in list(Replay(file)) if isinstance(each, Begun))
+    last = next(each.core for each in list(Replay(file)) if isinstance(each, ReplayStarted))
     for line in last._state.groups.values():
         line.told = None  # only kept where somebody listens
     assert encode(last.checkpoint()) == encode(core.checkpoint())
@@ -197,7 +197,7 @@ def test_the_choices_of_a_policy_of_the_users_own_are_inputs(file: Path) -> None
             walk.step(core, writer.step)
             core.copy().step(core._state.now + 1, Tick())  # whoever asks what would be is not recorded
     replay = Replay(file)
-    considered = [one for moment in replay if isinstance(moment, Moment) for one in moment.considered]
+    considered = [one for moment in replay if isinstance(moment, ReplayedStep) for one in moment.considered]
     assert any("RuntimeError" in one.failure for one in considered) and sum(not one.failure for one in considered) > 5
     header = lines_of(file)[0]
     assert (header["policy"], header["own_policy"], replay.steps) == ("moody", True, 400)
@@ -214,7 +214,7 @@ def test_the_costs_that_a_policy_of_the_users_own_names_are_inputs(file: Path) -
     with recorded_pool(file, policy=Priced()) as pool:
         pool.idle("a").idle("b").feed(acquire("c", 3))
         assert pool.life("a").current and not pool.life("b").current
-    considered = [one for moment in moments(file) if isinstance(moment, Moment) for one in moment.considered]
+    considered = [one for moment in moments(file) if isinstance(moment, ReplayedStep) for one in moment.considered]
     assert {one.model: one.cost_s for one in considered[0].candidates} == {"a": 10.0, "b": 0.5}
 
 
@@ -267,9 +267,9 @@ def test_a_recording_leaves_ids_and_names_as_they_are(file: Path) -> None:
     with recorded_pool(file, policy=Raising()) as pool:
         pool.idle(one).idle(other).feed(acquire(third, 3))
     replay = Replay(file)
-    assert [moment.considered[0].failure for moment in replay if isinstance(moment, Moment) and moment.considered] == [
-        "RuntimeError('nothing at http://..."
-    ]
+    assert [
+        moment.considered[0].failure for moment in replay if isinstance(moment, ReplayedStep) and moment.considered
+    ] == ["RuntimeError('nothing at http://..."]
     assert {one, other, third} <= set(replay.names) and "127.0.0.1" not in file.read_text()
 
 
@@ -386,7 +386,7 @@ def test_a_file_that_is_cut_anywhere_replays_up_to_there(incident: Path, capsys:
     for size in {*range(ends[0], len(whole), 97), ends[1], ends[1] + 1, len(whole) - 1}:
         incident.write_bytes(whole[:size])
         replay = Replay(incident)
-        assert len([each for each in replay if isinstance(each, Moment)]) == sum(end <= size for end in ends) - 1
+        assert len([each for each in replay if isinstance(each, ReplayedStep)]) == sum(end <= size for end in ends) - 1
         assert replay.cut == (size not in ends)
     assert main(["replay", str(incident)]) == 0
     assert "the last line is cut short" in capsys.readouterr().out

@@ -96,9 +96,9 @@ class Core:
 
         What is returned, and what is noted in the journal, is of the step that `steps` numbers until the next one.
         """
-        pool = self._state
-        pool.steps += 1
-        pool.now = now if now > pool.now else pool.now
+        state = self._state
+        state.steps += 1
+        state.now = now if now > state.now else state.now
         commands: list[Command] = []
         self._lifecycle.commands = commands
         self._handle(event)
@@ -213,40 +213,40 @@ class Core:
                 assert_never(event)
 
     def _acquire(self, event: Acquire) -> None:
-        pool, want = self._state, event.spec
-        request = Request(event.request, want, event.keep_alive_s, pool.now)
-        if request.id in pool.requests:
+        state, spec = self._state, event.spec
+        request = Request(event.request, spec, event.keep_alive_s, state.now)
+        if request.id in state.requests:
             self.late += 1  # a duplicate
             return
-        if pool.closing:
+        if state.closing:
             self._lifecycle.reject(request, SchedulerClosed())
             return
-        model = pool.models.get(want.model)
+        model = state.models.get(spec.model)
         runner = model.current if model is not None else None
-        warm = runner is not None and runner.state is not LOADING and want.purpose is not Purpose.memory
-        if runner is not None and warm and runner_serves(runner, want):
-            if model is not None and want.purpose is Purpose.lease and not runner.leases:
-                model.record_arrival(pool.now, pool.idle_intervals)
+        warm = runner is not None and runner.state is not LOADING and spec.purpose is not Purpose.memory
+        if runner is not None and warm and runner_serves(runner, spec):
+            if model is not None and spec.purpose is Purpose.lease and not runner.leases:
+                model.record_arrival(state.now, state.idle_intervals)
             self._lifecycle.grant(request, runner)
             return
-        if pool.queued >= pool.config.max_queue:
-            self._lifecycle.reject(request, QueueFullRefusal(pool.config.max_queue, self._lifecycle.retry_after_s()))
+        if state.queued >= state.config.max_queue:
+            self._lifecycle.reject(request, QueueFullRefusal(state.config.max_queue, self._lifecycle.retry_after_s()))
             return
-        if want.purpose is not Purpose.memory:
-            model = model or self._lifecycle.model(want.model)
-            if pool.now < model.blocked_until:
+        if spec.purpose is not Purpose.memory:
+            model = model or self._lifecycle.model(spec.model)
+            if state.now < model.blocked_until:
                 self._lifecycle.reject(request, self._lifecycle.load_failure(model, out_of_memory=False))
                 return
-            if want.purpose is Purpose.lease:
-                model.record_arrival(pool.now, pool.idle_intervals)
+            if spec.purpose is Purpose.lease:
+                model.record_arrival(state.now, state.idle_intervals)
             model.inspected_since_launch = (
-                model.inspected_since_launch and model.id in pool.specs_by_model
+                model.inspected_since_launch and model.id in state.specs_by_model
             )  # else it was read for somebody who left
-        if len(pool.enqueue(request).requests) == 1:
-            self._lifecycle.unevaluated[want] = None
+        if len(state.enqueue(request).requests) == 1:
+            self._lifecycle.unevaluated[spec] = None
         if event.timeout_s is not None:
-            pool.timers.set(("request", request.id), pool.now + event.timeout_s)
-        self._lifecycle.decide("queued", want.model, Queued(pool.queued), request.id)
+            state.timers.set(("request", request.id), state.now + event.timeout_s)
+        self._lifecycle.decide("queued", spec.model, Queued(state.queued), request.id)
         self._lifecycle.replan = True
         self._refuse_in_time([request])
 
@@ -264,25 +264,25 @@ class Core:
             self.late += 1  # a Release of what was never granted
 
     def _time_is_up(self, key: Key) -> None:
-        pool = self._state
+        state = self._state
         kind, id = key
         match kind:
             case "keep-alive":
-                self._lifecycle.expire(pool.runners[RunnerId(id)], RunnerReason.keep_alive_over)
+                self._lifecycle.expire(state.runners[RunnerId(id)], RunnerReason.keep_alive_over)
             case "load":
-                runner = pool.runners[RunnerId(id)]
-                self._lifecycle.load_failed(runner, LoadStalled(pool.config.load_timeout_s))
+                runner = state.runners[RunnerId(id)]
+                self._lifecycle.load_failed(runner, LoadStalled(state.config.load_timeout_s))
                 self._lifecycle.stop(runner)
             case "memory":
-                self._lifecycle.await_memory(pool.runners[RunnerId(id)])
+                self._lifecycle.await_memory(state.runners[RunnerId(id)])
             case "request":
-                request = pool.requests[RequestId(id)]
-                line = pool.groups[request.spec]
-                timed_out = TimedOut(request.spec.model, pool.now - request.queued_at, line.waits_for)
+                request = state.requests[RequestId(id)]
+                group = state.groups[request.spec]
+                timed_out = TimedOut(request.spec.model, state.now - request.queued_at, group.waits_for)
                 self._lifecycle.answer(request, RequestState.rejected, timed_out)
                 self._lifecycle.abandon_load(request)
             case "close":
-                for runner in [runner for runner in pool.runners.values() if runner.leases]:
+                for runner in [runner for runner in state.runners.values() if runner.leases]:
                     self._lifecycle.revoke_leases(runner, None)
                     self._lifecycle.stop(runner)
             case "plan":
@@ -293,16 +293,16 @@ class Core:
                 assert_never(kind)
 
     def _sampled(self, event: Sampled) -> None:
-        pool, mapped = self._state, dict(event.mapped)
+        state, mapped = self._state, dict(event.mapped)
         for id, amounts in event.resident:
-            runner = pool.runners.get(id)
+            runner = state.runners.get(id)
             if runner is None:
                 continue
             grown = self._lifecycle.measure(runner, amounts, mapped.get(id, 0))
             if grown and runner.state is LOADING:  # the load is alive
-                pool.timers.set(("load", id), pool.now + pool.config.load_timeout_s)
-        pool.ledger.sample(event.devices)
-        for runner in [runner for runner in pool.runners.values() if not runner.process]:
+                state.timers.set(("load", id), state.now + state.config.load_timeout_s)
+        state.ledger.sample(event.devices)
+        for runner in [runner for runner in state.runners.values() if not runner.process]:
             if event.number >= runner.last_sample and self._lifecycle.memory_is_back(runner):
                 self._lifecycle.unload(runner, RunnerReason.memory_freed)
         self._lifecycle.replan = True
@@ -315,9 +315,9 @@ class Core:
         model.inspecting = False
         match event.outcome:
             case ModelNotFoundRefusal() | InvalidModelRefusal() as refusal:
-                for line in self._state.groups_of_model(model.id):
-                    if model.current is None or not runner_serves(model.current, line.spec):
-                        self._lifecycle.reject_line(line, refusal)
+                for group in self._state.groups_of_model(model.id):
+                    if model.current is None or not runner_serves(model.current, group.spec):
+                        self._lifecycle.reject_line(group, refusal)
                 lives = any(runner.model == model.id for runner in self._state.runners.values())
                 if not (lives or model.pinned or model.failures or model.measured):
                     del self._state.models[model.id]  # a name that means nothing is not kept
@@ -325,7 +325,7 @@ class Core:
                 model.apply_inspection(info, self._state.next_runner, event.history)
                 self._lifecycle.reevaluate(model)
                 waiting = [
-                    request for line in self._state.groups_of_model(model.id) for request in line.requests.values()
+                    request for group in self._state.groups_of_model(model.id) for request in group.requests.values()
                 ]
                 self._refuse_in_time(waiting)
 
@@ -362,15 +362,15 @@ class Core:
                 self._lifecycle.exited(runner, event)
 
     def _close(self, timeout_s: float) -> None:
-        pool = self._state
-        pool.closing = self._lifecycle.replan = True
-        for line in list(pool.groups.values()):
-            self._lifecycle.reject_line(line, SchedulerClosed())
-        for runner in [runner for runner in pool.runners.values() if runner.current]:
+        state = self._state
+        state.closing = self._lifecycle.replan = True
+        for group in list(state.groups.values()):
+            self._lifecycle.reject_line(group, SchedulerClosed())
+        for runner in [runner for runner in state.runners.values() if runner.current]:
             self._lifecycle.expire(runner, RunnerReason.closing)
-        for request in [request for request in pool.requests.values() if request.runner is None]:
+        for request in [request for request in state.requests.values() if request.runner is None]:
             self._lifecycle.release(request)
-        pool.timers.set(("close", 0), min(pool.timers.at(("close", 0)), pool.now + timeout_s))
+        state.timers.set(("close", 0), min(state.timers.at(("close", 0)), state.now + timeout_s))
 
     def _carry_out_plans(self) -> None:
         while self._carry_out_plan():
@@ -382,15 +382,15 @@ class Core:
 
     def _carry_out_plan(self) -> bool:
         """Make a plan and do what it says; return whether another one may find more to do."""
-        pool = self._state
-        if not pool.groups and not pool.overfull():
+        state = self._state
+        if not state.groups and not state.overfull():
             self._lifecycle.unevaluated.clear()
-            if pool.claims:  # whoever they were for has left
+            if state.claims:  # whoever they were for has left
                 self._lifecycle.launch_all(())
-            if pool.prefetching:
+            if state.prefetching:
                 read_ahead(self._lifecycle, None)
             return False
-        plan = make_plan(pool, self.policy, self._lifecycle.unevaluated)
+        plan = make_plan(state, self.policy, self._lifecycle.unevaluated)
         if self.plans is not None:
             self.plans.append(plan)
         self.policy_failure = plan.policy_failure or self.policy_failure
@@ -403,30 +403,32 @@ class Core:
                 model.inspecting = True
                 self._lifecycle.commands.append(Inspect(model.id))
         if self.decision_log is not None:
-            tell_victims(pool, plan, self.decision_log)
-        self._lifecycle.notify_contention(plan.contended.union(id for id in plan.victims if pool.runners[id].leases))
+            tell_victims(state, plan, self.decision_log)
+        self._lifecycle.notify_contention(plan.contended.union(id for id in plan.victims if state.runners[id].leases))
         for id, reason in plan.victims.items():
-            self._lifecycle.expire(pool.runners[id], reason)
+            self._lifecycle.expire(state.runners[id], reason)
         for request in plan.memory:
             self._lifecycle.grant_memory(request)
-        since = RunnerId(pool.next_runner)
+        since = RunnerId(state.next_runner)
         self._lifecycle.launch_all(plan.launches)
         if self.decision_log is not None:
-            tell_placed(pool, plan, since, self.decision_log)
-            tell_waits(pool, plan, self.decision_log)
-        pool.timers.set(("plan", 0), plan.replan_at)
-        if plan.victims or plan.memory or pool.next_runner > since:  # there may be more to do, or to read, beside these
+            tell_placed(state, plan, since, self.decision_log)
+            tell_waits(state, plan, self.decision_log)
+        state.timers.set(("plan", 0), plan.replan_at)
+        if (
+            plan.victims or plan.memory or state.next_runner > since
+        ):  # there may be more to do, or to read, beside these
             return True
         read_ahead(self._lifecycle, plan)
         return False
 
     def _answer_at_once(self, plan: Plan) -> None:
         """Answer those for whom nothing has to be loaded: what they want is there after all, or can never be."""
-        for line, runner in plan.matches:
+        for group, runner in plan.matches:
             if len(runner.equivalent_requests) >= MOST_KINDS and runner.state is not LOADING:
                 runner.equivalent_requests.clear()  # whoever asks for them again is judged again
-            runner.equivalent_requests.add(line.spec.options)
+            runner.equivalent_requests.add(group.spec.options)
             if runner.state is not LOADING:
-                self._lifecycle.serve(runner, [line])
-        for line, refusal in plan.refusals:
-            self._lifecycle.reject_line(line, refusal)
+                self._lifecycle.serve(runner, [group])
+        for group, refusal in plan.refusals:
+            self._lifecycle.reject_line(group, refusal)

@@ -68,79 +68,79 @@ class Preview:
 
 
 def preview(
-    now: float, core: Core, want: RequestSpec, info: ModelInfo | Footprint, known: LoadHistory = NOTHING
+    now: float, core: Core, spec: RequestSpec, info: ModelInfo | Footprint, known: LoadHistory = NOTHING
 ) -> Preview:
     """Return what would become of `want`, asked `now`, if an inspection found `info` and `known`; `core` stays.
 
     What is due by now is taken to have happened. `want` is for a lease or a preload.
     """
-    assert want.purpose is not Purpose.memory, "memory has no model"
+    assert spec.purpose is not Purpose.memory, "memory has no model"
     scratch = core.copy()
-    pool, scratch.plans = scratch._state, []
-    pool.config = replace(pool.config, claims=False)  # what other programs do at this moment is no part of the answer
+    state, scratch.plans = scratch._state, []
+    state.config = replace(state.config, claims=False)  # what other programs do at this moment is no part of the answer
     scratch.step(now, Tick())
     scratch.plans.clear()
-    request = RequestId(max(pool.requests, default=0) + 1)
-    commands = scratch.step(now, Acquire(request, want))
-    if (model := pool.models.get(want.model)) is not None and model.inspecting:
-        commands += scratch.step(now, Inspected(want.model, info, known))
+    request = RequestId(max(state.requests, default=0) + 1)
+    commands = scratch.step(now, Acquire(request, spec))
+    if (model := state.models.get(spec.model)) is not None and model.inspecting:
+        commands += scratch.step(now, Inspected(spec.model, info, known))
     for command in commands:
         match command:
             case Grant(answered, runner) if answered == request and runner is not None:
-                return _served(pool, want, pool.runners[runner], Outcome.warm)
+                return _served(state, spec, state.runners[runner], Outcome.warm)
             case Reject(answered, DoesNotFitRefusal() as refusal) if answered == request:
-                return replace(_planned(pool, want, scratch.plans, Outcome.never), refusal=refusal)
+                return replace(_planned(state, spec, scratch.plans, Outcome.never), refusal=refusal)
             case Reject(answered, refusal) if answered == request:
-                return Preview(Outcome.refused, want.options, refusal=refusal)
+                return Preview(Outcome.refused, spec.options, refusal=refusal)
             case _:
                 pass
-    if any(line.spec == want for plan in scratch.plans for line, *_ in plan.launches):
-        return _planned(pool, want, scratch.plans, Outcome.fits)
+    if any(group.spec == spec for plan in scratch.plans for group, *_ in plan.launches):
+        return _planned(state, spec, scratch.plans, Outcome.fits)
     carried_out = [plan for plan in scratch.plans if not (plan.matches or plan.refusals)]  # else it was made anew
-    found = _planned(pool, want, carried_out, Outcome.waits)
-    current = pool.models[want.model].current
-    if current is not None and runner_serves(current, want):
-        found = _served(pool, want, current, Outcome.waits)
-    return found if found.victims else replace(found, waits_for=pool.groups[want].waits_for)
+    found = _planned(state, spec, carried_out, Outcome.waits)
+    current = state.models[spec.model].current
+    if current is not None and runner_serves(current, spec):
+        found = _served(state, spec, current, Outcome.waits)
+    return found if found.victims else replace(found, waits_for=state.groups[spec].waits_for)
 
 
-def _planned(pool: CoreState, want: RequestSpec, plans: Sequence[Plan], outcome: Outcome) -> Preview:
+def _planned(state: CoreState, spec: RequestSpec, plans: Sequence[Plan], outcome: Outcome) -> Preview:
     """Return what was planned for a line: the first plan with victims counts, since the next has them gone already."""
-    model = pool.models[want.model]
-    rooms = [(plan.placements[want], plan.options[want]) for plan in plans if want in plan.placements]
+    model = state.models[spec.model]
+    rooms = [(plan.placements[spec], plan.options[spec]) for plan in plans if spec in plan.placements]
     if not rooms:
-        return Preview(outcome, want.options)
+        return Preview(outcome, spec.options)
     room, asked = next((found for found in rooms if found[0].victims), rooms[-1])
     if room.victims:
         outcome = Outcome.evicts
-    options, demand = model.demand(asked, pool.config)
+    options, demand = model.demand(asked, state.config)
     exact = bool(demand.footprint.fixed)
     needs, placement = dict(needed(room.placement, exact=exact)), room.placement
-    shares = _shares(pool, demand.footprint, placement.gpu_layers, dict(placement.bytes), needs, dict(room.free))
-    layers = _layers(pool, demand)
+    shares = _shares(state, demand.footprint, placement.gpu_layers, dict(placement.bytes), needs, dict(room.free))
+    layers = _layers(state, demand)
     return Preview(outcome, options, shares, placement.gpu_layers, layers, placement.measured, room.victims)
 
 
-def _served(pool: CoreState, want: RequestSpec, runner: Runner, outcome: Outcome) -> Preview:
+def _served(state: CoreState, spec: RequestSpec, runner: Runner, outcome: Outcome) -> Preview:
     """Return what the runner takes that serves the request, or will."""
-    model, ledger, split = pool.models[want.model], pool.ledger, runner.placement.gpu_layers
+    model, ledger, split = state.models[spec.model], state.ledger, runner.placement.gpu_layers
     account = ledger.accounts["runner", runner.id]
-    _, demand = model.demand(runner.launch_options, pool.config)
+    _, demand = model.demand(runner.launch_options, state.config)
     takes = {device: account.held_bytes(device) for device in account.reserved}
     free = {device: ledger.free_bytes(device) for device in ledger.devices}
-    shares = _shares(pool, demand.footprint, split, takes, {}, free)
-    layers = _layers(pool, demand)
+    shares = _shares(state, demand.footprint, split, takes, {}, free)
+    layers = _layers(state, demand)
     measured = runner.placement.measured or account.peak_observed
     return Preview(outcome, runner.effective_options, shares, split, layers, measured)
 
 
-def _layers(pool: CoreState, demand: PlacementDemand) -> int:
-    gpus = any(sample.kind == "gpu" for sample in pool.ledger.devices.values())
+def _layers(state: CoreState, demand: PlacementDemand) -> int:
+    gpus = any(sample.kind == "gpu" for sample in state.ledger.devices.values())
     return demand.layers if gpus and not demand.footprint.fixed else 0
 
 
 def _shares(
-    pool: CoreState,
+    state: CoreState,
     footprint: Footprint,
     split: Amounts,
     takes: Mapping[DeviceId, int],
@@ -150,7 +150,7 @@ def _shares(
     """Return what each memory gives: an integrated GPU's part is the host's."""
     found: dict[DeviceId, DeviceBytes] = {}
     for device, part in bytes_by_device(footprint, split).items():
-        memory = pool.ledger.devices[device].memory if device in pool.ledger.devices else device
+        memory = state.ledger.devices[device].memory if device in state.ledger.devices else device
         found[memory] = _sum(found.get(memory, DeviceBytes()), part)
     return tuple(
         Share(device, found.get(device, DeviceBytes()), takes.get(device, 0), needs.get(device, 0), free.get(device, 0))

@@ -51,8 +51,8 @@ class Actions:
 
     __slots__ = ("commands", "decision_log", "unevaluated", "state", "replan")
 
-    def __init__(self, pool: CoreState) -> None:
-        self.state = pool
+    def __init__(self, state: CoreState) -> None:
+        self.state = state
         self.commands: list[Command] = []  # of this step, in order
         self.decision_log: list[Entry] | None = None
         self.replan = False  # something changed that those who wait may care about
@@ -64,8 +64,8 @@ class Actions:
 
     def grant(self, request: Request, runner: Runner) -> None:
         """Answer with a runner; the lease is booked in the same step, so nobody is handed one that is being stopped."""
-        pool = self.state
-        runner.used_at = pool.now
+        state = self.state
+        runner.used_at = state.now
         if request.keep_alive_s is not None:
             runner.keep_alive_s, runner.uses_default_keep_alive = request.keep_alive_s, False
         if request.spec.purpose is Purpose.preload:
@@ -75,45 +75,45 @@ class Actions:
         else:
             request.state = RequestState.granted
             request.runner = runner.id
-            pool.requests[request.id] = request
+            state.requests[request.id] = request
             runner.leases.add(request.id)
             if runner.state is not READY:
-                pool.timers.clear(("keep-alive", runner.id))
+                state.timers.clear(("keep-alive", runner.id))
                 self.replan = self.replan or runner.contended  # it was to go in a moment; who asks its users plans anew
                 self.fire(runner, "serve", RunnerReason.granted)
         self.commands.append(Grant(request.id, runner.id))
-        if runner.contended and pool.groups and request.runner is not None and not self.replan:
+        if runner.contended and state.groups and request.runner is not None and not self.replan:
             request.asked = True
             self.commands.append(NotifyContention(runner.id, (request.id,)))  # the others were told before
         if self.decision_log is not None:
-            self.decide("granted", runner.model, Waited(pool.now - request.queued_at), request.id, runner.id)
+            self.decide("granted", runner.model, Waited(state.now - request.queued_at), request.id, runner.id)
 
     def release(self, request: Request) -> None:
         """Take back what a request was granted; the last lease lets its runner rest, expire or stop."""
-        pool = self.state
+        state = self.state
         request.state = RequestState.released
-        del pool.requests[request.id]
+        del state.requests[request.id]
         if request.runner is None:
-            pool.ledger.release(("memory", request.id))
+            state.ledger.release(("memory", request.id))
             self.replan = True
             return
-        runner = pool.runners[RunnerId(request.runner)]
+        runner = state.runners[RunnerId(request.runner)]
         runner.leases.discard(request.id)
-        runner.used_at = pool.now
+        runner.used_at = state.now
         if runner.leases:
             return
         if runner.state is EXPIRING:
-            model = pool.models[runner.model]
+            model = state.models[runner.model]
             if model.current is None:  # it rests from now on, and not since it was given up
-                model.rested_at = max(model.rested_at, pool.now)
+                model.rested_at = max(model.rested_at, state.now)
             self.stop(runner)
             self.replan = True  # it is known by when it is gone
-        elif runner.keep_alive_s <= 0 and not pool.models[runner.model].pinned:
+        elif runner.keep_alive_s <= 0 and not state.models[runner.model].pinned:
             self.expire(runner, RunnerReason.no_keep_alive)
         else:
             load_s = (runner.loaded_at or 0.0) - runner.launched_at
-            runner.idle_grace_until = pool.now + min(
-                pool.config.idle_grace_limit_s, pool.config.idle_grace_part * load_s
+            runner.idle_grace_until = state.now + min(
+                state.config.idle_grace_limit_s, state.config.idle_grace_part * load_s
             )
             self.rest(runner, RunnerReason.released)
 
@@ -138,8 +138,8 @@ class Actions:
         request.state = state
         self.replan = True
 
-    def reject_line(self, line: RequestGroup, refusal: Refusal) -> None:
-        for request in list(line.requests.values()):
+    def reject_line(self, group: RequestGroup, refusal: Refusal) -> None:
+        for request in list(group.requests.values()):
             self.answer(request, RequestState.rejected, refusal)
 
     def abandon_load(self, request: Request) -> None:
@@ -168,59 +168,59 @@ class Actions:
         self.commands.append(Grant(request.id, None))
         self.decide("granted", request.spec.model, Waited(self.state.now - request.queued_at), request.id)
 
-    def launch(self, line: RequestGroup, options: Options, placement: Placement) -> Runner:
+    def launch(self, group: RequestGroup, options: Options, placement: Placement) -> Runner:
         """Begin a runner's life for those in a line; its memory is booked from here on."""
-        pool = self.state
-        model = pool.models[line.spec.model]
-        keep_alive_s = line.head.keep_alive_s
+        state = self.state
+        model = state.models[group.spec.model]
+        keep_alive_s = group.head.keep_alive_s
         if keep_alive_s is None:
-            keep_alive_s = pool.config.keep_alive_s
-        if (threads := threads_for(pool, model, options, placement)) is not None:
+            keep_alive_s = state.config.keep_alive_s
+        if (threads := threads_for(state, model, options, placement)) is not None:
             placement = replace(placement, threads=threads)
-        runner = Runner(RunnerId(pool.next_runner), model.id, options, placement, keep_alive_s, pool.now)
+        runner = Runner(RunnerId(state.next_runner), model.id, options, placement, keep_alive_s, state.now)
         if threads is not None:
             runner.effective_options = replace(
                 options, num_thread=threads.answers
             )  # who asks for as many is served by it
-        runner.equivalent_requests.add(line.spec.options)
-        runner.uses_default_keep_alive = line.head.keep_alive_s is None
-        runner.fully_offloaded = placement.offloaded == model.demand(options, pool.config)[1].layers
-        pool.next_runner += 1
-        pool.processes += 1
-        pool.runners[runner.id] = model.current = runner
-        pool.ledger.reserve(("runner", runner.id), placement.bytes)
-        pool.timers.set(("load", runner.id), pool.now + pool.config.load_timeout_s)
-        line.wait(WaitFor.load, pool.expected_at(runner))
+        runner.equivalent_requests.add(group.spec.options)
+        runner.uses_default_keep_alive = group.head.keep_alive_s is None
+        runner.fully_offloaded = placement.offloaded == model.demand(options, state.config)[1].layers
+        state.next_runner += 1
+        state.processes += 1
+        state.runners[runner.id] = model.current = runner
+        state.ledger.reserve(("runner", runner.id), placement.bytes)
+        state.timers.set(("load", runner.id), state.now + state.config.load_timeout_s)
+        group.wait(WaitFor.load, state.expected_at(runner))
         model.inspected_since_launch = False
         self.commands.append(Launch(runner.id, model.id, options, placement))
         if self.decision_log is not None:
-            why = AskedBy(line.head.id)
-            entry = Transition(pool.now, runner.id, model.id, "launch", None, LOADING, why, 0, pool.steps)
+            why = AskedBy(group.head.id)
+            entry = Transition(state.now, runner.id, model.id, "launch", None, LOADING, why, 0, state.steps)
             self.decision_log.append(entry)
         return runner
 
     def loaded(self, runner: Runner, event: Loaded) -> None:
         """A load succeeded: everybody who waits for it is granted, or it rests."""
-        pool, model = self.state, self.state.models[runner.model]
-        pool.timers.clear(("load", runner.id))
-        runner.loaded_at = runner.used_at = pool.now
-        load_s = pool.now - runner.launched_at
-        if runner.id >= model.first_runner_of_file and is_fastest_placement(pool, runner):
+        state, model = self.state, self.state.models[runner.model]
+        state.timers.clear(("load", runner.id))
+        runner.loaded_at = runner.used_at = state.now
+        load_s = state.now - runner.launched_at
+        if runner.id >= model.first_runner_of_file and is_fastest_placement(state, runner):
             shortest_s, measured_at, count = model.shortest_load.get(runner.launch_options, (math.inf, -math.inf, 0))
-            if pool.now - measured_at > LOAD_TIME_TTL_S:
+            if state.now - measured_at > LOAD_TIME_TTL_S:
                 shortest_s, count = math.inf, 0
-            note_bounded(model.shortest_load, runner.launch_options, (min(load_s, shortest_s), pool.now, count + 1))
+            note_bounded(model.shortest_load, runner.launch_options, (min(load_s, shortest_s), state.now, count + 1))
         model.load_exclusively = False
         if event.num_ctx is not None and runner.effective_options.num_ctx is not None:
             runner.effective_options = replace(runner.effective_options, num_ctx=event.num_ctx)
-        pool.ledger.accounts["runner", runner.id].loaded = True
+        state.ledger.accounts["runner", runner.id].loaded = True
         self.measure(runner, event.resident, event.mapped_bytes)
         self.expect(runner, event)
         self.record_measurement(runner, load_s)
-        self.serve(runner, pool.groups_served_by(runner))
+        self.serve(runner, state.groups_served_by(runner))
         if runner.leases:
-            idle_s, in_use_s = pool.config.residency_s(load_s)
-            runner.resident_until, runner.drain_protected_until = pool.now + idle_s, pool.now + in_use_s
+            idle_s, in_use_s = state.config.residency_s(load_s)
+            runner.resident_until, runner.drain_protected_until = state.now + idle_s, state.now + in_use_s
         elif runner.state is LOADING:
             self.rest(runner, RunnerReason.loaded)
         if runner.expire_when_served and runner.current:
@@ -291,9 +291,9 @@ class Actions:
         )
         return Measured(tuple(figures), runner.placement.measured, filled)
 
-    def serve(self, runner: Runner, lines: list[RequestGroup]) -> None:
+    def serve(self, runner: Runner, groups: list[RequestGroup]) -> None:
         """Grant a loaded runner to everybody who waits for it, in order; those who want no lease come last."""
-        requests = sorted((r for line in lines for r in line.requests.values()), key=lambda request: request.id)
+        requests = sorted((r for group in groups for r in group.requests.values()), key=lambda request: request.id)
         for request in requests:
             self.state.dequeue(request)
             del self.state.requests[request.id]
@@ -318,20 +318,20 @@ class Actions:
 
     def configure(self, event: Configure) -> None:
         """Take over changed limits; a keep-alive holds for the runners too for which no request has named one."""
-        pool = self.state
+        state = self.state
         changes = {name: value for name in event.__slots__ if (value := getattr(event, name)) is not None}
-        pool.config = replace(pool.config, **changes)
+        state.config = replace(state.config, **changes)
         self.replan = True
         if event.keep_alive_s is None:
             return
-        for runner in [runner for runner in pool.runners.values() if runner.uses_default_keep_alive]:
-            expires_at = pool.timers.at(("keep-alive", runner.id))
+        for runner in [runner for runner in state.runners.values() if runner.uses_default_keep_alive]:
+            expires_at = state.timers.at(("keep-alive", runner.id))
             rests_since = expires_at - runner.keep_alive_s if expires_at < math.inf else runner.used_at
             runner.keep_alive_s = event.keep_alive_s
-            if runner.state is not IDLE or pool.models[runner.model].pinned:
+            if runner.state is not IDLE or state.models[runner.model].pinned:
                 continue
-            if rests_since + runner.keep_alive_s > pool.now:
-                pool.timers.set(("keep-alive", runner.id), rests_since + runner.keep_alive_s)
+            if rests_since + runner.keep_alive_s > state.now:
+                state.timers.set(("keep-alive", runner.id), rests_since + runner.keep_alive_s)
             else:
                 self.expire(runner, RunnerReason.keep_alive_over)
 
@@ -407,29 +407,37 @@ class Actions:
 
     def reevaluate(self, model: ModelRecord) -> None:
         """Have everybody who waits for a model judged anew: more is known of it, or it has a runner."""
-        self.unevaluated.update((line.spec, None) for line in self.state.groups_of_model(model.id))
+        self.unevaluated.update((group.spec, None) for group in self.state.groups_of_model(model.id))
         self.replan = True
 
     def fire(self, runner: Runner, trigger: str, reason: TransitionReason) -> None:
         """Move a runner by a trigger of its table, and note why; nothing else changes its state."""
-        source, pool = runner.state, self.state
+        source, state = runner.state, self.state
         try:
             RUNNER_TABLE.fire(runner, trigger)
         except IllegalTransition as error:
             error.story = self._story(runner)
             raise
         if runner.on_host:
-            pool.busy_on_host += (runner.state is READY) - (source is READY)
-            pool.peak_busy_on_host = max(pool.peak_busy_on_host, pool.busy_on_host)
+            state.busy_on_host += (runner.state is READY) - (source is READY)
+            state.peak_busy_on_host = max(state.peak_busy_on_host, state.busy_on_host)
         if self.decision_log is not None:
             entry = Transition(
-                pool.now, runner.id, runner.model, trigger, source, runner.state, reason, len(runner.leases), pool.steps
+                state.now,
+                runner.id,
+                runner.model,
+                trigger,
+                source,
+                runner.state,
+                reason,
+                len(runner.leases),
+                state.steps,
             )
             self.decision_log.append(entry)
 
     def _story(self, runner: Runner) -> str:
         """Return what a runner has been through: its last transitions, where they are noted, and else its own times."""
-        pool, entries = self.state, self.decision_log or ()
+        state, entries = self.state, self.decision_log or ()
         life = [entry for entry in entries if isinstance(entry, Transition) and entry.runner == runner.id]
         told = [
             f"in step {entry.step}, at {entry.at:g} s: {entry.trigger}, {entry.destination.value} ({entry.why})"
@@ -438,7 +446,7 @@ class Actions:
         if not told:
             times = {"launched": runner.launched_at, "loaded": runner.loaded_at, "last used": runner.used_at}
             told = [f"{what} at {at:g} s" for what, at in times.items() if at is not None]
-        return f"step {pool.steps}, at {pool.now:g} s; runner {runner.id} before it: {'; '.join(told)}"
+        return f"step {state.steps}, at {state.now:g} s; runner {runner.id} before it: {'; '.join(told)}"
 
     def decide(
         self, what: str, model: ModelId, why: DecisionReason, request: RequestId | None, runner: RunnerId | None = None

@@ -33,27 +33,27 @@ class Claims(Endings):
 
     __slots__ = ("claim_failure",)
 
-    def __init__(self, pool: CoreState) -> None:
-        super().__init__(pool)
+    def __init__(self, state: CoreState) -> None:
+        super().__init__(state)
         self.claim_failure: ClaimMissed | None = None  # of the last launch; None: it had what it claimed
 
     def launch_all(self, planned: Sequence[Planned]) -> None:
         """Launch what has its devices to itself, claim them for the rest, and give back what nothing is planned for."""
-        pool = self.state
-        unused = dict(pool.claims)
+        state = self.state
+        unused = dict(state.claims)
         wanted = [frozenset(device for device, amount in placement.bytes if amount) for _, _, placement in planned]
         matches = _match(unused, wanted)
         unclaimed: list[frozenset[DeviceId]] = []
-        for (line, options, placement), devices, claim in zip(planned, wanted, matches, strict=True):
-            if not pool.config.claims or not devices:
-                self.launch(line, options, placement)
+        for (group, options, placement), devices, claim in zip(planned, wanted, matches, strict=True):
+            if not state.config.claims or not devices:
+                self.launch(group, options, placement)
             elif claim is None:
                 unclaimed.append(devices)
             elif claim.had:
-                self._launch_under(claim, line, options, placement)
+                self._launch_under(claim, group, options, placement)
             elif claim.contended:
-                line.wait(WaitFor.other_program, claim.by)
-        by = min([claim.by for claim in unused.values()], default=pool.now + pool.config.claim_timeout_s)
+                group.wait(WaitFor.other_program, claim.by)
+        by = min([claim.by for claim in unused.values()], default=state.now + state.config.claim_timeout_s)
         for claim in unused.values():
             self._give_up(claim)
         for devices in unclaimed:  # a plan that moved to other devices does not wait anew
@@ -93,24 +93,24 @@ class Claims(Endings):
             self.state.timers.set(("claim", runner.claim), runner.stop_deadline)
 
     def _claim(self, devices: frozenset[DeviceId], by: float) -> None:
-        pool = self.state
-        claim = OpenClaim(pool.next_claim, devices, by)
-        pool.next_claim += 1
-        pool.claims[claim.number] = claim
-        pool.timers.set(("claim", claim.number), by)
+        state = self.state
+        claim = OpenClaim(state.next_claim, devices, by)
+        state.next_claim += 1
+        state.claims[claim.number] = claim
+        state.timers.set(("claim", claim.number), by)
         self.commands.append(Claim(claim.number, tuple(sorted(devices))))
 
-    def _launch_under(self, claim: OpenClaim, line: RequestGroup, options: Options, placement: Placement) -> None:
-        pool = self.state
+    def _launch_under(self, claim: OpenClaim, group: RequestGroup, options: Options, placement: Placement) -> None:
+        state = self.state
         self.claim_failure = None
         if claim.missed:
-            self.claim_failure = ClaimMissed(tuple(sorted(claim.devices)), pool.config.claim_timeout_s)
-            self.decide("launched", line.spec.model, self.claim_failure, line.head.id)
+            self.claim_failure = ClaimMissed(tuple(sorted(claim.devices)), state.config.claim_timeout_s)
+            self.decide("launched", group.spec.model, self.claim_failure, group.head.id)
             self._give_up(claim)
-        runner = self.launch(line, options, placement)
+        runner = self.launch(group, options, placement)
         if not claim.missed:
-            del pool.claims[claim.number]
-            pool.timers.clear(("claim", claim.number))
+            del state.claims[claim.number]
+            state.timers.clear(("claim", claim.number))
             runner.claim = claim.number
 
     def _give_up(self, claim: OpenClaim) -> None:

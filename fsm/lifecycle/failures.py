@@ -64,7 +64,7 @@ class Endings(Actions):
         them out of the way it may fail once for those who came later, and not again: they would come for ever.
         """
         model = self.state.models[runner.model]
-        waiting = [request for line in self.state.groups_served_by(runner) for request in line.requests.values()]
+        waiting = [request for group in self.state.groups_served_by(runner) for request in group.requests.values()]
         self.crash(runner, reason)
         again = out_of_memory and not (model.load_exclusively and model.failures)
         survivors = [request for request in waiting if again and not request.survived]
@@ -80,7 +80,7 @@ class Endings(Actions):
         stalled = LoadTimeoutRefusal(model.id, reason.timeout_s) if isinstance(reason, LoadStalled) else None
         failure = stalled or self.load_failure(model, out_of_memory=out_of_memory)
         if not survivors:  # the model is backed off for all
-            waiting = [request for line in self.state.groups_of_model(model.id) for request in line.requests.values()]
+            waiting = [request for group in self.state.groups_of_model(model.id) for request in group.requests.values()]
         for request in waiting:
             if request not in survivors:
                 self.answer(request, RequestState.rejected, failure)
@@ -92,8 +92,8 @@ class Endings(Actions):
             model.failures = 0
         if model.failures:
             self.back_off(model, reason)
-            for line in self.state.groups_of_model(model.id):
-                self.reject_line(line, self.load_failure(model, out_of_memory=False))
+            for group in self.state.groups_of_model(model.id):
+                self.reject_line(group, self.load_failure(model, out_of_memory=False))
         else:
             model.failures, model.failure = 1, reason
 
@@ -120,15 +120,15 @@ class Endings(Actions):
 
     def await_memory(self, runner: Runner) -> None:
         """Its process has gone: look until its memory is back, or the wait is over."""
-        pool = self.state
-        if pool.now >= runner.recovery_deadline:
+        state = self.state
+        if state.now >= runner.recovery_deadline:
             self.unload(runner, RunnerReason.memory_overdue)
             return
-        pool.samples += 1
-        runner.last_sample = runner.last_sample or pool.samples
-        self.commands.append(Sample(pool.samples))
-        wait_s = pool.config.recovery_interval_s if runner.recovery_targets else math.inf
-        pool.timers.set(("memory", runner.id), min(runner.recovery_deadline, pool.now + wait_s))
+        state.samples += 1
+        runner.last_sample = runner.last_sample or state.samples
+        self.commands.append(Sample(state.samples))
+        wait_s = state.config.recovery_interval_s if runner.recovery_targets else math.inf
+        state.timers.set(("memory", runner.id), min(runner.recovery_deadline, state.now + wait_s))
 
     def memory_is_back(self, runner: Runner) -> bool:
         """Judge device by device with signed arithmetic; the host's memory is back when the process has gone."""
@@ -138,23 +138,23 @@ class Endings(Actions):
 
     def unload(self, runner: Runner, reason: RunnerReason) -> None:
         """End a runner's life: its reservation ends, and what it took is remembered for the next."""
-        pool, model = self.state, self.state.models[runner.model]
+        state, model = self.state, self.state.models[runner.model]
         self.record_measurement(runner)
         if runner.loaded_at is not None and model.context_limit is not None:  # the next may have more room
             model.context_limit = None
             model.demands.clear()
-        pool.timers.clear(("memory", runner.id))
-        pool.ledger.release(("runner", runner.id))
+        state.timers.clear(("memory", runner.id))
+        state.ledger.release(("runner", runner.id))
         self.fire(runner, "unload", reason)
-        del pool.runners[runner.id]
-        if len(pool.models) > MOST_MODELS:
+        del state.runners[runner.id]
+        if len(state.models) > MOST_MODELS:
             self.forget_models()
         self.replan = True
 
     def forget_models(self) -> None:
         """Forget of those models that are of no use to anybody now the ones that rested longest, many at a time."""
-        pool = self.state
-        kept = pool.models_in_use().union(id for id, one in pool.models.items() if one.failures)
-        rested = sorted((one.rested_at, id) for id, one in pool.models.items() if id not in kept)
-        for _, id in rested[: len(pool.models) - MOST_MODELS // 2]:
-            del pool.models[id]
+        state = self.state
+        kept = state.models_in_use().union(id for id, one in state.models.items() if one.failures)
+        rested = sorted((one.rested_at, id) for id, one in state.models.items() if id not in kept)
+        for _, id in rested[: len(state.models) - MOST_MODELS // 2]:
+            del state.models[id]

@@ -28,14 +28,14 @@ _PART = 2  # one in so many of the bytes to spare is filled at most to begin wit
 
 def read_ahead(act: Actions, plan: Plan | None) -> None:
     """Say which files are to be read ahead, where that has changed; None: nobody waits."""
-    pool = act.state
-    before = dict(pool.prefetching)
-    left = spare = spare_bytes(pool.ledger)
+    state = act.state
+    before = dict(state.prefetching)
+    left = spare = spare_bytes(state.ledger)
     files: dict[ModelId, int] = {}
-    for line, info in _waiting(pool, plan) if plan is not None else ():
-        if sum(map(bool, files.values())) >= pool.config.prefetches:
+    for group, info in _waiting(state, plan) if plan is not None else ():
+        if sum(map(bool, files.values())) >= state.config.prefetches:
             break
-        model = line.spec.model
+        model = group.spec.model
         begun = model in before
         if begun:
             amount = min(before[model], left)
@@ -46,9 +46,9 @@ def read_ahead(act: Actions, plan: Plan | None) -> None:
             files[model] = amount
             left -= amount
         if amount and not begun:
-            act.decide("prefetched", model, Prefetched(amount), line.head.id)
-    if (said := tuple(files.items())) != pool.prefetching:
-        pool.prefetching = said
+            act.decide("prefetched", model, Prefetched(amount), group.head.id)
+    if (said := tuple(files.items())) != state.prefetching:
+        state.prefetching = said
         act.commands.append(Prefetch(said))
 
 
@@ -60,19 +60,19 @@ def spare_bytes(ledger: Ledger) -> int:
     return max(0, ledger.devices[HOST].free_bytes - untouched)
 
 
-def _waiting(pool: CoreState, plan: Plan) -> Iterator[tuple[RequestGroup, ModelInfo]]:
+def _waiting(state: CoreState, plan: Plan) -> Iterator[tuple[RequestGroup, ModelInfo]]:
     """Yield the lines that wait for memory, in order, with what their models are made of.
 
     A line that is about to start is one of them only if its file is being read already: its devices may not be its own
     yet.
     """
-    living = {runner.model for runner in pool.runners.values()}
-    begun = {model for model, _ in pool.prefetching}
-    starting = {line.spec.model for line, _, _ in plan.launches} - begun
-    for want in plan.placements:
-        line = pool.groups.get(want)
-        if line is None or want.purpose is Purpose.memory or want.model in living or want.model in starting:
+    living = {runner.model for runner in state.runners.values()}
+    begun = {model for model, _ in state.prefetching}
+    starting = {group.spec.model for group, _, _ in plan.launches} - begun
+    for spec in plan.placements:
+        group = state.groups.get(spec)
+        if group is None or spec.purpose is Purpose.memory or spec.model in living or spec.model in starting:
             continue
-        info = pool.models[want.model].info
+        info = state.models[spec.model].info
         if isinstance(info, ModelInfo):
-            yield line, info
+            yield group, info

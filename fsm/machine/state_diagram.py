@@ -66,9 +66,9 @@ def _mermaid(rows: Iterable[Row[State]], initial: State, finals: Sequence[State]
     arrows: dict[tuple[str, str], list[str]] = {}
     for row in rows:
         arrows.setdefault((row.source.name, row.destination.name), []).append(row.trigger)
-    lines = [f"{source} --> {destination}: {', '.join(names)}" for (source, destination), names in arrows.items()]
+    groups = [f"{source} --> {destination}: {', '.join(names)}" for (source, destination), names in arrows.items()]
     ends = [f"{final.name} --> [*]" for final in finals]
-    return "\n    ".join(["stateDiagram-v2", f"[*] --> {initial.name}", *lines, *ends]) + "\n"
+    return "\n    ".join(["stateDiagram-v2", f"[*] --> {initial.name}", *groups, *ends]) + "\n"
 
 
 def _fenced(diagram: str) -> str:
@@ -94,8 +94,8 @@ def _rows(rows: Iterable[Row[State]]) -> str:
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+    groups = [head, ["---"] * len(head), *rows]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in groups)
 
 
 if __name__ == "__main__":

@@ -38,19 +38,19 @@ BATCHES = (Batch(2048, 32768, 0.60, 2048 * MIB), Batch(1024, 4096, 0.75, 768 * M
 
 
 def resolved_demand(
-    model: ModelRecord, asked: Options, pool: CoreState, free: Mapping[DeviceId, int], gpus: Sequence[Gpu]
+    model: ModelRecord, asked: Options, state: CoreState, free: Mapping[DeviceId, int], gpus: Sequence[Gpu]
 ) -> tuple[Options, PlacementDemand]:
     """Return the explicit options and the demand of a runner for `asked`.
 
     A context by the GPUs' memory is the largest with which the model is whole on them within `free`, else the usual.
     """
-    gpu_bytes = sum(pool.ledger.devices[memory].capacity_bytes for memory in {gpu.memory for gpu in gpus})
-    for context in _contexts(model.info, asked, pool.config, gpu_bytes):
+    gpu_bytes = sum(state.ledger.devices[memory].capacity_bytes for memory in {gpu.memory for gpu in gpus})
+    for context in _contexts(model.info, asked, state.config, gpu_bytes):
         if context <= (model.context_limit or context):
-            wish = model.demand(replace(asked, num_ctx=context), pool.config)
+            wish = model.demand(replace(asked, num_ctx=context), state.config)
             if find_placement(wish[1], Offload.whole, free, gpus):
                 return wish
-    return model.demand(asked, pool.config)
+    return model.demand(asked, state.config)
 
 
 def with_batch(

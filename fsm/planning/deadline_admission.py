@@ -20,46 +20,46 @@ LOAD_TIME_TTL_S = (
 )
 
 
-def infeasible_deadline(pool: CoreState, request: Request) -> DeadlineInfeasible | None:
+def infeasible_deadline(state: CoreState, request: Request) -> DeadlineInfeasible | None:
     """Return the refusal of a queued request that leaves before its model can be there; None: it may be served.
 
     Only the model's own load is counted, the shortest of several that were measured of its file with these options.
     Every other wait may be over at once: a lease is given back, a process ends, somebody leaves the queue.
     """
-    gives_up_at = pool.timers.at(("request", request.id))
+    gives_up_at = state.timers.at(("request", request.id))
     if gives_up_at == math.inf or request.spec.purpose is Purpose.memory:
         return None
-    model = pool.models[request.spec.model]
-    load = _load(pool, model, request.spec)
+    model = state.models[request.spec.model]
+    load = _load(state, model, request.spec)
     if load is None:
         return None
     options, begun_s = load
     shortest_s, measured_at, loads = model.shortest_load.get(options, (0.0, -math.inf, 0))
     least_s = shortest_s - (begun_s or 0.0)
-    if loads < ENOUGH_LOADS or pool.now - measured_at > LOAD_TIME_TTL_S or pool.now + least_s <= gives_up_at:
+    if loads < ENOUGH_LOADS or state.now - measured_at > LOAD_TIME_TTL_S or state.now + least_s <= gives_up_at:
         return None
     return DeadlineInfeasible(model.id, gives_up_at - request.queued_at, least_s, shortest_s, begun_s)
 
 
-def is_fastest_placement(pool: CoreState, runner: Runner) -> bool:
+def is_fastest_placement(state: CoreState, runner: Runner) -> bool:
     """Tell whether a runner is loaded in the fastest way: where it is not whole on GPUs, it never could be."""
-    gpus = any(sample.kind == "gpu" for sample in pool.ledger.devices.values())
-    info = pool.models[runner.model].info
+    gpus = any(sample.kind == "gpu" for sample in state.ledger.devices.values())
+    info = state.models[runner.model].info
     declared = isinstance(info, Footprint) and bool(info.fixed)
     return runner.fully_offloaded or declared or runner.launch_options.num_gpu == 0 or not gpus
 
 
-def _load(pool: CoreState, model: ModelRecord, want: RequestSpec) -> tuple[Options, float | None] | None:
+def _load(state: CoreState, model: ModelRecord, spec: RequestSpec) -> tuple[Options, float | None] | None:
     """Return the options of the load that has to end first, and how long ago it began; None: there may be none.
 
     Of a file that was not looked at since the last launch nothing is certain: another may be in its place.
     """
     current = model.current
-    if current is not None and runner_serves(current, want):
-        return (current.launch_options, pool.now - current.launched_at) if current.state is LOADING else None
+    if current is not None and runner_serves(current, spec):
+        return (current.launch_options, state.now - current.launched_at) if current.state is LOADING else None
     if not model.inspected_since_launch:
         return None
-    options, _ = model.demand(want.options, pool.config)
-    if current is not None and is_the_same(current, options, want.options):
+    options, _ = model.demand(spec.options, state.config)
+    if current is not None and is_the_same(current, options, spec.options):
         return None  # the plan will find it to be the same
     return options, None

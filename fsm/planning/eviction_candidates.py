@@ -17,19 +17,19 @@ from fsm.state.core_state import CoreState
 class Candidates:
     """Every runner that may be given up at all, as a policy sees it."""
 
-    def __init__(self, pool: CoreState, policy: EvictionPolicy, awaited: Collection[RunnerId]) -> None:
-        self.pool = pool
+    def __init__(self, state: CoreState, policy: EvictionPolicy, awaited: Collection[RunnerId]) -> None:
+        self.pool = state
         self.policy = policy
         self.policy_failure = ""  # the exception that the policy raised; the oldest runners go first instead
         self.movable = [
             runner
-            for runner in pool.runners.values()
-            if runner.current and runner.id not in awaited and not pool.pinned(runner)
+            for runner in state.runners.values()
+            if runner.current and runner.id not in awaited and not state.pinned(runner)
         ]
         self.idle = {  # may be given up at this moment, whoever waits
             runner.id
             for runner in self.movable
-            if not runner.leases and evictable_at(pool, runner, -math.inf) <= pool.now
+            if not runner.leases and evictable_at(state, runner, -math.inf) <= state.now
         }
         self._orders: tuple[list[Candidate], list[Candidate]] | None = None
         self._experience: IdleTimeStatistics | None = None
@@ -82,7 +82,7 @@ class Candidates:
         return known
 
 
-def evictable_at(pool: CoreState, runner: Runner, bound: float) -> float:
+def evictable_at(state: CoreState, runner: Runner, bound: float) -> float:
     """Return when `runner` may go for somebody who waits for others' convenience until `bound`; now at the least.
 
     A busy one goes at the bound, and not within its minimum residency. An idle one goes once it has rested for a small
@@ -91,7 +91,7 @@ def evictable_at(pool: CoreState, runner: Runner, bound: float) -> float:
     that rests while others wait has none left; one that was set holds to its end.
     """
     if runner.leases:
-        return max(pool.now, runner.drain_protected_until, bound)
-    resident_until = runner.resident_until if pool.config.min_residency_s is not None else pool.now
-    kept_until = min(runner.idle_grace_until, bound) if runner.state is IDLE else pool.now
-    return max(pool.now, resident_until, kept_until)
+        return max(state.now, runner.drain_protected_until, bound)
+    resident_until = runner.resident_until if state.config.min_residency_s is not None else state.now
+    kept_until = min(runner.idle_grace_until, bound) if runner.state is IDLE else state.now
+    return max(state.now, resident_until, kept_until)

@@ -18,62 +18,64 @@ from fsm.state.core_state import CoreState
 from fsm.state.request_queue import RequestGroup
 
 
-def tell_victims(pool: CoreState, plan: Plan, journal: list[Entry]) -> None:
+def tell_victims(state: CoreState, plan: Plan, journal: list[Entry]) -> None:
     """Note who is given up for whom, before it happens."""
-    for want, room in plan.placements.items():
+    for spec, room in plan.placements.items():
         if not any(one.runner in plan.victims for one in room.victims):
             continue
-        line = pool.groups[want]
+        group = state.groups[spec]
         entry = Decision(
-            pool.now, "evicts", want.model, None, line.head.id,
-            runners=runners_considered(pool, plan, line), devices=devices_considered(pool, want, room), step=pool.steps,
+            state.now, "evicts", spec.model, None, group.head.id,
+            runners=runners_considered(state, plan, group), devices=devices_considered(state, spec, room), step=state.steps,
         )  # fmt: skip
         journal.append(entry)
 
 
-def tell_placed(pool: CoreState, plan: Plan, since: RunnerId, journal: list[Entry]) -> None:
+def tell_placed(state: CoreState, plan: Plan, since: RunnerId, journal: list[Entry]) -> None:
     """Note what was placed where, of the launches from runner `since` on; others may still wait for their devices."""
-    for line, _, placement in plan.launches:
-        want, runner = line.spec, pool.models[line.spec.model].current
+    for group, _, placement in plan.launches:
+        spec, runner = group.spec, state.models[group.spec.model].current
         if runner is None or runner.id < since:
             continue
-        devices = devices_considered(pool, want, plan.placements[want])
+        devices = devices_considered(state, spec, plan.placements[spec])
         entry = Decision(
-            pool.now, "placed", want.model, placement, line.head.id, runner.id, devices=devices, step=pool.steps
+            state.now, "placed", spec.model, placement, group.head.id, runner.id, devices=devices, step=state.steps
         )
         journal.append(entry)
 
 
-def tell_waits(pool: CoreState, plan: Plan, journal: list[Entry]) -> None:
+def tell_waits(state: CoreState, plan: Plan, journal: list[Entry]) -> None:
     """Note what those wait for of whom that has changed, and until when."""
-    for line in plan.evaluated:
-        if line.spec not in pool.groups or line.told == line.waits_for:
+    for group in plan.evaluated:
+        if group.spec not in state.groups or group.told == group.waits_for:
             continue
-        line.told = line.waits_for
-        room = plan.placements.get(line.spec)
-        runners = runners_considered(pool, plan, line) if room else ()
-        devices = devices_considered(pool, line.spec, room) if room else ()
-        why, id = line.waits_for, line.head.id
-        entry = Decision(pool.now, "waits", line.spec.model, why, id, None, line.until, runners, devices, pool.steps)
+        group.told = group.waits_for
+        room = plan.placements.get(group.spec)
+        runners = runners_considered(state, plan, group) if room else ()
+        devices = devices_considered(state, group.spec, room) if room else ()
+        why, id = group.waits_for, group.head.id
+        entry = Decision(
+            state.now, "waits", group.spec.model, why, id, None, group.until, runners, devices, state.steps
+        )
         journal.append(entry)
 
 
-def runners_considered(pool: CoreState, plan: Plan, line: RequestGroup) -> tuple[ConsideredRunner, ...]:
+def runners_considered(state: CoreState, plan: Plan, group: RequestGroup) -> tuple[ConsideredRunner, ...]:
     """Return every runner that holds memory or a place, with what became of it when room was made for a line."""
-    room = plan.placements.get(line.spec)
+    room = plan.placements.get(group.spec)
     known = {one.runner: one for one in (*room.considered, *room.victims)} if room else {}
     return tuple(
-        _considered(pool, runner, known.get(runner.id), _verdict(pool, plan, room, runner))
-        for runner in pool.runners.values()
+        _considered(state, runner, known.get(runner.id), _verdict(state, plan, room, runner))
+        for runner in state.runners.values()
     )
 
 
-def devices_considered(pool: CoreState, want: RequestSpec, room: PlannedPlacement) -> tuple[ConsideredDevice, ...]:
+def devices_considered(state: CoreState, spec: RequestSpec, room: PlannedPlacement) -> tuple[ConsideredDevice, ...]:
     """Return every device, with what a placement needs of it and what there is for it."""
-    info = pool.models[want.model].info if want.purpose is not Purpose.memory else None
+    info = state.models[spec.model].info if spec.purpose is not Purpose.memory else None
     exact = info is None or (isinstance(info, Footprint) and bool(info.fixed))
     needs, free = dict(needed(room.placement, exact=exact)), dict(room.free)
-    devices = (device.id for device in pool.ledger.devices.values() if not device.integrated)
+    devices = (device.id for device in state.ledger.devices.values() if not device.integrated)
     figures = ((device, needs.get(device, 0), free.get(device, 0)) for device in devices)
     return tuple(ConsideredDevice(device, need, there, 0 < need <= there) for device, need, there in figures)
 
@@ -87,57 +89,58 @@ def devices_refused(refusal: Refusal) -> tuple[ConsideredDevice, ...]:
     return tuple(ConsideredDevice(device, needs.get(device, 0), most.get(device, 0), False) for device in devices)
 
 
-def runners_refused(pool: CoreState, refusal: Refusal) -> tuple[ConsideredRunner, ...]:
+def runners_refused(state: CoreState, refusal: Refusal) -> tuple[ConsideredRunner, ...]:
     """Return the runners that may not make room for what was refused, and why not."""
     if not isinstance(refusal, DoesNotFitRefusal):
         return ()
     return tuple(
-        _considered(pool, runner, None, KeptReason.pinned if pool.pinned(runner) else KeptReason.overdue)
-        for runner in pool.runners.values()
-        if pool.pinned(runner) or (runner.state is EXPIRING and not runner.leases and pool.now >= runner.stop_deadline)
+        _considered(state, runner, None, KeptReason.pinned if state.pinned(runner) else KeptReason.overdue)
+        for runner in state.runners.values()
+        if state.pinned(runner)
+        or (runner.state is EXPIRING and not runner.leases and state.now >= runner.stop_deadline)
     )
 
 
 def _considered(
-    pool: CoreState, runner: Runner, candidate: Candidate | None, why: KeptReason | None
+    state: CoreState, runner: Runner, candidate: Candidate | None, why: KeptReason | None
 ) -> ConsideredRunner:
-    account = pool.ledger.accounts["runner", runner.id]
+    account = state.ledger.accounts["runner", runner.id]
     return ConsideredRunner(
         runner.id,
         runner.model,
         tuple((device, account.held_bytes(device)) for device in sorted({*account.reserved, *account.peak})),
         runner.state,
         len(runner.leases),
-        pool.now - runner.used_at if runner.loaded_at is not None else 0.0,
+        state.now - runner.used_at if runner.loaded_at is not None else 0.0,
         candidate.cost_s if candidate is not None else None,
         why is None,
         why,
-        candidate.free_at - pool.now if candidate is not None and why is KeptReason.goes_later else 0.0,
+        candidate.free_at - state.now if candidate is not None and why is KeptReason.goes_later else 0.0,
     )
 
 
-def _verdict(pool: CoreState, plan: Plan, room: PlannedPlacement | None, runner: Runner) -> KeptReason | None:
+def _verdict(state: CoreState, plan: Plan, room: PlannedPlacement | None, runner: Runner) -> KeptReason | None:
     """Return why a runner is not given up for a line; None where it is."""
     victim = next((one for one in room.victims if one.runner == runner.id), None) if room else None
     considered = next((one for one in room.considered if one.runner == runner.id), None) if room else None
     if victim is not None and runner.id in plan.victims:
         return None
     if victim is not None:
-        return KeptReason.goes_last if victim.free_at <= pool.now else KeptReason.goes_later
+        return KeptReason.goes_last if victim.free_at <= state.now else KeptReason.goes_later
     if runner.state is EXPIRING:
-        return KeptReason.overdue if pool.is_stuck(runner) else KeptReason.expiring
-    if pool.pinned(runner):
+        return KeptReason.overdue if state.is_stuck(runner) else KeptReason.expiring
+    if state.pinned(runner):
         return KeptReason.pinned
     if runner.id in plan.victims or _is_victim_of_another(plan, room, runner.id):
         return KeptReason.other_victim
-    if runner.state is LOADING and pool.groups_served_by(runner):
+    if runner.state is LOADING and state.groups_served_by(runner):
         return KeptReason.awaited
     if room is None or not room.considered:
         return KeptReason.not_needed
     if runner.leases:
         return KeptReason.in_use
-    if considered is not None and considered.free_at > pool.now:
-        set_by_hand = pool.config.min_residency_s is not None and runner.resident_until > pool.now
+    if considered is not None and considered.free_at > state.now:
+        set_by_hand = state.config.min_residency_s is not None and runner.resident_until > state.now
         return KeptReason.just_loaded if set_by_hand else KeptReason.just_used
     if room.victim_set is None:
         return KeptReason.not_enough

@@ -17,41 +17,41 @@ BOUNDLESS = 2**62  # bytes
 
 
 def infeasible_reason(
-    pool: CoreState, gpus: Sequence[Gpu], model: ModelId, demand: PlacementDemand, potential: Mapping[DeviceId, int]
+    state: CoreState, gpus: Sequence[Gpu], model: ModelId, demand: PlacementDemand, potential: Mapping[DeviceId, int]
 ) -> tuple[DoesNotFitRefusal, Placement | None]:
     """Return the refusal of what would not fit into `potential`, and what it would need; None where that is not known.
 
     `potential` is what is free once everybody has left who may.
     """
-    capacity = {device.id: device.capacity_bytes for device in pool.ledger.devices.values() if not device.integrated}
+    capacity = {device.id: device.capacity_bytes for device in state.ledger.devices.values() if not device.integrated}
     offload, need = _least_lacking(demand, dict.fromkeys((*capacity, HOST), BOUNDLESS), potential, gpus)
     exact = bool(demand.footprint.fixed)
     amounts = needed(need, exact=exact) if need else demand.footprint.fixed
-    reason = _reason(pool, gpus, demand, offload, potential, capacity)
+    reason = _reason(state, gpus, demand, offload, potential, capacity)
     return DoesNotFitRefusal(model, amounts, tuple(sorted(potential.items())), reason), need
 
 
 def _reason(
-    pool: CoreState,
+    state: CoreState,
     gpus: Sequence[Gpu],
     demand: PlacementDemand,
     offload: Offload,
     potential: Mapping[DeviceId, int],
     capacity: Mapping[DeviceId, int],
 ) -> InfeasibleReason:
-    devices, runners = pool.ledger.devices, pool.runners.values()
+    devices, runners = state.ledger.devices, state.runners.values()
     unknown = sorted({device for device, _ in demand.footprint.fixed} - devices.keys())
-    stuck = [runner for runner in runners if pool.is_stuck(runner)]
-    pinned = [runner for runner in runners if pool.pinned(runner)]
-    free = {device: pool.ledger.free_bytes(device) for device in capacity}
+    stuck = [runner for runner in runners if state.is_stuck(runner)]
+    pinned = [runner for runner in runners if state.pinned(runner)]
+    free = {device: state.ledger.free_bytes(device) for device in capacity}
     if unknown:
         return NoSuchDevice(unknown[0], tuple(devices))
-    unmovable = [runner for runner in runners if pool.is_unmovable(runner)]
-    if 0 < pool.config.max_runners <= len(unmovable) and find_placement(demand, offload, potential, gpus):
-        return RunnerLimit(pool.config.max_runners, _models(unmovable))
-    if stuck and find_placement(demand, offload, pool.ledger.available_after(potential, map(_owner, stuck)), gpus):
+    unmovable = [runner for runner in runners if state.is_unmovable(runner)]
+    if 0 < state.config.max_runners <= len(unmovable) and find_placement(demand, offload, potential, gpus):
+        return RunnerLimit(state.config.max_runners, _models(unmovable))
+    if stuck and find_placement(demand, offload, state.ledger.available_after(potential, map(_owner, stuck)), gpus):
         return MemoryHeld(_models(stuck), pinned=False)
-    if find_placement(demand, offload, pool.ledger.available_after(free, map(_owner, runners)), gpus) and pinned:
+    if find_placement(demand, offload, state.ledger.available_after(free, map(_owner, runners)), gpus) and pinned:
         return MemoryHeld(_models(pinned), pinned=True)
     if find_placement(demand, offload, capacity, gpus):
         return Infeasible.held_elsewhere

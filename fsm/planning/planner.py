@@ -36,58 +36,58 @@ NO_MODEL = ModelId("")  # of lines for memory of the program's own
 LINES_AHEAD = 16  # for so many lines room is made at a time; those behind only take what is there for the taking
 
 
-def make_plan(pool: CoreState, policy: EvictionPolicy, newcomers: Collection[RequestSpec]) -> Plan:
+def make_plan(state: CoreState, policy: EvictionPolicy, newcomers: Collection[RequestSpec]) -> Plan:
     """Return what to do for the lines, in order, until nothing is left that any of them could have.
 
     Those behind are not looked at, but for `newcomers`: whoever has just come is judged at once, wherever it stands.
     """
-    planner = _Planner(pool, policy)
+    planner = _Planner(state, policy)
     planner.evict_excess()
-    for line in pool.groups_in_order():
+    for group in state.groups_in_order():
         if planner.nothing_left():
             break
-        if not planner.is_behind_same_model(line, newcomers):
-            planner.plan_group(line)
-    ahead = {line.spec for line in planner.plan.evaluated}
-    for want in pool.specs_by_model.get(NO_MODEL, ()):  # memory of the program's own takes no process's place
-        if want not in ahead:
-            planner.plan_group(pool.groups[want])
-            ahead.add(want)
-    for want in newcomers:
-        if want in pool.groups and want not in ahead:
-            planner.evaluate(pool.groups[want], WaitFor.earlier_requests)
+        if not planner.is_behind_same_model(group, newcomers):
+            planner.plan_group(group)
+    ahead = {group.spec for group in planner.plan.evaluated}
+    for spec in state.specs_by_model.get(NO_MODEL, ()):  # memory of the program's own takes no process's place
+        if spec not in ahead:
+            planner.plan_group(state.groups[spec])
+            ahead.add(spec)
+    for spec in newcomers:
+        if spec in state.groups and spec not in ahead:
+            planner.evaluate(state.groups[spec], WaitFor.earlier_requests)
     planner.plan.policy_failure = planner.candidates.policy_failure
     return planner.plan
 
 
 class _Planner:
-    def __init__(self, pool: CoreState, policy: EvictionPolicy) -> None:
-        self.pool = pool
+    def __init__(self, state: CoreState, policy: EvictionPolicy) -> None:
+        self.pool = state
         self.plan = Plan()
-        ledger = pool.ledger
+        ledger = state.ledger
         devices = ledger.devices.values()  # in the order in which they were read, which `main_gpu` counts in
         self.gpus = [Gpu(one.id, one.memory, one.instance, one.library) for one in devices if one.kind == "gpu"]
-        expiring = [runner for runner in pool.runners.values() if runner.state is EXPIRING]
-        self.leaving = [runner for runner in expiring if not pool.is_overdue(runner)]
+        expiring = [runner for runner in state.runners.values() if runner.state is EXPIRING]
+        self.leaving = [runner for runner in expiring if not state.is_overdue(runner)]
         self.plan.replan_at = min(
-            (one.stop_deadline for one in self.leaving if one.stop_deadline > pool.now), default=math.inf
+            (one.stop_deadline for one in self.leaving if one.stop_deadline > state.now), default=math.inf
         )
-        self.overdue = {runner.id for runner in expiring if pool.is_overdue(runner)}
-        movable = [runner for runner in pool.runners.values() if not pool.is_unmovable(runner)]
-        self.availability = AvailabilityProfile(ledger, self.gpus, pool.max_runners() - pool.processes, movable)
+        self.overdue = {runner.id for runner in expiring if state.is_overdue(runner)}
+        movable = [runner for runner in state.runners.values() if not state.is_unmovable(runner)]
+        self.availability = AvailabilityProfile(ledger, self.gpus, state.max_runners() - state.processes, movable)
         self.availability.add(SOON, [runner for runner in self.leaving if not runner.leases])
         self.availability.add(DRAINED, [runner for runner in self.leaving if runner.leases])
-        self.unmovable = len(pool.runners) - len(movable)
+        self.unmovable = len(state.runners) - len(movable)
         self.claimed: set[RunnerId] = set()  # victims of earlier lines
         self.sets_left = MOST_SETS
         self.successors: Counter[ModelId] = Counter()  # lines for a model behind the first of them
-        self.loading = [runner for runner in pool.runners.values() if runner.state is LOADING]
-        self.awaited = {runner.id for runner in self.loading if pool.groups_served_by(runner)}
-        self.alone = next((runner for runner in self.loading if pool.models[runner.model].load_exclusively), None)
+        self.loading = [runner for runner in state.runners.values() if runner.state is LOADING]
+        self.awaited = {runner.id for runner in self.loading if state.groups_served_by(runner)}
+        self.alone = next((runner for runner in self.loading if state.models[runner.model].load_exclusively), None)
         if self.alone is not None:
             self.availability.process_slots[NOW] = 0  # nobody begins beside it
-        self.load_slots = LoadSlots(pool.config, (runner.placement for runner in self.loading))
-        self.candidates = Candidates(pool, policy, self.awaited)
+        self.load_slots = LoadSlots(state.config, (runner.placement for runner in self.loading))
+        self.candidates = Candidates(state, policy, self.awaited)
         self.waiting = 0  # lines for which room is to be made
         self.ahead: Counter[DeviceId] = Counter()  # of them, those that lack memory of a device
 
@@ -132,87 +132,87 @@ class _Planner:
         there = self.availability.available_after(DRAINED, idle)
         return all(amount <= 0 and self.ahead[device] >= LINES_AHEAD for device, amount in there.items())
 
-    def is_behind_same_model(self, line: RequestGroup, newcomers: Collection[RequestSpec]) -> bool:
+    def is_behind_same_model(self, group: RequestGroup, newcomers: Collection[RequestSpec]) -> bool:
         """Tell whether a line is far behind others for its model, and has been judged before: those go first."""
-        if self.successors[line.spec.model] < LINES_AHEAD or line.spec in newcomers:
+        if self.successors[group.spec.model] < LINES_AHEAD or group.spec in newcomers:
             return False
-        current = self.pool.models[line.spec.model].current
-        if current is not None and current.id in self.awaited and runner_serves(current, line.spec):
+        current = self.pool.models[group.spec.model].current
+        if current is not None and current.id in self.awaited and runner_serves(current, group.spec):
             return False
-        line.wait(WaitFor.same_model)
+        group.wait(WaitFor.same_model)
         return True
 
-    def plan_group(self, line: RequestGroup) -> None:
+    def plan_group(self, group: RequestGroup) -> None:
         """Plan one line."""
-        self.availability.reserve_earlier(self.pool.rank(line.head))
-        if (judged := self.evaluate(line)) is None:
+        self.availability.reserve_earlier(self.pool.rank(group.head))
+        if (judged := self.evaluate(group)) is None:
             return
         options, need = judged
-        if line.spec.purpose is Purpose.memory:
-            self._consider_memory(line, need)
+        if group.spec.purpose is Purpose.memory:
+            self._consider_memory(group, need)
             return
-        model = self.pool.models[line.spec.model]
+        model = self.pool.models[group.spec.model]
         if model.id in self.availability.reserved_by_model:  # it has one runner at a time
-            line.wait(WaitFor.same_model)
+            group.wait(WaitFor.same_model)
             self.successors[model.id] += 1
             self.availability.reserve_successor(model.id, need)
         elif model.current is not None and model.current.id in self.awaited:
-            line.wait(WaitFor.other_load, self.pool.expected_at(model.current))
+            group.wait(WaitFor.other_load, self.pool.expected_at(model.current))
             self.availability.reserved_by_model[model.id] = self.availability.held_by(model.current)
             self.availability.reserve_successor(model.id, need)
         else:
-            self._consider_runner(line, model, options, need)
+            self._consider_runner(group, model, options, need)
 
-    def evaluate(self, line: RequestGroup, waits_for: WaitReason | None = None) -> tuple[Options, Requirement] | None:
+    def evaluate(self, group: RequestGroup, waits_for: WaitReason | None = None) -> tuple[Options, Requirement] | None:
         """Return what a line needs and the best way to place it; None where that is not the question, or is unknown.
 
         Then it is refused, or served as it is, or waits for its model's load or metadata.
         """
-        self.plan.evaluated.append(line)
+        self.plan.evaluated.append(group)
         if waits_for:
-            line.wait(waits_for)
-        if line.spec.purpose is Purpose.memory:
-            options, demand, current = line.spec.options, PlacementDemand(Footprint(fixed=line.spec.memory)), None
+            group.wait(waits_for)
+        if group.spec.purpose is Purpose.memory:
+            options, demand, current = group.spec.options, PlacementDemand(Footprint(fixed=group.spec.memory)), None
         else:
-            model = self.pool.models[line.spec.model]
+            model = self.pool.models[group.spec.model]
             current = model.current
-            if current is not None and current.id in self.awaited and runner_serves(current, line.spec):
-                line.wait(WaitFor.load, self.pool.expected_at(current))
+            if current is not None and current.id in self.awaited and runner_serves(current, group.spec):
+                group.wait(WaitFor.load, self.pool.expected_at(current))
                 return None
             if not model.inspected_since_launch:
-                line.wait(WaitFor.metadata)
+                group.wait(WaitFor.metadata)
                 self.plan.inspections.append(model)
                 if model.info is not None and not waits_for and len(self.pool.groups) > 1:
-                    self._reserve_stale_estimate(model, line.spec.options)
+                    self._reserve_stale_estimate(model, group.spec.options)
                 return None
             options, demand = resolved_demand(
-                model, line.spec.options, self.pool, self.availability.potential, self.gpus
+                model, group.spec.options, self.pool, self.availability.potential, self.gpus
             )
-            self.plan.options[line.spec] = options
-            if current is not None and is_the_same(current, options, line.spec.options):
-                self.plan.matches.append((line, current))
+            self.plan.options[group.spec] = options
+            if current is not None and is_the_same(current, options, group.spec.options):
+                self.plan.matches.append((group, current))
                 return None
             if (objection := model.impossible(options)) is not None:
-                self.plan.refusals.append((line, UnsupportedOption(model.id, *objection)))
+                self.plan.refusals.append((group, UnsupportedOption(model.id, *objection)))
                 return None
-        offload = self._offload(line, demand, current)
+        offload = self._offload(group, demand, current)
         return (
             None
             if offload is None
-            else (options, Requirement(demand, offload, line.spec.purpose is not Purpose.memory))
+            else (options, Requirement(demand, offload, group.spec.purpose is not Purpose.memory))
         )
 
-    def _consider_memory(self, line: RequestGroup, need: Requirement) -> None:
-        head, *others = line.requests.values()  # each is as old as it is: once the first has it the next is first
+    def _consider_memory(self, group: RequestGroup, need: Requirement) -> None:
+        head, *others = group.requests.values()  # each is as old as it is: once the first has it the next is first
         self.availability.queued_members = sorted(
             [*self.availability.queued_members, *((self.pool.rank(request), need) for request in others)],
             key=lambda one: one[0],
         )
         if self.availability.find_placement(NOW, need) is None:
-            self._plan_eviction(line, need, ())
+            self._plan_eviction(group, need, ())
         else:
             self.plan.memory.append(head)
-            self.availability.reserve(NOW, tuple(self.pool.ledger.by_memory(line.spec.memory).items()), 0)
+            self.availability.reserve(NOW, tuple(self.pool.ledger.by_memory(group.spec.memory).items()), 0)
 
     def _reserve_stale_estimate(self, model: ModelRecord, asked: Options) -> None:
         """Book what a model will need by what was last read of it: it may have changed, but most likely it has not."""
@@ -221,7 +221,7 @@ class _Planner:
             self.availability.reserved_by_model.setdefault(model.id, self.availability.held_by(model.current))
             self.availability.reserve_successor(model.id, Requirement(demand, offload))
 
-    def _consider_runner(self, line: RequestGroup, model: ModelRecord, options: Options, need: Requirement) -> None:
+    def _consider_runner(self, group: RequestGroup, model: ModelRecord, options: Options, need: Requirement) -> None:
         forced = self._mandatory_victims(model)
         others = [runner for runner in self.pool.runners.values() if runner.id not in self.overdue]
         accompanied = model.load_exclusively and bool(self.plan.launches or not all(map(self.pool.pinned, others)))
@@ -232,21 +232,21 @@ class _Planner:
             free = self.availability.bytes[NOW]
             placement = self.load_slots.find_placement(need.demand, need.offload, free, self.gpus)
             if placement is not None:
-                asked, planned = line.spec.options, (options, placement)
+                asked, planned = group.spec.options, (options, placement)
                 options, placement = with_batch(model, asked, self.pool.config, planned, free, self.gpus)
-                self.plan.options[line.spec] = options
-                self.plan.placements[line.spec] = PlannedPlacement(placement, tuple(sorted(free.items())))
-                self.plan.launches.append((line, options, placement))
+                self.plan.options[group.spec] = options
+                self.plan.placements[group.spec] = PlannedPlacement(placement, tuple(sorted(free.items())))
+                self.plan.launches.append((group, options, placement))
                 self.availability.reserve(NOW, placement.bytes, 1)
                 self.availability.reserved_by_model[model.id] = dict(placement.bytes)
                 self.load_slots.add(placement)
                 return
-        self.availability.reserved_by_model[model.id] = dict(need.amounts(self._plan_eviction(line, need, forced)))
+        self.availability.reserved_by_model[model.id] = dict(need.amounts(self._plan_eviction(group, need, forced)))
 
-    def _plan_eviction(self, line: RequestGroup, need: Requirement, forced: Sequence[Runner]) -> Placement:
+    def _plan_eviction(self, group: RequestGroup, need: Requirement, forced: Sequence[Runner]) -> Placement:
         """Choose what to give up for a line that does not start now, and book what it will need."""
-        may, choice = self._select(line, need, forced)
-        chosen = self.candidates.timed(self._bound(line), choice.victims) if choice is not None else []
+        may, choice = self._select(group, need, forced)
+        chosen = self.candidates.timed(self._bound(group), choice.victims) if choice is not None else []
         at = max((victim.free_at for victim in chosen), default=math.inf)
         victims = self._unclaimed(chosen)
         there = (
@@ -267,22 +267,22 @@ class _Planner:
         self.availability.reserve(horizon, need.amounts(final), need.process)
         self.ahead.update(device for device, amount in final.bytes if amount > before.get(device, 0))
         if choice is None:
-            line.wait(*self._blocking_reason())
+            group.wait(*self._blocking_reason())
         elif goes:
-            self._give_up(line, chosen)
+            self._give_up(group, chosen)
         elif at > self.pool.now and chosen:
-            self._wait_for(line, chosen, at, may)
+            self._wait_for(group, chosen, at, may)
         else:
-            chosen += self._wait(line, final, horizon, startable=startable)
+            chosen += self._wait(group, final, horizon, startable=startable)
         self.plan.contended.update(victim.runner for victim in chosen if not goes)
-        self.plan.placements[line.spec] = PlannedPlacement(final, free, tuple(chosen), tuple(may), choice)
+        self.plan.placements[group.spec] = PlannedPlacement(final, free, tuple(chosen), tuple(may), choice)
         return final
 
     def _select(
-        self, line: RequestGroup, need: Requirement, forced: Sequence[Runner]
+        self, group: RequestGroup, need: Requirement, forced: Sequence[Runner]
     ) -> tuple[list[Candidate], VictimSet | None]:
         """Return who may be given up for a line, and who is: rather idle ones now than what others leave later."""
-        bound = self._bound(line)
+        bound = self._bound(group)
         must = [self.candidates.candidate(runner, bound) for runner in forced]
         taken = self.claimed.union(runner.id for runner in forced)
         self.waiting += 1
@@ -308,18 +308,18 @@ class _Planner:
     def _suffices(self, need: Requirement, horizon: int, victims: Iterable[Candidate]) -> bool:
         return self.availability.find_placement(horizon, need, self._unclaimed(victims)) is not None
 
-    def _give_up(self, line: RequestGroup, chosen: Sequence[Candidate]) -> None:
-        line.wait(WaitForRunners(_models(chosen), RunnerStep.leave))
+    def _give_up(self, group: RequestGroup, chosen: Sequence[Candidate]) -> None:
+        group.wait(WaitForRunners(_models(chosen), RunnerStep.leave))
         for victim in chosen:
-            self.plan.victims.setdefault(victim.runner, NeededFor(line.spec.model))
+            self.plan.victims.setdefault(victim.runner, NeededFor(group.spec.model))
 
-    def _wait_for(self, line: RequestGroup, chosen: Sequence[Candidate], at: float, may: Iterable[Candidate]) -> None:
+    def _wait_for(self, group: RequestGroup, chosen: Sequence[Candidate], at: float, may: Iterable[Candidate]) -> None:
         """Wait until all of them may go: none is unloaded for a room that another still holds.
 
         Whenever another may go, the choice is made again: whoever may first serves the waiter.
         """
-        line.wait(WaitForRunners(_models(chosen), RunnerStep.idle), at)
-        moments = (at, self._bound(line), *(one.free_at for one in may))
+        group.wait(WaitForRunners(_models(chosen), RunnerStep.idle), at)
+        moments = (at, self._bound(group), *(one.free_at for one in may))
         self.plan.replan_at = min(self.plan.replan_at, *(moment for moment in moments if moment > self.pool.now))
 
     def _blocking_reason(self) -> tuple[WaitReason, float]:
@@ -332,36 +332,36 @@ class _Planner:
         loads = [runners[id] for id in sorted(self.awaited)]
         return WaitForRunners(_models(loads), RunnerStep.load_then_idle), min(map(self.pool.expected_at, loads))
 
-    def _wait(self, line: RequestGroup, placement: Placement, horizon: int, *, startable: bool) -> Sequence[Candidate]:
+    def _wait(self, group: RequestGroup, placement: Placement, horizon: int, *, startable: bool) -> Sequence[Candidate]:
         """Enough is on its way already, or only a place among the loads is missing: give up a load nobody waits for."""
         if horizon == LATER:
-            line.wait(WaitFor.earlier_requests)
+            group.wait(WaitFor.earlier_requests)
             return ()
         by = min(
             (runner.stop_deadline for runner in self.leaving if runner.stop_deadline > self.pool.now), default=math.inf
         )
         if horizon == DRAINED:
-            line.wait(WaitForRunners(self._draining(placement), RunnerStep.drain), by)
+            group.wait(WaitForRunners(self._draining(placement), RunnerStep.drain), by)
             return ()
         if any(not runner.leases for runner in self.leaving):
-            line.wait(WaitFor.memory, by)
+            group.wait(WaitFor.memory, by)
         elif self.alone is not None:
             reason = WaitForRunners((self.alone.model,), RunnerStep.load_alone)
-            line.wait(reason, self.pool.expected_at(self.alone))
+            group.wait(reason, self.pool.expected_at(self.alone))
         else:
-            line.wait(*self._blocking_reason())
-        if line.spec.purpose is Purpose.memory:
+            group.wait(*self._blocking_reason())
+        if group.spec.purpose is Purpose.memory:
             return ()
         full = self.load_slots.full(placement)
         self.load_slots.add(placement)  # it starts in a moment: its place among the loads is not for younger ones
         on_full = [runner for runner in self.loading if full & set(loads_on(runner.placement))]
         if full:
-            line.wait(WaitFor.load_slot, min(map(self.pool.expected_at, on_full), default=math.inf))
+            group.wait(WaitFor.load_slot, min(map(self.pool.expected_at, on_full), default=math.inf))
         for runner in on_full if startable else ():
             if runner.id not in self.claimed | self.awaited and not self.pool.pinned(runner):
-                self.plan.victims[runner.id] = NeededFor(line.spec.model, load_slot=True)
+                self.plan.victims[runner.id] = NeededFor(group.spec.model, load_slot=True)
                 self.claimed.add(runner.id)
-                return [self.candidates.candidate(runner, self._bound(line))]
+                return [self.candidates.candidate(runner, self._bound(group))]
         return ()
 
     def _draining(self, placement: Placement) -> tuple[ModelId, ...]:
@@ -371,16 +371,18 @@ class _Planner:
         holding = [one for one in draining if any(map(accounts["runner", one.id].held_bytes, devices))]
         return _models(holding or draining)
 
-    def _offload(self, line: RequestGroup, demand: PlacementDemand, current: Runner | None) -> Offload | None:
+    def _offload(self, group: RequestGroup, demand: PlacementDemand, current: Runner | None) -> Offload | None:
         """Return the best way that is possible at all; None: the line is refused, since there is none."""
-        no_place = line.spec.purpose is not Purpose.memory and self.unmovable >= self.pool.max_runners()
+        no_place = group.spec.purpose is not Purpose.memory and self.unmovable >= self.pool.max_runners()
         reload_pinned = current is not None and self.pool.pinned(current)
         if not (no_place or reload_pinned) and (possible := self.availability.best_offload(demand)) is not None:
             return possible
-        refusal, need = infeasible_reason(self.pool, self.gpus, line.spec.model, demand, self.availability.potential)
+        refusal, need = infeasible_reason(self.pool, self.gpus, group.spec.model, demand, self.availability.potential)
         if need is not None:
-            self.plan.placements[line.spec] = PlannedPlacement(need, tuple(sorted(self.availability.potential.items())))
-        self.plan.refusals.append((line, refusal))
+            self.plan.placements[group.spec] = PlannedPlacement(
+                need, tuple(sorted(self.availability.potential.items()))
+            )
+        self.plan.refusals.append((group, refusal))
         return None
 
     def _mandatory_victims(self, model: ModelRecord) -> list[Runner]:
@@ -390,9 +392,9 @@ class _Planner:
             return [runner for runner in runners if runner.id not in self.awaited and not self.pool.pinned(runner)]
         return [model.current] if model.current is not None else []
 
-    def _bound(self, line: RequestGroup) -> float:
+    def _bound(self, group: RequestGroup) -> float:
         """Return until when a line waits for others' convenience."""
-        return line.head.queued_at + self.pool.config.max_wait_s
+        return group.head.queued_at + self.pool.config.max_wait_s
 
     def _choose(
         self,

@@ -19,7 +19,7 @@ from fsm.state.model_record import ModelRecord
 WITHOUT_LAYERS = 1  # threads of a runner whose layers are all on GPUs: it only looks up what they work on
 
 
-def threads_for(pool: CoreState, model: ModelRecord, options: Options, placement: Placement) -> Threads | None:
+def threads_for(state: CoreState, model: ModelRecord, options: Options, placement: Placement) -> Threads | None:
     """Return the threads of a runner that is launched now; None where that is not for the core to say.
 
     What a request names wins, then what is set. Otherwise answers get an even part of the cores. Prompts get all of
@@ -28,36 +28,36 @@ def threads_for(pool: CoreState, model: ModelRecord, options: Options, placement
     if not isinstance(model.info, ModelInfo):
         return None
     on_host = placement.offloaded <= len(model.info.layers_bytes)
-    if named := options.num_thread or pool.config.cpu_threads:
+    if named := options.num_thread or state.config.cpu_threads:
         return Threads(min(named, MOST_THREADS), min(named, MOST_THREADS), on_host)
-    host = pool.ledger.devices.get(HOST)
+    host = state.ledger.devices.get(HOST)
     cores = min(host.cores, MOST_THREADS) if host is not None else 0
     if not cores:
         return None
     if not on_host:
         return Threads(WITHOUT_LAYERS, WITHOUT_LAYERS, on_host)
-    return Threads(max(1, cores // at_once(pool, model, placement)), cores)
+    return Threads(max(1, cores // at_once(state, model, placement)), cores)
 
 
-def at_once(pool: CoreState, model: ModelRecord, placement: Placement) -> int:
+def at_once(state: CoreState, model: ModelRecord, placement: Placement) -> int:
     """Return how many runners are likely to work on the host at once with one that is launched now, itself included.
 
     Those that are in use or load now, and those that others wait for and that have room beside it. Idle ones count as
     far as that many have been seen at work at once: models that are used in turns do not share the cores.
     """
-    others = [runner for runner in pool.runners.values() if runner.current and runner.on_host]
+    others = [runner for runner in state.runners.values() if runner.current and runner.on_host]
     idle = sum(runner.state is IDLE for runner in others)
-    busy = len(others) - idle + _coming(pool, model, placement)
-    return 1 + max(busy, min(busy + idle, pool.peak_busy_on_host - 1))
+    busy = len(others) - idle + _coming(state, model, placement)
+    return 1 + max(busy, min(busy + idle, state.peak_busy_on_host - 1))
 
 
-def _coming(pool: CoreState, model: ModelRecord, placement: Placement) -> int:
+def _coming(state: CoreState, model: ModelRecord, placement: Placement) -> int:
     """Return how many models that others wait for can be loaded beside it; where there is a GPU, they may go there."""
-    devices = pool.ledger.devices
+    devices = state.ledger.devices
     if any(sample.kind == "gpu" for sample in devices.values()):
         return 0
     own_bytes = dict(placement.bytes).get(HOST, 0)
-    room = max(0, pool.ledger.free_bytes(HOST) - own_bytes) // max(1, own_bytes)
-    most = max(0, min(room, pool.max_runners() - pool.processes - 1))
-    others = (pool.models.get(id) for id in pool.specs_by_model)  # none: memory of the program's own
+    room = max(0, state.ledger.free_bytes(HOST) - own_bytes) // max(1, own_bytes)
+    most = max(0, min(room, state.max_runners() - state.processes - 1))
+    others = (state.models.get(id) for id in state.specs_by_model)  # none: memory of the program's own
     return sum(1 for _ in islice((one for one in others if one not in (None, model) and one.current is None), most))

@@ -62,31 +62,31 @@ class CoreState:
 
     def enqueue(self, request: Request) -> RequestGroup:
         """Put a request at the end of its line."""
-        line = self.groups.get(request.spec)
-        if line is None:
-            line = self.groups[request.spec] = RequestGroup(request.spec)
+        group = self.groups.get(request.spec)
+        if group is None:
+            group = self.groups[request.spec] = RequestGroup(request.spec)
             self.specs_by_model.setdefault(request.spec.model, []).append(request.spec)
             insort(self.ranks, self.rank(request))
-        line.requests[request.id] = request
+        group.requests[request.id] = request
         self.requests[request.id] = request
         self.queued += 1
-        return line
+        return group
 
     def dequeue(self, request: Request) -> None:
         """Take a request out of its line; the request itself stays, to be answered by the caller."""
-        want = request.spec
-        line = self.groups[want]
-        led = line.head is request
+        spec = request.spec
+        group = self.groups[spec]
+        led = group.head is request
         if led:
             del self.ranks[bisect_left(self.ranks, self.rank(request))]
-        del line.requests[request.id]
-        if not line.requests:
-            del self.groups[want]
-            self.specs_by_model[want.model].remove(want)
-            if not self.specs_by_model[want.model]:
-                del self.specs_by_model[want.model]
+        del group.requests[request.id]
+        if not group.requests:
+            del self.groups[spec]
+            self.specs_by_model[spec.model].remove(spec)
+            if not self.specs_by_model[spec.model]:
+                del self.specs_by_model[spec.model]
         elif led:
-            insort(self.ranks, self.rank(line.head))
+            insort(self.ranks, self.rank(group.head))
         self.queued -= 1
         self.timers.clear(("request", request.id))
 
@@ -100,11 +100,11 @@ class CoreState:
 
     def groups_of_model(self, model: ModelId) -> list[RequestGroup]:
         """Return the lines for a model, in the order in which they began."""
-        return [self.groups[want] for want in self.specs_by_model.get(model, ()) if want.purpose is not Purpose.memory]
+        return [self.groups[spec] for spec in self.specs_by_model.get(model, ()) if spec.purpose is not Purpose.memory]
 
     def groups_served_by(self, runner: Runner) -> list[RequestGroup]:
         """Return the lines that wait for this runner's load, or that it could serve now."""
-        return [line for line in self.groups_of_model(runner.model) if runner_serves(runner, line.spec)]
+        return [group for group in self.groups_of_model(runner.model) if runner_serves(runner, group.spec)]
 
     def models_in_use(self) -> frozenset[ModelId]:
         """Return the models that are asked for, inspected, pinned or have a runner."""
@@ -154,14 +154,14 @@ class CoreState:
             leases |= runner.leases
             processes += runner.process
             working += runner.state is READY and runner.on_host
-        queued = [request for line in self.groups.values() for request in line.requests.values()]
+        queued = [request for group in self.groups.values() for request in group.requests.values()]
         assert len(queued) == self.queued, "the queue is miscounted"
-        assert self.ranks == sorted(self.rank(line.head) for line in self.groups.values()), "a line is out of turn"
-        listed = [want for model, wants in self.specs_by_model.items() for want in wants if want.model == model]
-        wanted = len(listed) == len(self.groups) and all(want in self.groups for want in listed)
+        assert self.ranks == sorted(self.rank(group.head) for group in self.groups.values()), "a line is out of turn"
+        listed = [spec for model, specs in self.specs_by_model.items() for spec in specs if spec.model == model]
+        wanted = len(listed) == len(self.groups) and all(spec in self.groups for spec in listed)
         assert wanted and all(self.specs_by_model.values()), "a line is under no model, or another's"
         assert processes == self.processes, "the processes are miscounted"
-        assert all(line.requests for line in self.groups.values()), "an empty line"
+        assert all(group.requests for group in self.groups.values()), "an empty line"
         assert all(request.state is RequestState.queued for request in queued), "answered, but still in a line"
         held = {id for id, request in self.requests.items() if request.state is RequestState.granted}
         assert held | {request.id for request in queued} == set(self.requests), "neither queued nor granted"
@@ -176,7 +176,7 @@ class CoreState:
         loaded = [runner for runner in self.runners.values() if runner.current and runner.state is not LOADING]
         assert not any(map(self.groups_served_by, loaded)), "somebody waits for what is there"
         self._check_claims()
-        waited_for = {want.model for want in self.groups}
+        waited_for = {spec.model for spec in self.groups}
         ahead = [model for model, _ in self.prefetching]
         assert waited_for.issuperset(ahead), "a file is read ahead for nobody"
         read = sum(size > 0 for _, size in self.prefetching)  # the others keep their places in the order alone
@@ -222,9 +222,11 @@ class CoreState:
         """Return an independent copy; what is immutable is shared."""
         runners = {id: runner.copy() for id, runner in self.runners.items()}
         requests = {id: request.copy() for id, request in self.requests.items()}
-        lines = {
-            want: RequestGroup(want, {id: requests[id] for id in line.requests}, line.waits_for, line.until, line.told)
-            for want, line in self.groups.items()
+        groups = {
+            spec: RequestGroup(
+                spec, {id: requests[id] for id in group.requests}, group.waits_for, group.until, group.told
+            )
+            for spec, group in self.groups.items()
         }
         return CoreState(
             self.config,
@@ -232,9 +234,9 @@ class CoreState:
             {id: model.copy(runners) for id, model in self.models.items()},
             runners,
             requests,
-            lines,
+            groups,
             list(self.ranks),
-            {model: list(wants) for model, wants in self.specs_by_model.items()},
+            {model: list(specs) for model, specs in self.specs_by_model.items()},
             self.timers.copy(),
             self.queued,
             self.processes,

@@ -7,8 +7,8 @@ from fsm.machine.runner import Runner
 from fsm.sizing.load_options import serves
 
 
-def runner_serves(runner: Runner, want: RequestSpec) -> bool:
+def runner_serves(runner: Runner, spec: RequestSpec) -> bool:
     """Tell whether a runner's options, and where it is, satisfy what is wanted."""
-    if want.options in runner.equivalent_requests:
+    if spec.options in runner.equivalent_requests:
         return True
-    return serves(runner.effective_options, want.options) and (runner.fully_offloaded or not want.options.require_gpu)
+    return serves(runner.effective_options, spec.options) and (runner.fully_offloaded or not spec.options.require_gpu)

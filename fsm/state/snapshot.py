@@ -101,21 +101,23 @@ class Snapshot:
     closing: bool
 
 
-def take_snapshot(pool: CoreState) -> Snapshot:
+def take_snapshot(state: CoreState) -> Snapshot:
     """Return what `pool` is like now."""
-    return Snapshot(pool.now, _runners(pool), _queue(pool), _held(pool), _devices(pool), pool.config, pool.closing)
+    return Snapshot(
+        state.now, _runners(state), _queue(state), _held(state), _devices(state), state.config, state.closing
+    )
 
 
-def _runners(pool: CoreState) -> tuple[RunnerView, ...]:
+def _runners(state: CoreState) -> tuple[RunnerView, ...]:
     views = []
-    for runner in pool.runners.values():
-        account, info = pool.ledger.accounts["runner", runner.id], pool.models[runner.model].info
+    for runner in state.runners.values():
+        account, info = state.ledger.accounts["runner", runner.id], state.models[runner.model].info
         view = RunnerView(
             runner.id, runner.model, runner.state, len(runner.leases), runner.effective_options, tuple(account.reserved.items()),
             tuple(account.resident.items()), runner.placement.bytes, tuple(account.peak.items()), _held_bytes(account),
             account.mapped_bytes, account.peak_observed, runner.placement.gpu_layers, runner.keep_alive_s,
-            pool.timers.at(("keep-alive", runner.id)), runner.launched_at, runner.loaded_at,
-            pool.models[runner.model].pinned, runner.process, runner.stop_deadline,
+            state.timers.at(("keep-alive", runner.id)), runner.launched_at, runner.loaded_at,
+            state.models[runner.model].pinned, runner.process, runner.stop_deadline,
             isinstance(info, Footprint) and bool(info.fixed),
         )  # fmt: skip
         views.append(view)
@@ -126,8 +128,8 @@ def _held_bytes(account: Account) -> Amounts:
     return tuple((device, account.held_bytes(device)) for device in sorted({*account.reserved, *account.peak}))
 
 
-def _queue(pool: CoreState) -> tuple[WaitView, ...]:
-    waiting = [(line, request) for line in pool.groups_in_order() for request in line.requests.values()]
+def _queue(state: CoreState) -> tuple[WaitView, ...]:
+    waiting = [(group, request) for group in state.groups_in_order() for request in group.requests.values()]
     return tuple(
         WaitView(
             request.id,
@@ -135,15 +137,15 @@ def _queue(pool: CoreState) -> tuple[WaitView, ...]:
             request.spec.purpose,
             position,
             request.queued_at,
-            line.waits_for,
-            line.until,
-            gives_up_at=pool.timers.at(("request", request.id)),
+            group.waits_for,
+            group.until,
+            gives_up_at=state.timers.at(("request", request.id)),
         )
-        for position, (line, request) in enumerate(waiting)
+        for position, (group, request) in enumerate(waiting)
     )
 
 
-def _held(pool: CoreState) -> tuple[HeldView, ...]:
+def _held(state: CoreState) -> tuple[HeldView, ...]:
     return tuple(
         HeldView(
             request.id,
@@ -152,13 +154,13 @@ def _held(pool: CoreState) -> tuple[HeldView, ...]:
             request.queued_at,
             RunnerId(request.runner) if request.runner is not None else None,
         )
-        for request in pool.requests.values()
+        for request in state.requests.values()
         if request.state is RequestState.granted
     )
 
 
-def _devices(pool: CoreState) -> tuple[DeviceView, ...]:
-    ledger = pool.ledger
+def _devices(state: CoreState) -> tuple[DeviceView, ...]:
+    ledger = state.ledger
     return tuple(
         DeviceView(
             id,

@@ -165,22 +165,22 @@ class Coverage:
 
 def situation_of(core: Core, event: Event) -> Situation:
     """Return what an event is about to meet: the state of its runner, of its model's, or of its request."""
-    pool = core._state
+    state = core._state
     kind = type(event)
     if kind in POOL_EVENTS:
-        return "closing" if pool.closing else "somebody waits" if pool.queued else "nobody waits"
+        return "closing" if state.closing else "somebody waits" if state.queued else "nobody waits"
     match event:
         case Release(id) | Cancel(id):
-            request = pool.requests.get(id)
+            request = state.requests.get(id)
             return "unknown" if request is None else request.state.value
-        case Acquire(_, want) if not want.model:
+        case Acquire(_, spec) if not spec.model:
             return "memory"
         case ClaimGranted(number) | ClaimContended(number):
-            return "claimed" if number in pool.claims else "given up"
+            return "claimed" if number in state.claims else "given up"
         case Acquire() | Expire() | Pin() | Unpin() | Inspected():
             return _of_model(core, event.spec.model if isinstance(event, Acquire) else event.model)
         case Loaded(id) | Progress(id) | ContextFilled(id) | OutOfMemory(id) | Unresponsive(id) | Exited(id):
-            runner = pool.runners.get(id)
+            runner = state.runners.get(id)
             return "gone" if runner is None else _of_runner(runner)
         case _:
             return kind.__name__

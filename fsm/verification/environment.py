@@ -102,18 +102,18 @@ def begin(core: Core, scenario: Scenario) -> None:
 def kinds(scenario: Scenario) -> Mapping[ModelId, object]:
     """Return what each model is to the scenario: those of one kind may be exchanged for one another."""
     return {
-        id: (info, frozenset(replace(want, model=ModelId("")) for want in scenario.specs if want.model == id))
+        id: (info, frozenset(replace(spec, model=ModelId("")) for spec in scenario.specs if spec.model == id))
         for id, info in scenario.models
     }
 
 
-def moments(pool: CoreState) -> Iterator[float]:
+def moments(state: CoreState) -> Iterator[float]:
     """Yield every time at which something may become true without an event, past ones too: deadlines and bounds."""
-    yield from (at for at, _ in pool.timers.items())
-    for model in pool.models.values():
+    yield from (at for at, _ in state.timers.items())
+    for model in state.models.values():
         yield model.blocked_until
         if model.failures and model.current is not None and model.current.loaded_at is not None:
-            yield model.current.loaded_at + pool.config.good_life_s
+            yield model.current.loaded_at + state.config.good_life_s
 
 
 def time_of(core: Core, event: Event) -> float:
@@ -126,32 +126,32 @@ def time_of(core: Core, event: Event) -> float:
 
 def enabled_events(core: Core, scenario: Scenario, past: IdHighWater) -> Iterator[Event]:
     """Yield every event that may come next."""
-    pool = core._state
-    yield from _asked(pool, scenario, past)
-    for request in pool.requests.values():
+    state = core._state
+    yield from _asked(state, scenario, past)
+    for request in state.requests.values():
         if request.state is RequestState.granted:
             yield Release(request.id)
         yield Cancel(request.id)  # of who was granted: the Grant and their leaving crossed
-    for model in pool.models.values():
+    for model in state.models.values():
         if model.inspecting:
             yield _inspected(model.id, scenario)
         if scenario.expires and model.current is not None:
             yield Expire(model.id)
         if scenario.pins:
             yield Unpin(model.id) if model.pinned else Pin(model.id)
-    for runner in pool.runners.values():
+    for runner in state.runners.values():
         if runner.process:
-            yield from _of_a_process(pool, runner, scenario)
+            yield from _of_a_process(state, runner, scenario)
     yield from _readings(core, scenario)
-    for claim in pool.claims.values():
+    for claim in state.claims.values():
         yield ClaimGranted(claim.number)
         if not claim.contended:
             yield ClaimContended(claim.number)
-    if pool.timers.items() or time_of(core, Tick()) > pool.now:
+    if state.timers.items() or time_of(core, Tick()) > state.now:
         yield Tick()
     yield from scenario.configures
     if scenario.closes:
-        yield Close(AT_ONCE_S if pool.closing else CLOSE_S)
+        yield Close(AT_ONCE_S if state.closing else CLOSE_S)
 
 
 def stale_events(core: Core, past: IdHighWater) -> Iterator[Event]:
@@ -160,31 +160,31 @@ def stale_events(core: Core, past: IdHighWater) -> Iterator[Event]:
     A request that is known asks again, one that is over or still waits is released, a process that is gone has its say,
     one that serves says once more that it has loaded, and who closes what is closing already allows more time.
     """
-    pool = core._state
-    over = next(id for id in range(past.requests, -1, -1) if id not in pool.requests)
+    state = core._state
+    over = next(id for id in range(past.requests, -1, -1) if id not in state.requests)
     yield from (Release(RequestId(over)), Cancel(RequestId(over)))
-    known = next(iter(pool.requests.values()), None)
+    known = next(iter(state.requests.values()), None)
     if known is not None:
         yield Acquire(known.id, known.spec)
-    for request in pool.requests.values():
+    for request in state.requests.values():
         if request.state is RequestState.queued:
             yield Release(request.id)
-    for runner in pool.runners.values():
+    for runner in state.runners.values():
         if runner.process and runner.loaded_at is not None:
             yield from (_loaded(runner), Progress(runner.id))
-    alive = {runner.id for runner in pool.runners.values() if runner.process}
+    alive = {runner.id for runner in state.runners.values() if runner.process}
     gone = RunnerId(next(id for id in range(past.runners, -1, -1) if id not in alive))
     yield from (Loaded(gone), Progress(gone), ContextFilled(gone), OutOfMemory(gone))
     yield from (Unresponsive(gone, NO_ANSWER), Exited(gone, None))
-    numbers = {*pool.claims, *(runner.claim for runner in pool.runners.values() if runner.claim)}
+    numbers = {*state.claims, *(runner.claim for runner in state.runners.values() if runner.claim)}
     ended = next(number for number in range(past.claims, -1, -1) if number not in numbers)
     yield from (ClaimGranted(ended), ClaimContended(ended))
-    for model in pool.models.values():
+    for model in state.models.values():
         if not model.inspecting and model.info is not None:
             yield Inspected(model.id, model.info)
         if model.current is None:
             yield Expire(model.id)
-    if pool.closing:
+    if state.closing:
         yield Close(math.inf)
 
 
@@ -194,37 +194,37 @@ def fair_next_event(core: Core, scenario: Scenario) -> Event | None:
     Leases are given back once nothing else is under way, and models asked to leave once nobody waits. A pool that is
     closed gets no such help: no claim is had, nothing loads, no lease comes back, and time passes for the leases alone.
     """
-    pool = core._state
-    for model in pool.models.values():
+    state = core._state
+    for model in state.models.values():
         if model.inspecting:
             return _inspected(model.id, scenario)
-    if not pool.closing:
-        for claim in pool.claims.values():
+    if not state.closing:
+        for claim in state.claims.values():
             return ClaimGranted(claim.number)
-        for runner in pool.runners.values():
+        for runner in state.runners.values():
             if runner.process and runner.loaded_at is None and not runner.stopping:
                 return _loaded(runner)
-    for runner in pool.runners.values():
+    for runner in state.runners.values():
         if runner.process and runner.stopping:
             return Exited(runner.id, 0)
-    gone = [runner for runner in pool.runners.values() if not runner.process]
+    gone = [runner for runner in state.runners.values() if not runner.process]
     if gone:
         reading = sampled(core, scenario)
-        read = pool.ledger.copy()
+        read = state.ledger.copy()
         read.sample(reading.devices)
         back = any(
             all(read.total_available(gpu) >= for_us for gpu, for_us in runner.recovery_targets.items())
             for runner in gone
         )
         return reading if back else Tick()  # what others took meanwhile hides it: the wait ends by itself
-    if pool.closing:
-        return Tick() if any(runner.leases for runner in pool.runners.values()) else None
-    for request in pool.requests.values():
+    if state.closing:
+        return Tick() if any(runner.leases for runner in state.runners.values()) else None
+    for request in state.requests.values():
         if request.state is RequestState.granted:
             return Release(request.id)
-    if pool.groups:
+    if state.groups:
         return Tick()
-    for model in pool.models.values():
+    for model in state.models.values():
         if model.current is not None:
             return Expire(model.id)
     return None
@@ -266,35 +266,35 @@ def sampled(
     return Sampled(devices, tuple(resident), number)
 
 
-def _asked(pool: CoreState, scenario: Scenario, past: IdHighWater) -> Iterator[Event]:
-    if len(pool.requests) >= scenario.requests:
+def _asked(state: CoreState, scenario: Scenario, past: IdHighWater) -> Iterator[Event]:
+    if len(state.requests) >= scenario.requests:
         return
     request = RequestId(past.requests + 1)
-    if pool.closing:
-        yield from (Acquire(request, want) for want in scenario.specs)
+    if state.closing:
+        yield from (Acquire(request, spec) for spec in scenario.specs)
         return
-    for want in scenario.specs:
+    for spec in scenario.specs:
         for keep_alive_s in scenario.keep_alives_s:
             for timeout_s in scenario.timeouts_s:
-                yield Acquire(request, want, keep_alive_s, timeout_s)
+                yield Acquire(request, spec, keep_alive_s, timeout_s)
 
 
 def _readings(core: Core, scenario: Scenario) -> Iterator[Event]:
-    pool = core._state
-    if any(not runner.process for runner in pool.runners.values()):
+    state = core._state
+    if any(not runner.process for runner in state.runners.values()):
         yield sampled(core, scenario)
         yield sampled(core, scenario, back=False, early=True)
-        if any(runner.recovery_targets for runner in pool.runners.values()):
+        if any(runner.recovery_targets for runner in state.runners.values()):
             yield sampled(core, scenario, back=False)
             if scenario.strangers_bytes:
                 yield sampled(core, scenario, back=False, strangers_bytes=scenario.strangers_bytes)
     if scenario.other_devices:
-        now = [sample.capacity_bytes for sample in pool.ledger.devices.values()]
+        now = [sample.capacity_bytes for sample in state.ledger.devices.values()]
         others = [scenario.devices, scenario.other_devices]
         yield from (sampled(core, scenario, capacities=one) for one in others if [size for _, size in one] != now)
 
 
-def _of_a_process(pool: CoreState, runner: Runner, scenario: Scenario) -> Iterator[Event]:
+def _of_a_process(state: CoreState, runner: Runner, scenario: Scenario) -> Iterator[Event]:
     """Yield what a process may do: load, even after it was told to stop; fail, run out of memory, hang, end."""
     if runner.loaded_at is None:
         yield _loaded(runner)
@@ -302,7 +302,7 @@ def _of_a_process(pool: CoreState, runner: Runner, scenario: Scenario) -> Iterat
             yield Exited(runner.id, KILLED, "", out_of_memory=True)
     elif scenario.out_of_memory and not runner.out_of_memory:
         yield OutOfMemory(runner.id)
-    if scenario.fills and runner.loaded_at is not None and not pool.ledger.accounts["runner", runner.id].peak_observed:
+    if scenario.fills and runner.loaded_at is not None and not state.ledger.accounts["runner", runner.id].peak_observed:
         yield ContextFilled(runner.id)
     if scenario.hangs and runner.state is LOADING:
         yield Progress(runner.id)

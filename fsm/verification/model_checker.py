@@ -280,9 +280,9 @@ class _Search:
         return tuple(steps)
 
 
-def _is_over(pool: CoreState) -> bool:
+def _is_over(state: CoreState) -> bool:
     """Tell whether nothing is left of anybody."""
-    return not (pool.groups or pool.runners or pool.requests or pool.claims or pool.ledger.accounts)
+    return not (state.groups or state.runners or state.requests or state.claims or state.ledger.accounts)
 
 
 def _step(core: Core, event: Event) -> Step:
@@ -304,11 +304,11 @@ def _said(error: Exception, core: Core) -> str:
 
 def in_words(way: Trace) -> str:
     """Return a way as lines: what happened, and what the core said to do; what is as usual is not said."""
-    lines = []
+    groups = []
     for number, step in enumerate(way, 1):
         done = ", ".join(map(_brief, step.commands)) or "nothing"
-        lines.append(f"{number:3}. at {step.now:g} s  {_brief(step.event)}\n{'':13} -> {done}")
-    return "\n".join(lines)
+        groups.append(f"{number:3}. at {step.now:g} s  {_brief(step.event)}\n{'':13} -> {done}")
+    return "\n".join(groups)
 
 
 def _brief(thing: object) -> str:

@@ -80,17 +80,17 @@ def _planned_in_turn(after: Core) -> None:
     plan = (after.plans or [])[-1]
     if plan.memory:
         return  # who was granted is no longer the oldest
-    waited = [list(line.requests.values()) for line in plan.evaluated if line.requests]
+    waited = [list(group.requests.values()) for group in plan.evaluated if group.requests]
     turns = [min(_turn(request, after._state) for request in requests) for requests in waited]
     assert turns == sorted(turns), "somebody is planned before it is their turn"
 
 
-def _turn(request: Request, pool: CoreState) -> tuple[float, RequestId]:
-    return request.queued_at - request.spec.priority * pool.config.priority_s, request.id
+def _turn(request: Request, state: CoreState) -> tuple[float, RequestId]:
+    return request.queued_at - request.spec.priority * state.config.priority_s, request.id
 
 
-def _turn_in(pool: CoreState) -> Callable[[Request], tuple[float, RequestId]]:
-    return lambda request: _turn(request, pool)
+def _turn_in(state: CoreState) -> Callable[[Request], tuple[float, RequestId]]:
+    return lambda request: _turn(request, state)
 
 
 def _granted_in_turn(was: CoreState, commands: Sequence[Command]) -> None:
@@ -117,58 +117,58 @@ def _nobody_is_overtaken(after: Core, commands: Sequence[Command]) -> None:
     those have gone that were stopped, or those that drain too, or those whose place it is to have: if it would have had
     enough then without what was just taken, it still does.
     """
-    pool = after._state
+    state = after._state
     started = [one.runner for one in commands if isinstance(one, Launch)]
     granted = [one.request for one in commands if isinstance(one, Grant) and one.runner is None]
-    if not pool.groups or not after.plans or not (started or granted):
+    if not state.groups or not after.plans or not (started or granted):
         return
-    first = _first_without(after, {pool.runners[id].model for id in started if id in pool.runners})
+    first = _first_without(after, {state.runners[id].model for id in started if id in state.runners})
     if first is None:
         return
-    line, room = first
-    turn = min(_turn(request, pool) for request in line.requests.values())
-    younger: list[Owner] = [("memory", id) for id in granted if _turn(pool.requests[id], pool) > turn]
+    group, room = first
+    turn = min(_turn(request, state) for request in group.requests.values())
+    younger: list[Owner] = [("memory", id) for id in granted if _turn(state.requests[id], state) > turn]
     for planned, _, _ in (launch for plan in after.plans for launch in plan.launches):
-        runner = pool.models[planned.spec.model].current
-        if runner is not None and runner.id in started and min(map(_turn_in(pool), planned.requests.values())) > turn:
+        runner = state.models[planned.spec.model].current
+        if runner is not None and runner.id in started and min(map(_turn_in(state), planned.requests.values())) > turn:
             younger.append(("runner", runner.id))
-    accounts = pool.ledger.accounts
-    places = math.inf if line.spec.purpose is Purpose.memory else sum(kind == "runner" for kind, _ in younger)
-    for device, need in pool.ledger.by_memory(room.placement.bytes).items():
+    accounts = state.ledger.accounts
+    places = math.inf if group.spec.purpose is Purpose.memory else sum(kind == "runner" for kind, _ in younger)
+    for device, need in state.ledger.by_memory(room.placement.bytes).items():
         taken = sum(accounts[owner].held_bytes(device) for owner in younger if owner in accounts)
-        for there in _horizons(pool, room, device, places) if taken else ():
+        for there in _horizons(state, room, device, places) if taken else ():
             assert not there < need <= there + taken, "who came later takes what another waits for"
 
 
 def _first_without(after: Core, started: Collection[ModelId]) -> tuple[RequestGroup, PlannedPlacement] | None:
     """Return the first line that waits for memory, of declared bytes, and where that goes; None: there is another."""
-    pool, rooms = after._state, (after.plans or [])[-1].placements
-    for line in sorted(pool.groups.values(), key=lambda one: min(map(_turn_in(pool), one.requests.values()))):
-        model = pool.models.get(line.spec.model)
+    state, rooms = after._state, (after.plans or [])[-1].placements
+    for group in sorted(state.groups.values(), key=lambda one: min(map(_turn_in(state), one.requests.values()))):
+        model = state.models.get(group.spec.model)
         if model is not None and model.current is not None and model.current.state is LOADING:
-            if model.id in started or line.spec.options in model.current.equivalent_requests:
+            if model.id in started or group.spec.options in model.current.equivalent_requests:
                 continue
             return None
         declared = model is None or (isinstance(model.info, Footprint) and model.info.fixed)
-        room = rooms.get(line.spec)
-        return (line, room) if room is not None and declared else None
+        room = rooms.get(group.spec)
+        return (group, room) if room is not None and declared else None
     return None
 
 
-def _horizons(pool: CoreState, room: PlannedPlacement, device: DeviceId, places: float) -> list[int]:
+def _horizons(state: CoreState, room: PlannedPlacement, device: DeviceId, places: float) -> list[int]:
     """Return what there is of a device for the first who waits, at each time at which it may be enough.
 
     Memory without a place for its process, of which as many as `places` were just taken, is not enough.
     """
-    going = [one for one in pool.runners.values() if one.state is EXPIRING and not pool.is_overdue(one)]
-    held = {one.id: pool.ledger.accounts["runner", one.id].held_bytes(device) for one in pool.runners.values()}
-    soon = pool.ledger.free_bytes(device) + sum(held[one.id] for one in going if not one.leases)
+    going = [one for one in state.runners.values() if one.state is EXPIRING and not state.is_overdue(one)]
+    held = {one.id: state.ledger.accounts["runner", one.id].held_bytes(device) for one in state.runners.values()}
+    soon = state.ledger.free_bytes(device) + sum(held[one.id] for one in going if not one.leases)
     drained = soon + sum(held[one.id] for one in going if one.leases)
-    victims = [pool.runners[one.runner] for one in room.victims if one.runner in pool.runners]
+    victims = [state.runners[one.runner] for one in room.victims if one.runner in state.runners]
     staying = [one for one in victims if one.current]
     if staying:
         return [drained + sum(held[one.id] for one in staying)]
-    places += pool.max_runners() - pool.processes + sum(one.process for one in going if not one.leases)
+    places += state.max_runners() - state.processes + sum(one.process for one in going if not one.leases)
     if any(one.leases for one in victims) or places <= 0:
         return [drained] if places + sum(one.process for one in going if one.leases) > 0 else []
     return [soon, drained]
@@ -176,10 +176,10 @@ def _horizons(pool: CoreState, room: PlannedPlacement, device: DeviceId, places:
 
 def _victim_of_one(after: Core) -> None:
     """No two lines count on what one runner leaves, but for who has to leave whoever else counts on it."""
-    pool = after._state
+    state = after._state
     counted: set[RunnerId] = set()
-    for want, room in (after.plans or [])[-1].placements.items():
-        model = pool.models.get(want.model)
+    for spec, room in (after.plans or [])[-1].placements.items():
+        model = state.models.get(spec.model)
         forced = model.current if model is not None else None
         for victim in room.victims if model is None or not model.load_exclusively else ():
             if forced is None or victim.runner != forced.id:
@@ -210,7 +210,7 @@ def _keep_alive(was: CoreState, event: Event, commands: Sequence[Command], now: 
     if last is not None:
         expected = {last}
     elif earlier is None:
-        waiting = [request for line in now.groups_of_model(runner.model) for request in line.requests.values()]
+        waiting = [request for group in now.groups_of_model(runner.model) for request in group.requests.values()]
         names = [request.keep_alive_s for request in waiting]
         expected = {now.config.keep_alive_s if name is None else name for name in names}
     else:

@@ -157,14 +157,14 @@ def _policy(draw: Random) -> EvictionPolicy:
 
 
 def _wants(draw: Random, names: Sequence[ModelId], devices: Sequence[DeviceSample]) -> tuple[RequestSpec, ...]:
-    wants = []
+    specs = []
     for _ in range(draw.randint(1, 3)):
         for name in names:
             purpose = Purpose.preload if draw.random() < 0.1 else Purpose.lease
-            wants.append(RequestSpec(name, draw.choice(WISHES), purpose, draw.choice((0, 0, 0, 1, -2))))
+            specs.append(RequestSpec(name, draw.choice(WISHES), purpose, draw.choice((0, 0, 0, 1, -2))))
     for _ in range(draw.choice((0, 0, 1, 2))):
         device = draw.choice(devices)
         amount = int(device.capacity_bytes * draw.random() ** 2)
-        wants.append(RequestSpec(ModelId(""), Options(), Purpose.memory, 0, ((device.id, amount),)))
-    draw.shuffle(wants)
-    return tuple(wants)
+        specs.append(RequestSpec(ModelId(""), Options(), Purpose.memory, 0, ((device.id, amount),)))
+    draw.shuffle(specs)
+    return tuple(specs)

@@ -204,11 +204,11 @@ class SimEnvironment:
         scene, draw = self.scene, self.draw
         self.requests += 1
         id = RequestId(self.requests)
-        want = scene.specs[int(len(scene.specs) * draw.random() ** 2)]
-        self.asked[id] = want.purpose
+        spec = scene.specs[int(len(scene.specs) * draw.random() ** 2)]
+        self.asked[id] = spec.purpose
         if self._happens(scene.faults.cancels):
             self.after(self._about(draw.choice((0.01, 1.0, 60.0))), lambda: self._leave(id))
-        event = Acquire(id, want, draw.choice(scene.keep_alives_s), draw.choice(scene.timeouts_s))
+        event = Acquire(id, spec, draw.choice(scene.keep_alives_s), draw.choice(scene.timeouts_s))
         if self._happens(scene.faults.duplicate):
             self.after(self._about(1.0), lambda: event if id in self.asked else None)
         return event

@@ -191,29 +191,29 @@ def _in_order(core: Core, scene: SimConfig) -> Event | None:
 
     What is closed gets no help: nothing loads, no lease comes back, and time passes for the leases alone.
     """
-    pool = core._state
-    for model in pool.models.values():
+    state = core._state
+    for model in state.models.values():
         if model.inspecting:
             return Inspected(model.id, dict(scene.models)[model.id])
-    if not pool.closing:
-        for number in pool.claims:
+    if not state.closing:
+        for number in state.claims:
             return ClaimGranted(number)
-        for runner in pool.runners.values():
+        for runner in state.runners.values():
             if runner.process and runner.loaded_at is None and not runner.stopping:
                 return Loaded(runner.id, None, runner.placement.bytes)
-    for runner in pool.runners.values():
+    for runner in state.runners.values():
         if runner.process and runner.stopping:
             return Exited(runner.id, 0)
-    if any(not runner.process for runner in pool.runners.values()):
+    if any(not runner.process for runner in state.runners.values()):
         return _all_back(core, scene)
-    if pool.closing:
-        return Tick() if any(runner.leases for runner in pool.runners.values()) else None
-    for request in pool.requests.values():
+    if state.closing:
+        return Tick() if any(runner.leases for runner in state.runners.values()) else None
+    for request in state.requests.values():
         if request.state is RequestState.granted:
             return Release(request.id)
-    if pool.groups:
+    if state.groups:
         return Tick()
-    for model in pool.models.values():
+    for model in state.models.values():
         if model.current is not None:
             return Expire(model.id)
     return None
@@ -233,12 +233,12 @@ def _all_back(core: Core, scene: SimConfig) -> Sampled:
 
 
 def _nothing_left(core: Core) -> None:
-    pool = core._state
+    state = core._state
     left = [
         name
         for name, things in (
-            ("requests", pool.requests), ("runners", pool.runners), ("accounts", pool.ledger.accounts),
-            ("claims", pool.claims), ("lines", pool.groups),
+            ("requests", state.requests), ("runners", state.runners), ("accounts", state.ledger.accounts),
+            ("claims", state.claims), ("lines", state.groups),
         )
         if things
     ]  # fmt: skip

@@ -105,40 +105,40 @@ class _View:
 
     __slots__ = ("ahead", "canonical", "claims", "pool", "requests", "runners", "times", "turns")
 
-    def __init__(self, pool: CoreState, canonical: StateKeys) -> None:
-        self.pool = pool
+    def __init__(self, state: CoreState, canonical: StateKeys) -> None:
+        self.pool = state
         self.canonical = canonical
-        self.requests: dict[int, int] = {id: place for place, id in enumerate(sorted(pool.requests))}
-        self.runners: dict[int, int] = {id: place for place, id in enumerate(pool.runners)}
-        under = {runner.claim for runner in pool.runners.values()}
-        self.claims = {number: place for place, number in enumerate(sorted({0, *pool.claims, *under}))}
-        self.ahead = {model: (place, size) for place, (model, size) in enumerate(pool.prefetching)}
+        self.requests: dict[int, int] = {id: place for place, id in enumerate(sorted(state.requests))}
+        self.runners: dict[int, int] = {id: place for place, id in enumerate(state.runners)}
+        under = {runner.claim for runner in state.runners.values()}
+        self.claims = {number: place for place, number in enumerate(sorted({0, *state.claims, *under}))}
+        self.ahead = {model: (place, size) for place, (model, size) in enumerate(state.prefetching)}
         self.times = self._order_of_times()
         self.turns = self._turns()
 
     def parts(self) -> Part:
         """Return everything that a decision may depend on, as numbers and words that sort."""
-        pool, ledger, canonical = self.pool, self.pool.ledger, self.canonical
+        state, ledger, canonical = self.pool, self.pool.ledger, self.canonical
         runners: dict[str, list[Part]] = {}
-        for runner in pool.runners.values():
+        for runner in state.runners.values():
             runners.setdefault(runner.model, []).append(self._runner(runner))
-        lines: dict[str, list[Part]] = {}
-        for line in pool.groups.values():
-            lines.setdefault(line.spec.model, []).append(self._line(line))
+        groups: dict[str, list[Part]] = {}
+        for group in state.groups.values():
+            groups.setdefault(group.spec.model, []).append(self._line(group))
         models = sorted(
-            (*self._model(model), runners.get(model.id, []), sorted(lines.get(model.id, [])))
-            for model in pool.models.values()
+            (*self._model(model), runners.get(model.id, []), sorted(groups.get(model.id, [])))
+            for model in state.models.values()
         )
         return (
-            models, sorted(lines.get("", [])), list(map(canonical.number, ledger.devices.values())),
-            sorted(ledger.overcommitted), self._memory(ledger), [self._claim(claim) for claim in pool.claims.values()],
-            self._timers(), pool.closing, canonical.shared(pool.config),
+            models, sorted(groups.get("", [])), list(map(canonical.number, ledger.devices.values())),
+            sorted(ledger.overcommitted), self._memory(ledger), [self._claim(claim) for claim in state.claims.values()],
+            self._timers(), state.closing, canonical.shared(state.config),
         )  # fmt: skip
 
     def _order_of_times(self) -> dict[float, float]:
-        pool, exact = self.pool, self.canonical.exact_times
-        times = set(moments(pool))
-        for runner in pool.runners.values():
+        state, exact = self.pool, self.canonical.exact_times
+        times = set(moments(state))
+        for runner in state.runners.values():
             times.update(
                 (
                     runner.resident_until,
@@ -148,11 +148,11 @@ class _View:
                     runner.recovery_deadline,
                 )
             )
-        times.update(map(self._bound, pool.requests.values()))
-        times.update(claim.by for claim in pool.claims.values())
+        times.update(map(self._bound, state.requests.values()))
+        times.update(claim.by for claim in state.claims.values())
         order: dict[float, float] = dict.fromkeys(times, BEHIND)
-        for place, time in enumerate(sorted(time for time in times if pool.now < time < math.inf), 1):
-            order[time] = round(time - pool.now, 6) if exact else place
+        for place, time in enumerate(sorted(time for time in times if state.now < time < math.inf), 1):
+            order[time] = round(time - state.now, 6) if exact else place
         order[math.inf] = NEVER
         return order
 
@@ -164,9 +164,9 @@ class _View:
         """Return the order in which requests are planned: by age, priority being worth some of it."""
         worth = self.pool.config.priority_s
         ages = sorted(
-            (request.queued_at - worth * want.priority, request.id)
-            for want, line in self.pool.groups.items()
-            for request in line.requests.values()
+            (request.queued_at - worth * spec.priority, request.id)
+            for spec, group in self.pool.groups.items()
+            for request in group.requests.values()
         )
         return {id: place for place, (_, id) in enumerate(ages)}
 
@@ -223,16 +223,16 @@ class _View:
         counts = self.canonical.configures and runner.state is IDLE and runner.keep_alive_s == math.inf
         return round(self.pool.now - runner.used_at, 6) if counts else 0.0
 
-    def _line(self, line: RequestGroup) -> Part:
-        want = line.spec
+    def _line(self, group: RequestGroup) -> Part:
+        spec = group.spec
         waiting = [
             (
                 self.requests[request.id], self.turns[request.id], request.survived,
                 -1.0 if request.keep_alive_s is None else request.keep_alive_s, self.times[self._bound(request)],
             )
-            for request in line.requests.values()
+            for request in group.requests.values()
         ]  # fmt: skip
-        return waiting, self.canonical.shared(want.options), want.purpose.value, want.priority, want.memory
+        return waiting, self.canonical.shared(spec.options), spec.purpose.value, spec.priority, spec.memory
 
 
 def _account(account: Account) -> Part:

@@ -125,7 +125,7 @@ class TraceAuditor:
         assert left is None or left not in self.waiting, "who left is not answered"
         assert len(self.waiting) == queued, "a request is lost, or answered in silence"
         if self.ahead:
-            models = {want.model for want, _ in self.waiting.values()}
+            models = {spec.model for spec, _ in self.waiting.values()}
             assert models.issuperset(self.ahead), "a file is read ahead for nobody"
         if self.due and isinstance(event, Tick):
             late = [id for id, due in self.due.items() if due <= now]
@@ -137,9 +137,9 @@ class TraceAuditor:
     def _learn(self, now: float, event: Event) -> RequestId | None:
         """Take in what happened; return who has left and is to be told so."""
         match event:
-            case Acquire(id, want):
+            case Acquire(id, spec):
                 if id not in self.waiting and id not in self.held:
-                    self.waiting[id] = want, now
+                    self.waiting[id] = spec, now
                     if event.timeout_s is not None:
                         self.due[id] = now + event.timeout_s
             case Release(id) | Cancel(id):
@@ -275,17 +275,17 @@ class TraceAuditor:
 
     def _granted(self, id: RequestId, runner: RunnerId | None, leaving: frozenset[RunnerId]) -> None:
         assert id in self.waiting, f"request {id} is answered twice, or never asked"
-        want, _ = self.waiting.pop(id)
+        spec, _ = self.waiting.pop(id)
         self.due.pop(id, None)
         assert not self.closing, f"request {id} is granted after the close"
-        if want.purpose is Purpose.memory:
+        if spec.purpose is Purpose.memory:
             assert runner is None, "a runner for who wants memory"
             self.held[id] = None
             return
-        assert runner is not None and self.alive.get(runner) == want.model, f"request {id}: not a runner of its model"
+        assert runner is not None and self.alive.get(runner) == spec.model, f"request {id}: not a runner of its model"
         assert runner in self.serving, f"request {id} is granted a runner that does not serve"
         assert runner not in leaving and runner not in self.stopped, f"request {id} is granted one on its way out"
-        if want.purpose is Purpose.lease:
+        if spec.purpose is Purpose.lease:
             self.held[id] = runner
             self.users[runner] += 1
 

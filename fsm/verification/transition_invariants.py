@@ -71,8 +71,8 @@ def judge(before: Core, event: Event, commands: Sequence[Command], after: Core, 
     assert after.finished or before.finished or not over, "closed and empty, but not finished"
 
 
-def _waiting(pool: CoreState) -> set[int]:
-    return {id for id, request in pool.requests.items() if request.state is RequestState.queued}
+def _waiting(state: CoreState) -> set[int]:
+    return {id for id, request in state.requests.items() if request.state is RequestState.queued}
 
 
 def _answers(was: CoreState, event: Event, commands: Sequence[Command], now: CoreState) -> None:
@@ -96,7 +96,7 @@ def _one_more_load(was: CoreState, event: Event, now: CoreState) -> None:
     """
     runner = was.runners.get(event.runner) if isinstance(event, Exited) and event.out_of_memory else None
     if runner is not None and runner.state is LOADING:
-        for request in [request for line in was.groups_served_by(runner) for request in line.requests.values()]:
+        for request in [request for group in was.groups_served_by(runner) for request in group.requests.values()]:
             left = now.requests.get(request.id)
             smaller = now.models[runner.model].context_limit != was.models[runner.model].context_limit
             other = smaller and request.spec.options.num_ctx is not None
@@ -190,7 +190,7 @@ def _has_reason(was: CoreState, runner: Runner, event: Event, now: CoreState) ->
 def _may_be_victim(
     was: CoreState, runner: Runner, commands: Sequence[Command], now: CoreState, *, in_use: bool
 ) -> None:
-    waiting = [request for line in now.groups.values() for request in line.requests.values()]
+    waiting = [request for group in now.groups.values() for request in group.requests.values()]
     granted = any(isinstance(one, Grant) and one.runner is None for one in commands)
     full = was.overfull() or now.overfull()
     assert waiting or granted or full, f"{runner.model} is given up for nobody"
@@ -259,8 +259,8 @@ def _gpus(runner: Runner) -> list[str]:
 def _claims(was: CoreState, commands: Sequence[Command], now: CoreState) -> None:
     """What was claimed and is not given back is somebody's, and the other way round."""
 
-    def open_in(pool: CoreState) -> Counter[int]:
-        return Counter([*pool.claims, *(runner.claim for runner in pool.runners.values() if runner.claim)])
+    def open_in(state: CoreState) -> Counter[int]:
+        return Counter([*state.claims, *(runner.claim for runner in state.runners.values() if runner.claim)])
 
     made = Counter(command.number for command in commands if isinstance(command, Claim))
     ended = Counter(command.number for command in commands if isinstance(command, ReleaseClaim))
@@ -282,25 +282,25 @@ def _read_ahead(was: CoreState, commands: Sequence[Command], now: CoreState) -> 
 
 def _bounded(after: Core) -> None:
     """Whoever waits for what is in use, or resides, does so for a bounded time, and the core looks again by then."""
-    pool = after._state
+    state = after._state
     plan = (after.plans or [])[-1]
-    look_at = pool.timers.at(("plan", 0))
+    look_at = state.timers.at(("plan", 0))
     going = [
-        one.stop_deadline for one in pool.runners.values() if one.state is EXPIRING
+        one.stop_deadline for one in state.runners.values() if one.state is EXPIRING
     ]  # until then nobody need go for it
-    for want, room in plan.placements.items():
-        line = pool.groups.get(want)
-        if line is None or not room.victims:
+    for spec, room in plan.placements.items():
+        group = state.groups.get(spec)
+        if group is None or not room.victims:
             continue
         for victim in room.victims:
-            runner = pool.runners.get(victim.runner)
+            runner = state.runners.get(victim.runner)
             if runner is None or not runner.current or runner.state is LOADING:
                 continue
-            latest = max(_bound(line.head, pool), runner.resident_until, runner.drain_protected_until)
+            latest = max(_bound(group.head, state), runner.resident_until, runner.drain_protected_until)
             assert look_at <= max([*going, *(victim.free_at for victim in room.victims)]), "nobody looks again"
-            assert victim.free_at <= max(latest, pool.now), f"{want.model} waits for {runner.model} without a bound"
-            assert pool.now < max(_bound(line.head, pool), *map(_resident_until, pool.runners.values())), (
-                f"{want.model} still waits for {runner.model}"
+            assert victim.free_at <= max(latest, state.now), f"{spec.model} waits for {runner.model} without a bound"
+            assert state.now < max(_bound(group.head, state), *map(_resident_until, state.runners.values())), (
+                f"{spec.model} still waits for {runner.model}"
             )
 
 
@@ -309,6 +309,6 @@ def _resident_until(runner: Runner) -> float:
     return max(runner.resident_until, runner.drain_protected_until)
 
 
-def _bound(request: Request, pool: CoreState) -> float:
+def _bound(request: Request, state: CoreState) -> float:
     """Return when busy runners have to leave for a request."""
-    return request.queued_at + pool.config.max_wait_s
+    return request.queued_at + state.config.max_wait_s

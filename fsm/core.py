@@ -61,7 +61,7 @@ from fsm.state.runner_match import runner_serves
 from fsm.state.snapshot import DeviceView, HeldView, RunnerView, Snapshot, WaitView, take_snapshot
 from fsm.state.timers import Key
 
-__all__ = ["Core", "DeviceView", "HeldView", "CoreConfig", "RunnerView", "Snapshot", "CoreCheckpoint", "WaitView"]
+__all__ = ["Core", "CoreCheckpoint", "CoreConfig", "DeviceView", "HeldView", "RunnerView", "Snapshot", "WaitView"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -415,10 +415,8 @@ class Core:
             tell_placed(state, plan, since, self.decision_log)
             tell_waits(state, plan, self.decision_log)
         state.timers.set(("plan", 0), plan.replan_at)
-        if (
-            plan.victims or plan.memory or state.next_runner > since
-        ):  # there may be more to do, or to read, beside these
-            return True
+        if plan.victims or plan.memory or state.next_runner > since:
+            return True  # there may be more to do, or to read, beside these
         read_ahead(self._lifecycle, plan)
         return False
 

@@ -25,7 +25,7 @@ def footprints(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         return folder / f"{sha256(name.encode()).hexdigest()[:16]}.sqlite3"
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("scheduler.config.settings.default_footprints", of_this_test)
+        patch.setattr("scheduler.config.settings.default_measurement_file", of_this_test)
         patch.setenv("LOADMASTER_FOOTPRINTS", "none")
         yield folder
 
@@ -35,7 +35,7 @@ def lock_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Keep the schedulers under test, and those of their child processes, from taking turns with other programs."""
     folder = tmp_path_factory.mktemp("locks")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("scheduler.config.settings.private_folder", lambda: folder)
+        patch.setattr("scheduler.config.settings.shared_lock_folder", lambda: folder)
         patch.setenv("LOADMASTER_LOCK_FOLDER", str(folder))
         yield folder
 

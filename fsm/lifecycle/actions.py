@@ -49,7 +49,7 @@ TOLD = 5  # of a runner's transitions, where the next one is illegal
 class Actions:
     """The verbs of the core. Each leaves the pool's invariants true and appends what the shell has to do for it."""
 
-    __slots__ = ("commands", "decision_log", "unevaluated", "state", "replan")
+    __slots__ = ("commands", "decision_log", "replan", "state", "unevaluated")
 
     def __init__(self, state: CoreState) -> None:
         self.state = state

@@ -121,8 +121,10 @@ class Runner:
         """Return an independent copy; what it shares is immutable."""
         return Runner(
             self.id, self.model, self.launch_options, self.placement, self.keep_alive_s, self.launched_at, self.state,
-            self.effective_options, set(self.equivalent_requests), set(self.leases), self.loaded_at, self.used_at, self.resident_until,
+            self.effective_options, set(self.equivalent_requests), set(self.leases), self.loaded_at, self.used_at,
+            self.resident_until,
             self.drain_protected_until, self.idle_grace_until, self.process, self.stopping, self.expire_when_served,
-            self.out_of_memory, self.contended, self.last_sample, dict(self.recovery_targets), self.stop_deadline, self.recovery_deadline,
+            self.out_of_memory, self.contended, self.last_sample, dict(self.recovery_targets), self.stop_deadline,
+            self.recovery_deadline,
             self.claim, self.uses_default_keep_alive, self.fully_offloaded,
         )  # fmt: skip

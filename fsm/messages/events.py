@@ -99,7 +99,7 @@ class Loaded:
     num_ctx: int | None = None  # the context it really got; None: as asked
     resident: Resident = ()
     mapped_bytes: int = 0  # of those on the host: pages of files
-    expected_growth: Resident = ()  # most that it may still take beside it, where its engine can tell; else nothing is named
+    expected_growth: Resident = ()  # the most that it may still take, where its engine can tell; else empty
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,7 +26,8 @@ def tell_victims(state: CoreState, plan: Plan, journal: list[Entry]) -> None:
         group = state.groups[spec]
         entry = Decision(
             state.now, "evicts", spec.model, None, group.head.id,
-            runners=runners_considered(state, plan, group), devices=devices_considered(state, spec, room), step=state.steps,
+            runners=runners_considered(state, plan, group), devices=devices_considered(state, spec, room),
+            step=state.steps,
         )  # fmt: skip
         journal.append(entry)
 

@@ -77,7 +77,8 @@ class Account:
     def copy(self) -> Account:
         """Return an independent copy."""
         return Account(
-            dict(self.reserved), dict(self.resident), dict(self.peak), dict(self.resident_at_last_sample), self.mapped_bytes,
+            dict(self.reserved), dict(self.resident), dict(self.peak), dict(self.resident_at_last_sample),
+            self.mapped_bytes,
             self.loaded, self.peak_observed, dict(self.expected_growth), dict(self.projected_peak),
         )  # fmt: skip
 

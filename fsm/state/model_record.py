@@ -142,7 +142,9 @@ class ModelRecord:
         """Return an independent copy that refers to the copied `runners`."""
         current = runners[self.current.id] if self.current else None
         return ModelRecord(
-            self.id, self.info, self.inspected_since_launch, self.inspecting, current, self.pinned, self.failures, self.blocked_until,
-            self.failure, self.load_exclusively, dict(self.loads), self.context_limit, self.first_runner_of_file, dict(self.measured),
+            self.id, self.info, self.inspected_since_launch, self.inspecting, current, self.pinned, self.failures,
+            self.blocked_until,
+            self.failure, self.load_exclusively, dict(self.loads), self.context_limit, self.first_runner_of_file,
+            dict(self.measured),
             dict(self.shortest_load), dict(self.demands), self.rested_at, dict(self.idle_intervals),
         )  # fmt: skip

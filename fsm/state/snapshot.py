@@ -113,7 +113,8 @@ def _runners(state: CoreState) -> tuple[RunnerView, ...]:
     for runner in state.runners.values():
         account, info = state.ledger.accounts["runner", runner.id], state.models[runner.model].info
         view = RunnerView(
-            runner.id, runner.model, runner.state, len(runner.leases), runner.effective_options, tuple(account.reserved.items()),
+            runner.id, runner.model, runner.state, len(runner.leases), runner.effective_options,
+            tuple(account.reserved.items()),
             tuple(account.resident.items()), runner.placement.bytes, tuple(account.peak.items()), _held_bytes(account),
             account.mapped_bytes, account.peak_observed, runner.placement.gpu_layers, runner.keep_alive_s,
             state.timers.at(("keep-alive", runner.id)), runner.launched_at, runner.loaded_at,

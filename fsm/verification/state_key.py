@@ -32,39 +32,39 @@ Part = tuple[object, ...]
 LEFT_OUT: Mapping[type, Mapping[str, str]] = MappingProxyType(
     {
         CoreState: {
-            "queued": "the sum of the lines, which `check` compares",
-            "turns": "follows from the lines, which `check` compares",
-            "wants": "follows from the lines, which `check` compares",
+            "queued": "the sum of the request groups, which `check` compares",
+            "ranks": "follows from the request groups, which `check` compares",
+            "specs_by_model": "follows from the request groups, which `check` compares",
             "processes": "the sum of the runners that have one, which `check` compares",
             "next_runner": "ids are replaced by their order; that they grow is checked beside",
             "next_claim": "as the runners' ids",
-            "rests": "for the policy, which is an oracle",
+            "idle_intervals": "for the policy, which is nondeterministic",
             "samples": "a reading is told from an early one by the runners' `last_sample` alone",
-            "working": "the sum of the ready runners on the host, which `check` compares",
-            "most_working": "for the number of threads, which nothing else follows from",
+            "busy_on_host": "the sum of the ready runners on the host, which `check` compares",
+            "peak_busy_on_host": "for the number of threads, which nothing else follows from",
             "steps": "numbers for people to read",
         },
         ModelRecord: {
             "current": "the runner whose state says so, which `check` compares",
             "failure": "for people to read",
-            "loads": "for the policy, which is an oracle, and an estimate for whoever is turned away",
-            "shortest": "whom it has refused at once would be refused when their time is up: only sooner",
-            "rested_at": "for the policy, which is an oracle",
-            "rests": "for the policy, which is an oracle",
+            "loads": "for the policy, which is nondeterministic, and an estimate for a request that is refused",
+            "shortest_load": "a request that it refuses at once would be refused when its time is up",
+            "rested_at": "for the policy, which is nondeterministic",
+            "idle_intervals": "for the policy, which is nondeterministic",
             "demands": "follows from what the model is made of, its context limit, and what was measured",
         },
         Runner: {
             "model": "the runner stands with its model",
-            "whole": "follows from its placement and what its model is made of",
+            "fully_offloaded": "follows from its placement and what its model is made of",
             "launched_at": "how long its load took: the residency that follows is a time of its own",
-            "used_at": "for the policy, which is an oracle; how long it rests is told where no clock of its runs",
+            "used_at": "for the policy, which is nondeterministic; how long it is idle is told where it has no clock",
         },
         Request: {
-            "want": "it stands in its line; once granted nothing asks for it",
+            "spec": "the request stands in its group; once granted nothing reads it",
             "runner": "it is among the leases",
-            "asked": "nothing follows from it but who is told",
+            "asked": "nothing follows from it but which holders are told",
         },
-        RequestSpec: {"model": "the line stands with its model"},
+        RequestSpec: {"model": "the group stands with its model"},
         RequestGroup: dict.fromkeys(("waits_for", "until", "told"), "for people to read"),
         Account: {},
         Ledger: {},
@@ -103,10 +103,10 @@ class StateKeys:
 class _View:
     """A pool with its times and ids replaced by their order."""
 
-    __slots__ = ("ahead", "canonical", "claims", "pool", "requests", "runners", "times", "turns")
+    __slots__ = ("ahead", "canonical", "claims", "requests", "runners", "state", "times", "turns")
 
     def __init__(self, state: CoreState, canonical: StateKeys) -> None:
-        self.pool = state
+        self.state = state
         self.canonical = canonical
         self.requests: dict[int, int] = {id: place for place, id in enumerate(sorted(state.requests))}
         self.runners: dict[int, int] = {id: place for place, id in enumerate(state.runners)}
@@ -118,7 +118,7 @@ class _View:
 
     def parts(self) -> Part:
         """Return everything that a decision may depend on, as numbers and words that sort."""
-        state, ledger, canonical = self.pool, self.pool.ledger, self.canonical
+        state, ledger, canonical = self.state, self.state.ledger, self.canonical
         runners: dict[str, list[Part]] = {}
         for runner in state.runners.values():
             runners.setdefault(runner.model, []).append(self._runner(runner))
@@ -136,7 +136,7 @@ class _View:
         )  # fmt: skip
 
     def _order_of_times(self) -> dict[float, float]:
-        state, exact = self.pool, self.canonical.exact_times
+        state, exact = self.state, self.canonical.exact_times
         times = set(moments(state))
         for runner in state.runners.values():
             times.update(
@@ -158,14 +158,14 @@ class _View:
 
     def _bound(self, request: Request) -> float:
         """Return when busy runners have to drain for a request; of one that is granted, nothing is left of it."""
-        return request.queued_at + self.pool.config.max_wait_s if request.state is RequestState.queued else -math.inf
+        return request.queued_at + self.state.config.max_wait_s if request.state is RequestState.queued else -math.inf
 
     def _turns(self) -> dict[int, int]:
         """Return the order in which requests are planned: by age, priority being worth some of it."""
-        worth = self.pool.config.priority_s
+        worth = self.state.config.priority_s
         ages = sorted(
             (request.queued_at - worth * spec.priority, request.id)
-            for spec, group in self.pool.groups.items()
+            for spec, group in self.state.groups.items()
             for request in group.requests.values()
         )
         return {id: place for place, (_, id) in enumerate(ages)}
@@ -178,7 +178,7 @@ class _View:
         }  # fmt: skip
         none: Mapping[int, int] = {}
         return sorted(
-            (kind, places.get(kind, none).get(id, -1), self.times[at]) for at, (kind, id) in self.pool.timers.items()
+            (kind, places.get(kind, none).get(id, -1), self.times[at]) for at, (kind, id) in self.state.timers.items()
         )
 
     def _memory(self, ledger: Ledger) -> list[Part]:
@@ -195,9 +195,10 @@ class _View:
     def _model(self, model: ModelRecord) -> Part:
         canonical, current = self.canonical, model.current
         doubted = model.failures and current is not None and current.loaded_at is not None
-        good_at = (current.loaded_at or 0.0) + self.pool.config.good_life_s if current and doubted else math.inf
+        good_at = (current.loaded_at or 0.0) + self.state.config.good_life_s if current and doubted else math.inf
         return (
-            canonical.kinds.get(model.id, -1), canonical.shared(model.info), model.inspected_since_launch, model.inspecting,
+            canonical.kinds.get(model.id, -1), canonical.shared(model.info), model.inspected_since_launch,
+            model.inspecting,
             model.pinned, min(model.failures, MOST_FAILURES), self.times[good_at], self.times[model.blocked_until],
             model.load_exclusively, model.context_limit or 0, sorted(map(canonical.number, model.measured.items())),
             self.ahead.get(model.id, ()),
@@ -205,23 +206,24 @@ class _View:
 
     def _runner(self, runner: Runner) -> Part:
         canonical, times = self.canonical, self.times
-        model = self.pool.models[runner.model]
+        model = self.state.models[runner.model]
         return (
             self.runners[runner.id], runner.state.value, canonical.shared(runner.launch_options),
             canonical.shared(runner.effective_options), canonical.number(runner.placement), runner.keep_alive_s,
             runner.uses_default_keep_alive, sorted(map(canonical.shared, runner.equivalent_requests)),
             sorted(self.requests.get(id, -1) for id in runner.leases), runner.loaded_at is None,
-            times[runner.resident_until], times[runner.drain_protected_until], times[runner.idle_grace_until], runner.process,
+            times[runner.resident_until], times[runner.drain_protected_until], times[runner.idle_grace_until],
+            runner.process,
             runner.stopping, runner.expire_when_served, runner.out_of_memory, runner.contended, runner.last_sample > 0,
             list(runner.recovery_targets.items()), times[runner.stop_deadline], times[runner.recovery_deadline],
             self.claims[runner.claim], runner.id < model.first_runner_of_file, self._rests_for(runner),
-            _account(self.pool.ledger.accounts["runner", runner.id]),
+            _account(self.state.ledger.accounts["runner", runner.id]),
         )  # fmt: skip
 
     def _rests_for(self, runner: Runner) -> float:
         """Return how long it has rested, where no clock tells and a keep-alive that is changed counts from then on."""
         counts = self.canonical.configures and runner.state is IDLE and runner.keep_alive_s == math.inf
-        return round(self.pool.now - runner.used_at, 6) if counts else 0.0
+        return round(self.state.now - runner.used_at, 6) if counts else 0.0
 
     def _line(self, group: RequestGroup) -> Part:
         spec = group.spec
@@ -238,6 +240,7 @@ class _View:
 def _account(account: Account) -> Part:
     return (
         list(account.reserved.items()), list(account.resident.items()), list(account.peak.items()),
-        list(account.resident_at_last_sample.items()), list(account.expected_growth.items()), list(account.projected_peak.items()),
+        list(account.resident_at_last_sample.items()), list(account.expected_growth.items()),
+        list(account.projected_peak.items()),
         account.mapped_bytes, account.loaded, account.peak_observed,
     )  # fmt: skip

@@ -118,9 +118,10 @@ class Scheduler:
     def acquire(self, model: Model, **asking: Unpack[AcquireOptions]) -> Lease:
         """Return a lease on a runner of `model`, loading it if need be; blocks until then.
 
-        `model` is the path of a GGUF file, a name that `catalog` finds, a `ModelSpec` or a `PythonModel`; `AcquireOptions`
-        lists the keywords. Those of loading matter only if they are named: a runner that was loaded otherwise serves
-        whoever does not care.
+        `model` is the path of a GGUF file, a name that `catalog` finds,
+        a `ModelSpec` or a `PythonModel`;
+        `AcquireOptions` lists the keywords. Load-time options matter only if they are named: a runner that was loaded
+        with others serves a request that names none.
 
         Raises `QueueFull`, `ModelNotFound`, `InvalidModel`, `DoesNotFit`, `LoadFailed`, `LoadTimeout`,
         `AcquireTimeout` (at once, as `TimeoutTooShort`, where it is certain), `UnsupportedOption`, `InvalidSettings`,

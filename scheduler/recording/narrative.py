@@ -329,9 +329,10 @@ class Narrative:
             case Reject(request, refusal):
                 if isinstance(refusal, InvalidModelRefusal | ModelNotFoundRefusal):
                     refusal = replace(refusal, path=self.name(ModelId(refusal.path)))
-                wait = self._answer(request, type(refusal).__name__)
-                error = next(iter(lines_of(str(error_of(refusal, self.name)))), "")
-                yield self._say(f"{_number(request)} is refused: {error}{_waited(wait)}")
+                error = error_of(refusal, self.name)
+                wait = self._answer(request, type(error).__name__)
+                text = next(iter(lines_of(str(error))), "")
+                yield self._say(f"{_number(request)} is refused: {text}{_waited(wait)}")
             case RevokeLease(request, reason):
                 if (wait := self._answer(request, "lost")) is not None:
                     wait.holds = False

@@ -38,10 +38,10 @@ class PendingRequest:
         "error",
         "gate",
         "id",
-        "runner",
         "lost",
         "model",
         "model_id",
+        "runner",
         "wanted",
     )
 

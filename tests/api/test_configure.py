@@ -301,7 +301,8 @@ def test_every_setting_that_the_core_works_by_reaches_it() -> None:
     defaults = Options(12, 14, num_parallel=13, flash_attention=True, cache_type_k="q8_0", cache_type_v="q8_0")
     assert limits == CoreConfig(
         max_queue=3, max_runners=4, keep_alive_s=5.0, max_wait_s=6.0, min_residency_s=7.0, load_timeout_s=8.0,
-        recovery_timeout_s=9.0, max_loads_per_gpu=10, max_host_loads=11, prefetches=0, defaults=defaults, cpu_threads=15,
+        recovery_timeout_s=9.0, max_loads_per_gpu=10, max_host_loads=11, prefetches=0, defaults=defaults,
+        cpu_threads=15,
         spread_over_gpus=True, auto_context_from_vram=True, require_gpu=True, stop_timeout_s=26.0,
     )  # fmt: skip
 

@@ -124,13 +124,13 @@ def test_n05_n09_a_larger_batch_never_causes_a_reload() -> None:
 )  # fmt: skip
 def test_n06_a_context_follows_from_the_memory_of_all_gpus(gpus: tuple[str, ...], context: int) -> None:
     """N06: where that is asked for; otherwise it is 4096 whatever there is."""
-    assert told(with_gpus(*gpus, context_by_gpus=True).loading("a", request=1))[0] == context
+    assert told(with_gpus(*gpus, auto_context_from_vram=True).loading("a", request=1))[0] == context
     assert told(with_gpus(*gpus).loading("a", request=1))[0] == 4096
 
 
 def test_n06_memory_that_gpus_share_with_the_host_counts_once() -> None:
     """N06: two integrated GPUs have the host's."""
-    pool = with_gpus("1GiB", "1GiB", context_by_gpus=True, integrated=True)
+    pool = with_gpus("1GiB", "1GiB", auto_context_from_vram=True, integrated=True)
     pool.capacities[HOST] = 30 * GIB
     pool.loading("a", request=1)
     assert told(pool)[0] == 32768
@@ -139,28 +139,28 @@ def test_n06_memory_that_gpus_share_with_the_host_counts_once() -> None:
 def test_n06_a_context_is_no_larger_than_what_was_trained_or_named_or_set() -> None:
     """N06: it is automatic only where nobody has said."""
     short = replace(LONG, context_trained=16384)
-    assert told(with_gpus("80GiB", info=short, context_by_gpus=True).loading("a", 1))[0] == 16384
-    assert told(with_gpus("80GiB", context_by_gpus=True).loading("a", 1, num_ctx=2048))[0] == 2048
+    assert told(with_gpus("80GiB", info=short, auto_context_from_vram=True).loading("a", 1))[0] == 16384
+    assert told(with_gpus("80GiB", auto_context_from_vram=True).loading("a", 1, num_ctx=2048))[0] == 2048
     set_to = Options(num_ctx=8192)
-    assert told(with_gpus("80GiB", context_by_gpus=True, defaults=set_to).loading("a", 1))[0] == 8192
+    assert told(with_gpus("80GiB", auto_context_from_vram=True, defaults=set_to).loading("a", 1))[0] == 8192
 
 
 def test_n06_a_context_is_stepped_down_rather_than_offloading_a_part() -> None:
     """N06: 262144 tokens are 4 GiB of cache here; where they leave no place for the model, fewer will do."""
     wide = replace(LONG, heads_kv=(128,) * 4)
-    assert told(with_gpus("48GiB", info=wide, context_by_gpus=True).loading("a", 1))[0] == 32768
+    assert told(with_gpus("48GiB", info=wide, auto_context_from_vram=True).loading("a", 1))[0] == 32768
 
 
 def test_n06_n07_a_context_that_ran_out_of_memory_is_stepped_down() -> None:
     """N06, N07: to 32768 at the second try."""
-    pool = with_gpus("80GiB", context_by_gpus=True).loading("a", request=1)
+    pool = with_gpus("80GiB", auto_context_from_vram=True).loading("a", request=1)
     pool.feed(out_of_memory(1), exited(1, out_of_memory=True))
     assert told(pool, 2)[0] == 32768
 
 
 def test_n06_n09_gpus_that_come_and_go_never_cause_a_reload() -> None:
     """N06, N09: the context that a model was loaded with serves who names none."""
-    pool = with_gpus("80GiB", context_by_gpus=True).ready("a", 1)
+    pool = with_gpus("80GiB", auto_context_from_vram=True).ready("a", 1)
     pool.capacities["gpu1"] = 80 * GIB
     assert granted(pool.feed(pool.sample(), acquire("a", request=2))) == [2]
     del pool.capacities["gpu1"]
@@ -183,7 +183,7 @@ EIGHT_BILLION = replace(
 )  # fmt: skip
 def test_n06_a_context_by_the_gpus_leaves_room_for_far_fewer_models(gpu: str, by_gpus: bool, models: int) -> None:
     """N06: why it has to be asked for: so many models of 8 billion parameters stay beside each other."""
-    pool = a_pool("512GiB", (gpu,), context_by_gpus=by_gpus, max_runners=99)
+    pool = a_pool("512GiB", (gpu,), auto_context_from_vram=by_gpus, max_runners=99)
     for count in range(1, 99):
         pool.declare(f"m{count}", EIGHT_BILLION).feed(acquire(f"m{count}", request=count))
         if len(pool.launches) < count:
@@ -239,7 +239,7 @@ def test_what_was_measured_counts_whether_or_not_a_gpu_is_required() -> None:
 
 def test_a_context_that_is_stepped_down_is_no_larger_than_without_gpus() -> None:
     """It is an upper bound of what is automatic: what the GPUs do not take whole is the usual one."""
-    pool = with_gpus("48GiB", context_by_gpus=True)
+    pool = with_gpus("48GiB", auto_context_from_vram=True)
     pool.feed(acquire("a", request=1))
     assert told(pool)[0] == 262144
     pool.strangers["gpu0"] = amount("46.4GiB")

@@ -149,7 +149,7 @@ def test_a_load_that_is_waited_for_serves_first() -> None:
 
 def test_a_higher_limit_lets_those_who_wait_start_at_once() -> None:
     """As many as it allows, the oldest first; 0 is automatic again."""
-    pool = a_pool(each="1GiB", max_runners=1, loads_on_host=9).ready("a", lease=1)
+    pool = a_pool(each="1GiB", max_runners=1, max_host_loads=9).ready("a", lease=1)
     pool.feed(acquire("b", request=2), acquire("c", request=3), acquire("d", request=4))
     assert launched(pool.feed(Configure(max_runners=2))) == ["b"]
     assert launched(pool.feed(Configure(max_runners=0))) == ["c"]

@@ -379,7 +379,7 @@ def test_an_outlook_is_of_the_rest_so_far_and_of_none_while_in_use() -> None:
 def test_a_policy_is_told_what_a_load_takes_where_a_runner_is() -> None:
     """One with fewer layers on GPUs may load faster or slower; one that still loads has no figure."""
     policy = Listening()
-    pool = a_pool(capacity="64GiB", gpus=("8GiB",), policy=policy, min_residency_s=0.0, loads_per_gpu=2)
+    pool = a_pool(capacity="64GiB", gpus=("8GiB",), policy=policy, min_residency_s=0.0, max_loads_per_gpu=2)
     pool.declare("m", layered(4, "512MiB")).declare("n", layered(4, "512MiB")).declare("x", layered(4, "1500MiB"))
     for duration, taken in (("2s", "6500MiB"), ("8s", "0B")):  # by others: the first goes there in part
         pool.strangers = {"gpu0": amount(taken)}

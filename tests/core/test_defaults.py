@@ -111,7 +111,7 @@ def test_with_spread_a_model_goes_on_all_gpus() -> None:
     """Even where one would take it; without, it stays on one."""
     used = []
     for spread in (False, True):
-        pool = a_pool(capacity="64GiB", gpus=("8GiB", "8GiB"), spread=spread).declare("a", a_model((2**28,) * 8))
-        pool.loading("a", request=1)
+        pool = a_pool(capacity="64GiB", gpus=("8GiB", "8GiB"), spread_over_gpus=spread)
+        pool.declare("a", a_model((2**28,) * 8)).loading("a", request=1)
         used.append(len(pool.launches[1].placement.gpu_layers))
     assert used == [1, 2]

@@ -246,7 +246,7 @@ def test_d20_who_comes_while_it_ends_or_after_its_end_is_answered() -> None:
 
 def test_d20_a_stop_of_the_close_comes_once_for_each_life() -> None:
     """D09, D20: nothing that was launched is forgotten, whatever state it was in."""
-    pool = a_pool("40GiB", loads_on_host=9, max_runners=9).idle("a").ready("b", lease=1).loading("c", request=2)
+    pool = a_pool("40GiB", max_host_loads=9, max_runners=9).idle("a").ready("b", lease=1).loading("c", request=2)
     pool.feed(expire("a"), close("1s"))
     pool.advance("1s")
     assert pool.stops == {1, 2, 3} == set(pool.launches)

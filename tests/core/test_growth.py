@@ -83,7 +83,7 @@ def test_a_warm_request_looks_at_no_other_runner_and_no_other_request(max_runner
     for number in range(20):
         pool.ready(f"model {number}")
     core = pool.core
-    for name in ("runners", "requests", "lines", "models"):
+    for name in ("runners", "requests", "groups", "models"):
         setattr(core._state, name, Unscanned(getattr(core._state, name)))
     for model in ("model 3", "model 4"):
         assert core.step(core._state.now, acquire(model, request=500)) == [Grant(500, pool.runner(model))]
@@ -94,7 +94,7 @@ def test_the_last_release_scans_nothing_where_nobody_waits() -> None:
     """A runner that rests is looked at alone."""
     pool = a_pool(capacity="80GiB", max_runners=30, each="1GiB").idle("a").ready("b")
     core = pool.core
-    for name in ("runners", "requests", "lines", "models"):
+    for name in ("runners", "requests", "groups", "models"):
         setattr(core._state, name, Unscanned(getattr(core._state, name)))
     assert core.step(core._state.now, acquire("a", request=500)) == [Grant(500, pool.runner("a"))]
     assert core.step(core._state.now, release(500)) == []

@@ -280,7 +280,7 @@ def test_an_illegal_transition_tells_what_its_runner_has_been_through() -> None:
         "; step 7, at 1003 s; runner 1 before it: launched at 1000 s; loaded at 1003 s; last used at 1003 s"
     )
     assert "in step 4, at 1000 s: launch, loading (AskedBy(request=1)); in step 5, at 1003 s: serve" in said["loud"]
-    assert said["loud"].endswith("in step 7, at 1003 s: expire, expiring (asked to)")
+    assert said["loud"].endswith("in step 7, at 1003 s: expire, expiring (RunnerReason.asked)")
 
 
 def test_time_never_goes_back() -> None:

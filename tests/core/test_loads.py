@@ -138,7 +138,7 @@ def test_a_loaded_event_of_a_load_that_was_cancelled_is_late() -> None:
 
 def test_d08_a_load_after_an_eviction_that_fails_leaves_nothing_taken() -> None:
     """D08: the place among the loads, the memory and the options are those of the next one that starts."""
-    pool = a_pool(loads_on_host=1).idle("a")
+    pool = a_pool(max_host_loads=1).idle("a")
     pool.feed(acquire("b", request=1, num_thread=2), exited(1), exited(2, code=1, reason="broken"))
     assert refused(pool.commands) == {1: LoadFailedRefusal}
     pool.ready("c", lease=2)
@@ -396,7 +396,7 @@ def test_n08_an_end_for_lack_of_memory_while_serving_expires_every_runner() -> N
 
 def test_a_model_that_always_runs_out_of_memory_is_backed_off_although_others_ask_for_it_meanwhile() -> None:
     """Rule 8: each survives one, but they would come for ever, and everybody else would leave for each of them."""
-    pool = a_pool(each="1GiB", max_wait_s=0, min_residency_s=0, rest_part=0).loading("bad", request=1)
+    pool = a_pool(each="1GiB", max_wait_s=0, min_residency_s=0, idle_grace_part=0).loading("bad", request=1)
     for request in range(2, 10):
         pool.feed(preload("b", 100 + request))  # it begins when nothing loads that is to be alone
         if pool.state("b") is RunnerState.loading:

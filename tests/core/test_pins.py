@@ -91,7 +91,7 @@ def test_a_pin_refuses_those_who_wait_for_its_memory() -> None:
 
 def test_a_pinned_load_that_nobody_waits_for_goes_on() -> None:
     """Not even its place among the loads is taken from a pin."""
-    pool = a_pool(loads_on_host=1, each="1GiB").loading("a", request=1)
+    pool = a_pool(max_host_loads=1, each="1GiB").loading("a", request=1)
     pool.feed(pin("a"), cancel(1))
     assert pool.feed(acquire("b", request=2)) == []
     assert pool.state("a") is RunnerState.loading

@@ -115,7 +115,7 @@ def test_busy_victims_come_with_the_bound_on_the_wait() -> None:
 
 def test_a_load_nobody_waits_for_gives_its_place_up() -> None:
     """It is a victim like any other, though its memory is not needed."""
-    pool = a_pool("8GiB", each="1GiB", loads_on_host=1)
+    pool = a_pool("8GiB", each="1GiB", max_host_loads=1)
     pool.feed(acquire("a", 1, timeout=10))
     pool.advance("11s")
     found = look(pool, "b")

@@ -167,7 +167,7 @@ def test_s24_one_load_at_a_time_on_a_gpu() -> None:
 
 def test_a_model_on_a_gpu_takes_no_place_among_the_hosts_loads() -> None:
     """Though some of it stays on the host."""
-    pool = a_pool(capacity="64GiB", gpus=("8GiB", "8GiB"), loads_on_host=1, each="1GiB")
+    pool = a_pool(capacity="64GiB", gpus=("8GiB", "8GiB"), max_host_loads=1, each="1GiB")
     for model in "ab":
         pool.declare(model, layered(4, "512MiB", host="1GiB"))
     assert launched(pool.feed(acquire("a", 1), acquire("b", 2), acquire("c", 3), acquire("d", 4))) == ["a", "b", "c"]
@@ -184,7 +184,7 @@ def test_an_object_that_declares_gpu_memory_loads_on_that_gpu() -> None:
 
 def test_a_load_that_nobody_waits_for_gives_its_place_up() -> None:
     """Rule 4: it is aborted when its place among the loads is wanted."""
-    pool = a_pool(loads_on_host=1, each="1GiB").loading("a", request=1)
+    pool = a_pool(max_host_loads=1, each="1GiB").loading("a", request=1)
     pool.feed(cancel(1))
     commands = pool.feed(acquire("b", request=2))
     assert (stopped(commands), launched(commands)) == ([1], ["b"])
@@ -192,7 +192,7 @@ def test_a_load_that_nobody_waits_for_gives_its_place_up() -> None:
 
 def test_a_load_on_another_device_gives_nothing_up() -> None:
     """Only a place on the device that is wanted helps."""
-    pool = a_pool(capacity="64GiB", gpus=("8GiB",), loads_on_host=1, each="1GiB").loading("a", request=1)
+    pool = a_pool(capacity="64GiB", gpus=("8GiB",), max_host_loads=1, each="1GiB").loading("a", request=1)
     pool.declare("b", layered(4, "512MiB")).declare("c", layered(4, "512MiB"))
     pool.loading("b", request=2)
     pool.feed(cancel(1))

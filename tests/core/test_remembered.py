@@ -41,7 +41,7 @@ def knowing(size: str | int = 0, *loads_s: float, split: Amounts = (), model: Mo
 
 def a_pool_that(known: LoadHistory | None = None, capacity: str = "8GiB", **limits: object) -> PoolUnderTest:
     """Return a pool that tells what is to be remembered, and whose store says `known` of the model a."""
-    pool = a_pool(capacity, remembers=True, **limits)
+    pool = a_pool(capacity, persists_measurements=True, **limits)
     pool.declare("a", MODEL)
     if known is not None:
         pool.known["a"] = known
@@ -338,7 +338,7 @@ def test_a_recording_with_remembered_figures_replays_without_the_store() -> None
     pool.feed(exited(1))
     pool.loading("a", request=2, **ASKED)
     core = Core.restore(state)
-    assert len(script) > 8 and any("Remember" in line for line in script)
+    assert len(script) > 8 and any("PersistMeasurement" in line for line in script)
     for line in script:
         now, event, commands = json.loads(line)
         assert core.step(now, decode_event(event)) == [decode_command(command) for command in commands]

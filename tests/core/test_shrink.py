@@ -162,7 +162,7 @@ def test_an_idle_runner_is_not_given_up_for_a_device_that_only_busy_ones_hold() 
 def test_what_goes_anyway_serves_who_waits() -> None:
     """Nobody else is given up for them: here the oldest goes, and leaves enough for both reasons."""
     sizes = {"loading": "1GiB", "old": "4GiB", "young": "2GiB", "next": "1GiB"}
-    pool = a_pool(capacity="9GiB", sizes=sizes, loads_on_host=1, max_runners=9).idle("old")
+    pool = a_pool(capacity="9GiB", sizes=sizes, max_host_loads=1, max_runners=9).idle("old")
     pool.advance("1s")
     pool.idle("young").loading("loading", request=1)
     assert pool.feed(acquire("next", request=2)) == []

@@ -99,7 +99,7 @@ def test_whom_a_policy_names_twice_counts_once() -> None:
 def test_a_younger_load_does_not_take_the_place_of_one_that_starts_in_a_moment() -> None:
     """Rule 5 for the places among the loads: what is on its way back is the older one's."""
     sizes = {"a": "6GiB", "b": "6GiB", "c": "1GiB"}
-    pool = a_pool(capacity="8GiB", sizes=sizes, loads_on_host=1).idle("a")
+    pool = a_pool(capacity="8GiB", sizes=sizes, max_host_loads=1).idle("a")
     pool.feed(acquire("b", request=8))
     assert launched(pool.feed(acquire("c", request=9))) == []
     assert launched(pool.feed(exited(1)) + pool.feed(pool.sample())) == ["b"]

@@ -229,7 +229,7 @@ def test_whoever_came_since_others_left_is_told_that_somebody_waits() -> None:
     assert pool.feed(acquire("c", request=4)) == [NotifyContention(1, (3,))]
 
 
-@pytest.mark.parametrize("limits", [{"min_residency_s": 60.0}, {"rest_part": 0.5, "rest_limit_s": 1.0}])
+@pytest.mark.parametrize("limits", [{"min_residency_s": 60.0}, {"idle_grace_part": 0.5, "idle_grace_limit_s": 1.0}])
 def test_who_takes_a_runner_that_is_to_go_in_a_moment_is_told_at_once(limits: dict[str, float]) -> None:
     """It rests, and may not go yet; its next holder is not told only when it might."""
     pool = a_pool(**limits)

@@ -114,7 +114,8 @@ def test_other_options_and_splits_are_told_apart(path: Path) -> None:
     store.write(FILE, OPTIONS, (), ((HOST, 2),), 3.5)
     found = store.read(FILE)
     assert set(found.sizes) == {
-        MeasuredBytes(OPTIONS, SPLIT, TOOK), MeasuredBytes(other, SPLIT, ((HOST, 1),)), MeasuredBytes(OPTIONS, (), ((HOST, 2),)),
+        MeasuredBytes(OPTIONS, SPLIT, TOOK), MeasuredBytes(other, SPLIT, ((HOST, 1),)), MeasuredBytes(OPTIONS, (),
+        ((HOST, 2),)),
     }  # fmt: skip
     assert {each.split: each.seconds for each in found.loads} == {SPLIT: (1.5, 2.5), (): (3.5,)}
 

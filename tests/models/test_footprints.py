@@ -219,7 +219,7 @@ def test_the_setting_takes_a_file_or_none(tmp_path: Path) -> None:
 
 def test_a_user_without_a_home_has_a_scheduler_that_warns_of_it(monkeypatch: pytest.MonkeyPatch, model: Path) -> None:
     """As in a container whose user is a number: what models take is not kept, and why stands among the problems."""
-    monkeypatch.setattr("scheduler.config.settings.default_footprints", default_measurement_file)
+    monkeypatch.setattr("scheduler.config.settings.default_measurement_file", default_measurement_file)
     monkeypatch.setattr("platformdirs.user_cache_path", Mock(side_effect=RuntimeError("no home directory")))
     with no_leaks(), Scheduler(Settings(gpus=False)) as scheduler:
         scheduler.acquire(model).release()

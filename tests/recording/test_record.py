@@ -102,7 +102,7 @@ from tests.support.reasons import every
 
 ROOT = Path(__file__).resolve().parents[2]
 MIB = 2**20
-OF_A_STEP = {"commands", "journal", "newcomers", "pool", "replan"}  # of the verbs: of a step, or the pool
+OF_A_STEP = {"commands", "decision_log", "unevaluated", "state", "replan"}  # of the verbs: of a step, or the pool
 
 
 def through_json(value: object) -> Any:
@@ -165,7 +165,8 @@ EVENTS: list[Event] = [
     Inspected(WANT.model, replace(a_model(), recurrence=Recurrence(conv=4))),
     Inspected(WANT.model, Footprint(fixed=AMOUNTS)), Inspected(WANT.model, ModelNotFoundRefusal("/nowhere")),
     Inspected(WANT.model, InvalidModelRefusal("/bad", "cut short", 17)), Progress(RunnerId(3)),
-    Inspected(WANT.model, a_model(), LoadHistory((MeasuredBytes(WANT.options, (), AMOUNTS),), (LoadTimes(AMOUNTS, (0.1, 2)),))),
+    Inspected(WANT.model, a_model(), LoadHistory((MeasuredBytes(WANT.options, (), AMOUNTS),), (LoadTimes(AMOUNTS,
+    (0.1, 2)),))),
     Loaded(RunnerId(3), expected_growth=AMOUNTS),
     Loaded(RunnerId(3), 2048, AMOUNTS, 11), ContextFilled(RunnerId(3), AMOUNTS), OutOfMemory(RunnerId(3)),
     Unresponsive(RunnerId(3), NoAnswer(0.1, True)), Exited(RunnerId(3), -9, "two\nlines", out_of_memory=True),
@@ -180,7 +181,8 @@ REFUSALS: list[Refusal] = [
     *(UnsupportedOption(WANT.model, "num_ctx", 1, reason) for reason in every(UnsupportedReason)),
     UnsupportedOption(WANT.model, "flash_attention", False, UnsupportedReason.needs_flash_attention),
     UnsupportedOption(WANT.model, "cache_type_k", "q9", UnsupportedReason.partial_blocks),
-    LoadTimeoutRefusal(WANT.model, math.inf), DeadlineInfeasible(WANT.model, 0.1, 0.2, 0.3, None), Cancelled(WANT.model),
+    LoadTimeoutRefusal(WANT.model, math.inf), DeadlineInfeasible(WANT.model, 0.1, 0.2, 0.3, None),
+    Cancelled(WANT.model),
     SchedulerClosed(),
 ]  # fmt: skip
 COMMANDS: list[Command] = [
@@ -189,7 +191,8 @@ COMMANDS: list[Command] = [
     Sample(4), Claim(1, (HOST, DeviceId("gpu0"))), ReleaseClaim(1), Grant(RequestId(7), RunnerId(3)),
     Grant(RequestId(7), None), *(RevokeLease(RequestId(7), reason) for reason in (*every(FailureReason), None)),
     NotifyContention(RunnerId(3), (RequestId(7),)),
-    Prefetch(((WANT.model, 2**40),)), PersistMeasurement(RunnerId(3), AMOUNTS, 0.1 + 0.2), PersistMeasurement(RunnerId(3)),
+    Prefetch(((WANT.model, 2**40),)), PersistMeasurement(RunnerId(3), AMOUNTS, 0.1 + 0.2),
+    PersistMeasurement(RunnerId(3)),
     Finished(),
 ]  # fmt: skip
 
@@ -224,7 +227,7 @@ def test_what_has_its_default_is_left_out() -> None:
     """A line is as short as what it says."""
     assert through_json(Acquire(RequestId(1), RequestSpec(ModelId("a"), Options(), Purpose.lease, 0))) == {
         "is": "Acquire", "request": 1,
-        "want": {"is": "Want", "model": "a", "options": {"is": "Options"}, "purpose": "lease", "priority": 0},
+        "spec": {"is": "RequestSpec", "model": "a", "options": {"is": "Options"}, "purpose": "lease", "priority": 0},
     }  # fmt: skip
 
 
@@ -248,8 +251,8 @@ def test_what_is_no_part_of_the_core_cannot_be_written() -> None:
         ({"is": "Close", "timeout_s": False}, "a number"), ({"is": "Close", "timeout_s": [1]}, "a number"),
         ({"is": "Loaded", "runner": 1, "resident": [["cpu"]]}, "2 values"),
         ({"is": "Loaded", "runner": 1, "resident": {"cpu": 1}}, "a list"),
-        ({"is": "Inspected", "model": "a", "outcome": {"is": "Closed"}}, "ModelInfo"),
-        ({"is": "Acquire", "request": 1, "want": {"is": "Want", "model": "a", "options": {"is": "Options"},
+        ({"is": "Inspected", "model": "a", "outcome": {"is": "SchedulerClosed"}}, "ModelInfo"),
+        ({"is": "Acquire", "request": 1, "spec": {"is": "RequestSpec", "model": "a", "options": {"is": "Options"},
           "purpose": "theft", "priority": 0}}, "theft"),
         ({"is": "Sampled", "devices": [{"is": "DeviceSample", "id": "x", "kind": "tpu", "name": "x",
           "capacity_bytes": 1, "free_bytes": 1}]}, "tpu"),
@@ -274,7 +277,7 @@ def test_a_state_refers_only_to_what_came_before() -> None:
         with pytest.raises(Unreadable):
             decode_state(json.loads(written.replace('{"is": "Runner", "again": 1}', wrong)))
     whole = through_json(pool.core.checkpoint())
-    whole["pool"]["runners"][0][1] = whole["pool"]["models"][0][1]["current"]
+    whole["state"]["runners"][0][1] = whole["state"]["models"][0][1]["current"]
     with pytest.raises(Unreadable, match="once"):
         decode_state(whole)
 
@@ -286,7 +289,8 @@ def test_every_field_of_every_class_of_the_core_is_written() -> None:
     """What a core holds beside its pool is named in its state; all else is found from the types of fields."""
     core = a_pool().ready("a").core
     kinds = set(reachable(CoreCheckpoint))
-    assert set(vars(core)) - {field.name for field in dataclasses.fields(CoreCheckpoint)} == {"policy", "act", "plans"}
+    checkpoint = {field.name for field in dataclasses.fields(CoreCheckpoint)}
+    assert {name.removeprefix("_") for name in vars(core)} - checkpoint == {"policy", "lifecycle", "plans"}
     slots = {name for kind in type(core._lifecycle).__mro__ for name in getattr(kind, "__slots__", ())}
     assert slots - OF_A_STEP == {"claim_failure"}
     assert Timers in kinds and {type(core._state), type(core._state.ledger)} <= kinds
@@ -307,7 +311,7 @@ def test_every_field_has_a_type_that_can_be_read(kind: type) -> None:
 def test_what_a_core_holds_beside_its_pool_comes_back() -> None:
     """Each field of a state is the restored core's, and a second state has it again."""
     values = {"int": 3, "bool": True, "str": "words", "ClaimMissed | None": ClaimMissed((HOST,), 60.0)}
-    names = {field.name: str(field.type) for field in dataclasses.fields(CoreCheckpoint) if field.name != "pool"}
+    names = {field.name: str(field.type) for field in dataclasses.fields(CoreCheckpoint) if field.name != "state"}
     state = replace(Core().checkpoint(), **{name: values[kind] for name, kind in names.items()})  # type: ignore[arg-type]  # of its type each
     again = Core.restore(decode_state(through_json(state))).checkpoint()
     assert encode(again) == encode(state) != encode(Core().checkpoint())

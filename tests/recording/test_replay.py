@@ -475,7 +475,7 @@ def test_a_line_that_means_nothing_is_refused(change: dict[str, object], said: s
 
 def test_a_state_that_is_none_of_a_core_is_refused(incident: Path) -> None:
     """It decodes, but what must always be true is not."""
-    altered(incident, lambda line: line["state"]["pool"].update(queued=7) is None)  # type: ignore[index]
+    altered(incident, lambda line: line["state"]["state"].update(queued=7) is None)  # type: ignore[index]
     with pytest.raises(RecordingError, match="line 1: its state is not one of a core: the queue is miscounted"):
         moments(incident)
 
@@ -660,7 +660,7 @@ def test_why_nobody_else_goes_is_told_as_it_was_decided(file: Path, capsys: pyte
 
 def test_a_load_that_makes_place_is_given_up_for_others(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Not only who leaves for memory."""
-    pool = a_pool("12GiB", each="5GiB", loads_on_host=1)
+    pool = a_pool("12GiB", each="5GiB", max_host_loads=1)
     with recording(file, pool.core) as writer:
         pool.core = Recorded(pool.core, writer)  # type: ignore[assignment]  # it does the same
         pool.feed(acquire("a", 1), cancel(1), acquire("b", 2))

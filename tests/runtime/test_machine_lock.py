@@ -154,7 +154,7 @@ def test_a_devices_name_is_never_a_path(hold: Hold, tmp_path: Path) -> None:
 def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Return the folder in which this user's programs agree, which is not there yet."""
     folder = tmp_path / "own"
-    monkeypatch.setattr("scheduler.runtime.device_locks.private_folder", lambda: folder)
+    monkeypatch.setattr("scheduler.runtime.device_locks.shared_lock_folder", lambda: folder)
     return folder
 
 
@@ -183,7 +183,7 @@ def test_the_own_folder_is_for_its_user_alone(own: Path) -> None:
 
 def test_a_folder_that_was_named_may_be_shared_by_users(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its files can be opened by all who can enter it, whatever their masks."""
-    monkeypatch.setattr("scheduler.runtime.device_locks.private_folder", lambda: tmp_path / "own")
+    monkeypatch.setattr("scheduler.runtime.device_locks.shared_lock_folder", lambda: tmp_path / "own")
     before = os.umask(0o077)
     try:
         assert problem_with(tmp_path / "shared") == ""

@@ -104,7 +104,7 @@ def test_coverage_of_seeds_adds_up_as_if_it_were_one() -> None:
 def test_an_empty_coverage_misses_everything() -> None:
     """What is reported as never fired is counted, not listed by hand."""
     assert len(Coverage().rows_never_fired()) == 17
-    assert "Acquire" in Coverage().kinds_never_seen() and "Unclaim" in Coverage().kinds_never_seen()
+    assert "Acquire" in Coverage().kinds_never_seen() and "ReleaseClaim" in Coverage().kinds_never_seen()
 
 
 @pytest.mark.slow

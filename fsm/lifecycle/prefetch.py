@@ -14,7 +14,7 @@ from collections.abc import Iterator
 
 from fsm.domain.devices import HOST
 from fsm.domain.model_info import ModelInfo
-from fsm.lifecycle.actions import Actions
+from fsm.lifecycle.step_context import StepContext
 from fsm.machine.request import ModelId, Purpose
 from fsm.messages.commands import Prefetch
 from fsm.messages.reasons import Prefetched
@@ -26,9 +26,9 @@ from fsm.state.request_queue import RequestGroup
 _PART = 2  # one in so many of the bytes to spare is filled at most to begin with
 
 
-def read_ahead(act: Actions, plan: Plan | None) -> None:
+def read_ahead(step: StepContext, plan: Plan | None) -> None:
     """Say which files are to be read ahead, where that has changed; None: nobody waits."""
-    state = act.state
+    state = step.state
     before = dict(state.prefetching)
     left = spare = spare_bytes(state.ledger)
     files: dict[ModelId, int] = {}
@@ -46,10 +46,10 @@ def read_ahead(act: Actions, plan: Plan | None) -> None:
             files[model] = amount
             left -= amount
         if amount and not begun:
-            act.decide("prefetched", model, Prefetched(amount), group.head.id)
+            step.decide("prefetched", model, Prefetched(amount), group.head.id)
     if (said := tuple(files.items())) != state.prefetching:
         state.prefetching = said
-        act.commands.append(Prefetch(said))
+        step.commands.append(Prefetch(said))
 
 
 def spare_bytes(ledger: Ledger) -> int:

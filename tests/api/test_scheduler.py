@@ -552,7 +552,7 @@ def test_what_does_not_stop_is_shown_as_stuck(scheduler: Scheduler) -> None:
     """Its memory stays booked; the bound is the core's, so it is shortened here."""
     gate = Gate()
     read = scheduler._driver.query
-    read(lambda core: setattr(core._state, "limits", replace(core._state.config, stop_timeout_s=0.01)))
+    read(lambda core: setattr(core._state, "config", replace(core._state.config, stop_timeout_s=0.01)))
     scheduler.acquire(a_model("a", unload=gate), keep_alive=0).release()
     assert gate.entered.wait(LIMIT_S)
     assert_soon(lambda: [runner.stuck for runner in scheduler.status().runners] == [True])

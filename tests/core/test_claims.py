@@ -212,7 +212,7 @@ def test_after_the_limit_it_goes_ahead_without_and_says_so() -> None:
     assert pool.advance("59.9s") == []
     assert pool.advance("0.1s") == [ReleaseClaim(1), pool.launch(1, "a")]
     missed = ClaimMissed(("cpu",), 60.0)
-    assert pool.core._lifecycle.claim_failure == missed
+    assert pool.core._context.claim_failure == missed
     assert [entry.why for entry in journal if isinstance(entry, Decision) and entry.what == "launched"] == [missed]
     assert pool.feed(loaded(1)) == [Grant(1, 1)]
 
@@ -224,7 +224,7 @@ def test_the_next_claim_that_is_had_ends_the_complaint() -> None:
     pool.advance("60s")
     pool.feed(acquire("b", request=2))
     had(pool, 2)
-    assert pool.core._lifecycle.claim_failure is None
+    assert pool.core._context.claim_failure is None
 
 
 def test_a_plan_that_moves_to_other_devices_does_not_wait_anew() -> None:

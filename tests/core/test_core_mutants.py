@@ -210,17 +210,17 @@ def test_a_copy_is_like_the_original_in_every_field(original: Runner | Request) 
 def test_a_copy_of_a_core_has_its_policy_and_its_failures() -> None:
     """What went wrong, and by what order runners go."""
     core, missed = Core(policy=KeepAliveOrder()), ClaimMissed((HOST,), 60.0)
-    core.policy_failure, core._lifecycle.claim_failure, core.late = "ValueError()", missed, 3
+    core.policy_failure, core._context.claim_failure, core.late = "ValueError()", missed, 3
     copy = core.copy()
     assert copy.policy is core.policy and copy._state.config == core._state.config
-    assert (copy.policy_failure, copy._lifecycle.claim_failure, copy.late) == ("ValueError()", missed, 3)
+    assert (copy.policy_failure, copy._context.claim_failure, copy.late) == ("ValueError()", missed, 3)
 
 
 def test_failures_are_told() -> None:
     """None at first; of a policy what it raised."""
     core, missed = Core(), ClaimMissed((HOST,), 60.0)
     assert core.failures() == ()
-    core._lifecycle.claim_failure = missed
+    core._context.claim_failure = missed
     assert core.failures() == (missed,)
     core.policy_failure = "ValueError()"
     assert core.failures() == ("ValueError()", missed)

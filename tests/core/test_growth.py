@@ -178,7 +178,7 @@ def test_a_name_that_is_unpinned_and_was_never_pinned_is_not_kept() -> None:
 
 def test_models_that_nobody_uses_any_more_are_forgotten_beyond_a_number(monkeypatch: pytest.MonkeyPatch) -> None:
     """A program may make objects of ever new names; those last used, and what is in use or pinned, stay."""
-    monkeypatch.setattr("fsm.lifecycle.failures.MOST_MODELS", 8)
+    monkeypatch.setattr("fsm.lifecycle.memory_recovery.MOST_MODELS", 8)
     pool = a_pool(each="1GiB", max_runners=20).ready("in use", lease=1)
     pool.feed(pin("pinned"))
     for number in range(50):

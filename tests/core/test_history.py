@@ -273,7 +273,7 @@ def test_an_illegal_transition_tells_what_its_runner_has_been_through() -> None:
         pool.advance("3s")
         pool.feed(loaded(1), release(1), expire("a"))
         with pytest.raises(IllegalTransition, match="runner: 'serve' is not allowed while expiring") as raised:
-            pool.core._lifecycle.fire(pool.life("a"), "serve", "granted")
+            pool.core._context.fire(pool.life("a"), "serve", "granted")
         said[name] = str(raised.value)
         assert raised.value.story not in repr(raised.value), "what is recorded is the same where nothing is noted"
     assert said["quiet"].endswith(

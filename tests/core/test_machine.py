@@ -155,7 +155,7 @@ class CoreMachine(RuleBasedStateMachine):
                 claims = [set(self.pool.claims[number].devices) for number in self.had & set(self.pool.claims)]
                 alone = any(devices <= claimed for claimed in claims)
                 limits = self.pool.core._state.config
-                assert alone or not devices or not limits.claims or self.pool.core._lifecycle.claim_failure
+                assert alone or not devices or not limits.claims or self.pool.core._context.claim_failure
             case Claim():
                 self.claiming[command.number] = self.pool.now
             case ReleaseClaim():

@@ -290,8 +290,8 @@ def test_every_field_of_every_class_of_the_core_is_written() -> None:
     core = a_pool().ready("a").core
     kinds = set(reachable(CoreCheckpoint))
     checkpoint = {field.name for field in dataclasses.fields(CoreCheckpoint)}
-    assert {name.removeprefix("_") for name in vars(core)} - checkpoint == {"policy", "lifecycle", "plans"}
-    slots = {name for kind in type(core._lifecycle).__mro__ for name in getattr(kind, "__slots__", ())}
+    assert {name.removeprefix("_") for name in vars(core)} - checkpoint == {"policy", "context", "plans"}
+    slots = {name for kind in type(core._context).__mro__ for name in getattr(kind, "__slots__", ())}
     assert slots - OF_A_STEP == {"claim_failure"}
     assert Timers in kinds and {type(core._state), type(core._state.ledger)} <= kinds
     for kind in kinds:

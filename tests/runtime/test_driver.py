@@ -246,7 +246,7 @@ def test_whoever_reads_has_been_told_of_what_is_found(start: Callable[..., Drive
     """What became of the events before it is published first, though all are taken in at once."""
     told: list[Entry] = []
     driver = start(Core(), publish=lambda entries: told.extend(entries) is None)
-    driver.query(lambda core: setattr(core, "journal", []))
+    driver.query(lambda core: setattr(core, "decision_log", []))
     driver._inbox.append(acquire(1))
     assert driver.query(lambda core: len(told))
 

@@ -6,8 +6,8 @@ import math
 from collections.abc import Callable
 
 from fsm.core import Core
-from fsm.lifecycle.actions import Actions
-from fsm.lifecycle.failures import Endings
+from fsm.lifecycle import failures, loads, memory_recovery, requests, runners
+from fsm.lifecycle.step_context import StepContext
 from fsm.machine.request import Request, RequestState
 from fsm.machine.runner import EXPIRING, LOADING, READY, Runner
 from fsm.messages.events import Acquire, Cancel, Event, Exited, Release
@@ -44,20 +44,20 @@ def busy_for_ever(patch: Patch) -> None:
 def the_clock_runs_on(patch: Patch) -> None:
     """A renewal leaves the keep-alive clock running that it came before."""
 
-    @instead(patch, Actions, "grant")
-    def grant(original: Callable[..., None], act: Actions, request: Request, runner: Runner) -> None:
-        expires_at = act.state.timers.at(("keep-alive", runner.id))
-        original(act, request, runner)
-        act.state.timers.set(("keep-alive", runner.id), expires_at)
+    @instead(patch, requests, "grant")
+    def grant(original: Callable[..., None], step: StepContext, request: Request, runner: Runner) -> None:
+        expires_at = step.state.timers.at(("keep-alive", runner.id))
+        original(step, request, runner)
+        step.state.timers.set(("keep-alive", runner.id), expires_at)
 
 
 @mutant("one-place", "D04")
 def granted_then_booked(patch: Patch) -> None:
     """Somebody is told that a runner is theirs before the lease is booked."""
 
-    @instead(patch, Actions, "grant")
-    def grant(original: Callable[..., None], act: Actions, request: Request, runner: Runner) -> None:
-        original(act, request, runner)
+    @instead(patch, requests, "grant")
+    def grant(original: Callable[..., None], step: StepContext, request: Request, runner: Runner) -> None:
+        original(step, request, runner)
         runner.leases.discard(request.id)
 
 
@@ -69,7 +69,7 @@ def a_late_release_counts(patch: Patch) -> None:
     def leave(original: Callable[..., None], core: Core, event: Release) -> None:
         held = [request for request in core._state.requests.values() if request.state is RequestState.granted]
         if event.request not in core._state.requests and held:
-            core._lifecycle.release(held[0])
+            requests.release(core._context, held[0])
         else:
             original(core, event)
 
@@ -82,7 +82,7 @@ def a_load_keeps_everybody_waiting(patch: Patch) -> None:
     def acquire(original: Callable[..., None], core: Core, event: Acquire) -> None:
         pool = core._state
         if any(runner.state is LOADING for runner in pool.runners.values()) and event.request not in pool.requests:
-            core._lifecycle.model(event.spec.model)
+            core._context.model(event.spec.model)
             pool.enqueue(Request(event.request, event.spec, event.keep_alive_s, pool.now))
         else:
             original(core, event)
@@ -103,11 +103,11 @@ def the_full_queue_is_waited_for(patch: Patch) -> None:
 def a_failed_load_keeps_its_place(patch: Patch) -> None:
     """After a failed load its model still has a runner that loads."""
 
-    @instead(patch, Actions, "forget_current")
-    def forget(original: Callable[..., None], act: Actions, runner: Runner) -> None:
-        original(act, runner)
+    @instead(patch, runners, "forget_current")
+    def forget(original: Callable[..., None], step: StepContext, runner: Runner) -> None:
+        original(step, runner)
         if runner.loaded_at is None and not runner.stopping:
-            act.state.models[runner.model].current = runner
+            step.state.models[runner.model].current = runner
 
 
 @mutant("one-place", "D09")
@@ -124,9 +124,9 @@ def a_close_expects_loaded_runners(patch: Patch) -> None:
 def free_memory_is_subtracted_unsigned(patch: Patch) -> None:
     """Free memory that falls while it is waited for counts as memory that has come back."""
 
-    @instead(patch, Endings, "memory_is_back")
-    def memory_is_back(original: Callable[..., bool], act: Endings, runner: Runner) -> bool:
-        ledger, part = act.state.ledger, act.state.config.recovery_fraction
+    @instead(patch, memory_recovery, "memory_is_back")
+    def memory_is_back(original: Callable[..., bool], step: StepContext, runner: Runner) -> bool:
+        ledger, part = step.state.ledger, step.state.config.recovery_fraction
         account = ledger.accounts["runner", runner.id]
         for gpu, awaited in runner.recovery_targets.items():
             expected = int(part * account.occupied_bytes(gpu))
@@ -139,20 +139,20 @@ def free_memory_is_subtracted_unsigned(patch: Patch) -> None:
 def ids_are_used_again(patch: Patch) -> None:
     """A runner has the id of one that is gone, as processes have."""
 
-    @instead(patch, Actions, "launch")
-    def launch(original: Callable[..., Runner], act: Actions, *args: object) -> Runner:
-        act.state.next_runner = max(act.state.runners, default=0) + 1
-        return original(act, *args)
+    @instead(patch, loads, "launch")
+    def launch(original: Callable[..., Runner], step: StepContext, *args: object) -> Runner:
+        step.state.next_runner = max(step.state.runners, default=0) + 1
+        return original(step, *args)
 
 
 @mutant("own-memory", "D12")
 def ends_have_no_names(patch: Patch) -> None:
     """The end of one runner is taken for the one that is waited for."""
 
-    @instead(patch, Endings, "exited")
-    def exited(original: Callable[..., None], act: Endings, runner: Runner, event: Exited) -> None:
-        stopping = [one for one in act.state.runners.values() if one.stopping and one.process]
-        original(act, stopping[0] if stopping else runner, event)
+    @instead(patch, failures, "exited")
+    def exited(original: Callable[..., None], step: StepContext, runner: Runner, event: Exited) -> None:
+        stopping = [one for one in step.state.runners.values() if one.stopping and one.process]
+        original(step, stopping[0] if stopping else runner, event)
 
 
 @mutant("three-requests", "D13")
@@ -168,26 +168,26 @@ def an_eviction_outlives_its_waiter(patch: Patch) -> None:
             return
         if isinstance(line.waits_for, WaitForRunners) and line.waits_for.step is RunnerStep.idle:
             for runner in [runner for runner in core._state.runners.values() if runner.state is READY]:
-                core._lifecycle.expire(runner, NeededFor(line.spec.model))
+                runners.expire(core._context, runner, NeededFor(line.spec.model))
 
 
 @mutant("one-place", "D13")
 def a_cancel_is_not_answered(patch: Patch) -> None:
     """Somebody who leaves the queue never hears of it."""
 
-    @instead(patch, Actions, "reject")
-    def reject(original: Callable[..., None], act: Actions, request: Request, refusal: Refusal) -> None:
+    @instead(patch, requests, "reject")
+    def reject(original: Callable[..., None], step: StepContext, request: Request, refusal: Refusal) -> None:
         if not isinstance(refusal, Cancelled):
-            original(act, request, refusal)
+            original(step, request, refusal)
 
 
 @mutant("one-place", "D14")
 def for_ever_is_not_at_all(patch: Patch) -> None:
     """A keep-alive without end unloads at once."""
 
-    @instead(patch, Actions, "rest")
-    def rest(original: Callable[..., None], act: Actions, runner: Runner, reason: RunnerReason) -> None:
+    @instead(patch, runners, "rest")
+    def rest(original: Callable[..., None], step: StepContext, runner: Runner, reason: RunnerReason) -> None:
         if runner.keep_alive_s == math.inf and runner.state is READY:
-            act.expire(runner, reason)
+            runners.expire(step, runner, reason)
         else:
-            original(act, runner, reason)
+            original(step, runner, reason)

@@ -8,13 +8,10 @@ from dataclasses import replace
 
 import pytest
 
-from fsm import core
 from fsm.core import Core
 from fsm.domain.devices import HOST, DeviceId
-from fsm.lifecycle import device_claims, prefetch
-from fsm.lifecycle.actions import Actions
-from fsm.lifecycle.device_claims import Claims
-from fsm.lifecycle.failures import Endings
+from fsm.lifecycle import apply_plan, device_claims, failures, loads, memory_recovery, prefetch, requests, runners
+from fsm.lifecycle.step_context import StepContext
 from fsm.machine.request import Request, RequestState
 from fsm.machine.runner import EXPIRING, LOADING, Runner
 from fsm.messages.commands import Finished, Grant, ReleaseClaim
@@ -37,10 +34,10 @@ from tests.verification.mutant import Patch, instead, mutant
 def granted_twice(patch: Patch) -> None:
     """A load answers its first waiter twice."""
 
-    @instead(patch, Actions, "serve")
-    def serve(original: Callable[..., None], act: Actions, runner: Runner, lines: list[object]) -> None:
-        original(act, runner, lines)
-        act.commands += [one for one in act.commands if isinstance(one, Grant)][:1]
+    @instead(patch, requests, "serve")
+    def serve(original: Callable[..., None], step: StepContext, runner: Runner, lines: list[object]) -> None:
+        original(step, runner, lines)
+        step.commands += [one for one in step.commands if isinstance(one, Grant)][:1]
 
 
 @mutant("time-outs")
@@ -67,10 +64,10 @@ def a_time_out_outlives_its_request(patch: Patch) -> None:
 def a_close_forgets_the_queue(patch: Patch) -> None:
     """Whoever waits when the scheduler closes waits for ever."""
 
-    @instead(patch, Actions, "reject_line")
-    def reject_line(original: Callable[..., None], act: Actions, line: RequestGroup, refusal: Refusal) -> None:
+    @instead(patch, requests, "reject_group")
+    def reject_line(original: Callable[..., None], step: StepContext, line: RequestGroup, refusal: Refusal) -> None:
         if not isinstance(refusal, SchedulerClosed):
-            original(act, line, refusal)
+            original(step, line, refusal)
 
 
 @mutant("one-place")
@@ -157,10 +154,10 @@ def a_release_ends_a_wait(patch: Patch) -> None:
 def loads_fail_again_and_again(patch: Patch) -> None:
     """Each load that runs out of memory is followed by another, for the same request."""
 
-    @instead(patch, Endings, "load_failed")
-    def load_failed(original: Callable[..., None], act: Endings, *args: object, **how: object) -> None:
-        original(act, *args, **how)
-        for request in act.state.requests.values():
+    @instead(patch, failures, "load_failed")
+    def load_failed(original: Callable[..., None], step: StepContext, *args: object, **how: object) -> None:
+        original(step, *args, **how)
+        for request in step.state.requests.values():
             request.survived = False
 
 
@@ -181,7 +178,7 @@ def what_was_read_wakes_nobody(patch: Patch) -> None:
     @instead(patch, Core, "_inspected")
     def inspected(original: Callable[..., None], core: Core, event: Inspected) -> None:
         original(core, event)
-        core._lifecycle.replan = False
+        core._context.replan = False
 
 
 # -- runners ----------------------------------------------------------------------------------------------------------
@@ -191,10 +188,10 @@ def what_was_read_wakes_nobody(patch: Patch) -> None:
 def stopped_in_use(patch: Patch) -> None:
     """A victim is stopped while it serves."""
 
-    @instead(patch, Actions, "expire")
-    def expire(original: Callable[..., None], act: Actions, runner: Runner, reason: ExpireReason) -> None:
-        original(act, runner, reason)
-        act.stop(runner)
+    @instead(patch, runners, "expire")
+    def expire(original: Callable[..., None], step: StepContext, runner: Runner, reason: ExpireReason) -> None:
+        original(step, runner, reason)
+        runners.stop(step, runner)
 
 
 @mutant("three-requests")
@@ -228,7 +225,7 @@ def a_late_load_counts(patch: Patch) -> None:
     @instead(patch, Core, "_runner_event")
     def runner_event(original: Callable[..., None], core: Core, runner: Runner, event: Event) -> None:
         if isinstance(event, Loaded) and runner.loaded_at is None:
-            core._lifecycle.loaded(runner, event)
+            loads.loaded(core._context, runner, event)
         else:
             original(core, runner, event)
 
@@ -253,7 +250,7 @@ def an_end_counts_twice(patch: Patch) -> None:
     def handle(original: Callable[..., None], core: Core, event: Event) -> None:
         runner = core._state.runners.get(event.runner) if isinstance(event, Exited) else None
         if runner is not None and not runner.process:
-            core._lifecycle.await_memory(runner)
+            memory_recovery.await_memory(core._context, runner)
         else:
             original(core, event)
 
@@ -262,10 +259,10 @@ def an_end_counts_twice(patch: Patch) -> None:
 def loads_have_no_clock(patch: Patch) -> None:
     """A load that stalls is waited for without end."""
 
-    @instead(patch, Actions, "launch")
-    def launch(original: Callable[..., Runner], act: Actions, *args: object) -> Runner:
-        runner = original(act, *args)
-        act.state.timers.clear(("load", runner.id))
+    @instead(patch, loads, "launch")
+    def launch(original: Callable[..., Runner], step: StepContext, *args: object) -> Runner:
+        runner = original(step, *args)
+        step.state.timers.clear(("load", runner.id))
         return runner
 
 
@@ -297,23 +294,23 @@ def memory_is_promised_before_it_is_back(patch: Patch) -> None:
 def an_account_stays_open(patch: Patch) -> None:
     """What an unloaded runner held is never free again."""
 
-    @instead(patch, Endings, "unload")
-    def unload(original: Callable[..., None], act: Endings, runner: Runner, reason: RunnerReason) -> None:
-        account = act.state.ledger.accounts["runner", runner.id]
-        original(act, runner, reason)
-        act.state.ledger.accounts["runner", runner.id] = account
+    @instead(patch, memory_recovery, "unload")
+    def unload(original: Callable[..., None], step: StepContext, runner: Runner, reason: RunnerReason) -> None:
+        account = step.state.ledger.accounts["runner", runner.id]
+        original(step, runner, reason)
+        step.state.ledger.accounts["runner", runner.id] = account
 
 
 @mutant("own-memory")
 def own_memory_is_not_given_back(patch: Patch) -> None:
     """What the program reserved for itself stays booked when it gives that back."""
 
-    @instead(patch, Actions, "release")
-    def release(original: Callable[..., None], act: Actions, request: Request) -> None:
-        account = act.state.ledger.accounts.get(("memory", request.id))
-        original(act, request)
+    @instead(patch, requests, "release")
+    def release(original: Callable[..., None], step: StepContext, request: Request) -> None:
+        account = step.state.ledger.accounts.get(("memory", request.id))
+        original(step, request)
         if account is not None:
-            act.state.ledger.accounts["memory", request.id] = account
+            step.state.ledger.accounts["memory", request.id] = account
 
 
 @mutant("one-place")
@@ -332,21 +329,22 @@ def an_early_reading_counts(patch: Patch) -> None:
 def a_claim_is_kept(patch: Patch) -> None:
     """Devices are kept from other programs after the load that they were claimed for."""
 
-    @instead(patch, Claims, "loaded")
-    def loaded(original: Callable[..., None], act: Claims, runner: Runner, event: Loaded) -> None:
-        Endings.loaded(act, runner, event)
+    @instead(patch, runners, "release_claim")
+    def release_claim(original: Callable[..., None], step: StepContext, runner: Runner) -> None:
+        if not runner.process:
+            original(step, runner)
 
 
 @mutant("claims")
 def a_claim_is_given_back_twice(patch: Patch) -> None:
     """A claim is ended once with its load and once more with its process."""
 
-    @instead(patch, Claims, "exited")
-    def exited(original: Callable[..., None], act: Claims, runner: Runner, event: Exited) -> None:
+    @instead(patch, failures, "exited")
+    def exited(original: Callable[..., None], step: StepContext, runner: Runner, event: Exited) -> None:
         claim = runner.claim
-        original(act, runner, event)
+        original(step, runner, event)
         if claim:
-            act.commands.append(ReleaseClaim(claim))
+            step.commands.append(ReleaseClaim(claim))
 
 
 @mutant("claims-of-both")
@@ -374,11 +372,11 @@ def some_of_the_devices_are_enough(patch: Patch) -> None:
 def a_file_is_read_ahead_for_whoever_has_left(patch: Patch) -> None:
     """Nobody is told to stop reading when the last one leaves the queue."""
 
-    def read_ahead(act: Claims, plan: Plan | None) -> None:
+    def read_ahead(step: StepContext, plan: Plan | None) -> None:
         if plan is not None:
-            prefetch.read_ahead(act, plan)
+            prefetch.read_ahead(step, plan)
 
-    patch.setattr(core, "read_ahead", read_ahead)
+    patch.setattr(apply_plan, "read_ahead", read_ahead)
 
 
 @mutant("read-ahead")

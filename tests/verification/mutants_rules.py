@@ -8,9 +8,8 @@ from dataclasses import replace
 
 from fsm.core import Core
 from fsm.domain.devices import Amounts, Placement
-from fsm.lifecycle.actions import Actions
-from fsm.lifecycle.device_claims import Claims
-from fsm.lifecycle.failures import Endings
+from fsm.lifecycle import device_claims, failures, loads, requests, runners
+from fsm.lifecycle.step_context import StepContext
 from fsm.machine.request import Request
 from fsm.machine.runner import LOADING, Runner, RunnerId
 from fsm.messages.events import Acquire, ClaimContended, ClaimGranted, Event, Loaded, Progress
@@ -30,9 +29,9 @@ from tests.verification.mutant import SIMULATION, Patch, instead, mutant
 def a_contended_claim_counts_as_had(patch: Patch) -> None:
     """A launch goes ahead although another program has its devices."""
 
-    @instead(patch, Claims, "claim_answered")
-    def claim_answered(original: Callable[..., bool], act: Claims, event: ClaimGranted | ClaimContended) -> bool:
-        return original(act, ClaimGranted(event.number))
+    @instead(patch, device_claims, "claim_answered")
+    def claim_answered(original: Callable[..., bool], step: StepContext, event: ClaimGranted | ClaimContended) -> bool:
+        return original(step, ClaimGranted(event.number))
 
 
 # -- turns ------------------------------------------------------------------------------------------------------------
@@ -57,11 +56,11 @@ def priority_is_worth_nothing(patch: Patch) -> None:
 def the_newest_is_served_first(patch: Patch) -> None:
     """Of those who waited for one load the last one to come is granted first."""
 
-    @instead(patch, Actions, "serve")
-    def serve(original: Callable[..., None], act: Actions, *args: object) -> None:
-        begun = len(act.commands)
-        original(act, *args)
-        act.commands[begun:] = reversed(act.commands[begun:])
+    @instead(patch, requests, "serve")
+    def serve(original: Callable[..., None], step: StepContext, *args: object) -> None:
+        begun = len(step.commands)
+        original(step, *args)
+        step.commands[begun:] = reversed(step.commands[begun:])
 
 
 @mutant("full-queue")
@@ -83,42 +82,42 @@ def one_more_waits_than_may(patch: Patch) -> None:
 def nothing_is_backed_off(patch: Patch) -> None:
     """A model whose load has failed is loaded again for the next who asks."""
 
-    @instead(patch, Endings, "back_off")
-    def back_off(original: Callable[..., None], act: Endings, model: ModelRecord, reason: FailureReason) -> None:
-        original(act, model, reason)
-        model.blocked_until = act.state.now
+    @instead(patch, failures, "back_off")
+    def back_off(original: Callable[..., None], step: StepContext, model: ModelRecord, reason: FailureReason) -> None:
+        original(step, model, reason)
+        model.blocked_until = step.state.now
 
 
 @mutant(SIMULATION)
 def each_failure_is_the_first(patch: Patch) -> None:
     """A model that fails again and again is backed off for as short a time as at first."""
 
-    @instead(patch, Endings, "back_off")
-    def back_off(original: Callable[..., None], act: Endings, model: ModelRecord, reason: FailureReason) -> None:
+    @instead(patch, failures, "back_off")
+    def back_off(original: Callable[..., None], step: StepContext, model: ModelRecord, reason: FailureReason) -> None:
         model.failures = 0
-        original(act, model, reason)
+        original(step, model, reason)
 
 
 @mutant(SIMULATION, most=400_000)
 def a_crash_loop_has_no_end(patch: Patch) -> None:
     """Each crash is followed by a new load at once, as if it were the first."""
 
-    @instead(patch, Endings, "count_crash")
-    def count_crash(original: Callable[..., None], act: Endings, runner: Runner, reason: FailureReason) -> None:
-        act.state.models[runner.model].failures = 0
-        original(act, runner, reason)
+    @instead(patch, failures, "count_crash")
+    def count_crash(original: Callable[..., None], step: StepContext, runner: Runner, reason: FailureReason) -> None:
+        step.state.models[runner.model].failures = 0
+        original(step, runner, reason)
 
 
 @mutant(SIMULATION, most=400_000)
 def back_off_has_no_limit(patch: Patch) -> None:
     """The time doubles for ever."""
 
-    @instead(patch, Endings, "back_off")
-    def back_off(original: Callable[..., None], act: Endings, model: ModelRecord, reason: FailureReason) -> None:
-        limits = act.state.config
-        act.state.config = replace(limits, back_off_limit_s=math.inf)
-        original(act, model, reason)
-        act.state.config = limits
+    @instead(patch, failures, "back_off")
+    def back_off(original: Callable[..., None], step: StepContext, model: ModelRecord, reason: FailureReason) -> None:
+        limits = step.state.config
+        step.state.config = replace(limits, back_off_limit_s=math.inf)
+        original(step, model, reason)
+        step.state.config = limits
 
 
 # -- how long runners stay --------------------------------------------------------------------------------------------
@@ -128,10 +127,10 @@ def back_off_has_no_limit(patch: Patch) -> None:
 def a_named_keep_alive_is_ignored(patch: Patch) -> None:
     """Runners rest for as long as their first user said, whatever later ones say."""
 
-    @instead(patch, Actions, "grant")
-    def grant(original: Callable[..., None], act: Actions, request: Request, runner: Runner) -> None:
+    @instead(patch, requests, "grant")
+    def grant(original: Callable[..., None], step: StepContext, request: Request, runner: Runner) -> None:
         before = runner.keep_alive_s, runner.uses_default_keep_alive
-        original(act, request, runner)
+        original(step, request, runner)
         runner.keep_alive_s, runner.uses_default_keep_alive = before
 
 
@@ -139,59 +138,59 @@ def a_named_keep_alive_is_ignored(patch: Patch) -> None:
 def none_at_all_rests(patch: Patch) -> None:
     """A runner with a keep-alive of 0 rests until the clock is looked at."""
 
-    @instead(patch, Actions, "release")
-    def release(original: Callable[..., None], act: Actions, request: Request) -> None:
-        runner = act.state.runners.get(RunnerId(request.runner or 0))
+    @instead(patch, requests, "release")
+    def release(original: Callable[..., None], step: StepContext, request: Request) -> None:
+        runner = step.state.runners.get(RunnerId(request.runner or 0))
         if runner is None or not runner.current or runner.keep_alive_s > 0:
-            original(act, request)
+            original(step, request)
             return
         runner.keep_alive_s = 1.0
-        original(act, request)
+        original(step, request)
         runner.keep_alive_s = 0.0
         if runner.current and not runner.leases:
-            act.start_keep_alive(runner)
+            runners.start_keep_alive(step, runner)
 
 
 @mutant("keep-alive")
 def for_twice_as_long(patch: Patch) -> None:
     """A runner rests for longer than was said."""
 
-    @instead(patch, Actions, "start_keep_alive")
-    def start_keep_alive(original: Callable[..., None], act: Actions, runner: Runner) -> None:
-        original(act, runner)
+    @instead(patch, runners, "start_keep_alive")
+    def start_keep_alive(original: Callable[..., None], step: StepContext, runner: Runner) -> None:
+        original(step, runner)
         key = ("keep-alive", runner.id)
-        act.state.timers.set(key, act.state.timers.at(key) + runner.keep_alive_s)
+        step.state.timers.set(key, step.state.timers.at(key) + runner.keep_alive_s)
 
 
 @mutant("one-place")
 def asked_to_leave_and_forgotten(patch: Patch) -> None:
     """A model that was asked to leave while it loaded stays once it has served."""
 
-    @instead(patch, Actions, "loaded")
-    def loaded(original: Callable[..., None], act: Actions, runner: Runner, event: Loaded) -> None:
+    @instead(patch, loads, "loaded")
+    def loaded(original: Callable[..., None], step: StepContext, runner: Runner, event: Loaded) -> None:
         runner.expire_when_served = False
-        original(act, runner, event)
+        original(step, runner, event)
 
 
 @mutant("one-place")
 def loads_cannot_be_asked_to_leave(patch: Patch) -> None:
     """Somebody wants a model out of memory while it is waited for, and nobody listens."""
 
-    @instead(patch, Actions, "expire_model")
-    def expire_model(original: Callable[..., bool], act: Actions, id: str) -> bool:
-        current = act.state.models[id].current if id in act.state.models else None
-        loading = current is not None and current.state is LOADING and bool(act.state.groups_served_by(current))
-        return loading or original(act, id)
+    @instead(patch, runners, "expire_model")
+    def expire_model(original: Callable[..., bool], step: StepContext, id: str) -> bool:
+        current = step.state.models[id].current if id in step.state.models else None
+        loading = current is not None and current.state is LOADING and bool(step.state.groups_served_by(current))
+        return loading or original(step, id)
 
 
 @mutant("out-of-memory")
 def only_who_ran_out_of_memory_goes(patch: Patch) -> None:
     """The others stay, though one of them may have taken it."""
 
-    @instead(patch, Endings, "ran_out")
-    def ran_out(original: Callable[..., None], act: Endings, runner: Runner) -> None:
+    @instead(patch, failures, "ran_out")
+    def ran_out(original: Callable[..., None], step: StepContext, runner: Runner) -> None:
         if runner.current:
-            act.expire(runner, RanOutOfMemory(runner.model))
+            runners.expire(step, runner, RanOutOfMemory(runner.model))
 
 
 @mutant("hangs")
@@ -213,7 +212,7 @@ def residency_has_no_bound(patch: Patch) -> None:
 @mutant("keep-alive")
 def a_load_goes_on_for_nobody(patch: Patch) -> None:
     """A load with a keep-alive of 0 goes on when the last one who waited for it has left."""
-    patch.setattr(Actions, "abandon_load", lambda act, request: None)
+    patch.setattr(requests, "abandon_load", lambda step, request: None)
 
 
 # -- those in the way -------------------------------------------------------------------------------------------------
@@ -223,20 +222,20 @@ def a_load_goes_on_for_nobody(patch: Patch) -> None:
 def asked_again_and_again(patch: Patch) -> None:
     """Who holds what others wait for is told so by every plan."""
 
-    @instead(patch, Actions, "notify_contention")
-    def ask(original: Callable[..., None], act: Actions, wanted: Collection[RunnerId]) -> None:
-        for request in act.state.requests.values():
+    @instead(patch, runners, "notify_contention")
+    def ask(original: Callable[..., None], step: StepContext, wanted: Collection[RunnerId]) -> None:
+        for request in step.state.requests.values():
             request.asked = False
-        original(act, wanted)
+        original(step, wanted)
 
 
 @mutant("one-place")
 def victims_are_not_asked(patch: Patch) -> None:
     """Nobody who is in the way hears that others wait."""
 
-    @instead(patch, Actions, "notify_contention")
-    def ask(original: Callable[..., None], act: Actions, wanted: Collection[RunnerId]) -> None:
-        original(act, ())
+    @instead(patch, runners, "notify_contention")
+    def ask(original: Callable[..., None], step: StepContext, wanted: Collection[RunnerId]) -> None:
+        original(step, ())
 
 
 @mutant("shrinking")
@@ -296,10 +295,12 @@ def two_count_on_one_victim(patch: Patch) -> None:
 def the_second_try_is_not_alone(patch: Patch) -> None:
     """A load that ran out of memory is tried again beside the others."""
 
-    @instead(patch, Endings, "load_failed")
-    def load_failed(original: Callable[..., None], act: Endings, runner: Runner, *args: object, **how: object) -> None:
-        original(act, runner, *args, **how)
-        act.state.models[runner.model].load_exclusively = False
+    @instead(patch, failures, "load_failed")
+    def load_failed(
+        original: Callable[..., None], step: StepContext, runner: Runner, *args: object, **how: object
+    ) -> None:
+        original(step, runner, *args, **how)
+        step.state.models[runner.model].load_exclusively = False
 
 
 @mutant("out-of-memory")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from fsm.lifecycle.actions import Actions
+from fsm.lifecycle import requests, runners
+from fsm.lifecycle.step_context import StepContext
 from fsm.machine.request import Request
 from fsm.machine.runner import Runner, RunnerId
 from fsm.messages.reasons import RunnerReason
@@ -16,39 +17,39 @@ from tests.verification.mutant import Patch, instead, mutant
 def memory_that_is_given_back_wakes_nobody(patch: Patch) -> None:
     """A reservation of the program's own ends, and nobody looks whether others fit now."""
 
-    @instead(patch, Actions, "release")
-    def release(original: Callable[..., None], act: Actions, request: Request) -> None:
-        replan = act.replan
-        original(act, request)
-        act.replan = replan if request.runner is None else act.replan
+    @instead(patch, requests, "release")
+    def release(original: Callable[..., None], step: StepContext, request: Request) -> None:
+        replan = step.replan
+        original(step, request)
+        step.replan = replan if request.runner is None else step.replan
 
 
 @mutant("three-requests", most=2000)
 def a_rest_wakes_nobody(patch: Patch) -> None:
     """A runner becomes idle, and those who wait for that are not looked at."""
 
-    @instead(patch, Actions, "rest")
-    def rest(original: Callable[..., None], act: Actions, runner: Runner, reason: RunnerReason) -> None:
-        replan = act.replan
-        original(act, runner, reason)
-        act.replan = replan
+    @instead(patch, runners, "rest")
+    def rest(original: Callable[..., None], step: StepContext, runner: Runner, reason: RunnerReason) -> None:
+        replan = step.replan
+        original(step, runner, reason)
+        step.replan = replan
 
 
 @mutant("pins", most=2000)
 def an_end_of_a_pin_wakes_nobody(patch: Patch) -> None:
     """A model is no longer pinned, and those who wait for its memory do not get it."""
 
-    @instead(patch, Actions, "pin")
-    def pin(original: Callable[..., None], act: Actions, model: ModelRecord, pinned: bool) -> None:
-        replan = act.replan
-        original(act, model, pinned)
-        act.replan = replan
+    @instead(patch, runners, "pin")
+    def pin(original: Callable[..., None], step: StepContext, model: ModelRecord, pinned: bool) -> None:
+        replan = step.replan
+        original(step, model, pinned)
+        step.replan = replan
 
 
 @mutant("four-requests", most=2000)
 def who_takes_what_is_to_go_is_not_asked(patch: Patch) -> None:
     """A runner that rests, and is to go in a moment, is taken by somebody who is not told that others wait."""
 
-    @instead(patch, Actions, "notify_contention")
-    def ask(original: Callable[..., None], act: Actions, wanted: set[RunnerId]) -> None:
-        original(act, {id for id in wanted if act.state.runners[id].leases})
+    @instead(patch, runners, "notify_contention")
+    def ask(original: Callable[..., None], step: StepContext, wanted: set[RunnerId]) -> None:
+        original(step, {id for id in wanted if step.state.runners[id].leases})

@@ -158,7 +158,7 @@ class Resurrecting(Core):
     def _acquire(self, event: Acquire) -> None:
         for runner in self._state.runners.values():
             if runner.model == event.spec.model and runner.leases and not runner.current:
-                self._lifecycle.commands.append(Grant(event.request, runner.id))
+                self._context.commands.append(Grant(event.request, runner.id))
                 return
         super()._acquire(event)
 
@@ -178,16 +178,15 @@ class Twice(Core):
         super()._leave(event)
         for runner in self._state.runners.values():
             if runner.stopping and runner.process:
-                self._lifecycle.commands.append(Stop(runner.id))
+                self._context.commands.append(Stop(runner.id))
 
 
 class Hanging(Core):
     """Does not look at those who wait when a process has ended: safe, but nobody is ever answered."""
 
-    def _carry_out_plan(self) -> bool:
-        if any(runner.id > 1 for runner in self._state.runners.values()) and self._state.groups:
-            return False
-        return super()._carry_out_plan()
+    def _carry_out_plans(self) -> None:
+        if not (any(runner.id > 1 for runner in self._state.runners.values()) and self._state.groups):
+            super()._carry_out_plans()
 
 
 class Loading(Core):

@@ -1,0 +1,63 @@
+"""A plan carried out: answers first, then inspections, evictions, grants of memory, launches and prefetches."""
+
+from __future__ import annotations
+
+from fsm.lifecycle import device_claims, requests, runners
+from fsm.lifecycle.prefetch import read_ahead
+from fsm.lifecycle.step_context import StepContext
+from fsm.machine.runner import LOADING, RunnerId
+from fsm.messages.commands import Inspect
+from fsm.planning.explanations import tell_placed, tell_victims, tell_waits
+from fsm.planning.plan import Plan
+from fsm.sizing.load_history import MOST_KINDS
+
+
+def stand_down(step: StepContext) -> None:
+    """End what was under way for request groups, now that none is left."""
+    step.unevaluated.clear()
+    if step.state.claims:
+        device_claims.launch_all(step, ())
+    if step.state.prefetching:
+        read_ahead(step, None)
+
+
+def apply_plan(step: StepContext, plan: Plan) -> bool:
+    """Do what a plan says; return whether another plan may find more to do."""
+    state, log = step.state, step.decision_log
+    if plan.matches or plan.refusals:
+        _answer_at_once(step, plan)
+        return True  # what these groups would have taken is free for the groups behind them
+    step.unevaluated.clear()
+    for model in plan.inspections:
+        if not model.inspecting:
+            model.inspecting = True
+            step.commands.append(Inspect(model.id))
+    if log is not None:
+        tell_victims(state, plan, log)
+    runners.notify_contention(step, plan.contended.union(id for id in plan.victims if state.runners[id].leases))
+    for id, reason in plan.victims.items():
+        runners.expire(step, state.runners[id], reason)
+    for request in plan.memory:
+        requests.grant_memory(step, request)
+    since = RunnerId(state.next_runner)
+    device_claims.launch_all(step, plan.launches)
+    if log is not None:
+        tell_placed(state, plan, since, log)
+        tell_waits(state, plan, log)
+    state.timers.set(("plan", 0), plan.replan_at)
+    if plan.victims or plan.memory or state.next_runner > since:
+        return True  # there may be more to do, or to read, beside these
+    read_ahead(step, plan)
+    return False
+
+
+def _answer_at_once(step: StepContext, plan: Plan) -> None:
+    """Answer the groups for which nothing is loaded: a runner serves them after all, or they can never be served."""
+    for group, runner in plan.matches:
+        if len(runner.equivalent_requests) >= MOST_KINDS and runner.state is not LOADING:
+            runner.equivalent_requests.clear()  # requests with these options are evaluated again
+        runner.equivalent_requests.add(group.spec.options)
+        if runner.state is not LOADING:
+            requests.serve(step, runner, [group])
+    for group, refusal in plan.refusals:
+        requests.reject_group(step, group, refusal)

@@ -1,0 +1,86 @@
+"""The verbs of loads: a launch, and what follows when its runner serves."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+from fsm.domain.devices import Placement
+from fsm.domain.model_info import Options
+from fsm.lifecycle import measurements, requests, runners
+from fsm.lifecycle.step_context import StepContext
+from fsm.machine.runner import LOADING, Runner, RunnerId
+from fsm.messages.commands import (
+    Launch,
+)
+from fsm.messages.decision_log import Transition
+from fsm.messages.events import Loaded
+from fsm.messages.reasons import (
+    AskedBy,
+    RunnerReason,
+    WaitFor,
+)
+from fsm.planning.deadline_admission import LOAD_TIME_TTL_S, is_fastest_placement
+from fsm.planning.thread_allocation import threads_for
+from fsm.sizing.load_history import note_bounded
+from fsm.state.request_queue import RequestGroup
+
+
+def launch(step: StepContext, group: RequestGroup, options: Options, placement: Placement) -> Runner:
+    """Begin a runner's life for those in a line; its memory is booked from here on."""
+    state = step.state
+    model = state.models[group.spec.model]
+    keep_alive_s = group.head.keep_alive_s
+    if keep_alive_s is None:
+        keep_alive_s = state.config.keep_alive_s
+    if (threads := threads_for(state, model, options, placement)) is not None:
+        placement = replace(placement, threads=threads)
+    runner = Runner(RunnerId(state.next_runner), model.id, options, placement, keep_alive_s, state.now)
+    if threads is not None:
+        runner.effective_options = replace(options, num_thread=threads.answers)  # who asks for as many is served by it
+    runner.equivalent_requests.add(group.spec.options)
+    runner.uses_default_keep_alive = group.head.keep_alive_s is None
+    runner.fully_offloaded = placement.offloaded == model.demand(options, state.config)[1].layers
+    state.next_runner += 1
+    state.processes += 1
+    state.runners[runner.id] = model.current = runner
+    state.ledger.reserve(("runner", runner.id), placement.bytes)
+    state.timers.set(("load", runner.id), state.now + state.config.load_timeout_s)
+    group.wait(WaitFor.load, state.expected_at(runner))
+    model.inspected_since_launch = False
+    step.commands.append(Launch(runner.id, model.id, options, placement))
+    if step.decision_log is not None:
+        why = AskedBy(group.head.id)
+        entry = Transition(state.now, runner.id, model.id, "launch", None, LOADING, why, 0, state.steps)
+        step.decision_log.append(entry)
+    return runner
+
+
+def loaded(step: StepContext, runner: Runner, event: Loaded) -> None:
+    """A load succeeded: everybody who waits for it is granted, or it rests."""
+    state, model = step.state, step.state.models[runner.model]
+    state.timers.clear(("load", runner.id))
+    runner.loaded_at = runner.used_at = state.now
+    load_s = state.now - runner.launched_at
+    if runner.id >= model.first_runner_of_file and is_fastest_placement(state, runner):
+        shortest_s, measured_at, count = model.shortest_load.get(runner.launch_options, (math.inf, -math.inf, 0))
+        if state.now - measured_at > LOAD_TIME_TTL_S:
+            shortest_s, count = math.inf, 0
+        note_bounded(model.shortest_load, runner.launch_options, (min(load_s, shortest_s), state.now, count + 1))
+    model.load_exclusively = False
+    if event.num_ctx is not None and runner.effective_options.num_ctx is not None:
+        runner.effective_options = replace(runner.effective_options, num_ctx=event.num_ctx)
+    state.ledger.accounts["runner", runner.id].loaded = True
+    measurements.measure(step, runner, event.resident, event.mapped_bytes)
+    measurements.expect(step, runner, event)
+    measurements.record_measurement(step, runner, load_s)
+    requests.serve(step, runner, state.groups_served_by(runner))
+    if runner.leases:
+        idle_s, in_use_s = state.config.residency_s(load_s)
+        runner.resident_until, runner.drain_protected_until = state.now + idle_s, state.now + in_use_s
+    elif runner.state is LOADING:
+        runners.rest(step, runner, RunnerReason.loaded)
+    if runner.expire_when_served and runner.current:
+        runners.expire(step, runner, RunnerReason.asked_while_awaited)
+    step.reevaluate(model)
+    runners.release_claim(step, runner)

@@ -1,0 +1,151 @@
+"""The verbs of requests: grant, release, reject, serve."""
+
+from __future__ import annotations
+
+from fsm.lifecycle import runners
+from fsm.lifecycle.step_context import StepContext
+from fsm.machine.request import Purpose, Request, RequestState
+from fsm.machine.runner import EXPIRING, IDLE, LOADING, READY, Runner, RunnerId
+from fsm.messages.commands import (
+    Grant,
+    NotifyContention,
+    Reject,
+)
+from fsm.messages.decision_log import Decision
+from fsm.messages.reasons import (
+    RunnerReason,
+    Waited,
+)
+from fsm.messages.refusals import Refusal
+from fsm.planning.explanations import devices_refused, runners_refused
+from fsm.state.request_queue import RequestGroup
+from fsm.state.runner_match import runner_serves
+
+
+def grant(step: StepContext, request: Request, runner: Runner) -> None:
+    """Answer with a runner; the lease is booked in the same step, so nobody is handed one that is being stopped."""
+    state = step.state
+    runner.used_at = state.now
+    if request.keep_alive_s is not None:
+        runner.keep_alive_s, runner.uses_default_keep_alive = request.keep_alive_s, False
+    if request.spec.purpose is Purpose.preload:
+        request.state = RequestState.released
+        if runner.state is IDLE:
+            runners.start_keep_alive(step, runner)
+    else:
+        request.state = RequestState.granted
+        request.runner = runner.id
+        state.requests[request.id] = request
+        runner.leases.add(request.id)
+        if runner.state is not READY:
+            state.timers.clear(("keep-alive", runner.id))
+            step.replan = step.replan or runner.contended  # it was to go in a moment; who asks its users plans anew
+            step.fire(runner, "serve", RunnerReason.granted)
+    step.commands.append(Grant(request.id, runner.id))
+    if runner.contended and state.groups and request.runner is not None and not step.replan:
+        request.asked = True
+        step.commands.append(NotifyContention(runner.id, (request.id,)))  # the others were told before
+    if step.decision_log is not None:
+        step.decide("granted", runner.model, Waited(state.now - request.queued_at), request.id, runner.id)
+
+
+def release(step: StepContext, request: Request) -> None:
+    """Take back what a request was granted; the last lease lets its runner rest, expire or stop."""
+    state = step.state
+    request.state = RequestState.released
+    del state.requests[request.id]
+    if request.runner is None:
+        state.ledger.release(("memory", request.id))
+        step.replan = True
+        return
+    runner = state.runners[RunnerId(request.runner)]
+    runner.leases.discard(request.id)
+    runner.used_at = state.now
+    if runner.leases:
+        return
+    if runner.state is EXPIRING:
+        model = state.models[runner.model]
+        if model.current is None:  # it rests from now on, and not since it was given up
+            model.rested_at = max(model.rested_at, state.now)
+        runners.stop(step, runner)
+        step.replan = True  # it is known by when it is gone
+    elif runner.keep_alive_s <= 0 and not state.models[runner.model].pinned:
+        runners.expire(step, runner, RunnerReason.no_keep_alive)
+    else:
+        load_s = (runner.loaded_at or 0.0) - runner.launched_at
+        runner.idle_grace_until = state.now + min(
+            state.config.idle_grace_limit_s, state.config.idle_grace_part * load_s
+        )
+        runners.rest(step, runner, RunnerReason.released)
+
+
+def reject(step: StepContext, request: Request, refusal: Refusal) -> None:
+    """Refuse a request that stands in no line, or no more."""
+    request.state = RequestState.rejected
+    step.commands.append(Reject(request.id, refusal))
+    if step.decision_log is not None:
+        entry = Decision(
+            step.state.now, "rejected", request.spec.model, refusal, request.id,
+            runners=runners_refused(step.state, refusal), devices=devices_refused(refusal), step=step.state.steps,
+        )  # fmt: skip
+        step.decision_log.append(entry)
+
+
+def answer(step: StepContext, request: Request, state: RequestState, refusal: Refusal) -> None:
+    """Take a request out of its line and refuse it; its place is free at once."""
+    step.state.dequeue(request)
+    del step.state.requests[request.id]
+    if request.spec.model in step.state.models and request.spec.model not in step.state.specs_by_model:
+        step.state.models[request.spec.model].load_exclusively = False  # that was for those who waited
+    reject(step, request, refusal)
+    request.state = state
+    step.replan = True
+
+
+def reject_group(step: StepContext, group: RequestGroup, refusal: Refusal) -> None:
+    for request in list(group.requests.values()):
+        answer(step, request, RequestState.rejected, refusal)
+
+
+def abandon_load(step: StepContext, request: Request) -> None:
+    """A load that nobody waits for goes on, unless its keep-alive is 0."""
+    model = step.state.models.get(request.spec.model)
+    runner = model.current if model is not None else None
+    if model is None or runner is None or runner.state is not LOADING or step.state.groups_served_by(runner):
+        return
+    if not runner_serves(runner, request.spec):  # it was never waited for by this one
+        return
+    kept = model.pinned or (runner.keep_alive_s > 0 and request.keep_alive_s != 0)
+    if runner.expire_when_served or not kept:
+        runners.expire(step, runner, RunnerReason.abandoned)
+
+
+def retry_after_s(step: StepContext) -> float:
+    """Estimate when a place in the queue is free: the loads that are waited for, one after another."""
+    known = [model.load_s for model in step.state.models.values() if model.load_s is not None]
+    return max(1.0, len(step.state.groups) * (sum(known) / len(known) if known else 1.0))
+
+
+def grant_memory(step: StepContext, request: Request) -> None:
+    step.state.dequeue(request)
+    request.state = RequestState.granted
+    step.state.ledger.reserve(("memory", request.id), step.state.ledger.by_memory(request.spec.memory).items())
+    step.commands.append(Grant(request.id, None))
+    step.decide("granted", request.spec.model, Waited(step.state.now - request.queued_at), request.id)
+
+
+def serve(step: StepContext, runner: Runner, groups: list[RequestGroup]) -> None:
+    """Grant a loaded runner to everybody who waits for it, in order; those who want no lease come last."""
+    requests = sorted((r for group in groups for r in group.requests.values()), key=lambda request: request.id)
+    for request in requests:
+        step.state.dequeue(request)
+        del step.state.requests[request.id]
+    for request in requests:
+        if request.spec.purpose is Purpose.lease:
+            grant(step, request, runner)
+    for request in requests:
+        if request.spec.purpose is Purpose.preload:
+            if runner.state is LOADING:
+                runner.keep_alive_s = runner.keep_alive_s if request.keep_alive_s is None else request.keep_alive_s
+                runners.rest(step, runner, RunnerReason.preloaded)
+            grant(step, request, runner)

@@ -1,0 +1,139 @@
+"""The verbs of runners: idle, expire, stop, crash, pins and keep-alives."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+from dataclasses import replace
+
+from fsm.lifecycle.step_context import StepContext
+from fsm.machine.request import ModelId, RequestState
+from fsm.machine.runner import IDLE, LOADING, Runner, RunnerId
+from fsm.messages.commands import (
+    NotifyContention,
+    ReleaseClaim,
+    RevokeLease,
+    Stop,
+)
+from fsm.messages.events import Configure
+from fsm.messages.reasons import (
+    ExpireReason,
+    FailureReason,
+    RunnerReason,
+)
+from fsm.state.model_record import ModelRecord
+
+
+def rest(step: StepContext, runner: Runner, reason: RunnerReason) -> None:
+    step.fire(runner, "rest", reason)
+    start_keep_alive(step, runner)
+    step.replan = True
+
+
+def start_keep_alive(step: StepContext, runner: Runner) -> None:
+    pinned = step.state.models[runner.model].pinned
+    step.state.timers.set(("keep-alive", runner.id), math.inf if pinned else step.state.now + runner.keep_alive_s)
+
+
+def configure(step: StepContext, event: Configure) -> None:
+    """Take over changed limits; a keep-alive holds for the runners too for which no request has named one."""
+    state = step.state
+    changes = {name: value for name in event.__slots__ if (value := getattr(event, name)) is not None}
+    state.config = replace(state.config, **changes)
+    step.replan = True
+    if event.keep_alive_s is None:
+        return
+    for runner in [runner for runner in state.runners.values() if runner.uses_default_keep_alive]:
+        expires_at = state.timers.at(("keep-alive", runner.id))
+        rests_since = expires_at - runner.keep_alive_s if expires_at < math.inf else runner.used_at
+        runner.keep_alive_s = event.keep_alive_s
+        if runner.state is not IDLE or state.models[runner.model].pinned:
+            continue
+        if rests_since + runner.keep_alive_s > state.now:
+            state.timers.set(("keep-alive", runner.id), rests_since + runner.keep_alive_s)
+        else:
+            expire(step, runner, RunnerReason.keep_alive_over)
+
+
+def pin(step: StepContext, model: ModelRecord, pinned: bool) -> None:
+    model.pinned = pinned
+    if model.current is not None and model.current.state is IDLE:
+        start_keep_alive(step, model.current)
+    step.replan = True
+
+
+def expire_model(step: StepContext, id: ModelId) -> bool:
+    """Return False where there is nothing to expire."""
+    model = step.state.models.get(id)
+    runner = model.current if model is not None else None
+    if runner is None:
+        return False
+    if runner.state is LOADING and step.state.groups_served_by(runner):
+        runner.expire_when_served = True
+    else:
+        expire(step, runner, RunnerReason.asked)
+    return True
+
+
+def expire(step: StepContext, runner: Runner, reason: ExpireReason) -> None:
+    """Give a runner up, for good: it drains if it must, then stops."""
+    step.fire(runner, "expire", reason)
+    if runner.loaded_at is not None:
+        step.state.models[runner.model].failures = 0  # it served, and ends in order
+    forget_current(step, runner)
+    if not runner.leases:
+        stop(step, runner)
+    else:
+        limits = step.state.config
+        runner.stop_deadline = step.state.now + max(limits.max_wait_s, limits.stop_timeout_s)
+
+
+def forget_current(step: StepContext, runner: Runner) -> None:
+    """Let its model have another runner: this one serves nobody new."""
+    model = step.state.models[runner.model]
+    model.current = None
+    if runner.loaded_at is not None:
+        model.rested_at = runner.used_at
+    step.state.timers.clear(("keep-alive", runner.id))
+    step.state.timers.clear(("load", runner.id))
+    step.replan = True
+
+
+def notify_contention(step: StepContext, wanted: Collection[RunnerId]) -> None:
+    """Tell the holders of busy runners, once, that others wait for their memory; of all others nobody does."""
+    for runner in step.state.runners.values():
+        runner.contended = runner.id in wanted
+        held = [step.state.requests[lease] for lease in sorted(runner.leases)]
+        if unasked := [request for request in held if runner.contended and not request.asked]:
+            step.commands.append(NotifyContention(runner.id, tuple(request.id for request in unasked)))
+            for request in unasked:
+                request.asked = True
+
+
+def stop(step: StepContext, runner: Runner) -> None:
+    if runner.process and not runner.stopping:
+        runner.stopping = True
+        runner.stop_deadline = step.state.now + step.state.config.stop_timeout_s
+        step.commands.append(Stop(runner.id))
+    if runner.claim:
+        step.state.timers.set(("claim", runner.claim), runner.stop_deadline)
+
+
+def revoke_leases(step: StepContext, runner: Runner, reason: FailureReason | None) -> None:
+    for lease in sorted(runner.leases):
+        step.state.requests.pop(lease).state = RequestState.released
+        step.commands.append(RevokeLease(lease, reason))
+    runner.leases.clear()
+
+
+def crash(step: StepContext, runner: Runner, reason: FailureReason) -> None:
+    revoke_leases(step, runner, reason)
+    step.fire(runner, "crash", reason)
+    forget_current(step, runner)
+
+
+def release_claim(step: StepContext, runner: Runner) -> None:
+    if runner.claim:
+        step.state.timers.clear(("claim", runner.claim))
+        step.commands.append(ReleaseClaim(runner.claim))
+        runner.claim = 0

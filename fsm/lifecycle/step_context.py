@@ -1,0 +1,88 @@
+"""What one step makes beside the changed state: commands, log entries, and whether to plan anew."""
+
+from __future__ import annotations
+
+from fsm.machine.request import ModelId, RequestId, RequestSpec
+from fsm.machine.runner import READY, RUNNER_TABLE, Runner, RunnerId
+from fsm.machine.transition_table import IllegalTransition
+from fsm.messages.commands import (
+    Command,
+)
+from fsm.messages.decision_log import Decision, DecisionReason, Entry, Transition
+from fsm.messages.reasons import (
+    ClaimMissed,
+    TransitionReason,
+)
+from fsm.state.core_state import CoreState
+from fsm.state.model_record import ModelRecord
+
+TOLD = 5  # of a runner's transitions, where the next one is illegal
+
+
+class StepContext:
+    """Handed to every verb of the lifecycle: the state to change, and what the step has to say."""
+
+    __slots__ = ("claim_failure", "commands", "decision_log", "replan", "state", "unevaluated")
+
+    def __init__(self, state: CoreState) -> None:
+        self.state = state
+        self.commands: list[Command] = []  # of this step, in order
+        self.decision_log: list[Entry] | None = None
+        self.replan = False  # something changed that those who wait may care about
+        self.unevaluated: dict[
+            RequestSpec, None
+        ] = {}  # lines to be judged by the next plan, however far back; empty after it
+        self.claim_failure: ClaimMissed | None = None  # what the last launch went ahead without
+
+    def fire(self, runner: Runner, trigger: str, reason: TransitionReason) -> None:
+        """Move a runner by a trigger of its table, and note why; nothing else changes its state."""
+        source, state = runner.state, self.state
+        try:
+            RUNNER_TABLE.fire(runner, trigger)
+        except IllegalTransition as error:
+            error.story = self._story(runner)
+            raise
+        if runner.on_host:
+            state.busy_on_host += (runner.state is READY) - (source is READY)
+            state.peak_busy_on_host = max(state.peak_busy_on_host, state.busy_on_host)
+        if self.decision_log is not None:
+            entry = Transition(
+                state.now,
+                runner.id,
+                runner.model,
+                trigger,
+                source,
+                runner.state,
+                reason,
+                len(runner.leases),
+                state.steps,
+            )
+            self.decision_log.append(entry)
+
+    def decide(
+        self, what: str, model: ModelId, why: DecisionReason, request: RequestId | None, runner: RunnerId | None = None
+    ) -> None:
+        if self.decision_log is not None:
+            entry = Decision(self.state.now, what, model, why, request, runner, step=self.state.steps)
+            self.decision_log.append(entry)
+
+    def reevaluate(self, model: ModelRecord) -> None:
+        """Have everybody who waits for a model judged anew: more is known of it, or it has a runner."""
+        self.unevaluated.update((group.spec, None) for group in self.state.groups_of_model(model.id))
+        self.replan = True
+
+    def model(self, id: ModelId) -> ModelRecord:
+        return self.state.models.setdefault(id, ModelRecord(id))
+
+    def _story(self, runner: Runner) -> str:
+        """Return what a runner has been through: its last transitions, where they are noted, and else its own times."""
+        state, entries = self.state, self.decision_log or ()
+        life = [entry for entry in entries if isinstance(entry, Transition) and entry.runner == runner.id]
+        told = [
+            f"in step {entry.step}, at {entry.at:g} s: {entry.trigger}, {entry.destination.value} ({entry.why})"
+            for entry in life[-TOLD:]
+        ]
+        if not told:
+            times = {"launched": runner.launched_at, "loaded": runner.loaded_at, "last used": runner.used_at}
+            told = [f"{what} at {at:g} s" for what, at in times.items() if at is not None]
+        return f"step {state.steps}, at {state.now:g} s; runner {runner.id} before it: {'; '.join(told)}"

@@ -10,6 +10,7 @@ from typing import NewType
 
 from fsm.domain.devices import DeviceId
 from fsm.domain.model_info import Options
+from fsm.domain.record import Record
 
 ModelId = NewType("ModelId", str)
 RequestId = NewType("RequestId", int)
@@ -61,7 +62,7 @@ class RequestSpec:
 
 
 @dataclass(slots=True, eq=False)
-class Request:
+class Request(Record):
     """One question of one asker, answered exactly once."""
 
     id: RequestId
@@ -72,9 +73,3 @@ class Request:
     survived: bool = False  # one load failed for lack of memory while it waited; the next failure is its answer
     asked: bool = False  # it was told that others wait for what it holds
     runner: int | None = None  # the runner its lease is on; None unless granted a lease
-
-    def copy(self) -> Request:
-        """Return an independent copy."""
-        return Request(
-            self.id, self.spec, self.keep_alive_s, self.queued_at, self.state, self.survived, self.asked, self.runner
-        )

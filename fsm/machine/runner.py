@@ -11,6 +11,7 @@ from typing import NewType
 
 from fsm.domain.devices import DeviceId, Placement
 from fsm.domain.model_info import Options
+from fsm.domain.record import Record
 from fsm.machine.request import ModelId, RequestId
 from fsm.machine.transition_table import Row, Table
 
@@ -64,7 +65,7 @@ RUNNER_TABLE = Table(
 
 
 @dataclass(slots=True, eq=False)
-class Runner:
+class Runner(Record):
     """One life of one process. A reload is a new runner with a new id; ids are never used again."""
 
     id: RunnerId
@@ -116,15 +117,3 @@ class Runner:
     def on_host(self) -> bool:
         """Whether it takes the host's cores while it works, as far as is known."""
         return self.placement.threads is not None and self.placement.threads.on_host
-
-    def copy(self) -> Runner:
-        """Return an independent copy; what it shares is immutable."""
-        return Runner(
-            self.id, self.model, self.launch_options, self.placement, self.keep_alive_s, self.launched_at, self.state,
-            self.effective_options, set(self.equivalent_requests), set(self.leases), self.loaded_at, self.used_at,
-            self.resident_until,
-            self.drain_protected_until, self.idle_grace_until, self.process, self.stopping, self.expire_when_served,
-            self.out_of_memory, self.contended, self.last_sample, dict(self.recovery_targets), self.stop_deadline,
-            self.recovery_deadline,
-            self.claim, self.uses_default_keep_alive, self.fully_offloaded,
-        )  # fmt: skip

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from bisect import bisect_left, insort
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from fsm.domain.devices import DeviceId
+from fsm.domain.record import Record
 from fsm.eviction.reuse_prediction import Histogram
 from fsm.machine.request import ModelId, Purpose, Request, RequestId, RequestSpec, RequestState
 from fsm.machine.runner import EXPIRING, IDLE, LOADING, READY, UNLOADED, Runner, RunnerId
@@ -20,7 +21,7 @@ from fsm.state.timers import Timers
 
 
 @dataclass(slots=True, eq=False)
-class OpenClaim:
+class OpenClaim(Record):
     """Devices that a planned launch asks to have to itself among the programs on the machine; over when it launches."""
 
     number: int
@@ -32,7 +33,7 @@ class OpenClaim:
 
 
 @dataclass(slots=True)
-class CoreState:
+class CoreState(Record):
     """Everything a decision may depend on. `Core` alone changes it."""
 
     config: CoreConfig
@@ -220,35 +221,16 @@ class CoreState:
 
     def copy(self) -> CoreState:
         """Return an independent copy; what is immutable is shared."""
-        runners = {id: runner.copy() for id, runner in self.runners.items()}
-        requests = {id: request.copy() for id, request in self.requests.items()}
-        groups = {
-            spec: RequestGroup(
-                spec, {id: requests[id] for id in group.requests}, group.waits_for, group.until, group.told
-            )
-            for spec, group in self.groups.items()
-        }
-        return CoreState(
-            self.config,
-            self.ledger.copy(),
-            {id: model.copy(runners) for id, model in self.models.items()},
-            runners,
-            requests,
-            groups,
-            list(self.ranks),
-            {model: list(specs) for model, specs in self.specs_by_model.items()},
-            self.timers.copy(),
-            self.queued,
-            self.processes,
-            self.next_runner,
-            self.samples,
-            self.closing,
-            self.now,
-            {number: replace(claim) for number, claim in self.claims.items()},
-            self.next_claim,
-            self.prefetching,
-            self.busy_on_host,
-            self.peak_busy_on_host,
-            dict(self.idle_intervals),
-            self.steps,
-        )
+        twin = super(CoreState, self).copy()
+        twin.ledger, twin.timers = self.ledger.copy(), self.timers.copy()
+        twin.runners = {id: runner.copy() for id, runner in self.runners.items()}
+        twin.requests = {id: request.copy() for id, request in self.requests.items()}
+        twin.models = {id: model.copy() for id, model in self.models.items()}
+        for model in twin.models.values():
+            model.current = twin.runners[model.current.id] if model.current else None
+        twin.groups = {spec: group.copy() for spec, group in self.groups.items()}
+        for group in twin.groups.values():
+            group.requests = {id: twin.requests[id] for id in group.requests}
+        twin.specs_by_model = {model: list(specs) for model, specs in self.specs_by_model.items()}
+        twin.claims = {number: claim.copy() for number, claim in self.claims.items()}
+        return twin

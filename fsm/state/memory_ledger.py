@@ -6,12 +6,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from fsm.domain.devices import HOST, DeviceId, DeviceSample
+from fsm.domain.record import Record
 
 Owner = tuple[str, int]  # ("runner" or "memory", its id); ids are never used again
 
 
 @dataclass(slots=True)
-class Account:
+class Account(Record):
     """What one owner was promised, and what it was seen to occupy; bytes by device."""
 
     reserved: dict[DeviceId, int]  # what was predicted, or declared; never raised, lowered when it has settled
@@ -74,17 +75,9 @@ class Account:
         cached = min(counted, self.mapped_bytes) if device == HOST else 0
         return max(0, self.held_bytes(device) - counted + cached)
 
-    def copy(self) -> Account:
-        """Return an independent copy."""
-        return Account(
-            dict(self.reserved), dict(self.resident), dict(self.peak), dict(self.resident_at_last_sample),
-            self.mapped_bytes,
-            self.loaded, self.peak_observed, dict(self.expected_growth), dict(self.projected_peak),
-        )  # fmt: skip
-
 
 @dataclass(slots=True)
-class Ledger:
+class Ledger(Record):
     """The accounts of every device.
 
     Invariant: a promise is made only of what is free, so on every device the promises' sum is at most its capacity,
@@ -165,5 +158,6 @@ class Ledger:
 
     def copy(self) -> Ledger:
         """Return an independent copy."""
-        accounts = {owner: account.copy() for owner, account in self.accounts.items()}
-        return Ledger(dict(self.devices), accounts, set(self.overcommitted))
+        twin = super(Ledger, self).copy()
+        twin.accounts = {owner: account.copy() for owner, account in self.accounts.items()}
+        return twin

@@ -7,9 +7,10 @@ from dataclasses import dataclass, field, replace
 
 from fsm.domain.devices import Amounts
 from fsm.domain.model_info import ModelInfo, Options
+from fsm.domain.record import Record
 from fsm.eviction.reuse_prediction import Histogram, count_interval
 from fsm.machine.request import ModelId
-from fsm.machine.runner import IDLE, LOADING, Runner, RunnerId
+from fsm.machine.runner import IDLE, LOADING, Runner
 from fsm.messages.reasons import FailureReason
 from fsm.placement.search import PlacementDemand
 from fsm.sizing.footprint import Footprint
@@ -23,7 +24,7 @@ CONTEXT_STEPS = (32768, 4096)  # to which an automatic context goes down, tokens
 
 
 @dataclass(slots=True, eq=False)
-class ModelRecord:
+class ModelRecord(Record):
     """What is known of one model, whether or not a runner of it lives."""
 
     id: ModelId
@@ -137,14 +138,3 @@ class ModelRecord:
             self.rested_at = now
         elif runner.state is IDLE:
             count_interval(now - runner.used_at, self.idle_intervals, common)
-
-    def copy(self, runners: dict[RunnerId, Runner]) -> ModelRecord:
-        """Return an independent copy that refers to the copied `runners`."""
-        current = runners[self.current.id] if self.current else None
-        return ModelRecord(
-            self.id, self.info, self.inspected_since_launch, self.inspecting, current, self.pinned, self.failures,
-            self.blocked_until,
-            self.failure, self.load_exclusively, dict(self.loads), self.context_limit, self.first_runner_of_file,
-            dict(self.measured),
-            dict(self.shortest_load), dict(self.demands), self.rested_at, dict(self.idle_intervals),
-        )  # fmt: skip

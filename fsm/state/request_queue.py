@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
+from fsm.domain.record import Record
 from fsm.machine.request import Request, RequestId, RequestSpec
 from fsm.messages.reasons import WaitFor, WaitReason
 
@@ -12,7 +13,7 @@ QueueRank = tuple[float, RequestId]  # the earlier the smaller
 
 
 @dataclass(slots=True, eq=False)
-class RequestGroup:
+class RequestGroup(Record):
     """The queued requests that want the same, in the order in which they came; never empty."""
 
     spec: RequestSpec

@@ -7,13 +7,15 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
+from fsm.domain.record import Record
+
 SPARE = 64  # entries that may be out of date, beside as many as hold
 
 Key = tuple[Literal["keep-alive", "load", "memory", "request", "plan", "close", "claim"], int]
 
 
 @dataclass(slots=True, eq=False)
-class Timers:
+class Timers(Record):
     """Deadlines that can be moved and cleared at no cost: what is out of date is dropped when it comes up."""
 
     _at: dict[Key, float] = field(default_factory=dict)  # what holds
@@ -64,7 +66,3 @@ class Timers:
     def items(self) -> list[tuple[float, Key]]:
         """Return what is set, the earliest first."""
         return sorted((at, key) for key, at in self._at.items())
-
-    def copy(self) -> Timers:
-        """Return an independent copy."""
-        return Timers(dict(self._at), dict(self._queued), list(self._heap))

@@ -1,0 +1,38 @@
+"""Records of the state: mutable dataclasses in slots, copied field by field."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import fields
+from functools import cache
+from operator import attrgetter
+from typing import Protocol, Self, get_origin, get_type_hints
+
+_CONTAINERS = (dict, list, set)
+
+
+class _Copied(Protocol):
+    def copy(self) -> _Copied: ...
+
+
+class Record:
+    """A dataclass whose copy has containers of its own; what they hold, and everything else, is shared."""
+
+    __slots__: tuple[str, ...] = ()
+
+    def copy(self) -> Self:
+        """Return a copy, made from the fields as they are."""
+        values_of, containers = _fields_of(type(self))  # type: ignore[arg-type]  # a class is hashable
+        values = [*values_of(self)]
+        for place in containers:
+            values[place] = values[place].copy()
+        return type(self)(*values)  # a dataclass takes its fields in their order
+
+
+@cache
+def _fields_of(kind: type) -> tuple[Callable[[Record], tuple[_Copied, ...]], tuple[int, ...]]:
+    """Return what reads every field of a class, and the places of those that are containers by their type."""
+    names = [field.name for field in fields(kind)]
+    kinds = get_type_hints(kind)
+    containers = [place for place, name in enumerate(names) if get_origin(kinds[name]) in _CONTAINERS]
+    return attrgetter(*names), tuple(containers)

@@ -56,7 +56,7 @@ from fsm.planning.plan import Plan
 from fsm.planning.planner import make_plan
 from fsm.state.core_config import CoreConfig
 from fsm.state.core_state import CoreState
-from fsm.state.runner_match import runner_serves
+from fsm.state.runner_match import match
 from fsm.state.snapshot import DeviceView, HeldView, RunnerView, Snapshot, WaitView, take_snapshot
 from fsm.state.timers import Key
 
@@ -232,7 +232,7 @@ class Core:
         model = state.models.get(spec.model)
         runner = model.current if model is not None else None
         warm = runner is not None and runner.state is not LOADING and spec.purpose is not Purpose.memory
-        if runner is not None and warm and runner_serves(runner, spec):  # 3
+        if runner is not None and warm and match(runner, spec.options):  # 3
             if model is not None and spec.purpose is Purpose.lease and not runner.leases:
                 model.record_arrival(state.now, state.idle_intervals)
             requests.grant(self._context, request, runner)
@@ -328,7 +328,7 @@ class Core:
         match event.outcome:
             case ModelNotFoundRefusal() | InvalidModelRefusal() as refusal:
                 for group in self._state.groups_of_model(model.id):
-                    if model.current is None or not runner_serves(model.current, group.spec):
+                    if model.current is None or not match(model.current, group.spec.options):
                         requests.reject_group(self._context, group, refusal)
                 lives = any(runner.model == model.id for runner in self._state.runners.values())
                 if not (lives or model.pinned or model.failures or model.measured):

@@ -21,7 +21,7 @@ from fsm.planning.plan import Plan
 from fsm.sizing.footprint import DeviceBytes, Footprint, bytes_by_device
 from fsm.sizing.load_history import NOTHING, LoadHistory
 from fsm.state.core_state import CoreState
-from fsm.state.runner_match import runner_serves
+from fsm.state.runner_match import match
 
 
 class Outcome(Enum):
@@ -99,7 +99,7 @@ def preview(
     carried_out = [plan for plan in scratch.plans if not (plan.matches or plan.refusals)]  # else it was made anew
     found = _planned(state, spec, carried_out, Outcome.waits)
     current = state.models[spec.model].current
-    if current is not None and runner_serves(current, spec):
+    if current is not None and match(current, spec.options):
         found = _served(state, spec, current, Outcome.waits)
     return found if found.victims else replace(found, waits_for=state.groups[spec].waits_for)
 

@@ -19,7 +19,7 @@ from fsm.messages.reasons import (
 from fsm.messages.refusals import Refusal
 from fsm.planning.explanations import devices_refused, runners_refused
 from fsm.state.request_queue import RequestGroup
-from fsm.state.runner_match import runner_serves
+from fsm.state.runner_match import match
 
 
 def grant(step: StepContext, request: Request, runner: Runner) -> None:
@@ -113,7 +113,7 @@ def abandon_load(step: StepContext, request: Request) -> None:
     runner = model.current if model is not None else None
     if model is None or runner is None or runner.state is not LOADING or step.state.groups_served_by(runner):
         return
-    if not runner_serves(runner, request.spec):  # it was never waited for by this one
+    if not match(runner, request.spec.options):  # it was never waited for by this one
         return
     kept = model.pinned or (runner.keep_alive_s > 0 and request.keep_alive_s != 0)
     if runner.expire_when_served or not kept:

@@ -12,10 +12,9 @@ from dataclasses import dataclass, replace
 
 from fsm.domain.devices import MIB, DeviceId, Placement
 from fsm.domain.model_info import ModelInfo, Options
-from fsm.machine.runner import Runner
 from fsm.placement.search import PREDICTED_HEADROOM, Gpu, Offload, PlacementDemand, find_placement
 from fsm.sizing.footprint import Footprint
-from fsm.sizing.load_options import as_named, computes_every_logit, serves
+from fsm.sizing.load_options import computes_every_logit
 from fsm.state.core_config import CoreConfig
 from fsm.state.core_state import CoreState
 from fsm.state.model_record import ModelRecord
@@ -82,13 +81,6 @@ def with_batch(
         if found := find_placement(demand, Offload.whole, room, same):
             return larger, found
     return planned
-
-
-def is_the_same(current: Runner, options: Options, asked: Options) -> bool:
-    """Tell whether a runner is what somebody wants, once that is made explicit; what is automatic is no difference."""
-    if asked.require_gpu and not current.fully_offloaded:
-        return False
-    return options == current.launch_options or serves(current.effective_options, as_named(options, asked))
 
 
 def _contexts(info: ModelInfo | Footprint | None, asked: Options, limits: CoreConfig, gpu_bytes: int) -> Iterator[int]:

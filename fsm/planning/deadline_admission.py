@@ -8,11 +8,10 @@ from fsm.domain.model_info import Options
 from fsm.machine.request import Purpose, Request, RequestSpec
 from fsm.machine.runner import LOADING, Runner
 from fsm.messages.refusals import DeadlineInfeasible
-from fsm.planning.automatic_options import is_the_same
 from fsm.sizing.footprint import Footprint
 from fsm.state.core_state import CoreState
 from fsm.state.model_record import ModelRecord
-from fsm.state.runner_match import runner_serves
+from fsm.state.runner_match import match
 
 ENOUGH_LOADS = 2  # of one alone the file may have been read from the disk, and may be in memory now
 LOAD_TIME_TTL_S = (
@@ -55,11 +54,11 @@ def _load(state: CoreState, model: ModelRecord, spec: RequestSpec) -> tuple[Opti
     Of a file that was not looked at since the last launch nothing is certain: another may be in its place.
     """
     current = model.current
-    if current is not None and runner_serves(current, spec):
+    if current is not None and match(current, spec.options):
         return (current.launch_options, state.now - current.launched_at) if current.state is LOADING else None
     if not model.inspected_since_launch:
         return None
     options, _ = model.demand(spec.options, state.config)
-    if current is not None and is_the_same(current, options, spec.options):
+    if current is not None and match(current, spec.options, options):
         return None  # the plan will find it to be the same
     return options, None

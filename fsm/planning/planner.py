@@ -20,7 +20,7 @@ from fsm.machine.runner import EXPIRING, LOADING, Runner, RunnerId
 from fsm.messages.reasons import DeviceShrunk, NeededFor, RunnerLimit, RunnerStep, WaitFor, WaitForRunners, WaitReason
 from fsm.messages.refusals import UnsupportedOption
 from fsm.placement.search import Gpu, Offload, PlacementDemand
-from fsm.planning.automatic_options import is_the_same, resolved_demand, with_batch
+from fsm.planning.automatic_options import resolved_demand, with_batch
 from fsm.planning.availability import DRAINED, LATER, NOW, SOON, AvailabilityProfile, Requirement
 from fsm.planning.eviction_candidates import Candidates
 from fsm.planning.infeasibility import infeasible_reason
@@ -30,7 +30,7 @@ from fsm.sizing.footprint import Footprint
 from fsm.state.core_state import CoreState
 from fsm.state.model_record import ModelRecord
 from fsm.state.request_queue import RequestGroup
-from fsm.state.runner_match import runner_serves
+from fsm.state.runner_match import match
 
 NO_MODEL = ModelId("")  # of lines for memory of the program's own
 LINES_AHEAD = 16  # for so many lines room is made at a time; those behind only take what is there for the taking
@@ -137,7 +137,7 @@ class _Planner:
         if self.successors[group.spec.model] < LINES_AHEAD or group.spec in newcomers:
             return False
         current = self.pool.models[group.spec.model].current
-        if current is not None and current.id in self.awaited and runner_serves(current, group.spec):
+        if current is not None and current.id in self.awaited and match(current, group.spec.options):
             return False
         group.wait(WaitFor.same_model)
         return True
@@ -176,7 +176,7 @@ class _Planner:
         else:
             model = self.pool.models[group.spec.model]
             current = model.current
-            if current is not None and current.id in self.awaited and runner_serves(current, group.spec):
+            if current is not None and current.id in self.awaited and match(current, group.spec.options):
                 group.wait(WaitFor.load, self.pool.expected_at(current))
                 return None
             if not model.inspected_since_launch:
@@ -189,7 +189,7 @@ class _Planner:
                 model, group.spec.options, self.pool, self.availability.potential, self.gpus
             )
             self.plan.options[group.spec] = options
-            if current is not None and is_the_same(current, options, group.spec.options):
+            if current is not None and match(current, group.spec.options, options):
                 self.plan.matches.append((group, current))
                 return None
             if (objection := model.impossible(options)) is not None:

@@ -16,7 +16,7 @@ from fsm.state.core_config import CoreConfig
 from fsm.state.memory_ledger import Ledger
 from fsm.state.model_record import ModelRecord
 from fsm.state.request_queue import QueueRank, RequestGroup
-from fsm.state.runner_match import runner_serves
+from fsm.state.runner_match import match
 from fsm.state.timers import Timers
 
 
@@ -105,7 +105,7 @@ class CoreState(Record):
 
     def groups_served_by(self, runner: Runner) -> list[RequestGroup]:
         """Return the lines that wait for this runner's load, or that it could serve now."""
-        return [group for group in self.groups_of_model(runner.model) if runner_serves(runner, group.spec)]
+        return [group for group in self.groups_of_model(runner.model) if match(runner, group.spec.options)]
 
     def models_in_use(self) -> frozenset[ModelId]:
         """Return the models that are asked for, inspected, pinned or have a runner."""

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-from fsm.machine.request import RequestSpec
+from fsm.domain.model_info import Options
 from fsm.machine.runner import Runner
-from fsm.sizing.load_options import serves
+from fsm.sizing.load_options import as_named, serves
 
 
-def runner_serves(runner: Runner, spec: RequestSpec) -> bool:
-    """Tell whether a runner's options, and where it is, satisfy what is wanted."""
-    if spec.options in runner.equivalent_requests:
+def match(runner: Runner, asked: Options, explicit: Options | None = None) -> bool:
+    """Tell whether a runner serves a request that names the options `asked`.
+
+    What a request leaves open matches anything, so nothing automatic is a reason to load a model anew. `explicit` is
+    `asked` with every automatic value made explicit, where the model's metadata is known: a request for more than the
+    model can have is served by a runner that has all that is possible.
+    """
+    if asked in runner.equivalent_requests:
         return True
-    return serves(runner.effective_options, spec.options) and (runner.fully_offloaded or not spec.options.require_gpu)
+    if asked.require_gpu and not runner.fully_offloaded:
+        return False
+    if explicit is None:
+        return serves(runner.effective_options, asked)
+    return explicit == runner.launch_options or serves(runner.effective_options, as_named(explicit, asked))

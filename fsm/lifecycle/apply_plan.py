@@ -28,6 +28,8 @@ def apply_plan(step: StepContext, plan: Plan) -> bool:
         _answer_at_once(step, plan)
         return True  # what these groups would have taken is free for the groups behind them
     step.unevaluated.clear()
+    for spec, wait in plan.waits.items():
+        state.groups[spec].wait(*wait)
     for model in plan.inspections:
         if not model.inspecting:
             model.inspecting = True

@@ -11,7 +11,7 @@ from fsm.eviction.policies import Candidate
 from fsm.eviction.victim_selection import VictimSet
 from fsm.machine.request import Request, RequestSpec
 from fsm.machine.runner import Runner, RunnerId
-from fsm.messages.reasons import ExpireReason
+from fsm.messages.reasons import ExpireReason, WaitReason
 from fsm.messages.refusals import Refusal
 from fsm.state.model_record import ModelRecord
 from fsm.state.request_queue import RequestGroup
@@ -45,4 +45,5 @@ class Plan:
     contended: set[RunnerId] = field(default_factory=set)  # others wait for its memory, and it may not go yet
     policy_failure: str = ""  # the exception that the policy raised; the oldest runners go first instead
     replan_at: float = math.inf  # when a wait's bound or a residency ends
-    evaluated: list[RequestGroup] = field(default_factory=list)  # those behind wait as before
+    evaluated: list[RequestGroup] = field(default_factory=list)  # the groups behind them wait as before
+    waits: dict[RequestSpec, tuple[WaitReason, float]] = field(default_factory=dict)  # for what, and until when

@@ -12,7 +12,7 @@ from fsm.eviction.policies import Candidate
 from fsm.machine.runner import RunnerState
 from fsm.messages.commands import NotifyContention
 from fsm.messages.reasons import RunnerStep, WaitFor, WaitForRunners
-from fsm.planning.planner import LINES_AHEAD
+from fsm.planning.planning_context import LINES_AHEAD
 from fsm.sizing.footprint import Footprint
 from tests.support.models import a_model
 from tests.support.pool import (

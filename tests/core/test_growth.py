@@ -12,7 +12,7 @@ from fsm.domain.devices import MIB
 from fsm.messages.commands import Grant
 from fsm.messages.reasons import WaitFor
 from fsm.messages.refusals import DoesNotFitRefusal, InvalidModelRefusal
-from fsm.planning.planner import LINES_AHEAD
+from fsm.planning.planning_context import LINES_AHEAD
 from fsm.sizing.footprint import Footprint
 from fsm.sizing.load_history import MOST_KINDS
 from tests.support.models import a_model

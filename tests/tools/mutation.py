@@ -22,8 +22,9 @@ MODULES = (
     "machine.transition_table", "machine.runner", "machine.request", "state.memory_ledger", "placement.layer_split",
     "placement.search", "eviction.reuse_prediction", "eviction.policies", "eviction.victim_selection",
     "planning.availability", "planning.deadline_admission", "planning.eviction_candidates", "planning.load_slots",
-    "planning.infeasibility", "planning.planner", "lifecycle.actions", "lifecycle.failures", "lifecycle.device_claims",
-    "core",
+    "planning.infeasibility", "planning.planning_context", "planning.planner", "planning.make_room",
+    "lifecycle.requests", "lifecycle.runners", "lifecycle.loads", "lifecycle.measurements", "lifecycle.failures",
+    "lifecycle.memory_recovery", "lifecycle.device_claims", "lifecycle.apply_plan", "core",
 )  # fmt: skip
 SMALLEST = "machine.request"  # of the modules: it has some fifteen mutants
 SUITE = (

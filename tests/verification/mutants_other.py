@@ -21,7 +21,7 @@ from fsm.messages.refusals import Refusal, SchedulerClosed
 from fsm.planning import eviction_candidates
 from fsm.planning.availability import NOW, SOON
 from fsm.planning.plan import Plan
-from fsm.planning.planner import _Planner
+from fsm.planning.planning_context import PlanningContext
 from fsm.state.core_state import CoreState, OpenClaim
 from fsm.state.request_queue import RequestGroup
 from fsm.state.timers import Timers
@@ -270,11 +270,11 @@ def loads_have_no_clock(patch: Patch) -> None:
 def stopped_processes_do_not_count(patch: Patch) -> None:
     """More processes are alive than there may be, while those that were told to stop end."""
 
-    @instead(patch, _Planner, "__init__")
-    def init(original: Callable[..., None], planner: _Planner, pool: CoreState, policy: object) -> None:
-        original(planner, pool, policy)
-        stopping = sum(runner.process and runner.stopping for runner in pool.runners.values())
-        planner.availability.process_slots = [places + stopping for places in planner.availability.process_slots]
+    @instead(patch, PlanningContext, "__init__")
+    def init(original: Callable[..., None], context: PlanningContext, state: CoreState, policy: object) -> None:
+        original(context, state, policy)
+        stopping = sum(runner.process and runner.stopping for runner in state.runners.values())
+        context.availability.process_slots = [places + stopping for places in context.availability.process_slots]
 
 
 # -- memory -----------------------------------------------------------------------------------------------------------
@@ -284,10 +284,10 @@ def stopped_processes_do_not_count(patch: Patch) -> None:
 def memory_is_promised_before_it_is_back(patch: Patch) -> None:
     """A load begins in what a runner holds that is on its way out."""
 
-    @instead(patch, _Planner, "__init__")
-    def init(original: Callable[..., None], planner: _Planner, pool: CoreState, policy: object) -> None:
-        original(planner, pool, policy)
-        planner.availability.bytes[NOW] = dict(planner.availability.bytes[SOON])
+    @instead(patch, PlanningContext, "__init__")
+    def init(original: Callable[..., None], context: PlanningContext, state: CoreState, policy: object) -> None:
+        original(context, state, policy)
+        context.availability.bytes[NOW] = dict(context.availability.bytes[SOON])
 
 
 @mutant("one-place")

@@ -14,8 +14,9 @@ from fsm.machine.request import Request
 from fsm.machine.runner import LOADING, Runner, RunnerId
 from fsm.messages.events import Acquire, ClaimContended, ClaimGranted, Event, Loaded, Progress
 from fsm.messages.reasons import FailureReason, RanOutOfMemory, RunnerLimit
+from fsm.planning import planner
 from fsm.planning.availability import DRAINED, LATER, SOON, AvailabilityProfile
-from fsm.planning.planner import _Planner
+from fsm.planning.planning_context import PlanningContext
 from fsm.state.core_config import CoreConfig
 from fsm.state.core_state import CoreState
 from fsm.state.model_record import ModelRecord
@@ -241,17 +242,17 @@ def victims_are_not_asked(patch: Patch) -> None:
 @mutant("shrinking")
 def what_is_too_much_stays(patch: Patch) -> None:
     """Idle runners rest on a device that has less than they hold."""
-    patch.setattr(_Planner, "evict_excess", lambda planner: None)
+    patch.setattr(planner, "_evict_excess", lambda context: None)
 
 
 @mutant("configure")
 def a_lower_number_of_runners_waits_for_their_end(patch: Patch) -> None:
     """More idle runners are alive than may be, until their keep-alives are over."""
 
-    @instead(patch, _Planner, "_shed")
-    def shed(original: Callable[..., None], planner: _Planner, reason: object, *args: object) -> None:
+    @instead(patch, planner, "_evict_worth")
+    def evict(original: Callable[..., None], context: PlanningContext, reason: object, *args: object) -> None:
         if not isinstance(reason, RunnerLimit):
-            original(planner, reason, *args)
+            original(context, reason, *args)
 
 
 # -- who takes what from whom -----------------------------------------------------------------------------------------
@@ -283,11 +284,11 @@ def what_drains_counts_as_stopped(patch: Patch) -> None:
 def two_count_on_one_victim(patch: Patch) -> None:
     """A runner that is to leave for one line is given to the next one once more."""
 
-    @instead(patch, _Planner, "_plan_eviction")
-    def make_room(original: Callable[..., Placement], planner: _Planner, *args: object) -> Placement:
-        claimed = set(planner.claimed)
-        placement = original(planner, *args)
-        planner.claimed = claimed
+    @instead(patch, planner, "plan_eviction")
+    def plan_eviction(original: Callable[..., Placement], context: PlanningContext, *args: object) -> Placement:
+        claimed = set(context.claimed)
+        placement = original(context, *args)
+        context.claimed = claimed
         return placement
 
 
@@ -307,10 +308,10 @@ def the_second_try_is_not_alone(patch: Patch) -> None:
 def the_second_try_begins_beside_others(patch: Patch) -> None:
     """A load that has to be alone begins while others are there who may be moved."""
 
-    @instead(patch, _Planner, "_consider_runner")
-    def consider(
-        original: Callable[..., None], planner: _Planner, line: RequestGroup, model: ModelRecord, *args: object
+    @instead(patch, planner, "_plan_runner")
+    def plan_runner(
+        original: Callable[..., None], context: PlanningContext, group: RequestGroup, model: ModelRecord, *args: object
     ) -> None:
         alone, model.load_exclusively = model.load_exclusively, False
-        original(planner, line, model, *args)
+        original(context, group, model, *args)
         model.load_exclusively = alone

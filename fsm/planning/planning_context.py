@@ -1,0 +1,87 @@
+"""What one plan is made on: the plan itself, scratch accounts of memory and load slots, and who counts on what."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+
+from fsm.domain.devices import DeviceId
+from fsm.eviction.policies import Candidate, EvictionPolicy
+from fsm.eviction.victim_selection import MOST_SETS, Amount, SelectionProblem, VictimSet, choose_victims
+from fsm.machine.request import ModelId
+from fsm.machine.runner import EXPIRING, LOADING, Runner, RunnerId
+from fsm.messages.reasons import WaitReason
+from fsm.placement.search import Gpu
+from fsm.planning.availability import DRAINED, NOW, SOON, AvailabilityProfile
+from fsm.planning.eviction_candidates import Candidates
+from fsm.planning.load_slots import LoadSlots
+from fsm.planning.plan import Plan
+from fsm.state.core_state import CoreState
+from fsm.state.request_queue import RequestGroup
+
+LINES_AHEAD = 16  # for so many groups room is made at a time; a group behind them only takes what is free
+
+
+class PlanningContext:
+    """Made anew for each plan; of the state nothing is changed."""
+
+    def __init__(self, state: CoreState, policy: EvictionPolicy) -> None:
+        self.state = state
+        self.plan = Plan()
+        ledger = state.ledger
+        devices = ledger.devices.values()  # in the order in which they were read, which `main_gpu` counts in
+        self.gpus = [Gpu(one.id, one.memory, one.instance, one.library) for one in devices if one.kind == "gpu"]
+        expiring = [runner for runner in state.runners.values() if runner.state is EXPIRING]
+        self.leaving = [runner for runner in expiring if not state.is_overdue(runner)]
+        self.plan.replan_at = min(
+            (one.stop_deadline for one in self.leaving if one.stop_deadline > state.now), default=math.inf
+        )
+        self.overdue = {runner.id for runner in expiring if state.is_overdue(runner)}
+        movable = [runner for runner in state.runners.values() if not state.is_unmovable(runner)]
+        self.availability = AvailabilityProfile(ledger, self.gpus, state.max_runners() - state.processes, movable)
+        self.availability.add(SOON, [runner for runner in self.leaving if not runner.leases])
+        self.availability.add(DRAINED, [runner for runner in self.leaving if runner.leases])
+        self.unmovable = len(state.runners) - len(movable)
+        self.claimed: set[RunnerId] = set()  # victims of earlier lines
+        self.sets_left = MOST_SETS
+        self.successors: Counter[ModelId] = Counter()  # lines for a model behind the first of them
+        self.loading = [runner for runner in state.runners.values() if runner.state is LOADING]
+        self.awaited = {runner.id for runner in self.loading if state.groups_served_by(runner)}
+        self.alone = next((runner for runner in self.loading if state.models[runner.model].load_exclusively), None)
+        if self.alone is not None:
+            self.availability.process_slots[NOW] = 0  # nobody begins beside it
+        self.load_slots = LoadSlots(state.config, (runner.placement for runner in self.loading))
+        self.candidates = Candidates(state, policy, self.awaited)
+        self.waiting = 0  # lines for which room is to be made
+        self.ahead: Counter[DeviceId] = Counter()  # of them, those that lack memory of a device
+
+    def wait(self, group: RequestGroup, reason: WaitReason, until: float = math.inf) -> None:
+        """Note what a group waits for, and until when as far as that is known."""
+        self.plan.waits[group.spec] = (reason, until)
+
+    def bound(self, group: RequestGroup) -> float:
+        """Return until when a line waits for others' convenience."""
+        return group.head.queued_at + self.state.config.max_wait_s
+
+    def choose(
+        self,
+        may: Sequence[Candidate],
+        must: Sequence[Candidate],
+        suffices: Callable[[Sequence[Candidate]], bool],
+        frees: Callable[[Candidate], Amount],
+        least: int = 0,
+    ) -> VictimSet | None:
+        question = SelectionProblem(suffices, frees, least, max(0, self.sets_left))
+        choice = choose_victims(self.state.now, may, must, question)
+        self.sets_left -= choice.tried if choice else 0
+        return choice
+
+    def frees(self, memories: Sequence[DeviceId]) -> Callable[[Candidate], Amount]:
+        """Return what tells how much a candidate frees of each memory."""
+        accounts = self.state.ledger.accounts
+        return lambda victim: tuple(map(accounts["runner", victim.runner].held_bytes, memories))
+
+    def unclaimed(self, victims: Iterable[Candidate]) -> list[Runner]:
+        """Return the runners that no earlier line counts on; a forced one may be such a line's victim already."""
+        return [self.state.runners[victim.runner] for victim in victims if victim.runner not in self.claimed]

@@ -26,7 +26,7 @@ def footprints(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("scheduler.config.settings.default_measurement_file", of_this_test)
-        patch.setenv("LOADMASTER_FOOTPRINTS", "none")
+        patch.setenv("LOADMASTER_MEASUREMENT_FILE", "none")
         yield folder
 
 

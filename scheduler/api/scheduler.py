@@ -82,8 +82,8 @@ class Scheduler:
         self._hub = Hub(self.settings.event_buffer, self._registry.name)
         core = Core(limits_of(self.settings), self.settings.eviction)
         self._recorder: Recorder | None = None
-        if self.settings.record is not None:
-            self._recorder = Recorder(self.settings.record, self.settings.record_limit, core, self._registry.name)
+        if (file := self.settings.recording_file) is not None:
+            self._recorder = Recorder(file, self.settings.recording_limit, core, self._registry.name)
         self._driver = Driver(
             core, monotonic_clock, self._perform, self._hub.publish, lambda error: self._desk.fail(error),
             lambda: self._executor.resample(), self._recorder.step if self._recorder is not None else None,
@@ -393,8 +393,8 @@ def limits_of(settings: Settings) -> CoreConfig:
         load_timeout_s=settings.load_timeout,
         stop_timeout_s=max(CoreConfig().stop_timeout_s, settings.stop_grace + _KILL_S),
         recovery_timeout_s=settings.recovery_timeout,
-        max_loads_per_gpu=settings.loads_per_device,
-        max_host_loads=settings.loads_on_host,
+        max_loads_per_gpu=settings.max_loads_per_gpu,
+        max_host_loads=settings.max_host_loads,
         prefetches=_PREFETCHES if settings.prefetch else 0,
         defaults=Options(
             num_ctx=settings.num_ctx,
@@ -406,9 +406,9 @@ def limits_of(settings: Settings) -> CoreConfig:
         ),
         claims=settings.lock_folder is not None,
         cpu_threads=settings.cpu_threads or 0,
-        persists_measurements=settings.footprints is not None,
-        spread_over_gpus=settings.spread,
-        auto_context_from_vram=settings.context_by_gpus,
+        persists_measurements=settings.measurement_file is not None,
+        spread_over_gpus=settings.spread_over_gpus,
+        auto_context_from_vram=settings.auto_context_from_vram,
         require_gpu=settings.require_gpu,
     )
 

@@ -48,7 +48,8 @@ def run_fit(chosen: argparse.Namespace) -> int:
     now = monotonic_clock()
     core = Core(limits_of(settings), settings.eviction)
     core.step(now, Sampled(samples))
-    known = MeasurementStore(settings.footprints).read(identity) if settings.footprints and identity else NOTHING
+    file = settings.measurement_file
+    known = MeasurementStore(file).read(identity) if file and identity else NOTHING
     fit = fit_of(now, core, question, info, registry.name, known)
     if chosen.json:
         print(json.dumps(fit.to_json() | {"problems": problems}, indent=2, ensure_ascii=False))

@@ -8,7 +8,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple, TypedDict, Unpack
+from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict, Unpack
 
 from fsm.eviction.policies import DEFAULT_POLICY, EvictionPolicy
 from fsm.sizing.load_options import MOST_SLOTS
@@ -30,6 +30,7 @@ from scheduler.config.value_parsers import (
 )
 from scheduler.errors.exceptions import InvalidSettings
 from scheduler.errors.formatting import format_bytes, format_duration
+from scheduler.errors.former_names import warn_of_former_name
 
 ENVIRONMENT_PREFIX = "LOADMASTER_"
 SMALLEST_RECORD_BYTES = 64 * 1024
@@ -54,8 +55,8 @@ class SettingsArguments(ChangeableArguments, total=False):
     recovery_timeout: str | float
     stop_grace: str | float
     close_timeout: str | float
-    loads_per_device: int
-    loads_on_host: int
+    max_loads_per_gpu: int
+    max_host_loads: int
     prefetch: bool
     eviction: str | EvictionPolicy
     cpu_threads: int | None
@@ -65,18 +66,18 @@ class SettingsArguments(ChangeableArguments, total=False):
     event_buffer: int
     num_ctx: int | None
     num_batch: int | None
-    context_by_gpus: bool
+    auto_context_from_vram: bool
     num_parallel: int | None
     flash_attention: bool | None
     cache_type: str | None
-    spread: bool
+    spread_over_gpus: bool
     require_gpu: bool
     gpu_reserve: str | int
     models: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
     lock_folder: str | os.PathLike[str] | None
-    footprints: str | os.PathLike[str] | None
-    record: str | os.PathLike[str] | None
-    record_limit: str | int
+    measurement_file: str | os.PathLike[str] | None
+    recording_file: str | os.PathLike[str] | None
+    recording_limit: str | int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, init=False)
@@ -85,6 +86,7 @@ class Settings:
 
     `settings_table()` says what each means. Arguments are `SettingsArguments`; what is not named has its default,
     and the environment is not read: see `from_environment`. Raises `InvalidSettings` for the first value not allowed.
+    A setting's former name is taken too, as an argument, a variable and an attribute, with a `DeprecationWarning`.
     """
 
     memory_limit: int | None
@@ -97,8 +99,8 @@ class Settings:
     recovery_timeout: float
     stop_grace: float
     close_timeout: float
-    loads_per_device: int
-    loads_on_host: int
+    max_loads_per_gpu: int
+    max_host_loads: int
     prefetch: bool
     eviction: EvictionPolicy
     cpu_threads: int | None
@@ -108,25 +110,36 @@ class Settings:
     event_buffer: int
     num_ctx: int | None
     num_batch: int | None
-    context_by_gpus: bool
+    auto_context_from_vram: bool
     num_parallel: int | None
     flash_attention: bool | None
     cache_type: str | None
-    spread: bool
+    spread_over_gpus: bool
     require_gpu: bool
     gpu_reserve: int
     models: tuple[Path, ...]
     lock_folder: Path | None
-    footprints: Path | None
-    record: Path | None
-    record_limit: int
+    measurement_file: Path | None
+    recording_file: Path | None
+    recording_limit: int
 
     def __init__(self, **arguments: Unpack[SettingsArguments]) -> None:
         given: dict[str, object] = {**arguments}
         for row in SETTINGS:
-            object.__setattr__(self, row.name, row.parse(row.name, given.pop(row.name, row.default)))
+            name = _name_used(row.name, row.former, given)
+            object.__setattr__(self, row.name, row.parse(name, given.pop(name, row.default)))
         for name, value in given.items():
             raise InvalidSettings(name, value, f"one of the settings: {', '.join(row.name for row in SETTINGS)}")
+
+    if not TYPE_CHECKING:  # a former name is no attribute for a type checker
+
+        def __getattr__(self, name: str) -> object:
+            """Return the setting of this former name."""
+            for row in SETTINGS:
+                if name and name == row.former:
+                    warn_of_former_name(f"Settings.{name}", f"Settings.{row.name}")
+                    return getattr(self, row.name)
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}", name=name, obj=self)
 
     @classmethod
     def from_environment(
@@ -139,14 +152,16 @@ class Settings:
         and for a LOADMASTER_ variable of no setting.
         """
         variables = os.environ if environment is None else environment
-        _check_names(variables)
+        given = {name: text for name, value in variables.items() if (text := value.strip(_AROUND_VALUES))}
+        _check_names(given)
         chosen: dict[str, Any] = {}
         for row in SETTINGS:
-            readers = {row.variable: row.parse, row.reference: row.reference_parse or row.parse}
-            found = [(name, text) for name in readers if (text := variables.get(name, "").strip(_AROUND_VALUES))]
-            if found and row.name not in arguments:
-                name, text = found[0]
-                chosen[row.name] = readers[name](name, text)
+            if row.name in arguments or row.former in arguments:
+                continue
+            variable = _name_used(row.variable, row.former_variable, given)
+            readers = {variable: row.parse, row.reference: row.reference_parse or row.parse}
+            if (name := next((name for name in readers if name in given), None)) is not None:
+                chosen[row.name] = readers[name](name, given[name])
         chosen.update(arguments)
         return cls(**chosen)
 
@@ -160,13 +175,29 @@ class Settings:
         return replace(self, **given)
 
 
-def _check_names(variables: Mapping[str, str]) -> None:
+def _check_names(given: Mapping[str, str]) -> None:
     """Raise `InvalidSettings` for a variable of ours that sets nothing: a typing error is not to lift a limit."""
-    known = [row.variable for row in SETTINGS]
-    for name in sorted(variables):
-        if name.startswith(ENVIRONMENT_PREFIX) and name not in known and variables[name].strip(_AROUND_VALUES):
+    known = {row.variable: row.variable for row in SETTINGS}
+    known |= {row.former_variable: row.variable for row in SETTINGS if row.former}
+    for name in sorted(given):
+        if name.startswith(ENVIRONMENT_PREFIX) and name not in known:
             (closest,) = difflib.get_close_matches(name.upper(), known, 1, cutoff=0)
-            raise InvalidSettings(name, variables[name], f"the variable of a setting, as {closest} is: check its name")
+            raise InvalidSettings(
+                name, given[name], f"the variable of a setting, as {known[closest]} is: check its name"
+            )
+
+
+def _name_used(name: str, former: str, given: Mapping[str, object]) -> str:
+    """Return the name by which a setting is given: `former`, with a warning, where it is, and else `name`.
+
+    Raises `InvalidSettings` where both are given.
+    """
+    if not former or former not in given:
+        return name
+    if name in given:
+        raise InvalidSettings(former, given[former], f"left out where {name}, its new name, is given too")
+    warn_of_former_name(former, name)
+    return former
 
 
 class Setting(NamedTuple):
@@ -179,11 +210,17 @@ class Setting(NamedTuple):
     reference: str = ""  # the environment variable of Ollama's that means the same
     reference_parse: Parse | None = None  # where its values do not mean quite the same
     changeable: bool = False  # while running
+    former: str = ""  # its name before, which still works and warns
 
     @property
     def variable(self) -> str:
         """The environment variable that sets it."""
         return ENVIRONMENT_PREFIX + self.name.upper()
+
+    @property
+    def former_variable(self) -> str:
+        """The environment variable of its former name; empty where it has none."""
+        return ENVIRONMENT_PREFIX + self.former.upper() if self.former else ""
 
 
 def _lock_folder(name: str, value: Any) -> Path:
@@ -195,11 +232,11 @@ def _lock_folder(name: str, value: Any) -> Path:
     return paths[0]
 
 
-def _footprints(name: str, value: Any) -> Path:
+def _measurement_file(name: str, value: Any) -> Path:
     return default_measurement_file() if value == "auto" else file(name, value, '"auto" or the path of a file')
 
 
-def _record_limit(name: str, value: Any) -> int:
+def _recording_limit(name: str, value: Any) -> int:
     limit_bytes = size(name, value)
     if limit_bytes < SMALLEST_RECORD_BYTES:
         raise InvalidSettings(name, value, f"at least {format_bytes(SMALLEST_RECORD_BYTES)}")
@@ -239,8 +276,8 @@ SETTINGS = (
     Setting("recovery_timeout", "5s", duration(), "how long to wait for a device to show freed memory"),
     Setting("stop_grace", "2s", duration(), "how long a process has to end before it is killed"),
     Setting("close_timeout", "10s", duration(), "how long leases may last after close"),
-    Setting("loads_per_device", 1, count(1), "loads at once on one GPU"),
-    Setting("loads_on_host", 2, count(1), "loads at once on the host"),
+    Setting("max_loads_per_gpu", 1, count(1), "loads at once on one GPU", former="loads_per_device"),
+    Setting("max_host_loads", 2, count(1), "loads at once on the host", former="loads_on_host"),
     Setting("prefetch", True, flag, "whether files of models that wait for memory are read into the page cache"),
     Setting(
         "eviction", DEFAULT_POLICY.name, eviction,
@@ -259,8 +296,9 @@ SETTINGS = (
         "num_batch", 0, automatic(), "tokens of a prompt computed at once where a request names none; 0: automatic",
     ),
     Setting(
-        "context_by_gpus", False, flag,
+        "auto_context_from_vram", False, flag,
         "whether an automatic context is by the GPUs' memory: 262144 from 47 GiB on, 32768 from 23 GiB on",
+        former="context_by_gpus",
     ),
     Setting(
         "num_parallel", 0, automatic(MOST_SLOTS), "slots of a runner where a request names none; 0: automatic",
@@ -274,7 +312,10 @@ SETTINGS = (
         "cache_type", None, optional(cache_type), "type of the KV cache where a request names none; none: f16",
         "OLLAMA_KV_CACHE_TYPE",
     ),
-    Setting("spread", False, flag, "whether a model goes on all GPUs even where one takes it", "OLLAMA_SCHED_SPREAD"),
+    Setting(
+        "spread_over_gpus", False, flag, "whether a model goes on all GPUs even where one takes it",
+        "OLLAMA_SCHED_SPREAD", former="spread",
+    ),
     Setting("require_gpu", False, flag, "whether a model is refused rather than placed on the host, in part or whole"),
     Setting("gpu_reserve", 0, size, "memory to keep free on each GPU that has its own", "OLLAMA_GPU_OVERHEAD"),
     Setting("models", (), folders, "folders in which models are found by name; several as in PATH"),
@@ -283,11 +324,18 @@ SETTINGS = (
         "where programs that load on one device take turns; auto: among this user's, none: they do not",
     ),
     Setting(
-        "footprints", "auto", optional(_footprints),
+        "measurement_file", "auto", optional(_measurement_file),
         "file of what models took and how long they loaded; auto: in this user's cache folder, none: it is forgotten",
+        former="footprints",
     ),
-    Setting("record", None, optional(file), "file to which every decision is recorded, for `loadmaster replay`"),
-    Setting("record_limit", "64MiB", _record_limit, "size of that file and of the one before it, FILE.1, together"),
+    Setting(
+        "recording_file", None, optional(file), "file to which every decision is recorded, for `loadmaster replay`",
+        former="record",
+    ),
+    Setting(
+        "recording_limit", "64MiB", _recording_limit, "size of that file and of the one before it, FILE.1, together",
+        former="record_limit",
+    ),
 )  # fmt: skip
 
 

@@ -80,7 +80,7 @@ class MeasurementStore:
         self._warned = False  # of damaged rows
         self._machine = platform.node()
         if path == NO_HOME:
-            self._say("made", "this user has none; name a file by the setting footprints")
+            self._say("made", "this user has none; name a file by the setting measurement_file")
 
     @property
     def problem(self) -> str:

@@ -65,7 +65,7 @@ class Executor:
         self.sampler = MemorySampler(devices, self._readers, self._running, post)
         self.prefetcher = Prefetcher(self._files_of, lambda: any(self._loading()))
         self.locks = self._locks(settings)
-        self.measurements = Measurements(settings.footprints) if settings.footprints is not None else None
+        self.measurements = Measurements(settings.measurement_file) if settings.measurement_file is not None else None
         self._identities: dict[ModelId, Identity | None] = {}  # as of the last inspection, unless that refused it
 
     def perform(

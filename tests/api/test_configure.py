@@ -293,9 +293,9 @@ def test_every_setting_that_the_core_works_by_reaches_it() -> None:
     limits = limits_of(
         Settings(
             max_queue=3, max_runners=4, keep_alive=5, max_wait=6, min_residency=7, load_timeout=8, recovery_timeout=9,
-            loads_per_device=10, loads_on_host=11, prefetch=False, num_ctx=12, num_batch=14, num_parallel=13,
-            flash_attention=True, cache_type="q8_0", cpu_threads=15, spread=True, context_by_gpus=True,
-            require_gpu=True, lock_folder=None, footprints=None, stop_grace=16,
+            max_loads_per_gpu=10, max_host_loads=11, prefetch=False, num_ctx=12, num_batch=14, num_parallel=13,
+            flash_attention=True, cache_type="q8_0", cpu_threads=15, spread_over_gpus=True, auto_context_from_vram=True,
+            require_gpu=True, lock_folder=None, measurement_file=None, stop_grace=16,
         )
     )  # fmt: skip
     defaults = Options(12, 14, num_parallel=13, flash_attention=True, cache_type_k="q8_0", cache_type_v="q8_0")
@@ -309,7 +309,7 @@ def test_every_setting_that_the_core_works_by_reaches_it() -> None:
 
 def test_without_settings_the_core_works_by_its_own_defaults() -> None:
     """Both say the same."""
-    given, own = limits_of(Settings(lock_folder=None, footprints=None)), CoreConfig()
+    given, own = limits_of(Settings(lock_folder=None, measurement_file=None)), CoreConfig()
     assert {each.name: getattr(given, each.name) for each in fields(CoreConfig)} == {
         each.name: getattr(own, each.name) for each in fields(CoreConfig)
     }

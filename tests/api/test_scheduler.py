@@ -232,7 +232,7 @@ def test_inspections_that_wait_for_a_reading_do_not_stand_in_its_way(
 def test_as_many_load_at_once_as_may_and_the_next_when_one_is_done() -> None:
     """S24: two cold requests that fit are loaded side by side, not one after the other."""
     gates = {name: Gate() for name in "abc"}
-    with Scheduler(Settings(loads_on_host=2)) as scheduler:
+    with Scheduler(Settings(max_host_loads=2)) as scheduler:
         models = {name: a_model(name, "10MiB", load=gate) for name, gate in gates.items()}
         waiting = {name: scheduler.submit(models[name]) for name in "ab"}
         assert gates["a"].entered.wait(LIMIT_S) and gates["b"].entered.wait(LIMIT_S)
@@ -1022,8 +1022,8 @@ def test_ctrl_c_while_a_scheduler_is_made_leaves_nothing(
     """Its first look at slow devices may take seconds; the recording's file is closed too."""
     monkeypatch.setattr(moment, Mock(side_effect=KeyboardInterrupt))
     with no_leaks(), pytest.raises(KeyboardInterrupt):
-        Scheduler(Settings(gpus=False, record=tmp_path / "incident.jsonl"))
-    assert not any(each.settings.record for each in scheduler_module._open_schedulers)
+        Scheduler(Settings(gpus=False, recording_file=tmp_path / "incident.jsonl"))
+    assert not any(each.settings.recording_file for each in scheduler_module._open_schedulers)
 
 
 @pytest.mark.parametrize("end", ["", "raise SystemExit(0)", "scheduler.close(0); scheduler.close()"])

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 
 from fsm.core import Core
 from fsm.eviction.policies import Candidate, ExpectedReloadCost, KeepAliveOrder
+from scheduler import Scheduler
 from scheduler.config.settings import (
     SETTINGS,
     ChangeableArguments,
@@ -148,7 +150,7 @@ def test_settings_can_be_replaced() -> None:
         ("memory_limit", 0),
         ("memory_limit", "lots"),
         ("load_timeout", 0),
-        ("loads_per_device", 0),
+        ("max_loads_per_gpu", 0),
         ("cpu_threads", 0),
         ("gpus", "maybe"),
         ("eviction", "random"),
@@ -160,7 +162,7 @@ def test_settings_can_be_replaced() -> None:
         ("flash_attention", "automatic"),
         ("cache_type", "q8"),
         ("cache_type", 8),
-        ("spread", None),
+        ("spread_over_gpus", None),
         ("gpu_reserve", -1),
         ("models", 3),
         ("models", None),
@@ -199,7 +201,7 @@ def test_a_policy_may_be_an_object() -> None:
 
 def test_a_policys_class_is_no_policy() -> None:
     """It says what is missing."""
-    with pytest.raises(InvalidSettings, match=r"eviction cannot be .*an object, as LeastExpectedLoading\(\) is"):
+    with pytest.raises(InvalidSettings, match=r"eviction cannot be .*an object, as ExpectedReloadCost\(\) is"):
         Settings(eviction=ExpectedReloadCost)  # type: ignore[arg-type]  # wrong on purpose
 
 
@@ -254,7 +256,7 @@ def test_none_can_be_said_in_the_environment(name: str) -> None:
         ("OLLAMA_FLASH_ATTENTION", "1", "flash_attention", True),
         ("OLLAMA_FLASH_ATTENTION", "f", "flash_attention", False),
         ("OLLAMA_KV_CACHE_TYPE", "Q8_0", "cache_type", "q8_0"),
-        ("OLLAMA_SCHED_SPREAD", "T", "spread", True),
+        ("OLLAMA_SCHED_SPREAD", "T", "spread_over_gpus", True),
         ("OLLAMA_GPU_OVERHEAD", "536870912", "gpu_reserve", 512 << 20),
     ],
 )
@@ -324,7 +326,7 @@ def test_folders_are_one_path_or_several() -> None:
     assert Settings().models == Settings(models="").models == ()
 
 
-@pytest.mark.parametrize("name", ["models", "lock_folder", "footprints", "record"])
+@pytest.mark.parametrize("name", ["models", "lock_folder", "measurement_file", "recording_file"])
 def test_a_path_stays_where_it_was_when_the_working_folder_changes(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -334,7 +336,7 @@ def test_a_path_stays_where_it_was_when_the_working_folder_changes(
     assert value == ((tmp_path / "here",) if name == "models" else tmp_path / "here")
 
 
-@pytest.mark.parametrize("name", ["models", "lock_folder", "footprints", "record"])
+@pytest.mark.parametrize("name", ["models", "lock_folder", "measurement_file", "recording_file"])
 def test_a_relative_path_in_a_working_folder_that_is_gone_is_refused_by_name(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -360,7 +362,7 @@ def test_as_many_slots_as_a_runner_can_have_are_allowed() -> None:
 
 OPTIONAL = (
     "memory_limit", "min_residency", "cpu_threads", "num_ctx", "num_batch", "num_parallel", "flash_attention",
-    "cache_type", "models", "lock_folder", "footprints", "record",
+    "cache_type", "models", "lock_folder", "measurement_file", "recording_file",
 )  # fmt: skip
 
 
@@ -373,7 +375,7 @@ def test_none_is_understood_in_any_case(name: str, text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", [name for name in OPTIONAL if name not in ("models", "record", "lock_folder", "footprints")]
+    "name", [name for name in OPTIONAL if name not in ("models", "recording_file", "lock_folder", "measurement_file")]
 )
 def test_who_is_told_what_is_allowed_is_told_of_none_too(name: str) -> None:
     """Where it is."""
@@ -405,8 +407,86 @@ def test_a_wrong_value_changes_nothing() -> None:
 
 def test_a_wrong_variable_is_named_by_its_own_name() -> None:
     """The reader of the message has to know where to look."""
-    with pytest.raises(InvalidSettings, match="LOADMASTER_LOADS_ON_HOST cannot be 'two'"):
+    with pytest.raises(InvalidSettings, match="LOADMASTER_MAX_HOST_LOADS cannot be 'two'"):
+        Settings.from_environment({"LOADMASTER_MAX_HOST_LOADS": "two"})
+
+
+FORMER = {row.former: row.name for row in SETTINGS if row.former}
+A_VALUE = {
+    "loads_per_device": 3, "loads_on_host": 3, "context_by_gpus": True, "spread": True, "footprints": "/a.sqlite3",
+    "record": "/a.jsonl", "record_limit": "1MiB",
+}  # fmt: skip
+
+
+def test_every_former_name_is_tested() -> None:
+    """A name that is added to the table gets a value here."""
+    assert FORMER.keys() == A_VALUE.keys()
+
+
+@pytest.mark.parametrize(("former", "name"), FORMER.items())
+def test_a_setting_of_a_former_name_is_taken_with_one_warning(former: str, name: str) -> None:
+    """As an argument, an attribute and a variable; the warning has the new name, and the caller's file."""
+    value, expected = A_VALUE[former], Settings(**{name: A_VALUE[former]})  # type: ignore[arg-type]  # by name
+    variable, former_variable = f"LOADMASTER_{name.upper()}", f"LOADMASTER_{former.upper()}"
+    uses: list[tuple[Callable[[], object], object, str]] = [
+        (lambda: Settings(**{former: value}), expected, name),  # type: ignore[arg-type]  # by name
+        (lambda: Settings.from_environment({}, **{former: value}), expected, name),  # type: ignore[arg-type]  # by name
+        (lambda: Settings.from_environment({former_variable: str(value)}), expected, variable),
+        (lambda: getattr(expected, former), getattr(expected, name), f"Settings.{name}"),
+    ]
+    for use, result, told in uses:
+        with pytest.warns(DeprecationWarning) as caught:
+            assert use() == result
+        assert len(caught) == 1 and f"is called {told} now" in str(caught[0].message)
+        assert caught[0].filename == __file__
+
+
+@pytest.mark.parametrize(("former", "name"), FORMER.items())
+def test_a_setting_of_both_names_is_refused(former: str, name: str) -> None:
+    """Neither wins; a variable that is empty, or that an argument wins over, is not given."""
+    value = A_VALUE[former]
+    variable, former_variable = f"LOADMASTER_{name.upper()}", f"LOADMASTER_{former.upper()}"
+    with pytest.raises(InvalidSettings, match=f"^{former} cannot be .* left out where {name}, its new name,"):
+        Settings(**{former: value, name: value})  # type: ignore[arg-type]  # by name
+    with pytest.raises(InvalidSettings, match=f"^{former_variable} cannot be .* left out where {variable}, its new"):
+        Settings.from_environment({former_variable: str(value), variable: str(value)})
+    with warnings.catch_warnings(action="error"):
+        Settings.from_environment({former_variable: " ", variable: str(value)})
+        Settings.from_environment({former_variable: str(value)}, **{name: value})  # type: ignore[arg-type]  # by name
+
+
+def test_a_wrong_value_is_named_by_the_former_name_where_that_was_given() -> None:
+    """The reader of the message has to find it."""
+    with pytest.warns(DeprecationWarning), pytest.raises(InvalidSettings, match=r"^loads_on_host cannot be 0"):
+        Settings(loads_on_host=0)  # type: ignore[call-arg]  # a former name
+    with pytest.warns(DeprecationWarning), pytest.raises(InvalidSettings, match=r"^LOADMASTER_LOADS_ON_HOST cannot be"):
         Settings.from_environment({"LOADMASTER_LOADS_ON_HOST": "two"})
+
+
+def test_a_variable_of_a_former_name_wins_over_the_references() -> None:
+    """As the new name does."""
+    with pytest.warns(DeprecationWarning, match="LOADMASTER_SPREAD_OVER_GPUS"):
+        assert not Settings.from_environment({"LOADMASTER_SPREAD": "off", "OLLAMA_SCHED_SPREAD": "on"}).spread_over_gpus
+
+
+def test_a_mistyped_former_variable_is_refused_with_the_new_one() -> None:
+    """A name that will go is not suggested."""
+    with pytest.raises(InvalidSettings, match="as LOADMASTER_MEASUREMENT_FILE is"):
+        Settings.from_environment({"LOADMASTER_FOOTPRINT": "none"})
+
+
+def test_a_scheduler_points_a_warning_at_the_program_that_makes_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It reads the environment on the program's behalf."""
+    monkeypatch.setenv("LOADMASTER_LOADS_ON_HOST", "3")
+    with pytest.warns(DeprecationWarning, match="LOADMASTER_MAX_HOST_LOADS") as caught, Scheduler() as scheduler:
+        assert scheduler.settings.max_host_loads == 3
+    assert [each.filename for each in caught] == [__file__]
+
+
+def test_what_was_never_a_setting_is_no_attribute() -> None:
+    """As of any class."""
+    with pytest.raises(AttributeError, match="'Settings' object has no attribute 'max_qeueu'"):
+        Settings().max_qeueu  # type: ignore[attr-defined]  # noqa: B018  # wrong on purpose
 
 
 def test_the_environment_is_the_processs_own_unless_given(monkeypatch: pytest.MonkeyPatch) -> None:

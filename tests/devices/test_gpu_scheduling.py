@@ -246,7 +246,7 @@ def test_a_child_sees_exactly_the_gpus_of_its_placement(nvml: StandIn) -> None:
 def test_a_child_of_a_split_model_sees_its_gpus_in_the_order_of_its_layers(nvml: StandIn) -> None:
     """The shares that llama.cpp is told are in that order too."""
     nvml.say(ONE, TWO)
-    with tempfile.TemporaryDirectory() as name, a_scheduler(spread=True) as scheduler:
+    with tempfile.TemporaryDirectory() as name, a_scheduler(spread_over_gpus=True) as scheduler:
         gpus, environment = seen_by_child(scheduler, Path(name), "split")
         assert sorted(gpus) == sorted([ONE.id, TWO.id])
         assert environment["CUDA_VISIBLE_DEVICES"] == ",".join(gpus)
@@ -257,6 +257,6 @@ def test_a_child_on_an_instance_sees_that_instance_and_nothing_else(nvml: StandI
     """CUDA lets a process use one; over several nothing is split, even where it is asked for."""
     instances = [Gpu("MIG-aaaa", total=2 * GIB), Gpu("MIG-bbbb", total=3 * GIB)]
     nvml.say(Gpu("GPU-d", instances=instances))
-    with tempfile.TemporaryDirectory() as name, a_scheduler(spread=True) as scheduler:
+    with tempfile.TemporaryDirectory() as name, a_scheduler(spread_over_gpus=True) as scheduler:
         gpus, environment = seen_by_child(scheduler, Path(name), "small")
         assert (gpus, environment["CUDA_VISIBLE_DEVICES"]) == (["MIG-bbbb"], "MIG-bbbb")

@@ -326,7 +326,7 @@ def test_close_while_a_file_is_read(monkeypatch: pytest.MonkeyPatch, model: Path
 
 def test_close_while_a_child_loads_and_another_is_called_off(model: Path) -> None:
     """One stopped in the middle of its load, one whose turn has not come."""
-    scheduler = a_scheduler(loads_on_host=1, memory_limit=None, stop_grace="100ms")
+    scheduler = a_scheduler(max_host_loads=1, memory_limit=None, stop_grace="100ms")
     first, pid = begin_a_load(scheduler, model)
     waiting = [first]
     waiting.append(scheduler.submit(model, embedding=True))

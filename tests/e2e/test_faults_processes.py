@@ -246,7 +246,7 @@ def test_a_file_that_is_cut_while_its_load_waits_for_its_turn_is_never_loaded(fo
     """Its size is looked at again right before the start: llama.cpp would be killed by what is missing."""
     path = tmp_path / "cut.gguf"
     path.write_bytes((folder / "b.gguf").read_bytes())
-    with Scheduler(settings(loads_on_host=1)) as scheduler:
+    with Scheduler(settings(max_host_loads=1)) as scheduler:
         first, pid = begin_a_load(scheduler, folder / "a.gguf")
         waiting = scheduler.submit(path)
         assert_soon(lambda: len(scheduler.status().queue) == 2)

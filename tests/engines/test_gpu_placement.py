@@ -86,7 +86,7 @@ def test_n04_what_fits_no_gpu_is_split_over_two(nvml: StandIn) -> None:
 def test_n04_spread_splits_what_one_gpu_would_take(nvml: StandIn) -> None:
     """N04: over all GPUs, each by what it has free."""
     nvml.say(ONE, TWO.but(total=64 * MIB))
-    with a_scheduler(spread=True) as (scheduler, path):
+    with a_scheduler(spread_over_gpus=True) as (scheduler, path):
         assert sorted(loaded(scheduler, path).gpu_layers.values()) == [3, 4]
 
 

@@ -469,7 +469,7 @@ def test_without_a_home_nothing_is_kept(monkeypatch: pytest.MonkeyPatch, caplog:
     path = default_measurement_file()
     store = written(path)
     assert (path, store.read(FILE)) == (NO_HOME, NOTHING)
-    assert "the setting footprints" in store.problem and len(warnings(caplog)) == 1
+    assert "the setting measurement_file" in store.problem and len(warnings(caplog)) == 1
 
 
 # -- several programs -------------------------------------------------------------------------------------------------

@@ -48,7 +48,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def life_of(model: Path, store: Path, **options: int) -> tuple[int, int, bool]:
     """Load a model once; return what was promised to it, what it took, and whether that was known before."""
-    with Scheduler(settings(footprints=store, probe_interval="1h")) as scheduler:
+    with Scheduler(settings(measurement_file=store, probe_interval="1h")) as scheduler:
         fit = scheduler.fit(model, **options)
         with scheduler.acquire(model, **options) as lease:
             lease.chat("hello", **SHORT)
@@ -99,7 +99,7 @@ def test_how_long_it_loaded_is_known_too(store: Path, model: Path) -> None:
     """Before anything was loaded here."""
     for _ in range(2):
         life_of(model, store)
-    with Scheduler(settings(footprints=store)) as scheduler, scheduler.acquire(model) as lease:
+    with Scheduler(settings(measurement_file=store)) as scheduler, scheduler.acquire(model) as lease:
         known = scheduler._executor.runner_handles[lease.runner].model
         loads = scheduler._driver.query(lambda core: dict(core._state.models[known].loads))
     assert [len(seconds) for seconds in loads.values()] == [3]
@@ -124,9 +124,9 @@ def test_other_options_are_predicted(store: Path, model: Path) -> None:
 
 
 def test_without_a_store_nothing_is_known_and_nothing_is_written(tmp_path: Path, model: Path) -> None:
-    """`footprints="none"` is for those who want no file."""
+    """`measurement_file="none"` is for those who want no file."""
     for _ in range(2):
-        with Scheduler(settings(footprints=None)) as scheduler:
+        with Scheduler(settings(measurement_file=None)) as scheduler:
             assert not scheduler.fit(model).measured
             scheduler.acquire(model).release()
     assert not list(tmp_path.iterdir())
@@ -134,14 +134,14 @@ def test_without_a_store_nothing_is_known_and_nothing_is_written(tmp_path: Path,
 
 def test_an_object_is_not_remembered(store: Path) -> None:
     """It says itself what it takes."""
-    with Scheduler(settings(footprints=store)) as scheduler:
+    with Scheduler(settings(measurement_file=store)) as scheduler:
         scheduler.acquire(PythonModel("a", load=object, memory={"cpu": 1000})).release()
     assert not store.exists()
 
 
 def test_nothing_of_what_was_asked_is_in_it(store: Path, model: Path) -> None:
     """Neither prompts, nor answers, nor keys: the file may lie in a backup."""
-    with Scheduler(settings(footprints=store)) as scheduler, scheduler.acquire(model) as lease:
+    with Scheduler(settings(measurement_file=store)) as scheduler, scheduler.acquire(model) as lease:
         answer = lease.chat("a very private question", **SHORT)
         key = lease.api_key
     content = store.read_bytes()
@@ -168,7 +168,7 @@ def test_a_store_that_cannot_be_written_warns_once_and_is_a_problem(
 ) -> None:
     """Everything else goes on; `status()` says it."""
     store.mkdir(parents=True)
-    with Scheduler(settings(footprints=store)) as scheduler:
+    with Scheduler(settings(measurement_file=store)) as scheduler:
         for _ in range(2):
             scheduler.acquire(model, keep_alive=0).release()
             assert_soon(lambda: not scheduler.status().runners)
@@ -185,7 +185,7 @@ def test_the_command_knows_it_as_well(
     store: Path, model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """`loadmaster fit` in a program of its own, and it says where its figure comes from."""
-    monkeypatch.setenv("LOADMASTER_FOOTPRINTS", str(store))
+    monkeypatch.setenv("LOADMASTER_MEASUREMENT_FILE", str(store))
     monkeypatch.setenv("LOADMASTER_GPUS", "0")
     life_of(model, store)
     remembered, _, _ = life_of(model, store)
@@ -194,7 +194,7 @@ def test_the_command_knows_it_as_well(
     assert (found["measured"], found["devices"][0]["takes_bytes"]) == (True, remembered)
     assert main(["fit", str(model)]) == 0
     assert "was measured before, so 3 % more must be free" in " ".join(capsys.readouterr().out.split())
-    monkeypatch.setenv("LOADMASTER_FOOTPRINTS", "none")
+    monkeypatch.setenv("LOADMASTER_MEASUREMENT_FILE", "none")
     assert main(["fit", str(model)]) == 0
     assert "It is a prediction, so 25 % more must be free" in " ".join(capsys.readouterr().out.split())
 
@@ -208,13 +208,14 @@ def test_the_usual_file_is_in_the_users_cache_folder(monkeypatch: pytest.MonkeyP
 
 def test_the_setting_takes_a_file_or_none(tmp_path: Path) -> None:
     """And "auto", which is the default."""
-    assert Settings(footprints=str(tmp_path / "a.db")).footprints == tmp_path / "a.db"
-    assert Settings(footprints="none").footprints is Settings(footprints=None).footprints is None
-    assert Settings(footprints="auto").footprints == Settings().footprints
+    assert Settings(measurement_file=str(tmp_path / "a.db")).measurement_file == tmp_path / "a.db"
+    assert Settings(measurement_file="none").measurement_file is None
+    assert Settings(measurement_file=None).measurement_file is None
+    assert Settings(measurement_file="auto").measurement_file == Settings().measurement_file
     wrong: tuple[Any, ...] = ("", 5, ["a", "b"], ("a",), "a\0b")
     for value in wrong:
         with pytest.raises(InvalidSettings, match='"auto" or the path of a file, or "none"'):
-            Settings(footprints=value)
+            Settings(measurement_file=value)
 
 
 def test_a_user_without_a_home_has_a_scheduler_that_warns_of_it(monkeypatch: pytest.MonkeyPatch, model: Path) -> None:
@@ -224,12 +225,12 @@ def test_a_user_without_a_home_has_a_scheduler_that_warns_of_it(monkeypatch: pyt
     with no_leaks(), Scheduler(Settings(gpus=False)) as scheduler:
         scheduler.acquire(model).release()
         (problem,) = scheduler.status().problems
-        assert "this user has none; name a file by the setting footprints" in problem
+        assert "this user has none; name a file by the setting measurement_file" in problem
 
 
 def test_tests_keep_out_of_the_developers_own_file(footprints: Path) -> None:
     """Each has one of its own, and programs that it starts have none."""
-    path = Settings().footprints
+    path = Settings().measurement_file
     assert path is not None and path.parent == footprints
     assert Settings.from_environment().footprints is None
 

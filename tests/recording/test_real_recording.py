@@ -47,7 +47,7 @@ def file(tmp_path: Path) -> Path:
 
 
 def recorded(file: Path, **arguments: Any) -> Scheduler:
-    return Scheduler(settings(record=file, **arguments))
+    return Scheduler(settings(recording_file=file, **arguments))
 
 
 def steps(file: Path) -> list[ReplayedStep]:
@@ -106,7 +106,7 @@ def test_a_real_run_replays_exactly(file: Path, folder: Path, tmp_path: Path) ->
 def test_a_rotated_recording_of_a_real_run_replays_exactly(file: Path, folder: Path) -> None:
     """Both files, each by itself, with a runner that was there before the second began; together within the limit."""
     model, before = folder / "a.gguf", Path(f"{file}.1")
-    with recorded(file, record_limit=SMALLEST_RECORD_BYTES) as scheduler, scheduler.acquire(model) as lease:
+    with recorded(file, recording_limit=SMALLEST_RECORD_BYTES) as scheduler, scheduler.acquire(model) as lease:
         for _ in range(40):
             for _ in range(20):
                 scheduler.acquire(model).release()
@@ -125,7 +125,7 @@ def test_a_recording_survives_the_program(file: Path) -> None:
     """Kill -9 of the host: all but the last moments is there, and a line that is cut is left out."""
     code = f"""
 from scheduler import PythonModel, Scheduler, Settings
-scheduler = Scheduler(Settings(gpus=False, record={str(file)!r}))
+scheduler = Scheduler(Settings(gpus=False, recording_file={str(file)!r}))
 model = PythonModel("object", load=object, memory={{"cpu": "1MiB"}})
 print("ready", flush=True)
 while True:
@@ -232,7 +232,7 @@ def until(condition):
         assert time.monotonic() < end
         scheduler.acquire(model).release()
         time.sleep(0.002)
-with Scheduler(Settings(gpus=False, record={str(file)!r})) as scheduler:
+with Scheduler(Settings(gpus=False, recording_file={str(file)!r})) as scheduler:
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
     until(lambda: any("File too large" in each for each in scheduler.status().problems))
     resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
@@ -297,11 +297,12 @@ def test_failed_loads_of_objects_replay(file: Path) -> None:
 def test_the_settings_are_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A path, made absolute at once; "none" is none; and a size that is worth it."""
     monkeypatch.chdir(tmp_path)
-    assert Settings().record is None and Settings(record="none").record is None
-    assert Settings(record="x.jsonl").record == tmp_path / "x.jsonl" == Settings(record=Path("x.jsonl")).record
-    assert (
-        Settings.from_environment({"LOADMASTER_RECORD": "a:b", "LOADMASTER_RECORD_LIMIT": "1MiB"}).record_limit == 2**20
-    )
-    for wrong in ({"record": 7}, {"record": ""}, {"record": "a\0b"}, {"record_limit": "1KiB"}, {"record_limit": "all"}):
+    assert Settings().recording_file is None and Settings(recording_file="none").recording_file is None
+    for path in ("x.jsonl", Path("x.jsonl")):
+        assert Settings(recording_file=path).recording_file == tmp_path / "x.jsonl"
+    environment = {"LOADMASTER_RECORDING_FILE": "a:b", "LOADMASTER_RECORDING_LIMIT": "1MiB"}
+    assert Settings.from_environment(environment).recording_limit == 2**20
+    names = ("recording_file", "recording_file", "recording_file", "recording_limit", "recording_limit")
+    for wrong in ({name: value} for name, value in zip(names, (7, "", "a\0b", "1KiB", "all"), strict=True)):
         with pytest.raises(InvalidSettings):
             Settings(**wrong)  # type: ignore[arg-type]

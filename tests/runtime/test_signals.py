@@ -123,7 +123,7 @@ def test_ctrl_c_in_the_last_steps_of_a_close_skips_no_other(
     step: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Who listens hears the end, and what the step was to end is ended when the interpreter exits."""
-    scheduler = a_scheduler(record=tmp_path / "recording.jsonl")
+    scheduler = a_scheduler(recording_file=tmp_path / "recording.jsonl")
     *path, name = step.split(".")
     owner: Any = scheduler
     for part in path:

@@ -52,7 +52,7 @@ def live(store: Path, model: Path, row: Row, *, fills: bool) -> Life:
 
 def _live(store: str, model: str, options: dict[str, object], embedding: bool, fills: bool) -> Life:
     row = Row(model, Options(**options), embedding)  # type: ignore[arg-type]  # as they were written
-    settings = Settings(gpus=False, cpu_threads=1, probe_interval="1h", footprints=store)
+    settings = Settings(gpus=False, cpu_threads=1, probe_interval="1h", measurement_file=store)
     with Scheduler(settings) as scheduler:
         asking = {**options, "embedding": embedding}
         fit = scheduler.fit(model, **asking)  # type: ignore[arg-type]  # as they were written

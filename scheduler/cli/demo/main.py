@@ -267,7 +267,7 @@ def _settings(cast: Cast) -> Settings:
         close_timeout="1s",
         gpus=False,
         event_buffer=10_000,
-        footprints=None,  # it shows how what is measured replaces what was predicted
+        measurement_file=None,  # it shows how what is measured replaces what was predicted
     )
 
 

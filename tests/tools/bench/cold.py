@@ -69,7 +69,7 @@ def run() -> dict[str, Any]:
     path = model_path()
     path.read_bytes()  # into the page cache, for both
     alone, through = [], []
-    with Scheduler(Settings(footprints=None)) as scheduler:
+    with Scheduler(Settings(measurement_file=None)) as scheduler:
         scheduled(scheduler, path)
         bare(path)
         for _ in range(ROUNDS):

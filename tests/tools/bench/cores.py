@@ -152,7 +152,7 @@ def say(lease: Lease, tokens: int = TOKENS) -> list[float]:
 def dealt(rounds: int) -> tuple[list[int], dict[int, float]]:
     """Return the threads that the scheduler gave each of three models, and their median seconds at once."""
     taken: dict[int, list[float]] = {count: [] for count in AT_ONCE}
-    with models(max(AT_ONCE)) as paths, Scheduler(Settings(gpus=False, footprints=None)) as scheduler:
+    with models(max(AT_ONCE)) as paths, Scheduler(Settings(gpus=False, measurement_file=None)) as scheduler:
         leases = [scheduler.acquire(path, keep_alive=-1) for path in paths]
         for lease in leases:
             say(lease, 4)
@@ -187,7 +187,7 @@ def beside_loads() -> dict[str, float]:
     """Return the 99th percentile of the seconds between a warm model's tokens, alone and while another one loads."""
     alone: list[float] = []
     loading: list[float] = []
-    settings = Settings(gpus=False, footprints=None)
+    settings = Settings(gpus=False, measurement_file=None)
     with models(2) as (warm, cold), Scheduler(settings) as scheduler, scheduler.acquire(warm) as lease:
         say(lease)
         for _ in range(LOADS):
@@ -219,7 +219,7 @@ def beside_programs() -> dict[str, float]:
         scheduler.acquire(path, keep_alive=0).release()
         return time.perf_counter() - begin
 
-    with models(1) as (path,), Scheduler(Settings(gpus=False, footprints=None)) as scheduler:
+    with models(1) as (path,), Scheduler(Settings(gpus=False, measurement_file=None)) as scheduler:
         a_load()
         alone = statistics.median(a_load() for _ in range(LOADS))
         with busy_programs(usable_cores()):

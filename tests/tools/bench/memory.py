@@ -23,7 +23,7 @@ import psutil
 before = psutil.Process().memory_info().rss
 from scheduler import Scheduler, Settings
 imported = psutil.Process().memory_info().rss
-scheduler = Scheduler(Settings(footprints=None))
+scheduler = Scheduler(Settings(measurement_file=None))
 print(imported - before, psutil.Process().memory_info().rss - imported)
 scheduler.close()
 """

@@ -65,8 +65,12 @@ def compare(path: Path, rounds: int = ROUNDS) -> dict[str, Any]:
     taken: dict[str, list[float]] = {turn: [] for turn in TURNS}
     ahead = []
     with (
-        Scheduler(Settings(memory_limit=LIMIT, gpus=False, cpu_threads=1, footprints=None, prefetch=True)) as reads,
-        Scheduler(Settings(memory_limit=LIMIT, gpus=False, cpu_threads=1, footprints=None, prefetch=False)) as waits,
+        Scheduler(
+            Settings(memory_limit=LIMIT, gpus=False, cpu_threads=1, measurement_file=None, prefetch=True)
+        ) as reads,
+        Scheduler(
+            Settings(memory_limit=LIMIT, gpus=False, cpu_threads=1, measurement_file=None, prefetch=False)
+        ) as waits,
     ):
         for scheduler in (reads, waits):
             first_token_s(scheduler, path, cached=True)  # everything is imported, for both

@@ -81,7 +81,7 @@ def while_it_is_recorded() -> list[float]:
     """One client on a warm model, every decision of which is written to a file."""
     with (
         TemporaryDirectory() as folder,
-        Scheduler(Settings(keep_alive=-1, footprints=None, record=f"{folder}/bench.jsonl")) as scheduler,
+        Scheduler(Settings(keep_alive=-1, measurement_file=None, recording_file=f"{folder}/bench.jsonl")) as scheduler,
     ):
         scheduler.acquire(MODEL).release()
         taken: list[float] = off_main(lambda: acquire_and_release(scheduler))
@@ -90,7 +90,7 @@ def while_it_is_recorded() -> list[float]:
 
 def run() -> dict[str, Any]:
     """Return the figures in µs, and print them."""
-    with Scheduler(Settings(keep_alive=-1, footprints=None)) as scheduler:
+    with Scheduler(Settings(keep_alive=-1, measurement_file=None)) as scheduler:
         scheduler.acquire(MODEL).release()
         least = summary(off_main(floor))
         idle = summary(off_main(lambda: acquire_and_release(scheduler)))

@@ -58,7 +58,7 @@ class Contestant:
 
 def settings(course: Course, **others: Any) -> Settings:
     """Return settings under which only the number of models is bounded, on the host alone."""
-    return Settings(gpus=False, footprints=None, max_runners=course.room, event_buffer=1_000_000, **others)
+    return Settings(gpus=False, measurement_file=None, max_runners=course.room, event_buffer=1_000_000, **others)
 
 
 class Tally:
@@ -148,7 +148,7 @@ def reference(course: Course) -> Iterator[Opened]:
     The victim is chosen by keep-alive and then by path and given up at once, busy or not; whoever needs a load waits
     until nobody before it does; whoever finds its model loaded is let past.
     """
-    order = settings(course, eviction="keep-alive", loads_on_host=1, min_residency=0, max_wait=0)
+    order = settings(course, eviction="keep-alive", max_host_loads=1, min_residency=0, max_wait=0)
     with Scheduler(order) as scheduler:
         tally, turnstile = Tally(scheduler.events()), Turnstile()
 

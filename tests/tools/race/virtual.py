@@ -210,8 +210,8 @@ def main(arguments: Sequence[str]) -> int:
         "lru, residency 1 s": ("lru", {"min_residency_s": 1.0}),
         "lru, residency 2 s": ("lru", {"min_residency_s": 2.0}),
         "lru, residency 4 s": ("lru", {"min_residency_s": 4.0}),
-        "lru, one load at a time": ("lru", {"loads_on_host": 1}),
-        "keep-alive, at once": ("keep-alive", {"min_residency_s": 0.0, "max_wait_s": 0.0, "loads_on_host": 1}),
+        "lru, one load at a time": ("lru", {"max_host_loads": 1}),
+        "keep-alive, at once": ("keep-alive", {"min_residency_s": 0.0, "max_wait_s": 0.0, "max_host_loads": 1}),
     }
     print(f"{'':<26}{'total':>8}{'loads':>8}{'p50':>8}{'p95':>8}{'p99':>8}{'max':>8}")
     for name, (policy, changes) in variants.items():

@@ -36,7 +36,7 @@ def settings(folder: Path) -> Settings:
     return Settings(
         gpus=False, cpu_threads=1, memory_limit=MOST_BYTES, max_runners=20, max_queue=MOST_QUEUE, keep_alive="60s",
         max_wait="2s", min_residency=0, load_timeout="5s", stop_grace="0.5s", probe_interval="1s", probe_timeout="3s",
-        lock_folder=folder, footprints=folder.with_name("footprints.sqlite3"), event_buffer=200, loads_on_host=6,
+        lock_folder=folder, measurement_file=folder.with_name("footprints.sqlite3"), event_buffer=200, max_host_loads=6,
         recovery_timeout="0.5s",
     )  # fmt: skip
 

@@ -27,7 +27,7 @@ from scheduler.config.settings import Settings
 from scheduler.devices.device_reader import DeviceReader
 from scheduler.errors.exceptions import InvalidModel
 from scheduler.errors.formatting import format_bytes
-from scheduler.models.catalog import Catalog, found_by, in_words, place_of
+from scheduler.models.catalog import Catalog, found_by, in_words, location_of
 from scheduler.models.gguf_metadata import read_metadata
 from scheduler.models.model_spec import ModelSpec
 from scheduler.models.sources import HUB_MISSING, default_resolvers, hub_is_installed
@@ -79,7 +79,7 @@ def read_rows(catalog: Catalog, core: Core, progress: Progress) -> Iterator[Row]
     listed = list(catalog.listing(unlisted))
     progress.remove_task(task)
     for name, resolver in progress.track(listed, description="Reading models"):
-        row = Row(name, place_of(resolver))
+        row = Row(name, location_of(resolver))
         try:
             if (spec := found_by(resolver, name)) is None:
                 continue  # it went away meanwhile

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
 from scheduler.errors.formatting import format_bytes, format_duration
+from scheduler.errors.former_names import warn_of_former_name
 
 _LONGEST_VALUE = 200  # characters of what was passed that are shown
 OUT_OF_FILES = "this program has too many open files; close some, or raise its limit (ulimit -n)"
@@ -64,23 +65,42 @@ class QueueFull(SchedulerError):
         )
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, init=False)
 class ModelNotFound(SchedulerError):
     """There is no such model: no file at this path, or no model of this name.
 
-    For a name, `looked_in` says where it was looked for, and `closest` gives names that there are, the likeliest first.
+    For a name, `looked_in` says where it was looked for, and `suggestions` gives names that there are, the likeliest
+    first. `closest` is the former name of `suggestions`, for which it is still taken, with a warning.
     """
 
     path: str
     looked_in: tuple[str, ...] = ()
-    closest: tuple[str, ...] = ()
+    suggestions: tuple[str, ...] = ()
     status: ClassVar[int] = 404
 
+    def __init__(
+        self,
+        path: str,
+        looked_in: tuple[str, ...] = (),
+        suggestions: tuple[str, ...] = (),
+        *,
+        closest: tuple[str, ...] | None = None,
+    ) -> None:
+        if closest is not None:
+            warn_of_former_name("ModelNotFound(closest=…)", "ModelNotFound(suggestions=…)")
+        self.path, self.looked_in, self.suggestions = path, looked_in, suggestions or closest or ()
+
+    @property
+    def closest(self) -> tuple[str, ...]:
+        """The former name of `suggestions`."""
+        warn_of_former_name("ModelNotFound.closest", "ModelNotFound.suggestions")
+        return self.suggestions
+
     def __str__(self) -> str:
-        if not self.looked_in and not self.closest:
+        if not self.looked_in and not self.suggestions:
             return f"there is no model {self.path!r}: check the name, and that the file exists and can be read"
         where = f" in {'; '.join(self.looked_in)}" if self.looked_in else ""
-        names = " or ".join(map(repr, self.closest))
+        names = " or ".join(map(repr, self.suggestions))
         advice = f"did you mean {names}?" if names else "check the name; `loadmaster models` lists what there is"
         return f"there is no model {self.path!r}{where}: {advice}"
 

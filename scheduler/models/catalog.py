@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 import os
 import stat
 import threading
@@ -12,6 +13,7 @@ from typing import Protocol
 
 from scheduler.concurrency.clock import Clock, monotonic_clock
 from scheduler.errors.exceptions import InvalidModel, InvalidSettings, ModelNotFound, SchedulerError, UnsupportedOption
+from scheduler.errors.former_names import warn_of_former_name
 from scheduler.models.model_spec import FIRST_PART, MOST_PARTS, ModelSpec
 
 LONGEST_NAME = 512  # characters
@@ -20,14 +22,14 @@ LISTED_S = (
     5.0  # for so long a list of all names serves for suggestions: who asks for nonsense is not to keep disks busy
 )
 
-_RESOLVERS = "an object with place, find(name) and names(); a folder of models goes into Settings(models=...)"
+_RESOLVERS = "an object with location, find(name) and names(); a folder of models goes into Settings(models=...)"
 
 
 class Resolver(Protocol):
     """Who knows models by name; `Catalog.add` takes any. Its methods may be called from several threads at once."""
 
     @property
-    def place(self) -> str:
+    def location(self) -> str:
         """Where it looks, for a person to read; empty where it cannot look at all."""
 
     def find(self, name: str) -> ModelSpec | None:
@@ -47,6 +49,8 @@ class Catalog:
 
     def __init__(self, resolvers: Sequence[Resolver] = (), *, clock: Clock = monotonic_clock) -> None:
         self._resolvers = tuple(resolvers)
+        for resolver in self._resolvers:
+            _warn_of_place(resolver)
         self._clock = clock
         self._lock = threading.Lock()  # one lists all names, for suggestions; others take those that were listed before
         self._listed: tuple[str, ...] = ()
@@ -55,7 +59,7 @@ class Catalog:
     @property
     def places(self) -> tuple[str, ...]:
         """Where it looks, in order, for a person to read."""
-        return tuple(filter(None, map(place_of, self._resolvers)))
+        return tuple(filter(None, map(location_of, self._resolvers)))
 
     def add(self, resolver: Resolver) -> None:
         """Ask this one too from now on, before those that are asked already.
@@ -65,6 +69,7 @@ class Catalog:
         methods = (getattr(resolver, name, None) for name in ("find", "names"))
         if isinstance(resolver, type) or not all(map(callable, methods)):
             raise InvalidSettings("resolver", resolver, _RESOLVERS)
+        _warn_of_place(resolver)
         self._resolvers = (resolver, *self._resolvers)
         self._listed_until = -float("inf")
 
@@ -77,22 +82,22 @@ class Catalog:
         """
         check_name(name)
         looked_in: list[str] = []
-        closest: list[str] = []
+        suggestions: list[str] = []
         for resolver in self._resolvers:
             try:
                 if (spec := found_by(resolver, name)) is not None:
                     return spec
-                places: tuple[str, ...] = (place_of(resolver),)
+                places: tuple[str, ...] = (location_of(resolver),)
             except ModelNotFound as error:  # not here either, but it has something to say
-                places = error.looked_in or (place_of(resolver),)
-                closest += error.closest
+                places = error.looked_in or (location_of(resolver),)
+                suggestions += error.suggestions
             except SchedulerError:
                 raise
             except Exception as error:  # it is broken, or may not look: the others are not
-                places = (f"{place_of(resolver)}, which failed with {in_words(error)}",)
+                places = (f"{location_of(resolver)}, which failed with {in_words(error)}",)
             looked_in += filter(None, map(str, places))
-        closest += closest_names(name, self._all_names())
-        raise ModelNotFound(name, tuple(looked_in), tuple(dict.fromkeys(closest)))
+        suggestions += closest_names(name, self._all_names())
+        raise ModelNotFound(name, tuple(looked_in), tuple(dict.fromkeys(suggestions)))
 
     def listing(self, unlisted: MutableMapping[str, str] | None = None) -> Iterator[tuple[str, Resolver]]:
         """Yield every name once, with the resolver that is the first to know it; what cannot be named is left out.
@@ -108,7 +113,7 @@ class Catalog:
                         yield name, resolver
             except Exception as error:
                 if unlisted is not None:
-                    unlisted[place_of(resolver)] = in_words(error)
+                    unlisted[location_of(resolver)] = in_words(error)
 
     def _all_names(self) -> tuple[str, ...]:
         with self._lock:  # and not while they are listed: a resolver may ask here for what it is to list
@@ -119,13 +124,26 @@ class Catalog:
         return self._listed
 
 
-def place_of(resolver: Resolver) -> str:
+def location_of(resolver: Resolver) -> str:
     """Return where a resolver looks, for a person to read; the name of its kind where it cannot say."""
-    try:
-        place: object = resolver.place
-        return type(resolver).__name__ if place is None else str(place)
-    except Exception:
-        return type(resolver).__name__
+    for name in ("location", "place"):  # the latter is the former name
+        try:
+            if (location := getattr(resolver, name)) is not None:
+                return str(location)
+        except AttributeError:
+            continue
+        except Exception:
+            break
+    return type(resolver).__name__
+
+
+def _warn_of_place(resolver: Resolver) -> None:
+    """Warn of a resolver that says where it looks by the former name alone; no property of it is computed."""
+    location = inspect.getattr_static(resolver, "location", None)
+    inherited = inspect.getattr_static(Resolver, "location")  # by a class that names the protocol as its base
+    if (location is None or location is inherited) and inspect.getattr_static(resolver, "place", None) is not None:
+        kind = type(resolver).__name__
+        warn_of_former_name(f"{kind}.place", f"{kind}.location")
 
 
 def found_by(resolver: Resolver, name: str) -> ModelSpec | None:

@@ -61,7 +61,7 @@ class Folder:
     root: Path
 
     @property
-    def place(self) -> str:
+    def location(self) -> str:
         """Where it looks."""
         return f"the folder {self.root}"
 
@@ -115,7 +115,7 @@ class OllamaStore:
     root: Path
 
     @property
-    def place(self) -> str:
+    def location(self) -> str:
         """Where it looks."""
         return f"Ollama's store {self.root}"
 
@@ -241,7 +241,7 @@ class HuggingFaceCache:
         self._scanned: Mapping[str, _Scanned] = {}  # by id, as of the last scan; replaced, never changed
 
     @property
-    def place(self) -> str:
+    def location(self) -> str:
         """Where it looks."""
         return f"the Hugging Face cache {self._folder()}" if hub_is_installed() else ""
 

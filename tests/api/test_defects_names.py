@@ -32,7 +32,7 @@ GIB = 2**30
 class Broken:
     """A resolver whose disk is gone."""
 
-    place = "the attic"
+    location = "the attic"
 
     def find(self, name: str) -> ModelSpec | None:
         """Fail."""
@@ -98,7 +98,7 @@ def test_a_resolver_that_raises_is_named_where_nobody_knows_a_name(folder: Path)
         Catalog([Broken(), Folder(folder)]).find("chat2")
     failed, other = caught.value.looked_in
     assert failed.startswith("the attic") and "OSError: the stairs are gone" in failed
-    assert (other, caught.value.closest) == (f"the folder {folder}", ("chat",))
+    assert (other, caught.value.suggestions) == (f"the folder {folder}", ("chat",))
     assert failed in str(caught.value)
 
 
@@ -130,7 +130,7 @@ def test_a_folder_that_may_not_be_searched_does_not_break_ollamas_store(public: 
     if os.getuid() != 0:
         (store / "manifests/registry.ollama.ai/library/bad").chmod(0o644)
     told = as_somebody_else(
-        "from scheduler import cli\nfrom scheduler.catalog import Catalog\nfrom scheduler.errors import ModelNotFound\n"
+        "import scheduler.cli.main as cli\nfrom scheduler import Catalog, ModelNotFound\n"
         "from scheduler.models.sources import OllamaStore\nfrom pathlib import Path\n"
         "os.environ['OLLAMA_MODELS'] = sys.argv[1]\n"
         "def main():\n"
@@ -158,7 +158,7 @@ def test_without_a_home_the_store_in_it_is_left_out(
     monkeypatch.delenv("HOME", raising=False)
     monkeypatch.delenv("OLLAMA_MODELS", raising=False)
     monkeypatch.setattr(pwd, "getpwuid", unknown)
-    places = [resolver.place for resolver in default_resolvers([folder])]
+    places = [resolver.location for resolver in default_resolvers([folder])]
     assert places[0] == f"the folder {folder}" and not any(".ollama/models" in each for each in places[:-2])
     with Scheduler(Settings(gpus=False, models=folder, lock_folder=tmp_path)) as scheduler:
         assert scheduler.fit("chat").fits
@@ -174,7 +174,7 @@ def test_a_repository_that_cannot_be_read_is_named(public: Path) -> None:
     subprocess.run(["chmod", "-R", "a+rX", str(public)], check=True)
     (public / "hub/models--user--bad/snapshots").chmod(0o700 if os.getuid() == 0 else 0)
     told = as_somebody_else(
-        "from pathlib import Path\nfrom scheduler.catalog import Catalog\nfrom scheduler.errors import ModelNotFound\n"
+        "from pathlib import Path\nfrom scheduler import Catalog, ModelNotFound\n"
         "from scheduler.models.sources import HuggingFaceCache\n"
         "def main():\n"
         "    catalog = Catalog([HuggingFaceCache(Path(sys.argv[1]))])\n"

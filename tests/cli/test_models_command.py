@@ -190,7 +190,7 @@ def test_names_cannot_command_the_terminal(folder: Path, model: bytes) -> None:
 class Slow:
     """A place where listing takes its time."""
 
-    place = "the attic"
+    location = "the attic"
 
     def find(self, name: str) -> None:
         """There is nothing, but to find that out takes a while."""

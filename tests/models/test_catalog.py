@@ -6,10 +6,11 @@ import json
 import os
 import sys
 import threading
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import huggingface_hub
 import pytest
@@ -28,7 +29,7 @@ from scheduler import (
 )
 from scheduler.engines.llama import LlamaEngine
 from scheduler.engines.python import PythonEngine
-from scheduler.models.catalog import LISTED_S, Catalog, is_path
+from scheduler.models.catalog import LISTED_S, Catalog, Resolver, is_path
 from scheduler.models.sources import MANIFEST_BYTES, Folder, HuggingFaceCache, OllamaStore, default_resolvers
 from scheduler.runtime.model_registry import LASTING_S, ModelRegistry
 from tests.support.leaks import no_leaks
@@ -209,14 +210,14 @@ def test_a_name_that_is_unknown_says_where_was_looked_and_what_is_like_it(
         f"Ollama's store {store}",
         f"the Hugging Face cache {cache}",
     )
-    assert (error.path, error.closest, error.status) == ("lama3.2", ("llama3.2:latest",), 404)
+    assert (error.path, error.suggestions, error.status) == ("lama3.2", ("llama3.2:latest",), 404)
     assert "did you mean 'llama3.2:latest'?" in str(error)
 
 
 class Shelf:
     """A resolver of the user's own."""
 
-    place = "the shelf"
+    location = "the shelf"
 
     def __init__(self, **models: Path) -> None:
         self.models = models
@@ -248,7 +249,7 @@ def test_the_names_that_are_suggested_are_listed_once_for_many_who_ask(tmp_path:
     def suggested() -> tuple[str, ...]:
         with pytest.raises(ModelNotFound) as refused:
             catalog.find("chatt")
-        return refused.value.closest
+        return refused.value.suggestions
 
     assert suggested() == ()
     shelf.models["chat"] = tmp_path / "chat.gguf"
@@ -292,7 +293,7 @@ def test_a_resolver_may_ask_the_catalog_for_the_names_that_it_lists(catalog: Cat
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
     thread.join(LIMIT_S)
-    assert [error.closest[0] for error in refused] == ["my-chat"]
+    assert [error.suggestions[0] for error in refused] == ["my-chat"]
 
 
 @pytest.mark.parametrize("added", [None, "models/", Path("models"), Shelf, object()])
@@ -308,7 +309,7 @@ class Placeless(Shelf):
     """A resolver that cannot say where it looks."""
 
     @property
-    def place(self) -> str:  # type: ignore[override]  # it is no attribute here
+    def location(self) -> str:  # type: ignore[override]  # it is no attribute here
         raise LookupError("nobody knows")
 
 
@@ -316,11 +317,52 @@ class Placeless(Shelf):
 def test_a_place_is_told_as_a_text(catalog: Catalog, place: Any, told: str) -> None:
     """Whatever the resolver has for one."""
     shelf = Shelf()
-    shelf.place = place
+    shelf.location = place
     catalog.add(shelf)
     assert catalog.places[0] == told
     with pytest.raises(ModelNotFound, match=told):
         catalog.find("nothing")
+
+
+class Former:
+    """A resolver of the user's own, written when `location` was called `place`."""
+
+    place = "the old shelf"
+
+    def find(self, name: str) -> ModelSpec | None:
+        raise ModelNotFound(name, suggestions=("chat",))
+
+    def names(self) -> Iterable[str]:
+        return ()
+
+
+class FormerProtocol(Former, Resolver):
+    """Another, which names the protocol as its base."""
+
+
+@pytest.mark.parametrize("kind", [Former, FormerProtocol])
+def test_a_resolver_with_a_place_is_taken_with_one_warning(catalog: Catalog, kind: type[Former]) -> None:
+    """When it is added, at the line that does; then it serves like others, in silence."""
+    told = f"{kind.__name__}.place is called {kind.__name__}.location now"
+    with pytest.warns(DeprecationWarning, match=told) as caught:
+        catalog.add(cast(Resolver, kind()))
+    with pytest.warns(DeprecationWarning, match=told) as caught_too:
+        Catalog([cast(Resolver, kind())])
+    assert [each.filename for each in (*caught, *caught_too)] == [__file__, __file__]
+    with warnings.catch_warnings(action="error"):
+        assert catalog.places[0] == "the old shelf"
+        with pytest.raises(ModelNotFound, match=r"in the old shelf; .*did you mean 'chat'"):
+            catalog.find("chatt")
+
+
+def test_the_former_name_of_suggestions_is_taken_with_one_warning() -> None:
+    """As an argument, which resolvers give, and as an attribute, which callers read."""
+    with pytest.warns(DeprecationWarning, match=r"ModelNotFound\(suggestions=…\)") as caught:
+        error = ModelNotFound("chatt", ("the shelf",), closest=("chat",))
+    assert error.suggestions == ("chat",)
+    with pytest.warns(DeprecationWarning, match=r"ModelNotFound\.suggestions") as caught_too:
+        assert error.closest == ("chat",)
+    assert [each.filename for each in (*caught, *caught_too)] == [__file__, __file__]
 
 
 def test_a_resolver_that_cannot_say_where_it_looks_does_not_stand_in_the_way(catalog: Catalog) -> None:
@@ -646,7 +688,7 @@ def test_a_hub_name_that_does_not_tell_lists_those_that_would(cache: Path, name:
     hub_repository(cache, "user/repo", {"m-Q5_K_M.gguf": b"5", "m-Q8_0.gguf": b"8"})
     with pytest.raises(ModelNotFound, match="where user/repo is, but") as refused:
         Catalog([HuggingFaceCache(cache)]).find(name)
-    assert refused.value.closest[:2] == ("user/repo:Q5_K_M", "user/repo:Q8_0")
+    assert refused.value.suggestions[:2] == ("user/repo:Q5_K_M", "user/repo:Q8_0")
 
 
 def test_a_projector_comes_with_its_hub_model(cache: Path) -> None:
@@ -843,7 +885,7 @@ def test_models_are_acquired_by_folder_name_and_by_ollama_name(
             assert [each.options.num_ctx for each in scheduler.status().runners if each.id == lease.runner] == [256]
         with pytest.raises(ModelNotFound) as refused:
             scheduler.acquire("tinny")
-        assert refused.value.closest == ("tiny:latest",)
+        assert refused.value.suggestions == ("tiny:latest",)
 
 
 def test_a_tag_that_is_moved_is_served_from_its_new_file(

@@ -136,6 +136,7 @@ class Replay:
     names: dict[ModelId, str] = field(default_factory=dict)  # of models, as far as they are known so far
     _line: int = 0
     _due: int = 0  # number of the step that comes next
+    _header: Header | None = None  # the last one that was read
     _core: Core | None = None
     _policy: _Recorded | None = None
 
@@ -188,8 +189,9 @@ class Replay:
             self._take(text, "version", str),
             self._take(text, "written", str),
         )
+        self._header = header
         if not header.own_policy and header.policy not in POLICIES:
-            self._wrong(f"there is no policy {header.policy!r:.100}")
+            self._unreadable(f"there is no policy {header.policy!r:.100}")
         if self._core is not None:
             self._expect(header.step - header.missing)
         self._due = header.step
@@ -200,7 +202,7 @@ class Replay:
             core = Core.restore(state, self._policy)
             core.check()
         except Exception as error:  # what was never a core's state may break anything
-            self._wrong(f"its state is not one of a core{self._of_another(header)}: {error}"[:400])
+            self._unreadable(f"its state is not one of a core: {error}")
         core.decision_log = []
         self._core = core
         return ReplayStarted(self._line, header, core)
@@ -213,8 +215,16 @@ class Replay:
             missing = f"step {self._due} is" if step == self._due + 1 else f"steps {self._due} to {step - 1} are"
             self._wrong(f"{missing} missing before it")
 
-    def _of_another(self, header: Header) -> str:
-        return "" if not self.is_of_another_version(header) else f" of this version, but of version {header.version}"
+    def _unreadable(self, reason: str) -> Never:
+        """Refuse what this version cannot make sense of: as damaged for that reason, or as another version's."""
+        header = cast(Header, self._header)
+        if not self.is_of_another_version(header):
+            self._wrong(reason[:400])
+        self._wrong(
+            f"it was recorded by version {header.version:.40} of loadmaster, whose recordings (schema "
+            f"{header.schema:.40}) this version cannot read (schema {schema()}): replay it with the version that "
+            "recorded it"
+        )
 
     def _step(self, text: dict[str, object]) -> ReplayedStep:
         core, policy = cast(Core, self._core), cast(_Recorded, self._policy)
@@ -230,7 +240,7 @@ class Replay:
             event = decode_event(text.get("event"))
             expected = [decode_command(command) for command in self._take(text, "commands", list, [])]
         except Unreadable as error:
-            self._wrong(f"{error}"[:400])
+            self._unreadable(str(error))
         if policy.choices is not None:
             policy.choices = [self._choice(choice) for choice in self._take(text, "choices", list, [])]
         policy.unanswered = False

@@ -29,7 +29,7 @@ from fsm.messages.events import Cancel, Close, Configure, Event, Inspected, Pin,
 from scheduler.cli.main import WRONG_USE, main
 from scheduler.config.settings import SMALLEST_RECORD_BYTES
 from scheduler.recording import recorder
-from scheduler.recording.codec import encode
+from scheduler.recording.codec import encode, schema
 from scheduler.recording.recorder import Recorder
 from scheduler.recording.replay import Difference, RecordingError, Replay, ReplayedStep, ReplayStarted
 from scheduler.recording.timeline import Timeline
@@ -39,6 +39,7 @@ from tests.support.pool import PoolUnderTest, a_pool, acquire, cancel, exited, l
 from tests.support.waiting import assert_soon
 
 ROOT = Path(__file__).resolve().parents[2]
+OLDER = Path(__file__).with_name("recording_of_schema_298106b1.jsonl")
 LIMIT = 64 * 2**20
 NOBODY_SEES_S = 600.0
 
@@ -478,6 +479,35 @@ def test_a_state_that_is_none_of_a_core_is_refused(incident: Path) -> None:
     altered(incident, lambda line: line["state"]["state"].update(queued=7) is None)  # type: ignore[index]
     with pytest.raises(RecordingError, match="line 1: its state is not one of a core: the queue is miscounted"):
         moments(incident)
+
+
+@pytest.mark.parametrize("kept", ["its header", "its steps"])
+def test_a_recording_of_another_version_is_refused_with_that_version(
+    kept: str, incident: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A file that was written before the classes of the core were renamed; the exit code is that of a damaged file."""
+    lines = OLDER.read_text().splitlines(keepends=True)
+    version, schema_then = "0.1.0", json.loads(lines[0])["schema"]
+    if kept == "its steps":  # of a version with the same states and other events
+        header = json.loads(incident.read_text().splitlines()[0])
+        lines[0] = json.dumps(header | {"schema": schema_then, "version": "0.0.9", "step": 1}) + "\n"
+        version = "0.0.9"
+    incident.write_text("".join(lines))
+    assert main(["replay", str(incident)]) == 2
+    (said,) = capsys.readouterr().err.splitlines()
+    assert f"line {1 if kept == 'its header' else 2}: it was recorded by version {version} of loadmaster" in said
+    assert f"(schema {schema_then}) this version cannot read (schema {schema()}): replay it with the version" in said
+
+
+def test_a_recording_of_another_version_that_can_be_read_is_replayed_with_a_note(
+    incident: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The note says that decisions may differ."""
+    text = incident.read_text()
+    incident.write_text(text.replace(schema(), "00000000").replace('"version":"', '"version":"0.0.9, not ', 1))
+    assert main(["replay", str(incident)]) == 0
+    shown = capsys.readouterr().out
+    assert "by version 0.0.9, not " in shown and "a version that decides by other rules than this one" in shown
 
 
 def test_a_damaged_file_never_breaks_the_replay(incident: Path) -> None:

@@ -12,6 +12,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -41,11 +42,32 @@ OPTIONS = Options(num_ctx=4096, use_mmap=False, cache_type_k="f16")
 TOOK = ((HOST, 7), (DeviceId("GPU-1"), 5))
 SPLIT = ((DeviceId("GPU-1"), 3),)
 ON_HOST = ((HOST, 7),)
+FORMER_FILE = Path(__file__).with_name("measurement_file_of_version_1.sql")
 
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
     return tmp_path / "cache" / "footprints.sqlite3"
+
+
+def test_a_file_of_the_former_setting_is_read(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was written when the setting was called `footprints`; what it holds is used, and more is written to it."""
+    monkeypatch.setattr("platform.node", lambda: "a-machine")
+    path.parent.mkdir()
+    with closing(sqlite3.connect(path)) as file:
+        file.executescript(FORMER_FILE.read_text())
+    store = MeasurementStore(path)
+    every = Options(
+        num_ctx=4096, num_batch=512, num_gpu=3, main_gpu=0, num_parallel=2, use_mmap=False, flash_attention=True,
+        cache_type_k="f16", cache_type_v="q8_0",
+    )  # fmt: skip
+    assert store.read(FILE) == LoadHistory(
+        (MeasuredBytes(every, SPLIT, TOOK), MeasuredBytes(Options(), (), ON_HOST)),
+        (LoadTimes(SPLIT, (1.5, 2.5)), LoadTimes((), (0.5,))),
+    )
+    store.write(FILE, every, SPLIT, (), 3.5)
+    assert store.read(FILE).loads[0] == LoadTimes(SPLIT, (1.5, 2.5, 3.5))
+    assert store.problem == "" and [each.name for each in path.parent.iterdir()] == [path.name]
 
 
 def written(path: Path, *, load_s: float = 1.5) -> MeasurementStore:
@@ -328,13 +350,13 @@ READ_ONLY = """
 import os, sys
 from pathlib import Path
 sys.path.insert(0, os.getcwd())
-import tests.test_footprint_store as those
+import tests.models.test_footprint_store as those
 path = Path(sys.argv[1])
 if os.geteuid() == 0:
     os.setgroups([])
     os.setgid(65534)
     os.setuid(65534)
-store = those.FootprintStore(path)
+store = those.MeasurementStore(path)
 store.write(those.FILE, those.OPTIONS, those.SPLIT, (), 9.0)
 print(bool(store.problem), store.read(those.FILE) == those.known())
 """
@@ -359,16 +381,17 @@ FULL_DISK = """
 import os, resource, sys
 from pathlib import Path
 sys.path.insert(0, os.getcwd())
-import tests.test_footprint_store as those
+import tests.models.test_footprint_store as those
 path = Path(sys.argv[1])
-store = those.FootprintStore(path)
+store = those.MeasurementStore(path)
 resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size, resource.RLIM_INFINITY))
 for number in range(60):
     store.write(those.FILE, those.Options(num_ctx=number + 1), (), those.ON_HOST, 1.0)
-print(bool(store.problem), those.Took(those.OPTIONS, those.SPLIT, those.TOOK) in store.read(those.FILE).sizes)
+print(bool(store.problem), those.MeasuredBytes(those.OPTIONS, those.SPLIT, those.TOOK) in store.read(those.FILE).sizes)
 resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 store.write(those.FILE, those.Options(num_ctx=1000), (), those.ON_HOST, 1.0)
-print(store.problem == "", those.Took(those.Options(num_ctx=1000), (), those.ON_HOST) in store.read(those.FILE).sizes)
+later = those.MeasuredBytes(those.Options(num_ctx=1000), (), those.ON_HOST)
+print(store.problem == "", later in store.read(those.FILE).sizes)
 """
 
 
@@ -479,9 +502,9 @@ import os, sys
 from pathlib import Path
 sys.path.insert(0, os.getcwd())
 import scheduler.footprint_store as patience
-import tests.test_footprint_store as those
+import tests.models.test_footprint_store as those
 patience.READ_TIMEOUT_S = patience.WRITE_TIMEOUT_S = 20.0  # a busy disk is no reason to lose anything here
-store = those.FootprintStore(Path(sys.argv[1]))
+store = those.MeasurementStore(Path(sys.argv[1]))
 for number in range(20):
     store.write(those.FILE, those.Options(num_ctx=int(sys.argv[2]) + number), (), those.ON_HOST, 1.0)
     store.read(those.FILE)

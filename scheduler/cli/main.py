@@ -7,11 +7,13 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Never
 
 from scheduler import __version__
 from scheduler.config.settings import Settings, parse_bytes, parse_duration
 from scheduler.errors.exceptions import InvalidSettings, SchedulerError
+from scheduler.errors.former_names import warn_of_former_name
 
 PROGRAM = "loadmaster"
 WRONG_USE = 2
@@ -188,3 +190,18 @@ def _demo(chosen: argparse.Namespace) -> int:
     if chosen.requests < 0:
         raise InvalidSettings("--requests", chosen.requests, "a whole number of at least 0")
     return run_demo(DemoOptions(chosen.models, chosen.out, limit, keep_alive_s, chosen.requests))
+
+
+class _FormerMain(ModuleType):
+    """This module, which programs and installed commands may still call by the former name of its function.
+
+    `from scheduler.cli import main` was the function, and is the module that has its name.
+    """
+
+    def __call__(self, arguments: Sequence[str] | None = None) -> int:
+        """Run the command as `main` does."""
+        warn_of_former_name("scheduler.cli.main", "scheduler.cli.main.main")
+        return main(arguments)
+
+
+sys.modules[__name__].__class__ = _FormerMain

@@ -32,6 +32,14 @@ def test_version_names_the_installed_version(capsys: pytest.CaptureFixture[str])
     assert (left.value.code, capsys.readouterr().out) == (0, f"loadmaster {scheduler.__version__}\n")
 
 
+def test_the_former_import_of_main_is_still_called_with_one_warning(capsys: pytest.CaptureFixture[str]) -> None:
+    """`from scheduler.cli import main` was the function, and is the module that has it."""
+    with pytest.warns(DeprecationWarning, match=r"scheduler\.cli\.main\.main") as caught, pytest.raises(SystemExit):
+        cli(["--version"])  # type: ignore[operator]  # its class says that it can be called
+    assert [each.filename for each in caught] == [__file__]
+    assert capsys.readouterr().out == f"loadmaster {scheduler.__version__}\n"
+
+
 def test_help_names_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
     """Whoever asks for help hears what there is."""
     with pytest.raises(SystemExit) as left:

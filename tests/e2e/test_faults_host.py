@@ -147,7 +147,8 @@ def test_a_host_that_was_stopped_goes_on_where_it_was(model: Path, tmp_path: Pat
     """SIGSTOP of both for longer than a load may stand still: when they go on it is served, not called off."""
     script = f"""
         from pathlib import Path
-        from scheduler import Scheduler, Settings, driver
+        from scheduler import Scheduler, Settings
+        from scheduler.runtime import driver
         from scheduler.engines import llama
         llama.CHILD = Path({str(STOPPING_CHILD)!r})
         driver._GAP_S = 0.3

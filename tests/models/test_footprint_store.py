@@ -501,7 +501,7 @@ WRITER = """
 import os, sys
 from pathlib import Path
 sys.path.insert(0, os.getcwd())
-import scheduler.footprint_store as patience
+import scheduler.models.measurement_store as patience
 import tests.models.test_footprint_store as those
 patience.READ_TIMEOUT_S = patience.WRITE_TIMEOUT_S = 20.0  # a busy disk is no reason to lose anything here
 store = those.MeasurementStore(Path(sys.argv[1]))

@@ -223,7 +223,8 @@ def test_a_full_disk_is_a_problem_until_there_is_room(tmp_path: Path) -> None:
     file = tmp_path / "incident.jsonl"
     code = f"""
 import resource, time
-from scheduler import PythonModel, Scheduler, Settings, recorder
+from scheduler import PythonModel, Scheduler, Settings
+from scheduler.recording import recorder
 recorder._RETRY_S = 0.05
 model = PythonModel("object", load=object, memory={{"cpu": "1MiB"}})
 def until(condition):

@@ -19,24 +19,19 @@ from fsm.machine.request import ModelId, Purpose, RequestSpec
 from fsm.messages.commands import Command, Finished, Grant, NotifyContention, Reject, RevokeLease
 from fsm.messages.events import Close, Configure, Expire, Pin, Unpin
 from scheduler.api.debug_state import DebugState
+from scheduler.api.environment import Environment
 from scheduler.api.fit import Fit, fit_of
 from scheduler.api.lease import Lease
 from scheduler.api.pending_lease import Acquiring, Reservation
 from scheduler.api.status import Status, status_of
-from scheduler.concurrency.clock import monotonic_clock
 from scheduler.config.quantities import parse_bytes, parse_duration
 from scheduler.config.settings import ChangeableArguments, Settings
-from scheduler.devices.device_reader import DeviceReader
-from scheduler.engines.llama import LlamaEngine
-from scheduler.engines.python import PythonEngine
 from scheduler.errors.exceptions import InvalidSettings, SchedulerClosed
 from scheduler.errors.wording import problem
 from scheduler.models.catalog import Catalog
 from scheduler.models.measurements import identity_of
 from scheduler.models.model_spec import check_text
-from scheduler.models.sources import default_resolvers
 from scheduler.recording.recorder import Recorder
-from scheduler.runtime.driver import Driver
 from scheduler.runtime.event_stream import EventStream, Hub
 from scheduler.runtime.executor import Executor
 from scheduler.runtime.health_monitor import HealthMonitor
@@ -64,33 +59,31 @@ class Scheduler:
     `settings` defaults to the environment's, see `Settings.from_environment`.
     """
 
-    def __init__(self, settings: Settings | None = None) -> None:
+    def __init__(self, settings: Settings | None = None, *, _environment: Environment | None = None) -> None:
         self.settings = Settings.from_environment() if settings is None else settings
         if not isinstance(self.settings, Settings):
             raise InvalidSettings("settings", settings, "made of Settings, as in Scheduler(Settings(max_queue=9))")
         self._close_lock = threading.RLock()  # one thread ends what is left, the others wait for it
         self._ending: int | None = None  # the thread that does
         self._configuring = threading.RLock()  # one changes limits; a signal handler may do so in between
-        self._devices = DeviceReader(
-            memory_limit_bytes=self.settings.memory_limit,
-            gpus=self.settings.gpus,
-            gpu_reserve_bytes=self.settings.gpu_reserve,
-        )
-        self._engines = (LlamaEngine(), PythonEngine())
-        self.catalog = Catalog(default_resolvers(self.settings.models))
+        environment = _environment or Environment()
+        self._clock = environment.clock
+        self._devices = environment.devices(self.settings)
+        self._engines = environment.engines()
+        self.catalog = Catalog(environment.resolvers(self.settings))
         self._registry = ModelRegistry(*self._engines, self.catalog, pin=lambda model: self._desk.post(Pin(model)))
         self._hub = Hub(self.settings.event_buffer, self._registry.name)
         core = Core(limits_of(self.settings), self.settings.eviction)
         self._recorder: Recorder | None = None
         if (file := self.settings.recording_file) is not None:
             self._recorder = Recorder(file, self.settings.recording_limit, core, self._registry.name)
-        self._driver = Driver(
-            core, monotonic_clock, self._perform, self._hub.publish, lambda error: self._desk.fail(error),
+        self._driver = environment.driver(
+            core, self._perform, self._hub.publish, lambda error: self._desk.fail(error),
             lambda: self._executor.resample(), self._recorder.step if self._recorder is not None else None,
         )  # fmt: skip
         self._executor = Executor(
             self.settings, self._devices, self._registry.engine_of, self._driver.post, core.lives,
-            lambda model: self._desk.forget(model),
+            lambda model: self._desk.forget(model), environment.thread_pool,
         )  # fmt: skip
         self._desk = RequestBroker(
             self._registry, self._driver, self._executor, core.knows, self.settings.probe_timeout
@@ -206,7 +199,7 @@ class Scheduler:
         known = self._executor.load_measurements(identity_of(spec))
         self._executor.refresh(_FRESH_S)
         core = self._desk.query(Core.copy)
-        return fit_of(monotonic_clock(), core, question, info, self._registry.name, known)
+        return fit_of(self._clock(), core, question, info, self._registry.name, known)
 
     # -- changing its limits ------------------------------------------------------------------------------------------
 
@@ -244,7 +237,7 @@ class Scheduler:
         if self._recorder is not None:
             problems = (*problems, *self._recorder.problems)
         return status_of(
-            snapshot, monotonic_clock(), self._registry.name, dict(self._executor.runner_handles).get, problems
+            snapshot, self._clock(), self._registry.name, dict(self._executor.runner_handles).get, problems
         )
 
     def debug_state(self) -> DebugState:

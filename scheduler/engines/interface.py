@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from fsm.domain.devices import DeviceId, Placement
     from fsm.domain.model_info import ModelInfo, Options
     from fsm.sizing.footprint import Footprint
+    from scheduler.engines.runner_client import RunnerClient
 
 
 BufferKind = Literal["weights", "cache", "compute", "output", "projector"]
@@ -46,6 +47,7 @@ class Endpoint:
 
     url: str  # scheme, host and port
     key: str = field(repr=False)
+    client: RunnerClient | None = field(default=None, repr=False, compare=False)  # None: made when it is first needed
 
 
 class RunnerListener(Protocol):

@@ -49,19 +49,20 @@ class Executor:
         post: Callable[[Event], None],
         lives_on: Callable[[RunnerId], bool],
         forget: Callable[[ModelId], None],
+        pool: Callable[[str, int], ThreadPool] = ThreadPool,
     ) -> None:
         self._settings = settings
         self._engine_of = engine_of
         self._post = post
         self._forget = forget  # a model that was refused; called when the core has been told
-        self.worker_pool = ThreadPool("loadmaster-worker", _WORKERS)
-        self.callback_pool = ThreadPool("loadmaster-caller", _CALLERS)
-        self.stop_pool = ThreadPool("loadmaster-stopper", _STOPPERS)
+        self.worker_pool = pool("loadmaster-worker", _WORKERS)
+        self.callback_pool = pool("loadmaster-caller", _CALLERS)
+        self.stop_pool = pool("loadmaster-stopper", _STOPPERS)
         self._lives_on = lives_on  # whether the core still knows a runner; called under the driver's lock
         self.runner_handles: dict[
             RunnerId, RunnerHandle
         ] = {}  # of those that it knows, and a few past ones; written under that lock
-        self._readers = ThreadPool("loadmaster-sampler", 1)  # of its own: workers wait for what it reads
+        self._readers = pool("loadmaster-sampler", 1)  # of its own: workers wait for what it reads
         self.sampler = MemorySampler(devices, self._readers, self._running, post)
         self.prefetcher = Prefetcher(self._files_of, lambda: any(self._loading()))
         self.locks = self._locks(settings)

@@ -48,7 +48,7 @@ class RunnerHandle:
         """The client of a runner that is a server, made when it is first used; None for an object."""
         with self._lock:
             if self._client is None and self.endpoint is not None:
-                self._client = RunnerClient(self.endpoint.url, self.endpoint.key)
+                self._client = self.endpoint.client or RunnerClient(self.endpoint.url, self.endpoint.key)
             return self._client
 
     def begin(self) -> None:

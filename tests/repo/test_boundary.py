@@ -35,7 +35,7 @@ LAYERS = (
     ("scheduler.runtime",),
     ("scheduler.api",),
     ("scheduler",),
-    ("scheduler.cli",),
+    ("scheduler.cli", "scheduler.testing"),
 )
 # Packages that few may import: (package, by whom).
 RESERVED = (

@@ -1,0 +1,56 @@
+"""What a scheduler finds around itself: time, devices, engines, names of models and threads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from fsm.core import Core
+from fsm.messages.commands import Command
+from fsm.messages.decision_log import Entry
+from fsm.messages.events import Event
+from scheduler.concurrency.clock import Clock, monotonic_clock
+from scheduler.concurrency.thread_pool import ThreadPool
+from scheduler.config.settings import Settings
+from scheduler.devices.device_reader import DeviceReader
+from scheduler.engines.interface import Engine
+from scheduler.engines.llama import LlamaEngine
+from scheduler.engines.python import PythonEngine
+from scheduler.models.catalog import Resolver
+from scheduler.models.sources import default_resolvers
+from scheduler.runtime.driver import Driver
+
+
+class Environment:
+    """The machine as it is. `scheduler.testing` replaces every part of it."""
+
+    clock: Clock = monotonic_clock
+
+    def devices(self, settings: Settings) -> DeviceReader:
+        """Return the reader of the host and of its GPUs."""
+        return DeviceReader(
+            memory_limit_bytes=settings.memory_limit, gpus=settings.gpus, gpu_reserve_bytes=settings.gpu_reserve
+        )
+
+    def engines(self) -> tuple[Engine, Engine]:
+        """Return the engine of model files and the engine of Python objects."""
+        return LlamaEngine(), PythonEngine()
+
+    def resolvers(self, settings: Settings) -> Sequence[Resolver]:
+        """Return the places where models are found by name."""
+        return default_resolvers(settings.models)
+
+    def thread_pool(self, name: str, limit: int) -> ThreadPool:
+        """Return the threads that carry out commands of one kind, `limit` of them at most."""
+        return ThreadPool(name, limit)
+
+    def driver(
+        self,
+        core: Core,
+        perform: Callable[[Command], None],
+        publish: Callable[[Sequence[Entry]], bool],
+        fail: Callable[[BaseException], None],
+        stood_still: Callable[[], None],
+        step: Callable[[float, Event], Sequence[Command]] | None,
+    ) -> Driver:
+        """Return the driver of a core, which keeps this environment's time."""
+        return Driver(core, self.clock, perform, publish, fail, stood_still, step)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import os
+import pkgutil
 import re
 import subprocess
 import sys
@@ -30,7 +31,8 @@ from tests.support.tiny_models import write_tiny_model
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("**/*.md"))]
-EXAMPLES = [ROOT / "README.md", ROOT / "docs" / "api.md"]
+ARCHITECTURE = ROOT / "docs" / "architecture.md"
+EXAMPLES = [ROOT / "README.md", ROOT / "docs" / "api.md", ARCHITECTURE]
 LIMIT_S = 120.0  # an example takes about 2 s
 
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -201,12 +203,37 @@ def test_every_part_of_the_core_is_listed(section: str, kinds: list[str]) -> Non
     assert sorted(listed[1:]) == sorted(kinds)
 
 
-@pytest.mark.parametrize("package", ["fsm", "scheduler"])
-def test_every_module_that_is_listed_exists(package: str) -> None:
-    """The tables of modules name files, and nothing that has gone."""
-    section = dict(sections(ROOT / "docs" / "design.md"))["The boundary"]
-    named = re.findall(rf"`{package}/([\w/]+\.py)`", section)
-    assert named and all((ROOT / package / name).is_file() for name in named)
+# -- the architecture --------------------------------------------------------------------------------------------------
+
+
+def test_every_file_that_is_named_exists() -> None:
+    """The table of packages and the reading order name nothing that has gone."""
+    named = re.findall(r"`((?:fsm|scheduler|tests)/[\w/.]+)`", read(ARCHITECTURE))
+    assert named and [name for name in named if not (ROOT / name).exists()] == []
+
+
+def test_every_package_has_its_row() -> None:
+    """Every folder right below `fsm` and `scheduler`, and every module beside them."""
+    entries = [entry for top in ("fsm", "scheduler") for entry in (ROOT / top).iterdir()]
+    packages = {entry for entry in entries if (entry / "__init__.py").is_file()}
+    modules = {entry for entry in entries if entry.suffix == ".py" and entry.name != "__init__.py"}
+    listed = [cells[0].strip("`") for cells in rows(dict(sections(ARCHITECTURE))["The packages"])]
+    assert sorted(listed[1:]) == sorted(entry.relative_to(ROOT).as_posix() for entry in packages | modules)
+
+
+@pytest.mark.parametrize("page", ["architecture.md", "glossary.md"])
+def test_every_symbol_that_is_named_can_be_imported(page: str) -> None:
+    """A class or function that is renamed or moved takes its name on these pages with it."""
+    named = re.findall(r"`((?:fsm|scheduler|tests)(?:\.\w+)+)`", without_fences(read(ROOT / "docs" / page)))
+    assert named and [name for name in named if not is_there(name)] == []
+
+
+def is_there(symbol: str) -> bool:
+    try:
+        pkgutil.resolve_name(symbol)
+    except (ImportError, AttributeError):
+        return False
+    return True
 
 
 # -- parity ------------------------------------------------------------------------------------------------------------

@@ -23,7 +23,8 @@ from scheduler.runtime.driver import Driver
 class Environment:
     """The machine as it is. `scheduler.testing` replaces every part of it."""
 
-    clock: Clock = monotonic_clock
+    def __init__(self) -> None:
+        self.clock: Clock = monotonic_clock
 
     def devices(self, settings: Settings) -> DeviceReader:
         """Return the reader of the host and of its GPUs."""

@@ -39,9 +39,9 @@ class FakeMachine:
         self._auto_advance = auto_advance
         self._time = VirtualTime()
         self._engine = FakeEngine(self._time)
-        private: SettingsArguments = {"lock_folder": None, "footprints": None, "prefetch": False}
+        alone: SettingsArguments = {"lock_folder": None, "footprints": None, "prefetch": False}
         environment = _FakeEnvironment(self._time, self._engine, dict(_amounts(memory)))
-        self.scheduler = Scheduler(Settings(**(private | settings)), _environment=environment)
+        self.scheduler = Scheduler(Settings(**(alone | settings)), _environment=environment)
         self._time.start(self.scheduler._driver, self._waits)
 
     # -- what there is, and what fails --------------------------------------------------------------------------------
@@ -138,6 +138,7 @@ class _FakeEnvironment(Environment):
     """The parts of a fake machine, where a scheduler looks for them."""
 
     def __init__(self, time: VirtualTime, engine: FakeEngine, capacities: Mapping[DeviceId, int]) -> None:
+        super().__init__()
         self._time = time
         self._engine = engine
         self._capacities = capacities

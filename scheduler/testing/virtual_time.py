@@ -85,10 +85,13 @@ class VirtualTime:
         return [self._thread.name] if self._thread.is_alive() else []
 
     def _run(self) -> None:
-        while (job := self._jobs.get()) is not None:
-            self._do(job)
-            if self._jobs.empty():
-                self._move()
+        try:
+            while (job := self._jobs.get()) is not None:
+                self._do(job)
+                if self._jobs.empty():
+                    self._move()
+        finally:
+            self._closed = True  # callers of `settle` are let go, whatever ended the thread
 
     def _do(self, job: Job) -> None:
         try:

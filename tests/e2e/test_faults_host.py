@@ -31,7 +31,6 @@ from scheduler import (
     Scheduler,
     SchedulerClosed,
 )
-from scheduler.api import scheduler as scheduler_module
 from scheduler.engines.llama import LlamaEngine
 from scheduler.runtime.driver import Driver
 from tests.support.leaks import no_leaks
@@ -121,7 +120,7 @@ def test_a_gap_is_noticed_before_anything_is_judged_by_it() -> None:
 def test_a_load_is_not_stopped_for_time_in_which_nothing_ran(monkeypatch: pytest.MonkeyPatch) -> None:
     """After a gap of an hour the devices are read again, and a load has its time anew, and no more than that."""
     clock, gate = Clock(), Gate()
-    monkeypatch.setattr(scheduler_module, "monotonic_clock", clock)
+    monkeypatch.setattr("scheduler.api.environment.monotonic_clock", clock)
     with a_scheduler(load_timeout=60) as scheduler:
         scheduler._prober.close(LIMIT_S)  # it reads the devices every second anyway
         waiting = scheduler.submit(a_model("a", load=gate))

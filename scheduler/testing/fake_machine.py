@@ -39,7 +39,7 @@ class FakeMachine:
         self._auto_advance = auto_advance
         self._time = VirtualTime()
         self._engine = FakeEngine(self._time)
-        alone: SettingsArguments = {"lock_folder": None, "footprints": None, "prefetch": False}
+        alone: SettingsArguments = {"lock_folder": None, "measurement_file": None, "prefetch": False}
         environment = _FakeEnvironment(self._time, self._engine, dict(_amounts(memory)))
         self.scheduler = Scheduler(Settings(**(alone | settings)), _environment=environment)
         self._time.start(self.scheduler._driver, self._waits)

@@ -1,8 +1,8 @@
-"""Locks by which the programs on one machine load on a device in turns: a file for each device.
+"""Locks by which the programs on one machine take turns to load on a device: one lock file for each device.
 
-The operating system holds a lock for an open file and drops it when the program ends, however it ends. Runners do not
-inherit it, and neither does a fork (`filelock` sees to both), so that a runner which outlives its program for a moment
-keeps nobody out. Two schedulers in one program exclude each other like two programs.
+The operating system holds a lock for an open file and drops the lock when the program ends, however the program ends.
+Neither a runner nor a fork inherits a lock (`filelock` sees to both), so a runner that outlives its program for a
+moment keeps no other program from loading. Two schedulers in one program exclude each other like two programs.
 """
 
 from __future__ import annotations
@@ -25,21 +25,22 @@ from scheduler.config.paths import shared_lock_folder
 
 log = logging.getLogger("loadmaster")
 
-_FIRST_PAUSE_S = 0.002  # between two tries for a lock that another program has; it grows
-_LONGEST_PAUSE_S = 0.1  # a lock that was given back is found so late at most
+_FIRST_PAUSE_S = 0.002  # between two tries for a lock that another program holds; the pause grows
+_LONGEST_PAUSE_S = 0.1  # a lock that another program released is found free at most this late
 
 Job = tuple[int, tuple[DeviceId, ...]]
 
 
 class DeviceLocks:
-    """Takes the locks of claims, all of one or none, and gives them back; on a thread of its own.
+    """Takes the locks of device claims, all locks of a claim or none, and releases them, on a thread of its own.
 
-    The claims of one scheduler share a device. `had` is called once for a claim that is not given up before, even where
-    files cannot be locked: `problem` says so then. `contended` is called before it where another program has a device.
-    Both are called on the thread, also while a claim is just being given up, and must not block.
+    The claims of one scheduler share a device. `had` is called once for each claim that is not released before it is
+    granted, even where files cannot be locked; `problem` gives the reason then. `contended` is called before `had`
+    where another program holds a device. Both are called on the thread of the locks, also while the claim is being
+    released, and must not block.
     """
 
-    problem: str  # why devices are not locked, in a sentence; empty: they are
+    problem: str  # why devices are not locked, in a sentence; empty where they are locked
 
     def __init__(self, folder: Path, had: Callable[[int], None], contended: Callable[[int], None]) -> None:
         self.problem = ""
@@ -47,23 +48,24 @@ class DeviceLocks:
         self._private = folder == shared_lock_folder()
         self._had = had
         self._contended = contended
-        self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()  # without devices: give back; None: end
+        # a job without devices releases its claim; None ends the thread
+        self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None  # started by the first claim
         self._closed = False
-        # What follows belongs to the thread.
-        self._locks: dict[DeviceId, filelock.BaseFileLock] = {}  # those that are held
-        self._claims: dict[int, tuple[DeviceId, ...]] = {}  # had, and not given back
+        # Only the thread uses the attributes below.
+        self._locks: dict[DeviceId, filelock.BaseFileLock] = {}  # the locks that are held
+        self._claims: dict[int, tuple[DeviceId, ...]] = {}  # claims that were granted and not released
         self._waiting: dict[int, tuple[DeviceId, ...]] = {}
         self._pause_s = _FIRST_PAUSE_S
-        self._try_at = 0.0  # when those that wait are tried again
+        self._try_at = 0.0  # when the waiting claims are tried again
 
     def claim(self, number: int, devices: Iterable[DeviceId]) -> None:
-        """Have a claim taken; returns at once. Numbers are used once."""
+        """Order the locks of a claim and return at once; a number is used for one claim only."""
         if self._thread is None and not self._closed:
             thread = threading.Thread(target=self._run, name="loadmaster-locks", daemon=True)
             try:
                 thread.start()
-            except RuntimeError as error:  # there can be no more threads now
+            except RuntimeError as error:  # the system allows no more threads now
                 self.problem = f"devices are not locked against other programs: {error}"
                 self._had(number)
                 return
@@ -71,7 +73,7 @@ class DeviceLocks:
         self._jobs.put((number, tuple(sorted(devices))))
 
     def give_back(self, number: int) -> None:
-        """Give a claim up, had or not; returns at once."""
+        """Release a claim, granted or waiting, and return at once."""
         self._jobs.put((number, ()))
 
     @property
@@ -80,7 +82,7 @@ class DeviceLocks:
         return frozenset(self._locks)
 
     def close(self, timeout_s: float) -> list[str]:
-        """Give everything back and end the thread; return its name if it hangs."""
+        """Release every lock and end the thread; return the thread's name if it hangs."""
         self._closed = True
         if (thread := self._thread) is None:
             return []
@@ -117,10 +119,10 @@ class DeviceLocks:
             number: devices for number, devices in self._waiting.items() if not self._take(number, devices)
         }
         self._pause_s = min(_LONGEST_PAUSE_S, self._pause_s * 1.5)
-        self._try_at = time.monotonic() + self._pause_s * random.uniform(0.5, 1.0)  # not in step with others
+        self._try_at = time.monotonic() + self._pause_s * random.uniform(0.5, 1.0)  # not in step with other programs
 
     def _take(self, number: int, devices: tuple[DeviceId, ...]) -> bool:
-        """Take the locks of a claim that are not held already, in order; return False, with none of them, if one is."""
+        """Take the locks of a claim that are not held already, in order; return False, and take none, if a lock is not free."""
         taken: dict[DeviceId, filelock.BaseFileLock] = {}
         try:
             self._prepare()
@@ -132,7 +134,7 @@ class DeviceLocks:
             for lock in taken.values():
                 lock.release()
             return False
-        except Exception as error:  # the folder is not to be written to, its file system is full or cannot lock
+        except Exception as error:  # the folder is not writable, or its file system is full or cannot lock
             if not self.problem:
                 log.warning("devices are not locked against other programs: %s", error)
             self.problem = f"devices are not locked against other programs: {error}"
@@ -142,7 +144,7 @@ class DeviceLocks:
         return True
 
     def _prepare(self) -> None:
-        """Make the folder where it is missing; raises OSError where this user's is somebody else's, or a link."""
+        """Make the folder where it is missing; raises OSError where the private folder is a link or another user's."""
         self._folder.mkdir(mode=0o700, parents=not self._private, exist_ok=True)
         if self._private and hasattr(os, "getuid"):
             found = self._folder.lstat()
@@ -150,13 +152,14 @@ class DeviceLocks:
                 raise PermissionError(f"{self._folder} is not a folder that this user alone may write to")
 
     def _lock(self, device: DeviceId) -> filelock.BaseFileLock:
-        """Lock a device's file; raises `filelock.Timeout` where another program has it, OSError where it cannot be."""
+        """Lock a device's file; raises `filelock.Timeout` where another program holds it, OSError where that fails."""
         path = self._folder / f"{quote(device, safe='')}.lock"
         mode = 0o600 if self._private else 0o666
         lock = filelock.FileLock(path, mode=mode, thread_local=False, blocking=False, fallback_to_soft=False)
         try:
             lock.acquire()
-        except filelock.Timeout:  # also where no file can be made: one that another program has is there, and stays
+        except filelock.Timeout:
+            # also raised where the file cannot be made; a file that another program holds exists, and stays
             if not os.path.lexists(path):
                 raise FileNotFoundError(f"no file can be made in {self._folder}") from None
             raise
@@ -167,5 +170,5 @@ class DeviceLocks:
         for device in [device for device in self._locks if device not in claimed]:
             try:
                 self._locks.pop(device).release()
-            except OSError:  # its file system is gone, and the lock with it
-                log.warning("the lock of %s could not be given back", device, exc_info=True)
+            except OSError:  # the file system is gone, and the lock with it
+                log.warning("the lock of %s could not be released", device, exc_info=True)

@@ -1,16 +1,17 @@
-"""The inbox, and who drains it: whichever thread holds the core's lock, but never the main thread.
+"""The driver: steps the core with the events of an inbox, on any thread that holds its lock but the main thread.
 
-Five things would break this if they were not built in:
+Five things would break the driver if it did not provide for them:
 
 * **Ctrl-C** may raise inside a step at any point, and only in the main thread. So the main thread never runs a step:
-  it wakes the driver's own thread. An exception that escapes a step all the same stops it and fails every waiter.
+  it wakes the driver's own thread. An exception that still escapes from a step stops the driver and fails every
+  pending request.
 * **Finalisers** may run inside a step, in the thread that holds the lock. So `post` appends, and drains only as far as
-  it gets the lock without blocking; who holds it looks at the inbox once more after letting go.
-* **Order.** Commands are handed on under the lock, in order. `perform` only files them; it must not block, nor run the
-  user's code.
-* **Signal handlers** may interrupt the main thread wherever it is, and wait for a step there. So nothing that is done
-  under the lock waits for a lock that the main thread may hold.
-* **Exit.** The thread is a daemon; nothing joins it but `close`, which bounds its wait.
+  it gets the lock without blocking; the thread that holds the lock looks at the inbox once more after releasing it.
+* **Order.** Commands are performed under the lock, in order. `perform` only queues a command; it must not block, nor
+  run the user's code.
+* **Signal handlers** may interrupt the main thread wherever it is, and wait for a step there. So no code under the
+  lock waits for a lock that the main thread may hold.
+* **Exit.** The driver's thread is a daemon. Only `stop` joins it, and `stop` bounds its wait.
 """
 
 from __future__ import annotations
@@ -35,24 +36,24 @@ Value = TypeVar("Value")
 
 log = logging.getLogger("loadmaster")
 
-_LONGEST_SLEEP_S = 3600.0  # a time-out that every platform's wait accepts
-_GAP_S = 5.0  # a tick that is late by so much: nothing ran here meanwhile, the machine or this program stood still
-_CHECK_S = 1.0  # how often one who reads makes sure that the thread still runs
+_LONGEST_SLEEP_S = 3600.0  # a timeout that every platform's wait accepts
+_GAP_S = 5.0  # a tick that is this late shows that the machine or the program stood still
+_CHECK_S = 1.0  # how often a thread that waits for a query checks that the driver's thread still runs
 _TICK = Tick()
 
 
 class _Query:
-    """A wish to read the core, in its place among the events."""
+    """A query of the core, in its place among the events."""
 
     def __init__(self, look: Callable[[Core], object]) -> None:
         self.look = look
         self.done = Latch()
         self.value: object = None
         self.error: Exception | None = None
-        self._once = allocate_lock()  # taken by the one who reads
+        self._once = allocate_lock()  # taken by the thread that runs the query
 
     def run(self, core: Core) -> None:
-        """Read, unless somebody does already, and let the one who wished know."""
+        """Run the query, unless another thread does already, and wake the thread that waits for it."""
         if not self._once.acquire(blocking=False):
             return
         try:
@@ -63,7 +64,7 @@ class _Query:
 
 
 class Driver:
-    """Feeds a core with events in one total order and hands its commands on."""
+    """Steps a core with events in one total order and has its commands performed in that order."""
 
     def __init__(
         self,
@@ -77,28 +78,30 @@ class Driver:
     ) -> None:
         self._core = core
         self._clock = clock
-        self._perform = perform  # under the lock: files a command, does not block
-        self._publish = publish  # under the lock: hands journal entries to the listeners; returns whether there is one
-        self._fail = fail  # once, when a step raised: every waiter is to be told; again for each event after it
+        self._perform = perform  # under the lock: queues a command, does not block
+        # under the lock: offers the entries of the decision log to the listeners; returns whether there are any
+        self._publish = publish
+        # called when a step raised, to fail every pending request, and again for each event after that
+        self._fail = fail
         self._step = step or core.step  # under the lock: decides, and does not block
-        self._stood_still = stood_still  # before the first tick after a gap, on the driver's thread; may post
+        self._stood_still = stood_still  # called before the first tick after a gap, on the driver's thread; may post
         self._inbox: deque[Event | _Query] = deque()
-        self._lock = threading.Lock()  # held while steps run; taken without blocking, but for what is due
-        self._wake: queue.SimpleQueue[bool] = queue.SimpleQueue()  # its put is safe in finalisers; False: stop
-        self._deadline = math.inf  # the core's, as of the last step
+        self._lock = threading.Lock()  # held while steps run; taken without blocking, except for an event that is due
+        self._wake: queue.SimpleQueue[bool] = queue.SimpleQueue()  # `put` is safe in finalisers; False stops the thread
+        self._deadline = math.inf  # the core's deadline, as of the last step
         self._asleep_until = -math.inf  # when the thread wakes by itself
         self._main = threading.main_thread().ident
-        self.broken: BaseException | None = None  # what a step raised; nothing is decided after it
-        self._runs = False  # the thread drains for the main thread
+        self.broken: BaseException | None = None  # what a step raised; no event is decided after that
+        self._runs = False  # the driver's thread runs, and drains for the main thread
         self._thread = threading.Thread(target=self._run, name="loadmaster-driver", daemon=True)
 
     def start(self) -> None:
-        """Begin to keep time and to drain for the main thread."""
+        """Start the driver's thread, which keeps the time and drains the inbox for the main thread."""
         self._runs = True
         self._thread.start()
 
     def post(self, item: Event | _Query) -> None:
-        """Take in an event, or a wish to read; from any thread, in finalisers and signal handlers too. Never blocks."""
+        """Add an event or a query to the inbox; never blocks, and may be called in finalisers and signal handlers."""
         if threading.get_ident() == self._main:
             try:
                 self._inbox.append(item)
@@ -109,26 +112,27 @@ class Driver:
             self._drain()
 
     def query(self, look: Callable[[Core], Value]) -> Value:
-        """Return what `look` finds in the core after everything that this thread posted before; it must be quick."""
+        """Return what `look` returns for the core, after all events that this thread posted before; `look` is quick."""
         request = _Query(look)
         if self._runs:
             self.post(request)
         while not request.done.wait(_CHECK_S if self._runs else 0.0):
-            if not self._runs:  # nobody drains for the main thread any more
+            if not self._runs:  # no thread drains for the main thread any more
                 self._run_alone(request)
         if request.error is not None:
             raise request.error
         return cast(Value, request.value)
 
     def stop(self, timeout_s: float) -> bool:
-        """End the thread; return whether it ended in time."""
+        """End the driver's thread; return whether it ended within `timeout_s` seconds."""
         self._wake.put(False)
         if threading.current_thread() is not self._thread and self._thread.ident is not None:
             self._thread.join(timeout_s)
         return not self._thread.is_alive()
 
     def _run_alone(self, request: _Query) -> None:
-        taken = self._lock.acquire(timeout=_CHECK_S)  # no longer: a handler may have interrupted this very thread here
+        # no longer: a signal handler may have interrupted this very thread here
+        taken = self._lock.acquire(timeout=_CHECK_S)
         try:
             request.run(self._core)
         finally:
@@ -142,7 +146,7 @@ class Driver:
             except BaseException as error:
                 log.error("step %d failed; the scheduler has stopped", self._core.steps, exc_info=error)
                 self.broken = error
-                self._deadline = math.inf  # nothing is due any more
+                self._deadline = math.inf  # no deadline is due any more
                 self._fail(error)
             finally:
                 self._lock.release()
@@ -154,10 +158,10 @@ class Driver:
         while inbox:
             event = inbox.popleft()
             if isinstance(event, _Query):
-                self._tell()  # first: whoever reads has been told of what is found
+                self._tell()  # first: the listeners get the entries of a step before a query sees that step
                 event.run(core)
             elif self.broken is not None:
-                self._fail(self.broken)  # not raised again: its traceback would grow with each event
+                self._fail(self.broken)  # called and not raised: the traceback would grow with each event
             else:
                 for command in self._step(self._clock(), event):
                     self._perform(command)
@@ -166,10 +170,10 @@ class Driver:
         self._tell()
 
     def _tell(self) -> None:
-        if journal := self._core.decision_log:
-            if self._publish(journal):
-                journal.clear()
-            else:  # nothing is noted any more
+        if entries := self._core.decision_log:
+            if self._publish(entries):
+                entries.clear()
+            else:  # the decision log has no listener any more
                 self._core.decision_log = None
 
     def _run(self) -> None:
@@ -182,7 +186,9 @@ class Driver:
         while True:
             until = self._asleep_until = self._deadline
             if self._deadline < until:
-                continue  # it moved while it was noted: the drainer may not have seen that it must wake us
+                # the deadline moved while it was noted: the draining thread may not have seen that it must wake this
+                # thread
+                continue
             due = False
             try:
                 sleep_s = min(max(0.0, until - self._clock()), _LONGEST_SLEEP_S)
@@ -193,5 +199,6 @@ class Driver:
                     self._stood_still()
                 self._inbox.append(_TICK)
                 due = True
-            self._asleep_until = -math.inf  # awake: nobody needs to wake us
-            self._drain(wait=due)  # what is due stays due until whoever holds the lock has seen it: that is waited for
+            self._asleep_until = -math.inf  # awake: no thread needs to wake this one
+            # an event that is due stays due until the thread that holds the lock has seen it, so wait for the lock
+            self._drain(wait=due)

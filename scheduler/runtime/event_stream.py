@@ -1,4 +1,4 @@
-"""The event stream: everybody who listens hears every transition and decision, or hears that a gap was left."""
+"""The event stream: every listener gets every transition and decision, or a gap that says how many were dropped."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from scheduler.errors.wording import Name, device_reason, kept_reason, transitio
 
 @dataclass(frozen=True, slots=True)
 class ConsideredRunner(decision_log.ConsideredRunner):
-    """A runner that might make room, and why it does not."""
+    """A runner that was considered for eviction, and why it is kept."""
 
-    reason: str = ""  # why it is not given up, in words; empty where it is
+    reason: str = ""  # why the runner is not evicted, in words; empty where it is evicted
 
 
 @dataclass(frozen=True, slots=True)
 class ConsideredDevice(decision_log.ConsideredDevice):
-    """A device that a model might go on, and why it does not."""
+    """A device that was considered for a model, and why the model is not placed there."""
 
-    reason: str = ""  # why it does not go there, in words; empty where it does
+    reason: str = ""  # why the model is not placed there, in words; empty where it is
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +43,7 @@ class Transition(decision_log.Transition):
 
 @dataclass(frozen=True, slots=True)
 class Decision(decision_log.Decision):
-    """Something was decided about a request, or found out about a runner."""
+    """A decision about a request, or a finding about a runner."""
 
     runners: tuple[ConsideredRunner, ...] = ()
     devices: tuple[ConsideredDevice, ...] = ()
@@ -51,7 +51,7 @@ class Decision(decision_log.Decision):
 
 
 def event_of(entry: Entry, name: Name) -> Transition | Decision:
-    """Return an entry of the core's journal as it is handed out: with its reasons in words beside."""
+    """Return an entry of the core's decision log with its reasons in words."""
     match entry:
         case decision_log.Transition():
             return Transition(**_values(entry), reason=transition_reason(entry.why, name))
@@ -72,16 +72,17 @@ def _values(entry: object) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class Gap:
-    """The listener was too slow, and `missed` entries were dropped here."""
+    """Marks the place where `missed` entries were dropped because the listener was too slow."""
 
     missed: int
 
 
 class EventStream(Iterator[Transition | Decision | Gap]):
-    """Entries in order, each once; blocks for the next one, and ends when the scheduler has closed.
+    """The entries in order, each once; `next` blocks until there is an entry, and the stream ends with the scheduler.
 
-    Keeps at most `limit` entries: then the oldest are dropped and a `Gap` takes their place. In a fork of the process
-    that made it, it raises `SchedulerForked`: nothing is offered there.
+    The stream keeps at most `limit` entries: beyond the limit the oldest entries are dropped, and a `Gap` takes their
+    place. In a fork of the process that made the stream, `take` and `next` raise `SchedulerForked`, since no entry
+    arrives there.
     """
 
     def __init__(self, limit: int, name: Name) -> None:
@@ -89,30 +90,33 @@ class EventStream(Iterator[Transition | Decision | Gap]):
         self._name = name
         self._owner = os.getpid()
         self._entries: deque[tuple[int, Entry]] = deque()  # numbered: where numbers are missing, entries were dropped
-        self._offered = 0  # in all; written by the one who offers, under the driver's lock
-        self._lock = threading.RLock()  # one takes; never waited for by the one who offers
-        self._next = 0  # the number that is due to be taken
-        self._there: SimpleQueue[None] = SimpleQueue()  # a token, while there may be something to take
-        self.ended = False  # nothing more is offered
+        self._offered = 0  # entries offered since the stream was opened; written under the driver's lock
+        self._lock = threading.RLock()  # held by the thread that takes an entry; `offer` never waits for it
+        self._next = 0  # the number of the next entry to take
+        self._there: SimpleQueue[None] = SimpleQueue()  # a token, while there may be an entry to take
+        self.ended = False  # no more entries are offered
 
     def offer(self, entries: Sequence[Entry]) -> None:
-        """Take in what happened, without waiting for anybody; drops the oldest where there is no room."""
+        """Add entries without waiting for any listener; drops the oldest entries beyond the limit."""
         for entry in entries:
             self._entries.append((self._offered, entry))
             self._offered += 1
-        with suppress(IndexError):  # they were taken meanwhile
+        with suppress(IndexError):  # a listener took the entries meanwhile
             while len(self._entries) > self._limit:
                 self._entries.popleft()
         if self._there.empty():
             self._there.put(None)
 
     def close(self) -> None:
-        """End the stream after what it still holds."""
+        """End the stream after the entries that it still holds."""
         self.ended = True
         self._there.put(None)
 
     def take(self, timeout_s: str | float | None = None) -> Transition | Decision | Gap | None:
-        """Return the next one, None when none comes in time or the stream has ended."""
+        """Return the next entry, or None when none comes within `timeout_s` seconds or the stream has ended.
+
+        Raises `InvalidSettings` for a `timeout_s` that is no duration, and `SchedulerForked` in a fork.
+        """
         wait_s = None if timeout_s is None else wait_limit(parse_duration(timeout_s, name="timeout_s"))
         while True:
             if os.getpid() != self._owner:
@@ -156,16 +160,17 @@ class EventStream(Iterator[Transition | Decision | Gap]):
 
 
 class Hub:
-    """Hands the journal to those who listen."""
+    """Hands the entries of the decision log to every open event stream."""
 
     def __init__(self, limit: int, name: Name) -> None:
         self._limit = limit
         self._name = name
-        self._streams: tuple[ReferenceType[EventStream], ...] = ()  # replaced, never changed; one forgotten is gone
+        # replaced, never changed; a stream that its listener has dropped is gone
+        self._streams: tuple[ReferenceType[EventStream], ...] = ()
         self._closed = False
 
     def open(self) -> EventStream:
-        """Add a listener; called between two steps, so that nothing is missed or heard twice."""
+        """Return a new event stream; called between two steps, so that no entry is missed or offered twice."""
         stream = EventStream(self._limit, self._name)
         self._streams = (*self._streams, ref(stream))
         if self._closed:
@@ -173,7 +178,7 @@ class Hub:
         return stream
 
     def publish(self, entries: Sequence[Entry]) -> bool:
-        """Hand `entries` to every listener and return whether there is one; quick, and runs nobody's code."""
+        """Offer `entries` to every stream and return whether there is one; never blocks, and runs no user's code."""
         streams = [(reference, stream) for reference in self._streams if (stream := reference()) and not stream.ended]
         self._streams = tuple(reference for reference, _ in streams)
         for _, stream in streams:

@@ -1,4 +1,4 @@
-"""Commands become jobs, and what the jobs find becomes events."""
+"""The executor: carries out the commands of the core as jobs on thread pools, and posts their results as events."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ from scheduler.runtime.runner_handle import RunnerHandle
 
 log = logging.getLogger("loadmaster")
 
-_WORKERS = 8  # jobs that may block at once: inspections, launches, looks; all but launches wait for a reading
-_CALLERS = 64  # of the user's callbacks at once: each may block, on the scheduler too
-_STOPPERS = 2  # of their own, so that nothing can starve a stop
-_FRESH_S = 2.0  # how long an inspection, or a claim, waits for a sample of the devices
-_LOOK_S = 1.0  # how long a runner may take to say whether it has settled
-_LEAST_S = 0.1  # for each pool of threads to end, where another has used up the time: else it would be blamed
-_LAST_LOOK_S = 0.2  # the same, right before it is stopped
+_WORKERS = 8  # jobs that may block at once (inspections, launches, probes, polls); all but launches wait for a reading
+_CALLERS = 64  # callbacks of the user's at once: each may block, even on the scheduler
+_STOPPERS = 2  # threads for stops only, so that no other job can delay a stop
+_FRESH_S = 2.0  # how long an inspection, or a device claim, waits for a sample of the devices
+_LOOK_S = 1.0  # how long a runner may take to say whether its context is filled
+_LEAST_S = 0.1  # for each thread pool to end where another has used up the time, so that it is not reported as hanging
+_LAST_LOOK_S = 0.2  # how long a runner may take to say so right before it is stopped
 
 
 class Executor:
@@ -54,38 +54,37 @@ class Executor:
         self._settings = settings
         self._engine_of = engine_of
         self._post = post
-        self._forget = forget  # a model that was refused; called when the core has been told
+        self._forget = forget  # called for a model that was refused, after the core was told
         self.worker_pool = pool("loadmaster-worker", _WORKERS)
         self.callback_pool = pool("loadmaster-caller", _CALLERS)
         self.stop_pool = pool("loadmaster-stopper", _STOPPERS)
         self._lives_on = lives_on  # whether the core still knows a runner; called under the driver's lock
-        self.runner_handles: dict[
-            RunnerId, RunnerHandle
-        ] = {}  # of those that it knows, and a few past ones; written under that lock
-        self._readers = pool("loadmaster-sampler", 1)  # of its own: workers wait for what it reads
+        # the runners that the core knows, and a few past ones; written under the driver's lock
+        self.runner_handles: dict[RunnerId, RunnerHandle] = {}
+        self._readers = pool("loadmaster-sampler", 1)  # of their own: the worker pool's jobs wait for what it reads
         self.sampler = MemorySampler(devices, self._readers, self._running, post)
         self.prefetcher = Prefetcher(self._files_of, lambda: any(self._loading()))
         self.locks = self._locks(settings)
         self.measurements = Measurements(settings.measurement_file) if settings.measurement_file is not None else None
-        self._identities: dict[ModelId, Identity | None] = {}  # as of the last inspection, unless that refused it
+        self._identities: dict[ModelId, Identity | None] = {}  # as of the last inspection, unless it refused the model
 
     def perform(
         self,
         command: Inspect | Launch | Stop | Sample | Claim | ReleaseClaim | Prefetch | PersistMeasurement,
     ) -> None:
-        """File a command, in the order in which they are decided; returns at once."""
+        """Queue a command, in the order in which the core decided the commands, and return at once."""
         match command:
             case Inspect(model):
                 self.worker_pool.put(lambda: self._inspect(model))
             case Launch(runner, model):
                 engine, what = self._engine_of(model)
                 self.forget_past()
-                life = self.runner_handles[runner] = RunnerHandle(command, engine, what, self._post)
-                life.identity = self._identities.get(model)
-                self.worker_pool.put(life.begin)
+                handle = self.runner_handles[runner] = RunnerHandle(command, engine, what, self._post)
+                handle.identity = self._identities.get(model)
+                self.worker_pool.put(handle.begin)
             case Stop(runner):
-                if (life_to_stop := self.runner_handles.get(runner)) is not None:
-                    self.stop_pool.put(lambda: self._stop(life_to_stop))
+                if (stopped := self.runner_handles.get(runner)) is not None:
+                    self.stop_pool.put(lambda: self._stop(stopped))
             case Sample(number):
                 self.sampler.request(number)
             case Claim(number, devices):
@@ -97,76 +96,80 @@ class Executor:
             case Prefetch(files):
                 self.prefetcher.ask(files)
             case PersistMeasurement(runner):
-                told = self.runner_handles.get(runner)
-                if self.measurements is not None and told is not None and told.identity is not None:
-                    self.measurements.remember(told.identity, told.launch, command)
+                persisted = self.runner_handles.get(runner)
+                if self.measurements is not None and persisted is not None and persisted.identity is not None:
+                    self.measurements.remember(persisted.identity, persisted.launch, command)
 
     def forget_past(self) -> None:
-        """Let go of runners that the core knows no more; under the driver's lock."""
+        """Drop the handles of runners that the core does not know any more; called under the driver's lock."""
         for past in [id for id in self.runner_handles if not self._lives_on(id)]:
             del self.runner_handles[past]
 
-    def probe(self, life: RunnerHandle) -> None:
-        """Have a runner asked whether it still answers, and post it if it does not; one probe of it at a time."""
-        if not life.probed:
-            life.probed = True
-            self.worker_pool.put(lambda: self._probe(life))
+    def probe(self, handle: RunnerHandle) -> None:
+        """Have a runner probed, and post `Unresponsive` if it does not answer; one probe of a runner at a time."""
+        if not handle.probed:
+            handle.probed = True
+            self.worker_pool.put(lambda: self._probe(handle))
 
-    def _probe(self, life: RunnerHandle) -> None:
+    def _probe(self, handle: RunnerHandle) -> None:
         timeout_s = self._settings.probe_timeout
         try:
-            if life.process is not None and not life.process.healthy(timeout_s) and not life.over:
-                life.lease_ended = False  # nor would it answer a look
-                self._post(Unresponsive(life.runner, NoAnswer(timeout_s)))
+            if handle.process is not None and not handle.process.healthy(timeout_s) and not handle.over:
+                handle.lease_ended = False  # a poll would not be answered either
+                self._post(Unresponsive(handle.runner, NoAnswer(timeout_s)))
         finally:
-            life.probed = False
+            handle.probed = False
 
-    def poll_context_filled(self, life: RunnerHandle) -> None:
-        """Have a runner asked whether it has settled, and post it when it has; one look at it at a time."""
-        if not life.looked_at:
-            life.looked_at = True
-            self.worker_pool.put(lambda: self._look(life, _LOOK_S))
+    def poll_context_filled(self, handle: RunnerHandle) -> None:
+        """Have a runner polled, and post `ContextFilled` when its context is filled; one poll of a runner at a time."""
+        if not handle.looked_at:
+            handle.looked_at = True
+            self.worker_pool.put(lambda: self._look(handle, _LOOK_S))
 
-    def _look(self, life: RunnerHandle, timeout_s: float) -> None:
-        life.lease_ended = False
+    def _look(self, handle: RunnerHandle, timeout_s: float) -> None:
+        handle.lease_ended = False
         try:
-            to_come = life.process.context_filled(timeout_s) if life.process is not None else None
-            if to_come is None or life.settled:
+            to_come = handle.process.context_filled(timeout_s) if handle.process is not None else None
+            if to_come is None or handle.settled:
                 return
-            life.settled = self.sampler.refresh(timeout_s)  # its memory is read after it was filled
-            life.lease_ended = not life.settled  # else it is looked at again soon
-            if life.settled:
-                self._post(ContextFilled(life.runner, tuple(sorted(to_come.items()))))
+            handle.settled = self.sampler.refresh(timeout_s)  # the sample must be read after the context was filled
+            handle.lease_ended = not handle.settled  # else the runner is polled again soon
+            if handle.settled:
+                self._post(ContextFilled(handle.runner, tuple(sorted(to_come.items()))))
         finally:
-            life.looked_at = False
+            handle.looked_at = False
 
-    def _stop(self, life: RunnerHandle) -> None:
+    def _stop(self, handle: RunnerHandle) -> None:
         try:
-            if life.lease_ended and not life.settled and not life.over:  # else what its last lease showed would be lost
-                self._look(life, _LAST_LOOK_S)
+            # else the growth that its last lease showed would be lost
+            if handle.lease_ended and not handle.settled and not handle.over:
+                self._look(handle, _LAST_LOOK_S)
         finally:
-            life.stop(self._settings.stop_grace)
+            handle.stop(self._settings.stop_grace)
 
     def call(self, callback: Callable[[], object]) -> None:
-        """Have a callback of the user's run on a thread that may block; returns at once."""
+        """Run a callback of the user's on a thread that may block, and return at once."""
         self.callback_pool.put(callback)
 
     def refresh(self, timeout_s: float) -> bool:
-        """Have the devices read and wait for it; return whether it came in time. Once closed, nobody waits."""
+        """Order a reading of the devices and wait for it; return whether it came within `timeout_s` seconds.
+
+        Returns at once when the sampler is closed.
+        """
         return self.sampler.refresh(timeout_s)
 
     def request_sample(self) -> None:
-        """Have the devices read; returns at once."""
+        """Order a reading of the devices and return at once."""
         self.sampler.request()
 
     def resample(self) -> None:
-        """Time has passed in which nothing ran here: it is no load's fault, and what was read of the devices is old.
+        """Provide for a time in which the machine or the program stood still: read the devices, and extend the loads.
 
-        The devices are read again, and loads, which could show nothing in that time, are given their time anew.
+        Loads could show no progress in that time and are given their time anew. The last sample of the devices is old.
         """
-        log.info("nothing ran here for a while: the devices are read again")
-        for life in self._loading():
-            self._post(Progress(life.runner))
+        log.info("the machine or this program stood still for a while: the devices are read again")
+        for handle in self._loading():
+            self._post(Progress(handle.runner))
         self.sampler.request()
 
     def ensure_threads(self) -> None:
@@ -183,13 +186,13 @@ class Executor:
                 pool.ensure_threads()
 
     def close(self, timeout_s: float) -> list[str]:
-        """End the threads; return the names of those that hang."""
+        """End the threads within `timeout_s` seconds; return the names of the threads that hang."""
         end = time.monotonic() + timeout_s
-        self.sampler.close()  # first: a worker may wait for a reading that never begins, or hangs
+        self.sampler.close()  # first: a job may wait for a reading that never begins, or hangs
         ends = [self.locks.close] if self.locks is not None else []
         ends += [pool.close for pool in (self.prefetcher, self.stop_pool, self.worker_pool, self._readers)]
         ends += [self.measurements.close] if self.measurements is not None else []
-        ends += [self.callback_pool.close]  # last: what users do there may take all the time
+        ends += [self.callback_pool.close]  # last: the callbacks of users may take all the time
         return [name for close in ends for name in close(max(_LEAST_S, end - time.monotonic()))]
 
     @property
@@ -199,31 +202,31 @@ class Executor:
 
     @property
     def read_ahead_bytes(self) -> int:
-        """What was read of models' files while they waited, since the beginning."""
+        """Bytes of models' files that were read into the page cache while their models waited, in all."""
         return self.prefetcher.ahead_bytes
 
     @property
     def problems(self) -> tuple[str, ...]:
-        """What could not be done and was worked round, in sentences."""
+        """Problems that the executor works round, in sentences."""
         found = [each.problem for each in (self.locks, self.measurements) if each is not None]
         return tuple(filter(None, found))
 
     def _running(self) -> Iterator[tuple[RunnerId, Process]]:
-        for id, life in list(self.runner_handles.items()):
-            if life.process is not None and not life.over:
-                yield id, life.process
+        for id, handle in list(self.runner_handles.items()):
+            if handle.process is not None and not handle.over:
+                yield id, handle.process
 
     def _loading(self) -> Iterator[RunnerHandle]:
-        for life in list(self.runner_handles.values()):
-            if not life.serves and not life.over:
-                yield life
+        for handle in list(self.runner_handles.values()):
+            if not handle.serves and not handle.over:
+                yield handle
 
     def _files_of(self, model: ModelId) -> tuple[str, ...]:
         _, what = self._engine_of(model)
         return what.files if isinstance(what, ModelSpec) else ()
 
     def _locks(self, settings: Settings) -> DeviceLocks | None:
-        """Return the locks among the programs on this machine; None where they are off, and nothing is claimed."""
+        """Return the locks among the programs on this machine, or None where locking is off and no claim is made."""
         if settings.lock_folder is None:
             return None
 
@@ -233,16 +236,16 @@ class Executor:
         return DeviceLocks(settings.lock_folder, had, lambda number: self._post(ClaimContended(number)))
 
     def _claimed(self, number: int) -> None:
-        self.sampler.refresh(_FRESH_S)  # what other programs took before it
+        self.sampler.refresh(_FRESH_S)  # includes the memory that other programs took before the claim
         self._post(ClaimGranted(number))
 
     def _inspect(self, model: ModelId) -> None:
         try:
             engine, what = self._engine_of(model)
-        except KeyError:  # forgotten, since whoever asked has left
+        except KeyError:  # forgotten, since the caller has left
             self._post(Inspected(model, refusals.ModelNotFoundRefusal(model)))
             return
-        identity = identity_of(what)  # before it is read, and once more after that: it may be replaced in between
+        identity = identity_of(what)  # read before and after the inspection: the file may be replaced in between
         try:
             outcome: object = engine.inspect(what)
         except ModelNotFound as error:
@@ -254,10 +257,10 @@ class Executor:
         except Exception as error:
             log.debug("an inspection failed", exc_info=True)
             reason = (
-                f"looking at it failed with {type(error).__name__}: {error}; see what this program may use (ulimit -a)"
+                f"its inspection failed with {type(error).__name__}: {error}; see what this program may use (ulimit -a)"
             )
             outcome = refusals.InvalidModelRefusal(model, reason)
-        self.sampler.refresh(_FRESH_S)  # what is free is read again right before each start
+        self.sampler.refresh(_FRESH_S)  # free memory is read again right before each launch
         identity = identity if identity == identity_of(what) else None
         refused = isinstance(outcome, refusals.ModelNotFoundRefusal | refusals.InvalidModelRefusal)
         if refused:
@@ -265,10 +268,10 @@ class Executor:
         else:
             self._identities[model] = identity
         known = self.load_measurements(identity)
-        self._post(Inspected(model, outcome, known))  # type: ignore[arg-type]  # what an engine returns, or one of the two above
+        self._post(Inspected(model, outcome, known))  # type: ignore[arg-type]  # either what an engine returns, or a refusal from above
         if refused:
             self._forget(model)
 
     def load_measurements(self, identity: Identity | None) -> LoadHistory:
-        """Return what earlier lives of these files showed, in whatever program; nothing where that is not known."""
+        """Return the measurements of earlier runners of these files, of any program; `NOTHING` where there are none."""
         return self.measurements.recall(identity) if self.measurements is not None else NOTHING

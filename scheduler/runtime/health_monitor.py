@@ -1,4 +1,4 @@
-"""A thread that looks after what nobody asks for: runners that hang or have settled, memory that grows, threads."""
+"""A thread that probes and polls runners, samples memory and starts threads that could not be started before."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ _SAMPLE_INTERVAL_S = 1.0
 
 
 class HealthMonitor:
-    """Has memory sampled about once a second, and each loaded runner probed once an interval; waits for neither.
+    """Has memory sampled about once a second and each loaded runner probed once an interval, and waits for neither.
 
-    Threads that could not be started when jobs needed them are started here, as soon as there can be more again.
-    `let_go` is called about once a second too: it lets go of what nobody uses any more.
-    Whether a runner has settled is looked at until it has: once an interval, and within a second after a lease on it.
+    Threads that could not be started when jobs needed them are started here, as soon as the system allows more again.
+    `let_go` is called about once a second too, to forget the objects that are not used any more. A runner is polled
+    until its context is filled: once an interval, and within a second after the end of a lease on it.
     """
 
     def __init__(self, executor: Executor, interval_s: float, let_go: Callable[[], None]) -> None:
@@ -30,11 +30,11 @@ class HealthMonitor:
         self._thread = threading.Thread(target=self._run, name="loadmaster-prober", daemon=True)
 
     def start(self) -> None:
-        """Begin."""
+        """Start the thread."""
         self._thread.start()
 
     def close(self, timeout_s: float) -> None:
-        """End, and wait for it."""
+        """End the thread and wait for its end."""
         self._stop.set()
         if self._thread.ident is not None and threading.current_thread() is not self._thread:
             self._thread.join(timeout_s)
@@ -52,11 +52,11 @@ class HealthMonitor:
             self._look_round(due=due)
 
     def _look_round(self, *, due: bool) -> None:
-        """Look at each runner; not in the loop above, which would keep the last one until there is another."""
-        for life in list(self._executor.runner_handles.values()):
-            if life.endpoint is None or life.over:
+        """Poll each runner; not in the loop above, which would keep the last runner alive until there is another."""
+        for handle in list(self._executor.runner_handles.values()):
+            if handle.endpoint is None or handle.over:
                 continue
             if due:
-                self._executor.probe(life)
-            if not life.settled and (due or life.lease_ended):
-                self._executor.poll_context_filled(life)
+                self._executor.probe(handle)
+            if not handle.settled and (due or handle.lease_ended):
+                self._executor.poll_context_filled(handle)

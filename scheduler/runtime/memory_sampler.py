@@ -1,4 +1,4 @@
-"""Reads the devices and the runners' memory, one reading at a time, and posts what was read in that order."""
+"""Reads the devices and the runners' memory, one reading at a time, and posts the samples in that order."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ log = logging.getLogger("loadmaster")
 
 
 class MemorySampler:
-    """Answers any number of wishes for a sample with as few readings as will do.
+    """Answers any number of requests for a sample with as few readings as possible.
 
-    A driver's call may stall: then only samples are late, and the core's own time limits go on without them.
+    A call of a device's driver may stall: then only samples are late, and the core's own time limits go on without
+    them.
     """
 
     def __init__(
@@ -35,32 +36,34 @@ class MemorySampler:
         self._workers = workers
         self._running = running
         self._post = post
-        self._asked: deque[tuple[int, Latch | None]] = deque()  # numbers, and those who wait; no reading has begun
-        self._begun: list[Latch] = []  # those who wait for the reading under way
-        self._highest = 0  # of the numbers that were asked for
+        # numbers and waiting threads for which no reading has begun
+        self._asked: deque[tuple[int, Latch | None]] = deque()
+        self._begun: list[Latch] = []  # the threads that wait for the reading under way
+        self._highest = 0  # highest number that was requested
         self._closed = False  # no reading may begin any more
 
     def request(self, number: int = 0, done: Latch | None = None) -> None:
-        """Have the devices read, beginning after this call; `done` is set when the reading has been posted."""
+        """Order a reading that begins after this call, and return at once; `done` is set when its sample is posted."""
         self._asked.append((number, done))
-        self._workers.put(self._read_all)  # each time: what Ctrl-C kept from being put is read for with the next
+        # for each request: a request that Ctrl-C kept from being queued is served with the next one
+        self._workers.put(self._read_all)
         if self._closed and done is not None:
             done.set()
 
     def refresh(self, timeout_s: float) -> bool:
-        """Have the devices read and wait for it; return whether it came in time. Once closed, nobody waits."""
+        """Order a reading and wait for it; return whether it was posted in time. Returns at once when closed."""
         done = Latch()
         self.request(done=done)
         return done.wait(timeout_s)
 
     def close(self) -> None:
-        """Let go of those who wait for a reading that may never begin, or never end."""
+        """Wake the threads that wait for a reading, since it may never begin or never end."""
         self._closed = True
         for done in (*self._begun, *self._take()):
             done.set()
 
     def _take(self) -> list[Latch]:
-        """Take over what was asked for; return those who wait for it."""
+        """Take over all requests for a reading; return the latches of the threads that wait for it."""
         waiting = []
         with suppress(IndexError):
             while True:
@@ -71,7 +74,7 @@ class MemorySampler:
         return waiting
 
     def _read_all(self) -> None:
-        if not self._asked:  # an earlier job has read for it
+        if not self._asked:  # the reading of an earlier job has served the request
             return
         self._begun = self._take()
         try:
@@ -93,7 +96,8 @@ class MemorySampler:
             for gpu, held in self._devices.gpu_processes().items():
                 for pid in held.keys() & pids.keys():
                     own = amounts[pids[pid]]
-                    # in a container the driver's pids may be others': it holds its buffers anyway
+                    # In a container the pids of the GPU's driver may be other processes': a runner holds its buffers
+                    # anyway.
                     own[gpu] = max(held[pid], own.get(gpu, 0))
         resident: tuple[tuple[RunnerId, Resident], ...] = tuple(
             (id, tuple(sorted(held.items()))) for id, held in amounts.items() if held

@@ -26,11 +26,11 @@ Model = str | os.PathLike[str] | ModelSpec | PythonModel
 
 
 class AcquireOptions(TypedDict, total=False):
-    """The keywords of a request: how it waits, what it is loaded with, and what makes it another model."""
+    """The keywords of a request: its waiting, its load-time options, and the parts of its model's identity."""
 
-    keep_alive: str | float | None  # how long the runner rests unused afterwards; 0: not at all; negative: for ever
-    timeout: str | float | None  # how long to wait
-    priority: int  # higher goes first among those that wait
+    keep_alive: str | float | None  # how long the runner stays loaded without leases; 0: not at all; negative: for ever
+    timeout: str | float | None  # how long the request may wait
+    priority: int  # a request group of higher priority goes first
     num_ctx: int | None  # context of one slot, tokens
     num_batch: int | None
     num_gpu: int | None  # layers on GPUs; negative: automatic; 0: host only
@@ -41,46 +41,46 @@ class AcquireOptions(TypedDict, total=False):
     flash_attention: bool | None
     cache_type_k: str | None  # f32, f16, bf16, q8_0, q5_1, q5_0, q4_1, q4_0 or iq4_nl
     cache_type_v: str | None
-    require_gpu: bool | None  # whole on GPUs, or refused
+    require_gpu: bool | None  # place the model whole on GPUs, or refuse the request
     adapters: Files | None  # LoRA files
     projectors: Files | None  # files of a vision model
     embedding: bool | None
 
 
 class ParsedRequest(NamedTuple):
-    """A request, understood."""
+    """A request whose model and keywords have been parsed."""
 
     spec: RequestSpec
-    name: str  # of the model
+    name: str  # name of the model
     keep_alive_s: float | None
     timeout_s: float | None
-    model: ModelSpec | PythonModel | None = None  # None: memory of the program's own is asked for
+    model: ModelSpec | PythonModel | None = None  # None: the request is for memory of the program's own
 
 
 class _Known(NamedTuple):
-    """A question that was asked before, and until when its model's name and links count as leading where they led."""
+    """A request that was parsed before, and until when its model's name and links count as leading where they led."""
 
     question: ParsedRequest
     until: float
 
 
-MOST_PRIORITY = 10**6  # a step is worth a minute of waiting: two years of it
-LASTING_S = 2.0  # so long after a tag or a link was moved, warm requests may still be given what it led to before
+MOST_PRIORITY = 10**6  # a step of priority counts as a minute of waiting, so this is two years of it
+LASTING_S = 2.0  # after a tag or a link was moved, warm requests may be granted the old model for so long
 
 _TIMING = frozenset({"keep_alive", "timeout", "priority"})
-_IDENTITY = ("adapters", "projectors", "embedding")  # they make it another model, not a reload
+_IDENTITY = ("adapters", "projectors", "embedding")  # keywords that name another model, and do not reload the same one
 _KINDS: dict[str, type] = {
     **dict.fromkeys(("num_ctx", "num_batch", "num_thread", "num_parallel", "num_gpu", "main_gpu"), int),
     **dict.fromkeys(("use_mmap", "flash_attention", "require_gpu"), bool),
     **dict.fromkeys(("cache_type_k", "cache_type_v"), str),
 }
 _POSITIVE = frozenset({"num_ctx", "num_batch", "num_thread", "num_parallel"})
-_KNOWN_QUESTIONS = 4096  # questions remembered; then all are forgotten
-_PAST_NAMES = 1024  # of forgotten models: events and recordings are read and written somewhat later
+_KNOWN_QUESTIONS = 4096  # parsed requests that are kept; beyond it all are dropped
+_PAST_NAMES = 1024  # names kept of forgotten models: events and recordings are read and written somewhat later
 
 
 class ModelRegistry:
-    """Every model that is asked for or that the core knows, and the engine that runs it."""
+    """Every model that is requested or that the core knows, with the engine that runs it."""
 
     def __init__(
         self,
@@ -92,25 +92,25 @@ class ModelRegistry:
     ) -> None:
         self._engines: Mapping[type, Engine] = {ModelSpec: llama, PythonModel: python}
         self._catalog = catalog
-        self._pin = pin  # called once for each spec that says so, before its first request
+        self._pin = pin  # called once for each spec with `pin`, before its first request
         self._clock = clock
         self._pinned: set[ModelId] = set()
         self._models: dict[ModelId, ModelSpec | PythonModel] = {}
-        self._past: dict[ModelId, str] = {}  # the names of those that were forgotten last
+        self._past: dict[ModelId, str] = {}  # names of the models that were forgotten last
         self._known: dict[object, _Known] = {}
 
     def parse_cached(self, model: Model, asking: AcquireOptions, purpose: Purpose = Purpose.lease) -> ParsedRequest:
-        """Return what is asked; raises `UnsupportedOption` or `InvalidSettings` for what means nothing.
+        """Return the parsed request; raises `UnsupportedOption` or `InvalidSettings` for a keyword that is not valid.
 
-        A name raises `ModelNotFound` and `InvalidModel` too.
+        Raises `ModelNotFound` or `InvalidModel` for a name that leads to no model.
         """
         try:
             key: object = model
-            if asking or purpose is not Purpose.lease:  # the types as well, since 1 and True are equal
+            if asking or purpose is not Purpose.lease:  # the key holds the types as well, since 1 and True are equal
                 key = (model, purpose, *asking.items(), *map(type, asking.values()))
             if (known := self._known.get(key)) is not None and self._clock() < known.until:
                 return known.question
-        except TypeError:  # a list among the keywords
+        except TypeError:  # a list among the keywords is not hashable
             key = None
         question = self._understand(model, asking, purpose)
         if key is not None and _lasts(model):
@@ -121,23 +121,26 @@ class ModelRegistry:
         return question
 
     def identity(self, model: Model, asking: AcquireOptions) -> ModelId:
-        """Return the identity of what a caller names; raises `UnsupportedOption` for other keywords."""
+        """Return the identity of the model that a caller names; raises `UnsupportedOption` for other keywords."""
         for name, value in asking.items():
             if name not in _IDENTITY:
-                raise UnsupportedOption(name, value, f"it does not tell models apart; {', '.join(_IDENTITY)} do")
+                raise UnsupportedOption(name, value, f"it is no part of a model's identity; {', '.join(_IDENTITY)} do")
         return self._spec(model, asking).id
 
     def name(self, id: ModelId) -> str:
-        """Return the name to show for an identity; the identity itself where it is not known, nor was of late."""
+        """Return the name to show for an identity: the last known name, or the identity itself."""
         model = self._models.get(id)
         return model.name if model is not None else self._past.get(id, id) or "the program's own memory"
 
     def register(self, model: ModelSpec | PythonModel) -> None:
-        """Know a model, until it is forgotten."""
+        """Add a model to the registry, until it is unregistered."""
         self._models[model.id] = model
 
     def unregister(self, id: ModelId) -> ModelSpec | PythonModel | None:
-        """Know a model no more, but for its name; return it, or None where it was not known. Not by two at a time."""
+        """Remove a model, but keep its name for a while; return the model, or None where it was not registered.
+
+        Two threads must not call this at the same time.
+        """
         if (model := self._models.get(id)) is not None:
             self._past[id] = model.name
         if isinstance(model, PythonModel):
@@ -149,24 +152,24 @@ class ModelRegistry:
         return self._models.pop(id, None)
 
     def known(self) -> frozenset[ModelId]:
-        """Return every model that is known."""
+        """Return every model that is registered."""
         return frozenset(self._models)
 
     def objects(self) -> list[ModelId]:
-        """Return every object that is known."""
+        """Return every Python object that is registered."""
         return [id for id, model in self._models.copy().items() if isinstance(model, PythonModel)]
 
     def engine_of(self, id: ModelId) -> tuple[Engine, ModelSpec | PythonModel]:
-        """Return the engine of a model, and the model as the engine is to be told it; KeyError where it is unknown."""
+        """Return the engine of a model, and the model as its engine takes it; raises KeyError for an unknown model."""
         model = self._models[id]
         return self._engines[type(model)], model
 
     def parse(
         self, model: Model, asking: AcquireOptions, purpose: Purpose = Purpose.lease
     ) -> tuple[ModelSpec | PythonModel, ParsedRequest]:
-        """Return what would be asked, and of which model; raises what `question` does.
+        """Return a model and the parsed request for it; raises what `parse_cached` raises.
 
-        Nothing comes of it: the model is not known afterwards, nor pinned, and its engine need not be installed.
+        The model is neither registered nor pinned by this, and its engine need not be installed.
         """
         spec = self._spec(model, asking)
         if isinstance(spec, ModelSpec) and len(spec.projectors) > 1:
@@ -182,7 +185,7 @@ class ModelRegistry:
             keep_alive = spec.keep_alive
         keep_alive_s = None if keep_alive is None else parse_duration(keep_alive, name="keep_alive")
         timeout_s = None if timeout is None else parse_duration(timeout, name="timeout")
-        for each in fields(options):  # the model's own are checked too
+        for each in fields(options):  # the options of the model itself are checked too
             _check(each.name, getattr(options, each.name))
         priority = asking.get("priority", spec.priority)
         if not isinstance(priority, int) or isinstance(priority, bool) or abs(priority) > MOST_PRIORITY:
@@ -191,7 +194,7 @@ class ModelRegistry:
         return spec, ParsedRequest(want, spec.name, keep_alive_s, None if timeout_s == math.inf else timeout_s, spec)
 
     def inspect(self, model: ModelSpec | PythonModel) -> ModelInfo | Footprint:
-        """Return what a model that was looked at would need; raises `ModelNotFound` or `InvalidModel`."""
+        """Return what an inspected model would need; raises `ModelNotFound` or `InvalidModel`."""
         return self._engines[type(model)].inspect(model)
 
     def _understand(self, model: Model, asking: AcquireOptions, purpose: Purpose) -> ParsedRequest:
@@ -210,10 +213,10 @@ class ModelRegistry:
             return model
         spec = model if isinstance(model, ModelSpec) else self._named(model)
         identity = {name: value for name, value in identity.items() if value is not None}
-        return (replace(spec, **identity) if identity else spec).resolved()  # type: ignore[arg-type]  # ModelSpec checks
+        return (replace(spec, **identity) if identity else spec).resolved()  # type: ignore[arg-type]  # ModelSpec checks the types
 
     def _named(self, model: str | os.PathLike[str]) -> ModelSpec:
-        """Return the model at a path, or of a name."""
+        """Return the model at a path, or of a name; raises `UnsupportedOption` or `ModelNotFound`."""
         text = os.fspath(model) if isinstance(model, str | os.PathLike) else None
         if not isinstance(text, str):
             raise UnsupportedOption("model", model, "it must be a path, a name, a ModelSpec or a PythonModel")
@@ -230,7 +233,7 @@ class ModelRegistry:
 
 
 def _lasts(model: Model) -> bool:
-    """Tell whether a model may be remembered; the path of a file in the working folder may not, since that changes."""
+    """Return whether a parsed model may be kept; a path from the working folder may not, since that folder changes."""
     if isinstance(model, ModelSpec | PythonModel):
         return True
     return os.path.isabs(model) or (isinstance(model, str) and not is_path(model))

@@ -1,4 +1,4 @@
-"""What a request is waited for with, and what its lease knows of its runner."""
+"""A pending request, which its caller waits for, and what its lease knows of its runner."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Callback = Callable[[], object]
 
 
 class NonCopyable:
-    """What is given back once: the end of a copy would give back what the original holds."""
+    """A base of objects that are released once: the end of a copy would release what the original holds."""
 
     __slots__ = ()
 
@@ -26,9 +26,9 @@ class NonCopyable:
 
 
 class PendingRequest:
-    """One request, from its Acquire to the end of what it was granted. Answered once.
+    """One request, from its `Acquire` to the end of what it was granted; the request is answered once.
 
-    The one who waits blocks on `gate`; a lock is the cheapest thing that can be waited for, and Ctrl-C interrupts it.
+    The waiting caller blocks on `gate`: a lock is the cheapest thing to wait for, and Ctrl-C interrupts it.
     """
 
     __slots__ = (
@@ -48,27 +48,27 @@ class PendingRequest:
     def __init__(self, id: RequestId, model_id: ModelId, model: str) -> None:
         self.id = id
         self.model_id = model_id
-        self.model = model  # its name, for errors
+        self.model = model  # name of the model, for errors
         self.gate = allocate_lock()
         self.gate.acquire()
         self.answered = False
-        self.runner: RunnerHandle | None = None  # the runner; None: not granted, or granted without one
-        self.error: BaseException | None = None  # the refusal
+        self.runner: RunnerHandle | None = None  # None: the request is not granted, or granted without a runner
+        self.error: BaseException | None = None  # the refusal, where the request was refused
         self.lost: str = ""  # why the runner is gone
-        self.closed = False  # it is gone with the scheduler; set before `lost` is
-        self.wanted = False  # others wait for the runner's memory
-        self.callbacks: tuple[tuple[str, Callback], ...] = ()  # ("lost" or "wanted", what to call)
+        self.closed = False  # the runner is gone because the scheduler was closed; set before `lost` is
+        self.wanted = False  # other requests wait for the runner's memory
+        self.callbacks: tuple[tuple[str, Callback], ...] = ()  # ("lost" or "wanted", the callback)
 
-    def answer(self, life: RunnerHandle | None, error: BaseException | None) -> None:
-        """Say what became of it; runs nobody's code, and may be called under the driver's lock."""
-        self.runner = life
+    def answer(self, handle: RunnerHandle | None, error: BaseException | None) -> None:
+        """Answer the request with a runner or an error; runs no user's code, may be called under the driver's lock."""
+        self.runner = handle
         self.error = error
         self.answered = True
         self.gate.release()
 
 
 class FutureRequest(PendingRequest):
-    """A ticket whose answer goes to a future, by way of a worker: a future's callbacks are the user's code."""
+    """A pending request that answers a future from a thread pool, since a future's callbacks are the user's code."""
 
     __slots__ = ("deliver", "once", "put")
 
@@ -82,19 +82,19 @@ class FutureRequest(PendingRequest):
     ) -> None:
         super().__init__(id, model_id, model)
         self.put = put
-        # None once answered: it leads to the lease, which nobody but its holder may keep alive.
+        # None once answered: `deliver` leads to the lease, and only the holder may keep the lease alive.
         self.deliver: Callable[[FutureRequest], None] | None = deliver
-        self.once = allocate_lock()  # taken by the one who completes the future: the answer, or its cancellation
+        self.once = allocate_lock()  # taken by the thread that completes the future, with an answer or a cancellation
 
-    def answer(self, life: RunnerHandle | None, error: BaseException | None) -> None:
-        """Say what became of it; the future hears it from a worker."""
-        super().answer(life, error)
+    def answer(self, handle: RunnerHandle | None, error: BaseException | None) -> None:
+        """Answer the request; a thread of the pool completes the future."""
+        super().answer(handle, error)
         deliver, self.deliver = self.deliver, None
         if deliver is not None:
             self.put(lambda: deliver(self))
 
     def settle(self, future: Future[Any], result: object) -> bool:
-        """Complete a future, once; return False where it was cancelled, so that nobody receives the result."""
+        """Complete a future, once; return False where the future was cancelled, so that the result was not received."""
         if not self.once.acquire(blocking=False) or not future.set_running_or_notify_cancel():
             return False
         if self.error is not None:
@@ -108,7 +108,7 @@ def settle_in_loop(
     loop: asyncio.AbstractEventLoop, future: asyncio.Future[Any], result: object, error: BaseException | None,
     unreceived: Callback,
 ) -> None:  # fmt: skip
-    """Complete a loop's future from outside of it; calls `unreceived` where nobody is there to receive the result."""
+    """Complete a loop's future from another thread; calls `unreceived` where the result cannot be received."""
 
     def complete() -> None:
         if future.done():

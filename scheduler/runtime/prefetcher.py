@@ -1,8 +1,8 @@
-"""Reads models' files into the page cache before they are loaded: reads only, one at a time, out of everybody's way.
+"""Reads models' files into the page cache before their models are loaded, one file at a time, at low priority.
 
-The files are read, and not announced with `posix_fadvise`: the kernel reads no more of what it is advised of than the
-disk's read-ahead a call, and says neither when nor whether. Read through a buffer in steps it is certain, and can end
-after any step. What is in the cache already is not read again, where the system can tell.
+The files are read, and not announced with `posix_fadvise`: the kernel reads at most the disk's read-ahead for each
+announcement, and reports neither when nor whether it has read. Reading through a buffer in steps is certain, and can
+end after any step. A part that is in the page cache already is not read again, where the system can tell.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from scheduler.concurrency.thread_pool import ThreadPool
 
 log = logging.getLogger("loadmaster")
 
-STEP_BYTES = 4 << 20  # what is read between two looks at whether to go on
-_PLACES = 3  # of a step that are looked for in the cache
-_YIELD_S = 0.02  # between two looks at whether a model still loads
-_LOWEST_PRIORITY = 19  # of this thread alone
+STEP_BYTES = 4 << 20  # read between two checks of whether to go on
+_PLACES = 3  # places in a step that are looked up in the page cache
+_YIELD_S = 0.02  # between two checks of whether a model still loads
+_LOWEST_PRIORITY = 19  # of the prefetcher's thread alone
 
 
 @dataclass(slots=True, eq=False)
 class _Reading:
-    """How far one model's files have been read in this wait."""
+    """How far one model's files have been read while the model waits for memory."""
 
     limit: int  # bytes
     begun: bool = False
@@ -38,21 +38,22 @@ class _Reading:
 
 
 class Prefetcher:
-    """Carries out Prefetch: who is named first is read first, and nothing is read while a model loads."""
+    """Carries out `Prefetch`: the model that is named first is read first, and no file is read while a model loads."""
 
     def __init__(self, files_of: Callable[[ModelId], Sequence[str]], loading: Callable[[], bool]) -> None:
-        self.ahead_bytes = 0  # that were looked after in all
-        self.copied_bytes = 0  # of those, what went through the buffer: the others were in the page cache by then
+        self.ahead_bytes = 0  # bytes that were read, or found in the page cache, in all
+        # the part of `ahead_bytes` that was read through the buffer; the rest was in the page cache
+        self.copied_bytes = 0
         self._files_of = files_of
         self._loading = loading
         self._workers = ThreadPool("loadmaster-prefetcher", 1)
-        self._changed = threading.Condition()  # guards what follows
-        self._readings: dict[ModelId, _Reading] = {}  # in the order in which they were named
+        self._changed = threading.Condition()  # guards the attributes below
+        self._readings: dict[ModelId, _Reading] = {}  # in the order in which the models were named
         self._busy = False  # a job is queued or running
-        self._closed = False  # nothing more is read
+        self._closed = False  # no more files are read
 
     def ask(self, files: Sequence[tuple[ModelId, int]]) -> None:
-        """Take over what is to be read from now on; returns at once. What was read in this wait is not read again."""
+        """Replace the list of models and bytes to read, and return at once; a model is read once in its wait."""
         with self._changed:
             before = self._readings
             self._readings = {model: before.get(model) or _Reading(limit) for model, limit in files}
@@ -65,12 +66,13 @@ class Prefetcher:
         self._workers.put(self._run)
 
     def ensure_threads(self) -> None:
-        """Start its thread where it could not be started."""
+        """Start the prefetcher's thread where it could not be started before."""
         self._workers.ensure_threads()
 
     def close(self, timeout_s: float) -> list[str]:
-        """Read no further, and end the thread; return its name if it hangs, as on a disk that does not answer."""
-        self._closed = True  # without the lock: a handler may interrupt this, and wait for one who asks
+        """Stop reading and end the thread; return the thread's name if it hangs, as on a disk that does not answer."""
+        # set without the lock: a signal handler may interrupt a thread in `ask`, which holds the lock
+        self._closed = True
         return self._workers.close(timeout_s)
 
     def _run(self) -> None:
@@ -90,7 +92,7 @@ class Prefetcher:
 
     def _take(self) -> tuple[ModelId, _Reading] | None:
         with self._changed:
-            self._busy = False  # first: a finaliser may ask in between
+            self._busy = False  # first: a finaliser may call `ask` in between
             for model, reading in self._readings.items():
                 if not reading.begun and not self._closed:
                     reading.begun = self._busy = True
@@ -98,7 +100,7 @@ class Prefetcher:
             return None
 
     def _goes_on(self, model: ModelId, reading: _Reading) -> bool:
-        """Tell whether more of it is wanted, as soon as no model loads: the disk is theirs."""
+        """Return whether to read on, as soon as no model loads; a load has the disk to itself."""
         with self._changed:
             while (wanted := self._wants(model, reading)) and self._loading():
                 self._changed.wait(_YIELD_S)
@@ -108,7 +110,7 @@ class Prefetcher:
         return not self._closed and self._readings.get(model) is reading and reading.done < reading.limit
 
     def _steps(self, model: ModelId, reading: _Reading) -> Generator[int, None, None]:
-        """Have a model's files in the page cache step by step; yield the bytes of each step."""
+        """Bring a model's files into the page cache step by step; yields the bytes of each step."""
         buffer = memoryview(bytearray(STEP_BYTES))
         for path in self._files_of(model):
             try:
@@ -117,7 +119,7 @@ class Prefetcher:
                     while count := self._step(file, at, buffer[: max(0, reading.limit - reading.done)]):
                         at += count
                         yield count
-            except OSError:  # the load will say so
+            except OSError:  # the load of the model reports the error
                 log.debug("%s could not be read ahead", path, exc_info=True)
 
     def _step(self, file: BinaryIO, at: int, buffer: memoryview) -> int:
@@ -125,13 +127,13 @@ class Prefetcher:
         if left > 0 and _cached(file, at, size := min(left, len(buffer))):
             return size
         file.seek(at)
-        count = file.readinto(buffer) or 0  # type: ignore[attr-defined]  # of every raw file
+        count = file.readinto(buffer) or 0  # type: ignore[attr-defined]  # every raw file has `readinto`
         self.copied_bytes += count
         return count
 
 
 def _open(path: str) -> BinaryIO:
-    """Return a file to read without a buffer; a pipe that has taken its place must not hold the thread up."""
+    """Return a file opened for unbuffered reading; raises OSError for a pipe and the like, without blocking on it."""
     flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
     descriptor = os.open(path, flags)
     try:
@@ -144,21 +146,21 @@ def _open(path: str) -> BinaryIO:
 
 
 def _cached(file: BinaryIO, at: int, size: int) -> bool:
-    """Tell whether a piece of a file seems to be in the page cache, by a few of its places; False if it cannot be told.
+    """Return whether a piece of a file seems to be in the page cache, by a few of its places; False if unknown.
 
-    A piece of which these are there by chance and others are not is left to the load.
+    A piece that is cached only in part, but at all the places that are looked up, is left to the load.
     """
     if not hasattr(os, "RWF_NOWAIT"):  # on Linux only
         return False
     places = {at + (size - 1) * place // (_PLACES - 1) for place in range(_PLACES)}
     try:
         return all(os.preadv(file.fileno(), [bytearray(1)], place, os.RWF_NOWAIT) for place in sorted(places))
-    except OSError:  # it would have to be read, or it is a file system that does not know
+    except OSError:  # the place would have to be read, or the file system does not support the flag
         return False
 
 
 def _step_back() -> None:
-    """Have this thread give way to all others, where a thread has a priority of its own."""
+    """Give this thread the lowest priority, on systems where a thread has a priority of its own."""
     if sys.platform == "linux":
         with suppress(OSError):
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _LOWEST_PRIORITY)

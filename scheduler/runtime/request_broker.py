@@ -1,4 +1,4 @@
-"""Every request between the one who asks and the core: tickets out, answers in."""
+"""The request broker: every request between its caller and the core."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ from scheduler.runtime.pending_request import Callback, FutureRequest, PendingRe
 
 log = logging.getLogger("loadmaster")
 
-Answer = Grant | Reject | RevokeLease | NotifyContention | Finished  # all other commands are the executor's
+Answer = Grant | Reject | RevokeLease | NotifyContention | Finished  # the executor performs all other commands
 
-_LOOK_UP_S = 1.0  # no single wait is longer: a Ctrl-C that comes right before one is only seen when it ends
+_LOOK_UP_S = 1.0  # longest single wait: a Ctrl-C that comes right before a wait is seen only when the wait ends
 
 
 class RequestBroker:
-    """Takes requests in and hands answers out: a peer of the driver, which decides, and of the executor."""
+    """Submits requests to the driver, which decides, and hands the core's answers to the callers."""
 
     def __init__(
         self,
@@ -47,10 +47,11 @@ class RequestBroker:
         knows: Callable[[ModelId], bool],
         probe_timeout_s: float,
     ) -> None:
-        self.forked = False  # this is the copy in a forked child: nothing here may be touched
+        self.forked = False  # this broker is a copy in a forked child, and must not be used
         self.closing = False
         self.finished = Latch()  # every runner is unloaded after a close
-        self.requests: dict[RequestId, PendingRequest] = {}  # from Acquire until refused, lost or given back
+        # from Acquire until the request is refused, lost or released
+        self.requests: dict[RequestId, PendingRequest] = {}
         self._ids = itertools.count(1)
         self._registry = registry
         self._driver = driver
@@ -58,53 +59,53 @@ class RequestBroker:
         self._knows = knows  # whether the core knows a model; called under the driver's lock
         self._probe_timeout_s = probe_timeout_s
 
-    def new_request(self, question: ParsedRequest) -> PendingRequest:
-        """Return a ticket for a question that is still to be asked."""
-        return PendingRequest(RequestId(next(self._ids)), question.spec.model, question.name)
+    def new_request(self, parsed: ParsedRequest) -> PendingRequest:
+        """Return a pending request that has not been submitted."""
+        return PendingRequest(RequestId(next(self._ids)), parsed.spec.model, parsed.name)
 
-    def submit_and_wait(self, ticket: PendingRequest, question: ParsedRequest) -> None:
-        """Ask and block until it is granted; raises the refusal."""
+    def submit_and_wait(self, pending: PendingRequest, parsed: ParsedRequest) -> None:
+        """Submit a request and block until it is granted; raises the error of a refusal."""
         try:
-            self.submit(ticket, question)
-            while not ticket.gate.acquire(timeout=_LOOK_UP_S):
+            self.submit(pending, parsed)
+            while not pending.gate.acquire(timeout=_LOOK_UP_S):
                 continue
-        except BaseException:  # Ctrl-C, say: whoever leaves has cancelled
-            self.cancel(ticket)
+        except BaseException:  # Ctrl-C, for example: a caller that leaves cancels its request
+            self.cancel(pending)
             raise
-        if ticket.error is not None:
-            raise ticket.error
+        if pending.error is not None:
+            raise pending.error
 
     def submit_future(
-        self, future: Future[Any], question: ParsedRequest, deliver: Callable[[FutureRequest], None]
+        self, future: Future[Any], parsed: ParsedRequest, deliver: Callable[[FutureRequest], None]
     ) -> None:
-        """Ask for a future; one that is cancelled while it waits has left."""
-        ticket = self.new_future_request(question, deliver)
+        """Submit a request for a future; cancelling the future while the request waits cancels the request."""
+        pending = self.new_future_request(parsed, deliver)
 
         def leave(done: Future[Any]) -> None:
             if done.cancelled():
-                self.cancel(ticket)
-                ticket.settle(done, None)
+                self.cancel(pending)
+                pending.settle(done, None)
 
         future.add_done_callback(leave)
 
-    def new_future_request(self, question: ParsedRequest, deliver: Callable[[FutureRequest], None]) -> FutureRequest:
-        """Ask and return; `deliver` is called from a worker when it is answered."""
-        id, model = RequestId(next(self._ids)), question.spec.model
-        ticket = FutureRequest(id, model, question.name, self._executor.call, deliver)
-        self.submit(ticket, question)
-        return ticket
+    def new_future_request(self, parsed: ParsedRequest, deliver: Callable[[FutureRequest], None]) -> FutureRequest:
+        """Submit a request and return it; `deliver` is called from a thread pool when the request is answered."""
+        id, model = RequestId(next(self._ids)), parsed.spec.model
+        pending = FutureRequest(id, model, parsed.name, self._executor.call, deliver)
+        self.submit(pending, parsed)
+        return pending
 
-    def submit(self, ticket: PendingRequest, question: ParsedRequest) -> None:
-        """Post a request; the ticket is answered some time after, or before this returns."""
-        self.requests[ticket.id] = ticket
-        if question.model is not None:
-            self._registry.register(question.model)  # once its ticket is there: see _drop
-        self.post(Acquire(ticket.id, question.spec, question.keep_alive_s, question.timeout_s))
-        if self.closing and self.finished.is_set() and self.requests.pop(ticket.id, None) is not None:
-            ticket.answer(None, SchedulerClosed())  # the driver has ended, or is about to
+    def submit(self, pending: PendingRequest, parsed: ParsedRequest) -> None:
+        """Post a request; the pending request is answered before this call returns or any time after."""
+        self.requests[pending.id] = pending
+        if parsed.model is not None:
+            self._registry.register(parsed.model)  # after the pending request is in `requests`: see _drop
+        self.post(Acquire(pending.id, parsed.spec, parsed.keep_alive_s, parsed.timeout_s))
+        if self.closing and self.finished.is_set() and self.requests.pop(pending.id, None) is not None:
+            pending.answer(None, SchedulerClosed())  # the driver has ended, or is about to
 
     def check(self) -> None:
-        """Raise `SchedulerForked` in a forked child: its copies of locks may be held by threads that it has not."""
+        """Raise `SchedulerForked` in a forked child: threads that do not exist in the child may hold its locks."""
         if self.forked:
             raise SchedulerForked()
 
@@ -113,89 +114,94 @@ class RequestBroker:
         self._driver.post(event)
 
     def query(self, look: Callable[[Core], Value]) -> Value:
-        """Return what `look` finds in the core."""
+        """Return what `look` returns for the core; raises `SchedulerForked` in a forked child."""
         self.check()
         return self._driver.query(look)
 
-    def cancel(self, ticket: PendingRequest) -> None:
-        """The asker is gone: whatever becomes of the request, nothing of it remains."""
-        if ticket.id in self.requests and not self.forked:
-            self._driver.post(Cancel(ticket.id))  # first: if Ctrl-C comes in between, it is only said twice
-            self.requests.pop(ticket.id, None)
+    def cancel(self, pending: PendingRequest) -> None:
+        """Cancel a request whose caller has left, whether or not it was granted."""
+        if pending.id in self.requests and not self.forked:
+            self._driver.post(Cancel(pending.id))  # first: if Ctrl-C comes in between, Cancel is only posted twice
+            self.requests.pop(pending.id, None)
 
-    def release(self, ticket: PendingRequest) -> bool:
-        """Release what a ticket holds; return False where that was done before, or it was lost."""
-        if ticket.id not in self.requests or self.forked:
+    def release(self, pending: PendingRequest) -> bool:
+        """Release what a request was granted; return False where it was released or lost before."""
+        if pending.id not in self.requests or self.forked:
             return False
-        if ticket.runner is not None:
-            ticket.runner.lease_ended = True
-        self._driver.post(Release(ticket.id))  # first: if Ctrl-C comes in between, it is only said twice
-        self.requests.pop(ticket.id, None)
+        if pending.runner is not None:
+            pending.runner.lease_ended = True
+        self._driver.post(Release(pending.id))  # first: if Ctrl-C comes in between, Release is only posted twice
+        self.requests.pop(pending.id, None)
         return True
 
-    def add_listener(self, ticket: PendingRequest, what: str, callback: Callback) -> None:
-        """Have a callback run when a lease is lost or wanted; at once where it is already."""
+    def add_listener(self, pending: PendingRequest, what: str, callback: Callback) -> None:
+        """Have a callback run when a lease is lost or contended, or at once where it is already.
+
+        Raises `InvalidSettings` where `callback` is not callable.
+        """
         if not callable(callback):
             raise InvalidSettings("callback", callback, "callable")
 
         def add(_: Core) -> bool:
-            happened = bool(ticket.lost) if what == "lost" else ticket.wanted
+            happened = bool(pending.lost) if what == "lost" else pending.wanted
             if not happened:
-                ticket.callbacks = (*ticket.callbacks, (what, callback))
+                pending.callbacks = (*pending.callbacks, (what, callback))
             return happened
 
         if self.query(add):
             self._executor.call(lambda: _call(callback))
 
-    def verify_runner(self, ticket: PendingRequest) -> None:
-        """A connection to a runner broke: have it known whether that is gone; blocks for as long as a probe may.
+    def verify_runner(self, pending: PendingRequest) -> None:
+        """Check a runner whose connection broke, and revoke its leases if it is gone; blocks as long as a probe may.
 
-        Its exit may be heard of some time after its connections have ended, and it must be granted to nobody meanwhile.
+        The exit of a runner may be reported some time after its connections have ended. Until then the runner must not
+        be granted to another request.
         """
-        life = ticket.runner
-        if life is None or life.process is None or ticket.lost or self.finished.is_set():
+        handle = pending.runner
+        if handle is None or handle.process is None or pending.lost or self.finished.is_set():
             return
-        if not life.over and life.process.healthy(self._probe_timeout_s):
+        if not handle.over and handle.process.healthy(self._probe_timeout_s):
             return
-        if not life.over:
-            self.post(Unresponsive(life.runner, NoAnswer(self._probe_timeout_s, disconnected=True)))
-        self.query(lambda core: None)  # after that: the lease is lost
+        if not handle.over:
+            self.post(Unresponsive(handle.runner, NoAnswer(self._probe_timeout_s, disconnected=True)))
+        self.query(lambda core: None)  # when the query returns, the lease is lost
 
-    def _notify(self, ticket: PendingRequest, what: str) -> None:
-        for when, callback in ticket.callbacks:
+    def _notify(self, pending: PendingRequest, what: str) -> None:
+        for when, callback in pending.callbacks:
             if when == what:
-                self._executor.call(lambda callback=callback: _call(callback))  # type: ignore[misc]  # binds now
+                self._executor.call(lambda callback=callback: _call(callback))  # type: ignore[misc]  # binds the callback now
 
     def perform(self, command: Answer) -> None:
-        """Hand on one answer; under the driver's lock."""
+        """Perform one answer of the core; called under the driver's lock."""
         match command:
             case Grant(request, runner):
-                if (ticket := self.requests.get(request)) is not None:
-                    ticket.answer(self._executor.runner_handles.get(runner) if runner is not None else None, None)
+                if (pending := self.requests.get(request)) is not None:
+                    pending.answer(self._executor.runner_handles.get(runner) if runner is not None else None, None)
             case Reject(request, refusal):
                 if request in self.requests:
-                    error = error_of(refusal, self._registry.name)  # first: if it raises, `answer_all` finds the ticket
-                    if (ticket := self.requests.pop(request, None)) is not None:
-                        ticket.answer(None, error)
-                        if isinstance(refusal, QueueFullRefusal):  # the core never heard of it
-                            self._forget(ticket.model_id)
+                    # first: if it raises, `answer_all` still finds the pending request
+                    error = error_of(refusal, self._registry.name)
+                    if (pending := self.requests.pop(request, None)) is not None:
+                        pending.answer(None, error)
+                        if isinstance(refusal, QueueFullRefusal):  # the core does not know the request
+                            self._forget(pending.model_id)
             case RevokeLease(request, reason):
-                if (ticket := self.requests.pop(request, None)) is not None:
-                    ticket.closed = reason is None
-                    ticket.lost = revoke_reason(reason)
-                    self._notify(ticket, "lost")
+                if (pending := self.requests.pop(request, None)) is not None:
+                    pending.closed = reason is None
+                    pending.lost = revoke_reason(reason)
+                    self._notify(pending, "lost")
             case NotifyContention(_, requests):
                 for id in requests:
-                    if (ticket := self.requests.get(id)) is not None:
-                        ticket.wanted = True
-                        self._notify(ticket, "wanted")
+                    if (pending := self.requests.get(id)) is not None:
+                        pending.wanted = True
+                        self._notify(pending, "wanted")
             case Finished():
                 self.finished.set()
             case _:
                 assert_never(command)
 
     def drop_unused_objects(self) -> None:
-        """Forget objects that nobody asks for or has pinned and that are not loaded, with what their loads refer to."""
+        """Forget objects that are not requested, pinned or loaded, and the load-time options of their launches."""
         if self._registry.objects():
             self.query(self._let_go)
 
@@ -207,40 +213,42 @@ class RequestBroker:
                 self._drop(id)
 
     def forget(self, model: ModelId) -> None:
-        """Forget a model that the core does not know, unless somebody asks for it."""
+        """Forget a model that the core does not know, unless a request for it is pending."""
         self.query(lambda _: self._forget(model))
 
     def _forget(self, model: ModelId) -> None:
-        """The same, under the driver's lock."""
+        """Forget a model as `forget` does; called under the driver's lock."""
         if not self._knows(model):
             self._drop(model)
 
     def _drop(self, model: ModelId) -> None:
-        """Forget a model, unless somebody asks for it; under the driver's lock.
+        """Forget a model, unless a request for it is pending; called under the driver's lock.
 
-        Whoever asks at this moment has a ticket before the model is kept: it is seen here, or the model is kept again.
+        A request that is submitted at this moment is in `requests` before its model is registered. So either the
+        request is seen here, or its model is registered again after this.
         """
         if (forgotten := self._registry.unregister(model)) is None:
             return
-        if any(ticket.model_id == model for ticket in list(self.requests.values())):
+        if any(pending.model_id == model for pending in list(self.requests.values())):
             self._registry.register(forgotten)
 
     def fail(self, error: BaseException) -> None:
-        """A step raised: tell everybody, and let close end the rest."""
+        """Refuse every pending request after a step raised, and let `close` end the runners."""
         self.answer_all(lambda: SchedulerBroken(repr(error)))
         self.finished.set()
 
     def answer_all(self, error: Callable[[], SchedulerError]) -> None:
-        """End every request that is left: refuse what waits, break what is held."""
+        """End every request that is left: refuse the waiting ones, and revoke what the granted ones hold."""
         while self.requests:
             try:
-                _, ticket = self.requests.popitem()
+                _, pending = self.requests.popitem()
             except KeyError:
                 return
-            if ticket.answered:
-                ticket.closed, ticket.lost = True, str(error())
+            if pending.answered:
+                pending.closed, pending.lost = True, str(error())
             else:
-                ticket.answer(None, error())  # one each: a traceback is added to it where it is raised
+                # an error for each request: a traceback is added to an error where it is raised
+                pending.answer(None, error())
 
 
 def _call(callback: Callback) -> None:

@@ -1,4 +1,4 @@
-"""One runner as the shell holds it: its process, its client, its lock."""
+"""The handle of one runner in the shell: its process, its client and its lock."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from scheduler.errors.formatting import without_addresses
 from scheduler.models.measurement_store import Identity
 
 log = logging.getLogger("loadmaster")
-_PROGRESS_S = 1.0  # progress is posted at most so often
+_PROGRESS_S = 1.0  # least time between two posts of progress
 
 
 class RunnerHandle:
-    """One runner's process, from Launch to Exited; the engine reports to it. Its calls may come from any thread."""
+    """Holds one runner's process, from `Launch` to `Exited`, and listens to its engine; any thread may call it."""
 
     def __init__(self, launch: Launch, engine: Engine, model: object, post: Callable[[Event], None]) -> None:
         self.runner = launch.runner
@@ -28,31 +28,31 @@ class RunnerHandle:
         self.value: object = None  # the object itself, where the runner is one
         self.process: Process | None = None  # set when the launch has begun
         self.launch = launch
-        self.identity: Identity | None = None  # of the files that were inspected for it
+        self.identity: Identity | None = None  # identity of the files that were inspected for this runner
         self._engine = engine
-        self._what = model  # as the engine is to be told it
+        self._what = model  # the model as its engine takes it
         self._post = post
-        self._lock = threading.Lock()  # orders begin and stop; held for an assignment
-        self._stop_grace_s: float | None = None  # a Stop came; a launch that has not begun never does
+        self._lock = threading.Lock()  # orders begin and stop; held for assignments only
+        self._stop_grace_s: float | None = None  # set by a Stop; a launch that has not begun by then never begins
         self.serves = False  # Loaded was posted, or is about to be
         self.over = False  # Exited was posted, or is about to be
         self.probed = False  # a probe is queued or under way
-        self.lease_ended = False  # since it was last looked at
-        self.looked_at = False  # a look is queued or under way
-        self.settled = False  # Filled was posted
+        self.lease_ended = False  # a lease has ended since the runner was last polled
+        self.looked_at = False  # a poll of the runner is queued or under way
+        self.settled = False  # ContextFilled was posted
         self._progress_at = 0.0
         self._client: RunnerClient | None = None
 
     @property
     def client(self) -> RunnerClient | None:
-        """The client of a runner that is a server, made when it is first used; None for an object."""
+        """The client of a runner that is a server, made at its first use; None where the runner is an object."""
         with self._lock:
             if self._client is None and self.endpoint is not None:
                 self._client = self.endpoint.client or RunnerClient(self.endpoint.url, self.endpoint.key)
             return self._client
 
     def begin(self) -> None:
-        """Carry out the Launch; no lock is held while the engine takes its time, so that no Stop waits for it."""
+        """Carry out the `Launch`; no lock is held while the engine launches, so a `Stop` never waits for the launch."""
         if self._stop_grace_s is not None:
             self.exited(None, "stopped before it began", False)
             return
@@ -65,11 +65,11 @@ class RunnerHandle:
         with self._lock:
             self.process = process
             grace_s = self._stop_grace_s
-        if grace_s is not None:  # it came meanwhile, when there was nothing to stop
+        if grace_s is not None:  # the Stop came during the launch, when there was no process to stop
             process.stop(grace_s)
 
     def stop(self, grace_s: float) -> None:
-        """Carry out a Stop."""
+        """Carry out a `Stop`: the process is killed after `grace_s` seconds."""
         with self._lock:
             self._stop_grace_s = grace_s
             process = self.process
@@ -77,14 +77,14 @@ class RunnerHandle:
             process.stop(grace_s)
 
     def progressed(self) -> None:
-        """Report of the engine: the load is alive."""
+        """Post `Progress`: the engine reports that the load is alive."""
         now = time.monotonic()
         if now - self._progress_at >= _PROGRESS_S:
             self._progress_at = now
             self._post(Progress(self.runner))
 
     def loaded(self, endpoint: Endpoint | object, num_ctx: int | None, memory: Memory) -> None:
-        """Report of the engine: it serves."""
+        """Post `Loaded`: the engine reports that the runner serves, with its memory in bytes."""
         if isinstance(endpoint, Endpoint):
             self.endpoint = endpoint
         else:
@@ -94,13 +94,14 @@ class RunnerHandle:
         self._post(Loaded(self.runner, num_ctx, resident, memory.mapped_bytes, to_come))
 
     def exited(self, code: int | None, detail: str, out_of_memory: bool) -> None:
-        """Report of the engine: the process is gone."""
+        """Post `Exited`, once: the engine reports that the process is gone."""
         with self._lock:
             if self.over:
                 return
             self.over = True
-        detail = without_addresses(detail)  # last words may tell where it listened, and whoever is told may record it
-        self.value = None  # else it would stay in memory that is accounted as free
+        # a process's last words may tell its address, and the detail may be recorded
+        detail = without_addresses(detail)
+        self.value = None  # else the object would stay in memory that is accounted as free
         self._post(Exited(self.runner, code, detail, out_of_memory))
         if self._client is not None:
             self._client.close()

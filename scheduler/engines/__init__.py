@@ -1,1 +1,1 @@
-"""Engines: what turns a placed model into a running one."""
+"""Engines, which load placed models and run them."""

@@ -1,4 +1,4 @@
-"""One child process as others see it: what to run, what is heard of it, and how it is stopped."""
+"""A child process as its engine sees it: its program, its listener, its end, and how it is stopped."""
 
 from __future__ import annotations
 
@@ -14,60 +14,62 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Program:
-    """What to run: an argument list, never a shell's line."""
+    """The program of a child: an argument list, never a line of a shell."""
 
     arguments: tuple[str, ...]
     environment: Mapping[str, str] = field(repr=False)
-    input: bytes = field(default=b"", repr=False)  # for its standard input, which stays open after that; some KiB
+    input: bytes = field(default=b"", repr=False)  # written to standard input, which stays open after that; some KiB
 
 
 @dataclass(frozen=True, slots=True)
 class Exit:
     """How a child ended."""
 
-    code: int | None  # its status, or the negative signal; None: it never started
-    reason: str = ""  # why it never started, or why it was ended although nobody asked
-    tail: str = ""  # the last of what it wrote to standard error
-    asked: bool = False  # it was told to stop
+    code: int | None  # the exit status, or the negative signal; None: the child never started
+    reason: str = ""  # why the child never started, or why it was ended although no stop was asked for
+    tail: str = ""  # the end of what the child wrote to standard error
+    asked: bool = False  # the child was told to stop
 
 
 class Listener(Protocol):
-    """Hears of one child, on the watcher's thread; what it raises is logged. It must not block."""
+    """Hears of one child, on the supervisor's thread; must not block, and an exception that it raises is logged."""
 
     def printed(self, line: str) -> None:
-        """The child wrote a line to standard output."""
+        """Called when the child has written a line to standard output."""
 
     def logged(self) -> None:
-        """The child wrote to standard error."""
+        """Called when the child has written to standard error."""
 
     def on_tick(self) -> bool:
-        """About a second has passed; return whether to go on with these calls."""
+        """Called about once a second; returns whether to go on with these calls."""
 
     def ended(self, exit: Exit) -> None:
-        """The child is gone and reaped, or was never started: exactly once, and the last call."""
+        """Called exactly once, and last: the child is gone and reaped, or was never started."""
 
 
 class Child:
-    """One child process, from before it is started until it is gone; any thread may use it."""
+    """One child process, from before its start until its end; any thread may use it."""
 
     def __init__(self, program: Program, listener: Listener) -> None:
         self.program = program
         self.listener = listener
-        self.pid: int | None = None  # from its start on, also after its end
-        self.watcher: ChildSupervisor | None = None  # since it was handed over
+        self.pid: int | None = None  # set at its start, and kept after its end
+        self.watcher: ChildSupervisor | None = None  # set when the child was handed to its supervisor
         self._lock = threading.Lock()
-        self._settled = False  # it is being started, or never will be
+        self._settled = False  # the child is being started, or never will be
 
     def settle(self) -> bool:
-        """Take the right to start it, or to call it off: True for the first who asks."""
+        """Take the right to start the child or to call the start off; return True for the first call only."""
         with self._lock:
             first, self._settled = not self._settled, True
             return first
 
     def stop(self, grace_s: float) -> None:
-        """Terminate it, and kill it and its group after `grace_s`; before its start this calls it off.
+        """Terminate the child, and kill it and its group after `grace_s` seconds.
 
-        Returns at once. Again is harmless, and may shorten the grace; in a fork of the host it does nothing.
+        Before its start, call the start off.
+
+        Returns at once. A second call is harmless, and may shorten the grace. In a fork of the host this does nothing.
         """
         if self.watcher is not None:
             self.watcher.post(functools.partial(self.watcher.stop, self, grace_s))

@@ -1,4 +1,4 @@
-"""Engines: what turns a placed model into a running one."""
+"""The interface of engines, which load placed models and run them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ BufferKind = Literal["weights", "cache", "compute", "output", "projector"]
 
 @dataclass(frozen=True, slots=True)
 class Buffer:
-    """What an engine says of itself that it has allocated, or mapped, of one kind on one device."""
+    """Memory of one kind on one device that an engine reports as allocated or mapped."""
 
     device: DeviceId
     kind: BufferKind
@@ -29,21 +29,22 @@ class Buffer:
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """What one runner occupies at a moment, as far as its engine can tell; bytes."""
+    """The memory that one runner occupies at a moment, in bytes, as far as its engine can tell."""
 
-    resident: Mapping[DeviceId, int] = field(default_factory=dict)  # by device; of a GPU what the engine's buffers take
-    mapped_bytes: int = 0  # of the host's: pages of files, weights above all, that the host counts as free
-    to_come: Mapping[DeviceId, int] = field(default_factory=dict)  # most that is yet to come; said when it has loaded
+    resident: Mapping[DeviceId, int] = field(default_factory=dict)  # by device; on a GPU, the engine's buffers
+    mapped_bytes: int = 0  # pages of files on the host, above all weights, that the host counts as free
+    # the most by which it will grow, by device; reported when the model has loaded
+    to_come: Mapping[DeviceId, int] = field(default_factory=dict)
 
     @property
     def private_bytes(self) -> int:
-        """What it occupies of the host for itself."""
+        """The bytes of the host that the runner does not share with the page cache."""
         return max(0, self.resident.get(HOST, 0) - self.mapped_bytes)
 
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """Where a runner's server answers, for those who have the key; the key is made for one life and shown nowhere."""
+    """The address of a runner's server and its key; the key is made for one runner and shown nowhere."""
 
     url: str  # scheme, host and port
     key: str = field(repr=False)
@@ -51,59 +52,63 @@ class Endpoint:
 
 
 class RunnerListener(Protocol):
-    """How an engine tells what happens to one runner; any thread may call it, and no call blocks.
+    """What an engine reports about one runner to; any thread may call it, and no call blocks.
 
     An engine never calls it from inside `Engine.launch` or `Process.stop`.
     """
 
     def progressed(self) -> None:
-        """The load is alive; as often as the engine likes."""
+        """Report that the load is alive; an engine may call this as often as it likes."""
 
     def loaded(self, endpoint: Endpoint | object, num_ctx: int | None, memory: Memory) -> None:
-        """It serves, at an endpoint or as the object itself; at most once.
+        """Report, at most once, that the runner serves, at an endpoint or as the object itself.
 
-        `num_ctx` is the context that each slot really got, in tokens, or None; `memory` is what it occupies.
+        `num_ctx` is the context that each slot really got, in tokens, or None. `memory` is what the runner occupies.
         """
 
     def exited(self, code: int | None, detail: str, out_of_memory: bool) -> None:
-        """It is gone, asked for or not, started or not: exactly once, and the last call.
+        """Report, exactly once and last, that the runner is gone, whether it was stopped or not, started or not.
 
-        `code` is the exit status, the negative signal, or None where it never started; `detail` says it in words.
+        `code` is the exit status, the negative signal, or None where the runner never started. `detail` describes the
+        exit in words.
         """
 
 
 class Process(Protocol):
-    """The handle of one runner, from its launch on; any thread may use it."""
+    """The engine's handle of one runner, from its launch on; any thread may use it."""
 
     @property
     def pid(self) -> int | None:
-        """The process that runs it; None before it has started, and for an object of this process."""
+        """The id of the process that runs it; None before its start, and for an object in this process."""
 
     def stop(self, grace_s: float) -> None:
-        """Have it end, by force after `grace_s`; returns at once, ends in `Report.exited`, twice is harmless."""
+        """End the runner, by force after `grace_s` seconds; returns at once.
+
+        The end is reported by `RunnerListener.exited`. A second call is harmless.
+        """
 
     @property
     def buffers(self) -> tuple[Buffer, ...]:
-        """What the engine says it has allocated; empty where it does not say, or not yet."""
+        """The memory that the engine reports as allocated; empty where the engine does not report it, or not yet."""
 
     def memory(self) -> Memory:
-        """Return what it occupies now; nothing when it is gone."""
+        """Return the memory that the runner occupies now; all zero when it is gone."""
 
     def context_filled(self, timeout_s: float) -> Mapping[DeviceId, int] | None:
-        """Tell whether it has taken most of what it will ever take; blocks for as long as `timeout_s`.
+        """Return the bytes by device that the runner may still grow by, once a context was filled; None before that.
 
-        None: not yet, or it cannot tell. Else the bytes by device that it may still take beside that.
+        None also where the engine cannot tell. Blocks for at most `timeout_s` seconds.
         """
 
     def healthy(self, timeout_s: float) -> bool:
-        """Return whether it answers; blocks for as long as `timeout_s`."""
+        """Return whether the runner answers; blocks for at most `timeout_s` seconds."""
 
 
 class Engine(Protocol):
-    """What knows how to run one kind of model; it decides nothing about when or where."""
+    """Runs models of one kind; the scheduler decides when and where."""
 
     def require(self) -> None:
-        """Raise `EngineMissing` if what it needs is not installed."""
+        """Raise `EngineMissing` if a library that the engine needs is not installed."""
 
     def inspect(self, model: Any) -> ModelInfo | Footprint:
         """Return what the model would need; raises `ModelNotFound` or `InvalidModel`."""
@@ -111,8 +116,9 @@ class Engine(Protocol):
     def launch(self, model: Any, options: Options, placement: Placement, report: RunnerListener) -> Process:
         """Start a runner with these resolved options, and return while it starts.
 
-        Ends in exactly one `Report.exited`, unless it raises: then nothing was started and nothing is reported.
+        Every launch ends in exactly one `RunnerListener.exited`, unless this raises: then no runner was started, and
+        there is no report.
         """
 
     def close(self, timeout_s: float) -> None:
-        """End every runner that is left, by force, and the engine's own threads; bounded in time."""
+        """End every runner that is left, by force, and the engine's own threads, within `timeout_s` seconds."""

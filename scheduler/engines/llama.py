@@ -44,26 +44,26 @@ if TYPE_CHECKING:
 log = logging.getLogger("loadmaster")
 
 CHILD: Final = Path(__file__).with_name("llama_child.py")
-DETAIL_BYTES = 8 << 10  # of an exit's description
+DETAIL_BYTES = 8 << 10  # longest description of an exit
 KEY_BYTES = 32
-BUSY_PART = 0.05  # of a probe's time on a CPU: a server that works this much is not dead, only slow to answer
+BUSY_PART = 0.05  # share of a probe's time on a CPU: a server that works this much is only slow to answer, and not dead
 BUSY_S = 0.05  # and at least this much: CPU time is counted in ticks of 10 ms
-EXIT_S = 1.0  # how far the news of an exit may be behind the end of its connections
+EXIT_S = 1.0  # how long the report of an exit may come after the end of its connections
 
-# What a child may see of our environment: no tokens, no LLAMA_ARG_*, nothing that Python or the loader act upon but
-# the library path, which GPU libraries need.
+# Variables that a child gets from this program's environment: no tokens, no LLAMA_ARG_*, no variable that Python or the
+# loader acts upon except the library path, which GPU libraries need.
 _KEPT = frozenset({"HOME", "LANG", "LANGUAGE", "LD_LIBRARY_PATH", "PATH", "SYSTEMROOT", "TMPDIR", "TZ"})
 _KEPT_PREFIXES = ("CUDA_", "LC_", "NVIDIA_")
 # How threads wait for each other, some hundred times in each token. The wheel is built with OpenMP (so llama.cpp's own
-# level of polling is without effect), and libgomp spins 300,000 times before it sleeps: alone that is fastest, but once
-# there are more threads than cores each waits out others' turns. To sleep at once is slowest alone: it takes longer to
-# wake a thread than to compute. With 300 spins, some 8 µs, one that runs is waited for awake, one that does not
-# asleep: a seventh slower alone than the best, and a third slower than one thread each where several answer at once
-# (`make bench` compares them). "passive" is for an OpenMP that does not know of spins; libgomp goes by
-# their number where it is given both.
+# level of polling is without effect), and libgomp spins 300,000 times before it sleeps: that is fastest for a runner
+# alone, but with more threads than cores each thread spins through the time of the others. To sleep at once is slowest
+# for a runner alone: it takes longer to wake a thread than to compute. With 300 spins, some 8 µs, a thread waits awake
+# for a running thread and asleep for a waiting one: a seventh slower alone than the best, and a third slower than one
+# thread each where several runners answer at once (`make bench` compares them). "passive" is for an OpenMP that does
+# not know spins; libgomp goes by their number where it is given both.
 _WAITING: Mapping[str, str] = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "300"}
 
-_STAMP = re.compile(r"^[\d.]+ ([A-Z]) +")  # of llama.cpp's log: time, and level (E: error)
+_STAMP = re.compile(r"^[\d.]+ ([A-Z]) +")  # prefix of llama.cpp's log: time, and level (E: error)
 _OUT_OF_MEMORY = re.compile(
     r"out of (device |host )?memory|(failed|unable|cannot|could not) (to )?allocate|bad_alloc|OutOfDeviceMemory"
     r"|(insufficient|not enough|no more) (free |device |host )?memory|cudaMalloc failed",
@@ -74,8 +74,8 @@ _ERROR = re.compile(
     r"|corrupt(ed)?|segmentation|traceback)\b|[a-z]Error\b|_ASSERT\b",
     re.IGNORECASE,
 )
-# What is told of a runner that has served. In other lines llama.cpp quotes requests, some over several lines; of these
-# all that varies is numbers and names of its own.
+# Lines that may be told of a runner that has served. In other lines llama.cpp quotes requests, some over several lines;
+# in these lines only numbers and names of llama.cpp's own vary.
 _OF_ITSELF = re.compile(
     r"(?:\S*/)?((?:ggml|llama)[\w.-]*:\d+: (?:GGML_ASSERT|fatal error|\w+ error))\b.*"
     r"|((?:CUDA|ROCm|MUSA) error: (?:out of memory|an illegal memory access was encountered|unspecified launch failure|"
@@ -86,14 +86,14 @@ _OF_ITSELF = re.compile(
     r"|(\w+: Device memory allocation failed: [\w:]+: ErrorOutOf(?:Device|Host)Memory)"
     r"|(error: Insufficient Memory \(\d+:\w+\))"
 )
-SHARE: Final = "/proc/{}/autogroup"  # of the processors; a child says there that it holds back while it loads
-_LAST_LINES = 5  # shown where no line looks like an error
+SHARE: Final = "/proc/{}/autogroup"  # share of the processors; a child writes there that it holds back while it loads
+_LAST_LINES = 5  # lines shown where no line looks like an error
 
 Value = TypeVar("Value")
 
 
 class LlamaProcess:
-    """The handle of one runner; the methods from `printed` on are its child's listener, on the watcher's thread."""
+    """The engine's handle of one runner; its child calls the methods from `printed` on, on the supervisor's thread."""
 
     def __init__(
         self,
@@ -104,33 +104,36 @@ class LlamaProcess:
         kept_bytes: int = 0,
         results_bytes: int = 0,
     ) -> None:
-        self.child: Child | None = None  # set before anything is heard of it
-        self.buffers: tuple[Buffer, ...] = ()  # by its own account, once it serves
+        self.child: Child | None = None  # set before its first call as a listener
+        self.buffers: tuple[Buffer, ...] = ()  # as reported by the child once it serves
         self._report = report
         self._key = key
-        self._gpus = gpus  # that it sees, in its order
-        self._kept_bytes = kept_bytes  # most of the host that it may come to keep of earlier prompts, and to work in
-        self._results_bytes = results_bytes  # that an embedder allocates with its first request
+        self._gpus = gpus  # the GPUs that the child sees, in its order
+        self._kept_bytes = kept_bytes  # most of the host's memory for kept prompts and for computing
+        self._results_bytes = results_bytes  # what an embedder allocates for its results with its first request
         self._url = ""  # set once it serves
-        self._num_ctx: int | None = None  # of a slot, once it serves and if it says so
-        self._most_bytes = 0  # that it can come to hold of the host for itself; 0: unknown
+        self._num_ctx: int | None = None  # context of a slot, once it serves and if it reports it
+        self._most_bytes = 0  # most of the host that it can come to hold, without mapped pages; 0: unknown
         self._failure = ""  # why it does not serve, in the child's own words
         self._gone = False
-        self._told = Latch()  # that it is gone was reported
+        self._told = Latch()  # set when the exit was reported
         self._touched = (0, 0)  # the most memory and input that was seen of a load
 
     @property
     def pid(self) -> int | None:
-        """The child's process; None before it has started."""
+        """The id of the child's process; None before its start."""
         return None if self.child is None else self.child.pid
 
     def stop(self, grace_s: float) -> None:
-        """Terminate it, kill it after `grace_s`; before its start this calls it off. Returns at once."""
+        """Terminate the child, and kill it after `grace_s` seconds.
+
+        Before its start, call the start off. Returns at once.
+        """
         if self.child is not None:
             self.child.stop(grace_s)
 
     def memory(self) -> Memory:
-        """Return what it occupies of the host, and what its buffers take of GPUs, as it says."""
+        """Return the memory that the runner occupies: of the host as measured, of GPUs as its buffers report."""
         if self._gone:
             return Memory()
         resident_bytes = mapped_bytes = 0
@@ -145,23 +148,26 @@ class LlamaProcess:
         return Memory(resident, mapped_bytes)
 
     def context_filled(self, timeout_s: float) -> Mapping[DeviceId, int] | None:
-        """Tell whether a request has filled a slot's context, and how much may come after that.
+        """Return the bytes of the host that may still come once a request has filled a slot's context.
 
-        Two things grow by use after a load: the buffers it computes in are touched when first needed, all of them by a
-        long prompt but few by a long answer, and earlier prompts are kept up to a limit. Their sizes are known. What an
-        embedder puts its results in is not, but there a text as long as the context shows everything at once.
+        None before that.
+
+        Two things grow by use after a load. The compute buffers are touched when they are first needed, all of them by
+        a long prompt but few by a long answer. Earlier prompts are kept up to a limit. The sizes of both are known. The
+        size of the buffer for an embedder's results is not known, but there a text as long as the context shows the
+        whole growth at once.
         """
         if self._gone or self._num_ctx is None or not self._most_bytes:
             return None
         largest = largest_sequence(self._url, self._key, timeout_s)
-        if largest is None or largest < self._num_ctx - 1:  # its last token is answered with, and not computed
+        if largest is None or largest < self._num_ctx - 1:  # the last token is answered with, and not computed
             return None
         return {HOST: max(0, self._most_bytes - self.memory().private_bytes)}
 
     def healthy(self, timeout_s: float) -> bool:
-        """Return whether it answers, or is hard at work: its connections may all be taken by long answers.
+        """Return whether the runner answers or is hard at work: long answers may occupy all its connections.
 
-        True while it loads, when it cannot be asked.
+        Returns True during the load, when the runner cannot be probed. Blocks for at most `timeout_s` seconds.
         """
         if self._gone or not self._url:
             return not self._gone
@@ -174,15 +180,16 @@ class LlamaProcess:
         except TimeoutError:
             return self._worked_s() - worked_s > max(BUSY_S, BUSY_PART * timeout_s)
         except (OSError, http.client.HTTPException) as error:
-            if is_out_of_files(error):  # nothing is known of it
+            if is_out_of_files(error):  # then the probe says nothing about the runner
                 return True
-            self._told.wait(min(timeout_s, EXIT_S))  # most likely it ends just now: that says more than our False
+            # most likely the runner is just ending: its exit says more than False does
+            self._told.wait(min(timeout_s, EXIT_S))
             return False
         finally:
             connection.close()
 
     def printed(self, line: str) -> None:
-        """Take in a line of the child's protocol; what is none is ignored."""
+        """Take in a line of the child's protocol; a line that is not of the protocol is ignored."""
         try:
             message = json.loads(line)
             event = message["event"]
@@ -203,16 +210,19 @@ class LlamaProcess:
                 self._report.progressed()
 
     def _most(self, memory: Memory) -> int:
-        """What it can come to hold of the host for itself, as it has just been loaded; 0 where that is not known."""
+        """Return the most bytes of the host that a runner just loaded can come to hold, without mapped pages.
+
+        0: unknown.
+        """
         compute_bytes = sum(each.bytes for each in self.buffers if (each.device, each.kind) == (HOST, "compute"))
         known = self.buffers and memory.private_bytes
         return memory.private_bytes + compute_bytes + self._kept_bytes if known else 0
 
     def _to_come(self, memory: Memory) -> Mapping[DeviceId, int]:
-        """What it may come to take of the host beside what it takes now, loaded; nothing where that is not known.
+        """Return the bytes of the host that a loaded runner may still grow by; empty where that is unknown.
 
-        What it computes in is counted whole, though a part was touched; so is what it maps and has not read yet.
-        Of GPUs nothing is said: their libraries allocate for themselves when they are first used.
+        The compute buffers count whole, although a part of them was touched, and so do mapped pages that were not read
+        yet. GPUs are left out: their libraries allocate for themselves when they are first used.
         """
         if not self._most_bytes:
             return {}
@@ -221,15 +231,18 @@ class LlamaProcess:
         return {HOST: self._most_bytes - memory.private_bytes + self._results_bytes + unread_bytes}
 
     def logged(self) -> None:
-        """The child wrote to its log: a load is alive."""
+        """Report progress: the child wrote to its log, so its load is alive."""
         if not self._url:
             self._report.progressed()
 
     def on_tick(self) -> bool:
-        """Look whether a load goes on; llama.cpp says nothing while it reads a large file. It has held back enough."""
+        """Report progress where a load goes on: llama.cpp writes no log while it reads a large file.
+
+        Also ends the holding back of a child that has loaded.
+        """
         if self._url:
             return False
-        with suppress(OSError):  # no such file here, or too many changes at this moment: the next pulse tries again
+        with suppress(OSError):  # no such file here, or too many changes at this moment: the next tick tries again
             Path(SHARE.format(self.pid)).write_text("0", encoding="ascii")
         resident_bytes, read_bytes = self._touches()
         most_bytes, read_before = self._touched
@@ -239,7 +252,7 @@ class LlamaProcess:
         return True
 
     def ended(self, exit: Exit) -> None:
-        """Tell how it ended."""
+        """Report how the child ended."""
         self._gone = True
         loading = not self._url
         output = f"{exit.tail}\n{self._failure}".replace(self._key, "(key)")
@@ -251,14 +264,14 @@ class LlamaProcess:
         self._told.set()
 
     def _touches(self) -> tuple[int, int]:
-        """What grows while a model is loaded: bytes resident, and bytes read."""
+        """Return what grows while a model is loaded: bytes resident, and bytes read."""
         with suppress(psutil.Error, OSError, AttributeError):  # AttributeError: no counters on this system
             process = psutil.Process(self.pid)
             return process.memory_info().rss, process.io_counters().read_chars
         return self._touched
 
     def _worked_s(self) -> float:
-        """Seconds of CPU that it has used so far."""
+        """Return the seconds of CPU time that the child has used so far."""
         with suppress(psutil.Error, OSError):
             times = psutil.Process(self.pid).cpu_times()
             return times.user + times.system
@@ -266,14 +279,14 @@ class LlamaProcess:
 
 
 class LlamaEngine:
-    """Runs `ModelSpec`s; its threads begin with the first launch."""
+    """Runs the models of `ModelSpec`s; its threads start with the first launch."""
 
     def __init__(self) -> None:
         self._processes = ChildLauncher()
 
     def require(self) -> None:
         """Raise `EngineMissing` if the library is not installed."""
-        with suppress(OSError):  # where it cannot be looked for, whoever needs it finds out why
+        with suppress(OSError):  # where the library cannot be looked for, its import reports why
             if find_library() is None:
                 raise EngineMissing("llama", "pip install 'loadmaster[llama]'")
 
@@ -286,8 +299,8 @@ class LlamaEngine:
     def launch(self, model: ModelSpec, options: Options, placement: Placement, report: RunnerListener) -> LlamaProcess:
         """Start a child that loads the model, and return at once.
 
-        Raises `ModelNotFound` or `InvalidModel` for what became of the file since it was inspected, and RuntimeError
-        once closed and in a fork.
+        Raises `ModelNotFound` or `InvalidModel` if the file was removed or damaged since its inspection, and
+        RuntimeError once the engine is closed and in a fork.
         """
         key = secrets.token_urlsafe(KEY_BYTES)
         info = self.inspect(model)
@@ -295,7 +308,7 @@ class LlamaEngine:
         request = self._request(model, info, explicit, placement, key)
         gpus = tuple(device for device, _ in placement.gpu_layers)
         program = Program(
-            arguments=(sys.executable, "-I", "-S", str(CHILD)),  # neither the user's start-up code nor other packages'
+            arguments=(sys.executable, "-I", "-S", str(CHILD)),  # without the user's start-up code and other packages'
             environment=child_environment(os.environ, gpus),
             input=json.dumps(request).encode() + b"\n",
         )
@@ -316,9 +329,9 @@ class LlamaEngine:
             log.warning("a child process could not be ended within %g s", timeout_s)
 
     def _request(self, model: ModelSpec, info: ModelInfo, explicit: Options, placement: Placement, key: str) -> Request:
-        """Return what the child is told."""
+        """Return the request that the child is sent."""
         cores = explicit.num_thread or usable_cores()
-        threads = placement.threads or Threads(cores, cores)  # not dealt where the engine is used by itself
+        threads = placement.threads or Threads(cores, cores)  # not allocated where the engine is used by itself
         return {
             "parent": os.getpid(),
             "library": find_library(),
@@ -358,32 +371,32 @@ def pooling_to_set(path: str, info: ModelInfo) -> str | None:
 
 
 def child_environment(environment: Mapping[str, str], gpus: Iterable[DeviceId]) -> dict[str, str]:
-    """Return what a child sees of `environment`, and of the GPUs: those that its layers are on, in that order."""
+    """Return the part of `environment` that a child gets, and the GPUs that its layers are on, in their order."""
     kept = {name: value for name, value in environment.items() if name in _KEPT or name.startswith(_KEPT_PREFIXES)}
     return {**kept, **_WAITING, "CUDA_VISIBLE_DEVICES": ",".join(gpus)}
 
 
 def without_requests(output: str) -> str:
-    """Return those lines of a server's output that cannot hold what was asked of it: where it failed, and of what."""
+    """Return the lines of a server's output that cannot quote a request: where the server failed, and why."""
     found = (_OF_ITSELF.fullmatch(_STAMP.sub("", line).strip()) for line in output.splitlines())
     return "\n".join(match[match.lastindex or 0] for match in found if match is not None)
 
 
 def describe(exit: Exit, output: str, *, loading: bool) -> str:
-    """Return in words how a child ended, and the lines of its output that look like errors, else the last ones."""
+    """Return in words how a child ended, with the lines of its output that look like errors, else its last lines."""
     text = f"{_status(exit)} while {'loading' if loading else 'serving'}" if exit.code is not None else exit.reason
     if exit.asked or exit.code is None:
         return text
     lines = [line for line in output.splitlines() if line.strip()]
     shown = [_STAMP.sub("", line).strip() for line in list(filter(_is_error, lines)) or lines[-_LAST_LINES:]]
     reason = [exit.reason] if exit.reason else []
-    detail = "\n".join([text, *reason, *dict.fromkeys(shown)])  # each once
+    detail = "\n".join([text, *reason, *dict.fromkeys(shown)])  # each line once
     return detail.encode()[:DETAIL_BYTES].decode(errors="ignore")
 
 
 def _is_error(line: str) -> bool:
     stamp = _STAMP.match(line)
-    if stamp is not None and stamp[1] in "EI":  # what it says of a load that goes well may have any word in it
+    if stamp is not None and stamp[1] in "EI":  # llama.cpp's lines about a load that goes well may contain any word
         return stamp[1] == "E"
     return any(each.search(line) for each in (_ERROR, _OUT_OF_MEMORY))
 
@@ -400,7 +413,7 @@ def _status(exit: Exit) -> str:
 
 
 def _there(value: Value | None) -> Value:
-    """Return an option that has been made explicit."""
+    """Return an option that has been resolved; raises ValueError where it has not."""
     if value is None:
         raise ValueError("an option is not resolved")
     return value

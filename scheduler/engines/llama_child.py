@@ -1,24 +1,25 @@
-"""The program of a runner's process: serves one model with llama.cpp's own server until its parent stops it or is gone.
+"""The program of a runner's process: serves one model with llama.cpp's server until its parent stops it or is gone.
 
-It is run by its path and imports nothing of this project, since every import is time to the first token. Its parent
-writes one JSON object on a line of standard input (`Request` says what is in it) and keeps that stream open: its end is
-the order to leave. On standard output it answers with JSON objects, one a line, each with an "event":
+The program is run by its path and imports nothing of this project, since every import is time to the first token. Its
+parent writes one JSON object on a line of standard input (`Request` defines it) and keeps that stream open: the end of
+the stream is the order to leave. On standard output the child answers with JSON objects, one a line, each with an
+"event":
 
     importing                  the process runs
-    loading                    the library is there, the model is being loaded
-    loaded   url, num_ctx,     it serves; num_ctx is the context of one slot, in tokens; the last line
+    loading                    the library is imported, the model is being loaded
+    loaded   url, num_ctx,     the child serves; num_ctx is the context of one slot, in tokens; the last line
              buffers
-    failed   reason            it does not; the process ends with status 1; the last line
+    failed   reason            the child does not serve; its process ends with status 1; the last line
 
-`buffers` is what llama.cpp says it has allocated or mapped: a list of [device, kind, bytes]. The device is as llama.cpp
-names it ("CPU", "CUDA0"; memory of the host that a GPU reaches counts as "CPU"), the kind "weights", "cache" (of keys
-and values, or recurrent state), "compute", "output" or "projector"; llama.cpp prints hundredths of a MiB. A pair of
-device and kind may come more than once: the same weights mapped and repacked, for one. The list is empty where the
-log cannot be read.
+`buffers` is the memory that llama.cpp reports as allocated or mapped: a list of [device, kind, bytes]. The device has
+llama.cpp's name ("CPU", "CUDA0"; memory of the host that a GPU reaches counts as "CPU"), and the kind is "weights",
+"cache" (of keys and values, or recurrent state), "compute", "output" or "projector"; llama.cpp prints hundredths of a
+MiB. A pair of device and kind may come more than once, for example for weights that are mapped and repacked. The list
+is empty where the log cannot be read.
 
-Everything llama.cpp prints goes to standard error: details of the load, but of requests no more than warnings. While it
-loads no Python code runs here (the library holds the interpreter's lock), so the signal that stops it keeps its default
-action and the kernel watches the parent.
+Everything that llama.cpp prints goes to standard error: details of the load, but of requests no more than warnings.
+While the model loads no Python code runs in the child (the library holds the interpreter's lock), so the signal that
+stops it keeps its default action and the kernel watches the parent.
 """
 
 from __future__ import annotations
@@ -33,20 +34,20 @@ import time
 from contextlib import suppress
 from typing import Any, Never, TypedDict
 
-HTTP_THREADS = 32  # each answer occupies one, and more may not come at once: probes and late requests wait then
+HTTP_THREADS = 32  # each answer occupies one, and while all are occupied, probes and further requests wait
 WARNINGS, DETAILS = 2, 4  # of llama.cpp's levels of verbosity; sizes of buffers are details, as is much of a request
 ANSWER_LIMIT_BYTES = 1 << 20
 ANSWER_TIMEOUT_S = 30.0
 PARENT_CHECK_S = 1.0
-LOG_PAUSE_S = 0.2  # for the last of the log, where it cannot be flushed
-OOM_SCORE = 300  # of 1000: under memory pressure the kernel takes a runner rather than its host
+LOG_PAUSE_S = 0.2  # for the last lines of the log, where it cannot be flushed
+OOM_SCORE = 300  # of 1000: under memory pressure the kernel kills a runner rather than its host
 LINUX_PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG
-SHARE = "/proc/self/autogroup"  # of the processors, where Linux deals them to sessions
-LOADING_NICE = 19  # a seventieth of what others get where there are too few, for a second; 0 is what everybody has
-SHARE_PAUSE_S, SHARE_TRIES = 0.1, 100  # the kernel takes ten changes a second from all of the machine
+SHARE = "/proc/self/autogroup"  # share of the processors, where Linux divides them among sessions
+LOADING_NICE = 19  # a seventieth of the time of other sessions where cores are scarce; 0 is what every session has
+SHARE_PAUSE_S, SHARE_TRIES = 0.1, 100  # the kernel accepts ten changes a second from the whole machine
 MIB = 1 << 20
 
-# What it logs of a buffer; of a projector it says where it computes, then how large its file is.
+# The log's line of a buffer; of a projector the log says where it computes, and then how large its file is.
 BUFFER = re.compile(
     r"^\S+ I (?P<function>\w+): +"
     r"(?:(?P<name>\S+) +(?P<what>model|LoRA|KV|RS|compute|output) +buffer size =|model size:) +(?P<mib>[\d.]+) MiB$",
@@ -59,24 +60,24 @@ HOST_BUFFER = re.compile(r"(CPU|AMX)(_|$)|.*_Host$")  # CPU_Mapped, CPU_REPACK, 
 
 
 class Request(TypedDict):
-    """What the parent asks for; tokens, threads and layers are counts, paths are absolute."""
+    """What the parent requests; tokens, threads and layers are counts, paths are absolute."""
 
-    parent: int  # the process whose end ends this one
-    library: str | None  # the folder that holds the xllamacpp package; None: wherever Python looks
-    key: str  # of every request to the server
-    name: str  # what the server calls the model
+    parent: int  # the process whose end ends this child
+    library: str | None  # the folder that holds the xllamacpp package; None: Python's own search path
+    key: str  # the key of every request to the server
+    name: str  # the model's name at the server
     model: str
     adapters: list[str]
     projector: str | None
     embedding: bool
-    pooling: str | None  # None: what the model says
-    num_ctx: int  # of one slot
+    pooling: str | None  # None: the pooling that the model's file names
+    num_ctx: int  # context of one slot
     num_parallel: int
     num_batch: int
-    num_micro_batch: int  # tokens computed in one pass; the size of the compute buffers goes with it
-    prompt_cache_mib: int  # of prompts that llama.cpp keeps on the host; its own limit is 8 GiB
-    num_checkpoints: int  # copies of the states and windows of a slot that it keeps on the host; its own limit is 32
-    num_thread: int  # that compute an answer
+    num_micro_batch: int  # tokens computed in one pass; the size of the compute buffers grows with it
+    prompt_cache_mib: int  # memory for prompts that llama.cpp keeps on the host; its own limit is 8 GiB
+    num_checkpoints: int  # copies of a slot's states and windows that llama.cpp keeps on the host; its own limit is 32
+    num_thread: int  # threads that compute an answer
     num_thread_prompt: int
     use_mmap: bool | None
     flash_attention: bool | None
@@ -86,7 +87,7 @@ class Request(TypedDict):
 
 
 def settle() -> None:
-    """Take the process's own place: how it ends, and what it leaves behind."""
+    """Prepare the process: how it ends on signals, and that it leaves no core file."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the host decides what Ctrl-C means
     if sys.platform == "win32":  # untested
@@ -95,8 +96,8 @@ def settle() -> None:
     import resource
 
     hard = resource.getrlimit(resource.RLIMIT_CORE)[1]
-    # Prompts are in memory, so no core file. On Linux a limit of 0 does not hold for a program that takes core files
-    # through a pipe, one of 1 byte does.
+    # A core file would hold prompts. On Linux a limit of 0 does not hold for a program that takes core files through a
+    # pipe, a limit of 1 byte does.
     limit = 1 if sys.platform == "linux" and hard != 0 else 0
     resource.setrlimit(resource.RLIMIT_CORE, (limit, limit))
     if sys.platform == "linux":
@@ -108,14 +109,14 @@ def settle() -> None:
 
 
 def take_over_output() -> int:
-    """Return a descriptor of what was standard output; from now on what is printed there goes to standard error."""
+    """Return a descriptor of what was standard output; later prints to standard output go to standard error."""
     protocol = os.dup(1)
     os.dup2(2, 1)
     return protocol
 
 
 def read_request() -> Request | None:
-    """Return what the parent asks for, or None if it is gone."""
+    """Return what the parent requests, or None if the parent is gone."""
     line = b""
     while not line.endswith(b"\n"):
         part = os.read(0, 1 << 16)
@@ -127,27 +128,28 @@ def read_request() -> Request | None:
 
 
 def tell(protocol: int, event: str, **fields: object) -> None:
-    """Write one line of the protocol; a parent that is gone ends this process elsewhere."""
+    """Write one line of the protocol; if the parent is gone, another thread ends this process."""
     with suppress(BrokenPipeError):
         os.write(protocol, json.dumps({"event": event, **fields}).encode() + b"\n")
 
 
 def parameters(library: Any, request: Request, verbosity: int) -> Any:
-    """Return llama.cpp's parameters for what was asked; raises ValueError for a name it does not know."""
+    """Return llama.cpp's parameters for a request; raises ValueError for a name that llama.cpp does not know."""
     params = library.CommonParams()
     params.model.path = request["model"]
     params.model_alias = {request["name"]}
     params.offline = True
-    params.fit_params = False  # where it goes has been decided
+    params.fit_params = False  # the placement is decided already
     params.verbosity = verbosity
-    params.warmup = bool(request["gpu_layers"])  # there the first token allocates; on the host it would only come later
+    # on GPUs the first token allocates; on the host a warm-up would only delay it
+    params.warmup = bool(request["gpu_layers"])
     params.n_parallel = request["num_parallel"]
     params.n_ctx = request["num_ctx"] * request["num_parallel"]
     params.n_batch = request["num_batch"]
     params.n_ubatch = request["num_micro_batch"]
     params.cache_ram_mib = request["prompt_cache_mib"]
     params.n_ctx_checkpoints = request["num_checkpoints"]
-    params.kv_unified = False  # each slot has cells of its own: its context is its own whatever the others do
+    params.kv_unified = False  # each slot has cells of its own: its context does not depend on the other slots
     params.load_mode = load_mode(library, request["use_mmap"])
     params.flash_attn_type = flash_attention(library, request["flash_attention"])
     params.cache_type_k = named(library.ggml_type, "GGML_TYPE_", request["cache_type_k"])
@@ -165,7 +167,7 @@ def parameters(library: Any, request: Request, verbosity: int) -> Any:
 
 
 def add_files(library: Any, params: Any, request: Request) -> None:
-    """Add what lies beside the model's own file."""
+    """Add the files beside the model's own file: adapters and projectors."""
     adapters = []
     for path in request["adapters"]:
         adapter = library.CommonAdapterLoraInfo()
@@ -178,7 +180,7 @@ def add_files(library: Any, params: Any, request: Request) -> None:
 
 
 def place(params: Any, gpu_layers: list[int]) -> None:
-    """Put layers on the GPUs this process sees, in their order; all others stay on the host."""
+    """Put layers on the GPUs that this process sees, in their order; all other layers stay on the host."""
     params.n_gpu_layers = sum(gpu_layers)
     params.main_gpu = 0
     shares = [float(layers) for layers in gpu_layers]
@@ -186,9 +188,9 @@ def place(params: Any, gpu_layers: list[int]) -> None:
 
 
 def lock_down(params: Any, key: str) -> None:
-    """Serve this machine only, those who have the key only, and nothing that shows what others asked."""
+    """Serve this machine only, clients with the key only, and no page that shows other clients' requests."""
     params.hostnames = ["127.0.0.1"]
-    params.port = 0  # the kernel picks one, the server says which
+    params.port = 0  # the kernel picks a port, and the server reports it
     params.api_keys = [key]
     params.cors_origins = "localhost"
     params.cors_credentials = False
@@ -200,7 +202,7 @@ def lock_down(params: Any, key: str) -> None:
 
 
 def named(kinds: Any, prefix: str, name: str) -> Any:
-    """Return a member of one of llama.cpp's enumerations by its short name."""
+    """Return a member of one of llama.cpp's enumerations by its short name; raises ValueError for another name."""
     try:
         return getattr(kinds, prefix + name.upper())
     except AttributeError:
@@ -209,19 +211,22 @@ def named(kinds: Any, prefix: str, name: str) -> Any:
 
 
 def load_mode(library: Any, use_mmap: bool | None) -> Any:
-    """Return whether the file is mapped into memory; None leaves it to llama.cpp."""
+    """Return llama.cpp's mode for whether the file is mapped into memory; None leaves the choice to llama.cpp."""
     name = "AUTO" if use_mmap is None else "MMAP" if use_mmap else "NONE"
     return named(library.llama_load_mode, "LLAMA_LOAD_MODE_", name)
 
 
 def flash_attention(library: Any, wanted: bool | None) -> Any:
-    """Return whether flash attention is used; None leaves it to llama.cpp."""
+    """Return llama.cpp's value for whether flash attention is used; None leaves the choice to llama.cpp."""
     name = "AUTO" if wanted is None else "ENABLED" if wanted else "DISABLED"
     return named(library.llama_flash_attn_type, "LLAMA_FLASH_ATTN_TYPE_", name)
 
 
 def context_of_a_slot(url: str, key: str) -> int | None:
-    """Ask the server which context each slot really got, in tokens; None if it does not say."""
+    """Return the context that each slot really got, in tokens, as the server reports it.
+
+    None if it does not report it.
+    """
     host, _, port = url.removeprefix("http://").rpartition(":")
     question = f"GET /v1/models HTTP/1.0\r\nHost: {host}\r\nAuthorization: Bearer {key}\r\nConnection: close\r\n\r\n"
     answer = b""
@@ -237,10 +242,11 @@ def context_of_a_slot(url: str, key: str) -> int | None:
 
 
 def share(nice: int) -> bool:
-    """Say how much of the processors this session gets beside others; return whether that was taken.
+    """Set the share of the processors that this session gets beside others; return whether the kernel took it.
 
-    Every runner is a session of its own, and a Linux that groups processes by session goes by the niceness of these,
-    which may be taken back without any rights. Elsewhere nothing is changed. While it loads, the parent takes it back.
+    Every runner is a session of its own. A Linux that groups processes by session goes by the niceness of the session,
+    which may be raised again without any rights. Elsewhere nothing is changed. During the load the parent raises it
+    again.
     """
     try:
         if os.getsid(0) == os.getpid():
@@ -253,12 +259,12 @@ def share(nice: int) -> bool:
 
 
 def wait_for_the_end(parent: int) -> None:
-    """Return when the parent closed standard input or is gone."""
-    if sys.platform == "linux":  # there the kernel ends this process with its parent
+    """Return when the parent has closed standard input or is gone."""
+    if sys.platform == "linux":  # the kernel ends this process with its parent
         while os.read(0, 1 << 16):
             pass
         return
-    import select  # elsewhere a copy of the parent may keep the stream open
+    import select  # a copy of the parent may keep the stream open here
 
     while os.getppid() == parent:
         if select.select([0], [], [], PARENT_CHECK_S)[0] and not os.read(0, 1 << 16):
@@ -266,12 +272,12 @@ def wait_for_the_end(parent: int) -> None:
 
 
 class Log:
-    """llama.cpp's log, which it writes on a thread of its own; warnings only where it cannot be copied."""
+    """llama.cpp's log, which llama.cpp writes on a thread of its own; warnings only where the log cannot be copied."""
 
     def __init__(self, library: Any) -> None:
         import ctypes
 
-        self.verbosity = WARNINGS  # to load with
+        self.verbosity = WARNINGS  # of the log during the load
         self._copy: int | None = None  # a file in memory
         self._main: Any = None
         with suppress(AttributeError, OSError):  # C++ functions, by the names that GCC and Clang give them
@@ -286,14 +292,14 @@ class Log:
             self.verbosity = DETAILS
 
     def flush(self) -> None:
-        """Have the last of it written: it says why a load failed."""
+        """Have the last lines written: they say why a load failed."""
         if self._main is None:
             time.sleep(LOG_PAUSE_S)
         else:
             self._flush(self._main)
 
     def finish(self) -> str:
-        """Return what was logged so far, where that is known; from now on only warnings are written."""
+        """Return the log of the load, empty where it cannot be copied; later only warnings are written."""
         if self._copy is None:
             return ""
         self._set_verbosity(WARNINGS)
@@ -305,7 +311,7 @@ class Log:
 
 
 def buffers(log: str) -> list[tuple[str, str, int]]:
-    """Return device, kind and bytes of each buffer that llama.cpp's log tells of."""
+    """Return device, kind and bytes of each buffer that llama.cpp's log names."""
     projector = PROJECTOR.search(log)
     found = []
     for line in BUFFER.finditer(log):
@@ -317,8 +323,8 @@ def buffers(log: str) -> list[tuple[str, str, int]]:
 
 
 def serve(protocol: int, request: Request) -> Never:
-    """Load and serve; never returns, the process ends here."""
-    held_back = share(LOADING_NICE)  # others' answers go on evenly meanwhile
+    """Load the model and serve it; never returns, the process ends in here."""
+    held_back = share(LOADING_NICE)  # the runners that answer meanwhile go on evenly
     tell(protocol, "importing")
     if request["library"] is not None:
         sys.path.append(request["library"])
@@ -334,7 +340,7 @@ def serve(protocol: int, request: Request) -> Never:
         tell(protocol, "loading")
         server = xllamacpp.Server(params)
         held_back = held_back and not share(0)
-    except Exception as error:  # whatever it is, the parent is told in one line and the rest is on standard error
+    except Exception as error:  # whatever the error is, the parent gets it in one line, and standard error has the rest
         tell(protocol, "failed", reason=f"{type(error).__name__}: {error}")
         log.flush()
         os._exit(1)
@@ -346,7 +352,7 @@ def serve(protocol: int, request: Request) -> Never:
         if share(0):
             break
     wait_for_the_end(request["parent"])
-    os._exit(0)  # without the server's clean-up: it waits for answers under way
+    os._exit(0)  # without the server's clean-up, which waits for answers under way
 
 
 def main() -> None:

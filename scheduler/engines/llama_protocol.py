@@ -1,4 +1,4 @@
-"""What a llama.cpp child tells of itself, in its own protocol and as a server; none of it is trusted blindly."""
+"""What a llama.cpp child reports of itself, by its protocol and as a server, with every value checked."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 from fsm.domain.devices import HOST, DeviceId
 from scheduler.engines.interface import Buffer, BufferKind
 
-BUFFERS_LIMIT: Final = 256  # that are looked at: a few for each GPU and kind
+BUFFERS_LIMIT: Final = 256  # buffers that are read: a few for each GPU and kind
 BYTES_LIMIT: Final = 1 << 50  # no buffer is larger
 ANSWER_LIMIT_BYTES: Final = 1 << 16  # of the metrics, which take 3 KiB
 
@@ -24,17 +24,17 @@ _LARGEST = re.compile(rb"^llamacpp:n_tokens_max (\d+)", re.MULTILINE)
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """What a child says when it serves."""
+    """What a child reports when it serves."""
 
     url: str
-    num_ctx: int | None  # the context that each slot really got, in tokens; None: it does not say
-    buffers: tuple[Buffer, ...]  # empty: it does not say
+    num_ctx: int | None  # the context that each slot really got, in tokens; None: not reported
+    buffers: tuple[Buffer, ...]  # empty: not reported
 
 
 def loaded_of(message: Mapping[str, Any], gpus: Sequence[DeviceId]) -> Loaded | None:
-    """Return what a child says that serves; None if it names no address of this machine's own.
+    """Return what a serving child reports; None if its address is not of this machine.
 
-    `gpus` are those that it sees, in its order.
+    `gpus` are the GPUs that the child sees, in its order.
     """
     url, context = message.get("url"), message.get("num_ctx")
     if not isinstance(url, str) or not _URL.fullmatch(url):
@@ -44,9 +44,9 @@ def loaded_of(message: Mapping[str, Any], gpus: Sequence[DeviceId]) -> Loaded | 
 
 
 def buffers_of(told: object, gpus: Sequence[DeviceId]) -> tuple[Buffer, ...]:
-    """Return a child's buffers, added up by device and kind; what makes no sense in `told` is left out.
+    """Return a child's buffers, added up by device and kind; entries of `told` that are not valid are left out.
 
-    It names GPUs as it sees them ("CUDA0" is the first of `gpus`); whatever else it names is no memory of ours.
+    The child names GPUs as it sees them ("CUDA0" is the first of `gpus`). Memory under any other name is left out too.
     """
     found: dict[tuple[DeviceId, BufferKind], int] = {}
     for entry in told[:BUFFERS_LIMIT] if isinstance(told, list) else ():
@@ -68,9 +68,9 @@ def _device(name: str, gpus: Sequence[DeviceId]) -> DeviceId | None:
 
 
 def largest_sequence(url: str, key: str, timeout_s: float) -> int | None:
-    """Ask a server for the most tokens, of prompt and answer together, that one of its slots ever held.
+    """Return the most tokens, of prompt and answer together, that one of a server's slots ever held.
 
-    None if it does not say in time: it is gone or busy, or counts nothing.
+    None if the server does not answer within `timeout_s` seconds (it is gone or busy), or does not count tokens.
     """
     address = urlsplit(url)
     connection = http.client.HTTPConnection(address.hostname or "", address.port, timeout=timeout_s)

@@ -25,18 +25,19 @@ from scheduler.engines.child_process import Child, Exit
 
 log = logging.getLogger("loadmaster")
 
-TAIL_BYTES = 8 << 10  # of standard error that are kept
-POLL_S = 0.05  # between looks at a process that has no pidfd
+TAIL_BYTES = 8 << 10  # of standard error that is kept
+POLL_S = 0.05  # between two polls of a process that has no pidfd
 PULSE_S = 1.0
 CLOSE_TIMEOUT_S = 5.0
 
 _CHUNK_BYTES = _LINE_BYTES = 1 << 16  # a longer line is no line of a protocol, and is dropped
-_LAST_CHUNKS = 16  # read at most from each stream of a process that is gone: others may still write to it
+# read at most from each stream of a process that is gone: other processes may still write to the stream
+_LAST_CHUNKS = 16
 
 
 @dataclass(slots=True, eq=False)
 class _RunningChild:
-    """A process that was started and is not reaped; belongs to the watcher's thread."""
+    """A process that was started and is not reaped; only the supervisor's thread uses it."""
 
     child: Child
     process: subprocess.Popen[bytes]
@@ -45,18 +46,18 @@ class _RunningChild:
     reason: str = ""
     line: bytearray = field(default_factory=bytearray)  # of standard output, not ended yet
     tail: bytearray = field(default_factory=bytearray)
-    kill_at: float | None = None  # set once it was told to stop, until it was killed
+    kill_at: float | None = None  # set once the process was told to stop, until it was killed
     asked: bool = False
     killed: bool = False
     over: bool = False
 
     @property
     def outputs(self) -> list[IO[bytes]]:
-        """Its standard output and error that are not closed."""
+        """The process's standard output and error, unless they are closed."""
         return [each for each in (self.process.stdout, self.process.stderr) if each is not None and not each.closed]
 
     def take_lines(self, chunk: bytes) -> list[str]:
-        """Add to standard output; return the lines that are whole now."""
+        """Add to standard output; return the lines that are complete now."""
         *lines, rest = (self.line + chunk).split(b"\n")
         self.line = rest if len(rest) <= _LINE_BYTES else bytearray()
         return [line.decode(errors="replace") for line in lines]
@@ -73,19 +74,19 @@ class _RunningChild:
             os.killpg(self.process.pid, signal.SIGKILL)
 
     def is_gone(self) -> bool:
-        """Whether it has ended, without reaping it, since that would give its group's number away."""
+        """Return whether the process has ended, without reaping it, since reaping frees its group's number."""
         if not hasattr(os, "waitid"):  # macOS before Python 3.13: untested
             return self.process.poll() is not None
         try:
             return os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
-        except ChildProcessError:  # the host ignores SIGCHLD, or reaps whatever it finds
+        except ChildProcessError:  # the host ignores SIGCHLD, or reaps every child
             return True
 
 
 class ChildSupervisor:
-    """Notices within 100 ms what children print and how they end, and ends those that are to go. One daemon thread.
+    """Notices within 100 ms what children print and how they end, and ends children that must stop, on a daemon thread.
 
-    Everything about a running child happens on that thread: `post` hands it a call.
+    Everything about a running child happens on that thread: `post` queues a call for it.
     """
 
     def __init__(self) -> None:
@@ -96,21 +97,22 @@ class ChildSupervisor:
             os.set_blocking(end, False)
         self._selector.register(self._woken, selectors.EVENT_READ, lambda: os.read(self._woken, _CHUNK_BYTES))
         self._calls: deque[Callable[[], None]] = deque()
-        self._wake_lock = threading.RLock()  # so that no wake is written after the pipe is closed; a finaliser may post
+        # so that the pipe is not closed during a wake; reentrant, since a finaliser may post
+        self._wake_lock = threading.RLock()
         self._runs: dict[Child, _RunningChild] = {}
-        self._stops: dict[Child, float] = {}  # the grace of those that are being started and must stop at once
+        self._stops: dict[Child, float] = {}  # the grace of children that are being started and must stop at once
         self._children: set[Child] = set()  # handed over and not ended
         self._changed = threading.Condition()  # guards `_children`
         self._ending = False
         self._thread = threading.Thread(target=self._watch, name="loadmaster-watcher", daemon=True)
         try:
             self._thread.start()
-        except RuntimeError:  # there can be no more threads now
+        except RuntimeError:  # the system allows no more threads now
             self._let_go()
             raise
 
     def post(self, call: Callable[[], None]) -> None:
-        """Have `call` made on the watcher's thread; nothing happens in a fork, or once it is closed."""
+        """Queue `call` for the supervisor's thread; does nothing in a fork, or once the supervisor is closed."""
         if os.getpid() != self._owner:
             return
         self._calls.append(call)
@@ -126,10 +128,13 @@ class ChildSupervisor:
             self._children.add(child)
 
     def started(self, child: Child, process: subprocess.Popen[bytes], reason: str) -> None:
-        """Watch a process; with a reason, end it at once. On the watcher's thread, as all below but `close`."""
+        """Watch a process, or end it at once if `reason` says why.
+
+        On the supervisor's thread, as all methods below but `close`.
+        """
         try:
             pidfd = os.pidfd_open(process.pid) if hasattr(os, "pidfd_open") else None
-        except OSError:  # not there, not allowed, or the process is gone already and reaped by the host
+        except OSError:  # no pidfd here, not allowed, or the process is gone already and reaped by the host
             pidfd = None
         run = self._runs[child] = _RunningChild(child, process, pidfd, time.monotonic() + PULSE_S, reason)
         for stream in run.outputs:
@@ -143,12 +148,12 @@ class ChildSupervisor:
             self._kill(run)
 
     def stop(self, child: Child, grace_s: float) -> None:
-        """Have a child end."""
+        """Terminate a child, and kill it after `grace_s` seconds."""
         if (run := self._runs.get(child)) is not None:
             kill_at = time.monotonic() + grace_s
             if not run.asked:
                 run.asked = True
-                for number in (signal.SIGTERM, signal.SIGCONT):  # a stopped process ends only when it goes on
+                for number in (signal.SIGTERM, signal.SIGCONT):  # a stopped process ends only when it is continued
                     run.send(number)
                 if run.process.stdin is not None:
                     run.process.stdin.close()
@@ -160,7 +165,7 @@ class ChildSupervisor:
             self._stops[child] = min(grace_s, self._stops.get(child, grace_s))
 
     def finish(self, child: Child, exit: Exit) -> None:
-        """Tell of a child's end and forget it."""
+        """Report a child's end to its listener and forget the child."""
         self._stops.pop(child, None)
         _attempt(functools.partial(child.listener.ended, exit))
         with self._changed:
@@ -198,7 +203,7 @@ class ChildSupervisor:
         os.close(self._woken)
 
     def _wait_s(self) -> float | None:
-        """How long there is nothing to do unless something happens; None: for ever."""
+        """Return the seconds until something is due; None: nothing is due unless something happens."""
         times = [at for run in self._runs.values() for at in (run.kill_at, run.pulse_at) if at is not None]
         if any(run.pidfd is None for run in self._runs.values()):
             times.append(time.monotonic() + POLL_S)
@@ -218,10 +223,10 @@ class ChildSupervisor:
         run.kill_at = None
         run.killed = True
         run.kill_group()
-        run.send(signal.SIGKILL)  # as it may have left its group
+        run.send(signal.SIGKILL)  # as the process may have left its group
 
     def _read(self, run: _RunningChild, stream: IO[bytes]) -> bool:
-        """Take in what there is, up to a limit; return whether there may be more."""
+        """Read what is there, up to a limit; return whether there may be more."""
         if stream.closed:
             return False
         try:
@@ -241,13 +246,13 @@ class ChildSupervisor:
         return bool(chunk)
 
     def _end(self, run: _RunningChild) -> None:
-        """Reap a process that has ended, and whatever it left in its group."""
+        """Reap a process that has ended, and kill what is left of its group."""
         if run.over:
             return
         run.over = True
         for stream in run.outputs:
             any(not self._read(run, stream) for _ in range(_LAST_CHUNKS))
-        run.kill_group()  # before it is reaped, so that the number can't be another group's by now
+        run.kill_group()  # before the process is reaped, so that the number can't be another group's by now
         code = run.process.wait()
         for stream in run.outputs:
             self._selector.unregister(stream)
@@ -262,7 +267,7 @@ class ChildSupervisor:
 
 
 class ChildLauncher:
-    """Starts children, watches them and ends them; its two threads begin with the first child.
+    """Starts children, watches them and ends them; its two threads start with the first child.
 
     One daemon thread starts every process, and lives on: children are killed when the thread that started them ends.
     """
@@ -270,15 +275,15 @@ class ChildLauncher:
     def __init__(self) -> None:
         self._owner = os.getpid()
         self._lock = threading.Lock()
-        self._queue: queue.SimpleQueue[Child | None] = queue.SimpleQueue()  # to be started; None: no more
+        self._queue: queue.SimpleQueue[Child | None] = queue.SimpleQueue()  # children to be started; None: no more
         self._watcher: ChildSupervisor | None = None
         self._spawner: threading.Thread | None = None
         self._closed = False
 
     def start(self, child: Child) -> None:
-        """Have a child started, once; returns at once, and all that follows is told to its listener.
+        """Order a child's start, once, and return at once; the listener hears what follows.
 
-        Raises RuntimeError once closed, and in a fork of the process that made this.
+        Raises RuntimeError once the launcher is closed, and in a fork of the process that made it.
         """
         if os.getpid() != self._owner:
             raise RuntimeError("a fork cannot use its parent's child processes: make a scheduler of its own")
@@ -296,7 +301,10 @@ class ChildLauncher:
             self._queue.put(child)
 
     def close(self, timeout_s: float = CLOSE_TIMEOUT_S) -> bool:
-        """Kill what is left and end the threads; return whether all was gone in time. In a fork it does nothing."""
+        """Kill the children that are left and end the threads.
+
+        Return whether all were gone in time. In a fork it does nothing.
+        """
         if os.getpid() != self._owner:
             return True
         with self._lock:
@@ -306,7 +314,7 @@ class ChildLauncher:
         try:
             done = watcher is None or watcher.close(timeout_s)
         finally:
-            self._queue.put(None)  # last, since on Linux the end of that thread kills whatever is left
+            self._queue.put(None)  # last, since on Linux the end of that thread kills every child that is left
         if spawner is not None:
             spawner.join(max(0.0, end - time.monotonic()))
         return done and (spawner is None or not spawner.is_alive())
@@ -315,24 +323,24 @@ class ChildLauncher:
         while (child := self._queue.get()) is not None:
             if child.settle():
                 watcher.post(_start(child, watcher))
-            del child  # an idle thread keeps nothing alive
+            del child  # an idle thread keeps no child alive
 
 
 def _start(child: Child, watcher: ChildSupervisor) -> Callable[[], None]:
-    """Start a process; return the news for the watcher."""
+    """Start a process; return a call for the supervisor's thread that reports the start or its failure."""
     program, pipe = child.program, subprocess.PIPE
     try:  # a new session is a group of its own, and gets no Ctrl-C from the terminal
         process = subprocess.Popen(
             program.arguments, 0, None, pipe, pipe, pipe, env=program.environment, start_new_session=True
         )
-    except Exception as error:  # a file that is not there, no memory for a process, an argument with a zero byte
+    except Exception as error:  # a file that is missing, no memory for a process, an argument with a zero byte
         return functools.partial(watcher.finish, child, Exit(None, f"could not be started: {error}"))
     child.pid = process.pid
     return functools.partial(watcher.started, child, process, _feed(process, program.input))
 
 
 def _attempt(call: Callable[[], object]) -> None:
-    """Make a call that must not end the watcher's thread; what it raises is logged."""
+    """Make a call that must not end the supervisor's thread; an exception that it raises is logged."""
     try:
         call()
     except Exception:
@@ -340,11 +348,11 @@ def _attempt(call: Callable[[], object]) -> None:
 
 
 def _feed(process: subprocess.Popen[bytes], input: bytes) -> str:
-    """Write the input into the pipe without waiting for anybody; return why that failed, or nothing."""
+    """Write the input into the pipe without blocking; return why that failed, or an empty string."""
     assert process.stdin is not None
     os.set_blocking(process.stdin.fileno(), False)
     try:
         written = process.stdin.write(input) or 0
-    except BrokenPipeError:  # it is gone already, which is told elsewhere
+    except BrokenPipeError:  # the process is gone already, and its end is reported elsewhere
         return ""
     return "" if written == len(input) else f"only {written} of {len(input)} bytes of input found room in the pipe"

@@ -1,4 +1,4 @@
-"""Any Python object as a model: a callable that loads it, one that unloads it, and the bytes it is said to take."""
+"""Any Python object as a model: a callable to load it, a callable to unload it, and its declared bytes."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ CLOSE_TIMEOUT_S = 5.0
 class PythonModel:
     """An object that is loaded on demand and shared by lease, in this process; its name is its identity.
 
-    `load` and `unload` run on one thread of its own and may take as long as they need. Without `unload` the object is
-    let go of. Raises `InvalidSettings` for bytes that cannot be read, and for what is of a wrong type.
+    `load` and `unload` run on one thread of the object's own and may take as long as they need. Without `unload` the
+    object is dropped. Raises `InvalidSettings` for bytes that cannot be read, and for arguments of a wrong type.
     """
 
     name: str
@@ -43,8 +43,8 @@ class PythonModel:
     unload: Callable[[Any], object] | None = None
     memory: Mapping[str, str | int] = field(default_factory=dict)  # bytes by device: {"cpu": "200MiB"}
     keep_alive: str | float | None = None
-    pin: bool = False  # never given up for others
-    priority: int = 0  # higher goes first among those that wait
+    pin: bool = False  # never evicted for other models
+    priority: int = 0  # a request group of higher priority goes first
 
     def __post_init__(self) -> None:
         check_name(self.name)
@@ -67,18 +67,18 @@ class PythonModel:
 
     @property
     def declared(self) -> tuple[tuple[DeviceId, int], ...]:
-        """The bytes it is said to take, by device."""
+        """The bytes that the object is declared to take, by device."""
         return tuple((DeviceId(device), parse_bytes(size)) for device, size in sorted(self.memory.items()))
 
 
 class PythonProcess:
     """The handle of one object, from the start of its load until its unload has returned.
 
-    Both run on one thread, which waits in between, since some objects may only be touched where they were made. It is a
-    daemon: what hangs in there must not hang the interpreter's exit.
+    `load` and `unload` run on one thread, which waits in between, since some objects may only be touched by the thread
+    that made them. The thread is a daemon: a `load` or `unload` that hangs must not hang the interpreter's exit.
     """
 
-    pid: int | None = None  # it lives in this process
+    pid: int | None = None  # the object lives in this process
     buffers: tuple[Buffer, ...] = ()
 
     def __init__(self, model: PythonModel, report: RunnerListener, on_end: Callable[[PythonProcess], None]) -> None:
@@ -91,29 +91,32 @@ class PythonProcess:
         self._thread = threading.Thread(target=self._live, name=f"loadmaster-object-{model.name}", daemon=True)
 
     def begin(self) -> None:
-        """Start to load it; raises RuntimeError if there can be no more threads."""
+        """Start the load; raises RuntimeError if the system allows no more threads."""
         self._thread.start()
 
     def join(self, timeout_s: float) -> bool:
-        """Wait for its end; return whether it came in time. Its own thread, which may close too, does not wait."""
+        """Wait for the end of the thread.
+
+        Return whether it came in time. The thread itself, which may close too, does not wait.
+        """
         if self._thread is not threading.current_thread():
             self._thread.join(timeout_s)
         return not self._thread.is_alive()
 
     def stop(self, grace_s: float) -> None:
-        """Have it unloaded, once its load has returned; there is no force to use after `grace_s`."""
+        """Have the object unloaded, once its load has returned; a load cannot be ended by force after `grace_s`."""
         if os.getpid() == self._owner:  # a fork has a copy of the object, but not the thread
             self._stop.set()
 
     def memory(self) -> Memory:
-        """Return the declared bytes from the end of its load to the end of its unload."""
+        """Return the declared bytes from the end of the load to the end of the unload."""
         return Memory(dict(self.model.declared) if self._loaded else {})
 
     def context_filled(self, timeout_s: float) -> None:
-        """Return None: what was declared is all that is ever known."""
+        """Return None: an object never takes more than its declared bytes, as far as its engine can tell."""
 
     def healthy(self, timeout_s: float) -> bool:
-        """Return True: there is nothing to ask."""
+        """Return True: an object cannot be probed."""
         return True
 
     def _live(self) -> None:
@@ -125,10 +128,13 @@ class PythonProcess:
             self._on_end(self)
 
     def _load_and_unload(self) -> tuple[int, str, bool]:
-        """Return how it ended; the object is let go of by then."""
+        """Load and unload the object.
+
+        Return the status, a description, and whether memory ran out. The object is dropped then.
+        """
         try:
             value = self.model.load()
-        except BaseException as error:  # also what would end a program: here it is the end of a load
+        except BaseException as error:  # also what would end a program: here it only ends the load
             log.debug("load() of %r failed", self.model.name, exc_info=True)
             return 1, f"load() raised {_in_words(error)}", _is_out_of_memory(error)
         self._loaded = True
@@ -145,15 +151,15 @@ class PythonProcess:
 
 
 class PythonEngine:
-    """Runs `PythonModel`s; each load and unload on a daemon thread of its own, so that one may hang."""
+    """Runs `PythonModel`s; each object has a daemon thread of its own, so that one object may hang."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()  # guards the two below
-        self._processes: set[PythonProcess] = set()  # those that are not over
+        self._lock = threading.Lock()  # guards `_processes` and `_closed`
+        self._processes: set[PythonProcess] = set()  # the objects whose threads run
         self._closed = False
 
     def require(self) -> None:
-        """Nothing is needed."""
+        """Return: the engine needs no library."""
 
     def inspect(self, model: PythonModel) -> Footprint:
         """Return the bytes that were declared."""
@@ -162,7 +168,10 @@ class PythonEngine:
     def launch(
         self, model: PythonModel, options: Options, placement: Placement, report: RunnerListener
     ) -> PythonProcess:
-        """Start to load an object; options and placement change nothing. Raises RuntimeError once closed."""
+        """Start to load an object.
+
+        Options and placement change nothing. Raises RuntimeError once the engine is closed.
+        """
         process = PythonProcess(model, report, self._forget)
         with self._lock:
             if self._closed:
@@ -176,7 +185,7 @@ class PythonEngine:
         return process
 
     def close(self, timeout_s: float = CLOSE_TIMEOUT_S) -> None:
-        """Unload every object; loads and unloads that do not return within `timeout_s` are left to themselves."""
+        """Unload every object; a load or unload that does not return within `timeout_s` seconds is left running."""
         with self._lock:
             self._closed = True
             left = sorted(self._processes, key=lambda process: process.model.name)
@@ -197,5 +206,5 @@ def _in_words(error: BaseException) -> str:
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out: Python's, or by the name of the error that torch and others raise."""
+    """Return whether memory ran out: Python's own error, or an error with the name that torch and others use."""
     return isinstance(error, MemoryError) or any(kind.__name__ == "OutOfMemoryError" for kind in type(error).__mro__)

@@ -1,4 +1,4 @@
-"""Talks to one runner's OpenAI-compatible endpoint, for callers with and without an event loop."""
+"""A client of one runner's OpenAI-compatible endpoint, for callers with and without an event loop."""
 
 from __future__ import annotations
 
@@ -20,26 +20,29 @@ Messages = str | Sequence[Mapping[str, Any]]
 Answer = TypeVar("Answer")
 
 CONNECT_TIMEOUT_S = 5.0
-# llama.cpp's server closes a connection after 5 s without a request, so none is kept for as long as that.
+# llama.cpp's server closes a connection after 5 s without a request, so no connection is kept for as long as that.
 _KEEP_S = 4.0
-# What llama.cpp advises who would embed, and what it takes here.
+# llama.cpp's advice in the errors of embeddings, and the advice that fits here.
 _ADVICE = {
     "Start it with `--embeddings`": "Acquire the model with embedding=True",
     "increase the physical batch size": "shorten it, or acquire the model with a larger num_ctx",
 }
-_TOO_LONG = "is too large to process"  # a text to embed: it blames itself
-# What a connection looks like that the server closed while we kept it, or just as we sent.
+# said of a text to embed: the request is at fault, although the server answers 500
+_TOO_LONG = "is too large to process"
+# The errors of a connection that the server closed while it was kept, or just as a request was sent.
 _STALE = (httpx.RemoteProtocolError, httpx.ReadError, httpx.WriteError, httpx.ConnectError)
 
 
 class RunnerClient:
-    """A client of one runner at `url` (scheme, host and port) with its `key`; may be used by several threads at once.
+    """A client of one runner at `url` (scheme, host and port) with its `key`.
+
+    May be used by several threads at once.
 
     Every method takes the engine's own request parameters by name (`max_tokens`, `temperature`, …) and `timeout_s`, the
-    longest silence that is put up with, in seconds; None, which is the default, is without limit. One text is returned:
-    `UnsupportedOption` refuses what would be answered with more (`n`, `tools`). All raise
-    `EngineError` if the runner answers with an error, `ConnectionError` if it does not answer or breaks off, and
-    `TimeoutError` after `timeout_s`. A request is sent at most twice, and never again once its answer has begun.
+    longest silence that is allowed, in seconds; None, which is the default, is without limit. A method returns one
+    text: `UnsupportedOption` refuses parameters that would return more (`n`, `tools`). All raise `EngineError` if the
+    runner answers with an error, `ConnectionError` if it does not answer or breaks off, and `TimeoutError` after
+    `timeout_s`. A request is sent at most twice, and never again once its answer has begun.
     """
 
     def __init__(
@@ -75,9 +78,9 @@ class RunnerClient:
     def stream(
         self, messages: Messages, *, timeout_s: float | None = None, **parameters: Any
     ) -> Generator[str, None, None]:
-        """Yield the answer to `messages` piece by piece; the request is sent with the first piece that is asked for.
+        """Yield the answer to `messages` piece by piece; the request is sent when the first piece is requested.
 
-        Closing the iterator stops the runner's work on it.
+        Closing the iterator stops the runner's work on the answer.
         """
         pieces = _Pieces()
         with self._send(_chat_request(messages, parameters, stream=True), timeout_s) as response:
@@ -97,11 +100,11 @@ class RunnerClient:
         return vectors[0] if isinstance(text, str) else vectors
 
     async def achat(self, messages: Messages, *, timeout_s: float | None = None, **parameters: Any) -> str:
-        """As `chat`."""
+        """As `chat`, in an event loop."""
         return await self._apost(_chat_request(messages, parameters), _chat_text, timeout_s)
 
     async def acomplete(self, prompt: str, *, timeout_s: float | None = None, **parameters: Any) -> str:
-        """As `complete`."""
+        """As `complete`, in an event loop."""
         return await self._apost(_completion_request(prompt, parameters), _completion_text, timeout_s)
 
     async def astream(
@@ -112,7 +115,10 @@ class RunnerClient:
         timeout_s: float | None = None,
         **parameters: Any,
     ) -> AsyncGenerator[str, None]:
-        """As `stream`; the connection is held by `connection` as well, to be cut where no loop is left to close it."""
+        """As `stream`, in an event loop.
+
+        `connection` holds the connection too, to be cut where no loop is left to close it.
+        """
         pieces, request = _Pieces(), _chat_request(messages, parameters, stream=True)
         with self._translated(timeout_s):
             async with aclosing(await self._asend(request, timeout_s)) as response:
@@ -132,18 +138,18 @@ class RunnerClient:
     async def aembed(
         self, text: str | Sequence[str], *, timeout_s: float | None = None, **parameters: Any
     ) -> list[float] | list[list[float]]:
-        """As `embed`."""
+        """As `embed`, in an event loop."""
         vectors = await self._apost(_embedding_request(text, parameters), _vectors, timeout_s)
         return vectors[0] if isinstance(text, str) else vectors
 
     def close(self) -> None:
-        """Close every connection; later calls, and those under way in other threads, raise `ConnectionError`."""
+        """Close every connection; later calls, and calls under way in other threads, raise `ConnectionError`."""
         self._pooled.close()
         self._fresh.close()
         self._drop_ended_loops()
 
     async def aclose(self) -> None:
-        """Close what the running event loop uses, and then as `close`."""
+        """Close the running event loop's client, and then the others as `close` does."""
         client = self._of_loops.pop(asyncio.get_running_loop(), None)
         if client is not None:
             await client.aclose()
@@ -160,12 +166,13 @@ class RunnerClient:
 
     @contextmanager
     def _send(self, request: _Request, timeout_s: float | None) -> Iterator[httpx.Response]:
-        """Send a request and hand out its answer, of which only the head has been read."""
+        """Send a request and yield its answer, of which only the head has been read."""
         with self._translated(timeout_s):
             try:
                 response = self._pooled.send(self._built(self._pooled, request, timeout_s), stream=True)
             except _STALE:
-                # Most likely the server closed the connection while it was kept: this may happen once, on a new one.
+                # Most likely the server closed the connection while it was kept: the request is sent once more, on a
+                # new connection.
                 response = self._fresh.send(self._built(self._fresh, request, timeout_s), stream=True)
             try:
                 if response.is_error:
@@ -175,9 +182,12 @@ class RunnerClient:
                 response.close()
 
     async def _asend(self, request: _Request, timeout_s: float | None) -> httpx.Response:
-        """As `_send`, each time on a new connection, so that no connection can be stale; the answer is to be closed.
+        """As `_send`, each time on a new connection, so that no connection can be stale.
 
-        No generator as that is: a loop that ends closes all of those at once, a stream and what it is in the middle of.
+        The caller closes the answer.
+
+        This is no generator as `_send` is: a loop that ends closes all generators at once, a stream and what it is
+        awaiting.
         """
         client = self._of_running_loop()
         response = await client.send(self._built(client, request, timeout_s), stream=True)
@@ -189,7 +199,8 @@ class RunnerClient:
     def _of_running_loop(self) -> httpx.AsyncClient:
         """Return the running loop's client, since connections and locks belong to a loop.
 
-        It keeps no connection between calls: nobody could close it once its loop has ended. That costs 0.6 ms a call.
+        The client keeps no connection between calls: it could not be closed once its loop has ended. That costs 0.6 ms
+        a call.
         """
         loop = asyncio.get_running_loop()
         client = self._of_loops.get(loop)
@@ -200,7 +211,7 @@ class RunnerClient:
         return client
 
     def _drop_ended_loops(self) -> None:
-        """Let go of loops that have ended: what one left open refers to it, so it would stay for ever."""
+        """Forget the clients of loops that have ended: an open connection would keep its loop alive for ever."""
         for reference in self._of_loops.keyrefs():
             if (loop := reference()) is not None and loop.is_closed():
                 self._of_loops.pop(loop, None)
@@ -229,27 +240,28 @@ class RunnerClient:
 
 @dataclass(slots=True)
 class Connection:
-    """The connection of an answer that is streamed in an event loop, once it has begun."""
+    """The connection of an answer that is streamed in an event loop, once the answer has begun."""
 
     response: httpx.Response | None = None
 
     def cut(self) -> None:
         """End the connection, so that the runner stops its work; from any thread, and whether or not the loop runs."""
         if self.response is not None:
-            with suppress(OSError, TypeError):  # it was closed before; some loops have sockets that cannot do this
+            # the connection was closed before, or the loop's sockets cannot be shut down
+            with suppress(OSError, TypeError):
                 self.response.extensions["network_stream"].get_extra_info("socket").shutdown(socket.SHUT_RDWR)
 
 
 @dataclass(frozen=True, slots=True)
 class _Request:
-    """A request of either kind of caller."""
+    """A request of a caller with or without an event loop."""
 
     path: str
     body: dict[str, Any]
 
 
 def _check(parameters: Mapping[str, Any]) -> None:
-    """Raise `UnsupportedOption` for what would be answered with more than the one text that is returned."""
+    """Raise `UnsupportedOption` for parameters whose answer would be more than the one text that is returned."""
     if parameters.get("n") not in (None, 1):
         raise UnsupportedOption("n", parameters["n"], "one answer is returned: ask once for each")
     for name in ("tools", "functions"):
@@ -293,11 +305,11 @@ def _parsed(content: bytes, parse: Callable[[Any], Answer]) -> Answer:
         return parse(json.loads(content))
     except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
         shown = content[:200].decode(errors="replace")
-        raise EngineError(500, f"the answer has no such form as was expected: {shown}") from error
+        raise EngineError(500, f"the answer does not have the expected form: {shown}") from error
 
 
 def _engine_error(status_code: int, content: bytes) -> EngineError:
-    """Read an error from an answer's body, which is JSON if the engine wrote it."""
+    """Return the error in an answer's body, which is JSON if the engine wrote it."""
     try:
         return _error_of(json.loads(content)["error"], status_code)
     except (ValueError, KeyError, TypeError):
@@ -316,10 +328,10 @@ def _error_of(error: Any, status_code: int) -> EngineError:
 
 
 class _Pieces:
-    """Reads server-sent events from chunks of any size and gives out the pieces of text in them.
+    """Reads server-sent events from chunks of any size and yields the pieces of text in them.
 
-    Lines end with a line feed and nothing else: httpx's own lines also end at characters such as U+2028, which
-    llama.cpp sends unescaped inside its JSON.
+    Lines end with a line feed only: httpx's own lines also end at characters such as U+2028, which llama.cpp sends
+    unescaped inside its JSON.
     """
 
     def __init__(self) -> None:
@@ -339,7 +351,7 @@ class _Pieces:
                         yield piece
                 case b"error":
                     raise _engine_error(500, b'{"error":' + value + b"}")
-                case _:  # comments keep the connection alive; event names and ids say nothing here
+                case _:  # comments keep the connection alive; event names and ids are not used here
                     continue
 
     def finish(self, url: str) -> None:
@@ -349,7 +361,7 @@ class _Pieces:
 
 
 def _piece(event: Any) -> str:
-    """Return the text in one event, which may be none: the first only has a role, the last only numbers."""
+    """Return the text in one event, or an empty string: the first event only has a role, the last only numbers."""
     if "error" in event:
         raise _error_of(event["error"], 500)
     first = [choice for choice in event["choices"] if choice.get("index", 0) == 0]

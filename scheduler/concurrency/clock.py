@@ -1,4 +1,4 @@
-"""Time, as the core is told it."""
+"""The clock, whose time the core is given."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from typing import Protocol
 
 
 class Clock(Protocol):
-    """Seconds that never go back; where they begin means nothing."""
+    """A clock in seconds that never goes back, from an arbitrary beginning."""
 
     def __call__(self) -> float:
-        """Return the time now."""
+        """Return the time now, in seconds."""
 
 
 monotonic_clock: Clock = time.monotonic

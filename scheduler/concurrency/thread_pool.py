@@ -1,4 +1,4 @@
-"""Threads for what may block: bounded, daemons, one more as soon as none waits for a job."""
+"""A thread pool for jobs that may block: bounded, of daemon threads, and growing when no thread waits for a job."""
 
 from __future__ import annotations
 
@@ -18,30 +18,37 @@ class ThreadPool:
     """At most `limit` daemon threads that run jobs in the order in which they were put.
 
     `put` takes no lock and starts no thread: it is called under the driver's lock, in finalisers and in signal
-    handlers. A thread that takes a job sees first to it that another one waits for the next.
+    handlers. A thread that takes a job first makes sure that another thread waits for the next job.
 
-    Unlike `concurrent.futures`, nothing joins them when the interpreter exits: a job that hangs cannot hang the exit.
+    Unlike `concurrent.futures`, nothing joins the threads when the interpreter exits: a job that hangs cannot hang the
+    exit.
     """
 
     def __init__(self, name: str, limit: int) -> None:
         self._name = name
         self._limit = limit
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
-        self._closed = False  # its threads end
-        self._places = deque([None] * limit)  # for threads that run what was put after the close
-        self._lock = threading.Lock()  # guards what follows
+        self._closed = False  # the threads end
+        self._places = deque([None] * limit)  # for threads that run the jobs put after the close
+        self._lock = threading.Lock()  # guards the attributes below
         self._threads: list[threading.Thread] = []
         self._idle = 0  # threads that wait for a job, or are about to
         self.ensure_threads()
 
     def put(self, job: Job) -> None:
-        """Have `job` run; never blocks. After the close too: on a thread that ends when there is nothing to do."""
+        """Queue `job` and return at once.
+
+        After the close, the job runs on a thread that ends when there is no job left.
+        """
         self._jobs.put(job)
         if self._closed:
             self._staff_late()
 
     def ensure_threads(self) -> None:
-        """See to it that a thread waits for a job, unless all are busy; where none can be started, call it again."""
+        """Make sure that a thread waits for a job, unless all are busy.
+
+        If no thread can be started, call this again later.
+        """
         with self._lock:
             if self._idle or self._closed or len(self._threads) >= self._limit:
                 return
@@ -49,7 +56,7 @@ class ThreadPool:
             thread = threading.Thread(target=self._run, name=name, daemon=True)
             try:
                 thread.start()
-            except RuntimeError:  # there can be no more threads now
+            except RuntimeError:  # the system allows no more threads now
                 if not self._jobs.empty():
                     log.warning("no thread could be started for %s", self._name)
                 return
@@ -57,7 +64,7 @@ class ThreadPool:
             self._idle += 1
 
     def close(self, timeout_s: float) -> list[str]:
-        """Let the threads end after what is queued, wait for them, and return the names of those that hang."""
+        """Let the threads end after the queued jobs, wait for them, and return the names of threads that hang."""
         self._closed = True
         with self._lock:
             threads = list(self._threads)
@@ -75,28 +82,29 @@ class ThreadPool:
                 self._idle -= 1
             self.ensure_threads()
             self._do(job)
-            del job  # what it refers to must not live until the next one
+            del job  # the job's objects must not live until the next job
             with self._lock:
                 self._idle += 1
 
     def _staff_late(self) -> None:
-        if not self._take_a_place():  # those who have them look once more before they end
+        if not self._take_a_place():  # the threads that have a place look for jobs once more before they end
             return
         thread = threading.Thread(target=self._run_late, name=f"{self._name}-late", daemon=True)
         try:
             thread.start()
-        except RuntimeError:  # there can be no more threads now: the job waits for the next put
+        except RuntimeError:  # the system allows no more threads now: the job waits for the next put
             self._places.append(None)
             log.warning("no thread could be started for %s", self._name)
 
     def _run_late(self) -> None:
-        ends = 0  # of threads that have yet to end: given back, as those may hang for as long as they like
+        ends = 0  # of threads that have yet to end: given back, since these threads may hang for as long as they like
         while True:
             try:
                 job = self._jobs.get_nowait()
             except queue.Empty:
                 self._places.append(None)
-                if self._jobs.empty() or not self._take_a_place():  # whoever put a job meanwhile may have found none
+                # a job that was put meanwhile may have found no place
+                if self._jobs.empty() or not self._take_a_place():
                     break
                 continue
             if job is None:
@@ -117,5 +125,5 @@ class ThreadPool:
     def _do(self, job: Job) -> None:
         try:
             job()
-        except BaseException:  # sys.exit() in a user's callback ends that, and not the thread
+        except BaseException:  # sys.exit() in a user's callback ends the callback, and not the thread
             log.exception("a job of %s failed", self._name)

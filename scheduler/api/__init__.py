@@ -1,1 +1,1 @@
-"""What a program embeds: the scheduler, leases, status and fit."""
+"""The package that a program embeds: the scheduler, leases, status and fit."""

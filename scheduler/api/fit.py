@@ -1,4 +1,4 @@
-"""What would be loaded where, and why: the core's preview in the user's terms."""
+"""Where a model would be loaded, and why: the core's preview in the user's terms."""
 
 from __future__ import annotations
 
@@ -30,59 +30,59 @@ Verdict = Literal["warm", "fits", "evicts", "waits", "refused", "never"]
 
 @dataclass(frozen=True, slots=True)
 class FitDevice:
-    """What one device would give, in bytes; an integrated GPU's share is the host's."""
+    """The part of one device in a fit, in bytes; an integrated GPU's bytes are the host's."""
 
     id: str
     name: str
     weights_bytes: int  # as predicted, like the next three
     cache_bytes: int
     compute_bytes: int
-    other_bytes: int  # the process itself, its prompt cache; all of what an object declares
-    takes_bytes: int  # the sum of them, or what was measured
-    needed_bytes: int  # what must be free for it: headroom included; 0 where it is loaded, or being loaded
-    free_bytes: int  # what it is judged by: what is free, once the victims have left
-    gpu_layers: int  # that go to this GPU
+    other_bytes: int  # the process itself and its prompt cache; all of what an object declares
+    takes_bytes: int  # the sum of these four, or what was measured
+    needed_bytes: int  # what must be free for the model, headroom included; 0 where it is loaded, or being loaded
+    free_bytes: int  # what the verdict goes by: the free memory once the victims have left
+    gpu_layers: int  # layers that go to this GPU
 
 
 @dataclass(frozen=True, slots=True)
 class FitVictim:
-    """A runner that would be given up."""
+    """A runner that would be evicted."""
 
-    model: str  # its name
+    model: str  # the model's name
     runner: int
     held_bytes: int  # on all devices
     leases: int
-    leaves_in_s: float  # when it may be told to leave, at the latest; those who use it may then finish
+    leaves_in_s: float  # when the runner is stopped or begins to drain, at the latest
 
 
 @dataclass(frozen=True, slots=True)
 class FitAdvice:
-    """Another way to ask, and what would become of it."""
+    """Other options for the request, and what would become of it with them."""
 
-    options: Mapping[str, int | str]  # the keywords to name in place of those that were, or beside them
+    options: Mapping[str, int | str]  # the keywords to add to those of the request, or to replace them with
     fit: Fit  # without advice of its own
 
 
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """What would become of a request at one moment; `str()` of it is a sentence."""
+    """What would become of a request at one moment; `str()` of a fit is a sentence."""
 
-    model: str  # its name
+    model: str  # the model's name
     verdict: Verdict
-    options: Options  # explicit, as far as is known
+    options: Options  # explicit, as far as they are known
     devices: tuple[
         FitDevice, ...
-    ] = ()  # those that take part, the host first; empty where nothing is planned for it yet
-    layers: int = 0  # that could go to GPUs; 0: there are no GPUs, or it has no layers
-    measured: bool = False  # what it takes was measured on a runner placed the same way, or on the one that serves
-    victims: tuple[FitVictim, ...] = ()  # who would leave; non-empty iff the verdict is "evicts"
-    reason: str = ""  # what it waits for, or why it is refused or never fits
-    advice: tuple[FitAdvice, ...] = ()  # how to ask so that it fits, or fits better; the least harm first
-    remedy: str = ""  # what else helps where it never fits, if something is in its way
+    ] = ()  # the devices that take part, the host first; empty where nothing is planned for the model yet
+    layers: int = 0  # layers that could go to GPUs; 0: there are no GPUs, or the model has no layers
+    measured: bool = False  # the bytes were measured on a runner placed the same way, or on the runner that serves
+    victims: tuple[FitVictim, ...] = ()  # the runners that would be evicted; non-empty iff the verdict is "evicts"
+    reason: str = ""  # what the request waits for, or why it is refused or never fits
+    advice: tuple[FitAdvice, ...] = ()  # other options with which the model fits, or fits better; the least harm first
+    remedy: str = ""  # what else helps where the model never fits, if something is in its way
 
     @property
     def fits(self) -> bool:
-        """Whether it is loaded, or would be, sooner or later."""
+        """Whether the model is loaded, or would be, sooner or later."""
         return self.verdict not in ("refused", "never")
 
     @property
@@ -107,13 +107,13 @@ class Fit:
                 short = [each for each in self.devices if each.needed_bytes > each.free_bytes]
                 amounts = ", ".join(
                     f"{format_bytes(each.needed_bytes)} must be free on {each.name} and at most "
-                    f"{format_bytes(max(0, each.free_bytes))} can be had"
+                    f"{format_bytes(max(0, each.free_bytes))} can be made free"
                     for each in short
                 )
                 return f"{self.model} does not fit: {self.reason}{f' ({amounts})' if amounts else ''}"
 
     def to_json(self) -> dict[str, Any]:
-        """Return it as what `json` takes, the sentence and whether it fits included; what is without end is None."""
+        """Return the fit as JSON values, with its sentence and whether it fits; an infinite time becomes None."""
         return {**_plain(self), "fits": self.fits, "gpu_layers": self.gpu_layers, "sentence": str(self)}
 
     def _giving(self) -> list[FitDevice]:
@@ -130,7 +130,7 @@ class Fit:
         return f": {layers}{', '.join(amounts)}{measured}" if amounts else ""
 
     def _victims(self) -> str:
-        """Who leaves first, and when: "coder (1.2 GiB) and chat (300 MiB, in use, in 2m at most) have left"."""
+        """Return the victims and their times: "coder (1.2 GiB) and chat (300 MiB, in use, in 2m at most) have left"."""
         named = []
         for victim in self.victims:
             use = ", in use" if victim.leases else ""
@@ -144,27 +144,27 @@ class Fit:
 def fit_of(
     now: float,
     core: Core,
-    question: ParsedRequest,
+    parsed: ParsedRequest,
     info: ModelInfo | Footprint,
     name: Name,
     known: LoadHistory = NOTHING,
 ) -> Fit:
-    """Return what would become of a question at `now`; `core` is nobody else's, and stays as it is.
+    """Return what would become of a request at `now`; `core` belongs to the caller alone, and is not changed.
 
-    `known` is what a store remembers of the model's file.
+    `known` holds the measurements of the model's file.
     """
 
     def named(id: ModelId) -> str:
-        """Return the name to show: the model that is asked about need not be known otherwise."""
-        return question.name if id == question.spec.model else name(id)
+        """Return the name to show for a model: the requested model need not be registered."""
+        return parsed.name if id == parsed.spec.model else name(id)
 
     devices = {device.id: device for device in core.snapshot().devices}
-    found = preview(now, core, question.spec, info, known)
-    fit = _fit(now, devices, question.name, found, named)
+    found = preview(now, core, parsed.spec, info, known)
+    fit = _fit(now, devices, parsed.name, found, named)
     advice = []
-    for each in advise(now, core, question.spec, info, found, known):
-        other = _fit(now, devices, question.name, each.preview, named)
-        advice.append(FitAdvice(_changes(question.spec.options, each.options), other))
+    for each in advise(now, core, parsed.spec, info, found, known):
+        other = _fit(now, devices, parsed.name, each.preview, named)
+        advice.append(FitAdvice(_changes(parsed.spec.options, each.options), other))
     return replace(fit, advice=tuple(advice))
 
 

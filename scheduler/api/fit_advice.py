@@ -1,4 +1,4 @@
-"""How to ask for a model so that it fits: other options, each of them previewed."""
+"""Advice on how to request a model so that it fits: other options, each of them previewed."""
 
 from __future__ import annotations
 
@@ -19,27 +19,31 @@ from fsm.sizing.load_options import CACHE_BLOCK, UNQUANTISED, resolve
 MOST_TRIES = 30  # previews that one advice may cost; each is a copy of the core and two steps
 MOST_ADVICE = 3
 
-_QUANTISED = "q8_0"  # what it costs in quality is hardly measurable; smaller types are another matter
-_SMALL_CONTEXT = 2048  # tokens; halved further only at last, or where it is no larger to begin with, or embeds
+_QUANTISED = "q8_0"  # costs hardly any measurable quality; smaller types do
+# tokens; halved further only as the last resort, or for a context that is no larger to begin with, or an embedder
+_SMALL_CONTEXT = 2048
 _SMALLEST_CONTEXT = 512
 
 
 @dataclass(frozen=True, slots=True)
 class Advice:
-    """Another way to ask for a model, and what becomes of it then."""
+    """Other options for a request, and what would become of it with them."""
 
-    options: Options  # all that the request is to name
+    options: Options  # all options that the request has to name
     preview: Preview
 
 
 def advise(
-    now: float, core: Core, want: RequestSpec, info: ModelInfo | Footprint, found: Preview, known: LoadHistory = NOTHING
+    now: float, core: Core, spec: RequestSpec, info: ModelInfo | Footprint, found: Preview, known: LoadHistory = NOTHING
 ) -> tuple[Advice, ...]:
-    """Return how to ask so that it fits, the least harm first; empty where it does, or no option would help.
+    """Return other options with which a model fits, the least harm first.
 
-    Of what never fits, that is with which options it would, if need be once others have left; of what evicts or
-    waits, with which it need not; of what goes to GPUs in part, with which all of it would. `found` is the preview of
-    `want` itself. Each advice was previewed in turn; none is listed that does no less harm than one before it.
+    Empty where it fits, or no option would help.
+
+    For a model that never fits, the options are those with which it would, if need be after evictions. For a request
+    that evicts or waits, they are those with which it would not. For a model that goes to GPUs in part, they are those
+    with which it goes whole. `found` is the preview of `spec` itself. Each advice was previewed in turn, and each does
+    less harm than every one before it.
     """
     if isinstance(info, Footprint) or _worth(found) == _BEST:
         return ()
@@ -48,8 +52,8 @@ def advise(
     advice: list[Advice] = []
     harms: list[tuple[int, ...]] = []  # of each advice
     tries = 0
-    ways = _ways(info, want.options, explicit, _gpu_ways(explicit, found))
-    last = (options for options in _last_ways(info, want.options, explicit) if not advice)
+    ways = _ways(info, spec.options, explicit, _gpu_ways(explicit, found))
+    last = (options for options in _last_ways(info, spec.options, explicit) if not advice)
     for options in chain(ways, last):
         harm = _harm(explicit, resolve(info, options, defaults))
         if not any(harm) or any(all(map(le, least, harm)) for least in harms):
@@ -57,7 +61,7 @@ def advise(
         if tries == MOST_TRIES or len(advice) == MOST_ADVICE:
             break
         tries += 1
-        other = preview(now, core, replace(want, options=options), info, known)
+        other = preview(now, core, replace(spec, options=options), info, known)
         if _worth(other) > _worth(found):
             advice.append(Advice(options, other))
             harms.append(harm)
@@ -65,7 +69,7 @@ def advise(
 
 
 def _worth(found: Preview) -> tuple[int, bool]:
-    """Return how well somebody is served: it never fits, or not at once, or at once; and in part, or whole."""
+    """Return how well a request is served: never, after a wait, or at once; and in part, or whole."""
     match found.outcome:
         case Outcome.never:
             return 0, False
@@ -73,7 +77,8 @@ def _worth(found: Preview) -> tuple[int, bool]:
             return 1, not found.in_part
         case Outcome.fits:
             return 2, not found.in_part
-        case Outcome.warm | Outcome.refused:  # it is loaded; what is refused at this moment is no question of size
+        case Outcome.warm | Outcome.refused:
+            # the model is loaded; a refusal at this moment has nothing to do with its size
             return _BEST
         case _:
             assert_never(found.outcome)
@@ -83,7 +88,7 @@ _BEST = (2, True)
 
 
 def _ways(info: ModelInfo, asked: Options, explicit: Options, gpu_ways: Sequence[int]) -> Iterator[Options]:
-    """Yield other ways to ask, the least harm first: cache types, the context, slots, where it goes, and several."""
+    """Yield other options, the least harm first: cache types, context, slots, placement, and several of them."""
     assert explicit.num_ctx is not None and explicit.num_parallel is not None, "made explicit by resolve"
     small = info.embedding or explicit.num_ctx <= _SMALL_CONTEXT
     contexts = _halves(explicit.num_ctx, _SMALLEST_CONTEXT if small else _SMALL_CONTEXT, most=5)
@@ -104,7 +109,7 @@ def _ways(info: ModelInfo, asked: Options, explicit: Options, gpu_ways: Sequence
 
 
 def _last_ways(info: ModelInfo, asked: Options, explicit: Options) -> Iterator[Options]:
-    """Yield ways to ask that only help where no other does: contexts that are of little use."""
+    """Yield options that only help where no others do: contexts that are of little use."""
     least = replace(asked, num_parallel=1) if (explicit.num_parallel or 1) > 1 else asked
     ways = [least]
     if _can_be_quantised(info, explicit):
@@ -114,7 +119,7 @@ def _last_ways(info: ModelInfo, asked: Options, explicit: Options) -> Iterator[O
 
 
 def _gpu_ways(explicit: Options, found: Preview) -> tuple[int, ...]:
-    """Return other numbers of layers to put on GPUs; what was asked for is left to the core if it never fits."""
+    """Return other numbers of layers to put on GPUs; a requested number that never fits is left to the core."""
     if not found.layers:
         return ()
     if explicit.num_gpu is not None and explicit.num_gpu >= 0:
@@ -135,7 +140,7 @@ def _halves(number: int, least: int, *, most: int) -> list[int]:
 
 
 def _can_be_quantised(info: ModelInfo, explicit: Options) -> bool:
-    """Whether the cache may have a quantised type where it has a larger one; for values flash attention must be on."""
+    """Return whether the cache may have a smaller, quantised type; for quantised values flash attention must be on."""
     whole_blocks = not (info.key_length % CACHE_BLOCK or info.value_length % CACHE_BLOCK)
     larger = explicit.cache_type_k in UNQUANTISED or explicit.cache_type_v in UNQUANTISED
     return whole_blocks and larger and explicit.flash_attention is not False

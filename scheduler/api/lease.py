@@ -1,4 +1,4 @@
-"""A lease: the right to use a runner until it is given back."""
+"""A lease: the right to use a runner until the lease is released."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from scheduler.runtime.pending_request import NonCopyable, PendingRequest
 if TYPE_CHECKING:
     from scheduler.runtime.request_broker import RequestBroker
 
-_IS_OBJECT = "it is an object without a server: use the lease's value"
+_IS_OBJECT = "it is an object without a server: use the value of the lease"
 
 
 def _silence_s(timeout: str | float | None) -> float | None:
-    """Return how long a runner may be silent, None for ever; raises `InvalidSettings` for what is no such time."""
+    """Return how many seconds a runner may be silent, None for ever; raises `InvalidSettings` for another value."""
     if timeout is None:
         return None
     silence_s = parse_duration(timeout, name="timeout")
@@ -34,21 +34,22 @@ def _silence_s(timeout: str | float | None) -> float | None:
 
 
 class Lease(NonCopyable):
-    """A runner that serves, for as long as this is held: it is not stopped before `release`, unless it crashes.
+    """A runner that serves for as long as its lease is held: it is not stopped before `release`, unless it crashes.
 
-    Use it in a `with` block, or call `release`; twice is harmless. One that is lost to the garbage collector is
-    released with a `ResourceWarning`. Methods that talk to the runner raise `RunnerCrashed` when it is gone,
-    `LeaseReleased` after the release, and `EngineError` when the engine refuses; those that begin with `a` are awaited.
+    Use a lease in a `with` block, or call `release`; a second call is harmless. A lease that is lost to the garbage
+    collector is released with a `ResourceWarning`. Methods that talk to the runner raise `RunnerCrashed` when it is
+    gone, `LeaseReleased` after the release, and `EngineError` when the engine refuses; methods that begin with `a` are
+    awaited.
     """
 
     __slots__ = ("__weakref__", "_desk", "_lock", "_released", "_streams", "_ticket")
 
-    def __init__(self, desk: RequestBroker, ticket: PendingRequest) -> None:
-        self._desk = desk
-        self._ticket = ticket
+    def __init__(self, broker: RequestBroker, pending: PendingRequest) -> None:
+        self._desk = broker
+        self._ticket = pending
         self._released = False
-        self._streams = 0  # open streams; the runner is given back after the last
-        self._lock = threading.RLock()  # guards the two above; re-entered by the finaliser of a stream
+        self._streams = 0  # open streams; the lease is released after the last
+        self._lock = threading.RLock()  # guards `_streams` and `_released`; re-entered by the finaliser of a stream
 
     # -- what it is ---------------------------------------------------------------------------------------------------
 
@@ -59,7 +60,7 @@ class Lease(NonCopyable):
 
     @property
     def runner(self) -> RunnerId:
-        """The id of the runner; never used again for another."""
+        """The id of the runner; no later runner has the same id."""
         assert self._ticket.runner is not None, "a lease is granted with a runner"
         return self._ticket.runner.runner
 
@@ -76,7 +77,7 @@ class Lease(NonCopyable):
 
     @property
     def api_key(self) -> str:
-        """The key of this life of the runner."""
+        """The key of this runner's server."""
         return self._endpoint().key
 
     @property
@@ -88,12 +89,12 @@ class Lease(NonCopyable):
 
     @property
     def lost(self) -> bool:
-        """Whether the runner is gone, so that nothing more can be had from it."""
+        """Whether the runner is gone, so that it cannot be used any more."""
         return bool(self._ticket.lost)
 
     @property
     def wanted(self) -> bool:
-        """Whether others wait for the runner's memory: a long holder does well to give it back."""
+        """Whether other requests wait for the runner's memory: a holder that keeps leases long should release it."""
         return self._ticket.wanted
 
     def on_lost(self, callback: Callable[[], object]) -> None:
@@ -101,13 +102,16 @@ class Lease(NonCopyable):
         self._desk.add_listener(self._ticket, "lost", callback)
 
     def on_wanted(self, callback: Callable[[], object]) -> None:
-        """Have `callback` called from another thread, once, when others wait for its memory; at once if they do."""
+        """Have `callback` called from another thread, once, when other requests wait for the runner's memory.
+
+        The callback is called at once if requests wait already.
+        """
         self._desk.add_listener(self._ticket, "wanted", callback)
 
     # -- its end ------------------------------------------------------------------------------------------------------
 
     def release(self) -> None:
-        """Give the runner back; once its open streams are exhausted or closed, where there are any."""
+        """Release the lease, at once or after its last open stream is exhausted or closed."""
         with self._lock:
             self._released = True
             if self._streams:
@@ -131,7 +135,7 @@ class Lease(NonCopyable):
         self.release()
 
     def __del__(self) -> None:
-        if not hasattr(self, "_lock"):  # Ctrl-C came while it was made, before anything was asked for
+        if not hasattr(self, "_lock"):  # Ctrl-C came while the lease was made, before anything was requested
             return
         if self._desk.release(self._ticket) and not self._released:
             warnings.warn(f"a lease on {self.model} was never released", ResourceWarning, stacklevel=2, source=self)
@@ -145,7 +149,7 @@ class Lease(NonCopyable):
     def chat(self, messages: Messages, *, timeout: str | float | None = None, **parameters: Any) -> str:
         """Return the answer to a chat; `parameters` are those of OpenAI's chat completions.
 
-        `timeout` is the longest silence that is put up with, then `TimeoutError`.
+        `timeout` is the longest silence that is allowed; a longer one raises `TimeoutError`.
         """
         with self._talking():
             return self._client().chat(messages, timeout_s=_silence_s(timeout), **parameters)
@@ -164,12 +168,12 @@ class Lease(NonCopyable):
     def embed(
         self, text: str | Sequence[str], *, timeout: str | float | None = None, **parameters: Any
     ) -> list[float] | list[list[float]]:
-        """Return the vector of a text, or those of several; the model must be asked for with `embedding=True`."""
+        """Return the vector of a text, or the vectors of several; the model must be acquired with `embedding=True`."""
         with self._talking():
             return self._client().embed(text, timeout_s=_silence_s(timeout), **parameters)
 
     def stream(self, messages: Messages, *, timeout: str | float | None = None, **parameters: Any) -> Stream:
-        """Return the answer to a chat piece by piece; holds the lease until it is exhausted or closed."""
+        """Return the answer to a chat piece by piece; the stream holds the lease until it is exhausted or closed."""
         return Stream(self, self._client().stream(messages, timeout_s=_silence_s(timeout), **parameters))
 
     async def achat(self, messages: Messages, *, timeout: str | float | None = None, **parameters: Any) -> str:
@@ -205,7 +209,7 @@ class Lease(NonCopyable):
             raise LeaseReleased(self.model)
 
     def _endpoint(self) -> Endpoint:
-        self._desk.check()  # first: what a fork sends on an inherited connection ends up in its parent's answers
+        self._desk.check()  # first: what a fork sends on an inherited connection would mix with its parent's answers
         self._check()
         endpoint = self._ticket.runner.endpoint if self._ticket.runner else None
         if endpoint is None:
@@ -222,7 +226,7 @@ class Lease(NonCopyable):
 
     @contextmanager
     def _talking(self) -> Iterator[None]:
-        """A connection that breaks means that the runner is gone; the exit that says why may be a moment behind."""
+        """Check the runner when its connection breaks: it is most likely gone, and its exit reported a moment later."""
         try:
             yield
         except ConnectionError as error:
@@ -255,11 +259,11 @@ class Lease(NonCopyable):
 
 
 class Stream(NonCopyable, Iterator[str]):
-    """The pieces of an answer. Holds its lease until it is exhausted, closed, or lost to the garbage collector."""
+    """The pieces of an answer; holds its lease until it is exhausted, closed, or lost to the garbage collector."""
 
     def __init__(self, lease: Lease, pieces: Generator[str, None, None]) -> None:
         self._pieces = pieces
-        self._lease: Lease | None = lease  # None: given back
+        self._lease: Lease | None = lease  # None: released
         self._unwanted = False  # closed while another thread was reading
         lease._begin_stream()
 
@@ -278,9 +282,9 @@ class Stream(NonCopyable, Iterator[str]):
             raise
 
     def close(self) -> None:
-        """End the answer here; the engine stops working on it. Twice is harmless.
+        """End the answer here, and the engine's work on it; a second call is harmless.
 
-        While another thread waits for the next piece, it ends with that.
+        While another thread waits for the next piece, the stream ends with that piece.
         """
         lease, self._lease = self._lease, None
         if lease is None or lease._desk.forked:
@@ -326,7 +330,7 @@ class AsyncStream(NonCopyable, AsyncIterator[str]):
             raise
 
     async def aclose(self) -> None:
-        """End the answer here. Twice is harmless."""
+        """End the answer here; a second call is harmless."""
         lease, self._lease = self._lease, None
         if lease is not None and not lease._desk.forked:
             try:
@@ -343,5 +347,5 @@ class AsyncStream(NonCopyable, AsyncIterator[str]):
     def __del__(self) -> None:
         lease = getattr(self, "_lease", None)
         if lease is not None and not lease._desk.forked:
-            self._connection.cut()  # its event loop closes the generator, unless it ends before
+            self._connection.cut()  # the event loop closes the generator, unless the loop ends before
             lease._end_stream()

@@ -1,4 +1,4 @@
-"""What `reserve` and `acquire_async` return."""
+"""The return values of `reserve` and `acquire_async`."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ if TYPE_CHECKING:
 
 
 class Reservation(NonCopyable):
-    """Memory of the program's own, out of the account until it is released; twice is harmless."""
+    """Memory of the program's own that no model is placed in until it is released; a second release is harmless."""
 
-    def __init__(self, desk: RequestBroker, ticket: PendingRequest) -> None:
-        self._desk = desk
-        self._ticket = ticket
+    def __init__(self, broker: RequestBroker, pending: PendingRequest) -> None:
+        self._desk = broker
+        self._ticket = pending
 
     def release(self) -> None:
-        """Give the memory back to the account."""
+        """Release the memory for models."""
         self._desk.release(self._ticket)
 
     def __enter__(self) -> Self:
@@ -36,16 +36,17 @@ class Reservation(NonCopyable):
 
 
 class Acquiring:
-    """A request that is awaited, or entered with `async with`; nothing is asked before.
+    """A request that is submitted when it is awaited, or entered with `async with`, and not before.
 
-    Each time that it is awaited or entered it asks anew. Raises RuntimeError where it is entered and not left yet.
+    Each time that it is awaited or entered, it submits a new request. Raises RuntimeError where it is entered and not
+    left yet.
     """
 
-    def __init__(self, desk: RequestBroker, question: ParsedRequest) -> None:
-        self._desk = desk
-        self._question = question
+    def __init__(self, broker: RequestBroker, parsed: ParsedRequest) -> None:
+        self._desk = broker
+        self._parsed = parsed
         self._entered = False
-        self._lease: Lease | None = None  # while it is entered, once it is granted
+        self._lease: Lease | None = None  # set while it is entered, once the lease is granted
 
     def __await__(self) -> Generator[Any, None, Lease]:
         return self._acquire().__await__()
@@ -69,13 +70,13 @@ class Acquiring:
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Lease] = loop.create_future()
 
-        def deliver(ticket: FutureRequest) -> None:
-            lease = Lease(self._desk, ticket) if ticket.error is None else None
-            settle_in_loop(loop, future, lease, ticket.error, lease.release if lease is not None else lambda: None)
+        def deliver(pending: FutureRequest) -> None:
+            lease = Lease(self._desk, pending) if pending.error is None else None
+            settle_in_loop(loop, future, lease, pending.error, lease.release if lease is not None else lambda: None)
 
-        ticket = self._desk.new_future_request(self._question, deliver)
+        pending = self._desk.new_future_request(self._parsed, deliver)
         try:
             return await future
         except BaseException:
-            self._desk.cancel(ticket)
+            self._desk.cancel(pending)
             raise

@@ -42,19 +42,19 @@ from scheduler.runtime.request_broker import RequestBroker
 log = logging.getLogger("loadmaster")
 
 _FIRST_SAMPLE_S = 10.0  # how long a slow GPU driver may hold up the start
-_EXIT_TIMEOUT_S = 0.0  # when the interpreter exits without close, nobody is left to release a lease
-_LAST_WORDS_S = 2.0  # beyond the time-outs, for killed processes to be reaped and threads to end
+_EXIT_TIMEOUT_S = 0.0  # at the interpreter's exit without a close, no thread is left to release a lease
+_LAST_WORDS_S = 2.0  # beyond the timeouts, for killed processes to be reaped and threads to end
 _FRESH_S = 2.0  # how long a reservation, or a new memory limit, waits for a sample of the devices
 _PREFETCHES = 2  # models whose files are read ahead while they wait for memory
-_KILL_S = 10.0  # beyond the grace, for a killed process to give back what a driver holds for it
-_CLOSE_LOOK_S = 0.1  # between two looks, while it closes, at whether leases are still held
+_KILL_S = 10.0  # beyond the grace, for a driver to release the memory of a killed process
+_CLOSE_LOOK_S = 0.1  # between two checks, during a close, of whether leases are still held
 
 
 class Scheduler:
-    """Loads models on demand into runners, shares them by lease, and gives them up when room is needed.
+    """Loads models on demand into runners, shares the runners by lease, and evicts them when their memory is needed.
 
-    Safe to use from any thread, from event loops and from signal handlers. Close it, or use it in a `with` block; what
-    is not closed is closed when the interpreter exits. After a fork only the parent may use it.
+    Safe to use from any thread, from event loops and from signal handlers. Close it, or use it in a `with` block; a
+    scheduler that is not closed is closed when the interpreter exits. After a fork only the parent may use it.
 
     `settings` defaults to the environment's, see `Settings.from_environment`.
     """
@@ -63,9 +63,9 @@ class Scheduler:
         self.settings = Settings.from_environment() if settings is None else settings
         if not isinstance(self.settings, Settings):
             raise InvalidSettings("settings", settings, "made of Settings, as in Scheduler(Settings(max_queue=9))")
-        self._close_lock = threading.RLock()  # one thread ends what is left, the others wait for it
+        self._close_lock = threading.RLock()  # one thread ends what is left, the other threads wait for it
         self._ending: int | None = None  # the thread that does
-        self._configuring = threading.RLock()  # one changes limits; a signal handler may do so in between
+        self._configuring = threading.RLock()  # one thread changes limits; a signal handler may do so in between
         environment = _environment or Environment()
         self._clock = environment.clock
         self._devices = environment.devices(self.settings)
@@ -94,12 +94,15 @@ class Scheduler:
             self._driver.start()
             self._executor.refresh(_FIRST_SAMPLE_S)
             self._prober.start()
-        except BaseException:  # Ctrl-C, say: nobody has it yet who could close it
+        except BaseException:  # Ctrl-C, for example: the caller has no scheduler yet that it could close
             self._end()
             raise
 
     def _perform(self, command: Command) -> None:
-        """Hand a command to the peer that carries it out; under the driver's lock."""
+        """Pass a command to the executor, the broker or another peer that performs it.
+
+        Called under the driver's lock.
+        """
         match command:
             case Grant() | Reject() | RevokeLease() | NotifyContention() | Finished():
                 self._desk.perform(command)
@@ -109,108 +112,114 @@ class Scheduler:
     # -- asking for models --------------------------------------------------------------------------------------------
 
     def acquire(self, model: Model, **asking: Unpack[AcquireOptions]) -> Lease:
-        """Return a lease on a runner of `model`, loading it if need be; blocks until then.
+        """Return a lease on a runner of `model`, loading it if need be; blocks until the lease is granted.
 
-        `model` is the path of a GGUF file, a name that `catalog` finds,
-        a `ModelSpec` or a `PythonModel`;
+        `model` is the path of a GGUF file, a name that `catalog` finds, a `ModelSpec` or a `PythonModel`;
         `AcquireOptions` lists the keywords. Load-time options matter only if they are named: a runner that was loaded
-        with others serves a request that names none.
+        with other options serves a request that names none.
 
-        Raises `QueueFull`, `ModelNotFound`, `InvalidModel`, `DoesNotFit`, `LoadFailed`, `LoadTimeout`,
-        `AcquireTimeout` (at once, as `TimeoutTooShort`, where it is certain), `UnsupportedOption`, `InvalidSettings`,
-        `SchedulerClosed`.
+        Raises `QueueFull`, `ModelNotFound`, `InvalidModel`, `DoesNotFit`, `LoadFailed`, `LoadTimeout`, `AcquireTimeout`
+        (at once, as `TimeoutTooShort`, where it is certain), `UnsupportedOption`, `InvalidSettings`, `SchedulerClosed`.
         """
-        question = self._registry.parse_cached(model, asking)
-        ticket = self._desk.new_request(question)
-        lease = Lease(self._desk, ticket)  # made first: whatever Ctrl-C interrupts, its end gives back what was granted
-        self._desk.submit_and_wait(ticket, question)
+        parsed = self._registry.parse_cached(model, asking)
+        pending = self._desk.new_request(parsed)
+        # made first: if Ctrl-C interrupts, the end of the lease releases what was granted
+        lease = Lease(self._desk, pending)
+        self._desk.submit_and_wait(pending, parsed)
         return lease
 
     def submit(self, model: Model, **asking: Unpack[AcquireOptions]) -> Future[Lease]:
-        """Like `acquire`, as a future. `cancel()` works until it is granted; then the lease is to be released."""
+        """Like `acquire`, as a future.
+
+        `cancel()` works until the lease is granted, and after that the lease is released.
+        """
         future: Future[Lease] = Future()
 
-        def deliver(ticket: FutureRequest) -> None:
-            lease = Lease(self._desk, ticket) if ticket.error is None else None
-            if not ticket.settle(future, lease) and lease is not None:
+        def deliver(pending: FutureRequest) -> None:
+            lease = Lease(self._desk, pending) if pending.error is None else None
+            if not pending.settle(future, lease) and lease is not None:
                 lease.release()
 
         self._desk.submit_future(future, self._registry.parse_cached(model, asking), deliver)
         return future
 
     def acquire_async(self, model: Model, **asking: Unpack[AcquireOptions]) -> Acquiring:
-        """Like `acquire`, for `await` and `async with`; a task that is cancelled while it waits has cancelled."""
+        """Like `acquire`, for `await` and `async with`; cancelling a task while it waits cancels its request."""
         return Acquiring(self._desk, self._registry.parse_cached(model, asking))
 
     def preload(self, model: Model, **asking: Unpack[AcquireOptions]) -> Future[None]:
-        """Load a model without a lease; the future is done when it rests, loaded."""
+        """Load a model without a lease; the future is done when the model is loaded and its runner idle."""
         future: Future[None] = Future()
 
-        def deliver(ticket: FutureRequest) -> None:
-            self._desk.requests.pop(ticket.id, None)
-            ticket.settle(future, None)
+        def deliver(pending: FutureRequest) -> None:
+            self._desk.requests.pop(pending.id, None)
+            pending.settle(future, None)
 
         self._desk.submit_future(future, self._registry.parse_cached(model, asking, Purpose.preload), deliver)
         return future
 
     def expire(self, model: Model, **asking: Unpack[AcquireOptions]) -> None:
-        """Have a model leave memory: at once if idle, after its leases if busy; harmless if it is not loaded."""
+        """Unload a model: at once if its runner is idle, after its leases if busy; harmless if it is not loaded."""
         self._desk.post(Expire(self._registry.identity(model, asking)))
 
     def pin(self, model: Model, **asking: Unpack[AcquireOptions]) -> None:
-        """Never give a model up for others, nor for its keep-alive, from now on; it need not be loaded yet."""
+        """Keep a model from eviction and from ending by its keep-alive from now on; it need not be loaded yet."""
         self._desk.post(Pin(self._registry.identity(model, asking)))
 
     def unpin(self, model: Model, **asking: Unpack[AcquireOptions]) -> None:
-        """Treat a model like any other again."""
+        """Let a model be evicted, or end by its keep-alive, again."""
         self._desk.post(Unpin(self._registry.identity(model, asking)))
 
     def reserve(self, device: str, size: str | int, *, timeout: str | float | None = None) -> Reservation:
-        """Take memory of the program's own out of the account while it is held, giving up idle runners for it.
+        """Reserve memory for the program itself until the reservation is released, evicting idle runners for it.
 
-        `device` is "cpu" or a GPU's id as `status()` shows it. Blocks until there is room; raises `DoesNotFit` at once
-        where there never can be, `AcquireTimeout`, `InvalidSettings`, `SchedulerClosed`.
+        `device` is "cpu" or a GPU's id as `status()` shows it. Blocks until there is room. Raises `DoesNotFit` at once
+        where there never can be room, `AcquireTimeout`, `InvalidSettings`, `SchedulerClosed`.
         """
         self._desk.check()
         check_text("device", device)
         amount = ((DeviceId(device), parse_bytes(size)),)
         self._executor.refresh(_FRESH_S)
-        want = RequestSpec(ModelId(""), Options(), Purpose.memory, 0, amount)
+        spec = RequestSpec(ModelId(""), Options(), Purpose.memory, 0, amount)
         timeout_s = None if timeout is None else parse_duration(timeout, name="timeout")
-        question = ParsedRequest(want, f"{size} on {device}", None, timeout_s)
-        ticket = self._desk.new_request(question)
-        reservation = Reservation(self._desk, ticket)
-        self._desk.submit_and_wait(ticket, question)
+        parsed = ParsedRequest(spec, f"{size} on {device}", None, timeout_s)
+        pending = self._desk.new_request(parsed)
+        reservation = Reservation(self._desk, pending)
+        self._desk.submit_and_wait(pending, parsed)
         return reservation
 
     def fit(self, model: Model, **asking: Unpack[AcquireOptions]) -> Fit:
-        """Return what would become of a request now: what would go where, who would leave, and how it would fit.
+        """Return what would become of a request now: its placement, its victims, and options with which it would fit.
 
-        Takes what `acquire` takes. Nothing is loaded, given up or promised; a request that follows finds what others
-        have changed meanwhile. The engine need not be installed. The model's file is read, and the devices, for which
-        it waits at most 2 s. Raises `ModelNotFound`, `InvalidModel`, `UnsupportedOption`, `InvalidSettings`,
+        Takes the arguments of `acquire`. Nothing is loaded, evicted or reserved; a request that follows meets whatever
+        has changed meanwhile. The engine need not be installed. The model's file is read, and so are the devices, which
+        may take at most 2 s. Raises `ModelNotFound`, `InvalidModel`, `UnsupportedOption`, `InvalidSettings`,
         `SchedulerClosed`.
         """
         self._desk.check()
         if self._desk.closing:
             raise SchedulerClosed()
-        spec, question = self._registry.parse(model, asking)
+        spec, parsed = self._registry.parse(model, asking)
         info = self._registry.inspect(spec)
         known = self._executor.load_measurements(identity_of(spec))
         self._executor.refresh(_FRESH_S)
         core = self._desk.query(Core.copy)
-        return fit_of(self._clock(), core, question, info, self._registry.name, known)
+        return fit_of(self._clock(), core, parsed, info, self._registry.name, known)
 
     # -- changing its limits ------------------------------------------------------------------------------------------
 
     def configure(self, **limits: Unpack[ChangeableArguments]) -> None:
-        """Change limits while running: `memory_limit`, `max_queue`, `max_runners`, `keep_alive`; all of them or none.
+        """Change limits while running: `memory_limit`, `max_queue`, `max_runners`, `keep_alive`.
 
-        Nobody who waits is turned away, and no lease is broken. What is idle and too much goes at once, what is in use
-        when it rests, what is pinned never. A keep-alive holds for loaded models too, but where a request has named
-        one. A new memory limit is waited for until the devices have been read with it, at most 2 s.
+        Either all of them change, or none.
 
-        Raises `InvalidSettings` for a value that is not allowed and for what cannot change, `SchedulerClosed`.
+        No waiting request is refused, and no lease is revoked. Of the runners that are too many, idle ones are unloaded
+        at once, busy ones when they become idle, and pinned ones never. A keep-alive holds for loaded models too,
+        except where a request has named one. A new memory limit takes effect when the devices have been read with it,
+        within at most 2 s.
+
+        Raises `InvalidSettings` for a value that is not allowed and for a setting that cannot change,
+        `SchedulerClosed`.
         """
         self._desk.check()
         if self._desk.closing:
@@ -221,7 +230,7 @@ class Scheduler:
                 before = self.settings
                 changed = before.changed(**limits)
             self.settings, told = changed, None
-            while told is not self.settings:  # or now: the last one is told to everybody last
+            while told is not self.settings:  # or now: the devices and the core are told the last change last
                 told = self.settings
                 self._desk.post(Configure(told.max_queue, told.max_runners, told.keep_alive))
                 self._devices.set_memory_limit(told.memory_limit)
@@ -241,9 +250,9 @@ class Scheduler:
         )
 
     def debug_state(self) -> DebugState:
-        """Return what is held inside, for tests and for reports of bugs; after a close, and after a bug, too.
+        """Return the inner state, for tests and for reports of bugs; works after a close, and after a bug, too.
 
-        Raises AssertionError where an invariant of the core does not hold, `SchedulerForked`.
+        Raises AssertionError where an invariant of the core does not hold, and `SchedulerForked` in a fork.
         """
 
         def look(core: Core) -> tuple[Snapshot, int, int, tuple[ModelId, ...], bool]:
@@ -268,18 +277,18 @@ class Scheduler:
         )
 
     def name(self, model: ModelId) -> str:
-        """Return the name of a model whose identity an event tells.
+        """Return the name of a model whose identity an event has.
 
-        Of those that could not be found or read, and of objects that are not there any more, the last thousand names
-        are kept; then the identity is returned.
+        Of models that could not be found or read, and of objects that do not exist any more, the last thousand names
+        are kept; after that the identity is returned.
         """
         return self._registry.name(model)
 
     def events(self) -> EventStream:
         """Return an iterator over every transition and decision from now on, with its reason.
 
-        It blocks for the next one and ends when the scheduler has closed. A reader that falls more than `event_buffer`
-        entries behind finds a `Gap` in place of the oldest.
+        The iterator blocks for the next entry and ends when the scheduler has closed. A reader that falls more than
+        `event_buffer` entries behind finds a `Gap` in place of the oldest entries.
         """
 
         def listen(core: Core) -> EventStream:
@@ -294,10 +303,10 @@ class Scheduler:
     def close(self, timeout: str | float | None = None) -> None:
         """Refuse new requests, answer the queued ones, let leases finish for `timeout`, then stop every runner.
 
-        `timeout` defaults to the setting `close_timeout`; leases that last longer are broken. Returns soon after it
-        whatever happens; an object whose `unload` hangs is named in a warning. Calling it again is harmless.
+        `timeout` defaults to the setting `close_timeout`; leases that last longer are revoked. Returns soon after the
+        timeout in every case; an object whose `unload` hangs is named in a warning. A second call is harmless.
         """
-        if self._desk.forked or self._ending == threading.get_ident():  # the latter: in a signal handler
+        if self._desk.forked or self._ending == threading.get_ident():  # the latter: called in a signal handler
             return
         timeout_s = self.settings.close_timeout if timeout is None else parse_duration(timeout, name="timeout")
         self._desk.closing = True
@@ -320,7 +329,7 @@ class Scheduler:
         self.close()
 
     def _await_the_end(self, timeout_s: float) -> None:
-        """Wait until every runner is unloaded: for as long as leases may last, then for as long as a stop may take."""
+        """Wait until every runner is unloaded: as long as leases may last, and then as long as a stop may take."""
         stop_s = self.settings.stop_grace + _LAST_WORDS_S
         now = time.monotonic()
         leases_end, end = now + timeout_s, now + stop_s
@@ -330,10 +339,11 @@ class Scheduler:
             self._desk.finished.wait(min(end - now, _CLOSE_LOOK_S))
 
     def _end(self) -> None:
-        """Stop what is left: processes first, then threads, then those who still wait.
+        """Stop what is left: processes first, then threads, and then refuse the requests that still wait.
 
-        Each step is taken whatever the one before raised. What is not a mere failure, Ctrl-C for example, is raised
-        after the last one, and what was not ended then is ended by the next call, if need be at the interpreter's exit.
+        Each step is taken, whatever the step before raised. An exception that is no mere failure, Ctrl-C for example,
+        is raised after the last step. The next call, if need be at the interpreter's exit, ends what this call has not
+        ended.
         """
         end, hung = time.monotonic() + _LAST_WORDS_S, list[str]()
         raised: BaseException | None = None
@@ -352,7 +362,10 @@ class Scheduler:
         _open_schedulers.discard(self)
 
     def _last_steps(self, hung: list[str]) -> Iterator[Callable[[float], object]]:
-        """Yield what is to be stopped, each with its time limit; what hangs is noted, and told of."""
+        """Yield what is to be stopped, each with its time limit in seconds.
+
+        What hangs is added to `hung` and to a warning.
+        """
         yield self._prober.close
         for engine in self._engines:
             yield engine.close
@@ -365,18 +378,20 @@ class Scheduler:
         yield lambda _: self._devices.close()
 
     def _dismiss(self) -> None:
-        """Answer those who still wait, and tell those who listen that there is no more."""
+        """Refuse the requests that still wait, and end the event streams."""
         self._desk.answer_all(SchedulerClosed)
         self._hub.close()
 
     def _tell(self, hung: list[str]) -> None:
-        stuck = [self._registry.name(life.model) for life in self._executor.runner_handles.values() if not life.over]
+        stuck = [
+            self._registry.name(handle.model) for handle in self._executor.runner_handles.values() if not handle.over
+        ]
         if hung or stuck:
             log.warning("closed, but these did not end: %s", ", ".join([*stuck, *hung]))
 
 
 def limits_of(settings: Settings) -> CoreConfig:
-    """Return what the core works by under these settings."""
+    """Return the core's configuration under these settings."""
     return CoreConfig(
         max_queue=settings.max_queue,
         max_runners=settings.max_runners,

@@ -1,4 +1,4 @@
-"""What `Scheduler.status()` tells: frozen values of one moment."""
+"""The status of a scheduler: frozen values of one moment."""
 
 from __future__ import annotations
 
@@ -24,27 +24,28 @@ class RunnerStatus:
     """One runner that is not unloaded."""
 
     id: RunnerId
-    model: str  # its name
+    model: str  # the model's name
     state: str  # loading, ready, idle or expiring
     leases: int
     pid: int | None  # None: not started yet, or an object
-    url: str | None  # its server; None: not loaded yet, or an object
+    url: str | None  # of its server; None: not loaded yet, or an object
     options: Options  # explicit
-    promised_bytes: dict[str, int]  # by device, at its launch: the prediction, or what was measured before
+    promised_bytes: dict[str, int]  # by device, at its launch: the prediction, or an earlier measurement
     peak_bytes: dict[str, int]  # by device, the most that was measured
-    held_bytes: dict[str, int]  # by device, what counts as taken: the larger of both, or what was measured once settled
-    settled: bool  # a request has filled a context: what was measured has replaced what was predicted
+    held_bytes: dict[str, int]  # by device, what counts as taken: the larger of both, or the measurement once settled
+    settled: bool  # a request has filled a context: the measurement has replaced the prediction
     resident_bytes: dict[str, int]  # by device, as last measured; mapped weights count though they are page cache
-    private_bytes: int  # of those on the host: its own, given back only at its end
-    shared_bytes: int  # of those on the host: pages of files, its weights above all, which others may have mapped too
+    private_bytes: int  # the part on the host that is the runner's own, freed only at its end
+    # the part on the host that is pages of files, above all weights, which other processes may have mapped too
+    shared_bytes: int
     buffers_bytes: dict[
         str, dict[str, int]
-    ]  # by kind (weights, cache, compute, output, projector) and device, as it says
+    ]  # by kind (weights, cache, compute, output, projector) and device, as the engine reports them
     gpu_layers: dict[str, int]  # by GPU
     expires_in_s: float  # infinite unless its keep-alive clock runs
     load_s: float | None  # None: still loading
     pinned: bool
-    stuck: bool  # it was stopped and ought to be gone: its memory stays booked, and nobody counts on it
+    stuck: bool  # it was stopped and should be gone: its memory stays reserved, and no plan counts on it
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,13 +57,13 @@ class WaitStatus:
     position: int  # 0: first
     waited_s: float
     waits_for: str
-    until_s: float  # in how long that is expected to be over, or looked at again; infinite: unknown, or overdue
-    gives_up_in_s: float  # infinite: no time limit of its own
+    until_s: float  # in how long that is expected to be over, or to be evaluated again; infinite: unknown, or overdue
+    gives_up_in_s: float  # infinite: the request has no time limit
 
 
 @dataclass(frozen=True, slots=True)
 class Status:
-    """Everything at one moment."""
+    """The runners, the queue and the devices of one moment."""
 
     runners: tuple[RunnerStatus, ...]
     queue: tuple[WaitStatus, ...]
@@ -75,11 +76,11 @@ def status_of(
     snapshot: Snapshot,
     now: float,
     name: Name,
-    life: Callable[[RunnerId], RunnerHandle | None],
+    handle_of: Callable[[RunnerId], RunnerHandle | None],
     problems: tuple[str, ...],
 ) -> Status:
-    """Return a snapshot in the user's terms: names for identities, and what only the shell knows of a process."""
-    runners = tuple(_runner_status(view, now, name(view.model), life(view.id)) for view in snapshot.runners)
+    """Return a snapshot in the user's terms: names for identities, and the figures of processes that the shell has."""
+    runners = tuple(_runner_status(view, now, name(view.model), handle_of(view.id)) for view in snapshot.runners)
     queue = tuple(
         WaitStatus(
             wait.request,
@@ -95,9 +96,9 @@ def status_of(
     return Status(runners, queue, snapshot.devices, problems, snapshot.closing)
 
 
-def _runner_status(view: RunnerView, now: float, name: str, life: RunnerHandle | None) -> RunnerStatus:
-    process = life.process if life is not None else None
-    endpoint = life.endpoint if life is not None else None
+def _runner_status(view: RunnerView, now: float, name: str, handle: RunnerHandle | None) -> RunnerStatus:
+    process = handle.process if handle is not None else None
+    endpoint = handle.endpoint if handle is not None else None
     return RunnerStatus(
         view.id,
         name,

@@ -122,7 +122,7 @@ class DeviceLocks:
         self._try_at = time.monotonic() + self._pause_s * random.uniform(0.5, 1.0)  # not in step with other programs
 
     def _take(self, number: int, devices: tuple[DeviceId, ...]) -> bool:
-        """Take the locks of a claim that are not held already, in order; return False, and take none, if a lock is not free."""
+        """Take the locks of a claim that are not held yet, in order; return False, with none, if one is not free."""
         taken: dict[DeviceId, filelock.BaseFileLock] = {}
         try:
             self._prepare()

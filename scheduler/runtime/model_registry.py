@@ -60,7 +60,7 @@ class ParsedRequest(NamedTuple):
 class _Known(NamedTuple):
     """A request that was parsed before, and until when its model's name and links count as leading where they led."""
 
-    question: ParsedRequest
+    parsed: ParsedRequest
     until: float
 
 
@@ -109,16 +109,16 @@ class ModelRegistry:
             if asking or purpose is not Purpose.lease:  # the key holds the types as well, since 1 and True are equal
                 key = (model, purpose, *asking.items(), *map(type, asking.values()))
             if (known := self._known.get(key)) is not None and self._clock() < known.until:
-                return known.question
+                return known.parsed
         except TypeError:  # a list among the keywords is not hashable
             key = None
-        question = self._understand(model, asking, purpose)
+        parsed = self._understand(model, asking, purpose)
         if key is not None and _lasts(model):
             if len(self._known) >= _KNOWN_QUESTIONS:
                 self._known.clear()
             until = math.inf if isinstance(model, PythonModel) else self._clock() + LASTING_S
-            self._known[key] = _Known(question, until)
-        return question
+            self._known[key] = _Known(parsed, until)
+        return parsed
 
     def identity(self, model: Model, asking: AcquireOptions) -> ModelId:
         """Return the identity of the model that a caller names; raises `UnsupportedOption` for other keywords."""
@@ -145,7 +145,7 @@ class ModelRegistry:
             self._past[id] = model.name
         if isinstance(model, PythonModel):
             for key, known in self._known.copy().items():
-                if known.question.spec.model == id:
+                if known.parsed.spec.model == id:
                     self._known.pop(key, None)
         if len(self._past) > _PAST_NAMES:
             del self._past[next(iter(self._past))]
@@ -190,20 +190,22 @@ class ModelRegistry:
         priority = asking.get("priority", spec.priority)
         if not isinstance(priority, int) or isinstance(priority, bool) or abs(priority) > MOST_PRIORITY:
             raise InvalidSettings("priority", priority, f"a whole number from -{MOST_PRIORITY} to {MOST_PRIORITY}")
-        want = RequestSpec(spec.id, options, purpose, priority)
-        return spec, ParsedRequest(want, spec.name, keep_alive_s, None if timeout_s == math.inf else timeout_s, spec)
+        request_spec = RequestSpec(spec.id, options, purpose, priority)
+        return spec, ParsedRequest(
+            request_spec, spec.name, keep_alive_s, None if timeout_s == math.inf else timeout_s, spec
+        )
 
     def inspect(self, model: ModelSpec | PythonModel) -> ModelInfo | Footprint:
         """Return what an inspected model would need; raises `ModelNotFound` or `InvalidModel`."""
         return self._engines[type(model)].inspect(model)
 
     def _understand(self, model: Model, asking: AcquireOptions, purpose: Purpose) -> ParsedRequest:
-        spec, question = self.parse(model, asking, purpose)
+        spec, parsed = self.parse(model, asking, purpose)
         self._engines[type(spec)].require()
         if spec.pin and spec.id not in self._pinned:
             self._pinned.add(spec.id)
             self._pin(spec.id)
-        return question
+        return parsed
 
     def _spec(self, model: Model, asking: AcquireOptions) -> ModelSpec | PythonModel:
         identity = {name: value for name, value in asking.items() if name in _IDENTITY}

@@ -103,7 +103,7 @@ def test_what_does_not_fit_exits_with_1_and_says_what_to_change(
     """The changes are named as options of the command."""
     status, output = run(capsys, model, "--host", "100MiB", *MANY_SLOTS)
     assert status == 1 and output.startswith("tiny does not fit: it is larger than the memory there is (")
-    assert "at most 100 MiB can be had" in output
+    assert "at most 100 MiB can be made free" in output
     assert "  --num-parallel 64 " in output
 
 

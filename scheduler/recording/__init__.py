@@ -1,1 +1,1 @@
-"""Recording decisions, and telling them again."""
+"""Recordings of decisions, and their replay."""

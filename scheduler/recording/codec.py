@@ -1,15 +1,15 @@
-"""Events, commands and the core's whole state as values that JSON can hold, and back, exactly.
+"""The encoding of events, commands and the core's whole state as values that JSON can hold, and back, exactly.
 
-One encoding serves all of them; it is read off the classes, so that a new field or a new event needs no code here:
+One encoding serves all of them. It is derived from the classes, so that a new field or a new event needs no code here:
 
-* a dataclass is an object: its class's name under "is", then its fields; one that has its default is left out, and one
-  that is derived, which its metadata say: the others are all that is needed to find it again
-* a union is told apart by these names; whatever has none of those that are expected is refused
-* sets are lists in a fixed order, mappings are lists of pairs in their own order, enums are their values
-* an infinite time is "inf" or "-inf", since JSON has no number for it; "not a number" cannot be written
-* a runner or a request is written where it comes first in a state, and by its id under "again" everywhere else
+* A dataclass is an object: its class's name under "is", then its fields. A field with its default value is left out,
+  and so is a field that its metadata mark as derived: the other fields are enough to restore them.
+* The members of a union are told apart by these names; a value with none of the expected names is refused.
+* Sets are lists in a fixed order, mappings are lists of pairs in their own order, enums are their values.
+* An infinite time is "inf" or "-inf", since JSON has no number for it; "not a number" cannot be written.
+* A runner or a request is written where it comes first in a state, and by its id under "again" everywhere else.
 
-`schema` changes whenever a class does, so that a file of another version can be told.
+`schema` changes whenever a class does, so that a file of another version can be recognised.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from fsm.messages.commands import Command
 from fsm.messages.events import Event
 
 _PLAIN = frozenset({types.NoneType, bool, int, str})
-SHARED = (Runner, Request)  # referred to from several places, and the same there
-_REQUIRED = ("required",)  # in place of a default that there is not; no field has such a value
+SHARED = (Runner, Request)  # referred to from several places, and one object in all of them
+_REQUIRED = ("required",)  # in place of a missing default; no field has such a value
 _INFINITE = {"inf": math.inf, "-inf": -math.inf}
 
 
 class Unreadable(ValueError):
-    """What was read is not an encoding of what was expected."""
+    """The value that was read is not an encoding of what was expected."""
 
 
 @dataclass(slots=True)
@@ -47,7 +47,7 @@ class _Seen:
 
 
 def encode(value: object) -> object:
-    """Return an event, a command, a state or a part of one as JSON takes it; raises TypeError for anything else."""
+    """Return an event, a command, a state or a part of one as JSON values; raises TypeError for any other value."""
     return _encode(value, _Seen())
 
 
@@ -167,7 +167,7 @@ def _plain(kind: object) -> object:
 
 @cache
 def _decoder(kind: object) -> _Decode:
-    """Return what turns an encoding of a type into a value of it, made when it is first needed: types may be nested."""
+    """Return a function that decodes values of a type, made at its first use since types may be nested."""
     kind = _plain(kind)
     origin, inner = get_origin(kind), get_args(kind)
     if origin is Union or origin is types.UnionType:
@@ -251,7 +251,7 @@ def _union(members: tuple[object, ...]) -> _Decode:
     readers = [_decoder(one) for one in others]
 
     def decode(value: object, seen: _Seen) -> object:
-        """Read a value of whichever member of the union it is."""
+        """Decode a value of any member of the union."""
         if value is None and types.NoneType in plain:
             return None
         if isinstance(value, dict) and isinstance(name := value.get("is"), str) and name in records:

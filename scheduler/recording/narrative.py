@@ -1,4 +1,4 @@
-"""A replay, told: who asked, what was decided and why, what was considered and not taken, who waited for what."""
+"""The narrative of a replay: requests, decisions with their reasons and alternatives, and what was waited for."""
 
 from __future__ import annotations
 
@@ -68,40 +68,41 @@ from scheduler.recording.replay import ReplayedStep, ReplayStarted
 from scheduler.recording.request_history import BEFORE, GRANTED_BEFORE, UNSEEN, Wait
 from scheduler.recording.timeline import Timeline
 
-_BY_A_COMMAND = {"granted", "rejected", "queued", "waits", "launched"}  # decisions that are told otherwise
+# decisions that are narrated with a command or a transition
+_BY_A_COMMAND = {"granted", "rejected", "queued", "waits", "launched"}
 
 
 @dataclass(frozen=True, slots=True)
 class NarrativeLine:
-    """One thing that happened or was decided."""
+    """One line of a narrative: an event or a decision."""
 
-    at_s: float  # from the recording's beginning
-    line: int  # of the file
+    at_s: float  # seconds from the recording's beginning
+    line: int  # line of the file
     text: str
     step: int  # number of the core's step; 0: of none
-    detail: bool = False  # says more of the one before
+    detail: bool = False  # gives details of the line before
 
 
 class Narrative:
-    """Tells the moments of one replay, in order, and keeps what a summary and a timeline show."""
+    """Narrates the steps of one replay, in order, and keeps the figures for a summary and a timeline."""
 
     def __init__(self, names: Mapping[ModelId, str]) -> None:
         self._names = names
         self.begin: float | None = None  # the scheduler's time that counts as 0
-        self.end = 0.0  # the last moment, in the scheduler's time
+        self.end = 0.0  # time of the last step, in the scheduler's time
         self.waits: dict[RequestId, Wait] = {}
         self.loads = self.evictions = 0
         self.timeline = Timeline(0.0, self.name)
         self._core = Core()
-        self._seen: Snapshot = self._core.snapshot()  # after the moment that is told
-        self._limits = CoreConfig()  # as they were last told
-        self._devices: dict[DeviceId, int] = {}  # capacities, as they were last told
-        self._models: dict[RunnerId, ModelId] = {}  # of every runner there was
+        self._seen: Snapshot = self._core.snapshot()  # after the step that is narrated
+        self._limits = CoreConfig()  # the limits as last narrated
+        self._devices: dict[DeviceId, int] = {}  # capacities as last narrated
+        self._models: dict[RunnerId, ModelId] = {}  # of every runner in the recording so far
         self._states: dict[RunnerId, RunnerState] = {}
         self._at_s, self._line, self._step = 0.0, 0, 0
 
     def tell(self, moment: ReplayStarted | ReplayedStep) -> Iterator[NarrativeLine]:
-        """Yield what a moment is worth saying, in order."""
+        """Yield the lines for one step, in order."""
         self._line = moment.line
         self._step = 0 if isinstance(moment, ReplayStarted) else moment.step
         if isinstance(moment, ReplayStarted):
@@ -140,18 +141,18 @@ class Narrative:
             self._note_memory()
 
     def name(self, id: ModelId) -> str:
-        """Return the name that was recorded of a model, else that of its file."""
+        """Return the model's name in the recording, or else its file's name."""
         return printable(self._names.get(id) or PurePath(id).name.removesuffix(".gguf") or "the program's own memory")
 
     def finish(self) -> None:
-        """Take in that the recording is over: whoever waits has waited until here."""
+        """End the narrative: every request that still waits has waited until here."""
         for wait in self.waits.values():
             if not wait.answer:
                 wait.lasts_until(self.end - (self.begin or 0.0))
 
     @property
     def limit_bytes(self) -> int | None:
-        """What models may take of the host, as last read; None where that is not known."""
+        """The bytes of the host that models may take, as last read; None where that is not known."""
         return self._devices.get(HOST)
 
     def _now(self, at: float) -> None:
@@ -162,11 +163,11 @@ class Narrative:
         self._at_s = at - (self.begin or 0.0)
 
     def _say(self, text: str, *, detail: bool = False) -> NarrativeLine:
-        """Return the first line of a text as it may be shown: what is read from a file may hold anything."""
+        """Return the first line of a text, safe to show: text that is read from a file may hold anything."""
         return NarrativeLine(self._at_s, self._line, next(iter(lines_of(text)), ""), self._step, detail)
 
     def _begun(self, begun: ReplayStarted) -> Iterator[NarrativeLine]:
-        """A core was restored: what has changed since the one before, while nothing was recorded, is taken over."""
+        """Begin with a restored core: changes since the core before, while nothing was recorded, are taken over."""
         self._core, header = begun.core, begun.header
         seen = self._seen = begun.core.snapshot()
         self._limits = seen.limits
@@ -214,12 +215,12 @@ class Narrative:
             case Acquire():
                 yield from self._asked(event)
             case Cancel(request) | Release(request):
-                what = "gives back" if isinstance(event, Release) else "had left, and gives back"
+                what = "releases" if isinstance(event, Release) else "had left, and releases"
                 if (wait := self.waits.get(request)) is not None and wait.holds:
                     wait.holds = False
                     yield self._say(f"{_number(request)} {what} {wait.model}")
             case Expire(wanted):
-                yield self._say(f"{self.name(wanted)} is asked to leave")
+                yield self._say(f"{self.name(wanted)} is expired")
             case Pin(model):
                 yield self._say(f"{self.name(model)} is pinned")
             case Unpin(model):
@@ -236,7 +237,7 @@ class Narrative:
             case Sampled(devices):
                 yield from self._sampled(devices)
             case ClaimContended():
-                yield self._say("another program loads on a device that is wanted")
+                yield self._say("another program loads on a device that a model is to be loaded on")
             case Close(timeout_s):
                 yield self._say(f"the scheduler is closed; leases may last {format_duration(timeout_s)}")
             case Loaded() | OutOfMemory() | Unresponsive() | Exited():
@@ -262,22 +263,22 @@ class Narrative:
                     yield self._say(last_words, detail=True)
 
     def _asked(self, event: Acquire) -> Iterator[NarrativeLine]:
-        want = event.spec
-        name = self.name(want.model)
+        spec = event.spec
+        name = self.name(spec.model)
         if event.request in self.waits:
-            return  # a duplicate: the core ignores it
-        self.waits[event.request] = Wait(event.request, name, self._at_s, want.purpose.value)
-        options = [f"{each} {getattr(want.options, each)}" for each in want.options.__slots__]
+            return  # a duplicate, which the core ignores
+        self.waits[event.request] = Wait(event.request, name, self._at_s, spec.purpose.value)
+        options = [f"{each} {getattr(spec.options, each)}" for each in spec.options.__slots__]
         said = [text for text in options if not text.endswith(" None")]
-        if want.memory:
-            said.append(_amounts(want.memory))
-        if want.priority:
-            said.append(f"priority {want.priority}")
+        if spec.memory:
+            said.append(_amounts(spec.memory))
+        if spec.priority:
+            said.append(f"priority {spec.priority}")
         if event.keep_alive_s is not None:
             said.append(f"keep-alive {format_duration(event.keep_alive_s)}")
         if event.timeout_s is not None:
             said.append(f"for at most {format_duration(event.timeout_s)}")
-        verb = "wants loaded" if want.purpose is Purpose.preload else "asks for"
+        verb = "wants loaded" if spec.purpose is Purpose.preload else "asks for"
         yield self._say(f"{_number(event.request)} {verb} {name}" + (f" ({', '.join(said)})" if said else ""))
 
     def _sampled(self, devices: tuple[DeviceSample, ...]) -> Iterator[NarrativeLine]:
@@ -302,16 +303,16 @@ class Narrative:
         yield self._say(f"{name}: {entry.source.value} → {entry.destination.value}, {reason}")
 
     def _considered(self, entry: Decision) -> Iterator[NarrativeLine]:
-        """Say which runners might have gone, and on which devices it might have gone, with why they were not taken."""
+        """Yield the runners and devices that were considered and not taken, with the reasons."""
         runners = [one for one in entry.runners if one.why is not KeptReason.not_needed]
-        texts = [f"{self._with_figures(one)}: {kept_reason(one) or 'goes'}" for one in runners]
+        texts = [f"{self._with_figures(one)}: {kept_reason(one) or 'evicted'}" for one in runners]
         devices = [one for one in entry.devices if not one.taken]
         texts += [f"not on {one.device}: {device_reason(one, entry.devices)}" for one in devices]
         if texts:
             yield self._say("; ".join(texts), detail=True)
 
     def _with_figures(self, one: ConsideredRunner) -> str:
-        cost = "" if one.cost_s is None else f" and {one.cost_s:.2f} s of loading to be expected"
+        cost = "" if one.cost_s is None else f" and {one.cost_s:.2f} s of loading expected"
         leases = "" if not one.leases else f" ({one.leases} {'lease' if one.leases == 1 else 'leases'})"
         return f"{self._runner(one.runner)} with {format_bytes(sum(size for _, size in one.held_bytes))}{cost}{leases}"
 
@@ -338,7 +339,8 @@ class Narrative:
                     wait.holds = False
                 yield self._say(f"{_number(request)} loses its lease: {revoke_reason(reason)}")
             case NotifyContention(runner, requests):
-                yield self._say(f"others wait for the memory of {self._runner(runner)}; its {len(requests)} are told")
+                held = self._runner(runner)
+                yield self._say(f"other requests wait for the memory of {held}; {len(requests)} holders are told")
             case Claim(_, devices):
                 yield self._say(f"{', '.join(devices)} is to be claimed among the programs on the machine")
             case Finished():
@@ -361,7 +363,7 @@ class Narrative:
 
     def _answer(self, request: RequestId, answer: str) -> Wait | None:
         if (wait := self.waits.get(request)) is not None:
-            if not wait.answer:  # else it lost what it had
+            if not wait.answer:  # else the request lost what it held
                 wait.lasts_until(self._at_s)
             wait.answer = answer
         return wait
@@ -376,12 +378,12 @@ class Narrative:
 
 
 def printable(text: str) -> str:
-    """Return a text that does to a terminal nothing but show itself."""
+    """Return a text that a terminal can only show: other characters than printable ones are replaced."""
     return "".join(one if one.isprintable() else "\N{REPLACEMENT CHARACTER}" for one in text)
 
 
 def lines_of(text: str) -> list[str]:
-    """Return the lines of a text as they may be shown."""
+    """Return the lines of a text, safe to show."""
     return [printable(line.strip()) for line in text.splitlines() if line.strip()]
 
 
@@ -394,14 +396,14 @@ def _limit(name: str, value: float) -> str:
 
 
 def _untold(entries: Sequence[Entry]) -> dict[RequestId | None, Decision]:
-    """Return why requests wait or are refused, as far as what was considered is not told with another decision."""
+    """Return why requests wait or are refused, for decisions whose alternatives no other decision shows."""
     decisions = [entry for entry in entries if isinstance(entry, Decision)]
     told = {entry.request for entry in decisions if entry.what not in _BY_A_COMMAND}
     return {entry.request: entry for entry in decisions if entry.request not in told}
 
 
 def _given_up(entry: Entry) -> list[RunnerId]:
-    """Return who is given up for a model other than its own."""
+    """Return the runners that were evicted for another model."""
     if not isinstance(entry, Decision) or entry.what != "evicts":
         return []
     return [one.runner for one in entry.runners if one.taken and one.model != entry.model]

@@ -1,12 +1,13 @@
-"""A recording: everything the core was told, when, and what it said, as lines of JSON in a file that stays small.
+"""A recording: every event that the core was told, with its time and commands, as lines of JSON in a bounded file.
 
-Each file begins with a header that holds the core's whole state, so that it can be replayed by itself. After it comes a
-line for each step. The choices of an eviction policy of the user's own are among them, since they are inputs. Leases,
-prompts, answers, endpoints and keys are not: no event holds any. Paths of models are, and the last words of processes
-that failed.
+Each file begins with a header that holds the core's whole state, so that the file can be replayed by itself. After the
+header comes a line for each step. The choices of an eviction policy of the user's own are among the lines, since they
+are inputs. Leases, prompts, answers, endpoints and keys are not recorded: no event holds any. Paths of models are
+recorded, and the last words of processes that failed.
 
-Nothing waits for the disk. A step only appends to a queue; a thread writes. Where it falls too far behind, or cannot
-write, steps are left out, and a new header follows as soon as that is over. So what is there can always be replayed.
+The core never waits for the disk. A step only appends to a queue, and a thread writes. Where the thread falls too far
+behind, or cannot write, steps are left out, and a new header follows as soon as it can. So every part of a file can be
+replayed.
 """
 
 from __future__ import annotations
@@ -39,33 +40,34 @@ from scheduler.recording.codec import encode, schema
 log = logging.getLogger("loadmaster")
 
 KIND, FORMAT = "loadmaster recording", 1
-LONGEST_LINE = 16 * 1024 * 1024  # bytes; neither written nor read
+LONGEST_LINE = 16 * 1024 * 1024  # bytes; a longer line is neither written nor read
 
 _encode_json = json.JSONEncoder(separators=(",", ":"), allow_nan=False, check_circular=False).encode
 
 _MOST_WAITING = 20_000  # steps that are not written yet
-_GATHER_S = 0.05  # how long what comes in is gathered before it is written
+_GATHER_S = 0.05  # how long steps are gathered before they are written
 _RETRY_S = 5.0  # after a file could not be written
-_DUE_PART = 0.75  # of what a file may have: then the next one is to begin
+_DUE_PART = 0.75  # of the bytes that a file may have: beyond it the next file is due
 _BATCH = 500  # steps that are written at once
 
-# Runners in a policy's order, [runner, seconds] where it named a cost; or the exception that it raised, in words.
+# Runners in a policy's order, [runner, seconds] where the policy named a cost; or the exception that it raised, in
+# words.
 Choice = list[int | list[int | float]] | str
-# Its number and time, and last what the step raised, in words.
+# The step's number and time, and last what the step raised, in words.
 _Step = tuple[int, float, Event, Sequence[Command], Sequence[Choice], str]
 
 
 @dataclass(frozen=True, slots=True)
 class _Beginning:
-    """A header is due, before the steps that follow."""
+    """A header that is due before the steps that follow."""
 
     state: CoreCheckpoint
-    step: int  # number of the next one
+    step: int  # number of the next step
     missing: int  # steps left out right before
 
 
 class PolicyRaised(Exception):
-    """What an eviction policy of the user's own raised, in words that do not change."""
+    """Raised in place of the exception of a user's own eviction policy, in words that do not change."""
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
@@ -76,7 +78,7 @@ class PolicyRaised(Exception):
 
 
 class _Choosing:
-    """A policy of the user's own during one step, with what it chose."""
+    """A user's own policy during one step, with its choices."""
 
     def __init__(self, policy: EvictionPolicy) -> None:
         self._policy = policy
@@ -84,7 +86,10 @@ class _Choosing:
         self.choices: list[Choice] = []
 
     def order(self, now: float, candidates: Sequence[Candidate]) -> Sequence[Candidate]:
-        """Return what the policy returns, as far as it is among the candidates; costs of any kind become floats."""
+        """Return the candidates among what the policy returns; costs of any kind become floats.
+
+        Raises `PolicyRaised` where the policy raises.
+        """
         known = {one.runner: one for one in candidates}
         try:
             chosen = [
@@ -103,18 +108,18 @@ class _Choosing:
 
 
 class Recorder:
-    """Steps a core and has every step written down. `step` and `begin` are called by one thread at a time."""
+    """Steps a core and has every step recorded; one thread at a time calls `step` and `begin`."""
 
     def __init__(self, path: Path, limit_bytes: int, core: Core, name: Callable[[ModelId], str]) -> None:
         self._path = path
-        self._part_bytes = limit_bytes // 2  # of the limit, the file before has the other half
+        self._part_bytes = limit_bytes // 2  # of the limit; the file before has the other half
         self._core = core
         self._name = name
         self._own = not any(core.policy is policy for policy in POLICIES.values())
         self._policy = _name_of(core.policy)
         self._queue: deque[_Step | _Beginning] = deque()
         self._room = _MOST_WAITING  # steps that may wait when the next header is due
-        self._header_due = True  # set by either side; steps are left out until it can be queued
+        self._header_due = True  # set by either thread; steps are left out until a header can be queued
         self._retry_at = 0.0  # no header before, in the clock of `time.monotonic`
         self._missing = 0  # steps left out since the last header
         self._lost = 0  # steps that came too fast
@@ -122,19 +127,19 @@ class Recorder:
         self._wake: queue.SimpleQueue[None] = queue.SimpleQueue()
         self._asleep = False  # the thread waits to be woken
         self._closing = False
-        self._file = -1  # its descriptor; the rest is the thread's own too
-        self._size = 0  # bytes of it that are whole lines
+        self._file = -1  # its descriptor; only the writing thread uses this and the attributes below
+        self._size = 0  # bytes of the file that are whole lines
         self._header_size = 0
         self._skipping = True  # until the next header
         self._skipped = 0  # steps left out by the thread since the last header
-        self._late = 0  # of all that it left out, those that came when the file was full
-        self._asked = False  # for a header, since the last one
+        self._late = 0  # of all steps that the thread left out, those that came when the file was full
+        self._asked = False  # a header was requested since the last one
         self._named: set[ModelId] = set()  # models whose names are in the file
         self._thread = threading.Thread(target=self._run, name="loadmaster-recorder", daemon=True)
         self._thread.start()
 
     def step(self, now: float, event: Event) -> Sequence[Command]:
-        """Step the core, and have it written down; raises what the core raises."""
+        """Step the core, and have the step recorded; returns the core's commands and raises what the core raises."""
         number = self._core.steps + 1
         ready = not self._closing and self._ready(number)
         if not self._own:
@@ -150,14 +155,14 @@ class Recorder:
             raise
         finally:
             if self._own:
-                self._core.policy = policy  # whoever copies the core between two steps is not recorded
+                self._core.policy = policy  # a copy of the core made between two steps is not recorded
         if ready:
             self._put((number, now, event, commands, choices, ""))
         return commands
 
     @property
     def waiting(self) -> int:
-        """How many steps are not written yet."""
+        """The number of steps that are not written yet."""
         return len(self._queue)
 
     @property
@@ -168,7 +173,7 @@ class Recorder:
         return tuple(text for text in (self._failure, count and lost) if text)
 
     def close(self, timeout_s: float) -> bool:
-        """Write what is left and end the thread; return whether it ended in time. What comes later is not recorded."""
+        """Write what is left and end the thread; return whether it ended in time. Later steps are not recorded."""
         self._closing = True
         self._wake.put(None)
         self._thread.join(timeout_s)
@@ -177,7 +182,7 @@ class Recorder:
     # -- in the thread that steps -------------------------------------------------------------------------------------
 
     def _ready(self, number: int) -> bool:
-        """Tell whether the step of a number is recorded; begin anew where that is due and possible."""
+        """Return whether a step is recorded; queues a new header where that is due and possible."""
         waiting = len(self._queue)
         if not self._header_due and waiting < _MOST_WAITING:
             return True
@@ -218,7 +223,7 @@ class Recorder:
         while self._queue:
             batch = [self._queue.popleft() for _ in range(min(_BATCH, len(self._queue)))]
             lines = bytearray()
-            held = done = 0  # steps that are in `lines`; items of the batch that are dealt with
+            held = done = 0  # steps that are in `lines`; items of the batch that are done
             try:
                 if not self._skipping and not self._is_there():
                     raise OSError(None, "it was moved, deleted or changed; does another scheduler write to it?")
@@ -245,7 +250,7 @@ class Recorder:
                 self._fail(error)
 
     def _begin(self, beginning: _Beginning) -> None:
-        """Write a header; at the beginning of a new file, where the one that there is has grown enough."""
+        """Write a header, at the beginning of a new file where the present file has grown enough."""
         models = beginning.state.models()
         self._named = set(models)
         header = {
@@ -284,7 +289,7 @@ class Recorder:
         return _as_line(line)
 
     def _open(self) -> None:
-        """Begin a new file, readable by this user alone; the one before stays as FILE.1."""
+        """Begin a new file, readable by this user alone; the file before stays as FILE.1."""
         if self._file >= 0:
             os.close(self._file)
             self._file = -1
@@ -297,14 +302,14 @@ class Recorder:
         self._size = 0
 
     def _is_there(self) -> bool:
-        """Tell whether the file is as it was left, and under its name: else nobody would find what is written."""
-        with suppress(OSError):  # also where none is open
+        """Return whether the file is as it was left, and under its name: else its lines could not be found."""
+        with suppress(OSError):  # also where no file is open
             mine = os.fstat(self._file)
             return os.path.samestat(mine, os.stat(self._path)) and mine.st_size == self._size
         return False
 
     def _flush(self, lines: bytearray) -> None:
-        """Write lines and empty them; have a header queued where the file has grown enough."""
+        """Write lines and empty them; requests a header where the file has grown enough."""
         if lines:
             self._write(lines)
             lines.clear()
@@ -316,11 +321,11 @@ class Recorder:
         return max(self._part_bytes, 2 * self._header_size)
 
     def _is_due(self) -> bool:
-        """Tell whether the next file is to begin: before this one is full, for the steps that come until then."""
+        """Return whether the next file is due: before this file is full, for the steps that come until then."""
         return self._size >= _DUE_PART * self._most()
 
     def _leave_out(self) -> None:
-        """Pass over a step: the file is full, or cannot be written, and no header has come since."""
+        """Leave a step out: the file is full, or cannot be written, and no header has come since."""
         self._skipped += 1
         if not self._failure:
             self._late += 1
@@ -328,7 +333,7 @@ class Recorder:
                 self._asked = self._header_due = True
 
     def _write(self, lines: bytes | bytearray) -> None:
-        """Write whole lines, or none of them."""
+        """Write whole lines, or none of them; raises OSError."""
         try:
             at = 0
             while at < len(lines):
@@ -341,7 +346,7 @@ class Recorder:
         self._size += len(lines)
 
     def _fail(self, error: BaseException) -> None:
-        """Leave out what comes, until a header could be written."""
+        """Leave steps out until a header could be written."""
         self._skipping = True
         reason = error.strerror or str(error) if isinstance(error, OSError) else in_words(error)
         if not self._failure:
@@ -368,5 +373,5 @@ def _name_of(policy: EvictionPolicy) -> str:
 def _version() -> str:
     try:
         return metadata.version("loadmaster")
-    except metadata.PackageNotFoundError:  # run from its source
+    except metadata.PackageNotFoundError:  # the program runs from its source
         return "unknown"

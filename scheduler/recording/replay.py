@@ -1,7 +1,7 @@
-"""A recording, run through the core once more: the same events must give the same commands.
+"""The replay of a recording: the core is given the same events once more, and must answer with the same commands.
 
-What is read is not trusted. Lines are bounded, only known kinds are decoded, nothing of the file is executed, and
-whatever is wrong with it is one `RecordingError` that names the line.
+The file is not trusted. Lines are bounded, only known kinds are decoded, nothing of the file is executed, and every
+fault of the file is one `RecordingError` that names the line.
 """
 
 from __future__ import annotations
@@ -44,28 +44,28 @@ class RecordingError(SchedulerError):
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """What a recording, or a part of it after a gap, begins with."""
+    """The beginning of a recording, or of its part after a gap."""
 
-    policy: str  # its name
-    own_policy: bool  # it was the user's: its choices are in the recording
-    step: int  # number of the one that follows
+    policy: str  # the policy's name
+    own_policy: bool  # the policy was the user's: its choices are in the recording
+    step: int  # number of the step that follows
     missing: int  # steps that were left out right before
     schema: str
-    version: str  # of the program that wrote it
-    written: str  # when, in the calendar
+    version: str  # of the program that wrote the file
+    written: str  # when the header was written, in the calendar
 
 
 @dataclass(frozen=True, slots=True)
 class Considered:
-    """What an eviction policy was asked about, and the order that it chose."""
+    """The candidates that an eviction policy was given, in the order that it chose."""
 
     candidates: tuple[Candidate, ...]
-    failure: str = ""  # what it raised, in words; then they are in the core's own order
+    failure: str = ""  # what the policy raised, in words; the candidates are in the core's own order then
 
 
 @dataclass(frozen=True, slots=True)
 class ReplayStarted:
-    """The core was restored; `core` is the one that the moments after this are of."""
+    """A core was restored; the steps that follow are steps of `core`."""
 
     line: int
     header: Header
@@ -74,7 +74,7 @@ class ReplayStarted:
 
 @dataclass(frozen=True, slots=True)
 class ReplayedStep:
-    """One step, with what the core noted of it."""
+    """One step, with the core's entries in its decision log."""
 
     line: int
     at: float  # seconds of the scheduler's clock
@@ -82,12 +82,12 @@ class ReplayedStep:
     commands: Sequence[Command]
     entries: Sequence[Entry]
     considered: Sequence[Considered]
-    step: int  # its number, which its entries have too
-    raised: str = ""  # a step that failed then has failed now
+    step: int  # the step's number, which its entries have too
+    raised: str = ""  # a step that failed when it was recorded has failed now
 
 
 class Difference(Exception):
-    """The core says something else than what was recorded; the first such step."""
+    """The first step whose commands differ from the recorded ones."""
 
     def __init__(self, line: int, event: Event, expected: str, got: str) -> None:
         super().__init__(f"line {line}: after {event!r}: expected {expected}, got {got}")
@@ -98,17 +98,18 @@ class Difference(Exception):
 
 
 class _Recorded:
-    """A policy as it was recorded, or one of loadmaster's own; it keeps what it was asked."""
+    """A recorded policy, or one of loadmaster's own; keeps the candidates that it was given."""
 
     def __init__(self, header: Header) -> None:
         self.name = header.policy
         self.asked: list[Considered] = []
-        self.choices: list[Choice] | None = [] if header.own_policy else None  # of this step, that are still to come
-        self.unanswered = False  # it was asked more often than it was recorded
+        # choices of this step that are still to come
+        self.choices: list[Choice] | None = [] if header.own_policy else None
+        self.unanswered = False  # the policy was asked more often than it was recorded
         self._policy: EvictionPolicy | None = None if header.own_policy else POLICIES[header.policy]
 
     def order(self, now: float, candidates: Sequence[Candidate]) -> Sequence[Candidate]:
-        """Return them in the order that was chosen then."""
+        """Return the candidates in the recorded order; raises `PolicyRaised` where the policy raised."""
         if self._policy is not None:
             ordered = self._policy.order(now, candidates)
         elif not self.choices:
@@ -127,13 +128,13 @@ class _Recorded:
 
 @dataclass(slots=True)
 class Replay:
-    """One file's replay; iterate over it once. Raises `RecordingError`, or the first `Difference`."""
+    """The replay of one file; iterate over it once. Raises `RecordingError`, or the first `Difference`."""
 
     path: str | PathLike[str]
     steps: int = 0  # replayed so far
     commands: int = 0  # compared so far, and equal
     cut: bool = False  # the file ends in the middle of a line
-    names: dict[ModelId, str] = field(default_factory=dict)  # of models, as far as they are known so far
+    names: dict[ModelId, str] = field(default_factory=dict)  # of the models that are known so far
     _line: int = 0
     _due: int = 0  # number of the step that comes next
     _header: Header | None = None  # the last one that was read
@@ -153,7 +154,7 @@ class Replay:
             self._wrong("it is empty" if not self.cut else "it ends before its first header does")
 
     def is_of_another_version(self, header: Header) -> bool:
-        """Whether it was written by classes other than these."""
+        """Return whether other versions of the classes wrote the recording."""
         return header.schema != schema()
 
     def _wrong(self, reason: str) -> Never:
@@ -201,14 +202,14 @@ class Replay:
             state = decode_state(text.get("state"))
             core = Core.restore(state, self._policy)
             core.check()
-        except Exception as error:  # what was never a core's state may break anything
+        except Exception as error:  # a value that was never a core's state may break anything
             self._unreadable(f"its state is not one of a core: {error}")
         core.decision_log = []
         self._core = core
         return ReplayStarted(self._line, header, core)
 
     def _expect(self, step: int) -> None:
-        """See to it that this step is due: a line that was taken out, or put in, need not change any decision."""
+        """Raise `RecordingError` unless this step is due: a line removed or added need not change any decision."""
         if step < self._due:
             self._wrong(f"step {step} comes again, where step {self._due} is due: is this more than one recording?")
         if step > self._due:
@@ -254,7 +255,7 @@ class Replay:
         return ReplayedStep(self._line, cast(float, at), event, got, entries, tuple(policy.asked), step, raised)
 
     def _ask(self, core: Core, at: float, event: Event) -> tuple[Sequence[Command], str]:
-        """Return what the core says, or what it raises, in words."""
+        """Return the core's commands, and what the core raised, in words."""
         try:
             return core.step(at, event), ""
         except Exception as error:

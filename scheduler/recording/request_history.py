@@ -13,19 +13,20 @@ UNSEEN = "answered while nothing was recorded"
 
 @dataclass(slots=True)
 class Wait:
-    """What became of one request."""
+    """The history of one request."""
 
     request: RequestId
     model: str
     asked_at_s: float
     purpose: str
-    answer: str = ""  # empty: it still waits
-    holds: bool = False  # what it was granted
+    answer: str = ""  # empty: the request still waits
+    holds: bool = False  # the request holds what it was granted
     waited_s: float = 0.0
-    reasons: list[tuple[str, float]] = field(default_factory=list)  # what it waited for, and how long each time
+    # what the request waited for, and how many seconds each time
+    reasons: list[tuple[str, float]] = field(default_factory=list)
 
     def waits_for(self, reason: str, at_s: float) -> bool:
-        """Take in what it waits for from now on; return whether that is new."""
+        """Note what the request waits for from now on; return whether that is new."""
         if self.reasons and self.reasons[-1][0] == reason:
             return False
         self.lasts_until(at_s)
@@ -33,7 +34,7 @@ class Wait:
         return True
 
     def lasts_until(self, at_s: float) -> None:
-        """Take in that it waited until a moment, for what it waited for last."""
+        """Add the time until a moment to the wait that was noted last."""
         self.waited_s = at_s - self.asked_at_s
         if self.reasons:
             reason, _ = self.reasons[-1]

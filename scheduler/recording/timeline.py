@@ -1,4 +1,4 @@
-"""What every runner did when: states as spans, and a picture of them over the memory they took."""
+"""A timeline of runners: states as spans, and a picture of the spans above the memory that runners took."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Span:
     """A runner was in one state from `start_s` to `end_s`, in seconds from the timeline's beginning."""
 
     runner: RunnerId
-    model: str  # its name
+    model: str  # the model's name
     state: RunnerState
     start_s: float
     end_s: float
@@ -43,48 +43,48 @@ class Span:
 
 @dataclass(frozen=True, slots=True)
 class MemoryPoint:
-    """What all runners took at one moment, `at_s` seconds from the timeline's beginning."""
+    """The memory of all runners at one moment, `at_s` seconds from the timeline's beginning."""
 
     at_s: float
-    held_bytes: int  # promised, or measured where that is more
+    held_bytes: int  # reserved, or measured where that is more
     resident_bytes: int  # as last measured
 
 
 class Timeline:
-    """Collects when each runner came to which state, in order, and shows it.
+    """Collects when each runner came to which state, in order, and draws it.
 
-    `begin` is the scheduler's time that counts as 0; `name` gives the name to show for a model's identity. Not for
-    several threads at once.
+    `begin` is the scheduler's time that counts as 0; `name` gives the name to show for a model's identity. Only one
+    thread at a time may use a timeline.
     """
 
     def __init__(self, begin: float, name: Callable[[ModelId], str] = str) -> None:
         self._begin = begin
         self._name = name
         self._models: dict[RunnerId, ModelId] = {}  # in the order in which the runners were started
-        self._changes: dict[RunnerId, list[tuple[float, RunnerState]]] = {}  # when it came to which state
+        self._changes: dict[RunnerId, list[tuple[float, RunnerState]]] = {}  # when the runner came to which state
         self._memory: list[MemoryPoint] = []
         self._marks: list[tuple[float, str]] = []
 
     def add(self, at: float, runner: RunnerId, model: ModelId, state: RunnerState) -> None:
-        """Take in that a runner came to a state at `at`, in the scheduler's time."""
+        """Add a runner's change of state at `at`, in the scheduler's time."""
         self._models[runner] = model
         self._changes.setdefault(runner, []).append((at, state))
 
     def add_memory(self, at: float, held_bytes: int, resident_bytes: int) -> None:
-        """Take in what all runners took at `at`, in the scheduler's time."""
+        """Add the bytes of all runners at `at`, in the scheduler's time."""
         self._memory.append(MemoryPoint(at - self._begin, held_bytes, resident_bytes))
 
     def add_mark(self, at: float, text: str) -> None:
-        """Have a moment, in the scheduler's time, shown with a word or number of its own."""
+        """Add a mark with a word or number of its own at a moment, in the scheduler's time."""
         self._marks.append((at - self._begin, text))
 
     @property
     def memory(self) -> Sequence[MemoryPoint]:
-        """What all runners took, in order."""
+        """The memory of all runners, in order."""
         return tuple(self._memory)
 
     def spans(self, now: float) -> tuple[Span, ...]:
-        """Return every stay in a state, runner by runner in order; one that goes on ends `now`.
+        """Return every stay in a state, runner by runner in order; a stay that goes on ends `now`.
 
         `now` is in the scheduler's time. `unloaded` is final and has no span.
         """
@@ -106,8 +106,8 @@ class Timeline:
     ) -> None:
         """Draw one row per runner, one colour per state, and below them the memory where there is any, to `path`.
 
-        The format goes by the ending; folders are made. The same entries give the same bytes. Raises ImportError where
-        matplotlib is not installed, OSError where the file cannot be written.
+        The file's ending gives the format; folders are made. The same entries give the same bytes. Raises ImportError
+        where matplotlib is not installed, OSError where the file cannot be written.
         """
         import matplotlib
 
@@ -129,7 +129,7 @@ class Timeline:
 
 
 def _canvas(rows: int, memory: bool) -> tuple[Figure, Axes, Axes | None]:
-    """Return a figure with a plot for so many rows, and one for the memory below it on the same scale of time."""
+    """Return a figure with a plot for so many rows, and a plot for the memory below it on the same scale of time."""
     from matplotlib.figure import Figure
 
     heights = [max(rows, 1) * _ROW_IN, *([_MEMORY_IN] if memory else [])]

@@ -556,10 +556,10 @@ def test_the_story_says_who_asked_what_was_decided_and_why(incident: Path, capsy
     output = capsys.readouterr().out
     for said in (
         "request 3 asks for c", "runner 1 of a: idle → expiring, c needs its memory",
-        "runner 2 of b with 5 GiB (1 lease): it is in use", "runner 1 of a with 5 GiB: goes",
+        "runner 2 of b with 5 GiB (1 lease): it is in use", "runner 1 of a with 5 GiB: evicted",
         "request 3 waits for memory being freed", "the process of runner 2 of b is gone: killed by SIGKILL",
         "last words", "request 2 loses its lease", "request 4 wants loaded d", "request 4 leaves",
-        "request 5 is refused: 'big' needs", "request 3 gives back c", "given up for others: 1", "The same",
+        "request 5 is refused: 'big' needs", "request 3 releases c", "given up for others: 1", "The same",
     ):  # fmt: skip
         assert said in output, f"{said!r} is missing: {output}"
     assert "/models/" not in output
@@ -643,7 +643,7 @@ def test_a_part_of_a_recording_begins_with_what_was_there(file: Path, capsys: py
     assert main(["replay", str(file)]) == 0
     output = capsys.readouterr().out
     assert "it begins with runner 1 of a ready, runner 2 of b ready and 1 waiting" in output
-    assert "request 1 gives back a" in output and "request 3 is granted runner 3 of c" in output
+    assert "request 1 releases a" in output and "request 3 is granted runner 3 of c" in output
 
 
 def told(file: Path, capsys: pytest.CaptureFixture[str], *options: str) -> str:
@@ -732,14 +732,14 @@ def test_what_was_answered_in_a_gap_does_not_wait(
         pool.feed(release(3))
     said = told(file, capsys)
     assert "6 steps are missing here" in said and "0 still waiting, 2 answered while nothing was recorded" in said
-    assert "request 3 gives back c" in said
+    assert "request 3 releases c" in said
 
 
 def test_what_is_done_twice_is_told_once(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A late Release or Cancel gives nothing back."""
     with recorded_pool(file) as pool:
         pool.ready("a", lease=1).feed(release(1), release(1), cancel(1))
-    assert told(file, capsys).count("gives back") == 1
+    assert told(file, capsys).count("releases") == 1
 
 
 def test_only_limits_that_change_are_told(file: Path, capsys: pytest.CaptureFixture[str]) -> None:

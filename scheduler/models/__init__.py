@@ -1,1 +1,1 @@
-"""Model files: where they are found, what is read from them, what was measured."""
+"""Model files: where they are found, their headers, and the measurements of their loads."""

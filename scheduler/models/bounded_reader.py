@@ -1,4 +1,4 @@
-"""A file's bytes in order, through a window: bounded, buffered, never mapped, and every mistake an InvalidModel."""
+"""Reads a file's bytes in order through a bounded buffer; a fault of the file is an `InvalidModel`."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ if TYPE_CHECKING:
 
 WINDOW_BYTES = 256 * 1024
 MOST_STRING_BYTES = 1 << 30  # llama.cpp's own limit
-# Ours: far above any real model, so that a hostile file of any size costs tens of milliseconds.
+# Not llama.cpp's limit: far above any real model, so that a hostile file of any size costs tens of milliseconds.
 MOST_READ_BYTES = 128 * WINDOW_BYTES
 MOST_TEXTS = 1 << 21  # in all arrays together
-MOST_ODD_TEXTS = 1 << 16  # of them, those that can only be walked over one by one
+MOST_ODD_TEXTS = 1 << 16  # the part of them that can only be walked over one by one
 
 KEPT_ELEMENTS = 1 << 10  # longer arrays of numbers (token types, scores) are skipped
-MOST_KEPT_ELEMENTS = 1 << 17  # in all arrays together; what goes beyond is skipped as well
-STRIDE = 32  # texts that are walked over one by one before the rest of a window is looked at as a whole
+MOST_KEPT_ELEMENTS = 1 << 17  # in all arrays together; arrays beyond it are skipped as well
+STRIDE = 32  # texts that are walked over one by one before the rest of a window is scanned as a whole
 
 _U64 = struct.Struct("<Q")
 
@@ -37,7 +37,7 @@ class Window:
         self._bytes = b""
         self._start = 0  # offset of the window in the file
         self._at = 0  # position in the window; may lie behind its end after a skip
-        self._chains: _Chains | None = None  # of this window, once it was worth it
+        self._chains: _Chains | None = None  # of this window, set once it is worth the scan
         self._elements_left = MOST_KEPT_ELEMENTS
         self._texts_left = MOST_TEXTS
         self._odd_texts_left = MOST_ODD_TEXTS
@@ -52,7 +52,7 @@ class Window:
         return self.file_bytes - self.offset
 
     def fail(self, reason: str, offset: int | None = None) -> InvalidModel:
-        """Return the error for what was found at `offset`, or here."""
+        """Return the error for a fault at `offset`, or at the present position."""
         return InvalidModel(self.path, reason, self.offset if offset is None else offset)
 
     def take(self, count: int) -> bytes:
@@ -77,7 +77,7 @@ class Window:
         return found
 
     def numbers(self, kind: struct.Struct, count: int) -> tuple[int, ...] | None:
-        """Return the next `count` numbers, or None where these are too many to keep or no whole numbers."""
+        """Return the next `count` numbers, or None where they are too many to keep or not whole numbers."""
         code = kind.format[-1]
         if code in "fd" or count > min(KEPT_ELEMENTS, self._elements_left):
             self.skip(count * kind.size)
@@ -86,21 +86,24 @@ class Window:
         return self.unpack(struct.Struct(f"<{count}{code}"))
 
     def skip(self, count: int) -> None:
-        """Go on behind the next `count` bytes without reading them."""
+        """Go on behind the next `count` bytes without reading them.
+
+        Raises `InvalidModel` where the file ends before.
+        """
         if count > self.left:
             raise self.fail("the file ends too early: it is truncated or damaged")
         self._at += count
 
     def length(self) -> int:
-        """Return the length of a text, which is known to lie inside the file."""
+        """Return the length of a text; raises `InvalidModel` where the text would not lie inside the file."""
         count: int = self.unpack(_U64)[0]
         if count > self.left or count > MOST_STRING_BYTES:
-            rest = "the rest of the file" if count > self.left else "any may be"
+            rest = "the rest of the file" if count > self.left else "a text may be"
             raise self.fail(f"a text of {count} bytes is longer than {rest}", self.offset - _U64.size)
         return count
 
     def name(self, most_bytes: int) -> str:
-        """Return the next name; it is an error if it is empty or longer than `most_bytes`."""
+        """Return the next name; raises `InvalidModel` if it is empty or longer than `most_bytes`."""
         if not 0 < (count := self.length()) <= most_bytes:
             raise self.fail(f"a name has {count} bytes, and may have 1 to {most_bytes}", self.offset - _U64.size)
         try:
@@ -155,7 +158,7 @@ class Window:
             raise self.fail("a text is longer than the rest of the file", self._start + here)
 
     def _read(self, count: int) -> None:
-        """Begin a new window here, in which the next `count` bytes are."""
+        """Begin a new window here, with the next `count` bytes in it."""
         if count > self.left:
             raise self.fail("the file ends too early: it is truncated or damaged")
         self._start, self._at, self._chains = self.offset, 0, None
@@ -181,18 +184,18 @@ class _Chains:
     ends: NDArray[numpy.intp]  # where the text would end that begins at the same place in `starts`
     last: NDArray[
         numpy.intp
-    ]  # indices of those whose end is not the next start: up to there, each is a text if the one before is
+    ]  # indices of texts whose end is not the next start: up to there, each is a text if the text before it is
 
 
 def _chains(window: bytes) -> _Chains:
-    """Look at a whole window at once, which takes a tenth of the time of one text after the other."""
-    import numpy  # the gguf package's own; it takes 0.1 s to import, which only the first file pays
+    """Scan a whole window at once, which takes a tenth of the time of walking over its texts."""
+    import numpy  # a dependency of the gguf package; it takes 0.1 s to import, which only the first file pays
 
     content = numpy.frombuffer(window, numpy.uint8)
     zeros = content == 0
     for shift in (1, 2, 3):  # two zeros in a row, then four, then seven
         zeros = zeros[:-shift] & zeros[shift:]
-    if numpy.count_nonzero(zeros) > len(window) // _U64.size:  # more than can be: mostly zeros, as a hole is
+    if numpy.count_nonzero(zeros) > len(window) // _U64.size:  # more than texts can have: mostly zeros, as a hole has
         zeros = zeros[:0]
     starts = numpy.flatnonzero(zeros[1:])
     ends = starts + _U64.size + content[starts]

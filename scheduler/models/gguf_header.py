@@ -1,4 +1,4 @@
-"""The header of a GGUF file, read in milliseconds and without trust: bounded, buffered, never mapped."""
+"""Reads the header of a GGUF file in milliseconds and without trust: bounded, buffered, never mapped."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Value = int | float | str | tuple[int, ...] | None
 MOST_ELEMENTS = 1 << 30  # llama.cpp's own limits
 MOST_DIMENSIONS = 4
 MOST_NAME_BYTES = 64  # the terminating zero included
-MOST_KEYS = 1 << 11  # ours, as all that follow: far above any real model
+MOST_KEYS = 1 << 11  # not llama.cpp's limit, like all that follow: far above any real model
 MOST_KEY_BYTES = 1 << 10
 MOST_TENSORS = 1 << 13
 KEPT_TEXT_BYTES = 256  # longer texts (chat templates) are skipped
@@ -36,12 +36,12 @@ for _name in ("O_NONBLOCK", "O_CLOEXEC", "O_NOCTTY", "O_BINARY"):  # not every s
 
 @dataclass(frozen=True, slots=True)
 class Tensor:
-    """One tensor's entry."""
+    """The entry of one tensor."""
 
     name: str
     bytes: int  # in the file and in memory
-    type: str  # as the gguf package calls it: F32, Q4_0 ...
-    dimensions: int  # their number: 2 of a matrix; at most MOST_DIMENSIONS
+    type: str  # the gguf package's name: F32, Q4_0 ...
+    dimensions: int  # number of dimensions: 2 of a matrix; at most MOST_DIMENSIONS
 
 
 @dataclass(slots=True)
@@ -57,9 +57,12 @@ class Header:
 
 
 def read_header(path: str) -> Header:
-    """Return the header of one GGUF file, from memory if the file has not changed since it was last read."""
+    """Return the header of one GGUF file, from memory if the file has not changed since it was last read.
+
+    Raises `ModelNotFound` or `InvalidModel`.
+    """
     try:
-        _check_kind(path, os.stat(path))  # before it is opened, since some devices act on that
+        _check_kind(path, os.stat(path))  # before it is opened, since opening changes some devices
         descriptor = os.open(path, _OPEN_FLAGS)
     except (FileNotFoundError, NotADirectoryError):
         raise ModelNotFound(path) from None
@@ -81,7 +84,7 @@ def read_header(path: str) -> Header:
 
 
 def forget_headers() -> None:
-    """Read every file again when it is next asked for."""
+    """Forget all headers, so that every file is read again when it is next used."""
     _cache.clear()
 
 
@@ -102,7 +105,7 @@ _Identity = tuple[str, int, int, int, int]
 
 
 def _identity(path: str, status: os.stat_result) -> _Identity:
-    """Return what tells a file from any other, and from what it was before it was written to."""
+    """Return a value that tells a file from any other file, and from its own state before a change."""
     return path, status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
@@ -111,7 +114,7 @@ class _Cache:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._headers: OrderedDict[_Identity, Header] = OrderedDict()  # the one used longest ago first
+        self._headers: OrderedDict[_Identity, Header] = OrderedDict()  # the least recently used header first
 
     def clear(self) -> None:
         with self._lock:
@@ -135,7 +138,7 @@ _cache = _Cache()
 
 @dataclass(frozen=True, slots=True)
 class _Format:
-    """What the gguf package knows of the format."""
+    """The gguf package's tables of the format."""
 
     magic: int
     version: int
@@ -179,7 +182,7 @@ def _parse(window: Window) -> Header:
     """Read a whole header; every count and length is checked before it is used."""
     _check_version(window)
     tensor_count, key_count = window.number(_U64), window.number(_U64)
-    if tensor_count > min(MOST_TENSORS, window.left // 24):  # the least that an entry takes
+    if tensor_count > min(MOST_TENSORS, window.left // 24):  # 24 bytes are the least that an entry takes
         raise window.fail(f"{tensor_count} tensors cannot be", 8)
     if key_count > min(MOST_KEYS, window.left // 13):
         raise window.fail(f"{key_count} keys cannot be", 16)
@@ -262,7 +265,10 @@ def _read_array(window: Window, key: str, header: Header) -> Value:
 
 
 def _read_tensors(window: Window, count: int, alignment: int) -> tuple[Tensor, ...]:
-    """Read all entries; the data of each must begin where those before it end, as ggml demands, and be in the file."""
+    """Read all entries.
+
+    Each tensor's data must begin where the data before end, as ggml demands, and be in the file.
+    """
     tensors: dict[str, Tensor] = {}
     begin = end = 0  # of the last entry in the file, and of its data in the data
     for _ in range(count):
@@ -286,7 +292,7 @@ def _aligned(offset: int, alignment: int) -> int:
 
 
 def _read_tensor(window: Window, name: str) -> tuple[Tensor, int]:
-    """Read the dimensions and the type of a tensor, which tell its size; and where its data begin."""
+    """Return a tensor with its size from its dimensions and type, and the offset of its data."""
     begin = window.offset
     if (dimensions := window.number(_U32)) > MOST_DIMENSIONS:
         raise window.fail(f"the tensor {name!r} has {dimensions} dimensions", begin)

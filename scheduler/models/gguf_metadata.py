@@ -1,4 +1,4 @@
-"""What a GGUF model says of itself, as placement needs it: files in, ModelInfo out, in milliseconds."""
+"""The metadata of a GGUF model that placement needs: files in, `ModelInfo` out, in milliseconds."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from scheduler.models.model_spec import MOST_PARTS
 LARGEST_NUMBER = (1 << 32) - 1  # of a count or length in the metadata; llama.cpp keeps them in 32 bits
 
 # Of this many layers in a row one has full attention, the last or else the first, and the others see the sliding window
-# only, as llama.cpp's loaders have it; the file may name another number, or say it layer by layer. Other architectures
-# that slide are counted with full attention, which is more than they take.
+# only, as llama.cpp's loaders have it; the file may name another number, or give it layer by layer. Other architectures
+# with sliding windows are counted with full attention, which is more than they take.
 SLIDING_PERIOD: Mapping[str, int] = MappingProxyType(
     {
         "afmoe": 4,
@@ -49,9 +49,9 @@ def read_metadata(
 ) -> ModelInfo:
     """Return what placement needs to know of the model at `path`, with its adapters and projectors.
 
-    Raises ModelNotFound for a file that is not there, and InvalidModel, with the file, the reason and where known the
-    offset, for one that is not complete and sound; a split model is given by its first part. Only headers are read:
-    milliseconds, or tens of them for a large vocabulary. May be called from any thread.
+    Raises ModelNotFound for a file that does not exist, and InvalidModel, with the file, the reason and where known the
+    offset, for a file that is not complete and sound. A split model is given by its first part. Only headers are read,
+    in milliseconds, or tens of milliseconds for a large vocabulary. Any thread may call this.
     """
     parts = _read_parts(path)
     beside = [*(_read_adapter(name, parts[0]) for name in adapters), *(_read_projector(name) for name in projectors)]
@@ -62,7 +62,7 @@ def read_metadata(
 
 
 def _read_parts(path: str) -> list[Header]:
-    """Return the headers of all parts of a split model, or of the one file that it is."""
+    """Return the headers of all parts of a split model, or of the model's only file."""
     first = read_header(path)
     count = _number(first, "split.count", default=1)
     if count <= 1:
@@ -75,7 +75,7 @@ def _read_parts(path: str) -> list[Header]:
     stem = path[: named.start()]
     parts: list[Header] = []
     seen: set[str] = set()  # names of tensors
-    for place in range(count):  # each is checked before the next is read, as llama.cpp does
+    for place in range(count):  # each part is checked before the next is read, as llama.cpp does
         part = first if place == 0 else read_header(f"{stem}-{place + 1:05}-of-{count:05}.gguf")
         if (_number(part, "split.no"), _number(part, "split.count")) != (place, count):
             raise _wrong(part, "split.no", f"or split.count is not that of part {place + 1} of {count}")
@@ -90,7 +90,7 @@ def _read_parts(path: str) -> list[Header]:
 
 
 def _read_adapter(path: str, model: Header) -> Header:
-    """Return the header of an adapter, which must be one and for this kind of model."""
+    """Return the header of an adapter; raises `InvalidModel` where it is none, or for another kind of model."""
     header = read_header(path)
     if header.values.get("general.type") != "adapter":
         raise _wrong(header, "general.type", "does not say that it is an adapter, which it was given as")
@@ -100,7 +100,7 @@ def _read_adapter(path: str, model: Header) -> Header:
 
 
 def _read_projector(path: str) -> Header:
-    """Return the header of a projector, which must be one."""
+    """Return the header of a projector; raises `InvalidModel` where it is none."""
     if not _is_projector(header := read_header(path)):
         raise _wrong(header, "general.architecture", "does not say that it is a projector, which it was given as")
     return header
@@ -111,13 +111,13 @@ def _is_projector(header: Header) -> bool:
 
 
 def _sees(projector: Header) -> bool:
-    """Whether a projector is for images; one that says nothing is, as the first ones were."""
+    """Return whether a projector is for images, as a projector is that does not say: the first ones did not."""
     sound_only = _number(projector, "clip.has_audio_encoder", default=0) > 0
     return _number(projector, "clip.has_vision_encoder", default=0 if sound_only else 1) > 0
 
 
 def _model_info(parts: Sequence[Header], *, embedding: bool, vision: bool) -> ModelInfo:
-    """Put the figures together; what the metadata leave out is taken as llama.cpp takes it."""
+    """Return the figures of a model; what the metadata leave out is taken as llama.cpp takes it."""
     header = parts[0]
     tensors = [tensor for part in parts for tensor in part.tensors]
     architecture = _architecture(header)
@@ -154,7 +154,7 @@ def _model_info(parts: Sequence[Header], *, embedding: bool, vision: bool) -> Mo
 def _with_details(
     info: ModelInfo, header: Header, layers: Sequence[Sequence[Tensor]], others: Sequence[Tensor]
 ) -> ModelInfo:
-    """Add what tells one layer from another, and one kind of model from another."""
+    """Add the figures that differ from layer to layer, and from one kind of model to another."""
     architecture = info.architecture
     recurrent = tuple(any(_STATE.search(tensor.name) for tensor in layer) for layer in layers)
     types_bytes = _types_bytes(layers)
@@ -188,7 +188,7 @@ def _layers(tensors: Iterable[Tensor], blocks: int) -> tuple[list[list[Tensor]],
 
 
 def _heads_that_attend(heads: int, recurrent: bool, layer: Sequence[Tensor]) -> int:
-    """Return a layer's heads; a recurrent layer has none, but for those that attend beside their state."""
+    """Return a layer's heads; a recurrent layer has none, except heads that attend beside its state."""
     return 0 if recurrent and not any(_KEYS.search(tensor.name) for tensor in layer) else heads
 
 
@@ -238,13 +238,13 @@ def _types_bytes(layers: Iterable[Iterable[Tensor]]) -> tuple[tuple[str, int], .
 
 
 def _output_type(others: Iterable[Tensor]) -> str:
-    """Return the type of the output matrix, which the token embeddings are where there is no other."""
+    """Return the type of the output matrix; the token embeddings serve as one where there is no other."""
     types = {tensor.name: tensor.type for tensor in others}
     return types.get("output.weight", types.get("token_embd.weight", ""))
 
 
 def _gated(layers: Iterable[Iterable[Tensor]]) -> bool:
-    """Whether feed-forwards multiply two projections: in tensors of their own, or in one that is twice as wide."""
+    """Return whether feed-forwards multiply two projections, in two tensors or in one that is twice as wide."""
     for layer in layers:
         names_bytes = {tensor.name.rpartition(".ffn_")[2]: tensor.bytes for tensor in layer}
         if "up.weight" in names_bytes:
@@ -253,7 +253,7 @@ def _gated(layers: Iterable[Iterable[Tensor]]) -> bool:
 
 
 def _pooling(header: Header, architecture: str) -> str | None:
-    """Return llama.cpp's name of the pooling that the file names, if it names one."""
+    """Return llama.cpp's name of the pooling that the file names, or None if it names none."""
     names = {1: "mean", 2: "cls", 3: "last", 4: "rank"}
     return names.get(_number(header, f"{architecture}.pooling_type", 0))
 
@@ -287,10 +287,13 @@ def _number(header: Header, key: str, default: int | None = None) -> int:
 
 
 def _by_layer(header: Header, key: str, blocks: int, default: tuple[int, ...]) -> tuple[int, ...]:
-    """Return one number for each layer, from one for all or from an array; a short array goes on with its last."""
+    """Return one number for each layer, from one for all or from an array.
+
+    The last value of a short array is repeated.
+    """
     if key not in header.values:
         return default
-    largest = _number(header, key)  # checks them all
+    largest = _number(header, key)  # checks all of them
     numbers = header.values[key]
     if not isinstance(numbers, tuple):
         return (largest,) * blocks
@@ -298,12 +301,12 @@ def _by_layer(header: Header, key: str, blocks: int, default: tuple[int, ...]) -
 
 
 def _vocabulary(header: Header, architecture: str) -> int:
-    """Return how many tokens there are; only where there is no list of them does llama.cpp ask for their number."""
+    """Return the number of tokens; as in llama.cpp, the key counts only where the file has no list of tokens."""
     return header.lengths.get("tokenizer.ggml.tokens") or _number(header, f"{architecture}.vocab_size", 0)
 
 
 def _feed_forward(header: Header, architecture: str, layers: Iterable[Iterable[Tensor]]) -> int:
-    """Return the width of what is computed at once: dense layers', if there are any, or that of all experts in use."""
+    """Return the width of what is computed at once: of dense layers, if there are any, or of all experts in use."""
     dense = any(_DENSE.search(tensor.name) for layer in layers for tensor in layer)
     dense_length = _number(header, f"{architecture}.feed_forward_length", 0) if dense else 0
     shared_length = _number(header, f"{architecture}.expert_shared_feed_forward_length", 0)
@@ -312,7 +315,7 @@ def _feed_forward(header: Header, architecture: str, layers: Iterable[Iterable[T
 
 
 def _expert_length(header: Header, architecture: str) -> int:
-    """Return the width of one expert, which is that of a layer where the file names no other; 0 without experts."""
+    """Return the width of one expert, which is the layer's where the file names no other; 0 without experts."""
     if not _number(header, f"{architecture}.expert_used_count", 0):
         return 0
     dense_length = _number(header, f"{architecture}.feed_forward_length", 0)

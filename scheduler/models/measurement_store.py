@@ -1,7 +1,7 @@
-"""What models took, in one SQLite file that survives restarts; made to be lost without harm.
+"""The measurements of runners, in one SQLite file that survives restarts; losing the file does no harm.
 
-It holds paths, sizes and times of model files, load-time options, bytes and seconds: nothing of what was asked.
-Whatever is wrong with the file, models are loaded as if it were empty.
+The file holds paths, sizes and times of model files, load-time options, bytes and seconds, and nothing of prompts or
+answers. Whatever is wrong with the file, models are loaded as if it were empty.
 """
 
 from __future__ import annotations
@@ -26,22 +26,22 @@ from fsm.sizing.load_history import LAST_LOADS, LoadHistory, LoadTimes, Measured
 from scheduler.config.paths import NO_HOME, VERSION
 
 log = logging.getLogger("loadmaster")
-APPLICATION_ID = 0x4C4D4650  # "LMFP": how a file of ours is told from any other SQLite file
-MOST_ROWS = 1000  # one is about 600 bytes; the oldest go
+APPLICATION_ID = 0x4C4D4650  # "LMFP": tells a file of ours from any other SQLite file
+MOST_ROWS = 1000  # a row takes about 600 bytes; beyond it the oldest rows are deleted
 MOST_ROW_BYTES = 64 * 1024
 MOST_OF_A_MODEL = 64  # rows that are read of one model
 MOST_BYTES = 1 << 46  # 64 TiB: no device is larger
 MOST_LAYERS = 1 << 16
 MOST_OF_AN_OPTION = 1 << 63
 MOST_LOAD_S = 1e6  # eleven days
-READ_TIMEOUT_S, WRITE_TIMEOUT_S = 0.25, 2.0  # how long another program may hold the file
+READ_TIMEOUT_S, WRITE_TIMEOUT_S = 0.25, 2.0  # how long to wait for another program that holds the file
 
 _TABLE = """CREATE TABLE footprints (
     machine TEXT NOT NULL, files TEXT NOT NULL, options TEXT NOT NULL, split TEXT NOT NULL,
     state TEXT NOT NULL, took TEXT NOT NULL, loads TEXT NOT NULL, checksum INTEGER NOT NULL,
     PRIMARY KEY (machine, files, options, split)
 )"""  # as SQLite keeps it, to the letter
-_SCHEMA = {("footprints", _TABLE), ("sqlite_autoindex_footprints_1", None)}  # name and text of all that is in the file
+_SCHEMA = {("footprints", _TABLE), ("sqlite_autoindex_footprints_1", None)}  # name and text of everything in the file
 _READ = """
 SELECT options, split, took, loads, checksum FROM footprints
 WHERE machine = ? AND files = ? AND state = ? AND length(CAST(options || split || took || loads AS BLOB)) <= ?
@@ -60,23 +60,22 @@ _BROKEN = frozenset({sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLI
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """What must be the same for a figure to hold, beside options and split."""
+    """What must be the same for a measurement to hold, beside options and split."""
 
-    files: str  # the paths of a model's files, and what they are used as
+    files: str  # the paths of a model's files, and their roles
     state: str  # their sizes and times, and the versions of what loads them
 
 
 class MeasurementStore:
-    """Reads and writes the file; each call opens it anew, blocks for as long as its time-outs say, and never raises.
+    """Reads and writes the file; each call opens it anew, blocks for at most its timeout, and never raises.
 
-    A file that is damaged, or none of ours, is set aside as FILE.old (FILE.old2 …) with a warning; one of a newer
-    version is left as it is. What cannot be used is warned of once, and stands in `problem`. One thread uses it at a
-    time.
+    A file that is damaged, or of another kind, is set aside as FILE.old (FILE.old2 …) with a warning; a file of a newer
+    version is left as it is. A failure is warned of once, and stands in `problem`. One thread uses the store at a time.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._problems: dict[str, str] = {}  # that stand, by what was tried
+        self._problems: dict[str, str] = {}  # standing problems, by what was tried
         self._warned = False  # of damaged rows
         self._machine = platform.node()
         if path == NO_HOME:
@@ -84,11 +83,11 @@ class MeasurementStore:
 
     @property
     def problem(self) -> str:
-        """Why nothing is remembered, in a sentence; empty: it is."""
+        """Why no measurements are kept, in a sentence; empty where they are kept."""
         return next(iter(self._problems.values()), "")
 
     def read(self, identity: Identity) -> LoadHistory:
-        """Return what is known of a model's file; nothing where there is none, or it cannot be read."""
+        """Return the measurements of a model's file; empty where there are none, or the file cannot be read."""
         rows: list[_Known] = []
 
         def act() -> None:
@@ -102,7 +101,10 @@ class MeasurementStore:
         return _remembered(rows)
 
     def write(self, identity: Identity, options: Options, split: Amounts, took: Amounts, load_s: float | None) -> None:
-        """Keep what a life showed: `took` replaces what was known, unless it is empty; `load_s` joins the last few."""
+        """Keep the measurements of a runner: `took`, in bytes, replaces what was known unless it is empty.
+
+        `load_s`, the seconds of its load, joins the last few.
+        """
 
         def act() -> None:
             self._prepare()
@@ -128,7 +130,7 @@ class MeasurementStore:
         self._replace(file, identity, (*place, _text(took), _text(seconds)))
 
     def _replace(self, file: sqlite3.Connection, identity: Identity, row: tuple[str, str, str, str]) -> None:
-        """Write one row, forget the model's earlier files, and the oldest rows of all."""
+        """Write one row, and delete the rows of the model's earlier files and the oldest rows of all."""
         if sum(map(len, (identity.files, identity.state, *row))) > MOST_ROW_BYTES:
             return
         file.execute(_FORGET_OTHER_FILES, (self._machine, identity.files, identity.state))
@@ -137,7 +139,7 @@ class MeasurementStore:
         file.execute(_FORGET_OLDEST, (MOST_ROWS,))
 
     def _known(self, identity: Identity, row: _Row) -> _Known | None:
-        """Return what a row says; None, with a warning, where it is not as it was written."""
+        """Return the measurements in a row, or None, with a warning, where the row is damaged."""
         with suppress(ValueError, TypeError, AttributeError, RecursionError):
             if row[4] == _checksum(identity, row[:4]):
                 return _known(row)
@@ -147,7 +149,7 @@ class MeasurementStore:
         return None
 
     def _attempt(self, what: str, act: Callable[[], None]) -> bool:
-        """Take whatever goes wrong as a reason to go on without; return whether the file was put out of the way."""
+        """Call `act`, and go on without it where it fails; return whether the file was put aside."""
         if self.path == NO_HOME:
             return False
         try:
@@ -161,7 +163,8 @@ class MeasurementStore:
                 return self._set_aside(str(error))
             self._say(what, str(error))
             return False
-        except Exception as error:  # text or numbers that SQLite cannot take, say: models are loaded all the same
+        except Exception as error:
+            # text or numbers that SQLite cannot take, for example: models are loaded all the same
             self._say(what, str(error))
             return False
         self._problems.pop(what, None)
@@ -170,13 +173,13 @@ class MeasurementStore:
         return False
 
     def _say(self, what: str, reason: str) -> None:
-        problem = f"what models take is not remembered: {self.path} could not be {what}: {reason}"
+        problem = f"measurements of models are not kept: {self.path} could not be {what}: {reason}"
         if not self._problems:
             log.warning("%s", problem)
         self._problems[what] = problem
 
     def _set_aside(self, reason: str) -> bool:
-        """Begin anew, with the old file kept beside: it may be somebody else's, named here by mistake."""
+        """Begin anew, and keep the old file beside: its path may have been given by mistake."""
         endings = (f".old{number}" if number > 1 else ".old" for number in itertools.count(1))
         names = (self.path.with_name(self.path.name + ending) for ending in endings)
         aside = next(name for name in names if not os.path.lexists(name))
@@ -187,7 +190,7 @@ class MeasurementStore:
         except OSError as error:
             self._say("put aside", f"{error} ({reason})")
             return False
-        log.warning("%s cannot be used (%s): it is %s now, and what it held is forgotten", self.path, reason, aside)
+        log.warning("%s cannot be used (%s): it is %s now, and its measurements are lost", self.path, reason, aside)
         return True
 
     def _prepare(self) -> None:
@@ -198,10 +201,14 @@ class MeasurementStore:
 
     @contextmanager
     def _opened(self, timeout_s: float, *, write: bool) -> Iterator[sqlite3.Connection]:
-        """Open the file for one transaction, its table made where it is new; raises as `_guarded` knows it."""
+        """Open the file for one transaction, and make its table if the file is new.
+
+        Raises the errors that `_attempt` handles.
+        """
         if not stat.S_ISREG(os.stat(self.path).st_mode):
             raise OSError("it is no file")
-        uri = f"{self.path.absolute().as_uri()}?mode=rw"  # never made here; where it is read-only this opens it so
+        # the file is not made here; a read-only file is opened read-only
+        uri = f"{self.path.absolute().as_uri()}?mode=rw"
         with closing(sqlite3.connect(uri, timeout=timeout_s, isolation_level=None, uri=True)) as file:
             file.text_factory = _decoded
             file.execute("BEGIN IMMEDIATE" if write else "BEGIN")
@@ -210,7 +217,7 @@ class MeasurementStore:
             file.execute("COMMIT")
 
     def _check(self, file: sqlite3.Connection, *, write: bool) -> None:
-        """See to it that the file is one of ours and of this version."""
+        """Raise unless the file is one of ours and of this version; makes the table where the file is empty."""
         (application,) = file.execute("PRAGMA application_id").fetchone()
         (version,) = file.execute("PRAGMA user_version").fetchone()
         schema = set(file.execute("SELECT name, sql FROM sqlite_master"))
@@ -232,7 +239,7 @@ class _Empty(Exception):
 
 
 class _Foreign(Exception):
-    """The file is none of ours, or of an older version."""
+    """The file is of another kind, or of an older version."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,7 +251,7 @@ class _Known:
 
 
 def _remembered(rows: list[_Known]) -> LoadHistory:
-    """Put rows together, the newest first: loads with one split belong together, whatever else was asked for."""
+    """Put rows together, the newest first: loads with one split belong together, whatever their other options are."""
     loads: dict[Amounts, tuple[float, ...]] = {}
     for row in rows:
         split = row.took.split
@@ -254,7 +261,7 @@ def _remembered(rows: list[_Known]) -> LoadHistory:
 
 
 def _known(row: _Row) -> _Known:
-    """Return what the texts of a row say; raises ValueError or TypeError for anything that is not what is written."""
+    """Return the measurements in the texts of a row; raises ValueError or TypeError for a row that is not valid."""
     options, split, took, seconds = (json.loads(text) for text in row[:4])
     layers, held = _amounts(split, MOST_LAYERS), _amounts(took, MOST_BYTES)
     gpus, devices = dict(layers).keys(), dict(held).keys()
@@ -264,7 +271,8 @@ def _known(row: _Row) -> _Known:
     return _Known(MeasuredBytes(_options(options), layers, held), loads)
 
 
-_OPTIONS = {name: get_args(kind)[0] for name, kind in get_type_hints(Options).items()}  # their types, None aside
+# the options' types, without None
+_OPTIONS = {name: get_args(kind)[0] for name, kind in get_type_hints(Options).items()}
 
 
 def _options(named: dict[str, Any]) -> Options:
@@ -301,5 +309,5 @@ def _text(value: object) -> str:
 
 
 def _decoded(text: bytes) -> str:
-    """Return a text of the file's; what is none differs from what was written, as its checksum says."""
+    """Return a text of the file; a text that is not UTF-8 differs from what was written, as its checksum shows."""
     return text.decode(errors="replace")

@@ -1,4 +1,4 @@
-"""What models took before, asked for and kept on a thread of its own, so that nothing else waits for a slow disk."""
+"""The measurements of earlier runners, read and kept on a thread of their own: nothing waits for a slow disk."""
 
 from __future__ import annotations
 
@@ -18,26 +18,30 @@ from scheduler.concurrency.thread_pool import ThreadPool
 from scheduler.models.measurement_store import Identity, MeasurementStore
 from scheduler.models.model_spec import ModelSpec
 
-WAIT_S = 0.5  # that an inspection waits for what is known; then the model is predicted
-MOST_JOBS = 100  # that wait for the disk; more are dropped
+WAIT_S = 0.5  # how long an inspection waits for measurements; after that the footprint is predicted
+MOST_JOBS = 100  # jobs that wait for the disk; more are dropped
 
 
 class Measurements:
-    """The store of one scheduler; safe to use from any thread. It has a thread of its own."""
+    """The measurements of one scheduler, with a thread of their own; safe to use from any thread."""
 
     def __init__(self, path: Path) -> None:
         self._store = MeasurementStore(path)
         self._workers = ThreadPool("loadmaster-footprints", 1)
-        self._jobs: deque[None] = deque()  # one for each that is queued or under way; no lock, so that nobody waits
-        self._late: Latch | None = None  # of the last job that was waited for in vain: until it is done nobody waits
+        # one item for each job queued or under way; without a lock, so that no thread waits
+        self._jobs: deque[None] = deque()
+        self._late: Latch | None = None  # of the last job whose wait timed out: until that job is done no thread waits
 
     @property
     def problem(self) -> str:
-        """Why nothing is remembered, in a sentence; empty: it is."""
+        """Why no measurements are kept, in a sentence; empty where they are kept."""
         return self._store.problem
 
     def recall(self, identity: Identity | None, timeout_s: float = WAIT_S) -> LoadHistory:
-        """Return what is known; nothing where the disk does not answer in time."""
+        """Return the measurements of a model's files.
+
+        Empty where the disk does not answer within `timeout_s` seconds.
+        """
         found: list[LoadHistory] = []
         done, late = Latch(), self._late
 
@@ -54,16 +58,16 @@ class Measurements:
         return found[0] if found else NOTHING
 
     def remember(self, identity: Identity, launch: Launch, showed: PersistMeasurement) -> None:
-        """Have what a runner showed written; returns at once."""
+        """Order a runner's measurements to be written, and return at once."""
         options, split = launch.options, launch.placement.gpu_layers
         self._put(lambda: self._store.write(identity, options, split, showed.took, showed.load_s))
 
     def ensure_threads(self) -> None:
-        """Start its thread where it could not be started."""
+        """Start the thread where it could not be started before."""
         self._workers.ensure_threads()
 
     def close(self, timeout_s: float) -> list[str]:
-        """Have everything written and end the thread; return its name if it hangs."""
+        """Write everything that is queued and end the thread; return the thread's name if it hangs."""
         return self._workers.close(timeout_s)
 
     def _put(self, job: Callable[[], object]) -> bool:
@@ -82,19 +86,19 @@ class Measurements:
         self._jobs.append(None)
         try:
             self._workers.put(run)
-        except BaseException:  # Ctrl-C, say; where it was queued all the same, it is counted off twice
+        except BaseException:  # Ctrl-C, for example; a job that was queued all the same is counted off twice
             done()
             raise
         return True
 
 
 def identity_of(model: object) -> Identity | None:
-    """Return what tells a model's files from any others; None for an object, and where they cannot be told.
+    """Return what tells a model's files from any others; None for an object, and for files that cannot be read.
 
-    Sizes and times are those of now. What loads them is part of it: another version of the engine takes other buffers.
+    Sizes and times are those of now. The engine's version is part of the identity: another version takes other buffers.
     """
     if not isinstance(model, ModelSpec):
-        return None  # it says itself what it takes, and another program's object of this name is another
+        return None  # an object declares its bytes, and another program's object of this name is a different one
     try:
         found = [os.stat(path) for path in model.files]
     except (OSError, ValueError):

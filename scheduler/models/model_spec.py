@@ -1,4 +1,4 @@
-"""What a user asks for: a model file with everything that makes it a different runner."""
+"""What a user requests: a model file with everything that makes it a model of its own."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from scheduler.errors.exceptions import InvalidModel, InvalidSettings, Unsupport
 
 Files = str | PathLike[str] | Iterable[str | PathLike[str]]  # one path or several
 
-FIRST_PART = re.compile(r"-00001-of-(\d{5})\.gguf$", re.IGNORECASE)  # how a file that was split begins
-MOST_PARTS = 1024  # of a file that was split; the largest models have about a hundred
+FIRST_PART = re.compile(r"-00001-of-(\d{5})\.gguf$", re.IGNORECASE)  # ending of a split file's first part
+MOST_PARTS = 1024  # of a split file; the largest models have about a hundred
 
 
 @dataclass(frozen=True, slots=True)
 class ModelSpec:
-    """A model under a name, with the defaults its requests have.
+    """A model under a name, with the defaults of its requests.
 
-    The real file that `path` leads to, those of adapters and projectors, and `embedding` are its identity: requests
-    that agree on these share one runner, by whatever names and symbolic links they came. A hard link is a file of its
-    own. `options` are the load-time options of requests that name none; `keep_alive` is a duration ("5m", seconds;
-    negative: for ever). Raises `InvalidSettings` or `UnsupportedOption` for what is of a wrong type, and `InvalidModel`
-    for a path that is not UTF-8.
+    The real file that `path` leads to, the real files of adapters and projectors, and `embedding` are its identity:
+    requests that agree on these share one runner, whatever names and symbolic links they used. A hard link is a file of
+    its own. `options` are the load-time options of requests that name none; `keep_alive` is a duration ("5m", seconds;
+    negative: for ever). Raises `InvalidSettings` or `UnsupportedOption` for an argument of a wrong type, and
+    `InvalidModel` for a path that is not UTF-8.
     """
 
     name: str
@@ -35,9 +35,9 @@ class ModelSpec:
     embedding: bool = False
     options: Options = field(default_factory=Options)
     keep_alive: str | float | None = None
-    pin: bool = False  # never given up for others
-    priority: int = 0  # higher goes first among those that wait
-    id: ModelId = field(init=False)  # the same for specs of the same identity, where links lead when this is made
+    pin: bool = False  # never evicted for other models
+    priority: int = 0  # a request group of higher priority goes first
+    id: ModelId = field(init=False)  # the same for specs of the same identity; links are followed when the spec is made
 
     def __hash__(self) -> int:
         return hash(self.id)
@@ -59,7 +59,7 @@ class ModelSpec:
 
     @property
     def files(self) -> tuple[str, ...]:
-        """Every file that a load reads, in order: the model's own, all parts of it, then what lies beside it."""
+        """The files that a load reads, in order: the model's own with all its parts, then adapters and projectors."""
         own = [self.path]
         if split := FIRST_PART.search(self.path):
             stem, count = self.path[: split.start()], int(split[1])
@@ -67,7 +67,7 @@ class ModelSpec:
         return (*own, *self.adapters, *self.projectors)
 
     def resolved(self) -> ModelSpec:
-        """Return it with links followed as they lead now, so that what is loaded is what its identity says."""
+        """Return the spec with links followed as they lead now, so that the loaded file is the one of its identity."""
         return replace(
             self,
             path=_loadable(self.path),
@@ -77,13 +77,13 @@ class ModelSpec:
 
 
 def check_text(name: str, value: object) -> None:
-    """Raise `InvalidSettings` where a text is none, or empty: it would break what is told about the model."""
+    """Raise `InvalidSettings` for a value that is no text, or empty, since messages about the model show it."""
     if not isinstance(value, str) or not value:
         raise InvalidSettings(name, value, "a text that is not empty")
 
 
 def check_name(value: object) -> None:
-    """Raise `InvalidSettings` for what nobody could be told as a model's name: it goes into files, and to engines."""
+    """Raise `InvalidSettings` for a name that is not valid UTF-8 text, since it is written to files and to engines."""
     check_text("name", value)
     try:
         str(value).encode()
@@ -92,7 +92,7 @@ def check_name(value: object) -> None:
 
 
 def check_switch(name: str, value: object) -> None:
-    """Raise `InvalidSettings` for what is neither True nor False; "no" would count as True."""
+    """Raise `InvalidSettings` for a value that is neither True nor False; "no" would count as True."""
     if not isinstance(value, bool):
         raise InvalidSettings(name, value, "True or False")
 
@@ -109,7 +109,7 @@ def _several(option: str, value: Files) -> tuple[str, ...]:
 
 
 def _absolute(name: str | PathLike[str]) -> str:
-    """Return the absolute path; raises `InvalidModel` for one that the engine cannot be told."""
+    """Return the absolute path; raises `InvalidModel` for a path that the engine could not be given."""
     try:
         found = path.abspath(path.expanduser(fspath(name)))
     except OSError:
@@ -123,7 +123,7 @@ def _absolute(name: str | PathLike[str]) -> str:
 
 
 def _real(name: str) -> str:
-    """Return the real path; what no file can be called stays as it is, to be refused when it is opened."""
+    """Return the real path; an impossible path stays as it is, and is refused when it is opened."""
     try:
         return path.realpath(name)
     except ValueError:  # a zero byte
@@ -131,7 +131,7 @@ def _real(name: str) -> str:
 
 
 def _loadable(name: str) -> str:
-    """Return the real path of a model, under a name by which the other parts of one that was split are found."""
+    """Return the real path of a model, under a name by which the other parts of a split file are found."""
     real = _real(name)
     if FIRST_PART.search(name) and not FIRST_PART.search(real):  # each part is a link to a file without a name
         return path.join(_real(path.dirname(name)), path.basename(name))

@@ -1,4 +1,4 @@
-"""Where models are kept by other programs: folders of GGUF files, Ollama's store, the Hugging Face cache."""
+"""Where other programs keep models: folders of GGUF files, Ollama's store, the Hugging Face cache."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from scheduler.models.model_spec import FIRST_PART, ModelSpec
 if TYPE_CHECKING:
     from huggingface_hub import CachedRepoInfo, CachedRevisionInfo
 
-MANIFEST_BYTES = 4 << 20  # of a manifest or parameters, at most; usual ones have about 1 KiB
-DEFAULT_QUANTISATION = "Q4_K_M"  # of a repository that has several, as llama.cpp and Ollama choose
+MANIFEST_BYTES = 4 << 20  # most bytes of a manifest or parameters; usual ones have about 1 KiB
+DEFAULT_QUANTISATION = "Q4_K_M"  # of a repository that has several quantisations, as llama.cpp and Ollama choose
 HUB_MISSING = "the Hugging Face cache, were huggingface_hub installed (pip install 'loadmaster[hub]')"
 OLLAMA_SYSTEM_STORE = "/usr/share/ollama/.ollama/models"  # of the service that Ollama's installer for Linux sets up
 
@@ -32,15 +32,15 @@ _GGUF = re.compile(r"\.gguf$", re.IGNORECASE)
 
 
 def default_resolvers(folders: Iterable[str | Path], environment: Mapping[str, str] = os.environ) -> Sequence[Resolver]:
-    """Return who is asked for a name: these folders, then Ollama's stores, then the Hugging Face cache.
+    """Return the resolvers of names: these folders, then Ollama's stores, then the Hugging Face cache.
 
-    `OLLAMA_MODELS` names the only store of Ollama's, where it is set.
+    Where `OLLAMA_MODELS` is set, it names Ollama's only store.
     """
     if named := environment.get("OLLAMA_MODELS", "").strip():
         stores = [Path(named)]
     else:
         stores = []
-        with suppress(RuntimeError):  # nobody's home, as in containers that run as a user who is not known
+        with suppress(RuntimeError):  # there is no home folder in containers that run as an unknown user
             stores.append(Path("~/.ollama/models").expanduser())
         if os.access(OLLAMA_SYSTEM_STORE, os.R_OK | os.X_OK):
             stores.append(Path(OLLAMA_SYSTEM_STORE))
@@ -53,9 +53,9 @@ def default_resolvers(folders: Iterable[str | Path], environment: Mapping[str, s
 
 @dataclass(frozen=True, slots=True)
 class Folder:
-    """A folder with GGUF files, in folders of their own too; a name is the path inside it, `.gguf` left out or not.
+    """A folder with GGUF files, also in folders of its own; a name is the path inside it, with or without `.gguf`.
 
-    A model that was split has the name that its parts share. Hidden folders, and projectors (`mmproj…`), have no names.
+    A split model has the name that its parts share. Hidden folders, and projectors (`mmproj…`), have no names.
     """
 
     root: Path
@@ -66,7 +66,7 @@ class Folder:
         return f"the folder {self.root}"
 
     def find(self, name: str) -> ModelSpec | None:
-        """Return the model of that name."""
+        """Return the model of that name, or None."""
         stem = _GGUF.sub("", name)
         for path in (self.root / name, self.root / f"{stem}.gguf", self.root / f"{stem}.GGUF"):
             if _GGUF.search(path.name) and confined_model(self.root, path):
@@ -92,24 +92,24 @@ class Folder:
 
 # -- Ollama ------------------------------------------------------------------------------------------------------------
 
-_HOST, _NAMESPACE, _TAG = "registry.ollama.ai", "library", "latest"  # where a name leaves them out
+_HOST, _NAMESPACE, _TAG = "registry.ollama.ai", "library", "latest"  # for names that leave them out
 _OLLAMA_NAME = re.compile(
     r"(?:(?:(?P<host>\w[\w.:-]{0,349})/)?(?P<namespace>\w[\w-]{0,79})/)?(?P<model>\w[\w.-]{0,79})(?::(?P<tag>\w[\w.-]{0,79}))?",
     re.ASCII,
 )
 _DIGEST = re.compile(r"sha256[:-]([0-9a-f]{64})", re.ASCII)  # nothing else becomes part of a path (CVE-2024-37032)
 _LAYER = "application/vnd.ollama.image."
-_KINDS = ("model", "adapter", "projector", "params")  # of layers, those that matter to an engine
+_KINDS = ("model", "adapter", "projector", "params")  # of layers; engines need no others
 _MOST_LAYERS = 16  # of one kind; real models have one or two
-_COUNTS = ("num_ctx", "num_batch", "num_thread")  # of an Ollama model's parameters, those that Options know too;
-_OTHERS = ("num_gpu", "main_gpu", "use_mmap")  # the rest is about sampling
+_COUNTS = ("num_ctx", "num_batch", "num_thread")  # of an Ollama model's parameters, those that Options have too;
+_OTHERS = ("num_gpu", "main_gpu", "use_mmap")  # the other parameters are about sampling
 
 
 @dataclass(frozen=True, slots=True)
 class OllamaStore:
     """Models that Ollama has pulled or made, by the names that `ollama list` shows; `:latest` may be left out.
 
-    Adapters, projectors and those parameters that are load-time options here come with them.
+    Adapters, projectors and the parameters that are load-time options here come with them.
     """
 
     root: Path
@@ -120,7 +120,10 @@ class OllamaStore:
         return f"Ollama's store {self.root}"
 
     def find(self, name: str) -> ModelSpec | None:
-        """Return what the manifest of that name says; raises `InvalidModel` for one that says nothing usable."""
+        """Return the model in the manifest of that name, or None.
+
+        Raises `InvalidModel` for a manifest that is not usable.
+        """
         parts = _OLLAMA_NAME.fullmatch(name)
         if parts is None:
             return None
@@ -134,7 +137,8 @@ class OllamaStore:
             host, namespace, model, tag = path.parts[-4:]
             before = "" if (host, namespace) == (_HOST, _NAMESPACE) else f"{namespace}/"
             name = f"{before if host == _HOST else f'{host}/{namespace}/'}{model}:{tag}"
-            if _OLLAMA_NAME.fullmatch(name) and not os.path.isdir(path):  # who may not look is told so when it is read
+            # a folder that may not be read is reported when it is read
+            if _OLLAMA_NAME.fullmatch(name) and not os.path.isdir(path):
                 yield name
 
     def _read(self, name: str, manifest: Path) -> ModelSpec:
@@ -169,7 +173,7 @@ class OllamaStore:
 
 
 def _read_json(path: Path) -> object:
-    """Return what a small JSON file holds; raises `InvalidModel`."""
+    """Return the content of a small JSON file; raises `InvalidModel`."""
     try:
         with path.open("rb") as file:
             text = file.read(MANIFEST_BYTES + 1)
@@ -209,12 +213,12 @@ _QUANTISATION = re.compile(
     r"(?:^|[-._/])((?:UD-)?(?:I?Q\d\w*|TQ\d\w*|[A-Z]*FP(?:4|8|16)\w*|BF16|F16|F32))$", re.IGNORECASE
 )
 _PROJECTOR = re.compile(r"(?:^|[/._-])mmproj[^/]*\.gguf$", re.IGNORECASE)
-_KNOWN_NAMES = 1024  # remembered; then all are forgotten
+_KNOWN_NAMES = 1024  # names kept; beyond it all are forgotten
 _Stamp = tuple[tuple[int, int] | None, ...]
 
 
 class _Scanned(NamedTuple):
-    """A repository as it was, and the files and folders that tell whether it has other versions or files since."""
+    """A repository at the last scan, and the files and folders that show whether it has changed since."""
 
     repository: CachedRepoInfo
     watched: tuple[Path, ...]
@@ -222,7 +226,7 @@ class _Scanned(NamedTuple):
 
 
 class _Known(NamedTuple):
-    """What a name stood for, and the files that tell whether it still does."""
+    """The model that a name stood for, and the files that show whether it still does."""
 
     spec: ModelSpec
     watched: tuple[Path, ...]
@@ -232,11 +236,12 @@ class _Known(NamedTuple):
 class HuggingFaceCache:
     """Models that were downloaded from the Hugging Face hub: "user/repo", "user/repo:Q8_0", "user/repo/file.gguf".
 
-    Only what was downloaded counts, of the version that `main` was then. A projector comes with its model.
+    Only downloaded files count, of the version that `main` was when they were downloaded. A projector comes with its
+    model.
     """
 
     def __init__(self, root: Path | None = None) -> None:
-        self._root = root  # None: where huggingface_hub keeps it
+        self._root = root  # None: huggingface_hub's own folder
         self._known: dict[str, _Known] = {}
         self._scanned: Mapping[str, _Scanned] = {}  # by id, as of the last scan; replaced, never changed
 
@@ -246,7 +251,7 @@ class HuggingFaceCache:
         return f"the Hugging Face cache {self._folder()}" if hub_is_installed() else ""
 
     def find(self, name: str) -> ModelSpec | None:
-        """Return the model; raises `ModelNotFound` with the names there are, where a repository has others."""
+        """Return the model, or None; raises `ModelNotFound` with other names of the repository where it has others."""
         asked = _HUB_NAME.fullmatch(name)
         if asked is None:
             return None
@@ -258,7 +263,7 @@ class HuggingFaceCache:
         self._known.pop(name, None)
         scanned = self._scanned.get(asked["repo"])
         if scanned is not None and scanned.stamp == _stamp(scanned.watched):
-            with suppress(ModelNotFound):  # what it lacked may have come since, into a folder of its own
+            with suppress(ModelNotFound):  # a missing file may have come since, into a folder of its own
                 return self._choose(name, scanned.repository, asked["file"], asked["tag"])
         for repository in self._repositories():
             if repository.repo_id == asked["repo"]:
@@ -272,7 +277,8 @@ class HuggingFaceCache:
                 yield from _hub_names(repository.repo_id, _files(_revision(repository)))
 
     def _folder(self) -> Path:
-        from huggingface_hub.constants import HF_HUB_CACHE  # here, since only this needs it, and it takes 0.1 s
+        # imported here, since only this method needs it, and it takes 0.1 s
+        from huggingface_hub.constants import HF_HUB_CACHE
 
         return self._root or Path(HF_HUB_CACHE)
 
@@ -281,7 +287,7 @@ class HuggingFaceCache:
 
         try:
             found = scan_cache_dir(self._folder()).repos
-        except (CacheNotFound, ValueError):  # there is none, or something else in its place
+        except (CacheNotFound, ValueError):  # there is no cache, or something else in its place
             return ()
         repositories = [each for each in found if each.repo_type == "model" and each.revisions]
         scanned = {}
@@ -324,7 +330,7 @@ class HuggingFaceCache:
 
 
 def hub_is_installed() -> bool:
-    """Tell whether the Hugging Face cache can be looked in."""
+    """Return whether huggingface_hub is installed, which reads the Hugging Face cache."""
     return importlib.util.find_spec("huggingface_hub") is not None
 
 
@@ -362,7 +368,7 @@ def _is_model(file: str) -> bool:
 
 
 def _stamp(paths: Iterable[Path]) -> _Stamp:
-    """Return what changes when one of these is written again, or goes."""
+    """Return a value that changes when one of these files is written again, or deleted."""
 
     def one(path: Path) -> tuple[int, int] | None:
         try:

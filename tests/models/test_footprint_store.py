@@ -400,7 +400,7 @@ def test_a_full_disk_costs_what_was_to_be_written_and_no_more(path: Path) -> Non
     written(path)
     done = subprocess.run([sys.executable, "-c", FULL_DISK, str(path)], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["True"] * 4, done.stderr
-    assert done.stderr.count("is not remembered") <= 2  # once each for what is read and what is written
+    assert done.stderr.count("are not kept") <= 2  # once each for what is read and what is written
 
 
 def change(path: Path, column: str, value: object) -> None:

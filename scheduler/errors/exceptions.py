@@ -1,7 +1,7 @@
-"""What can go wrong for the user: every error carries its numbers as fields and says what to do about it.
+"""The errors that users see: every error carries its figures as fields and says what to do about it.
 
-All of them are `SchedulerError`. `status` is the HTTP status a server would answer with: 400 for what the engine cannot
-do or was asked wrongly, 404 for a missing file, 499 for a cancelled request, 503 for a full queue, 500 otherwise.
+All of them are `SchedulerError`. `status` is the HTTP status a server would answer with: 400 for an option or input
+that the engine does not take, 404 for a missing file, 499 for a cancelled request, 503 for a full queue, 500 otherwise.
 Constructors take exactly the fields, by position or by name; every error survives pickling.
 """
 
@@ -15,12 +15,12 @@ from typing import Any, ClassVar
 from scheduler.errors.formatting import format_bytes, format_duration
 from scheduler.errors.former_names import warn_of_former_name
 
-_LONGEST_VALUE = 200  # characters of what was passed that are shown
+_LONGEST_VALUE = 200  # characters of a passed value that are shown
 OUT_OF_FILES = "this program has too many open files; close some, or raise its limit (ulimit -n)"
 
 
 def is_out_of_files(error: BaseException | None) -> bool:
-    """Tell whether something failed because this program, or the machine, has too many open files."""
+    """Return whether an operation failed because this program, or the machine, has too many open files."""
     while error is not None:
         if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
             return True
@@ -29,7 +29,7 @@ def is_out_of_files(error: BaseException | None) -> bool:
 
 
 def _shown(value: object) -> str:
-    """Return what was passed, in a bounded text."""
+    """Return a passed value as a text of bounded length."""
     try:
         text = repr(value)
     except Exception:  # of an object of the user's own, or of a number with thousands of digits
@@ -39,12 +39,15 @@ def _shown(value: object) -> str:
 
 @dataclass(eq=False)
 class SchedulerError(Exception):
-    """Everything this library raises for its users; `status` is the HTTP status a server would answer with."""
+    """The base of all errors that this library raises for its users.
+
+    `status` is the HTTP status a server would answer with.
+    """
 
     status: ClassVar[int] = 500
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle by fields, since `args` holds only what was passed by position."""
+        """Pickle by fields, since `args` holds only the arguments that were passed by position."""
         values = tuple(getattr(self, each.name) for each in fields(self) if each.init)
         notes = getattr(self, "__notes__", None)
         return (type(self), values) if notes is None else (type(self), values, {"__notes__": notes})
@@ -52,7 +55,7 @@ class SchedulerError(Exception):
 
 @dataclass(eq=False)
 class QueueFull(SchedulerError):
-    """As many requests wait as may wait; this one was refused at once and nothing was changed."""
+    """As many requests wait as may wait; this request was refused at once and nothing was changed."""
 
     limit: int
     retry_after_s: float
@@ -107,7 +110,7 @@ class ModelNotFound(SchedulerError):
 
 @dataclass(eq=False)
 class InvalidModel(SchedulerError):
-    """The model's file is not one that can be loaded; `offset` is where in it, in bytes, if that is known."""
+    """The model's file cannot be loaded; `offset` is the place of the fault in the file, in bytes, if that is known."""
 
     path: str
     reason: str
@@ -120,10 +123,10 @@ class InvalidModel(SchedulerError):
 
 @dataclass(eq=False)
 class DoesNotFit(SchedulerError):
-    """The model can never fit: refused at once, and nothing was evicted for it.
+    """The model can never fit: the request was refused at once, and no runner was evicted for it.
 
-    `free_bytes` gives, for each device, what could be had if everything that may be evicted were gone; `advice` says
-    what helps, where there is something.
+    `free_bytes` gives, for each device, the memory that would be free if everything that may be evicted were gone;
+    `advice` says what helps, where anything does.
     """
 
     model: str
@@ -138,13 +141,15 @@ class DoesNotFit(SchedulerError):
     def __str__(self) -> str:
         devices = ", ".join(f"{format_bytes(free)} on {device}" for device, free in self.free_bytes.items())
         advice = f"; {self.advice}" if self.advice else ""
-        need = f"needs {format_bytes(self.needed_bytes)} and at most {devices or 'nothing'} can be had"
+        need = f"needs {format_bytes(self.needed_bytes)} and at most {devices or 'nothing'} can be made free"
         return f"{self.model!r} {need if self.needed_bytes else 'has no place'}: {self.reason}{advice}"
 
 
 @dataclass(eq=False)
 class LoadFailed(SchedulerError):
-    """The runner did not come up, or crashed again; `retry_after_s` is the back-off, None: it may be tried at once.
+    """The runner did not load, or crashed again.
+
+    `retry_after_s` is the back-off, None: a request may try again at once.
 
     `served` says that the runner had loaded before it failed.
     """
@@ -182,9 +187,9 @@ class LoadTimeout(LoadFailed):
 
 @dataclass(eq=False)
 class RunnerCrashed(SchedulerError):
-    """The runner's process ended, or answers no longer, while it was leased; the lease is void.
+    """The runner's process ended, or stopped answering, while it was leased; the lease is void.
 
-    `closed` says that the scheduler has ended with it, so that it serves nothing any more.
+    `closed` says that the runner ended with the scheduler, which grants no more leases.
     """
 
     model: str
@@ -199,7 +204,7 @@ class RunnerCrashed(SchedulerError):
 
 @dataclass(eq=False)
 class LeaseReleased(SchedulerError):
-    """The lease was given back; what it gave access to may serve others or be gone."""
+    """The lease was released; its runner may serve other leases or be gone."""
 
     model: str
 
@@ -209,7 +214,7 @@ class LeaseReleased(SchedulerError):
 
 @dataclass(eq=False)
 class SchedulerBroken(SchedulerError):
-    """A decision raised an exception, which is a bug of this library: nothing is decided any more."""
+    """A decision raised an exception, which is a bug of this library: the scheduler decides nothing after that."""
 
     cause: str
 
@@ -219,18 +224,18 @@ class SchedulerBroken(SchedulerError):
 
 @dataclass(eq=False)
 class RequestCancelled(SchedulerError):
-    """The request was cancelled while it waited; whatever it held was given back."""
+    """The request was cancelled while it waited; everything that it held was released."""
 
     model: str
     status: ClassVar[int] = 499
 
     def __str__(self) -> str:
-        return f"the request for {self.model!r} was cancelled: ask again if it is still wanted"
+        return f"the request for {self.model!r} was cancelled: acquire it again if it is still needed"
 
 
 @dataclass(eq=False)
 class AcquireTimeout(SchedulerError, TimeoutError):
-    """The caller's time-out passed before a runner was granted; the request has left the queue."""
+    """The caller's timeout passed before a runner was granted; the request has left the queue."""
 
     model: str
     timeout_s: float
@@ -245,10 +250,11 @@ class AcquireTimeout(SchedulerError, TimeoutError):
 
 @dataclass(eq=False)
 class TimeoutTooShort(AcquireTimeout):
-    """The caller's time-out is shorter than the model has ever taken to load: refused at once, and nothing was evicted.
+    """The caller's timeout is shorter than any measured load of the model: refused at once, and no runner was evicted.
 
-    It would have waited for `least_s` seconds at least: the quickest load that was measured of this file, with these
-    options, took `load_s`, and the one that it would wait for began `begun_s` seconds ago (None: it has not).
+    The request would have waited for `least_s` seconds at least: the quickest load that was measured of this file, with
+    these options, took `load_s`, and the load that the request would wait for began `begun_s` seconds ago (None: it has
+    not begun).
     """
 
     waiting_for: str = field(init=False, default="its model to load")
@@ -267,7 +273,7 @@ class TimeoutTooShort(AcquireTimeout):
 
 @dataclass(eq=False)
 class SchedulerClosed(SchedulerError):
-    """The scheduler is closed, or closing: it takes no requests, and those that waited end with this."""
+    """The scheduler is closed, or closing: it takes no requests, and the requests that waited end with this error."""
 
     def __str__(self) -> str:
         return "the scheduler is closed: make a new one"
@@ -275,7 +281,7 @@ class SchedulerClosed(SchedulerError):
 
 @dataclass(eq=False)
 class SchedulerForked(SchedulerError):
-    """The process was forked: its copy of a scheduler is not usable, and nothing of the parent's was touched."""
+    """The process was forked: its copy of a scheduler is not usable, and the parent's scheduler is not affected."""
 
     def __str__(self) -> str:
         return "this scheduler belongs to the process that was forked: make a new one here"
@@ -283,7 +289,7 @@ class SchedulerForked(SchedulerError):
 
 @dataclass(eq=False)
 class UnsupportedOption(SchedulerError, ValueError):
-    """The engine cannot do what this option asks for."""
+    """The engine does not support this value of an option."""
 
     name: str
     value: object
@@ -296,7 +302,7 @@ class UnsupportedOption(SchedulerError, ValueError):
 
 @dataclass(eq=False)
 class InvalidSettings(SchedulerError, ValueError):
-    """A setting or argument has a value it cannot have; `allowed` says which it can."""
+    """A setting or argument has a value that is not allowed; `allowed` says which values are."""
 
     name: str
     value: object
@@ -322,15 +328,16 @@ class EngineMissing(SchedulerError):
 class EngineError(SchedulerError):
     """The runner answered a request with an error; it goes on serving.
 
-    `status_code` is the HTTP status it answered with (500 if the error came inside a stream), `message` its own words.
+    `status_code` is the HTTP status of the answer (500 if the error came inside a stream), `message` the engine's
+    words.
     """
 
     status_code: int
     message: str
 
     def __post_init__(self) -> None:
-        if self.status_code in (400, 413, 422, 501):  # wrong input, or (501) not what this runner was loaded for
-            self.status = 400  # type: ignore[misc]  # of this instance: the kind depends on the engine's answer
+        if self.status_code in (400, 413, 422, 501):  # wrong input, or (501) a use that this runner was not loaded for
+            self.status = 400  # type: ignore[misc]  # set on the instance: it depends on the answer
 
     def __str__(self) -> str:
         return f"the engine answered with status {self.status_code}: {self.message}"

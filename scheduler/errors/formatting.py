@@ -15,7 +15,7 @@ _SECONDS_PER_UNIT = (("h", 3600), ("m", 60), ("s", 1))
 
 
 def format_bytes(count: int) -> str:
-    """A number of bytes for a person to read, in binary units: "512 bytes", "1.5 GiB"."""
+    """Return a number of bytes for a person to read, in binary units: "512 bytes", "1.5 GiB"."""
     if abs(count) < 1024:
         return f"{count} bytes"
     value = float(count)
@@ -27,7 +27,7 @@ def format_bytes(count: int) -> str:
 
 
 def format_duration(duration_s: float) -> str:
-    """A duration for a person to read: "250ms", "2.5s", "1h30m", or "forever" if it is infinite."""
+    """Return a duration for a person to read: "250ms", "2.5s", "1h30m", or "forever" if it is infinite."""
     if math.isinf(duration_s):
         return "forever" if duration_s > 0 else "-forever"
     if duration_s < 0:
@@ -48,5 +48,5 @@ _ADDRESS = re.compile(r"https?://(?:127\.|localhost|\[::1\])[^\s\"\\]*")
 
 
 def without_addresses(words: str) -> str:
-    """Return what somebody said without the addresses of servers on this machine: one may be a runner's."""
+    """Return a text without the addresses of servers on this machine: an address may be a runner's."""
     return _ADDRESS.sub("http://...", words)

@@ -1,4 +1,4 @@
-"""From the core's refusals to the user's errors, and to the words for decisions, which may be refusals."""
+"""The user's errors for the core's refusals, and the words for decisions, which may be refusals."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def error_of(refusal: Refusal, name: wording.Name) -> exceptions.SchedulerError:
         case DoesNotFitRefusal(model, needed, available, reason):
             total = sum(count for _, count in needed)
             advice = wording.remedy(reason, f"{wording.SMALLER}, or raise the limit")
-            if advice and not model:  # a reservation: no model of it could be smaller
+            if advice and not model:  # a reservation: no smaller model would help
                 advice = "reserve less"
             words = wording.infeasible_reason(reason, name)
             return exceptions.DoesNotFit(name(model), total, dict(available), words, advice)
@@ -60,7 +60,7 @@ def error_of(refusal: Refusal, name: wording.Name) -> exceptions.SchedulerError:
 
 
 def decision_words(entry: Decision, name: wording.Name) -> str:
-    """Return why a decision is as it is, in words."""
+    """Return the reason of a decision in words."""
     if entry.why is None:
         return wording.victims(entry.runners, name)
     if isinstance(entry.why, Refusal):

@@ -1,7 +1,7 @@
-"""The words for every reason of the core: made here alone, where people read them, and never looked at by a program.
+"""The words for every reason of the core: made only here, for people to read, and never searched by a program.
 
-`name` gives the name to show for a model's identity. What engines, the system and eviction policies said of themselves
-is passed on as it is.
+`name` gives the name to show for a model's identity. Words of engines, the system and eviction policies are passed on
+as they are.
 """
 
 from __future__ import annotations
@@ -53,11 +53,11 @@ WAITS: Mapping[WaitFor, str] = MappingProxyType(
         WaitFor.plan: "its turn",
         WaitFor.metadata: "its model's metadata",
         WaitFor.load: "its model to load",
-        WaitFor.other_load: "a load of its model with other options",
+        WaitFor.other_load: "the load of its model with other options",
         WaitFor.earlier_requests: "earlier requests",
         WaitFor.same_model: "an earlier request for its model",
         WaitFor.memory: "memory being freed",
-        WaitFor.load_slot: "another load to end",
+        WaitFor.load_slot: "a load slot",
         WaitFor.other_program: "another program that loads a model",
     }
 )
@@ -79,8 +79,8 @@ RUNNERS: Mapping[RunnerReason, str] = MappingProxyType(
         RunnerReason.no_keep_alive: "its keep-alive is 0",
         RunnerReason.keep_alive_over: "its keep-alive is over",
         RunnerReason.abandoned: "no request waits for it any more",
-        RunnerReason.asked: "the program asked for it to leave",
-        RunnerReason.asked_while_awaited: "the program asked for it to leave after the requests that waited for it",
+        RunnerReason.asked: "its model was expired",
+        RunnerReason.asked_while_awaited: "its model was expired after the requests that waited for it",
         RunnerReason.closing: "the scheduler closes",
         RunnerReason.memory_freed: "its memory is free again",
         RunnerReason.memory_overdue: "its memory was not free again in time",
@@ -104,19 +104,19 @@ UNSUPPORTED: Mapping[UnsupportedReason, str] = MappingProxyType(
 )
 KEPT: Mapping[KeptReason, str] = MappingProxyType(
     {
-        KeptReason.goes_last: "it is to go when nothing else is missing",
-        KeptReason.goes_later: "it is to go in {goes_in}, or when it rests",
+        KeptReason.goes_last: "it is to be evicted when nothing else is missing",
+        KeptReason.goes_later: "it is to be evicted in {goes_in}, or when it is idle",
         KeptReason.overdue: "it was stopped, but does not end",
         KeptReason.expiring: "it is expiring already",
         KeptReason.pinned: "it is pinned",
-        KeptReason.other_victim: "it goes for another request",
+        KeptReason.other_victim: "it is evicted for another request",
         KeptReason.awaited: "other requests wait for its load",
-        KeptReason.not_needed: "no runner has to go",
+        KeptReason.not_needed: "no runner has to be evicted",
         KeptReason.in_use: "it is in use",
         KeptReason.just_loaded: "it has only just been loaded",
         KeptReason.just_used: "it was used a moment ago",
-        KeptReason.not_enough: "all runners that may go would not be enough",
-        KeptReason.others_cost_less: "giving up other runners is expected to cost less",
+        KeptReason.not_enough: "evicting all runners that may be evicted would not be enough",
+        KeptReason.others_cost_less: "evicting other runners is expected to cost less",
         KeptReason.others_come_first: "other runners come first in the policy's order, and suffice",
     }
 )
@@ -155,7 +155,7 @@ def transition_reason(reason: TransitionReason, name: Name) -> str:
 
 
 def failure_reason(reason: FailureReason) -> str:
-    """Return why a runner is gone, or of no use; it may have several lines, of which the first says most."""
+    """Return why a runner is gone, or unusable; the text may have several lines, of which the first says most."""
     match reason:
         case ProcessExited(code, text):
             return text or f"its process exited with {code}"
@@ -184,16 +184,16 @@ def infeasible_reason(reason: InfeasibleReason, name: Name) -> str:
             return _runner_limit(reason, name)
         case MemoryHeld(models, pinned):
             stuck = "its memory is held by runners that were stopped and do not end"
-            held = "it would fit only by giving up what is pinned" if pinned else stuck
+            held = "it would fit only by evicting pinned models" if pinned else stuck
             return f"{held}: {_names(models, name)}"
         case _:
             assert_never(reason)
 
 
 def remedy(reason: InfeasibleReason, otherwise: str) -> str:
-    """Return what helps where a request can never be satisfied; `otherwise` where the size is all there is to change.
+    """Return what helps where a request can never be satisfied; `otherwise` where only the size could be changed.
 
-    It is empty where the reason itself says what there is.
+    The text is empty where the reason itself names the devices that exist.
     """
     match reason:
         case Infeasible.no_gpu | Infeasible.no_required_gpu:
@@ -201,7 +201,7 @@ def remedy(reason: InfeasibleReason, otherwise: str) -> str:
         case Infeasible.held_elsewhere:
             return f"free some of it, or {SMALLER}"
         case MemoryHeld(pinned=pinned):
-            return f"{'unpin some of it' if pinned else 'end that process'}, or {SMALLER}"
+            return f"{'unpin some of them' if pinned else 'end that process'}, or {SMALLER}"
         case Infeasible.too_large | RunnerLimit():
             return otherwise
         case NoSuchDevice():
@@ -211,14 +211,14 @@ def remedy(reason: InfeasibleReason, otherwise: str) -> str:
 
 
 def kept_reason(considered: ConsideredRunner) -> str:
-    """Return why a runner is not given up; empty where it is."""
+    """Return why a runner is not evicted; empty where it is."""
     if considered.why is None:
         return ""
     return KEPT[considered.why].format(goes_in=format_duration(considered.goes_in_s))
 
 
 def device_reason(considered: ConsideredDevice, devices: Iterable[ConsideredDevice]) -> str:
-    """Return why a model does not go on one of the `devices` that were considered; empty where it does."""
+    """Return why a model is not placed on one of the `devices` that were considered; empty where it is."""
     needed, free = considered.needed_bytes, considered.free_bytes
     if considered.taken:
         return ""
@@ -229,7 +229,7 @@ def device_reason(considered: ConsideredDevice, devices: Iterable[ConsideredDevi
 
 
 def victims(runners: Iterable[ConsideredRunner], name: Name) -> str:
-    """Return which runners are given up, and what that is expected to cost where the policy says so."""
+    """Return which runners are evicted, and what that is expected to cost where the policy gives costs."""
     going = [one for one in runners if one.taken]
     names, costs = _names((one.model for one in going), name), [one.cost_s for one in going if one.cost_s is not None]
     return f"{names}, which is expected to cost {sum(costs):.2f} s of loading" if costs else names
@@ -238,7 +238,7 @@ def victims(runners: Iterable[ConsideredRunner], name: Name) -> str:
 def decision_reason(
     reason: WaitReason | Queued | Waited | Placement | ClaimMissed | Prefetched | Measured, name: Name
 ) -> str:
-    """Return why a decision is as it is, for those that are not refusals."""
+    """Return why a decision is as it is, for decisions that are not refusals."""
     match reason:
         case WaitFor() | WaitForRunners():
             return f"for {wait_reason(reason, name)}"
@@ -265,9 +265,9 @@ def decision_reason(
 
 
 def claim_missed(reason: ClaimMissed) -> str:
-    """Return what a launch went ahead without."""
+    """Return which device claims a launch went ahead without."""
     devices = ", ".join(reason.devices)
-    return f"{devices} could not be had from the other programs that load models in {format_duration(reason.timeout_s)}"
+    return f"other programs that load models did not release {devices} within {format_duration(reason.timeout_s)}"
 
 
 def problem(found: str | ClaimMissed) -> str:
@@ -286,5 +286,5 @@ def _names(models: Iterable[ModelId], name: Name) -> str:
 
 
 def _runner_limit(reason: RunnerLimit, name: Name) -> str:
-    kept = f", and these cannot be given up: {_names(reason.unmovable, name)}" if reason.unmovable else ""
+    kept = f", and these cannot be evicted: {_names(reason.unmovable, name)}" if reason.unmovable else ""
     return f"no more than {reason.limit} {'runner' if reason.limit == 1 else 'runners'} may be alive{kept}"

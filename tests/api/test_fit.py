@@ -163,7 +163,7 @@ def test_what_goes_to_a_gpu_in_part_is_told_how_all_of_it_would(
     whole = run_json(capsys, model, *MANY_SLOTS, "--gpu", "a=8GiB")["devices"][1]["needed_bytes"]
     status, output = run(capsys, model, *MANY_SLOTS, "--gpu", f"a={whole - MIB}")
     assert status == 0 and "of 3 layers on GPUs" in output
-    assert "so that all of it would go to GPUs" in output and "--num-ctx 512" in output
+    assert "so that the whole model would go to GPUs" in output and "--num-ctx 512" in output
 
 
 def test_options_change_what_is_taken(capsys: pytest.CaptureFixture[str], model: Path) -> None:

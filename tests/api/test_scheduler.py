@@ -237,7 +237,7 @@ def test_as_many_load_at_once_as_may_and_the_next_when_one_is_done() -> None:
         waiting = {name: scheduler.submit(models[name]) for name in "ab"}
         assert gates["a"].entered.wait(LIMIT_S) and gates["b"].entered.wait(LIMIT_S)
         waiting["c"] = scheduler.submit(models["c"])  # not before: it may be inspected first
-        assert_soon(lambda: [wait.waits_for for wait in scheduler.status().queue][2:] == ["another load to end"])
+        assert_soon(lambda: [wait.waits_for for wait in scheduler.status().queue][2:] == ["a load slot"])
         assert not gates["c"].entered.is_set()
         gates["b"].open.set()
         waiting["b"].result(LIMIT_S).release()

@@ -1,4 +1,4 @@
-"""What a process's control groups let it use of the host's memory and of its processors."""
+"""The limits of a process's control groups on the host's memory and on its processors."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-_NO_LIMIT = 1 << 60  # version 1 says "no limit" with the largest number of pages there can be
+_NO_LIMIT = 1 << 60  # version 1 says "no limit" with the largest number of pages that is possible
 
 
 @dataclass(frozen=True, slots=True)
 class CgroupMemory:
-    """The tightest limit above a process: what it may use in all, and what it may use more than now."""
+    """The tightest memory limit of a process: the bytes that it may use in all, and the bytes that are still free."""
 
     limit_bytes: int
     free_bytes: int
@@ -27,8 +27,9 @@ class _Files:
     cache: tuple[str, ...]  # in memory.stat: pages of files
 
 
-# Above memory.high the kernel does not refuse memory, but slows a process down until it gives up as much: a model that
-# is loaded beyond it is of no use. What version 1 calls a soft limit holds only while the whole machine is short.
+# Above memory.high the kernel does not refuse memory, but slows a process down until it frees as much: a model that is
+# loaded beyond it is of no use. What version 1 calls a soft limit holds only while the whole machine is short of
+# memory.
 _MEMORY = {
     1: _Files(("memory.limit_in_bytes",), "memory.usage_in_bytes", ("total_inactive_file", "total_active_file")),
     2: _Files(("memory.max", "memory.high"), "memory.current", ("inactive_file", "active_file")),
@@ -40,11 +41,10 @@ def cgroup_memory(
 ) -> CgroupMemory | None:
     """Return the memory limit of this process's control groups, versions 1 and 2, or None if there is none.
 
-    Every group from the process's own up to `root` is looked at, since each may set a limit. A group's free bytes are
-    its limit less what it uses; pages of files count as free, as they do in the machine's own figure, because the
-    kernel gives them up before it refuses memory: without this a container that has read one large file would look
-    full. Those that runners have mapped are the ledger's to take off. Swap is never counted, neither as a limit nor as
-    room.
+    Every group from the process's own up to `root` is read, since each may set a limit. A group's free bytes are its
+    limit less its usage. Pages of files count as free, as they do in the machine's own figure, because the kernel frees
+    them before it refuses memory: without this a container that has read one large file would look full. The ledger
+    takes off the pages that runners have mapped. Swap is never counted, neither as a limit nor as room.
     """
     tightest: CgroupMemory | None = None
     for folder, version in _groups(root, membership, "memory"):
@@ -94,7 +94,8 @@ def _groups(root: Path, membership: Path, controller: str) -> Iterator[tuple[Pat
             top, version = root / controller, 1
         else:
             continue
-        # In a container the path may be the host's, of which only the top is mounted here: what is missing is skipped.
+        # In a container the path may be the host's, of which only the top is mounted here: folders that are missing are
+        # skipped.
         folder = top / group.lstrip("/")
         while True:
             yield folder, version

@@ -1,4 +1,4 @@
-"""How many of the machine's cores this program may keep busy."""
+"""The number of the machine's cores that this program may keep busy."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from scheduler.devices.cgroups import cgroup_processors
 def usable_cores() -> int:
     """Return how many physical cores this process may keep busy: affinity and a container's quota count.
 
-    Two threads of one core share what computes, and with less than a whole core more a further thread would be stopped
-    in the middle of each wait: so neither counts.
+    Two threads of one core share its arithmetic units, and a thread with less than a whole core would be stopped in the
+    middle of each wait: so neither hardware threads nor parts of cores count.
     """
     cores = _physical_cores()
     if hasattr(os, "sched_getaffinity"):
@@ -24,7 +24,7 @@ def usable_cores() -> int:
     return max(1, cores)
 
 
-@cache  # on a large machine the system takes milliseconds to tell
+@cache  # on a large machine the system takes milliseconds to answer
 def _physical_cores() -> int:
     return psutil.cpu_count(logical=False) or os.cpu_count() or 1
 

@@ -1,4 +1,4 @@
-"""What NVIDIA's driver says of the GPUs, through its management library. Any call may take long, or never return."""
+"""Reads GPUs through the management library of NVIDIA's driver. Any call may take long, or never return."""
 
 from __future__ import annotations
 
@@ -11,31 +11,31 @@ from fsm.domain.devices import DeviceId
 
 try:
     import pynvml
-except Exception:  # whatever is wrong with the binding, there is still the host
+except Exception:  # whatever is wrong with the binding, the host is still there
     pynvml = None
 
-RETRY_S = 60.0  # a driver that was not there, or lost a GPU, is started again so often at most
+RETRY_S = 60.0  # a driver that was missing, or lost a GPU, is started again at most this often
 
 # GPUs that have no memory of their own, by compute capability: Tegra X1 and X2, Xavier, Orin, Thor (twice), GB10. Their
-# drivers refuse to tell of memory; one that does tell means the host's.
+# drivers refuse to report memory; a driver that does report it means the host's.
 _UNIFIED = frozenset({(5, 3), (6, 2), (7, 2), (8, 7), (10, 1), (11, 0), (12, 1)})
 
 
 @dataclass(frozen=True, slots=True)
 class Gpu:
-    """One GPU, or one instance of a divided one, as the driver describes it."""
+    """One GPU, or one instance of a divided GPU, as the driver describes it."""
 
     id: DeviceId
     name: str
-    capacity_bytes: int  # what can be allocated at most; 0: it shares the host's memory
+    capacity_bytes: int  # the most that can be allocated; 0: the GPU shares the host's memory
     free_bytes: int
     instance: bool  # of a divided GPU
-    processes: Mapping[int, int] | None  # bytes by pid, where they are known; None: the driver does not tell
+    processes: Mapping[int, int] | None  # bytes by pid, where they are known; None: the driver does not report them
 
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """What was found at one look."""
+    """The result of one reading."""
 
     gpus: tuple[Gpu, ...] = ()  # the visible ones, in the order that CUDA_VISIBLE_DEVICES gives them
     problems: tuple[str, ...] = ()  # what could not be read, in sentences
@@ -45,16 +45,16 @@ class Reading:
 class Board:
     """A GPU as it sits in the machine."""
 
-    id: str  # empty: it was lost before it could be asked
+    id: str  # empty: it was lost before its id could be read
     name: str = ""
-    instances: tuple[str, ...] | None = None  # what it is divided into, and then is of no use whole; None: it is not
+    instances: tuple[str, ...] | None = None  # of a divided GPU, which cannot be used whole; None: it is not divided
 
 
 def visible_devices(boards: Sequence[Board], chosen: str | None) -> list[str]:
     """Return the ids of the devices that CUDA_VISIBLE_DEVICES leaves visible, in the order it gives them.
 
-    `chosen` is its value, None if it is not set: then that is every GPU, and in place of a divided one every instance.
-    Entries are indices of `boards` or ids, also shortened if they stay unique; as in CUDA, the first entry that is
+    `chosen` is its value, None if it is not set: then every GPU is visible, and every instance in place of a divided
+    GPU. Entries are indices of `boards` or ids, also shortened if they stay unique. As in CUDA, the first entry that is
     neither ends the list, and an empty list hides every device. An entry for a divided GPU means its first instance.
     """
     devices = {board.id: (board.id,) if board.instances is None else board.instances for board in boards}
@@ -76,7 +76,7 @@ def visible_devices(boards: Sequence[Board], chosen: str | None) -> list[str]:
 class Nvml:
     """A session with the driver; to be used by one thread at a time.
 
-    Nothing here raises because of a GPU or its driver: what cannot be read is left out and named in a `Reading`'s
+    Nothing here raises because of a GPU or its driver: a GPU that cannot be read is left out and named in a `Reading`'s
     problems.
     """
 
@@ -84,31 +84,31 @@ class Nvml:
         self._environment = environment
         self._clock = clock
         self._initialised = False  # the library is usable, and has to be shut down
-        self._retry_at = -float("inf")  # it is not initialised before this
-        self._failure = ""  # why it was not the last time, if it was not
-        self._ailing = False  # a GPU could not be opened since it was initialised
-        self._boards: dict[int, Board] = {}  # by index, as they were when they could last be opened
+        self._retry_at = -float("inf")  # the library is not initialised before this time
+        self._failure = ""  # why the last initialisation failed, if it did
+        self._ailing = False  # a GPU could not be opened since the library was initialised
+        self._boards: dict[int, Board] = {}  # by index, as of the last time that each could be opened
 
     def read(self) -> Reading:
-        """Ask for every visible GPU's memory and processes."""
+        """Return every visible GPU with its memory and processes."""
         problems: list[str] = []
         gpus: list[Gpu] = []
         handles = self._open_all(problems)
         for id in self._visible(handles, problems):
             try:
                 gpus.append(_read_gpu(id, *handles[id], problems))
-            except Exception as error:  # lost, fallen off the bus, not permitted: it is not there for us
+            except Exception as error:  # lost, fallen off the bus, not permitted: the GPU is left out
                 problems.append(f"GPU {id} is left out: {error}")
         return Reading(tuple(gpus), tuple(problems))
 
     def close(self) -> None:
-        """Let go of the driver; reading again later is allowed."""
+        """Shut the library down; a later `read` is allowed."""
         self._retry_at = -float("inf")
         if self._initialised:
             self._initialised = False
             try:
                 pynvml.nvmlShutdown()
-            except Exception:  # there is nothing left to let go of
+            except Exception:  # there is nothing left to shut down
                 return
 
     def _open_all(self, problems: list[str]) -> dict[str, tuple[Any, bool]]:
@@ -117,7 +117,7 @@ class Nvml:
         try:
             self._start()
             count = pynvml.nvmlDeviceGetCount() if self._initialised else 0
-        except Exception as error:  # NVMLError, or what ctypes raises for a broken library: start afresh later
+        except Exception as error:  # NVMLError, or an error of ctypes for a broken library: start afresh later
             self.close()
             self._failure = str(error)
             self._retry_at = self._clock() + RETRY_S
@@ -137,7 +137,10 @@ class Nvml:
         return handles
 
     def _start(self) -> None:
-        """Initialise the library if it is not, or if that may bring a lost GPU back, and if it is time to."""
+        """Initialise the library if it is not, or if that may bring a lost GPU back, and if a new try is due.
+
+        Raises what the library raises, and RuntimeError where its module cannot be imported.
+        """
         if self._clock() < self._retry_at:
             return
         if self._ailing:
@@ -164,7 +167,7 @@ class Nvml:
 
 
 def _open(index: int, handles: dict[str, tuple[Any, bool]]) -> Board:
-    """Note the handle of the GPU at this index, or those of its instances where it is divided."""
+    """Add the handle of the GPU at this index to `handles`, or the handles of its instances where it is divided."""
     handle = pynvml.nvmlDeviceGetHandleByIndex(index)
     id, name = pynvml.nvmlDeviceGetUUID(handle), pynvml.nvmlDeviceGetName(handle)
     if not _is_divided(handle):
@@ -174,7 +177,7 @@ def _open(index: int, handles: dict[str, tuple[Any, bool]]) -> Board:
     for place in range(pynvml.nvmlDeviceGetMaxMigDeviceCount(handle)):
         try:
             instance = pynvml.nvmlDeviceGetMigDeviceHandleByIndex(handle, place)
-        except pynvml.NVMLError_NotFound:  # as many as there may be need not be there
+        except pynvml.NVMLError_NotFound:  # there may be fewer instances than the GPU allows
             continue
         instances.append(pynvml.nvmlDeviceGetUUID(instance))
         handles[instances[-1]] = instance, True
@@ -197,12 +200,12 @@ def _read_gpu(id: str, handle: Any, instance: bool, problems: list[str]) -> Gpu:
     except pynvml.NVMLError_NotSupported:
         capacity, free = 0, 0
     if not capacity and not unified:
-        problems.append(f"GPU {id} does not tell its memory: it is taken to share the host's")
+        problems.append(f"GPU {id} does not report its memory: it counts as sharing the host's")
     processes: Mapping[int, int] | None = None
     try:
         processes = _processes(handle)
     except Exception as error:
-        problems.append(f"GPU {id} does not tell what each process holds, so what was promised counts: {error}")
+        problems.append(f"GPU {id} does not report what each process holds, so the reserved bytes count: {error}")
     return Gpu(DeviceId(id), name, capacity, free, instance, processes)
 
 
@@ -215,7 +218,7 @@ def _compute_capability(handle: Any) -> tuple[int, int] | None:
 
 
 def _memory(handle: Any) -> tuple[int, int]:
-    """Return what can be allocated at most and what is free, in bytes."""
+    """Return the bytes that can be allocated at most and the bytes that are free."""
     try:
         memory = pynvml.nvmlDeviceGetMemoryInfo(handle, version=pynvml.nvmlMemory_v2)
     except pynvml.NVMLError:  # an older driver, which counts its own reserve as usable

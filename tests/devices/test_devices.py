@@ -208,7 +208,7 @@ def test_processes_that_may_not_be_seen_are_missing_and_named(nvml: StandIn) -> 
     assert list(gpus_of(source)) == ["GPU-1", "GPU-2"]
     assert source.gpu_processes() == {"GPU-2": {5: 10}}
     assert source.problems == (
-        "GPU GPU-1 does not tell what each process holds, so what was promised counts: Insufficient Permissions",
+        "GPU GPU-1 does not report what each process holds, so the reserved bytes count: Insufficient Permissions",
     )
 
 
@@ -236,7 +236,7 @@ def test_a_gpu_that_does_not_tell_its_memory_shares_the_hosts(nvml: StandIn) -> 
     source = DeviceReader()
     assert [gpu.integrated for gpu in gpus_of(source).values()] == [True, True]
     assert source.problems == tuple(
-        f"GPU {id} does not tell its memory: it is taken to share the host's" for id in ("GPU-1", "GPU-2")
+        f"GPU {id} does not report its memory: it counts as sharing the host's" for id in ("GPU-1", "GPU-2")
     )
 
 

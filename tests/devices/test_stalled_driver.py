@@ -52,7 +52,7 @@ def test_a_stalled_driver_is_named_and_not_used_before_long(nvml: StandIn) -> No
     stalls(nvml, "nvmlDeviceGetMemoryInfo_v2", source)
     clock.now += TRUST_S - 1
     assert list(gpus_of(source)) == ["GPU-1", "GPU-2"]
-    assert source.problems == ("the GPUs' driver has not answered for 29 s: what is known of them is from before",)
+    assert source.problems == ("the GPUs' driver has not answered for 29 s: their figures are from before",)
     clock.now += 1
     assert list(gpus_of(source)) == []
     assert source.problems == ("the GPUs' driver has not answered for 30 s: they are not used until it does",)

@@ -1,1 +1,1 @@
-"""Settings: their values, where they come from, and where files are."""
+"""The settings, their values and sources, and the paths of shared files."""

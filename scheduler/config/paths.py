@@ -1,4 +1,4 @@
-"""Where files are that this user's programs share."""
+"""The paths of files that one user's programs share."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from pathlib import Path
 
 import platformdirs
 
-VERSION = 1  # of the table; part of the usual file's name, so that programs of two versions leave each other's alone
+VERSION = 1  # of the table; part of the usual file's name, so that programs of two versions use different files
 
-NO_HOME = Path(os.devnull, "no home folder")  # the usual file where there is none to keep it in: nothing is kept
+NO_HOME = Path(os.devnull, "no home folder")  # stands for the usual file where there is no home folder: nothing is kept
 
 
 def default_measurement_file() -> Path:
@@ -24,10 +24,10 @@ def default_measurement_file() -> Path:
 
 
 def shared_lock_folder() -> Path:
-    """Return the folder in which this user's programs agree.
+    """Return the folder of the locks that this user's programs share.
 
-    Where programs meet it must not depend on TMPDIR, which login sessions, services and batch jobs of one user set
-    differently: so it is below /tmp where there is one.
+    The folder must not depend on TMPDIR, which login sessions, services and batch jobs of one user set differently. So
+    it is below /tmp where there is one.
     """
     user = str(os.getuid()) if hasattr(os, "getuid") else getpass.getuser()
     shared = Path("/tmp")

@@ -22,7 +22,7 @@ _UNIT_SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 def parse_bytes(text: str | int, *, name: str = "size") -> int:
     """Return a number of bytes: "600MiB" and "600Mi" are binary, "600MB" and "600M" decimal, bare numbers are bytes.
 
-    Raises `InvalidSettings`, under `name`, for anything else and for what is negative.
+    Raises `InvalidSettings`, under `name`, for any other value and for a negative one.
     """
     if isinstance(text, int) and not isinstance(text, bool) and 0 <= text < _SIZE_LIMIT:
         return text
@@ -42,7 +42,7 @@ def parse_bytes(text: str | int, *, name: str = "size") -> int:
 def parse_duration(text: str | float, *, name: str = "duration") -> float:
     """Return seconds from "5m", "1h30m", "250ms", "30s" or a bare number of seconds; negative means `math.inf`.
 
-    Raises `InvalidSettings`, under `name`, for anything else.
+    Raises `InvalidSettings`, under `name`, for any other value.
     """
     if isinstance(text, str):
         return _parse_duration_text(text, name)
@@ -56,7 +56,7 @@ def parse_duration(text: str | float, *, name: str = "duration") -> float:
 
 
 def wait_limit(duration_s: float) -> float | None:
-    """Return a duration as waits of the operating system take it: None, which is without end, for very long ones."""
+    """Return seconds as waits of the operating system take them: None, which is without end, for long durations."""
     return None if duration_s > LONGEST_WAIT_S else duration_s
 
 

@@ -1,6 +1,6 @@
-"""What values of settings may look like: each function takes a setting's name and value, and returns it normalised.
+"""Parsers for the values of settings: each takes a setting's name and value, and returns the value normalised.
 
-All raise `InvalidSettings`, by that name, for what is not allowed.
+All raise `InvalidSettings`, by that name, for a value that is not allowed.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Parse = Callable[[str, Any], object]
 
 
 def count(minimum: int, most: int = LARGEST_NUMBER - 1) -> Callable[[str, Any], int]:
-    """Take whole numbers from `minimum` to `most`, as text too."""
+    """Return a parser of whole numbers from `minimum` to `most`, which may be texts."""
     limits = f"of at least {minimum}, and below 2**63" if most >= LARGEST_NUMBER - 1 else f"from {minimum} to {most}"
 
     def parse(name: str, value: Any) -> int:
@@ -35,7 +35,7 @@ def count(minimum: int, most: int = LARGEST_NUMBER - 1) -> Callable[[str, Any], 
 
 
 def duration(*, zero: bool = True) -> Callable[[str, Any], float]:
-    """Take durations, `zero` among them or not; they become seconds."""
+    """Return a parser of durations, `zero` allowed or not; it returns seconds."""
 
     def parse(name: str, value: Any) -> float:
         duration_s = parse_duration(value, name=name)
@@ -47,12 +47,12 @@ def duration(*, zero: bool = True) -> Callable[[str, Any], float]:
 
 
 def size(name: str, value: Any) -> int:
-    """Take a size; it becomes bytes."""
+    """Return a size in bytes."""
     return parse_bytes(value, name=name)
 
 
 def memory(name: str, value: Any) -> int:
-    """Take a size above 0; it becomes bytes."""
+    """Return a size above 0 in bytes."""
     size_bytes = size(name, value)
     if size_bytes == 0:
         raise InvalidSettings(name, value, "a number of bytes above 0")
@@ -60,7 +60,7 @@ def memory(name: str, value: Any) -> int:
 
 
 def flag(name: str, value: Any) -> bool:
-    """Take True or False, and what is written for them."""
+    """Return True or False for a bool or the texts that stand for one."""
     match value.lower() if isinstance(value, str) else value:
         case True | "1" | "t" | "true" | "yes" | "on":
             return True
@@ -71,7 +71,7 @@ def flag(name: str, value: Any) -> bool:
 
 
 def eviction(name: str, value: Any) -> EvictionPolicy:
-    """Take the name of a policy, or one of the user's own."""
+    """Return the policy of that name, or a policy of the user's own."""
     policy = POLICIES.get(value) if isinstance(value, str) else value
     if isinstance(policy, type):
         raise InvalidSettings(name, value, f"an object, as {policy.__name__}() is, and not its class")
@@ -81,7 +81,7 @@ def eviction(name: str, value: Any) -> EvictionPolicy:
 
 
 def optional(parse: Parse) -> Parse:
-    """Take None, or "none" where text is all there is, as None."""
+    """Return a parser that takes None, or the text "none", as None, and other values as `parse` does."""
 
     def read(name: str, value: Any) -> object:
         if value is None or _says_none(value):
@@ -95,7 +95,7 @@ def optional(parse: Parse) -> Parse:
 
 
 def automatic(most: int = LARGEST_NUMBER - 1) -> Parse:
-    """Take a whole number from 1 to `most`; 0 and None are automatic."""
+    """Return a parser of whole numbers from 1 to `most`; 0 and None are automatic."""
     parse = optional(count(0, most))
     return lambda name, value: parse(name, value) or None
 
@@ -105,14 +105,14 @@ def _says_none(value: object) -> bool:
 
 
 def cache_type(name: str, value: Any) -> str:
-    """Take a type of the KV cache."""
+    """Return a type of the KV cache."""
     if not isinstance(value, str) or value.lower() not in CACHE_BLOCK_BYTES:
         raise InvalidSettings(name, value, f"one of {', '.join(CACHE_BLOCK_BYTES)}")
     return value.lower()
 
 
 def folders(name: str, value: Any) -> tuple[Path, ...]:
-    """Take one path, or several: a sequence, or one text with the separator that the system has in PATH."""
+    """Return the paths of one or several folders: a sequence, or one text with the system's separator of PATH."""
     if _says_none(value):
         return ()
     parts = value.split(os.pathsep) if isinstance(value, str) else [value] if isinstance(value, os.PathLike) else value
@@ -120,7 +120,7 @@ def folders(name: str, value: Any) -> tuple[Path, ...]:
 
 
 def file(name: str, value: Any, allowed: str = "the path of a file") -> Path:
-    """Take the path of a file; `allowed` says what else the setting takes."""
+    """Return the path of a file; `allowed` says what else the setting takes."""
     paths = _paths(name, value, [value] if isinstance(value, str | os.PathLike) else [], allowed)
     if len(paths) != 1:
         raise InvalidSettings(name, value, allowed)
@@ -128,12 +128,12 @@ def file(name: str, value: Any, allowed: str = "the path of a file") -> Path:
 
 
 def _paths(name: str, value: object, parts: Any, allowed: str) -> tuple[Path, ...]:
-    """Return absolute paths: the working folder may change."""
+    """Return absolute paths, since the working folder may change."""
     try:
         paths = [os.fspath(part) for part in parts]
         if all(isinstance(path, str) and "\0" not in path for path in paths):
             return tuple(Path(path).expanduser().absolute() for path in paths if path)
-    except (TypeError, RuntimeError):  # no path, or of a user who is not known
+    except (TypeError, RuntimeError):  # no path, or the home of an unknown user
         pass
     except OSError:
         raise InvalidSettings(name, value, "absolute, since the working folder is gone") from None

@@ -1,4 +1,4 @@
-"""The command `loadmaster explore`: search what a small core can come to, and show what was found."""
+"""The command `loadmaster explore`: search all states of a small core, and show what was found."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ PROGRESS_S = 1.0
 
 @dataclass(frozen=True, slots=True)
 class Search:
-    """What one search has found, and the processor time that it took."""
+    """The result of one search, and the processor time that it took."""
 
     found: Exploration
     seconds: float
@@ -37,14 +37,17 @@ _progress: Progress[int] | None = None  # of this process's parent
 
 
 def run_explore(chosen: argparse.Namespace) -> int:
-    """Search what was asked for and return the exit status: 0 where everything holds."""
+    """Search the chosen scenarios and return the exit status: 0 where everything holds.
+
+    Raises `InvalidSettings` for an unknown scenario.
+    """
     scenarios = _chosen(chosen.scenario)
     processes = min(chosen.processes, len(scenarios))
     context = get_context("spawn")
     progress: Progress[int] = context.Array("q", 2 * len(scenarios), lock=True)
     with ProcessPoolExecutor(processes, context, _share, (progress,)) as pool:
         begun = time.monotonic()
-        # the longest first, so that no process is left with it alone at the end
+        # the longest first, so that at the end no process is still at work on it alone
         order = sorted(range(len(scenarios)), key=lambda at: -scenarios[at].most)
         searches = {at: pool.submit(_search, at, scenarios[at], chosen.most) for at in order}
         _watch(list(searches.values()), progress, begun)
@@ -62,10 +65,10 @@ def _chosen(names: Sequence[str]) -> list[Scenario]:
 
 
 def _share(progress: Progress[int]) -> None:
-    """Begin a process of the pool."""
+    """Prepare a process of the pool."""
     global _progress
     _progress = progress
-    gc.disable()  # states hold no circles, and there are millions of objects to look through
+    gc.disable()  # states hold no reference cycles, and there are millions of objects to scan
 
 
 def _search(at: int, scenario: Scenario, most: int | None) -> Search:
@@ -81,7 +84,7 @@ def _search(at: int, scenario: Scenario, most: int | None) -> Search:
 
 
 def _watch(searches: Sequence[Future[Search]], progress: Progress[int], begun: float) -> None:
-    """Say each second how far the searches have come, until they are over."""
+    """Print each second how far the searches have come, until they are over."""
     while wait(searches, PROGRESS_S).not_done:
         ended = sum(search.done() for search in searches)
         states, edges = sum(progress[0::2]), sum(progress[1::2])

@@ -1,4 +1,4 @@
-"""The command `loadmaster fit`: what would be loaded where, and why, before anything is."""
+"""The command `loadmaster fit`: where a model would be placed, and why, before it is loaded."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ DOES_NOT_FIT = 1  # the exit status
 
 
 def run_fit(chosen: argparse.Namespace) -> int:
-    """Print what was asked for and return the exit status."""
+    """Print the fit of the chosen model and return the exit status."""
     settings = Settings.from_environment()
     if chosen.memory_limit is not None:
         settings = settings.changed(memory_limit=_size("--memory-limit", chosen.memory_limit))
@@ -59,7 +59,7 @@ def run_fit(chosen: argparse.Namespace) -> int:
 
 
 def _asking(chosen: argparse.Namespace) -> AcquireOptions:
-    """Return what is named, and nothing else: what is not may be the model's own."""
+    """Return only the keywords that the command line names; the others may be the model's own."""
     named = {
         "num_ctx": chosen.num_ctx,
         "num_parallel": chosen.num_parallel,
@@ -80,7 +80,7 @@ def _asking(chosen: argparse.Namespace) -> AcquireOptions:
 def _devices(
     settings: Settings, host: str | None, gpus: Sequence[str]
 ) -> tuple[tuple[DeviceSample, ...], tuple[str, ...]]:
-    """Return the devices that are there, or are to be imagined, and what could not be read of them."""
+    """Return the devices, as read or as imagined, and what could not be read of them, in sentences."""
     devices = DeviceReader(
         memory_limit_bytes=settings.memory_limit,
         gpus=settings.gpus and not gpus,
@@ -117,7 +117,7 @@ def _print(fit: Fit, problems: Sequence[str]) -> None:
         console.print(Text(_explanation(fit), style="dim"), soft_wrap=True)
     if fit.advice:
         console.print()
-        better = "all of it would go to GPUs" if fit.fits else "it would fit"
+        better = "the whole model would go to GPUs" if fit.fits else "the model would fit"
         console.print(Text(f"What to change so that {better}, the least harm first:"), soft_wrap=True)
         for each in fit.advice:
             takes = ", ".join(f"{format_bytes(d.takes_bytes)} on {d.name}" for d in each.fit.devices if d.takes_bytes)
@@ -131,7 +131,7 @@ def _print(fit: Fit, problems: Sequence[str]) -> None:
 
 
 def _table(devices: Sequence[FitDevice]) -> Table:
-    """A column for each device: what it takes by kind, and what that is judged by."""
+    """Return a table with a column for each device: the model's bytes by kind, and the bytes that must be free."""
     table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
     table.add_column("")
     for device in devices:
@@ -153,7 +153,7 @@ def _table(devices: Sequence[FitDevice]) -> Table:
 
 
 def _explanation(fit: Fit) -> str:
-    """What it is for, and how exact."""
+    """Return a sentence on the options of the fit, and on how exact its bytes are."""
     options = fit.options
     types = " and ".join(dict.fromkeys(name for name in (options.cache_type_k, options.cache_type_v) if name))
     slots = "1 slot" if options.num_parallel == 1 else f"{options.num_parallel} slots"
@@ -166,7 +166,7 @@ def _explanation(fit: Fit) -> str:
 
 
 def _flags(options: Mapping[str, int | str]) -> str:
-    """Options as they are named to this command, which has one for both types of cache."""
+    """Return options as this command takes them; it has one flag for both types of cache."""
     names = {"cache_type_k": "cache_type", "cache_type_v": "cache_type"}
     flags = {f"--{names.get(name, name)}".replace("_", "-"): value for name, value in options.items()}
     return " ".join(f"{flag} {value}" for flag, value in flags.items())

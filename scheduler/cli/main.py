@@ -21,40 +21,43 @@ LONGEST_KEEP_ALIVE_S = 60.0  # the demonstration waits for it
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit status; what the user did wrong is one line on standard error, status 2."""
+    """Run the command and return its exit status; a mistake of the user's is one line on standard error, status 2."""
     if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")  # what a terminal cannot show is no reason to fail
+        sys.stdout.reconfigure(errors="replace")  # a character that the terminal cannot show is no reason to fail
     chosen = _parser().parse_args(arguments)
     run: Callable[[argparse.Namespace], int] = chosen.run
     try:
         status = run(chosen)
-        print(end="", flush=True)  # here, where it can be told that it fails
+        print(end="", flush=True)  # here, where a failure can still be reported
         return status
     except SchedulerError as error:
         print(f"{PROGRAM}: {error}", file=sys.stderr)
         return WRONG_USE
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # the reader has gone, `| head` say
+    except BrokenPipeError:  # the reader has gone, for example `| head`
         _say_no_more()
         return 141
     except OSError as error:
         try:
             print(end="", flush=True)
-        except OSError:  # what was said is still to be written: a full disk, say
+        except OSError:  # the output could not be written: a full disk, for example
             _say_no_more()
-            print(f"{PROGRAM}: what it says cannot be written: {error.strerror}", file=sys.stderr)
+            print(f"{PROGRAM}: its output cannot be written: {error.strerror}", file=sys.stderr)
             return WRONG_USE
         raise
 
 
 def _say_no_more() -> None:
-    """Have what is still to be written vanish; else the interpreter tries once more at its end, and complains."""
+    """Drop the output that is not written yet.
+
+    Else the interpreter tries once more at its end, and reports an error.
+    """
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line."""
+    """A parser that reports a mistake in one line."""
 
     def error(self, message: str) -> Never:
         """Exit with the status of wrong use."""
@@ -68,24 +71,24 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_demo(commands.add_parser("demo", help="run real models in too little memory and show what happens"))
-    _add_models(commands.add_parser("models", help="list the models that can be had by name, and whether they fit"))
+    _add_models(commands.add_parser("models", help="list the models that have a name, and whether they fit"))
     _add_fit(commands.add_parser("fit", help="show what a model would take of which device, and whether it fits"))
-    _add_replay(commands.add_parser("replay", help="tell again, from a recording, what was decided and why"))
-    _add_explore(commands.add_parser("explore", help="search what a small scheduler can come to"))
+    _add_replay(commands.add_parser("replay", help="replay a recording: what was decided, and why"))
+    _add_explore(commands.add_parser("explore", help="search all states of a small scheduler for errors"))
     return parser
 
 
 def _add_demo(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "Runs several models, asked by several clients, in memory that does not hold them all; shows every runner as "
-        "it loads, serves, rests and leaves, and ends with a summary and a timeline. Uses no GPU."
+        "Runs several models, used by several clients, in memory that does not hold them all; shows every runner as "
+        "it loads, serves, is idle and is unloaded, and ends with a summary and a timeline. Uses no GPU."
     )
     option = parser.add_argument
     option("--models", type=Path, metavar="DIR", help="use the GGUF files in DIR instead of the small model")
     option("--out", type=Path, default=Path("build"), metavar="DIR", help="where timeline.svg goes (default: build)")
     option("--memory-limit", metavar="SIZE", help="memory for all models, like 2GiB (default: about half of them fit)")
     option("--keep-alive", default="1.5s", metavar="TIME", help="keep-alive of the last act (default: 1.5s)")
-    option("--requests", type=int, default=9, metavar="N", help="requests when everybody asks at once (default: 9)")
+    option("--requests", type=int, default=9, metavar="N", help="requests of all clients at once (default: 9)")
     parser.set_defaults(run=_demo)
 
 
@@ -104,22 +107,22 @@ def _add_fit(parser: argparse.ArgumentParser) -> None:
         "that it does. Nothing is loaded. Exits with 0 if it fits, with 1 if it does not."
     )
     parser.add_argument("model", metavar="MODEL", help="the path of a GGUF file, or a name")
-    asked = parser.add_argument_group("what is asked for").add_argument
+    asked = parser.add_argument_group("the request").add_argument
     asked("--num-ctx", type=int, metavar="TOKENS", help="context of one slot")
     asked("--num-parallel", type=int, metavar="N", help="slots, each with a context of its own")
-    asked("--num-batch", type=int, metavar="TOKENS", help="how much of a prompt is worked on at once")
+    asked("--num-batch", type=int, metavar="TOKENS", help="tokens of a prompt that are computed at once")
     asked("--num-gpu", type=int, metavar="LAYERS", help="layers on GPUs; negative: automatic, 0: none")
-    asked("--require-gpu", action="store_true", help="whole on GPUs, and not at all otherwise")
+    asked("--require-gpu", action="store_true", help="the whole model on GPUs, or not at all")
     asked("--cache-type", metavar="TYPE", help="type of the KV cache: f16, q8_0, q4_0, …")
-    asked("--flash-attention", action=argparse.BooleanOptionalAction, help="whether it is used; else automatic")
-    asked("--mmap", action=argparse.BooleanOptionalAction, help="whether the file is mapped; else automatic")
-    asked("--embedding", action="store_true", help="as an embedder")
+    asked("--flash-attention", action=argparse.BooleanOptionalAction, help="whether it is used; default: automatic")
+    asked("--mmap", action=argparse.BooleanOptionalAction, help="whether the file is mapped; default: automatic")
+    asked("--embedding", action="store_true", help="use the model as an embedder")
     asked("--adapter", action="append", metavar="FILE", help="with a LoRA adapter; may be given several times")
     asked("--projector", action="append", metavar="FILE", help="with a projector, one at most")
-    room = parser.add_argument_group("in other memory than there is").add_argument
+    room = parser.add_argument_group("other memory than the machine's").add_argument
     room("--memory-limit", metavar="SIZE", help="host memory that models may take in all, like 2GiB")
-    room("--host", metavar="SIZE", help="as if the host had so much memory, all of it free")
-    imagined = "as if there were this GPU, all of it free, in place of those there are; may be given several times"
+    room("--host", metavar="SIZE", help="imagine that the host has this much memory, all of it free")
+    imagined = "imagine this GPU, all of it free, in place of the machine's GPUs; may be given several times"
     room("--gpu", action="append", default=[], metavar="NAME=SIZE", help=imagined)
     parser.add_argument("--json", action="store_true", help="print an object instead of a table")
     parser.set_defaults(run=_fit)
@@ -133,25 +136,27 @@ def _add_replay(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("recording", type=Path, metavar="FILE", help="the recording, or FILE.1, the one before it")
     parser.add_argument("--timeline", type=Path, metavar="FILE", help="draw what each runner did when; svg, png or pdf")
-    parser.add_argument("--json", action="store_true", help="print an object instead of a story")
+    parser.add_argument("--json", action="store_true", help="print an object instead of text")
     parser.set_defaults(run=_replay)
 
 
 def _replay(chosen: argparse.Namespace) -> int:
-    from scheduler.cli.replay import run_replay  # here, since nothing else needs what it imports
+    from scheduler.cli.replay import run_replay  # imported here, since no other command needs it
 
     return run_replay(chosen)
 
 
 def _add_explore(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "Searches, breadth first, what the scheduler's core can come to in small named scenarios: in every state all "
-        "that must hold is checked, and from each everybody who waits must still be answered and the pool become "
-        "empty. Exits with 0 if all holds, else with 1 and the shortest way to what does not."
+        "Searches, breadth first, every state that the scheduler's core can reach in small named scenarios: each state "
+        "must satisfy all invariants, and from each state every waiting request must still be answered and every runner "
+        "unloaded. Exits with 0 if all holds, else with 1 and the shortest trace to a violation."
     )
     option = parser.add_argument
-    option("--scenario", action="append", default=[], metavar="NAME", help="this one only; may be given several times")
-    option("--most", type=_count, metavar="N", help="states that are enough of each (default: each has its number)")
+    option(
+        "--scenario", action="append", default=[], metavar="NAME", help="only this scenario; may be given several times"
+    )
+    option("--most", type=_count, metavar="N", help="most states of each scenario (default: its own number)")
     option("--processes", type=_count, default=2, metavar="N", help="processes that search at a time (default: 2)")
     parser.set_defaults(run=_explore)
 
@@ -163,25 +168,25 @@ def _count(text: str) -> int:
 
 
 def _explore(chosen: argparse.Namespace) -> int:
-    from scheduler.cli.explore import run_explore  # here, since nothing else needs what it imports
+    from scheduler.cli.explore import run_explore  # imported here, since no other command needs it
 
     return run_explore(chosen)
 
 
 def _fit(chosen: argparse.Namespace) -> int:
-    from scheduler.cli.fit import run_fit  # here, since nothing else needs what it imports
+    from scheduler.cli.fit import run_fit  # imported here, since no other command needs it
 
     return run_fit(chosen)
 
 
 def _models(chosen: argparse.Namespace) -> int:
-    from scheduler.cli.models import run_models  # here, since nothing else needs what it imports
+    from scheduler.cli.models import run_models  # imported here, since no other command needs it
 
     return run_models(Settings.from_environment(), as_json=chosen.json)
 
 
 def _demo(chosen: argparse.Namespace) -> int:
-    from scheduler.cli.demo.main import DemoOptions, run_demo  # here, since nothing else needs what it imports
+    from scheduler.cli.demo.main import DemoOptions, run_demo  # imported here, since no other command needs it
 
     limit = None if chosen.memory_limit is None else parse_bytes(chosen.memory_limit, name="--memory-limit")
     keep_alive_s = parse_duration(chosen.keep_alive, name="--keep-alive")

@@ -1,4 +1,4 @@
-"""The command `loadmaster models`: what there is to ask for by name, and whether it would fit now."""
+"""The command `loadmaster models`: the models that have a name, and whether they would fit now."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from scheduler.models.gguf_metadata import read_metadata
 from scheduler.models.model_spec import ModelSpec
 from scheduler.models.sources import HUB_MISSING, default_resolvers, hub_is_installed
 
-PATIENCE_S = 1.0  # what takes longer shows how far it is
+PATIENCE_S = 1.0  # a list that takes longer shows its progress
 
 
 FITS, IN_PART, ON_HOST, TOO_LARGE = "fits", "fits in part on the GPU", "fits on the host only", "too large"
@@ -40,22 +40,22 @@ FITS, IN_PART, ON_HOST, TOO_LARGE = "fits", "fits in part on the GPU", "fits on 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One model, as it is listed; numbers are 0 and texts empty where `problem` says why it cannot be read."""
+    """One model of the list; numbers are 0 and texts empty where `problem` says why it cannot be read."""
 
-    name: str  # to acquire it by; empty where it is the place itself that cannot be listed
-    place: str  # where it was found
+    name: str  # to acquire the model by; empty where the place itself cannot be listed
+    place: str  # where the model was found
     path: str = ""
     size_bytes: int = 0  # of its files, adapters and projectors among them
     architecture: str = ""
-    quantisation: str = ""  # empty too where the file has none
+    quantisation: str = ""  # empty too where the file names none
     context_trained: int = 0  # tokens
-    needed_bytes: int = 0  # that must be free to load it with automatic options, on all devices together
-    fits: str = ""  # whether it would be loaded so now, if nothing else were: one of the texts below
+    needed_bytes: int = 0  # that must be free on all devices together to load it with automatic options
+    fits: str = ""  # whether it would be loaded now if no other model were: one of the texts below
     problem: str = ""
 
 
 def run_models(settings: Settings, *, as_json: bool) -> int:
-    """Print the list and return the exit status, which is 0 also if there is nothing."""
+    """Print the list and return the exit status, which is 0 for an empty list too."""
     catalog = Catalog(default_resolvers(settings.models))
     core = _core_of(settings)
     with progress_on(Console(stderr=True)) as progress:
@@ -72,7 +72,7 @@ def run_models(settings: Settings, *, as_json: bool) -> int:
 def read_rows(catalog: Catalog, core: Core, progress: Progress) -> Iterator[Row]:
     """Yield a row for each model that has a name, in the order in which names are looked up.
 
-    Whether it fits is judged in `core`, which knows the devices, and is not changed.
+    `core`, which knows the devices, says whether a model fits, and is not changed.
     """
     task = progress.add_task("Looking for models", total=None)
     unlisted: dict[str, str] = {}
@@ -82,7 +82,7 @@ def read_rows(catalog: Catalog, core: Core, progress: Progress) -> Iterator[Row]
         row = Row(name, location_of(resolver))
         try:
             if (spec := found_by(resolver, name)) is None:
-                continue  # it went away meanwhile
+                continue  # the model went away meanwhile
             row = replace(row, path=spec.path)
             yield _read(row, spec, core)
         except Exception as error:  # a resolver may be the user's own
@@ -104,7 +104,7 @@ def _core_of(settings: Settings) -> Core:
 def _read(row: Row, spec: ModelSpec, core: Core) -> Row:
     spec = spec.resolved()
     info = read_metadata(spec.path, adapters=spec.adapters, projectors=spec.projectors, embedding=spec.embedding)
-    if info.architecture in WITHOUT_CACHE:  # it can only embed
+    if info.architecture in WITHOUT_CACHE:  # a model of such an architecture only embeds
         info = replace(info, embedding=True)
     fits, needed_bytes = _fit(spec, info, core)
     return replace(
@@ -161,7 +161,7 @@ def _cells(row: Row) -> tuple[str, ...]:
 def _nothing(places: Sequence[str]) -> str:
     looked = "\n".join(f"  {place}" for place in (*places, *(() if hub_is_installed() else (HUB_MISSING,))))
     return (
-        f"There are no models to be had by name. Looked in\n{looked}\n"
+        f"No model has a name. Looked in\n{looked}\n"
         "Name folders of GGUF files with LOADMASTER_MODELS, several separated as in PATH; a file is also taken by its "
         "path."
     )
@@ -169,7 +169,7 @@ def _nothing(places: Sequence[str]) -> str:
 
 @contextmanager
 def progress_on(console: Console) -> Iterator[Progress]:
-    """Yield a display that shows itself on a terminal once things take long, and leaves nothing behind."""
+    """Yield a display that appears on a terminal once the work takes long, and that leaves nothing behind."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     progress = Progress(*columns, console=console, transient=True)
     patience = threading.Timer(PATIENCE_S, progress.start)

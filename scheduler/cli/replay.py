@@ -1,4 +1,4 @@
-"""The command `loadmaster replay`: an incident told again, and checked."""
+"""The command `loadmaster replay`: a recording narrated, and checked."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from scheduler.recording.request_history import GRANTED_BEFORE, UNSEEN, Wait
 DIFFERS = 1  # the exit status
 _LONGEST_SHOWN = 5  # waits in the summary
 _PICTURES = (".svg", ".png", ".pdf")
-_MOST_SHOWN = 2000  # characters of what was expected, and of what came instead
+_MOST_SHOWN = 2000  # characters of the expected commands, and of the commands that came instead
 
 
 def run_replay(chosen: argparse.Namespace) -> int:
@@ -44,11 +44,11 @@ def run_replay(chosen: argparse.Namespace) -> int:
         difference = found
     story.finish()
     if replay.cut:
-        notes.append("the last line is cut short, as where a program was killed: it is left out")
+        notes.append("the last line is cut short, as by a program that was killed, and is left out")
     try:
         if chosen.timeline is not None:
             notes += _draw(story, chosen.timeline)
-    finally:  # whatever becomes of the picture
+    finally:  # also where the picture cannot be drawn
         if chosen.json:
             print(json.dumps(_as_json(replay, story, told, notes, difference), indent=2, ensure_ascii=False))
         else:
@@ -88,7 +88,7 @@ def _print_summary(
     refused = len(waits) - granted - waiting - left - unseen
     counts = f"{granted} granted, {refused} refused, {left} left, {waiting} still waiting"
     out.print(f"Requests  {len(waits)}: {counts}" + (f", {unseen} {UNSEEN}" if unseen else ""))
-    out.print(f"Loads     {story.loads}; given up for others: {story.evictions}")
+    out.print(f"Loads     {story.loads}; evicted for other models: {story.evictions}")
     longest = sorted((wait for wait in waits if wait.reasons), key=lambda wait: -wait.waited_s)[:_LONGEST_SHOWN]
     for place, wait in enumerate(longest):
         reasons = ", ".join(f"{took_s:.3f} s for {reason}" for reason, took_s in wait.reasons)
@@ -107,7 +107,7 @@ def _print_summary(
 
 
 def _check_place(path: Path) -> None:
-    """Raise `RecordingError` where a timeline cannot be drawn to `path`, before anything is told; make its folder."""
+    """Raise `RecordingError` where a timeline cannot be drawn to `path`, before the replay begins; make its folder."""
     reason = ""
     if path.suffix.lower() not in _PICTURES:
         reason = f"name a file that ends in {', '.join(_PICTURES[:-1])} or {_PICTURES[-1]}"
@@ -128,10 +128,10 @@ def _check_place(path: Path) -> None:
 
 
 def _draw(story: Narrative, path: Path) -> list[str]:
-    """Draw the timeline; return what there is to say of it."""
+    """Draw the timeline; return the notes about it."""
     try:
         story.timeline.draw(path, story.end, limit_bytes=story.limit_bytes, title="Runners, as recorded")
-    except (OSError, ValueError) as error:  # ValueError: it would be too large
+    except (OSError, ValueError) as error:  # ValueError: the picture would be too large
         raise RecordingError(str(path), 0, f"it cannot be drawn: {error}") from error
     return [f"the timeline is in {path}"]
 

@@ -543,7 +543,7 @@ def test_a_story_that_cannot_be_printed_is_no_verdict(arguments: list[str], inci
             [sys.executable, "-m", "scheduler.cli", "replay", *arguments, incident],
             env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=full, stderr=subprocess.PIPE, text=True, check=False,
         )  # fmt: skip
-    said = "loadmaster: what it says cannot be written: No space left on device\n"
+    said = "loadmaster: its output cannot be written: No space left on device\n"
     assert (done.returncode, done.stderr) == (WRONG_USE, said)
 
 
@@ -559,7 +559,7 @@ def test_the_story_says_who_asked_what_was_decided_and_why(incident: Path, capsy
         "runner 2 of b with 5 GiB (1 lease): it is in use", "runner 1 of a with 5 GiB: evicted",
         "request 3 waits for memory being freed", "the process of runner 2 of b is gone: killed by SIGKILL",
         "last words", "request 2 loses its lease", "request 4 wants loaded d", "request 4 leaves",
-        "request 5 is refused: 'big' needs", "request 3 releases c", "given up for others: 1", "The same",
+        "request 5 is refused: 'big' needs", "request 3 releases c", "evicted for other models: 1", "The same",
     ):  # fmt: skip
         assert said in output, f"{said!r} is missing: {output}"
     assert "/models/" not in output
@@ -683,7 +683,7 @@ def test_why_nobody_else_goes_is_told_as_it_was_decided(file: Path, capsys: pyte
         pool.feed(release(2), release(3), acquire("c", 9))
         pool.declare("/models/big.gguf", "40GiB").feed(acquire("/models/big.gguf", 10))
     said = told(file, capsys)
-    assert "runner 1 of a with 5 GiB: it is to go in " in said
+    assert "runner 1 of a with 5 GiB: it is to be evicted in " in said
     assert "runner 2 of b with 5 GiB: it was used a moment ago; runner 3 of p with 5 GiB: it is pinned" in said
     assert "request 10 is refused" in said and "not on cpu: " in said
 
@@ -696,7 +696,7 @@ def test_a_load_that_makes_place_is_given_up_for_others(file: Path, capsys: pyte
         pool.feed(acquire("a", 1), cancel(1), acquire("b", 2))
     said = told(file, capsys)
     assert "runner 1 of a: loading → expiring, b needs its load slot" in said
-    assert "given up for others: 1" in said
+    assert "evicted for other models: 1" in said
 
 
 def test_a_wait_from_before_a_file_is_not_booked_on_its_first_reason(

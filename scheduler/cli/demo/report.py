@@ -1,4 +1,4 @@
-"""What was seen in the demonstration: a checklist kept from the event stream, every answer, and a summary of them."""
+"""The report of the demonstration: a checklist from the event stream, every answer, and a summary of them."""
 
 from __future__ import annotations
 
@@ -21,59 +21,59 @@ _KEEP_ALIVE = (RunnerReason.no_keep_alive, RunnerReason.keep_alive_over)
 
 
 class Feature(Enum):
-    """What the demonstration is there to show, in the order in which it does."""
+    """A feature that the demonstration shows, in the order of the acts."""
 
-    cold_start = "cold start: a model was loaded because somebody asked for it"
+    cold_start = "cold start: a model was loaded because a client requested it"
     shared_lease = "shared lease: several clients used one runner at the same time"
     answer = "answer: a model wrote text of its own"
     keep_alive = "keep-alive: an idle runner answered without another load"
-    eviction = "eviction: an idle runner left because another model needed its memory"
-    drain = "drain: a busy runner took no more clients, ended its answer, and left"
-    expiry = "expiry: an idle runner left when its keep-alive was over"
+    eviction = "eviction: an idle runner was evicted because another model needed its memory"
+    drain = "drain: a busy runner took no more clients, ended its answer, and was unloaded"
+    expiry = "expiry: an idle runner was unloaded when its keep-alive was over"
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What became of one request; times are in the scheduler's seconds."""
+    """The outcome of one request; times are in the scheduler's seconds."""
 
     client: str
     model: str
-    runner: RunnerId | None  # None: it was never granted
+    runner: RunnerId | None  # None: the request was never granted
     asked_at: float
     granted_at: float
     ended_at: float
     text: str
-    error: str = ""  # empty: it was answered
+    error: str = ""  # empty: the request was answered
 
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """What a model's runners took of the host when they took most; bytes."""
+    """The most memory of the host that a model's runners took; bytes."""
 
     private_bytes: int = 0
     shared_bytes: int = 0  # pages of files
-    settled: bool = False  # a request filled a context of one: what was measured has replaced what was predicted
+    settled: bool = False  # a request filled a runner's context: the measurement has replaced the prediction
 
     @property
     def total_bytes(self) -> int:
-        """The sum."""
+        """The sum of private and shared bytes."""
         return self.private_bytes + self.shared_bytes
 
 
 class Checklist:
-    """Notes when each feature was first seen; told every entry of the event stream, in order."""
+    """Notes when each feature was first seen, from every entry of the event stream, in order."""
 
     def __init__(self) -> None:
         self.seen_at: dict[Feature, float] = {}
         self._granted: dict[RunnerId, int] = {}  # grants since a runner became ready, so that it is leased
-        self._draining: dict[RunnerId, float] = {}  # since when
+        self._draining: dict[RunnerId, float] = {}  # since when the runner drains
 
     def note(self, entry: Entry) -> None:
-        """Take in what happened."""
+        """Note the features that an entry shows."""
         match entry:
             case Decision(at=at, what="granted", runner=runner) if runner is not None:
                 self._granted[runner] = self._granted.get(runner, 0) + 1
-                if self._granted[runner] > 1:  # no transition since the first: it is leased all the while
+                if self._granted[runner] > 1:  # no transition since the first grant: the runner is leased all the while
                     self.see(Feature.shared_lease, at)
             case Transition():
                 self._granted.pop(entry.runner, None)
@@ -82,7 +82,7 @@ class Checklist:
                 pass
 
     def see(self, feature: Feature, at: float) -> None:
-        """Note a feature, if it is the first time."""
+        """Note a feature, if it is seen for the first time."""
         self.seen_at.setdefault(feature, at)
 
     def _transition(self, entry: Transition) -> None:
@@ -109,7 +109,7 @@ class Checklist:
 
 @dataclass(slots=True)
 class Record:
-    """Everything that was seen; one thread writes entries and status, the clients' add their answers."""
+    """All that was seen; one thread writes entries and status, and the clients' threads add their answers."""
 
     begin: float  # the scheduler's time that counts as 0
     players: Sequence[Player]
@@ -122,14 +122,14 @@ class Record:
     evictions: int = 0
     drains: int = 0
     missed: int = 0  # entries that the stream dropped
-    measured: dict[str, Measured] = field(default_factory=dict)  # by model, if it was ever loaded
+    measured: dict[str, Measured] = field(default_factory=dict)  # by model; models that were never loaded are missing
 
     def name(self, id: ModelId) -> str:
         """Return a model's name."""
         return next((player.name for player in self.players if player.spec.id == id), id)
 
     def add_entry(self, entry: Entry) -> None:
-        """Take in what happened."""
+        """Add an entry of the event stream."""
         self.checklist.note(entry)
         if isinstance(entry, Decision):
             return
@@ -145,7 +145,7 @@ class Record:
                 self.drains += entry.leases > 0
 
     def add_status(self, now: float, status: Status) -> None:
-        """Take in what the memory was like at `now`."""
+        """Add the memory at `now`."""
         resident = 0
         for runner in status.runners:
             resident += runner.resident_bytes.get(HOST, 0)
@@ -154,21 +154,21 @@ class Record:
         self.timeline.add_memory(now, held, resident)
 
     def add_measured(self, model: str, measured: Measured) -> None:
-        """Take in what a runner of a model takes; of its memory the most is kept."""
+        """Add the memory of a model's runner, of which the most is kept."""
         before = self.measured.get(model, Measured())
         larger = max(before, measured, key=lambda one: one.total_bytes)
         self.measured[model] = replace(larger, settled=before.settled or measured.settled)
 
     def is_leaving(self, runner: RunnerId) -> bool:
-        """Whether a runner is expiring, or gone."""
+        """Return whether a runner is expiring, or gone."""
         return runner in self._leaving
 
     def cold(self, answer: Answer) -> bool:
-        """Whether a request had to wait for a load."""
+        """Return whether a request had to wait for a load."""
         return answer.runner is not None and self.loaded_at.get(answer.runner, 0.0) > answer.asked_at
 
     def failures(self) -> tuple[Answer, ...]:
-        """Return the requests that were not answered."""
+        """The requests that were not answered."""
         return tuple(answer for answer in self.answers if answer.error)
 
 
@@ -177,7 +177,10 @@ def _for_another(entry: Transition) -> bool:
 
 
 def summary(record: Record, now: float, expected: Collection[Feature], *, complete: bool) -> list[str]:
-    """Return the summary, in lines; of what is missing it says so only where the demonstration was `complete`."""
+    """Return the summary, in lines.
+
+    A missing feature counts as not seen only where the demonstration was `complete`.
+    """
     answers, failures = record.answers, record.failures()
     granted = [answer for answer in answers if answer.runner is not None]
     cold = [answer.granted_at - answer.asked_at for answer in granted if record.cold(answer)]
@@ -194,9 +197,7 @@ def summary(record: Record, now: float, expected: Collection[Feature], *, comple
         lines.append(f"  {record.missed} events were missed, so there was more than is shown here")
     lines += ["", "Memory          predicted    measured =  private +  shared"]
     lines += [_memory_line(record, player) for player in record.players]
-    lines.append(
-        "  (Shared are pages of the file. What was measured replaces what was predicted once a context was full.)"
-    )
+    lines.append("  (Shared are pages of the file. The measurement replaces the prediction once a context was full.)")
     lines += ["", "Seen", *(_feature_line(record, feature, feature in expected, complete) for feature in Feature)]
     if any(feature not in expected and feature not in record.checklist.seen_at for feature in Feature):
         lines.append("  (Not here: with these models and this limit there is no occasion for it.)")
@@ -205,7 +206,7 @@ def summary(record: Record, now: float, expected: Collection[Feature], *, comple
 
 
 def missing(record: Record, expected: Collection[Feature]) -> list[Feature]:
-    """Return what should have been seen and was not."""
+    """Return the features that should have been seen and were not."""
     return [feature for feature in Feature if feature in expected and feature not in record.checklist.seen_at]
 
 

@@ -1,4 +1,4 @@
-"""How the demonstration shows its progress: a live table on a terminal, plain lines elsewhere."""
+"""The views of the demonstration: a live table on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _STYLES = {"loading": "yellow", "ready": "bold cyan", "idle": "blue", "expiring"
 
 
 class View(Protocol):
-    """What the demonstration says, and to whom; any thread may call it."""
+    """Shows what the demonstration does; any thread may call it."""
 
     def say(self, line: str, style: str = "") -> None:
         """Show a line that stays."""
@@ -38,7 +38,7 @@ class View(Protocol):
         """Show that a runner changed its state, so many seconds from the beginning."""
 
     def show(self, at_s: float, status: Status) -> None:
-        """Show how things are."""
+        """Show the runners, the queue and the memory."""
 
     def close(self) -> None:
         """Leave the terminal as it was; after this only `say` is called."""
@@ -61,7 +61,7 @@ def change_text(record: Record, entry: Transition) -> str:
 
 
 class PlainView:
-    """One line for each transition and answer."""
+    """A view with one line for each transition and answer."""
 
     def __init__(self, record: Record, output: TextIO) -> None:
         self._record = record
@@ -73,7 +73,8 @@ class PlainView:
         with self._lock:
             try:
                 print(line, file=self._output, flush=True)
-            except BrokenPipeError:  # the reader has gone, `| head` say: end as with Ctrl-C, and say nothing more
+            except BrokenPipeError:
+                # the reader has gone, for example `| head`: end as with Ctrl-C, and write nothing more
                 os.dup2(os.open(os.devnull, os.O_WRONLY), self._output.fileno())
                 _thread.interrupt_main()
 
@@ -82,14 +83,14 @@ class PlainView:
         self.say(f"{at_s:6.2f} s  {change_text(self._record, entry)}")
 
     def show(self, at_s: float, status: Status) -> None:
-        """Nothing: the lines say it all."""
+        """Do nothing: the lines show everything."""
 
     def close(self) -> None:
-        """Nothing to leave."""
+        """Do nothing: the terminal was not changed."""
 
 
 class LiveView:
-    """Tables of runners and waiting requests, kept below the lines that stay."""
+    """A view with tables of runners and waiting requests, kept below the lines that stay."""
 
     def __init__(self, record: Record, output: TextIO) -> None:
         self._record = record
@@ -98,7 +99,7 @@ class LiveView:
         self._live = Live(console=self._console, transient=True, auto_refresh=False)
 
     def say(self, line: str, style: str = "") -> None:
-        """Show a line that stays; cut to the terminal's width while tables are shown below it."""
+        """Show a line that stays, cut to the terminal's width while tables are shown below it."""
         text = Text(line, style=style)
         if self._live.is_started:
             self._console.print(text, no_wrap=True, overflow="ellipsis")
@@ -111,7 +112,7 @@ class LiveView:
         self._recent.append(Text(text, style=_STYLES[entry.destination.value], no_wrap=True, overflow="ellipsis"))
 
     def show(self, at_s: float, status: Status) -> None:
-        """Show how things are."""
+        """Show the runners, the queue and the memory."""
         self._live.start()  # a second time does nothing
         parts: list[RenderableType] = [
             Text(),
@@ -175,6 +176,6 @@ def _table(**widths: int) -> Table:
 
 
 def _fill(table: Table, rows: int, first: str) -> None:
-    """Keep the height the same, so that nothing jumps."""
+    """Add empty rows so that the table keeps its height."""
     for row in range(rows):
         table.add_row(first if row == 0 else "")

@@ -65,7 +65,7 @@ class FitAdvice:
 
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """What would become of a request at one moment; `str()` of a fit is a sentence."""
+    """The outcome that a request would have at one moment; `str()` of a fit is a sentence."""
 
     model: str  # the model's name
     verdict: Verdict

@@ -38,12 +38,10 @@ def advise(
 ) -> tuple[Advice, ...]:
     """Return other options with which a model fits, the least harm first.
 
-    Empty where it fits, or no option would help.
-
-    For a model that never fits, the options are those with which it would, if need be after evictions. For a request
-    that evicts or waits, they are those with which it would not. For a model that goes to GPUs in part, they are those
-    with which it goes whole. `found` is the preview of `spec` itself. Each advice was previewed in turn, and each does
-    less harm than every one before it.
+    The result is empty where the model fits, or no option would help. With these options a model that never fits would
+    fit, if need be after evictions; a request that evicts or waits would do neither; a model that goes to GPUs in part
+    would go whole. `found` is the preview of `spec` itself. Each advice was previewed in turn, and each does less
+    harm of some kind than every advice before it.
     """
     if isinstance(info, Footprint) or _worth(found) == _BEST:
         return ()

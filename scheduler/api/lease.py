@@ -72,7 +72,7 @@ class Lease(NonCopyable):
 
     @property
     def url(self) -> str:
-        """Where the runner's own OpenAI-compatible server listens; requests need `api_key` as a bearer token."""
+        """The address of the runner's own OpenAI-compatible server; requests need `api_key` as a bearer token."""
         return self._endpoint().url
 
     @property

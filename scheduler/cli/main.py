@@ -148,9 +148,9 @@ def _replay(chosen: argparse.Namespace) -> int:
 
 def _add_explore(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "Searches, breadth first, every state that the scheduler's core can reach in small named scenarios: each state "
-        "must satisfy all invariants, and from each state every waiting request must still be answered and every runner "
-        "unloaded. Exits with 0 if all holds, else with 1 and the shortest trace to a violation."
+        "Searches, breadth first, every state that the scheduler's core can reach in small named scenarios. In each "
+        "state all invariants must hold, and from each state it must be possible to answer every request and to unload "
+        "every runner. Exits with 0 if all holds, else with 1 and the shortest trace to a violation."
     )
     option = parser.add_argument
     option(

@@ -97,7 +97,7 @@ class ThreadPool:
             log.warning("no thread could be started for %s", self._name)
 
     def _run_late(self) -> None:
-        ends = 0  # of threads that have yet to end: given back, since these threads may hang for as long as they like
+        ends = 0  # orders to end taken from other threads: put again below, since those threads may still hang
         while True:
             try:
                 job = self._jobs.get_nowait()

@@ -54,7 +54,7 @@ class DeviceReader:
 
     @property
     def problems(self) -> tuple[str, ...]:
-        """What could not be read at the last reading, and what still does not answer, in sentences."""
+        """The problems of the last reading, and of a driver that still does not answer, in sentences."""
         problems = self._reading.problems if self._reading is not None else ()
         overdue_s = self._overdue_s()
         if overdue_s < ANSWER_S:

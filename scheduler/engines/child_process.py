@@ -23,10 +23,10 @@ class Program:
 
 @dataclass(frozen=True, slots=True)
 class Exit:
-    """How a child ended."""
+    """The end of a child."""
 
     code: int | None  # the exit status, or the negative signal; None: the child never started
-    reason: str = ""  # why the child never started, or why it was ended although no stop was asked for
+    reason: str = ""  # why the child never started, or why it was ended without an order to stop
     tail: str = ""  # the end of what the child wrote to standard error
     asked: bool = False  # the child was told to stop
 

@@ -52,7 +52,7 @@ class Endpoint:
 
 
 class RunnerListener(Protocol):
-    """What an engine reports about one runner to; any thread may call it, and no call blocks.
+    """Receives an engine's reports about one runner; any thread may call it, and no call blocks.
 
     An engine never calls it from inside `Engine.launch` or `Process.stop`.
     """

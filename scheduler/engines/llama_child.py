@@ -60,7 +60,7 @@ HOST_BUFFER = re.compile(r"(CPU|AMX)(_|$)|.*_Host$")  # CPU_Mapped, CPU_REPACK, 
 
 
 class Request(TypedDict):
-    """What the parent requests; tokens, threads and layers are counts, paths are absolute."""
+    """The parent's request; tokens, threads and layers are counts, paths are absolute."""
 
     parent: int  # the process whose end ends this child
     library: str | None  # the folder that holds the xllamacpp package; None: Python's own search path

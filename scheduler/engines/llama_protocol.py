@@ -1,4 +1,4 @@
-"""What a llama.cpp child reports of itself, by its protocol and as a server, with every value checked."""
+"""The reports of a llama.cpp child, by its protocol and as a server, with every value checked."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _LARGEST = re.compile(rb"^llamacpp:n_tokens_max (\d+)", re.MULTILINE)
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """What a child reports when it serves."""
+    """The report of a child that serves."""
 
     url: str
     num_ctx: int | None  # the context that each slot really got, in tokens; None: not reported

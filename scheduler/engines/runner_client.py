@@ -36,7 +36,7 @@ _STALE = (httpx.RemoteProtocolError, httpx.ReadError, httpx.WriteError, httpx.Co
 class RunnerClient:
     """A client of one runner at `url` (scheme, host and port) with its `key`.
 
-    May be used by several threads at once.
+    Several threads may use a client at once.
 
     Every method takes the engine's own request parameters by name (`max_tokens`, `temperature`, …) and `timeout_s`, the
     longest silence that is allowed, in seconds; None, which is the default, is without limit. A method returns one
@@ -234,7 +234,7 @@ class RunnerClient:
             raise TimeoutError(f"the runner at {self._url} was silent for {limit}: allow it more") from error
         except httpx.RequestError as error:
             if is_out_of_files(error):
-                raise EngineError(503, f"it was not asked, for {OUT_OF_FILES}") from error
+                raise EngineError(503, f"the request was not sent: {OUT_OF_FILES}") from error
             raise ConnectionError(f"the runner at {self._url} cannot be reached: {error}") from error
 
 

@@ -36,8 +36,8 @@ class Resolver(Protocol):
         """Return the model of that name as it is now, None if there is none here.
 
         Called again every two seconds or so for a name in use, in the thread that asks: it is to be quick.
-        May raise `ModelNotFound` to say what else there would be, and `InvalidModel`. After anything else that it
-        raises the next resolver is asked, and what was raised is told where nobody knows the name.
+        May raise `ModelNotFound`, to suggest other names, and `InvalidModel`. After any other exception the next
+        resolver is called, and the error for a name that no resolver knows quotes the exception.
         """
 
     def names(self) -> Iterable[str]:

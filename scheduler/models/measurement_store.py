@@ -60,7 +60,7 @@ _BROKEN = frozenset({sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLI
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """What must be the same for a measurement to hold, beside options and split."""
+    """The part of a model that a measurement holds for, beside options and split."""
 
     files: str  # the paths of a model's files, and their roles
     state: str  # their sizes and times, and the versions of what loads them

@@ -95,7 +95,7 @@ class Measurements:
 def identity_of(model: object) -> Identity | None:
     """Return what tells a model's files from any others; None for an object, and for files that cannot be read.
 
-    Sizes and times are those of now. The engine's version is part of the identity: another version takes other buffers.
+    Sizes and times are read anew. The engine's version is part of the identity: another version takes other buffers.
     """
     if not isinstance(model, ModelSpec):
         return None  # an object declares its bytes, and another program's object of this name is a different one

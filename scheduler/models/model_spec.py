@@ -1,4 +1,4 @@
-"""What a user requests: a model file with everything that makes it a model of its own."""
+"""The specification of a model: its file, with everything that makes it a model of its own."""
 
 from __future__ import annotations
 

@@ -101,7 +101,7 @@ _DIGEST = re.compile(r"sha256[:-]([0-9a-f]{64})", re.ASCII)  # nothing else beco
 _LAYER = "application/vnd.ollama.image."
 _KINDS = ("model", "adapter", "projector", "params")  # of layers; engines need no others
 _MOST_LAYERS = 16  # of one kind; real models have one or two
-_COUNTS = ("num_ctx", "num_batch", "num_thread")  # of an Ollama model's parameters, those that Options have too;
+_COUNTS = ("num_ctx", "num_batch", "num_thread")  # the parameters of an Ollama model that Options have too;
 _OTHERS = ("num_gpu", "main_gpu", "use_mmap")  # the other parameters are about sampling
 
 

@@ -132,7 +132,7 @@ class Recorder:
         self._header_size = 0
         self._skipping = True  # until the next header
         self._skipped = 0  # steps left out by the thread since the last header
-        self._late = 0  # of all steps that the thread left out, those that came when the file was full
+        self._late = 0  # steps that the thread left out because the file was full
         self._asked = False  # a header was requested since the last one
         self._named: set[ModelId] = set()  # models whose names are in the file
         self._thread = threading.Thread(target=self._run, name="loadmaster-recorder", daemon=True)
@@ -167,7 +167,7 @@ class Recorder:
 
     @property
     def problems(self) -> tuple[str, ...]:
-        """What could not be recorded, in sentences."""
+        """The problems of the recording, in sentences."""
         count = self._lost + self._late
         lost = f"{count} steps came faster than they could be written to {self._path}: they are missing there"
         return tuple(text for text in (self._failure, count and lost) if text)

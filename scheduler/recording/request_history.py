@@ -1,4 +1,4 @@
-"""What became of each request of a recording: what it waited for, for how long each time, and its answer."""
+"""The history of each request of a recording: the reasons and times of its waits, and its answer."""
 
 from __future__ import annotations
 

@@ -153,7 +153,7 @@ def test_a_failure_is_told_with_what_the_engine_said(reason: FailureReason, word
         (Infeasible.no_required_gpu, "ask for it without a GPU (require_gpu, num_gpu)"),
         (Infeasible.no_gpu, "ask for it without a GPU (require_gpu, num_gpu)"),
         (MemoryHeld((MODEL,), pinned=False), "end that process, or use a smaller"),
-        (MemoryHeld((MODEL,), pinned=True), "unpin some of it, or use a smaller"),
+        (MemoryHeld((MODEL,), pinned=True), "unpin some of them, or use a smaller"),
         (Infeasible.held_elsewhere, "free some of it, or use a smaller"),
         (Infeasible.too_large, "use a smaller model, context or cache type, or raise the limit"),
         (RunnerLimit(2, (MODEL,)), "use a smaller model, context or cache type, or raise the limit"),

@@ -279,7 +279,7 @@ def test_failures_are_listed() -> None:
     """With who asked for what, and why it failed."""
     record = a_record()
     record.answers.append(an_answer(100.0, 100.0, "it broke"))
-    assert "  failed: client 1 asked for chat: it broke" in summary(record, 110.0, [], complete=True)
+    assert "  failed: client 1 requested chat: it broke" in summary(record, 110.0, [], complete=True)
 
 
 def test_percentiles_of_one_value_are_that_value() -> None:

@@ -201,7 +201,7 @@ def summary(record: Record, now: float, expected: Collection[Feature], *, comple
     lines += ["", "Seen", *(_feature_line(record, feature, feature in expected, complete) for feature in Feature)]
     if any(feature not in expected and feature not in record.checklist.seen_at for feature in Feature):
         lines.append("  (Not here: with these models and this limit there is no occasion for it.)")
-    lines += [f"  failed: {answer.client} asked for {answer.model}: {answer.error}" for answer in failures]
+    lines += [f"  failed: {answer.client} requested {answer.model}: {answer.error}" for answer in failures]
     return lines
 
 

@@ -170,7 +170,7 @@ class FakeEngine:
 class FakeResolver:
     """Finds declared models by name."""
 
-    place = "the models that the test has declared"
+    location = "the models that the test has declared"
 
     def __init__(self, models: Mapping[str, FakeModel]) -> None:
         self._models = models

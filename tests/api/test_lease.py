@@ -19,7 +19,7 @@ import pytest
 from scheduler import Lease, PythonModel, RunnerCrashed, Scheduler, Settings
 from scheduler.engines.llama import LlamaProcess
 from scheduler.engines.runner_client import RunnerClient
-from tests.engines.test_client import Misbehaving, event, stream
+from tests.engines.test_runner_client import Misbehaving, event, stream
 from tests.support.leaks import no_leaks
 from tests.support.real import LONG, SHORT, send, settings, write_models
 from tests.support.waiting import LIMIT_S, assert_soon

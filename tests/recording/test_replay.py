@@ -33,7 +33,7 @@ from scheduler.recording.codec import encode, schema
 from scheduler.recording.recorder import Recorder
 from scheduler.recording.replay import Difference, RecordingError, Replay, ReplayedStep, ReplayStarted
 from scheduler.recording.timeline import Timeline
-from tests.recording.test_record import Walk
+from tests.recording.test_codec import Walk
 from tests.support.leaks import no_leaks
 from tests.support.pool import PoolUnderTest, a_pool, acquire, cancel, exited, loaded, preload, release
 from tests.support.waiting import assert_soon

@@ -350,7 +350,7 @@ READ_ONLY = """
 import os, sys
 from pathlib import Path
 sys.path.insert(0, os.getcwd())
-import tests.models.test_footprint_store as those
+import tests.models.test_measurement_store as those
 path = Path(sys.argv[1])
 if os.geteuid() == 0:
     os.setgroups([])
@@ -381,7 +381,7 @@ FULL_DISK = """
 import os, resource, sys
 from pathlib import Path
 sys.path.insert(0, os.getcwd())
-import tests.models.test_footprint_store as those
+import tests.models.test_measurement_store as those
 path = Path(sys.argv[1])
 store = those.MeasurementStore(path)
 resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size, resource.RLIM_INFINITY))
@@ -502,7 +502,7 @@ import os, sys
 from pathlib import Path
 sys.path.insert(0, os.getcwd())
 import scheduler.models.measurement_store as patience
-import tests.models.test_footprint_store as those
+import tests.models.test_measurement_store as those
 patience.READ_TIMEOUT_S = patience.WRITE_TIMEOUT_S = 20.0  # a busy disk is no reason to lose anything here
 store = those.MeasurementStore(Path(sys.argv[1]))
 for number in range(20):

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from fsm.domain.devices import DeviceId
+from fsm.domain.devices import HOST, DeviceId
 from fsm.machine.runner import RunnerState
 from fsm.messages.commands import Claim, Command, Finished, Grant, Launch, Reject, ReleaseClaim, Stop
 from fsm.messages.decision_log import Decision, Entry
@@ -305,6 +305,49 @@ def test_a_copy_has_claims_of_its_own() -> None:
     copy.check()
     assert copy._state.claims[1].had is False
     assert copy.step(pool.now, ClaimGranted(1)) == [pool.launch(1, "a")]
+
+
+# -- the clock of a claim ---------------------------------------------------------------------------------------------
+
+
+def test_a_claim_that_is_given_up_is_no_longer_timed() -> None:
+    """Nothing is due once the only one who waited for it has left."""
+    pool = a_pool(claims=True, shares=False)
+    assert pool.feed(acquire("a", request=1)) == [Claim(1, (HOST,))]
+    assert pool.feed(cancel(1))[-1] == ReleaseClaim(1)
+    assert ("claim", 1) not in [key for _, key in pool.core._state.timers.items()]
+
+
+def test_a_claim_of_just_these_devices_is_enough() -> None:
+    """However often it is planned again, one launch makes one claim."""
+    pool = a_pool(claims=True, shares=False)
+    pool.feed(acquire("a", request=1))
+    assert pool.feed(acquire("a", request=2), pool.sample()) == []
+    assert (sorted(pool.core._state.claims), pool.core._state.next_claim) == ([1], 2)
+
+
+def test_a_claim_of_a_load_that_was_stopped_is_timed_no_longer_than_its_process_lives() -> None:
+    """Its time is up for nobody then."""
+    pool = a_pool(claims=True, stop_timeout_s=15.0).loading("a", request=1)
+    pool.feed(unresponsive(1))
+    assert ("claim", 1) in [key for _, key in pool.core._state.timers.items()]
+    pool.feed(exited(1))
+    assert ("claim", 1) not in [key for _, key in pool.core._state.timers.items()]
+
+
+def test_the_journal_says_which_launch_went_ahead_without_its_devices() -> None:
+    """With the model, the request and all devices by name."""
+    pool = a_pool(claims=True, shares=False, gpus=("8GiB",), claim_timeout_s=60.0)
+    pool.core.decision_log = []
+    pool.declare("g", layered(4, "1GiB", host="100MiB"))
+    pool.feed(acquire("g", request=7))
+    late = pool.core.late
+    pool.feed(ClaimContended(1))
+    assert pool.core.late == late
+    pool.advance("60s")
+    decisions = [entry for entry in pool.core.decision_log or () if isinstance(entry, Decision)]
+    entry = next(entry for entry in decisions if entry.what == "launched")
+    assert (entry.model, entry.request, entry.why) == ("g", 7, ClaimMissed((HOST, "gpu0"), 60.0))
 
 
 # -- every state of a claim, every event -------------------------------------------------------------------------------

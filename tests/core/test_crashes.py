@@ -110,3 +110,27 @@ def test_memory_that_runs_out_while_a_runner_drains_ends_the_others_too() -> Non
     pool = a_pool("20GiB").ready("b", lease=2).expiring("a", lease=1)
     pool.feed(exited(pool.runner("a"), code=-9, out_of_memory=True))
     assert pool.state("b") is RunnerState.expiring
+
+
+def test_of_crashes_a_good_life_apart_each_is_the_first() -> None:
+    """Two such, and then a third soon after, which is the second in a row."""
+    pool = a_pool(good_life_s=60.0).ready("a", lease=1)
+    for runner in (1, 2):
+        pool.advance("60s")
+        pool.feed(exited(runner, code=-9, reason=f"crash {runner}"))
+        pool.ready("a", lease=runner + 1)
+    assert pool.core._state.models["a"].failure == ProcessExited(-9, "crash 2", loaded=True)
+    pool.feed(exited(3, code=-9, reason="crash 3"))
+    pool.feed(acquire("a", request=9))
+    assert pool.refusal(9) == LoadFailedRefusal("a", ProcessExited(-9, "crash 3", loaded=True), 20.0)
+
+
+def test_a_second_crash_in_a_row_is_no_lack_of_memory() -> None:
+    """Those who wait for the next life are told the reason of this one."""
+    pool = a_pool().ready("a", lease=1)
+    pool.feed(unresponsive(1), exited(1))
+    pool.ready("a", lease=2)
+    pool.feed(acquire("a", request=3, num_thread=5), unresponsive(2))
+    refusal = pool.refusal(3)
+    assert isinstance(refusal, LoadFailedRefusal)
+    assert (refusal.reason, refusal.out_of_memory) == (NoAnswer(10.0), False)

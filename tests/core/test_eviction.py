@@ -8,10 +8,12 @@ from collections.abc import Sequence
 import pytest
 
 from fsm.eviction.policies import POLICIES, Candidate, KeepAliveOrder, LeastRecentlyUsed
+from fsm.eviction.reuse_prediction import IdleTimeStatistics
 from fsm.eviction.victim_selection import smallest_prefix as choose
 from fsm.machine.runner import RunnerState
 from fsm.messages.commands import Grant, NotifyContention, Stop
 from fsm.messages.reasons import WaitFor
+from fsm.planning.eviction_candidates import evictable_at
 from tests.support.pool import (
     PoolUnderTest,
     a_pool,
@@ -21,6 +23,7 @@ from tests.support.pool import (
     exited,
     expire,
     launched,
+    layered,
     loaded,
     preload,
     refused,
@@ -408,3 +411,80 @@ def test_choose_keeps_what_turned_out_not_to_be_needed() -> None:
     small, large = a_candidate(1, "a", held_bytes=1), a_candidate(2, "b", held_bytes=4)
     chosen = choose([small, large], [], lambda victims: sum(one.held_bytes for one in victims) >= 4)
     assert chosen == [large]
+
+
+# -- what a policy is told --------------------------------------------------------------------------------------------
+
+
+class Listening:
+    """A policy that orders by last use and keeps what it was told."""
+
+    name = "listening"
+
+    def __init__(self) -> None:
+        self.told: dict[str, Candidate] = {}
+        self.asked_at = 0.0
+
+    def order(self, now: float, candidates: Sequence[Candidate]) -> Sequence[Candidate]:
+        self.asked_at = now
+        self.told = {one.model: one for one in candidates}
+        self.outlooks = {one.model: (one.outlook(), one.outlook()) for one in candidates}
+        return sorted(candidates, key=lambda one: one.used_at)
+
+
+def test_an_outlook_is_of_the_rest_so_far_and_of_none_while_in_use() -> None:
+    """Asked for twice it is the same; the time that a policy is told is the plan's."""
+    policy = Listening()
+    pool = a_pool(capacity="12GiB", policy=policy).idle("a").ready("b", lease=7)
+    pool.advance("40s")
+    pool.idle("a")
+    pool.advance("30s")
+    pool.feed(acquire("c", request=8))
+    core, experience = pool.core._state, IdleTimeStatistics(pool.core._state.idle_intervals)
+    assert policy.asked_at == pool.now
+    assert policy.outlooks["a"] == (experience.forecast(core.models["a"].idle_intervals, 30.0),) * 2
+    assert policy.outlooks["b"] == (experience.forecast(core.models["b"].idle_intervals, 0.0),) * 2
+
+
+def test_a_policy_is_told_what_a_load_takes_where_a_runner_is() -> None:
+    """One with fewer layers on GPUs may load faster or slower; one that still loads has no figure."""
+    policy = Listening()
+    pool = a_pool(capacity="64GiB", gpus=("8GiB",), policy=policy, min_residency_s=0.0, max_loads_per_gpu=2)
+    pool.declare("m", layered(4, "512MiB")).declare("n", layered(4, "512MiB")).declare("x", layered(4, "1500MiB"))
+    for duration, taken in (("2s", "6500MiB"), ("8s", "0B")):  # by others: the first goes there in part
+        pool.strangers = {"gpu0": amount(taken)}
+        pool.feed(pool.sample(), acquire("m", request := pool.request_id()))
+        pool.advance(duration)
+        pool.feed(loaded(pool.runner("m")), release(request))
+        if duration == "2s":
+            pool.feed(expire("m"))
+            pool.settle()
+    pool.loading("n", request=70)
+    pool.feed(cancel(70))
+    pool.advance("10s")
+    pool.feed(acquire("x", request=71))
+    assert (policy.told["m"].load_s, policy.told["n"].load_s) == (8.0, None)
+
+
+def test_nobody_may_go_before_now() -> None:
+    """What has passed of a bound, a residency or a rest is no time of its own."""
+    pool = a_pool(min_residency_s=5.0).ready("a", lease=1)
+    pool.advance("60s")
+    pool.feed(cancel(99))
+    core, runner = pool.core._state, pool.life("a")
+    core.now = pool.now
+    assert evictable_at(core, runner, bound=pool.now - 9) == pool.now
+    pool.feed(release(1))
+    pool.advance("60s")
+    core.now = pool.now
+    assert evictable_at(core, runner, bound=pool.now - 9) == pool.now
+
+
+def test_two_idle_runners_go_in_the_policys_order_and_busy_ones_after_them() -> None:
+    """However many leases a busy one holds."""
+    pool = a_pool(capacity="14GiB", each="6GiB", max_wait_s=0.0, min_residency_s=0.0, policy=Listening())
+    pool.ready("busy", lease=1)
+    pool.advance("1s")
+    pool.idle("idle")
+    pool.feed(acquire("new", request=3))
+    assert (pool.state("busy").value, pool.state("idle").value) == ("ready", "expiring")

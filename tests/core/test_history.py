@@ -3,18 +3,31 @@
 from __future__ import annotations
 
 import math
+from dataclasses import fields
 
 import pytest
 
 from fsm.core import Core
-from fsm.domain.devices import DeviceId, DeviceSample
-from fsm.machine.request import Purpose
-from fsm.machine.runner import EXPIRING, IDLE, LOADING, READY, UNLOADED, RunnerState
+from fsm.domain.devices import HOST, DeviceId, DeviceSample, Placement
+from fsm.domain.model_info import Options
+from fsm.eviction.policies import KeepAliveOrder
+from fsm.machine.request import Purpose, Request, RequestSpec
+from fsm.machine.runner import EXPIRING, IDLE, LOADING, READY, UNLOADED, Runner, RunnerState
 from fsm.machine.transition_table import IllegalTransition
 from fsm.messages.commands import Stop
 from fsm.messages.decision_log import Decision, Entry, Transition
 from fsm.messages.events import Configure, Inspected, OutOfMemory, Progress, Sampled, Tick
-from fsm.messages.reasons import NeededFor, RunnerStep, WaitFor, WaitForRunners
+from fsm.messages.reasons import (
+    ClaimMissed,
+    LoadStalled,
+    NeededFor,
+    Queued,
+    RunnerReason,
+    RunnerStep,
+    TransitionReason,
+    WaitFor,
+    WaitForRunners,
+)
 from fsm.state.timers import Timers
 from scheduler.recording.codec import decode_state, encode
 from tests.support.pool import (
@@ -32,6 +45,7 @@ from tests.support.pool import (
     memory,
     pin,
     preload,
+    progress,
     release,
     unpin,
     unresponsive,
@@ -310,6 +324,110 @@ def test_late_events_are_counted_and_change_nothing() -> None:
     assert pool.feed(*strangers) == []
     assert pool.core.late == len(strangers)
     assert pool.core.snapshot() == before
+
+
+RUNNER = Runner(1, "a", Options(num_ctx=1), Placement(((HOST, 1),)), 2.0, 3.0)
+
+
+REQUEST = Request(1, RequestSpec("a", Options(), Purpose.lease, 0), 2.0, 3.0)
+
+
+@pytest.mark.parametrize("original", [RUNNER, REQUEST], ids=lambda original: type(original).__name__)
+def test_a_copy_is_like_the_original_in_every_field(original: Runner | Request) -> None:
+    """Nothing is left out, and no set or dictionary is shared."""
+    for number, each in enumerate(fields(original)):
+        value = getattr(original, each.name)
+        match value:
+            case bool():
+                setattr(original, each.name, not value)
+            case int() | float() | None:
+                setattr(original, each.name, 100 + number)
+            case set():
+                value.add(number)
+            case dict():
+                value[HOST] = number
+            case _:
+                pass
+    copy = original.copy()
+    for each in fields(original):
+        value, copied = getattr(original, each.name), getattr(copy, each.name)
+        assert copied == value, each.name
+        assert copied is not value or not isinstance(value, set | dict), each.name
+
+
+def test_a_copy_of_a_core_has_its_policy_and_its_failures() -> None:
+    """What went wrong, and by what order runners go."""
+    core, missed = Core(policy=KeepAliveOrder()), ClaimMissed((HOST,), 60.0)
+    core.policy_failure, core._context.claim_failure, core.late = "ValueError()", missed, 3
+    copy = core.copy()
+    assert copy.policy is core.policy and copy._state.config == core._state.config
+    assert (copy.policy_failure, copy._context.claim_failure, copy.late) == ("ValueError()", missed, 3)
+
+
+def test_failures_are_told() -> None:
+    """None at first; of a policy what it raised."""
+    core, missed = Core(), ClaimMissed((HOST,), 60.0)
+    assert core.failures() == ()
+    core._context.claim_failure = missed
+    assert core.failures() == (missed,)
+    core.policy_failure = "ValueError()"
+    assert core.failures() == ("ValueError()", missed)
+
+
+def test_every_late_event_is_counted() -> None:
+    """One each, whatever it is."""
+    pool = a_pool().idle("a")
+    late = pool.core.late
+    pool.feed(progress(pool.runner("a")), release(999), loaded(999), exited(999), release(998))
+    assert pool.core.late == late + 5
+
+
+def reasons(pool: PoolUnderTest) -> list[TransitionReason]:
+    """Why runners moved, since the journal was begun."""
+    return [entry.why for entry in pool.core.decision_log or () if isinstance(entry, Transition)]
+
+
+def told(pool: PoolUnderTest) -> PoolUnderTest:
+    """Have a journal kept from now on."""
+    pool.core.decision_log = []
+    return pool
+
+
+@pytest.mark.parametrize(
+    ("what", "reason"),
+    [
+        ("keep-alive", RunnerReason.keep_alive_over),
+        ("close", RunnerReason.closing),
+        ("stall", LoadStalled(300.0)),
+    ],
+)
+def test_a_transition_tells_its_reason(what: str, reason: TransitionReason) -> None:
+    """With the time that a load was given."""
+    pool = told(a_pool().loading("a") if what == "stall" else a_pool().idle("a"))
+    if what == "close":
+        pool.feed(close(0))
+    else:
+        pool.advance("301s")
+    assert reason in reasons(pool)
+
+
+def test_a_queued_request_is_told_with_its_model_and_its_place() -> None:
+    """The journal says who waits, and for whom."""
+    pool = told(a_pool())
+    pool.feed(acquire("a", request=7))
+    entries = [
+        entry for entry in pool.core.decision_log or () if isinstance(entry, Decision) and entry.what == "queued"
+    ]
+    assert [(entry.model, entry.why, entry.request) for entry in entries] == [("a", Queued(1), 7)]
+
+
+def test_nothing_is_due_once_everything_has_gone() -> None:
+    """No timer of a runner, a claim or a request is left behind."""
+    pool = a_pool(claims=True).idle("a")
+    runner = pool.runner("a")
+    pool.feed(expire("a"), exited(runner))
+    pool.advance("600s")
+    assert pool.core.deadline() == math.inf
 
 
 # -- timers -----------------------------------------------------------------------------------------------------------

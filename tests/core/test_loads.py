@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import pytest
+
 from fsm.domain.model_info import Options
 from fsm.machine.runner import RunnerState
 from fsm.messages.commands import Command, Grant, Reject, Stop
 from fsm.messages.events import Progress
-from fsm.messages.reasons import ProcessExited
-from fsm.messages.refusals import LoadFailedRefusal, LoadTimeoutRefusal
+from fsm.messages.reasons import NoAnswer, ProcessExited
+from fsm.messages.refusals import LoadFailedRefusal, LoadTimeoutRefusal, ModelNotFoundRefusal
 from tests.support.models import a_model
 from tests.support.pool import (
     PoolUnderTest,
@@ -258,6 +260,35 @@ def test_the_load_of_a_preload_that_fails_is_its_answer() -> None:
     pool = a_pool()
     pool.feed(preload("a", request=1))
     assert refused(pool.feed(exited(1, code=1))) == {1: LoadFailedRefusal}
+
+
+def test_the_last_moment_of_a_back_off_is_told_as_it_is() -> None:
+    """Whoever asks then is told to wait for less than a second."""
+    pool = a_pool().loading("a")
+    pool.feed(exited(pool.runner("a"), 1, "no such layer"))
+    pool.advance("9.5s")
+    pool.feed(acquire("a", request=7))
+    refusal = pool.refusal(7)
+    assert isinstance(refusal, LoadFailedRefusal) and refusal.retry_after_s == pytest.approx(0.5)
+
+
+def test_a_model_that_failed_is_remembered_although_its_file_is_gone() -> None:
+    """Nothing was ever measured of it; its back-off holds all the same."""
+    pool = a_pool().loading("a")
+    pool.feed(exited(pool.runner("a"), 1, "no such layer"), pool.sample())
+    pool.advance("11s")
+    pool.declare("a", ModelNotFoundRefusal("a"))
+    pool.feed(acquire("a", request=7))
+    assert isinstance(pool.refusal(7), ModelNotFoundRefusal)
+    assert pool.core._state.models["a"].failures == 1
+
+
+def test_a_load_that_hangs_is_told_with_its_reason() -> None:
+    """To everybody who waits for it."""
+    pool = a_pool().loading("a", request=1)
+    pool.feed(unresponsive(1))
+    refusal = pool.refusal(1)
+    assert isinstance(refusal, LoadFailedRefusal) and refusal.reason == NoAnswer(10.0)
 
 
 # -- out of memory ----------------------------------------------------------------------------------------------------

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from fsm.domain.devices import HOST, DeviceSample
@@ -155,6 +157,89 @@ def test_strangers_that_hold_memory_make_a_request_wait_or_fail_by_what_is_there
     pool.strangers = {"cpu": 5 * GIB}
     pool.feed(exited(1))
     assert pool.refusal(1).reason is Infeasible.held_elsewhere
+
+
+# -- accounts and lost devices ----------------------------------------------------------------------------------------
+
+
+def test_a_measurement_of_one_device_leaves_those_of_others() -> None:
+    """Each device is read by itself; one that does not answer keeps its figure."""
+    account = Account({HOST: 10, "gpu0": 20})
+    account.measure({"gpu0": 15})
+    account.measure({HOST: 5})
+    assert account.resident == {HOST: 5, "gpu0": 15}
+
+
+def test_what_is_not_measured_is_occupied_once_it_is_loaded() -> None:
+    """As far as is known: nothing before, the promise afterwards, and nothing where none was made."""
+    account = Account({HOST: 10})
+    assert account.occupied_bytes(HOST) == 0
+    account.loaded = True
+    assert (account.occupied_bytes(HOST), account.occupied_bytes("gpu0")) == (10, 0)
+    account.resident = {HOST: 7}
+    assert account.occupied_bytes(HOST) == 7
+
+
+def test_what_is_counted_on_one_device_stays_counted_when_another_is_read() -> None:
+    """Promised or resident is enough to be counted."""
+    account = Account({HOST: 10}, resident={"gpu0": 5}, loaded=True)
+    account.count([HOST])
+    account.count(["gpu0", "gpu1"])
+    assert account.resident_at_last_sample == {HOST: 10, "gpu0": 5}
+
+
+def test_what_the_next_life_is_promised_is_known_by_device() -> None:
+    """What was settled counts as it was seen, the rest as it was promised, and a strange device for nothing."""
+    account = Account({HOST: 10, "gpu0": 20})
+    account.measure({HOST: 12, "gpu0": 15})
+    account.observe_peak({HOST: 3})
+    assert (account.expected_bytes(HOST), account.expected_bytes("gpu0")) == (15, 15)
+    assert (account.expected_bytes("gpu1"), Account({}).expected_bytes(HOST)) == (0, 0)
+
+
+def test_mapped_pages_are_page_cache_on_the_host_alone() -> None:
+    """A GPU's memory is not given up because a file is mapped."""
+    account = Account({HOST: 10, "gpu0": 10}, resident_at_last_sample={HOST: 10, "gpu0": 10}, mapped_bytes=4)
+    assert (account.reserved_not_touched(HOST), account.reserved_not_touched("gpu0")) == (4, 0)
+
+
+def test_a_device_that_shrank_to_what_is_held_has_shrunk_no_more() -> None:
+    """Nothing is too much on it."""
+    ledger = Ledger()
+    ledger.sample([DeviceSample(HOST, "cpu", HOST, 100, 100)])
+    ledger.reserve(("runner", 1), ((HOST, 50),))
+    ledger.sample([DeviceSample(HOST, "cpu", HOST, 49, 49)])
+    assert ledger.overcommitted == {HOST}
+    ledger.sample([DeviceSample(HOST, "cpu", HOST, 50, 50)])
+    assert ledger.overcommitted == set()
+
+
+def test_a_device_that_is_gone_counts_as_shrunk_while_a_byte_is_promised_on_it() -> None:
+    """One byte is too much of nothing."""
+    ledger = Ledger()
+    ledger.sample([DeviceSample("gpu0", "gpu", "gpu0", 100, 100)])
+    ledger.reserve(("runner", 1), (("gpu0", 1),))
+    ledger.sample([])
+    assert ledger.overcommitted == {"gpu0"}
+
+
+def test_what_is_not_known_is_booked_where_it_was_asked_for() -> None:
+    """A device that has been lost has a name all the same; and one that promises nothing adds nothing."""
+    ledger = Ledger()
+    ledger.reserve(("runner", 1), ((HOST, 10),))
+    assert ledger.by_memory([("gpu7", 5), ("gpu7", 1)]) == {"gpu7": 6}
+    assert ledger.reserved_bytes("gpu7") == 0
+
+
+def test_a_reading_of_a_runner_that_is_gone_hides_no_others() -> None:
+    """It began before that one went."""
+    pool = a_pool(each="2GiB").idle("a").idle("b")
+    gone, kept = pool.runner("a"), pool.runner("b")
+    reading = pool.sample()
+    pool.feed(expire("a"), exited(gone), pool.sample())
+    grown = tuple((runner, ((HOST, 2**31 + runner),)) for runner in (gone, kept))
+    pool.core.step(pool.now, replace(reading, resident=grown))
+    assert pool.core._state.ledger.accounts["runner", kept].resident == {HOST: 2**31 + kept}
 
 
 # -- memory that comes back -------------------------------------------------------------------------------------------

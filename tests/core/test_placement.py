@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -296,3 +297,57 @@ def test_what_is_offloaded_in_part_waits_for_a_load_rather_than_to_stay_on_the_s
     assert pool.waits_for(2) == WaitFor.load_slot
     assert launched(pool.feed(loaded(1))) == ["large"]
     assert dict(pool.life("large").placement.gpu_layers).keys() == {"gpu0", "gpu1"}
+
+
+# -- to the byte ------------------------------------------------------------------------------------------------------
+
+
+LAYERS = Footprint((100,) * 4, (0,) * 4, output_bytes=100)  # with the output: five of 100 bytes
+
+
+def layers(
+    free: dict[str, int], footprint: Footprint = LAYERS, offload: Offload = Offload.whole, **how: Any
+) -> dict[DeviceId, int] | None:
+    """Return the layers by GPU, None where it does not go anywhere."""
+    placement = find_placement(PlacementDemand(footprint, **how), offload, {HOST: 10**6, **free}, BOTH)
+    return None if placement is None else dict(placement.gpu_layers)
+
+
+def test_in_part_goes_all_but_one_at_most_and_one_at_least() -> None:
+    """The output counts as a layer; as many go as there is room for, headroom of a quarter included."""
+    assert layers({"gpu0": 10_000}, offload=Offload.partial) == {"gpu0": 4}
+    assert layers({"gpu0": 250}, offload=Offload.partial) == {"gpu0": 2}
+    assert layers({"gpu0": 125}, offload=Offload.partial) == {"gpu0": 1}
+    assert layers({"gpu0": 124}, offload=Offload.partial) is None
+
+
+def test_one_layer_is_one_layer() -> None:
+    """What a request names is what it gets."""
+    assert layers({"gpu0": 10_000}, offload=Offload.partial, num_gpu=1) == {"gpu0": 1}
+
+
+def test_a_gpu_of_which_nothing_is_known_has_no_room() -> None:
+    """Not a byte of it, on either GPU or on the host."""
+    assert layers({}) is None
+    assert layers({"gpu1": 625}) == {"gpu1": 5}
+    tiny = Footprint(fixed=(("gpu0", 1),))
+    assert find_placement(PlacementDemand(tiny), Offload.none, {}, BOTH) is None
+    assert layers({}, Footprint((0,) * 4, (0,) * 4, output_bytes=1), spread=False) is None
+
+
+def test_the_output_and_its_copy_both_want_room() -> None:
+    """Input embeddings that are the output matrix are on a GPU twice."""
+    copied = replace(LAYERS, output_copy_bytes=100)
+    assert layers({"gpu0": 750}, copied) == {"gpu0": 5}
+    assert layers({"gpu0": 400, "gpu1": 374}, copied) is None
+    assert layers({"gpu0": 375, "gpu1": 375}, copied) == {"gpu0": 3, "gpu1": 2}
+
+
+def test_compute_buffers_and_projectors_take_their_part_of_a_split() -> None:
+    """Buffers on each GPU, projectors on the first one with layers: so much less room for layers there."""
+    buffered = replace(LAYERS, compute_bytes=100)
+    assert layers({"gpu0": 500, "gpu1": 375}, buffered) == {"gpu0": 3, "gpu1": 2}
+    assert layers({"gpu0": 499, "gpu1": 375}, buffered) is None
+    seeing = replace(LAYERS, projectors_bytes=100)
+    assert layers({"gpu0": 500, "gpu1": 250}, seeing) == {"gpu0": 3, "gpu1": 2}
+    assert layers({"gpu0": 499, "gpu1": 250}, seeing) is None

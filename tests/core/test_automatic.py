@@ -1,4 +1,4 @@
-"""What a request leaves open and the devices decide: context, batch, and whether anything but a GPU will do."""
+"""Options that a request leaves open and that the core derives from the devices: context, batch, and a required GPU."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def told(pool: PoolUnderTest, runner: int = 1) -> tuple[int | None, int | None]:
 
 
 def whole_on_a_gpu(**how: object) -> int:
-    """Return the bytes of "a" on a GPU that takes all of it."""
+    """Return the bytes that "a" takes on a GPU with room for all of its layers."""
     return dict(with_gpus("80GiB").loading("a", request=1, **how).launches[1].placement.bytes)["gpu0"]
 
 
@@ -53,7 +53,7 @@ def whole_on_a_gpu(**how: object) -> int:
 
 @pytest.mark.parametrize(("context", "batch"), [(4096, 512), (4097, 1024), (32768, 1024), (32769, 2048)])
 def test_n05_a_batch_follows_from_the_context(context: int, batch: int) -> None:
-    """N05: where there is room to spare; it is computed in one pass."""
+    """N05: where a GPU has memory to spare, the batch follows from the context and the plan counts its buffers."""
     pool = with_gpus("80GiB").loading("a", request=1, num_ctx=context)
     assert told(pool) == (context, batch)
     planned = dict(pool.launches[1].placement.bytes)["gpu0"]
@@ -63,7 +63,7 @@ def test_n05_a_batch_follows_from_the_context(context: int, batch: int) -> None:
 
 @pytest.mark.parametrize("batch", BATCHES, ids=str)
 def test_n05_a_batch_is_stepped_down_until_it_fits(batch: Batch) -> None:
-    """N05: 1024 want 75 % of what is free, 2048 want 60 %, with 768 MiB and 2 GiB beside the model."""
+    """N05: a batch of 1024 may take 75 % of the free memory and one of 2048 60 %; else the next smaller is used."""
     assert batch in BATCHES
     usual = whole_on_a_gpu(num_ctx=65536, num_batch=512)
     least = int((usual + batch.surcharge_bytes) / batch.part)
@@ -74,7 +74,7 @@ def test_n05_a_batch_is_stepped_down_until_it_fits(batch: Batch) -> None:
 
 
 def test_n05_nobody_goes_for_a_larger_batch() -> None:
-    """N05: what fits with the usual batch starts, and who is there stays; on the host and in part it is the usual."""
+    """N05: no runner is evicted for a larger batch, and on the host or in part a model has the usual batch."""
     usual = whole_on_a_gpu(num_ctx=8192, num_batch=512)
     pool = with_gpus(f"{int(2.6 * usual)}B").idle("a", num_ctx=8192, num_batch=512)
     assert launched(pool.feed(acquire("b", request=1, num_ctx=8192))) == ["b"]
@@ -84,24 +84,24 @@ def test_n05_nobody_goes_for_a_larger_batch() -> None:
 
 
 def test_n05_a_batch_that_was_named_or_set_stays() -> None:
-    """N05: by its request, or by the setting."""
+    """N05: a batch that the request or the setting names is used as it is."""
     assert told(with_gpus("80GiB").loading("a", 1, num_ctx=8192, num_batch=256)) == (8192, 256)
     assert told(with_gpus("80GiB", defaults=Options(num_batch=512)).loading("a", 1, num_ctx=8192)) == (8192, 512)
 
 
 def test_n05_n07_what_ran_out_of_memory_is_loaded_with_the_usual_batch() -> None:
-    """N05, N07: the second try is the careful one."""
+    """N05, N07: the second try of a load that ran out of memory uses the usual batch."""
     pool = with_gpus("80GiB").loading("a", request=1, num_ctx=8192)
     pool.feed(out_of_memory(1), exited(1, out_of_memory=True))
     assert (told(pool, 1)[1], told(pool, 2)[1]) == (1024, 512)
 
 
 def test_n05_n09_a_larger_batch_never_causes_a_reload() -> None:
-    """N05, N09: whatever would be chosen now, a runner serves who names none; who names one gets it."""
+    """N05, N09: a runner serves requests that name no batch or context, and a larger named context is planned."""
     pool = with_gpus("80GiB").ready("a", 1, num_ctx=8192)
     assert granted(pool.feed(acquire("a", request=2, num_ctx=8192))) == [2]
     pool.strangers = {"gpu0": 70 * GIB}
-    pool.feed(pool.sample(), acquire("a", request=3, num_ctx=2 << 20))  # beyond what it can have, so it is planned
+    pool.feed(pool.sample(), acquire("a", request=3, num_ctx=2 << 20))  # more than the runner has: planned
     assert 3 not in pool.answers and pool.waiting() == [3]
     pool = with_gpus("80GiB", info=replace(LONG, context_trained=8192)).ready("a", 1, num_ctx=8192)
     pool.strangers = {"gpu0": 78 * GIB}
@@ -123,13 +123,13 @@ def test_n05_n09_a_larger_batch_never_causes_a_reload() -> None:
     ],
 )  # fmt: skip
 def test_n06_a_context_follows_from_the_memory_of_all_gpus(gpus: tuple[str, ...], context: int) -> None:
-    """N06: where that is asked for; otherwise it is 4096 whatever there is."""
+    """N06: with the setting, the context follows from the memory of all GPUs; without it, the context is 4096."""
     assert told(with_gpus(*gpus, auto_context_from_vram=True).loading("a", request=1))[0] == context
     assert told(with_gpus(*gpus).loading("a", request=1))[0] == 4096
 
 
 def test_n06_memory_that_gpus_share_with_the_host_counts_once() -> None:
-    """N06: two integrated GPUs have the host's."""
+    """N06: two integrated GPUs count the host's memory once."""
     pool = with_gpus("1GiB", "1GiB", auto_context_from_vram=True, integrated=True)
     pool.capacities[HOST] = 30 * GIB
     pool.loading("a", request=1)
@@ -137,7 +137,7 @@ def test_n06_memory_that_gpus_share_with_the_host_counts_once() -> None:
 
 
 def test_n06_a_context_is_no_larger_than_what_was_trained_or_named_or_set() -> None:
-    """N06: it is automatic only where nobody has said."""
+    """N06: the automatic context is at most the trained one, and a context of the request or the setting wins."""
     short = replace(LONG, context_trained=16384)
     assert told(with_gpus("80GiB", info=short, auto_context_from_vram=True).loading("a", 1))[0] == 16384
     assert told(with_gpus("80GiB", auto_context_from_vram=True).loading("a", 1, num_ctx=2048))[0] == 2048
@@ -146,20 +146,20 @@ def test_n06_a_context_is_no_larger_than_what_was_trained_or_named_or_set() -> N
 
 
 def test_n06_a_context_is_stepped_down_rather_than_offloading_a_part() -> None:
-    """N06: 262144 tokens are 4 GiB of cache here; where they leave no place for the model, fewer will do."""
+    """N06: where a cache of 4 GiB for 262144 tokens leaves too little for the layers, the context is made smaller."""
     wide = replace(LONG, heads_kv=(128,) * 4)
     assert told(with_gpus("48GiB", info=wide, auto_context_from_vram=True).loading("a", 1))[0] == 32768
 
 
 def test_n06_n07_a_context_that_ran_out_of_memory_is_stepped_down() -> None:
-    """N06, N07: to 32768 at the second try."""
+    """N06, N07: the second try of a load that ran out of memory has an automatic context of 32768."""
     pool = with_gpus("80GiB", auto_context_from_vram=True).loading("a", request=1)
     pool.feed(out_of_memory(1), exited(1, out_of_memory=True))
     assert told(pool, 2)[0] == 32768
 
 
 def test_n06_n09_gpus_that_come_and_go_never_cause_a_reload() -> None:
-    """N06, N09: the context that a model was loaded with serves who names none."""
+    """N06, N09: a runner serves requests that name no context, whatever GPUs have come or gone since its load."""
     pool = with_gpus("80GiB", auto_context_from_vram=True).ready("a", 1)
     pool.capacities["gpu1"] = 80 * GIB
     assert granted(pool.feed(pool.sample(), acquire("a", request=2))) == [2]
@@ -182,7 +182,7 @@ EIGHT_BILLION = replace(
     ],
 )  # fmt: skip
 def test_n06_a_context_by_the_gpus_leaves_room_for_far_fewer_models(gpu: str, by_gpus: bool, models: int) -> None:
-    """N06: why it has to be asked for: so many models of 8 billion parameters stay beside each other."""
+    """N06: the automatic context is off by default because far fewer models of 8 billion parameters fit together."""
     pool = a_pool("512GiB", (gpu,), auto_context_from_vram=by_gpus, max_runners=99)
     for count in range(1, 99):
         pool.declare(f"m{count}", EIGHT_BILLION).feed(acquire(f"m{count}", request=count))
@@ -192,11 +192,11 @@ def test_n06_a_context_by_the_gpus_leaves_room_for_far_fewer_models(gpu: str, by
     assert len(pool.launches) == models
 
 
-# -- a GPU, or nothing ------------------------------------------------------------------------------------------------
+# -- a GPU is required ------------------------------------------------------------------------------------------------
 
 
 def test_a_request_may_require_a_gpu() -> None:
-    """It is refused with the numbers where the model is not whole on GPUs; others may have it in part."""
+    """A request that requires a GPU is refused with figures where its model does not fit whole on GPUs."""
     pool = with_gpus("1GiB")
     assert refused(pool.feed(acquire("a", request=1, require_gpu=True))) == {1: DoesNotFitRefusal}
     assert dict(pool.refusal(1).needed)["gpu0"] > GIB == dict(pool.refusal(1).available)["gpu0"]
@@ -205,21 +205,21 @@ def test_a_request_may_require_a_gpu() -> None:
 
 
 def test_a_runner_that_is_whole_on_gpus_serves_who_requires_one() -> None:
-    """However it was asked for; and one that was loaded for such a request serves all others."""
+    """A runner that is whole on GPUs serves requests that require a GPU and requests that do not."""
     pool = with_gpus("8GiB").ready("a", 1).ready("b", 2, require_gpu=True)
     assert granted(pool.feed(acquire("a", request=3, require_gpu=True), acquire("b", request=4))) == [3, 4]
     assert not pool.stops
 
 
 def test_who_requires_a_gpu_joins_a_load_that_goes_there() -> None:
-    """There is no second load."""
+    """A request that requires a GPU waits for a load that is already going to a GPU, and no second load starts."""
     pool = with_gpus("8GiB").loading("a", request=1)
     pool.feed(acquire("a", request=2, require_gpu=True))
     assert granted(pool.feed(loaded(1))) == [1, 2]
 
 
 def test_a_runner_that_is_on_the_host_is_reloaded_for_who_requires_a_gpu() -> None:
-    """If it can be whole there; else the request is refused and the runner stays."""
+    """A runner on the host is reloaded on a GPU if it fits there whole; else the request is refused."""
     pool = with_gpus("8GiB").idle("a", num_gpu=0)
     commands = pool.feed(acquire("a", request=1, require_gpu=True))
     assert (stopped(commands), launched(commands)) == ([1], ["a"])
@@ -230,7 +230,7 @@ def test_a_runner_that_is_on_the_host_is_reloaded_for_who_requires_a_gpu() -> No
 
 
 def test_what_was_measured_counts_whether_or_not_a_gpu_is_required() -> None:
-    """It is a matter of where a runner goes, and no option of what is loaded."""
+    """A measurement is used for a request that requires a GPU, because the requirement is no load-time option."""
     pool = with_gpus("8GiB").idle("a")
     pool.feed(exited(1))
     pool.feed(acquire("a", request=1, require_gpu=True))
@@ -238,7 +238,7 @@ def test_what_was_measured_counts_whether_or_not_a_gpu_is_required() -> None:
 
 
 def test_a_context_that_is_stepped_down_is_no_larger_than_without_gpus() -> None:
-    """It is an upper bound of what is automatic: what the GPUs do not take whole is the usual one."""
+    """The next smaller automatic context is 4096, as without GPUs, where the GPUs do not take the model whole."""
     pool = with_gpus("48GiB", auto_context_from_vram=True)
     pool.feed(acquire("a", request=1))
     assert told(pool)[0] == 262144

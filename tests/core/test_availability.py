@@ -1,4 +1,4 @@
-"""The account on which lines are planned: what there is at each horizon, in numbers."""
+"""The availability profile by which request groups are planned: memory and process slots at each horizon."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MODEL = ModelId("a")
 
 
 def a_supply(host: int = 100, gpus: tuple[int, ...] = (), places: int = 9, held: int = 0) -> AvailabilityProfile:
-    """Return a supply of so many bytes, of which one runner of one process holds some of the host."""
+    """Return a profile of so many bytes, of which one runner with one process holds `held` bytes of the host."""
     sizes = [(HOST, "cpu", host), *((id, "gpu", size) for id, size in zip(GPUS, gpus, strict=False))]
     ledger = Ledger({id: DeviceSample(id, kind, id, size, size) for id, kind, size in sizes})
     if held:
@@ -32,17 +32,17 @@ def runner(held: int) -> Runner:
 
 
 def of_host(size: int, *, process: bool = True) -> Requirement:
-    """Return the need of somebody who names so many bytes of the host."""
+    """Return the requirement of a request that names so many bytes of the host."""
     return Requirement(PlacementDemand(Footprint(fixed=((HOST, size),))), Offload.none, process)
 
 
 def host(supply: AvailabilityProfile) -> list[int]:
-    """Return what there is of the host's memory, by horizon."""
+    """Return the free bytes of the host's memory, by horizon."""
     return [there[HOST] for there in supply.bytes]
 
 
 def test_what_a_runner_holds_is_there_from_its_horizon_on() -> None:
-    """With its place among the processes."""
+    """The memory and the process slot of a runner count from the horizon at which the runner has gone."""
     supply = a_supply(100, places=2, held=30)
     assert (host(supply), supply.potential[HOST]) == ([70, 70, 70, 70], 100)
     supply.add(DRAINED, [runner(30)])
@@ -52,7 +52,7 @@ def test_what_a_runner_holds_is_there_from_its_horizon_on() -> None:
 
 
 def test_what_is_booked_is_missing_from_then_on_and_is_the_most_that_is_left_before() -> None:
-    """Whoever takes more now would take it from who has booked."""
+    """A reservation at a horizon reduces it and later ones, and caps earlier ones at what is left at that horizon."""
     supply = a_supply(100, places=2, held=30)
     supply.add(SOON, [runner(30)])
     supply.reserve(SOON, ((HOST, 80),), 1)
@@ -62,7 +62,7 @@ def test_what_is_booked_is_missing_from_then_on_and_is_the_most_that_is_left_bef
 
 
 def test_what_is_taken_now_is_missing_at_every_horizon() -> None:
-    """What is left later is not less than that."""
+    """A reservation at the first horizon reduces the availability at every horizon."""
     supply = a_supply(100, held=30)
     supply.add(LATER, [runner(30)])
     supply.reserve(NOW, ((HOST, 50),), 1)
@@ -70,7 +70,7 @@ def test_what_is_taken_now_is_missing_at_every_horizon() -> None:
 
 
 def test_somebody_goes_where_there_is_room_first() -> None:
-    """By bytes and by places; where neither is known, by what there might be."""
+    """The earliest fit is the first horizon with enough bytes and process slots, or the last one if none has."""
     supply = a_supply(100, places=0, held=30)
     supply.add(DRAINED, [runner(30)])
     assert supply.earliest_fit(of_host(60, process=False)) == (Placement(((HOST, 60),)), SOON)
@@ -81,7 +81,7 @@ def test_somebody_goes_where_there_is_room_first() -> None:
 
 
 def test_the_next_runner_of_a_model_takes_what_the_one_before_it_leaves_and_the_rest() -> None:
-    """As much as the largest of those who come, and never a place of its own."""
+    """The next runner of a model reserves only what it needs beyond its predecessor, and no process slot of its own."""
     supply = a_supply(100)
     supply.reserve(NOW, ((HOST, 40),), 1)
     supply.reserved_by_model[MODEL] = {HOST: 40}
@@ -94,7 +94,7 @@ def test_the_next_runner_of_a_model_takes_what_the_one_before_it_leaves_and_the_
 
 
 def test_the_next_runner_of_a_model_goes_where_the_one_before_it_was() -> None:
-    """What that leaves counts, on the device where it leaves it."""
+    """The memory that a runner leaves on a GPU is counted there for the next runner of its model."""
     supply = a_supply(1000, (70, 60))
     supply.reserve(NOW, ((GPUS[0], 40),), 1)
     supply.reserved_by_model[MODEL] = {GPUS[0]: 40}
@@ -105,7 +105,7 @@ def test_the_next_runner_of_a_model_goes_where_the_one_before_it_was() -> None:
 
 
 def test_what_one_model_holds_elsewhere_is_not_forgotten_where_the_next_goes() -> None:
-    """Its memory of the other GPU is booked for whoever comes after that."""
+    """A model's reservation on another GPU stays in the profile when its next runner goes elsewhere."""
     supply = a_supply(1000, (150, 60))
     supply.reserved_by_model[MODEL] = {GPUS[1]: 40}
     supply.reserve_successor(MODEL, Requirement(PlacementDemand(Footprint((20, 20), (0, 0), 10, 0, 0)), Offload.whole))
@@ -113,7 +113,7 @@ def test_what_one_model_holds_elsewhere_is_not_forgotten_where_the_next_goes() -
 
 
 def test_who_is_not_first_in_a_line_has_a_booking_once_it_is_their_turn() -> None:
-    """Not before those who came earlier."""
+    """Queued members of request groups get their reservations in the order of the queue, and none before its turn."""
     supply = a_supply(100)
     supply.queued_members = [((1.0, 1), of_host(10, process=False)), ((3.0, 3), of_host(20, process=False))]
     supply.reserve_earlier((2.0, 2))
@@ -123,7 +123,7 @@ def test_who_is_not_first_in_a_line_has_a_booking_once_it_is_their_turn() -> Non
 
 
 def test_somebody_lacks_memory_where_they_may_go() -> None:
-    """What is declared names its devices; who stays on the host takes none of a GPU."""
+    """A declared requirement names its devices, and a requirement on the host alone names no GPU."""
     supply = a_supply(100, (50, 50))
     demand = PlacementDemand(Footprint((amount("1GiB"),), (0,)))
     assert supply.memories(of_host(10)) == [HOST]

@@ -1,4 +1,4 @@
-"""What comes back at different times: a younger request never takes what an older one has in a moment."""
+"""Backfilling: a younger request never takes memory that an older request will have at a later horizon."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ from tests.support.pool import (
 
 
 def two_ahead() -> PoolUnderTest:
-    """Return a pool in which "soon" waits for a runner that is gone in a moment, and "late" for one in use.
+    """Return a pool in which "soon" waits for a runner that was stopped, and "late" waits for a busy one.
 
-    2 GiB are free, which "soon" will take with the 1 GiB that "idle" leaves; "late" will leave 2 of the 5 of "busy".
+    2 GiB are free. "soon" will take them and the 1 GiB of "idle"; "late" will leave 2 of the 5 GiB of "busy".
     """
     sizes = {"busy": "5GiB", "idle": "1GiB", "soon": "3GiB", "late": "3GiB", "young": "2GiB"}
     pool = a_pool("8GiB", sizes=sizes, min_residency_s=0.0).ready("busy", lease=1).idle("idle")
@@ -41,7 +41,7 @@ def two_ahead() -> PoolUnderTest:
 
 
 def test_what_is_there_now_is_not_had_for_what_others_will_leave_later() -> None:
-    """2 GiB are free, and "late" leaves as much; but "soon" would wait until then for what a younger one took."""
+    """A younger request is not placed in 2 free GiB that "soon" needs, although "late" will leave as much later."""
     pool = two_ahead()
     assert launched(pool.feed(acquire("young", request=13))) == []
     assert pool.waits_for(13) == WaitFor.earlier_requests
@@ -50,7 +50,7 @@ def test_what_is_there_now_is_not_had_for_what_others_will_leave_later() -> None
 
 
 def test_memory_of_the_programs_own_is_not_granted_for_what_others_will_leave_later() -> None:
-    """It could not even be asked back."""
+    """Memory of the program's own is not granted from what older requests need, because it could not be asked back."""
     pool = two_ahead()
     assert pool.feed(memory(13, cpu="2GiB")) == []
     pool.settle()
@@ -61,7 +61,7 @@ def test_memory_of_the_programs_own_is_not_granted_for_what_others_will_leave_la
 
 
 def test_a_place_for_a_process_is_not_had_for_one_that_others_will_leave_later() -> None:
-    """The third place is free in a moment for who came first, and two more when those in use have left."""
+    """A younger request does not take the process slot that an older one gets next, although more become free later."""
     pool = a_pool("20GiB", ["8GiB"], each="6GiB", sizes={"late": "16GiB", "young": "1GiB"}, max_runners=3)
     for model in ("leaves", "soon"):
         pool.declare(model, Footprint(fixed=(("gpu0", amount("6GiB")),)))
@@ -70,14 +70,14 @@ def test_a_place_for_a_process_is_not_had_for_one_that_others_will_leave_later()
     pool.samples = False
     pool.feed(acquire("soon", request=11), acquire("late", request=12), acquire("young", request=13))
     pool.settle()
-    assert pool.waits_for(11) == WaitFor.memory  # the process has gone, and the GPU shows it later
+    assert pool.waits_for(11) == WaitFor.memory  # the process has gone, and the GPU shows its memory as free later
     assert launched(pool.commands).count("young") == 0
     pool.samples = True
     assert launched(pool.feed(pool.sample())) == ["soon"]
 
 
 def test_nobody_idle_leaves_for_room_of_which_others_leave_the_rest_later() -> None:
-    """It would be unloaded for nothing until then: whoever asks for it meanwhile is served."""
+    """An idle runner stays and serves requests while a busy runner still holds the rest of the room that is needed."""
     sizes = {"busy": "5GiB", "idle": "1GiB", "late": "3GiB", "later": "3GiB"}
     pool = a_pool("6GiB", sizes=sizes, min_residency_s=0.0).ready("busy", lease=1).idle("idle")
     pool.advance("10s")
@@ -92,7 +92,7 @@ def test_nobody_idle_leaves_for_room_of_which_others_leave_the_rest_later() -> N
 
 
 def test_nobody_idle_leaves_for_room_of_which_somebody_who_drains_still_has_the_rest() -> None:
-    """It goes when that is there."""
+    """An idle runner is evicted for a request only when the draining runner that holds the rest is stopped too."""
     pool = a_pool("6GiB", sizes={"busy": "5GiB", "idle": "1GiB", "all": "6GiB"}).ready("busy", lease=1).idle("idle")
     pool.feed(expire("busy"))
     pool.advance("10s")
@@ -102,7 +102,7 @@ def test_nobody_idle_leaves_for_room_of_which_somebody_who_drains_still_has_the_
 
 
 def test_rather_an_idle_one_leaves_now_than_that_somebody_waits_for_what_others_leave() -> None:
-    """Of 5 GiB in use 2 will be left, some time; as many are idle."""
+    """An idle runner is evicted at once where a request would otherwise wait for memory that a busy runner leaves."""
     sizes = {"busy": "5GiB", "idle": "2GiB", "late": "3GiB", "young": "2GiB"}
     pool = a_pool("7GiB", sizes=sizes, min_residency_s=0.0).ready("busy", lease=1).idle("idle")
     pool.advance("10s")
@@ -114,13 +114,13 @@ def granted_at_once(pool: PoolUnderTest, model: str) -> bool:
     return Grant(13, pool.runner(model)) in pool.feed(acquire(model, request=13))
 
 
-# -- behind another line for the same model ---------------------------------------------------------------------------
+# -- behind another request group of the same model -------------------------------------------------------------------
 
-SMALL, LARGE = {"num_ctx": 2048}, {"num_ctx": 16384}  # in 1 GiB, and in 5
+SMALL, LARGE = {"num_ctx": 2048}, {"num_ctx": 16384}  # 1 GiB, and 5 GiB
 
 
 def waiting_with_two_contexts() -> PoolUnderTest:
-    """Return a pool in which a model is waited for with a small context, and then with a large one."""
+    """Return a pool in which one request waits for a model with a small context, and another with a large one."""
     pool = a_pool("8GiB", sizes={"all": "7900MiB", "other": "4GiB"}).ready("all", lease=1)
     info = replace(
         a_model((64 * MIB,) * 4, context_trained=32768), heads_kv=(32,) * 4, key_length=512, value_length=512
@@ -131,7 +131,7 @@ def waiting_with_two_contexts() -> PoolUnderTest:
 
 
 def test_what_the_next_runner_of_a_model_will_need_is_not_had_by_younger_ones() -> None:
-    """It would wait for them, though it came before."""
+    """A younger request does not take the memory that the next runner of an older request's model needs."""
     pool = waiting_with_two_contexts()
     pool.feed(acquire("other", request=4), release(1))
     pool.settle()
@@ -144,7 +144,7 @@ def test_what_the_next_runner_of_a_model_will_need_is_not_had_by_younger_ones() 
 
 
 def test_nobody_is_refused_because_a_younger_one_reserved_what_they_wait_for() -> None:
-    """What the program holds itself is never given up, so the older request could not be served at all."""
+    """An older request is not refused because a younger one reserved memory for the program, which is never evicted."""
     pool = waiting_with_two_contexts()
     pool.feed(memory(4, cpu="4GiB"), release(1))
     pool.settle()
@@ -156,7 +156,7 @@ def test_nobody_is_refused_because_a_younger_one_reserved_what_they_wait_for() -
 
 
 def test_while_a_file_is_read_again_nobody_younger_has_what_it_took_before() -> None:
-    """It is read before each load, and most likely has not changed."""
+    """While a model's file is inspected again, its last known size is kept from younger requests."""
     pool = a_pool("8GiB", sizes={"a": "6GiB", "b": "6GiB"}).idle("a")
     pool.feed(expire("a"))
     pool.settle()
@@ -168,7 +168,7 @@ def test_while_a_file_is_read_again_nobody_younger_has_what_it_took_before() -> 
 
 @pytest.mark.parametrize("lines", [3, 40])
 def test_however_many_wait_for_other_options_of_a_model_others_are_served_behind_them(lines: int) -> None:
-    """They have its runner one after another, and keep no more than the largest of them needs."""
+    """Request groups of one model with other options are served in turn and reserve what the largest one needs."""
     pool = a_pool("16GiB", max_queue=100).declare("a", a_model((64 * MIB,) * 4)).declare("other", "1GiB")
     for number in range(lines):
         pool.feed(acquire("a", request=10 + number, num_ctx=1024 + number))

@@ -1,4 +1,4 @@
-"""Claims: a launch has its devices to itself among all programs, from its plan until its model is resident."""
+"""Device claims: a launch has its devices to itself among all programs, from its plan until its model is resident."""
 
 from __future__ import annotations
 
@@ -36,17 +36,17 @@ GPU = DeviceId("gpu0")
 
 
 def claiming(capacity: str = "8GiB", *, shares: bool = False, **how: object) -> PoolUnderTest:
-    """Return a pool that claims; unless it `shares`, a Claim is answered by the test alone."""
+    """Return a pool whose core claims devices; unless it `shares`, each Claim is answered by the test alone."""
     return a_pool(capacity, claims=True, shares=shares, **how)
 
 
 def had(pool: PoolUnderTest, number: int) -> list[Command]:
-    """Have a Claim answered as the shell does: the devices are read, then it is had."""
+    """Answer a Claim as the shell does: the devices are read first, then the claim is granted."""
     return pool.feed(pool.sample(), ClaimGranted(number))
 
 
 def waits(pool: PoolUnderTest) -> list[Command]:
-    """Have a request for "a" wait for its claim."""
+    """Make a request for "a" that waits for its claim."""
     return pool.feed(acquire("a", request=1))
 
 
@@ -54,7 +54,7 @@ def waits(pool: PoolUnderTest) -> list[Command]:
 
 
 def test_a_launch_waits_for_its_claim() -> None:
-    """Nothing is launched, and no memory promised, before the devices are the program's own."""
+    """Before a claim is granted, nothing is launched and no memory is reserved."""
     pool = claiming()
     assert waits(pool) == [Claim(1, ("cpu",))]
     assert pool.free() == amount("8GiB")
@@ -62,13 +62,13 @@ def test_a_launch_waits_for_its_claim() -> None:
 
 
 def test_without_claims_a_launch_waits_for_nothing() -> None:
-    """Who embeds the core alone need not answer a Claim."""
+    """A core without claims launches at once, so a program that embeds it need not answer a Claim."""
     pool = a_pool()
     assert waits(pool) == [pool.launch(1, "a")]
 
 
 def test_what_another_program_took_meanwhile_is_seen() -> None:
-    """The plan is made anew from what was read after the claim: nothing is launched, the refusal has the numbers."""
+    """The plan is made again from the reading after the claim, and a refusal shows the figures of that reading."""
     pool = claiming()
     waits(pool)
     pool.strangers = {"cpu": amount("6GiB")}
@@ -79,7 +79,7 @@ def test_what_another_program_took_meanwhile_is_seen() -> None:
 
 
 def test_a_claim_lasts_until_the_model_is_resident() -> None:
-    """Another program may plan again once the device shows what was taken."""
+    """A claim is released when the model is resident, so that other programs see its memory as taken."""
     pool = claiming()
     waits(pool)
     had(pool, 1)
@@ -88,7 +88,7 @@ def test_a_claim_lasts_until_the_model_is_resident() -> None:
 
 
 def test_a_claim_lasts_until_a_failed_load_is_gone() -> None:
-    """A process that is being stopped may still take memory; only its end says that it does not."""
+    """A claim of a failed load is kept until the process has exited, because the process may still take memory."""
     pool = claiming()
     waits(pool)
     had(pool, 1)
@@ -97,7 +97,7 @@ def test_a_claim_lasts_until_a_failed_load_is_gone() -> None:
 
 
 def test_a_load_that_is_stopped_and_does_not_end_keeps_its_devices_no_longer_than_that_may_take() -> None:
-    """An object whose load hangs must not keep every other program waiting for good; another load keeps its own."""
+    """A stopped load that does not exit loses its claim after the stop timeout, and another load keeps its claim."""
     pool = claiming(stop_timeout_s=15.0, each="1GiB", shares=True).loading("a").loading("b")
     pool.feed(unresponsive(1))
     assert pool.advance("14.9s") == []
@@ -107,27 +107,27 @@ def test_a_load_that_is_stopped_and_does_not_end_keeps_its_devices_no_longer_tha
 
 
 def test_every_device_that_it_takes_memory_on_is_claimed() -> None:
-    """In a fixed order; a device that it takes nothing on is left to others."""
+    """A launch claims every device that it takes memory on, in a fixed order, and no other device."""
     pool = claiming(gpus=("8GiB", "4GiB"))
     pool.declare("g", layered(4, "1GiB", host="100MiB"))
     assert pool.feed(acquire("g", request=1)) == [Claim(1, ("cpu", "gpu0"))]
 
 
 def test_an_integrated_gpu_is_the_hosts_memory() -> None:
-    """N03: two programs, one of which sees no such GPU, still agree."""
+    """N03: a launch on an integrated GPU claims the host, so that a program that sees no such GPU agrees."""
     pool = claiming("16GiB", gpus=("16GiB",), integrated=True)
     pool.declare("d", a_model(layers_bytes=(2**28,) * 4))
     assert pool.feed(acquire("d", request=1)) == [Claim(1, ("cpu",))]
 
 
 def test_what_takes_no_memory_claims_nothing() -> None:
-    """There is nothing to agree about."""
+    """A launch that takes no memory makes no claim."""
     pool = claiming(sizes={"a": "0B"})
     assert launched(waits(pool)) == ["a"]
 
 
 def test_warm_requests_and_the_programs_own_memory_claim_nothing() -> None:
-    """Nothing is loaded for them."""
+    """Warm requests and memory of the program's own make no claim, because nothing is loaded for them."""
     pool = claiming(shares=True, sizes={"a": "1GiB"}).idle("a")
     assert pool.feed(acquire("a", request=1), memory(2, cpu="1GiB")) == [Grant(1, 1), Grant(2, None)]
 
@@ -136,7 +136,7 @@ def test_warm_requests_and_the_programs_own_memory_claim_nothing() -> None:
 
 
 def test_room_is_made_before_anything_is_claimed() -> None:
-    """A plan whose room is not there yet keeps nobody out; the victim goes meanwhile."""
+    """A launch claims its devices only after its victim has gone, so that other programs are not kept out meanwhile."""
     pool = claiming(shares=True, min_residency_s=0.0).idle("a")
     pool.shares = False
     assert pool.feed(acquire("b", request=2)) == [Stop(1)]
@@ -144,14 +144,14 @@ def test_room_is_made_before_anything_is_claimed() -> None:
 
 
 def test_the_loads_of_one_program_do_not_keep_each_other_out() -> None:
-    """Each has a claim of its own, so that each is given back for itself."""
+    """Two loads of one program have a claim each, and each claim is released by itself."""
     pool = claiming(shares=True, each="1GiB").loading("a").loading("b", 2)
     assert sorted(pool.claims) == [1, 2]
     assert pool.feed(loaded(2)) == [Grant(2, 2), ReleaseClaim(2)]
 
 
 def test_claims_are_had_in_any_order() -> None:
-    """A younger request does not wait for the devices of an older one, nor take its memory."""
+    """A younger request's claim may be granted first, and it takes none of the older request's memory."""
     pool = claiming(gpus=("8GiB",), each="1GiB")
     pool.declare("g", layered(4, "1GiB", host="100MiB"))
     assert pool.feed(acquire("g", request=1), acquire("a", request=2)) == [
@@ -163,7 +163,7 @@ def test_claims_are_had_in_any_order() -> None:
 
 
 def test_what_is_had_first_goes_to_the_one_who_waits_longest() -> None:
-    """Two claims of the same devices are as good as each other."""
+    """Of two claims of the same devices, the first that is granted goes to the oldest request."""
     pool = claiming(each="1GiB")
     pool.feed(acquire("a", request=1), acquire("b", request=2))
     assert launched(had(pool, 2)) == ["a"]
@@ -171,7 +171,7 @@ def test_what_is_had_first_goes_to_the_one_who_waits_longest() -> None:
 
 
 def test_a_claim_is_kept_for_the_launch_that_needs_all_of_it() -> None:
-    """Another that goes first and needs less claims that for itself."""
+    """A request with a higher priority that needs fewer devices makes a claim of its own."""
     pool = claiming(gpus=("8GiB",), each="1GiB")
     pool.declare("g", layered(4, "1GiB", host="100MiB"))
     pool.feed(acquire("g", request=1))
@@ -179,7 +179,7 @@ def test_a_claim_is_kept_for_the_launch_that_needs_all_of_it() -> None:
 
 
 def test_a_launch_that_needs_less_than_was_claimed_goes_ahead() -> None:
-    """The fresh figures moved it to the host: the wider claim covers that too."""
+    """A launch that the fresh figures move to the host goes ahead with the wider claim that it has."""
     pool = claiming(gpus=("4GiB",), require_gpu=False)
     pool.declare("g", layered(4, "512MiB", host="100MiB"))
     pool.feed(acquire("g", request=1))
@@ -194,7 +194,7 @@ def test_a_launch_that_needs_less_than_was_claimed_goes_ahead() -> None:
 
 
 def test_whoever_waits_is_told_that_another_program_loads() -> None:
-    """Only where that is so: a claim that is had at once is not worth a word."""
+    """A request waits for another program only after its claim was contended."""
     pool = claiming()
     waits(pool)
     assert pool.waits_for(1) != WaitFor.other_program
@@ -203,7 +203,7 @@ def test_whoever_waits_is_told_that_another_program_loads() -> None:
 
 
 def test_after_the_limit_it_goes_ahead_without_and_says_so() -> None:
-    """Every wait has an end: another program that hangs does not stop this one."""
+    """A launch goes ahead without its claim after the claim timeout, and the decision log says so."""
     pool = claiming(claim_timeout_s=60.0)
     waits(pool)
     journal: list[Entry] = []
@@ -218,7 +218,7 @@ def test_after_the_limit_it_goes_ahead_without_and_says_so() -> None:
 
 
 def test_the_next_claim_that_is_had_ends_the_complaint() -> None:
-    """What went wrong once is no problem of now."""
+    """A claim that is granted clears the failure of an earlier claim."""
     pool = claiming(claim_timeout_s=60.0, each="1GiB")
     waits(pool)
     pool.advance("60s")
@@ -228,7 +228,7 @@ def test_the_next_claim_that_is_had_ends_the_complaint() -> None:
 
 
 def test_a_plan_that_moves_to_other_devices_does_not_wait_anew() -> None:
-    """However often the figures change, the wait ends when it was to end at first."""
+    """A plan that moves to other devices keeps the claim's first deadline, however often the figures change."""
     pool = claiming(gpus=("8GiB", "8GiB"), claim_timeout_s=60.0)
     pool.declare("g", layered(4, "1GiB", host="100MiB"))
     pool.feed(acquire("g", request=1))
@@ -242,7 +242,7 @@ def test_a_plan_that_moves_to_other_devices_does_not_wait_anew() -> None:
 
 
 def test_a_wait_that_is_over_is_over_for_whatever_the_plan_then_says() -> None:
-    """Memory kept for an older request is free at the same moment, on a better GPU: it goes there at once."""
+    """A launch whose claim timed out goes ahead at once on whatever devices the plan then chooses."""
     pool = claiming("32GiB", gpus=("16GiB", "8GiB"), shares=True, claim_timeout_s=60.0)
     for model in "gh":
         pool.declare(model, layered(4, "1GiB", host="100MiB"))
@@ -255,7 +255,7 @@ def test_a_wait_that_is_over_is_over_for_whatever_the_plan_then_says() -> None:
 
 
 def test_a_claim_whose_waiter_leaves_is_given_up() -> None:
-    """What comes of it later is late."""
+    """A claim is released when its last request is cancelled, and a later grant of the claim is a late event."""
     pool = claiming()
     waits(pool)
     assert pool.feed(cancel(1))[-1] == ReleaseClaim(1)
@@ -264,7 +264,7 @@ def test_a_claim_whose_waiter_leaves_is_given_up() -> None:
 
 
 def test_a_claim_whose_waiter_runs_out_of_time_is_given_up() -> None:
-    """Its own time limit ends the wait as any other."""
+    """A claim is released when its request times out."""
     pool = claiming()
     pool.feed(acquire("a", request=1, timeout="5s"))
     pool.feed(ClaimContended(1))
@@ -277,11 +277,11 @@ def test_a_claim_whose_waiter_runs_out_of_time_is_given_up() -> None:
 
 
 def test_a_claim_is_given_up_when_the_room_is_gone() -> None:
-    """Whoever cannot launch keeps nobody out; it claims again when there is room."""
+    """A claim is released when its launch no longer has room, and the launch claims again when there is room."""
     pool = claiming(sizes={"a": "6GiB", "b": "3GiB"}, shares=True).ready("b", lease=2)
     pool.feed(release(2))
     pool.shares = False
-    pool.feed(acquire("c", request=3))  # 6 GiB: "b" goes
+    pool.feed(acquire("c", request=3))  # 6 GiB: "b" is evicted
     pool.feed(exited(1))
     assert list(pool.claims) == [2]
     pool.strangers = {"cpu": amount("5GiB")}
@@ -290,14 +290,14 @@ def test_a_claim_is_given_up_when_the_room_is_gone() -> None:
 
 
 def test_close_gives_a_claim_up_before_it_finishes() -> None:
-    """Nothing is left to the shell that it has to clean up."""
+    """A close releases every claim before it finishes."""
     pool = claiming()
     waits(pool)
     assert [type(command) for command in pool.feed(close())] == [Reject, ReleaseClaim, Finished]
 
 
 def test_a_copy_has_claims_of_its_own() -> None:
-    """What becomes of one does not touch the other."""
+    """A copy of the core has claims of its own."""
     pool = claiming()
     waits(pool)
     copy = pool.core.copy()
@@ -307,11 +307,11 @@ def test_a_copy_has_claims_of_its_own() -> None:
     assert copy.step(pool.now, ClaimGranted(1)) == [pool.launch(1, "a")]
 
 
-# -- the clock of a claim ---------------------------------------------------------------------------------------------
+# -- the timers of a claim --------------------------------------------------------------------------------------------
 
 
 def test_a_claim_that_is_given_up_is_no_longer_timed() -> None:
-    """Nothing is due once the only one who waited for it has left."""
+    """A claim that is released because its only request left has no timer any more."""
     pool = a_pool(claims=True, shares=False)
     assert pool.feed(acquire("a", request=1)) == [Claim(1, (HOST,))]
     assert pool.feed(cancel(1))[-1] == ReleaseClaim(1)
@@ -319,7 +319,7 @@ def test_a_claim_that_is_given_up_is_no_longer_timed() -> None:
 
 
 def test_a_claim_of_just_these_devices_is_enough() -> None:
-    """However often it is planned again, one launch makes one claim."""
+    """One launch makes one claim, however often it is planned again."""
     pool = a_pool(claims=True, shares=False)
     pool.feed(acquire("a", request=1))
     assert pool.feed(acquire("a", request=2), pool.sample()) == []
@@ -327,7 +327,7 @@ def test_a_claim_of_just_these_devices_is_enough() -> None:
 
 
 def test_a_claim_of_a_load_that_was_stopped_is_timed_no_longer_than_its_process_lives() -> None:
-    """Its time is up for nobody then."""
+    """The timer of a stopped load's claim ends with its process."""
     pool = a_pool(claims=True, stop_timeout_s=15.0).loading("a", request=1)
     pool.feed(unresponsive(1))
     assert ("claim", 1) in [key for _, key in pool.core._state.timers.items()]
@@ -336,7 +336,7 @@ def test_a_claim_of_a_load_that_was_stopped_is_timed_no_longer_than_its_process_
 
 
 def test_the_journal_says_which_launch_went_ahead_without_its_devices() -> None:
-    """With the model, the request and all devices by name."""
+    """The decision log names the model, the request and the devices of a launch that went ahead without its claim."""
     pool = a_pool(claims=True, shares=False, gpus=("8GiB",), claim_timeout_s=60.0)
     pool.core.decision_log = []
     pool.declare("g", layered(4, "1GiB", host="100MiB"))
@@ -379,7 +379,7 @@ STATES = {"open": waits, "contended": contended, "loading": loading, "stopped": 
 @pytest.mark.parametrize("state", STATES)
 @pytest.mark.parametrize("event", EVENTS)
 def test_whatever_happens_every_claim_is_given_back_once(state: str, event: str) -> None:
-    """After any event in any state of a claim: once nothing loads, nothing is claimed, and it closes in order."""
+    """After any event in any state of a claim, no claim outlives its load and the core closes in order."""
     pool = claiming("64GiB", each="1GiB", stop_timeout_s=15.0)
     pool.declare("giant", "65GiB")
     STATES[state](pool)
@@ -390,9 +390,9 @@ def test_whatever_happens_every_claim_is_given_back_once(state: str, event: str)
     for runner in [runner for runner in pool.core._state.runners.values() if runner.state is RunnerState.loading]:
         pool.feed(loaded(runner.id))
     pool.advance("90s")
-    assert pool.claims == {}, "kept although nothing loads"
+    assert pool.claims == {}, "a claim is kept although nothing loads"
     pool.feed(close("0s"))
-    pool.advance("0s")  # what is still leased is stopped
+    pool.advance("0s")  # a runner that is still leased is stopped
     pool.settle()
     assert Finished() in pool.commands
     assert pool.asked == pool.answers.keys()

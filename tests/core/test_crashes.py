@@ -1,4 +1,4 @@
-"""Processes that die or answer no more, and what their models' next requests are told."""
+"""Processes that crash or do not answer, and how the next requests for their models are answered."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ KILLED = ProcessExited(-9, "killed", loaded=True)
 
 
 def test_a_crash_breaks_the_leases() -> None:
-    """The holders are told, their releases are late, and the memory comes back."""
+    """A crash revokes the runner's leases, their releases are late, and the memory comes back."""
     pool = a_pool().ready("a", lease=1).ready("a", lease=2)
     assert pool.feed(exited(1, code=-9, reason="killed")) == [RevokeLease(1, KILLED), RevokeLease(2, KILLED)]
     assert pool.feed(release(1), release(2)) == []
@@ -22,14 +22,14 @@ def test_a_crash_breaks_the_leases() -> None:
 
 
 def test_the_first_crash_is_followed_by_a_new_load() -> None:
-    """Whoever asks next starts its next life."""
+    """The first request after a crash starts a new runner."""
     pool = a_pool().ready("a", lease=1)
     pool.feed(exited(1, code=-9))
     assert launched(pool.feed(acquire("a", request=2))) == ["a"]
 
 
 def test_the_second_crash_in_a_row_is_backed_off() -> None:
-    """A model that keeps crashing is not loaded for each request anew."""
+    """A model that crashes twice in a row is in back-off, and requests for it are refused."""
     pool = a_pool().ready("a", lease=1)
     pool.feed(exited(1, code=-9))
     pool.ready("a", lease=2).feed(exited(2, code=-9, reason="killed"))
@@ -38,7 +38,7 @@ def test_the_second_crash_in_a_row_is_backed_off() -> None:
 
 
 def test_the_second_crash_in_a_row_is_the_answer_of_those_who_wait() -> None:
-    """Who waits for the model with other options would wait for a load that may not begin."""
+    """The second crash in a row refuses requests that wait for the model with other options."""
     pool = a_pool().ready("a", lease=1)
     pool.feed(exited(1, code=-9))
     pool.ready("a", lease=2).feed(acquire("a", request=3, num_thread=2))
@@ -46,7 +46,7 @@ def test_the_second_crash_in_a_row_is_the_answer_of_those_who_wait() -> None:
 
 
 def test_a_crash_after_a_good_life_counts_as_the_first() -> None:
-    """A runner that served a minute is not one that keeps crashing."""
+    """A crash of a runner that served for a minute counts as the first in a row."""
     pool = a_pool(good_life_s=60.0).ready("a", lease=1)
     pool.feed(exited(1, code=-9))
     pool.ready("a", lease=2)
@@ -56,7 +56,7 @@ def test_a_crash_after_a_good_life_counts_as_the_first() -> None:
 
 
 def test_an_idle_runner_that_dies_is_not_listed_as_loaded() -> None:
-    """Rule 8: its death is noticed when it happens; the next request starts a new life."""
+    """Rule 8: the crash of an idle runner is noticed when it happens, and the next request starts a new runner."""
     pool = a_pool(samples=False).idle("a")
     pool.feed(exited(1, code=-9))
     assert pool.state("a") is RunnerState.expiring
@@ -64,7 +64,7 @@ def test_an_idle_runner_that_dies_is_not_listed_as_loaded() -> None:
 
 
 def test_a_runner_that_dies_while_it_drains_breaks_its_leases() -> None:
-    """It ends there; that is not counted against the model."""
+    """A runner that crashes while it drains revokes its leases, and the crash does not count against the model."""
     pool = a_pool().expiring("a", lease=1)
     assert pool.feed(exited(1, code=-9, reason="killed")) == [RevokeLease(1, KILLED)]
     assert pool.state("a") is RunnerState.unloaded
@@ -73,7 +73,7 @@ def test_a_runner_that_dies_while_it_drains_breaks_its_leases() -> None:
 
 @pytest.mark.parametrize("state", ["ready", "idle", "expiring"])
 def test_a_runner_that_answers_no_probe_is_stopped_at_once(state: str) -> None:
-    """Alive but useless: its leases are broken, and nobody is handed it again."""
+    """A runner that answers no probe is stopped at once, its leases are revoked, and it is never granted again."""
     pool = getattr(a_pool(), state)("a", *((1,) if state != "idle" else ()))
     commands = pool.feed(unresponsive(1))
     assert stopped(commands) == [1]
@@ -81,7 +81,7 @@ def test_a_runner_that_answers_no_probe_is_stopped_at_once(state: str) -> None:
 
 
 def test_one_that_answers_no_probe_time_and_again_is_backed_off() -> None:
-    """It counts as a crash."""
+    """Not answering probes twice in a row counts as two crashes, and the model is in back-off."""
     pool = a_pool().ready("a", lease=1)
     pool.feed(unresponsive(1), exited(1, code=-9))
     pool.ready("a", lease=2).feed(unresponsive(2), exited(2, code=-9))
@@ -89,14 +89,14 @@ def test_one_that_answers_no_probe_time_and_again_is_backed_off() -> None:
 
 
 def test_a_runner_that_said_nothing_after_unresponsive_is_stopped_once() -> None:
-    """A second report changes nothing."""
+    """A second report that a runner does not answer changes nothing."""
     pool = a_pool().ready("a", lease=1)
     pool.feed(unresponsive(1))
     assert pool.feed(unresponsive(1), exited(1, code=-9)) == []
 
 
 def test_s29_a_dead_life_is_beside_the_next_one_and_never_in_its_place() -> None:
-    """S29: nothing is keyed by the model's name alone, so nothing stale can be found or leaked under it."""
+    """S29: a crashed runner is listed beside its model's next runner, because runners are kept by their ids."""
     pool = a_pool(samples=False, each="1GiB").ready("a", lease=1)
     pool.feed(exited(1, code=-9))
     pool.ready("a", lease=2)
@@ -106,14 +106,14 @@ def test_s29_a_dead_life_is_beside_the_next_one_and_never_in_its_place() -> None
 
 
 def test_memory_that_runs_out_while_a_runner_drains_ends_the_others_too() -> None:
-    """N08: nobody knows who took it, whether or not it was to leave anyway."""
+    """N08: memory that runs out while a runner drains expires the other runners too, as any may have taken it."""
     pool = a_pool("20GiB").ready("b", lease=2).expiring("a", lease=1)
     pool.feed(exited(pool.runner("a"), code=-9, out_of_memory=True))
     assert pool.state("b") is RunnerState.expiring
 
 
 def test_of_crashes_a_good_life_apart_each_is_the_first() -> None:
-    """Two such, and then a third soon after, which is the second in a row."""
+    """Crashes that are a good life apart are each the first, and a third one soon after is the second in a row."""
     pool = a_pool(good_life_s=60.0).ready("a", lease=1)
     for runner in (1, 2):
         pool.advance("60s")
@@ -126,7 +126,7 @@ def test_of_crashes_a_good_life_apart_each_is_the_first() -> None:
 
 
 def test_a_second_crash_in_a_row_is_no_lack_of_memory() -> None:
-    """Those who wait for the next life are told the reason of this one."""
+    """Requests that wait for the next runner are told the reason of the second crash, which is no lack of memory."""
     pool = a_pool().ready("a", lease=1)
     pool.feed(unresponsive(1), exited(1))
     pool.ready("a", lease=2)

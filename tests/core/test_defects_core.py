@@ -1,4 +1,4 @@
-"""Defects of the reference that come of time and order: the moments at which they arose, put to the core."""
+"""Defects of the reference that come from time and order: the moments at which they arose, told to the core."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ from tests.support.pool import (
 
 
 def test_d03_a_tick_that_was_on_its_way_does_not_beat_a_renewal() -> None:
-    """D03: the time is over, but the renewal is in the inbox before the tick that would have told so."""
+    """D03: a request that arrives before the tick of an expired keep-alive renews the keep-alive."""
     pool = a_pool().idle("a", keep_alive="10s")
     pool.now += 11.0
     assert pool.feed(acquire("a", request=1, keep_alive="1h")) == [Grant(1, 1)]
@@ -49,7 +49,7 @@ def test_d03_a_tick_that_was_on_its_way_does_not_beat_a_renewal() -> None:
 
 
 def test_d04_no_order_of_events_parts_a_grant_from_its_lease() -> None:
-    """D04: whatever else comes at the same moment, whoever was granted has a runner that nobody stops."""
+    """D04: whatever events come at the same moment, a runner with a granted lease is not stopped."""
     reading = a_pool(each="4GiB").idle("a").idle("c").sample()
     others = [Tick(), expire("a"), acquire("b", request=3), reading, out_of_memory(2), close("1h")]
     served = refused_or_queued = 0
@@ -59,17 +59,17 @@ def test_d04_no_order_of_events_parts_a_grant_from_its_lease() -> None:
         pool.feed(*before)
         if pool.feed(acquire("a", request=2)) == [Grant(2, 1)]:
             served += 1
-            assert 1 not in pool.stops, f"after {before} it was granted and is being stopped"
+            assert 1 not in pool.stops, f"after {before} the runner was granted and is being stopped"
             pool.feed(*(each for each in others if each not in before))
             assert 1 not in pool.stops and pool.core._state.runners[1].leases == {2}, f"after {before}"
         else:
             refused_or_queued += 1
-            assert pool.state("a") is RunnerState.expiring, f"after {before} it was turned away for nothing"
+            assert pool.state("a") is RunnerState.expiring, f"after {before} the request was refused for nothing"
     assert served and refused_or_queued
 
 
 def test_d04_who_comes_after_the_stop_waits_for_the_next_life() -> None:
-    """D04: the one moment at which the reference would have handed out what it was closing."""
+    """D04: a request that comes after the stop of a runner is granted the next runner of the model."""
     pool = a_pool().idle("a", keep_alive="10s")
     assert stopped(pool.advance("10s")) == [1]
     assert granted(pool.feed(acquire("a", request=2))) == []
@@ -78,7 +78,7 @@ def test_d04_who_comes_after_the_stop_waits_for_the_next_life() -> None:
 
 
 def test_d07_a_waiter_keeps_its_one_place_through_evictions_and_failures() -> None:
-    """D07: nobody has to come back to the queue to be looked at again, so that it cannot be full for them."""
+    """D07: a waiting request keeps its one place in the queue through evictions and failed loads."""
     pool = a_pool(max_queue=1).ready("a", lease=1)
     pool.feed(acquire("b", request=2))
     assert refused(pool.feed(acquire("c", request=3))) == {3: QueueFullRefusal}
@@ -91,7 +91,7 @@ def test_d07_a_waiter_keeps_its_one_place_through_evictions_and_failures() -> No
 
 
 def test_d13_whoever_leaves_while_it_waits_is_answered_at_once() -> None:
-    """D13: in each of the three places where it may wait, and nothing is done for it afterwards."""
+    """D13: a cancelled request is answered at once in each of the three places where it may wait."""
     pool = a_pool(inspects=False)
     pool.feed(acquire("a", request=1))
     assert refused(pool.feed(cancel(1))) == {1: Cancelled}
@@ -107,7 +107,7 @@ def test_d13_whoever_leaves_while_it_waits_is_answered_at_once() -> None:
 
 
 def test_d15_nothing_that_is_slow_is_waited_for() -> None:
-    """D15: an inspection, a start, a stop and a reading are all under way, and whoever is warm is answered."""
+    """D15: warm requests are answered while an inspection, a launch, a stop and a reading are under way."""
     pool = a_pool(each="1GiB").idle("warm").idle("leaving").idle("gone")
     pool.samples = pool.inspects = False
     pool.feed(expire("leaving"), expire("gone"), exited(3), acquire("new", request=1), acquire("read", request=2))
@@ -123,7 +123,7 @@ def test_d15_nothing_that_is_slow_is_waited_for() -> None:
 
 
 def test_d17_a_close_leaves_nothing_of_callers_that_never_finish() -> None:
-    """D17: leases that nobody gives back, memory of the program's own, and waits without end."""
+    """D17: a close ends leases that are never released, memory of the program's own, and waits without a limit."""
     pool = a_pool("16GiB").ready("a", lease=1).ready("b", lease=2)
     pool.feed(memory(3, cpu="1GiB"), acquire("c", request=4))
     assert refused(pool.feed(close("30s"))) == {4: SchedulerClosed}
@@ -138,7 +138,7 @@ def test_d17_a_close_leaves_nothing_of_callers_that_never_finish() -> None:
 
 
 def test_d18_what_was_read_never_changes_afterwards() -> None:
-    """D18: a snapshot shares nothing with the pool that goes on, and nobody can write to it."""
+    """D18: a snapshot shares nothing with the core's state and cannot be written to."""
     pool = a_pool("20GiB", gpus=("8GiB",)).ready("a", lease=1).loading("b", request=2)
     pool.feed(acquire("a", request=3))
     seen, copy = pool.core.snapshot(), pool.core.copy()
@@ -155,7 +155,7 @@ def test_d18_what_was_read_never_changes_afterwards() -> None:
 
 
 def test_d18_what_is_read_is_whole_after_every_step() -> None:
-    """D18: a runner, its leases, its memory and its device's account agree, whenever one looks."""
+    """D18: a runner, its leases, its memory and its device's account agree after every step."""
     pool = a_pool("8GiB", each="3GiB", max_wait_s=1.0)
     script = [
         acquire("a", request=1), loaded(1), acquire("a", request=2), acquire("b", request=3), release(1), loaded(2),
@@ -169,7 +169,7 @@ def test_d18_what_is_read_is_whole_after_every_step() -> None:
 
 
 def assert_consistent(pool: PoolUnderTest) -> None:
-    """Judge what can be seen from outside by nothing else."""
+    """Compare the parts of a snapshot with each other and with nothing else."""
     seen = pool.core.snapshot()
     for runner in seen.runners:
         if runner.leases:
@@ -209,7 +209,7 @@ PAIRS: list[tuple[str, Make]] = [
 
 @pytest.mark.slow
 def test_d19_any_two_events_end_well_in_both_orders() -> None:
-    """D19: there are no locks that could be taken in two orders; all are answered, and the pool becomes empty."""
+    """D19: after any two events in both orders, every request is answered and the core can close."""
     for (first, one), (second, other) in itertools.permutations(PAIRS, 2):
         pool = a_pool(each="3GiB", sizes={"both": "6GiB"}, max_wait_s=5.0).ready("a", lease=1).idle("b")
         pool.feed(acquire("c", request=3), memory(4, cpu="1GiB"))
@@ -218,7 +218,7 @@ def test_d19_any_two_events_end_well_in_both_orders() -> None:
 
 
 def ends(pool: PoolUnderTest, what: str) -> None:
-    """Let every process do as it is told, every holder give back, then close; all is answered and given back."""
+    """Let processes obey, release every lease, close the core, and assert that all requests are answered."""
     for _ in range(3):
         pool.feed(*(release(id) for id in list(pool.core._state.requests) if id not in pool.waiting()))
         pool.settle()
@@ -234,7 +234,7 @@ def ends(pool: PoolUnderTest, what: str) -> None:
 
 
 def test_d20_who_comes_while_it_ends_or_after_its_end_is_answered() -> None:
-    """D20: in hand, waiting and loading when the close comes, while it drains, and once everything has ended."""
+    """D20: requests are refused when a close comes, while it drains, and after it has ended."""
     pool = a_pool("13GiB").ready("a", lease=1).loading("b", request=2)
     pool.feed(acquire("c", request=3))
     assert refused(pool.feed(close("30s"))) == {2: SchedulerClosed, 3: SchedulerClosed}
@@ -245,7 +245,7 @@ def test_d20_who_comes_while_it_ends_or_after_its_end_is_answered() -> None:
 
 
 def test_d20_a_stop_of_the_close_comes_once_for_each_life() -> None:
-    """D09, D20: nothing that was launched is forgotten, whatever state it was in."""
+    """D09, D20: a close stops every launched runner exactly once, whatever its state."""
     pool = a_pool("40GiB", max_host_loads=9, max_runners=9).idle("a").ready("b", lease=1).loading("c", request=2)
     pool.feed(expire("a"), close("1s"))
     pool.advance("1s")

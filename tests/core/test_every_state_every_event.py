@@ -31,8 +31,8 @@ from tests.support.pool import (
 )
 
 KEEP_ALIVE_S = 60.0
-LEASE = 1  # the request that has, or waits for, the runner's lease
-NEXT = 2  # the request that comes
+LEASE = 1  # the request that holds, or waits for, the runner's lease
+NEXT = 2  # the request of the event
 
 
 def new_pool() -> PoolUnderTest:
@@ -56,7 +56,7 @@ def unwanted(pool: PoolUnderTest) -> PoolUnderTest:
     return pool
 
 
-# Each way to be in a state that makes a difference; the runner is always 1, its model always "a".
+# Each way to reach a state that makes a difference; the runner is always 1 and its model "a".
 STATES: dict[str, Callable[[PoolUnderTest], PoolUnderTest]] = {
     "loading": lambda pool: pool.loading("a", LEASE),
     "loading, unwanted": unwanted,
@@ -96,17 +96,17 @@ EVENTS: dict[str, Callable[[PoolUnderTest], Event | None]] = {
     "keep-alive over": lambda pool: None,  # time passes instead
 }
 
-# What becomes of the runner, and what is to be done, in order. "late": ignored, and counted.
+# The runner's state afterwards and the commands, in order. "late": the event is ignored and counted.
 OUTCOMES: dict[str, dict[str, str]] = {
     "loading": {
         "Loaded": "ready: Grant",
         "Filled": "late",
         "Progress": "loading",
-        "OutOfMemory": "loading",  # the exit that follows is judged by it
+        "OutOfMemory": "loading",  # the exit that follows is judged by this event
         "Unresponsive": "expiring: Reject Stop",
         "Exited": "expiring: Reject Sample",
-        "Exited, out of memory": "expiring: Sample",  # its waiter survives one
-        "Expire": "loading",  # its waiters are served first
+        "Exited, out of memory": "expiring: Sample",  # the waiting request survives one lack of memory
+        "Expire": "loading",  # the waiting requests are served first
         "Acquire": "loading",
         "Acquire, other options": "loading",
         "Acquire, another model": "loading: Launch",
@@ -156,7 +156,7 @@ OUTCOMES: dict[str, dict[str, str]] = {
         "Loaded": "late",
         "Filled": "ready",
         "Progress": "late",
-        "OutOfMemory": "expiring",  # drains
+        "OutOfMemory": "expiring",  # the runner drains
         "Unresponsive": "expiring: RevokeLease Stop",
         "Exited": "expiring: RevokeLease Sample",
         "Exited, out of memory": "expiring: RevokeLease Sample",
@@ -215,7 +215,7 @@ OUTCOMES: dict[str, dict[str, str]] = {
         "Exited": "expiring: RevokeLease Sample",
         "Exited, out of memory": "expiring: RevokeLease Sample",
         "Expire": "late",
-        "Acquire": "expiring: Launch",  # its model's next life
+        "Acquire": "expiring: Launch",  # the next runner of the model
         "Acquire, other options": "expiring: Launch",
         "Acquire, another model": "expiring: Launch",
         "Acquire, too large": "expiring: Reject",
@@ -319,7 +319,7 @@ CELLS = [(state, event) for state in STATES for event in EVENTS]
 
 
 def walk(state: str, event: str) -> tuple[str, list[Transition]]:
-    """Have an event meet a runner in a state; return what came of it, and which of the runner's rows were fired."""
+    """Feed an event to a runner in a state; return the outcome, and the rows of the runner's table that were fired."""
     pool = STATES[state](new_pool())
     pool.declare("giant", "65GiB")
     journal: list[Entry] = []
@@ -331,7 +331,7 @@ def walk(state: str, event: str) -> tuple[str, list[Transition]]:
     after = runner.state if runner else RunnerState.unloaded
     fired = [entry for entry in journal if isinstance(entry, Transition) and entry.runner == 1]
     if pool.core.late:
-        assert (commands, fired, pool.core.snapshot()) == ([], [], before), "late, but something changed"
+        assert (commands, fired, pool.core.snapshot()) == ([], [], before), "the event was late, but something changed"
         return "late", fired
     kinds = " ".join(type(command).__name__ for command in commands)
     return f"{after.name}: {kinds}" if kinds else after.name, fired
@@ -339,12 +339,12 @@ def walk(state: str, event: str) -> tuple[str, list[Transition]]:
 
 @pytest.mark.parametrize(("state", "event"), CELLS, ids=[f"{state}-{event}" for state, event in CELLS])
 def test_each_cell_is_as_it_is_named(state: str, event: str) -> None:
-    """The state afterwards and the commands, or late: counted, and nothing changed."""
+    """Each cell gives the state and the commands that it names, or is late: counted, with nothing changed."""
     assert walk(state, event)[0] == OUTCOMES[state][event]
 
 
 def test_every_cell_is_named() -> None:
-    """No state and no event is left out, nor any kind of event that there is."""
+    """The table names every state and every event, and events of every type are fed."""
     assert {(state, event) for state, row in OUTCOMES.items() for event in row} == set(CELLS)
     pool = new_pool()
     fed = {type(event(pool)) for event in EVENTS.values()} - {type(None)}
@@ -354,6 +354,6 @@ def test_every_cell_is_named() -> None:
 
 
 def test_every_row_of_the_table_is_fired_by_some_cell() -> None:
-    """And nothing is fired that is not in the table."""
+    """The cells fire every row of the transition table and no transition beyond it."""
     fired = {(entry.trigger, entry.source, entry.destination) for cell in CELLS for entry in walk(*cell)[1]}
     assert fired == {(row.trigger, row.source, row.destination) for row in RUNNER_TABLE.rows}

@@ -1,4 +1,4 @@
-"""Who has to go so that somebody else fits, when, and who never does."""
+"""Which runners are evicted for other models, when, and which never are."""
 
 from __future__ import annotations
 
@@ -31,18 +31,18 @@ from tests.support.pool import (
     stopped,
 )
 
-# -- what goes, and when ----------------------------------------------------------------------------------------------
+# -- which runners are evicted, and when ------------------------------------------------------------------------------
 
 
 def test_an_idle_runner_goes_at_once_for_one_that_does_not_fit_beside_it() -> None:
-    """S13: something is loaded and the newcomer does not fit whole, so room is made, then it starts."""
+    """S13: an idle runner is stopped at once for a model that does not fit beside it, which starts after the exit."""
     pool = a_pool().idle("a")
     assert pool.feed(acquire("b", request=1)) == [Stop(1)]
     assert pool.feed(exited(1)) == [pool.launch(2, "b")]
 
 
 def test_s26_a_miss_is_a_signal_to_evict_not_an_error() -> None:
-    """S26: with a busy runner in the way the request waits instead of failing."""
+    """S26: a request whose memory a busy runner holds waits and does not fail."""
     pool = a_pool().ready("a", lease=1)
     assert refused(pool.feed(acquire("b", request=2))) == {}
     assert pool.waiting() == [2]
@@ -51,14 +51,14 @@ def test_s26_a_miss_is_a_signal_to_evict_not_an_error() -> None:
 def test_a_victim_is_never_granted_again() -> None:
     """D01, rule 1: an expiring runner finishes its leases but takes no new ones."""
     pool = a_pool(capacity="8GiB").ready("a", lease=1)
-    pool.feed(acquire("b", request=2))  # no room: "a" will have to go
+    pool.feed(acquire("b", request=2))  # no room: "a" will be evicted
     pool.advance("120s")  # the bound on b's wait: "a" drains
     assert pool.feed(acquire("a", request=3)) == []
     assert pool.feed(release(lease=1)) == [Stop(runner=1)]
 
 
 def test_d01_a_keep_alive_named_later_does_not_save_a_victim() -> None:
-    """D01: a request with a keep-alive of an hour comes while the victim drains, and the loader still gets its turn."""
+    """D01: a request with a long keep-alive does not save a draining victim, and the waiting request loads."""
     pool = a_pool().ready("a", lease=1)
     pool.feed(acquire("b", request=2))
     pool.advance("120s")
@@ -67,7 +67,7 @@ def test_d01_a_keep_alive_named_later_does_not_save_a_victim() -> None:
 
 
 def test_d02_overlapping_requests_cannot_keep_a_victim_busy_for_ever() -> None:
-    """D02: leases that always overlap are served until the bound, then the one who waits gets the memory."""
+    """D02: overlapping leases are served until the bound on the wait, and then the waiting request gets the memory."""
     pool = a_pool(max_wait_s=120.0).ready("a", lease=1)
     pool.feed(acquire("b", request=2))
     for lease in range(100, 220):
@@ -79,7 +79,7 @@ def test_d02_overlapping_requests_cannot_keep_a_victim_busy_for_ever() -> None:
 
 
 def test_a_busy_runner_is_left_alone_until_the_bound_on_the_wait() -> None:
-    """Until then it is shared as ever, and warm requests for it wait for nobody (rule 5)."""
+    """A busy runner serves warm requests until the bound on the wait of another request is over (rule 5)."""
     pool = a_pool(max_wait_s=120.0).ready("a", lease=1)
     pool.feed(acquire("b", request=2))
     pool.advance("119s")
@@ -88,7 +88,7 @@ def test_a_busy_runner_is_left_alone_until_the_bound_on_the_wait() -> None:
 
 
 def test_a_victim_that_becomes_idle_before_the_bound_goes_then() -> None:
-    """S14: nobody polls for it: its last release is what the waiter waited for."""
+    """S14: a victim that becomes idle before the bound is stopped with its last release."""
     pool = a_pool().ready("a", lease=1)
     pool.feed(acquire("b", request=2))
     pool.advance("10s")
@@ -96,7 +96,7 @@ def test_a_victim_that_becomes_idle_before_the_bound_goes_then() -> None:
 
 
 def test_whatever_becomes_idle_first_serves_the_waiter() -> None:
-    """A victim is a plan until it expires: the one that was to go stays when another is free sooner."""
+    """A victim is only planned until it expires, so it stays when another runner becomes idle first."""
     pool = a_pool(each="4GiB").ready("a", lease=1).ready("b", lease=2)
     assert pool.feed(acquire("c", request=3)) == [NotifyContention(1, (1,))]
     assert pool.feed(release(2)) == [Stop(2)]
@@ -106,7 +106,7 @@ def test_whatever_becomes_idle_first_serves_the_waiter() -> None:
 
 
 def test_d13_a_waiter_that_leaves_before_the_bound_costs_nobody_anything() -> None:
-    """D13: who is cancelled while it waits evicts nobody afterwards."""
+    """D13: a request that is cancelled while it waits causes no eviction afterwards."""
     pool = a_pool().ready("a", lease=1)
     pool.feed(acquire("b", request=2), cancel(2))
     pool.advance("119s")
@@ -115,7 +115,7 @@ def test_d13_a_waiter_that_leaves_before_the_bound_costs_nobody_anything() -> No
 
 
 def test_after_its_expiry_a_victim_goes_even_if_the_waiter_leaves() -> None:
-    """Expiring is one way."""
+    """A victim that expired is stopped after its last lease, even if the request left that it was chosen for."""
     pool = a_pool().ready("a", lease=1)
     pool.feed(acquire("b", request=2))
     pool.advance("120s")
@@ -124,7 +124,7 @@ def test_after_its_expiry_a_victim_goes_even_if_the_waiter_leaves() -> None:
 
 
 def test_no_more_goes_than_is_needed() -> None:
-    """One of three makes room enough; what turned out not to be needed is kept."""
+    """Of three idle runners the one that frees enough memory is evicted, and the others stay."""
     sizes = {"a": "1GiB", "b": "4GiB", "c": "3GiB", "d": "4GiB"}
     pool = a_pool(capacity="8GiB", sizes=sizes, policy=LeastRecentlyUsed())
     pool.idle("a").idle("b").idle("c")
@@ -132,7 +132,7 @@ def test_no_more_goes_than_is_needed() -> None:
 
 
 def test_nobody_goes_where_enough_is_on_its_way_out() -> None:
-    """A second waiter that fits into what is coming back picks no further victim."""
+    """A second request that fits into memory that is being freed chooses no further victim."""
     pool = a_pool(capacity="8GiB", sizes={"a": "4GiB", "b": "4GiB", "c": "2GiB", "d": "2GiB"}).idle("a").idle("b")
     assert stopped(pool.feed(acquire("c", request=1))) == [1]
     assert stopped(pool.feed(acquire("d", request=2))) == []
@@ -141,7 +141,7 @@ def test_nobody_goes_where_enough_is_on_its_way_out() -> None:
 
 
 def test_d12_each_waiter_waits_for_its_own_memory() -> None:
-    """D12: the end of some runner starts only those whose memory it brings back."""
+    """D12: the exit of a runner starts only requests that fit into the memory that it frees."""
     pool = a_pool(capacity="8GiB", sizes={"a": "2GiB", "b": "6GiB", "c": "6GiB"}).expiring("a").ready("b", lease=1)
     pool.feed(acquire("c", request=2))
     assert pool.feed(exited(1)) == []
@@ -149,7 +149,7 @@ def test_d12_each_waiter_waits_for_its_own_memory() -> None:
 
 
 def test_several_victims_go_together_or_not_at_all() -> None:
-    """An idle runner is not unloaded for a room of which a busy one still holds the rest."""
+    """An idle runner is not evicted for room of which a busy runner still holds the rest."""
     pool = a_pool(each="4GiB", sizes={"c": "8GiB"}).idle("a").ready("b", lease=1)
     assert pool.feed(acquire("c", request=2)) == [NotifyContention(2, (1,))]
     assert pool.state("a") is RunnerState.idle
@@ -157,7 +157,7 @@ def test_several_victims_go_together_or_not_at_all() -> None:
 
 
 def test_one_model_books_room_once() -> None:
-    """A lease and a preload of the same model evict what one runner of it needs, not twice that."""
+    """A lease and a preload of the same model evict what one runner of it needs."""
     pool = a_pool(each="4GiB", inspects=False)
     pool.inspects = True
     pool.idle("a").idle("b")
@@ -167,7 +167,7 @@ def test_one_model_books_room_once() -> None:
 
 
 def test_a_runner_is_given_up_once_for_two_who_need_it_gone() -> None:
-    """One wants its memory, the other its model with other options: both wait for the same end."""
+    """A runner is evicted once for two requests: one needs its memory, the other needs its model with other options."""
     pool = a_pool().ready("a", lease=1)
     pool.feed(acquire("b", request=2), acquire("a", request=3, num_thread=2))
     assert stopped(pool.feed(release(1))) == [1]
@@ -175,39 +175,39 @@ def test_a_runner_is_given_up_once_for_two_who_need_it_gone() -> None:
 
 
 def test_a_load_that_nobody_waits_for_goes_before_anything_else() -> None:
-    """Rule 4: it is aborted when its memory is wanted."""
+    """Rule 4: a load that no request waits for is aborted before idle runners are evicted."""
     pool = a_pool(each="4GiB").idle("a").loading("b", request=1)
     pool.feed(cancel(1))
     assert pool.feed(acquire("c", request=2)) == [Stop(2)]
 
 
 def test_a_load_that_somebody_waits_for_is_not_a_victim() -> None:
-    """It goes on, and the newcomer waits until it has been of use."""
+    """A load that a request waits for is not evicted, and a newer request waits until it has served."""
     pool = a_pool().loading("a", request=1)
     assert pool.feed(acquire("b", request=2)) == []
     pool.advance("200s")
     assert pool.state("a") is RunnerState.loading
 
 
-# -- who waits is told to those who hold ------------------------------------------------------------------------------
+# -- telling lease holders about waiting requests ---------------------------------------------------------------------
 
 
 def test_holders_are_asked_once_when_others_want_their_memory() -> None:
-    """An Ask names the leases; another waiter for the same memory asks nobody again."""
+    """A NotifyContention names a runner's leases, and a second request for the same memory sends none."""
     pool = a_pool().ready("a", lease=1).ready("a", lease=2)
     assert pool.feed(acquire("b", request=3)) == [NotifyContention(1, (1, 2))]
     assert pool.feed(acquire("c", request=4)) == []
 
 
 def test_holders_are_asked_again_in_the_next_use() -> None:
-    """Once it rested, an old Ask is forgotten."""
+    """A runner that was idle in between gets a new NotifyContention in its next use."""
     pool = a_pool().ready("a", lease=1)
     pool.feed(acquire("b", request=2), cancel(2), release(1), acquire("a", request=3))
     assert pool.feed(acquire("b", request=4)) == [NotifyContention(1, (3,))]
 
 
 def test_nobody_is_asked_for_an_idle_runner() -> None:
-    """There is nobody who could give it back."""
+    """No NotifyContention is sent for an idle runner, because it has no lease holder."""
     pool = a_pool().idle("a")
     assert pool.feed(acquire("b", request=1)) == [Stop(1)]
 
@@ -216,7 +216,7 @@ def test_nobody_is_asked_for_an_idle_runner() -> None:
 
 
 def test_a_runner_that_was_just_loaded_keeps_its_place_for_a_while() -> None:
-    """Two models under steady traffic would otherwise only load: one load's time of use is everybody's due."""
+    """A runner that was just loaded is kept for its minimum residency, although the bound on a wait is over."""
     pool = a_pool(max_wait_s=6.0).loading("a", request=1)
     pool.advance("5s")
     pool.feed(acquire("b", request=2))
@@ -225,11 +225,11 @@ def test_a_runner_that_was_just_loaded_keeps_its_place_for_a_while() -> None:
     pool.advance("5.9s")  # the bound on the wait was over after 4 s
     assert pool.feed(acquire("a", request=3)) == [Grant(3, 1), NotifyContention(1, (3,))]
     pool.advance("0.1s")
-    assert pool.feed(acquire("a", request=4)) == []  # it drains
+    assert pool.feed(acquire("a", request=4)) == []  # the runner drains
 
 
 def test_a_residency_that_was_set_holds_for_an_idle_runner_too() -> None:
-    """Whoever sets it wants it kept, in use or not."""
+    """A minimum residency from the settings keeps an idle runner too."""
     pool = a_pool(min_residency_s=7.0).ready("a", lease=1)
     pool.feed(release(1))
     assert pool.feed(acquire("b", request=2)) == []
@@ -238,7 +238,7 @@ def test_a_residency_that_was_set_holds_for_an_idle_runner_too() -> None:
 
 
 def rested(load: str, **limits: float) -> PoolUnderTest:
-    """A runner whose load took so long, and whose only lease has just come back."""
+    """Return a pool with a runner whose load took so long and whose only lease has just been released."""
     pool = a_pool(**limits).loading("a", request=1)
     pool.advance(load)
     pool.feed(loaded(1), release(1))
@@ -246,7 +246,7 @@ def rested(load: str, **limits: float) -> PoolUnderTest:
 
 
 def test_a_runner_that_came_to_rest_is_kept_for_a_twentieth_of_its_load() -> None:
-    """A user that asks again at once is not to find its model gone; an automatic residency is over with the rest."""
+    """An idle runner is kept for a twentieth of its load time after its last release, and not for its residency."""
     pool = rested("4s")
     assert pool.feed(acquire("b", request=2)) == []
     assert pool.advance("0.19s") == []
@@ -254,7 +254,7 @@ def test_a_runner_that_came_to_rest_is_kept_for_a_twentieth_of_its_load() -> Non
 
 
 def test_every_use_begins_the_rest_anew() -> None:
-    """It is counted from the last one: whoever is asked again and again is in use."""
+    """The grace after last use counts from the last release."""
     pool = rested("4s")
     pool.feed(acquire("b", request=2))
     for request in (3, 4, 5):
@@ -265,41 +265,41 @@ def test_every_use_begins_the_rest_anew() -> None:
 
 
 def test_a_rest_is_no_longer_than_a_second() -> None:
-    """A model that takes minutes to load is not kept idle for as long as others could load in."""
+    """The grace after last use is 1 s at most."""
     pool = rested("100s")
     pool.feed(acquire("b", request=2))
     assert pool.advance("1s") == [Stop(1)]
 
 
 def test_a_rest_ends_with_the_bound_on_the_wait() -> None:
-    """Nobody waits for longer than that for the convenience of others."""
+    """The grace after last use ends with the bound on a request's wait."""
     pool = rested("100s", max_wait_s=0.5)
     pool.feed(acquire("b", request=2))
     assert pool.advance("0.5s") == [Stop(1)]
 
 
 def test_a_runner_within_its_residency_still_serves() -> None:
-    """Whoever comes for it meanwhile is warm."""
+    """A runner within its minimum residency serves warm requests while another request waits."""
     pool = a_pool(min_residency_s=30.0).ready("a", lease=1)
     pool.feed(release(1), acquire("b", request=2))
     assert pool.feed(acquire("a", request=3)) == [Grant(3, 1), NotifyContention(1, (3,))]
 
 
 def test_those_beyond_their_residency_go_before_those_within_it() -> None:
-    """Whoever may go now is taken, though another was used less recently."""
+    """A runner beyond its minimum residency is evicted before one within it that was used less recently."""
     pool = a_pool(each="4GiB", min_residency_s=30.0).ready("a", lease=1)
-    pool.feed(release(1), preload("b", request=2), loaded(2))  # a preload brings no residency
+    pool.feed(release(1), preload("b", request=2), loaded(2))  # a preload has no residency
     assert stopped(pool.feed(acquire("c", request=3))) == [2]
 
 
 def test_residency_does_not_keep_what_its_own_users_let_go() -> None:
-    """It is for others that it is not moved: a keep-alive of 0 and a wish to expire are obeyed."""
+    """A minimum residency keeps a runner neither from a keep-alive of 0 nor from an expire."""
     pool = a_pool(min_residency_s=30.0, capacity="16GiB").ready("a", lease=1, keep_alive=0).idle("b")
     assert pool.feed(release(1), expire("b")) == [Stop(1), Stop(2)]
 
 
 def test_the_bound_on_a_wait_begins_with_the_wait() -> None:
-    """It is counted from when the oldest of a line came, not from the first look or the last."""
+    """The bound on a wait counts from the arrival of the oldest request of a request group."""
     pool = a_pool(max_wait_s=100.0).ready("a", lease=1)
     pool.feed(acquire("b", request=2))
     pool.advance("50s")
@@ -318,7 +318,7 @@ def a_candidate(runner: int, model: str, **fields: float) -> Candidate:
 
 
 def test_s16_the_references_order_is_by_keep_alive_then_by_path() -> None:
-    """S16, D14: the shortest keep-alive first, one for ever last, the path among equals."""
+    """S16, D14: the policy "keep-alive" orders by keep-alive, an infinite one last, and by path among equals."""
     candidates = [
         a_candidate(1, "d", keep_alive_s=math.inf),
         a_candidate(2, "c", keep_alive_s=60.0),
@@ -329,7 +329,7 @@ def test_s16_the_references_order_is_by_keep_alive_then_by_path() -> None:
 
 
 def test_s16_lru_orders_by_last_use() -> None:
-    """S16: the longest unused first, what is kept for ever last."""
+    """S16: the policy "lru" orders by last use, and runners with an infinite keep-alive come last."""
     candidates = [
         a_candidate(1, "a", used_at=1.0, keep_alive_s=math.inf),
         a_candidate(2, "b", used_at=3.0, keep_alive_s=1.0),
@@ -340,7 +340,7 @@ def test_s16_lru_orders_by_last_use() -> None:
 
 @pytest.mark.parametrize(("policy", "victim"), [("keep-alive", "b"), ("lru", "a")])
 def test_s14_s16_the_victim_is_the_policys_first_choice(policy: str, victim: str) -> None:
-    """S14: with room to be made for one, the policy's order among the idle decides."""
+    """S14: where one idle runner has to be evicted, the policy's order decides."""
     pool = a_pool(each="4GiB", policy=POLICIES[policy])
     pool.idle("a", keep_alive="10m")
     pool.advance("1s")
@@ -351,7 +351,7 @@ def test_s14_s16_the_victim_is_the_policys_first_choice(policy: str, victim: str
 
 @pytest.mark.parametrize("policy", ["keep-alive", "lru"])
 def test_s16_idle_ones_go_before_busy_ones(policy: str) -> None:
-    """S16: under both policies, even if the busy one would come first."""
+    """S16: an idle runner is evicted before a busy one under both policies."""
     pool = a_pool(each="4GiB", policy=POLICIES[policy])
     pool.ready("a", keep_alive="1s").idle("b", keep_alive="1h")
     pool.feed(acquire("c", request=1))
@@ -360,7 +360,7 @@ def test_s16_idle_ones_go_before_busy_ones(policy: str) -> None:
 
 @pytest.mark.parametrize(("policy", "asked"), [("keep-alive", 2), ("lru", 1)])
 def test_s16_of_busy_ones_the_policys_first_choice_is_drained(policy: str, asked: int) -> None:
-    """S16: all are in use: one is chosen, and drained when the wait has lasted."""
+    """S16: where every runner is busy, the policy's first choice is asked, and drained after the bound on the wait."""
     pool = a_pool(each="4GiB", policy=POLICIES[policy]).ready("a", lease=1, keep_alive="1h")
     pool.advance("1s")
     pool.ready("b", lease=2, keep_alive="1m")
@@ -370,7 +370,7 @@ def test_s16_of_busy_ones_the_policys_first_choice_is_drained(policy: str, asked
 
 
 def test_a_policy_is_told_what_it_may_go_by() -> None:
-    """Sizes, clocks, the cost of another load; never whom an earlier request counts on, or somebody waits for."""
+    """A candidate has sizes, times and load seconds; runners that a request waits for are no candidates."""
     seen: list[Candidate] = []
 
     class Spy(LeastRecentlyUsed):
@@ -389,25 +389,25 @@ def test_a_policy_is_told_what_it_may_go_by() -> None:
 
 
 def test_choose_takes_what_is_forced_whatever_suffices() -> None:
-    """A sibling with other options goes even if there was room beside it."""
+    """Mandatory victims are chosen even where there is room without them."""
     sibling, other = a_candidate(1, "a"), a_candidate(2, "b")
     assert choose([other], [sibling], lambda victims: True) == [sibling]
 
 
 def test_choose_gives_none_where_all_do_not_suffice() -> None:
-    """Nobody is given up for nothing."""
+    """No victim is chosen where all candidates together do not free enough."""
     assert choose([a_candidate(1, "a")], [], lambda victims: len(victims) > 1) is None
 
 
 def test_choose_drops_only_what_the_others_make_superfluous() -> None:
-    """Two of three suffice, no single one does."""
+    """Of three candidates the two are chosen that free enough only together."""
     one, two, three = (a_candidate(runner, "abc"[runner], held_bytes=runner + 1) for runner in range(3))
     chosen = choose([one, two, three], [], lambda victims: sum(victim.held_bytes for victim in victims) >= 5)
     assert chosen == [two, three]
 
 
 def test_choose_keeps_what_turned_out_not_to_be_needed() -> None:
-    """Taken one by one until they suffice; then the small ones that a large one made superfluous are kept."""
+    """Candidates are taken in order until they free enough, and those that later ones make superfluous are dropped."""
     small, large = a_candidate(1, "a", held_bytes=1), a_candidate(2, "b", held_bytes=4)
     chosen = choose([small, large], [], lambda victims: sum(one.held_bytes for one in victims) >= 4)
     assert chosen == [large]
@@ -417,7 +417,7 @@ def test_choose_keeps_what_turned_out_not_to_be_needed() -> None:
 
 
 class Listening:
-    """A policy that orders by last use and keeps what it was told."""
+    """A policy that orders by last use and keeps the candidates that it was given."""
 
     name = "listening"
 
@@ -433,7 +433,7 @@ class Listening:
 
 
 def test_an_outlook_is_of_the_rest_so_far_and_of_none_while_in_use() -> None:
-    """Asked for twice it is the same; the time that a policy is told is the plan's."""
+    """A forecast starts at a runner's idle time so far, at 0 while it is busy, and is the same when asked twice."""
     policy = Listening()
     pool = a_pool(capacity="12GiB", policy=policy).idle("a").ready("b", lease=7)
     pool.advance("40s")
@@ -447,11 +447,11 @@ def test_an_outlook_is_of_the_rest_so_far_and_of_none_while_in_use() -> None:
 
 
 def test_a_policy_is_told_what_a_load_takes_where_a_runner_is() -> None:
-    """One with fewer layers on GPUs may load faster or slower; one that still loads has no figure."""
+    """The load seconds of a candidate are those of its placement, and a runner that still loads has none."""
     policy = Listening()
     pool = a_pool(capacity="64GiB", gpus=("8GiB",), policy=policy, min_residency_s=0.0, max_loads_per_gpu=2)
     pool.declare("m", layered(4, "512MiB")).declare("n", layered(4, "512MiB")).declare("x", layered(4, "1500MiB"))
-    for duration, taken in (("2s", "6500MiB"), ("8s", "0B")):  # by others: the first goes there in part
+    for duration, taken in (("2s", "6500MiB"), ("8s", "0B")):  # other programs hold it: the first load is in part
         pool.strangers = {"gpu0": amount(taken)}
         pool.feed(pool.sample(), acquire("m", request := pool.request_id()))
         pool.advance(duration)
@@ -467,7 +467,7 @@ def test_a_policy_is_told_what_a_load_takes_where_a_runner_is() -> None:
 
 
 def test_nobody_may_go_before_now() -> None:
-    """What has passed of a bound, a residency or a rest is no time of its own."""
+    """A runner is never evictable before the present, whatever bound, residency or grace has passed."""
     pool = a_pool(min_residency_s=5.0).ready("a", lease=1)
     pool.advance("60s")
     pool.feed(cancel(99))
@@ -481,7 +481,7 @@ def test_nobody_may_go_before_now() -> None:
 
 
 def test_two_idle_runners_go_in_the_policys_order_and_busy_ones_after_them() -> None:
-    """However many leases a busy one holds."""
+    """Idle runners are evicted in the policy's order before a busy one, however many leases that one has."""
     pool = a_pool(capacity="14GiB", each="6GiB", max_wait_s=0.0, min_residency_s=0.0, policy=Listening())
     pool.ready("busy", lease=1)
     pool.advance("1s")

@@ -1,4 +1,4 @@
-"""Every decision says what was considered, with figures, and why the rest was not taken."""
+"""Every decision is logged with the runners and devices that were considered, and why each was taken or not."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def reasons(decision: Decision) -> dict[str, KeptReason | None]:
 
 
 def test_an_eviction_says_who_goes_and_why_the_others_stay() -> None:
-    """With what each holds, how long nobody has used it, and whether it may go at all."""
+    """An eviction logs what each runner holds, how long it was unused, and why it is evicted or stays."""
     pool = listened(a_pool(capacity="8GiB", each="2GiB", max_runners=9, policy=LeastRecentlyUsed()))
     pool.idle("old").ready("busy").idle("pinned")
     pool.feed(pin("pinned"))
@@ -52,7 +52,7 @@ def test_an_eviction_says_who_goes_and_why_the_others_stay() -> None:
 
 
 def test_a_wait_says_until_when_and_for_whom() -> None:
-    """The bound of its wait is when the busy one is made to drain."""
+    """A wait for a busy runner logs the time at which the runner drains, which is the bound on the wait."""
     pool = listened(a_pool(capacity="8GiB", max_wait_s=120.0, min_residency_s=0.0).ready("busy", lease=1))
     pool.feed(acquire("other", request=2))
     decision = told(pool, "waits")
@@ -64,7 +64,7 @@ def test_a_wait_says_until_when_and_for_whom() -> None:
 
 
 def test_a_wait_for_a_load_says_when_it_is_expected() -> None:
-    """By how long loads of the model took before; the first one may take any time."""
+    """A wait for a load logs when it should end, by earlier loads of the model; a first load has no such time."""
     pool = listened(a_pool(capacity="8GiB", keep_alive_s=0.0))
     pool.feed(acquire("a", request=1))
     assert pool.core.snapshot().queue[0].until == math.inf
@@ -74,7 +74,7 @@ def test_a_wait_for_a_load_says_when_it_is_expected() -> None:
 
 
 def test_a_placement_says_what_each_device_had() -> None:
-    """The one that is taken, and why not another."""
+    """A placement logs every device with what it takes there and what is free, and which devices were taken."""
     pool = listened(a_pool(capacity="32GiB", gpus=["8GiB"]).declare("a", Footprint(fixed=(("gpu0", 3 * GIB),))))
     pool.feed(acquire("a", request=1))
     decision = told(pool, "placed")
@@ -86,7 +86,7 @@ def test_a_placement_says_what_each_device_had() -> None:
 
 
 def test_a_refusal_says_what_would_be_needed_and_who_stands_in_the_way() -> None:
-    """What is pinned is not moved for others."""
+    """A refusal logs what is needed on each device, and the pinned runners that hold it."""
     pool = listened(a_pool(capacity="8GiB").idle("kept"))
     pool.feed(pin("kept"), acquire("other", request=2))
     decision = told(pool, "rejected")
@@ -95,7 +95,7 @@ def test_a_refusal_says_what_would_be_needed_and_who_stands_in_the_way() -> None
 
 
 def test_nothing_is_made_up_where_nobody_listens() -> None:
-    """Without a journal a decision costs no explanation, and is the same."""
+    """Without a decision log no explanation is made, and the commands are the same."""
     quiet, loud = (a_pool(capacity="8GiB", policy=LeastRecentlyUsed()).idle("a") for _ in range(2))
     listened(loud)
     assert quiet.feed(acquire("b", request=50)) == loud.feed(acquire("b", request=50))
@@ -103,7 +103,7 @@ def test_nothing_is_made_up_where_nobody_listens() -> None:
 
 
 def test_what_drains_for_long_is_not_said_to_be_stopped() -> None:
-    """Its holders have not given it back; it was not told to end yet."""
+    """A runner that drains for long is logged as expiring, because it was not told to stop yet."""
     pool = listened(a_pool(max_wait_s=10.0, min_residency_s=0.0).ready("a", lease=1))
     pool.feed(acquire("b", request=2))
     pool.advance("30s")
@@ -112,7 +112,7 @@ def test_what_drains_for_long_is_not_said_to_be_stopped() -> None:
 
 
 def test_an_idle_one_that_stays_until_the_rest_is_there_is_said_to() -> None:
-    """It may go now, and goes when the one that drains has gone."""
+    """An idle runner that could leave now is logged as leaving last, after the runner that drains."""
     pool = listened(a_pool("6GiB", sizes={"busy": "5GiB", "idle": "1GiB", "all": "6GiB"}, min_residency_s=0.0))
     pool.ready("busy", lease=1).idle("idle").feed(expire("busy"))
     pool.advance("10s")

@@ -1,4 +1,4 @@
-"""Backfilling never lets an older request wait longer for a younger one, and who is asked to leave is told."""
+"""A younger request never makes an older one wait longer, and lease holders are told of requests that wait."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def on_gpu(pool: PoolUnderTest, gpu: str = "gpu0", **sizes: str) -> PoolUnderTes
 
 
 def test_the_last_place_among_the_runners_is_kept_for_the_older_one() -> None:
-    """It waits for another load to end only; a younger one that could start elsewhere would take its place."""
+    """A younger request does not take the last process slot from an older one that waits only for a load slot."""
     pool = on_gpu(a_pool(gpus=["16GiB", "16GiB"], max_runners=2), a="4GiB", b="4GiB")
     on_gpu(pool, "gpu1", c="4GiB").loading("a", request=1)
     assert launched(pool.feed(acquire("b", request=2), acquire("c", request=3))) == []
@@ -53,7 +53,7 @@ def test_the_last_place_among_the_runners_is_kept_for_the_older_one() -> None:
 
 @pytest.mark.parametrize("younger", [False, True])
 def test_memory_that_is_waited_for_behind_other_memory_is_booked(younger: bool) -> None:
-    """Two want 4 GiB each, and 2 are free: a younger model does not take these."""
+    """A younger model does not take 2 free GiB that two requests for 4 GiB of memory will need."""
     pool = a_pool(capacity="12GiB", sizes={"a": "6GiB", "b": "4GiB", "y": "2GiB"}).ready("a", lease=1).ready("b", 2)
     pool.feed(memory(10, cpu="4GiB"), memory(11, cpu="4GiB"))
     if younger:
@@ -64,7 +64,7 @@ def test_memory_that_is_waited_for_behind_other_memory_is_booked(younger: bool) 
 
 
 def test_memory_that_was_asked_for_later_is_not_booked_before_an_older_model() -> None:
-    """A line for memory is as old as its first request; the others in it are as old as they are."""
+    """A younger request for memory in an older group is reserved by its own age, after an older model's request."""
     pool = a_pool(capacity="12GiB", sizes={"a": "10GiB", "y": "6GiB"}).ready("a", lease=1)
     pool.feed(memory(10, cpu="5GiB"), acquire("y", request=11), memory(12, cpu="5GiB"), release(1))
     pool.settle()
@@ -74,7 +74,7 @@ def test_memory_that_was_asked_for_later_is_not_booked_before_an_older_model() -
 
 @pytest.mark.parametrize("younger", [False, True])
 def test_what_waits_for_a_load_with_other_options_is_booked(younger: bool) -> None:
-    """When that is over its runner makes room, but not enough: what is free beside it is kept."""
+    """What is free beside the next runner of a model is kept for the request that waits for other options of it."""
     pool = a_pool(max_wait_s=20.0).declare("y", "3GiB")
     pool.declare("m", a_model((400 * MIB,) * 4, context_trained=10**7))
     pool.feed(acquire("m", request=1, num_ctx=1024), acquire("m", request=2, num_ctx=2_000_000))
@@ -87,7 +87,7 @@ def test_what_waits_for_a_load_with_other_options_is_booked(younger: bool) -> No
 
 @pytest.mark.parametrize("draining", [False, True])
 def test_a_drain_elsewhere_gives_no_place_among_the_loads_away(draining: bool) -> None:
-    """The older one waits for memory that is coming back: a younger one that fits beside it would load first."""
+    """A runner that drains elsewhere does not let a younger request load before an older one that waits for memory."""
     pool = a_pool(capacity="64GiB", gpus=["16GiB"], max_runners=8).declare("d", "1GiB")
     on_gpu(pool, s="12GiB", b="10GiB", y="1GiB")
     if draining:
@@ -99,7 +99,7 @@ def test_a_drain_elsewhere_gives_no_place_among_the_loads_away(draining: bool) -
 
 
 def test_memory_of_the_programs_own_waits_for_no_process() -> None:
-    """However many wait for a place among the runners."""
+    """Memory of the program's own needs no process slot, however many requests wait for one."""
     pool = a_pool(capacity="64GiB", each="1GiB", max_runners=1).ready("a", lease=1)
     for number in range(17):
         pool.feed(acquire(f"m{number}", request=10 + number))
@@ -107,7 +107,7 @@ def test_memory_of_the_programs_own_waits_for_no_process() -> None:
 
 
 def test_a_load_that_nobody_waits_for_goes_on_until_its_place_is_of_use() -> None:
-    """Whoever wants the place waits for memory that others still use."""
+    """A load that no request waits for goes on while the request that needs its slot waits for memory."""
     pool = on_gpu(a_pool(capacity="64GiB", gpus=["16GiB"], max_runners=8), d="12GiB", u="1GiB", w="10GiB")
     pool.expiring("d", lease=1).loading("u", request=2)
     pool.feed(cancel(2))
@@ -115,18 +115,18 @@ def test_a_load_that_nobody_waits_for_goes_on_until_its_place_is_of_use() -> Non
     assert pool.waits_for(3) == WaitForRunners(("d",), RunnerStep.drain)
 
 
-# -- whoever is to leave is told --------------------------------------------------------------------------------------
+# -- telling lease holders --------------------------------------------------------------------------------------------
 
 
 def test_holders_of_what_drains_at_once_are_asked() -> None:
-    """They may give it back early, and have not heard of it before."""
+    """Lease holders of a runner that drains at once are notified, because they may release early."""
     pool = a_pool(max_wait_s=0.0, min_residency_s=0.0).ready("a", lease=1)
     assert pool.feed(acquire("b", request=2)) == [NotifyContention(1, (1,))]
     assert pool.state("a") is RunnerState.expiring
 
 
 def test_holders_that_come_later_are_asked_too() -> None:
-    """As long as somebody waits for the memory."""
+    """New lease holders are notified as long as a request waits for the runner's memory."""
     pool = a_pool().ready("a", lease=1)
     pool.feed(acquire("b", request=2))
     assert NotifyContention(1, (3,)) in pool.feed(acquire("a", request=3))
@@ -134,7 +134,7 @@ def test_holders_that_come_later_are_asked_too() -> None:
     assert NotifyContention(1, (4,)) not in pool.feed(acquire("a", request=4))
 
 
-# -- the cheapest set, on a machine with GPUs -------------------------------------------------------------------------
+# -- the cheapest set of victims, on a machine with GPUs --------------------------------------------------------------
 
 
 class Costs:
@@ -150,7 +150,7 @@ class Costs:
 
 
 def test_what_is_held_elsewhere_makes_no_set_cheaper() -> None:
-    """For room on the host, a cost is weighed with what goes free there."""
+    """The cost of a set of victims for room on the host is weighed by the bytes that it frees on the host."""
     held = {"m1": (194, 8007), "m2": (1566, 0), "m3": (4761, 0), "m4": (171, 7783)}
     policy = Costs(m1=6.0, m2=6.0, m3=3.0, m4=4.0)
     pool = a_pool(capacity="6692MiB", gpus=["16GiB"], max_runners=9, policy=policy)
@@ -162,18 +162,18 @@ def test_what_is_held_elsewhere_makes_no_set_cheaper() -> None:
     assert {model for model in held if pool.state(model) is RunnerState.expiring} == {"m2", "m3", "m4"}
 
 
-# -- in words ---------------------------------------------------------------------------------------------------------
+# -- what a request waits for -----------------------------------------------------------------------------------------
 
 
 def test_the_first_in_order_waits_for_nobody_before_it() -> None:
-    """It is told of the load that holds the memory."""
+    """The first request of the queue is shown the load that holds its memory, and no earlier requests."""
     pool = a_pool().loading("a", request=1)
     pool.feed(acquire("b", request=2, priority=1))
     assert pool.waits_for(2) == WaitForRunners(("a",), RunnerStep.load_then_idle)
 
 
 def test_a_drain_that_takes_too_long_is_named() -> None:
-    """It is no longer counted on, and still what is waited for."""
+    """A runner that drains for too long is no longer counted on, and is still shown as what a request waits for."""
     pool = a_pool().ready("a", lease=1)
     pool.feed(acquire("b", request=2))
     pool.advance("240s")
@@ -181,14 +181,14 @@ def test_a_drain_that_takes_too_long_is_named() -> None:
 
 
 def test_what_is_to_load_alone_waits_for_the_loads_of_others() -> None:
-    """After it ran out of memory; none is on its way back."""
+    """A request whose load ran out of memory waits for the loads of others, so that its second try is alone."""
     pool = a_pool(capacity="16GiB", each="4GiB").loading("a", request=1).loading("b", request=2)
     pool.feed(exited(1, 1, "no memory", out_of_memory=True))
     assert pool.waits_for(1) == WaitForRunners(("b",), RunnerStep.load_then_idle)
 
 
 def test_two_that_are_to_load_alone_begin_one_after_the_other() -> None:
-    """Both ran out of memory beside each other; neither is the other's company again, and who comes waits as well."""
+    """Two loads that ran out of memory beside each other start one after the other, and a new request waits too."""
     pool = a_pool(capacity="16GiB", each="4GiB").loading("a", request=1).loading("b", request=2)
     pool.feed(exited(1, 1, "no memory", out_of_memory=True))
     assert launched(pool.feed(exited(2, 1, "no memory", out_of_memory=True))) == ["a"]
@@ -200,7 +200,7 @@ def test_two_that_are_to_load_alone_begin_one_after_the_other() -> None:
 
 
 def test_nobody_begins_beside_a_load_that_is_to_be_alone() -> None:
-    """It is told what it waits for."""
+    """No load starts beside a load that has to be alone, and a new request is shown that load."""
     pool = a_pool(capacity="16GiB", each="4GiB").loading("a", request=1)
     assert launched(pool.feed(exited(1, 1, "no memory", out_of_memory=True))) == ["a"]
     assert launched(pool.feed(acquire("c", request=3))) == []
@@ -208,12 +208,12 @@ def test_nobody_begins_beside_a_load_that_is_to_be_alone() -> None:
     assert launched(pool.feed(loaded(2))) == ["c"]
 
 
-# -- behind many others -----------------------------------------------------------------------------------------------
+# -- behind many other requests ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("ahead", [LINES_AHEAD - 1, LINES_AHEAD, 2 * LINES_AHEAD])
 def test_the_bound_on_a_wait_holds_behind_any_number_who_wait_for_another_gpu(ahead: int) -> None:
-    """Those have nothing to do with it: what it may have drained is drained for it when its time has come."""
+    """The bound on a request's wait holds however many requests before it wait for another GPU."""
     pool = a_pool("64GiB", gpus=["8GiB", "8GiB"], max_runners=100)
     on_gpu(pool, "gpu0", held="6GiB", **{f"other{number}": "6GiB" for number in range(ahead)})
     on_gpu(pool, "gpu1", warm="6GiB", late="6GiB").ready("held", lease=1).ready("warm", lease=2)
@@ -226,7 +226,7 @@ def test_the_bound_on_a_wait_holds_behind_any_number_who_wait_for_another_gpu(ah
 
 
 def test_the_bound_on_a_wait_holds_on_the_host_behind_many_who_wait_for_gpus() -> None:
-    """Each of those takes a little of the host as well, and lacks nothing there."""
+    """The bound on a wait for the host holds although each of the models before takes a little of the host too."""
     pool = a_pool("8GiB", gpus=["8GiB"], max_runners=100, sizes={"warm": "7GiB", "late": "7GiB"}, keep_alive_s=1e6)
     for number in range(LINES_AHEAD + 1):
         pool.declare(f"gpu model {number}", Footprint(fixed=(("gpu0", amount("6GiB")), ("cpu", MIB))))
@@ -238,7 +238,7 @@ def test_the_bound_on_a_wait_holds_on_the_host_behind_many_who_wait_for_gpus() -
 
 
 def test_a_load_does_not_wait_for_a_place_on_one_gpu_while_another_takes_it() -> None:
-    """It would fit best where another loads; where it fits as well, nobody does."""
+    """A model is placed on a GPU that nothing loads on, rather than wait for a load slot of a better GPU."""
     pool = a_pool("64GiB", gpus=["80GiB", "24GiB"])
     pool.declare("a", layered(8, "1GiB")).declare("b", layered(8, "1GiB"))
     pool.feed(acquire("a", request=1), acquire("b", request=2))
@@ -247,7 +247,7 @@ def test_a_load_does_not_wait_for_a_place_on_one_gpu_while_another_takes_it() ->
 
 
 def test_a_load_waits_for_its_place_where_the_other_gpus_do_not_take_it() -> None:
-    """In part on another one it would answer slowly for as long as it lives."""
+    """A model waits for a load slot where other GPUs would take it only in part, because it would stay slow."""
     pool = a_pool("64GiB", gpus=["80GiB", "4GiB"])
     pool.declare("a", layered(8, "1GiB")).declare("b", layered(8, "1GiB"))
     assert launched(pool.feed(acquire("a", request=1), acquire("b", request=2))) == ["a"]

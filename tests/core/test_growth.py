@@ -1,4 +1,4 @@
-"""What a decision costs, counted in calls, does not grow with those who wait; and nobody far back is forgotten."""
+"""The cost of a decision, counted in calls, does not grow with the queue, and requests far back are served too."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ FAR_BACK = LINES_AHEAD + 8
 
 
 def calls_of(action: Callable[[], object]) -> int:
-    """Return how many functions an action calls, those of C among them."""
+    """Return how many functions an action calls, functions of C included."""
     counted = 0
 
     def count(frame: FrameType, event: str, argument: object) -> None:
@@ -53,7 +53,7 @@ def calls_of(action: Callable[[], object]) -> int:
 
 
 def a_crowd() -> PoolUnderTest:
-    """Return a pool with one busy runner that fills it, for which as many models wait as are planned, and some."""
+    """Return a pool whose one busy runner fills it, and for which more models wait than are planned."""
     pool = a_pool(capacity="8GiB", max_queue=1000).ready("busy", lease=1)
     for number in range(FAR_BACK):
         pool.feed(acquire(f"model {number}", request=10 + number))
@@ -61,14 +61,14 @@ def a_crowd() -> PoolUnderTest:
 
 
 def test_a_decision_costs_about_the_same_however_many_wait() -> None:
-    """From 10 who wait to 500, a decision calls at most three times as many functions."""
+    """From 10 waiting requests to 500, a decision calls at most three times as many functions."""
     few, many = Crowd(20, 10), Crowd(20, 500)
     for name in ACTIONS:
         assert calls_of(getattr(many, name)) <= 3 * calls_of(getattr(few, name)), name
 
 
-class Unscanned(dict):  # type: ignore[type-arg]  # of whatever it is put in the place of
-    """A mapping that is only looked up."""
+class Unscanned(dict):  # type: ignore[type-arg]  # of the mapping that it stands for
+    """A mapping that may be looked up and not iterated over."""
 
     def __iter__(self) -> Iterator[object]:
         raise AssertionError("it was scanned")
@@ -78,7 +78,7 @@ class Unscanned(dict):  # type: ignore[type-arg]  # of whatever it is put in the
 
 @pytest.mark.parametrize("max_runners", [20, 30])
 def test_a_warm_request_looks_at_no_other_runner_and_no_other_request(max_runners: int) -> None:
-    """Asking for what is loaded, and giving it back while others use it or nobody waits, scans nothing."""
+    """A warm request and its release iterate over no runners, requests, request groups or models."""
     pool = a_pool(capacity="80GiB", max_runners=max_runners, each="1GiB")
     for number in range(20):
         pool.ready(f"model {number}")
@@ -91,7 +91,7 @@ def test_a_warm_request_looks_at_no_other_runner_and_no_other_request(max_runner
 
 
 def test_the_last_release_scans_nothing_where_nobody_waits() -> None:
-    """A runner that rests is looked at alone."""
+    """The last release of a runner iterates over nothing where no request waits."""
     pool = a_pool(capacity="80GiB", max_runners=30, each="1GiB").idle("a").ready("b")
     core = pool.core
     for name in ("runners", "requests", "groups", "models"):
@@ -101,20 +101,20 @@ def test_the_last_release_scans_nothing_where_nobody_waits() -> None:
 
 
 def test_who_comes_far_back_is_judged_at_once() -> None:
-    """What can never fit is refused at once, however many wait before it."""
+    """A request that can never fit is refused at once, however many requests wait before it."""
     pool = a_crowd().declare("huge", "9GiB")
     assert refused(pool.feed(acquire("huge", request=900))) == {900: DoesNotFitRefusal}
     assert pool.waits_for(10 + FAR_BACK - 1) == WaitFor.earlier_requests
 
 
 def test_a_file_far_back_that_is_no_model_is_its_askers_error_at_once() -> None:
-    """S11: its metadata are read although its turn is far off."""
+    """S11: the file of a request far back in the queue is inspected at once, and a bad file refuses the request."""
     pool = a_crowd().declare("bad", InvalidModelRefusal("bad", "cut short", 4))
     assert refused(pool.feed(acquire("bad", request=900))) == {900: InvalidModelRefusal}
 
 
 def test_everybody_comes_to_the_front_in_order() -> None:
-    """A line far back moves up as those before it are served or leave."""
+    """A request group far back in the queue moves up as earlier groups are served or leave."""
     pool = a_crowd()
     pool.feed(*(cancel(10 + number) for number in range(0, FAR_BACK, 2)))
     pool.feed(release(1), exited(1))
@@ -132,7 +132,7 @@ def test_everybody_comes_to_the_front_in_order() -> None:
 
 
 def test_what_nobody_before_it_can_use_is_not_kept_from_a_line_far_back() -> None:
-    """A line behind all that are planned starts on a GPU that is free, where those before it wait for the host."""
+    """A request group far back starts on a free GPU that no earlier group can use."""
     pool = a_pool(capacity="8GiB", gpus=["8GiB"], max_queue=1000, max_runners=1000).ready("busy", lease=1)
     pool.declare("on the gpu", Footprint(fixed=(("gpu0", 4096 * MIB),)))
     for number in range(FAR_BACK):
@@ -141,7 +141,7 @@ def test_what_nobody_before_it_can_use_is_not_kept_from_a_line_far_back() -> Non
 
 
 def test_an_idle_runner_that_nobody_before_it_can_use_goes_for_a_line_far_back() -> None:
-    """Beyond those for whom room is made, what is idle is given up all the same."""
+    """An idle runner that no earlier group needs is evicted for a request group far back in the queue."""
     pool = a_pool(capacity="8GiB", gpus=["8GiB"], max_queue=1000, max_runners=1000)
     pool.declare("resting", Footprint(fixed=(("gpu0", 6144 * MIB),)))
     pool.declare("on the gpu", Footprint(fixed=(("gpu0", 4096 * MIB),)))
@@ -153,7 +153,7 @@ def test_an_idle_runner_that_nobody_before_it_can_use_goes_for_a_line_far_back()
 
 
 def test_deadlines_that_were_cleared_are_not_kept() -> None:
-    """A thousand requests that would have waited for a year, and left at once."""
+    """A thousand requests with a limit of a year that are cancelled at once leave no timers behind."""
     pool = a_pool().ready("a", lease=1)
     for request in range(2, 1002):
         pool.feed(acquire("b", request, timeout="8760h"), cancel(request))
@@ -161,7 +161,7 @@ def test_deadlines_that_were_cleared_are_not_kept() -> None:
 
 
 def test_options_that_come_to_the_same_are_not_kept_for_ever() -> None:
-    """Contexts beyond what the model knows are all served by one runner, by ever new names."""
+    """A runner remembers at most so many option sets that it serves, however many larger contexts are asked for."""
     pool = a_pool().declare("a", a_model(context_trained=4096)).ready("a", lease=1, num_ctx=4096)
     for request in range(2, 3 * MOST_KINDS):
         pool.feed(acquire("a", request, num_ctx=4096 + request), release(request))
@@ -170,14 +170,14 @@ def test_options_that_come_to_the_same_are_not_kept_for_ever() -> None:
 
 
 def test_a_name_that_is_unpinned_and_was_never_pinned_is_not_kept() -> None:
-    """Nobody has asked for it."""
+    """An unpin of a model that was never pinned leaves no model record."""
     pool = a_pool()
     pool.feed(unpin("a"))
     assert not pool.core._state.models
 
 
 def test_models_that_nobody_uses_any_more_are_forgotten_beyond_a_number(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A program may make objects of ever new names; those last used, and what is in use or pinned, stay."""
+    """Beyond a number of models the least recently used are forgotten, and models in use or pinned stay."""
     monkeypatch.setattr("fsm.lifecycle.memory_recovery.MOST_MODELS", 8)
     pool = a_pool(each="1GiB", max_runners=20).ready("in use", lease=1)
     pool.feed(pin("pinned"))

@@ -1,4 +1,4 @@
-"""What can be seen and repeated: journal, snapshot, copies, determinism, deadlines."""
+"""What can be seen and repeated: decision log, snapshot, copies, determinism, deadlines and timers."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ from tests.support.pool import (
 
 
 def a_busy_pool() -> PoolUnderTest:
-    """Return a pool with something of everything: states, waiters, leases, pins, memory, failures, clocks."""
+    """Return a pool with runners in every state, waiting requests, leases, pins, memory, failures and timers."""
     pool = a_pool(capacity="16GiB", gpus=("8GiB",), each="2GiB", max_runners=6).declare("g", layered(4, "1GiB"))
     pool.ready("a", lease=1).idle("b").expiring("c", lease=2).loading("d", request=3, timeout="1h").idle("g")
     pool.feed(pin("b"), memory(4, cpu="1GiB"), acquire("a", request=5, num_thread=3), preload("e", request=6))
@@ -62,7 +62,7 @@ def a_busy_pool() -> PoolUnderTest:
 
 
 def test_the_journal_tells_a_life() -> None:
-    """Every transition, with its reason and the leases after it."""
+    """The decision log has every transition of a runner with its reason and its leases afterwards."""
     pool = a_pool()
     journal: list[Entry] = []
     pool.core.decision_log = journal
@@ -86,7 +86,7 @@ def transitions(journal: list[Entry]) -> list[Transition]:
 
 
 def test_the_journal_tells_what_was_decided_about_requests() -> None:
-    """Queued, granted, rejected, in order."""
+    """The decision log has the decisions on requests in order: queued, granted, rejected."""
     pool = a_pool()
     journal: list[Entry] = []
     pool.core.decision_log = journal
@@ -101,7 +101,7 @@ def decisions(journal: list[Entry]) -> list[Decision]:
 
 
 def test_the_journal_tells_what_is_waited_for_once_each_time_it_changes() -> None:
-    """The same as the queue shows."""
+    """The decision log has what a request waits for, once for each change, as the queue shows it."""
     pool = a_pool().ready("a", lease=1)
     journal: list[Entry] = []
     pool.core.decision_log = journal
@@ -117,7 +117,7 @@ def test_the_journal_tells_what_is_waited_for_once_each_time_it_changes() -> Non
 
 
 def test_a_victims_end_says_whose_memory_it_makes() -> None:
-    """A model's, or the program's own."""
+    """The log of a victim's transition names the model whose memory it makes, or the program's own memory."""
     for wish, model in ((acquire("b", request=2), "b"), (memory(2, cpu="6GiB"), "")):
         pool = a_pool().idle("a")
         journal: list[Entry] = []
@@ -127,7 +127,7 @@ def test_a_victims_end_says_whose_memory_it_makes() -> None:
 
 
 def test_the_journal_is_no_input_of_a_decision() -> None:
-    """With and without one the same events lead to the same commands."""
+    """With and without a decision log the same events lead to the same commands."""
     with_journal, without = a_pool(), a_pool()
     with_journal.core.decision_log = []
     for pool in (with_journal, without):
@@ -136,7 +136,7 @@ def test_the_journal_is_no_input_of_a_decision() -> None:
 
 
 def test_the_same_events_give_the_same_commands() -> None:
-    """Determinism: everything follows from events and times."""
+    """The same events at the same times give the same commands."""
     first, second = a_busy_pool(), a_busy_pool()
     for pool in (first, second):
         pool.advance("10m")
@@ -148,7 +148,7 @@ def test_the_same_events_give_the_same_commands() -> None:
 
 
 def test_a_copy_goes_its_own_way() -> None:
-    """What happens to a copy leaves the original as it was, and the other way round."""
+    """A copy of the core and the original do not change each other."""
     pool = a_busy_pool()
     before = pool.core.snapshot()
     copy = pool.core.copy()
@@ -163,7 +163,7 @@ def test_a_copy_goes_its_own_way() -> None:
 
 
 def test_a_copy_decides_like_the_original() -> None:
-    """The same events after the copy give the same commands."""
+    """After a copy, the same events give the same commands in the copy and in the original."""
     pool = a_busy_pool()
     copy = pool.core.copy()
     events = [release(1), loaded(4), Tick(), cancel(6), expire("a"), exited(1), close("5s"), Tick()]
@@ -174,7 +174,7 @@ def test_a_copy_decides_like_the_original() -> None:
 
 
 def test_a_copy_keeps_count_of_what_was_late_and_of_the_end() -> None:
-    """Neither is forgotten, so that Finish is not said again."""
+    """A copy keeps the number of late events and whether Finished was sent."""
     pool = a_pool()
     pool.feed(release(9), close())
     copy = pool.core.copy()
@@ -182,7 +182,7 @@ def test_a_copy_keeps_count_of_what_was_late_and_of_the_end() -> None:
 
 
 def test_a_snapshot_shows_everything() -> None:
-    """Runners, who waits in order and for what, who holds what, devices, limits, whether it closes."""
+    """A snapshot has the runners, the queue with what each request waits for, leases, devices, limits and closing."""
     snapshot = a_busy_pool().core.snapshot()
     states = {view.model: view.state for view in snapshot.runners}
     assert states == {
@@ -208,27 +208,27 @@ def test_a_snapshot_shows_everything() -> None:
 
 
 def test_a_snapshot_tells_a_declared_size_from_a_predicted_one() -> None:
-    """Of an object its owner said what it takes; the layers of a file are an estimate."""
+    """A snapshot marks sizes that an object declared, and leaves a file's predicted size unmarked."""
     pool = a_pool(each="1GiB").declare("layers", layered(2, "1GiB")).idle("layers").idle("object")
     assert {view.model: view.declared for view in pool.core.snapshot().runners} == {"layers": False, "object": True}
 
 
 def test_a_snapshot_shows_an_integrated_gpu_where_the_host_was_not_read() -> None:
-    """Its bytes are the host's, whose account is not there: it has the figures of its own reading."""
+    """An integrated GPU has the figures of its own reading where the host was not read."""
     core = Core()
     core.step(0.0, Sampled((DeviceSample(DeviceId("gpu0"), "gpu", "gpu0", 8, 4, integrated=True),)))
     assert [(view.id, view.free_bytes) for view in core.snapshot().devices] == [("gpu0", 4)]
 
 
 def test_the_core_tells_which_models_and_runners_it_keeps() -> None:
-    """A model is in use while a request, an inspection, a pin or a runner names it, and known for longer."""
+    """The core names a model as in use while a request, an inspection, a pin or a runner needs it."""
     pool = a_pool(inspects=False)
     core = pool.core
     assert not core.knows("a") and not core.lives(1) and core.models_in_use() == frozenset()
     pool.feed(acquire("a", request=1))
     assert core.knows("a") and core.models_in_use() == {"a"}
     pool.feed(cancel(1))
-    assert core.models_in_use() == {"a"}, "it is inspected"
+    assert core.models_in_use() == {"a"}, "an inspection needs the model"
     pool.feed(pool.inspection("a"), pin("b"))
     assert core.models_in_use() == {"b"} and core.checkpoint().models() == ("a", "b")
     pool.inspects = True
@@ -239,7 +239,7 @@ def test_the_core_tells_which_models_and_runners_it_keeps() -> None:
 
 
 def test_a_snapshot_does_not_change_afterwards() -> None:
-    """It is safe to keep and to hand on."""
+    """A snapshot does not change when the core does."""
     pool = a_pool().ready("a", lease=1)
     snapshot = pool.core.snapshot()
     pool.feed(release(1), expire("a"), exited(1))
@@ -247,19 +247,19 @@ def test_a_snapshot_does_not_change_afterwards() -> None:
 
 
 def test_every_entry_names_the_step_that_caused_it() -> None:
-    """Late events count too; the commands of a step are of the number that the core has after it."""
+    """Every log entry has the number of its step, and late events are steps too."""
     pool = a_pool().idle("a")
     journal: list[Entry] = []
     pool.core.decision_log, first = journal, pool.core.steps + 1
     assert pool.feed(acquire("b", request=7), release(99)) == [Stop(1)]
-    assert pool.core.steps == first + 3, "asked, read, inspected, and a late release"
+    assert pool.core.steps == first + 3, "an acquire, a reading, an inspection and a late release"
     decided = [(entry.step, entry.what) for entry in decisions(journal) if entry.what in ("queued", "evicts")]
     assert decided == [(first, "queued"), (first + 2, "evicts")]
     assert [(entry.step, entry.trigger) for entry in transitions(journal)] == [(first + 2, "expire")]
 
 
 def test_steps_are_counted_on_in_a_copy_and_from_a_state() -> None:
-    """Numbers are used once, whatever goes on from a state."""
+    """Steps are numbered on in a copy and in a restored state, and no number is used twice."""
     pool = a_busy_pool()
     steps = pool.core.steps
     assert steps > 10
@@ -269,7 +269,7 @@ def test_steps_are_counted_on_in_a_copy_and_from_a_state() -> None:
 
 
 def test_a_step_that_raises_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its number is in the log, and in the recording."""
+    """A step that raises has a number of its own."""
     core = Core()
     monkeypatch.setattr(Core, "_close", lambda core, timeout_s: 1 // 0)
     with pytest.raises(ZeroDivisionError):
@@ -278,7 +278,7 @@ def test_a_step_that_raises_counts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_an_illegal_transition_tells_what_its_runner_has_been_through() -> None:
-    """The last transitions where they are noted, with their steps and reasons; else the runner's own times."""
+    """An illegal transition names the runner's last transitions if there is a log, and its times if there is none."""
     said = {}
     for name, journal in {"quiet": None, "loud": list[Entry]()}.items():
         pool = a_pool()
@@ -289,7 +289,7 @@ def test_an_illegal_transition_tells_what_its_runner_has_been_through() -> None:
         with pytest.raises(IllegalTransition, match="runner: 'serve' is not allowed while expiring") as raised:
             pool.core._context.fire(pool.life("a"), "serve", "granted")
         said[name] = str(raised.value)
-        assert raised.value.story not in repr(raised.value), "what is recorded is the same where nothing is noted"
+        assert raised.value.story not in repr(raised.value), "the recorded text is the same without a log"
     assert said["quiet"].endswith(
         "; step 7, at 1003 s; runner 1 before it: launched at 1000 s; loaded at 1003 s; last used at 1003 s"
     )
@@ -298,14 +298,14 @@ def test_an_illegal_transition_tells_what_its_runner_has_been_through() -> None:
 
 
 def test_time_never_goes_back() -> None:
-    """An event that brings an earlier time than the last is taken as of the last."""
+    """An event with an earlier time than the last one counts as of the last time."""
     pool = a_pool().ready("a", lease=1)
     pool.core.step(pool.now - 500.0, release(1))
     assert pool.core.snapshot().runners[0].expires_at == pool.now + 300.0
 
 
 def test_an_empty_pool_waits_for_nothing() -> None:
-    """No deadline, nothing to be seen, nothing wrong."""
+    """A core without runners and requests has no deadline, an empty snapshot, and holds its invariants."""
     core = Core()
     core.check()
     assert core.deadline() == math.inf
@@ -314,12 +314,12 @@ def test_an_empty_pool_waits_for_nothing() -> None:
 
 
 def test_late_events_are_counted_and_change_nothing() -> None:
-    """S15: Whatever comes for ids that nobody knows."""
+    """S15: events with unknown ids are counted as late and change nothing."""
     pool = a_busy_pool()
     pool.core.late, before = 0, pool.core.snapshot()
     strangers = [
         release(99), cancel(99), loaded(99), exited(99), Progress(99), OutOfMemory(99),
-        unresponsive(99), expire("nobody"), Inspected("nobody", layered(1, "1GiB")),
+        unresponsive(99), expire("unknown"), Inspected("unknown", layered(1, "1GiB")),
     ]  # fmt: skip
     assert pool.feed(*strangers) == []
     assert pool.core.late == len(strangers)
@@ -334,7 +334,7 @@ REQUEST = Request(1, RequestSpec("a", Options(), Purpose.lease, 0), 2.0, 3.0)
 
 @pytest.mark.parametrize("original", [RUNNER, REQUEST], ids=lambda original: type(original).__name__)
 def test_a_copy_is_like_the_original_in_every_field(original: Runner | Request) -> None:
-    """Nothing is left out, and no set or dictionary is shared."""
+    """A copy is equal in every field and shares no set or dictionary."""
     for number, each in enumerate(fields(original)):
         value = getattr(original, each.name)
         match value:
@@ -356,7 +356,7 @@ def test_a_copy_is_like_the_original_in_every_field(original: Runner | Request) 
 
 
 def test_a_copy_of_a_core_has_its_policy_and_its_failures() -> None:
-    """What went wrong, and by what order runners go."""
+    """A copy of the core has its policy, its limits, its failures and its number of late events."""
     core, missed = Core(policy=KeepAliveOrder()), ClaimMissed((HOST,), 60.0)
     core.policy_failure, core._context.claim_failure, core.late = "ValueError()", missed, 3
     copy = core.copy()
@@ -365,7 +365,7 @@ def test_a_copy_of_a_core_has_its_policy_and_its_failures() -> None:
 
 
 def test_failures_are_told() -> None:
-    """None at first; of a policy what it raised."""
+    """Failures are empty at first, and then have the error of a policy and a missed claim."""
     core, missed = Core(), ClaimMissed((HOST,), 60.0)
     assert core.failures() == ()
     core._context.claim_failure = missed
@@ -375,7 +375,7 @@ def test_failures_are_told() -> None:
 
 
 def test_every_late_event_is_counted() -> None:
-    """One each, whatever it is."""
+    """Each late event adds one to the count, whatever its type."""
     pool = a_pool().idle("a")
     late = pool.core.late
     pool.feed(progress(pool.runner("a")), release(999), loaded(999), exited(999), release(998))
@@ -383,12 +383,12 @@ def test_every_late_event_is_counted() -> None:
 
 
 def reasons(pool: PoolUnderTest) -> list[TransitionReason]:
-    """Why runners moved, since the journal was begun."""
+    """Return the reasons of transitions since the decision log was begun."""
     return [entry.why for entry in pool.core.decision_log or () if isinstance(entry, Transition)]
 
 
 def told(pool: PoolUnderTest) -> PoolUnderTest:
-    """Have a journal kept from now on."""
+    """Begin a decision log and return the pool."""
     pool.core.decision_log = []
     return pool
 
@@ -402,7 +402,7 @@ def told(pool: PoolUnderTest) -> PoolUnderTest:
     ],
 )
 def test_a_transition_tells_its_reason(what: str, reason: TransitionReason) -> None:
-    """With the time that a load was given."""
+    """The log of a transition has its reason, and a stalled load's reason has its time limit."""
     pool = told(a_pool().loading("a") if what == "stall" else a_pool().idle("a"))
     if what == "close":
         pool.feed(close(0))
@@ -412,7 +412,7 @@ def test_a_transition_tells_its_reason(what: str, reason: TransitionReason) -> N
 
 
 def test_a_queued_request_is_told_with_its_model_and_its_place() -> None:
-    """The journal says who waits, and for whom."""
+    """The log of a queued request has the model, the request and its place in the queue."""
     pool = told(a_pool())
     pool.feed(acquire("a", request=7))
     entries = [
@@ -422,7 +422,7 @@ def test_a_queued_request_is_told_with_its_model_and_its_place() -> None:
 
 
 def test_nothing_is_due_once_everything_has_gone() -> None:
-    """No timer of a runner, a claim or a request is left behind."""
+    """No timer of a runner, a claim or a request remains once its runner has gone."""
     pool = a_pool(claims=True).idle("a")
     runner = pool.runner("a")
     pool.feed(expire("a"), exited(runner))
@@ -434,7 +434,7 @@ def test_nothing_is_due_once_everything_has_gone() -> None:
 
 
 def test_timers_come_up_in_order() -> None:
-    """The earliest first, each once."""
+    """Timers come up once each, the earliest first."""
     timers = Timers()
     timers.set(("keep-alive", 1), 3.0)
     timers.set(("keep-alive", 2), 1.0)
@@ -445,7 +445,7 @@ def test_timers_come_up_in_order() -> None:
 
 
 def test_a_timer_that_was_moved_comes_up_at_its_new_time_only() -> None:
-    """Later or earlier; the old time is at most a look too many."""
+    """A timer that was set again comes up at its new time only, later or earlier."""
     timers = Timers()
     timers.set(("load", 1), 1.0)
     timers.set(("load", 1), 5.0)
@@ -456,7 +456,7 @@ def test_a_timer_that_was_moved_comes_up_at_its_new_time_only() -> None:
 
 
 def test_a_timer_that_was_cleared_never_comes_up() -> None:
-    """Nor one that is set to never."""
+    """A timer that was cleared or set to infinity never comes up."""
     timers = Timers()
     timers.set(("load", 1), 1.0)
     timers.clear(("load", 1))
@@ -468,7 +468,7 @@ def test_a_timer_that_was_cleared_never_comes_up() -> None:
 
 
 def test_a_cleared_timer_can_be_set_again_to_an_earlier_or_later_time() -> None:
-    """What lingers of its first life does not disturb the second."""
+    """A timer that was cleared can be set again, and its old entry does not disturb the new one."""
     for again in (0.5, 1.0, 2.0):
         timers = Timers()
         timers.set(("load", 1), 1.0)
@@ -479,7 +479,7 @@ def test_a_cleared_timer_can_be_set_again_to_an_earlier_or_later_time() -> None:
 
 
 def test_what_lingers_is_swept_out_and_nothing_else() -> None:
-    """Whatever was set and not cleared is due as before."""
+    """Entries of cleared timers are removed, and every timer that was set comes up."""
     timers = Timers()
     for number in range(1000):
         timers.set(("request", number), 1000.0 - number)
@@ -491,7 +491,7 @@ def test_what_lingers_is_swept_out_and_nothing_else() -> None:
 
 
 def test_copied_timers_are_independent() -> None:
-    """Neither what holds nor what is queued is shared."""
+    """A copy of the timers shares nothing with the original."""
     timers = Timers()
     timers.set(("load", 1), 1.0)
     other = timers.copy()

@@ -1,4 +1,4 @@
-"""Options that the engine would refuse: told at once, at nobody's cost."""
+"""Options that the engine would refuse: the request is refused at once, and no runner is evicted."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ WHOLE_BLOCKS = replace(a_model(), key_length=64, value_length=64)
 def test_what_the_engine_refuses_for_every_model_is_known(
     name: str, options: Options, reason: UnsupportedReason
 ) -> None:
-    """By the name of the option, with the reason; what is at the limit passes."""
+    """The refused option is named with the reason, and values at the limit are accepted."""
     found = impossible(WHOLE_BLOCKS, resolve(WHOLE_BLOCKS, options))
     assert found is not None and (found[0], found[2]) == (name, reason)
     assert impossible(WHOLE_BLOCKS, resolve(WHOLE_BLOCKS, Options(num_parallel=256, num_thread=512))) is None
@@ -41,7 +41,7 @@ def test_what_the_engine_refuses_for_every_model_is_known(
 
 
 def test_heads_that_are_no_whole_blocks_take_no_quantised_cache() -> None:
-    """Keys and values each by their own size; an encoder has no cache."""
+    """Heads that are no whole number of blocks refuse quantised keys or values, and encoders accept them."""
     odd = replace(WHOLE_BLOCKS, key_length=16)
     found = impossible(odd, resolve(odd, Options(cache_type_k="q8_0")))
     assert found is not None and found == ("cache_type_k", "q8_0", UnsupportedReason.partial_blocks)
@@ -51,7 +51,7 @@ def test_heads_that_are_no_whole_blocks_take_no_quantised_cache() -> None:
 
 
 def test_an_option_that_cannot_be_costs_nobody_a_runner() -> None:
-    """Neither the model's own runner, nor its next askers a back-off."""
+    """A request with an impossible option costs the model neither its runner nor a back-off."""
     pool = a_pool().declare("a", WHOLE_BLOCKS).idle("a")
     commands = pool.feed(acquire("a", request=1, num_parallel=300))
     assert (refused(commands), stopped(commands)) == ({1: UnsupportedOption}, [])
@@ -60,7 +60,7 @@ def test_an_option_that_cannot_be_costs_nobody_a_runner() -> None:
 
 
 def test_layers_for_gpus_that_are_not_there_are_refused() -> None:
-    """Who names a number of layers gets that or nothing: never the host instead."""
+    """A request that names a number of layers is refused where there is no GPU, and is not placed on the host."""
     pool = a_pool(capacity="64GiB").declare("a", WHOLE_BLOCKS)
     assert refused(pool.feed(acquire("a", request=1, num_gpu=99))) == {1: DoesNotFitRefusal}
     assert pool.refusal(1).reason is Infeasible.no_gpu
@@ -68,14 +68,14 @@ def test_layers_for_gpus_that_are_not_there_are_refused() -> None:
 
 
 def test_a_required_gpu_is_no_matter_of_the_request() -> None:
-    """Whatever number of layers it names, none and some among them."""
+    """A required GPU allows only a whole placement, whatever number of layers the request names."""
     gpus = (Gpu("gpu0", "gpu0"),)
     for num_gpu in (None, -1, 0, 2):
         assert PlacementDemand(layered(4, "1GiB"), num_gpu, require_gpu=True).offload_modes(gpus) == (Offload.whole,)
 
 
 def test_a_refusal_tells_the_way_that_lacks_least() -> None:
-    """Whole on the GPU it lacks a little of the host's memory; on the host it would lack much more."""
+    """The refusal has the figures of the placement that lacks least memory."""
     pool = a_pool(capacity="1GiB", gpus=("8GiB",)).declare("a", layered(4, "1GiB", host="1GiB"))
     assert refused(pool.feed(acquire("a", request=1))) == {1: DoesNotFitRefusal}
     assert dict(pool.refusal(1).needed) == {"gpu0": amount("5GiB"), HOST: amount("1.25GiB")}

@@ -1,4 +1,4 @@
-"""A time limit that the model's own load exceeds: told at once, with what is known, and nobody is evicted for it."""
+"""A time limit shorter than the model's load: the request is refused at once with an estimate."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ from tests.support.pool import (
 
 
 def after_two_loads(model: str, load_s: float, **limits: float) -> PoolUnderTest:
-    """Return a pool in which two loads of `model` took so long, and whose runners are gone."""
+    """Return a pool in which two loads of `model` took so long, and whose runners have gone."""
     pool = a_pool(min_residency_s=0.0, keep_alive_s=0.0, **limits)
     return load_and_go(load_and_go(pool, model, load_s), model, load_s)
 
 
 def load_and_go(pool: PoolUnderTest, model: str, load_s: float) -> PoolUnderTest:
-    """Have a model loaded, used and unloaded; return the pool."""
+    """Load, use and unload a model; return the pool."""
     lease = pool.request_id()
     pool.feed(acquire(model, lease))
     pool.advance(load_s)
@@ -47,14 +47,14 @@ def load_and_go(pool: PoolUnderTest, model: str, load_s: float) -> PoolUnderTest
 
 
 def test_a_limit_that_the_load_exceeds_is_refused_at_once() -> None:
-    """With the estimate: what the load took before."""
+    """A request whose limit is shorter than earlier loads of its model is refused with the estimate."""
     pool = after_two_loads("a", 8.0)
     assert pool.feed(acquire("a", request=1, timeout="7s")) == [Reject(1, DeadlineInfeasible("a", 7.0, 8.0, 8.0, None))]
     assert pool.waiting() == []
 
 
 def test_a_limit_that_just_suffices_is_tried() -> None:
-    """What is loaded in the last moment is granted: never refused what could be served in time."""
+    """A request whose limit is just long enough is tried and granted."""
     pool = after_two_loads("a", 8.0)
     assert launched(pool.feed(acquire("a", request=1, timeout="8s"))) == ["a"]
     pool.advance("7.9s")
@@ -62,27 +62,27 @@ def test_a_limit_that_just_suffices_is_tried() -> None:
 
 
 def test_nobody_is_evicted_for_whom_there_is_no_time() -> None:
-    """It is told before room is made."""
+    """No runner is evicted for a request whose limit is too short."""
     pool = after_two_loads("a", 8.0).idle("b", keep_alive="1h")
     assert refused(pool.feed(acquire("a", request=1, timeout="7s"))) == {1: DeadlineInfeasible}
     assert pool.feed(acquire("a", request=2, timeout="9s")) == [Stop(3)]
 
 
 def test_a_load_that_was_never_measured_promises_nothing() -> None:
-    """The first load of a model may take any time; the asker's limit ends the wait."""
+    """A model without a measured load is loaded, whatever the limit, and the limit ends the wait."""
     pool = a_pool()
     assert launched(pool.feed(acquire("a", request=1, timeout="0.001s"))) == ["a"]
     assert refused(pool.advance("1s")) == {1: TimedOut}
 
 
 def test_one_load_alone_promises_nothing() -> None:
-    """It may have read a file from the disk that is in memory now."""
+    """One measured load alone refuses no request, because it may have read the file from a cold disk."""
     pool = load_and_go(a_pool(min_residency_s=0.0, keep_alive_s=0.0), "a", 8.0)
     assert launched(pool.feed(acquire("a", request=1, timeout="1s"))) == ["a"]
 
 
 def test_what_has_passed_of_a_load_counts() -> None:
-    """Who joins a load that is nearly over waits for the rest of it."""
+    """For a request that waits for a load under way, the time that the load has taken already counts."""
     pool = after_two_loads("a", 8.0)
     pool.feed(acquire("a", request=1))
     pool.advance("3s")
@@ -92,7 +92,7 @@ def test_what_has_passed_of_a_load_counts() -> None:
 
 
 def test_a_loaded_model_is_granted_whatever_the_limit() -> None:
-    """Warm requests wait for no load."""
+    """A warm request is granted whatever its limit."""
     pool = load_and_go(a_pool(min_residency_s=0.0), "a", 8.0)
     assert pool.feed(acquire("a", request=1)) == [pool.launch(2, "a")]
     pool.feed(loaded(2))
@@ -100,7 +100,7 @@ def test_a_loaded_model_is_granted_whatever_the_limit() -> None:
 
 
 def test_the_shortest_load_counts() -> None:
-    """One that took long may have read from a cold disk: it says nothing of the next."""
+    """The shortest measured load decides, because a long one may have read from a cold disk."""
     pool = after_two_loads("a", 8.0)
     load_and_go(load_and_go(pool, "a", 2.0), "a", 30.0)
     assert refused(pool.feed(acquire("a", request=1, timeout="1.9s"))) == {1: DeadlineInfeasible}
@@ -108,14 +108,14 @@ def test_the_shortest_load_counts() -> None:
 
 
 def test_a_replaced_file_is_measured_anew() -> None:
-    """What another file took to load says nothing of this one; it is looked at before anybody is refused."""
+    """Loads of a replaced file refuse no request, because the file is inspected first."""
     pool = after_two_loads("a", 8.0)
     pool.declare("a", "1GiB")
     assert launched(pool.feed(acquire("a", request=1, timeout="1s"))) == ["a"]
 
 
 def test_a_measured_load_is_not_believed_for_ever() -> None:
-    """Else a model whose only load was slow would never be loaded again by those who have little time."""
+    """Measured load times are believed for a limited time, so that a slow load does not refuse requests for ever."""
     pool = after_two_loads("a", 8.0)
     pool.advance(LOAD_TIME_TTL_S)
     assert refused(pool.feed(acquire("a", request=1, timeout="7s"))) == {1: DeadlineInfeasible}
@@ -124,7 +124,7 @@ def test_a_measured_load_is_not_believed_for_ever() -> None:
 
 
 def test_those_with_time_wait_on() -> None:
-    """Each request is judged by its own limit; those without one are served as ever."""
+    """Each request is judged by its own limit, and requests with enough time or without a limit wait on."""
     pool = after_two_loads("a", 8.0)
     commands = pool.feed(acquire("a", 1, timeout="1s"), acquire("a", 2), acquire("a", 3, timeout="1m"))
     assert (refused(commands), launched(commands)) == ({1: DeadlineInfeasible}, ["a"])
@@ -132,7 +132,7 @@ def test_those_with_time_wait_on() -> None:
 
 
 def test_what_other_options_took_to_load_says_nothing() -> None:
-    """A load without GPUs, or with a smaller context, may be quicker; who wants what was measured is told."""
+    """Load times of other options refuse no request, because such loads may be faster."""
     pool = a_pool(capacity="32GiB", min_residency_s=0.0)
     pool.feed(acquire("a", request=1))
     pool.advance("8s")
@@ -151,13 +151,13 @@ def test_what_other_options_took_to_load_says_nothing() -> None:
 
 
 def test_the_programs_memory_is_never_too_late() -> None:
-    """It is not loaded."""
+    """A request for memory of the program's own is never refused for its limit, as nothing is loaded."""
     pool = after_two_loads("a", 8.0)
     assert pool.feed(memory(1, cpu="3GiB")) == [Grant(1, None)]
 
 
 def test_it_is_judged_when_the_file_has_been_looked_at() -> None:
-    """Before that, another file may be in its place; the look takes milliseconds."""
+    """A request is judged after the inspection of its file, because another file may be there."""
     pool = after_two_loads("a", 8.0)
     pool.inspects = False
     assert refused(pool.feed(acquire("a", request=1, timeout="1s"))) == {}
@@ -165,7 +165,7 @@ def test_it_is_judged_when_the_file_has_been_looked_at() -> None:
 
 
 def test_it_is_judged_at_once_where_the_file_was_looked_at_for_another() -> None:
-    """One who waits for room has had it looked at; no launch has come since."""
+    """A request is judged at once where the file was inspected for another request since the last launch."""
     pool = after_two_loads("a", 8.0).ready("b", lease=1)
     pool.feed(acquire("a", request=2))
     pool.inspects = False
@@ -173,7 +173,7 @@ def test_it_is_judged_at_once_where_the_file_was_looked_at_for_another() -> None
 
 
 def test_a_load_with_fewer_layers_on_gpus_says_nothing() -> None:
-    """A pin took most of the GPU; whole on it, the model may be there much sooner."""
+    """Load times with fewer layers on GPUs refuse no request, because a whole load may be faster."""
     pool = a_pool(capacity="64GiB", gpus=["16GiB"]).declare("m", layered(4, "1GiB"))
     pool.declare("p", layered(1, "12GiB")).feed(pin("p"))
     pool.idle("p")
@@ -184,7 +184,7 @@ def test_a_load_with_fewer_layers_on_gpus_says_nothing() -> None:
 
 
 def test_what_its_runner_serves_after_all_is_not_refused() -> None:
-    """A batch that was chosen automatically is no difference, however long loads with the named one took."""
+    """A request is not refused for load times of a named batch where the runner with an automatic one serves it."""
     pool = a_pool(capacity="64GiB", gpus=["40GiB"], min_residency_s=0.0)
     pool.declare("m", a_model((500 * MIB,) * 4, context_trained=8192))
     for _ in range(2):
@@ -199,7 +199,7 @@ def test_what_its_runner_serves_after_all_is_not_refused() -> None:
 
 
 def test_a_load_from_long_ago_does_not_make_one_of_now_two() -> None:
-    """One alone may have read from the disk what is in memory now."""
+    """A load from long ago and one from now do not make the two loads that an estimate needs."""
     pool = load_and_go(a_pool(min_residency_s=0.0, keep_alive_s=0.0), "a", 30.0)
     pool.advance(LOAD_TIME_TTL_S + 1.0)
     load_and_go(pool, "a", 30.0)

@@ -1,4 +1,4 @@
-"""What earlier lives showed, in this process or before it: what is taken over, what is told, and what it decides."""
+"""Measurements of earlier runs, of this program or others: what is taken over, persisted, and decided by them."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def explicit(**options: int) -> Options:
 
 
 def knowing(size: str | int = 0, *loads_s: float, split: Amounts = (), model: ModelInfo = MODEL) -> LoadHistory:
-    """Return what a store says: what a runner takes of the host if it is loaded as `asked`, and how long loads took."""
+    """Return a history: what a runner with the options of `ASKED` takes of the host, and how long loads took."""
     took = (
         (MeasuredBytes(explicit(), split, ((HOST, amount(size) if isinstance(size, str) else size),)),) if size else ()
     )
@@ -40,7 +40,7 @@ def knowing(size: str | int = 0, *loads_s: float, split: Amounts = (), model: Mo
 
 
 def a_pool_that(known: LoadHistory | None = None, capacity: str = "8GiB", **limits: object) -> PoolUnderTest:
-    """Return a pool that tells what is to be remembered, and whose store says `known` of the model a."""
+    """Return a pool that persists measurements, and whose store knows `known` of the model "a"."""
     pool = a_pool(capacity, persists_measurements=True, **limits)
     pool.declare("a", MODEL)
     if known is not None:
@@ -60,7 +60,7 @@ def told(commands: list[Command]) -> list[PersistMeasurement]:
 
 
 def test_what_a_store_knows_is_promised_in_place_of_the_prediction() -> None:
-    """With the small headroom of what was measured."""
+    """A measurement of the store replaces the prediction, with the small headroom of a measurement."""
     pool = a_pool_that(knowing("64MiB"))
     pool.loading("a", request=1, **ASKED)
     assert promised(pool) == 64 * MIB
@@ -72,28 +72,28 @@ def test_what_a_store_knows_is_promised_in_place_of_the_prediction() -> None:
 
 @pytest.mark.parametrize("asked", [{"num_ctx": 2048}, {"num_ctx": 1024, "num_thread": 2}])
 def test_what_was_loaded_otherwise_is_predicted(asked: dict[str, int]) -> None:
-    """Figures hold for the very options that they were measured with."""
+    """A measurement holds only for the options that it was made with."""
     pool = a_pool_that(knowing("64MiB"))
     pool.loading("a", request=1, **asked)
     assert promised(pool) != 64 * MIB and not pool.launches[1].placement.measured
 
 
 def test_what_was_measured_with_another_split_is_not_used() -> None:
-    """A model that was on a GPU took something else of the host."""
+    """A measurement of another split is not used, because the model took other memory there."""
     pool = a_pool_that(knowing("64MiB", split=(("gpu7", 5),)))
     pool.loading("a", request=1, **ASKED)
     assert not pool.launches[1].placement.measured
 
 
 def test_what_is_known_refuses_at_once_what_a_prediction_would_have_tried() -> None:
-    """A model that is known to take more than there is costs nobody a load."""
+    """A model whose measurement exceeds the memory is refused at once and not loaded."""
     pool = a_pool_that(knowing("9GiB"))
     (refusal,) = [one.refusal for one in pool.feed(acquire("a", request=1, **ASKED)) if isinstance(one, Reject)]
     assert isinstance(refusal, DoesNotFitRefusal)
 
 
 def test_what_this_process_measured_beats_the_store() -> None:
-    """And stays: what a store says later is of others, or this process's own, and older."""
+    """A measurement of this process wins over what the store has, also after a later inspection."""
     pool = a_pool_that(knowing("64MiB"))
     pool.loading("a", request=1, **ASKED)
     pool.feed(Loaded(1, None, ((HOST, 32 * MIB),)), filled(1), release(1), expire("a"), exited(1))
@@ -103,7 +103,7 @@ def test_what_this_process_measured_beats_the_store() -> None:
 
 
 def test_what_other_programs_measured_meanwhile_is_taken_over_where_nothing_is_known() -> None:
-    """Each inspection brings what there is."""
+    """Each inspection takes over measurements of other programs where the core has none."""
     pool = a_pool_that()
     pool.ready("a", lease=1, **ASKED)
     pool.feed(release(1), expire("a"), exited(1))
@@ -113,7 +113,7 @@ def test_what_other_programs_measured_meanwhile_is_taken_over_where_nothing_is_k
 
 
 def test_a_file_that_was_replaced_takes_over_what_is_known_of_the_new_one_only() -> None:
-    """What the old one took, and how long it loaded, is nobody's business any more."""
+    """After a file was replaced, measurements and load times of the old file are not used."""
     pool = a_pool_that(knowing("64MiB", 5.0, 7.0))
     pool.loading("a", request=1, **ASKED)
     pool.feed(loaded(1), release(1), expire("a"), exited(1))
@@ -125,18 +125,18 @@ def test_a_file_that_was_replaced_takes_over_what_is_known_of_the_new_one_only()
 
 
 def test_an_inspection_that_failed_teaches_nothing() -> None:
-    """Whatever a store says of it."""
+    """An inspection that failed leaves no model record, whatever the store knows."""
     pool = a_pool_that(knowing("64MiB"))
     pool.declare("a", ModelNotFoundRefusal("/a"))
     pool.feed(acquire("a", request=1, **ASKED))
     assert "a" not in pool.core._state.models
 
 
-# -- what is told -----------------------------------------------------------------------------------------------------
+# -- what is persisted ------------------------------------------------------------------------------------------------
 
 
 def test_nothing_is_told_where_nobody_keeps_it() -> None:
-    """As without a setting for it."""
+    """Without the setting no measurement is persisted."""
     pool = a_pool().declare("a", MODEL)
     pool.loading("a", request=1)
     pool.feed(Loaded(1, None, ((HOST, 32 * MIB),), 0, ((HOST, MIB),)), filled(1), release(1), expire("a"), exited(1))
@@ -144,7 +144,7 @@ def test_nothing_is_told_where_nobody_keeps_it() -> None:
 
 
 def test_a_load_is_told_with_the_most_that_its_engine_says_will_come() -> None:
-    """What it takes, and what it computes in and may keep: no context has to be filled to know that."""
+    """A load persists what the runner takes plus what its engine says will come, before any context is full."""
     pool = a_pool_that()
     pool.loading("a", request=1, **ASKED)
     pool.now += 3.0
@@ -153,7 +153,7 @@ def test_a_load_is_told_with_the_most_that_its_engine_says_will_come() -> None:
 
 
 def test_without_a_word_of_the_engines_only_the_load_is_told() -> None:
-    """What was predicted is nothing to remember; at the end of its life there is more to go by."""
+    """Without the engine's figure a load persists only its time, and the exit persists the bytes that were reserved."""
     pool = a_pool_that()
     pool.loading("a", request=1, **ASKED)
     predicted = promised(pool)
@@ -162,7 +162,7 @@ def test_without_a_word_of_the_engines_only_the_load_is_told() -> None:
 
 
 def test_a_full_context_is_told_and_no_end_that_shows_no_more() -> None:
-    """So that a process that is killed afterwards has not lived in vain."""
+    """A full context persists its bytes at once, and an exit that shows no more persists nothing."""
     pool = a_pool_that()
     pool.loading("a", request=1, **ASKED)
     pool.feed(Loaded(1, None, ((HOST, 32 * MIB),), 0, ((HOST, 8 * MIB),)))
@@ -171,7 +171,7 @@ def test_a_full_context_is_told_and_no_end_that_shows_no_more() -> None:
 
 
 def test_growth_after_that_is_told_at_the_end() -> None:
-    """Whatever its engine said."""
+    """Growth after a full context is persisted at the exit."""
     pool = a_pool_that()
     pool.loading("a", request=1, **ASKED)
     pool.feed(Loaded(1, None, ((HOST, 32 * MIB),), 0, ((HOST, 8 * MIB),)), filled(1))
@@ -181,7 +181,7 @@ def test_growth_after_that_is_told_at_the_end() -> None:
 
 
 def test_what_is_to_come_is_counted_beside_a_prediction_that_was_too_small() -> None:
-    """The next one is promised all of it, though this one's promise is never raised."""
+    """Bytes to come are added to what a runner took beyond its prediction, for the next runner of the model."""
     pool = a_pool_that()
     pool.loading("a", request=1, **ASKED)
     predicted = promised(pool)
@@ -193,7 +193,7 @@ def test_what_is_to_come_is_counted_beside_a_prediction_that_was_too_small() -> 
 
 
 def test_a_load_takes_nothing_back_of_what_a_full_context_showed() -> None:
-    """An engine's word counts all of what it computes in, and what was measured does not."""
+    """A load does not lower what an earlier full context has shown."""
     pool = a_pool_that(knowing("36MiB"))
     pool.loading("a", request=1, **ASKED)
     commands = pool.feed(Loaded(1, None, ((HOST, 32 * MIB),), 0, ((HOST, 8 * MIB),)))
@@ -201,7 +201,7 @@ def test_a_load_takes_nothing_back_of_what_a_full_context_showed() -> None:
 
 
 def test_a_device_that_nobody_measures_leaves_all_bytes_unknown() -> None:
-    """What is remembered is complete, or is not."""
+    """Where a device of the placement was not measured, no bytes are persisted."""
     pool = a_pool_that(gpus=("8GiB",))
     pool.loading("a", request=1, **ASKED)
     assert pool.launches[1].placement.gpu_layers
@@ -211,7 +211,7 @@ def test_a_device_that_nobody_measures_leaves_all_bytes_unknown() -> None:
 
 
 def test_a_load_that_failed_is_no_load() -> None:
-    """Neither its bytes nor its time say anything."""
+    """A load that failed persists neither bytes nor a time."""
     pool = a_pool_that()
     pool.loading("a", request=1, **ASKED)
     pool.feed(exited(1))
@@ -220,7 +220,7 @@ def test_a_load_that_failed_is_no_load() -> None:
 
 
 def test_a_runner_of_an_older_file_tells_nothing() -> None:
-    """It may end long after the new file was read."""
+    """A runner of a replaced file persists nothing, even if it ends after the new file was inspected."""
     pool = a_pool_that()
     pool.ready("a", lease=1, **ASKED)
     before = len(told(pool.commands))
@@ -233,7 +233,7 @@ def test_a_runner_of_an_older_file_tells_nothing() -> None:
 
 
 def test_the_usual_load_is_the_median_of_the_last_few() -> None:
-    """One load from a cold disk, or beside others, moves nothing."""
+    """The usual load time is the median of the last few loads, so that one slow load does not change it."""
     model = ModelRecord(ModelId("a"))
     assert model.load_s is None
     for load_s in (2.0, 90.0, 3.0):
@@ -245,7 +245,7 @@ def test_the_usual_load_is_the_median_of_the_last_few() -> None:
 
 
 def test_each_split_has_its_own_usual_load() -> None:
-    """A GPU's is not the host's; where nothing is known of one, the others say what they can."""
+    """Each split has its own usual load time, and a split without loads has the median of the others."""
     model, gpu = ModelRecord(ModelId("a")), (("gpu0", 5),)
     for load_s in (10.0, 12.0):
         model.note_load((), load_s)
@@ -254,7 +254,7 @@ def test_each_split_has_its_own_usual_load() -> None:
 
 
 def test_loads_of_earlier_programs_count_until_there_are_newer_ones() -> None:
-    """They are taken over once; what this process adds is not taken over again with the next inspection."""
+    """Load times of earlier programs are taken over once, and newer loads replace them."""
     pool = a_pool_that(knowing(0, 4.0, 6.0))
     pool.loading("a", request=1, **ASKED)
     model = pool.core._state.models["a"]
@@ -267,7 +267,7 @@ def test_loads_of_earlier_programs_count_until_there_are_newer_ones() -> None:
 
 
 def test_a_full_queue_says_when_to_come_back_by_what_is_known() -> None:
-    """Even before anything was loaded here."""
+    """A full queue estimates when to ask again from load times of earlier programs."""
     pool = a_pool_that(knowing(0, 40.0, 40.0), max_queue=1)
     pool.loading("a", request=1, **ASKED)
     (rejected,) = pool.feed(acquire("b", request=2))
@@ -275,7 +275,7 @@ def test_a_full_queue_says_when_to_come_back_by_what_is_known() -> None:
 
 
 def test_a_policy_is_told_the_usual_load() -> None:
-    """And not how long the last one took."""
+    """A candidate has the usual load time and not the last one."""
     seen: list[float | None] = []
 
     class Curious:
@@ -290,11 +290,11 @@ def test_a_policy_is_told_the_usual_load() -> None:
     assert seen and set(seen) == {3.0}
 
 
-# -- asked beforehand -------------------------------------------------------------------------------------------------
+# -- preview and advice -----------------------------------------------------------------------------------------------
 
 
 def test_a_preview_knows_what_a_load_would_know() -> None:
-    """Bytes, and that they were measured; the core that is asked stays as it was."""
+    """A preview uses a measurement of the store and leaves the core as it was."""
     pool = a_pool_that()
     want = RequestSpec(ModelId("a"), Options(**ASKED), Purpose.lease, 0)
     before = encode(pool.core.checkpoint())
@@ -305,7 +305,7 @@ def test_a_preview_knows_what_a_load_would_know() -> None:
 
 
 def test_advice_knows_it_too() -> None:
-    """What was measured to be too much with one context may be known to fit with another."""
+    """Advice uses measurements: one context may be known not to fit and another to fit."""
     pool = a_pool_that(capacity="60MiB")
     want = RequestSpec(ModelId("a"), Options(), Purpose.lease, 0)
     whole, half = explicit(num_ctx=4096), explicit(num_ctx=2048)
@@ -316,11 +316,11 @@ def test_advice_knows_it_too() -> None:
     assert advised[2048].measured and advised[2048].shares[0].takes_bytes == 7 * MIB
 
 
-# -- recorded ---------------------------------------------------------------------------------------------------------
+# -- recordings -------------------------------------------------------------------------------------------------------
 
 
 def test_a_recording_with_remembered_figures_replays_without_the_store() -> None:
-    """All that a decision knew came in by events: what comes out is the same, to the byte, and so is the state."""
+    """A recording with taken-over measurements replays to the same commands and the same state without the store."""
     script: list[str] = []
     pool = a_pool_that(knowing("64MiB", 3.0, 5.0))
     step = pool.core.step
@@ -346,7 +346,7 @@ def test_a_recording_with_remembered_figures_replays_without_the_store() -> None
 
 
 def test_a_copy_learns_by_itself() -> None:
-    """What one core remembers is not the other's."""
+    """A copy of the core adds load times of its own and not to the original."""
     pool = a_pool_that(knowing("64MiB", 3.0))
     pool.loading("a", request=1, **ASKED)
     copy = pool.core.copy()

@@ -1,4 +1,4 @@
-"""The core against an independent model of who holds what, under events in any order that Hypothesis thinks of."""
+"""The core against an independent model of leases and runners, under events in any order that Hypothesis draws."""
 
 from __future__ import annotations
 
@@ -68,11 +68,11 @@ KEEP_ALIVES = st.sampled_from([None, None, 0, 5, 600, "forever"])
 TIMEOUTS = st.sampled_from([None, None, 0, 30, 1000])
 PRIORITIES = st.sampled_from([0, 0, 0, 2])
 SIZES = st.sampled_from(["1GiB", "3GiB", "9GiB"])
-PICK = st.integers(0, 10**6)  # an index into whatever there is, taken modulo its length
+PICK = st.integers(0, 10**6)  # an index into a collection, taken modulo its length
 
 
 def new_pool(*, claims: bool = False) -> PoolUnderTest:
-    """Return a host of 8 GiB and a GPU of 4 GiB; what is asked of the world is answered by rules alone."""
+    """Return a pool with a host of 8 GiB and a GPU of 4 GiB, in which only rules answer commands."""
     sizes = {"a": "2GiB", "b": "3GiB", "c": "6GiB"}
     answers = {"inspects": False, "samples": False, "shares": False}
     pool = a_pool("8GiB", gpus=("4GiB",), sizes=sizes, claims=claims, **answers)
@@ -81,7 +81,7 @@ def new_pool(*, claims: bool = False) -> PoolUnderTest:
 
 
 class CoreMachine(RuleBasedStateMachine):
-    """What it believes is kept in a few dictionaries, filled from events and commands alone."""
+    """An independent model of the core, kept in a few dictionaries that events and commands alone fill."""
 
     requests = Bundle("requests")
 
@@ -93,11 +93,11 @@ class CoreMachine(RuleBasedStateMachine):
         self.held: dict[int, int | None] = {}  # request -> runner; None: memory of the program's own
         self.alive: dict[int, str] = {}  # runner -> model, from Launch to Exited
         self.gone: list[int] = []  # runners after Exited
-        self.serving: set[int] = set()  # runners that said Loaded before they were told to stop
+        self.serving: set[int] = set()  # runners that were Loaded before they were told to stop
         self.inspecting: list[str] = []
-        self.claiming: dict[int, float] = {}  # Claim -> when; that are neither had nor given up
-        self.had: set[int] = set()  # that are had and not given up
-        self.excused: set[int] = set()  # runners that may be stopped in use: they answer nothing
+        self.claiming: dict[int, float] = {}  # Claim -> when, of claims that are neither granted nor released
+        self.had: set[int] = set()  # claims that are granted and not released
+        self.excused: set[int] = set()  # runners that may be stopped in use because they do not answer
         self.closing = self.finished = False
 
     @initialize(claims=st.booleans())
@@ -137,15 +137,15 @@ class CoreMachine(RuleBasedStateMachine):
     def learn(self, command: Command, expiring: set[int]) -> None:
         match command:
             case Grant():
-                assert command.request not in self.answered, "answered twice"
+                assert command.request not in self.answered, "the request is answered twice"
                 assert command.runner not in expiring, "an expiring runner took a lease"
-                assert command.runner is None or command.runner in self.serving, "granted before it served"
+                assert command.runner is None or command.runner in self.serving, "granted before the runner served"
                 self.answered.add(command.request)
                 self.held[command.request] = command.runner
                 if self.pool.purposes[command.request] == "preload":
                     del self.held[command.request]
             case Reject():
-                assert command.request not in self.answered, "answered twice"
+                assert command.request not in self.answered, "the request is answered twice"
                 self.answered.add(command.request)
             case RevokeLease():
                 del self.held[command.request]
@@ -160,14 +160,14 @@ class CoreMachine(RuleBasedStateMachine):
                 self.claiming[command.number] = self.pool.now
             case ReleaseClaim():
                 made_at = self.claiming.pop(command.number, None)
-                assert (made_at is None) == (command.number in self.had), "given up twice"
+                assert (made_at is None) == (command.number in self.had), "the claim is released twice"
                 self.had.discard(command.number)
             case Stop():
                 in_use = command.runner in self.held.values()
-                assert not in_use or self.closing or command.runner in self.excused, "stopped in use"
+                assert not in_use or self.closing or command.runner in self.excused, "the runner is stopped in use"
                 self.serving.discard(command.runner)
             case Inspect():
-                assert command.model not in self.inspecting, "inspected twice at a time"
+                assert command.model not in self.inspecting, "the model is inspected twice at a time"
                 self.inspecting.append(command.model)
             case Finished():
                 assert not self.finished
@@ -175,7 +175,7 @@ class CoreMachine(RuleBasedStateMachine):
             case _:
                 pass
 
-    # -- rules: who asks ----------------------------------------------------------------------------------------------
+    # -- rules: requests ----------------------------------------------------------------------------------------------
 
     @rule(target=requests, model=MODELS, options=OPTIONS, keep=KEEP_ALIVES, timeout=TIMEOUTS, priority=PRIORITIES)
     def ask(self, model: str, options: dict[str, int], keep: object, timeout: object, priority: int) -> int:
@@ -223,11 +223,11 @@ class CoreMachine(RuleBasedStateMachine):
     def configure(self, max_runners: int, max_queue: int) -> None:
         self.feed(Configure(max_queue, max_runners))
 
-    # -- rules: what the world does -----------------------------------------------------------------------------------
+    # -- rules: the environment ---------------------------------------------------------------------------------------
 
     @rule()
     def answer_everything(self) -> None:
-        """The world does all that it was asked to do, and does it well."""
+        """The environment answers every command, and nothing fails."""
         while self.inspecting:
             self.inspect(0, bad=False)
         while self.claiming:
@@ -305,7 +305,7 @@ class CoreMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.pool.occupied)
     @rule(pick=PICK, part=st.sampled_from([0.25, 0.5, 0.9, 1.0, 1.1]), mapped=st.sampled_from([0, 0.5]))
     def occupy(self, pick: int, part: float, mapped: float) -> None:
-        """A process takes another part of what it was promised when it was launched."""
+        """A process occupies another part of what was reserved for it at its launch."""
         runner = self.one_of(self.pool.occupied, pick)
         held = {device: int(size * part) for device, size in self.pool.launches[runner].placement.bytes}
         self.pool.occupied[runner] = held
@@ -328,7 +328,7 @@ class CoreMachine(RuleBasedStateMachine):
         while (deadline := self.pool.core.deadline()) <= until:
             self.pool.now = max(self.pool.now, deadline)
             self.feed(Tick())
-            assert self.pool.core.deadline() > self.pool.now, "due, although its Tick has come"
+            assert self.pool.core.deadline() > self.pool.now, "a timer is due although its Tick has come"
         self.pool.now = until
 
     @precondition(lambda self: len(self.asked) > 15)
@@ -349,7 +349,7 @@ class CoreMachine(RuleBasedStateMachine):
     @invariant()
     def runners_are_as_believed(self) -> None:
         views = {view.id: view for view in self.pool.core.snapshot().runners}
-        assert set(self.alive) <= set(views), "forgotten while its process lives"
+        assert set(self.alive) <= set(views), "a runner is forgotten while its process lives"
         for id, view in views.items():
             assert view.leases == list(self.held.values()).count(id)
             assert view.process == (id in self.alive)
@@ -368,7 +368,7 @@ class CoreMachine(RuleBasedStateMachine):
     def nobody_is_kept_out_for_nothing(self) -> None:
         loading = {id for id in self.alive if self.pool.core._state.runners[id].loaded_at is None}
         assert len(self.had) <= len(loading), "devices are claimed that nothing loads on"
-        assert all(self.pool.now < made_at + 60.0 for made_at in self.claiming.values()), "an endless wait"
+        assert all(self.pool.now < made_at + 60.0 for made_at in self.claiming.values()), "a claim waits without an end"
 
     @invariant()
     def what_is_held_is_what_was_predicted_until_it_was_measured(self) -> None:
@@ -382,7 +382,7 @@ class CoreMachine(RuleBasedStateMachine):
     @invariant()
     def whoever_waits_waits_for_something(self) -> None:
         stirring = self.inspecting or self.claiming or self.alive or self.held or self.pool.core.deadline() < math.inf
-        assert stirring or not self.pool.core.snapshot().queue, "nothing will ever answer those who wait"
+        assert stirring or not self.pool.core.snapshot().queue, "no event will ever answer the requests that wait"
 
     # -- the end ------------------------------------------------------------------------------------------------------
 
@@ -392,13 +392,13 @@ class CoreMachine(RuleBasedStateMachine):
             self.settle(lambda: self.asked.keys() <= self.answered and not self.held)
         self.feed(close(10))
         self.settle(lambda: self.finished)
-        assert self.finished, "it never finished"
+        assert self.finished, "the core never finished"
         assert self.pool.core.snapshot().runners == ()
         assert self.asked.keys() <= self.answered
-        assert not self.pool.claims, "claimed after the end"
+        assert not self.pool.claims, "a claim is held after the end"
 
     def settle(self, is_over: Callable[[], bool]) -> None:
-        """Let the world answer everything well, leases be given back and time pass, until it is over."""
+        """Let the environment answer, leases be released and time pass until the core is done."""
         for _ in range(200):
             if is_over():
                 return

@@ -1,4 +1,4 @@
-"""What is measured replaces what was guessed: when, by how much, and who gets the room."""
+"""Measurements replace predictions: when, by how much, and which request gets the memory."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ GIB = amount("1GiB")
 
 
 def seen(pool: PoolUnderTest, runner: int, **sizes: str) -> None:
-    """Have a runner's process occupy so much, and the devices read."""
+    """Set what a runner's process occupies, and read the devices."""
     pool.occupied[runner] = {DeviceId(device): amount(size) for device, size in sizes.items()}
     pool.feed(pool.sample())
 
@@ -51,31 +51,31 @@ def held(pool: PoolUnderTest, device: str = HOST) -> int:
 
 
 def a_small_runner(**how: object) -> PoolUnderTest:
-    """Return a pool of 8 GiB with a leased runner that was said to take 6 and takes 4; the lease is 1."""
+    """Return a pool of 8 GiB with a leased runner that was predicted to take 6 GiB and takes 4; the lease is 1."""
     pool = a_pool(**how).loading("a", request=1)
     pool.feed(Loaded(1, None, ((HOST, 4 * GIB),)))
     return pool
 
 
-# -- when it is lowered -----------------------------------------------------------------------------------------------
+# -- when a reservation is lowered ------------------------------------------------------------------------------------
 
 
 def test_n14_a_runner_that_takes_less_keeps_what_was_predicted_until_a_context_is_full() -> None:
-    """N14: it grows until its first full context, so the larger of both counts until then."""
+    """N14: until its first full context a runner that takes less keeps its predicted reservation."""
     pool = a_small_runner()
     pool.advance("1h")
     assert (held(pool), view(pool).settled) == (6 * GIB, False)
 
 
 def test_n14_what_was_measured_counts_once_a_context_was_filled() -> None:
-    """N14: the most that was seen until then, and nothing else."""
+    """N14: after a full context the reservation is the peak that was seen."""
     pool = a_small_runner()
     assert pool.feed(filled(1)) == []
     assert (held(pool), pool.free(), view(pool).settled) == (4 * GIB, 4 * GIB, True)
 
 
 def test_n14_the_peak_counts_and_not_what_it_takes_at_the_moment() -> None:
-    """N14: what it took once it may take again."""
+    """N14: the peak counts, and not what the runner takes at the moment."""
     pool = a_small_runner()
     seen(pool, 1, cpu="3GiB")
     pool.feed(filled(1))
@@ -83,7 +83,7 @@ def test_n14_the_peak_counts_and_not_what_it_takes_at_the_moment() -> None:
 
 
 def test_n14_what_is_still_to_come_is_kept_beside_the_peak() -> None:
-    """N14: a bounded cache that a full context does not show; and never more than was predicted."""
+    """N14: bytes still to come are kept beside the peak, up to what was predicted."""
     pool = a_small_runner()
     pool.feed(filled(1, cpu="1GiB"))
     assert held(pool) == 5 * GIB
@@ -95,7 +95,7 @@ def test_n14_what_is_still_to_come_is_kept_beside_the_peak() -> None:
 
 
 def test_n14_a_settled_runner_that_grows_all_the_same_counts_as_it_is_seen() -> None:
-    """N14: whatever was concluded, what is measured goes before it."""
+    """N14: a settled runner that grows all the same is counted by what is measured."""
     pool = a_small_runner()
     pool.feed(filled(1))
     seen(pool, 1, cpu="7GiB")
@@ -103,24 +103,24 @@ def test_n14_a_settled_runner_that_grows_all_the_same_counts_as_it_is_seen() -> 
 
 
 def test_n14_more_than_was_predicted_counts_at_once() -> None:
-    """N14: no context has to be full to know that a prediction was too small."""
+    """N14: a runner that takes more than predicted is counted by what is measured, before any context is full."""
     pool = a_pool().ready("a", lease=1)
     seen(pool, 1, cpu="7GiB")
     assert (held(pool), view(pool).settled) == (7 * GIB, False)
 
 
 def test_n14_each_device_is_lowered_by_what_was_measured_there() -> None:
-    """N14: and where nothing was, what was predicted stays."""
+    """N14: each device is lowered by its own measurement, and a device without one keeps its prediction."""
     pool = a_pool("64GiB", gpus=("8GiB",)).declare("a", layered(4, "1GiB", host="2GiB")).ready("a", lease=1)
     pool.feed(Sampled(pool.sample().devices, ((1, ((HOST, GIB),)),)))
     account = pool.core._state.ledger.accounts["runner", 1]
-    account.peak = {HOST: GIB}  # the driver has told nothing of the GPU
+    account.peak = {HOST: GIB}  # the driver has reported nothing of the GPU
     pool.feed(filled(1))
     assert (held(pool), held(pool, GPU)) == (GIB, 4 * GIB)
 
 
 def test_n14_a_device_that_is_measured_late_is_lowered_when_it_is() -> None:
-    """N14: the context is full already by then."""
+    """N14: a device that is measured after the full context is lowered then."""
     account = Account({HOST: 10, GPU: 10}, loaded=True)
     account.measure({HOST: 5})
     account.observe_peak({})
@@ -130,32 +130,32 @@ def test_n14_a_device_that_is_measured_late_is_lowered_when_it_is() -> None:
 
 
 def test_n14_a_load_has_filled_nothing() -> None:
-    """N14: such a word is late, or about another runner."""
+    """N14: a filled context of a load or of an unknown runner is late."""
     pool = a_pool().loading("a", request=1)
     pool.feed(filled(1), filled(7))
     assert (pool.core.late, held(pool)) == (2, 6 * GIB)
 
 
 def test_n14_a_context_is_filled_once() -> None:
-    """N14: the next one shows nothing new, and is late."""
+    """N14: a second full context of a runner is late."""
     pool = a_small_runner()
     pool.feed(filled(1), filled(1))
     assert pool.core.late == 1
 
 
 def test_n14_a_draining_runner_settles_too() -> None:
-    """N14: its last answer may be the one that fills a context, and those who wait see the room at once."""
+    """N14: a draining runner settles too, and a waiting request gets the memory at once."""
     pool = a_small_runner().declare("b", "4GiB")
     pool.feed(expire("a"), acquire("b", request=2))
     assert (pool.state("a"), pool.waiting()) == (RunnerState.expiring, [2])
     assert launched(pool.feed(filled(1))) == ["b"]
 
 
-# -- who gets the room ------------------------------------------------------------------------------------------------
+# -- which request gets the memory ------------------------------------------------------------------------------------
 
 
 def test_n14_the_room_that_is_freed_goes_to_those_who_wait() -> None:
-    """N14: nobody has to leave, nor to be released, for it."""
+    """N14: memory that a full context frees goes to a waiting request without an eviction."""
     pool = a_small_runner().declare("b", "4GiB")
     assert launched(pool.feed(acquire("b", request=2))) == []
     assert launched(pool.feed(filled(1))) == ["b"]
@@ -164,7 +164,7 @@ def test_n14_the_room_that_is_freed_goes_to_those_who_wait() -> None:
 
 
 def test_n14_no_more_is_expected_of_a_victim_than_it_really_holds() -> None:
-    """N14: a settled runner that leaves makes room for what it takes, not for what it was promised once."""
+    """N14: a settled victim counts for what it holds, and not for what was predicted."""
     pool = a_small_runner(capacity="12GiB").idle("b").declare("c", "7GiB")
     pool.feed(filled(1), release(1), pin("b"), acquire("c", request=2))
     assert isinstance(pool.refusal(2), DoesNotFitRefusal)
@@ -173,7 +173,7 @@ def test_n14_no_more_is_expected_of_a_victim_than_it_really_holds() -> None:
 
 
 def test_n14_what_was_measured_on_the_devices_own_reading_is_free_for_others() -> None:
-    """N14: where strangers hold memory, the reading decides; there too only what is held is spoken for."""
+    """N14: where other programs hold memory, what a settled runner did not take of its reservation becomes free."""
     pool = a_small_runner(capacity="16GiB")
     pool.strangers = {HOST: 6 * GIB}
     pool.feed(pool.sample())
@@ -183,7 +183,7 @@ def test_n14_what_was_measured_on_the_devices_own_reading_is_free_for_others() -
 
 
 def test_promises_stay_within_the_capacity_after_one_was_lowered() -> None:
-    """The room is given away once: the first one's later growth shows as an overdraft, not as a broken promise."""
+    """Later growth of a settled runner shows as an overdrawn device, because its memory was given away."""
     pool = a_small_runner().declare("b", "4GiB")
     pool.feed(filled(1))
     pool.ready("b", lease=2)
@@ -195,7 +195,7 @@ def test_promises_stay_within_the_capacity_after_one_was_lowered() -> None:
 
 
 def lived(took: int, *, settles: bool) -> tuple[PoolUnderTest, int]:
-    """Return a pool in which a runner of "a" took so much less than predicted, and lives; and the prediction."""
+    """Return a pool with a runner of "a" that takes so much less than predicted, and the prediction."""
     pool = a_pool("8GiB").declare("a", a_model()).loading("a", request=1)
     predicted = dict(pool.launches[1].placement.bytes)[HOST]
     pool.feed(Loaded(1, None, ((HOST, predicted - took),)))
@@ -211,20 +211,20 @@ def next_launch(pool: PoolUnderTest) -> dict[str, int]:
 
 
 def test_n14_what_a_settled_runner_took_is_what_the_next_is_promised() -> None:
-    """N14: exactly, with a small headroom."""
+    """N14: the next runner of a model is reserved what a settled one took."""
     pool, predicted = lived(5, settles=True)
     assert next_launch(pool) == {HOST: predicted - 5}
     assert pool.launches[2].placement.measured
 
 
 def test_n14_what_a_runner_took_that_never_filled_a_context_is_not_all_it_may_take() -> None:
-    """N14: the next one is promised no less than was predicted."""
+    """N14: what a runner took that never filled a context does not lower the next reservation."""
     pool, predicted = lived(5, settles=False)
     assert next_launch(pool) == {HOST: predicted}
 
 
 def test_n14_a_life_without_a_full_context_does_not_spoil_what_an_earlier_one_has_shown() -> None:
-    """N14: what is known exactly stays known."""
+    """N14: a runner without a full context leaves an earlier measurement as it is."""
     pool, predicted = lived(5, settles=True)
     next_launch(pool)
     pool.feed(Loaded(2, None, ((HOST, predicted - 50),)), release(2), expire("a"), exited(2))
@@ -233,7 +233,7 @@ def test_n14_a_life_without_a_full_context_does_not_spoil_what_an_earlier_one_ha
 
 
 def test_n14_the_figures_are_known_as_soon_as_a_context_was_filled() -> None:
-    """N14: a next life may be planned while the last one drains."""
+    """N14: a measurement is used as soon as a context was filled, while its runner still drains."""
     pool, predicted = lived(5, settles=True)
     pool.feed(expire("a"))
     pool.loading("a", request=2)
@@ -241,7 +241,7 @@ def test_n14_the_figures_are_known_as_soon_as_a_context_was_filled() -> None:
 
 
 def test_n14_what_was_measured_of_an_older_file_is_not_remembered_for_the_new_one() -> None:
-    """N14: a runner of the old file may end, or fill its context, long after the new one was read."""
+    """N14: a runner of a replaced file leaves no measurement for the new file."""
     pool, _ = lived(5, settles=False)
     other = a_model(layers_bytes=(3 * 2**20,) * 2)
     pool.declare("a", other).feed(acquire("a", request=2, num_thread=3))
@@ -255,7 +255,7 @@ def test_n14_what_was_measured_of_an_older_file_is_not_remembered_for_the_new_on
 
 
 def test_n14_mapped_weights_are_not_free_though_the_host_says_so() -> None:
-    """N14: the kernel would give them up for others, and they would be read again for each token."""
+    """N14: mapped weights are not free, though the host says so, as they would be read again for each token."""
     pool = a_pool("16GiB")
     pool.strangers = {HOST: 6 * GIB}
     pool.ready("a", lease=1)
@@ -266,7 +266,7 @@ def test_n14_mapped_weights_are_not_free_though_the_host_says_so() -> None:
 
 
 def test_n14_private_and_shared_memory_are_told_apart() -> None:
-    """N14: as they were last read."""
+    """N14: mapped bytes are shown apart from resident bytes, as of the last reading."""
     pool = a_pool("16GiB").ready("a", lease=1)
     pool.mapped[1] = 4 * GIB
     pool.feed(pool.sample())
@@ -277,7 +277,7 @@ def test_n14_private_and_shared_memory_are_told_apart() -> None:
 
 
 def test_pages_that_were_mapped_since_the_reading_are_counted_once() -> None:
-    """No more of them can be among the free bytes than were occupied when these were read."""
+    """Mapped pages count as free only as far as they were occupied at the last reading."""
     account = Account({HOST: 10})
     account.mapped_bytes = 8
     assert account.reserved_not_touched(HOST) == 10
@@ -286,11 +286,11 @@ def test_pages_that_were_mapped_since_the_reading_are_counted_once() -> None:
     assert (account.reserved_not_touched(HOST), account.reserved_not_touched(GPU)) == (8, 0)
 
 
-# -- others -----------------------------------------------------------------------------------------------------------
+# -- memory of other programs -----------------------------------------------------------------------------------------
 
 
 def test_n14_memory_that_others_take_is_missed_in_the_next_plan() -> None:
-    """N14: the host's own figure falls, and what would fit by our books does not."""
+    """N14: memory that other programs take on the host is missing in the next plan."""
     pool = a_pool(each="4GiB").idle("a")
     pool.strangers = {HOST: 3 * GIB}
     assert stopped(pool.feed(acquire("b", request=1))) == [1]
@@ -299,7 +299,7 @@ def test_n14_memory_that_others_take_is_missed_in_the_next_plan() -> None:
 
 
 def test_n14_memory_that_others_give_back_is_there_with_the_next_reading() -> None:
-    """N14: those who wait for it are planned again."""
+    """N14: memory that other programs give back is used for waiting requests with the next reading."""
     pool = a_pool(each="4GiB").ready("a", lease=1)
     pool.strangers = {HOST: 3 * GIB}
     pool.feed(acquire("b", request=2))
@@ -310,21 +310,21 @@ def test_n14_memory_that_others_give_back_is_there_with_the_next_reading() -> No
 
 
 def test_nothing_is_missing_where_there_is_enough_for_all_of_us() -> None:
-    """A limit of our own is lower than what the machine has."""
+    """No memory counts as held by others where the program's own limit is lower than what the machine has."""
     ledger = Ledger({HOST: DeviceSample(HOST, "cpu", "host", 100, 500)})
     ledger.reserve(("runner", 1), [(HOST, 60)])
     assert (ledger.held_by_others(HOST), ledger.free_bytes(HOST)) == (0, 40)
 
 
 def test_n03_what_is_measured_on_an_integrated_gpu_is_the_hosts() -> None:
-    """N03, N14: it has no memory of its own, so what its process holds there is added to the rest."""
+    """N03, N14: what a process holds on an integrated GPU is added to what it holds of the host."""
     pool = a_pool("16GiB", gpus=("16GiB",), integrated=True).declare("a", layered(4, "1GiB")).loading("a", request=1)
     pool.feed(Loaded(1, None, ((HOST, GIB), (GPU, 5 * GIB))))
     assert view(pool).resident == ((HOST, 6 * GIB),)
     assert held(pool) == 6 * GIB
 
 
-# -- what is told -----------------------------------------------------------------------------------------------------
+# -- what is logged ---------------------------------------------------------------------------------------------------
 
 
 def measured(journal: list[Entry]) -> list[DecisionReason | None]:
@@ -332,7 +332,7 @@ def measured(journal: list[Entry]) -> list[DecisionReason | None]:
 
 
 def test_n14_it_is_told_when_a_prediction_is_replaced() -> None:
-    """N14: with both figures and what is held from now on, once."""
+    """N14: the log has the predicted, the measured and the reserved bytes once, when a prediction is replaced."""
     pool = a_small_runner()
     journal: list[Entry] = []
     pool.core.decision_log = journal
@@ -343,7 +343,7 @@ def test_n14_it_is_told_when_a_prediction_is_replaced() -> None:
 
 
 def test_n14_it_is_told_when_a_prediction_was_too_small() -> None:
-    """N14: when it first shows, and not with each byte after that."""
+    """N14: the log has a prediction that was too small once, when it first shows."""
     pool = a_pool().ready("a", lease=1)
     journal: list[Entry] = []
     pool.core.decision_log = journal
@@ -353,7 +353,7 @@ def test_n14_it_is_told_when_a_prediction_was_too_small() -> None:
 
 
 def test_n14_figures_that_come_from_an_earlier_life_are_told_as_such() -> None:
-    """N14: they are no guess any more."""
+    """N14: the log marks figures that come from an earlier runner."""
     pool, _ = lived(0, settles=True)
     next_launch(pool)
     journal: list[Entry] = []
@@ -364,7 +364,7 @@ def test_n14_figures_that_come_from_an_earlier_life_are_told_as_such() -> None:
 
 
 def test_a_copied_account_is_independent() -> None:
-    """And knows as much."""
+    """A copy of an account is equal and shares nothing."""
     account = Account({HOST: 10})
     account.measure({HOST: 5})
     account.mapped_bytes = 2
@@ -380,7 +380,7 @@ def test_a_copied_account_is_independent() -> None:
 
 
 def test_a_program_that_asks_for_ever_new_options_is_not_remembered_for_ever() -> None:
-    """One with a context for each prompt's length: what is known of the model stops growing, and the newest is kept."""
+    """A model record keeps a bounded number of measurements by options, and the newest are kept."""
     pool = a_pool()
     for num_ctx in range(1, MOST_KINDS + 10):
         pool.expiring("a", num_ctx=num_ctx).settle()
@@ -390,7 +390,7 @@ def test_a_program_that_asks_for_ever_new_options_is_not_remembered_for_ever() -
 
 
 def test_ever_new_options_that_are_asked_for_at_once_are_not_remembered_for_ever() -> None:
-    """What each of them would take is worked out for the plan, and worked out again where it is asked for again."""
+    """A model record keeps a bounded number of requirements by options."""
     pool = a_pool().ready("a", lease=1)
     for request in range(2, MOST_DEMANDS + 10):
         pool.feed(acquire("a", request, num_ctx=request), cancel(request))

@@ -1,4 +1,4 @@
-"""What is free, what is promised, and when memory counts as given back."""
+"""The memory ledger: what is free, what is reserved, and when memory counts as given back."""
 
 from __future__ import annotations
 
@@ -42,26 +42,26 @@ def a_ledger(capacity: int, free: int) -> Ledger:
 
 
 def test_s12_free_is_what_is_not_promised() -> None:
-    """S12: with nobody else on the device, the promises decide."""
+    """S12: without other programs, the reservations decide what is free."""
     ledger = a_ledger(capacity=100, free=100)
     ledger.reserve(("runner", 1), [(HOST, 60)])
     assert ledger.free_bytes(HOST) == 40
 
 
 def test_s12_free_is_what_the_device_reports() -> None:
-    """S12: what strangers hold is not free, whatever was promised."""
+    """S12: what other programs hold is not free."""
     assert a_ledger(capacity=100, free=30).free_bytes(HOST) == 30
 
 
 def test_s12_what_a_load_has_not_touched_yet_is_not_free() -> None:
-    """S12: the device still reports it as free, and a stranger holds memory too."""
+    """S12: what a load has not touched is not free, although the device reports it so."""
     ledger = a_ledger(capacity=100, free=70)
     ledger.reserve(("runner", 1), [(HOST, 60)])
     assert ledger.free_bytes(HOST) == 10
 
 
 def test_s12_what_a_runner_occupies_is_counted_once() -> None:
-    """S12: once the device has been read with it, its bytes are in the reading."""
+    """S12: bytes that a runner occupied at the last reading are counted once."""
     ledger = a_ledger(capacity=100, free=70)
     ledger.reserve(("runner", 1), [(HOST, 60)])
     ledger.accounts["runner", 1].measure({HOST: 50})
@@ -70,7 +70,7 @@ def test_s12_what_a_runner_occupies_is_counted_once() -> None:
 
 
 def test_s12_what_is_occupied_since_the_device_was_read_is_still_not_free() -> None:
-    """S12: a runner's own report of its size comes before the next reading, and a stranger holds memory too."""
+    """S12: bytes that a runner occupied after the last reading are not free."""
     pool = a_pool(capacity="16GiB", samples=False)
     pool.strangers = {"cpu": 6 * GIB}
     pool.ready("a", lease=1)
@@ -80,7 +80,7 @@ def test_s12_what_is_occupied_since_the_device_was_read_is_still_not_free() -> N
 
 
 def test_memory_that_cannot_be_measured_is_counted_once_too() -> None:
-    """A driver may not tell what each process holds on a GPU: a loaded runner has taken what it was promised."""
+    """A loaded runner whose memory cannot be measured occupies what was reserved for it."""
     pool = a_pool(capacity="64GiB", gpus=("8GiB",)).declare("a", layered(4, "1GiB")).ready("a", lease=1)
     reading = pool.sample()
     pool.feed(Sampled(reading.devices, (), reading.number))
@@ -88,7 +88,7 @@ def test_memory_that_cannot_be_measured_is_counted_once_too() -> None:
 
 
 def test_a_runner_that_grew_beyond_its_promise_counts_as_it_was_seen() -> None:
-    """The peak is what it may take again."""
+    """A runner that grew beyond its reservation is counted by its peak."""
     ledger = a_ledger(capacity=100, free=100)
     ledger.reserve(("runner", 1), [(HOST, 60)])
     account = ledger.accounts["runner", 1]
@@ -98,7 +98,7 @@ def test_a_runner_that_grew_beyond_its_promise_counts_as_it_was_seen() -> None:
 
 
 def test_free_may_be_negative() -> None:
-    """An overdrawn device says by how much."""
+    """A device that is overdrawn has negative free memory."""
     ledger = a_ledger(capacity=100, free=100)
     ledger.reserve(("runner", 1), [(HOST, 60)])
     ledger.accounts["runner", 1].measure({HOST: 130})
@@ -106,7 +106,7 @@ def test_free_may_be_negative() -> None:
 
 
 def test_an_owner_is_promised_memory_once() -> None:
-    """A second promise to the same owner is our own bug."""
+    """A second reservation of the same owner is an error of the core."""
     ledger = a_ledger(capacity=100, free=100)
     ledger.reserve(("runner", 1), [(HOST, 60)])
     with pytest.raises(AssertionError):
@@ -114,7 +114,7 @@ def test_an_owner_is_promised_memory_once() -> None:
 
 
 def test_a_copied_ledger_is_independent() -> None:
-    """Neither its accounts nor its devices are shared."""
+    """A copy of the ledger shares neither accounts nor devices."""
     ledger = a_ledger(capacity=100, free=100)
     ledger.reserve(("runner", 1), [(HOST, 60)])
     other = ledger.copy()
@@ -124,12 +124,12 @@ def test_a_copied_ledger_is_independent() -> None:
 
 
 def test_an_account_knows_nothing_of_other_devices() -> None:
-    """What was never promised nor seen there is 0."""
+    """An account has 0 bytes on a device where nothing was reserved or seen."""
     assert Account({HOST: 1}).held_bytes(GPU) == 0
 
 
 def test_a_device_that_is_lost_takes_nobody_with_it() -> None:
-    """What was promised on it stays booked until its runner is gone; nothing new goes there."""
+    """The reservation on a lost device stays until its runner has gone."""
     pool = a_pool(capacity="64GiB", gpus=("8GiB",)).declare("a", layered(4, "1GiB")).ready("a", lease=1)
     del pool.capacities[GPU]
     pool.occupied.clear()
@@ -142,7 +142,7 @@ def test_a_device_that_is_lost_takes_nobody_with_it() -> None:
 
 
 def test_a_reading_that_shows_a_runner_that_is_gone_is_taken_in_without_it() -> None:
-    """It began before the runner was unloaded; the devices' figures are the latest there are all the same."""
+    """A reading that began before a runner was unloaded still updates the devices' figures."""
     pool = a_pool().idle("a")
     reading = pool.sample(number=9)
     pool.feed(expire("a"), exited(1), reading)
@@ -150,7 +150,7 @@ def test_a_reading_that_shows_a_runner_that_is_gone_is_taken_in_without_it() -> 
 
 
 def test_strangers_that_hold_memory_make_a_request_wait_or_fail_by_what_is_there() -> None:
-    """Idle runners go before anybody is refused for what other programs hold."""
+    """Idle runners are evicted before a request is refused for memory that other programs hold."""
     pool = a_pool(each="4GiB").idle("a")
     pool.strangers = {"cpu": 2 * GIB}
     assert stopped(pool.feed(acquire("b", request=1))) == [1]
@@ -163,7 +163,7 @@ def test_strangers_that_hold_memory_make_a_request_wait_or_fail_by_what_is_there
 
 
 def test_a_measurement_of_one_device_leaves_those_of_others() -> None:
-    """Each device is read by itself; one that does not answer keeps its figure."""
+    """A measurement of one device leaves the measurements of others."""
     account = Account({HOST: 10, "gpu0": 20})
     account.measure({"gpu0": 15})
     account.measure({HOST: 5})
@@ -171,7 +171,7 @@ def test_a_measurement_of_one_device_leaves_those_of_others() -> None:
 
 
 def test_what_is_not_measured_is_occupied_once_it_is_loaded() -> None:
-    """As far as is known: nothing before, the promise afterwards, and nothing where none was made."""
+    """Without a measurement, an account occupies nothing before its load and its reservation afterwards."""
     account = Account({HOST: 10})
     assert account.occupied_bytes(HOST) == 0
     account.loaded = True
@@ -181,7 +181,7 @@ def test_what_is_not_measured_is_occupied_once_it_is_loaded() -> None:
 
 
 def test_what_is_counted_on_one_device_stays_counted_when_another_is_read() -> None:
-    """Promised or resident is enough to be counted."""
+    """Bytes counted at the reading of one device stay counted when another is read."""
     account = Account({HOST: 10}, resident={"gpu0": 5}, loaded=True)
     account.count([HOST])
     account.count(["gpu0", "gpu1"])
@@ -189,7 +189,7 @@ def test_what_is_counted_on_one_device_stays_counted_when_another_is_read() -> N
 
 
 def test_what_the_next_life_is_promised_is_known_by_device() -> None:
-    """What was settled counts as it was seen, the rest as it was promised, and a strange device for nothing."""
+    """The expected bytes of the next runner are the settled ones where settled, and the reserved ones elsewhere."""
     account = Account({HOST: 10, "gpu0": 20})
     account.measure({HOST: 12, "gpu0": 15})
     account.observe_peak({HOST: 3})
@@ -198,13 +198,13 @@ def test_what_the_next_life_is_promised_is_known_by_device() -> None:
 
 
 def test_mapped_pages_are_page_cache_on_the_host_alone() -> None:
-    """A GPU's memory is not given up because a file is mapped."""
+    """Mapped bytes lower the untouched bytes of the host and not of a GPU."""
     account = Account({HOST: 10, "gpu0": 10}, resident_at_last_sample={HOST: 10, "gpu0": 10}, mapped_bytes=4)
     assert (account.reserved_not_touched(HOST), account.reserved_not_touched("gpu0")) == (4, 0)
 
 
 def test_a_device_that_shrank_to_what_is_held_has_shrunk_no_more() -> None:
-    """Nothing is too much on it."""
+    """A device is not overcommitted once its capacity equals what is held on it."""
     ledger = Ledger()
     ledger.sample([DeviceSample(HOST, "cpu", HOST, 100, 100)])
     ledger.reserve(("runner", 1), ((HOST, 50),))
@@ -215,7 +215,7 @@ def test_a_device_that_shrank_to_what_is_held_has_shrunk_no_more() -> None:
 
 
 def test_a_device_that_is_gone_counts_as_shrunk_while_a_byte_is_promised_on_it() -> None:
-    """One byte is too much of nothing."""
+    """A device that has gone is overcommitted while a byte is reserved on it."""
     ledger = Ledger()
     ledger.sample([DeviceSample("gpu0", "gpu", "gpu0", 100, 100)])
     ledger.reserve(("runner", 1), (("gpu0", 1),))
@@ -224,7 +224,7 @@ def test_a_device_that_is_gone_counts_as_shrunk_while_a_byte_is_promised_on_it()
 
 
 def test_what_is_not_known_is_booked_where_it_was_asked_for() -> None:
-    """A device that has been lost has a name all the same; and one that promises nothing adds nothing."""
+    """Bytes on an unknown device are counted under its own name."""
     ledger = Ledger()
     ledger.reserve(("runner", 1), ((HOST, 10),))
     assert ledger.by_memory([("gpu7", 5), ("gpu7", 1)]) == {"gpu7": 6}
@@ -232,7 +232,7 @@ def test_what_is_not_known_is_booked_where_it_was_asked_for() -> None:
 
 
 def test_a_reading_of_a_runner_that_is_gone_hides_no_others() -> None:
-    """It began before that one went."""
+    """An old reading with a runner that has gone still updates the runners that live."""
     pool = a_pool(each="2GiB").idle("a").idle("b")
     gone, kept = pool.runner("a"), pool.runner("b")
     reading = pool.sample()
@@ -242,7 +242,7 @@ def test_a_reading_of_a_runner_that_is_gone_hides_no_others() -> None:
     assert pool.core._state.ledger.accounts["runner", kept].resident == {HOST: 2**31 + kept}
 
 
-# -- memory that comes back -------------------------------------------------------------------------------------------
+# -- memory recovery --------------------------------------------------------------------------------------------------
 
 
 def a_gpu_pool(**how: object) -> PoolUnderTest:
@@ -254,7 +254,7 @@ def a_gpu_pool(**how: object) -> PoolUnderTest:
 
 
 def a_runner_that_left(**how: object) -> PoolUnderTest:
-    """Return a pool whose runner on the first GPU has just exited, and of whose 4 GiB nothing is back."""
+    """Return a pool whose runner on the first GPU has just exited, with none of its 4 GiB free yet."""
     pool = a_gpu_pool(**how).idle("a")
     pool.feed(pool.sample(), expire("a"))
     pool.strangers = {GPU: 4 * GIB}
@@ -263,7 +263,7 @@ def a_runner_that_left(**how: object) -> PoolUnderTest:
 
 
 def test_s21_s31_memory_is_looked_for_when_the_process_has_gone() -> None:
-    """S21, S31: at once, then every 250 ms."""
+    """S21, S31: devices are read at once after an exit, and then every 250 ms."""
     pool = a_gpu_pool().idle("a")
     assert pool.feed(expire("a")) == [Stop(1)]
     assert pool.feed(exited(1)) == [Sample(1)]
@@ -272,7 +272,7 @@ def test_s21_s31_memory_is_looked_for_when_the_process_has_gone() -> None:
 
 
 def test_s31_memory_is_back_when_three_quarters_of_it_are() -> None:
-    """S31: of what it was measured to hold, on its own device."""
+    """S31: memory is back when three quarters of what the runner was measured to hold are free on its device."""
     pool = a_runner_that_left()
     pool.strangers = {GPU: GIB + 1}
     pool.feed(pool.sample())
@@ -283,7 +283,7 @@ def test_s31_memory_is_back_when_three_quarters_of_it_are() -> None:
 
 
 def test_s31_memory_is_waited_for_five_seconds_and_no_longer() -> None:
-    """S31: a driver that never shows it back holds nobody up for ever."""
+    """S31: memory recovery ends after five seconds, although the driver never shows the memory as free."""
     pool = a_runner_that_left()
     pool.advance("4.9s")
     assert pool.state("a") is RunnerState.expiring
@@ -292,7 +292,7 @@ def test_s31_memory_is_waited_for_five_seconds_and_no_longer() -> None:
 
 
 def test_s31_a_reading_from_before_the_exit_says_nothing() -> None:
-    """S31: it began when the process still held its memory, or it shows somebody else's."""
+    """S31: a reading that began before the exit shows nothing about memory recovery."""
     pool = a_runner_that_left()
     pool.strangers = {}
     pool.feed(pool.sample(number=0))
@@ -302,7 +302,7 @@ def test_s31_a_reading_from_before_the_exit_says_nothing() -> None:
 
 
 def test_d10_memory_that_falls_is_not_memory_that_comes_back() -> None:
-    """D10: the difference is signed."""
+    """D10: free memory that falls is no memory that comes back."""
     pool = a_runner_that_left()
     pool.strangers = {GPU: 8 * GIB}
     pool.feed(pool.sample())
@@ -310,7 +310,7 @@ def test_d10_memory_that_falls_is_not_memory_that_comes_back() -> None:
 
 
 def test_d10_what_comes_back_elsewhere_is_not_its_own() -> None:
-    """D10: other devices' traffic does not disturb the wait, in either direction."""
+    """D10: changes on other devices neither end nor disturb a memory recovery."""
     pool = a_runner_that_left()
     pool.strangers[OTHER] = 8 * GIB
     pool.feed(pool.sample())
@@ -331,7 +331,7 @@ def test_s31_what_the_device_showed_before_the_load_is_not_what_it_showed_before
 
 
 def test_s31_a_load_that_failed_before_it_took_anything_is_not_waited_for() -> None:
-    """S31: what it was promised but never held cannot come back."""
+    """S31: memory that a failed load never took is not waited for."""
     pool = a_gpu_pool().loading("a", request=1)
     pool.feed(exited(1, code=1))
     pool.feed(pool.sample())
@@ -339,7 +339,7 @@ def test_s31_a_load_that_failed_before_it_took_anything_is_not_waited_for() -> N
 
 
 def test_s31_an_object_on_a_gpu_is_waited_for_there() -> None:
-    """S31: whatever has no layers takes its declared bytes all the same."""
+    """S31: the memory of an object on a GPU is waited for like that of layers."""
     pool = a_gpu_pool().declare("a", Footprint(fixed=((GPU, 4 * GIB),))).idle("a")
     pool.feed(pool.sample(), expire("a"))
     pool.strangers = {GPU: 4 * GIB}
@@ -349,7 +349,7 @@ def test_s31_an_object_on_a_gpu_is_waited_for_there() -> None:
 
 
 def test_s31_without_a_gpu_nothing_is_waited_for() -> None:
-    """S31: the host's memory is back when the process is gone; one look takes the new figures in."""
+    """S31: memory on the host is back with the exit, after one reading."""
     pool = a_pool(samples=False).idle("a")
     pool.feed(expire("a"))
     pool.strangers = {"cpu": 8 * GIB}
@@ -359,14 +359,14 @@ def test_s31_without_a_gpu_nothing_is_waited_for() -> None:
 
 
 def test_s31_an_integrated_gpu_is_not_waited_for() -> None:
-    """S31: it has no memory of its own."""
+    """S31: memory on an integrated GPU is not waited for."""
     pool = a_runner_that_left(integrated=True)
     pool.feed(pool.sample())
     assert pool.state("a") is RunnerState.unloaded
 
 
 def test_s31_nobody_else_waits_for_it() -> None:
-    """S31, rule 10: others are granted and loaded meanwhile, where there is room for them."""
+    """S31, rule 10: other requests are granted and loaded during a memory recovery where there is room."""
     pool = a_runner_that_left()
     assert launched(pool.feed(acquire("b", request=1))) == ["b"]
     assert pool.launches[2].placement.gpu_layers == ((OTHER, 5),)
@@ -374,7 +374,7 @@ def test_s31_nobody_else_waits_for_it() -> None:
 
 
 def test_two_loads_go_on_beside_a_device_whose_memory_is_awaited() -> None:
-    """Rule 10: of three GPUs one waits for its driver; who wants the others is loaded there, at the same time."""
+    """Rule 10: while one of three GPUs recovers memory, models load on the other two at the same time."""
     pool = a_pool("64GiB", ("8GiB", "8GiB", "8GiB")).declare("x", layered(4, "1500MiB"))
     for model in "bcd":
         pool.declare(model, layered(4, "1500MiB"))
@@ -396,7 +396,7 @@ def test_two_loads_go_on_beside_a_device_whose_memory_is_awaited() -> None:
 
 
 def test_two_gpus_whose_memory_is_awaited_are_loaded_on_in_the_order_in_which_it_comes_back() -> None:
-    """The younger waiter's GPU is back first: it does not wait for the older one's, nor for that to load."""
+    """A younger request loads on its GPU when that GPU's memory is back, although an older one still waits."""
     pool = a_gpu_pool().idle("a").idle("b")
     pool.declare("c", Footprint(fixed=((GPU, 6 * GIB),))).declare("d", Footprint(fixed=((OTHER, 6 * GIB),)))
     pool.feed(pool.sample(), expire("a"), expire("b"))
@@ -411,7 +411,7 @@ def test_two_gpus_whose_memory_is_awaited_are_loaded_on_in_the_order_in_which_it
 
 
 def test_d12_each_device_is_waited_for_by_itself() -> None:
-    """D12: two runners of two devices are each unloaded by their own memory's return."""
+    """D12: two runners on two devices are each unloaded when their own memory is back."""
     pool = a_gpu_pool().idle("a").idle("b")
     pool.feed(pool.sample(), expire("a"), expire("b"))
     pool.strangers = {GPU: 4 * GIB, OTHER: 4 * GIB}
@@ -422,17 +422,17 @@ def test_d12_each_device_is_waited_for_by_itself() -> None:
 
 
 def test_a_load_that_was_never_wanted_gives_its_promise_back() -> None:
-    """A Stop that overtook its Launch ends in an exit as well."""
+    """A load that was stopped before its launch gives its reservation back with its exit."""
     pool = a_pool().loading("a", request=1, keep_alive=0)
     pool.feed(cancel(1), exited(1, code=None, reason="stopped before it began"))
     assert pool.free() == 8 * GIB
 
 
-# -- what was measured ------------------------------------------------------------------------------------------------
+# -- measurements -----------------------------------------------------------------------------------------------------
 
 
 def test_what_was_measured_is_known_for_the_next_load() -> None:
-    """The next placement of the same model with the same options is exact, within a small headroom."""
+    """A measurement of a runner is used for the next load of the model with the same options."""
     pool = a_pool(capacity="8GiB").declare("a", a_model())
     pool.loading("a", request=1)
     predicted = dict(pool.launches[1].placement.bytes)[HOST]
@@ -443,7 +443,7 @@ def test_what_was_measured_is_known_for_the_next_load() -> None:
 
 
 def test_what_a_load_took_that_failed_is_not_taken_for_what_it_needs() -> None:
-    """It never got as far as to show that."""
+    """A failed load leaves no measurement."""
     pool = a_pool(capacity="8GiB").declare("a", a_model()).loading("a", request=1)
     pool.occupied[1] = {HOST: 7}
     pool.feed(pool.sample(), exited(1, code=1))
@@ -453,7 +453,7 @@ def test_what_a_load_took_that_failed_is_not_taken_for_what_it_needs() -> None:
 
 
 def test_what_was_measured_of_another_file_is_forgotten() -> None:
-    """The file has changed since."""
+    """A replaced file has no measurement."""
     pool = a_pool(capacity="8GiB").declare("a", a_model()).idle("a")
     pool.feed(expire("a"), exited(1))
     pool.declare("a", a_model(layers_bytes=(3 * 2**20,) * 2)).loading("a", request=2)
@@ -461,7 +461,7 @@ def test_what_was_measured_of_another_file_is_forgotten() -> None:
 
 
 def test_s31_memory_is_back_although_another_load_of_ours_takes_of_it() -> None:
-    """S31: what the one has given back and the other has taken are both known."""
+    """S31: memory is back although another load takes of it, because both amounts are known."""
     pool = a_pool("64GiB", gpus=["16GiB"])
     for model, size in (("a", "6GiB"), ("c", "5GiB"), ("b", "8GiB")):
         pool.declare(model, Footprint(fixed=((GPU, amount(size)),)))
@@ -475,13 +475,13 @@ def test_s31_memory_is_back_although_another_load_of_ours_takes_of_it() -> None:
 
 @pytest.mark.parametrize("first", [Tick(), acquire("y", request=7)])
 def test_whoever_comes_as_the_wait_for_memory_ends_costs_nobody_an_answer(first: Event) -> None:
-    """A runner whose process is gone does end; only one that was told to and lives may never do."""
+    """An event at the end of a memory recovery loses no request, because a runner that exited is always unloaded."""
     pool = a_pool("64GiB", gpus=["8GiB"])
     for model, size in (("a", "6GiB"), ("b", "4GiB")):
         pool.declare(model, Footprint(fixed=((GPU, amount(size)),)))
     pool.idle("a").feed(acquire("b", request=2))
     pool.samples = False
-    pool.strangers[GPU] = 2 * GIB  # so that it does not come back whole
+    pool.strangers[GPU] = 2 * GIB  # another program holds it, so the memory does not all come back
     pool.feed(exited(1))
     pool.feed(pool.sample())
     pool.advance("4.9s")

@@ -1,4 +1,4 @@
-"""What a runner would take: resolved options, what serves what, and bytes against those of real children."""
+"""Predicted memory of a runner: resolved options, which requests a runner serves, and bytes as llama.cpp reports."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ some_models = st.sampled_from([A_MODEL, EMBEDDER, VISION, UNSHARED])
 
 
 def total(footprint: Footprint) -> int:
-    """The bytes of a runner that is wholly on the host."""
+    """Return the bytes of a runner that is wholly on the host."""
     return bytes_by_device(footprint, ())[HOST].total_bytes
 
 
@@ -75,7 +75,7 @@ def cost(info: ModelInfo = A_MODEL, options: Options = AUTOMATIC) -> Footprint:
 
 
 def cache(footprint: Footprint) -> int:
-    """The bytes of the KV cache."""
+    """Return the bytes of the KV cache."""
     return sum(footprint.caches_bytes)
 
 
@@ -83,71 +83,71 @@ def cache(footprint: Footprint) -> int:
 
 
 def test_what_is_not_named_gets_the_defaults() -> None:
-    """Context 4096, batch 512, one slot, f16; what the engine or the placement decides stays open."""
+    """Options that are not named get context 4096, batch 512, one slot and f16; GPU options stay open."""
     expected = Options(num_ctx=4096, num_batch=512, num_parallel=1, cache_type_k="f16", cache_type_v="f16")
     assert resolve(A_MODEL, Options()) == expected
 
 
 @given(some_models, some_options)
 def test_resolving_twice_changes_nothing(info: ModelInfo, options: Options) -> None:
-    """Whatever was asked."""
+    """Resolving resolved options again changes nothing, whatever was asked for."""
     assert resolve(info, resolve(info, options)) == resolve(info, options)
 
 
 @pytest.mark.parametrize("num_ctx", [-1, 0, 3, 4])
 def test_s01_a_context_below_4_becomes_4(num_ctx: int) -> None:
-    """S01: the least that makes sense to an engine."""
+    """S01: a context below 4 tokens becomes 4."""
     assert resolve(A_MODEL, Options(num_ctx=num_ctx)).num_ctx == 4
 
 
 def test_s01_a_vision_model_gets_at_least_2048() -> None:
-    """S01: an image alone takes hundreds of tokens."""
+    """S01: a vision model has a context of at least 2048, because an image takes hundreds of tokens."""
     assert resolve(VISION, Options(num_ctx=512)).num_ctx == 2048
     assert resolve(VISION, Options(num_ctx=3000)).num_ctx == 3000
 
 
 @pytest.mark.parametrize("asked", [None, 2048, 4096, 100_000])
 def test_a_context_is_never_larger_than_trained(asked: int | None) -> None:
-    """Asked for or not; where the training context is not known nothing limits it."""
+    """A context is at most the trained one, and is not limited where the trained one is not known."""
     assert resolve(replace(A_MODEL, context_trained=1024), Options(num_ctx=asked)).num_ctx == 1024
     assert resolve(replace(A_MODEL, context_trained=0), Options(num_ctx=asked)).num_ctx == (asked or 4096)
 
 
 @pytest.mark.parametrize("asked", [None, -2, 0, 1])
 def test_s22_there_is_at_least_one_slot(asked: int | None) -> None:
-    """S22: whatever was asked."""
+    """S22: a runner has at least one slot, whatever was asked for."""
     assert resolve(A_MODEL, Options(num_parallel=asked)).num_parallel == 1
 
 
 def test_s22_an_embedder_has_one_slot() -> None:
-    """S22: while the same model has as many as asked when it generates."""
+    """S22: an embedder has one slot, and the same model as many as asked for when it generates."""
     assert resolve(EMBEDDER, Options(num_parallel=4)).num_parallel == 1
     assert resolve(A_MODEL, Options(num_parallel=4)).num_parallel == 4
 
 
 @pytest.mark.parametrize("family", ["mllama", "qwen3vl", "qwen3vlmoe", "qwen35", "lfm2moe", "nemotron_h_omni"])
 def test_s22_families_that_cannot_share_have_one_slot(family: str) -> None:
-    """S22: from one table."""
+    """S22: the families in the table have one slot."""
     assert family in ONE_AT_A_TIME
     assert resolve(replace(A_MODEL, architecture=family), Options(num_parallel=4)).num_parallel == 1
 
 
 def test_a_batch_is_never_larger_than_all_contexts() -> None:
-    """Of all slots together."""
+    """A batch is at most the contexts of all slots together."""
     assert resolve(A_MODEL, Options(num_ctx=100, num_parallel=3)).num_batch == 300
     assert resolve(A_MODEL, Options(num_batch=9999)).num_batch == 4096
 
 
 @pytest.mark.parametrize("asked", [None, 64, 9999])
 def test_an_embedder_takes_a_whole_context_in_one_pass(asked: int | None) -> None:
-    """llama.cpp refuses a pooled input that is longer than a pass."""
+    """An embedder's batch is its context, because llama.cpp refuses a pooled input longer than a pass."""
     options = resolve(EMBEDDER, Options(num_ctx=1000, num_batch=asked))
     assert (options.num_batch, micro_batch(EMBEDDER, options)) == (1000, 1000)
 
 
 @pytest.mark.parametrize(("asked", "tokens"), [(None, 512), (64, 64), (2048, 2048), (4096, 2048)])
 def test_a_generating_model_computes_its_batch_in_a_pass(asked: int | None, tokens: int) -> None:
-    """Up to 2048 tokens: the buffers that a pass takes grow with it."""
+    """A generating model computes its batch in one pass of up to 2048 tokens."""
     assert micro_batch(A_MODEL, resolve(A_MODEL, Options(num_batch=asked))) == tokens
 
 
@@ -156,19 +156,19 @@ def test_a_generating_model_computes_its_batch_in_a_pass(asked: int | None, toke
 
 @given(some_models, some_options)
 def test_s30_a_runner_serves_what_it_was_loaded_for(info: ModelInfo, asked: Options) -> None:
-    """S30: even where the wish was beyond what the model can have; else it would be loaded again and again."""
+    """S30: a runner serves the options that it was loaded for, even where they exceed what the model can have."""
     assert serves(resolve(info, asked), resolve(info, asked))
 
 
 @given(some_models, some_options)
 def test_s30_a_runner_serves_who_names_nothing(info: ModelInfo, options: Options) -> None:
-    """S30: automatic values never cause a reload."""
+    """S30: a runner serves a request that names no options."""
     assert serves(resolve(info, options), Options())
 
 
 @pytest.mark.parametrize("name", ["num_ctx", "num_parallel"])
 def test_s30_a_larger_runner_serves_a_smaller_wish(name: str) -> None:
-    """S30: in context or slots, and not the other way round."""
+    """S30: a runner with a larger context or more slots serves a smaller request, and not the other way round."""
     small = Options(num_ctx=1024, num_parallel=2)
     large = replace(small, **{name: 2048})
     assert serves(resolve(A_MODEL, large), small)
@@ -177,25 +177,25 @@ def test_s30_a_larger_runner_serves_a_smaller_wish(name: str) -> None:
 
 @pytest.mark.parametrize(("name", "value"), CHANGES.items())
 def test_s30_any_other_difference_needs_a_reload(name: str, value: object) -> None:
-    """S30: unless the runner has just that."""
+    """S30: any other option that differs needs a reload."""
     asked = Options(**{name: value})
     assert not serves(resolve(A_MODEL, Options()), asked)
     assert serves(resolve(A_MODEL, asked), asked)
 
 
 def test_s30_every_option_is_compared() -> None:
-    """S30: an option that is added later is not forgotten."""
+    """S30: every field of the options is compared."""
     assert {each.name for each in fields(Options)} == {*CHANGES, "num_ctx", "num_parallel", "require_gpu"}
 
 
 def test_s30_a_negative_num_gpu_matches_any() -> None:
-    """S30: it means automatic."""
+    """S30: a negative num_gpu is automatic and matches any number of layers."""
     assert serves(resolve(A_MODEL, Options(num_gpu=7)), Options(num_gpu=-1))
     assert not serves(resolve(A_MODEL, Options(num_gpu=-1)), Options(num_gpu=7))
 
 
 def test_s30_a_larger_embedder_serves_a_smaller_wish() -> None:
-    """S30: its batch follows from its context, and is no difference of its own."""
+    """S30: an embedder with a larger context serves a request for a smaller one, although their batches differ."""
     assert serves(resolve(EMBEDDER, Options()), resolve(EMBEDDER, Options(num_ctx=512, num_parallel=4)))
 
 
@@ -203,7 +203,7 @@ def test_s30_a_larger_embedder_serves_a_smaller_wish() -> None:
 
 
 def test_the_cache_is_what_the_engine_reports() -> None:
-    """As llama.cpp prints it: 45 MiB for SmolLM2 in f16, 51 MiB for a wider model in q8_0 with four slots."""
+    """The cache is what llama.cpp prints: 45 MiB for SmolLM2 in f16, and 51 MiB for a wider model in q8_0."""
     assert cache(cost(options=Options(num_ctx=2048))) == 45 * MIB
     wide = replace(A_MODEL, heads=8, heads_kv=(4,) * 12, layers_bytes=(5_000_000,) * 12)
     options = replace(EIGHT_BIT, num_ctx=2048, num_parallel=4)
@@ -212,7 +212,7 @@ def test_the_cache_is_what_the_engine_reports() -> None:
 
 @pytest.mark.parametrize("cache_type", sorted(CACHE_BLOCK_BYTES))
 def test_the_cache_goes_with_its_type(cache_type: str) -> None:
-    """By ggml's block sizes; keys and values each for themselves."""
+    """The cache of keys and of values follows ggml's block size of its own type."""
     plain = cache(cost())
     keys = cache(cost(options=Options(cache_type_k=cache_type)))
     both = cache(cost(options=Options(cache_type_k=cache_type, cache_type_v=cache_type)))
@@ -221,13 +221,13 @@ def test_the_cache_goes_with_its_type(cache_type: str) -> None:
 
 
 def test_a_slot_s_cache_is_rounded_up_to_256_tokens() -> None:
-    """As llama.cpp pads it."""
+    """The cache of a slot is rounded up to 256 tokens, as llama.cpp pads it."""
     small, padded = (cost(options=Options(num_ctx=size, num_parallel=3)) for size in (100, 256))
     assert cache(small) == cache(padded) > 0
 
 
 def test_sliding_layers_cache_their_window_only() -> None:
-    """5 of 6 layers of gemma3 hold the window and a pass: 4096 and 1024 tokens, as llama.cpp prints it."""
+    """Sliding layers of gemma3 cache their window and one pass, as llama.cpp prints it."""
     sliding = (*(True,) * 5, False) * 2
     gemma = replace(A_MODEL, sliding_window=512, heads_kv=(2,) * 12, layers_bytes=(0,) * 12, sliding_layers=sliding)
     layers = cost(gemma).layers_bytes
@@ -235,7 +235,7 @@ def test_sliding_layers_cache_their_window_only() -> None:
 
 
 def test_layers_without_attention_and_encoders_have_no_cache() -> None:
-    """Only what attends has keys and values, and an encoder keeps none."""
+    """Layers without attention and encoders have no cache."""
     mixed = replace(A_MODEL, heads_kv=(0, 3, *A_MODEL.heads_kv[2:]))
     assert cost(mixed).layers_bytes[0] == mixed.layers_bytes[0] < cost(mixed).layers_bytes[1]
     assert cache(cost(replace(EMBEDDER, architecture="nomic-bert"))) == 0
@@ -251,17 +251,17 @@ def test_layers_without_attention_and_encoders_have_no_cache() -> None:
     ],
 )
 def test_the_compute_buffer_is_what_the_engine_reports(info: ModelInfo, options: Options, expected_mib: float) -> None:
-    """For SmolLM2, as llama.cpp prints it; an embedder computes the logits of all its tokens."""
+    """The compute buffer of SmolLM2 is what llama.cpp prints, and an embedder computes the logits of all its tokens."""
     assert cost(info, options).compute_bytes / MIB == pytest.approx(expected_mib, rel=0.05)
 
 
 def test_what_lies_beside_the_model_goes_with_its_output() -> None:
-    """Adapters and projectors are on a GPU when the last layer is."""
+    """Adapters and projectors are counted with the output layer."""
     assert cost(replace(A_MODEL, adapters_bytes=5 * MIB)).output_bytes - cost().output_bytes == 5 * MIB
 
 
 def test_the_prompt_cache_is_counted_as_the_engine_is_told() -> None:
-    """A sixteenth of the rest, whole MiB, at most 64; an embedder has none."""
+    """The prompt cache is a sixteenth of the rest in whole MiB and at most 64 MiB, and an embedder has none."""
     options = resolve(A_MODEL, Options())
     told = prompt_cache_bytes(A_MODEL, options)
     assert told % MIB == 0 and told == (total(estimate(A_MODEL, options)) - told) // 16 // MIB * MIB
@@ -271,7 +271,7 @@ def test_the_prompt_cache_is_counted_as_the_engine_is_told() -> None:
 
 
 def test_reordered_weights_count_twice_where_the_file_is_mapped() -> None:
-    """Mapped and in the processor's order, if the host alone computes; types that stay as they are count once."""
+    """Weights of reordered types count twice where the file is mapped and the host alone computes."""
     four_bit = replace(A_MODEL, types_bytes=(("Q4_0", 60 * MIB), ("Q6_K", 4 * MIB)), output_type="Q6_K")
     read, mapped = (cost(four_bit, Options(num_gpu=0, use_mmap=use_mmap)) for use_mmap in (False, True))
     assert (read.repacked_bytes, mapped.repacked_bytes) == (0, 60 * MIB)
@@ -281,7 +281,7 @@ def test_reordered_weights_count_twice_where_the_file_is_mapped() -> None:
 
 
 def test_an_output_matrix_is_reordered_too() -> None:
-    """And embeddings that serve as one are copied even where the file is read, since rows of them are looked up."""
+    """An output matrix is reordered too, and tied embeddings are copied even where the file is read."""
     untied = replace(A_MODEL, types_bytes=(("Q4_K", 60 * MIB),), output_type="Q4_K", output_bytes=9 * MIB)
     assert cost(untied, Options(use_mmap=True)).repacked_bytes == 69 * MIB
     tied = replace(untied, tied=True, input_bytes=7 * MIB)
@@ -290,7 +290,7 @@ def test_an_output_matrix_is_reordered_too() -> None:
 
 
 def test_a_recurrent_layer_keeps_a_state_for_each_slot() -> None:
-    """Whatever the context and the cache's type; a hybrid's other layers have their cells."""
+    """A recurrent layer keeps a state for each slot, whatever the context and the cache type."""
     sizes = Recurrence(conv=4, inner=1024, state=128, groups=1, rank=16)
     state_bytes = 4 * (3 * (1024 + 2 * 128) + 128 * 1024)
     hybrid = replace(
@@ -306,7 +306,7 @@ def test_a_recurrent_layer_keeps_a_state_for_each_slot() -> None:
 
 
 def test_checkpoints_are_counted_for_each_slot() -> None:
-    """Two copies of what sliding layers hold; an embedder and a model that only has full attention make none."""
+    """Two checkpoints of the sliding layers are counted for each slot, and none for embedders or full attention."""
     gemma = replace(A_MODEL, architecture="gemma3", sliding_window=512, sliding_layers=(True, False) * 15)
     options = Options(num_ctx=2048, num_parallel=3)
     assert cost(gemma, options).checkpoints_bytes == 2 * 3 * 15 * 512 * 3 * (64 + 64) * 2
@@ -317,7 +317,7 @@ def test_checkpoints_are_counted_for_each_slot() -> None:
 
 @given(some_models, some_options, some_options)
 def test_asking_for_more_never_takes_less(info: ModelInfo, some: Options, other: Options) -> None:
-    """In context and slots; and no part is ever negative."""
+    """A larger context or more slots never take less memory, and no part is negative."""
     less = replace(some, num_ctx=min(some.num_ctx or 0, other.num_ctx or 0), num_parallel=some.num_parallel or 1)
     more = replace(some, num_ctx=max(some.num_ctx or 0, other.num_ctx or 0), num_parallel=(some.num_parallel or 1) + 1)
     assert 0 < total(cost(info, less)) <= total(cost(info, more))

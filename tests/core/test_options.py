@@ -1,4 +1,4 @@
-"""Load-time options: who may share a runner, and what a reload is for."""
+"""Load-time options: which requests share a runner, and which need a reload."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.support.pool import PoolUnderTest, a_pool, acquire, exited, granted, 
 
 
 def a_pool_of_models(**how: object) -> PoolUnderTest:
-    """Return a pool whose model "a" has metadata, and options that matter."""
+    """Return a pool whose model "a" has metadata and options that matter."""
     return a_pool(capacity="16GiB", **how).declare("a", a_model())
 
 
@@ -22,7 +22,7 @@ def options_of(pool: PoolUnderTest, runner: int) -> Options:
 
 
 def test_what_a_process_is_started_with_is_explicit() -> None:
-    """Every automatic value is resolved before the launch, so that it can be compared later."""
+    """Every automatic value is resolved before the launch, so that later requests can be compared with it."""
     pool = a_pool_of_models().loading("a", request=1)
     assert options_of(pool, 1) == Options(
         num_ctx=4096, num_batch=512, num_parallel=1, cache_type_k="f16", cache_type_v="f16"
@@ -30,35 +30,35 @@ def test_what_a_process_is_started_with_is_explicit() -> None:
 
 
 def test_s01_a_context_below_4_becomes_4() -> None:
-    """S01: the least that is loaded; the request that asked for less is served by it."""
+    """S01: a request with a context below 4 is served by a runner with a context of 4."""
     pool = a_pool_of_models().loading("a", request=1, num_ctx=1)
     assert options_of(pool, 1).num_ctx == 4
     assert granted(pool.feed(loaded(1))) == [1]
 
 
 def test_s01_a_vision_model_gets_at_least_2048() -> None:
-    """S01: an image alone takes hundreds of tokens."""
+    """S01: a vision model is launched with a context of at least 2048."""
     pool = a_pool_of_models().declare("a", a_model(vision=True)).loading("a", request=1, num_ctx=512)
     assert options_of(pool, 1).num_ctx == 2048
 
 
 @pytest.mark.parametrize("model", [a_model(embedding=True), a_model(architecture="qwen3vl")])
 def test_s22_some_models_take_one_request_at_a_time(model: object) -> None:
-    """S22: embedders, and families whose state cannot be kept for several."""
+    """S22: embedders and some families are launched with one slot, which serves a request for four."""
     pool = a_pool_of_models().declare("a", model).loading("a", request=1, num_parallel=4)
     assert options_of(pool, 1).num_parallel == 1
     assert granted(pool.feed(loaded(1))) == [1]
 
 
 def test_s22_there_is_always_one_slot() -> None:
-    """S22: none and fewer become one."""
+    """S22: a request for no slot is launched with one slot."""
     pool = a_pool_of_models().loading("a", request=1, num_parallel=0)
     assert options_of(pool, 1).num_parallel == 1
 
 
 @pytest.mark.parametrize("asked", [{"num_ctx": 2048}, {"num_ctx": 4096}, {}, {"num_gpu": -1}, {"cache_type_k": "f16"}])
 def test_s30_a_runner_serves_what_it_covers(asked: dict[str, object]) -> None:
-    """S30: a smaller context, the same one, none named, a negative num_gpu, and what it was resolved to anyway."""
+    """S30: a runner serves a smaller or equal context, no options, a negative num_gpu and its resolved options."""
     pool = a_pool_of_models().idle("a")
     assert pool.feed(acquire("a", request=1, **asked)) == [Grant(1, 1)]
 
@@ -78,7 +78,7 @@ def test_s30_a_runner_serves_what_it_covers(asked: dict[str, object]) -> None:
     ],
 )
 def test_s30_any_other_option_that_is_named_needs_a_reload(asked: dict[str, object]) -> None:
-    """S30: the sibling goes, the next life has what was asked for."""
+    """S30: another named option stops the runner, and the next one has that option."""
     pool = a_pool_of_models().idle("a")
     assert launched(pool.feed(acquire("a", request=1, **asked))) == ["a"]
     (name, value) = next(iter(asked.items()))
@@ -86,14 +86,14 @@ def test_s30_any_other_option_that_is_named_needs_a_reload(asked: dict[str, obje
 
 
 def test_s30_those_who_ask_for_less_join_a_load() -> None:
-    """S30: a compatible request waits for the load of a larger one."""
+    """S30: a request for a smaller context waits for the load of a larger one."""
     pool = a_pool_of_models().loading("a", request=1, num_ctx=8192)
     assert pool.feed(acquire("a", request=2, num_ctx=2048)) == []
     assert granted(pool.feed(loaded(1))) == [1, 2]
 
 
 def test_n09_what_the_engine_really_got_is_what_later_requests_are_compared_with() -> None:
-    """N09: those who waited are served all the same; a later one that needs more is not."""
+    """N09: waiting requests are served by what the engine loaded, and a later request for more is not."""
     pool = a_pool_of_models().loading("a", request=1, num_ctx=8192)
     assert pool.feed(loaded(1, num_ctx=2048)) == [Grant(1, 1)]
     assert pool.feed(acquire("a", request=2, num_ctx=2048)) == [Grant(2, 1)]
@@ -101,13 +101,13 @@ def test_n09_what_the_engine_really_got_is_what_later_requests_are_compared_with
 
 
 def test_n09_automatic_values_never_cause_a_reload() -> None:
-    """N09: who names nothing takes what is there."""
+    """N09: a request that names no options is granted the runner that is there."""
     pool = a_pool_of_models().idle("a", num_ctx=512, num_thread=7)
     assert pool.feed(acquire("a", request=1)) == [Grant(1, 1)]
 
 
 def test_a_wish_beyond_the_models_limits_is_served_by_what_it_comes_to() -> None:
-    """A context larger than the trained one comes to the trained one, which is loaded already."""
+    """A request beyond the model's limits is served by a runner at those limits."""
     pool = a_pool_of_models().idle("a", num_ctx=8192)
     assert pool.feed(acquire("a", request=1, num_ctx=100_000)) == [Grant(1, 1)]
     pool.inspects = False
@@ -115,7 +115,7 @@ def test_a_wish_beyond_the_models_limits_is_served_by_what_it_comes_to() -> None
 
 
 def test_a_wish_that_comes_to_the_same_joins_a_load() -> None:
-    """Its options are compared as they will be, not as they were written."""
+    """A request beyond the model's limits waits for a load at those limits."""
     pool = a_pool_of_models().loading("a", request=1, num_ctx=8192)
     pool.feed(acquire("a", request=2, num_ctx=100_000))
     assert pool.waits_for(2) == WaitFor.load
@@ -123,7 +123,7 @@ def test_a_wish_that_comes_to_the_same_joins_a_load() -> None:
 
 
 def test_two_waiters_that_come_to_the_same_share_one_load() -> None:
-    """Both are beyond what the model can have: one launch, two grants."""
+    """Two requests beyond the model's limits share one launch."""
     pool = a_pool_of_models(inspects=False)
     pool.feed(acquire("a", request=1, num_ctx=100_000), acquire("a", request=2, num_ctx=200_000))
     assert launched(pool.feed(pool.sample(), pool.inspection("a"))) == ["a"]
@@ -131,20 +131,20 @@ def test_two_waiters_that_come_to_the_same_share_one_load() -> None:
 
 
 def test_d08_a_reload_has_the_options_of_its_own_request() -> None:
-    """D08: and they are what is recorded of it."""
+    """D08: a reload has the options of the request that caused it, and the snapshot shows them."""
     pool = a_pool_of_models().idle("a", num_ctx=512)
     pool.feed(acquire("a", request=1, num_ctx=1024), exited(1), loaded(2))
     assert [view.options.num_ctx for view in pool.core.snapshot().runners] == [1024]
 
 
 def test_another_identity_of_the_same_file_lives_beside_it() -> None:
-    """S30: an embedder and a chat model of one file are two models to the core, and do not take turns."""
+    """S30: an embedder and a chat model of one file are two models and are loaded beside each other."""
     pool = a_pool_of_models().declare("a|embedding", a_model(embedding=True)).idle("a").idle("a|embedding")
     assert [view.state for view in pool.core.snapshot().runners] == [RunnerState.idle] * 2
 
 
 def test_a_preload_with_other_options_reloads() -> None:
-    """It asks for a runner like any other request."""
+    """A preload with other options reloads the model like any other request."""
     pool = a_pool_of_models().idle("a", num_ctx=512)
     pool.feed(preload("a", request=1, num_ctx=1024), exited(1))
     assert pool.feed(loaded(2)) == [Grant(1, 2)]
@@ -152,7 +152,7 @@ def test_a_preload_with_other_options_reloads() -> None:
 
 
 def test_the_keep_alive_of_a_load_is_that_of_the_last_who_named_one() -> None:
-    """Those who waited are granted in order, so the last word is the latest one's."""
+    """A load that serves several requests has the keep-alive of the last one that named one."""
     pool = a_pool_of_models().loading("a", request=1, keep_alive="1m")
     pool.feed(acquire("a", request=2, keep_alive="2m"), acquire("a", request=3), loaded(1))
     pool.feed(release(1), release(2), release(3))
@@ -160,7 +160,7 @@ def test_the_keep_alive_of_a_load_is_that_of_the_last_who_named_one() -> None:
 
 
 def test_a_file_is_read_for_the_next_load_while_the_first_goes_on() -> None:
-    """Whoever waits for a reload does not wait for the load before it to end, only to have the file read then."""
+    """A file is inspected for a reload while the first load of the model goes on."""
     pool = a_pool(capacity="16GiB", inspects=False).declare("a", a_model())
     pool.feed(acquire("a", 1, num_ctx=2048), acquire("a", 2, num_ctx=8192))
     assert pool.feed(pool.inspection("a"))[-1] == Inspect("a")

@@ -1,4 +1,4 @@
-"""Where a model goes: one GPU, several, partly, or the host."""
+"""Placement: one GPU, several GPUs, in part, or the host."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ BOTH = (Gpu("gpu0", "gpu0"), Gpu("gpu1", "gpu1"))
 def placed(
     free: dict[str, int], footprint: Footprint = FOUR_LAYERS, offload: Offload = Offload.whole, **how: Any
 ) -> Any:
-    """Return where `footprint` goes with so many GiB free, or None."""
+    """Return the placement of `footprint` with so many GiB free, or None."""
     free_bytes = {DeviceId(device): size * GIB for device, size in free.items()}
     gpus = [Gpu(device, device) for device in free_bytes if device != HOST]
     return find_placement(PlacementDemand(footprint, **how), offload, free_bytes, gpus)
@@ -49,18 +49,18 @@ def placed(
 
 
 def test_n04_the_gpu_with_most_free_memory_takes_a_whole_model() -> None:
-    """N04: one GPU that takes it is better than several."""
+    """N04: a model goes whole on the GPU with most free memory, rather than on several."""
     assert placed({HOST: 64, "gpu0": 6, "gpu1": 9}).gpu_layers == (("gpu1", 5),)
 
 
 def test_n04_a_prediction_may_fill_four_fifths_of_what_is_free() -> None:
-    """N04: 4 GiB predicted need 5 GiB free."""
+    """N04: a model with a predicted size of 4 GiB needs 5 GiB free."""
     assert placed({HOST: 64, "gpu0": 5}) is not None
     assert placed({HOST: 64, "gpu0": 4.9}) is None
 
 
 def test_what_was_measured_needs_less_headroom() -> None:
-    """The same placement as before is known to the byte, so that 3 % are enough."""
+    """A measurement of the same split needs 3 % headroom."""
     split = (("gpu0", 5),)
     known = {split: (("gpu0", 4 * GIB), (HOST, 0))}
     placement = placed({HOST: 64, "gpu0": 4.2}, known=known)
@@ -69,7 +69,7 @@ def test_what_was_measured_needs_less_headroom() -> None:
 
 
 def test_what_is_declared_needs_no_headroom() -> None:
-    """Its owner answers for it."""
+    """Declared memory needs no headroom."""
     declared = Footprint(fixed=((HOST, 4 * GIB),))
     assert placed({HOST: 4}, declared, Offload.none) == Placement(((HOST, 4 * GIB),))
     assert needed(Placement(((HOST, 100),)), exact=True) == ((HOST, 100),)
@@ -77,18 +77,18 @@ def test_what_is_declared_needs_no_headroom() -> None:
 
 
 def test_n04_an_explicit_main_gpu_goes_first() -> None:
-    """N04: even if another has more free; where it does not fit there, another takes it."""
+    """N04: the named main GPU is used even if another has more free memory, unless the model does not fit there."""
     assert placed({HOST: 64, "gpu0": 6, "gpu1": 9}, main_gpu=0).gpu_layers == (("gpu0", 5),)
     assert placed({HOST: 64, "gpu0": 2, "gpu1": 9}, main_gpu=0).gpu_layers == (("gpu1", 5),)
 
 
 def test_n04_what_fits_on_no_single_gpu_is_split() -> None:
-    """N04: over as few as possible, the one with most free first."""
+    """N04: a model that fits on no single GPU is split over as few as possible, the one with most free memory first."""
     assert placed({HOST: 64, "gpu0": 3, "gpu1": 4, "gpu2": 1}).gpu_layers == (("gpu1", 3), ("gpu0", 2))
 
 
 def test_n04_a_discrete_gpu_goes_before_an_integrated_one() -> None:
-    """N04: even one with less memory free; the integrated one's is the host's."""
+    """N04: a discrete GPU is used before an integrated one, even if it has less free memory."""
     gpus = (Gpu("small", "small"), Gpu("shared", HOST))
     free = {HOST: 64 * GIB, "small": 6 * GIB}
     assert find_placement(PlacementDemand(FOUR_LAYERS), Offload.whole, free, gpus) == Placement(
@@ -101,20 +101,20 @@ def test_n04_a_discrete_gpu_goes_before_an_integrated_one() -> None:
 
 
 def test_n04_spread_deals_a_model_over_all_gpus_by_what_they_have_free() -> None:
-    """N04: each takes its part of the load, although one would take it all."""
+    """N04: `spread` splits a model over all GPUs by their free memory."""
     assert placed({HOST: 64, "gpu0": 10, "gpu1": 10}, spread=True).gpu_layers == (("gpu0", 2), ("gpu1", 3))
     assert placed({HOST: 64, "gpu0": 20, "gpu1": 5}, spread=True).gpu_layers == (("gpu0", 3), ("gpu1", 2))
     assert placed({HOST: 64, "gpu0": 3, "gpu1": 1}, spread=True) is None
 
 
 def test_a_split_leaves_the_headroom_on_each_gpu() -> None:
-    """Two layers of 1 GiB need 2.5 GiB; what does not fit that way fits nowhere, least of all on the host."""
+    """A split leaves the headroom on each GPU, and a model that does not fit so is not placed."""
     assert placed({HOST: 64, "gpu0": 3, "gpu1": 3}).gpu_layers == (("gpu0", 2), ("gpu1", 3))
     assert placed({HOST: 64, "gpu0": 2, "gpu1": 3}) is None
 
 
 def test_a_split_counts_every_layer_once() -> None:
-    """Bytes by device: the layers' own, the output with the last, compute buffers on each device that computes."""
+    """The bytes of a split add up: each layer once, the output with the last, and compute buffers on each GPU."""
     footprint = layered(4, "1GiB", output="512MiB", host="256MiB", compute="128MiB")
     placement = placed({HOST: 64, "gpu0": 4, "gpu1": 4}, footprint)
     amounts = dict(placement.bytes)
@@ -125,7 +125,7 @@ def test_a_split_counts_every_layer_once() -> None:
 
 
 def test_a_part_is_as_many_layers_as_fit_and_the_rest_stays_on_the_host() -> None:
-    """The output goes first, then the last layers, as llama.cpp offloads them; the host computes the others."""
+    """In part, the output and the last layers go to the GPU, as llama.cpp offloads them."""
     footprint = layered(4, "1GiB", output="512MiB", host="256MiB", compute="128MiB")
     placement = placed({HOST: 64, "gpu0": 3}, footprint, Offload.partial)
     assert placement.gpu_layers == (("gpu0", 2),)
@@ -135,14 +135,14 @@ def test_a_part_is_as_many_layers_as_fit_and_the_rest_stays_on_the_host() -> Non
 
 
 def test_on_the_host_alone_everything_stays_there() -> None:
-    """All layers, the output and one compute buffer."""
+    """On the host alone, all layers, the output and one compute buffer are there."""
     footprint = layered(4, "1GiB", output="512MiB", host="256MiB", compute="128MiB")
     placement = placed({HOST: 64, "gpu0": 64}, footprint, Offload.none)
     assert placement == Placement(((HOST, 4 * GIB + GIB // 2 + GIB // 4 + GIB // 8),))
 
 
 def test_the_output_is_the_first_to_be_offloaded() -> None:
-    """With as many as there are repeating layers, the first of these is still on the host."""
+    """The output is the first layer to be offloaded, as in llama.cpp."""
     footprint = layered(4, "1GiB", output="512MiB")
     one, four = (placed({HOST: 64, "gpu0": 64}, footprint, Offload.partial, num_gpu=layers) for layers in (1, 4))
     assert dict(one.bytes) == {"gpu0": GIB // 2, HOST: 4 * GIB}
@@ -150,7 +150,7 @@ def test_the_output_is_the_first_to_be_offloaded() -> None:
 
 
 def test_a_number_of_layers_that_is_named_is_kept_to() -> None:
-    """Neither more, where more would fit, nor fewer, where it does not."""
+    """A named number of layers is neither raised where more fit nor lowered where it does not fit."""
     assert placed({HOST: 64, "gpu0": 64}, offload=Offload.partial, num_gpu=2).gpu_layers == (("gpu0", 2),)
     assert placed({HOST: 64, "gpu0": 2}, offload=Offload.partial, num_gpu=3) is None
 
@@ -167,17 +167,17 @@ def test_a_number_of_layers_that_is_named_is_kept_to() -> None:
     ],
 )
 def test_the_ways_to_place_a_model_by_what_its_request_says(num_gpu: int | None, ways: tuple[Offload, ...]) -> None:
-    """S09: automatic tries the best first; what is named allows nothing else, 0 no GPU at all."""
+    """S09: automatic offload tries whole, in part and the host; a named number allows only itself, and 0 the host."""
     assert PlacementDemand(FOUR_LAYERS, num_gpu).offload_modes(BOTH) == ways
 
 
 def test_without_a_gpu_and_without_layers_there_is_one_way() -> None:
-    """The host, or what was declared."""
+    """Without GPUs, or for a declared object, the only placement is the host or what was declared."""
     assert PlacementDemand(FOUR_LAYERS).offload_modes(()) == (Offload.none,)
     assert PlacementDemand(Footprint(fixed=(("gpu0", 1),))).offload_modes(BOTH) == (Offload.none,)
 
 
-# -- placing among others ---------------------------------------------------------------------------------------------
+# -- placing beside other models --------------------------------------------------------------------------------------
 
 
 def a_gpu_pool(*gpus: str, **how: object) -> PoolUnderTest:
@@ -189,13 +189,13 @@ def a_gpu_pool(*gpus: str, **how: object) -> PoolUnderTest:
 
 
 def test_s13_a_model_that_fits_no_gpu_whole_is_offloaded_in_part() -> None:
-    """S13: with nothing loaded there is nothing better to wait for."""
+    """S13: with nothing else loaded, a model that fits no GPU whole is offloaded in part."""
     pool = a_gpu_pool("4GiB").loading("a", request=1)
     assert pool.launches[1].placement.gpu_layers == (("gpu0", 4),)
 
 
 def test_s13_a_model_that_would_fit_whole_without_others_evicts_them() -> None:
-    """S13: something is loaded, so it must fit whole, else room is made."""
+    """S13: a model that would fit whole without another runner evicts it."""
     pool = a_gpu_pool("8GiB").idle("a")
     assert stopped(pool.feed(acquire("b", request=1))) == [1]
     pool.feed(exited(1))
@@ -203,14 +203,14 @@ def test_s13_a_model_that_would_fit_whole_without_others_evicts_them() -> None:
 
 
 def test_s13_a_model_is_split_over_gpus_before_anybody_is_evicted() -> None:
-    """Whole on two is as good as whole on one."""
+    """S13: a model is split over GPUs before another runner is evicted."""
     pool = a_gpu_pool("8GiB", "4GiB").idle("a")
     assert launched(pool.feed(acquire("b", request=1))) == ["b"]
     assert sum(layers for _, layers in pool.launches[2].placement.gpu_layers) == 5
 
 
 def test_s13_only_what_is_pinned_makes_a_part_the_best_there_is() -> None:
-    """What cannot be moved is as if it was not there."""
+    """S13: a model is offloaded in part beside a pinned runner."""
     pool = a_gpu_pool("8GiB").idle("a")
     pool.feed(pin("a"))
     assert launched(pool.feed(acquire("b", request=1))) == ["b"]
@@ -218,20 +218,20 @@ def test_s13_only_what_is_pinned_makes_a_part_the_best_there_is() -> None:
 
 
 def test_a_model_goes_to_the_host_where_no_layer_fits_a_gpu() -> None:
-    """Rather slow than not at all, unless its request said otherwise."""
+    """A model goes to the host where no layer fits on a GPU."""
     pool = a_gpu_pool("1GiB").declare("a", layered(4, "1GiB", output="1GiB")).loading("a", request=1)
     assert pool.launches[1].placement.gpu_layers == ()
 
 
 def test_s09_num_gpu_0_considers_no_gpu() -> None:
-    """S09: everything stays on the host; the GPUs still count for how many may run (S10)."""
+    """S09: with num_gpu 0 everything stays on the host, and the GPUs still count for the limit of runners (S10)."""
     pool = a_gpu_pool("8GiB", "8GiB").declare("a", a_model()).loading("a", request=1, num_gpu=0)
     assert pool.launches[1].placement.gpu_layers == ()
     assert pool.core._state.max_runners() == 6
 
 
 def test_s09_gpus_are_looked_at_anew_for_each_load() -> None:
-    """S09: a GPU that came, or that strangers filled, is seen by the next load."""
+    """S09: each load is placed by the GPUs as they are then, new ones and those of other programs' memory included."""
     pool = a_gpu_pool("8GiB")
     pool.feed(memory(9, cpu="1GiB"))
     pool.strangers = {"gpu0": 8 * GIB}
@@ -241,7 +241,7 @@ def test_s09_gpus_are_looked_at_anew_for_each_load() -> None:
 
 
 def test_n02_what_takes_more_than_four_fifths_of_what_is_free_evicts_before_anything_is_started() -> None:
-    """N02: 4 GiB predicted, 4.5 GiB free: the room is made first, the process starts once it is there."""
+    """N02: a model that needs more than four fifths of the free memory evicts before its process starts."""
     pool = a_gpu_pool("8.5GiB").idle("a")
     commands = pool.feed(acquire("b", request=1))
     assert (stopped(commands), launched(commands)) == ([1], [])
@@ -249,14 +249,14 @@ def test_n02_what_takes_more_than_four_fifths_of_what_is_free_evicts_before_anyt
 
 
 def test_n02_a_prediction_covers_all_slots_and_no_more_than_was_trained() -> None:
-    """N02: the context is the lesser of what is asked and what was trained, times the slots."""
+    """N02: a prediction counts the lesser of the asked and the trained context, times the slots."""
     info = a_model(context_trained=2048)
     one, four = (estimate(info, resolve(info, Options(num_ctx=8192, num_parallel=slots))) for slots in (1, 4))
     assert sum(four.caches_bytes) == 4 * sum(one.caches_bytes) == 4 * 2 * 2 * 2 * 16 * 4 * 2048
 
 
 def test_a_gpu_may_be_required() -> None:
-    """No silent fall-back to the host, in part or whole; without any GPU the refusal says so."""
+    """With `require_gpu` a model is refused rather than placed on the host, and the refusal says if there is no GPU."""
     pool = a_gpu_pool("4GiB", require_gpu=True)
     assert refused(pool.feed(acquire("a", request=1))) == {1: DoesNotFitRefusal}
     pool = a_gpu_pool(require_gpu=True)
@@ -265,7 +265,7 @@ def test_a_gpu_may_be_required() -> None:
 
 
 def test_all_layers_on_gpus_or_nothing() -> None:
-    """Who asks for all layers on GPUs is refused at once where they never fit: no silent fall-back to the host."""
+    """A request for all layers on GPUs is refused at once where they never fit."""
     pool = a_gpu_pool("8GiB").declare("a", a_model(layers_bytes=(GIB,) * 8))
     assert refused(pool.feed(acquire("a", request=1, num_gpu=99))) == {1: DoesNotFitRefusal}
     needs = dict(pool.refusal(1).needed)
@@ -274,7 +274,7 @@ def test_all_layers_on_gpus_or_nothing() -> None:
 
 
 def test_s26_a_model_that_fits_nowhere_is_refused_with_the_numbers() -> None:
-    """S26: with nothing loaded a miss is an error, and says what it missed by."""
+    """S26: with nothing loaded, a model that fits nowhere is refused with figures."""
     pool = a_pool(capacity="2GiB", gpus=("1GiB",)).declare("a", FOUR_LAYERS)
     assert refused(pool.feed(acquire("a", request=1))) == {1: DoesNotFitRefusal}
     assert dict(pool.refusal(1).needed) == {HOST: GIB * 5 // 4, "gpu0": 3 * GIB * 5 // 4}
@@ -282,14 +282,14 @@ def test_s26_a_model_that_fits_nowhere_is_refused_with_the_numbers() -> None:
 
 
 def test_a_lease_on_one_gpu_does_not_hold_up_a_load_on_another() -> None:
-    """Rule 5: each device has its own account."""
+    """Rule 5: a lease on one GPU does not delay a load on another."""
     pool = a_gpu_pool("8GiB", "8GiB").ready("a", lease=1)
     assert launched(pool.feed(acquire("b", request=2))) == ["b"]
     assert pool.waiting() == [2]
 
 
 def test_what_is_offloaded_in_part_waits_for_a_load_rather_than_to_stay_on_the_smaller_gpu() -> None:
-    """A load is over in a moment, and nothing moves it afterwards."""
+    """A model that would go in part on a smaller GPU waits for a load on the larger one, because it is never moved."""
     pool = a_pool("64GiB", ["24GiB", "4GiB"]).declare("small", layered(10, "100MiB"))
     pool.declare("large", layered(32, "1GiB", compute="100MiB", host="100MiB"))
     pool.feed(acquire("small", request=1))
@@ -308,13 +308,13 @@ LAYERS = Footprint((100,) * 4, (0,) * 4, output_bytes=100)  # with the output: f
 def layers(
     free: dict[str, int], footprint: Footprint = LAYERS, offload: Offload = Offload.whole, **how: Any
 ) -> dict[DeviceId, int] | None:
-    """Return the layers by GPU, None where it does not go anywhere."""
+    """Return the layers by GPU, or None where the model is not placed."""
     placement = find_placement(PlacementDemand(footprint, **how), offload, {HOST: 10**6, **free}, BOTH)
     return None if placement is None else dict(placement.gpu_layers)
 
 
 def test_in_part_goes_all_but_one_at_most_and_one_at_least() -> None:
-    """The output counts as a layer; as many go as there is room for, headroom of a quarter included."""
+    """In part, as many layers go to the GPU as fit with headroom: at least one, and all but one at most."""
     assert layers({"gpu0": 10_000}, offload=Offload.partial) == {"gpu0": 4}
     assert layers({"gpu0": 250}, offload=Offload.partial) == {"gpu0": 2}
     assert layers({"gpu0": 125}, offload=Offload.partial) == {"gpu0": 1}
@@ -322,12 +322,12 @@ def test_in_part_goes_all_but_one_at_most_and_one_at_least() -> None:
 
 
 def test_one_layer_is_one_layer() -> None:
-    """What a request names is what it gets."""
+    """A request for one layer on GPUs gets one layer."""
     assert layers({"gpu0": 10_000}, offload=Offload.partial, num_gpu=1) == {"gpu0": 1}
 
 
 def test_a_gpu_of_which_nothing_is_known_has_no_room() -> None:
-    """Not a byte of it, on either GPU or on the host."""
+    """A GPU or a host without known free memory has no room."""
     assert layers({}) is None
     assert layers({"gpu1": 625}) == {"gpu1": 5}
     tiny = Footprint(fixed=(("gpu0", 1),))
@@ -336,7 +336,7 @@ def test_a_gpu_of_which_nothing_is_known_has_no_room() -> None:
 
 
 def test_the_output_and_its_copy_both_want_room() -> None:
-    """Input embeddings that are the output matrix are on a GPU twice."""
+    """An output matrix that is also the input embeddings takes its room twice."""
     copied = replace(LAYERS, output_copy_bytes=100)
     assert layers({"gpu0": 750}, copied) == {"gpu0": 5}
     assert layers({"gpu0": 400, "gpu1": 374}, copied) is None
@@ -344,7 +344,7 @@ def test_the_output_and_its_copy_both_want_room() -> None:
 
 
 def test_compute_buffers_and_projectors_take_their_part_of_a_split() -> None:
-    """Buffers on each GPU, projectors on the first one with layers: so much less room for layers there."""
+    """Compute buffers on each GPU and projectors on the first one leave less room for layers."""
     buffered = replace(LAYERS, compute_bytes=100)
     assert layers({"gpu0": 500, "gpu1": 375}, buffered) == {"gpu0": 3, "gpu1": 2}
     assert layers({"gpu0": 499, "gpu1": 375}, buffered) is None

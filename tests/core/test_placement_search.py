@@ -24,7 +24,7 @@ TWO = (Gpu("gpu0", "gpu0"), Gpu("gpu1", "gpu1"))
 
 @dataclass(frozen=True)
 class Case:
-    """A model, GPUs, and what is free."""
+    """A model, GPUs, and the free memory."""
 
     footprint: Footprint
     gpus: tuple[Gpu, ...]
@@ -33,7 +33,7 @@ class Case:
 
 @st.composite
 def footprints(draw: st.DrawFn) -> Footprint:
-    """Draw one with up to four repeating layers."""
+    """Draw a footprint with up to four repeating layers."""
     blocks = draw(st.integers(1, 4))
     sizes = st.lists(LAYER, min_size=blocks, max_size=blocks).map(tuple)
     return Footprint(
@@ -45,7 +45,7 @@ def footprints(draw: st.DrawFn) -> Footprint:
 
 @st.composite
 def cases(draw: st.DrawFn) -> Case:
-    """Draw up to three GPUs of all kinds; with four, all are alike in kind."""
+    """Draw up to three GPUs of all kinds, or four of one kind."""
     count = draw(st.sampled_from([1, 2, 2, 3, 3, 4]))
     kinds = st.sampled_from(["discrete"] * 4 + ["integrated", "instance", "other library"])
     gpus, free = [], {HOST: draw(st.integers(0, 90))}
@@ -59,7 +59,7 @@ def cases(draw: st.DrawFn) -> Case:
 
 
 def found(case: Case, offload: Offload, **how: object) -> Way | None:
-    """Return where it is placed; bytes by memory, none that take nothing."""
+    """Return the placement that the core finds, in bytes by memory without zeros."""
     placement = find_placement(PlacementDemand(case.footprint, **how), offload, case.free, case.gpus)
     if placement is None:
         return None
@@ -67,7 +67,7 @@ def found(case: Case, offload: Offload, **how: object) -> Way | None:
 
 
 def possible(case: Case, offload: Offload, num_gpu: int | None = None) -> list[Way]:
-    """Return every way of this kind that fits."""
+    """Return every placement of this kind that fits."""
     units = len(case.footprint.weights_bytes) + 1
     every = ways(case.footprint, case.gpus, case.free)
     match offload:
@@ -80,7 +80,7 @@ def possible(case: Case, offload: Offload, num_gpu: int | None = None) -> list[W
 
 
 def is_one_of(way: Way, candidates: Sequence[Way]) -> bool:
-    """Tell whether the search has found it too, with the same bytes on each memory."""
+    """Return whether the search has the placement too, with the same bytes on each memory."""
     return any(
         way.split == other.split and way.takes == {memory: size for memory, size in other.takes.items() if size}
         for other in candidates
@@ -93,7 +93,7 @@ def is_one_of(way: Way, candidates: Sequence[Way]) -> bool:
 def test_what_fits_is_placed_and_what_does_not_is_not(
     case: Case, offload: Offload, spread: bool, main_gpu: int | None
 ) -> None:
-    """Never refuses what fits, and never overcommits a device: the host, shared memory and headroom among them."""
+    """A placement is found exactly where one fits, and is one of those that the search finds."""
     way, candidates = found(case, offload, spread=spread, main_gpu=main_gpu), possible(case, offload)
     assert (way is None) == (not candidates)
     assert way is None or is_one_of(way, candidates)
@@ -101,7 +101,7 @@ def test_what_fits_is_placed_and_what_does_not_is_not(
 
 @given(cases(), st.integers(1, 5))
 def test_a_number_of_layers_that_is_named_is_placed_wherever_it_fits(case: Case, num_gpu: int) -> None:
-    """Neither more nor fewer."""
+    """A named number of layers is placed wherever it fits, with exactly so many layers."""
     units = len(case.footprint.weights_bytes) + 1
     if num_gpu < units:
         way, candidates = found(case, Offload.partial, num_gpu=num_gpu), possible(case, Offload.partial, num_gpu)
@@ -111,7 +111,7 @@ def test_a_number_of_layers_that_is_named_is_placed_wherever_it_fits(case: Case,
 
 @given(cases(), st.none() | st.integers(0, 3))
 def test_a_whole_model_takes_as_few_gpus_as_possible(case: Case, main_gpu: int | None) -> None:
-    """N04: and the one that was named among them, where as many would do with it."""
+    """N04: a whole model takes as few GPUs as possible, and the named one if as many GPUs suffice with it."""
     if (way := found(case, Offload.whole, main_gpu=main_gpu)) is None:
         return
     fewest = [other for other in possible(case, Offload.whole) if len(other.split) == len(way.split)]
@@ -123,7 +123,7 @@ def test_a_whole_model_takes_as_few_gpus_as_possible(case: Case, main_gpu: int |
 
 @given(cases())
 def test_of_single_gpus_a_discrete_one_goes_first_and_then_the_one_with_most_free(case: Case) -> None:
-    """N04: of those that take it whole."""
+    """N04: of single GPUs that take a whole model, a discrete one with most free memory is used."""
     singles = [other for other in possible(case, Offload.whole) if len(other.split) == 1]
     if singles:
         gpus = {gpu.id: gpu for gpu in case.gpus}
@@ -139,7 +139,7 @@ def test_of_single_gpus_a_discrete_one_goes_first_and_then_the_one_with_most_fre
 @settings(max_examples=500)
 @given(cases(), st.booleans())
 def test_in_part_as_many_layers_as_possible_are_offloaded(case: Case, spread: bool) -> None:
-    """Over several GPUs rather than fewer layers on one; of ways with as many, as few GPUs as possible."""
+    """In part, as many layers as possible are offloaded, over as few GPUs as possible."""
     if (way := found(case, Offload.partial, spread=spread)) is None:
         return
     most = max(other.layers for other in possible(case, Offload.partial))
@@ -150,7 +150,7 @@ def test_in_part_as_many_layers_as_possible_are_offloaded(case: Case, spread: bo
 
 @given(cases())
 def test_spread_takes_no_fewer_gpus(case: Case) -> None:
-    """N04: `spread` forces the split where there is one."""
+    """N04: `spread` takes no fewer GPUs than a placement without it."""
     together, spread = found(case, Offload.whole), found(case, Offload.whole, spread=True)
     assert (together is None) == (spread is None)
     if together is not None and spread is not None:
@@ -159,7 +159,7 @@ def test_spread_takes_no_fewer_gpus(case: Case) -> None:
 
 @given(cases())
 def test_the_same_question_has_the_same_answer(case: Case) -> None:
-    """Whatever the order of a mapping; another order of the GPUs changes no more than what they are called."""
+    """The order of a mapping changes no placement, and the order of GPUs changes no more than their names."""
     for offload in Offload:
         way = found(case, offload)
         assert found(replace(case, free=dict(reversed(case.free.items()))), offload) == way
@@ -170,7 +170,7 @@ def test_the_same_question_has_the_same_answer(case: Case) -> None:
 
 @given(cases(), st.data())
 def test_what_was_measured_counts_instead_of_what_is_predicted(case: Case, data: st.DataObject) -> None:
-    """A split that was seen needs 3 % over what it took, be that more than was predicted, or less."""
+    """A measured split needs 3 % over what it took, whether that is more or less than predicted."""
     units = len(case.footprint.weights_bytes) + 1
     splits = [
         tuple((gpu.id, size) for gpu, size in zip(group, ranges, strict=True))
@@ -197,7 +197,7 @@ def test_what_was_measured_counts_instead_of_what_is_predicted(case: Case, data:
 @given(cases())
 @example(Case(Footprint((5, 5, 1), (0, 0, 0)), TWO, {HOST: 9, "gpu0": 9, "gpu1": 7}))
 def test_the_core_refuses_nothing_that_fits(case: Case) -> None:
-    """Asked for a model on empty devices it launches it, the best way first, or refuses it at once with the numbers."""
+    """The core launches a model on empty devices with the best placement, or refuses it at once with figures."""
     pool = a_pool("1B").declare("a", case.footprint)
     free = {memory: max(0, size) for memory, size in case.free.items()}
     samples = [DeviceSample(HOST, "cpu", HOST, free[HOST], free[HOST])]

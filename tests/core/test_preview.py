@@ -1,4 +1,4 @@
-"""What a request is told it would get is what it then gets: the preview, and its advice."""
+"""Previews and advice: a request gets what its preview shows."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def look(pool: PoolUnderTest, model: str, **options: object) -> Preview:
 
 
 def a_large_model(*, context: int = 32768, head: int = 32, **how: object) -> ModelInfo:
-    """Return a model whose cache takes as much as its weights at 4096 tokens: 64 MiB in 8 layers."""
+    """Return a model of 8 layers whose cache takes as much as its weights at 4096 tokens: 64 MiB."""
     info = a_model((8 * MIB,) * 8, context_trained=context, **how)
     return replace(info, heads=8, heads_kv=(16,) * 8, key_length=head, value_length=head)
 
@@ -56,7 +56,7 @@ def a_large_model(*, context: int = 32768, head: int = 32, **how: object) -> Mod
 
 
 def test_what_has_room_fits() -> None:
-    """It says where, what must be free with headroom, and what is."""
+    """A model with room fits, and its preview has the bytes needed with headroom and the free bytes of each device."""
     found = look(a_pool("8GiB").declare("g", layered(4, "1GiB", host="512MiB")), "g")
     (share,) = found.shares
     assert (found.outcome, share.device, share.takes_bytes) == (Outcome.fits, HOST, amount("4.5GiB"))
@@ -65,7 +65,7 @@ def test_what_has_room_fits() -> None:
 
 
 def test_what_has_room_on_a_gpu_is_shown_there() -> None:
-    """Layers by GPU, and each memory's part."""
+    """A model with room on a GPU is shown with its layers by GPU and its bytes by memory."""
     pool = a_pool("8GiB", gpus=("8GiB",)).declare("g", layered(4, "1GiB", output="512MiB", host="512MiB"))
     found = look(pool, "g")
     takes = {share.device: share.takes_bytes for share in found.shares}
@@ -74,7 +74,7 @@ def test_what_has_room_on_a_gpu_is_shown_there() -> None:
 
 
 def test_the_part_of_an_integrated_gpu_is_the_hosts() -> None:
-    """N03: they share one memory, and one line of the account."""
+    """N03: an integrated GPU's bytes are shown with the host's."""
     pool = a_pool("8GiB", gpus=("8GiB",), integrated=True).declare("g", layered(4, "1GiB", host="512MiB"))
     found = look(pool, "g")
     assert [(share.device, share.takes_bytes, share.part.weights_bytes) for share in found.shares] == [
@@ -84,20 +84,20 @@ def test_the_part_of_an_integrated_gpu_is_the_hosts() -> None:
 
 
 def test_what_does_not_fit_whole_is_shown_in_part() -> None:
-    """Some layers stay on the host."""
+    """A model that does not fit whole is shown in part."""
     found = look(a_pool("8GiB", gpus=("3GiB",)).declare("g", layered(4, "1GiB")), "g")
     assert (found.outcome, found.gpu_layers, found.in_part) == (Outcome.fits, (("gpu0", 3),), True)
 
 
 def test_a_loaded_runner_that_serves_is_warm() -> None:
-    """What it takes is what it holds."""
+    """A request that a loaded runner serves is warm, and takes what the runner holds."""
     found = look(a_pool("8GiB").idle("a"), "a")
     assert found.outcome is Outcome.warm
     assert [(share.takes_bytes, share.needed_bytes) for share in found.shares] == [(amount("6GiB"), 0)]
 
 
 def test_idle_victims_are_named_and_go_at_once() -> None:
-    """With what they hold; what is judged by includes it."""
+    """Idle victims are named with what they hold, and free their memory at once."""
     pool = a_pool("8GiB").idle("a")
     found = look(pool, "b")
     (victim,) = found.victims
@@ -107,14 +107,14 @@ def test_idle_victims_are_named_and_go_at_once() -> None:
 
 
 def test_busy_victims_come_with_the_bound_on_the_wait() -> None:
-    """They are left alone for so long at most."""
+    """A busy victim frees its memory at the bound on the wait."""
     pool = a_pool("8GiB", max_wait_s=120.0).ready("a")
     (victim,) = look(pool, "b").victims
     assert (victim.leases, victim.free_at) == (1, pool.now + 120.0)
 
 
 def test_a_load_nobody_waits_for_gives_its_place_up() -> None:
-    """It is a victim like any other, though its memory is not needed."""
+    """A load that no request waits for is a victim where its load slot is needed."""
     pool = a_pool("8GiB", each="1GiB", max_host_loads=1)
     pool.feed(acquire("a", 1, timeout=10))
     pool.advance("11s")
@@ -123,27 +123,27 @@ def test_a_load_nobody_waits_for_gives_its_place_up() -> None:
 
 
 def test_other_options_than_the_loaded_ones_evict_the_models_own_runner() -> None:
-    """A reload is an eviction."""
+    """A reload with other options shows the model's own runner as a victim."""
     pool = a_pool("8GiB").declare("d", a_model()).idle("d", num_ctx=1024)
     found = look(pool, "d", num_ctx=2048)
     assert (found.outcome, [victim.model for victim in found.victims]) == (Outcome.evicts, ["d"])
 
 
 def test_a_load_under_way_is_waited_for() -> None:
-    """What it takes is what was promised to it."""
+    """A request for a model that loads waits for that load, and takes what is reserved for it."""
     found = look(a_pool("8GiB").loading("a"), "a")
     assert (found.outcome, found.waits_for) == (Outcome.waits, WaitFor.load)
     assert [share.takes_bytes for share in found.shares] == [amount("6GiB")]
 
 
 def test_memory_on_its_way_back_is_waited_for() -> None:
-    """Nobody else has to leave."""
+    """A request whose memory is being freed waits for memory and has no victims."""
     found = look(a_pool("8GiB").expiring("a"), "b")
     assert (found.outcome, found.waits_for, found.victims) == (Outcome.waits, WaitFor.memory, ())
 
 
 def test_those_before_it_are_waited_for() -> None:
-    """What an older request is about to take is not free."""
+    """A request behind an older one waits for earlier requests."""
     pool = a_pool("8GiB").ready("a")
     pool.feed(acquire("b", 50))
     found = look(pool, "c")
@@ -151,7 +151,7 @@ def test_those_before_it_are_waited_for() -> None:
 
 
 def test_what_never_fits_says_why() -> None:
-    """The refusal is the core's own, and the parts are shown all the same."""
+    """A model that never fits has the core's refusal, and its bytes by device."""
     pool = a_pool("8GiB").declare("g", layered(4, "4GiB"))
     found = look(pool, "g")
     assert isinstance(found.refusal, DoesNotFitRefusal) and found.outcome is Outcome.never
@@ -159,7 +159,7 @@ def test_what_never_fits_says_why() -> None:
 
 
 def test_what_would_fit_without_a_pin_says_so() -> None:
-    """Pins are not moved."""
+    """A model that would fit without a pinned runner has a refusal that names the pin."""
     pool = a_pool("8GiB").idle("a")
     pool.feed(pin("a"))
     found = look(pool, "b")
@@ -167,7 +167,7 @@ def test_what_would_fit_without_a_pin_says_so() -> None:
 
 
 def test_a_closed_scheduler_refuses() -> None:
-    """That is no question of size."""
+    """A closed core refuses every preview."""
     pool = a_pool("8GiB")
     pool.feed(close())
     found = look(pool, "a")
@@ -175,24 +175,24 @@ def test_a_closed_scheduler_refuses() -> None:
 
 
 def test_what_is_due_has_happened() -> None:
-    """A keep-alive that is over by now leaves no victim behind, but memory that comes back."""
+    """A keep-alive that is over counts as over in a preview, although the core has had no tick."""
     pool = a_pool("8GiB").idle("a", keep_alive=5)
-    pool.now += 6  # and nobody has told the core yet
+    pool.now += 6  # the core has had no tick yet
     assert look(pool, "b").outcome is Outcome.waits
 
 
 def test_what_is_launched_by_now_is_waited_for() -> None:
-    """The wait for memory is over, so the same request that came before is served first."""
+    """A load that is due counts as launched in a preview, so that the request waits for it."""
     pool = a_pool("8GiB", samples=False).idle("a")
     pool.feed(acquire("b", 1), exited(pool.runner("a")))
-    pool.feed(pool.sample(0))  # read after it had gone, but asked for before
+    pool.feed(pool.sample(0))  # it was asked for before the exit and read after it
     assert look(pool, "b").waits_for == WaitFor.memory
-    pool.now += 6  # and nobody has told the core yet
+    pool.now += 6  # the core has had no tick yet
     assert look(pool, "b").waits_for == WaitFor.load
 
 
 def test_a_victim_that_somebody_before_is_granted_is_in_use() -> None:
-    """One inspection serves both: an older request turns out to want the runner that this one would have go."""
+    """A victim that an older request is granted in the preview is shown as busy."""
     pool = a_pool("8GiB", max_wait_s=120.0).declare("d", a_model(context_trained=8192)).idle("d", num_ctx=8192)
     pool.inspects = False
     pool.feed(acquire("d", 1, num_ctx=10**6))
@@ -201,7 +201,7 @@ def test_a_victim_that_somebody_before_is_granted_is_in_use() -> None:
 
 
 def test_what_was_measured_replaces_the_prediction() -> None:
-    """N14: a runner that lived on the same layers tells what the next one takes, at a smaller headroom."""
+    """N14: a measurement of a runner replaces the prediction in a preview, with a smaller headroom."""
     pool = a_pool("8GiB").declare("d", a_model())
     assert look(pool, "d").measured is False
     pool.loading("d", 1).feed(Loaded(pool.runner("d"), None, ((HOST, amount("5GiB")),)), release(1), expire("d"))
@@ -211,7 +211,7 @@ def test_what_was_measured_replaces_the_prediction() -> None:
 
 
 def test_a_core_that_shares_its_devices_previews_without_a_claim() -> None:
-    """What other programs do at this moment is no part of the answer, and nothing is claimed."""
+    """A preview makes no claim, and other programs' loads are no part of it."""
     pool = a_pool("8GiB", claims=True, shares=False)
     assert look(pool, "a").outcome is Outcome.fits
     assert (pool.core._state.claims, pool.claimed) == ({}, 0)
@@ -221,7 +221,7 @@ def test_a_core_that_shares_its_devices_previews_without_a_claim() -> None:
 
 
 class PreviewMachine(CoreMachine):
-    """After whatever has happened, a request is previewed, and then asked of a copy of the core for real."""
+    """After any events a request is previewed, and then told to a copy of the core."""
 
     @rule(model=MODELS, options=OPTIONS, preload=st.booleans(), priority=st.sampled_from([0, 0, 2]))
     def look_and_ask(self, model: str, options: dict[str, int], preload: bool, priority: int) -> None:
@@ -231,7 +231,7 @@ class PreviewMachine(CoreMachine):
         found = preview(now, core, want, self.pool.outcome(model))
         assert core.snapshot() == before, "a preview changes nothing"
         core = core.copy()
-        core._state.config = replace(core._state.config, claims=False)  # each would be had, and then it goes on
+        core._state.config = replace(core._state.config, claims=False)  # claims would be granted, and the launch go on
         core.step(now, Tick())
         request = len(self.asked) + 1
         answers = core.step(now, Acquire(request, want))
@@ -241,7 +241,7 @@ class PreviewMachine(CoreMachine):
 
     @staticmethod
     def compare(found: Preview, core: Core, asked: Acquire, answers: list[Command]) -> None:
-        """Raise AssertionError where what was promised is not what happened."""
+        """Raise AssertionError where the answers differ from the preview."""
         mine = [each for each in answers if isinstance(each, Grant | Reject) and each.request == asked.request]
         states = {id: runner.state for id, runner in core._state.runners.items()}
         match found.outcome:
@@ -279,7 +279,7 @@ TestPreview = PreviewMachine.TestCase
 def test_what_evicts_goes_where_it_was_shown_once_they_have_left(
     host: int, gpu: int, residents: list[tuple[str, bool]], layers: int
 ) -> None:
-    """Leases end, processes end, memory is back: the launch that follows has the placement of the preview."""
+    """A launch after the evictions has the placement that the preview showed."""
     gpus = (f"{gpu}GiB",) if gpu else ()
     pool = a_pool(f"{host}GiB", gpus=gpus, each="2GiB").declare("new", layered(layers, "512MiB", host="256MiB"))
     for model, busy in residents:
@@ -309,7 +309,7 @@ def needs(info: ModelInfo, **options: object) -> int:
 
 
 def advised(pool: PoolUnderTest, **options: object) -> list[tuple[dict[str, Any], Outcome]]:
-    """Return what is advised for a request for "d", as what it changes, and what comes of each."""
+    """Return the advice for a request for "d": the changed options, and the outcome of each."""
     want, info = acquire("d", 0, **options).spec, pool.outcome("d")
     found = preview(pool.now, pool.core, want, info)
     advice = advise(pool.now, pool.core, want, info, found)
@@ -317,7 +317,7 @@ def advised(pool: PoolUnderTest, **options: object) -> list[tuple[dict[str, Any]
 
 
 def changes(asked: Options, advised: Options) -> dict[str, object]:
-    """Return the options that are advised to be other than asked for."""
+    """Return the options that the advice changes."""
     names = [each.name for each in fields(Options)]
     return {name: getattr(advised, name) for name in names if getattr(advised, name) != getattr(asked, name)}
 
@@ -326,12 +326,12 @@ QUANTISED = {"cache_type_k": "q8_0", "cache_type_v": "q8_0"}
 
 
 def test_what_fits_needs_no_advice() -> None:
-    """Not even a smaller cache."""
+    """A request that fits has no advice."""
     assert advised(a_pool("8GiB").declare("d", a_model())) == []
 
 
 def test_the_least_harm_is_advised_first() -> None:
-    """A quantised cache, then the largest context that will do, then fewer slots."""
+    """Advice names a quantised cache first, then the largest context that fits, then fewer slots."""
     info = a_large_model()
     asked = {"num_ctx": 8192, "num_parallel": 4}
     pool = a_pool(needs(info, **asked, **QUANTISED)).declare("d", info)
@@ -344,7 +344,7 @@ def test_the_least_harm_is_advised_first() -> None:
 
 
 def test_a_quantised_cache_allows_a_larger_context() -> None:
-    """Where the context has to be smaller either way, both ways are named."""
+    """Where the context has to be smaller either way, a larger one with a quantised cache is advised too."""
     info = a_large_model()
     pool = a_pool(needs(info, num_ctx=8192, **QUANTISED)).declare("d", info)
     assert needs(info, num_ctx=8192) > needs(info, num_ctx=8192, **QUANTISED) > needs(info, num_ctx=4096)
@@ -355,7 +355,7 @@ def test_a_quantised_cache_allows_a_larger_context() -> None:
 
 
 def test_everything_at_once_is_advised_if_nothing_less_will_do() -> None:
-    """One slot, a small context and a quantised cache."""
+    """One slot, a small context and a quantised cache are advised together where nothing less fits."""
     info = a_large_model()
     least = {"num_ctx": 2048, "num_parallel": 1, **QUANTISED}
     pool = a_pool(needs(info, **least)).declare("d", info)
@@ -364,7 +364,7 @@ def test_everything_at_once_is_advised_if_nothing_less_will_do() -> None:
 
 @pytest.mark.parametrize(("head", "options"), [(16, {}), (32, {"flash_attention": False})])
 def test_a_cache_that_cannot_be_quantised_is_not_advised_to_be(head: int, options: dict[str, bool]) -> None:
-    """llama.cpp refuses it for heads whose size is no multiple of 32, and for values without flash attention."""
+    """A quantised cache is not advised for heads that are no multiple of 32, nor without flash attention."""
     info = a_large_model(head=head)
     pool = a_pool(needs(info, num_ctx=5120, **options)).declare("d", info)  # more than 8192 tokens of q8_0 would take
     assert advised(pool, num_ctx=8192, **options) == [({"num_ctx": 4096}, Outcome.fits)]
@@ -374,7 +374,7 @@ def test_a_cache_that_cannot_be_quantised_is_not_advised_to_be(head: int, option
     ("trained", "embedding", "least"), [(131072, False, 2048), (2048, False, 512), (4096, True, 512)]
 )
 def test_a_context_is_advised_down_to_what_is_of_use(trained: int, embedding: bool, least: int) -> None:
-    """A large one is not left out because there are many in between; an embedder needs less."""
+    """The largest useful context that fits is advised, which is smaller for an embedder."""
     info = a_large_model(head=16, context=trained, embedding=embedding)
     pool = a_pool(needs(info, num_ctx=least)).declare("d", info)
     assert advised(pool, num_ctx=trained) == [({"num_ctx": least}, Outcome.fits)]
@@ -382,26 +382,26 @@ def test_a_context_is_advised_down_to_what_is_of_use(trained: int, embedding: bo
 
 
 def test_a_context_of_little_use_is_advised_where_nothing_else_helps() -> None:
-    """Rather than that there is no way."""
+    """A context of little use is advised where no other change helps."""
     info = a_large_model(head=16, context=8192)
     pool = a_pool(needs(info, num_ctx=512)).declare("d", info)
     assert advised(pool, num_ctx=8192) == [({"num_ctx": 512}, Outcome.fits)]
 
 
 def test_nothing_is_advised_where_nothing_helps() -> None:
-    """The weights alone are too large."""
+    """Nothing is advised where the weights alone are too large."""
     assert advised(a_pool("32MiB").declare("d", a_large_model()), num_ctx=4096, num_parallel=4) == []
 
 
 def test_an_object_has_no_options_to_advise() -> None:
-    """Its size is what it is."""
+    """An object has no options to advise."""
     pool = a_pool("4GiB")
     want = acquire("a", 0).spec
     assert advise(pool.now, pool.core, want, pool.outcome("a"), look(pool, "a")) == ()
 
 
 def test_what_evicts_is_told_how_it_need_not() -> None:
-    """A smaller context fits beside those that are loaded."""
+    """A request that would evict is advised a smaller context that fits beside the loaded runners."""
     info = a_large_model()
     pool = a_pool(needs(info, num_ctx=8192) + amount("64MiB"), sizes={"a": "64MiB"}).declare("d", info).idle("a")
     pool.core._state.config = replace(pool.core._state.config, max_runners=9)
@@ -411,14 +411,14 @@ def test_what_evicts_is_told_how_it_need_not() -> None:
 
 
 def test_a_loaded_runner_with_less_context_is_named() -> None:
-    """It serves without a reload."""
+    """A loaded runner with a smaller context is advised, because it serves without a reload."""
     pool = a_pool("8GiB").declare("d", a_large_model()).idle("d", num_ctx=4096)
     assert look(pool, "d", num_ctx=8192).outcome is Outcome.evicts
     assert ({"num_ctx": 4096}, Outcome.warm) in advised(pool, num_ctx=8192)
 
 
 def test_what_goes_to_a_gpu_in_part_is_told_how_all_of_it_would() -> None:
-    """A smaller cache leaves room for every layer."""
+    """A model that would go in part is advised a smaller cache with which it goes whole."""
     info = a_large_model()
     whole = look(a_pool("8GiB", gpus=("8GiB",)).declare("d", info), "d", num_ctx=4096)
     needed = next(share.needed_bytes for share in whole.shares if share.device == "gpu0")
@@ -428,7 +428,7 @@ def test_what_goes_to_a_gpu_in_part_is_told_how_all_of_it_would() -> None:
 
 
 def test_fewer_layers_on_a_gpu_are_advised_where_somebody_would_have_to_leave_it() -> None:
-    """Slower, but beside it."""
+    """Fewer layers on a GPU are advised where the model would otherwise evict a runner from the GPU."""
     info = a_large_model()
     pool = a_pool("8GiB", gpus=("200MiB",)).declare("d", info)
     pool.declare("a", Footprint(fixed=((DeviceId("gpu0"), 140 * MIB),))).idle("a")
@@ -438,7 +438,7 @@ def test_fewer_layers_on_a_gpu_are_advised_where_somebody_would_have_to_leave_it
 
 
 def test_layers_that_a_gpu_does_not_take_are_left_to_the_core() -> None:
-    """A number of layers that never fits is the first thing to give up if nothing else helps."""
+    """Automatic layers are advised where a named number of layers never fits."""
     info = a_large_model()
     pool = a_pool("8GiB", gpus=("64MiB",)).declare("d", info)
     assert look(pool, "d", num_gpu=8).outcome is Outcome.never
@@ -446,7 +446,7 @@ def test_layers_that_a_gpu_does_not_take_are_left_to_the_core() -> None:
 
 
 class CountedCore(Core):
-    """Counts its copies."""
+    """A core that counts its copies."""
 
     copies = 0
 
@@ -456,7 +456,7 @@ class CountedCore(Core):
 
 
 def a_core(host: int, gpu: int, held: Footprint | None = None) -> CountedCore:
-    """Return a core with so many MiB, and perhaps an idle model."""
+    """Return a core with so many MiB and, if given, an idle model."""
     gpus = [DeviceSample(DeviceId("gpu0"), "gpu", "", gpu * MIB, gpu * MIB)] if gpu else []
     core = CountedCore()
     core.step(1.0, Sampled((DeviceSample(HOST, "cpu", "", host * MIB, host * MIB), *gpus)))
@@ -466,7 +466,7 @@ def a_core(host: int, gpu: int, held: Footprint | None = None) -> CountedCore:
 
 
 def test_advice_costs_a_bounded_number_of_tries() -> None:
-    """Also where there is the most to try, and nothing helps."""
+    """Advice makes a bounded number of copies of the core, even where no change helps."""
     info = a_model((1024 * MIB,) * 8, context_trained=131072)
     info = replace(info, key_length=32, value_length=32)
     core = a_core(65536, 65536, Footprint(fixed=((HOST, 60000 * MIB), (DeviceId("gpu0"), 60000 * MIB))))
@@ -497,7 +497,7 @@ def test_every_advice_fits_when_it_is_followed(
     head: int,
     held: float,
 ) -> None:
-    """Asked of the core for real, it is launched, or others leave for it; and where none is given, none would help."""
+    """Each advised request is launched by the core or evicts for it, and without advice no change would help."""
     info = replace(a_model((8 * MIB,) * layers, context_trained=131072), key_length=head, value_length=head)
     core = a_core(host, gpu, layered(1, f"{int(host * held * 0.8)}MiB") if held else None)
     want = acquire("d", 0, num_ctx=num_ctx, num_parallel=num_parallel, num_gpu=num_gpu).spec
@@ -514,5 +514,5 @@ def test_every_advice_fits_when_it_is_followed(
         assert any(isinstance(answer, Launch) for answer in answers) == (each.preview.outcome is Outcome.fits)
     if found.outcome is Outcome.never and not advice and num_gpu is None:
         least = Options(num_ctx=2048, num_parallel=1, **(QUANTISED if head == 64 else {}))
-        small = num_ctx is None or num_ctx > 4096  # else the context is left as it is, or halved further
+        small = num_ctx is None or num_ctx > 4096  # a smaller context is kept as it is, or halved further
         assert not small or preview(1.0, core, replace(want, options=least), info).outcome is Outcome.never

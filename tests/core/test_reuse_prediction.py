@@ -1,4 +1,4 @@
-"""How soon a model is expected to be asked for again, and what of that the core keeps."""
+"""How soon a model is expected to be requested again, and the statistics that the core keeps for it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.support.pool import PoolUnderTest, a_pool, acquire, exited, expire, p
 
 
 def asked_within(outlooks: Iterable[tuple[float, float]], seconds: float) -> float:
-    """Return the probability of the longest stay in which less than `seconds` are rested."""
+    """Return the probability of a request within the longest stay whose expected idle time is below `seconds`."""
     return max((asked for asked, rest_s in outlooks if rest_s <= seconds), default=0.0)
 
 
@@ -31,7 +31,7 @@ def histogram(*rests_s: float) -> dict[int, int]:
 
 
 def test_bins_are_half_octaves() -> None:
-    """Each begins at 2^(n/2) seconds; what is shorter or longer is in the first or the last."""
+    """Each bin begins at 2^(n/2) seconds, and shorter or longer idle times are in the first or the last bin."""
     for place in range(BINS):
         edge_s = 2.0 ** (place / 2)
         assert bin_of(edge_s * 1.0001) == place
@@ -40,7 +40,7 @@ def test_bins_are_half_octaves() -> None:
 
 
 def test_a_rest_counts_for_its_model_and_for_all() -> None:
-    """One that is shorter than a second tells nothing of when a model may go."""
+    """An idle time counts for its model and for all models, unless it is shorter than a second."""
     own: dict[int, int] = {}
     common = {bin_of(10.0): 3}
     for rest_s in (10.0, 0.9, 10.0):
@@ -49,7 +49,7 @@ def test_a_rest_counts_for_its_model_and_for_all() -> None:
 
 
 def test_an_outlook_grows_with_the_stay() -> None:
-    """Staying longer, it is asked for more probably and rests longer."""
+    """A longer stay has a higher probability of a request and a longer expected idle time."""
     outlooks = IdleTimeStatistics(histogram(3.0, 30.0, 300.0, 3000.0)).forecast(histogram(5.0, 50.0), 4.0)
     for (asked, rest_s), (more_asked, more_rest_s) in pairwise(outlooks):
         assert 0.0 <= asked <= more_asked <= 1.0
@@ -57,7 +57,7 @@ def test_an_outlook_grows_with_the_stay() -> None:
 
 
 def test_who_came_back_every_minute_is_expected_within_the_next() -> None:
-    """A model's own rests decide, where it has shown enough."""
+    """The forecast of a model with enough idle times follows these."""
     common = histogram(*[60.0] * 50, *[3600.0] * 50)
     often, seldom = histogram(*[60.0] * 50), histogram(*[3600.0] * 50)
     experience = IdleTimeStatistics(common)
@@ -66,7 +66,7 @@ def test_who_came_back_every_minute_is_expected_within_the_next() -> None:
 
 
 def test_who_has_rested_longer_than_ever_before_is_expected_less() -> None:
-    """A pause within a session is over soon or never: an hour after the last of many short ones, it will stay away."""
+    """A model that is idle for longer than ever before is expected later than one within its usual idle time."""
     own = histogram(*[20.0] * 100)
     experience = IdleTimeStatistics(histogram(*[20.0] * 400, *[20000.0] * 20))
     soon = asked_within(experience.forecast(own, 10.0), 60.0)
@@ -75,13 +75,13 @@ def test_who_has_rested_longer_than_ever_before_is_expected_less() -> None:
 
 
 def test_of_the_unknown_what_all_have_done_is_expected() -> None:
-    """A model that was never asked for twice is like the others."""
+    """The forecast of a model without idle times follows those of all models."""
     experience = IdleTimeStatistics(histogram(*[60.0] * 100))
     assert asked_within(experience.forecast({}, 50.0), 100.0) > 0.5
 
 
 def test_of_two_that_have_rested_long_the_one_that_comes_back_oftener_is_expected_sooner() -> None:
-    """Beyond a pause the number of returns counts, although neither has rested just as long before."""
+    """Of two models with a long idle time, the one that was requested again more often is expected sooner."""
     common = histogram(*[2 * LONG_S] * 20, *[8 * LONG_S] * 20, *[40 * LONG_S] * 20)
     experience = IdleTimeStatistics(common)
     often, seldom = histogram(*[2 * LONG_S] * 20), histogram(40 * LONG_S)
@@ -93,13 +93,13 @@ def test_of_two_that_have_rested_long_the_one_that_comes_back_oftener_is_expecte
 
 @pytest.mark.parametrize("rest_s", [0.0, 1.0, 1e4, 1e9, math.inf])
 def test_nothing_known_is_no_error(rest_s: float) -> None:
-    """At the beginning, or after any rest, there is an outlook, or none; never a failure."""
+    """Without any statistics a forecast is valid, and never an error."""
     for asked, stay_s in IdleTimeStatistics({}).forecast({}, min(rest_s, 1e300)):
         assert 0.0 <= asked <= 1.0
         assert stay_s > 0.0
 
 
-# -- what the core notes ----------------------------------------------------------------------------------------------
+# -- what the core counts ---------------------------------------------------------------------------------------------
 
 
 def rests(pool: PoolUnderTest, model: str) -> dict[int, int]:
@@ -107,17 +107,17 @@ def rests(pool: PoolUnderTest, model: str) -> dict[int, int]:
 
 
 def test_a_warm_request_ends_a_rest() -> None:
-    """The rest lasts from the last release to the next request for a lease."""
+    """An idle time lasts from the last release to the next request for a lease."""
     pool = a_pool().ready("a", lease=1)
     pool.advance("100s")
     pool.feed(release(1))
     pool.advance("30s")
-    pool.feed(acquire("a", request=2), acquire("a", request=3))  # the second finds it in use
+    pool.feed(acquire("a", request=2), acquire("a", request=3))  # the second one finds the runner busy
     assert rests(pool, "a") == {bin_of(30.0): 1} == pool.core._state.idle_intervals
 
 
 def test_a_cold_request_ends_a_rest_that_its_last_runner_began() -> None:
-    """Having been given up meanwhile does not make it shorter; others who ask while it loads end none."""
+    """An idle time goes on after the runner was stopped, and a second request during the load ends none."""
     pool = a_pool().idle("a")
     pool.advance("10s")
     pool.feed(expire("a"), exited(1))
@@ -129,7 +129,7 @@ def test_a_cold_request_ends_a_rest_that_its_last_runner_began() -> None:
 
 
 def test_a_rest_begins_when_a_runner_that_was_given_up_in_use_is_given_back() -> None:
-    """It was used to the end of its last lease."""
+    """The idle time of a runner that was expired in use begins with its last release."""
     pool = a_pool().ready("a", lease=1)
     pool.feed(expire("a"))
     pool.advance("600s")
@@ -140,13 +140,13 @@ def test_a_rest_begins_when_a_runner_that_was_given_up_in_use_is_given_back() ->
 
 
 def test_a_first_request_ends_no_rest() -> None:
-    """There was nothing before it."""
+    """The first request of a model ends no idle time."""
     pool = a_pool().idle("a")
     assert rests(pool, "a") == {}
 
 
 def test_a_preload_ends_no_rest() -> None:
-    """Somebody expects the model to be asked for; that is not being asked for."""
+    """A preload ends no idle time."""
     pool = a_pool().idle("a")
     pool.advance("10s")
     pool.feed(preload("a", request=2))
@@ -154,7 +154,7 @@ def test_a_preload_ends_no_rest() -> None:
 
 
 def test_what_was_noted_is_copied_and_recorded() -> None:
-    """A copy goes on by itself; a recording begins with all of it."""
+    """A copy of the core has its own statistics, and a recorded state has all of them."""
     pool = a_pool().idle("a")
     pool.advance("50s")
     pool.feed(acquire("a", request=2))
@@ -168,7 +168,7 @@ def test_what_was_noted_is_copied_and_recorded() -> None:
     assert rests(pool, "a") == {bin_of(50.0): 2}
 
 
-# -- what giving a runner up costs ------------------------------------------------------------------------------------
+# -- what evicting a runner costs -------------------------------------------------------------------------------------
 
 
 def a_candidate(model: str, held_bytes: int, load_s: float | None, *outlooks: tuple[float, float]) -> Candidate:
@@ -184,7 +184,7 @@ OFTEN, SELDOM, CHEAP = ((0.5, 5.0), (0.8, 20.0)), ((0.1, 10.0), (0.5, 100.0)), (
 
 
 def costs_of_three(a_bytes: int, b_bytes: int, c_bytes: int) -> dict[str, float | None]:
-    """Return what they cost who come often, seldom, and often but cheap."""
+    """Return the costs of a model used often, one used seldom, and one used often that loads fast."""
     return costs(
         a_candidate("a", a_bytes, 10.0, *OFTEN),
         a_candidate("b", b_bytes, 6.0, *SELDOM),
@@ -193,7 +193,7 @@ def costs_of_three(a_bytes: int, b_bytes: int, c_bytes: int) -> dict[str, float 
 
 
 def test_a_cost_is_what_staying_is_worth_and_a_part_of_the_rate() -> None:
-    """The rarest holds just the priced part: a byte costs half of 0.06 / 35 a second."""
+    """The price of a byte is half the load rate by bytes of the models that fill the priced part."""
     found = costs_of_three(40, 35, 25)
     price = 0.5 * 0.06 / 35
     assert found == {
@@ -201,11 +201,11 @@ def test_a_cost_is_what_staying_is_worth_and_a_part_of_the_rate() -> None:
         "b": pytest.approx(6 * 0.1 - price * 35 * 10 + 10 * 0.06),
         "c": pytest.approx(2 * 0.2 - price * 25 * 4 + 10 * 0.1),
     }
-    assert list(found) == ["b", "c", "a"], "the cheapest first"
+    assert list(found) == ["b", "c", "a"], "the order begins with the cheapest"
 
 
 def test_the_price_is_of_as_many_as_hold_the_part_together() -> None:
-    """Here two: what both save, by what both hold."""
+    """The price of a byte comes from as many models as together fill the priced part."""
     found = costs_of_three(55, 20, 25)
     price = 0.5 * (0.06 + 0.1) / (20 + 25)
     assert found["a"] == pytest.approx(10 * 0.8 - price * 55 * 20 + 10 * 1.0)
@@ -213,14 +213,14 @@ def test_the_price_is_of_as_many_as_hold_the_part_together() -> None:
 
 
 def test_a_byte_alone_has_the_whole_price() -> None:
-    """A runner that holds next to nothing, or nothing, has a cost as well."""
+    """A runner that holds one byte or none has a cost as well."""
     price = 0.5 * 1.0
     assert costs(a_candidate("a", 1, 10.0, *OFTEN)) == {"a": pytest.approx(10 * 0.5 - price * 5 + 10 * 1.0)}
     assert costs(a_candidate("a", 0, 10.0, *OFTEN)) == {"a": pytest.approx(10 * 0.8 + 10 * 1.0)}
 
 
 def test_what_is_not_worth_its_memory_costs_its_rate_alone() -> None:
-    """Never less than nothing; a load that nobody waits for, and what is never asked for, cost nothing."""
+    """A cost is at least the model's rate, and 0 for a load without requests or a model never requested."""
     found = costs(a_candidate("often", 1, 10.0, *OFTEN), a_candidate("large", 10**6, 6.0, (0.1, 10.0), (0.11, 1000.0)))
     assert found["large"] == pytest.approx(6 * 0.1 - 0.5 * 0.06 * 10 + 10 * 0.06)
     assert costs(a_candidate("loading", 5, None, *OFTEN)) == {"loading": 0.0}

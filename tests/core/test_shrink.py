@@ -1,4 +1,4 @@
-"""Memory that becomes less while it is held: who goes at once, who goes later, and who never."""
+"""Memory that shrinks while it is held: which runners are evicted at once, which later, and which never."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ GIB = amount("1GiB")
 
 
 def shrink(pool: PoolUnderTest, size: str, device: str = HOST) -> list[object]:
-    """Lower what may be used of a device, or raise it, and have it read."""
+    """Set the capacity of a device, and read it."""
     pool.capacities |= {device: amount(size)}
     return list(pool.feed(pool.sample()))
 
 
 def test_as_few_idle_runners_go_as_lower_memory_asks_for() -> None:
-    """The longest unused first; one that turns out not to be needed stays."""
+    """As few idle runners as needed are evicted, the least recently used first."""
     pool = a_pool(capacity="8GiB", sizes={"a": "1GiB", "b": "4GiB", "c": "2GiB"}, policy=LeastRecentlyUsed())
     for model in "abc":
         pool.idle(model).advance("1s")
@@ -55,7 +55,7 @@ def test_as_few_idle_runners_go_as_lower_memory_asks_for() -> None:
 
 
 def test_all_idle_runners_go_where_they_are_not_enough_and_busy_ones_when_they_rest() -> None:
-    """Those in use serve on; what they hold beyond what there is is free only when they have gone."""
+    """All idle runners are evicted where they do not free enough, and a busy one when it becomes idle."""
     pool = a_pool(capacity="8GiB", sizes={"a": "1GiB", "b": "4GiB"}).idle("a").ready("b", lease=1)
     assert shrink(pool, "2GiB") == [Stop(1)]
     pool.settle()
@@ -64,7 +64,7 @@ def test_all_idle_runners_go_where_they_are_not_enough_and_busy_ones_when_they_r
 
 
 def test_a_busy_runner_that_fits_again_by_the_time_it_rests_stays() -> None:
-    """Only what is too much goes: here another one's end was enough."""
+    """A busy runner stays if the memory suffices by the time it becomes idle."""
     pool = a_pool(capacity="8GiB", sizes={"a": "4GiB", "b": "4GiB"}).ready("a", lease=1).ready("b", lease=2)
     assert shrink(pool, "4GiB") == []
     pool.feed(release(1), exited(1))
@@ -73,7 +73,7 @@ def test_a_busy_runner_that_fits_again_by_the_time_it_rests_stays() -> None:
 
 
 def test_a_pinned_runner_stays_in_memory_that_was_lowered() -> None:
-    """It is in nobody's way but its user's, who is told by what is refused."""
+    """A pinned runner stays in memory that shrank, until it is unpinned."""
     pool = a_pool(sizes={"a": "4GiB"}).idle("a")
     pool.feed(pin("a"))
     assert shrink(pool, "2GiB") == []
@@ -82,7 +82,7 @@ def test_a_pinned_runner_stays_in_memory_that_was_lowered() -> None:
 
 
 def test_who_asks_while_memory_is_overdrawn_waits_or_is_refused() -> None:
-    """What fits once the busy one has gone waits for it, what can never fit is told at once."""
+    """A request that fits once a busy runner has gone waits for it, and one that never fits is refused at once."""
     pool = a_pool(sizes={"a": "6GiB", "b": "2GiB", "c": "6GiB"}).ready("a", lease=1)
     shrink(pool, "4GiB")
     commands = pool.feed(acquire("b", request=2), acquire("c", request=3))
@@ -92,7 +92,7 @@ def test_who_asks_while_memory_is_overdrawn_waits_or_is_refused() -> None:
 
 
 def test_memory_that_was_raised_again_saves_who_has_not_gone_yet() -> None:
-    """What is planned for later is no decision."""
+    """A busy runner stays if the memory is raised again before it becomes idle."""
     pool = a_pool(sizes={"a": "6GiB"}).ready("a", lease=1)
     shrink(pool, "4GiB")
     shrink(pool, "8GiB")
@@ -100,7 +100,7 @@ def test_memory_that_was_raised_again_saves_who_has_not_gone_yet() -> None:
 
 
 def test_only_runners_on_the_device_that_has_less_go() -> None:
-    """A GPU's memory is not freed by what is on the host, nor on another GPU."""
+    """Only runners on the device that shrank are evicted."""
     pool = a_pool(capacity="64GiB", gpus=("8GiB", "8GiB"), each="1GiB")
     pool.declare("a", layered(4, "512MiB")).declare("b", layered(4, "512MiB"))
     pool.idle("host").advance("1s")
@@ -109,7 +109,7 @@ def test_only_runners_on_the_device_that_has_less_go() -> None:
 
 
 def test_a_device_that_is_not_read_any_more_takes_nobody_with_it() -> None:
-    """It may be back at the next look; until then nothing new goes there."""
+    """A device that is no longer read evicts no runner."""
     pool = a_pool(capacity="64GiB", gpus=("8GiB",)).declare("a", layered(4, "512MiB")).idle("a")
     del pool.capacities["gpu0"]
     pool.occupied.clear()
@@ -119,7 +119,7 @@ def test_a_device_that_is_not_read_any_more_takes_nobody_with_it() -> None:
 
 
 def test_a_device_that_comes_back_smaller_counts_as_lowered() -> None:
-    """What it was before it went is what was promised on."""
+    """A device that returns with less memory than before counts as shrunk."""
     pool = a_pool(capacity="64GiB", gpus=("8GiB",)).declare("a", layered(4, "512MiB")).idle("a")
     del pool.capacities["gpu0"]
     pool.occupied.clear()
@@ -128,7 +128,7 @@ def test_a_device_that_comes_back_smaller_counts_as_lowered() -> None:
 
 
 def test_a_runner_that_grew_beyond_its_promise_is_not_given_up_for_it() -> None:
-    """Nothing was lowered: a guess was wrong, and the next load knows better."""
+    """A runner that grew beyond its reservation is not evicted for that, because no device shrank."""
     pool = a_pool(capacity="8GiB").idle("a")
     pool.occupied[1] = {HOST: 9 * GIB}
     assert pool.feed(pool.sample()) == []
@@ -136,7 +136,7 @@ def test_a_runner_that_grew_beyond_its_promise_is_not_given_up_for_it() -> None:
 
 
 def test_memory_that_was_lowered_and_suffices_is_like_any_other() -> None:
-    """What grows later was not too much when it was lowered."""
+    """Growth after memory shrank and sufficed evicts no runner."""
     pool = a_pool(capacity="8GiB").idle("a")
     assert shrink(pool, "7GiB") == []
     pool.occupied[1] = {HOST: 9 * GIB}
@@ -144,7 +144,7 @@ def test_memory_that_was_lowered_and_suffices_is_like_any_other() -> None:
 
 
 def test_a_runner_that_grew_on_one_device_is_left_alone_when_another_has_less() -> None:
-    """Each device for itself."""
+    """A runner that grew on one device stays when another device shrinks."""
     pool = a_pool(capacity="64GiB", gpus=("8GiB",)).declare("a", layered(4, "512MiB")).idle("a")
     pool.ready("b", lease=1)
     pool.occupied[1] = {"gpu0": 9 * GIB}
@@ -153,14 +153,14 @@ def test_a_runner_that_grew_on_one_device_is_left_alone_when_another_has_less() 
 
 
 def test_an_idle_runner_is_not_given_up_for_a_device_that_only_busy_ones_hold() -> None:
-    """It would help nobody, however much is missing."""
+    """An idle runner is not evicted for a device on which it holds nothing."""
     pool = a_pool(capacity="64GiB", gpus=("8GiB",), each="1GiB").declare("a", layered(4, "512MiB"))
     pool.ready("a", lease=1).idle("b")
     assert shrink(pool, "1GiB", "gpu0") == []
 
 
 def test_what_goes_anyway_serves_who_waits() -> None:
-    """Nobody else is given up for them: here the oldest goes, and leaves enough for both reasons."""
+    """A runner that is evicted for less memory frees it for a waiting request, and no other runner is evicted."""
     sizes = {"loading": "1GiB", "old": "4GiB", "young": "2GiB", "next": "1GiB"}
     pool = a_pool(capacity="9GiB", sizes=sizes, max_host_loads=1, max_runners=9).idle("old")
     pool.advance("1s")
@@ -170,14 +170,14 @@ def test_what_goes_anyway_serves_who_waits() -> None:
 
 
 def test_memory_of_the_programs_own_is_part_of_what_is_too_much() -> None:
-    """It cannot be given up, so models are."""
+    """A runner is evicted where memory of the program's own and the runner exceed the memory."""
     pool = a_pool(sizes={"a": "2GiB"}).idle("a")
     pool.feed(memory(1, cpu="4GiB"))
     assert shrink(pool, "5GiB") == [Stop(1)]
 
 
 def test_who_goes_for_one_device_counts_for_the_other() -> None:
-    """A model that is split over both leaves both, so that the other one may stay."""
+    """A model that is split over two devices and evicted for one of them counts for the other."""
     pool = a_pool(capacity="64GiB", gpus=("8GiB", "9GiB"))
     pool.declare("small", layered(2, "512MiB")).declare("split", layered(8, "1GiB"))
     pool.idle("small").advance("1s")
@@ -188,7 +188,7 @@ def test_who_goes_for_one_device_counts_for_the_other() -> None:
 
 
 def test_why_a_runner_went_for_less_memory_is_noted() -> None:
-    """With the device, so that the user finds the limit."""
+    """The log of the transition names the device that shrank."""
     pool = a_pool().idle("a")
     pool.core.decision_log = list[Entry]()
     shrink(pool, "1GiB")
@@ -204,7 +204,7 @@ def test_why_a_runner_went_for_less_memory_is_noted() -> None:
     limit=st.integers(0, 4),
 )
 def test_limits_hold_again_when_everything_has_rested(sizes: list[int], busy: int, capacity: int, limit: int) -> None:
-    """Whatever was in use when they were lowered; and nobody goes who did not have to."""
+    """Once all runners are idle the limits hold, and no runner was evicted needlessly."""
     models = [f"m{index}" for index in range(len(sizes))]
     pool = a_pool(
         capacity="24GiB", sizes={m: f"{size}GiB" for m, size in zip(models, sizes, strict=True)}, max_runners=9
@@ -222,11 +222,11 @@ def test_limits_hold_again_when_everything_has_rested(sizes: list[int], busy: in
     assert left == sizes or sum(sizes) > capacity or len(sizes) > (limit or 9)
 
 
-# -- everything at once -----------------------------------------------------------------------------------------------
+# -- all events together ----------------------------------------------------------------------------------------------
 
 
 class ShrinkingMachine(test_machine.CoreMachine):
-    """The random pool, on devices that become smaller and larger, under limits that change."""
+    """The random core, on devices that shrink and grow, under limits that change."""
 
     @rule(host=st.integers(2, 10), gpu=st.integers(1, 8))
     def resize(self, host: int, gpu: int) -> None:
@@ -240,9 +240,9 @@ class ShrinkingMachine(test_machine.CoreMachine):
 
     @invariant()
     def promises_fit_the_devices(self) -> None:
-        """They need not here: what is in use stays. But nobody rests where there is too much."""
+        """A device may be overdrawn here by busy runners, but not while an idle runner could be evicted."""
         core, pool, ledger = self.pool.core, self.pool.core._state, self.pool.core._state.ledger
-        if pool.closing or core.deadline() <= pool.now:  # something is due, and looked at when its Tick comes
+        if pool.closing or core.deadline() <= pool.now:  # a timer is due, and is handled when its Tick comes
             return
         for device in ledger.overcommitted & ledger.devices.keys():
             held = {id: ledger.accounts["runner", id].held_bytes(device) for id in pool.runners}
@@ -253,7 +253,7 @@ class ShrinkingMachine(test_machine.CoreMachine):
             }
             fits = ledger.held_bytes(device) - sum(held[id] for id in going) <= ledger.devices[device].capacity_bytes
             resting = [one for one in pool.runners.values() if one.state is RunnerState.idle and not pool.pinned(one)]
-            assert fits or not any(held[one.id] for one in resting), f"too much on {device}, and somebody rests"
+            assert fits or not any(held[one.id] for one in resting), f"{device} is overdrawn while a runner is idle"
 
 
 ShrinkingMachine.TestCase.settings = settings(

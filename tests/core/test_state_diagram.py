@@ -16,19 +16,19 @@ PAGE = Path(__file__).resolve().parents[2] / "docs" / "states.md"
 
 
 def test_the_page_is_what_the_tables_say() -> None:
-    """Draw it again with `make docs`."""
+    """The page of the documentation equals the drawing; `make docs` draws it again."""
     assert PAGE.read_text(encoding="utf-8") == markdown()
 
 
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules.*:RuntimeWarning")
 def test_the_module_prints_the_page(capsys: pytest.CaptureFixture[str]) -> None:
-    """Printed and not written: the core touches no files."""
+    """The module prints the page and writes no file."""
     runpy.run_module("fsm.machine.state_diagram", run_name="__main__")
     assert capsys.readouterr().out == markdown()
 
 
 def test_every_row_is_an_arrow() -> None:
-    """Those of one way share it."""
+    """Every row is on the arrow between its two states."""
     lines = mermaid(RUNNER_TABLE).splitlines()
     assert lines[0] == "stateDiagram-v2"
     for row in RUNNER_TABLE.rows:
@@ -37,24 +37,24 @@ def test_every_row_is_an_arrow() -> None:
 
 
 def test_the_diagram_begins_and_ends() -> None:
-    """With the initial and the final state."""
+    """The diagram has an arrow to the initial state and one from the final state."""
     lines = mermaid(RUNNER_TABLE).splitlines()
     assert "    [*] --> loading" in lines
     assert "    unloaded --> [*]" in lines
 
 
 def test_every_state_says_what_is_true_in_it() -> None:
-    """A runner's, and a request's, in the order of their lives."""
+    """Every state of a runner and of a request has a meaning, in the order of the states."""
     assert list(runner.MEANING) == list(RunnerState)
     assert list(request.MEANING) == list(RequestState)
 
 
 def test_every_row_says_when_it_is_fired() -> None:
-    """For whoever reads the page."""
+    """Every row says when it is fired."""
     assert all(row.when for row in RUNNER_TABLE.rows)
     assert all(row.when for row in REQUEST_ROWS)
 
 
 def test_every_state_of_a_request_is_drawn() -> None:
-    """The description names each of them."""
+    """Every state of a request is part of a row."""
     assert {state for row in REQUEST_ROWS for state in (row.source, row.destination)} == set(RequestState)

@@ -1,4 +1,4 @@
-"""What ought to be gone and is not: nobody counts on its memory for ever, and every wait has an end."""
+"""Runners that should have ended and have not: no plan counts on their memory for ever, and every wait has an end."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.support.pool import a_pool, acquire, exited, expire, launched, releas
 
 
 def test_a_runner_that_does_not_stop_is_not_counted_on() -> None:
-    """Rule 11: at first its memory is on its way; after the bound the idle one goes instead."""
+    """Rule 11: a runner that does not stop in time is no longer counted on, and another one is evicted."""
     pool = a_pool(capacity="5GiB", sizes={"a": "3GiB", "b": "2GiB", "c": "2GiB"}).idle("b").idle("a")
     pool.feed(expire("a"))
     assert stopped(pool.feed(acquire("c", request=9))) == []
@@ -24,7 +24,7 @@ def test_a_runner_that_does_not_stop_is_not_counted_on() -> None:
 
 
 def test_a_drain_that_takes_too_long_is_not_counted_on() -> None:
-    """A long answer is not cut; but after another bound on the wait something idle goes in its place."""
+    """A runner that drains for longer than the bound is no longer counted on, and an idle one is evicted."""
     pool = a_pool(capacity="5GiB", sizes={"a": "3GiB", "b": "2GiB", "c": "2GiB"}).idle("b").ready("a", lease=1)
     pool.feed(expire("a"), acquire("c", request=9))
     assert pool.waits_for(9) == WaitForRunners(("a",), RunnerStep.drain)
@@ -35,7 +35,7 @@ def test_a_drain_that_takes_too_long_is_not_counted_on() -> None:
 
 
 def test_what_only_a_stuck_runner_could_make_room_for_is_refused_and_names_it() -> None:
-    """Every wait has an end: once it is overdue, those who would need its memory are told."""
+    """A request that only a stuck runner's memory could serve is refused, and the refusal names the runner."""
     pool = a_pool(capacity="5GiB", sizes={"a": "3GiB", "c": "4GiB"}).idle("a")
     pool.feed(expire("a"), acquire("c", request=9))
     pool.advance("20s")
@@ -44,7 +44,7 @@ def test_what_only_a_stuck_runner_could_make_room_for_is_refused_and_names_it() 
 
 
 def test_a_load_that_needs_to_be_alone_does_not_wait_for_what_is_stuck() -> None:
-    """N07: after out of memory everything else goes first, but not what never goes."""
+    """N07: the second try of a load that ran out of memory does not wait for a stuck runner."""
     pool = a_pool(capacity="20GiB", sizes={"a": "3GiB", "b": "6GiB"}).idle("a")
     pool.feed(expire("a"))
     pool.loading("b", request=9)
@@ -54,7 +54,7 @@ def test_a_load_that_needs_to_be_alone_does_not_wait_for_what_is_stuck() -> None
 
 @pytest.mark.parametrize("kind", [ZeroDivisionError, SystemExit, KeyboardInterrupt])
 def test_a_policy_that_raises_does_not_stop_the_scheduler(kind: type[BaseException]) -> None:
-    """It may be the user's own: the oldest go first instead, and the failure is kept for the status."""
+    """A policy that raises is replaced by the least recently used order, and its failure is kept for the status."""
 
     class Broken:
         name = "broken"
@@ -68,7 +68,7 @@ def test_a_policy_that_raises_does_not_stop_the_scheduler(kind: type[BaseExcepti
 
 
 def test_whom_a_policy_leaves_out_is_given_up_last() -> None:
-    """Rule 11: a policy only orders. If it could keep somebody, those who wait for that memory would wait for ever."""
+    """Rule 11: a policy only orders, so a candidate that it leaves out comes last."""
 
     class Protective:
         name = "protective"
@@ -82,7 +82,7 @@ def test_whom_a_policy_leaves_out_is_given_up_last() -> None:
 
 
 def test_whom_a_policy_names_twice_counts_once() -> None:
-    """Else one runner would seem to make room for two, and go although the other still holds the rest."""
+    """A candidate that a policy names twice counts once."""
 
     class Repetitive:
         name = "repetitive"
@@ -97,7 +97,7 @@ def test_whom_a_policy_names_twice_counts_once() -> None:
 
 
 def test_a_younger_load_does_not_take_the_place_of_one_that_starts_in_a_moment() -> None:
-    """Rule 5 for the places among the loads: what is on its way back is the older one's."""
+    """Rule 5: a younger request does not take the load slot of an older one whose memory is being freed."""
     sizes = {"a": "6GiB", "b": "6GiB", "c": "1GiB"}
     pool = a_pool(capacity="8GiB", sizes=sizes, max_host_loads=1).idle("a")
     pool.feed(acquire("b", request=8))

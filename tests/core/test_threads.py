@@ -1,4 +1,4 @@
-"""How many threads a runner gets: the host's cores, dealt to those that are likely to work at once."""
+"""Threads of a runner: the host's cores, divided among the runners that are likely to compute at once."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.support.models import MIB, a_model
 from tests.support.pool import PoolUnderTest, a_pool, acquire, exited, expire, loaded, preload, release
 
 MODELS = "abcdefgh"
-SMALL = a_model((32 * MIB,) * 4)  # takes 182 MiB with all that comes with it
+SMALL = a_model((32 * MIB,) * 4)  # takes 182 MiB in all
 
 
 def a_host(cores: int, capacity: str = "16GiB", **how: object) -> PoolUnderTest:
@@ -26,32 +26,32 @@ def a_host(cores: int, capacity: str = "16GiB", **how: object) -> PoolUnderTest:
 
 
 def answers(pool: PoolUnderTest, runner: int) -> int:
-    """Return the threads that a runner was launched with, for answers."""
+    """Return the threads for answers that a runner was launched with."""
     threads = pool.launches[runner].placement.threads
     assert threads is not None
     return threads.answers
 
 
 def test_a_runner_alone_gets_every_core() -> None:
-    """Nobody else is there, and nobody else waits."""
+    """A runner alone has a thread for every core."""
     pool = a_host(8).loading("a", request=1)
     assert pool.launches[1].placement.threads == Threads(8, 8)
 
 
 def test_beside_one_that_is_in_use_it_gets_half_of_them() -> None:
-    """Both will work at once; prompts get all cores even so, which costs nobody anything."""
+    """A runner that is launched beside a busy one has half of the cores for answers and all for prompts."""
     pool = a_host(8).ready("a", lease=1).loading("b", request=2)
     assert pool.launches[2].placement.threads == Threads(4, 8)
 
 
 def test_three_at_once_get_a_third_each_rounded_down() -> None:
-    """More threads than cores would wait for each other."""
+    """Of three runners at once the third has a third of the cores, rounded down."""
     pool = a_host(16, max_runners=8).ready("a", lease=1).ready("b", lease=2).loading("c", request=3)
     assert answers(pool, 3) == 5
 
 
 def test_there_is_always_one_thread() -> None:
-    """However many are at work."""
+    """A runner has at least one thread, however many others are busy."""
     pool = a_host(2, max_runners=8)
     for request, model in enumerate("abcd", 1):
         pool.ready(model, lease=request)
@@ -59,7 +59,7 @@ def test_there_is_always_one_thread() -> None:
 
 
 def test_those_that_wait_count_where_there_is_room_for_them() -> None:
-    """Two that are asked for at once are dealt the cores as two, the first one too."""
+    """Two models that are requested together have half of the cores each."""
     pool = a_host(8, inspects=False)
     pool.feed(acquire("a", request=1), acquire("b", request=2))
     pool.feed(pool.inspection("a"), pool.inspection("b"))
@@ -67,7 +67,7 @@ def test_those_that_wait_count_where_there_is_room_for_them() -> None:
 
 
 def test_those_that_will_take_its_place_do_not_count() -> None:
-    """There is room for one: who waits is served after it, not beside it."""
+    """A waiting model that will take the place of this one does not count."""
     for how in ({"capacity": "300MiB"}, {"max_runners": 1}):
         pool = a_host(8, inspects=False, **how)
         pool.feed(acquire("a", request=1), acquire("b", request=2))
@@ -76,7 +76,7 @@ def test_those_that_will_take_its_place_do_not_count() -> None:
 
 
 def test_those_that_rest_do_not_count_where_models_are_used_in_turns() -> None:
-    """One client that goes from model to model has all the cores with each."""
+    """Idle runners do not count where models were used one after the other."""
     pool = a_host(8, max_runners=8)
     for request, model in enumerate("abc", 1):
         pool.ready(model, lease=request).feed(release(lease=request))
@@ -84,7 +84,7 @@ def test_those_that_rest_do_not_count_where_models_are_used_in_turns() -> None:
 
 
 def test_those_that_rest_count_as_far_as_so_many_have_worked_at_once() -> None:
-    """Two of three resting ones may come back, since two were in use beside each other before."""
+    """Idle runners count as far as so many were busy at once before."""
     pool = a_host(12, max_runners=8).ready("a", lease=1).ready("b", lease=2).ready("c", lease=3)
     pool.feed(release(lease=1), release(lease=2), release(lease=3))
     pool.loading("d", request=4)
@@ -92,7 +92,7 @@ def test_those_that_rest_count_as_far_as_so_many_have_worked_at_once() -> None:
 
 
 def test_one_that_is_on_its_way_out_does_not_count() -> None:
-    """It takes no new lease, and will be gone."""
+    """A runner that expires does not count."""
     pool = a_host(8).ready("a", lease=1)
     pool.feed(expire("a"))
     pool.loading("b", request=2)
@@ -100,37 +100,37 @@ def test_one_that_is_on_its_way_out_does_not_count() -> None:
 
 
 def test_a_reload_is_not_divided_with_its_own_earlier_life() -> None:
-    """A model has one runner at a time."""
+    """A reload does not count the model's earlier runner."""
     pool = a_host(8).idle("a")
     pool.feed(acquire("a", request=1, num_ctx=8192), exited(1))
     assert answers(pool, 2) == 8
 
 
 def test_a_number_that_a_request_names_wins() -> None:
-    """Over the setting, over the cores, for prompts too."""
+    """A number of threads that a request names wins over the setting and the cores."""
     pool = a_host(8, cpu_threads=3).ready("a", lease=1).loading("b", request=2, num_thread=5)
     assert pool.launches[2].placement.threads == Threads(5, 5)
 
 
 def test_a_number_that_is_set_holds_for_all_others() -> None:
-    """Whatever the cores, and even where they are not known."""
+    """A number of threads that is set holds for all other runners, whatever the cores."""
     assert [answers(a_host(cores, cpu_threads=3).loading("a", request=1), 1) for cores in (0, 2, 64)] == [3, 3, 3]
 
 
 def test_where_the_cores_are_unknown_the_engine_decides() -> None:
-    """Nothing can be dealt."""
+    """Without a known number of cores the engine decides."""
     assert a_host(0).loading("a", request=1).launches[1].placement.threads is None
 
 
 def test_an_object_is_given_no_threads_and_takes_no_cores_of_others() -> None:
-    """What it computes with is its owner's business."""
+    """An object has no threads and takes no cores of other runners."""
     pool = a_host(8).declare("o", "1GiB").ready("o", lease=1).loading("a", request=2)
     assert pool.launches[1].placement.threads is None
     assert answers(pool, 2) == 8
 
 
 def test_what_is_dealt_never_costs_a_reload() -> None:
-    """N09: a runner keeps its number whoever comes and goes, and serves who names none, or the same one."""
+    """N09: a runner keeps its threads and serves requests that name none or the same number."""
     pool = a_host(8).ready("a", lease=1).ready("b", lease=2)
     pool.feed(release(lease=1))
     assert pool.feed(acquire("b", request=3), acquire("b", request=4, num_thread=4)) == [Grant(3, 2), Grant(4, 2)]
@@ -138,14 +138,14 @@ def test_what_is_dealt_never_costs_a_reload() -> None:
 
 
 def test_another_number_than_was_dealt_is_a_reload() -> None:
-    """A number that is named is meant."""
+    """A request that names another number of threads reloads the model."""
     pool = a_host(8).idle("a")
     pool.feed(acquire("a", request=1, num_thread=3), exited(1))
     assert answers(pool, 2) == 3
 
 
 def test_a_model_whole_on_gpus_gets_one_thread_and_leaves_the_cores_to_others() -> None:
-    """It only looks up on the host what its GPU works on."""
+    """A model whole on GPUs has one thread and leaves the cores to other runners."""
     pool = a_host(8, gpus=("8GiB",)).ready("a", lease=1)
     assert pool.launches[1].placement.threads == Threads(1, 1, on_host=False)
     pool.loading("b", request=2, num_gpu=0)
@@ -153,13 +153,13 @@ def test_a_model_whole_on_gpus_gets_one_thread_and_leaves_the_cores_to_others() 
 
 
 def test_a_model_partly_on_gpus_takes_its_part_of_the_cores() -> None:
-    """The layers that are left on the host are computed there."""
+    """A model in part on GPUs counts for the cores of the host."""
     pool = a_host(8, gpus=("8GiB",)).ready("a", lease=1, num_gpu=2).loading("b", request=2, num_gpu=0)
     assert (answers(pool, 1), answers(pool, 2)) == (8, 4)
 
 
 def test_preloads_that_are_asked_for_together_share_the_cores() -> None:
-    """Who wants them loaded together uses them together."""
+    """Preloads that are requested together share the cores."""
     pool = a_host(8, inspects=False)
     pool.feed(preload("a", request=1), preload("b", request=2), pool.inspection("a"), pool.inspection("b"))
     assert (answers(pool, 1), answers(pool, 2)) == (4, 4)
@@ -167,7 +167,7 @@ def test_preloads_that_are_asked_for_together_share_the_cores() -> None:
 
 @pytest.mark.parametrize("at", ["loading", "ready"])
 def test_what_is_dealt_survives_a_copy_and_a_recording(at: str) -> None:
-    """A core that goes on from what was written down serves the same requests."""
+    """A copied and a restored core serve the same requests with the threads that were given."""
     pool = a_host(8)
     pool.loading("a", request=1)
     if at == "ready":

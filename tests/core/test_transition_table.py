@@ -1,4 +1,4 @@
-"""The table of a state machine: what it allows, what it refuses, and what it rejects when it is built."""
+"""The transition table: what it allows, what it refuses, and what it rejects when it is built."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ def a_table(*rows: Row[Light]) -> Table[Light]:
 
 
 def test_a_trigger_moves_the_subject() -> None:
-    """One table serves any number of subjects, each with a state of its own."""
+    """One table serves any number of subjects with a state each."""
     table, lamp, other = a_table(), Lamp(), Lamp()
     table.fire(lamp, "go")
     assert (lamp.state, other.state) == (GREEN, RED)
 
 
 def test_equal_subjects_are_not_mistaken_for_each_other() -> None:
-    """The library compares models with ==; subjects are never its models."""
+    """Equal subjects have states of their own, although the library compares models with ==."""
     table, lamps = a_table(), [Lamp(), Lamp()]
     assert lamps[0] == lamps[1]
     for lamp in lamps:
@@ -56,7 +56,7 @@ def test_equal_subjects_are_not_mistaken_for_each_other() -> None:
 
 @pytest.mark.parametrize("trigger", ["halt", "fail", "explode"])
 def test_a_trigger_that_is_not_allowed_raises(trigger: str) -> None:
-    """Forbidden here, or unknown altogether; the subject stays as it is."""
+    """A trigger that is forbidden or unknown raises and leaves the subject's state."""
     lamp = Lamp()
     with pytest.raises(IllegalTransition, match=f"light: '{trigger}' is not allowed while red") as raised:
         a_table().fire(lamp, trigger)
@@ -64,7 +64,7 @@ def test_a_trigger_that_is_not_allowed_raises(trigger: str) -> None:
 
 
 def test_a_guard_that_refuses_raises() -> None:
-    """The library would only return False: a refusal is our own bug."""
+    """A guard that refuses raises, although the library would return False."""
     lamp = Lamp(GREEN, old=False)
     with pytest.raises(IllegalTransition):
         a_table().fire(lamp, "fail")
@@ -72,20 +72,20 @@ def test_a_guard_that_refuses_raises() -> None:
 
 
 def test_a_guard_that_agrees_lets_it_pass() -> None:
-    """It is asked of the subject itself."""
+    """A guard that agrees lets the transition happen."""
     lamp = Lamp(GREEN)
     a_table().fire(lamp, "fail")
     assert lamp.state is BROKEN
 
 
 def test_a_destination_can_be_looked_up() -> None:
-    """Without firing; None where there is none."""
+    """A destination can be looked up without firing, and is None where there is none."""
     assert a_table().destination("go", RED) is GREEN
     assert a_table().destination("go", GREEN) is None
 
 
 def test_triggers_are_listed_once_in_the_order_of_the_rows() -> None:
-    """For whoever draws the table."""
+    """Triggers are listed once each, in the order of the rows."""
     assert a_table(*ROWS, Row("fail", RED, BROKEN)).triggers == ("go", "halt", "fail")
 
 
@@ -93,34 +93,34 @@ def test_triggers_are_listed_once_in_the_order_of_the_rows() -> None:
 
 
 def test_a_duplicate_row_is_rejected() -> None:
-    """One trigger leads from one state to one place."""
+    """Two rows with the same trigger and source are rejected."""
     with pytest.raises(TableError, match=r"duplicate row 'go' from <Light\.red"):
         a_table(*ROWS, Row("go", RED, BROKEN))
 
 
 @pytest.mark.parametrize("row", [Row("fly", EXPIRING, BROKEN), Row("fly", RED, EXPIRING)])
 def test_an_unknown_state_is_rejected(row: Row[Light]) -> None:
-    """As a source, which the library never notices, or as a destination, which it notices when it is fired."""
+    """A row with an unknown source or destination is rejected."""
     with pytest.raises(TableError, match=r"unknown state <RunnerState\.expiring"):
         a_table(*ROWS, row)
 
 
 def test_an_unknown_initial_or_final_state_is_rejected() -> None:
-    """They are states like any other."""
+    """An unknown initial or final state is rejected."""
     with pytest.raises(TableError, match="unknown state"):
-        Table("light", Light, ROWS, initial=RED, final=UNLOADED)  # type: ignore[misc]  # of another kind
+        Table("light", Light, ROWS, initial=RED, final=UNLOADED)  # type: ignore[misc]  # a state of another kind
     with pytest.raises(TableError, match="unknown state"):
-        Table("light", Light, ROWS, initial=UNLOADED, final=BROKEN)  # type: ignore[misc]  # of another kind
+        Table("light", Light, ROWS, initial=UNLOADED, final=BROKEN)  # type: ignore[misc]  # a state of another kind
 
 
 def test_an_unreachable_state_is_rejected() -> None:
-    """A state that no row leads to from the initial one is a slip."""
+    """A state that no row leads to from the initial one is rejected."""
     with pytest.raises(TableError, match=r"unreachable \['green'\]"):
         a_table(Row("fail", RED, BROKEN), Row("fail", GREEN, BROKEN))
 
 
 def test_a_dead_end_is_rejected() -> None:
-    """From every state there is a way to the final one."""
+    """A state without a way to the final one is rejected."""
     with pytest.raises(TableError, match=r"dead end \['green'\]"):
         a_table(Row("fail", RED, BROKEN), Row("go", RED, GREEN))
     with pytest.raises(TableError, match=r"dead end \['green'\]"):
@@ -128,7 +128,7 @@ def test_a_dead_end_is_rejected() -> None:
 
 
 def test_a_final_state_with_a_way_out_is_rejected() -> None:
-    """Final means final."""
+    """A final state with a row that leaves it is rejected."""
     with pytest.raises(TableError, match="is final but has a way out"):
         a_table(*ROWS, Row("mend", BROKEN, RED))
 
@@ -150,7 +150,7 @@ class Subject:
 @pytest.mark.parametrize("trigger", RUNNER_TABLE.triggers)
 @pytest.mark.parametrize("state", RunnerState)
 def test_every_state_with_every_trigger(state: RunnerState, trigger: str) -> None:
-    """What the table names leads where it says; everything else raises and leaves the runner as it was."""
+    """A trigger of a row leads where the row says, and every other trigger raises and leaves the state."""
     subject = Subject(state)
     destination = RUNNER_TABLE.destination(trigger, state)
     if destination is None:
@@ -162,7 +162,7 @@ def test_every_state_with_every_trigger(state: RunnerState, trigger: str) -> Non
 
 
 def test_a_runner_in_use_is_never_unloaded() -> None:
-    """The invariant is part of the machine itself."""
+    """A runner with a lease is never unloaded."""
     subject = Subject(EXPIRING, leases=1)
     with pytest.raises(IllegalTransition):
         RUNNER_TABLE.fire(subject, "unload")
@@ -170,7 +170,7 @@ def test_a_runner_in_use_is_never_unloaded() -> None:
 
 
 def test_unload_is_the_only_way_into_unloaded() -> None:
-    """And it comes from expiring alone."""
+    """Only the trigger unload leads to unloaded, and only from expiring."""
     assert [(row.trigger, row.source) for row in RUNNER_TABLE.rows if row.destination is UNLOADED] == [
         ("unload", EXPIRING)
     ]
@@ -180,7 +180,7 @@ def test_unload_is_the_only_way_into_unloaded() -> None:
 
 
 def test_an_applications_debug_logging_does_not_reach_the_library(caplog: pytest.LogCaptureFixture) -> None:
-    """It would format eight messages a trigger."""
+    """Debug logging of an application does not make the library format messages."""
     caplog.set_level(logging.DEBUG)
     lamp = Lamp()
     a_table().fire(lamp, "go")
@@ -189,5 +189,5 @@ def test_an_applications_debug_logging_does_not_reach_the_library(caplog: pytest
 
 
 def test_rows_are_values() -> None:
-    """Equal where they say the same, and fit to be kept in a set."""
+    """Rows are equal where their fields are, and can be kept in a set."""
     assert len({Row("go", RED, GREEN), Row("go", RED, GREEN)}) == 1

@@ -1,4 +1,4 @@
-"""The set of runners to give up: as cheap as any that makes room, in tiers, with a bound on the search."""
+"""The choice of victims: as cheap as any set that frees enough, by tiers, with a bound on the search."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def a_candidate(runner: int, cost_s: float | None, held_bytes: int = 1, **fields
 
 
 def ask(needed: Sequence[int], amounts: dict[int, tuple[int, ...]], **how: int) -> SelectionProblem:
-    """Return a question for room: so much of each device has to be free, of what each runner would free."""
+    """Return a problem: the bytes needed on each device, and the bytes that each runner frees there."""
 
     def suffices(victims: Sequence[Candidate]) -> bool:
         freed = [sum(amounts[victim.runner][device] for victim in victims) for device in range(len(needed))]
@@ -64,7 +64,7 @@ AMOUNT = st.integers(0, 12)
 def test_no_set_that_makes_room_is_cheaper(
     drawn: list[tuple[int, int, int, bool, bool]], needed: tuple[int, int], devices: int
 ) -> None:
-    """Compared with all: the last tier is left alone or as cheap as can be, then the one before it, beside that."""
+    """No set that frees enough is cheaper in its last tier, nor in the tiers before it."""
     candidates = [
         a_candidate(place, cost / 4, first + second, leases=int(busy), keep_alive_s=math.inf if kept else 300.0)
         for place, (cost, first, second, busy, kept) in enumerate(drawn)
@@ -100,7 +100,7 @@ def test_no_set_that_makes_room_is_cheaper(
 )
 @settings(max_examples=20, deadline=None)
 def test_however_many_sets_there_are_only_so_many_are_looked_at(drawn: list[tuple[int, int, int]], part: float) -> None:
-    """Then the best so far is taken: it makes room, and is no dearer than what a plain order gives."""
+    """The search tries a bounded number of sets, and its result frees enough and costs no more than a plain order."""
     candidates = [a_candidate(place, cost / 100, one + two) for place, (cost, one, two) in enumerate(drawn)]
     needed = [int(part * sum(one[device] for one in drawn)) for device in (1, 2)]
     question = ask(needed, {place: one[1:] for place, one in enumerate(drawn)})
@@ -122,36 +122,36 @@ def test_however_many_sets_there_are_only_so_many_are_looked_at(drawn: list[tupl
     assert chosen.tried <= MOST_SETS + 2
 
 
-# -- what counts before all costs -------------------------------------------------------------------------------------
+# -- what counts before costs -----------------------------------------------------------------------------------------
 
 
 def test_several_cheap_ones_go_rather_than_a_dear_one() -> None:
-    """And a dear one stays although it alone would do."""
+    """Several cheap runners are evicted rather than one that costs more than all of them."""
     candidates = [a_candidate(1, 5.0, 10), a_candidate(2, 1.0, 5), a_candidate(3, 1.0, 5), a_candidate(4, 9.0, 5)]
     assert sorted(models_of(choose_victims(NOW, candidates, (), one_device(candidates, 10)))) == [2, 3]
 
 
 def test_one_goes_rather_than_several_that_cost_more_together() -> None:
-    """An order would have begun with the cheap ones."""
+    """One runner is evicted rather than several that cost more together."""
     candidates = [a_candidate(1, 5.0, 10), a_candidate(2, 3.0, 5), a_candidate(3, 3.0, 5)]
     assert models_of(choose_victims(NOW, candidates, (), one_device(candidates, 10))) == [1]
 
 
 @pytest.mark.parametrize("later", [{"leases": 1}, {"free_at": NOW + 1}, {"keep_alive_s": math.inf}])
 def test_idle_ones_that_suffice_go_before_cheaper_ones_of_a_later_tier(later: dict[str, float]) -> None:
-    """In use, just loaded, or kept for ever: what it costs does not matter as long as others do."""
+    """Idle runners that free enough are evicted before a cheaper one that is busy, recent or kept for ever."""
     candidates = [a_candidate(1, 0.0, 10, **later), a_candidate(2, 50.0, 5), a_candidate(3, 50.0, 5)]
     assert sorted(models_of(choose_victims(NOW, candidates, (), one_device(candidates, 10)))) == [2, 3]
 
 
 def test_beside_what_has_to_go_of_a_later_tier_no_more_than_needed_goes() -> None:
-    """The busy one alone suffices, the idle one does not: it is not given up for nothing."""
+    """Where a busy runner has to be evicted and suffices, no idle one is evicted beside it."""
     candidates = [a_candidate(1, 5.0, 10, leases=1), a_candidate(2, 1.0, 5)]
     assert models_of(choose_victims(NOW, candidates, (), one_device(candidates, 10))) == [1]
 
 
 def test_as_many_processes_end_as_have_to() -> None:
-    """Memory may be enough, and a place among the runners be missing."""
+    """As many runners are evicted as process slots are needed, even where memory suffices."""
     candidates = [a_candidate(1, 5.0, 10), a_candidate(2, 3.0, 0)]
     assert models_of(choose_victims(NOW, candidates, (), replace(one_device(candidates, 0), least=0))) == []
     short = SelectionProblem(lambda victims: bool(victims), lambda one: (one.held_bytes,), least=1)
@@ -159,18 +159,18 @@ def test_as_many_processes_end_as_have_to() -> None:
 
 
 def test_what_is_forced_goes_first_and_costs_nothing_more() -> None:
-    """It was not chosen."""
+    """Mandatory victims come first and add nothing to the cost."""
     forced, others = a_candidate(9, 7.0, 4), [a_candidate(1, 1.0, 6), a_candidate(2, 2.0, 6)]
     choice = choose_victims(NOW, others, [forced], one_device([forced, *others], 10))
     assert choice is not None
     assert (models_of(choice), choice.cost_s) == ([9, 1], 1.0)
 
 
-# -- what policies may say --------------------------------------------------------------------------------------------
+# -- what policies may return -----------------------------------------------------------------------------------------
 
 
 class Own:
-    """A policy of a user's own with given costs."""
+    """A policy of a user with given costs."""
 
     name = "own"
 
@@ -182,7 +182,7 @@ class Own:
 
 
 def test_a_policys_costs_are_taken_and_nothing_else_of_what_it_returns() -> None:
-    """A set is chosen by them; what a candidate holds is known better."""
+    """A policy's costs decide, and the bytes that its candidates claim to hold do not."""
     pool = a_pool(each="2GiB", policy=Own({"a": 3.0, "b": 2.0, "c": 2.0}), sizes={"a": "4GiB", "d": "4GiB"})
     pool.idle("a").idle("b").idle("c")
     pool.feed(acquire("d", request=1))
@@ -191,7 +191,7 @@ def test_a_policys_costs_are_taken_and_nothing_else_of_what_it_returns() -> None
 
 
 def test_a_cost_that_is_not_a_number_is_a_fault_of_the_policy() -> None:
-    """It is passed over, like one that raises; what is less than nothing counts as nothing."""
+    """A cost that is not finite is a failure of the policy, and a negative one counts as 0."""
     pool = a_pool(policy=Own({"a": math.nan})).idle("a")
     pool.feed(acquire("b", request=1))
     assert pool.state("a") is RunnerState.expiring
@@ -201,7 +201,7 @@ def test_a_cost_that_is_not_a_number_is_a_fault_of_the_policy() -> None:
 
 @pytest.mark.parametrize("how", [RuntimeError, SystemExit])
 def test_a_policy_may_raise_what_cannot_tell_itself(how: type[BaseException]) -> None:
-    """Its kind is told then."""
+    """A policy may raise an exception whose repr raises too; its type is told then."""
 
     class Mute(Exception):
         def __repr__(self) -> str:
@@ -218,7 +218,7 @@ def test_a_policy_may_raise_what_cannot_tell_itself(how: type[BaseException]) ->
 
 
 def test_with_a_cost_for_some_only_the_order_decides() -> None:
-    """Sets cannot be compared then."""
+    """Where only some candidates have a cost, the order decides."""
     candidates = [a_candidate(1, 5.0, 10), a_candidate(2, None, 10)]
     choice = choose_victims(NOW, candidates, (), one_device(candidates, 10))
     assert choice is not None
@@ -226,7 +226,7 @@ def test_with_a_cost_for_some_only_the_order_decides() -> None:
 
 
 def test_a_decision_shows_whom_it_considered_and_what_each_would_cost() -> None:
-    """For those who want to know why: the room in the plan has all of it."""
+    """A plan has every candidate that was considered, with its cost, and the victims."""
     pool = a_pool(policy=ExpectedReloadCost(), each="4GiB").idle("a").idle("b")
     pool.core.plans = []
     pool.feed(acquire("c", request=1))
@@ -241,11 +241,11 @@ def test_a_decision_shows_whom_it_considered_and_what_each_would_cost() -> None:
     assert room.victim_set.tried > 0
 
 
-# -- loadmaster's own -------------------------------------------------------------------------------------------------
+# -- the policy "reuse" -----------------------------------------------------------------------------------------------
 
 
 def load(pool: PoolUnderTest, model: str, duration: str) -> None:
-    """Have a model loaded, used and given back."""
+    """Load, use and release a model."""
     lease = pool.request_id()
     pool.loading(model, lease)
     pool.advance(duration)
@@ -253,7 +253,7 @@ def load(pool: PoolUnderTest, model: str, duration: str) -> None:
 
 
 def test_who_is_expected_back_soon_stays_though_it_was_used_less_recently() -> None:
-    """One comes every minute and is due; the other comes every ten minutes, and was here a moment ago."""
+    """A runner whose model is expected soon stays, although another was used more recently."""
     victims = {}
     for policy in (ExpectedReloadCost(), LeastRecentlyUsed()):
         pool = a_pool(each="4GiB", policy=policy, keep_alive_s=3600.0, min_residency_s=0.0)
@@ -271,7 +271,7 @@ def test_who_is_expected_back_soon_stays_though_it_was_used_less_recently() -> N
 
 
 def test_of_two_that_are_used_alike_the_one_that_loads_faster_goes() -> None:
-    """What it would cost to have it back counts."""
+    """Of two models that are used alike, the one that loads faster is evicted."""
     pool = a_pool(each="4GiB", policy=ExpectedReloadCost(), min_residency_s=0.0)
     load(pool, "a", "50s")
     load(pool, "b", "5s")
@@ -283,7 +283,7 @@ def test_of_two_that_are_used_alike_the_one_that_loads_faster_goes() -> None:
 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_what_is_pinned_is_never_given_up(policy: str) -> None:
-    """Under no policy, however little it would cost."""
+    """A pinned runner is evicted under no policy."""
     pool = a_pool(each="4GiB", policy=POLICIES[policy]).idle("a").idle("b")
     pool.feed(pin("a"))
     pool.feed(acquire("c", request=1))
@@ -293,7 +293,7 @@ def test_what_is_pinned_is_never_given_up(policy: str) -> None:
 
 @pytest.mark.parametrize("policy", ["reuse", "lru"])
 def test_what_is_kept_for_ever_goes_last_of_the_idle(policy: str) -> None:
-    """Only when nothing else makes room, and before anybody in use is asked to leave."""
+    """A runner that is kept for ever is evicted after other idle ones and before busy ones."""
     pool = a_pool(each="4GiB", policy=POLICIES[policy]).idle("a", keep_alive="forever").idle("b", keep_alive="1h")
     pool.advance("1s")
     pool.idle("b")
@@ -305,7 +305,7 @@ def test_what_is_kept_for_ever_goes_last_of_the_idle(policy: str) -> None:
 
 
 def test_the_same_is_chosen_from_the_same() -> None:
-    """Two cores to which the same happened give up the same, and so does one that was copied on the way."""
+    """Two cores with the same events choose the same victims, and so does a copied core."""
     said = []
     for copies in (False, True):
         pool = a_pool(capacity="16GiB", each="4GiB", policy=ExpectedReloadCost(), max_runners=8, keep_alive_s=9e9)

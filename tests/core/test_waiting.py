@@ -1,4 +1,4 @@
-"""Waiting, scenario by scenario: who waits for whom, and for how long at most.
+"""Waiting, scenario by scenario: which request waits for which runner, and for how long at most.
 
 Each of the first six has a twin with real threads in `test_waiting_threads.py`.
 """
@@ -26,11 +26,11 @@ from tests.support.pool import (
     stopped,
 )
 
-# -- what nobody waits for --------------------------------------------------------------------------------------------
+# -- requests that do not wait ----------------------------------------------------------------------------------------
 
 
 def test_a_cold_request_that_fits_does_not_wait_behind_one_that_does_not() -> None:
-    """Its launch comes in the step in which it asks."""
+    """A cold request that fits is launched in its own step, although an older one waits for memory."""
     pool = a_pool(sizes={"busy": "4GiB", "large": "6GiB", "small": "1GiB"}).ready("busy", lease=1)
     pool.feed(acquire("large", request=2))
     assert launched(pool.feed(acquire("small", request=3))) == ["small"]
@@ -39,7 +39,7 @@ def test_a_cold_request_that_fits_does_not_wait_behind_one_that_does_not() -> No
 
 
 def test_two_cold_requests_that_fit_are_loaded_at_the_same_time() -> None:
-    """Neither load waits for the other; the second may well be the first to end."""
+    """Two cold requests that fit load at the same time, and either may end first."""
     pool = a_pool(each="3GiB")
     assert launched(pool.feed(acquire("a", request=1), acquire("b", request=2))) == ["a", "b"]
     assert pool.feed(loaded(2)) == [Grant(2, 2)]
@@ -47,7 +47,7 @@ def test_two_cold_requests_that_fit_are_loaded_at_the_same_time() -> None:
 
 
 def test_a_waiter_is_served_by_whatever_becomes_idle_first() -> None:
-    """The one that was to go is still in use, and stays: no victim is fixed before it expires."""
+    """The runner that becomes idle first is evicted, although another one was the planned victim."""
     pool = a_pool(each="4GiB").ready("a", lease=1).ready("b", lease=2)
     assert pool.feed(acquire("c", request=3)) == [NotifyContention(1, (1,))]
     assert pool.feed(release(2)) == [Stop(2)]
@@ -56,7 +56,7 @@ def test_a_waiter_is_served_by_whatever_becomes_idle_first() -> None:
 
 
 def test_a_slow_stop_holds_up_no_warm_request() -> None:
-    """While one runner takes its time to end, the others are granted in the step in which they are asked for."""
+    """Warm requests are granted in their own steps while another runner takes long to stop."""
     pool = a_pool(each="4GiB").idle("leaving").ready("warm", lease=1)
     assert pool.feed(acquire("new", request=2)) == [Stop(1)]
     for second in range(10):
@@ -65,7 +65,7 @@ def test_a_slow_stop_holds_up_no_warm_request() -> None:
 
 
 def test_overlapping_warm_clients_starve_nobody() -> None:
-    """D02: two clients whose leases always overlap are served until the waiter's bound; then it is its turn."""
+    """D02: overlapping warm requests are served until the bound of a waiting request, which then gets the memory."""
     pool = a_pool(max_wait_s=120.0, min_residency_s=0.0).ready("warm", lease=1)
     pool.feed(acquire("cold", request=2))
     served = 0
@@ -75,13 +75,13 @@ def test_overlapping_warm_clients_starve_nobody() -> None:
         pool.feed(release(1 if lease == 100 else lease - 1))
         if pool.state("warm") is RunnerState.expiring:
             break
-    assert served == 119  # until its bound the waiter costs them nothing, and then no more are let in
+    assert served == 119  # until the bound the waiting request costs them nothing, and then no more are granted
     pool.feed(release(100 + served - 1))
     assert launched(pool.feed(exited(1))) == ["cold"]
 
 
 def test_nothing_is_loaded_for_a_waiter_that_has_left() -> None:
-    """Whether it leaves while it waits for a lease to end or while its victim stops."""
+    """Nothing is loaded for a request that was cancelled while it waited for a lease or for its victim's stop."""
     for leaves_late in (False, True):
         pool = a_pool().ready("a", lease=1)
         pool.feed(acquire("b", request=2))
@@ -98,7 +98,7 @@ def test_nothing_is_loaded_for_a_waiter_that_has_left() -> None:
 
 
 def test_an_idle_runner_in_its_residency_does_not_extend_the_bound() -> None:
-    """The waiter's time has come and one that is busy may go, so nobody waits until the idle one may go too."""
+    """A busy runner drains at the bound, although an idle one within its minimum residency could go later."""
     pool = a_pool(each="4GiB", max_wait_s=20.0, min_residency_s=600.0).ready("busy", lease=1)
     pool.advance("600s")
     pool.ready("fresh", lease=2).feed(release(2))
@@ -112,7 +112,7 @@ def test_an_idle_runner_in_its_residency_does_not_extend_the_bound() -> None:
 
 
 def test_until_the_bound_an_idle_runner_goes_when_its_residency_is_over() -> None:
-    """It is given up before anybody in use has to drain."""
+    """An idle runner is evicted at the end of its minimum residency, before the bound drains a busy one."""
     pool = a_pool(each="4GiB", max_wait_s=20.0, min_residency_s=10.0).ready("busy", lease=1)
     pool.advance("600s")
     pool.ready("fresh", lease=2).feed(release(2), acquire("cold", request=3))
@@ -122,7 +122,7 @@ def test_until_the_bound_an_idle_runner_goes_when_its_residency_is_over() -> Non
 
 
 def loaded_for(load: str, **limits: float) -> PoolUnderTest:
-    """Return a pool in whose one place a load of "a" took so long, while somebody waited too long for "b" already."""
+    """Return a pool whose one runner "a" took so long to load, while "b" waited for longer than the bound."""
     pool = a_pool(max_wait_s=120.0, **limits)
     pool.feed(acquire("a", request=1), acquire("b", request=2))
     pool.advance("120s")
@@ -133,7 +133,7 @@ def loaded_for(load: str, **limits: float) -> PoolUnderTest:
 
 
 def test_a_runner_keeps_its_place_in_use_for_nine_times_its_load() -> None:
-    """At most a tenth of the time goes into loads, however long others have waited."""
+    """A busy runner is not drained for nine times its load time, so that a tenth of the time goes into loads."""
     pool = a_pool(max_wait_s=120.0).ready("old", lease=9)
     pool.feed(acquire("a", request=1), acquire("b", request=2))
     pool.advance("120s")
@@ -147,7 +147,7 @@ def test_a_runner_keeps_its_place_in_use_for_nine_times_its_load() -> None:
 
 
 def test_a_runner_that_nobody_uses_keeps_its_place_for_a_moment_only() -> None:
-    """Its users may be about to ask again; longer it would be of no use to keep it, with somebody else waiting."""
+    """An idle runner is kept for a moment only while another request waits."""
     pool = a_pool(max_wait_s=120.0).loading("a", request=1)
     pool.advance("10s")
     pool.feed(loaded(1), release(1), acquire("b", request=2))
@@ -156,7 +156,7 @@ def test_a_runner_that_nobody_uses_keeps_its_place_for_a_moment_only() -> None:
 
 
 def test_no_residency_is_longer_than_a_request_may_be_let_wait() -> None:
-    """A load of many minutes does not shut everybody else out for an hour."""
+    """A minimum residency is never longer than the bound on a wait."""
     pool = loaded_for("200s")
     pool.advance("119s")
     assert pool.state("a") is RunnerState.ready
@@ -165,7 +165,7 @@ def test_no_residency_is_longer_than_a_request_may_be_let_wait() -> None:
 
 
 def test_a_residency_that_is_set_holds_in_use_and_out_of_use() -> None:
-    """Nothing is added to it."""
+    """A minimum residency from the settings holds for busy and idle runners, and nothing is added to it."""
     pool = loaded_for("130s", min_residency_s=5.0)
     pool.advance("4s")
     assert pool.state("a") is RunnerState.ready
@@ -174,14 +174,14 @@ def test_a_residency_that_is_set_holds_in_use_and_out_of_use() -> None:
 
 
 def test_all_who_wait_for_a_model_are_served_together() -> None:
-    """One swap serves the whole line, however late its last member came; those who come while it loads too."""
+    """One load serves every request of a request group, also those that arrive while the model loads."""
     pool = a_pool().ready("a", lease=1)
     pool.feed(acquire("b", request=2), acquire("b", request=3), release(1), exited(1), acquire("b", request=4))
     assert granted(pool.feed(loaded(2))) == [2, 3, 4]
 
 
 def test_a_runner_that_drains_takes_no_new_lease() -> None:
-    """Those who come for it meanwhile wait for its next life, behind the one it drains for."""
+    """A draining runner takes no new lease, and a request for its model waits for the next runner."""
     pool = a_pool(max_wait_s=20.0, min_residency_s=0.0).ready("a", lease=1)
     pool.feed(acquire("b", request=2))
     pool.advance("20s")
@@ -192,7 +192,7 @@ def test_a_runner_that_drains_takes_no_new_lease() -> None:
 
 
 def test_a_request_of_low_priority_has_its_turn() -> None:
-    """Ageing: a steady stream of a higher priority holds it up for the worth of the difference, and no longer."""
+    """A stream of requests with a higher priority delays a request by the seconds that the difference is worth."""
     pool = a_pool(priority_s=60.0, max_wait_s=10.0, min_residency_s=0.0).ready("a", lease=1)
     pool.feed(acquire("low", request=2))
     for request in range(10, 100):
@@ -209,7 +209,7 @@ def test_a_request_of_low_priority_has_its_turn() -> None:
 
 
 def test_who_would_not_wait_at_all_has_one_runner_drained_and_not_all_of_them() -> None:
-    """What was told to drain is given time to do so, as a stop is."""
+    """With a bound of 0 one runner drains for a request, and not all of them."""
     pool = a_pool("18GiB", max_wait_s=0.0, min_residency_s=0.0, max_runners=9)
     pool.ready("a", lease=1).ready("b", lease=2).ready("c", lease=3)
     pool.feed(acquire("d", request=9))
@@ -217,11 +217,11 @@ def test_who_would_not_wait_at_all_has_one_runner_drained_and_not_all_of_them() 
     assert states == [RunnerState.expiring, RunnerState.ready, RunnerState.ready]
 
 
-# -- who is asked to give a lease back --------------------------------------------------------------------------------
+# -- telling lease holders --------------------------------------------------------------------------------------------
 
 
 def test_whoever_came_since_others_left_is_told_that_somebody_waits() -> None:
-    """The one who was told for them has given back; the new holder would keep the runner until the bound."""
+    """A new lease holder is notified, although the earlier holders were notified of another request."""
     pool = a_pool().ready("a", lease=1)
     assert pool.feed(acquire("b", request=2)) == [NotifyContention(1, (1,))]
     pool.feed(cancel(2))
@@ -231,7 +231,7 @@ def test_whoever_came_since_others_left_is_told_that_somebody_waits() -> None:
 
 @pytest.mark.parametrize("limits", [{"min_residency_s": 60.0}, {"idle_grace_part": 0.5, "idle_grace_limit_s": 1.0}])
 def test_who_takes_a_runner_that_is_to_go_in_a_moment_is_told_at_once(limits: dict[str, float]) -> None:
-    """It rests, and may not go yet; its next holder is not told only when it might."""
+    """A new lease holder of a runner in its grace or residency is notified at once."""
     pool = a_pool(**limits)
     pool.feed(acquire("a", request=1))
     pool.advance("10s")
@@ -242,7 +242,7 @@ def test_who_takes_a_runner_that_is_to_go_in_a_moment_is_told_at_once(limits: di
 
 
 def test_nobody_is_told_twice() -> None:
-    """Neither by one who waits longer, nor by another one."""
+    """A lease holder is notified once, whichever requests wait."""
     pool = a_pool().ready("a", lease=1)
     pool.feed(acquire("b", request=2), cancel(2))
     assert NotifyContention(1, (1,)) in pool.commands
@@ -250,14 +250,14 @@ def test_nobody_is_told_twice() -> None:
 
 
 def test_nobody_is_told_for_somebody_who_waits_for_their_own_load() -> None:
-    """What somebody wanted who has left is wanted by nobody."""
+    """A lease holder is not notified for a request that waits for its own load."""
     pool = a_pool("16GiB", sizes={"a": "6GiB", "b": "12GiB", "c": "2GiB"}).ready("a", lease=1)
     pool.feed(acquire("b", request=2), cancel(2), acquire("c", request=3))
     assert pool.feed(acquire("a", request=4)) == [Grant(4, 1)]
 
 
 def test_when_the_last_lease_of_what_drains_is_back_the_end_is_in_sight() -> None:
-    """Whoever waits is told so at once, and not with the next reading."""
+    """When a draining runner's last lease is released, the waiting request is shown the end of the stop."""
     pool = a_pool(max_wait_s=10.0, min_residency_s=0.0, stop_timeout_s=60.0).ready("a", lease=1)
     pool.feed(acquire("b", request=2))
     pool.advance("30s")

@@ -1,1 +1,1 @@
-"""The model checker, the simulation, and the faults that they have to find."""
+"""The model checker, the simulation, and the mutants of the core that they have to find."""

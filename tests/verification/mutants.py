@@ -1,8 +1,8 @@
-"""Faults put into the core by hand, each a mechanism that some scheduler has had: the search has to find them all.
+"""Mutants of the core made by hand, each with a fault that some scheduler has had: the search has to find them all.
 
-A fault is a patch of behaviour: a method of the core is replaced by one that does something else, mostly the right
-thing and then something wrong. `python -m tests.verification.mutants` shows what finds each,
-`-v` with the shortest way.
+A mutant is a patch of behaviour: a method of the core is replaced by one that does something else, mostly the right
+thing and then something wrong. `python -m tests.verification.mutants` shows what finds each mutant,
+`-v` with the shortest trace.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ __all__ = ["MUTANTS", "Mutant", "main", "mutants_known", "mutants_other", "mutan
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print what finds each fault; return 1 where one is not found. Arguments that mean nothing exit with 2."""
+    """Print what finds each mutant; return 1 where one is not found, and exit with 2 for unknown arguments."""
     parser = argparse.ArgumentParser(prog="python -m tests.verification.mutants", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="FAULT", help="these only, by name or defect")
     parser.add_argument("-v", "--verbose", action="store_true", help="print the shortest way to each")

@@ -20,7 +20,7 @@ from tests.verification.mutant import Patch, instead, mutant
 
 @mutant("four-requests", "D01")
 def a_victim_comes_back(patch: Patch) -> None:
-    """A warm request takes the mark off a busy victim."""
+    """A warm request makes a busy victim serve again."""
 
     @instead(patch, Core, "_acquire")
     def acquire(original: Callable[..., None], core: Core, event: Acquire) -> None:
@@ -33,7 +33,7 @@ def a_victim_comes_back(patch: Patch) -> None:
 
 @mutant("three-requests", "D02")
 def busy_for_ever(patch: Patch) -> None:
-    """A victim that is always in use by somebody is waited for without end."""
+    """A victim that is always in use is waited for without end."""
 
     @instead(patch, eviction_candidates, "evictable_at")
     def may_go_at(original: Callable[..., float], pool: CoreState, runner: Runner, bound: float) -> float:
@@ -42,7 +42,7 @@ def busy_for_ever(patch: Patch) -> None:
 
 @mutant("keep-alive", "D03")
 def the_clock_runs_on(patch: Patch) -> None:
-    """A renewal leaves the keep-alive clock running that it came before."""
+    """A renewal of the keep-alive leaves the earlier timer running."""
 
     @instead(patch, requests, "grant")
     def grant(original: Callable[..., None], step: StepContext, request: Request, runner: Runner) -> None:
@@ -53,7 +53,7 @@ def the_clock_runs_on(patch: Patch) -> None:
 
 @mutant("one-place", "D04")
 def granted_then_booked(patch: Patch) -> None:
-    """Somebody is told that a runner is theirs before the lease is booked."""
+    """A request is granted before its lease is added to the runner."""
 
     @instead(patch, requests, "grant")
     def grant(original: Callable[..., None], step: StepContext, request: Request, runner: Runner) -> None:
@@ -63,7 +63,7 @@ def granted_then_booked(patch: Patch) -> None:
 
 @mutant("one-place", "D05")
 def a_late_release_counts(patch: Patch) -> None:
-    """A release that comes after its runner has gone is taken off whatever serves now."""
+    """A release that comes after its runner has gone takes a lease of the next runner."""
 
     @instead(patch, Core, "_leave")
     def leave(original: Callable[..., None], core: Core, event: Release) -> None:
@@ -76,7 +76,7 @@ def a_late_release_counts(patch: Patch) -> None:
 
 @mutant("own-memory", "D06")
 def a_load_keeps_everybody_waiting(patch: Patch) -> None:
-    """While anything loads, whoever asks has to wait, even for what is there."""
+    """While any model loads, every request has to wait, even for a loaded model."""
 
     @instead(patch, Core, "_acquire")
     def acquire(original: Callable[..., None], core: Core, event: Acquire) -> None:
@@ -90,7 +90,7 @@ def a_load_keeps_everybody_waiting(patch: Patch) -> None:
 
 @mutant("full-queue", "D07")
 def the_full_queue_is_waited_for(patch: Patch) -> None:
-    """Who evicts posts to the bounded queue that nobody else reads: when it is full nothing happens any more."""
+    """An eviction posts to a bounded queue that only it reads, and a full queue stops every step."""
 
     @instead(patch, Core, "step")
     def step(original: Callable[..., object], core: Core, now: float, event: Event) -> object:
@@ -101,7 +101,7 @@ def the_full_queue_is_waited_for(patch: Patch) -> None:
 
 @mutant("one-place", "D08")
 def a_failed_load_keeps_its_place(patch: Patch) -> None:
-    """After a failed load its model still has a runner that loads."""
+    """A model whose load failed still has a runner that loads."""
 
     @instead(patch, runners, "forget_current")
     def forget(original: Callable[..., None], step: StepContext, runner: Runner) -> None:
@@ -112,17 +112,17 @@ def a_failed_load_keeps_its_place(patch: Patch) -> None:
 
 @mutant("one-place", "D09")
 def a_close_expects_loaded_runners(patch: Patch) -> None:
-    """A shutdown during a load fails."""
+    """A close during a load raises."""
 
     @instead(patch, Core, "_close")
     def close(original: Callable[..., None], core: Core, timeout_s: float) -> None:
-        assert all(runner.loaded_at is not None for runner in core._state.runners.values()), "a runner without a server"
+        assert all(runner.loaded_at is not None for runner in core._state.runners.values()), "a runner has no server"
         original(core, timeout_s)
 
 
 @mutant("two-gpus", "D10")
 def free_memory_is_subtracted_unsigned(patch: Patch) -> None:
-    """Free memory that falls while it is waited for counts as memory that has come back."""
+    """Free memory that falls during a memory recovery counts as memory that is back."""
 
     @instead(patch, memory_recovery, "memory_is_back")
     def memory_is_back(original: Callable[..., bool], step: StepContext, runner: Runner) -> bool:
@@ -137,7 +137,7 @@ def free_memory_is_subtracted_unsigned(patch: Patch) -> None:
 
 @mutant("one-place", "D11")
 def ids_are_used_again(patch: Patch) -> None:
-    """A runner has the id of one that is gone, as processes have."""
+    """A new runner gets the id of a runner that has gone, as processes get each other's ids."""
 
     @instead(patch, loads, "launch")
     def launch(original: Callable[..., Runner], step: StepContext, *args: object) -> Runner:
@@ -147,7 +147,7 @@ def ids_are_used_again(patch: Patch) -> None:
 
 @mutant("own-memory", "D12")
 def ends_have_no_names(patch: Patch) -> None:
-    """The end of one runner is taken for the one that is waited for."""
+    """The exit of one runner is taken for the exit of the one that is waited for."""
 
     @instead(patch, failures, "exited")
     def exited(original: Callable[..., None], step: StepContext, runner: Runner, event: Exited) -> None:
@@ -157,7 +157,7 @@ def ends_have_no_names(patch: Patch) -> None:
 
 @mutant("three-requests", "D13")
 def an_eviction_outlives_its_waiter(patch: Patch) -> None:
-    """Whoever was to go for a request goes, although that was cancelled."""
+    """A victim is stopped although the request that it was chosen for was cancelled."""
 
     @instead(patch, Core, "_leave")
     def leave(original: Callable[..., None], core: Core, event: Release | Cancel) -> None:
@@ -173,7 +173,7 @@ def an_eviction_outlives_its_waiter(patch: Patch) -> None:
 
 @mutant("one-place", "D13")
 def a_cancel_is_not_answered(patch: Patch) -> None:
-    """Somebody who leaves the queue never hears of it."""
+    """A cancelled request is not answered."""
 
     @instead(patch, requests, "reject")
     def reject(original: Callable[..., None], step: StepContext, request: Request, refusal: Refusal) -> None:
@@ -183,7 +183,7 @@ def a_cancel_is_not_answered(patch: Patch) -> None:
 
 @mutant("one-place", "D14")
 def for_ever_is_not_at_all(patch: Patch) -> None:
-    """A keep-alive without end unloads at once."""
+    """An infinite keep-alive unloads the runner at once."""
 
     @instead(patch, runners, "rest")
     def rest(original: Callable[..., None], step: StepContext, runner: Runner, reason: RunnerReason) -> None:

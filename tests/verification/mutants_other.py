@@ -1,4 +1,4 @@
-"""Faults that any scheduler might have: of answers, of runners, of memory, of claims."""
+"""Mutants with faults that any scheduler might have: in answers, runners, memory, claims and files."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from tests.verification.mutant import Patch, instead, mutant
 
 @mutant("one-place")
 def granted_twice(patch: Patch) -> None:
-    """A load answers its first waiter twice."""
+    """A load grants its first request twice."""
 
     @instead(patch, requests, "serve")
     def serve(original: Callable[..., None], step: StepContext, runner: Runner, lines: list[object]) -> None:
@@ -42,7 +42,7 @@ def granted_twice(patch: Patch) -> None:
 
 @mutant("time-outs")
 def a_time_out_is_forgotten(patch: Patch) -> None:
-    """Whoever named a time-out is not told when it is over."""
+    """A request with a time limit is not refused when the limit is over."""
 
     @instead(patch, Core, "_time_is_up")
     def time_is_up(original: Callable[..., None], core: Core, key: tuple[str, int]) -> None:
@@ -52,7 +52,7 @@ def a_time_out_is_forgotten(patch: Patch) -> None:
 
 @mutant("time-outs")
 def a_time_out_outlives_its_request(patch: Patch) -> None:
-    """The clock of somebody who was answered goes on."""
+    """The timer of an answered request goes on."""
 
     @instead(patch, Timers, "clear")
     def clear(original: Callable[..., None], timers: Timers, key: tuple[str, int]) -> None:
@@ -62,7 +62,7 @@ def a_time_out_outlives_its_request(patch: Patch) -> None:
 
 @mutant("one-place")
 def a_close_forgets_the_queue(patch: Patch) -> None:
-    """Whoever waits when the scheduler closes waits for ever."""
+    """Waiting requests are not answered when the core closes."""
 
     @instead(patch, requests, "reject_group")
     def reject_line(original: Callable[..., None], step: StepContext, line: RequestGroup, refusal: Refusal) -> None:
@@ -72,7 +72,7 @@ def a_close_forgets_the_queue(patch: Patch) -> None:
 
 @mutant("one-place")
 def closing_has_no_end(patch: Patch) -> None:
-    """Nobody is told that everything is unloaded."""
+    """A close never sends Finished."""
 
     @instead(patch, Core, "step")
     def step(original: Callable[..., list[object]], core: Core, now: float, event: Event) -> list[object]:
@@ -83,7 +83,7 @@ def closing_has_no_end(patch: Patch) -> None:
 
 @mutant("one-place")
 def a_closed_scheduler_takes_requests(patch: Patch) -> None:
-    """Whoever asks after the close waits for a load, as before it."""
+    """A request after the close waits for a load, as before it."""
 
     @instead(patch, Core, "_acquire")
     def acquire(original: Callable[..., None], core: Core, event: Acquire) -> None:
@@ -94,7 +94,7 @@ def a_closed_scheduler_takes_requests(patch: Patch) -> None:
 
 @mutant("one-place")
 def a_second_close_allows_more_time(patch: Patch) -> None:
-    """The time limit of a close begins anew with each."""
+    """Each close begins the time limit anew."""
 
     @instead(patch, Core, "_close")
     def close(original: Callable[..., None], core: Core, timeout_s: float) -> None:
@@ -104,7 +104,7 @@ def a_second_close_allows_more_time(patch: Patch) -> None:
 
 @mutant("one-place", most=2000)
 def a_close_does_not_stop_loads(patch: Patch) -> None:
-    """What loads goes on, and the pool is empty only when something else ends it."""
+    """A close lets loads go on, and finishes only when they end by themselves."""
 
     @instead(patch, Core, "_close")
     def close(original: Callable[..., None], core: Core, timeout_s: float) -> None:
@@ -117,7 +117,7 @@ def a_close_does_not_stop_loads(patch: Patch) -> None:
 
 @mutant("one-place", most=2000)
 def the_time_limit_of_a_close_breaks_no_lease(patch: Patch) -> None:
-    """Somebody who never gives their lease back keeps the scheduler open for ever."""
+    """A lease that is never released keeps the core open beyond the close's time limit."""
 
     @instead(patch, Core, "_time_is_up")
     def time_is_up(original: Callable[..., None], core: Core, key: tuple[str, int]) -> None:
@@ -127,7 +127,7 @@ def the_time_limit_of_a_close_breaks_no_lease(patch: Patch) -> None:
 
 @mutant("one-place")
 def who_leaves_as_they_are_granted_keeps_the_lease(patch: Patch) -> None:
-    """A Cancel that comes after the Grant is taken to be too late."""
+    """A cancel after the grant does not release the lease."""
 
     @instead(patch, Core, "_leave")
     def leave(original: Callable[..., None], core: Core, event: Release | Cancel) -> None:
@@ -138,7 +138,7 @@ def who_leaves_as_they_are_granted_keeps_the_lease(patch: Patch) -> None:
 
 @mutant("one-place")
 def a_release_ends_a_wait(patch: Patch) -> None:
-    """Whoever releases what they do not have yet is taken out of the queue, without an answer."""
+    """A release of a lease that is not granted yet takes the request out of the queue without an answer."""
 
     @instead(patch, Core, "_leave")
     def leave(original: Callable[..., None], core: Core, event: Release | Cancel) -> None:
@@ -152,7 +152,7 @@ def a_release_ends_a_wait(patch: Patch) -> None:
 
 @mutant("out-of-memory")
 def loads_fail_again_and_again(patch: Patch) -> None:
-    """Each load that runs out of memory is followed by another, for the same request."""
+    """Each load that runs out of memory is followed by another one for the same request."""
 
     @instead(patch, failures, "load_failed")
     def load_failed(original: Callable[..., None], step: StepContext, *args: object, **how: object) -> None:
@@ -163,7 +163,7 @@ def loads_fail_again_and_again(patch: Patch) -> None:
 
 @mutant("one-place", most=2000)
 def nobody_looks_again(patch: Patch) -> None:
-    """The core forgets to look again when a victim may go."""
+    """No timer is set for the moment at which a victim may be evicted."""
 
     @instead(patch, Timers, "set")
     def set_timer(original: Callable[..., None], timers: Timers, key: tuple[str, int], at: float) -> None:
@@ -173,7 +173,7 @@ def nobody_looks_again(patch: Patch) -> None:
 
 @mutant("one-place", most=2000)
 def what_was_read_wakes_nobody(patch: Patch) -> None:
-    """An inspection that has ended is not acted on."""
+    """The result of an inspection causes no plan."""
 
     @instead(patch, Core, "_inspected")
     def inspected(original: Callable[..., None], core: Core, event: Inspected) -> None:
@@ -186,7 +186,7 @@ def what_was_read_wakes_nobody(patch: Patch) -> None:
 
 @mutant("three-requests")
 def stopped_in_use(patch: Patch) -> None:
-    """A victim is stopped while it serves."""
+    """A victim is stopped while it has leases."""
 
     @instead(patch, runners, "expire")
     def expire(original: Callable[..., None], step: StepContext, runner: Runner, reason: ExpireReason) -> None:
@@ -196,7 +196,7 @@ def stopped_in_use(patch: Patch) -> None:
 
 @mutant("three-requests")
 def busy_runners_go_at_once(patch: Patch) -> None:
-    """A runner in use is given up before whoever wants its place has waited long enough."""
+    """A busy runner is drained before the bound on a request's wait is over."""
 
     @instead(patch, eviction_candidates, "evictable_at")
     def may_go_at(original: Callable[..., float], pool: CoreState, runner: Runner, bound: float) -> float:
@@ -205,7 +205,7 @@ def busy_runners_go_at_once(patch: Patch) -> None:
 
 @mutant("one-place")
 def no_residency(patch: Patch) -> None:
-    """A runner may go as soon as it is loaded: two clients could unload each other's models for ever."""
+    """A runner may be evicted as soon as it is loaded, so two clients could unload each other's models for ever."""
 
     @instead(patch, eviction_candidates, "evictable_at")
     def may_go_at(original: Callable[..., float], pool: CoreState, runner: Runner, bound: float) -> float:
@@ -214,13 +214,13 @@ def no_residency(patch: Patch) -> None:
 
 @mutant("pins")
 def pins_do_not_hold(patch: Patch) -> None:
-    """A pinned model is given up for others."""
+    """A pinned runner is evicted for another model."""
     patch.setattr(CoreState, "pinned", lambda pool, runner: False)
 
 
 @mutant("one-place")
 def a_late_load_counts(patch: Patch) -> None:
-    """A runner that was given up while it loaded serves when it is loaded after all."""
+    """A runner that was expired while it loaded serves when it has loaded after all."""
 
     @instead(patch, Core, "_runner_event")
     def runner_event(original: Callable[..., None], core: Core, runner: Runner, event: Event) -> None:
@@ -232,7 +232,7 @@ def a_late_load_counts(patch: Patch) -> None:
 
 @mutant("one-place")
 def a_load_counts_twice(patch: Patch) -> None:
-    """Whoever serves and says once more that it has loaded begins its residency again."""
+    """A second Loaded of a runner begins its minimum residency again."""
 
     @instead(patch, Core, "_runner_event")
     def runner_event(original: Callable[..., None], core: Core, runner: Runner, event: Event) -> None:
@@ -244,7 +244,7 @@ def a_load_counts_twice(patch: Patch) -> None:
 
 @mutant("one-place")
 def an_end_counts_twice(patch: Patch) -> None:
-    """The second notice of a process's end begins the wait for its memory again."""
+    """A second Exited of a runner begins its memory recovery again."""
 
     @instead(patch, Core, "_handle")
     def handle(original: Callable[..., None], core: Core, event: Event) -> None:
@@ -257,7 +257,7 @@ def an_end_counts_twice(patch: Patch) -> None:
 
 @mutant("one-place")
 def loads_have_no_clock(patch: Patch) -> None:
-    """A load that stalls is waited for without end."""
+    """A load without progress is waited for without end."""
 
     @instead(patch, loads, "launch")
     def launch(original: Callable[..., Runner], step: StepContext, *args: object) -> Runner:
@@ -268,7 +268,7 @@ def loads_have_no_clock(patch: Patch) -> None:
 
 @mutant("configure")
 def stopped_processes_do_not_count(patch: Patch) -> None:
-    """More processes are alive than there may be, while those that were told to stop end."""
+    """Runners that are being stopped do not count towards the limit of runners."""
 
     @instead(patch, PlanningContext, "__init__")
     def init(original: Callable[..., None], context: PlanningContext, state: CoreState, policy: object) -> None:
@@ -282,7 +282,7 @@ def stopped_processes_do_not_count(patch: Patch) -> None:
 
 @mutant("one-place")
 def memory_is_promised_before_it_is_back(patch: Patch) -> None:
-    """A load begins in what a runner holds that is on its way out."""
+    """A load begins in memory that an expiring runner still holds."""
 
     @instead(patch, PlanningContext, "__init__")
     def init(original: Callable[..., None], context: PlanningContext, state: CoreState, policy: object) -> None:
@@ -292,7 +292,7 @@ def memory_is_promised_before_it_is_back(patch: Patch) -> None:
 
 @mutant("one-place")
 def an_account_stays_open(patch: Patch) -> None:
-    """What an unloaded runner held is never free again."""
+    """The account of an unloaded runner is not closed, so its memory is never free again."""
 
     @instead(patch, memory_recovery, "unload")
     def unload(original: Callable[..., None], step: StepContext, runner: Runner, reason: RunnerReason) -> None:
@@ -303,7 +303,7 @@ def an_account_stays_open(patch: Patch) -> None:
 
 @mutant("own-memory")
 def own_memory_is_not_given_back(patch: Patch) -> None:
-    """What the program reserved for itself stays booked when it gives that back."""
+    """Memory of the program's own stays reserved after its release."""
 
     @instead(patch, requests, "release")
     def release(original: Callable[..., None], step: StepContext, request: Request) -> None:
@@ -315,7 +315,7 @@ def own_memory_is_not_given_back(patch: Patch) -> None:
 
 @mutant("one-place")
 def an_early_reading_counts(patch: Patch) -> None:
-    """Memory is taken to be back by a reading that began while its process lived."""
+    """A reading that began before the exit counts as memory that is back."""
 
     @instead(patch, Core, "_sampled")
     def sampled(original: Callable[..., None], core: Core, event: Sampled) -> None:
@@ -327,7 +327,7 @@ def an_early_reading_counts(patch: Patch) -> None:
 
 @mutant("claims")
 def a_claim_is_kept(patch: Patch) -> None:
-    """Devices are kept from other programs after the load that they were claimed for."""
+    """A claim is kept after the load that it was made for."""
 
     @instead(patch, runners, "release_claim")
     def release_claim(original: Callable[..., None], step: StepContext, runner: Runner) -> None:
@@ -337,7 +337,7 @@ def a_claim_is_kept(patch: Patch) -> None:
 
 @mutant("claims")
 def a_claim_is_given_back_twice(patch: Patch) -> None:
-    """A claim is ended once with its load and once more with its process."""
+    """A claim is released with its load and again with its process."""
 
     @instead(patch, failures, "exited")
     def exited(original: Callable[..., None], step: StepContext, runner: Runner, event: Exited) -> None:
@@ -349,7 +349,7 @@ def a_claim_is_given_back_twice(patch: Patch) -> None:
 
 @mutant("claims-of-both")
 def some_of_the_devices_are_enough(patch: Patch) -> None:
-    """A load on two GPUs begins under a claim of one: another program may load on the other at the same time."""
+    """A load on two GPUs begins under a claim of one, so that another program may load on the other GPU."""
 
     @instead(patch, device_claims, "_match")
     def match(
@@ -370,7 +370,7 @@ def some_of_the_devices_are_enough(patch: Patch) -> None:
 
 @mutant("read-ahead")
 def a_file_is_read_ahead_for_whoever_has_left(patch: Patch) -> None:
-    """Nobody is told to stop reading when the last one leaves the queue."""
+    """Prefetching goes on when the last request for the model has left."""
 
     def read_ahead(step: StepContext, plan: Plan | None) -> None:
         if plan is not None:
@@ -381,16 +381,16 @@ def a_file_is_read_ahead_for_whoever_has_left(patch: Patch) -> None:
 
 @mutant("read-ahead")
 def what_is_read_ahead_forgets_what_is_promised(patch: Patch) -> None:
-    """All that the host reports as free is taken for spare."""
+    """Prefetching fills all memory that the host reports as free, reserved memory included."""
     patch.setattr(prefetch, "spare_bytes", lambda ledger: ledger.devices[HOST].free_bytes)
 
 
-# -- moments of rest --------------------------------------------------------------------------------------------------
+# -- the grace after last use -----------------------------------------------------------------------------------------
 
 
 @mutant("moments-of-rest")
 def nobody_is_kept_for_the_next_user(patch: Patch) -> None:
-    """A runner is given up in the moment in which its last lease comes back, though its user may ask again at once."""
+    """A runner is evicted in the moment of its last release, although its client may ask again at once."""
 
     @instead(patch, eviction_candidates, "evictable_at")
     def may_go_at(original: Callable[..., float], pool: CoreState, runner: Runner, bound: float) -> float:

@@ -1,4 +1,4 @@
-"""Faults against what users are promised: turns, claims, back-off, how long runners stay, who takes what from whom."""
+"""Mutants that break service guarantees: the order of service, claims, back-off, residency and reservations."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ from tests.verification.mutant import SIMULATION, Patch, instead, mutant
 
 @mutant(SIMULATION)
 def a_contended_claim_counts_as_had(patch: Patch) -> None:
-    """A launch goes ahead although another program has its devices."""
+    """A launch goes ahead although another program holds the lock of its devices."""
 
     @instead(patch, device_claims, "claim_answered")
     def claim_answered(original: Callable[..., bool], step: StepContext, event: ClaimGranted | ClaimContended) -> bool:
         return original(step, ClaimGranted(event.number))
 
 
-# -- turns ------------------------------------------------------------------------------------------------------------
+# -- the order of service ---------------------------------------------------------------------------------------------
 
 
 @mutant("one-place")
 def the_newest_goes_first(patch: Patch) -> None:
-    """Whoever came last is planned before those who have waited."""
+    """The youngest request group is planned before older ones."""
 
     @instead(patch, CoreState, "groups_in_order")
     def lines_in_order(original: Callable[..., Iterator[RequestGroup]], pool: CoreState) -> Iterator[RequestGroup]:
@@ -49,13 +49,13 @@ def the_newest_goes_first(patch: Patch) -> None:
 
 @mutant("pins")
 def priority_is_worth_nothing(patch: Patch) -> None:
-    """Those who are worth more wait as long as others."""
+    """Priority does not change the order of request groups."""
     patch.setattr(CoreState, "rank", lambda pool, head: (head.queued_at, head.id))
 
 
 @mutant("three-requests")
 def the_newest_is_served_first(patch: Patch) -> None:
-    """Of those who waited for one load the last one to come is granted first."""
+    """Of the requests that waited for one load, the youngest is granted first."""
 
     @instead(patch, requests, "serve")
     def serve(original: Callable[..., None], step: StepContext, *args: object) -> None:
@@ -66,7 +66,7 @@ def the_newest_is_served_first(patch: Patch) -> None:
 
 @mutant("full-queue")
 def one_more_waits_than_may(patch: Patch) -> None:
-    """The queue's limit is off by one."""
+    """The queue takes one request more than its limit."""
 
     @instead(patch, Core, "_acquire")
     def acquire(original: Callable[..., None], core: Core, event: Acquire) -> None:
@@ -81,7 +81,7 @@ def one_more_waits_than_may(patch: Patch) -> None:
 
 @mutant(SIMULATION)
 def nothing_is_backed_off(patch: Patch) -> None:
-    """A model whose load has failed is loaded again for the next who asks."""
+    """A model whose load failed is loaded again for the next request."""
 
     @instead(patch, failures, "back_off")
     def back_off(original: Callable[..., None], step: StepContext, model: ModelRecord, reason: FailureReason) -> None:
@@ -91,7 +91,7 @@ def nothing_is_backed_off(patch: Patch) -> None:
 
 @mutant(SIMULATION)
 def each_failure_is_the_first(patch: Patch) -> None:
-    """A model that fails again and again is backed off for as short a time as at first."""
+    """Every failure of a model has the back-off of a first one."""
 
     @instead(patch, failures, "back_off")
     def back_off(original: Callable[..., None], step: StepContext, model: ModelRecord, reason: FailureReason) -> None:
@@ -101,7 +101,7 @@ def each_failure_is_the_first(patch: Patch) -> None:
 
 @mutant(SIMULATION, most=400_000)
 def a_crash_loop_has_no_end(patch: Patch) -> None:
-    """Each crash is followed by a new load at once, as if it were the first."""
+    """Each crash is followed by a load at once, as if it were the first."""
 
     @instead(patch, failures, "count_crash")
     def count_crash(original: Callable[..., None], step: StepContext, runner: Runner, reason: FailureReason) -> None:
@@ -111,7 +111,7 @@ def a_crash_loop_has_no_end(patch: Patch) -> None:
 
 @mutant(SIMULATION, most=400_000)
 def back_off_has_no_limit(patch: Patch) -> None:
-    """The time doubles for ever."""
+    """The back-off doubles without a limit."""
 
     @instead(patch, failures, "back_off")
     def back_off(original: Callable[..., None], step: StepContext, model: ModelRecord, reason: FailureReason) -> None:
@@ -126,7 +126,7 @@ def back_off_has_no_limit(patch: Patch) -> None:
 
 @mutant("keep-alive")
 def a_named_keep_alive_is_ignored(patch: Patch) -> None:
-    """Runners rest for as long as their first user said, whatever later ones say."""
+    """A keep-alive that a later request names is ignored."""
 
     @instead(patch, requests, "grant")
     def grant(original: Callable[..., None], step: StepContext, request: Request, runner: Runner) -> None:
@@ -137,7 +137,7 @@ def a_named_keep_alive_is_ignored(patch: Patch) -> None:
 
 @mutant("keep-alive")
 def none_at_all_rests(patch: Patch) -> None:
-    """A runner with a keep-alive of 0 rests until the clock is looked at."""
+    """A runner with a keep-alive of 0 is stopped at the next tick, and not with its last release."""
 
     @instead(patch, requests, "release")
     def release(original: Callable[..., None], step: StepContext, request: Request) -> None:
@@ -154,7 +154,7 @@ def none_at_all_rests(patch: Patch) -> None:
 
 @mutant("keep-alive")
 def for_twice_as_long(patch: Patch) -> None:
-    """A runner rests for longer than was said."""
+    """A runner stays for twice its keep-alive."""
 
     @instead(patch, runners, "start_keep_alive")
     def start_keep_alive(original: Callable[..., None], step: StepContext, runner: Runner) -> None:
@@ -165,7 +165,7 @@ def for_twice_as_long(patch: Patch) -> None:
 
 @mutant("one-place")
 def asked_to_leave_and_forgotten(patch: Patch) -> None:
-    """A model that was asked to leave while it loaded stays once it has served."""
+    """A model that was expired while it loaded stays after it has served."""
 
     @instead(patch, loads, "loaded")
     def loaded(original: Callable[..., None], step: StepContext, runner: Runner, event: Loaded) -> None:
@@ -175,7 +175,7 @@ def asked_to_leave_and_forgotten(patch: Patch) -> None:
 
 @mutant("one-place")
 def loads_cannot_be_asked_to_leave(patch: Patch) -> None:
-    """Somebody wants a model out of memory while it is waited for, and nobody listens."""
+    """An expire of a model that a request waits for is ignored."""
 
     @instead(patch, runners, "expire_model")
     def expire_model(original: Callable[..., bool], step: StepContext, id: str) -> bool:
@@ -186,7 +186,7 @@ def loads_cannot_be_asked_to_leave(patch: Patch) -> None:
 
 @mutant("out-of-memory")
 def only_who_ran_out_of_memory_goes(patch: Patch) -> None:
-    """The others stay, though one of them may have taken it."""
+    """Only the runner that ran out of memory expires, although another one may have taken the memory."""
 
     @instead(patch, failures, "ran_out")
     def ran_out(original: Callable[..., None], step: StepContext, runner: Runner) -> None:
@@ -196,7 +196,7 @@ def only_who_ran_out_of_memory_goes(patch: Patch) -> None:
 
 @mutant("hangs")
 def progress_counts_for_nothing(patch: Patch) -> None:
-    """A slow load is given up although it shows that it is alive."""
+    """A slow load is stopped although it reports progress."""
 
     @instead(patch, Core, "_runner_event")
     def runner_event(original: Callable[..., None], core: Core, runner: Runner, event: Event) -> None:
@@ -206,22 +206,22 @@ def progress_counts_for_nothing(patch: Patch) -> None:
 
 @mutant("moments-of-rest")
 def residency_has_no_bound(patch: Patch) -> None:
-    """A runner whose load took long keeps its place for longer than anybody may be let wait."""
+    """A runner with a long load stays beyond the bound on a request's wait."""
     patch.setattr(CoreConfig, "residency_s", lambda limits, load_s: (load_s, 9 * load_s))
 
 
 @mutant("keep-alive")
 def a_load_goes_on_for_nobody(patch: Patch) -> None:
-    """A load with a keep-alive of 0 goes on when the last one who waited for it has left."""
+    """A load with a keep-alive of 0 goes on when its last request has left."""
     patch.setattr(requests, "abandon_load", lambda step, request: None)
 
 
-# -- those in the way -------------------------------------------------------------------------------------------------
+# -- runners in the way -----------------------------------------------------------------------------------------------
 
 
 @mutant("one-place")
 def asked_again_and_again(patch: Patch) -> None:
-    """Who holds what others wait for is told so by every plan."""
+    """A lease holder is notified of contention by every plan."""
 
     @instead(patch, runners, "notify_contention")
     def ask(original: Callable[..., None], step: StepContext, wanted: Collection[RunnerId]) -> None:
@@ -232,7 +232,7 @@ def asked_again_and_again(patch: Patch) -> None:
 
 @mutant("one-place")
 def victims_are_not_asked(patch: Patch) -> None:
-    """Nobody who is in the way hears that others wait."""
+    """No lease holder is notified of contention."""
 
     @instead(patch, runners, "notify_contention")
     def ask(original: Callable[..., None], step: StepContext, wanted: Collection[RunnerId]) -> None:
@@ -241,13 +241,13 @@ def victims_are_not_asked(patch: Patch) -> None:
 
 @mutant("shrinking")
 def what_is_too_much_stays(patch: Patch) -> None:
-    """Idle runners rest on a device that has less than they hold."""
+    """Idle runners stay on a device that has less memory than they hold."""
     patch.setattr(planner, "_evict_excess", lambda context: None)
 
 
 @mutant("configure")
 def a_lower_number_of_runners_waits_for_their_end(patch: Patch) -> None:
-    """More idle runners are alive than may be, until their keep-alives are over."""
+    """More idle runners stay than the limit allows, until their keep-alives are over."""
 
     @instead(patch, planner, "_evict_worth")
     def evict(original: Callable[..., None], context: PlanningContext, reason: object, *args: object) -> None:
@@ -255,12 +255,12 @@ def a_lower_number_of_runners_waits_for_their_end(patch: Patch) -> None:
             original(context, reason, *args)
 
 
-# -- who takes what from whom -----------------------------------------------------------------------------------------
+# -- reservations -----------------------------------------------------------------------------------------------------
 
 
 @mutant(SIMULATION, most=400_000)
 def a_booking_binds_nobody_before(patch: Patch) -> None:
-    """What is free is for whoever can start in it, although an older request will need it later."""
+    """A younger request starts in free memory that an older one will need later."""
 
     def take(supply: AvailabilityProfile, horizon: int, amounts: Amounts, processes: int) -> None:
         for one in range(horizon, LATER + 1):
@@ -273,7 +273,7 @@ def a_booking_binds_nobody_before(patch: Patch) -> None:
 
 @mutant(SIMULATION, most=400_000)
 def what_drains_counts_as_stopped(patch: Patch) -> None:
-    """What runners hold that are given up and still in use is counted on as if it came soon."""
+    """Memory of runners that drain counts as free as soon as that of runners that stop."""
 
     @instead(patch, AvailabilityProfile, "add")
     def add(original: Callable[..., None], supply: AvailabilityProfile, horizon: int, gone: Collection[Runner]) -> None:
@@ -282,7 +282,7 @@ def what_drains_counts_as_stopped(patch: Patch) -> None:
 
 @mutant(SIMULATION, most=400_000)
 def two_count_on_one_victim(patch: Patch) -> None:
-    """A runner that is to leave for one line is given to the next one once more."""
+    """A victim's memory counts for two request groups."""
 
     @instead(patch, planner, "plan_eviction")
     def plan_eviction(original: Callable[..., Placement], context: PlanningContext, *args: object) -> Placement:
@@ -294,7 +294,7 @@ def two_count_on_one_victim(patch: Patch) -> None:
 
 @mutant("out-of-memory")
 def the_second_try_is_not_alone(patch: Patch) -> None:
-    """A load that ran out of memory is tried again beside the others."""
+    """The second try of a load that ran out of memory starts beside other runners."""
 
     @instead(patch, failures, "load_failed")
     def load_failed(
@@ -306,7 +306,7 @@ def the_second_try_is_not_alone(patch: Patch) -> None:
 
 @mutant("out-of-memory")
 def the_second_try_begins_beside_others(patch: Patch) -> None:
-    """A load that has to be alone begins while others are there who may be moved."""
+    """A load that has to be alone starts while other runners could still be evicted."""
 
     @instead(patch, planner, "_plan_runner")
     def plan_runner(

@@ -1,4 +1,4 @@
-"""Faults that leave something undone: what has changed, and those who wait for it are not looked at."""
+"""Mutants that leave something undone: something changed, and the requests that wait for it are not planned again."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.verification.mutant import Patch, instead, mutant
 
 @mutant("own-memory", most=2000)
 def memory_that_is_given_back_wakes_nobody(patch: Patch) -> None:
-    """A reservation of the program's own ends, and nobody looks whether others fit now."""
+    """A release of the program's own memory causes no plan."""
 
     @instead(patch, requests, "release")
     def release(original: Callable[..., None], step: StepContext, request: Request) -> None:
@@ -26,7 +26,7 @@ def memory_that_is_given_back_wakes_nobody(patch: Patch) -> None:
 
 @mutant("three-requests", most=2000)
 def a_rest_wakes_nobody(patch: Patch) -> None:
-    """A runner becomes idle, and those who wait for that are not looked at."""
+    """A runner that becomes idle causes no plan."""
 
     @instead(patch, runners, "rest")
     def rest(original: Callable[..., None], step: StepContext, runner: Runner, reason: RunnerReason) -> None:
@@ -37,7 +37,7 @@ def a_rest_wakes_nobody(patch: Patch) -> None:
 
 @mutant("pins", most=2000)
 def an_end_of_a_pin_wakes_nobody(patch: Patch) -> None:
-    """A model is no longer pinned, and those who wait for its memory do not get it."""
+    """An unpin causes no plan, and requests that wait for the model's memory do not get it."""
 
     @instead(patch, runners, "pin")
     def pin(original: Callable[..., None], step: StepContext, model: ModelRecord, pinned: bool) -> None:
@@ -48,7 +48,7 @@ def an_end_of_a_pin_wakes_nobody(patch: Patch) -> None:
 
 @mutant("four-requests", most=2000)
 def who_takes_what_is_to_go_is_not_asked(patch: Patch) -> None:
-    """A runner that rests, and is to go in a moment, is taken by somebody who is not told that others wait."""
+    """A new lease holder of an idle runner that is to be evicted is not notified of contention."""
 
     @instead(patch, runners, "notify_contention")
     def ask(original: Callable[..., None], step: StepContext, wanted: set[RunnerId]) -> None:

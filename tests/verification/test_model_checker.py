@@ -1,4 +1,4 @@
-"""The search of the core's states: what it looks at, what it takes for the same, and what it would find."""
+"""The model checker: which states it visits, which it takes for the same, and which faults it would find."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ A, B = ONE_PLACE.specs
 
 
 def a_core(*happened: Event, scenario: Scenario = ONE_PLACE) -> Core:
-    """Return a core to which all this has happened, each at its time."""
+    """Return a core that was told these events, each at its time."""
     core = Core(scenario.limits, NondeterministicPolicy())
     begin(core, scenario)
     for event in happened:
@@ -90,7 +90,7 @@ def alike(one: Core, other: Core, scenario: Scenario = ONE_PLACE) -> bool:
 
 @pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.name)
 def test_everything_holds_in_the_first_states_of(scenario: Scenario) -> None:
-    """`make explore` looks at many more; there are at least as many as are asked for."""
+    """Every property holds in the first states of each scenario; `make explore` searches many more."""
     found = explore(scenario, 300)
     assert found.violation is None, f"{found.violation.what}\n{in_words(found.violation.trace)}"
     assert found.states >= 300
@@ -98,7 +98,7 @@ def test_everything_holds_in_the_first_states_of(scenario: Scenario) -> None:
 
 
 def test_every_state_that_one_request_at_a_time_can_lead_to_is_looked_at() -> None:
-    """A small scenario has an end: all that can be reached has been, whatever bound is set."""
+    """A small scenario is searched to its end below the bound on states."""
     small = replace(ONE_PLACE, models=ONE_PLACE.models[:1], specs=(A,), requests=1, expires=False, closes=False)
     found = explore(small, 100_000)
     assert found.complete and found.violation is None
@@ -106,7 +106,7 @@ def test_every_state_that_one_request_at_a_time_can_lead_to_is_looked_at() -> No
 
 
 def test_the_scenarios_are_as_the_page_on_testing_says() -> None:
-    """Each has a name of its own, and ends at a number of states if not before."""
+    """Each scenario of the page on testing has a name of its own and a bound on its states."""
     assert len(NAMED) == len(SCENARIOS)
     millions = sum(scenario.most for scenario in SCENARIOS) / 1_000_000
     said = (Path(state_key.__file__).parents[2] / "docs" / "testing.md").read_text(encoding="utf-8")
@@ -115,7 +115,7 @@ def test_the_scenarios_are_as_the_page_on_testing_says() -> None:
 
 
 def test_an_event_that_changes_nothing_is_not_the_end() -> None:
-    """A state which the world's order leads back to itself, while somebody waits in it, is found."""
+    """A state that the environment's order leads back to itself while a request waits is found."""
 
     class Deaf(Core):
         def step(self, now: float, event: Event) -> list[Command]:
@@ -123,11 +123,11 @@ def test_an_event_that_changes_nothing_is_not_the_end() -> None:
 
     found = explore(ONE_PLACE, 200, make=Deaf).violation
     assert found is not None and "waits for ever" in found.what
-    assert [type(step.event) for step in found.trace] == [Acquire], "the shortest way"
+    assert [type(step.event) for step in found.trace] == [Acquire], "the shortest trace"
 
 
 def test_the_way_to_who_waits_for_ever_is_the_shortest_however_many_states_are_seen() -> None:
-    """The last states that a search came to are not told of where an earlier one leads to them."""
+    """The trace to a request that waits for ever is the shortest, also with a bound on the states."""
     one = next(one for one in MUTANTS if one.name == "the_time_limit_of_a_close_breaks_no_lease")
     ways = []
     for most in (100, 1000):
@@ -138,7 +138,7 @@ def test_the_way_to_who_waits_for_ever_is_the_shortest_however_many_states_are_s
 
 
 def test_an_exception_is_found_with_the_event_that_raised_it() -> None:
-    """The way ends with it."""
+    """An exception is found, with a trace that ends with the event that raised it."""
 
     class Broken(Core):
         def _close(self, timeout_s: float) -> None:
@@ -150,7 +150,7 @@ def test_an_exception_is_found_with_the_event_that_raised_it() -> None:
 
 
 def test_the_oracle_prefers_each_candidate_in_turn() -> None:
-    """Whatever a policy may prefer is tried."""
+    """The nondeterministic policy prefers each candidate in turn."""
     oracle = NondeterministicPolicy(first=1)
     a, b, c = (Candidate(RunnerId(number), A.model, 0, 0.0, 0.0, None, 0, 0.0) for number in (1, 2, 3))
     assert list(oracle.order(0.0, [a, b, c])) == [b, c, a]
@@ -158,7 +158,7 @@ def test_the_oracle_prefers_each_candidate_in_turn() -> None:
 
 
 def test_a_way_is_told_without_what_is_as_usual() -> None:
-    """What happened, when, and what was said to do."""
+    """A trace is told with its events, times and commands, and without the usual answers."""
     found = next(one for one in MUTANTS if one.name == "a_cancel_is_not_answered").search().violation
     assert found is not None
     assert in_words(found.trace).splitlines() == [
@@ -169,12 +169,12 @@ def test_a_way_is_told_without_what_is_as_usual() -> None:
     ]
 
 
-# -- what is taken for the same ----------------------------------------------------------------------------------------
+# -- the state key -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("record", LEFT_OUT, ids=lambda record: record.__name__)
 def test_every_field_of_a_record_is_in_the_key_or_left_out_for_a_reason(record: type) -> None:
-    """A field that is new has to be thought of: a key that lacks it would hide states."""
+    """Every field of a record is in the state key or left out for a reason, so that a new field is considered."""
     tree = ast.parse(Path(state_key.__file__).read_text(encoding="utf-8"))
     names = {"CoreState": "state", "ModelRecord": "model", "RequestGroup": "group", "RequestSpec": "spec"}
     name = {**names, "OpenClaim": "claim"}.get(record.__name__, record.__name__.lower())
@@ -189,12 +189,12 @@ def test_every_field_of_a_record_is_in_the_key_or_left_out_for_a_reason(record: 
     }
     everything = {field.name for field in fields(record)}
     left_out = set(LEFT_OUT[record])
-    assert left_out <= everything, "what is left out is no field"
-    assert everything - left_out <= read, "neither in the key nor left out"
+    assert left_out <= everything, "a name that is left out is no field"
+    assert everything - left_out <= read, "a field is neither in the key nor left out"
 
 
 def test_numbers_of_lives_past_do_not_count() -> None:
-    """After a life that has ended everything is as before it, but for the ids."""
+    """After a runner that has ended, the state key is as before it, whatever ids were used."""
     first = a_core(Acquire(1, A), inspected("a"))
     again = a_core(Acquire(1, A), inspected("a"), loaded(first, 1), Release(1), Expire("a"), Exited(1, 0))
     begin(again, ONE_PLACE)
@@ -202,31 +202,31 @@ def test_numbers_of_lives_past_do_not_count() -> None:
         again.step(0.0, event)
     seen = again._state.models["a"]
     assert list(again._state.runners) == [2]
-    seen.measured.clear()  # what is remembered of a life does count
+    seen.measured.clear()  # a measurement of a runner is part of the key
     assert alike(first, again)
 
 
 def test_what_was_measured_counts() -> None:
-    """The next launch is promised it."""
+    """A measurement changes the state key, because the next launch is reserved by it."""
     one, other = a_core(Acquire(1, A)), a_core(Acquire(1, A))
     other._state.models["a"].measured[A.options, ()] = ((HOST, 1),)
     assert not alike(one, other)
 
 
 def test_models_of_one_kind_may_be_exchanged() -> None:
-    """Whoever waits for either of two alike is in the same place."""
+    """Two states that differ in which of two equal models is waited for have the same key."""
     assert alike(a_core(Acquire(1, A)), a_core(Acquire(1, B)))
 
 
 def test_models_that_will_turn_out_different_may_not() -> None:
-    """Although nothing is known yet of either, they are not of one kind."""
+    """Two models that an inspection will find different are not exchanged, although neither is inspected yet."""
     claims = NAMED["claims"]
     one, other = (a_core(Acquire(1, want), scenario=claims) for want in claims.specs)
     assert not alike(one, other, scenario=claims)
 
 
 def test_how_far_off_a_deadline_is_does_not_count_but_the_order_of_deadlines_does() -> None:
-    """What lies behind is alike."""
+    """The order of deadlines is part of the key, and how far off they are is not."""
     near, far, behind = (a_core(Acquire(1, A, None, timeout_s)) for timeout_s in (5.0, 6.0, 0.0))
     assert alike(near, far)
     assert not alike(near, behind)
@@ -237,14 +237,14 @@ def test_how_far_off_a_deadline_is_does_not_count_but_the_order_of_deadlines_doe
 
 
 def test_a_clock_that_belongs_to_nothing_counts() -> None:
-    """It would hide a fault, were it left out."""
+    """A timer that belongs to nothing is part of the key, because it is a fault."""
     one, other = a_core(), a_core()
     other._state.timers.set(("request", 99), 5.0)
     assert not alike(one, other)
 
 
 def test_priority_counts_by_the_order_of_turns() -> None:
-    """Whoever is planned first is not told by age alone."""
+    """The order of request groups by priority is part of the key."""
     urgent = replace(B, priority=1)
     one = a_core(Acquire(1, A), Acquire(2, B))
     other = a_core(Acquire(1, A), Acquire(2, urgent))
@@ -252,16 +252,16 @@ def test_priority_counts_by_the_order_of_turns() -> None:
 
 
 def test_equal_states_have_equal_keys_whatever_they_share() -> None:
-    """A copy shares none of its containers with its original."""
+    """A copy has the key of its original, although they share no containers."""
     core = a_core(Acquire(1, A), Acquire(2, B), inspected("a"))
     assert alike(core, core.copy())
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.name)
 def test_states_with_one_key_have_one_future(scenario: Scenario) -> None:
-    """Nothing that a decision depends on is missing from the key, but how far off deadlines are.
+    """The key has everything that a decision depends on, except how far off deadlines are.
 
-    So with exact times, whatever may come next leads from both of two states with one key to the same keys.
+    With exact times, the events that are enabled in two states with one key lead to the same keys.
     """
     keys = StateKeys(kinds(scenario), configures=bool(scenario.configures), exact_times=True)
 
@@ -289,7 +289,7 @@ def test_states_with_one_key_have_one_future(scenario: Scenario) -> None:
 
 
 def test_how_long_a_runner_rests_is_told_where_a_keep_alive_may_change() -> None:
-    """Without a clock of its own it goes at once by the new one, or not: two states that are not the same."""
+    """The key has how long a runner was idle where a new keep-alive might stop one and not the other."""
     scenario = next(one for one in SCENARIOS if one.name == "configure")
     keys, cores = StateKeys(kinds(scenario), configures=True), []
     for rested_s in (0.0, 71.0):
@@ -303,20 +303,20 @@ def test_how_long_a_runner_rests_is_told_where_a_keep_alive_may_change() -> None
     assert [core.step(core._state.now, keep_alive) for core in cores] == [[], [Stop(1)]]
 
 
-# -- the world ---------------------------------------------------------------------------------------------------------
+# -- the environment ---------------------------------------------------------------------------------------------------
 
 
 def test_time_passes_a_back_off_that_no_timer_marks() -> None:
-    """Else a model that failed once would never be asked for again."""
+    """Time passes to the end of a back-off, which has no timer, so that a failed model is requested again."""
     core = a_core(Acquire(1, A), inspected("a"), Exited(1, 1))
-    begin(core, ONE_PLACE)  # its memory is back
+    begin(core, ONE_PLACE)  # the runner's memory is back
     assert core.deadline() == math.inf or not core._state.timers.items()
     assert time_of(core, Tick()) == core._state.models["a"].blocked_until == 11.0
     assert Tick() in list(enabled_events(core, ONE_PLACE, IdHighWater(1, 1)))
 
 
 def test_what_comes_late_is_of_the_lives_that_have_ended() -> None:
-    """By the ids that they had, and none that lives."""
+    """Late events have the ids of runners and requests that have ended, and of none that lives."""
     core = a_core(Acquire(1, A), inspected("a"), Exited(1, 1), Acquire(2, B))
     events = list(stale_events(core, IdHighWater(requests=2, runners=1)))
     assert Release(1) in events and Exited(1, None) in events
@@ -324,7 +324,7 @@ def test_what_comes_late_is_of_the_lives_that_have_ended() -> None:
 
 
 def test_what_has_happened_already_comes_late_too() -> None:
-    """It is said again, or said of somebody who is not that far yet."""
+    """Events that have happened happen again, or are told of a runner that is not that far yet."""
     core = a_core(Acquire(1, A), inspected("a"))
     core.step(0.0, loaded(core, 1))
     core.step(0.0, Acquire(2, B))
@@ -337,7 +337,7 @@ def test_what_has_happened_already_comes_late_too() -> None:
 
 
 def test_after_a_close_the_world_helps_nobody_to_the_end() -> None:
-    """A lease is left to the time limit, and what loads has to be stopped: neither ends by itself."""
+    """After a close the environment releases no lease and ends no load by itself."""
     core = a_core(Acquire(1, A), inspected("a"))
     core.step(0.0, loaded(core, 1))
     core.step(0.0, Close(30.0))
@@ -348,21 +348,21 @@ def test_after_a_close_the_world_helps_nobody_to_the_end() -> None:
 
 
 def test_what_may_happen_after_a_close_is_asked_and_closed_again() -> None:
-    """Whoever asks is refused, and whoever is in more of a hurry is heard."""
+    """After a close the enabled events are further requests, which are refused, and a shorter close."""
     core = a_core(Acquire(1, A), inspected("a"), Close(30.0))
     events = list(enabled_events(core, ONE_PLACE, IdHighWater(1, 1)))
     assert {Acquire(2, A), Acquire(2, B), Close(0.0)} <= set(events)
 
 
 def test_who_was_granted_may_leave_as_if_they_had_not_been_told() -> None:
-    """The Grant and their Cancel crossed."""
+    """A cancel may come after the grant, as when the two crossed."""
     core = a_core(Acquire(1, A), inspected("a"))
     core.step(0.0, loaded(core, 1))
     assert {Release(1), Cancel(1)} <= set(enabled_events(core, ONE_PLACE, IdHighWater(1, 1)))
 
 
 def test_the_worlds_order_ends_with_an_empty_pool() -> None:
-    """Everybody is answered on the way."""
+    """The environment's order ends with an empty core, and every request is answered."""
     core = a_core(Acquire(1, A), Acquire(2, B))
     answered = []
     while (event := fair_next_event(core, ONE_PLACE)) is not None:
@@ -372,17 +372,17 @@ def test_the_worlds_order_ends_with_an_empty_pool() -> None:
 
 
 def test_the_past_remembers_the_highest_numbers() -> None:
-    """What lives now does not tell them."""
+    """The highest ids are kept apart from the state, because the state does not have them."""
     launch = Launch(3, "a", A.options, None)
     assert IdHighWater(2, 1).after(Acquire(5, A), [launch]) == IdHighWater(5, 3)
     assert IdHighWater(9, 9).after(Acquire(5, A), [launch]) == IdHighWater(9, 9)
 
 
-# -- the judge ---------------------------------------------------------------------------------------------------------
+# -- transition invariants ---------------------------------------------------------------------------------------------
 
 
 def judged(core: Core, event: Event, spoil: Callable[[Core, list[Command]], None]) -> str:
-    """Return what the judge says of a step that was spoiled."""
+    """Return the violation that is found in a step that was spoiled."""
     after = core.copy()
     after.plans = []
     commands = after.step(core._state.now, event)
@@ -394,12 +394,12 @@ def judged(core: Core, event: Event, spoil: Callable[[Core, list[Command]], None
 
 
 def test_the_judge_misses_an_answer() -> None:
-    """A request that is gone without a word."""
+    """A request that vanishes without an answer is found."""
     assert "a request is lost" in judged(a_core(Acquire(1, A)), Cancel(1), lambda after, said: said.clear())
 
 
 def test_the_judge_misses_a_lease() -> None:
-    """It was neither given back nor taken back."""
+    """A lease that vanishes without a release or a revocation is found."""
     core = a_core(Acquire(1, A), inspected("a"))
     core.step(0.0, loaded(core, 1))
 
@@ -411,7 +411,7 @@ def test_the_judge_misses_a_lease() -> None:
 
 
 def test_the_judge_tells_when_nobody_looks_again() -> None:
-    """Whoever waits for what is in use has to be thought of when the wait is over."""
+    """A step that leaves a waiting request without a deadline or a runner to wait for is found."""
     core = a_core(Acquire(1, A), inspected("a"))
     core.step(0.0, loaded(core, 1))
     core.step(0.0, Acquire(2, B))
@@ -423,7 +423,7 @@ def test_the_judge_tells_when_nobody_looks_again() -> None:
 
 
 def test_the_command_shows_what_it_has_seen(capsys: pytest.CaptureFixture[str]) -> None:
-    """A row for each scenario, and how far it got each second."""
+    """The command prints a row for each scenario, and its progress each second."""
     assert main(["explore", "--scenario", "hangs", "--scenario", "claims", "--most", "200"]) == 0
     printed = capsys.readouterr()
     assert "hangs" in printed.out and "claims" in printed.out and "all" in printed.out
@@ -431,14 +431,14 @@ def test_the_command_shows_what_it_has_seen(capsys: pytest.CaptureFixture[str]) 
 
 
 def test_a_scenario_that_is_named_twice_is_searched_once(capsys: pytest.CaptureFixture[str]) -> None:
-    """The second search would say the same."""
+    """A scenario that is named twice is searched once."""
     assert main(["explore", "--scenario", "hangs", "--scenario", "hangs", "--most", "100"]) == 0
     printed = capsys.readouterr().out
     assert printed.count("hangs") == 1 and "in 1 process;" in printed
 
 
 def test_the_command_refuses_a_scenario_that_there_is_not(capsys: pytest.CaptureFixture[str]) -> None:
-    """In one line, which names those that there are."""
+    """An unknown scenario is refused in one line that names the known ones."""
     assert main(["explore", "--scenario", "everything"]) == 2
     assert "one-place" in capsys.readouterr().err
 
@@ -446,7 +446,7 @@ def test_the_command_refuses_a_scenario_that_there_is_not(capsys: pytest.Capture
 def test_the_command_tells_the_shortest_way_to_what_does_not_hold(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """And exits with 1."""
+    """The command prints the shortest trace to a violation and exits with 1."""
 
     def in_this_process(processes: int, context: object, begin: Callable[..., None], shared: tuple[object]) -> object:
         return ThreadPoolExecutor(1, "search", begin, shared)
@@ -463,6 +463,6 @@ def test_the_command_tells_the_shortest_way_to_what_does_not_hold(
 
 
 def test_a_model_knows_nothing_of_itself_at_first() -> None:
-    """The key takes what it is to the scenario instead."""
+    """A new model record has no metadata, so the state key has the scenario's declaration in its place."""
     assert ModelRecord("a").info is None
     assert key_of(a_core(Acquire(1, A))) != key_of(a_core())

@@ -1,4 +1,4 @@
-"""Faults put into the core by hand are found, each by the shortest way to it."""
+"""Mutants of the core made by hand are found, each with the shortest trace."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ DEFECTS = {f"D{number:02}" for number in range(1, 15)}
 @pytest.mark.slow
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda one: f"{one.defect}_{one.name}".lstrip("_"))
 def test_the_search_finds(mutant: Mutant) -> None:
-    """Something that must hold does not, and the way there ends with the event that shows it."""
+    """The search finds a violation in each mutant, with a short trace."""
     found = mutant.search().violation
     assert found is not None
     assert found.what
@@ -22,19 +22,19 @@ def test_the_search_finds(mutant: Mutant) -> None:
 
 
 def test_every_defect_of_the_reference_is_among_them() -> None:
-    """D01 to D14 are mechanisms of the core; the others live in threads and processes."""
+    """D01 to D14 are among the mutants; other defects live in threads and processes."""
     assert {one.defect for one in MUTANTS if one.defect} == DEFECTS
 
 
 def test_a_fault_is_taken_out_again() -> None:
-    """A fault that stayed would be found under the names of others."""
+    """A mutant is put back after its search, so that two searches of it are equal."""
     one = next(one for one in MUTANTS if one.name == "granted_twice")
     first, second = one.search(), one.search()
-    assert first == second, "a search is repeatable"
+    assert first == second, "two searches of one mutant differ"
 
 
 def test_the_table_names_what_finds_a_fault(capsys: pytest.CaptureFixture[str]) -> None:
-    """With the way in words where it is asked for."""
+    """The table has the scenario of each mutant, and with `-v` the trace in words."""
     assert main(["granted_twice", "-v"]) == 0
     printed = capsys.readouterr().out
     assert "Loaded(runner=1" in printed
@@ -43,7 +43,7 @@ def test_the_table_names_what_finds_a_fault(capsys: pytest.CaptureFixture[str]) 
 
 
 def test_a_fault_that_there_is_not_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    """Else a name that was mistyped would pass for one that is found; those that there are, are named."""
+    """An unknown mutant is refused, and the known ones are named."""
     with pytest.raises(SystemExit) as ended:
         main(["granted_twice", "granted_thrice"])
     assert ended.value.code == 2

@@ -1,4 +1,4 @@
-"""The core on virtual time in drawn worlds: what always holds, what the simulation finds, and what it once found."""
+"""The core on virtual time in drawn environments: what always holds, faults that are found, and failed seeds."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ from fsm.verification.simulator import Outcome, failure_of, simulate
 from fsm.verification.trace_auditor import TraceAuditor
 from tests.tools import fuzz_core
 
-AuditStep = tuple[Event, tuple[Command, ...], tuple[Entry, ...], int]  # and how many are said to wait
+AuditStep = tuple[Event, tuple[Command, ...], tuple[Entry, ...], int]  # the number is that of the requests that wait
 
 SEEDS, STEPS = 60, 700
 PLANTED_SEEDS = 20
@@ -69,7 +69,7 @@ PLANTED_SEEDS = 20
 
 @pytest.fixture(scope="module")
 def covered() -> Coverage:
-    """Run some short seeds, in each of which everything has to hold."""
+    """Run some short seeds, in each of which every property has to hold."""
     coverage = Coverage()
     for seed in range(SEEDS):
         outcome = simulate(Random(seed), STEPS, every=4, coverage=coverage)
@@ -79,18 +79,18 @@ def covered() -> Coverage:
 
 @pytest.mark.slow
 def test_every_row_of_every_table_is_fired(covered: Coverage) -> None:
-    """And everything that is asked of the core holds meanwhile."""
+    """Every row of every table is fired, and every property holds meanwhile."""
     assert covered.rows_never_fired() == []
 
 
 @pytest.mark.slow
 def test_every_kind_of_event_command_and_refusal_comes(covered: Coverage) -> None:
-    """A kind that never came would not be tested by any of this."""
+    """Events, commands and refusals of every type occur."""
     assert covered.kinds_never_seen() == []
 
 
 def test_coverage_of_seeds_adds_up_as_if_it_were_one() -> None:
-    """Step for step: how often what came, and how long nothing new did."""
+    """The coverage of several seeds adds up to that of one run of them all."""
     together, added = Coverage(), Coverage()
     for seed in range(4):
         alone = Coverage()
@@ -102,14 +102,14 @@ def test_coverage_of_seeds_adds_up_as_if_it_were_one() -> None:
 
 
 def test_an_empty_coverage_misses_everything() -> None:
-    """What is reported as never fired is counted, not listed by hand."""
+    """An empty coverage names every row, event, command and refusal as missing."""
     assert len(Coverage().rows_never_fired()) == 17
     assert "Acquire" in Coverage().kinds_never_seen() and "ReleaseClaim" in Coverage().kinds_never_seen()
 
 
 @pytest.mark.slow
 def test_a_seed_gives_the_same_world_in_another_process() -> None:
-    """Nothing of it may hang on the order of a set: what failed is found again by its number alone."""
+    """A seed gives the same environment in another process, so that no order of a set decides."""
     program = (
         "from random import Random; from fsm.verification.simulator import simulate;"
         "from fsm.verification.decision_coverage import Coverage;"
@@ -131,29 +131,29 @@ def test_a_seed_gives_the_same_world_in_another_process() -> None:
 
 
 def test_each_fault_is_off_in_some_seeds_and_on_in_others() -> None:
-    """Swarm testing: rates differ, and some seeds are spared from everything."""
+    """Swarm testing: each fault is switched off in some seeds and has different rates in others."""
     drawn = [draw_faults(Random(seed)) for seed in range(200)]
     assert Faults() in drawn
     for name in Faults.__slots__:
         assert {getattr(faults, name) > 0 for faults in drawn} == {True, False}
 
 
-# Seeds that failed once, by what they found; each has a test of the core of its own too.
+# Seeds that failed once, by what was wrong; each has a test of the core too.
 REGRESSIONS = {"a policy that leaves out whom it would keep, and who waits for that memory for ever": (68, 700)}
 
 
 @pytest.mark.parametrize("found", REGRESSIONS)
 def test_a_seed_that_failed_once_holds(found: str) -> None:
-    """It is kept, so that what it found stays found."""
+    """A seed that failed once holds now."""
     seed, steps = REGRESSIONS[found]
     assert simulate(Random(seed), steps).violation is None
 
 
-# -- what it finds ----------------------------------------------------------------------------------------------------
+# -- faults that are found --------------------------------------------------------------------------------------------
 
 
 class Resurrecting(Core):
-    """Grants what is on its way out."""
+    """A core that grants expiring runners."""
 
     def _acquire(self, event: Acquire) -> None:
         for runner in self._state.runners.values():
@@ -164,7 +164,7 @@ class Resurrecting(Core):
 
 
 class Forgetful(Core):
-    """Forgets a request that times out."""
+    """A core that forgets a request whose time limit is over."""
 
     def step(self, now: float, event: Event) -> list[Command]:
         commands = super().step(now, event)
@@ -172,7 +172,7 @@ class Forgetful(Core):
 
 
 class Twice(Core):
-    """Stops a runner once more when its lease comes back late."""
+    """A core that stops a runner again at a late release."""
 
     def _leave(self, event: Release | Cancel) -> None:
         super()._leave(event)
@@ -182,7 +182,7 @@ class Twice(Core):
 
 
 class Hanging(Core):
-    """Does not look at those who wait when a process has ended: safe, but nobody is ever answered."""
+    """A core that makes no plan after an exit: safe, but waiting requests are never answered."""
 
     def _carry_out_plans(self) -> None:
         if not (any(runner.id > 1 for runner in self._state.runners.values()) and self._state.groups):
@@ -190,7 +190,7 @@ class Hanging(Core):
 
 
 class Loading(Core):
-    """Lets a load go on when it is closed: the pool is never empty."""
+    """A core that lets a load go on after a close, and never finishes."""
 
     def _close(self, timeout_s: float) -> None:
         loads = [runner for runner in self._state.runners.values() if runner.state is LOADING]
@@ -202,7 +202,7 @@ class Loading(Core):
 
 
 class Lenient(Core):
-    """Breaks no lease when the time limit of a close is over."""
+    """A core that revokes no lease when the time limit of a close is over."""
 
     def _time_is_up(self, key: Key) -> None:
         if key[0] != "close":
@@ -230,7 +230,7 @@ def first_failure(make: type[Core]) -> Outcome:
     ],
 )
 def test_a_planted_fault_is_found_and_its_trace_is_short(make: type[Core], what: str, most: int) -> None:
-    """Safety and liveness alike; hundreds of events shrink to those that are needed, which fail again by themselves."""
+    """A planted fault of safety or liveness is found, and its trace of hundreds of events is shrunk to a few."""
     outcome = first_failure(make)
     assert outcome.violation is not None
     assert what in outcome.violation.what
@@ -243,7 +243,7 @@ def test_a_planted_fault_is_found_and_its_trace_is_short(make: type[Core], what:
 def test_a_failure_comes_with_the_command_that_repeats_it(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """And with the faults, the limits and the trace in words."""
+    """A failure is printed with the command that repeats it, the faults, the limits and the trace in words."""
     monkeypatch.setattr(fuzz_core, "simulate", lambda *args, **more: simulate(*args, make=Forgetful, **more))
     assert fuzz_core.main(["--seeds", "20", "--steps", "300"]) == 1
     printed = capsys.readouterr().out
@@ -253,7 +253,7 @@ def test_a_failure_comes_with_the_command_that_repeats_it(
 
 
 def test_a_run_that_finds_nothing_says_what_it_covered(capsys: pytest.CaptureFixture[str]) -> None:
-    """Steps, time, speed, decisions and what never fired."""
+    """A run without a failure prints its steps, time, speed, decisions and what never fired."""
     assert fuzz_core.main(["--seeds", "3", "--steps", "200"]) == 0
     printed = capsys.readouterr().out
     for part in ("virtual hours", "steps a second", "decisions: ", "rows of tables that never fired: "):
@@ -261,7 +261,7 @@ def test_a_run_that_finds_nothing_says_what_it_covered(capsys: pytest.CaptureFix
 
 
 def test_a_run_ends_once_nothing_new_has_come_for_long(capsys: pytest.CaptureFixture[str]) -> None:
-    """As `--quiet` says, however many seeds it was given."""
+    """With `--quiet`, a run ends after so many steps without anything new, whatever its number of seeds."""
     assert fuzz_core.main(["--seeds", "1000000", "--steps", "200", "--quiet", "100"]) == 0
     assert "seeds 1 to 1000000" not in capsys.readouterr().out
 
@@ -269,14 +269,14 @@ def test_a_run_ends_once_nothing_new_has_come_for_long(capsys: pytest.CaptureFix
 @pytest.mark.parametrize("option", ["--seeds", "--steps", "--check-every", "--quiet", "--processes"])
 @pytest.mark.parametrize("number", ["0", "-5", "many"])
 def test_a_number_that_runs_nothing_is_refused(option: str, number: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """It would pass for a run in which everything holds."""
+    """A number of seeds or steps that runs nothing is refused."""
     with pytest.raises(SystemExit) as ended:
         fuzz_core.main([f"{option}={number}"])
     assert ended.value.code == 2
     assert f"{option}: '{number}' is not a whole number of at least 1" in capsys.readouterr().err
 
 
-# -- the audit, which has to notice what a core never does ------------------------------------------------------------
+# -- the trace auditor, which has to notice what the core never does --------------------------------------------------
 
 LEASE = RequestSpec(ModelId("a"), Options(), Purpose.lease, 0)
 ASKED = Acquire(RequestId(1), LEASE)
@@ -341,7 +341,7 @@ BLUNDERS: dict[str, tuple[AuditStep, ...]] = {
 
 @pytest.mark.parametrize("what", BLUNDERS)
 def test_the_audit_notices(what: str) -> None:
-    """Each of its rules fails where it should; a second passes from step to step."""
+    """Each rule of the trace auditor finds its violation, also one whose second event comes in a later step."""
     audit = TraceAuditor(longest_wait_s=5.0)
     *before, last = BLUNDERS[what]
     with pytest.raises(AssertionError, match=what):
@@ -359,7 +359,7 @@ LOST: dict[str, tuple[AuditStep, ...]] = {
 
 @pytest.mark.parametrize("how", LOST)
 def test_the_audit_notices_a_launch_without_its_devices(how: str) -> None:
-    """Where launches claim them, each has a claim that was had, or one that was waited for for long enough."""
+    """With claims, a launch without a claim that was granted or waited for long enough is found."""
     audit = TraceAuditor(limits=CoreConfig(claims=True))
     *before, last = LOST[how]
     for now, (event, commands, entries, queued) in enumerate(before):
@@ -369,7 +369,7 @@ def test_the_audit_notices_a_launch_without_its_devices(how: str) -> None:
 
 
 def test_a_launch_may_be_under_a_claim_or_after_a_long_wait_for_one() -> None:
-    """The wait of one that was given up for other devices counts."""
+    """A launch is right under a granted claim, or after a long wait that a claim of other devices may have begun."""
     had, missed = TraceAuditor(limits=CoreConfig(claims=True)), TraceAuditor(limits=CoreConfig(claims=True))
     had.step(0.0, ASKED, (CLAIM,), (), 1)
     had.step(9.0, ClaimGranted(1), (ON_GPU,), (LAUNCHED,), 1)
@@ -380,5 +380,5 @@ def test_a_launch_may_be_under_a_claim_or_after_a_long_wait_for_one() -> None:
 
 
 def test_memory_of_the_programs_own_waits_for_no_process() -> None:
-    """Seed 40109: those before it had booked more processes than may live, and a set was sought that frees as many."""
+    """Seed 40109: memory of the program's own is granted though earlier groups reserved too many process slots."""
     assert simulate(Random(40109), 150).violation is None

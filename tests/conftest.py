@@ -1,4 +1,4 @@
-"""How much Hypothesis tries: HYPOTHESIS_PROFILE is dev (the default), ci (always the same examples), fast, nightly."""
+"""Profiles of Hypothesis: HYPOTHESIS_PROFILE is dev (the default), ci (always the same examples), fast or nightly."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # begun in a shell's background: tests of Ctrl-C want to be hit
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in a shell's background, where Ctrl-C is ignored
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True, scope="session")
 def footprints(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Give each test a store of its own for what models took, and its child processes none; yield their folder."""
+    """Give each test a file of its own for measurements, and its child processes none; yield the files' folder."""
     folder = tmp_path_factory.mktemp("footprints")
 
     def of_this_test() -> Path:
@@ -32,7 +32,7 @@ def footprints(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(autouse=True, scope="session")
 def lock_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Keep the schedulers under test, and those of their child processes, from taking turns with other programs."""
+    """Keep schedulers under test and in their child processes from waiting for other programs' loads."""
     folder = tmp_path_factory.mktemp("locks")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("scheduler.config.settings.shared_lock_folder", lambda: folder)

@@ -1,1 +1,1 @@
-"""What tests share: a harness of the core, models, children, stand-ins."""
+"""What tests share: a harness of the core, models, child processes, stand-ins."""

@@ -1,6 +1,6 @@
-"""Every way there is to place a small model, found by trying them all; it shares no line with what it is compared to.
+"""Every placement of a small model, found by trying them all; the code shares nothing with the code that it checks.
 
-Layers are units in llama.cpp's order, the output last. As many as are offloaded are the last ones; they go to GPUs in
+Layers are units in llama.cpp's order, the output last. The offloaded layers are the last ones; they go to GPUs in
 consecutive ranges, in any order of any GPUs that a model may be split over.
 """
 
@@ -17,7 +17,7 @@ from fsm.sizing.footprint import Footprint
 
 @dataclass(frozen=True)
 class Way:
-    """One way to place a model."""
+    """One placement of a model."""
 
     split: tuple[tuple[str, int], ...]  # layers by GPU
     takes: Mapping[str, int]  # bytes by memory
@@ -28,7 +28,7 @@ class Way:
 
 
 def ways(footprint: Footprint, gpus: Sequence[Gpu], free: Mapping[str, int]) -> list[Way]:
-    """Return all that fit into `free` with a quarter over."""
+    """Return all placements that fit into `free` with a quarter over."""
     units = len(footprint.weights_bytes) + 1
     found = [Way((), takes_of(footprint, (), gpus))]
     for group in groups(gpus):
@@ -40,12 +40,12 @@ def ways(footprint: Footprint, gpus: Sequence[Gpu], free: Mapping[str, int]) -> 
 
 
 def fits(way: Way, free: Mapping[str, int]) -> bool:
-    """A prediction may take four fifths of what is free on each memory, rounded in its favour."""
+    """Return whether a prediction takes at most four fifths of each memory, rounded in its favour."""
     return all(5 * amount // 4 <= free.get(memory, 0) for memory, amount in way.takes.items())
 
 
 def groups(gpus: Sequence[Gpu]) -> Iterator[tuple[Gpu, ...]]:
-    """Yield what a process can compute on: one GPU, or several discrete ones of one library, in every order."""
+    """Yield what one process can compute on: one GPU, or several discrete GPUs of one library, in every order."""
     for gpu in gpus:
         yield (gpu,)
     for size in range(2, len(gpus) + 1):
@@ -63,7 +63,7 @@ def cut(layers: int, pieces: int) -> Iterator[tuple[int, ...]]:
 
 
 def takes_of(footprint: Footprint, split: Sequence[tuple[DeviceId, int]], gpus: Sequence[Gpu]) -> dict[DeviceId, int]:
-    """Return the bytes of each memory, added up part by part."""
+    """Return the bytes of each memory, added up kind by kind."""
     blocks = len(footprint.weights_bytes)
     memory = {gpu.id: gpu.memory for gpu in gpus}
     home: list[DeviceId] = [HOST] * (blocks + 1)  # where each layer is, the output last

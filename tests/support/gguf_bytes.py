@@ -31,7 +31,7 @@ def words(key: str, value: str) -> bytes:
 
 
 def array(key: str, kind: int, count: int, content: bytes = b"") -> bytes:
-    """Return a key with an array that says to have `count` elements."""
+    """Return a key with an array that claims to have `count` elements."""
     return text(key) + struct.pack("<IIQ", ARRAY, kind, count) + content
 
 
@@ -49,7 +49,7 @@ def a_file(
     data: bytes = bytes(256),
     alignment: int = 32,
 ) -> bytes:
-    """Return a file of these pairs and tensors; `counts` are those that the file tells, of tensors and pairs."""
+    """Return a file of these pairs and tensors; `counts` are the numbers of tensors and pairs that the file claims."""
     tensor_count, key_count = counts or (len(tensors), len(pairs))
     header = struct.pack("<4sIQQ", b"GGUF", version, tensor_count, key_count) + b"".join([*pairs, *tensors])
     return header + bytes(-len(header) % alignment) + data

@@ -1,4 +1,4 @@
-"""What can be in a file that is no sound model, each with what its refusal says."""
+"""Contents of files that are no sound models, each with what its refusal says."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ SOMEWHERE = -1
 
 @dataclass(frozen=True, slots=True)
 class Expected:
-    """What is read, and the refusal that follows."""
+    """What is read, and what the refusal says."""
 
-    path: str  # what is given as the model
-    wrong: str  # the file that is to be named
+    path: str  # the path that is given as the model
+    wrong: str  # the file that the refusal names
     reason: str  # a pattern
     at: int | None = None  # an offset, or SOMEWHERE in the file
     adapters: tuple[str, ...] = ()
@@ -51,15 +51,15 @@ class Expected:
 
 @dataclass(frozen=True, slots=True)
 class Content:
-    """One file, and what is said of it."""
+    """One file, and what its refusal says."""
 
-    write: Callable[[], bytes]  # when it is wanted, since some are large
+    write: Callable[[], bytes]  # called when the file is needed, since some are large
     reason: str  # a pattern
-    at: bytes | int | None  # the offset that the refusal names, the bytes that are found there, or SOMEWHERE
-    file_bytes: int | None = None  # the file is made this long, by a hole at its end
+    at: bytes | int | None  # the offset that the refusal names, or the bytes that are there, or SOMEWHERE
+    file_bytes: int | None = None  # the file is made this long by a hole at its end
 
     def into(self, folder: Path) -> Expected:
-        """Write the file, and return what its refusal says."""
+        """Write the file and return what its refusal says."""
         path = folder / "m.gguf"
         content = self.write()
         path.write_bytes(content)
@@ -70,38 +70,38 @@ class Content:
 
 
 def bad(reason: str, at: bytes | int | None, *more: bytes) -> Content:
-    """A model with pairs that it should not have."""
+    """Return a model with pairs that it should not have."""
     return Content(lambda: a_model(*more), reason, at)
 
 
 def bad_tensor(reason: str, *tensors: bytes, at: bytes | int, data: int = 256) -> Content:
-    """A model with these tensors."""
+    """Return a model with these tensors."""
     return Content(lambda: a_model(tensors=tensors, data=bytes(data)), reason, at)
 
 
 def of_kind(key: str, kind: int, content: bytes) -> bytes:
-    """A pair whose value has any type."""
+    """Return a pair whose value has any type."""
     return text(key) + struct.pack("<I", kind) + content
 
 
 def cut(content: bytes, count: int) -> Content:
-    """The first `count` bytes of a file: in the entries and behind, something else than the end is missed first."""
+    """Return the first `count` bytes of a file, cut in its entries or behind them."""
     return Content(lambda: content[:count], "too early|longer than the rest|cannot be|behind the file", SOMEWHERE)
 
 
 def without(key: bytes) -> Callable[[], bytes]:
-    """A model in which a key has another name."""
+    """Return a function that makes a model in which a key has another name."""
     return lambda: a_model().replace(key, key[:-1] + b"X")
 
 
 def many_keys() -> bytes:
-    """As many keys as there may be, each with an array that is short enough to be kept."""
+    """Return as many keys as a file may have, each with an array that is short enough to be kept."""
     pairs = [array(f"k{place}", U64, 1 << 10, MOST * (1 << 10)) for place in range(MOST_KEYS - 4)]
     return a_model(*pairs, tensors=[tensor("t" * 64)])
 
 
 def many_tensors() -> bytes:
-    """As many tensors as there may be, of which the last lies where the one before it does."""
+    """Return as many tensors as a file may have, of which the last has the offset of the one before it."""
     tensors = [tensor(f"t{place}", offset=32 * place) for place in range(MOST_TENSORS - 1)]
     return a_model(tensors=[*tensors, tensor("last", offset=32 * (MOST_TENSORS - 2))], data=bytes(32 * MOST_TENSORS))
 
@@ -110,7 +110,7 @@ SOUND = a_model(number("general.quantization_version", 2), words("general.name",
 HUGE = struct.pack("<Q", 1 << 63)
 LONG = struct.pack("<Q", 200)
 MOST = struct.pack("<Q", (1 << 64) - 1)
-ODD = text(b"\0")  # its end looks like the length of another
+ODD = text(b"\0")  # the end of this text looks like the length of another
 
 FRAMES = {
     "an empty file": Content(bytes, "empty", 0),
@@ -218,7 +218,7 @@ TENSORS = {
     ),
     "a size of -1": bad_tensor("behind the file", tensor("t", sizes=[(1 << 64) - 1]), at=text("t")),
     "sizes whose product is 2^64": bad_tensor("behind the file", tensor("t", sizes=[1 << 32, 1 << 32]), at=text("t")),
-    "sizes whose product is 2^64 + 8": bad_tensor(  # a multiple of 8 in 64 bits
+    "sizes whose product is 2^64 + 8": bad_tensor(  # the product is a multiple of 8 in 64 bits
         "behind the file", tensor("t", sizes=[8, (1 << 61) + 1]), at=text("t")
     ),
     "sizes whose product is 2^252": bad_tensor("behind the file", tensor("t", sizes=[1 << 63] * 4), at=text("t")),

@@ -1,4 +1,4 @@
-"""What can be given as a model and is no file, or not one that belongs to the others, each with its refusal."""
+"""Paths that are no file, or a file that does not belong to its model's other files, each with its refusal."""
 
 from __future__ import annotations
 
@@ -17,35 +17,35 @@ TENSORS = (tensor("blk.0.a"), tensor("output.weight", offset=32))
 
 
 def missing(path: Path) -> Expected:
-    """A path that leads nowhere."""
+    """Return a path that does not exist."""
     return Expected(str(path), str(path), "", missing=True)
 
 
 def no_file(path: Path, reason: str = "no regular file") -> Expected:
-    """Something else than a file."""
+    """Return a path that is not a file."""
     return Expected(str(path), str(path), reason)
 
 
 def a_node(folder: Path, kind: int) -> Expected:
-    """A FIFO or a socket, with nobody at its other end."""
+    """Make a FIFO or a socket without a process at its other end."""
     os.mknod(folder / "node", kind | stat.S_IRUSR | stat.S_IWUSR)
     return no_file(folder / "node")
 
 
 def a_link(folder: Path, target: str | Path) -> Path:
-    """A symbolic link."""
+    """Make a symbolic link."""
     os.symlink(target, folder / "link.gguf")
     return folder / "link.gguf"
 
 
 def below_a_file(folder: Path) -> Expected:
-    """A file that is taken for a folder."""
+    """Make a path below a file, as if the file were a folder."""
     (folder / "file").touch()
     return missing(folder / "file" / "m.gguf")
 
 
 def far_apart(folder: Path) -> Expected:
-    """A file of holes with a few texts between them, so that all of it has to be read for their lengths."""
+    """Make a file of holes with a few texts far apart, so that reading their lengths reads all of it."""
     count = MOST_READ_BYTES // WINDOW_BYTES + 1
     few = text("abc") * 40 + struct.pack("<Q", WINDOW_BYTES)
     with open(folder / "m.gguf", "wb") as file:
@@ -59,7 +59,7 @@ def far_apart(folder: Path) -> Expected:
 
 
 def locked(folder: Path) -> Expected:
-    """A file that may not be read."""
+    """Make a file that may not be read."""
     (folder / "m.gguf").write_bytes(SOUND)
     (folder / "m.gguf").chmod(0)
     return no_file(folder / "m.gguf", "permissions")
@@ -85,11 +85,11 @@ if os.geteuid():  # root may read everything
     PLACES["a file that may not be read"] = locked
 
 
-# A model with files beside it
+# Models with files beside them
 
 
 def beside(kind: str, content: bytes | None, reason: str = "", at: bytes | None = None) -> Callable[[Path], Expected]:
-    """A sound model, with an adapter or a projector that is none."""
+    """Return a function that makes a sound model with an adapter or a projector that is not sound."""
 
     def make(folder: Path) -> Expected:
         (folder / "m.gguf").write_bytes(SOUND)
@@ -104,7 +104,7 @@ def beside(kind: str, content: bytes | None, reason: str = "", at: bytes | None 
 
 
 def of(architecture: str) -> bytes:
-    """The length and the text of an architecture."""
+    """Return the length and the text of an architecture."""
     return words("general.architecture", architecture)
 
 
@@ -139,11 +139,11 @@ BESIDE = {
 }
 
 
-# A model in several files
+# Models in several files
 
 
 def part(place: int | None, tensors: Sequence[bytes], *, count: int = 2, all_tensors: int = 3) -> bytes:
-    """One part of a split model; without a `place` it does not say which."""
+    """Return one part of a split model; without a `place` the part does not say which it is."""
     pairs = [number("split.count", count), number("split.tensors.count", all_tensors)]
     pairs += [] if place is None else [number("split.no", place)]
     return a_model(*pairs, tensors=tensors)
@@ -152,7 +152,7 @@ def part(place: int | None, tensors: Sequence[bytes], *, count: int = 2, all_ten
 def split(
     first: bytes, second: bytes | None, wrong: str, reason: str, at: bytes | None = None, given: str = FIRST
 ) -> Callable[[Path], Expected]:
-    """A model in two files, of which the one that is `given` is read and the one that is `wrong` is named."""
+    """Return a function that makes a model in two files: `given` is read, and the refusal names `wrong`."""
 
     def make(folder: Path) -> Expected:
         (folder / FIRST).write_bytes(first)
@@ -170,7 +170,7 @@ def split(
 ONE = part(0, TENSORS)
 TWO = part(1, [tensor("blk.0.b")])
 TOLD = number("split.tensors.count", 3)
-NUMBER = number("split.no", 0)[:-4]  # the pair, but for its number
+NUMBER = number("split.no", 0)[:-4]  # the pair without its number
 PARTS = {
     "a missing part": split(ONE, None, SECOND, ""),
     "the second part": split(ONE, TWO, SECOND, "name the first, which ends in -00001-of-00002", given=SECOND),

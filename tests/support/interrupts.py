@@ -1,4 +1,4 @@
-"""What a signal handler does to the thread that it interrupts, at any moment of a call: no signal has to hit that."""
+"""What a signal handler does to the thread that it interrupts, at every moment of a call, without real signals."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from tests.support.waiting import LIMIT_S
 SHELL = frozenset(
     {"asking", "desk", "driver", "executor", "footprints", "gate", "hub", "prober", "sampler", "scheduler", "ticket"}
     | {"workers", "threading"}
-)  # the files between whose instructions it comes
+)  # the files in which the handler is called between instructions
 
 
 def as_main(driver: Driver, action: Callable[[], object], limit_s: float = LIMIT_S) -> None:
-    """Run an action on a thread that the driver takes for the main one; fail if it hangs, or raises."""
+    """Run an action on a thread that the driver takes for the main one; fail if the action hangs or raises."""
     raised: list[BaseException] = []
 
     def run() -> None:
@@ -33,15 +33,15 @@ def as_main(driver: Driver, action: Callable[[], object], limit_s: float = LIMIT
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
     thread.join(limit_s)
-    assert not thread.is_alive(), "it hangs"
+    assert not thread.is_alive(), "the action hangs"
     if raised:
         raise raised[0]
 
 
 def interrupted(call: Callable[[], object], handler: Callable[[int], object]) -> int:
-    """Make a call, and call `handler` with a number, from 1, wherever a signal's could run; return how many there were.
+    """Make a call, calling `handler` with a number from 1 wherever a signal could arrive; return the number of moments.
 
-    That is where the interpreter looks for signals: after calls, at the begin of functions and when it jumps back.
+    These are the moments at which the interpreter looks for signals: after calls, at the begin of functions, at jumps.
     """
     count = 0
 

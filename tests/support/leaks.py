@@ -1,4 +1,4 @@
-"""A check around tests with real threads and processes: nothing may be left over."""
+"""A check around tests with real threads and processes: no thread, process, file or lock may be left over."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from fsm.machine.runner import RunnerState
 from scheduler import Scheduler
 
 _SETTLE_S = 10.0
-_ADOPT = 36  # PR_SET_CHILD_SUBREAPER: what loses its parent becomes a child of this process, and not of the first one
+_ADOPT = 36  # PR_SET_CHILD_SUBREAPER: orphans become children of this process
 
 
 def _descriptors() -> set[tuple[str, str]]:
@@ -30,18 +30,18 @@ def _descriptors() -> set[tuple[str, str]]:
     for entry in Path("/proc/self/fd").iterdir():
         try:
             found.add((entry.name, os.readlink(entry)))
-        except FileNotFoundError:  # the one that listed them
+        except FileNotFoundError:  # the descriptor that listed the folder
             continue
     return found
 
 
 def _processes() -> set[int]:
-    """Return what descends from this process; what has ended and was not reaped is among it."""
+    """Return the processes that descend from this one, also those that have ended and were not reaped."""
     return {child.pid for child in psutil.Process().children(recursive=True)}
 
 
 def _bury(pids: set[int]) -> None:
-    """Reap those that have ended, where they are children of this process."""
+    """Reap the children of this process that have ended."""
     for pid in pids:
         with suppress(ChildProcessError):
             os.waitpid(pid, os.WNOHANG)
@@ -49,7 +49,7 @@ def _bury(pids: set[int]) -> None:
 
 @contextmanager
 def _orphans() -> Iterator[set[int]]:
-    """Have this process adopt what its children leave behind; note the children that it starts itself."""
+    """Make this process adopt orphans of its children; note the children that it starts itself."""
     started: set[int] = set()
     start = subprocess.Popen.__init__
 
@@ -64,7 +64,7 @@ def _orphans() -> Iterator[set[int]]:
 
 
 def _unnamed() -> dict[int, str]:
-    """Return what threads run that the module threading knows nothing of, by their numbers."""
+    """Return what threads run that the module threading does not know, by their numbers."""
     known = {thread.ident for thread in threading.enumerate()}
     return {id: _begun_with(frame) for id, frame in sys._current_frames().items() if id not in known}
 
@@ -90,10 +90,10 @@ def _schedulers() -> Iterator[list[Scheduler]]:
 
 
 def _held(scheduler: Scheduler) -> list[str]:
-    """Return what a closed scheduler still has in its books.
+    """Return what a closed scheduler still holds.
 
-    Of one that could not end, since an object's unload hung or a decision raised, runners that are on their way out.
-    Each account of the ledger and each claim belongs to one of these, which the core's own check sees to.
+    A scheduler that could not end, because an object's unload hung or a decision raised, may hold expiring runners.
+    Each account of the ledger and each claim belongs to one of these runners, as the core's own check asserts.
     """
     books = scheduler.debug_state()
     left = [f"ticket {id}" for id in books.requests]
@@ -109,10 +109,10 @@ def _held(scheduler: Scheduler) -> list[str]:
 
 @contextmanager
 def no_leaks() -> Iterator[None]:
-    """Fail if anything is there afterwards that was not there before.
+    """Fail if a thread, process, descriptor or lock is there afterwards that was not there before.
 
-    Threads, file descriptors, descendants and zombies of this process, those too that lost their parents; and of each
-    scheduler that was made meanwhile requests, tickets, runners, leases, bytes in the ledger, and the locks of devices.
+    Checked are threads, file descriptors, descendants of this process (orphans and zombies too), and of each scheduler
+    that was made meanwhile its requests, tickets, runners, leases, bytes in the ledger, and locks of devices.
     """
     gc.collect()
     threads, descriptors, processes = set(threading.enumerate()), _descriptors(), _processes()
@@ -130,11 +130,11 @@ def _settle(
     descriptors: set[tuple[str, str]],
     processes: set[int],
 ) -> None:
-    """Wait until nothing is there that was not there before; fail if that takes long."""
+    """Wait until nothing is left over; fail if that takes long."""
     end = time.monotonic() + _SETTLE_S
     while True:
         gc.collect()
-        _bury(_processes() - processes - started)  # the adopted: nobody else can
+        _bury(_processes() - processes - started)  # adopted processes, which only this one can reap
         left = {
             "threads": [thread.name for thread in set(threading.enumerate()) - threads],
             "unnamed threads": [what for id, what in _unnamed().items() if id not in unnamed],

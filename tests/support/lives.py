@@ -1,4 +1,4 @@
-"""Lives of one model in programs of their own that share a store: what each expects before, and what it takes."""
+"""Loads of one model in programs that share a store: what each program expects, and what the model takes."""
 
 from __future__ import annotations
 
@@ -20,28 +20,28 @@ from tests.tools.memory.measure import ask, fill
 from tests.tools.memory.rows import Row
 
 LIMIT_S = 600.0
-SMALL_PROMPTS = 16  # of an eighth of a context each
+SMALL_PROMPTS = 16  # each takes an eighth of a context
 
 
 @dataclass(frozen=True, slots=True)
 class Life:
-    """One program, in which a model was loaded once; bytes of the host."""
+    """One program in which a model was loaded once; bytes of the host."""
 
-    expected_bytes: int  # by `fit`, before anything was loaded
-    measured: bool  # it says that this was measured before
+    expected_bytes: int  # by `fit`, before the load
+    measured: bool  # the expected bytes are marked as measured
     promised_bytes: int  # by the account, from the launch on
-    taken_bytes: int  # resident, at most, as psutil has it
+    taken_bytes: int  # the most resident bytes, by psutil
     held_bytes: int  # by the account, at the end
     load_s: float
 
     @property
     def off(self) -> float:
-        """How far what was expected is above what was taken; a part of it."""
+        """The part by which the expected bytes are above the taken ones."""
         return self.expected_bytes / self.taken_bytes - 1
 
 
 def live(store: Path, model: Path, row: Row, *, fills: bool) -> Life:
-    """Have a new program load a model, fill its contexts and its prompt cache if it `fills`, and end."""
+    """Load a model in a new program, fill its contexts and its prompt cache if it `fills`, and end the program."""
     options = {name: value for name, value in asdict(row.options).items() if value is not None}
     arguments = json.dumps([str(store), str(model), options, row.embedding, fills])
     program = [sys.executable, "-m", "tests.support.lives", arguments]
@@ -75,7 +75,7 @@ def _live(store: str, model: str, options: dict[str, object], embedding: bool, f
 
 
 def fill_all(endpoint: Endpoint, row: Row) -> Iterator[None]:
-    """Fill a context to its last token, and then everything there is; comes back after each request."""
+    """Fill a context to its last token and then the prompt cache; yield after each request."""
     tokens = [5 + position % 199 for position in range((row.options.num_ctx or 0) - 1)]
     if row.embedding:
         ask(endpoint, "/v1/embeddings", {"input": tokens})
@@ -83,14 +83,14 @@ def fill_all(endpoint: Endpoint, row: Row) -> Iterator[None]:
         ask(endpoint, "/completion", {"prompt": tokens[:-8], "n_predict": 64, "ignore_eos": True})
     yield
     yield from fill(endpoint, row)
-    for number in range(0 if row.embedding else SMALL_PROMPTS):  # the prompt cache takes none larger than itself
+    for number in range(0 if row.embedding else SMALL_PROMPTS):  # the prompt cache takes no prompt larger than itself
         small = [50 + number, *(3 + (number + 2) * position % 199 for position in range(len(tokens) // 8))]
         ask(endpoint, "/completion", {"prompt": small, "n_predict": 2})
         yield
 
 
 def resident_bytes(pid: int | None) -> int:
-    """Return what a process and its children occupy."""
+    """Return the bytes that a process and its children occupy."""
     process = psutil.Process(pid)
     total = process.memory_info().rss
     for child in process.children(recursive=True):

@@ -1,4 +1,4 @@
-"""Descriptions of models that exist nowhere: what an inspection would find."""
+"""Metadata of models without files, as an inspection would find them."""
 
 from __future__ import annotations
 

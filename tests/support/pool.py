@@ -1,14 +1,14 @@
-"""A pool under test: events in, commands out, on simulated time, in a simulated world of devices and processes.
+"""The core under test: events in, commands out, on simulated time, in a simulated environment of devices and processes.
 
     pool = a_pool(capacity="8GiB").ready("a", lease=1)
-    pool.feed(acquire("b", request=2))            # no room: "a" will have to go
+    pool.feed(acquire("b", request=2))            # no room: "a" will be evicted
     pool.advance("120s")                          # the bound on b's wait: "a" drains
     assert pool.feed(acquire("a", request=3)) == []
     assert pool.feed(release(lease=1)) == [Stop(runner=1)]
 
 Models are objects of declared size (6 GiB unless said otherwise) that are inspected at once; a load and a stop take
-until the test says `loaded` and `exited`. Whatever a test does, the core's own check runs after every step, and every
-request is answered once, every Launch stopped at most once, Finish said once.
+until the test says `loaded` and `exited`. In every test the core's own check runs after every step, every request is
+answered once, every Launch is stopped at most once, and Finished is sent once.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ from fsm.sizing.footprint import Footprint
 from fsm.sizing.load_history import NOTHING, LoadHistory
 from fsm.state.core_config import CoreConfig
 
-START = 1000.0  # seconds; not 0, so that a forgotten time shows
+START = 1000.0  # seconds; not 0, so that a time that was not set shows
 _SCALES = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
 
 
@@ -99,19 +99,19 @@ def acquire(
     purpose: Purpose = Purpose.lease,
     **options: Any,
 ) -> Acquire:
-    """Somebody asks for a lease of `model`; what is left over are load-time options."""
+    """Return a request for a lease of `model`; further arguments are load-time options."""
     want = RequestSpec(model, Options(**options), purpose, priority)
     keep_alive_s = None if keep_alive is None else seconds(keep_alive)
     return Acquire(request, want, keep_alive_s, None if timeout is None else seconds(timeout))
 
 
 def preload(model: str, request: int, **how: Any) -> Acquire:
-    """Somebody wants `model` loaded, and no lease."""
+    """Return a request that loads `model` and takes no lease."""
     return acquire(model, request, purpose=Purpose.preload, **how)
 
 
 def memory(request: int, *, priority: int = 0, **sizes: str) -> Acquire:
-    """The program wants memory of its own: `cpu="2GiB", gpu0="1GiB"`."""
+    """Return a request for memory of the program's own: `cpu="2GiB", gpu0="1GiB"`."""
     amounts = tuple((DeviceId(device), amount(size)) for device, size in sizes.items())
     return Acquire(request, RequestSpec("", Options(), Purpose.memory, priority, amounts))
 
@@ -137,12 +137,12 @@ def unpin(model: str) -> Unpin:
 
 
 def loaded(runner: int, num_ctx: int | None = None) -> Loaded:
-    """A runner serves; what it occupies is filled in by the world."""
+    """Return the event that a runner serves; the environment fills in what it occupies."""
     return Loaded(runner, num_ctx)
 
 
 def filled(runner: int, **to_come: str) -> ContextFilled:
-    """A request filled a context of a runner's; `cpu="64MiB"` may be to come all the same."""
+    """Return the event that a context of a runner was filled; `cpu="64MiB"` may still be to come."""
     return ContextFilled(runner, tuple((DeviceId(device), amount(size)) for device, size in to_come.items()))
 
 
@@ -173,11 +173,11 @@ def layered(layers: int, each: str, *, output: str = "0B", host: str = "0B", com
     )
 
 
-# -- the pool ---------------------------------------------------------------------------------------------------------
+# -- the core under test ----------------------------------------------------------------------------------------------
 
 
 class PoolUnderTest:
-    """A core, the time it is told, and a world that answers it; every method leads there by events alone."""
+    """A core, its time, and an environment that answers it; every method feeds events alone."""
 
     def __init__(
         self,
@@ -194,34 +194,34 @@ class PoolUnderTest:
     ) -> None:
         self.core = core
         self.now = START
-        self.each = each  # bytes of a model that nothing else is said of
+        self.each = each  # bytes of a model without a declaration
         self.outcomes: dict[str, ModelInfo | Footprint | Refusal] = {}  # what an inspection finds
         for model, size in sizes.items():
             self.declare(model, size)
         self.inspects = inspects  # every Inspect is answered at once
         self.samples = samples  # every Sample is answered at once
-        self.shares = shares  # every Claim is had at once
+        self.shares = shares  # every Claim is granted at once
         self.capacities = {HOST: capacity} | {DeviceId(f"gpu{i}"): size for i, size in enumerate(gpus)}
         self.integrated = integrated
         self.cores = 0  # of the host; 0: unknown
         self.strangers: dict[DeviceId, int] = {}  # bytes by device that other programs hold
         self.occupied: dict[int, dict[DeviceId, int]] = {}  # bytes by device of each process that has loaded
-        self.mapped: dict[int, int] = {}  # bytes by process of what it occupies of the host: pages of its file
-        self.commands: list[Command] = []  # everything that was ever said
+        self.mapped: dict[int, int] = {}  # bytes of the host by process that are pages of its file
+        self.commands: list[Command] = []  # every command of the core
         self.answers: dict[int, Command] = {}  # by request
         self.asked: set[int] = set()
-        self.purposes: dict[int, str] = {}  # by request, kept by whoever cares
+        self.purposes: dict[int, str] = {}  # by request, for tests that need it
         self.launches: dict[int, Launch] = {}  # by runner
         self.stops: set[int] = set()
-        self.claims: dict[int, Claim] = {}  # by number, from Claim to Unclaim
-        self.known: dict[str, LoadHistory] = {}  # what a store says of models
-        self.claimed = 0  # how many there were
-        self._next_request = 1001  # of those that a test gives no number
+        self.claims: dict[int, Claim] = {}  # by number, from Claim to ReleaseClaim
+        self.known: dict[str, LoadHistory] = {}  # what a store knows of models
+        self.claimed = 0  # the number of claims so far
+        self._next_request = 1001  # ids of requests that a test does not number
 
     # -- events and time ----------------------------------------------------------------------------------------------
 
     def feed(self, *events: Event) -> list[Command]:
-        """Step through `events` at the present moment; return the commands that the world did not answer itself."""
+        """Step through `events` at the present moment; return the commands that the environment does not answer."""
         left = []
         for event in events:
             left += self._step(event)
@@ -290,14 +290,14 @@ class PoolUnderTest:
         self.commands.append(command)
         match command:
             case Grant() | Reject():
-                assert command.request in self.asked, f"{command} answers nobody"
+                assert command.request in self.asked, f"{command} answers no request"
                 assert command.request not in self.answers, f"{command} after {self.answers[command.request]}"
                 self.answers[command.request] = command
             case Launch():
                 assert command.runner not in self.launches, f"{command}: a runner's id is used again"
                 self.launches[command.runner] = command
             case Stop():
-                assert command.runner in self.launches, f"{command} of what was never launched"
+                assert command.runner in self.launches, f"{command} of a runner that was never launched"
                 assert command.runner not in self.stops, f"{command} twice"
                 self.stops.add(command.runner)
             case Claim():
@@ -305,18 +305,18 @@ class PoolUnderTest:
                 assert command.number == self.claimed, f"{command}: not the next number"
                 self.claims[command.number] = command
             case ReleaseClaim():
-                assert self.claims.pop(command.number, None), f"{command} of what was not claimed, or twice"
+                assert self.claims.pop(command.number, None), f"{command} of a claim that does not exist, or twice"
             case RevokeLease():
-                assert isinstance(self.answers.get(command.request), Grant), f"{command} of what was not granted"
+                assert isinstance(self.answers.get(command.request), Grant), f"{command} of no lease"
             case Finished():
-                assert self.commands.count(command) == 1, "Finish twice"
+                assert self.commands.count(command) == 1, "Finished twice"
             case _:
                 pass
 
-    # -- what is known of models --------------------------------------------------------------------------------------
+    # -- models -------------------------------------------------------------------------------------------------------
 
     def declare(self, model: str, size: str | int | Footprint | ModelInfo | Refusal) -> Self:
-        """Say what an inspection of `model` finds: so many bytes of host memory, a model's make-up, or a refusal."""
+        """Set what an inspection of `model` finds: bytes of host memory, a model's metadata, or a refusal."""
         if isinstance(size, str | int):
             size = Footprint(fixed=((HOST, amount(size)),))
         self.outcomes[model] = size
@@ -326,11 +326,11 @@ class PoolUnderTest:
         return self.outcomes.get(model) or Footprint(fixed=((HOST, self.each),))
 
     def inspection(self, model: str) -> Inspected:
-        """Return the end of an Inspect."""
+        """Return the end of an inspection."""
         return Inspected(model, self.outcome(model), self.known.get(model, NOTHING))
 
     def launch(self, runner: int, model: str) -> Launch:
-        """Return the Launch of a model of declared size that is asked for without options."""
+        """Return the Launch of a model of declared size that is requested without options."""
         footprint = self.outcome(model)
         assert isinstance(footprint, Footprint)
         return Launch(runner, model, Options(), Placement(footprint.fixed))
@@ -338,18 +338,18 @@ class PoolUnderTest:
     # -- short cuts ---------------------------------------------------------------------------------------------------
 
     def request_id(self) -> int:
-        """Return a request's id that nobody has used."""
+        """Return an id that no request has used."""
         self._next_request += 1
         return self._next_request - 1
 
     def loading(self, model: str, request: int | None = None, **how: Any) -> Self:
-        """Have `model` launched for a request."""
+        """Launch `model` for a request."""
         self.feed(acquire(model, request or self.request_id(), **how))
         assert self.state(model) is RunnerState.loading, f"{model} is {self.state(model)}"
         return self
 
     def ready(self, model: str, lease: int | None = None, **how: Any) -> Self:
-        """Have `model` loaded and leased."""
+        """Load and lease `model`."""
         lease = lease or self.request_id()
         if self.feed(acquire(model, lease, **how)) != [Grant(lease, self.runner(model))]:
             self.feed(loaded(self.runner(model)))
@@ -357,14 +357,14 @@ class PoolUnderTest:
         return self
 
     def idle(self, model: str, **how: Any) -> Self:
-        """Have `model` loaded and given back."""
+        """Load `model`, lease it and release the lease."""
         lease = self.request_id()
         self.ready(model, lease, **how).feed(release(lease))
         assert self.state(model) is RunnerState.idle, f"{model} is {self.state(model)}"
         return self
 
     def expiring(self, model: str, lease: int | None = None, **how: Any) -> Self:
-        """Have `model` drain, where a lease is named; else have it stopped and its process not gone yet."""
+        """Drain `model` where a lease is named; else stop it, with its process not gone yet."""
         self.ready(model, lease, **how) if lease else self.idle(model, **how)
         self.feed(expire(model))
         return self
@@ -376,7 +376,7 @@ class PoolUnderTest:
         return RunnerId(max((id for id, launch in self.launches.items() if launch.model == model), default=0))
 
     def life(self, model: str) -> Runner:
-        """Return the record of the latest runner of `model`, which is not unloaded."""
+        """Return the core's record of the latest runner of `model`, which is not unloaded."""
         return self.core._state.runners[self.runner(model)]
 
     def state(self, model: str) -> RunnerState:
@@ -395,15 +395,15 @@ class PoolUnderTest:
         return [view.request for view in self.core.snapshot().queue]
 
     def waits_for(self, request: int) -> WaitReason:
-        """Return in words what a request waits for."""
+        """Return what a request waits for."""
         return next(view.waits_for for view in self.core.snapshot().queue if view.request == request)
 
     def free(self, device: str = HOST) -> int:
-        """Return the bytes that can still be promised on a device."""
+        """Return the bytes that can still be reserved on a device."""
         return self.core._state.ledger.free_bytes(DeviceId(device))
 
     def settle(self) -> Self:
-        """Let every process end that was told to, until none is left that was."""
+        """Exit every process that was told to stop, until none is left."""
         while ending := [id for id, runner in self.core._state.runners.items() if runner.stopping and runner.process]:
             self.feed(*map(exited, ending))
         return self
@@ -422,7 +422,7 @@ def a_pool(
     integrated: bool = False,
     **limits: Any,
 ) -> PoolUnderTest:
-    """Return an empty pool with a host of `capacity` and `gpus`, whose devices have been read once."""
+    """Return an empty core with a host of `capacity` and `gpus`, whose devices have been read once."""
     pool = PoolUnderTest(
         Core(CoreConfig(**limits), policy),
         amount(capacity),
@@ -439,7 +439,7 @@ def a_pool(
 
 
 def refused(commands: Sequence[Command]) -> dict[int, type[Refusal]]:
-    """Return the kind of refusal of each request that `commands` refuse."""
+    """Return the type of refusal of each request that `commands` refuse."""
     return {command.request: type(command.refusal) for command in commands if isinstance(command, Reject)}
 
 

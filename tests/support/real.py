@@ -1,4 +1,4 @@
-"""What the tests with real child processes share: settings, waiting, and how to catch a process while it loads."""
+"""What the tests with real child processes share: settings, waiting, and how to stop a process while it loads."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def write_models(folder: Path, names: str) -> Path:
 
 
 def is_gone(pid: int | None) -> bool:
-    """Tell whether a process has ended."""
+    """Return whether a process has ended."""
     try:
         return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
@@ -58,7 +58,7 @@ def is_gone(pid: int | None) -> bool:
 
 
 def states(scheduler: Scheduler) -> dict[str, str]:
-    """Return each model's newest runner's state."""
+    """Return the state of each model's newest runner."""
     return {runner.model: runner.state for runner in scheduler.status().runners}
 
 
@@ -70,20 +70,20 @@ def send(pid: int | None, number: signal.Signals) -> None:
 
 @contextmanager
 def stopping_loads() -> Iterator[None]:
-    """Have each process that is launched meanwhile stop itself before it loads; SIGCONT has it go on."""
+    """Make each process that is launched meanwhile stop itself before it loads; SIGCONT makes it go on."""
     with patch.object(llama, "CHILD", STOPPING_CHILD):
         yield
 
 
 def begin_a_load(scheduler: Scheduler, model: Path, **asking: Any) -> tuple[Future[Lease], int]:
-    """Ask for a model whose process stops while it loads; return the request and the process."""
+    """Request a model whose process stops while it loads; return the request and the process id."""
     with stopping_loads():
         waiting = scheduler.submit(model, **asking)
         return waiting, stopped_load(scheduler)
 
 
 def stopped_load(scheduler: Scheduler, *, after: int = 0) -> int:
-    """Wait until the one process that loads, and is not `after`, has stopped itself; return it."""
+    """Wait until the one process that loads, other than `after`, has stopped itself; return its id."""
 
     def loading() -> int:
         pids = [runner.pid for runner in scheduler.status().runners if runner.state == "loading"]

@@ -1,4 +1,4 @@
-"""A runner's program that stops itself before it loads, and goes on when it is told to (SIGCONT)."""
+"""A runner's program that stops itself before it loads, and goes on after SIGCONT."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ CHILD = Path(__file__).parents[2] / "scheduler" / "engines" / "llama_child.py"
 
 
 def main() -> None:
-    """Run the real one, which takes its place first: from then on it ends with its parent."""
+    """Run the real program, which first makes sure that it ends with its parent."""
     spec = spec_from_file_location("llama_child", CHILD)
     assert spec is not None and spec.loader is not None
     child = sys.modules["llama_child"] = module_from_spec(spec)

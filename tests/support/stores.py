@@ -1,4 +1,4 @@
-"""Stores of models on disk, laid out as the programs lay them out that keep them."""
+"""Stores of models on disk, laid out as their programs lay them out."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def write_blob(store: Path, content: bytes) -> str:
 
 
 def write_manifest(store: Path, name: str, content: object) -> Path:
-    """Write what stands under a full name (host/namespace/model:tag) in an Ollama store; return the file."""
+    """Write the manifest of a full name (host/namespace/model:tag) in an Ollama store; return the file."""
     path = store / "manifests" / Path(*name.replace(":", "/").split("/"))
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
@@ -33,7 +33,7 @@ def write_manifest(store: Path, name: str, content: object) -> Path:
 
 
 def ollama_model(store: Path, name: str, model: bytes, *others: tuple[str, bytes]) -> Path:
-    """Have a model in an Ollama store, with layers of other kinds; return its manifest."""
+    """Put a model with layers of other kinds into an Ollama store; return its manifest."""
     layers = [(MODEL, model), (TEMPLATE, b"{{ .Prompt }}"), *others, (LICENSE, b"MIT")]
     manifest = {
         "schemaVersion": 2,
@@ -51,14 +51,14 @@ def ollama_model(store: Path, name: str, model: bytes, *others: tuple[str, bytes
 
 
 def blob_of(store: Path, content: bytes) -> str:
-    """Return where an Ollama store keeps a file of this content."""
+    """Return where an Ollama store keeps a file with this content."""
     return str(store / "blobs" / f"sha256-{hashlib.sha256(content).hexdigest()}")
 
 
 def hub_repository(
     cache: Path, name: str, files: Mapping[str, bytes], *, commit: str = COMMIT, ref: str | None = "main"
 ) -> Path:
-    """Have files of a repository in a Hugging Face cache, as its hub's client downloads them; return the snapshot."""
+    """Put files of a repository into a Hugging Face cache, as the hub's client downloads them; return the snapshot."""
     repository = cache / f"models--{name.replace('/', '--')}"
     snapshot = repository / "snapshots" / commit
     (repository / "blobs").mkdir(parents=True, exist_ok=True)

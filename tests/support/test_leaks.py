@@ -1,4 +1,4 @@
-"""The check around tests with real threads and processes sees what is left over."""
+"""The check around tests with real threads and processes finds what is left over."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ print(pid)
 
 @pytest.fixture
 def soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have it not wait long for what does not end."""
+    """Make the check wait only for a short time."""
     monkeypatch.setattr("tests.support.leaks._SETTLE_S", 0.2)
 
 
 def leave_a_process() -> int:
-    """Have a program start another one, and end; return that one."""
+    """Start a program that starts another one and ends; return the process id of the other one."""
     return int(subprocess.run([sys.executable, "-c", LEAVING], stdout=subprocess.PIPE, check=True).stdout)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere what loses its parent becomes a child of the first one")
 def test_what_a_child_leaves_behind_is_seen(soon: None) -> None:
-    """Though nothing leads to it from here any more."""
+    """A process that a child leaves behind is found, although its parent has gone."""
     pid = 0
     with pytest.raises(AssertionError, match="left over") as told, no_leaks():
         pid = leave_a_process()
@@ -48,7 +48,7 @@ def test_what_a_child_leaves_behind_is_seen(soon: None) -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere what loses its parent becomes a child of the first one")
 def test_what_a_child_leaves_behind_and_has_ended_is_no_leak() -> None:
-    """The check reaps it, since nothing else can."""
+    """A process that a child left behind and that has ended is reaped by the check and is no leak."""
     with no_leaks():
         pid = leave_a_process()
         os.kill(pid, signal.SIGKILL)
@@ -56,14 +56,14 @@ def test_what_a_child_leaves_behind_and_has_ended_is_no_leak() -> None:
 
 
 def test_a_child_that_was_not_reaped_is_seen(soon: None) -> None:
-    """It is for whoever started it to reap it."""
+    """A child that was not reaped by the code that started it is found."""
     with pytest.raises(AssertionError, match="children"), no_leaks():
         child = subprocess.Popen([sys.executable, "-c", ""])
     child.wait()
 
 
 def test_a_thread_that_threading_knows_nothing_of_is_seen(soon: None) -> None:
-    """By what it runs."""
+    """A thread that the module threading does not know is found by what it runs."""
     over = threading.Event()
 
     def linger() -> None:

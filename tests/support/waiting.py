@@ -1,4 +1,4 @@
-"""How tests wait for what others do: for a condition, with a limit, and never for a time."""
+"""How tests wait for other threads and processes: for a condition, with a limit, and never for a time."""
 
 from __future__ import annotations
 
@@ -13,5 +13,5 @@ def assert_soon(condition: Callable[[], object], limit_s: float = LIMIT_S) -> No
     """Fail unless other threads or processes bring a condition about in time."""
     end = time.monotonic() + limit_s
     while not condition():
-        assert time.monotonic() < end, "it did not come about in time"
+        assert time.monotonic() < end, "the condition did not hold in time"
         threading.Event().wait(0.005)

@@ -31,19 +31,19 @@ class Design:
     feed_forward: int = 1536
     vocabulary: int = 8192
     context: int = 8192
-    window: int = 512  # of sliding layers, tokens
+    window: int = 512  # tokens that sliding layers see
     experts: int = 8
     experts_used: int = 2
     expert_feed_forward: int = 512
-    inner: int = 1024  # of recurrent layers, as are the next three
+    inner: int = 1024  # sizes of recurrent layers, as are the next three
     state: int = 128
     conv: int = 4
     recurrent_heads: int = 16
-    attention_every: int = 4  # of a hybrid's layers one in so many attends
-    quantisation: str = "Q8_0"  # of matrices; by gguf's name
+    attention_every: int = 4  # one layer in so many of a hybrid attends
+    quantisation: str = "Q8_0"  # of matrices, by gguf's name
 
     def attends(self, layer: int) -> bool:
-        """Whether a hybrid's layer attends rather than keeps a state."""
+        """Return whether a layer of a hybrid attends rather than keeps a state."""
         return layer % self.attention_every == self.attention_every - 1
 
 
@@ -80,7 +80,7 @@ def _add_sizes(writer: gguf.GGUFWriter, design: Design) -> None:
     writer.add_value_length(design.head_size)
 
 
-# What llama.cpp wants as plain floats: the parameters of recurrences, and what chooses experts.
+# What llama.cpp needs as plain floats: the parameters of recurrences, and what chooses experts.
 _PLAIN = ("ssm_conv1d", "ssm_a", "ssm_d", "ssm_norm", "shortconv.conv", "ffn_gate_inp", "token_types", "time_mix_lerp")
 
 
@@ -97,7 +97,7 @@ def _add_tensor(writer: gguf.GGUFWriter, name: str, shape: tuple[int, ...], quan
 
 @cache
 def _matrix(shape: tuple[int, ...], quantisation: str) -> NDArray[numpy.generic]:
-    """Random weights of a shape, the same for all tensors that have it."""
+    """Return random weights of a shape, the same for all tensors that have it."""
     values = numpy.random.default_rng(sum(shape)).standard_normal(shape, dtype=numpy.float32)
     return quantize(values / numpy.float32(shape[-1] ** 0.5), gguf.GGMLQuantizationType[quantisation])
 

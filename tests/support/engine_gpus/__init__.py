@@ -1,10 +1,10 @@
-"""Real llama.cpp on GPUs that are not there: children whose library has devices that call themselves CUDA0, CUDA1, …
+"""Real llama.cpp on stand-in GPUs: child processes whose library has devices that call themselves CUDA0, CUDA1, …
 
     with engine_gpus(), a_scheduler() as scheduler:
         with scheduler.acquire(path): ...
 
-Each child has as many as CUDA_VISIBLE_DEVICES names, computes on the processor, and says where its layers, caches and
-buffers are, as it would of GPUs. What it says is llama.cpp's own doing: only the memory is not a GPU's.
+Each child has as many GPUs as CUDA_VISIBLE_DEVICES names, computes on the processor, and reports where its layers,
+caches and buffers are, as with GPUs. The report is llama.cpp's own; only the memory is not a GPU's.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ runpy.run_path({child!r}, run_name="__main__")
 
 @functools.cache
 def build() -> Path:
-    """Build the stand-in once with the machine's compiler; skip the test where that, or this llama.cpp, will not do."""
+    """Build the stand-in once with the machine's compiler; skip the test where compiler or llama.cpp do not fit."""
     compiler = shutil.which("cc") or shutil.which("gcc")
     if compiler is None or not sys.platform.startswith("linux"):
         pytest.skip("the stand-in for the engine's GPUs needs Linux and a C compiler, and there is none")
@@ -51,7 +51,7 @@ def build() -> Path:
     built = folder / "stand_in.so"
     subprocess.run([compiler, "-shared", "-fPIC", "-o", built, SOURCE], check=True, capture_output=True)
     path = xllamacpp.xllamacpp.__file__
-    ctypes.CDLL(path)  # what the library shows is found in it from now on
+    ctypes.CDLL(path)  # llama.cpp finds the symbols of the library from now on
     if ctypes.CDLL(str(built)).add_gpus(path.encode(), 0, 0, 0) < 0:
         pytest.skip("this llama.cpp has its devices' functions in an order that the stand-in does not know")
     return built
@@ -59,7 +59,7 @@ def build() -> Path:
 
 @contextmanager
 def engine_gpus(*, integrated: bool = False, overlap: bool = True) -> Iterator[None]:
-    """Have the children that start meanwhile find GPUs; `overlap`: they take several passes at once, as NVIDIA's do."""
+    """Give GPUs to child processes that start meanwhile; with `overlap` they take several passes at once."""
     stand_in, before = build(), llama.CHILD
     with tempfile.TemporaryDirectory() as name:
         child = Path(name) / "child.py"

@@ -1,12 +1,12 @@
-"""A stand-in for NVIDIA's library, and tests that run where it is the one that the real binding finds.
+"""A stand-in for NVIDIA's library, and tests that run in a process whose binding finds it.
 
     @beside_stand_in()
     def test_memory_that_others_take_is_seen(nvml: StandIn) -> None:
         nvml.say(Gpu("GPU-a", total=1000))
         ...
 
-The body runs in a child process: which library is found is settled when a process starts, and the binding keeps it.
-Nothing may be left over when it returns (`tests.leaks`): a stall is ended by what is said last.
+The body runs in a child process, because a process finds its library once and keeps it.
+Nothing may be left over when the body returns (`tests.support.leaks`): a stall is ended by the last `say`.
 """
 
 from __future__ import annotations
@@ -36,21 +36,21 @@ NOT_SUPPORTED, NO_PERMISSION, NO_DRIVER, LOST, MISMATCH = 3, 4, 9, 15, 18  # wha
 
 @dataclass(frozen=True)
 class Gpu:
-    """What the stand-in says of one GPU, or of one instance; in bytes."""
+    """What the stand-in reports of one GPU, or of one instance; in bytes."""
 
     id: str
     total: int = 1000
-    free: int | None = None  # None: all but the reserve
-    reserved: int = 0  # of the driver's own
-    processes: Mapping[int, int] = field(default_factory=dict)  # bytes by pid; -1: not told
-    instances: Sequence[Gpu] | None = None  # what it is divided into; None: it is not
+    free: int | None = None  # None: all memory but the reserve
+    reserved: int = 0  # what the driver takes itself
+    processes: Mapping[int, int] = field(default_factory=dict)  # bytes by process id; -1: not reported
+    instances: Sequence[Gpu] | None = None  # the instances of a divided GPU; None: the GPU is not divided
     capability: tuple[int, int] = (9, 0)
-    open_code: int = 0  # what asking for its handle returns
-    memory_code: int = 0  # and for its memory
-    processes_code: int = 0  # and for its processes
+    open_code: int = 0  # what the call for its handle returns
+    memory_code: int = 0  # what the call for its memory returns
+    processes_code: int = 0  # what the call for its processes returns
 
     def lines(self, kind: str = "gpu") -> list[str]:
-        """Return its part of the state."""
+        """Return the GPU's lines in the state file."""
         free = self.total - self.reserved if self.free is None else self.free
         codes = f"{self.open_code} {self.memory_code} {self.processes_code} {int(self.instances is not None)}"
         memory = f"{self.total} {self.reserved} {free}"
@@ -59,22 +59,22 @@ class Gpu:
         return [own, *processes, *(line for each in self.instances or () for line in each.lines("instance"))]
 
     def but(self, **changes: object) -> Gpu:
-        """Return it with something changed."""
+        """Return a copy with changes."""
         return replace(self, **changes)
 
 
 class StandIn:
-    """Says what the library answers from now on."""
+    """Sets what the library answers."""
 
     def __init__(self, state: Path) -> None:
         self._state = state
 
     def say(self, *gpus: Gpu, init: int = 0, stall: str = "-") -> None:
-        """Have these GPUs; `init` is what initialising returns, `stall` names a function that does not return."""
+        """Report these GPUs; `init` is what initialising returns, `stall` names a function that does not return."""
         lines = [f"init {init}", f"stall {stall}", *(line for gpu in gpus for line in gpu.lines())]
         new = self._state.with_suffix(".new")
         new.write_text("\n".join(lines) + "\n")
-        new.replace(self._state)  # the library never sees half of it
+        new.replace(self._state)  # the library never reads half of it
 
 
 class Clock:
@@ -89,7 +89,7 @@ class Clock:
 def gpus_of(source: DeviceReader) -> dict[str, DeviceSample]:
     """Read the devices; return the GPUs by id, in their order."""
     host, *gpus = source.sample()
-    assert host.id == HOST and host.fresh, "the host is always read"
+    assert host.id == HOST and host.fresh, "the host was not read"
     return {gpu.id: gpu for gpu in gpus}
 
 
@@ -114,10 +114,10 @@ def build(flags: tuple[str, ...] = ()) -> Path:
 def beside_stand_in(
     *flags: str, library: str | None = "stand-in", **environment: str
 ) -> Callable[[Callable[[StandIn], None]], Callable[[Path], None]]:
-    """Have a test's body run in a child where the stand-in, built with `flags`, is NVIDIA's library.
+    """Run a test's body in a child where the stand-in, built with `flags`, is NVIDIA's library.
 
-    `library`: else what stands in the file instead; None: there is none. What is left over is set in the child's
-    environment.
+    `library` is what stands in the file in place of the stand-in, or None for no file. Other arguments are set in the
+    child's environment.
     """
 
     def decorate(body: Callable[[StandIn], None]) -> Callable[[Path], None]:

@@ -1,4 +1,4 @@
-"""What models and requests are made with: what means nothing is refused at once, by name."""
+"""Arguments of models and requests: a value without a meaning is refused at once, by the argument's name."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ MAKE: dict[str, Callable[[Any], object]] = {
 @pytest.mark.parametrize("name", [None, 5, "", b"a", Path("a")])
 @pytest.mark.parametrize("make", MAKE)
 def test_a_name_that_is_no_text_is_refused_at_once(make: str, name: Any) -> None:
-    """Later, every message about the model would be a bug in a decision."""
+    """A model's name that is no text is refused when the model is made."""
     with pytest.raises(InvalidSettings, match="name") as refused:
         MAKE[make](name)
     assert (refused.value.name, refused.value.value) == ("name", name)
@@ -38,7 +38,7 @@ def test_a_name_that_is_no_text_is_refused_at_once(make: str, name: Any) -> None
 
 @pytest.mark.parametrize("path", [None, 5, "", b"a.gguf"])
 def test_a_path_that_is_none_is_refused_at_once(path: Any) -> None:
-    """A `Path` is one."""
+    """A path that is no text and no `Path` is refused at once."""
     with pytest.raises(InvalidSettings, match="path"):
         ModelSpec("a", path)
     assert ModelSpec("a", Path("/a.gguf")).path == "/a.gguf"  # type: ignore[arg-type]  # paths are made texts
@@ -46,7 +46,7 @@ def test_a_path_that_is_none_is_refused_at_once(path: Any) -> None:
 
 @pytest.fixture
 def scheduler() -> Iterator[Scheduler]:
-    """One for anything; nothing is loaded here."""
+    """Yield a scheduler; nothing is loaded here."""
     with no_leaks(), Scheduler(Settings(gpus=False)) as scheduler:
         yield scheduler
 
@@ -54,14 +54,14 @@ def scheduler() -> Iterator[Scheduler]:
 @pytest.mark.parametrize("option", ["adapters", "projectors"])
 @pytest.mark.parametrize("value", ["/b.gguf", Path("/b.gguf"), ["/b.gguf"], (Path("/b.gguf"),)])
 def test_one_file_beside_the_model_needs_no_tuple(option: str, value: Any) -> None:
-    """A text is one path, not a path for each letter."""
+    """One adapter or projector may be given as a text, without a tuple."""
     assert getattr(ModelSpec("a", "/a.gguf", **{option: value}), option) == ("/b.gguf",)
 
 
 @pytest.mark.parametrize("option", ["adapters", "projectors"])
 @pytest.mark.parametrize("value", [5, b"/b.gguf", [5], [None], ("",), ""])
 def test_files_beside_the_model_that_are_none_are_refused(scheduler: Scheduler, option: str, value: Any) -> None:
-    """By the option's name, however it was passed."""
+    """A file beside the model that is no path is refused by the option's name."""
     for ask in (
         lambda: ModelSpec("a", "/a.gguf", **{option: value}),
         lambda: scheduler.fit("/a.gguf", **{option: value}),
@@ -73,7 +73,7 @@ def test_files_beside_the_model_that_are_none_are_refused(scheduler: Scheduler, 
 
 @pytest.mark.parametrize("value", ["false", 1, 0])
 def test_embedding_is_true_or_false(scheduler: Scheduler, value: Any) -> None:
-    """Any text would count as true."""
+    """`embedding` has to be true or false, because any text would count as true."""
     with pytest.raises(UnsupportedOption, match="embedding"):
         ModelSpec("a", "/a.gguf", embedding=value)
     with pytest.raises(UnsupportedOption, match="embedding"):
@@ -81,7 +81,7 @@ def test_embedding_is_true_or_false(scheduler: Scheduler, value: Any) -> None:
 
 
 def test_what_makes_another_model_may_be_left_open_like_all_else(scheduler: Scheduler) -> None:
-    """None is as if it was not named."""
+    """Arguments that make another model may be None, which is as if they were not named."""
     for ask in ({}, {"adapters": None, "projectors": None, "embedding": None}):
         with pytest.raises(InvalidModel, match="cannot be loaded"):
             scheduler.fit(os.devnull, **ask)  # type: ignore[arg-type]  # mypy reads it as of one type
@@ -100,33 +100,33 @@ def test_what_makes_another_model_may_be_left_open_like_all_else(scheduler: Sche
     ],
 )
 def test_an_object_is_checked_when_it_is_made(name: str, value: Any) -> None:
-    """Not when it is first loaded, nor by an error from the inside."""
+    """An object's arguments are checked when it is made, and not when it is first loaded."""
     with pytest.raises(InvalidSettings) as refused:
         PythonModel("a", **{"load": object, name: value})
     assert refused.value.name == name
 
 
 def test_a_pin_is_true_or_false() -> None:
-    """Any text would count as true."""
+    """A pin has to be true or false, because any text would count as true."""
     with pytest.raises(InvalidSettings, match="pin"):
         ModelSpec("a", "/a.gguf", pin="x")  # type: ignore[arg-type]  # on purpose
 
 
 @pytest.mark.parametrize("make", MAKE)
 def test_a_name_that_nobody_could_be_told_is_refused(make: str) -> None:
-    """It goes to the engine, into recordings, and to whoever reads the events."""
+    """A model's name that cannot be encoded is refused, because it goes into recordings and events."""
     with pytest.raises(InvalidSettings, match=r"'a\\udcff': it must be a text that can be written as UTF-8"):
         MAKE[make]("a\udcff")
 
 
 def test_too_much_for_the_programs_own_is_answered_with_what_helps(scheduler: Scheduler) -> None:
-    """No model could be smaller."""
+    """The refusal of too much memory of the program's own advises what helps, and no smaller model."""
     with pytest.raises(DoesNotFit, match=r"larger than the memory there is; reserve less$"):
         scheduler.reserve("cpu", "900TiB")
 
 
 def test_a_callback_that_cannot_be_called_is_refused_at_once(scheduler: Scheduler) -> None:
-    """Not in the log, when it is called."""
+    """A callback that cannot be called is refused at once, and not in the log when it is called."""
     with scheduler.acquire(PythonModel("a", load=object)) as lease:
         for listen in (lease.on_lost, lease.on_wanted):
             with pytest.raises(InvalidSettings, match="callable"):
@@ -134,7 +134,7 @@ def test_a_callback_that_cannot_be_called_is_refused_at_once(scheduler: Schedule
 
 
 def test_a_path_that_the_engine_cannot_be_told_is_refused_at_once(scheduler: Scheduler, tmp_path: Path) -> None:
-    """As it is, and where a link leads to it."""
+    """A path that the engine cannot be passed is refused at once, also where a link leads to it."""
     file = tmp_path / os.fsdecode(b"m\xff.gguf")
     file.touch()
     link = tmp_path / "link.gguf"
@@ -146,7 +146,7 @@ def test_a_path_that_the_engine_cannot_be_told_is_refused_at_once(scheduler: Sch
 
 @pytest.mark.parametrize("device", [["cpu"], None, 0, ""])
 def test_a_device_that_is_no_text_is_refused_at_once(scheduler: Scheduler, device: Any) -> None:
-    """It is looked up inside of a decision."""
+    """A device that is no text is refused at once, because decisions look it up."""
     with pytest.raises(InvalidSettings, match="device"):
         scheduler.reserve(device, "1MiB")
     with scheduler.reserve("cpu", "1MiB"):
@@ -155,14 +155,14 @@ def test_a_device_that_is_no_text_is_refused_at_once(scheduler: Scheduler, devic
 
 @pytest.mark.parametrize("value", [{"num_ctx": 5}, None, "num_ctx"])
 def test_options_are_a_kind_of_their_own(value: Any) -> None:
-    """With words that say how to make them."""
+    """Options have to be an `Options`, and the refusal says how to make them."""
     with pytest.raises(InvalidSettings, match=r"options cannot be .*Options\(num_ctx="):
         ModelSpec("a", "/a.gguf", options=value)
 
 
 @pytest.mark.parametrize("value", [{"max_queue": 3}, {}, Settings, "4GiB"])
 def test_settings_are_a_kind_of_their_own(value: Any) -> None:
-    """What is none is not passed over, also where it is empty."""
+    """Settings have to be a `Settings`, also where another value is empty."""
     with pytest.raises(InvalidSettings, match=r"settings cannot be .*Settings\(max_queue="):
         Scheduler(value)
 
@@ -173,7 +173,7 @@ def test_settings_are_a_kind_of_their_own(value: Any) -> None:
 def test_a_relative_path_in_a_working_folder_that_is_gone_is_refused(
     make: Callable[[], object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With what helps."""
+    """A relative path in a deleted working folder is refused with advice."""
     (tmp_path / "gone").mkdir()
     monkeypatch.chdir(tmp_path / "gone")
     (tmp_path / "gone").rmdir()

@@ -1,4 +1,4 @@
-"""Limits that a program changes while it runs, and settings on their way to whoever works by them."""
+"""Limits that a program changes while it runs, and how settings reach the core."""
 
 from __future__ import annotations
 
@@ -46,13 +46,13 @@ def _nothing_is_left() -> Iterator[None]:
 
 @pytest.fixture
 def scheduler() -> Iterator[Scheduler]:
-    """Room for two objects of 400 MiB; the one that was used longest ago goes first, however long each took to load."""
+    """Yield a scheduler with room for two objects of 400 MiB, the least recently used of which is evicted first."""
     with Scheduler(Settings(memory_limit="1000MiB", gpus=False, eviction="lru", close_timeout="5s")) as scheduler:
         yield scheduler
 
 
 def an_object(name: str, size: str = "400MiB", **how: Any) -> PythonModel:
-    """An object that loads at once."""
+    """Return an object that loads at once."""
     return PythonModel(name, load=lambda: f"<{name}>", memory={"cpu": size}, **how)
 
 
@@ -69,7 +69,7 @@ def preload(scheduler: Scheduler, *names: str, **how: Any) -> None:
 
 
 def test_a_lower_memory_limit_holds_when_configure_returns(scheduler: Scheduler) -> None:
-    """The devices have been read with it: the account shows it, and idle models have begun to leave."""
+    """After `configure` with a lower memory limit, the status has the limit, and idle runners are being evicted."""
     preload(scheduler, "a", "b")
     scheduler.configure(memory_limit="500MiB")
     assert scheduler.status().devices[0].capacity_bytes == scheduler.settings.memory_limit == 500 << 20
@@ -77,7 +77,7 @@ def test_a_lower_memory_limit_holds_when_configure_returns(scheduler: Scheduler)
 
 
 def test_a_higher_memory_limit_lets_those_who_wait_start(scheduler: Scheduler) -> None:
-    """At once; None is all there is."""
+    """A higher memory limit starts waiting requests at once, and None is all memory there is."""
     with scheduler.acquire(an_object("a")), scheduler.acquire(an_object("b")):
         waiting = scheduler.submit(an_object("c"))
         assert_soon(lambda: len(scheduler.status().queue) == 1)
@@ -87,7 +87,7 @@ def test_a_higher_memory_limit_lets_those_who_wait_start(scheduler: Scheduler) -
 
 
 def test_a_busy_model_leaves_a_lower_memory_limit_after_its_last_lease(scheduler: Scheduler) -> None:
-    """Nobody's lease is broken for it."""
+    """A busy runner beyond a lower memory limit is stopped after its last release, and its lease is not revoked."""
     with scheduler.acquire(an_object("a")) as lease:
         scheduler.configure(memory_limit="100MiB")
         assert (lease.value, states(scheduler)) == ("<a>", {"a": "ready"})
@@ -95,7 +95,7 @@ def test_a_busy_model_leaves_a_lower_memory_limit_after_its_last_lease(scheduler
 
 
 def test_a_lower_number_of_runners_holds_for_idle_ones_at_once(scheduler: Scheduler) -> None:
-    """And for busy ones when they rest; the events say why."""
+    """A lower number of runners stops idle ones at once and busy ones when they become idle, as the events say."""
     with scheduler.events() as events, scheduler.acquire(an_object("b")) as lease:
         preload(scheduler, "a")
         scheduler.configure(max_runners=1)
@@ -108,7 +108,7 @@ def test_a_lower_number_of_runners_holds_for_idle_ones_at_once(scheduler: Schedu
 
 
 def test_a_shorter_queue_refuses_who_comes_next(scheduler: Scheduler) -> None:
-    """Those who wait already go on waiting."""
+    """A shorter queue refuses the next request and keeps the requests that wait."""
     with scheduler.acquire(an_object("a", "900MiB")) as lease:
         waiting = [scheduler.submit(an_object(name, "800MiB")) for name in "bc"]
         assert_soon(lambda: len(scheduler.status().queue) == 2)
@@ -122,7 +122,7 @@ def test_a_shorter_queue_refuses_who_comes_next(scheduler: Scheduler) -> None:
 
 
 def test_s23_a_changed_keep_alive_holds_for_loaded_models_but_where_one_was_named(scheduler: Scheduler) -> None:
-    """S23: who took the setting has the new one; "forever" is what the settings then show as infinite."""
+    """S23: a changed keep-alive holds for runners that have the setting's, and "forever" is shown as infinite."""
     preload(scheduler, "a")
     preload(scheduler, "b", keep_alive="1h")
     scheduler.configure(keep_alive=0)
@@ -147,7 +147,7 @@ def test_s23_a_changed_keep_alive_holds_for_loaded_models_but_where_one_was_name
     ],
 )
 def test_a_wrong_limit_leaves_all_of_them_as_they_were(scheduler: Scheduler, wrong: Any, name: str) -> None:
-    """All are looked at before any is changed."""
+    """A wrong limit in a call leaves all limits as they were."""
     preload(scheduler, "a", "b")
     before = scheduler.settings
     with pytest.raises(InvalidSettings) as caught:
@@ -159,7 +159,7 @@ def test_a_wrong_limit_leaves_all_of_them_as_they_were(scheduler: Scheduler, wro
 
 
 def test_what_is_not_named_keeps_its_value(scheduler: Scheduler) -> None:
-    """One after the other adds up."""
+    """A limit that a call does not name keeps its value."""
     before = scheduler.settings
     scheduler.configure(max_queue=7)
     scheduler.configure(max_runners=3, keep_alive="1m")
@@ -171,7 +171,7 @@ def test_what_is_not_named_keeps_its_value(scheduler: Scheduler) -> None:
 
 
 def work_by(scheduler: Scheduler) -> tuple[int, int, float]:
-    """Return the limits that the core works by."""
+    """Return the limits that the core uses."""
     limits = scheduler.debug_state().snapshot.limits
     return limits.max_queue, limits.max_runners, limits.keep_alive_s
 
@@ -182,7 +182,7 @@ def shown(scheduler: Scheduler) -> tuple[int, int, float]:
 
 
 def test_many_threads_may_change_limits_at_once(scheduler: Scheduler) -> None:
-    """Nothing is lost, and the settings show what is worked by."""
+    """Limits that many threads change at once are the same in the settings and in the core."""
 
     def change(number: int) -> None:
         limits: list[Any] = [{"max_queue": 100 + number}, {"max_runners": 100 + number}, {"keep_alive": 100 + number}]
@@ -195,7 +195,7 @@ def test_many_threads_may_change_limits_at_once(scheduler: Scheduler) -> None:
 
 
 def test_a_signal_handler_may_change_limits_in_the_middle_of_a_change(scheduler: Scheduler) -> None:
-    """The main thread waits for nobody there, itself included, and both changes hold."""
+    """A signal handler may change limits while its thread is changing some, and both changes hold."""
     told: list[int] = []
 
     def change(*_: object) -> None:
@@ -226,7 +226,7 @@ def test_a_signal_handler_may_change_limits_in_the_middle_of_a_change(scheduler:
 
 
 def test_a_callback_may_change_limits(scheduler: Scheduler) -> None:
-    """It runs on a thread that others do not need."""
+    """A callback may change limits, as it runs on a thread of its own."""
     done: Future[None] = Future()
 
     def change(future: Future[Lease]) -> None:
@@ -240,7 +240,7 @@ def test_a_callback_may_change_limits(scheduler: Scheduler) -> None:
 
 
 def test_an_event_loop_may_change_limits(scheduler: Scheduler) -> None:
-    """As it is: it waits for a reading of the devices at most."""
+    """An event loop may change limits, which waits for a reading of the devices at most."""
 
     async def main() -> None:
         async with scheduler.acquire_async(an_object("a")):
@@ -251,7 +251,7 @@ def test_an_event_loop_may_change_limits(scheduler: Scheduler) -> None:
 
 
 def test_after_the_close_there_is_nothing_to_change(scheduler: Scheduler) -> None:
-    """It says so."""
+    """A change of limits after the close raises SchedulerClosed."""
     scheduler.close()
     with pytest.raises(SchedulerClosed):
         scheduler.configure(max_queue=3)
@@ -260,7 +260,7 @@ def test_after_the_close_there_is_nothing_to_change(scheduler: Scheduler) -> Non
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_a_forked_child_changes_nothing(scheduler: Scheduler) -> None:
-    """Not even where somebody was in the middle of a change when it was made."""
+    """A forked child cannot change limits, even if another thread was changing some at the fork."""
     entered, leave = threading.Event(), threading.Event()
 
     def change() -> None:
@@ -272,7 +272,7 @@ def test_a_forked_child_changes_nothing(scheduler: Scheduler) -> None:
     changer.start()
     entered.wait(LIMIT_S)
     if (pid := os.fork()) == 0:
-        signal.alarm(int(LIMIT_S))  # ends it if it hangs
+        signal.alarm(int(LIMIT_S))  # ends the child if it hangs
         try:
             scheduler.configure(max_queue=9)
         except SchedulerForked:
@@ -289,7 +289,7 @@ def test_a_forked_child_changes_nothing(scheduler: Scheduler) -> None:
 
 
 def test_every_setting_that_the_core_works_by_reaches_it() -> None:
-    """Under its own name there; what the core alone decides has no setting."""
+    """Every setting of the core reaches the core's configuration under its own name."""
     limits = limits_of(
         Settings(
             max_queue=3, max_runners=4, keep_alive=5, max_wait=6, min_residency=7, load_timeout=8, recovery_timeout=9,
@@ -308,7 +308,7 @@ def test_every_setting_that_the_core_works_by_reaches_it() -> None:
 
 
 def test_without_settings_the_core_works_by_its_own_defaults() -> None:
-    """Both say the same."""
+    """The defaults of the settings are the defaults of the core."""
     given, own = limits_of(Settings(lock_folder=None, measurement_file=None)), CoreConfig()
     assert {each.name: getattr(given, each.name) for each in fields(CoreConfig)} == {
         each.name: getattr(own, each.name) for each in fields(CoreConfig)
@@ -319,7 +319,7 @@ def test_without_settings_the_core_works_by_its_own_defaults() -> None:
 def test_who_needs_the_memory_of_what_was_stopped_waits_for_as_long_as_it_may_take_to_end(
     stop_grace: str, late: str
 ) -> None:
-    """The setting says for how long; only after that, and the time that a kill takes, is it stuck."""
+    """A request for the memory of a stopped runner waits for as long as the setting allows the stop to take."""
     stop_timeout_s = limits_of(Settings(stop_grace=stop_grace)).stop_timeout_s
     pool = a_pool(capacity="5GiB", sizes={"a": "3GiB", "b": "4GiB"}, stop_timeout_s=stop_timeout_s).idle("a")
     pool.feed(expire("a"), acquire("b", request=9))
@@ -330,7 +330,7 @@ def test_who_needs_the_memory_of_what_was_stopped_waits_for_as_long_as_it_may_ta
 
 @beside_stand_in()
 def test_a_reserve_is_kept_free_on_each_gpu_with_memory_of_its_own(nvml: StandIn) -> None:
-    """Of what there is and of what is free, however little that is; an integrated one has the host's."""
+    """A reserve is subtracted from capacity and free memory of each GPU with memory of its own."""
     nvml.say(Gpu("GPU-a", total=1000, free=800), Gpu("GPU-b", total=1000, free=100), Gpu("GPU-c", memory_code=3))
     devices = DeviceReader(gpu_reserve_bytes=300)
     host, first, second, integrated = devices.sample()
@@ -341,7 +341,7 @@ def test_a_reserve_is_kept_free_on_each_gpu_with_memory_of_its_own(nvml: StandIn
 
 
 def test_settings_decide_what_real_models_are_loaded_with(tmp_path: Path) -> None:
-    """Its heads are too small for the quantised cache, so that it keeps the usual one instead of failing."""
+    """A model whose heads are too small for the quantised cache of the settings loads with the usual cache."""
     pytest.importorskip("xllamacpp")
     path = write_models(tmp_path, "a") / "a.gguf"
     with Scheduler(settings(num_ctx=256, num_parallel=2, cache_type="q8_0")) as scheduler:
@@ -353,7 +353,7 @@ def test_settings_decide_what_real_models_are_loaded_with(tmp_path: Path) -> Non
 
 
 def test_a_scheduler_takes_the_references_variables(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without any settings, from the environment of its process."""
+    """A scheduler without settings takes the reference's variables from the environment."""
     for name, text in {"OLLAMA_MAX_QUEUE": "7", "OLLAMA_CONTEXT_LENGTH": "1024", "LOADMASTER_GPUS": "no"}.items():
         monkeypatch.setenv(name, text)
     with Scheduler() as scheduler:

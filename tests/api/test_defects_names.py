@@ -1,4 +1,4 @@
-"""Names, where a place fails: what one resolver cannot do is told, and costs the others nothing."""
+"""Names of models when a resolver or a folder fails: the failure is reported, and the other resolvers still work."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ class Broken:
         raise OSError("the stairs are gone")
 
     def names(self) -> Iterable[str]:
-        """Name one, and fail."""
+        """Yield one name, and fail."""
         yield "attic-chat"
         raise RuntimeError("the light went out")
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A folder with one model."""
+    """Make a folder with one model."""
     (tmp_path / "models").mkdir()
     write_tiny_model(tmp_path / "models" / "chat.gguf")
     return tmp_path / "models"
@@ -54,7 +54,7 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def public() -> Iterator[Path]:
-    """A folder that every user may look into, which `tmp_path` is not."""
+    """Yield a folder that every user may look into, unlike `tmp_path`."""
     path = Path(tempfile.mkdtemp())
     path.chmod(0o755)
     yield path
@@ -63,14 +63,14 @@ def public() -> Iterator[Path]:
 
 
 def rows(catalog: Catalog) -> list[command.Row]:
-    """Return what would be listed."""
+    """Return the rows that the command would list."""
     core = Core(CoreConfig())
     core.step(0.0, Sampled((DeviceSample(HOST, "cpu", "host", 8 * GIB, 8 * GIB),)))
     return list(command.read_rows(catalog, core, Progress(disable=True)))
 
 
 def as_somebody_else(script: str, *arguments: Path) -> str:
-    """Run a script that calls its `main` as a user without rights, after what it imports; return what it prints."""
+    """Run a script's `main` as a user without rights, after its imports; return what it prints."""
     drop = "main(); print('=' * 9)\nif os.getuid() == 0: os.setuid(65534)\nmain()"
     text = f"import os, sys\n{script}\n{drop}"
     done = subprocess.run(
@@ -87,13 +87,13 @@ def as_somebody_else(script: str, *arguments: Path) -> str:
 
 
 def test_a_resolver_that_raises_does_not_hide_what_others_know(folder: Path) -> None:
-    """Whatever it raises: the next one is asked."""
+    """A resolver that raises does not keep the next resolver from being asked."""
     catalog = Catalog([Broken(), Folder(folder)])
     assert catalog.find("chat").path == str(folder / "chat.gguf")
 
 
 def test_a_resolver_that_raises_is_named_where_nobody_knows_a_name(folder: Path) -> None:
-    """In the text and in the field, with what it said; suggestions come from the others all the same."""
+    """A name that no resolver knows is refused with the failure of the one that raised, and with suggestions."""
     with pytest.raises(ModelNotFound) as caught:
         Catalog([Broken(), Folder(folder)]).find("chat2")
     failed, other = caught.value.looked_in
@@ -103,7 +103,7 @@ def test_a_resolver_that_raises_is_named_where_nobody_knows_a_name(folder: Path)
 
 
 def test_a_place_that_cannot_be_listed_is_a_row_of_its_own(folder: Path) -> None:
-    """It has no name, but a problem; what it listed before is there, and so is what others list."""
+    """A resolver that fails while it lists has a row with its problem, beside the names that were listed."""
     first, chat, broken = rows(Catalog([Broken(), Folder(folder)]))
     assert (first.name, first.problem) == ("attic-chat", "OSError: the stairs are gone")
     assert (broken.name, broken.place, broken.problem) == ("", "the attic", "RuntimeError: the light went out")
@@ -111,16 +111,16 @@ def test_a_place_that_cannot_be_listed_is_a_row_of_its_own(folder: Path) -> None
 
 
 def test_a_resolver_that_raises_costs_a_scheduler_nothing(folder: Path) -> None:
-    """A name that another place knows can be asked for, and one that none knows is not found."""
+    """A scheduler finds a name that another resolver knows although one raises."""
     with Scheduler(Settings(gpus=False, models=folder)) as scheduler:
         scheduler.catalog.add(Broken())
         assert scheduler.fit("chat").fits
         with pytest.raises(ModelNotFound):
-            scheduler.fit("nobody-has-this")
+            scheduler.fit("unknown-name")
 
 
 def test_a_folder_that_may_not_be_searched_does_not_break_ollamas_store(public: Path) -> None:
-    """It can be listed but not entered: its models are listed with the reason, the others are had."""
+    """Models in a folder that may be listed but not entered are listed with the reason, and others are found."""
     store = public / "ollama"
     model = write_tiny_model(public / "tiny.bytes").read_bytes()
     for name in ("good:latest", "bad:latest"):
@@ -150,7 +150,7 @@ def test_a_folder_that_may_not_be_searched_does_not_break_ollamas_store(public: 
 def test_without_a_home_the_store_in_it_is_left_out(
     monkeypatch: pytest.MonkeyPatch, folder: Path, tmp_path: Path
 ) -> None:
-    """As in containers, where neither HOME nor the user is known."""
+    """Without a home folder the store in it is left out, as in containers."""
 
     def unknown(_: int) -> None:
         raise KeyError("getpwuid(): uid not found")
@@ -168,7 +168,7 @@ def test_without_a_home_the_store_in_it_is_left_out(
 
 
 def test_a_repository_that_cannot_be_read_is_named(public: Path) -> None:
-    """Where it hides others, nobody is told that there is nothing."""
+    """A repository that cannot be read is named where it may hide a model."""
     for name in ("user/good", "user/bad"):
         hub_repository(public / "hub", name, {"m.gguf": b"GGUF"})
     subprocess.run(["chmod", "-R", "a+rX", str(public)], check=True)
@@ -201,7 +201,7 @@ def counting(monkeypatch: pytest.MonkeyPatch) -> list[None]:
 
 
 def test_the_hubs_cache_is_scanned_once_for_all_of_its_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Else listing n models takes n scans, each of n repositories."""
+    """Listing the cache scans it once for all of its names, and not once a name."""
     for number in range(4):
         hub_repository(tmp_path, f"user/r{number}", {"m-Q4_0.gguf": b"4", "m-Q8_0.gguf": b"8"})
     scans = counting(monkeypatch)
@@ -212,7 +212,7 @@ def test_the_hubs_cache_is_scanned_once_for_all_of_its_names(tmp_path: Path, mon
 
 
 def test_what_a_scan_did_not_see_is_found(tmp_path: Path) -> None:
-    """A file, a repository and a version that came since."""
+    """A file, a repository and a version that came after the scan are found."""
     hub_repository(tmp_path, "user/repo", {"m-Q4_0.gguf": b"4"})
     cache = HuggingFaceCache(tmp_path)
     assert list(cache.names()) == ["user/repo"]
@@ -231,7 +231,7 @@ def test_what_a_scan_did_not_see_is_found(tmp_path: Path) -> None:
     "file", ["MiX.GgUf", "low.gguf", "UP.GGUF", "split-00001-of-00002.GgUf", "in/ner.GGuf", "o[d]d.gGUF"]
 )
 def test_every_name_that_a_folder_lists_is_found_in_it(tmp_path: Path, file: str) -> None:
-    """Whatever the case of its ending."""
+    """Every name that a folder lists is found in it, whatever the case of its ending."""
     (tmp_path / file).parent.mkdir(exist_ok=True)
     (tmp_path / file).touch()
     (name,) = Folder(tmp_path).names()
@@ -240,7 +240,7 @@ def test_every_name_that_a_folder_lists_is_found_in_it(tmp_path: Path, file: str
 
 
 def test_ollamas_models_with_several_projectors_are_refused(tmp_path: Path) -> None:
-    """The engine loads one, and would be counted with all."""
+    """An Ollama model with several projectors is refused, because the engine loads only one."""
     ollama_model(tmp_path, "registry.ollama.ai/library/a:latest", b"m", (PROJECTOR, b"1"), (PROJECTOR, b"2"))
     with pytest.raises(Exception, match="several projectors"):
         OllamaStore(tmp_path).find("a")

@@ -1,4 +1,4 @@
-"""Defects of the reference where threads look at what others change: torn reads (D18), locks in two orders (D19)."""
+"""Defects of the reference where threads read what others change: torn reads (D18) and locks in two orders (D19)."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def a_model(name: str, size: str = "400MiB") -> PythonModel:
 
 
 def a_scheduler() -> Scheduler:
-    """Room for two objects of 400 MiB."""
+    """Return a scheduler with room for two objects of 400 MiB."""
     return Scheduler(Settings(gpus=False, memory_limit="1000MiB", min_residency=0, max_wait=0.01, event_buffer=100_000))
 
 
@@ -52,7 +52,7 @@ def a_scheduler() -> Scheduler:
 
 
 def assert_whole(status: Status) -> None:
-    """Fail where parts of it are of different moments."""
+    """Fail where parts of a status are of different moments."""
     for runner in status.runners:
         assert (runner.state == "ready") <= (runner.leases > 0), runner
         assert (runner.leases > 0) <= (runner.state in ("ready", "expiring")), runner
@@ -67,11 +67,11 @@ def assert_whole(status: Status) -> None:
     assert host.free_bytes <= host.capacity_bytes - host.held_bytes
     assert [wait.position for wait in status.queue] == list(range(len(status.queue)))
     current = [runner.model for runner in status.runners if runner.state != "expiring"]
-    assert len(current) == len(set(current)), "a model has one runner that may be used"
+    assert len(current) == len(set(current)), "a model has two current runners"
 
 
 def test_d18_whoever_looks_sees_one_moment() -> None:
-    """D18: three threads look while four make runners come and go; nothing they see contradicts itself."""
+    """D18: a status that three threads read while four load and unload models never contradicts itself."""
     over = threading.Event()
     looks = itertools.count()
 
@@ -109,7 +109,7 @@ def test_d18_whoever_looks_sees_one_moment() -> None:
 
 
 def test_d18_whoever_listens_hears_whole_lives() -> None:
-    """D18: listeners that begin while runners come and go hear each life in the order of the machine, none twice."""
+    """D18: listeners that begin while runners come and go hear each runner's transitions in order and once."""
 
     def come_and_go(seed: int) -> None:
         choose = random.Random(seed)
@@ -205,20 +205,20 @@ def both(scheduler: Scheduler, first: str, second: str, times: int = 1) -> None:
 
 
 def test_d19_no_two_calls_wait_for_each_other() -> None:
-    """D19: every pair of public calls at the same time, each with itself too."""
+    """D19: every pair of public calls returns at the same time, also of one call with itself."""
     with a_scheduler() as scheduler:
         for first, second in itertools.combinations_with_replacement(CALLS, 2):
             both(scheduler, first, second)
 
 
 def test_d19_no_call_and_a_close_wait_for_each_other() -> None:
-    """D19: every call while another thread closes."""
+    """D19: every public call returns while another thread closes."""
     for name in (*CALLS, "close"):
         both(a_scheduler(), name, "close", times=2)
 
 
 class Locked:
-    """A lock that notes which others its thread holds already when it waits for it; by where they were made."""
+    """A lock that notes which others its thread holds when it waits for it, by where they were made."""
 
     order: ClassVar[set[tuple[str, str]]] = set()  # (held, waited for)
     held = threading.local()
@@ -239,7 +239,7 @@ class Locked:
 
     def release(self) -> None:
         stack = self.held.__dict__.setdefault("stack", [])
-        if self in stack:  # a plain lock may be let go of by another thread
+        if self in stack:  # a plain lock may be released by another thread
             stack.remove(self)
         self.lock.release()
 
@@ -262,7 +262,7 @@ def in_circles(order: set[tuple[str, str]]) -> set[str]:
 
 
 def test_d19_locks_are_taken_in_one_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    """D19: whatever is called, no lock of ours is waited for under another that is elsewhere waited for under it."""
+    """D19: no lock of the scheduler is waited for under another one that is elsewhere waited for under it."""
     make_lock, make_reentrant = threading.Lock, threading.RLock
     Locked.order.clear()
     monkeypatch.setattr(threading, "Lock", lambda: Locked(make_lock))

@@ -1,6 +1,6 @@
 """Defects of the reference that live in threads and locks, on the real scheduler: many threads at once, and a watchdog.
 
-Python changes threads some 10,000 times as often here as elsewhere, so that the moments in between are met.
+Python switches threads some 10,000 times as often here as elsewhere, so that the moments in between are met.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from scheduler.engines.python import PythonEngine, PythonProcess
 from tests.support.leaks import no_leaks
 from tests.support.waiting import LIMIT_S, assert_soon
 
-PROMPT_S = LIMIT_S / 2  # what takes less than a millisecond by itself; whoever waits for a gate waits LIMIT_S
+PROMPT_S = LIMIT_S / 2  # for calls of less than a millisecond; a call that waits for a gate waits for LIMIT_S
 SWITCH_S = 1e-6
 
 
@@ -57,7 +57,7 @@ class Thing:
 
 
 class Gate:
-    """A call that returns when it is let through."""
+    """A call that returns when the gate is opened."""
 
     def __init__(self) -> None:
         self.entered = threading.Event()
@@ -74,12 +74,12 @@ def a_model(name: str, size: str = "400MiB", **fields: Any) -> PythonModel:
 
 
 def a_scheduler(**settings: Any) -> Scheduler:
-    """Room for two objects of 400 MiB; nobody waits for another to have been of use."""
+    """Return a scheduler with room for two objects of 400 MiB, without a minimum residency."""
     return Scheduler(Settings(**{"gpus": False, "memory_limit": "1000MiB", "min_residency": 0, **settings}))
 
 
 def together(*actions: Callable[[], object]) -> list[Any]:
-    """Run each on a thread of its own, all at once; return what they return. Raises if one raises, or hangs."""
+    """Run each action on a thread of its own, all at once; return their results. Raises if one raises or hangs."""
     start = threading.Barrier(len(actions))
 
     def run(action: Callable[[], object], future: Future[object]) -> None:
@@ -100,7 +100,7 @@ def together(*actions: Callable[[], object]) -> list[Any]:
 
 
 def took_s(action: Callable[[], object]) -> float:
-    """Return how long a call takes."""
+    """Return how many seconds a call takes."""
     begin = time.monotonic()
     action()
     return time.monotonic() - begin
@@ -110,7 +110,7 @@ def took_s(action: Callable[[], object]) -> float:
 
 
 def test_d04_nobody_is_handed_what_is_being_unloaded() -> None:
-    """D04: 900 grants while keep-alives of 0, expiries and three models in a room for two unload all the time."""
+    """D04: in 900 grants during keep-alives of 0, expiries and evictions, no leased object is being unloaded."""
     served: Counter[bool] = Counter()
 
     def use(seed: int) -> None:
@@ -120,7 +120,7 @@ def test_d04_nobody_is_handed_what_is_being_unloaded() -> None:
                 thing = lease.value
                 served[thing.loaded] += 1
                 time.sleep(0)
-                assert thing.loaded, "it was unloaded in use"
+                assert thing.loaded, "the object was unloaded in use"
 
     def expire() -> None:
         for number in range(300):
@@ -133,7 +133,7 @@ def test_d04_nobody_is_handed_what_is_being_unloaded() -> None:
 
 
 def test_d07_a_queue_of_one_place_never_blocks() -> None:
-    """D07: eight threads ask for four models where one fits; each is served or refused."""
+    """D07: eight threads that request four models where one fits are each served or refused."""
     answers: list[str] = []  # appending is atomic, counting is not
 
     def ask(seed: int) -> None:
@@ -149,7 +149,7 @@ def test_d07_a_queue_of_one_place_never_blocks() -> None:
 
     with a_scheduler(max_queue=1, max_wait=0.01) as scheduler:
         together(*(lambda seed=seed: ask(seed) for seed in range(8)))  # type: ignore[misc]  # binds now
-        with scheduler.acquire(a_model("e")) as lease:  # the place is free again
+        with scheduler.acquire(a_model("e")) as lease:  # the queue has its place again
             assert lease.value.loaded
     assert len(answers) == 200 and set(answers) == {"served", "refused"}
 
@@ -158,7 +158,7 @@ def test_d07_a_queue_of_one_place_never_blocks() -> None:
 
 
 def test_d06_a_load_holds_up_no_other_call() -> None:
-    """D06: while one model loads, four threads ask for others, cancel, expire and look; nobody waits for the load."""
+    """D06: while one model loads, requests for others, cancels, expires and statuses do not wait for the load."""
     gate = Gate()
     with a_scheduler() as scheduler:
         scheduler.acquire(a_model("warm")).release()
@@ -183,7 +183,7 @@ def test_d06_a_load_holds_up_no_other_call() -> None:
 
 
 def test_d15_no_lock_is_held_over_a_start_a_stop_and_a_reading(monkeypatch: pytest.MonkeyPatch) -> None:
-    """D15: all three hang at once, and warm requests are served, cancelled and seen as if nothing were the matter."""
+    """D15: while a load, an unload and a reading hang, warm requests and statuses are answered as usual."""
     starts, stops, reads = Gate(), Gate(), Gate()
     launch, stop = PythonEngine.launch, PythonProcess.stop
     with a_scheduler() as scheduler:
@@ -232,7 +232,7 @@ def test_d15_no_lock_is_held_over_a_start_a_stop_and_a_reading(monkeypatch: pyte
 
 @pytest.mark.parametrize("pause_s", [0, 0.0005, 0.001, 0.002, 0.004, 0.006, 0.008, 0.01])
 def test_d09_a_close_at_any_moment_of_a_load_ends_well(pause_s: float) -> None:
-    """D09: two threads close while two ask for a load and one cancels, a little later each time."""
+    """D09: closes and requests at any moment of a load all return."""
     scheduler = a_scheduler()
     loading = a_model("a", load=lambda: (time.sleep(0.005), Thing())[1])
     futures: list[Future[Lease]] = []
@@ -253,7 +253,7 @@ def test_d09_a_close_at_any_moment_of_a_load_ends_well(pause_s: float) -> None:
 
 
 def test_d17_threads_that_never_finish_keep_nothing() -> None:
-    """D17: four hold a lease for ever, four listen for ever, four wait for ever; after the close none of it is left."""
+    """D17: leases that are never released, listeners and waiting requests leave nothing after a close."""
     things: list[weakref.ref[Thing]] = []
     held, over = threading.Barrier(5), threading.Event()
 
@@ -282,7 +282,7 @@ def test_d17_threads_that_never_finish_keep_nothing() -> None:
         entries = [future.result(LIMIT_S) for future in listeners]
         for future in others:
             future.result(LIMIT_S)
-    assert entries[0] and entries == entries[:1] * 4, "all heard the same"
+    assert entries[0] and entries == entries[:1] * 4, "the listeners heard different events"
     gc.collect()
     assert [thing() for thing in things] == [None] and not scheduler.debug_state().requests
 
@@ -298,7 +298,7 @@ ASKING: dict[str, Callable[[Scheduler], object]] = {
 
 
 def test_d20_whoever_asks_around_the_close_is_answered() -> None:
-    """D20: six ways to ask, over and over, while it closes; each call returns, the last one with the refusal."""
+    """D20: requests of six kinds during a close all return, and the last of each kind is refused."""
     answered: Counter[str] = Counter()
     ready = threading.Barrier(len(ASKING) + 1)
 
@@ -323,7 +323,7 @@ def test_d20_whoever_asks_around_the_close_is_answered() -> None:
 
 
 def test_d20_a_future_that_is_asked_for_after_the_close_is_answered() -> None:
-    """D20: each of a hundred, and what its callback asks for in turn; no thread is left waiting for more of them."""
+    """D20: futures that are requested after the close, also by their callbacks, are answered, and no thread is left."""
     again: list[BaseException | None] = []
 
     def once_more(_: object) -> None:
@@ -342,7 +342,7 @@ def test_d20_a_future_that_is_asked_for_after_the_close_is_answered() -> None:
 
 
 def test_d17_a_callback_that_closes_leaves_no_thread() -> None:
-    """D17: its own thread ends after it, too, though nobody else closes."""
+    """D17: a callback that closes the scheduler leaves no thread, its own included."""
     closed = threading.Event()
     scheduler = a_scheduler()
     scheduler.preload(a_model("a")).add_done_callback(lambda _: (scheduler.close(), closed.set()))

@@ -1,4 +1,4 @@
-"""Values at their ends: time limits without end, of nothing, beyond all clocks; names and variables that are none."""
+"""Values at their ends: time limits that are infinite, zero or beyond all clocks, and names that mean nothing."""
 
 from __future__ import annotations
 
@@ -44,20 +44,20 @@ ONE_TOKEN: dict[str, Any] = {"max_tokens": 1, "temperature": 0}
 
 @pytest.fixture(scope="module")
 def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A real model, tiny."""
+    """Make a tiny model that loads."""
     return write_tiny_model(tmp_path_factory.mktemp("values") / "tiny.gguf", context=256)
 
 
 @pytest.fixture
 def scheduler() -> Iterator[Scheduler]:
-    """One for objects."""
+    """Yield a scheduler for objects."""
     with no_leaks(), Scheduler(Settings(gpus=False, memory_limit="1000MiB")) as scheduler:
         yield scheduler
 
 
 @pytest.fixture
 def lease(file: Path) -> Iterator[Lease]:
-    """A runner that serves."""
+    """Yield a lease on a runner that serves."""
     with no_leaks(), Scheduler(settings(num_ctx=256)) as scheduler, scheduler.acquire(file) as lease:
         yield lease
 
@@ -71,7 +71,7 @@ def a_model(**fields: Any) -> PythonModel:
 
 @pytest.mark.parametrize("priority", [10**400, -(10**400), MOST_PRIORITY + 1, True, 1.0, "1"])
 def test_a_priority_beyond_reason_is_refused(scheduler: Scheduler, priority: Any) -> None:
-    """By the request or by the model; the core computes with it for everybody who waits."""
+    """A priority that is too large is refused, in a request and in a model."""
     wrong: tuple[tuple[PythonModel, Any], ...] = ((a_model(), {"priority": priority}), (a_model(priority=priority), {}))
     for model, asking in wrong:
         with pytest.raises(InvalidSettings, match="a whole number from -1000000 to 1000000"):
@@ -81,7 +81,7 @@ def test_a_priority_beyond_reason_is_refused(scheduler: Scheduler, priority: Any
 
 @pytest.mark.parametrize("name", ["num_ctx", "num_batch", "num_parallel", "num_gpu", "main_gpu", "num_thread"])
 def test_a_number_that_no_recording_can_hold_is_refused(file: Path, name: str) -> None:
-    """Of more than 63 bits, by the request or by the model; the largest that is taken is refused for what it asks."""
+    """A number of more than 63 bits is refused, and the largest that is allowed is refused for what it asks for."""
     registry = ModelRegistry(LlamaEngine(), PythonEngine(), Catalog([]), pin=lambda model: None)
     for asked, asking in ((file, {name: 2**63}), (ModelSpec("a", str(file), options=Options(**{name: 10**400})), {})):
         with pytest.raises(UnsupportedOption, match="below 2\\*\\*63"):
@@ -90,7 +90,7 @@ def test_a_number_that_no_recording_can_hold_is_refused(file: Path, name: str) -
 
 
 def test_what_equals_a_value_that_was_taken_is_refused_all_the_same(file: Path) -> None:
-    """True is equal to 1, which was asked for right before."""
+    """True is refused although it equals 1, which was accepted right before."""
     registry = ModelRegistry(LlamaEngine(), PythonEngine(), Catalog([]), pin=lambda model: None)
     registry.parse_cached(file, {"timeout": 1, "require_gpu": False})
     wrong: tuple[Any, ...] = ({"timeout": True, "require_gpu": False}, {"timeout": 1, "require_gpu": 0})
@@ -103,7 +103,7 @@ def test_what_equals_a_value_that_was_taken_is_refused_all_the_same(file: Path) 
 
 
 def test_a_runner_may_be_silent_for_ever(lease: Lease) -> None:
-    """What no socket can wait is without end."""
+    """An infinite time limit of an answer is accepted, and so is one that is longer than a socket's."""
     for timeout in ENDLESS:
         assert lease.complete("a", timeout=timeout, **ONE_TOKEN) == lease.complete("a", **ONE_TOKEN)
         assert isinstance(lease.chat("a", timeout=timeout, **ONE_TOKEN), str)
@@ -124,7 +124,7 @@ TALKS: dict[str, Callable[[Lease, Any], object]] = {
 
 
 def test_a_silence_that_means_nothing_is_refused(lease: Lease) -> None:
-    """No silence at all would be said of a runner that is well."""
+    """A limit of zero or less on a runner's silence is refused."""
     nonsense: tuple[Any, ...] = (0, "0s", math.nan, 10**400, "soon", True, [1])
     for talk in TALKS.values():
         for timeout in nonsense:
@@ -134,12 +134,12 @@ def test_a_silence_that_means_nothing_is_refused(lease: Lease) -> None:
 
 
 def test_a_silence_may_be_text(lease: Lease) -> None:
-    """As every other time limit."""
+    """The limit on a runner's silence may be text, like other time limits."""
     assert isinstance(lease.complete("a", timeout="20s", **ONE_TOKEN), str)
 
 
 def test_every_setting_that_is_a_duration_may_be_endless_or_huge(file: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """A model is loaded, serves, is probed, and leaves; nothing fails in any thread."""
+    """With any duration setting infinite or huge, a model is loaded, serves, is probed and is stopped."""
     hints = get_type_hints(SettingsArguments)
     durations = {name for name, hint in hints.items() if float in get_args(hint)}
     assert {"keep_alive", "stop_grace", "probe_timeout"} <= durations
@@ -155,7 +155,7 @@ def test_every_setting_that_is_a_duration_may_be_endless_or_huge(file: Path, cap
 
 
 def test_a_runner_is_probed_again_and_again_without_a_time_limit(file: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """An endless probe of a runner that answers ends, and the next one finds out what is wrong later."""
+    """A probe without a time limit ends when the runner answers, and later probes find later failures."""
     arguments = {"probe_timeout": "forever", "probe_interval": "50ms"}
     with no_leaks(), Scheduler(settings(num_ctx=256, **arguments)) as scheduler, scheduler.acquire(file) as lease:
         (life,) = scheduler._executor.runner_handles.values()
@@ -176,7 +176,7 @@ def test_a_runner_is_probed_again_and_again_without_a_time_limit(file: Path, cap
 
 
 def test_a_child_without_a_time_limit_to_end_is_waited_for(file: Path) -> None:
-    """The thread that watches the children goes on: others are loaded and end."""
+    """A child with an infinite grace is waited for, and other children are started and end meanwhile."""
     with no_leaks(), Scheduler(settings(num_ctx=256, stop_grace="forever")) as scheduler:
         with scheduler.acquire(file) as lease:
             pid = lease.pid
@@ -192,7 +192,7 @@ def test_a_child_without_a_time_limit_to_end_is_waited_for(file: Path) -> None:
 
 @pytest.mark.parametrize("timeout", ENDLESS)
 def test_requests_wait_for_ever(scheduler: Scheduler, timeout: Any) -> None:
-    """To acquire, to reserve, to keep, to configure: nothing is refused, and the runner stays loaded."""
+    """An infinite time limit is accepted by acquire, reserve, preload and configure."""
     scheduler.acquire(a_model(keep_alive=timeout), timeout=timeout, keep_alive=timeout).release()
     scheduler.reserve("cpu", 1, timeout=timeout).release()
     scheduler.configure(keep_alive=timeout)
@@ -203,7 +203,7 @@ def test_requests_wait_for_ever(scheduler: Scheduler, timeout: Any) -> None:
 
 @pytest.mark.parametrize("timeout", ENDLESS)
 def test_the_next_event_is_waited_for_for_ever(scheduler: Scheduler, timeout: Any) -> None:
-    """It comes, and the end does too."""
+    """The next event may be waited for without an end, and so may the end of the events."""
     events = scheduler.events()
     pending = scheduler.submit(a_model())
     assert events.take(timeout) is not None
@@ -215,13 +215,13 @@ def test_the_next_event_is_waited_for_for_ever(scheduler: Scheduler, timeout: An
 
 
 def test_an_event_is_not_waited_for(scheduler: Scheduler) -> None:
-    """With 0, what is there is taken."""
+    """With a limit of 0, an event is returned only if it is there."""
     assert scheduler.events().take(0) is None
 
 
 @pytest.mark.parametrize("number", [10**400, -(10**400)])
 def test_a_number_beyond_all_clocks_is_no_duration(scheduler: Scheduler, number: int) -> None:
-    """It is named like any other that is not allowed."""
+    """A number beyond all clocks is refused by the argument's name."""
     waits: list[Callable[[], object]] = [
         lambda: parse_duration(number, name="keep_alive"),
         lambda: Settings(max_wait=number),
@@ -242,7 +242,7 @@ def test_a_number_beyond_all_clocks_is_no_duration(scheduler: Scheduler, number:
 
 @pytest.mark.parametrize("model", [5, None, 1.5, b"a", ["a"], ("a",), {}, object()])
 def test_what_names_no_model_is_refused_with_what_does(scheduler: Scheduler, model: Any) -> None:
-    """In whatever way it is asked for."""
+    """A value that names no model is refused in every call, with the values that do."""
     for ask in (scheduler.acquire, scheduler.fit, scheduler.submit, scheduler.preload, scheduler.expire, scheduler.pin):
         with pytest.raises(UnsupportedOption, match="a path, a name, a ModelSpec or a PythonModel"):
             ask(model)
@@ -259,7 +259,7 @@ def test_what_names_no_model_is_refused_with_what_does(scheduler: Scheduler, mod
     ],
 )
 def test_a_variable_of_ours_that_is_none_is_refused_with_the_closest(variable: str, closest: str) -> None:
-    """A typing error would else leave a limit unset, and nobody would know."""
+    """A misspelt variable of ours is refused with the closest name, because a limit would not be set otherwise."""
     with pytest.raises(InvalidSettings) as caught:
         Settings.from_environment({variable: "1GiB"})
     assert (caught.value.name, caught.value.value) == (variable, "1GiB")
@@ -267,19 +267,19 @@ def test_a_variable_of_ours_that_is_none_is_refused_with_the_closest(variable: s
 
 
 def test_an_empty_variable_of_no_setting_is_not_set() -> None:
-    """As every empty one; and what is not ours is nobody's business."""
+    """An empty variable of no setting is ignored, and variables of other programs are not looked at."""
     assert Settings.from_environment({"LOADMASTER_OLD": "", "LOADMASTERY": "1"}) == Settings()
 
 
 @pytest.mark.parametrize("ask", ["acquire", "fit", "submit", "preload"])
 def test_several_projectors_are_refused(scheduler: Scheduler, file: Path, ask: str) -> None:
-    """The engine loads one: the others would only be counted."""
+    """Several projectors are refused, because the engine loads only one."""
     with pytest.raises(UnsupportedOption, match="one projector"):
         getattr(scheduler, ask)(file, projectors=("a.gguf", "b.gguf"))
 
 
 def test_a_device_that_is_not_there_is_named_with_those_that_are(scheduler: Scheduler) -> None:
-    """Neither is it called too small, nor is less memory advised."""
+    """An unknown device is named with the known ones, and no smaller model is advised."""
     asks: list[Callable[[], object]] = [
         lambda: scheduler.reserve("gpu-9", "1MiB"),
         lambda: scheduler.acquire(PythonModel("b", load=object, memory={"cpu": "1MiB", "gpu-9": "1MiB"})),
@@ -295,7 +295,7 @@ def test_a_device_that_is_not_there_is_named_with_those_that_are(scheduler: Sche
 
 
 def a_split(folder: Path, count: int, parts: int) -> Path:
-    """Write the first parts of a model that says that it has `count`; return the first."""
+    """Write the first parts of a model that claims to have `count` parts; return the first."""
     for part in range(1, parts + 1):
         path = folder / f"m-{part:05}-of-{count:05}.gguf"
         write_tiny_model(path)
@@ -304,7 +304,7 @@ def a_split(folder: Path, count: int, parts: int) -> Path:
 
 
 def _say_that_it_is_split(path: Path, number: int, count: int) -> None:
-    """Add to a GGUF file the keys of a part."""
+    """Add the keys of a part to a GGUF file."""
     content = bytearray(path.read_bytes())
     keys = int.from_bytes(content[16:24], "little")
     content[16:24] = (keys + 3).to_bytes(8, "little")
@@ -316,7 +316,7 @@ def _say_that_it_is_split(path: Path, number: int, count: int) -> None:
 
 @pytest.fixture
 def read_parts(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The files whose headers are read, in order; they are read all the same."""
+    """Return a list of the files whose headers are read, in order."""
     read: list[str] = []
     header = metadata_module.read_header
 
@@ -329,7 +329,7 @@ def read_parts(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def test_a_model_of_too_many_parts_is_refused_by_its_first(tmp_path: Path, read_parts: list[str]) -> None:
-    """A hostile set may have 99,999, each of them large."""
+    """A model that claims too many parts is refused by its first part."""
     first = a_split(tmp_path, MOST_PARTS + 1, 2)
     with pytest.raises(InvalidModel, match=f"at most {MOST_PARTS:,}"):
         read_metadata(str(first))
@@ -337,7 +337,7 @@ def test_a_model_of_too_many_parts_is_refused_by_its_first(tmp_path: Path, read_
 
 
 def test_each_part_is_checked_as_it_comes(tmp_path: Path, read_parts: list[str]) -> None:
-    """The second has the tensors of the first, so the third is not read."""
+    """Each part is checked when it is read, so that the parts after a bad one are not read."""
     first = a_split(tmp_path, 3, 3)
     with pytest.raises(InvalidModel, match="also in a part before it"):
         read_metadata(str(first))

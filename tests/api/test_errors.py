@@ -1,4 +1,4 @@
-"""The user's errors: fields, statuses, sentences."""
+"""Errors that users see: fields, HTTP statuses and sentences."""
 
 from __future__ import annotations
 
@@ -71,13 +71,13 @@ def test_s34_every_kind_has_its_http_status(error: SchedulerError, status: int, 
 
 @each_example
 def test_the_sentence_names_the_numbers(error: SchedulerError, status: int, words: tuple[str, ...]) -> None:
-    """Who reads only the text learns the same as who reads the fields."""
+    """The sentence of an error has the figures of its fields."""
     assert [word for word in words if word not in str(error)] == []
 
 
 @each_example
 def test_every_kind_survives_pickling(error: SchedulerError, status: int, words: tuple[str, ...]) -> None:
-    """An error may cross a process boundary; fields, text and notes arrive."""
+    """An error keeps its fields, text and notes when it is pickled."""
     error.add_note("seen by the child")
     copy = pickle.loads(pickle.dumps(error))
     assert (type(copy), repr(copy), str(copy), copy.__notes__) == (
@@ -89,7 +89,7 @@ def test_every_kind_survives_pickling(error: SchedulerError, status: int, words:
 
 
 def test_every_kind_has_an_example() -> None:
-    """A new kind of error cannot be added without being tested here."""
+    """Every type of error has an example here."""
     kinds = {each for _, each in inspect.getmembers(exceptions, inspect.isclass) if issubclass(each, SchedulerError)}
     assert kinds - {type(error) for error, _, _ in EXAMPLES} == {SchedulerError}
 
@@ -100,25 +100,25 @@ def test_every_kind_can_be_imported_by_its_public_name() -> None:
 
 
 def test_a_timeout_is_also_pythons_own() -> None:
-    """`except TimeoutError` catches it, whatever it was constructed with."""
+    """`except TimeoutError` catches AcquireTimeout, whatever it was constructed with."""
     with pytest.raises(TimeoutError):
         raise AcquireTimeout(model="a", timeout_s=2, waiting_for="its load")
 
 
 def test_a_load_timeout_is_a_failed_load() -> None:
-    """Who handles failed loads handles stalled ones too, with the same fields."""
+    """A LoadTimeout is a LoadFailed with the same fields."""
     error: LoadFailed = LoadTimeout("a", 300.0)
     assert (error.model, error.out_of_memory, error.retry_after_s) == ("a", False, None)
 
 
 @pytest.mark.parametrize("kind", [InvalidSettings, UnsupportedOption])
 def test_wrong_input_is_a_value_error(kind: type[SchedulerError]) -> None:
-    """`except ValueError` catches it."""
+    """`except ValueError` catches errors of wrong input."""
     assert issubclass(kind, ValueError)
 
 
 def test_the_numbers_of_does_not_fit_are_a_copy() -> None:
-    """What the scheduler does later with its own mapping does not change the error."""
+    """The figures of DoesNotFit are a copy, so that a later change of the mapping does not change the error."""
     free = {"cpu": 1}
     error = DoesNotFit("a", 2, free, "it is too big")
     free["cpu"] = 5
@@ -127,7 +127,7 @@ def test_the_numbers_of_does_not_fit_are_a_copy() -> None:
 
 @pytest.mark.parametrize(("status_code", "status"), [(400, 400), (413, 400), (501, 400), (401, 500), (503, 500)])
 def test_s34_an_engines_refusal_of_the_input_is_a_400(status_code: int, status: int) -> None:
-    """S34: what the engine says of the request is the caller's; a wrong key or a busy engine is not."""
+    """S34: an engine's refusal of the input is a 400, and a wrong key or a busy engine is a 500."""
     assert EngineError(status_code, "no").status == status
 
 
@@ -144,7 +144,7 @@ def test_s34_an_engines_refusal_of_the_input_is_a_400(status_code: int, status: 
     ],
 )
 def test_bytes_are_written_in_binary_units(count: int, text: str) -> None:
-    """One decimal at most, and never 1024 of a smaller unit."""
+    """Bytes are written with one decimal at most, and never as 1024 of a smaller unit."""
     assert format_bytes(count) == text
 
 
@@ -164,29 +164,29 @@ def test_bytes_are_written_in_binary_units(count: int, text: str) -> None:
     ],
 )
 def test_durations_are_written_as_they_may_be_given(duration_s: float, text: str) -> None:
-    """The text is one that `parse_duration` takes."""
+    """A duration is written as `parse_duration` reads it."""
     assert format_duration(duration_s) == text
 
 
 def test_a_value_that_cannot_be_shown_is_told_by_its_kind() -> None:
-    """Python writes no number of more than 4300 digits; the sentence is there all the same."""
+    """A number of more than 4300 digits, which Python does not print, is told by its type."""
     assert str(InvalidSettings("priority", 10**9999, "smaller")) == "priority cannot be this int: it must be smaller"
 
 
 def test_a_duration_beyond_all_clocks_is_written_too() -> None:
-    """It is in a sentence that somebody reads, and must not be the next error."""
+    """A duration beyond all clocks is written without an error."""
     assert format_duration(1e308).endswith("m56s")
 
 
 def test_advice_follows_the_reason() -> None:
-    """Where there is some."""
+    """Advice follows the reason where there is some."""
     error = DoesNotFit("a", 1, {}, "it is too big", "use a smaller one")
     assert str(error).endswith(": it is too big; use a smaller one")
     assert str(DoesNotFit("a", 1, {}, "it is too big")).endswith(": it is too big")
 
 
 def test_only_a_damaged_file_is_to_be_downloaded_again() -> None:
-    """That is one which is wrong at some place; another reason says itself what to do."""
+    """Only a file that is wrong at an offset is advised to be downloaded again."""
     assert str(InvalidModel("/a.gguf", "bad magic", 0)).endswith(
         "bad magic at byte 0; download or convert the file again"
     )
@@ -194,13 +194,13 @@ def test_only_a_damaged_file_is_to_be_downloaded_again() -> None:
 
 
 def test_nobody_is_told_to_ask_a_scheduler_again_that_has_ended() -> None:
-    """It would refuse."""
+    """An error of a closed scheduler does not advise to ask again."""
     assert str(RunnerCrashed("m", 1, "killed", closed=True)) == "runner 1 of 'm' is gone: killed"
     assert str(RunnerCrashed("m", 1, "killed")).endswith("; acquire the model again")
 
 
 def test_a_back_off_after_crashes_is_not_told_as_a_failed_load() -> None:
-    """The load went well."""
+    """A back-off after crashes is not told as a failed load."""
     error = LoadFailed("m", "killed", 10.0, served=True)
     assert str(error) == "'m' failed again after it was loaded: killed; try again in 10s"
     assert str(LoadFailed("m", "killed")).startswith("loading 'm' failed: ")

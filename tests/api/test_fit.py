@@ -1,4 +1,4 @@
-"""What would fit, before it is loaded: the command, the method, and that both tell what then comes."""
+"""What would fit before it is loaded: the command and the method, compared with what is then loaded."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from tests.support.tiny_models import write_tiny_model
 from tests.support.waiting import assert_soon
 
 MIB = 2**20
-LIMIT_S = 60.0  # of a command that takes half a second
+LIMIT_S = 60.0  # for a command that takes half a second
 MANY_SLOTS = ("--num-ctx", "1024", "--num-parallel", "256")  # 64 MiB of cache for a tiny model
 
 
@@ -70,7 +70,7 @@ def run_json(capsys: pytest.CaptureFixture[str], *arguments: object) -> dict[str
 
 
 def test_the_verdict_comes_first_and_then_each_part(capsys: pytest.CaptureFixture[str], model: Path) -> None:
-    """One sentence, and a table of what is taken by kind, what must be free, and what is."""
+    """The command prints a verdict, and a table of the bytes taken by kind, the bytes needed, and the free bytes."""
     found = run_json(capsys, model, "--host", "1GiB")
     (host,) = found["devices"]
     status, output = run(capsys, model, "--host", "1GiB")
@@ -90,7 +90,7 @@ def test_the_verdict_comes_first_and_then_each_part(capsys: pytest.CaptureFixtur
 
 
 def test_the_parts_add_up(capsys: pytest.CaptureFixture[str], model: Path) -> None:
-    """What is taken is the sum of its parts; a quarter more must be free of what is only predicted."""
+    """The bytes taken are the sum of their kinds, and a prediction needs a quarter more."""
     (host,) = run_json(capsys, model, "--host", "1GiB")["devices"]
     parts = [host[f"{kind}_bytes"] for kind in ("weights", "cache", "compute", "other")]
     assert min(parts) > 0 and sum(parts) == host["takes_bytes"]
@@ -100,7 +100,7 @@ def test_the_parts_add_up(capsys: pytest.CaptureFixture[str], model: Path) -> No
 def test_what_does_not_fit_exits_with_1_and_says_what_to_change(
     capsys: pytest.CaptureFixture[str], model: Path
 ) -> None:
-    """The changes are named as options of the command."""
+    """A model that does not fit exits with 1, and the changes are named as options of the command."""
     status, output = run(capsys, model, "--host", "100MiB", *MANY_SLOTS)
     assert status == 1 and output.startswith("tiny does not fit: it is larger than the memory there is (")
     assert "at most 100 MiB can be made free" in output
@@ -108,7 +108,7 @@ def test_what_does_not_fit_exits_with_1_and_says_what_to_change(
 
 
 def test_what_is_advised_fits_when_it_is_followed(capsys: pytest.CaptureFixture[str], model: Path) -> None:
-    """Run again with the options named, it exits with 0 and takes what was foretold."""
+    """The command with the advised options exits with 0 and shows the bytes that the advice named."""
     asked = ("--host", "100MiB", *MANY_SLOTS)
     advice = run_json(capsys, model, *asked)["advice"]
     assert advice
@@ -119,7 +119,7 @@ def test_what_is_advised_fits_when_it_is_followed(capsys: pytest.CaptureFixture[
 
 
 def test_a_quantised_cache_is_named_by_one_option(capsys: pytest.CaptureFixture[str]) -> None:
-    """Keys and values have the same type; SmolLM2 can have one."""
+    """A quantised cache is advised with one option for keys and values."""
     needed = run_json(capsys, the_real_model(), "--cache-type", "q8_0", "--host", "8GiB")["devices"][0]["needed_bytes"]
     status, output = run(capsys, the_real_model(), "--host", needed)
     assert status == 1 and "  --cache-type q8_0 " in output
@@ -127,13 +127,13 @@ def test_a_quantised_cache_is_named_by_one_option(capsys: pytest.CaptureFixture[
 
 
 def test_where_nothing_helps_that_is_said(capsys: pytest.CaptureFixture[str], model: Path) -> None:
-    """Else the user would go on trying."""
+    """Where no change helps, the command says so."""
     status, output = run(capsys, model, "--host", "8MiB")
     assert status == 1 and "None of the options that were tried makes it fit" in output
 
 
 def test_gpus_can_be_imagined(capsys: pytest.CaptureFixture[str], model: Path) -> None:
-    """In place of those that are there: what if there were this card?"""
+    """GPUs may be given on the command line in place of those that are there."""
     found = run_json(capsys, model, "--gpu", "my card=1GiB", "--host", "1GiB")
     host, card = found["devices"]
     assert (host["id"], card["id"], card["gpu_layers"], found["layers"]) == ("cpu", "my card", 3, 3)
@@ -143,13 +143,13 @@ def test_gpus_can_be_imagined(capsys: pytest.CaptureFixture[str], model: Path) -
 
 
 def test_the_largest_of_several_gpus_is_taken(capsys: pytest.CaptureFixture[str], model: Path) -> None:
-    """As the core would; the others take no part."""
+    """Of several GPUs the one with most memory is used, as by the core."""
     found = run_json(capsys, model, "--gpu", "a=1GiB", "--gpu", "b=2GiB")
     assert [device["id"] for device in found["devices"]] == ["cpu", "b"]
 
 
 def test_a_model_can_be_kept_off_gpus(capsys: pytest.CaptureFixture[str], model: Path) -> None:
-    """With as many layers as are named."""
+    """`--num-gpu 0` keeps a model off the GPUs."""
     found = run_json(capsys, model, "--gpu", "a=1GiB", "--num-gpu", "0")
     assert [device["id"] for device in found["devices"]] == ["cpu"]
     assert found["sentence"].startswith("tiny fits: 0 of 3 layers on GPUs, ")
@@ -159,7 +159,7 @@ def test_a_model_can_be_kept_off_gpus(capsys: pytest.CaptureFixture[str], model:
 def test_what_goes_to_a_gpu_in_part_is_told_how_all_of_it_would(
     capsys: pytest.CaptureFixture[str], model: Path
 ) -> None:
-    """That is no failure, so the exit status is 0."""
+    """A model that goes to a GPU in part exits with 0 and is told how it would go whole."""
     whole = run_json(capsys, model, *MANY_SLOTS, "--gpu", "a=8GiB")["devices"][1]["needed_bytes"]
     status, output = run(capsys, model, *MANY_SLOTS, "--gpu", f"a={whole - MIB}")
     assert status == 0 and "of 3 layers on GPUs" in output
@@ -167,7 +167,7 @@ def test_what_goes_to_a_gpu_in_part_is_told_how_all_of_it_would(
 
 
 def test_options_change_what_is_taken(capsys: pytest.CaptureFixture[str], model: Path) -> None:
-    """Each is understood as a request's."""
+    """Each option of the command changes the bytes as in a request."""
     (plain,) = run_json(capsys, model, "--host", "1GiB")["devices"]
     changed = run_json(capsys, model, "--host", "1GiB", "--num-ctx", "512", "--num-parallel", "4", "--num-batch", "64")
     assert [changed["options"][name] for name in ("num_ctx", "num_parallel", "num_batch")] == [512, 4, 64]
@@ -181,14 +181,14 @@ def test_options_change_what_is_taken(capsys: pytest.CaptureFixture[str], model:
 
 
 def test_files_beside_the_model_count(capsys: pytest.CaptureFixture[str], model: Path) -> None:
-    """An adapter, a projector: what is not there is named."""
+    """An adapter and a projector are counted, and a missing file is named."""
     for flag in ("--adapter", "--projector"):
         assert cli.main(["fit", str(model), flag, "no/such/file.gguf"]) == cli.WRONG_USE
         assert "no/such/file.gguf" in capsys.readouterr().err
 
 
 def test_limits_count(capsys: pytest.CaptureFixture[str], model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The argument, else the environment's."""
+    """The memory limit is the argument's, or else the environment's."""
     assert run(capsys, model, "--memory-limit", "8MiB")[0] == 1
     monkeypatch.setenv("LOADMASTER_MEMORY_LIMIT", "8MiB")
     assert run(capsys, model, "--host", "1GiB")[0] == 1
@@ -199,7 +199,7 @@ def test_limits_count(capsys: pytest.CaptureFixture[str], model: Path, monkeypat
 def test_who_wants_a_gpu_where_there_is_none_is_told_what_acquire_says(
     capsys: pytest.CaptureFixture[str], model: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...]
 ) -> None:
-    """A smaller model would not help."""
+    """A required GPU on a machine without one is refused in the words of acquire."""
     monkeypatch.setenv("LOADMASTER_GPUS", "off")
     status, output = run(capsys, model, *arguments)
     assert status == 1 and "makes it fit: ask for it without a GPU (require_gpu, num_gpu)." in output
@@ -207,7 +207,7 @@ def test_who_wants_a_gpu_where_there_is_none_is_told_what_acquire_says(
 
 
 def test_a_model_can_be_named(capsys: pytest.CaptureFixture[str], model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As it is listed."""
+    """A model may be given by a listed name."""
     monkeypatch.setenv("LOADMASTER_MODELS", str(model.parent))
     assert run(capsys, "tiny", "--host", "1GiB")[0] == 0
 
@@ -215,7 +215,7 @@ def test_a_model_can_be_named(capsys: pytest.CaptureFixture[str], model: Path, m
 def test_a_name_brings_its_own_options(
     capsys: pytest.CaptureFixture[str], model: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Those of an Ollama model hold, unless others are named."""
+    """The options of an Ollama model hold unless the command names others."""
     ollama_model(tmp_path, "registry.ollama.ai/library/tiny:latest", model.read_bytes(), (PARAMS, b'{"num_ctx": 512}'))
     monkeypatch.setenv("OLLAMA_MODELS", str(tmp_path))
     assert run_json(capsys, "tiny", "--host", "1GiB")["options"]["num_ctx"] == 512
@@ -225,7 +225,7 @@ def test_a_name_brings_its_own_options(
 def test_the_engine_need_not_be_installed(
     capsys: pytest.CaptureFixture[str], model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whoever asks before installing it is answered."""
+    """The command works without the engine installed."""
     monkeypatch.setitem(sys.modules, "xllamacpp", None)
     with pytest.raises(EngineMissing):
         LlamaEngine().require()
@@ -247,7 +247,7 @@ def test_the_engine_need_not_be_installed(
 def test_wrong_use_is_one_line_and_exits_with_2(
     capsys: pytest.CaptureFixture[str], model: Path, arguments: tuple[str, ...], said: str
 ) -> None:
-    """It names what was wrong."""
+    """Wrong use prints one line that names what was wrong, and exits with 2."""
     assert cli.main(["fit", str(model), *arguments]) == cli.WRONG_USE
     output = capsys.readouterr()
     assert output.out == "" and said in output.err and output.err.count("\n") == 1
@@ -264,7 +264,7 @@ def command(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_it_is_a_program(model: Path, tmp_path: Path) -> None:
-    """Its exit status is 0 where it fits, 1 where it does not, 2 for wrong use and for what is no model."""
+    """The program exits with 0 where the model fits, with 1 where it does not, and with 2 for wrong use."""
     fits = command(str(model), "--host", "1GiB")
     assert (fits.returncode, fits.stderr) == (0, "") and fits.stdout.startswith("tiny fits")
     too_large = command(str(model), "--host", "8MiB", "--json")
@@ -280,18 +280,18 @@ def test_it_is_a_program(model: Path, tmp_path: Path) -> None:
 
 
 def test_what_is_shown_is_what_is_promised(model: Path) -> None:
-    """Loaded for real, the runner has the options and the bytes of the answer before."""
+    """A runner has the options and the reserved bytes that `fit` showed before its load."""
     with Scheduler(settings()) as scheduler:
         fit = scheduler.fit(model, num_ctx=512, num_parallel=2)
         assert (fit.verdict, fit.fits, fit.measured, scheduler.status().runners) == ("fits", True, False, ())
         with scheduler.acquire(model, num_ctx=512, num_parallel=2):
             (runner,) = scheduler.status().runners
-            assert replace(runner.options, num_thread=None) == fit.options  # cores are dealt at the launch
+            assert replace(runner.options, num_thread=None) == fit.options  # cores are divided at the launch
             assert runner.promised_bytes == {device.id: device.takes_bytes for device in fit.devices}
 
 
 def test_a_real_model_takes_what_was_shown_give_or_take() -> None:
-    """SmolLM2, from its file alone: the process then has at most what was shown, and most of it."""
+    """A process that serves SmolLM2 takes at most what was shown, and most of it."""
     with Scheduler(settings()) as scheduler:
         (shown,) = scheduler.fit(the_real_model(), num_ctx=512).devices
         with scheduler.acquire(the_real_model(), num_ctx=512) as lease:
@@ -304,7 +304,7 @@ def test_a_real_model_takes_what_was_shown_give_or_take() -> None:
 
 
 def test_after_one_life_the_measured_figures_are_used(model: Path) -> None:
-    """N14: what a runner was seen to take replaces the prediction, at a smaller headroom, and it says so."""
+    """N14: after a load, `fit` shows the measured bytes with a smaller headroom, and says so."""
     with Scheduler(settings()) as scheduler:
         (predicted,) = scheduler.fit(model).devices
         scheduler.acquire(model, keep_alive=0).release()
@@ -316,7 +316,7 @@ def test_after_one_life_the_measured_figures_are_used(model: Path) -> None:
 
 
 def test_victims_are_named_with_what_they_hold(model: Path) -> None:
-    """Idle ones leave at once, busy ones may be left alone for as long as a request waits at most."""
+    """Victims are named with what they hold and until when they may stay."""
     first = PythonModel("first", load=object, memory={"cpu": "300MiB"})
     with Scheduler(settings(memory_limit="320MiB", min_residency=0, max_wait="2m")) as scheduler:
         scheduler.preload(first).result()
@@ -330,7 +330,7 @@ def test_victims_are_named_with_what_they_hold(model: Path) -> None:
 
 
 def test_what_never_fits_says_what_acquire_would(model: Path) -> None:
-    """The same reason, and the same figures."""
+    """A model that never fits has the reason and the figures of acquire's error."""
     with Scheduler(settings(memory_limit="100MiB")) as scheduler:
         fit = scheduler.fit(model, num_ctx=1024, num_parallel=256)
         with pytest.raises(DoesNotFit) as refused:
@@ -342,26 +342,26 @@ def test_what_never_fits_says_what_acquire_would(model: Path) -> None:
 
 
 def test_an_object_is_shown_as_declared() -> None:
-    """It has one figure for each device, and no advice."""
+    """An object has one figure for each device, and no advice."""
     with Scheduler(settings(memory_limit="500MiB")) as scheduler:
         fit = scheduler.fit(PythonModel("object", load=object, memory={"cpu": "2GiB"}))
         assert (fit.verdict, fit.devices[0].other_bytes, fit.advice) == ("never", 2**31, ())
 
 
 def test_asking_leaves_nothing_behind(model: Path) -> None:
-    """No runner, no model that is known or pinned, no decision."""
+    """A `fit` leaves no runner, no model record and no decision behind."""
     with Scheduler(settings()) as scheduler:
         events = scheduler.events()
         spec = ModelSpec("pinned", str(model), pin=True)
         assert scheduler.fit(spec).model == "pinned"
-        assert scheduler.name(spec.id) == spec.id, "it is not registered"
+        assert scheduler.name(spec.id) == spec.id, "the model is registered"
         scheduler.acquire(PythonModel("other", load=object)).release()
         scheduler.close()
         assert {entry.model for entry in events} == {"python:other"}
 
 
 def test_what_cannot_be_asked_is_refused_as_ever(model: Path) -> None:
-    """With the errors of `acquire`."""
+    """What acquire refuses, `fit` refuses with the same errors."""
     with Scheduler(settings()) as scheduler:
         with pytest.raises(ModelNotFound):
             scheduler.fit("/no/such/model.gguf")
@@ -386,11 +386,11 @@ def test_what_cannot_be_asked_is_refused_as_ever(model: Path) -> None:
     ],
 )
 def test_every_verdict_is_a_sentence(fit: Fit, sentence: str) -> None:
-    """Also where nothing is planned yet."""
+    """Every verdict is a sentence, also where nothing is planned yet."""
     assert str(fit) == sentence
 
 
 def test_json_has_no_number_that_json_has_not() -> None:
-    """What may last for ever is null."""
+    """In JSON, a number that is infinite is null."""
     fit = Fit("a", "evicts", Options(), victims=(FitVictim("b", 1, MIB, 1, math.inf),))
     assert json.loads(json.dumps(fit.to_json(), allow_nan=False))["victims"][0]["leaves_in_s"] is None

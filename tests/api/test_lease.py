@@ -1,4 +1,4 @@
-"""Leases by themselves: who keeps one alive, and what is known of a runner once its holder was told of its end."""
+"""Leases by themselves: what keeps one alive, and what is known of a runner after its lease holder saw it end."""
 
 from __future__ import annotations
 
@@ -29,26 +29,26 @@ MODEL = PythonModel("a", load=object)
 
 @pytest.fixture
 def scheduler() -> Iterator[Scheduler]:
-    """One for objects."""
+    """Yield a scheduler for objects."""
     with no_leaks(), Scheduler(Settings(gpus=False)) as scheduler:
         yield scheduler
 
 
 @pytest.fixture(scope="module")
 def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A real model, tiny."""
+    """Make a tiny model that loads."""
     return write_models(tmp_path_factory.mktemp("models"), "a") / "a.gguf"
 
 
 @pytest.fixture
 def serving() -> Iterator[Scheduler]:
-    """One for files."""
+    """Yield a scheduler for files."""
     with no_leaks(), Scheduler(settings()) as scheduler:
         yield scheduler
 
 
 def leases(scheduler: Scheduler) -> list[int]:
-    """How many leases are held on each runner."""
+    """Return how many leases each runner has."""
     return [runner.leases for runner in scheduler.status().runners]
 
 
@@ -67,7 +67,7 @@ ASK: dict[str, Callable[[Scheduler], Any]] = {
 
 @pytest.mark.parametrize("ask", ASK)
 def test_a_forgotten_lease_is_released_however_it_was_asked_for(scheduler: Scheduler, ask: str) -> None:
-    """Nothing of the scheduler's own keeps it alive, and its holder is warned."""
+    """A lease that its holder forgets is released with a warning, because the scheduler does not keep it alive."""
     held = ASK[ask](scheduler)
     assert held and leases(scheduler) == [1]
     with pytest.warns(ResourceWarning, match="never released"):
@@ -77,7 +77,7 @@ def test_a_forgotten_lease_is_released_however_it_was_asked_for(scheduler: Sched
 
 @pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, pickle.dumps])
 def test_what_is_held_cannot_be_copied(scheduler: Scheduler, copied: Callable[[object], object]) -> None:
-    """The end of the copy would release the original."""
+    """A lease cannot be copied, because the end of the copy would release the original."""
     with scheduler.acquire(MODEL) as lease, scheduler.reserve("cpu", "1MiB") as reservation:
         for held in (lease, reservation):
             with pytest.raises(TypeError, match=rf"a {type(held).__name__} cannot be copied"):
@@ -87,7 +87,7 @@ def test_what_is_held_cannot_be_copied(scheduler: Scheduler, copied: Callable[[o
 
 
 def test_a_stream_cannot_be_copied(serving: Scheduler, file: Path) -> None:
-    """It ends once."""
+    """A stream cannot be copied, because it ends once."""
     with serving.acquire(file) as lease, lease.stream("hello", **SHORT) as pieces:
         for stream in (pieces, lease.astream("hello")):
             with pytest.raises(TypeError, match="cannot be copied"):
@@ -96,7 +96,7 @@ def test_a_stream_cannot_be_copied(serving: Scheduler, file: Path) -> None:
 
 
 def test_what_is_entered_cannot_be_entered_again(scheduler: Scheduler) -> None:
-    """Its first lease would be lost; once it is left it asks anew."""
+    """A pending lease cannot be entered twice at once, and after its end it requests a new lease."""
     acquiring = scheduler.acquire_async(MODEL)
 
     async def enter() -> None:
@@ -125,7 +125,7 @@ def read_to_its_end(lease: Lease) -> None:
 
 
 def await_to_its_end(lease: Lease) -> None:
-    """The same in an event loop."""
+    """Await an answer, and kill the runner in the middle of it."""
 
     async def main() -> None:
         pieces = lease.astream("hello", **LONG)
@@ -141,7 +141,7 @@ def await_to_its_end(lease: Lease) -> None:
 def test_who_was_told_of_a_crash_is_not_given_the_same_runner(
     serving: Scheduler, file: Path, monkeypatch: pytest.MonkeyPatch, read: Callable[[Lease], None]
 ) -> None:
-    """Even where the exit is heard of much later than the connection broke."""
+    """A caller whose connection broke is not granted the same runner again, even if the exit is reported much later."""
     heard, tell = threading.Event(), LlamaProcess.ended
     monkeypatch.setattr("scheduler.engines.interface.llama.EXIT_S", 0.01)
     monkeypatch.setattr(LlamaProcess, "ended", lambda self, exit: (heard.wait(LIMIT_S), tell(self, exit)))
@@ -158,7 +158,7 @@ def test_who_was_told_of_a_crash_is_not_given_the_same_runner(
 
 
 def test_the_reason_of_a_crash_is_how_its_process_ended(serving: Scheduler, file: Path) -> None:
-    """That is waited for, where it is a moment behind."""
+    """The error of a broken connection says how the process ended, for which it waits."""
     with serving.acquire(file) as lease, pytest.raises(RunnerCrashed, match="killed by SIGKILL") as told:
         read_to_its_end(lease)
     assert lease.lost and "SIGKILL" in told.value.reason
@@ -167,7 +167,7 @@ def test_the_reason_of_a_crash_is_how_its_process_ended(serving: Scheduler, file
 def test_a_connection_that_breaks_does_not_end_a_runner_that_answers(
     serving: Scheduler, file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is probed first."""
+    """A runner whose connection breaks is probed, and goes on if it answers."""
 
     def break_off(*_: object, **__: object) -> str:
         raise ConnectionError("broken")
@@ -186,7 +186,7 @@ async def leave(lease: Lease) -> None:
 
 
 async def fail(lease: Lease) -> None:
-    """The same, by an exception."""
+    """Leave the loop over an answer in its middle by an exception."""
     with suppress(LookupError):
         async for _ in lease.astream("hello"):
             raise LookupError
@@ -197,7 +197,7 @@ async def fail(lease: Lease) -> None:
 def test_an_answer_that_is_left_as_the_last_of_its_loop_ends_its_connection(
     serving: Scheduler, file: Path, monkeypatch: pytest.MonkeyPatch, end: Callable[[Lease], Coroutine[Any, Any, None]]
 ) -> None:
-    """That is how the runner learns that it can stop; the loop has no time left to close anything."""
+    """An answer that is left as the last task of its event loop closes its connection, which ends it in the runner."""
     ended = threading.Event()
 
     def act(connection: socket.socket) -> None:

@@ -1,4 +1,4 @@
-"""The public API, with objects as models: who gets what, who is told what, and what is left when it ends."""
+"""The public API, with objects as models: grants, waits, errors, events, and what is left after a close."""
 
 from __future__ import annotations
 
@@ -65,13 +65,13 @@ def _nothing_is_left() -> Iterator[None]:
 
 @pytest.fixture
 def scheduler() -> Iterator[Scheduler]:
-    """Room for two objects of 400 MiB; the one that was used longest ago goes first, however long each took to load."""
+    """Yield a scheduler with room for two objects of 400 MiB, the least recently used of which is evicted first."""
     with Scheduler(Settings(memory_limit="1000MiB", eviction="lru", close_timeout="5s")) as scheduler:
         yield scheduler
 
 
 class Gate:
-    """A load or unload that returns when it is let through."""
+    """A load or unload that returns when the gate is opened."""
 
     def __init__(self, value: object = "value") -> None:
         self.entered = threading.Event()
@@ -85,12 +85,12 @@ class Gate:
 
 
 def a_model(name: str, size: str = "400MiB", **fields: Any) -> PythonModel:
-    """An object that loads at once."""
+    """Return an object that loads at once."""
     return PythonModel(name, memory={"cpu": size}, **{"load": lambda: f"<{name}>", **fields})
 
 
 def states(scheduler: Scheduler) -> dict[str, str]:
-    """Each model's newest runner's state."""
+    """Return the state of each model's newest runner."""
     return {runner.model: runner.state for runner in scheduler.status().runners}
 
 
@@ -116,7 +116,7 @@ def off_main(action: Callable[[], Any]) -> Any:
 
 
 def test_a_lease_gives_the_object_and_its_release_lets_it_rest(scheduler: Scheduler) -> None:
-    """S02, S17, S18: one reference while it is held, none afterwards, and the runner stays warm."""
+    """S02, S17, S18: a lease gives the object, and after its release the runner is idle and keeps it loaded."""
     with scheduler.acquire(a_model("a")) as lease:
         assert lease.value == "<a>"
         assert states(scheduler) == {"a": "ready"}
@@ -126,14 +126,14 @@ def test_a_lease_gives_the_object_and_its_release_lets_it_rest(scheduler: Schedu
 
 
 def test_two_leases_share_one_runner(scheduler: Scheduler) -> None:
-    """S06: one runner a model."""
+    """S06: two leases of a model share one runner."""
     with scheduler.acquire(a_model("a")) as first, scheduler.acquire(a_model("a")) as second:
         assert first.runner == second.runner
         assert [runner.leases for runner in scheduler.status().runners] == [2]
 
 
 def test_releasing_twice_is_harmless(scheduler: Scheduler) -> None:
-    """D05: the second release takes nobody else's reference."""
+    """D05: a second release of a lease does not release another one."""
     first, second = scheduler.acquire(a_model("a")), scheduler.acquire(a_model("a"))
     first.release()
     first.release()
@@ -144,7 +144,7 @@ def test_releasing_twice_is_harmless(scheduler: Scheduler) -> None:
 
 
 def test_a_lost_lease_is_released_with_a_warning(scheduler: Scheduler) -> None:
-    """S02: the garbage collector ends what its holder forgot (D17)."""
+    """S02, D17: a lease that its holder forgets is released by the garbage collector with a warning."""
     lease = scheduler.acquire(a_model("a"))
     with pytest.warns(ResourceWarning, match="never released"):
         del lease
@@ -153,26 +153,26 @@ def test_a_lost_lease_is_released_with_a_warning(scheduler: Scheduler) -> None:
 
 
 def test_an_exception_inside_the_with_block_releases_the_lease(scheduler: Scheduler) -> None:
-    """The user's own errors pass through, and nothing is held after them."""
+    """An exception inside a with block is raised, and the lease is released."""
     with pytest.raises(ZeroDivisionError), scheduler.acquire(a_model("a")):
         raise ZeroDivisionError
     assert_soon(lambda: states(scheduler) == {"a": "idle"})
 
 
 def test_keep_alive_zero_unloads_at_the_last_release(scheduler: Scheduler) -> None:
-    """S18, S23."""
+    """S18, S23: a keep-alive of 0 unloads the model at the last release."""
     scheduler.acquire(a_model("a"), keep_alive=0).release()
     assert_soon(lambda: states(scheduler) == {})
 
 
 def test_a_keep_alive_runs_out(scheduler: Scheduler) -> None:
-    """S18, S23: real time, kept by the driver."""
+    """S18, S23: a keep-alive ends in real time, by the driver."""
     scheduler.acquire(a_model("a"), keep_alive="50ms").release()
     assert_soon(lambda: states(scheduler) == {})
 
 
 def test_a_load_that_raises_is_the_error_of_those_who_waited(scheduler: Scheduler) -> None:
-    """S28: with the exception's own words, and a back-off for those who ask again at once."""
+    """S28: a load that raises is the error of the waiting requests, with its text and a back-off."""
 
     def fail() -> object:
         raise RuntimeError("no such layer")
@@ -189,7 +189,7 @@ def test_a_load_that_raises_is_the_error_of_those_who_waited(scheduler: Schedule
 
 
 def test_many_waiters_share_one_load(scheduler: Scheduler) -> None:
-    """One load a model, not one a waiter."""
+    """Requests that wait for one model share one load."""
     loads: list[int] = []
     gate = Gate()
     model = a_model("a", load=lambda: (loads.append(1), gate())[1])
@@ -202,7 +202,7 @@ def test_many_waiters_share_one_load(scheduler: Scheduler) -> None:
 
 
 def test_a_slow_load_holds_up_nobody_else(scheduler: Scheduler) -> None:
-    """D06, D15, rule 5: warm requests, other loads, cancelling and status go on while a load hangs."""
+    """D06, D15, rule 5: while a load hangs, warm requests, other loads, cancels and statuses are answered."""
     scheduler.acquire(a_model("warm")).release()
     gate = Gate()
     slow = scheduler.submit(a_model("slow", load=gate))
@@ -219,24 +219,24 @@ def test_a_slow_load_holds_up_nobody_else(scheduler: Scheduler) -> None:
 def test_inspections_that_wait_for_a_reading_do_not_stand_in_its_way(
     scheduler: Scheduler, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """However many models are asked for at once: nobody has to wait out the time limit of a reading."""
+    """Inspections that wait for a reading of the devices do not keep the reading from being made."""
     monkeypatch.setattr("scheduler.runtime.executor._FRESH_S", 10 * LIMIT_S)
-    gate = Gate(Footprint(fixed=((HOST, 2000 << 20),)))  # what never fits is answered when it has been inspected
+    gate = Gate(Footprint(fixed=((HOST, 2000 << 20),)))  # a model that never fits is answered after its inspection
     monkeypatch.setattr(PythonEngine, "inspect", lambda *_: gate())
     futures = [scheduler.submit(a_model(f"m{number}")) for number in range(3 * _WORKERS)]
-    assert len(scheduler.status().queue) == len(futures)  # all are to be inspected by now
+    assert len(scheduler.status().queue) == len(futures)  # all of them have been submitted for inspection
     gate.open.set()
     assert {type(future.exception(LIMIT_S)) for future in futures} == {DoesNotFit}
 
 
 def test_as_many_load_at_once_as_may_and_the_next_when_one_is_done() -> None:
-    """S24: two cold requests that fit are loaded side by side, not one after the other."""
+    """S24: two cold requests that fit are loaded at the same time, and the next when one is loaded."""
     gates = {name: Gate() for name in "abc"}
     with Scheduler(Settings(max_host_loads=2)) as scheduler:
         models = {name: a_model(name, "10MiB", load=gate) for name, gate in gates.items()}
         waiting = {name: scheduler.submit(models[name]) for name in "ab"}
         assert gates["a"].entered.wait(LIMIT_S) and gates["b"].entered.wait(LIMIT_S)
-        waiting["c"] = scheduler.submit(models["c"])  # not before: it may be inspected first
+        waiting["c"] = scheduler.submit(models["c"])  # submitted later, so that it is not inspected first
         assert_soon(lambda: [wait.waits_for for wait in scheduler.status().queue][2:] == ["a load slot"])
         assert not gates["c"].entered.is_set()
         gates["b"].open.set()
@@ -249,12 +249,12 @@ def test_as_many_load_at_once_as_may_and_the_next_when_one_is_done() -> None:
 
 
 def test_a_slow_unload_holds_up_nobody_else() -> None:
-    """A victim that takes its time to leave stalls no warm request; who needs its memory waits for it."""
+    """While an unload hangs, warm requests are granted, and a request for its memory waits."""
     gate = Gate()
-    with Scheduler(Settings(memory_limit="1000MiB", eviction="lru", max_wait=0)) as scheduler:  # none rests first
+    with Scheduler(Settings(memory_limit="1000MiB", eviction="lru", max_wait=0)) as scheduler:  # none has a grace
         scheduler.acquire(a_model("leaving", unload=gate)).release()
         scheduler.acquire(a_model("warm")).release()
-        scheduler.acquire(a_model("warm")).release()  # used later, so that the other is the victim
+        scheduler.acquire(a_model("warm")).release()  # used later, so the other one is the victim
         waiting = scheduler.submit(a_model("new"))
         assert gate.entered.wait(LIMIT_S)
         scheduler.acquire(a_model("warm")).release()
@@ -264,7 +264,7 @@ def test_a_slow_unload_holds_up_nobody_else() -> None:
 
 
 def test_a_waiter_gives_up_at_its_own_time_limit(scheduler: Scheduler) -> None:
-    """Every wait has an end; the error says what was waited for."""
+    """A request ends at its own time limit, and the error has what it waited for."""
     gate = Gate()
     slow = a_model("slow", load=gate)
     first = scheduler.submit(slow)
@@ -277,7 +277,7 @@ def test_a_waiter_gives_up_at_its_own_time_limit(scheduler: Scheduler) -> None:
 
 
 def test_a_full_queue_refuses_at_once_and_a_cancelled_waiter_gives_its_place_back() -> None:
-    """S04, S05, D07, D13: even with a queue of one."""
+    """S04, S05, D07, D13: a full queue of one refuses at once, and a cancel makes room."""
     gate = Gate()
     with Scheduler(Settings(max_queue=1)) as scheduler:
         waiting = scheduler.submit(a_model("a", load=gate))
@@ -290,7 +290,7 @@ def test_a_full_queue_refuses_at_once_and_a_cancelled_waiter_gives_its_place_bac
 
 
 def test_what_can_never_fit_is_refused_at_once_and_evicts_nobody(scheduler: Scheduler) -> None:
-    """Rule 6, S26: with the numbers."""
+    """Rule 6, S26: a request that can never fit is refused at once with figures, and nothing is evicted."""
     scheduler.acquire(a_model("a")).release()
     with pytest.raises(DoesNotFit) as refused:
         scheduler.acquire(a_model("huge", "2GiB"))
@@ -299,7 +299,7 @@ def test_what_can_never_fit_is_refused_at_once_and_evicts_nobody(scheduler: Sche
 
 
 def test_ctrl_c_in_acquire_cancels_the_request(scheduler: Scheduler) -> None:
-    """Whoever leaves by an exception has cancelled; a lease that was granted to nobody is released."""
+    """Ctrl-C in `acquire` cancels the request, and a lease that was granted meanwhile is released."""
     gate = Gate()
 
     def interrupt() -> None:
@@ -318,7 +318,7 @@ def test_ctrl_c_in_acquire_cancels_the_request(scheduler: Scheduler) -> None:
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # alarms in finalisers
 def test_ctrl_c_at_any_moment_leaves_no_lease_and_no_broken_core(scheduler: Scheduler) -> None:
-    """Hundreds of alarms while the main thread acquires and releases: nothing is lost, nothing is broken."""
+    """Hundreds of alarms while the main thread acquires and releases lose no lease and break no step."""
     scheduler.acquire(a_model("a")).release()
     model, seen, interrupted = a_model("a"), 0, 0
     rung: list[int] = []
@@ -334,7 +334,7 @@ def test_ctrl_c_at_any_moment_leaves_no_lease_and_no_broken_core(scheduler: Sche
             try:
                 rung.clear()
                 signal.setitimer(signal.ITIMER_REAL, 0.0002 + (interrupted % 37) * 1e-5)
-                while not rung:  # it may ring in a finaliser, where exceptions are dropped
+                while not rung:  # an alarm in a finaliser is dropped
                     with scheduler.acquire(model):
                         seen += 1
             except KeyboardInterrupt:
@@ -353,7 +353,7 @@ def test_ctrl_c_at_any_moment_leaves_no_lease_and_no_broken_core(scheduler: Sche
 
 
 def test_a_future_that_was_cancelled_after_the_grant_keeps_its_lease_or_gives_it_back(scheduler: Scheduler) -> None:
-    """S02, S05: a cancel either comes in time, or the lease is there; it is never lost."""
+    """S02, S05: a cancel of a future comes in time, or the lease is there and is not lost."""
     for _ in range(50):
         future = scheduler.submit(a_model("a"))
         if future.cancel():
@@ -365,7 +365,7 @@ def test_a_future_that_was_cancelled_after_the_grant_keeps_its_lease_or_gives_it
 
 
 def test_a_callback_of_a_future_may_acquire(scheduler: Scheduler) -> None:
-    """No user code runs while the lock is held, nor on a thread that others need."""
+    """A callback of a future may acquire, because no user code runs under the lock or on a needed thread."""
     got: Future[str] = Future()
 
     def then(future: Future[Lease]) -> None:
@@ -378,14 +378,14 @@ def test_a_callback_of_a_future_may_acquire(scheduler: Scheduler) -> None:
 
 
 def test_a_callback_that_raises_harms_nobody(scheduler: Scheduler) -> None:
-    """It is logged by the future; the next one is served."""
+    """A callback that raises is logged, and the next request is served."""
     scheduler.submit(a_model("a")).add_done_callback(lambda future: future.result().release() or 1 / 0)
     assert_soon(lambda: states(scheduler) == {"a": "idle"})
     scheduler.acquire(a_model("a")).release()
 
 
 def test_async_with_holds_a_lease(scheduler: Scheduler) -> None:
-    """The event loop is never blocked: a load goes on while other tasks run."""
+    """`async with` holds a lease, and a load does not block the event loop."""
 
     async def main() -> str:
         gate = Gate("slow")
@@ -406,7 +406,7 @@ async def _value(scheduler: Scheduler, model: PythonModel) -> Any:
 
 
 def test_a_task_that_is_cancelled_while_it_waits_leaves_the_queue(scheduler: Scheduler) -> None:
-    """S02, S05."""
+    """S02, S05: a task that is cancelled while it waits cancels its request."""
     gate = Gate()
 
     async def main() -> None:
@@ -422,7 +422,7 @@ def test_a_task_that_is_cancelled_while_it_waits_leaves_the_queue(scheduler: Sch
 
 
 def test_a_lease_granted_to_a_loop_that_is_gone_releases_itself(scheduler: Scheduler) -> None:
-    """A lease nobody received cannot leak."""
+    """A lease that is granted to an event loop that has ended is released."""
     gate = Gate()
     loop = asyncio.new_event_loop()
     kept: list[object] = []
@@ -439,7 +439,7 @@ def test_a_lease_granted_to_a_loop_that_is_gone_releases_itself(scheduler: Sched
 
 
 def test_callbacks_that_block_on_the_scheduler_do_not_block_each_other(scheduler: Scheduler) -> None:
-    """A dozen callbacks that each wait for another future: all get it, and so does everybody else."""
+    """A dozen callbacks that each wait for another future are all served, and so are other requests."""
     done: list[str] = []
 
     def then(_: Future[Lease]) -> None:
@@ -454,7 +454,7 @@ def test_callbacks_that_block_on_the_scheduler_do_not_block_each_other(scheduler
 
 
 def test_an_object_is_let_go_of_when_it_is_unloaded(scheduler: Scheduler) -> None:
-    """Else its memory would be accounted as free while it is still there."""
+    """An unloaded object is dropped, because its memory counts as free."""
 
     class Large:
         pass
@@ -478,18 +478,18 @@ class Work:
 
 
 def ask_and_release(scheduler: Scheduler, model: PythonModel) -> None:
-    """The whole life of an object."""
+    """Load, use and unload an object."""
     scheduler.acquire(model, keep_alive=0).release()
 
 
 def be_refused(scheduler: Scheduler, model: PythonModel) -> None:
-    """It can never fit."""
+    """Request an object that can never fit."""
     with pytest.raises(DoesNotFit):
         scheduler.acquire(replace(model, memory={"cpu": "2GiB"}))
 
 
 def cancel(scheduler: Scheduler, model: PythonModel) -> None:
-    """Whoever asked has left while it waited."""
+    """Cancel a request while it waits."""
     with scheduler.acquire(a_model("holder", "900MiB"), keep_alive=0):
         waiting = scheduler.submit(model)
         assert_soon(lambda: ["holder" in each.waits_for for each in scheduler.status().queue] == [True])
@@ -500,7 +500,7 @@ def cancel(scheduler: Scheduler, model: PythonModel) -> None:
 def test_what_the_load_of_an_object_refers_to_is_let_go_of(
     scheduler: Scheduler, use: Callable[[Scheduler, PythonModel], None]
 ) -> None:
-    """Once nobody asks for it and it is not loaded; it can be asked for again."""
+    """What an object's load refers to is dropped once the object is neither loaded nor requested."""
     work = Work()
     alive = weakref.ref(work)
     use(scheduler, a_model("job", load=work))
@@ -512,7 +512,7 @@ def test_what_the_load_of_an_object_refers_to_is_let_go_of(
 
 
 def test_what_looks_at_runners_now_and_then_keeps_none_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An object that it has seen is let go of like any other, though there is none after it."""
+    """The periodic look at runners keeps no object alive, even where no other runner follows."""
     monkeypatch.setattr("scheduler.runtime.health_monitor._SAMPLE_INTERVAL_S", 0.01)
     work = Work()
     alive = weakref.ref(work)
@@ -526,7 +526,7 @@ def test_what_looks_at_runners_now_and_then_keeps_none_of_them(monkeypatch: pyte
 
 
 def test_an_object_that_is_in_use_or_pinned_stays_known(scheduler: Scheduler) -> None:
-    """Held, resting and pinned ones are there as before."""
+    """Objects that are leased, idle or pinned stay known."""
     scheduler.pin(a_model("pinned"))
     scheduler.acquire(a_model("pinned")).release()
     scheduler.expire(a_model("pinned"))
@@ -538,7 +538,7 @@ def test_an_object_that_is_in_use_or_pinned_stays_known(scheduler: Scheduler) ->
 
 
 def test_an_object_that_is_let_go_of_as_its_request_is_withdrawn_harms_nobody(scheduler: Scheduler) -> None:
-    """Its inspection may be decided before the core hears of that."""
+    """An object whose request is withdrawn may be dropped before its inspection is decided."""
     cancel(scheduler, a_model("a"))
     with scheduler._driver._lock:  # the driver is in the middle of a step
         assert scheduler.submit(a_model("a")).cancel()
@@ -549,7 +549,7 @@ def test_an_object_that_is_let_go_of_as_its_request_is_withdrawn_harms_nobody(sc
 
 
 def test_what_does_not_stop_is_shown_as_stuck(scheduler: Scheduler) -> None:
-    """Its memory stays booked; the bound is the core's, so it is shortened here."""
+    """A runner that does not stop is shown as stuck, and its memory stays reserved."""
     gate = Gate()
     read = scheduler._driver.query
     read(lambda core: setattr(core._state, "config", replace(core._state.config, stop_timeout_s=0.01)))
@@ -560,18 +560,18 @@ def test_what_does_not_stop_is_shown_as_stuck(scheduler: Scheduler) -> None:
     assert_soon(lambda: states(scheduler) == {})
 
 
-# -- names that mean nothing -------------------------------------------------------------------------------------------
+# -- names without a model ---------------------------------------------------------------------------------------------
 
 
 def known(scheduler: Scheduler) -> set[str]:
-    """The id of every model that anything is kept of, but for questions and names: of these there is a most."""
+    """Return the id of every model of which anything is kept, besides the bounded caches of requests and names."""
     state = scheduler.debug_state()
     return {*state.named_models, *state.models, *scheduler._executor._identities}
 
 
 @pytest.fixture
 def refused(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """Have no inspection find its model; yield which were looked for, in order."""
+    """Make every inspection fail to find its model; yield the models that were looked for, in order."""
     found: list[str] = []
 
     def inspect(_: PythonEngine, model: PythonModel) -> Footprint:
@@ -583,7 +583,7 @@ def refused(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 
 
 def test_a_name_that_means_nothing_is_forgotten(scheduler: Scheduler, refused: list[str]) -> None:
-    """Whether or not somebody still waits for it; what somebody has pinned stays."""
+    """A name without a model is forgotten after its requests, unless it is pinned."""
     scheduler.pin(a_model("pinned"))
     for name in ("a", "b", "pinned", "a"):
         with pytest.raises(ModelNotFound):
@@ -595,7 +595,7 @@ def test_a_name_that_means_nothing_is_forgotten(scheduler: Scheduler, refused: l
 def test_the_last_names_that_were_forgotten_can_still_be_told(
     scheduler: Scheduler, refused: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Events and recordings tell identities, and are read and written somewhat later."""
+    """The last few names that were forgotten can still be told, because events and recordings are read later."""
     monkeypatch.setattr("scheduler.runtime.model_registry._PAST_NAMES", 2)
     for name in ("a", "b", "c"):
         with pytest.raises(ModelNotFound):
@@ -607,7 +607,7 @@ def test_the_last_names_that_were_forgotten_can_still_be_told(
 def test_an_inspection_that_fails_for_another_reason_does_not_blame_the_file(
     scheduler: Scheduler, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where this program may use too little memory to read it, say."""
+    """An inspection that fails for another reason than the file says so, and does not advise to download it again."""
     monkeypatch.setattr(PythonEngine, "inspect", Mock(side_effect=ImportError("failed to map segment")))
     with pytest.raises(InvalidModel, match=r"ImportError: failed to map segment; .*ulimit -a") as told:
         scheduler.acquire(a_model("a"))
@@ -615,7 +615,7 @@ def test_an_inspection_that_fails_for_another_reason_does_not_blame_the_file(
 
 
 def test_a_name_that_a_full_queue_refuses_is_forgotten() -> None:
-    """The core never heard of it."""
+    """A name that a full queue refuses is forgotten, because the core never had it."""
     gate = Gate()
     with Scheduler(Settings(gpus=False, max_queue=1)) as scheduler:
         waiting = scheduler.submit(a_model("a", load=gate))
@@ -632,7 +632,7 @@ def test_a_name_that_a_full_queue_refuses_is_forgotten() -> None:
 def test_a_name_that_is_asked_for_while_it_is_forgotten_is_inspected_again(
     moment: str, scheduler: Scheduler, refused: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It may mean something by now; the core has yet to hear of that request."""
+    """A name that is requested while it is forgotten is inspected again."""
     forget = scheduler._registry.unregister
     asked: list[Future[Lease]] = []
 
@@ -659,7 +659,7 @@ def test_a_name_that_is_asked_for_while_it_is_forgotten_is_inspected_again(
 def test_a_name_is_forgotten_while_the_request_of_one_who_left_is_on_its_way(
     scheduler: Scheduler, refused: list[str]
 ) -> None:
-    """Nobody waits for what becomes of that; the next one who asks is answered."""
+    """A name is forgotten while a withdrawn request for it waits for its inspection, and a new one is answered."""
     with scheduler._driver._lock:  # the driver is in the middle of a step
         assert scheduler.submit(a_model("a")).cancel()
         scheduler._desk._forget(a_model("a").id)
@@ -674,13 +674,13 @@ def test_a_name_is_forgotten_while_the_request_of_one_who_left_is_on_its_way(
 
 
 def test_preload_loads_without_a_lease(scheduler: Scheduler) -> None:
-    """S28: ready for the first request, and resting."""
+    """S28: a preload leaves a model idle and ready for the first request."""
     scheduler.preload(a_model("a")).result(LIMIT_S)
     assert states(scheduler) == {"a": "idle"}
 
 
 def test_expire_unloads_an_idle_model_and_drains_a_busy_one(scheduler: Scheduler) -> None:
-    """S32: unknown is a no-op; the lease stays good until it is released."""
+    """S32: `expire` stops an idle runner and drains a busy one, and an unknown model is ignored."""
     model = a_model("a")
     scheduler.expire(model)
     with scheduler.acquire(model) as lease:
@@ -691,7 +691,7 @@ def test_expire_unloads_an_idle_model_and_drains_a_busy_one(scheduler: Scheduler
 
 
 def test_a_pinned_model_is_not_moved_for_others(scheduler: Scheduler) -> None:
-    """What would fit only by moving a pin is refused at once, naming it; unpinned, it goes."""
+    """A request that fits only in place of a pinned runner is refused, and is served after the unpin."""
     scheduler.acquire(a_model("a", pin=True)).release()
     with pytest.raises(DoesNotFit, match="pinned: a;"):
         scheduler.acquire(a_model("big", "900MiB"))
@@ -701,7 +701,7 @@ def test_a_pinned_model_is_not_moved_for_others(scheduler: Scheduler) -> None:
 
 
 def test_memory_of_the_program_is_out_of_the_account_while_it_is_held(scheduler: Scheduler) -> None:
-    """Reserving gives up idle runners; what does not fit beside it is refused until it is released."""
+    """`reserve` evicts idle runners, and a model that does not fit beside the reservation is refused."""
     scheduler.acquire(a_model("a")).release()
     with scheduler.reserve("cpu", "700MiB"):
         assert states(scheduler) == {}
@@ -711,7 +711,7 @@ def test_memory_of_the_program_is_out_of_the_account_while_it_is_held(scheduler:
 
 
 def test_a_holder_is_told_that_others_want_its_memory(scheduler: Scheduler) -> None:
-    """`wanted` and its callback; the holder gives way, and the waiter is served."""
+    """A lease holder is notified by `wanted` and its callback, and the waiting request gets the memory it releases."""
     told = threading.Event()
     with scheduler.acquire(a_model("a", "900MiB")) as lease:
         lease.on_wanted(told.set)
@@ -721,9 +721,9 @@ def test_a_holder_is_told_that_others_want_its_memory(scheduler: Scheduler) -> N
 
 
 def test_the_debug_state_tells_what_is_held_inside(scheduler: Scheduler) -> None:
-    """Open requests, models, runners and late events, by ids; nothing of it is left after a close."""
+    """The debug state has open requests, models, runners and late events by ids, and is empty after a close."""
     with scheduler.acquire(a_model("a")):
-        scheduler._driver.post(Release(RequestId(77)))  # of what was never granted
+        scheduler._driver.post(Release(RequestId(77)))  # a release of no lease
         state = scheduler.debug_state()
         assert [held.request for held in state.snapshot.held] == list(state.requests)
         assert [runner.model for runner in state.snapshot.runners] == ["python:a"]
@@ -739,7 +739,7 @@ def test_the_debug_state_tells_what_is_held_inside(scheduler: Scheduler) -> None
 
 
 def test_the_debug_state_checks_the_invariants(scheduler: Scheduler) -> None:
-    """What is wrong with the books is told as it is found."""
+    """A violated invariant is raised by the debug state."""
     scheduler._driver.query(lambda core: setattr(core._state, "queued", 1))
     with pytest.raises(AssertionError, match="the queue is miscounted"):
         scheduler.debug_state()
@@ -748,7 +748,7 @@ def test_the_debug_state_checks_the_invariants(scheduler: Scheduler) -> None:
 
 
 def test_events_tell_every_transition_with_its_reason(scheduler: Scheduler) -> None:
-    """In order, each once."""
+    """Events have every transition with its reason, in order and once."""
     events = scheduler.events()
     scheduler.acquire(a_model("a")).release()
     scheduler.expire(a_model("a"))
@@ -763,7 +763,7 @@ def test_events_tell_every_transition_with_its_reason(scheduler: Scheduler) -> N
 
 
 def test_a_listener_that_was_forgotten_costs_nothing_more(scheduler: Scheduler) -> None:
-    """A stream that is dropped without close is gone, and nothing is noted any more."""
+    """A stream of events that is dropped without a close costs nothing any more."""
     scheduler.events()
     gc.collect()
     scheduler.acquire(a_model("a")).release()
@@ -772,7 +772,7 @@ def test_a_listener_that_was_forgotten_costs_nothing_more(scheduler: Scheduler) 
 
 
 def test_a_slow_reader_finds_a_gap_marked() -> None:
-    """Bounded: the oldest go, and how many is said."""
+    """A slow reader of events loses the oldest ones, and is told how many."""
     with Scheduler(Settings(event_buffer=5)) as scheduler:
         events = scheduler.events()
         for _ in range(10):
@@ -791,7 +791,7 @@ def test_a_slow_reader_finds_a_gap_marked() -> None:
     ],
 )
 def test_a_keyword_that_means_nothing_is_refused(scheduler: Scheduler, keywords: dict[str, Any], word: str) -> None:
-    """A clear error for bad input, before anything is asked."""
+    """A keyword argument without a meaning is refused before anything is requested."""
     with pytest.raises(UnsupportedOption, match=word):
         scheduler.acquire(a_model("a"), **keywords)
     with pytest.raises(InvalidSettings, match="keep_alive"):
@@ -802,7 +802,7 @@ def test_a_keyword_that_means_nothing_is_refused(scheduler: Scheduler, keywords:
 
 
 def test_close_answers_those_who_wait_and_refuses_those_who_come(scheduler: Scheduler) -> None:
-    """S33, D20: nobody is left without an answer."""
+    """S33, D20: a close answers waiting requests and refuses later ones."""
     gate = Gate()
     waiting = [scheduler.submit(a_model("a", load=gate)) for _ in range(5)]
     assert gate.entered.wait(LIMIT_S)
@@ -816,7 +816,7 @@ def test_close_answers_those_who_wait_and_refuses_those_who_come(scheduler: Sche
 
 
 def test_close_lets_leases_finish(scheduler: Scheduler) -> None:
-    """A lease that is given back in time is not broken."""
+    """A lease that is released in the close's time limit is not revoked."""
     lease = scheduler.acquire(a_model("a"))
     closing = threading.Thread(target=scheduler.close)
     closing.start()
@@ -828,7 +828,7 @@ def test_close_lets_leases_finish(scheduler: Scheduler) -> None:
 
 
 def test_close_breaks_leases_after_its_time_limit(scheduler: Scheduler) -> None:
-    """Holders are told, and it returns."""
+    """A close revokes leases after its time limit, tells their holders, and returns."""
     told = threading.Event()
     lease = scheduler.acquire(a_model("a"))
     lease.on_lost(told.set)
@@ -838,7 +838,7 @@ def test_close_breaks_leases_after_its_time_limit(scheduler: Scheduler) -> None:
 
 
 def test_close_returns_although_an_unload_hangs(caplog: pytest.LogCaptureFixture) -> None:
-    """It is named, and its memory stays booked until then."""
+    """A close returns although an unload hangs, and logs the runner, whose memory stays reserved."""
     gate = Gate()
     scheduler = Scheduler(Settings(stop_grace="50ms"))
     scheduler.acquire(a_model("stubborn", unload=gate)).release()
@@ -852,7 +852,7 @@ def test_close_returns_although_an_unload_hangs(caplog: pytest.LogCaptureFixture
 def test_close_returns_although_a_reading_hangs(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Those who wait for it are let go of; only the thread that reads is named."""
+    """A close returns although a reading hangs, and logs the thread that reads."""
     monkeypatch.setattr("scheduler.runtime.executor._FRESH_S", 10 * LIMIT_S)
     gate = Gate(())
     scheduler = Scheduler(Settings(gpus=False))
@@ -867,7 +867,7 @@ def test_close_returns_although_a_reading_hangs(
 
 
 def test_close_names_the_callback_that_hangs_and_nothing_else(caplog: pytest.LogCaptureFixture) -> None:
-    """It uses up all the time there is for threads to end; those that would have ended at once are not to blame."""
+    """A close that waited for a callback that hangs logs that callback and no other thread."""
     gate = Gate()
     scheduler = Scheduler(Settings(gpus=False))
     footprints = scheduler._executor.measurements
@@ -880,7 +880,7 @@ def test_close_names_the_callback_that_hangs_and_nothing_else(caplog: pytest.Log
 
 
 def test_closing_from_several_threads_is_harmless(scheduler: Scheduler) -> None:
-    """D09, D19: in the middle of a load, too."""
+    """D09, D19: closes from several threads during a load all return."""
     gate = Gate()
     scheduler.submit(a_model("a", load=gate))
     assert gate.entered.wait(LIMIT_S)
@@ -894,7 +894,7 @@ def test_closing_from_several_threads_is_harmless(scheduler: Scheduler) -> None:
 
 
 def test_a_bug_in_a_decision_is_told_to_everybody(scheduler: Scheduler, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It fails every waiter, those who come later, and close still returns."""
+    """An exception in a decision fails waiting and later requests, and a close still returns."""
     gate = Gate()
     waiting = scheduler.submit(a_model("a", load=gate))
     assert gate.entered.wait(LIMIT_S)
@@ -909,7 +909,7 @@ def test_a_bug_in_a_decision_is_told_to_everybody(scheduler: Scheduler, monkeypa
 def test_whoever_a_bug_was_to_answer_is_told_too_and_it_is_logged_once(
     scheduler: Scheduler, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The refusal itself cannot be put into words; its waiter is not forgotten, nor is the log filled."""
+    """A request whose refusal cannot be put into words is failed too, and the exception is logged once."""
     monkeypatch.setattr("scheduler.runtime.request_broker.error_of", lambda refusal, names: 1 / 0)
     refused = scheduler.submit(a_model("huge", "2GiB"))
     assert isinstance(refused.exception(LIMIT_S), SchedulerBroken)
@@ -923,14 +923,14 @@ def test_whoever_a_bug_was_to_answer_is_told_too_and_it_is_logged_once(
 
 
 def traceback_length(scheduler: Scheduler) -> int:
-    """How far the exception came that broke a scheduler; it grows each time that it is raised."""
+    """Return the length of the traceback of the exception that broke a scheduler, which grows if it is raised again."""
     error = scheduler.debug_state().error
     assert error is not None
     return len(traceback.extract_tb(error.__traceback__))
 
 
 def test_a_fork_refuses_to_use_what_it_inherited(scheduler: Scheduler) -> None:
-    """It neither uses nor ends what belongs to its parent."""
+    """A forked child neither uses nor ends what belongs to its parent."""
     scheduler.acquire(a_model("a")).release()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
@@ -949,14 +949,14 @@ def test_a_fork_refuses_to_use_what_it_inherited(scheduler: Scheduler) -> None:
 
 
 def test_a_fork_hears_no_event_of_its_parents(scheduler: Scheduler) -> None:
-    """Neither one that was there before nor one to come, which nobody would offer."""
+    """A forked child hears no event of its parent's, neither an earlier nor a later one."""
     with scheduler.events() as events:
         scheduler.acquire(a_model("a")).release()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)
             pid = os.fork()
         if pid == 0:
-            signal.alarm(int(LIMIT_S))  # ends it if it hangs
+            signal.alarm(int(LIMIT_S))  # ends the child if it hangs
             try:
                 events.take(0)
             except SchedulerForked:
@@ -994,7 +994,7 @@ CALLS: dict[str, Callable[[Scheduler, Lease], object]] = {
 
 @pytest.mark.parametrize("call", CALLS)
 def test_a_fork_in_the_middle_of_a_step_is_told_so_at_once(scheduler: Scheduler, call: str) -> None:
-    """In the child the lock of that step is held for ever, by a thread that is not there; no sample comes either."""
+    """A forked child is told so at once, although a lock was held by another thread at the fork."""
     with scheduler.acquire(a_model("a")) as lease, scheduler._driver._lock:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)
@@ -1019,7 +1019,7 @@ def test_a_fork_in_the_middle_of_a_step_is_told_so_at_once(scheduler: Scheduler,
 def test_ctrl_c_while_a_scheduler_is_made_leaves_nothing(
     moment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its first look at slow devices may take seconds; the recording's file is closed too."""
+    """Ctrl-C while a scheduler is made closes its recording and leaves no thread."""
     monkeypatch.setattr(moment, Mock(side_effect=KeyboardInterrupt))
     with no_leaks(), pytest.raises(KeyboardInterrupt):
         Scheduler(Settings(gpus=False, recording_file=tmp_path / "incident.jsonl"))
@@ -1028,7 +1028,7 @@ def test_ctrl_c_while_a_scheduler_is_made_leaves_nothing(
 
 @pytest.mark.parametrize("end", ["", "raise SystemExit(0)", "scheduler.close(0); scheduler.close()"])
 def test_the_interpreter_exits_without_close(end: str) -> None:
-    """No hang, whether or not a lease is out."""
+    """The interpreter exits without a close, whether or not a lease is held."""
     program = f"""
         from scheduler import PythonModel, Scheduler
         scheduler = Scheduler()
@@ -1043,7 +1043,7 @@ def test_the_interpreter_exits_without_close(end: str) -> None:
 
 
 def test_ten_thousand_waiters_cancelled_at_once_are_each_answered_once() -> None:
-    """A flood; bounded, and nothing is left of it."""
+    """Ten thousand requests that are cancelled at once are each answered once, and nothing of them is left."""
     gate = Gate()
     with Scheduler(Settings(max_queue=10_000)) as scheduler:
         futures = [scheduler.submit(a_model("a", load=gate)) for _ in range(10_000)]

@@ -1,7 +1,7 @@
-"""The public API in any order that Hypothesis thinks of, on several threads, against an independent model.
+"""The public API in any order that Hypothesis draws, on several threads, against an independent model.
 
 Rules start calls on threads of their own, or make them at once where they cannot block. The model counts in the objects
-themselves: what was loaded and not unloaded, and who uses it. At the end everything that was asked must have ended.
+themselves: which objects are loaded, and which leases use them. At the end every call must have ended.
 """
 
 from __future__ import annotations
@@ -61,10 +61,10 @@ class Engine:
     """What the objects of all models do, counted."""
 
     def __init__(self) -> None:
-        self.lock = threading.Lock()  # guards what follows
+        self.lock = threading.Lock()  # guards the fields below
         self.allocated: list[str] = []  # a name for each object, from the begin of its load to the end of its unload
         self.wrong: list[str] = []
-        self.closing = False  # leases may be broken
+        self.closing = False  # leases may be revoked
         self.models = {name: self.model(name) for name in SIZES}
 
     def model(self, name: str) -> PythonModel:
@@ -99,7 +99,7 @@ class Engine:
             self.allocated.remove(name)
 
     def begin_to_use(self, lease: Lease) -> Thing:
-        """Return what is leased; it stays loaded until `cease_to_use`."""
+        """Return what is leased; the object stays loaded until `cease_to_use`."""
         thing: Thing = lease.value
         with self.lock:
             if thing.name != lease.model or not (thing.loaded or self.closing):
@@ -113,7 +113,7 @@ class Engine:
 
 
 class Slot:
-    """Where a lease may be: always drawn, so that what Hypothesis sees does not depend on time."""
+    """A place for a lease that is always drawn, so that what Hypothesis draws does not depend on time."""
 
     def __init__(self) -> None:
         self.lease: Lease | None = None
@@ -121,7 +121,7 @@ class Slot:
 
 
 class SchedulerMachine(RuleBasedStateMachine):
-    """Threads ask, leases are held across rules, and the model is looked at between any two of them."""
+    """Threads make requests, leases are held across rules, and invariants are checked between any two rules."""
 
     leases = Bundle("leases")
     requests = Bundle("requests")
@@ -137,13 +137,13 @@ class SchedulerMachine(RuleBasedStateMachine):
                 min_residency=0, keep_alive=60, close_timeout=0,
             )
         )  # fmt: skip
-        self.futures: list[Future[Any]] = []  # everything that was asked for
-        self.slots: list[Slot] = []  # every one; those with a thing are held
+        self.futures: list[Future[Any]] = []  # every request that was made
+        self.slots: list[Slot] = []  # every slot; those with a thing hold a lease
         self.reader = self.scheduler.events()
         self.closed = False
 
     def start(self, action: Callable[[], object]) -> None:
-        """Make a call on a thread of its own; it must end, well or with a refusal."""
+        """Make a call on a thread of its own; the call must end, with a result or with a refusal."""
         future: Future[Any] = Future()
         self.futures.append(future)
 
@@ -162,22 +162,22 @@ class SchedulerMachine(RuleBasedStateMachine):
         try:
             slot.lease, slot.thing = lease, self.engine.begin_to_use(lease) if lease is not None else None
         except RunnerCrashed:
-            assert self.closed, "lost before the close"
+            assert self.closed, "the lease was revoked before the close"
         return slot
 
     def drop(self, slot: Slot) -> None:
-        """Cease to use what is held."""
+        """Stop using what is held."""
         if slot.thing is not None:
             self.engine.cease_to_use(slot.thing)
             slot.thing = None
 
-    # -- asking -------------------------------------------------------------------------------------------------------
+    # -- requesting ---------------------------------------------------------------------------------------------------
 
     @rule(target=leases, model=LOADABLE, timeout=st.sampled_from([0, 0.02, 0.1]), keep=KEEP_ALIVES)
     def acquire(self, model: str, timeout: float, keep: float | None) -> Slot:
-        """Ask and wait; what is granted is held until another rule gives it back.
+        """Request and wait; a granted lease is held until another rule releases it.
 
-        Beside what is pinned and reserved there may be no room for the largest.
+        Beside pinned models and reservations there may be no room for the largest model.
         """
         try:
             return self.slot(self.scheduler.acquire(self.engine.models[model], timeout=timeout, keep_alive=keep))
@@ -203,7 +203,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @rule(models=st.lists(MODELS, min_size=1, max_size=4), cancelled=st.integers(0, 4))
     def use_in_a_loop(self, models: list[str], cancelled: int) -> None:
-        """Tasks of an event loop, the first ones of which are cancelled while they wait, or hold."""
+        """Run tasks of an event loop, the first of which are cancelled while they wait or hold a lease."""
 
         async def use(model: str) -> None:
             async with self.scheduler.acquire_async(self.engine.models[model]) as lease:
@@ -232,7 +232,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     def reserve(self, size: int) -> None:
         self.start(lambda: self.scheduler.reserve("cpu", size * MIB, timeout=0.05).release())
 
-    # -- giving back --------------------------------------------------------------------------------------------------
+    # -- releasing ----------------------------------------------------------------------------------------------------
 
     @rule(slot=consumes(leases))
     def release(self, slot: Slot) -> None:
@@ -244,7 +244,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @rule(slot=leases)
     def release_twice(self, slot: Slot) -> None:
-        """On purpose, and again by the rules that get the same lease from the bundle."""
+        """Release a lease twice, and again by rules that draw the same lease."""
         self.drop(slot)
         if slot.lease is not None:
             self.start(slot.lease.release)
@@ -252,12 +252,12 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @rule(target=leases, request=consumes(requests))
     def take_or_cancel(self, request: Future[Lease]) -> Slot:
-        """Hold what a future has brought; one that is not done yet is given up."""
+        """Hold what a future has brought; cancel a future that is not done."""
         if request.cancel() or request.exception(LIMIT_S) is not None:
             return self.slot(None)
         return self.slot(request.result())
 
-    # -- saying a word ------------------------------------------------------------------------------------------------
+    # -- other calls --------------------------------------------------------------------------------------------------
 
     @rule(model=MODELS, word=st.sampled_from(["expire", "expire", "unpin"]))
     def say(self, model: str, word: str) -> None:
@@ -265,7 +265,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @rule(model=st.sampled_from(["a", "small"]))
     def pin_the_small(self, model: str) -> None:
-        """Both together leave room for what else can be loaded, but for c: its requests time out or are cancelled."""
+        """Pin small models, which leave room for all others but c, whose requests time out or are cancelled."""
         self.scheduler.pin(self.engine.models[model])
 
     @rule(max_queue=st.sampled_from([1, 8]), keep=st.sampled_from([0, 0.01, 60]))
@@ -283,7 +283,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     @precondition(lambda self: len(self.slots) > 8)
     @rule()
     def close(self) -> None:
-        """Leases are broken at once."""
+        """Close at once, which revokes leases."""
         self.closed = self.engine.closing = True
         self.start(self.scheduler.close)
 
@@ -299,7 +299,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @invariant()
     def the_account_is_right(self) -> None:
-        self.scheduler.debug_state()  # it checks the core's invariants
+        self.scheduler.debug_state()  # this checks the core's invariants
 
     def teardown(self) -> None:
         try:
@@ -315,13 +315,13 @@ class SchedulerMachine(RuleBasedStateMachine):
             if not future.cancelled() and isinstance(future.exception(0), BaseException):
                 assert isinstance(future.exception(0), REFUSALS), repr(future.exception(0))
         self.the_objects_saw_nothing_wrong()
-        assert self.engine.allocated == [], "still loaded after the close"
+        assert self.engine.allocated == [], "objects are loaded after the close"
         assert not self.scheduler.debug_state().requests
         self.futures.clear()
         self.leaks.__exit__(None, None, None)
 
     def let_everything_end(self) -> None:
-        """Every request is answered, in time, once leases are given back and nothing is pinned."""
+        """Every request is answered in time once leases are released and nothing is pinned."""
         for model in ("a", "small"):
             self.scheduler.unpin(self.engine.models[model])
         end = time.monotonic() + LIMIT_S
@@ -341,7 +341,7 @@ class SchedulerMachine(RuleBasedStateMachine):
                     result.release()
 
 
-# Threads take their own time: a failure cannot be made smaller, nor is it sure to come again. Each example is an order
+# Threads take their own time, so that a failure cannot be made smaller and may not come again. Each example is an order
 # of calls, of which threads make many orders.
 SchedulerMachine.TestCase.settings = settings(
     settings.default,

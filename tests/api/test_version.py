@@ -11,7 +11,7 @@ import scheduler
 
 
 def test_the_version_is_that_of_the_installed_distribution() -> None:
-    """As `pip show loadmaster` says."""
+    """The version is that of the installed distribution, as `pip show loadmaster` prints it."""
     try:
         installed = importlib.metadata.version("loadmaster")
     except importlib.metadata.PackageNotFoundError:
@@ -20,6 +20,6 @@ def test_the_version_is_that_of_the_installed_distribution() -> None:
 
 
 def test_the_version_is_unknown_where_nothing_is_installed() -> None:
-    """The package can be imported from its source all the same."""
+    """The version is "unknown" where the package is imported from its source without being installed."""
     with patch.object(importlib.metadata, "version", side_effect=importlib.metadata.PackageNotFoundError):
         assert scheduler._version() == "0+unknown"

@@ -1,7 +1,7 @@
 """Waiting with real threads: the scenarios of `core/test_waiting.py`, with objects that are slow to load and unload.
 
-What blocks is held by an event until the one who is not to wait for it has been served, so a test that passes has
-shown that it did not; nothing depends on how fast the machine is.
+A gate holds what blocks until the request that is not to wait for it has been served. A test that passes has shown
+that the request did not wait, however fast the machine is.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from scheduler import AcquireTimeout, PythonModel, Scheduler, Settings, TimeoutT
 from tests.support.leaks import no_leaks
 from tests.support.waiting import LIMIT_S, assert_soon
 
-LOAD_S = 1.0  # of an object that takes its time: a request is judged sooner, even on a machine that is busy
+LOAD_S = 1.0  # an object's load; a request is judged sooner, even on a busy machine
 
 
 class Gate:
-    """A load or an unload that returns when it is let through, and counts how often it was begun."""
+    """A load or an unload that returns when the gate is opened, and counts how often it was begun."""
 
     def __init__(self) -> None:
         self.entered = threading.Event()
@@ -46,7 +46,7 @@ def a_model(name: str, size: str = "400MiB", **fields: Any) -> PythonModel:
 
 
 def a_scheduler(**settings: Any) -> Scheduler:
-    """Room for two objects of 400 MiB; nobody waits for another to have been of use, and the oldest goes first."""
+    """Return a scheduler with room for two objects of 400 MiB, without a minimum residency, that evicts by last use."""
     usual = {"gpus": False, "memory_limit": "1000MiB", "min_residency": 0, "eviction": "lru"}
     return Scheduler(Settings(**{**usual, **settings}))
 
@@ -56,7 +56,7 @@ def states(scheduler: Scheduler) -> dict[str, str]:
 
 
 def test_a_cold_request_that_fits_does_not_wait_behind_one_that_does_not() -> None:
-    """The lease that the large one waits for ends only after the small one has been served."""
+    """A small cold request is served while a lease that an older, large request waits for is held."""
     with a_scheduler() as scheduler:
         busy = scheduler.acquire(a_model("busy"))
         large = scheduler.submit(a_model("large", "900MiB"))
@@ -68,7 +68,7 @@ def test_a_cold_request_that_fits_does_not_wait_behind_one_that_does_not() -> No
 
 
 def test_two_cold_requests_that_fit_are_loaded_at_the_same_time() -> None:
-    """Each load ends only when the other has begun."""
+    """Each of two loads ends only when the other has begun."""
     meeting = threading.Barrier(2)
 
     def load() -> object:
@@ -81,7 +81,7 @@ def test_two_cold_requests_that_fit_are_loaded_at_the_same_time() -> None:
 
 
 def test_a_waiter_is_served_by_whatever_becomes_idle_first() -> None:
-    """The one that would have gone stays in use for as long as the test lasts."""
+    """A waiting request is served when any runner becomes idle, although another was the planned victim."""
     with a_scheduler() as scheduler:
         first, second = scheduler.acquire(a_model("first")), scheduler.acquire(a_model("second"))
         waiting = scheduler.submit(a_model("third"))
@@ -93,9 +93,9 @@ def test_a_waiter_is_served_by_whatever_becomes_idle_first() -> None:
 
 
 def test_a_slow_stop_holds_up_no_warm_request() -> None:
-    """Fifty warm requests are served while one object is being unloaded, which ends after that."""
+    """Fifty warm requests are served while one object is being unloaded."""
     unload = Gate()
-    with a_scheduler(max_wait=0) as scheduler:  # however long the first took to load, it is given no rest
+    with a_scheduler(max_wait=0) as scheduler:  # the first runner has no grace, however long it took to load
         scheduler.acquire(a_model("leaving", unload=unload)).release()
         scheduler.acquire(a_model("warm")).release()
         waiting = scheduler.submit(a_model("new"))
@@ -108,21 +108,21 @@ def test_a_slow_stop_holds_up_no_warm_request() -> None:
 
 
 def test_overlapping_warm_clients_starve_nobody() -> None:
-    """D02: a lease is given back only when the next is granted, until the waiter's bound has come; then none is."""
-    with a_scheduler(memory_limit="500MiB", max_wait="2s") as scheduler:  # for the first overlap
+    """D02: leases that always overlap are granted until the bound of a waiting request, and then none is."""
+    with a_scheduler(memory_limit="500MiB", max_wait="2s") as scheduler:  # no room beside the first
         warm, held = a_model("warm"), scheduler.acquire(a_model("warm"))
         cold = scheduler.submit(a_model("cold"))
         end, overlaps = time.monotonic() + LIMIT_S, 0
         following = None
         while states(scheduler)["warm"] == "ready":
-            assert time.monotonic() < end, "the waiter starves"
+            assert time.monotonic() < end, "the waiting request starves"
             following = scheduler.submit(warm)
             assert_soon(lambda asked=following: asked.done() or states(scheduler)["warm"] != "ready")
             if following.done():
                 held.release()
                 held, following = following.result(), None
                 overlaps += 1
-        if following is not None:  # granted just before the bound, or else in the next life
+        if following is not None:  # granted just before the bound, or else by the next runner
             following.add_done_callback(lambda granted: granted.result().release())
         held.release()
         cold.result(LIMIT_S).release()
@@ -131,7 +131,7 @@ def test_overlapping_warm_clients_starve_nobody() -> None:
 
 
 def test_nothing_is_loaded_for_a_waiter_that_has_left() -> None:
-    """It leaves while it waits for a lease to end; and another while its victim is being unloaded."""
+    """Nothing is loaded for a request that is cancelled while it waits for a lease, or while its victim unloads."""
     unload, load = Gate(), Gate()
     load.open.set()
     with a_scheduler(memory_limit="500MiB") as scheduler:
@@ -149,7 +149,7 @@ def test_nothing_is_loaded_for_a_waiter_that_has_left() -> None:
 
 
 def test_a_time_limit_that_the_load_exceeds_is_refused_at_once() -> None:
-    """It does not wait until the limit that it names has passed, and the loaded object stays where it is."""
+    """A request whose limit is shorter than the load is refused at once, and the loaded object stays."""
 
     def load() -> object:
         return threading.Event().wait(LOAD_S)

@@ -1,4 +1,4 @@
-"""The words for reasons: every value has some, with the models' names, and says what it should."""
+"""The words for reasons: every reason has words, with the models' names."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ from scheduler.runtime import event_stream
 from tests.support.reasons import GPU, MODEL, OTHER, every
 
 GIB = 1024**3
-NAMES = {MODEL: "chat", OTHER: MODEL, ModelId(""): "the program's own memory"}  # a name may be another's identity
+NAMES = {MODEL: "chat", OTHER: MODEL, ModelId(""): "the program's own memory"}  # a name may be another model's identity
 
 
 def name(id: ModelId) -> str:
@@ -78,14 +78,14 @@ each_kind = pytest.mark.parametrize("kind", WORDS)
 
 @each_kind
 def test_every_reason_has_words(kind: str) -> None:
-    """None is empty, and none is the value itself."""
+    """Every reason has words that are not empty and not the value itself."""
     for reason, words in WORDS[kind].items():
         assert words.strip() and "_" not in words and "{" not in words, reason
 
 
 @each_kind
 def test_two_reasons_are_never_told_alike(kind: str) -> None:
-    """Unless they differ only in what is of no interest to people."""
+    """Two different reasons have different words, unless they differ only in what people need not know."""
     told: dict[str, object] = {}
     for reason, words in WORDS[kind].items():
         other = told.setdefault(words, reason)
@@ -94,7 +94,7 @@ def test_two_reasons_are_never_told_alike(kind: str) -> None:
 
 @each_kind
 def test_no_identity_is_told(kind: str) -> None:
-    """Each is replaced by its name once: a name that is another model's identity stays."""
+    """Each identity is replaced by its name once, so that a name that is another model's identity stays."""
     for reason, words in WORDS[kind].items():
         assert OTHER not in words
         named = getattr(reason, "models", getattr(reason, "unmovable", ()))
@@ -111,7 +111,7 @@ def test_no_identity_is_told(kind: str) -> None:
     ],
 )
 def test_a_wait_says_what_for(reason: WaitReason, words: str) -> None:
-    """With the names of the models whose runners it is about."""
+    """A wait's words have what is waited for, with the names of the models."""
     assert wording.wait_reason(reason, name) == words
 
 
@@ -126,7 +126,7 @@ def test_a_wait_says_what_for(reason: WaitReason, words: str) -> None:
     ],
 )
 def test_a_runner_that_leaves_says_for_what(reason: ExpireReason, words: str) -> None:
-    """For a model by its name, or for a limit."""
+    """An expiry's words have the model by its name, or the limit, for which the runner is stopped."""
     assert wording.transition_reason(reason, name) == words
 
 
@@ -141,7 +141,7 @@ def test_a_runner_that_leaves_says_for_what(reason: ExpireReason, words: str) ->
     ],
 )
 def test_a_failure_is_told_with_what_the_engine_said(reason: FailureReason, words: str, served: bool) -> None:
-    """As it is; and whether the load had succeeded."""
+    """A failure's words have what the engine said, and whether the load had succeeded."""
     error = error_of(refusals.LoadFailedRefusal(MODEL, reason, 10.0), name)
     assert isinstance(error, LoadFailed)
     assert (error.model, error.reason, error.served, error.retry_after_s) == ("chat", words, served, 10.0)
@@ -160,7 +160,7 @@ def test_a_failure_is_told_with_what_the_engine_said(reason: FailureReason, word
     ],
 )
 def test_the_advice_is_one_that_helps(reason: InfeasibleReason, advice: str) -> None:
-    """A smaller context brings no GPU, and a raised limit no memory that others hold; a reservation has no model."""
+    """Advice fits the reason: no smaller context for a missing GPU, and no higher limit for memory that others hold."""
     error = error_of(refusals.DoesNotFitRefusal(MODEL, ((HOST, 1),), (), reason), name)
     assert isinstance(error, DoesNotFit) and error.advice.startswith(advice)
     assert f"{wording.infeasible_reason(reason, name)}; {advice}" in str(error)
@@ -168,20 +168,20 @@ def test_the_advice_is_one_that_helps(reason: InfeasibleReason, advice: str) -> 
 
 
 def test_where_there_is_no_such_device_those_that_there_are_are_the_advice() -> None:
-    """A smaller model would not go there either."""
+    """The advice for a missing device is the devices that are there."""
     error = error_of(refusals.DoesNotFitRefusal(MODEL, ((GPU, 1),), (), NoSuchDevice(GPU, (HOST,))), name)
     assert str(error).endswith("there is no device 'gpu0'; there is cpu")
     assert wording.infeasible_reason(NoSuchDevice(GPU, ()), name).endswith("there is none")
 
 
 def test_a_lease_that_is_lost_with_the_scheduler_says_so() -> None:
-    """And not that its runner failed."""
+    """A lease that is lost with the scheduler says so, and not that its runner failed."""
     assert wording.revoke_reason(None) == "the scheduler was closed"
     assert wording.revoke_reason(NoAnswer(1.0)) == wording.failure_reason(NoAnswer(1.0))
 
 
 def test_a_wait_for_a_load_is_told_alike_wherever_it_is_told() -> None:
-    """The error that comes at once has no reason of its own."""
+    """A wait for a load is told with the same words in an error and in a status."""
     assert TimeoutTooShort("a", 1.0, 2.0, 3.0).waiting_for == wording.wait_reason(WaitFor.load, name)
 
 
@@ -197,13 +197,13 @@ def test_a_wait_for_a_load_is_told_alike_wherever_it_is_told() -> None:
     ],
 )
 def test_a_device_says_why_nothing_goes_there(needed: int, free: int, taken: bool, words: str) -> None:
-    """By the figures; what would be needed of all devices is needed where all of it goes on one."""
+    """A device's words have why nothing is placed there, by the needed and the free bytes."""
     one = ConsideredDevice(HOST, needed, free, taken)
     assert wording.device_reason(one, (one, ConsideredDevice(GPU, 4 * GIB, 8 * GIB, True))) == words
 
 
 def test_victims_are_named_with_what_they_cost() -> None:
-    """Where the policy says what it costs to give them up."""
+    """Victims are named with their costs where the policy gives some."""
     kept = a_runner(KeptReason.in_use, cost_s=9.0)
     assert wording.victims((a_runner(None), kept), name) == "chat"
     costly = (a_runner(None, cost_s=1.25), a_runner(None, cost_s=2.0), kept)
@@ -211,7 +211,7 @@ def test_victims_are_named_with_what_they_cost() -> None:
 
 
 def test_what_was_measured_is_told_beside_what_was_predicted() -> None:
-    """And whether that was measured before."""
+    """A measurement's words have the measured and the predicted bytes, and whether an earlier run measured them."""
     figures = ((HOST, 6 * GIB, 4 * GIB, 5 * GIB),)
     assert wording.decision_reason(Measured(figures, known=False, filled=True), name) == (
         "a request filled a context; cpu: 6 GiB predicted, 4 GiB measured, 5 GiB held"
@@ -221,20 +221,20 @@ def test_what_was_measured_is_told_beside_what_was_predicted() -> None:
 
 
 def test_a_placement_is_told_by_layers_and_bytes() -> None:
-    """By device."""
+    """A placement's words have layers and bytes by device."""
     placement = Placement(((HOST, GIB), (GPU, 3 * GIB)), ((GPU, 33),))
     assert wording.decision_reason(placement, name) == "33 layers on gpu0, 1 GiB of cpu, 3 GiB of gpu0"
 
 
 def test_what_a_policy_raised_is_told_as_it_is() -> None:
-    """It may be the user's own."""
+    """What a policy raised is told as it is."""
     assert wording.problem("ValueError()") == (
         "the eviction policy raised ValueError(): the oldest runners go first instead"
     )
 
 
 def test_events_have_words_beside_the_values() -> None:
-    """Those of runners and devices too; a refusal is told as its error."""
+    """Events of runners and devices have words beside their values, and a refusal has its error's."""
     listened = event_stream.EventStream(9, name)
     devices = (ConsideredDevice(HOST, GIB, 0, False),)
     refusal = refusals.DoesNotFitRefusal(MODEL, ((HOST, GIB),), ((HOST, 0),), MemoryHeld((OTHER,), pinned=True))

@@ -1,4 +1,4 @@
-"""The locks themselves: real files, taken by several holders in one process, and what goes wrong with files."""
+"""Device locks: real files, taken by several holders in one process, and what goes wrong with files."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CPU, GPU = DeviceId("cpu"), DeviceId("GPU-0")
 
 
 class Holder:
-    """What one scheduler has of locks, and what it was told of its claims."""
+    """The locks of one scheduler, and the answers to its claims."""
 
     def __init__(self, folder: Path) -> None:
         self.had: list[int] = []
@@ -30,7 +30,7 @@ class Holder:
         self.locks = DeviceLocks(folder, self.had.append, self.contended.append)
 
     def takes(self, number: int, *devices: DeviceId) -> None:
-        """Claim devices, and have them."""
+        """Claim devices that are granted."""
         self.locks.claim(number, devices)
         assert_soon(lambda: number in self.had)
 
@@ -46,7 +46,7 @@ Hold = Callable[[], Holder]
 
 @pytest.fixture
 def hold(tmp_path: Path) -> Iterator[Hold]:
-    """Make holders that share a folder; at the end nothing of them is left."""
+    """Yield a function that makes holders with one folder, of which nothing is left at the end."""
     with no_leaks(), ExitStack() as ends:
 
         def make() -> Holder:
@@ -58,7 +58,7 @@ def hold(tmp_path: Path) -> Iterator[Hold]:
 
 
 def test_two_holders_have_a_device_in_turns(hold: Hold) -> None:
-    """The second has it once the first has given it back; it is told once that it waits."""
+    """The second holder has a device once the first has released it, and is told once that it waits."""
     one, other = hold(), hold()
     one.takes(1, CPU)
     other.waits(1, CPU)
@@ -68,7 +68,7 @@ def test_two_holders_have_a_device_in_turns(hold: Hold) -> None:
 
 
 def test_different_devices_are_had_at_the_same_time(hold: Hold) -> None:
-    """A lock is a device's, not the machine's."""
+    """Different devices are held at the same time, because each has a lock of its own."""
     one, other = hold(), hold()
     one.takes(1, CPU)
     other.takes(1, GPU)
@@ -76,7 +76,7 @@ def test_different_devices_are_had_at_the_same_time(hold: Hold) -> None:
 
 
 def test_whoever_waits_for_one_device_keeps_nobody_from_another(hold: Hold) -> None:
-    """All or none: so two programs that want the same two never hold one each."""
+    """A claim that waits for one device holds none, so that two programs never hold one each of the same two."""
     one, waiting, third = hold(), hold(), hold()
     one.takes(1, CPU)
     waiting.waits(1, CPU, GPU)
@@ -87,7 +87,7 @@ def test_whoever_waits_for_one_device_keeps_nobody_from_another(hold: Hold) -> N
 
 
 def test_claims_of_one_holder_share_a_device_until_both_are_given_back(hold: Hold) -> None:
-    """What is given back for one is still needed for the other."""
+    """A device that two claims of one holder share is released with the last one."""
     one, other = hold(), hold()
     one.takes(1, CPU, GPU)
     one.takes(2, CPU)
@@ -99,19 +99,19 @@ def test_claims_of_one_holder_share_a_device_until_both_are_given_back(hold: Hol
 
 
 def test_a_claim_that_is_given_up_while_it_waits_is_never_had(hold: Hold) -> None:
-    """The file is free for others at once."""
+    """A claim that is released while it waits is never granted, and leaves the files free."""
     one, other = hold(), hold()
     one.takes(1, CPU)
     other.waits(1, CPU)
     other.locks.give_back(1)
-    other.takes(2, GPU)  # jobs are done in order: the first has been given up
+    other.takes(2, GPU)  # jobs are done in order, so the first claim has been released
     one.locks.give_back(1)
     one.takes(2, CPU)
     assert other.had == [2]
 
 
 def test_closing_gives_everything_back(hold: Hold) -> None:
-    """What is claimed afterwards is not had, and keeps nobody out."""
+    """A close releases everything, and later claims are not granted and hold nothing."""
     one, other = hold(), hold()
     one.takes(1, CPU)
     other.waits(1, CPU)
@@ -123,7 +123,7 @@ def test_closing_gives_everything_back(hold: Hold) -> None:
 
 
 def test_a_fork_neither_keeps_a_device_nor_gives_it_back(hold: Hold) -> None:
-    """Its copy of the open file is closed, and closing it unlocks nothing."""
+    """A fork closes its copy of the open file, which neither keeps nor releases the lock."""
     one, other = hold(), hold()
     one.takes(1, CPU)
     hear, say = os.pipe()
@@ -142,7 +142,7 @@ def test_a_fork_neither_keeps_a_device_nor_gives_it_back(hold: Hold) -> None:
 
 
 def test_a_devices_name_is_never_a_path(hold: Hold, tmp_path: Path) -> None:
-    """Ids come from drivers: whatever they hold, the file is in the folder."""
+    """A device's id never leads out of the folder, whatever characters it has."""
     hold().takes(1, DeviceId("MIG-GPU-1/2/../3"))
     assert [path.name for path in (tmp_path / "locks").iterdir()] == ["MIG-GPU-1%2F2%2F..%2F3.lock"]
 
@@ -152,14 +152,14 @@ def test_a_devices_name_is_never_a_path(hold: Hold, tmp_path: Path) -> None:
 
 @pytest.fixture
 def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Return the folder in which this user's programs agree, which is not there yet."""
+    """Return the folder of this user's locks, which does not exist yet."""
     folder = tmp_path / "own"
     monkeypatch.setattr("scheduler.runtime.device_locks.shared_lock_folder", lambda: folder)
     return folder
 
 
 def problem_with(folder: Path) -> str:
-    """Return what is said of a folder; whatever that is, the claim is had."""
+    """Return the problem with a folder; the claim is granted all the same."""
     holder = Holder(folder)
     holder.takes(1, CPU)
     holder.locks.close(10.0)
@@ -167,7 +167,7 @@ def problem_with(folder: Path) -> str:
 
 
 def test_the_own_folder_does_not_depend_on_where_temporary_files_go(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A service and a login of one user have different places for those, and one machine."""
+    """The folder does not depend on where temporary files go, because a service and a login differ in that."""
     before = shared_lock_folder()
     monkeypatch.setenv("TMPDIR", "/elsewhere")
     assert shared_lock_folder() == before
@@ -175,14 +175,14 @@ def test_the_own_folder_does_not_depend_on_where_temporary_files_go(monkeypatch:
 
 
 def test_the_own_folder_is_for_its_user_alone(own: Path) -> None:
-    """Nobody else can look at what it loads, or keep it from loading."""
+    """The user's own folder may be entered by that user only."""
     assert problem_with(own) == ""
     assert stat.S_IMODE(own.stat().st_mode) == 0o700
     assert stat.S_IMODE((own / "cpu.lock").stat().st_mode) == 0o600
 
 
 def test_a_folder_that_was_named_may_be_shared_by_users(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its files can be opened by all who can enter it, whatever their masks."""
+    """Lock files in a folder that was named may be opened by every user who can enter the folder."""
     monkeypatch.setattr("scheduler.runtime.device_locks.shared_lock_folder", lambda: tmp_path / "own")
     before = os.umask(0o077)
     try:
@@ -193,7 +193,7 @@ def test_a_folder_that_was_named_may_be_shared_by_users(tmp_path: Path, monkeypa
 
 
 def test_a_link_in_place_of_the_own_folder_is_not_followed(own: Path, tmp_path: Path) -> None:
-    """Somebody else may have put it there."""
+    """A link in place of the user's own folder is not followed, because another user may have made it."""
     (tmp_path / "elsewhere").mkdir()
     own.symlink_to(tmp_path / "elsewhere")
     assert "not a folder that this user alone may write to" in problem_with(own)
@@ -201,14 +201,14 @@ def test_a_link_in_place_of_the_own_folder_is_not_followed(own: Path, tmp_path: 
 
 
 def test_an_own_folder_that_others_may_write_to_is_not_used(own: Path) -> None:
-    """Whoever can replace a file can make two programs lock different ones."""
+    """A folder that other users may write to is not used, because they could replace lock files."""
     own.mkdir()
     own.chmod(0o777)
     assert "not a folder that this user alone may write to" in problem_with(own)
 
 
 def test_a_link_in_place_of_a_lock_is_not_followed(own: Path, tmp_path: Path) -> None:
-    """Nothing outside the folder is opened."""
+    """A link in place of a lock file is not followed."""
     own.mkdir(mode=0o700)
     (own / "cpu.lock").symlink_to(tmp_path / "target")
     assert "are not locked" in problem_with(own)
@@ -216,7 +216,7 @@ def test_a_link_in_place_of_a_lock_is_not_followed(own: Path, tmp_path: Path) ->
 
 
 def test_what_is_wrong_with_a_folder_is_over_when_it_is_put_right(own: Path) -> None:
-    """Locks are tried anew each time."""
+    """A folder is tried anew with each claim, so that a problem is over when it is put right."""
     own.write_text("a file")
     holder = Holder(own)
     holder.takes(1, CPU)
@@ -229,7 +229,7 @@ def test_what_is_wrong_with_a_folder_is_over_when_it_is_put_right(own: Path) -> 
 
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="a folder in which not even root makes files")
 def test_a_folder_in_which_no_file_can_be_made_is_no_other_program(caplog: pytest.LogCaptureFixture) -> None:
-    """Nobody is waited for, and one line of the log says so."""
+    """Where no file can be made, no other program is waited for, and one line of the log says so."""
     with no_leaks():
         holder = Holder(Path("/proc"))
         holder.takes(1, CPU)
@@ -244,12 +244,12 @@ MODEL = PythonModel("model", object, memory={"cpu": "1MiB"})
 
 
 def waited_for(scheduler: Scheduler) -> list[str]:
-    """Return what those who wait wait for."""
+    """Return what the waiting requests wait for."""
     return [wait.waits_for for wait in scheduler.status().queue]
 
 
 def test_two_schedulers_in_one_program_load_in_turns(tmp_path: Path) -> None:
-    """Each plans with what is free, like two programs."""
+    """Two schedulers in one program load one after the other, and each plans with what is free."""
     go_on = threading.Event()
     settings = Settings(gpus=False, lock_folder=tmp_path)
     with no_leaks(), Scheduler(settings) as one, Scheduler(settings) as other:
@@ -264,7 +264,7 @@ def test_two_schedulers_in_one_program_load_in_turns(tmp_path: Path) -> None:
 
 
 def test_a_broken_folder_prevents_no_work(tmp_path: Path) -> None:
-    """The model is loaded all the same, and the status says that it was not locked."""
+    """A broken folder prevents no load, and the status says that the device was not locked."""
     (tmp_path / "file").write_text("not a folder")
     settings = Settings(gpus=False, lock_folder=tmp_path / "file")
     with no_leaks(), Scheduler(settings) as scheduler, scheduler.acquire(MODEL):
@@ -273,14 +273,14 @@ def test_a_broken_folder_prevents_no_work(tmp_path: Path) -> None:
 
 
 def test_without_a_folder_nothing_is_locked() -> None:
-    """There is no thread for it, and that is no problem."""
+    """Without a folder nothing is locked, there is no thread, and the status has no problem."""
     with Scheduler(Settings(gpus=False, lock_folder="none")) as scheduler, scheduler.acquire(MODEL):
         assert "loadmaster-locks" not in [thread.name for thread in threading.enumerate()]
         assert scheduler.status().problems == ()
 
 
 def test_close_does_not_wait_for_another_program(tmp_path: Path) -> None:
-    """A request that waits for its turn is refused, and nothing of it is left."""
+    """A close refuses a request that waits for another program, and leaves nothing of it."""
     holder = Holder(tmp_path)
     holder.takes(1, CPU)
     with no_leaks():

@@ -33,13 +33,13 @@ from tests.support.waiting import LIMIT_S, assert_soon
 
 
 def nobody_listens(entries: Sequence[Entry]) -> bool:
-    """Entries go nowhere."""
+    """Take entries and do nothing."""
     return False
 
 
 @pytest.fixture
 def start() -> Iterator[Callable[..., Driver]]:
-    """Make drivers and end them afterwards."""
+    """Yield a function that makes drivers, which are ended afterwards."""
     drivers: list[Driver] = []
 
     def make(
@@ -64,16 +64,16 @@ def in_thread(action: Callable[[], object]) -> None:
     thread = threading.Thread(target=action, daemon=True)
     thread.start()
     thread.join(LIMIT_S)
-    assert not thread.is_alive(), "it hangs"
+    assert not thread.is_alive(), "the action hangs"
 
 
 def acquire(request: int, model: str = "a") -> Acquire:
-    """One request."""
+    """Return a request."""
     return Acquire(RequestId(request), RequestSpec(ModelId(model), Options(), Purpose.lease, 0))
 
 
 class Watched(Core):
-    """A core that knows which threads ran its steps, and can do something in the middle of one."""
+    """A core that notes which threads run its steps, and can do something in the middle of one."""
 
     def __init__(self, inside: Callable[[Event], object] = lambda event: None) -> None:
         super().__init__()
@@ -82,7 +82,7 @@ class Watched(Core):
         self.threads: set[int] = set()
 
     def step(self, now: float, event: Event) -> list[Command]:
-        """Note who runs it."""
+        """Note the thread that runs the step."""
         self.threads.add(threading.get_ident())
         self.stepped.append(event)
         commands = super().step(now, event)
@@ -91,13 +91,13 @@ class Watched(Core):
 
 
 def interrupt(event: Event) -> None:
-    """Raise Ctrl-C while a step runs: the handler's exception comes up in the main thread, wherever that is."""
+    """Raise Ctrl-C while a step runs: the handler's exception is raised in the main thread, wherever that is."""
     if isinstance(event, Acquire):
         signal.raise_signal(signal.SIGINT)
 
 
 def test_ctrl_c_never_interrupts_a_step_that_the_main_thread_asked_for(start: Callable[..., Driver]) -> None:
-    """The main thread hands over, so the exception meets it outside of the step."""
+    """Ctrl-C does not interrupt a step that the main thread caused, because another thread runs it."""
     core = Watched(interrupt)
     driver = start(core)
     with pytest.raises(KeyboardInterrupt):
@@ -110,16 +110,16 @@ def test_ctrl_c_never_interrupts_a_step_that_the_main_thread_asked_for(start: Ca
 
 
 def test_without_the_hand_over_ctrl_c_breaks_a_step(start: Callable[..., Driver]) -> None:
-    """The control of the test above: it fails when the main thread drains for itself."""
+    """Ctrl-C breaks a step that the main thread runs itself, which is the control of the test above."""
     failures: list[BaseException] = []
     driver = start(Watched(interrupt), fail=failures)
-    driver._main = None  # nobody is the main thread
+    driver._main = None  # no thread is the main one
     driver.post(acquire(1))
     assert [type(failure) for failure in failures] == [KeyboardInterrupt]
 
 
 def test_ctrl_c_between_an_event_and_the_wake_up_loses_nothing(start: Callable[..., Driver]) -> None:
-    """What the main thread put into the inbox is drained even if it was interrupted right after."""
+    """An event that the main thread posted is handled although Ctrl-C came right after it."""
     driver = start(Watched())
 
     class Inbox(type(driver._inbox)):  # type: ignore[misc]  # a deque that is interrupted
@@ -134,7 +134,7 @@ def test_ctrl_c_between_an_event_and_the_wake_up_loses_nothing(start: Callable[.
 
 
 def test_a_finaliser_inside_a_step_posts_without_a_deadlock(start: Callable[..., Driver]) -> None:
-    """The collector may run a lost lease's finaliser in the very thread that holds the lock."""
+    """A finaliser that runs in the thread that holds the lock posts its event without a deadlock."""
 
     class Lost:
         def __init__(self) -> None:
@@ -155,7 +155,7 @@ def test_a_finaliser_inside_a_step_posts_without_a_deadlock(start: Callable[...,
 
 
 def test_an_exception_in_a_step_fails_everybody_and_decides_nothing_more(start: Callable[..., Driver]) -> None:
-    """A bug of ours is not hidden: the first exception is kept, and each later event is answered with it."""
+    """The first exception in a step is kept, and each later event is answered with it."""
 
     def fail(event: Event) -> None:
         raise ZeroDivisionError
@@ -168,11 +168,11 @@ def test_an_exception_in_a_step_fails_everybody_and_decides_nothing_more(start: 
     assert isinstance(driver.broken, ZeroDivisionError)
     assert failures == [driver.broken, driver.broken]
     assert len(core.stepped) == 1
-    assert driver._deadline == math.inf  # else time would fail it again and again
+    assert driver._deadline == math.inf  # else time would fail the core again and again
 
 
 def test_commands_are_handed_on_in_the_order_in_which_they_were_decided(start: Callable[..., Driver]) -> None:
-    """Many threads post at once; what is performed is what one core would have said, in that order."""
+    """Commands of events from many threads are performed in the order in which the core decided them."""
     performed: list[Command] = []
     core = Watched()
     driver = start(core, perform=performed.append)
@@ -196,7 +196,7 @@ def test_commands_are_handed_on_in_the_order_in_which_they_were_decided(start: C
 
 
 def test_time_is_kept_while_nothing_happens(start: Callable[..., Driver]) -> None:
-    """The driver's thread wakes at the core's deadline: a request's own time limit ends its wait."""
+    """The driver's thread wakes at the core's deadline, so that a request's time limit ends its wait."""
     answers: queue.SimpleQueue[Command] = queue.SimpleQueue()
     driver = start(Core(), perform=answers.put)
     question = Acquire(RequestId(1), RequestSpec(ModelId("a"), Options(), Purpose.lease, 0), timeout_s=0.05)
@@ -207,7 +207,7 @@ def test_time_is_kept_while_nothing_happens(start: Callable[..., Driver]) -> Non
 
 
 def test_a_deadline_that_comes_during_a_step_is_told_once(start: Callable[..., Driver]) -> None:
-    """The driver's thread waits for whoever holds the lock: it neither spins nor fills the inbox with ticks."""
+    """The driver's thread waits for the thread that holds the lock, and posts one tick for a deadline."""
     entered, go_on = threading.Event(), threading.Event()
 
     def linger(event: Event) -> None:
@@ -217,7 +217,7 @@ def test_a_deadline_that_comes_during_a_step_is_told_once(start: Callable[..., D
 
     core = Watched(linger)
     driver = start(core)
-    in_thread(lambda: driver.post(replace(acquire(1), timeout_s=2.0)))  # so long the holder has to begin its step
+    in_thread(lambda: driver.post(replace(acquire(1), timeout_s=2.0)))  # time for the holder to begin its step
     holder = threading.Thread(target=lambda: driver.post(acquire(2)), daemon=True)
     holder.start()
     assert entered.wait(LIMIT_S)
@@ -231,7 +231,7 @@ def test_a_deadline_that_comes_during_a_step_is_told_once(start: Callable[..., D
 
 
 def test_a_reader_sees_what_it_posted_before(start: Callable[..., Driver]) -> None:
-    """Reading has its place in the order of events, from the main thread and from others."""
+    """A query sees the events that its thread posted before it, on the main thread and on others."""
     driver = start(Core())
     driver.post(acquire(1))
     assert driver.query(lambda core: list(core._state.requests)) == [1]
@@ -243,7 +243,7 @@ def test_a_reader_sees_what_it_posted_before(start: Callable[..., Driver]) -> No
 
 
 def test_whoever_reads_has_been_told_of_what_is_found(start: Callable[..., Driver]) -> None:
-    """What became of the events before it is published first, though all are taken in at once."""
+    """The answers to events are published before a query that was posted after them returns."""
     told: list[Entry] = []
     driver = start(Core(), publish=lambda entries: told.extend(entries) is None)
     driver.query(lambda core: setattr(core, "decision_log", []))
@@ -252,7 +252,7 @@ def test_whoever_reads_has_been_told_of_what_is_found(start: Callable[..., Drive
 
 
 def test_a_stop_cancels_a_launch_that_has_not_begun() -> None:
-    """Stops have threads of their own and may overtake a launch that waits for one; it then never begins."""
+    """A stop that overtakes its launch cancels it."""
     posted: list[Event] = []
 
     class Engine:
@@ -268,7 +268,7 @@ def test_a_stop_cancels_a_launch_that_has_not_begun() -> None:
 
 
 def test_a_launch_that_hangs_does_not_hold_up_its_stop() -> None:
-    """Stops have threads of their own; none of them waits for a launch."""
+    """A launch that hangs does not delay its stop, because stops have threads of their own."""
     posted: list[Event] = []
     entered, go_on, stopped = threading.Event(), threading.Event(), threading.Event()
 
@@ -293,7 +293,7 @@ def test_a_launch_that_hangs_does_not_hold_up_its_stop() -> None:
 
 
 def test_a_thread_that_cannot_be_started_loses_no_job(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The job waits for the next one; nothing raises, here or at the close."""
+    """A job whose thread cannot be started waits for the next thread, and nothing raises."""
     workers = ThreadPool("test", 2)
     done: queue.SimpleQueue[int] = queue.SimpleQueue()
 
@@ -309,7 +309,7 @@ def test_a_thread_that_cannot_be_started_loses_no_job(monkeypatch: pytest.Monkey
 
 
 def test_a_finaliser_may_post_while_its_thread_reads_the_events() -> None:
-    """What is offered to a stream from inside a read of it neither blocks nor is lost."""
+    """What is offered to an event stream from inside a read of it neither blocks nor is lost."""
     stream = EventStream(10, str)
     entry = Decision(0.0, "queued", ModelId("a"), Queued(1))
 
@@ -328,7 +328,7 @@ def test_a_finaliser_may_post_while_its_thread_reads_the_events() -> None:
 
 
 def test_a_job_that_hangs_cannot_hang_the_exit() -> None:
-    """The interpreter ends although a worker never does."""
+    """The interpreter exits although a job never ends."""
     program = """
         import threading
         from scheduler.concurrency.thread_pool import Workers
@@ -345,7 +345,7 @@ def test_a_job_that_hangs_cannot_hang_the_exit() -> None:
 
 
 def test_workers_are_bounded_and_survive_a_job_that_fails() -> None:
-    """Never more threads than the limit; an exception is logged and the thread goes on."""
+    """Never more threads than the limit run, and a job's exception is logged."""
     workers = ThreadPool("test", 2)
     done: queue.SimpleQueue[int] = queue.SimpleQueue()
     workers.put(lambda: 1 // 0)
@@ -357,7 +357,7 @@ def test_workers_are_bounded_and_survive_a_job_that_fails() -> None:
 
 
 def test_a_job_that_exits_ends_no_thread() -> None:
-    """A callback of the user's may call sys.exit: the next job finds its thread."""
+    """A job that calls sys.exit does not end its thread."""
     workers = ThreadPool("test", 1)
     done: queue.SimpleQueue[int] = queue.SimpleQueue()
     workers.put(sys.exit)
@@ -369,11 +369,11 @@ def test_a_job_that_exits_ends_no_thread() -> None:
 def test_a_handler_may_read_while_its_thread_waits_for_a_reading(
     start: Callable[..., Driver], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Wherever it interrupts the wait: the driver's thread answers both."""
-    monkeypatch.setattr("scheduler.runtime.driver._CHECK_S", 0.0)  # so that the wait has no end, and every moment comes
+    """A signal handler may query while its thread waits for a query, at any moment of the wait."""
+    monkeypatch.setattr("scheduler.runtime.driver._CHECK_S", 0.0)  # the wait has no end, so that every moment comes
     for moment in range(1, 300):
         driver = start(Core())
-        driver._lock.acquire()  # nobody is answered before the handler comes
+        driver._lock.acquire()  # nothing is answered before the handler comes
 
         def read(count: int, driver: Driver = driver, moment: int = moment) -> None:
             if count == moment:
@@ -388,7 +388,7 @@ def test_a_handler_may_read_while_its_thread_waits_for_a_reading(
 def test_nobody_waits_to_read_once_the_driver_has_stopped(
     start: Callable[..., Driver], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """There is no thread to be waited for: the main thread reads by itself."""
+    """A query after the driver has stopped is made on the calling thread."""
     monkeypatch.setattr("scheduler.runtime.driver._CHECK_S", 10 * LIMIT_S)
     driver = start(Core())
     assert driver.stop(LIMIT_S)

@@ -1,4 +1,4 @@
-"""Reading ahead for real: what ends up in the page cache, in which order, and what makes it stop."""
+"""Prefetching real files: which pages are in the page cache afterwards, in which order, and what stops it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def _nothing_is_left() -> Iterator[None]:
 
 @pytest.fixture
 def a_file(tmp_path: Path) -> Path:
-    """A file that is not in the page cache, where the system can be told to forget it."""
+    """Make a file that is not in the page cache, where the system can be told to drop it."""
     path = tmp_path / "a.gguf"
     path.write_bytes(os.urandom(SIZE))
     forget(path)
@@ -51,12 +51,12 @@ def is_cached(path: Path, at: int, size: int) -> bool:
 
 
 class Disk:
-    """A prefetcher that knows files by their names, and may be told that a model loads."""
+    """A prefetcher that finds files by their names, and may be told that a model loads."""
 
     def __init__(self, *paths: Path) -> None:
         self.paths = {path.name: str(path) for path in paths}
         self.loads = threading.Event()
-        self.asked: list[str] = []  # whose files, in order
+        self.asked: list[str] = []  # the models whose files were asked for, in order
         self.prefetcher = Prefetcher(self.files_of, self.loads.is_set)
 
     def files_of(self, model: str) -> list[str]:
@@ -71,7 +71,7 @@ class Disk:
 
 
 def test_a_file_is_in_the_page_cache_afterwards(a_file: Path) -> None:
-    """Whether a step was copied, or brought along with the one before it."""
+    """All pages of a prefetched file are in the page cache."""
     if is_cached(a_file, 0, SIZE):
         pytest.skip("what is in the page cache cannot be told here, or not be dropped")
     with Disk(a_file) as prefetcher:
@@ -82,7 +82,7 @@ def test_a_file_is_in_the_page_cache_afterwards(a_file: Path) -> None:
 
 
 def test_what_is_in_the_page_cache_is_not_read_again(a_file: Path) -> None:
-    """It is only looked at."""
+    """Pages in the page cache are not read again."""
     a_file.read_bytes()
     if not is_cached(a_file, 0, SIZE):
         pytest.skip("what is in the page cache cannot be told here")
@@ -93,7 +93,7 @@ def test_what_is_in_the_page_cache_is_not_read_again(a_file: Path) -> None:
 
 
 def test_no_more_is_read_than_was_said(a_file: Path) -> None:
-    """To the byte."""
+    """No byte is read beyond what was asked for."""
     with Disk(a_file) as prefetcher:
         prefetcher.ask((("a.gguf", STEP_BYTES + 5),))
         assert_soon(lambda: not prefetcher._busy)
@@ -101,7 +101,7 @@ def test_no_more_is_read_than_was_said(a_file: Path) -> None:
 
 
 def test_models_are_read_one_after_the_other_and_each_once(a_file: Path, tmp_path: Path) -> None:
-    """In the order in which they are named; naming them again changes nothing."""
+    """Models are read one after the other in the order in which they are named, and once each."""
     other = tmp_path / "b.gguf"
     other.write_bytes(bytes(1000))
     disk = Disk(a_file, other)
@@ -117,7 +117,7 @@ def test_models_are_read_one_after_the_other_and_each_once(a_file: Path, tmp_pat
 
 
 def test_a_model_of_several_files_is_read_from_the_first_on(a_file: Path, tmp_path: Path) -> None:
-    """What is said is of all of them together."""
+    """The bytes that are asked for count over all files of a model, from the first one on."""
     other = tmp_path / "b.gguf"
     other.write_bytes(bytes(1000))
     with Disk(a_file, other) as prefetcher:
@@ -127,7 +127,7 @@ def test_a_model_of_several_files_is_read_from_the_first_on(a_file: Path, tmp_pa
 
 
 def test_nothing_is_read_while_a_model_loads(a_file: Path) -> None:
-    """The disk is the load's; afterwards it goes on."""
+    """Nothing is read while a model loads, and reading goes on afterwards."""
     disk = Disk(a_file)
     with disk as prefetcher:
         disk.loads.set()
@@ -140,7 +140,7 @@ def test_nothing_is_read_while_a_model_loads(a_file: Path) -> None:
 
 @pytest.mark.parametrize("end", ["another is asked for", "less is asked for", "it is closed"])
 def test_it_stops_when(end: str, a_file: Path) -> None:
-    """Between two steps, whatever is left."""
+    """Reading stops between two steps, whatever is left."""
     disk = Disk(a_file)
     with disk as prefetcher:
         disk.loads.set()
@@ -159,7 +159,7 @@ def test_it_stops_when(end: str, a_file: Path) -> None:
 
 
 def test_files_that_cannot_be_read_are_passed_over(a_file: Path, tmp_path: Path) -> None:
-    """One that has gone, a folder, and a pipe, which would hold up whoever opens it; the next one is read."""
+    """A missing file, a folder and a pipe are passed over, and the next file is read."""
     pipe, folder = tmp_path / "pipe", tmp_path / "folder"
     os.mkfifo(pipe)
     folder.mkdir()
@@ -169,7 +169,7 @@ def test_files_that_cannot_be_read_are_passed_over(a_file: Path, tmp_path: Path)
 
 
 def test_an_error_that_nobody_expected_ends_one_reading_only(a_file: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """As where memory is too short for the buffer: it is logged, and what is asked for next is read."""
+    """An unexpected error is logged and ends one reading, and the next one is done."""
 
     def files_of(model: str) -> list[str]:
         if model == "b.gguf":
@@ -187,7 +187,7 @@ def test_an_error_that_nobody_expected_ends_one_reading_only(a_file: Path, caplo
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a thread has no priority of its own")
 def test_the_thread_gives_way_to_all_others(a_file: Path) -> None:
-    """On the processor, and where the disk's scheduler goes by that, on the disk."""
+    """The thread has the lowest priority on the processor and on the disk."""
     before = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
     with Disk(a_file) as prefetcher:
         prefetcher.ask((("a.gguf", SIZE),))
@@ -198,7 +198,7 @@ def test_the_thread_gives_way_to_all_others(a_file: Path) -> None:
 
 
 def test_a_split_model_is_all_of_its_parts(tmp_path: Path) -> None:
-    """And what lies beside it, in the order in which a load reads them."""
+    """A split model is read with all of its parts and the files beside it, in the order of a load."""
     names = [str(tmp_path / f"m-{part:05}-of-00003.gguf") for part in (1, 2, 3)]
     beside = [str(tmp_path / name) for name in ("lora.gguf", "projector.gguf")]
     spec = ModelSpec("m", names[0], adapters=(beside[0],), projectors=(beside[1],))
@@ -211,9 +211,9 @@ def test_a_split_model_is_all_of_its_parts(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("prefetch", [True, False])
 def test_who_waits_for_memory_finds_the_file_read(prefetch: bool, tmp_path: Path) -> None:
-    """While another is in use; where it is switched off, nothing is."""
+    """The file of a model that waits for memory is in the page cache, unless prefetching is switched off."""
     path = write_tiny_model(tmp_path / "tiny.gguf")
-    busy = PythonModel("busy", load=lambda: None, memory={"cpu": "60MiB"})  # which is a value like any other
+    busy = PythonModel("busy", load=lambda: None, memory={"cpu": "60MiB"})  # None is a value like any other
     with Scheduler(settings(memory_limit=ROOM_FOR_ONE, prefetch=prefetch)) as scheduler:
         lease = scheduler.acquire(busy)
         waiting = scheduler.submit(path)

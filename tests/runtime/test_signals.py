@@ -37,7 +37,7 @@ def a_scheduler(**more: Any) -> Scheduler:
 
 
 def decide(scheduler: Scheduler) -> None:
-    """Have everything done that is done under the core's lock, and wait for it, as for a step."""
+    """Do everything that is done under the core's lock, and wait for it, as for a step."""
     executor, entry = scheduler._executor, Decision(0.0, "queued", ModelId("a"), Queued(1))
 
     def look(_: object) -> None:
@@ -65,7 +65,7 @@ CALLS: dict[str, Callable[[Scheduler, Lease, Path], object]] = {
 
 @pytest.mark.parametrize("name", CALLS)
 def test_a_decision_waits_for_nothing_that_an_interrupted_thread_holds(name: str, model: Path) -> None:
-    """A handler that has to wait for one is answered, wherever the main thread is in its own call."""
+    """A handler that waits for a decision is answered, wherever the main thread is in its own call."""
     with a_scheduler() as scheduler, scheduler.acquire(PythonModel("a", load=object)) as lease:
         moments: list[int] = []
 
@@ -79,7 +79,7 @@ def test_a_decision_waits_for_nothing_that_an_interrupted_thread_holds(name: str
 @pytest.mark.parametrize("every", [3, 7])
 @pytest.mark.parametrize("call", [Scheduler.status, lambda scheduler: scheduler.close(0)], ids=["look", "close"])
 def test_a_handler_may_look_and_close_while_its_thread_closes(every: int, call: Callable[[Scheduler], object]) -> None:
-    """It sees what there is, until the end; its own close returns at once when that has come."""
+    """A handler that looks and closes while its thread closes is answered at once."""
     scheduler = a_scheduler()
     scheduler.acquire(PythonModel("a", load=object)).release()
 
@@ -95,7 +95,7 @@ def test_a_handler_may_look_and_close_while_its_thread_closes(every: int, call: 
 
 
 def test_ctrl_c_while_a_reading_is_asked_for_stops_no_later_one() -> None:
-    """At whichever instruction: the next one is read for."""
+    """Ctrl-C while a reading is requested, at whichever instruction, does not stop the next reading."""
     with a_scheduler() as scheduler:
         sampler, moment, whole = scheduler._executor.sampler, 0, False
 
@@ -122,7 +122,7 @@ LAST_STEPS = ["_prober.close", "_executor.close", "_driver.stop", "_recorder.clo
 def test_ctrl_c_in_the_last_steps_of_a_close_skips_no_other(
     step: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Who listens hears the end, and what the step was to end is ended when the interpreter exits."""
+    """After Ctrl-C in the last steps of a close, listeners hear the end, and the exit ends the rest."""
     scheduler = a_scheduler(recording_file=tmp_path / "recording.jsonl")
     *path, name = step.split(".")
     owner: Any = scheduler
@@ -139,7 +139,7 @@ def test_ctrl_c_in_the_last_steps_of_a_close_skips_no_other(
         with pytest.raises(KeyboardInterrupt):
             scheduler.close(0)
         listener.join(LIMIT_S)
-        assert not listener.is_alive(), "it waits for ever"
+        assert not listener.is_alive(), "the listener waits for ever"
     assert scheduler in scheduler_module._open_schedulers
     scheduler_module._close_all()
     assert scheduler not in scheduler_module._open_schedulers
@@ -148,7 +148,7 @@ def test_ctrl_c_in_the_last_steps_of_a_close_skips_no_other(
 def test_a_step_of_a_close_that_fails_is_logged(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """It neither keeps the others from being taken nor raises out of a with block."""
+    """A step of a close that raises is logged, and the other steps are made."""
     with a_scheduler() as scheduler:
         close = scheduler._devices.close
         monkeypatch.setattr(scheduler._prober, "close", lambda timeout_s: 1 / 0)
@@ -159,7 +159,7 @@ def test_a_step_of_a_close_that_fails_is_logged(
 
 
 def test_ctrl_c_at_any_moment_of_a_close_leaves_nothing_after_the_next() -> None:
-    """Whatever it meets, the call after it ends the rest."""
+    """After Ctrl-C at any moment of a close, the next close ends the rest."""
     moments = iter(range(1, 10_000, 7))
     whole = False
     while not whole:

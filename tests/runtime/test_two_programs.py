@@ -1,4 +1,4 @@
-"""Two programs on one machine that both load models agree about memory: real processes, and one GPU for both of them.
+"""Two programs on one machine that load models agree about memory: real processes, and one GPU for both of them.
 
 The GPU is a stand-in whose state is a file. A model takes its memory there when its load ends, as a real one does.
 """
@@ -21,7 +21,7 @@ from tests.support.waiting import assert_soon
 
 GIB = 2**30
 
-# It wants 6 of the GPU's 10 GiB when it is told to, says what becomes of that, and loads until it is told to end.
+# The program needs 6 of the GPU's 10 GiB, prints what becomes of its request, and loads until it is told to end.
 PROGRAM = """
 import fcntl, os, subprocess, sys, time
 from pathlib import Path
@@ -79,7 +79,7 @@ with Scheduler(Settings.from_environment(close_timeout=0)) as scheduler:
 
 
 class Program:
-    """One of the two; what it says is read as it says it."""
+    """One of the two programs; what it prints is read as it comes."""
 
     def __init__(self, environment: dict[str, str], *arguments: str) -> None:
         self.process = subprocess.Popen(
@@ -90,12 +90,12 @@ class Program:
         self._rest = b""
 
     def go_on(self) -> None:
-        """Let it do what it waits for: ask for its model, end its load, end."""
+        """Let the program do what it waits for: request its model, end its load, end."""
         assert self.process.stdin is not None
         self.process.stdin.write(b"\n")
 
     def has_said(self, word: str) -> bool:
-        """Read what it has said by now, and tell whether any line of that begins with `word`."""
+        """Read what the program has printed by now, and return whether any line begins with `word`."""
         assert self.process.stdout is not None
         while select.select([self.process.stdout], [], [], 0)[0] and (
             piece := os.read(self.process.stdout.fileno(), 4096)
@@ -117,7 +117,7 @@ Start = Callable[..., Program]
 
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Start]:
-    """Start programs that share a GPU of 10 GiB and the folder of their locks."""
+    """Yield a function that starts programs which share a GPU of 10 GiB and the folder of their locks."""
     state = tmp_path / "state"
     StandIn(state).say(Gpu("GPU-0", total=10 * GIB))
     environment = {
@@ -140,7 +140,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
 
 
 def both_ask(start: Start, **environment: str) -> tuple[Program, Program]:
-    """Have two programs ask for their models at the same moment."""
+    """Make two programs request their models at the same moment."""
     one, other = start(**environment), start(**environment)
     assert_soon(lambda: one.has_said("ready") and other.has_said("ready"))
     one.go_on()
@@ -149,7 +149,7 @@ def both_ask(start: Start, **environment: str) -> tuple[Program, Program]:
 
 
 def test_of_two_programs_that_want_the_same_memory_one_loads(start: Start) -> None:
-    """The other waits until it can see what was taken, and is then refused with the numbers."""
+    """One of two programs loads, and the other sees what was taken and is refused with figures."""
     programs = both_ask(start)
     assert_soon(lambda: any(one.has_said("loads") for one in programs))
     first, second = programs if programs[0].has_said("loads") else programs[::-1]
@@ -162,7 +162,7 @@ def test_of_two_programs_that_want_the_same_memory_one_loads(start: Start) -> No
 
 
 def test_without_locks_both_plan_with_the_same_memory(start: Start) -> None:
-    """What the locks are for: both load, and one of them runs out of memory in the middle of it."""
+    """Without locks both programs load, and one of them runs out of memory."""
     programs = both_ask(start, LOADMASTER_LOCK_FOLDER="none")
     assert_soon(lambda: all(one.has_said("loads") for one in programs))
     for one in programs:
@@ -172,7 +172,7 @@ def test_without_locks_both_plan_with_the_same_memory(start: Start) -> None:
 
 
 def test_a_program_that_is_killed_while_it_loads_keeps_nobody_out(start: Start) -> None:
-    """Not even by what it leaves behind: a process that it started, and a fork of itself."""
+    """A program that is killed while it loads keeps no lock, nor do the processes that it leaves behind."""
     first, second = start("children"), start()
     assert_soon(lambda: first.has_said("ready") and second.has_said("ready"))
     first.go_on()
@@ -186,7 +186,7 @@ def test_a_program_that_is_killed_while_it_loads_keeps_nobody_out(start: Start) 
         assert_soon(lambda: second.has_said("loads"))
         second.go_on()
         assert_soon(lambda: second.has_said("resident"))
-        assert all(Path(f"/proc/{child}").exists() for child in children), "they were to outlive it"
+        assert all(Path(f"/proc/{child}").exists() for child in children), "the children ended with the program"
     finally:
         for child in children:
             os.kill(child, signal.SIGKILL)

@@ -1,6 +1,6 @@
-"""Where models go, end to end: NVIDIA's library and the GPUs of llama.cpp are stand-ins, everything else is real.
+"""Placement, end to end: NVIDIA's library and the GPUs of llama.cpp are stand-ins, everything else is real.
 
-What is planned is compared with what llama.cpp says of each device once it has loaded.
+The planned bytes are compared with what llama.cpp reports of each device once it has loaded.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ ROUNDED = MIB // 50  # llama.cpp prints hundredths of a MiB of each buffer
 
 @contextmanager
 def a_scheduler(**settings: Any) -> Iterator[tuple[Scheduler, Path]]:
-    """Yield one whose children find GPUs, and a model."""
+    """Yield a scheduler whose children find GPUs, and a model."""
     settings = {"cpu_threads": 1, "recovery_timeout": "0.3s", **settings}
     with tempfile.TemporaryDirectory() as name, engine_gpus(), Scheduler(Settings(**settings)) as scheduler:
         yield scheduler, write_tiny_model(Path(name) / "m.gguf", layers=LAYERS, width=WIDTH)
 
 
 def loaded(scheduler: Scheduler, path: Path, **asking: Any) -> RunnerStatus:
-    """Load a model, have it answer, and return what is known of its runner; what was planned of each device is true."""
+    """Load a model, have it answer, and return its runner's status, after a check of the planned bytes by device."""
     with scheduler.acquire(path, **{**SMALL, **asking}) as lease:
         assert lease.complete("a", temperature=0, max_tokens=3, ignore_eos=True)
         (runner,) = [each for each in scheduler.status().runners if each.model == path.stem and each.leases]
@@ -52,7 +52,7 @@ def loaded(scheduler: Scheduler, path: Path, **asking: Any) -> RunnerStatus:
 
 
 def _compare(device: str, part: DeviceBytes, told: dict[str, int]) -> None:
-    """Weights and caches are known exactly but for padding; of buffers no more is taken than was planned."""
+    """Weights and caches are as planned but for padding, and buffers take no more than planned."""
     on_gpu = device != HOST
     assert abs(told["weights"] - part.weights_bytes) <= (ROUNDED if on_gpu else part.weights_bytes), (device, "weights")
     assert abs(told["cache"] - part.cache_bytes) <= ROUNDED, (device, "cache")
@@ -60,7 +60,7 @@ def _compare(device: str, part: DeviceBytes, told: dict[str, int]) -> None:
 
 
 def refusal(scheduler: Scheduler, path: Path, **asking: Any) -> DoesNotFit:
-    """Ask for a model in vain; return the refusal."""
+    """Request a model that is refused; return the refusal."""
     with pytest.raises(DoesNotFit) as caught:
         scheduler.acquire(path, **{**SMALL, **asking})
     return caught.value
@@ -68,7 +68,7 @@ def refusal(scheduler: Scheduler, path: Path, **asking: Any) -> DoesNotFit:
 
 @beside_stand_in()
 def test_n04_one_gpu_takes_a_whole_model(nvml: StandIn) -> None:
-    """N04: the one with most free; nothing of it but its inputs is on the host."""
+    """N04: a model goes whole on the GPU with most free memory, and only its inputs are on the host."""
     nvml.say(TWO, ONE)
     with a_scheduler() as (scheduler, path):
         assert loaded(scheduler, path).gpu_layers == {ONE.id: LAYERS + 1}
@@ -76,7 +76,7 @@ def test_n04_one_gpu_takes_a_whole_model(nvml: StandIn) -> None:
 
 @beside_stand_in()
 def test_n04_what_fits_no_gpu_is_split_over_two(nvml: StandIn) -> None:
-    """N04: each takes the layers that were planned for it, the last one the output; several passes overlap."""
+    """N04: a split model's GPUs take the layers that were planned, the last one the output."""
     nvml.say(ONE.but(free=38 * MIB), TWO)
     with a_scheduler() as (scheduler, path):
         assert loaded(scheduler, path).gpu_layers == {ONE.id: 4, TWO.id: 3}
@@ -84,7 +84,7 @@ def test_n04_what_fits_no_gpu_is_split_over_two(nvml: StandIn) -> None:
 
 @beside_stand_in()
 def test_n04_spread_splits_what_one_gpu_would_take(nvml: StandIn) -> None:
-    """N04: over all GPUs, each by what it has free."""
+    """N04: with `spread_over_gpus` a model is split over all GPUs by their free memory."""
     nvml.say(ONE, TWO.but(total=64 * MIB))
     with a_scheduler(spread_over_gpus=True) as (scheduler, path):
         assert sorted(loaded(scheduler, path).gpu_layers.values()) == [3, 4]
@@ -92,7 +92,7 @@ def test_n04_spread_splits_what_one_gpu_would_take(nvml: StandIn) -> None:
 
 @beside_stand_in()
 def test_s13_what_fits_no_gpus_is_offloaded_in_part(nvml: StandIn) -> None:
-    """S13: the output first, then the last layers, over both GPUs; the host computes the others."""
+    """S13: a model in part offloads the output and the last layers, over both GPUs."""
     nvml.say(ONE.but(free=20 * MIB), TWO.but(free=14 * MIB))
     with a_scheduler() as (scheduler, path):
         layers = loaded(scheduler, path).gpu_layers
@@ -101,7 +101,7 @@ def test_s13_what_fits_no_gpus_is_offloaded_in_part(nvml: StandIn) -> None:
 
 @beside_stand_in()
 def test_a_number_of_layers_that_is_named_is_what_the_engine_offloads(nvml: StandIn) -> None:
-    """One is the output alone, six are all but the first of the repeating layers."""
+    """A named number of layers is offloaded: one is the output alone, six are all but the first layer."""
     nvml.say(ONE)
     with a_scheduler() as (scheduler, path):
         for count in (1, 2, 6, 7):
@@ -110,7 +110,7 @@ def test_a_number_of_layers_that_is_named_is_what_the_engine_offloads(nvml: Stan
 
 @beside_stand_in()
 def test_what_no_gpu_has_room_for_goes_to_the_host(nvml: StandIn) -> None:
-    """The child sees no GPU at all."""
+    """The child of a model on the host sees no GPU."""
     nvml.say(ONE.but(free=2 * MIB), TWO.but(free=0))
     with a_scheduler() as (scheduler, path):
         runner = loaded(scheduler, path)
@@ -119,7 +119,7 @@ def test_what_no_gpu_has_room_for_goes_to_the_host(nvml: StandIn) -> None:
 
 @beside_stand_in()
 def test_memory_that_others_take_in_between_sends_a_model_elsewhere(nvml: StandIn) -> None:
-    """The devices are read anew before each load."""
+    """The devices are read before each load, so that memory of other programs moves a model elsewhere."""
     nvml.say(ONE, TWO.but(total=60 * MIB))
     with a_scheduler() as (scheduler, path):
         assert loaded(scheduler, path).gpu_layers == {ONE.id: LAYERS + 1}
@@ -131,7 +131,7 @@ def test_memory_that_others_take_in_between_sends_a_model_elsewhere(nvml: StandI
 
 @beside_stand_in()
 def test_a_required_gpu_that_has_no_room_is_a_refusal_with_the_numbers(nvml: StandIn) -> None:
-    """Neither a part nor the host is fallen back to, and nothing is started."""
+    """A required GPU without room is refused with figures, and nothing is launched."""
     nvml.say(ONE.but(free=20 * MIB), TWO.but(free=14 * MIB))
     with a_scheduler(require_gpu=True) as (scheduler, path):
         refused = refusal(scheduler, path)
@@ -144,7 +144,7 @@ def test_a_required_gpu_that_has_no_room_is_a_refusal_with_the_numbers(nvml: Sta
 
 @beside_stand_in()
 def test_an_explicit_gpu_that_takes_a_model_goes_before_one_with_more_free(nvml: StandIn) -> None:
-    """N04: it is counted as CUDA_VISIBLE_DEVICES does."""
+    """N04: `main_gpu` is counted as CUDA_VISIBLE_DEVICES does, and wins over a GPU with more free memory."""
     nvml.say(ONE, TWO.but(total=60 * MIB))
     with a_scheduler() as (scheduler, path):
         assert loaded(scheduler, path, main_gpu=1).gpu_layers == {TWO.id: LAYERS + 1}

@@ -1,4 +1,4 @@
-"""Models in child processes, with the real engine and tiny models: how they serve, fail and end, and what is told."""
+"""Models in child processes, with the real engine and tiny models: how runners serve, fail, end and report."""
 
 from __future__ import annotations
 
@@ -44,14 +44,14 @@ from tests.support.tiny_models import write_tiny_model
 LIMIT_S = 20.0  # a load takes about 0.1 s
 NOTICED_S = 5.0  # fifty times the 100 ms within which an exit is noticed, and half of what a probe may take to
 ORPHANED_S = 10.0  # ten times the second within which no child of a killed host is left
-GRACE_S = 60.0  # that no test waits for
+GRACE_S = 60.0  # no test waits for it
 ON_HOST = Placement(((HOST, 1),))
 SMALL = Options(num_ctx=256, num_parallel=1, num_thread=1)
-SMALL_AUTOMATIC = Options(num_ctx=256, num_parallel=1)  # its threads are dealt
+SMALL_AUTOMATIC = Options(num_ctx=256, num_parallel=1)  # its threads are set at the launch
 
 
 class Told:
-    """A report that keeps what it is told."""
+    """A listener that keeps what it is told."""
 
     def __init__(self) -> None:
         self.progress = 0
@@ -68,7 +68,7 @@ class Told:
         self.exits.append((code, detail, out_of_memory))
 
     def endpoint(self) -> Endpoint:
-        """Wait until it serves."""
+        """Wait until the runner serves; return its endpoint."""
         wait_until(lambda: self.loads or self.exits)
         assert not self.exits, self.exits
         endpoint = self.loads[0][0]
@@ -76,7 +76,7 @@ class Told:
         return endpoint
 
     def exit(self) -> tuple[int | None, str, bool]:
-        """Wait for the end."""
+        """Wait for the exit; return it."""
         wait_until(lambda: self.exits)
         assert len(self.exits) == 1
         return self.exits[0]
@@ -85,7 +85,7 @@ class Told:
 def wait_until(condition: Callable[[], object], limit_s: float = LIMIT_S) -> None:
     end = time.monotonic() + limit_s
     while not condition():
-        assert time.monotonic() < end, "it did not happen in time"
+        assert time.monotonic() < end, "the condition did not hold in time"
         threading.Event().wait(0.005)
 
 
@@ -99,7 +99,7 @@ def is_gone(pid: int) -> bool:
 def ask(
     endpoint: Endpoint, path: str, body: object = None, *, key: str | None = None, origin: str | None = None
 ) -> tuple[int, Any, dict[str, str]]:
-    """Return status, JSON and headers of an answer; the endpoint's key is sent unless another is given."""
+    """Return status, JSON and headers of an answer; the endpoint's key is sent unless another one is given."""
     address = urlsplit(endpoint.url)
     connection = http.client.HTTPConnection(address.hostname or "", address.port, timeout=LIMIT_S)
     headers = {"Authorization": f"Bearer {endpoint.key if key is None else key}", "Content-Type": "application/json"}
@@ -116,7 +116,7 @@ def ask(
 
 @pytest.fixture(scope="module")
 def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model that was trained with a context of 1024 tokens."""
+    """Make a model that was trained with a context of 1024 tokens."""
     return write_tiny_model(tmp_path_factory.mktemp("models") / "tiny.gguf", context=1024)
 
 
@@ -140,7 +140,7 @@ def launch_and_wait(engine: LlamaEngine, file: Path, **identity: Any) -> tuple[L
 
 
 def test_it_answers_whoever_has_the_key(engine: LlamaEngine, file: Path) -> None:
-    """A completion comes back, under the model's name and not its path."""
+    """A completion is answered for the key, under the model's name and not its path."""
     _, told = launch_and_wait(engine, file)
     status, answer, _ = ask(told.endpoint(), "/v1/completions", {"prompt": "ab", "max_tokens": 3})
     assert status == 200
@@ -150,7 +150,7 @@ def test_it_answers_whoever_has_the_key(engine: LlamaEngine, file: Path) -> None
 
 
 def test_it_refuses_whoever_has_not(engine: LlamaEngine, file: Path) -> None:
-    """Without the key, or with another, there is a 401; only the health probe is open."""
+    """Without the key or with another one a request is answered with 401, apart from the health probe."""
     _, told = launch_and_wait(engine, file)
     endpoint = told.endpoint()
     for key in ("", "another"):
@@ -161,14 +161,14 @@ def test_it_refuses_whoever_has_not(engine: LlamaEngine, file: Path) -> None:
 
 
 def test_a_web_page_may_not_read_its_answers(engine: LlamaEngine, file: Path) -> None:
-    """An answer to a page of another origin carries no header that would let the browser show it."""
+    """An answer to a page of another origin has no header that lets the browser show it."""
     _, told = launch_and_wait(engine, file)
     _, _, headers = ask(told.endpoint(), "/v1/models", origin="http://evil.example")
     assert not [name for name in headers if name.startswith("access-control")]
 
 
 def test_what_others_asked_is_not_shown(engine: LlamaEngine, file: Path) -> None:
-    """Slots are off, and metrics are counts, for whoever has the key."""
+    """With the key, slots are off and metrics are counts only."""
     _, told = launch_and_wait(engine, file)
     assert ask(told.endpoint(), "/slots")[0] == 501
     assert ask(told.endpoint(), "/metrics", key="another")[0] == 401
@@ -181,7 +181,7 @@ def test_what_others_asked_is_not_shown(engine: LlamaEngine, file: Path) -> None
 
 
 def test_the_key_is_nowhere_to_be_seen(engine: LlamaEngine, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither arguments nor environment of the child hold it, nor does anything's repr; each life has another."""
+    """The key is in no argument, environment or repr, and each runner has another key."""
     process, told = launch_and_wait(engine, file)
     endpoint, child = told.endpoint(), psutil.Process(process.pid)
     assert len(endpoint.key) >= 32
@@ -196,7 +196,7 @@ def test_the_key_is_nowhere_to_be_seen(engine: LlamaEngine, file: Path, monkeypa
 def test_the_child_sees_little_of_the_environment(
     engine: LlamaEngine, file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """No tokens, no settings of llama.cpp or Python, and no GPU for what is placed on the host."""
+    """The child's environment has no tokens, no settings of llama.cpp or Python, and no GPU for a model on the host."""
     for name in ("HF_TOKEN", "LLAMA_ARG_PORT", "PYTHONPATH", "LLAMA_API_KEY"):
         monkeypatch.setenv(name, "/secret")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
@@ -208,7 +208,7 @@ def test_the_child_sees_little_of_the_environment(
 
 
 def test_the_context_is_that_of_each_slot(engine: LlamaEngine, file: Path) -> None:
-    """Two slots of 512 tokens are two slots of 512 tokens, and the report says so."""
+    """Two slots of 512 tokens have 512 tokens each, and the report has that figure."""
     _, told = launch(engine, file, Options(num_ctx=512, num_parallel=2, num_thread=1))
     _, properties, _ = ask(told.endpoint(), "/props")
     assert properties["total_slots"] == 2
@@ -217,7 +217,7 @@ def test_the_context_is_that_of_each_slot(engine: LlamaEngine, file: Path) -> No
 
 
 def test_options_reach_the_engine(engine: LlamaEngine, file: Path) -> None:
-    """Every option that is named arrives, and llama.cpp takes it: without mapping, the file is not in its memory."""
+    """Every named option reaches llama.cpp, and without mapping the file is not in the child's memory."""
     options = Options(
         num_ctx=256, num_batch=64, num_thread=2, num_parallel=1, use_mmap=False, flash_attention=True,
         cache_type_k="bf16", cache_type_v="f32",
@@ -234,7 +234,7 @@ def test_options_reach_the_engine(engine: LlamaEngine, file: Path) -> None:
 
 
 def test_layers_go_to_the_gpus_of_the_placement(engine: LlamaEngine, file: Path) -> None:
-    """The child sees these GPUs only, in this order, and splits the layers as they were placed."""
+    """The child sees the placement's GPUs only, in its order, and splits the layers as placed."""
     gpus = ((DeviceId("GPU-b"), 2), (DeviceId("GPU-a"), 1))
     placement = Placement(((DeviceId("GPU-a"), 1), (DeviceId("GPU-b"), 1)), gpu_layers=gpus)
     process = engine.launch(ModelSpec("tiny", str(file)), SMALL, placement, Told())
@@ -244,7 +244,7 @@ def test_layers_go_to_the_gpus_of_the_placement(engine: LlamaEngine, file: Path)
 
 
 def test_llama_cpp_does_not_fit_what_was_placed(file: Path) -> None:
-    """Its own pass over the model, which takes as long as loading a small one, would decide once more."""
+    """llama.cpp's own pass to fit a model is switched off."""
     import xllamacpp  # the library that a child imports
 
     engine = LlamaEngine()
@@ -256,7 +256,7 @@ def test_llama_cpp_does_not_fit_what_was_placed(file: Path) -> None:
 
 
 def test_threads_are_those_that_were_dealt(file: Path) -> None:
-    """An engine that is used by itself goes by the option, then by the cores."""
+    """An engine without given threads uses the option's, or else the cores."""
 
     def threads(options: Options, dealt: Threads | None = None) -> tuple[int, int]:
         engine = LlamaEngine()
@@ -280,14 +280,14 @@ needs_shares = pytest.mark.skipif(not Path("/proc/self/autogroup").exists(), rea
 def test_a_load_holds_back_beside_others_and_not_for_long(
     engine: LlamaEngine, file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nice: int
 ) -> None:
-    """Beside a program that uses all cores it would take many times as long, and somebody waits for it.
+    """A load has a small share of the processors at first, and the usual share again with the supervisor's next pulse.
 
-    Seen by a library that fails once it has such a share of the processors, before it has used much of that.
+    The share is seen by a library that fails once it has the share, before it has used much of the processors.
     """
     if nice:
         monkeypatch.setattr(
             "scheduler.engines.process_supervisor.PULSE_S", 10 * LIMIT_S
-        )  # else its share is taken back meanwhile
+        )  # else its share is raised again meanwhile
     (tmp_path / "xllamacpp.py").write_text(
         f"while not open('/proc/self/autogroup').read().endswith('nice {nice}\\n'): pass\n"
         "raise ImportError('as it should be')\n"
@@ -299,13 +299,13 @@ def test_a_load_holds_back_beside_others_and_not_for_long(
 
 @needs_shares
 def test_once_it_serves_it_has_as_much_as_others(engine: LlamaEngine, file: Path) -> None:
-    """However often the kernel has to be asked."""
+    """A runner that serves has the same share of the processors as other programs."""
     process, _ = launch_and_wait(engine, file)
     wait_until(lambda: Path(f"/proc/{process.pid}/autogroup").read_text().strip().endswith("nice 0"))
 
 
 def test_the_threads_that_were_dealt_are_there(engine: LlamaEngine, file: Path) -> None:
-    """An answer is computed by one thread, and by five where five were dealt, whatever the cores."""
+    """An answer is computed by one thread, and by five where five were given, whatever the cores."""
 
     def added(dealt: Threads) -> int:
         told = Told()
@@ -319,7 +319,7 @@ def test_the_threads_that_were_dealt_are_there(engine: LlamaEngine, file: Path) 
 
 
 def test_how_threads_wait_is_set_on_purpose(engine: LlamaEngine, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever the program's own environment says."""
+    """How threads wait is set for the child, whatever the program's environment has."""
     monkeypatch.setenv("OMP_WAIT_POLICY", "active")
     monkeypatch.setenv("GOMP_SPINCOUNT", "infinite")
     process, _ = launch_and_wait(engine, file)
@@ -329,7 +329,7 @@ def test_how_threads_wait_is_set_on_purpose(engine: LlamaEngine, file: Path, mon
 
 
 def test_an_embedder_embeds(engine: LlamaEngine, file: Path) -> None:
-    """A model whose file names no pooling is pooled by the mean, and takes an input as long as its context."""
+    """An embedder whose file names no pooling is pooled by the mean, and takes an input as long as its context."""
     _, told = launch_and_wait(engine, file, embedding=True)
     status, answer, _ = ask(told.endpoint(), "/v1/embeddings", {"input": "a" * 250})
     assert status == 200
@@ -337,7 +337,7 @@ def test_an_embedder_embeds(engine: LlamaEngine, file: Path) -> None:
 
 
 def test_an_adapter_is_loaded(engine: LlamaEngine, file: Path, tmp_path: Path) -> None:
-    """What lies beside the model is part of what is served."""
+    """An adapter beside the model is loaded with it."""
     adapter = tmp_path / "adapter.gguf"
     writer = gguf.GGUFWriter(adapter, "llama")
     writer.add_type("adapter")
@@ -355,7 +355,7 @@ def test_an_adapter_is_loaded(engine: LlamaEngine, file: Path, tmp_path: Path) -
 
 
 def test_memory_is_measured_from_the_load_to_the_end(engine: LlamaEngine, file: Path) -> None:
-    """The report of the load carries the resident bytes, and there are none of what is gone."""
+    """The report of a load has the resident bytes, and a runner that has gone has none."""
     process, told = launch_and_wait(engine, file)
     assert told.loads[0][2][HOST] > 10 << 20
     assert process.memory().resident[HOST] > 10 << 20
@@ -365,7 +365,7 @@ def test_memory_is_measured_from_the_load_to_the_end(engine: LlamaEngine, file: 
 
 
 def test_a_file_that_is_not_there_is_not_launched(engine: LlamaEngine, tmp_path: Path) -> None:
-    """It may have gone since it was inspected: then nothing is started."""
+    """A file that has gone since its inspection is not launched."""
     with pytest.raises(ModelNotFound):
         launch(engine, tmp_path / "none.gguf")
     (tmp_path / "junk.gguf").write_bytes(b"junk" * 100)
@@ -374,7 +374,7 @@ def test_a_file_that_is_not_there_is_not_launched(engine: LlamaEngine, tmp_path:
 
 
 def test_a_failed_load_is_told_in_the_words_of_llama_cpp(engine: LlamaEngine, file: Path, tmp_path: Path) -> None:
-    """Python only hears that it failed: the cause is in the log of the child, and becomes part of the error."""
+    """A failed load's error has the cause from the child's log."""
     broken = tmp_path / "broken.gguf"
     broken.write_bytes(file.read_bytes().replace(b"output_norm.weight", b"output_nurm.weight"))
     _, told = launch(engine, broken)
@@ -386,13 +386,13 @@ def test_a_failed_load_is_told_in_the_words_of_llama_cpp(engine: LlamaEngine, fi
 
 
 def test_options_that_llama_cpp_cannot_combine_are_told_in_its_words(engine: LlamaEngine, file: Path) -> None:
-    """The line that says why is shown first, though nothing in it calls itself an error."""
+    """A failed load's error shows the line that says why first, although the line does not call itself an error."""
     _, told = launch(engine, file, Options(num_ctx=256, cache_type_k="q8_0"))
     assert "K cache type q8_0 with block size 32 does not divide" in told.exit()[1].splitlines()[1]
 
 
 def test_an_option_that_llama_cpp_does_not_know_fails_the_load(engine: LlamaEngine, file: Path) -> None:
-    """The error names what there is instead."""
+    """A load with an option that llama.cpp does not know fails with the known ones."""
     _, told = launch(engine, file, Options(num_ctx=256, cache_type_k="q9_9"))
     assert "'q9_9' is not one of" in told.exit()[1]
 
@@ -400,14 +400,14 @@ def test_an_option_that_llama_cpp_does_not_know_fails_the_load(engine: LlamaEngi
 def test_an_engine_that_is_not_installed_says_how_to_install_it(
     engine: LlamaEngine, file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The load fails with the command that helps."""
+    """A load without the engine installed fails with the command that installs it."""
     monkeypatch.setattr(llama_engine, "find_library", lambda: None)
     _, told = launch(engine, file)
     assert "pip install 'loadmaster[llama]'" in told.exit()[1]
 
 
 def test_a_kill_while_it_loads_counts_as_out_of_memory(engine: LlamaEngine, file: Path) -> None:
-    """That is how the kernel ends what it has no memory for."""
+    """A kill of a loading child counts as out of memory, because the kernel ends processes in that way."""
     process, told = launch(engine, file)
     wait_until(lambda: process.pid)
     os.kill(process.pid or 0, signal.SIGKILL)
@@ -419,7 +419,7 @@ def test_a_kill_while_it_loads_counts_as_out_of_memory(engine: LlamaEngine, file
 
 
 def test_a_kill_while_it_serves_is_a_crash(engine: LlamaEngine, file: Path) -> None:
-    """It is noticed at once, and says what happened."""
+    """A kill of a serving child is a crash that is noticed at once."""
     process, told = launch_and_wait(engine, file)
     os.kill(process.pid or 0, signal.SIGKILL)
     wait_until(lambda: told.exits, NOTICED_S)
@@ -430,7 +430,7 @@ def test_a_kill_while_it_serves_is_a_crash(engine: LlamaEngine, file: Path) -> N
 
 
 def test_a_stop_ends_it(engine: LlamaEngine, file: Path) -> None:
-    """Loaded or not, it is gone soon and was asked to be."""
+    """A stop ends a loading and a serving child, and the exit says that it was asked for."""
     process, told = launch_and_wait(engine, file)
     loading, told_of_loading = launch(engine, file)
     for each in (process, loading):
@@ -441,7 +441,7 @@ def test_a_stop_ends_it(engine: LlamaEngine, file: Path) -> None:
 
 
 def test_one_that_hangs_is_not_healthy(engine: LlamaEngine, file: Path) -> None:
-    """It lives but does not answer; stopping it works all the same."""
+    """A child that hangs does not answer the probe, and can be stopped."""
     process, told = launch_and_wait(engine, file)
     assert process.healthy(LIMIT_S)
     os.kill(process.pid or 0, signal.SIGSTOP)  # takes effect a little later
@@ -451,7 +451,7 @@ def test_one_that_hangs_is_not_healthy(engine: LlamaEngine, file: Path) -> None:
 
 
 def test_one_that_is_hard_at_work_is_healthy() -> None:
-    """A server whose connections are all taken by long answers lets a probe wait: that is no reason to end it."""
+    """A server whose connections are all taken by long answers counts as healthy although its probe waits."""
     with (
         socket.create_server(("127.0.0.1", 0)) as silent,
         subprocess.Popen([sys.executable, "-c", "while True: pass"]) as busy,
@@ -468,7 +468,7 @@ def test_one_that_is_hard_at_work_is_healthy() -> None:
 
 
 def test_a_program_that_is_out_of_files_holds_it_against_no_runner(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It can neither ask nor read then: what it cannot tell, it takes as it was."""
+    """A program without free file descriptors counts its runners as healthy and keeps their last measurement."""
 
     def fail(*_: object, **__: object) -> object:
         raise OSError(errno.EMFILE, "Too many open files")
@@ -486,7 +486,7 @@ def test_a_program_that_is_out_of_files_holds_it_against_no_runner(monkeypatch: 
 
 
 def test_it_outlives_the_thread_that_launched_it(engine: LlamaEngine, file: Path) -> None:
-    """The kernel's parent-death signal is about threads: children are started by one that stays."""
+    """A child outlives the thread that launched it, because a thread that stays starts all children."""
     launched: list[tuple[LlamaProcess, Told]] = []
     thread = threading.Thread(target=lambda: launched.append(launch_and_wait(engine, file)))
     thread.start()
@@ -497,7 +497,7 @@ def test_it_outlives_the_thread_that_launched_it(engine: LlamaEngine, file: Path
 
 
 def test_a_load_that_stands_still_makes_no_progress(engine: LlamaEngine, file: Path) -> None:
-    """Progress is what a load reads or occupies, since llama.cpp prints nothing meanwhile."""
+    """A load makes progress by what it reads or occupies, and a stopped one makes none."""
     process, told = launch(engine, file)
     wait_until(lambda: process.pid)
     os.kill(process.pid or 0, signal.SIGSTOP)
@@ -513,7 +513,7 @@ def test_a_load_that_stands_still_makes_no_progress(engine: LlamaEngine, file: P
 
 
 def test_ctrl_c_is_for_the_host_alone(engine: LlamaEngine, file: Path) -> None:
-    """A child is in no group of the terminal, and takes no notice of SIGINT."""
+    """Ctrl-C in the terminal does not reach a child."""
     process, told = launch_and_wait(engine, file)
     assert os.getpgid(process.pid or 0) == process.pid
     os.kill(process.pid or 0, signal.SIGINT)
@@ -522,7 +522,7 @@ def test_ctrl_c_is_for_the_host_alone(engine: LlamaEngine, file: Path) -> None:
 
 
 def test_close_ends_every_child_and_tells_of_it(file: Path) -> None:
-    """Loading or loaded: afterwards there is no child, thread or descriptor, and no new launch."""
+    """After a close no child, thread or descriptor is left, each exit was reported, and nothing is launched."""
     with no_leaks():
         engine = LlamaEngine()
         _, loaded = launch_and_wait(engine, file)
@@ -534,7 +534,7 @@ def test_close_ends_every_child_and_tells_of_it(file: Path) -> None:
 
 
 def test_a_host_that_is_killed_takes_its_children_with_it(file: Path) -> None:
-    """No orphan is there a second later."""
+    """A second after the host was killed no child is left."""
     script = """
         import sys, threading
         from tests.engines.test_llama_engine import LlamaEngine, launch_and_wait
@@ -553,7 +553,7 @@ def test_a_host_that_is_killed_takes_its_children_with_it(file: Path) -> None:
 
 
 def child_alone(file: Path, **changes: Any) -> subprocess.Popen[str]:
-    """Start the child's program without an engine, with what an engine would write to it."""
+    """Start the child's program without an engine, with the input that an engine writes."""
     engine, told = LlamaEngine(), Told()
     process = engine.launch(ModelSpec("tiny", str(file)), SMALL, ON_HOST, told)
     engine.close()
@@ -567,7 +567,7 @@ def child_alone(file: Path, **changes: Any) -> subprocess.Popen[str]:
 
 
 def test_the_child_ends_with_its_input(file: Path) -> None:
-    """Where no signal tells it of its parent's end, the end of its input does; its output is the protocol only."""
+    """A child ends with the end of its input, and prints the protocol only."""
     with no_leaks(), child_alone(file) as child:
         assert child.stdout is not None and child.stdin is not None
         events = [json.loads(child.stdout.readline())["event"] for _ in range(3)]
@@ -578,7 +578,7 @@ def test_the_child_ends_with_its_input(file: Path) -> None:
 
 
 def test_a_child_whose_parent_is_gone_does_not_load(file: Path) -> None:
-    """The parent may end between the start and the moment from which the kernel watches it."""
+    """A child whose parent ended before the kernel watches it does not load."""
     with child_alone(file, parent=1) as child:
         assert child.wait(LIMIT_S) == 0
         assert child.stdout is not None and child.stdout.read() == ""
@@ -595,7 +595,7 @@ RAN_OUT = (
 
 @pytest.mark.parametrize("line", RAN_OUT)
 def test_n13_memory_that_ran_out_is_found_in_the_output(line: str) -> None:
-    """The engines say it in different ways; the line becomes part of the error."""
+    """N13: a lack of memory is found in the output in the words of several engines, and the line is in the error."""
     told = Told()
     LlamaProcess(told, "key").ended(Exit(1, tail=f"0.00.010.100 I fine\n0.00.010.200 E {line}\n"))
     code, detail, out_of_memory = told.exit()
@@ -604,7 +604,7 @@ def test_n13_memory_that_ran_out_is_found_in_the_output(line: str) -> None:
 
 
 def test_n13_a_description_is_bounded_and_holds_no_key() -> None:
-    """However much a child prints, 8 KiB of it are told, and never the key."""
+    """N13: at most 8 KiB of a child's output are reported, and never the key."""
     told = Told()
     tail = "".join(f"error {number}: wrong key s3cret\n" for number in range(1000))
     LlamaProcess(told, "s3cret").ended(Exit(-signal.SIGABRT, tail=tail))
@@ -615,7 +615,7 @@ def test_n13_a_description_is_bounded_and_holds_no_key() -> None:
 
 
 class Served(LlamaProcess):
-    """A process that has served, which nobody needs to start."""
+    """A process that has served, without a child."""
 
     def __init__(self, told: Told) -> None:
         super().__init__(told, "key")
@@ -634,7 +634,7 @@ class Served(LlamaProcess):
     ],
 )  # fmt: skip
 def test_n13_a_runner_that_served_says_where_it_failed(line: str, said: str, of_memory: bool) -> None:
-    """In the source of its engine, and whether memory ran out."""
+    """N13: a runner that failed while serving reports the place in the engine's source, and a lack of memory."""
     told = Told()
     Served(told).ended(Exit(-signal.SIGABRT, tail=f"E all is lost\n{line}\n"))
     _, detail, out_of_memory = told.exit()
@@ -655,7 +655,7 @@ def test_n13_a_runner_that_served_says_where_it_failed(line: str, said: str, of_
     ],
 )
 def test_what_was_asked_of_a_runner_is_not_among_its_last_words(line: str) -> None:
-    """llama.cpp quotes requests in its errors: neither are they told, nor does what they say decide anything."""
+    """Requests that llama.cpp quotes in its errors are not reported and decide nothing."""
     told = Told()
     Served(told).ended(Exit(-signal.SIGABRT, tail=f"{line}\nSECRET\n"))
     _, detail, out_of_memory = told.exit()
@@ -663,7 +663,7 @@ def test_what_was_asked_of_a_runner_is_not_among_its_last_words(line: str) -> No
 
 
 def test_without_errors_the_last_lines_are_shown() -> None:
-    """A child that dies without a word about it leaves at least the context."""
+    """A child that ends without an error line reports its last lines."""
     output = "\n".join(f"line {number}" for number in range(20))
     assert describe(Exit(3), output, loading=False).splitlines() == [
         "exited with status 3 while serving", "line 15", "line 16", "line 17", "line 18", "line 19",

@@ -1,4 +1,4 @@
-"""Child processes: what is heard of them, how they are ended, and that nothing is left of them. Real processes only."""
+"""Child processes: what is heard of them, how they are ended, and that nothing is left of them; real processes only."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class Heard:
         self.exits.append(exit)
 
     def exit(self) -> Exit:
-        """Wait for the end, and return how it was."""
+        """Wait for the exit; return it."""
         wait_until(lambda: self.exits)
         assert len(self.exits) == 1
         return self.exits[0]
@@ -69,12 +69,12 @@ class Heard:
 def wait_until(condition: Callable[[], object], limit_s: float = LIMIT_S) -> None:
     end = time.monotonic() + limit_s
     while not condition():
-        assert time.monotonic() < end, "it did not happen in time"
+        assert time.monotonic() < end, "the condition did not hold in time"
         threading.Event().wait(0.005)
 
 
 def is_gone(pid: int) -> bool:
-    """Whether a process has ended; one that nobody reaps has, too."""
+    """Return whether a process has ended, also if it was not reaped."""
     try:
         return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
@@ -104,7 +104,7 @@ def processes() -> Iterator[ChildLauncher]:
 
 @pytest.fixture(params=["pidfd", "polled"])
 def either(request: pytest.FixtureRequest, processes: ChildLauncher, monkeypatch: pytest.MonkeyPatch) -> ChildLauncher:
-    """Processes with and without what the kernel offers to watch them by."""
+    """Return a launcher, with and without the kernel's means to watch processes."""
 
     def refused(pid: int, flags: int = 0) -> int:
         raise OSError("not here")
@@ -115,7 +115,7 @@ def either(request: pytest.FixtureRequest, processes: ChildLauncher, monkeypatch
 
 
 def test_lines_come_in_order_and_before_the_end(either: ChildLauncher) -> None:
-    """Everything a child printed is heard, also what came right before its exit, and then the exit."""
+    """Every line that a child printed is heard in order, and then its exit."""
     heard = Heard()
     start(either, "import sys\nfor number in range(2000): print(number)\nsys.exit(3)", heard)
     assert heard.exit().code == 3
@@ -124,7 +124,7 @@ def test_lines_come_in_order_and_before_the_end(either: ChildLauncher) -> None:
 
 
 def test_input_arrives_and_its_stream_stays_open(processes: ChildLauncher) -> None:
-    """A child reads its input, and reads on without coming to an end."""
+    """A child reads its input without coming to an end of it."""
     heard = Heard()
     child = start(processes, "import sys\nfor line in sys.stdin: print(line, end='', flush=True)", heard, b"hello\n")
     wait_until(lambda: heard.lines == ["hello"])
@@ -134,7 +134,7 @@ def test_input_arrives_and_its_stream_stays_open(processes: ChildLauncher) -> No
 
 
 def test_input_that_finds_no_room_ends_the_child(processes: ChildLauncher) -> None:
-    """A child that does not read cannot keep the thread that starts the others."""
+    """A child that does not read its input is ended, so that it does not hold the thread that starts children."""
     heard = Heard()
     start(processes, FOREVER, heard, b"x" * (1 << 20))
     exit = heard.exit()
@@ -143,7 +143,7 @@ def test_input_that_finds_no_room_ends_the_child(processes: ChildLauncher) -> No
 
 
 def test_only_the_last_of_the_log_is_kept(processes: ChildLauncher) -> None:
-    """A child may log without end; the tail is bounded and is the last."""
+    """The last lines of a child's log are kept, up to a bound."""
     heard = Heard()
     start(processes, "import sys\nfor number in range(20000): print(number, file=sys.stderr)", heard)
     tail = heard.exit().tail
@@ -153,7 +153,7 @@ def test_only_the_last_of_the_log_is_kept(processes: ChildLauncher) -> None:
 
 
 def test_a_line_that_never_ends_is_dropped(processes: ChildLauncher) -> None:
-    """Memory is bounded whatever a child prints, and what follows is heard again."""
+    """A line without an end is dropped, and the lines after it are heard."""
     heard = Heard()
     start(processes, "import sys\nprint('x' * (1 << 20))\nprint('after')", heard)
     assert heard.exit().code == 0
@@ -162,7 +162,7 @@ def test_a_line_that_never_ends_is_dropped(processes: ChildLauncher) -> None:
 
 
 def test_a_kill_from_outside_is_noticed(either: ChildLauncher) -> None:
-    """A child that somebody kills is told about within a tenth of a second (here: ten times that)."""
+    """A kill from outside is reported within a tenth of a second (here: ten times that)."""
     heard = Heard()
     child = start_and_wait(either, FOREVER, heard)
     assert child.pid is not None
@@ -172,7 +172,7 @@ def test_a_kill_from_outside_is_noticed(either: ChildLauncher) -> None:
 
 
 def test_stop_terminates(either: ChildLauncher) -> None:
-    """A child that is told to stop gets SIGTERM, and the exit says that it was asked for."""
+    """A child that is stopped gets SIGTERM, and its exit says that it was asked for."""
     heard = Heard()
     child = start_and_wait(either, FOREVER, heard)
     child.stop(LONG_S)
@@ -181,7 +181,7 @@ def test_stop_terminates(either: ChildLauncher) -> None:
 
 
 def test_stop_returns_at_once(processes: ChildLauncher) -> None:
-    """Whoever stops a child does not wait for its grace."""
+    """A stop returns at once and does not wait for its grace."""
     heard = Heard()
     child = start_and_wait(processes, STUBBORN, heard)
     before = time.monotonic()
@@ -191,7 +191,7 @@ def test_stop_returns_at_once(processes: ChildLauncher) -> None:
 
 
 def test_a_child_that_ignores_sigterm_is_killed_with_what_it_started(either: ChildLauncher) -> None:
-    """After the grace the whole group is killed: a grandchild does not survive."""
+    """A child that ignores SIGTERM is killed after the grace with its whole process group."""
     heard = Heard()
     child = start_and_wait(either, STUBBORN, heard)
     grandchild = int(heard.lines[0])
@@ -201,7 +201,7 @@ def test_a_child_that_ignores_sigterm_is_killed_with_what_it_started(either: Chi
 
 
 def test_a_later_stop_may_shorten_the_grace(processes: ChildLauncher) -> None:
-    """Closing does not wait for a grace that was given before."""
+    """A later stop may shorten the grace, as a close does."""
     heard = Heard()
     child = start_and_wait(processes, STUBBORN, heard)
     child.stop(LONG_S)
@@ -210,7 +210,7 @@ def test_a_later_stop_may_shorten_the_grace(processes: ChildLauncher) -> None:
 
 
 def test_what_a_child_leaves_behind_is_killed(either: ChildLauncher) -> None:
-    """A child that ends by itself takes its group with it."""
+    """A child that ends by itself takes its process group with it."""
     heard = Heard()
     child = start_and_wait(either, STUBBORN, heard)
     assert child.pid is not None
@@ -220,7 +220,7 @@ def test_what_a_child_leaves_behind_is_killed(either: ChildLauncher) -> None:
 
 
 def test_a_child_that_is_stopped_can_be_ended(processes: ChildLauncher) -> None:
-    """SIGSTOP does not keep a child from ending when it is told to."""
+    """A child that SIGSTOP has stopped can be ended."""
     heard = Heard()
     child = start_and_wait(processes, FOREVER, heard)
     assert child.pid is not None
@@ -230,7 +230,7 @@ def test_a_child_that_is_stopped_can_be_ended(processes: ChildLauncher) -> None:
 
 
 def test_a_program_that_is_not_there_never_starts(processes: ChildLauncher) -> None:
-    """The exit has no code, and says why."""
+    """A program that does not exist has an exit without a code and with the reason."""
     heard = Heard()
     child = Child(Program(("/no/such/program",), {}), heard)
     processes.start(child)
@@ -240,7 +240,7 @@ def test_a_program_that_is_not_there_never_starts(processes: ChildLauncher) -> N
 
 
 def test_a_stop_before_the_start_calls_it_off(processes: ChildLauncher, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A child that waits for its turn ends at once, though the one before it still takes its time to start."""
+    """A stop of a child that waits for its start ends it at once."""
     go_on, begun = threading.Event(), threading.Event()
 
     class SlowPopen(subprocess.Popen[bytes]):
@@ -256,7 +256,7 @@ def test_a_stop_before_the_start_calls_it_off(processes: ChildLauncher, monkeypa
     assert begun.wait(LIMIT_S)
     waiting.stop(LONG_S)
     assert second.exit() == Exit(None, "stopped before it began", asked=True)
-    slow.stop(LONG_S)  # too late to be called off: it is ended as soon as it has started
+    slow.stop(LONG_S)  # too late to cancel: the child is ended when it has started
     assert not first.exits
     go_on.set()
     assert first.exit() == Exit(-signal.SIGTERM, asked=True)
@@ -264,7 +264,7 @@ def test_a_stop_before_the_start_calls_it_off(processes: ChildLauncher, monkeypa
 
 
 def test_a_listener_that_raises_harms_nobody(processes: ChildLauncher) -> None:
-    """What a listener raises is logged; the next child is watched as ever, and the descriptors are closed."""
+    """What a listener raises is logged, the next child is watched, and descriptors are closed."""
 
     class Broken(Heard):
         def printed(self, line: str) -> None:
@@ -282,7 +282,7 @@ def test_a_listener_that_raises_harms_nobody(processes: ChildLauncher) -> None:
 
 
 def test_exits_are_noticed_when_the_host_ignores_sigchld(either: ChildLauncher) -> None:
-    """The kernel then reaps children by itself, and their status is lost, but not that they are gone."""
+    """Exits are noticed when the host ignores SIGCHLD, although the exit codes are lost."""
     before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     try:
         heard = Heard()
@@ -296,7 +296,7 @@ def test_exits_are_noticed_when_the_host_ignores_sigchld(either: ChildLauncher) 
 
 
 def test_a_child_pulses_for_as_long_as_it_is_wanted(processes: ChildLauncher) -> None:
-    """About once a second a listener may look after its child, until it says that it need not."""
+    """A listener is called about once a second until it returns that it need not be."""
     heard = Heard()
     heard.pulses_wanted = 1
     start_and_wait(processes, FOREVER, heard)
@@ -309,7 +309,7 @@ def test_a_child_pulses_for_as_long_as_it_is_wanted(processes: ChildLauncher) ->
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_a_fork_of_the_host_kills_nothing(processes: ChildLauncher) -> None:
-    """A copy of the host can neither stop nor close what it inherited, nor start more."""
+    """A fork of the host can neither stop nor close children, nor start any."""
     heard = Heard()
     child = start_and_wait(processes, FOREVER, heard)
     copy = os.fork()
@@ -330,7 +330,7 @@ def test_a_fork_of_the_host_kills_nothing(processes: ChildLauncher) -> None:
 
 
 def test_close_kills_every_child_and_tells_of_it() -> None:
-    """Loaded, stubborn or stopped: after close there is no child, thread or descriptor, and each exit was told."""
+    """After a close no child, thread or descriptor is left, and each exit was reported."""
     with no_leaks():
         processes = ChildLauncher()
         all_heard = [Heard() for _ in range(6)]
@@ -349,7 +349,7 @@ def test_close_kills_every_child_and_tells_of_it() -> None:
 def test_a_thread_that_cannot_be_started_is_started_for_the_next_child(
     refused: str, processes: ChildLauncher, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whoever asked first is told; nothing waits for a thread that never was, nor does the close."""
+    """A thread whose start failed is started again for the next child, and the start of the first child raises."""
     begin = threading.Thread.start
 
     def refuse(thread: threading.Thread) -> None:
@@ -369,23 +369,23 @@ def test_a_thread_that_cannot_be_started_is_started_for_the_next_child(
 
 
 def test_close_without_any_child_has_nothing_to_do() -> None:
-    """No thread is started before the first child."""
+    """A close without any child starts no thread."""
     with no_leaks():
         assert ChildLauncher().close(0.0)
 
 
 def test_descriptors_are_not_inherited_by_other_programs(processes: ChildLauncher) -> None:
-    """A program that the host starts by other means gets none of the pipes."""
+    """A program that the host starts by other means inherits none of the pipes."""
     before = inheritable()
     start_and_wait(processes, FOREVER, Heard())
     assert inheritable() == before
 
 
 def inheritable() -> set[int]:
-    """The descriptors of this process that survive an exec."""
+    """Return the descriptors of this process that survive an exec."""
     found = set()
     for fd in map(int, os.listdir("/proc/self/fd")):
-        with suppress(OSError):  # the one that listed them
+        with suppress(OSError):  # the descriptor that listed the folder
             if os.get_inheritable(fd):
                 found.add(fd)
     return found

@@ -1,4 +1,4 @@
-"""Python objects as models: when they are loaded and unloaded, and what is told of it."""
+"""Python objects as models: when they are loaded and unloaded, and what is reported."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MIB = 2**20
 
 
 class Told:
-    """A report that keeps what it is told, in order."""
+    """A listener that keeps what it is told, in order."""
 
     def __init__(self) -> None:
         self.loads: list[tuple[object, int | None, dict[DeviceId, int]]] = []
@@ -39,20 +39,20 @@ class Told:
         self.exits.append((code, detail, out_of_memory))
 
     def exit(self) -> tuple[int | None, str, bool]:
-        """Wait for the end."""
+        """Wait for the exit; return it."""
         wait_until(lambda: self.exits)
         assert len(self.exits) == 1
         return self.exits[0]
 
 
 class Thing:
-    """What is loaded here."""
+    """An object that is loaded here."""
 
 
 def wait_until(condition: Callable[[], object]) -> None:
     end = time.monotonic() + LIMIT_S
     while not condition():
-        assert time.monotonic() < end, "it did not happen in time"
+        assert time.monotonic() < end, "the condition did not hold in time"
         threading.Event().wait(0.002)
 
 
@@ -66,7 +66,7 @@ def engine() -> Iterator[PythonEngine]:
 
 @pytest.fixture
 def gate() -> Iterator[threading.Event]:
-    """What hangs waits for this; it opens when the test is over."""
+    """Yield an event that loads and unloads wait for; it is set at the end of the test."""
     gate = threading.Event()
     yield gate
     gate.set()
@@ -88,27 +88,27 @@ def fail(error: BaseException) -> object:
 
 
 def test_what_it_takes_is_what_was_declared(engine: PythonEngine) -> None:
-    """Sizes are numbers or text, for as many devices as there are."""
+    """An object takes what it declares, in numbers or text, for any number of devices."""
     model = PythonModel("thing", Thing, memory={"gpu": 5, "cpu": "200MiB"})
     assert engine.inspect(model) == Footprint(fixed=((HOST, 200 * MIB), (DeviceId("gpu"), 5)))
     assert engine.inspect(PythonModel("thing", Thing)) == Footprint()
 
 
 def test_a_size_that_cannot_be_read_is_refused_at_once() -> None:
-    """The error names the device, before anything is scheduled."""
+    """A size that cannot be read is refused when the model is made, and the error names the device."""
     with pytest.raises(InvalidSettings, match="memory\\['cpu'\\]"):
         PythonModel("thing", Thing, memory={"cpu": "a lot"})
 
 
 def test_the_name_is_the_identity() -> None:
-    """Models can be keys, whatever their callables and sizes are."""
+    """A model's identity is its name, so that models can be keys whatever their callables are."""
     model = PythonModel("thing", Thing, memory={"cpu": 1})
     assert model.id == "python:thing"
     assert {model: 1}[PythonModel("thing", Thing, memory={"cpu": 1})] == 1
 
 
 def test_the_object_itself_is_reported(engine: PythonEngine) -> None:
-    """With the bytes that were declared, which are resident from then on."""
+    """A load reports the object, with its declared bytes as resident."""
     thing = Thing()
     process, told = launch_and_wait(engine, PythonModel("thing", lambda: thing, memory={"cpu": "1MiB"}))
     assert told.loads == [(thing, None, {HOST: MIB})]
@@ -119,7 +119,7 @@ def test_the_object_itself_is_reported(engine: PythonEngine) -> None:
 
 
 def test_launch_returns_while_it_loads(engine: PythonEngine, gate: threading.Event) -> None:
-    """A load that takes its time holds nobody up; nothing is resident yet."""
+    """A launch returns while the object loads, and nothing is resident yet."""
     process, told = launch(engine, PythonModel("thing", gate.wait, memory={"cpu": 1}))
     assert not told.loads
     assert process.memory().resident == {}
@@ -128,7 +128,7 @@ def test_launch_returns_while_it_loads(engine: PythonEngine, gate: threading.Eve
 
 
 def test_stop_unloads(engine: PythonEngine) -> None:
-    """The object is handed to unload, once, on the thread that loaded it."""
+    """A stop passes the object to unload once, on the thread that loaded it."""
     calls: list[tuple[object, int]] = []
 
     def load() -> Thing:
@@ -147,7 +147,7 @@ def test_stop_unloads(engine: PythonEngine) -> None:
 
 
 def test_without_unload_the_object_is_let_go_of(engine: PythonEngine) -> None:
-    """When the exit is told, the engine holds it no longer."""
+    """An object without unload is dropped before the exit is reported."""
     alive: list[bool] = []
 
     class Watching(Told):
@@ -168,7 +168,7 @@ def test_without_unload_the_object_is_let_go_of(engine: PythonEngine) -> None:
 
 
 def test_a_stop_while_it_loads_waits_for_the_load(engine: PythonEngine, gate: threading.Event) -> None:
-    """The memory is held until load has returned and unload was called: only then is it over, and it never served."""
+    """A stop during a load waits for the load, and unloads the object, which never served."""
     unloaded: list[object] = []
     process, told = launch(engine, PythonModel("thing", gate.wait, unloaded.append))
     process.stop(0.0)
@@ -181,7 +181,7 @@ def test_a_stop_while_it_loads_waits_for_the_load(engine: PythonEngine, gate: th
 
 @pytest.mark.parametrize("error", [ValueError("no such thing"), SystemExit(3), KeyboardInterrupt()])
 def test_a_load_that_raises_is_a_failed_load(engine: PythonEngine, error: BaseException) -> None:
-    """Whatever it raises ends this load and nothing else; the error is told with its type."""
+    """A load that raises anything ends with an exit that has the error and its type."""
     _, told = launch(engine, PythonModel("thing", lambda: fail(error), lambda _: fail(AssertionError("not loaded"))))
     code, detail, out_of_memory = told.exit()
     assert (code, out_of_memory) == (1, False)
@@ -190,25 +190,25 @@ def test_a_load_that_raises_is_a_failed_load(engine: PythonEngine, error: BaseEx
 
 
 class OutOfMemoryError(RuntimeError):
-    """Torch's error by name, which must be known without importing torch."""
+    """An error with the name of torch's, which must be known without importing torch."""
 
 
 @pytest.mark.parametrize("error", [MemoryError(), OutOfMemoryError("CUDA out of memory")])
 def test_a_load_that_runs_out_of_memory_is_told_from_others(engine: PythonEngine, error: Exception) -> None:
-    """Python's own error and torch's count."""
+    """A load that raises Python's or torch's error of memory ran out of memory."""
     _, told = launch(engine, PythonModel("thing", lambda: fail(error)))
     assert told.exit()[2]
 
 
 def test_an_unload_that_raises_ends_it_all_the_same(engine: PythonEngine) -> None:
-    """The exit is told once, with the error."""
+    """An unload that raises reports one exit with the error."""
     process, told = launch_and_wait(engine, PythonModel("thing", Thing, lambda _: fail(ValueError("stuck"))))
     process.stop(0.0)
     assert told.exit() == (1, "unload() raised ValueError: stuck", False)
 
 
 def test_an_unload_that_hangs_is_not_told_as_over(engine: PythonEngine, gate: threading.Event) -> None:
-    """Its memory is still held; others go on, and closing does not wait for ever."""
+    """The exit of an unload that hangs is not reported, and a close does not wait for ever."""
     unloading = threading.Event()
 
     def hang(thing: object) -> None:
@@ -229,7 +229,7 @@ def test_an_unload_that_hangs_is_not_told_as_over(engine: PythonEngine, gate: th
 
 
 def test_close_unloads_every_object() -> None:
-    """Afterwards there is no thread, each exit was told, and nothing more is loaded."""
+    """After a close there is no thread, each exit was reported, and nothing is loaded."""
     with no_leaks():
         engine = PythonEngine()
         unloaded: list[object] = []

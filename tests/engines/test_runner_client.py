@@ -39,18 +39,18 @@ print(server.listening_address, flush=True)
 sys.stdin.read()
 """
 LETTERS: dict[str, Any] = {"max_tokens": 12, "temperature": 0, "grammar": "root ::= [a-z]+"}
-SILENCE_S = 10.0  # far more than any answer here takes: a bound for a test that hangs
+SILENCE_S = 10.0  # far more than any answer here takes: the bound for a test that hangs
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model of a few hundred kilobytes."""
+    """Make a model of a few hundred kilobytes."""
     pytest.importorskip("xllamacpp", reason="llama.cpp's server comes with the extra called llama")
     return write_tiny_model(tmp_path_factory.mktemp("models") / "tiny.gguf")
 
 
 def serving(model: Path, kind: str) -> Iterator[str]:
-    """Run llama.cpp's server in a process of its own and give its address."""
+    """Run llama.cpp's server in a process of its own; yield its address."""
     command, pipe = [sys.executable, "-c", SERVER, str(model), kind], subprocess.PIPE
     with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True) as process:
         assert process.stdout is not None
@@ -60,13 +60,13 @@ def serving(model: Path, kind: str) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def chat_url(model: Path) -> Iterator[str]:
-    """The address of a real server of a chat model."""
+    """Yield the address of a real server of a chat model."""
     yield from serving(model, "chat")
 
 
 @pytest.fixture(scope="module")
 def embedding_url(model: Path) -> Iterator[str]:
-    """The address of a real server of an embedder."""
+    """Yield the address of a real server of an embedder."""
     yield from serving(model, "embedding")
 
 
@@ -75,7 +75,7 @@ ClientOf = Callable[..., RunnerClient]
 
 @pytest.fixture
 def client_of() -> Iterator[ClientOf]:
-    """Make clients that are closed when the test is over."""
+    """Yield a function that makes clients, which are closed at the end of the test."""
     with ExitStack() as clients:
 
         def make(url: str, key: str = "key") -> RunnerClient:
@@ -86,59 +86,59 @@ def client_of() -> Iterator[ClientOf]:
 
 @pytest.fixture
 def chat(chat_url: str, client_of: ClientOf) -> RunnerClient:
-    """A client of the chat model."""
+    """Return a client of the chat model."""
     return client_of(chat_url)
 
 
 @pytest.fixture
 def embedder(embedding_url: str, client_of: ClientOf) -> RunnerClient:
-    """A client of the embedder."""
+    """Return a client of the embedder."""
     return client_of(embedding_url)
 
 
 def test_a_chat_is_answered_with_text(chat: RunnerClient) -> None:
-    """The parameters go to the engine: the grammar allows letters only, and the limit twelve of them."""
+    """A chat's parameters reach the engine: the grammar allows letters only, and the limit twelve tokens."""
     answer = chat.chat([{"role": "user", "content": "hello"}], **LETTERS)
     assert (len(answer), answer.isalpha()) == (12, True)
 
 
 def test_a_string_is_what_the_user_says(chat: RunnerClient) -> None:
-    """It is short for the list of one message."""
+    """A text in place of messages is one message of the user."""
     assert chat.chat("hello", **LETTERS) == chat.chat([{"role": "user", "content": "hello"}], **LETTERS)
 
 
 def test_the_pieces_of_a_stream_make_up_the_answer(chat: RunnerClient) -> None:
-    """Streamed or not, the text is the same."""
+    """The pieces of a streamed answer make up the text of the answer without streaming."""
     pieces = list(chat.stream("hello", **LETTERS))
     assert (len(pieces) > 1, "".join(pieces)) == (True, chat.chat("hello", **LETTERS))
 
 
 def test_a_prompt_is_completed(chat: RunnerClient) -> None:
-    """Without a chat template."""
+    """A prompt is completed without a chat template."""
     assert len(chat.complete("once upon", **LETTERS)) == 12
 
 
 def test_one_string_has_one_vector(embedder: RunnerClient) -> None:
-    """As long as the model is wide."""
+    """The vector of one text is as long as the model is wide."""
     assert len(embedder.embed("hello")) == 64
 
 
 def test_several_strings_have_their_vectors_in_order(embedder: RunnerClient) -> None:
-    """Each is the vector that its string has alone."""
+    """Each of several texts has the vector that it has alone, in order."""
     alone = [embedder.embed(text) for text in ("one", "two")]
     together = embedder.embed(["one", "two"])
     assert [pytest.approx(vector, abs=1e-4) for vector in alone] == together
 
 
 def test_a_text_that_is_too_long_to_embed_is_the_callers_mistake(embedder: RunnerClient) -> None:
-    """llama.cpp blames itself (status 500), and advises what nobody can do here."""
+    """A text that is too long to embed is the caller's error, although llama.cpp answers with status 500."""
     with pytest.raises(EngineError, match=r"1000 tokens.* shorten it, or acquire .* a larger num_ctx") as told:
         embedder.embed("a" * 1000)
     assert (told.value.status_code, told.value.status) == (400, 400)
 
 
 def test_the_async_twins_answer_the_same(chat: RunnerClient, embedder: RunnerClient) -> None:
-    """With an event loop or without one."""
+    """The asynchronous methods return the same as the others."""
 
     async def ask() -> tuple[str, str, str, list[float]]:
         pieces = [piece async for piece in chat.astream("hello", **LETTERS)]
@@ -154,18 +154,18 @@ def test_the_async_twins_answer_the_same(chat: RunnerClient, embedder: RunnerCli
 
 
 def test_one_client_serves_one_event_loop_after_another(chat: RunnerClient) -> None:
-    """Nothing of the first loop is left over for the second."""
+    """One client serves one event loop after another."""
     answers = [asyncio.run(chat.achat("hello", **LETTERS)) for _ in range(2)]
     assert answers[0] == answers[1]
 
 
 def test_the_servers_limit_of_requests_for_each_connection_goes_unnoticed(embedder: RunnerClient) -> None:
-    """llama.cpp closes a connection after 100 requests."""
+    """The client goes on after llama.cpp closes a connection after 100 requests."""
     assert len({tuple(embedder.embed("hello")) for _ in range(250)}) <= 2
 
 
 def test_s34_a_prompt_that_is_too_long_is_the_callers_error(chat: RunnerClient) -> None:
-    """S34: the engine's own words and status arrive, from a stream as well."""
+    """S34: a prompt that is too long is an error with the engine's words and status, from a stream too."""
     for ask in (lambda: chat.chat("x" * 1000), lambda: list(chat.stream("x" * 1000))):
         with pytest.raises(EngineError, match="exceeds the available context") as caught:
             ask()
@@ -173,21 +173,21 @@ def test_s34_a_prompt_that_is_too_long_is_the_callers_error(chat: RunnerClient) 
 
 
 def test_s34_what_the_runner_was_not_loaded_for_is_the_callers_error(chat: RunnerClient) -> None:
-    """S34: a chat model does not embed; what to do about it is said in our words, not for llama.cpp's command line."""
+    """S34: an embedding of a chat model is refused with advice in our words."""
     with pytest.raises(EngineError, match=r"does not support embeddings\. Acquire .* embedding=True$") as caught:
         chat.embed("hello")
     assert (caught.value.status_code, caught.value.status) == (501, 400)
 
 
 def test_a_wrong_key_is_refused(chat_url: str, client_of: ClientOf) -> None:
-    """It is our mistake, not the caller's."""
+    """A wrong key is an error of the scheduler and not of the caller."""
     with pytest.raises(EngineError) as caught:
         client_of(chat_url, "wrong").chat("hello")
     assert (caught.value.status_code, caught.value.status) == (401, 500)
 
 
 def test_proxies_are_not_asked(chat_url: str, client_of: ClientOf, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A runner is on this machine, whatever the environment says about the world outside."""
+    """Proxies of the environment are not used for a runner, which is on this machine."""
     monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:1")
     assert len(client_of(chat_url).complete("once", **LETTERS)) == 12
 
@@ -196,7 +196,7 @@ Act = Callable[[socket.socket], None]
 
 
 class Misbehaving:
-    """Accepts one connection after the other and does with each what it was told; then it accepts no more."""
+    """A server that does with each connection what it was told, one after the other, and then accepts no more."""
 
     def __init__(self, *acts: Act) -> None:
         self.accepted = 0
@@ -220,7 +220,7 @@ class Misbehaving:
 
     def __exit__(self, *_: object) -> None:
         self._thread.join(SILENCE_S)
-        assert not self._thread.is_alive(), "not every connection was made"
+        assert not self._thread.is_alive(), "the client made too few connections"
 
 
 def receive(connection: socket.socket) -> None:
@@ -248,7 +248,7 @@ answer = reply(b'{"choices": [{"text": "fine"}]}')
 
 
 def answer_then_close(connection: socket.socket) -> None:
-    """Answer one completion, and close the connection when a second one is asked for."""
+    """Answer one completion, and close the connection at the second request."""
     answer(connection)
     receive(connection)
 
@@ -267,7 +267,7 @@ def stream(body: bytes, *, size: int = 1 << 16) -> Act:
 
 
 def event(text: str | None) -> bytes:
-    """One event of a streamed answer."""
+    """Return one event of a streamed answer."""
     return b"data: " + json.dumps({"choices": [{"delta": {"content": text}}]}, ensure_ascii=False).encode() + b"\n\n"
 
 
@@ -275,14 +275,14 @@ DONE = b"data: [DONE]\n\n"
 
 
 def test_a_stale_connection_is_replaced_once(client_of: ClientOf) -> None:
-    """The server closed the kept connection just as it was used again; the caller does not notice."""
+    """A request on a kept connection that the server closes is sent again on a new one."""
     with Misbehaving(answer_then_close, answer) as server:
         client = client_of(server.url)
         assert [client.complete("one"), client.complete("two")] == ["fine", "fine"]
 
 
 def test_a_connection_is_not_replaced_twice(client_of: ClientOf) -> None:
-    """A server that closes the new connection too is not one that can be talked to."""
+    """A request whose new connection is closed too fails."""
     gone = pytest.raises(ConnectionError, match="cannot be reached")
     with Misbehaving(receive, receive) as server, gone:
         client_of(server.url).complete("one")
@@ -290,7 +290,7 @@ def test_a_connection_is_not_replaced_twice(client_of: ClientOf) -> None:
 
 
 def test_a_runner_that_is_gone_is_a_connection_error(client_of: ClientOf) -> None:
-    """Whoever holds the lease knows which runner it was, and says so."""
+    """A runner that has gone is a ConnectionError, of which the lease makes its own error."""
     with Misbehaving() as server:
         pass
     with pytest.raises(ConnectionError, match=r"127\.0\.0\.1"):
@@ -302,7 +302,7 @@ def test_a_runner_that_is_gone_is_a_connection_error(client_of: ClientOf) -> Non
 def test_a_program_that_is_out_of_files_is_told_so_and_the_runner_goes_on(
     client_of: ClientOf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is no fault of the runner's, which is not looked at."""
+    """A program without free file descriptors gets an error that says so, and the runner is not probed."""
 
     def fail(*_: object, **__: object) -> object:
         raise OSError(errno.EMFILE, "Too many open files")
@@ -316,7 +316,7 @@ def test_a_program_that_is_out_of_files_is_told_so_and_the_runner_goes_on(
 
 
 def test_a_stream_that_has_begun_is_never_sent_again(client_of: ClientOf) -> None:
-    """The caller has seen its first piece: what is lost is lost, and is not passed over in silence."""
+    """A stream that has begun is not requested again, and its loss is an error."""
     with Misbehaving(stream(event("a"))) as server:
         pieces = client_of(server.url).stream("hello")
         assert next(pieces) == "a"
@@ -326,7 +326,7 @@ def test_a_stream_that_has_begun_is_never_sent_again(client_of: ClientOf) -> Non
 
 
 def test_an_answer_cut_in_two_is_never_sent_again(client_of: ClientOf) -> None:
-    """The same without streaming: its head had come."""
+    """An answer that is cut off after its head is not requested again, and its loss is an error."""
 
     def cut(connection: socket.socket) -> None:
         receive(connection)
@@ -339,7 +339,7 @@ def test_an_answer_cut_in_two_is_never_sent_again(client_of: ClientOf) -> None:
 
 @pytest.mark.parametrize("size", [1, 7, 1 << 16])
 def test_events_may_arrive_in_chunks_of_any_size(size: int, client_of: ClientOf) -> None:
-    """Bytes of one character, a line separator inside a text, carriage returns and comments do not matter."""
+    """A streamed answer is read in chunks of any size, with line separators, carriage returns and comments in it."""
     body = event(None) + event("gr\u00fc\u2028n") + b": still here\r\n\r\n"
     body += event("\U0001f600\u0085").replace(b"\n", b"\r\n")
     body += b'data: {"choices": []}\n\n' + DONE
@@ -351,7 +351,7 @@ def test_events_may_arrive_in_chunks_of_any_size(size: int, client_of: ClientOf)
     "line", [b'data: {"error": {"code": 500, "message": "no slot"}}\n\n', b'error: {"message": "no slot"}\n\n']
 )
 def test_an_error_inside_a_stream_is_raised(line: bytes, client_of: ClientOf) -> None:
-    """After the pieces before it, in either of the forms that the server has had."""
+    """An error inside a stream is raised after the pieces before it, in both forms of the server."""
     with Misbehaving(stream(event("a") + line)) as server:
         pieces = client_of(server.url).stream("hello")
         assert next(pieces) == "a"
@@ -360,7 +360,7 @@ def test_an_error_inside_a_stream_is_raised(line: bytes, client_of: ClientOf) ->
 
 
 def test_a_stream_that_is_closed_early_closes_its_connection(client_of: ClientOf) -> None:
-    """That is how the server learns that it can stop."""
+    """A stream that is closed early closes its connection, so that the server stops the answer."""
     ended = threading.Event()
 
     def act(connection: socket.socket) -> None:
@@ -378,12 +378,12 @@ def test_a_stream_that_is_closed_early_closes_its_connection(client_of: ClientOf
 def test_a_loop_that_ends_closes_an_open_stream_quietly(
     chat_url: str, client_of: ClientOf, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Such a loop closes every asynchronous generator at once, each by itself."""
+    """An event loop that ends closes an open stream without a warning."""
 
     async def begin() -> object:
         pieces = client_of(chat_url).astream("hello", temperature=0, max_tokens=400, ignore_eos=True)
         assert await anext(pieces)
-        return pieces  # held until the loop is over
+        return pieces  # held until the loop has ended
 
     assert asyncio.run(begin())
     assert not caplog.records
@@ -400,7 +400,7 @@ def test_a_loop_that_ends_closes_an_open_stream_quietly(
 def test_what_would_be_answered_with_more_than_a_text_is_refused(
     parameters: dict[str, Any], advice: str, client_of: ClientOf
 ) -> None:
-    """Of several answers only one could be returned, and nothing of a call; it says what to do instead."""
+    """A request for several answers or tools is refused with what to do instead."""
     client = client_of("http://127.0.0.1:1")
     asks: list[Callable[[], object]] = [
         lambda: client.chat("hello", **parameters),
@@ -414,27 +414,27 @@ def test_what_would_be_answered_with_more_than_a_text_is_refused(
 
 
 def test_one_answer_may_be_asked_for_by_number(client_of: ClientOf) -> None:
-    """As is what stands for no tools."""
+    """A request for one answer, or for no tools, is allowed."""
     with Misbehaving(answer) as server:
         assert client_of(server.url).complete("one", n=1, tools=None) == "fine"
 
 
 @pytest.mark.parametrize("prompt", [["one", "two"], None, 5, b"one"])
 def test_a_prompt_is_one_text(prompt: Any, client_of: ClientOf) -> None:
-    """Of several only the first one's continuation would be returned."""
+    """A prompt that is no text is refused, because only the first continuation would be returned."""
     with pytest.raises(UnsupportedOption, match="one text: ask once for each"):
         client_of("http://127.0.0.1:1").complete(prompt)
 
 
 def test_other_answers_in_a_stream_are_left_out(client_of: ClientOf) -> None:
-    """They would be mixed with the first."""
+    """Further answers in a stream are left out."""
     other = event("b").replace(b'{"delta"', b'{"index": 1, "delta"')
     with Misbehaving(stream(event("a") + other + event("c") + DONE)) as server:
         assert list(client_of(server.url).stream("hello")) == ["a", "c"]
 
 
 def test_a_loop_that_has_ended_is_let_go_of(client_of: ClientOf) -> None:
-    """With what it left open, once another one asks."""
+    """An event loop that has ended is dropped with its connections at the next request."""
 
     async def begin() -> weakref.ref[asyncio.AbstractEventLoop]:
         async for _ in client.astream("hello"):
@@ -451,11 +451,11 @@ def test_a_loop_that_has_ended_is_let_go_of(client_of: ClientOf) -> None:
 
 
 def test_silence_beyond_the_time_out_is_a_timeout_error(client_of: ClientOf) -> None:
-    """The request may be under way, so it is not sent again."""
+    """A silence beyond the time limit is a TimeoutError, and the request is not sent again."""
 
     def stay_silent(connection: socket.socket) -> None:
         receive(connection)
-        connection.recv(1)  # until the client has had enough
+        connection.recv(1)  # until the client closes
 
     with Misbehaving(stay_silent) as server, pytest.raises(TimeoutError, match="200ms"):
         client_of(server.url).complete("one", timeout_s=0.2)
@@ -464,7 +464,7 @@ def test_silence_beyond_the_time_out_is_a_timeout_error(client_of: ClientOf) -> 
 
 @pytest.mark.parametrize("body", [b"<html>", b"[]", b"{}", b'{"choices": []}', b'{"choices": [null]}'])
 def test_an_answer_of_another_shape_is_an_engine_error(body: bytes, client_of: ClientOf) -> None:
-    """What came is shown, and nothing else escapes."""
+    """An answer of an unexpected shape is an EngineError that shows what came."""
     with Misbehaving(reply(body)) as server, pytest.raises(EngineError) as caught:
         client_of(server.url).chat("hello")
     assert body.decode() in str(caught.value)
@@ -472,14 +472,14 @@ def test_an_answer_of_another_shape_is_an_engine_error(body: bytes, client_of: C
 
 @pytest.mark.parametrize("body", [b"overloaded", b'{"error": "overloaded"}', b'{"error": {"message": "overloaded"}}'])
 def test_an_error_of_another_shape_still_has_its_status(body: bytes, client_of: ClientOf) -> None:
-    """Not everything that answers is llama.cpp."""
+    """An error of an unexpected shape keeps its status."""
     with Misbehaving(reply(body, status="503 Service Unavailable")) as server, pytest.raises(EngineError) as caught:
         client_of(server.url).chat("hello")
     assert (caught.value.status_code, caught.value.message) == (503, "overloaded")
 
 
 def test_a_closed_client_connects_no_more(chat_url: str, client_of: ClientOf) -> None:
-    """Neither for callers without an event loop nor for those with one; closing twice is harmless."""
+    """A closed client opens no connection, with or without an event loop, and may be closed twice."""
     client = client_of(chat_url)
     client.close()
     client.close()
@@ -490,7 +490,7 @@ def test_a_closed_client_connects_no_more(chat_url: str, client_of: ClientOf) ->
 
 
 def test_closing_from_an_event_loop_closes_everything(chat_url: str, client_of: ClientOf) -> None:
-    """The loop's own connections and the others."""
+    """A close from an event loop closes the loop's connections and the others."""
 
     async def use_and_close() -> None:
         client = client_of(chat_url)

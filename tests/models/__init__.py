@@ -1,1 +1,1 @@
-"""Model files, the catalogue and the store of measurements."""
+"""Model files, the catalog and the store of measurements."""

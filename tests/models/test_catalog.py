@@ -1,4 +1,4 @@
-"""Models by name: folders, Ollama's store, the Hugging Face cache, and that a name opens nothing outside of them."""
+"""Models by name: folders, Ollama's store and the Hugging Face cache; a name opens nothing outside of them."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ HOSTILE = [
     "user/repo/../../../secret.gguf",
 ]
 
-_opened: list[str] | None = None  # what is opened or listed while it is a list
+_opened: list[str] | None = None  # what is opened or listed, while it is a list
 
 
 def _note(event: str, arguments: tuple[object, ...]) -> None:
@@ -103,7 +103,7 @@ def opened() -> Iterator[list[str]]:
 
 @pytest.fixture
 def model(tmp_path: Path) -> bytes:
-    """A real model, tiny."""
+    """Make a tiny model that loads."""
     return write_tiny_model(tmp_path / "tiny.bytes").read_bytes()
 
 
@@ -125,7 +125,7 @@ def cache(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def catalog(folder: Path, store: Path, cache: Path) -> Catalog:
-    """All three kinds, with a model of each, and a secret beside them."""
+    """Return a catalog of all three kinds, with a model in each and a secret file beside them."""
     (folder.parent / "secret.gguf").write_bytes(b"secret")
     (folder / "chat.gguf").write_bytes(b"chat")
     ollama_model(store, "registry.ollama.ai/library/llama3.2:latest", b"llama")
@@ -138,9 +138,9 @@ def names_of(resolver: Folder | OllamaStore | HuggingFaceCache) -> list[str]:
 
 
 def found(resolver: Folder | OllamaStore | HuggingFaceCache, name: str) -> str:
-    """Return the real path of what a name stands for."""
+    """Return the real path that a name stands for."""
     spec = resolver.find(name)
-    assert spec is not None, f"{name} is not found"
+    assert spec is not None, f"{name} was not found"
     return os.path.realpath(spec.path)
 
 
@@ -149,7 +149,7 @@ def found(resolver: Folder | OllamaStore | HuggingFaceCache, name: str) -> str:
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_name_that_is_none_is_refused_before_anything_is_opened(catalog: Catalog, name: str) -> None:
-    """Status 400, the reason said, and no file or folder touched."""
+    """A text that cannot be a name is refused with status 400 and the reason, and no file or folder is opened."""
     with opened() as noted, pytest.raises(UnsupportedOption, match="name") as refused:
         catalog.find(name)
     assert noted == [] and refused.value.status == 400
@@ -157,7 +157,7 @@ def test_a_name_that_is_none_is_refused_before_anything_is_opened(catalog: Catal
 
 @given(st.text(st.sampled_from("ab./\\-:~\0 é*[]?"), max_size=12) | st.text(max_size=8))
 def test_no_text_leads_out_of_the_roots(tmp_path_factory: pytest.TempPathFactory, name: str) -> None:
-    """Whatever is asked for, the answer is a model inside, or one of the errors that say so."""
+    """Any text leads to a model inside the roots, or to one of the errors that say why not."""
     root = tmp_path_factory.getbasetemp() / "fuzzed"
     (root / "in").mkdir(parents=True, exist_ok=True)
     (root / "a.gguf").touch()
@@ -190,7 +190,7 @@ def test_no_text_leads_out_of_the_roots(tmp_path_factory: pytest.TempPathFactory
 def test_what_is_a_path_and_what_is_a_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, is_one: bool
 ) -> None:
-    """A relative path is one if the file is there, and has a separator or the ending; a folder is no model."""
+    """A relative path is a path if the file exists and has a separator or the ending, and a folder is no model."""
     (tmp_path / "models" / "inner").mkdir(parents=True)
     for file in ("there.gguf", "models/there", "there"):
         (tmp_path / file).touch()
@@ -201,7 +201,7 @@ def test_what_is_a_path_and_what_is_a_name(
 def test_a_name_that_is_unknown_says_where_was_looked_and_what_is_like_it(
     catalog: Catalog, folder: Path, store: Path, cache: Path
 ) -> None:
-    """Status 404, with fields."""
+    """An unknown name is refused with status 404, the places that were searched, and suggestions."""
     with pytest.raises(ModelNotFound) as refused:
         catalog.find("lama3.2")
     error = refused.value
@@ -215,13 +215,13 @@ def test_a_name_that_is_unknown_says_where_was_looked_and_what_is_like_it(
 
 
 class Shelf:
-    """A resolver of the user's own."""
+    """A resolver of a user."""
 
     location = "the shelf"
 
     def __init__(self, **models: Path) -> None:
         self.models = models
-        self.asked = self.listed = 0  # times
+        self.asked = self.listed = 0  # how many times
 
     def find(self, name: str) -> ModelSpec | None:
         self.asked += 1
@@ -233,7 +233,7 @@ class Shelf:
 
 
 class Clock:
-    """Time that the test makes pass."""
+    """A clock that the test sets."""
 
     now = 0.0
 
@@ -242,7 +242,7 @@ class Clock:
 
 
 def test_the_names_that_are_suggested_are_listed_once_for_many_who_ask(tmp_path: Path) -> None:
-    """Who asks for nonsense again and again does not keep the disks busy; what is new is suggested soon after."""
+    """Names for suggestions are listed once for many unknown names, and new names are suggested soon after."""
     clock, shelf = Clock(), Shelf()
     catalog = Catalog([shelf], clock=clock)
 
@@ -259,7 +259,7 @@ def test_the_names_that_are_suggested_are_listed_once_for_many_who_ask(tmp_path:
 
 
 def test_a_resolver_of_ones_own_is_asked_first(catalog: Catalog, tmp_path: Path) -> None:
-    """It may stand in for a name that others know too; what it lists is suggested, unless it could not be asked for."""
+    """A user's resolver is asked first, and the names that it lists are suggested if they can be names."""
     catalog.add(Shelf(chat=tmp_path / "mine.gguf", other=tmp_path / "other.gguf"))
     assert catalog.find("chat").path == str(tmp_path / "mine.gguf")
     assert [name for name, _ in catalog.listing()] == ["chat", "other", "llama3.2:latest", "user/repo"]
@@ -267,7 +267,7 @@ def test_a_resolver_of_ones_own_is_asked_first(catalog: Catalog, tmp_path: Path)
 
 
 class Aliases(Shelf):
-    """A resolver that lists only what leads to something, as the catalog says."""
+    """A resolver that lists only the names that the catalog finds."""
 
     def __init__(self, catalog: Catalog) -> None:
         super().__init__()
@@ -280,7 +280,7 @@ class Aliases(Shelf):
 
 
 def test_a_resolver_may_ask_the_catalog_for_the_names_that_it_lists(catalog: Catalog) -> None:
-    """Also while names are listed for a suggestion, which may be asked for meanwhile."""
+    """A resolver may ask the catalog for the names that it lists, also while names are listed for a suggestion."""
     catalog.add(Aliases(catalog))
     refused: list[ModelNotFound] = []
 
@@ -298,7 +298,7 @@ def test_a_resolver_may_ask_the_catalog_for_the_names_that_it_lists(catalog: Cat
 
 @pytest.mark.parametrize("added", [None, "models/", Path("models"), Shelf, object()])
 def test_what_is_no_resolver_is_refused_when_it_is_added(catalog: Catalog, added: Any) -> None:
-    """Not when the first name is asked for; a folder is told where it goes."""
+    """A value that is no resolver is refused when it is added, with where folders are given."""
     with pytest.raises(InvalidSettings, match=r"resolver cannot be .* find\(name\).*Settings\(models=") as refused:
         catalog.add(added)
     assert refused.value.name == "resolver"
@@ -309,13 +309,13 @@ class Placeless(Shelf):
     """A resolver that cannot say where it looks."""
 
     @property
-    def location(self) -> str:  # type: ignore[override]  # it is no attribute here
-        raise LookupError("nobody knows")
+    def location(self) -> str:  # type: ignore[override]  # a property in place of an attribute
+        raise LookupError("no place")
 
 
 @pytest.mark.parametrize(("place", "told"), [(Path("/srv/models"), "/srv/models"), (5, "5"), (None, "Shelf")])
 def test_a_place_is_told_as_a_text(catalog: Catalog, place: Any, told: str) -> None:
-    """Whatever the resolver has for one."""
+    """A resolver's place is told as a text, whatever type it has."""
     shelf = Shelf()
     shelf.location = place
     catalog.add(shelf)
@@ -366,7 +366,7 @@ def test_the_former_name_of_suggestions_is_taken_with_one_warning() -> None:
 
 
 def test_a_resolver_that_cannot_say_where_it_looks_does_not_stand_in_the_way(catalog: Catalog) -> None:
-    """It is told by its kind."""
+    """A resolver that cannot say where it looks is told by its type."""
     catalog.add(Placeless())
     assert catalog.find("chat") and catalog.places[0] == "Placeless"
     with pytest.raises(ModelNotFound, match="in Placeless; the folder"):
@@ -375,7 +375,7 @@ def test_a_resolver_that_cannot_say_where_it_looks_does_not_stand_in_the_way(cat
 
 @pytest.mark.parametrize("found", ["/chat.gguf", Path("/chat.gguf"), {"path": "/chat.gguf"}, 5])
 def test_what_a_resolver_finds_is_a_model_or_nothing(catalog: Catalog, found: Any) -> None:
-    """Anything else is told like a failure, and the next one is asked."""
+    """A resolver's result that is neither a model nor None is told like a failure, and the next resolver is asked."""
     shelf = Shelf()
     shelf.find = lambda name: found  # type: ignore[method-assign]  # on purpose
     catalog.add(shelf)
@@ -385,7 +385,7 @@ def test_what_a_resolver_finds_is_a_model_or_nothing(catalog: Catalog, found: An
 
 
 def test_by_default_folders_are_asked_first_then_ollama_then_hugging_face(tmp_path: Path) -> None:
-    """OLLAMA_MODELS names the one store, where it is set; else it is in the home folder."""
+    """Folders are asked before Ollama's store, which OLLAMA_MODELS names, and before the Hugging Face cache."""
     places = Catalog(default_resolvers([tmp_path], {"OLLAMA_MODELS": "/somewhere"})).places
     assert places[:2] == (f"the folder {tmp_path}", "Ollama's store /somewhere")
     assert places[2].startswith("the Hugging Face cache /") and len(places) == 3
@@ -396,7 +396,7 @@ def test_by_default_folders_are_asked_first_then_ollama_then_hugging_face(tmp_pa
 
 
 def test_a_folder_names_its_files_by_their_path_inside(folder: Path) -> None:
-    """Parts of one model have one name; projectors and hidden folders none; the ending may be said."""
+    """A folder's names are its files' paths inside it, one for a split model, without projectors and hidden folders."""
     for file in ("a.gguf", "in/b.gguf", "big-00001-of-00002.gguf", "big-00002-of-00002.gguf", "in/mmproj-a.gguf",
                  ".cache/c.gguf", "notes.txt"):  # fmt: skip
         (folder / file).parent.mkdir(exist_ok=True)
@@ -409,7 +409,7 @@ def test_a_folder_names_its_files_by_their_path_inside(folder: Path) -> None:
 
 
 def test_a_link_inside_a_folder_is_followed(folder: Path) -> None:
-    """It may lead where it likes, as long as that is inside."""
+    """A link inside a folder is followed where it leads to a file inside."""
     (folder / "a.gguf").touch()
     (folder / "in").mkdir()
     (folder / "in" / "b.gguf").symlink_to("../a.gguf")
@@ -417,7 +417,7 @@ def test_a_link_inside_a_folder_is_followed(folder: Path) -> None:
 
 
 def test_the_folder_itself_may_be_a_link(folder: Path) -> None:
-    """Roots are real paths."""
+    """The folder itself may be a link, because roots are real paths."""
     (folder / "a.gguf").touch()
     link = folder.parent / "link"
     link.symlink_to(folder)
@@ -425,7 +425,7 @@ def test_the_folder_itself_may_be_a_link(folder: Path) -> None:
 
 
 def test_a_link_out_of_a_folder_is_refused_and_does_not_tell_what_is_there(folder: Path) -> None:
-    """A file or a folder outside, there or not: the same reason, and nothing of it is opened."""
+    """A link out of a folder is refused with one reason, whether its target exists or not, and nothing is opened."""
     outside = folder.parent / "outside"
     outside.mkdir()
     (outside / "there.gguf").write_bytes(b"secret")
@@ -444,7 +444,7 @@ def test_a_link_out_of_a_folder_is_refused_and_does_not_tell_what_is_there(folde
 
 
 def test_a_part_that_leads_out_of_a_folder_is_refused(folder: Path) -> None:
-    """Every file of a model is opened, so every one must lie inside."""
+    """A split model with a part that leads out of its folder is refused."""
     (folder / "big-00001-of-00002.gguf").touch()
     (folder.parent / "secret.gguf").touch()
     (folder / "big-00002-of-00002.gguf").symlink_to(folder.parent / "secret.gguf")
@@ -454,14 +454,14 @@ def test_a_part_that_leads_out_of_a_folder_is_refused(folder: Path) -> None:
 
 @pytest.mark.parametrize("make", [os.mkdir, os.mkfifo])
 def test_what_is_no_regular_file_is_refused(folder: Path, make: object) -> None:
-    """A folder that is called like a model, or a pipe that would be waited for."""
+    """A folder or a pipe that is named like a model is refused."""
     make(folder / "a.gguf")  # type: ignore[operator]
     with pytest.raises(InvalidModel, match="not a regular file"):
         Folder(folder).find("a")
 
 
 def test_a_folder_that_is_not_there_has_no_models(tmp_path: Path) -> None:
-    """It may be made later; who lists it is told."""
+    """A folder that does not exist has no models, and listing it says so."""
     catalog, unlisted = Catalog([Folder(tmp_path / "no")]), dict[str, str]()
     assert (list(catalog.listing(unlisted)), Folder(tmp_path / "no").find("a")) == ([], None)
     assert "FileNotFoundError" in unlisted[f"the folder {tmp_path / 'no'}"]
@@ -470,7 +470,7 @@ def test_a_folder_that_is_not_there_has_no_models(tmp_path: Path) -> None:
 def test_what_cannot_be_listed_of_a_folder_does_not_hide_the_rest(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is told at the end."""
+    """A subfolder that cannot be listed is told at the end, after the names of the others."""
     for name in ("a", "b", "c"):
         (folder / name).mkdir()
         (folder / name / "m.gguf").touch()
@@ -503,7 +503,7 @@ def test_what_cannot_be_listed_of_a_folder_does_not_hide_the_rest(
     ],
 )
 def test_an_ollama_name_is_found_as_ollama_finds_it(store: Path, name: str, place: str) -> None:
-    """Host, namespace and tag have Ollama's defaults."""
+    """Host, namespace and tag of an Ollama name have Ollama's defaults."""
     ollama_model(store, "registry.ollama.ai/library/other:latest", b"another")
     ollama_model(store, place, b"the model")
     spec = OllamaStore(store).find(name)
@@ -511,7 +511,7 @@ def test_an_ollama_name_is_found_as_ollama_finds_it(store: Path, name: str, plac
 
 
 def test_ollamas_models_are_listed_as_ollama_lists_them(store: Path) -> None:
-    """Defaults left out, tags not; what no name can be made of is left out."""
+    """Ollama's models are listed without default hosts and namespaces and with tags."""
     for place in ("registry.ollama.ai/library/llama3.2:1b", "registry.ollama.ai/me/mine:latest", "hf.co/a/b:Q8_0"):
         ollama_model(store, place, b"a model")
     (store / "manifests/registry.ollama.ai/library/llama3.2/.DS_Store").touch()
@@ -519,7 +519,7 @@ def test_ollamas_models_are_listed_as_ollama_lists_them(store: Path) -> None:
 
 
 def test_adapters_projectors_and_load_time_parameters_come_with_an_ollama_model(store: Path) -> None:
-    """A count of 0 is automatic there; what is about sampling is none of ours."""
+    """Adapters, projectors and load-time parameters come with an Ollama model; sampling parameters do not."""
     params = {"num_ctx": 8192, "num_thread": 0, "num_gpu": 7, "use_mmap": False, "temperature": 0.1, "stop": ["x"]}
     ollama_model(
         store, "registry.ollama.ai/library/a:latest", b"model",
@@ -567,7 +567,7 @@ def layer(digest: object, kind: str = MODEL) -> dict[str, object]:
     ],
 )
 def test_a_hostile_manifest_is_refused_by_file_and_reason(store: Path, content: object, reason: str) -> None:
-    """CVE-2024-37032 among them: a digest becomes part of a path. Nothing outside of the store is opened."""
+    """A hostile manifest is refused with its file and the reason, as in CVE-2024-37032, and opens nothing outside."""
     (store.parent / "secret.gguf").write_bytes(b"secret")
     manifest = write_manifest(store, "registry.ollama.ai/library/a:latest", content)
     with opened() as noted, pytest.raises(InvalidModel, match=reason) as refused:
@@ -587,7 +587,7 @@ def test_a_hostile_manifest_is_refused_by_file_and_reason(store: Path, content: 
     )
 )
 def test_any_json_is_a_manifest_or_refused(tmp_path_factory: pytest.TempPathFactory, content: object) -> None:
-    """There is one kind of error, whatever is in it."""
+    """Any JSON is a manifest or is refused with InvalidModel."""
     store = tmp_path_factory.getbasetemp() / "any-json"
     write_manifest(store, "registry.ollama.ai/library/a:latest", {"layers": content})
     with pytest.raises(InvalidModel):
@@ -599,7 +599,7 @@ def test_any_json_is_a_manifest_or_refused(tmp_path_factory: pytest.TempPathFact
                b'{"num_ctx": 99999999999}', b'{"num_ctx": 1.5}']
 )  # fmt: skip
 def test_parameters_that_mean_nothing_are_refused(store: Path, params: bytes) -> None:
-    """They are named by their file."""
+    """Parameters without a meaning are refused by their file."""
     ollama_model(store, "registry.ollama.ai/library/a:latest", b"model", (PARAMS, params))
     with pytest.raises(InvalidModel) as refused:
         OllamaStore(store).find("a")
@@ -608,7 +608,7 @@ def test_parameters_that_mean_nothing_are_refused(store: Path, params: bytes) ->
 
 @pytest.mark.parametrize("where", ["manifest", "manifest's folder", "blob", "blobs"])
 def test_a_link_out_of_ollamas_store_is_refused(store: Path, where: str) -> None:
-    """Wherever in the store it is."""
+    """A link that leads out of Ollama's store is refused, wherever in the store it is."""
     outside = store.parent / "outside"
     manifest = ollama_model(store, "registry.ollama.ai/library/a:latest", b"model")
     blob = Path(blob_of(store, b"model"))
@@ -620,7 +620,7 @@ def test_a_link_out_of_ollamas_store_is_refused(store: Path, where: str) -> None
 
 
 def test_a_manifest_may_be_a_link_to_a_blob(store: Path) -> None:
-    """Inside the store links are free to lead where they like."""
+    """A manifest may be a link inside the store."""
     manifest = ollama_model(store, "registry.ollama.ai/library/a:latest", b"model")
     digest = write_blob(store, manifest.read_bytes()).replace(":", "-")
     manifest.unlink()
@@ -634,7 +634,7 @@ SEVERAL = {"m-Q4_K_M.gguf": b"4", "m-Q8_0.gguf": b"8", "README.md": b"read me"}
 
 
 def test_the_caches_of_these_tests_are_what_the_hubs_client_makes_of_them(cache: Path) -> None:
-    """It finds the files, and has nothing to say against them."""
+    """The hub's client finds the files of these tests' caches, and reports no problem."""
     snapshot = hub_repository(cache, "user/repo", SEVERAL)
     assert huggingface_hub.scan_cache_dir(cache).warnings == []
     cached = huggingface_hub.try_to_load_from_cache("user/repo", "m-Q8_0.gguf", cache_dir=cache)
@@ -654,7 +654,7 @@ def test_the_caches_of_these_tests_are_what_the_hubs_client_makes_of_them(cache:
     ],
 )
 def test_a_hub_name_is_found_in_what_was_downloaded(cache: Path, name: str, file: str) -> None:
-    """By repository, by quantisation and by file; where there are several, the usual one."""
+    """A hub name finds a file by repository, quantisation or file, and the usual quantisation of several."""
     hub_repository(cache, "user/repo", SEVERAL)
     hub_repository(cache, "user/one", {"sub/only.gguf": b"1"})
     hub_repository(
@@ -666,7 +666,7 @@ def test_a_hub_name_is_found_in_what_was_downloaded(cache: Path, name: str, file
 
 
 def test_each_model_of_the_hub_is_listed_by_its_shortest_name(cache: Path) -> None:
-    """Each of these finds exactly one file."""
+    """Each model of the hub is listed by its shortest name, which finds one file."""
     hub_repository(cache, "user/repo", SEVERAL)
     hub_repository(cache, "user/one", {"only-F16.gguf": b"1", "mmproj-only-F16.gguf": b"2"})
     hub_repository(
@@ -684,7 +684,7 @@ def test_each_model_of_the_hub_is_listed_by_its_shortest_name(cache: Path) -> No
 
 @pytest.mark.parametrize("name", ["user/repo", "user/repo:Q6_K", "user/repo:Q8", "user/repo/m.gguf"])
 def test_a_hub_name_that_does_not_tell_lists_those_that_would(cache: Path, name: str) -> None:
-    """Nothing is guessed, and nothing is downloaded."""
+    """A hub name that fits several files is refused with the names that fit one."""
     hub_repository(cache, "user/repo", {"m-Q5_K_M.gguf": b"5", "m-Q8_0.gguf": b"8"})
     with pytest.raises(ModelNotFound, match="where user/repo is, but") as refused:
         Catalog([HuggingFaceCache(cache)]).find(name)
@@ -692,7 +692,7 @@ def test_a_hub_name_that_does_not_tell_lists_those_that_would(cache: Path, name:
 
 
 def test_a_projector_comes_with_its_hub_model(cache: Path) -> None:
-    """The one in 16 bits, where there are several."""
+    """A hub model comes with its projector, in 16 bits where there are several."""
     snapshot = hub_repository(cache, "user/eyes", {"m.gguf": b"m", "mmproj-BF16.gguf": b"b", "mmproj-F16.gguf": b"f"})
     spec = HuggingFaceCache(cache).find("user/eyes")
     assert spec is not None
@@ -701,7 +701,7 @@ def test_a_projector_comes_with_its_hub_model(cache: Path) -> None:
 
 @pytest.mark.parametrize("file", ["m.gguf", "mmproj-F16.gguf"])
 def test_a_link_out_of_the_hubs_cache_is_refused(cache: Path, file: str) -> None:
-    """The files are links to the repository's blobs, and to nothing else."""
+    """A file of the hub's cache that is no link to a blob of its repository is refused."""
     snapshot = hub_repository(cache, "user/repo", {"m.gguf": b"m", "mmproj-F16.gguf": b"f"})
     (cache.parent / "secret.gguf").write_bytes(b"secret")
     (snapshot / file).unlink()
@@ -711,7 +711,7 @@ def test_a_link_out_of_the_hubs_cache_is_refused(cache: Path, file: str) -> None
 
 
 def test_the_version_that_main_was_counts(cache: Path) -> None:
-    """Once it was downloaded anew, a name stands for the new file; before, it is not even looked for again."""
+    """A name stands for the version that main was at its last download, and is looked for again after another one."""
     resolver = HuggingFaceCache(cache)
     hub_repository(cache, "user/repo", {"m.gguf": b"old"}, commit="a" * 40)
     assert Path(found(resolver, "user/repo")).read_bytes() == b"old"
@@ -735,7 +735,7 @@ def test_a_file_that_was_downloaded_later_is_found(cache: Path) -> None:
 def test_without_its_library_the_hub_says_how_to_look_there(
     cache: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """For a name that looks like one of its own; it keeps silent about others."""
+    """Without the hub's library, a name that looks like the hub's is refused with how to install it."""
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     catalog = Catalog([Folder(folder), HuggingFaceCache(cache)])
     with pytest.raises(ModelNotFound, match=r"pip install 'loadmaster\[hub\]'"):
@@ -748,7 +748,7 @@ def test_without_its_library_the_hub_says_how_to_look_there(
 
 @pytest.mark.parametrize("there", ["nothing", "a file"])
 def test_a_cache_that_is_none_has_no_models(cache: Path, there: str) -> None:
-    """It may never have been used."""
+    """A cache that does not exist or is no folder has no models."""
     if there == "a file":
         cache.touch()
     assert (names_of(HuggingFaceCache(cache)), HuggingFaceCache(cache).find("user/repo")) == ([], None)
@@ -765,7 +765,7 @@ def test_n01_the_real_file_is_the_identity(folder: Path, store: Path, cache: Pat
     (snapshot / "m.gguf").unlink()
     (snapshot / "m.gguf").symlink_to(blob)
     (folder / "linked.gguf").symlink_to(blob)
-    top = folder.parent  # a root that holds them all, so that links between them are links inside
+    top = folder.parent  # a root of them all, so that links between them stay inside
     specs = [
         ModelSpec("by path", str(blob)),
         ModelSpec("by link", str(folder / "linked.gguf")),
@@ -777,14 +777,14 @@ def test_n01_the_real_file_is_the_identity(folder: Path, store: Path, cache: Pat
 
 
 def test_n01_a_hard_link_is_a_model_of_its_own(folder: Path) -> None:
-    """N01: the demonstration has one file play several models."""
+    """N01: a hard link is a model of its own, as the demonstration needs it."""
     (folder / "a.gguf").touch()
     os.link(folder / "a.gguf", folder / "b.gguf")
     assert ModelSpec("a", str(folder / "a.gguf")).id != ModelSpec("b", str(folder / "b.gguf")).id
 
 
 def test_n01_what_belongs_to_a_model_is_part_of_its_identity(folder: Path) -> None:
-    """N01: adapters and projectors count by their real files too, and embedding counts."""
+    """N01: adapters and projectors are part of a model's identity by their real files, and so is embedding."""
     (folder / "link").symlink_to(folder / "adapter")
     plain = ModelSpec("a", "/m")
     adapted = ModelSpec("a", "/m", adapters=(str(folder / "adapter"),))
@@ -794,7 +794,7 @@ def test_n01_what_belongs_to_a_model_is_part_of_its_identity(folder: Path) -> No
 
 
 def test_n01_a_split_model_keeps_names_by_which_its_parts_are_found(cache: Path) -> None:
-    """N01: in the hub's cache each part is a link to a blob; the identity is the first one's, the path is not."""
+    """N01: a split model of the hub's cache keeps the path by which its parts are found, and not its identity's."""
     snapshot = hub_repository(cache, "user/repo", {"m-00001-of-00002.gguf": b"1", "m-00002-of-00002.gguf": b"2"})
     first = snapshot / "m-00001-of-00002.gguf"
     spec = ModelSpec("m", str(first)).resolved()
@@ -820,7 +820,7 @@ def registry(shelf: Shelf, clock: Clock) -> ModelRegistry:
 
 
 def test_a_warm_name_is_not_looked_up_again_for_a_while(registry: ModelRegistry, shelf: Shelf, clock: Clock) -> None:
-    """It costs what a path costs; each set of keywords is a question of its own."""
+    """A name is looked up again after a while only, for each set of keyword arguments."""
     first = registry.parse_cached("chat", {})
     clock.now = 0.99 * LASTING_S
     assert registry.parse_cached("chat", {}) is first and shelf.asked == 1
@@ -829,7 +829,7 @@ def test_a_warm_name_is_not_looked_up_again_for_a_while(registry: ModelRegistry,
 def test_a_name_that_was_moved_leads_to_the_new_file_after_a_short_time(
     registry: ModelRegistry, shelf: Shelf, clock: Clock, tmp_path: Path
 ) -> None:
-    """The documented two seconds; its older runner is another model."""
+    """A name that was moved leads to the new file after two seconds, as a new model."""
     first = registry.parse_cached("chat", {"num_ctx": 512})
     shelf.models["chat"] = tmp_path / "new.gguf"
     clock.now = LASTING_S
@@ -841,7 +841,7 @@ def test_a_name_that_was_moved_leads_to_the_new_file_after_a_short_time(
 def test_a_link_that_was_moved_leads_to_the_new_file_after_a_short_time(
     registry: ModelRegistry, clock: Clock, tmp_path: Path, kind: str
 ) -> None:
-    """For absolute paths and for specs; what is loaded is what the identity says."""
+    """A link that was moved leads to the new file after two seconds, for paths and for specs."""
     link = tmp_path / "link.gguf"
     link.symlink_to(tmp_path / "old.gguf")
     model = str(link) if kind == "path" else ModelSpec("m", str(link))
@@ -855,7 +855,7 @@ def test_a_link_that_was_moved_leads_to_the_new_file_after_a_short_time(
 
 
 def test_a_relative_path_that_is_not_there_was_looked_for_in_the_working_folder_too(registry: ModelRegistry) -> None:
-    """Whether it was meant as a path or as a name."""
+    """A text that is not found is told with the working folder, whether a path or a name was meant."""
     with pytest.raises(ModelNotFound) as refused:
         registry.parse_cached("models/chat.gguf", {})
     assert refused.value.looked_in == ("the working folder", "the shelf")
@@ -863,7 +863,7 @@ def test_a_relative_path_that_is_not_there_was_looked_for_in_the_working_folder_
 
 @pytest.mark.parametrize("model", ["", "-chat", "chat\n", b"chat"])
 def test_what_is_neither_path_nor_name_is_refused(registry: ModelRegistry, model: str) -> None:
-    """Status 400, before anything is asked."""
+    """A text that is neither a path nor a name is refused with status 400 before anything is requested."""
     with pytest.raises(UnsupportedOption):
         registry.parse_cached(model, {})
 
@@ -871,7 +871,7 @@ def test_what_is_neither_path_nor_name_is_refused(registry: ModelRegistry, model
 def test_models_are_acquired_by_folder_name_and_by_ollama_name(
     tmp_path: Path, folder: Path, store: Path, model: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With the real engine: parameters come along, and a link to the same file is the same runner (N01)."""
+    """N01: a model acquired by an Ollama name has its parameters, and a link to its file shares its runner."""
     ollama_model(store, "registry.ollama.ai/library/tiny:latest", model, (PARAMS, b'{"num_ctx": 256}'))
     (folder / "chat.gguf").write_bytes(model)
     (folder / "same.gguf").symlink_to("chat.gguf")
@@ -891,7 +891,7 @@ def test_models_are_acquired_by_folder_name_and_by_ollama_name(
 def test_a_tag_that_is_moved_is_served_from_its_new_file(
     tmp_path: Path, store: Path, model: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With the real engine, while the old file's runner is warm: soon, and then for good."""
+    """A tag that was moved is soon served from its new file, while the old file's runner is warm."""
     ollama_model(store, "registry.ollama.ai/library/tiny:latest", model)
     other = write_tiny_model(tmp_path / "other.bytes", seed=1).read_bytes()
     monkeypatch.setenv("OLLAMA_MODELS", str(store))
@@ -909,7 +909,7 @@ def test_a_tag_that_is_moved_is_served_from_its_new_file(
 
 
 def test_a_resolver_is_added_to_a_scheduler(tmp_path: Path, model: bytes) -> None:
-    """`scheduler.catalog` is where."""
+    """A resolver is added to a scheduler by `scheduler.catalog`."""
     (tmp_path / "mine.gguf").write_bytes(model)
     with Scheduler(settings()) as scheduler:
         scheduler.catalog.add(Shelf(mine=tmp_path / "mine.gguf"))
@@ -918,7 +918,7 @@ def test_a_resolver_is_added_to_a_scheduler(tmp_path: Path, model: bytes) -> Non
 
 
 def test_an_error_of_the_catalogs_is_one_of_ours(catalog: Catalog) -> None:
-    """Who catches `SchedulerError` catches them all."""
+    """Errors of the catalog are `SchedulerError`s."""
     for name in ("nothing", "../nothing", "user/repo:Q1_0"):
         with pytest.raises(SchedulerError):
             catalog.find(name)

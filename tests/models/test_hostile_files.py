@@ -1,4 +1,4 @@
-"""Files that lie: each is refused with file, reason and offset, at once, and within little memory."""
+"""Hostile files: each is refused with file, reason and offset, at once, and within little memory."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from tests.support.hostile_files import CONTENTS, SOMEWHERE, SOUND, Content, Exp
 from tests.support.hostile_places import MAKERS
 from tests.tools import fuzz_metadata
 
-LIMIT_S = 0.5  # ten times what is promised
+LIMIT_S = 0.5  # ten times what the documentation promises
 ROOM_BYTES = 64 << 20
 
-# Reads files under a limit of its address space, and prints what was neither read nor refused.
+# Read files under a limit of the address space, and print those that were neither read nor refused.
 _CHILD = """
 import json, resource, sys
 from scheduler.errors.exceptions import SchedulerError
@@ -56,15 +56,15 @@ print(json.dumps(wrong))
 
 @pytest.fixture(scope="module", autouse=True)
 def imported(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """The gguf package is imported when the first file is read."""
+    """Import the gguf package, which reading the first file does otherwise."""
     path = tmp_path_factory.mktemp("sound") / "m.gguf"
     path.write_bytes(SOUND)
     assert read_metadata(str(path)).context_trained == 64
 
 
 def check(expected: Expected) -> None:
-    """Read what is to be refused, and compare with how."""
-    begin = time.thread_time()  # what others take of the processor is not its fault
+    """Read a file that should be refused, and check how."""
+    begin = time.thread_time()  # the thread's own time on the processor
     with pytest.raises(ModelNotFound if expected.missing else InvalidModel) as caught:
         read_metadata(expected.path, adapters=expected.adapters, projectors=expected.projectors)
     taken_s = time.thread_time() - begin
@@ -80,7 +80,7 @@ def check(expected: Expected) -> None:
 
 @pytest.mark.parametrize("content", CONTENTS.values(), ids=CONTENTS.keys())
 def test_s11_what_is_no_model_is_refused_at_once(tmp_path: Path, content: Content) -> None:
-    """S11: one error type, with the file, the reason and the place in it."""
+    """S11: a file that is no model is refused with one error type that has the file, the reason and the offset."""
     check(content.into(tmp_path))
 
 
@@ -88,12 +88,12 @@ def test_s11_what_is_no_model_is_refused_at_once(tmp_path: Path, content: Conten
 def test_s11_what_is_no_file_or_does_not_belong_is_refused_at_once(
     tmp_path: Path, make: Callable[[Path], Expected]
 ) -> None:
-    """S11: what is no file is never opened, and of several files the one that is wrong is named."""
+    """S11: a path that is no file is never opened, and of several files the wrong one is named."""
     check(make(tmp_path))
 
 
 def test_s11_what_is_refused_takes_little_memory(tmp_path: Path) -> None:
-    """S11: one process reads all of them, with room for 64 MiB more than it has when it has read a sound one."""
+    """S11: a process reads all hostile files with 64 MiB more than it has after a sound one."""
     (tmp_path / "sound.gguf").write_bytes(a_model(array("tokenizer.ggml.tokens", TEXT, 999, text("token") * 999)))
     makers = [content.into for content in CONTENTS.values()] + [*MAKERS.values()]
     given = []
@@ -107,14 +107,14 @@ def test_s11_what_is_refused_takes_little_memory(tmp_path: Path) -> None:
     assert json.loads(done.stdout) == {}
     for path, *_ in given:
         if os.path.isfile(path):
-            os.unlink(path)  # some are large
+            os.unlink(path)  # some of them are large
 
 
 @pytest.mark.parametrize("mode", ["cut", "grown"])
 def test_s11_a_file_that_changes_while_it_is_read_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str
 ) -> None:
-    """S11: it is written to between the first and the second piece that are read of it."""
+    """S11: a file that is written between the first two reads of it is refused."""
     path = tmp_path / "m.gguf"
     tokens = array("tokenizer.ggml.tokens", TEXT, 1 << 16, text("token") * (1 << 16))
     path.write_bytes(a_model(tokens))
@@ -134,7 +134,7 @@ def test_s11_a_file_that_changes_while_it_is_read_is_refused(
 
 
 def test_s11_no_mutant_of_a_sound_file_does_anything_but_load_or_be_refused() -> None:
-    """S11: three thousand of the mutants that `make fuzz-metadata` tries a hundred thousand of."""
+    """S11: three thousand of the mutated files that `make fuzz-metadata` tries are loaded or refused."""
     result = fuzz_metadata.run(3000, seed=1)
     assert result.failures == []
     assert result.accepted > 300 and result.refused > 300
@@ -144,11 +144,11 @@ def test_s11_no_mutant_of_a_sound_file_does_anything_but_load_or_be_refused() ->
 def test_a_mutant_that_does_anything_else_is_saved_and_can_be_made_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The run ends with status 1, and says which command tries that mutant alone."""
+    """A mutated file that is neither loaded nor refused is saved, with the command that makes it again."""
 
     def fault(path: str, **beside: Any) -> ModelInfo:
         info = read_metadata(path, **beside)
-        assert info.context_trained in (0, 64, 512), "not as written"
+        assert info.context_trained in (0, 64, 512), "the context is not as written"
         return info
 
     monkeypatch.setattr(fuzz_metadata, "read_metadata", fault)

@@ -1,4 +1,4 @@
-"""The file that keeps what models took: what it gives back, and whatever may be wrong with it."""
+"""The file that keeps measurements: what it returns, and what may be wrong with it."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def written(path: Path, *, load_s: float = 1.5) -> MeasurementStore:
 
 
 def known(load_s: float = 1.5) -> LoadHistory:
-    """Return what that row says."""
+    """Return what that row holds."""
     return LoadHistory((MeasuredBytes(OPTIONS, SPLIT, TOOK),), (LoadTimes(SPLIT, (load_s,)),))
 
 
@@ -97,19 +97,19 @@ def is_a_store(path: Path) -> bool:
 
 
 def test_what_was_written_is_read_by_another_store(path: Path) -> None:
-    """As after a restart: options, split, bytes and seconds are exactly those that were written."""
+    """Options, split, bytes and seconds are read by another store exactly as they were written."""
     written(path)
     assert MeasurementStore(path).read(FILE) == known()
 
 
 def test_nothing_is_made_by_reading(path: Path) -> None:
-    """Whoever only asks leaves nothing behind."""
+    """Reading makes no file."""
     store = MeasurementStore(path)
     assert (store.read(FILE), store.problem, path.parent.exists()) == (NOTHING, "", False)
 
 
 def test_the_file_and_its_folder_are_the_users_alone(path: Path) -> None:
-    """The names of models are nobody else's business, unless the user says so: a file that is shared stays shared."""
+    """The file and its folder are the user's alone, and a file that is shared stays shared."""
     store = written(path)
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
@@ -119,7 +119,7 @@ def test_the_file_and_its_folder_are_the_users_alone(path: Path) -> None:
 
 
 def test_another_state_of_the_files_is_another_model(path: Path) -> None:
-    """Replaced, touched, or loaded by another version of the engine: what was measured before is not used, nor kept."""
+    """Measurements of a file that was replaced, touched or loaded by another engine version are not used or kept."""
     store = written(path)
     replaced = Identity(FILE.files, "[[1,3]]")
     assert store.read(replaced) == NOTHING
@@ -129,7 +129,7 @@ def test_another_state_of_the_files_is_another_model(path: Path) -> None:
 
 
 def test_other_options_and_splits_are_told_apart(path: Path) -> None:
-    """Each has a row of its own; loads with one split are put together, whatever else was asked for."""
+    """Each set of options has a row of its own, and loads are joined by split."""
     store = written(path)
     other = Options(num_ctx=512)
     store.write(FILE, other, SPLIT, ((HOST, 1),), 2.5)
@@ -145,14 +145,14 @@ def test_other_options_and_splits_are_told_apart(path: Path) -> None:
 def test_another_machine_that_shares_the_folder_has_figures_of_its_own(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A home on the network is read by many; a disk that is fast here is not fast there."""
+    """Another machine with the same home folder has figures of its own."""
     written(path)
     monkeypatch.setattr("platform.node", lambda: "another")
     assert MeasurementStore(path).read(FILE) == NOTHING
 
 
 def test_a_load_alone_leaves_the_bytes_as_they_were(path: Path) -> None:
-    """A life that showed nothing but its load takes nothing back of what earlier ones showed."""
+    """A run that measured only its load leaves the bytes of earlier runs."""
     store = written(path)
     store.write(FILE, OPTIONS, SPLIT, (), 2.5)
     store.write(FILE, OPTIONS, SPLIT, ((HOST, 8),), None)
@@ -162,7 +162,7 @@ def test_a_load_alone_leaves_the_bytes_as_they_were(path: Path) -> None:
 
 
 def test_only_the_last_loads_are_kept(path: Path) -> None:
-    """Enough for a median; a disk that became faster shows after a few."""
+    """Only the last few load times are kept, so that a faster disk shows soon."""
     store = MeasurementStore(path)
     for number in range(LAST_LOADS + 3):
         store.write(FILE, OPTIONS, (), (), float(number))
@@ -171,13 +171,13 @@ def test_only_the_last_loads_are_kept(path: Path) -> None:
 
 
 def test_the_oldest_rows_go(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It grows to a bound; what is used again counts as new."""
+    """The file keeps a bounded number of rows, those used last."""
     monkeypatch.setattr("scheduler.models.measurement_store.MOST_ROWS", 5)
     store = MeasurementStore(path)
     files = [Identity(f'["/models/{number}.gguf"]', "[]") for number in range(8)]
     for file in files[:5]:
         store.write(file, OPTIONS, (), ON_HOST, None)
-    store.write(files[0], OPTIONS, (), (), 1.0)  # used again
+    store.write(files[0], OPTIONS, (), (), 1.0)  # this row is used again
     for file in files[5:]:
         store.write(file, OPTIONS, (), ON_HOST, None)
     left = [number for number, file in enumerate(files) if store.read(file) != NOTHING]
@@ -185,10 +185,10 @@ def test_the_oldest_rows_go(path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_a_full_file_is_small(path: Path) -> None:
-    """However many models and options there ever were; of one model as many rows are read as a step may take over."""
+    """A full file is small, and a bounded number of rows is read for one model."""
     store = MeasurementStore(path)
     store.write(FILE, OPTIONS, (), ON_HOST, 1.0)
-    with sqlite3.connect(path) as file:  # as many writes would make it
+    with sqlite3.connect(path) as file:  # the rows that so many writes would make
         row = list(file.execute("SELECT * FROM footprints").fetchone())
         many = ([*row[:2], f"{row[2]}{number}", *row[3:]] for number in range(MOST_ROWS + 100))
         file.executemany("INSERT INTO footprints VALUES (?, ?, ?, ?, ?, ?, ?, ?)", many)
@@ -202,14 +202,14 @@ def test_a_full_file_is_small(path: Path) -> None:
 
 
 def test_what_is_too_long_is_not_kept(path: Path) -> None:
-    """A row is bounded too."""
+    """A row that is too long is not kept."""
     store = MeasurementStore(path)
     long = Identity("x" * 100_000, "[]")
     store.write(long, OPTIONS, (), ON_HOST, 1.0)
     assert (store.read(long), store.problem) == (NOTHING, "")
 
 
-# -- what may be wrong with it ----------------------------------------------------------------------------------------
+# -- what may be wrong with the file ----------------------------------------------------------------------------------
 
 
 def garbage(path: Path) -> None:
@@ -217,7 +217,7 @@ def garbage(path: Path) -> None:
 
 
 def cut_short(path: Path) -> None:
-    """A store of some pages, of which the last ones are lost."""
+    """Write a store of some pages whose last ones are lost."""
     store = written(path)
     for number in range(40):
         store.write(FILE, Options(num_ctx=number + 1), (), ON_HOST, 1.0)
@@ -231,7 +231,7 @@ def of_another_program(path: Path) -> None:
 
 
 def of_ours(path: Path, schema: str, version: int = VERSION) -> None:
-    """Write a file that says it is a store, of some schema."""
+    """Write a file that claims to be a store of some schema."""
     with sqlite3.connect(path) as file:
         file.executescript(schema)
         file.execute(f"PRAGMA application_id = {APPLICATION_ID}")
@@ -252,7 +252,7 @@ def of_a_view(path: Path) -> None:
 
 
 def with_a_trigger(path: Path) -> None:
-    """One that would run for ever when a row is written."""
+    """Write a store with a trigger that would run for ever."""
     of_ours(
         path,
         f"""{_TABLE}; CREATE TRIGGER endless AFTER INSERT ON footprints BEGIN
@@ -270,7 +270,7 @@ FOREIGN = [
 def test_what_cannot_be_used_is_put_aside_and_begun_anew(
     damage: Callable[[Path], None], path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """With one warning that names both files: it may be somebody else's, named here by mistake."""
+    """A file that cannot be used is put aside with one warning that names both files, and a new file is begun."""
     path.parent.mkdir()
     damage(path)
     before = path.read_bytes()
@@ -285,7 +285,7 @@ def test_what_cannot_be_used_is_put_aside_and_begun_anew(
 
 
 def test_nothing_is_lost_of_what_was_put_aside_before(path: Path) -> None:
-    """Its name may be taken, by what was there earlier or by a copy of the user's own: a free one is found."""
+    """A file is put aside under a free name."""
     path.parent.mkdir()
     first, second = (path.with_name(f"{path.name}.{ending}") for ending in ("old", "old2"))
     first.write_text("my only backup")
@@ -298,14 +298,14 @@ def test_nothing_is_lost_of_what_was_put_aside_before(path: Path) -> None:
 
 @pytest.mark.parametrize("damage", [garbage, of_another_program, with_a_trigger])
 def test_a_write_begins_anew_too(damage: Callable[[Path], None], path: Path) -> None:
-    """What was to be remembered when it was found is not lost."""
+    """A write that finds an unusable file begins a new one and writes its row."""
     path.parent.mkdir()
     damage(path)
     assert written(path).read(FILE) == known()
 
 
 def test_an_empty_file_is_a_new_one(path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """As `touch` makes it, or a program that ended before it wrote."""
+    """An empty file is a new store, without a warning."""
     path.parent.mkdir()
     path.touch()
     store = MeasurementStore(path)
@@ -315,7 +315,7 @@ def test_an_empty_file_is_a_new_one(path: Path, caplog: pytest.LogCaptureFixture
 
 
 def test_a_file_of_a_newer_version_is_left_alone(path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Else two versions that are used in turns would forget everything, each for the other."""
+    """A file of a newer version is left alone, so that two versions used in turns do not lose each other's rows."""
     written(path)
     with sqlite3.connect(path) as file:
         file.execute(f"PRAGMA user_version = {VERSION + 1}")
@@ -327,7 +327,7 @@ def test_a_file_of_a_newer_version_is_left_alone(path: Path, caplog: pytest.LogC
 
 
 def test_a_folder_in_its_place_is_said_once(path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Nothing is remembered then, and nothing else is wrong."""
+    """A folder in place of the file is reported once, and nothing is kept."""
     path.mkdir(parents=True)
     store = MeasurementStore(path)
     for _ in range(3):
@@ -337,7 +337,7 @@ def test_a_folder_in_its_place_is_said_once(path: Path, caplog: pytest.LogCaptur
 
 
 def test_a_folder_that_cannot_be_made_is_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """As where the home is not to be written to, or is a file."""
+    """A folder that cannot be made is reported once."""
     (tmp_path / "home").touch()
     store = MeasurementStore(tmp_path / "home" / "cache" / "footprints.sqlite3")
     for _ in range(3):
@@ -363,8 +363,8 @@ print(bool(store.problem), store.read(those.FILE) == those.known())
 
 
 def test_a_store_that_cannot_be_written_is_still_read() -> None:
-    """As on an image that is mounted read-only: it says so, and what is known is used."""
-    with tempfile.TemporaryDirectory() as folder:  # one that another user may look into, should this be the superuser
+    """A store that cannot be written is read, and reports the problem, as on a read-only image."""
+    with tempfile.TemporaryDirectory() as folder:  # a folder that another user may enter, should this user be root
         path = Path(folder) / "footprints.sqlite3"
         written(path)
         path.chmod(0o444)
@@ -396,11 +396,11 @@ print(store.problem == "", later in store.read(those.FILE).sizes)
 
 
 def test_a_full_disk_costs_what_was_to_be_written_and_no_more(path: Path) -> None:
-    """What is there stays, it is said, and once there is room again everything goes on."""
+    """A full disk loses what was to be written, keeps the rows, is reported, and is over when there is room."""
     written(path)
     done = subprocess.run([sys.executable, "-c", FULL_DISK, str(path)], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["True"] * 4, done.stderr
-    assert done.stderr.count("are not kept") <= 2  # once each for what is read and what is written
+    assert done.stderr.count("are not kept") <= 2  # once each for reading and for writing
 
 
 def change(path: Path, column: str, value: object) -> None:
@@ -410,7 +410,7 @@ def change(path: Path, column: str, value: object) -> None:
 
 
 def believe(path: Path, options: str, split: str, took: str, loads: str) -> None:
-    """Put a row in, with the right checksum."""
+    """Insert a row with the right checksum."""
     for column, value in (("options", options), ("split", split), ("took", took), ("loads", loads)):
         change(path, column, value)
     change(path, "checksum", _checksum(FILE, (options, split, took, loads)))
@@ -426,7 +426,7 @@ def believe(path: Path, options: str, split: str, took: str, loads: str) -> None
 def test_a_row_that_was_changed_is_not_used(
     column: str, value: object, path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A figure that is too small would let too much be loaded; the next life writes it again."""
+    """A row that was changed is not used, and the next run writes it again."""
     store = written(path)
     change(path, column, value)
     assert (store.read(FILE), store.read(FILE)) == (NOTHING, NOTHING)
@@ -450,7 +450,7 @@ def test_a_row_that_was_changed_is_not_used(
     ],
 )  # fmt: skip
 def test_a_row_that_makes_no_sense_is_not_used(options: str, took: str, loads: str, path: Path) -> None:
-    """Even with the right checksum, as a program of another kind might have written it."""
+    """A row without a meaning is not used, even with the right checksum."""
     store = written(path)
     believe(path, options, json.dumps(SPLIT, separators=(",", ":")), took, loads)
     assert store.read(FILE) == NOTHING
@@ -458,21 +458,21 @@ def test_a_row_that_makes_no_sense_is_not_used(options: str, took: str, loads: s
 
 @pytest.mark.parametrize("split", ["[[5,1]]", '[[["a"],1]]', '[["cpu",1]]', '[["a",1],["a",1]]', f'[["a",{2**40}]]'])
 def test_a_split_that_makes_no_sense_is_not_used(split: str, path: Path) -> None:
-    """Layers are on GPUs, on each once, and a model has thousands of them at most."""
+    """A split that names the host, a GPU twice or too many layers is not used."""
     store = written(path)
     believe(path, "{}", split, "[]", "[1.0]")
     assert store.read(FILE) == NOTHING
 
 
 def test_a_row_that_is_too_long_is_not_even_read(path: Path) -> None:
-    """Whatever wrote it: what one model's rows take in memory is bounded."""
+    """A row that is too long is not read, so that a model's rows take bounded memory."""
     store = written(path)
     believe(path, "{}", "[]", "[]", f"[{','.join(['0.1'] * MOST_ROW_BYTES)}]")
     assert store.read(FILE) == NOTHING
 
 
 def test_text_that_is_none_is_a_row_that_is_damaged(path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """One bit in a page, which SQLite does not check: the other rows are used, and it can be written again."""
+    """A row with text that cannot be decoded is not used, and the other rows are."""
     store = written(path)
     store.write(FILE, Options(num_ctx=1), SPLIT, TOOK, None)
     path.write_bytes(path.read_bytes().replace(b'"num_ctx":4096', b'"\xeeum_ctx":4096'))
@@ -483,7 +483,7 @@ def test_text_that_is_none_is_a_row_that_is_damaged(path: Path, caplog: pytest.L
 
 
 def test_without_a_home_nothing_is_kept(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    """As in a container whose user is a number: there is no usual file, which is said once, and what to do about it."""
+    """Without a home folder there is no usual file, which is reported once with what to do."""
 
     def no_home(*_: object, **__: object) -> Path:
         raise RuntimeError("Could not determine home directory.")
@@ -513,7 +513,7 @@ print(store.problem or "all written")
 
 
 def test_programs_that_write_at_once_lose_nothing(path: Path) -> None:
-    """From the first one on, which makes the file."""
+    """Programs that write at once lose no row, from the one that makes the file on."""
     programs = [
         subprocess.Popen([sys.executable, "-c", WRITER, str(path), str(first)], stdout=subprocess.PIPE, text=True)
         for first in (1000, 2000)
@@ -525,7 +525,7 @@ def test_programs_that_write_at_once_lose_nothing(path: Path) -> None:
 
 
 def test_a_program_that_holds_the_file_is_not_waited_for_long(path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """The model is predicted then, and what was to be written is lost; later all is as before."""
+    """A file that another program holds is waited for briefly: the model is predicted, and the write is lost."""
     store = written(path)
     with sqlite3.connect(path, isolation_level=None) as file:
         file.execute("BEGIN EXCLUSIVE")
@@ -541,7 +541,7 @@ def test_a_program_that_holds_the_file_is_not_waited_for_long(path: Path, caplog
 
 
 class Stalled(MeasurementStore):
-    """A store on a disk that does not answer until it is let go."""
+    """A store whose disk does not answer until it is released."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
@@ -553,12 +553,12 @@ class Stalled(MeasurementStore):
 
 
 def test_a_disk_that_does_not_answer_is_waited_for_once(path: Path) -> None:
-    """Inspections go on with predictions; when it answers again, what is known is used again."""
+    """A disk that does not answer is waited for once, and is used again when it answers."""
     written(path)
     footprints = Measurements(path)
     stalled = footprints._store = Stalled(path)
     assert footprints.recall(FILE, 0.01) == NOTHING
-    assert footprints.recall(FILE, LIMIT_S) == NOTHING  # at once
+    assert footprints.recall(FILE, LIMIT_S) == NOTHING  # returns at once
     stalled.go.set()
     while footprints._late is not None and not footprints._late.is_set():
         assert footprints.recall(FILE, LIMIT_S) in (NOTHING, known())
@@ -567,7 +567,7 @@ def test_a_disk_that_does_not_answer_is_waited_for_once(path: Path) -> None:
 
 
 def test_no_more_is_queued_than_a_bound(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """However many runners end while the disk does not answer."""
+    """The number of jobs that wait for the disk is bounded."""
     monkeypatch.setattr("scheduler.models.measurements.MOST_JOBS", 3)
     footprints = Measurements(path)
     stalled = footprints._store = Stalled(path)
@@ -578,7 +578,7 @@ def test_no_more_is_queued_than_a_bound(path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_a_job_that_could_not_be_queued_is_not_counted(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ctrl-C in between would else count as a disk that never answers, and nobody would ask it again."""
+    """A job that could not be queued, for Ctrl-C, does not count as one that the disk does not answer."""
     written(path)
     footprints = Measurements(path)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
@@ -588,7 +588,7 @@ def test_a_job_that_could_not_be_queued_is_not_counted(path: Path, monkeypatch: 
     assert footprints.close(LIMIT_S) == []
 
 
-# -- whose figures they are -------------------------------------------------------------------------------------------
+# -- identities -------------------------------------------------------------------------------------------------------
 
 
 def a_file(path: Path, content: bytes = b"model") -> Path:
@@ -599,7 +599,7 @@ def a_file(path: Path, content: bytes = b"model") -> Path:
 
 
 def test_a_model_is_told_by_its_files_and_what_is_done_with_them(tmp_path: Path) -> None:
-    """Path, size and time of each; adapters, projectors and embedding; and links lead where they lead."""
+    """A model's identity has path, size and time of each of its files, links resolved, and its use for embedding."""
     model, beside = a_file(tmp_path / "a.gguf"), str(a_file(tmp_path / "b.gguf"))
     (tmp_path / "link.gguf").symlink_to(model)
     specs = [
@@ -613,7 +613,7 @@ def test_a_model_is_told_by_its_files_and_what_is_done_with_them(tmp_path: Path)
 
 @pytest.mark.parametrize("how", ["size", "time", "adapter", "engine"])
 def test_a_file_that_was_replaced_is_another(how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whichever of a model's files it is, and whatever tells it; another version of the engine is another too."""
+    """A replaced file of a model, or another version of the engine, is another identity."""
     model, adapter = a_file(tmp_path / "a.gguf"), a_file(tmp_path / "b.gguf")
     spec = ModelSpec("a", str(model), adapters=(str(adapter),))
     before = identity_of(spec)
@@ -632,7 +632,7 @@ def test_a_file_that_was_replaced_is_another(how: str, tmp_path: Path, monkeypat
 
 
 def test_all_parts_of_a_model_that_was_split_count(tmp_path: Path) -> None:
-    """Any of them may be replaced; where one is missing nothing is known."""
+    """Each part of a split model is in its identity, and with a missing part there is none."""
     for number in (1, 2, 3):
         a_file(tmp_path / f"a-{number:05}-of-00003.gguf")
     spec = ModelSpec("a", str(tmp_path / "a-00001-of-00003.gguf"))
@@ -644,6 +644,6 @@ def test_all_parts_of_a_model_that_was_split_count(tmp_path: Path) -> None:
 
 
 def test_an_object_has_no_file(tmp_path: Path) -> None:
-    """It says itself what it takes, and another program's object of the same name is another."""
+    """An object has no identity for measurements, because it declares its memory."""
     assert identity_of(object()) is None
     assert identity_of(ModelSpec("a", str(tmp_path / "nowhere.gguf"))) is None

@@ -1,4 +1,4 @@
-"""What is remembered across restarts, with real children: programs that share nothing but a store."""
+"""Measurements across restarts, with real children: programs that share nothing but a store."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.support.tiny_models import write_tiny_model
 from tests.support.waiting import assert_soon
 from tests.tools.memory.rows import Row, write_row
 
-NEAR = 0.03  # a part of it: so much headroom is kept over what was measured
+NEAR = 0.03  # the part that is kept free beyond a measurement
 CONTEXT = 256
 
 
@@ -42,12 +42,12 @@ def store(tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model whose 8 MiB of weights show in what it takes."""
+    """Make a model whose 8 MiB of weights show in what it takes."""
     return write_tiny_model(tmp_path_factory.mktemp("models") / "a.gguf", layers=4, width=512, context=1024)
 
 
 def life_of(model: Path, store: Path, **options: int) -> tuple[int, int, bool]:
-    """Load a model once; return what was promised to it, what it took, and whether that was known before."""
+    """Load a model once; return its reserved bytes, its resident bytes, and whether the former were measured."""
     with Scheduler(settings(measurement_file=store, probe_interval="1h")) as scheduler:
         fit = scheduler.fit(model, **options)
         with scheduler.acquire(model, **options) as lease:
@@ -57,7 +57,7 @@ def life_of(model: Path, store: Path, **options: int) -> tuple[int, int, bool]:
             return runner.promised_bytes["cpu"], resident_bytes(lease.pid), fit.measured
 
 
-# -- how near it is ---------------------------------------------------------------------------------------------------
+# -- how near measurements come ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -70,7 +70,7 @@ def life_of(model: Path, store: Path, **options: int) -> tuple[int, int, bool]:
     ids=["mapped", "no flash attention", "embeds"],
 )  # fmt: skip
 def test_after_one_load_a_new_program_knows_what_a_model_takes(row: Row, store: Path, tmp_path: Path) -> None:
-    """`fit` and the account are within 3 % of what psutil measures once everything is full; so they are after that."""
+    """After a full run, `fit` and the account are within 3 % of the next full run's resident bytes."""
     model = write_row(tmp_path, row)
     first, second, third = (live(store, model, row, fills=fills) for fills in (False, True, True))
     figures = [f"predicted {first.expected_bytes}"]
@@ -87,16 +87,16 @@ def test_after_one_load_a_new_program_knows_what_a_model_takes(row: Row, store: 
 
 
 def test_a_second_scheduler_knows_what_the_first_one_measured(store: Path, model: Path) -> None:
-    """After one load, and an answer that filled nothing."""
+    """After one load a second scheduler has the measurement of the first one."""
     predicted, _, known = life_of(model, store, num_ctx=CONTEXT)
     assert not known
     remembered, took, known = life_of(model, store, num_ctx=CONTEXT)
     assert known and remembered != predicted
-    assert took < remembered < 1.3 * took  # it has filled nothing: what it computes in and keeps is still to come
+    assert took < remembered < 1.3 * took  # no context was filled, so buffers and caches are still to come
 
 
 def test_how_long_it_loaded_is_known_too(store: Path, model: Path) -> None:
-    """Before anything was loaded here."""
+    """The load time of an earlier scheduler is known before the first load."""
     for _ in range(2):
         life_of(model, store)
     with Scheduler(settings(measurement_file=store)) as scheduler, scheduler.acquire(model) as lease:
@@ -106,7 +106,7 @@ def test_how_long_it_loaded_is_known_too(store: Path, model: Path) -> None:
 
 
 def test_a_replaced_file_is_predicted_anew(store: Path, model: Path, tmp_path: Path) -> None:
-    """The same name, and other contents of the same size: what was measured is of another file."""
+    """A replaced file of the same name and size is predicted and not taken as measured."""
     copy = tmp_path / "copy.gguf"
     shutil.copyfile(model, copy)
     os.utime(copy, ns=(1, 1))
@@ -117,14 +117,14 @@ def test_a_replaced_file_is_predicted_anew(store: Path, model: Path, tmp_path: P
 
 
 def test_other_options_are_predicted(store: Path, model: Path) -> None:
-    """A larger context takes more."""
+    """A larger context than the measured one is predicted."""
     life_of(model, store, num_ctx=256)
     assert not life_of(model, store, num_ctx=512)[2]
     assert life_of(model, store, num_ctx=256)[2]
 
 
 def test_without_a_store_nothing_is_known_and_nothing_is_written(tmp_path: Path, model: Path) -> None:
-    """`measurement_file="none"` is for those who want no file."""
+    """With `measurement_file="none"` nothing is known and no file is written."""
     for _ in range(2):
         with Scheduler(settings(measurement_file=None)) as scheduler:
             assert not scheduler.fit(model).measured
@@ -133,14 +133,14 @@ def test_without_a_store_nothing_is_known_and_nothing_is_written(tmp_path: Path,
 
 
 def test_an_object_is_not_remembered(store: Path) -> None:
-    """It says itself what it takes."""
+    """An object is not kept in the store."""
     with Scheduler(settings(measurement_file=store)) as scheduler:
         scheduler.acquire(PythonModel("a", load=object, memory={"cpu": 1000})).release()
     assert not store.exists()
 
 
 def test_nothing_of_what_was_asked_is_in_it(store: Path, model: Path) -> None:
-    """Neither prompts, nor answers, nor keys: the file may lie in a backup."""
+    """Neither prompts, answers nor keys are in the store."""
     with Scheduler(settings(measurement_file=store)) as scheduler, scheduler.acquire(model) as lease:
         answer = lease.chat("a very private question", **SHORT)
         key = lease.api_key
@@ -155,7 +155,7 @@ def test_nothing_of_what_was_asked_is_in_it(store: Path, model: Path) -> None:
 def test_a_damaged_store_warns_once_and_is_begun_anew(
     store: Path, model: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The model is loaded all the same, and remembered."""
+    """A damaged store is warned of once, and the model is loaded and measured."""
     store.parent.mkdir()
     store.write_bytes(b"nonsense" * 1000)
     assert not life_of(model, store)[2]
@@ -166,7 +166,7 @@ def test_a_damaged_store_warns_once_and_is_begun_anew(
 def test_a_store_that_cannot_be_written_warns_once_and_is_a_problem(
     store: Path, model: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Everything else goes on; `status()` says it."""
+    """A store that cannot be written is warned of once and is a problem in `status()`."""
     store.mkdir(parents=True)
     with Scheduler(settings(measurement_file=store)) as scheduler:
         for _ in range(2):
@@ -184,7 +184,7 @@ def test_a_store_that_cannot_be_written_warns_once_and_is_a_problem(
 def test_the_command_knows_it_as_well(
     store: Path, model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """`loadmaster fit` in a program of its own, and it says where its figure comes from."""
+    """`loadmaster fit` in a program of its own uses the measurement and says so."""
     monkeypatch.setenv("LOADMASTER_MEASUREMENT_FILE", str(store))
     monkeypatch.setenv("LOADMASTER_GPUS", "0")
     life_of(model, store)
@@ -200,14 +200,14 @@ def test_the_command_knows_it_as_well(
 
 
 def test_the_usual_file_is_in_the_users_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """One for all programs of a user, and of one version of the table."""
+    """The usual file is in the user's cache folder, one for each version of the table."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     path = default_measurement_file()
     assert path.name == f"footprints-{VERSION}.sqlite3" and path.parent.name == "loadmaster"
 
 
 def test_the_setting_takes_a_file_or_none(tmp_path: Path) -> None:
-    """And "auto", which is the default."""
+    """The setting takes a file, "none" or "auto"."""
     assert Settings(measurement_file=str(tmp_path / "a.db")).measurement_file == tmp_path / "a.db"
     assert Settings(measurement_file="none").measurement_file is None
     assert Settings(measurement_file=None).measurement_file is None
@@ -219,7 +219,7 @@ def test_the_setting_takes_a_file_or_none(tmp_path: Path) -> None:
 
 
 def test_a_user_without_a_home_has_a_scheduler_that_warns_of_it(monkeypatch: pytest.MonkeyPatch, model: Path) -> None:
-    """As in a container whose user is a number: what models take is not kept, and why stands among the problems."""
+    """Without a home folder the scheduler warns and has a problem in its status."""
     monkeypatch.setattr("scheduler.config.settings.default_measurement_file", default_measurement_file)
     monkeypatch.setattr("platformdirs.user_cache_path", Mock(side_effect=RuntimeError("no home directory")))
     with no_leaks(), Scheduler(Settings(gpus=False)) as scheduler:
@@ -229,14 +229,14 @@ def test_a_user_without_a_home_has_a_scheduler_that_warns_of_it(monkeypatch: pyt
 
 
 def test_tests_keep_out_of_the_developers_own_file(footprints: Path) -> None:
-    """Each has one of its own, and programs that it starts have none."""
+    """Each test has a file of its own, and child processes have none."""
     path = Settings().measurement_file
     assert path is not None and path.parent == footprints
     assert Settings.from_environment().footprints is None
 
 
 def test_the_file_is_what_any_tool_can_read(store: Path, model: Path) -> None:
-    """One row for each set of options, with what it says in plain text."""
+    """The file has one row for each set of options, in plain text for any tool."""
     life_of(model, store, num_ctx=CONTEXT)
     with sqlite3.connect(store) as file:
         rows = file.execute("SELECT files, options, split, took, loads FROM footprints").fetchall()

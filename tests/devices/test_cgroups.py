@@ -1,4 +1,4 @@
-"""What control groups leave: from a folder that stands in for theirs, and from real groups where that is allowed."""
+"""Memory limits of control groups: from a folder that stands in for theirs, and from real groups where allowed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Tree = Callable[[str, dict[str, dict[str, object]]], CgroupMemory | None]
 
 @pytest.fixture
 def tree(tmp_path: Path) -> Tree:
-    """Write a folder that stands in for /sys/fs/cgroup and read the limits of a process that is where `groups` says."""
+    """Write a folder that stands in for /sys/fs/cgroup; read the limits of a process in the groups of `groups`."""
 
     def read(groups: str, folders: dict[str, dict[str, object]]) -> CgroupMemory | None:
         for folder, files in folders.items():
@@ -37,18 +37,18 @@ def tree(tmp_path: Path) -> Tree:
 
 
 def test_n15_version_2_leaves_limit_minus_current(tree: Tree) -> None:
-    """N15: what the group may still use, not what the machine has."""
+    """N15: version 2 leaves the group's limit less its current use."""
     assert tree("0::/job", {"job": {"memory.max": 1000, "memory.current": 300}}) == CgroupMemory(1000, 700)
 
 
 def test_n15_version_1_leaves_limit_minus_usage(tree: Tree) -> None:
-    """N15: the older files, below the controller's own folder."""
+    """N15: version 1 leaves the limit less the usage, in the controller's own folder."""
     files: dict[str, object] = {"memory.limit_in_bytes": 1000, "memory.usage_in_bytes": 300}
     assert tree("5:cpu:/\n4:memory:/job", {"memory/job": files}) == CgroupMemory(1000, 700)
 
 
 def test_n15_every_group_above_counts(tree: Tree) -> None:
-    """N15: the smallest limit and the least free memory may belong to different groups."""
+    """N15: the smallest limit and the least free memory may be of different groups above."""
     folders: dict[str, dict[str, object]] = {
         "a": {"memory.max": 2000, "memory.current": 1900},
         "a/b": {"memory.max": "max", "memory.current": 500},
@@ -58,12 +58,12 @@ def test_n15_every_group_above_counts(tree: Tree) -> None:
 
 
 def test_a_container_sees_only_the_top_of_the_tree(tree: Tree) -> None:
-    """Its path is the host's and does not exist here; the limits at the top are its own."""
+    """A container's limits are at the top of the tree, where its own path does not exist."""
     assert tree("0::/docker/1234", {"": {"memory.max": 1000, "memory.current": 300}}) == CgroupMemory(1000, 700)
 
 
 def test_pages_of_files_count_as_free(tree: Tree) -> None:
-    """The kernel drops them before it refuses memory, used lately or not; those of memory files it cannot drop."""
+    """Pages of files count as free, because the kernel drops them, and pages of memory files do not."""
     files: dict[str, object] = {
         "memory.max": 1000,
         "memory.current": 900,
@@ -73,7 +73,7 @@ def test_pages_of_files_count_as_free(tree: Tree) -> None:
 
 
 def test_a_group_over_its_limit_has_nothing_free(tree: Tree) -> None:
-    """A limit lowered below the usage leaves nothing, not less than nothing."""
+    """A group over its limit has nothing free, and not less than nothing."""
     assert tree("0::/job", {"job": {"memory.max": 100, "memory.current": 300}}) == CgroupMemory(100, 0)
 
 
@@ -84,25 +84,25 @@ def test_no_limit_is_none(tree: Tree, groups: str) -> None:
 
 
 def test_the_largest_number_of_version_1_is_no_limit(tree: Tree) -> None:
-    """It is how version 1 says that there is none."""
+    """The largest number of version 1 means that there is no limit."""
     files: dict[str, object] = {"memory.limit_in_bytes": 9223372036854771712, "memory.usage_in_bytes": 300}
     assert tree("4:memory:/", {"memory": files}) is None
 
 
 def test_a_system_without_cgroups_has_no_limit(tmp_path: Path) -> None:
-    """Nothing is there to read."""
+    """A system without control groups has no limit."""
     assert cgroup_memory(tmp_path / "cgroup", tmp_path / "self") is None
 
 
 @pytest.mark.parametrize(("most", "high", "left"), [(1000, 600, 200), (1000, "max", 600), ("max", 600, 200)])
 def test_beyond_memory_high_there_is_nothing_to_use(tree: Tree, most: object, high: object, left: int) -> None:
-    """Above it the kernel slows the process down until it gives up as much, though it does not refuse."""
+    """Memory beyond memory.high is not free, because the kernel slows the process down there."""
     files = {"memory.max": most, "memory.high": high, "memory.current": 400}
     assert tree("0::/job", {"job": files}) == CgroupMemory(left + 400, left)
 
 
 def test_swap_is_neither_a_limit_nor_room(tree: Tree) -> None:
-    """What is planned with is memory, in both versions."""
+    """Swap counts neither as a limit nor as free memory, in both versions."""
     version_2: dict[str, object] = {"memory.max": 1000, "memory.current": 300}
     assert tree("0::/a", {"a": version_2 | {"memory.swap.max": 5000, "memory.swap.current": 700}}) == CgroupMemory(
         1000, 700
@@ -124,14 +124,14 @@ class Group:
         self.version = 2 if (folder / "memory.max").exists() else 1
 
     def limit(self, bytes: int | str) -> None:
-        """Set the limit; "max" is none."""
+        """Set the limit; "max" is no limit."""
         if self.version == 2:
             (self.folder / "memory.max").write_text(str(bytes))
         else:
             (self.folder / "memory.limit_in_bytes").write_text("-1" if bytes == "max" else str(bytes))
 
     def read(self, before: str = "") -> Any:
-        """Return what a process in it is left: None, or limit and free bytes; it runs `before` first."""
+        """Return None, or the limit and the free bytes of a process in the group, which runs `before` first."""
         program = (
             f"open({str(self.folder / 'cgroup.procs')!r}, 'w').write('0')\n{before}\n"
             "import json; from scheduler.devices.cgroups import cgroup_memory; found = cgroup_memory()\n"
@@ -142,7 +142,7 @@ class Group:
         return json.loads(done.stdout)
 
     def remove(self) -> None:
-        """Remove it, once the kernel is done with the process that was in it."""
+        """Remove the group, once the kernel is done with its process."""
 
         def gone() -> bool:
             try:
@@ -156,7 +156,7 @@ class Group:
 
 @pytest.fixture
 def group() -> Iterator[Group]:
-    """Return a new group below the one that the tests run in."""
+    """Yield a new group below the group of the tests."""
     if not Path("/proc/self/cgroup").exists():
         pytest.skip("there are no control groups on this system")
     lines = [line.split(":", 2) for line in Path("/proc/self/cgroup").read_text().splitlines()]
@@ -176,7 +176,7 @@ def group() -> Iterator[Group]:
 
 
 def test_n15_the_limit_of_a_real_group_counts(group: Group) -> None:
-    """N15: a process that the kernel allows 256 MiB has no more, less what it uses itself."""
+    """N15: a process in a real group of 256 MiB has no more, less what it uses itself."""
     group.limit(256 * MIB)
     limit, free = group.read()
     assert limit == 256 * MIB
@@ -184,7 +184,7 @@ def test_n15_the_limit_of_a_real_group_counts(group: Group) -> None:
 
 
 def test_what_a_process_in_a_real_group_holds_is_not_free(group: Group) -> None:
-    """The group's own figures say so, whatever the machine has."""
+    """What a process in a real group holds is not free, by the group's own figures."""
     group.limit(512 * MIB)
     _, before = group.read()
     _, after = group.read("held = b'x' * (128 << 20)")
@@ -192,10 +192,10 @@ def test_what_a_process_in_a_real_group_holds_is_not_free(group: Group) -> None:
 
 
 def test_what_a_process_in_a_real_group_has_read_is_free(group: Group, tmp_path: Path) -> None:
-    """The pages of a file that nobody uses any more are given up before memory is refused."""
+    """Pages of a file that a process in a real group has read are free."""
     (tmp_path / "file").write_bytes(b"x" * (128 * MIB))
     read_it = f"import os; file = os.open({str(tmp_path / 'file')!r}, os.O_RDONLY)\n"
-    drop = "os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)\n"  # so that this group reads it, and is charged
+    drop = "os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)\n"  # so that this group reads the pages and is charged
     group.limit(512 * MIB)
     _, before = group.read()
     _, after = group.read(f"{read_it}os.fsync(file); {drop}while os.read(file, 1 << 20): pass")
@@ -203,7 +203,7 @@ def test_what_a_process_in_a_real_group_has_read_is_free(group: Group, tmp_path:
 
 
 def test_the_limit_of_a_real_group_above_counts(group: Group) -> None:
-    """The inner one allows more, or sets no limit: the outer one holds all the same."""
+    """The limit of a real group above holds where the inner group allows more or sets none."""
     group.limit(256 * MIB)
     inner = Group(group.folder / "inner") if group.version == 1 else None
     if inner is None:
@@ -220,7 +220,7 @@ def test_the_limit_of_a_real_group_above_counts(group: Group) -> None:
 
 
 def test_a_real_group_without_a_limit_sets_none(group: Group) -> None:
-    """What limits there are come from those above it."""
+    """A real group without a limit sets none beside those above it."""
     group.limit("max")
     above = cgroup_memory()
     found = group.read()

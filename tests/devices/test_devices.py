@@ -31,26 +31,26 @@ DIVIDED = Gpu("GPU-3", instances=[Gpu("MIG-31", total=300, free=100, processes={
 
 
 def test_the_host_is_always_there() -> None:
-    """Without GPUs the host is the only device, with no more than the machine has."""
+    """Without GPUs the host is the only device, with no more than the machine's memory."""
     (host,) = DeviceReader(gpus=False).sample()
     assert (host.id, host.kind, host.integrated, host.fresh) == (HOST, "cpu", False, True)
     assert 0 < host.free_bytes <= host.capacity_bytes <= psutil.virtual_memory().total
 
 
 def test_the_memory_limit_caps_the_hosts_capacity_only() -> None:
-    """What is reported free is the machine's; the limit is on what we take."""
+    """The memory limit caps the host's capacity, and the reported free memory is the machine's."""
     (host,) = DeviceReader(gpus=False, memory_limit_bytes=1 << 20).sample()
     assert (host.capacity_bytes, host.free_bytes > 1 << 20) == (1 << 20, True)
 
 
 def test_a_memory_limit_above_the_machines_memory_changes_nothing() -> None:
-    """There is no more than there is."""
+    """A memory limit above the machine's memory changes nothing."""
     (host,) = DeviceReader(gpus=False, memory_limit_bytes=1 << 60).sample()
     assert host.capacity_bytes <= psutil.virtual_memory().total
 
 
 def test_a_memory_limit_that_is_changed_shows_in_the_next_sample() -> None:
-    """None takes it away."""
+    """A changed memory limit is in the next sample, and None removes it."""
     source = DeviceReader(gpus=False)
     (unlimited,) = source.sample()
     source.set_memory_limit(1 << 20)
@@ -90,26 +90,26 @@ BOARDS = [Board("GPU-aa1"), Board("GPU-bb1"), Board("GPU-aa2"), Board("GPU-dd", 
     ],
 )
 def test_cuda_visible_devices_is_read_as_cuda_reads_it(chosen: str | None, visible: list[str]) -> None:
-    """Indices or ids, also shortened if they stay unique, in their order, up to the first that is neither."""
+    """CUDA_VISIBLE_DEVICES is read as CUDA does: indices or unique prefixes of ids, up to the first that is neither."""
     assert visible_devices(BOARDS, chosen) == visible
 
 
 def test_a_gpu_that_was_lost_before_it_was_known_keeps_its_index() -> None:
-    """What is called 1 is not renumbered because 0 cannot be asked for its id."""
+    """A GPU that was lost before its id was read keeps its index."""
     assert visible_devices([Board(""), Board("GPU-b")], "0,1") == ["GPU-b"]
     assert visible_devices([Board(""), Board(""), Board("GPU-b")], None) == ["GPU-b"]
 
 
 @beside_stand_in(CUDA_VISIBLE_DEVICES="GPU-2,0")
 def test_gpus_come_in_the_order_of_cuda_visible_devices(nvml: StandIn) -> None:
-    """It is the order that `main_gpu` counts in."""
+    """GPUs come in the order of CUDA_VISIBLE_DEVICES, in which `main_gpu` counts."""
     nvml.say(ONE, TWO, DIVIDED)
     assert list(gpus_of(DeviceReader())) == ["GPU-2", "GPU-1"]
 
 
 @beside_stand_in(CUDA_VISIBLE_DEVICES="GPU-2")
 def test_a_hidden_gpu_is_not_asked_about(nvml: StandIn) -> None:
-    """What is wrong with it is nobody's business, and what runs on it neither."""
+    """A hidden GPU is not read, whatever is wrong with it."""
     nvml.say(ONE.but(memory_code=LOST), TWO)
     source = DeviceReader()
     assert (list(gpus_of(source)), list(source.gpu_processes()), source.problems) == (["GPU-2"], ["GPU-2"], ())
@@ -117,7 +117,7 @@ def test_a_hidden_gpu_is_not_asked_about(nvml: StandIn) -> None:
 
 @beside_stand_in(CUDA_VISIBLE_DEVICES="1")
 def test_an_index_among_different_gpus_is_said_to_be_ambiguous(nvml: StandIn) -> None:
-    """CUDA counts the fastest first by default, which no driver tells."""
+    """An index among different GPUs is reported as ambiguous, because CUDA counts the fastest first."""
     nvml.say(ONE, TWO.but(capability=(8, 0)))
     source = DeviceReader()
     assert list(gpus_of(source)) == ["GPU-2"]
@@ -127,7 +127,7 @@ def test_an_index_among_different_gpus_is_said_to_be_ambiguous(nvml: StandIn) ->
 
 @beside_stand_in(CUDA_VISIBLE_DEVICES="1", CUDA_DEVICE_ORDER="PCI_BUS_ID")
 def test_an_index_in_the_order_of_the_bus_is_not_ambiguous(nvml: StandIn) -> None:
-    """That is how they are counted here."""
+    """An index is not ambiguous where CUDA counts in the order of the bus."""
     nvml.say(ONE, TWO.but(capability=(8, 0)))
     source = DeviceReader()
     assert (list(gpus_of(source)), source.problems) == (["GPU-2"], ())
@@ -138,7 +138,7 @@ def test_an_index_in_the_order_of_the_bus_is_not_ambiguous(nvml: StandIn) -> Non
 
 @beside_stand_in()
 def test_gpus_have_their_memory_and_processes(nvml: StandIn) -> None:
-    """The driver's own reserve is no capacity; processes come by pid."""
+    """A GPU's sample has its memory without the driver's reserve, and its processes by id."""
     nvml.say(ONE, TWO)
     source = DeviceReader()
     assert gpus_of(source) == {
@@ -150,7 +150,7 @@ def test_gpus_have_their_memory_and_processes(nvml: StandIn) -> None:
 
 @beside_stand_in("-DOLD_DRIVER")
 def test_an_old_driver_is_asked_in_its_own_way(nvml: StandIn) -> None:
-    """Where functions are missing, the ones before them do: the reserve counts as usable, and nothing is divided."""
+    """An old driver is read with its own functions: the reserve counts as usable, and no GPU is divided."""
     nvml.say(ONE, DIVIDED)
     source = DeviceReader()
     assert gpus_of(source)["GPU-1"] == DeviceSample("GPU-1", "gpu", "Stand-in 9.0", 1000, 800)
@@ -159,7 +159,7 @@ def test_an_old_driver_is_asked_in_its_own_way(nvml: StandIn) -> None:
 
 @beside_stand_in()
 def test_every_instance_of_a_divided_gpu_is_a_device(nvml: StandIn) -> None:
-    """Each has its own memory and processes; the GPU as such is none beside them."""
+    """Every instance of a divided GPU is a device with its own memory and processes, and the GPU itself is none."""
     nvml.say(ONE, DIVIDED)
     source = DeviceReader()
     gpus = gpus_of(source)
@@ -171,7 +171,7 @@ def test_every_instance_of_a_divided_gpu_is_a_device(nvml: StandIn) -> None:
 
 @beside_stand_in()
 def test_a_gpu_that_is_divided_into_nothing_is_left_out(nvml: StandIn) -> None:
-    """CUDA could not use it either; somebody may be about to divide it."""
+    """A GPU in divided mode without instances is left out, because CUDA cannot use it."""
     nvml.say(DIVIDED.but(instances=[]))
     source = DeviceReader()
     assert gpus_of(source) == {}
@@ -182,7 +182,7 @@ def test_a_gpu_that_is_divided_into_nothing_is_left_out(nvml: StandIn) -> None:
 
 @beside_stand_in()
 def test_memory_that_others_take_and_give_back_is_seen(nvml: StandIn) -> None:
-    """Each sample is of its own moment."""
+    """Each sample has the memory of other programs at its own moment."""
     source = DeviceReader()
     seen = []
     for free in (800, 100, 750):
@@ -193,7 +193,7 @@ def test_memory_that_others_take_and_give_back_is_seen(nvml: StandIn) -> None:
 
 @beside_stand_in()
 def test_a_reserve_is_taken_off_every_gpu_with_memory_of_its_own(nvml: StandIn) -> None:
-    """Off what there is and off what is free, which may go below nothing."""
+    """A reserve is subtracted from capacity and free memory of every GPU with memory of its own."""
     nvml.say(ONE.but(free=100), Gpu("GPU-i", memory_code=NOT_SUPPORTED))
     gpus = gpus_of(DeviceReader(gpu_reserve_bytes=200))
     assert (gpus["GPU-1"].capacity_bytes, gpus["GPU-1"].free_bytes) == (750, -100)
@@ -202,7 +202,7 @@ def test_a_reserve_is_taken_off_every_gpu_with_memory_of_its_own(nvml: StandIn) 
 
 @beside_stand_in()
 def test_processes_that_may_not_be_seen_are_missing_and_named(nvml: StandIn) -> None:
-    """Without permission the memory is known all the same."""
+    """Without permission to see processes the memory is known, and the problem is reported."""
     nvml.say(ONE.but(processes_code=NO_PERMISSION), TWO.but(processes={5: 10, 6: -1}))
     source = DeviceReader()
     assert list(gpus_of(source)) == ["GPU-1", "GPU-2"]
@@ -217,7 +217,7 @@ def test_processes_that_may_not_be_seen_are_missing_and_named(nvml: StandIn) -> 
 
 @beside_stand_in()
 def test_s27_a_gpu_without_memory_of_its_own_is_integrated(nvml: StandIn) -> None:
-    """S27, N03: whether its driver refuses to tell, tells nothing, or tells of the host's memory."""
+    """S27, N03: a GPU whose driver refuses to tell its memory, tells none or tells the host's is integrated."""
     orin, gb10 = Gpu("GPU-o", memory_code=NOT_SUPPORTED, capability=(8, 7)), Gpu("GPU-g", 1 << 36, capability=(12, 1))
     nvml.say(orin, gb10, TWO)
     source = DeviceReader()
@@ -231,7 +231,7 @@ def test_s27_a_gpu_without_memory_of_its_own_is_integrated(nvml: StandIn) -> Non
 
 @beside_stand_in()
 def test_a_gpu_that_does_not_tell_its_memory_shares_the_hosts(nvml: StandIn) -> None:
-    """Of one that is not known to be integrated that is a guess, and said to be."""
+    """A GPU of unknown kind without memory figures shares the host's memory, which is reported as a guess."""
     nvml.say(ONE.but(memory_code=NOT_SUPPORTED), TWO.but(total=0, reserved=0))
     source = DeviceReader()
     assert [gpu.integrated for gpu in gpus_of(source).values()] == [True, True]
@@ -242,7 +242,7 @@ def test_a_gpu_that_does_not_tell_its_memory_shares_the_hosts(nvml: StandIn) -> 
 
 @beside_stand_in()
 def test_n03_an_integrated_gpu_has_no_more_than_the_host_may_use(nvml: StandIn) -> None:
-    """N03: a limit on the host is one on what it shares."""
+    """N03: an integrated GPU has no more than the host's limit."""
     nvml.say(Gpu("GPU-i", memory_code=NOT_SUPPORTED))
     host, gpu = DeviceReader(memory_limit_bytes=1 << 20).sample()
     assert (gpu.capacity_bytes, gpu.free_bytes) == (1 << 20, host.free_bytes)
@@ -253,7 +253,7 @@ def test_n03_an_integrated_gpu_has_no_more_than_the_host_may_use(nvml: StandIn) 
 
 @beside_stand_in()
 def test_a_lost_gpu_is_left_out_and_named(nvml: StandIn) -> None:
-    """The others go on being used, the host too."""
+    """A lost GPU is left out and reported, and the other devices are used."""
     source = DeviceReader()
     nvml.say(ONE, TWO)
     assert list(gpus_of(source)) == ["GPU-1", "GPU-2"]
@@ -266,7 +266,7 @@ def test_a_lost_gpu_is_left_out_and_named(nvml: StandIn) -> None:
 
 @beside_stand_in(CUDA_VISIBLE_DEVICES="GPU-1,GPU-2")
 def test_a_gpu_that_cannot_be_opened_hides_none_of_those_after_it(nvml: StandIn) -> None:
-    """It is known by its id as long as it was there once, though CUDA would end the list at it."""
+    """A GPU that cannot be opened hides no later GPU, and is reported by its id if that was read before."""
     source = DeviceReader()
     nvml.say(ONE, TWO)
     gpus_of(source)
@@ -276,7 +276,7 @@ def test_a_gpu_that_cannot_be_opened_hides_none_of_those_after_it(nvml: StandIn)
 
 @beside_stand_in()
 def test_a_lost_gpu_that_comes_back_is_found_by_starting_the_driver_again(nvml: StandIn) -> None:
-    """The driver's library has it lost until then; it is not started again at every look."""
+    """A lost GPU is found again by starting the driver's library again, which not every sample does."""
     clock = Clock()
     source = DeviceReader(clock=clock)
     nvml.say(ONE, TWO)
@@ -291,7 +291,7 @@ def test_a_lost_gpu_that_comes_back_is_found_by_starting_the_driver_again(nvml: 
 
 @beside_stand_in()
 def test_a_driver_is_asked_again_after_a_minute(nvml: StandIn) -> None:
-    """A driver that comes late is found, but not asked at every look; after close sampling starts afresh."""
+    """A driver is started again after a minute, and not at every sample; a close starts afresh."""
     clock = Clock()
     source = DeviceReader(clock=clock)
     counts = [len(gpus_of(source))]
@@ -307,7 +307,7 @@ def test_a_driver_is_asked_again_after_a_minute(nvml: StandIn) -> None:
 
 @beside_stand_in()
 def test_a_driver_that_does_not_start_leaves_the_host(nvml: StandIn) -> None:
-    """Whatever it says; nothing is raised, and the reason is told."""
+    """A driver that does not start leaves the host, and the reason is reported."""
     for code, words in ((NO_DRIVER, "Driver Not Loaded"), (MISMATCH, "RM has detected an NVML/RM version mismatch.")):
         nvml.say(ONE, init=code)
         source = DeviceReader()
@@ -317,7 +317,7 @@ def test_a_driver_that_does_not_start_leaves_the_host(nvml: StandIn) -> None:
 
 @beside_stand_in("-DANCIENT_DRIVER")
 def test_a_library_without_what_is_needed_leaves_the_host(nvml: StandIn) -> None:
-    """It is older than anything that could be used."""
+    """A library without the functions that are needed leaves the host."""
     nvml.say(ONE)
     source = DeviceReader()
     assert (gpus_of(source), source.problems) == ({}, ("no GPU is used: Function Not Found",))
@@ -325,13 +325,13 @@ def test_a_library_without_what_is_needed_leaves_the_host(nvml: StandIn) -> None
 
 @beside_stand_in(library="nonsense")
 def test_a_library_that_is_none_leaves_the_host(nvml: StandIn) -> None:
-    """A file of that name which cannot be loaded."""
+    """A file that cannot be loaded as the library leaves the host."""
     source = DeviceReader()
     assert (gpus_of(source), len(source.problems)) == ({}, 1)
 
 
 @beside_stand_in(library=None)
 def test_a_machine_without_the_library_has_no_gpus(nvml: StandIn) -> None:
-    """As most machines are."""
+    """A machine without the library has no GPUs and no problem."""
     source = DeviceReader()
     assert (gpus_of(source), source.gpu_processes(), len(source.problems)) == ({}, {}, 1)

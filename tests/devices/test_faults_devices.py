@@ -1,7 +1,7 @@
-"""Faults of GPUs and their driver, on the real scheduler beside a stand-in for NVIDIA's library: nothing is left over.
+"""Faults of GPUs and drivers, on the real scheduler beside a stand-in for NVIDIA's library: nothing is left over.
 
-What a driver that is absent, fails, loses a GPU, tells no memory or does not answer means for one reading is shown in
-`test_devices.py` and `test_stalled_driver.py`; for grants and loads in `test_gpu_scheduling.py`.
+What an absent, failing or stalled driver, a lost GPU, or a GPU without memory figures means for one reading is shown in
+`test_devices.py` and `test_stalled_driver.py`, and for grants and loads in `test_gpu_scheduling.py`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ RECOVERY_S = 0.3
 
 @contextmanager
 def a_scheduler(**settings: Any) -> Iterator[Scheduler]:
-    """Yield one that waits a short time for memory, and leaves nothing behind."""
+    """Yield a scheduler with a short recovery timeout, which leaves nothing behind."""
     with no_leaks(), Scheduler(Settings(**{"cpu_threads": 1, "recovery_timeout": RECOVERY_S, **settings})) as scheduler:
         yield scheduler
 
@@ -54,7 +54,7 @@ def on_gpu(name: str, gpu: Gpu, size: str) -> PythonModel:
 
 @beside_stand_in(library=None)
 def test_where_a_gpu_is_required_and_there_is_no_driver_nothing_falls_back(nvml: StandIn) -> None:
-    """It is refused at once, and says why; where none is required, a real child serves on the host."""
+    """A required GPU without a driver is a refusal with the reason; without the requirement the host serves."""
     with a_model() as path:
         with a_scheduler(require_gpu=True) as scheduler:
             with pytest.raises(DoesNotFit, match="and there is none"):
@@ -67,7 +67,7 @@ def test_where_a_gpu_is_required_and_there_is_no_driver_nothing_falls_back(nvml:
 
 @beside_stand_in()
 def test_a_required_gpu_that_is_lost_refuses_until_it_is_back(nvml: StandIn) -> None:
-    """What is wrong is told; nobody has to start the scheduler again."""
+    """A required GPU that is lost refuses requests with the problem until it is back."""
     nvml.say(ONE)
     with a_model() as path, a_scheduler(require_gpu=True) as scheduler:
         nvml.say(ONE.but(memory_code=LOST))
@@ -81,19 +81,19 @@ def test_a_required_gpu_that_is_lost_refuses_until_it_is_back(nvml: StandIn) -> 
 
 @beside_stand_in()
 def test_a_driver_that_fails_is_told_of_and_the_host_is_used(nvml: StandIn) -> None:
-    """Degraded to what is known, and said so."""
+    """A driver that fails is reported, and models load on the host."""
     nvml.say(init=NO_DRIVER)
     with a_model() as path, a_scheduler() as scheduler, scheduler.acquire(path) as lease:
         assert lease.chat("hello", max_tokens=2) is not None
         assert len(scheduler.status().problems) == 1 and "driver" in scheduler.status().problems[0].lower()
 
 
-# -- memory that others have -------------------------------------------------------------------------------------------
+# -- memory of other programs ------------------------------------------------------------------------------------------
 
 
 @beside_stand_in()
 def test_memory_that_never_comes_back_is_waited_for_so_long_and_no_longer(nvml: StandIn) -> None:
-    """Then it is planned with what there is: what fits is loaded, what does not is refused with the numbers."""
+    """Memory that never comes back is waited for until the recovery timeout, and then the plan is without it."""
     nvml.say(ONE)
     with a_scheduler() as scheduler:
         scheduler.acquire(on_gpu("a", ONE, "6GiB")).release()
@@ -111,7 +111,7 @@ def test_memory_that_never_comes_back_is_waited_for_so_long_and_no_longer(nvml: 
 
 @beside_stand_in()
 def test_memory_that_others_take_while_a_runner_leaves_is_not_counted_on(nvml: StandIn) -> None:
-    """The waiter that it was given up for does not start in what is gone; it has its turn when that is back."""
+    """A request does not start in memory that another program took during an eviction, and starts when it is back."""
     nvml.say(ONE)
     with a_scheduler(min_residency=0) as scheduler:
         leaving = threading.Event()
@@ -131,7 +131,7 @@ def test_memory_that_others_take_while_a_runner_leaves_is_not_counted_on(nvml: S
 
 @beside_stand_in()
 def test_what_lived_on_a_gpu_that_is_lost_can_leave(nvml: StandIn) -> None:
-    """Its memory is waited for in vain, but not for ever; nothing of it stays booked."""
+    """A runner on a lost GPU can be stopped: its memory is waited for until the timeout and its reservation ends."""
     nvml.say(ONE, TWO)
     with a_scheduler() as scheduler:
         lease = scheduler.acquire(on_gpu("a", TWO, "3GiB"))
@@ -147,7 +147,7 @@ def test_what_lived_on_a_gpu_that_is_lost_can_leave(nvml: StandIn) -> None:
 
 @beside_stand_in()
 def test_a_real_child_that_is_killed_gives_its_gpu_back(nvml: StandIn) -> None:
-    """By what the driver shows of the device; who waited for it is served by a child of its own."""
+    """A killed child's GPU memory is free by the driver's figures, and a waiting request is served by a new child."""
     nvml.say(TWO)
     with a_model() as path, a_scheduler() as scheduler:
         with scheduler.acquire(path, num_parallel=1) as lease:
@@ -163,7 +163,7 @@ def test_a_real_child_that_is_killed_gives_its_gpu_back(nvml: StandIn) -> None:
 
 @beside_stand_in()
 def test_close_while_memory_is_waited_for_returns(nvml: StandIn) -> None:
-    """It never comes back, and would be waited for longer than a close may take; whoever waits for it is answered."""
+    """A close during a memory recovery returns in its time, and waiting requests are answered."""
     nvml.say(ONE)
     with a_scheduler(recovery_timeout=600, stop_grace="100ms") as scheduler:
         scheduler.acquire(on_gpu("a", ONE, "6GiB")).release()
@@ -181,7 +181,7 @@ def test_close_while_memory_is_waited_for_returns(nvml: StandIn) -> None:
 
 @beside_stand_in()
 def test_close_while_the_driver_is_stuck_leaves_only_the_thread_in_its_hands(nvml: StandIn) -> None:
-    """That ends as soon as the driver lets go of it; then nothing is left at all."""
+    """A close beside a stalled driver leaves one thread, which ends when the driver returns."""
     nvml.say(ONE)
     device_reader.ANSWER_S = 0.5
     with no_leaks():

@@ -1,4 +1,4 @@
-"""The scheduler over GPUs: the real one, with threads and processes, beside a stand-in for NVIDIA's library."""
+"""The scheduler over GPUs, with real threads and processes, beside a stand-in for NVIDIA's library."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ TWO = Gpu("GPU-22222222-bbbb", total=4 * GIB)
 
 
 def an_object(name: str, **memory: str) -> PythonModel:
-    """A model that loads at once; `memory` is by device, "cpu" or the stand-in's GPUs."""
+    """Return a model that loads at once; `memory` is by device, "cpu" or the stand-in's GPUs."""
     return PythonModel(name, lambda: name, memory=memory or {"cpu": "1MiB"})
 
 
@@ -35,7 +35,7 @@ def on_gpu(name: str, gpu: Gpu, size: str) -> PythonModel:
 
 
 def a_scheduler(**settings: Any) -> Scheduler:
-    """Return one that does not wait long for memory: the stand-in's never comes back, since it never went."""
+    """Return a scheduler with a short recovery timeout, since the stand-in's memory never changes."""
     return Scheduler(Settings(**{"cpu_threads": 1, "recovery_timeout": "0.3s", **settings}))
 
 
@@ -49,7 +49,7 @@ def loaded(scheduler: Scheduler) -> set[str]:
 
 @beside_stand_in()
 def test_d15_a_stalled_driver_holds_up_no_grant_and_no_load(nvml: StandIn) -> None:
-    """D15: sampling is late, decisions are not: warm requests go on at once, cold ones on the host after one wait."""
+    """D15: beside a stalled driver warm requests are granted at once, and a load on the host waits once."""
     nvml.say(ONE)
     with a_scheduler() as scheduler:
         scheduler.acquire(an_object("warm")).release()
@@ -59,7 +59,7 @@ def test_d15_a_stalled_driver_holds_up_no_grant_and_no_load(nvml: StandIn) -> No
         grants = 0
         while not cold.done():
             scheduler.acquire(an_object("warm")).release()
-            assert time.monotonic() - began < 20.0, "a load on the host waits for the driver"
+            assert time.monotonic() - began < 20.0, "the load on the host waited for the driver"
             grants += 1
         assert grants > 10, "warm requests waited for the driver"
         cold.result().release()
@@ -67,7 +67,7 @@ def test_d15_a_stalled_driver_holds_up_no_grant_and_no_load(nvml: StandIn) -> No
             device_reader.ANSWER_S,
             60.0,
             60.0,
-        )  # what one more wait would take
+        )  # as long as one more wait would take
         began = time.monotonic()
         scheduler.acquire(an_object("next")).release()
         assert time.monotonic() - began < 10.0, "the next load waited once more"
@@ -78,7 +78,7 @@ def test_d15_a_stalled_driver_holds_up_no_grant_and_no_load(nvml: StandIn) -> No
 
 @beside_stand_in()
 def test_a_scheduler_starts_beside_a_driver_that_does_not_answer(nvml: StandIn) -> None:
-    """It has the host, says what is missing, and finds the GPUs when there is an answer."""
+    """A scheduler starts beside a stalled driver with the host, reports the problem, and finds the GPUs later."""
     device_reader.FIRST_ANSWER_S = 0.5
     nvml.say(ONE, stall="nvmlInitWithFlags")
     with a_scheduler() as scheduler:
@@ -93,7 +93,7 @@ def test_a_scheduler_starts_beside_a_driver_that_does_not_answer(nvml: StandIn) 
 
 @beside_stand_in()
 def test_d17_closing_beside_a_stalled_driver_returns(nvml: StandIn) -> None:
-    """D17: nothing is left but the thread in the driver's hands, and that ends when it is let go."""
+    """D17: a close beside a stalled driver leaves one thread, which ends when the driver returns."""
     nvml.say(ONE)
     scheduler = a_scheduler()
     scheduler.acquire(an_object("a")).release()
@@ -109,7 +109,7 @@ def test_d17_closing_beside_a_stalled_driver_returns(nvml: StandIn) -> None:
 
 @beside_stand_in()
 def test_a_runner_that_leaves_a_gpu_whose_driver_stalls_is_waited_for_in_vain_but_not_for_ever(nvml: StandIn) -> None:
-    """What was known before does not show that its memory is back; the wait for it has an end."""
+    """A runner that leaves a GPU with a stalled driver is waited for until the recovery timeout."""
     nvml.say(ONE)
     with a_scheduler(recovery_timeout="1s", max_runners=1) as scheduler:
         scheduler.acquire(on_gpu("a", ONE, "6GiB")).release()
@@ -124,7 +124,7 @@ def test_a_runner_that_leaves_a_gpu_whose_driver_stalls_is_waited_for_in_vain_bu
 
 @beside_stand_in()
 def test_two_gpus_load_at_once_and_each_waits_for_its_own_memory(nvml: StandIn) -> None:
-    """D12, S24: one GPU does not show its memory back: who wants it waits, who wants the other one is loaded."""
+    """D12, S24: a request for one GPU waits for its memory while a request for the other is loaded."""
     nvml.say(ONE, TWO)
     entered = {name: threading.Event() for name in "bcd"}
     go_on = threading.Event()
@@ -139,8 +139,8 @@ def test_two_gpus_load_at_once_and_each_waits_for_its_own_memory(nvml: StandIn) 
 
     with a_scheduler(recovery_timeout="600s") as scheduler:
         both = [scheduler.submit(a_slow_object("b", TWO, "1GiB")), scheduler.submit(a_slow_object("c", ONE, "6GiB"))]
-        assert entered["b"].wait(20.0) and entered["c"].wait(20.0), "one GPU's load waits for the other's"
-        nvml.say(ONE.but(free=2 * GIB), TWO)  # what the second one took, which it will not show back
+        assert entered["b"].wait(20.0) and entered["c"].wait(20.0), "one GPU's load waited for the other's"
+        nvml.say(ONE.but(free=2 * GIB), TWO)  # the memory of the second load, which stays taken
         go_on.set()
         for future in both:
             future.result(20.0).release()
@@ -159,7 +159,7 @@ def test_two_gpus_load_at_once_and_each_waits_for_its_own_memory(nvml: StandIn) 
 
 @beside_stand_in()
 def test_memory_that_another_program_takes_is_not_promised(nvml: StandIn) -> None:
-    """It is refused at once what does not fit beside it, and fits when it has been given back."""
+    """A model that does not fit beside another program's memory is refused, and loads when the memory is back."""
     nvml.say(ONE.but(free=1 * GIB))
     with a_scheduler() as scheduler:
         with pytest.raises(DoesNotFit) as refused:
@@ -171,7 +171,7 @@ def test_memory_that_another_program_takes_is_not_promised(nvml: StandIn) -> Non
 
 @beside_stand_in()
 def test_a_lost_gpu_takes_no_more_models_and_the_others_do(nvml: StandIn) -> None:
-    """What is known of it is gone at the next look, and why is told; when it is back, so are its models."""
+    """A lost GPU takes no more models and is reported, and takes models again when it is back."""
     nvml.say(ONE, TWO)
     with a_scheduler() as scheduler:
         scheduler.acquire(on_gpu("a", TWO, "1GiB")).release()
@@ -188,9 +188,9 @@ def test_a_lost_gpu_takes_no_more_models_and_the_others_do(nvml: StandIn) -> Non
 
 @beside_stand_in()
 def test_s10_d16_gpus_that_appear_later_change_how_many_may_run(nvml: StandIn) -> None:
-    """S10, D16: three without a GPU, three for each as soon as there are some."""
+    """S10, D16: the limit is three runners without a GPU, and three for each GPU once there are some."""
     nvml.say()
-    with a_scheduler(eviction="lru", max_wait=0) as scheduler:  # however long one took to load, it is given no rest
+    with a_scheduler(eviction="lru", max_wait=0) as scheduler:  # no runner has a grace, however long it took to load
         for name in "abcd":
             scheduler.acquire(an_object(name)).release()
         assert loaded(scheduler) == {"b", "c", "d"}
@@ -204,7 +204,7 @@ def test_s10_d16_gpus_that_appear_later_change_how_many_may_run(nvml: StandIn) -
 
 @beside_stand_in()
 def test_n03_an_integrated_gpu_is_shown_with_the_hosts_figures(nvml: StandIn) -> None:
-    """N03: what an object holds there is held of the host's memory, once."""
+    """N03: what an object holds on an integrated GPU is held of the host's memory, once."""
     nvml.say(Gpu("GPU-i", memory_code=NOT_SUPPORTED, capability=(8, 7)))
     with a_scheduler(memory_limit="512MiB") as scheduler:
         with scheduler.acquire(an_object("a", **{"GPU-i": "300MiB"})):
@@ -222,7 +222,7 @@ def test_n03_an_integrated_gpu_is_shown_with_the_hosts_figures(nvml: StandIn) ->
 
 
 def seen_by_child(scheduler: Scheduler, folder: Path, name: str, **asking: Any) -> tuple[list[str], dict[str, str]]:
-    """Load a model in a child; return the GPUs that its layers were placed on, and the child's environment."""
+    """Load a model in a child; return the GPUs of its placement, and the child's environment."""
     with scheduler.acquire(write_tiny_model(folder / f"{name}.gguf"), num_ctx=256, num_parallel=1, **asking):
         (runner,) = [each for each in scheduler.status().runners if each.model == name]
         return list(runner.gpu_layers), psutil.Process(runner.pid).environ()
@@ -230,7 +230,7 @@ def seen_by_child(scheduler: Scheduler, folder: Path, name: str, **asking: Any) 
 
 @beside_stand_in(CUDA_VISIBLE_DEVICES="1,GPU-1111", CUDA_DEVICE_ORDER="PCI_BUS_ID")
 def test_a_child_sees_exactly_the_gpus_of_its_placement(nvml: StandIn) -> None:
-    """By their ids, in the order of its layers; what our own environment calls them does not matter."""
+    """A child sees the GPUs of its placement by their ids, in the order of its layers."""
     nvml.say(ONE, TWO, Gpu("GPU-33333333-cccc", total=16 * GIB))
     with tempfile.TemporaryDirectory() as name, a_scheduler() as scheduler:
         folder = Path(name)
@@ -244,7 +244,7 @@ def test_a_child_sees_exactly_the_gpus_of_its_placement(nvml: StandIn) -> None:
 
 @beside_stand_in(CUDA_VISIBLE_DEVICES="1,0")
 def test_a_child_of_a_split_model_sees_its_gpus_in_the_order_of_its_layers(nvml: StandIn) -> None:
-    """The shares that llama.cpp is told are in that order too."""
+    """The shares that llama.cpp gets are in the order of the layers."""
     nvml.say(ONE, TWO)
     with tempfile.TemporaryDirectory() as name, a_scheduler(spread_over_gpus=True) as scheduler:
         gpus, environment = seen_by_child(scheduler, Path(name), "split")
@@ -254,7 +254,7 @@ def test_a_child_of_a_split_model_sees_its_gpus_in_the_order_of_its_layers(nvml:
 
 @beside_stand_in()
 def test_a_child_on_an_instance_sees_that_instance_and_nothing_else(nvml: StandIn) -> None:
-    """CUDA lets a process use one; over several nothing is split, even where it is asked for."""
+    """A child on an instance sees that instance alone, and nothing is split over instances."""
     instances = [Gpu("MIG-aaaa", total=2 * GIB), Gpu("MIG-bbbb", total=3 * GIB)]
     nvml.say(Gpu("GPU-d", instances=instances))
     with tempfile.TemporaryDirectory() as name, a_scheduler(spread_over_gpus=True) as scheduler:

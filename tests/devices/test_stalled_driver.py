@@ -1,4 +1,4 @@
-"""A driver whose calls do not return: what is known meanwhile, for how long, and that nobody waits for it."""
+"""A driver whose calls do not return: what is known meanwhile and for how long, and that nothing waits for it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ TWO = Gpu("GPU-2", total=2000, free=1900)
 
 
 def stalls(nvml: StandIn, function: str, source: DeviceReader) -> float:
-    """Read once, have a function not return from then on, read again; return how long that took, in seconds."""
+    """Read once, make a function stall, read again; return how many seconds that took."""
     device_reader.ANSWER_S = 0.6
     nvml.say(ONE, TWO)
     assert free_of(source) == {"GPU-1": 800, "GPU-2": 1900}
@@ -28,15 +28,15 @@ def stalls(nvml: StandIn, function: str, source: DeviceReader) -> float:
 
 @beside_stand_in()
 def test_d15_a_call_that_stalls_is_waited_for_once(nvml: StandIn) -> None:
-    """D15: whichever it is. What was known of the GPUs holds until it returns; then everything is read again."""
+    """D15: a call that stalls is waited for once, and until it returns the last figures hold."""
     for function in ("nvmlDeviceGetCount_v2", "nvmlDeviceGetMemoryInfo_v2", "nvmlDeviceGetComputeRunningProcesses_v3"):
         source = DeviceReader()
         assert 0.5 < stalls(nvml, function, source) < 6.0
         device_reader.ANSWER_S = 60.0
         began = time.monotonic()
         gpus_of(source)
-        assert time.monotonic() - began < 6.0, "it was waited for again"
-        assert source.gpu_processes() == {}, "processes as they were are no news"
+        assert time.monotonic() - began < 6.0, "the driver was waited for again"
+        assert source.gpu_processes() == {}, "old figures of processes were returned"
         nvml.say(ONE.but(free=5))
         assert_soon(lambda source=source: free_of(source) == {"GPU-1": 5})
         assert all(gpu.fresh for gpu in gpus_of(source).values())
@@ -46,7 +46,7 @@ def test_d15_a_call_that_stalls_is_waited_for_once(nvml: StandIn) -> None:
 
 @beside_stand_in()
 def test_a_stalled_driver_is_named_and_not_used_before_long(nvml: StandIn) -> None:
-    """A program that is started on such a GPU may never end, so that its figures hold only for a while."""
+    """A stalled driver is reported, and its GPUs are used for a while only, because a program on them may never end."""
     clock = Clock()
     source = DeviceReader(clock=clock)
     stalls(nvml, "nvmlDeviceGetMemoryInfo_v2", source)
@@ -63,7 +63,7 @@ def test_a_stalled_driver_is_named_and_not_used_before_long(nvml: StandIn) -> No
 
 @beside_stand_in()
 def test_a_driver_that_stalls_from_the_start_leaves_the_host(nvml: StandIn) -> None:
-    """Nothing is known of its GPUs; they are found when it answers."""
+    """A driver that stalls from the start leaves the host, and its GPUs are found when it returns."""
     device_reader.FIRST_ANSWER_S = 0.3
     nvml.say(ONE, stall="nvmlInitWithFlags")
     source = DeviceReader(clock=(clock := Clock()))
@@ -76,7 +76,7 @@ def test_a_driver_that_stalls_from_the_start_leaves_the_host(nvml: StandIn) -> N
 
 @beside_stand_in()
 def test_d17_closing_does_not_wait_for_a_stalled_driver(nvml: StandIn) -> None:
-    """D17: its thread lets go of the driver when it has its answer, and ends."""
+    """D17: a close does not wait for a stalled driver, whose thread ends when the driver returns."""
     for function in ("nvmlDeviceGetMemoryInfo_v2", "nvmlShutdown"):
         source = DeviceReader()
         if function == "nvmlShutdown":

@@ -1,1 +1,1 @@
-"""Recordings, and what is told of them."""
+"""Recordings and replays."""

@@ -1,4 +1,4 @@
-"""Tests of the core's record: what is written down and read again is the same, whatever happened before."""
+"""The codec of the core's state: what is written and read again is the same, whatever happened before."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ from tests.support.reasons import every
 
 ROOT = Path(__file__).resolve().parents[2]
 MIB = 2**20
-OF_A_STEP = {"commands", "decision_log", "unevaluated", "state", "replan"}  # of the verbs: of a step, or the pool
+OF_A_STEP = {"commands", "decision_log", "unevaluated", "state", "replan"}  # of a step, or of the state
 
 
 def through_json(value: object) -> Any:
@@ -110,12 +110,12 @@ def through_json(value: object) -> Any:
 
 
 def restored(core: Core) -> Core:
-    """Return a core that was written down and read again."""
+    """Return a core that was written and read again."""
     return Core.restore(decode_state(through_json(core.checkpoint())), core.policy)
 
 
 def parts_of(thing: object) -> Iterator[tuple[object, object]]:
-    """Yield what a thing is made of, by whatever means it holds it; nothing here knows how it is written down."""
+    """Yield the parts of an object, however it holds them, without knowledge of how it is written."""
     match thing:
         case dict():
             yield from enumerate(pair for item in thing.items() for pair in item)
@@ -126,14 +126,14 @@ def parts_of(thing: object) -> Iterator[tuple[object, object]]:
         case _ if type(thing).__module__.startswith("fsm") and not isinstance(thing, Enum):
             slots = [name for kind in type(thing).__mro__ for name in getattr(kind, "__slots__", ())]
             for name in [*slots, *getattr(thing, "__dict__", {})]:
-                if name not in ("commands", "journal", "demands"):  # of the last step, its notes; found when needed
+                if name not in ("commands", "decision_log", "demands"):  # of the last step, its notes, or derived again
                     yield name, getattr(thing, name)
         case _:
             pass
 
 
 def differences(one: object, other: object, where: str = "core", seen: dict[int, int] | None = None) -> list[str]:
-    """Return where two things differ: in values, in types, in orders, and in what is the same object twice."""
+    """Return where two objects differ: in values, in types, in orders, and in which parts are the same object."""
     seen = {} if seen is None else seen
     if type(one) is not type(other):
         return [f"{where}: {type(one).__name__} and {type(other).__name__}"]
@@ -152,7 +152,7 @@ def differences(one: object, other: object, where: str = "core", seen: dict[int,
     return [text for (name, a), (_, b) in pairs for text in differences(a, b, f"{where}.{name}", seen)]
 
 
-# -- what there is -----------------------------------------------------------------------------------------------------
+# -- examples of every type --------------------------------------------------------------------------------------------
 
 WANT = RequestSpec(ModelId("/models/a.gguf"), Options(num_ctx=4096, use_mmap=False), Purpose.lease, -2)
 SAMPLE = DeviceSample(DeviceId("gpu0"), "gpu", "a GPU, Größe \udcff", 8, 4, integrated=True, fresh=False)
@@ -198,7 +198,7 @@ COMMANDS: list[Command] = [
 
 
 def test_the_examples_are_of_every_kind() -> None:
-    """Whoever adds an event, a command or a refusal adds an example here."""
+    """There is an example of every event, command and refusal."""
     assert {type(event) for event in EVENTS} == set(get_args(Event))
     assert {type(command) for command in COMMANDS} == set(get_args(Command))
     assert {type(refusal) for refusal in REFUSALS} == set(get_args(Refusal))
@@ -206,25 +206,25 @@ def test_the_examples_are_of_every_kind() -> None:
 
 @pytest.mark.parametrize("event", EVENTS, ids=lambda event: type(event).__name__)
 def test_an_event_comes_back_the_same(event: Event) -> None:
-    """With its types: infinite times, bytes beyond any float, names that no text encoding holds."""
+    """An event is read as it was written, with infinite times, large numbers and names that no encoding holds."""
     assert differences(decode_event(through_json(event)), event) == []
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: type(command).__name__)
 def test_a_command_comes_back_the_same(command: Command) -> None:
-    """Refusals among them."""
+    """A command is read as it was written, refusals included."""
     assert differences(decode_command(through_json(command)), command) == []
 
 
 def test_a_time_is_written_exactly() -> None:
-    """Every finite number comes back to the last bit, and the infinite ones as themselves."""
+    """Every finite time is written to the last bit, and infinite ones as such."""
     for time in (0.1 + 0.2, 5e-324, 1.7976931348623157e308, -0.0, math.inf):
         back = decode_event(through_json(Close(time)))
         assert isinstance(back, Close) and back.timeout_s.hex() == time.hex()
 
 
 def test_what_has_its_default_is_left_out() -> None:
-    """A line is as short as what it says."""
+    """Fields with their default are left out of a line."""
     assert through_json(Acquire(RequestId(1), RequestSpec(ModelId("a"), Options(), Purpose.lease, 0))) == {
         "is": "Acquire", "request": 1,
         "spec": {"is": "RequestSpec", "model": "a", "options": {"is": "Options"}, "purpose": "lease", "priority": 0},
@@ -232,7 +232,7 @@ def test_what_has_its_default_is_left_out() -> None:
 
 
 def test_what_is_no_part_of_the_core_cannot_be_written() -> None:
-    """Nor can a time that is none."""
+    """A value that is no part of the core, or a time that is no number, cannot be written."""
     for value in (object(), Inspected(WANT.model, Path("/")), Close(math.nan)):
         with pytest.raises(TypeError, match="cannot be recorded"):
             encode(value)
@@ -259,13 +259,13 @@ def test_what_is_no_part_of_the_core_cannot_be_written() -> None:
     ],
 )  # fmt: skip
 def test_what_is_no_event_is_refused(value: object, said: str) -> None:
-    """With what was expected in its place, and no other error than this."""
+    """A value that is no event is refused with what was expected in its place."""
     with pytest.raises(Unreadable, match=said):
         decode_event(value)
 
 
 def test_a_state_refers_only_to_what_came_before() -> None:
-    """A runner that was never written, or is written twice, is refused."""
+    """A state that names a runner that was not written, or has it twice, is refused."""
     pool = a_pool().idle("a")
     written = json.dumps(encode(pool.core.checkpoint()))
     assert '{"is": "Runner", "again": 1}' in written
@@ -286,7 +286,7 @@ def test_a_state_refers_only_to_what_came_before() -> None:
 
 
 def test_every_field_of_every_class_of_the_core_is_written() -> None:
-    """What a core holds beside its pool is named in its state; all else is found from the types of fields."""
+    """Every field that the core holds is in its checkpoint, but for the policy, the plans and a step's own fields."""
     core = a_pool().ready("a").core
     kinds = set(reachable(CoreCheckpoint))
     checkpoint = {field.name for field in dataclasses.fields(CoreCheckpoint)}
@@ -295,7 +295,7 @@ def test_every_field_of_every_class_of_the_core_is_written() -> None:
     assert slots - OF_A_STEP == {"claim_failure"}
     assert Timers in kinds and {type(core._state), type(core._state.ledger)} <= kinds
     for kind in kinds:
-        if dataclasses.is_dataclass(kind):  # nothing that lives outside of fields
+        if dataclasses.is_dataclass(kind):  # a dataclass holds nothing outside of its fields
             names = {field.name for field in dataclasses.fields(kind)}
             held = {name for base in kind.__mro__ for name in getattr(base, "__slots__", ())}
             assert held == names and not hasattr(object.__new__(kind), "__dict__"), kind
@@ -303,13 +303,13 @@ def test_every_field_of_every_class_of_the_core_is_written() -> None:
 
 @pytest.mark.parametrize("kind", sorted({*reachable(CoreCheckpoint), *reachable(Event), *reachable(Command)}, key=repr))
 def test_every_field_has_a_type_that_can_be_read(kind: type) -> None:
-    """A field of a type that no JSON can tell from others is noticed here, before any file has one."""
+    """Every field has a type that can be read from JSON without doubt."""
     if dataclasses.is_dataclass(kind):
         assert _fields(kind).keys() == {field.name for field in dataclasses.fields(kind) if not field.metadata}
 
 
 def test_what_a_core_holds_beside_its_pool_comes_back() -> None:
-    """Each field of a state is the restored core's, and a second state has it again."""
+    """Each field that the core holds beside its state is restored and written again."""
     values = {"int": 3, "bool": True, "str": "words", "ClaimMissed | None": ClaimMissed((HOST,), 60.0)}
     names = {field.name: str(field.type) for field in dataclasses.fields(CoreCheckpoint) if field.name != "state"}
     state = replace(Core().checkpoint(), **{name: values[kind] for name, kind in names.items()})  # type: ignore[arg-type]  # of its type each
@@ -318,7 +318,7 @@ def test_what_a_core_holds_beside_its_pool_comes_back() -> None:
 
 
 def test_the_schema_is_the_same_in_every_process() -> None:
-    """It depends on the classes alone."""
+    """The schema depends on the classes alone, and is the same in every process."""
     code = "from scheduler.recording.codec import schema; print(schema())"
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONHASHSEED": "7"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
@@ -326,7 +326,7 @@ def test_the_schema_is_the_same_in_every_process() -> None:
 
 
 def test_a_restored_core_keeps_the_order_in_which_deadlines_come_up() -> None:
-    """Also that of those which were moved since, where what is queued tells it and what is due does not."""
+    """A restored core keeps the order in which timers come up, also of timers that were set again."""
     core = a_pool().core
     timers = core._state.timers
     timers.set(("keep-alive", 1), core._state.now + 1)
@@ -338,7 +338,7 @@ def test_a_restored_core_keeps_the_order_in_which_deadlines_come_up() -> None:
 
 
 class Walk:
-    """Events in any order in a world in which everything goes wrong now and then."""
+    """Events in any order, in an environment in which every fault happens now and then."""
 
     def __init__(self, seed: int) -> None:
         sizes = (("a", "1GiB"), ("b", "2GiB"), ("c", "3GiB"))
@@ -361,7 +361,7 @@ class Walk:
         )  # fmt: skip
 
     def step(self, core: Core, step: Callable[[float, Event], Sequence[Command]]) -> tuple[float, Event]:
-        """Have something that may come next happen to a core, through `step`; return what it was, and when."""
+        """Tell a core one enabled event through `step`; return the time and the event."""
         if core._state.now == -math.inf:
             now, event = 0.0, cast(Event, sampled(core, self.scenario))
         else:
@@ -374,7 +374,7 @@ class Walk:
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(12))
 def test_a_restored_core_goes_on_as_the_one_it_was_written_from(seed: int) -> None:
-    """After each of many steps: the same in every part, and the same commands and state after the next event."""
+    """A restored core is equal in every part after each step, and answers the next event with the same commands."""
     walk = Walk(seed)
     core = Core(walk.scenario.limits, KeepAliveOrder() if seed % 4 == 1 else None)
     for _ in range(120):
@@ -389,7 +389,7 @@ def test_a_restored_core_goes_on_as_the_one_it_was_written_from(seed: int) -> No
 
 
 def test_what_is_found_again_from_the_rest_is_not_written() -> None:
-    """However many contexts were asked for: a core that was read again finds it, and decides the same."""
+    """What can be derived again is not written, and a restored core decides the same."""
     pool = a_pool(each="1GiB").idle("a")
     model = pool.core._state.models[ModelId("a")]
     model.info = a_model()
@@ -406,7 +406,7 @@ def test_what_is_found_again_from_the_rest_is_not_written() -> None:
 
 
 class Paired:
-    """Cores that are told the same, and must say the same: one, and those that were written down on the way."""
+    """Cores that are told the same events and must answer the same: one core and its restored copies."""
 
     def __init__(self, core: Core) -> None:
         self.core = core
@@ -423,7 +423,7 @@ class Paired:
 
 
 class RecordedMachine(CoreMachine):
-    """The core among all that Hypothesis thinks of, written down and read again at any time."""
+    """The core under any events that Hypothesis draws, written and read again at any time."""
 
     @rule(go_on_from_it=st.booleans())
     def write_it_down(self, go_on_from_it: bool) -> None:
@@ -433,7 +433,7 @@ class RecordedMachine(CoreMachine):
         twin = restored(paired.core)
         assert differences(twin, paired.core) == []
         paired.twins = [*paired.twins[-1:], twin]
-        if go_on_from_it:  # the rest is that of one who was read again
+        if go_on_from_it:  # the rest of the run is a restored core's
             paired.core, paired.twins[-1] = paired.twins[-1], paired.core
 
     def teardown(self) -> None:
@@ -448,7 +448,7 @@ TestRecordedMachine.settings = settings(settings.default, max_examples=30, state
 
 
 def test_a_policy_is_not_part_of_a_state() -> None:
-    """It may be code of the user's; whoever restores a core says which."""
+    """A policy is no part of a state, because it may be a user's code; it is given when a core is restored."""
     pool = a_pool("12GiB", each="5GiB").idle("a").idle("b")
     twin = Core.restore(pool.core.checkpoint(), KeepAliveOrder())
     assert twin.policy.name == "keep-alive" and Core.restore(pool.core.checkpoint()).policy is DEFAULT_POLICY

@@ -1,4 +1,4 @@
-"""Recordings of real runs: with real children, in places that cannot be written, and while the program is killed."""
+"""Recordings of real runs: with real children, in places that cannot be written, and when the program is killed."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.support.real import LONG, ROOM_FOR_TWO, SHORT, begin_a_load, send, se
 from tests.support.waiting import LIMIT_S, assert_soon
 
 ROOT = Path(__file__).resolve().parents[2]
-PROMPT = "nobody but the model is to read this"
+PROMPT = "only the model is to read this"
 OBJECT = PythonModel("object", load=object, memory={"cpu": "1MiB"})
 
 
@@ -37,7 +37,7 @@ def _nothing_left() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three tiny models."""
+    """Make three tiny models."""
     return write_models(tmp_path_factory.mktemp("models"), "abc")
 
 
@@ -51,12 +51,12 @@ def recorded(file: Path, **arguments: Any) -> Scheduler:
 
 
 def steps(file: Path) -> list[ReplayedStep]:
-    """Replay a file; raises where anything differs."""
+    """Replay a file and return its steps; raise where a decision differs."""
     return [moment for moment in Replay(file) if isinstance(moment, ReplayedStep)]
 
 
 def incident(scheduler: Scheduler, folder: Path) -> set[str]:
-    """An eviction, a kill -9, a cancelled load and a file that is none; return what nobody may read of it."""
+    """Make an eviction, a kill, a cancelled load and a bad file; return texts that must not be in the recording."""
     a = scheduler.acquire(folder / "a.gguf")
     assert a.chat(PROMPT, **SHORT) and a.url
     secrets = {
@@ -66,7 +66,7 @@ def incident(scheduler: Scheduler, folder: Path) -> set[str]:
         a.api_key,
     }
     scheduler.acquire(folder / "b.gguf").release()
-    with scheduler.acquire(folder / "c.gguf") as c:  # "b" leaves for it
+    with scheduler.acquire(folder / "c.gguf") as c:  # "b" is evicted for it
         assert c.complete(PROMPT, **SHORT)
     send(a.pid, signal.SIGKILL)
     with pytest.raises(RunnerCrashed):
@@ -82,7 +82,7 @@ def incident(scheduler: Scheduler, folder: Path) -> set[str]:
 
 
 def test_a_real_run_replays_exactly(file: Path, folder: Path, tmp_path: Path) -> None:
-    """With an eviction, a kill -9 and a cancel; in another process, whose hashes are others, and without the models."""
+    """A run with an eviction, a kill and a cancel replays exactly in another process, without the models."""
     with recorded(file, memory_limit=ROOM_FOR_TWO) as scheduler:
         secrets = incident(scheduler, folder)
         assert scheduler.status().problems == ()
@@ -104,7 +104,7 @@ def test_a_real_run_replays_exactly(file: Path, folder: Path, tmp_path: Path) ->
 
 
 def test_a_rotated_recording_of_a_real_run_replays_exactly(file: Path, folder: Path) -> None:
-    """Both files, each by itself, with a runner that was there before the second began; together within the limit."""
+    """Both files of a rotated recording replay exactly, with a runner that was there before the second file."""
     model, before = folder / "a.gguf", Path(f"{file}.1")
     with recorded(file, recording_limit=SMALLEST_RECORD_BYTES) as scheduler, scheduler.acquire(model) as lease:
         for _ in range(40):
@@ -122,7 +122,7 @@ def test_a_rotated_recording_of_a_real_run_replays_exactly(file: Path, folder: P
 
 
 def test_a_recording_survives_the_program(file: Path) -> None:
-    """Kill -9 of the host: all but the last moments is there, and a line that is cut is left out."""
+    """After a kill of the host all but the last moments are in the file, and a line that is cut is left out."""
     code = f"""
 from scheduler import PythonModel, Scheduler, Settings
 scheduler = Scheduler(Settings(gpus=False, recording_file={str(file)!r}))
@@ -142,7 +142,7 @@ while True:
 def test_a_place_that_cannot_be_written_is_a_problem_and_no_failure(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It says so, goes on deciding, tries again, and records from there on."""
+    """A recording that cannot be written is a problem, and goes on when it can be written again."""
     monkeypatch.setattr(recorder, "_RETRY_S", 0.05)
     file = tmp_path / "later" / "incident.jsonl"
     with recorded(file) as scheduler:
@@ -163,7 +163,7 @@ def test_a_place_that_cannot_be_written_is_a_problem_and_no_failure(
 def test_a_file_that_is_taken_away_is_a_problem_and_begun_anew(
     what: str, file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As by logrotate: nobody would find what is written to a file without a name."""
+    """A file that is moved away, as by logrotate, is a problem, and a new file is begun."""
     monkeypatch.setattr(recorder, "_RETRY_S", 0.3)
     with recorded(file) as scheduler:
 
@@ -180,7 +180,7 @@ def test_a_file_that_is_taken_away_is_a_problem_and_begun_anew(
         else:
             file.rename(f"{file}.old")
         if what == "replaced":
-            file.write_text("somebody else's")
+            file.write_text("another program's")
         assert_soon(lambda: f"nothing is recorded to {file}: it was moved, deleted or changed" in problems())
         assert_soon(lambda: not problems())
     begun, *rest = list(Replay(file))
@@ -188,7 +188,7 @@ def test_a_file_that_is_taken_away_is_a_problem_and_begun_anew(
 
 
 def test_two_schedulers_on_one_file_both_say_so(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each finds that the other has put its file aside; what is there is whole."""
+    """Two schedulers with one file both report that the other put the file aside, and each part is whole."""
     monkeypatch.setattr(recorder, "_RETRY_S", 0.3)
     with recorded(file) as one, recorded(file) as other:
         found = set()
@@ -206,7 +206,7 @@ def test_two_schedulers_on_one_file_both_say_so(file: Path, monkeypatch: pytest.
 
 @pytest.mark.parametrize("what", ["folder", "fifo", "device"])
 def test_what_is_no_regular_file_is_left_alone(what: str, tmp_path: Path) -> None:
-    """Nothing is moved, nothing blocks."""
+    """A path that is no regular file is neither moved nor waited for."""
     file = {"device": Path("/dev/null")}.get(what, tmp_path / what)
     if what == "folder":
         file.mkdir()
@@ -219,7 +219,7 @@ def test_what_is_no_regular_file_is_left_alone(what: str, tmp_path: Path) -> Non
 
 
 def test_a_full_disk_is_a_problem_until_there_is_room(tmp_path: Path) -> None:
-    """What is there stays whole and can be replayed; with room again, the recording goes on."""
+    """A full disk is a problem, the file stays whole and can be replayed, and the recording goes on with room."""
     file = tmp_path / "incident.jsonl"
     code = f"""
 import resource, time
@@ -250,7 +250,7 @@ with Scheduler(Settings(gpus=False, recording_file={str(file)!r})) as scheduler:
 
 
 def test_what_comes_too_fast_is_left_out_and_told(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No decision waits for the disk, memory stays bounded, and what there is replays from a fresh beginning on."""
+    """Steps that come too fast for the disk are left out and counted, and the rest replays from a new beginning."""
     monkeypatch.setattr(recorder, "_MOST_WAITING", 50)
     monkeypatch.setattr(recorder, "_GATHER_S", 0.3)
     with recorded(file) as scheduler:
@@ -267,11 +267,11 @@ def test_what_comes_too_fast_is_left_out_and_told(file: Path, monkeypatch: pytes
 
 
 def test_what_cannot_be_recorded_is_left_out(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An event that no JSON can hold ends a part; the next begins without it."""
+    """An event that no JSON can hold ends a part of the recording, and the next part begins without it."""
     monkeypatch.setattr(recorder, "_RETRY_S", 0.0)
     with recorded(file) as scheduler:
         scheduler.acquire(OBJECT).release()
-        scheduler._desk.post(Progress(object()))  # type: ignore[arg-type]  # nobody has such a runner
+        scheduler._desk.post(Progress(object()))  # type: ignore[arg-type]  # there is no such runner
         assert_soon(lambda: any("cannot be recorded" in each for each in scheduler.status().problems))
 
         def problems() -> tuple[str, ...]:
@@ -283,7 +283,7 @@ def test_what_cannot_be_recorded_is_left_out(file: Path, monkeypatch: pytest.Mon
 
 
 def test_failed_loads_of_objects_replay(file: Path) -> None:
-    """Words of the user's own code are words like any."""
+    """Failed loads of objects replay with the words of the user's code."""
 
     def fail() -> object:
         raise RuntimeError("schlecht \ud800 \x1b[31m http://127.0.0.1:8080/secret")
@@ -296,7 +296,7 @@ def test_failed_loads_of_objects_replay(file: Path) -> None:
 
 
 def test_the_settings_are_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A path, made absolute at once; "none" is none; and a size that is worth it."""
+    """The setting takes a path, made absolute, or "none", and a size that is large enough."""
     monkeypatch.chdir(tmp_path)
     assert Settings().recording_file is None and Settings(recording_file="none").recording_file is None
     for path in ("x.jsonl", Path("x.jsonl")):

@@ -1,4 +1,4 @@
-"""Tests of recordings: what is written while the core decides, and that it says the same when it is told the same."""
+"""Recordings and replays: what is written while the core decides, and that a replay decides the same."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def name_of(model: ModelId) -> str:
 
 
 class Recorded:
-    """A core as a pool under test steps it: through a recorder."""
+    """A core that is stepped through a recorder."""
 
     def __init__(self, core: Core, writer: Recorder) -> None:
         self.core, self.step = core, writer.step
@@ -60,7 +60,7 @@ class Recorded:
 
 @contextmanager
 def recording(path: Path, core: Core, limit: int = LIMIT) -> Iterator[Recorder]:
-    """Record a core until the block ends; then everything is written, and nothing is left over."""
+    """Record a core until the block ends, when everything is written and nothing is left over."""
     with no_leaks():
         writer = Recorder(path, limit, core, name_of)
         try:
@@ -71,7 +71,7 @@ def recording(path: Path, core: Core, limit: int = LIMIT) -> Iterator[Recorder]:
 
 @contextmanager
 def recorded_pool(path: Path, capacity: str = "12GiB", policy: EvictionPolicy | None = None) -> Iterator[PoolUnderTest]:
-    """A pool in which two models of 5 GiB fit, recorded from its first event on."""
+    """Yield a core under test with room for two models of 5 GiB, recorded from its first event on."""
     pool = a_pool(capacity, each="5GiB", policy=policy)
     with recording(path, pool.core) as writer:
         pool.core = Recorded(pool.core, writer)  # type: ignore[assignment]  # it does the same
@@ -94,7 +94,7 @@ def file(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def incident(file: Path) -> Path:
-    """An eviction, a crash, a refusal and somebody who leaves."""
+    """Record an eviction, a crash, a refusal and a cancelled request."""
     with recorded_pool(file, policy=POLICIES["lru"]) as pool:
         pool.idle("/models/a.gguf").ready("/models/b.gguf", lease=2)
         pool.feed(acquire("/models/c.gguf", 3), exited(1), loaded(3))
@@ -103,12 +103,12 @@ def incident(file: Path) -> Path:
     return file
 
 
-# -- the same again ----------------------------------------------------------------------------------------------------
+# -- the same decisions ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("seed", range(8))
 def test_whatever_happens_is_recorded_and_replays_exactly(seed: int, file: Path) -> None:
-    """Every event with its time, every command, in order; the last state is the same in every part."""
+    """Every event with its time and every command is recorded, and the replay's last state is equal in every part."""
     walk, told, said = Walk(seed), [], []
     core = Core(walk.scenario.limits)
     with recording(file, core) as writer:
@@ -124,12 +124,12 @@ def test_whatever_happens_is_recorded_and_replays_exactly(seed: int, file: Path)
     assert [list(moment.commands) for moment in again] == said and sum(map(len, said)) > 100
     last = next(each.core for each in list(Replay(file)) if isinstance(each, ReplayStarted))
     for line in last._state.groups.values():
-        line.told = None  # only kept where somebody listens
+        line.told = None  # only kept where a listener needs it
     assert encode(last.checkpoint()) == encode(core.checkpoint())
 
 
 def test_a_rotated_file_replays_by_itself(file: Path) -> None:
-    """FILE and FILE.1 begin with all that is needed, and together hold what came last without a gap."""
+    """FILE and FILE.1 each begin with a state and together have the last steps without a gap."""
     walk, said, limit = Walk(0), [], 192 * 1024
     core = Core(walk.scenario.limits)
     with recording(file, core, limit) as writer:
@@ -150,7 +150,7 @@ def test_a_rotated_file_replays_by_itself(file: Path) -> None:
 
 
 def test_a_flood_of_steps_does_not_exceed_the_limit(file: Path) -> None:
-    """What comes faster than a new file can begin is left out, which is told, and what is there replays."""
+    """Steps that come faster than a new file can begin are left out and counted, and the rest replays."""
     core = Core(Walk(0).scenario.limits)
     with recording(file, core, SMALLEST_RECORD_BYTES) as writer:
         for flood in range(5):
@@ -165,7 +165,7 @@ def test_a_flood_of_steps_does_not_exceed_the_limit(file: Path) -> None:
 
 
 def test_a_file_that_was_there_is_kept(incident: Path, file: Path) -> None:
-    """A program that starts again does not overwrite the incident that ended it; only this user can read either."""
+    """A file of an earlier run is kept under another name, and only this user can read either."""
     before = file.read_bytes()
     with recorded_pool(file) as pool:
         pool.ready("/models/e.gguf")
@@ -190,13 +190,13 @@ class Moody:
 
 
 def test_the_choices_of_a_policy_of_the_users_own_are_inputs(file: Path) -> None:
-    """They are replayed without it: what it preferred, left out, and raised."""
+    """The choices of a user's policy are recorded, and are replayed without it."""
     walk = Walk(0)
     core = Core(walk.scenario.limits, Moody())
     with recording(file, core) as writer:
         for _ in range(400):
             walk.step(core, writer.step)
-            core.copy().step(core._state.now + 1, Tick())  # whoever asks what would be is not recorded
+            core.copy().step(core._state.now + 1, Tick())  # a copy of the core is not recorded
     replay = Replay(file)
     considered = [one for moment in replay if isinstance(moment, ReplayedStep) for one in moment.considered]
     assert any("RuntimeError" in one.failure for one in considered) and sum(not one.failure for one in considered) > 5
@@ -206,7 +206,7 @@ def test_the_choices_of_a_policy_of_the_users_own_are_inputs(file: Path) -> None
 
 
 def test_the_costs_that_a_policy_of_the_users_own_names_are_inputs(file: Path) -> None:
-    """The same set is the cheapest in the replay, which knows the costs from the file alone."""
+    """The costs that a user's policy returns are recorded, and the replay chooses the same victims."""
 
     class Priced(LeastRecentlyUsed):
         def order(self, now: float, candidates: Sequence[Candidate]) -> Sequence[Candidate]:
@@ -221,7 +221,7 @@ def test_the_costs_that_a_policy_of_the_users_own_names_are_inputs(file: Path) -
 
 @pytest.mark.parametrize("cost", [True, Fraction(3, 2), Decimal("1.5"), float32(1.5), float64(1.5), 10**41])
 def test_costs_of_any_kind_of_number_are_recorded(cost: Any, file: Path) -> None:
-    """As the floats that they are computed with."""
+    """Costs of any type of number are recorded as floats."""
 
     class Priced(LeastRecentlyUsed):
         def order(self, now: float, candidates: Sequence[Candidate]) -> Sequence[Candidate]:
@@ -234,7 +234,7 @@ def test_costs_of_any_kind_of_number_are_recorded(cost: Any, file: Path) -> None
 
 
 def test_what_came_before_a_step_that_cannot_be_written_is_kept(file: Path) -> None:
-    """It may wait in one batch with it."""
+    """Steps before one that cannot be written are written, although they wait in one batch."""
     core = Core(Walk(0).scenario.limits)
     with recording(file, core) as writer:
         for step in range(20):
@@ -245,7 +245,7 @@ def test_what_came_before_a_step_that_cannot_be_written_is_kept(file: Path) -> N
 
 
 def test_a_policy_that_would_end_the_program_is_a_policy_that_raised(file: Path) -> None:
-    """It is recorded in words, and passed over in the replay too."""
+    """A policy that raises SystemExit is recorded as one that raised, and is passed over in the replay."""
 
     class Leaving(LeastRecentlyUsed):
         def order(self, now: float, candidates: Sequence[Candidate]) -> Sequence[Candidate]:
@@ -258,7 +258,7 @@ def test_a_policy_that_would_end_the_program_is_a_policy_that_raised(file: Path)
 
 
 def test_a_recording_leaves_ids_and_names_as_they_are(file: Path) -> None:
-    """Also where they look like the address of a runner; what a policy of the user's own raises is words."""
+    """Ids and names that look like a runner's address are recorded as they are."""
 
     class Raising(LeastRecentlyUsed):
         def order(self, now: float, candidates: Sequence[Candidate]) -> Sequence[Candidate]:
@@ -276,7 +276,7 @@ def test_a_recording_leaves_ids_and_names_as_they_are(file: Path) -> None:
 
 @pytest.mark.parametrize("how", [RuntimeError, SystemExit])
 def test_a_policy_that_raises_what_cannot_tell_itself_is_recorded(how: type[BaseException], file: Path) -> None:
-    """By its kind."""
+    """A policy whose exception has a repr that raises is recorded with the exception's type."""
 
     class Mute(Exception):
         def __repr__(self) -> str:
@@ -294,7 +294,7 @@ def test_a_policy_that_raises_what_cannot_tell_itself_is_recorded(how: type[Base
 
 @pytest.mark.parametrize("cost", [10**400, "much", math.nan, math.inf])
 def test_a_cost_that_is_no_number_of_seconds_is_a_policy_that_raised(cost: Any, file: Path) -> None:
-    """It is passed over, in the replay too."""
+    """A cost that is no finite number is recorded as a policy that raised, and is passed over in the replay."""
 
     class Priced(LeastRecentlyUsed):
         def order(self, now: float, candidates: Sequence[Candidate]) -> Sequence[Candidate]:
@@ -306,11 +306,11 @@ def test_a_cost_that_is_no_number_of_seconds_is_a_policy_that_raised(cost: Any, 
     assert considered[0].failure
 
 
-# -- another answer ----------------------------------------------------------------------------------------------------
+# -- decisions that differ ---------------------------------------------------------------------------------------------
 
 
 def altered(path: Path, change: Callable[[dict[str, object]], bool]) -> int:
-    """Change the first line that `change` wants changed; return its number."""
+    """Change the first line that `change` changes; return its number."""
     lines = lines_of(path)
     number = next(number for number, line in enumerate(lines, 1) if change(line))
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -325,7 +325,7 @@ def another_placement(line: dict[str, object]) -> bool:
 
 
 def test_a_decision_that_differs_is_told_with_its_line(incident: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The first one: what happened, what was expected, what came instead; and the status is 1."""
+    """The first decision that differs is printed with its line, event and both command lists; the status is 1."""
     number = altered(incident, another_placement)
     with pytest.raises(Difference) as found:
         moments(incident)
@@ -341,13 +341,13 @@ def test_a_decision_that_differs_is_told_with_its_line(incident: Path, capsys: p
 
 @pytest.mark.parametrize("change", [lambda choices: choices.append([1]), lambda choices: choices.pop()])
 def test_a_policy_that_is_asked_more_or_less_often_differs(change: Callable[[list[object]], None], file: Path) -> None:
-    """Even where the commands are the same."""
+    """A replay differs where a policy is asked more or less often, even with the same commands."""
     with recorded_pool(file, policy=Moody()) as pool:
         pool.ready("a", lease=1).ready("b", lease=2).feed(acquire("c", 3), acquire("d", 4), release(1))
 
     def alter(line: dict[str, object]) -> bool:
         choices = line.get("choices")
-        asked_twice = isinstance(choices, list) and len(choices) > 1  # for the second there is one left to take
+        asked_twice = isinstance(choices, list) and len(choices) > 1  # one choice is left for the second question
         if asked_twice:
             change(choices)
         return asked_twice
@@ -359,7 +359,7 @@ def test_a_policy_that_is_asked_more_or_less_often_differs(change: Callable[[lis
 
 
 def test_a_step_that_failed_is_recorded_and_fails_again(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A defect of the core's is recorded with the event that showed it; where it is mended, that differs."""
+    """A step that raised is recorded and raises again in the replay, or differs once the core is mended."""
 
     def broken(core: Core, timeout_s: float) -> None:
         raise AssertionError("a defect")
@@ -376,11 +376,11 @@ def test_a_step_that_failed_is_recorded_and_fails_again(file: Path, monkeypatch:
         moments(file)
 
 
-# -- files that are cut, damaged or of somebody else -------------------------------------------------------------------
+# -- files that are cut, damaged or of another program -----------------------------------------------------------------
 
 
 def test_a_file_that_is_cut_anywhere_replays_up_to_there(incident: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A crash in the middle of a line leaves that line out, and says so; the first line is needed."""
+    """A file that is cut in a line replays up to that line and says so; its first line is needed."""
     whole = incident.read_bytes()
     ends = [place + 1 for place, byte in enumerate(whole) if byte == ord("\n")]
     every = len(moments(incident))
@@ -411,7 +411,7 @@ def test_a_file_that_is_cut_anywhere_replays_up_to_there(incident: Path, capsys:
 def test_a_line_that_is_missing_or_comes_again_is_told(
     edit: Callable[[list[str]], list[str]], line: int | None, said: str, incident: Path
 ) -> None:
-    """Steps are numbered: one that changed nothing else, and files that were put together, are noticed too."""
+    """A missing or repeated line is reported by the numbers of the steps."""
     whole = incident.read_text().splitlines(keepends=True)
     incident.write_text("".join(edit(whole)))
     with pytest.raises(RecordingError, match=said) as refused:
@@ -422,7 +422,7 @@ def test_a_line_that_is_missing_or_comes_again_is_told(
 def test_a_step_has_one_number_in_the_core_the_recording_and_the_story(
     incident: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """What a listener hears, or the log names, is found in the file; one step was taken before it was recorded."""
+    """A step has one number in the decision log, in the recording and in the replay."""
     replayed = moments(incident)
     assert [moment.step for moment in replayed] == list(range(2, len(replayed) + 2))
     entries = [(entry.step, moment.step) for moment in replayed for entry in moment.entries]
@@ -450,7 +450,7 @@ DEEP = '{"kind":' + "[" * 100_000 + "\n"
 def test_a_foreign_file_is_refused_in_one_line(
     text: str, said: str, file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """With the file, the line and the reason, and status 2."""
+    """A file of another program is refused in one line with the file, the line and the reason, and status 2."""
     file.write_text(text, encoding="latin-1")
     assert main(["replay", str(file)]) == WRONG_USE
     output = capsys.readouterr()
@@ -467,7 +467,7 @@ def test_a_foreign_file_is_refused_in_one_line(
     ],
 )  # fmt: skip
 def test_a_line_that_means_nothing_is_refused(change: dict[str, object], said: str, incident: Path) -> None:
-    """Unknown kinds, wrong types: nothing is guessed."""
+    """A line of an unknown kind or with wrong types is refused."""
     number = altered(incident, lambda line: "event" in line and line.update(change) is None)
     with pytest.raises(RecordingError, match=said) as refused:
         moments(incident)
@@ -475,7 +475,7 @@ def test_a_line_that_means_nothing_is_refused(change: dict[str, object], said: s
 
 
 def test_a_state_that_is_none_of_a_core_is_refused(incident: Path) -> None:
-    """It decodes, but what must always be true is not."""
+    """A state that decodes and violates an invariant is refused."""
     altered(incident, lambda line: line["state"]["state"].update(queued=7) is None)  # type: ignore[index]
     with pytest.raises(RecordingError, match="line 1: its state is not one of a core: the queue is miscounted"):
         moments(incident)
@@ -511,7 +511,7 @@ def test_a_recording_of_another_version_that_can_be_read_is_replayed_with_a_note
 
 
 def test_a_damaged_file_never_breaks_the_replay(incident: Path) -> None:
-    """Bytes that are changed, left out and doubled: each file replays, differs or is refused, and nothing else."""
+    """A file with changed, missing and repeated bytes replays, differs or is refused, and never raises otherwise."""
     whole, chance = incident.read_bytes(), random.Random(5)
     for _ in range(400):
         damaged = bytearray(whole)
@@ -528,7 +528,7 @@ def test_a_damaged_file_never_breaks_the_replay(incident: Path) -> None:
 
 
 def test_a_file_that_is_not_there_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """In one line; a folder too."""
+    """A missing file and a folder are refused in one line."""
     for path, said in ((tmp_path / "none.jsonl", "No such file"), (tmp_path, "Is a directory")):
         assert main(["replay", str(path)]) == WRONG_USE
         assert said in capsys.readouterr().err
@@ -537,7 +537,7 @@ def test_a_file_that_is_not_there_is_told(tmp_path: Path, capsys: pytest.Capture
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no disk that is always full")
 @pytest.mark.parametrize("arguments", [[], ["--json"]])
 def test_a_story_that_cannot_be_printed_is_no_verdict(arguments: list[str], incident: Path) -> None:
-    """It is told in one line, with another status than that of a decision that differs."""
+    """A narrative that cannot be printed ends with one line and another status than a decision that differs."""
     with Path("/dev/full").open("w") as full:
         done = subprocess.run(
             [sys.executable, "-m", "scheduler.cli", "replay", *arguments, incident],
@@ -547,11 +547,11 @@ def test_a_story_that_cannot_be_printed_is_no_verdict(arguments: list[str], inci
     assert (done.returncode, done.stderr) == (WRONG_USE, said)
 
 
-# -- the story ---------------------------------------------------------------------------------------------------------
+# -- the narrative -----------------------------------------------------------------------------------------------------
 
 
 def test_the_story_says_who_asked_what_was_decided_and_why(incident: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Names in place of paths, who left for whom, who stayed and why, who waited for what, last words of a process."""
+    """The narrative has names, victims with reasons, runners that stay and why, waits, and a process's last output."""
     assert main(["replay", str(incident)]) == 0
     output = capsys.readouterr().out
     for said in (
@@ -566,7 +566,7 @@ def test_the_story_says_who_asked_what_was_decided_and_why(incident: Path, capsy
 
 
 def test_the_story_does_nothing_to_a_terminal(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Names and last words come from elsewhere: control characters are shown as such, markup as it is written."""
+    """The narrative shows control characters escaped, and markup as it is written."""
     with recorded_pool(file) as pool:
         pool.ready("/models/\x1b[2J[red]evil\u202e.gguf", lease=1)
         pool.feed(exited(1, 1, "\x1b]0;title\x07\r\n\x1b[31mwords"))
@@ -577,7 +577,7 @@ def test_the_story_does_nothing_to_a_terminal(file: Path, capsys: pytest.Capture
 
 
 def test_the_story_as_json_has_every_wait(incident: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """For programs; and the timeline is drawn beside it."""
+    """The narrative as JSON has every wait, and the timeline is drawn beside it."""
     picture = tmp_path / "folder" / "timeline.svg"
     assert main(["replay", str(incident), "--json", "--timeline", str(picture)]) == 0
     told = json.loads(capsys.readouterr().out)
@@ -599,7 +599,7 @@ def test_the_story_as_json_has_every_wait(incident: Path, tmp_path: Path, capsys
 def test_a_timeline_that_cannot_be_drawn_is_told_before_the_story(
     name: str, said: str, incident: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """With what to do; nothing is drawn under another name."""
+    """A timeline that cannot be drawn is refused before the narrative, with what to do."""
     (tmp_path / "folder.svg").mkdir()
     (tmp_path / "file").touch()
     before = sorted(tmp_path.rglob("*"))
@@ -612,7 +612,7 @@ def test_a_timeline_that_cannot_be_drawn_is_told_before_the_story(
 def test_a_timeline_that_needs_what_is_not_installed_says_so_first(
     incident: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """With what to install."""
+    """A timeline without matplotlib is refused before the narrative, with what to install."""
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert main(["replay", str(incident), "--timeline", str(tmp_path / "picture.svg")]) == WRONG_USE
     output = capsys.readouterr()
@@ -622,7 +622,7 @@ def test_a_timeline_that_needs_what_is_not_installed_says_so_first(
 def test_a_verdict_is_told_although_the_timeline_fails(
     incident: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """As where the disk is full at that moment."""
+    """The verdict of a replay is printed although drawing the timeline fails."""
 
     def fails(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
@@ -634,7 +634,7 @@ def test_a_verdict_is_told_although_the_timeline_fails(
 
 
 def test_a_part_of_a_recording_begins_with_what_was_there(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Runners and requests from before it are known."""
+    """A part of a recording begins with the runners and requests that were there."""
     pool = a_pool("12GiB", each="5GiB").ready("a", lease=1).ready("b", lease=2)
     pool.feed(acquire("c", 3))
     with recording(file, pool.core) as writer:
@@ -652,7 +652,7 @@ def told(file: Path, capsys: pytest.CaptureFixture[str], *options: str) -> str:
 
 
 def test_who_still_waits_at_the_end_has_waited_until_then(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """It is what an incident is about: the longest wait comes first."""
+    """A request that waits at the end has waited until then, and the longest wait comes first."""
     with recorded_pool(file) as pool:
         pool.ready("a", lease=1).ready("b", lease=2)
         pool.feed(acquire("c", 3))
@@ -671,11 +671,11 @@ def test_who_still_waits_at_the_end_has_waited_until_then(file: Path, capsys: py
 
 
 def test_why_nobody_else_goes_is_told_as_it_was_decided(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Pinned ones too; and where it goes, why not elsewhere."""
+    """The narrative of a wait has why each other runner stays, pinned ones too, and why no other device is used."""
     with recorded_pool(file, "16GiB", POLICIES["lru"]) as pool:
         for number, model in enumerate("abp", 1):
             pool.feed(acquire(model, number))
-            pool.advance("30s")  # so long it loads
+            pool.advance("30s")  # the load takes so long
             pool.feed(loaded(number))
         pool.advance("2h")
         pool.feed(Pin(ModelId("p")), release(1))
@@ -689,7 +689,7 @@ def test_why_nobody_else_goes_is_told_as_it_was_decided(file: Path, capsys: pyte
 
 
 def test_a_load_that_makes_place_is_given_up_for_others(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Not only who leaves for memory."""
+    """A load that is stopped for its load slot is told like an eviction for memory."""
     pool = a_pool("12GiB", each="5GiB", max_host_loads=1)
     with recording(file, pool.core) as writer:
         pool.core = Recorded(pool.core, writer)  # type: ignore[assignment]  # it does the same
@@ -702,7 +702,7 @@ def test_a_load_that_makes_place_is_given_up_for_others(file: Path, capsys: pyte
 def test_a_wait_from_before_a_file_is_not_booked_on_its_first_reason(
     file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """What it waited for then is in another file."""
+    """A wait that began before the file is not counted under the first reason in the file."""
     pool = a_pool("12GiB", each="5GiB").ready("a", lease=1).ready("b", lease=2)
     pool.feed(acquire("c", 3))
     pool.advance("100s")
@@ -719,7 +719,7 @@ def test_a_wait_from_before_a_file_is_not_booked_on_its_first_reason(
 def test_what_was_answered_in_a_gap_does_not_wait(
     file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nor is it forgotten that it was granted: giving back is told."""
+    """A request that was granted in a gap of the recording does not wait after it, and its release is told."""
     monkeypatch.setattr(recorder, "_RETRY_S", 0.0)
     with recorded_pool(file) as pool:
         pool.ready("a", lease=1).ready("b", lease=2).feed(acquire("c", 3), acquire("c", 4), acquire("c", 5))
@@ -736,14 +736,14 @@ def test_what_was_answered_in_a_gap_does_not_wait(
 
 
 def test_what_is_done_twice_is_told_once(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A late Release or Cancel gives nothing back."""
+    """A late release or cancel is not told."""
     with recorded_pool(file) as pool:
         pool.ready("a", lease=1).feed(release(1), release(1), cancel(1))
     assert told(file, capsys).count("releases") == 1
 
 
 def test_only_limits_that_change_are_told(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """As people write them."""
+    """Changes of limits are told as people write them, and unchanged limits are not."""
     with recorded_pool(file) as pool:
         pool.feed(Configure(1_234_567, pool.core._state.config.max_runners, math.inf))
         pool.feed(Configure(1_234_567, pool.core._state.config.max_runners, math.inf))

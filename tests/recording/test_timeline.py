@@ -1,4 +1,4 @@
-"""Tests of the timeline: spans from hand-made changes, and what is written in the picture of them."""
+"""The timeline: spans from hand-made transitions, and what is written in the picture of them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ NAMES = {ModelId("/models/a.gguf"): "chat", ModelId("/models/b.gguf"): "coder"}
 
 
 def a_timeline() -> Timeline:
-    """Runner 1 lives from 100 to 106 s; runner 2 is loaded at 104 s and still ready."""
+    """Return a timeline in which runner 1 lives from 100 to 106 s, and runner 2 is loaded at 104 s and still ready."""
     timeline = Timeline(100.0, name=lambda id: NAMES[id])
     first, second = (RunnerId(1), ModelId("/models/a.gguf")), (RunnerId(2), ModelId("/models/b.gguf"))
     timeline.add(100.0, *first, LOADING)
@@ -29,7 +29,7 @@ def a_timeline() -> Timeline:
 
 
 def written(path: Path) -> list[str]:
-    """Every text in an SVG file."""
+    """Return every text in an SVG file."""
     root = xml.etree.ElementTree.parse(path).getroot()
     return ["".join(each.itertext()).strip() for each in root.iter("{http://www.w3.org/2000/svg}text")]
 
@@ -45,40 +45,40 @@ def test_a_state_lasts_until_the_next_one() -> None:
 
 
 def test_a_state_that_goes_on_ends_now() -> None:
-    """A runner that still serves has a span up to the moment of the question."""
+    """A runner that still serves has a span up to the moment that is asked for."""
     assert a_timeline().spans(110.0)[-1] == Span(RunnerId(2), "coder", READY, 4.0, 10.0)
 
 
 def test_an_unloaded_runner_has_no_more_spans() -> None:
-    """What is gone is not shown as something that lasts."""
+    """An unloaded runner has no further span."""
     assert all(span.state is not UNLOADED for span in a_timeline().spans(110.0))
 
 
 def test_runners_come_in_the_order_in_which_they_were_started() -> None:
-    """A life is one row, whatever happened in between."""
+    """Each runner has one row, in the order of the launches."""
     assert [span.runner for span in a_timeline().spans(110.0)] == [1, 1, 1, 1, 2, 2]
 
 
 def test_no_span_ends_before_it_begins() -> None:
-    """A question about a moment that has passed gives empty spans, not negative ones."""
+    """A moment that has passed gives empty spans and no negative ones."""
     assert all(span.end_s >= span.start_s for span in a_timeline().spans(100.0))
 
 
 def test_every_state_that_lasts_has_a_colour_of_its_own() -> None:
-    """All but the final state are drawn, each in another colour."""
+    """Every state but the final one has a colour of its own."""
     assert set(COLOURS) == set(RunnerState) - {UNLOADED}
     assert len(set(COLOURS.values())) == len(COLOURS)
 
 
 def test_the_picture_names_models_and_states(tmp_path: Path) -> None:
-    """Its rows are named by model and runner, its legend by state; text stays text, so that it can be searched."""
+    """The rows of a picture are named by model and runner and its legend by state, in text that can be searched."""
     a_timeline().draw(tmp_path / "timeline.svg", 110.0, title="What they did")
     texts = written(tmp_path / "timeline.svg")
     assert {"chat · 1", "coder · 2", "loading", "ready", "idle", "expiring", "What they did"} <= set(texts)
 
 
 def test_the_picture_shows_memory_against_its_limit(tmp_path: Path) -> None:
-    """Where memory was noted, a second plot shows it."""
+    """Where memory was noted, a second plot shows it with its limit."""
     timeline = a_timeline()
     timeline.add_memory(101.0, 300 << 20, 200 << 20)
     timeline.draw(tmp_path / "timeline.svg", 110.0, limit_bytes=512 << 20)
@@ -86,7 +86,7 @@ def test_the_picture_shows_memory_against_its_limit(tmp_path: Path) -> None:
 
 
 def test_the_same_entries_give_the_same_picture(tmp_path: Path) -> None:
-    """A picture changes only when what it shows does."""
+    """The same entries give the same picture, byte by byte."""
     for name in ("one.svg", "other.svg"):
         a_timeline().draw(tmp_path / name, 110.0)
     assert (tmp_path / "one.svg").read_bytes() == (tmp_path / "other.svg").read_bytes()
@@ -94,7 +94,7 @@ def test_the_same_entries_give_the_same_picture(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("ending", ["svg", "png", "pdf"])
 def test_the_picture_has_the_format_of_its_ending(tmp_path: Path, ending: str) -> None:
-    """Folders on the way are made."""
+    """The picture has the format of its file's ending, and missing folders are made."""
     file = tmp_path / "new" / "folder" / f"timeline.{ending}"
     a_timeline().draw(file, 110.0)
     beginnings = {"svg": b"<?xml", "png": b"\x89PNG", "pdf": b"%PDF"}
@@ -102,6 +102,6 @@ def test_the_picture_has_the_format_of_its_ending(tmp_path: Path, ending: str) -
 
 
 def test_an_empty_timeline_can_be_drawn(tmp_path: Path) -> None:
-    """Interrupted before anything began is no reason to fail."""
+    """A timeline without entries can be drawn."""
     Timeline(100.0).draw(tmp_path / "timeline.svg", 100.0)
     assert "seconds" in written(tmp_path / "timeline.svg")

@@ -47,7 +47,7 @@ from scheduler.errors.exceptions import InvalidSettings
     ],
 )
 def test_sizes_are_read_in_binary_and_decimal_units(text: str | int, count: int) -> None:
-    """With an i the unit is a power of 1024, without it of 1000."""
+    """A unit with an i is a power of 1024, and one without a power of 1000."""
     assert parse_bytes(text) == count
 
 
@@ -56,7 +56,7 @@ def test_sizes_are_read_in_binary_and_decimal_units(text: str | int, count: int)
     ["", "GiB", "-1", -1, "-1GiB", "1.5", "1,5GB", "8 GiBs", "1e9", "0x10", "٣GiB", "99999999PiB", True, None, 1.5],
 )
 def test_nonsense_is_no_size(text: Any) -> None:
-    """The error names the argument, its value and what would be one."""
+    """A text that is no size is refused with the argument, the value and an example."""
     with pytest.raises(InvalidSettings, match=r"memory_limit cannot be .*600MiB") as caught:
         parse_bytes(text, name="memory_limit")
     assert caught.value.value is text
@@ -80,47 +80,47 @@ def test_nonsense_is_no_size(text: Any) -> None:
     ],
 )
 def test_s23_durations_are_text_or_bare_seconds(text: str | float, duration_s: float) -> None:
-    """S23: "5m" or seconds."""
+    """S23: a duration is text such as "5m", or seconds."""
     assert parse_duration(text) == duration_s
 
 
 @pytest.mark.parametrize("text", [-1, -0.5, "-1", "-5m", "forever", math.inf, -math.inf])
 def test_s18_s23_negative_durations_are_for_ever(text: str | float) -> None:
-    """S18, S23: negative means infinite, everywhere."""
+    """S18, S23: a negative duration is infinite."""
     assert parse_duration(text) == math.inf
 
 
 @pytest.mark.parametrize("text", ["", "m", "5 minutes", "5m!", "1h-30m", "nan", math.nan, True, None, "٣m", "1:30"])
 def test_nonsense_is_no_duration(text: Any) -> None:
-    """The error names the argument and what would be one."""
+    """A text that is no duration is refused with the argument and an example."""
     with pytest.raises(InvalidSettings, match=r"keep_alive cannot be .*1h30m"):
         parse_duration(text, name="keep_alive")
 
 
 @given(st.integers(0, 2**62))
 def test_a_formatted_size_can_be_read_again(count: int) -> None:
-    """It is within the one decimal that is shown."""
+    """A formatted size is read as the same size within the decimal that is shown."""
     assert parse_bytes(format_bytes(count)) == pytest.approx(count, rel=0.06)
 
 
 @given(st.floats(0.001, 1e8) | st.just(math.inf))
 def test_a_formatted_duration_can_be_read_again(duration_s: float) -> None:
-    """It is within what is shown."""
+    """A formatted duration is read as the same duration within what is shown."""
     assert parse_duration(format_duration(duration_s)) == pytest.approx(duration_s, rel=0.06, abs=0.0006)
 
 
 def test_s23_idle_models_stay_for_five_minutes_unless_told() -> None:
-    """S23: the default keep-alive."""
+    """S23: the default keep-alive is five minutes."""
     assert Settings().keep_alive == 300.0
 
 
 def test_s10_the_number_of_runners_is_automatic_unless_told() -> None:
-    """S10: 0 leaves it to the devices."""
+    """S10: the default limit of runners is 0, which is automatic."""
     assert Settings().max_runners == 0
 
 
 def test_values_are_normalised_under_their_own_names() -> None:
-    """What was text is bytes and seconds when it is read."""
+    """Settings hold bytes and seconds under the names of the arguments."""
     settings = Settings(memory_limit="8GiB", keep_alive="-1", max_wait="90s", min_residency=3)
     assert (settings.memory_limit, settings.keep_alive, settings.max_wait, settings.min_residency) == (
         8 << 30,
@@ -131,7 +131,7 @@ def test_values_are_normalised_under_their_own_names() -> None:
 
 
 def test_settings_can_be_replaced() -> None:
-    """Normalised values are taken as they are, so a changed copy differs in nothing else."""
+    """A changed copy of settings differs in nothing else."""
     settings = Settings(memory_limit="8GiB", keep_alive="forever", eviction="keep-alive")
     assert replace(settings, max_queue=7) == Settings(
         memory_limit="8GiB", keep_alive=-1, eviction="keep-alive", max_queue=7
@@ -169,25 +169,25 @@ def test_settings_can_be_replaced() -> None:
         ("models", [None]),
         ("models", b"/models"),
         ("models", "/mod\0els"),
-        ("models", "~nobody-of-this-name/models"),
+        ("models", "~no-user-of-this-name/models"),
         ("max_qeueu", 5),
     ],
 )
 def test_a_value_that_is_not_allowed_is_named(name: str, value: object) -> None:
-    """The error has the name, the value and what is allowed; a mistyped name is one too."""
+    """A value that is not allowed, or a misspelt name, is refused with the name, the value and what is allowed."""
     with pytest.raises(InvalidSettings) as caught:
         Settings(**{name: value})  # type: ignore[arg-type]  # wrong on purpose
     assert (caught.value.name, caught.value.value) == (name, value)
 
 
 def test_policies_are_found_by_name() -> None:
-    """A name becomes the policy itself."""
-    assert Settings().eviction is Core().policy, "one default, of the settings and of the core"
+    """A policy's name becomes the policy."""
+    assert Settings().eviction is Core().policy, "the settings and the core have different defaults"
     assert (Settings().eviction, Settings(eviction="keep-alive").eviction) == (ExpectedReloadCost(), KeepAliveOrder())
 
 
 def test_a_policy_may_be_an_object() -> None:
-    """Whatever can order candidates is taken as it is."""
+    """An object with an order method is taken as a policy."""
 
     class Newest:
         name = "newest"
@@ -200,38 +200,38 @@ def test_a_policy_may_be_an_object() -> None:
 
 
 def test_a_policys_class_is_no_policy() -> None:
-    """It says what is missing."""
+    """A policy's class is refused, because an instance is needed."""
     with pytest.raises(InvalidSettings, match=r"eviction cannot be .*an object, as ExpectedReloadCost\(\) is"):
         Settings(eviction=ExpectedReloadCost)  # type: ignore[arg-type]  # wrong on purpose
 
 
 def test_arguments_win_over_the_environment_and_that_over_defaults() -> None:
-    """Each setting is looked for in this order."""
+    """A setting is its argument, else its variable, else its default."""
     environment = {"LOADMASTER_MAX_QUEUE": "7", "LOADMASTER_KEEP_ALIVE": "10s", "LOADMASTER_GPUS": "off"}
     settings = Settings.from_environment(environment, max_queue=9)
     assert (settings.max_queue, settings.keep_alive, settings.gpus, settings.max_wait) == (9, 10.0, False, 120.0)
 
 
 def test_an_argument_of_none_wins_too() -> None:
-    """None is a value where it has a meaning: here, no limit."""
+    """An argument of None is a value where it has a meaning, such as no limit."""
     assert Settings.from_environment({"LOADMASTER_MEMORY_LIMIT": "1GiB"}, memory_limit=None).memory_limit is None
 
 
 def test_an_empty_variable_is_not_set() -> None:
-    """As shells and service files leave them."""
+    """An empty variable counts as not set."""
     assert Settings.from_environment({"LOADMASTER_MEMORY_LIMIT": " "}).memory_limit is None
 
 
 @pytest.mark.parametrize("text", ["'30s'", '"30s"', " 30s\t", "\"30s '"])
 def test_quotes_and_spaces_around_a_variable_are_not_part_of_it(text: str) -> None:
-    """Some shells and service files leave them there; the reference takes them off too."""
+    """Quotes and spaces around a variable's value are removed, as the reference does."""
     for variable in ("LOADMASTER_KEEP_ALIVE", "OLLAMA_KEEP_ALIVE"):
         assert Settings.from_environment({variable: text}).keep_alive == 30.0
 
 
 @pytest.mark.parametrize("name", ["memory_limit", "min_residency", "cpu_threads", "flash_attention", "cache_type"])
 def test_none_can_be_said_in_the_environment(name: str) -> None:
-    """As the table writes it: for what has no other word for it."""
+    """The word none in a variable means None where the table of settings allows it."""
     assert getattr(Settings.from_environment({f"LOADMASTER_{name.upper()}": "none"}), name) is None
 
 
@@ -263,27 +263,27 @@ def test_none_can_be_said_in_the_environment(name: str) -> None:
 def test_s10_s23_the_references_variables_mean_what_they_mean_there(
     variable: str, text: str, name: str, value: object
 ) -> None:
-    """S10, S23: a service that was set up for it finds its limits here, special values too."""
+    """S10, S23: the reference's variables have their meaning there, special values included."""
     assert Settings.from_environment({variable: text}) == Settings(**{name: value})  # type: ignore[arg-type]  # by name
 
 
 @pytest.mark.parametrize("text", ["0", "0s"])
 def test_n12_a_load_time_out_of_0_is_without_end_in_the_references_variable_only(text: str) -> None:
-    """N12: there 0 means for ever; here, where 0 is no time everywhere else, it is refused."""
+    """N12: a load timeout of 0 is infinite in the reference's variable, and is refused in ours."""
     assert Settings.from_environment({"OLLAMA_LOAD_TIMEOUT": text}).load_timeout == math.inf
     with pytest.raises(InvalidSettings, match="LOADMASTER_LOAD_TIMEOUT"):
         Settings.from_environment({"LOADMASTER_LOAD_TIMEOUT": text})
 
 
 def test_our_own_variable_wins_over_the_references() -> None:
-    """And an argument over both; what wins is all that is looked at."""
+    """Our variable wins over the reference's, an argument wins over both, and a loser is not read."""
     environment = {"LOADMASTER_NUM_CTX": "0", "OLLAMA_CONTEXT_LENGTH": "8192", "OLLAMA_MAX_QUEUE": "many"}
     settings = Settings.from_environment(environment, max_queue=9)
     assert (settings.num_ctx, settings.max_queue) == (None, 9)
 
 
 def test_an_empty_variable_of_ours_leaves_the_word_to_the_reference() -> None:
-    """Empty counts as not set."""
+    """An empty variable of ours counts as not set, so that the reference's is used."""
     environment = {"LOADMASTER_KEEP_ALIVE": "", "OLLAMA_KEEP_ALIVE": "1m"}
     assert Settings.from_environment(environment).keep_alive == 60.0
 
@@ -302,14 +302,14 @@ def test_an_empty_variable_of_ours_leaves_the_word_to_the_reference() -> None:
     ],
 )
 def test_a_wrong_value_in_the_references_variable_is_refused_by_its_name(variable: str, text: str) -> None:
-    """There it is passed over in silence, or means true; whoever wrote it is not served by either."""
+    """A wrong value in a variable of the reference is refused by the variable's name, and not ignored."""
     with pytest.raises(InvalidSettings) as caught:
         Settings.from_environment({variable: text})
     assert (caught.value.name, caught.value.value) == (variable, text)
 
 
 def test_the_references_variables_are_no_two_settings() -> None:
-    """Each stands for one, and what it means elsewhere it does not mean here: the folder of its store is no setting."""
+    """Each variable of the reference is used by one setting, and the folder of its store by none."""
     references = [row.reference for row in SETTINGS if row.reference]
     assert len(references) == len(set(references))
     assert "OLLAMA_MODELS" not in references
@@ -317,7 +317,7 @@ def test_the_references_variables_are_no_two_settings() -> None:
 
 
 def test_folders_are_one_path_or_several() -> None:
-    """One text has the separator of PATH in it; a home is found, and what is empty is no folder."""
+    """Folders are one text with the separator of PATH or several paths, with "~" expanded and empty ones left out."""
     here, home = Path.cwd() / "models", Path.home()
     assert Settings(models=Path("models")).models == Settings(models="models").models == (here,)
     assert Settings(models=["~", home / "a:b"]).models == (home, home / "a:b")
@@ -330,7 +330,7 @@ def test_folders_are_one_path_or_several() -> None:
 def test_a_path_stays_where_it_was_when_the_working_folder_changes(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is made absolute when it is read."""
+    """A relative path is made absolute when the settings are made."""
     monkeypatch.chdir(tmp_path)
     value = getattr(Settings(**{name: "here"}), name)  # type: ignore[arg-type]  # by name
     assert value == ((tmp_path / "here",) if name == "models" else tmp_path / "here")
@@ -340,7 +340,7 @@ def test_a_path_stays_where_it_was_when_the_working_folder_changes(
 def test_a_relative_path_in_a_working_folder_that_is_gone_is_refused_by_name(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It says what would do."""
+    """A relative path in a deleted working folder is refused with what to give in its place."""
     (tmp_path / "gone").mkdir()
     monkeypatch.chdir(tmp_path / "gone")
     (tmp_path / "gone").rmdir()
@@ -350,7 +350,7 @@ def test_a_relative_path_in_a_working_folder_that_is_gone_is_refused_by_name(
 
 
 def test_as_many_slots_as_a_runner_can_have_are_allowed() -> None:
-    """With more, every request would be refused for an option that it did not name."""
+    """A number of slots above what a runner can have is refused in the settings."""
     assert Settings(num_parallel=256).num_parallel == 256
     for settings in (
         lambda: Settings(num_parallel=257),
@@ -369,7 +369,7 @@ OPTIONAL = (
 @pytest.mark.parametrize("text", ["none", "None", "NONE"])
 @pytest.mark.parametrize("name", OPTIONAL)
 def test_none_is_understood_in_any_case(name: str, text: str) -> None:
-    """In the environment, where text is all there is, and as an argument; for all that may be left out."""
+    """The word none is read in any case, in variables and in arguments."""
     for settings in (Settings.from_environment({f"LOADMASTER_{name.upper()}": text}), Settings(**{name: text})):  # type: ignore[arg-type]  # by name
         assert not getattr(settings, name)
 
@@ -378,13 +378,13 @@ def test_none_is_understood_in_any_case(name: str, text: str) -> None:
     "name", [name for name in OPTIONAL if name not in ("models", "recording_file", "lock_folder", "measurement_file")]
 )
 def test_who_is_told_what_is_allowed_is_told_of_none_too(name: str) -> None:
-    """Where it is."""
+    """The refusal of a wrong value names None as allowed where it is."""
     with pytest.raises(InvalidSettings, match=r'or "none"$'):
         Settings.from_environment({f"LOADMASTER_{name.upper()}": "nonsense"})
 
 
 def test_what_can_change_while_running_is_changed_in_a_copy() -> None:
-    """Parsed like an argument; the rest stays."""
+    """Limits that may change while running are changed in a copy, parsed like arguments."""
     settings = Settings(max_wait="1m", memory_limit="8GiB")
     changed = settings.changed(memory_limit=None, keep_alive="10s", max_queue=3)
     assert changed == Settings(max_wait="1m", keep_alive=10, max_queue=3)
@@ -393,20 +393,20 @@ def test_what_can_change_while_running_is_changed_in_a_copy() -> None:
 
 @pytest.mark.parametrize(("name", "value"), [("max_wait", "1m"), ("gpus", False), ("max_qeueu", 5)])
 def test_what_cannot_change_while_running_is_refused(name: str, value: object) -> None:
-    """With the names of what can."""
+    """A setting that cannot change while running is refused with the names of those that can."""
     with pytest.raises(InvalidSettings, match="memory_limit, max_queue, max_runners, keep_alive") as caught:
         Settings().changed(**{name: value})  # type: ignore[arg-type]  # wrong on purpose
     assert (caught.value.name, caught.value.value) == (name, value)
 
 
 def test_a_wrong_value_changes_nothing() -> None:
-    """It is named like any other."""
+    """A wrong value of a change is refused by its name and changes nothing."""
     with pytest.raises(InvalidSettings, match="max_queue cannot be 0"):
         Settings().changed(max_runners=2, max_queue=0)
 
 
 def test_a_wrong_variable_is_named_by_its_own_name() -> None:
-    """The reader of the message has to know where to look."""
+    """A wrong value of a variable is refused by the variable's name."""
     with pytest.raises(InvalidSettings, match="LOADMASTER_MAX_HOST_LOADS cannot be 'two'"):
         Settings.from_environment({"LOADMASTER_MAX_HOST_LOADS": "two"})
 
@@ -419,13 +419,13 @@ A_VALUE = {
 
 
 def test_every_former_name_is_tested() -> None:
-    """A name that is added to the table gets a value here."""
+    """Every former name in the table of settings has a value here."""
     assert FORMER.keys() == A_VALUE.keys()
 
 
 @pytest.mark.parametrize(("former", "name"), FORMER.items())
 def test_a_setting_of_a_former_name_is_taken_with_one_warning(former: str, name: str) -> None:
-    """As an argument, an attribute and a variable; the warning has the new name, and the caller's file."""
+    """A former name of a setting works as argument, attribute and variable, with one warning at the caller."""
     value, expected = A_VALUE[former], Settings(**{name: A_VALUE[former]})  # type: ignore[arg-type]  # by name
     variable, former_variable = f"LOADMASTER_{name.upper()}", f"LOADMASTER_{former.upper()}"
     uses: list[tuple[Callable[[], object], object, str]] = [
@@ -443,7 +443,7 @@ def test_a_setting_of_a_former_name_is_taken_with_one_warning(former: str, name:
 
 @pytest.mark.parametrize(("former", "name"), FORMER.items())
 def test_a_setting_of_both_names_is_refused(former: str, name: str) -> None:
-    """Neither wins; a variable that is empty, or that an argument wins over, is not given."""
+    """A setting of both names is refused, unless one is an empty variable or the argument wins over it."""
     value = A_VALUE[former]
     variable, former_variable = f"LOADMASTER_{name.upper()}", f"LOADMASTER_{former.upper()}"
     with pytest.raises(InvalidSettings, match=f"^{former} cannot be .* left out where {name}, its new name,"):
@@ -456,7 +456,7 @@ def test_a_setting_of_both_names_is_refused(former: str, name: str) -> None:
 
 
 def test_a_wrong_value_is_named_by_the_former_name_where_that_was_given() -> None:
-    """The reader of the message has to find it."""
+    """A wrong value under a former name is refused by the former name."""
     with pytest.warns(DeprecationWarning), pytest.raises(InvalidSettings, match=r"^loads_on_host cannot be 0"):
         Settings(loads_on_host=0)  # type: ignore[call-arg]  # a former name
     with pytest.warns(DeprecationWarning), pytest.raises(InvalidSettings, match=r"^LOADMASTER_LOADS_ON_HOST cannot be"):
@@ -490,7 +490,7 @@ def test_what_was_never_a_setting_is_no_attribute() -> None:
 
 
 def test_the_environment_is_the_processs_own_unless_given(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No argument is needed where the process was configured from outside."""
+    """Settings read the process's own environment unless another one is given."""
     monkeypatch.setenv("LOADMASTER_MEMORY_LIMIT", "3GiB")
     assert Settings.from_environment().memory_limit == 3 << 30
 
@@ -503,7 +503,7 @@ def test_every_setting_is_declared_everywhere() -> None:
 
 
 def test_the_documentation_has_a_line_for_every_setting() -> None:
-    """Name, both variables, default and whether it can change come from the one table."""
+    """The documented table of settings has the name, variables, default and changeability of every setting."""
     lines = settings_table().splitlines()
     assert len(lines) == len(SETTINGS) + 2
     assert any(

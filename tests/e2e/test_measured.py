@@ -1,4 +1,4 @@
-"""What real runners take: measured, told apart, put in place of predictions; and what other programs take."""
+"""What real runners take: measurements by kind, in place of predictions, and memory of other programs."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from tests.support.tiny_models import write_tiny_model
 from tests.support.waiting import LIMIT_S, assert_soon
 
 MIB = 2**20
-FULL: dict[str, Any] = {"temperature": 0, "max_tokens": 2000, "ignore_eos": True}  # until the context ends it
+FULL: dict[str, Any] = {"temperature": 0, "max_tokens": 2000, "ignore_eos": True}  # until the context is full
 GPUS = (DeviceId("GPU-b"), DeviceId("GPU-a"))
 
 
@@ -42,14 +42,14 @@ def _quiet_end(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
 
 @pytest.fixture
 def scheduler() -> Iterator[Scheduler]:
-    """Runners are looked at when a lease has ended, and never otherwise."""
+    """Yield a scheduler whose runners are sampled when a lease has ended, and never otherwise."""
     with Scheduler(settings(probe_interval="1h")) as scheduler:
         yield scheduler
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model whose 8 MiB of weights show in what it takes."""
+    """Make a model whose 8 MiB of weights show in what it takes."""
     return write_tiny_model(tmp_path_factory.mktemp("models") / "a.gguf", layers=4, width=512, context=1024)
 
 
@@ -58,7 +58,7 @@ def the_runner(scheduler: Scheduler) -> RunnerStatus:
 
 
 def fill(lease: Lease, **parameters: Any) -> None:
-    """Fill a context as a client of the user's own does, which knows the lease's address and key only."""
+    """Fill a context as a user's own client does, with the lease's address and key only."""
     headers = {"Authorization": f"Bearer {lease.api_key}"}
     body = {"prompt": "hello", **FULL, **parameters}
     answer = httpx.post(f"{lease.url}/v1/completions", headers=headers, json=body, timeout=LIMIT_S)
@@ -70,11 +70,11 @@ def has_been_looked_at(scheduler: Scheduler, lease: Lease) -> bool:
     return not (life.lease_ended or life.looked_at)
 
 
-# -- told apart -------------------------------------------------------------------------------------------------------
+# -- by kind ----------------------------------------------------------------------------------------------------------
 
 
 def test_n14_private_and_shared_memory_are_told_apart(scheduler: Scheduler, model: Path) -> None:
-    """N14: mapped weights are page cache, those that are read into memory are the runner's own."""
+    """N14: mapped weights are page cache, and weights that are read into memory are the runner's own."""
     with scheduler.acquire(model, num_ctx=256, use_mmap=True):
         mapped = the_runner(scheduler)
     scheduler.expire(model)
@@ -90,7 +90,7 @@ def test_n14_private_and_shared_memory_are_told_apart(scheduler: Scheduler, mode
 
 
 def test_n14_what_the_engine_says_of_its_buffers_is_shown(scheduler: Scheduler, model: Path) -> None:
-    """N14: by kind and device, in bytes; the weights are all there is in the file, give or take its header."""
+    """N14: the status has the engine's buffers by kind and device, and weights of about the file's size."""
     with scheduler.acquire(model, num_ctx=256):
         buffers_bytes = the_runner(scheduler).buffers_bytes
     assert buffers_bytes.keys() >= {"weights", "cache", "compute"}
@@ -98,11 +98,11 @@ def test_n14_what_the_engine_says_of_its_buffers_is_shown(scheduler: Scheduler, 
     assert buffers_bytes["weights"]["cpu"] == pytest.approx(model.stat().st_size, rel=0.05)
 
 
-# -- put in place of predictions --------------------------------------------------------------------------------------
+# -- in place of predictions ------------------------------------------------------------------------------------------
 
 
 def test_n14_a_context_that_a_users_own_client_fills_is_noticed(scheduler: Scheduler, model: Path) -> None:
-    """N14: soon after the lease has ended; then what was measured counts, with what is known to be still to come."""
+    """N14: a context that a user's own client fills is noticed after its lease, and the measurement counts."""
     with scheduler.events() as events:
         with scheduler.acquire(model, num_ctx=256) as lease:
             before = the_runner(scheduler)
@@ -120,14 +120,14 @@ def test_n14_a_context_that_a_users_own_client_fills_is_noticed(scheduler: Sched
 
 
 def test_n14_a_runner_that_stays_leased_is_looked_at_with_each_probe(model: Path) -> None:
-    """N14: its holder may keep it for days."""
+    """N14: a runner that stays leased is sampled with each probe."""
     with Scheduler(settings(probe_interval="0.2s")) as scheduler, scheduler.acquire(model, num_ctx=256) as lease:
         fill(lease)
         assert_soon(lambda: the_runner(scheduler).settled)
 
 
 def test_n14_a_runner_that_leaves_with_its_lease_is_looked_at_before(scheduler: Scheduler, model: Path) -> None:
-    """N14: else nothing would ever be known of models that are kept for one answer only."""
+    """N14: a runner that is stopped with its last lease is sampled before."""
     with scheduler.acquire(model, num_ctx=256, keep_alive=0) as lease:
         predicted = the_runner(scheduler).promised_bytes["cpu"]
         fill(lease)
@@ -137,7 +137,7 @@ def test_n14_a_runner_that_leaves_with_its_lease_is_looked_at_before(scheduler: 
 
 
 def test_n14_short_answers_do_not_show_what_a_runner_takes(scheduler: Scheduler, model: Path) -> None:
-    """N14: it keeps what was predicted, however often it is looked at."""
+    """N14: a runner with short answers only keeps its predicted reservation."""
     with scheduler.acquire(model, num_ctx=1024) as lease:
         lease.chat("hello", **SHORT)
     assert_soon(lambda: has_been_looked_at(scheduler, lease))
@@ -149,7 +149,7 @@ def test_n14_short_answers_do_not_show_what_a_runner_takes(scheduler: Scheduler,
 
 
 def test_n14_an_embedder_has_shown_all_with_a_text_as_long_as_its_context(scheduler: Scheduler, model: Path) -> None:
-    """N14: it computes the whole of it in one pass."""
+    """N14: an embedder has filled its context with one text of that length."""
     with scheduler.acquire(model, embedding=True, num_ctx=256) as lease:
         lease.embed("a" * 255)
     assert_soon(lambda: the_runner(scheduler).settled)
@@ -158,7 +158,7 @@ def test_n14_an_embedder_has_shown_all_with_a_text_as_long_as_its_context(schedu
 def test_n14_a_runner_that_hangs_is_released_at_once(
     scheduler: Scheduler, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """N14: it is looked at from elsewhere, and whoever gives it back does not wait for that."""
+    """N14: a lease of a runner that hangs is released at once, and the runner is sampled on another thread."""
     monkeypatch.setattr("scheduler.runtime.executor._LOOK_S", 10 * LIMIT_S)
     lease = scheduler.acquire(model, num_ctx=256)
     send(lease.pid, signal.SIGSTOP)
@@ -170,7 +170,7 @@ def test_n14_a_runner_that_hangs_is_released_at_once(
 
 
 def test_n14_a_runner_that_hangs_is_stopped_all_the_same(model: Path) -> None:
-    """N14: the look before its end is a short one, and not waited for in the queue."""
+    """N14: a runner that hangs is stopped after a short attempt to sample it."""
     with Scheduler(settings(probe_interval="1h", stop_grace="0.1s")) as scheduler:
         lease = scheduler.acquire(model, num_ctx=256, keep_alive=0)
         send(lease.pid, signal.SIGSTOP)
@@ -179,11 +179,11 @@ def test_n14_a_runner_that_hangs_is_stopped_all_the_same(model: Path) -> None:
         assert is_gone(lease.pid)
 
 
-# -- the engine's own account, where a driver tells none --------------------------------------------------------------
+# -- the engine's own figures, where a driver has none ----------------------------------------------------------------
 
 
 def a_loaded_process(*buffers: object) -> tuple[LlamaProcess, Told]:
-    """Return the handle of a child that says it has these buffers; no process runs."""
+    """Return the handle of a child that reports these buffers, without a process."""
     told = Told()
     process = LlamaProcess(told, "key", gpus=GPUS)
     line = {"event": "loaded", "url": "http://127.0.0.1:1", "num_ctx": 256, "buffers": list(buffers)}
@@ -192,7 +192,7 @@ def a_loaded_process(*buffers: object) -> tuple[LlamaProcess, Told]:
 
 
 def test_n14_the_engines_gpus_are_those_of_the_placement() -> None:
-    """N14: it sees these only, in their order; sizes are added up, and the host's are not taken for resident."""
+    """N14: the engine's GPUs are those of the placement in order, and the host's buffers are not taken as resident."""
     process, told = a_loaded_process(
         ["CUDA0", "weights", 5],
         ["CUDA1", "weights", 7],
@@ -217,14 +217,14 @@ def test_n14_the_engines_gpus_are_those_of_the_placement() -> None:
     ],
 )  # fmt: skip
 def test_what_makes_no_sense_in_a_childs_report_is_left_out(told: object) -> None:
-    """It is not trusted: a child that was taken over by its model can say anything."""
+    """A value without a meaning in a child's report is left out, because the report is not trusted."""
     assert buffers_of(told, GPUS) == ()
     good = [["CPU", "weights", 1]]
     assert buffers_of(good + told if isinstance(told, list) else good, GPUS) == (Buffer(HOST, "weights", 1),)
 
 
 def test_a_childs_report_is_bounded() -> None:
-    """However long it is, so much of it is read."""
+    """A child's report is read up to a limit."""
     assert buffers_of([["CPU", "weights", 1]] * (10 * BUFFERS_LIMIT), GPUS) == (Buffer(HOST, "weights", BUFFERS_LIMIT),)
 
 
@@ -233,7 +233,7 @@ def test_a_childs_report_is_bounded() -> None:
     [None, 7, "", "http://evil.example", "http://127.0.0.1:80@evil.example", "https://127.0.0.1:1", "http://127.0.0.1"],
 )
 def test_a_child_that_names_another_address_does_not_serve(url: object) -> None:
-    """What users ask would go there."""
+    """A child that reports another address does not serve."""
     told = Told()
     LlamaProcess(told, "key").printed(json.dumps({"event": "loaded", "url": url, "num_ctx": 256, "buffers": []}))
     assert not told.loads
@@ -243,13 +243,13 @@ def test_a_child_that_names_another_address_does_not_serve(url: object) -> None:
     ("said", "taken"), [(256, 256), (None, None), ("256", None), (True, None), (0, None), (-5, None)]
 )
 def test_a_context_that_makes_no_sense_is_not_known(said: object, taken: int | None) -> None:
-    """Then it counts as asked, and nobody knows when it is full."""
+    """A context without a meaning in a report is unknown, so the requested one counts."""
     loaded = loaded_of({"url": "http://127.0.0.1:1", "num_ctx": said}, ())
     assert loaded is not None and (loaded.num_ctx, loaded.buffers) == (taken, ())
 
 
 class GpuOfAnotherMachine(DeviceReader):
-    """Devices with two GPUs that are not there: what their driver tells of processes is the test's to say."""
+    """A device reader with two stand-in GPUs, for whose processes the test gives the driver's figures."""
 
     def __init__(self, held: Mapping[DeviceId, Mapping[int, int]]) -> None:
         super().__init__(gpus=False)
@@ -264,13 +264,13 @@ class GpuOfAnotherMachine(DeviceReader):
 
 
 class Occupant:
-    """A runner's process that says what it occupies."""
+    """A runner's process that reports what it occupies."""
 
     pid = 77
     buffers = ()
 
     def stop(self, grace_s: float) -> None:
-        raise AssertionError("nobody stops it")
+        raise AssertionError("the runner was stopped")
 
     def memory(self) -> Memory:
         return Memory({HOST: 50, GPUS[0]: 30, GPUS[1]: 20}, 10)
@@ -283,7 +283,7 @@ class Occupant:
 
 
 def reading(held: Mapping[DeviceId, Mapping[int, int]]) -> Sampled:
-    """Return what is posted where the driver says that processes hold so much."""
+    """Return the sample that is posted where the driver reports these figures."""
     posted: list[Event] = []
     workers = ThreadPool("test", 1)
     sampler = MemorySampler(GpuOfAnotherMachine(held), workers, lambda: [(1, Occupant())], posted.append)
@@ -294,23 +294,23 @@ def reading(held: Mapping[DeviceId, Mapping[int, int]]) -> Sampled:
 
 
 def test_n14_the_drivers_figure_counts_where_it_tells_one() -> None:
-    """N14: it has the driver's own part in it, which the engine knows nothing of."""
+    """N14: the driver's figure of a process counts where there is one, because it includes the driver's part."""
     sampled = reading({GPUS[0]: {77: 35, 78: 99}, GPUS[1]: {77: 25}})
     assert sampled.resident == ((1, ((GPUS[1], 25), (GPUS[0], 35), (HOST, 50))),)
     assert sampled.mapped == ((1, 10),)
 
 
 def test_n14_the_engines_account_counts_where_the_driver_tells_none() -> None:
-    """N14: inside a container it knows other pids, or another process by this one; and some may not be told at all."""
+    """N14: the engine's figure counts where the driver has none, as inside a container with other process ids."""
     assert reading({}).resident == ((1, ((GPUS[1], 20), (GPUS[0], 30), (HOST, 50))),)
     assert reading({GPUS[0]: {}, GPUS[1]: {77: 3}}).resident == ((1, ((GPUS[1], 20), (GPUS[0], 30), (HOST, 50))),)
 
 
-# -- others -----------------------------------------------------------------------------------------------------------
+# -- memory of other programs -----------------------------------------------------------------------------------------
 
 
 def test_n14_memory_that_another_program_takes_is_seen_by_the_next_plan(scheduler: Scheduler) -> None:
-    """N14: the machine's own figure is read before each start; what fitted before is refused, and fits again after."""
+    """N14: memory of another program is read before each load, refuses a model, and is free again afterwards."""
     sample, others_bytes = scheduler._devices.sample, 0
     reported_bytes = scheduler.status().devices[0].reported_free_bytes
 
@@ -333,7 +333,7 @@ def test_n14_memory_that_another_program_takes_is_seen_by_the_next_plan(schedule
 
 
 def test_n14_what_a_runner_maps_is_not_given_away_where_the_machine_is_short(scheduler: Scheduler, model: Path) -> None:
-    """N14: the machine counts those pages as free; the ledger takes them off, with all else that is held."""
+    """N14: pages that a runner maps are not free in the ledger, although the machine counts them so."""
     with scheduler.acquire(model, num_ctx=256, use_mmap=True):
         assert_soon(lambda: the_runner(scheduler).shared_bytes > 0)
         device, runner = scheduler.status().devices[0], the_runner(scheduler)

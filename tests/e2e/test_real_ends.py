@@ -1,4 +1,4 @@
-"""How it ends with real child processes: close, exit, Ctrl-C, a fork, and the sudden death of the host."""
+"""Ends with real child processes: close, exit, Ctrl-C, a fork, and a killed host."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def _quiet_end(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
 
 @pytest.fixture
 def scheduler() -> Iterator[Scheduler]:
-    """As much room as the machine has."""
+    """Yield a scheduler with the machine's memory."""
     with Scheduler(settings()) as scheduler:
         yield scheduler
 
@@ -45,7 +45,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_d09_d20_close_during_a_load_answers_and_ends_it(scheduler: Scheduler, model: Path) -> None:
-    """D09, D20: from several threads at once; afterwards no child is left, and who comes is refused."""
+    """D09, D20: closes from several threads during a load answer its request and leave no child."""
     waiting, pid = begin_a_load(scheduler, model)
     with ThreadPoolExecutor(3) as pool:
         for closed in [pool.submit(scheduler.close, 5) for _ in range(3)]:
@@ -57,7 +57,7 @@ def test_d09_d20_close_during_a_load_answers_and_ends_it(scheduler: Scheduler, m
 
 
 def test_d17_close_breaks_leases_that_nobody_gives_back(scheduler: Scheduler, model: Path) -> None:
-    """D17: it returns soon after its time limit, whatever their holders do."""
+    """D17: a close revokes leases that are never released, soon after its time limit."""
     lease = scheduler.acquire(model)
     stream, pid = lease.stream("hello", **LONG), lease.pid
     next(stream)
@@ -71,7 +71,7 @@ def test_d17_close_breaks_leases_that_nobody_gives_back(scheduler: Scheduler, mo
 
 
 def test_close_lets_an_answer_finish(scheduler: Scheduler, model: Path) -> None:
-    """Within its time limit nothing is cut."""
+    """A close within its time limit lets an answer finish."""
     with scheduler.acquire(model) as lease:
         whole = lease.chat("hello", **LONG)
         stream = lease.stream("hello", **LONG)
@@ -85,7 +85,7 @@ def test_close_lets_an_answer_finish(scheduler: Scheduler, model: Path) -> None:
 
 
 def test_a_callback_may_close(scheduler: Scheduler, model: Path) -> None:
-    """On the thread that it was called on, while others close too."""
+    """A callback may close the scheduler while other threads close it too."""
     closed = threading.Event()
 
     def close() -> None:
@@ -103,7 +103,7 @@ def test_a_callback_may_close(scheduler: Scheduler, model: Path) -> None:
 
 @contextmanager
 def a_host(model: Path, script: str) -> Iterator[tuple[subprocess.Popen[str], int]]:
-    """Start a program that takes a lease and goes on to `script`; yield it, and its runner's process."""
+    """Start a program that takes a lease and goes on to `script`; yield it and its runner's process id."""
     head = f"""
         import os, signal, sys, threading
         from scheduler import Scheduler, Settings
@@ -128,7 +128,7 @@ def next_line(host: subprocess.Popen[str]) -> str:
 
 
 def test_a_host_that_is_killed_leaves_no_orphan(model: Path) -> None:
-    """In the middle of an answer."""
+    """A host that is killed in the middle of an answer leaves no child."""
     with a_host(model, "for piece in lease.stream('hello', **long): print(flush=True)") as (host, child):
         assert next_line(host)
         host.kill()
@@ -157,7 +157,7 @@ print(*pids)
     ids=["lease", "idle", "stream", "queue", "load", "leaving", "hanging", "killed"],
 )
 def test_a_host_that_exits_without_close_leaves_no_orphan(model: Path, end: str) -> None:
-    """Whatever goes on: no hang, nothing on standard error, no child."""
+    """A host that exits without a close leaves no child and prints no error, whatever is under way."""
     with a_host(model, end) as (host, child):
         output, errors = host.communicate(timeout=LIMIT_S)
     assert (host.returncode, errors) == (0, "")
@@ -177,7 +177,7 @@ def test_a_host_that_exits_without_close_leaves_no_orphan(model: Path, end: str)
     ids=["talking", "holding", "waiting", "closing"],
 )
 def test_ctrl_c_ends_the_host_and_its_child(model: Path, script: str) -> None:
-    """The terminal sends it to the whole group; it ends as programs do, with one error, and nothing is left."""
+    """Ctrl-C, which the terminal sends to the whole process group, ends the host with one error, and its child."""
     with a_host(model, f"print(flush=True)\n{script}") as (host, child):
         assert next_line(host)
         os.killpg(host.pid, signal.SIGINT)
@@ -187,7 +187,7 @@ def test_ctrl_c_ends_the_host_and_its_child(model: Path, script: str) -> None:
 
 
 def test_a_signal_handler_may_close(model: Path) -> None:
-    """A service that is told to end does so in order, even from within a request that waits."""
+    """A signal handler may close the scheduler from within a request that waits."""
     script = """
 def end(*_):
     scheduler.close(0)
@@ -205,7 +205,7 @@ scheduler.acquire(model, num_batch=64)
 
 
 def test_a_fork_that_ends_takes_no_child_of_its_parent_with_it(model: Path) -> None:
-    """It exits like any program, and its parent's runner goes on serving."""
+    """A forked child that exits leaves its parent's runner serving."""
     script = f"""
 before = lease.chat("hello", **{SHORT!r})
 if (pid := os.fork()) == 0:
@@ -218,7 +218,7 @@ print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), lease.chat("hello", **{S
 
 
 def test_a_fork_reads_and_writes_nothing_on_its_parents_connections(model: Path) -> None:
-    """Neither on those that are kept for the next request nor on that of an open stream: each answer has one asker."""
+    """A forked child neither reads nor writes on its parent's connections, kept ones and open streams."""
     script = """
 from scheduler import SchedulerForked
 whole = lease.chat("hello", **long)

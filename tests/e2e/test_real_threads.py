@@ -1,4 +1,4 @@
-"""The host's cores, from what the system says of them to what a real child computes with."""
+"""The host's cores: from what the system reports to the threads of a real child."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from tests.support.real import write_models
 
 
 def threads(scheduler: Scheduler) -> list[int | None]:
-    """Return what each runner computes answers with, the first loaded first."""
+    """Return the threads for answers of each runner, in the order of the loads."""
     return [runner.options.num_thread for runner in scheduler.status().runners]
 
 
 def test_the_cores_are_dealt_to_real_runners(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first has all of them, one beside it half, and one that names a number that."""
+    """The first runner has all cores, the second one half of them, and one that names a number has that."""
     pytest.importorskip("xllamacpp")
     monkeypatch.setattr(device_reader, "usable_cores", lambda: 6)
     folder = write_models(tmp_path, "abc")
@@ -51,7 +51,7 @@ def test_the_cores_are_dealt_to_real_runners(tmp_path: Path, monkeypatch: pytest
 def test_a_quota_of_processors_is_the_tightest_of_all_groups(
     tmp_path: Path, groups: str, files: dict[str, str], limit: float | None
 ) -> None:
-    """In both versions; what sets none says so in its own way."""
+    """A quota of processors is the smallest of all groups, in both versions of control groups."""
     for name, text in files.items():
         path = tmp_path / "cgroup" / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -65,7 +65,7 @@ def test_a_quota_of_processors_is_the_tightest_of_all_groups(
 def test_the_usable_cores_are_the_least_of_what_limits_them(
     monkeypatch: pytest.MonkeyPatch, affinity: int, quota: float | None, usable: int
 ) -> None:
-    """Physical cores, the affinity, whole processors of a quota; there is always one."""
+    """The usable cores are the least of physical cores, affinity and the quota's whole processors, and at least one."""
     replaced: dict[str, Any] = {"_physical_cores": lambda: 16, "cgroup_processors": lambda: quota}
     for name, value in replaced.items():
         monkeypatch.setattr(cpu_cores, name, value)

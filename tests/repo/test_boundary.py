@@ -15,10 +15,10 @@ SOURCES = {
     for path in sorted((ROOT / folder).rglob("*.py"))
 }
 FSM = [module for module in SOURCES if module.split(".")[0] == "fsm"]
-PURE_MODULES = [*FSM, "scheduler.api.fit_advice", "scheduler.recording.codec"]  # decide nothing, and stay as pure
+PURE_MODULES = [*FSM, "scheduler.api.fit_advice", "scheduler.recording.codec"]  # pure modules of the shell
 
-# The packages from the bottom to the top, and the modules that stand beside them. A package imports itself and the
-# layers below its own; what stands in one layer does not know of its neighbours.
+# The packages from the bottom to the top, and the modules that stand beside them. A package imports itself and packages
+# of lower layers, and no package of its own layer.
 LAYERS = (
     ("fsm.domain",),
     ("fsm.sizing", "fsm.machine"),
@@ -37,27 +37,27 @@ LAYERS = (
     ("scheduler",),
     ("scheduler.cli", "scheduler.testing"),
 )
-# Packages that few may import: (package, by whom).
+# Packages that few packages may import: (package, its importers).
 RESERVED = (
     ("fsm.verification", {"fsm.verification", "scheduler.cli.explore"}),
     ("scheduler.recording", {"scheduler.recording", "scheduler.api", "scheduler.cli"}),
 )
-# Pure parts of the standard library: nothing that knows of time, threads, files, processes, sockets or chance.
+# Pure parts of the standard library, without time, threads, files, processes, sockets or randomness.
 PURE = {
     "__future__", "array", "bisect", "collections", "collections.abc", "dataclasses", "enum", "functools", "hashlib",
     "heapq", "itertools", "marshal", "math", "operator", "types", "typing", "zlib",
 }  # fmt: skip
 EXCEPTIONS = {
-    "fsm.machine.transition_table": {"logging", "transitions"},  # it shields the rest from the library and its logger
-    "fsm.verification.sim_faults": {"random"},  # these for the type of what they are handed
+    "fsm.machine.transition_table": {"logging", "transitions"},  # it shields others from the library and its logger
+    "fsm.verification.sim_faults": {"random"},  # for the type of the generator that it is passed
     "fsm.verification.sim_config": {"random"},
     "fsm.verification.sim_environment": {"random"},
     "fsm.verification.simulator": {"random", "re"},
 }
-# What the shell may not see of the core: packages of its state, planning and lifecycle, and the records of its tables.
+# Parts of the core that the shell may not import: state, planning and lifecycle, and the records of their tables.
 PRIVATE = ("fsm.state", "fsm.planning", "fsm.lifecycle")
 TABLES = {"Request", "Runner", "RUNNER_TABLE", "Table"}
-SEEN_BY_THE_SHELL = {  # the codec encodes whole states, the records in them included
+SEEN_BY_THE_SHELL = {  # the codec encodes whole states, with the records in them
     "scheduler.recording.codec": {"fsm.machine.request.Request", "fsm.machine.runner.Runner"},
 }
 IMPURE_NAMES = {"open", "input", "print", "exec", "eval", "__import__", "globals", "breakpoint"}
@@ -68,14 +68,14 @@ def tree_of(module: str) -> ast.Module:
 
 
 def imports_of(module: str, *, when_run: bool = False) -> set[str]:
-    """Return the full names of the modules that a module imports, anywhere in it; `when_run`: not for types alone."""
+    """Return the full names of the modules that a module imports; `when_run` leaves imports for types alone out."""
     names: set[str] = set()
     tree = tree_of(module)
     for node in set(ast.walk(tree)) - (under(tree, "TYPE_CHECKING") if when_run else set()):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{module}: a relative import"
+            assert node.level == 0, f"{module}: the module has a relative import"
             parts = {f"{node.module}.{alias.name}" for alias in node.names}
             names |= {part if part in SOURCES else node.module or "" for part in parts}
     return names
@@ -86,7 +86,7 @@ def is_in(module: str, package: str) -> bool:
 
 
 def package_of(module: str) -> str | None:
-    """Return the package of `LAYERS` that a module belongs to; None for the empty `fsm/__init__.py`."""
+    """Return the package of `LAYERS` that a module belongs to, or None for the empty `fsm/__init__.py`."""
     packages = [package for layer in LAYERS for package in layer if is_in(module, package)]
     return max(packages, key=len, default=None)
 
@@ -97,41 +97,41 @@ def layer_of(module: str) -> int:
 
 
 def under(tree: ast.Module, condition: str) -> set[ast.AST]:
-    """Return every node under an `if` of the module whose condition begins like this."""
+    """Return every node under an `if` of the module whose condition begins with `condition`."""
     blocks = [node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test).startswith(condition)]
     return {inner for block in blocks for inner in ast.walk(block)}
 
 
 @pytest.mark.parametrize("module", SOURCES)
 def test_a_package_imports_itself_and_lower_layers(module: str) -> None:
-    """Neighbours in one layer do not know of each other."""
+    """A module imports its own package and packages of lower layers only."""
     ours = {name for name in imports_of(module) if name.split(".")[0] in ("fsm", "scheduler")}
     too_high = {name for name in ours if package_of(name) != package_of(module) and layer_of(name) >= layer_of(module)}
     assert not too_high
 
 
 def test_every_module_has_a_layer() -> None:
-    """A new package is given its place here; `fsm/__init__.py` is empty."""
+    """Every package has a layer, and `fsm/__init__.py` is empty."""
     assert [module for module in SOURCES if package_of(module) is None] == ["fsm"]
     assert not imports_of("fsm")
 
 
 def test_no_module_imports_itself_in_a_circle() -> None:
-    """Not even within a package; what is imported for types alone does not count."""
+    """No module imports itself in a circle, imports for types alone left out."""
     graph = {module: imports_of(module, when_run=True) & SOURCES.keys() for module in SOURCES}
     assert set(TopologicalSorter(graph).static_order()) == set(SOURCES)
 
 
 @pytest.mark.parametrize(("package", "importers"), RESERVED)
 def test_few_import_a_reserved_package(package: str, importers: set[str]) -> None:
-    """The proof tools and the recordings are no part of what runs."""
+    """The proof tools and the recordings are imported by few packages, and by none that runs in production."""
     found = [module for module in SOURCES if any(is_in(name, package) for name in imports_of(module))]
     assert [module for module in found if not any(is_in(module, one) for one in importers)] == []
 
 
 @pytest.mark.parametrize("module", [module for module in SOURCES if is_in(module, "scheduler")])
 def test_the_shell_asks_the_core_and_does_not_hold_its_tables(module: str) -> None:
-    """It imports values, events and commands, and what it has to know of the state it asks `Core` for."""
+    """The shell imports values, events and commands of the core, and asks `Core` about its state."""
     tree = tree_of(module)
     imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
     names = {f"{node.module}.{alias.name}" for node in imports for alias in node.names}
@@ -143,7 +143,7 @@ def test_the_shell_asks_the_core_and_does_not_hold_its_tables(module: str) -> No
 
 
 def test_what_is_private_to_the_core_exists() -> None:
-    """Else a module that is renamed would be private no more."""
+    """The modules that are private to the core exist, so that a renamed module stays private."""
     assert set(PRIVATE) <= set(SOURCES)
     bodies = [node for module in FSM for node in tree_of(module).body]
     defined = {node.name for node in bodies if isinstance(node, ast.ClassDef)}
@@ -153,19 +153,19 @@ def test_what_is_private_to_the_core_exists() -> None:
 
 @pytest.mark.parametrize("module", PURE_MODULES)
 def test_the_core_imports_nothing_impure(module: str) -> None:
-    """No threads, no time, no files, no sockets, no chance, and nothing of the shell."""
+    """The core imports nothing with threads, time, files, sockets or randomness, and nothing of the shell."""
     foreign = {name for name in imports_of(module) if not is_in(name, "fsm")}
     assert foreign <= PURE | EXCEPTIONS.get(module, set())
 
 
 def test_only_the_table_imports_transitions() -> None:
-    """The rest of the code is shielded from the library."""
+    """One module alone imports the library transitions."""
     assert [module for module in SOURCES if "transitions" in imports_of(module)] == ["fsm.machine.transition_table"]
 
 
 @pytest.mark.parametrize("module", [name for name, allowed in EXCEPTIONS.items() if "random" in allowed])
 def test_the_simulation_makes_no_chance_of_its_own(module: str) -> None:
-    """It is handed a `random.Random`, and makes none; the library's own functions share hidden state."""
+    """The simulation makes no `random.Random` of its own and calls no function of the module random."""
     nodes = list(ast.walk(tree_of(module)))
     imports = [node for node in nodes if isinstance(node, ast.Import | ast.ImportFrom)]
     names = [alias.name for node in imports if "random" in ast.unparse(node) for alias in node.names]
@@ -175,16 +175,16 @@ def test_the_simulation_makes_no_chance_of_its_own(module: str) -> None:
 
 @pytest.mark.parametrize("module", PURE_MODULES)
 def test_the_core_calls_nothing_impure(module: str) -> None:
-    """No printing and no reading, but where a module is run as a program."""
+    """The core neither prints nor reads, except where a module is run as a program."""
     tree = tree_of(module)
-    as_program = under(tree, "__name__")  # runs as a program, and not as the core
+    as_program = under(tree, "__name__")  # code that runs as a program
     names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and node not in as_program}
     assert not names & IMPURE_NAMES
 
 
 @pytest.mark.parametrize("module", PURE_MODULES)
 def test_the_core_knows_the_type_of_everything(module: str) -> None:
-    """No `Any`, by name or by attribute."""
+    """The core uses no `Any`, by name or by attribute."""
     tree = tree_of(module)
     names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
     attributes = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
@@ -193,7 +193,7 @@ def test_the_core_knows_the_type_of_everything(module: str) -> None:
 
 @pytest.mark.parametrize("module", SOURCES)
 def test_functions_are_at_most_40_lines_long(module: str) -> None:
-    """What is longer does two things; a docstring counts."""
+    """No function is longer than 40 lines, docstring included."""
     functions = [node for node in ast.walk(tree_of(module)) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
     lengths = {node.name: (node.end_lineno or 0) - node.lineno + 1 for node in functions}
     assert {name: length for name, length in lengths.items() if length > 40} == {}

@@ -1,4 +1,4 @@
-"""The documentation: its examples run, its tables are complete, and what it names exists."""
+"""The documentation: its examples run, its tables are complete, and the names in it exist."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ LIMIT_S = 120.0  # an example takes about 2 s
 
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _LINK = re.compile(r"\]\(([^)\s]+)\)")
-_PRINTED = re.compile(r"# → (.+)$", re.MULTILINE)  # what an example says that it prints
+_PRINTED = re.compile(r"# → (.+)$", re.MULTILINE)  # the output that an example names
 _NAMED_TEST = re.compile(r"`(\w+/test_\w+\.py)::(\w+)`")
 
 
@@ -46,7 +46,7 @@ def read(path: Path) -> str:
 
 
 def sections(page: Path) -> Iterator[tuple[str, str]]:
-    """Yield each section's title and text; what comes before the first heading has the page's name."""
+    """Yield each section's title and text; text before the first heading has the page's name."""
     title, lines, fenced = page.stem, list[str](), False
     for line in read(page).splitlines(keepends=True):
         fenced ^= line.startswith("```")
@@ -87,14 +87,14 @@ def words(text: str) -> set[str]:
 
 
 def anchors(text: str) -> list[str]:
-    """Return what the headings of a page are linked to by."""
+    """Return the anchors of a page's headings."""
     headings = re.findall(r"^#+ (.+)$", without_fences(text), re.MULTILINE)
     return [re.sub(r"[^\w\- ]", "", heading).lower().replace(" ", "-") for heading in headings]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with models under the names that the examples use."""
+    """Make a folder with models under the names that the examples use."""
     models = tmp_path_factory.mktemp("documentation") / "models"
     models.mkdir()
     for seed, name in enumerate(("smollm2", "embedder")):
@@ -107,7 +107,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("title", programs())
 def test_an_example_runs_and_prints_what_it_says(title: str, folder: Path, tmp_path: Path) -> None:
-    """As a program of its own with real models: it ends in order, warns of nothing, and forgets no lease.
+    """An example runs as a program of its own with real models, ends in order, and prints what it says.
 
     An example of the README runs as pasted in an empty folder, with the demonstration's model.
     """
@@ -128,7 +128,7 @@ def test_an_example_runs_and_prints_what_it_says(title: str, folder: Path, tmp_p
 
 @pytest.mark.parametrize("title", programs())
 def test_an_example_fits_the_page(title: str) -> None:
-    """120 characters, as in the code."""
+    """The lines of an example have at most 120 characters."""
     assert [line for line in programs()[title].splitlines() if len(line) > 120] == []
 
 
@@ -136,7 +136,7 @@ def test_an_example_fits_the_page(title: str) -> None:
 
 
 def test_the_table_of_settings_is_the_one_that_is_generated() -> None:
-    """Between its markers stands what `settings_table()` returns, and nothing else."""
+    """The table of settings between its markers is what `settings_table()` returns."""
     before, _, rest = read(ROOT / "docs" / "settings.md").partition("<!-- settings -->\n")
     table, _, after = rest.partition("<!-- /settings -->\n")
     assert before and after and table == settings_table()
@@ -144,20 +144,20 @@ def test_the_table_of_settings_is_the_one_that_is_generated() -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_link_leads_somewhere(page: Path) -> None:
-    """Files exist, and so do the headings that are linked to."""
+    """Every link leads to a file that exists, and to a heading that exists."""
     for target in _LINK.findall(without_fences(read(page))):
         if "://" not in target:
             name, _, anchor = target.partition("#")
             file = (page.parent / name).resolve() if name else page
-            assert file.is_file(), f"{page.name}: {target}"
-            assert not anchor or anchor in anchors(read(file)), f"{page.name}: {target}"
+            assert file.is_file(), f"{page.name}: no file {target}"
+            assert not anchor or anchor in anchors(read(file)), f"{page.name}: no heading {target}"
 
 
 # -- the API -----------------------------------------------------------------------------------------------------------
 
 
 def test_every_error_is_listed_with_its_fields_and_its_status() -> None:
-    """One row for each kind, in a table of its own."""
+    """Every error is a row of the table with its fields and its status."""
     listed = {}
     for cells in rows(dict(sections(ROOT / "docs" / "api.md"))["Errors"]):
         if cells[0].startswith("`"):
@@ -170,14 +170,14 @@ def test_every_error_is_listed_with_its_fields_and_its_status() -> None:
 
 
 def test_every_keyword_of_a_request_is_listed() -> None:
-    """In the order in which they are declared."""
+    """Every keyword argument of a request is listed in the order of declaration."""
     section = dict(sections(ROOT / "docs" / "api.md"))["Asking for a model"]
     listed = [cells[0].strip("`") for cells in rows(section) if cells[0].startswith("`")]
     assert listed == list(get_type_hints(AcquireOptions))
 
 
 def test_everything_public_is_described() -> None:
-    """What can be imported, what a scheduler and a lease can do, and what their answers hold."""
+    """Every public name is described: imports, methods of schedulers and leases, and fields of their results."""
     described = words(read(ROOT / "docs" / "api.md"))
     methods = {name for kind in (Scheduler, Lease) for name in vars(kind) if not name.startswith("_")}
     values = (Status, RunnerStatus, WaitStatus, DeviceView, Transition, Decision, Candidate)
@@ -198,7 +198,7 @@ def test_everything_public_is_described() -> None:
     ],
 )
 def test_every_part_of_the_core_is_listed(section: str, kinds: list[str]) -> None:
-    """Each in a row of its section's table, and no other."""
+    """Each event, command and refusal of the core is a row of its section's table."""
     listed = [cells[0].strip("`") for cells in rows(dict(sections(ROOT / "docs" / "design.md"))[section])]
     assert sorted(listed[1:]) == sorted(kinds)
 
@@ -207,13 +207,13 @@ def test_every_part_of_the_core_is_listed(section: str, kinds: list[str]) -> Non
 
 
 def test_every_file_that_is_named_exists() -> None:
-    """The table of packages and the reading order name nothing that has gone."""
+    """Every file that the page on the architecture names exists."""
     named = re.findall(r"`((?:fsm|scheduler|tests)/[\w/.]+)`", read(ARCHITECTURE))
     assert named and [name for name in named if not (ROOT / name).exists()] == []
 
 
 def test_every_package_has_its_row() -> None:
-    """Every folder right below `fsm` and `scheduler`, and every module beside them."""
+    """Every package of `fsm` and `scheduler`, and every module beside the packages, is a row of the table."""
     entries = [entry for top in ("fsm", "scheduler") for entry in (ROOT / top).iterdir()]
     packages = {entry for entry in entries if (entry / "__init__.py").is_file()}
     modules = {entry for entry in entries if entry.suffix == ".py" and entry.name != "__init__.py"}
@@ -223,7 +223,7 @@ def test_every_package_has_its_row() -> None:
 
 @pytest.mark.parametrize("page", ["architecture.md", "glossary.md"])
 def test_every_symbol_that_is_named_can_be_imported(page: str) -> None:
-    """A class or function that is renamed or moved takes its name on these pages with it."""
+    """Every class and function that the pages name can be imported by that name."""
     named = re.findall(r"`((?:fsm|scheduler|tests)(?:\.\w+)+)`", without_fences(read(ROOT / "docs" / page)))
     assert named and [name for name in named if not is_there(name)] == []
 
@@ -241,7 +241,7 @@ def is_there(symbol: str) -> bool:
 
 @cache
 def names_in(file: str) -> frozenset[str]:
-    """Return the names of the tests in a file; none where there is no such file."""
+    """Return the names of the tests in a file, none where the file does not exist."""
     path = ROOT / "tests" / file
     if not path.is_file():
         return frozenset()
@@ -251,7 +251,7 @@ def names_in(file: str) -> frozenset[str]:
 
 
 def test_every_behaviour_of_the_reference_has_its_row_with_tests() -> None:
-    """S01 to S34 in order, each with a verdict; N01 to N15 and D01 to D20 are at least spoken of."""
+    """S01 to S34 have a row with tests and a verdict each, in order, and N01 to N15 and D01 to D20 are mentioned."""
     text = read(ROOT / "docs" / "parity.md")
     table = {cells[0]: cells for cells in rows(text)}
     assert [id for id in table if re.fullmatch(r"S\d\d", id)] == [f"S{number:02}" for number in range(1, 35)]
@@ -259,14 +259,14 @@ def test_every_behaviour_of_the_reference_has_its_row_with_tests() -> None:
     assert [id for id in others if id not in table] == []
     for id, cells in table.items():
         if re.fullmatch(r"S\d\d", id):
-            assert _NAMED_TEST.search(cells[2]), f"{id} names no test"
+            assert _NAMED_TEST.search(cells[2]), f"{id} has no test"
             assert cells[3].startswith(("same", "better")), f"{id} has no verdict"
         elif re.fullmatch(r"[ND]\d\d", id):
             spoken_of = cells[2].startswith(("not yet", "on purpose")) or _NAMED_TEST.search(cells[2])
-            assert spoken_of, f"{id} is neither covered nor open"
+            assert spoken_of, f"{id} is not mentioned"
 
 
 def test_every_test_that_is_named_exists() -> None:
-    """A test that is renamed or removed takes its line in the table with it."""
+    """Every test that the page on parity names exists."""
     named = _NAMED_TEST.findall(read(ROOT / "docs" / "parity.md"))
     assert [f"{file}::{name}" for file, name in named if name not in names_in(file)] == []

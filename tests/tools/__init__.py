@@ -1,1 +1,1 @@
-"""Programs that measure and report, and their own tests."""
+"""Programs that measure and report, and tests of these programs."""

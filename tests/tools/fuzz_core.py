@@ -1,8 +1,8 @@
-"""`python -m tests.tools.fuzz_core [--seeds N] [--first S] [--steps M]`: the core in worlds drawn from seeds.
+"""`python -m tests.tools.fuzz_core [--seeds N] [--first S] [--steps M]`: the core in environments drawn from seeds.
 
-Each seed has devices, models, clients and faults of its own. Whatever does not hold ends the run with status 1: the
-command that does it again is printed, and as few of its events as are needed. A row of a table that never fired in all
-seeds is status 1 too.
+Each seed has devices, models, clients and faults of its own. A property that does not hold ends the run with status 1:
+the command that repeats the failure is printed, with as few events as are needed. A row of a table that never fired in
+all seeds is status 1 too.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from fsm.verification.simulator import simulate
 
 PROGRESS_S = 10.0
 CHUNK = 8  # seeds that a process takes at a time
-ENOUGH_STEPS = 50_000  # with fewer, a row that never fired says nothing
+ENOUGH_STEPS = 50_000  # with fewer, a row that never fired shows nothing
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the seeds; return 0 where everything holds."""
+    """Run the seeds; return 0 if every property holds."""
     chosen = _parser().parse_args(arguments)
     coverage, virtual_s, used_s, told_at = Coverage(), 0.0, 0.0, time.monotonic()
     last = chosen.first
@@ -55,10 +55,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Ran:
-    """What one seed came to."""
+    """The outcome of one seed."""
 
     seed: int
-    coverage: Coverage  # of it alone
+    coverage: Coverage  # of this seed alone
     virtual_s: float
     used_s: float  # of one processor
     broken: bool
@@ -72,7 +72,7 @@ def _run(seed: int, steps: int, every: int) -> Ran:
 
 @contextmanager
 def _mapped(run: Callable[[int], Ran], seeds: Iterable[int], processes: int) -> Iterator[Iterator[Ran]]:
-    """Yield what the seeds came to, in their order."""
+    """Yield the outcomes of the seeds, in their order."""
     if processes == 1:
         yield map(run, seeds)
         return
@@ -93,7 +93,7 @@ def _summary(coverage: Coverage, virtual_s: float, used_s: float) -> str:
 
 
 def _report_failure(seed: int, chosen: argparse.Namespace) -> None:
-    """Run a seed that failed once more, and say with how few of its events it fails."""
+    """Run a seed that failed again, and print how few of its events fail."""
     outcome = simulate(Random(seed), chosen.steps, every=chosen.check_every)
     assert outcome.violation is not None
     print(f"seed {seed}: {outcome.violation.what}")
@@ -127,7 +127,7 @@ def _count(text: str) -> int:
 
 
 def _seed(text: str) -> int:
-    if not text.isdecimal():  # one below 0 would draw what its counterpart above 0 does
+    if not text.isdecimal():  # a seed below 0 would draw the same as its counterpart above 0
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 0")
     return int(text)
 

@@ -1,6 +1,6 @@
 """`python -m tests.tools.fuzz_metadata [--mutations N] [--seed S]`: damage sound files at random, and read them.
 
-Whatever is read must be sound, and whatever is not must be refused with InvalidModel or ModelNotFound. Anything else
+A file that is read must be sound, and any other must be refused with InvalidModel or ModelNotFound. Anything else
 ends the run with status 1: the file is saved, and the command that makes it again is printed.
 """
 
@@ -50,7 +50,7 @@ INTERESTING = sorted(
 
 @dataclass(frozen=True, slots=True)
 class Sound:
-    """A file that is read without an error, as `role`: a model, the first or the second part of one, or beside one."""
+    """A file that is read without an error in a `role`: a model, a first or second part of one, or beside one."""
 
     name: str
     role: str
@@ -59,21 +59,21 @@ class Sound:
 
 @dataclass(slots=True)
 class Result:
-    """What became of the mutants."""
+    """The outcomes of the mutated files."""
 
     accepted: int = 0
     refused: int = 0
     slowest_s: float = 0.0
-    slowest: int = 0  # its number
+    slowest: int = 0  # the number of the slowest one
     failures: list[str] = field(default_factory=list)
 
 
 class Unsound(Exception):
-    """What was read cannot be, or the refusal does not say what it should."""
+    """The metadata cannot be, or the refusal does not have what it should."""
 
 
 def sound_files() -> list[Sound]:
-    """Return the files that are damaged: each kind of entry is in one of them."""
+    """Return the files that are damaged: each type of entry is in one of them."""
     with tempfile.TemporaryDirectory() as folder:
         tiny = write_tiny_model(Path(folder) / "tiny.gguf", layers=1, width=8).read_bytes()
     heads = "llama.attention.head_count"
@@ -94,7 +94,7 @@ def sound_files() -> list[Sound]:
     ]
 
 
-# One mutant
+# One mutated file
 
 
 def flip(draw: random.Random, content: bytearray, at: int) -> None:
@@ -109,7 +109,7 @@ def overwrite(draw: random.Random, content: bytearray, at: int) -> None:
 
 
 def edit_length(draw: random.Random, content: bytearray, at: int) -> None:
-    """Change what looks like a length or a count, at `at` or behind it: a small number in eight bytes, or in four."""
+    """Change a possible length or count at `at` or behind it: a small number in eight bytes or in four."""
     size = draw.choice((4, 8))
     found = content.find(bytes(size - 1), at + 1, at + 4096)
     place = found - 1 if found > 0 else at
@@ -119,18 +119,18 @@ def edit_length(draw: random.Random, content: bytearray, at: int) -> None:
 
 
 def cut_out(draw: random.Random, content: bytearray, at: int) -> None:
-    """Take a piece away."""
+    """Remove a piece."""
     del content[at : at + draw.randint(1, 64)]
 
 
 def repeat(draw: random.Random, content: bytearray, at: int) -> None:
-    """Have a piece twice, the second time anywhere."""
+    """Repeat a piece at another place."""
     to = draw.randrange(len(content))
     content[to:to] = content[at : at + draw.randint(1, 256)]
 
 
 def truncate(draw: random.Random, content: bytearray, at: int) -> None:
-    """End there."""
+    """Cut the file at `at`."""
     del content[at:]
 
 
@@ -139,20 +139,20 @@ MUTATIONS: tuple[Mutation, ...] = (flip, overwrite, edit_length, edit_length, cu
 
 
 def mutate(draw: random.Random, files: list[Sound]) -> tuple[Sound, bytes, int]:
-    """Return which file was damaged, what became of it, and how long the file is to be."""
+    """Return which file was damaged, its new content, and the length that the file is to have."""
     sound = draw.choice(files)
     content = bytearray(sound.content)
-    if draw.random() < 0.1:  # spliced: it goes on as another does
+    if draw.random() < 0.1:  # spliced: the file continues as another one
         other, at = draw.choice(files).content, draw.randrange(len(content))
         content[at:] = other[draw.choice((at, draw.randrange(len(other)))) :]
     for _ in range(draw.choice((1, 1, 1, 2, 3, 8))):
         if content:
-            near = draw.random() < 0.8  # most are in the header, which is at most that long
+            near = draw.random() < 0.8  # most changes are in the header, which is at most that long
             draw.choice(MUTATIONS)(draw, content, draw.randrange(min(len(content), 800 if near else 1 << 30)))
     return sound, bytes(content), HUGE_BYTES if draw.random() < 0.02 else len(content)
 
 
-# What becomes of it
+# The outcome
 
 
 class Files:
@@ -171,21 +171,21 @@ class Files:
             self._paths[each.role].touch()
             self.put(each.role, each.content, len(each.content))
         for each in files:
-            self.read(each.role)  # sound
+            self.read(each.role)  # the file is sound
 
     def put(self, role: str, content: bytes, file_bytes: int) -> None:
-        """Write the file of a role, over the one that is there: to empty it first costs milliseconds on many disks."""
+        """Write the file of a role over the present one, because emptying it first costs milliseconds on many disks."""
         with self._paths[role].open("r+b") as file:
             file.write(content)
             file.truncate(file_bytes)
 
     def restore(self, role: str) -> None:
-        """Write a sound file of a role again."""
+        """Write the sound file of a role again."""
         content = next(each.content for each in self._files if each.role == role)
         self.put(role, content, len(content))
 
     def read(self, role: str) -> ModelInfo | None:
-        """Read the model that a role belongs to; None if it is refused as it should be."""
+        """Read the model that a role belongs to; return None if it is refused as it should be."""
         forget_headers()
         model = self._paths["first" if role in ("first", "second") else "model"]
         beside = [str(self._paths[role])]
@@ -194,7 +194,7 @@ class Files:
                 return read_metadata(str(model), adapters=beside)
             return read_metadata(str(model), projectors=beside if role == "projector" else ())
         except ModelNotFound:
-            if role != "first":  # a first part may name others
+            if role != "first":  # a first part may name other parts
                 raise
         except InvalidModel as error:
             size = os.path.getsize(error.path)
@@ -214,7 +214,7 @@ def check(info: ModelInfo) -> None:
 
 
 def try_one(place: Files, files: list[Sound], seed: int, number: int, result: Result) -> None:
-    """Make one mutant, read it, and note what became of it."""
+    """Make one mutated file, read it, and note the outcome."""
     sound, content, file_bytes = mutate(random.Random(f"{seed}/{number}"), files)
     place.put(sound.role, content, file_bytes)
     begin = time.perf_counter()
@@ -223,7 +223,7 @@ def try_one(place: Files, files: list[Sound], seed: int, number: int, result: Re
         taken_s = time.perf_counter() - begin
         if info is not None:
             check(info)
-    except Exception as error:  # whatever it is, it is what is looked for
+    except Exception as error:  # any exception is a failure that is looked for
         SAVED.mkdir(parents=True, exist_ok=True)
         saved = SAVED / f"{sound.role}-{seed}-{number}.gguf"
         saved.write_bytes(content)
@@ -241,7 +241,7 @@ def try_one(place: Files, files: list[Sound], seed: int, number: int, result: Re
 
 
 def run(mutations: int, seed: int, first: int = 0, *, loud: bool = False) -> Result:
-    """Try mutants `first` to `first + mutations - 1` of a seed, up to the first failure."""
+    """Try mutated files `first` to `first + mutations - 1` of a seed, up to the first failure."""
     files, result, said = sound_files(), Result(), time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         place = Files(Path(folder), files)

@@ -1,8 +1,8 @@
-"""`python -m tests.tools.mutation [module …]`: change the core in small ways, and see what no test notices.
+"""`python -m tests.tools.mutation [module …]`: change the core in small ways, and list changes that no test notices.
 
-mutmut makes the changes; `make mutation` installs it. It works on a copy in build/mutation, on a suite of its own: the
-core's tests that are told in events, and few that are drawn, always the same. It goes on where it was interrupted; a
-function that was changed since is done again. `--again` tries once more what had survived, for when tests were added.
+mutmut makes the changes; `make mutation` installs it. It works on a copy in build/mutation with a suite of its own: the
+core's tests told in events, and a few drawn tests with fixed examples. An interrupted run continues; functions that
+changed are tried again. `--again` tries the survivors once more, for when tests were added.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ MODULES = (
     "lifecycle.requests", "lifecycle.runners", "lifecycle.loads", "lifecycle.measurements", "lifecycle.failures",
     "lifecycle.memory_recovery", "lifecycle.device_claims", "lifecycle.apply_plan", "core",
 )  # fmt: skip
-SMALLEST = "machine.request"  # of the modules: it has some fifteen mutants
+SMALLEST = "machine.request"  # the module with the fewest mutants, some fifteen
 SUITE = (
     "tests/__init__.py", "tests/*/__init__.py", "tests/support/pool.py", "tests/support/models.py",
     "tests/core/test_*.py",
@@ -54,10 +54,10 @@ UNNOTICED = ("survived", "no tests", "suspicious")
 
 
 def prepare() -> None:
-    """Bring the copy up to date; a file that is as it was stays untouched."""
+    """Bring the copy up to date; unchanged files stay untouched."""
     files = "".join(
         f"    fsm/{module.replace('.', '/')}.py\n" for module in MODULES
-    )  # always all: mutmut forgets what is left out
+    )  # always all: mutmut forgets functions that are left out
     wanted = {"setup.cfg": CONFIGURATION.format(options=" ".join(BY_CHANCE), files=files).encode()}
     wanted["tests/conftest.py"] = CONFTEST.encode()
     for pattern in ("fsm/**/*.py", *SUITE):
@@ -74,7 +74,7 @@ def prepare() -> None:
 
 
 def mutmut(*arguments: str, quiet: bool = True) -> str:
-    """Run mutmut on the copy; return what it printed, where that is not shown at once."""
+    """Run mutmut on the copy; return its output where that is not shown at once."""
     command = [sys.executable, "-m", "mutmut", *arguments]
     done = subprocess.run(command, cwd=WORK, stdout=subprocess.PIPE if quiet else None, text=True, check=False)
     if done.returncode:
@@ -83,7 +83,7 @@ def mutmut(*arguments: str, quiet: bool = True) -> str:
 
 
 def verdicts() -> dict[str, str]:
-    """Return what became of each mutant: killed, timeout, survived, no tests, not checked …"""
+    """Return the outcome of each mutant: killed, timeout, survived, no tests, not checked …"""
     lines = [line.strip().rpartition(": ") for line in mutmut("results", "--all", "true").splitlines()]
     return {name: verdict for name, _, verdict in lines if name.startswith("fsm.")}
 
@@ -94,13 +94,13 @@ def module_of(name: str) -> str:
 
 
 def edited() -> bool:
-    """Tell whether the core was changed since mutmut last read it."""
+    """Return whether the core was changed since mutmut last read it."""
     files = [(source, WORK / "mutants" / source.relative_to(WORK)) for source in WORK.glob("fsm/**/*.py")]
     return any(copy.exists() and copy.stat().st_mtime < source.stat().st_mtime for source, copy in files)
 
 
 def to_do(modules: Iterable[str], *, again: bool) -> list[str]:
-    """Return the mutants of some modules that are to be tried: by name, or all of a module that has none yet."""
+    """Return the mutants of some modules that are to be tried: by name, or all of a module without outcomes."""
     found = verdicts()
     wanted = ("not checked", *UNNOTICED) if again else ("not checked",)
     known = {module_of(name) for name in found}
@@ -109,7 +109,7 @@ def to_do(modules: Iterable[str], *, again: bool) -> list[str]:
 
 
 def report(found: dict[str, str], modules: Sequence[str]) -> None:
-    """Print each mutant that nobody noticed, then the score by module."""
+    """Print each mutant that no test noticed, then the score by module."""
     for name, verdict in found.items():
         if verdict in UNNOTICED and module_of(name) in modules:
             print(f"\n{name}: {verdict}\n{mutmut('show', name).rstrip()}")
@@ -129,7 +129,7 @@ def _row(module: str, counts: Counter[str]) -> str:
 
 
 def main() -> int:
-    """Run what has not been run, and print what was found."""
+    """Run the mutants that have not been run, and print the outcomes."""
     parser = argparse.ArgumentParser(
         prog="python -m tests.tools.mutation", description=(__doc__ or "").partition("\n")[0]
     )
@@ -147,7 +147,7 @@ def main() -> int:
     if not chosen.report:
         prepare()
         everything = modules == MODULES and not chosen.again
-        if not everything and edited():  # whatever it runs, it first forgets what it found of functions that changed
+        if not everything and edited():  # mutmut first forgets the outcomes of functions that changed
             mutmut("run", "--max-children", str(chosen.processes), f"fsm.{SMALLEST}.*", quiet=False)
         names = [] if everything else to_do(modules, again=chosen.again)
         if everything or names:

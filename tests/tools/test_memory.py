@@ -1,4 +1,4 @@
-"""Predictions against real children, in a few of the rows that docs/memory.md has, and that document itself."""
+"""Predictions against real children, in a few rows of docs/memory.md, and the document itself."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ QUICK = {
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where models are written, each once."""
+    """Make the folder in which each model is written once."""
     return tmp_path_factory.mktemp("models")
 
 
@@ -61,7 +61,7 @@ A_MODEL = ModelInfo(
 
 
 def test_n11_a_file_is_mapped_unless_it_would_be_there_twice() -> None:
-    """N11: what is reordered is read, if no GPU has a part of it and that is most of the model."""
+    """N11: a file is mapped unless most of its weights are reordered and no GPU has a part of them."""
     reordered = replace(A_MODEL, types_bytes=(("Q4_K", 70 * MIB), ("Q6_K", 50 * MIB)))
     mixed = replace(A_MODEL, types_bytes=(("Q4_K", 50 * MIB), ("Q6_K", 70 * MIB)))
     assert maps_file(A_MODEL, Options(), on_host=True)
@@ -72,7 +72,7 @@ def test_n11_a_file_is_mapped_unless_it_would_be_there_twice() -> None:
 
 @pytest.mark.parametrize("use_mmap", [True, False])
 def test_n11_a_request_s_own_word_overrules(use_mmap: bool) -> None:
-    """N11: whatever the model is."""
+    """N11: the request's own option wins, whatever the model."""
     reordered = replace(A_MODEL, types_bytes=(("Q4_0", 120 * MIB),))
     assert {maps_file(each, Options(use_mmap=use_mmap), True) for each in (A_MODEL, reordered)} == {use_mmap}
 
@@ -81,7 +81,7 @@ def test_n11_a_request_s_own_word_overrules(use_mmap: bool) -> None:
 
 
 def test_each_layer_says_how_it_remembers(tmp_path: Path) -> None:
-    """Sliding layers by the file or the architecture, recurrent ones by their tensors; a state instead of heads."""
+    """Each layer's type is read: sliding layers by file or architecture, recurrent layers by their tensors."""
     gemma = read_metadata(str(write_model(tmp_path / "g.gguf", Design("gemma3", layers=7))))
     assert gemma.sliding_layers == (True,) * 5 + (False, True) and gemma.recurrent_layers == ()
     lfm = read_metadata(str(write_model(tmp_path / "l.gguf", Design("lfm2", layers=4))))
@@ -90,11 +90,11 @@ def test_each_layer_says_how_it_remembers(tmp_path: Path) -> None:
 
 
 def test_types_and_experts_are_read(tmp_path: Path) -> None:
-    """Bytes by type are those of matrices; an expert's width is its own."""
+    """The bytes by type are those of matrices, and experts have a width of their own."""
     info = read_metadata(str(write_model(tmp_path / "m.gguf", Design("qwen3moe", layers=2, quantisation="Q4_0"))))
     assert (info.experts, info.experts_used, info.expert_length, info.feed_forward_length) == (8, 2, 512, 1024)
     assert (info.quantisation, info.output_type, info.tied, info.gated) == ("Q4_0", "Q4_0", False, True)
-    assert dict(info.types_bytes).keys() == {"F32", "Q4_0"}  # what chooses experts is plain
+    assert dict(info.types_bytes).keys() == {"F32", "Q4_0"}  # the tensor that chooses experts is F32
     encoder = read_metadata(str(write_model(tmp_path / "b.gguf", Design("bert", layers=2))), embedding=True)
     assert (encoder.pooling, encoder.gated) == ("mean", False)
 
@@ -119,7 +119,7 @@ a prompt that says: CPU model buffer size =   999.00 MiB
 
 
 def test_a_child_finds_its_buffers_in_llama_cpp_s_log() -> None:
-    """By device and kind; memory of the host that a GPU reaches is the host's, and a projector's are its own."""
+    """A child finds its buffers in llama.cpp's log by device and kind, those of a projector included."""
     told = [(device, kind, amount / MIB) for device, kind, amount in buffers(LOG)]
     assert [(device, kind) for device, kind, _ in told] == [
         ("CPU", "weights"), ("CPU", "weights"), ("CUDA0", "weights"), ("CPU", "output"), ("CUDA1", "cache"),
@@ -136,13 +136,13 @@ def test_a_child_finds_its_buffers_in_llama_cpp_s_log() -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="resident sizes elsewhere mean something else")
 @pytest.mark.parametrize("name", QUICK)
 def test_n14_a_prediction_is_near_what_is_reported(folder: Path, name: str) -> None:
-    """N14: cache and compute buffers within a tenth or 2 MiB of llama.cpp's own report, the process within a tenth."""
+    """N14: predicted cache and buffers are within a tenth or 2 MiB of the reported ones, the process within a tenth."""
     pytest.importorskip("xllamacpp")
     row = QUICK[name]
     path, projectors = write_row(folder, row), projectors_of(folder, row)
     predicted, measured = predict(path, row, projectors), measure(path, row, projectors)
     assert Result(row, predicted, measured).holds, (predicted, measured)
-    assert measured.cache_bytes == pytest.approx(predicted.cache_bytes, abs=0.02 * MIB)  # it prints hundredths
+    assert measured.cache_bytes == pytest.approx(predicted.cache_bytes, abs=0.02 * MIB)  # llama.cpp prints hundredths
     assert measured.projector_bytes == pytest.approx(predicted.footprint.projectors_bytes, rel=0.01)
 
 
@@ -157,7 +157,7 @@ def rows_of(document: str) -> list[list[str]]:
 
 
 def test_the_document_has_every_row_within_bounds() -> None:
-    """As `make memory` writes it."""
+    """The document has every row, within its bounds."""
     rows = rows_of(DOCUMENT.read_text(encoding="utf-8"))
     assert len(rows) == len(ROWS) >= 24
     for cells in rows:
@@ -169,7 +169,7 @@ def test_the_document_has_every_row_within_bounds() -> None:
 
 
 def test_the_document_says_what_is_predicted_today(folder: Path) -> None:
-    """A change of a formula needs `make memory` again."""
+    """The document has today's predictions; a change of a formula needs `make memory` again."""
     documented = dict(zip(ROWS, rows_of(DOCUMENT.read_text(encoding="utf-8")), strict=True))
     for row, cells in documented.items():
         if row.model == REAL:
@@ -180,7 +180,7 @@ def test_the_document_says_what_is_predicted_today(folder: Path) -> None:
 
 
 def test_the_rows_differ_in_what_matters() -> None:
-    """Four architectures and more, contexts from 512 to 8192, three cache types, one and four slots, both purposes."""
+    """The rows have four architectures and more, contexts of 512 to 8192, three cache types, and one and four slots."""
     options = [row.options for row in ROWS]
     assert len({DESIGNS[row.model].architecture for row in ROWS if row.model != REAL}) >= 4
     assert {512, 8192} <= {each.num_ctx for each in options}

@@ -1,4 +1,4 @@
-"""The race in small: that it runs, counts what it says it counts, and gives the same sequence again."""
+"""A small race: it runs, counts what it reports, and repeats its sequence."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_a_small_race_is_run_and_reported(tmp_path: Path, capsys: pytest.Capture
     for key in ("a", "d", "e"):
         (run,) = race["results"][key]
         assert (run["requests"], run["errors"], run["killed"]) == (8, 0, 0), run["error_texts"]
-        assert 2 <= run["loads"] <= 8  # the sequence of this seed asks for more than one model
+        assert 2 <= run["loads"] <= 8  # the sequence of this seed has more than one model
         assert 0 < run["p50_s"] <= run["p95_s"] <= run["max_s"] <= run["total_s"]
     told = capsys.readouterr().out
     assert "| a loadmaster |" in told and "8 of 8 requests answered" in told
@@ -40,7 +40,7 @@ def test_a_small_race_is_run_and_reported(tmp_path: Path, capsys: pytest.Capture
 def test_a_peer_that_is_not_there_is_skipped_with_a_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nothing is fetched for it; the line says how to name it."""
+    """A peer that is not installed is skipped with a line that says how to name it."""
     monkeypatch.delenv("LLAMA_SERVER", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
     assert "--llama-server PATH" in find_binary(None)[1]
@@ -52,7 +52,7 @@ def test_a_peer_that_is_not_there_is_skipped_with_a_line(
 
 
 def test_a_program_without_router_mode_is_none(tmp_path: Path) -> None:
-    """An older llama-server would take the folder of models for a mistake."""
+    """A llama-server without the router mode is no contestant."""
     program = tmp_path / "llama-server"
     program.write_text(f"#!{sys.executable}\nprint('--port N')\n")
     program.chmod(0o755)
@@ -60,7 +60,7 @@ def test_a_program_without_router_mode_is_none(tmp_path: Path) -> None:
 
 
 def test_a_sequence_follows_from_its_seed() -> None:
-    """The same for every contestant and in every run; popularity falls as Zipf's law says."""
+    """A sequence is the same for a seed, and its models' popularity falls as in Zipf's law."""
     trace = a_trace(4000, NAMES, exponent=1.0, seed=3)
     assert trace == a_trace(4000, NAMES, exponent=1.0, seed=3) != a_trace(4000, NAMES, exponent=1.0, seed=4)
     counts = sorted((sum(ask.model == name for ask in trace) for name in NAMES), reverse=True)
@@ -70,7 +70,7 @@ def test_a_sequence_follows_from_its_seed() -> None:
 
 
 def test_loads_one_by_one_are_those_of_the_textbook() -> None:
-    """Least recent use, and Belady's rule, on the sequence that tells them apart."""
+    """The loads by least recent use and by Belady's rule are those of a hand-made sequence."""
     trace = [Ask(number, name, "") for number, name in enumerate("abcabcabc")]
     assert loads_one_by_one(trace, 2, foresight=False) == 9
     assert loads_one_by_one(trace, 2, foresight=True) == 6
@@ -78,7 +78,7 @@ def test_loads_one_by_one_are_those_of_the_textbook() -> None:
 
 
 def test_figures_are_of_what_was_answered() -> None:
-    """An error has no time; whoever was killed in use is an error too."""
+    """Figures are of answered requests, and a request whose runner was killed counts as an error."""
     ask = Ask(0, "a", "")
     answers = [Answered(ask, 0.0, 1.0, 2.0), Answered(ask, 0.0, 1.0, 4.0)]
     failed = [Answered(ask, 0.0, None, 99.0, "500"), Answered(ask, 0.0, None, 99.0, "broke off", True)]
@@ -89,7 +89,7 @@ def test_figures_are_of_what_was_answered() -> None:
 
 
 def test_aims_are_judged_by_medians_against_the_better_peer() -> None:
-    """Total time by a ratio for each peer, the tail against the better of the two."""
+    """Aims are judged by medians: the total time by a ratio for each peer, the tail against the better peer."""
 
     def run(total: float, p95: float, errors: int = 0) -> dict[str, float]:
         others = dict.fromkeys(("loads", "p50_s", "p99_s", "max_s", "killed"), 1)
@@ -103,7 +103,7 @@ def test_aims_are_judged_by_medians_against_the_better_peer() -> None:
 
 
 def test_on_virtual_time_everybody_is_answered_and_a_rest_saves_loads() -> None:
-    """Users that ask again at once find their model there: fewer loads than turning memory over at every rest."""
+    """On virtual time every request is answered, and a grace after last use saves loads."""
     loads = {}
     for name, limits in {
         "ours": CoreConfig(max_runners=2),

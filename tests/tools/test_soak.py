@@ -9,7 +9,7 @@ from tests.tools.soak.run import soak
 
 
 def test_a_short_soak_leaves_nothing_behind(tmp_path: Path) -> None:
-    """Threads, children and trouble of every kind; each client has had a turn, and everything serves again."""
+    """A short soak with threads, children and every trouble gives each client a turn and leaves nothing behind."""
     found = soak(3.0, 7, tmp_path, lambda line: None)
     assert found["passed"], (found["violations"], found["unexpected"])
     assert found["leases"] >= 100
@@ -19,7 +19,7 @@ def test_a_short_soak_leaves_nothing_behind(tmp_path: Path) -> None:
 
 
 def test_waits_are_told_to_a_sixteenth() -> None:
-    """A percentile is never below what was measured, and at most one part in sixteen above it."""
+    """A percentile is at least what was measured, and at most a sixteenth above it."""
     waits = Waits()
     for wait_ns in (5, 1_000, 20_000, 3_000_000_000):
         waits.add(wait_ns)
@@ -30,7 +30,7 @@ def test_waits_are_told_to_a_sixteenth() -> None:
 
 
 def test_memory_that_grows_is_noticed() -> None:
-    """A tenth is allowed, and so much as chance makes of it."""
+    """Memory that grows by more than a tenth and a random part fails the soak."""
     first = Memory(1000 * 2**20, 1_000_000)
     assert not first.growth(Memory(1090 * 2**20, 1_090_000))["grown"]
     assert first.growth(Memory(1110 * 2**20, 1_000_000))["grown"]

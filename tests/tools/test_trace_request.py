@@ -1,4 +1,4 @@
-"""`make trace-request`: which files and functions of the project one request passes."""
+"""`make trace-request`: the files and functions of the project that one request passes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from tests.tools.trace_request import KINDS, table, trace_all
 
 
 def test_a_warm_request_passes_less_than_a_cold_one_and_that_less_than_one_that_evicts(tmp_path: Path) -> None:
-    """Each trace begins with the public call; only the project's own functions are in it."""
+    """A warm request passes fewer functions than a cold one, and that one fewer than a request that evicts."""
     root = Path(__file__).parents[1]
     with no_leaks():
         found = trace_all(root, tmp_path, llama=False)

@@ -1,4 +1,4 @@
-"""Nobody waits for longer than can be explained; and the simulation by which the orders of waiting are compared."""
+"""No request waits for longer than can be explained; and the simulation that compares orders of waiting."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fsm.state.core_config import CoreConfig
 from tests.tools.waiting_simulation import OURS, SHORT_S, WARM_FIRST, ratios, row_of, simulate
 from tests.tools.waiting_world import CASES, ORDERS, Arrival, Case, Machine, Order, Outcome, draw_traffic
 
-MANY = 10**6  # slots: nobody waits inside an engine, so what is measured is the wait for a grant
+MANY = 10**6  # slots: no request waits inside an engine, so the wait for a grant is measured
 PARALLEL, _, SERIAL = CASES
 
 
@@ -23,10 +23,10 @@ def longest_s(waits_s: list[list[float]]) -> float:
 
 
 def explained_s(case: Case, order: Order, traffic: list[Arrival]) -> float:
-    """Return how long anybody may wait: the bound, and for each model one turn, a reload's own end among them.
+    """Return how long a request may wait: the bound, and one turn for each model, with a reload's own end.
 
-    The lines before one's own are of other models, and each is served once: whoever asks for them later is younger. A
-    turn is a load that has its residency, and then drains and stops. The bounds of all run at the same time.
+    The request groups before a request's own are of other models, and each is served once: later requests for them are
+    younger. A turn is a load that has its residency, and then drains and stops. The bounds of all run at the same time.
     """
     limits, load_s = order.limits, max(case.loads_s)
     residency_s = max(limits.residency_s(load_s))
@@ -59,7 +59,7 @@ def worlds(draw: st.DrawFn) -> tuple[Case, Order, list[Arrival]]:
 
 @given(worlds())
 def test_nobody_waits_longer_than_the_bound_and_what_turns_explain(world: tuple[Case, Order, list[Arrival]]) -> None:
-    """Under any traffic: the bound, and for each model a load, a residency, a drain and a stop."""
+    """Under any traffic a wait is at most the bound, and for each model a load, a residency, a drain and a stop."""
     case, order, traffic = world
     outcome = Machine(case, order, traffic).run()
     assert longest_s(outcome.waits_s) <= explained_s(case, order, traffic) + 1e-6
@@ -67,7 +67,7 @@ def test_nobody_waits_longer_than_the_bound_and_what_turns_explain(world: tuple[
 
 
 def test_without_the_bound_a_wait_is_not_explained() -> None:
-    """The property would notice: requests that overlap for ever starve another."""
+    """Without the bound a wait is longer: requests that overlap for ever starve another one."""
     case = Case("overlapping", MANY, 0.0, (5.0, 5.0), 1.0, 0.0)
     traffic = [Arrival(at, 0, 2.0) for at in range(600)]
     traffic.insert(10, Arrival(9.5, 1, 2.0))
@@ -80,7 +80,7 @@ def test_without_the_bound_a_wait_is_not_explained() -> None:
 
 
 def test_a_seed_can_be_run_again() -> None:
-    """The same arguments, the same waits."""
+    """A run with the same arguments has the same waits."""
     first, again = (simulate(SERIAL, 0.9, OURS, 3, SHORT_S) for _ in range(2))
     assert first == again
 
@@ -88,14 +88,14 @@ def test_a_seed_can_be_run_again() -> None:
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("load", [0.6, 1.2])
 def test_the_load_is_what_it_is_said_to_be(case: str, load: float) -> None:
-    """Answer seconds per second of a slot; swaps come on top."""
+    """The load is the answer seconds per second of a slot, without swaps."""
     traffic = draw_traffic(CASES[case], load, 1, SHORT_S)
     assert sum(arrival.service_s for arrival in traffic) == pytest.approx(load * CASES[case].slots * SHORT_S)
     assert max(arrival.at for arrival in traffic) < SHORT_S
 
 
 def test_in_strict_order_answers_begin_in_the_order_of_the_requests() -> None:
-    """Whatever is loaded: nobody overtakes."""
+    """In strict order answers begin in the order of the requests, whatever is loaded."""
     traffic = draw_traffic(CASES[SERIAL], 0.9, 1, SHORT_S)
     machine = Machine(CASES[SERIAL], ORDERS["strict order"], traffic)
     machine.run()
@@ -103,7 +103,7 @@ def test_in_strict_order_answers_begin_in_the_order_of_the_requests() -> None:
 
 
 def test_warm_requests_overtake_cold_ones_in_any_other_order() -> None:
-    """Else there would be nothing to compare."""
+    """In the other orders warm requests overtake cold ones."""
     traffic = draw_traffic(CASES[SERIAL], 0.9, 1, SHORT_S)
     machine = Machine(CASES[SERIAL], ORDERS[WARM_FIRST], traffic)
     machine.run()
@@ -111,7 +111,7 @@ def test_warm_requests_overtake_cold_ones_in_any_other_order() -> None:
 
 
 def test_no_slot_answers_two_at_once() -> None:
-    """With one slot an answer begins when the one before it is over, and never while models are changed."""
+    """With one slot an answer begins when the one before it has ended, and never during a swap."""
     traffic = draw_traffic(CASES[SERIAL], 1.2, 1, SHORT_S)
     machine = Machine(CASES[SERIAL], ORDERS[OURS], traffic)
     outcome = machine.run()
@@ -122,7 +122,7 @@ def test_no_slot_answers_two_at_once() -> None:
 
 @pytest.mark.slow
 def test_where_warm_clients_overlap_the_bound_pays() -> None:
-    """Both aims, on one seed: the mean within 1.3 times that of warm first, the longest wait at most half of it."""
+    """On one seed the mean is within 1.3 times that of warm first, and the longest wait at most half of it."""
     of = {order: [simulate(PARALLEL, 0.9, order, 1, 3600.0)] for order in (OURS, WARM_FIRST)}
     rows = {order: row_of(PARALLEL, 0.9, order, outcomes, 3600.0) for order, outcomes in of.items()}
     mean, most = ratios(rows[OURS], rows[WARM_FIRST])
@@ -130,7 +130,7 @@ def test_where_warm_clients_overlap_the_bound_pays() -> None:
 
 
 def test_a_livelock_is_told() -> None:
-    """Strict order with loads that take longer than answers does little but load, and so does a residency of nobody."""
+    """A livelock is reported, as of strict order with long loads, or without a residency."""
     case = replace(CASES[SERIAL], loads_s=(20.0, 20.0, 20.0))
     traffic = draw_traffic(case, 0.9, 1, SHORT_S)
     assert Machine(case, ORDERS["strict order"], traffic).run().livelocked

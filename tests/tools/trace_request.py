@@ -1,8 +1,8 @@
 """`python -m tests.tools.trace_request`: count the files and functions of this project that one request passes.
 
-A request is traced from `Scheduler.acquire` to the end of what the release of its lease sets going, on every thread of
+A request is traced from `Scheduler.acquire` to the end of what the release of its lease causes, on every thread of
 this process. Three kinds are traced: of a model that is loaded (warm), of one that is not (cold), and of one that gets
-memory only when an idle runner leaves (evicting). Models are objects, or with `--llama` tiny files of llama.cpp's.
+memory only when an idle runner is evicted (evicting). Models are objects, or with `--llama` tiny files of llama.cpp's.
 
 Each kind is traced several times, with a new scheduler each time, and a function counts if every trace has it. That
 and the short time that a scheduler lives here keep its housekeeping out, which begins after a second.
@@ -33,7 +33,7 @@ from tests.support.tiny_models import write_tiny_model
 PACKAGES = ("fsm", "scheduler")
 KINDS = ("warm", "cold", "evicting")
 PASSES = 3  # traces of each kind
-QUIET_S = 0.05  # a request is at rest when nothing of the project has been called for so long
+QUIET_S = 0.05  # a request is over when no function of the project has been called for so long
 LONGEST_REST_S = 5.0
 _ITERATIONS = ("<listcomp>", "<setcomp>", "<dictcomp>", "<genexpr>")  # parts of a function, and none in later Pythons
 
@@ -47,7 +47,7 @@ class Function:
 
 
 class Tracer:
-    """Notes the project's functions that are called while it records; install it before the threads start."""
+    """Notes the project's functions that are called while it records; it is installed before the threads start."""
 
     def __init__(self, root: Path) -> None:
         self._folders = tuple(f"{root / package}{os.sep}" for package in PACKAGES)
@@ -58,7 +58,7 @@ class Tracer:
 
     @contextmanager
     def installed(self) -> Iterator[None]:
-        """Have every thread that starts meanwhile report its calls."""
+        """Make every thread that starts meanwhile report its calls."""
         threading.setprofile(self._profile)
         try:
             yield
@@ -66,7 +66,7 @@ class Tracer:
             threading.setprofile(None)
 
     def trace(self, request: Callable[[], None]) -> list[Function]:
-        """Return the functions that are called from now on until `request` has returned and nothing more happens."""
+        """Return the functions that are called until `request` has returned and no more calls follow."""
         self.rest()
         self._calls.clear()
         self._recording = True
@@ -78,7 +78,7 @@ class Tracer:
         return [Function(str(Path(file).relative_to(self._root)), name) for file, name in self._calls]
 
     def rest(self) -> None:
-        """Wait until nothing of the project has been called for a moment."""
+        """Wait until no function of the project has been called for a moment."""
         begun_at = self._called_at = time.monotonic()
         while time.monotonic() - self._called_at < QUIET_S:
             if time.monotonic() - begun_at > LONGEST_REST_S:
@@ -90,7 +90,7 @@ class Tracer:
         if event != "call" or not code.co_filename.startswith(self._folders):
             return
         self._called_at = time.monotonic()
-        is_function = code.co_flags & inspect.CO_OPTIMIZED  # and no body of a class or module
+        is_function = code.co_flags & inspect.CO_OPTIMIZED  # and not the body of a class or module
         if self._recording and is_function and code.co_name not in _ITERATIONS:
             self._calls.setdefault((code.co_filename, code.co_qualname))
 
@@ -122,7 +122,7 @@ def files(folder: Path) -> Stage:
 
 
 def traced(kind: str, stage: Stage, tracer: Tracer) -> list[Function]:
-    """Return what one request passes, with a new scheduler."""
+    """Return the functions that one request passes, with a new scheduler."""
     from scheduler import Scheduler, Settings
 
     def ask() -> None:
@@ -137,7 +137,7 @@ def traced(kind: str, stage: Stage, tracer: Tracer) -> list[Function]:
 
 
 def always(traces: list[list[Function]]) -> list[Function]:
-    """Return what is in every trace, in the order of the first one."""
+    """Return the functions that are in every trace, in the order of the first one."""
     times = Counter(function for trace in traces for function in trace)
     return [function for function in traces[0] if times[function] == len(traces)]
 
@@ -148,10 +148,10 @@ def trace_all(root: Path, folder: Path, *, llama: bool) -> dict[str, list[Functi
     stage = files(folder) if llama else objects(folder)
 
     def trace(kind: str) -> list[Function]:
-        traced(kind, stage, tracer)  # once for what is imported and remembered at first use
+        traced(kind, stage, tracer)  # once for imports and caches
         return always([traced(kind, stage, tracer) for _ in range(PASSES)])
 
-    with tracer.installed(), ThreadPoolExecutor(1) as thread:  # requests of the main thread are decided on another one
+    with tracer.installed(), ThreadPoolExecutor(1) as thread:  # requests of the main thread run on another one
         return {kind: thread.submit(trace, kind).result() for kind in KINDS}
 
 
@@ -177,7 +177,7 @@ def main() -> int:
         parser.error(f"{root} has no package {missing[0]}")
     sys.path.insert(0, str(root))
     with TemporaryDirectory() as folder:
-        os.environ.update(HOME=folder, XDG_CACHE_HOME=folder)  # where a scheduler keeps what it has measured
+        os.environ.update(HOME=folder, XDG_CACHE_HOME=folder)  # where a scheduler keeps its measurements
         found = trace_all(root, Path(folder), llama=chosen.llama)
     for kind, functions in found.items() if chosen.verbose else ():
         print(f"{kind}:")

@@ -2,8 +2,8 @@
 
     python -m tests.tools.waiting_simulation [--seeds 5] [--hours 1] [--livelock-seeds 1000]
 
-The real core on virtual time (`tests/tools/waiting_world.py`). Load is the answer seconds that are asked for per
-second of a slot; swaps come on top of it. The figures go to build/waiting.json, the chart to build/waiting.png.
+The real core on virtual time (`tests/tools/waiting_world.py`). Load is the requested answer seconds per second of a
+slot; swaps come on top of it. The figures go to build/waiting.json, the chart to build/waiting.png.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from tests.tools.waiting_world import CASES, ORDERS, Machine, Outcome, draw_traf
 
 LOADS = (0.6, 0.9, 1.2)
 OURS, WARM_FIRST = "ours", "warm first"
-MEAN_AIM, MAX_AIM = 1.3, 0.5  # of ours, in terms of warm first
+MEAN_AIM, MAX_AIM = 1.3, 0.5  # of ours, as multiples of warm first
 SHORT_S = 600.0  # of traffic for each seed of the livelock check
 HOUR_S = 3600.0
 BUILD = Path("build")
@@ -28,7 +28,7 @@ BUILD = Path("build")
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """What one order made of one case at one load, over all seeds; seconds."""
+    """The figures of one order for one case at one load, over all seeds; seconds."""
 
     case: str
     load: float
@@ -40,8 +40,8 @@ class Row:
     max_s: float
     worst_model_p99_s: float
     swaps_per_hour: float  # of traffic
-    swapping: float  # part of the time in which somebody waited for a runner
-    livelocks: int  # seeds
+    swapping: float  # part of the time in which a request waited for a runner
+    livelocks: int  # how many seeds
 
 
 def simulate(case: str, load: float, order: str, seed: int, seconds: float) -> Outcome:
@@ -50,7 +50,7 @@ def simulate(case: str, load: float, order: str, seed: int, seconds: float) -> O
 
 
 def percentile(ordered: Sequence[float], part: float) -> float:
-    """Return the smallest value that is not exceeded by `part` of them."""
+    """Return the smallest value that is not exceeded by `part` of the values."""
     return ordered[min(len(ordered) - 1, int(part * len(ordered)))] if ordered else 0.0
 
 
@@ -97,12 +97,12 @@ def compare(pool: ProcessPoolExecutor, seeds: int, seconds: float) -> list[Row]:
 
 
 def ratios(ours: Row, other: Row) -> tuple[float, float]:
-    """Return the mean and the longest wait of one order in terms of another's."""
+    """Return the mean and the longest wait of one order as multiples of another's."""
     return ours.mean_s / other.mean_s, ours.max_s / other.max_s
 
 
 def count_livelocks(pool: ProcessPoolExecutor, seeds: int) -> int:
-    """Return how many short seeds of ours livelock, cases and loads in turns; that all are served is checked too."""
+    """Return how many short seeds of ours livelock, over cases and loads in turns, and check that all are served."""
     turns = [(case, load) for case in CASES for load in LOADS]
     of = [pool.submit(simulate, *turns[seed % len(turns)], OURS, seed, SHORT_S) for seed in range(seeds)]
     found = sum(one.result().livelocked for one in of)
@@ -131,7 +131,7 @@ def draw_chart(rows: Sequence[Row], path: Path) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Compare the orders, look for livelocks, write the figures and the chart."""
+    """Compare the orders, count livelocks, write the figures and the chart."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=5, help="of the comparison (5)")
     parser.add_argument("--hours", type=float, default=1.0, help="of traffic for each of them (1)")

@@ -1,8 +1,8 @@
 """Models that share too few places: drawn traffic, and a machine that serves it on virtual time as the core decides.
 
-Every model takes one place, so with one place each change of models is a swap: the runner that is there ends, the next
-loads. A runner answers `slots` requests at once; those that were granted and find no slot wait inside the engine, first
-come, first served. A request has waited when its answer begins, wherever it waited.
+Every model takes one place, so with one place each change of models is a swap: the loaded runner ends, the next model
+loads. A runner answers `slots` requests at once; requests that were granted without a slot wait inside the engine,
+first come, first served. A request has waited when its answer begins, wherever it waited.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ WANTS = [RequestSpec(model, Options(), Purpose.lease, 0) for model in MODELS]
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """A machine, and what is asked of it."""
+    """A machine and its traffic."""
 
     name: str
     slots: int  # answers at once
@@ -45,7 +45,7 @@ class Case:
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """How those who wait are ordered: the core's limits, and whether it hears of one request at a time."""
+    """How waiting requests are ordered: the core's limits, and whether it is told of one request at a time."""
 
     name: str
     limits: CoreConfig
@@ -60,7 +60,7 @@ CASES = {
         Case("one answer at a time", 1, 2.0, (2.0, 2.0, 2.0), 0.5, 1.0),
     )
 }
-EVERYBODY = 10**9  # may wait
+EVERYBODY = 10**9  # requests may wait
 ORDERS = {
     order.name: order
     for order in (
@@ -85,26 +85,26 @@ class Arrival:
 
 @dataclass(slots=True)
 class Outcome:
-    """What became of one seed."""
+    """The outcome of one seed."""
 
     waits_s: list[list[float]]  # by model
     swaps: int  # loads
-    swapping_s: float  # spent on loads and ends of runners
-    waited_s: float  # during which somebody waited for a runner
-    useless: int  # runners that were given up without having served anybody
+    swapping_s: float  # spent on loads and stops of runners
+    waited_s: float  # during which a request waited for a runner
+    useless: int  # runners that were stopped without having served a request
 
     @property
     def livelocked(self) -> bool:
-        """Whether changing models kept the machine busy, and not answers: for most of the time that somebody waited."""
+        """Whether swaps and not answers kept the machine busy, for most of the time in which requests waited."""
         return bool(self.useless) or self.swapping_s > self.waited_s / 2 > 0
 
 
 def draw_traffic(case: Case, load: float, seed: int, seconds: float) -> list[Arrival]:
-    """Return requests that come at random, at `load` answer seconds per second of a slot: exactly, over all of them."""
+    """Return requests at random times, of exactly `load` answer seconds per second of a slot over all of them."""
     draw = Random(f"{case.name} {load} {seed}")
     shares = [1 / place**case.zipf for place in range(1, len(case.loads_s) + 1)]
     models = range(len(shares))
-    sigma = math.sqrt(math.log(2.0))  # of a lognormal whose standard deviation is its mean
+    sigma = math.sqrt(math.log(2.0))  # of a lognormal distribution whose standard deviation is its mean
     found: list[tuple[float, int, float]] = []
     at = draw.expovariate(load * case.slots / case.service_s)
     while at < seconds:
@@ -116,17 +116,17 @@ def draw_traffic(case: Case, load: float, seed: int, seconds: float) -> list[Arr
 
 @dataclass(slots=True)
 class _Runner:
-    """A runner's process, and what goes on in it."""
+    """A runner's process and its requests."""
 
     model: ModelId
     loaded: bool = False
     busy: int = 0  # slots
-    inside: deque[int] = field(default_factory=deque)  # granted, and no slot free yet
+    inside: deque[int] = field(default_factory=deque)  # requests that are granted and have no slot yet
     served: int = 0
 
 
 class Machine:
-    """One place for a model, the traffic that comes, and a core that decides."""
+    """One place for a model, the traffic, and a core that decides."""
 
     def __init__(self, case: Case, order: Order, traffic: list[Arrival]) -> None:
         self.case, self.order, self.traffic = case, order, traffic
@@ -135,14 +135,14 @@ class Machine:
         self.begun: list[float] = [math.inf] * len(traffic)  # when each request's answer began
         self.runners: dict[RunnerId, _Runner] = {}
         self.of: dict[int, RunnerId] = {}  # the runner of each request that was granted
-        self.outside: deque[int] = deque()  # those of whom the core has not heard
-        self.heard = False  # the core has one that waits
+        self.outside: deque[int] = deque()  # requests that the core was not told of
+        self.heard = False  # the core has a request that waits
         self.outcome = Outcome([[] for _ in case.loads_s], 0, 0.0, 0.0, 0)
-        self.heap: list[tuple[float, int, Event | int]] = []  # what happens: a number is a request that comes
+        self.heap: list[tuple[float, int, Event | int]] = []  # what happens next: a number is a request that arrives
         self._numbers = itertools.count()
 
     def run(self) -> Outcome:
-        """Let all of the traffic come and be served."""
+        """Serve all of the traffic."""
         for index, arrival in enumerate(self.traffic):
             self._later(arrival.at, index)
         self._step(self._sampled())
@@ -153,14 +153,14 @@ class Machine:
             while self.outside and not (self.heard and self.order.one_by_one):
                 self._ask(self.outside.popleft())
         for arrival, begun in zip(self.traffic, self.begun, strict=True):
-            assert begun < math.inf, "somebody was never served"
+            assert begun < math.inf, "a request was never served"
             self.outcome.waits_s[arrival.model].append(begun - arrival.at)
         return self.outcome
 
     def _next(self) -> None:
         deadline = self.core.deadline()
         if not self.heap or deadline <= self.heap[0][0]:
-            assert deadline < math.inf, "somebody waits, and nothing will ever happen"
+            assert deadline < math.inf, "a request waits without a deadline or an event"
             self.now = max(self.now, deadline)
             self._step(Tick())
             return
@@ -219,7 +219,7 @@ class Machine:
                 raise AssertionError(command)
 
     def _begin(self, runner: _Runner) -> None:
-        """Have those answered for whom there is a slot."""
+        """Answer the requests for which there is a slot."""
         while runner.inside and runner.busy < self.case.slots:
             request = runner.inside.popleft()
             runner.busy += 1

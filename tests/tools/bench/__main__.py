@@ -24,7 +24,7 @@ BENCHMARKS = {
 
 
 def main() -> int:
-    """Run what is named, or everything."""
+    """Run the named benchmarks, or all of them."""
     names = sys.argv[1:] or list(BENCHMARKS)
     if unknown := [name for name in names if name not in BENCHMARKS]:
         print(f"there is no benchmark {unknown[0]!r}; there are {', '.join(BENCHMARKS)}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""A cold start through the scheduler beside the bare engine: from nothing to the first token, in turns."""
+"""A cold start through the scheduler and one of the bare engine, in turns: from nothing to the first token."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from scheduler import Scheduler, Settings
 ROUNDS = 7
 MESSAGES = [{"role": "user", "content": "What is the capital of France?"}]
 
-# The engine as it comes: a new process, the defaults of the wheel, one streamed request. It prints the seconds from its
-# parent's start of it (given as an argument, on the clock both share) to the first token.
+# The bare engine: a new process, the defaults of the wheel, one streamed request. It prints the seconds from its start
+# by the parent (given as an argument, on the clock both share) to the first token.
 _BARE = """
 import json, sys, time, urllib.request
 import xllamacpp
@@ -54,7 +54,7 @@ def bare(path: Path) -> float:
 
 
 def scheduled(scheduler: Scheduler, path: Path) -> float:
-    """Return the seconds through the scheduler, which is running already, as it is in a program that embeds it."""
+    """Return the seconds through a scheduler that is running already, as in a program that embeds it."""
     begin = time.monotonic()
     with scheduler.acquire(str(path), keep_alive=0) as lease, lease.stream(MESSAGES, max_tokens=1) as pieces:
         next(pieces)

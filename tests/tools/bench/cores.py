@@ -1,9 +1,9 @@
-"""Several models that answer at once on the host's cores: how their threads wait, how many each has, and who loads.
+"""Several models that answer at once on the host's cores: how threads wait, how many a model has, and loads beside it.
 
 First the engine by itself, over its ways of waiting: one, two and three children at once, each with as many threads as
-there are cores, or with one. Then three children of the scheduler's, which deals the cores. Last how evenly the tokens
+there are cores, or with one. Then three children of the scheduler's, which divides the cores. Last how evenly tokens
 of a warm model come while another loads, and how long a load takes beside other programs. The best of each row of the
-first table is what everything is compared with.
+first table is what every figure is compared with.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ LIMIT_S = 30.0  # an answer that takes longer counts as this
 LOADS = 6
 PROMPT = "Once upon a time"
 
-# The engine as it comes, but for threads, polling and priority: it prints where it serves and ends with its input.
+# The engine with given threads, polling and priority: it prints where it serves and ends with its input.
 _SERVER = """
 import os, sys, xllamacpp
 model, threads, poll, priority = sys.argv[1], *map(int, sys.argv[2:])
@@ -71,7 +71,7 @@ class Server:
         self.url = ""
 
     def answer(self, tokens: int = TOKENS) -> None:
-        """Have it answer with so many tokens, whatever they are; give up after a while."""
+        """Answer with so many tokens, whatever they are; give up after a limit."""
         if not self.url:
             assert self.process.stdout is not None
             self.url = self.process.stdout.readline().strip()
@@ -85,7 +85,7 @@ class Server:
 
 
 def together(answers: Sequence[Callable[[], object]]) -> float:
-    """Return the seconds until all of them are done that begin at once."""
+    """Return the seconds until all calls that begin at once have returned."""
     with ThreadPoolExecutor(len(answers)) as threads:
         begin = time.perf_counter()
         for done in [threads.submit(answer) for answer in answers]:
@@ -94,7 +94,7 @@ def together(answers: Sequence[Callable[[], object]]) -> float:
 
 
 def ways(cores: int) -> dict[str, tuple[Any, ...]]:
-    """Return what is compared: threads of each child, its environment, and llama.cpp's polling and priority."""
+    """Return the variants to compare: threads of each child, its environment, and llama.cpp's polling and priority."""
     ours = {name: value for name, value in child_environment({}, ()).items() if "OMP" in name}
     spins = {f"{cores} threads, {spins} spins": (cores, {"GOMP_SPINCOUNT": str(spins)}) for spins in (100, 1000, 3000)}
     return {
@@ -110,7 +110,7 @@ def ways(cores: int) -> dict[str, tuple[Any, ...]]:
 
 
 def grid(rounds: int) -> dict[str, dict[int, float]]:
-    """Return the median seconds of each way with one, two and three children at once, taken in turns."""
+    """Return the median seconds of each variant with one, two and three children at once, taken in turns."""
     compared = ways(usable_cores())
     taken: dict[str, dict[int, list[float]]] = {name: {count: [] for count in AT_ONCE} for name in compared}
     for _ in range(rounds):
@@ -142,7 +142,7 @@ def models(count: int) -> Iterator[list[Path]]:
 
 
 def say(lease: Lease, tokens: int = TOKENS) -> list[float]:
-    """Have a model answer; return the seconds from each of its tokens to the next."""
+    """Make a model answer; return the seconds from each of its tokens to the next."""
     question: dict[str, Any] = {"temperature": 0, "max_tokens": tokens, "ignore_eos": True}
     with lease.stream([{"role": "user", "content": PROMPT}], **question) as pieces:
         times = [time.perf_counter() for _ in pieces]
@@ -167,7 +167,7 @@ def dealt(rounds: int) -> tuple[list[int], dict[int, float]]:
 
 @contextmanager
 def loading_again_and_again(scheduler: Scheduler, path: Path) -> Iterator[None]:
-    """Have a model loaded and unloaded for as long as the block lasts."""
+    """Load and unload a model for as long as the block lasts."""
     ended = Event()
 
     def load() -> None:
@@ -184,7 +184,7 @@ def loading_again_and_again(scheduler: Scheduler, path: Path) -> Iterator[None]:
 
 
 def beside_loads() -> dict[str, float]:
-    """Return the 99th percentile of the seconds between a warm model's tokens, alone and while another one loads."""
+    """Return the 99th percentile of the seconds between a warm model's tokens, alone and while another model loads."""
     alone: list[float] = []
     loading: list[float] = []
     settings = Settings(gpus=False, measurement_file=None)
@@ -201,7 +201,7 @@ def beside_loads() -> dict[str, float]:
 
 @contextmanager
 def busy_programs(count: int) -> Iterator[None]:
-    """Have so many other programs use all they are given of the processors, each a session of its own."""
+    """Run so many other programs that use all processors they can, each in a session of its own."""
     busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"], start_new_session=True) for _ in range(count)]
     try:
         yield
@@ -212,7 +212,7 @@ def busy_programs(count: int) -> Iterator[None]:
 
 
 def beside_programs() -> dict[str, float]:
-    """Return the median seconds of a load and its end, alone and beside as many busy programs as there are cores."""
+    """Return the median seconds of a load and its stop, alone and beside as many busy programs as there are cores."""
 
     def a_load() -> float:
         begin = time.perf_counter()

@@ -1,7 +1,7 @@
-"""What a model is expected to take beside what it takes: predicted, after one load, after one full context.
+"""Bytes that a model is expected to take, beside bytes that it takes: predicted, after one load, after a full context.
 
-Each life is a program of its own, and only the store lies between them. What is taken is the resident size of the
-runner's process by psutil, at most, as its contexts and then its prompt cache are filled.
+Each load is a program of its own, and only the store connects them. The bytes taken are the most resident bytes of the
+runner's process by psutil, while its contexts and then its prompt cache are filled.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ ROWS = {
 
 
 def lives_of(row: Row, folder: Path) -> tuple[Life, Life, Life]:
-    """Return three lives: one that loads, one that fills, and one that fills once more."""
+    """Return three programs' figures: one that loads, one that fills its contexts, and one that fills them again."""
     store, model = folder / f"{row.model}.sqlite3", write_row(folder, row)
     store.unlink(missing_ok=True)
     return tuple(live(store, model, row, fills=fills) for fills in (False, True, True))  # type: ignore[return-value]  # three

@@ -1,8 +1,8 @@
-"""What one decision costs as more runners live and more requests wait.
+"""The cost of one decision as more runners are loaded and more requests wait.
 
-The pool is full and busy: every runner has a lease but a small one, whose room is of no use to anybody. Everybody who
-waits, each for a model of its own, waits for one of them to rest. Only the core is measured, so no thread and no
-process is in the figures.
+The host is full and busy: every runner has a lease but a small one, whose memory is of no use to any request. Every
+request that waits, each for a model of its own, waits for a runner to become idle. Only the core is measured, without
+threads and processes.
 """
 
 from __future__ import annotations
@@ -47,12 +47,12 @@ class Crowd:
         self.feed(Release(self.acquire(SMALL)))
         for number in range(waiting):
             self.stand_in_line(f"waiting {number}")
-        self.reading()  # which plans for them all
+        self.reading()  # the reading plans for all of them
         pool = self.core._state
-        assert len(pool.runners) == runners and pool.queued == waiting, "the crowd is not as it should be"
+        assert len(pool.runners) == runners and pool.queued == waiting, "the crowd has other runners or requests"
 
     def feed(self, event: Event) -> list[Command]:
-        """Give the core an event, and what its commands end in where that is at once."""
+        """Feed the core an event, and the events that its commands lead to at once."""
         self.now += 0.001
         commands = self.core.step(self.now, event)
         for command in commands:
@@ -65,32 +65,32 @@ class Crowd:
         return commands
 
     def acquire(self, model: str) -> RequestId:
-        """Ask for a model; return the request."""
+        """Request a model; return the request."""
         request = RequestId(next(self.ids))
         self.feed(Acquire(request, RequestSpec(ModelId(model), Options(), Purpose.lease, 0)))
         return request
 
     def stand_in_line(self, model: str) -> None:
-        """Have somebody wait for a model whose metadata are known; to ask so many thousand times would take minutes."""
+        """Add a waiting request for a model with known metadata; an event for each of thousands would take minutes."""
         pool, id = self.core._state, ModelId(model)
         pool.models[id] = ModelRecord(id)
         pool.models[id].apply_inspection(Footprint(fixed=((HOST, EACH_BYTES),)), pool.next_runner)
         pool.enqueue(Request(RequestId(next(self.ids)), RequestSpec(id, Options(), Purpose.lease, 0), None, self.now))
 
     def warm(self) -> None:
-        """Ask for what is loaded and in use, and give it back."""
+        """Request a model that is loaded and in use, and release it."""
         self.feed(Release(self.acquire("busy 0")))
 
     def newcomer(self) -> None:
-        """Ask for what is neither loaded nor asked for, and leave again."""
+        """Request a model that is neither loaded nor requested, and cancel."""
         self.feed(Cancel(self.acquire("new")))
 
     def join(self) -> None:
-        """Ask for what others wait for already, and leave again."""
+        """Request a model that other requests wait for, and cancel."""
         self.feed(Cancel(self.acquire("waiting 3")))
 
     def reading(self) -> None:
-        """Have the devices read."""
+        """Read the devices."""
         self.feed(Sampled((self.host,)))
 
 
@@ -117,7 +117,7 @@ def rows() -> Iterator[dict[str, Any]]:
 
 
 def run() -> dict[str, Any]:
-    """Return the medians, and how many times as much the largest crowd costs as the smallest; print them."""
+    """Return the medians, and the ratio of the largest crowd's cost to the smallest one's; print them."""
     print("one decision of the core, median in µs (asking and giving back are two)")
     print(f"{'runners':>8}{'waiting':>9}" + "".join(f"{name:>12}" for name in ACTIONS))
     found = []

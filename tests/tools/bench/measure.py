@@ -1,4 +1,4 @@
-"""How things are timed here."""
+"""How calls are timed here."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 
 def microseconds(action: Callable[[], object], repeats: int) -> list[float]:
-    """Return how long each call took, after some that do not count."""
+    """Return the microseconds of each call, after some that do not count."""
     for _ in range(repeats // 10):
         action()
     clock, taken = time.perf_counter_ns, []

@@ -1,4 +1,4 @@
-"""What the scheduler itself takes: idle, and per runner and waiting request it keeps a record of."""
+"""The memory that the scheduler itself takes: idle, and for each runner and waiting request."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ scheduler.close()
 
 
 def bytes_per_runner() -> float:
-    """Return what the core keeps for one idle runner and its model, by `tracemalloc`."""
+    """Return the bytes that the core keeps for one idle runner and its model, by `tracemalloc`."""
     core = Core(CoreConfig(max_runners=RUNNERS + 1, max_host_loads=RUNNERS))
     core.step(0.0, Sampled((DeviceSample(HOST, "cpu", "host", 2**40, 2**40),)))
     tracemalloc.start()

@@ -1,4 +1,4 @@
-"""Reading what a model's file says of it, beside the gguf package's own reader: one real file, in one run."""
+"""Reading a model's metadata, beside the gguf package's own reader: one real file, in one run."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from tests.tools.bench.measure import microseconds
 
 ROUNDS = 15
 PACKAGE_ROUNDS = 2
-LEAST_RATIO = 100  # what is promised
+LEAST_RATIO = 100  # what the documentation promises
 
 
 def cold_s(path: str) -> float:
     """Return the seconds of the best of several reads of a file whose header is not in memory."""
     taken = []
-    read_metadata(path)  # everything is imported, for both
+    read_metadata(path)  # all modules are imported, for both
     for _ in range(ROUNDS):
         forget_headers()
         begin = time.perf_counter()

@@ -1,7 +1,7 @@
-"""What reading ahead is worth: a model waits for memory that another holds, and its file is not in the page cache.
+"""What prefetching is worth: a model waits for memory that another holds, and its file is not in the page cache.
 
-Each turn holds the memory for a while, then lets go of it; what counts is the time from there to the first token. The
-turns are: nothing of the file cached and nothing read ahead; nothing cached, and read ahead; all of it cached.
+Each turn holds the memory for a while and then releases it; the seconds from the release to the first token count. The
+turns are: nothing of the file cached and nothing prefetched; nothing cached, and prefetched; all of the file cached.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ LARGE = Design(
     "llama", layers=8, width=2048, heads=16, heads_kv=16, head_size=128, feed_forward=8192, vocabulary=512,
     context=2048, quantisation="F16",
 )  # fmt: skip
-TURNS: Mapping[str, tuple[bool, bool]] = {  # whether it is cached, and whether it is read ahead
+TURNS: Mapping[str, tuple[bool, bool]] = {  # whether the file is cached, and whether it is prefetched
     "on the disk": (False, False), "read ahead": (False, True), "cached": (True, False),
 }  # fmt: skip
 
 
 def forget(path: Path) -> None:
-    """Drop a file that nobody has mapped from the page cache."""
+    """Drop a file that no process has mapped from the page cache."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def first_token_s(scheduler: Scheduler, path: Path, *, cached: bool) -> float:
-    """Return the seconds from when the memory is let go of to the first token of who waited for it."""
+    """Return the seconds from the release of the memory to the first token of the waiting request."""
     lease = scheduler.acquire(BUSY)
     if cached:
         path.read_bytes()
@@ -53,7 +53,7 @@ def first_token_s(scheduler: Scheduler, path: Path, *, cached: bool) -> float:
     begin = time.monotonic()
     lease.release()
     with waiting.result() as granted, granted.stream(MESSAGES, max_tokens=1) as pieces:
-        next(pieces, None)  # a model of random weights may have nothing to say
+        next(pieces, None)  # a model of random weights may answer nothing
         taken = time.monotonic() - begin
     while any(runner.model != BUSY.name for runner in scheduler.status().runners):
         time.sleep(0.01)
@@ -61,7 +61,7 @@ def first_token_s(scheduler: Scheduler, path: Path, *, cached: bool) -> float:
 
 
 def compare(path: Path, rounds: int = ROUNDS) -> dict[str, Any]:
-    """Return the seconds of every turn, and the ratios between their medians, and print them."""
+    """Return the seconds of every turn and the ratios of their medians, and print them."""
     taken: dict[str, list[float]] = {turn: [] for turn in TURNS}
     ahead = []
     with (
@@ -73,7 +73,7 @@ def compare(path: Path, rounds: int = ROUNDS) -> dict[str, Any]:
         ) as waits,
     ):
         for scheduler in (reads, waits):
-            first_token_s(scheduler, path, cached=True)  # everything is imported, for both
+            first_token_s(scheduler, path, cached=True)  # all modules are imported, for both
         for _ in range(rounds):
             before = reads.debug_state().read_ahead_bytes
             for turn, (cached, prefetch) in TURNS.items():

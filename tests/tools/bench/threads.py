@@ -14,7 +14,7 @@ MODELS = [PythonModel(f"object-{number}", load=object, memory={"cpu": "1MiB"}) f
 
 
 def run() -> dict[str, Any]:
-    """Return the rate and what was left over, and print them."""
+    """Return the rate and the number of leases left over, and print them."""
     counts = [0] * THREADS
     with Scheduler(Settings(keep_alive=-1, measurement_file=None, max_runners=len(MODELS))) as scheduler:
         for model in MODELS:

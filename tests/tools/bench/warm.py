@@ -1,4 +1,4 @@
-"""Warm acquire and release, beside the floor of what they cannot do without."""
+"""Warm acquire and release, beside the floor of the operations that they need."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def off_main(action: Any) -> Any:
 
 
 def floor() -> list[float]:
-    """Two triggers of `transitions`, one lock taken and let go, one future made, completed and read."""
+    """Time two triggers of `transitions`, one lock, and one future that is made, completed and read."""
     nowhere: Amounts = ()
     runner = Runner(RunnerId(1), ModelId("floor"), Options(), Placement(nowhere), 300.0, 0.0)
     RUNNER_TABLE.fire(runner, "rest")
@@ -50,12 +50,12 @@ def floor() -> list[float]:
 
 
 def acquire_and_release(scheduler: Scheduler) -> list[float]:
-    """One client on a warm model."""
+    """Time one client on a warm model."""
     return microseconds(lambda: scheduler.acquire(MODEL).release(), REPEATS)
 
 
 def beside_busy_threads(scheduler: Scheduler) -> list[float]:
-    """A client that asks a hundred times a second while four threads compute in Python."""
+    """Time a client that requests a hundred times a second while four threads compute in Python."""
     stop = threading.Event()
 
     def compute() -> None:
@@ -78,7 +78,7 @@ def beside_busy_threads(scheduler: Scheduler) -> list[float]:
 
 
 def while_it_is_recorded() -> list[float]:
-    """One client on a warm model, every decision of which is written to a file."""
+    """Time one client on a warm model while every decision is recorded to a file."""
     with (
         TemporaryDirectory() as folder,
         Scheduler(Settings(keep_alive=-1, measurement_file=None, recording_file=f"{folder}/bench.jsonl")) as scheduler,

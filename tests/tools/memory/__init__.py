@@ -1,1 +1,1 @@
-"""How near the predictions of memory come to what llama.cpp really takes."""
+"""How near predictions of memory come to what llama.cpp takes."""

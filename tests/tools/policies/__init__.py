@@ -1,5 +1,5 @@
-"""`python -m tests.tools.policies`: which model to give up, judged on generated traffic and on a user's own.
+"""`python -m tests.tools.policies`: which model to evict, judged on generated traffic and on a user's own.
 
-`workload` draws traces, `bound` says what no policy can do better than, `world` replays a trace through the core, and
-`report` tells and draws how they compare.
+`workload` draws traces, `bound` computes what no policy can beat, `world` replays a trace through the core, and
+`report` prints and draws how they compare.
 """

@@ -1,7 +1,7 @@
-"""`python -m tests.tools.policies [--seeds N] [--trace FILE]`: how much each policy reloads, beside what is possible.
+"""`python -m tests.tools.policies [--seeds N] [--trace FILE]`: how much each policy reloads, beside the least possible.
 
-Each trace is replayed through the core with each policy. What counts is the seconds of reloads, divided by the least
-that any policy could have with knowledge of the future (`bound`). Written to build/policies.json and .svg.
+Each trace is replayed through the core with each policy. The seconds of reloads count, divided by the least that any
+policy could have with knowledge of the future (`bound`). Written to build/policies.json and .svg.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""What no policy can do better than: reload seconds by a linear programme over the whole trace.
+"""The bound that no policy can beat: reload seconds by a linear programme over the whole trace.
 
 Each request but the first of its model is served from its model's previous one, by a share that was kept until then,
-or by a reload. At every request the bytes that are kept, and those of the model that is asked for, fit. What a policy
-keeps is such a choice with shares of 0 and 1, so the best one with any share is never dearer.
+or by a reload. At every request the bytes that are kept, and those of the requested model, fit. A policy's choice is
+such a choice with shares of 0 and 1, so the best one with any share is never dearer.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def lower_bound_s(trace: Trace, capacity: int) -> float:
     """Return the least seconds that any policy spends on loads beyond each model's first."""
     order = turns(trace, capacity)
     previous: dict[str, int] = {}
-    intervals: list[tuple[str, int, int]] = []  # a model that is asked for at two turns, and not in between
+    intervals: list[tuple[str, int, int]] = []  # a model that is requested at two turns and not in between
     for at, model in enumerate(order):
         if model in previous:
             intervals.append((model, previous[model], at))
@@ -44,7 +44,7 @@ def lower_bound_s(trace: Trace, capacity: int) -> float:
 
 
 def turns(trace: Trace, capacity: int) -> Sequence[str]:
-    """Return the models in the order in which they are asked for, repetitions and those that never fit left out."""
+    """Return the models in the order of the requests, without repetitions and models that never fit."""
     order: list[str] = []
     for ask in trace.asks:
         if trace.bytes[ask.model] <= capacity and (not order or order[-1] != ask.model):

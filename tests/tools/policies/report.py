@@ -20,7 +20,7 @@ class Row:
     capacity_gb: float
     policy: str
     reload_s: float
-    bound_s: float  # what no policy can do better than
+    bound_s: float  # what no policy can beat
     reloads: int
     mean_wait_s: float
     longest_wait_s: float
@@ -39,7 +39,7 @@ class Summary:
 
 
 def summarise(rows: Sequence[Row]) -> dict[tuple[str, float, str], Summary]:
-    """Return what came out, by kind, capacity and policy; nothing where nothing had to be loaded again."""
+    """Return the summaries by kind, capacity and policy, without those in which no model was reloaded."""
     groups: dict[tuple[str, float, str], list[Row]] = {}
     for row in rows:
         if row.bound_s > 0:

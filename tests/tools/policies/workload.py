@@ -1,4 +1,4 @@
-"""Traffic like that of public traces, drawn from a seed; and a user's own, read from a file.
+"""Traffic like that of public traces, drawn from a seed, and a user's own traffic, read from a file.
 
 Two kinds. `steady` is many clients of production models as ServeGen measured them (422 of them): popularity by Zipf's
 law, a client active a part of the time only, gaps from a renewal process whose coefficient of variation is lognormal
@@ -22,7 +22,7 @@ HOUR_S = 3600.0
 MODELS = 24
 SMALLEST_BYTES, LARGEST_BYTES = 0.4 * GB, 22.5 * GB
 STORAGE_BYTES_S = 2.0 * GB  # how fast a model is read
-START_S = 1.0  # what a load takes beside that
+START_S = 1.0  # what a load takes beside reading
 TRACE_S = 24 * HOUR_S  # a day
 REQUESTS = 8000  # of one trace, on average
 
@@ -32,21 +32,21 @@ _CV_MEDIAN, _CV_P90, _CV_MOST = 1.2, 5.0, 10.0
 _P90 = 1.2816  # of the standard normal distribution
 _COMPANIONS = 6  # models that are mostly used a moment after another one
 _TURNS, _CALLS = 3.95, 7.83  # of a session, and of a turn
-_CALL_S, _THINK_S = 6.0, 75.0  # medians of what lies between two calls, and between two turns
+_CALL_S, _THINK_S = 6.0, 75.0  # medians of the gaps between two calls, and between two turns
 
 
 @dataclass(frozen=True, slots=True)
 class Ask:
     """One request of a trace."""
 
-    at: float  # seconds from its beginning
+    at: float  # seconds from the begin of the trace
     model: str
     hold_s: float
 
 
 @dataclass(frozen=True, slots=True)
 class Trace:
-    """Models with what they take and how long they load, and who asks for which of them when."""
+    """Models with their bytes and load times, and the requests for them by time."""
 
     name: str
     bytes: Mapping[str, int]
@@ -58,8 +58,8 @@ def draw_trace(kind: str, seed: int) -> Trace:
     """Return the trace of a seed; `kind` is one of `KINDS`."""
     draw = Random(f"{kind} {seed}")
     sizes, loads = {}, {}
-    parts = iter(draw.sample(range(MODELS), MODELS))  # of the range of sizes, one for each model
-    for number in draw.sample(range(MODELS), MODELS):  # names say nothing of how popular a model is
+    parts = iter(draw.sample(range(MODELS), MODELS))  # of the range of sizes, one part for each model
+    for number in draw.sample(range(MODELS), MODELS):  # a name has no relation to a model's popularity
         size = SMALLEST_BYTES * (LARGEST_BYTES / SMALLEST_BYTES) ** ((next(parts) + draw.random()) / MODELS)
         name = f"model-{number:02}"
         sizes[name], loads[name] = int(size), START_S + size / STORAGE_BYTES_S
@@ -90,7 +90,7 @@ def _steady(draw: Random, names: list[str], weights: list[float]) -> Iterator[As
 
 
 def _client(draw: Random, count: float) -> Iterator[float]:
-    """Yield when a client asks, about `count` times: in spells, with gaps of its own kind."""
+    """Yield the times of a client's requests, about `count` of them: in spells, with gaps of its own distribution."""
     active = draw.uniform(0.1, 0.4)
     gap_s = TRACE_S * active / count
     spread = math.log(_CV_P90 / _CV_MEDIAN) / _P90
@@ -108,7 +108,7 @@ def _client(draw: Random, count: float) -> Iterator[float]:
 
 
 def _gaps(draw: Random, mean_s: float, variation: float) -> Callable[[], float]:
-    """Return what draws the gaps of a renewal process of this mean and coefficient of variation."""
+    """Return a function that draws the gaps of a renewal process with this mean and coefficient of variation."""
     if draw.random() < _WEIBULL:
         shape = _weibull_shape(variation)
         scale_s = mean_s / math.gamma(1 + 1 / shape)
@@ -128,7 +128,7 @@ def _weibull_shape(variation: float) -> float:
 
 
 def _day(draw: Random) -> Callable[[float], float]:
-    """Return what stretches time so that the rate swings: the busiest moment is 1.3 to 2.2 times the average."""
+    """Return a function that stretches time so that the rate swings, up to 1.3 to 2.2 times the average."""
     swing = draw.uniform(0.3, 0.95)
     phase = draw.random()
     turn_s = TRACE_S
@@ -172,14 +172,14 @@ KINDS: Mapping[str, Callable[[Random, list[str], list[float]], Iterator[Ask]]] =
 }
 
 
-# -- a user's own -----------------------------------------------------------------------------------------------------
+# -- a user's own trace -----------------------------------------------------------------------------------------------
 
 
 def read_trace(path: Path) -> Trace:
-    """Return the trace in a CSV file with a line of names: `at_s`, `model`, `bytes`, and if need be `load_s`, `hold_s`.
+    """Return the trace in a CSV file with a line of names: `at_s`, `model`, `bytes`, and optionally `load_s`, `hold_s`.
 
-    `at_s` is in seconds from any beginning. A model takes the most bytes and the longest load that are named for it; a
-    load that is not named takes as long as one of a generated trace. Raises ValueError where a line is not like that.
+    `at_s` is in seconds from any beginning. A model takes the most bytes and the longest load that are given for it; a
+    load without a time takes as long as one of a generated trace. Raises ValueError where a line is wrong.
     """
     sizes: dict[str, int] = {}
     loads: dict[str, float] = {}

@@ -1,4 +1,4 @@
-"""A trace, replayed through the core on virtual time: devices, loads and stops as they would be if nothing failed."""
+"""A trace, replayed through the core on virtual time: devices, loads and stops as they would be without faults."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ LONG_S = 1e9  # a keep-alive that never ends, and that no policy takes for infin
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What a policy made of a trace."""
+    """The outcome of a policy on a trace."""
 
-    reload_s: float  # seconds of loads, each model's first left out
+    reload_s: float  # seconds of loads, without each model's first
     reloads: int
     mean_wait_s: float
     longest_wait_s: float
@@ -36,7 +36,7 @@ class Result:
 
 
 class Foreknowing:
-    """Belady's rule: whoever is asked for again last goes first. It looks into the trace, which no real policy can."""
+    """Belady's rule: the model that is requested again last is evicted first, which needs knowledge of the future."""
 
     name = "foreknowing"
 
@@ -46,7 +46,7 @@ class Foreknowing:
             self.asked.setdefault(ask.model, []).append(ask.at)
 
     def order(self, now: float, candidates: Sequence[Candidate]) -> Sequence[Candidate]:
-        """Return them by when they are asked for next, the last first."""
+        """Return the candidates by the time of their next request, the latest first."""
         return sorted(candidates, key=lambda one: (-self._next(now, one.model), one.runner))
 
     def _next(self, now: float, model: str) -> float:
@@ -56,7 +56,7 @@ class Foreknowing:
 
 
 def replay(trace: Trace, capacity: int, policy: EvictionPolicy) -> Result:
-    """Return what becomes of a trace on a host of so many bytes."""
+    """Return the outcome of a trace on a host of so many bytes."""
     return _World(trace, capacity, policy).run()
 
 
@@ -71,20 +71,20 @@ class _World:
         self.order = 0  # of events at one time
         self.occupied: dict[int, int] = {}  # bytes by process that has loaded
         self.wants = {model: RequestSpec(ModelId(model), Options(), Purpose.lease, 0) for model in trace.bytes}
-        self.asked: dict[int, tuple[float, float]] = {}  # by request: when, and how long it holds
+        self.asked: dict[int, tuple[float, float]] = {}  # by request: its time, and how long it holds its lease
         self.waited: list[float] = []
         self.loaded: set[str] = set()
         self.reload_s, self.reloads, self.refused, self.steps = 0.0, 0, 0, 0
 
     def run(self) -> Result:
-        """Play every event, then let all end that is under way."""
+        """Run every event, then let loads and stops under way end."""
         self._step(self._read())
         for number, ask in enumerate(self.trace.asks, 1):
             self._pass_until(ask.at)
             self.asked[number] = ask.at, ask.hold_s
             self._step(Acquire(RequestId(number), self.wants[ask.model]))
         self._pass_until(self.now + 1e6)
-        assert not self.asked, "somebody was never answered"
+        assert not self.asked, "a request was never answered"
         self.core.check()
         waits = self.waited or [0.0]
         return Result(
@@ -149,6 +149,6 @@ class _World:
 
 
 def policies(trace: Trace, named: Mapping[str, EvictionPolicy]) -> dict[str, EvictionPolicy]:
-    """Return the policies to compare, and the one that knows the future."""
+    """Return the policies to compare, with the one that knows the future."""
     oracle = Foreknowing(trace)
     return {**named, oracle.name: oracle}

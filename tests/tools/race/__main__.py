@@ -28,7 +28,7 @@ Say = Callable[[str], None]
 
 
 def contestants(arguments: argparse.Namespace) -> list[Contestant]:
-    """Return everybody who may race, with the reason where somebody cannot."""
+    """Return every contestant, with the reason where one cannot take part."""
     binary, no_binary = find_binary(arguments.llama_server)
     python, no_ray = find_ray(arguments.ray_python)
     return [
@@ -42,7 +42,7 @@ def contestants(arguments: argparse.Namespace) -> list[Contestant]:
 
 
 def lay_out(source: Path, folder: Path, count: int) -> tuple[str, ...]:
-    """Have one file under several names, as files of their own; return the names."""
+    """Put one file under several names, as files of their own; return the names."""
     names = tuple(f"model-{number}" for number in range(1, count + 1))
     for name in names:
         target = folder / f"{name}.gguf"
@@ -54,7 +54,7 @@ def lay_out(source: Path, folder: Path, count: int) -> tuple[str, ...]:
 
 
 def run_one(one: Contestant, course: Course, trace: Sequence[Ask], clients: int, say: Say) -> dict[str, Any]:
-    """Return the figures of one contestant's run; it begins with nothing loaded, and its start is not counted."""
+    """Return the figures of one contestant's run, which begins with nothing loaded; its start is not counted."""
 
     def told(done: int) -> None:
         if done % LOOK == 0 or done == len(trace):
@@ -70,7 +70,7 @@ def run_one(one: Contestant, course: Course, trace: Sequence[Ask], clients: int,
 def race(
     field: Sequence[Contestant], course: Course, trace: Sequence[Ask], clients: int, rounds: int, say: Say
 ) -> dict[str, list[dict[str, Any]]]:
-    """Have everybody run in turns, so that what else the machine does hits all alike; return the figures by key."""
+    """Run all contestants in turns, so that other load of the machine hits all alike; return the figures by key."""
     results: dict[str, list[dict[str, Any]]] = {one.key: [] for one in field}
     for number in range(rounds):
         turn = number % len(field) if field else 0
@@ -80,7 +80,7 @@ def race(
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """Return what is asked for."""
+    """Return the parsed arguments."""
     parser = argparse.ArgumentParser(prog="python -m tests.tools.race", description=__doc__)
     parser.add_argument("--requests", type=int, default=300)
     parser.add_argument("--models", type=int, default=4)
@@ -98,7 +98,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def chosen(field: Sequence[Contestant], only: str, say: Say) -> list[Contestant]:
-    """Return who takes part, and say a line about everybody who cannot."""
+    """Return the contestants that take part, and print a line for each that cannot."""
     keys = [key for key in only.split(",") if key] or [one.key for one in field]
     if unknown := [key for key in keys if key not in {one.key for one in field}]:
         raise SystemExit(f"there is no contestant {unknown[0]!r}; there are {', '.join(one.key for one in field)}")
@@ -138,7 +138,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def tell(results: dict[str, list[dict[str, Any]]], field: Sequence[Contestant], say: Say) -> dict[str, Any]:
-    """Print the table and the aims of one race; return them with the figures."""
+    """Print the table and the aims of one race; return the aims with the figures."""
     say("\n" + report.table(results, {one.key: f"{one.key} {one.name}" for one in field}))
     aims = report.aims(results)
     for aim in aims:
@@ -150,7 +150,7 @@ def tell(results: dict[str, list[dict[str, Any]]], field: Sequence[Contestant], 
 
 
 def machine() -> dict[str, Any]:
-    """Return what it was measured on."""
+    """Return the machine that was measured on."""
     return {
         "python": platform.python_version(),
         "cores": len(os.sched_getaffinity(0)),

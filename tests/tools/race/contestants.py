@@ -1,4 +1,4 @@
-"""Who takes part: each opens with a folder of models and gives out a function that answers a request."""
+"""The contestants: each opens with a folder of models and gives out a function that answers a request."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from scheduler import Lease, ModelSpec, RunnerCrashed, Scheduler, Settings
 from scheduler.runtime.event_stream import EventStream
 from tests.tools.race.trace import Ask, Asker, Killed, clock
 
-PATIENCE_S = 600.0  # for one answer: nobody is given up on earlier
+PATIENCE_S = 600.0  # for one answer, of every contestant
 
 
 @dataclass(frozen=True, slots=True)
 class Course:
-    """What everybody has to cope with."""
+    """The conditions of a race, the same for every contestant."""
 
     folder: Path  # of the models, NAME.gguf each
     models: tuple[str, ...]
@@ -29,31 +29,31 @@ class Course:
     tokens: int  # of every answer
 
     def spec(self, model: str) -> ModelSpec:
-        """A model as the scheduler takes it."""
+        """Return a model as the scheduler takes it."""
         return ModelSpec(model, str(self.folder / f"{model}.gguf"))
 
     def parameters(self) -> dict[str, Any]:
-        """What every request asks for beside its question, in the words of llama.cpp's server."""
+        """Return the parameters of every request beside its question, in the words of llama.cpp's server."""
         return {"max_tokens": self.tokens, "temperature": 0, "ignore_eos": True}
 
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """A contestant that is ready to be asked."""
+    """A contestant that is ready for requests."""
 
     ask: Asker
-    loads: Callable[[], int]  # begun so far
+    loads: Callable[[], int]  # loads begun so far
     details: Callable[[], dict[str, object]] = dict
 
 
 @dataclass(frozen=True, slots=True)
 class Contestant:
-    """One of those who race."""
+    """One contestant of the race."""
 
-    key: str  # by which it is chosen
+    key: str  # the name by which it is chosen
     name: str
     missing: str  # why it cannot take part; empty: it can
-    open: Callable[[Course], Any]  # a context manager that gives an `Opened`
+    open: Callable[[Course], Any]  # a context manager that yields an `Opened`
 
 
 def settings(course: Course, **others: Any) -> Settings:
@@ -62,7 +62,7 @@ def settings(course: Course, **others: Any) -> Settings:
 
 
 class Tally:
-    """Reads what the scheduler tells, and counts: loads, and the seconds in which something was loading."""
+    """Counts the scheduler's events: loads, and the seconds in which a model was loading."""
 
     def __init__(self, events: EventStream) -> None:
         self.loads = 0
@@ -82,7 +82,7 @@ class Tally:
                 self.load_s.append(entry.at - self._begun.pop(entry.runner))
 
     def details(self) -> dict[str, object]:
-        """What is known of the loads."""
+        """Return the figures of the loads."""
         mean = sum(self.load_s) / len(self.load_s) if self.load_s else 0.0
         return {"load_mean_s": round(mean, 3), "load_max_s": round(max(self.load_s, default=0.0), 3)}
 
@@ -111,13 +111,13 @@ def loadmaster(course: Course, **others: Any) -> Iterator[Opened]:
 
 @contextmanager
 def room_for_all(course: Course) -> Iterator[Opened]:
-    """The same where everything stays loaded: what is left is the engine's answers, which nobody can do without."""
+    """The scheduler with room for all models: the time that is left is the engine's answers."""
     with loadmaster(replace(course, room=len(course.models))) as opened:
         yield opened
 
 
 class Turnstile:
-    """Lets one through at a time, in the order in which they came."""
+    """Lets one thread through at a time, in the order of their arrival."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -125,7 +125,7 @@ class Turnstile:
 
     @contextmanager
     def passing(self) -> Iterator[None]:
-        """Wait for one's turn, and end it afterwards."""
+        """Wait for a turn, and end it afterwards."""
         turn = threading.Event()
         with self._lock:
             self._waiting.append(turn)
@@ -145,8 +145,8 @@ class Turnstile:
 def reference(course: Course) -> Iterator[Opened]:
     """The same scheduler made to decide as the reference does, as far as its settings and one turnstile can.
 
-    The victim is chosen by keep-alive and then by path and given up at once, busy or not; whoever needs a load waits
-    until nobody before it does; whoever finds its model loaded is let past.
+    The victim is chosen by keep-alive and then by path, and expires at once, busy or not. A request that needs a load
+    waits until no earlier request does; a request whose model is loaded does not wait.
     """
     order = settings(course, eviction="keep-alive", max_host_loads=1, min_residency=0, max_wait=0)
     with Scheduler(order) as scheduler:

@@ -1,4 +1,4 @@
-"""The program of Ray's contestant: run by a Python that has Ray, told by one line of its input, ended by its end."""
+"""The program of Ray's contestant: run by a Python that has Ray, started by one line of its input, ended by its end."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ STOP_GRACE_S = 2.0
 
 
 class Model:
-    """One model in a child process of our own engine; stopped when Ray unloads it."""
+    """One model in a child process of our own engine, which is stopped when Ray unloads the model."""
 
     def __init__(self, engine: Any, name: str, path: str) -> None:
         from fsm.domain.devices import Placement
@@ -31,20 +31,20 @@ class Model:
         self._process = engine.launch(spec, options, Placement(()), self)
 
     def progressed(self) -> None:
-        """Nobody asks."""
+        """Ignore progress."""
 
     def loaded(self, endpoint: Any, num_ctx: int | None, memory: Any) -> None:
-        """It serves."""
+        """Note that the runner serves."""
         self.endpoint = endpoint
         self._done.set()
 
     def exited(self, code: int | None, detail: str, out_of_memory: bool) -> None:
-        """It is gone."""
+        """Note that the runner has gone."""
         self.failure = detail
         self._done.set()
 
     def wait(self) -> None:
-        """Return when it serves."""
+        """Return when the runner serves."""
         self._done.wait()
         if self.endpoint is None:
             raise RuntimeError(self.failure)
@@ -54,7 +54,7 @@ class Model:
 
 
 def deployment(task: dict[str, Any]) -> Any:
-    """Return the application: one replica, a bounded number of models in it."""
+    """Return the application: one replica with a bounded number of models."""
     from ray import serve
 
     @serve.deployment(num_replicas=1, max_ongoing_requests=100, ray_actor_options={"num_cpus": 0})
@@ -66,7 +66,7 @@ def deployment(task: dict[str, Any]) -> Any:
             from scheduler.engines.llama import LlamaEngine
 
             self.engine = LlamaEngine()
-            # A connection for each request: one that was kept and closed meanwhile would look like a model that died.
+            # Each request has a connection of its own: a kept one that was closed meanwhile would look like a crash.
             limits = httpx.Limits(max_keepalive_connections=0)
             self.client = httpx.AsyncClient(timeout=None, limits=limits, trust_env=False)
 
@@ -82,7 +82,7 @@ def deployment(task: dict[str, Any]) -> Any:
             from starlette.responses import Response
 
             body = await request.json()
-            endpoint = (await self.model(serve.get_multiplexed_model_id())).endpoint  # as its documentation does it
+            endpoint = (await self.model(serve.get_multiplexed_model_id())).endpoint  # as in Ray's documentation
             headers = {"Authorization": f"Bearer {endpoint.key}"}
             try:
                 answer = await self.client.post(f"{endpoint.url}/v1/chat/completions", json=body, headers=headers)

@@ -24,7 +24,7 @@ _PROBE = "import importlib.util as u, sys; sys.exit(not (u.find_spec('ray') and 
 
 
 def find_ray(named: str | None) -> tuple[str, str]:
-    """Return a Python that has Ray Serve and "", or "" and why there is none."""
+    """Return a Python that has Ray Serve and "", or "" and the reason why there is none."""
     python = named or os.environ.get("RAY_PYTHON") or sys.executable
     try:
         there = subprocess.run([python, "-c", _PROBE], capture_output=True, timeout=START_S, check=False)
@@ -47,7 +47,7 @@ def ray_serve(course: Course, python: str) -> Iterator[Opened]:
             "paths": [str(root), sysconfig.get_path("purelib"), sysconfig.get_path("platlib")],
             "folder": name,
         }
-        environment = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0"}  # it asks nobody outside
+        environment = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0"}  # no usage statistics are sent
         with (folder / "log").open("wb") as output:
             process = subprocess.Popen(
                 [python, str(APP)], stdin=subprocess.PIPE, stdout=output, stderr=output, env=environment,
@@ -78,7 +78,7 @@ def _await(process: subprocess.Popen[bytes], folder: Path) -> str:
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
-    """Have it shut down by the end of its input, and whatever is left of its group killed."""
+    """End the program by the end of its input, and kill the rest of its process group."""
     assert process.stdin is not None
     with suppress(BrokenPipeError):
         process.stdin.close()

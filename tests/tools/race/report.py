@@ -1,4 +1,4 @@
-"""What a race is told as: a table of medians with ratios, and the aims."""
+"""The report of a race: a table of medians with ratios, and the aims."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 OURS = "a"
-LIMITS = {"b": 0.3, "b1": 0.5}  # of a peer's total time that ours is to take at most
+LIMITS = {"b": 0.3, "b1": 0.5}  # the most that our total time may be, as a part of a peer's
 _ROWS = ("total_s", "loads", "p50_s", "p95_s", "p99_s", "max_s", "errors", "killed")
 
 
 def medians(runs: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Return the median of each figure over the rounds; of errors the sum."""
+    """Return the median of each figure over the rounds, and the sum of the errors."""
     found: dict[str, float] = {}
     for name in _ROWS:
         values = [float(run[name]) for run in runs]
@@ -21,7 +21,7 @@ def medians(runs: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 
 def table(results: Mapping[str, Sequence[Mapping[str, Any]]], names: Mapping[str, str]) -> str:
-    """Return a Markdown table of those who took part; a ratio is the total time as a multiple of ours."""
+    """Return a Markdown table of the contestants; a ratio is the total time as a multiple of ours."""
     lines = [
         "| | total, s | × ours | loads | p50, s | p95, s | × ours | p99, s | longest, s | errors | killed in use |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
@@ -40,7 +40,7 @@ def table(results: Mapping[str, Sequence[Mapping[str, Any]]], names: Mapping[str
 
 
 def aims(results: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
-    """Return each aim that these contestants allow to judge: what it is, what was measured, and whether it is met."""
+    """Return each aim that can be judged with these contestants: its text, its figure, and whether it is met."""
     if not results.get(OURS):
         return []
     ours = medians(results[OURS])

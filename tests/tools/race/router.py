@@ -20,12 +20,12 @@ from tests.tools.race.trace import Ask, Asker, Killed
 
 START_S = 60.0
 STOP_S = 30.0
-_SPAWNS = "spawning server instance with name="  # what it logs of each load
-_BROKEN = ("proxy error", "could not establish connection", "failed to read connection")  # its child was gone
+_SPAWNS = "spawning server instance with name="  # its log line of each load
+_BROKEN = ("proxy error", "could not establish connection", "failed to read connection")  # the child had gone
 
 
 def find_binary(named: str | None) -> tuple[str, str]:
-    """Return the path of `llama-server` and "", or "" and why there is none; nothing is ever fetched."""
+    """Return the path of `llama-server` and "", or "" and the reason why there is none; nothing is downloaded."""
     wanted = named or os.environ.get("LLAMA_SERVER") or "llama-server"
     found = shutil.which(wanted)
     if found is None:
@@ -48,7 +48,7 @@ def router(course: Course, binary: str, more: Sequence[str] = ()) -> Iterator[Op
             "--models-dir", str(course.folder), "--models-max", str(course.room), *more,
         ]  # fmt: skip
         hidden = {name: value for name, value in os.environ.items() if not name.startswith("LLAMA_ARG_")}
-        environment = {**hidden, "LLAMA_CACHE": folder}  # else it would offer models that it once fetched
+        environment = {**hidden, "LLAMA_CACHE": folder}  # else it would offer models of earlier downloads
         with log.open("wb") as output:
             process = subprocess.Popen(
                 arguments, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=environment,
@@ -63,13 +63,13 @@ def router(course: Course, binary: str, more: Sequence[str] = ()) -> Iterator[Op
 
 
 def fresh_client(url: str) -> httpx.Client:
-    """Return a client that connects anew for every request: a kept connection that was closed meanwhile is no error."""
+    """Return a client with a new connection for every request, since a kept one that was closed would be an error."""
     limits = httpx.Limits(max_keepalive_connections=0)
     return httpx.Client(base_url=url, timeout=PATIENCE_S, limits=limits, trust_env=False)
 
 
 def http_asker(client: httpx.Client, course: Course) -> Asker:
-    """Return a function that asks by HTTP, as OpenAI's chat completions are asked."""
+    """Return a function that requests by HTTP, as OpenAI's chat completions do."""
 
     def ask(ask: Ask) -> None:
         messages = [{"role": "user", "content": ask.question}]
@@ -100,7 +100,7 @@ def _await(process: subprocess.Popen[bytes], port: int, log: Path) -> None:
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
-    """End the router, and whatever is left of its group."""
+    """End the router, and kill the rest of its process group."""
     process.terminate()
     try:
         process.wait(STOP_S)

@@ -1,4 +1,4 @@
-"""What is asked in a race, by whom, and what came of it; the same for every contestant."""
+"""The requests of a race, their clients and their outcomes, the same for every contestant."""
 
 from __future__ import annotations
 
@@ -33,32 +33,32 @@ class Ask:
 
 @dataclass(frozen=True, slots=True)
 class Answered:
-    """What became of a request; seconds of one clock."""
+    """The outcome of a request; seconds of one clock."""
 
     ask: Ask
     begun_at: float
-    granted_at: float | None  # None: the contestant does not say when a runner was there
+    granted_at: float | None  # None: the contestant does not report when a runner was there
     ended_at: float
     error: str = ""
-    killed: bool = False  # its runner was there, and went away before the answer was complete
+    killed: bool = False  # its runner was there, and ended before the answer was complete
 
     @property
     def took_s(self) -> float:
-        """From the question to the end of the answer."""
+        """The seconds from the request to the end of the answer."""
         return self.ended_at - self.begun_at
 
 
 class Killed(Exception):
-    """The runner was given to a request and went away before its answer was complete."""
+    """The runner was granted to a request and ended before its answer was complete."""
 
 
-Asker = Callable[[Ask], float | None]  # answers, and returns when the runner was there; raises what went wrong
+Asker = Callable[[Ask], float | None]  # answers, and returns when the runner was there; raises on failure
 
 
 def a_trace(requests: int, models: Sequence[str], *, exponent: float, seed: int) -> list[Ask]:
     """Return a sequence in which the k-th most popular model has weight 1 / k ** exponent.
 
-    Which model is how popular is drawn as well, so that an order by name is neither the best nor the worst there is.
+    The popularity of each model is drawn too, so that an order by name is neither the best nor the worst.
     """
     chance = random.Random(seed)
     ranked = chance.sample(list(models), len(models))
@@ -68,8 +68,8 @@ def a_trace(requests: int, models: Sequence[str], *, exponent: float, seed: int)
 
 
 def loads_one_by_one(trace: Sequence[Ask], room: int, *, foresight: bool) -> int:
-    """Return the loads of the sequence without any concurrency: by least recent use, or by Belady's rule."""
-    held: dict[str, int] = {}  # when it was last used
+    """Return the loads of the sequence without concurrency, by least recent use or by Belady's rule."""
+    held: dict[str, int] = {}  # when each model was last used
     loads = 0
     for place, ask in enumerate(trace):
         if ask.model not in held:
@@ -88,7 +88,7 @@ def loads_one_by_one(trace: Sequence[Ask], room: int, *, foresight: bool) -> int
 def run_clients(
     trace: Sequence[Ask], clients: int, asker: Asker, clock: Callable[[], float], told: Callable[[int], None]
 ) -> list[Answered]:
-    """Have a closed loop of clients go through the sequence: each takes the next request once it has its answer."""
+    """Run a closed loop of clients through the sequence: each takes the next request once it has its answer."""
     answers: list[Answered] = []
     lock = threading.Lock()
     remaining = iter(trace)
@@ -108,7 +108,7 @@ def run_clients(
     for thread in threads:
         thread.start()
     for thread in threads:
-        while thread.is_alive():  # so that Ctrl-C is heard
+        while thread.is_alive():  # so that Ctrl-C is handled
             thread.join(0.5)
     return sorted(answers, key=lambda one: one.ask.number)
 
@@ -119,20 +119,20 @@ def _ask(ask: Ask, asker: Asker, clock: Callable[[], float]) -> Answered:
         granted_at = asker(ask)
     except Killed as error:
         return Answered(ask, begun_at, None, clock(), str(error), True)
-    except Exception as error:  # whatever a contestant answers with, the race goes on
+    except Exception as error:  # the race goes on whatever a contestant raises
         return Answered(ask, begun_at, None, clock(), f"{type(error).__name__}: {error}")
     return Answered(ask, begun_at, granted_at, clock())
 
 
 def percentile(values: Sequence[float], percent: int) -> float:
-    """Return the value below which so many of a hundred lie, between two of them where need be."""
+    """Return the value below which so many of a hundred lie, interpolated between two values."""
     if len(values) < 2:
         return values[0] if values else 0.0
     return statistics.quantiles(values, n=100, method="inclusive")[percent - 1]
 
 
 def figures(answers: Sequence[Answered], loads: int, seconds: float) -> dict[str, object]:
-    """Return what is reported of one run; the times are those of requests that were answered."""
+    """Return the figures of one run; the times are those of requests that were answered."""
     took = [one.took_s for one in answers if not one.error]
     waits = [one.granted_at - one.begun_at for one in answers if one.granted_at is not None]
     errors = [one for one in answers if one.error]

@@ -2,7 +2,7 @@
 
     python -m tests.tools.race.virtual --seeds 20
 
-It says nothing about llama.cpp; it shows what the order of decisions alone is worth, in a second and on any machine.
+The figures are not llama.cpp's; they show what the order of decisions alone is worth, in a second and on any machine.
 """
 
 from __future__ import annotations
@@ -34,19 +34,19 @@ MODEL_BYTES = 200 * MIB
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """What work costs, in seconds of one core."""
+    """The cost of work, in seconds of one core."""
 
     cores: int = 2
     load_s: float = 0.55  # of a core
-    answer_s: float = 0.2  # of a core, whoever else is answered
+    answer_s: float = 0.2  # of a core, whatever other answers are computed
     gap_s: float = 0.002  # between a client's answer and its next request
     stop_s: float = 0.02  # from a Stop to the exit
-    slots: int = 1  # answers that a runner works on at once; the others wait in it
+    slots: int = 1  # answers that a runner computes at once; others wait in it
 
 
 @dataclass(slots=True, eq=False)
 class Job:
-    """Something that computes on one thread."""
+    """Work that computes on one thread."""
 
     left_s: float  # of a core
     end: tuple[str, int]
@@ -54,7 +54,7 @@ class Job:
 
 @dataclass(slots=True)
 class Run:
-    """What came of one race."""
+    """The outcome of one race."""
 
     total_s: float = 0.0
     loads: int = 0
@@ -72,8 +72,8 @@ class Track:
         self._timed: list[tuple[float, int, tuple[str, int]]] = []
         self._jobs: list[Job] = []
         self._begun: dict[int, float] = {}  # requests under way
-        self._busy: dict[int, set[int]] = {}  # by runner: requests it works on
-        self._queues: dict[int, deque[int]] = {}  # by runner: granted, and waiting inside it
+        self._busy: dict[int, set[int]] = {}  # by runner: requests that it computes
+        self._queues: dict[int, deque[int]] = {}  # by runner: requests that are granted and wait inside it
         self._runner_of: dict[int, int] = {}
         memory = DeviceSample(HOST, "cpu", "", 64 * room * MODEL_BYTES, 64 * room * MODEL_BYTES)
         self._sample = (memory,)
@@ -89,7 +89,7 @@ class Track:
         return self.run
 
     def _advance(self) -> None:
-        """Go to whatever ends next: a time, or the first job to be done."""
+        """Go to the next moment: a time, or the end of the first job."""
         rate = min(1.0, self.machine.cores / len(self._jobs)) if self._jobs else 1.0
         first = min(self._jobs, key=lambda job: job.left_s, default=None)
         done_at = self.now + first.left_s / rate if first else float("inf")
@@ -143,7 +143,7 @@ class Track:
         self._at(self.now + self.machine.gap_s, ("ask", 0))
 
     def _work(self, runner: int) -> None:
-        """Have a runner begin with what waits in it, as far as it has slots."""
+        """Start the answers of a runner's waiting requests, as far as it has slots."""
         busy, queue = self._busy.setdefault(runner, set()), self._queues.setdefault(runner, deque())
         while queue and len(busy) < self.machine.slots:
             number = queue.popleft()
@@ -188,7 +188,7 @@ def averages(runs: Sequence[Run]) -> dict[str, float]:
 
 
 def races(limits: CoreConfig, policy: str, machine: Machine, *, requests: int, seeds: int) -> dict[str, float]:
-    """Return the averages over seeds of the race's own shape: four models, four clients, room for two."""
+    """Return the averages over seeds of the race's shape: four models, four clients, room for two."""
     runs = []
     for seed in range(1, seeds + 1):
         trace = a_trace(requests, [f"model-{number}" for number in range(1, 5)], exponent=1.0, seed=seed)

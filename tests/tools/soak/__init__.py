@@ -1,1 +1,1 @@
-"""A soak: real threads on a real scheduler, with every fault that can be had at once, for as long as one likes."""
+"""A soak: real threads on a real scheduler, with as many faults at once as possible, for any length of time."""

@@ -1,4 +1,4 @@
-"""`python -m tests.tools.soak --minutes M --seed S`: soak, print what came of it, and write build/soak.json."""
+"""`python -m tests.tools.soak --minutes M --seed S`: soak, print the report, and write build/soak.json."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.tools.soak.run import soak
 
 
 def main() -> int:
-    """Return 0 if everything was as it must be."""
+    """Return 0 if the soak passed."""
     parser = argparse.ArgumentParser(
         prog="python -m tests.tools.soak", description="Use a scheduler hard, and for long."
     )

@@ -1,4 +1,4 @@
-"""Who asks: clients on threads of their own, each with chance of its own."""
+"""The clients: threads of their own that make requests, each with a random generator of its own."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ from tests.tools.soak.measure import Waits
 from tests.tools.soak.objects import MIB, World
 
 EXPECTED = (AcquireTimeout, LoadFailed, QueueFull, RunnerCrashed)  # what a request may end with beside faults
-LIMIT_S = 60.0  # for what must come: far more than anything takes, so that what hangs is found
+LIMIT_S = 60.0  # far more than any wait takes, so that a hang is found
 BURST = 50  # warm leases in a row
-PAUSE_S = 0.001  # between two bursts, so that everybody has a turn
+PAUSE_S = 0.001  # between two bursts, so that every client has a turn
 SHORT: dict[str, Any] = {"temperature": 0, "max_tokens": 4, "ignore_eos": True}
 
 
 class Gate:
-    """Lets clients through, or has all of them rest."""
+    """A gate that lets clients go on, or makes all of them rest."""
 
     def __init__(self) -> None:
         self.stopped = False
@@ -44,7 +44,7 @@ class Gate:
         self._resting = 0
 
     def passes(self) -> bool:
-        """Wait while it is closed; return False when it is over."""
+        """Wait while the gate is closed; return False when the soak is over."""
         if not self._open.is_set():
             with self._condition:
                 self._resting += 1
@@ -60,23 +60,23 @@ class Gate:
         return self._open.is_set() and not self.stopped
 
     def close(self, clients: int, timeout_s: float) -> bool:
-        """Have everybody rest; return whether so many do in time."""
+        """Close the gate; return whether so many clients rest in time."""
         self._open.clear()
         with self._condition:
             return self._condition.wait_for(lambda: self._resting >= clients, timeout_s)
 
     def open(self) -> None:
-        """Let everybody go on."""
+        """Let all clients go on."""
         self._open.set()
 
     def stop(self) -> None:
-        """Have everybody end."""
+        """End all clients."""
         self.stopped = True
         self._open.set()
 
 
 class Client(threading.Thread):
-    """Does something again and again; what it does not expect is kept, and fails the soak."""
+    """A client that repeats its turn; an unexpected error is kept and fails the soak."""
 
     def __init__(self, name: str, seed: str, gate: Gate, scheduler: Scheduler, world: World) -> None:
         super().__init__(name=f"soak-{name}", daemon=True)
@@ -87,11 +87,11 @@ class Client(threading.Thread):
         self.waits = Waits()  # of warm requests
         self.leases = 0
         self.turns = 0
-        self.errors: Counter[str] = Counter()  # expected ones, by kind
+        self.errors: Counter[str] = Counter()  # expected errors, by type
         self.unexpected: list[str] = []
 
     def run(self) -> None:
-        """Take turns until it is over."""
+        """Take turns until the soak is over."""
         while self.gate.passes():
             try:
                 self.turn()
@@ -104,11 +104,11 @@ class Client(threading.Thread):
             self.turns += 1
 
     def turn(self) -> None:
-        """Do something."""
+        """Take one turn."""
         raise NotImplementedError
 
     def expect(self, kind: type[BaseException], action: Callable[[], object]) -> None:
-        """Do what must end with an error of that kind."""
+        """Make a call that must end with an error of that type."""
         try:
             action()
         except kind as error:
@@ -118,7 +118,7 @@ class Client(threading.Thread):
 
 
 class WarmClient(Client):
-    """Leases what is always loaded, as fast as it goes."""
+    """A client that leases a model which is always loaded, as fast as possible."""
 
     models: Sequence[PythonModel]
 
@@ -137,9 +137,9 @@ class WarmClient(Client):
 
 
 class MixedClient(Client):
-    """Asks for anything in any way, and breaks every rule that may be broken."""
+    """A client that requests any model in any way, and misuses the API."""
 
-    models: Sequence[PythonModel]  # that come and go
+    models: Sequence[PythonModel]  # models that come and go
 
     def turn(self) -> None:
         model = self.random.choice(self.models)
@@ -149,7 +149,7 @@ class MixedClient(Client):
         action(model)
 
     def actions(self) -> list[tuple[str, Callable[[PythonModel], None]]]:
-        """Return what it does, each as often as it stands there, and what kind of fault it is."""
+        """Return the actions, each as often as it is drawn, with the fault that it is counted as."""
         return [
             *[("", self.use)] * 8,
             ("", self.use_a_future),
@@ -173,7 +173,7 @@ class MixedClient(Client):
         self.hold(self.scheduler.acquire(model, timeout=LIMIT_S, priority=self.random.randrange(3)))
 
     def hold(self, lease: Any) -> None:
-        """Use what was leased for a moment, then give it back."""
+        """Use what was leased for a moment, then release it."""
         self.leases += 1
         thing = lease.value
         self.world.use(thing, 1)
@@ -185,7 +185,7 @@ class MixedClient(Client):
         self.hold(self.scheduler.submit(model, keep_alive=self.random.choice((0, 0.05, 60))).result(LIMIT_S))
 
     def use_two(self, model: PythonModel) -> None:
-        """Whoever holds one and waits for another may have to give up: then the second one times out."""
+        """Hold one model and request another one, which may have to time out."""
         with self.scheduler.acquire(model, timeout=LIMIT_S):
             self.leases += 1
             self.hold(self.scheduler.acquire(self.random.choice(self.models), timeout=0.2))
@@ -227,7 +227,7 @@ class MixedClient(Client):
         self.expect(LeaseReleased, lambda: lease.value)
 
     def lose(self, model: PythonModel) -> None:
-        """Forget a lease: the garbage collector gives it back."""
+        """Forget a lease, which the garbage collector releases."""
         self.scheduler.acquire(model, timeout=LIMIT_S)
         self.leases += 1
 
@@ -250,7 +250,7 @@ class MixedClient(Client):
 
 
 class LoopClient(Client):
-    """An event loop with many tasks, of which some are cancelled."""
+    """A client with an event loop of many tasks, some of which are cancelled."""
 
     models: Sequence[PythonModel]
 
@@ -280,7 +280,7 @@ class LoopClient(Client):
 
 
 class RealClient(Client):
-    """Asks real children for a few tokens."""
+    """A client that requests a few tokens of real children."""
 
     paths: Sequence[Path]
 

@@ -1,4 +1,4 @@
-"""What a soak measures: waits in buckets of bounded number, and the program's own memory."""
+"""The measurements of a soak: waits in a bounded number of buckets, and the program's own memory."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import Any
 
 import psutil
 
-_FINE = 4  # bits below the highest one that a bucket tells apart: its width is 1/16 of its value
+_FINE = 4  # bits below the highest one that a bucket tells apart, so that its width is 1/16 of its value
 MOST_GROWTH = 0.10  # of resident memory and of allocated blocks, from the first rest to the last one,
-LEAST_GROWTH_BYTES = 24 * 2**20  # but so much is always allowed,
-LEAST_GROWTH_BLOCKS = 40_000  # and so many
+LEAST_GROWTH_BYTES = 24 * 2**20  # but so many bytes are always allowed,
+LEAST_GROWTH_BLOCKS = 40_000  # and so many blocks
 
 
 class Waits:
-    """How long something took, many million times, in a few kilobytes."""
+    """How long many million waits took, in a few kilobytes."""
 
     def __init__(self) -> None:
         self.counts = [0] * (64 << _FINE)
@@ -39,7 +39,7 @@ class Waits:
 
     @classmethod
     def of(cls, several: Iterable[Waits]) -> Waits:
-        """Return them all together."""
+        """Return several `Waits` as one."""
         every = cls()
         every.counts = [sum(counts) for counts in zip(*(waits.counts for waits in several), strict=True)]
         return every
@@ -47,13 +47,13 @@ class Waits:
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """What the program holds while nothing is under way."""
+    """The memory that the program holds while nothing is under way."""
 
     resident_bytes: int
     blocks: int  # allocated by Python, of any size
 
     def growth(self, later: Memory) -> dict[str, Any]:
-        """Return by how much it has grown since, and whether that is too much."""
+        """Return by how much the memory has grown since, and whether that is too much."""
         resident, blocks = later.resident_bytes - self.resident_bytes, later.blocks - self.blocks
         most_resident = max(LEAST_GROWTH_BYTES, MOST_GROWTH * self.resident_bytes)
         most_blocks = max(LEAST_GROWTH_BLOCKS, MOST_GROWTH * self.blocks)

@@ -1,4 +1,4 @@
-"""The fast stand-in engine: objects that count what they take, and that load slowly, badly or not at all."""
+"""The fast stand-in engine: objects that count their memory, and that load slowly, badly or not at all."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ MIB = 2**20
 
 
 class Thing:
-    """What a lease gives access to; while somebody uses it, it must stay loaded."""
+    """What a lease gives access to; while a client uses it, it must stay loaded."""
 
     __slots__ = ("loaded", "name", "users")
 
@@ -26,10 +26,10 @@ class Thing:
 
 @dataclass(slots=True)
 class World:
-    """What must hold of all objects together, and what was done to them."""
+    """What must hold of all objects together, and the faults that were made."""
 
-    most_bytes: int  # no more may ever be allocated
-    faulty: bool = True  # loads and unloads fail by chance
+    most_bytes: int  # the most that may be allocated
+    faulty: bool = True  # loads and unloads fail at random
     lock: threading.Lock = field(default_factory=threading.Lock)  # guards everything below
     random: random.Random = field(default_factory=random.Random)
     allocated_bytes: int = 0  # from the begin of a load to the end of an unload
@@ -40,18 +40,18 @@ class World:
     violations: list[str] = field(default_factory=list)
 
     def fault(self, kind: str, model: str) -> None:
-        """Note that something was done to a model."""
+        """Note a fault of a model."""
         with self.lock:
             self.faults[kind] += 1
             self.victims.setdefault(kind, set()).add(model)
 
     def chance(self, part: float) -> bool:
-        """Tell whether a fault is due that comes in such a part of all cases."""
+        """Return whether a fault is due that comes in such a part of all cases."""
         with self.lock:
             return self.faulty and self.random.random() < part
 
     def allocate(self, amount_bytes: int) -> None:
-        """Take memory, or give it back where it is less than 0."""
+        """Take memory, or free it where the amount is below 0."""
         with self.lock:
             self.allocated_bytes += amount_bytes
             self.peak_bytes = max(self.peak_bytes, self.allocated_bytes)
@@ -59,12 +59,12 @@ class World:
                 self.violations.append(f"{self.allocated_bytes} bytes are allocated, {self.most_bytes} may be")
 
     def violate(self, text: str) -> None:
-        """Note that something was not as it must be."""
+        """Note a violation."""
         with self.lock:
             self.violations.append(text)
 
     def use(self, thing: object, by: int) -> None:
-        """Begin to use a thing, or cease to where `by` is -1; it must be loaded."""
+        """Begin to use a thing, or stop where `by` is -1; the thing must be loaded."""
         if not isinstance(thing, Thing) or not thing.loaded:
             return self.violate(f"{getattr(thing, 'name', thing)} was leased and is not loaded")
         with self.lock:
@@ -74,7 +74,7 @@ class World:
 
 @dataclass(frozen=True, slots=True)
 class Habits:
-    """How a kind of object behaves; parts of all cases, seconds."""
+    """How a type of object behaves; parts of all cases, seconds."""
 
     size_bytes: int
     load_s: float = 0.0
@@ -87,7 +87,7 @@ class Habits:
 
 
 def an_object(world: World, name: str, habits: Habits) -> PythonModel:
-    """Return a model that behaves so."""
+    """Return a model with these habits."""
 
     def load() -> Thing:
         world.allocate(habits.size_bytes)
@@ -124,7 +124,7 @@ def an_object(world: World, name: str, habits: Habits) -> PythonModel:
     return PythonModel(name, load, unload, {"cpu": habits.size_bytes}, pin=habits.pin)
 
 
-KINDS = {  # how many of each, and what they are like; together they take more than there is room for
+KINDS = {  # how many objects of each type, with their habits; together they take more than there is room for
     "warm": (4, Habits(MIB, pin=True)),
     "steady": (8, Habits(40 * MIB)),
     "small": (8, Habits(8 * MIB)),
@@ -137,7 +137,7 @@ KINDS = {  # how many of each, and what they are like; together they take more t
 
 
 def objects(world: World) -> dict[str, list[PythonModel]]:
-    """Return every model of the stand-in engine, by kind."""
+    """Return every model of the stand-in engine, by type."""
     return {
         kind: [an_object(world, f"{kind}-{number}", habits) for number in range(count)]
         for kind, (count, habits) in KINDS.items()

@@ -1,4 +1,4 @@
-"""One soak from beginning to end: build, run, rest now and then, let everything recover, and see what is left."""
+"""One soak from beginning to end: build, run, rest now and then, recover, and look at what is left."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from tests.tools.soak.objects import MIB, World, objects
 from tests.tools.soak.troubles import MOST_QUEUE, Changer, Killer, Reader
 
 MOST_BYTES = 500 * MIB
-MOST_RESTS = 8  # as often everybody rests, so that it can be seen what is held when nothing is under way
+MOST_RESTS = 8  # rests, in which nothing is under way and held memory can be seen
 SAY_S = 5.0  # between two lines of progress
 CAST = {"warm": 6, "mixed": 6, "loop": 1, "real": 2, "killer": 1, "changer": 1, "reader": 1}  # threads
 FORGOTTEN_WITHIN_S = 30.0  # after the clients rest: loads and stops may still be under way
 
 
 def settings(folder: Path) -> Settings:
-    """Return settings under which faults come about, and are noticed, within seconds."""
+    """Return settings under which faults happen, and are noticed, within seconds."""
     return Settings(
         gpus=False, cpu_threads=1, memory_limit=MOST_BYTES, max_runners=20, max_queue=MOST_QUEUE, keep_alive="60s",
         max_wait="2s", min_residency=0, load_timeout="5s", stop_grace="0.5s", probe_interval="1s", probe_timeout="3s",
@@ -42,7 +42,7 @@ def settings(folder: Path) -> Settings:
 
 
 class Soak:
-    """The scheduler under test and everybody who uses it."""
+    """The scheduler under test and all clients."""
 
     def __init__(self, seed: int, folder: Path) -> None:
         self.world = World(MOST_BYTES)
@@ -78,7 +78,7 @@ class Soak:
     # -- its course ---------------------------------------------------------------------------------------------------
 
     def run(self, seconds: float, say: Callable[[str], None]) -> None:
-        """Have everybody work for so long, and rest now and then."""
+        """Run all clients for so long, with a rest now and then."""
         for model in self.kinds["warm"]:
             self.scheduler.acquire(model, keep_alive=-1).release()
         begin = time.monotonic()
@@ -103,16 +103,16 @@ class Soak:
                 self.world.violate(f"{client.name} hangs")
 
     def rest(self) -> None:
-        """Have everybody rest; then nothing may be leased or wait, and memory is measured."""
+        """Make all clients rest; then no lease and no waiting request may be left, and memory is measured."""
         if not self.gate.close(len(self.clients), LIMIT_S):
             faulthandler.dump_traceback(sys.stderr)
-            self.world.violate("not everybody came to rest")
+            self.world.violate("some clients did not rest")
         self.world_is_at_rest()
         self.rests.append(memory())
         self.gate.open()
 
     def world_is_at_rest(self) -> None:
-        """Wait for what is under way; then look whether anything is held that nobody holds."""
+        """Wait for loads and stops under way; then look for leases and reservations without a holder."""
         end = time.monotonic() + FORGOTTEN_WITHIN_S
         while left := self.held():
             if time.monotonic() > end:
@@ -124,7 +124,7 @@ class Soak:
             self.world.violate(f"the account is wrong: {error}")
 
     def held(self) -> list[str]:
-        """Return what is not as it is when nobody wants anything."""
+        """Return what is not as it is without requests."""
         status = self.scheduler.status()
         left = [f"{runner.model} has {runner.leases} leases" for runner in status.runners if runner.leases]
         left += [f"{runner.model} is {runner.state}" for runner in status.runners if runner.state != "idle"]
@@ -133,7 +133,7 @@ class Soak:
         return left + [f"{tickets} tickets"] * bool(tickets)
 
     def recover(self) -> set[str]:
-        """End the trouble; return the models that can be had again, which all must be."""
+        """End the troubles; return the models that can be loaded again, which all must be."""
         self.world.faulty = False
         self.scheduler.configure(memory_limit=MOST_BYTES, max_queue=MOST_QUEUE, max_runners=20)
         served = set()
@@ -145,7 +145,7 @@ class Soak:
                 try:
                     self.scheduler.acquire(model, timeout=LIMIT_S).release()
                     served.add(name)
-                except SchedulerError:  # its back-off is not over
+                except SchedulerError:  # the back-off is not over
                     time.sleep(0.1)
             if name not in served:
                 self.world.violate(f"{name} cannot be had any more")
@@ -153,7 +153,7 @@ class Soak:
         return served
 
     def close(self) -> None:
-        """End it; then nothing at all may be held."""
+        """Close the scheduler; then nothing may be held."""
         self.scheduler.close("5s")
         books = self.scheduler.debug_state()
         left = {
@@ -165,14 +165,14 @@ class Soak:
         if any(left.values()):
             self.world.violate(f"left over: {left}")
 
-    # -- what came of it ----------------------------------------------------------------------------------------------
+    # -- the report ---------------------------------------------------------------------------------------------------
 
     @property
     def leases(self) -> int:
         return sum(client.leases for client in self.clients)
 
     def progress(self, elapsed_s: float) -> str:
-        """Return a line on how it goes."""
+        """Return a line of progress."""
         mib = self.rests[-1].resident_bytes / MIB if self.rests else 0
         unexpected = sum(len(client.unexpected) for client in self.clients)
         return (
@@ -181,7 +181,7 @@ class Soak:
         )
 
     def report(self, seconds: float, served: set[str]) -> dict[str, Any]:
-        """Return everything, in names and numbers."""
+        """Return the report, in names and numbers."""
         waits = Waits.of(client.waits for client in self.clients)
         errors = sum((client.errors for client in self.clients), Counter[str]())
         world = self.world
@@ -205,15 +205,15 @@ class Soak:
 
 
 def soak(seconds: float, seed: int, folder: Path, say: Callable[[str], None] = print) -> dict[str, Any]:
-    """Return the report of one soak; `passed` tells whether everything was as it must be.
+    """Return the report of one soak; `passed` is whether everything was as it must be.
 
-    `seed` draws what is asked and done; the order in which threads come to it is the system's.
+    `seed` draws the requests and faults; the order in which threads come to them is the system's.
     """
     logger, level = logging.getLogger("loadmaster"), logging.getLogger("loadmaster").level
     logger.setLevel(logging.CRITICAL)  # faults are warned of by the thousand
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ResourceWarning)  # leases are lost on purpose
+            warnings.simplefilter("ignore", ResourceWarning)  # leases are forgotten on purpose
             return _soak(seconds, seed, folder, say)
     finally:
         logger.setLevel(level)
@@ -242,12 +242,12 @@ def _soak(seconds: float, seed: int, folder: Path, say: Callable[[str], None]) -
 
 
 def _shorten_back_off(core: Core) -> None:
-    """Have failed loads be tried again soon: else most of a soak would be spent being refused."""
+    """Shorten the back-off, because most requests of a soak would be refused otherwise."""
     core._state.config = replace(core._state.config, back_off_s=0.05, back_off_limit_s=0.5)
 
 
 def _is_held(path: Path) -> bool:
-    """Tell whether somebody holds a lock."""
+    """Return whether a process holds a lock file."""
     try:
         with filelock.FileLock(path, blocking=False):
             return False

@@ -1,4 +1,4 @@
-"""Who makes trouble: a killer of children, one who changes limits, and slow readers."""
+"""The troubles: a killer of children, a client that changes limits, and slow readers of events."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MOST_QUEUE = 512
 
 
 class Killer(Client):
-    """Kills children, or stops them so that they answer nothing, and waits until the scheduler has seen to it."""
+    """Kills children or stops them with SIGSTOP, and waits until the scheduler has noticed."""
 
     def turn(self) -> None:
         time.sleep(self.random.uniform(0, 2 * KILL_EVERY_S))
@@ -42,7 +42,7 @@ class Killer(Client):
 
 
 class Changer(Client):
-    """Changes limits while everybody works, and floods the queue."""
+    """Changes limits while all clients run, and floods the queue."""
 
     most_bytes: int
     paths: Sequence[Path]  # a model that takes a while to load
@@ -59,7 +59,7 @@ class Changer(Client):
             self.flood()
 
     def flood(self) -> None:
-        """Ask for more than may wait: what is too much is refused at once, and all the others are cancelled."""
+        """Make more requests than may wait: those beyond the limit are refused at once, the others are cancelled."""
         self.world.fault("queue flooded", "warm-0")
         self.scheduler.configure(max_queue=20)
         try:
@@ -73,7 +73,7 @@ class Changer(Client):
 
 
 class Reader(Client):
-    """Reads what happens, and falls behind now and then; a reader that was left gets no more."""
+    """Reads events, and falls behind now and then; a reader that was dropped gets no more events."""
 
     def turn(self) -> None:
         with self.scheduler.events() as stream:

@@ -143,7 +143,7 @@ def test_who_was_told_of_a_crash_is_not_given_the_same_runner(
 ) -> None:
     """A caller whose connection broke is not granted the same runner again, even if the exit is reported much later."""
     heard, tell = threading.Event(), LlamaProcess.ended
-    monkeypatch.setattr("scheduler.engines.interface.llama.EXIT_S", 0.01)
+    monkeypatch.setattr("scheduler.engines.llama.EXIT_S", 0.01)
     monkeypatch.setattr(LlamaProcess, "ended", lambda self, exit: (heard.wait(LIMIT_S), tell(self, exit)))
     lease = serving.acquire(file)
     with pytest.raises(RunnerCrashed):
@@ -206,7 +206,8 @@ def test_an_answer_that_is_left_as_the_last_of_its_loop_ends_its_connection(
         ended.set()
 
     with Misbehaving(act) as server:
-        monkeypatch.setattr("scheduler.runtime.executor.RunnerClient", lambda _, key: RunnerClient(server.url, key))
+        client = "scheduler.runtime.runner_handle.RunnerClient"
+        monkeypatch.setattr(client, lambda _, key: RunnerClient(server.url, key))
         with serving.acquire(file) as lease:
             asyncio.run(end(lease))
             assert ended.wait(LIMIT_S)

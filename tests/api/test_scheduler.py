@@ -519,7 +519,7 @@ def test_what_looks_at_runners_now_and_then_keeps_none_of_them(monkeypatch: pyte
     with Scheduler(Settings(gpus=False)) as scheduler:
         with scheduler.acquire(a_model("job", load=work), keep_alive=0):
             looks = Mock(side_effect=scheduler._executor.ensure_threads)
-            monkeypatch.setattr(scheduler._executor, "staff", looks)  # each look begins with it
+            monkeypatch.setattr(scheduler._executor, "ensure_threads", looks)  # each look begins with it
             assert_soon(lambda: looks.call_count > 1)
         del work
         assert_soon(lambda: gc.collect() >= 0 and alive() is None)
@@ -647,7 +647,7 @@ def test_a_name_that_is_asked_for_while_it_is_forgotten_is_inspected_again(
         ask()
         return forgotten
 
-    monkeypatch.setattr(scheduler._registry, "forget", forget_meanwhile)
+    monkeypatch.setattr(scheduler._registry, "unregister", forget_meanwhile)
     with pytest.raises(ModelNotFound):
         scheduler.acquire(a_model("a"))
     assert_soon(lambda: asked)

@@ -33,7 +33,7 @@ def test_version_names_the_installed_version(capsys: pytest.CaptureFixture[str])
 
 
 def test_the_former_import_of_main_is_still_called_with_one_warning(capsys: pytest.CaptureFixture[str]) -> None:
-    """`from scheduler.cli import main` was the function, and is the module that has it."""
+    """`from scheduler.cli import main` imports a module now, which can be called like the former function."""
     with pytest.warns(DeprecationWarning, match=r"scheduler\.cli\.main\.main") as caught, pytest.raises(SystemExit):
         cli(["--version"])  # type: ignore[operator]  # its class says that it can be called
     assert [each.filename for each in caught] == [__file__]

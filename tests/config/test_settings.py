@@ -464,19 +464,19 @@ def test_a_wrong_value_is_named_by_the_former_name_where_that_was_given() -> Non
 
 
 def test_a_variable_of_a_former_name_wins_over_the_references() -> None:
-    """As the new name does."""
+    """A variable with a setting's former name wins over the reference's variable, as one with the new name does."""
     with pytest.warns(DeprecationWarning, match="LOADMASTER_SPREAD_OVER_GPUS"):
         assert not Settings.from_environment({"LOADMASTER_SPREAD": "off", "OLLAMA_SCHED_SPREAD": "on"}).spread_over_gpus
 
 
 def test_a_mistyped_former_variable_is_refused_with_the_new_one() -> None:
-    """A name that will go is not suggested."""
+    """The refusal of a misspelt former name suggests the new name."""
     with pytest.raises(InvalidSettings, match="as LOADMASTER_MEASUREMENT_FILE is"):
         Settings.from_environment({"LOADMASTER_FOOTPRINT": "none"})
 
 
 def test_a_scheduler_points_a_warning_at_the_program_that_makes_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It reads the environment on the program's behalf."""
+    """The warning about a former variable points at the program that makes the scheduler."""
     monkeypatch.setenv("LOADMASTER_LOADS_ON_HOST", "3")
     with pytest.warns(DeprecationWarning, match="LOADMASTER_MAX_HOST_LOADS") as caught, Scheduler() as scheduler:
         assert scheduler.settings.max_host_loads == 3
@@ -484,7 +484,7 @@ def test_a_scheduler_points_a_warning_at_the_program_that_makes_it(monkeypatch: 
 
 
 def test_what_was_never_a_setting_is_no_attribute() -> None:
-    """As of any class."""
+    """An attribute that was never a setting raises AttributeError."""
     with pytest.raises(AttributeError, match="'Settings' object has no attribute 'max_qeueu'"):
         Settings().max_qeueu  # type: ignore[attr-defined]  # noqa: B018  # wrong on purpose
 

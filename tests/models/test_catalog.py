@@ -325,7 +325,7 @@ def test_a_place_is_told_as_a_text(catalog: Catalog, place: Any, told: str) -> N
 
 
 class Former:
-    """A resolver of the user's own, written when `location` was called `place`."""
+    """A user's resolver that was written when `location` was called `place`."""
 
     place = "the old shelf"
 
@@ -337,12 +337,12 @@ class Former:
 
 
 class FormerProtocol(Former, Resolver):
-    """Another, which names the protocol as its base."""
+    """A resolver with `place` that names the protocol as its base."""
 
 
 @pytest.mark.parametrize("kind", [Former, FormerProtocol])
 def test_a_resolver_with_a_place_is_taken_with_one_warning(catalog: Catalog, kind: type[Former]) -> None:
-    """When it is added, at the line that does; then it serves like others, in silence."""
+    """A resolver with `place` is added with one warning at the line that adds it, and then serves without any."""
     told = f"{kind.__name__}.place is called {kind.__name__}.location now"
     with pytest.warns(DeprecationWarning, match=told) as caught:
         catalog.add(cast(Resolver, kind()))
@@ -356,7 +356,7 @@ def test_a_resolver_with_a_place_is_taken_with_one_warning(catalog: Catalog, kin
 
 
 def test_the_former_name_of_suggestions_is_taken_with_one_warning() -> None:
-    """As an argument, which resolvers give, and as an attribute, which callers read."""
+    """The former name of suggestions warns once, as an argument of an error and as its attribute."""
     with pytest.warns(DeprecationWarning, match=r"ModelNotFound\(suggestions=…\)") as caught:
         error = ModelNotFound("chatt", ("the shelf",), closest=("chat",))
     assert error.suggestions == ("chat",)

@@ -51,7 +51,7 @@ def path(tmp_path: Path) -> Path:
 
 
 def test_a_file_of_the_former_setting_is_read(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It was written when the setting was called `footprints`; what it holds is used, and more is written to it."""
+    """A file from when the setting was called `footprints` is read and written to."""
     monkeypatch.setattr("platform.node", lambda: "a-machine")
     path.parent.mkdir()
     with closing(sqlite3.connect(path)) as file:

@@ -485,7 +485,7 @@ def test_a_state_that_is_none_of_a_core_is_refused(incident: Path) -> None:
 def test_a_recording_of_another_version_is_refused_with_that_version(
     kept: str, incident: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A file that was written before the classes of the core were renamed; the exit code is that of a damaged file."""
+    """A recording of another version that cannot be read is refused with that version, like a damaged file."""
     lines = OLDER.read_text().splitlines(keepends=True)
     version, schema_then = "0.1.0", json.loads(lines[0])["schema"]
     if kept == "its steps":  # of a version with the same states and other events
@@ -502,7 +502,7 @@ def test_a_recording_of_another_version_is_refused_with_that_version(
 def test_a_recording_of_another_version_that_can_be_read_is_replayed_with_a_note(
     incident: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The note says that decisions may differ."""
+    """A recording of another version that can be read is replayed with a note that decisions may differ."""
     text = incident.read_text()
     incident.write_text(text.replace(schema(), "00000000").replace('"version":"', '"version":"0.0.9, not ', 1))
     assert main(["replay", str(incident)]) == 0

@@ -1,4 +1,4 @@
-"""What programs that embed the scheduler are tested with: declared models on virtual time."""
+"""The fake machine for tests of programs that embed the scheduler: declared models on virtual time."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_time_moves_by_itself_until_a_request_is_answered() -> None:
 
 
 def test_time_stands_still_while_no_request_waits() -> None:
-    """A keep-alive ends by `advance` alone, and at its own moment."""
+    """A keep-alive ends by `advance` alone, at its own moment."""
     with no_leaks(), FakeMachine(keep_alive="5m") as fake:
         fake.model("chat", load="3s")
         fake.scheduler.acquire("chat").release()
@@ -51,7 +51,7 @@ def test_time_stands_still_while_no_request_waits() -> None:
 
 
 def test_without_auto_advance_time_moves_when_it_is_told() -> None:
-    """A load is under way for as long as the test likes."""
+    """Without automatic advance a load is under way until the test advances the time."""
     with no_leaks(), FakeMachine(auto_advance=False) as fake:
         fake.model("chat", load="3s")
         future = fake.scheduler.submit("chat")
@@ -64,7 +64,7 @@ def test_without_auto_advance_time_moves_when_it_is_told() -> None:
 
 
 def test_events_and_status_tell_virtual_time() -> None:
-    """As the scheduler's decisions do."""
+    """Events and statuses have virtual times, as the scheduler's decisions do."""
     with no_leaks(), FakeMachine(keep_alive="60s") as fake:
         fake.model("chat", load="3s")
         events = fake.scheduler.events()
@@ -76,7 +76,7 @@ def test_events_and_status_tell_virtual_time() -> None:
 
 
 def test_a_time_limit_passes_at_once_in_real_time() -> None:
-    """The runner that is in the way is in use for longer."""
+    """A request's time limit passes at once in real time while a busy runner holds its memory."""
     with no_leaks(), FakeMachine("6GiB") as fake:
         fake.model("chat", size="4GiB").model("code", size="4GiB")
         with fake.scheduler.acquire("chat"):
@@ -103,7 +103,7 @@ def test_threads_of_a_program_meet_at_moments_that_the_test_chooses() -> None:
 
 
 def test_a_request_of_another_thread_waits_for_the_release_whatever_the_time_is() -> None:
-    """Time has run ahead to all that the scheduler had noted; the lease holds its runner all the same."""
+    """A request waits for a lease to be released, although virtual time has passed every deadline."""
     with no_leaks(), FakeMachine("6GiB", max_wait="2m", min_residency=0) as fake:
         fake.model("chat", size="4GiB").model("code", size="4GiB", load="5s")
         lease = fake.scheduler.acquire("chat")
@@ -121,7 +121,7 @@ def test_a_request_of_another_thread_waits_for_the_release_whatever_the_time_is(
 
 @pytest.mark.parametrize("named", ["chat", Path("models/chat.gguf"), "/srv/chat.gguf", ModelSpec("chat", "any.gguf")])
 def test_a_model_is_found_by_its_name(named: str | Path | ModelSpec) -> None:
-    """Whatever a program calls it."""
+    """A model is found by name, path and spec."""
     with no_leaks(), FakeMachine() as fake:
         fake.model("chat")
         with fake.scheduler.acquire(named) as lease:
@@ -129,7 +129,7 @@ def test_a_model_is_found_by_its_name(named: str | Path | ModelSpec) -> None:
 
 
 def test_a_model_that_was_not_declared_is_not_found() -> None:
-    """Neither by name, where the error says which models there are, nor by path."""
+    """A model that was not declared is not found by path or by name, and the error has the declared names."""
     with no_leaks(), FakeMachine() as fake:
         fake.model("chat")
         with pytest.raises(ModelNotFound) as caught:
@@ -140,7 +140,7 @@ def test_a_model_that_was_not_declared_is_not_found() -> None:
 
 
 def test_memory_is_what_was_declared() -> None:
-    """On the host and on GPUs; what never fits is refused, what fits is evicted for."""
+    """Memory of the host and of GPUs is as declared: a model that never fits is refused, and one that fits evicts."""
     with no_leaks(), FakeMachine({"cpu": "2GiB", "gpu0": "8GiB"}, min_residency=0) as fake:
         fake.model("large", size={"gpu0": "6GiB"}).model("other", size={"gpu0": "5GiB", "cpu": "1GiB"})
         fake.model("huge", size={"gpu0": "9GiB"})
@@ -153,7 +153,7 @@ def test_memory_is_what_was_declared() -> None:
 
 
 def test_a_memory_limit_can_change() -> None:
-    """`configure` waits for a reading with it, as it does on a real machine."""
+    """`configure` with another memory limit waits for a reading, as on a real machine."""
     with no_leaks(), FakeMachine("8GiB") as fake:
         fake.model("chat", size="4GiB")
         fake.scheduler.preload("chat").result(10)
@@ -162,7 +162,7 @@ def test_a_memory_limit_can_change() -> None:
 
 
 def test_an_object_is_really_loaded_and_unloaded() -> None:
-    """It takes the bytes that it declares itself, and the seconds that the test declares."""
+    """An object is loaded and unloaded for real, with the memory that it declares and the seconds of the test."""
     unloaded: list[str] = []
     model = PythonModel("index", load=lambda: "an index", unload=unloaded.append, memory={"cpu": "1GiB"})
     with no_leaks(), FakeMachine() as fake:
@@ -175,7 +175,7 @@ def test_an_object_is_really_loaded_and_unloaded() -> None:
 
 
 def test_an_object_whose_load_raises_fails_to_load() -> None:
-    """With what it raised."""
+    """An object whose load raises fails to load with what was raised."""
 
     def load() -> object:
         raise OSError("no such index")
@@ -188,7 +188,7 @@ def test_an_object_whose_load_raises_fails_to_load() -> None:
 
 
 def test_a_lease_answers_what_was_declared() -> None:
-    """By every method of a lease, through the real client."""
+    """Every method of a lease answers what was declared, through the real client."""
     with no_leaks(), FakeMachine() as fake:
         fake.model("chat", answer=lambda text: text.upper(), vector=[0.5, 0.25])
         with fake.scheduler.acquire("chat") as lease:
@@ -200,7 +200,7 @@ def test_a_lease_answers_what_was_declared() -> None:
 
 
 def test_an_event_loop_is_served() -> None:
-    """Requests and answers alike."""
+    """An event loop can request leases and use them."""
 
     async def main(fake: FakeMachine) -> list[str]:
         async with fake.scheduler.acquire_async("chat") as lease:
@@ -215,7 +215,7 @@ def test_an_event_loop_is_served() -> None:
 
 
 def test_a_load_fails_when_it_is_told_to() -> None:
-    """At the end of its load time, and the model is backed off; then it loads."""
+    """A load that is told to fail fails at the end of its load time, and its model loads after the back-off."""
     with no_leaks(), FakeMachine() as fake:
         fake.model("chat", load="3s")
         fake.fail_load("chat", "no such tensor")
@@ -228,7 +228,7 @@ def test_a_load_fails_when_it_is_told_to() -> None:
 
 
 def test_a_load_that_runs_out_of_memory_says_so() -> None:
-    """As often as it is told to."""
+    """A load runs out of memory as often as it is told to."""
     with no_leaks(), FakeMachine() as fake:
         fake.model("chat")
         fake.fail_load("chat", out_of_memory=True, times=9)
@@ -238,7 +238,7 @@ def test_a_load_that_runs_out_of_memory_says_so() -> None:
 
 
 def test_a_load_longer_than_the_load_timeout_is_stalled() -> None:
-    """A fake load shows no progress before its end."""
+    """A load that is longer than the load timeout is stopped, because a fake load shows no progress."""
     with no_leaks(), FakeMachine(load_timeout="5m") as fake:
         fake.model("chat", load="6m")
         with pytest.raises(LoadTimeout):
@@ -247,7 +247,7 @@ def test_a_load_longer_than_the_load_timeout_is_stalled() -> None:
 
 
 def test_a_runner_dies_when_it_is_told_to() -> None:
-    """Its lease is lost, and the next request is given another runner."""
+    """A runner that is told to crash loses its lease, and the next request gets another runner."""
     with no_leaks(), FakeMachine() as fake:
         fake.model("chat", answer="Hi!")
         with fake.scheduler.acquire("chat") as lease:
@@ -265,7 +265,7 @@ def test_a_runner_dies_when_it_is_told_to() -> None:
 
 
 def test_a_close_breaks_leases_without_waiting_in_real_time() -> None:
-    """The time-out of the close is virtual too."""
+    """The time limit of a close is virtual, so that leases are revoked without a wait in real time."""
     with no_leaks():
         fake = FakeMachine(close_timeout="10m").model("chat")
         lease = fake.scheduler.acquire("chat")
@@ -280,7 +280,7 @@ def test_a_close_breaks_leases_without_waiting_in_real_time() -> None:
 
 
 def test_a_failed_decision_does_not_hang_a_test(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A machine whose core has failed closes as a scheduler does."""
+    """A machine whose core has raised closes like a scheduler."""
     with no_leaks(), FakeMachine() as fake:
         fake.model("chat").model("code")
         fake.scheduler.acquire("chat").release()
@@ -291,7 +291,7 @@ def test_a_failed_decision_does_not_hang_a_test(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_the_fixture_is_a_machine(fake_machine: FakeMachine) -> None:  # noqa: F811
-    """A test adds its models to it."""
+    """The fixture gives a test a fake machine, to which it adds its models."""
     fake_machine.model("chat", size="4GiB", load="3s")
     fake_machine.scheduler.acquire("chat").release()
     assert fake_machine.running == ["chat"]

@@ -158,7 +158,7 @@ def test_a_mutant_that_does_anything_else_is_saved_and_can_be_made_again(
     first = capsys.readouterr().err
     saved = [path.read_bytes() for path in tmp_path.iterdir()]
     assert len(saved) == 1 and "not as written" in first and str(tmp_path) in first
-    monkeypatch.setattr(sys, "argv", ["fuzz", *first.split("tests.fuzz_metadata ")[1].split()])
+    monkeypatch.setattr(sys, "argv", ["fuzz", *first.split("tests.tools.fuzz_metadata ")[1].split()])
     assert fuzz_metadata.main() == 1
     again = capsys.readouterr().err
     assert again.split("\n")[-3:] == first.split("\n")[-3:]

@@ -232,7 +232,7 @@ def test_tests_keep_out_of_the_developers_own_file(footprints: Path) -> None:
     """Each test has a file of its own, and child processes have none."""
     path = Settings().measurement_file
     assert path is not None and path.parent == footprints
-    assert Settings.from_environment().footprints is None
+    assert Settings.from_environment().measurement_file is None
 
 
 def test_the_file_is_what_any_tool_can_read(store: Path, model: Path) -> None:

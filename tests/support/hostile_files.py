@@ -168,7 +168,7 @@ VALUES = {
     "a text of 2^64 - 1 bytes": bad("longer than the rest", MOST, of_kind("k", TEXT, MOST)),
     "a text of a gibibyte and one": Content(
         lambda: a_model(of_kind("k", TEXT, struct.pack("<Q", (1 << 30) + 1))),
-        "longer than any may be",
+        "longer than a text may be",
         struct.pack("<Q", (1 << 30) + 1),
         TIB,
     ),

@@ -66,7 +66,7 @@ def _select_victims(
     taken = context.claimed.union(runner.id for runner in forced)
     context.waiting += 1
     if _suffices(context, need, DRAINED, must):
-        return [], VictimSet(tuple(must), 0.0, 1)
+        return [], VictimSet(tuple(must), 0.0)
     may = context.candidates.evictable_until(bound, taken)
     memories = context.availability.memories(need)
     where = [device for device in memories if device != HOST] or memories

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from fsm.domain.devices import DeviceId
 from fsm.eviction.policies import Candidate, EvictionPolicy
-from fsm.eviction.victim_selection import MOST_SETS, Amount, SelectionProblem, VictimSet, choose_victims
+from fsm.eviction.victim_selection import Amount, SelectionProblem, VictimSet, choose_victims
 from fsm.machine.request import ModelId
 from fsm.machine.runner import EXPIRING, LOADING, Runner, RunnerId
 from fsm.messages.reasons import WaitReason
@@ -44,7 +44,6 @@ class PlanningContext:
         self.availability.add(DRAINED, [runner for runner in self.leaving if runner.leases])
         self.unmovable = len(state.runners) - len(movable)
         self.claimed: set[RunnerId] = set()  # victims of earlier lines
-        self.sets_left = MOST_SETS
         self.successors: Counter[ModelId] = Counter()  # lines for a model behind the first of them
         self.loading = [runner for runner in state.runners.values() if runner.state is LOADING]
         self.awaited = {runner.id for runner in self.loading if state.groups_served_by(runner)}
@@ -72,10 +71,7 @@ class PlanningContext:
         frees: Callable[[Candidate], Amount],
         least: int = 0,
     ) -> VictimSet | None:
-        question = SelectionProblem(suffices, frees, least, max(0, self.sets_left))
-        choice = choose_victims(self.state.now, may, must, question)
-        self.sets_left -= choice.tried if choice else 0
-        return choice
+        return choose_victims(self.state.now, may, must, SelectionProblem(suffices, frees, least))
 
     def frees(self, memories: Sequence[DeviceId]) -> Callable[[Candidate], Amount]:
         """Return what tells how much a candidate frees of each memory."""

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 
 from fsm.eviction.policies import POLICIES, Candidate, ExpectedReloadCost, LeastRecentlyUsed
 from fsm.eviction.victim_selection import (
-    MOST_SETS,
     SelectionProblem,
     VictimSet,
     apply_policy,
@@ -61,37 +60,30 @@ AMOUNT = st.integers(0, 12)
     st.integers(1, 2),
 )
 @settings(max_examples=300, deadline=None)
-def test_no_set_that_makes_room_is_cheaper(
+def test_a_set_makes_room_touches_no_tier_in_vain_and_has_no_idle_member(
     drawn: list[tuple[int, int, int, bool, bool]], needed: tuple[int, int], devices: int
 ) -> None:
-    """No set that frees enough is cheaper in its last tier, nor in the tiers before it."""
+    """The set frees enough, touches no later tier than it must, and without any of its members frees too little."""
     candidates = [
         a_candidate(place, cost / 4, first + second, leases=int(busy), keep_alive_s=math.inf if kept else 300.0)
         for place, (cost, first, second, busy, kept) in enumerate(drawn)
     ]
     amounts = {place: one[1 : 1 + devices] for place, one in enumerate(drawn)}
-    question = ask(needed[:devices], amounts)
-    chosen = choose_victims(NOW, candidates, (), question)
+    problem = ask(needed[:devices], amounts)
+    chosen = choose_victims(NOW, candidates, (), problem)
     every = [list(some) for count in range(len(drawn) + 1) for some in combinations(candidates, count)]
-    enough = [some for some in every if question.suffices(some)]
+    enough = [some for some in every if problem.suffices(some)]
     if not enough:
         assert chosen is None
         return
-    assert chosen is not None and chosen.exact and question.suffices(chosen.victims)
-
-    tiers = sorted({eviction_tier(one, NOW) for one in candidates}, reverse=True)
-
-    def parts(some: Sequence[Candidate]) -> list[set[int]]:
-        return [{one.runner for one in some if eviction_tier(one, NOW) == level} for level in tiers]
-
-    def cost(part: set[int]) -> tuple[bool, float]:
-        return bool(part), sum(candidates[place].cost_s or 0.0 for place in part)
-
-    rivals, taken = [parts(some) for some in enough], parts(chosen.victims)
-    for place, part in enumerate(taken):
-        assert cost(part) == min(cost(rival[place]) for rival in rivals)
-        rivals = [rival for rival in rivals if rival[place] == part]
+    assert chosen is not None and problem.suffices(chosen.victims)
     assert chosen.cost_s == sum(one.cost_s or 0.0 for one in chosen.victims)
+    assert not any(problem.suffices([one for one in chosen.victims if one is not kept]) for kept in chosen.victims)
+
+    def last_tier(some: Sequence[Candidate]) -> tuple[bool, ...]:
+        return max((eviction_tier(one, NOW) for one in some), default=())
+
+    assert last_tier(chosen.victims) == min(map(last_tier, enough))
 
 
 @given(
@@ -99,27 +91,27 @@ def test_no_set_that_makes_room_is_cheaper(
     st.floats(0.05, 0.9),
 )
 @settings(max_examples=20, deadline=None)
-def test_however_many_sets_there_are_only_so_many_are_looked_at(drawn: list[tuple[int, int, int]], part: float) -> None:
-    """The search tries a bounded number of sets, and its result frees enough and costs no more than a plain order."""
+def test_a_set_costs_no_more_than_either_plain_order(drawn: list[tuple[int, int, int]], part: float) -> None:
+    """The set costs no more than the cheapest candidates, or the cheapest by the byte, with few placements tried."""
     candidates = [a_candidate(place, cost / 100, one + two) for place, (cost, one, two) in enumerate(drawn)]
     needed = [int(part * sum(one[device] for one in drawn)) for device in (1, 2)]
-    question = ask(needed, {place: one[1:] for place, one in enumerate(drawn)})
+    problem = ask(needed, {place: one[1:] for place, one in enumerate(drawn)})
     planned = 0
 
     def suffices(victims: Sequence[Candidate]) -> bool:
         nonlocal planned
         planned += 1
-        return question.suffices(victims)
+        return problem.suffices(victims)
 
-    chosen = choose_victims(NOW, candidates, (), replace(question, suffices=suffices))
-    assert chosen is not None and question.suffices(chosen.victims)
-    in_turn = sorted(candidates, key=lambda one: one.cost_s or 0.0)
-    plain = choose_victims(NOW, [replace(one, cost_s=None) for one in in_turn], (), question)
-    assert plain is not None and chosen.cost_s is not None
+    chosen = choose_victims(NOW, candidates, (), replace(problem, suffices=suffices))
+    assert chosen is not None and chosen.cost_s is not None and problem.suffices(chosen.victims)
     known = {one.runner: one.cost_s or 0.0 for one in candidates}
-    assert chosen.cost_s <= sum(known[victim.runner] for victim in plain.victims) + 1e-9
-    assert planned <= MOST_SETS + 2
-    assert chosen.tried <= MOST_SETS + 2
+    for key in (lambda one: known[one.runner], lambda one: known[one.runner] / one.held_bytes):
+        in_turn = [replace(one, cost_s=None) for one in sorted(candidates, key=key)]
+        plain = choose_victims(NOW, in_turn, (), problem)
+        assert plain is not None
+        assert chosen.cost_s <= sum(known[victim.runner] for victim in plain.victims) + 1e-9
+    assert planned <= 4 * len(candidates)
 
 
 # -- what counts before costs -----------------------------------------------------------------------------------------
@@ -238,7 +230,6 @@ def test_a_decision_shows_whom_it_considered_and_what_each_would_cost() -> None:
         room.victims,
         sum(one.cost_s or 0.0 for one in room.victims),
     )
-    assert room.victim_set.tried > 0
 
 
 # -- the policy "reuse" -----------------------------------------------------------------------------------------------

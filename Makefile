@@ -41,7 +41,7 @@ help:
 	@echo "make race    race loadmaster against llama.cpp's router (LLAMA_SERVER=PATH), Ray Serve (RAY_PYTHON=PATH) and the reference's order"
 	@echo "make mutation  change the core in small ways and see which changes no test notices (an hour; goes on where it was)"
 	@echo "make trace-request  count the files and functions of this project that one request passes (VERBOSE=1 lists them)"
-	@echo "make docs    draw docs/states.md again from the state machines"
+	@echo "make docs    write docs/states.md and docs/invariants.md again from the tables and checks of the core"
 	@echo "make clean   remove everything that was installed or generated here"
 
 run: $(FOR_RUN)
@@ -108,6 +108,7 @@ trace-request: $(FOR_TEST)
 
 docs: $(FOR_TEST)
 	$(BIN)/python -m fsm.machine.state_diagram > docs/states.md
+	$(BIN)/python -m fsm.verification.properties > docs/invariants.md
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage

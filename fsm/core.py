@@ -129,10 +129,6 @@ class Core:
         """Return when the next Tick is due, or a little before; infinite when nothing is."""
         return self._state.timers.deadline()
 
-    def check(self) -> None:
-        """Raise AssertionError where an invariant does not hold."""
-        self._state.check()
-
     def failures(self) -> tuple[str | ClaimMissed, ...]:
         """Return what went wrong around decisions and was worked round; a text is what the eviction policy raised."""
         return tuple(filter(None, (self.policy_failure, self._context.claim_failure)))

@@ -1,4 +1,4 @@
-"""The state of the core: models, runners, requests, lines, memory and time, and what must always be true of them."""
+"""The state of the core: models, runners, requests, lines, memory and time."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from fsm.domain.devices import DeviceId
 from fsm.domain.record import Record
 from fsm.eviction.reuse_prediction import Histogram
-from fsm.machine.request import ModelId, Purpose, Request, RequestId, RequestSpec, RequestState
-from fsm.machine.runner import EXPIRING, IDLE, LOADING, READY, UNLOADED, Runner, RunnerId
+from fsm.machine.request import ModelId, Purpose, Request, RequestId, RequestSpec
+from fsm.machine.runner import EXPIRING, Runner, RunnerId
 from fsm.state.core_config import CoreConfig
 from fsm.state.memory_ledger import Ledger
 from fsm.state.model_record import ModelRecord
@@ -146,78 +146,6 @@ class CoreState(Record):
     def overfull(self) -> bool:
         """Tell whether more may be alive than the limit that is set, or more be held than there is since it shrank."""
         return bool(self.ledger.overcommitted) or 0 < self.config.max_runners < self.processes
-
-    def check(self) -> None:
-        """Raise AssertionError where an invariant does not hold; for tests and searches, after every step."""
-        leases, processes, working = set[RequestId](), 0, 0
-        for runner in self.runners.values():
-            self._check_runner(runner)
-            leases |= runner.leases
-            processes += runner.process
-            working += runner.state is READY and runner.on_host
-        queued = [request for group in self.groups.values() for request in group.requests.values()]
-        assert len(queued) == self.queued, "the queue is miscounted"
-        assert self.ranks == sorted(self.rank(group.head) for group in self.groups.values()), "a line is out of turn"
-        listed = [spec for model, specs in self.specs_by_model.items() for spec in specs if spec.model == model]
-        wanted = len(listed) == len(self.groups) and all(spec in self.groups for spec in listed)
-        assert wanted and all(self.specs_by_model.values()), "a line is under no model, or another's"
-        assert processes == self.processes, "the processes are miscounted"
-        assert all(group.requests for group in self.groups.values()), "an empty line"
-        assert all(request.state is RequestState.queued for request in queued), "answered, but still in a line"
-        held = {id for id, request in self.requests.items() if request.state is RequestState.granted}
-        assert held | {request.id for request in queued} == set(self.requests), "neither queued nor granted"
-        owners = {("runner", id) for id in self.runners} | {("memory", id) for id in held - leases}
-        assert owners == set(self.ledger.accounts), "an account without an owner, or the other way round"
-        for device, sample in self.ledger.devices.items():
-            promised = self.ledger.reserved_bytes(device)
-            fits = promised <= sample.capacity_bytes
-            assert fits or device in self.ledger.overcommitted, f"{device}: promised more than there is"
-        assert working == self.busy_on_host <= self.peak_busy_on_host, "those at work are miscounted"
-        assert not (self.closing and self.groups), "somebody waits for a closed scheduler"
-        loaded = [runner for runner in self.runners.values() if runner.current and runner.state is not LOADING]
-        assert not any(map(self.groups_served_by, loaded)), "somebody waits for what is there"
-        self._check_claims()
-        waited_for = {spec.model for spec in self.groups}
-        ahead = [model for model, _ in self.prefetching]
-        assert waited_for.issuperset(ahead), "a file is read ahead for nobody"
-        read = sum(size > 0 for _, size in self.prefetching)  # the others keep their places in the order alone
-        assert len(set(ahead)) == len(ahead) and read <= self.config.prefetches, "more files are read ahead than may be"
-
-    def _check_runner(self, runner: Runner) -> None:
-        assert runner.state is not UNLOADED, f"{runner} is unloaded but listed"
-        assert (runner.state is READY) <= bool(runner.leases), f"{runner} is ready without a lease"
-        assert bool(runner.leases) <= (runner.state in (READY, EXPIRING)), f"{runner} holds leases it may not"
-        assert runner.current == (self.models[runner.model].current is runner), f"{runner}: not its model's current one"
-        assert runner.process or (runner.state is EXPIRING and not runner.leases), f"{runner} serves without a process"
-        default = runner.keep_alive_s == self.config.keep_alive_s
-        assert default or not runner.uses_default_keep_alive, f"{runner}: neither the default nor one named"
-        assert not (runner.stopping and runner.leases), f"{runner} is stopped in use"
-        lingers = runner.process and runner.state is EXPIRING and not runner.leases and not runner.stopping
-        assert not lingers, f"{runner} is neither in use nor stopped"
-        for lease in runner.leases:
-            assert self.requests[lease].runner == runner.id, f"lease {lease} is on another runner"
-        account = self.ledger.accounts["runner", runner.id]
-        for device, promised in account.reserved.items() if account.peak_observed else ():
-            most = account.peak.get(device, promised) + account.expected_growth.get(device, 0)
-            assert promised <= most, f"{runner}: more is promised than was measured"
-        assert account.peak_observed <= (runner.loaded_at is not None), f"{runner} has settled before it served"
-        timed = runner.state is IDLE and runner.keep_alive_s < math.inf and not self.models[runner.model].pinned
-        assert timed == (self.timers.at(("keep-alive", runner.id)) < math.inf), f"{runner}: keep-alive clock"
-        assert (runner.state is LOADING) == (self.timers.at(("load", runner.id)) < math.inf), f"{runner}: load clock"
-
-    def _check_claims(self) -> None:
-        under = [runner for runner in self.runners.values() if runner.claim]
-        numbers = {*self.claims, *(runner.claim for runner in under)}
-        assert len(numbers) == len(self.claims) + len(under), "a claim is used twice"
-        assert all(number < self.next_claim for number in numbers), "a claim that was never made"
-        assert len(self.claims) <= len(self.groups), "a claim for nobody"
-        for claim in self.claims.values():
-            assert not claim.had and claim.devices, f"{claim}: had, but nothing was launched"
-            assert self.timers.at(("claim", claim.number)) == claim.by, f"{claim}: nothing ends the wait for it"
-        for runner in under:
-            assert runner.process and runner.loaded_at is None, f"{runner} keeps devices that it needs no more"
-            timed = self.timers.at(("claim", runner.claim)) < math.inf
-            assert timed == runner.stopping, f"{runner}: how long it keeps its devices"
 
     def copy(self) -> CoreState:
         """Return an independent copy; what is immutable is shared."""

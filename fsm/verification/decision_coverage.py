@@ -168,7 +168,7 @@ def situation_of(core: Core, event: Event) -> Situation:
     state = core._state
     kind = type(event)
     if kind in POOL_EVENTS:
-        return "closing" if state.closing else "somebody waits" if state.queued else "nobody waits"
+        return "closing" if state.closing else "requests wait" if state.queued else "no request waits"
     match event:
         case Release(id) | Cancel(id):
             request = state.requests.get(id)

@@ -1,4 +1,4 @@
-"""A small world around a core: which events may come next, and which come where nothing goes wrong."""
+"""The environment of a core in a search: which events may come next, and which come while no fault happens."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class Scenario:
     hangs: bool = False  # runners may stop answering, and loads show that they are alive
     fills: bool = False  # contexts may be filled, after which what was measured counts
     pins: bool = False
-    expires: bool = True  # somebody may ask for a model to leave
+    expires: bool = True  # models may be expired
     closes: bool = True
     other_devices: Amounts = ()  # the devices may come to these capacities, and back again
     configures: tuple[Configure, ...] = ()  # limits may be changed like this
@@ -72,7 +72,7 @@ class Scenario:
 
 @dataclass(frozen=True, slots=True)
 class IdHighWater:
-    """The highest number of each kind that was ever in use, as the world remembers it; the core's word is not taken."""
+    """The highest number of each kind that was ever in use, remembered outside the core."""
 
     requests: int = 0
     runners: int = 0
@@ -100,7 +100,7 @@ def begin(core: Core, scenario: Scenario) -> None:
 
 
 def kinds(scenario: Scenario) -> Mapping[ModelId, object]:
-    """Return what each model is to the scenario: those of one kind may be exchanged for one another."""
+    """Return what each model is to the scenario: models of one kind may be exchanged for one another."""
     return {
         id: (info, frozenset(replace(spec, model=ModelId("")) for spec in scenario.specs if spec.model == id))
         for id, info in scenario.models
@@ -131,7 +131,7 @@ def enabled_events(core: Core, scenario: Scenario, past: IdHighWater) -> Iterato
     for request in state.requests.values():
         if request.state is RequestState.granted:
             yield Release(request.id)
-        yield Cancel(request.id)  # of who was granted: the Grant and their leaving crossed
+        yield Cancel(request.id)  # of a granted request too: the Grant and the Cancel crossed
     for model in state.models.values():
         if model.inspecting:
             yield _inspected(model.id, scenario)
@@ -155,10 +155,10 @@ def enabled_events(core: Core, scenario: Scenario, past: IdHighWater) -> Iterato
 
 
 def stale_events(core: Core, past: IdHighWater) -> Iterator[Event]:
-    """Yield what may come although its time is over, of the latest lives that have ended; none of it changes anything.
+    """Yield late events, about the latest requests, runners and claims that have ended; none changes anything.
 
-    A request that is known asks again, one that is over or still waits is released, a process that is gone has its say,
-    one that serves says once more that it has loaded, and who closes what is closing already allows more time.
+    An Acquire repeats a known request, a Release names a request that is over or still queued, a runner's event comes
+    after the exit of its process or repeats that it has loaded, and a second Close allows more time than the first.
     """
     state = core._state
     over = next(id for id in range(past.requests, -1, -1) if id not in state.requests)
@@ -189,10 +189,11 @@ def stale_events(core: Core, past: IdHighWater) -> Iterator[Event]:
 
 
 def fair_next_event(core: Core, scenario: Scenario) -> Event | None:
-    """Return what comes next where nothing goes wrong, nobody new asks and nobody leaves; None: all is over.
+    """Return the next event while no fault happens and no request comes or is cancelled; None: all is over.
 
-    Leases are given back once nothing else is under way, and models asked to leave once nobody waits. A pool that is
-    closed gets no such help: no claim is had, nothing loads, no lease comes back, and time passes for the leases alone.
+    Leases are released once nothing else is under way, and models are expired once no request waits. A closing
+    scheduler gets no such help: no claim is granted, no load ends, no lease is released, and time passes for the leases
+    alone.
     """
     state = core._state
     for model in state.models.values():
@@ -216,7 +217,7 @@ def fair_next_event(core: Core, scenario: Scenario) -> Event | None:
             all(read.total_available(gpu) >= for_us for gpu, for_us in runner.recovery_targets.items())
             for runner in gone
         )
-        return reading if back else Tick()  # what others took meanwhile hides it: the wait ends by itself
+        return reading if back else Tick()  # other programs took memory meanwhile: the wait ends by its own time-out
     if state.closing:
         return Tick() if any(runner.leases for runner in state.runners.values()) else None
     for request in state.requests.values():
@@ -241,7 +242,7 @@ def sampled(
 ) -> Sampled:
     """Return what a reading of the devices finds: what a loaded process occupies is gone from what is free.
 
-    With `back=False` the memory of processes that are gone is still missing; an `early` reading began before they went.
+    With `back=False` the memory of ended processes is still missing; an `early` reading began before they ended.
     Other programs hold `strangers_bytes` of each GPU.
     """
     now = tuple((sample.id, sample.capacity_bytes) for sample in core._state.ledger.devices.values())

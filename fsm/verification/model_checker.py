@@ -1,14 +1,14 @@
-"""The states that a small core can reach, breadth first: what must always hold does in each, and each can be left.
+"""The model checker: it searches the states that a small core can reach, breadth first.
 
-A search ends when there are no more, or after as many as its scenario says.
+A search ends when every state was expanded, or after as many states as its scenario says.
 
-Safety: after every event the core's own check holds, no step is wrong by the rules of `judge`, and what comes too late
-changes nothing. Liveness: from every state the order of a world without faults, new requests and leave-taking leads to
-one where everybody is answered and the pool is empty. Where keep-alives are infinite no idle timer can help with that.
+Safety: after every event every property of a state and of a transition holds, and a late event changes nothing.
+Liveness: from every state the fair order of events, without faults, new requests and cancellations, leads to a state in
+which every request is answered and no runner is left. Infinite keep-alives keep idle timers from helping with that.
 
-The search is of the real core, not of a model of it; what is found comes with the shortest way to it. Two things are
-made smaller than life. The eviction policy is an oracle: each victim that may be preferred is tried. Time goes from
-deadline to deadline, and states whose deadlines come in the same order are taken for one.
+The search is of the real core, not of a model of it, and a violation comes with the shortest trace to it. Two things
+are simplified. The eviction policy is nondeterministic: each candidate is tried as the first victim. Time goes from
+deadline to deadline, and states whose deadlines come in the same order count as one state.
 """
 
 from __future__ import annotations
@@ -37,11 +37,40 @@ from fsm.verification.environment import (
     stale_events,
     time_of,
 )
+from fsm.verification.property import Checks, Kind, Violated, declare
+from fsm.verification.state_invariants import check_state, name_of
 from fsm.verification.state_key import StateKeys
-from fsm.verification.transition_invariants import judge
+from fsm.verification.transition_invariants import check_step
 
 UNKNOWN, END = -1, -2  # in place of a state's number
-LONGEST_WAY = 1000  # events from any state to the end of everything
+LONGEST_TRACE = 1000  # events from any state to the end of everything
+
+RAISES_NOTHING = declare(
+    "no event makes the core raise",
+    Kind.transition,
+    "The core takes in every event, late and duplicate ones too, and raises nothing.",
+    __name__,
+    ids=("D09",),
+    asked_by=("search", "simulation", "core tests"),
+)
+LATE_CHANGES_NOTHING = declare(
+    "a late event changes nothing",
+    Kind.transition,
+    "An event that comes when its request, runner or device claim is over, or a second time, has no effect.",
+    __name__,
+    ids=("D05",),
+    asked_by=("search",),
+)
+EVERYTHING_ENDS = declare(
+    "every request is answered in the end",
+    Kind.trace,
+    "Where no fault happens and no new request comes, every request is answered, every lease comes back, and every "
+    "runner is unloaded; a scheduler that is closed finishes.",
+    __name__,
+    asked_by=("search", "simulation", "core tests"),
+)
+
+of_new_state = Checks[Core](Kind.state, "search")  # asked once of each state: it takes long
 
 Watch = Callable[[int, int], None]  # called with the states and edges seen so far
 Trace = tuple["Step", ...]
@@ -49,14 +78,14 @@ Trace = tuple["Step", ...]
 
 @dataclass(slots=True)
 class NondeterministicPolicy:
-    """A policy that may prefer any runner there is to choose from."""
+    """A policy that may prefer any of the candidates."""
 
-    name: str = "oracle"
+    name: str = "nondeterministic"
     first: int = 0  # which candidate is preferred
-    most: int = 1  # candidates that there were to choose from
+    most: int = 1  # candidates, in the longest list since the last reset
 
     def order(self, now: float, candidates: Sequence[Candidate]) -> Sequence[Candidate]:
-        """Return them beginning with the one that is preferred this time."""
+        """Return the candidates, beginning with the candidate that is preferred this time."""
         self.most = max(self.most, len(candidates))
         at = self.first % max(1, len(candidates))
         return [*candidates[at:], *candidates[:at]]
@@ -64,7 +93,7 @@ class NondeterministicPolicy:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One step of a way: when, what happened, and what the core said to do."""
+    """One step of a trace: when, the event, and the commands of the core."""
 
     now: float
     event: Event
@@ -73,9 +102,10 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Violation:
-    """What does not hold, and the shortest way to it."""
+    """What does not hold, and the shortest trace to it."""
 
-    what: str
+    name: str  # of the property
+    what: str  # in words: its name, and where it does not hold
     trace: Trace
 
 
@@ -92,11 +122,11 @@ class Exploration:
 
 
 class _Broken(Exception):
-    """Something does not hold in a state; with the event that showed it, and the oracle's choice."""
+    """A property does not hold in a state; with the event that showed it, and the choice of the policy."""
 
-    def __init__(self, what: str, state: int, event: Event | None = None, choice: int = 0) -> None:
-        super().__init__(what)
-        self.what, self.state, self.event, self.choice = what, state, event, choice
+    def __init__(self, violated: Violated, state: int, event: Event | None = None, choice: int = 0) -> None:
+        super().__init__(violated)
+        self.violated, self.state, self.event, self.choice = violated, state, event, choice
 
 
 def explore(
@@ -119,13 +149,13 @@ class _Search:
         self.most = most
         self.make = make
         self.watch = watch
-        self.oracle = NondeterministicPolicy()
+        self.policy = NondeterministicPolicy()
         self.canonical = StateKeys(kinds(scenario), configures=bool(scenario.configures))
         self.seen: dict[bytes, int] = {}
         self.parents = array("q")  # by state: the one it was first reached from
         self.arrivals: list[tuple[Event, int] | None] = []  # by state: the event that led there, and the choice
         self.depths = array("q")
-        self.nexts = array("q")  # by state: where the world's order leads
+        self.nexts = array("q")  # by state: where the fair order of events leads
         self.edges = 0
 
     def run(self) -> Exploration:
@@ -138,11 +168,12 @@ class _Search:
                 expanded, core, past = frontier.popleft()
                 frontier.extend(self._expand(expanded, core, past))
                 self.watch(len(self.seen), self.edges)
-                if self.nexts[expanded] == UNKNOWN:  # no end: that is told below, of the first state that leads there
+                if self.nexts[expanded] == UNKNOWN:  # no end: reported below, for the first state that leads there
                     break
             self._see_that_all_end({number: core for number, core, _ in frontier})
         except _Broken as broken:
-            violation = Violation(broken.what, self._way(broken))
+            name, what = broken.violated.property.name, str(broken.violated)
+            violation = Violation(name, what, self._trace(broken))
         depth = self.depths[expanded] if self.seen else 0
         complete = violation is None and not frontier
         return Exploration(self.scenario.name, len(self.seen), self.edges, depth, complete, violation)
@@ -152,7 +183,7 @@ class _Search:
         return self._see(self.canonical.key(core), UNKNOWN, None), core, IdHighWater()
 
     def _start(self) -> Core:
-        core = self.make(self.scenario.limits, self.oracle)
+        core = self.make(self.scenario.limits, self.policy)
         begin(core, self.scenario)
         return core
 
@@ -166,14 +197,14 @@ class _Search:
         return number
 
     def _expand(self, number: int, core: Core, past: IdHighWater) -> Iterator[tuple[int, Core, IdHighWater]]:
-        """Try everything that may come next; yield the states that are new."""
+        """Try every event that may come next; yield the states that are new."""
         self._too_late(number, core, past)
         in_order = fair_next_event(core, self.scenario)
         for event in enabled_events(core, self.scenario, past):
             choice, choices = 0, 1
             while choice < choices:
                 after, commands = self._try(number, core, event, choice, past)
-                choices = max(choices, self.oracle.most)
+                choices = max(choices, self.policy.most)
                 key = self.canonical.key(after)
                 if (found := self.seen.get(key)) is None:
                     found = self._see(key, number, (event, choice))
@@ -182,44 +213,46 @@ class _Search:
                 if choice == 0 and event == in_order:
                     self.nexts[number] = found
                 choice += 1
-        if self.nexts[number] == UNKNOWN:  # the scenario has nobody do what comes next in order
+        if self.nexts[number] == UNKNOWN:  # the scenario lacks the fair next event
             self.nexts[number] = self._come_back(number, core)
 
     def _try(self, number: int, core: Core, event: Event, choice: int, past: IdHighWater) -> tuple[Core, list[Command]]:
         after = core.copy()
         after.plans = []
-        self.oracle.first, self.oracle.most = choice, 1
+        self.policy.first, self.policy.most = choice, 1
         self.edges += 1
         try:
             commands = after.step(time_of(core, event), event)
-            after.check()
-            judge(core, event, commands, after, past)
+            check_state(after)
+            check_step(core, event, commands, after, past)
         except Exception as error:
-            raise _Broken(_said(error, after), number, event, choice) from error
+            raise _Broken(_violated(error, after), number, event, choice) from error
         after.plans = None
         return after, commands
 
     def _leaves_nothing_undone(self, number: int, event: Event, choice: int, after: Core) -> None:
-        """See that nobody misses a change: a later event would plan anew, and hide that this one has not."""
-        if undone := after.undone():
-            raise _Broken(f"left undone: {_brief(undone[0])}", number, event, choice)
+        """Ask the properties of a new state: a later event would plan anew, and hide that this event has not."""
+        try:
+            of_new_state.ask(after)
+        except Violated as violated:
+            raise _Broken(violated, number, event, choice) from violated
 
     def _too_late(self, number: int, core: Core, past: IdHighWater) -> None:
-        """What comes when its time is over is counted, and changes nothing else."""
+        """A late event is counted, and changes nothing else."""
         after = core.copy()
         for event in stale_events(core, past):
             try:
                 commands = after.step(core._state.now, event)
             except Exception as error:
-                raise _Broken(f"an event that came too late: {_said(error, after)}", number, event) from error
+                raise _Broken(_violated(error, after), number, event) from error
             if commands:
-                raise _Broken("an event that came too late had an effect", number, event)
+                raise _Broken(Violated(LATE_CHANGES_NOTHING, _brief(commands[0])), number, event)
         self.edges += 1
         if self.seen.get(self.canonical.key(after)) != number:
-            raise _Broken("an event that came too late changed something", number, self._which(number, core, past))
+            raise _Broken(Violated(LATE_CHANGES_NOTHING), number, self._which(number, core, past))
 
     def _which(self, number: int, core: Core, past: IdHighWater) -> Event | None:
-        """Return the event that changed something, although it came too late."""
+        """Return the late event that changed something."""
         for event in stale_events(core, past):
             after = core.copy()
             after.step(core._state.now, event)
@@ -228,26 +261,26 @@ class _Search:
         return None
 
     def _come_back(self, number: int, core: Core) -> int:
-        """Follow the world's order from a state to another that was seen, or to the end; UNKNOWN: to neither."""
+        """Follow the fair order from a state to another that was seen, or to the end; UNKNOWN: to neither."""
         core = core.copy()
-        self.oracle.first = 0
-        for _ in range(LONGEST_WAY):
+        self.policy.first = 0
+        for _ in range(LONGEST_TRACE):
             event = fair_next_event(core, self.scenario)
             if event is None:
                 return END if _is_over(core._state) else UNKNOWN
             try:
                 core.step(time_of(core, event), event)
             except Exception as error:
-                raise _Broken(_said(error, core), number) from error
+                raise _Broken(_violated(error, core), number) from error
             found = self.seen.get(self.canonical.key(core), number)
             if found != number:
                 return found
         return UNKNOWN
 
     def _see_that_all_end(self, frontier: Mapping[int, Core]) -> None:
-        """Follow the world's order from every state to the end; of those that lead to none the first is told.
+        """Follow the fair order from every state to the end; raise _Broken for the first state that leads to none.
 
-        Where that comes to the frontier it goes on among states that were not seen, until it is back.
+        Where the order leads to the frontier, it goes on among states that were not seen, until it is back.
         """
         ends = bytearray(len(self.nexts))
         for number in range(len(self.nexts)):
@@ -257,14 +290,14 @@ class _Search:
                 if at in frontier and self.nexts[at] == UNKNOWN:
                     self.nexts[at] = self._come_back(at, frontier[at])
                 if at in passed or self.nexts[at] == UNKNOWN:
-                    raise _Broken("from here on somebody waits for ever, or the pool is never empty", number)
+                    raise _Broken(Violated(EVERYTHING_ENDS, "not from here on"), number)
                 passed[at] = None
                 at = self.nexts[at]
             for at in passed:
                 ends[at] = 1
 
-    def _way(self, broken: _Broken) -> Trace:
-        """Play the shortest way to a state again, and the event that broke it, or what comes next in order."""
+    def _trace(self, broken: _Broken) -> Trace:
+        """Replay the shortest trace to a state, and the event that broke it, or the fair next event."""
         arrivals = [(broken.event, broken.choice)] if broken.event is not None else []
         number = broken.state
         while number > 0:
@@ -275,18 +308,18 @@ class _Search:
         core = self._start()
         steps = []
         for event, choice in reversed(arrivals):
-            self.oracle.first = choice
+            self.policy.first = choice
             steps.append(_step(core, event))
         return tuple(steps)
 
 
 def _is_over(state: CoreState) -> bool:
-    """Tell whether nothing is left of anybody."""
+    """Tell whether no request, runner, claim or account is left."""
     return not (state.groups or state.runners or state.requests or state.claims or state.ledger.accounts)
 
 
 def _step(core: Core, event: Event) -> Step:
-    """Take a step of a way; what raises said nothing."""
+    """Take a step of a trace; a step that raises returns no commands."""
     now = time_of(core, event)
     try:
         return Step(now, event, tuple(core.step(now, event)))
@@ -294,18 +327,27 @@ def _step(core: Core, event: Event) -> Step:
         return Step(now, event, ())
 
 
-def _said(error: Exception, core: Core) -> str:
-    """Return what an exception says, runners by their names."""
+def _violated(error: Exception, core: Core) -> Violated:
+    """Return which property an exception is a violation of."""
+    if isinstance(error, Violated):
+        return error
     said = str(error) if isinstance(error, AssertionError | IllegalTransition) else repr(error)
     for runner in core._state.runners.values():
-        said = said.replace(repr(runner), f"runner {runner.id} of {runner.model}")
-    return said
+        said = said.replace(repr(runner), name_of(runner))
+    return Violated(RAISES_NOTHING, said)
 
 
-def in_words(way: Trace) -> str:
-    """Return a way as lines: what happened, and what the core said to do; what is as usual is not said."""
+@of_new_state(ids=("D06",))
+def nothing_is_left_undone(core: Core) -> None:
+    """Planning again at once would change nothing: after a step, everything that can be done for a request is done."""
+    undone = core.undone()
+    assert not undone, _brief(undone[0])
+
+
+def in_words(trace: Trace) -> str:
+    """Return a trace as lines: the events and the commands, without the fields that have their defaults."""
     groups = []
-    for number, step in enumerate(way, 1):
+    for number, step in enumerate(trace, 1):
         done = ", ".join(map(_brief, step.commands)) or "nothing"
         groups.append(f"{number:3}. at {step.now:g} s  {_brief(step.event)}\n{'':13} -> {done}")
     return "\n".join(groups)

@@ -1,24 +1,21 @@
-"""What users are promised of a single step, whatever happened; a part of what `judge` asks.
+"""Service guarantees: properties of a transition that users rely on.
 
-Whose turn it is, how long a runner rests, when it leaves as somebody asked, and what becomes of those in the way. What
-is compared is worked out here once more, from the requests and the events alone.
+They say which request is served first, how long a runner stays, when it leaves as a user asked, and what becomes of
+leases and runners that are in the way. Each check works the expected outcome out again, from requests and events alone.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Iterator
 
-from fsm.core import Core
-from fsm.domain.devices import DeviceId
-from fsm.machine.request import ModelId, Purpose, Request, RequestId
+from fsm.lifecycle.prefetch import spare_bytes
+from fsm.machine.request import Purpose, RequestId, RequestState
 from fsm.machine.runner import EXPIRING, IDLE, LOADING, READY, Runner, RunnerId
-from fsm.messages.commands import Command, Grant, Launch, NotifyContention, Reject
+from fsm.messages.commands import Grant, Launch, NotifyContention, Prefetch, Reject
 from fsm.messages.events import (
     Acquire,
     Cancel,
     Configure,
-    Event,
     Exited,
     Expire,
     Loaded,
@@ -29,285 +26,263 @@ from fsm.messages.events import (
     Tick,
     Unpin,
 )
-from fsm.planning.plan import PlannedPlacement
-from fsm.sizing.footprint import Footprint
 from fsm.state.core_config import USE_PER_LOAD
 from fsm.state.core_state import CoreState
 from fsm.state.memory_ledger import Owner
-from fsm.state.request_queue import RequestGroup
+from fsm.verification.state_invariants import name_of
+from fsm.verification.step import CoreStep, Expiry, of_step
+
+# -- the queue --------------------------------------------------------------------------------------------------------
 
 
-def check_service_guarantees(before: Core, event: Event, commands: Sequence[Command], after: Core) -> None:
-    """Raise AssertionError where a step breaks a promise; `after.plans` are those of the step."""
-    was, now = before._state, after._state
-    if after.plans:
-        _planned_in_turn(after)
-        see_that_plans_are_fair(after, commands)
-    _granted_in_turn(was, commands)
-    _has_what_it_loads_on(was, event, commands, now)
-    if isinstance(event, Acquire):
-        assert now.queued <= max(now.config.max_queue, was.queued), "more wait than may"
-    for runner in now.runners.values():
-        if runner.current:
-            _keep_alive(was, event, commands, now, runner)
-    if isinstance(event, Release | Cancel):
-        assert event.request not in now.requests, "given back, but held"
-    match event:
-        case Loaded(id) if id in was.runners and was.runners[id].state is LOADING:
-            _loaded(was.runners[id], now)
-        case Expire(model):
-            _asked_to_leave(was, model, now)
-        case OutOfMemory(id) | Exited(id) if isinstance(event, OutOfMemory) or event.out_of_memory:
-            _ran_out(was, id, now)
-        case Progress(id) if id in was.runners and was.runners[id].state is LOADING:
-            due_at = now.timers.at(("load", id))
-            assert due_at == now.now + now.config.load_timeout_s, "a load that is alive is not given more time"
-        case Cancel() | Tick():
-            _abandoned(was, commands, now)
-        case _:
-            pass
-    if any(runner.leases for runner in was.runners.values()):
-        _asked_first(was, commands, after)
-    if now.ledger.overcommitted or now.config.max_runners:
-        _nobody_rests_in_excess(now)
+@of_step(Acquire)
+def no_more_requests_wait_than_may(step: CoreStep, _: Acquire) -> None:
+    """A request is queued only while fewer requests wait than the queue may hold."""
+    assert step.now.queued <= max(step.now.config.max_queue, step.was.queued)
 
 
-# -- turns ------------------------------------------------------------------------------------------------------------
+@of_step(Grant)
+def a_runner_is_granted_in_queue_order(step: CoreStep, grant: Grant) -> None:
+    """Requests that waited for one runner are granted in the order in which they came, preloads after leases."""
+    granted = _granted(step, grant.runner)
+    waited = [request for id in granted if (request := step.was.requests.get(id)) is not None]
+    ranks = [(request.spec.purpose is not Purpose.lease, request.queued_at, request.id) for request in waited]
+    assert ranks == sorted(ranks), f"request {grant.request}"
 
 
-def _planned_in_turn(after: Core) -> None:
-    """Lines go by the age of their oldest request; a step of priority counts as some waiting."""
-    plan = (after.plans or [])[-1]
-    if plan.memory:
-        return  # who was granted is no longer the oldest
-    waited = [list(group.requests.values()) for group in plan.evaluated if group.requests]
-    turns = [min(_turn(request, after._state) for request in requests) for requests in waited]
-    assert turns == sorted(turns), "somebody is planned before it is their turn"
-
-
-def _turn(request: Request, state: CoreState) -> tuple[float, RequestId]:
-    return request.queued_at - request.spec.priority * state.config.priority_s, request.id
-
-
-def _turn_in(state: CoreState) -> Callable[[Request], tuple[float, RequestId]]:
-    return lambda request: _turn(request, state)
-
-
-def _granted_in_turn(was: CoreState, commands: Sequence[Command]) -> None:
-    """Who waited for one runner is served in the order in which they came, those who want no lease last."""
-    granted: dict[int | None, list[tuple[bool, float, RequestId]]] = {}
-    for one in commands:
-        if isinstance(one, Grant) and (request := was.requests.get(one.request)) is not None:
-            last = request.spec.purpose is not Purpose.lease
-            granted.setdefault(one.runner, []).append((last, request.queued_at, request.id))
-    for order in granted.values():
-        assert order == sorted(order), "somebody is served before it is their turn"
-
-
-def see_that_plans_are_fair(after: Core, commands: Sequence[Command]) -> None:
-    """Raise AssertionError where somebody was planned, or started, with what others wait for; the step had a plan."""
-    _victim_of_one(after)
-    _nobody_is_overtaken(after, commands)
-
-
-def _nobody_is_overtaken(after: Core, commands: Sequence[Command]) -> None:
-    """Whoever starts has left alone what the first of those who came before, and wait, will have.
-
-    That is asked of what has declared its bytes, which need no headroom and can be nowhere else. It will have them once
-    those have gone that were stopped, or those that drain too, or those whose place it is to have: if it would have had
-    enough then without what was just taken, it still does.
-    """
-    state = after._state
-    started = [one.runner for one in commands if isinstance(one, Launch)]
-    granted = [one.request for one in commands if isinstance(one, Grant) and one.runner is None]
-    if not state.groups or not after.plans or not (started or granted):
-        return
-    first = _first_without(after, {state.runners[id].model for id in started if id in state.runners})
-    if first is None:
-        return
-    group, room = first
-    turn = min(_turn(request, state) for request in group.requests.values())
-    younger: list[Owner] = [("memory", id) for id in granted if _turn(state.requests[id], state) > turn]
-    for planned, _, _ in (launch for plan in after.plans for launch in plan.launches):
-        runner = state.models[planned.spec.model].current
-        if runner is not None and runner.id in started and min(map(_turn_in(state), planned.requests.values())) > turn:
-            younger.append(("runner", runner.id))
-    accounts = state.ledger.accounts
-    places = math.inf if group.spec.purpose is Purpose.memory else sum(kind == "runner" for kind, _ in younger)
-    for device, need in state.ledger.by_memory(room.placement.bytes).items():
-        taken = sum(accounts[owner].held_bytes(device) for owner in younger if owner in accounts)
-        for there in _horizons(state, room, device, places) if taken else ():
-            assert not there < need <= there + taken, "who came later takes what another waits for"
-
-
-def _first_without(after: Core, started: Collection[ModelId]) -> tuple[RequestGroup, PlannedPlacement] | None:
-    """Return the first line that waits for memory, of declared bytes, and where that goes; None: there is another."""
-    state, rooms = after._state, (after.plans or [])[-1].placements
-    for group in sorted(state.groups.values(), key=lambda one: min(map(_turn_in(state), one.requests.values()))):
-        model = state.models.get(group.spec.model)
-        if model is not None and model.current is not None and model.current.state is LOADING:
-            if model.id in started or group.spec.options in model.current.equivalent_requests:
-                continue
-            return None
-        declared = model is None or (isinstance(model.info, Footprint) and model.info.fixed)
-        room = rooms.get(group.spec)
-        return (group, room) if room is not None and declared else None
-    return None
-
-
-def _horizons(state: CoreState, room: PlannedPlacement, device: DeviceId, places: float) -> list[int]:
-    """Return what there is of a device for the first who waits, at each time at which it may be enough.
-
-    Memory without a place for its process, of which as many as `places` were just taken, is not enough.
-    """
-    going = [one for one in state.runners.values() if one.state is EXPIRING and not state.is_overdue(one)]
-    held = {one.id: state.ledger.accounts["runner", one.id].held_bytes(device) for one in state.runners.values()}
-    soon = state.ledger.free_bytes(device) + sum(held[one.id] for one in going if not one.leases)
-    drained = soon + sum(held[one.id] for one in going if one.leases)
-    victims = [state.runners[one.runner] for one in room.victims if one.runner in state.runners]
-    staying = [one for one in victims if one.current]
-    if staying:
-        return [drained + sum(held[one.id] for one in staying)]
-    places += state.max_runners() - state.processes + sum(one.process for one in going if not one.leases)
-    if any(one.leases for one in victims) or places <= 0:
-        return [drained] if places + sum(one.process for one in going if one.leases) > 0 else []
-    return [soon, drained]
-
-
-def _victim_of_one(after: Core) -> None:
-    """No two lines count on what one runner leaves, but for who has to leave whoever else counts on it."""
-    state = after._state
-    counted: set[RunnerId] = set()
-    for spec, room in (after.plans or [])[-1].placements.items():
-        model = state.models.get(spec.model)
-        forced = model.current if model is not None else None
-        for victim in room.victims if model is None or not model.load_exclusively else ():
-            if forced is None or victim.runner != forced.id:
-                assert victim.runner not in counted, f"two count on what {victim.model} leaves"
-                counted.add(victim.runner)
-
-
-def _has_what_it_loads_on(was: CoreState, event: Event, commands: Sequence[Command], now: CoreState) -> None:
+@of_step(Launch)
+def a_load_begins_under_claims_of_all_its_devices(step: CoreStep, launch: Launch) -> None:
     """A load begins when all its devices are claimed for it, or when the wait for that is over."""
-    for command in commands if now.config.claims else ():
-        if isinstance(command, Launch):
-            runner = now.runners[command.runner]
-            devices = {device for device, amount in runner.placement.bytes if amount}
-            claimed = was.claims[runner.claim].devices if runner.claim else frozenset()
-            assert devices <= claimed or isinstance(event, Tick), "launched on devices that are not all claimed"
+    if step.now.config.claims:
+        runner = step.now.runners[launch.runner]
+        devices = {device for device, amount in runner.placement.bytes if amount}
+        claimed = step.was.claims[runner.claim].devices if runner.claim else frozenset()
+        assert devices <= claimed or isinstance(step.event, Tick), name_of(runner)
+
+
+@of_step(Release, Cancel)
+def a_lease_that_is_given_back_is_not_held(step: CoreStep, event: Release | Cancel) -> None:
+    """A lease that is released or cancelled is not held any more; a release of a request that is queued is late."""
+    request = step.was.requests.get(event.request)
+    late = isinstance(event, Release) and request is not None and request.state is RequestState.queued
+    assert late or event.request not in step.now.requests, f"lease {event.request}"
 
 
 # -- how long runners stay --------------------------------------------------------------------------------------------
 
 
-def _keep_alive(was: CoreState, event: Event, commands: Sequence[Command], now: CoreState, runner: Runner) -> None:
-    """A runner rests for as long as was named last, from its last use on."""
-    earlier = was.runners.get(runner.id)
-    grants = [one.request for one in commands if isinstance(one, Grant) and one.runner == runner.id]
-    named = [_named(was, event, request) for request in grants]
-    last = next((keep_alive_s for keep_alive_s in reversed(named) if keep_alive_s is not None), None)
-    said = event.keep_alive_s if isinstance(event, Configure) else None
-    if last is not None:
-        expected = {last}
-    elif earlier is None:
-        waiting = [request for group in now.groups_of_model(runner.model) for request in group.requests.values()]
-        names = [request.keep_alive_s for request in waiting]
-        expected = {now.config.keep_alive_s if name is None else name for name in names}
-    else:
-        expected = {said if said is not None and earlier.uses_default_keep_alive else earlier.keep_alive_s}
-    assert runner.keep_alive_s in expected, f"{runner.model} is kept for as long as nobody said"
-    if runner.state is not IDLE:
-        return
-    expires_at, pinned = now.timers.at(("keep-alive", runner.id)), now.models[runner.model].pinned
-    if isinstance(event, Release | Cancel) and earlier is not None and earlier.state is READY:
-        assert pinned or runner.keep_alive_s > 0, f"{runner.model} rests, although it is not to be kept"
-    if pinned:
-        assert expires_at == math.inf, f"{runner.model} is pinned, and rests for a time"
-    elif earlier is None or earlier.state is not IDLE or grants or _pins(event, runner):
-        assert expires_at == now.now + runner.keep_alive_s, f"{runner.model} does not rest for as long as was said"
-    elif said is None:
-        assert expires_at == was.timers.at(("keep-alive", runner.id)), f"{runner.model} rests anew, and nobody used it"
+@of_step()
+def a_runner_has_the_keep_alive_that_was_named_last(step: CoreStep) -> None:
+    """The keep-alive of a runner is the one that the last granted request named, else the one it had, else the default.
+
+    A runner that no request has named a keep-alive for follows a changed default.
+    """
+    said = step.event.keep_alive_s if isinstance(step.event, Configure) else None
+    for runner in step.now.runners.values():
+        if not runner.current:
+            continue
+        earlier = step.was.runners.get(runner.id)
+        named = [_named(step, request) for request in _granted(step, runner.id)]
+        last = next((keep_alive_s for keep_alive_s in reversed(named) if keep_alive_s is not None), None)
+        if last is not None:
+            expected = {last}
+        elif earlier is None:
+            queued = [
+                request for group in step.now.groups_of_model(runner.model) for request in group.requests.values()
+            ]
+            names = [request.keep_alive_s for request in queued]
+            expected = {step.now.config.keep_alive_s if name is None else name for name in names}
+        else:
+            expected = {said if said is not None and earlier.uses_default_keep_alive else earlier.keep_alive_s}
+        assert runner.keep_alive_s in expected, name_of(runner)
 
 
-def _named(was: CoreState, event: Event, id: RequestId) -> float | None:
+@of_step(Release, Cancel)
+def a_runner_without_a_keep_alive_does_not_rest(step: CoreStep, _: Release | Cancel) -> None:
+    """A runner whose keep-alive is 0, and whose model is not pinned, does not become idle when its last lease ends."""
+    for runner in _idle(step.now):
+        earlier = step.was.runners.get(runner.id)
+        if earlier is not None and earlier.state is READY:
+            assert step.now.models[runner.model].pinned or runner.keep_alive_s > 0, name_of(runner)
+
+
+@of_step()
+def an_idle_runner_rests_for_its_keep_alive_after_its_last_use(step: CoreStep) -> None:
+    """The keep-alive clock of an idle runner starts at its last use, at a pin or its end, and at nothing else."""
+    event = step.event
+    for runner in _idle(step.now):
+        if step.now.models[runner.model].pinned:
+            continue
+        earlier, expires_at = step.was.runners.get(runner.id), step.now.timers.at(("keep-alive", runner.id))
+        pins = isinstance(event, Pin | Unpin) and event.model == runner.model
+        if earlier is None or earlier.state is not IDLE or pins or _granted(step, runner.id):
+            assert expires_at == step.now.now + runner.keep_alive_s, f"{name_of(runner)}: not for as long as was named"
+        elif not isinstance(event, Configure) or event.keep_alive_s is None:
+            same = expires_at == step.was.timers.at(("keep-alive", runner.id))
+            assert same, f"{name_of(runner)} rests anew, and was not used"
+
+
+def _idle(state: CoreState) -> Iterator[Runner]:
+    return (runner for runner in state.runners.values() if runner.state is IDLE)
+
+
+def _granted(step: CoreStep, runner: RunnerId | None) -> list[RequestId]:
+    """Return the requests that a step grants a runner, or memory where there is none, in order."""
+    return [one.request for one in step.commands if isinstance(one, Grant) and one.runner == runner]
+
+
+def _named(step: CoreStep, id: RequestId) -> float | None:
     """Return the keep-alive that a request named."""
-    if isinstance(event, Acquire) and event.request == id:
-        return event.keep_alive_s
-    return was.requests[id].keep_alive_s
+    if isinstance(step.event, Acquire) and step.event.request == id:
+        return step.event.keep_alive_s
+    return step.was.requests[id].keep_alive_s
 
 
-def _pins(event: Event, runner: Runner) -> bool:
-    return isinstance(event, Pin | Unpin) and event.model == runner.model
+def _has_just_loaded(step: CoreStep, id: RunnerId) -> Runner | None:
+    """Return a runner that the step found loading and has left loaded, as it is now."""
+    earlier, runner = step.was.runners.get(id), step.now.runners.get(id)
+    if earlier is None or earlier.state is not LOADING or runner is None or not runner.current:
+        return None
+    return runner
 
 
-def _loaded(earlier: Runner, now: CoreState) -> None:
-    """Who was asked to leave leaves once it has served; others keep their place for a time that is bounded."""
-    runner = now.runners.get(earlier.id)
-    if runner is None or not runner.current:
-        return
-    assert not earlier.expire_when_served, f"{runner.model} was asked to leave once it has served, and stays"
-    limits, load_s = now.config, now.now - runner.launched_at
-    for until, most_s in ((runner.resident_until, load_s), (runner.drain_protected_until, USE_PER_LOAD * load_s)):
-        most_s = min(most_s, limits.max_wait_s) if limits.min_residency_s is None else limits.min_residency_s
-        assert until <= now.now + most_s, f"{runner.model} keeps its place for too long"
+@of_step(Loaded)
+def a_model_that_was_expired_while_it_loaded_leaves_once_it_has_served(step: CoreStep, loaded: Loaded) -> None:
+    """A runner whose model was expired while it loaded serves the requests that waited for it, and then expires."""
+    runner = _has_just_loaded(step, loaded.runner)
+    assert runner is None or not step.was.runners[runner.id].expire_when_served, f"runner {loaded.runner}"
 
 
-def _asked_to_leave(was: CoreState, model: str, now: CoreState) -> None:
-    """A model that is asked to leave does, or will once those who wait for its load are served."""
-    for earlier in was.runners.values():
-        runner = now.runners.get(earlier.id)
-        if earlier.current and earlier.model == model and runner is not None and runner.current:
-            assert runner.state is LOADING and runner.expire_when_served, f"{model} is asked to leave, and stays"
+@of_step(Loaded)
+def the_residency_of_a_runner_is_limited(step: CoreStep, loaded: Loaded) -> None:
+    """A runner keeps its place for a limited time: as configured, else as its load took, and no wait is longer."""
+    if (runner := _has_just_loaded(step, loaded.runner)) is not None:
+        limits, load_s = step.now.config, step.now.now - runner.launched_at
+        for until, most_s in ((runner.resident_until, load_s), (runner.drain_protected_until, USE_PER_LOAD * load_s)):
+            most_s = min(most_s, limits.max_wait_s) if limits.min_residency_s is None else limits.min_residency_s
+            assert until <= step.now.now + most_s, name_of(runner)
 
 
-def _ran_out(was: CoreState, id: RunnerId, now: CoreState) -> None:
-    """Memory ran out while a runner served: everybody is given up, since nobody knows who took it."""
-    cause = was.runners.get(id)
+@of_step(Expire)
+def a_model_that_is_expired_leaves(step: CoreStep, expire: Expire) -> None:
+    """The runner of an expired model expires, at once or after it has served the requests that it loads for."""
+    for earlier in step.was.runners.values():
+        runner = step.now.runners.get(earlier.id)
+        if earlier.current and earlier.model == expire.model and runner is not None and runner.current:
+            assert runner.state is LOADING and runner.expire_when_served, name_of(runner)
+
+
+@of_step(OutOfMemory, Exited)
+def every_runner_expires_when_memory_runs_out(step: CoreStep, event: OutOfMemory | Exited) -> None:
+    """When memory runs out while a runner serves, every runner expires: any runner may have taken it."""
+    cause = step.was.runners.get(event.runner)
     if cause is None or not cause.process or cause.loaded_at is None:
         return
-    for earlier in was.runners.values():
-        runner = now.runners.get(earlier.id)
-        assert runner is None or not runner.current, f"memory ran out, and {earlier.model} stays"
+    if isinstance(event, OutOfMemory) or event.out_of_memory:
+        for earlier in step.was.runners.values():
+            runner = step.now.runners.get(earlier.id)
+            assert runner is None or not runner.current, f"{name_of(earlier)} stays"
 
 
-def _abandoned(was: CoreState, commands: Sequence[Command], now: CoreState) -> None:
-    """A load that nobody waits for any more goes on, but not where it would not be kept."""
-    for one in commands:
-        request = was.requests.get(one.request) if isinstance(one, Reject) else None
-        model = now.models.get(request.spec.model) if request is not None else None
-        if request is None or model is None or model.current is None or model.pinned:
-            continue
-        runner, waited_for = model.current, model.id in now.specs_by_model
-        if runner.state is LOADING and runner.id in was.runners and request.spec.options in runner.equivalent_requests:
-            kept = runner.keep_alive_s > 0 and request.keep_alive_s != 0
-            assert kept or waited_for, f"{model.id} is loaded for nobody, and would not be kept"
+@of_step(Progress)
+def a_load_that_shows_progress_is_given_more_time(step: CoreStep, progress: Progress) -> None:
+    """The time-out of a load starts again whenever the load shows progress."""
+    earlier = step.was.runners.get(progress.runner)
+    if earlier is not None and earlier.state is LOADING:
+        due_at = step.now.timers.at(("load", progress.runner))
+        assert due_at == step.now.now + step.now.config.load_timeout_s, name_of(earlier)
 
 
-# -- those in the way -------------------------------------------------------------------------------------------------
+@of_step(Reject)
+def a_load_that_no_request_waits_for_goes_on_only_if_it_is_kept(step: CoreStep, reject: Reject) -> None:
+    """A load goes on after the last request for it has left only if its runner would be kept after the load."""
+    request = step.was.requests.get(reject.request) if isinstance(step.event, Cancel | Tick) else None
+    model = step.now.models.get(request.spec.model) if request is not None else None
+    if request is None or model is None or model.current is None or model.pinned:
+        return
+    runner, waited_for = model.current, model.id in step.now.specs_by_model
+    if runner.state is LOADING and runner.id in step.was.runners and request.spec.options in runner.equivalent_requests:
+        kept = runner.keep_alive_s > 0 and request.keep_alive_s != 0
+        assert kept or waited_for, name_of(runner)
 
 
-def _asked_first(was: CoreState, commands: Sequence[Command], after: Core) -> None:
-    """The holders of what is given up for others are told so, once."""
-    now = after._state
-    said = [request for one in commands if isinstance(one, NotifyContention) for request in one.requests]
-    assert len(said) == len(set(said)), "somebody is told twice that others wait"
-    assert not any(was.requests[id].asked for id in said if id in was.requests), (
-        "somebody is told again that others wait"
-    )
-    for id in {id for plan in after.plans or () for id in plan.victims}:
-        for lease in now.runners[id].leases if id in now.runners else ():
-            assert lease in said or was.requests[lease].asked, "given up in use, and nobody told that others wait"
+# -- contention -------------------------------------------------------------------------------------------------------
 
 
-def _nobody_rests_in_excess(now: CoreState) -> None:
-    """Nobody rests where more is held than there is, or more are alive than may be, but for who is pinned."""
-    going = {runner.id for runner in now.runners.values() if runner.state is EXPIRING}
-    resting = [one for one in now.runners.values() if one.state is IDLE and not now.models[one.model].pinned]
-    alive = sum(runner.process and runner.id not in going for runner in now.runners.values())
-    assert not resting or not 0 < now.config.max_runners < alive, "somebody rests, and more are alive than may be"
-    gone: set[Owner] = {("runner", id) for id in going}
-    for device in now.ledger.overcommitted & now.ledger.devices.keys():
-        staying = [one.held_bytes(device) for owner, one in now.ledger.accounts.items() if owner not in gone]
-        if sum(staying) > now.ledger.devices[device].capacity_bytes:
-            in_excess = [one for one in resting if now.ledger.accounts["runner", one.id].held_bytes(device)]
-            assert not in_excess, f"somebody rests on {device}, which has less than is held"
+@of_step(NotifyContention)
+def a_holder_is_told_once_that_others_wait(step: CoreStep, notice: NotifyContention) -> None:
+    """The holder of a lease is told once that other requests wait for the memory of its runner."""
+    said = [request for one in step.commands if isinstance(one, NotifyContention) for request in one.requests]
+    for lease in notice.requests:
+        again = lease in step.was.requests and step.was.requests[lease].asked
+        assert said.count(lease) == 1 and not again, f"lease {lease}"
+
+
+@of_step(Expiry)
+def the_holders_of_a_victim_are_told_that_others_wait(step: CoreStep, expiry: Expiry) -> None:
+    """Every holder of a lease on a runner that is evicted in use is told that other requests wait, then or before."""
+    runner = step.now.runners.get(expiry.runner.id)
+    if expiry.victim and runner is not None and runner.leases:
+        said = {request for one in step.commands if isinstance(one, NotifyContention) for request in one.requests}
+        for lease in runner.leases:
+            assert lease in said or step.was.requests[lease].asked, f"lease {lease} on {name_of(runner)}"
+
+
+@of_step()
+def no_runner_rests_while_more_live_than_may(step: CoreStep) -> None:
+    """No runner is idle while more processes live than the limit that is set, but for runners of pinned models."""
+    now = step.now
+    if now.config.max_runners:
+        alive = sum(runner.process and runner.state is not EXPIRING for runner in now.runners.values())
+        assert alive <= now.config.max_runners or not _resting(now), f"{alive} live"
+
+
+@of_step()
+def no_runner_rests_on_a_device_that_has_shrunk_below_what_is_held(step: CoreStep) -> None:
+    """No runner is idle on a device that has less memory than is held of it, but for runners of pinned models.
+
+    The memory of expiring runners counts only after their stop deadlines, once the core has planned since.
+    """
+    now, ledger = step.now, step.now.ledger
+    if ledger.overcommitted:
+        planned = not now.closing and step.after.deadline() > now.now
+        expiring = [runner for runner in now.runners.values() if runner.state is EXPIRING]
+        gone: set[Owner] = {("runner", one.id) for one in expiring if now.now < one.stop_deadline or not planned}
+        for device in ledger.overcommitted & ledger.devices.keys():
+            staying = [one.held_bytes(device) for owner, one in ledger.accounts.items() if owner not in gone]
+            if sum(staying) > ledger.devices[device].capacity_bytes:
+                held = [one for one in _resting(now) if ledger.accounts["runner", one.id].held_bytes(device)]
+                assert not held, f"{name_of(held[0])} on {device}"
+
+
+def _resting(state: CoreState) -> list[Runner]:
+    return [runner for runner in _idle(state) if not state.models[runner.model].pinned]
+
+
+# -- files that are read ahead -----------------------------------------------------------------------------------------
+
+
+@of_step()
+def what_is_read_ahead_is_told_when_it_changes(step: CoreStep) -> None:
+    """The files that are to be read ahead are told in the step in which they change, and in no other."""
+    before, now = step.was.prefetching, step.now.prefetching
+    if before or now:
+        said = [command.files for command in step.commands if isinstance(command, Prefetch)]
+        assert said == ([now] if now != before else [])
+
+
+@of_step(Prefetch)
+def files_are_read_ahead_into_spare_memory_alone(step: CoreStep, prefetch: Prefetch) -> None:
+    """No more bytes are read ahead than the host has to spare, and no more than half of them to begin with."""
+    before, spare = dict(step.was.prefetching), spare_bytes(step.now.ledger)
+    assert sum(size for _, size in prefetch.files) <= spare, "more than the host has to spare"
+    begun = sum(size for model, size in prefetch.files if model not in before)
+    assert begun <= spare // 2, "more than half to begin with"
+
+
+@of_step(Prefetch)
+def what_is_read_ahead_of_a_file_only_falls(step: CoreStep, prefetch: Prefetch) -> None:
+    """The number of bytes to be read ahead of a file never rises while requests wait for its model."""
+    before = dict(step.was.prefetching)
+    for model, size in prefetch.files:
+        assert 0 <= size <= before.get(model, size), model

@@ -1,4 +1,4 @@
-"""What there is in one seed of a simulation: devices, models, wishes, limits, a policy and the faults."""
+"""The configuration of one seed of a simulation: devices, models, request specifications, limits, policy, faults."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ INTEGRATED = DeviceId("gpu-integrated")
 
 Info = Footprint | ModelInfo
 
-WISHES = (
+OPTIONS = (
     Options(), Options(), Options(), Options(), Options(num_ctx=2048), Options(num_ctx=8192), Options(num_gpu=0),
     Options(num_gpu=1), Options(num_gpu=99), Options(main_gpu=1), Options(num_parallel=2), Options(num_thread=2),
     Options(num_ctx=10**6), Options(num_parallel=1000),
@@ -30,16 +30,16 @@ WISHES = (
 
 @dataclass(frozen=True, slots=True)
 class Capricious:
-    """A policy of a user's own: any order, which changes with time, drops somebody now and then, and may raise."""
+    """A policy of a user's own: an order that changes with time, leaves out a candidate now and then, and may raise."""
 
     raises: bool
     name: str = "capricious"
 
     def order(self, now: float, candidates: Sequence[Candidate]) -> Sequence[Candidate]:
-        """Return them in an order that only its arguments decide."""
+        """Return the candidates in an order that only the arguments decide."""
         whim = int(now * 7)
         if self.raises and whim % 5 == 0:
-            raise LookupError("nobody is to go")
+            raise LookupError("no candidate may be evicted")
         ordered = sorted(candidates, key=lambda one: (one.runner * 31 + whim) % 17)
         return ordered[: len(ordered) - (whim % 7 == 0)]
 
@@ -52,7 +52,7 @@ class SimConfig:
     policy: EvictionPolicy
     devices: tuple[DeviceSample, ...]  # all free, the host first
     models: tuple[tuple[ModelId, Info], ...]
-    specs: tuple[RequestSpec, ...]  # the earlier ones are asked for more often
+    specs: tuple[RequestSpec, ...]  # earlier specifications are asked for more often
     keep_alives_s: tuple[float | None, ...]  # that a request may name
     timeouts_s: tuple[float | None, ...]
     faults: Faults
@@ -63,7 +63,7 @@ class SimConfig:
 
 
 def draw_sim_config(draw: Random) -> SimConfig:
-    """Return the scene of one seed."""
+    """Return the configuration of one seed."""
     devices = _devices(draw)
     models = tuple((ModelId(f"model-{number}"), draw_info(draw, devices)) for number in range(draw.randint(1, 6)))
     names = tuple(name for name, _ in models)
@@ -72,7 +72,7 @@ def draw_sim_config(draw: Random) -> SimConfig:
         policy=_policy(draw),
         devices=devices,
         models=models,
-        specs=_wants(draw, names, devices),
+        specs=_specs(draw, names, devices),
         keep_alives_s=draw.choice(((None,), (None, None, 0.0, 5.0, math.inf))),
         timeouts_s=draw.choice(((None,), (None, None, 0.0, 10.0, 100.0))),
         faults=draw_faults(draw),
@@ -156,12 +156,12 @@ def _policy(draw: Random) -> EvictionPolicy:
     return draw.choice((ExpectedReloadCost(), *order))
 
 
-def _wants(draw: Random, names: Sequence[ModelId], devices: Sequence[DeviceSample]) -> tuple[RequestSpec, ...]:
+def _specs(draw: Random, names: Sequence[ModelId], devices: Sequence[DeviceSample]) -> tuple[RequestSpec, ...]:
     specs = []
     for _ in range(draw.randint(1, 3)):
         for name in names:
             purpose = Purpose.preload if draw.random() < 0.1 else Purpose.lease
-            specs.append(RequestSpec(name, draw.choice(WISHES), purpose, draw.choice((0, 0, 0, 1, -2))))
+            specs.append(RequestSpec(name, draw.choice(OPTIONS), purpose, draw.choice((0, 0, 0, 1, -2))))
     for _ in range(draw.choice((0, 0, 1, 2))):
         device = draw.choice(devices)
         amount = int(device.capacity_bytes * draw.random() ** 2)

@@ -1,7 +1,7 @@
-"""The world of a simulation: clients, processes, devices and files on virtual time, with their faults.
+"""The environment of a simulation: clients, processes, devices and files on virtual time, with their faults.
 
-It is told what the core said to do, and answers with events, each at its time. What has happened meanwhile may have
-made an event late: the world does not hold it back.
+The environment is told the commands of the core, and answers with events, each at its time. An event may be late by
+then: the environment does not hold it back.
 """
 
 from __future__ import annotations
@@ -60,10 +60,10 @@ from fsm.verification.sim_config import INTEGRATED, Info, SimConfig, draw_info
 Thunk = Callable[[], Event | None]
 
 SLOWER = 30  # a slow load takes so many times as long
-LONGER = 20  # who forgets holds a lease so many times as long
-LIFE_S = 60.0  # of a process that serves, on average, before what goes wrong goes wrong
-LONG_S = 1000.0  # within which what comes very late comes
-LOST_S = 5000.0  # how long memory is missing that is lost
+LONGER = 20  # a forgotten lease is held so many times as long
+LIFE_S = 60.0  # how long a process serves before its fault happens, on average
+LONG_S = 1000.0  # the latest end of a process that is stuck
+LOST_S = 5000.0  # how long lost memory is missing
 CHANGES_S = 15.0  # between two changes of a device, on average
 CRASHED, KILLED = -11, -9
 NO_ANSWER = NoAnswer(10.0)
@@ -79,7 +79,7 @@ REPEATABLE = frozenset(
 
 @dataclass(slots=True, eq=False)
 class Process:
-    """One that was launched and has not ended."""
+    """A process that was launched and has not ended."""
 
     launch: Launch
     takes: dict[DeviceId, int]  # bytes, once it is loaded
@@ -88,7 +88,7 @@ class Process:
     loaded: bool = False
 
     def resident(self, now: float) -> Resident:
-        """Return what it occupies: while it loads, more with time."""
+        """Return what the process occupies: more and more while it loads."""
         if self.loaded:
             return tuple(self.takes.items())
         part = min(1.0, (now - self.begun) / self.load_s)
@@ -107,7 +107,7 @@ class Ghost:
 class SimEnvironment:
     """Everything around a core; `heap` is never empty."""
 
-    scene: SimConfig
+    config: SimConfig
     draw: Random
     now: float = 0.0
     heap: list[tuple[float, int, Thunk]] = field(default_factory=list)
@@ -128,33 +128,33 @@ class SimEnvironment:
 
     def begin(self) -> None:
         """Have the devices read, and clients come."""
-        self.files.update(self.scene.models)
-        self.capacities.update((device.id, device.capacity_bytes) for device in self.scene.devices)
+        self.files.update(self.config.models)
+        self.capacities.update((device.id, device.capacity_bytes) for device in self.config.devices)
         self.after(0.0, lambda: self._sampled(0))
         self.after(0.01, self._client)
-        self.after(self.scene.look_s, self._look)
+        self.after(self.config.look_s, self._look)
         self.after(CHANGES_S, self._change_devices)
 
     def after(self, delay_s: float, thunk: Thunk) -> None:
-        """Have something happen later."""
+        """Have `thunk` called later."""
         heappush(self.heap, (self.now + delay_s, next(self._numbers), thunk))
 
     def next_at(self) -> float:
-        """Return when something happens next."""
+        """Return when the next event comes."""
         return self.heap[0][0]
 
     def next_event(self) -> Event | None:
-        """Let what is next happen; return what the core is to be told of it, if anything."""
+        """Let the next thing happen; return the event that the core is told, if any."""
         at, _, thunk = heappop(self.heap)
         self.now = max(self.now, at)
         event = thunk()
-        if event is not None and type(event) in REPEATABLE and self._happens(self.scene.faults.duplicate):
+        if event is not None and type(event) in REPEATABLE and self._happens(self.config.faults.duplicate):
             delay_s = 0.0 if isinstance(event, Sampled) else self._about(self.draw.choice((0.1, 5.0, 100.0)))
             self.after(delay_s, lambda: event)
         return event
 
     def perform(self, command: Command) -> None:
-        """Carry out what the core said to do: what comes of it comes later."""
+        """Carry out a command of the core; the events that follow from it come later."""
         match command:
             case Grant(id, runner):
                 self._granted(id)
@@ -163,7 +163,7 @@ class SimEnvironment:
             case Launch():
                 self._launch(command)
             case Stop(runner):
-                late = self._happens(self.scene.faults.stuck)
+                late = self._happens(self.config.faults.stuck)
                 self.after(self._about(LONG_S / 2 if late else 0.3), lambda: self._exit(runner, 0))
             case Sample(number):
                 self.wanted = number
@@ -188,9 +188,9 @@ class SimEnvironment:
     # -- clients ------------------------------------------------------------------------------------------------------
 
     def _client(self) -> Event | None:
-        """Somebody asks, or meddles."""
-        faults = self.scene.faults
-        self.after(self._about(self.scene.arrival_s), self._client)
+        """A client asks for a model, or meddles."""
+        faults = self.config.faults
+        self.after(self._about(self.config.arrival_s), self._client)
         if self._happens(faults.floods / 10):
             for _ in range(self.draw.randrange(5, 40)):
                 self.after(self._about(0.01), self._ask)
@@ -201,15 +201,15 @@ class SimEnvironment:
         return self._ask()
 
     def _ask(self) -> Event:
-        scene, draw = self.scene, self.draw
+        config, draw = self.config, self.draw
         self.requests += 1
         id = RequestId(self.requests)
-        spec = scene.specs[int(len(scene.specs) * draw.random() ** 2)]
+        spec = config.specs[int(len(config.specs) * draw.random() ** 2)]
         self.asked[id] = spec.purpose
-        if self._happens(scene.faults.cancels):
+        if self._happens(config.faults.cancels):
             self.after(self._about(draw.choice((0.01, 1.0, 60.0))), lambda: self._leave(id))
-        event = Acquire(id, spec, draw.choice(scene.keep_alives_s), draw.choice(scene.timeouts_s))
-        if self._happens(scene.faults.duplicate):
+        event = Acquire(id, spec, draw.choice(config.keep_alives_s), draw.choice(config.timeouts_s))
+        if self._happens(config.faults.duplicate):
             self.after(self._about(1.0), lambda: event if id in self.asked else None)
         return event
 
@@ -218,8 +218,8 @@ class SimEnvironment:
             del self.asked[id]
             self.preloads += 1
             return
-        faults = self.scene.faults
-        hold_s = self._about(self.scene.hold_s) * (LONGER if self._happens(faults.forgets) else 1)
+        faults = self.config.faults
+        hold_s = self._about(self.config.hold_s) * (LONGER if self._happens(faults.forgets) else 1)
         self.after(hold_s, lambda: self._give_back(id))
         if self._happens(faults.twice):
             self.after(hold_s + self._about(1.0), lambda: self._give_back(id))
@@ -234,7 +234,7 @@ class SimEnvironment:
 
     def _meddle(self) -> Event:
         draw = self.draw
-        model = draw.choice(self.scene.models)[0]
+        model = draw.choice(self.config.models)[0]
         match draw.randrange(6):
             case 0:
                 self.after(self._about(30.0), lambda: Unpin(model))
@@ -248,7 +248,7 @@ class SimEnvironment:
                 return Expire(model)
 
     def _stray(self) -> Event:
-        """A word about one of the last runners that nobody expects."""
+        """Return an unexpected event of one of the last runners."""
         id = RunnerId(max(1, self.launched - self.draw.randrange(4)))
         kinds = (Progress(id), ContextFilled(id), OutOfMemory(id), Unresponsive(id, NO_ANSWER))
         return self.draw.choice(kinds)
@@ -256,9 +256,9 @@ class SimEnvironment:
     # -- processes ----------------------------------------------------------------------------------------------------
 
     def _launch(self, launch: Launch) -> None:
-        faults, id = self.scene.faults, launch.runner
+        faults, id = self.config.faults, launch.runner
         self.launched = id
-        load_s = self._about(self.scene.load_s) + 0.01
+        load_s = self._about(self.config.load_s) + 0.01
         part = 1.0 + self.draw.random() / 4 if self._happens(faults.swollen) else 0.7 + 0.3 * self.draw.random()
         takes = {device: int(size * part) for device, size in launch.placement.bytes}
         process = self.processes[id] = Process(launch, takes, self.now, load_s)
@@ -281,13 +281,15 @@ class SimEnvironment:
 
     def _progress(self, process: Process) -> Event | None:
         id = process.launch.runner
-        if process.loaded or id not in self.processes or process.load_s == float("inf"):  # what hangs shows nothing
+        if (
+            process.loaded or id not in self.processes or process.load_s == float("inf")
+        ):  # a process that hangs shows nothing
             return None
         self.after(10.0, lambda: self._progress(process))
         return Progress(id)
 
     def _loaded(self, process: Process) -> Event | None:
-        id, faults, draw = process.launch.runner, self.scene.faults, self.draw
+        id, faults, draw = process.launch.runner, self.config.faults, self.draw
         if id not in self.processes:
             return None
         process.loaded = True
@@ -316,9 +318,9 @@ class SimEnvironment:
         if process is None:
             return None
         amounts = dict(process.resident(self.now))
-        if self._happens(self.scene.faults.memory_late):
+        if self._happens(self.config.faults.memory_late):
             self.ghosts.append(Ghost(self.now + self._about(5.0), amounts))
-        if self._happens(self.scene.faults.memory_lost / 4):
+        if self._happens(self.config.faults.memory_lost / 4):
             self.ghosts.append(Ghost(self.now + LOST_S, amounts))
         return Exited(id, code, "", full)
 
@@ -326,10 +328,10 @@ class SimEnvironment:
 
     def _inspect(self, model: ModelId) -> Event | None:
         """Have the devices read, and then the file."""
-        faults = self.scene.faults
+        faults = self.config.faults
         outcome: Info | ModelNotFoundRefusal | InvalidModelRefusal
         if self._happens(faults.changed / 4):
-            self.files[model] = draw_info(self.draw, self.scene.devices)
+            self.files[model] = draw_info(self.draw, self.config.devices)
         outcome = self.files[model]
         if self._happens(faults.bad / 2):
             outcome = InvalidModelRefusal(model, "cut short", 4)
@@ -341,7 +343,7 @@ class SimEnvironment:
         return None
 
     def _claim(self, number: int) -> None:
-        faults = self.scene.faults
+        faults = self.config.faults
         wait_s = self._about(0.1)
         if self._happens(faults.contended):
             self.after(0.01, lambda: ClaimContended(number))
@@ -357,7 +359,7 @@ class SimEnvironment:
     # -- devices ------------------------------------------------------------------------------------------------------
 
     def _look(self) -> Event | None:
-        self.after(self.scene.look_s, self._look)
+        self.after(self.config.look_s, self._look)
         self._read(self.wanted)
         return None
 
@@ -377,10 +379,10 @@ class SimEnvironment:
             for device, size in amounts:
                 used[device] = used.get(device, 0) + size
         devices = []
-        for one in self.scene.devices:
+        for one in self.config.devices:
             if one.id in self.missing:
                 continue
-            if one.id in self.last and self._happens(self.scene.faults.stale):
+            if one.id in self.last and self._happens(self.config.faults.stale):
                 devices.append(replace(self.last[one.id], fresh=False))
                 continue
             capacity = self.capacities[one.memory]
@@ -396,8 +398,8 @@ class SimEnvironment:
     def _change_devices(self) -> None:
         """Other programs come and go, and so do devices."""
         self.after(self._about(CHANGES_S), self._change_devices)
-        faults, draw = self.scene.faults, self.draw
-        device = draw.choice(self.scene.devices)
+        faults, draw = self.config.faults, self.draw
+        device = draw.choice(self.config.devices)
         if self._happens(faults.strangers):
             self.strangers[device.id] = int(device.capacity_bytes * draw.random())
         elif draw.random() < 0.5:

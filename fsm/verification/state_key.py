@@ -1,7 +1,8 @@
-"""One key for all states of a core that differ only in names, in numbers of lives past, and in how far off times are.
+"""One key for all states of a core that differ only in names, in ids of earlier runners, and in how far off times are.
 
-Times that lie behind are alike; of those ahead only the order counts. Ids of requests, runners and claims are replaced
-by their order; models of one kind are interchangeable. The first state found with a key stands for all others of it.
+All times in the past are alike; of times in the future only the order counts. Ids of requests, runners and claims are
+replaced by their order; models of one kind are interchangeable. The first state that is found with a key stands for all
+others.
 """
 
 from __future__ import annotations
@@ -32,20 +33,20 @@ Part = tuple[object, ...]
 LEFT_OUT: Mapping[type, Mapping[str, str]] = MappingProxyType(
     {
         CoreState: {
-            "queued": "the sum of the request groups, which `check` compares",
-            "ranks": "follows from the request groups, which `check` compares",
-            "specs_by_model": "follows from the request groups, which `check` compares",
-            "processes": "the sum of the runners that have one, which `check` compares",
-            "next_runner": "ids are replaced by their order; that they grow is checked beside",
+            "queued": "the sum of the request groups, which `check_state` compares",
+            "ranks": "follows from the request groups, which `check_state` compares",
+            "specs_by_model": "follows from the request groups, which `check_state` compares",
+            "processes": "the sum of the runners that have one, which `check_state` compares",
+            "next_runner": "ids are replaced by their order; that they grow is checked by a property",
             "next_claim": "as the runners' ids",
             "idle_intervals": "for the policy, which is nondeterministic",
             "samples": "a reading is told from an early one by the runners' `last_sample` alone",
-            "busy_on_host": "the sum of the ready runners on the host, which `check` compares",
+            "busy_on_host": "the sum of the ready runners on the host, which `check_state` compares",
             "peak_busy_on_host": "for the number of threads, which nothing else follows from",
             "steps": "numbers for people to read",
         },
         ModelRecord: {
-            "current": "the runner whose state says so, which `check` compares",
+            "current": "the runner whose state says so, which `check_state` compares",
             "failure": "for people to read",
             "loads": "for the policy, which is nondeterministic, and an estimate for a request that is refused",
             "shortest_load": "a request that it refuses at once would be refused when its time is up",
@@ -68,7 +69,7 @@ LEFT_OUT: Mapping[type, Mapping[str, str]] = MappingProxyType(
         RequestGroup: dict.fromkeys(("waits_for", "until", "told"), "for people to read"),
         Account: {},
         Ledger: {},
-        OpenClaim: {"had": "never between two steps, which `check` sees to"},
+        OpenClaim: {"had": "never between two steps, which `check_state` sees to"},
     }
 )
 
@@ -89,7 +90,7 @@ class StateKeys:
         return blake2b(dumps(parts, WITHOUT_SHARING), digest_size=KEY_BYTES).digest()  # type: ignore[arg-type]  # tuples of what it takes
 
     def number(self, thing: object) -> int:
-        """Return the number of whatever is equal to it."""
+        """Return the number of `thing` and of everything equal to it."""
         return self._numbers.setdefault(thing, len(self._numbers))
 
     def shared(self, thing: object) -> int:
@@ -101,7 +102,7 @@ class StateKeys:
 
 
 class _View:
-    """A pool with its times and ids replaced by their order."""
+    """A state with its times and ids replaced by their order."""
 
     __slots__ = ("ahead", "canonical", "claims", "requests", "runners", "state", "times", "turns")
 
@@ -124,7 +125,7 @@ class _View:
             runners.setdefault(runner.model, []).append(self._runner(runner))
         groups: dict[str, list[Part]] = {}
         for group in state.groups.values():
-            groups.setdefault(group.spec.model, []).append(self._line(group))
+            groups.setdefault(group.spec.model, []).append(self._group(group))
         models = sorted(
             (*self._model(model), runners.get(model.id, []), sorted(groups.get(model.id, [])))
             for model in state.models.values()
@@ -171,7 +172,7 @@ class _View:
         return {id: place for place, (_, id) in enumerate(ages)}
 
     def _timers(self) -> list[Part]:
-        """Return every deadline, those too that belong to nothing that is left."""
+        """Return every deadline, also a deadline whose request, runner or claim has gone."""
         places: Mapping[str, Mapping[int, int]] = {
             "request": self.requests, "keep-alive": self.runners, "load": self.runners, "memory": self.runners,
             "claim": self.claims,
@@ -225,7 +226,7 @@ class _View:
         counts = self.canonical.configures and runner.state is IDLE and runner.keep_alive_s == math.inf
         return round(self.state.now - runner.used_at, 6) if counts else 0.0
 
-    def _line(self, group: RequestGroup) -> Part:
+    def _group(self, group: RequestGroup) -> Part:
         spec = group.spec
         waiting = [
             (

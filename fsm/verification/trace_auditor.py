@@ -1,20 +1,15 @@
-"""An account of its own of who asked, who was answered and who holds what, kept from events and commands alone.
+"""Properties of a whole trace: of all events and commands since a core was made, as `trace_state` keeps them.
 
-It believes nothing that the pool says of itself: what it is given is what the shell is given. Only which runners are on
-their way out, which no command tells, is taken from the journal.
+A property that has a check of a state or of a transition as well has another check here, by other evidence.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import assert_never
 
-from fsm.domain.devices import DeviceId
-from fsm.machine.request import ModelId, Purpose, RequestId, RequestSpec
-from fsm.machine.runner import EXPIRING, LOADING, READY, UNLOADED, RunnerId
-from fsm.messages import events
+from fsm.machine.request import Purpose
+from fsm.machine.runner import EXPIRING, LOADING, READY, UNLOADED
 from fsm.messages.commands import (
     Claim,
     Command,
@@ -36,15 +31,12 @@ from fsm.messages.events import (
     Acquire,
     Cancel,
     Close,
-    Configure,
     Event,
     Exited,
     Expire,
     Inspected,
     Loaded,
     OutOfMemory,
-    Progress,
-    Release,
     Tick,
     Unresponsive,
 )
@@ -53,311 +45,367 @@ from fsm.messages.refusals import (
     DeadlineInfeasible,
     LoadFailedRefusal,
     QueueFullRefusal,
-    Refusal,
     SchedulerClosed,
     TimedOut,
 )
 from fsm.state.core_config import CoreConfig
+from fsm.verification.property import Checks, Kind
+from fsm.verification.service_guarantees import (
+    a_holder_is_told_once_that_others_wait,
+    a_load_begins_under_claims_of_all_its_devices,
+    a_model_that_is_expired_leaves,
+    every_runner_expires_when_memory_runs_out,
+    no_more_requests_wait_than_may,
+    the_holders_of_a_victim_are_told_that_others_wait,
+    what_is_read_ahead_is_told_when_it_changes,
+    what_is_read_ahead_of_a_file_only_falls,
+)
+from fsm.verification.state_invariants import (
+    a_busy_runner_is_never_stopped,
+    only_files_of_models_that_are_waited_for_are_read_ahead,
+)
+from fsm.verification.trace_state import TraceState
+from fsm.verification.transition_invariants import (
+    a_cancelled_request_is_answered,
+    a_closed_scheduler_finishes_when_it_is_empty,
+    a_device_claim_is_given_back_once,
+    a_grant_is_of_a_runner_that_serves,
+    a_lease_is_taken_back_only_from_a_runner_that_is_lost,
+    a_runner_id_is_never_used_again,
+    a_runner_is_stopped_once,
+    a_scheduler_finishes_once,
+    an_expiring_runner_is_never_granted,
+    every_request_is_answered_once,
+    no_request_waits_beyond_its_time_out,
+    no_runner_is_launched_after_the_close,
+)
 
-
-@dataclass(slots=True)
-class Claimed:
-    """Devices that were claimed."""
-
-    devices: frozenset[DeviceId]
-    since: float  # when that was first waited for; a plan that moves to other devices does not wait anew
-    had: bool = False  # the answer was Claimed, and nothing was launched under it yet
+of_trace = Checks[TraceState](Kind.trace, "simulation", "core tests")
+of_bounded_trace = Checks[TraceState](Kind.trace, "simulation")  # where a limit on the wait of requests is known
 
 
 class TraceAuditor:
-    """Told of every step; raises AssertionError where what was said to do cannot be right."""
+    """Is told every step, and raises Violated where a property of a trace does not hold."""
 
     def __init__(self, longest_wait_s: float = math.inf, limits: CoreConfig | None = None) -> None:
-        self.longest_wait_s = longest_wait_s  # nobody waits for longer, whatever goes wrong
-        self.limits = limits or CoreConfig()  # as they were at first
-        self.max_queue = self.limits.max_queue  # as it is now
-        self.waiting: dict[RequestId, tuple[RequestSpec, float]] = {}  # since when, the oldest first
-        self.due: dict[RequestId, float] = {}  # of those who wait and named a time-out
-        self.held: dict[RequestId, RunnerId | None] = {}  # None: memory of the program's own
-        self.alive: dict[RunnerId, ModelId] = {}  # from Launch to Exited
-        self.users: dict[RunnerId, int] = {}  # leases on each of those
-        self.serving: set[RunnerId] = set()  # those that said that they serve
-        self.stopped: set[RunnerId] = set()  # of those alive
-        self.leaving: set[RunnerId] = set()  # expiring
-        self.current: dict[ModelId, RunnerId] = {}  # loading, ready or idle
-        self.inspecting: set[ModelId] = set()
-        self.open: dict[int, Claimed] = {}  # until Unclaim
-        self.given_up: list[Claimed] = []  # in this step, and nothing was launched in place of it
-        self.ahead: dict[ModelId, int] = {}  # bytes of files that are to be read ahead, as last said
-        self.loaded_at: dict[RunnerId, float] = {}
-        self.shown_at: dict[RunnerId, float] = {}  # when a load was launched, or last said that it is alive
-        self.short: set[RunnerId] = set()  # those that said that memory ran out
-        self.failures: dict[ModelId, int] = {}  # in a row, or less
-        self.blocked: dict[ModelId, float] = {}  # not loaded again before
-        self.unwanted: set[RunnerId] = set()  # somebody asked for them to leave, and they have not
-        self.asked: set[RequestId] = set()  # leases whose holders were told that others wait
-        self.runners = self.claims = self.samples = 0  # the last number of each
-        self.closing = self.finished = False
+        self.trace = TraceState(longest_wait_s, limits)
 
     def step(
         self, now: float, event: Event, commands: Sequence[Command], entries: Sequence[Entry], queued: int
     ) -> None:
-        """Take in one step: what happened, what was said to do, what was noted; and how many are said to wait."""
-        most = max(len(self.waiting), self.max_queue)
-        out_of_memory = self._runs_out(event)
-        everybody = set(self.current.values()) if out_of_memory else set()
-        left = self._learn(now, event)
-        leaving = frozenset(self.leaving)
-        if self.given_up:
-            self.given_up.clear()
+        """Take in one step: the event, the commands, the log entries, and how many requests the core counts."""
+        trace = self.trace
+        trace.learn_event(now, event)
+        trace.queued = queued
         for entry in entries:
             if isinstance(entry, Transition):
-                self._moved(now, event, entry)
+                of_trace.ask_of(trace, entry)
+                trace.learn_transition(entry)
         for command in commands:
-            self._told(now, event, command, leaving)
-        if entries:
-            self._victims_were_asked(event, entries)
-        assert len(self.waiting) <= most, "more wait than may"
-        assert everybody.isdisjoint(self.current.values()), "memory ran out, and somebody stays"
-        if self.unwanted:
-            self.unwanted -= self.leaving
-            assert self.unwanted.isdisjoint(self.serving), "somebody asked for it to leave, and it stays"
-        assert left is None or left not in self.waiting, "who left is not answered"
-        assert len(self.waiting) == queued, "a request is lost, or answered in silence"
-        if self.ahead:
-            models = {spec.model for spec, _ in self.waiting.values()}
-            assert models.issuperset(self.ahead), "a file is read ahead for nobody"
-        if self.due and isinstance(event, Tick):
-            late = [id for id, due in self.due.items() if due <= now]
-            assert not late, f"request {late[0]} waits beyond its time"
-        if self.waiting and self.longest_wait_s < math.inf:
-            id, (_, since) = next(iter(self.waiting.items()))
-            assert now - since <= self.longest_wait_s, f"request {id} has waited for {now - since:g} s"
+            of_trace.ask_of(trace, command)
+            trace.learn_command(command)
+        of_trace.ask(trace)
+        of_trace.ask_of(trace, event)
+        if trace.longest_wait_s < math.inf:
+            of_bounded_trace.ask(trace)
 
-    def _learn(self, now: float, event: Event) -> RequestId | None:
-        """Take in what happened; return who has left and is to be told so."""
-        match event:
-            case Acquire(id, spec):
-                if id not in self.waiting and id not in self.held:
-                    self.waiting[id] = spec, now
-                    if event.timeout_s is not None:
-                        self.due[id] = now + event.timeout_s
-            case Release(id) | Cancel(id):
-                runner = self.held.pop(id, None)
-                if runner is not None:
-                    self.users[runner] -= 1
-                elif id in self.waiting and isinstance(event, Cancel):
-                    return id
-            case Exited() | Loaded() | Progress() | OutOfMemory():
-                self._heard(now, event)
-            case events.ClaimGranted(number):
-                if number in self.open:
-                    self.open[number].had = True
-            case Expire(model):
-                if model in self.current:
-                    self.unwanted.add(self.current[model])
-            case Configure():
-                self.max_queue = self.max_queue if event.max_queue is None else event.max_queue
-            case Inspected(model):
-                self.inspecting.discard(model)
-            case Close():
-                self.closing = True
-                self.held = {id: runner for id, runner in self.held.items() if runner is not None}
-            case _:
-                pass
-        return None
 
-    def _heard(self, now: float, event: Exited | Loaded | Progress | OutOfMemory) -> None:
-        """Take in what was said of a process."""
-        runner = event.runner
-        match event:
-            case Exited():
-                if self.alive.pop(runner, None) is not None:
-                    self.stopped.discard(runner)
-            case Loaded():
-                if runner in self.alive and runner not in self.leaving:
-                    self.serving.add(runner)
-                    self.loaded_at.setdefault(runner, now)
-            case Progress():
-                self.shown_at[runner] = now
-            case OutOfMemory():
-                self.short.add(runner)
+# -- requests ---------------------------------------------------------------------------------------------------------
 
-    def _runs_out(self, event: Event) -> bool:
-        """Tell whether memory runs out while a runner serves."""
-        if isinstance(event, OutOfMemory) or (isinstance(event, Exited) and event.out_of_memory):
-            return event.runner in self.alive and event.runner in self.serving
-        return False
 
-    def _moved(self, now: float, event: Event, entry: Transition) -> None:
-        if entry.source is None:
-            assert entry.model not in self.current, f"{entry.model} has two runners at once"
-            self.current[entry.model] = entry.runner
-        elif entry.destination is EXPIRING:
-            assert entry.runner not in self.leaving, "given up twice"
-            self.leaving.add(entry.runner)
-            del self.current[entry.model]
-            if entry.trigger == "crash":
-                self._failed(now, event, entry)
-            elif entry.source is not LOADING:  # it served, and ends in order
-                self.failures.pop(entry.model, None)
-        elif entry.destination is UNLOADED:
-            assert entry.runner not in self.alive, "unloaded before its process has gone"
-            assert not self.users.pop(entry.runner), "unloaded in use"
-            self.leaving.discard(entry.runner)
-            self.serving.discard(entry.runner)
+@of_trace(Grant, Reject, same_as=every_request_is_answered_once)
+def _answered_once(trace: TraceState, answer: Grant | Reject) -> None:
+    assert answer.request in trace.waiting, f"request {answer.request} is answered twice, or never asked"
 
-    def _failed(self, now: float, event: Event, entry: Transition) -> None:
-        """Count a failure, and how long the model is not loaded again: twice as long each time.
 
-        Of a load that ran out of memory nothing is concluded: there may be another way. A first crash is no failure,
-        nor is a second one after a good life.
-        """
-        model, runner, limits = entry.model, entry.runner, self.limits
-        if entry.source is LOADING:
-            if isinstance(event, Tick):
-                assert now >= self.shown_at[runner] + limits.load_timeout_s, "a load is given up that is alive"
-            if isinstance(event, Exited) and (event.out_of_memory or runner in self.short):
-                return
-        elif now - self.loaded_at[runner] >= limits.good_life_s or not self.failures.get(model):
-            self.failures[model] = 1
-            return
-        before = self.failures.get(model, 0)
-        self.failures[model] = before + 1
-        self.blocked[model] = now + min(limits.back_off_limit_s, limits.back_off_s * 2.0 ** min(before, 16))
+@of_trace(same_as=every_request_is_answered_once)
+def _not_lost(trace: TraceState) -> None:
+    assert len(trace.waiting) == trace.queued, "a request is lost, or answered in silence"
 
-    def _told(self, now: float, event: Event, command: Command, leaving: frozenset[RunnerId]) -> None:
-        match command:
-            case Grant(id, runner):
-                self._granted(id, runner, leaving)
-            case Reject(id, refusal):
-                assert id in self.waiting, f"request {id} is answered twice, or never asked"
-                del self.waiting[id]
-                self._refused(now, event, id, refusal)
-            case RevokeLease(id):
-                self._revoked(event, id)
-            case Launch(runner):
-                self._launched(now, command)
-            case Stop(runner):
-                self._told_to_stop(runner)
-            case Sample(number):
-                assert number > self.samples, "a number is used again"
-                self.samples = number
-            case Inspect(model):
-                assert model not in self.inspecting, f"{model} is inspected twice at a time"
-                self.inspecting.add(model)
-            case Claim(number, devices):
-                assert number > self.claims, "a number is used again"
-                assert self.limits.claims, "claimed, although claims are off"
-                self.claims = number
-                since = min([now, *(claim.since for claim in self.given_up)])
-                self.open[number] = Claimed(frozenset(devices), since)
-            case ReleaseClaim(number):
-                assert number in self.open, f"claim {number} is given up twice, or was never made"
-                self.given_up.append(self.open.pop(number))
-            case Prefetch(files):
-                self._read_ahead(dict(files))
-            case PersistMeasurement(runner, took, load_s):
-                assert took or load_s is not None, "nothing is to be remembered"
-            case NotifyContention(runner, requests):
-                self._asked_for(runner, requests)
-            case Finished():
-                assert self.closing and not self.finished and not self.alive and not self.leaving, "finished too early"
-                self.finished = True
-            case _:
-                assert_never(command)
 
-    def _read_ahead(self, files: dict[ModelId, int]) -> None:
-        assert list(files.items()) != list(self.ahead.items()), "the same is said again"
-        assert all(size <= self.ahead.get(model, size) for model, size in files.items()), "an amount grows in a wait"
-        assert not files.keys() & set(self.current), "a file is read ahead of a model that lives"
-        self.ahead = files
+@of_trace(Cancel, same_as=a_cancelled_request_is_answered)
+def _cancelled(trace: TraceState, cancel: Cancel) -> None:
+    assert cancel.request not in trace.waiting, f"request {cancel.request}"
 
-    def _granted(self, id: RequestId, runner: RunnerId | None, leaving: frozenset[RunnerId]) -> None:
-        assert id in self.waiting, f"request {id} is answered twice, or never asked"
-        spec, _ = self.waiting.pop(id)
-        self.due.pop(id, None)
-        assert not self.closing, f"request {id} is granted after the close"
-        if spec.purpose is Purpose.memory:
-            assert runner is None, "a runner for who wants memory"
-            self.held[id] = None
-            return
-        assert runner is not None and self.alive.get(runner) == spec.model, f"request {id}: not a runner of its model"
-        assert runner in self.serving, f"request {id} is granted a runner that does not serve"
-        assert runner not in leaving and runner not in self.stopped, f"request {id} is granted one on its way out"
-        if spec.purpose is Purpose.lease:
-            self.held[id] = runner
-            self.users[runner] += 1
 
-    def _refused(self, now: float, event: Event, id: RequestId, refusal: Refusal) -> None:
-        due = self.due.pop(id, math.inf)
-        match refusal:
-            case TimedOut():
-                assert due <= now, f"request {id} is timed out before its time"
-            case DeadlineInfeasible():
-                assert isinstance(event, Acquire | Inspected), f"request {id} is told late that it is hopeless"
-                assert now + refusal.least_s > due, f"request {id} is refused, although there is time"
-            case Cancelled():
-                assert isinstance(event, Cancel) and event.request == id, f"request {id} has not left"
-            case SchedulerClosed():
-                assert self.closing, "refused as closed, but open"
-            case QueueFullRefusal():
-                assert isinstance(event, Acquire) and event.request == id, f"request {id} had its place"
-            case LoadFailedRefusal():
-                assert refusal.retry_after_s <= self.limits.back_off_limit_s + 1e-6, "backed off for too long"
-            case _:
-                pass
+@of_trace(Tick, same_as=no_request_waits_beyond_its_time_out)
+def _timed_out(trace: TraceState, _: Tick) -> None:
+    if trace.due:
+        late = [id for id, due in trace.due.items() if due <= trace.now]
+        assert not late, f"request {late[0]}"
 
-    def _launched(self, now: float, launch: Launch) -> None:
-        assert launch.runner > self.runners, "an id is used again"
-        assert not self.closing, "launched after the close"
-        assert self.blocked.get(launch.model, now) <= now, f"{launch.model} is loaded again before its time"
-        if self.limits.claims:
-            self._has_its_devices(now, launch)
-        self.shown_at[launch.runner] = now
-        self.runners = launch.runner
-        self.alive[launch.runner] = launch.model
-        self.users[launch.runner] = 0
 
-    def _asked_for(self, runner: RunnerId, requests: Sequence[RequestId]) -> None:
-        assert all(self.held.get(id) == runner for id in requests), "those who hold nothing are asked for it"
-        assert self.asked.isdisjoint(requests), "somebody is told twice that others wait"
-        self.asked.update(requests)
+@of_trace(same_as=no_more_requests_wait_than_may)
+def _no_more_wait(trace: TraceState) -> None:
+    assert len(trace.waiting) <= trace.most, f"{len(trace.waiting)}"
 
-    def _has_its_devices(self, now: float, launch: Launch) -> None:
-        """A launch is under a claim of its own for all devices that it takes memory on, or one was waited for."""
-        devices = {device for device, amount in launch.placement.bytes if amount}
-        if not devices:
-            return
-        for claim in self.open.values():
-            if claim.had and devices <= claim.devices:
-                claim.had = False
-                return
-        for claim in self.given_up:
-            if now >= claim.since + self.limits.claim_timeout_s:
-                self.given_up.remove(claim)
-                return
-        raise AssertionError(f"{launch.runner} is launched without its devices")
 
-    def _victims_were_asked(self, event: Event, entries: Sequence[Entry]) -> None:
-        """Whoever holds what is given up for others was told that they wait for it."""
-        if isinstance(event, Expire | OutOfMemory | Exited | Loaded | Close):
+@of_bounded_trace()
+def no_request_waits_for_longer_than_it_can_take(trace: TraceState) -> None:
+    """No request waits for longer than all waits, loads and ends that may come before its turn take together."""
+    if trace.waiting:
+        id, (_, since) = next(iter(trace.waiting.items()))
+        assert trace.now - since <= trace.longest_wait_s, f"request {id} has waited for {trace.now - since:g} s"
+
+
+@of_trace(Grant)
+def no_request_is_granted_after_the_close(trace: TraceState, grant: Grant) -> None:
+    """No request is granted once the scheduler is closing."""
+    assert not trace.closing, f"request {grant.request}"
+
+
+@of_trace(Grant)
+def a_request_is_granted_what_it_asks_for(trace: TraceState, grant: Grant) -> None:
+    """A request for a model is granted a live runner of that model, and a request for memory no runner."""
+    spec, _ = trace.waiting[grant.request]
+    if spec.purpose is Purpose.memory:
+        assert grant.runner is None, f"request {grant.request} wants memory, and is granted a runner"
+    else:
+        same = grant.runner is not None and trace.alive.get(grant.runner) == spec.model
+        assert same, f"request {grant.request}: not a runner of its model"
+
+
+@of_trace(Grant, same_as=a_grant_is_of_a_runner_that_serves)
+def _serves(trace: TraceState, grant: Grant) -> None:
+    assert grant.runner is None or grant.runner in trace.serving, f"request {grant.request}"
+
+
+@of_trace(Grant, same_as=an_expiring_runner_is_never_granted)
+def _not_expiring(trace: TraceState, grant: Grant) -> None:
+    going = grant.runner in trace.left_before or grant.runner in trace.stopped
+    assert not going, f"runner {grant.runner} is granted to request {grant.request}"
+
+
+# -- refusals ---------------------------------------------------------------------------------------------------------
+
+
+@of_trace(Reject)
+def a_request_times_out_when_its_time_is_over(trace: TraceState, reject: Reject) -> None:
+    """A request is refused as timed out only when its time-out is over."""
+    if isinstance(reject.refusal, TimedOut):
+        assert trace.due.get(reject.request, math.inf) <= trace.now, f"request {reject.request}"
+
+
+@of_trace(Reject)
+def a_hopeless_time_out_is_told_at_once(trace: TraceState, reject: Reject) -> None:
+    """A request whose time-out cannot be met is refused when it comes or its model was inspected, and only then."""
+    if isinstance(reject.refusal, DeadlineInfeasible):
+        at_once = isinstance(trace.event, Acquire | Inspected)
+        assert at_once, f"request {reject.request} is told late"
+        due = trace.due.get(reject.request, math.inf)
+        assert trace.now + reject.refusal.least_s > due, f"request {reject.request} is refused, although there is time"
+
+
+@of_trace(Reject)
+def a_refusal_tells_its_true_cause(trace: TraceState, reject: Reject) -> None:
+    """A request is refused as cancelled, closed or beyond the queue's limit only where that has just happened to it."""
+    event = trace.event
+    match reject.refusal:
+        case Cancelled():
+            assert isinstance(event, Cancel) and event.request == reject.request, "the request was not cancelled"
+        case SchedulerClosed():
+            assert trace.closing, "the scheduler is open"
+        case QueueFullRefusal():
+            assert isinstance(event, Acquire) and event.request == reject.request, "the request had its place"
+        case _:
+            pass
+
+
+@of_trace(Reject)
+def back_off_is_limited(trace: TraceState, reject: Reject) -> None:
+    """No request is told to try again later than after the longest back-off."""
+    if isinstance(reject.refusal, LoadFailedRefusal):
+        assert reject.refusal.retry_after_s <= trace.limits.back_off_limit_s + 1e-6, f"request {reject.request}"
+
+
+# -- leases -----------------------------------------------------------------------------------------------------------
+
+
+@of_trace(RevokeLease, same_as=a_lease_is_taken_back_only_from_a_runner_that_is_lost)
+def _taken_back(trace: TraceState, revoke: RevokeLease) -> None:
+    runner, event = trace.held.get(revoke.request), trace.event
+    assert runner is not None, f"lease {revoke.request} is not held"
+    lost = isinstance(event, Exited | Unresponsive) and event.runner == runner
+    assert lost or (trace.closing and isinstance(event, Tick)), f"lease {revoke.request} on runner {runner}"
+
+
+@of_trace(NotifyContention)
+def only_holders_are_told_that_others_wait(trace: TraceState, notice: NotifyContention) -> None:
+    """Only a request that holds a lease on a runner is told that other requests wait for its memory."""
+    for request in notice.requests:
+        assert trace.held.get(request) == notice.runner, f"request {request} holds nothing of runner {notice.runner}"
+
+
+@of_trace(NotifyContention, same_as=a_holder_is_told_once_that_others_wait)
+def _told_once(trace: TraceState, notice: NotifyContention) -> None:
+    assert trace.asked.isdisjoint(notice.requests), f"runner {notice.runner}"
+
+
+@of_trace(same_as=the_holders_of_a_victim_are_told_that_others_wait)
+def _victims_were_told(trace: TraceState) -> None:
+    for entry in trace.transitions:
+        if isinstance(trace.event, Expire | OutOfMemory | Exited | Loaded | Close):
             return  # there are other reasons too
-        for entry in entries:
-            if isinstance(entry, Transition) and entry.source is READY and entry.trigger == "expire":
-                leases = [id for id, runner in self.held.items() if runner == entry.runner]
-                assert self.asked.issuperset(leases), f"{entry.runner} is given up, and its holders were not asked"
+        if entry.source is READY and entry.trigger == "expire":
+            leases = [id for id, runner in trace.held.items() if runner == entry.runner]
+            assert trace.asked.issuperset(leases), f"runner {entry.runner}"
 
-    def _told_to_stop(self, runner: RunnerId) -> None:
-        assert runner in self.alive, f"{runner} is stopped, but its process has gone"
-        assert runner not in self.stopped, f"{runner} is stopped twice"
-        assert runner in self.leaving, f"{runner} is stopped, but not given up"
-        assert not self.users[runner], f"{runner} is stopped in use"
-        self.stopped.add(runner)
 
-    def _revoked(self, event: Event, id: RequestId) -> None:
-        runner = self.held.pop(id, None)
-        assert runner is not None, f"lease {id} is taken back from nobody"
-        self.users[runner] -= 1
-        ended = isinstance(event, Exited | Unresponsive) and event.runner == runner
-        assert ended or (self.closing and isinstance(event, Tick)), f"lease {id} is taken back in use"
+# -- runners ----------------------------------------------------------------------------------------------------------
+
+
+@of_trace(Transition)
+def a_model_has_one_current_runner(trace: TraceState, entry: Transition) -> None:
+    """A model has no more than one runner that is loading, ready or idle."""
+    assert entry.source is not None or entry.model not in trace.current, f"{entry.model} has two runners"
+
+
+@of_trace(Transition)
+def a_runner_expires_once(trace: TraceState, entry: Transition) -> None:
+    """A runner that is expiring does not expire again."""
+    if entry.destination is EXPIRING:
+        assert entry.runner not in trace.leaving, f"runner {entry.runner}"
+        assert trace.current.get(entry.model) == entry.runner, f"runner {entry.runner} was not current"
+
+
+@of_trace(Transition)
+def a_runner_is_unloaded_after_its_process_has_gone(trace: TraceState, entry: Transition) -> None:
+    """A runner is unloaded only after the exit of its process was reported."""
+    assert entry.destination is not UNLOADED or entry.runner not in trace.alive, f"runner {entry.runner}"
+
+
+@of_trace(Transition)
+def a_busy_runner_is_never_unloaded(trace: TraceState, entry: Transition) -> None:
+    """A runner that holds a lease is not unloaded."""
+    assert entry.destination is not UNLOADED or not trace.users[entry.runner], f"runner {entry.runner}"
+
+
+@of_trace(Transition)
+def a_load_times_out_only_without_progress(trace: TraceState, entry: Transition) -> None:
+    """A load is given up by its time-out only after it has shown no progress for that long."""
+    if entry.trigger == "crash" and entry.source is LOADING and isinstance(trace.event, Tick):
+        assert trace.now >= trace.shown_at[entry.runner] + trace.limits.load_timeout_s, f"runner {entry.runner}"
+
+
+@of_trace(Launch, same_as=a_runner_id_is_never_used_again)
+def _new_id(trace: TraceState, launch: Launch) -> None:
+    assert launch.runner > trace.runners, f"runner {launch.runner}"
+
+
+@of_trace(Launch, same_as=no_runner_is_launched_after_the_close)
+def _launched_while_open(trace: TraceState, launch: Launch) -> None:
+    assert not trace.closing, f"runner {launch.runner}"
+
+
+@of_trace(Launch)
+def a_failed_model_is_not_loaded_before_its_back_off_is_over(trace: TraceState, launch: Launch) -> None:
+    """After a failure a model is not loaded for the back-off, which doubles with each failure in a row, to a limit."""
+    assert trace.blocked.get(launch.model, trace.now) <= trace.now, launch.model
+
+
+@of_trace(Launch, same_as=a_load_begins_under_claims_of_all_its_devices)
+def _has_its_devices(trace: TraceState, launch: Launch) -> None:
+    if trace.limits.claims and any(amount for _, amount in launch.placement.bytes):
+        assert trace.claim_for(launch) is not None, f"runner {launch.runner}"
+
+
+@of_trace(Stop)
+def only_a_live_process_of_an_expiring_runner_is_stopped(trace: TraceState, stop: Stop) -> None:
+    """A runner is told to stop only while it is expiring and its process lives."""
+    assert stop.runner in trace.alive, f"runner {stop.runner}: its process has gone"
+    assert stop.runner in trace.leaving, f"runner {stop.runner} is not expiring"
+
+
+@of_trace(Stop, same_as=a_runner_is_stopped_once)
+def _stopped_once(trace: TraceState, stop: Stop) -> None:
+    assert stop.runner not in trace.stopped, f"runner {stop.runner}"
+
+
+@of_trace(Stop, same_as=a_busy_runner_is_never_stopped)
+def _stopped_in_use(trace: TraceState, stop: Stop) -> None:
+    assert not trace.users[stop.runner], f"runner {stop.runner}"
+
+
+@of_trace(OutOfMemory, Exited, same_as=every_runner_expires_when_memory_runs_out)
+def _all_expire(trace: TraceState, _: OutOfMemory | Exited) -> None:
+    stay = trace.to_expire.intersection(trace.current.values())
+    assert not stay, f"runner {min(stay)} stays"
+
+
+@of_trace(same_as=a_model_that_is_expired_leaves)
+def _expired_models_leave(trace: TraceState) -> None:
+    if trace.unwanted:
+        stay = (trace.unwanted - trace.leaving) & trace.serving
+        assert not stay, f"runner {min(stay)} stays"
+
+
+# -- devices, files and figures ---------------------------------------------------------------------------------------
+
+
+@of_trace(Sample)
+def the_number_of_a_reading_is_never_used_again(trace: TraceState, sample: Sample) -> None:
+    """The number of a reading of the devices is higher than that of every reading before it."""
+    assert sample.number > trace.samples, f"reading {sample.number}"
+
+
+@of_trace(Claim)
+def device_claims_are_numbered_in_order(trace: TraceState, claim: Claim) -> None:
+    """Device claims are numbered one after the other."""
+    assert claim.number == trace.claims + 1, f"claim {claim.number}"
+
+
+@of_trace(Inspect)
+def a_model_is_inspected_once_at_a_time(trace: TraceState, inspect: Inspect) -> None:
+    """A model is not inspected again before its inspection has ended."""
+    assert inspect.model not in trace.inspecting, inspect.model
+
+
+@of_trace(Claim)
+def devices_are_claimed_only_where_that_is_on(trace: TraceState, claim: Claim) -> None:
+    """No device is claimed where the limits say that loads claim none."""
+    assert trace.limits.claims, f"claim {claim.number}"
+
+
+@of_trace(ReleaseClaim, same_as=a_device_claim_is_given_back_once)
+def _given_back_once(trace: TraceState, release: ReleaseClaim) -> None:
+    assert release.number in trace.open, f"claim {release.number}"
+
+
+@of_trace(Prefetch, same_as=what_is_read_ahead_is_told_when_it_changes)
+def _told_when_it_changes(trace: TraceState, prefetch: Prefetch) -> None:
+    assert list(dict(prefetch.files).items()) != list(trace.ahead.items()), "the same is said again"
+
+
+@of_trace(Prefetch, same_as=what_is_read_ahead_of_a_file_only_falls)
+def _only_falls(trace: TraceState, prefetch: Prefetch) -> None:
+    for model, size in prefetch.files:
+        assert size <= trace.ahead.get(model, size), model
+
+
+@of_trace(Prefetch)
+def no_file_of_a_loaded_model_is_read_ahead(trace: TraceState, prefetch: Prefetch) -> None:
+    """A file is not read ahead while its model has a runner that is loading, ready or idle."""
+    for model, _ in prefetch.files:
+        assert model not in trace.current, model
+
+
+@of_trace(same_as=only_files_of_models_that_are_waited_for_are_read_ahead)
+def _read_ahead_for_a_request(trace: TraceState) -> None:
+    if trace.ahead:
+        assert {spec.model for spec, _ in trace.waiting.values()}.issuperset(trace.ahead)
+
+
+@of_trace(PersistMeasurement)
+def what_is_persisted_was_measured(trace: TraceState, measurement: PersistMeasurement) -> None:
+    """A measurement that is persisted has the memory that the runner took, or the time of its load."""
+    assert measurement.took or measurement.load_s is not None, f"runner {measurement.runner}"
+
+
+@of_trace(Finished, same_as=a_closed_scheduler_finishes_when_it_is_empty)
+def _over(trace: TraceState, _: Finished) -> None:
+    assert trace.closing and not trace.alive and not trace.leaving, "finished too early"
+
+
+@of_trace(Finished, same_as=a_scheduler_finishes_once)
+def _finished_once(trace: TraceState, _: Finished) -> None:
+    assert not trace.finished

@@ -1,32 +1,20 @@
-"""What must hold of a single step, whatever happened: judged from what was before it, what was said, and what is after.
+"""Properties of a transition: of the state before a step, its event, its commands, and the state after it.
 
-`Core.check` says what must hold of a state; this, what must hold of a change. It needs no history but the highest
-numbers, so a search can branch anywhere.
+`service_guarantees` and `plan_invariants` have further properties of a transition. A check needs no history but the
+highest ids that were in use, so a search can branch anywhere.
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from fsm.core import Core
 from fsm.domain.devices import HOST, DeviceId, DeviceSample
-from fsm.lifecycle.prefetch import spare_bytes
-from fsm.machine.request import Request, RequestState
-from fsm.machine.runner import EXPIRING, IDLE, LOADING, Runner, RunnerId
-from fsm.messages.commands import (
-    Claim,
-    Command,
-    Finished,
-    Grant,
-    Launch,
-    Prefetch,
-    Reject,
-    ReleaseClaim,
-    RevokeLease,
-    Stop,
-)
+from fsm.machine.request import Request, RequestId, RequestState
+from fsm.machine.runner import IDLE, LOADING, Runner, RunnerId
+from fsm.messages.commands import Claim, Command, Finished, Grant, Launch, Reject, ReleaseClaim, RevokeLease, Stop
 from fsm.messages.events import (
     Acquire,
     Cancel,
@@ -44,84 +32,126 @@ from fsm.messages.events import (
 )
 from fsm.state.core_state import CoreState
 from fsm.state.memory_ledger import Owner
+from fsm.verification import service_guarantees
 from fsm.verification.environment import IdHighWater
-from fsm.verification.service_guarantees import check_service_guarantees
+from fsm.verification.plan_invariants import check_outcome
+from fsm.verification.state_invariants import a_busy_runner_is_never_stopped, name_of
+from fsm.verification.step import CoreStep, EndedLease, Expiry, of_step
+
+ALSO_ASKED = (service_guarantees,)  # imported so that its checks are added
 
 
-def judge(before: Core, event: Event, commands: Sequence[Command], after: Core, past: IdHighWater) -> None:
-    """Raise AssertionError where a step was wrong; `after.plans` must have been empty, not None, before it."""
-    was, now = before._state, after._state
-    _answers(was, event, commands, now)
-    if was.runners or now.runners:
-        _leases(was, event, commands, now)
-        _lives(was, event, now)
-        _one_more_load(was, event, now)
-        _given_up(was, event, commands, after)
-    for command in commands:
-        _told(before, event, command, now, past)
-    if was.prefetching or now.prefetching:
-        _read_ahead(was, commands, now)
-    if was.claims or now.claims or now.config.claims:
-        _claims(was, commands, now)
-    if after.plans:
-        _bounded(after)
-    check_service_guarantees(before, event, commands, after)
-    assert not after.finished or (now.closing and not now.runners), "finished, but not over"
-    over = now.closing and not now.runners and not isinstance(event, Tick)
-    assert after.finished or before.finished or not over, "closed and empty, but not finished"
+def check_step(before: Core, event: Event, commands: Sequence[Command], after: Core, past: IdHighWater) -> None:
+    """Raise Violated where a property of a transition does not hold.
+
+    `after.plans` are the plans of the step: empty, not None, before it.
+    """
+    step = CoreStep(before, event, commands, after, past)
+    of_step.ask(step)
+    for cause in step.causes:
+        of_step.ask_of(step, cause)
+    check_outcome(event, commands, after)
 
 
-def _waiting(state: CoreState) -> set[int]:
+# -- requests and leases ----------------------------------------------------------------------------------------------
+
+
+@of_step(ids=("D07", "D13"))
+def every_request_is_answered_once(step: CoreStep) -> None:
+    """A request is queued until the step in which it is answered, and it is answered once."""
+    asked = _waiting(step.was)
+    event = step.event
+    if isinstance(event, Acquire) and event.request not in step.was.requests:
+        asked.add(event.request)
+    answered = [one.request for one in step.commands if isinstance(one, Grant | Reject)]
+    assert sorted(answered) == sorted(asked - _waiting(step.now)), "a request is lost, or answered twice"
+
+
+@of_step(Cancel, ids=("D13",))
+def a_cancelled_request_is_answered(step: CoreStep, cancel: Cancel) -> None:
+    """A request that is cancelled while it is queued is answered at once."""
+    assert cancel.request not in _waiting(step.now), f"request {cancel.request}"
+
+
+@of_step(Tick)
+def no_request_waits_beyond_its_time_out(step: CoreStep, _: Tick) -> None:
+    """A request that is still queued when its time-out is over is refused then."""
+    due = [id for (at, (kind, id)) in step.was.timers.items() if kind == "request" and at <= step.now.now]
+    if due:
+        answered = {one.request for one in step.commands if isinstance(one, Grant | Reject)}
+        assert answered.issuperset(due), f"request {min(set(due) - answered)}"
+
+
+@of_step(Grant)
+def a_grant_is_of_a_runner_that_serves(step: CoreStep, grant: Grant) -> None:
+    """A request is granted a runner that has loaded, and holds its lease from then on."""
+    if grant.runner is not None:
+        runner = step.now.runners[RunnerId(grant.runner)]
+        assert runner.loaded_at is not None, f"{name_of(runner)} has not loaded"
+        held = step.now.requests.get(grant.request)
+        assert held is None or grant.request in runner.leases, f"{name_of(runner)} does not hold the lease"
+
+
+@of_step(Grant, ids=("D01",))
+def an_expiring_runner_is_never_granted(step: CoreStep, grant: Grant) -> None:
+    """A runner that is expiring takes no new lease."""
+    earlier = step.was.runners.get(RunnerId(grant.runner)) if grant.runner is not None else None
+    assert earlier is None or earlier.current, f"{name_of(earlier)} is granted to request {grant.request}"
+
+
+@of_step(EndedLease)
+def a_lease_is_lost_only_if_its_holder_is_told(step: CoreStep, ended: EndedLease) -> None:
+    """A lease ends when it is released or cancelled, or with a command that tells its holder."""
+    told = any(isinstance(one, RevokeLease) and one.request == ended.lease for one in step.commands)
+    assert ended.given_back or told, f"lease {ended.lease} on {name_of(ended.runner)}"
+
+
+@of_step(EndedLease)
+def a_lease_is_taken_back_only_from_a_runner_that_is_lost(step: CoreStep, ended: EndedLease) -> None:
+    """A lease is taken back from its holder only if its runner exits or hangs, or the time limit of a close is over."""
+    event = step.event
+    lost = isinstance(event, Exited | Unresponsive) and event.runner == ended.runner.id
+    closed = step.now.closing and isinstance(event, Tick)
+    assert ended.given_back or lost or closed, f"lease {ended.lease} on {name_of(ended.runner)}"
+
+
+@of_step(RevokeLease)
+def a_lease_that_is_taken_back_is_not_held(step: CoreStep, revoke: RevokeLease) -> None:
+    """A lease whose holder is told that it is taken back is not held any more."""
+    assert revoke.request not in step.now.requests, f"lease {revoke.request}"
+
+
+def _waiting(state: CoreState) -> set[RequestId]:
     return {id for id, request in state.requests.items() if request.state is RequestState.queued}
 
 
-def _answers(was: CoreState, event: Event, commands: Sequence[Command], now: CoreState) -> None:
-    """Everybody is answered once, and at once where what they want is there."""
-    asked = _waiting(was)
-    if isinstance(event, Acquire) and event.request not in was.requests:
-        asked.add(event.request)
-    answered = [one.request for one in commands if isinstance(one, Grant | Reject)]
-    assert sorted(answered) == sorted(asked - _waiting(now)), "a request is lost, or answered twice"
-    if isinstance(event, Cancel) and event.request in asked:
-        assert event.request in answered, "who left is not answered"
-    if isinstance(event, Tick):
-        due = [id for (at, (kind, id)) in was.timers.items() if kind == "request" and at <= now.now]
-        assert set(due) <= set(answered), "somebody waits beyond their time"
+# -- the end of runners -----------------------------------------------------------------------------------------------
 
 
-def _one_more_load(was: CoreState, event: Event, now: CoreState) -> None:
-    """Whoever waited for a load that ran out of memory waits for one more at most.
-
-    One that is of a smaller context is none for who named theirs.
-    """
-    runner = was.runners.get(event.runner) if isinstance(event, Exited) and event.out_of_memory else None
-    if runner is not None and runner.state is LOADING:
-        for request in [request for group in was.groups_served_by(runner) for request in group.requests.values()]:
-            left = now.requests.get(request.id)
-            smaller = now.models[runner.model].context_limit != was.models[runner.model].context_limit
-            other = smaller and request.spec.options.num_ctx is not None
-            last = left is None or (left.survived and not request.survived)
-            assert last or other, "loads fail for somebody again and again"
-            assert left is None or smaller or now.models[runner.model].load_exclusively, (
-                "the next load may not be alone"
-            )
+@of_step(ids=("D12",))
+def a_process_has_gone_when_its_own_exit_is_reported(step: CoreStep) -> None:
+    """A process is taken to have gone when its own exit is reported, and on no other event."""
+    for runner in step.was.runners.values():
+        if runner.process:
+            own = isinstance(step.event, Exited) and step.event.runner == runner.id
+            after = step.now.runners.get(runner.id)
+            assert own or (after is not None and after.process), f"{name_of(runner)}: by the exit of another"
+            assert not own or after is None or not after.process, f"{name_of(runner)}: its exit is not noted"
 
 
-def _leases(was: CoreState, event: Event, commands: Sequence[Command], now: CoreState) -> None:
-    """A lease ends with its release, or is taken back, and its holder told, where its runner is of no more use."""
-    revoked = {one.request for one in commands if isinstance(one, RevokeLease)}
-    for runner in was.runners.values():
-        left = now.runners[runner.id].leases if runner.id in now.runners else set()
-        for lease in runner.leases - left:
-            given = isinstance(event, Release | Cancel) and event.request == lease
-            assert given or lease in revoked, "a lease is lost, and nobody told"
-            useless = isinstance(event, Exited | Unresponsive) and event.runner == runner.id
-            closing = now.closing and isinstance(event, Tick)
-            assert given or useless or closing, "a lease is taken back in use"
+@of_step(Sampled, ids=("D10",))
+def a_runner_is_unloaded_when_its_memory_is_back(step: CoreStep, sampled: Sampled) -> None:
+    """A reading of the devices unloads a runner if it began after the process had gone and finds the memory free."""
+    for runner in step.was.runners.values():
+        if not runner.process and runner.id not in step.now.runners:
+            assert sampled.number >= runner.last_sample, f"{name_of(runner)}: the reading was begun too early"
+            for_us = {one.id: _for_us(step.was, sampled, one) for one in sampled.devices if one.fresh}
+            back = all(for_us.get(gpu, math.inf) >= awaited for gpu, awaited in runner.recovery_targets.items())
+            assert back, f"{name_of(runner)}: its memory is not back"
 
 
 def _for_us(was: CoreState, event: Sampled, sample: DeviceSample) -> int:
-    """Return what a reading says that a device has for all of us: free, or occupied by us."""
+    """Return the bytes of a device that are free, or occupied by runners of this scheduler, by a reading."""
     seen: dict[Owner, dict[DeviceId, int]] = {("runner", id): dict(amounts) for id, amounts in event.resident}
     taken = [
         seen.get(owner, {}).get(sample.id, account.occupied_bytes(sample.id))
@@ -130,42 +160,24 @@ def _for_us(was: CoreState, event: Sampled, sample: DeviceSample) -> int:
     return sample.free_bytes + sum(taken)
 
 
-def _lives(was: CoreState, event: Event, now: CoreState) -> None:
-    """A process is gone when it says so, and nobody else; a runner is unloaded once its memory is back."""
-    for runner in was.runners.values():
-        own_end = isinstance(event, Exited) and event.runner == runner.id
-        after = now.runners.get(runner.id)
-        if runner.process:
-            assert own_end or (after is not None and after.process), "another's end is taken for its own"
-            assert not own_end or after is None or not after.process, "its end is not noted"
-        elif after is None and isinstance(event, Sampled):
-            assert event.number >= runner.last_sample, "judged by a reading from before its process went"
-            for_us = {sample.id: _for_us(was, event, sample) for sample in event.devices if sample.fresh}
-            back = all(for_us.get(gpu, math.inf) >= awaited for gpu, awaited in runner.recovery_targets.items())
-            assert back, "unloaded, although its memory is not back"
+@of_step(Expiry, ids=("D13", "D14"))
+def a_runner_expires_for_a_reason(step: CoreStep, expiry: Expiry) -> None:
+    """A runner expires as the victim of a plan, or for a reason of its own.
 
-
-def _given_up(was: CoreState, event: Event, commands: Sequence[Command], after: Core) -> None:
-    """A runner goes for a reason of its own, or as the victim of somebody who may have it."""
-    now = after._state
-    victims = {id for plan in after.plans or () for id in plan.victims}
-    for runner in was.runners.values():
-        left = now.runners.get(runner.id)
-        if not runner.current or (left is not None and left.current):
-            continue
-        if runner.id in victims:
-            given = {event.request} if isinstance(event, Release | Cancel) else set()
-            _may_be_victim(was, runner, commands, now, in_use=bool(runner.leases - given))
-        else:
-            assert _has_reason(was, runner, event, now), f"{runner.model} is given up for nothing"
+    The reasons are its end, the end of its keep-alive or of its load's time-out, a user's wish, memory that ran out, a
+    close, and that no request waits for its load any more.
+    """
+    assert expiry.victim or _has_reason(step.was, expiry.runner, step.event, step.now), name_of(expiry.runner)
 
 
 def _has_reason(was: CoreState, runner: Runner, event: Event, now: CoreState) -> bool:
     pinned = was.models[runner.model].pinned
     unwanted = runner.state is LOADING and not now.groups_served_by(runner)
     match event:
-        case Exited(id) | Unresponsive(id):
+        case Unresponsive(id):
             return id == runner.id
+        case Exited(id):
+            return id == runner.id or (event.out_of_memory and was.runners[id].loaded_at is not None)
         case Expire(model):
             return model == runner.model
         case Loaded(id):
@@ -187,68 +199,107 @@ def _has_reason(was: CoreState, runner: Runner, event: Event, now: CoreState) ->
             return False
 
 
-def _may_be_victim(
-    was: CoreState, runner: Runner, commands: Sequence[Command], now: CoreState, *, in_use: bool
-) -> None:
-    waiting = [request for group in now.groups.values() for request in group.requests.values()]
-    granted = any(isinstance(one, Grant) and one.runner is None for one in commands)
-    full = was.overfull() or now.overfull()
-    assert waiting or granted or full, f"{runner.model} is given up for nobody"
-    assert not now.models[runner.model].pinned, f"{runner.model} is pinned, and given up for others"
-    resident_until = runner.drain_protected_until if in_use else runner.resident_until
-    if not in_use and now.config.min_residency_s is None:
-        resident_until = -math.inf  # an automatic one is over when nobody uses it
-    assert resident_until <= now.now or full, f"{runner.model} is given up within its residency"
-    overdue = any(_bound(request, now) <= now.now for request in waiting)
-    resting = runner.state is IDLE and runner.idle_grace_until > now.now
-    assert not resting or overdue or granted or full, f"{runner.model} is given up before its users could ask again"
-    assert not in_use or overdue or granted, f"{runner.model} is given up in use"
+# -- victims ----------------------------------------------------------------------------------------------------------
 
 
-def _told(before: Core, event: Event, command: Command, now: CoreState, past: IdHighWater) -> None:
-    was = before._state
-    match command:
-        case Grant(request, int(id)):
-            runner = now.runners[RunnerId(id)]
-            held = now.requests.get(request)
-            assert runner.loaded_at is not None, "granted what does not serve"
-            assert held is None or request in runner.leases, "granted, but not held"
-            earlier = was.runners.get(RunnerId(id))
-            assert earlier is None or earlier.current, "granted what is on its way out"
-        case Stop(id):
-            assert id not in now.runners or not now.runners[id].leases, "stopped in use"
-            assert id not in was.runners or not was.runners[id].stopping, "stopped twice"
-        case Launch(id):
-            assert id > past.runners, "an id is used again"
-            assert not now.closing, "launched after the close"
-            _room_to_start(now, now.runners[id])
-            _alone_where_it_must(was, now, now.runners[id])
-        case RevokeLease(request):
-            assert request not in now.requests, "taken back, but held"
-        case Finished():
-            assert not before.finished, "finished twice"
-        case _:
-            pass
+@of_step(Expiry)
+def a_victim_is_evicted_for_a_request(step: CoreStep, expiry: Expiry) -> None:
+    """A runner is evicted only while a request waits, for memory just granted, or where runners hold too much."""
+    if expiry.victim:
+        waits = any(group.requests for group in step.now.groups.values())
+        assert waits or _memory_was_granted(step) or _overfull(step), name_of(expiry.runner)
 
 
-def _room_to_start(now: CoreState, runner: Runner) -> None:
-    assert sum(one.process for one in now.runners.values()) <= now.max_runners(), "more processes than there may be"
-    loading = [_gpus(one) for one in now.runners.values() if one.state is LOADING]
-    for device in _gpus(runner):
-        most = now.config.max_host_loads if device == HOST else now.config.max_loads_per_gpu
-        assert sum(device in devices for devices in loading) <= most, f"more loads on {device} than there may be"
+@of_step(Expiry)
+def a_pinned_model_is_never_evicted(step: CoreStep, expiry: Expiry) -> None:
+    """The runner of a pinned model is never the victim of a plan."""
+    assert not (expiry.victim and step.now.models[expiry.runner.model].pinned), name_of(expiry.runner)
 
 
-def _alone_where_it_must(was: CoreState, now: CoreState, runner: Runner) -> None:
-    """After a load that ran out of memory the next one has everybody out of its way who may be moved, until it ends."""
-    others = [one for one in now.runners.values() if one.current and one is not runner]
-    model = was.models.get(runner.model)
-    if model is not None and model.load_exclusively and now.models[runner.model].load_exclusively:
-        assert all(now.models[one.model].pinned for one in others), "loaded again, and not alone"
-    for one in others:
-        assert one.state is not LOADING or not now.models[one.model].load_exclusively, (
-            "begun beside a load that is to be alone"
-        )
+@of_step(Expiry)
+def a_runner_is_not_evicted_within_its_residency(step: CoreStep, expiry: Expiry) -> None:
+    """A runner keeps its place for its minimum residency; an automatic one is over when the runner is idle."""
+    runner = expiry.runner
+    if expiry.victim and (expiry.in_use or step.now.config.min_residency_s is not None):
+        until = runner.drain_protected_until if expiry.in_use else runner.resident_until
+        assert until <= step.now.now or _overfull(step), name_of(runner)
+
+
+@of_step(Expiry)
+def an_idle_runner_is_not_evicted_before_its_user_can_ask_again(step: CoreStep, expiry: Expiry) -> None:
+    """An idle runner is not evicted within the grace after its last use, unless a request is overdue."""
+    runner = expiry.runner
+    if expiry.victim and runner.state is IDLE and runner.idle_grace_until > step.now.now:
+        assert _overdue(step) or _memory_was_granted(step) or _overfull(step), name_of(runner)
+
+
+@of_step(Expiry)
+def a_busy_runner_is_not_evicted_before_a_request_is_overdue(step: CoreStep, expiry: Expiry) -> None:
+    """A runner in use is evicted only for a request that has waited as long as it may, or for memory just granted."""
+    if expiry.victim and expiry.in_use:
+        assert _overdue(step) or _memory_was_granted(step), name_of(expiry.runner)
+
+
+def _overdue(step: CoreStep) -> bool:
+    """Tell whether a request has waited for as long as busy runners may keep it waiting."""
+    queued = [request for group in step.now.groups.values() for request in group.requests.values()]
+    return any(_bound(request, step.now) <= step.now.now for request in queued)
+
+
+def _memory_was_granted(step: CoreStep) -> bool:
+    return any(isinstance(one, Grant) and one.runner is None for one in step.commands)
+
+
+def _overfull(step: CoreStep) -> bool:
+    return step.was.overfull() or step.now.overfull()
+
+
+def _bound(request: Request, state: CoreState) -> float:
+    """Return when busy runners have to leave for a request."""
+    return request.queued_at + state.config.max_wait_s
+
+
+# -- stops and launches -----------------------------------------------------------------------------------------------
+
+
+@of_step(Stop)
+def a_runner_is_stopped_once(step: CoreStep, stop: Stop) -> None:
+    """A process is told to stop once."""
+    earlier = step.was.runners.get(stop.runner)
+    assert earlier is None or not earlier.stopping, name_of(earlier)
+
+
+@of_step(Stop, same_as=a_busy_runner_is_never_stopped)
+def _stopped_in_use(step: CoreStep, stop: Stop) -> None:
+    assert stop.runner not in step.now.runners or not step.now.runners[stop.runner].leases, f"runner {stop.runner}"
+
+
+@of_step(Launch, ids=("D11",))
+def a_runner_id_is_never_used_again(step: CoreStep, launch: Launch) -> None:
+    """The id of a launched runner is higher than that of every runner before it."""
+    assert launch.runner > step.past.runners, f"runner {launch.runner}"
+
+
+@of_step(Launch)
+def no_runner_is_launched_after_the_close(step: CoreStep, launch: Launch) -> None:
+    """No runner is launched once the scheduler is closing."""
+    assert not step.now.closing, f"runner {launch.runner}"
+
+
+@of_step(Launch)
+def no_more_processes_live_than_may(step: CoreStep, launch: Launch) -> None:
+    """A launch keeps to the limit on live processes, those that were told to stop among them."""
+    assert sum(one.process for one in step.now.runners.values()) <= step.now.max_runners(), f"runner {launch.runner}"
+
+
+@of_step(Launch)
+def no_more_runners_load_on_a_device_than_may(step: CoreStep, launch: Launch) -> None:
+    """A launch keeps to the limit on loads at a time, on each GPU and on the host."""
+    limits = step.now.config
+    loading = [_gpus(one) for one in step.now.runners.values() if one.state is LOADING]
+    for device in _gpus(step.now.runners[launch.runner]):
+        most = limits.max_host_loads if device == HOST else limits.max_loads_per_gpu
+        assert sum(device in devices for devices in loading) <= most, f"runner {launch.runner} on {device}"
 
 
 def _gpus(runner: Runner) -> list[str]:
@@ -256,59 +307,84 @@ def _gpus(runner: Runner) -> list[str]:
     return [device for device, amount in runner.placement.bytes if device != HOST and amount] or [HOST]
 
 
-def _claims(was: CoreState, commands: Sequence[Command], now: CoreState) -> None:
-    """What was claimed and is not given back is somebody's, and the other way round."""
+@of_step(Exited)
+def a_request_waits_for_one_more_load_after_one_ran_out_of_memory(step: CoreStep, exited: Exited) -> None:
+    """A request whose load ran out of memory waits for one more load at most.
 
-    def open_in(state: CoreState) -> Counter[int]:
-        return Counter([*state.claims, *(runner.claim for runner in state.runners.values() if runner.claim)])
-
-    made = Counter(command.number for command in commands if isinstance(command, Claim))
-    ended = Counter(command.number for command in commands if isinstance(command, ReleaseClaim))
-    left = open_in(was) + made
-    assert left - ended == open_in(now) and ended <= left, "a claim is lost, or given back twice"
-
-
-def _read_ahead(was: CoreState, commands: Sequence[Command], now: CoreState) -> None:
-    """What is read ahead is said when it changes, and leaves alone what is promised, mapped, or others' to fill."""
-    said = [command.files for command in commands if isinstance(command, Prefetch)]
-    assert said == ([now.prefetching] if now.prefetching != was.prefetching else []), "it is not as it was said"
-    before, spare = dict(was.prefetching), spare_bytes(now.ledger)
-    for files in said:
-        assert sum(size for _, size in files) <= spare, "more is read ahead than there is memory to spare"
-        begun = sum(size for model, size in files if model not in before)
-        assert begun <= spare // 2, "more than half of it is filled to begin with"
-        assert all(0 <= size <= before.get(model, size) for model, size in files), "an amount grows in a wait"
+    A load with a smaller context does not count for a request that named its context.
+    """
+    for request, runner in _survivors(step, exited):
+        left, smaller = step.now.requests.get(request.id), _steps_down(step, runner)
+        last = left is None or (left.survived and not request.survived)
+        assert last or (smaller and request.spec.options.num_ctx is not None), f"request {request.id}"
 
 
-def _bounded(after: Core) -> None:
-    """Whoever waits for what is in use, or resides, does so for a bounded time, and the core looks again by then."""
-    state = after._state
-    plan = (after.plans or [])[-1]
-    look_at = state.timers.at(("plan", 0))
-    going = [
-        one.stop_deadline for one in state.runners.values() if one.state is EXPIRING
-    ]  # until then nobody need go for it
-    for spec, room in plan.placements.items():
-        group = state.groups.get(spec)
-        if group is None or not room.victims:
-            continue
-        for victim in room.victims:
-            runner = state.runners.get(victim.runner)
-            if runner is None or not runner.current or runner.state is LOADING:
-                continue
-            latest = max(_bound(group.head, state), runner.resident_until, runner.drain_protected_until)
-            assert look_at <= max([*going, *(victim.free_at for victim in room.victims)]), "nobody looks again"
-            assert victim.free_at <= max(latest, state.now), f"{spec.model} waits for {runner.model} without a bound"
-            assert state.now < max(_bound(group.head, state), *map(_resident_until, state.runners.values())), (
-                f"{spec.model} still waits for {runner.model}"
-            )
+@of_step(Exited)
+def a_load_is_tried_again_alone_after_it_ran_out_of_memory(step: CoreStep, exited: Exited) -> None:
+    """After a load ran out of memory, the next load of its model is alone, or is of a smaller context."""
+    for request, runner in _survivors(step, exited):
+        waits = request.id in step.now.requests
+        assert not waits or _steps_down(step, runner) or step.now.models[runner.model].load_exclusively, (
+            f"request {request.id}"
+        )
 
 
-def _resident_until(runner: Runner) -> float:
-    """Return until when a runner keeps its place at most, in use or not."""
-    return max(runner.resident_until, runner.drain_protected_until)
+def _survivors(step: CoreStep, exited: Exited) -> Iterator[tuple[Request, Runner]]:
+    """Yield the requests, as they were, that waited for a load that has just run out of memory."""
+    runner = step.was.runners.get(exited.runner) if exited.out_of_memory else None
+    if runner is not None and runner.state is LOADING:
+        for group in step.was.groups_served_by(runner):
+            yield from ((request, runner) for request in group.requests.values())
 
 
-def _bound(request: Request, state: CoreState) -> float:
-    """Return when busy runners have to leave for a request."""
-    return request.queued_at + state.config.max_wait_s
+def _steps_down(step: CoreStep, runner: Runner) -> bool:
+    """Tell whether the next load of a runner's model is of a smaller context."""
+    return step.now.models[runner.model].context_limit != step.was.models[runner.model].context_limit
+
+
+@of_step(Launch)
+def a_load_that_must_be_alone_is_alone(step: CoreStep, launch: Launch) -> None:
+    """While a load is tried again after one ran out of memory, every current runner beside it is pinned."""
+    runner, models = step.now.runners[launch.runner], step.now.models
+    others = [one for one in step.now.runners.values() if one.current and one is not runner]
+    model = step.was.models.get(runner.model)
+    if model is not None and model.load_exclusively and models[runner.model].load_exclusively:
+        assert all(models[one.model].pinned for one in others), f"{name_of(runner)} is loaded again, and not alone"
+    for one in others:
+        begun = one.state is LOADING and models[one.model].load_exclusively
+        assert not begun, f"{name_of(runner)} is loaded beside {name_of(one)}, which is to be alone"
+
+
+# -- device claims ----------------------------------------------------------------------------------------------------
+
+
+@of_step()
+def a_device_claim_is_given_back_once(step: CoreStep) -> None:
+    """A device claim is kept by a planned launch or a runner until it is given back, and it is given back once."""
+    if step.was.claims or step.now.claims or step.now.config.claims:
+        made = Counter(command.number for command in step.commands if isinstance(command, Claim))
+        ended = Counter(command.number for command in step.commands if isinstance(command, ReleaseClaim))
+        left = _open_claims(step.was) + made
+        assert left - ended == _open_claims(step.now) and ended <= left, "a claim is lost, or given back twice"
+
+
+def _open_claims(state: CoreState) -> Counter[int]:
+    return Counter([*state.claims, *(runner.claim for runner in state.runners.values() if runner.claim)])
+
+
+# -- the end ----------------------------------------------------------------------------------------------------------
+
+
+@of_step()
+def a_closed_scheduler_finishes_when_it_is_empty(step: CoreStep) -> None:
+    """Finished is returned by the step in which the last runner of a closed scheduler is unloaded, and not before."""
+    over = step.now.closing and not step.now.runners
+    assert over or not step.after.finished, "finished, but not over"
+    due = over and not isinstance(step.event, Tick)
+    assert step.after.finished or step.before.finished or not due, "closed and empty, but not finished"
+
+
+@of_step(Finished)
+def a_scheduler_finishes_once(step: CoreStep, _: Finished) -> None:
+    """Finished is returned once."""
+    assert not step.before.finished

@@ -30,6 +30,7 @@ from fsm.machine.request import ModelId, RequestId
 from fsm.messages.decision_log import Decision, Transition
 from fsm.messages.events import Release
 from fsm.sizing.footprint import Footprint
+from fsm.verification.property import Violated
 from scheduler import (
     AcquireTimeout,
     DoesNotFit,
@@ -53,6 +54,7 @@ from scheduler.api import scheduler as scheduler_module
 from scheduler.engines.python import PythonEngine
 from scheduler.models.measurement_store import Identity
 from scheduler.runtime.executor import _WORKERS
+from tests.support.invariants import check_scheduler
 from tests.support.leaks import no_leaks
 from tests.support.waiting import LIMIT_S, assert_soon
 
@@ -347,6 +349,7 @@ def test_ctrl_c_at_any_moment_leaves_no_lease_and_no_broken_core(scheduler: Sche
     assert_soon(lambda: states(scheduler) == {"a": "idle"})
     state = scheduler.debug_state()
     assert seen and state.error is None and not state.requests
+    check_scheduler(scheduler)
 
 
 # -- futures and event loops -------------------------------------------------------------------------------------------
@@ -738,13 +741,13 @@ def test_the_debug_state_tells_what_is_held_inside(scheduler: Scheduler) -> None
     assert state.ended and not state.requests and not state.locked and not state.snapshot.runners
 
 
-def test_the_debug_state_checks_the_invariants(scheduler: Scheduler) -> None:
-    """A violated invariant is raised by the debug state."""
+def test_a_scheduler_whose_state_breaks_an_invariant_is_found(scheduler: Scheduler) -> None:
+    """The check that tests make of a running scheduler names the property."""
     scheduler._driver.query(lambda core: setattr(core._state, "queued", 1))
-    with pytest.raises(AssertionError, match="the queue is miscounted"):
-        scheduler.debug_state()
+    with pytest.raises(Violated, match="queued requests are counted"):
+        check_scheduler(scheduler)
     scheduler._driver.query(lambda core: setattr(core._state, "queued", 0))
-    assert not scheduler.debug_state().snapshot.queue
+    check_scheduler(scheduler)
 
 
 def test_events_tell_every_transition_with_its_reason(scheduler: Scheduler) -> None:

@@ -33,6 +33,7 @@ from scheduler import (
     SchedulerClosed,
     Settings,
 )
+from tests.support.invariants import check_scheduler
 from tests.support.leaks import no_leaks
 from tests.support.waiting import LIMIT_S, assert_soon
 
@@ -299,7 +300,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @invariant()
     def the_account_is_right(self) -> None:
-        self.scheduler.debug_state()  # this checks the core's invariants
+        check_scheduler(self.scheduler)
 
     def teardown(self) -> None:
         try:

@@ -13,6 +13,7 @@ from fsm.messages.decision_log import Decision, Entry
 from fsm.messages.events import ClaimContended, ClaimGranted, Progress
 from fsm.messages.reasons import ClaimMissed, WaitFor
 from fsm.messages.refusals import DoesNotFitRefusal, TimedOut
+from fsm.verification.state_invariants import check_state
 from tests.core.test_every_state_every_event import EVENTS
 from tests.support.models import a_model
 from tests.support.pool import (
@@ -302,7 +303,7 @@ def test_a_copy_has_claims_of_its_own() -> None:
     waits(pool)
     copy = pool.core.copy()
     had(pool, 1)
-    copy.check()
+    check_state(copy)
     assert copy._state.claims[1].had is False
     assert copy.step(pool.now, ClaimGranted(1)) == [pool.launch(1, "a")]
 

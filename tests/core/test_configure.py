@@ -12,6 +12,7 @@ from fsm.messages.decision_log import Entry, Transition
 from fsm.messages.events import Close, Configure
 from fsm.messages.reasons import RunnerLimit
 from fsm.messages.refusals import QueueFullRefusal
+from fsm.verification.state_invariants import check_state
 from tests.support.pool import (
     PoolUnderTest,
     a_pool,
@@ -273,7 +274,7 @@ def test_a_copy_has_limits_of_its_own() -> None:
     pool.feed(pool.sample())
     copy = pool.core.copy()
     copy.step(pool.now, Configure(keep_alive_s=7.0))
-    copy.check()
+    check_state(copy)
     assert [view.keep_alive_s for view in copy.snapshot().runners] == [7.0, 9.0]
     assert [view.keep_alive_s for view in pool.core.snapshot().runners] == [300.0, 9.0]
     assert copy.step(pool.now, release(1)) == pool.feed(release(1)) == [Stop(1)]

@@ -14,6 +14,7 @@ from fsm.machine.runner import RunnerState
 from fsm.messages.commands import Finished, Grant, RevokeLease, Stop
 from fsm.messages.events import Configure, Event, Tick
 from fsm.messages.refusals import Cancelled, QueueFullRefusal, SchedulerClosed
+from fsm.verification.state_invariants import check_state
 from tests.support.pool import (
     PoolUnderTest,
     a_pool,
@@ -148,7 +149,7 @@ def test_d18_what_was_read_never_changes_afterwards() -> None:
     pool.advance("10s")
     assert pickle.dumps(seen) == before
     assert [runner.state.value for runner in copy.snapshot().runners] == ["ready", "loading"]
-    copy.check()
+    check_state(copy)
     for value in (seen, *seen.runners, *seen.queue, *seen.devices):
         with pytest.raises(FrozenInstanceError):
             setattr(value, fields(value)[0].name, None)

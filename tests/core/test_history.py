@@ -29,6 +29,7 @@ from fsm.messages.reasons import (
     WaitForRunners,
 )
 from fsm.state.timers import Timers
+from fsm.verification.state_invariants import check_state
 from scheduler.recording.codec import decode_state, encode
 from tests.support.pool import (
     START,
@@ -155,11 +156,11 @@ def test_a_copy_goes_its_own_way() -> None:
     assert copy.snapshot() == before
     for event in (release(1), cancel(3), exited(2), Configure(max_runners=1), close("0s")):
         copy.step(pool.now, event)
-        copy.check()
+        check_state(copy)
     copy.step(pool.now + 1e6, Tick())
-    copy.check()
+    check_state(copy)
     assert pool.core.snapshot() == before
-    pool.core.check()
+    check_state(pool.core)
 
 
 def test_a_copy_decides_like_the_original() -> None:
@@ -307,7 +308,7 @@ def test_time_never_goes_back() -> None:
 def test_an_empty_pool_waits_for_nothing() -> None:
     """A core without runners and requests has no deadline, an empty snapshot, and holds its invariants."""
     core = Core()
-    core.check()
+    check_state(core)
     assert core.deadline() == math.inf
     assert core.step(0.0, Tick()) == []
     assert (core.snapshot().runners, core.snapshot().queue, core.snapshot().devices) == ((), (), ())

@@ -214,7 +214,7 @@ def test_a_core_that_shares_its_devices_previews_without_a_claim() -> None:
     """A preview makes no claim, and other programs' loads are no part of it."""
     pool = a_pool("8GiB", claims=True, shares=False)
     assert look(pool, "a").outcome is Outcome.fits
-    assert (pool.core._state.claims, pool.claimed) == ({}, 0)
+    assert (pool.core._state.claims, pool.auditor.trace.claims) == ({}, 0)
 
 
 # -- the preview is the truth ------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import math
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import invariant, rule
+from hypothesis.stateful import rule
 
 from fsm.domain.devices import HOST
 from fsm.eviction.policies import LeastRecentlyUsed
@@ -226,7 +226,10 @@ def test_limits_hold_again_when_everything_has_rested(sizes: list[int], busy: in
 
 
 class ShrinkingMachine(test_machine.CoreMachine):
-    """The random core, on devices that shrink and grow, under limits that change."""
+    """The random core, on devices that shrink and grow, under limits that change.
+
+    More may be reserved than a device has, since busy runners stay; but then no idle runner stays on the device.
+    """
 
     @rule(host=st.integers(2, 10), gpu=st.integers(1, 8))
     def resize(self, host: int, gpu: int) -> None:
@@ -237,23 +240,6 @@ class ShrinkingMachine(test_machine.CoreMachine):
     @rule(keep_alive_s=st.sampled_from([0.0, 1.0, 60.0, math.inf]))
     def keep(self, keep_alive_s: float) -> None:
         self.feed(Configure(keep_alive_s=keep_alive_s))
-
-    @invariant()
-    def promises_fit_the_devices(self) -> None:
-        """A device may be overdrawn here by busy runners, but not while an idle runner could be evicted."""
-        core, pool, ledger = self.pool.core, self.pool.core._state, self.pool.core._state.ledger
-        if pool.closing or core.deadline() <= pool.now:  # a timer is due, and is handled when its Tick comes
-            return
-        for device in ledger.overcommitted & ledger.devices.keys():
-            held = {id: ledger.accounts["runner", id].held_bytes(device) for id in pool.runners}
-            going = {
-                id
-                for id, one in pool.runners.items()
-                if one.state is RunnerState.expiring and pool.now < one.stop_deadline
-            }
-            fits = ledger.held_bytes(device) - sum(held[id] for id in going) <= ledger.devices[device].capacity_bytes
-            resting = [one for one in pool.runners.values() if one.state is RunnerState.idle and not pool.pinned(one)]
-            assert fits or not any(held[one.id] for one in resting), f"{device} is overdrawn while a runner is idle"
 
 
 ShrinkingMachine.TestCase.settings = settings(

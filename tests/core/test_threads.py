@@ -7,6 +7,7 @@ import pytest
 from fsm.core import Core
 from fsm.domain.devices import Threads
 from fsm.messages.commands import Grant, Launch
+from fsm.verification.state_invariants import check_state
 from scheduler.recording.codec import decode_state, encode
 from tests.support.models import MIB, a_model
 from tests.support.pool import PoolUnderTest, a_pool, acquire, exited, expire, loaded, preload, release
@@ -180,4 +181,4 @@ def test_what_is_dealt_survives_a_copy_and_a_recording(at: str) -> None:
         core.step(pool.now, acquire("b", request=3))
         launched = core.step(pool.now, pool.inspection("b"))
         assert [c.placement.threads for c in launched if isinstance(c, Launch)] == [Threads(4, 8)]
-        core.check()
+        check_state(core)

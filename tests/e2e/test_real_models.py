@@ -25,6 +25,7 @@ from scheduler import (
     Scheduler,
     Status,
 )
+from tests.support.invariants import check_scheduler
 from tests.support.real import (
     LONG,
     ROOM_FOR_ONE,
@@ -345,7 +346,7 @@ def test_d04_many_threads_share_three_models_where_two_fit(folder: Path) -> None
         events = scheduler.events()
         with ThreadPoolExecutor(8) as pool:
             list(pool.map(lambda seed: visit(scheduler, seed), range(8)))
-        scheduler.debug_state()  # this checks the core's invariants
+        check_scheduler(scheduler)
     assert len(taken) == 240 and len(set(taken)) > 3
     at: dict[int, str] = {}
     for entry in events:

@@ -85,6 +85,7 @@ from fsm.sizing.load_options import UnsupportedReason
 from fsm.state.core_config import CoreConfig
 from fsm.state.timers import Timers
 from fsm.verification.environment import IdHighWater, Scenario, enabled_events, sampled, time_of
+from fsm.verification.state_invariants import check_state
 from scheduler.recording.codec import (
     Unreadable,
     _fields,
@@ -385,7 +386,7 @@ def test_a_restored_core_goes_on_as_the_one_it_was_written_from(seed: int) -> No
         paired.twins.append(twin)
         walk.step(core, paired.step)
         assert encode(twin.checkpoint()) == encode(core.checkpoint())
-        twin.check()
+        check_state(twin)
 
 
 def test_what_is_found_again_from_the_rest_is_not_written() -> None:
@@ -420,6 +421,14 @@ class Paired:
 
     def __getattr__(self, name: str) -> object:
         return getattr(self.core, name)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if name in ("core", "twins"):
+            object.__setattr__(self, name, value)
+            return
+        setattr(self.core, name, value)
+        for twin in self.twins if name == "journal" else ():
+            twin.decision_log = [] if value is not None else None  # what was noted last is part of the state
 
 
 class RecordedMachine(CoreMachine):

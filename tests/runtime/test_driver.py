@@ -23,6 +23,7 @@ from fsm.messages.decision_log import Decision, Entry
 from fsm.messages.events import Acquire, Event, Exited, Release, Tick
 from fsm.messages.reasons import Queued
 from fsm.messages.refusals import TimedOut
+from fsm.verification.state_invariants import check_state
 from scheduler.concurrency.clock import monotonic_clock
 from scheduler.concurrency.thread_pool import ThreadPool
 from scheduler.runtime.driver import Driver
@@ -106,7 +107,7 @@ def test_ctrl_c_never_interrupts_a_step_that_the_main_thread_asked_for(start: Ca
     assert_soon(lambda: RequestId(1) in driver.query(lambda core: core._state.requests))
     assert driver.broken is None
     assert threading.main_thread().ident not in core.threads
-    core.check()
+    check_state(core)
 
 
 def test_without_the_hand_over_ctrl_c_breaks_a_step(start: Callable[..., Driver]) -> None:

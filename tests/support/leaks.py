@@ -20,6 +20,7 @@ import psutil
 
 from fsm.machine.runner import RunnerState
 from scheduler import Scheduler
+from tests.support.invariants import check_scheduler
 
 _SETTLE_S = 10.0
 _ADOPT = 36  # PR_SET_CHILD_SUBREAPER: orphans become children of this process
@@ -93,8 +94,9 @@ def _held(scheduler: Scheduler) -> list[str]:
     """Return what a closed scheduler still holds.
 
     A scheduler that could not end, because an object's unload hung or a decision raised, may hold expiring runners.
-    Each account of the ledger and each claim belongs to one of these runners, as the core's own check asserts.
+    Each account of the ledger and each claim belongs to one of these runners, by properties of a state.
     """
+    check_scheduler(scheduler)
     books = scheduler.debug_state()
     left = [f"ticket {id}" for id in books.requests]
     left += [f"the lock of {device}" for device in books.locked]

@@ -7,8 +7,8 @@
     assert pool.feed(release(lease=1)) == [Stop(runner=1)]
 
 Models are objects of declared size (6 GiB unless said otherwise) that are inspected at once; a load and a stop take
-until the test says `loaded` and `exited`. In every test the core's own check runs after every step, every request is
-answered once, every Launch is stopped at most once, and Finished is sent once.
+until the test says `loaded` and `exited`. In every test every property of the state, of the transition and of the trace
+(docs/invariants.md) is asked after every step.
 """
 
 from __future__ import annotations
@@ -25,19 +25,8 @@ from fsm.domain.model_info import ModelInfo, Options
 from fsm.eviction.policies import EvictionPolicy
 from fsm.machine.request import Purpose, RequestSpec
 from fsm.machine.runner import Runner, RunnerId, RunnerState
-from fsm.messages.commands import (
-    Claim,
-    Command,
-    Finished,
-    Grant,
-    Inspect,
-    Launch,
-    Reject,
-    ReleaseClaim,
-    RevokeLease,
-    Sample,
-    Stop,
-)
+from fsm.messages.commands import Claim, Command, Grant, Inspect, Launch, Reject, ReleaseClaim, Sample, Stop
+from fsm.messages.decision_log import Entry
 from fsm.messages.events import (
     Acquire,
     Cancel,
@@ -60,9 +49,14 @@ from fsm.messages.events import (
 )
 from fsm.messages.reasons import NoAnswer, WaitReason
 from fsm.messages.refusals import Refusal
+from fsm.planning.plan import Plan
 from fsm.sizing.footprint import Footprint
 from fsm.sizing.load_history import NOTHING, LoadHistory
 from fsm.state.core_config import CoreConfig
+from fsm.verification.environment import IdHighWater
+from fsm.verification.state_invariants import check_state
+from fsm.verification.trace_auditor import TraceAuditor
+from fsm.verification.transition_invariants import check_step
 
 START = 1000.0  # seconds; not 0, so that a time that was not set shows
 _SCALES = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
@@ -209,13 +203,14 @@ class PoolUnderTest:
         self.mapped: dict[int, int] = {}  # bytes of the host by process that are pages of its file
         self.commands: list[Command] = []  # every command of the core
         self.answers: dict[int, Command] = {}  # by request
-        self.asked: set[int] = set()
+        self.asked: set[int] = set()  # requests
+        self.auditor = TraceAuditor(limits=core._state.config)
+        self.past = IdHighWater()
         self.purposes: dict[int, str] = {}  # by request, for tests that need it
         self.launches: dict[int, Launch] = {}  # by runner
         self.stops: set[int] = set()
         self.claims: dict[int, Claim] = {}  # by number, from Claim to ReleaseClaim
         self.known: dict[str, LoadHistory] = {}  # what a store knows of models
-        self.claimed = 0  # the number of claims so far
         self._next_request = 1001  # ids of requests that a test does not number
 
     # -- events and time ----------------------------------------------------------------------------------------------
@@ -234,7 +229,6 @@ class PoolUnderTest:
         while (deadline := self.core.deadline()) <= until:
             self.now = max(self.now, deadline)
             left += self._step(Tick())
-            assert self.core.deadline() > self.now, "a Tick leaves nothing due"
         self.now = until
         return left
 
@@ -268,8 +262,7 @@ class PoolUnderTest:
                 self.occupied.pop(event.runner, None)
             case _:
                 pass
-        commands = self.core.step(self.now, event)
-        self.core.check()
+        commands = self._checked_step(event)
         for command in commands:
             self._record(command)
         left, replies = [], []
@@ -286,30 +279,38 @@ class PoolUnderTest:
             left += self._step(reply)
         return left
 
+    def _checked_step(self, event: Event) -> list[Command]:
+        """Have the core take in an event, and ask every property; what a test reads along is kept for it."""
+        core, before = self.core, self.core.copy()
+        journal, plans = core.decision_log, core.plans
+        entries: list[Entry] = []
+        planned: list[Plan] = []
+        core.decision_log, core.plans = entries, planned
+        commands = core.step(self.now, event)
+        check_state(core)
+        check_step(before, event, commands, core, self.past)
+        self.auditor.step(self.now, event, commands, entries, core._state.queued)
+        self.past = self.past.after(event, commands)
+        core.decision_log, core.plans = journal, plans
+        if journal is not None:
+            journal += entries
+        if plans is not None:
+            plans += planned
+        return commands
+
     def _record(self, command: Command) -> None:
         self.commands.append(command)
         match command:
             case Grant() | Reject():
-                assert command.request in self.asked, f"{command} answers no request"
-                assert command.request not in self.answers, f"{command} after {self.answers[command.request]}"
                 self.answers[command.request] = command
             case Launch():
-                assert command.runner not in self.launches, f"{command}: a runner's id is used again"
                 self.launches[command.runner] = command
             case Stop():
-                assert command.runner in self.launches, f"{command} of a runner that was never launched"
-                assert command.runner not in self.stops, f"{command} twice"
                 self.stops.add(command.runner)
             case Claim():
-                self.claimed += 1
-                assert command.number == self.claimed, f"{command}: not the next number"
                 self.claims[command.number] = command
             case ReleaseClaim():
-                assert self.claims.pop(command.number, None), f"{command} of a claim that does not exist, or twice"
-            case RevokeLease():
-                assert isinstance(self.answers.get(command.request), Grant), f"{command} of no lease"
-            case Finished():
-                assert self.commands.count(command) == 1, "Finished twice"
+                del self.claims[command.number]
             case _:
                 pass
 

@@ -97,9 +97,9 @@ def _report_failure(seed: int, chosen: argparse.Namespace) -> None:
     outcome = simulate(Random(seed), chosen.steps, every=chosen.check_every)
     assert outcome.violation is not None
     print(f"seed {seed}: {outcome.violation.what}")
-    print(f"faults: {faults_in_words(outcome.scene.faults)}")
-    print(f"limits: {outcome.scene.limits}")
-    print(f"policy: {outcome.scene.policy}")
+    print(f"faults: {faults_in_words(outcome.config.faults)}")
+    print(f"limits: {outcome.config.limits}")
+    print(f"policy: {outcome.config.policy}")
     print(f"what is needed for it, of {outcome.steps:,} events:")
     print(in_words(outcome.violation.trace))
     options = f"--first {seed} --seeds 1 --steps {chosen.steps} --check-every {chosen.check_every}"
@@ -113,7 +113,7 @@ def _parser() -> argparse.ArgumentParser:
     option("--first", type=_seed, default=1, metavar="S", help="the first of them (default: 1)")
     steps = "events of each before it is to settle (default: 2000)"
     option("--steps", type=_count, default=2000, metavar="M", help=steps)
-    every = "make the core's own check at each K-th step, and at the end; the audit is made at every one (default: 1)"
+    every = "ask the properties of a state at each K-th step, and at the end; all others at every step (default: 1)"
     option("--check-every", type=_count, default=1, metavar="K", help=every)
     option("--quiet", type=_count, metavar="Q", help="end once Q steps in a row add no new (state, event, decision)")
     option("--processes", type=_count, default=1, metavar="P", help="that run at a time (default: 1)")

@@ -1,22 +1,49 @@
-"""How a mutant is made: a method of the core is replaced by a faulty one, and put back afterwards."""
+"""How a mutant is made: a function of the core is replaced by a faulty one, and put back afterwards.
+
+And how a property is added for a while, to see a mutant violate it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from random import Random
 from types import ModuleType
 
 import pytest
 
-from fsm.verification.model_checker import Exploration, Violation, explore
+from fsm.verification.model_checker import Exploration, explore
+from fsm.verification.property import Checks, Subject
 from fsm.verification.scenarios import SCENARIOS
 from fsm.verification.simulator import simulate
 
 MOST = 40_000  # states within which a mutant has to be found
 SIMULATION = "simulation"  # in place of a scenario's name: the mutant needs more than the scenarios have
 STEPS = 1000  # of each seed
-Patch = pytest.MonkeyPatch
+
+
+class PatchesNothing(Exception):
+    """No replaced function was called in a search: whatever the search found, the mutant is not the cause."""
+
+
+class Patch:
+    """Replaces functions of the core, and knows which of them are called."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._monkeypatch = monkeypatch
+        self.called: dict[str, bool] = {}  # by the name of each replaced function
+
+    def setattr(self, owner: type | ModuleType, name: str, faulty: Callable[..., object]) -> None:
+        """Replace a method, or a function of a module, which must be there."""
+        full_name = f"{owner.__name__}.{name}"
+        self.called[full_name] = False
+
+        def put(*args: object, **how: object) -> object:
+            self.called[full_name] = True
+            return faulty(*args, **how)
+
+        self._monkeypatch.setattr(owner, name, put)
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,12 +58,20 @@ class Mutant:
     plant: Callable[[Patch], None]
 
     def search(self, *, shrinks: bool = False) -> Exploration:
-        """Make the mutant, search, and put the core back; with `shrinks`, the trace of a simulation is made short."""
-        with pytest.MonkeyPatch.context() as patch:
+        """Make the mutant, search, and put the core back; with `shrinks`, the trace of a simulation is made short.
+
+        Raises PatchesNothing where no replaced function was ever called.
+        """
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            patch = Patch(monkeypatch)
             self.plant(patch)
             if self.scenario == SIMULATION:
-                return self._simulate(shrinks)
-            return explore(next(one for one in SCENARIOS if one.name == self.scenario), self.most)
+                found = self._simulate(shrinks)
+            else:
+                found = explore(next(one for one in SCENARIOS if one.name == self.scenario), self.most)
+        if not any(patch.called.values()):
+            raise PatchesNothing(f"{self.name} patches nothing: never called: {', '.join(patch.called)}")
+        return found
 
     def _simulate(self, shrinks: bool) -> Exploration:
         """Run one seed after another."""
@@ -45,8 +80,18 @@ class Mutant:
             outcome = simulate(Random(seed), STEPS, every=STEPS, shrinks=shrinks)
             steps, seed, violation = steps + outcome.steps, seed + 1, outcome.violation
         if violation is not None:
-            violation = Violation(f"{violation.what} (seed {seed - 1})", violation.trace)
+            violation = replace(violation, what=f"{violation.what} (seed {seed - 1})")
         return Exploration(SIMULATION, steps, steps, seed, False, violation)
+
+
+@contextmanager
+def added(checks: Checks[Subject], check: Callable[..., None], *causes: type) -> Iterator[None]:
+    """Add a check and its property until the block ends."""
+    checks(*causes)(check)
+    try:
+        yield
+    finally:
+        checks.remove(check)
 
 
 MUTANTS: list[Mutant] = []

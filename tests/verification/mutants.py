@@ -17,7 +17,7 @@ from rich.table import Table
 
 from fsm.verification.model_checker import in_words
 from tests.verification import mutants_known, mutants_other, mutants_rules, mutants_undone
-from tests.verification.mutant import MUTANTS, Mutant
+from tests.verification.mutant import MUTANTS, Mutant, PatchesNothing
 
 __all__ = ["MUTANTS", "Mutant", "main", "mutants_known", "mutants_other", "mutants_rules", "mutants_undone"]
 
@@ -26,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Print what finds each mutant; return 1 where one is not found, and exit with 2 for unknown arguments."""
     parser = argparse.ArgumentParser(prog="python -m tests.verification.mutants", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="FAULT", help="these only, by name or defect")
-    parser.add_argument("-v", "--verbose", action="store_true", help="print the shortest way to each")
+    parser.add_argument("-v", "--verbose", action="store_true", help="print the shortest trace to each")
     chosen = parser.parse_args(arguments)
     known = dict.fromkeys(name for one in MUTANTS for name in (one.defect, one.name) if name)
     if unknown := [name for name in chosen.names if name not in known]:
@@ -38,7 +38,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         table.add_column(column, justify="right" if column in ("states", "seconds", "steps") else "left")
     for one in mutants:
         begun = time.process_time()
-        result = one.search(shrinks=chosen.verbose)
+        try:
+            result = one.search(shrinks=chosen.verbose)
+        except PatchesNothing as nothing:
+            missed += 1
+            table.add_row(one.defect, one.name, one.scenario, "", "", "", str(nothing).upper())
+            continue
         seconds, found = time.process_time() - begun, result.violation
         missed += found is None
         what = found.what if found else "NOT FOUND"

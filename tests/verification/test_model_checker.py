@@ -46,12 +46,14 @@ from fsm.verification.environment import (
     stale_events,
     time_of,
 )
-from fsm.verification.model_checker import NondeterministicPolicy, explore, in_words
+from fsm.verification.model_checker import EVERYTHING_ENDS, RAISES_NOTHING, NondeterministicPolicy, explore, in_words
+from fsm.verification.property import Violated
 from fsm.verification.scenarios import SCENARIOS
 from fsm.verification.state_key import LEFT_OUT, StateKeys
-from fsm.verification.transition_invariants import judge
+from fsm.verification.transition_invariants import check_step
 from scheduler.cli import explore as explore_command
 from scheduler.cli.main import main
+from tests.verification.mutant import Patch
 from tests.verification.mutants import MUTANTS
 
 NAMED = {scenario.name: scenario for scenario in SCENARIOS}
@@ -122,7 +124,7 @@ def test_an_event_that_changes_nothing_is_not_the_end() -> None:
             return [] if isinstance(event, Inspected) else super().step(now, event)
 
     found = explore(ONE_PLACE, 200, make=Deaf).violation
-    assert found is not None and "waits for ever" in found.what
+    assert found is not None and found.name == EVERYTHING_ENDS.name
     assert [type(step.event) for step in found.trace] == [Acquire], "the shortest trace"
 
 
@@ -132,7 +134,7 @@ def test_the_way_to_who_waits_for_ever_is_the_shortest_however_many_states_are_s
     ways = []
     for most in (100, 1000):
         found = replace(one, most=most).search().violation
-        assert found is not None and "waits for ever" in found.what
+        assert found is not None and found.name == EVERYTHING_ENDS.name
         ways.append([type(step.event) for step in found.trace])
     assert ways == [[Acquire, Inspected, Loaded, Close]] * 2
 
@@ -145,7 +147,7 @@ def test_an_exception_is_found_with_the_event_that_raised_it() -> None:
             raise KeyError("a runner")
 
     found = explore(ONE_PLACE, 200, make=Broken).violation
-    assert found is not None and found.what == "KeyError('a runner')"
+    assert found is not None and found.what == f"{RAISES_NOTHING.name}: KeyError('a runner')"
     assert [step.event for step in found.trace] == [Close(30.0)]
 
 
@@ -378,27 +380,28 @@ def test_the_past_remembers_the_highest_numbers() -> None:
     assert IdHighWater(9, 9).after(Acquire(5, A), [launch]) == IdHighWater(9, 9)
 
 
-# -- transition invariants ---------------------------------------------------------------------------------------------
+# -- properties of a transition ----------------------------------------------------------------------------------------
 
 
-def judged(core: Core, event: Event, spoil: Callable[[Core, list[Command]], None]) -> str:
-    """Return the violation that is found in a step that was spoiled."""
+def violated(core: Core, event: Event, spoil: Callable[[Core, list[Command]], None]) -> str:
+    """Return the name of the property that a step violates after it was spoiled."""
     after = core.copy()
     after.plans = []
     commands = after.step(core._state.now, event)
-    judge(core, event, commands, after, IdHighWater(1, 1))
+    check_step(core, event, commands, after, IdHighWater(1, 1))
     spoil(after, commands)
-    with pytest.raises(AssertionError) as caught:
-        judge(core, event, commands, after, IdHighWater(1, 1))
-    return str(caught.value)
+    with pytest.raises(Violated) as caught:
+        check_step(core, event, commands, after, IdHighWater(1, 1))
+    return caught.value.property.name
 
 
-def test_the_judge_misses_an_answer() -> None:
+def test_a_request_that_is_not_answered_is_found() -> None:
     """A request that vanishes without an answer is found."""
-    assert "a request is lost" in judged(a_core(Acquire(1, A)), Cancel(1), lambda after, said: said.clear())
+    found = violated(a_core(Acquire(1, A)), Cancel(1), lambda after, said: said.clear())
+    assert found == "every request is answered once"
 
 
-def test_the_judge_misses_a_lease() -> None:
+def test_a_lease_that_is_lost_is_found() -> None:
     """A lease that vanishes without a release or a revocation is found."""
     core = a_core(Acquire(1, A), inspected("a"))
     core.step(0.0, loaded(core, 1))
@@ -407,16 +410,16 @@ def test_the_judge_misses_a_lease() -> None:
         after._state.runners[RunnerId(1)].leases.clear()
         after._state.requests.pop(RequestId(1)).state = RequestState.released
 
-    assert "a lease is lost" in judged(core, Pin("a"), lose)
+    assert violated(core, Pin("a"), lose) == "a lease is lost only if its holder is told"
 
 
-def test_the_judge_tells_when_nobody_looks_again() -> None:
+def test_a_wait_that_the_core_does_not_look_at_again_is_found() -> None:
     """A step that leaves a waiting request without a deadline or a runner to wait for is found."""
     core = a_core(Acquire(1, A), inspected("a"))
     core.step(0.0, loaded(core, 1))
     core.step(0.0, Acquire(2, B))
     forget: Callable[[Core, list[Command]], None] = lambda after, said: after._state.timers.clear(("plan", 0))  # noqa: E731
-    assert judged(core, inspected("b"), forget) == "nobody looks again"
+    assert violated(core, inspected("b"), forget) == "the core plans again when victims may go"
 
 
 # -- the command -------------------------------------------------------------------------------------------------------
@@ -452,13 +455,13 @@ def test_the_command_tells_the_shortest_way_to_what_does_not_hold(
         return ThreadPoolExecutor(1, "search", begin, shared)
 
     monkeypatch.setattr(explore_command, "ProcessPoolExecutor", in_this_process)
-    next(one for one in MUTANTS if one.name == "a_cancel_is_not_answered").plant(monkeypatch)
+    next(one for one in MUTANTS if one.name == "a_cancel_is_not_answered").plant(Patch(monkeypatch))
     try:
         assert main(["explore", "--scenario", "one-place", "--most", "200"]) == 1
     finally:
         gc.enable()
     printed = capsys.readouterr().out
-    assert "a request is lost, or answered twice" in printed
+    assert "every request is answered once: a request is lost, or answered twice" in printed
     assert "2. at 0 s  Cancel(request=1)" in printed
 
 

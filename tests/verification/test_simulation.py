@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+import re
 import subprocess
 import sys
 from random import Random
@@ -22,6 +24,8 @@ from fsm.messages.commands import (
     Inspect,
     Launch,
     NotifyContention,
+    PersistMeasurement,
+    Prefetch,
     Reject,
     ReleaseClaim,
     RevokeLease,
@@ -50,15 +54,17 @@ from fsm.messages.refusals import (
     DeadlineInfeasible,
     DoesNotFitRefusal,
     LoadFailedRefusal,
+    QueueFullRefusal,
     SchedulerClosed,
     TimedOut,
 )
 from fsm.state.core_config import CoreConfig
 from fsm.state.timers import Key
 from fsm.verification.decision_coverage import Coverage
+from fsm.verification.property import Violated
 from fsm.verification.sim_faults import Faults, draw_faults
 from fsm.verification.simulator import Outcome, failure_of, simulate
-from fsm.verification.trace_auditor import TraceAuditor
+from fsm.verification.trace_auditor import TraceAuditor, of_bounded_trace, of_trace
 from tests.tools import fuzz_core
 
 AuditStep = tuple[Event, tuple[Command, ...], tuple[Entry, ...], int]  # the number is that of the requests that wait
@@ -223,10 +229,10 @@ def first_failure(make: type[Core]) -> Outcome:
     [
         (Resurrecting, "granted", 16),
         (Forgetful, "lost", 8),
-        (Twice, "stopped twice", 12),
-        (Hanging, "nothing will ever happen", 25),
+        (Twice, "a runner is stopped once", 12),
+        (Hanging, "no event will ever come", 25),
         (Loading, "left over at the end: ", 8),
-        (Lenient, "nothing will ever happen", 10),
+        (Lenient, "no event will ever come", 10),
     ],
 )
 def test_a_planted_fault_is_found_and_its_trace_is_short(make: type[Core], what: str, most: int) -> None:
@@ -236,8 +242,8 @@ def test_a_planted_fault_is_found_and_its_trace_is_short(make: type[Core], what:
     assert what in outcome.violation.what
     assert len(outcome.violation.trace) <= min(most, outcome.steps)
     events = [(step.now, step.event) for step in outcome.violation.trace]
-    assert what in (failure_of(outcome.scene, make, events) or "")
-    assert failure_of(outcome.scene, Core, events) is None
+    assert what in (failure_of(outcome.config, make, events) or "")
+    assert failure_of(outcome.config, Core, events) is None
 
 
 def test_a_failure_comes_with_the_command_that_repeats_it(
@@ -298,55 +304,94 @@ LATE = Reject(RequestId(1), LoadFailedRefusal(ModelId("a"), "", 301.0))
 ON_GPU = Launch(RunnerId(1), ModelId("a"), Options(), Placement(((DeviceId("gpu0"), 1),)))
 CLAIM = Claim(1, (DeviceId("gpu0"),))
 
+READ_AHEAD, LESS, MORE = (Prefetch(((ModelId("a"), size),)) for size in (5, 3, 7))
+MEMORY = Acquire(RequestId(1), RequestSpec(ModelId(""), Options(), Purpose.memory, 0))
+CLOSE, FINISH, REVOKE = Close(1.0), Finished(), RevokeLease(RequestId(1), "")
+NO_TIME = Acquire(RequestId(1), LEASE, None, 0.0)
+TIMED_OUT = Reject(RequestId(1), TimedOut(ModelId("a"), 1.0, ""))
+
+# What the message of a violation begins with, and the steps of which the last one shows the violation.
 BLUNDERS: dict[str, tuple[AuditStep, ...]] = {
-    "lost": ((ASKED, (), (), 0),),
-    "answered twice": ((ASKED, (REFUSED, REFUSED), (), 0),),
-    "does not serve": (BEGUN, (TICK, (GRANT,), (), 0)),
-    "on its way out": (BEGUN, (LOADED, (), (), 1), (TICK, (), (GIVEN_UP,), 1), (TICK, (GRANT,), (), 0)),
-    "not given up": (*SERVING, (TICK, (STOP,), (), 0)),
-    "stopped in use": (*SERVING, (TICK, (STOP,), (GIVEN_UP,), 0)),
-    "stopped twice": (BEGUN, (TICK, (STOP, STOP), (GIVEN_UP,), 1)),
-    "process has gone": (BEGUN, (ENDED, (), (GIVEN_UP,), 1), (TICK, (STOP,), (), 1)),
-    "unloaded before": (BEGUN, (TICK, (STOP,), (GIVEN_UP, UNLOADED_SOON), 1)),
-    "taken back in use": (*SERVING, (TICK, (RevokeLease(RequestId(1), ""),), (), 0)),
-    "taken back from nobody": ((TICK, (RevokeLease(RequestId(1), ""),), (), 0),),
-    "two runners": (BEGUN, (TICK, (), (LAUNCHED,), 1)),
-    "an id is used again": (BEGUN, (TICK, (LAUNCH,), (), 1)),
-    "a number is used again": ((TICK, (Sample(1), Sample(1)), (), 0),),
-    "inspected twice": ((TICK, (Inspect(ModelId("a")), Inspect(ModelId("a"))), (), 0),),
-    "claims are off": ((TICK, (Claim(1, ()),), (), 0),),
-    "was never made": ((TICK, (ReleaseClaim(1),), (), 0),),
-    "hold nothing": ((TICK, (NotifyContention(RunnerId(1), (RequestId(1),)),), (), 0),),
-    "finished too early": (BEGUN, (Close(1.0), (Finished(),), (), 1)),
-    "who left is not answered": ((ASKED, (), (), 1), (Cancel(RequestId(1)), (), (), 1)),
-    "waits beyond its time": ((Acquire(RequestId(1), LEASE, None, 0.0), (), (), 1), (TICK, (), (), 1)),
-    "before its time": ((ASKED, (Reject(RequestId(1), TimedOut(ModelId("a"), 1.0, "")),), (), 0),),
-    "although there is time": ((IN_A_HURRY, (HOPELESS,), (), 0),),
-    "is told late": ((IN_A_HURRY, (), (), 1), (TICK, (HOPELESS,), (), 0)),
-    "has not left": ((ASKED, (Reject(RequestId(1), Cancelled(ModelId("a"))),), (), 0),),
-    "but open": ((ASKED, (Reject(RequestId(1), SchedulerClosed()),), (), 0),),
-    "after the close": ((Close(1.0), (), (), 0), (ASKED, (LAUNCH,), (LAUNCHED,), 1)),
-    "wants memory": ((Acquire(RequestId(1), RequestSpec(ModelId(""), Options(), Purpose.memory, 0)), (GRANT,), (), 0),),
-    "more wait than may": ((Configure(max_queue=0), (), (), 0), (ASKED, (), (), 1)),
-    "loaded again before": (BEGUN, (ENDED, (), (FAILED,), 1), (TICK, (AGAIN,), (), 1)),
-    "that is alive": (BEGUN, (Progress(RunnerId(1)), (), (), 1), (TICK, (), (FAILED,), 1)),
-    "for too long": ((ASKED, (LATE,), (), 0),),
-    "somebody stays": (*SERVING, (OutOfMemory(RunnerId(1)), (), (), 0)),
-    "asked for it to leave": (BEGUN, (EXPIRE, (), (), 1), (LOADED, (GRANT,), (), 0)),
-    "told twice": (*SERVING, (TICK, (ASK,), (), 0), (TICK, (ASK,), (), 0)),
-    "were not asked": (*SERVING, (TICK, (), (GIVEN_UP,), 0)),
-    "has waited for": ((ASKED, (), (), 1), *((TICK, (), (), 1),) * 10),
-}
+    "every request is answered once: a request is lost": ((ASKED, (), (), 0),),
+    "every request is answered once: request 1 is answered twice": ((ASKED, (REFUSED, REFUSED), (), 0),),
+    "a grant is of a runner that serves": (BEGUN, (TICK, (GRANT,), (), 0)),
+    "an expiring runner is never granted": (
+        BEGUN, (LOADED, (), (), 1), (TICK, (), (GIVEN_UP,), 1), (TICK, (GRANT,), (), 0)
+    ),
+    "a request is granted what it asks for: request 1 wants memory": ((MEMORY, (GRANT,), (), 0),),
+    "a request is granted what it asks for: request 1: not a runner": ((ASKED, (GRANT,), (), 0),),
+    "no request is granted after the close": (BEGUN, (CLOSE, (), (), 1), (LOADED, (GRANT,), (), 0)),
+    "only a live process of an expiring runner is stopped: runner 1 is not": (*SERVING, (TICK, (STOP,), (), 0)),
+    "only a live process of an expiring runner is stopped: runner 1: its process has gone": (
+        BEGUN, (ENDED, (), (GIVEN_UP,), 1), (TICK, (STOP,), (), 1)
+    ),
+    "a busy runner is never stopped": (*SERVING, (TICK, (STOP,), (GIVEN_UP,), 0)),
+    "a runner is stopped once": (BEGUN, (TICK, (STOP, STOP), (GIVEN_UP,), 1)),
+    "a runner is unloaded after its process has gone": (BEGUN, (TICK, (STOP,), (GIVEN_UP, UNLOADED_SOON), 1)),
+    "a busy runner is never unloaded": (*SERVING, (ENDED, (), (GIVEN_UP, UNLOADED_SOON), 0)),
+    "a runner expires once": (BEGUN, (TICK, (), (GIVEN_UP, GIVEN_UP), 1)),
+    "a model has one current runner": (BEGUN, (TICK, (), (LAUNCHED,), 1)),
+    "a lease is taken back only from a runner that is lost: lease 1 on": (*SERVING, (TICK, (REVOKE,), (), 0)),
+    "a lease is taken back only from a runner that is lost: lease 1 is not held": ((TICK, (REVOKE,), (), 0),),
+    "a runner id is never used again": (BEGUN, (TICK, (LAUNCH,), (), 1)),
+    "no runner is launched after the close": ((CLOSE, (), (), 0), (ASKED, (LAUNCH,), (LAUNCHED,), 1)),
+    "the number of a reading is never used again": ((TICK, (Sample(1), Sample(1)), (), 0),),
+    "device claims are numbered in order": ((TICK, (Claim(2, ()),), (), 0),),
+    "devices are claimed only where that is on": ((TICK, (Claim(1, ()),), (), 0),),
+    "a device claim is given back once": ((TICK, (ReleaseClaim(1),), (), 0),),
+    "a model is inspected once at a time": ((TICK, (Inspect(ModelId("a")), Inspect(ModelId("a"))), (), 0),),
+    "only holders are told that others wait": ((TICK, (ASK,), (), 0),),
+    "a holder is told once that others wait": (*SERVING, (TICK, (ASK,), (), 0), (TICK, (ASK,), (), 0)),
+    "the holders of a victim are told that others wait": (*SERVING, (TICK, (), (GIVEN_UP,), 0)),
+    "a closed scheduler finishes when it is empty": (BEGUN, (CLOSE, (FINISH,), (), 1)),
+    "a scheduler finishes once": ((CLOSE, (FINISH, FINISH), (), 0),),
+    "a cancelled request is answered": ((ASKED, (), (), 1), (Cancel(RequestId(1)), (), (), 1)),
+    "no request waits beyond its time out": ((NO_TIME, (), (), 1), (TICK, (), (), 1)),
+    "no request waits for longer than it can take": ((ASKED, (), (), 1), *((TICK, (), (), 1),) * 6),
+    "no more requests wait than may": ((Configure(max_queue=0), (), (), 0), (ASKED, (), (), 1)),
+    "a request times out when its time is over": ((ASKED, (TIMED_OUT,), (), 0),),
+    "a hopeless time out is told at once: request 1 is refused, although": ((IN_A_HURRY, (HOPELESS,), (), 0),),
+    "a hopeless time out is told at once: request 1 is told": ((IN_A_HURRY, (), (), 1), (TICK, (HOPELESS,), (), 0)),
+    "a refusal tells its true cause: the request was not cancelled": (
+        (ASKED, (Reject(RequestId(1), Cancelled(ModelId("a"))),), (), 0),
+    ),
+    "a refusal tells its true cause: the scheduler is open": (
+        (ASKED, (Reject(RequestId(1), SchedulerClosed()),), (), 0),
+    ),
+    "a refusal tells its true cause: the request had its place": (
+        (ASKED, (), (), 1), (TICK, (Reject(RequestId(1), QueueFullRefusal(1, 1.0)),), (), 0)
+    ),
+    "back off is limited": ((ASKED, (LATE,), (), 0),),
+    "a failed model is not loaded before its back off is over": (
+        BEGUN, (ENDED, (), (FAILED,), 1), (TICK, (AGAIN,), (), 1)
+    ),
+    "a load times out only without progress": (BEGUN, (Progress(RunnerId(1)), (), (), 1), (TICK, (), (FAILED,), 1)),
+    "every runner expires when memory runs out": (*SERVING, (OutOfMemory(RunnerId(1)), (), (), 0)),
+    "a model that is expired leaves": (BEGUN, (EXPIRE, (), (), 1), (LOADED, (GRANT,), (), 0)),
+    "what is read ahead is told when it changes": ((ASKED, (READ_AHEAD, READ_AHEAD), (), 1),),
+    "what is read ahead of a file only falls": ((ASKED, (LESS, MORE), (), 1),),
+    "only files of models that are waited for are read ahead": ((TICK, (READ_AHEAD,), (), 0),),
+    "no file of a loaded model is read ahead": (BEGUN, (TICK, (READ_AHEAD,), (), 1)),
+    "what is persisted was measured": (BEGUN, (TICK, (PersistMeasurement(RunnerId(1)),), (), 1)),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("what", BLUNDERS)
-def test_the_audit_notices(what: str) -> None:
-    """Each rule of the trace auditor finds its violation, also one whose second event comes in a later step."""
-    audit = TraceAuditor(longest_wait_s=5.0)
+def test_the_auditor_notices(what: str) -> None:
+    """Each property of the trace auditor finds its violation, also one whose second event comes in a later step."""
+    auditor = TraceAuditor(longest_wait_s=5.0, limits=CoreConfig(claims=what.startswith("device claims are numbered")))
     *before, last = BLUNDERS[what]
-    with pytest.raises(AssertionError, match=what):
-        for now, (event, commands, entries, queued) in enumerate((*before, last)):
-            audit.step(float(now), event, commands, entries, queued)
+    for now, (event, commands, entries, queued) in enumerate(before):
+        auditor.step(float(now), event, commands, entries, queued)
+    with pytest.raises(Violated, match=f"^{re.escape(what)}"):
+        auditor.step(float(len(before)), *last)
+
+
+def test_there_is_a_blunder_for_each_property_of_a_trace() -> None:
+    """A property that no trace violates says nothing; the property of claims has blunders of its own below."""
+    checks = [*of_trace.always, *of_bounded_trace.always]
+    asked = {one.name for one, _ in itertools.chain(checks, *of_trace.by_cause.values())}
+    assert {what.split(":")[0] for what in BLUNDERS} | {"a load begins under claims of all its devices"} == asked
 
 
 LOST: dict[str, tuple[AuditStep, ...]] = {
@@ -358,14 +403,14 @@ LOST: dict[str, tuple[AuditStep, ...]] = {
 
 
 @pytest.mark.parametrize("how", LOST)
-def test_the_audit_notices_a_launch_without_its_devices(how: str) -> None:
+def test_the_auditor_notices_a_launch_without_its_devices(how: str) -> None:
     """With claims, a launch without a claim that was granted or waited for long enough is found."""
-    audit = TraceAuditor(limits=CoreConfig(claims=True))
+    auditor = TraceAuditor(limits=CoreConfig(claims=True))
     *before, last = LOST[how]
     for now, (event, commands, entries, queued) in enumerate(before):
-        audit.step(float(now), event, commands, entries, queued)
-    with pytest.raises(AssertionError, match="without its devices"):
-        audit.step(9.0, *last)
+        auditor.step(float(now), event, commands, entries, queued)
+    with pytest.raises(Violated, match="a load begins under claims of all its devices"):
+        auditor.step(9.0, *last)
 
 
 def test_a_launch_may_be_under_a_claim_or_after_a_long_wait_for_one() -> None:
@@ -376,7 +421,7 @@ def test_a_launch_may_be_under_a_claim_or_after_a_long_wait_for_one() -> None:
     missed.step(0.0, ASKED, (Claim(1, (HOST,)),), (), 1)
     missed.step(50.0, TICK, (ReleaseClaim(1), Claim(2, (DeviceId("gpu0"),))), (), 1)
     missed.step(60.0, TICK, (ReleaseClaim(2), ON_GPU), (LAUNCHED,), 1)
-    assert had.runners == missed.runners == 1
+    assert had.trace.runners == missed.trace.runners == 1
 
 
 def test_memory_of_the_programs_own_waits_for_no_process() -> None:

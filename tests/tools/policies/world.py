@@ -17,6 +17,7 @@ from fsm.messages.commands import Command, Grant, Inspect, Launch, Reject, Sampl
 from fsm.messages.events import Acquire, Event, Exited, Inspected, Loaded, Release, Sampled, Tick
 from fsm.sizing.footprint import Footprint
 from fsm.state.core_config import CoreConfig
+from fsm.verification.state_invariants import check_state
 from tests.tools.policies.workload import Trace
 
 STOP_S = 0.1  # from a Stop to its Exited
@@ -85,7 +86,7 @@ class _World:
             self._step(Acquire(RequestId(number), self.wants[ask.model]))
         self._pass_until(self.now + 1e6)
         assert not self.asked, "a request was never answered"
-        self.core.check()
+        check_state(self.core)
         waits = self.waited or [0.0]
         return Result(
             self.reload_s, self.reloads, sum(waits) / len(waits), max(waits), self.refused, self.steps

@@ -17,6 +17,7 @@ import filelock
 
 from fsm.core import Core
 from scheduler import PythonModel, Scheduler, SchedulerError, Settings
+from tests.support.invariants import check_scheduler
 from tests.support.leaks import no_leaks
 from tests.support.tiny_models import write_tiny_model
 from tests.tools.soak.clients import LIMIT_S, Client, Gate, LoopClient, MixedClient, RealClient, WarmClient
@@ -119,7 +120,7 @@ class Soak:
                 return self.world.violate(f"at rest, and yet: {left}")
             time.sleep(0.02)
         try:
-            self.scheduler.debug_state()
+            check_scheduler(self.scheduler)
         except AssertionError as error:
             self.world.violate(f"the account is wrong: {error}")
 
@@ -155,6 +156,7 @@ class Soak:
     def close(self) -> None:
         """Close the scheduler; then nothing may be held."""
         self.scheduler.close("5s")
+        check_scheduler(self.scheduler)
         books = self.scheduler.debug_state()
         left = {
             "tickets": len(books.requests), "runners": len(books.snapshot.runners),

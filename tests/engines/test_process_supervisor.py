@@ -51,7 +51,7 @@ class Heard:
     def logged(self) -> None:
         self.logs += 1
 
-    def pulse(self) -> bool:
+    def on_tick(self) -> bool:
         self.pulses += 1
         return self.pulses < self.pulses_wanted
 

@@ -332,8 +332,8 @@ def test_a_job_that_hangs_cannot_hang_the_exit() -> None:
     """The interpreter exits although a job never ends."""
     program = """
         import threading
-        from scheduler.concurrency.thread_pool import Workers
-        workers = Workers("test", 2)
+        from scheduler.concurrency.thread_pool import ThreadPool
+        workers = ThreadPool("test", 2)
         begun = threading.Event()
         workers.put(lambda: (begun.set(), threading.Event().wait()))
         begun.wait()

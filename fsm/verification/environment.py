@@ -191,9 +191,8 @@ def stale_events(core: Core, past: IdHighWater) -> Iterator[Event]:
 def fair_next_event(core: Core, scenario: Scenario) -> Event | None:
     """Return the next event while no fault happens and no request comes or is cancelled; None: all is over.
 
-    Leases are released once nothing else is under way, and models are expired once no request waits. A closing
-    scheduler gets no such help: no claim is granted, no load ends, no lease is released, and time passes for the leases
-    alone.
+    Leases are released once nothing else is under way, and models are expired once no request waits. While the
+    scheduler closes, no claim is granted, no load ends, no lease is released, and time passes for the leases alone.
     """
     state = core._state
     for model in state.models.values():

@@ -60,17 +60,17 @@ class _Watched:
     every: int  # the properties of a state are asked after so many steps, and when the core has finished
     coverage: Coverage | None = None
     recorded: list[Recorded] = field(default_factory=list)
-    journal: list[Entry] = field(default_factory=list)
+    entries: list[Entry] = field(default_factory=list)
 
     def step(self, now: float, event: Event) -> list[Command]:
         """Have the core take in an event; raises Violated where a property does not hold."""
-        core, journal, coverage = self.core, self.journal, self.coverage
+        core, entries, coverage = self.core, self.entries, self.coverage
         self.recorded.append((now, event))
         situation = situation_of(core, event) if coverage is not None else ""
         late = core.late
         try:
             commands = core.step(now, event)
-            self.auditor.step(now, event, commands, journal, core._state.queued)
+            self.auditor.step(now, event, commands, entries, core._state.queued)
             check_outcome(event, commands, core)
             if core.plans:
                 core.plans.clear()
@@ -81,8 +81,8 @@ class _Watched:
         except Exception as error:
             raise Violated(RAISES_NOTHING, f"{type(error).__name__}: {error}") from error
         if coverage is not None:
-            coverage.add(situation, event, commands, journal, core.late > late)
-        journal.clear()
+            coverage.add(situation, event, commands, entries, core.late > late)
+        entries.clear()
         return commands
 
 
@@ -118,7 +118,7 @@ def simulate(
 def _watched(config: SimConfig, make: Make, every: int, coverage: Coverage | None = None) -> _Watched:
     core = make(config.limits, config.policy)
     watched = _Watched(core, TraceAuditor(longest_wait_s(config), config.limits), every, coverage)
-    core.decision_log, core.plans = watched.journal, []
+    core.decision_log, core.plans = watched.entries, []
     return watched
 
 

@@ -427,7 +427,7 @@ class Paired:
             object.__setattr__(self, name, value)
             return
         setattr(self.core, name, value)
-        for twin in self.twins if name == "journal" else ():
+        for twin in self.twins if name == "decision_log" else ():
             twin.decision_log = [] if value is not None else None  # what was noted last is part of the state
 
 

@@ -282,7 +282,7 @@ class PoolUnderTest:
     def _checked_step(self, event: Event) -> list[Command]:
         """Have the core take in an event, and ask every property; what a test reads along is kept for it."""
         core, before = self.core, self.core.copy()
-        journal, plans = core.decision_log, core.plans
+        decision_log, plans = core.decision_log, core.plans
         entries: list[Entry] = []
         planned: list[Plan] = []
         core.decision_log, core.plans = entries, planned
@@ -291,9 +291,9 @@ class PoolUnderTest:
         check_step(before, event, commands, core, self.past)
         self.auditor.step(self.now, event, commands, entries, core._state.queued)
         self.past = self.past.after(event, commands)
-        core.decision_log, core.plans = journal, plans
-        if journal is not None:
-            journal += entries
+        core.decision_log, core.plans = decision_log, plans
+        if decision_log is not None:
+            decision_log += entries
         if plans is not None:
             plans += planned
         return commands

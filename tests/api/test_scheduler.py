@@ -696,7 +696,7 @@ def test_expire_unloads_an_idle_model_and_drains_a_busy_one(scheduler: Scheduler
 def test_a_pinned_model_is_not_moved_for_others(scheduler: Scheduler) -> None:
     """A request that fits only in place of a pinned runner is refused, and is served after the unpin."""
     scheduler.acquire(a_model("a", pin=True)).release()
-    with pytest.raises(DoesNotFit, match="pinned: a;"):
+    with pytest.raises(DoesNotFit, match="pinned models: a;"):
         scheduler.acquire(a_model("big", "900MiB"))
     scheduler.unpin(a_model("a"))
     scheduler.acquire(a_model("big", "900MiB")).release()

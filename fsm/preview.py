@@ -1,4 +1,4 @@
-"""What would happen if somebody asked now, told by the core itself: a copy of it is asked, and nothing is changed."""
+"""What would become of a request if it came now: a copy of the core is asked, and nothing changes."""
 
 from __future__ import annotations
 
@@ -27,42 +27,42 @@ from fsm.state.runner_match import match
 class Outcome(Enum):
     """What becomes of a request."""
 
-    warm = "warm"  # a runner that is loaded serves it
-    fits = "fits"  # it is loaded at once
-    evicts = "evicts"  # others leave first
-    waits = "waits"  # for what is under way: a load, memory that comes back, those before it
-    refused = "refused"  # at this moment, whatever its size: the queue is full, its loads failed, the end has come
-    never = "never"  # there is no room for it, whoever leaves
+    warm = "warm"  # a loaded runner serves it
+    fits = "fits"  # its model is loaded at once
+    evicts = "evicts"  # victims leave first
+    waits = "waits"  # for a load, for memory that is being freed, or for earlier requests
+    refused = "refused"  # at this moment, whatever its size: the queue is full, its loads failed, the scheduler closes
+    never = "never"  # its model fits nowhere, whichever runners leave
 
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """What one device gives, in bytes."""
+    """The part of a runner on one device, in bytes."""
 
     device: DeviceId  # an integrated GPU's share is the host's
     part: DeviceBytes  # as predicted, by kind
-    takes_bytes: int  # the sum of it, or what was measured
-    needed_bytes: int  # what must be free for it: headroom included
-    free_bytes: int  # what it is judged by: what is free, and what the victims leave
+    takes_bytes: int  # the sum of the prediction, or the measurement
+    needed_bytes: int  # that must be free for it, headroom included
+    free_bytes: int  # that the placement is judged by: free memory, and the memory that the victims leave
 
 
 @dataclass(frozen=True, slots=True)
 class Preview:
-    """What becomes of a request, where its runner goes, and who leaves for it."""
+    """What becomes of a request, where its runner goes, and which runners are evicted for it."""
 
     outcome: Outcome
     options: Options  # explicit, as far as is known
-    shares: tuple[Share, ...] = ()  # the host's first; empty where nothing is planned for it yet
+    shares: tuple[Share, ...] = ()  # the host's first; empty where nothing is planned for the request yet
     gpu_layers: Amounts = ()
-    layers: int = 0  # that can go to GPUs, the output among them; 0: there are none, or no GPUs
-    measured: bool = False  # what it takes was measured on a runner placed the same way, or on the one that serves
-    victims: tuple[Candidate, ...] = ()  # non-empty iff it evicts
-    waits_for: WaitReason | None = None  # not None iff it waits
-    refusal: Refusal | None = None  # DoesNotFit if never, another kind if it is refused
+    layers: int = 0  # that can go to GPUs, the output among them; 0: the model has none, or there are no GPUs
+    measured: bool = False  # the bytes were measured on a runner placed the same way, or on the runner that serves
+    victims: tuple[Candidate, ...] = ()  # non-empty iff the outcome is `evicts`
+    waits_for: WaitReason | None = None  # not None iff the outcome is `waits`
+    refusal: Refusal | None = None  # a DoesNotFitRefusal if the outcome is `never`, another kind if it is `refused`
 
     @property
     def in_part(self) -> bool:
-        """Whether it is left to the core how many layers go to GPUs, and not all do."""
+        """Whether the core chose how many layers go to GPUs, and not all layers do."""
         automatic = self.options.num_gpu is None or self.options.num_gpu < 0
         return automatic and sum(count for _, count in self.gpu_layers) < self.layers
 
@@ -70,14 +70,14 @@ class Preview:
 def preview(
     now: float, core: Core, spec: RequestSpec, info: ModelInfo | Footprint, known: LoadHistory = NOTHING
 ) -> Preview:
-    """Return what would become of `want`, asked `now`, if an inspection found `info` and `known`; `core` stays.
+    """Return what would become of a request with `spec` at `now`, if an inspection found `info` and `known`.
 
-    What is due by now is taken to have happened. `want` is for a lease or a preload.
+    `core` does not change. Timers that are due by now are taken to have fired. `spec` is for a lease or a preload.
     """
     assert spec.purpose is not Purpose.memory, "memory has no model"
     scratch = core.copy()
     state, scratch.plans = scratch._state, []
-    state.config = replace(state.config, claims=False)  # what other programs do at this moment is no part of the answer
+    state.config = replace(state.config, claims=False)  # the claims of other programs are no part of the answer
     scratch.step(now, Tick())
     scratch.plans.clear()
     request = RequestId(max(state.requests, default=0) + 1)
@@ -96,7 +96,8 @@ def preview(
                 pass
     if any(group.spec == spec for plan in scratch.plans for group, *_ in plan.launches):
         return _planned(state, spec, scratch.plans, Outcome.fits)
-    carried_out = [plan for plan in scratch.plans if not (plan.matches or plan.refusals)]  # else it was made anew
+    # a plan with matches or refusals is replaced by another plan before it is carried out
+    carried_out = [plan for plan in scratch.plans if not (plan.matches or plan.refusals)]
     found = _planned(state, spec, carried_out, Outcome.waits)
     current = state.models[spec.model].current
     if current is not None and match(current, spec.options):
@@ -105,24 +106,27 @@ def preview(
 
 
 def _planned(state: CoreState, spec: RequestSpec, plans: Sequence[Plan], outcome: Outcome) -> Preview:
-    """Return what was planned for a line: the first plan with victims counts, since the next has them gone already."""
+    """Return what was planned for a request group by the first plan with victims, or else by the last plan.
+
+    The plan after a plan with victims finds them gone already.
+    """
     model = state.models[spec.model]
-    rooms = [(plan.placements[spec], plan.options[spec]) for plan in plans if spec in plan.placements]
-    if not rooms:
+    placements = [(plan.placements[spec], plan.options[spec]) for plan in plans if spec in plan.placements]
+    if not placements:
         return Preview(outcome, spec.options)
-    room, asked = next((found for found in rooms if found[0].victims), rooms[-1])
-    if room.victims:
+    planned, asked = next((found for found in placements if found[0].victims), placements[-1])
+    if planned.victims:
         outcome = Outcome.evicts
     options, demand = model.demand(asked, state.config)
     exact = bool(demand.footprint.fixed)
-    needs, placement = dict(needed(room.placement, exact=exact)), room.placement
-    shares = _shares(state, demand.footprint, placement.gpu_layers, dict(placement.bytes), needs, dict(room.free))
+    needs, placement = dict(needed(planned.placement, exact=exact)), planned.placement
+    shares = _shares(state, demand.footprint, placement.gpu_layers, dict(placement.bytes), needs, dict(planned.free))
     layers = _layers(state, demand)
-    return Preview(outcome, options, shares, placement.gpu_layers, layers, placement.measured, room.victims)
+    return Preview(outcome, options, shares, placement.gpu_layers, layers, placement.measured, planned.victims)
 
 
 def _served(state: CoreState, spec: RequestSpec, runner: Runner, outcome: Outcome) -> Preview:
-    """Return what the runner takes that serves the request, or will."""
+    """Return the preview of a request that a runner serves, or will serve once loaded, with the bytes of the runner."""
     model, ledger, split = state.models[spec.model], state.ledger, runner.placement.gpu_layers
     account = ledger.accounts["runner", runner.id]
     _, demand = model.demand(runner.launch_options, state.config)
@@ -147,7 +151,7 @@ def _shares(
     needs: Mapping[DeviceId, int],
     free: Mapping[DeviceId, int],
 ) -> tuple[Share, ...]:
-    """Return what each memory gives: an integrated GPU's part is the host's."""
+    """Return the share of each memory; an integrated GPU's part belongs to the host's share."""
     found: dict[DeviceId, DeviceBytes] = {}
     for device, part in bytes_by_device(footprint, split).items():
         memory = state.ledger.devices[device].memory if device in state.ledger.devices else device

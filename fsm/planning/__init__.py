@@ -1,1 +1,1 @@
-"""What is done for the requests that wait."""
+"""Plans: what is done for the request groups that wait."""

@@ -1,8 +1,9 @@
-"""What a request leaves open and the devices decide: its context by the GPUs' memory, its batch by what is free there.
+"""Options that a request leaves open and the devices decide: the context by the GPUs' memory, the batch by free memory.
 
-Both are the reference's rules, and both are only ever a bonus: a context by the GPUs' size (where that is asked for) is
-taken as far as the model stays whole on GPUs, a batch above the usual one as far as the model goes on the same GPUs
-with room to spare. Nobody is evicted or refused for a batch, and neither is ever a reason to load a model anew.
+Both are the reference's rules, and both are only ever a bonus. A context by the GPUs' size (where the setting asks for
+it) is taken as far as the model stays whole on GPUs, a batch above the usual one as far as the model goes on the same
+GPUs with memory to spare. No runner is evicted and no request is refused for a larger batch, and neither option is ever
+a reason to load a model again.
 """
 
 from __future__ import annotations
@@ -20,17 +21,17 @@ from fsm.state.core_state import CoreState
 from fsm.state.model_record import ModelRecord
 
 GIB = 1024 * MIB
-CONTEXTS = ((47 * GIB, 262144), (23 * GIB, 32768))  # so many tokens from so much memory of all GPUs on; else the usual
+CONTEXTS = ((47 * GIB, 262144), (23 * GIB, 32768))  # (memory of all GPUs from which on, tokens); else the usual context
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """A batch above the usual one, and when it may be had."""
+    """A batch above the usual one, and the conditions under which a runner has it."""
 
     tokens: int
-    above: int  # tokens of context
-    part: float  # of what is free on each GPU, that the model may take with it
-    surcharge_bytes: int  # on each GPU, over the usual batch; what is predicted counts if it is more
+    above: int  # tokens of context that the runner has at least, and one more
+    part: float  # of the free memory of each GPU that the model may take with this batch
+    surcharge_bytes: int  # on each GPU, over the usual batch; the predicted difference counts if it is more
 
 
 BATCHES = (Batch(2048, 32768, 0.60, 2048 * MIB), Batch(1024, 4096, 0.75, 768 * MIB))
@@ -41,14 +42,14 @@ def resolved_demand(
 ) -> tuple[Options, PlacementDemand]:
     """Return the explicit options and the demand of a runner for `asked`.
 
-    A context by the GPUs' memory is the largest with which the model is whole on them within `free`, else the usual.
+    A context by the GPUs' memory is the largest with which the model is whole on GPUs within `free`, else the usual.
     """
     gpu_bytes = sum(state.ledger.devices[memory].capacity_bytes for memory in {gpu.memory for gpu in gpus})
     for context in _contexts(model.info, asked, state.config, gpu_bytes):
         if context <= (model.context_limit or context):
-            wish = model.demand(replace(asked, num_ctx=context), state.config)
-            if find_placement(wish[1], Offload.whole, free, gpus):
-                return wish
+            larger = model.demand(replace(asked, num_ctx=context), state.config)
+            if find_placement(larger[1], Offload.whole, free, gpus):
+                return larger
     return model.demand(asked, state.config)
 
 
@@ -60,9 +61,9 @@ def with_batch(
     free: Mapping[DeviceId, int],
     gpus: Sequence[Gpu],
 ) -> tuple[Options, Placement]:
-    """Return options and placement with the largest batch that leaves room to spare where the model goes whole.
+    """Return options and placement with the largest batch that leaves memory to spare on the GPUs of a whole model.
 
-    What has run out of memory before keeps the usual one.
+    A model that has run out of memory before keeps the usual batch.
     """
     options, placement = planned
     careful = model.load_exclusively or model.context_limit is not None
@@ -77,14 +78,14 @@ def with_batch(
     for batch in steps:
         larger, demand = model.demand(replace(options, num_batch=batch.tokens), limits)
         predicted_bytes = demand.footprint.compute_bytes - usual.footprint.compute_bytes
-        room = _room_for(batch, free, memories, predicted_bytes)
-        if found := find_placement(demand, Offload.whole, room, same):
+        free_for_it = _free_with_batch(batch, free, memories, predicted_bytes)
+        if found := find_placement(demand, Offload.whole, free_for_it, same):
             return larger, found
     return planned
 
 
 def _contexts(info: ModelInfo | Footprint | None, asked: Options, limits: CoreConfig, gpu_bytes: int) -> Iterator[int]:
-    """Yield the contexts to try for what names none, the largest first; none where the usual one is taken."""
+    """Yield the contexts to try, in tokens, the largest first; none where the request or a setting names a context."""
     named = asked.num_ctx is not None or limits.defaults.num_ctx is not None
     if not limits.auto_context_from_vram or named or not isinstance(info, ModelInfo) or computes_every_logit(info):
         return
@@ -96,7 +97,7 @@ def _contexts(info: ModelInfo | Footprint | None, asked: Options, limits: CoreCo
 def _batches(
     info: ModelInfo | Footprint | None, asked: Options, limits: CoreConfig, explicit: Options
 ) -> Iterator[Batch]:
-    """Yield the batches to try for what names none, the largest first; none where the usual one is taken."""
+    """Yield the batches to try, the largest first; none where the request or a setting names a batch."""
     named = asked.num_batch is not None or limits.defaults.num_batch is not None
     if named or not isinstance(info, ModelInfo) or info.embedding:
         return
@@ -105,12 +106,13 @@ def _batches(
             yield batch
 
 
-def _room_for(
+def _free_with_batch(
     batch: Batch, free: Mapping[DeviceId, int], memories: Collection[DeviceId], predicted_bytes: int
 ) -> dict[DeviceId, int]:
-    """Return what is free for a model with a larger batch, so that the usual headroom leaves as much as it should.
+    """Return the bytes by device that a model with a larger batch is placed in.
 
-    `predicted_bytes` is how much larger its compute buffers are predicted to be.
+    The usual headroom over a placement within them leaves as much free as the batch demands. `predicted_bytes` is how
+    much larger the model's compute buffers are predicted to be.
     """
     more_bytes = max(0, batch.surcharge_bytes - predicted_bytes)
     return {

@@ -1,4 +1,4 @@
-"""How long a request must wait at least: what is certain of its wait beforehand, and nothing that is only likely."""
+"""How long a request must wait at least: the part of its wait that is certain beforehand, and no merely likely part."""
 
 from __future__ import annotations
 
@@ -13,17 +13,15 @@ from fsm.state.core_state import CoreState
 from fsm.state.model_record import ModelRecord
 from fsm.state.runner_match import match
 
-ENOUGH_LOADS = 2  # of one alone the file may have been read from the disk, and may be in memory now
-LOAD_TIME_TTL_S = (
-    600.0  # how long a measured load is counted on: what has been read since may load sooner the next time
-)
+ENOUGH_LOADS = 2  # a single load may have read the file from the disk, and the file may be in memory now
+LOAD_TIME_TTL_S = 600.0  # how long a measured load counts: a file that has been read since may load sooner
 
 
 def infeasible_deadline(state: CoreState, request: Request) -> DeadlineInfeasible | None:
-    """Return the refusal of a queued request that leaves before its model can be there; None: it may be served.
+    """Return the refusal of a queued request that ends before its model can be loaded; None where it may be served.
 
-    Only the model's own load is counted, the shortest of several that were measured of its file with these options.
-    Every other wait may be over at once: a lease is given back, a process ends, somebody leaves the queue.
+    Only the model's own load counts, the shortest of several that were measured of its file with these options. Every
+    other wait may be over at once: a lease is released, a process ends, an earlier request leaves the queue.
     """
     gives_up_at = state.timers.at(("request", request.id))
     if gives_up_at == math.inf or request.spec.purpose is Purpose.memory:
@@ -41,7 +39,7 @@ def infeasible_deadline(state: CoreState, request: Request) -> DeadlineInfeasibl
 
 
 def is_fastest_placement(state: CoreState, runner: Runner) -> bool:
-    """Tell whether a runner is loaded in the fastest way: where it is not whole on GPUs, it never could be."""
+    """Tell whether a runner is loaded in the fastest way: whole on GPUs, or where that is never possible."""
     gpus = any(sample.kind == "gpu" for sample in state.ledger.devices.values())
     info = state.models[runner.model].info
     declared = isinstance(info, Footprint) and bool(info.fixed)
@@ -49,9 +47,10 @@ def is_fastest_placement(state: CoreState, runner: Runner) -> bool:
 
 
 def _load(state: CoreState, model: ModelRecord, spec: RequestSpec) -> tuple[Options, float | None] | None:
-    """Return the options of the load that has to end first, and how long ago it began; None: there may be none.
+    """Return the options of the load that has to end first, and how many seconds ago it began; None for either.
 
-    Of a file that was not looked at since the last launch nothing is certain: another may be in its place.
+    The seconds are None where the load has not begun. The whole is None where no load may be needed, and where the file
+    was not inspected since the last launch: another file may be in its place.
     """
     current = model.current
     if current is not None and match(current, spec.options):
@@ -60,5 +59,5 @@ def _load(state: CoreState, model: ModelRecord, spec: RequestSpec) -> tuple[Opti
         return None
     options, _ = model.demand(spec.options, state.config)
     if current is not None and match(current, spec.options, options):
-        return None  # the plan will find it to be the same
+        return None  # the next plan will match the request with this runner
     return options, None

@@ -1,4 +1,4 @@
-"""Who may be given up for somebody who waits: found once a plan, in the policy's order, with what it says they cost."""
+"""The candidates for eviction: found once a plan, in the policy's order, with the costs that the policy names."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from fsm.state.core_state import CoreState
 
 
 class Candidates:
-    """Every runner that may be given up at all, as a policy sees it."""
+    """Every runner that may be evicted at all, as a policy sees it."""
 
     def __init__(self, state: CoreState, policy: EvictionPolicy, awaited: Collection[RunnerId]) -> None:
-        self.pool = state
+        self.state = state
         self.policy = policy
         self.policy_failure = ""  # the exception that the policy raised; the oldest runners go first instead
         self.movable = [
@@ -26,69 +26,70 @@ class Candidates:
             for runner in state.runners.values()
             if runner.current and runner.id not in awaited and not state.pinned(runner)
         ]
-        self.idle = {  # may be given up at this moment, whoever waits
+        self.idle = {  # runners that may be evicted at this moment for any request group
             runner.id
             for runner in self.movable
             if not runner.leases and evictable_at(state, runner, -math.inf) <= state.now
         }
         self._orders: tuple[list[Candidate], list[Candidate]] | None = None
-        self._experience: IdleTimeStatistics | None = None
-        self._outlooks: dict[RunnerId, ReuseForecast] = {}  # as far as a policy has asked
+        self._statistics: IdleTimeStatistics | None = None
+        self._forecasts: dict[RunnerId, ReuseForecast] = {}  # of the runners that the policy has asked about
 
     def evictable_until(self, bound: float, without: Collection[RunnerId]) -> list[Candidate]:
-        """Return who may be given up for somebody who waits until `bound`: who may go now, then idle ones, then others.
+        """Return the candidates for a group whose bound is `bound`: first any that may leave now, then idle, then busy ones.
 
-        When each may go is exact only where that is now: `timed` says the rest.
+        The time from which on each may leave is exact only where that is now: `timed` returns the others.
         """
         if self._orders is None:
-            over = self._preferred([self.candidate(runner, -math.inf) for runner in self.movable])
-            self._orders = self._first_to_go(self.timed(math.inf, over)), self._first_to_go(over)
-        return [one for one in self._orders[bound <= self.pool.now] if one.runner not in without]
+            past = self._preferred([self.candidate(runner, -math.inf) for runner in self.movable])
+            self._orders = self._first_to_go(self.timed(math.inf, past)), self._first_to_go(past)
+        return [one for one in self._orders[bound <= self.state.now] if one.runner not in without]
 
     def timed(self, bound: float, candidates: Iterable[Candidate]) -> list[Candidate]:
-        """Return candidates with the time from which on each may go for somebody who waits until `bound`."""
-        runners = self.pool.runners
-        return [replace(one, free_at=evictable_at(self.pool, runners[one.runner], bound)) for one in candidates]
+        """Return candidates with the time from which on each may be evicted for a group whose bound is `bound`."""
+        runners = self.state.runners
+        return [replace(one, free_at=evictable_at(self.state, runners[one.runner], bound)) for one in candidates]
 
     def candidate(self, runner: Runner, bound: float) -> Candidate:
         """Return a runner as a policy sees it."""
-        account = self.pool.ledger.accounts["runner", runner.id]
-        model = self.pool.models[runner.model]
+        account = self.state.ledger.accounts["runner", runner.id]
+        model = self.state.models[runner.model]
         load_s = None if runner.loaded_at is None else model.usual_load_s(runner.placement.gpu_layers)
         return Candidate(
-            runner.id, runner.model, sum(map(account.held_bytes, self.pool.ledger.devices)), runner.keep_alive_s,
-            runner.used_at, load_s, len(runner.leases), evictable_at(self.pool, runner, bound),
-            partial(self._outlook, runner),
+            runner.id, runner.model, sum(map(account.held_bytes, self.state.ledger.devices)), runner.keep_alive_s,
+            runner.used_at, load_s, len(runner.leases), evictable_at(self.state, runner, bound),
+            partial(self._forecast, runner),
         )  # fmt: skip
 
     def _first_to_go(self, candidates: Iterable[Candidate]) -> list[Candidate]:
-        return sorted(candidates, key=lambda one: (one.free_at > self.pool.now, one.leases > 0))
+        return sorted(candidates, key=lambda one: (one.free_at > self.state.now, one.leases > 0))
 
     def _preferred(self, candidates: list[Candidate]) -> list[Candidate]:
         try:
-            return apply_policy(self.policy, self.pool.now, candidates)
-        except BaseException as error:  # a policy may be the user's own: also what would end a program
+            return apply_policy(self.policy, self.state.now, candidates)
+        except BaseException as error:  # a policy may be the user's own, and may raise what would end a program
             self.policy_failure = in_words(error)
             return candidates
 
-    def _outlook(self, runner: Runner) -> ReuseForecast:
-        """Return how soon a runner's model may be asked for again; found once a plan, and only where it is wanted."""
-        if self._experience is None:
-            self._experience = IdleTimeStatistics(self.pool.idle_intervals)
-        if (known := self._outlooks.get(runner.id)) is None:
-            rest_s = 0.0 if runner.leases else self.pool.now - runner.used_at
-            known = self._experience.forecast(self.pool.models[runner.model].idle_intervals, rest_s)
-            self._outlooks[runner.id] = known
+    def _forecast(self, runner: Runner) -> ReuseForecast:
+        """Return how soon a runner's model may be requested again; computed once a plan, when a policy asks."""
+        if self._statistics is None:
+            self._statistics = IdleTimeStatistics(self.state.idle_intervals)
+        if (known := self._forecasts.get(runner.id)) is None:
+            idle_s = 0.0 if runner.leases else self.state.now - runner.used_at
+            known = self._statistics.forecast(self.state.models[runner.model].idle_intervals, idle_s)
+            self._forecasts[runner.id] = known
         return known
 
 
 def evictable_at(state: CoreState, runner: Runner, bound: float) -> float:
-    """Return when `runner` may go for somebody who waits for others' convenience until `bound`; now at the least.
+    """Return the time from which on `runner` may be evicted for a request group whose bound is `bound`; now or later.
 
-    A busy one goes at the bound, and not within its minimum residency. An idle one goes once it has rested for a small
-    part of what its load took: users that ask again at once find it there, and its memory is not turned over between
-    two requests of theirs. That ends an automatic residency early too, since it is there for the users, and a runner
-    that rests while others wait has none left; one that was set holds to its end.
+    A busy runner may be evicted at the bound, and not within its minimum residency. An idle runner may be evicted after
+    its grace, a small part of what its load took: callers that ask again at once find it there, and its memory does not
+    change hands between two of their requests. The end of the grace ends an automatic minimum residency too, which is
+    there for the callers: a runner that is idle while others wait has none left. A minimum residency that was set holds
+    to its end.
     """
     if runner.leases:
         return max(state.now, runner.drain_protected_until, bound)

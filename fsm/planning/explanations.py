@@ -1,6 +1,6 @@
-"""Why a decision is as it is: who and what was considered, with figures, and why the others were not taken.
+"""Why a decision is as it is: which runners and devices were considered, with figures, and why they were not chosen.
 
-Made only where somebody reads the journal, from the plan as it was carried out; nothing is decided by it.
+Entries are made only where a decision log is kept, from the plan as it was carried out; no decision reads them.
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ from fsm.state.core_state import CoreState
 from fsm.state.request_queue import RequestGroup
 
 
-def tell_victims(state: CoreState, plan: Plan, journal: list[Entry]) -> None:
-    """Note who is given up for whom, before it happens."""
-    for spec, room in plan.placements.items():
-        if not any(one.runner in plan.victims for one in room.victims):
+def tell_victims(state: CoreState, plan: Plan, decision_log: list[Entry]) -> None:
+    """Log which runners are evicted for which request group, before they expire."""
+    for spec, planned in plan.placements.items():
+        if not any(one.runner in plan.victims for one in planned.victims):
             continue
         group = state.groups[spec]
         entry = Decision(
             state.now, "evicts", spec.model, None, group.head.id,
-            runners=runners_considered(state, plan, group), devices=devices_considered(state, spec, room),
+            runners=runners_considered(state, plan, group), devices=devices_considered(state, spec, planned),
             step=state.steps,
         )  # fmt: skip
-        journal.append(entry)
+        decision_log.append(entry)
 
 
-def tell_placed(state: CoreState, plan: Plan, since: RunnerId, journal: list[Entry]) -> None:
-    """Note what was placed where, of the launches from runner `since` on; others may still wait for their devices."""
+def tell_placed(state: CoreState, plan: Plan, since: RunnerId, decision_log: list[Entry]) -> None:
+    """Log the placements of the launches from runner `since` on; other launches may still wait for device claims."""
     for group, _, placement in plan.launches:
         spec, runner = group.spec, state.models[group.spec.model].current
         if runner is None or runner.id < since:
@@ -42,47 +42,47 @@ def tell_placed(state: CoreState, plan: Plan, since: RunnerId, journal: list[Ent
         entry = Decision(
             state.now, "placed", spec.model, placement, group.head.id, runner.id, devices=devices, step=state.steps
         )
-        journal.append(entry)
+        decision_log.append(entry)
 
 
-def tell_waits(state: CoreState, plan: Plan, journal: list[Entry]) -> None:
-    """Note what those wait for of whom that has changed, and until when."""
+def tell_waits(state: CoreState, plan: Plan, decision_log: list[Entry]) -> None:
+    """Log what request groups wait for, and until when, of those groups for which the reason has changed."""
     for group in plan.evaluated:
         if group.spec not in state.groups or group.told == group.waits_for:
             continue
         group.told = group.waits_for
-        room = plan.placements.get(group.spec)
-        runners = runners_considered(state, plan, group) if room else ()
-        devices = devices_considered(state, group.spec, room) if room else ()
+        planned = plan.placements.get(group.spec)
+        runners = runners_considered(state, plan, group) if planned else ()
+        devices = devices_considered(state, group.spec, planned) if planned else ()
         why, id = group.waits_for, group.head.id
         entry = Decision(
             state.now, "waits", group.spec.model, why, id, None, group.until, runners, devices, state.steps
         )
-        journal.append(entry)
+        decision_log.append(entry)
 
 
 def runners_considered(state: CoreState, plan: Plan, group: RequestGroup) -> tuple[ConsideredRunner, ...]:
-    """Return every runner that holds memory or a place, with what became of it when room was made for a line."""
-    room = plan.placements.get(group.spec)
-    known = {one.runner: one for one in (*room.considered, *room.victims)} if room else {}
+    """Return every runner that holds memory or a process, with why it is not evicted for a request group."""
+    planned = plan.placements.get(group.spec)
+    known = {one.runner: one for one in (*planned.considered, *planned.victims)} if planned else {}
     return tuple(
-        _considered(state, runner, known.get(runner.id), _verdict(state, plan, room, runner))
+        _considered(state, runner, known.get(runner.id), _verdict(state, plan, planned, runner))
         for runner in state.runners.values()
     )
 
 
-def devices_considered(state: CoreState, spec: RequestSpec, room: PlannedPlacement) -> tuple[ConsideredDevice, ...]:
-    """Return every device, with what a placement needs of it and what there is for it."""
+def devices_considered(state: CoreState, spec: RequestSpec, planned: PlannedPlacement) -> tuple[ConsideredDevice, ...]:
+    """Return every device, with the bytes that a planned placement needs of it and that are available for it."""
     info = state.models[spec.model].info if spec.purpose is not Purpose.memory else None
     exact = info is None or (isinstance(info, Footprint) and bool(info.fixed))
-    needs, free = dict(needed(room.placement, exact=exact)), dict(room.free)
+    needs, free = dict(needed(planned.placement, exact=exact)), dict(planned.free)
     devices = (device.id for device in state.ledger.devices.values() if not device.integrated)
     figures = ((device, needs.get(device, 0), free.get(device, 0)) for device in devices)
     return tuple(ConsideredDevice(device, need, there, 0 < need <= there) for device, need, there in figures)
 
 
 def devices_refused(refusal: Refusal) -> tuple[ConsideredDevice, ...]:
-    """Return the devices that a refusal speaks of: what would be needed of each, and had at most."""
+    """Return the devices that a refusal names, with the bytes that would be needed and are available at most."""
     if not isinstance(refusal, DoesNotFitRefusal):
         return ()
     needs, most = dict(refusal.needed), dict(refusal.available)
@@ -91,7 +91,7 @@ def devices_refused(refusal: Refusal) -> tuple[ConsideredDevice, ...]:
 
 
 def runners_refused(state: CoreState, refusal: Refusal) -> tuple[ConsideredRunner, ...]:
-    """Return the runners that may not make room for what was refused, and why not."""
+    """Return the runners that may not be evicted for a refused request, and why not."""
     if not isinstance(refusal, DoesNotFitRefusal):
         return ()
     return tuple(
@@ -120,10 +120,10 @@ def _considered(
     )
 
 
-def _verdict(state: CoreState, plan: Plan, room: PlannedPlacement | None, runner: Runner) -> KeptReason | None:
-    """Return why a runner is not given up for a line; None where it is."""
-    victim = next((one for one in room.victims if one.runner == runner.id), None) if room else None
-    considered = next((one for one in room.considered if one.runner == runner.id), None) if room else None
+def _verdict(state: CoreState, plan: Plan, planned: PlannedPlacement | None, runner: Runner) -> KeptReason | None:
+    """Return why a runner is not evicted for a request group; None where it is."""
+    victim = next((one for one in planned.victims if one.runner == runner.id), None) if planned else None
+    considered = next((one for one in planned.considered if one.runner == runner.id), None) if planned else None
     if victim is not None and runner.id in plan.victims:
         return None
     if victim is not None:
@@ -132,21 +132,22 @@ def _verdict(state: CoreState, plan: Plan, room: PlannedPlacement | None, runner
         return KeptReason.overdue if state.is_stuck(runner) else KeptReason.expiring
     if state.pinned(runner):
         return KeptReason.pinned
-    if runner.id in plan.victims or _is_victim_of_another(plan, room, runner.id):
+    if runner.id in plan.victims or _is_victim_of_another(plan, planned, runner.id):
         return KeptReason.other_victim
     if runner.state is LOADING and state.groups_served_by(runner):
         return KeptReason.awaited
-    if room is None or not room.considered:
+    if planned is None or not planned.considered:
         return KeptReason.not_needed
     if runner.leases:
         return KeptReason.in_use
     if considered is not None and considered.free_at > state.now:
         set_by_hand = state.config.min_residency_s is not None and runner.resident_until > state.now
         return KeptReason.just_loaded if set_by_hand else KeptReason.just_used
-    if room.victim_set is None:
+    if planned.victim_set is None:
         return KeptReason.not_enough
-    return KeptReason.others_come_first if room.victim_set.cost_s is None else KeptReason.others_cost_less
+    return KeptReason.others_come_first if planned.victim_set.cost_s is None else KeptReason.others_cost_less
 
 
-def _is_victim_of_another(plan: Plan, room: PlannedPlacement | None, id: RunnerId) -> bool:
-    return any(each is not room and any(one.runner == id for one in each.victims) for each in plan.placements.values())
+def _is_victim_of_another(plan: Plan, planned: PlannedPlacement | None, id: RunnerId) -> bool:
+    others = (each for each in plan.placements.values() if each is not planned)
+    return any(victim.runner == id for each in others for victim in each.victims)

@@ -1,4 +1,4 @@
-"""Why a request can never be placed: the reason, and the way to place it that lacks least."""
+"""Why a request group can never be placed: the reason, and the offload for which the least memory is lacking."""
 
 from __future__ import annotations
 
@@ -13,15 +13,16 @@ from fsm.placement.search import Gpu, Offload, PlacementDemand, find_placement, 
 from fsm.state.core_state import CoreState
 from fsm.state.memory_ledger import Owner
 
-BOUNDLESS = 2**62  # bytes
+BOUNDLESS = 2**62  # bytes, more than any device has
 
 
 def infeasible_reason(
     state: CoreState, gpus: Sequence[Gpu], model: ModelId, demand: PlacementDemand, potential: Mapping[DeviceId, int]
 ) -> tuple[DoesNotFitRefusal, Placement | None]:
-    """Return the refusal of what would not fit into `potential`, and what it would need; None where that is not known.
+    """Return the refusal of a demand that does not fit into `potential`, and its placement if memory were boundless.
 
-    `potential` is what is free once everybody has left who may.
+    `potential` are the bytes by device that are free once every runner has left that may. The placement is None where
+    no amount of memory would do.
     """
     capacity = {device.id: device.capacity_bytes for device in state.ledger.devices.values() if not device.integrated}
     offload, need = _least_lacking(demand, dict.fromkeys((*capacity, HOST), BOUNDLESS), potential, gpus)
@@ -63,14 +64,14 @@ def _reason(
 def _least_lacking(
     demand: PlacementDemand, boundless: Mapping[DeviceId, int], potential: Mapping[DeviceId, int], gpus: Sequence[Gpu]
 ) -> tuple[Offload, Placement | None]:
-    """Return the way to place it that lacks least, and what it would need."""
+    """Return the offload for which the least memory is lacking, and its placement if memory were boundless."""
 
     def lacking_bytes(need: Placement | None) -> int:
         amounts = needed(need, exact=bool(demand.footprint.fixed)) if need else ()
         return sum(max(0, amount - potential.get(device, 0)) for device, amount in amounts)
 
-    ways = [(offload, find_placement(demand, offload, boundless, gpus)) for offload in demand.offload_modes(gpus)]
-    return min((way for way in ways if way[1]), key=lambda way: lacking_bytes(way[1]), default=ways[-1])
+    modes = [(offload, find_placement(demand, offload, boundless, gpus)) for offload in demand.offload_modes(gpus)]
+    return min((mode for mode in modes if mode[1]), key=lambda mode: lacking_bytes(mode[1]), default=modes[-1])
 
 
 def _models(runners: Iterable[Runner]) -> tuple[ModelId, ...]:

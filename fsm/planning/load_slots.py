@@ -1,4 +1,4 @@
-"""How many models load on each device, where no more may, and where the next one may."""
+"""Load slots: how many models load on each device, and where the next load may begin."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from fsm.state.core_config import CoreConfig
 
 
 def loads_on(placement: Placement) -> list[DeviceId]:
-    """Return the devices whose places among the loads a placement takes: its GPUs, else the host."""
+    """Return the devices on which a placement takes a load slot: its GPUs, or the host where it has none."""
     return [device for device, amount in placement.bytes if device != HOST and amount] or [HOST]
 
 
 class LoadSlots:
-    """The loads by device: those under way, and those that are planned."""
+    """The number of loads by device: the loads under way, and the planned ones."""
 
     def __init__(self, limits: CoreConfig, placements: Iterable[Placement]) -> None:
         self.limits = limits
@@ -24,25 +24,29 @@ class LoadSlots:
             self.add(placement)
 
     def add(self, placement: Placement) -> None:
-        """Count one more."""
+        """Take the load slots of a placement."""
         for device in loads_on(placement):
             self.counts[device] = self.counts.get(device, 0) + 1
 
     def find_placement(
         self, demand: PlacementDemand, offload: Offload, free: Mapping[DeviceId, int], gpus: Sequence[Gpu]
     ) -> Placement | None:
-        """Return where one more may begin: where it fits best, or else beside the GPUs on which as many load as may."""
+        """Return where one more load may begin: its best placement, or else one without the GPUs that lack a load slot.
+
+        None where it does not fit, or where it would have to wait for a load slot. The other placement is taken only if
+        it has as many layers on GPUs.
+        """
         best = find_placement(demand, offload, free, gpus)
         if best is None or not (full := self.full(best)):
             return best
-        if demand.spread or demand.main_gpu is not None:  # which names one of all of them
+        if demand.spread or demand.main_gpu is not None:  # the demand refers to all GPUs, or to an index among them
             return None
         other = find_placement(demand, offload, free, [gpu for gpu in gpus if gpu.id not in full])
         as_good = other is not None and not self.full(other) and other.offloaded >= best.offloaded
         return other if as_good else None
 
     def full(self, placement: Placement) -> set[DeviceId]:
-        """Return the devices on which as many load as may, of those that it loads on."""
+        """Return the devices of a placement that have no load slot left."""
         limits = self.limits
         return {
             device

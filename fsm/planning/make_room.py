@@ -1,4 +1,4 @@
-"""What leaves so that a group that does not start now gets its memory, and what the group waits for meanwhile."""
+"""Which runners are evicted so that a request group that does not start now gets its memory, and what it waits for."""
 
 from __future__ import annotations
 
@@ -6,134 +6,188 @@ import math
 from collections.abc import Iterable, Sequence
 from functools import partial
 
-from fsm.domain.devices import HOST, Placement
+from fsm.domain.devices import HOST, Amounts, Placement
 from fsm.eviction.policies import Candidate
 from fsm.eviction.victim_selection import VictimSet
 from fsm.machine.request import ModelId, Purpose
 from fsm.machine.runner import Runner
 from fsm.messages.reasons import NeededFor, RunnerStep, WaitFor, WaitForRunners, WaitReason
-from fsm.planning.availability import DRAINED, LATER, NOW, SOON, Requirement
+from fsm.planning.availability import AFTER_DRAINS, AFTER_EVICTIONS, AFTER_STOPS, NOW, Horizon, Requirement
 from fsm.planning.load_slots import loads_on
 from fsm.planning.plan import PlannedPlacement
-from fsm.planning.planning_context import LINES_AHEAD, PlanningContext
+from fsm.planning.planning_context import GROUPS_AHEAD, PlanningContext
 from fsm.state.request_queue import RequestGroup
 
 
 def plan_eviction(
-    context: PlanningContext, group: RequestGroup, need: Requirement, forced: Sequence[Runner]
+    context: PlanningContext, group: RequestGroup, need: Requirement, mandatory: Sequence[Runner]
 ) -> Placement:
-    """Choose what to give up for a line that does not start now, and book what it will need."""
-    may, choice = _select_victims(context, group, need, forced)
-    chosen = context.candidates.timed(context.bound(group), choice.victims) if choice is not None else []
-    at = max((victim.free_at for victim in chosen), default=math.inf)
-    victims = context.unclaimed(chosen)
-    there = (
-        one
-        for one in (SOON, DRAINED)
-        if at <= context.state.now and context.availability.find_placement(one, need, victims)
-    )
-    horizon = next(there, LATER)  # from when on there is room with what the victims leave
-    goes = horizon == SOON or (horizon == DRAINED and any(victim.leases for victim in chosen))
-    before = context.availability.bytes[DRAINED].copy()
+    """Return the placement that is reserved for a request group that does not start now, its victims chosen:
+
+    1. Where no victims suffice, the group waits for the requests or runners that block it.
+    2. Where all victims may leave now and the group fits once they have left, the victims are evicted.
+    3. Where a victim may not leave yet, the group waits until all of them may.
+    4. Else the group waits for memory that is being freed, or for a load slot.
+    """
+    may, victim_set = _select_victims(context, group, need, mandatory)
+    victims = context.candidates.timed(context.bound(group), victim_set.victims) if victim_set is not None else []
+    at = max((victim.free_at for victim in victims), default=math.inf)
+    horizon = _horizon_after(context, need, victims, at)
+    goes = horizon == AFTER_STOPS or (horizon == AFTER_DRAINS and any(victim.leases for victim in victims))
+    enough = victim_set is not None and not victims  # the memory is free, or is being freed
+    startable = enough and context.availability.find_placement(NOW, need) is not None
+    since = AFTER_STOPS if enough or goes else horizon
+    placement, horizon, free = _claim_and_reserve(context, need, context.unclaimed(victims), horizon, since)
+    if victim_set is None:  # 1
+        context.wait(group, *_blocking_reason(context))
+    elif goes:  # 2
+        _evict(context, group, victims)
+    elif at > context.state.now and victims:  # 3
+        _wait_for_idle(context, group, victims, at, may)
+    else:  # 4
+        victims += _wait_for_memory(context, group, placement, horizon, startable=startable)
+    context.plan.contended.update(victim.runner for victim in victims if not goes)
+    context.plan.placements[group.spec] = PlannedPlacement(placement, free, tuple(victims), tuple(may), victim_set)
+    return placement
+
+
+def _horizon_after(context: PlanningContext, need: Requirement, victims: Sequence[Candidate], at: float) -> Horizon:
+    """Return the horizon from which on a requirement fits with the memory that victims leave, who all may go `at`."""
+    leaving = context.unclaimed(victims)
+    for horizon in (AFTER_STOPS, AFTER_DRAINS):
+        if at <= context.state.now and context.availability.find_placement(horizon, need, leaving):
+            return horizon
+    return AFTER_EVICTIONS
+
+
+def _claim_and_reserve(
+    context: PlanningContext, need: Requirement, victims: Sequence[Runner], horizon: Horizon, since: Horizon
+) -> tuple[Placement, Horizon, Amounts]:
+    """Count on the memory of victims from `horizon` on, and reserve a requirement where it fits first from `since` on.
+
+    Returns its placement, the horizon of the reservation, and the bytes by device that were available at it.
+    """
+    before = context.availability.bytes[AFTER_DRAINS].copy()
     context.claimed.update(runner.id for runner in victims)
     for runner in victims:
-        context.availability.add(max(horizon, DRAINED if runner.leases else SOON), [runner])
-    enough = choice is not None and not chosen  # on its way, or there
-    startable = enough and context.availability.find_placement(NOW, need) is not None
-    final, horizon = context.availability.earliest_fit(need, SOON if enough or goes else horizon)
-    free = tuple(sorted(context.availability.bytes[horizon].items()))
-    context.availability.reserve(horizon, need.amounts(final), need.process)
-    context.ahead.update(device for device, amount in final.bytes if amount > before.get(device, 0))
-    if choice is None:
-        context.wait(group, *_blocking_reason(context))
-    elif goes:
-        _evict(context, group, chosen)
-    elif at > context.state.now and chosen:
-        _wait_for_idle(context, group, chosen, at, may)
-    else:
-        chosen += _wait_for_memory(context, group, final, horizon, startable=startable)
-    context.plan.contended.update(victim.runner for victim in chosen if not goes)
-    context.plan.placements[group.spec] = PlannedPlacement(final, free, tuple(chosen), tuple(may), choice)
-    return final
+        context.availability.add(max(horizon, AFTER_DRAINS if runner.leases else AFTER_STOPS), [runner])
+    placement, reserved_at = context.availability.earliest_fit(need, since)
+    free = tuple(sorted(context.availability.bytes[reserved_at].items()))
+    context.availability.reserve(reserved_at, need.amounts(placement), need.process)
+    context.ahead.update(device for device, amount in placement.bytes if amount > before.get(device, 0))
+    return placement, reserved_at, free
 
 
 def _select_victims(
-    context: PlanningContext, group: RequestGroup, need: Requirement, forced: Sequence[Runner]
+    context: PlanningContext, group: RequestGroup, need: Requirement, mandatory: Sequence[Runner]
 ) -> tuple[list[Candidate], VictimSet | None]:
-    """Return who may be given up for a line, and who is: rather idle ones now than what others leave later."""
+    """Return the candidates that were considered for a request group, and its victims; None where none suffice:
+
+    1. Where the memory that is free or being freed suffices, only the mandatory victims leave.
+    2. A group behind `GROUPS_AHEAD` groups that lack the same memory is given idle runners only.
+    3. Idle runners that may leave now come before the memory of victims of earlier groups, which leave later.
+    4. Else any candidate may leave, and the memory of those victims counts.
+    """
     bound = context.bound(group)
-    must = [context.candidates.candidate(runner, bound) for runner in forced]
-    taken = context.claimed.union(runner.id for runner in forced)
+    must = [context.candidates.candidate(runner, bound) for runner in mandatory]
+    taken = context.claimed.union(runner.id for runner in mandatory)
     context.waiting += 1
-    if _suffices(context, need, DRAINED, must):
+    if _suffices(context, need, AFTER_DRAINS, must):  # 1
         return [], VictimSet(tuple(must), 0.0)
     may = context.candidates.evictable_until(bound, taken)
     memories = context.availability.memories(need)
     where = [device for device in memories if device != HOST] or memories
-    if all(context.ahead[device] >= LINES_AHEAD for device in where):  # far back: it is given what nobody uses
+    if all(context.ahead[device] >= GROUPS_AHEAD for device in where):  # 2
         may = [one for one in may if one.runner in context.candidates.idle]
-    lacking = need.process - sum(one.process for one in context.unclaimed(must))
-    at_rest = [one for one in may if not one.leases and one.free_at <= context.state.now]
-    hopes = (
-        context.availability.bytes[LATER] != context.availability.bytes[DRAINED]
-        or len(set(context.availability.process_slots[DRAINED:])) > 1
-    )
-    for horizon, ones in ((DRAINED, at_rest), (LATER, may))[not hopes :]:
-        least = max(0, lacking - context.availability.process_slots[horizon]) if need.process else 0
-        if choice := context.choose(
-            ones, must, partial(_suffices, context, need, horizon), context.frees(memories), least
-        ):
-            return may, choice
+    idle = [one for one in may if not one.leases and one.free_at <= context.state.now]
+    passes = ((AFTER_DRAINS, idle), (AFTER_EVICTIONS, may))
+    for horizon, candidates in passes if _more_after_evictions(context) else passes[1:]:  # 3, 4
+        suffices = partial(_suffices, context, need, horizon)
+        least = _fewest_victims(context, need, must, horizon)
+        if victim_set := context.choose(candidates, must, suffices, context.frees(memories), least):
+            return may, victim_set
     return may, None
 
 
-def _suffices(context: PlanningContext, need: Requirement, horizon: int, victims: Iterable[Candidate]) -> bool:
+def _more_after_evictions(context: PlanningContext) -> bool:
+    """Tell whether the victims of earlier request groups leave anything that drained runners do not."""
+    availability = context.availability
+    more_bytes = availability.bytes[AFTER_EVICTIONS] != availability.bytes[AFTER_DRAINS]
+    return more_bytes or len(set(availability.process_slots[AFTER_DRAINS:])) > 1
+
+
+def _fewest_victims(context: PlanningContext, need: Requirement, must: Iterable[Candidate], horizon: Horizon) -> int:
+    """Return how many victims beside the mandatory ones must leave so that a process may be started at a horizon."""
+    if not need.process:
+        return 0
+    lacking = 1 - sum(one.process for one in context.unclaimed(must))
+    return max(0, lacking - context.availability.process_slots[horizon])
+
+
+def _suffices(context: PlanningContext, need: Requirement, horizon: Horizon, victims: Iterable[Candidate]) -> bool:
     return context.availability.find_placement(horizon, need, context.unclaimed(victims)) is not None
 
 
-def _evict(context: PlanningContext, group: RequestGroup, chosen: Sequence[Candidate]) -> None:
-    context.wait(group, WaitForRunners(_models(chosen), RunnerStep.leave))
-    for victim in chosen:
+def _evict(context: PlanningContext, group: RequestGroup, victims: Sequence[Candidate]) -> None:
+    context.wait(group, WaitForRunners(_models(victims), RunnerStep.leave))
+    for victim in victims:
         context.plan.victims.setdefault(victim.runner, NeededFor(group.spec.model))
 
 
 def _wait_for_idle(
-    context: PlanningContext, group: RequestGroup, chosen: Sequence[Candidate], at: float, may: Iterable[Candidate]
+    context: PlanningContext, group: RequestGroup, victims: Sequence[Candidate], at: float, may: Iterable[Candidate]
 ) -> None:
-    """Wait until all of them may go: none is unloaded for a room that another still holds.
+    """Wait until all victims may leave: no victim leaves for a placement that another victim still prevents.
 
-    Whenever another may go, the choice is made again: whoever may first serves the waiter.
+    Whenever another candidate may leave, a new plan chooses again, so the first runners that may leave serve the group.
     """
-    context.wait(group, WaitForRunners(_models(chosen), RunnerStep.idle), at)
+    context.wait(group, WaitForRunners(_models(victims), RunnerStep.idle), at)
     moments = (at, context.bound(group), *(one.free_at for one in may))
     context.plan.replan_at = min(context.plan.replan_at, *(moment for moment in moments if moment > context.state.now))
 
 
 def _wait_for_memory(
-    context: PlanningContext, group: RequestGroup, placement: Placement, horizon: int, *, startable: bool
+    context: PlanningContext, group: RequestGroup, placement: Placement, horizon: Horizon, *, startable: bool
 ) -> Sequence[Candidate]:
-    """Enough is on its way already, or only a place among the loads is missing: give up a load nobody waits for."""
-    if horizon == LATER:
+    """Let a group wait for memory that is being freed, or for a load slot; return the load that it evicts, if any:
+
+    1. Where the group fits only once the victims of earlier groups have left, it waits for the earlier requests.
+    2. Where it fits once draining runners have left, it waits for those that hold its memory.
+    3. Where it fits once the stopped runners have left, it waits for their memory, or for the load that bars others.
+    4. Memory of the program's own needs no load slot.
+    5. A runner needs one, and may evict a load for it.
+    """
+    if horizon == AFTER_EVICTIONS:  # 1
         context.wait(group, WaitFor.earlier_requests)
         return ()
     by = min(
         (runner.stop_deadline for runner in context.leaving if runner.stop_deadline > context.state.now),
         default=math.inf,
     )
-    if horizon == DRAINED:
+    if horizon == AFTER_DRAINS:  # 2
         context.wait(group, WaitForRunners(_draining(context, placement), RunnerStep.drain), by)
         return ()
-    if any(not runner.leases for runner in context.leaving):
+    if any(not runner.leases for runner in context.leaving):  # 3
         context.wait(group, WaitFor.memory, by)
     elif context.alone is not None:
         reason = WaitForRunners((context.alone.model,), RunnerStep.load_alone)
         context.wait(group, reason, context.state.expected_at(context.alone))
     else:
         context.wait(group, *_blocking_reason(context))
-    if group.spec.purpose is Purpose.memory:
+    if group.spec.purpose is Purpose.memory:  # 4
         return ()
+    return _wait_for_load_slot(context, group, placement, startable=startable)  # 5
+
+
+def _wait_for_load_slot(
+    context: PlanningContext, group: RequestGroup, placement: Placement, *, startable: bool
+) -> Sequence[Candidate]:
+    """Take a load slot for a placement; where its devices have none left, let the group wait for one.
+
+    Where only the load slot is missing (`startable`), a load that no request waits for is evicted, and returned.
+    """
     full = context.load_slots.full(placement)
-    context.load_slots.add(placement)  # it starts in a moment: its place among the loads is not for younger ones
+    context.load_slots.add(placement)  # its load starts in a moment: younger groups must not take its load slot
     on_full = [runner for runner in context.loading if full & set(loads_on(runner.placement))]
     if full:
         context.wait(group, WaitFor.load_slot, min(map(context.state.expected_at, on_full), default=math.inf))
@@ -146,7 +200,7 @@ def _wait_for_memory(
 
 
 def _blocking_reason(context: PlanningContext) -> tuple[WaitReason, float]:
-    """Return why nobody can be chosen to make room, and until when as far as that is known."""
+    """Return why no victims can be chosen, and until when as far as that is known."""
     runners = context.state.runners
     if context.waiting > 1 or not (context.overdue or context.awaited):
         return WaitFor.earlier_requests, math.inf
@@ -157,7 +211,7 @@ def _blocking_reason(context: PlanningContext) -> tuple[WaitReason, float]:
 
 
 def _draining(context: PlanningContext, placement: Placement) -> tuple[ModelId, ...]:
-    """Return who is given up and still in use, of those who hold what is needed there."""
+    """Return the models of the draining runners that hold memory of a placement's devices, or of all that drain."""
     accounts, devices = context.state.ledger.accounts, [device for device, amount in placement.bytes if amount]
     draining = [runner for runner in context.leaving if runner.leases]
     holding = [one for one in draining if any(map(accounts["runner", one.id].held_bytes, devices))]

@@ -1,4 +1,4 @@
-"""What a plan says: what to do now for those who wait, where each will go, and when to look again."""
+"""The plan: what is to be done now for the request groups that wait, and when to plan again."""
 
 from __future__ import annotations
 
@@ -19,31 +19,29 @@ from fsm.state.request_queue import RequestGroup
 
 @dataclass(frozen=True, slots=True)
 class PlannedPlacement:
-    """Where the runner that a line waits for goes, or would, and what leaves before."""
+    """Where the runner of a request group goes, or would go, and which victims leave before."""
 
     placement: Placement
-    free: Amounts  # what it was judged by, by device: free, or to be had once the victims have left
-    victims: tuple[Candidate, ...] = ()  # each goes when all of them may
-    considered: tuple[Candidate, ...] = ()  # for being victims, the first choice first; none where none is needed
+    free: Amounts  # bytes by device that the placement was judged by: free, or available once the victims have left
+    victims: tuple[Candidate, ...] = ()  # no victim leaves before all of them may
+    considered: tuple[Candidate, ...] = ()  # candidates, the first choice first; empty where no victim is needed
     victim_set: VictimSet | None = None  # how the victims were chosen
 
 
 @dataclass(slots=True)
 class Plan:
-    """What is to be done now, and when to look again."""
+    """What is to be done now, and when to plan again."""
 
     inspections: list[ModelRecord] = field(default_factory=list)
     launches: list[tuple[RequestGroup, Options, Placement]] = field(default_factory=list)
-    memory: list[Request] = field(default_factory=list)  # the program's own, to be granted
-    victims: dict[RunnerId, ExpireReason] = field(default_factory=dict)  # to expire, and why
-    matches: list[tuple[RequestGroup, Runner]] = field(default_factory=list)  # served after all, as the same
+    memory: list[Request] = field(default_factory=list)  # requests for memory of the program's own, to be granted
+    victims: dict[RunnerId, ExpireReason] = field(default_factory=dict)  # runners to expire, and why
+    matches: list[tuple[RequestGroup, Runner]] = field(default_factory=list)  # groups that a runner serves after all
     refusals: list[tuple[RequestGroup, Refusal]] = field(default_factory=list)
-    placements: dict[RequestSpec, PlannedPlacement] = field(
-        default_factory=dict
-    )  # of what is to be loaded, now, later or never
-    options: dict[RequestSpec, Options] = field(default_factory=dict)  # explicit, of what has a room
-    contended: set[RunnerId] = field(default_factory=set)  # others wait for its memory, and it may not go yet
+    placements: dict[RequestSpec, PlannedPlacement] = field(default_factory=dict)  # of loads now, later or never
+    options: dict[RequestSpec, Options] = field(default_factory=dict)  # explicit, of every planned placement
+    contended: set[RunnerId] = field(default_factory=set)  # a group waits for the runner's memory; it may not go yet
     policy_failure: str = ""  # the exception that the policy raised; the oldest runners go first instead
-    replan_at: float = math.inf  # when a wait's bound or a residency ends
+    replan_at: float = math.inf  # when the bound of a wait or a minimum residency ends
     evaluated: list[RequestGroup] = field(default_factory=list)  # the groups behind them wait as before
-    waits: dict[RequestSpec, tuple[WaitReason, float]] = field(default_factory=dict)  # for what, and until when
+    waits: dict[RequestSpec, tuple[WaitReason, float]] = field(default_factory=dict)  # the reason, and until when

@@ -1,7 +1,8 @@
-"""What to do for those who wait, oldest first, on a scratch account; of the pool, only why lines wait is changed.
+"""The planner: what to do for the request groups that wait, oldest first, on scratch accounts of memory and processes.
 
-Every plan is made from nothing. A victim is a plan until it expires, so whatever becomes idle first serves the waiter,
-and a waiter that leaves costs nobody anything. A later line starts only in what the earlier ones leave (`supply`).
+Every plan is made from nothing, and reads the state without changing it. A victim is only part of a plan until it
+expires, so the first runner that becomes idle serves the group that waits, and a group that leaves costs no other group
+anything. A younger group starts only in memory that the older groups leave (`availability`).
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ from fsm.messages.reasons import DeviceShrunk, RunnerLimit, WaitFor, WaitReason
 from fsm.messages.refusals import UnsupportedOption
 from fsm.placement.search import Offload, PlacementDemand
 from fsm.planning.automatic_options import resolved_demand, with_batch
-from fsm.planning.availability import DRAINED, LATER, NOW, SOON, Requirement
+from fsm.planning.availability import AFTER_DRAINS, AFTER_EVICTIONS, AFTER_STOPS, NOW, Requirement
 from fsm.planning.infeasibility import infeasible_reason
 from fsm.planning.make_room import plan_eviction
 from fsm.planning.plan import Plan, PlannedPlacement
-from fsm.planning.planning_context import LINES_AHEAD, PlanningContext
+from fsm.planning.planning_context import GROUPS_AHEAD, PlanningContext
 from fsm.sizing.footprint import Footprint
 from fsm.state.core_state import CoreState
 from fsm.state.model_record import ModelRecord
@@ -31,24 +32,25 @@ from fsm.state.runner_match import match
 NO_MODEL = ModelId("")  # of groups for memory of the program's own
 
 
-def make_plan(state: CoreState, policy: EvictionPolicy, newcomers: Collection[RequestSpec]) -> Plan:
-    """Return what to do for the lines, in order, until nothing is left that any of them could have.
+def make_plan(state: CoreState, policy: EvictionPolicy, unevaluated: Collection[RequestSpec]) -> Plan:
+    """Return the plan for the request groups, in order, until nothing is left that any of them could have.
 
-    Those behind are not looked at, but for `newcomers`: whoever has just come is judged at once, wherever it stands.
+    Planning stops at the first group that cannot be helped. The groups of `unevaluated` are still evaluated, so a
+    request that can never be satisfied is refused at once, whatever its position in the queue.
     """
     context = PlanningContext(state, policy)
     _evict_excess(context)
     for group in state.groups_in_order():
         if _nothing_left(context):
             break
-        if not _is_behind_same_model(context, group, newcomers):
+        if not _is_behind_same_model(context, group, unevaluated):
             _plan_group(context, group)
     ahead = {group.spec for group in context.plan.evaluated}
-    for spec in state.specs_by_model.get(NO_MODEL, ()):  # memory of the program's own takes no process's place
+    for spec in state.specs_by_model.get(NO_MODEL, ()):  # memory of the program's own takes no place of a process
         if spec not in ahead:
             _plan_group(context, state.groups[spec])
             ahead.add(spec)
-    for spec in newcomers:
+    for spec in unevaluated:
         if spec in state.groups and spec not in ahead:
             _evaluate(context, state.groups[spec], WaitFor.earlier_requests)
     context.plan.policy_failure = context.candidates.policy_failure
@@ -56,14 +58,15 @@ def make_plan(state: CoreState, policy: EvictionPolicy, newcomers: Collection[Re
 
 
 def _evict_excess(context: PlanningContext) -> None:
-    """Give up idle runners where more are alive, or more is held, than may be; those in use follow when they rest.
+    """Evict idle runners where more are alive, or hold more, than allowed; busy runners follow when they are idle.
 
-    The number counts only where it is set: the automatic one is a rule of thumb that follows the devices, and what
-    is not read at the moment may be back at the next.
+    The number of runners counts only where it is set. The automatic number is a rule of thumb that follows the devices,
+    and a device that cannot be read at the moment may be back at the next.
     """
     limit, ledger, runners = context.state.config.max_runners, context.state.ledger, context.state.runners
     if limit:
-        _evict_worth(context, RunnerLimit(limit), -context.availability.process_slots[LATER], dict.fromkeys(runners, 1))
+        excess = -context.availability.process_slots[AFTER_EVICTIONS]
+        _evict_worth(context, RunnerLimit(limit), excess, dict.fromkeys(runners, 1))
     for device in sorted(ledger.overcommitted & ledger.devices.keys()):
         held = {id: ledger.accounts["runner", id].held_bytes(device) for id in runners}
         going = context.claimed.union(runner.id for runner in context.leaving)
@@ -74,36 +77,36 @@ def _evict_excess(context: PlanningContext) -> None:
 def _evict_worth(
     context: PlanningContext, reason: RunnerLimit | DeviceShrunk, excess: int, worth: Mapping[RunnerId, int]
 ) -> None:
-    """Give up as few idle runners as are worth the excess together, or all that are worth something."""
+    """Evict as few idle runners as are worth the excess together, or all idle runners that are worth anything."""
     may = [
         one
         for one in context.candidates.evictable_until(-math.inf, context.claimed)
         if not one.leases and worth[one.runner]
     ]
-    choice = context.choose(
+    victim_set = context.choose(
         may, (), lambda victims: sum(worth[victim.runner] for victim in victims) >= excess,
         lambda victim: (worth[victim.runner],),
     )  # fmt: skip
-    victims = context.unclaimed(may if choice is None else choice.victims)
+    victims = context.unclaimed(may if victim_set is None else victim_set.victims)
     context.plan.victims.update((runner.id, reason) for runner in victims)
     context.claimed.update(runner.id for runner in victims)
-    context.availability.add(SOON, victims)
+    context.availability.add(AFTER_STOPS, victims)
 
 
 def _nothing_left(context: PlanningContext) -> bool:
-    """Whether no line behind could have anything: enough wait already, and nothing is free or can be given up."""
-    if context.waiting < LINES_AHEAD:
+    """Tell whether no group behind could have anything: enough groups wait, and nothing is free or can be evicted."""
+    if context.waiting < GROUPS_AHEAD:
         return False
     idle = [context.state.runners[id] for id in context.candidates.idle - context.claimed]
-    if context.availability.process_slots[DRAINED] + sum(runner.process for runner in idle) <= 0:
+    if context.availability.process_slots[AFTER_DRAINS] + sum(runner.process for runner in idle) <= 0:
         return True
-    there = context.availability.available_after(DRAINED, idle)
-    return all(amount <= 0 and context.ahead[device] >= LINES_AHEAD for device, amount in there.items())
+    there = context.availability.available_after(AFTER_DRAINS, idle)
+    return all(amount <= 0 and context.ahead[device] >= GROUPS_AHEAD for device, amount in there.items())
 
 
-def _is_behind_same_model(context: PlanningContext, group: RequestGroup, newcomers: Collection[RequestSpec]) -> bool:
-    """Tell whether a line is far behind others for its model, and has been judged before: those go first."""
-    if context.successors[group.spec.model] < LINES_AHEAD or group.spec in newcomers:
+def _is_behind_same_model(context: PlanningContext, group: RequestGroup, unevaluated: Collection[RequestSpec]) -> bool:
+    """Tell whether an evaluated group is far behind other groups for its model, which are served first."""
+    if context.successors[group.spec.model] < GROUPS_AHEAD or group.spec in unevaluated:
         return False
     current = context.state.models[group.spec.model].current
     if current is not None and current.id in context.awaited and match(current, group.spec.options):
@@ -113,69 +116,93 @@ def _is_behind_same_model(context: PlanningContext, group: RequestGroup, newcome
 
 
 def _plan_group(context: PlanningContext, group: RequestGroup) -> None:
-    """Plan one line."""
-    context.availability.reserve_earlier(context.state.rank(group.head))
-    if (judged := _evaluate(context, group)) is None:
+    """Plan one request group:
+
+    1. Requests that are not the heads of their groups and are older than this group get their reservations first.
+    2. The group is evaluated; where it needs no placement of its own, that is all.
+    3. Memory of the program's own is granted, or victims are chosen for it.
+    4. Where an older group has a runner of the same model planned, this group waits, since a model has one runner at a
+       time. The memory of its runner is reserved as the successor's.
+    5. Where the model's runner loads for other requests with other options, likewise.
+    6. Else a runner is planned.
+    """
+    context.availability.reserve_earlier(context.state.rank(group.head))  # 1
+    if (evaluated := _evaluate(context, group)) is None:  # 2
         return
-    options, need = judged
-    if group.spec.purpose is Purpose.memory:
+    options, need = evaluated
+    if group.spec.purpose is Purpose.memory:  # 3
         _plan_memory(context, group, need)
         return
     model = context.state.models[group.spec.model]
-    if model.id in context.availability.reserved_by_model:  # it has one runner at a time
+    if model.id in context.availability.reserved_by_model:  # 4
         context.wait(group, WaitFor.same_model)
         context.successors[model.id] += 1
         context.availability.reserve_successor(model.id, need)
-    elif model.current is not None and model.current.id in context.awaited:
+    elif model.current is not None and model.current.id in context.awaited:  # 5
         context.wait(group, WaitFor.other_load, context.state.expected_at(model.current))
         context.availability.reserved_by_model[model.id] = context.availability.held_by(model.current)
         context.availability.reserve_successor(model.id, need)
-    else:
+    else:  # 6
         _plan_runner(context, group, model, options, need)
 
 
 def _evaluate(
     context: PlanningContext, group: RequestGroup, waits_for: WaitReason | None = None
 ) -> tuple[Options, Requirement] | None:
-    """Return what a line needs and the best way to place it; None where that is not the question, or is unknown.
+    """Return the explicit options and the requirement of a group; None where it needs no placement, or none is known:
 
-    Then it is refused, or served as it is, or waits for its model's load or metadata.
+    1. A group for memory of the program's own names its bytes itself.
+    2. Where a load that is under way serves the group, the group waits for it.
+    3. Where the file was not inspected since the last launch, the group waits for its metadata.
+    4. Where the model's runner serves the group with its automatic options made explicit, the group is matched.
+    5. Where the engine would refuse an option, the group is refused.
+    6. Where no placement is possible at all, the group is refused.
+
+    `waits_for` is the reason why a group that is evaluated out of its order waits.
     """
     context.plan.evaluated.append(group)
     if waits_for:
         context.wait(group, waits_for)
-    if group.spec.purpose is Purpose.memory:
-        options, demand, current = group.spec.options, PlacementDemand(Footprint(fixed=group.spec.memory)), None
+    if group.spec.purpose is Purpose.memory:  # 1
+        options, demand = group.spec.options, PlacementDemand(Footprint(fixed=group.spec.memory))
+    elif (resolved := _evaluate_model(context, group, in_order=waits_for is None)) is None:  # 2 to 5
+        return None
     else:
-        model = context.state.models[group.spec.model]
-        current = model.current
-        if current is not None and current.id in context.awaited and match(current, group.spec.options):
-            context.wait(group, WaitFor.load, context.state.expected_at(current))
-            return None
-        if not model.inspected_since_launch:
-            context.wait(group, WaitFor.metadata)
-            context.plan.inspections.append(model)
-            if model.info is not None and not waits_for and len(context.state.groups) > 1:
-                _reserve_stale_estimate(context, model, group.spec.options)
-            return None
-        options, demand = resolved_demand(
-            model, group.spec.options, context.state, context.availability.potential, context.gpus
-        )
-        context.plan.options[group.spec] = options
-        if current is not None and match(current, group.spec.options, options):
-            context.plan.matches.append((group, current))
-            return None
-        if (objection := model.impossible(options)) is not None:
-            context.plan.refusals.append((group, UnsupportedOption(model.id, *objection)))
-            return None
-    offload = _best_offload(context, group, demand, current)
-    return (
-        None if offload is None else (options, Requirement(demand, offload, group.spec.purpose is not Purpose.memory))
-    )
+        options, demand = resolved
+    if (offload := _best_offload(context, group, demand)) is None:  # 6
+        return None
+    return options, Requirement(demand, offload, group.spec.purpose is not Purpose.memory)
+
+
+def _evaluate_model(
+    context: PlanningContext, group: RequestGroup, *, in_order: bool
+) -> tuple[Options, PlacementDemand] | None:
+    """Return the explicit options and the demand of a group for a model; None by the branches 2 to 5 of `_evaluate`."""
+    model, asked = context.state.models[group.spec.model], group.spec.options
+    current = model.current
+    if current is not None and current.id in context.awaited and match(current, asked):  # 2
+        context.wait(group, WaitFor.load, context.state.expected_at(current))
+        return None
+    if not model.inspected_since_launch:  # 3
+        context.wait(group, WaitFor.metadata)
+        context.plan.inspections.append(model)
+        if model.info is not None and in_order and len(context.state.groups) > 1:
+            _reserve_stale_estimate(context, model, asked)
+        return None
+    options, demand = resolved_demand(model, asked, context.state, context.availability.potential, context.gpus)
+    context.plan.options[group.spec] = options
+    if current is not None and match(current, asked, options):  # 4
+        context.plan.matches.append((group, current))
+        return None
+    if (objection := model.impossible(options)) is not None:  # 5
+        context.plan.refusals.append((group, UnsupportedOption(model.id, *objection)))
+        return None
+    return options, demand
 
 
 def _plan_memory(context: PlanningContext, group: RequestGroup, need: Requirement) -> None:
-    head, *others = group.requests.values()  # each is as old as it is: once the first has it the next is first
+    """Grant the head of a group its memory, or choose victims for it; its other requests follow by their own age."""
+    head, *others = group.requests.values()  # once the head has its memory, the next request is the head
     context.availability.queued_members = sorted(
         [*context.availability.queued_members, *((context.state.rank(request), need) for request in others)],
         key=lambda one: one[0],
@@ -188,7 +215,7 @@ def _plan_memory(context: PlanningContext, group: RequestGroup, need: Requiremen
 
 
 def _reserve_stale_estimate(context: PlanningContext, model: ModelRecord, asked: Options) -> None:
-    """Book what a model will need by what was last read of it: it may have changed, but most likely it has not."""
+    """Reserve what a model needs by its last inspection: its file may have changed, but most likely it has not."""
     _, demand = resolved_demand(model, asked, context.state, context.availability.potential, context.gpus)
     if (offload := context.availability.best_offload(demand)) is not None:
         context.availability.reserved_by_model.setdefault(model.id, context.availability.held_by(model.current))
@@ -198,13 +225,20 @@ def _reserve_stale_estimate(context: PlanningContext, model: ModelRecord, asked:
 def _plan_runner(
     context: PlanningContext, group: RequestGroup, model: ModelRecord, options: Options, need: Requirement
 ) -> None:
-    forced = _mandatory_victims(context, model)
+    """Plan a runner for a request group, and reserve its memory:
+
+    1. From a load that has to be exclusive on, no other load begins: else another one might always be under way.
+    2. Where no runner has to leave before, a process may be started, and a load slot and the memory are free, the
+       runner is launched.
+    3. Else its victims are chosen.
+    """
+    mandatory = _mandatory_victims(context, model)
     others = [runner for runner in context.state.runners.values() if runner.id not in context.overdue]
     accompanied = model.load_exclusively and bool(context.plan.launches or not all(map(context.state.pinned, others)))
     places = context.availability.process_slots[NOW]
-    if model.load_exclusively:
-        context.availability.process_slots[NOW] = 0  # nobody begins beside it; else there might always be somebody
-    if not forced and not accompanied and places > 0:
+    if model.load_exclusively:  # 1
+        context.availability.process_slots[NOW] = 0
+    if not mandatory and not accompanied and places > 0:  # 2
         free = context.availability.bytes[NOW]
         placement = context.load_slots.find_placement(need.demand, need.offload, free, context.gpus)
         if placement is not None:
@@ -217,30 +251,30 @@ def _plan_runner(
             context.availability.reserved_by_model[model.id] = dict(placement.bytes)
             context.load_slots.add(placement)
             return
-    context.availability.reserved_by_model[model.id] = dict(need.amounts(plan_eviction(context, group, need, forced)))
+    placement = plan_eviction(context, group, need, mandatory)  # 3
+    context.availability.reserved_by_model[model.id] = dict(need.amounts(placement))
 
 
-def _best_offload(
-    context: PlanningContext, group: RequestGroup, demand: PlacementDemand, current: Runner | None
-) -> Offload | None:
-    """Return the best way that is possible at all; None: the line is refused, since there is none."""
-    no_place = group.spec.purpose is not Purpose.memory and context.unmovable >= context.state.max_runners()
-    reload_pinned = current is not None and context.state.pinned(current)
+def _best_offload(context: PlanningContext, group: RequestGroup, demand: PlacementDemand) -> Offload | None:
+    """Return the best offload that is possible at all; None where there is none, and the group is refused."""
+    model = context.state.models[group.spec.model] if group.spec.purpose is not Purpose.memory else None
+    no_place = model is not None and context.unmovable >= context.state.max_runners()
+    reload_pinned = model is not None and model.current is not None and context.state.pinned(model.current)
     if not (no_place or reload_pinned) and (possible := context.availability.best_offload(demand)) is not None:
         return possible
-    refusal, need = infeasible_reason(
-        context.state, context.gpus, group.spec.model, demand, context.availability.potential
-    )
+    potential = context.availability.potential
+    refusal, need = infeasible_reason(context.state, context.gpus, group.spec.model, demand, potential)
     if need is not None:
-        context.plan.placements[group.spec] = PlannedPlacement(
-            need, tuple(sorted(context.availability.potential.items()))
-        )
+        context.plan.placements[group.spec] = PlannedPlacement(need, tuple(sorted(potential.items())))
     context.plan.refusals.append((group, refusal))
     return None
 
 
 def _mandatory_victims(context: PlanningContext, model: ModelRecord) -> list[Runner]:
-    """Return what must go whatever fits: the model's own runner with other options; after out of memory, all."""
+    """Return the runners that must leave although the memory suffices.
+
+    A model's own runner with other options must leave; before an exclusive load, all runners that may.
+    """
     if model.load_exclusively:
         runners = [runner for runner in context.state.runners.values() if runner.current]
         return [runner for runner in runners if runner.id not in context.awaited and not context.state.pinned(runner)]

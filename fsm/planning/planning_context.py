@@ -1,4 +1,4 @@
-"""What one plan is made on: the plan itself, scratch accounts of memory and load slots, and who counts on what."""
+"""What one plan is made on: the plan itself, the availability profile, the load slots and the candidates."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from fsm.machine.request import ModelId
 from fsm.machine.runner import EXPIRING, LOADING, Runner, RunnerId
 from fsm.messages.reasons import WaitReason
 from fsm.placement.search import Gpu
-from fsm.planning.availability import DRAINED, NOW, SOON, AvailabilityProfile
+from fsm.planning.availability import AFTER_DRAINS, AFTER_STOPS, NOW, AvailabilityProfile
 from fsm.planning.eviction_candidates import Candidates
 from fsm.planning.load_slots import LoadSlots
 from fsm.planning.plan import Plan
 from fsm.state.core_state import CoreState
 from fsm.state.request_queue import RequestGroup
 
-LINES_AHEAD = 16  # for so many groups room is made at a time; a group behind them only takes what is free
+GROUPS_AHEAD = 16  # victims are chosen for so many request groups at a time; a group behind them takes free memory only
 
 
 class PlanningContext:
-    """Made anew for each plan; of the state nothing is changed."""
+    """The scratch accounts of one plan, made anew for each plan; the state is read and never changed."""
 
     def __init__(self, state: CoreState, policy: EvictionPolicy) -> None:
         self.state = state
@@ -40,27 +40,27 @@ class PlanningContext:
         self.overdue = {runner.id for runner in expiring if state.is_overdue(runner)}
         movable = [runner for runner in state.runners.values() if not state.is_unmovable(runner)]
         self.availability = AvailabilityProfile(ledger, self.gpus, state.max_runners() - state.processes, movable)
-        self.availability.add(SOON, [runner for runner in self.leaving if not runner.leases])
-        self.availability.add(DRAINED, [runner for runner in self.leaving if runner.leases])
+        self.availability.add(AFTER_STOPS, [runner for runner in self.leaving if not runner.leases])
+        self.availability.add(AFTER_DRAINS, [runner for runner in self.leaving if runner.leases])
         self.unmovable = len(state.runners) - len(movable)
-        self.claimed: set[RunnerId] = set()  # victims of earlier lines
-        self.successors: Counter[ModelId] = Counter()  # lines for a model behind the first of them
+        self.claimed: set[RunnerId] = set()  # victims of earlier request groups
+        self.successors: Counter[ModelId] = Counter()  # request groups for a model behind the first of them
         self.loading = [runner for runner in state.runners.values() if runner.state is LOADING]
         self.awaited = {runner.id for runner in self.loading if state.groups_served_by(runner)}
         self.alone = next((runner for runner in self.loading if state.models[runner.model].load_exclusively), None)
         if self.alone is not None:
-            self.availability.process_slots[NOW] = 0  # nobody begins beside it
+            self.availability.process_slots[NOW] = 0  # no other load begins beside an exclusive one
         self.load_slots = LoadSlots(state.config, (runner.placement for runner in self.loading))
         self.candidates = Candidates(state, policy, self.awaited)
-        self.waiting = 0  # lines for which room is to be made
-        self.ahead: Counter[DeviceId] = Counter()  # of them, those that lack memory of a device
+        self.waiting = 0  # request groups for which victims were looked for
+        self.ahead: Counter[DeviceId] = Counter()  # how many of these groups lack memory of a device
 
     def wait(self, group: RequestGroup, reason: WaitReason, until: float = math.inf) -> None:
-        """Note what a group waits for, and until when as far as that is known."""
+        """Note what a request group waits for, and until when as far as that is known."""
         self.plan.waits[group.spec] = (reason, until)
 
     def bound(self, group: RequestGroup) -> float:
-        """Return until when a line waits for others' convenience."""
+        """Return the time until which a request group leaves busy runners alone."""
         return group.head.queued_at + self.state.config.max_wait_s
 
     def choose(
@@ -71,13 +71,14 @@ class PlanningContext:
         frees: Callable[[Candidate], Amount],
         least: int = 0,
     ) -> VictimSet | None:
+        """Return the victims `must` with those chosen of `may`; None where all of them do not suffice."""
         return choose_victims(self.state.now, may, must, SelectionProblem(suffices, frees, least))
 
     def frees(self, memories: Sequence[DeviceId]) -> Callable[[Candidate], Amount]:
-        """Return what tells how much a candidate frees of each memory."""
+        """Return a function that returns how many bytes a candidate frees in each of these memories."""
         accounts = self.state.ledger.accounts
         return lambda victim: tuple(map(accounts["runner", victim.runner].held_bytes, memories))
 
     def unclaimed(self, victims: Iterable[Candidate]) -> list[Runner]:
-        """Return the runners that no earlier line counts on; a forced one may be such a line's victim already."""
+        """Return the runners of victims that no earlier request group counts on; a mandatory victim may be claimed."""
         return [self.state.runners[victim.runner] for victim in victims if victim.runner not in self.claimed]

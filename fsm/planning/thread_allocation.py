@@ -1,8 +1,8 @@
-"""How many threads a runner computes with: the host's cores, dealt to those that are likely to work at once.
+"""How many threads a runner computes with: the host's cores, divided among the runners that are likely to work at once.
 
-A loaded runner keeps its number: llama.cpp's server has no way to change it, and to load a model again for it would
-cost more than it brings. So it is dealt for what can be foreseen at the launch, and a wrong guess has to be bearable,
-which the engine's way of waiting sees to (docs/benchmarks.md has the figures for both).
+A loaded runner keeps its number of threads: llama.cpp's server has no way to change it, and a new load for it would
+cost more than it brings. So the number is chosen by what can be foreseen at the launch, and a wrong guess has to be
+bearable, which the engine's way of waiting sees to (docs/benchmarks.md has the figures for both).
 """
 
 from __future__ import annotations
@@ -16,14 +16,15 @@ from fsm.sizing.load_options import MOST_THREADS
 from fsm.state.core_state import CoreState
 from fsm.state.model_record import ModelRecord
 
-WITHOUT_LAYERS = 1  # threads of a runner whose layers are all on GPUs: it only looks up what they work on
+WITHOUT_LAYERS = 1  # threads of a runner whose layers are all on GPUs: the host only looks up their input
 
 
 def threads_for(state: CoreState, model: ModelRecord, options: Options, placement: Placement) -> Threads | None:
-    """Return the threads of a runner that is launched now; None where that is not for the core to say.
+    """Return the threads of a runner that is launched now; None where the engine decides, or the model is an object.
 
-    What a request names wins, then what is set. Otherwise answers get an even part of the cores. Prompts get all of
-    them: they take long between two waits, so that runners which have more threads than there are cores lose nothing.
+    A number that the request names comes first, then the setting. Otherwise answers get an even part of the cores.
+    Prompts get all cores: threads work long on them between two waits, so that runners which have more threads than
+    there are cores lose nothing.
     """
     if not isinstance(model.info, ModelInfo):
         return None
@@ -40,10 +41,11 @@ def threads_for(state: CoreState, model: ModelRecord, options: Options, placemen
 
 
 def at_once(state: CoreState, model: ModelRecord, placement: Placement) -> int:
-    """Return how many runners are likely to work on the host at once with one that is launched now, itself included.
+    """Return how many runners are likely to work on the host at once, a runner that is launched now among them.
 
-    Those that are in use or load now, and those that others wait for and that have room beside it. Idle ones count as
-    far as that many have been seen at work at once: models that are used in turns do not share the cores.
+    Runners that are in use or load count, and models that other requests wait for and that fit beside the new runner.
+    Idle runners count as far as so many runners have been ready at once: models that are used alternately do not share
+    the cores.
     """
     others = [runner for runner in state.runners.values() if runner.current and runner.on_host]
     idle = sum(runner.state is IDLE for runner in others)
@@ -52,12 +54,12 @@ def at_once(state: CoreState, model: ModelRecord, placement: Placement) -> int:
 
 
 def _coming(state: CoreState, model: ModelRecord, placement: Placement) -> int:
-    """Return how many models that others wait for can be loaded beside it; where there is a GPU, they may go there."""
+    """Return how many models that other requests wait for fit beside a placement; 0 where they may go to a GPU."""
     devices = state.ledger.devices
     if any(sample.kind == "gpu" for sample in devices.values()):
         return 0
     own_bytes = dict(placement.bytes).get(HOST, 0)
-    room = max(0, state.ledger.free_bytes(HOST) - own_bytes) // max(1, own_bytes)
-    most = max(0, min(room, state.max_runners() - state.processes - 1))
-    others = (state.models.get(id) for id in state.specs_by_model)  # none: memory of the program's own
+    fitting = max(0, state.ledger.free_bytes(HOST) - own_bytes) // max(1, own_bytes)
+    most = max(0, min(fitting, state.max_runners() - state.processes - 1))
+    others = (state.models.get(id) for id in state.specs_by_model)  # None for memory of the program's own
     return sum(1 for _ in islice((one for one in others if one not in (None, model) and one.current is None), most))

@@ -7,7 +7,7 @@ from fsm.domain.model_info import Options
 from fsm.machine.request import ModelId
 from fsm.machine.runner import Runner, RunnerId
 from fsm.placement.search import Gpu, Offload, PlacementDemand
-from fsm.planning.availability import DRAINED, LATER, NOW, SOON, AvailabilityProfile, Requirement
+from fsm.planning.availability import AFTER_DRAINS, AFTER_EVICTIONS, AFTER_STOPS, NOW, AvailabilityProfile, Requirement
 from fsm.sizing.footprint import Footprint
 from fsm.state.memory_ledger import Ledger
 from tests.support.pool import amount
@@ -45,7 +45,7 @@ def test_what_a_runner_holds_is_there_from_its_horizon_on() -> None:
     """The memory and the process slot of a runner count from the horizon at which the runner has gone."""
     supply = a_supply(100, places=2, held=30)
     assert (host(supply), supply.potential[HOST]) == ([70, 70, 70, 70], 100)
-    supply.add(DRAINED, [runner(30)])
+    supply.add(AFTER_DRAINS, [runner(30)])
     assert (host(supply), supply.process_slots) == ([70, 70, 100, 100], [2, 2, 3, 3])
     assert supply.held_by(runner(30)) == {HOST: 30}
     assert supply.held_by(None) == {}
@@ -54,17 +54,17 @@ def test_what_a_runner_holds_is_there_from_its_horizon_on() -> None:
 def test_what_is_booked_is_missing_from_then_on_and_is_the_most_that_is_left_before() -> None:
     """A reservation at a horizon reduces it and later ones, and caps earlier ones at what is left at that horizon."""
     supply = a_supply(100, places=2, held=30)
-    supply.add(SOON, [runner(30)])
-    supply.reserve(SOON, ((HOST, 80),), 1)
+    supply.add(AFTER_STOPS, [runner(30)])
+    supply.reserve(AFTER_STOPS, ((HOST, 80),), 1)
     assert (host(supply), supply.process_slots) == ([20, 20, 20, 20], [2, 2, 2, 2])
-    supply.reserve(LATER, ((HOST, 25),), 2)
+    supply.reserve(AFTER_EVICTIONS, ((HOST, 25),), 2)
     assert (host(supply), supply.process_slots) == ([-5, -5, -5, -5], [0, 0, 0, 0])
 
 
 def test_what_is_taken_now_is_missing_at_every_horizon() -> None:
     """A reservation at the first horizon reduces the availability at every horizon."""
     supply = a_supply(100, held=30)
-    supply.add(LATER, [runner(30)])
+    supply.add(AFTER_EVICTIONS, [runner(30)])
     supply.reserve(NOW, ((HOST, 50),), 1)
     assert (host(supply), supply.process_slots) == ([20, 20, 20, 50], [8, 8, 8, 9])
 
@@ -72,12 +72,12 @@ def test_what_is_taken_now_is_missing_at_every_horizon() -> None:
 def test_somebody_goes_where_there_is_room_first() -> None:
     """The earliest fit is the first horizon with enough bytes and process slots, or the last one if none has."""
     supply = a_supply(100, places=0, held=30)
-    supply.add(DRAINED, [runner(30)])
-    assert supply.earliest_fit(of_host(60, process=False)) == (Placement(((HOST, 60),)), SOON)
-    assert supply.earliest_fit(of_host(60)) == (Placement(((HOST, 60),)), DRAINED)
-    assert supply.earliest_fit(of_host(60), LATER) == (Placement(((HOST, 60),)), LATER)
-    supply.reserve(LATER, ((HOST, 90),), 0)
-    assert supply.earliest_fit(of_host(60)) == (Placement(((HOST, 60),)), LATER)
+    supply.add(AFTER_DRAINS, [runner(30)])
+    assert supply.earliest_fit(of_host(60, process=False)) == (Placement(((HOST, 60),)), AFTER_STOPS)
+    assert supply.earliest_fit(of_host(60)) == (Placement(((HOST, 60),)), AFTER_DRAINS)
+    assert supply.earliest_fit(of_host(60), AFTER_EVICTIONS) == (Placement(((HOST, 60),)), AFTER_EVICTIONS)
+    supply.reserve(AFTER_EVICTIONS, ((HOST, 90),), 0)
+    assert supply.earliest_fit(of_host(60)) == (Placement(((HOST, 60),)), AFTER_EVICTIONS)
 
 
 def test_the_next_runner_of_a_model_takes_what_the_one_before_it_leaves_and_the_rest() -> None:
@@ -88,7 +88,7 @@ def test_the_next_runner_of_a_model_takes_what_the_one_before_it_leaves_and_the_
     left = []
     for size in (50, 30, 55):
         supply.reserve_successor(MODEL, of_host(size))
-        left.append(supply.bytes[LATER][HOST])
+        left.append(supply.bytes[AFTER_EVICTIONS][HOST])
     assert (left, supply.reserved_by_model[MODEL]) == ([50, 50, 45], {HOST: 55})
     assert (host(supply), supply.process_slots) == ([45] * 4, [8] * 4)
 
@@ -100,7 +100,7 @@ def test_the_next_runner_of_a_model_goes_where_the_one_before_it_was() -> None:
     supply.reserved_by_model[MODEL] = {GPUS[0]: 40}
     layers = Requirement(PlacementDemand(Footprint((20, 20), (0, 0), 10, 0, 0)), Offload.whole)  # 62 with the headroom
     supply.reserve_successor(MODEL, layers)
-    assert (supply.bytes[LATER][GPUS[0]], supply.bytes[LATER][GPUS[1]]) == (70 - 62, 60)
+    assert (supply.bytes[AFTER_EVICTIONS][GPUS[0]], supply.bytes[AFTER_EVICTIONS][GPUS[1]]) == (70 - 62, 60)
     assert supply.reserved_by_model[MODEL][GPUS[0]] == 62
 
 

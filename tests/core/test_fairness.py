@@ -12,7 +12,7 @@ from fsm.eviction.policies import Candidate
 from fsm.machine.runner import RunnerState
 from fsm.messages.commands import NotifyContention
 from fsm.messages.reasons import RunnerStep, WaitFor, WaitForRunners
-from fsm.planning.planning_context import LINES_AHEAD
+from fsm.planning.planning_context import GROUPS_AHEAD
 from fsm.sizing.footprint import Footprint
 from tests.support.models import a_model
 from tests.support.pool import (
@@ -211,7 +211,7 @@ def test_nobody_begins_beside_a_load_that_is_to_be_alone() -> None:
 # -- behind many other requests ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("ahead", [LINES_AHEAD - 1, LINES_AHEAD, 2 * LINES_AHEAD])
+@pytest.mark.parametrize("ahead", [GROUPS_AHEAD - 1, GROUPS_AHEAD, 2 * GROUPS_AHEAD])
 def test_the_bound_on_a_wait_holds_behind_any_number_who_wait_for_another_gpu(ahead: int) -> None:
     """The bound on a request's wait holds however many requests before it wait for another GPU."""
     pool = a_pool("64GiB", gpus=["8GiB", "8GiB"], max_runners=100)
@@ -228,10 +228,10 @@ def test_the_bound_on_a_wait_holds_behind_any_number_who_wait_for_another_gpu(ah
 def test_the_bound_on_a_wait_holds_on_the_host_behind_many_who_wait_for_gpus() -> None:
     """The bound on a wait for the host holds although each of the models before takes a little of the host too."""
     pool = a_pool("8GiB", gpus=["8GiB"], max_runners=100, sizes={"warm": "7GiB", "late": "7GiB"}, keep_alive_s=1e6)
-    for number in range(LINES_AHEAD + 1):
+    for number in range(GROUPS_AHEAD + 1):
         pool.declare(f"gpu model {number}", Footprint(fixed=(("gpu0", amount("6GiB")), ("cpu", MIB))))
     pool.ready("warm", lease=1).ready("gpu model 0", lease=2)
-    pool.feed(*(acquire(f"gpu model {number}", request=100 + number) for number in range(1, LINES_AHEAD + 1)))
+    pool.feed(*(acquire(f"gpu model {number}", request=100 + number) for number in range(1, GROUPS_AHEAD + 1)))
     pool.feed(acquire("late", request=500))
     pool.advance("121s")
     assert pool.state("warm") is RunnerState.expiring

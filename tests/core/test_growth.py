@@ -12,7 +12,7 @@ from fsm.domain.devices import MIB
 from fsm.messages.commands import Grant
 from fsm.messages.reasons import WaitFor
 from fsm.messages.refusals import DoesNotFitRefusal, InvalidModelRefusal
-from fsm.planning.planning_context import LINES_AHEAD
+from fsm.planning.planning_context import GROUPS_AHEAD
 from fsm.sizing.footprint import Footprint
 from fsm.sizing.load_history import MOST_KINDS
 from tests.support.models import a_model
@@ -33,7 +33,7 @@ from tests.support.pool import (
 )
 from tests.tools.bench.growth import ACTIONS, Crowd
 
-FAR_BACK = LINES_AHEAD + 8
+FAR_BACK = GROUPS_AHEAD + 8
 
 
 def calls_of(action: Callable[[], object]) -> int:

@@ -19,7 +19,7 @@ from fsm.messages.events import Acquire, Cancel, Event, Exited, Inspected, Loade
 from fsm.messages.reasons import ExpireReason, RunnerReason
 from fsm.messages.refusals import Refusal, SchedulerClosed
 from fsm.planning import eviction_candidates
-from fsm.planning.availability import NOW, SOON
+from fsm.planning.availability import AFTER_STOPS, NOW
 from fsm.planning.plan import Plan
 from fsm.planning.planning_context import PlanningContext
 from fsm.state.core_state import CoreState, OpenClaim
@@ -287,7 +287,7 @@ def memory_is_promised_before_it_is_back(patch: Patch) -> None:
     @instead(patch, PlanningContext, "__init__")
     def init(original: Callable[..., None], context: PlanningContext, state: CoreState, policy: object) -> None:
         original(context, state, policy)
-        context.availability.bytes[NOW] = dict(context.availability.bytes[SOON])
+        context.availability.bytes[NOW] = dict(context.availability.bytes[AFTER_STOPS])
 
 
 @mutant("one-place")

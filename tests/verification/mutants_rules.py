@@ -15,7 +15,7 @@ from fsm.machine.runner import LOADING, Runner, RunnerId
 from fsm.messages.events import Acquire, ClaimContended, ClaimGranted, Event, Loaded, Progress
 from fsm.messages.reasons import FailureReason, RanOutOfMemory, RunnerLimit
 from fsm.planning import planner
-from fsm.planning.availability import DRAINED, LATER, SOON, AvailabilityProfile
+from fsm.planning.availability import AFTER_DRAINS, AFTER_STOPS, HORIZONS, AvailabilityProfile, Horizon
 from fsm.planning.planning_context import PlanningContext
 from fsm.state.core_config import CoreConfig
 from fsm.state.core_state import CoreState
@@ -262,8 +262,8 @@ def a_lower_number_of_runners_waits_for_their_end(patch: Patch) -> None:
 def a_booking_binds_nobody_before(patch: Patch) -> None:
     """A younger request starts in free memory that an older one will need later."""
 
-    def take(supply: AvailabilityProfile, horizon: int, amounts: Amounts, processes: int) -> None:
-        for one in range(horizon, LATER + 1):
+    def take(supply: AvailabilityProfile, horizon: Horizon, amounts: Amounts, processes: int) -> None:
+        for one in HORIZONS[horizon:]:
             for device, amount in amounts:
                 supply.bytes[one][device] = supply.bytes[one].get(device, 0) - amount
             supply.process_slots[one] -= processes
@@ -276,8 +276,10 @@ def what_drains_counts_as_stopped(patch: Patch) -> None:
     """Memory of runners that drain counts as free as soon as that of runners that stop."""
 
     @instead(patch, AvailabilityProfile, "add")
-    def add(original: Callable[..., None], supply: AvailabilityProfile, horizon: int, gone: Collection[Runner]) -> None:
-        original(supply, SOON if horizon == DRAINED else horizon, gone)
+    def add(
+        original: Callable[..., None], supply: AvailabilityProfile, horizon: Horizon, gone: Collection[Runner]
+    ) -> None:
+        original(supply, AFTER_STOPS if horizon == AFTER_DRAINS else horizon, gone)
 
 
 @mutant(SIMULATION, most=400_000)

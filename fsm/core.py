@@ -1,9 +1,9 @@
 """The decision core: events and time in, commands out.
 
-`Core.step` is the only thing that changes the pool. The same state and the same inputs give the same outputs; it never
-raises for late or duplicate input. This module says what each event means; `actions` carries it out.
+`Core.step` alone changes the state. The same state and the same inputs give the same outputs; `step` never raises for
+late or duplicate input. This module says what each event means; the package `lifecycle` carries it out.
 
-It is also all that the shell sees of the core's state: queries that return values. The tables behind them are private.
+`Core` is also all that the shell sees of the state: queries that return values. The tables behind them are private.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ __all__ = ["Core", "CoreCheckpoint", "CoreConfig", "DeviceView", "HeldView", "Ru
 
 @dataclass(frozen=True, slots=True)
 class CoreCheckpoint:
-    """Everything that a core is made of, but for its policy."""
+    """Everything that a core consists of, but for its eviction policy."""
 
     state: CoreState
     late: int
@@ -74,26 +74,26 @@ class CoreCheckpoint:
     claim_failure: ClaimMissed | None
 
     def models(self) -> tuple[ModelId, ...]:
-        """Return every model that anything is known of."""
+        """Return every model that has a model record."""
         return tuple(self.state.models)
 
 
 class Core:
-    """One pool of runners and the rules by which they are shared; not thread-safe, and in need of no thread."""
+    """The runners of one scheduler and the rules by which requests share them; not thread-safe, and free of threads."""
 
     def __init__(self, limits: CoreConfig | None = None, policy: EvictionPolicy | None = None) -> None:
         self._state = CoreState(limits or CoreConfig())
         self.policy = DEFAULT_POLICY if policy is None else policy
         self._context = StepContext(self._state)
         self.late = 0  # late or duplicate events that were ignored
-        self.plans: list[Plan] | None = None  # every plan is appended to it; None (the default): to nothing
+        self.plans: list[Plan] | None = None  # every plan is appended to it; None (the default): plans are not kept
         self.policy_failure = ""  # the last exception that the eviction policy raised, in words
-        self.finished = False  # Finish was said
+        self.finished = False  # the command Finished was returned
 
     def step(self, now: float, event: Event) -> list[Command]:
-        """Take in what happened and return what to do, in order; `now` is in seconds and never goes back.
+        """Return the commands that follow from an event, in order; `now` is in seconds and never goes back.
 
-        What is returned, and what is noted in the journal, is of the step that `steps` numbers until the next one.
+        The commands, and the entries of the decision log, belong to the step with the number `steps`.
         """
         state = self._state
         state.steps += 1
@@ -106,39 +106,39 @@ class Core:
         return commands
 
     def undone(self) -> list[Command]:
-        """Return what planning anew at this moment would say: nothing, if the last step has left nothing undone."""
+        """Return the commands of a new plan at this moment: none if the last step has left nothing undone."""
         twin = self.copy()
         twin._carry_out_plans()
         return twin._context.commands
 
     @property
     def decision_log(self) -> list[Entry] | None:
-        """What was decided and why is appended to it; None (the default): nothing is noted."""
+        """Entries on what was decided and why are appended to it; None (the default): no entries are made."""
         return self._context.decision_log
 
     @decision_log.setter
-    def decision_log(self, journal: list[Entry] | None) -> None:
-        self._context.decision_log = journal
+    def decision_log(self, decision_log: list[Entry] | None) -> None:
+        self._context.decision_log = decision_log
 
     @property
     def steps(self) -> int:
-        """How many steps there were: the number of the one under way, or of the last one. A step that raises counts."""
+        """The number of steps: the number of the step under way, or of the last step. A step that raises counts."""
         return self._state.steps
 
     def deadline(self) -> float:
-        """Return when the next Tick is due, or a little before; infinite when nothing is."""
+        """Return the time at which the next Tick is due, or a little before; infinite when no timer is set."""
         return self._state.timers.deadline()
 
     def failures(self) -> tuple[str | ClaimMissed, ...]:
-        """Return what went wrong around decisions and was worked round; a text is what the eviction policy raised."""
+        """Return the failures around decisions that the core has worked round; a text is the policy's exception."""
         return tuple(filter(None, (self.policy_failure, self._context.claim_failure)))
 
     def snapshot(self) -> Snapshot:
-        """Return what can be seen from outside, immutable."""
+        """Return what can be seen of the state from outside, immutable."""
         return take_snapshot(self._state)
 
     def knows(self, model: ModelId) -> bool:
-        """Tell whether anything is known of a model."""
+        """Tell whether a model has a model record."""
         return model in self._state.models
 
     def lives(self, runner: RunnerId) -> bool:
@@ -146,18 +146,18 @@ class Core:
         return runner in self._state.runners
 
     def models_in_use(self) -> frozenset[ModelId]:
-        """Return the models that are asked for, read, pinned or have a runner."""
+        """Return the models that are requested, inspected, pinned or have a runner."""
         return self._state.models_in_use()
 
     def checkpoint(self) -> CoreCheckpoint:
-        """Return everything that it is made of, independent of what becomes of it."""
+        """Return an independent copy of everything that the core consists of."""
         return CoreCheckpoint(
             self._state.copy(), self.late, self.finished, self.policy_failure, self._context.claim_failure
         )
 
     @classmethod
     def restore(cls, state: CoreCheckpoint, policy: EvictionPolicy | None = None) -> Self:
-        """Return a core that goes on from `state`, and owns it from now on; without a journal."""
+        """Return a core that goes on from `state`, and owns it from now on; without a decision log."""
         core = cls(state.state.config, policy)
         core._state = state.state
         core._context = StepContext(state.state)
@@ -166,7 +166,7 @@ class Core:
         return core
 
     def copy(self) -> Self:
-        """Return an independent core in the same state, without a journal."""
+        """Return an independent core in the same state, without a decision log."""
         return self.restore(self.checkpoint(), self.policy)
 
     # -- events -------------------------------------------------------------------------------------------------------
@@ -189,7 +189,7 @@ class Core:
             case Progress() | Loaded() | ContextFilled() | OutOfMemory() | Unresponsive() | Exited():
                 runner = self._state.runners.get(event.runner)
                 if runner is None or not runner.process:
-                    self.late += 1  # of an earlier life
+                    self.late += 1  # of a runner that has ended
                 else:
                     self._runner_event(runner, event)
             case Expire():
@@ -199,7 +199,7 @@ class Core:
             case Unpin() if event.model in self._state.models:
                 runners.pin(self._context, self._state.models[event.model], False)
             case Unpin():
-                self.late += 1  # it was never pinned
+                self.late += 1  # the model was never pinned
             case Configure():
                 runners.configure(self._context, event)
             case Close():
@@ -211,11 +211,11 @@ class Core:
         """Answer a request, or queue it for the next plan:
 
         1. A request whose id is known is late.
-        2. While the scheduler closes, it is refused.
-        3. A loaded runner that serves it is granted at once, past the queue and its limit.
-        4. Where as many requests wait as may wait, it is refused.
-        5. Where its model is backed off after failures, it is refused.
-        6. Else it is queued. If no load of its model can be over within its time limit, it is refused at once.
+        2. While the scheduler closes, the request is refused.
+        3. A loaded runner that serves the request is granted at once, past the queue and its limit.
+        4. Where as many requests wait as may wait, the request is refused.
+        5. Where its model is backed off after failures, the request is refused.
+        6. Else the request is queued. If no load of its model can be over within its time limit, it is refused at once.
         """
         state, spec = self._state, event.spec
         request = Request(event.request, spec, event.keep_alive_s, state.now)
@@ -248,7 +248,7 @@ class Core:
                 return
             if spec.purpose is Purpose.lease:
                 model.record_arrival(state.now, state.idle_intervals)
-            if model.id not in state.specs_by_model:  # it was inspected for a request that has left
+            if model.id not in state.specs_by_model:  # an inspection, if any, was for a request that has left
                 model.inspected_since_launch = False
         if len(state.enqueue(request).requests) == 1:  # 6
             self._context.unevaluated[spec] = None
@@ -259,17 +259,17 @@ class Core:
         self._refuse_in_time([request])
 
     def _leave(self, event: Release | Cancel) -> None:
-        """End a request from the asker's side. A Cancel after the Grant releases: the lease was never received."""
+        """End a request for its caller. A Cancel after the Grant releases: the caller never received the lease."""
         request = self._state.requests.get(event.request)
         if request is None:
-            self.late += 1  # released, lost or rejected before
+            self.late += 1  # the request was released, lost or rejected before
         elif request.state is RequestState.granted:
             requests.release(self._context, request)
         elif isinstance(event, Cancel):
             requests.answer(self._context, request, RequestState.cancelled, Cancelled(request.spec.model))
             requests.abandon_load(self._context, request)
         else:
-            self.late += 1  # a Release of what was never granted
+            self.late += 1  # a Release of a request that was never granted
 
     def _time_is_up(self, key: Key) -> None:
         state = self._state
@@ -328,7 +328,7 @@ class Core:
                         requests.reject_group(self._context, group, refusal)
                 lives = any(runner.model == model.id for runner in self._state.runners.values())
                 if not (lives or model.pinned or model.failures or model.measured):
-                    del self._state.models[model.id]  # a name that means nothing is not kept
+                    del self._state.models[model.id]  # a name without a model is not kept
             case info:
                 model.apply_inspection(info, self._state.next_runner, event.history)
                 self._context.reevaluate(model)
@@ -338,7 +338,7 @@ class Core:
                 self._refuse_in_time(waiting)
 
     def _refuse_in_time(self, waiting: Iterable[Request]) -> None:
-        """Tell those at once whose own time limit ends before their model can be there; they evict nobody."""
+        """Refuse the requests whose time limit ends before their model can be loaded; no runner is evicted for them."""
         for request in waiting:
             if (refusal := infeasible_deadline(self._state, request)) is not None:
                 requests.answer(self._context, request, RequestState.rejected, refusal)
@@ -351,15 +351,15 @@ class Core:
                 if runner.state is LOADING:
                     self._state.timers.set(("load", runner.id), self._state.now + self._state.config.load_timeout_s)
                 else:
-                    self.late += 1  # it is loaded, or given up
+                    self.late += 1  # the runner is loaded, or expiring
             case Loaded():
                 if runner.state is LOADING:
                     loads.loaded(self._context, runner, event)
                 else:
-                    self.late += 1  # cancelled meanwhile; it is being stopped
+                    self.late += 1  # the load was cancelled meanwhile; the runner is being stopped
             case ContextFilled():
                 if runner.loaded_at is None or not measurements.observe_peak(self._context, runner, event):
-                    self.late += 1  # it has served nobody, or has settled before
+                    self.late += 1  # the runner has not loaded, or its peak was observed before
             case OutOfMemory():
                 runner.out_of_memory = True
                 if runner.loaded_at is not None:
@@ -381,7 +381,7 @@ class Core:
         state.timers.set(("close", 0), min(state.timers.at(("close", 0)), state.now + timeout_s))
 
     def _carry_out_plans(self) -> None:
-        """Plan and do what the plans say, until another plan would find nothing more to do."""
+        """Plan and carry the plans out, until another plan would find nothing more to do."""
         context, state = self._context, self._state
         while True:
             if not state.groups and not state.overfull():

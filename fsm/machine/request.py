@@ -1,4 +1,4 @@
-"""A request: what somebody waits for, and what becomes of it."""
+"""Requests: what a caller asks for, and what becomes of it."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ RequestId = NewType("RequestId", int)
 
 
 class RequestState(Enum):
-    """The core alone writes it; a plain enum, since two more triggers a lease would triple the warm path.
+    """The five states of a request; `MEANING` says what is true while a request is in each.
 
-    `MEANING` says what is true while in each.
+    The core alone writes the state. It is a plain enum, since two more triggers a lease would triple the warm path.
     """
 
     queued = "queued"
@@ -31,28 +31,29 @@ class RequestState(Enum):
 
 MEANING: Mapping[RequestState, str] = MappingProxyType(
     {
-        RequestState.queued: "It waits in exactly one line and is not answered.",
-        RequestState.granted: "It is answered: it holds a lease, or memory of its own.",
-        RequestState.released: "Final: it holds nothing; what it held is given back, or was lost with its runner.",
-        RequestState.rejected: "Final: it is answered with a refusal.",
-        RequestState.cancelled: "Final: the asker left before the answer, and is told so.",
+        RequestState.queued: "The request waits in exactly one request group and is not answered.",
+        RequestState.granted: "The request is answered: it holds a lease, or memory of its own.",
+        RequestState.released: "Final: the request holds nothing; its lease or memory is released, or was lost with "
+        "its runner.",
+        RequestState.rejected: "Final: the request is answered with a refusal.",
+        RequestState.cancelled: "Final: the caller left before the answer, and is told so.",
     }
 )
 
 
 class Purpose(Enum):
-    """What a request is to be given."""
+    """What a request asks for."""
 
     lease = "lease"
-    preload = "preload"  # the model is loaded and rests; nothing to release
-    memory = "memory"  # the program's own memory, out of the ledger while held
+    preload = "preload"  # its model is loaded and idle; nothing is to be released
+    memory = "memory"  # for the program's own use, reserved in the ledger while it is held
 
     __hash__ = object.__hash__
 
 
 @dataclass(frozen=True, slots=True)
 class RequestSpec:
-    """What a line of requests has in common: those who want the same are planned as one and served together."""
+    """What a request asks for; requests with the same specification are planned as one group and served together."""
 
     model: ModelId
     options: Options
@@ -63,13 +64,13 @@ class RequestSpec:
 
 @dataclass(slots=True, eq=False)
 class Request(Record):
-    """One question of one asker, answered exactly once."""
+    """One call of one caller, answered exactly once."""
 
     id: RequestId
     spec: RequestSpec
     keep_alive_s: float | None  # None: the runner keeps its own
     queued_at: float
     state: RequestState = RequestState.queued
-    survived: bool = False  # one load failed for lack of memory while it waited; the next failure is its answer
-    asked: bool = False  # it was told that others wait for what it holds
-    runner: int | None = None  # the runner its lease is on; None unless granted a lease
+    survived: bool = False  # one load ran out of memory while the request waited; the next failure is its answer
+    asked: bool = False  # its caller was told that other requests wait for the memory of its runner
+    runner: int | None = None  # the runner of its lease; None unless it was granted a lease

@@ -1,4 +1,34 @@
-"""A runner: one life of one process, and the machine of its five states."""
+"""A runner is one life of one process (or object) that serves a model, and a machine of five states.
+
+A runner begins with its launch. It is `loading` until its process says that it serves. A model has at most one runner
+that is `loading`, `ready` or `idle`, its current one. A loaded runner is `ready` while it holds leases and `idle` while
+it holds none, and changes between the two as leases are granted and released. `expiring` is one way: a runner in it is
+no longer its model's current runner and is never granted again, so the model may have a new runner beside it. It ends
+as `unloaded`, and is removed from the state. A reload is a new runner with a new id.
+
+What happens in `expiring` comes in three phases, told by three fields:
+
+1. Draining: `leases` is not empty. The process is alive and serves the leases that are held. After the last release
+   the runner is stopped. `stop_deadline` is when it is overdue; no plan counts on its memory from then on.
+2. Stopping: `leases` is empty, `process` and `stopping` are true. `Stop` was sent, exactly once, and the core waits for
+   `Exited`. At `stop_deadline` the runner is stuck: its memory stays reserved, and no plan counts on it.
+3. Recovering memory: `process` is false. Each reading of the devices is compared with `recovery_targets`, until the
+   memory is back on every GPU or `recovery_deadline` has passed. Then the runner is unloaded, and its reservation ends.
+
+A runner enters `expiring` by `expire` (it is evicted, its keep-alive is over, a caller expires its model, the scheduler
+closes) and drains if it must. It enters by `crash` when its load fails or its process is gone or answers no more: its
+leases are revoked first, so it does not drain. `Exited` may come in any state but `unloaded`, and leads to phase 3.
+
+What may never happen; the table, the guard of `unload` and `Core.check` see to it:
+
+- A runner holds a lease while it is `loading`, `idle` or `unloaded`, or while its process is being stopped.
+- A runner is `ready` without a lease, or `loading`, `ready` or `idle` without a process.
+- A runner leaves `expiring` for any state but `unloaded`, or is granted while it is in it.
+- A runner has a process, no lease and no `Stop` while it is `expiring`: it would stay for ever.
+- A reservation ends while the process may be alive: other models would be placed in memory that is still in use.
+
+Only `Table.fire` writes `state`. The rows of `RUNNER_TABLE` are all transitions that there are.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +49,7 @@ RunnerId = NewType("RunnerId", int)
 
 
 class RunnerState(Enum):
-    """The five states of a runner; `MEANING` says what is true while in each."""
+    """The five states of a runner; `MEANING` says what is true while a runner is in each."""
 
     loading = "loading"
     ready = "ready"
@@ -34,11 +64,12 @@ LOADING, READY, IDLE, EXPIRING, UNLOADED = RunnerState
 
 MEANING: Mapping[RunnerState, str] = MappingProxyType(
     {
-        LOADING: "Its memory is reserved and its process is starting; it holds no lease.",
-        READY: "It serves: it holds at least one lease.",
-        IDLE: "It is loaded and holds no lease; its keep-alive clock runs, unless it is infinite or pinned.",
-        EXPIRING: "One way: it takes no new lease. It drains those it has, then its process is stopped, then its "
-        "memory is waited for; its reservation ends when that is back, or the wait is over.",
+        LOADING: "Its memory is reserved and its process is starting; the runner holds no lease.",
+        READY: "The runner serves: it holds at least one lease.",
+        IDLE: "The runner is loaded and holds no lease; its keep-alive clock runs, unless its keep-alive is infinite "
+        "or its model is pinned.",
+        EXPIRING: "One way: the runner takes no new lease. It drains its leases, then its process is stopped, then its "
+        "memory is recovered; its reservation ends when the memory is back, or the wait is over.",
         UNLOADED: "Final: no lease, no process, no reserved memory.",
     }
 )
@@ -47,13 +78,13 @@ RUNNER_TABLE = Table(
     "runner",
     RunnerState,
     [
-        Row("serve", LOADING, READY, "it is loaded, and somebody waits: the first lease"),
+        Row("serve", LOADING, READY, "it is loaded, and a request waits for a lease: the first lease"),
         Row("serve", IDLE, READY, "the first lease of a new use"),
-        Row("rest", LOADING, IDLE, "it is loaded, and nobody waits for a lease"),
-        Row("rest", READY, IDLE, "its last lease is back"),
+        Row("rest", LOADING, IDLE, "it is loaded, and no request waits for a lease"),
+        Row("rest", READY, IDLE, "its last lease is released"),
         Row("expire", LOADING, EXPIRING, "its load is cancelled"),
         Row("expire", READY, EXPIRING, "it must drain"),
-        Row("expire", IDLE, EXPIRING, "its keep-alive is over, its memory is wanted, or somebody asked for it"),
+        Row("expire", IDLE, EXPIRING, "its keep-alive is over, it is evicted, or a caller expires its model"),
         Row("crash", LOADING, EXPIRING, "its load has failed or stalled"),
         Row("crash", READY, EXPIRING, "its process is gone or answers no more, and with it every lease"),
         Row("crash", IDLE, EXPIRING, "its process is gone or answers no more"),
@@ -70,33 +101,29 @@ class Runner(Record):
 
     id: RunnerId
     model: ModelId
-    launch_options: Options  # explicit: what the process was started with
+    launch_options: Options  # explicit: the process was started with them
     placement: Placement  # reserved from Launch to unload
-    keep_alive_s: float  # how long it rests idle; infinite: for ever
+    keep_alive_s: float  # how long the runner stays idle; infinite: for ever
     launched_at: float
     state: RunnerState = RunnerState.loading  # written by Table.fire alone
-    effective_options: Options = field(
-        default_factory=Options
-    )  # what it really got; until it is loaded as told, but for threads
-    equivalent_requests: set[Options] = field(default_factory=set)  # what was asked and comes to the same
+    effective_options: Options = field(default_factory=Options)  # as launched (but for threads), then as loaded
+    equivalent_requests: set[Options] = field(default_factory=set)  # options of requests that the runner serves
     leases: set[RequestId] = field(default_factory=set)  # non-empty iff ready, or expiring and still draining
     loaded_at: float | None = None  # set once, when the process said that it serves
     used_at: float = 0.0  # the last grant or release
-    resident_until: float = 0.0  # minimum residency: not given up for others before
-    drain_protected_until: float = (
-        0.0  # the same while it is in use: it does not drain for others before; never earlier
-    )
-    idle_grace_until: float = 0.0  # idle: its users may be about to ask again; not given up for others before
+    resident_until: float = 0.0  # minimum residency while idle: the runner is not evicted before
+    drain_protected_until: float = 0.0  # minimum residency while in use: it is not evicted before; never earlier
+    idle_grace_until: float = 0.0  # while idle: its callers may be about to ask again; it is not evicted before
     process: bool = True  # a process may be alive: from Launch to Exited
     stopping: bool = False  # Stop has been sent; it is sent once
-    expire_when_served: bool = False  # asked to expire while loading: its waiters are served, then it goes
-    out_of_memory: bool = False  # it said so; the exit that follows is judged by it
-    contended: bool = False  # others waited for its memory when it was last planned for them, and it might not go yet
-    last_sample: int = 0  # asked for when its process had gone; only this or a later one tells what is back
-    recovery_targets: dict[DeviceId, int] = field(default_factory=dict)  # what a GPU has for us once its memory is back
-    stop_deadline: float = math.inf  # expiring: when it ought to be gone; after that nobody counts on its memory
+    expire_when_served: bool = False  # to expire after its load: the requests that wait are served first
+    out_of_memory: bool = False  # the process reported it; the exit that follows is judged by it
+    contended: bool = False  # a group waited for its memory in the last plan, and the runner might not leave yet
+    last_sample: int = 0  # number of the Sample after its exit; only this or a later one tells which memory is back
+    recovery_targets: dict[DeviceId, int] = field(default_factory=dict)  # bytes available on a GPU once memory is back
+    stop_deadline: float = math.inf  # expiring: when it is overdue; no plan counts on its memory from then on
     recovery_deadline: float = 0.0  # when the wait for its memory is over
-    claim: int = 0  # its devices are the program's own by this Claim, while it may take more memory; 0: by none
+    claim: int = 0  # number of the Claim that it loads under, while it may take more memory; 0: of none
     uses_default_keep_alive: bool = True  # no request has named its keep-alive: a changed default holds for it too
     fully_offloaded: bool = False  # all its layers are on GPUs
 
@@ -110,10 +137,10 @@ class Runner(Record):
 
     @property
     def current(self) -> bool:
-        """Whether it is its model's one runner: loading, ready or idle."""
+        """Whether this is its model's one runner: loading, ready or idle."""
         return self.state is LOADING or self.state is READY or self.state is IDLE
 
     @property
     def on_host(self) -> bool:
-        """Whether it takes the host's cores while it works, as far as is known."""
+        """Whether the runner keeps the host's cores busy while it works, as far as is known."""
         return self.placement.threads is not None and self.placement.threads.on_host

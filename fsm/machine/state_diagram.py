@@ -1,4 +1,4 @@
-"""The state machines as they are, drawn: Mermaid and Markdown from the same tables and words that the core runs on.
+"""The page of states: Mermaid and Markdown drawn from the same tables and words that the core runs on.
 
 `python -m fsm.machine.state_diagram > docs/states.md` draws them again.
 """
@@ -12,13 +12,15 @@ from fsm.machine.request import RequestState
 from fsm.machine.runner import RUNNER_TABLE
 from fsm.machine.transition_table import Row, State, Table
 
-# What becomes of a request. The core writes its state by itself, so that this is a description, not a machine.
+# What becomes of a request. The core writes a request's state itself, so these rows are a description, not a machine.
 REQUEST_ROWS: tuple[Row[RequestState], ...] = (
     Row("grant", RequestState.queued, RequestState.granted, "its runner is loaded, or its memory is free"),
     Row("grant", RequestState.queued, RequestState.released, "a preload: it holds nothing"),
-    Row("reject", RequestState.queued, RequestState.rejected, "its load failed, its time is over, it fits nowhere"),
-    Row("cancel", RequestState.queued, RequestState.cancelled, "the asker left"),
-    Row("release", RequestState.granted, RequestState.released, "given back, or cancelled after its grant"),
+    Row(
+        "reject", RequestState.queued, RequestState.rejected, "its load failed, its time limit passed, it fits nowhere"
+    ),
+    Row("cancel", RequestState.queued, RequestState.cancelled, "the caller left"),
+    Row("release", RequestState.granted, RequestState.released, "released by the caller, or cancelled after its grant"),
     Row("revoke", RequestState.granted, RequestState.released, "its runner is gone"),
 )
 
@@ -29,25 +31,25 @@ Drawn by `make docs` from the tables in `fsm/`; a test fails when this page diff
 
 ## A runner
 
-One life of one process: a reload is a new runner with a new id. Whatever the table does not name is not allowed; a
-row's guard must hold as well.
+A runner is one life of one process: a reload is a new runner with a new id. A transition that the table does not name
+is not allowed, and a row's guard must hold as well.
 """
 
 REQUESTS = """\
 ## A request
 
-Its state is a plain value that the core alone writes. A warm request is granted in the step in which it comes; one that
-is refused at once is never queued.
+A request's state is a plain value that the core alone writes. A request for a loaded runner is granted in the step in
+which it comes; a request that is refused at once is never queued.
 """
 
 
 def mermaid(table: Table[State]) -> str:
-    """Return a state diagram of a table, in Mermaid's language; several triggers of one way share its arrow."""
+    """Return a state diagram of a table, in Mermaid's language; triggers between the same two states share an arrow."""
     return _mermaid(table.rows, table.initial, (table.final,))
 
 
 def markdown() -> str:
-    """Return the page of all states: what is true in each, and how one leads to another."""
+    """Return the page of all states in Markdown: what is true in each state, and the transitions between them."""
     queued, finals = RequestState.queued, (RequestState.released, RequestState.rejected, RequestState.cancelled)
     parts = [
         PREFACE,

@@ -1,8 +1,8 @@
-"""A state machine as one table, checked when it is built, fired by `transitions`.
+"""A state machine as one table, checked when it is built; the library `transitions` fires its rows.
 
 This is the only module that imports `transitions`. One shared machine without models serves every record that has a
-`state`: no memory per record, and none of the library's ways to fail late (a mistyped destination fails only when it is
-fired, a mistyped source never) reaches the rest of the code.
+`state`: a record costs no memory for it, and none of the library's ways to fail late (a mistyped destination fails only
+when it is fired, a mistyped source never) reaches the rest of the code.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ class TableError(ValueError):
 
 
 class IllegalTransition(RuntimeError):
-    """A trigger was fired that is forbidden in this state: a bug of the caller, never the user's news."""
+    """A trigger was fired that is forbidden in this state: a bug of the core, never of the program that uses it."""
 
-    story = ""  # what the subject has been through, where it is known; told after the rest of the message
+    story = ""  # the subject's earlier transitions, where they are known; they end the message
 
     def __init__(self, table: str, trigger: str, state: Enum, subject: object) -> None:
         super().__init__(f"{table}: {trigger!r} is not allowed while {state.name}: {subject!r}")
@@ -46,12 +46,12 @@ class Row(Generic[State]):
     trigger: str
     source: State
     destination: State
-    when: str = ""  # in words, for whoever reads the table or its diagram
+    when: str = ""  # in words, for readers of the table and of its diagram
     guard: str | None = None
 
 
 class Stateful(Protocol[State]):
-    """Whatever has a `state` that `Table.fire`, and nobody else, writes."""
+    """A record with a `state` that `Table.fire` alone writes."""
 
     state: State
 
@@ -86,7 +86,7 @@ class Table(Generic[State]):
         return tuple(dict.fromkeys(row.trigger for row in self.rows))
 
     def destination(self, trigger: str, source: State) -> State | None:
-        """Return where `trigger` leads from `source`, guards apart; None where it is not allowed."""
+        """Return the state to which `trigger` leads from `source`, guards apart; None where it is not allowed."""
         return self._destinations.get((trigger, source))
 
     def fire(self, subject: Stateful[State], trigger: str) -> None:

@@ -1,1 +1,1 @@
-"""What becomes of requests and runners: every change of the state, and its commands."""
+"""The verbs of requests, runners, loads and device claims: every change of the state, and its commands."""

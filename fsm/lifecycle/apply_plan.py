@@ -1,4 +1,4 @@
-"""A plan carried out: answers first, then inspections, evictions, grants of memory, launches and prefetches."""
+"""How a plan is carried out: answers first, then inspections, evictions, grants of memory, launches and prefetches."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fsm.sizing.load_history import MOST_KINDS
 
 
 def stand_down(step: StepContext) -> None:
-    """End what was under way for request groups, now that none is left."""
+    """End the device claims and prefetches that were for request groups, now that no request group is left."""
     step.unevaluated.clear()
     if step.state.claims:
         device_claims.launch_all(step, ())
@@ -22,11 +22,11 @@ def stand_down(step: StepContext) -> None:
 
 
 def apply_plan(step: StepContext, plan: Plan) -> bool:
-    """Do what a plan says; return whether another plan may find more to do."""
+    """Carry a plan out; return whether another plan may find more to do."""
     state, log = step.state, step.decision_log
     if plan.matches or plan.refusals:
         _answer_at_once(step, plan)
-        return True  # what these groups would have taken is free for the groups behind them
+        return True  # memory that was planned for these groups is free for the groups behind them
     step.unevaluated.clear()
     for spec, wait in plan.waits.items():
         state.groups[spec].wait(*wait)
@@ -48,13 +48,13 @@ def apply_plan(step: StepContext, plan: Plan) -> bool:
         tell_waits(state, plan, log)
     state.timers.set(("plan", 0), plan.replan_at)
     if plan.victims or plan.memory or state.next_runner > since:
-        return True  # there may be more to do, or to read, beside these
+        return True  # another plan may find more to do, or files to read ahead
     read_ahead(step, plan)
     return False
 
 
 def _answer_at_once(step: StepContext, plan: Plan) -> None:
-    """Answer the groups for which nothing is loaded: a runner serves them after all, or they can never be served."""
+    """Answer the groups that need no load: a runner serves them after all, or they can never be served."""
     for group, runner in plan.matches:
         if len(runner.equivalent_requests) >= MOST_KINDS and runner.state is not LOADING:
             runner.equivalent_requests.clear()  # requests with these options are evaluated again

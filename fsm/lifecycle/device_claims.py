@@ -1,14 +1,14 @@
-"""Which devices this program has to itself, among all that load models on the machine, from a plan until its model is
-resident.
+"""Device claims: the right of one launch to load on its devices while no other program on the machine loads on them.
 
-Free memory is read from the devices, so two programs that plan at the same moment would plan with the same bytes. What
-one takes shows only when its model is resident. So a launch first claims every device that it takes memory on: all of
-them or none, so that programs which want the same devices never hold one each. The figures that count are read after
-the claim is had. It is given back when no more memory is to come: when the model is resident, or its process is gone;
-of a process that ought to be gone it is given back anyway. Whoever waits for too long goes ahead without.
+Free memory is read from the devices, so two programs that plan at the same moment would plan with the same bytes: the
+memory that a load takes shows only when its model is resident. So a launch first claims every device that it takes
+memory on. A claim is for all of its devices or none, so that two programs which need the same devices never hold one
+device each. The devices are read again once the claim is granted, and the launch is planned with these figures. A claim
+is released when its runner takes no more memory: when the model is resident, or its process is gone, or the process was
+stopped and is overdue. A launch whose claim is not granted in time goes ahead without it.
 
-A claim belongs to one launch. Launches of the same program do not keep each other out: its ledger already tells them
-apart, and what they claim both is the program's until both have given it back.
+A claim belongs to one launch. Launches of the same program do not exclude each other: the ledger of the program already
+tells them apart, and a device that two of its launches claim is the program's until both claims are released.
 """
 
 from __future__ import annotations
@@ -19,15 +19,9 @@ from fsm.domain.devices import DeviceId, Placement
 from fsm.domain.model_info import Options
 from fsm.lifecycle import loads, runners
 from fsm.lifecycle.step_context import StepContext
-from fsm.messages.commands import (
-    Claim,
-    ReleaseClaim,
-)
+from fsm.messages.commands import Claim, ReleaseClaim
 from fsm.messages.events import ClaimContended, ClaimGranted
-from fsm.messages.reasons import (
-    ClaimMissed,
-    WaitFor,
-)
+from fsm.messages.reasons import ClaimMissed, WaitFor
 from fsm.state.core_state import OpenClaim
 from fsm.state.request_queue import RequestGroup
 
@@ -35,13 +29,13 @@ Planned = tuple[RequestGroup, Options, Placement]
 
 
 def launch_all(step: StepContext, planned: Sequence[Planned]) -> None:
-    """Launch what has its devices to itself, claim them for the rest, and give back what nothing is planned for."""
+    """Launch the planned runners whose claims are granted, claim devices for the others, and release unused claims."""
     state = step.state
     unused = dict(state.claims)
-    wanted = [frozenset(device for device, amount in placement.bytes if amount) for _, _, placement in planned]
-    matches = _match(unused, wanted)
+    needed = [frozenset(device for device, amount in placement.bytes if amount) for _, _, placement in planned]
+    matches = _match(unused, needed)
     unclaimed: list[frozenset[DeviceId]] = []
-    for (group, options, placement), devices, claim in zip(planned, wanted, matches, strict=True):
+    for (group, options, placement), devices, claim in zip(planned, needed, matches, strict=True):
         if not state.config.claims or not devices:
             loads.launch(step, group, options, placement)
         elif claim is None:
@@ -52,13 +46,13 @@ def launch_all(step: StepContext, planned: Sequence[Planned]) -> None:
             group.wait(WaitFor.other_program, claim.by)
     by = min([claim.by for claim in unused.values()], default=state.now + state.config.claim_timeout_s)
     for claim in unused.values():
-        _give_up(step, claim)
-    for devices in unclaimed:  # a plan that moved to other devices does not wait anew
+        _release(step, claim)
+    for devices in unclaimed:  # a plan that moved to other devices keeps the deadline of its unused claim
         _claim(step, devices, by)
 
 
 def claim_answered(step: StepContext, event: ClaimGranted | ClaimContended) -> bool:
-    """Take in what became of a claim; return False where it has been given up."""
+    """Take in whether a claim was granted; return False where it has been released."""
     claim = step.state.claims.get(event.number)
     if claim is None:
         return False
@@ -69,7 +63,7 @@ def claim_answered(step: StepContext, event: ClaimGranted | ClaimContended) -> b
 
 
 def claim_time_is_up(step: StepContext, number: int) -> None:
-    """The wait for a claim is over, or a runner that loaded under it was stopped and ought to be gone."""
+    """End the wait for a claim, or release the claim of a runner that was stopped and is overdue."""
     if (claim := step.state.claims.get(number)) is not None:
         claim.had = claim.missed = True
         step.replan = True
@@ -96,7 +90,7 @@ def _launch_under(
     if claim.missed:
         step.claim_failure = ClaimMissed(tuple(sorted(claim.devices)), state.config.claim_timeout_s)
         step.decide("launched", group.spec.model, step.claim_failure, group.head.id)
-        _give_up(step, claim)
+        _release(step, claim)
     runner = loads.launch(step, group, options, placement)
     if not claim.missed:
         del state.claims[claim.number]
@@ -104,20 +98,21 @@ def _launch_under(
         runner.claim = claim.number
 
 
-def _give_up(step: StepContext, claim: OpenClaim) -> None:
+def _release(step: StepContext, claim: OpenClaim) -> None:
     del step.state.claims[claim.number]
     step.state.timers.clear(("claim", claim.number))
     step.commands.append(ReleaseClaim(claim.number))
 
 
-def _match(unused: dict[int, OpenClaim], wanted: Sequence[frozenset[DeviceId]]) -> list[OpenClaim | None]:
-    """Take out of `unused` a claim for each launch that wants devices: just these, else these and others.
+def _match(unused: dict[int, OpenClaim], needed: Sequence[frozenset[DeviceId]]) -> list[OpenClaim | None]:
+    """Take a claim out of `unused` for each launch, by the devices it needs; None for a launch without one.
 
-    A claim that was waited for too long serves any launch.
+    A claim of exactly these devices comes first, then a claim of these and others. A claim that was not granted in time
+    serves any launch.
     """
-    matches: list[OpenClaim | None] = [None] * len(wanted)
+    matches: list[OpenClaim | None] = [None] * len(needed)
     for exactly in (True, False):
-        for place, devices in enumerate(wanted):
+        for place, devices in enumerate(needed):
             fitting = [
                 claim
                 for claim in unused.values()

@@ -1,4 +1,4 @@
-"""The verbs of loads: a launch, and what follows when its runner serves."""
+"""The verbs of loads: the launch of a runner, and what follows once it has loaded."""
 
 from __future__ import annotations
 
@@ -10,16 +10,10 @@ from fsm.domain.model_info import Options
 from fsm.lifecycle import measurements, requests, runners
 from fsm.lifecycle.step_context import StepContext
 from fsm.machine.runner import LOADING, Runner, RunnerId
-from fsm.messages.commands import (
-    Launch,
-)
+from fsm.messages.commands import Launch
 from fsm.messages.decision_log import Transition
 from fsm.messages.events import Loaded
-from fsm.messages.reasons import (
-    AskedBy,
-    RunnerReason,
-    WaitFor,
-)
+from fsm.messages.reasons import AskedBy, RunnerReason, WaitFor
 from fsm.planning.deadline_admission import LOAD_TIME_TTL_S, is_fastest_placement
 from fsm.planning.thread_allocation import threads_for
 from fsm.sizing.load_history import note_bounded
@@ -27,7 +21,7 @@ from fsm.state.request_queue import RequestGroup
 
 
 def launch(step: StepContext, group: RequestGroup, options: Options, placement: Placement) -> Runner:
-    """Begin a runner's life for those in a line; its memory is booked from here on."""
+    """Launch a runner for a request group, and return it; its memory is reserved from here on."""
     state = step.state
     model = state.models[group.spec.model]
     keep_alive_s = group.head.keep_alive_s
@@ -37,7 +31,7 @@ def launch(step: StepContext, group: RequestGroup, options: Options, placement: 
         placement = replace(placement, threads=threads)
     runner = Runner(RunnerId(state.next_runner), model.id, options, placement, keep_alive_s, state.now)
     if threads is not None:
-        runner.effective_options = replace(options, num_thread=threads.answers)  # who asks for as many is served by it
+        runner.effective_options = replace(options, num_thread=threads.answers)  # a request that names them matches
     runner.equivalent_requests.add(group.spec.options)
     runner.uses_default_keep_alive = group.head.keep_alive_s is None
     runner.fully_offloaded = placement.offloaded == model.demand(options, state.config)[1].layers
@@ -57,7 +51,7 @@ def launch(step: StepContext, group: RequestGroup, options: Options, placement: 
 
 
 def loaded(step: StepContext, runner: Runner, event: Loaded) -> None:
-    """A load succeeded: everybody who waits for it is granted, or it rests."""
+    """Take in that a load succeeded: the requests that wait for it are granted, or its runner becomes idle."""
     state, model = step.state, step.state.models[runner.model]
     state.timers.clear(("load", runner.id))
     runner.loaded_at = runner.used_at = state.now

@@ -1,4 +1,4 @@
-"""What runners were measured to occupy, and what that says of the next runner like them."""
+"""Measurements: the bytes that runners were seen to take, and what they say of the next runner like them."""
 
 from __future__ import annotations
 
@@ -7,21 +7,17 @@ from collections.abc import Iterable
 from fsm.domain.devices import Amounts, DeviceId
 from fsm.lifecycle.step_context import StepContext
 from fsm.machine.runner import Runner
-from fsm.messages.commands import (
-    PersistMeasurement,
-)
+from fsm.messages.commands import PersistMeasurement
 from fsm.messages.events import ContextFilled, Loaded
-from fsm.messages.reasons import (
-    Measured,
-)
+from fsm.messages.reasons import Measured
 from fsm.sizing.load_history import note_bounded
 
 
 def measure(step: StepContext, runner: Runner, amounts: Amounts, mapped_bytes: int) -> bool:
-    """Book what a runner was seen to occupy, even beyond its promise; return whether it has grown."""
+    """Enter measured bytes into a runner's account, even beyond its reservation; return whether it has grown."""
     account = step.state.ledger.accounts["runner", runner.id]
     account.mapped_bytes = mapped_bytes
-    within = [device for device, promised in account.reserved.items() if account.peak.get(device, 0) <= promised]
+    within = [device for device, reserved in account.reserved.items() if account.peak.get(device, 0) <= reserved]
     grown = account.measure(step.state.ledger.by_memory(amounts))
     beyond = [device for device in within if account.peak.get(device, 0) > account.reserved[device]]
     if beyond and step.decision_log is not None and not account.peak_observed:
@@ -30,7 +26,7 @@ def measure(step: StepContext, runner: Runner, amounts: Amounts, mapped_bytes: i
 
 
 def observe_peak(step: StepContext, runner: Runner, event: ContextFilled) -> bool:
-    """Hold what was measured of a runner, where more was predicted too; False where that is done already."""
+    """Let measurements replace predictions, since a runner has filled a context; False where they have already."""
     account = step.state.ledger.accounts["runner", runner.id]
     if account.peak_observed:
         return False
@@ -38,25 +34,25 @@ def observe_peak(step: StepContext, runner: Runner, event: ContextFilled) -> boo
     record_measurement(step, runner)
     if step.decision_log is not None:
         step.decide("measured", runner.model, _figures(step, runner, account.peak, filled=True), None, runner.id)
-    step.replan = True  # there may be room for those who wait
+    step.replan = True  # memory may be free for the request groups that wait
     return True
 
 
 def expect(step: StepContext, runner: Runner, event: Loaded) -> None:
-    """Note the most that a runner will take, where its engine can tell that as soon as it has loaded.
+    """Note the most that a runner will take, where its engine can tell that as soon as the runner has loaded.
 
-    What was measured before is more exact: an earlier life may have filled a context.
+    A measured placement is more exact: an earlier runner may have filled a context.
     """
     account = step.state.ledger.accounts["runner", runner.id]
-    for device, to_come in event.expected_growth if not runner.placement.measured else ():
+    for device, expected_growth in event.expected_growth if not runner.placement.measured else ():
         if device in account.peak:
-            account.projected_peak[device] = account.peak[device] + to_come
+            account.projected_peak[device] = account.peak[device] + expected_growth
 
 
 def record_measurement(step: StepContext, runner: Runner, load_s: float | None = None) -> None:
-    """Have the next runner like this one promised what this one took, or may yet take, where that was measured.
+    """Keep the bytes that a runner took, or may yet take, as the reservation of the next runner like it.
 
-    What was neither settled nor said by the engine is as much as was predicted. `load_s` is told once a life.
+    Where neither a full context nor the engine has shown them, the prediction stands. `load_s` is given once a runner.
     """
     model, account = step.state.models[runner.model], step.state.ledger.accounts["runner", runner.id]
     if runner.loaded_at is None or runner.id < model.first_runner_of_file:
@@ -64,9 +60,8 @@ def record_measurement(step: StepContext, runner: Runner, load_s: float | None =
     key = runner.launch_options, runner.placement.gpu_layers
     took = before = model.measured.get(key, ())
     unseen = [device for device, size in account.reserved.items() if size and device not in account.peak]
-    if not unseen and (
-        load_s is None or account.projected_peak
-    ):  # later there is more to go by, if the engine said nothing
+    known = load_s is None or account.projected_peak  # just loaded, only the engine can tell what is still to come
+    if not unseen and known:
         took = tuple((device, account.expected_bytes(device)) for device in sorted(account.reserved))
     if took != before:
         note_bounded(model.measured, key, took)

@@ -1,4 +1,4 @@
-"""How the memory of a runner whose process has gone comes back, and how its life ends."""
+"""Memory recovery: how the memory of a runner whose process has gone is seen to be free, and how the runner ends."""
 
 from __future__ import annotations
 
@@ -8,18 +8,14 @@ from fsm.domain.devices import DeviceId
 from fsm.lifecycle import measurements
 from fsm.lifecycle.step_context import StepContext
 from fsm.machine.runner import Runner
-from fsm.messages.commands import (
-    Sample,
-)
-from fsm.messages.reasons import (
-    RunnerReason,
-)
+from fsm.messages.commands import Sample
+from fsm.messages.reasons import RunnerReason
 
-MOST_MODELS = 1024  # that are remembered; more only where somebody uses them
+MOST_MODELS = 1024  # model records that are kept; more only while their models are in use
 
 
 def memory_to_come(step: StepContext, runner: Runner) -> dict[DeviceId, int]:
-    """Return what a GPU will have for us, by GPU, once a runner's memory is back: most of what it occupied."""
+    """Return the bytes available to the scheduler, by GPU, once most of the memory that a runner occupied is back."""
     ledger, account = step.state.ledger, step.state.ledger.accounts["runner", runner.id]
     samples = [ledger.devices[device] for device, _ in runner.placement.bytes if device in ledger.devices]
     gpus = [sample.id for sample in samples if sample.kind == "gpu" and not sample.integrated]
@@ -28,7 +24,7 @@ def memory_to_come(step: StepContext, runner: Runner) -> dict[DeviceId, int]:
 
 
 def await_memory(step: StepContext, runner: Runner) -> None:
-    """Its process has gone: look until its memory is back, or the wait is over."""
+    """Have the devices read until the memory of a runner without a process is back; unload it when the wait is over."""
     state = step.state
     if state.now >= runner.recovery_deadline:
         unload(step, runner, RunnerReason.memory_overdue)
@@ -41,17 +37,17 @@ def await_memory(step: StepContext, runner: Runner) -> None:
 
 
 def memory_is_back(step: StepContext, runner: Runner) -> bool:
-    """Judge device by device with signed arithmetic; the host's memory is back when the process has gone."""
+    """Tell whether every GPU shows a runner's memory as free; the host's memory is back when the process has gone."""
     ledger = step.state.ledger
-    awaited = [(gpu, expected) for gpu, expected in runner.recovery_targets.items() if gpu in ledger.devices]
-    return all(ledger.devices[gpu].fresh and ledger.total_available(gpu) >= expected for gpu, expected in awaited)
+    targets = [(gpu, target) for gpu, target in runner.recovery_targets.items() if gpu in ledger.devices]
+    return all(ledger.devices[gpu].fresh and ledger.total_available(gpu) >= target for gpu, target in targets)
 
 
 def unload(step: StepContext, runner: Runner, reason: RunnerReason) -> None:
-    """End a runner's life: its reservation ends, and what it took is remembered for the next."""
+    """End a runner: its reservation ends, and its measurement is kept for the next runner like it."""
     state, model = step.state, step.state.models[runner.model]
     measurements.record_measurement(step, runner)
-    if runner.loaded_at is not None and model.context_limit is not None:  # the next may have more room
+    if runner.loaded_at is not None and model.context_limit is not None:  # the next runner may find more free memory
         model.context_limit = None
         model.demands.clear()
     state.timers.clear(("memory", runner.id))
@@ -64,7 +60,7 @@ def unload(step: StepContext, runner: Runner, reason: RunnerReason) -> None:
 
 
 def forget_models(step: StepContext) -> None:
-    """Forget of those models that are of no use to anybody now the ones that rested longest, many at a time."""
+    """Delete records of models that are not in use, the longest unused first, until half of `MOST_MODELS` remain."""
     state = step.state
     kept = state.models_in_use().union(id for id, one in state.models.items() if one.failures)
     rested = sorted((one.rested_at, id) for id, one in state.models.items() if id not in kept)

@@ -1,11 +1,12 @@
-"""Whose files are read into the page cache meanwhile: of models that wait for memory, as far as memory is to spare.
+"""Which files are read into the page cache: files of models that wait for memory, as far as memory is to spare.
 
-A load that finds its file there does not wait for the disk. But page cache is memory too: what is read ahead must never
-push out pages that running models have mapped, nor take what is promised and not touched yet. So to begin with at most
-half of what the host reports as free beyond that is filled, and what was begun is cut short when less is left.
+A load that finds its file in the page cache does not wait for the disk. But page cache is memory too: files that are
+read ahead must never push out pages that runners have mapped, nor take memory that is reserved and not touched yet. So
+a new prefetch fills at most half of the bytes that the host reports as free beyond them, and a prefetch that has begun
+is cut short when less is left.
 
-An amount is decided once in a wait and then only falls, so that a file is read once, and nothing is said again and
-again because figures tremble. A model that lives already has its file in memory, or had it lately.
+The bytes to read of a model are decided once in a wait and then only fall, so that a file is read once, and no command
+is repeated because figures vary a little. A model that has a runner has its file in memory, or had it lately.
 """
 
 from __future__ import annotations
@@ -23,11 +24,11 @@ from fsm.state.core_state import CoreState
 from fsm.state.memory_ledger import Ledger
 from fsm.state.request_queue import RequestGroup
 
-_PART = 2  # one in so many of the bytes to spare is filled at most to begin with
+_PART = 2  # a new prefetch fills at most this part (a half) of the spare bytes
 
 
 def read_ahead(step: StepContext, plan: Plan | None) -> None:
-    """Say which files are to be read ahead, where that has changed; None: nobody waits."""
+    """Order the files to be read ahead, where they have changed; `plan` is None where no request group waits."""
     state = step.state
     before = dict(state.prefetching)
     left = spare = spare_bytes(state.ledger)
@@ -40,20 +41,20 @@ def read_ahead(step: StepContext, plan: Plan | None) -> None:
         if begun:
             amount = min(before[model], left)
         else:
-            wanted = info.file_bytes + info.adapters_bytes + info.projectors_bytes
-            amount = min(wanted, max(0, left - (spare - spare // _PART)))
+            files_bytes = info.file_bytes + info.adapters_bytes + info.projectors_bytes
+            amount = min(files_bytes, max(0, left - (spare - spare // _PART)))
         if begun or amount:
             files[model] = amount
             left -= amount
         if amount and not begun:
             step.decide("prefetched", model, Prefetched(amount), group.head.id)
-    if (said := tuple(files.items())) != state.prefetching:
-        state.prefetching = said
-        step.commands.append(Prefetch(said))
+    if (ordered := tuple(files.items())) != state.prefetching:
+        state.prefetching = ordered
+        step.commands.append(Prefetch(ordered))
 
 
 def spare_bytes(ledger: Ledger) -> int:
-    """Return what the host reports as free beyond what is promised and not touched, and what runners have mapped."""
+    """Return the host's bytes that are reported free, beyond those reserved and not touched and those mapped."""
     if HOST not in ledger.devices:
         return 0
     untouched = sum(account.reserved_not_touched(HOST) for account in ledger.accounts.values())
@@ -61,10 +62,10 @@ def spare_bytes(ledger: Ledger) -> int:
 
 
 def _waiting(state: CoreState, plan: Plan) -> Iterator[tuple[RequestGroup, ModelInfo]]:
-    """Yield the lines that wait for memory, in order, with what their models are made of.
+    """Yield the request groups that wait for memory, in order, with the metadata of their models.
 
-    A line that is about to start is one of them only if its file is being read already: its devices may not be its own
-    yet.
+    A group whose launch is planned is among them only if its file is being read already: its device claim may not be
+    granted yet.
     """
     living = {runner.model for runner in state.runners.values()}
     begun = {model for model, _ in state.prefetching}

@@ -1,4 +1,4 @@
-"""The verbs of requests: grant, release, reject, serve."""
+"""The verbs of requests: grant, release, reject and serve."""
 
 from __future__ import annotations
 
@@ -6,16 +6,9 @@ from fsm.lifecycle import runners
 from fsm.lifecycle.step_context import StepContext
 from fsm.machine.request import Purpose, Request, RequestState
 from fsm.machine.runner import EXPIRING, IDLE, LOADING, READY, Runner, RunnerId
-from fsm.messages.commands import (
-    Grant,
-    NotifyContention,
-    Reject,
-)
+from fsm.messages.commands import Grant, NotifyContention, Reject
 from fsm.messages.decision_log import Decision
-from fsm.messages.reasons import (
-    RunnerReason,
-    Waited,
-)
+from fsm.messages.reasons import RunnerReason, Waited
 from fsm.messages.refusals import Refusal
 from fsm.planning.explanations import devices_refused, runners_refused
 from fsm.state.request_queue import RequestGroup
@@ -23,7 +16,7 @@ from fsm.state.runner_match import match
 
 
 def grant(step: StepContext, request: Request, runner: Runner) -> None:
-    """Answer with a runner; the lease is booked in the same step, so nobody is handed one that is being stopped."""
+    """Grant a request a runner; its lease begins in the same step, so a runner that is stopped is never granted."""
     state = step.state
     runner.used_at = state.now
     if request.keep_alive_s is not None:
@@ -39,18 +32,18 @@ def grant(step: StepContext, request: Request, runner: Runner) -> None:
         runner.leases.add(request.id)
         if runner.state is not READY:
             state.timers.clear(("keep-alive", runner.id))
-            step.replan = step.replan or runner.contended  # it was to go in a moment; who asks its users plans anew
+            step.replan = step.replan or runner.contended  # a new plan finds the runner busy, and notifies its callers
             step.fire(runner, "serve", RunnerReason.granted)
     step.commands.append(Grant(request.id, runner.id))
     if runner.contended and state.groups and request.runner is not None and not step.replan:
         request.asked = True
-        step.commands.append(NotifyContention(runner.id, (request.id,)))  # the others were told before
+        step.commands.append(NotifyContention(runner.id, (request.id,)))  # its other callers were notified before
     if step.decision_log is not None:
         step.decide("granted", runner.model, Waited(state.now - request.queued_at), request.id, runner.id)
 
 
 def release(step: StepContext, request: Request) -> None:
-    """Take back what a request was granted; the last lease lets its runner rest, expire or stop."""
+    """Release the lease or memory of a request; after its last lease a runner becomes idle, expires or is stopped."""
     state = step.state
     request.state = RequestState.released
     del state.requests[request.id]
@@ -65,22 +58,21 @@ def release(step: StepContext, request: Request) -> None:
         return
     if runner.state is EXPIRING:
         model = state.models[runner.model]
-        if model.current is None:  # it rests from now on, and not since it was given up
+        if model.current is None:  # its model is unused from now on, and not since its runner expired
             model.rested_at = max(model.rested_at, state.now)
         runners.stop(step, runner)
-        step.replan = True  # it is known by when it is gone
+        step.replan = True  # the stop sets the deadline by which the runner is gone
     elif runner.keep_alive_s <= 0 and not state.models[runner.model].pinned:
         runners.expire(step, runner, RunnerReason.no_keep_alive)
     else:
         load_s = (runner.loaded_at or 0.0) - runner.launched_at
-        runner.idle_grace_until = state.now + min(
-            state.config.idle_grace_limit_s, state.config.idle_grace_part * load_s
-        )
+        grace_s = min(state.config.idle_grace_limit_s, state.config.idle_grace_part * load_s)
+        runner.idle_grace_until = state.now + grace_s
         runners.rest(step, runner, RunnerReason.released)
 
 
 def reject(step: StepContext, request: Request, refusal: Refusal) -> None:
-    """Refuse a request that stands in no line, or no more."""
+    """Reject a request that is in no request group, or in no group any more."""
     request.state = RequestState.rejected
     step.commands.append(Reject(request.id, refusal))
     if step.decision_log is not None:
@@ -92,11 +84,11 @@ def reject(step: StepContext, request: Request, refusal: Refusal) -> None:
 
 
 def answer(step: StepContext, request: Request, state: RequestState, refusal: Refusal) -> None:
-    """Take a request out of its line and refuse it; its place is free at once."""
+    """Reject a queued request, and leave it in the final `state`; its place in the queue is free at once."""
     step.state.dequeue(request)
     del step.state.requests[request.id]
     if request.spec.model in step.state.models and request.spec.model not in step.state.specs_by_model:
-        step.state.models[request.spec.model].load_exclusively = False  # that was for those who waited
+        step.state.models[request.spec.model].load_exclusively = False  # only requests that waited needed it
     reject(step, request, refusal)
     request.state = state
     step.replan = True
@@ -108,12 +100,15 @@ def reject_group(step: StepContext, group: RequestGroup, refusal: Refusal) -> No
 
 
 def abandon_load(step: StepContext, request: Request) -> None:
-    """A load that nobody waits for goes on, unless its keep-alive is 0."""
+    """Expire the load that a request waited for, if no other request waits for it and its keep-alive is 0.
+
+    Any other load goes on: it belongs to its model, and not to the request that caused it.
+    """
     model = step.state.models.get(request.spec.model)
     runner = model.current if model is not None else None
     if model is None or runner is None or runner.state is not LOADING or step.state.groups_served_by(runner):
         return
-    if not match(runner, request.spec.options):  # it was never waited for by this one
+    if not match(runner, request.spec.options):  # the request never waited for this load
         return
     kept = model.pinned or (runner.keep_alive_s > 0 and request.keep_alive_s != 0)
     if runner.expire_when_served or not kept:
@@ -121,7 +116,7 @@ def abandon_load(step: StepContext, request: Request) -> None:
 
 
 def retry_after_s(step: StepContext) -> float:
-    """Estimate when a place in the queue is free: the loads that are waited for, one after another."""
+    """Return the estimated seconds until a place in the queue is free: as if each group's load came after the other."""
     known = [model.load_s for model in step.state.models.values() if model.load_s is not None]
     return max(1.0, len(step.state.groups) * (sum(known) / len(known) if known else 1.0))
 
@@ -135,7 +130,7 @@ def grant_memory(step: StepContext, request: Request) -> None:
 
 
 def serve(step: StepContext, runner: Runner, groups: list[RequestGroup]) -> None:
-    """Grant a loaded runner to everybody who waits for it, in order; those who want no lease come last."""
+    """Grant a loaded runner to the requests that wait for it, by age; preloads come after the requests for leases."""
     requests = sorted((r for group in groups for r in group.requests.values()), key=lambda request: request.id)
     for request in requests:
         step.state.dequeue(request)

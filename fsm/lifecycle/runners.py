@@ -1,4 +1,4 @@
-"""The verbs of runners: idle, expire, stop, crash, pins and keep-alives."""
+"""The verbs of runners: rest, expire, stop and crash, with pins and keep-alives."""
 
 from __future__ import annotations
 
@@ -9,18 +9,9 @@ from dataclasses import replace
 from fsm.lifecycle.step_context import StepContext
 from fsm.machine.request import ModelId, RequestState
 from fsm.machine.runner import IDLE, LOADING, Runner, RunnerId
-from fsm.messages.commands import (
-    NotifyContention,
-    ReleaseClaim,
-    RevokeLease,
-    Stop,
-)
+from fsm.messages.commands import NotifyContention, ReleaseClaim, RevokeLease, Stop
 from fsm.messages.events import Configure
-from fsm.messages.reasons import (
-    ExpireReason,
-    FailureReason,
-    RunnerReason,
-)
+from fsm.messages.reasons import ExpireReason, FailureReason, RunnerReason
 from fsm.state.model_record import ModelRecord
 
 
@@ -36,7 +27,7 @@ def start_keep_alive(step: StepContext, runner: Runner) -> None:
 
 
 def configure(step: StepContext, event: Configure) -> None:
-    """Take over changed limits; a keep-alive holds for the runners too for which no request has named one."""
+    """Take over changed limits; a new keep-alive also holds for runners whose keep-alive no request has named."""
     state = step.state
     changes = {name: value for name in event.__slots__ if (value := getattr(event, name)) is not None}
     state.config = replace(state.config, **changes)
@@ -63,7 +54,7 @@ def pin(step: StepContext, model: ModelRecord, pinned: bool) -> None:
 
 
 def expire_model(step: StepContext, id: ModelId) -> bool:
-    """Return False where there is nothing to expire."""
+    """Expire a model's current runner, now or once it has loaded and served; return False where there is none."""
     model = step.state.models.get(id)
     runner = model.current if model is not None else None
     if runner is None:
@@ -76,10 +67,10 @@ def expire_model(step: StepContext, id: ModelId) -> bool:
 
 
 def expire(step: StepContext, runner: Runner, reason: ExpireReason) -> None:
-    """Give a runner up, for good: it drains if it must, then stops."""
+    """Take a runner out of service for good: it drains if it holds leases, and is stopped else."""
     step.fire(runner, "expire", reason)
     if runner.loaded_at is not None:
-        step.state.models[runner.model].failures = 0  # it served, and ends in order
+        step.state.models[runner.model].failures = 0  # the runner served, and did not crash
     forget_current(step, runner)
     if not runner.leases:
         stop(step, runner)
@@ -89,7 +80,7 @@ def expire(step: StepContext, runner: Runner, reason: ExpireReason) -> None:
 
 
 def forget_current(step: StepContext, runner: Runner) -> None:
-    """Let its model have another runner: this one serves nobody new."""
+    """Let the model of a runner that left service have another runner."""
     model = step.state.models[runner.model]
     model.current = None
     if runner.loaded_at is not None:
@@ -99,10 +90,13 @@ def forget_current(step: StepContext, runner: Runner) -> None:
     step.replan = True
 
 
-def notify_contention(step: StepContext, wanted: Collection[RunnerId]) -> None:
-    """Tell the holders of busy runners, once, that others wait for their memory; of all others nobody does."""
+def notify_contention(step: StepContext, contended: Collection[RunnerId]) -> None:
+    """Tell the callers of contended runners, each once, that request groups wait for the memory of their runner.
+
+    The runners in `contended` are the only contended ones from now on.
+    """
     for runner in step.state.runners.values():
-        runner.contended = runner.id in wanted
+        runner.contended = runner.id in contended
         held = [step.state.requests[lease] for lease in sorted(runner.leases)]
         if unasked := [request for request in held if runner.contended and not request.asked]:
             step.commands.append(NotifyContention(runner.id, tuple(request.id for request in unasked)))

@@ -1,26 +1,21 @@
-"""What one step makes beside the changed state: commands, log entries, and whether to plan anew."""
+"""What one step produces beside the changed state: commands, entries of the decision log, and whether to plan again."""
 
 from __future__ import annotations
 
 from fsm.machine.request import ModelId, RequestId, RequestSpec
 from fsm.machine.runner import READY, RUNNER_TABLE, Runner, RunnerId
 from fsm.machine.transition_table import IllegalTransition
-from fsm.messages.commands import (
-    Command,
-)
+from fsm.messages.commands import Command
 from fsm.messages.decision_log import Decision, DecisionReason, Entry, Transition
-from fsm.messages.reasons import (
-    ClaimMissed,
-    TransitionReason,
-)
+from fsm.messages.reasons import ClaimMissed, TransitionReason
 from fsm.state.core_state import CoreState
 from fsm.state.model_record import ModelRecord
 
-TOLD = 5  # of a runner's transitions, where the next one is illegal
+TOLD = 5  # of a runner's last transitions, in the message of one that is illegal
 
 
 class StepContext:
-    """Handed to every verb of the lifecycle: the state to change, and what the step has to say."""
+    """The argument of every verb of the lifecycle: the state to change, and what the step produces."""
 
     __slots__ = ("claim_failure", "commands", "decision_log", "replan", "state", "unevaluated")
 
@@ -28,14 +23,12 @@ class StepContext:
         self.state = state
         self.commands: list[Command] = []  # of this step, in order
         self.decision_log: list[Entry] | None = None
-        self.replan = False  # something changed that those who wait may care about
-        self.unevaluated: dict[
-            RequestSpec, None
-        ] = {}  # lines to be judged by the next plan, however far back; empty after it
-        self.claim_failure: ClaimMissed | None = None  # what the last launch went ahead without
+        self.replan = False  # something changed that may let a request group start
+        self.unevaluated: dict[RequestSpec, None] = {}  # groups for the next plan to evaluate, however far back
+        self.claim_failure: ClaimMissed | None = None  # the claim that the last launch went ahead without
 
     def fire(self, runner: Runner, trigger: str, reason: TransitionReason) -> None:
-        """Move a runner by a trigger of its table, and note why; nothing else changes its state."""
+        """Move a runner by a trigger of its table, and log why; no other function changes a runner's state."""
         source, state = runner.state, self.state
         try:
             RUNNER_TABLE.fire(runner, trigger)
@@ -46,16 +39,9 @@ class StepContext:
             state.busy_on_host += (runner.state is READY) - (source is READY)
             state.peak_busy_on_host = max(state.peak_busy_on_host, state.busy_on_host)
         if self.decision_log is not None:
+            leases = len(runner.leases)
             entry = Transition(
-                state.now,
-                runner.id,
-                runner.model,
-                trigger,
-                source,
-                runner.state,
-                reason,
-                len(runner.leases),
-                state.steps,
+                state.now, runner.id, runner.model, trigger, source, runner.state, reason, leases, state.steps
             )
             self.decision_log.append(entry)
 
@@ -67,7 +53,7 @@ class StepContext:
             self.decision_log.append(entry)
 
     def reevaluate(self, model: ModelRecord) -> None:
-        """Have everybody who waits for a model judged anew: more is known of it, or it has a runner."""
+        """Have the request groups of a model evaluated again: more is known of it, or it has a runner."""
         self.unevaluated.update((group.spec, None) for group in self.state.groups_of_model(model.id))
         self.replan = True
 
@@ -75,12 +61,12 @@ class StepContext:
         return self.state.models.setdefault(id, ModelRecord(id))
 
     def _story(self, runner: Runner) -> str:
-        """Return what a runner has been through: its last transitions, where they are noted, and else its own times."""
+        """Return a runner's last transitions in words, where they are in the decision log, and else its own times."""
         state, entries = self.state, self.decision_log or ()
-        life = [entry for entry in entries if isinstance(entry, Transition) and entry.runner == runner.id]
+        transitions = [entry for entry in entries if isinstance(entry, Transition) and entry.runner == runner.id]
         told = [
             f"in step {entry.step}, at {entry.at:g} s: {entry.trigger}, {entry.destination.value} ({entry.why})"
-            for entry in life[-TOLD:]
+            for entry in transitions[-TOLD:]
         ]
         if not told:
             times = {"launched": runner.launched_at, "loaded": runner.loaded_at, "last used": runner.used_at}

@@ -1,1 +1,1 @@
-"""Plain values: models, options and devices."""
+"""Plain values: devices, placements, models and their options."""

@@ -1,4 +1,4 @@
-"""Devices: their names, what was read from them, and where a runner goes on them."""
+"""Devices: their names, their readings, and the placements of runners on them."""
 
 from __future__ import annotations
 
@@ -17,40 +17,40 @@ Amounts = tuple[tuple[DeviceId, int], ...]  # bytes, or layers, by device
 class Threads:
     """How many threads of the host a runner computes with."""
 
-    answers: int  # a token after another: its threads wait for each other many times in each
-    prompts: int  # many tokens at once
-    on_host: bool = True  # layers are computed there; else its GPUs do it all
+    answers: int  # computed token by token: the threads wait for each other many times in each
+    prompts: int  # computed many tokens at once
+    on_host: bool = True  # the host computes layers; False: the GPUs compute all of them
 
 
 @dataclass(frozen=True, slots=True)
 class DeviceSample:
-    """What was read from one device at one moment."""
+    """The reading of one device at one moment."""
 
     id: DeviceId
     kind: Literal["cpu", "gpu"]
     name: str
-    capacity_bytes: int  # what loadmaster may use: the device's memory, or the limit set on it
-    free_bytes: int  # as the device reports it, strangers' use taken off
-    integrated: bool = False  # shares the host's memory
-    instance: bool = False  # of a divided GPU: a process can use one of these, and nothing beside it
-    fresh: bool = True  # read now; else the figures are of an earlier sample, for the device does not answer
-    library: str = "CUDA"  # of a GPU: that it is used through
+    capacity_bytes: int  # that loadmaster may use: the device's memory, or the limit set on it
+    free_bytes: int  # as the device reports it, less what other programs use
+    integrated: bool = False  # a GPU that shares the host's memory
+    instance: bool = False  # an instance of a divided GPU: a process can use one instance, and no GPU beside it
+    fresh: bool = True  # read now; False: the device does not answer, and the figures are of an earlier reading
+    library: str = "CUDA"  # through which the engine uses the GPU
     cores: int = 0  # of the host, that this program may keep busy; 0: unknown, or a GPU
 
     @property
     def memory(self) -> DeviceId:
-        """Where bytes on it are booked: it has a memory of its own, or shares the host's."""
+        """The device whose account holds its bytes: the host for an integrated GPU, else itself."""
         return HOST if self.integrated else self.id
 
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """Where one runner goes: bytes by device, layers by GPU in llama.cpp's terms, and its part of the host's cores."""
+    """Where one runner goes: bytes by device, layers by GPU in llama.cpp's terms, and its threads on the host."""
 
     bytes: tuple[tuple[DeviceId, int], ...]
     gpu_layers: tuple[tuple[DeviceId, int], ...] = ()  # empty: host only
     measured: bool = False  # the bytes were measured on an earlier runner placed the same way
-    threads: Threads | None = None  # dealt when it is launched; None: of an object, or the engine decides
+    threads: Threads | None = None  # chosen at the launch; None: the model is an object, or the engine decides
 
     @property
     def total_bytes(self) -> int:

@@ -1,4 +1,4 @@
-"""What is known of a model before it runs: its metadata, and the options it is loaded with."""
+"""The metadata of a model, and the options that it is loaded with."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ class Options:
     """Load-time options of a runner; None means automatic, or not named by the request."""
 
     num_ctx: int | None = None  # context of one slot, tokens
-    num_batch: int | None = None  # tokens of a prompt that are worked on at once
+    num_batch: int | None = None  # tokens of a prompt that are computed at once
     num_gpu: int | None = None  # layers on GPUs; negative: automatic; 0: host only
     main_gpu: int | None = None  # index of the GPU to prefer
     num_thread: int | None = None
@@ -19,12 +19,12 @@ class Options:
     flash_attention: bool | None = None
     cache_type_k: str | None = None  # llama.cpp's names: f16, q8_0, q4_0, …
     cache_type_v: str | None = None
-    require_gpu: bool | None = None  # whole on GPUs or refused; the limits may say so for all
+    require_gpu: bool | None = None  # whole on GPUs or refused; a setting may demand it for all models
 
 
 @dataclass(frozen=True, slots=True)
 class Recurrence:
-    """The sizes of what recurrent layers keep instead of a cache, in elements; 0 where an architecture has none."""
+    """The sizes of the states that recurrent layers keep instead of a cache, in elements; 0 for a missing state."""
 
     conv: int = 0  # ssm.conv_kernel
     inner: int = 0  # ssm.inner_size
@@ -38,29 +38,29 @@ class Recurrence:
 
 @dataclass(frozen=True, slots=True)
 class ModelInfo:
-    """What placement needs to know of a GGUF model."""
+    """The metadata of a GGUF model that its placement depends on."""
 
     architecture: str
     context_trained: int
     embedding_length: int
-    feed_forward_length: int  # of what is computed at once: of a dense layer, or of all the experts that are used
+    feed_forward_length: int  # width that is computed at once: of a dense layer, or of all experts that are used
     vocabulary: int
     heads: int
-    heads_kv: tuple[int, ...]  # per layer; 0 where it does not attend
+    heads_kv: tuple[int, ...]  # per layer; 0 for a layer without attention
     key_length: int  # size of one head's key
     value_length: int
     sliding_window: int  # tokens; 0: full attention
     layers_bytes: tuple[int, ...]  # tensor bytes of each repeating layer
-    input_bytes: int  # token embeddings and whatever else stays on the host
-    output_bytes: int  # output and its norm; without the matrix where that is tied to the input
+    input_bytes: int  # token embeddings and all other tensors that stay on the host
+    output_bytes: int  # output and its norm; without the matrix where the matrix is tied to the input
     file_bytes: int
-    embedding: bool  # asked for as an embedder
+    embedding: bool  # used for embeddings
     vision: bool
     adapters_bytes: int = 0  # sizes of the files beside the model's own
     projectors_bytes: int = 0
     tied: bool = False  # the token embeddings are the output matrix too
-    sliding_layers: tuple[bool, ...] = ()  # per layer, whether it sees the window only; empty: none does
-    recurrent_layers: tuple[bool, ...] = ()  # per layer, whether it keeps a state; empty: none does
+    sliding_layers: tuple[bool, ...] = ()  # per layer, whether it sees the window only; empty: no layer does
+    recurrent_layers: tuple[bool, ...] = ()  # per layer, whether it keeps a state; empty: no layer does
     recurrence: Recurrence = Recurrence()
     experts: int = 0  # in each layer; 0: a dense model
     experts_used: int = 0
@@ -68,6 +68,6 @@ class ModelInfo:
     gated: bool = True  # the feed-forward multiplies two projections
     merges: int = 0  # of the tokenizer
     types_bytes: tuple[tuple[str, int], ...] = ()  # bytes of the layers' matrices by gguf's name of their type
-    output_type: str = ""  # of the output matrix, tied or not; empty: there is none
+    output_type: str = ""  # of the output matrix, tied or not; empty: the model has no output matrix
     quantisation: str = ""  # gguf's name of the type that most of its bytes have
     pooling: str | None = None  # llama.cpp's name; None: the file names none

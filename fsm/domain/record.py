@@ -16,7 +16,7 @@ class _Copied(Protocol):
 
 
 class Record:
-    """A dataclass whose copy has containers of its own; what they hold, and everything else, is shared."""
+    """A dataclass whose copy has containers of its own; the items in them, and all other values, are shared."""
 
     __slots__: tuple[str, ...] = ()
 
@@ -31,7 +31,7 @@ class Record:
 
 @cache
 def _fields_of(kind: type) -> tuple[Callable[[Record], tuple[_Copied, ...]], tuple[int, ...]]:
-    """Return what reads every field of a class, and the places of those that are containers by their type."""
+    """Return a function that reads every field of a class, and the indexes of the fields whose types are containers."""
     names = [field.name for field in fields(kind)]
     kinds = get_type_hints(kind)
     containers = [place for place, name in enumerate(names) if get_origin(kinds[name]) in _CONTAINERS]

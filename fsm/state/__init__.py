@@ -1,1 +1,1 @@
-"""Everything that a decision depends on."""
+"""The state of the core: everything that a decision depends on."""

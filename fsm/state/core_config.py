@@ -1,4 +1,4 @@
-"""Every limit the core works by."""
+"""Every limit and setting of the core."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from fsm.domain.model_info import Options
 
-USE_PER_LOAD = 9.0  # seconds of use that make a second of loading worth while
+USE_PER_LOAD = 9.0  # seconds of use for each second of loading: a tenth of the time goes into loads
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,40 +15,38 @@ class CoreConfig:
 
     max_queue: int = 512  # requests that may wait
     max_runners: int = 0  # runners whose process may be alive; 0: three a GPU, at least three
-    keep_alive_s: float = 300.0  # how long an unused runner rests, unless a request says otherwise
+    keep_alive_s: float = 300.0  # how long a runner stays idle, unless a request names a keep-alive
     max_wait_s: float = 120.0  # how long a waiting request leaves busy runners alone
-    min_residency_s: float | None = None  # a loaded runner keeps its place so long; None: by what its load took
-    idle_grace_part: float = (
-        0.05  # of its load: so long a runner is kept after its last use, since users ask again at once
-    )
+    min_residency_s: float | None = None  # how long a loaded runner is not evicted; None: by its load time
+    idle_grace_part: float = 0.05  # of its load time: a runner is kept so long after its last use, for the next request
     idle_grace_limit_s: float = 1.0  # and no longer than this
     load_timeout_s: float = 300.0  # a load that shows no progress for so long is stalled
-    stop_timeout_s: float = 15.0  # a runner that was stopped so long ago is stuck: nobody counts on its memory
-    recovery_timeout_s: float = 5.0  # how long memory is waited for after a process has gone
-    recovery_interval_s: float = 0.25  # between two looks at it
-    recovery_fraction: float = 0.75  # of the bytes it held, that must be back
+    stop_timeout_s: float = 15.0  # a runner that was stopped so long ago is stuck: no plan counts on its memory
+    recovery_timeout_s: float = 5.0  # how long the wait for memory lasts after a process has gone
+    recovery_interval_s: float = 0.25  # between two readings of the devices in that wait
+    recovery_fraction: float = 0.75  # of the bytes that the runner occupied, that must be back
     max_loads_per_gpu: int = 1
     max_host_loads: int = 2
     prefetches: int = 2  # models whose files are read ahead while they wait for memory; 0: none
-    priority_s: float = 60.0  # one step of priority is worth so many seconds of waiting: everyone's turn comes
-    defaults: Options = field(default_factory=Options)  # of what requests leave open; automatic: never a reload
-    cpu_threads: int = 0  # of each runner that is asked for without; 0: its part of the host's cores
-    spread_over_gpus: bool = False  # a model is dealt over all GPUs even where one takes it
+    priority_s: float = 60.0  # one step of priority counts as so many seconds of waiting: every request is served
+    defaults: Options = field(default_factory=Options)  # of options that requests leave open; never cause a reload
+    cpu_threads: int = 0  # of each runner whose request names none; 0: its part of the host's cores
+    spread_over_gpus: bool = False  # a model is split over all GPUs even where one GPU takes it
     auto_context_from_vram: bool = False  # where no context is named, it follows from the GPUs' memory
     require_gpu: bool = False  # a model is refused rather than placed on the host in part or whole
     claims: bool = False  # whether launches claim their devices among all programs on the machine
-    persists_measurements: bool = False  # whether what lives show is told to a store, for programs to come
-    claim_timeout_s: float = 60.0  # how long a claim is waited for; then the launch goes ahead without it
-    back_off_s: float = 10.0  # after a failed load; doubles with each
+    persists_measurements: bool = False  # whether measurements are kept in a store, for later programs
+    claim_timeout_s: float = 60.0  # how long a launch waits for its claim; then it goes ahead without it
+    back_off_s: float = 10.0  # after a failed load; doubles with each failure
     back_off_limit_s: float = 300.0
-    good_life_s: float = 60.0  # a runner that served so long before it crashed starts its model's count anew
+    good_life_s: float = 60.0  # the failures before a runner that crashes after so long do not count
 
     def residency_s(self, load_s: float) -> tuple[float, float]:
-        """Return how long a runner keeps its place at least after a load: while nobody uses it, and while it is in use.
+        """Return the minimum residency after a load of `load_s`, in seconds: while idle, and while in use.
 
-        Where that is not set: as long as the load took, so that two models under steady traffic take turns of some use;
-        and in use so long that at most a tenth of the time goes into loads, even where others have always waited for
-        too long. Neither is more than others may be let wait.
+        Where no minimum residency is set, a runner stays idle for as long as its load took, so that two models under
+        steady traffic alternate at a useful pace. In use it stays so long that at most a tenth of the time goes into
+        loads, even where other requests are always past their bound. Neither is longer than `max_wait_s`.
         """
         if self.min_residency_s is not None:
             return self.min_residency_s, self.min_residency_s

@@ -1,4 +1,4 @@
-"""The state of the core: models, runners, requests, lines, memory and time."""
+"""The state of the core: models, runners, requests, request groups, memory and time."""
 
 from __future__ import annotations
 
@@ -22,47 +22,45 @@ from fsm.state.timers import Timers
 
 @dataclass(slots=True, eq=False)
 class OpenClaim(Record):
-    """Devices that a planned launch asks to have to itself among the programs on the machine; over when it launches."""
+    """A device claim of a planned launch, until the launch; from then on the claim is its runner's."""
 
     number: int
     devices: frozenset[DeviceId]
-    by: float  # waited for no longer than until then
-    had: bool = False  # it was had, or the wait for it is over; never between two steps
+    by: float  # when the wait for it is over
+    had: bool = False  # it was granted, or the wait for it is over; never between two steps
     missed: bool = False  # the wait for it is over
-    contended: bool = False  # another program has one of the devices
+    contended: bool = False  # another program loads on one of the devices
 
 
 @dataclass(slots=True)
 class CoreState(Record):
-    """Everything a decision may depend on. `Core` alone changes it."""
+    """Everything that a decision may depend on; `Core` alone changes it."""
 
     config: CoreConfig
     ledger: Ledger = field(default_factory=Ledger)
     models: dict[ModelId, ModelRecord] = field(default_factory=dict)
-    runners: dict[RunnerId, Runner] = field(default_factory=dict)  # every one that is not unloaded
-    requests: dict[RequestId, Request] = field(default_factory=dict)  # queued, or granted something to give back
+    runners: dict[RunnerId, Runner] = field(default_factory=dict)  # every runner that is not unloaded
+    requests: dict[RequestId, Request] = field(default_factory=dict)  # queued, or holding a lease or memory
     groups: dict[RequestSpec, RequestGroup] = field(default_factory=dict)
-    ranks: list[QueueRank] = field(default_factory=list)  # of each line's head, in order
-    specs_by_model: dict[ModelId, list[RequestSpec]] = field(
-        default_factory=dict
-    )  # of the lines for each model, as they began
+    ranks: list[QueueRank] = field(default_factory=list)  # of the head of each request group, in order
+    specs_by_model: dict[ModelId, list[RequestSpec]] = field(default_factory=dict)  # of its groups, as they began
     timers: Timers = field(default_factory=Timers)
-    queued: int = 0  # requests in lines
+    queued: int = 0  # requests in request groups
     processes: int = 0  # runners whose process may be alive
     next_runner: int = 1
-    samples: int = 0  # asked for so far
+    samples: int = 0  # Sample commands so far
     closing: bool = False
     now: float = -math.inf
-    claims: dict[int, OpenClaim] = field(default_factory=dict)  # by number; for lines whose launch is planned
+    claims: dict[int, OpenClaim] = field(default_factory=dict)  # by number; of groups whose launch is planned
     next_claim: int = 1
-    prefetching: tuple[tuple[ModelId, int], ...] = ()  # as last said: bytes of files to read ahead, by model that waits
+    prefetching: tuple[tuple[ModelId, int], ...] = ()  # by the last Prefetch: bytes to read ahead of a model's files
     busy_on_host: int = 0  # ready runners that compute on the host
-    peak_busy_on_host: int = 0  # that there ever were at once
+    peak_busy_on_host: int = 0  # the most of them at once so far
     idle_intervals: Histogram = field(default_factory=dict)  # of all models
-    steps: int = 0  # begun so far: the number of the one under way, or of the last one
+    steps: int = 0  # begun so far: the number of the step under way, or of the last step
 
     def enqueue(self, request: Request) -> RequestGroup:
-        """Put a request at the end of its line."""
+        """Put a request at the end of its request group, and return the group."""
         group = self.groups.get(request.spec)
         if group is None:
             group = self.groups[request.spec] = RequestGroup(request.spec)
@@ -74,11 +72,11 @@ class CoreState(Record):
         return group
 
     def dequeue(self, request: Request) -> None:
-        """Take a request out of its line; the request itself stays, to be answered by the caller."""
+        """Take a request out of its request group; the request stays in `requests` until it is answered."""
         spec = request.spec
         group = self.groups[spec]
-        led = group.head is request
-        if led:
+        was_head = group.head is request
+        if was_head:
             del self.ranks[bisect_left(self.ranks, self.rank(request))]
         del group.requests[request.id]
         if not group.requests:
@@ -86,45 +84,45 @@ class CoreState(Record):
             self.specs_by_model[spec.model].remove(spec)
             if not self.specs_by_model[spec.model]:
                 del self.specs_by_model[spec.model]
-        elif led:
+        elif was_head:
             insort(self.ranks, self.rank(group.head))
         self.queued -= 1
         self.timers.clear(("request", request.id))
 
     def rank(self, head: Request) -> QueueRank:
-        """Return what a line is planned by: the age of its first request, priority being worth some of it."""
+        """Return the rank of a request group by its head: the time when it was queued, less a time for its priority."""
         return head.queued_at - self.config.priority_s * head.spec.priority, head.id
 
     def groups_in_order(self) -> Iterator[RequestGroup]:
-        """Yield the lines in the order in which they are planned; none may come or go meanwhile."""
+        """Yield the request groups in the order in which they are planned; no group may come or go meanwhile."""
         return (self.groups[self.requests[head].spec] for _, head in self.ranks)
 
     def groups_of_model(self, model: ModelId) -> list[RequestGroup]:
-        """Return the lines for a model, in the order in which they began."""
+        """Return the request groups for a model, in the order in which they began."""
         return [self.groups[spec] for spec in self.specs_by_model.get(model, ()) if spec.purpose is not Purpose.memory]
 
     def groups_served_by(self, runner: Runner) -> list[RequestGroup]:
-        """Return the lines that wait for this runner's load, or that it could serve now."""
+        """Return the request groups that wait for this runner's load, or that the runner could serve now."""
         return [group for group in self.groups_of_model(runner.model) if match(runner, group.spec.options)]
 
     def models_in_use(self) -> frozenset[ModelId]:
-        """Return the models that are asked for, inspected, pinned or have a runner."""
+        """Return the models that are requested, inspected, pinned or have a runner."""
         used = {*self.specs_by_model, *(runner.model for runner in self.runners.values())}
         return frozenset(used.union(id for id, model in self.models.items() if model.pinned or model.inspecting))
 
     def expected_at(self, runner: Runner) -> float:
-        """Return when a load is expected to be over, by those before it; infinite where none is known."""
+        """Return the time at which a load is expected to be over, by earlier loads; infinite where none is known."""
         usual_s = self.models[runner.model].usual_load_s(runner.placement.gpu_layers)
         return math.inf if usual_s is None else runner.launched_at + usual_s
 
     def pinned(self, runner: Runner) -> bool:
-        """Tell whether a runner may not be moved for others; one that is on its way out is moved already."""
+        """Tell whether a runner may not be evicted, since its model is pinned; an expiring runner leaves anyway."""
         return runner.state is not EXPIRING and self.models[runner.model].pinned
 
     def max_runners(self) -> int:
         """Return the limit on live processes: as set, or three a GPU and at least three, as the devices are now.
 
-        Where none is set, those that cannot be moved do not count: what fits into memory would be refused for them.
+        Where no limit is set, unmovable runners do not count: a model that fits into memory would be refused for them.
         """
         if self.config.max_runners:
             return self.config.max_runners
@@ -132,23 +130,23 @@ class CoreState(Record):
         return 3 * max(1, sum(sample.kind == "gpu" for sample in self.ledger.devices.values())) + unmovable
 
     def is_overdue(self, runner: Runner) -> bool:
-        """Tell whether a runner that was given up ought to be gone; it may never end, and nobody counts on it."""
+        """Tell whether an expiring runner has not ended in time; it may never end, so no plan counts on its memory."""
         return runner.state is EXPIRING and runner.process and self.now >= runner.stop_deadline
 
     def is_stuck(self, runner: Runner) -> bool:
-        """Tell whether it is overdue although nobody holds it: it does not end as it was told."""
+        """Tell whether a runner is overdue although it holds no lease: it was stopped and has not ended."""
         return self.is_overdue(runner) and not runner.leases
 
     def is_unmovable(self, runner: Runner) -> bool:
-        """Tell whether nobody can be given its place or its memory, as far as is known."""
+        """Tell whether no other runner can have the runner's process slot or its memory, as far as is known."""
         return self.pinned(runner) or self.is_stuck(runner)
 
     def overfull(self) -> bool:
-        """Tell whether more may be alive than the limit that is set, or more be held than there is since it shrank."""
+        """Tell whether more processes may be alive than the set limit allows, or a device holds more than it has."""
         return bool(self.ledger.overcommitted) or 0 < self.config.max_runners < self.processes
 
     def copy(self) -> CoreState:
-        """Return an independent copy; what is immutable is shared."""
+        """Return an independent copy; immutable values are shared."""
         twin = super(CoreState, self).copy()
         twin.ledger, twin.timers = self.ledger.copy(), self.timers.copy()
         twin.runners = {id: runner.copy() for id, runner in self.runners.items()}

@@ -1,4 +1,4 @@
-"""Bytes per device: what there is, what is reported free, what is reserved by whom."""
+"""The memory ledger: bytes by device that exist, that are reported as free, and that are reserved for which owner."""
 
 from __future__ import annotations
 
@@ -13,24 +13,20 @@ Owner = tuple[str, int]  # ("runner" or "memory", its id); ids are never used ag
 
 @dataclass(slots=True)
 class Account(Record):
-    """What one owner was promised, and what it was seen to occupy; bytes by device."""
+    """The bytes by device that are reserved for one owner, and that it was measured to occupy."""
 
-    reserved: dict[DeviceId, int]  # what was predicted, or declared; never raised, lowered when it has settled
+    reserved: dict[DeviceId, int]  # predicted, or declared; never raised, lowered once the peak was observed
     resident: dict[DeviceId, int] = field(default_factory=dict)  # as last measured, on devices where that is possible
-    peak: dict[DeviceId, int] = field(default_factory=dict)  # the most that was ever seen
-    resident_at_last_sample: dict[DeviceId, int] = field(
-        default_factory=dict
-    )  # taken when the devices' free bytes were last read
-    mapped_bytes: int = 0  # of what is resident on the host: pages of files, which the host counts as free all the same
-    loaded: bool = False  # where nothing is measured, what was promised is taken
-    peak_observed: bool = False  # it has shown all it needs: wherever it was measured, promised <= peak + to_come
-    expected_growth: dict[DeviceId, int] = field(default_factory=dict)  # what it had yet to show when it settled
-    projected_peak: dict[DeviceId, int] = field(
-        default_factory=dict
-    )  # that it may come to take, by what its engine last said
+    peak: dict[DeviceId, int] = field(default_factory=dict)  # the most that was ever measured
+    resident_at_last_sample: dict[DeviceId, int] = field(default_factory=dict)  # when free bytes were last read
+    mapped_bytes: int = 0  # of the resident bytes on the host: pages of files, which the host counts as free
+    loaded: bool = False  # where nothing is measured, a loaded owner occupies its reservation
+    peak_observed: bool = False  # a context was filled: wherever it was measured, reserved <= peak + expected_growth
+    expected_growth: dict[DeviceId, int] = field(default_factory=dict)  # bytes that a full context does not show
+    projected_peak: dict[DeviceId, int] = field(default_factory=dict)  # the most it may take, by its engine's last word
 
     def measure(self, amounts: Mapping[DeviceId, int]) -> bool:
-        """Note what the owner was seen to occupy; return whether it is more than ever before, on any device."""
+        """Enter the bytes that the owner was measured to occupy; return whether they are a new peak on any device."""
         grown = any(self.peak.get(device, 0) < amount for device, amount in amounts.items())
         self.resident |= amounts
         for device, amount in amounts.items():
@@ -38,10 +34,10 @@ class Account(Record):
         self._lower()
         return grown
 
-    def observe_peak(self, to_come: Mapping[DeviceId, int]) -> None:
-        """What was measured replaces what was predicted, even where it is less; `to_come` is kept free beside it."""
-        self.peak_observed, self.expected_growth = True, dict(to_come)
-        self.projected_peak |= {device: peak + to_come.get(device, 0) for device, peak in self.peak.items()}
+    def observe_peak(self, expected_growth: Mapping[DeviceId, int]) -> None:
+        """Let the measured peak replace the prediction, even where it is less; `expected_growth` stays reserved too."""
+        self.peak_observed, self.expected_growth = True, dict(expected_growth)
+        self.projected_peak |= {device: peak + expected_growth.get(device, 0) for device, peak in self.peak.items()}
         self._lower()
 
     def _lower(self) -> None:
@@ -50,26 +46,27 @@ class Account(Record):
             self.reserved[device] = min(self.reserved[device], most)
 
     def occupied_bytes(self, device: DeviceId) -> int:
-        """Return what the owner occupies, as far as is known."""
+        """Return the bytes that the owner occupies, as far as is known."""
         return self.resident.get(device, self.reserved.get(device, 0) if self.loaded else 0)
 
     def count(self, devices: Iterable[DeviceId]) -> None:
-        """Note that the free bytes of `devices` have just been read: what is occupied is no longer among them."""
+        """Note that the free bytes of `devices` have just been read: occupied bytes are no longer among them."""
         held = self.reserved.keys() | self.resident.keys()
         self.resident_at_last_sample |= {device: self.occupied_bytes(device) for device in devices if device in held}
 
     def held_bytes(self, device: DeviceId) -> int:
-        """Return what counts as taken: a process grows until it has settled, so the larger of both."""
+        """Return the bytes that count as taken: the larger of reservation and peak, since a process grows."""
         return max(self.reserved.get(device, 0), self.peak.get(device, 0))
 
     def expected_bytes(self, device: DeviceId) -> int:
-        """Return what the next life like this one is to be promised: the most that this one took, or may yet take."""
+        """Return the bytes to reserve for the next runner like this one: the most that it took, or may yet take."""
         return max(self.projected_peak.get(device, self.reserved.get(device, 0)), self.peak.get(device, 0))
 
     def reserved_not_touched(self, device: DeviceId) -> int:
-        """Return what was reported as free when the device was read, but is spoken for: not occupied, or mapped.
+        """Return the bytes that the device reported as free but are the owner's: reserved and not occupied, or mapped.
 
-        What a runner maps of its file is page cache: the kernel would give it up, to read it again for each token.
+        The pages that a runner maps of its file are page cache: the kernel would drop them, and read them again for
+        each token.
         """
         counted = self.resident_at_last_sample.get(device, 0)
         cached = min(counted, self.mapped_bytes) if device == HOST else 0
@@ -78,20 +75,18 @@ class Account(Record):
 
 @dataclass(slots=True)
 class Ledger(Record):
-    """The accounts of every device.
+    """The devices, and the accounts of all owners.
 
-    Invariant: a promise is made only of what is free, so on every device the promises' sum is at most its capacity,
+    Invariant: only free memory is reserved, so on every device the sum of all reservations is at most its capacity,
     unless that capacity shrank afterwards.
     """
 
     devices: dict[DeviceId, DeviceSample] = field(default_factory=dict)
     accounts: dict[Owner, Account] = field(default_factory=dict)
-    overcommitted: set[DeviceId] = field(
-        default_factory=set
-    )  # lowered, or gone, and until it fits again holding too much
+    overcommitted: set[DeviceId] = field(default_factory=set)  # shrunk or gone devices, while they hold too much
 
     def sample(self, samples: Iterable[DeviceSample]) -> None:
-        """Take over what was read; a device that is no longer read is gone, what is promised on it stays booked."""
+        """Take over a reading of the devices; a device that is missing in it is gone, its reservations stay."""
         devices = {sample.id: sample for sample in samples}
         for id, old in self.devices.items():
             if id not in devices or devices[id].capacity_bytes < old.capacity_bytes:
@@ -103,21 +98,20 @@ class Ledger(Record):
         self.overcommitted = {id for id in self.overcommitted if self.held_bytes(id) > capacity.get(id, 0)}
 
     def total_available(self, device: DeviceId) -> int:
-        """Return what a device had for all of us when it was read: what was free, and what we had taken."""
-        return self.devices[device].free_bytes + sum(
-            one.resident_at_last_sample.get(device, 0) for one in self.accounts.values()
-        )
+        """Return the bytes of a device for this scheduler when it was read: free, or occupied by its own runners."""
+        own_bytes = sum(account.resident_at_last_sample.get(device, 0) for account in self.accounts.values())
+        return self.devices[device].free_bytes + own_bytes
 
     def by_memory(self, amounts: Iterable[tuple[DeviceId, int]]) -> dict[DeviceId, int]:
         """Return amounts by the memory that they are taken from: an integrated GPU's are the host's."""
-        booked: dict[DeviceId, int] = {}
+        found: dict[DeviceId, int] = {}
         for device, amount in amounts:
             memory = self.devices[device].memory if device in self.devices else device
-            booked[memory] = booked.get(memory, 0) + amount
-        return booked
+            found[memory] = found.get(memory, 0) + amount
+        return found
 
     def reserve(self, owner: Owner, amounts: Iterable[tuple[DeviceId, int]]) -> None:
-        """Promise `amounts` to an owner that has none yet."""
+        """Reserve `amounts` for an owner that has no account yet."""
         assert owner not in self.accounts, f"{owner} holds a reservation already"
         self.accounts[owner] = Account(dict(amounts))
 
@@ -126,18 +120,18 @@ class Ledger(Record):
         del self.accounts[owner]
 
     def reserved_bytes(self, device: DeviceId) -> int:
-        """Return the promises' sum on a device."""
+        """Return the sum of all reservations on a device."""
         return sum(account.reserved.get(device, 0) for account in self.accounts.values())
 
     def held_bytes(self, device: DeviceId) -> int:
-        """Return the sum of what counts as taken on a device: promised, or measured where that is more."""
+        """Return the sum of the bytes that count as taken on a device: reserved, or measured where that is more."""
         return sum(account.held_bytes(device) for account in self.accounts.values())
 
     def free_bytes(self, device: DeviceId) -> int:
-        """Return what can still be promised on a device; negative where it is overdrawn.
+        """Return the bytes that can still be reserved on a device; negative where it is overdrawn.
 
-        min(capacity - held, reported free - untouched): what a loading runner was promised but does not occupy yet
-        is not free, even where strangers hold memory too.
+        min(capacity - held, reported free - untouched): bytes that are reserved for a loading runner and that it does
+        not occupy yet are not free, even where other programs hold memory too.
         """
         sample = self.devices[device]
         return min(
@@ -145,14 +139,14 @@ class Ledger(Record):
         )
 
     def held_by_others(self, device: DeviceId) -> int:
-        """Return what others hold of what a device has for us; 0 where there is enough for all of us."""
+        """Return the bytes of a device's capacity that other programs hold; 0 where they take none of it."""
         return self.devices[device].capacity_bytes - self.held_bytes(device) - self.free_bytes(device)
 
     def _reserved_not_touched(self, device: DeviceId) -> int:
         return sum(account.reserved_not_touched(device) for account in self.accounts.values())
 
     def available_after(self, free: Mapping[DeviceId, int], owners: Iterable[Owner]) -> dict[DeviceId, int]:
-        """Return what would be free where `free` is now, once some owners have given back all they hold."""
+        """Return the bytes that would be free where `free` is now, once some owners have freed all they hold."""
         accounts = [self.accounts[owner] for owner in owners]
         return {device: amount + sum(one.held_bytes(device) for one in accounts) for device, amount in free.items()}
 

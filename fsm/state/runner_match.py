@@ -1,4 +1,4 @@
-"""Which runner serves which request."""
+"""The one predicate that tells which runner serves which request."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from fsm.sizing.load_options import as_named, serves
 def match(runner: Runner, asked: Options, explicit: Options | None = None) -> bool:
     """Tell whether a runner serves a request that names the options `asked`.
 
-    What a request leaves open matches anything, so nothing automatic is a reason to load a model anew. `explicit` is
-    `asked` with every automatic value made explicit, where the model's metadata is known: a request for more than the
-    model can have is served by a runner that has all that is possible.
+    An option that a request leaves open matches any value, so an automatic value is never a reason for a reload.
+    `explicit` is `asked` with every automatic value made explicit, where the model's metadata is known: a request for
+    more than the model can have is served by a runner that has all that is possible.
     """
     if asked in runner.equivalent_requests:
         return True

@@ -1,4 +1,4 @@
-"""What can be seen of the pool from outside: frozen values, safe to keep and to hand on."""
+"""What can be seen of the core's state from outside: frozen values, safe to keep and to pass on."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ class RunnerView:
     state: RunnerState
     leases: int
     options: Options
-    promised: Amounts
+    promised: Amounts  # reserved
     resident: Amounts  # as last measured; empty: not yet
-    predicted: Amounts  # at its launch; or what a runner like it took, where one has lived
+    predicted: Amounts  # at its launch; or measured on an earlier runner like it, where there was one
     peak: Amounts  # the most that was measured
-    held: Amounts  # what counts as taken: the larger of what is promised and measured
-    mapped_bytes: int  # of the host's that are resident: pages of files
-    settled: bool  # it has filled a context: what was measured has replaced what was predicted
+    held: Amounts  # counted as taken: the larger of reservation and peak
+    mapped_bytes: int  # of the resident bytes on the host: pages of files
+    settled: bool  # it has filled a context: its measured peak has replaced the prediction
     gpu_layers: Amounts  # layers by GPU
     keep_alive_s: float
     expires_at: float  # infinite unless its keep-alive clock runs
@@ -39,8 +39,8 @@ class RunnerView:
     loaded_at: float | None
     pinned: bool
     process: bool  # its process may be alive
-    due_at: float  # when it ought to be gone; infinite unless it is expiring
-    declared: bool  # the model is an object whose owner said what it takes: nothing is predicted
+    due_at: float  # when it is overdue; infinite unless it is expiring
+    declared: bool  # the model is an object with declared bytes: nothing is predicted
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,13 +53,13 @@ class WaitView:
     position: int  # 0: first
     queued_at: float
     waits_for: WaitReason
-    until: float  # when that is expected to be over, or looked at again; infinite: unknown
+    until: float  # when the wait is expected to be over, or planned again; infinite: unknown
     gives_up_at: float  # infinite: it has no time limit of its own
 
 
 @dataclass(frozen=True, slots=True)
 class HeldView:
-    """One granted request that holds a lease, or memory of the program's own."""
+    """One granted request, which holds a lease or memory of the program's own."""
 
     request: RequestId
     model: ModelId
@@ -77,9 +77,9 @@ class DeviceView:
     name: str
     capacity_bytes: int
     reported_free_bytes: int
-    held_bytes: int  # promised, or measured where that is more
-    free_bytes: int  # what can still be promised
-    missing_bytes: int  # what of our part others hold: by so much less can be promised
+    held_bytes: int  # reserved, or measured where that is more
+    free_bytes: int  # that can still be reserved
+    missing_bytes: int  # of the capacity that other programs hold, and that cannot be reserved therefore
     integrated: bool = False  # a GPU that shares the host's memory: these are the host's figures once more
 
     @property
@@ -90,7 +90,7 @@ class DeviceView:
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """Everything at one moment."""
+    """Everything that can be seen of the state at one moment."""
 
     at: float
     runners: tuple[RunnerView, ...]
@@ -102,7 +102,7 @@ class Snapshot:
 
 
 def take_snapshot(state: CoreState) -> Snapshot:
-    """Return what `pool` is like now."""
+    """Return a snapshot of the state as it is now."""
     return Snapshot(
         state.now, _runners(state), _queue(state), _held(state), _devices(state), state.config, state.closing
     )

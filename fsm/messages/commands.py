@@ -1,4 +1,4 @@
-"""What to do: the outputs of `Core.step`."""
+"""Commands: what the core orders the shell to do, the outputs of `Core.step`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Inspect:
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """Start a runner. Ends in exactly one Exited, whenever that is; Progress and one Loaded may come before it."""
+    """Start a runner. Ends in exactly one Exited, at any time; Progress and one Loaded may come before it."""
 
     runner: RunnerId
     model: ModelId
@@ -31,7 +31,7 @@ class Launch:
 
 @dataclass(frozen=True, slots=True)
 class Stop:
-    """End a runner: terminate, then kill. Ends in the Exited of its Launch, which it cancels if that has not begun."""
+    """End a runner: terminate, then kill. Ends in the Exited of its Launch, which is cancelled if it has not begun."""
 
     runner: RunnerId
 
@@ -45,47 +45,47 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """Have devices for this program alone, all of them or none, then read them. Ends in Sampled and one Claimed.
+    """Claim devices for this program alone, all or none, then read them. Ends in Sampled and one ClaimGranted.
 
-    Contended may come before them; what comes after its Unclaim is late.
+    ClaimContended may come before them; an event of this claim after its ReleaseClaim is late.
     """
 
     number: int  # never used before
-    devices: tuple[DeviceId, ...]  # where the memory is: the host for an integrated GPU
+    devices: tuple[DeviceId, ...]  # by memory: the host for an integrated GPU
 
 
 @dataclass(frozen=True, slots=True)
 class ReleaseClaim:
-    """Give up a Claim, had or not: the one end of each."""
+    """Release a Claim, granted or not: every Claim ends so, exactly once."""
 
     number: int
 
 
 @dataclass(frozen=True, slots=True)
 class Prefetch:
-    """Read so many bytes of these models' files into the page cache, one after the other; nobody hears of it.
+    """Read so many bytes of these models' files into the page cache, one after the other; no event answers it.
 
-    It replaces the one before: what is not named is to be read no further, and 0 bytes of one are no more of it.
+    A Prefetch replaces the one before it: a model that is not named is read no further, nor is one with 0 bytes.
     """
 
-    files: tuple[tuple[ModelId, int], ...]  # bytes from their beginning, the model's own first
+    files: tuple[tuple[ModelId, int], ...]  # bytes from the beginning of a model's files, its own file first
 
 
 @dataclass(frozen=True, slots=True)
 class PersistMeasurement:
-    """Keep, for programs to come, what the life of a runner showed; it ends in nothing, and may be forgotten."""
+    """Keep the measurement of a runner for later programs; no event answers it, and it may be lost."""
 
-    runner: RunnerId  # whose Launch says of which model, and with which options and split
-    took: Amounts = ()  # bytes by device that the next one like it is to be promised; empty: not known yet
-    load_s: float | None = None  # how long it took to load; None: as said before, or not known
+    runner: RunnerId  # its Launch names the model, the options and the split
+    took: Amounts = ()  # bytes by device to reserve for the next runner like it; empty: not known yet
+    load_s: float | None = None  # how long its load took; None: as told before, or not known
 
 
 @dataclass(frozen=True, slots=True)
 class Grant:
-    """Answer a request; a lease is booked on the runner already. None: memory of the program's own."""
+    """Answer a request with what it asked for; a lease on the runner has begun already."""
 
     request: RequestId
-    runner: RunnerId | None
+    runner: RunnerId | None  # None: memory of the program's own
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +98,7 @@ class Reject:
 
 @dataclass(frozen=True, slots=True)
 class RevokeLease:
-    """Tell a lease's holder that its runner is gone; the lease is released already."""
+    """Tell a lease's caller that its runner is gone; the lease is released already."""
 
     request: RequestId
     reason: FailureReason | None  # None: the scheduler was closed
@@ -106,7 +106,7 @@ class RevokeLease:
 
 @dataclass(frozen=True, slots=True)
 class NotifyContention:
-    """Tell the holders of a runner's leases that others wait for its memory."""
+    """Tell the callers that hold a runner's leases that other requests wait for its memory."""
 
     runner: RunnerId
     requests: tuple[RequestId, ...]  # the leases
@@ -114,7 +114,7 @@ class NotifyContention:
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """Everything is unloaded after a Close: the shell may end."""
+    """Every runner is unloaded after a Close: the shell may end."""
 
 
 Command = (

@@ -1,4 +1,4 @@
-"""What the core decided and why, in order: for the user's eyes, never an input of a decision."""
+"""The decision log: what the core decided and why, in order, for readers outside; no decision ever reads it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from fsm.messages.refusals import Refusal
 
 @dataclass(frozen=True, slots=True)
 class ConsideredRunner:
-    """A runner that might make room, and why it does not."""
+    """A runner that was considered for eviction, and why it is not evicted."""
 
     runner: RunnerId
     model: ModelId
@@ -31,20 +31,20 @@ class ConsideredRunner:
     state: RunnerState
     leases: int
     unused_s: float  # since its last grant or release
-    cost_s: float | None  # seconds of loading that giving it up is expected to cost; None: the policy does not say
-    taken: bool  # it is given up
-    why: KeptReason | None  # why it is not; None where it is
-    goes_in_s: float  # of one that goes later: at most; else 0
+    cost_s: float | None  # seconds of loading that its eviction is expected to cost; None: the policy names no cost
+    taken: bool  # it is evicted
+    why: KeptReason | None  # why it is not evicted; None where it is
+    goes_in_s: float  # of a victim that leaves later: seconds until then, at most; else 0
 
 
 @dataclass(frozen=True, slots=True)
 class ConsideredDevice:
-    """A device that a model might go on; where it does not, the figures say why."""
+    """A device that was considered for a placement; where the model is not placed on it, the figures say why."""
 
     device: DeviceId
-    needed_bytes: int  # that must be free on it, headroom included; 0: nothing goes there
-    free_bytes: int  # what that is judged by
-    taken: bool  # it goes there
+    needed_bytes: int  # that must be free on it, headroom included; 0: the placement takes nothing of it
+    free_bytes: int  # that the placement is judged by
+    taken: bool  # the model is placed on it, or would be
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +58,8 @@ class Transition:
     source: RunnerState | None  # None: the runner is new
     destination: RunnerState
     why: TransitionReason
-    leases: int  # held after it
-    step: int = 0  # number of the core's step in which it did
+    leases: int  # that the runner holds after the transition
+    step: int = 0  # number of the core's step that made the transition
 
 
 DecisionReason = Queued | Waited | WaitReason | Placement | Refusal | ClaimMissed | Prefetched | Measured
@@ -67,18 +67,18 @@ DecisionReason = Queued | Waited | WaitReason | Placement | Refusal | ClaimMisse
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """Something was decided about a request, or found out about a runner."""
+    """The core decided about a request, or learned the measurement of a runner."""
 
     at: float  # seconds of the scheduler's clock
     what: str  # queued, waits, evicts, placed, launched, prefetched, granted or rejected; of a runner: measured
     model: ModelId
-    why: DecisionReason | None = None  # None: of evicts, which its runners tell
+    why: DecisionReason | None = None  # None for `evicts`, where `runners` says it
     request: RequestId | None = None
     runner: RunnerId | None = None
-    until: float = math.inf  # of waits: when that is expected to be over, or looked at again; infinite: unknown
-    runners: tuple[ConsideredRunner, ...] = ()  # of waits, evicts and rejected: who might have made room
-    devices: tuple[ConsideredDevice, ...] = ()  # of waits, evicts, placed and rejected: where it might have gone
-    step: int = 0  # number of the core's step in which it was
+    until: float = math.inf  # for `waits`: when the wait is expected to be over, or planned again; infinite: unknown
+    runners: tuple[ConsideredRunner, ...] = ()  # for `waits`, `evicts` and `rejected`: considered for eviction
+    devices: tuple[ConsideredDevice, ...] = ()  # for `waits`, `evicts`, `placed` and `rejected`: considered for it
+    step: int = 0  # number of the core's step that decided
 
 
 Entry = Transition | Decision

@@ -1,4 +1,4 @@
-"""What happened: the only inputs of `Core.step`, in the order in which it is given them."""
+"""Events: what happened, told to the core; the only inputs of `Core.step` beside the time."""
 
 from __future__ import annotations
 
@@ -23,51 +23,51 @@ class Acquire:
     request: RequestId  # never used before
     spec: RequestSpec
     keep_alive_s: float | None = None  # None: the runner keeps its own; infinite: for ever
-    timeout_s: float | None = None  # None: waits as long as the rules let it
+    timeout_s: float | None = None  # None: the request has no time limit of its own
 
 
 @dataclass(frozen=True, slots=True)
 class Cancel:
-    """The asker left. A waiting request is rejected with Cancelled, a granted one released, so that no lease leaks."""
+    """The caller left. A queued request is rejected with Cancelled, a granted one released, so that no lease leaks."""
 
     request: RequestId
 
 
 @dataclass(frozen=True, slots=True)
 class Release:
-    """A lease, or the program's own memory, is given back; twice is harmless."""
+    """A lease, or the program's own memory, is released; a second Release is harmless."""
 
     request: RequestId
 
 
 @dataclass(frozen=True, slots=True)
 class Expire:
-    """Somebody wants a model out of memory: idle at once, busy after its leases, loading after its waiters."""
+    """A caller wants a model's runner unloaded: idle at once, busy after its leases, loading after its requests."""
 
     model: ModelId
 
 
 @dataclass(frozen=True, slots=True)
 class Pin:
-    """A model is never given up for others, nor by its keep-alive."""
+    """A model's runner is neither evicted nor expired by its keep-alive from now on."""
 
     model: ModelId
 
 
 @dataclass(frozen=True, slots=True)
 class Unpin:
-    """The model is like any other again; its keep-alive clock starts anew."""
+    """The model is not pinned any more; the keep-alive clock of its runner starts again."""
 
     model: ModelId
 
 
 @dataclass(frozen=True, slots=True)
 class Configure:
-    """Limits were changed while running; None leaves one as it is. A changed memory limit comes with the next Sampled.
+    """Limits were changed; None leaves a limit as it is. A changed memory limit comes with the next Sampled.
 
-    Nobody who waits is turned away by a lower `max_queue`. Where more are alive than a lower `max_runners` allows, idle
-    ones go at once, in the policy's order, busy ones when they rest, pinned ones never. A keep-alive holds for new
-    runners, and for those that took the one before.
+    A lower `max_queue` refuses no request that is queued. Where more runners are alive than a lower `max_runners`
+    allows, idle runners are evicted at once, in the policy's order, busy runners once they are idle, pinned runners
+    never. A keep-alive holds for new runners, and for runners whose keep-alive no request has named.
     """
 
     max_queue: int | None = None
@@ -77,7 +77,7 @@ class Configure:
 
 @dataclass(frozen=True, slots=True)
 class Inspected:
-    """An Inspect is over: what the model is made of, or why it cannot be used; and what is known of earlier lives."""
+    """An Inspect is over: the model's metadata, or why it cannot be used, and the history of its file."""
 
     model: ModelId
     outcome: ModelInfo | Footprint | ModelNotFoundRefusal | InvalidModelRefusal
@@ -86,7 +86,7 @@ class Inspected:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """A load showed that it is alive."""
+    """A load shows progress."""
 
     runner: RunnerId
 
@@ -96,18 +96,18 @@ class Loaded:
     """A Launch succeeded: the runner serves, with these options, and occupies this much."""
 
     runner: RunnerId
-    num_ctx: int | None = None  # the context it really got; None: as asked
+    num_ctx: int | None = None  # the context that it really has; None: as launched
     resident: Resident = ()
-    mapped_bytes: int = 0  # of those on the host: pages of files
+    mapped_bytes: int = 0  # of the resident bytes on the host: pages of files
     expected_growth: Resident = ()  # the most that it may still take, where its engine can tell; else empty
 
 
 @dataclass(frozen=True, slots=True)
 class ContextFilled:
-    """A request filled a context of a runner's; a Sampled that came before this measured its memory after that."""
+    """A context of a runner was filled, and a Sampled that came before this event measured its memory after that."""
 
     runner: RunnerId
-    expected_growth: Resident = ()  # what a full context does not show: most that it may still take beside it
+    expected_growth: Resident = ()  # the most that the runner may still take although a context is full
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +127,7 @@ class Unresponsive:
 
 @dataclass(frozen=True, slots=True)
 class Exited:
-    """A runner's process is gone, asked for or not, started or not: the one end of every Launch."""
+    """A runner's process is gone, stopped or not, started or not: every Launch ends so, exactly once."""
 
     runner: RunnerId
     code: int | None  # negative: the signal; None: unknown, or never started
@@ -137,7 +137,7 @@ class Exited:
 
 @dataclass(frozen=True, slots=True)
 class Sampled:
-    """Devices were read, and the runners' own memory with them; such events come in the order of their readings."""
+    """Devices were read, and the runners' memory with them; these events come in the order of their readings."""
 
     devices: tuple[DeviceSample, ...]
     resident: tuple[tuple[RunnerId, Resident], ...] = ()
@@ -147,14 +147,14 @@ class Sampled:
 
 @dataclass(frozen=True, slots=True)
 class ClaimContended:
-    """A Claim is not had yet: another program loads on one of its devices."""
+    """A Claim is not granted yet: another program loads on one of its devices."""
 
     number: int
 
 
 @dataclass(frozen=True, slots=True)
 class ClaimGranted:
-    """A Claim is had, as far as that is possible here; the devices were read after that, and Sampled came before."""
+    """A Claim is granted, as far as the machine supports it; the Sampled before this event was read after the grant."""
 
     number: int
 

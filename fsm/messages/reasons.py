@@ -1,4 +1,7 @@
-"""Why something is as it is: values that are compared, stored and recorded. The shell alone makes words of them."""
+"""Reasons of waits, transitions and refusals: values that are compared, stored and recorded.
+
+The shell alone makes words of them.
+"""
 
 from __future__ import annotations
 
@@ -12,25 +15,25 @@ from fsm.machine.request import ModelId, RequestId
 class WaitFor(Enum):
     """What a request group waits for, where no other runner has to be named."""
 
-    plan = "plan"  # it has not been planned yet
+    plan = "plan"  # the group has not been planned yet
     metadata = "metadata"  # of its model
     load = "load"  # of its model
     other_load = "other_load"  # of its model, with other options
     earlier_requests = "earlier_requests"
     same_model = "same_model"  # an earlier request for its model
-    memory = "memory"  # that is being freed
+    memory = "memory"  # memory that is being freed
     load_slot = "load_slot"
-    other_program = "other_program"  # that loads a model on the same device
+    other_program = "other_program"  # another program that loads a model on the same device
 
 
 class RunnerStep(Enum):
-    """What has to become of other runners."""
+    """What other runners have to do before a request group can start."""
 
     leave = "leave"
     idle = "idle"
     drain = "drain"
     load_then_idle = "load_then_idle"
-    load_alone = "load_alone"  # with no other load beside it
+    load_alone = "load_alone"  # the load is exclusive: no other load may begin beside it
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,13 +52,13 @@ class RunnerReason(Enum):
 
     granted = "granted"
     released = "released"  # its last lease
-    loaded = "loaded"  # and no request waits for a lease
+    loaded = "loaded"  # while no request waits for a lease
     preloaded = "preloaded"
     no_keep_alive = "no_keep_alive"
     keep_alive_over = "keep_alive_over"
     abandoned = "abandoned"  # no request waits for its load any more
-    asked = "asked"
-    asked_while_awaited = "asked_while_awaited"  # and carried out once it has served the requests that waited
+    asked = "asked"  # a caller expired the model
+    asked_while_awaited = "asked_while_awaited"  # the same during the load: the requests that waited were served first
     closing = "closing"
     memory_freed = "memory_freed"
     memory_overdue = "memory_overdue"
@@ -63,14 +66,14 @@ class RunnerReason(Enum):
 
 @dataclass(frozen=True, slots=True)
 class AskedBy:
-    """A runner is new, since this request waits for it."""
+    """A runner was launched because this request waits for it."""
 
     request: RequestId
 
 
 @dataclass(frozen=True, slots=True)
 class NeededFor:
-    """A runner's memory, or its load slot, is needed for this model; empty: for the program itself."""
+    """A runner is evicted because its memory, or its load slot, is needed for this model; empty: for the program."""
 
     model: ModelId
     load_slot: bool = False
@@ -78,10 +81,10 @@ class NeededFor:
 
 @dataclass(frozen=True, slots=True)
 class RunnerLimit:
-    """No more runners may be alive than this; those of these models cannot be given up."""
+    """No more runners may be alive than this limit."""
 
     limit: int
-    unmovable: tuple[ModelId, ...] = ()
+    unmovable: tuple[ModelId, ...] = ()  # models whose runners cannot be evicted
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,13 +106,13 @@ class ProcessExited:
     """A runner's process has gone."""
 
     code: int | None  # negative: the signal; None: unknown, or never started
-    text: str  # what the engine and the system say of it; may be empty
-    loaded: bool  # it had loaded before
+    text: str  # of the engine and the system; may be empty
+    loaded: bool  # the runner had loaded before
 
 
 @dataclass(frozen=True, slots=True)
 class NoAnswer:
-    """A runner that has loaded answered no probe in this time."""
+    """A runner that has loaded answered no probe for this time."""
 
     timeout_s: float
     disconnected: bool = False  # its connections broke before
@@ -128,55 +131,55 @@ TransitionReason = AskedBy | ExpireReason | FailureReason
 
 
 class Infeasible(Enum):
-    """Why a model has no place, where nothing has to be named."""
+    """Why no placement of a model is possible, where nothing has to be named."""
 
-    held_elsewhere = "held_elsewhere"  # by other programs, or by the program's own reservations
-    no_gpu = "no_gpu"  # for layers that are to be on GPUs
+    held_elsewhere = "held_elsewhere"  # other programs, or the program's own reservations, hold the memory
+    no_gpu = "no_gpu"  # the request places layers on GPUs, and there is none
     no_required_gpu = "no_required_gpu"
     too_large = "too_large"
 
 
 @dataclass(frozen=True, slots=True)
 class NoSuchDevice:
-    """Memory is asked for on a device that is not among those there are."""
+    """Memory is requested on a device that does not exist."""
 
     device: DeviceId
-    devices: tuple[DeviceId, ...]
+    devices: tuple[DeviceId, ...]  # that exist
 
 
 @dataclass(frozen=True, slots=True)
 class MemoryHeld:
-    """Runners of these models hold the memory: they are pinned, or were stopped and do not end."""
+    """Runners of these models hold the memory: they are pinned, or stuck."""
 
     models: tuple[ModelId, ...]
-    pinned: bool
+    pinned: bool  # False: they were stopped and have not ended in time
 
 
 InfeasibleReason = Infeasible | NoSuchDevice | RunnerLimit | MemoryHeld
 
 
 class KeptReason(Enum):
-    """Why a runner is not given up for a request group."""
+    """Why a runner is not evicted for a request group, or not yet."""
 
-    goes_last = "goes_last"  # when nothing else is missing
+    goes_last = "goes_last"  # it leaves when the group lacks nothing else
     goes_later = "goes_later"
-    overdue = "overdue"  # it was stopped, and does not end
+    overdue = "overdue"  # it was stopped, and has not ended in time
     expiring = "expiring"
     pinned = "pinned"
-    other_victim = "other_victim"  # it goes for another request group
+    other_victim = "other_victim"  # it is a victim of another request group
     awaited = "awaited"  # other requests wait for its load
-    not_needed = "not_needed"  # no runner has to go
+    not_needed = "not_needed"  # no runner has to be evicted
     in_use = "in_use"
     just_loaded = "just_loaded"
     just_used = "just_used"
-    not_enough = "not_enough"  # all that may go would not be
+    not_enough = "not_enough"  # the memory of all candidates would not suffice
     others_cost_less = "others_cost_less"
     others_come_first = "others_come_first"
 
 
 @dataclass(frozen=True, slots=True)
 class Queued:
-    """A request waits: with it, this many do."""
+    """A request was queued; with it, this many requests wait."""
 
     waiting: int
 
@@ -190,23 +193,23 @@ class Waited:
 
 @dataclass(frozen=True, slots=True)
 class Prefetched:
-    """So much of a model's files is read ahead while a request waits for memory."""
+    """This many bytes of a model's files are read ahead while a request waits for memory."""
 
     bytes: int
 
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """A runner takes another amount than was predicted, on these devices."""
+    """A runner takes other amounts of memory than were predicted, on these devices."""
 
     bytes: tuple[tuple[DeviceId, int, int, int], ...]  # predicted, measured at most, and held from now on
-    known: bool  # what was predicted had been measured before
+    known: bool  # the prediction was the measurement of an earlier runner
     filled: bool  # a request has filled a context
 
 
 @dataclass(frozen=True, slots=True)
 class ClaimMissed:
-    """A launch goes ahead although other programs that load models kept these devices for this time."""
+    """A launch goes ahead without its claim, since other programs that load models kept these devices for this time."""
 
     devices: tuple[DeviceId, ...]
     timeout_s: float

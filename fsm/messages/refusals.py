@@ -1,4 +1,4 @@
-"""Why a request is not granted: what a Reject carries."""
+"""Refusals: why a request is not granted, with figures; a Reject carries one."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from fsm.sizing.load_options import UnsupportedReason
 
 @dataclass(frozen=True, slots=True)
 class QueueFullRefusal:
-    """As many wait as may wait."""
+    """As many requests wait as may wait."""
 
     limit: int
-    retry_after_s: float  # an estimate
+    retry_after_s: float  # estimated seconds until a place in the queue is free
 
 
 @dataclass(frozen=True, slots=True)
 class ModelNotFoundRefusal:
-    """There is no such file."""
+    """The model's file does not exist."""
 
     path: str
 
@@ -36,11 +36,11 @@ class InvalidModelRefusal:
 
 @dataclass(frozen=True, slots=True)
 class DoesNotFitRefusal:
-    """It fits on no device, even with everything gone that may be moved."""
+    """The model fits on no device, even if every runner left that may be evicted."""
 
     model: ModelId
-    needed: Amounts  # headroom included
-    available: Amounts  # the most that could be had
+    needed: Amounts  # bytes by device, headroom included
+    available: Amounts  # bytes by device if every runner left that may
     reason: InfeasibleReason
 
 
@@ -56,17 +56,17 @@ class UnsupportedOption:
 
 @dataclass(frozen=True, slots=True)
 class LoadFailedRefusal:
-    """The load it waited for failed, or the model is backed off after failures."""
+    """The load that the request waited for failed, or its model is backed off after failures."""
 
     model: ModelId
     reason: FailureReason
-    retry_after_s: float
+    retry_after_s: float  # seconds that are left of the back-off
     out_of_memory: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class LoadTimeoutRefusal:
-    """The load it waited for stopped showing progress."""
+    """The load that the request waited for shows no progress any more."""
 
     model: ModelId
     stalled_s: float
@@ -74,7 +74,7 @@ class LoadTimeoutRefusal:
 
 @dataclass(frozen=True, slots=True)
 class TimedOut:
-    """The asker's own time limit passed."""
+    """The request's own time limit passed."""
 
     model: ModelId
     timeout_s: float
@@ -83,21 +83,21 @@ class TimedOut:
 
 @dataclass(frozen=True, slots=True)
 class DeadlineInfeasible:
-    """The asker's own time limit is shorter than the model has ever taken to load: told at once, and nothing is done.
+    """The request's own time limit is shorter than any measured load of its model; it is refused at once.
 
-    What else it might wait for is left out, since none of it is certain: memory may be back any moment.
+    Only the load counts: every other wait is uncertain, since memory may be free at any moment.
     """
 
     model: ModelId
     timeout_s: float
-    least_s: float  # the load, less what has passed of one that is under way
-    load_s: float  # the shortest that was measured of this file with these options
-    begun_s: float | None  # how long ago the load began that it would wait for; None: it has not
+    least_s: float  # the shortest load, less the time since the load began, if it has begun
+    load_s: float  # the shortest load that was measured of this file with these options
+    begun_s: float | None  # how many seconds ago the load began; None: it has not begun
 
 
 @dataclass(frozen=True, slots=True)
 class Cancelled:
-    """The asker left before it was answered."""
+    """The caller left before its request was answered."""
 
     model: ModelId
 

@@ -1,1 +1,1 @@
-"""Which runners are given up: the policies, and the choice of a set of victims."""
+"""Eviction: the policies that order candidates, and the selection of a set of victims."""

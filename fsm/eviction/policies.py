@@ -1,4 +1,4 @@
-"""Which runners to give up so that another fits: the policies, and the choice of a set."""
+"""Eviction policies: in which order candidates are evicted, or what the eviction of each of them costs."""
 
 from __future__ import annotations
 
@@ -11,40 +11,38 @@ from fsm.eviction.reuse_prediction import ReuseForecast
 from fsm.machine.request import ModelId
 from fsm.machine.runner import RunnerId
 
-PRICED_PART = 0.35  # of what the candidates hold: to give up that much shows what memory costs at the moment
+PRICED_PART = 0.35  # of the bytes of all candidates: the part that saves least shows what memory costs at the moment
 PRICE_FACTOR = 0.5
 TIE_BREAK_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A runner that may be given up, as a policy sees it."""
+    """A runner that may be evicted, as a policy sees it."""
 
     runner: RunnerId
     model: ModelId
     held_bytes: int
     keep_alive_s: float  # infinite: for ever
     used_at: float  # its last grant or release, seconds of the core's time
-    load_s: float | None  # what a load of its model usually takes where it is; None while it is loading
+    load_s: float | None  # seconds that a load of its model usually takes with its split; None while it is loading
     leases: int
-    free_at: float  # when it may go: now, after its minimum residency, or at the bound of who waits
-    outlook: Callable[[], ReuseForecast] = field(
-        default=tuple, compare=False, repr=False
-    )  # how soon it may be asked for
-    cost_s: float | None = None  # seconds of loading that giving it up is expected to cost, by the policy; None: unsaid
+    free_at: float  # when it may be evicted: now, after its minimum residency, or at the bound of the group that waits
+    outlook: Callable[[], ReuseForecast] = field(default=tuple, compare=False, repr=False)  # of requests for its model
+    cost_s: float | None = None  # seconds of loading that its eviction costs, by the policy; None: not named
 
 
 class EvictionPolicy(Protocol):
-    """An order of preference, or a price of each; called inside a step, so it must be quick and must not block."""
+    """An order of candidates, or the cost of each; called inside a step, so it must be quick and must not block."""
 
     @property
     def name(self) -> str:
-        """What it is called in settings and in events."""
+        """The name of the policy in settings and in events."""
 
     def order(self, now: float, candidates: Sequence[Candidate]) -> Sequence[Candidate]:
-        """Return the candidates, the first to be given up first; a pure function of its arguments.
+        """Return the candidates, the first to be evicted first; a pure function of its arguments.
 
-        Where each is returned with a `cost_s`, not the first ones are given up but the set that costs least.
+        Where every candidate is returned with a `cost_s`, the set that costs least is evicted, in place of the first.
         """
 
 
@@ -55,36 +53,36 @@ class KeepAliveOrder:
     name: str = "keep-alive"
 
     def order(self, now: float, candidates: Sequence[Candidate]) -> Sequence[Candidate]:
-        """Return them by keep-alive, infinite last, then by model."""
+        """Return the candidates by keep-alive, infinite last, then by model."""
         return sorted(candidates, key=lambda candidate: (candidate.keep_alive_s, candidate.model))
 
 
 @dataclass(frozen=True, slots=True)
 class LeastRecentlyUsed:
-    """The longest unused first; what is kept for ever goes last."""
+    """The longest unused runner first; runners with an infinite keep-alive last."""
 
     name: str = "lru"
 
     def order(self, now: float, candidates: Sequence[Candidate]) -> Sequence[Candidate]:
-        """Return them by last use."""
+        """Return the candidates by last use."""
         return sorted(candidates, key=lambda one: (one.keep_alive_s == math.inf, one.used_at, one.runner))
 
 
 @dataclass(frozen=True, slots=True)
 class ExpectedReloadCost:
-    """What it would cost to have each back, weighed with how soon that may be.
+    """The expected cost of loading each candidate again, by its load time and by how soon its model may be requested.
 
-    A runner that stays for a while takes memory until it is asked for or the while is over, and saves a load if it is
-    asked for. With a price for memory there is a while for which that is worth most, after which it would be given up
-    anyway: what it is worth then is lost when it goes now. The price is what memory is held for by those of whom the
-    least is expected. A little is added for each by the rate at which it saves loading, which tells apart what is
-    worth nothing at that price.
+    A runner that stays loaded for some time occupies memory until its model is requested or the time is over, and saves
+    a load if its model is requested. With a price for memory there is a time for which staying is worth most, and after
+    it the runner would be evicted anyway. That worth is lost when the runner is evicted now: it is the candidate's
+    cost. The price of memory is the loading that a byte saves in the runners that save least. A small cost is added by
+    the rate at which a runner saves loading, which orders the runners that are worth nothing at that price.
     """
 
     name: str = "reuse"
 
     def order(self, now: float, candidates: Sequence[Candidate]) -> Sequence[Candidate]:
-        """Return them with their costs, the cheapest first; a load that nobody waits for costs nothing."""
+        """Return the candidates with their costs, the cheapest first; a load that no request awaits costs nothing."""
         outlooks = [candidate.outlook() for candidate in candidates]
         loads_s = [candidate.load_s or 0.0 for candidate in candidates]
         rates = [
@@ -100,19 +98,19 @@ class ExpectedReloadCost:
 
 
 def _price(candidates: Sequence[Candidate], rates: Sequence[float]) -> float:
-    """Return the seconds of loading that a byte saves in a second, of those bytes that save least."""
+    """Return the seconds of loading that a byte saves in a second, on average over the bytes that save least."""
     held = sorted((rate / max(1, one.held_bytes), one.held_bytes) for one, rate in zip(candidates, rates, strict=True))
-    wanted = PRICED_PART * sum(amount for _, amount in held)
+    priced = PRICED_PART * sum(amount for _, amount in held)
     taken, saved = 0, 0.0
     for density, amount in held:
-        if taken >= wanted:
+        if taken >= priced:
             break
         taken, saved = taken + amount, saved + density * amount
     return saved / max(1, taken)
 
 
 def _worth(outlooks: ReuseForecast, load_s: float, rent: float) -> float:
-    """Return what it is worth to keep a runner as long as that pays, if a second of it costs `rent`."""
+    """Return the seconds of loading that a runner saves if it stays as long as that pays, at `rent` a second."""
     return max(0.0, max((load_s * asked - rent * rest_s for asked, rest_s in outlooks), default=0.0))
 
 

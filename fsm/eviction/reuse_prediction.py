@@ -1,10 +1,11 @@
-"""How soon a model will be asked for again, judged by how long it rested before it was asked for so far.
+"""How soon a model will be requested again, predicted from how long it was unused before earlier requests.
 
-What is kept is a histogram of these rests for each model and one of all of them, in half octaves from a second on. To
-count one takes constant time. What is made of them, at a decision, is a hazard for each bin: of those rests that came
-so far, the part that ended in it. Where a model has shown little, that of all models stands in for its own; for rests
-beyond `LONG_S`, which end when somebody comes back rather than when somebody goes on, scaled by how often this one is
-come back to (proportional hazards with a gamma frailty: D. R. Cox 1972, J. W. Vaupel et al. 1979).
+Each model has a histogram of these rests, and there is one of all models, with bins of half an octave from a second on.
+Counting a rest takes constant time. A decision computes a hazard for each bin: of the rests that reached the bin, the
+part that ended in it. Where a model has few rests of its own, the hazard of all models stands in for its own. Rests
+beyond `LONG_S` end when a caller comes back, and not when a caller at work goes on. For them the hazard of all models
+is scaled by how often callers come back to this model (proportional hazards with a gamma frailty: D. R. Cox 1972,
+J. W. Vaupel et al. 1979).
 """
 
 from __future__ import annotations
@@ -13,11 +14,11 @@ import math
 from collections.abc import Mapping, Sequence
 
 BINS = 40  # the last one begins at six days, and has no end
-LONG_S = 600.0  # a rest that is as long as that is not a pause of somebody at work
+LONG_S = 600.0  # a rest that is as long as that is not a pause of a caller at work
 
-_TRUST = 3.0  # how many rests of its own a model's bin needs to count as much as that of all models
-_COMMON = 0.5  # as many returns of its own are taken for granted, at the rate of all models
-_SURE = 0.005  # the probability of longer rests that is left out
+_TRUST = 3.0  # how many rests of its own a model's bin needs to count as much as the bin of all models
+_COMMON = 0.5  # so many returns to a model are assumed beside those that were seen, at the rate of all models
+_SURE = 0.005  # the probability of longer rests that is neglected
 _HALF = math.sqrt(0.5)
 _EDGES = tuple(2.0 ** (place / 2) for place in range(BINS))  # where the bins begin, seconds
 _LOG_WIDTH = math.log(2.0) / 2
@@ -35,25 +36,25 @@ def bin_of(rest_s: float) -> int:
 
 
 def count_interval(rest_s: float, own: Histogram, common: Histogram) -> None:
-    """Note that a model was asked for after a rest; in constant time, since warm requests pay for it too."""
+    """Count a rest that ended with a request; in constant time, since requests for loaded models pay for it too."""
     if rest_s >= 1.0:
         place = bin_of(rest_s)
         own[place] = own.get(place, 0) + 1
         common[place] = common.get(place, 0) + 1
 
 
-# Of a model that would stay for a while, unless it is asked for before: the probability that it is, and the seconds
-# that it would rest until then, or else all the while, on average. For whiles of growing length.
+# For stays of growing length: the probability that a model is requested within the stay, and the mean seconds that it
+# rests until then, or else until the end of the stay.
 ReuseForecast = Sequence[tuple[float, float]]
 
 
 class IdleTimeStatistics:
-    """What is known of the rests of all models, made ready for a decision."""
+    """The hazards of the rests of all models, computed once for a decision."""
 
     __slots__ = ("hazards", "rates")
 
     def __init__(self, common: Mapping[int, int]) -> None:
-        self.hazards = [0.0] * BINS  # by bin: the probability that a rest which comes so far ends in it
+        self.hazards = [0.0] * BINS  # by bin: the probability that a rest which reaches the bin ends in it
         self.rates = [0.0] * BINS  # the same, as the integral of a rate over the bin
         reached = 0
         for place in range(BINS - 1, -1, -1):
@@ -64,7 +65,7 @@ class IdleTimeStatistics:
             self.rates[place] = -math.log1p(-min(hazard, 0.99))
 
     def forecast(self, own: Mapping[int, int], rest_s: float) -> ReuseForecast:
-        """Return what is to be expected of a model that has rested so long, for stays of growing length."""
+        """Return the forecast for a model that has rested for `rest_s`, for stays of growing length."""
         first = bin_of(rest_s)
         hazards = self._hazards_of(own, first)
         stays, asked, rest, at = 1.0, 0.0, 0.0, max(rest_s, 1.0)
@@ -82,7 +83,7 @@ class IdleTimeStatistics:
         return found
 
     def _hazards_of(self, own: Mapping[int, int], first: int) -> list[float]:
-        """Return a model's hazards from the bin that its rest has come to on."""
+        """Return a model's hazards by bin, from the bin that its rest has reached on."""
         often = self._frailty(own, first)
         hazards = [0.0] * BINS
         reached, expm1 = 0, math.expm1
@@ -94,9 +95,9 @@ class IdleTimeStatistics:
         return hazards
 
     def _frailty(self, own: Mapping[int, int], first: int) -> float:
-        """Return how many times as often as all models this one is come back to after a long rest.
+        """Return how many times as often callers come back to this model after a long rest as to all models.
 
-        The rest that goes on counts as far as it has come.
+        The present rest counts up to its present length.
         """
         ended, expected = 0, 0.0
         for place in range(BINS - 1, _LONG - 1, -1):

@@ -1,7 +1,7 @@
-"""The set of runners to give up: the first ones of an order that suffice, or the cheapest ones.
+"""Victim selection: the set of runners to evict, either the first of an order that suffice, or the cheapest.
 
-Whether a set suffices is asked of whoever plans, and takes a placement to answer. It depends on nothing but what the
-set frees on each device, and more never makes it worse: so what has been answered answers for many other sets too.
+The planner says whether a set suffices, and has to find a placement for it. The answer depends only on the bytes that
+the set frees on each device, and more bytes never make it worse: so an answer for one set holds for many other sets.
 """
 
 from __future__ import annotations
@@ -21,33 +21,34 @@ Amount = tuple[int, ...]  # bytes by device, in some order that stays the same
 
 @dataclass(frozen=True, slots=True)
 class SelectionProblem:
-    """What has to be found out: which victims make room."""
+    """What a set of victims has to achieve."""
 
     suffices: Callable[[Sequence[Candidate]], bool]
     frees: Callable[[Candidate], Amount]
-    least: int = 0  # so many of those there is a choice of have to go, whatever they free
+    least: int = 0  # victims beside the mandatory ones that have to leave, whatever they free
 
 
 @dataclass(frozen=True, slots=True)
 class VictimSet:
-    """Whom to give up, and what that is expected to cost."""
+    """The victims to evict, and the expected cost of their eviction."""
 
-    victims: tuple[Candidate, ...]  # forced ones first
-    cost_s: float | None = None  # the sum of what the chosen ones cost; None where the policy only orders
+    victims: tuple[Candidate, ...]  # mandatory victims first
+    cost_s: float | None = None  # sum of the costs of the chosen victims; None where the policy only orders
 
 
 def in_words(error: BaseException) -> str:
-    """Return what was raised in words, as far as it can tell itself: what a policy raises may be the user's own."""
+    """Return an exception in words, or the name of its type where its own `repr` raises: it may be the user's own."""
     try:
         return repr(error)[:_LONGEST_WORDS]
-    except BaseException:  # also what would end a program
+    except BaseException:  # also exceptions that would end a program
         return type(error).__name__
 
 
 def apply_policy(policy: EvictionPolicy, now: float, candidates: Sequence[Candidate]) -> list[Candidate]:
-    """Return the candidates in a policy's order, with its costs; raises what it raises.
+    """Return every candidate once, in a policy's order and with its costs; raises the exceptions of the policy.
 
-    Each of them once: one left out may be all that could make room, and who waits for it would for ever.
+    A candidate that the policy leaves out comes last: it may be the only one that suffices, and the request group would
+    wait for ever.
     """
     known = {one.runner: one for one in candidates}
     order = policy.order(now, list(candidates))
@@ -64,38 +65,38 @@ def apply_policy(policy: EvictionPolicy, now: float, candidates: Sequence[Candid
 
 
 def choose_victims(
-    now: float, ordered: Sequence[Candidate], forced: Sequence[Candidate], question: SelectionProblem
+    now: float, ordered: Sequence[Candidate], mandatory: Sequence[Candidate], problem: SelectionProblem
 ) -> VictimSet | None:
-    """Return the victims: `forced` ones, and those of `ordered` that are to go with them; None if all do not suffice.
+    """Return the victims: all of `mandatory`, and some of `ordered`; None if all of them together do not suffice.
 
-    Where all have a cost the cheapest set is taken, in tiers. Where they have none, as few as suffice, the first
-    preferred.
+    Where every candidate has a cost, the cheapest set is chosen, tier by tier. Else as few candidates are chosen as
+    suffice, the first preferred.
     """
     if any(candidate.cost_s is None for candidate in ordered):
-        victims = smallest_prefix(ordered, forced, question.suffices)
+        victims = smallest_prefix(ordered, mandatory, problem.suffices)
         return None if victims is None else VictimSet(tuple(victims))
-    if question.suffices(forced):
-        return VictimSet(tuple(forced), 0.0)
-    if not question.suffices([*forced, *ordered]):
+    if problem.suffices(mandatory):
+        return VictimSet(tuple(mandatory), 0.0)
+    if not problem.suffices([*mandatory, *ordered]):
         return None
-    return _cheapest(now, ordered, forced, question)
+    return _cheapest(now, ordered, mandatory, problem)
 
 
 def smallest_prefix(
-    ordered: Sequence[Candidate], forced: Sequence[Candidate], suffices: Callable[[Sequence[Candidate]], bool]
+    ordered: Sequence[Candidate], mandatory: Sequence[Candidate], suffices: Callable[[Sequence[Candidate]], bool]
 ) -> Sequence[Candidate] | None:
-    """Return `forced` ones, and as few of `ordered` as suffice, the first preferred; None if all do not.
+    """Return all of `mandatory` and as few of `ordered` as suffice, the first preferred; None if all do not suffice.
 
-    Taken one by one until they suffice, then those that turned out not to be needed are kept after all.
+    Candidates are added one by one until the set suffices. Then each candidate that the set does without is removed.
     """
-    chosen = list(forced)
+    chosen = list(mandatory)
     for candidate in ordered:
         if suffices(chosen):
             break
         chosen.append(candidate)
     if not suffices(chosen):
         return None
-    for candidate in chosen[len(forced) :]:
+    for candidate in chosen[len(mandatory) :]:
         without = [other for other in chosen if other is not candidate]
         if suffices(without):
             chosen = without
@@ -103,12 +104,15 @@ def smallest_prefix(
 
 
 def eviction_tier(candidate: Candidate, now: float) -> tuple[bool, bool, bool]:
-    """Return what counts before costs: who may not go yet goes last, then who is in use, then who is kept for ever."""
+    """Return the tier of a candidate, which counts before its cost: the lower, the earlier it is evicted.
+
+    Candidates that may not leave yet come last, then busy ones, then those with an infinite keep-alive.
+    """
     return candidate.free_at > now, candidate.leases > 0, candidate.keep_alive_s == math.inf
 
 
 def _cheapest(
-    now: float, ordered: Sequence[Candidate], forced: Sequence[Candidate], problem: SelectionProblem
+    now: float, ordered: Sequence[Candidate], mandatory: Sequence[Candidate], problem: SelectionProblem
 ) -> VictimSet:
     """Return a cheap set that suffices, and touches no more tiers than have to be touched.
 
@@ -117,7 +121,7 @@ def _cheapest(
     """
     groups = groupby(sorted(ordered, key=lambda one: eviction_tier(one, now)), lambda one: eviction_tier(one, now))
     tiers = [list(group) for _, group in groups]
-    sets = SetOracle(problem, forced)
+    sets = SetOracle(problem, mandatory)
     last = next(count for count in range(1, len(tiers) + 1) if sets.suffice(_joined(tiers[:count])))
     chosen: list[Candidate] = []
     for place in range(last - 1, -1, -1):
@@ -127,7 +131,7 @@ def _cheapest(
             found = [smallest_prefix(order, beside, sets.suffice) or () for order in orders]  # a whole tier suffices
             chosen += min((one[len(beside) :] for one in found), key=_cost)
     chosen.sort(key=_price)
-    return VictimSet((*forced, *chosen), _cost(chosen))
+    return VictimSet((*mandatory, *chosen), _cost(chosen))
 
 
 def _joined(tiers: Iterable[Iterable[Candidate]]) -> list[Candidate]:
@@ -135,11 +139,11 @@ def _joined(tiers: Iterable[Iterable[Candidate]]) -> list[Candidate]:
 
 
 class SetOracle:
-    """Tells whether a set of candidates suffices beside the forced ones; what one set frees answers for other sets."""
+    """Tells whether a set of candidates suffices beside the mandatory ones; what one set frees answers for other sets."""
 
-    def __init__(self, problem: SelectionProblem, forced: Sequence[Candidate]) -> None:
+    def __init__(self, problem: SelectionProblem, mandatory: Sequence[Candidate]) -> None:
         self.problem = problem
-        self.forced = forced
+        self.mandatory = mandatory
         self.too_little: list[Amount] = []  # what was freed by sets that did not suffice
         self.plenty: list[Amount] = []  # and by sets that did
 
@@ -152,7 +156,7 @@ class SetOracle:
             return False
         if any(_within(more, freed) for more in self.plenty):
             return True
-        suffices = self.problem.suffices([*self.forced, *chosen])
+        suffices = self.problem.suffices([*self.mandatory, *chosen])
         (self.plenty if suffices else self.too_little).append(freed)
         return suffices
 

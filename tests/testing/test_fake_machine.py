@@ -134,7 +134,10 @@ def test_a_model_that_was_not_declared_is_not_found() -> None:
         fake.model("chat")
         with pytest.raises(ModelNotFound) as caught:
             fake.scheduler.acquire("chta")
-        assert (caught.value.looked_in, caught.value.suggestions) == (("the models that the test has declared",), ("chat",))
+        assert (caught.value.looked_in, caught.value.suggestions) == (
+            ("the models that the test has declared",),
+            ("chat",),
+        )
         with pytest.raises(ModelNotFound):
             fake.scheduler.acquire(Path("models/chta.gguf"))
 

@@ -1,1 +1,1 @@
-"""Which device each layer goes to."""
+"""Placement: which device each layer of a model goes to."""

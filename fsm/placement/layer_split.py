@@ -1,9 +1,9 @@
-"""How consecutive layers are dealt to several GPUs: as few GPUs as possible, whichever of them and in whichever order.
+"""The layer split: how consecutive layers are dealt to as few GPUs as possible, in any order of the GPUs.
 
-GPUs have an order of preference. The first few of them in that order are tried first, each with as many layers as it
-takes, which in a given order is the best that can be done. Where they do not take all, other GPUs or another order may:
-with layers or GPUs of unequal size it matters who comes first. So every set of GPUs is tried then, each with the order
-in which it takes most, which is exact for up to eight GPUs of different room and bounded for more.
+GPUs have an order of preference. The first few GPUs in that order are tried first, each with as many layers as it
+takes, which is the best split in a given order. Where they do not take all layers, other GPUs or another order may:
+with layers or GPUs of unequal size the order of the GPUs matters. So every set of GPUs is tried then, each in the order
+in which it takes most layers, which is exact for up to eight GPUs of different room and bounded for more.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import accumulate
 
-MOST_SETS = 70  # of one size that are looked at: all there are of eight GPUs
+MOST_SETS = 70  # sets of GPUs of one size that are tried: eight GPUs have no more
 
 
 class LayerSplitter:
     """Layers to be dealt to GPUs that have `rooms` bytes for them, the preferred GPU first.
 
-    Whichever GPU comes first takes `first_bytes` besides. Answers are (GPU, layers) in the order of the layers, GPUs
-    by their places in `rooms`; each GPU has at least one layer.
+    The first GPU that has layers takes `first_bytes` besides. Answers are (GPU, layers) in the order of the layers, a
+    GPU being its index in `rooms`; each GPU has at least one layer.
     """
 
     def __init__(self, layers_bytes: Sequence[int], first_bytes: int, rooms: Sequence[int]) -> None:
@@ -29,7 +29,7 @@ class LayerSplitter:
         self._count = len(layers_bytes)
 
     def fewest(self) -> list[tuple[int, int]]:
-        """Deal all layers to as few GPUs as possible; empty where no GPUs together take them."""
+        """Return a split of all layers over as few GPUs as possible; empty where all GPUs together do not take them."""
         least = self._least()
         for size in range(least, len(self._rooms) + 1):
             if dealt := self.first_fit(range(size)):
@@ -37,7 +37,7 @@ class LayerSplitter:
         return self.best_over_subsets(len(self._rooms)) if least <= len(self._rooms) else []
 
     def first_fit(self, order: Sequence[int]) -> list[tuple[int, int]]:
-        """Deal all layers to GPUs in this order, to each as many as it takes; empty where some are left."""
+        """Return a split over GPUs in this order, each with as many layers as it takes; empty where layers are left."""
         dealt: list[tuple[int, int]] = []
         at = 0
         for gpu in order:
@@ -50,7 +50,7 @@ class LayerSplitter:
         return []
 
     def proportional(self, size: int) -> list[tuple[int, int]]:
-        """Deal all layers to the first so many GPUs, to each its share of their room; empty where some are left."""
+        """Return a split over the first `size` GPUs, by their shares of the room; empty where layers are left."""
         rooms = self._rooms[:size]
         total_bytes = self._ends[-1] + self._first_bytes
         part = min(1.0, total_bytes / max(1, sum(rooms)))
@@ -64,13 +64,13 @@ class LayerSplitter:
         return dealt if at == self._count else []
 
     def _reach(self, at: int, gpu: int, part: float = 1.0) -> int:
-        """Return where a GPU's layers end that begin at `at`."""
+        """Return the index behind the last layer of a GPU whose layers begin at index `at`."""
         room = self._rooms[gpu] - (0 if at else self._first_bytes)
         share = room if part == 1.0 else int(room * part)
         return at if share < 0 else max(at, bisect_right(self._ends, self._ends[at] + share) - 1)
 
     def _least(self) -> int:
-        """Return how many GPUs it takes at least: those with most room hold enough together."""
+        """Return the least number of GPUs that have enough room together; one more than there are where none do."""
         missing = self._ends[-1] + self._first_bytes
         for size, room in enumerate(sorted(self._rooms, reverse=True), 1):
             missing -= max(0, room)
@@ -79,9 +79,9 @@ class LayerSplitter:
         return len(self._rooms) + 1
 
     def best_over_subsets(self, most: int) -> list[tuple[int, int]]:
-        """Deal all layers to at most so many GPUs, in whichever order; empty where that cannot be.
+        """Return a split of all layers over at most `most` GPUs, in any order; empty where there is none.
 
-        For each set of GPUs only the order matters by which it takes most layers: whoever comes after takes no less.
+        For each set of GPUs only the order counts in which it takes most layers: the GPUs that follow take no fewer.
         """
         reached: dict[frozenset[int], tuple[int, tuple[int, ...]]] = {frozenset(): (0, ())}
         for _ in range(most):

@@ -1,4 +1,4 @@
-"""Where a model goes: whole on GPUs, partly, or on the host, on a scratch account of what is free."""
+"""The search for a placement: whole on GPUs, in part, or on the host, within given free bytes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fsm.domain.devices import HOST, Amounts, DeviceId, Placement
 from fsm.placement.layer_split import LayerSplitter
 from fsm.sizing.footprint import Footprint, bytes_by_device
 
-PREDICTED_HEADROOM = 0.25  # a prediction fits if it takes at most 80 % of what is free, as in the reference
+PREDICTED_HEADROOM = 0.25  # a prediction fits if it takes at most 80 % of the free bytes, as in the reference
 MEASURED_HEADROOM = 0.03
 
 Free = Mapping[DeviceId, int]
@@ -29,21 +29,21 @@ class Gpu:
     """A GPU that layers may go to."""
 
     id: DeviceId
-    memory: DeviceId  # where its bytes are booked: its own, or the host's if it is integrated
-    instance: bool = False  # of a divided GPU: CUDA lets a process see one of these, so nothing is split over it
-    library: str = "CUDA"  # that it is used through: nothing is split over GPUs of two
+    memory: DeviceId  # the device whose account holds its bytes: itself, or the host if it is integrated
+    instance: bool = False  # of a divided GPU: CUDA lets a process see one instance, so no model is split over several
+    library: str = "CUDA"  # through which the engine uses it: no model is split over GPUs of two libraries
 
 
 @dataclass(frozen=True, slots=True)
 class PlacementDemand:
-    """What a runner needs, and what its request says about where."""
+    """What a runner needs, and what its request says about its placement."""
 
     footprint: Footprint
     num_gpu: int | None = None  # layers; None or negative: automatic
     main_gpu: int | None = None
     known: Mapping[Amounts, Amounts] = field(default_factory=dict)  # layers by GPU -> bytes measured with that split
-    spread: bool = False  # over all GPUs, even where one takes it
-    require_gpu: bool = False  # whole on GPUs, whatever its request says, or not at all
+    spread: bool = False  # over all GPUs, even where one GPU takes the model
+    require_gpu: bool = False  # whole on GPUs or not at all, also where its request names fewer layers
 
     @property
     def layers(self) -> int:
@@ -51,7 +51,7 @@ class PlacementDemand:
         return len(self.footprint.weights_bytes) + 1
 
     def offload_modes(self, gpus: Sequence[Gpu]) -> tuple[Offload, ...]:
-        """Return the ways to place it, the best first: what fits whole, once room is made, is not offloaded in part."""
+        """Return the possible offloads, the best first: no model goes in part that fits whole after evictions."""
         if self.footprint.fixed:
             return (Offload.none,)
         if self.require_gpu:
@@ -64,20 +64,20 @@ class PlacementDemand:
 
 
 def needed(placement: Placement, *, exact: bool) -> Amounts:
-    """Return the bytes that must be free for it: what it takes and the headroom over what is not exactly known."""
+    """Return the bytes by device that must be free for a placement: its own, and the headroom unless they are exact."""
     headroom = 0.0 if exact else MEASURED_HEADROOM if placement.measured else PREDICTED_HEADROOM
     return tuple((device, int(amount * (1 + headroom))) for device, amount in placement.bytes)
 
 
 def find_placement(demand: PlacementDemand, offload: Offload, free: Free, gpus: Sequence[Gpu]) -> Placement | None:
-    """Return where it fits within `free`, headroom included; None where it does not.
+    """Return a placement that fits within `free`, headroom included; None where there is none.
 
-    As many layers as possible go to GPUs, the output first and then the last ones, as llama.cpp offloads them. They
-    go to one GPU, the best that takes them (the explicit `main_gpu`, else a discrete one before an integrated one,
-    else the one with most free), or else to as few as possible of one library, or to all of these with `spread`.
+    As many layers as possible go to GPUs, the output first and then the last layers, as llama.cpp offloads them. They
+    go to one GPU, the best that takes them (the explicit `main_gpu`, else a discrete GPU before an integrated one, else
+    the GPU with most free bytes), or else to as few GPUs of one library as possible, or with `spread` to all of them.
     """
     if demand.footprint.fixed:
-        return _within(Placement(_booked(dict(demand.footprint.fixed), gpus)), free, exact=True)
+        return _within(Placement(_by_memory(dict(demand.footprint.fixed), gpus)), free, exact=True)
     if offload is Offload.none:
         return _within(_layout(demand, (), gpus), free)
     order = sorted(
@@ -105,7 +105,7 @@ def _layer_counts(demand: PlacementDemand, offload: Offload) -> Sequence[int]:
 
 
 class SplitEnumerator:
-    """The splits that are worth a look, by the number of layers on GPUs."""
+    """The splits that are worth trying, by the number of layers on GPUs."""
 
     def __init__(self, demand: PlacementDemand, free: Free, order: Sequence[Gpu]) -> None:
         self.demand = demand
@@ -115,7 +115,7 @@ class SplitEnumerator:
         self.teams = _teams(order)
 
     def splits(self, layers: int) -> Iterator[Amounts]:
-        """Yield ways to put so many layers on GPUs that may fit, the best first; none that surely does not."""
+        """Yield the splits of so many layers over GPUs that may fit, the best first; no split that cannot fit."""
         offloaded = self.layers_bytes[len(self.layers_bytes) - layers :]
         first_bytes = self.demand.footprint.projectors_bytes
         over_all = [split for team in self.teams for split in self._spread_over(team, offloaded, first_bytes)]
@@ -130,7 +130,7 @@ class SplitEnumerator:
                 yield _split_of(dealt, team)
         if self.demand.known:
             yield from self._measured(layers)
-            for team in self.teams:  # what was dealt above may have been measured, and found larger than predicted
+            for team in self.teams:  # a split above may have been measured, and be larger than predicted
                 yield from self._other_splits(team, offloaded, first_bytes)
 
     def _spread_over(self, team: Sequence[Gpu], offloaded: Sequence[int], first_bytes: int) -> Iterator[Amounts]:
@@ -153,7 +153,7 @@ class SplitEnumerator:
         return LayerSplitter(offloaded, first_bytes, [self.rooms[gpu.id] - copies_bytes for gpu in team])
 
     def _measured(self, layers: int) -> Iterator[Amounts]:
-        """Yield the splits over several GPUs that were seen before: what they took may be less than is predicted."""
+        """Yield the measured splits over several GPUs: their bytes may be fewer than predicted."""
         for split in sorted(self.demand.known, key=lambda split: (len(split), split)):
             gpus = {gpu for gpu, _ in split}
             together = any(gpus <= {gpu.id for gpu in team} for team in self.teams)
@@ -162,9 +162,9 @@ class SplitEnumerator:
 
 
 def _teams(order: Sequence[Gpu]) -> list[list[Gpu]]:
-    """Return the GPUs that a model may be split over, by library, several in each: discrete ones, and no instances.
+    """Return the teams of GPUs that a model may be split over: two or more discrete GPUs of one library, no instances.
 
-    llama.cpp leaves integrated GPUs out where there is a discrete one, and several of them have the same memory.
+    llama.cpp leaves integrated GPUs out where there is a discrete GPU, and several integrated GPUs share one memory.
     """
     teams: dict[str, list[Gpu]] = {}
     for gpu in order:
@@ -178,7 +178,7 @@ def _split_of(dealt: Sequence[tuple[int, int]], team: Sequence[Gpu]) -> Amounts:
 
 
 def _room(free_bytes: int) -> int:
-    """Return the most that fits with the headroom for a prediction, as `needed` rounds it."""
+    """Return the most bytes that fit into `free_bytes` with the headroom of a prediction, as `needed` rounds it."""
     over, under = (1 + PREDICTED_HEADROOM).as_integer_ratio()
     return (under * (free_bytes + 1) - 1) // over
 
@@ -191,19 +191,19 @@ def _within(placement: Placement, free: Free, *, exact: bool = False) -> Placeme
     return None if _lacking(placement, free, exact=exact) else placement
 
 
-def _booked(amounts: Mapping[DeviceId, int], gpus: Sequence[Gpu]) -> Amounts:
+def _by_memory(amounts: Mapping[DeviceId, int], gpus: Sequence[Gpu]) -> Amounts:
     """Return amounts by the memory that they are taken from: an integrated GPU's are the host's."""
     memory = {gpu.id: gpu.memory for gpu in gpus}
-    booked: dict[DeviceId, int] = {}
+    found: dict[DeviceId, int] = {}
     for device, amount in amounts.items():
         where = memory.get(device, device)
-        booked[where] = booked.get(where, 0) + amount
-    return tuple(booked.items())
+        found[where] = found.get(where, 0) + amount
+    return tuple(found.items())
 
 
 def _layout(demand: PlacementDemand, split: Amounts, gpus: Sequence[Gpu]) -> Placement:
-    """Return the bytes by device of a split, measured ones where that split was measured."""
+    """Return the placement of a split: with its measured bytes by device where it was measured, else predicted ones."""
     if (measured := demand.known.get(split)) is not None:
         return Placement(measured, split, measured=True)
     amounts = {device: part.total_bytes for device, part in bytes_by_device(demand.footprint, split).items()}
-    return Placement(_booked(amounts, gpus), split)
+    return Placement(_by_memory(amounts, gpus), split)

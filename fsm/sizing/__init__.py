@@ -1,1 +1,1 @@
-"""What a model takes: load options made explicit, memory predicted, earlier loads."""
+"""The sizes of models: load options made explicit, memory predicted, and the history of earlier loads."""

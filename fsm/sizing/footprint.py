@@ -1,4 +1,4 @@
-"""What a runner takes, by kind and by device."""
+"""The footprint: the memory that a runner is predicted to take, by kind and by device."""
 
 from __future__ import annotations
 
@@ -6,63 +6,63 @@ from dataclasses import dataclass
 
 from fsm.domain.devices import HOST, Amounts, DeviceId
 
-OVERLAPPING_PASSES = 4  # that llama.cpp works on at once where all layers are dealt to several GPUs
+OVERLAPPING_PASSES = 4  # that llama.cpp computes at once where all layers are split over several GPUs
 
 
 @dataclass(frozen=True, slots=True)
 class Footprint:
-    """What one runner would take, before it is placed; bytes."""
+    """The bytes that one runner would take, by kind and by layer, before it is placed."""
 
     weights_bytes: tuple[int, ...] = ()  # of each repeating layer
     caches_bytes: tuple[int, ...] = ()  # of each repeating layer: KV cache, or state, of all slots
-    output_bytes: int = 0  # the first to move to a GPU, before the last layer
-    projectors_bytes: int = 0  # go to the first GPU that has layers
-    compute_bytes: int = 0  # compute buffers, once per device that computes
+    output_bytes: int = 0  # the first part to move to a GPU, before the last layer
+    projectors_bytes: int = 0  # on the first GPU that has layers
+    compute_bytes: int = 0  # compute buffers, once for each device that computes
     input_bytes: int = 0  # weights that stay on the host whatever is offloaded
     process_bytes: int = 0  # the process itself, its tokenizer, the buffer of its results
     prompt_cache_bytes: int = 0  # on the host
-    checkpoints_bytes: int = 0  # on the host: what sliding and recurrent layers held at an earlier token
+    checkpoints_bytes: int = 0  # on the host: states and windows of sliding and recurrent layers at earlier tokens
     repacked_bytes: int = 0  # copies of weights, made where every layer is on the host
     output_copy_bytes: int = 0  # on a GPU beside `output_bytes`: input embeddings that are the output matrix too
-    inputs_bytes: int = 0  # what a pass begins with and hands on, on the host where all layers are on GPUs
-    fixed: tuple[tuple[DeviceId, int], ...] = ()  # declared bytes of what has no layers; then all else is 0
+    inputs_bytes: int = 0  # input and results of a pass, on the host where all layers are on GPUs
+    fixed: tuple[tuple[DeviceId, int], ...] = ()  # declared bytes of a model without layers; all other sizes are 0
 
     @property
     def layers_bytes(self) -> tuple[int, ...]:
-        """Each repeating layer: weights and its cache."""
+        """The bytes of each repeating layer: its weights and its cache."""
         return tuple(map(sum, zip(self.weights_bytes, self.caches_bytes, strict=True)))
 
     @property
     def offloaded_bytes(self) -> tuple[int, ...]:
-        """What GPUs take of each layer that can be offloaded, in llama.cpp's order, in which the output is the last.
+        """The bytes on a GPU of each layer that can be offloaded, in llama.cpp's order; the output is the last.
 
-        The last ones go to GPUs first, so the output does before any other.
+        The last layers go to GPUs first, so the output goes before any other layer.
         """
         return (*self.layers_bytes, self.output_bytes + self.output_copy_bytes)
 
     def copies_bytes(self, split: Amounts) -> int:
-        """What each device of a split holds besides, so that several passes are worked on at once."""
+        """Return the bytes that each device of a split holds besides, so that several passes are computed at once."""
         overlap = len(split) > 1 and sum(layers for _, layers in split) > len(self.weights_bytes)
         return (OVERLAPPING_PASSES - 1) * self.inputs_bytes if overlap else 0
 
 
 @dataclass(frozen=True, slots=True)
 class DeviceBytes:
-    """What a runner takes of one device, in bytes."""
+    """The bytes that a runner takes of one device, by kind."""
 
     weights_bytes: int = 0
     cache_bytes: int = 0
     compute_bytes: int = 0
-    other_bytes: int = 0  # the process itself, what it keeps of prompts; all of what was declared
+    other_bytes: int = 0  # the process itself, its prompt cache and checkpoints; all declared bytes
 
     @property
     def total_bytes(self) -> int:
-        """The sum."""
+        """The bytes of all kinds."""
         return self.weights_bytes + self.cache_bytes + self.compute_bytes + self.other_bytes
 
 
 def bytes_by_device(footprint: Footprint, split: Amounts) -> dict[DeviceId, DeviceBytes]:
-    """Return what each device takes of a model, the host always among them; `split` is layers by GPU."""
+    """Return the bytes that a model takes of each device, the host always among them; `split` is layers by GPU."""
     if footprint.fixed:
         return {device: DeviceBytes(other_bytes=amount) for device, amount in footprint.fixed}
     blocks = len(footprint.weights_bytes)

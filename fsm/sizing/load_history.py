@@ -1,4 +1,4 @@
-"""What is known of earlier lives of a model, in this process or before it: bytes taken, and seconds loaded."""
+"""The load history of a model, in this process or before: the bytes its runners took, and the seconds of loads."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import TypeVar
 from fsm.domain.devices import Amounts
 from fsm.domain.model_info import Options
 
-LAST_LOADS = 8  # that are kept of each split: enough for a median that one slow load does not move
-MOST_KINDS = 256  # of one model's runners, told apart by their options, of which measurements are kept
+LAST_LOADS = 8  # loads that are kept of each split: enough for a median that one slow load does not move
+MOST_KINDS = 256  # kinds of one model's runners, by their options, of which measurements are kept
 
 Key = TypeVar("Key")
 Value = TypeVar("Value")
@@ -18,11 +18,11 @@ Value = TypeVar("Value")
 
 @dataclass(frozen=True, slots=True)
 class MeasuredBytes:
-    """What runners take that are loaded with these explicit options and split."""
+    """The bytes that runners take with these explicit options and this split."""
 
     options: Options
     split: Amounts  # layers by GPU
-    bytes: Amounts  # by device: the most that is to be expected of the next one
+    bytes: Amounts  # by device: the most that is expected of the next runner
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +30,7 @@ class LoadTimes:
     """How long loads with this split took."""
 
     split: Amounts
-    seconds: tuple[float, ...]  # of the last few, the newest last
+    seconds: tuple[float, ...]  # of the last few loads, the newest last
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,18 +45,18 @@ NOTHING = LoadHistory()
 
 
 def note_bounded(known: dict[Key, Value], key: Key, value: Value) -> None:
-    """Note a value; of very many keys the oldest goes, so that a program that asks for ever new options has an end."""
+    """Keep a value; beyond `MOST_KINDS` keys the oldest is dropped, since a program may ask for ever new options."""
     known[key] = value
     if len(known) > MOST_KINDS:
         del known[next(iter(known))]
 
 
 def with_load(seconds: tuple[float, ...], load_s: float) -> tuple[float, ...]:
-    """Return the last few loads, one more among them."""
+    """Return the seconds of the last few loads, with one more load."""
     return (*seconds, load_s)[-LAST_LOADS:]
 
 
 def usual_load_s(loads: Iterable[tuple[float, ...]]) -> float | None:
-    """Return what is to be expected: the median, which one load from a cold disk, or beside others, does not move."""
+    """Return the median seconds of loads, which one load from a cold disk, or beside others, does not move."""
     known = sorted(load_s for seconds in loads for load_s in seconds)
     return (known[(len(known) - 1) // 2] + known[len(known) // 2]) / 2 if known else None

@@ -1,4 +1,4 @@
-"""Load-time options: what is automatic made explicit, and which runner serves which wish."""
+"""Load-time options: automatic values made explicit, and which loaded options serve which requested options."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from enum import Enum
 from fsm.domain.model_info import ModelInfo, Options
 
 DEFAULT_CONTEXT = 4096  # tokens of one slot, where a request names none
-DEFAULT_EMBEDDER_CONTEXT = 512  # of a decoder that embeds: it computes and keeps the logits of every token
+DEFAULT_EMBEDDER_CONTEXT = 512  # of a decoder used for embeddings: it computes and keeps the logits of every token
 LEAST_CONTEXT = 4
 LEAST_VISION_CONTEXT = 2048  # an image alone takes hundreds of tokens
 DEFAULT_BATCH = 512
@@ -32,21 +32,12 @@ ONE_AT_A_TIME = frozenset(
 
 # Encoders: llama.cpp gives them no cache, and they compute no logits.
 WITHOUT_CACHE = frozenset(
-    {
-        "bert",
-        "eurobert",
-        "jina-bert-v2",
-        "jina-bert-v3",
-        "modern-bert",
-        "neo-bert",
-        "nomic-bert",
-        "nomic-bert-moe",
-    }
+    {"bert", "eurobert", "jina-bert-v2", "jina-bert-v3", "modern-bert", "neo-bert", "nomic-bert", "nomic-bert-moe"}
 )
-WITHOUT_LOGITS = WITHOUT_CACHE | {"lfm2"}  # and decoders that compute none when they embed
+WITHOUT_LOGITS = WITHOUT_CACHE | {"lfm2"}  # and decoders that compute no logits for embeddings
 UNQUANTISED = frozenset({"f32", "f16", "bf16"})  # cache types that every model can have
-CACHE_BLOCK = 32  # elements of a block of all others; llama.cpp refuses heads that are no whole number of them
-# Types whose matrices llama.cpp reorders on x86-64 as it loads them, by gguf's names: others stay as they are.
+CACHE_BLOCK = 32  # elements of a block of all other types; llama.cpp refuses heads that are no whole number of blocks
+# Types whose matrices llama.cpp reorders on x86-64 as it loads them, by gguf's names; all other types stay as they are.
 REPACKED = frozenset({"IQ4_NL", "MXFP4", "Q4_0", "Q4_K"})
 MOST_SLOTS = 256
 MOST_THREADS = 512
@@ -61,29 +52,28 @@ class UnsupportedReason(Enum):
     too_many_slots = "too_many_slots"
     too_many_threads = "too_many_threads"
     partial_blocks = "partial_blocks"  # a quantised cache needs heads of whole blocks
-    needs_flash_attention = "needs_flash_attention"  # to quantise values
+    needs_flash_attention = "needs_flash_attention"  # quantised values need it
 
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """The sizes that everything else follows from, all explicit."""
+    """The sizes that all other sizes follow from, all explicit."""
 
     context: int  # tokens of one slot
-    parallel: int
-    batch: int  # tokens of a prompt that are worked on at once
+    parallel: int  # slots
+    batch: int  # tokens of a prompt that are computed at once
     micro_batch: int  # tokens of one pass
-    cells: int  # tokens that one slot's cache has room for
+    cells: int  # tokens that one slot's cache can hold
 
 
 def resolve(info: ModelInfo, options: Options, defaults: Options = _AUTOMATIC) -> Options:
-    """Make explicit what the engine would otherwise choose: context, batch, slots and cache types.
+    """Return options with explicit values where the engine would choose: context, batch, slots and cache types.
 
-    The context is at least 4 tokens (2048 for a vision model) and at most what the model was trained with; one slot
-    for embedders and for families that cannot share; an embedder's batch holds its whole context, since llama.cpp
-    refuses a pooled input that takes more than one pass. `num_gpu`, `main_gpu`, `num_thread`, `use_mmap`,
-    `flash_attention` and `require_gpu` stay as they are. What is not named is first taken from `defaults`, where the
-    model can have it.
-    Resolving twice changes nothing.
+    The context is at least 4 tokens (2048 for a vision model) and at most the context that the model was trained with.
+    Embedders, and families that cannot share, have one slot. An embedder's batch holds its whole context, since
+    llama.cpp refuses a pooled input that takes more than one pass. `num_gpu`, `main_gpu`, `num_thread`, `use_mmap`,
+    `flash_attention` and `require_gpu` stay as they are. An option that is not named is first taken from `defaults`,
+    where the model can have it. Resolving options twice changes nothing.
     """
     if defaults != _AUTOMATIC:
         options = _with_defaults(info, options, defaults)
@@ -99,7 +89,7 @@ def resolve(info: ModelInfo, options: Options, defaults: Options = _AUTOMATIC) -
 
 
 def _with_defaults(info: ModelInfo, options: Options, defaults: Options) -> Options:
-    """Name what is not named; what would make the model's load fail, or take memory beyond reason, stays automatic."""
+    """Return options with defaults where none is named, unless a load would fail or take memory beyond reason."""
     named = {each.name: getattr(options, each.name) for each in fields(options)}
     chosen = replace(defaults, **{name: value for name, value in named.items() if value is not None})
     if computes_every_logit(info):
@@ -112,9 +102,9 @@ def _with_defaults(info: ModelInfo, options: Options, defaults: Options) -> Opti
 
 
 def impossible(info: ModelInfo, options: Options) -> tuple[str, int | bool | str, UnsupportedReason] | None:
-    """Return the first of these resolved options that llama.cpp would refuse for this model, its value, and why.
+    """Return the name of the first resolved option that llama.cpp would refuse for this model, its value, and why.
 
-    A load that must fail would cost others their runners, and everybody who wants the model its back-off.
+    A load that must fail would evict other runners for nothing, and back the model off for all its requests.
     """
     slots, threads = options.num_parallel or 1, options.num_thread or 1
     if slots > MOST_SLOTS:
@@ -137,27 +127,27 @@ def impossible(info: ModelInfo, options: Options) -> tuple[str, int | bool | str
 
 
 def serves(loaded: Options, asked: Options) -> bool:
-    """Whether a runner loaded with the resolved `loaded` may serve a request for `asked`, resolved or not.
+    """Tell whether a runner loaded with the resolved `loaded` may serve a request for `asked`, resolved or not.
 
-    What is not named matches, as does a negative `num_gpu`; a larger context or more slots serve a smaller wish; all
-    else that is named must be equal, but for `require_gpu`: that is a matter of where the runner went. A wish beyond
-    what the model can have is served once it is resolved.
+    An option that is not named matches, as does a negative `num_gpu`. A larger context or more slots serve a request
+    for less. All other named options must be equal, but for `require_gpu`, which depends on the runner's placement. A
+    request for more than the model can have is served once its options are resolved.
     """
     return asked == _AUTOMATIC or _covers(loaded, asked)
 
 
 def as_named(explicit: Options, asked: Options) -> Options:
-    """Return of explicit options those that were named: what is automatic is no reason to load a model anew."""
+    """Return only the explicit options that a request names: an automatic value is no reason for a reload."""
     left_open = [each.name for each in fields(asked) if getattr(asked, each.name) is None]
     return replace(explicit, **dict.fromkeys(left_open))
 
 
 def maps_file(info: ModelInfo, options: Options, on_host: bool) -> bool:
-    """Whether a runner maps its model's file or reads it, where the request does not say; `on_host`: without a GPU.
+    """Tell whether a runner maps its model's file or reads it; `on_host`: the runner has no layers on GPUs.
 
-    A mapped file loads faster, its pages are shared by all that map it, and the system takes them back when it must. So
-    it is mapped, unless most of it would be there twice: the host works with reordered copies of 4-bit weights.
-    docs/memory.md has the figures.
+    A mapped file loads faster, all processes that map it share its pages, and the system takes them back when it must.
+    So the file is mapped unless the request says otherwise, or most of it would be in memory twice: the host computes
+    with reordered copies of 4-bit weights. docs/memory.md has the figures.
     """
     if options.use_mmap is not None:
         return options.use_mmap
@@ -165,17 +155,17 @@ def maps_file(info: ModelInfo, options: Options, on_host: bool) -> bool:
 
 
 def repacked_bytes(info: ModelInfo) -> int:
-    """The bytes of the layers' matrices that are reordered where the host computes alone."""
+    """Return the bytes of the layers' matrices that are reordered where the host computes alone."""
     return sum(type_bytes for type_name, type_bytes in info.types_bytes if type_name in REPACKED)
 
 
 def micro_batch(info: ModelInfo, options: Options) -> int:
-    """Tokens that the engine computes in one pass (its n_ubatch): an embedder's input, else its batch, up to 2048."""
+    """Return the tokens that the engine computes in a pass (n_ubatch): an embedder's input, else a batch up to 2048."""
     return shape_of(info, options).micro_batch
 
 
 def shape_of(info: ModelInfo, options: Options) -> Shape:
-    """Return the sizes that follow from what is named, and for the rest from the defaults; within what is possible."""
+    """Return the sizes that follow from the named options, and from the defaults else, as far as the model allows."""
     automatic = DEFAULT_EMBEDDER_CONTEXT if computes_every_logit(info) else DEFAULT_CONTEXT
     context = automatic if options.num_ctx is None else options.num_ctx
     if info.vision:
@@ -215,5 +205,5 @@ def padded(tokens: int) -> int:
 
 
 def computes_every_logit(info: ModelInfo) -> bool:
-    """With pooling every token is an output: a decoder computes and keeps the logits of each, though none is read."""
+    """Tell whether a model keeps the logits of every token: a decoder with pooling does, although none are read."""
     return info.embedding and info.architecture not in WITHOUT_LOGITS

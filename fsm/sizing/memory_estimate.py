@@ -1,4 +1,4 @@
-"""What a model would take: metadata and options in, bytes per layer, cache and buffers out."""
+"""The memory estimate: metadata and options in; bytes of layers, caches and buffers out."""
 
 from __future__ import annotations
 
@@ -23,49 +23,49 @@ from fsm.sizing.load_options import (
 CACHE_BLOCK_ELEMENTS = 32  # the same for every cache type
 CACHE_BLOCK_BYTES: Mapping[str, int] = MappingProxyType(
     {"f32": 128, "f16": 64, "bf16": 64, "q8_0": 34, "q5_1": 24, "q5_0": 22, "q4_1": 20, "q4_0": 18, "iq4_nl": 18}
-)  # ggml's block sizes, by llama.cpp's names; these are the cache types there are
+)  # ggml's block sizes, by llama.cpp's names of all cache types
 FLOAT_BYTES = 4
 
 # Measured on x86-64 with the xllamacpp wheel of October 2026, as resident bytes of the child.
-PROCESS_BYTES = 35 * MIB  # Python, the engine's library and its server, once it has answered
-TOKEN_BYTES = 200  # of the tokenizer, per token of the vocabulary
-MERGE_BYTES = 240  # and per merge
+PROCESS_BYTES = 35 * MIB  # Python, the engine's library and its server, once the server has answered
+TOKEN_BYTES = 200  # of the tokenizer, for each token of the vocabulary
+MERGE_BYTES = 240  # of the tokenizer, for each merge
 
-PROMPT_CACHE_BYTES = 64 * MIB  # most that a runner's prompt cache may take
-PROMPT_CACHE_PART = 16  # and no more than this part of everything else: small models refill a context quickly
+PROMPT_CACHE_BYTES = 64 * MIB  # the most that a runner's prompt cache may take
+PROMPT_CACHE_PART = 16  # the cache takes a sixteenth of all else at most: small models refill a context quickly
 
-# What sliding and recurrent layers held at an earlier token is lost, so the engine keeps copies of it: without any, a
-# turn of a chat begins from the first token. It makes two per prompt, one before its end and one a pass earlier, and
-# would keep 32 in each slot, which may be many times the cache.
-CHECKPOINTS = 2  # in each slot
+# Sliding and recurrent layers lose their state at earlier tokens, so the engine keeps copies of it: without copies each
+# turn of a chat begins from the first token. The engine makes two copies a prompt, one before its end and one a pass
+# earlier, and would keep 32 in each slot, which may be many times the cache.
+CHECKPOINTS = 2  # copies in each slot
 
 
 def prompt_cache_bytes(info: ModelInfo, options: Options) -> int:
-    """The limit to give to the engine's prompt cache, which `estimate` counts: whole MiB, 0 to switch it off."""
+    """Return the limit for the engine's prompt cache, which `estimate` counts: bytes in whole MiB, 0 to turn it off."""
     return _prompt_cache_bytes(info, _without_prompt_cache(info, options))
 
 
 def kept_bytes(info: ModelInfo, options: Options) -> int:
-    """The most that a runner comes to keep of earlier prompts on the host: its prompt cache, and checkpoints."""
+    """Return the most bytes that a runner keeps of earlier prompts on the host: its prompt cache and checkpoints."""
     footprint = estimate(info, options)
     return footprint.prompt_cache_bytes + footprint.checkpoints_bytes
 
 
 def work_bytes(info: ModelInfo, options: Options) -> int:
-    """What the processor comes to work in beside the engine's compute buffers, which do not count it."""
+    """Return the bytes that the processor works in beside the engine's compute buffers, which do not count them."""
     return _work_bytes(info, options, shape_of(info, options))
 
 
 def results_bytes(info: ModelInfo, options: Options) -> int:
-    """What an embedder comes to put its results in, once it has any; else 0: there is room from the start."""
+    """Return the bytes of an embedder's results, taken with its first result; 0 where they are taken at the load."""
     return _results_bytes(info, shape_of(info, options)) if info.embedding else 0
 
 
 def estimate(info: ModelInfo, options: Options) -> Footprint:
-    """What a runner of this model takes with these resolved options, once it has filled a context.
+    """Return the footprint of a runner of this model with these resolved options, once it has filled a context.
 
     On the host the sum of all parts is the resident size of the child process, prompt cache included. docs/memory.md
-    compares all parts with what llama.cpp reports, and the sum with the resident size of real children.
+    compares all parts with the reports of llama.cpp, and the sum with the resident size of real children.
     """
     footprint = _without_prompt_cache(info, options)
     return replace(footprint, prompt_cache_bytes=_prompt_cache_bytes(info, footprint))
@@ -94,10 +94,10 @@ def _without_prompt_cache(info: ModelInfo, options: Options) -> Footprint:
 
 
 def _caches_bytes(info: ModelInfo, options: Options, shape: Shape) -> tuple[int, ...]:
-    """Keys and values, or states, of all slots by layer; the whole of them is cleared, and so resident, from the start.
+    """Return the bytes of keys and values, or states, of all slots by layer.
 
-    A slot has its own cells (the child leaves kv_unified off). A sliding layer keeps its window and a pass (llama.cpp:
-    llama_kv_cache_iswa).
+    All of them are cleared at the load, and so resident from the start. A slot has its own cells (the child leaves
+    kv_unified off). A sliding layer keeps its window and a pass (llama.cpp: llama_kv_cache_iswa).
     """
     if info.architecture in WITHOUT_CACHE:
         return (0,) * len(info.layers_bytes)
@@ -119,20 +119,20 @@ def _has(layers: tuple[bool, ...], layer: int) -> bool:
 
 
 def _token_bytes(info: ModelInfo, options: Options, layer: int) -> int:
-    """One token's keys and values in a layer."""
+    """Return the bytes of one token's keys and values in a layer."""
     heads = info.heads_kv[layer] if layer < len(info.heads_kv) else 0
     keys_bytes = _row_bytes(heads * info.key_length, options.cache_type_k)
     return keys_bytes + _row_bytes(heads * info.value_length, options.cache_type_v)
 
 
 def _row_bytes(elements: int, cache_type: str | None) -> int:
-    """A row of a cache; a type that is not known counts as the largest."""
+    """Return the bytes of a row of a cache; an unknown type counts as the largest."""
     block_bytes = CACHE_BLOCK_BYTES.get(cache_type or "f16", CACHE_BLOCK_BYTES["f32"])
     return -(-elements * block_bytes // CACHE_BLOCK_ELEMENTS)
 
 
 def _state_bytes(info: ModelInfo) -> int:
-    """What a recurrent layer keeps for a slot, in floats whatever the cache's type (llama.cpp: n_embd_r, n_embd_s)."""
+    """Return the bytes of a recurrent layer's state in a slot, floats for any cache type (llama.cpp: n_embd_r, _s)."""
     sizes, width = info.recurrence, info.embedding_length
     if sizes.head:
         return FLOAT_BYTES * width * (sizes.shifts + sizes.head)
@@ -143,7 +143,7 @@ def _state_bytes(info: ModelInfo) -> int:
 
 
 def _checkpoints_bytes(info: ModelInfo, options: Options, shape: Shape) -> int:
-    """Copies of the states and windows of all slots."""
+    """Return the bytes of the copies of states and windows of all slots."""
     if info.embedding or info.architecture in WITHOUT_CACHE:
         return 0
     tokens = min(shape.cells, info.sliding_window)
@@ -157,9 +157,9 @@ def _checkpoints_bytes(info: ModelInfo, options: Options, shape: Shape) -> int:
 
 
 def _compute_bytes(info: ModelInfo, options: Options, shape: Shape) -> int:
-    """The engine's compute buffer: floats for each token of a pass, and the masks that say which cells a token sees.
+    """Return the bytes of the engine's compute buffer: floats for each token of a pass, and masks of visible cells.
 
-    The largest step of a layer decides; formulas were fitted to what llama.cpp reports for 400 models and settings.
+    The largest step of a layer decides; formulas were fitted to the reports of llama.cpp for 400 models and settings.
     """
     floats = max(
         _attention_floats(info, options, shape),
@@ -171,16 +171,16 @@ def _compute_bytes(info: ModelInfo, options: Options, shape: Shape) -> int:
 
 
 def _inputs_bytes(info: ModelInfo, options: Options, shape: Shape) -> int:
-    """What a pass begins with and hands on: its masks, and four times its tokens' states.
+    """Return the bytes of a pass's input and results: its masks, and four times its tokens' states.
 
-    As llama.cpp reports it of the host where all layers are on GPUs.
+    llama.cpp reports these bytes for the host where all layers are on GPUs.
     """
     states_bytes = 4 * FLOAT_BYTES * info.embedding_length
     return shape.micro_batch * (states_bytes + _mask_bytes(info, options, shape))
 
 
 def _mask_bytes(info: ModelInfo, options: Options, shape: Shape) -> int:
-    """One token's masks: 2 bytes a cell, or 4 without flash attention; sliding layers have one of their own."""
+    """Return the bytes of a token's masks: 2 a cell, or 4 without flash attention; sliding layers have another mask."""
     if not any(info.heads_kv):
         return 0
     cells = shape.micro_batch if info.architecture in WITHOUT_CACHE else shape.cells
@@ -189,7 +189,10 @@ def _mask_bytes(info: ModelInfo, options: Options, shape: Shape) -> int:
 
 
 def _attention_floats(info: ModelInfo, options: Options, shape: Shape) -> int:
-    """One token's floats: what waits beside, queries twice; without flash attention keys, values and all scores too."""
+    """Return a token's floats in attention: its states, and its queries twice.
+
+    Without flash attention its keys, values and all scores count too.
+    """
     if not any(info.heads_kv):
         return 0
     queries, width = info.heads * info.key_length, info.embedding_length
@@ -203,9 +206,10 @@ def _attention_floats(info: ModelInfo, options: Options, shape: Shape) -> int:
 
 
 def _feed_forward_floats(info: ModelInfo) -> int:
-    """One token's floats: what waits beside, the width that is computed at once, three times where it is gated.
+    """Return a token's floats in the feed-forward step: its states, and the width that is computed at once.
 
-    Experts' results lie side by side; where they are narrow these need a place of their own.
+    The width counts three times where the step is gated. Experts' results lie side by side; results of narrow experts
+    need a place of their own.
     """
     width = info.embedding_length
     together = info.experts_used * info.expert_length
@@ -220,7 +224,10 @@ def _feed_forward_floats(info: ModelInfo) -> int:
 
 
 def _recurrent_floats(info: ModelInfo, shape: Shape) -> int:
-    """One token's floats: what waits beside, the projection, four times what is mixed, most of the states."""
+    """Return a token's floats in a recurrent layer: its states, the projection, four times the mixed width, and more.
+
+    The layer's own states count by three quarters.
+    """
     sizes, width = info.recurrence, info.embedding_length
     if sizes.short_conv:
         return 9 * width
@@ -235,9 +242,9 @@ def _process_bytes(info: ModelInfo) -> int:
 
 
 def _results_bytes(info: ModelInfo, shape: Shape) -> int:
-    """The buffer that results are copied to: a slot's logits, or all tokens' logits and embeddings of an embedder.
+    """Return the bytes of the result buffer: logits by slot, or an embedder's logits and embeddings by token of a pass.
 
-    There is room for logits, and cleared, even where none are computed, as in an encoder.
+    The buffer has cleared room for logits even where none are computed, as in an encoder.
     """
     if not info.embedding:
         return FLOAT_BYTES * info.vocabulary * shape.parallel
@@ -245,9 +252,10 @@ def _results_bytes(info: ModelInfo, shape: Shape) -> int:
 
 
 def _work_bytes(info: ModelInfo, options: Options, shape: Shape) -> int:
-    """What the processor works in beside the compute buffer: without flash attention the scores again, at half size.
+    """Return the bytes that the processor works in beside the compute buffer.
 
-    With it some hundred kilobytes, which the process's own count has.
+    Without flash attention these are the scores again, at half size. With flash attention they are some hundred
+    kilobytes, which the bytes of the process include.
     """
     if options.flash_attention is not False or not any(info.heads_kv):
         return 0
@@ -256,9 +264,9 @@ def _work_bytes(info: ModelInfo, options: Options, shape: Shape) -> int:
 
 
 def _repacked_bytes(info: ModelInfo, options: Options) -> int:
-    """Weights that a host-only runner holds twice: reordered copies beside the mapped file.
+    """Return the bytes of weights that a runner on the host holds twice: reordered copies beside the mapped file.
 
-    Without a mapping only the reordered ones are kept, but for embeddings that are the output matrix too.
+    Without a mapping only the reordered weights are kept, but for embeddings that are the output matrix too.
     """
     copied_bytes = info.input_bytes if info.tied and info.output_type in REPACKED else 0
     if not maps_file(info, options, on_host=True):

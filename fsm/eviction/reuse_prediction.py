@@ -17,7 +17,7 @@ BINS = 40  # the last one begins at six days, and has no end
 LONG_S = 600.0  # a rest that is as long as that is not a pause of a caller at work
 
 _TRUST = 3.0  # how many rests of its own a model's bin needs to count as much as the bin of all models
-_COMMON = 0.5  # so many returns to a model are assumed beside those that were seen, at the rate of all models
+_COMMON = 0.5  # returns to a model that are assumed beside its own, at the rate of all models
 _SURE = 0.005  # the probability of longer rests that is neglected
 _HALF = math.sqrt(0.5)
 _EDGES = tuple(2.0 ** (place / 2) for place in range(BINS))  # where the bins begin, seconds

@@ -106,7 +106,7 @@ def smallest_prefix(
 def eviction_tier(candidate: Candidate, now: float) -> tuple[bool, bool, bool]:
     """Return the tier of a candidate, which counts before its cost: the lower, the earlier it is evicted.
 
-    Candidates that may not leave yet come last, then busy ones, then those with an infinite keep-alive.
+    Candidates that may not leave yet come last, then busy candidates, then candidates with an infinite keep-alive.
     """
     return candidate.free_at > now, candidate.leases > 0, candidate.keep_alive_s == math.inf
 

@@ -54,7 +54,7 @@ def read_ahead(step: StepContext, plan: Plan | None) -> None:
 
 
 def spare_bytes(ledger: Ledger) -> int:
-    """Return the host's bytes that are reported free, beyond those reserved and not touched and those mapped."""
+    """Return the host's bytes that are reported as free, less the bytes reserved and not touched, or mapped."""
     if HOST not in ledger.devices:
         return 0
     untouched = sum(account.reserved_not_touched(HOST) for account in ledger.accounts.values())

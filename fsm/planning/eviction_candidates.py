@@ -36,7 +36,7 @@ class Candidates:
         self._forecasts: dict[RunnerId, ReuseForecast] = {}  # of the runners that the policy has asked about
 
     def evictable_until(self, bound: float, without: Collection[RunnerId]) -> list[Candidate]:
-        """Return the candidates for a group whose bound is `bound`: those that may leave now, then idle, then busy.
+        """Return the candidates for a group with this bound: first all that may leave now, then idle, then busy ones.
 
         The time from which on each may leave is exact only where that is now: `timed` returns the others.
         """

@@ -46,7 +46,7 @@ def tell_placed(state: CoreState, plan: Plan, since: RunnerId, decision_log: lis
 
 
 def tell_waits(state: CoreState, plan: Plan, decision_log: list[Entry]) -> None:
-    """Log what request groups wait for, and until when, of those groups for which the reason has changed."""
+    """Log what request groups wait for, and until when, for the groups whose reason has changed."""
     for group in plan.evaluated:
         if group.spec not in state.groups or group.told == group.waits_for:
             continue

@@ -86,7 +86,7 @@ def _select_victims(
     1. Where the memory that is free or being freed suffices, only the mandatory victims leave.
     2. A group behind `GROUPS_AHEAD` groups that lack the same memory is given idle runners only.
     3. Idle runners that may leave now come before the memory of victims of earlier groups, which leave later.
-    4. Else any candidate may leave, and the memory of those victims counts.
+    4. Else any candidate may leave, and the memory of victims of earlier groups counts.
     """
     bound = context.bound(group)
     must = [context.candidates.candidate(runner, bound) for runner in mandatory]
@@ -152,7 +152,7 @@ def _wait_for_memory(
     """Let a group wait for memory that is being freed, or for a load slot; return the load that it evicts, if any:
 
     1. Where the group fits only once the victims of earlier groups have left, it waits for the earlier requests.
-    2. Where it fits once draining runners have left, it waits for those that hold its memory.
+    2. Where it fits once draining runners have left, it waits for the draining runners that hold its memory.
     3. Where it fits once the stopped runners have left, it waits for their memory, or for the load that bars others.
     4. Memory of the program's own needs no load slot.
     5. A runner needs one, and may evict a load for it.

@@ -24,7 +24,7 @@ GROUPS_AHEAD = 16  # victims are chosen for so many request groups at a time; a 
 
 
 class PlanningContext:
-    """The scratch accounts of one plan, made anew for each plan; the state is read and never changed."""
+    """The scratch accounts of one plan, made for that plan alone; the state is read and never changed."""
 
     def __init__(self, state: CoreState, policy: EvictionPolicy) -> None:
         self.state = state
@@ -71,7 +71,7 @@ class PlanningContext:
         frees: Callable[[Candidate], Amount],
         least: int = 0,
     ) -> VictimSet | None:
-        """Return the victims `must` with those chosen of `may`; None where all of them do not suffice."""
+        """Return the mandatory victims `must` with victims chosen of `may`; None where all of them do not suffice."""
         return choose_victims(self.state.now, may, must, SelectionProblem(suffices, frees, least))
 
     def frees(self, memories: Sequence[DeviceId]) -> Callable[[Candidate], Amount]:

@@ -139,7 +139,7 @@ def _joined(tiers: Iterable[Iterable[Candidate]]) -> list[Candidate]:
 
 
 class SetOracle:
-    """Tells whether a set of candidates suffices beside the mandatory victims; a set answers for others by what it frees."""
+    """Tells whether a set of candidates suffices beside the mandatory victims; what a set frees answers for others."""
 
     def __init__(self, problem: SelectionProblem, mandatory: Sequence[Candidate]) -> None:
         self.problem = problem

@@ -18,7 +18,7 @@ import pytest
 
 from scheduler import InvalidModel, Lease, LoadFailed, PythonModel, RunnerCrashed, Scheduler
 from scheduler.engines import llama
-from scheduler.runtime import executor
+from scheduler.runtime import runner_handle
 from tests.support.real import (
     ROOM_FOR_ONE,
     SHORT,
@@ -165,7 +165,7 @@ def test_a_load_that_is_slow_but_goes_on_is_waited_for(
     program: Program, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A slow load that shows progress is waited for, although it takes longer than the load timeout."""
-    monkeypatch.setattr(executor, "_PROGRESS_S", 0.02)
+    monkeypatch.setattr(runner_handle, "_PROGRESS_S", 0.02)
     program(SLOW)
     with Scheduler(settings(load_timeout="1s", stop_grace=GRACE)) as scheduler, scheduler.acquire(model) as lease:
         (runner,) = scheduler.status().runners
@@ -261,7 +261,7 @@ def test_a_file_that_is_cut_while_its_load_waits_for_its_turn_is_never_loaded(fo
 
 def inspecting(core: object) -> bool:
     """Return whether any model's file is being inspected."""
-    return any(model.inspecting for model in core.pool.models.values())  # type: ignore[attr-defined]  # a Core
+    return any(model.inspecting for model in core._state.models.values())  # type: ignore[attr-defined]  # a Core
 
 
 def test_a_file_that_is_cut_while_it_is_loaded_fails_that_load_only(folder: Path, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from tests.tools.trace_request import KINDS, table, trace_all
 
 def test_a_warm_request_passes_less_than_a_cold_one_and_that_less_than_one_that_evicts(tmp_path: Path) -> None:
     """A warm request passes fewer functions than a cold one, and that one fewer than a request that evicts."""
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     with no_leaks():
         found = trace_all(root, tmp_path, llama=False)
     assert tuple(found) == KINDS

@@ -42,11 +42,11 @@ class Lease(NonCopyable):
     awaited.
     """
 
-    __slots__ = ("__weakref__", "_desk", "_lock", "_released", "_streams", "_ticket")
+    __slots__ = ("__weakref__", "_broker", "_lock", "_pending", "_released", "_streams")
 
     def __init__(self, broker: RequestBroker, pending: PendingRequest) -> None:
-        self._desk = broker
-        self._ticket = pending
+        self._broker = broker
+        self._pending = pending
         self._released = False
         self._streams = 0  # open streams; the lease is released after the last
         self._lock = threading.RLock()  # guards `_streams` and `_released`; re-entered by the finaliser of a stream
@@ -56,18 +56,18 @@ class Lease(NonCopyable):
     @property
     def model(self) -> str:
         """The model's name."""
-        return self._ticket.model
+        return self._pending.model
 
     @property
     def runner(self) -> RunnerId:
         """The id of the runner; no later runner has the same id."""
-        assert self._ticket.runner is not None, "a lease is granted with a runner"
-        return self._ticket.runner.runner
+        assert self._pending.runner is not None, "a lease is granted with a runner"
+        return self._pending.runner.runner
 
     @property
     def pid(self) -> int | None:
         """The process of the runner; None for an object."""
-        process = self._ticket.runner.process if self._ticket.runner else None
+        process = self._pending.runner.process if self._pending.runner else None
         return process.pid if process is not None else None
 
     @property
@@ -84,29 +84,29 @@ class Lease(NonCopyable):
     def value(self) -> Any:
         """The object itself, where the model is one (`PythonModel`)."""
         self._check()
-        assert self._ticket.runner is not None, "a lease is granted with a runner"
-        return self._ticket.runner.value
+        assert self._pending.runner is not None, "a lease is granted with a runner"
+        return self._pending.runner.value
 
     @property
     def lost(self) -> bool:
         """Whether the runner is gone, so that it cannot be used any more."""
-        return bool(self._ticket.lost)
+        return bool(self._pending.lost)
 
     @property
     def wanted(self) -> bool:
         """Whether other requests wait for the runner's memory: a holder that keeps leases long should release it."""
-        return self._ticket.wanted
+        return self._pending.wanted
 
     def on_lost(self, callback: Callable[[], object]) -> None:
         """Have `callback` called from another thread, once, when the runner is gone; at once if it is."""
-        self._desk.add_listener(self._ticket, "lost", callback)
+        self._broker.add_listener(self._pending, "lost", callback)
 
     def on_wanted(self, callback: Callable[[], object]) -> None:
         """Have `callback` called from another thread, once, when other requests wait for the runner's memory.
 
         The callback is called at once if requests wait already.
         """
-        self._desk.add_listener(self._ticket, "wanted", callback)
+        self._broker.add_listener(self._pending, "wanted", callback)
 
     # -- its end ------------------------------------------------------------------------------------------------------
 
@@ -116,7 +116,7 @@ class Lease(NonCopyable):
             self._released = True
             if self._streams:
                 return
-        self._desk.release(self._ticket)
+        self._broker.release(self._pending)
 
     def __enter__(self) -> Self:
         return self
@@ -137,12 +137,12 @@ class Lease(NonCopyable):
     def __del__(self) -> None:
         if not hasattr(self, "_lock"):  # Ctrl-C came while the lease was made, before anything was requested
             return
-        if self._desk.release(self._ticket) and not self._released:
+        if self._broker.release(self._pending) and not self._released:
             warnings.warn(f"a lease on {self.model} was never released", ResourceWarning, stacklevel=2, source=self)
 
     def __repr__(self) -> str:
         state = "lost" if self.lost else "released" if self._released else "held"
-        return f"<Lease {self._ticket.id} on {self.model}: {state}>"
+        return f"<Lease {self._pending.id} on {self.model}: {state}>"
 
     # -- its use ------------------------------------------------------------------------------------------------------
 
@@ -203,23 +203,23 @@ class Lease(NonCopyable):
         return AsyncStream(self, pieces, connection)
 
     def _check(self) -> None:
-        if self._ticket.lost:
-            raise RunnerCrashed(self.model, self.runner, self._ticket.lost, self._ticket.closed)
+        if self._pending.lost:
+            raise RunnerCrashed(self.model, self.runner, self._pending.lost, self._pending.closed)
         if self._released and not self._streams:
             raise LeaseReleased(self.model)
 
     def _endpoint(self) -> Endpoint:
-        self._desk.check()  # first: what a fork sends on an inherited connection would mix with its parent's answers
+        self._broker.check()  # first: what a fork sends on an inherited connection would mix with its parent's answers
         self._check()
-        endpoint = self._ticket.runner.endpoint if self._ticket.runner else None
+        endpoint = self._pending.runner.endpoint if self._pending.runner else None
         if endpoint is None:
             raise UnsupportedOption("model", self.model, _IS_OBJECT)
         return endpoint
 
     def _client(self) -> RunnerClient:
-        self._desk.check()
+        self._broker.check()
         self._check()
-        client = self._ticket.runner.client if self._ticket.runner else None
+        client = self._pending.runner.client if self._pending.runner else None
         if client is None:
             raise UnsupportedOption("model", self.model, _IS_OBJECT)
         return client
@@ -230,9 +230,9 @@ class Lease(NonCopyable):
         try:
             yield
         except ConnectionError as error:
-            self._desk.verify_runner(self._ticket)
+            self._broker.verify_runner(self._pending)
             raise RunnerCrashed(
-                self.model, self.runner, self._ticket.lost or str(error), self._ticket.closed
+                self.model, self.runner, self._pending.lost or str(error), self._pending.closed
             ) from error
 
     async def _awaiting(self, answer: Awaitable[Answer]) -> Answer:
@@ -240,9 +240,9 @@ class Lease(NonCopyable):
         try:
             return await answer
         except ConnectionError as error:
-            await asyncio.to_thread(self._desk.verify_runner, self._ticket)
+            await asyncio.to_thread(self._broker.verify_runner, self._pending)
             raise RunnerCrashed(
-                self.model, self.runner, self._ticket.lost or str(error), self._ticket.closed
+                self.model, self.runner, self._pending.lost or str(error), self._pending.closed
             ) from error
 
     def _begin_stream(self) -> None:
@@ -255,7 +255,7 @@ class Lease(NonCopyable):
             self._streams -= 1
             last = self._released and not self._streams
         if last:
-            self._desk.release(self._ticket)
+            self._broker.release(self._pending)
 
 
 class Stream(NonCopyable, Iterator[str]):
@@ -270,7 +270,7 @@ class Stream(NonCopyable, Iterator[str]):
     def __next__(self) -> str:
         if (lease := self._lease) is None:
             raise StopIteration
-        lease._desk.check()
+        lease._broker.check()
         try:
             with lease._talking():
                 piece = next(self._pieces)
@@ -287,7 +287,7 @@ class Stream(NonCopyable, Iterator[str]):
         While another thread waits for the next piece, the stream ends with that piece.
         """
         lease, self._lease = self._lease, None
-        if lease is None or lease._desk.forked:
+        if lease is None or lease._broker.forked:
             return
         try:
             self._pieces.close()
@@ -322,7 +322,7 @@ class AsyncStream(NonCopyable, AsyncIterator[str]):
     async def __anext__(self) -> str:
         if (lease := self._lease) is None:
             raise StopAsyncIteration
-        lease._desk.check()
+        lease._broker.check()
         try:
             return await lease._awaiting(anext(self._pieces))
         except BaseException:
@@ -332,7 +332,7 @@ class AsyncStream(NonCopyable, AsyncIterator[str]):
     async def aclose(self) -> None:
         """End the answer here; a second call is harmless."""
         lease, self._lease = self._lease, None
-        if lease is not None and not lease._desk.forked:
+        if lease is not None and not lease._broker.forked:
             try:
                 await self._pieces.aclose()
             finally:
@@ -346,6 +346,6 @@ class AsyncStream(NonCopyable, AsyncIterator[str]):
 
     def __del__(self) -> None:
         lease = getattr(self, "_lease", None)
-        if lease is not None and not lease._desk.forked:
+        if lease is not None and not lease._broker.forked:
             self._connection.cut()  # the event loop closes the generator, unless the loop ends before
             lease._end_stream()

@@ -18,12 +18,12 @@ class Reservation(NonCopyable):
     """Memory of the program's own that no model is placed in until it is released; a second release is harmless."""
 
     def __init__(self, broker: RequestBroker, pending: PendingRequest) -> None:
-        self._desk = broker
-        self._ticket = pending
+        self._broker = broker
+        self._pending = pending
 
     def release(self) -> None:
         """Release the memory for models."""
-        self._desk.release(self._ticket)
+        self._broker.release(self._pending)
 
     def __enter__(self) -> Self:
         return self
@@ -43,7 +43,7 @@ class Acquiring:
     """
 
     def __init__(self, broker: RequestBroker, parsed: ParsedRequest) -> None:
-        self._desk = broker
+        self._broker = broker
         self._parsed = parsed
         self._entered = False
         self._lease: Lease | None = None  # set while it is entered, once the lease is granted
@@ -71,12 +71,12 @@ class Acquiring:
         future: asyncio.Future[Lease] = loop.create_future()
 
         def deliver(pending: FutureRequest) -> None:
-            lease = Lease(self._desk, pending) if pending.error is None else None
+            lease = Lease(self._broker, pending) if pending.error is None else None
             settle_in_loop(loop, future, lease, pending.error, lease.release if lease is not None else lambda: None)
 
-        pending = self._desk.new_future_request(self._parsed, deliver)
+        pending = self._broker.new_future_request(self._parsed, deliver)
         try:
             return await future
         except BaseException:
-            self._desk.cancel(pending)
+            self._broker.cancel(pending)
             raise

@@ -71,24 +71,24 @@ class Scheduler:
         self._devices = environment.devices(self.settings)
         self._engines = environment.engines()
         self.catalog = Catalog(environment.resolvers(self.settings))
-        self._registry = ModelRegistry(*self._engines, self.catalog, pin=lambda model: self._desk.post(Pin(model)))
+        self._registry = ModelRegistry(*self._engines, self.catalog, pin=lambda model: self._broker.post(Pin(model)))
         self._hub = Hub(self.settings.event_buffer, self._registry.name)
         core = Core(limits_of(self.settings), self.settings.eviction)
         self._recorder: Recorder | None = None
         if (file := self.settings.recording_file) is not None:
             self._recorder = Recorder(file, self.settings.recording_limit, core, self._registry.name)
         self._driver = environment.driver(
-            core, self._perform, self._hub.publish, lambda error: self._desk.fail(error),
+            core, self._perform, self._hub.publish, lambda error: self._broker.fail(error),
             lambda: self._executor.resample(), self._recorder.step if self._recorder is not None else None,
         )  # fmt: skip
         self._executor = Executor(
             self.settings, self._devices, self._registry.engine_of, self._driver.post, core.lives,
-            lambda model: self._desk.forget(model), environment.thread_pool,
+            lambda model: self._broker.forget(model), environment.thread_pool,
         )  # fmt: skip
-        self._desk = RequestBroker(
+        self._broker = RequestBroker(
             self._registry, self._driver, self._executor, core.knows, self.settings.probe_timeout
         )
-        self._prober = HealthMonitor(self._executor, self.settings.probe_interval, self._desk.drop_unused_objects)
+        self._prober = HealthMonitor(self._executor, self.settings.probe_interval, self._broker.drop_unused_objects)
         try:
             _open_schedulers.add(self)
             self._driver.start()
@@ -105,7 +105,7 @@ class Scheduler:
         """
         match command:
             case Grant() | Reject() | RevokeLease() | NotifyContention() | Finished():
-                self._desk.perform(command)
+                self._broker.perform(command)
             case _:
                 self._executor.perform(command)
 
@@ -122,10 +122,10 @@ class Scheduler:
         (at once, as `TimeoutTooShort`, where it is certain), `UnsupportedOption`, `InvalidSettings`, `SchedulerClosed`.
         """
         parsed = self._registry.parse_cached(model, asking)
-        pending = self._desk.new_request(parsed)
+        pending = self._broker.new_request(parsed)
         # made first: if Ctrl-C interrupts, the end of the lease releases what was granted
-        lease = Lease(self._desk, pending)
-        self._desk.submit_and_wait(pending, parsed)
+        lease = Lease(self._broker, pending)
+        self._broker.submit_and_wait(pending, parsed)
         return lease
 
     def submit(self, model: Model, **asking: Unpack[AcquireOptions]) -> Future[Lease]:
@@ -136,39 +136,39 @@ class Scheduler:
         future: Future[Lease] = Future()
 
         def deliver(pending: FutureRequest) -> None:
-            lease = Lease(self._desk, pending) if pending.error is None else None
+            lease = Lease(self._broker, pending) if pending.error is None else None
             if not pending.settle(future, lease) and lease is not None:
                 lease.release()
 
-        self._desk.submit_future(future, self._registry.parse_cached(model, asking), deliver)
+        self._broker.submit_future(future, self._registry.parse_cached(model, asking), deliver)
         return future
 
     def acquire_async(self, model: Model, **asking: Unpack[AcquireOptions]) -> Acquiring:
         """Like `acquire`, for `await` and `async with`; cancelling a task while it waits cancels its request."""
-        return Acquiring(self._desk, self._registry.parse_cached(model, asking))
+        return Acquiring(self._broker, self._registry.parse_cached(model, asking))
 
     def preload(self, model: Model, **asking: Unpack[AcquireOptions]) -> Future[None]:
         """Load a model without a lease; the future is done when the model is loaded and its runner idle."""
         future: Future[None] = Future()
 
         def deliver(pending: FutureRequest) -> None:
-            self._desk.requests.pop(pending.id, None)
+            self._broker.requests.pop(pending.id, None)
             pending.settle(future, None)
 
-        self._desk.submit_future(future, self._registry.parse_cached(model, asking, Purpose.preload), deliver)
+        self._broker.submit_future(future, self._registry.parse_cached(model, asking, Purpose.preload), deliver)
         return future
 
     def expire(self, model: Model, **asking: Unpack[AcquireOptions]) -> None:
         """Unload a model: at once if its runner is idle, after its leases if busy; harmless if it is not loaded."""
-        self._desk.post(Expire(self._registry.identity(model, asking)))
+        self._broker.post(Expire(self._registry.identity(model, asking)))
 
     def pin(self, model: Model, **asking: Unpack[AcquireOptions]) -> None:
         """Keep a model from eviction and from ending by its keep-alive from now on; it need not be loaded yet."""
-        self._desk.post(Pin(self._registry.identity(model, asking)))
+        self._broker.post(Pin(self._registry.identity(model, asking)))
 
     def unpin(self, model: Model, **asking: Unpack[AcquireOptions]) -> None:
         """Let a model be evicted, or end by its keep-alive, again."""
-        self._desk.post(Unpin(self._registry.identity(model, asking)))
+        self._broker.post(Unpin(self._registry.identity(model, asking)))
 
     def reserve(self, device: str, size: str | int, *, timeout: str | float | None = None) -> Reservation:
         """Reserve memory for the program itself until the reservation is released, evicting idle runners for it.
@@ -176,16 +176,16 @@ class Scheduler:
         `device` is "cpu" or a GPU's id as `status()` shows it. Blocks until there is room. Raises `DoesNotFit` at once
         where there never can be room, `AcquireTimeout`, `InvalidSettings`, `SchedulerClosed`.
         """
-        self._desk.check()
+        self._broker.check()
         check_text("device", device)
         amount = ((DeviceId(device), parse_bytes(size)),)
         self._executor.refresh(_FRESH_S)
         spec = RequestSpec(ModelId(""), Options(), Purpose.memory, 0, amount)
         timeout_s = None if timeout is None else parse_duration(timeout, name="timeout")
         parsed = ParsedRequest(spec, f"{size} on {device}", None, timeout_s)
-        pending = self._desk.new_request(parsed)
-        reservation = Reservation(self._desk, pending)
-        self._desk.submit_and_wait(pending, parsed)
+        pending = self._broker.new_request(parsed)
+        reservation = Reservation(self._broker, pending)
+        self._broker.submit_and_wait(pending, parsed)
         return reservation
 
     def fit(self, model: Model, **asking: Unpack[AcquireOptions]) -> Fit:
@@ -196,14 +196,14 @@ class Scheduler:
         may take at most 2 s. Raises `ModelNotFound`, `InvalidModel`, `UnsupportedOption`, `InvalidSettings`,
         `SchedulerClosed`.
         """
-        self._desk.check()
-        if self._desk.closing:
+        self._broker.check()
+        if self._broker.closing:
             raise SchedulerClosed()
         spec, parsed = self._registry.parse(model, asking)
         info = self._registry.inspect(spec)
         known = self._executor.load_measurements(identity_of(spec))
         self._executor.refresh(_FRESH_S)
-        core = self._desk.query(Core.copy)
+        core = self._broker.query(Core.copy)
         return fit_of(self._clock(), core, parsed, info, self._registry.name, known)
 
     # -- changing its limits ------------------------------------------------------------------------------------------
@@ -221,8 +221,8 @@ class Scheduler:
         Raises `InvalidSettings` for a value that is not allowed and for a setting that cannot change,
         `SchedulerClosed`.
         """
-        self._desk.check()
-        if self._desk.closing:
+        self._broker.check()
+        if self._broker.closing:
             raise SchedulerClosed()
         with self._configuring:
             before = None
@@ -232,7 +232,7 @@ class Scheduler:
             self.settings, told = changed, None
             while told is not self.settings:  # or now: the devices and the core are told the last change last
                 told = self.settings
-                self._desk.post(Configure(told.max_queue, told.max_runners, told.keep_alive))
+                self._broker.post(Configure(told.max_queue, told.max_runners, told.keep_alive))
                 self._devices.set_memory_limit(told.memory_limit)
         if "memory_limit" in limits:
             self._executor.refresh(_FRESH_S)
@@ -241,7 +241,7 @@ class Scheduler:
 
     def status(self) -> Status:
         """Return the runners, the queue and the devices as they are now."""
-        snapshot, failures = self._desk.query(lambda core: (core.snapshot(), core.failures()))
+        snapshot, failures = self._broker.query(lambda core: (core.snapshot(), core.failures()))
         problems = (*self._devices.problems, *map(problem, failures), *self._executor.problems)
         if self._recorder is not None:
             problems = (*problems, *self._recorder.problems)
@@ -258,19 +258,19 @@ class Scheduler:
         def look(core: Core) -> tuple[Snapshot, int, int, tuple[ModelId, ...], bool]:
             return core.snapshot(), core.steps, core.late, core.checkpoint().models(), core.decision_log is not None
 
-        snapshot, step, late, models, listening = self._desk.query(look)
+        snapshot, step, late, models, listening = self._broker.query(look)
         return DebugState(
             snapshot=snapshot,
             step=step,
             late_events=late,
             models=frozenset(models),
             named_models=self._registry.known(),
-            requests=frozenset(self._desk.requests),
+            requests=frozenset(self._broker.requests),
             locked=self._executor.locked,
             listening=listening,
             to_record=self._recorder.waiting if self._recorder is not None else 0,
             read_ahead_bytes=self._executor.read_ahead_bytes,
-            ended=self._desk.finished.is_set(),
+            ended=self._broker.finished.is_set(),
             error=self._driver.broken,
         )
 
@@ -294,7 +294,7 @@ class Scheduler:
                 core.decision_log = []
             return self._hub.open()
 
-        return self._desk.query(listen)
+        return self._broker.query(listen)
 
     # -- its end ------------------------------------------------------------------------------------------------------
 
@@ -304,10 +304,10 @@ class Scheduler:
         `timeout` defaults to the setting `close_timeout`; leases that last longer are revoked. Returns soon after the
         timeout in every case; an object whose `unload` hangs is named in a warning. A second call is harmless.
         """
-        if self._desk.forked or self._ending == threading.get_ident():  # the latter: called in a signal handler
+        if self._broker.forked or self._ending == threading.get_ident():  # the latter: called in a signal handler
             return
         timeout_s = self.settings.close_timeout if timeout is None else parse_duration(timeout, name="timeout")
-        self._desk.closing = True
+        self._broker.closing = True
         self._driver.post(Close(timeout_s))
         try:
             if self._driver.broken is None:
@@ -331,10 +331,10 @@ class Scheduler:
         stop_s = self.settings.stop_grace + _LAST_WORDS_S
         now = time.monotonic()
         leases_end, end = now + timeout_s, now + stop_s
-        while not self._desk.finished.is_set() and (now := time.monotonic()) < end:
-            if self._desk.requests and now < leases_end:
+        while not self._broker.finished.is_set() and (now := time.monotonic()) < end:
+            if self._broker.requests and now < leases_end:
                 end = now + stop_s
-            self._desk.finished.wait(min(end - now, _CLOSE_LOOK_S))
+            self._broker.finished.wait(min(end - now, _CLOSE_LOOK_S))
 
     def _end(self) -> None:
         """Stop what is left: processes first, then threads, and then refuse the requests that still wait.
@@ -377,7 +377,7 @@ class Scheduler:
 
     def _dismiss(self) -> None:
         """Refuse the requests that still wait, and end the event streams."""
-        self._desk.answer_all(SchedulerClosed)
+        self._broker.answer_all(SchedulerClosed)
         self._hub.close()
 
     def _tell(self, hung: list[str]) -> None:
@@ -429,7 +429,7 @@ def _close_all() -> None:
 
 def _disown() -> None:
     for scheduler in list(_open_schedulers):
-        scheduler._desk.forked = True
+        scheduler._broker.forked = True
 
 
 atexit.register(_close_all)

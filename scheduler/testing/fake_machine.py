@@ -128,7 +128,7 @@ class FakeMachine:
 
     def _waits(self) -> bool:
         """Tell whether a request, or the close, waits for what only time can bring."""
-        desk = self.scheduler._desk
+        desk = self.scheduler._broker
         if desk.closing:
             return not desk.finished.is_set()
         return self._auto_advance and any(not ticket.answered for ticket in list(desk.requests.values()))

@@ -536,7 +536,7 @@ def test_an_object_that_is_in_use_or_pinned_stays_known(scheduler: Scheduler) ->
     scheduler.preload(a_model("rests", "100MiB")).result(LIMIT_S)
     with scheduler.acquire(a_model("held", "100MiB")):
         assert_soon(lambda: "pinned" not in states(scheduler))
-        scheduler._desk.drop_unused_objects()
+        scheduler._broker.drop_unused_objects()
         assert scheduler.debug_state().named_models == {"python:pinned", "python:rests", "python:held"}
 
 
@@ -665,7 +665,7 @@ def test_a_name_is_forgotten_while_the_request_of_one_who_left_is_on_its_way(
     """A name is forgotten while a withdrawn request for it waits for its inspection, and a new one is answered."""
     with scheduler._driver._lock:  # the driver is in the middle of a step
         assert scheduler.submit(a_model("a")).cancel()
-        scheduler._desk._forget(a_model("a").id)
+        scheduler._broker._forget(a_model("a").id)
     assert_soon(lambda: known(scheduler) == set())
     assert refused == []
     with pytest.raises(ModelNotFound):

@@ -271,7 +271,7 @@ def test_what_cannot_be_recorded_is_left_out(file: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(recorder, "_RETRY_S", 0.0)
     with recorded(file) as scheduler:
         scheduler.acquire(OBJECT).release()
-        scheduler._desk.post(Progress(object()))  # type: ignore[arg-type]  # there is no such runner
+        scheduler._broker.post(Progress(object()))  # type: ignore[arg-type]  # there is no such runner
         assert_soon(lambda: any("cannot be recorded" in each for each in scheduler.status().problems))
 
         def problems() -> tuple[str, ...]:

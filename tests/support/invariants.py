@@ -17,4 +17,4 @@ def check_scheduler(scheduler: Scheduler) -> None:
         if scheduler._driver.broken is None:
             check_state(core)
 
-    scheduler._desk.query(check)
+    scheduler._broker.query(check)

@@ -19,7 +19,7 @@ A runner enters `expiring` by `expire` (it is evicted, its keep-alive is over, a
 closes) and drains if it must. It enters by `crash` when its load fails or its process is gone or answers no more: its
 leases are revoked first, so it does not drain. `Exited` may come in any state but `unloaded`, and leads to phase 3.
 
-What may never happen; the table, the guard of `unload` and `Core.check` see to it:
+What may never happen, by the table, the guard of `unload`, and the invariants (docs/invariants.md) that tests ask:
 
 - A runner holds a lease while it is `loading`, `idle` or `unloaded`, or while its process is being stopped.
 - A runner is `ready` without a lease, or `loading`, `ready` or `idle` without a process.

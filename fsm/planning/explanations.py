@@ -97,8 +97,7 @@ def runners_refused(state: CoreState, refusal: Refusal) -> tuple[ConsideredRunne
     return tuple(
         _considered(state, runner, None, KeptReason.pinned if state.pinned(runner) else KeptReason.overdue)
         for runner in state.runners.values()
-        if state.pinned(runner)
-        or (runner.state is EXPIRING and not runner.leases and state.now >= runner.stop_deadline)
+        if state.is_unmovable(runner)
     )
 
 

@@ -4,9 +4,9 @@ A check is a function with one property: the function's name is the property's n
 `docs/invariants.md` shows, and its assertions name the runner, request or device in which the property does not hold.
 
     @of_state(ids=("D04",))
-    def a_ready_runner_holds_a_lease(pool: Pool) -> None:
+    def a_ready_runner_holds_a_lease(state: CoreState) -> None:
         \"\"\"A runner is ready only while it holds at least one lease.\"\"\"
-        for runner in pool.runners.values():
+        for runner in state.runners.values():
             assert runner.state is not READY or runner.leases, f"runner {runner.id}"
 
 Every search, simulation and test that asks the checks of a kind asks an added check too, and names its property.

@@ -207,14 +207,14 @@ def test_after_the_limit_it_goes_ahead_without_and_says_so() -> None:
     """A launch goes ahead without its claim after the claim timeout, and the decision log says so."""
     pool = claiming(claim_timeout_s=60.0)
     waits(pool)
-    journal: list[Entry] = []
-    pool.core.decision_log = journal
+    log: list[Entry] = []
+    pool.core.decision_log = log
     pool.feed(ClaimContended(1))
     assert pool.advance("59.9s") == []
     assert pool.advance("0.1s") == [ReleaseClaim(1), pool.launch(1, "a")]
     missed = ClaimMissed(("cpu",), 60.0)
     assert pool.core._context.claim_failure == missed
-    assert [entry.why for entry in journal if isinstance(entry, Decision) and entry.what == "launched"] == [missed]
+    assert [entry.why for entry in log if isinstance(entry, Decision) and entry.what == "launched"] == [missed]
     assert pool.feed(loaded(1)) == [Grant(1, 1)]
 
 

@@ -322,14 +322,14 @@ def walk(state: str, event: str) -> tuple[str, list[Transition]]:
     """Feed an event to a runner in a state; return the outcome, and the rows of the runner's table that were fired."""
     pool = STATES[state](new_pool())
     pool.declare("giant", "65GiB")
-    journal: list[Entry] = []
-    pool.core.decision_log, pool.core.late = journal, 0
+    log: list[Entry] = []
+    pool.core.decision_log, pool.core.late = log, 0
     before = pool.core.snapshot()
     what = EVENTS[event](pool)
     commands = pool.advance(KEEP_ALIVE_S) if what is None else pool.feed(what)
     runner = pool.core._state.runners.get(RunnerId(1))
     after = runner.state if runner else RunnerState.unloaded
-    fired = [entry for entry in journal if isinstance(entry, Transition) and entry.runner == 1]
+    fired = [entry for entry in log if isinstance(entry, Transition) and entry.runner == 1]
     if pool.core.late:
         assert (commands, fired, pool.core.snapshot()) == ([], [], before), "the event was late, but something changed"
         return "late", fired

@@ -65,12 +65,12 @@ def a_busy_pool() -> PoolUnderTest:
 def test_the_journal_tells_a_life() -> None:
     """The decision log has every transition of a runner with its reason and its leases afterwards."""
     pool = a_pool()
-    journal: list[Entry] = []
-    pool.core.decision_log = journal
+    log: list[Entry] = []
+    pool.core.decision_log = log
     pool.ready("a", lease=1)
     pool.advance("2s")
     pool.feed(release(1), expire("a"), exited(1))
-    life = [(entry.trigger, entry.source, entry.destination, entry.leases) for entry in transitions(journal)]
+    life = [(entry.trigger, entry.source, entry.destination, entry.leases) for entry in transitions(log)]
     assert life == [
         ("launch", None, LOADING, 0),
         ("serve", LOADING, READY, 1),
@@ -78,36 +78,36 @@ def test_the_journal_tells_a_life() -> None:
         ("expire", IDLE, EXPIRING, 0),
         ("unload", EXPIRING, UNLOADED, 0),
     ]
-    assert [entry.at for entry in transitions(journal)] == [START, START, START + 2, START + 2, START + 2]
-    assert all(entry.why and entry.runner == 1 and entry.model == "a" for entry in transitions(journal))
+    assert [entry.at for entry in transitions(log)] == [START, START, START + 2, START + 2, START + 2]
+    assert all(entry.why and entry.runner == 1 and entry.model == "a" for entry in transitions(log))
 
 
-def transitions(journal: list[Entry]) -> list[Transition]:
-    return [entry for entry in journal if isinstance(entry, Transition)]
+def transitions(log: list[Entry]) -> list[Transition]:
+    return [entry for entry in log if isinstance(entry, Transition)]
 
 
 def test_the_journal_tells_what_was_decided_about_requests() -> None:
     """The decision log has the decisions on requests in order: queued, granted, rejected."""
     pool = a_pool()
-    journal: list[Entry] = []
-    pool.core.decision_log = journal
+    log: list[Entry] = []
+    pool.core.decision_log = log
     pool.ready("a", lease=1)
     pool.feed(acquire("b", request=2), cancel(2), memory(3, cpu="1GiB"))
-    told = [(entry.what, entry.request) for entry in decisions(journal) if entry.what not in ("waits", "placed")]
+    told = [(entry.what, entry.request) for entry in decisions(log) if entry.what not in ("waits", "placed")]
     assert told == [("queued", 1), ("granted", 1), ("queued", 2), ("rejected", 2), ("queued", 3), ("granted", 3)]
 
 
-def decisions(journal: list[Entry]) -> list[Decision]:
-    return [entry for entry in journal if isinstance(entry, Decision)]
+def decisions(log: list[Entry]) -> list[Decision]:
+    return [entry for entry in log if isinstance(entry, Decision)]
 
 
 def test_the_journal_tells_what_is_waited_for_once_each_time_it_changes() -> None:
     """The decision log has what a request waits for, once for each change, as the queue shows it."""
     pool = a_pool().ready("a", lease=1)
-    journal: list[Entry] = []
-    pool.core.decision_log = journal
+    log: list[Entry] = []
+    pool.core.decision_log = log
     pool.feed(acquire("b", request=2), pool.sample(), pool.sample(), expire("a"), release(1), exited(1))
-    waits = [(entry.request, entry.why) for entry in decisions(journal) if entry.what == "waits"]
+    waits = [(entry.request, entry.why) for entry in decisions(log) if entry.what == "waits"]
     assert waits == [
         (2, WaitFor.metadata),
         (2, WaitForRunners(("a",), RunnerStep.idle)),
@@ -121,10 +121,10 @@ def test_a_victims_end_says_whose_memory_it_makes() -> None:
     """The log of a victim's transition names the model whose memory it makes, or the program's own memory."""
     for wish, model in ((acquire("b", request=2), "b"), (memory(2, cpu="6GiB"), "")):
         pool = a_pool().idle("a")
-        journal: list[Entry] = []
-        pool.core.decision_log = journal
+        log: list[Entry] = []
+        pool.core.decision_log = log
         pool.feed(wish)
-        assert [entry.why for entry in transitions(journal) if entry.trigger == "expire"] == [NeededFor(model)]
+        assert [entry.why for entry in transitions(log) if entry.trigger == "expire"] == [NeededFor(model)]
 
 
 def test_the_journal_is_no_input_of_a_decision() -> None:
@@ -250,13 +250,13 @@ def test_a_snapshot_does_not_change_afterwards() -> None:
 def test_every_entry_names_the_step_that_caused_it() -> None:
     """Every log entry has the number of its step, and late events are steps too."""
     pool = a_pool().idle("a")
-    journal: list[Entry] = []
-    pool.core.decision_log, first = journal, pool.core.steps + 1
+    log: list[Entry] = []
+    pool.core.decision_log, first = log, pool.core.steps + 1
     assert pool.feed(acquire("b", request=7), release(99)) == [Stop(1)]
     assert pool.core.steps == first + 3, "an acquire, a reading, an inspection and a late release"
-    decided = [(entry.step, entry.what) for entry in decisions(journal) if entry.what in ("queued", "evicts")]
+    decided = [(entry.step, entry.what) for entry in decisions(log) if entry.what in ("queued", "evicts")]
     assert decided == [(first, "queued"), (first + 2, "evicts")]
-    assert [(entry.step, entry.trigger) for entry in transitions(journal)] == [(first + 2, "expire")]
+    assert [(entry.step, entry.trigger) for entry in transitions(log)] == [(first + 2, "expire")]
 
 
 def test_steps_are_counted_on_in_a_copy_and_from_a_state() -> None:
@@ -281,9 +281,9 @@ def test_a_step_that_raises_counts(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_illegal_transition_tells_what_its_runner_has_been_through() -> None:
     """An illegal transition names the runner's last transitions if there is a log, and its times if there is none."""
     said = {}
-    for name, journal in {"quiet": None, "loud": list[Entry]()}.items():
+    for name, log in {"quiet": None, "loud": list[Entry]()}.items():
         pool = a_pool()
-        pool.core.decision_log = journal
+        pool.core.decision_log = log
         pool.feed(acquire("a", request=1))
         pool.advance("3s")
         pool.feed(loaded(1), release(1), expire("a"))

@@ -327,39 +327,39 @@ def test_n03_what_is_measured_on_an_integrated_gpu_is_the_hosts() -> None:
 # -- what is logged ---------------------------------------------------------------------------------------------------
 
 
-def measured(journal: list[Entry]) -> list[DecisionReason | None]:
-    return [entry.why for entry in journal if isinstance(entry, Decision) and entry.what == "measured"]
+def measured(log: list[Entry]) -> list[DecisionReason | None]:
+    return [entry.why for entry in log if isinstance(entry, Decision) and entry.what == "measured"]
 
 
 def test_n14_it_is_told_when_a_prediction_is_replaced() -> None:
     """N14: the log has the predicted, the measured and the reserved bytes once, when a prediction is replaced."""
     pool = a_small_runner()
-    journal: list[Entry] = []
-    pool.core.decision_log = journal
+    log: list[Entry] = []
+    pool.core.decision_log = log
     pool.feed(filled(1, cpu="1GiB"), filled(1))
     seen(pool, 1, cpu="7GiB")
-    assert measured(journal) == [Measured(((HOST, 6 * GIB, 4 * GIB, 5 * GIB),), known=False, filled=True)]
-    assert [entry.runner for entry in journal] == [1]
+    assert measured(log) == [Measured(((HOST, 6 * GIB, 4 * GIB, 5 * GIB),), known=False, filled=True)]
+    assert [entry.runner for entry in log] == [1]
 
 
 def test_n14_it_is_told_when_a_prediction_was_too_small() -> None:
     """N14: the log has a prediction that was too small once, when it first shows."""
     pool = a_pool().ready("a", lease=1)
-    journal: list[Entry] = []
-    pool.core.decision_log = journal
+    log: list[Entry] = []
+    pool.core.decision_log = log
     seen(pool, 1, cpu="7GiB")
     seen(pool, 1, cpu="8GiB")
-    assert measured(journal) == [Measured(((HOST, 6 * GIB, 7 * GIB, 7 * GIB),), known=False, filled=False)]
+    assert measured(log) == [Measured(((HOST, 6 * GIB, 7 * GIB, 7 * GIB),), known=False, filled=False)]
 
 
 def test_n14_figures_that_come_from_an_earlier_life_are_told_as_such() -> None:
     """N14: the log marks figures that come from an earlier runner."""
     pool, _ = lived(0, settles=True)
     next_launch(pool)
-    journal: list[Entry] = []
-    pool.core.decision_log = journal
+    log: list[Entry] = []
+    pool.core.decision_log = log
     pool.feed(loaded(2), filled(2))
-    (why,) = measured(journal)
+    (why,) = measured(log)
     assert isinstance(why, Measured) and why.known
 
 

@@ -6,7 +6,7 @@ it holds none, and changes between the two as leases are granted and released. `
 no longer its model's current runner and is never granted again, so the model may have a new runner beside it. It ends
 as `unloaded`, and is removed from the state. A reload is a new runner with a new id.
 
-What happens in `expiring` comes in three phases, told by three fields:
+What happens in `expiring` comes in three phases (`Runner.expiring_phase`), told by three fields:
 
 1. Draining: `leases` is not empty. The process is alive and serves the leases that are held. After the last release
    the runner is stopped. `stop_deadline` is when it is overdue; no plan counts on its memory from then on.
@@ -71,6 +71,25 @@ MEANING: Mapping[RunnerState, str] = MappingProxyType(
         EXPIRING: "One way: the runner takes no new lease. It drains its leases, then its process is stopped, then its "
         "memory is recovered; its reservation ends when the memory is back, or the wait is over.",
         UNLOADED: "Final: no lease, no process, no reserved memory.",
+    }
+)
+
+
+class ExpiringPhase(Enum):
+    """What a runner does while it is `expiring`, in this order; `PHASE_MEANING` says what is true in each phase."""
+
+    draining = "draining"
+    stopping = "stopping"
+    recovering = "recovering"
+
+
+DRAINING, STOPPING, RECOVERING = ExpiringPhase
+
+PHASE_MEANING: Mapping[ExpiringPhase, str] = MappingProxyType(
+    {
+        DRAINING: "It serves the leases that it holds. The last release stops its process.",
+        STOPPING: "It holds no lease, and its process was told to stop, once. The exit of the process ends the phase.",
+        RECOVERING: "Its process is gone. It is unloaded when its memory is back, or the wait for it is over.",
     }
 )
 
@@ -139,6 +158,13 @@ class Runner(Record):
     def current(self) -> bool:
         """Whether this is its model's one runner: loading, ready or idle."""
         return self.state is LOADING or self.state is READY or self.state is IDLE
+
+    @property
+    def expiring_phase(self) -> ExpiringPhase | None:
+        """What an expiring runner does; None in every other state."""
+        if self.state is not EXPIRING:
+            return None
+        return DRAINING if self.leases else STOPPING if self.process else RECOVERING
 
     @property
     def on_host(self) -> bool:

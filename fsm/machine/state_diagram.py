@@ -35,6 +35,11 @@ A runner is one life of one process: a reload is a new runner with a new id. A t
 is not allowed, and a row's guard must hold as well.
 """
 
+PHASES = """\
+While a runner is `expiring` it goes through up to three phases, in this order; a runner without leases begins with the
+second one, and a runner whose process is gone with the third.
+"""
+
 REQUESTS = """\
 ## A request
 
@@ -56,6 +61,8 @@ def markdown() -> str:
         _fenced(mermaid(RUNNER_TABLE)),
         _meanings(runner.MEANING),
         _rows(RUNNER_TABLE.rows),
+        PHASES,
+        _meanings(runner.PHASE_MEANING, "phase"),
         REQUESTS,
         _fenced(_mermaid(REQUEST_ROWS, queued, finals)),
         _meanings(request.MEANING),
@@ -77,9 +84,9 @@ def _fenced(diagram: str) -> str:
     return f"```mermaid\n{diagram}```\n"
 
 
-def _meanings(meanings: Mapping[State, str]) -> str:
+def _meanings(meanings: Mapping[State, str], of: str = "state") -> str:
     rows = [(f"`{state.name}`", text) for state, text in meanings.items()]
-    return _table(("state", "what is true while in it"), rows)
+    return _table((of, "what is true while in it"), rows)
 
 
 def _rows(rows: Iterable[Row[State]]) -> str:

@@ -47,7 +47,7 @@ MODEL_EVENTS = (Expire, Pin, Unpin, Inspected)
 REQUEST_EVENTS = (Acquire, Release, Cancel)
 # Where an event meets nothing but these, nothing else is possible.
 OF_A_RUNNER = (*(state.value for state in RunnerState if state not in (EXPIRING, RunnerState.unloaded)),
-               "draining", "stopping", "ended", "gone")  # fmt: skip
+               "draining", "stopping", "recovering", "gone")  # fmt: skip
 
 
 @dataclass(slots=True)
@@ -197,9 +197,8 @@ def _of_model(core: Core, id: ModelId) -> Situation:
 
 
 def _of_runner(runner: Runner) -> Situation:
-    if runner.state is not EXPIRING:
-        return runner.state.value
-    return "draining" if runner.leases else "stopping" if runner.process else "ended"
+    phase = runner.expiring_phase
+    return runner.state.value if phase is None else phase.value
 
 
 def _name(what: object) -> str:

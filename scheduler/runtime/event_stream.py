@@ -24,6 +24,10 @@ from scheduler.errors.wording import Name, device_reason, kept_reason, transitio
 class ConsideredRunner(decision_log.ConsideredRunner):
     """A runner that was considered for eviction, and why it is kept."""
 
+    __match_args__ = (
+        "runner", "model", "held_bytes", "state", "leases", "unused_s", "cost_s", "taken", "reason", "why", "goes_in_s",
+    )  # fmt: skip  # in the order of docs/api.md: a pattern that names no fields gets the text
+
     reason: str = ""  # why the runner is not evicted, in words; empty where it is evicted
 
 
@@ -38,12 +42,20 @@ class ConsideredDevice(decision_log.ConsideredDevice):
 class Transition(decision_log.Transition):
     """A runner changed its state."""
 
+    __match_args__ = (
+        "at", "runner", "model", "trigger", "source", "destination", "reason", "leases", "why", "step",
+    )  # fmt: skip
+
     reason: str = ""  # `why` in words, with the models' names
 
 
 @dataclass(frozen=True, slots=True)
 class Decision(decision_log.Decision):
     """A decision about a request, or a finding about a runner."""
+
+    __match_args__ = (
+        "at", "what", "model", "reason", "request", "runner", "until", "runners", "devices", "why", "step",
+    )  # fmt: skip
 
     runners: tuple[ConsideredRunner, ...] = ()
     devices: tuple[ConsideredDevice, ...] = ()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 import pytest
@@ -260,3 +261,16 @@ def test_events_have_words_beside_the_values() -> None:
         ["it lacks 1 GiB"],
     )
     assert (evicts.reason, evicts.runners[0].taken, evicts.runners[0].reason) == ("chat", True, "")
+
+
+def test_a_pattern_without_names_gets_the_words_where_they_always_were() -> None:
+    """The fields of an event come in the order of the documentation in a pattern, the reason as text."""
+    listened = event_stream.EventStream(9, name)
+    listened.offer([Transition(1.0, RunnerId(1), MODEL, "serve", LOADING, READY, NeededFor(MODEL), 1)])
+    match listened.take(0):
+        case event_stream.Transition(at, _, _, trigger, _, destination, reason, leases):
+            assert (at, trigger, destination, reason, leases) == (1.0, "serve", READY, "chat needs its memory", 1)
+        case other:
+            raise AssertionError(other)
+    for kind in (event_stream.Transition, event_stream.Decision, event_stream.ConsideredRunner):
+        assert set(kind.__match_args__) == {field.name for field in fields(kind)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Self, Unpack
 
@@ -17,6 +18,7 @@ from scheduler.config.quantities import parse_bytes, parse_duration
 from scheduler.config.settings import Settings, SettingsArguments
 from scheduler.devices.device_reader import DeviceReader
 from scheduler.engines.interface import Engine
+from scheduler.errors.exceptions import InvalidSettings
 from scheduler.models.catalog import Resolver
 from scheduler.runtime.driver import Driver
 from scheduler.testing.fake_engine import Answer, Failure, FakeDevices, FakeEngine, FakeModel, FakeProcess, FakeResolver
@@ -67,7 +69,9 @@ class FakeMachine:
     def fail_load(
         self, name: str, reason: str = "ordered by the test", *, out_of_memory: bool = False, times: int = 1
     ) -> None:
-        """Have the next loads of a declared model fail, each at the end of its load time."""
+        """Have the next loads of a model fail, each at the end of its load time; raises `LookupError` if undeclared."""
+        if name not in self._engine.models:
+            raise LookupError(f"no model {name} was declared")
         self._engine.models[name].failures.extend([Failure(reason, out_of_memory)] * times)
 
     def crash(self, name: str, reason: str = "ordered by the test", *, out_of_memory: bool = False) -> None:
@@ -91,8 +95,14 @@ class FakeMachine:
         return self._time.now
 
     def advance(self, duration: str | float) -> None:
-        """Let time pass, with everything that happens meanwhile; returns when the scheduler has nothing left to do."""
-        self._time.advance(parse_duration(duration))
+        """Let time pass, with everything that happens meanwhile; returns when the scheduler has nothing left to do.
+
+        Raises `InvalidSettings` for a duration that is endless.
+        """
+        duration_s = parse_duration(duration)
+        if duration_s == math.inf:
+            raise InvalidSettings("duration", duration, "a duration that ends")
+        self._time.advance(duration_s)
 
     # -- what has happened --------------------------------------------------------------------------------------------
 

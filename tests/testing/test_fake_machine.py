@@ -10,6 +10,7 @@ import pytest
 from scheduler import (
     AcquireTimeout,
     DoesNotFit,
+    InvalidSettings,
     LoadFailed,
     LoadTimeout,
     ModelNotFound,
@@ -298,3 +299,12 @@ def test_the_fixture_is_a_machine(fake_machine: FakeMachine) -> None:  # noqa: F
     fake_machine.model("chat", size="4GiB", load="3s")
     fake_machine.scheduler.acquire("chat").release()
     assert fake_machine.running == ["chat"]
+
+
+def test_endless_time_and_undeclared_models_are_refused() -> None:
+    """Time never passes for ever, and only loads of declared models can be made to fail."""
+    with FakeMachine() as machine:
+        with pytest.raises(InvalidSettings, match="a duration that ends"):
+            machine.advance(-1)
+        with pytest.raises(LookupError, match="no model ghost was declared"):
+            machine.fail_load("ghost")

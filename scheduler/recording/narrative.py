@@ -339,8 +339,8 @@ class Narrative:
                     wait.holds = False
                 yield self._say(f"{_number(request)} loses its lease: {revoke_reason(reason)}")
             case NotifyContention(runner, requests):
-                held = self._runner(runner)
-                yield self._say(f"other requests wait for the memory of {held}; {len(requests)} holders are told")
+                told = "its holder is" if len(requests) == 1 else f"its {len(requests)} holders are"
+                yield self._say(f"other requests wait for the memory of {self._runner(runner)}; {told} told")
             case Claim(_, devices):
                 yield self._say(f"{', '.join(devices)} is to be claimed among the programs on the machine")
             case Finished():

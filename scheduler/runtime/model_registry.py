@@ -124,7 +124,7 @@ class ModelRegistry:
         """Return the identity of the model that a caller names; raises `UnsupportedOption` for other keywords."""
         for name, value in asking.items():
             if name not in _IDENTITY:
-                raise UnsupportedOption(name, value, f"it is no part of a model's identity; {', '.join(_IDENTITY)} do")
+                raise UnsupportedOption(name, value, f"it is no part of a model's identity; {', '.join(_IDENTITY)} are")
         return self._spec(model, asking).id
 
     def name(self, id: ModelId) -> str:

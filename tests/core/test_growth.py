@@ -152,6 +152,7 @@ def test_an_idle_runner_that_nobody_before_it_can_use_goes_for_a_line_far_back()
     assert pool.core._state.runners[pool.runner("resting")].stopping
 
 
+@pytest.mark.slow
 def test_deadlines_that_were_cleared_are_not_kept() -> None:
     """A thousand requests with a limit of a year that are cancelled at once leave no timers behind."""
     pool = a_pool().ready("a", lease=1)

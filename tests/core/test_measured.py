@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from fsm.domain.devices import HOST, DeviceId, DeviceSample
 from fsm.domain.model_info import Options
 from fsm.machine.runner import RunnerState
@@ -389,6 +391,7 @@ def test_a_program_that_asks_for_ever_new_options_is_not_remembered_for_ever() -
     assert (Options(num_ctx=MOST_KINDS + 9), ()) in model.measured
 
 
+@pytest.mark.slow
 def test_ever_new_options_that_are_asked_for_at_once_are_not_remembered_for_ever() -> None:
     """A model record keeps a bounded number of requirements by options."""
     pool = a_pool().ready("a", lease=1)

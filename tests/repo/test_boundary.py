@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -63,11 +64,13 @@ SEEN_BY_THE_SHELL = {  # the codec encodes whole states, with the records in the
 IMPURE_NAMES = {"open", "input", "print", "exec", "eval", "__import__", "globals", "breakpoint"}
 
 
+@cache
 def tree_of(module: str) -> ast.Module:
     return ast.parse(SOURCES[module].read_text(encoding="utf-8"), module)
 
 
-def imports_of(module: str, *, when_run: bool = False) -> set[str]:
+@cache
+def imports_of(module: str, *, when_run: bool = False) -> frozenset[str]:
     """Return the full names of the modules that a module imports; `when_run` leaves imports for types alone out."""
     names: set[str] = set()
     tree = tree_of(module)
@@ -78,7 +81,7 @@ def imports_of(module: str, *, when_run: bool = False) -> set[str]:
             assert node.level == 0, f"{module}: the module has a relative import"
             parts = {f"{node.module}.{alias.name}" for alias in node.names}
             names |= {part if part in SOURCES else node.module or "" for part in parts}
-    return names
+    return frozenset(names)
 
 
 def is_in(module: str, package: str) -> bool:

@@ -90,6 +90,7 @@ def alike(one: Core, other: Core, scenario: Scenario = ONE_PLACE) -> bool:
 # -- the search --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.name)
 def test_everything_holds_in_the_first_states_of(scenario: Scenario) -> None:
     """Every property holds in the first states of each scenario; `make explore` searches many more."""
@@ -259,6 +260,7 @@ def test_equal_states_have_equal_keys_whatever_they_share() -> None:
     assert alike(core, core.copy())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.name)
 def test_states_with_one_key_have_one_future(scenario: Scenario) -> None:
     """The key has everything that a decision depends on, except how far off deadlines are.
@@ -425,6 +427,7 @@ def test_a_wait_that_the_core_does_not_look_at_again_is_found() -> None:
 # -- the command -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_command_shows_what_it_has_seen(capsys: pytest.CaptureFixture[str]) -> None:
     """The command prints a row for each scenario, and its progress each second."""
     assert main(["explore", "--scenario", "hangs", "--scenario", "claims", "--most", "200"]) == 0

@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Self, assert_never
 
+from fsm.domain.model_info import Options
 from fsm.eviction.policies import DEFAULT_POLICY, EvictionPolicy
 from fsm.lifecycle import device_claims, failures, loads, measurements, memory_recovery, requests, runners
 from fsm.lifecycle.apply_plan import apply_plan, stand_down
@@ -144,6 +145,10 @@ class Core:
     def lives(self, runner: RunnerId) -> bool:
         """Tell whether a runner was launched and is not unloaded yet."""
         return runner in self._state.runners
+
+    def options_asked_of(self, model: ModelId) -> tuple[Options, ...]:
+        """Return the options that the requests which wait for a model name, each once."""
+        return self._state.options_asked_of(model)
 
     def models_in_use(self) -> frozenset[ModelId]:
         """Return the models that are requested, inspected, pinned or have a runner."""
@@ -329,8 +334,9 @@ class Core:
                 lives = any(runner.model == model.id for runner in self._state.runners.values())
                 if not (lives or model.pinned or model.failures or model.measured):
                     del self._state.models[model.id]  # a name without a model is not kept
-            case info:
-                model.apply_inspection(info, self._state.next_runner, event.history)
+            case profile:
+                kept = self._state.options_asked_of(model.id)
+                model.apply_inspection(profile, self._state.next_runner, event.history, kept)
                 self._context.reevaluate(model)
                 waiting = [
                     request for group in self._state.groups_of_model(model.id) for request in group.requests.values()

@@ -8,7 +8,7 @@ from enum import Enum
 
 from fsm.core import Core
 from fsm.domain.devices import HOST, Amounts, DeviceId
-from fsm.domain.model_info import ModelInfo, Options
+from fsm.domain.model_info import Options
 from fsm.eviction.policies import Candidate
 from fsm.machine.request import Purpose, RequestId, RequestSpec
 from fsm.machine.runner import Runner
@@ -16,10 +16,11 @@ from fsm.messages.commands import Grant, Reject
 from fsm.messages.events import Acquire, Inspected, Tick
 from fsm.messages.reasons import WaitReason
 from fsm.messages.refusals import DoesNotFitRefusal, Refusal
-from fsm.placement.search import PlacementDemand, needed
+from fsm.placement.search import needed
 from fsm.planning.plan import Plan
 from fsm.sizing.footprint import DeviceBytes, Footprint, bytes_by_device
 from fsm.sizing.load_history import NOTHING, LoadHistory
+from fsm.sizing.model_profile import ModelProfile
 from fsm.state.core_state import CoreState
 from fsm.state.runner_match import match
 
@@ -68,9 +69,11 @@ class Preview:
 
 
 def preview(
-    now: float, core: Core, spec: RequestSpec, info: ModelInfo | Footprint, known: LoadHistory = NOTHING
+    now: float, core: Core, spec: RequestSpec, profile: ModelProfile | Footprint, known: LoadHistory = NOTHING
 ) -> Preview:
-    """Return what would become of a request with `spec` at `now`, if an inspection found `info` and `known`.
+    """Return what would become of a request with `spec` at `now`, if an inspection found `profile` and `known`.
+
+    `profile` has resolutions for the options of `spec`, and of the requests that wait for the model already.
 
     `core` does not change. Timers that are due by now are taken to have fired. `spec` is for a lease or a preload.
     """
@@ -83,7 +86,7 @@ def preview(
     request = RequestId(max(state.requests, default=0) + 1)
     commands = scratch.step(now, Acquire(request, spec))
     if (model := state.models.get(spec.model)) is not None and model.inspecting:
-        commands += scratch.step(now, Inspected(spec.model, info, known))
+        commands += scratch.step(now, Inspected(spec.model, profile, known))
     for command in commands:
         match command:
             case Grant(answered, runner) if answered == request and runner is not None:
@@ -110,37 +113,35 @@ def _planned(state: CoreState, spec: RequestSpec, plans: Sequence[Plan], outcome
 
     The plan after a plan with victims finds them gone already.
     """
-    model = state.models[spec.model]
-    placements = [(plan.placements[spec], plan.options[spec]) for plan in plans if spec in plan.placements]
+    placements = [(plan.placements[spec], plan.loads[spec]) for plan in plans if spec in plan.placements]
     if not placements:
         return Preview(outcome, spec.options)
-    planned, asked = next((found for found in placements if found[0].victims), placements[-1])
+    planned, load = next((found for found in placements if found[0].victims), placements[-1])
     if planned.victims:
         outcome = Outcome.evicts
-    options, demand = model.demand(asked, state.config)
-    exact = bool(demand.footprint.fixed)
+    exact = bool(load.footprint.fixed)
     needs, placement = dict(needed(planned.placement, exact=exact)), planned.placement
-    shares = _shares(state, demand.footprint, placement.gpu_layers, dict(placement.bytes), needs, dict(planned.free))
-    layers = _layers(state, demand)
-    return Preview(outcome, options, shares, placement.gpu_layers, layers, placement.measured, planned.victims)
+    shares = _shares(state, load.footprint, placement.gpu_layers, dict(placement.bytes), needs, dict(planned.free))
+    layers = _layers(state, load.footprint)
+    return Preview(outcome, load.options, shares, placement.gpu_layers, layers, placement.measured, planned.victims)
 
 
 def _served(state: CoreState, spec: RequestSpec, runner: Runner, outcome: Outcome) -> Preview:
     """Return the preview of a request that a runner serves, or will serve once loaded, with the bytes of the runner."""
     model, ledger, split = state.models[spec.model], state.ledger, runner.placement.gpu_layers
     account = ledger.accounts["runner", runner.id]
-    _, demand = model.demand(runner.launch_options, state.config)
+    footprint = model.footprint_of(runner.launch_options)
     takes = {device: account.held_bytes(device) for device in account.reserved}
     free = {device: ledger.free_bytes(device) for device in ledger.devices}
-    shares = _shares(state, demand.footprint, split, takes, {}, free)
-    layers = _layers(state, demand)
+    shares = _shares(state, footprint, split, takes, {}, free)
+    layers = _layers(state, footprint)
     measured = runner.placement.measured or account.peak_observed
     return Preview(outcome, runner.effective_options, shares, split, layers, measured)
 
 
-def _layers(state: CoreState, demand: PlacementDemand) -> int:
+def _layers(state: CoreState, footprint: Footprint) -> int:
     gpus = any(sample.kind == "gpu" for sample in state.ledger.devices.values())
-    return demand.layers if gpus and not demand.footprint.fixed else 0
+    return footprint.layers if gpus and not footprint.fixed else 0
 
 
 def _shares(

@@ -33,7 +33,8 @@ def apply_plan(step: StepContext, plan: Plan) -> bool:
     for model in plan.inspections:
         if not model.inspecting:
             model.inspecting = True
-            step.commands.append(Inspect(model.id))
+            unresolved = (asked for asked in state.options_asked_of(model.id) if model.resolution(asked) is None)
+            step.commands.append(Inspect(model.id, tuple(unresolved)))
     if log is not None:
         tell_victims(state, plan, log)
     runners.notify_contention(step, plan.contended.union(id for id in plan.victims if state.runners[id].leases))

@@ -16,16 +16,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from fsm.domain.devices import DeviceId, Placement
-from fsm.domain.model_info import Options
 from fsm.lifecycle import loads, runners
 from fsm.lifecycle.step_context import StepContext
 from fsm.messages.commands import Claim, ReleaseClaim
 from fsm.messages.events import ClaimContended, ClaimGranted
 from fsm.messages.reasons import ClaimMissed, WaitFor
+from fsm.sizing.model_profile import ResolvedLoad
 from fsm.state.core_state import OpenClaim
 from fsm.state.request_queue import RequestGroup
 
-Planned = tuple[RequestGroup, Options, Placement]
+Planned = tuple[RequestGroup, ResolvedLoad, Placement]
 
 
 def launch_all(step: StepContext, planned: Sequence[Planned]) -> None:
@@ -35,13 +35,13 @@ def launch_all(step: StepContext, planned: Sequence[Planned]) -> None:
     needed = [frozenset(device for device, amount in placement.bytes if amount) for _, _, placement in planned]
     matches = _match(unused, needed)
     unclaimed: list[frozenset[DeviceId]] = []
-    for (group, options, placement), devices, claim in zip(planned, needed, matches, strict=True):
+    for (group, load, placement), devices, claim in zip(planned, needed, matches, strict=True):
         if not state.config.claims or not devices:
-            loads.launch(step, group, options, placement)
+            loads.launch(step, group, load, placement)
         elif claim is None:
             unclaimed.append(devices)
         elif claim.had:
-            _launch_under(step, claim, group, options, placement)
+            _launch_under(step, claim, group, load, placement)
         elif claim.contended:
             group.wait(WaitFor.other_program, claim.by)
     by = min([claim.by for claim in unused.values()], default=state.now + state.config.claim_timeout_s)
@@ -83,7 +83,7 @@ def _claim(step: StepContext, devices: frozenset[DeviceId], by: float) -> None:
 
 
 def _launch_under(
-    step: StepContext, claim: OpenClaim, group: RequestGroup, options: Options, placement: Placement
+    step: StepContext, claim: OpenClaim, group: RequestGroup, load: ResolvedLoad, placement: Placement
 ) -> None:
     state = step.state
     step.claim_failure = None
@@ -91,7 +91,7 @@ def _launch_under(
         step.claim_failure = ClaimMissed(tuple(sorted(claim.devices)), state.config.claim_timeout_s)
         step.decide("launched", group.spec.model, step.claim_failure, group.head.id)
         _release(step, claim)
-    runner = loads.launch(step, group, options, placement)
+    runner = loads.launch(step, group, load, placement)
     if not claim.missed:
         del state.claims[claim.number]
         state.timers.clear(("claim", claim.number))

@@ -6,7 +6,6 @@ import math
 from dataclasses import replace
 
 from fsm.domain.devices import Placement
-from fsm.domain.model_info import Options
 from fsm.lifecycle import measurements, requests, runners
 from fsm.lifecycle.step_context import StepContext
 from fsm.machine.runner import LOADING, Runner, RunnerId
@@ -17,24 +16,26 @@ from fsm.messages.reasons import AskedBy, RunnerReason, WaitFor
 from fsm.planning.deadline_admission import LOAD_TIME_TTL_S, is_fastest_placement
 from fsm.planning.thread_allocation import threads_for
 from fsm.sizing.load_history import note_bounded
+from fsm.sizing.model_profile import ResolvedLoad
 from fsm.state.request_queue import RequestGroup
 
 
-def launch(step: StepContext, group: RequestGroup, options: Options, placement: Placement) -> Runner:
+def launch(step: StepContext, group: RequestGroup, load: ResolvedLoad, placement: Placement) -> Runner:
     """Launch a runner for a request group, and return it; its memory is reserved from here on."""
     state = step.state
     model = state.models[group.spec.model]
     keep_alive_s = group.head.keep_alive_s
     if keep_alive_s is None:
         keep_alive_s = state.config.keep_alive_s
-    if (threads := threads_for(state, model, options, placement)) is not None:
+    if (threads := threads_for(state, model, load, placement)) is not None:
         placement = replace(placement, threads=threads)
-    runner = Runner(RunnerId(state.next_runner), model.id, options, placement, keep_alive_s, state.now)
+    runner = Runner(RunnerId(state.next_runner), model.id, load.options, placement, keep_alive_s, state.now)
     if threads is not None:
-        runner.effective_options = replace(options, num_thread=threads.answers)  # a request that names them matches
+        # a request that names these threads matches
+        runner.effective_options = replace(load.options, num_thread=threads.answers)
     runner.equivalent_requests.add(group.spec.options)
     runner.uses_default_keep_alive = group.head.keep_alive_s is None
-    runner.fully_offloaded = placement.offloaded == model.demand(options, state.config)[1].layers
+    runner.fully_offloaded = placement.offloaded == load.footprint.layers
     state.next_runner += 1
     state.processes += 1
     state.runners[runner.id] = model.current = runner
@@ -42,7 +43,7 @@ def launch(step: StepContext, group: RequestGroup, options: Options, placement: 
     state.timers.set(("load", runner.id), state.now + state.config.load_timeout_s)
     group.wait(WaitFor.load, state.expected_at(runner))
     model.inspected_since_launch = False
-    step.commands.append(Launch(runner.id, model.id, options, placement))
+    step.commands.append(Launch(runner.id, model.id, load.options, placement, load.settings))
     if step.decision_log is not None:
         why = AskedBy(group.head.id)
         entry = Transition(state.now, runner.id, model.id, "launch", None, LOADING, why, 0, state.steps)

@@ -49,7 +49,6 @@ def unload(step: StepContext, runner: Runner, reason: RunnerReason) -> None:
     measurements.record_measurement(step, runner)
     if runner.loaded_at is not None and model.context_limit is not None:  # the next runner may find more free memory
         model.context_limit = None
-        model.demands.clear()
     state.timers.clear(("memory", runner.id))
     state.ledger.release(("runner", runner.id))
     step.fire(runner, "unload", reason)

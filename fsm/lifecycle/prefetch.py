@@ -14,12 +14,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from fsm.domain.devices import HOST
-from fsm.domain.model_info import ModelInfo
 from fsm.lifecycle.step_context import StepContext
 from fsm.machine.request import ModelId, Purpose
 from fsm.messages.commands import Prefetch
 from fsm.messages.reasons import Prefetched
 from fsm.planning.plan import Plan
+from fsm.sizing.model_profile import ModelProfile
 from fsm.state.core_state import CoreState
 from fsm.state.memory_ledger import Ledger
 from fsm.state.request_queue import RequestGroup
@@ -33,16 +33,13 @@ def read_ahead(step: StepContext, plan: Plan | None) -> None:
     before = dict(state.prefetching)
     left = spare = spare_bytes(state.ledger)
     files: dict[ModelId, int] = {}
-    for group, info in _waiting(state, plan) if plan is not None else ():
+    for group, files_bytes in _waiting(state, plan) if plan is not None else ():
         if sum(map(bool, files.values())) >= state.config.prefetches:
             break
         model = group.spec.model
         begun = model in before
-        if begun:
-            amount = min(before[model], left)
-        else:
-            files_bytes = info.file_bytes + info.adapters_bytes + info.projectors_bytes
-            amount = min(files_bytes, max(0, left - (spare - spare // _PART)))
+        new = min(files_bytes, max(0, left - (spare - spare // _PART)))
+        amount = min(before[model], left) if begun else new
         if begun or amount:
             files[model] = amount
             left -= amount
@@ -61,8 +58,8 @@ def spare_bytes(ledger: Ledger) -> int:
     return max(0, ledger.devices[HOST].free_bytes - untouched)
 
 
-def _waiting(state: CoreState, plan: Plan) -> Iterator[tuple[RequestGroup, ModelInfo]]:
-    """Yield the request groups that wait for memory, in order, with the metadata of their models.
+def _waiting(state: CoreState, plan: Plan) -> Iterator[tuple[RequestGroup, int]]:
+    """Yield the request groups that wait for memory, in order, with the bytes of the files of their models.
 
     A group whose launch is planned is among them only if its file is being read already: its device claim may not be
     granted yet.
@@ -74,6 +71,6 @@ def _waiting(state: CoreState, plan: Plan) -> Iterator[tuple[RequestGroup, Model
         group = state.groups.get(spec)
         if group is None or spec.purpose is Purpose.memory or spec.model in living or spec.model in starting:
             continue
-        info = state.models[spec.model].info
-        if isinstance(info, ModelInfo):
-            yield group, info
+        profile = state.models[spec.model].profile
+        if isinstance(profile, ModelProfile):
+            yield group, profile.files_bytes

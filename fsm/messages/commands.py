@@ -10,13 +10,15 @@ from fsm.machine.request import ModelId, RequestId
 from fsm.machine.runner import RunnerId
 from fsm.messages.reasons import FailureReason
 from fsm.messages.refusals import Refusal
+from fsm.sizing.model_profile import EngineSettings
 
 
 @dataclass(frozen=True, slots=True)
 class Inspect:
-    """Read a model's metadata, and sample the devices. Ends in Sampled and one Inspected."""
+    """Read a model's files, resolve options, and sample the devices. Ends in Sampled and one Inspected."""
 
     model: ModelId
+    options: tuple[Options, ...] = ()  # as requests name them; others are known, if the files have not changed
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +29,7 @@ class Launch:
     model: ModelId
     options: Options  # every automatic value made explicit
     placement: Placement
+    settings: EngineSettings = ()  # beside the options, as the engine itself has resolved them
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fsm.domain.devices import DeviceId, DeviceSample
-from fsm.domain.model_info import ModelInfo
 from fsm.machine.request import ModelId, RequestId, RequestSpec
 from fsm.machine.runner import RunnerId
 from fsm.messages.reasons import NoAnswer
 from fsm.messages.refusals import InvalidModelRefusal, ModelNotFoundRefusal
 from fsm.sizing.footprint import Footprint
 from fsm.sizing.load_history import NOTHING, LoadHistory
+from fsm.sizing.model_profile import ModelProfile
 
 Resident = tuple[tuple[DeviceId, int], ...]  # measured bytes by device
 
@@ -77,10 +77,10 @@ class Configure:
 
 @dataclass(frozen=True, slots=True)
 class Inspected:
-    """An Inspect is over: the model's metadata, or why it cannot be used, and the history of its file."""
+    """An Inspect is over: what the model is, or why it cannot be used, and the history of its file."""
 
     model: ModelId
-    outcome: ModelInfo | Footprint | ModelNotFoundRefusal | InvalidModelRefusal
+    outcome: ModelProfile | Footprint | ModelNotFoundRefusal | InvalidModelRefusal
     history: LoadHistory = NOTHING  # of this very file
 
 

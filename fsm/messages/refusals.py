@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from fsm.domain.devices import Amounts
 from fsm.machine.request import ModelId
 from fsm.messages.reasons import FailureReason, InfeasibleReason, WaitReason
-from fsm.sizing.load_options import UnsupportedReason
+from fsm.sizing.model_profile import UnsupportedReason
 
 
 @dataclass(frozen=True, slots=True)

@@ -47,8 +47,8 @@ class PlacementDemand:
 
     @property
     def layers(self) -> int:
-        """Layers that can be offloaded; the output counts as one more."""
-        return len(self.footprint.weights_bytes) + 1
+        """Layers that can be offloaded."""
+        return self.footprint.layers
 
     def offload_modes(self, gpus: Sequence[Gpu]) -> tuple[Offload, ...]:
         """Return the possible offloads, the best first: no model goes in part that fits whole after evictions."""

@@ -8,7 +8,6 @@ from fsm.domain.model_info import Options
 from fsm.machine.request import Purpose, Request, RequestSpec
 from fsm.machine.runner import LOADING, Runner
 from fsm.messages.refusals import DeadlineInfeasible
-from fsm.sizing.footprint import Footprint
 from fsm.state.core_state import CoreState
 from fsm.state.model_record import ModelRecord
 from fsm.state.runner_match import match
@@ -41,8 +40,7 @@ def infeasible_deadline(state: CoreState, request: Request) -> DeadlineInfeasibl
 def is_fastest_placement(state: CoreState, runner: Runner) -> bool:
     """Tell whether a runner is loaded in the fastest way: whole on GPUs, or where that is never possible."""
     gpus = any(sample.kind == "gpu" for sample in state.ledger.devices.values())
-    info = state.models[runner.model].info
-    declared = isinstance(info, Footprint) and bool(info.fixed)
+    declared = state.models[runner.model].declared
     return runner.fully_offloaded or declared or runner.launch_options.num_gpu == 0 or not gpus
 
 
@@ -55,9 +53,10 @@ def _load(state: CoreState, model: ModelRecord, spec: RequestSpec) -> tuple[Opti
     current = model.current
     if current is not None and match(current, spec.options):
         return (current.launch_options, state.now - current.launched_at) if current.state is LOADING else None
-    if not model.inspected_since_launch:
+    resolution = model.resolution(spec.options)
+    if not model.inspected_since_launch or resolution is None:
         return None
-    options, _ = model.demand(spec.options, state.config)
+    options = model.fallback_load(resolution).options
     if current is not None and match(current, spec.options, options):
         return None  # the next plan will match the request with this runner
     return options, None

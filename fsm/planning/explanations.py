@@ -13,7 +13,6 @@ from fsm.messages.reasons import KeptReason
 from fsm.messages.refusals import DoesNotFitRefusal, Refusal
 from fsm.placement.search import needed
 from fsm.planning.plan import Plan, PlannedPlacement
-from fsm.sizing.footprint import Footprint
 from fsm.state.core_state import CoreState
 from fsm.state.request_queue import RequestGroup
 
@@ -73,8 +72,7 @@ def runners_considered(state: CoreState, plan: Plan, group: RequestGroup) -> tup
 
 def devices_considered(state: CoreState, spec: RequestSpec, planned: PlannedPlacement) -> tuple[ConsideredDevice, ...]:
     """Return every device, with the bytes that a planned placement needs of it and that are available for it."""
-    info = state.models[spec.model].info if spec.purpose is not Purpose.memory else None
-    exact = info is None or (isinstance(info, Footprint) and bool(info.fixed))
+    exact = spec.purpose is Purpose.memory or state.models[spec.model].declared
     needs, free = dict(needed(planned.placement, exact=exact)), dict(planned.free)
     devices = (device.id for device in state.ledger.devices.values() if not device.integrated)
     figures = ((device, needs.get(device, 0), free.get(device, 0)) for device in devices)

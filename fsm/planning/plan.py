@@ -6,13 +6,13 @@ import math
 from dataclasses import dataclass, field
 
 from fsm.domain.devices import Amounts, Placement
-from fsm.domain.model_info import Options
 from fsm.eviction.policies import Candidate
 from fsm.eviction.victim_selection import VictimSet
 from fsm.machine.request import Request, RequestSpec
 from fsm.machine.runner import Runner, RunnerId
 from fsm.messages.reasons import ExpireReason, WaitReason
 from fsm.messages.refusals import Refusal
+from fsm.sizing.model_profile import ResolvedLoad
 from fsm.state.model_record import ModelRecord
 from fsm.state.request_queue import RequestGroup
 
@@ -33,13 +33,13 @@ class Plan:
     """What is to be done now, and when to plan again."""
 
     inspections: list[ModelRecord] = field(default_factory=list)
-    launches: list[tuple[RequestGroup, Options, Placement]] = field(default_factory=list)
+    launches: list[tuple[RequestGroup, ResolvedLoad, Placement]] = field(default_factory=list)
     memory: list[Request] = field(default_factory=list)  # requests for memory of the program's own, to be granted
     victims: dict[RunnerId, ExpireReason] = field(default_factory=dict)  # runners to expire, and why
     matches: list[tuple[RequestGroup, Runner]] = field(default_factory=list)  # groups that a runner serves after all
     refusals: list[tuple[RequestGroup, Refusal]] = field(default_factory=list)
     placements: dict[RequestSpec, PlannedPlacement] = field(default_factory=dict)  # of loads now, later or never
-    options: dict[RequestSpec, Options] = field(default_factory=dict)  # explicit, of every planned placement
+    loads: dict[RequestSpec, ResolvedLoad] = field(default_factory=dict)  # of every planned placement
     contended: set[RunnerId] = field(default_factory=set)  # a group waits for the runner's memory; it may not go yet
     policy_failure: str = ""  # the exception that the policy raised; the oldest runners go first instead
     replan_at: float = math.inf  # when the bound of a wait or a minimum residency ends

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping
 
-from fsm.domain.model_info import Options
 from fsm.eviction.policies import EvictionPolicy
 from fsm.machine.request import ModelId, Purpose, RequestSpec
 from fsm.machine.runner import Runner, RunnerId
@@ -24,6 +23,7 @@ from fsm.planning.make_room import plan_eviction
 from fsm.planning.plan import Plan, PlannedPlacement
 from fsm.planning.planning_context import GROUPS_AHEAD, PlanningContext
 from fsm.sizing.footprint import Footprint
+from fsm.sizing.model_profile import Resolution, ResolvedLoad
 from fsm.state.core_state import CoreState
 from fsm.state.model_record import ModelRecord
 from fsm.state.request_queue import RequestGroup
@@ -129,7 +129,7 @@ def _plan_group(context: PlanningContext, group: RequestGroup) -> None:
     context.availability.reserve_earlier(context.state.rank(group.head))  # 1
     if (evaluated := _evaluate(context, group)) is None:  # 2
         return
-    options, need = evaluated
+    load, need = evaluated
     if group.spec.purpose is Purpose.memory:  # 3
         _plan_memory(context, group, need)
         return
@@ -143,17 +143,17 @@ def _plan_group(context: PlanningContext, group: RequestGroup) -> None:
         context.availability.reserved_by_model[model.id] = context.availability.held_by(model.current)
         context.availability.reserve_successor(model.id, need)
     else:  # 6
-        _plan_runner(context, group, model, options, need)
+        _plan_runner(context, group, model, load, need)
 
 
 def _evaluate(
     context: PlanningContext, group: RequestGroup, waits_for: WaitReason | None = None
-) -> tuple[Options, Requirement] | None:
-    """Return the explicit options and the requirement of a group; None where it needs no placement, or none is known:
+) -> tuple[ResolvedLoad, Requirement] | None:
+    """Return the load and the requirement of a group; None where it needs no placement, or none is known:
 
     1. A group for memory of the program's own names its bytes itself.
     2. Where a load that is under way serves the group, the group waits for it.
-    3. Where the file was not inspected since the last launch, the group waits for its metadata.
+    3. Where the file was not inspected since the last launch, or not for these options, the group waits for that.
     4. Where the model's runner serves the group with its automatic options made explicit, the group is matched.
     5. Where the engine would refuse an option, the group is refused.
     6. Where no placement is possible at all, the group is refused.
@@ -164,40 +164,42 @@ def _evaluate(
     if waits_for:
         context.wait(group, waits_for)
     if group.spec.purpose is Purpose.memory:  # 1
-        options, demand = group.spec.options, PlacementDemand(Footprint(fixed=group.spec.memory))
+        footprint = Footprint(fixed=group.spec.memory)
+        load, demand = ResolvedLoad(group.spec.options, footprint), PlacementDemand(footprint)
     elif (resolved := _evaluate_model(context, group, in_order=waits_for is None)) is None:  # 2 to 5
         return None
     else:
-        options, demand = resolved
+        load, demand = resolved
     if (offload := _best_offload(context, group, demand)) is None:  # 6
         return None
-    return options, Requirement(demand, offload, group.spec.purpose is not Purpose.memory)
+    return load, Requirement(demand, offload, group.spec.purpose is not Purpose.memory)
 
 
 def _evaluate_model(
     context: PlanningContext, group: RequestGroup, *, in_order: bool
-) -> tuple[Options, PlacementDemand] | None:
-    """Return the explicit options and the demand of a group for a model; None by the branches 2 to 5 of `_evaluate`."""
+) -> tuple[ResolvedLoad, PlacementDemand] | None:
+    """Return the load and the demand of a group for a model; None by the branches 2 to 5 of `_evaluate`."""
     model, asked = context.state.models[group.spec.model], group.spec.options
     current = model.current
     if current is not None and current.id in context.awaited and match(current, asked):  # 2
         context.wait(group, WaitFor.load, context.state.expected_at(current))
         return None
-    if not model.inspected_since_launch:  # 3
+    resolution = model.resolution(asked)
+    if not model.inspected_since_launch or resolution is None:  # 3
         context.wait(group, WaitFor.metadata)
         context.plan.inspections.append(model)
-        if model.info is not None and in_order and len(context.state.groups) > 1:
-            _reserve_stale_estimate(context, model, asked)
+        if resolution is not None and in_order and len(context.state.groups) > 1:
+            _reserve_stale_estimate(context, model, resolution)
         return None
-    options, demand = resolved_demand(model, asked, context.state, context.availability.potential, context.gpus)
-    context.plan.options[group.spec] = options
-    if current is not None and match(current, asked, options):  # 4
+    load, demand = resolved_demand(model, resolution, context.state, context.availability.potential, context.gpus)
+    context.plan.loads[group.spec] = load
+    if current is not None and match(current, asked, load.options):  # 4
         context.plan.matches.append((group, current))
         return None
-    if (objection := model.impossible(options)) is not None:  # 5
-        context.plan.refusals.append((group, UnsupportedOption(model.id, *objection)))
+    if resolution.unsupported is not None:  # 5
+        context.plan.refusals.append((group, UnsupportedOption(model.id, *resolution.unsupported)))
         return None
-    return options, demand
+    return load, demand
 
 
 def _plan_memory(context: PlanningContext, group: RequestGroup, need: Requirement) -> None:
@@ -214,16 +216,16 @@ def _plan_memory(context: PlanningContext, group: RequestGroup, need: Requiremen
         context.availability.reserve(NOW, tuple(context.state.ledger.by_memory(group.spec.memory).items()), 0)
 
 
-def _reserve_stale_estimate(context: PlanningContext, model: ModelRecord, asked: Options) -> None:
+def _reserve_stale_estimate(context: PlanningContext, model: ModelRecord, resolution: Resolution) -> None:
     """Reserve what a model needs by its last inspection: its file may have changed, but most likely it has not."""
-    _, demand = resolved_demand(model, asked, context.state, context.availability.potential, context.gpus)
+    _, demand = resolved_demand(model, resolution, context.state, context.availability.potential, context.gpus)
     if (offload := context.availability.best_offload(demand)) is not None:
         context.availability.reserved_by_model.setdefault(model.id, context.availability.held_by(model.current))
         context.availability.reserve_successor(model.id, Requirement(demand, offload))
 
 
 def _plan_runner(
-    context: PlanningContext, group: RequestGroup, model: ModelRecord, options: Options, need: Requirement
+    context: PlanningContext, group: RequestGroup, model: ModelRecord, load: ResolvedLoad, need: Requirement
 ) -> None:
     """Plan a runner for a request group, and reserve its memory:
 
@@ -242,11 +244,11 @@ def _plan_runner(
         free = context.availability.bytes[NOW]
         placement = context.load_slots.find_placement(need.demand, need.offload, free, context.gpus)
         if placement is not None:
-            asked, planned = group.spec.options, (options, placement)
-            options, placement = with_batch(model, asked, context.state.config, planned, free, context.gpus)
-            context.plan.options[group.spec] = options
+            asked, planned = group.spec.options, (load, placement)
+            load, placement = with_batch(model, asked, context.state.config, planned, free, context.gpus)
+            context.plan.loads[group.spec] = load
             context.plan.placements[group.spec] = PlannedPlacement(placement, tuple(sorted(free.items())))
-            context.plan.launches.append((group, options, placement))
+            context.plan.launches.append((group, load, placement))
             context.availability.reserve(NOW, placement.bytes, 1)
             context.availability.reserved_by_model[model.id] = dict(placement.bytes)
             context.load_slots.add(placement)

@@ -10,26 +10,26 @@ from __future__ import annotations
 from itertools import islice
 
 from fsm.domain.devices import HOST, Placement, Threads
-from fsm.domain.model_info import ModelInfo, Options
+from fsm.domain.model_info import MOST_THREADS
 from fsm.machine.runner import IDLE
-from fsm.sizing.load_options import MOST_THREADS
+from fsm.sizing.model_profile import ModelProfile, ResolvedLoad
 from fsm.state.core_state import CoreState
 from fsm.state.model_record import ModelRecord
 
 WITHOUT_LAYERS = 1  # threads of a runner whose layers are all on GPUs: the host only looks up their input
 
 
-def threads_for(state: CoreState, model: ModelRecord, options: Options, placement: Placement) -> Threads | None:
+def threads_for(state: CoreState, model: ModelRecord, load: ResolvedLoad, placement: Placement) -> Threads | None:
     """Return the threads of a runner that is launched now; None where the engine decides, or the model is an object.
 
     A number that the request names comes first, then the setting. Otherwise answers get an even part of the cores.
     Prompts get all cores: threads work long on them between two waits, so that runners which have more threads than
     there are cores lose nothing.
     """
-    if not isinstance(model.info, ModelInfo):
+    if not isinstance(model.profile, ModelProfile):
         return None
-    on_host = placement.offloaded <= len(model.info.layers_bytes)
-    if named := options.num_thread or state.config.cpu_threads:
+    on_host = placement.offloaded < load.footprint.layers
+    if named := load.options.num_thread or state.config.cpu_threads:
         return Threads(min(named, MOST_THREADS), min(named, MOST_THREADS), on_host)
     host = state.ledger.devices.get(HOST)
     cores = min(host.cores, MOST_THREADS) if host is not None else 0

@@ -28,6 +28,11 @@ class Footprint:
     fixed: tuple[tuple[DeviceId, int], ...] = ()  # declared bytes of a model without layers; all other sizes are 0
 
     @property
+    def layers(self) -> int:
+        """Layers that can be offloaded; the output counts as one more."""
+        return len(self.weights_bytes) + 1
+
+    @property
     def layers_bytes(self) -> tuple[int, ...]:
         """The bytes of each repeating layer: its weights and its cache."""
         return tuple(map(sum, zip(self.weights_bytes, self.caches_bytes, strict=True)))

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
-from fsm.domain.model_info import Options
+from dataclasses import dataclass
 
 USE_PER_LOAD = 9.0  # seconds of use for each second of loading: a tenth of the time goes into loads
 
@@ -29,10 +27,8 @@ class CoreConfig:
     max_host_loads: int = 2
     prefetches: int = 2  # models whose files are read ahead while they wait for memory; 0: none
     priority_s: float = 60.0  # one step of priority counts as so many seconds of waiting: every request is served
-    defaults: Options = field(default_factory=Options)  # of options that requests leave open; never cause a reload
     cpu_threads: int = 0  # of each runner whose request names none; 0: its part of the host's cores
     spread_over_gpus: bool = False  # a model is split over all GPUs even where one GPU takes it
-    auto_context_from_vram: bool = False  # where no context is named, it follows from the GPUs' memory
     require_gpu: bool = False  # a model is refused rather than placed on the host in part or whole
     claims: bool = False  # whether launches claim their devices among all programs on the machine
     persists_measurements: bool = False  # whether measurements are kept in a store, for later programs

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from fsm.domain.devices import DeviceId
+from fsm.domain.model_info import Options
 from fsm.domain.record import Record
 from fsm.eviction.reuse_prediction import Histogram
 from fsm.machine.request import ModelId, Purpose, Request, RequestId, RequestSpec
@@ -100,6 +101,10 @@ class CoreState(Record):
     def groups_of_model(self, model: ModelId) -> list[RequestGroup]:
         """Return the request groups for a model, in the order in which they began."""
         return [self.groups[spec] for spec in self.specs_by_model.get(model, ()) if spec.purpose is not Purpose.memory]
+
+    def options_asked_of(self, model: ModelId) -> tuple[Options, ...]:
+        """Return the options that the request groups for a model name, each once, in the order in which they came."""
+        return tuple(dict.fromkeys(group.spec.options for group in self.groups_of_model(model)))
 
     def groups_served_by(self, runner: Runner) -> list[RequestGroup]:
         """Return the request groups that wait for this runner's load, or that the runner could serve now."""

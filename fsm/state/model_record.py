@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 
 from fsm.domain.devices import Amounts
-from fsm.domain.model_info import ModelInfo, Options
+from fsm.domain.model_info import Options
 from fsm.domain.record import Record
 from fsm.eviction.reuse_prediction import Histogram, count_interval
 from fsm.machine.request import ModelId
@@ -14,13 +15,11 @@ from fsm.machine.runner import IDLE, LOADING, Runner
 from fsm.messages.reasons import FailureReason
 from fsm.placement.search import PlacementDemand
 from fsm.sizing.footprint import Footprint
-from fsm.sizing.load_history import NOTHING, LoadHistory, note_bounded, usual_load_s, with_load
-from fsm.sizing.load_options import UnsupportedReason, impossible, resolve
-from fsm.sizing.memory_estimate import estimate
+from fsm.sizing.load_history import MOST_KINDS, NOTHING, LoadHistory, note_bounded, usual_load_s, with_load
+from fsm.sizing.model_profile import ModelProfile, Resolution, ResolvedLoad
 from fsm.state.core_config import CoreConfig
 
 MOST_DEMANDS = 2048  # of one model that are kept: mostly more than there are options that its requests name
-CONTEXT_STEPS = (32768, 4096)  # tokens to which an automatic context is stepped down: the reference's
 
 
 @dataclass(slots=True, eq=False)
@@ -28,7 +27,8 @@ class ModelRecord(Record):
     """What the core knows of one model, whether or not a runner of it is loaded."""
 
     id: ModelId
-    info: ModelInfo | Footprint | None = None  # as of the last Inspected
+    profile: ModelProfile | Footprint | None = None  # as of the last Inspected; a Footprint is the same for all options
+    resolutions: dict[Options, Resolution] = field(default_factory=dict)  # of this profile, by options as requested
     inspected_since_launch: bool = False  # each launch needs an inspection, since the file may have changed
     inspecting: bool = False  # an Inspect is under way
     current: Runner | None = None  # its one runner that is loading, ready or idle
@@ -44,65 +44,90 @@ class ModelRecord(Record):
     measured: dict[tuple[Options, Amounts], Amounts] = field(default_factory=dict)
     # options -> seconds of the shortest load, the time of the last one, and the number of loads
     shortest_load: dict[Options, tuple[float, float, int]] = field(default_factory=dict)
-    # options as requested -> explicit options and demand by `info`; derived: computed again where missing
-    demands: dict[Options, tuple[Options, PlacementDemand]] = field(default_factory=dict, metadata={"derived": True})
+    # (explicit options, whether a GPU is required) -> demand; derived: computed again where missing
+    demands: dict[tuple[Options, bool], PlacementDemand] = field(default_factory=dict, metadata={"derived": True})
     rested_at: float = -math.inf  # the last use of its last runner, or the last request for a lease since
     idle_intervals: Histogram = field(default_factory=dict)  # how long it was unused before a request for a lease
 
-    def demand(self, asked: Options, limits: CoreConfig) -> tuple[Options, PlacementDemand]:
-        """Return the explicit options and the demand of a runner for the options `asked`; the model was inspected."""
-        if (known := self.demands.get(asked)) is None:
-            assert self.info is not None, f"{self.id} is planned before it was inspected"
-            if isinstance(self.info, Footprint):
-                known = asked, PlacementDemand(self.info, require_gpu=limits.require_gpu)
+    @property
+    def declared(self) -> bool:
+        """Whether it takes declared bytes, and has no layers."""
+        return isinstance(self.profile, Footprint) and bool(self.profile.fixed)
+
+    def resolution(self, asked: Options) -> Resolution | None:
+        """Return how requests for the options `asked` are loaded; None where the engine was not asked for them."""
+        if isinstance(self.profile, Footprint):
+            return Resolution(asked, (ResolvedLoad(asked, self.profile),))
+        return self.resolutions.get(asked)
+
+    def loads_for(self, resolution: Resolution) -> tuple[ResolvedLoad, ...]:
+        """Return the loads of a resolution, without the contexts that are too large since one ran out of memory."""
+        if self.context_limit is None or resolution.asked.num_ctx is not None:
+            return resolution.loads
+        limit = self.context_limit
+        return tuple(load for load in resolution.loads if (load.options.num_ctx or 0) <= limit) or resolution.loads[-1:]
+
+    def fallback_load(self, resolution: Resolution) -> ResolvedLoad:
+        """Return the load of a resolution that needs no GPUs of a certain size."""
+        return next(load for load in self.loads_for(resolution) if not load.least_gpu_bytes)
+
+    def footprint_of(self, options: Options) -> Footprint:
+        """Return the footprint of a runner with these explicit options; an empty one where it is not known any more."""
+        loads = [load for resolution in self.resolutions.values() for load in resolution.loads]
+        larger = (batch.load for load in loads for batch in load.batches)
+        known = (load.footprint for load in (*loads, *larger) if load.options == options)
+        return self.profile if isinstance(self.profile, Footprint) else next(known, Footprint())
+
+    def demand(self, load: ResolvedLoad, require_gpu: bool | None, limits: CoreConfig) -> PlacementDemand:
+        """Return the demand of a load; `require_gpu` is as the request names it."""
+        key = load.options, limits.require_gpu or bool(require_gpu)
+        if (known := self.demands.get(key)) is None:
+            seen = {split: amounts for (measured, split), amounts in self.measured.items() if measured == load.options}
+            if isinstance(self.profile, Footprint):
+                known = PlacementDemand(load.footprint, require_gpu=limits.require_gpu)
             else:
-                options = replace(resolve(self.info, asked, self._defaults(limits)), require_gpu=None)
-                seen = {split: amounts for (measured, split), amounts in self.measured.items() if measured == options}
-                demand = PlacementDemand(
-                    estimate(self.info, options),
-                    options.num_gpu,
-                    options.main_gpu,
-                    seen,
-                    spread=limits.spread_over_gpus,
-                    require_gpu=limits.require_gpu or bool(asked.require_gpu),
-                )
-                known = options, demand
+                options, spread = load.options, limits.spread_over_gpus
+                known = PlacementDemand(load.footprint, options.num_gpu, options.main_gpu, seen, spread, key[1])
             if len(self.demands) == MOST_DEMANDS:
                 self.demands.clear()
-            self.demands[asked] = known
+            self.demands[key] = known
         return known
-
-    def _defaults(self, limits: CoreConfig) -> Options:
-        """Return the default options, with the context stepped down after a load that ran out of memory."""
-        if self.context_limit is None or limits.defaults.num_ctx is None:
-            return limits.defaults
-        return replace(limits.defaults, num_ctx=min(self.context_limit, limits.defaults.num_ctx))
 
     def step_down(self, failed: Runner) -> bool:
         """Limit automatic contexts after a load with one ran out of memory; return False if none is smaller."""
-        automatic = any(asked.num_ctx is None for asked in failed.equivalent_requests)
-        smaller = [step for step in CONTEXT_STEPS if step < (failed.launch_options.num_ctx or 0)]
-        if not automatic or not smaller:
-            return False
-        self.context_limit = smaller[0]
-        self.demands.clear()
-        return True
+        automatic = [asked for asked in failed.equivalent_requests if asked.num_ctx is None]
+        loads = [load for asked in automatic if asked in self.resolutions for load in self.resolutions[asked].loads]
+        contexts = [load.options.num_ctx or 0 for load in loads]
+        smaller = [context for context in contexts if context < (failed.launch_options.num_ctx or 0)]
+        self.context_limit = max(smaller, default=self.context_limit)
+        return bool(smaller)
 
-    def impossible(self, options: Options) -> tuple[str, int | bool | str, UnsupportedReason] | None:
-        """Return the name of an explicit option that the engine would refuse for this model, its value, and why."""
-        return impossible(self.info, options) if isinstance(self.info, ModelInfo) else None
+    def apply_inspection(
+        self,
+        profile: ModelProfile | Footprint,
+        next_runner: int,
+        known: LoadHistory = NOTHING,
+        kept: Collection[Options] = (),
+    ) -> None:
+        """Take over the profile that an inspection found; resolutions and measurements of another file no longer hold.
 
-    def apply_inspection(self, info: ModelInfo | Footprint, next_runner: int, known: LoadHistory = NOTHING) -> None:
-        """Take over the metadata that an inspection found; measurements of another file no longer hold.
-
-        Measurements in a store's history (`known`) of this file are taken over where the record has none.
+        Measurements in a store's history (`known`) of this file are taken over where the record has none. Resolutions
+        of the options in `kept` are kept, however many they are.
         """
-        if info != self.info:
-            self.info, self.first_runner_of_file = info, next_runner
+        resolutions: tuple[Resolution, ...] = ()
+        if isinstance(profile, ModelProfile):
+            profile, resolutions = replace(profile, resolutions=()), profile.resolutions
+        if profile != self.profile:
+            self.profile, self.first_runner_of_file = profile, next_runner
+            self.resolutions.clear()
             self.measured.clear()
             self.loads.clear()
             self.shortest_load.clear()
             self.demands.clear()
+        self.resolutions |= {resolution.asked: resolution for resolution in resolutions}
+        excess = max(0, len(self.resolutions) - MOST_KINDS)
+        for asked in [asked for asked in self.resolutions if asked not in kept][:excess]:
+            del self.resolutions[asked]
         for took in known.sizes:
             if (took.options, took.split) not in self.measured:
                 note_bounded(self.measured, (took.options, took.split), took.bytes)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import fields, replace
+
 from fsm.domain.model_info import Options
 from fsm.machine.runner import Runner
-from fsm.sizing.load_options import as_named, serves
+
+_AUTOMATIC = Options()
 
 
 def match(runner: Runner, asked: Options, explicit: Options | None = None) -> bool:
@@ -20,4 +23,32 @@ def match(runner: Runner, asked: Options, explicit: Options | None = None) -> bo
         return False
     if explicit is None:
         return serves(runner.effective_options, asked)
-    return explicit == runner.launch_options or serves(runner.effective_options, as_named(explicit, asked))
+    if explicit == runner.launch_options:
+        return True
+    left_open = [each.name for each in fields(asked) if getattr(asked, each.name) is None]
+    return serves(runner.effective_options, replace(explicit, **dict.fromkeys(left_open)))
+
+
+def serves(loaded: Options, asked: Options) -> bool:
+    """Tell whether a runner loaded with the explicit options `loaded` may serve a request for `asked`.
+
+    An option that is not named matches, as does a negative `num_gpu`. A larger context or more slots serve a request
+    for less. All other named options must be equal, but for `require_gpu`, which depends on the runner's placement. A
+    request for more than the model can have is served once its options are resolved.
+    """
+    return asked == _AUTOMATIC or (
+        _within(asked.num_ctx, loaded.num_ctx)
+        and _within(asked.num_parallel, loaded.num_parallel)
+        and (asked.num_gpu is None or asked.num_gpu < 0 or asked.num_gpu == loaded.num_gpu)
+        and asked.num_batch in (None, loaded.num_batch)
+        and asked.main_gpu in (None, loaded.main_gpu)
+        and asked.num_thread in (None, loaded.num_thread)
+        and asked.use_mmap in (None, loaded.use_mmap)
+        and asked.flash_attention in (None, loaded.flash_attention)
+        and asked.cache_type_k in (None, loaded.cache_type_k)
+        and asked.cache_type_v in (None, loaded.cache_type_v)
+    )
+
+
+def _within(asked: int | None, loaded: int | None) -> bool:
+    return asked is None or (loaded is not None and asked <= loaded)

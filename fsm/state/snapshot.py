@@ -10,7 +10,6 @@ from fsm.domain.model_info import Options
 from fsm.machine.request import ModelId, Purpose, RequestId, RequestState
 from fsm.machine.runner import RunnerId, RunnerState
 from fsm.messages.reasons import WaitReason
-from fsm.sizing.footprint import Footprint
 from fsm.state.core_config import CoreConfig
 from fsm.state.core_state import CoreState
 from fsm.state.memory_ledger import Account
@@ -111,15 +110,14 @@ def take_snapshot(state: CoreState) -> Snapshot:
 def _runners(state: CoreState) -> tuple[RunnerView, ...]:
     views = []
     for runner in state.runners.values():
-        account, info = state.ledger.accounts["runner", runner.id], state.models[runner.model].info
+        account, model = state.ledger.accounts["runner", runner.id], state.models[runner.model]
         view = RunnerView(
             runner.id, runner.model, runner.state, len(runner.leases), runner.effective_options,
             tuple(account.reserved.items()),
             tuple(account.resident.items()), runner.placement.bytes, tuple(account.peak.items()), _held_bytes(account),
             account.mapped_bytes, account.peak_observed, runner.placement.gpu_layers, runner.keep_alive_s,
             state.timers.at(("keep-alive", runner.id)), runner.launched_at, runner.loaded_at,
-            state.models[runner.model].pinned, runner.process, runner.stop_deadline,
-            isinstance(info, Footprint) and bool(info.fixed),
+            model.pinned, runner.process, runner.stop_deadline, model.declared,
         )  # fmt: skip
         views.append(view)
     return tuple(views)

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field, replace
 
 from fsm.core import Core
 from fsm.domain.devices import HOST, Amounts, DeviceSample
-from fsm.domain.model_info import ModelInfo
 from fsm.machine.request import ModelId, RequestId, RequestSpec, RequestState
 from fsm.machine.runner import LOADING, Runner, RunnerId
 from fsm.messages.commands import Claim, Command, Launch
@@ -38,6 +37,8 @@ from fsm.messages.reasons import NoAnswer
 from fsm.sizing.footprint import Footprint
 from fsm.state.core_config import CoreConfig
 from fsm.state.core_state import CoreState
+from fsm.state.model_record import ModelRecord
+from fsm.verification.declared_model import DeclaredModel, profile_of
 
 CLOSE_S = 30.0  # how long a Close lets leases last
 AT_ONCE_S = 0.0  # how long one that comes after it does
@@ -52,7 +53,7 @@ class Scenario:
     name: str
     about: str  # in words
     devices: Amounts  # capacities, the host first
-    models: tuple[tuple[ModelId, Footprint | ModelInfo], ...]
+    models: tuple[tuple[ModelId, Footprint | DeclaredModel], ...]
     specs: tuple[RequestSpec, ...]  # what may be asked for
     requests: int  # most that are queued or granted at once
     most: int  # states that are enough of it
@@ -134,7 +135,7 @@ def enabled_events(core: Core, scenario: Scenario, past: IdHighWater) -> Iterato
         yield Cancel(request.id)  # of a granted request too: the Grant and the Cancel crossed
     for model in state.models.values():
         if model.inspecting:
-            yield _inspected(model.id, scenario)
+            yield from _inspections(state, model, scenario)
         if scenario.expires and model.current is not None:
             yield Expire(model.id)
         if scenario.pins:
@@ -180,8 +181,8 @@ def stale_events(core: Core, past: IdHighWater) -> Iterator[Event]:
     ended = next(number for number in range(past.claims, -1, -1) if number not in numbers)
     yield from (ClaimGranted(ended), ClaimContended(ended))
     for model in state.models.values():
-        if not model.inspecting and model.info is not None:
-            yield Inspected(model.id, model.info)
+        if not model.inspecting and model.profile is not None:
+            yield Inspected(model.id, model.profile)
         if model.current is None:
             yield Expire(model.id)
     if state.closing:
@@ -197,7 +198,7 @@ def fair_next_event(core: Core, scenario: Scenario) -> Event | None:
     state = core._state
     for model in state.models.values():
         if model.inspecting:
-            return _inspected(model.id, scenario)
+            return next(_inspections(state, model, scenario))
     if not state.closing:
         for claim in state.claims.values():
             return ClaimGranted(claim.number)
@@ -315,5 +316,10 @@ def _loaded(runner: Runner) -> Loaded:
     return Loaded(runner.id, None, runner.placement.bytes)
 
 
-def _inspected(model: ModelId, scenario: Scenario) -> Inspected:
-    return Inspected(model, dict(scenario.models)[model])
+def _inspections(state: CoreState, model: ModelRecord, scenario: Scenario) -> Iterator[Inspected]:
+    """Yield the end of an inspection that was ordered for all requests, and of one for each of their options alone."""
+    asked = [options for options in state.options_asked_of(model.id) if options not in model.resolutions]
+    found = dict(scenario.models)[model.id]
+    yield Inspected(model.id, profile_of(found, asked))
+    for options in asked if len(asked) > 1 and isinstance(found, DeclaredModel) else ():
+        yield Inspected(model.id, profile_of(found, [options]))

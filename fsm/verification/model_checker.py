@@ -20,12 +20,12 @@ from dataclasses import MISSING, dataclass, fields, is_dataclass
 from enum import Enum
 
 from fsm.core import Core
-from fsm.domain.model_info import ModelInfo
 from fsm.eviction.policies import Candidate
 from fsm.machine.transition_table import IllegalTransition
 from fsm.messages.commands import Command
 from fsm.messages.events import Event
 from fsm.sizing.footprint import Footprint
+from fsm.sizing.model_profile import ModelProfile
 from fsm.state.core_state import CoreState
 from fsm.verification.environment import (
     IdHighWater,
@@ -359,7 +359,7 @@ def _brief(thing: object) -> str:
         return f"({', '.join(map(_brief, thing))})"
     if isinstance(thing, Enum):
         return thing.name
-    if isinstance(thing, ModelInfo | Footprint):
+    if isinstance(thing, ModelProfile | Footprint):
         return "a model"
     if not is_dataclass(thing):
         return repr(thing)

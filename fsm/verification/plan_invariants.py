@@ -15,7 +15,6 @@ from fsm.machine.runner import EXPIRING, LOADING, Runner, RunnerId
 from fsm.messages.commands import Command, Grant, Launch
 from fsm.messages.events import Event, Tick
 from fsm.planning.plan import Plan, PlannedPlacement
-from fsm.sizing.footprint import Footprint
 from fsm.state.core_state import CoreState
 from fsm.state.memory_ledger import Owner
 from fsm.state.request_queue import RequestGroup
@@ -109,7 +108,7 @@ def _first_without(
             if model.id in started or group.spec.options in model.current.equivalent_requests:
                 continue
             return None
-        declared = model is None or (isinstance(model.info, Footprint) and model.info.fixed)
+        declared = model is None or model.declared
         planned = plan.placements.get(group.spec)
         return (group, planned) if planned is not None and declared else None
     return None

@@ -6,11 +6,12 @@ import math
 from dataclasses import replace
 
 from fsm.domain.devices import HOST, MIB, DeviceId
-from fsm.domain.model_info import ModelInfo, Options
+from fsm.domain.model_info import Options
 from fsm.machine.request import ModelId, Purpose, RequestSpec
 from fsm.messages.events import Configure
 from fsm.sizing.footprint import Footprint
 from fsm.state.core_config import CoreConfig
+from fsm.verification.declared_model import DeclaredModel
 from fsm.verification.environment import Scenario
 
 GIB = 1024 * MIB
@@ -35,14 +36,9 @@ def _layered(layers: int, mib: int) -> Footprint:
     return Footprint((mib * MIB,) * layers, (0,) * layers, process_bytes=64 * MIB)
 
 
-def _model(layers: int, mib: int) -> ModelInfo:
-    """Return the metadata of a model that can be had with more than one context."""
-    return ModelInfo(
-        architecture="llama", context_trained=8192, embedding_length=64, feed_forward_length=128, vocabulary=256,
-        heads=4, heads_kv=(2,) * layers, key_length=16, value_length=16, sliding_window=0,
-        layers_bytes=(mib * MIB,) * layers, input_bytes=MIB, output_bytes=MIB, file_bytes=(layers * mib + 2) * MIB,
-        embedding=False, vision=False,
-    )  # fmt: skip
+def _resolved(mib: int) -> DeclaredModel:
+    """Return a model of two layers, which can be had with more than one context."""
+    return DeclaredModel((mib * MIB,) * 2)
 
 
 def _lease(model: ModelId, options: Options = Options(), priority: int = 0) -> RequestSpec:  # noqa: B008  # it is frozen
@@ -86,12 +82,12 @@ SCENARIOS: tuple[Scenario, ...] = (
     ),
     Scenario(
         "reload", "a model with a small context and a large one, measured, beside another",
-        ((HOST, GIB), (GPU0, GIB)), ((A, _model(2, 200)), (B, _model(2, 200))),
+        ((HOST, GIB), (GPU0, GIB)), ((A, _resolved(200)), (B, _resolved(200))),
         (_lease(A, SMALL), _lease(A, LARGE), _lease(B)), 3, 40_000, LIMITS, fills=True,
     ),
     Scenario(
         "read-ahead", "files that are read while a GPU is waited for, with more or less memory to spare",
-        ((HOST, GIB), (GPU0, GIB)), ((A, _model(2, 300)), (B, _model(2, 300))), EITHER, 3, 40_000, LIMITS,
+        ((HOST, GIB), (GPU0, GIB)), ((A, _resolved(300)), (B, _resolved(300))), EITHER, 3, 40_000, LIMITS,
         other_devices=((HOST, 600 * MIB), (GPU0, GIB)), expires=False, closes=False,
     ),
     Scenario(

@@ -8,18 +8,19 @@ from dataclasses import dataclass
 from random import Random
 
 from fsm.domain.devices import HOST, MIB, DeviceId, DeviceSample
-from fsm.domain.model_info import ModelInfo, Options
+from fsm.domain.model_info import Options
 from fsm.eviction.policies import Candidate, EvictionPolicy, ExpectedReloadCost, KeepAliveOrder, LeastRecentlyUsed
 from fsm.machine.request import ModelId, Purpose, RequestSpec
 from fsm.sizing.footprint import Footprint
 from fsm.state.core_config import CoreConfig
+from fsm.verification.declared_model import DeclaredModel
 from fsm.verification.sim_faults import Faults, draw_faults
 
 GIB = 1024 * MIB
 CORES = 8  # of the host
 INTEGRATED = DeviceId("gpu-integrated")
 
-Info = Footprint | ModelInfo
+Model = Footprint | DeclaredModel
 
 OPTIONS = (
     Options(), Options(), Options(), Options(), Options(num_ctx=2048), Options(num_ctx=8192), Options(num_gpu=0),
@@ -49,9 +50,10 @@ class SimConfig:
     """What holds for a whole seed."""
 
     limits: CoreConfig
+    defaults: Options  # of the engine
     policy: EvictionPolicy
     devices: tuple[DeviceSample, ...]  # all free, the host first
-    models: tuple[tuple[ModelId, Info], ...]
+    models: tuple[tuple[ModelId, Model], ...]
     specs: tuple[RequestSpec, ...]  # earlier specifications are asked for more often
     keep_alives_s: tuple[float | None, ...]  # that a request may name
     timeouts_s: tuple[float | None, ...]
@@ -65,9 +67,10 @@ class SimConfig:
 def draw_sim_config(draw: Random) -> SimConfig:
     """Return the configuration of one seed."""
     devices = _devices(draw)
-    models = tuple((ModelId(f"model-{number}"), draw_info(draw, devices)) for number in range(draw.randint(1, 6)))
+    models = tuple((ModelId(f"model-{number}"), draw_model(draw, devices)) for number in range(draw.randint(1, 6)))
     names = tuple(name for name, _ in models)
     return SimConfig(
+        defaults=draw.choice((Options(), Options(), Options(num_ctx=65536))),
         limits=_limits(draw),
         policy=_policy(draw),
         devices=devices,
@@ -83,11 +86,11 @@ def draw_sim_config(draw: Random) -> SimConfig:
     )
 
 
-def draw_info(draw: Random, devices: Sequence[DeviceSample]) -> Info:
-    """Return a model: an object of declared bytes, layers of any size, or what is read from a GGUF file."""
+def draw_model(draw: Random, devices: Sequence[DeviceSample]) -> Model:
+    """Return a model: an object of declared bytes, layers of any size, or layers whose sizes follow from options."""
     most = sum(device.capacity_bytes for device in devices if not device.integrated)
     size = max(MIB, int(most * 0.9 * draw.random() ** 3))
-    kind = draw.choice(("fixed", "layers", "gguf"))
+    kind = draw.choice(("fixed", "layers", "resolved"))
     if kind == "fixed":
         on = draw.choice((HOST, HOST, devices[-1].id))
         return Footprint(fixed=((on, size),))
@@ -95,28 +98,8 @@ def draw_info(draw: Random, devices: Sequence[DeviceSample]) -> Info:
     if kind == "layers":
         each, host = size // (layers + 1), min(size // 4, 200 * MIB)
         return Footprint((each,) * layers, (each // 8,) * layers, each, 0, each // 8, process_bytes=host)
-    return _model_info(draw, layers, size)
-
-
-def _model_info(draw: Random, layers: int, size: int) -> ModelInfo:
-    return ModelInfo(
-        architecture=draw.choice(("llama", "qwen3next")),
-        context_trained=draw.choice((4096, 131072)),
-        embedding_length=1024,
-        feed_forward_length=2048,
-        vocabulary=32000,
-        heads=16,
-        heads_kv=(4,) * layers,
-        key_length=64,
-        value_length=64,
-        sliding_window=0,
-        layers_bytes=(size // (layers + 1),) * layers,
-        input_bytes=size // (layers + 1) // 2,
-        output_bytes=size // (layers + 1) // 2,
-        file_bytes=size,
-        embedding=draw.random() < 0.1,
-        vision=draw.random() < 0.1,
-    )
+    token_bytes, context = draw.choice((1024, 65536)), draw.choice((4096, 131072))
+    return DeclaredModel((size // (layers + 1),) * layers, token_bytes, context, one_slot=draw.random() < 0.3)
 
 
 def _devices(draw: Random) -> tuple[DeviceSample, ...]:
@@ -142,7 +125,6 @@ def _limits(draw: Random) -> CoreConfig:
         max_loads_per_gpu=draw.choice((1, 2)),
         max_host_loads=draw.choice((1, 2)),
         priority_s=draw.choice((0.0, 60.0)),
-        defaults=draw.choice((Options(), Options(), Options(num_ctx=65536))),
         spread_over_gpus=draw.random() < 0.1,
         require_gpu=draw.random() < 0.1,
         claims=draw.random() < 0.3,

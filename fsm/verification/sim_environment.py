@@ -13,6 +13,7 @@ from heapq import heappop, heappush
 from random import Random
 
 from fsm.domain.devices import HOST, DeviceId, DeviceSample
+from fsm.domain.model_info import Options
 from fsm.machine.request import ModelId, Purpose, RequestId
 from fsm.machine.runner import RunnerId
 from fsm.messages.commands import (
@@ -55,7 +56,10 @@ from fsm.messages.events import (
 )
 from fsm.messages.reasons import NoAnswer
 from fsm.messages.refusals import InvalidModelRefusal, ModelNotFoundRefusal
-from fsm.verification.sim_config import INTEGRATED, Info, SimConfig, draw_info
+from fsm.sizing.footprint import Footprint
+from fsm.sizing.model_profile import ModelProfile
+from fsm.verification.declared_model import profile_of
+from fsm.verification.sim_config import INTEGRATED, Model, SimConfig, draw_model
 
 Thunk = Callable[[], Event | None]
 
@@ -112,7 +116,7 @@ class SimEnvironment:
     now: float = 0.0
     heap: list[tuple[float, int, Thunk]] = field(default_factory=list)
     processes: dict[RunnerId, Process] = field(default_factory=dict)
-    files: dict[ModelId, Info] = field(default_factory=dict)
+    files: dict[ModelId, Model] = field(default_factory=dict)
     ghosts: list[Ghost] = field(default_factory=list)
     strangers: dict[DeviceId, int] = field(default_factory=dict)
     capacities: dict[DeviceId, int] = field(default_factory=dict)
@@ -168,8 +172,8 @@ class SimEnvironment:
             case Sample(number):
                 self.wanted = number
                 self.after(self._about(0.05), lambda: self._read(number))
-            case Inspect(model):
-                self.after(self._about(0.05), lambda: self._inspect(model))
+            case Inspect(model, options):
+                self.after(self._about(0.05), lambda: self._inspect(model, options))
             case Claim(number):
                 self._claim(number)
             case NotifyContention(_, requests):
@@ -326,13 +330,13 @@ class SimEnvironment:
 
     # -- files and other programs -------------------------------------------------------------------------------------
 
-    def _inspect(self, model: ModelId) -> Event | None:
+    def _inspect(self, model: ModelId, asked: tuple[Options, ...]) -> Event | None:
         """Have the devices read, and then the file."""
         faults = self.config.faults
-        outcome: Info | ModelNotFoundRefusal | InvalidModelRefusal
+        outcome: ModelProfile | Footprint | ModelNotFoundRefusal | InvalidModelRefusal
         if self._happens(faults.changed / 4):
-            self.files[model] = draw_info(self.draw, self.config.devices)
-        outcome = self.files[model]
+            self.files[model] = draw_model(self.draw, self.config.devices)
+        outcome = profile_of(self.files[model], asked, self.config.defaults)
         if self._happens(faults.bad / 2):
             outcome = InvalidModelRefusal(model, "cut short", 4)
         if self._happens(faults.gone / 2):

@@ -22,6 +22,7 @@ from fsm.messages.commands import Command
 from fsm.messages.decision_log import Entry
 from fsm.messages.events import ClaimGranted, Close, Event, Exited, Expire, Inspected, Loaded, Release, Sampled, Tick
 from fsm.verification.decision_coverage import Coverage, situation_of
+from fsm.verification.declared_model import profile_of
 from fsm.verification.model_checker import EVERYTHING_ENDS, RAISES_NOTHING, Step, Trace, Violation
 from fsm.verification.plan_invariants import check_outcome
 from fsm.verification.property import Violated
@@ -193,7 +194,8 @@ def _in_order(core: Core, config: SimConfig) -> Event | None:
     state = core._state
     for model in state.models.values():
         if model.inspecting:
-            return Inspected(model.id, dict(config.models)[model.id])
+            asked = state.options_asked_of(model.id)
+            return Inspected(model.id, profile_of(dict(config.models)[model.id], asked, config.defaults))
     if not state.closing:
         for number in state.claims:
             return ClaimGranted(number)

@@ -198,7 +198,8 @@ class _View:
         doubted = model.failures and current is not None and current.loaded_at is not None
         good_at = (current.loaded_at or 0.0) + self.state.config.good_life_s if current and doubted else math.inf
         return (
-            canonical.kinds.get(model.id, -1), canonical.shared(model.info), model.inspected_since_launch,
+            canonical.kinds.get(model.id, -1), canonical.shared(model.profile), model.inspected_since_launch,
+            sorted(map(canonical.shared, model.resolutions)),
             model.inspecting,
             model.pinned, min(model.failures, MOST_FAILURES), self.times[good_at], self.times[model.blocked_until],
             model.load_exclusively, model.context_limit or 0, sorted(map(canonical.number, model.measured.items())),

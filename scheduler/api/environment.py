@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from fsm.core import Core
+from fsm.domain.model_info import Options
 from fsm.messages.commands import Command
 from fsm.messages.decision_log import Entry
 from fsm.messages.events import Event
@@ -20,6 +21,19 @@ from scheduler.models.sources import default_resolvers
 from scheduler.runtime.driver import Driver
 
 
+def llama_engine(settings: Settings) -> LlamaEngine:
+    """Return the engine of model files, with the settings for the options that requests leave open."""
+    defaults = Options(
+        num_ctx=settings.num_ctx,
+        num_batch=settings.num_batch,
+        num_parallel=settings.num_parallel,
+        flash_attention=settings.flash_attention,
+        cache_type_k=settings.cache_type,
+        cache_type_v=settings.cache_type,
+    )
+    return LlamaEngine(defaults, larger_contexts=settings.auto_context_from_vram)
+
+
 class Environment:
     """The machine as it is. `scheduler.testing` replaces every part of it."""
 
@@ -32,9 +46,9 @@ class Environment:
             memory_limit_bytes=settings.memory_limit, gpus=settings.gpus, gpu_reserve_bytes=settings.gpu_reserve
         )
 
-    def engines(self) -> tuple[Engine, Engine]:
+    def engines(self, settings: Settings) -> tuple[Engine, Engine]:
         """Return the engine of model files and the engine of Python objects."""
-        return LlamaEngine(), PythonEngine()
+        return llama_engine(settings), PythonEngine()
 
     def resolvers(self, settings: Settings) -> Sequence[Resolver]:
         """Return the places where models are found by name."""

@@ -14,15 +14,13 @@ from fsm.machine.request import ModelId
 from fsm.messages.refusals import DoesNotFitRefusal
 from fsm.preview import Preview, Share, preview
 from fsm.sizing.load_history import NOTHING, LoadHistory
-from scheduler.api.fit_advice import advise
+from scheduler.api.fit_advice import Inspection, advise
 from scheduler.errors.formatting import format_bytes, format_duration
 from scheduler.errors.from_refusals import error_of
 from scheduler.errors.wording import Name, infeasible_reason, remedy, wait_reason
 
 if TYPE_CHECKING:
     from fsm.core import Core, DeviceView
-    from fsm.domain.model_info import ModelInfo
-    from fsm.sizing.footprint import Footprint
     from scheduler.runtime.model_registry import ParsedRequest
 
 Verdict = Literal["warm", "fits", "evicts", "waits", "refused", "never"]
@@ -145,13 +143,13 @@ def fit_of(
     now: float,
     core: Core,
     parsed: ParsedRequest,
-    info: ModelInfo | Footprint,
+    inspect: Inspection,
     name: Name,
     known: LoadHistory = NOTHING,
 ) -> Fit:
     """Return what would become of a request at `now`; `core` belongs to the caller alone, and is not changed.
 
-    `known` holds the measurements of the model's file.
+    `inspect` inspects the model for some options, and `known` holds the measurements of its file.
     """
 
     def named(id: ModelId) -> str:
@@ -159,10 +157,11 @@ def fit_of(
         return parsed.name if id == parsed.spec.model else name(id)
 
     devices = {device.id: device for device in core.snapshot().devices}
-    found = preview(now, core, parsed.spec, info, known)
+    profile = inspect([*core.options_asked_of(parsed.spec.model), parsed.spec.options])
+    found = preview(now, core, parsed.spec, profile, known)
     fit = _fit(now, devices, parsed.name, found, named)
     advice = []
-    for each in advise(now, core, parsed.spec, info, found, known):
+    for each in advise(now, core, parsed.spec, profile, inspect, found, known):
         other = _fit(now, devices, parsed.name, each.preview, named)
         advice.append(FitAdvice(_changes(parsed.spec.options, each.options), other))
     return replace(fit, advice=tuple(advice))

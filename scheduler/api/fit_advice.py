@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from operator import le
 from typing import assert_never
 
 from fsm.core import Core
-from fsm.domain.model_info import ModelInfo, Options
+from fsm.domain.model_info import Options
 from fsm.machine.request import RequestSpec
 from fsm.preview import Outcome, Preview, preview
 from fsm.sizing.footprint import Footprint
 from fsm.sizing.load_history import NOTHING, LoadHistory
-from fsm.sizing.load_options import CACHE_BLOCK, UNQUANTISED, resolve
+from fsm.sizing.model_profile import ModelProfile, Resolution
 
 MOST_TRIES = 30  # previews that one advice may cost; each is a copy of the core and two steps
 MOST_ADVICE = 3
 
+Inspection = Callable[[Sequence[Options]], ModelProfile | Footprint]  # inspects one model for some options
+
+_UNQUANTISED = frozenset({"f32", "f16", "bf16"})
 _QUANTISED = "q8_0"  # costs hardly any measurable quality; smaller types do
 # tokens; halved further only as the last resort, or for a context that is no larger to begin with, or an embedder
 _SMALL_CONTEXT = 2048
@@ -34,32 +37,41 @@ class Advice:
 
 
 def advise(
-    now: float, core: Core, spec: RequestSpec, info: ModelInfo | Footprint, found: Preview, known: LoadHistory = NOTHING
+    now: float,
+    core: Core,
+    spec: RequestSpec,
+    profile: ModelProfile | Footprint,
+    inspect: Inspection,
+    found: Preview,
+    known: LoadHistory = NOTHING,
 ) -> tuple[Advice, ...]:
     """Return other options with which a model fits, the least harm first.
 
     The result is empty where the model fits, or no option would help. With these options a model that never fits would
     fit, if need be after evictions; a request that evicts or waits would do neither; a model that goes to GPUs in part
-    would go whole. `found` is the preview of `spec` itself. Each advice was previewed in turn, and each does less
-    harm of some kind than every advice before it.
+    would go whole. `profile` and `found` are the inspection and the preview of `spec` itself. Each advice was previewed
+    in turn, and each does less harm of some kind than every advice before it.
     """
-    if isinstance(info, Footprint) or _worth(found) == _BEST:
+    if isinstance(profile, Footprint) or _worth(found) == _BEST:
         return ()
-    defaults = core.snapshot().limits.defaults
-    explicit = resolve(info, found.options, defaults)
+    own = _resolved(profile, spec.options)
+    explicit = own if own is not None and found.options == spec.options else found.options
     advice: list[Advice] = []
     harms: list[tuple[int, ...]] = []  # of each advice
     tries = 0
-    ways = _ways(info, spec.options, explicit, _gpu_ways(explicit, found))
-    last = (options for options in _last_ways(info, spec.options, explicit) if not advice)
-    for options in chain(ways, last):
-        harm = _harm(explicit, resolve(info, options, defaults))
+    ways = tuple(_ways(spec.options, explicit, _gpu_ways(explicit, found), small=profile.embedding))
+    last = tuple(_last_ways(spec.options, explicit))
+    others = replace(profile, resolutions=profile.resolutions + _resolutions(inspect([*ways, *last])))
+    for options in chain(ways, (options for options in last if not advice)):
+        if (other_options := _resolved(others, options)) is None:
+            continue
+        harm = _harm(explicit, other_options)
         if not any(harm) or any(all(map(le, least, harm)) for least in harms):
             continue
         if tries == MOST_TRIES or len(advice) == MOST_ADVICE:
             break
         tries += 1
-        other = preview(now, core, replace(spec, options=options), info, known)
+        other = preview(now, core, replace(spec, options=options), others, known)
         if _worth(other) > _worth(found):
             advice.append(Advice(options, other))
             harms.append(harm)
@@ -85,14 +97,24 @@ def _worth(found: Preview) -> tuple[int, bool]:
 _BEST = (2, True)
 
 
-def _ways(info: ModelInfo, asked: Options, explicit: Options, gpu_ways: Sequence[int]) -> Iterator[Options]:
+def _resolutions(profile: ModelProfile | Footprint) -> tuple[Resolution, ...]:
+    return profile.resolutions if isinstance(profile, ModelProfile) else ()  # an object is in place of the file now
+
+
+def _resolved(profile: ModelProfile, asked: Options) -> Options | None:
+    """Return the options of the load that needs no GPUs of a certain size; None where the engine would refuse them."""
+    one = next(resolution for resolution in profile.resolutions if resolution.asked == asked)
+    return None if one.unsupported else next(load.options for load in one.loads if not load.least_gpu_bytes)
+
+
+def _ways(asked: Options, explicit: Options, gpu_ways: Sequence[int], *, small: bool) -> Iterator[Options]:
     """Yield other options, the least harm first: cache types, context, slots, placement, and several of them."""
     assert explicit.num_ctx is not None and explicit.num_parallel is not None, "made explicit by resolve"
-    small = info.embedding or explicit.num_ctx <= _SMALL_CONTEXT
-    contexts = _halves(explicit.num_ctx, _SMALLEST_CONTEXT if small else _SMALL_CONTEXT, most=5)
+    least = _SMALLEST_CONTEXT if small or explicit.num_ctx <= _SMALL_CONTEXT else _SMALL_CONTEXT
+    contexts = _halves(explicit.num_ctx, least, most=5)
     slots = _halves(explicit.num_parallel, 1, most=3)
     ways = [asked]
-    if _can_be_quantised(info, explicit):
+    if _can_be_smaller(explicit):
         ways.append(replace(asked, cache_type_k=_QUANTISED, cache_type_v=_QUANTISED))
     yield from ways
     for way in ways:
@@ -106,11 +128,11 @@ def _ways(info: ModelInfo, asked: Options, explicit: Options, gpu_ways: Sequence
         yield from (replace(way, num_gpu=layers) for layers in gpu_ways)
 
 
-def _last_ways(info: ModelInfo, asked: Options, explicit: Options) -> Iterator[Options]:
+def _last_ways(asked: Options, explicit: Options) -> Iterator[Options]:
     """Yield options that only help where no others do: contexts that are of little use."""
     least = replace(asked, num_parallel=1) if (explicit.num_parallel or 1) > 1 else asked
     ways = [least]
-    if _can_be_quantised(info, explicit):
+    if _can_be_smaller(explicit):
         ways.append(replace(least, cache_type_k=_QUANTISED, cache_type_v=_QUANTISED))
     for way in ways:
         yield from (replace(way, num_ctx=context) for context in (_SMALL_CONTEXT // 2, _SMALLEST_CONTEXT))
@@ -137,11 +159,9 @@ def _halves(number: int, least: int, *, most: int) -> list[int]:
     return halves[::-1][::step][::-1]
 
 
-def _can_be_quantised(info: ModelInfo, explicit: Options) -> bool:
-    """Return whether the cache may have a smaller, quantised type; for quantised values flash attention must be on."""
-    whole_blocks = not (info.key_length % CACHE_BLOCK or info.value_length % CACHE_BLOCK)
-    larger = explicit.cache_type_k in UNQUANTISED or explicit.cache_type_v in UNQUANTISED
-    return whole_blocks and larger and explicit.flash_attention is not False
+def _can_be_smaller(explicit: Options) -> bool:
+    """Return whether the cache has a type that is not quantised."""
+    return not {explicit.cache_type_k, explicit.cache_type_v}.isdisjoint(_UNQUANTISED)
 
 
 def _harm(explicit: Options, other: Options) -> tuple[int, ...]:

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from functools import partial
 from typing import Self, Unpack
 from weakref import WeakSet
 
@@ -69,7 +70,7 @@ class Scheduler:
         environment = _environment or Environment()
         self._clock = environment.clock
         self._devices = environment.devices(self.settings)
-        self._engines = environment.engines()
+        self._engines = environment.engines(self.settings)
         self.catalog = Catalog(environment.resolvers(self.settings))
         self._registry = ModelRegistry(*self._engines, self.catalog, pin=lambda model: self._broker.post(Pin(model)))
         self._hub = Hub(self.settings.event_buffer, self._registry.name)
@@ -200,11 +201,10 @@ class Scheduler:
         if self._broker.closing:
             raise SchedulerClosed()
         spec, parsed = self._registry.parse(model, asking)
-        info = self._registry.inspect(spec)
         known = self._executor.load_measurements(identity_of(spec))
         self._executor.refresh(_FRESH_S)
-        core = self._broker.query(Core.copy)
-        return fit_of(self._clock(), core, parsed, info, self._registry.name, known)
+        core, inspect = self._broker.query(Core.copy), partial(self._registry.inspect, spec)
+        return fit_of(self._clock(), core, parsed, inspect, self._registry.name, known)
 
     # -- changing its limits ------------------------------------------------------------------------------------------
 
@@ -402,19 +402,10 @@ def limits_of(settings: Settings) -> CoreConfig:
         max_loads_per_gpu=settings.max_loads_per_gpu,
         max_host_loads=settings.max_host_loads,
         prefetches=_PREFETCHES if settings.prefetch else 0,
-        defaults=Options(
-            num_ctx=settings.num_ctx,
-            num_batch=settings.num_batch,
-            num_parallel=settings.num_parallel,
-            flash_attention=settings.flash_attention,
-            cache_type_k=settings.cache_type,
-            cache_type_v=settings.cache_type,
-        ),
         claims=settings.lock_folder is not None,
         cpu_threads=settings.cpu_threads or 0,
         persists_measurements=settings.measurement_file is not None,
         spread_over_gpus=settings.spread_over_gpus,
-        auto_context_from_vram=settings.auto_context_from_vram,
         require_gpu=settings.require_gpu,
     )
 

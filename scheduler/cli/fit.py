@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import cast
 
 from rich.console import Console
@@ -16,13 +17,13 @@ from fsm.domain.devices import HOST, DeviceId, DeviceSample
 from fsm.messages.events import Sampled
 from fsm.placement.search import MEASURED_HEADROOM, PREDICTED_HEADROOM
 from fsm.sizing.load_history import NOTHING
+from scheduler.api.environment import llama_engine
 from scheduler.api.fit import Fit, FitDevice, fit_of
 from scheduler.api.scheduler import limits_of
 from scheduler.concurrency.clock import monotonic_clock
 from scheduler.config.quantities import parse_bytes
 from scheduler.config.settings import Settings
 from scheduler.devices.device_reader import DeviceReader
-from scheduler.engines.llama import LlamaEngine
 from scheduler.engines.python import PythonEngine
 from scheduler.errors.exceptions import InvalidSettings
 from scheduler.errors.formatting import format_bytes
@@ -41,16 +42,16 @@ def run_fit(chosen: argparse.Namespace) -> int:
     if chosen.memory_limit is not None:
         settings = settings.changed(memory_limit=_size("--memory-limit", chosen.memory_limit))
     samples, problems = _devices(settings, chosen.host, chosen.gpu)
-    engines = (LlamaEngine(), PythonEngine())
+    engines = (llama_engine(settings), PythonEngine())
     registry = ModelRegistry(*engines, Catalog(default_resolvers(settings.models)), pin=lambda model: None)
     spec, question = registry.parse(chosen.model, _asking(chosen))
-    info, identity = registry.inspect(spec), identity_of(spec)
+    identity = identity_of(spec)
     now = monotonic_clock()
     core = Core(limits_of(settings), settings.eviction)
     core.step(now, Sampled(samples))
     file = settings.measurement_file
     known = MeasurementStore(file).read(identity) if file and identity else NOTHING
-    fit = fit_of(now, core, question, info, registry.name, known)
+    fit = fit_of(now, core, question, partial(registry.inspect, spec), registry.name, known)
     if chosen.json:
         print(json.dumps(fit.to_json() | {"problems": problems}, indent=2, ensure_ascii=False))
     else:

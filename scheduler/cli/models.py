@@ -15,16 +15,18 @@ from rich.table import Table
 from rich.text import Text
 
 from fsm.core import Core
-from fsm.domain.model_info import ModelInfo
 from fsm.machine.request import Purpose, RequestSpec
 from fsm.messages.events import Sampled
 from fsm.messages.refusals import DoesNotFitRefusal
 from fsm.preview import preview
-from fsm.sizing.load_options import WITHOUT_CACHE
+from fsm.sizing.model_profile import ModelProfile
+from scheduler.api.environment import llama_engine
 from scheduler.api.scheduler import limits_of
 from scheduler.concurrency.clock import monotonic_clock
 from scheduler.config.settings import Settings
 from scheduler.devices.device_reader import DeviceReader
+from scheduler.engines.llama import LlamaEngine
+from scheduler.engines.llama_options import WITHOUT_CACHE
 from scheduler.errors.exceptions import InvalidModel
 from scheduler.errors.formatting import format_bytes
 from scheduler.models.catalog import Catalog, found_by, in_words, location_of
@@ -57,9 +59,9 @@ class Row:
 def run_models(settings: Settings, *, as_json: bool) -> int:
     """Print the list and return the exit status, which is 0 for an empty list too."""
     catalog = Catalog(default_resolvers(settings.models))
-    core = _core_of(settings)
+    core, engine = _core_of(settings), llama_engine(settings)
     with progress_on(Console(stderr=True)) as progress:
-        rows = list(read_rows(catalog, core, progress))
+        rows = list(read_rows(catalog, core, engine, progress))
     if as_json:
         print(json.dumps([asdict(row) for row in rows], indent=2, ensure_ascii=False))
     elif rows:
@@ -69,10 +71,10 @@ def run_models(settings: Settings, *, as_json: bool) -> int:
     return 0
 
 
-def read_rows(catalog: Catalog, core: Core, progress: Progress) -> Iterator[Row]:
+def read_rows(catalog: Catalog, core: Core, engine: LlamaEngine, progress: Progress) -> Iterator[Row]:
     """Yield a row for each model that has a name, in the order in which names are looked up.
 
-    `core`, which knows the devices, says whether a model fits, and is not changed.
+    `core`, which knows the devices, says whether a model fits, and is not changed; `engine` says what it takes.
     """
     task = progress.add_task("Looking for models", total=None)
     unlisted: dict[str, str] = {}
@@ -84,7 +86,7 @@ def read_rows(catalog: Catalog, core: Core, progress: Progress) -> Iterator[Row]
             if (spec := found_by(resolver, name)) is None:
                 continue  # the model went away meanwhile
             row = replace(row, path=spec.path)
-            yield _read(row, spec, core)
+            yield _read(row, spec, core, engine)
         except Exception as error:  # a resolver may be the user's own
             yield replace(row, problem=error.reason if isinstance(error, InvalidModel) else in_words(error))
     yield from (Row("", place, problem=why) for place, why in unlisted.items())
@@ -101,12 +103,12 @@ def _core_of(settings: Settings) -> Core:
     return core
 
 
-def _read(row: Row, spec: ModelSpec, core: Core) -> Row:
+def _read(row: Row, spec: ModelSpec, core: Core, engine: LlamaEngine) -> Row:
     spec = spec.resolved()
     info = read_metadata(spec.path, adapters=spec.adapters, projectors=spec.projectors, embedding=spec.embedding)
     if info.architecture in WITHOUT_CACHE:  # a model of such an architecture only embeds
         info = replace(info, embedding=True)
-    fits, needed_bytes = _fit(spec, info, core)
+    fits, needed_bytes = _fit(spec, engine.profile(info, [spec.options]), core)
     return replace(
         row,
         size_bytes=info.file_bytes + info.adapters_bytes + info.projectors_bytes,
@@ -118,8 +120,8 @@ def _read(row: Row, spec: ModelSpec, core: Core) -> Row:
     )
 
 
-def _fit(spec: ModelSpec, info: ModelInfo, core: Core) -> tuple[str, int]:
-    found = preview(monotonic_clock(), core, RequestSpec(spec.id, spec.options, Purpose.lease, 0), info)
+def _fit(spec: ModelSpec, profile: ModelProfile, core: Core) -> tuple[str, int]:
+    found = preview(monotonic_clock(), core, RequestSpec(spec.id, spec.options, Purpose.lease, 0), profile)
     if isinstance(found.refusal, DoesNotFitRefusal):
         return TOO_LARGE, sum(amount for _, amount in found.refusal.needed)
     needed_bytes = sum(share.needed_bytes for share in found.shares)

@@ -11,8 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
+from fsm.domain.model_info import CACHE_TYPES
 from fsm.eviction.policies import POLICIES, EvictionPolicy
-from fsm.sizing.memory_estimate import CACHE_BLOCK_BYTES
 from scheduler.config.quantities import parse_bytes, parse_duration
 from scheduler.errors.exceptions import InvalidSettings
 
@@ -106,8 +106,8 @@ def _says_none(value: object) -> bool:
 
 def cache_type(name: str, value: Any) -> str:
     """Return a type of the KV cache."""
-    if not isinstance(value, str) or value.lower() not in CACHE_BLOCK_BYTES:
-        raise InvalidSettings(name, value, f"one of {', '.join(CACHE_BLOCK_BYTES)}")
+    if not isinstance(value, str) or value.lower() not in CACHE_TYPES:
+        raise InvalidSettings(name, value, f"one of {', '.join(CACHE_TYPES)}")
     return value.lower()
 
 

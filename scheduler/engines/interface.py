@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -10,8 +10,9 @@ from fsm.domain.devices import HOST
 
 if TYPE_CHECKING:
     from fsm.domain.devices import DeviceId, Placement
-    from fsm.domain.model_info import ModelInfo, Options
+    from fsm.domain.model_info import Options
     from fsm.sizing.footprint import Footprint
+    from fsm.sizing.model_profile import EngineSettings, ModelProfile
     from scheduler.engines.runner_client import RunnerClient
 
 
@@ -110,11 +111,16 @@ class Engine(Protocol):
     def require(self) -> None:
         """Raise `EngineMissing` if a library that the engine needs is not installed."""
 
-    def inspect(self, model: Any) -> ModelInfo | Footprint:
-        """Return what the model would need; raises `ModelNotFound` or `InvalidModel`."""
+    def inspect(self, model: Any, asked: Sequence[Options]) -> ModelProfile | Footprint:
+        """Return what the model is, and how it would be loaded for each of the options `asked`.
 
-    def launch(self, model: Any, options: Options, placement: Placement, report: RunnerListener) -> Process:
-        """Start a runner with these resolved options, and return while it starts.
+        A footprint stands for a model that takes the same with all options. Raises `ModelNotFound` or `InvalidModel`.
+        """
+
+    def launch(
+        self, model: Any, options: Options, settings: EngineSettings, placement: Placement, report: RunnerListener
+    ) -> Process:
+        """Start a runner with these resolved options and settings, as `inspect` told them, and return while it starts.
 
         Every launch ends in exactly one `RunnerListener.exited`, unless this raises: then no runner was started, and
         there is no report.

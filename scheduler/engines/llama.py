@@ -20,20 +20,20 @@ from urllib.parse import urlsplit
 
 import psutil
 
-from fsm.domain.devices import HOST, MIB, DeviceId, Threads
-from fsm.domain.model_info import ModelInfo, Options
-from fsm.sizing.load_options import maps_file, micro_batch, resolve
-from fsm.sizing.memory_estimate import CHECKPOINTS, kept_bytes, prompt_cache_bytes, results_bytes, work_bytes
+from fsm.domain.devices import HOST, DeviceId, Threads
+from fsm.domain.model_info import Options
+from fsm.sizing.model_profile import EngineSettings, ModelProfile
 from scheduler.concurrency.latch import Latch
 from scheduler.config.quantities import wait_limit
 from scheduler.devices.cpu_cores import usable_cores
 from scheduler.engines.child_process import Child, Exit, Program
 from scheduler.engines.interface import Buffer, Endpoint, Memory
+from scheduler.engines.llama_profile import AUTOMATIC, LlamaSettings, profile_of
 from scheduler.engines.llama_protocol import largest_sequence, loaded_of
 from scheduler.engines.process_supervisor import CLOSE_TIMEOUT_S, ChildLauncher
-from scheduler.errors.exceptions import EngineMissing, is_out_of_files
-from scheduler.models.gguf_header import read_header
+from scheduler.errors.exceptions import EngineMissing, ModelNotFound, is_out_of_files
 from scheduler.models.gguf_metadata import read_metadata
+from scheduler.models.model_info import ModelInfo
 
 if TYPE_CHECKING:
     from fsm.domain.devices import Placement
@@ -281,7 +281,9 @@ class LlamaProcess:
 class LlamaEngine:
     """Runs the models of `ModelSpec`s; its threads start with the first launch."""
 
-    def __init__(self) -> None:
+    def __init__(self, defaults: Options = AUTOMATIC, *, larger_contexts: bool = False) -> None:
+        self._defaults = defaults  # of options that requests leave open
+        self._larger_contexts = larger_contexts  # whether an automatic context follows from the GPUs' memory
         self._processes = ChildLauncher()
 
     def require(self) -> None:
@@ -290,22 +292,37 @@ class LlamaEngine:
             if find_library() is None:
                 raise EngineMissing("llama", "pip install 'loadmaster[llama]'")
 
-    def inspect(self, model: ModelSpec) -> ModelInfo:
-        """Return what the model's files say; raises `ModelNotFound` or `InvalidModel`."""
-        return read_metadata(
+    def inspect(self, model: ModelSpec, asked: Iterable[Options]) -> ModelProfile:
+        """Return what the model's files say, and how it is loaded for these options.
+
+        Raises `ModelNotFound` or `InvalidModel`.
+        """
+        info = read_metadata(
             model.path, adapters=model.adapters, projectors=model.projectors, embedding=model.embedding
         )
+        return self.profile(info, asked)
 
-    def launch(self, model: ModelSpec, options: Options, placement: Placement, report: RunnerListener) -> LlamaProcess:
+    def profile(self, info: ModelInfo, asked: Iterable[Options]) -> ModelProfile:
+        """Return how a model of this metadata is loaded for these options."""
+        return profile_of(info, asked, self._defaults, larger_contexts=self._larger_contexts)
+
+    def launch(
+        self,
+        model: ModelSpec,
+        options: Options,
+        settings: EngineSettings,
+        placement: Placement,
+        report: RunnerListener,
+    ) -> LlamaProcess:
         """Start a child that loads the model, and return at once.
 
-        Raises `ModelNotFound` or `InvalidModel` if the file was removed or damaged since its inspection, and
-        RuntimeError once the engine is closed and in a fork.
+        Raises `ModelNotFound` if the file was removed since its inspection, and RuntimeError once the engine is closed
+        and in a fork.
         """
-        key = secrets.token_urlsafe(KEY_BYTES)
-        info = self.inspect(model)
-        explicit = resolve(info, options)
-        request = self._request(model, info, explicit, placement, key)
+        if not os.path.exists(model.path):
+            raise ModelNotFound(model.path)
+        key, resolved = secrets.token_urlsafe(KEY_BYTES), LlamaSettings.decoded(settings)
+        request = self._request(model, options, resolved, placement, key)
         gpus = tuple(device for device, _ in placement.gpu_layers)
         program = Program(
             arguments=(sys.executable, "-I", "-S", str(CHILD)),  # without the user's start-up code and other packages'
@@ -316,8 +333,8 @@ class LlamaEngine:
             report,
             key,
             gpus=gpus,
-            kept_bytes=kept_bytes(info, explicit) + work_bytes(info, explicit),
-            results_bytes=results_bytes(info, explicit),
+            kept_bytes=resolved.kept_bytes,
+            results_bytes=resolved.results_bytes,
         )
         process.child = Child(program, process)
         self._processes.start(process.child)
@@ -328,7 +345,9 @@ class LlamaEngine:
         if not self._processes.close(timeout_s):
             log.warning("a child process could not be ended within %g s", timeout_s)
 
-    def _request(self, model: ModelSpec, info: ModelInfo, explicit: Options, placement: Placement, key: str) -> Request:
+    def _request(
+        self, model: ModelSpec, explicit: Options, settings: LlamaSettings, placement: Placement, key: str
+    ) -> Request:
         """Return the request that the child is sent."""
         cores = explicit.num_thread or usable_cores()
         threads = placement.threads or Threads(cores, cores)  # not allocated where the engine is used by itself
@@ -341,16 +360,16 @@ class LlamaEngine:
             "adapters": list(model.adapters),
             "projector": model.projectors[0] if model.projectors else None,
             "embedding": model.embedding,
-            "pooling": pooling_to_set(model.path, info),
+            "pooling": settings.pooling,
             "num_ctx": _there(explicit.num_ctx),
             "num_parallel": _there(explicit.num_parallel),
             "num_batch": _there(explicit.num_batch),
-            "num_micro_batch": micro_batch(info, explicit),
-            "prompt_cache_mib": prompt_cache_bytes(info, explicit) // MIB,
-            "num_checkpoints": CHECKPOINTS,
+            "num_micro_batch": settings.num_micro_batch,
+            "prompt_cache_mib": settings.prompt_cache_mib,
+            "num_checkpoints": settings.num_checkpoints,
             "num_thread": threads.answers,
             "num_thread_prompt": threads.prompts,
-            "use_mmap": maps_file(info, explicit, on_host=not placement.gpu_layers),
+            "use_mmap": settings.use_mmap if placement.gpu_layers else settings.use_mmap_on_host,
             "flash_attention": explicit.flash_attention,
             "cache_type_k": _there(explicit.cache_type_k),
             "cache_type_v": _there(explicit.cache_type_v),
@@ -362,12 +381,6 @@ def find_library() -> str | None:
     """Return the folder that holds the xllamacpp package, without importing it; None if it is not installed."""
     spec = importlib.util.find_spec("xllamacpp")
     return None if spec is None or spec.origin is None else str(Path(spec.origin).parent.parent)
-
-
-def pooling_to_set(path: str, info: ModelInfo) -> str | None:
-    """Return the pooling for an embedder whose file names none, where llama.cpp would refuse to embed; else None."""
-    named = read_header(path).values.get(f"{info.architecture}.pooling_type")
-    return "mean" if info.embedding and not named else None  # 0 is no pooling
 
 
 def child_environment(environment: Mapping[str, str], gpus: Iterable[DeviceId]) -> dict[str, str]:

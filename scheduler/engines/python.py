@@ -7,7 +7,7 @@ import os
 import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ from fsm.domain.devices import DeviceId
 from fsm.domain.model_info import Options
 from fsm.machine.request import ModelId
 from fsm.sizing.footprint import Footprint
+from fsm.sizing.model_profile import EngineSettings
 from scheduler.concurrency.latch import Latch
 from scheduler.config.settings import parse_bytes
 from scheduler.engines.interface import Buffer, Memory
@@ -161,16 +162,21 @@ class PythonEngine:
     def require(self) -> None:
         """Return: the engine needs no library."""
 
-    def inspect(self, model: PythonModel) -> Footprint:
+    def inspect(self, model: PythonModel, asked: Sequence[Options]) -> Footprint:
         """Return the bytes that were declared."""
         return Footprint(fixed=model.declared)
 
     def launch(
-        self, model: PythonModel, options: Options, placement: Placement, report: RunnerListener
+        self,
+        model: PythonModel,
+        options: Options,
+        settings: EngineSettings,
+        placement: Placement,
+        report: RunnerListener,
     ) -> PythonProcess:
         """Start to load an object.
 
-        Options and placement change nothing. Raises RuntimeError once the engine is closed.
+        Options, settings and placement change nothing. Raises RuntimeError once the engine is closed.
         """
         process = PythonProcess(model, report, self._forget)
         with self._lock:

@@ -11,6 +11,7 @@ from types import MappingProxyType
 from typing import assert_never
 
 from fsm.domain.devices import Placement
+from fsm.domain.model_info import CACHE_BLOCK, MOST_SLOTS, MOST_THREADS
 from fsm.machine.request import ModelId
 from fsm.messages.decision_log import ConsideredDevice, ConsideredRunner
 from fsm.messages.reasons import (
@@ -40,7 +41,7 @@ from fsm.messages.reasons import (
     WaitForRunners,
     WaitReason,
 )
-from fsm.sizing.load_options import CACHE_BLOCK, MOST_SLOTS, MOST_THREADS, UnsupportedReason
+from fsm.sizing.model_profile import UnsupportedReason
 from scheduler.errors.formatting import format_bytes, format_duration
 
 Name = Callable[[ModelId], str]

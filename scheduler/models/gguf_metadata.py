@@ -8,9 +8,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
 
-from fsm.domain.model_info import ModelInfo, Recurrence
 from scheduler.errors.exceptions import InvalidModel
 from scheduler.models.gguf_header import Header, Tensor, read_header
+from scheduler.models.model_info import ModelInfo, Recurrence
 from scheduler.models.model_spec import MOST_PARTS
 
 LARGEST_NUMBER = (1 << 32) - 1  # of a count or length in the metadata; llama.cpp keeps them in 32 bits

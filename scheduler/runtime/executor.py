@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from fsm.domain.devices import DeviceId
+from fsm.domain.model_info import Options
 from fsm.machine.request import ModelId
 from fsm.machine.runner import RunnerId
 from fsm.messages import refusals
@@ -74,8 +75,8 @@ class Executor:
     ) -> None:
         """Queue a command, in the order in which the core decided the commands, and return at once."""
         match command:
-            case Inspect(model):
-                self.worker_pool.put(lambda: self._inspect(model))
+            case Inspect(model, options):
+                self.worker_pool.put(lambda: self._inspect(model, options))
             case Launch(runner, model):
                 engine, what = self._engine_of(model)
                 self.forget_past()
@@ -239,7 +240,7 @@ class Executor:
         self.sampler.refresh(_FRESH_S)  # includes the memory that other programs took before the claim
         self._post(ClaimGranted(number))
 
-    def _inspect(self, model: ModelId) -> None:
+    def _inspect(self, model: ModelId, asked: Sequence[Options]) -> None:
         try:
             engine, what = self._engine_of(model)
         except KeyError:  # forgotten, since the caller has left
@@ -247,7 +248,7 @@ class Executor:
             return
         identity = identity_of(what)  # read before and after the inspection: the file may be replaced in between
         try:
-            outcome: object = engine.inspect(what)
+            outcome: object = engine.inspect(what, asked)
         except ModelNotFound as error:
             outcome = refusals.ModelNotFoundRefusal(error.path)
         except InvalidModel as error:

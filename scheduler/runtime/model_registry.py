@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict
 
-from fsm.domain.model_info import ModelInfo, Options
+from fsm.domain.model_info import CACHE_TYPES, Options
 from fsm.machine.request import ModelId, Purpose, RequestSpec
 from fsm.sizing.footprint import Footprint
-from fsm.sizing.memory_estimate import CACHE_BLOCK_BYTES
+from fsm.sizing.model_profile import ModelProfile
 from scheduler.concurrency.clock import Clock, monotonic_clock
 from scheduler.config.quantities import parse_duration
 from scheduler.config.value_parsers import LARGEST_NUMBER
@@ -195,9 +195,12 @@ class ModelRegistry:
             request_spec, spec.name, keep_alive_s, None if timeout_s == math.inf else timeout_s, spec
         )
 
-    def inspect(self, model: ModelSpec | PythonModel) -> ModelInfo | Footprint:
-        """Return what an inspected model would need; raises `ModelNotFound` or `InvalidModel`."""
-        return self._engines[type(model)].inspect(model)
+    def inspect(self, model: ModelSpec | PythonModel, asked: Sequence[Options]) -> ModelProfile | Footprint:
+        """Return what a model is, and how it would be loaded for the options `asked`.
+
+        Raises `ModelNotFound` or `InvalidModel`.
+        """
+        return self._engines[type(model)].inspect(model, asked)
 
     def _understand(self, model: Model, asking: AcquireOptions, purpose: Purpose) -> ParsedRequest:
         spec, parsed = self.parse(model, asking, purpose)
@@ -254,5 +257,5 @@ def _check(name: str, value: object) -> None:
         raise UnsupportedOption(name, value, "it must be at least 1")
     if kind is int and abs(value) >= LARGEST_NUMBER:  # type: ignore[arg-type]  # it is an int
         raise UnsupportedOption(name, value, "it must be below 2**63")
-    if kind is str and value not in CACHE_BLOCK_BYTES:
-        raise UnsupportedOption(name, value, f"it must be one of {', '.join(CACHE_BLOCK_BYTES)}")
+    if kind is str and value not in CACHE_TYPES:
+        raise UnsupportedOption(name, value, f"it must be one of {', '.join(CACHE_TYPES)}")

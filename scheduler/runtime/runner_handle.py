@@ -57,7 +57,8 @@ class RunnerHandle:
             self.exited(None, "stopped before it began", False)
             return
         try:
-            process = self._engine.launch(self._what, self.launch.options, self.launch.placement, self)
+            launch = self.launch
+            process = self._engine.launch(self._what, launch.options, launch.settings, launch.placement, self)
         except Exception as error:
             log.debug("a launch failed", exc_info=True)
             self.exited(None, str(error) or repr(error), False)

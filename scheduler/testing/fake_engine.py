@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -13,6 +13,7 @@ import httpx
 from fsm.domain.devices import HOST, Amounts, DeviceId, DeviceSample, Placement
 from fsm.domain.model_info import Options
 from fsm.sizing.footprint import Footprint
+from fsm.sizing.model_profile import EngineSettings
 from scheduler.devices.device_reader import DeviceReader
 from scheduler.engines.interface import Buffer, Endpoint, Memory, RunnerListener
 from scheduler.engines.python import PythonModel
@@ -138,12 +139,17 @@ class FakeEngine:
     def require(self) -> None:
         """Nothing is needed."""
 
-    def inspect(self, model: ModelSpec | PythonModel) -> Footprint:
+    def inspect(self, model: ModelSpec | PythonModel, asked: Sequence[Options]) -> Footprint:
         """Return what was declared; raises `ModelNotFound` for a model file of no declared name."""
         return Footprint(fixed=self._declared(model).takes)
 
     def launch(
-        self, model: ModelSpec | PythonModel, options: Options, placement: Placement, report: RunnerListener
+        self,
+        model: ModelSpec | PythonModel,
+        options: Options,
+        settings: EngineSettings,
+        placement: Placement,
+        report: RunnerListener,
     ) -> FakeProcess:
         """Begin to load."""
         declared = self._declared(model)

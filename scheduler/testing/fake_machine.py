@@ -157,7 +157,7 @@ class _FakeEnvironment(Environment):
     def devices(self, settings: Settings) -> DeviceReader:
         return FakeDevices(self._capacities, settings.memory_limit, self._engine)
 
-    def engines(self) -> tuple[Engine, Engine]:
+    def engines(self, settings: Settings) -> tuple[Engine, Engine]:
         return self._engine, self._engine
 
     def resolvers(self, settings: Settings) -> Sequence[Resolver]:

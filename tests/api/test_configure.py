@@ -29,9 +29,11 @@ from scheduler import (
     SchedulerForked,
     Settings,
 )
+from scheduler.api.environment import llama_engine
 from scheduler.api.scheduler import limits_of
 from scheduler.devices.device_reader import DeviceReader
 from tests.support.leaks import no_leaks
+from tests.support.models import a_model
 from tests.support.nvml import Gpu, StandIn, beside_stand_in
 from tests.support.pool import a_pool, acquire, exited, expire, launched
 from tests.support.real import settings, write_models
@@ -293,18 +295,29 @@ def test_every_setting_that_the_core_works_by_reaches_it() -> None:
     limits = limits_of(
         Settings(
             max_queue=3, max_runners=4, keep_alive=5, max_wait=6, min_residency=7, load_timeout=8, recovery_timeout=9,
-            max_loads_per_gpu=10, max_host_loads=11, prefetch=False, num_ctx=12, num_batch=14, num_parallel=13,
-            flash_attention=True, cache_type="q8_0", cpu_threads=15, spread_over_gpus=True, auto_context_from_vram=True,
+            max_loads_per_gpu=10, max_host_loads=11, prefetch=False, cpu_threads=15, spread_over_gpus=True,
             require_gpu=True, lock_folder=None, measurement_file=None, stop_grace=16,
         )
     )  # fmt: skip
-    defaults = Options(12, 14, num_parallel=13, flash_attention=True, cache_type_k="q8_0", cache_type_v="q8_0")
     assert limits == CoreConfig(
         max_queue=3, max_runners=4, keep_alive_s=5.0, max_wait_s=6.0, min_residency_s=7.0, load_timeout_s=8.0,
-        recovery_timeout_s=9.0, max_loads_per_gpu=10, max_host_loads=11, prefetches=0, defaults=defaults,
-        cpu_threads=15,
-        spread_over_gpus=True, auto_context_from_vram=True, require_gpu=True, stop_timeout_s=26.0,
+        recovery_timeout_s=9.0, max_loads_per_gpu=10, max_host_loads=11, prefetches=0, cpu_threads=15,
+        spread_over_gpus=True, require_gpu=True, stop_timeout_s=26.0,
     )  # fmt: skip
+
+
+def test_every_option_that_the_settings_name_reaches_the_engine() -> None:
+    """A setting of an option decides what is left open, and larger contexts are offered only where a setting asks."""
+    settings = Settings(num_ctx=12, num_batch=14, num_parallel=13, flash_attention=True, cache_type="q8_0")
+    info = replace(a_model(), key_length=32, value_length=32)
+    (load,) = llama_engine(settings).profile(info, [Options()]).resolutions[0].loads
+    assert load.options == Options(
+        12, 14, num_parallel=13, flash_attention=True, cache_type_k="q8_0", cache_type_v="q8_0"
+    )
+    for larger in (False, True):
+        engine = llama_engine(Settings(auto_context_from_vram=larger))
+        loads = engine.profile(replace(info, context_trained=10**6), [Options()]).resolutions[0].loads
+        assert [load.options.num_ctx for load in loads] == ([262144, 32768, 4096] if larger else [4096])
 
 
 def test_without_settings_the_core_works_by_its_own_defaults() -> None:

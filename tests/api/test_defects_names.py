@@ -21,6 +21,7 @@ from fsm.messages.events import Sampled
 from fsm.state.core_config import CoreConfig
 from scheduler import ModelNotFound, ModelSpec, Scheduler, Settings
 from scheduler.cli import models as command
+from scheduler.engines.llama import LlamaEngine
 from scheduler.models.catalog import Catalog
 from scheduler.models.sources import Folder, HuggingFaceCache, OllamaStore, default_resolvers
 from tests.support.stores import PROJECTOR, hub_repository, ollama_model
@@ -66,7 +67,7 @@ def rows(catalog: Catalog) -> list[command.Row]:
     """Return the rows that the command would list."""
     core = Core(CoreConfig())
     core.step(0.0, Sampled((DeviceSample(HOST, "cpu", "host", 8 * GIB, 8 * GIB),)))
-    return list(command.read_rows(catalog, core, Progress(disable=True)))
+    return list(command.read_rows(catalog, core, LlamaEngine(), Progress(disable=True)))
 
 
 def as_somebody_else(script: str, *arguments: Path) -> str:

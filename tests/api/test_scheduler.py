@@ -577,7 +577,7 @@ def refused(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """Make every inspection fail to find its model; yield the models that were looked for, in order."""
     found: list[str] = []
 
-    def inspect(_: PythonEngine, model: PythonModel) -> Footprint:
+    def inspect(_: PythonEngine, model: PythonModel, asked: object) -> Footprint:
         found.append(model.name)
         raise ModelNotFound(model.name)
 

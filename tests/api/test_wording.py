@@ -36,7 +36,7 @@ from fsm.messages.reasons import (
     WaitForRunners,
     WaitReason,
 )
-from fsm.sizing.load_options import UnsupportedReason
+from fsm.sizing.model_profile import UnsupportedReason
 from scheduler.errors import wording
 from scheduler.errors.exceptions import DoesNotFit, LoadFailed, TimeoutTooShort
 from scheduler.errors.from_refusals import error_of

@@ -19,6 +19,7 @@ from fsm.messages.events import Sampled
 from fsm.state.core_config import CoreConfig
 from scheduler.cli import main as cli
 from scheduler.cli import models as command
+from scheduler.engines.llama import LlamaEngine
 from scheduler.models.catalog import Catalog
 from scheduler.models.sources import Folder, OllamaStore
 from tests.support.stores import PARAMS, hub_repository, ollama_model, write_manifest
@@ -57,7 +58,7 @@ def a_core(*gpus_free: int, host_free: int = 8 * GIB) -> Core:
 
 def rows(catalog: Catalog, core: Core | None = None) -> list[command.Row]:
     """Return the rows that would be listed."""
-    return list(command.read_rows(catalog, core or a_core(), Progress(disable=True)))
+    return list(command.read_rows(catalog, core or a_core(), LlamaEngine(), Progress(disable=True)))
 
 
 def printed(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
@@ -211,7 +212,7 @@ def test_what_takes_long_shows_how_far_it_is(terminal: Console, monkeypatch: pyt
     """Progress is shown on a terminal once listing has taken long."""
     monkeypatch.setattr(command, "PATIENCE_S", 0.2)
     with command.progress_on(terminal) as progress:
-        assert list(command.read_rows(Catalog([Slow()]), a_core(), progress)) == []
+        assert list(command.read_rows(Catalog([Slow()]), a_core(), LlamaEngine(), progress)) == []
     file = terminal.file
     assert isinstance(file, io.StringIO) and "Reading models" in file.getvalue()
 
@@ -220,5 +221,5 @@ def test_what_takes_long_shows_how_far_it_is(terminal: Console, monkeypatch: pyt
 def test_what_is_quick_or_shown_to_nobody_shows_no_progress(console: Console) -> None:
     """Nothing shows progress where listing is quick or the output is no terminal."""
     with command.progress_on(console) as progress:
-        assert list(command.read_rows(Catalog(), a_core(), progress)) == []
+        assert list(command.read_rows(Catalog(), a_core(), LlamaEngine(), progress)) == []
     assert isinstance(console.file, io.StringIO) and console.file.getvalue() == ""

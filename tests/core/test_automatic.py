@@ -7,11 +7,12 @@ from dataclasses import replace
 import pytest
 
 from fsm.domain.devices import HOST, MIB
-from fsm.domain.model_info import ModelInfo, Options
+from fsm.domain.model_info import Options
 from fsm.messages.refusals import DoesNotFitRefusal
-from fsm.planning.automatic_options import BATCHES, Batch
-from fsm.sizing.load_options import DEFAULT_BATCH, resolve
-from fsm.sizing.memory_estimate import estimate
+from scheduler.engines.llama_options import DEFAULT_BATCH, resolve
+from scheduler.engines.llama_profile import BATCHES, Batch
+from scheduler.engines.llama_sizing import estimate
+from scheduler.models.model_info import ModelInfo
 from tests.support.models import a_model
 from tests.support.pool import (
     PoolUnderTest,

@@ -6,10 +6,11 @@ from dataclasses import replace
 
 import pytest
 
-from fsm.domain.model_info import ModelInfo, Options
+from fsm.domain.model_info import Options
 from fsm.messages.commands import Grant
 from fsm.messages.refusals import DoesNotFitRefusal
-from fsm.sizing.load_options import resolve
+from scheduler.engines.llama_options import resolve
+from scheduler.models.model_info import ModelInfo
 from tests.support.models import a_model
 from tests.support.pool import a_pool, acquire, amount, launched, layered, refused
 

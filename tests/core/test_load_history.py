@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 
 import pytest
 
 from fsm.core import Core
 from fsm.domain.devices import HOST, Amounts
-from fsm.domain.model_info import ModelInfo, Options
+from fsm.domain.model_info import Options
 from fsm.machine.request import ModelId, Purpose, RequestSpec
 from fsm.messages.commands import Command, PersistMeasurement, Reject
 from fsm.messages.events import Event, Loaded
@@ -16,9 +17,11 @@ from fsm.messages.refusals import DoesNotFitRefusal, ModelNotFoundRefusal, Queue
 from fsm.placement.search import MEASURED_HEADROOM
 from fsm.preview import Outcome, preview
 from fsm.sizing.load_history import LAST_LOADS, LoadHistory, LoadTimes, MeasuredBytes
-from fsm.sizing.load_options import resolve
 from fsm.state.model_record import ModelRecord
 from scheduler.api.fit_advice import advise
+from scheduler.engines.llama_options import resolve
+from scheduler.engines.llama_profile import profile_of
+from scheduler.models.model_info import ModelInfo
 from scheduler.recording.codec import decode_command, decode_event, decode_state, encode
 from tests.support.models import MIB, a_model
 from tests.support.pool import PoolUnderTest, a_pool, acquire, amount, exited, expire, filled, loaded, release
@@ -298,9 +301,10 @@ def test_a_preview_knows_what_a_load_would_know() -> None:
     pool = a_pool_that()
     want = RequestSpec(ModelId("a"), Options(**ASKED), Purpose.lease, 0)
     before = encode(pool.core.checkpoint())
-    found = preview(0.0, pool.core, want, MODEL, knowing("64MiB"))
+    profile = profile_of(MODEL, [want.options])
+    found = preview(0.0, pool.core, want, profile, knowing("64MiB"))
     assert found.measured and found.shares[0].takes_bytes == 64 * MIB
-    assert not preview(0.0, pool.core, want, MODEL).measured
+    assert not preview(0.0, pool.core, want, profile).measured
     assert encode(pool.core.checkpoint()) == before
 
 
@@ -310,9 +314,11 @@ def test_advice_knows_it_too() -> None:
     want = RequestSpec(ModelId("a"), Options(), Purpose.lease, 0)
     whole, half = explicit(num_ctx=4096), explicit(num_ctx=2048)
     known = LoadHistory((MeasuredBytes(whole, (), ((HOST, 9 << 30),)), MeasuredBytes(half, (), ((HOST, 7 * MIB),))))
-    found = preview(0.0, pool.core, want, MODEL, known)
+    profile = profile_of(MODEL, [want.options])
+    found = preview(0.0, pool.core, want, profile, known)
     assert found.measured and found.outcome is Outcome.never
-    advised = {each.options.num_ctx: each.preview for each in advise(0.0, pool.core, want, MODEL, found, known)}
+    advice = advise(0.0, pool.core, want, profile, partial(profile_of, MODEL), found, known)
+    advised = {each.options.num_ctx: each.preview for each in advice}
     assert advised[2048].measured and advised[2048].shares[0].takes_bytes == 7 * MIB
 
 

@@ -13,8 +13,8 @@ from fsm.messages.reasons import Infeasible, WaitFor
 from fsm.messages.refusals import DoesNotFitRefusal
 from fsm.placement.search import Gpu, Offload, PlacementDemand, find_placement, needed
 from fsm.sizing.footprint import Footprint
-from fsm.sizing.load_options import resolve
-from fsm.sizing.memory_estimate import estimate
+from scheduler.engines.llama_options import resolve
+from scheduler.engines.llama_sizing import estimate
 from tests.support.models import a_model
 from tests.support.pool import (
     PoolUnderTest,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields, replace
+from functools import partial
 from typing import Any, Self
 
 import pytest
@@ -12,7 +13,7 @@ from hypothesis.stateful import rule
 
 from fsm.core import Core
 from fsm.domain.devices import HOST, DeviceId, DeviceSample
-from fsm.domain.model_info import ModelInfo, Options
+from fsm.domain.model_info import Options
 from fsm.machine.request import Purpose, RequestSpec
 from fsm.machine.runner import RunnerState
 from fsm.messages.commands import Command, Grant, Launch, Reject
@@ -21,7 +22,10 @@ from fsm.messages.reasons import MemoryHeld, WaitFor
 from fsm.messages.refusals import DoesNotFitRefusal, SchedulerClosed
 from fsm.preview import Outcome, Preview, preview
 from fsm.sizing.footprint import Footprint
+from fsm.sizing.model_profile import ModelProfile
 from scheduler.api.fit_advice import MOST_ADVICE, MOST_TRIES, advise
+from scheduler.engines.llama_profile import profile_of
+from scheduler.models.model_info import ModelInfo
 from tests.core.test_machine import MODELS, OPTIONS, CoreMachine
 from tests.support.models import a_model
 from tests.support.pool import (
@@ -43,7 +47,15 @@ MIB = 2**20
 
 def look(pool: PoolUnderTest, model: str, **options: object) -> Preview:
     """Preview a request for `model` in a pool."""
-    return preview(pool.now, pool.core, acquire(model, 0, **options).spec, pool.outcome(model))
+    want = acquire(model, 0, **options).spec
+    return preview(pool.now, pool.core, want, inspection_of(pool, want))
+
+
+def inspection_of(pool: PoolUnderTest, want: RequestSpec) -> ModelProfile | Footprint:
+    """Return what an inspection finds that was ordered for a request, and for the requests that wait."""
+    found = pool.inspect(want.model, [*pool.core.options_asked_of(want.model), want.options])
+    assert isinstance(found, ModelProfile | Footprint)
+    return found
 
 
 def a_large_model(*, context: int = 32768, head: int = 32, **how: object) -> ModelInfo:
@@ -228,7 +240,7 @@ class PreviewMachine(CoreMachine):
         core, now = self.pool.core, self.pool.now
         before = core.snapshot()
         want = RequestSpec(model, Options(**options), Purpose.preload if preload else Purpose.lease, priority)
-        found = preview(now, core, want, self.pool.outcome(model))
+        found = preview(now, core, want, inspection_of(self.pool, want))
         assert core.snapshot() == before, "a preview changes nothing"
         core = core.copy()
         core._state.config = replace(core._state.config, claims=False)  # claims would be granted, and the launch go on
@@ -236,7 +248,7 @@ class PreviewMachine(CoreMachine):
         request = len(self.asked) + 1
         answers = core.step(now, Acquire(request, want))
         if any(known.id == model and known.inspecting for known in core._state.models.values()):
-            answers += core.step(now, Inspected(model, self.pool.outcome(model)))
+            answers += core.step(now, Inspected(model, self.pool.inspect(model, core.options_asked_of(model))))
         self.compare(found, core, Acquire(request, want), answers)
 
     @staticmethod
@@ -310,9 +322,10 @@ def needs(info: ModelInfo, **options: object) -> int:
 
 def advised(pool: PoolUnderTest, **options: object) -> list[tuple[dict[str, Any], Outcome]]:
     """Return the advice for a request for "d": the changed options, and the outcome of each."""
-    want, info = acquire("d", 0, **options).spec, pool.outcome("d")
-    found = preview(pool.now, pool.core, want, info)
-    advice = advise(pool.now, pool.core, want, info, found)
+    want = acquire("d", 0, **options).spec
+    profile = inspection_of(pool, want)
+    found = preview(pool.now, pool.core, want, profile)
+    advice = advise(pool.now, pool.core, want, profile, partial(pool.inspect, "d"), found)
     return [(changes(want.options, each.options), each.preview.outcome) for each in advice]
 
 
@@ -397,7 +410,8 @@ def test_an_object_has_no_options_to_advise() -> None:
     """An object has no options to advise."""
     pool = a_pool("4GiB")
     want = acquire("a", 0).spec
-    assert advise(pool.now, pool.core, want, pool.outcome("a"), look(pool, "a")) == ()
+    profile = inspection_of(pool, want)
+    assert advise(pool.now, pool.core, want, profile, partial(pool.inspect, "a"), look(pool, "a")) == ()
 
 
 def test_what_evicts_is_told_how_it_need_not() -> None:
@@ -471,9 +485,10 @@ def test_advice_costs_a_bounded_number_of_tries() -> None:
     info = replace(info, key_length=32, value_length=32)
     core = a_core(65536, 65536, Footprint(fixed=((HOST, 60000 * MIB), (DeviceId("gpu0"), 60000 * MIB))))
     want = acquire("d", 0, num_ctx=65536, num_parallel=8).spec
-    found = preview(1.0, core, want, info)
+    profile = profile_of(info, [want.options])
+    found = preview(1.0, core, want, profile)
     core.copies = 0
-    assert (found.outcome, advise(1.0, core, want, info, found)) == (Outcome.evicts, ())
+    assert (found.outcome, advise(1.0, core, want, profile, partial(profile_of, info), found)) == (Outcome.evicts, ())
     assert core.copies <= MOST_TRIES
 
 
@@ -501,18 +516,20 @@ def test_every_advice_fits_when_it_is_followed(
     info = replace(a_model((8 * MIB,) * layers, context_trained=131072), key_length=head, value_length=head)
     core = a_core(host, gpu, layered(1, f"{int(host * held * 0.8)}MiB") if held else None)
     want = acquire("d", 0, num_ctx=num_ctx, num_parallel=num_parallel, num_gpu=num_gpu).spec
-    found = preview(1.0, core, want, info)
+    profile = profile_of(info, [want.options])
+    found = preview(1.0, core, want, profile)
     core.copies = 0
-    advice = advise(1.0, core, want, info, found)
+    advice = advise(1.0, core, want, profile, partial(profile_of, info), found)
     assert len(advice) <= MOST_ADVICE and core.copies <= MOST_TRIES
     for each in advice:
         assert each.preview.outcome in (Outcome.fits, Outcome.evicts) and changes(want.options, each.options)
         real = core.copy()
         real.step(1.0, Acquire(2, replace(want, options=each.options)))
-        answers = real.step(1.0, Inspected("d", info))
+        answers = real.step(1.0, Inspected("d", profile_of(info, [each.options])))
         assert answers and not any(isinstance(answer, Reject) for answer in answers)
         assert any(isinstance(answer, Launch) for answer in answers) == (each.preview.outcome is Outcome.fits)
     if found.outcome is Outcome.never and not advice and num_gpu is None:
         least = Options(num_ctx=2048, num_parallel=1, **(QUANTISED if head == 64 else {}))
         small = num_ctx is None or num_ctx > 4096  # a smaller context is kept as it is, or halved further
-        assert not small or preview(1.0, core, replace(want, options=least), info).outcome is Outcome.never
+        smallest = preview(1.0, core, replace(want, options=least), profile_of(info, [least]))
+        assert not small or smallest.outcome is Outcome.never

@@ -6,6 +6,7 @@ import pytest
 
 from fsm.core import Core
 from fsm.domain.devices import Threads
+from fsm.domain.model_info import Options
 from fsm.messages.commands import Grant, Launch
 from fsm.verification.state_invariants import check_state
 from scheduler.recording.codec import decode_state, encode
@@ -162,7 +163,8 @@ def test_a_model_partly_on_gpus_takes_its_part_of_the_cores() -> None:
 def test_preloads_that_are_asked_for_together_share_the_cores() -> None:
     """Preloads that are requested together share the cores."""
     pool = a_host(8, inspects=False)
-    pool.feed(preload("a", request=1), preload("b", request=2), pool.inspection("a"), pool.inspection("b"))
+    pool.feed(preload("a", request=1), preload("b", request=2))
+    pool.feed(pool.inspection("a"), pool.inspection("b"))
     assert (answers(pool, 1), answers(pool, 2)) == (4, 4)
 
 
@@ -179,6 +181,6 @@ def test_what_is_dealt_survives_a_copy_and_a_recording(at: str) -> None:
         commands = core.step(pool.now, acquire("a", request=2, num_thread=8))
         assert commands == [Grant(2, 1)]
         core.step(pool.now, acquire("b", request=3))
-        launched = core.step(pool.now, pool.inspection("b"))
+        launched = core.step(pool.now, pool.inspection("b", [Options()]))
         assert [c.placement.threads for c in launched if isinstance(c, Launch)] == [Threads(4, 8)]
         check_state(core)

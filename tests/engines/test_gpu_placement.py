@@ -15,8 +15,8 @@ import pytest
 
 from fsm.domain.devices import HOST, MIB
 from fsm.sizing.footprint import DeviceBytes, bytes_by_device
-from fsm.sizing.memory_estimate import estimate
 from scheduler import DoesNotFit, RunnerStatus, Scheduler, Settings
+from scheduler.engines.llama_sizing import estimate
 from scheduler.models.gguf_metadata import read_metadata
 from tests.support.engine_gpus import engine_gpus
 from tests.support.nvml import Gpu, StandIn, beside_stand_in

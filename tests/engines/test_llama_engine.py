@@ -130,7 +130,13 @@ def engine() -> Iterator[LlamaEngine]:
 
 def launch(engine: LlamaEngine, file: Path, options: Options = SMALL, **identity: Any) -> tuple[LlamaProcess, Told]:
     told = Told()
-    return engine.launch(ModelSpec("tiny", str(file), **identity), options, ON_HOST, told), told
+    return start(engine, ModelSpec("tiny", str(file), **identity), options, ON_HOST, told), told
+
+
+def start(engine: LlamaEngine, model: ModelSpec, options: Options, placement: Placement, told: Told) -> LlamaProcess:
+    """Launch a model as the core would: with the options and the settings that an inspection found."""
+    load = engine.inspect(model, [options]).resolutions[0].loads[0]
+    return engine.launch(model, load.options, load.settings, placement, told)
 
 
 def launch_and_wait(engine: LlamaEngine, file: Path, **identity: Any) -> tuple[LlamaProcess, Told]:
@@ -237,7 +243,7 @@ def test_layers_go_to_the_gpus_of_the_placement(engine: LlamaEngine, file: Path)
     """The child sees the placement's GPUs only, in its order, and splits the layers as placed."""
     gpus = ((DeviceId("GPU-b"), 2), (DeviceId("GPU-a"), 1))
     placement = Placement(((DeviceId("GPU-a"), 1), (DeviceId("GPU-b"), 1)), gpu_layers=gpus)
-    process = engine.launch(ModelSpec("tiny", str(file)), SMALL, placement, Told())
+    process = start(engine, ModelSpec("tiny", str(file)), SMALL, placement, Told())
     assert process.child is not None
     assert process.child.program.environment["CUDA_VISIBLE_DEVICES"] == "GPU-b,GPU-a"
     assert json.loads(process.child.program.input)["gpu_layers"] == [2, 1]
@@ -261,7 +267,7 @@ def test_threads_are_those_that_were_dealt(file: Path) -> None:
     def threads(options: Options, dealt: Threads | None = None) -> tuple[int, int]:
         engine = LlamaEngine()
         placement = replace(ON_HOST, threads=dealt)
-        process = engine.launch(ModelSpec("tiny", str(file)), options, placement, Told())
+        process = start(engine, ModelSpec("tiny", str(file)), options, placement, Told())
         engine.close()
         assert process.child is not None
         request = json.loads(process.child.program.input)
@@ -309,7 +315,7 @@ def test_the_threads_that_were_dealt_are_there(engine: LlamaEngine, file: Path) 
 
     def added(dealt: Threads) -> int:
         told = Told()
-        process = engine.launch(ModelSpec("tiny", str(file)), SMALL_AUTOMATIC, replace(ON_HOST, threads=dealt), told)
+        process = start(engine, ModelSpec("tiny", str(file)), SMALL_AUTOMATIC, replace(ON_HOST, threads=dealt), told)
         told.endpoint()
         before = psutil.Process(process.pid).num_threads()
         ask(told.endpoint(), "/completion", {"prompt": "a", "n_predict": 4, "ignore_eos": True})
@@ -555,7 +561,7 @@ def test_a_host_that_is_killed_takes_its_children_with_it(file: Path) -> None:
 def child_alone(file: Path, **changes: Any) -> subprocess.Popen[str]:
     """Start the child's program without an engine, with the input that an engine writes."""
     engine, told = LlamaEngine(), Told()
-    process = engine.launch(ModelSpec("tiny", str(file)), SMALL, ON_HOST, told)
+    process = start(engine, ModelSpec("tiny", str(file)), SMALL, ON_HOST, told)
     engine.close()
     assert process.child is not None
     pipe = subprocess.PIPE

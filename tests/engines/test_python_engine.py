@@ -74,7 +74,7 @@ def gate() -> Iterator[threading.Event]:
 
 def launch(engine: PythonEngine, model: PythonModel) -> tuple[PythonProcess, Told]:
     told = Told()
-    return engine.launch(model, Options(), Placement(model.declared), told), told
+    return engine.launch(model, Options(), (), Placement(model.declared), told), told
 
 
 def launch_and_wait(engine: PythonEngine, model: PythonModel) -> tuple[PythonProcess, Told]:
@@ -90,8 +90,8 @@ def fail(error: BaseException) -> object:
 def test_what_it_takes_is_what_was_declared(engine: PythonEngine) -> None:
     """An object takes what it declares, in numbers or text, for any number of devices."""
     model = PythonModel("thing", Thing, memory={"gpu": 5, "cpu": "200MiB"})
-    assert engine.inspect(model) == Footprint(fixed=((HOST, 200 * MIB), (DeviceId("gpu"), 5)))
-    assert engine.inspect(PythonModel("thing", Thing)) == Footprint()
+    assert engine.inspect(model, ()) == Footprint(fixed=((HOST, 200 * MIB), (DeviceId("gpu"), 5)))
+    assert engine.inspect(PythonModel("thing", Thing), ()) == Footprint()
 
 
 def test_a_size_that_cannot_be_read_is_refused_at_once() -> None:
@@ -160,7 +160,7 @@ def test_without_unload_the_object_is_let_go_of(engine: PythonEngine) -> None:
             super().exited(code, detail, out_of_memory)
 
     told = Watching()
-    process = engine.launch(PythonModel("thing", Thing), Options(), Placement(()), told)
+    process = engine.launch(PythonModel("thing", Thing), Options(), (), Placement(()), told)
     wait_until(lambda: told.loads)
     process.stop(0.0)
     told.exit()

@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 
-from fsm.domain.model_info import ModelInfo
 from scheduler.errors.exceptions import InvalidModel, ModelNotFound
 from scheduler.models.gguf_metadata import read_metadata
+from scheduler.models.model_info import ModelInfo
 from tests.support.gguf_bytes import TEXT, a_model, array, text
 from tests.support.hostile_files import CONTENTS, SOMEWHERE, SOUND, Content, Expected
 from tests.support.hostile_places import MAKERS

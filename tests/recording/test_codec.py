@@ -22,7 +22,7 @@ from hypothesis.stateful import rule
 
 from fsm.core import Core, CoreCheckpoint
 from fsm.domain.devices import HOST, DeviceId, DeviceSample, Placement
-from fsm.domain.model_info import ModelInfo, Options, Recurrence
+from fsm.domain.model_info import Options
 from fsm.eviction.policies import DEFAULT_POLICY, KeepAliveOrder
 from fsm.machine.request import ModelId, Purpose, RequestId, RequestSpec
 from fsm.machine.runner import RunnerId
@@ -81,11 +81,14 @@ from fsm.messages.refusals import (
 )
 from fsm.sizing.footprint import Footprint
 from fsm.sizing.load_history import LoadHistory, LoadTimes, MeasuredBytes
-from fsm.sizing.load_options import UnsupportedReason
+from fsm.sizing.model_profile import UnsupportedReason
 from fsm.state.core_config import CoreConfig
 from fsm.state.timers import Timers
+from fsm.verification.declared_model import DeclaredModel
 from fsm.verification.environment import IdHighWater, Scenario, enabled_events, sampled, time_of
 from fsm.verification.state_invariants import check_state
+from scheduler.engines.llama_profile import profile_of
+from scheduler.models.model_info import Recurrence
 from scheduler.recording.codec import (
     Unreadable,
     _fields,
@@ -163,11 +166,14 @@ EVENTS: list[Event] = [
     Acquire(RequestId(9), RequestSpec(ModelId(""), Options(), Purpose.memory, 0, AMOUNTS)),
     Cancel(RequestId(7)), Release(RequestId(7)), Expire(WANT.model), Pin(WANT.model), Unpin(WANT.model),
     Configure(1, 2, math.inf), Configure(),
-    Inspected(WANT.model, replace(a_model(), recurrence=Recurrence(conv=4))),
+    Inspected(WANT.model, profile_of(replace(a_model(), recurrence=Recurrence(conv=4)), [WANT.options, Options()])),
+    Inspected(WANT.model, profile_of(a_model(), [Options(num_ctx=8192), Options(num_parallel=999)])),
     Inspected(WANT.model, Footprint(fixed=AMOUNTS)), Inspected(WANT.model, ModelNotFoundRefusal("/nowhere")),
     Inspected(WANT.model, InvalidModelRefusal("/bad", "cut short", 17)), Progress(RunnerId(3)),
-    Inspected(WANT.model, a_model(), LoadHistory((MeasuredBytes(WANT.options, (), AMOUNTS),), (LoadTimes(AMOUNTS,
-    (0.1, 2)),))),
+    Inspected(
+        WANT.model, profile_of(a_model(), ()),
+        LoadHistory((MeasuredBytes(WANT.options, (), AMOUNTS),), (LoadTimes(AMOUNTS, (0.1, 2)),)),
+    ),
     Loaded(RunnerId(3), expected_growth=AMOUNTS),
     Loaded(RunnerId(3), 2048, AMOUNTS, 11), ContextFilled(RunnerId(3), AMOUNTS), OutOfMemory(RunnerId(3)),
     Unresponsive(RunnerId(3), NoAnswer(0.1, True)), Exited(RunnerId(3), -9, "two\nlines", out_of_memory=True),
@@ -252,7 +258,7 @@ def test_what_is_no_part_of_the_core_cannot_be_written() -> None:
         ({"is": "Close", "timeout_s": False}, "a number"), ({"is": "Close", "timeout_s": [1]}, "a number"),
         ({"is": "Loaded", "runner": 1, "resident": [["cpu"]]}, "2 values"),
         ({"is": "Loaded", "runner": 1, "resident": {"cpu": 1}}, "a list"),
-        ({"is": "Inspected", "model": "a", "outcome": {"is": "SchedulerClosed"}}, "ModelInfo"),
+        ({"is": "Inspected", "model": "a", "outcome": {"is": "SchedulerClosed"}}, "ModelProfile"),
         ({"is": "Acquire", "request": 1, "spec": {"is": "RequestSpec", "model": "a", "options": {"is": "Options"},
           "purpose": "theft", "priority": 0}}, "theft"),
         ({"is": "Sampled", "devices": [{"is": "DeviceSample", "id": "x", "kind": "tpu", "name": "x",
@@ -343,10 +349,10 @@ class Walk:
 
     def __init__(self, seed: int) -> None:
         sizes = (("a", "1GiB"), ("b", "2GiB"), ("c", "3GiB"))
-        models: list[tuple[ModelId, Footprint | ModelInfo]] = [
+        models: list[tuple[ModelId, Footprint | DeclaredModel]] = [
             (ModelId(name), layered(4, size)) for name, size in sizes
         ]
-        models.append((ModelId("d"), a_model(layers_bytes=(256 * MIB,) * 4)))
+        models.append((ModelId("d"), DeclaredModel((256 * MIB,) * 4)))
         asked = ((None, Purpose.lease, 0), (2048, Purpose.lease, 1), (None, Purpose.preload, 0))
         wants = [RequestSpec(model, Options(num_ctx=num_ctx), *how) for model, _ in models for num_ctx, *how in asked]
         wants.append(RequestSpec(ModelId(""), Options(), Purpose.memory, 0, ((HOST, 2**30),)))
@@ -393,10 +399,11 @@ def test_what_is_found_again_from_the_rest_is_not_written() -> None:
     """What can be derived again is not written, and a restored core decides the same."""
     pool = a_pool(each="1GiB").idle("a")
     model = pool.core._state.models[ModelId("a")]
-    model.info = a_model()
+    asked = [Options(num_ctx=num_ctx) for num_ctx in range(512, 1512)]
+    model.apply_inspection(profile_of(a_model(), asked), 1, kept=asked)
     empty = encode(pool.core.checkpoint())
-    for num_ctx in range(512, 1512):
-        model.demand(Options(num_ctx=num_ctx), pool.core._state.config)
+    for options in asked:
+        model.demand(model.resolutions[options].loads[0], None, pool.core._state.config)
     assert len(model.demands) >= 1000 and encode(pool.core.checkpoint()) == empty
     core, twin = pool.core, restored(pool.core)
     assert not twin._state.models[ModelId("a")].demands

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fsm.domain.model_info import ModelInfo
+from scheduler.models.model_info import ModelInfo
 
 MIB = 2**20
 

@@ -21,7 +21,7 @@ from typing import Any, Self
 
 from fsm.core import Core
 from fsm.domain.devices import HOST, DeviceId, DeviceSample, Placement
-from fsm.domain.model_info import ModelInfo, Options
+from fsm.domain.model_info import Options
 from fsm.eviction.policies import EvictionPolicy
 from fsm.machine.request import Purpose, RequestSpec
 from fsm.machine.runner import Runner, RunnerId, RunnerState
@@ -52,11 +52,14 @@ from fsm.messages.refusals import Refusal
 from fsm.planning.plan import Plan
 from fsm.sizing.footprint import Footprint
 from fsm.sizing.load_history import NOTHING, LoadHistory
+from fsm.sizing.model_profile import ModelProfile
 from fsm.state.core_config import CoreConfig
 from fsm.verification.environment import IdHighWater
 from fsm.verification.state_invariants import check_state
 from fsm.verification.trace_auditor import TraceAuditor
 from fsm.verification.transition_invariants import check_step
+from scheduler.engines.llama_profile import profile_of
+from scheduler.models.model_info import ModelInfo
 
 START = 1000.0  # seconds; not 0, so that a time that was not set shows
 _SCALES = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
@@ -185,6 +188,8 @@ class PoolUnderTest:
         samples: bool,
         shares: bool,
         integrated: bool,
+        defaults: Options,
+        larger_contexts: bool,
     ) -> None:
         self.core = core
         self.now = START
@@ -197,6 +202,8 @@ class PoolUnderTest:
         self.shares = shares  # every Claim is granted at once
         self.capacities = {HOST: capacity} | {DeviceId(f"gpu{i}"): size for i, size in enumerate(gpus)}
         self.integrated = integrated
+        self.defaults = defaults  # of the engine
+        self.larger_contexts = larger_contexts
         self.cores = 0  # of the host; 0: unknown
         self.strangers: dict[DeviceId, int] = {}  # bytes by device that other programs hold
         self.occupied: dict[int, dict[DeviceId, int]] = {}  # bytes by device of each process that has loaded
@@ -268,7 +275,8 @@ class PoolUnderTest:
         left, replies = [], []
         for command in commands:
             if isinstance(command, Inspect) and self.inspects:
-                replies += [self.sample(None if self.samples else 0), self.inspection(command.model)]
+                found = self.inspection(command.model, command.options)
+                replies += [self.sample(None if self.samples else 0), found]
             elif isinstance(command, Sample) and self.samples:
                 replies.append(self.sample())
             elif isinstance(command, Claim) and self.shares:
@@ -326,9 +334,17 @@ class PoolUnderTest:
     def outcome(self, model: str) -> ModelInfo | Footprint | Refusal:
         return self.outcomes.get(model) or Footprint(fixed=((HOST, self.each),))
 
-    def inspection(self, model: str) -> Inspected:
-        """Return the end of an inspection."""
-        return Inspected(model, self.outcome(model), self.known.get(model, NOTHING))
+    def inspection(self, model: str, asked: Sequence[Options] | None = None) -> Inspected:
+        """Return the end of an inspection that was ordered for these options, or else for those of waiting requests."""
+        asked = self.core._state.options_asked_of(model) if asked is None else asked
+        return Inspected(model, self.inspect(model, asked), self.known.get(model, NOTHING))
+
+    def inspect(self, model: str, asked: Sequence[Options]) -> ModelProfile | Footprint | Refusal:
+        """Return what an inspection of a model finds that was ordered for these options."""
+        outcome = self.outcome(model)
+        if isinstance(outcome, ModelInfo):
+            return profile_of(outcome, asked, self.defaults, larger_contexts=self.larger_contexts)
+        return outcome
 
     def launch(self, runner: int, model: str) -> Launch:
         """Return the Launch of a model of declared size that is requested without options."""
@@ -421,6 +437,8 @@ def a_pool(
     samples: bool = True,
     shares: bool = True,
     integrated: bool = False,
+    defaults: Options = Options(),  # noqa: B008  # it is frozen
+    auto_context_from_vram: bool = False,
     **limits: Any,
 ) -> PoolUnderTest:
     """Return an empty core with a host of `capacity` and `gpus`, whose devices have been read once."""
@@ -434,6 +452,8 @@ def a_pool(
         samples=samples,
         shares=shares,
         integrated=integrated,
+        defaults=defaults,
+        larger_contexts=auto_context_from_vram,
     )
     pool.feed(pool.sample())
     return pool

@@ -17,10 +17,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fsm.domain.model_info import ModelInfo
 from scheduler.errors.exceptions import InvalidModel, ModelNotFound
 from scheduler.models.gguf_header import forget_headers
 from scheduler.models.gguf_metadata import read_metadata
+from scheduler.models.model_info import ModelInfo
 from tests.support.gguf_bytes import (
     F64,
     I32,

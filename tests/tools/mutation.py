@@ -60,10 +60,10 @@ def prepare() -> None:
     )  # always all: mutmut forgets functions that are left out
     wanted = {"setup.cfg": CONFIGURATION.format(options=" ".join(BY_CHANCE), files=files).encode()}
     wanted["tests/conftest.py"] = CONFTEST.encode()
-    for pattern in ("fsm/**/*.py", *SUITE):
+    for pattern in ("fsm/**/*.py", "scheduler/**/*.py", *SUITE):  # the tests have llama.cpp's models sized
         wanted |= {str(path.relative_to(ROOT)): path.read_bytes() for path in sorted(ROOT.glob(pattern))}
     (WORK / "mutants" / "mutmut-stats.json").unlink(missing_ok=True)  # which test runs what: tests may have changed
-    for old in [*WORK.glob("fsm/**/*.py"), *WORK.glob("tests/**/*.py")]:
+    for old in [*WORK.glob("fsm/**/*.py"), *WORK.glob("scheduler/**/*.py"), *WORK.glob("tests/**/*.py")]:
         if str(old.relative_to(WORK)) not in wanted:
             old.unlink()
     for name, content in wanted.items():

@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 
 from fsm.domain.devices import MIB
-from fsm.domain.model_info import ModelInfo, Options
-from fsm.sizing.load_options import maps_file
+from fsm.domain.model_info import Options
 from scheduler.engines.llama_child import buffers
+from scheduler.engines.llama_options import maps_file
 from scheduler.models.gguf_metadata import read_metadata
+from scheduler.models.model_info import ModelInfo
 from tests.support.written_models import Design, write_model
 from tests.tools.memory.measure import measure
 from tests.tools.memory.report import HEADERS, LEAST_BYTES, MOST_PART, Result, table_row

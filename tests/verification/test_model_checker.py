@@ -15,6 +15,7 @@ import pytest
 
 from fsm.core import Core
 from fsm.domain.devices import HOST
+from fsm.domain.model_info import Options
 from fsm.eviction.policies import Candidate
 from fsm.machine.request import RequestId, RequestState
 from fsm.machine.runner import RunnerId
@@ -36,6 +37,7 @@ from fsm.messages.events import (
 )
 from fsm.state.model_record import ModelRecord
 from fsm.verification import state_key
+from fsm.verification.declared_model import profile_of
 from fsm.verification.environment import (
     IdHighWater,
     Scenario,
@@ -71,7 +73,7 @@ def a_core(*happened: Event, scenario: Scenario = ONE_PLACE) -> Core:
 
 
 def inspected(model: str, scenario: Scenario = ONE_PLACE) -> Inspected:
-    return Inspected(model, dict(scenario.models)[model])
+    return Inspected(model, profile_of(dict(scenario.models)[model], [Options()]))
 
 
 def loaded(core: Core, runner: int) -> Loaded:
@@ -166,7 +168,7 @@ def test_a_way_is_told_without_what_is_as_usual() -> None:
     assert found is not None
     assert in_words(found.trace).splitlines() == [
         "  1. at 0 s  Acquire(request=1, spec=RequestSpec(model='a', options=Options(), purpose=lease, priority=0))",
-        "              -> Inspect(model='a')",
+        "              -> Inspect(model='a', options=(Options()))",
         "  2. at 0 s  Cancel(request=1)",
         "              -> nothing",
     ]
@@ -470,5 +472,5 @@ def test_the_command_tells_the_shortest_way_to_what_does_not_hold(
 
 def test_a_model_knows_nothing_of_itself_at_first() -> None:
     """A new model record has no metadata, so the state key has the scenario's declaration in its place."""
-    assert ModelRecord("a").info is None
+    assert ModelRecord("a").profile is None
     assert key_of(a_core(Acquire(1, A))) != key_of(a_core())

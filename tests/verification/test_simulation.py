@@ -232,7 +232,7 @@ def first_failure(make: type[Core]) -> Outcome:
         (Twice, "a runner is stopped once", 12),
         (Hanging, "no event will ever come", 25),
         (Loading, "left over at the end: ", 8),
-        (Lenient, "no event will ever come", 10),
+        (Lenient, "no event will ever come", 15),
     ],
 )
 def test_a_planted_fault_is_found_and_its_trace_is_short(make: type[Core], what: str, most: int) -> None:

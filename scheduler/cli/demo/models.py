@@ -13,9 +13,9 @@ from fsm.domain.devices import HOST
 from fsm.domain.model_info import Options
 from fsm.placement.search import MEASURED_HEADROOM, PREDICTED_HEADROOM
 from fsm.sizing.footprint import bytes_by_device
-from fsm.sizing.load_options import WITHOUT_CACHE, resolve
-from fsm.sizing.memory_estimate import estimate
 from scheduler.engines.llama import find_library
+from scheduler.engines.llama_options import WITHOUT_CACHE
+from scheduler.engines.llama_profile import profile_of
 from scheduler.errors.exceptions import EngineMissing, InvalidModel, SchedulerError
 from scheduler.errors.formatting import format_bytes
 from scheduler.models.gguf_metadata import read_metadata
@@ -200,7 +200,7 @@ def _own_player(file: Path) -> Player:
 
 def _player(spec: ModelSpec) -> Player:
     info = read_metadata(spec.path, embedding=spec.embedding)
-    footprint = estimate(info, resolve(info, spec.options))
+    footprint = profile_of(info, [spec.options]).resolutions[0].loads[0].footprint
     return Player(spec, bytes_by_device(footprint, ())[HOST].total_bytes)
 
 

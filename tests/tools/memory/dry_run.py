@@ -11,8 +11,8 @@ from pathlib import Path
 
 from fsm.domain.devices import MIB
 from fsm.domain.model_info import Options
-from fsm.sizing.load_options import resolve
-from fsm.sizing.memory_estimate import estimate
+from scheduler.engines.llama_options import resolve
+from scheduler.engines.llama_sizing import estimate
 from scheduler.models.gguf_metadata import read_metadata
 
 CONTEXT = 2048

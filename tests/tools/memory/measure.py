@@ -17,7 +17,6 @@ import psutil
 
 from fsm.domain.devices import HOST, Placement
 from fsm.domain.model_info import Options
-from fsm.sizing.load_options import resolve
 from scheduler.engines.interface import Endpoint, Memory
 from scheduler.engines.llama import LlamaEngine, LlamaProcess
 from scheduler.models.model_spec import ModelSpec
@@ -76,8 +75,8 @@ def running(model: ModelSpec, options: Options) -> Iterator[tuple[LlamaProcess, 
     """Load a model on the host; yield its process, its endpoint, and the seconds of its load."""
     engine, heard = LlamaEngine(), Heard()
     begin = time.perf_counter()
-    info = engine.inspect(model)
-    process = engine.launch(model, resolve(info, options), Placement(((HOST, 0),)), heard)
+    load = engine.inspect(model, [options]).resolutions[0].loads[0]
+    process = engine.launch(model, load.options, load.settings, Placement(((HOST, 0),)), heard)
     try:
         endpoint = heard.wait()
         yield process, endpoint, time.perf_counter() - begin

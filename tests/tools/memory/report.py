@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fsm.domain.devices import MIB
-from fsm.sizing.load_options import REPACKED
-from fsm.sizing.memory_estimate import (
+from scheduler.engines.llama_options import REPACKED
+from scheduler.engines.llama_sizing import (
     CHECKPOINTS,
     MERGE_BYTES,
     PROCESS_BYTES,

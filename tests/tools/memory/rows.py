@@ -11,8 +11,8 @@ from types import MappingProxyType
 from fsm.domain.devices import HOST
 from fsm.domain.model_info import Options
 from fsm.sizing.footprint import Footprint, bytes_by_device
-from fsm.sizing.load_options import resolve
-from fsm.sizing.memory_estimate import estimate
+from scheduler.engines.llama_options import resolve
+from scheduler.engines.llama_sizing import estimate
 from scheduler.models.gguf_metadata import read_metadata
 from tests.support.written_models import Design, write_model
 from tests.support.written_projector import write_projector

@@ -20,15 +20,14 @@ class Model:
     def __init__(self, engine: Any, name: str, path: str) -> None:
         from fsm.domain.devices import Placement
         from fsm.domain.model_info import Options
-        from fsm.sizing.load_options import resolve
         from scheduler.models.model_spec import ModelSpec
 
         self.endpoint: Any = None
         self.failure = ""
         self._done = threading.Event()
         spec = ModelSpec(name, path)
-        options = resolve(engine.inspect(spec), Options(num_gpu=0))
-        self._process = engine.launch(spec, options, Placement(()), self)
+        load = engine.inspect(spec, [Options(num_gpu=0)]).resolutions[0].loads[0]
+        self._process = engine.launch(spec, load.options, load.settings, Placement(()), self)
 
     def progressed(self) -> None:
         """Ignore progress."""

@@ -1,4 +1,4 @@
-"""The memory estimate: metadata and options in; bytes of layers, caches and buffers out."""
+"""The memory estimate of llama.cpp: metadata and options in; bytes of layers, caches and buffers out. It is pure."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from dataclasses import replace
 from types import MappingProxyType
 
 from fsm.domain.devices import HOST, MIB
-from fsm.domain.model_info import ModelInfo, Options
+from fsm.domain.model_info import Options
 from fsm.sizing.footprint import Footprint, bytes_by_device
-from fsm.sizing.load_options import (
+from scheduler.engines.llama_options import (
     REPACKED,
     WITHOUT_CACHE,
     Shape,
@@ -19,6 +19,7 @@ from fsm.sizing.load_options import (
     repacked_bytes,
     shape_of,
 )
+from scheduler.models.model_info import ModelInfo
 
 CACHE_BLOCK_ELEMENTS = 32  # the same for every cache type
 CACHE_BLOCK_BYTES: Mapping[str, int] = MappingProxyType(
@@ -38,17 +39,6 @@ PROMPT_CACHE_PART = 16  # the cache takes a sixteenth of all else at most: small
 # turn of a chat begins from the first token. The engine makes two copies a prompt, one before its end and one a pass
 # earlier, and would keep 32 in each slot, which may be many times the cache.
 CHECKPOINTS = 2  # copies in each slot
-
-
-def prompt_cache_bytes(info: ModelInfo, options: Options) -> int:
-    """Return the limit for the engine's prompt cache, which `estimate` counts: bytes in whole MiB, 0 to turn it off."""
-    return _prompt_cache_bytes(info, _without_prompt_cache(info, options))
-
-
-def kept_bytes(info: ModelInfo, options: Options) -> int:
-    """Return the most bytes that a runner keeps of earlier prompts on the host: its prompt cache and checkpoints."""
-    footprint = estimate(info, options)
-    return footprint.prompt_cache_bytes + footprint.checkpoints_bytes
 
 
 def work_bytes(info: ModelInfo, options: Options) -> int:

@@ -9,10 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fsm.domain.devices import HOST, MIB
-from fsm.domain.model_info import ModelInfo, Options, Recurrence
+from fsm.domain.model_info import Options
 from fsm.sizing.footprint import Footprint, bytes_by_device
-from fsm.sizing.load_options import ONE_AT_A_TIME, micro_batch, resolve, serves
-from fsm.sizing.memory_estimate import CACHE_BLOCK_BYTES, PROMPT_CACHE_BYTES, estimate, prompt_cache_bytes
+from fsm.state.runner_match import serves
+from scheduler.engines.llama_options import ONE_AT_A_TIME, micro_batch, resolve
+from scheduler.engines.llama_sizing import CACHE_BLOCK_BYTES, PROMPT_CACHE_BYTES, estimate
+from scheduler.models.model_info import ModelInfo, Recurrence
 
 A_MODEL = ModelInfo(
     architecture="llama",
@@ -263,11 +265,11 @@ def test_what_lies_beside_the_model_goes_with_its_output() -> None:
 def test_the_prompt_cache_is_counted_as_the_engine_is_told() -> None:
     """The prompt cache is a sixteenth of the rest in whole MiB and at most 64 MiB, and an embedder has none."""
     options = resolve(A_MODEL, Options())
-    told = prompt_cache_bytes(A_MODEL, options)
+    told = estimate(A_MODEL, options).prompt_cache_bytes
     assert told % MIB == 0 and told == (total(estimate(A_MODEL, options)) - told) // 16 // MIB * MIB
     large = replace(A_MODEL, layers_bytes=(MIB * 1024,) * 30)
-    assert prompt_cache_bytes(large, options) == PROMPT_CACHE_BYTES
-    assert prompt_cache_bytes(EMBEDDER, resolve(EMBEDDER, Options())) == 0
+    assert estimate(large, options).prompt_cache_bytes == PROMPT_CACHE_BYTES
+    assert cost(EMBEDDER).prompt_cache_bytes == 0
 
 
 def test_reordered_weights_count_twice_where_the_file_is_mapped() -> None:

@@ -11,7 +11,8 @@ from fsm.domain.model_info import Options
 from fsm.messages.reasons import Infeasible
 from fsm.messages.refusals import DoesNotFitRefusal, UnsupportedOption
 from fsm.placement.search import Gpu, Offload, PlacementDemand
-from fsm.sizing.load_options import UnsupportedReason, impossible, resolve
+from fsm.sizing.model_profile import UnsupportedReason
+from scheduler.engines.llama_options import impossible, resolve
 from tests.support.models import a_model
 from tests.support.pool import a_pool, acquire, amount, granted, launched, layered, refused, stopped
 

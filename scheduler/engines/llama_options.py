@@ -1,11 +1,12 @@
-"""Load-time options: automatic values made explicit, and which loaded options serve which requested options."""
+"""The load-time options of llama.cpp: automatic values made explicit, and the options that it would refuse."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
-from enum import Enum
 
-from fsm.domain.model_info import ModelInfo, Options
+from fsm.domain.model_info import CACHE_BLOCK, MOST_SLOTS, MOST_THREADS, Options
+from fsm.sizing.model_profile import UnsupportedReason
+from scheduler.models.model_info import ModelInfo
 
 DEFAULT_CONTEXT = 4096  # tokens of one slot, where a request names none
 DEFAULT_EMBEDDER_CONTEXT = 512  # of a decoder used for embeddings: it computes and keeps the logits of every token
@@ -36,23 +37,11 @@ WITHOUT_CACHE = frozenset(
 )
 WITHOUT_LOGITS = WITHOUT_CACHE | {"lfm2"}  # and decoders that compute no logits for embeddings
 UNQUANTISED = frozenset({"f32", "f16", "bf16"})  # cache types that every model can have
-CACHE_BLOCK = 32  # elements of a block of all other types; llama.cpp refuses heads that are no whole number of blocks
 # Types whose matrices llama.cpp reorders on x86-64 as it loads them, by gguf's names; all other types stay as they are.
 REPACKED = frozenset({"IQ4_NL", "MXFP4", "Q4_0", "Q4_K"})
-MOST_SLOTS = 256
-MOST_THREADS = 512
 CACHE_CELLS = 256  # llama.cpp rounds the cache of a slot up to a multiple of this, tokens
 
 _AUTOMATIC = Options()
-
-
-class UnsupportedReason(Enum):
-    """Why the engine would refuse an option for a model."""
-
-    too_many_slots = "too_many_slots"
-    too_many_threads = "too_many_threads"
-    partial_blocks = "partial_blocks"  # a quantised cache needs heads of whole blocks
-    needs_flash_attention = "needs_flash_attention"  # quantised values need it
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,22 +115,6 @@ def impossible(info: ModelInfo, options: Options) -> tuple[str, int | bool | str
     return None
 
 
-def serves(loaded: Options, asked: Options) -> bool:
-    """Tell whether a runner loaded with the resolved `loaded` may serve a request for `asked`, resolved or not.
-
-    An option that is not named matches, as does a negative `num_gpu`. A larger context or more slots serve a request
-    for less. All other named options must be equal, but for `require_gpu`, which depends on the runner's placement. A
-    request for more than the model can have is served once its options are resolved.
-    """
-    return asked == _AUTOMATIC or _covers(loaded, asked)
-
-
-def as_named(explicit: Options, asked: Options) -> Options:
-    """Return only the explicit options that a request names: an automatic value is no reason for a reload."""
-    left_open = [each.name for each in fields(asked) if getattr(asked, each.name) is None]
-    return replace(explicit, **dict.fromkeys(left_open))
-
-
 def maps_file(info: ModelInfo, options: Options, on_host: bool) -> bool:
     """Tell whether a runner maps its model's file or reads it; `on_host`: the runner has no layers on GPUs.
 
@@ -179,25 +152,6 @@ def shape_of(info: ModelInfo, options: Options) -> Shape:
     batch = context if info.embedding else max(1, min(batch, context * parallel))
     micro_batch = batch if info.embedding else min(batch, LARGEST_MICRO_BATCH)
     return Shape(context, parallel, batch, micro_batch, padded(context))
-
-
-def _covers(loaded: Options, asked: Options) -> bool:
-    return (
-        _within(asked.num_ctx, loaded.num_ctx)
-        and _within(asked.num_parallel, loaded.num_parallel)
-        and (asked.num_gpu is None or asked.num_gpu < 0 or asked.num_gpu == loaded.num_gpu)
-        and asked.num_batch in (None, loaded.num_batch)
-        and asked.main_gpu in (None, loaded.main_gpu)
-        and asked.num_thread in (None, loaded.num_thread)
-        and asked.use_mmap in (None, loaded.use_mmap)
-        and asked.flash_attention in (None, loaded.flash_attention)
-        and asked.cache_type_k in (None, loaded.cache_type_k)
-        and asked.cache_type_v in (None, loaded.cache_type_v)
-    )
-
-
-def _within(asked: int | None, loaded: int | None) -> bool:
-    return asked is None or (loaded is not None and asked <= loaded)
 
 
 def padded(tokens: int) -> int:

@@ -1,0 +1,115 @@
+"""The profile of a GGUF model: every load that a request may lead to, with its memory and settings. It is pure.
+
+Two of the options that a request leaves open may be larger than usual, by the reference's rules: the context by the
+GPUs' memory, where a setting asks for it, and the batch by the memory that is left. The core decides which of the loads
+is taken.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
+from typing import Self
+
+from fsm.domain.devices import MIB
+from fsm.domain.model_info import Options
+from fsm.sizing.model_profile import EngineSettings, LargerBatch, ModelProfile, Resolution, ResolvedLoad
+from scheduler.engines.llama_options import computes_every_logit, impossible, maps_file, micro_batch, resolve
+from scheduler.engines.llama_sizing import CHECKPOINTS, estimate, results_bytes, work_bytes
+from scheduler.models.model_info import ModelInfo
+
+AUTOMATIC = Options()
+GIB = 1024 * MIB
+CONTEXTS = ((47 * GIB, 262144), (23 * GIB, 32768))  # (memory of all GPUs from which on, tokens); else the usual context
+CONTEXT_STEPS = (32768, 4096)  # tokens to which an automatic context is stepped down after it ran out of memory
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """A batch above the usual one, and the conditions under which a runner has it."""
+
+    tokens: int
+    above: int  # tokens of context that the runner has at least, and one more
+    part: float  # as in `LargerBatch`
+    surcharge_bytes: int  # as in `LargerBatch`
+
+
+BATCHES = (Batch(2048, 32768, 0.60, 2048 * MIB), Batch(1024, 4096, 0.75, 768 * MIB))
+
+
+@dataclass(frozen=True, slots=True)
+class LlamaSettings:
+    """What llama.cpp is told beside the options, and what is expected of it."""
+
+    num_micro_batch: int  # tokens of one pass
+    prompt_cache_mib: int
+    num_checkpoints: int
+    use_mmap: bool  # where the runner has layers on GPUs
+    use_mmap_on_host: bool  # where it has none
+    pooling: str | None  # None: the pooling that the model's file names
+    kept_bytes: int  # the most that a runner keeps of earlier prompts, and works in beside its buffers, on the host
+    results_bytes: int  # that an embedder takes with its first result
+
+    def encoded(self) -> EngineSettings:
+        """Return the settings as the core passes them on."""
+        return tuple(asdict(self).items())
+
+    @classmethod
+    def decoded(cls, settings: EngineSettings) -> Self:
+        """Return the settings that a launch carries."""
+        return cls(**dict(settings))  # type: ignore[arg-type]  # they were encoded by this class
+
+
+def profile_of(
+    info: ModelInfo, asked: Iterable[Options], defaults: Options = AUTOMATIC, *, larger_contexts: bool = False
+) -> ModelProfile:
+    """Return the profile of a model, with resolutions for the options `asked`.
+
+    `defaults` are of options that a request leaves open. With `larger_contexts` an automatic context may be larger on
+    large GPUs.
+    """
+    fingerprint = hashlib.sha256(repr(info).encode()).hexdigest()[:32]
+    files_bytes = info.file_bytes + info.adapters_bytes + info.projectors_bytes
+    resolutions = tuple(_resolution(info, options, defaults, larger_contexts) for options in asked)
+    return ModelProfile(fingerprint, files_bytes, resolutions, info.embedding)
+
+
+def _resolution(info: ModelInfo, asked: Options, defaults: Options, larger_contexts: bool) -> Resolution:
+    usual = _load(info, asked, defaults)
+    loads = [usual]
+    if asked.num_ctx is None:
+        context = usual.options.num_ctx or 0
+        steps = [replace(asked, num_ctx=step) for step in CONTEXT_STEPS if step < context]
+        loads += [_load(info, options, defaults) for options in steps]
+        if larger_contexts and defaults.num_ctx is None and not computes_every_logit(info):
+            larger = [(least, replace(asked, num_ctx=tokens)) for least, tokens in CONTEXTS]
+            bonuses = [replace(_load(info, options, defaults), least_gpu_bytes=least) for least, options in larger]
+            loads = [*(load for load in bonuses if (load.options.num_ctx or 0) > context), *loads]
+    return Resolution(asked, tuple(loads), impossible(info, usual.options))
+
+
+def _load(info: ModelInfo, options: Options, defaults: Options) -> ResolvedLoad:
+    """Return the load for these options, with the larger batches that it may have: only where no batch is named."""
+    usual = _with_sizes(info, resolve(info, options, defaults))
+    if options.num_batch is not None or defaults.num_batch is not None or info.embedding:
+        return usual
+    batches = [batch for batch in BATCHES if (usual.options.num_ctx or 0) > batch.above]
+    loads = [_with_sizes(info, resolve(info, replace(usual.options, num_batch=batch.tokens))) for batch in batches]
+    larger = zip(loads, batches, strict=True)
+    return replace(usual, batches=tuple(LargerBatch(load, batch.part, batch.surcharge_bytes) for load, batch in larger))
+
+
+def _with_sizes(info: ModelInfo, options: Options) -> ResolvedLoad:
+    footprint = estimate(info, options)
+    settings = LlamaSettings(
+        num_micro_batch=micro_batch(info, options),
+        prompt_cache_mib=footprint.prompt_cache_bytes // MIB,
+        num_checkpoints=CHECKPOINTS,
+        use_mmap=maps_file(info, options, on_host=False),
+        use_mmap_on_host=maps_file(info, options, on_host=True),
+        pooling="mean" if info.embedding and info.pooling is None else None,  # llama.cpp would refuse to embed
+        kept_bytes=footprint.prompt_cache_bytes + footprint.checkpoints_bytes + work_bytes(info, options),
+        results_bytes=results_bytes(info, options),
+    )
+    return ResolvedLoad(replace(options, require_gpu=None), footprint, settings.encoded())

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Self, assert_never
 
-from fsm.domain.model_info import Options
+from fsm.domain.options import Options
 from fsm.eviction.policies import DEFAULT_POLICY, EvictionPolicy
 from fsm.lifecycle import device_claims, failures, loads, measurements, memory_recovery, requests, runners
 from fsm.lifecycle.apply_plan import apply_plan, stand_down

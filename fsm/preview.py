@@ -8,7 +8,7 @@ from enum import Enum
 
 from fsm.core import Core
 from fsm.domain.devices import HOST, Amounts, DeviceId
-from fsm.domain.model_info import Options
+from fsm.domain.options import Options
 from fsm.eviction.policies import Candidate
 from fsm.machine.request import Purpose, RequestId, RequestSpec
 from fsm.machine.runner import Runner

@@ -2,7 +2,7 @@
 
 import importlib.metadata
 
-from fsm.domain.model_info import Options
+from fsm.domain.options import Options
 from fsm.eviction.policies import Candidate, EvictionPolicy
 from scheduler.api.fit import Fit, FitAdvice, FitDevice, FitVictim
 from scheduler.api.lease import Lease

@@ -9,7 +9,7 @@ from types import MappingProxyType
 from typing import NewType
 
 from fsm.domain.devices import DeviceId
-from fsm.domain.model_info import Options
+from fsm.domain.options import Options
 from fsm.domain.record import Record
 
 ModelId = NewType("ModelId", str)

@@ -40,7 +40,7 @@ from types import MappingProxyType
 from typing import NewType
 
 from fsm.domain.devices import DeviceId, Placement
-from fsm.domain.model_info import Options
+from fsm.domain.options import Options
 from fsm.domain.record import Record
 from fsm.machine.request import ModelId, RequestId
 from fsm.machine.transition_table import Row, Table

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fsm.domain.devices import Amounts, DeviceId, Placement
-from fsm.domain.model_info import Options
+from fsm.domain.options import Options
 from fsm.machine.request import ModelId, RequestId
 from fsm.machine.runner import RunnerId
 from fsm.messages.reasons import FailureReason

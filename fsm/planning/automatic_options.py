@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 
 from fsm.domain.devices import DeviceId, Placement
-from fsm.domain.model_info import Options
+from fsm.domain.options import Options
 from fsm.placement.search import PREDICTED_HEADROOM, Gpu, Offload, PlacementDemand, find_placement
 from fsm.sizing.model_profile import LargerBatch, Resolution, ResolvedLoad
 from fsm.state.core_config import CoreConfig

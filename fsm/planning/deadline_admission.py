@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from fsm.domain.model_info import Options
+from fsm.domain.options import Options
 from fsm.machine.request import Purpose, Request, RequestSpec
 from fsm.machine.runner import LOADING, Runner
 from fsm.messages.refusals import DeadlineInfeasible

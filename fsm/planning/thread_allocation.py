@@ -10,7 +10,7 @@ from __future__ import annotations
 from itertools import islice
 
 from fsm.domain.devices import HOST, Placement, Threads
-from fsm.domain.model_info import MOST_THREADS
+from fsm.domain.options import MOST_THREADS
 from fsm.machine.runner import IDLE
 from fsm.sizing.model_profile import ModelProfile, ResolvedLoad
 from fsm.state.core_state import CoreState

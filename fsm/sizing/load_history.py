@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from fsm.domain.devices import Amounts
-from fsm.domain.model_info import Options
+from fsm.domain.options import Options
 
 LAST_LOADS = 8  # loads that are kept of each split: enough for a median that one slow load does not move
 MOST_KINDS = 256  # kinds of one model's runners, by their options, of which measurements are kept

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
-from fsm.domain.model_info import Options
+from fsm.domain.options import Options
 from fsm.sizing.footprint import Footprint
 
 EngineSettings = tuple[tuple[str, int | bool | str | None], ...]  # by name

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from fsm.domain.devices import DeviceId
-from fsm.domain.model_info import Options
+from fsm.domain.options import Options
 from fsm.domain.record import Record
 from fsm.eviction.reuse_prediction import Histogram
 from fsm.machine.request import ModelId, Purpose, Request, RequestId, RequestSpec

@@ -7,7 +7,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 
 from fsm.domain.devices import Amounts
-from fsm.domain.model_info import Options
+from fsm.domain.options import Options
 from fsm.domain.record import Record
 from fsm.eviction.reuse_prediction import Histogram, count_interval
 from fsm.machine.request import ModelId

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import fields, replace
 
-from fsm.domain.model_info import Options
+from fsm.domain.options import Options
 from fsm.machine.runner import Runner
 
 _AUTOMATIC = Options()

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from fsm.domain.devices import HOST, Amounts, DeviceId
-from fsm.domain.model_info import Options
+from fsm.domain.options import Options
 from fsm.machine.request import ModelId, Purpose, RequestId, RequestState
 from fsm.machine.runner import RunnerId, RunnerState
 from fsm.messages.reasons import WaitReason

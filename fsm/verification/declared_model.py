@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from fsm.domain.devices import MIB
-from fsm.domain.model_info import MOST_SLOTS, Options
+from fsm.domain.options import MOST_SLOTS, Options
 from fsm.sizing.footprint import Footprint
 from fsm.sizing.model_profile import LargerBatch, ModelProfile, Resolution, ResolvedLoad, UnsupportedReason
 

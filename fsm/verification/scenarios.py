@@ -6,7 +6,7 @@ import math
 from dataclasses import replace
 
 from fsm.domain.devices import HOST, MIB, DeviceId
-from fsm.domain.model_info import Options
+from fsm.domain.options import Options
 from fsm.machine.request import ModelId, Purpose, RequestSpec
 from fsm.messages.events import Configure
 from fsm.sizing.footprint import Footprint

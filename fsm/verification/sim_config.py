@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from random import Random
 
 from fsm.domain.devices import HOST, MIB, DeviceId, DeviceSample
-from fsm.domain.model_info import Options
+from fsm.domain.options import Options
 from fsm.eviction.policies import Candidate, EvictionPolicy, ExpectedReloadCost, KeepAliveOrder, LeastRecentlyUsed
 from fsm.machine.request import ModelId, Purpose, RequestSpec
 from fsm.sizing.footprint import Footprint

@@ -13,7 +13,7 @@ from heapq import heappop, heappush
 from random import Random
 
 from fsm.domain.devices import HOST, DeviceId, DeviceSample
-from fsm.domain.model_info import Options
+from fsm.domain.options import Options
 from fsm.machine.request import ModelId, Purpose, RequestId
 from fsm.machine.runner import RunnerId
 from fsm.messages.commands import (

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from fsm.core import Core
-from fsm.domain.model_info import Options
+from fsm.domain.options import Options
 from fsm.messages.commands import Command
 from fsm.messages.decision_log import Entry
 from fsm.messages.events import Event

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from fsm.domain.devices import HOST, DeviceId
-from fsm.domain.model_info import Options
+from fsm.domain.options import Options
 from fsm.eviction.policies import Candidate
 from fsm.machine.request import ModelId
 from fsm.messages.refusals import DoesNotFitRefusal

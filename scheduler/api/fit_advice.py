@@ -9,7 +9,7 @@ from operator import le
 from typing import assert_never
 
 from fsm.core import Core
-from fsm.domain.model_info import Options
+from fsm.domain.options import Options
 from fsm.machine.request import RequestSpec
 from fsm.preview import Outcome, Preview, preview
 from fsm.sizing.footprint import Footprint

@@ -15,7 +15,7 @@ from weakref import WeakSet
 
 from fsm.core import Core, CoreConfig, Snapshot
 from fsm.domain.devices import DeviceId
-from fsm.domain.model_info import Options
+from fsm.domain.options import Options
 from fsm.machine.request import ModelId, Purpose, RequestSpec
 from fsm.messages.commands import Command, Finished, Grant, NotifyContention, Reject, RevokeLease
 from fsm.messages.events import Close, Configure, Expire, Pin, Unpin

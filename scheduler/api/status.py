@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from fsm.core import DeviceView, RunnerView, Snapshot
 from fsm.domain.devices import HOST
-from fsm.domain.model_info import Options
+from fsm.domain.options import Options
 from fsm.machine.request import RequestId
 from fsm.machine.runner import RunnerId
 from scheduler.errors.wording import Name, wait_reason

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict, Unpack
 
-from fsm.domain.model_info import MOST_SLOTS
+from fsm.domain.options import MOST_SLOTS
 from fsm.eviction.policies import DEFAULT_POLICY, EvictionPolicy
 from scheduler.config.paths import default_measurement_file, shared_lock_folder
 from scheduler.config.quantities import parse_bytes, parse_duration

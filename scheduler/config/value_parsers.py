@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
-from fsm.domain.model_info import CACHE_TYPES
+from fsm.domain.options import CACHE_TYPES
 from fsm.eviction.policies import POLICIES, EvictionPolicy
 from scheduler.config.quantities import parse_bytes, parse_duration
 from scheduler.errors.exceptions import InvalidSettings

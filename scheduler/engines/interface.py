@@ -10,7 +10,7 @@ from fsm.domain.devices import HOST
 
 if TYPE_CHECKING:
     from fsm.domain.devices import DeviceId, Placement
-    from fsm.domain.model_info import Options
+    from fsm.domain.options import Options
     from fsm.sizing.footprint import Footprint
     from fsm.sizing.model_profile import EngineSettings, ModelProfile
     from scheduler.engines.runner_client import RunnerClient

@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 import psutil
 
 from fsm.domain.devices import HOST, DeviceId, Threads
-from fsm.domain.model_info import Options
+from fsm.domain.options import Options
 from fsm.sizing.model_profile import EngineSettings, ModelProfile
 from scheduler.concurrency.latch import Latch
 from scheduler.config.quantities import wait_limit

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
 
-from fsm.domain.model_info import CACHE_BLOCK, MOST_SLOTS, MOST_THREADS, Options
+from fsm.domain.options import CACHE_BLOCK, MOST_SLOTS, MOST_THREADS, Options
 from fsm.sizing.model_profile import UnsupportedReason
 from scheduler.models.model_info import ModelInfo
 

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Self
 
 from fsm.domain.devices import MIB
-from fsm.domain.model_info import Options
+from fsm.domain.options import Options
 from fsm.sizing.model_profile import EngineSettings, LargerBatch, ModelProfile, Resolution, ResolvedLoad
 from scheduler.engines.llama_options import computes_every_logit, impossible, maps_file, micro_batch, resolve
 from scheduler.engines.llama_sizing import CHECKPOINTS, estimate, results_bytes, work_bytes

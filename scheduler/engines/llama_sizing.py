@@ -7,7 +7,7 @@ from dataclasses import replace
 from types import MappingProxyType
 
 from fsm.domain.devices import HOST, MIB
-from fsm.domain.model_info import Options
+from fsm.domain.options import Options
 from fsm.sizing.footprint import Footprint, bytes_by_device
 from scheduler.engines.llama_options import (
     REPACKED,

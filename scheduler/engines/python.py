@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from fsm.domain.devices import DeviceId
-from fsm.domain.model_info import Options
+from fsm.domain.options import Options
 from fsm.machine.request import ModelId
 from fsm.sizing.footprint import Footprint
 from fsm.sizing.model_profile import EngineSettings

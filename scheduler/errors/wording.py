@@ -11,7 +11,7 @@ from types import MappingProxyType
 from typing import assert_never
 
 from fsm.domain.devices import Placement
-from fsm.domain.model_info import CACHE_BLOCK, MOST_SLOTS, MOST_THREADS
+from fsm.domain.options import CACHE_BLOCK, MOST_SLOTS, MOST_THREADS
 from fsm.machine.request import ModelId
 from fsm.messages.decision_log import ConsideredDevice, ConsideredRunner
 from fsm.messages.reasons import (

@@ -21,7 +21,7 @@ from typing import Any, TypeVar, get_args, get_type_hints
 from zlib import crc32
 
 from fsm.domain.devices import HOST, Amounts, DeviceId
-from fsm.domain.model_info import Options
+from fsm.domain.options import Options
 from fsm.sizing.load_history import LAST_LOADS, LoadHistory, LoadTimes, MeasuredBytes, with_load
 from scheduler.config.paths import NO_HOME, VERSION
 

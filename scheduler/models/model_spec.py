@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from os import PathLike, fspath, path
 
-from fsm.domain.model_info import Options
+from fsm.domain.options import Options
 from fsm.machine.request import ModelId
 from scheduler.errors.exceptions import InvalidModel, InvalidSettings, UnsupportedOption
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from fsm.domain.model_info import Options
+from fsm.domain.options import Options
 from scheduler.errors.exceptions import InvalidModel, ModelNotFound
 from scheduler.models.catalog import Resolver, confined, confined_model
 from scheduler.models.model_spec import FIRST_PART, ModelSpec

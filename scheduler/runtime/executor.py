@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 
 from fsm.domain.devices import DeviceId
-from fsm.domain.model_info import Options
+from fsm.domain.options import Options
 from fsm.machine.request import ModelId
 from fsm.machine.runner import RunnerId
 from fsm.messages import refusals

@@ -9,7 +9,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict
 
-from fsm.domain.model_info import CACHE_TYPES, Options
+from fsm.domain.options import CACHE_TYPES, Options
 from fsm.machine.request import ModelId, Purpose, RequestSpec
 from fsm.sizing.footprint import Footprint
 from fsm.sizing.model_profile import ModelProfile

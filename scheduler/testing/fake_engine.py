@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 
 from fsm.domain.devices import HOST, Amounts, DeviceId, DeviceSample, Placement
-from fsm.domain.model_info import Options
+from fsm.domain.options import Options
 from fsm.sizing.footprint import Footprint
 from fsm.sizing.model_profile import EngineSettings
 from scheduler.devices.device_reader import DeviceReader

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from fsm.domain.model_info import Options
+from fsm.domain.options import Options
 from fsm.messages.decision_log import Transition
 from fsm.messages.reasons import WaitFor
 from fsm.state.core_config import CoreConfig

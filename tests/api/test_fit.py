@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from fsm.domain.model_info import Options
+from fsm.domain.options import Options
 from scheduler import (
     DoesNotFit,
     EngineMissing,

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from fsm.domain.devices import HOST, MIB
-from fsm.domain.model_info import Options
+from fsm.domain.options import Options
 from fsm.messages.refusals import DoesNotFitRefusal
 from scheduler.engines.llama_options import DEFAULT_BATCH, resolve
 from scheduler.engines.llama_profile import BATCHES, Batch

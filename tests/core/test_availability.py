@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fsm.domain.devices import HOST, DeviceId, DeviceSample, Placement
-from fsm.domain.model_info import Options
+from fsm.domain.options import Options
 from fsm.machine.request import ModelId
 from fsm.machine.runner import Runner, RunnerId
 from fsm.placement.search import Gpu, Offload, PlacementDemand

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from fsm.domain.model_info import Options
+from fsm.domain.options import Options
 from fsm.messages.commands import Grant
 from fsm.messages.refusals import DoesNotFitRefusal
 from scheduler.engines.llama_options import resolve

@@ -9,7 +9,7 @@ import pytest
 
 from fsm.core import Core
 from fsm.domain.devices import HOST, DeviceId, DeviceSample, Placement
-from fsm.domain.model_info import Options
+from fsm.domain.options import Options
 from fsm.eviction.policies import KeepAliveOrder
 from fsm.machine.request import Purpose, Request, RequestSpec
 from fsm.machine.runner import EXPIRING, IDLE, LOADING, READY, UNLOADED, Runner, RunnerState

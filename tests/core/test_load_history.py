@@ -9,7 +9,7 @@ import pytest
 
 from fsm.core import Core
 from fsm.domain.devices import HOST, Amounts
-from fsm.domain.model_info import Options
+from fsm.domain.options import Options
 from fsm.machine.request import ModelId, Purpose, RequestSpec
 from fsm.messages.commands import Command, PersistMeasurement, Reject
 from fsm.messages.events import Event, Loaded

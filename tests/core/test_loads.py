@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fsm.domain.model_info import Options
+from fsm.domain.options import Options
 from fsm.machine.runner import RunnerState
 from fsm.messages.commands import Command, Grant, Reject, Stop
 from fsm.messages.events import Progress

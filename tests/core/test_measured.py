@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from fsm.domain.devices import HOST, DeviceId, DeviceSample
-from fsm.domain.model_info import Options
+from fsm.domain.options import Options
 from fsm.machine.runner import RunnerState
 from fsm.messages.commands import Grant
 from fsm.messages.decision_log import Decision, DecisionReason, Entry

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fsm.domain.model_info import Options
+from fsm.domain.options import Options
 from fsm.machine.runner import RunnerState
 from fsm.messages.commands import Grant, Inspect
 from fsm.messages.reasons import WaitFor

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from fsm.domain.devices import HOST, DeviceId, Placement
-from fsm.domain.model_info import Options
+from fsm.domain.options import Options
 from fsm.messages.reasons import Infeasible, WaitFor
 from fsm.messages.refusals import DoesNotFitRefusal
 from fsm.placement.search import Gpu, Offload, PlacementDemand, find_placement, needed

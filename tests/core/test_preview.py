@@ -13,7 +13,7 @@ from hypothesis.stateful import rule
 
 from fsm.core import Core
 from fsm.domain.devices import HOST, DeviceId, DeviceSample
-from fsm.domain.model_info import Options
+from fsm.domain.options import Options
 from fsm.machine.request import Purpose, RequestSpec
 from fsm.machine.runner import RunnerState
 from fsm.messages.commands import Command, Grant, Launch, Reject

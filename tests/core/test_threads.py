@@ -6,7 +6,7 @@ import pytest
 
 from fsm.core import Core
 from fsm.domain.devices import Threads
-from fsm.domain.model_info import Options
+from fsm.domain.options import Options
 from fsm.messages.commands import Grant, Launch
 from fsm.verification.state_invariants import check_state
 from scheduler.recording.codec import decode_state, encode

@@ -28,7 +28,7 @@ import psutil
 import pytest
 
 from fsm.domain.devices import HOST, DeviceId, Placement, Threads
-from fsm.domain.model_info import Options
+from fsm.domain.options import Options
 from scheduler.devices.cpu_cores import usable_cores
 from scheduler.engines import llama as llama_engine
 from scheduler.engines import llama_child

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from fsm.domain.devices import HOST
-from fsm.domain.model_info import Options
+from fsm.domain.options import Options
 from fsm.messages.reasons import Infeasible
 from fsm.messages.refusals import DoesNotFitRefusal, UnsupportedOption
 from fsm.placement.search import Gpu, Offload, PlacementDemand

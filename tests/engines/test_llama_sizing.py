@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fsm.domain.devices import HOST, MIB
-from fsm.domain.model_info import Options
+from fsm.domain.options import Options
 from fsm.sizing.footprint import Footprint, bytes_by_device
 from fsm.state.runner_match import serves
 from scheduler.engines.llama_options import ONE_AT_A_TIME, micro_batch, resolve

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from fsm.domain.devices import HOST, DeviceId, Placement
-from fsm.domain.model_info import Options
+from fsm.domain.options import Options
 from fsm.sizing.footprint import Footprint
 from scheduler.engines.interface import Endpoint, Memory
 from scheduler.engines.python import PythonEngine, PythonModel, PythonProcess

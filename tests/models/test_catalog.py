@@ -17,7 +17,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fsm.domain.model_info import Options
+from fsm.domain.options import Options
 from scheduler import (
     InvalidModel,
     InvalidSettings,

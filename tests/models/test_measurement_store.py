@@ -19,7 +19,7 @@ from unittest.mock import Mock
 import pytest
 
 from fsm.domain.devices import HOST, DeviceId
-from fsm.domain.model_info import Options
+from fsm.domain.options import Options
 from fsm.sizing.load_history import LAST_LOADS, NOTHING, LoadHistory, LoadTimes, MeasuredBytes
 from scheduler.config.paths import NO_HOME, VERSION, default_measurement_file
 from scheduler.models.measurement_store import (

@@ -13,7 +13,7 @@ from unittest.mock import Mock
 
 import pytest
 
-from fsm.domain.model_info import Options
+from fsm.domain.options import Options
 from scheduler import InvalidSettings, PythonModel, Scheduler, Settings
 from scheduler.cli.main import main
 from scheduler.config.paths import VERSION, default_measurement_file

@@ -22,7 +22,7 @@ from hypothesis.stateful import rule
 
 from fsm.core import Core, CoreCheckpoint
 from fsm.domain.devices import HOST, DeviceId, DeviceSample, Placement
-from fsm.domain.model_info import Options
+from fsm.domain.options import Options
 from fsm.eviction.policies import DEFAULT_POLICY, KeepAliveOrder
 from fsm.machine.request import ModelId, Purpose, RequestId, RequestSpec
 from fsm.machine.runner import RunnerId

@@ -16,7 +16,7 @@ from dataclasses import replace
 import pytest
 
 from fsm.core import Core
-from fsm.domain.model_info import Options
+from fsm.domain.options import Options
 from fsm.machine.request import ModelId, Purpose, RequestId, RequestSpec
 from fsm.messages.commands import Command, Inspect, Launch, Reject
 from fsm.messages.decision_log import Decision, Entry

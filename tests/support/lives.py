@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psutil
 
-from fsm.domain.model_info import Options
+from fsm.domain.options import Options
 from scheduler import Scheduler, Settings
 from scheduler.engines.interface import Endpoint
 from tests.support.waiting import assert_soon

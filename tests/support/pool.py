@@ -21,7 +21,7 @@ from typing import Any, Self
 
 from fsm.core import Core
 from fsm.domain.devices import HOST, DeviceId, DeviceSample, Placement
-from fsm.domain.model_info import Options
+from fsm.domain.options import Options
 from fsm.eviction.policies import EvictionPolicy
 from fsm.machine.request import Purpose, RequestSpec
 from fsm.machine.runner import Runner, RunnerId, RunnerState

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from fsm.domain.devices import MIB
-from fsm.domain.model_info import Options
+from fsm.domain.options import Options
 from scheduler.engines.llama_child import buffers
 from scheduler.engines.llama_options import maps_file
 from scheduler.models.gguf_metadata import read_metadata

@@ -16,7 +16,7 @@ from random import Random
 
 from fsm.core import Core
 from fsm.domain.devices import HOST, DeviceSample
-from fsm.domain.model_info import Options
+from fsm.domain.options import Options
 from fsm.eviction.policies import POLICIES
 from fsm.machine.request import ModelId, Purpose, RequestId, RequestSpec
 from fsm.machine.runner import RunnerId

@@ -15,7 +15,7 @@ import pytest
 
 from fsm.core import Core
 from fsm.domain.devices import HOST
-from fsm.domain.model_info import Options
+from fsm.domain.options import Options
 from fsm.eviction.policies import Candidate
 from fsm.machine.request import RequestId, RequestState
 from fsm.machine.runner import RunnerId

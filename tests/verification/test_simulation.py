@@ -13,7 +13,7 @@ import pytest
 
 from fsm.core import Core
 from fsm.domain.devices import HOST, DeviceId, Placement
-from fsm.domain.model_info import Options
+from fsm.domain.options import Options
 from fsm.machine.request import ModelId, Purpose, RequestId, RequestSpec
 from fsm.machine.runner import EXPIRING, LOADING, READY, UNLOADED, RunnerId
 from fsm.messages.commands import (

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fsm.domain.devices import HOST
-from fsm.domain.model_info import Options
+from fsm.domain.options import Options
 from fsm.placement.search import MEASURED_HEADROOM, PREDICTED_HEADROOM
 from fsm.sizing.footprint import bytes_by_device
 from scheduler.engines.llama import find_library

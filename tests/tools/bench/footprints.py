@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from fsm.domain.model_info import Options
+from fsm.domain.options import Options
 from tests.support.lives import Life, live
 from tests.tools.memory.rows import REAL, Row, write_row
 

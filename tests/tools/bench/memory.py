@@ -9,7 +9,7 @@ from typing import Any
 
 from fsm.core import Core
 from fsm.domain.devices import HOST, DeviceSample
-from fsm.domain.model_info import Options
+from fsm.domain.options import Options
 from fsm.machine.request import ModelId, Purpose, RequestId, RequestSpec
 from fsm.machine.runner import RunnerId
 from fsm.messages.events import Acquire, Inspected, Loaded, Sampled

@@ -9,7 +9,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from fsm.domain.devices import Amounts, Placement
-from fsm.domain.model_info import Options
+from fsm.domain.options import Options
 from fsm.machine.request import ModelId
 from fsm.machine.runner import RUNNER_TABLE, Runner, RunnerId
 from scheduler import PythonModel, Scheduler, Settings

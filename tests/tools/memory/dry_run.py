@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fsm.domain.devices import MIB
-from fsm.domain.model_info import Options
+from fsm.domain.options import Options
 from scheduler.engines.llama_options import resolve
 from scheduler.engines.llama_sizing import estimate
 from scheduler.models.gguf_metadata import read_metadata

@@ -16,7 +16,7 @@ from typing import Any
 import psutil
 
 from fsm.domain.devices import HOST, Placement
-from fsm.domain.model_info import Options
+from fsm.domain.options import Options
 from scheduler.engines.interface import Endpoint, Memory
 from scheduler.engines.llama import LlamaEngine, LlamaProcess
 from scheduler.models.model_spec import ModelSpec

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from fsm.domain.devices import HOST
-from fsm.domain.model_info import Options
+from fsm.domain.options import Options
 from fsm.sizing.footprint import Footprint, bytes_by_device
 from scheduler.engines.llama_options import resolve
 from scheduler.engines.llama_sizing import estimate

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from fsm.core import Core
 from fsm.domain.devices import HOST, DeviceSample
-from fsm.domain.model_info import Options
+from fsm.domain.options import Options
 from fsm.eviction.policies import Candidate, EvictionPolicy
 from fsm.machine.request import ModelId, Purpose, RequestId, RequestSpec
 from fsm.messages.commands import Command, Grant, Inspect, Launch, Reject, Sample, Stop

@@ -19,7 +19,7 @@ class Model:
 
     def __init__(self, engine: Any, name: str, path: str) -> None:
         from fsm.domain.devices import Placement
-        from fsm.domain.model_info import Options
+        from fsm.domain.options import Options
         from scheduler.models.model_spec import ModelSpec
 
         self.endpoint: Any = None

@@ -19,7 +19,7 @@ from typing import Any
 
 from fsm.core import Core
 from fsm.domain.devices import HOST, MIB, DeviceSample
-from fsm.domain.model_info import Options
+from fsm.domain.options import Options
 from fsm.eviction.policies import POLICIES
 from fsm.machine.request import ModelId, Purpose, RequestId, RequestSpec
 from fsm.machine.runner import RunnerId

@@ -107,7 +107,7 @@ trace-request: $(FOR_TEST)
 	$(BIN)/python -m tests.tools.trace_request $(if $(VERBOSE),--verbose)
 
 docs: $(FOR_TEST)
-	$(BIN)/python -m fsm.machine.state_diagram > docs/states.md
+	$(BIN)/python -m fsm.verification.state_diagram > docs/states.md
 	$(BIN)/python -m fsm.verification.properties > docs/invariants.md
 
 clean:

@@ -10,7 +10,6 @@ from typing import get_args
 from fsm.core import Core
 from fsm.machine.request import ModelId, RequestState
 from fsm.machine.runner import EXPIRING, RUNNER_TABLE, Runner, RunnerState
-from fsm.machine.state_diagram import REQUEST_ROWS
 from fsm.messages.commands import Command, Grant, Reject, RevokeLease
 from fsm.messages.decision_log import Entry, Transition
 from fsm.messages.events import (
@@ -36,6 +35,7 @@ from fsm.messages.events import (
     Unresponsive,
 )
 from fsm.messages.refusals import Cancelled, Refusal
+from fsm.verification.state_diagram import REQUEST_ROWS
 
 Situation = str  # what an event met
 Triple = tuple[Situation, type, object]  # and what was decided: a kind of command, refusal or transition

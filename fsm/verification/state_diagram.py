@@ -1,6 +1,6 @@
 """The page of states: Mermaid and Markdown drawn from the same tables and words that the core runs on.
 
-`python -m fsm.machine.state_diagram > docs/states.md` draws them again.
+`python -m fsm.verification.state_diagram > docs/states.md` draws them again.
 """
 
 from __future__ import annotations

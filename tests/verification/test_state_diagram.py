@@ -10,7 +10,7 @@ import pytest
 from fsm.machine import request, runner
 from fsm.machine.request import RequestState
 from fsm.machine.runner import RUNNER_TABLE, RunnerState
-from fsm.machine.state_diagram import REQUEST_ROWS, markdown, mermaid
+from fsm.verification.state_diagram import REQUEST_ROWS, markdown, mermaid
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "states.md"
 
@@ -23,7 +23,7 @@ def test_the_page_is_what_the_tables_say() -> None:
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules.*:RuntimeWarning")
 def test_the_module_prints_the_page(capsys: pytest.CaptureFixture[str]) -> None:
     """The module prints the page and writes no file."""
-    runpy.run_module("fsm.machine.state_diagram", run_name="__main__")
+    runpy.run_module("fsm.verification.state_diagram", run_name="__main__")
     assert capsys.readouterr().out == markdown()
 
 

@@ -18,7 +18,7 @@ from fsm.lifecycle import device_claims, failures, loads, measurements, memory_r
 from fsm.lifecycle.apply_plan import apply_plan, stand_down
 from fsm.lifecycle.step_context import StepContext
 from fsm.machine.request import ModelId, Purpose, Request, RequestId, RequestState
-from fsm.machine.runner import LOADING, RECOVERING, Runner, RunnerId
+from fsm.machine.runner import LOADING, Runner, RunnerId
 from fsm.messages.commands import Command, Finished
 from fsm.messages.decision_log import Entry
 from fsm.messages.events import (
@@ -315,7 +315,7 @@ class Core:
             if grown and runner.state is LOADING:  # the load is alive
                 state.timers.set(("load", id), state.now + state.config.load_timeout_s)
         state.ledger.sample(event.devices)
-        for runner in [runner for runner in state.runners.values() if runner.expiring_phase is RECOVERING]:
+        for runner in [runner for runner in state.runners.values() if not runner.process]:
             if event.number >= runner.last_sample and memory_recovery.memory_is_back(self._context, runner):
                 memory_recovery.unload(self._context, runner, RunnerReason.memory_freed)
         self._context.replan = True

@@ -24,7 +24,7 @@ def exited(step: StepContext, runner: Runner, event: Exited) -> None:
         runners.revoke_leases(step, runner, reason)  # the process ended while the runner drained
     if event.out_of_memory and runner.loaded_at is not None:
         ran_out(step, runner)
-    runner.process = False
+    step.fire_process(runner, "exit")
     step.state.processes -= 1
     step.replan = True  # another process may be started
     runner.recovery_targets = memory_recovery.memory_to_come(step, runner)

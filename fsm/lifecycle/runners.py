@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from fsm.lifecycle.step_context import StepContext
 from fsm.machine.request import ModelId, RequestState
-from fsm.machine.runner import IDLE, LOADING, Runner, RunnerId
+from fsm.machine.runner import IDLE, LOADING, RUNNING, Runner, RunnerId
 from fsm.messages.commands import NotifyContention, ReleaseClaim, RevokeLease, Stop
 from fsm.messages.events import Configure
 from fsm.messages.reasons import ExpireReason, FailureReason, RunnerReason
@@ -105,8 +105,8 @@ def notify_contention(step: StepContext, contended: Collection[RunnerId]) -> Non
 
 
 def stop(step: StepContext, runner: Runner) -> None:
-    if runner.process and not runner.stopping:
-        runner.stopping = True
+    if runner.process_state is RUNNING:
+        step.fire_process(runner, "stop")
         runner.stop_deadline = step.state.now + step.state.config.stop_timeout_s
         step.commands.append(Stop(runner.id))
     if runner.claim:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from fsm.machine.request import ModelId, RequestId, RequestSpec
-from fsm.machine.runner import READY, RUNNER_TABLE, Runner, RunnerId
-from fsm.machine.transition_table import IllegalTransition
+from fsm.machine.runner import PROCESS_TABLE, READY, RUNNER_TABLE, Runner, RunnerId
+from fsm.machine.transition_table import IllegalTransition, State, Table
 from fsm.messages.commands import Command
 from fsm.messages.decision_log import Decision, DecisionReason, Entry, Transition
 from fsm.messages.reasons import ClaimMissed, TransitionReason
@@ -28,13 +28,9 @@ class StepContext:
         self.claim_failure: ClaimMissed | None = None  # the claim that the last launch went ahead without
 
     def fire(self, runner: Runner, trigger: str, reason: TransitionReason) -> None:
-        """Move a runner by a trigger of its table, and log why; no other function changes a runner's state."""
+        """Move a runner by a trigger of its table, and log why; nothing else changes a runner's state."""
         source, state = runner.state, self.state
-        try:
-            RUNNER_TABLE.fire(runner, trigger)
-        except IllegalTransition as error:
-            error.story = self._story(runner)
-            raise
+        self._fire(RUNNER_TABLE, runner, trigger)
         if runner.on_host:
             state.busy_on_host += (runner.state is READY) - (source is READY)
             state.peak_busy_on_host = max(state.peak_busy_on_host, state.busy_on_host)
@@ -44,6 +40,17 @@ class StepContext:
                 state.now, runner.id, runner.model, trigger, source, runner.state, reason, leases, state.steps
             )
             self.decision_log.append(entry)
+
+    def fire_process(self, runner: Runner, trigger: str) -> None:
+        """Move the process of a runner by a trigger of its table; nothing else changes its state."""
+        self._fire(PROCESS_TABLE, runner, trigger)
+
+    def _fire(self, table: Table[State], runner: Runner, trigger: str) -> None:
+        try:
+            table.fire(runner, trigger)
+        except IllegalTransition as error:
+            error.story = self._story(runner)
+            raise
 
     def decide(
         self, what: str, model: ModelId, why: DecisionReason, request: RequestId | None, runner: RunnerId | None = None

@@ -6,13 +6,14 @@ it holds none, and changes between the two as leases are granted and released. `
 no longer its model's current runner and is never granted again, so the model may have a new runner beside it. It ends
 as `unloaded`, and is removed from the state. A reload is a new runner with a new id.
 
-What happens in `expiring` comes in three phases (`Runner.expiring_phase`), told by three fields:
+The process of a runner has a machine of its own (`PROCESS_TABLE`): it is `running` from the launch on, `stopping` once
+it was told to stop, and `gone` after its exit. So what an `expiring` runner does comes in up to three phases:
 
-1. Draining: `leases` is not empty. The process is alive and serves the leases that are held. After the last release
-   the runner is stopped. `stop_deadline` is when it is overdue; no plan counts on its memory from then on.
-2. Stopping: `leases` is empty, `process` and `stopping` are true. `Stop` was sent, exactly once, and the core waits for
-   `Exited`. At `stop_deadline` the runner is stuck: its memory stays reserved, and no plan counts on it.
-3. Recovering memory: `process` is false. Each reading of the devices is compared with `recovery_targets`, until the
+1. Draining: it holds leases, and its process is running and serves them. After the last release the process is told to
+   stop. `stop_deadline` is when the runner is overdue; no plan counts on its memory from then on.
+2. Stopping: it holds no lease, and its process is stopping: `Stop` was sent, once, and the core waits for `Exited`. At
+   `stop_deadline` the runner is stuck: its memory stays reserved, and no plan counts on it.
+3. Recovering memory: its process is gone. Each reading of the devices is compared with `recovery_targets`, until the
    memory is back on every GPU or `recovery_deadline` has passed. Then the runner is unloaded, and its reservation ends.
 
 A runner enters `expiring` by `expire` (it is evicted, its keep-alive is over, a caller expires its model, the scheduler
@@ -21,13 +22,13 @@ leases are revoked first, so it does not drain. `Exited` may come in any state b
 
 What may never happen, by the table, the guard of `unload`, and the invariants (docs/invariants.md) that tests ask:
 
-- A runner holds a lease while it is `loading`, `idle` or `unloaded`, or while its process is being stopped.
+- A runner holds a lease while it is `loading`, `idle` or `unloaded`, or while its process is stopping or gone.
 - A runner is `ready` without a lease, or `loading`, `ready` or `idle` without a process.
 - A runner leaves `expiring` for any state but `unloaded`, or is granted while it is in it.
-- A runner has a process, no lease and no `Stop` while it is `expiring`: it would stay for ever.
+- A runner is `expiring`, holds no lease, and its process is running: it would stay for ever.
 - A reservation ends while the process may be alive: other models would be placed in memory that is still in use.
 
-Only `Table.fire` writes `state`. The rows of `RUNNER_TABLE` are all transitions that there are.
+Only `Table.fire` writes `state` and `process_state`. The rows of the two tables are all transitions that there are.
 """
 
 from __future__ import annotations
@@ -75,21 +76,23 @@ MEANING: Mapping[RunnerState, str] = MappingProxyType(
 )
 
 
-class ExpiringPhase(Enum):
-    """What a runner does while it is `expiring`, in this order; `PHASE_MEANING` says what is true in each phase."""
+class ProcessState(Enum):
+    """The states of a runner's process; `PROCESS_MEANING` says what is true in each."""
 
-    draining = "draining"
+    running = "running"
     stopping = "stopping"
-    recovering = "recovering"
+    gone = "gone"
+
+    __hash__ = object.__hash__
 
 
-DRAINING, STOPPING, RECOVERING = ExpiringPhase
+RUNNING, STOPPING, GONE = ProcessState
 
-PHASE_MEANING: Mapping[ExpiringPhase, str] = MappingProxyType(
+PROCESS_MEANING: Mapping[ProcessState, str] = MappingProxyType(
     {
-        DRAINING: "It serves the leases that it holds. The last release stops its process.",
-        STOPPING: "It holds no lease, and its process was told to stop, once. The exit of the process ends the phase.",
-        RECOVERING: "Its process is gone. It is unloaded when its memory is back, or the wait for it is over.",
+        RUNNING: "It starts or serves, as far as is known, and was not told to stop.",
+        STOPPING: "It was told to stop. Its runner is `expiring` and holds no lease.",
+        GONE: "It has ended, or was never started. Its runner is `expiring` and recovers its memory, or is `unloaded`.",
     }
 )
 
@@ -113,6 +116,19 @@ RUNNER_TABLE = Table(
     final=UNLOADED,
 )
 
+PROCESS_TABLE = Table(
+    "process",
+    ProcessState,
+    [
+        Row("stop", RUNNING, STOPPING, "its runner expires, and holds no lease any more", guard="holds_no_lease"),
+        Row("exit", RUNNING, GONE, "it ended by itself, or could not be started", guard="holds_no_lease"),
+        Row("exit", STOPPING, GONE, "it was stopped", guard="holds_no_lease"),
+    ],
+    initial=RUNNING,
+    final=GONE,
+    field="process_state",
+)
+
 
 @dataclass(slots=True, eq=False)
 class Runner(Record):
@@ -133,8 +149,7 @@ class Runner(Record):
     resident_until: float = 0.0  # minimum residency while idle: the runner is not evicted before
     drain_protected_until: float = 0.0  # minimum residency while in use: it is not evicted before; never earlier
     idle_grace_until: float = 0.0  # while idle: its callers may be about to ask again; it is not evicted before
-    process: bool = True  # a process may be alive: from Launch to Exited
-    stopping: bool = False  # Stop has been sent; it is sent once
+    process_state: ProcessState = ProcessState.running  # written by Table.fire alone
     expire_when_served: bool = False  # to expire after its load: the requests that wait are served first
     out_of_memory: bool = False  # the process reported it; the exit that follows is judged by it
     contended: bool = False  # a group waited for its memory in the last plan, and the runner might not leave yet
@@ -151,7 +166,7 @@ class Runner(Record):
             self.effective_options = self.launch_options
 
     def holds_no_lease(self) -> bool:
-        """Guard of `unload`: a runner in use is never unloaded."""
+        """Guard of `unload`, and of a process's end: a runner in use is neither stopped nor unloaded."""
         return not self.leases
 
     @property
@@ -160,11 +175,9 @@ class Runner(Record):
         return self.state is LOADING or self.state is READY or self.state is IDLE
 
     @property
-    def expiring_phase(self) -> ExpiringPhase | None:
-        """What an expiring runner does; None in every other state."""
-        if self.state is not EXPIRING:
-            return None
-        return DRAINING if self.leases else STOPPING if self.process else RECOVERING
+    def process(self) -> bool:
+        """Whether a process may be alive: from Launch to Exited."""
+        return self.process_state is not GONE
 
     @property
     def on_host(self) -> bool:

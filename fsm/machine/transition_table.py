@@ -1,8 +1,8 @@
 """A state machine as one table, checked when it is built; the library `transitions` fires its rows.
 
-This is the only module that imports `transitions`. One shared machine without models serves every record that has a
-`state`: a record costs no memory for it, and none of the library's ways to fail late (a mistyped destination fails only
-when it is fired, a mistyped source never) reaches the rest of the code.
+This is the only module that imports `transitions`. One shared machine without models serves every record that has its
+state in a field: a record costs no memory for it, and none of the library's ways to fail late (a mistyped destination
+fails only when it is fired, a mistyped source never) reaches the rest of the code.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import logging
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, TypeVar
 
 from transitions import Machine
 
@@ -50,33 +50,37 @@ class Row(Generic[State]):
     guard: str | None = None
 
 
-class Stateful(Protocol[State]):
-    """A record with a `state` that `Table.fire` alone writes."""
-
-    state: State
-
-
 class Table(Generic[State]):
-    """The transitions of one kind of record.
+    """The transitions of one kind of record, whose state is in the field `field`, which `fire` alone writes.
 
     Raises `TableError` when built from rows that repeat a (trigger, source), name a state that is not one of `states`,
     leave a state unreachable from `initial`, or leave a state that is not `final` without a way to it.
     """
 
     def __init__(
-        self, name: str, states: type[State], rows: Iterable[Row[State]], *, initial: State, final: State
+        self,
+        name: str,
+        states: type[State],
+        rows: Iterable[Row[State]],
+        *,
+        initial: State,
+        final: State,
+        field: str = "state",
     ) -> None:
         self.name = name
+        self.field = field
         self.states = tuple(states)
         self.rows = tuple(rows)
         self.initial = initial
         self.final = final
         self._check()
         self._destinations = {(row.trigger, row.source): row.destination for row in self.rows}
-        machine = Machine(model=None, states=states, initial=None, auto_transitions=False, send_event=False)
+        machine = Machine(
+            model=None, states=states, initial=None, auto_transitions=False, send_event=False, model_attribute=field
+        )
         for row in self.rows:
             machine.add_transition(row.trigger, row.source, row.destination, conditions=row.guard)
-        self._triggers: Mapping[str, Callable[[Stateful[State]], bool]] = {
+        self._triggers: Mapping[str, Callable[[object], bool]] = {
             trigger: event.trigger for trigger, event in machine.events.items()
         }
 
@@ -89,9 +93,9 @@ class Table(Generic[State]):
         """Return the state to which `trigger` leads from `source`, guards apart; None where it is not allowed."""
         return self._destinations.get((trigger, source))
 
-    def fire(self, subject: Stateful[State], trigger: str) -> None:
+    def fire(self, subject: object, trigger: str) -> None:
         """Move `subject` by `trigger`; raises `IllegalTransition` where the table or the row's guard forbids it."""
-        source = subject.state
+        source: State = getattr(subject, self.field)
         if (trigger, source) not in self._destinations or not self._triggers[trigger](subject):
             raise IllegalTransition(self.name, trigger, source, subject)
 

@@ -10,7 +10,7 @@ from fsm.domain.devices import HOST, Amounts, Placement
 from fsm.eviction.policies import Candidate
 from fsm.eviction.victim_selection import VictimSet
 from fsm.machine.request import ModelId, Purpose
-from fsm.machine.runner import DRAINING, Runner
+from fsm.machine.runner import Runner
 from fsm.messages.reasons import NeededFor, RunnerStep, WaitFor, WaitForRunners, WaitReason
 from fsm.planning.availability import AFTER_DRAINS, AFTER_EVICTIONS, AFTER_STOPS, NOW, Horizon, Requirement
 from fsm.planning.load_slots import loads_on
@@ -167,7 +167,7 @@ def _wait_for_memory(
     if horizon == AFTER_DRAINS:  # 2
         context.wait(group, WaitForRunners(_draining(context, placement), RunnerStep.drain), by)
         return ()
-    if any(runner.expiring_phase is not DRAINING for runner in context.leaving):  # 3
+    if not all(runner.leases for runner in context.leaving):  # 3
         context.wait(group, WaitFor.memory, by)
     elif context.alone is not None:
         reason = WaitForRunners((context.alone.model,), RunnerStep.load_alone)
@@ -213,7 +213,7 @@ def _blocking_reason(context: PlanningContext) -> tuple[WaitReason, float]:
 def _draining(context: PlanningContext, placement: Placement) -> tuple[ModelId, ...]:
     """Return the models of the draining runners that hold memory of a placement's devices, or of all that drain."""
     accounts, devices = context.state.ledger.accounts, [device for device, amount in placement.bytes if amount]
-    draining = [runner for runner in context.leaving if runner.expiring_phase is DRAINING]
+    draining = [runner for runner in context.leaving if runner.leases]
     holding = [one for one in draining if any(map(accounts["runner", one.id].held_bytes, devices))]
     return _models(holding or draining)
 

@@ -10,7 +10,7 @@ from fsm.domain.devices import DeviceId
 from fsm.eviction.policies import Candidate, EvictionPolicy
 from fsm.eviction.victim_selection import Amount, SelectionProblem, VictimSet, choose_victims
 from fsm.machine.request import ModelId
-from fsm.machine.runner import DRAINING, EXPIRING, LOADING, Runner, RunnerId
+from fsm.machine.runner import EXPIRING, LOADING, Runner, RunnerId
 from fsm.messages.reasons import WaitReason
 from fsm.placement.search import Gpu
 from fsm.planning.availability import AFTER_DRAINS, AFTER_STOPS, NOW, AvailabilityProfile
@@ -40,8 +40,8 @@ class PlanningContext:
         self.overdue = {runner.id for runner in expiring if state.is_overdue(runner)}
         movable = [runner for runner in state.runners.values() if not state.is_unmovable(runner)]
         self.availability = AvailabilityProfile(ledger, self.gpus, state.max_runners() - state.processes, movable)
-        self.availability.add(AFTER_STOPS, [one for one in self.leaving if one.expiring_phase is not DRAINING])
-        self.availability.add(AFTER_DRAINS, [one for one in self.leaving if one.expiring_phase is DRAINING])
+        self.availability.add(AFTER_STOPS, [one for one in self.leaving if not one.leases])
+        self.availability.add(AFTER_DRAINS, [one for one in self.leaving if one.leases])
         self.unmovable = len(state.runners) - len(movable)
         self.claimed: set[RunnerId] = set()  # victims of earlier request groups
         self.successors: Counter[ModelId] = Counter()  # request groups for a model behind the first of them

@@ -197,8 +197,9 @@ def _of_model(core: Core, id: ModelId) -> Situation:
 
 
 def _of_runner(runner: Runner) -> Situation:
-    phase = runner.expiring_phase
-    return runner.state.value if phase is None else phase.value
+    if runner.state is not EXPIRING:
+        return runner.state.value
+    return "draining" if runner.leases else "stopping" if runner.process else "recovering"
 
 
 def _name(what: object) -> str:

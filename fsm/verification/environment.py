@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from fsm.core import Core
 from fsm.domain.devices import HOST, Amounts, DeviceSample
 from fsm.machine.request import ModelId, RequestId, RequestSpec, RequestState
-from fsm.machine.runner import LOADING, Runner, RunnerId
+from fsm.machine.runner import LOADING, RUNNING, STOPPING, Runner, RunnerId
 from fsm.messages.commands import Claim, Command, Launch
 from fsm.messages.events import (
     Acquire,
@@ -203,10 +203,10 @@ def fair_next_event(core: Core, scenario: Scenario) -> Event | None:
         for claim in state.claims.values():
             return ClaimGranted(claim.number)
         for runner in state.runners.values():
-            if runner.process and runner.loaded_at is None and not runner.stopping:
+            if runner.process_state is RUNNING and runner.loaded_at is None:
                 return _loaded(runner)
     for runner in state.runners.values():
-        if runner.process and runner.stopping:
+        if runner.process_state is STOPPING:
             return Exited(runner.id, 0)
     gone = [runner for runner in state.runners.values() if not runner.process]
     if gone:
@@ -299,7 +299,7 @@ def _of_a_process(state: CoreState, runner: Runner, scenario: Scenario) -> Itera
     """Yield what a process may do: load, even after it was told to stop; fail, run out of memory, hang, end."""
     if runner.loaded_at is None:
         yield _loaded(runner)
-        if scenario.out_of_memory and not runner.stopping:
+        if scenario.out_of_memory and runner.process_state is RUNNING:
             yield Exited(runner.id, KILLED, "", out_of_memory=True)
     elif scenario.out_of_memory and not runner.out_of_memory:
         yield OutOfMemory(runner.id)
@@ -307,9 +307,9 @@ def _of_a_process(state: CoreState, runner: Runner, scenario: Scenario) -> Itera
         yield ContextFilled(runner.id)
     if scenario.hangs and runner.state is LOADING:
         yield Progress(runner.id)
-    if scenario.hangs and not runner.stopping:
+    if scenario.hangs and runner.process_state is RUNNING:
         yield Unresponsive(runner.id, NO_ANSWER)
-    yield Exited(runner.id, 0 if runner.stopping else FAILED)
+    yield Exited(runner.id, 0 if runner.process_state is STOPPING else FAILED)
 
 
 def _loaded(runner: Runner) -> Loaded:

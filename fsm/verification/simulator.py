@@ -17,7 +17,7 @@ from random import Random
 
 from fsm.core import Core
 from fsm.machine.request import RequestState
-from fsm.machine.runner import Runner
+from fsm.machine.runner import RUNNING, STOPPING, Runner
 from fsm.messages.commands import Command
 from fsm.messages.decision_log import Entry
 from fsm.messages.events import ClaimGranted, Close, Event, Exited, Expire, Inspected, Loaded, Release, Sampled, Tick
@@ -200,10 +200,10 @@ def _in_order(core: Core, config: SimConfig) -> Event | None:
         for number in state.claims:
             return ClaimGranted(number)
         for runner in state.runners.values():
-            if runner.process and runner.loaded_at is None and not runner.stopping:
+            if runner.process_state is RUNNING and runner.loaded_at is None:
                 return Loaded(runner.id, None, runner.placement.bytes)
     for runner in state.runners.values():
-        if runner.process and runner.stopping:
+        if runner.process_state is STOPPING:
             return Exited(runner.id, 0)
     if any(not runner.process for runner in state.runners.values()):
         return _all_back(core, config)

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from fsm.machine import request, runner
 from fsm.machine.request import RequestState
-from fsm.machine.runner import RUNNER_TABLE
+from fsm.machine.runner import PROCESS_TABLE, RUNNER_TABLE
 from fsm.machine.transition_table import Row, State, Table
 
 # What becomes of a request. The core writes a request's state itself, so these rows are a description, not a machine.
@@ -35,9 +35,12 @@ A runner is one life of one process: a reload is a new runner with a new id. A t
 is not allowed, and a row's guard must hold as well.
 """
 
-PHASES = """\
-While a runner is `expiring` it goes through up to three phases, in this order; a runner without leases begins with the
-second one, and a runner whose process is gone with the third.
+PROCESSES = """\
+## A runner's process
+
+What a runner does while it is `expiring` follows from its leases and its process: it drains while it holds leases, and
+its process is running; then its process is stopping; when its process is gone, its memory is recovered. A runner that
+holds no lease is stopped in the step in which it expires.
 """
 
 REQUESTS = """\
@@ -61,8 +64,10 @@ def markdown() -> str:
         _fenced(mermaid(RUNNER_TABLE)),
         _meanings(runner.MEANING),
         _rows(RUNNER_TABLE.rows),
-        PHASES,
-        _meanings(runner.PHASE_MEANING, "phase"),
+        PROCESSES,
+        _fenced(mermaid(PROCESS_TABLE)),
+        _meanings(runner.PROCESS_MEANING),
+        _rows(PROCESS_TABLE.rows),
         REQUESTS,
         _fenced(_mermaid(REQUEST_ROWS, queued, finals)),
         _meanings(request.MEANING),

@@ -6,7 +6,7 @@ import math
 
 from fsm.core import Core
 from fsm.machine.request import RequestId, RequestState
-from fsm.machine.runner import EXPIRING, IDLE, LOADING, READY, UNLOADED, Runner
+from fsm.machine.runner import EXPIRING, IDLE, LOADING, READY, RUNNING, STOPPING, UNLOADED, Runner
 from fsm.state.core_state import CoreState
 from fsm.verification.property import Checks, Kind
 
@@ -72,14 +72,14 @@ def a_runner_keeps_the_default_keep_alive_until_a_request_names_one(state: CoreS
 def a_busy_runner_is_never_stopped(state: CoreState) -> None:
     """A runner that holds a lease has not been told to stop."""
     for runner in state.runners.values():
-        assert not (runner.stopping and runner.leases), name_of(runner)
+        assert not (runner.leases and runner.process_state is STOPPING), name_of(runner)
 
 
 @of_state()
 def an_expiring_runner_without_leases_is_stopped(state: CoreState) -> None:
     """An expiring runner whose process lives holds a lease or has been told to stop."""
     for runner in state.runners.values():
-        lingers = runner.process and runner.state is EXPIRING and not runner.leases and not runner.stopping
+        lingers = runner.process_state is RUNNING and runner.state is EXPIRING and not runner.leases
         assert not lingers, name_of(runner)
 
 
@@ -271,4 +271,4 @@ def a_runner_claims_devices_only_while_it_loads(state: CoreState) -> None:
         if runner.claim:
             assert runner.process and runner.loaded_at is None, name_of(runner)
             timed = state.timers.at(("claim", runner.claim)) < math.inf
-            assert timed == runner.stopping, f"{name_of(runner)}: how long it keeps its devices"
+            assert timed == (runner.process_state is STOPPING), f"{name_of(runner)}: how long it keeps its devices"

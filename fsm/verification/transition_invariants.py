@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from fsm.core import Core
 from fsm.domain.devices import HOST, DeviceId, DeviceSample
 from fsm.machine.request import Request, RequestId, RequestState
-from fsm.machine.runner import IDLE, LOADING, Runner, RunnerId
+from fsm.machine.runner import IDLE, LOADING, RUNNING, Runner, RunnerId
 from fsm.messages.commands import Claim, Command, Finished, Grant, Launch, Reject, ReleaseClaim, RevokeLease, Stop
 from fsm.messages.events import (
     Acquire,
@@ -266,7 +266,7 @@ def _bound(request: Request, state: CoreState) -> float:
 def a_runner_is_stopped_once(step: CoreStep, stop: Stop) -> None:
     """A process is told to stop once."""
     earlier = step.was.runners.get(stop.runner)
-    assert earlier is None or not earlier.stopping, name_of(earlier)
+    assert earlier is None or earlier.process_state is RUNNING, name_of(earlier)
 
 
 @of_step(Stop, same_as=a_busy_runner_is_never_stopped)

@@ -9,6 +9,7 @@ from types import FrameType
 import pytest
 
 from fsm.domain.devices import MIB
+from fsm.machine.runner import STOPPING
 from fsm.messages.commands import Grant
 from fsm.messages.reasons import WaitFor
 from fsm.messages.refusals import DoesNotFitRefusal, InvalidModelRefusal
@@ -149,7 +150,7 @@ def test_an_idle_runner_that_nobody_before_it_can_use_goes_for_a_line_far_back()
     for number in range(FAR_BACK):
         pool.feed(acquire(f"model {number}", request=100 + number))
     pool.feed(acquire("on the gpu", request=900))
-    assert pool.core._state.runners[pool.runner("resting")].stopping
+    assert pool.core._state.runners[pool.runner("resting")].process_state is STOPPING
 
 
 @pytest.mark.slow

@@ -24,7 +24,7 @@ from fsm.domain.devices import HOST, DeviceId, DeviceSample, Placement
 from fsm.domain.options import Options
 from fsm.eviction.policies import EvictionPolicy
 from fsm.machine.request import Purpose, RequestSpec
-from fsm.machine.runner import Runner, RunnerId, RunnerState
+from fsm.machine.runner import STOPPING, Runner, RunnerId, RunnerState
 from fsm.messages.commands import Claim, Command, Grant, Inspect, Launch, Reject, ReleaseClaim, Sample, Stop
 from fsm.messages.decision_log import Entry
 from fsm.messages.events import (
@@ -421,7 +421,8 @@ class PoolUnderTest:
 
     def settle(self) -> Self:
         """Exit every process that was told to stop, until none is left."""
-        while ending := [id for id, runner in self.core._state.runners.items() if runner.stopping and runner.process]:
+        runners = self.core._state.runners
+        while ending := [id for id, runner in runners.items() if runner.process_state is STOPPING]:
             self.feed(*map(exited, ending))
         return self
 

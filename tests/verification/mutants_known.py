@@ -9,7 +9,7 @@ from fsm.core import Core
 from fsm.lifecycle import failures, loads, memory_recovery, requests, runners
 from fsm.lifecycle.step_context import StepContext
 from fsm.machine.request import Request, RequestState
-from fsm.machine.runner import EXPIRING, LOADING, READY, Runner
+from fsm.machine.runner import EXPIRING, LOADING, READY, RUNNING, STOPPING, Runner
 from fsm.messages.events import Acquire, Cancel, Event, Exited, Release
 from fsm.messages.reasons import NeededFor, RunnerReason, RunnerStep, WaitForRunners
 from fsm.messages.refusals import Cancelled, Refusal
@@ -106,7 +106,7 @@ def a_failed_load_keeps_its_place(patch: Patch) -> None:
     @instead(patch, runners, "forget_current")
     def forget(original: Callable[..., None], step: StepContext, runner: Runner) -> None:
         original(step, runner)
-        if runner.loaded_at is None and not runner.stopping:
+        if runner.loaded_at is None and runner.process_state is RUNNING:
             step.state.models[runner.model].current = runner
 
 
@@ -151,7 +151,7 @@ def ends_have_no_names(patch: Patch) -> None:
 
     @instead(patch, failures, "exited")
     def exited(original: Callable[..., None], step: StepContext, runner: Runner, event: Exited) -> None:
-        stopping = [one for one in step.state.runners.values() if one.stopping and one.process]
+        stopping = [one for one in step.state.runners.values() if one.process_state is STOPPING]
         original(step, stopping[0] if stopping else runner, event)
 
 

@@ -13,7 +13,7 @@ from fsm.domain.devices import HOST, DeviceId
 from fsm.lifecycle import apply_plan, device_claims, failures, loads, memory_recovery, prefetch, requests, runners
 from fsm.lifecycle.step_context import StepContext
 from fsm.machine.request import Request, RequestState
-from fsm.machine.runner import EXPIRING, LOADING, Runner
+from fsm.machine.runner import EXPIRING, LOADING, STOPPING, Runner
 from fsm.messages.commands import Finished, Grant, ReleaseClaim
 from fsm.messages.events import Acquire, Cancel, Event, Exited, Inspected, Loaded, Release, Sampled
 from fsm.messages.reasons import ExpireReason, RunnerReason
@@ -273,7 +273,7 @@ def stopped_processes_do_not_count(patch: Patch) -> None:
     @instead(patch, PlanningContext, "__init__")
     def init(original: Callable[..., None], context: PlanningContext, state: CoreState, policy: object) -> None:
         original(context, state, policy)
-        stopping = sum(runner.process and runner.stopping for runner in state.runners.values())
+        stopping = sum(runner.process_state is STOPPING for runner in state.runners.values())
         context.availability.process_slots = [places + stopping for places in context.availability.process_slots]
 
 

@@ -15,7 +15,7 @@ from fsm.core import Core
 from fsm.domain.devices import HOST, DeviceId, Placement
 from fsm.domain.options import Options
 from fsm.machine.request import ModelId, Purpose, RequestId, RequestSpec
-from fsm.machine.runner import EXPIRING, LOADING, READY, UNLOADED, RunnerId
+from fsm.machine.runner import EXPIRING, LOADING, READY, STOPPING, UNLOADED, RunnerId
 from fsm.messages.commands import (
     Claim,
     Command,
@@ -183,7 +183,7 @@ class Twice(Core):
     def _leave(self, event: Release | Cancel) -> None:
         super()._leave(event)
         for runner in self._state.runners.values():
-            if runner.stopping and runner.process:
+            if runner.process_state is STOPPING:
                 self._context.commands.append(Stop(runner.id))
 
 

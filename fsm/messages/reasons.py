@@ -165,6 +165,7 @@ class KeptReason(Enum):
     goes_later = "goes_later"
     overdue = "overdue"  # it was stopped, and has not ended in time
     expiring = "expiring"
+    evicted = "evicted"  # for this request group, and it expires
     pinned = "pinned"
     other_victim = "other_victim"  # it is a victim of another request group
     awaited = "awaited"  # other requests wait for its load

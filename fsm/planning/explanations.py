@@ -65,7 +65,7 @@ def runners_considered(state: CoreState, plan: Plan, group: RequestGroup) -> tup
     planned = plan.placements.get(group.spec)
     known = {one.runner: one for one in (*planned.considered, *planned.victims)} if planned else {}
     return tuple(
-        _considered(state, runner, known.get(runner.id), _verdict(state, plan, planned, runner))
+        _considered(state, runner, known.get(runner.id), _verdict(state, plan, group, runner))
         for runner in state.runners.values()
     )
 
@@ -117,8 +117,9 @@ def _considered(
     )
 
 
-def _verdict(state: CoreState, plan: Plan, planned: PlannedPlacement | None, runner: Runner) -> KeptReason | None:
+def _verdict(state: CoreState, plan: Plan, group: RequestGroup, runner: Runner) -> KeptReason | None:
     """Return why a runner is not evicted for a request group; None where it is."""
+    planned = plan.placements.get(group.spec)
     victim = next((one for one in planned.victims if one.runner == runner.id), None) if planned else None
     considered = next((one for one in planned.considered if one.runner == runner.id), None) if planned else None
     if victim is not None and runner.id in plan.victims:
@@ -126,7 +127,8 @@ def _verdict(state: CoreState, plan: Plan, planned: PlannedPlacement | None, run
     if victim is not None:
         return KeptReason.goes_last if victim.free_at <= state.now else KeptReason.goes_later
     if runner.state is EXPIRING:
-        return KeptReason.overdue if state.is_stuck(runner) else KeptReason.expiring
+        own = runner.id in group.evicted
+        return KeptReason.overdue if state.is_stuck(runner) else KeptReason.evicted if own else KeptReason.expiring
     if state.pinned(runner):
         return KeptReason.pinned
     if runner.id in plan.victims or _is_victim_of_another(plan, planned, runner.id):

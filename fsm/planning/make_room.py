@@ -10,7 +10,7 @@ from fsm.domain.devices import HOST, Amounts, Placement
 from fsm.eviction.policies import Candidate
 from fsm.eviction.victim_selection import VictimSet
 from fsm.machine.request import ModelId, Purpose
-from fsm.machine.runner import Runner
+from fsm.machine.runner import STOPPING, Runner
 from fsm.messages.reasons import NeededFor, RunnerStep, WaitFor, WaitForRunners, WaitReason
 from fsm.planning.availability import AFTER_DRAINS, AFTER_EVICTIONS, AFTER_STOPS, NOW, Horizon, Requirement
 from fsm.planning.load_slots import loads_on
@@ -153,7 +153,8 @@ def _wait_for_memory(
 
     1. Where the group fits only once the victims of earlier groups have left, it waits for the earlier requests.
     2. Where it fits once draining runners have left, it waits for the draining runners that hold its memory.
-    3. Where it fits once the stopped runners have left, it waits for their memory, or for the load that bars others.
+    3. Where it fits once the stopped runners have left, it waits for those that were evicted for it, or for their
+       memory, or for the load that bars others.
     4. Memory of the program's own needs no load slot.
     5. A runner needs one, and may evict a load for it.
     """
@@ -168,7 +169,7 @@ def _wait_for_memory(
         context.wait(group, WaitForRunners(_draining(context, placement), RunnerStep.drain), by)
         return ()
     if not all(runner.leases for runner in context.leaving):  # 3
-        context.wait(group, WaitFor.memory, by)
+        context.wait(group, _stopping(context, group), by)
     elif context.alone is not None:
         reason = WaitForRunners((context.alone.model,), RunnerStep.load_alone)
         context.wait(group, reason, context.state.expected_at(context.alone))
@@ -216,6 +217,12 @@ def _draining(context: PlanningContext, placement: Placement) -> tuple[ModelId, 
     draining = [runner for runner in context.leaving if runner.leases]
     holding = [one for one in draining if any(map(accounts["runner", one.id].held_bytes, devices))]
     return _models(holding or draining)
+
+
+def _stopping(context: PlanningContext, group: RequestGroup) -> WaitReason:
+    """Return what a group waits for that fits once runners have stopped: those that were evicted for it, or memory."""
+    own = [one for one in context.leaving if one.id in group.evicted and one.process_state is STOPPING]
+    return WaitForRunners(_models(own), RunnerStep.leave) if own else WaitFor.memory
 
 
 def _models(runners: Iterable[Runner | Candidate]) -> tuple[ModelId, ...]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from fsm.domain.record import Record
 from fsm.machine.request import Request, RequestId, RequestSpec
+from fsm.machine.runner import RunnerId
 from fsm.messages.reasons import WaitFor, WaitReason
 
 QueueRank = tuple[float, RequestId]  # the smaller, the earlier a group is planned
@@ -21,6 +22,7 @@ class RequestGroup(Record):
     waits_for: WaitReason = WaitFor.plan  # as of the last plan
     until: float = math.inf  # when the wait is expected to be over, or planned again; infinite: unknown
     told: WaitReason | None = None  # the last reason that is in the decision log
+    evicted: tuple[RunnerId, ...] = ()  # runners that were evicted for the group, in order; some may have gone
 
     def wait(self, reason: WaitReason, until: float = math.inf) -> None:
         """Set what the group waits for, and until when as far as that is known."""

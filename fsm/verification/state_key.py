@@ -66,7 +66,7 @@ LEFT_OUT: Mapping[type, Mapping[str, str]] = MappingProxyType(
             "asked": "nothing follows from it but which holders are told",
         },
         RequestSpec: {"model": "the group stands with its model"},
-        RequestGroup: dict.fromkeys(("waits_for", "until", "told"), "for people to read"),
+        RequestGroup: dict.fromkeys(("waits_for", "until", "told", "evicted"), "for people to read"),
         Account: {},
         Ledger: {},
         OpenClaim: {"had": "never between two steps, which `check_state` sees to"},

@@ -109,6 +109,7 @@ KEPT: Mapping[KeptReason, str] = MappingProxyType(
         KeptReason.goes_later: "it is to be evicted in {goes_in}, or when it is idle",
         KeptReason.overdue: "it was stopped, but does not end",
         KeptReason.expiring: "it is expiring already",
+        KeptReason.evicted: "it was evicted for this request, and is leaving",
         KeptReason.pinned: "it is pinned",
         KeptReason.other_victim: "it is evicted for another request",
         KeptReason.awaited: "other requests wait for its load",

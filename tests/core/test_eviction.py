@@ -12,7 +12,7 @@ from fsm.eviction.reuse_prediction import IdleTimeStatistics
 from fsm.eviction.victim_selection import smallest_prefix as choose
 from fsm.machine.runner import RunnerState
 from fsm.messages.commands import Grant, NotifyContention, Stop
-from fsm.messages.reasons import WaitFor
+from fsm.messages.reasons import RunnerStep, WaitFor, WaitForRunners
 from fsm.planning.eviction_candidates import evictable_at
 from tests.support.pool import (
     PoolUnderTest,
@@ -154,6 +154,24 @@ def test_several_victims_go_together_or_not_at_all() -> None:
     assert pool.feed(acquire("c", request=2)) == [NotifyContention(2, (1,))]
     assert pool.state("a") is RunnerState.idle
     assert stopped(pool.feed(release(1))) == [1, 2]
+
+
+def test_a_request_waits_for_the_runners_that_were_evicted_for_it() -> None:
+    """A request names the runners that were evicted for it until they are gone, and no other request names them."""
+    pool = a_pool("8GiB", each="4GiB", sizes={"large": "8GiB", "small": "1GiB"}).idle("a").idle("b")
+    assert stopped(pool.feed(acquire("large", request=1), acquire("small", request=2))) == [1, 2]
+    assert pool.waits_for(1) == WaitForRunners(("a", "b"), RunnerStep.leave)
+    assert pool.waits_for(2) == WaitFor.earlier_requests
+    pool.feed(exited(2))
+    assert pool.waits_for(1) == WaitForRunners(("a",), RunnerStep.leave)
+    assert launched(pool.feed(exited(1))) == ["large"]
+
+
+def test_a_runner_that_leaves_for_its_own_reasons_is_not_said_to_leave_for_a_request() -> None:
+    """Memory of a runner that was not evicted for a request is memory that is being freed."""
+    pool = a_pool("8GiB").idle("a")
+    pool.feed(expire("a"), acquire("b", request=1))
+    assert pool.waits_for(1) == WaitFor.memory
 
 
 def test_one_model_books_room_once() -> None:

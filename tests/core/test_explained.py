@@ -111,6 +111,15 @@ def test_what_drains_for_long_is_not_said_to_be_stopped() -> None:
     assert reasons(told(pool, "waits"))["a"] is KeptReason.expiring
 
 
+def test_a_runner_that_was_evicted_for_a_request_is_said_to_be() -> None:
+    """While a request waits for the runners that were evicted for it, the log says so; other runners just expire."""
+    pool = listened(a_pool("8GiB", each="2GiB", sizes={"large": "8GiB"}).idle("a").idle("b").idle("c"))
+    pool.feed(expire("c"), acquire("large", request=11))
+    assert reasons(told(pool, "waits")) == {"a": None, "b": None, "c": KeptReason.expiring}
+    pool.feed(exited(2))
+    assert reasons(told(pool, "waits")) == {"a": KeptReason.evicted, "b": KeptReason.evicted, "c": KeptReason.expiring}
+
+
 def test_an_idle_one_that_stays_until_the_rest_is_there_is_said_to() -> None:
     """An idle runner that could leave now is logged as leaving last, after the runner that drains."""
     pool = listened(a_pool("6GiB", sizes={"busy": "5GiB", "idle": "1GiB", "all": "6GiB"}, min_residency_s=0.0))

@@ -10,7 +10,7 @@ import pytest
 from fsm.machine.runner import RunnerState
 from fsm.messages.commands import Grant, NotifyContention, Stop
 from fsm.messages.events import Progress
-from fsm.messages.reasons import RunnerStep, WaitFor, WaitForRunners
+from fsm.messages.reasons import RunnerStep, WaitForRunners
 from tests.support.pool import (
     PoolUnderTest,
     a_pool,
@@ -263,5 +263,5 @@ def test_when_the_last_lease_of_what_drains_is_back_the_end_is_in_sight() -> Non
     pool.advance("30s")
     assert pool.waits_for(2) == WaitForRunners(("a",), RunnerStep.drain)
     pool.feed(release(1))
-    assert pool.waits_for(2) == WaitFor.memory
+    assert pool.waits_for(2) == WaitForRunners(("a",), RunnerStep.leave)
     assert pool.core.snapshot().queue[0].until == pool.now + 60.0

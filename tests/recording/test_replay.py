@@ -722,7 +722,7 @@ def test_a_wait_from_before_a_file_is_not_booked_on_its_first_reason(
         pool.advance("1s")
         pool.feed(exited(1), loaded(3))
     said = told(file, capsys)
-    assert "after 103.000 s: 100.000 s for what is not in this file, 3.000 s for memory being freed" in said
+    assert "after 103.000 s: 100.000 s for what is not in this file, 3.000 s for a to leave" in said
 
 
 def test_what_was_answered_in_a_gap_does_not_wait(

@@ -393,7 +393,7 @@ class Core:
             if not state.groups and not state.overfull():
                 stand_down(context)
                 break
-            plan = make_plan(state, self.policy, context.unevaluated)
+            plan = make_plan(state, self.policy, context.unevaluated, explains=context.decision_log is not None)
             if self.plans is not None:
                 self.plans.append(plan)
             self.policy_failure = plan.policy_failure or self.policy_failure

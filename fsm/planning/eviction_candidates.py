@@ -10,7 +10,8 @@ from functools import partial
 from fsm.eviction.policies import Candidate, EvictionPolicy
 from fsm.eviction.reuse_prediction import IdleTimeStatistics, ReuseForecast
 from fsm.eviction.victim_selection import apply_policy, in_words
-from fsm.machine.runner import IDLE, Runner, RunnerId
+from fsm.machine.runner import EXPIRING, IDLE, Runner, RunnerId
+from fsm.messages.reasons import KeptReason
 from fsm.state.core_state import CoreState
 
 
@@ -21,11 +22,9 @@ class Candidates:
         self.state = state
         self.policy = policy
         self.policy_failure = ""  # the exception that the policy raised; the oldest runners go first instead
-        self.movable = [
-            runner
-            for runner in state.runners.values()
-            if runner.current and runner.id not in awaited and not state.pinned(runner)
-        ]
+        # why each runner that may not be evicted for any request group may not; every other runner is movable
+        self.barred = {id: why for id, runner in state.runners.items() if (why := _barred(state, runner, awaited))}
+        self.movable = [runner for runner in state.runners.values() if runner.id not in self.barred]
         self.idle = {  # runners that may be evicted at this moment for any request group
             runner.id
             for runner in self.movable
@@ -80,6 +79,14 @@ class Candidates:
             known = self._statistics.forecast(self.state.models[runner.model].idle_intervals, idle_s)
             self._forecasts[runner.id] = known
         return known
+
+
+def _barred(state: CoreState, runner: Runner, awaited: Collection[RunnerId]) -> KeptReason | None:
+    if runner.state is EXPIRING:
+        return KeptReason.overdue if state.is_stuck(runner) else KeptReason.expiring
+    if state.pinned(runner):
+        return KeptReason.pinned
+    return KeptReason.awaited if runner.id in awaited else None
 
 
 def evictable_at(state: CoreState, runner: Runner, bound: float) -> float:

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 from fsm.eviction.policies import Candidate
 from fsm.machine.request import Purpose, RequestSpec
-from fsm.machine.runner import EXPIRING, LOADING, Runner, RunnerId
+from fsm.machine.runner import Runner, RunnerId
 from fsm.messages.decision_log import ConsideredDevice, ConsideredRunner, Decision, Entry
 from fsm.messages.reasons import KeptReason
 from fsm.messages.refusals import DoesNotFitRefusal, Refusal
 from fsm.placement.search import needed
 from fsm.planning.plan import Plan, PlannedPlacement
 from fsm.state.core_state import CoreState
-from fsm.state.request_queue import RequestGroup
 
 
 def tell_victims(state: CoreState, plan: Plan, decision_log: list[Entry]) -> None:
@@ -25,7 +24,7 @@ def tell_victims(state: CoreState, plan: Plan, decision_log: list[Entry]) -> Non
         group = state.groups[spec]
         entry = Decision(
             state.now, "evicts", spec.model, None, group.head.id,
-            runners=runners_considered(state, plan, group), devices=devices_considered(state, spec, planned),
+            runners=runners_considered(state, planned), devices=devices_considered(state, spec, planned),
             step=state.steps,
         )  # fmt: skip
         decision_log.append(entry)
@@ -51,7 +50,7 @@ def tell_waits(state: CoreState, plan: Plan, decision_log: list[Entry]) -> None:
             continue
         group.told = group.waits_for
         planned = plan.placements.get(group.spec)
-        runners = runners_considered(state, plan, group) if planned else ()
+        runners = runners_considered(state, planned) if planned else ()
         devices = devices_considered(state, group.spec, planned) if planned else ()
         why, id = group.waits_for, group.head.id
         entry = Decision(
@@ -60,13 +59,12 @@ def tell_waits(state: CoreState, plan: Plan, decision_log: list[Entry]) -> None:
         decision_log.append(entry)
 
 
-def runners_considered(state: CoreState, plan: Plan, group: RequestGroup) -> tuple[ConsideredRunner, ...]:
+def runners_considered(state: CoreState, planned: PlannedPlacement) -> tuple[ConsideredRunner, ...]:
     """Return every runner that holds memory or a process, with why it is not evicted for a request group."""
-    planned = plan.placements.get(group.spec)
-    known = {one.runner: one for one in (*planned.considered, *planned.victims)} if planned else {}
+    known = {one.runner: one for one in (*planned.considered, *planned.victims)}
     return tuple(
-        _considered(state, runner, known.get(runner.id), _verdict(state, plan, group, runner))
-        for runner in state.runners.values()
+        _considered(state, runner, known.get(id), planned.kept.get(id, KeptReason.not_needed))
+        for id, runner in state.runners.items()
     )
 
 
@@ -115,38 +113,3 @@ def _considered(
         why,
         candidate.free_at - state.now if candidate is not None and why is KeptReason.goes_later else 0.0,
     )
-
-
-def _verdict(state: CoreState, plan: Plan, group: RequestGroup, runner: Runner) -> KeptReason | None:
-    """Return why a runner is not evicted for a request group; None where it is."""
-    planned = plan.placements.get(group.spec)
-    victim = next((one for one in planned.victims if one.runner == runner.id), None) if planned else None
-    considered = next((one for one in planned.considered if one.runner == runner.id), None) if planned else None
-    if victim is not None and runner.id in plan.victims:
-        return None
-    if victim is not None:
-        return KeptReason.goes_last if victim.free_at <= state.now else KeptReason.goes_later
-    if runner.state is EXPIRING:
-        own = runner.id in group.evicted
-        return KeptReason.overdue if state.is_stuck(runner) else KeptReason.evicted if own else KeptReason.expiring
-    if state.pinned(runner):
-        return KeptReason.pinned
-    if runner.id in plan.victims or _is_victim_of_another(plan, planned, runner.id):
-        return KeptReason.other_victim
-    if runner.state is LOADING and state.groups_served_by(runner):
-        return KeptReason.awaited
-    if planned is None or not planned.considered:
-        return KeptReason.not_needed
-    if runner.leases:
-        return KeptReason.in_use
-    if considered is not None and considered.free_at > state.now:
-        set_by_hand = state.config.min_residency_s is not None and runner.resident_until > state.now
-        return KeptReason.just_loaded if set_by_hand else KeptReason.just_used
-    if planned.victim_set is None:
-        return KeptReason.not_enough
-    return KeptReason.others_come_first if planned.victim_set.cost_s is None else KeptReason.others_cost_less
-
-
-def _is_victim_of_another(plan: Plan, planned: PlannedPlacement | None, id: RunnerId) -> bool:
-    others = (each for each in plan.placements.values() if each is not planned)
-    return any(victim.runner == id for each in others for victim in each.victims)

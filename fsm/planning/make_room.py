@@ -10,8 +10,8 @@ from fsm.domain.devices import HOST, Amounts, Placement
 from fsm.eviction.policies import Candidate
 from fsm.eviction.victim_selection import VictimSet
 from fsm.machine.request import ModelId, Purpose
-from fsm.machine.runner import STOPPING, Runner
-from fsm.messages.reasons import NeededFor, RunnerStep, WaitFor, WaitForRunners, WaitReason
+from fsm.machine.runner import STOPPING, Runner, RunnerId
+from fsm.messages.reasons import KeptReason, NeededFor, RunnerStep, WaitFor, WaitForRunners, WaitReason
 from fsm.planning.availability import AFTER_DRAINS, AFTER_EVICTIONS, AFTER_STOPS, NOW, Horizon, Requirement
 from fsm.planning.load_slots import loads_on
 from fsm.planning.plan import PlannedPlacement
@@ -47,8 +47,40 @@ def plan_eviction(
     else:  # 4
         victims += _wait_for_memory(context, group, placement, horizon, startable=startable)
     context.plan.contended.update(victim.runner for victim in victims if not goes)
-    context.plan.placements[group.spec] = PlannedPlacement(placement, free, tuple(victims), tuple(may), victim_set)
+    kept = _kept(context, group, may, victims, victim_set) if context.explains else {}
+    context.plan.placements[group.spec] = PlannedPlacement(
+        placement, free, tuple(victims), tuple(may), victim_set, kept
+    )
     return placement
+
+
+def _kept(
+    context: PlanningContext,
+    group: RequestGroup,
+    may: Sequence[Candidate],
+    victims: Iterable[Candidate],
+    victim_set: VictimSet | None,
+) -> dict[RunnerId, KeptReason | None]:
+    """Return why each runner is not evicted for a request group, and None for the runners that are.
+
+    `may` are the candidates that were considered; none were where no victim is needed.
+    """
+    now, by_hand = context.state.now, context.state.config.min_residency_s is not None
+    kept: dict[RunnerId, KeptReason | None] = dict.fromkeys(context.state.runners, KeptReason.not_needed)
+    others = KeptReason.others_cost_less
+    if victim_set is None or victim_set.cost_s is None:
+        others = KeptReason.not_enough if victim_set is None else KeptReason.others_come_first
+    later = {one.runner for one in may if one.free_at > now}
+    for runner in context.candidates.movable if may else ():
+        just = KeptReason.just_loaded if by_hand and runner.resident_until > now else KeptReason.just_used
+        kept[runner.id] = KeptReason.in_use if runner.leases else just if runner.id in later else others
+    kept |= dict.fromkeys(context.claimed, KeptReason.other_victim)
+    kept |= context.candidates.barred
+    kept |= {id: KeptReason.evicted for id in group.evicted if kept.get(id) is KeptReason.expiring}
+    for victim in victims:
+        goes = victim.runner in context.plan.victims
+        kept[victim.runner] = None if goes else KeptReason.goes_last if victim.free_at <= now else KeptReason.goes_later
+    return kept
 
 
 def _horizon_after(context: PlanningContext, need: Requirement, victims: Sequence[Candidate], at: float) -> Horizon:

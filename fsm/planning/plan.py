@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from fsm.domain.devices import Amounts, Placement
@@ -10,7 +11,7 @@ from fsm.eviction.policies import Candidate
 from fsm.eviction.victim_selection import VictimSet
 from fsm.machine.request import Request, RequestSpec
 from fsm.machine.runner import Runner, RunnerId
-from fsm.messages.reasons import ExpireReason, WaitReason
+from fsm.messages.reasons import ExpireReason, KeptReason, WaitReason
 from fsm.messages.refusals import Refusal
 from fsm.sizing.model_profile import ResolvedLoad
 from fsm.state.model_record import ModelRecord
@@ -26,6 +27,8 @@ class PlannedPlacement:
     victims: tuple[Candidate, ...] = ()  # no victim leaves before all of them may
     considered: tuple[Candidate, ...] = ()  # candidates, the first choice first; empty where no victim is needed
     victim_set: VictimSet | None = None  # how the victims were chosen
+    # why each runner is not evicted for the group, None for its victims; only where a decision log is kept
+    kept: Mapping[RunnerId, KeptReason | None] = field(default_factory=dict)
 
 
 @dataclass(slots=True)

@@ -32,13 +32,16 @@ from fsm.state.runner_match import match
 NO_MODEL = ModelId("")  # of groups for memory of the program's own
 
 
-def make_plan(state: CoreState, policy: EvictionPolicy, unevaluated: Collection[RequestSpec]) -> Plan:
+def make_plan(
+    state: CoreState, policy: EvictionPolicy, unevaluated: Collection[RequestSpec], *, explains: bool = False
+) -> Plan:
     """Return the plan for the request groups, in order, until nothing is left that any of them could have.
 
     Planning stops at the first group that cannot be helped. The groups of `unevaluated` are still evaluated, so a
-    request that can never be satisfied is refused at once, whatever its position in the queue.
+    request that can never be satisfied is refused at once, whatever its position in the queue. With `explains` the plan
+    says of each runner why it is not evicted.
     """
-    context = PlanningContext(state, policy)
+    context = PlanningContext(state, policy, explains=explains)
     _evict_excess(context)
     for group in state.groups_in_order():
         if _nothing_left(context):

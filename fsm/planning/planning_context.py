@@ -26,8 +26,9 @@ GROUPS_AHEAD = 16  # victims are chosen for so many request groups at a time; a 
 class PlanningContext:
     """The scratch accounts of one plan, made for that plan alone; the state is read and never changed."""
 
-    def __init__(self, state: CoreState, policy: EvictionPolicy) -> None:
+    def __init__(self, state: CoreState, policy: EvictionPolicy, *, explains: bool) -> None:
         self.state = state
+        self.explains = explains
         self.plan = Plan()
         ledger = state.ledger
         devices = ledger.devices.values()  # in the order in which they were read, which `main_gpu` counts in

@@ -8,11 +8,11 @@ anything. A younger group starts only in memory that the older groups leave (`av
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Sequence
 
-from fsm.eviction.policies import EvictionPolicy
+from fsm.eviction.policies import Candidate, EvictionPolicy
 from fsm.machine.request import ModelId, Purpose, RequestSpec
-from fsm.machine.runner import Runner, RunnerId
+from fsm.machine.runner import Runner
 from fsm.messages.reasons import DeviceShrunk, RunnerLimit, WaitFor, WaitReason
 from fsm.messages.refusals import UnsupportedOption
 from fsm.placement.search import Offload, PlacementDemand
@@ -63,37 +63,31 @@ def make_plan(
 def _evict_excess(context: PlanningContext) -> None:
     """Evict idle runners where more are alive, or hold more, than allowed; busy runners follow when they are idle.
 
-    The number of runners counts only where it is set. The automatic number is a rule of thumb that follows the devices,
-    and a device that cannot be read at the moment may be back at the next.
+    As few are evicted as suffice, or all that would help. The number of runners counts only where it is set: the
+    automatic number follows the devices, and a device that cannot be read at the moment may be back at the next.
     """
-    limit, ledger, runners = context.state.config.max_runners, context.state.ledger, context.state.runners
-    if limit:
-        excess = -context.availability.process_slots[AFTER_EVICTIONS]
-        _evict_worth(context, RunnerLimit(limit), excess, dict.fromkeys(runners, 1))
-    for device in sorted(ledger.overcommitted & ledger.devices.keys()):
-        held = {id: ledger.accounts["runner", id].held_bytes(device) for id in runners}
-        going = context.claimed.union(runner.id for runner in context.leaving)
-        staying = ledger.held_bytes(device) - sum(held[id] for id in going)
-        _evict_worth(context, DeviceShrunk(device), staying - ledger.devices[device].capacity_bytes, held)
+    limit, ledger = context.state.config.max_runners, context.state.ledger
+    excess = max(0, -context.availability.process_slots[AFTER_EVICTIONS]) if limit else 0
+    shrunk = [sample for id, sample in sorted(ledger.devices.items()) if id in ledger.overcommitted]
+    allowed = {sample.id: sample.capacity_bytes - ledger.held_bytes(sample.id) for sample in shrunk}
+    left = ledger.available_after(allowed, [("runner", runner.id) for runner in context.leaving])
+    if not excess and min(left.values(), default=0) >= 0:
+        return
+    frees = context.frees([device for device, amount in left.items() if amount < 0])
+    idle = [one for one in context.candidates.evictable_until(-math.inf, ()) if not one.leases]
+    may = [one for one in idle if excess or any(frees(one))]
 
+    def suffices(victims: Sequence[Candidate]) -> bool:
+        after = ledger.available_after(left, [("runner", victim.runner) for victim in victims])
+        return len(victims) >= excess and min(after.values(), default=0) >= 0
 
-def _evict_worth(
-    context: PlanningContext, reason: RunnerLimit | DeviceShrunk, excess: int, worth: Mapping[RunnerId, int]
-) -> None:
-    """Evict as few idle runners as are worth the excess together, or all idle runners that are worth anything."""
-    may = [
-        one
-        for one in context.candidates.evictable_until(-math.inf, context.claimed)
-        if not one.leases and worth[one.runner]
-    ]
-    victim_set = context.choose(
-        may, (), lambda victims: sum(worth[victim.runner] for victim in victims) >= excess,
-        lambda victim: (worth[victim.runner],),
-    )  # fmt: skip
-    victims = context.unclaimed(may if victim_set is None else victim_set.victims)
-    context.plan.victims.update((runner.id, reason) for runner in victims)
-    context.claimed.update(runner.id for runner in victims)
-    context.availability.add(AFTER_STOPS, victims)
+    victim_set = context.choose(may, (), suffices, frees, excess)
+    for victim in may if victim_set is None else victim_set.victims:
+        held = ledger.accounts["runner", victim.runner]
+        device = next((device for device in left if left[device] < 0 < held.held_bytes(device)), None)
+        context.plan.victims[victim.runner] = RunnerLimit(limit) if device is None else DeviceShrunk(device)
+        context.claimed.add(victim.runner)
+    context.availability.add(AFTER_STOPS, [context.state.runners[id] for id in context.plan.victims])
 
 
 def _nothing_left(context: PlanningContext) -> bool:

@@ -13,9 +13,9 @@ from fsm.lifecycle.step_context import StepContext
 from fsm.machine.request import Request
 from fsm.machine.runner import LOADING, Runner, RunnerId
 from fsm.messages.events import Acquire, ClaimContended, ClaimGranted, Event, Loaded, Progress
-from fsm.messages.reasons import FailureReason, RanOutOfMemory, RunnerLimit
+from fsm.messages.reasons import FailureReason, RanOutOfMemory
 from fsm.planning import planner
-from fsm.planning.availability import AFTER_DRAINS, AFTER_STOPS, HORIZONS, AvailabilityProfile, Horizon
+from fsm.planning.availability import AFTER_DRAINS, AFTER_EVICTIONS, AFTER_STOPS, HORIZONS, AvailabilityProfile, Horizon
 from fsm.planning.planning_context import PlanningContext
 from fsm.state.core_config import CoreConfig
 from fsm.state.core_state import CoreState
@@ -249,10 +249,13 @@ def what_is_too_much_stays(patch: Patch) -> None:
 def a_lower_number_of_runners_waits_for_their_end(patch: Patch) -> None:
     """More idle runners stay than the limit allows, until their keep-alives are over."""
 
-    @instead(patch, planner, "_evict_worth")
-    def evict(original: Callable[..., None], context: PlanningContext, reason: object, *args: object) -> None:
-        if not isinstance(reason, RunnerLimit):
-            original(context, reason, *args)
+    @instead(patch, planner, "_evict_excess")
+    def evict(original: Callable[..., None], context: PlanningContext) -> None:
+        supply = context.availability
+        missing = max(0, -supply.process_slots[AFTER_EVICTIONS])
+        supply.process_slots = [places + missing for places in supply.process_slots]
+        original(context)
+        supply.process_slots = [places - missing for places in supply.process_slots]
 
 
 # -- reservations -----------------------------------------------------------------------------------------------------

@@ -48,12 +48,17 @@ class LargerBatch:
 class Resolution:
     """How an engine would load a model for a request: one load, or several where the request names no context.
 
-    The first load is preferred, and later loads have smaller contexts. At least the last load has no `least_gpu_bytes`.
+    The first load is preferred, and later loads have smaller contexts. Raises ValueError unless the last one can be
+    taken on any machine.
     """
 
     asked: Options  # as the request names them
     loads: tuple[ResolvedLoad, ...]
     unsupported: tuple[str, int | bool | str, UnsupportedReason] | None = None  # an option that is refused: name, value
+
+    def __post_init__(self) -> None:
+        if not self.loads or self.loads[-1].least_gpu_bytes:
+            raise ValueError(f"no load of {self.asked} can be taken on any machine")
 
 
 @dataclass(frozen=True, slots=True)

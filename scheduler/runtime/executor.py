@@ -14,7 +14,9 @@ from fsm.messages import refusals
 from fsm.messages.commands import Claim, Inspect, Launch, PersistMeasurement, Prefetch, ReleaseClaim, Sample, Stop
 from fsm.messages.events import ClaimContended, ClaimGranted, ContextFilled, Event, Inspected, Progress, Unresponsive
 from fsm.messages.reasons import NoAnswer
+from fsm.sizing.footprint import Footprint
 from fsm.sizing.load_history import NOTHING, LoadHistory
+from fsm.sizing.model_profile import ModelProfile
 from scheduler.concurrency.thread_pool import ThreadPool
 from scheduler.config.settings import Settings
 from scheduler.devices.device_reader import DeviceReader
@@ -248,7 +250,7 @@ class Executor:
             return
         identity = identity_of(what)  # read before and after the inspection: the file may be replaced in between
         try:
-            outcome: object = engine.inspect(what, asked)
+            outcome: object = _complete(engine.inspect(what, asked), asked)
         except ModelNotFound as error:
             outcome = refusals.ModelNotFoundRefusal(error.path)
         except InvalidModel as error:
@@ -276,3 +278,10 @@ class Executor:
     def load_measurements(self, identity: Identity | None) -> LoadHistory:
         """Return the measurements of earlier runners of these files, of any program; `NOTHING` where there are none."""
         return self.measurements.recall(identity) if self.measurements is not None else NOTHING
+
+
+def _complete(profile: ModelProfile | Footprint, asked: Sequence[Options]) -> ModelProfile | Footprint:
+    """Return a profile; raises ValueError where its engine has not resolved all options: it would be asked for ever."""
+    if isinstance(profile, ModelProfile) and (missing := {*asked}.difference(one.asked for one in profile.resolutions)):
+        raise ValueError(f"its engine has not resolved {', '.join(map(str, missing))}")
+    return profile

@@ -30,6 +30,7 @@ from fsm.machine.request import ModelId, RequestId
 from fsm.messages.decision_log import Decision, Transition
 from fsm.messages.events import Release
 from fsm.sizing.footprint import Footprint
+from fsm.sizing.model_profile import ModelProfile
 from fsm.verification.property import Violated
 from scheduler import (
     AcquireTimeout,
@@ -593,6 +594,13 @@ def test_a_name_that_means_nothing_is_forgotten(scheduler: Scheduler, refused: l
             scheduler.acquire(a_model(name))
     scheduler.submit(a_model("left")).cancel()
     assert_soon(lambda: sorted(refused) == ["a", "a", "b", "left", "pinned"] and known(scheduler) == {"python:pinned"})
+
+
+def test_an_engine_that_resolves_too_little_is_found(scheduler: Scheduler, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A request is refused whose options the engine leaves unresolved, and the model is not inspected for ever."""
+    monkeypatch.setattr(PythonEngine, "inspect", lambda *_: ModelProfile("file", 1))
+    with pytest.raises(InvalidModel, match="its engine has not resolved"):
+        scheduler.acquire(a_model("a"))
 
 
 def test_the_last_names_that_were_forgotten_can_still_be_told(

@@ -53,7 +53,7 @@ def with_batch(
     careful = model.load_exclusively or model.context_limit is not None
     if careful or not usual.batches or not placement.gpu_layers:
         return planned
-    if placement.offloaded < model.demand(usual, asked.require_gpu, limits).layers:
+    if placement.offloaded < usual.footprint.layers:
         return planned
     same = [gpu for gpu in gpus if gpu.id in dict(placement.gpu_layers)]
     memories = {gpu.memory for gpu in same}

@@ -21,7 +21,7 @@ from scheduler.errors.wording import Name, infeasible_reason, remedy, wait_reaso
 
 if TYPE_CHECKING:
     from fsm.core import Core, DeviceView
-    from scheduler.runtime.model_registry import ParsedRequest
+    from scheduler.runtime.request_parser import ParsedRequest
 
 Verdict = Literal["warm", "fits", "evicts", "waits", "refused", "never"]
 

@@ -7,8 +7,8 @@ from collections.abc import Generator
 from typing import TYPE_CHECKING, Any, Self
 
 from scheduler.api.lease import Lease
-from scheduler.runtime.model_registry import ParsedRequest
 from scheduler.runtime.pending_request import FutureRequest, NonCopyable, PendingRequest, settle_in_loop
+from scheduler.runtime.request_parser import ParsedRequest
 
 if TYPE_CHECKING:
     from scheduler.runtime.request_broker import RequestBroker

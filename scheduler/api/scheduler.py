@@ -36,9 +36,10 @@ from scheduler.recording.recorder import Recorder
 from scheduler.runtime.event_stream import EventStream, Hub
 from scheduler.runtime.executor import Executor
 from scheduler.runtime.health_monitor import HealthMonitor
-from scheduler.runtime.model_registry import AcquireOptions, Model, ModelRegistry, ParsedRequest
+from scheduler.runtime.model_registry import ModelRegistry
 from scheduler.runtime.pending_request import FutureRequest
 from scheduler.runtime.request_broker import RequestBroker
+from scheduler.runtime.request_parser import AcquireOptions, Model, ParsedRequest, RequestParser
 
 log = logging.getLogger("loadmaster")
 
@@ -72,7 +73,8 @@ class Scheduler:
         self._devices = environment.devices(self.settings)
         self._engines = environment.engines(self.settings)
         self.catalog = Catalog(environment.resolvers(self.settings))
-        self._registry = ModelRegistry(*self._engines, self.catalog, pin=lambda model: self._broker.post(Pin(model)))
+        self._registry = ModelRegistry(*self._engines)
+        self._parser = RequestParser(self.catalog, self._registry.require, lambda model: self._broker.post(Pin(model)))
         self._hub = Hub(self.settings.event_buffer, self._registry.name)
         core = Core(limits_of(self.settings), self.settings.eviction)
         self._recorder: Recorder | None = None
@@ -87,7 +89,7 @@ class Scheduler:
             lambda model: self._broker.forget(model), environment.thread_pool,
         )  # fmt: skip
         self._broker = RequestBroker(
-            self._registry, self._driver, self._executor, core.knows, self.settings.probe_timeout
+            self._registry, self._parser, self._driver, self._executor, core.knows, self.settings.probe_timeout
         )
         self._prober = HealthMonitor(self._executor, self.settings.probe_interval, self._broker.drop_unused_objects)
         try:
@@ -122,7 +124,7 @@ class Scheduler:
         Raises `QueueFull`, `ModelNotFound`, `InvalidModel`, `DoesNotFit`, `LoadFailed`, `LoadTimeout`, `AcquireTimeout`
         (at once, as `TimeoutTooShort`, where it is certain), `UnsupportedOption`, `InvalidSettings`, `SchedulerClosed`.
         """
-        parsed = self._registry.parse_cached(model, asking)
+        parsed = self._parser.parse_cached(model, asking)
         pending = self._broker.new_request(parsed)
         # made first: if Ctrl-C interrupts, the end of the lease releases what was granted
         lease = Lease(self._broker, pending)
@@ -141,12 +143,12 @@ class Scheduler:
             if not pending.settle(future, lease) and lease is not None:
                 lease.release()
 
-        self._broker.submit_future(future, self._registry.parse_cached(model, asking), deliver)
+        self._broker.submit_future(future, self._parser.parse_cached(model, asking), deliver)
         return future
 
     def acquire_async(self, model: Model, **asking: Unpack[AcquireOptions]) -> Acquiring:
         """Like `acquire`, for `await` and `async with`; cancelling a task while it waits cancels its request."""
-        return Acquiring(self._broker, self._registry.parse_cached(model, asking))
+        return Acquiring(self._broker, self._parser.parse_cached(model, asking))
 
     def preload(self, model: Model, **asking: Unpack[AcquireOptions]) -> Future[None]:
         """Load a model without a lease; the future is done when the model is loaded and its runner idle."""
@@ -156,20 +158,20 @@ class Scheduler:
             self._broker.requests.pop(pending.id, None)
             pending.settle(future, None)
 
-        self._broker.submit_future(future, self._registry.parse_cached(model, asking, Purpose.preload), deliver)
+        self._broker.submit_future(future, self._parser.parse_cached(model, asking, Purpose.preload), deliver)
         return future
 
     def expire(self, model: Model, **asking: Unpack[AcquireOptions]) -> None:
         """Unload a model: at once if its runner is idle, after its leases if busy; harmless if it is not loaded."""
-        self._broker.post(Expire(self._registry.identity(model, asking)))
+        self._broker.post(Expire(self._parser.identity(model, asking)))
 
     def pin(self, model: Model, **asking: Unpack[AcquireOptions]) -> None:
         """Keep a model from eviction and from ending by its keep-alive from now on; it need not be loaded yet."""
-        self._broker.post(Pin(self._registry.identity(model, asking)))
+        self._broker.post(Pin(self._parser.identity(model, asking)))
 
     def unpin(self, model: Model, **asking: Unpack[AcquireOptions]) -> None:
         """Let a model be evicted, or end by its keep-alive, again."""
-        self._broker.post(Unpin(self._registry.identity(model, asking)))
+        self._broker.post(Unpin(self._parser.identity(model, asking)))
 
     def reserve(self, device: str, size: str | int, *, timeout: str | float | None = None) -> Reservation:
         """Reserve memory for the program itself until the reservation is released, evicting idle runners for it.
@@ -200,7 +202,7 @@ class Scheduler:
         self._broker.check()
         if self._broker.closing:
             raise SchedulerClosed()
-        spec, parsed = self._registry.parse(model, asking)
+        spec, parsed = self._parser.parse(model, asking)
         known = self._executor.load_measurements(identity_of(spec))
         self._executor.refresh(_FRESH_S)
         core, inspect = self._broker.query(Core.copy), partial(self._registry.inspect, spec)

@@ -31,7 +31,8 @@ from scheduler.models.catalog import Catalog
 from scheduler.models.measurement_store import MeasurementStore
 from scheduler.models.measurements import identity_of
 from scheduler.models.sources import default_resolvers
-from scheduler.runtime.model_registry import AcquireOptions, ModelRegistry
+from scheduler.runtime.model_registry import ModelRegistry
+from scheduler.runtime.request_parser import AcquireOptions, RequestParser
 
 DOES_NOT_FIT = 1  # the exit status
 
@@ -43,8 +44,9 @@ def run_fit(chosen: argparse.Namespace) -> int:
         settings = settings.changed(memory_limit=_size("--memory-limit", chosen.memory_limit))
     samples, problems = _devices(settings, chosen.host, chosen.gpu)
     engines = (llama_engine(settings), PythonEngine())
-    registry = ModelRegistry(*engines, Catalog(default_resolvers(settings.models)), pin=lambda model: None)
-    spec, question = registry.parse(chosen.model, _asking(chosen))
+    registry = ModelRegistry(*engines)
+    parser = RequestParser(Catalog(default_resolvers(settings.models)), registry.require, pin=lambda model: None)
+    spec, question = parser.parse(chosen.model, _asking(chosen))
     identity = identity_of(spec)
     now = monotonic_clock()
     core = Core(limits_of(settings), settings.eviction)

@@ -1,131 +1,27 @@
-"""From what a caller names to what the core plans: paths and specs become identities, keywords become options."""
+"""The models that are requested or that the core knows, by their identities, with their engines and names."""
 
 from __future__ import annotations
 
-import math
-import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields, replace
-from pathlib import Path
-from typing import Any, NamedTuple, TypedDict
+from collections.abc import Mapping, Sequence
 
-from fsm.domain.options import CACHE_TYPES, Options
-from fsm.machine.request import ModelId, Purpose, RequestSpec
+from fsm.domain.options import Options
+from fsm.machine.request import ModelId
 from fsm.sizing.footprint import Footprint
 from fsm.sizing.model_profile import ModelProfile
-from scheduler.concurrency.clock import Clock, monotonic_clock
-from scheduler.config.quantities import parse_duration
-from scheduler.config.value_parsers import LARGEST_NUMBER
 from scheduler.engines.interface import Engine
 from scheduler.engines.python import PythonModel
-from scheduler.errors.exceptions import InvalidSettings, ModelNotFound, UnsupportedOption
-from scheduler.models.catalog import Catalog, is_like_a_path, is_path
-from scheduler.models.model_spec import Files, ModelSpec
+from scheduler.models.model_spec import ModelSpec
 
-Model = str | os.PathLike[str] | ModelSpec | PythonModel
-
-
-class AcquireOptions(TypedDict, total=False):
-    """The keywords of a request: its waiting, its load-time options, and the parts of its model's identity."""
-
-    keep_alive: str | float | None  # how long the runner stays loaded without leases; 0: not at all; negative: for ever
-    timeout: str | float | None  # how long the request may wait
-    priority: int  # a request group of higher priority goes first
-    num_ctx: int | None  # context of one slot, tokens
-    num_batch: int | None
-    num_gpu: int | None  # layers on GPUs; negative: automatic; 0: host only
-    main_gpu: int | None
-    num_thread: int | None
-    num_parallel: int | None  # slots, each with a context of its own
-    use_mmap: bool | None
-    flash_attention: bool | None
-    cache_type_k: str | None  # f32, f16, bf16, q8_0, q5_1, q5_0, q4_1, q4_0 or iq4_nl
-    cache_type_v: str | None
-    require_gpu: bool | None  # place the model whole on GPUs, or refuse the request
-    adapters: Files | None  # LoRA files
-    projectors: Files | None  # files of a vision model
-    embedding: bool | None
-
-
-class ParsedRequest(NamedTuple):
-    """A request whose model and keywords have been parsed."""
-
-    spec: RequestSpec
-    name: str  # name of the model
-    keep_alive_s: float | None
-    timeout_s: float | None
-    model: ModelSpec | PythonModel | None = None  # None: the request is for memory of the program's own
-
-
-class _Known(NamedTuple):
-    """A request that was parsed before, and until when its model's name and links count as leading where they led."""
-
-    parsed: ParsedRequest
-    until: float
-
-
-MOST_PRIORITY = 10**6  # a step of priority counts as a minute of waiting, so this is two years of it
-LASTING_S = 2.0  # after a tag or a link was moved, warm requests may be granted the old model for so long
-
-_TIMING = frozenset({"keep_alive", "timeout", "priority"})
-_IDENTITY = ("adapters", "projectors", "embedding")  # keywords that name another model, and do not reload the same one
-_KINDS: dict[str, type] = {
-    **dict.fromkeys(("num_ctx", "num_batch", "num_thread", "num_parallel", "num_gpu", "main_gpu"), int),
-    **dict.fromkeys(("use_mmap", "flash_attention", "require_gpu"), bool),
-    **dict.fromkeys(("cache_type_k", "cache_type_v"), str),
-}
-_POSITIVE = frozenset({"num_ctx", "num_batch", "num_thread", "num_parallel"})
-_KNOWN_QUESTIONS = 4096  # parsed requests that are kept; beyond it all are dropped
 _PAST_NAMES = 1024  # names kept of forgotten models: events and recordings are read and written somewhat later
 
 
 class ModelRegistry:
     """Every model that is requested or that the core knows, with the engine that runs it."""
 
-    def __init__(
-        self,
-        llama: Engine,
-        python: Engine,
-        catalog: Catalog,
-        pin: Callable[[ModelId], None],
-        clock: Clock = monotonic_clock,
-    ) -> None:
+    def __init__(self, llama: Engine, python: Engine) -> None:
         self._engines: Mapping[type, Engine] = {ModelSpec: llama, PythonModel: python}
-        self._catalog = catalog
-        self._pin = pin  # called once for each spec with `pin`, before its first request
-        self._clock = clock
-        self._pinned: set[ModelId] = set()
         self._models: dict[ModelId, ModelSpec | PythonModel] = {}
         self._past: dict[ModelId, str] = {}  # names of the models that were forgotten last
-        self._known: dict[object, _Known] = {}
-
-    def parse_cached(self, model: Model, asking: AcquireOptions, purpose: Purpose = Purpose.lease) -> ParsedRequest:
-        """Return the parsed request; raises `UnsupportedOption` or `InvalidSettings` for a keyword that is not valid.
-
-        Raises `ModelNotFound` or `InvalidModel` for a name that leads to no model.
-        """
-        try:
-            key: object = model
-            if asking or purpose is not Purpose.lease:  # the key holds the types as well, since 1 and True are equal
-                key = (model, purpose, *asking.items(), *map(type, asking.values()))
-            if (known := self._known.get(key)) is not None and self._clock() < known.until:
-                return known.parsed
-        except TypeError:  # a list among the keywords is not hashable
-            key = None
-        parsed = self._understand(model, asking, purpose)
-        if key is not None and _lasts(model):
-            if len(self._known) >= _KNOWN_QUESTIONS:
-                self._known.clear()
-            until = math.inf if isinstance(model, PythonModel) else self._clock() + LASTING_S
-            self._known[key] = _Known(parsed, until)
-        return parsed
-
-    def identity(self, model: Model, asking: AcquireOptions) -> ModelId:
-        """Return the identity of the model that a caller names; raises `UnsupportedOption` for other keywords."""
-        for name, value in asking.items():
-            if name not in _IDENTITY:
-                raise UnsupportedOption(name, value, f"it is no part of a model's identity; {', '.join(_IDENTITY)} are")
-        return self._spec(model, asking).id
 
     def name(self, id: ModelId) -> str:
         """Return the name to show for an identity: the last known name, or the identity itself."""
@@ -143,10 +39,6 @@ class ModelRegistry:
         """
         if (model := self._models.get(id)) is not None:
             self._past[id] = model.name
-        if isinstance(model, PythonModel):
-            for key, known in self._known.copy().items():
-                if known.parsed.spec.model == id:
-                    self._known.pop(key, None)
         if len(self._past) > _PAST_NAMES:
             del self._past[next(iter(self._past))]
         return self._models.pop(id, None)
@@ -164,36 +56,9 @@ class ModelRegistry:
         model = self._models[id]
         return self._engines[type(model)], model
 
-    def parse(
-        self, model: Model, asking: AcquireOptions, purpose: Purpose = Purpose.lease
-    ) -> tuple[ModelSpec | PythonModel, ParsedRequest]:
-        """Return a model and the parsed request for it; raises what `parse_cached` raises.
-
-        The model is neither registered nor pinned by this, and its engine need not be installed.
-        """
-        spec = self._spec(model, asking)
-        if isinstance(spec, ModelSpec) and len(spec.projectors) > 1:
-            raise UnsupportedOption("projectors", spec.projectors, "llama.cpp loads one projector for a model")
-        named: dict[str, Any] = {name: value for name, value in asking.items() if name not in (*_IDENTITY, *_TIMING)}
-        for name, value in named.items():
-            _check(name, value)
-            if isinstance(spec, PythonModel):
-                raise UnsupportedOption(name, value, "an object has no load-time options")
-        options = Options() if isinstance(spec, PythonModel) else replace(spec.options, **named)
-        keep_alive, timeout = asking.get("keep_alive"), asking.get("timeout")
-        if keep_alive is None:
-            keep_alive = spec.keep_alive
-        keep_alive_s = None if keep_alive is None else parse_duration(keep_alive, name="keep_alive")
-        timeout_s = None if timeout is None else parse_duration(timeout, name="timeout")
-        for each in fields(options):  # the options of the model itself are checked too
-            _check(each.name, getattr(options, each.name))
-        priority = asking.get("priority", spec.priority)
-        if not isinstance(priority, int) or isinstance(priority, bool) or abs(priority) > MOST_PRIORITY:
-            raise InvalidSettings("priority", priority, f"a whole number from -{MOST_PRIORITY} to {MOST_PRIORITY}")
-        request_spec = RequestSpec(spec.id, options, purpose, priority)
-        return spec, ParsedRequest(
-            request_spec, spec.name, keep_alive_s, None if timeout_s == math.inf else timeout_s, spec
-        )
+    def require(self, model: ModelSpec | PythonModel) -> None:
+        """Raise `EngineMissing` if what the engine of a model needs is not installed."""
+        self._engines[type(model)].require()
 
     def inspect(self, model: ModelSpec | PythonModel, asked: Sequence[Options]) -> ModelProfile | Footprint:
         """Return what a model is, and how it would be loaded for the options `asked`.
@@ -201,61 +66,3 @@ class ModelRegistry:
         Raises `ModelNotFound` or `InvalidModel`.
         """
         return self._engines[type(model)].inspect(model, asked)
-
-    def _understand(self, model: Model, asking: AcquireOptions, purpose: Purpose) -> ParsedRequest:
-        spec, parsed = self.parse(model, asking, purpose)
-        self._engines[type(spec)].require()
-        if spec.pin and spec.id not in self._pinned:
-            self._pinned.add(spec.id)
-            self._pin(spec.id)
-        return parsed
-
-    def _spec(self, model: Model, asking: AcquireOptions) -> ModelSpec | PythonModel:
-        identity = {name: value for name, value in asking.items() if name in _IDENTITY}
-        if isinstance(model, PythonModel):
-            for name, value in identity.items():
-                raise UnsupportedOption(name, value, "an object has no such part")
-            return model
-        spec = model if isinstance(model, ModelSpec) else self._named(model)
-        identity = {name: value for name, value in identity.items() if value is not None}
-        return (replace(spec, **identity) if identity else spec).resolved()  # type: ignore[arg-type]  # ModelSpec checks the types
-
-    def _named(self, model: str | os.PathLike[str]) -> ModelSpec:
-        """Return the model at a path, or of a name; raises `UnsupportedOption` or `ModelNotFound`."""
-        text = os.fspath(model) if isinstance(model, str | os.PathLike) else None
-        if not isinstance(text, str):
-            raise UnsupportedOption("model", model, "it must be a path, a name, a ModelSpec or a PythonModel")
-        if not text or text.startswith("-"):
-            raise UnsupportedOption("model", text, "it must be a path or a name, and not begin with '-'")
-        if not isinstance(model, str) or is_path(model):
-            return ModelSpec(Path(text).name.removesuffix(".gguf"), text)
-        try:
-            return self._catalog.find(model)
-        except ModelNotFound as error:
-            if is_like_a_path(model):
-                error.looked_in = ("the working folder", *error.looked_in)
-            raise
-
-
-def _lasts(model: Model) -> bool:
-    """Return whether a parsed model may be kept; a path from the working folder may not, since that folder changes."""
-    if isinstance(model, ModelSpec | PythonModel):
-        return True
-    return os.path.isabs(model) or (isinstance(model, str) and not is_path(model))
-
-
-def _check(name: str, value: object) -> None:
-    kind = _KINDS.get(name)
-    if kind is None:
-        known = ", ".join(sorted({*_IDENTITY, *_TIMING, *(each.name for each in fields(Options))}))
-        raise UnsupportedOption(name, value, f"there is no such option; there are {known}")
-    if value is None:
-        return
-    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise UnsupportedOption(name, value, f"it must be of type {kind.__name__}")
-    if name in _POSITIVE and value < 1:  # type: ignore[operator]  # it is an int
-        raise UnsupportedOption(name, value, "it must be at least 1")
-    if kind is int and abs(value) >= LARGEST_NUMBER:  # type: ignore[arg-type]  # it is an int
-        raise UnsupportedOption(name, value, "it must be below 2**63")
-    if kind is str and value not in CACHE_TYPES:
-        raise UnsupportedOption(name, value, f"it must be one of {', '.join(CACHE_TYPES)}")

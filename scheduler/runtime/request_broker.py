@@ -26,8 +26,9 @@ from scheduler.errors.from_refusals import error_of
 from scheduler.errors.wording import revoke_reason
 from scheduler.runtime.driver import Driver, Value
 from scheduler.runtime.executor import Executor
-from scheduler.runtime.model_registry import ModelRegistry, ParsedRequest
+from scheduler.runtime.model_registry import ModelRegistry
 from scheduler.runtime.pending_request import Callback, FutureRequest, PendingRequest
+from scheduler.runtime.request_parser import ParsedRequest, RequestParser
 
 log = logging.getLogger("loadmaster")
 
@@ -42,6 +43,7 @@ class RequestBroker:
     def __init__(
         self,
         registry: ModelRegistry,
+        parser: RequestParser,
         driver: Driver,
         executor: Executor,
         knows: Callable[[ModelId], bool],
@@ -54,6 +56,7 @@ class RequestBroker:
         self.requests: dict[RequestId, PendingRequest] = {}
         self._ids = itertools.count(1)
         self._registry = registry
+        self._parser = parser
         self._driver = driver
         self._executor = executor
         self._knows = knows  # whether the core knows a model; called under the driver's lock
@@ -229,6 +232,7 @@ class RequestBroker:
         """
         if (forgotten := self._registry.unregister(model)) is None:
             return
+        self._parser.forget(model)
         if any(pending.model_id == model for pending in list(self.requests.values())):
             self._registry.register(forgotten)
 

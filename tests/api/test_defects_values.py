@@ -25,13 +25,11 @@ from scheduler import (
     UnsupportedOption,
 )
 from scheduler.config.settings import SettingsArguments, parse_duration
-from scheduler.engines.llama import LlamaEngine
-from scheduler.engines.python import PythonEngine
 from scheduler.models import gguf_metadata as metadata_module
 from scheduler.models.catalog import Catalog
 from scheduler.models.gguf_metadata import read_metadata
 from scheduler.models.model_spec import MOST_PARTS
-from scheduler.runtime.model_registry import MOST_PRIORITY, ModelRegistry
+from scheduler.runtime.request_parser import MOST_PRIORITY, RequestParser
 from tests.support.leaks import no_leaks
 from tests.support.real import send, settings
 from tests.support.tiny_models import write_tiny_model
@@ -82,21 +80,21 @@ def test_a_priority_beyond_reason_is_refused(scheduler: Scheduler, priority: Any
 @pytest.mark.parametrize("name", ["num_ctx", "num_batch", "num_parallel", "num_gpu", "main_gpu", "num_thread"])
 def test_a_number_that_no_recording_can_hold_is_refused(file: Path, name: str) -> None:
     """A number of more than 63 bits is refused, and the largest that is allowed is refused for what it asks for."""
-    registry = ModelRegistry(LlamaEngine(), PythonEngine(), Catalog([]), pin=lambda model: None)
+    parser = RequestParser(Catalog([]), lambda model: None, pin=lambda model: None)
     for asked, asking in ((file, {name: 2**63}), (ModelSpec("a", str(file), options=Options(**{name: 10**400})), {})):
         with pytest.raises(UnsupportedOption, match="below 2\\*\\*63"):
-            registry.parse_cached(asked, asking)  # type: ignore[arg-type]  # made up of names
-    registry.parse_cached(file, {name: 2**63 - 1})  # type: ignore[misc]  # the same
+            parser.parse_cached(asked, asking)  # type: ignore[arg-type]  # made up of names
+    parser.parse_cached(file, {name: 2**63 - 1})  # type: ignore[misc]  # the same
 
 
 def test_what_equals_a_value_that_was_taken_is_refused_all_the_same(file: Path) -> None:
     """True is refused although it equals 1, which was accepted right before."""
-    registry = ModelRegistry(LlamaEngine(), PythonEngine(), Catalog([]), pin=lambda model: None)
-    registry.parse_cached(file, {"timeout": 1, "require_gpu": False})
+    parser = RequestParser(Catalog([]), lambda model: None, pin=lambda model: None)
+    parser.parse_cached(file, {"timeout": 1, "require_gpu": False})
     wrong: tuple[Any, ...] = ({"timeout": True, "require_gpu": False}, {"timeout": 1, "require_gpu": 0})
     for asking in wrong:
         with pytest.raises((InvalidSettings, UnsupportedOption)):
-            registry.parse_cached(file, asking)
+            parser.parse_cached(file, asking)
 
 
 # -- time limits -------------------------------------------------------------------------------------------------------

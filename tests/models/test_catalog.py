@@ -27,11 +27,9 @@ from scheduler import (
     SchedulerError,
     UnsupportedOption,
 )
-from scheduler.engines.llama import LlamaEngine
-from scheduler.engines.python import PythonEngine
 from scheduler.models.catalog import LISTED_S, Catalog, Resolver, is_path
 from scheduler.models.sources import MANIFEST_BYTES, Folder, HuggingFaceCache, OllamaStore, default_resolvers
-from scheduler.runtime.model_registry import LASTING_S, ModelRegistry
+from scheduler.runtime.request_parser import LASTING_S, RequestParser
 from tests.support.leaks import no_leaks
 from tests.support.real import SHORT, settings
 from tests.support.stores import (
@@ -815,57 +813,57 @@ def shelf(tmp_path: Path) -> Shelf:
 
 
 @pytest.fixture
-def registry(shelf: Shelf, clock: Clock) -> ModelRegistry:
-    return ModelRegistry(LlamaEngine(), PythonEngine(), Catalog([shelf]), pin=lambda model: None, clock=clock)
+def parser(shelf: Shelf, clock: Clock) -> RequestParser:
+    return RequestParser(Catalog([shelf]), lambda model: None, pin=lambda model: None, clock=clock)
 
 
-def test_a_warm_name_is_not_looked_up_again_for_a_while(registry: ModelRegistry, shelf: Shelf, clock: Clock) -> None:
+def test_a_warm_name_is_not_looked_up_again_for_a_while(parser: RequestParser, shelf: Shelf, clock: Clock) -> None:
     """A name is looked up again after a while only, for each set of keyword arguments."""
-    first = registry.parse_cached("chat", {})
+    first = parser.parse_cached("chat", {})
     clock.now = 0.99 * LASTING_S
-    assert registry.parse_cached("chat", {}) is first and shelf.asked == 1
+    assert parser.parse_cached("chat", {}) is first and shelf.asked == 1
 
 
 def test_a_name_that_was_moved_leads_to_the_new_file_after_a_short_time(
-    registry: ModelRegistry, shelf: Shelf, clock: Clock, tmp_path: Path
+    parser: RequestParser, shelf: Shelf, clock: Clock, tmp_path: Path
 ) -> None:
     """A name that was moved leads to the new file after two seconds, as a new model."""
-    first = registry.parse_cached("chat", {"num_ctx": 512})
+    first = parser.parse_cached("chat", {"num_ctx": 512})
     shelf.models["chat"] = tmp_path / "new.gguf"
     clock.now = LASTING_S
-    second = registry.parse_cached("chat", {"num_ctx": 512})
+    second = parser.parse_cached("chat", {"num_ctx": 512})
     assert (first.spec.model, second.spec.model) == (str(tmp_path / "old.gguf"), str(tmp_path / "new.gguf"))
 
 
 @pytest.mark.parametrize("kind", ["path", "spec"])
 def test_a_link_that_was_moved_leads_to_the_new_file_after_a_short_time(
-    registry: ModelRegistry, clock: Clock, tmp_path: Path, kind: str
+    parser: RequestParser, clock: Clock, tmp_path: Path, kind: str
 ) -> None:
     """A link that was moved leads to the new file after two seconds, for paths and for specs."""
     link = tmp_path / "link.gguf"
     link.symlink_to(tmp_path / "old.gguf")
     model = str(link) if kind == "path" else ModelSpec("m", str(link))
-    registry.parse_cached(model, {})
+    parser.parse_cached(model, {})
     link.unlink()
     link.symlink_to(tmp_path / "new.gguf")
     clock.now = LASTING_S
-    question = registry.parse_cached(model, {})
+    question = parser.parse_cached(model, {})
     assert isinstance(question.model, ModelSpec)
     assert question.spec.model == question.model.path == str(tmp_path / "new.gguf")
 
 
-def test_a_relative_path_that_is_not_there_was_looked_for_in_the_working_folder_too(registry: ModelRegistry) -> None:
+def test_a_relative_path_that_is_not_there_was_looked_for_in_the_working_folder_too(parser: RequestParser) -> None:
     """A text that is not found is told with the working folder, whether a path or a name was meant."""
     with pytest.raises(ModelNotFound) as refused:
-        registry.parse_cached("models/chat.gguf", {})
+        parser.parse_cached("models/chat.gguf", {})
     assert refused.value.looked_in == ("the working folder", "the shelf")
 
 
 @pytest.mark.parametrize("model", ["", "-chat", "chat\n", b"chat"])
-def test_what_is_neither_path_nor_name_is_refused(registry: ModelRegistry, model: str) -> None:
+def test_what_is_neither_path_nor_name_is_refused(parser: RequestParser, model: str) -> None:
     """A text that is neither a path nor a name is refused with status 400 before anything is requested."""
     with pytest.raises(UnsupportedOption):
-        registry.parse_cached(model, {})
+        parser.parse_cached(model, {})
 
 
 def test_models_are_acquired_by_folder_name_and_by_ollama_name(

@@ -26,7 +26,7 @@ from fsm.messages.refusals import Refusal
 from fsm.state.snapshot import DeviceView
 from scheduler import Lease, RunnerStatus, Scheduler, SchedulerError, Status, WaitStatus
 from scheduler.config.settings import settings_table
-from scheduler.runtime.model_registry import AcquireOptions
+from scheduler.runtime.request_parser import AcquireOptions
 from tests.support.tiny_models import write_tiny_model
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -6,25 +6,37 @@ import dis
 import sys
 import threading
 from collections.abc import Callable
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from scheduler.api import pending_lease, scheduler
+from scheduler.concurrency import latch, thread_pool
+from scheduler.models import measurements
+from scheduler.runtime import (
+    driver,
+    event_stream,
+    executor,
+    health_monitor,
+    memory_sampler,
+    pending_request,
+    request_broker,
+)
 from scheduler.runtime.driver import Driver
 from tests.support.waiting import LIMIT_S
 
-SHELL = frozenset(
-    {"asking", "desk", "driver", "executor", "footprints", "gate", "hub", "prober", "sampler", "scheduler", "ticket"}
-    | {"workers", "threading"}
-)  # the files in which the handler is called between instructions
+MODULES = (
+    driver, event_stream, executor, health_monitor, latch, measurements, memory_sampler, pending_lease, pending_request,
+    request_broker, scheduler, thread_pool, threading,
+)  # fmt: skip  # in which the handler is called between instructions
+FILES = frozenset(str(module.__file__) for module in MODULES)
 
 
-def as_main(driver: Driver, action: Callable[[], object], limit_s: float = LIMIT_S) -> None:
+def as_main(core_driver: Driver, action: Callable[[], object], limit_s: float = LIMIT_S) -> None:
     """Run an action on a thread that the driver takes for the main one; fail if the action hangs or raises."""
     raised: list[BaseException] = []
 
     def run() -> None:
-        driver._main = threading.get_ident()
+        core_driver._main = threading.get_ident()
         try:
             action()
         except BaseException as error:
@@ -47,7 +59,7 @@ def interrupted(call: Callable[[], object], handler: Callable[[int], object]) ->
 
     def enter(frame: FrameType, what: str, _: Any) -> Any:
         code, before = frame.f_code.co_code, ""
-        if Path(frame.f_code.co_filename).stem not in SHELL:
+        if frame.f_code.co_filename not in FILES:
             return None
 
         def go_on(frame: FrameType, what: str, _: Any) -> Any:

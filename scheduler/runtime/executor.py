@@ -103,6 +103,10 @@ class Executor:
                 if self.measurements is not None and persisted is not None and persisted.identity is not None:
                     self.measurements.remember(persisted.identity, persisted.launch, command)
 
+    def forget_model(self, model: ModelId) -> None:
+        """Forget the identity of a model that the core does not know any more."""
+        self._identities.pop(model, None)
+
     def forget_past(self) -> None:
         """Drop the handles of runners that the core does not know any more; called under the driver's lock."""
         for past in [id for id in self.runner_handles if not self._lives_on(id)]:

@@ -233,6 +233,7 @@ class RequestBroker:
         if (forgotten := self._registry.unregister(model)) is None:
             return
         self._parser.forget(model)
+        self._executor.forget_model(model)
         if any(pending.model_id == model for pending in list(self.requests.values())):
             self._registry.register(forgotten)
 

@@ -530,15 +530,17 @@ def test_what_looks_at_runners_now_and_then_keeps_none_of_them(monkeypatch: pyte
 
 
 def test_an_object_that_is_in_use_or_pinned_stays_known(scheduler: Scheduler) -> None:
-    """Objects that are leased, idle or pinned stay known."""
+    """Objects that are leased, idle or pinned stay known, and nothing is kept of another object."""
+    scheduler.acquire(a_model("gone"), keep_alive=0).release()
     scheduler.pin(a_model("pinned"))
     scheduler.acquire(a_model("pinned")).release()
     scheduler.expire(a_model("pinned"))
     scheduler.preload(a_model("rests", "100MiB")).result(LIMIT_S)
     with scheduler.acquire(a_model("held", "100MiB")):
-        assert_soon(lambda: "pinned" not in states(scheduler))
+        assert_soon(lambda: states(scheduler).keys() == {"rests", "held"})
         scheduler._broker.drop_unused_objects()
         assert scheduler.debug_state().named_models == {"python:pinned", "python:rests", "python:held"}
+        assert "python:gone" not in scheduler._executor._identities
 
 
 def test_an_object_that_is_let_go_of_as_its_request_is_withdrawn_harms_nobody(scheduler: Scheduler) -> None:

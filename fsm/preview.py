@@ -90,7 +90,7 @@ def preview(
     for command in commands:
         match command:
             case Grant(answered, runner) if answered == request and runner is not None:
-                return _served(state, spec, state.runners[runner], Outcome.warm)
+                return _served(state, state.runners[runner], Outcome.warm)
             case Reject(answered, DoesNotFitRefusal() as refusal) if answered == request:
                 return replace(_planned(state, spec, scratch.plans, Outcome.never), refusal=refusal)
             case Reject(answered, refusal) if answered == request:
@@ -104,7 +104,7 @@ def preview(
     found = _planned(state, spec, carried_out, Outcome.waits)
     current = state.models[spec.model].current
     if current is not None and match(current, spec.options):
-        found = _served(state, spec, current, Outcome.waits)
+        found = _served(state, current, Outcome.waits)
     return found if found.victims else replace(found, waits_for=state.groups[spec].waits_for)
 
 
@@ -126,11 +126,11 @@ def _planned(state: CoreState, spec: RequestSpec, plans: Sequence[Plan], outcome
     return Preview(outcome, load.options, shares, placement.gpu_layers, layers, placement.measured, planned.victims)
 
 
-def _served(state: CoreState, spec: RequestSpec, runner: Runner, outcome: Outcome) -> Preview:
+def _served(state: CoreState, runner: Runner, outcome: Outcome) -> Preview:
     """Return the preview of a request that a runner serves, or will serve once loaded, with the bytes of the runner."""
-    model, ledger, split = state.models[spec.model], state.ledger, runner.placement.gpu_layers
+    ledger, split = state.ledger, runner.placement.gpu_layers
     account = ledger.accounts["runner", runner.id]
-    footprint = model.footprint_of(runner.launch_options)
+    footprint = account.predicted
     takes = {device: account.held_bytes(device) for device in account.reserved}
     free = {device: ledger.free_bytes(device) for device in ledger.devices}
     shares = _shares(state, footprint, split, takes, {}, free)

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-MOST_SLOTS = 256  # of a runner: llama.cpp's limit
-MOST_THREADS = 512  # likewise
-CACHE_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl")  # llama.cpp's names
-CACHE_BLOCK = 32  # elements of a block of a quantised type, of which every head must have a whole number
+MOST_SLOTS = 256  # of a runner
+MOST_THREADS = 512  # of a runner
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +20,6 @@ class Options:
     num_parallel: int | None = None  # slots; each has a context of its own
     use_mmap: bool | None = None
     flash_attention: bool | None = None
-    cache_type_k: str | None = None  # one of `CACHE_TYPES`
+    cache_type_k: str | None = None  # the name of a type of the engine
     cache_type_v: str | None = None
     require_gpu: bool | None = None  # whole on GPUs or refused; a setting may demand it for all models

@@ -38,10 +38,9 @@ def apply_plan(step: StepContext, plan: Plan) -> bool:
     if log is not None:
         tell_victims(state, plan, log)
     runners.notify_contention(step, plan.contended.union(id for id in plan.victims if state.runners[id].leases))
-    for spec, planned in plan.placements.items():
-        if evicted := [victim.runner for victim in planned.victims if victim.runner in plan.victims]:
-            group = state.groups[spec]
-            group.evicted = (*(id for id in group.evicted if id in state.runners), *evicted)
+    for spec, evicted in plan.evicted.items():
+        group = state.groups[spec]
+        group.evicted = (*(id for id in group.evicted if id in state.runners), *evicted)
     for id, reason in plan.victims.items():
         runners.expire(step, state.runners[id], reason)
     for request in plan.memory:

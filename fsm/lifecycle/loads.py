@@ -39,7 +39,7 @@ def launch(step: StepContext, group: RequestGroup, load: ResolvedLoad, placement
     state.next_runner += 1
     state.processes += 1
     state.runners[runner.id] = model.current = runner
-    state.ledger.reserve(("runner", runner.id), placement.bytes)
+    state.ledger.reserve(("runner", runner.id), placement.bytes, load.footprint)
     state.timers.set(("load", runner.id), state.now + state.config.load_timeout_s)
     group.wait(WaitFor.load, state.expected_at(runner))
     model.inspected_since_launch = False

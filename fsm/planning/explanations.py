@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from fsm.eviction.policies import Candidate
 from fsm.machine.request import Purpose, RequestSpec
-from fsm.machine.runner import Runner, RunnerId
+from fsm.machine.runner import LOADING, Runner, RunnerId
 from fsm.messages.decision_log import ConsideredDevice, ConsideredRunner, Decision, Entry
 from fsm.messages.reasons import KeptReason
 from fsm.messages.refusals import DoesNotFitRefusal, Refusal
@@ -18,13 +18,11 @@ from fsm.state.core_state import CoreState
 
 def tell_victims(state: CoreState, plan: Plan, decision_log: list[Entry]) -> None:
     """Log which runners are evicted for which request group, before they expire."""
-    for spec, planned in plan.placements.items():
-        if not any(one.runner in plan.victims for one in planned.victims):
-            continue
-        group = state.groups[spec]
+    for spec in plan.evicted:
+        group, planned = state.groups[spec], plan.placements[spec]
         entry = Decision(
             state.now, "evicts", spec.model, None, group.head.id,
-            runners=runners_considered(state, planned), devices=devices_considered(state, spec, planned),
+            runners=runners_considered(state, plan, planned), devices=devices_considered(state, spec, planned),
             step=state.steps,
         )  # fmt: skip
         decision_log.append(entry)
@@ -50,7 +48,7 @@ def tell_waits(state: CoreState, plan: Plan, decision_log: list[Entry]) -> None:
             continue
         group.told = group.waits_for
         planned = plan.placements.get(group.spec)
-        runners = runners_considered(state, planned) if planned else ()
+        runners = runners_considered(state, plan, planned) if planned else ()
         devices = devices_considered(state, group.spec, planned) if planned else ()
         why, id = group.waits_for, group.head.id
         entry = Decision(
@@ -59,11 +57,13 @@ def tell_waits(state: CoreState, plan: Plan, decision_log: list[Entry]) -> None:
         decision_log.append(entry)
 
 
-def runners_considered(state: CoreState, planned: PlannedPlacement) -> tuple[ConsideredRunner, ...]:
+def runners_considered(state: CoreState, plan: Plan, planned: PlannedPlacement) -> tuple[ConsideredRunner, ...]:
     """Return every runner that holds memory or a process, with why it is not evicted for a request group."""
     known = {one.runner: one for one in (*planned.considered, *planned.victims)}
+    launched = {one.id: KeptReason.awaited for one in state.runners.values() if one.state is LOADING}
+    kept = {**launched, **dict.fromkeys(plan.victims, KeptReason.other_victim), **plan.barred, **planned.kept}
     return tuple(
-        _considered(state, runner, known.get(id), planned.kept.get(id, KeptReason.not_needed))
+        _considered(state, runner, known.get(id), kept.get(id, KeptReason.not_needed))
         for id, runner in state.runners.items()
     )
 

@@ -78,9 +78,9 @@ def _kept(
     kept |= context.candidates.barred
     kept |= {id: KeptReason.evicted for id in group.evicted if kept.get(id) is KeptReason.expiring}
     for victim in victims:
-        goes = victim.runner in context.plan.victims
-        kept[victim.runner] = None if goes else KeptReason.goes_last if victim.free_at <= now else KeptReason.goes_later
-    return kept
+        if victim.runner not in context.plan.victims:
+            kept[victim.runner] = KeptReason.goes_last if victim.free_at <= now else KeptReason.goes_later
+    return kept | dict.fromkeys(context.plan.evicted.get(group.spec, ()))
 
 
 def _horizon_after(context: PlanningContext, need: Requirement, victims: Sequence[Candidate], at: float) -> Horizon:
@@ -162,8 +162,9 @@ def _suffices(context: PlanningContext, need: Requirement, horizon: Horizon, vic
 
 def _evict(context: PlanningContext, group: RequestGroup, victims: Sequence[Candidate]) -> None:
     context.wait(group, WaitForRunners(_models(victims), RunnerStep.leave))
-    for victim in victims:
-        context.plan.victims.setdefault(victim.runner, NeededFor(group.spec.model))
+    own = [victim.runner for victim in victims if victim.runner not in context.plan.victims]
+    context.plan.victims |= dict.fromkeys(own, NeededFor(group.spec.model))
+    context.plan.evicted[group.spec] = tuple(own)
 
 
 def _wait_for_idle(
@@ -227,6 +228,7 @@ def _wait_for_load_slot(
     for runner in on_full if startable else ():
         if runner.id not in context.claimed | context.awaited and not context.state.pinned(runner):
             context.plan.victims[runner.id] = NeededFor(group.spec.model, load_slot=True)
+            context.plan.evicted[group.spec] = (runner.id,)
             context.claimed.add(runner.id)
             return [context.candidates.candidate(runner, context.bound(group))]
     return ()
@@ -253,7 +255,8 @@ def _draining(context: PlanningContext, placement: Placement) -> tuple[ModelId, 
 
 def _stopping(context: PlanningContext, group: RequestGroup) -> WaitReason:
     """Return what a group waits for that fits once runners have stopped: those that were evicted for it, or memory."""
-    own = [one for one in context.leaving if one.id in group.evicted and one.process_state is STOPPING]
+    stopping = {one.id: one for one in context.leaving if one.process_state is STOPPING}
+    own = [stopping[id] for id in group.evicted if id in stopping]
     return WaitForRunners(_models(own), RunnerStep.leave) if own else WaitFor.memory
 
 

@@ -39,6 +39,8 @@ class Plan:
     launches: list[tuple[RequestGroup, ResolvedLoad, Placement]] = field(default_factory=list)
     memory: list[Request] = field(default_factory=list)  # requests for memory of the program's own, to be granted
     victims: dict[RunnerId, ExpireReason] = field(default_factory=dict)  # runners to expire, and why
+    evicted: dict[RequestSpec, tuple[RunnerId, ...]] = field(default_factory=dict)  # of these, by the group they go for
+    barred: Mapping[RunnerId, KeptReason] = field(default_factory=dict)  # why a runner can be no victim at all
     matches: list[tuple[RequestGroup, Runner]] = field(default_factory=list)  # groups that a runner serves after all
     refusals: list[tuple[RequestGroup, Refusal]] = field(default_factory=list)
     placements: dict[RequestSpec, PlannedPlacement] = field(default_factory=dict)  # of loads now, later or never

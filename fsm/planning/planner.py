@@ -8,9 +8,11 @@ anything. A younger group starts only in memory that the older groups leave (`av
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
+from fsm.domain.devices import DeviceId
 from fsm.eviction.policies import Candidate, EvictionPolicy
+from fsm.eviction.victim_selection import Amount
 from fsm.machine.request import ModelId, Purpose, RequestSpec
 from fsm.machine.runner import Runner
 from fsm.messages.reasons import DeviceShrunk, RunnerLimit, WaitFor, WaitReason
@@ -56,15 +58,15 @@ def make_plan(
     for spec in unevaluated:
         if spec in state.groups and spec not in ahead:
             _evaluate(context, state.groups[spec], WaitFor.earlier_requests)
-    context.plan.policy_failure = context.candidates.policy_failure
+    context.plan.policy_failure, context.plan.barred = context.candidates.policy_failure, context.candidates.barred
     return context.plan
 
 
 def _evict_excess(context: PlanningContext) -> None:
     """Evict idle runners where more are alive, or hold more, than allowed; busy runners follow when they are idle.
 
-    As few are evicted as suffice, or all that would help. The number of runners counts only where it is set: the
-    automatic number follows the devices, and a device that cannot be read at the moment may be back at the next.
+    As few are evicted as suffice, or as free all that idle runners can free. The number of runners counts only where it
+    is set: the automatic number follows the devices, and a device that cannot be read now may be back in a moment.
     """
     limit, ledger = context.state.config.max_runners, context.state.ledger
     excess = max(0, -context.availability.process_slots[AFTER_EVICTIONS]) if limit else 0
@@ -73,21 +75,30 @@ def _evict_excess(context: PlanningContext) -> None:
     left = ledger.available_after(allowed, [("runner", runner.id) for runner in context.leaving])
     if not excess and min(left.values(), default=0) >= 0:
         return
-    frees = context.frees([device for device, amount in left.items() if amount < 0])
+    short = [device for device, amount in left.items() if amount < 0]
+    frees = context.frees(short)
     idle = [one for one in context.candidates.evictable_until(-math.inf, ()) if not one.leases]
     may = [one for one in idle if excess or any(frees(one))]
+    most = _freed(short, map(frees, may))
+    wanted = [min(-left[device], amount) for device, amount in zip(short, most, strict=True)]  # more cannot be freed
 
     def suffices(victims: Sequence[Candidate]) -> bool:
-        after = ledger.available_after(left, [("runner", victim.runner) for victim in victims])
-        return len(victims) >= excess and min(after.values(), default=0) >= 0
+        return len(victims) >= min(excess, len(may)) and all(
+            map(int.__ge__, _freed(short, map(frees, victims)), wanted)
+        )
 
-    victim_set = context.choose(may, (), suffices, frees, excess)
-    for victim in may if victim_set is None else victim_set.victims:
+    victim_set = context.choose(may, (), suffices, frees, min(excess, len(may)))
+    for victim in victim_set.victims if victim_set is not None else ():
         held = ledger.accounts["runner", victim.runner]
-        device = next((device for device in left if left[device] < 0 < held.held_bytes(device)), None)
+        device = next(filter(held.held_bytes, short), None)
         context.plan.victims[victim.runner] = RunnerLimit(limit) if device is None else DeviceShrunk(device)
         context.claimed.add(victim.runner)
     context.availability.add(AFTER_STOPS, [context.state.runners[id] for id in context.plan.victims])
+
+
+def _freed(devices: Sequence[DeviceId], amounts: Iterable[Amount]) -> Amount:
+    """Return the bytes that several runners free, by device; zeros where there are no runners."""
+    return tuple(map(sum, zip(*amounts, strict=True))) or (0,) * len(devices)
 
 
 def _nothing_left(context: PlanningContext) -> bool:
@@ -185,8 +196,9 @@ def _evaluate_model(
     if not model.inspected_since_launch or resolution is None:  # 3
         context.wait(group, WaitFor.metadata)
         context.plan.inspections.append(model)
-        if resolution is not None and in_order and len(context.state.groups) > 1:
-            _reserve_stale_estimate(context, model, resolution)
+        likely = resolution or model.last_resolution
+        if likely is not None and in_order and len(context.state.groups) > 1:
+            _reserve_stale_estimate(context, model, likely)
         return None
     load, demand = resolved_demand(model, resolution, context.state, context.availability.potential, context.gpus)
     context.plan.loads[group.spec] = load
@@ -214,7 +226,11 @@ def _plan_memory(context: PlanningContext, group: RequestGroup, need: Requiremen
 
 
 def _reserve_stale_estimate(context: PlanningContext, model: ModelRecord, resolution: Resolution) -> None:
-    """Reserve what a model needs by its last inspection: its file may have changed, but most likely it has not."""
+    """Reserve what a model needs by its last inspection: its file may have changed, but most likely it has not.
+
+    Where the options of the group are not resolved yet, the resolution is of other options: no younger group starts in
+    the memory that the model is likely to need.
+    """
     _, demand = resolved_demand(model, resolution, context.state, context.availability.potential, context.gpus)
     if (offload := context.availability.best_offload(demand)) is not None:
         context.availability.reserved_by_model.setdefault(model.id, context.availability.held_by(model.current))

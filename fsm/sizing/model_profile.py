@@ -48,8 +48,8 @@ class LargerBatch:
 class Resolution:
     """How an engine would load a model for a request: one load, or several where the request names no context.
 
-    The first load is preferred, and later loads have smaller contexts. Raises ValueError unless the last one can be
-    taken on any machine.
+    The first load is preferred, and later loads have smaller contexts. Raises ValueError where the last one cannot be
+    taken on any machine, and where a load has no footprint.
     """
 
     asked: Options  # as the request names them
@@ -59,6 +59,8 @@ class Resolution:
     def __post_init__(self) -> None:
         if not self.loads or self.loads[-1].least_gpu_bytes:
             raise ValueError(f"no load of {self.asked} can be taken on any machine")
+        if not all(isinstance(load.footprint, Footprint) for load in self.loads):
+            raise ValueError(f"a load of {self.asked} has no footprint")
 
 
 @dataclass(frozen=True, slots=True)

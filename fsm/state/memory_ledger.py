@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 
 from fsm.domain.devices import HOST, DeviceId, DeviceSample
 from fsm.domain.record import Record
+from fsm.sizing.footprint import Footprint
 
+NO_FOOTPRINT = Footprint()
 Owner = tuple[str, int]  # ("runner" or "memory", its id); ids are never used again
 
 
@@ -24,6 +26,7 @@ class Account(Record):
     peak_observed: bool = False  # a context was filled: wherever it was measured, reserved <= peak + expected_growth
     expected_growth: dict[DeviceId, int] = field(default_factory=dict)  # bytes that a full context does not show
     projected_peak: dict[DeviceId, int] = field(default_factory=dict)  # the most it may take, by its engine's last word
+    predicted: Footprint = NO_FOOTPRINT  # by kind, before it was placed; empty for the program's own memory
 
     def measure(self, amounts: Mapping[DeviceId, int]) -> bool:
         """Enter the bytes that the owner was measured to occupy; return whether they are a new peak on any device."""
@@ -110,10 +113,12 @@ class Ledger(Record):
             found[memory] = found.get(memory, 0) + amount
         return found
 
-    def reserve(self, owner: Owner, amounts: Iterable[tuple[DeviceId, int]]) -> None:
+    def reserve(
+        self, owner: Owner, amounts: Iterable[tuple[DeviceId, int]], predicted: Footprint = NO_FOOTPRINT
+    ) -> None:
         """Reserve `amounts` for an owner that has no account yet."""
         assert owner not in self.accounts, f"{owner} holds a reservation already"
-        self.accounts[owner] = Account(dict(amounts))
+        self.accounts[owner] = Account(dict(amounts), predicted=predicted)
 
     def release(self, owner: Owner) -> None:
         """Close an owner's account."""

@@ -15,10 +15,11 @@ from fsm.machine.runner import IDLE, LOADING, Runner
 from fsm.messages.reasons import FailureReason
 from fsm.placement.search import PlacementDemand
 from fsm.sizing.footprint import Footprint
-from fsm.sizing.load_history import MOST_KINDS, NOTHING, LoadHistory, note_bounded, usual_load_s, with_load
+from fsm.sizing.load_history import NOTHING, LoadHistory, note_bounded, usual_load_s, with_load
 from fsm.sizing.model_profile import ModelProfile, Resolution, ResolvedLoad
 from fsm.state.core_config import CoreConfig
 
+MOST_RESOLUTIONS = 2  # that are kept beside those of waiting requests: each load is inspected, and recordings hold them
 MOST_DEMANDS = 2048  # of one model that are kept: mostly more than there are options that its requests name
 
 
@@ -60,6 +61,11 @@ class ModelRecord(Record):
             return Resolution(asked, (ResolvedLoad(asked, self.profile),))
         return self.resolutions.get(asked)
 
+    @property
+    def last_resolution(self) -> Resolution | None:
+        """The resolution that was made last, of any options; None where none is known."""
+        return next(reversed(self.resolutions.values()), None)
+
     def loads_for(self, resolution: Resolution) -> tuple[ResolvedLoad, ...]:
         """Return the loads of a resolution, without the contexts that are too large since one ran out of memory."""
         if self.context_limit is None or resolution.asked.num_ctx is not None:
@@ -70,13 +76,6 @@ class ModelRecord(Record):
     def fallback_load(self, resolution: Resolution) -> ResolvedLoad:
         """Return the load of a resolution that needs no GPUs of a certain size."""
         return next(load for load in self.loads_for(resolution) if not load.least_gpu_bytes)
-
-    def footprint_of(self, options: Options) -> Footprint:
-        """Return the footprint of a runner with these explicit options; an empty one where it is not known any more."""
-        loads = [load for resolution in self.resolutions.values() for load in resolution.loads]
-        larger = (batch.load for load in loads for batch in load.batches)
-        known = (load.footprint for load in (*loads, *larger) if load.options == options)
-        return self.profile if isinstance(self.profile, Footprint) else next(known, Footprint())
 
     def demand(self, load: ResolvedLoad, require_gpu: bool | None, limits: CoreConfig) -> PlacementDemand:
         """Return the demand of a load; `require_gpu` is as the request names it."""
@@ -95,9 +94,11 @@ class ModelRecord(Record):
 
     def step_down(self, failed: Runner) -> bool:
         """Limit automatic contexts after a load with one ran out of memory; return False if none is smaller."""
-        automatic = [asked for asked in failed.equivalent_requests if asked.num_ctx is None]
-        loads = [load for asked in automatic if asked in self.resolutions for load in self.resolutions[asked].loads]
-        contexts = [load.options.num_ctx or 0 for load in loads]
+        if all(asked.num_ctx is not None for asked in failed.equivalent_requests):
+            return False
+        # the contexts of a request that names none follow from the file, and not from its other options
+        automatic = [one for one in self.resolutions.values() if one.asked.num_ctx is None]
+        contexts = [load.options.num_ctx or 0 for one in automatic for load in one.loads]
         smaller = [context for context in contexts if context < (failed.launch_options.num_ctx or 0)]
         self.context_limit = max(smaller, default=self.context_limit)
         return bool(smaller)
@@ -125,8 +126,7 @@ class ModelRecord(Record):
             self.shortest_load.clear()
             self.demands.clear()
         self.resolutions |= {resolution.asked: resolution for resolution in resolutions}
-        excess = max(0, len(self.resolutions) - MOST_KINDS)
-        for asked in [asked for asked in self.resolutions if asked not in kept][:excess]:
+        for asked in [asked for asked in self.resolutions if asked not in kept][:-MOST_RESOLUTIONS]:
             del self.resolutions[asked]
         for took in known.sizes:
             if (took.options, took.split) not in self.measured:

@@ -67,7 +67,7 @@ LEFT_OUT: Mapping[type, Mapping[str, str]] = MappingProxyType(
         },
         RequestSpec: {"model": "the group stands with its model"},
         RequestGroup: dict.fromkeys(("waits_for", "until", "told", "evicted"), "for people to read"),
-        Account: {},
+        Account: {"predicted": "for people to read"},
         Ledger: {},
         OpenClaim: {"had": "never between two steps, which `check_state` sees to"},
     }

@@ -14,7 +14,7 @@ from fsm.machine.request import RequestSpec
 from fsm.preview import Outcome, Preview, preview
 from fsm.sizing.footprint import Footprint
 from fsm.sizing.load_history import NOTHING, LoadHistory
-from fsm.sizing.model_profile import ModelProfile, Resolution
+from fsm.sizing.model_profile import ModelProfile
 
 MOST_TRIES = 30  # previews that one advice may cost; each is a copy of the core and two steps
 MOST_ADVICE = 3
@@ -61,7 +61,7 @@ def advise(
     tries = 0
     ways = tuple(_ways(spec.options, explicit, _gpu_ways(explicit, found), small=profile.embedding))
     last = tuple(_last_ways(spec.options, explicit))
-    others = replace(profile, resolutions=profile.resolutions + _resolutions(inspect([*ways, *last])))
+    others = _with_others(profile, inspect([*ways, *last]))
     for options in chain(ways, (options for options in last if not advice)):
         if (other_options := _resolved(others, options)) is None:
             continue
@@ -76,6 +76,11 @@ def advise(
             advice.append(Advice(options, other))
             harms.append(harm)
     return tuple(advice)
+
+
+def _with_others(profile: ModelProfile, others: ModelProfile | Footprint) -> ModelProfile:
+    assert isinstance(others, ModelProfile), "the same model is inspected again"
+    return replace(profile, resolutions=profile.resolutions + others.resolutions)
 
 
 def _worth(found: Preview) -> tuple[int, bool]:
@@ -95,10 +100,6 @@ def _worth(found: Preview) -> tuple[int, bool]:
 
 
 _BEST = (2, True)
-
-
-def _resolutions(profile: ModelProfile | Footprint) -> tuple[Resolution, ...]:
-    return profile.resolutions if isinstance(profile, ModelProfile) else ()  # an object is in place of the file now
 
 
 def _resolved(profile: ModelProfile, asked: Options) -> Options | None:

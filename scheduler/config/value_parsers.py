@@ -11,11 +11,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
-from fsm.domain.options import CACHE_TYPES
 from fsm.eviction.policies import POLICIES, EvictionPolicy
 from scheduler.config.quantities import parse_bytes, parse_duration
 from scheduler.errors.exceptions import InvalidSettings
 
+CACHE_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl")  # llama.cpp's names, all of them
 LARGEST_NUMBER = 2**63
 
 Parse = Callable[[str, Any], object]

@@ -7,12 +7,14 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from fsm.domain.devices import HOST
+from fsm.sizing.footprint import Footprint
+from fsm.sizing.model_profile import ModelProfile
+from scheduler.errors.exceptions import InvalidModel
 
 if TYPE_CHECKING:
     from fsm.domain.devices import DeviceId, Placement
     from fsm.domain.options import Options
-    from fsm.sizing.footprint import Footprint
-    from fsm.sizing.model_profile import EngineSettings, ModelProfile
+    from fsm.sizing.model_profile import EngineSettings
     from scheduler.engines.runner_client import RunnerClient
 
 
@@ -128,3 +130,16 @@ class Engine(Protocol):
 
     def close(self, timeout_s: float) -> None:
         """End every runner that is left, by force, and the engine's own threads, within `timeout_s` seconds."""
+
+
+def inspect(engine: Engine, model: Any, asked: Sequence[Options]) -> ModelProfile | Footprint:
+    """Return what an engine tells of a model, checked; raises what `Engine.inspect` raises.
+
+    Raises `InvalidModel` where that is no profile, or lacks options: the engine would be asked for them for ever.
+    """
+    told = engine.inspect(model, asked)
+    if not isinstance(told, ModelProfile | Footprint):
+        raise InvalidModel(model.name, f"its engine told {type(told).__name__!r}, which is no profile and no footprint")
+    if isinstance(told, ModelProfile) and (missing := {*asked}.difference(one.asked for one in told.resolutions)):
+        raise InvalidModel(model.name, f"its engine has not resolved {', '.join(map(str, missing))}")
+    return told

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
 
-from fsm.domain.options import CACHE_BLOCK, MOST_SLOTS, MOST_THREADS, Options
+from fsm.domain.options import MOST_SLOTS, MOST_THREADS, Options
 from fsm.sizing.model_profile import UnsupportedReason
 from scheduler.models.model_info import ModelInfo
 
@@ -36,6 +36,7 @@ WITHOUT_CACHE = frozenset(
     {"bert", "eurobert", "jina-bert-v2", "jina-bert-v3", "modern-bert", "neo-bert", "nomic-bert", "nomic-bert-moe"}
 )
 WITHOUT_LOGITS = WITHOUT_CACHE | {"lfm2"}  # and decoders that compute no logits for embeddings
+CACHE_BLOCK = 32  # elements of a block, the same for every cache type; heads are whole blocks of quantised types
 UNQUANTISED = frozenset({"f32", "f16", "bf16"})  # cache types that every model can have
 # Types whose matrices llama.cpp reorders on x86-64 as it loads them, by gguf's names; all other types stay as they are.
 REPACKED = frozenset({"IQ4_NL", "MXFP4", "Q4_0", "Q4_K"})

@@ -10,6 +10,7 @@ from fsm.domain.devices import HOST, MIB
 from fsm.domain.options import Options
 from fsm.sizing.footprint import Footprint, bytes_by_device
 from scheduler.engines.llama_options import (
+    CACHE_BLOCK,
     REPACKED,
     WITHOUT_CACHE,
     Shape,
@@ -21,7 +22,6 @@ from scheduler.engines.llama_options import (
 )
 from scheduler.models.model_info import ModelInfo
 
-CACHE_BLOCK_ELEMENTS = 32  # the same for every cache type
 CACHE_BLOCK_BYTES: Mapping[str, int] = MappingProxyType(
     {"f32": 128, "f16": 64, "bf16": 64, "q8_0": 34, "q5_1": 24, "q5_0": 22, "q4_1": 20, "q4_0": 18, "iq4_nl": 18}
 )  # ggml's block sizes, by llama.cpp's names of all cache types
@@ -118,7 +118,7 @@ def _token_bytes(info: ModelInfo, options: Options, layer: int) -> int:
 def _row_bytes(elements: int, cache_type: str | None) -> int:
     """Return the bytes of a row of a cache; an unknown type counts as the largest."""
     block_bytes = CACHE_BLOCK_BYTES.get(cache_type or "f16", CACHE_BLOCK_BYTES["f32"])
-    return -(-elements * block_bytes // CACHE_BLOCK_ELEMENTS)
+    return -(-elements * block_bytes // CACHE_BLOCK)
 
 
 def _state_bytes(info: ModelInfo) -> int:

@@ -11,7 +11,7 @@ from types import MappingProxyType
 from typing import assert_never
 
 from fsm.domain.devices import Placement
-from fsm.domain.options import CACHE_BLOCK, MOST_SLOTS, MOST_THREADS
+from fsm.domain.options import MOST_SLOTS, MOST_THREADS
 from fsm.machine.request import ModelId
 from fsm.messages.decision_log import ConsideredDevice, ConsideredRunner
 from fsm.messages.reasons import (
@@ -99,7 +99,7 @@ UNSUPPORTED: Mapping[UnsupportedReason, str] = MappingProxyType(
     {
         UnsupportedReason.too_many_slots: f"llama.cpp has at most {MOST_SLOTS} slots",
         UnsupportedReason.too_many_threads: f"llama.cpp has at most {MOST_THREADS} threads",
-        UnsupportedReason.partial_blocks: f"the model's heads are no whole blocks of {CACHE_BLOCK} elements",
+        UnsupportedReason.partial_blocks: "the model's heads are no whole blocks of the type",
         UnsupportedReason.needs_flash_attention: "without flash attention llama.cpp cannot quantise values",
     }
 )

@@ -14,13 +14,11 @@ from fsm.messages import refusals
 from fsm.messages.commands import Claim, Inspect, Launch, PersistMeasurement, Prefetch, ReleaseClaim, Sample, Stop
 from fsm.messages.events import ClaimContended, ClaimGranted, ContextFilled, Event, Inspected, Progress, Unresponsive
 from fsm.messages.reasons import NoAnswer
-from fsm.sizing.footprint import Footprint
 from fsm.sizing.load_history import NOTHING, LoadHistory
-from fsm.sizing.model_profile import ModelProfile
 from scheduler.concurrency.thread_pool import ThreadPool
 from scheduler.config.settings import Settings
 from scheduler.devices.device_reader import DeviceReader
-from scheduler.engines.interface import Engine, Process
+from scheduler.engines.interface import Engine, Process, inspect
 from scheduler.errors.exceptions import InvalidModel, ModelNotFound, SchedulerError
 from scheduler.models.measurement_store import Identity
 from scheduler.models.measurements import Measurements, identity_of
@@ -254,7 +252,7 @@ class Executor:
             return
         identity = identity_of(what)  # read before and after the inspection: the file may be replaced in between
         try:
-            outcome: object = _complete(engine.inspect(what, asked), asked)
+            outcome: object = inspect(engine, what, asked)
         except ModelNotFound as error:
             outcome = refusals.ModelNotFoundRefusal(error.path)
         except InvalidModel as error:
@@ -263,9 +261,9 @@ class Executor:
             outcome = refusals.InvalidModelRefusal(model, str(error))
         except Exception as error:
             log.debug("an inspection failed", exc_info=True)
-            reason = (
-                f"its inspection failed with {type(error).__name__}: {error}; see what this program may use (ulimit -a)"
-            )
+            lacking = isinstance(error, OSError | MemoryError | ImportError)
+            hint = "; see what this program may use (ulimit -a)" if lacking else ""
+            reason = f"its inspection failed with {type(error).__name__}: {error}{hint}"
             outcome = refusals.InvalidModelRefusal(model, reason)
         self.sampler.refresh(_FRESH_S)  # free memory is read again right before each launch
         identity = identity if identity == identity_of(what) else None
@@ -282,10 +280,3 @@ class Executor:
     def load_measurements(self, identity: Identity | None) -> LoadHistory:
         """Return the measurements of earlier runners of these files, of any program; `NOTHING` where there are none."""
         return self.measurements.recall(identity) if self.measurements is not None else NOTHING
-
-
-def _complete(profile: ModelProfile | Footprint, asked: Sequence[Options]) -> ModelProfile | Footprint:
-    """Return a profile; raises ValueError where its engine has not resolved all options: it would be asked for ever."""
-    if isinstance(profile, ModelProfile) and (missing := {*asked}.difference(one.asked for one in profile.resolutions)):
-        raise ValueError(f"its engine has not resolved {', '.join(map(str, missing))}")
-    return profile

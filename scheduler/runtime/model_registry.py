@@ -8,7 +8,7 @@ from fsm.domain.options import Options
 from fsm.machine.request import ModelId
 from fsm.sizing.footprint import Footprint
 from fsm.sizing.model_profile import ModelProfile
-from scheduler.engines.interface import Engine
+from scheduler.engines.interface import Engine, inspect
 from scheduler.engines.python import PythonModel
 from scheduler.models.model_spec import ModelSpec
 
@@ -65,4 +65,4 @@ class ModelRegistry:
 
         Raises `ModelNotFound` or `InvalidModel`.
         """
-        return self._engines[type(model)].inspect(model, asked)
+        return inspect(self._engines[type(model)], model, asked)

@@ -15,6 +15,7 @@ from fsm.messages.events import Acquire, Cancel, Event, Release, Unresponsive
 from fsm.messages.reasons import NoAnswer
 from fsm.messages.refusals import QueueFullRefusal
 from scheduler.concurrency.latch import Latch
+from scheduler.engines.python import PythonModel
 from scheduler.errors.exceptions import (
     InvalidSettings,
     SchedulerBroken,
@@ -232,7 +233,8 @@ class RequestBroker:
         """
         if (forgotten := self._registry.unregister(model)) is None:
             return
-        self._parser.forget(model)
+        if isinstance(forgotten, PythonModel):
+            self._parser.forget(model)
         self._executor.forget_model(model)
         if any(pending.model_id == model for pending in list(self.requests.values())):
             self._registry.register(forgotten)

@@ -9,11 +9,11 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict
 
-from fsm.domain.options import CACHE_TYPES, Options
+from fsm.domain.options import Options
 from fsm.machine.request import ModelId, Purpose, RequestSpec
 from scheduler.concurrency.clock import Clock, monotonic_clock
 from scheduler.config.quantities import parse_duration
-from scheduler.config.value_parsers import LARGEST_NUMBER
+from scheduler.config.value_parsers import CACHE_TYPES, LARGEST_NUMBER
 from scheduler.engines.python import PythonModel
 from scheduler.errors.exceptions import InvalidSettings, ModelNotFound, UnsupportedOption
 from scheduler.models.catalog import Catalog, is_like_a_path, is_path

@@ -600,9 +600,11 @@ def test_a_name_that_means_nothing_is_forgotten(scheduler: Scheduler, refused: l
 
 def test_an_engine_that_resolves_too_little_is_found(scheduler: Scheduler, monkeypatch: pytest.MonkeyPatch) -> None:
     """A request is refused whose options the engine leaves unresolved, and the model is not inspected for ever."""
-    monkeypatch.setattr(PythonEngine, "inspect", lambda *_: ModelProfile("file", 1))
-    with pytest.raises(InvalidModel, match="its engine has not resolved"):
-        scheduler.acquire(a_model("a"))
+    for told, reason in ((ModelProfile("file", 1), "its engine has not resolved"), (None, "is no profile")):
+        monkeypatch.setattr(PythonEngine, "inspect", lambda *_, told=told: told)
+        for ask in (scheduler.acquire, scheduler.fit):
+            with pytest.raises(InvalidModel, match=reason):
+                ask(a_model("a"))
 
 
 def test_the_last_names_that_were_forgotten_can_still_be_told(

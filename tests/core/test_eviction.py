@@ -14,6 +14,7 @@ from fsm.machine.runner import RunnerState
 from fsm.messages.commands import Grant, NotifyContention, Stop
 from fsm.messages.reasons import RunnerStep, WaitFor, WaitForRunners
 from fsm.planning.eviction_candidates import evictable_at
+from tests.support.models import a_model
 from tests.support.pool import (
     PoolUnderTest,
     a_pool,
@@ -165,6 +166,20 @@ def test_a_request_waits_for_the_runners_that_were_evicted_for_it() -> None:
     pool.feed(exited(2))
     assert pool.waits_for(1) == WaitForRunners(("a",), RunnerStep.leave)
     assert launched(pool.feed(exited(1))) == ["large"]
+
+
+def test_a_runner_that_is_loaded_again_is_not_evicted_for_an_older_request_that_counts_on_it() -> None:
+    """An older request that waits for two runners does not name the one that leaves to be loaded again elsewhere."""
+    pool = a_pool("16GiB", ["8GiB"], min_residency_s=0.0, max_runners=9)
+    pool.declare("b", a_model((2**29,) * 4)).declare("c", "8GiB").declare("large", "15GiB")
+    pool.idle("b", num_gpu=0).ready("c", lease=9)
+    assert pool.feed(acquire("large", request=1)) == [NotifyContention(2, (9,))]
+    assert stopped(pool.feed(acquire("b", request=2, num_gpu=99))) == [1]
+    evicted = {group.spec.model: group.evicted for group in pool.core._state.groups.values()}
+    assert evicted == {"large": (), "b": (1,)}
+    assert pool.waits_for(2) == WaitFor.load
+    assert stopped(pool.feed(release(9))) == [2]
+    assert pool.waits_for(1) == WaitForRunners(("c",), RunnerStep.leave)
 
 
 def test_a_runner_that_leaves_for_its_own_reasons_is_not_said_to_leave_for_a_request() -> None:

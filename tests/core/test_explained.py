@@ -120,6 +120,21 @@ def test_a_runner_that_was_evicted_for_a_request_is_said_to_be() -> None:
     assert reasons(told(pool, "waits")) == {"a": KeptReason.evicted, "b": KeptReason.evicted, "c": KeptReason.expiring}
 
 
+def launched_model(pool: PoolUnderTest) -> str:
+    return pool.launches[max(pool.launches)].model
+
+
+def test_a_request_that_needs_no_victim_is_told_what_becomes_of_each_runner() -> None:
+    """Where a model is launched beside others, runners that cannot be evicted are logged with why, and loads too."""
+    pool = listened(a_pool("9GiB", each="2GiB", sizes={"new": "3GiB"}).idle("pinned").idle("leaves").idle("idle"))
+    pool.feed(pin("pinned"), expire("leaves"), acquire("new", request=11))
+    assert launched_model(pool) == "new"
+    assert reasons(told(pool, "waits")) == {
+        "pinned": KeptReason.pinned, "leaves": KeptReason.expiring, "idle": KeptReason.not_needed,
+        "new": KeptReason.awaited,
+    }  # fmt: skip
+
+
 def test_an_idle_one_that_stays_until_the_rest_is_there_is_said_to() -> None:
     """An idle runner that could leave now is logged as leaving last, after the runner that drains."""
     pool = listened(a_pool("6GiB", sizes={"busy": "5GiB", "idle": "1GiB", "all": "6GiB"}, min_residency_s=0.0))

@@ -6,18 +6,19 @@ from dataclasses import replace
 
 import pytest
 
+from fsm.domain.devices import Placement
 from fsm.domain.options import Options
+from fsm.machine.runner import Runner, RunnerId
 from fsm.messages.commands import Inspect
 from fsm.messages.reasons import WaitFor
 from fsm.sizing.footprint import Footprint
-from fsm.sizing.load_history import MOST_KINDS
 from fsm.sizing.model_profile import Resolution, ResolvedLoad
-from fsm.state.model_record import ModelRecord
+from fsm.state.model_record import MOST_RESOLUTIONS, ModelRecord
 from scheduler.engines.llama_profile import LlamaSettings, profile_of
 from tests.support.models import a_model
-from tests.support.pool import PoolUnderTest, a_pool, acquire, exited, launched, loaded, release, stopped
+from tests.support.pool import PoolUnderTest, a_pool, acquire, cancel, exited, launched, loaded, release, stopped
 
-SMALL, LARGE = Options(num_ctx=2048), Options(num_ctx=8192)
+SMALL, LARGE, BIG = Options(num_ctx=2048), Options(num_ctx=8192), Options(num_ctx=65536)
 
 
 def slow_pool(**how: object) -> PoolUnderTest:
@@ -68,14 +69,34 @@ def test_options_of_a_loaded_model_are_resolved_before_it_is_loaded_again() -> N
 def test_resolutions_are_bounded_but_for_requests_that_wait() -> None:
     """The oldest resolutions are dropped, and those of waiting requests are kept however many they are."""
     model, profile = ModelRecord("a"), profile_of(a_model(), ())
-    asked = [Options(num_ctx=4 + number) for number in range(2 * MOST_KINDS)]
+    asked = [Options(num_ctx=4 + number) for number in range(50)]
     resolutions = tuple(Resolution(options, (ResolvedLoad(options, Footprint()),)) for options in asked)
     for one in resolutions:
         model.apply_inspection(replace(profile, resolutions=(one,)), 1, kept=[asked[0]])
-    assert len(model.resolutions) == MOST_KINDS
-    assert [*model.resolutions] == [asked[0], *asked[-MOST_KINDS + 1 :]]
+    assert [*model.resolutions] == [asked[0], *asked[-MOST_RESOLUTIONS:]]
     model.apply_inspection(replace(profile, resolutions=resolutions), 1, kept=asked)
     assert set(model.resolutions) == set(asked)
+
+
+def test_no_younger_request_takes_the_memory_of_a_known_model_whose_options_are_not_resolved_yet() -> None:
+    """While new options of a known model are resolved, memory is reserved for it by the options that are known."""
+    pool = a_pool("1GiB", inspects=False, max_runners=9).declare("large", a_model((200 * 2**20,) * 3))
+    pool.declare("small", "600MiB").feed(acquire("large", 1), pool.inspection("large", [Options()]))
+    pool.feed(loaded(1), release(1), exited(1), acquire("small", 3), acquire("large", 2, num_ctx=2048), cancel(3))
+    pool.feed(acquire("small", 4))
+    assert launched(pool.feed(pool.inspection("small"))) == []
+    assert launched(pool.feed(pool.inspection("large", [SMALL]))) == ["large"]
+
+
+def test_an_automatic_context_is_stepped_down_although_other_options_were_resolved_last() -> None:
+    """The smaller contexts of a request that names none are those of any request that names none."""
+    model, profile = ModelRecord("a"), profile_of(a_model(context_trained=65536), [Options(num_parallel=2)], BIG)
+    model.apply_inspection(profile, 1)
+    failed = Runner(RunnerId(1), "a", Options(num_ctx=65536), Placement(()), 0.0, 0.0)
+    failed.equivalent_requests.add(Options())
+    assert model.step_down(failed) and model.context_limit == 32768
+    failed.equivalent_requests = {Options(num_ctx=65536)}
+    assert not model.step_down(failed)
 
 
 def test_a_launch_carries_the_settings_of_its_load() -> None:
@@ -89,6 +110,6 @@ def test_a_launch_carries_the_settings_of_its_load() -> None:
 def test_a_resolution_has_a_load_for_any_machine() -> None:
     """A resolution without a load, or whose last load needs GPUs of some size, is a fault of its engine."""
     larger = ResolvedLoad(Options(), Footprint(), least_gpu_bytes=1)
-    for loads in ((), (larger,)):
-        with pytest.raises(ValueError, match="any machine"):
+    for loads in ((), (larger,), (replace(larger, least_gpu_bytes=0, footprint=None),)):
+        with pytest.raises(ValueError, match=r"any machine|no footprint"):
             Resolution(Options(), loads)

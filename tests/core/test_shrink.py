@@ -54,6 +54,25 @@ def test_as_few_idle_runners_go_as_lower_memory_asks_for() -> None:
     assert pool.free() == 0
 
 
+def test_a_limit_that_cannot_be_met_takes_no_runner_that_would_not_help() -> None:
+    """Where only a busy runner holds too much of a device, another limit evicts no more runners than it asks for."""
+    pool = a_pool("64GiB", ["8GiB"], each="1GiB", max_runners=9).declare("busy", layered(4, "512MiB"))
+    pool.ready("busy", lease=1)
+    for model in "bcde":
+        pool.idle(model).advance("1s")
+    assert shrink(pool, "1GiB", "gpu0") == []
+    assert len(stopped(pool.feed(Configure(max_runners=4)))) == 1
+
+
+def test_a_device_that_cannot_be_freed_takes_no_runner_of_another_device() -> None:
+    """Where one device stays too full, as few runners of another device go as free what is too much on that."""
+    pool = a_pool("64GiB", ["8GiB", "8GiB"], max_runners=9).declare("busy", layered(5, "1GiB")).ready("busy", lease=1)
+    for model in "xyz":
+        pool.declare(model, layered(2, "512MiB")).idle(model, main_gpu=1).advance("1s")
+    pool.capacities |= {"gpu0": amount("2GiB"), "gpu1": amount("2500MiB")}
+    assert len(stopped(pool.feed(pool.sample()))) == 1
+
+
 def test_all_idle_runners_go_where_they_are_not_enough_and_busy_ones_when_they_rest() -> None:
     """All idle runners are evicted where they do not free enough, and a busy one when it becomes idle."""
     pool = a_pool(capacity="8GiB", sizes={"a": "1GiB", "b": "4GiB"}).idle("a").ready("b", lease=1)

@@ -8,7 +8,9 @@ from enum import Enum
 
 import pytest
 
-from fsm.machine.runner import EXPIRING, RUNNER_TABLE, UNLOADED, RunnerState
+from fsm.domain.devices import Placement
+from fsm.domain.options import Options
+from fsm.machine.runner import EXPIRING, PROCESS_TABLE, RUNNER_TABLE, UNLOADED, ProcessState, Runner, RunnerState
 from fsm.machine.transition_table import IllegalTransition, Row, Table, TableError
 
 
@@ -167,6 +169,23 @@ def test_a_runner_in_use_is_never_unloaded() -> None:
     with pytest.raises(IllegalTransition):
         RUNNER_TABLE.fire(subject, "unload")
     assert subject.state is EXPIRING
+
+
+@pytest.mark.parametrize("trigger", PROCESS_TABLE.triggers)
+@pytest.mark.parametrize("leases", [set(), {1}])
+@pytest.mark.parametrize("before", ProcessState)
+def test_a_process_in_use_is_neither_stopped_nor_gone(trigger: str, leases: set[int], before: ProcessState) -> None:
+    """A process changes its state by the rows of its table, and never while its runner holds a lease."""
+    runner = Runner(1, "a", Options(), Placement(()), 0.0, 0.0, process_state=before, leases=leases)
+    destination = PROCESS_TABLE.destination(trigger, before)
+    if leases or destination is None:
+        with pytest.raises(IllegalTransition):
+            PROCESS_TABLE.fire(runner, trigger)
+        destination = before
+    else:
+        PROCESS_TABLE.fire(runner, trigger)
+    assert (runner.process_state, runner.process) == (destination, destination is not ProcessState.gone)
+    assert runner.state is RunnerState.loading
 
 
 def test_unload_is_the_only_way_into_unloaded() -> None:

@@ -12,6 +12,7 @@ from fsm.domain.devices import HOST, MIB
 from fsm.domain.options import Options
 from fsm.sizing.footprint import Footprint, bytes_by_device
 from fsm.state.runner_match import serves
+from scheduler.config.value_parsers import CACHE_TYPES
 from scheduler.engines.llama_options import ONE_AT_A_TIME, micro_batch, resolve
 from scheduler.engines.llama_sizing import CACHE_BLOCK_BYTES, PROMPT_CACHE_BYTES, estimate
 from scheduler.models.model_info import ModelInfo, Recurrence
@@ -260,6 +261,11 @@ def test_the_compute_buffer_is_what_the_engine_reports(info: ModelInfo, options:
 def test_what_lies_beside_the_model_goes_with_its_output() -> None:
     """Adapters and projectors are counted with the output layer."""
     assert cost(replace(A_MODEL, adapters_bytes=5 * MIB)).output_bytes - cost().output_bytes == 5 * MIB
+
+
+def test_every_cache_type_that_may_be_named_has_a_size() -> None:
+    """The types that settings and requests may name are those of which the size of a block is known."""
+    assert set(CACHE_TYPES) == set(CACHE_BLOCK_BYTES)
 
 
 def test_the_prompt_cache_is_counted_as_the_engine_is_told() -> None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import runpy
+from enum import Enum
 from pathlib import Path
 
 import pytest
 
 from fsm.machine import request, runner
 from fsm.machine.request import RequestState
-from fsm.machine.runner import RUNNER_TABLE, RunnerState
+from fsm.machine.runner import PROCESS_TABLE, RUNNER_TABLE, ProcessState, RunnerState
+from fsm.machine.transition_table import Table
 from fsm.verification.state_diagram import REQUEST_ROWS, markdown, mermaid
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "states.md"
@@ -27,11 +29,12 @@ def test_the_module_prints_the_page(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == markdown()
 
 
-def test_every_row_is_an_arrow() -> None:
+@pytest.mark.parametrize("table", [RUNNER_TABLE, PROCESS_TABLE], ids=lambda table: table.name)
+def test_every_row_is_an_arrow(table: Table[Enum]) -> None:
     """Every row is on the arrow between its two states."""
-    lines = mermaid(RUNNER_TABLE).splitlines()
+    lines = mermaid(table).splitlines()
     assert lines[0] == "stateDiagram-v2"
-    for row in RUNNER_TABLE.rows:
+    for row in table.rows:
         way = f"    {row.source.name} --> {row.destination.name}: "
         assert [row.trigger in line for line in lines if line.startswith(way)] == [True]
 
@@ -44,14 +47,16 @@ def test_the_diagram_begins_and_ends() -> None:
 
 
 def test_every_state_says_what_is_true_in_it() -> None:
-    """Every state of a runner and of a request has a meaning, in the order of the states."""
+    """Every state of a runner, of its process and of a request has a meaning, in the order of the states."""
     assert list(runner.MEANING) == list(RunnerState)
+    assert list(runner.PROCESS_MEANING) == list(ProcessState)
     assert list(request.MEANING) == list(RequestState)
 
 
 def test_every_row_says_when_it_is_fired() -> None:
     """Every row says when it is fired."""
     assert all(row.when for row in RUNNER_TABLE.rows)
+    assert all(row.when for row in PROCESS_TABLE.rows)
     assert all(row.when for row in REQUEST_ROWS)
 
 

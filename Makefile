@@ -33,7 +33,7 @@ help:
 	@echo "make policies  replay generated traffic with each eviction policy, beside what is possible (SEEDS, 10; TRACE=file)"
 	@echo "make explore search what a small scheduler can come to, in every order of events (half an hour)"
 	@echo "make mutants put faults into the core and show what finds each, and the shortest way to it"
-	@echo "make fuzz    run the core in SEEDS simulated worlds of STEPS events each, faults included, or until QUIET steps add nothing new"
+	@echo "make fuzz    run the core in SEEDS simulated environments of STEPS events each, faults included, or until QUIET steps add nothing new"
 	@echo "make fuzz-metadata  damage 100,000 model files at random and read what is left"
 	@echo "make memory  compare predictions of memory with real runners and write docs/memory.md (some minutes)"
 	@echo "make soak    use a scheduler hard for MINUTES (10), with real threads, real children and every fault at once"

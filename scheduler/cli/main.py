@@ -130,9 +130,9 @@ def _add_fit(parser: argparse.ArgumentParser) -> None:
 
 def _add_replay(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "Runs a recording (the setting `recording_file`) through the decisions once more: who asked, what was decided "
-        "and why, who waited for what. Exits with 0 if each decision is the recorded one, with 1 at the first that is "
-        "not."
+        "Runs a recording (the setting `recording_file`) through the decisions once more: which requests came, what "
+        "was decided and why, and what each request waited for. Exits with 0 if each decision is the recorded one, "
+        "with 1 at the first that is not."
     )
     parser.add_argument("recording", type=Path, metavar="FILE", help="the recording, or FILE.1, the one before it")
     parser.add_argument("--timeline", type=Path, metavar="FILE", help="draw what each runner did when; svg, png or pdf")

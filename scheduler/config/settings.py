@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict, Unpack
 
-from fsm.domain.options import MOST_SLOTS
+from fsm.domain.options import MOST_SLOTS, MOST_THREADS
 from fsm.eviction.policies import DEFAULT_POLICY, EvictionPolicy
 from scheduler.config.paths import default_measurement_file, shared_lock_folder
 from scheduler.config.quantities import parse_bytes, parse_duration
@@ -283,7 +283,9 @@ SETTINGS = (
         "eviction", DEFAULT_POLICY.name, eviction,
         'which idle runners go first: "reuse", "lru", "keep-alive" or a policy object',
     ),
-    Setting("cpu_threads", None, optional(count(1)), "threads of each runner; none: its part of the cores"),
+    Setting(
+        "cpu_threads", None, optional(count(1, MOST_THREADS)), "threads of each runner; none: its part of the cores"
+    ),
     Setting("gpus", True, flag, "whether GPUs are used"),
     Setting("probe_interval", "10s", duration(zero=False), "how often a runner is asked whether it still answers"),
     Setting("probe_timeout", "10s", duration(zero=False), "how long it may take to answer"),

@@ -62,6 +62,8 @@ _KEPT_PREFIXES = ("CUDA_", "LC_", "NVIDIA_")
 # thread each where several runners answer at once (`make bench` compares them). "passive" is for an OpenMP that does
 # not know spins; libgomp goes by their number where it is given both.
 _WAITING: Mapping[str, str] = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "300"}
+# where a debugger is installed, an abort would take seconds, and its backtrace would push the reason out of the output
+_ABORTING: Mapping[str, str] = {"GGML_NO_BACKTRACE": "1"}
 
 _STAMP = re.compile(r"^[\d.]+ ([A-Z]) +")  # prefix of llama.cpp's log: time, and level (E: error)
 _OUT_OF_MEMORY = re.compile(
@@ -386,7 +388,7 @@ def find_library() -> str | None:
 def child_environment(environment: Mapping[str, str], gpus: Iterable[DeviceId]) -> dict[str, str]:
     """Return the part of `environment` that a child gets, and the GPUs that its layers are on, in their order."""
     kept = {name: value for name, value in environment.items() if name in _KEPT or name.startswith(_KEPT_PREFIXES)}
-    return {**kept, **_WAITING, "CUDA_VISIBLE_DEVICES": ",".join(gpus)}
+    return {**kept, **_WAITING, **_ABORTING, "CUDA_VISIBLE_DEVICES": ",".join(gpus)}
 
 
 def without_requests(output: str) -> str:

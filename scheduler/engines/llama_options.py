@@ -13,6 +13,7 @@ DEFAULT_EMBEDDER_CONTEXT = 512  # of a decoder used for embeddings: it computes 
 LEAST_CONTEXT = 4
 LEAST_VISION_CONTEXT = 2048  # an image alone takes hundreds of tokens
 DEFAULT_BATCH = 512
+LEAST_BATCH = 2  # tokens; the engine also computes a token of each slot in one batch, and aborts where it cannot
 LARGEST_MICRO_BATCH = 2048  # tokens per pass of a generating model, however large its batch
 
 ONE_AT_A_TIME = frozenset(
@@ -60,6 +61,7 @@ def resolve(info: ModelInfo, options: Options, defaults: Options = _AUTOMATIC) -
     """Return options with explicit values where the engine would choose: context, batch, slots and cache types.
 
     The context is at least 4 tokens (2048 for a vision model) and at most the context that the model was trained with.
+    A batch is at least 2 tokens, and as many as there are slots.
     Embedders, and families that cannot share, have one slot. An embedder's batch holds its whole context, since
     llama.cpp refuses a pooled input that takes more than one pass. `num_gpu`, `main_gpu`, `num_thread`, `use_mmap`,
     `flash_attention` and `require_gpu` stay as they are. An option that is not named is first taken from `defaults`,
@@ -150,7 +152,7 @@ def shape_of(info: ModelInfo, options: Options) -> Shape:
     one_at_a_time = info.embedding or info.architecture in ONE_AT_A_TIME
     parallel = 1 if one_at_a_time else max(1, options.num_parallel or 1)
     batch = DEFAULT_BATCH if options.num_batch is None else options.num_batch
-    batch = context if info.embedding else max(1, min(batch, context * parallel))
+    batch = context if info.embedding else max(LEAST_BATCH, parallel, min(batch, context * parallel))
     micro_batch = batch if info.embedding else min(batch, LARGEST_MICRO_BATCH)
     return Shape(context, parallel, batch, micro_batch, padded(context))
 

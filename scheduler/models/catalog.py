@@ -1,4 +1,4 @@
-"""Models by name: who is asked for one, what a name may look like, and that nothing outside of a root is opened."""
+"""Models by name: which resolvers are asked, what a name may look like, and no file outside of a root is opened."""
 
 from __future__ import annotations
 
@@ -18,15 +18,13 @@ from scheduler.models.model_spec import FIRST_PART, MOST_PARTS, ModelSpec
 
 LONGEST_NAME = 512  # characters
 CLOSEST = 5  # names that an error suggests, at most
-LISTED_S = (
-    5.0  # for so long a list of all names serves for suggestions: who asks for nonsense is not to keep disks busy
-)
+LISTED_S = 5.0  # for so long a list of all names serves for suggestions: unknown names must not keep disks busy
 
 _RESOLVERS = "an object with location, find(name) and names(); a folder of models goes into Settings(models=...)"
 
 
 class Resolver(Protocol):
-    """Who knows models by name; `Catalog.add` takes any. Its methods may be called from several threads at once."""
+    """A place that knows models by name; `Catalog.add` takes any. Several threads may call its methods at once."""
 
     @property
     def location(self) -> str:

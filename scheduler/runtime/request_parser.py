@@ -27,7 +27,7 @@ class AcquireOptions(TypedDict, total=False):
 
     keep_alive: str | float | None  # how long the runner stays loaded without leases; 0: not at all; negative: for ever
     timeout: str | float | None  # how long the request may wait
-    priority: int  # a request group of higher priority goes first
+    priority: int | None  # a request group of higher priority goes first
     num_ctx: int | None  # context of one slot, tokens
     num_batch: int | None
     num_gpu: int | None  # layers on GPUs; negative: automatic; 0: host only
@@ -139,7 +139,7 @@ class RequestParser:
         named: dict[str, Any] = {name: value for name, value in asking.items() if name not in (*_IDENTITY, *_TIMING)}
         for name, value in named.items():
             _check(name, value)
-            if isinstance(spec, PythonModel):
+            if isinstance(spec, PythonModel) and value is not None:
                 raise UnsupportedOption(name, value, "an object has no load-time options")
         options = Options() if isinstance(spec, PythonModel) else replace(spec.options, **named)
         keep_alive, timeout = asking.get("keep_alive"), asking.get("timeout")
@@ -149,7 +149,9 @@ class RequestParser:
         timeout_s = None if timeout is None else parse_duration(timeout, name="timeout")
         for each in fields(options):  # the options of the model itself are checked too
             _check(each.name, getattr(options, each.name))
-        priority = asking.get("priority", spec.priority)
+        priority = asking.get("priority")
+        if priority is None:
+            priority = spec.priority
         if not isinstance(priority, int) or isinstance(priority, bool) or abs(priority) > MOST_PRIORITY:
             raise InvalidSettings("priority", priority, f"a whole number from -{MOST_PRIORITY} to {MOST_PRIORITY}")
         request_spec = RequestSpec(spec.id, options, purpose, priority)
@@ -169,7 +171,8 @@ class RequestParser:
         identity = {name: value for name, value in asking.items() if name in _IDENTITY}
         if isinstance(model, PythonModel):
             for name, value in identity.items():
-                raise UnsupportedOption(name, value, "an object has no such part")
+                if value is not None:
+                    raise UnsupportedOption(name, value, "an object has no such part")
             return model
         spec = model if isinstance(model, ModelSpec) else self._named(model)
         identity = {name: value for name, value in identity.items() if value is not None}
@@ -211,6 +214,6 @@ def _check(name: str, value: object) -> None:
     if name in _POSITIVE and value < 1:  # type: ignore[operator]  # it is an int
         raise UnsupportedOption(name, value, "it must be at least 1")
     if kind is int and abs(value) >= LARGEST_NUMBER:  # type: ignore[arg-type]  # it is an int
-        raise UnsupportedOption(name, value, "it must be below 2**63")
+        raise UnsupportedOption(name, value, "it must be between -2**63 and 2**63")
     if kind is str and value not in CACHE_TYPES:
         raise UnsupportedOption(name, value, f"it must be one of {', '.join(CACHE_TYPES)}")

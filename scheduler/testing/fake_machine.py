@@ -138,10 +138,10 @@ class FakeMachine:
 
     def _waits(self) -> bool:
         """Tell whether a request, or the close, waits for what only time can bring."""
-        desk = self.scheduler._broker
-        if desk.closing:
-            return not desk.finished.is_set()
-        return self._auto_advance and any(not ticket.answered for ticket in list(desk.requests.values()))
+        broker = self.scheduler._broker
+        if broker.closing:
+            return not broker.finished.is_set()
+        return self._auto_advance and any(not pending.answered for pending in list(broker.requests.values()))
 
 
 class _FakeEnvironment(Environment):

@@ -29,7 +29,7 @@ from scheduler.models import gguf_metadata as metadata_module
 from scheduler.models.catalog import Catalog
 from scheduler.models.gguf_metadata import read_metadata
 from scheduler.models.model_spec import MOST_PARTS
-from scheduler.runtime.request_parser import MOST_PRIORITY, RequestParser
+from scheduler.runtime.request_parser import MOST_PRIORITY, AcquireOptions, RequestParser
 from tests.support.leaks import no_leaks
 from tests.support.real import send, settings
 from tests.support.tiny_models import write_tiny_model
@@ -77,12 +77,18 @@ def test_a_priority_beyond_reason_is_refused(scheduler: Scheduler, priority: Any
     scheduler.acquire(a_model(), priority=-MOST_PRIORITY).release()
 
 
+def test_none_is_a_keyword_that_is_not_named(scheduler: Scheduler) -> None:
+    """A program may pass all keywords on: None names no option, no part of a model and no priority."""
+    for name in AcquireOptions.__annotations__:
+        scheduler.acquire(a_model(), **{name: None}).release()  # type: ignore[misc]  # made up of names
+
+
 @pytest.mark.parametrize("name", ["num_ctx", "num_batch", "num_parallel", "num_gpu", "main_gpu", "num_thread"])
 def test_a_number_that_no_recording_can_hold_is_refused(file: Path, name: str) -> None:
     """A number of more than 63 bits is refused, and the largest that is allowed is refused for what it asks for."""
     parser = RequestParser(Catalog([]), lambda model: None, pin=lambda model: None)
     for asked, asking in ((file, {name: 2**63}), (ModelSpec("a", str(file), options=Options(**{name: 10**400})), {})):
-        with pytest.raises(UnsupportedOption, match="below 2\\*\\*63"):
+        with pytest.raises(UnsupportedOption, match="between -2\\*\\*63 and 2\\*\\*63"):
             parser.parse_cached(asked, asking)  # type: ignore[arg-type]  # made up of names
     parser.parse_cached(file, {name: 2**63 - 1})  # type: ignore[misc]  # the same
 

@@ -166,6 +166,22 @@ def test_it_refuses_whoever_has_not(engine: LlamaEngine, file: Path) -> None:
     assert endpoint.url.startswith("http://127.0.0.1:")
 
 
+@pytest.mark.parametrize(
+    "options",
+    [Options(num_batch=1), Options(num_batch=3, num_parallel=4), Options(num_ctx=4, num_batch=1, num_parallel=4)],
+)
+def test_a_small_batch_does_not_abort_the_engine(engine: LlamaEngine, file: Path, options: Options) -> None:
+    """A batch has at least two tokens and one of each slot: llama.cpp aborts where it cannot add them at once."""
+    _, told = launch(engine, file, replace(options, num_thread=1))
+    assert ask(told.endpoint(), "/completion", {"prompt": "a", "n_predict": 2})[0] == 200
+
+
+def test_an_abort_of_the_engine_is_told_without_a_backtrace(engine: LlamaEngine, file: Path) -> None:
+    """Where a debugger is installed, ggml would print the backtrace of every thread after the reason of an abort."""
+    process, _ = launch(engine, file)
+    assert process.child is not None and process.child.program.environment["GGML_NO_BACKTRACE"] == "1"
+
+
 def test_a_web_page_may_not_read_its_answers(engine: LlamaEngine, file: Path) -> None:
     """An answer to a page of another origin has no header that lets the browser show it."""
     _, told = launch_and_wait(engine, file)

@@ -60,8 +60,9 @@ def tell_waits(state: CoreState, plan: Plan, decision_log: list[Entry]) -> None:
 def runners_considered(state: CoreState, plan: Plan, planned: PlannedPlacement) -> tuple[ConsideredRunner, ...]:
     """Return every runner that holds memory or a process, with why it is not evicted for a request group."""
     known = {one.runner: one for one in (*planned.considered, *planned.victims)}
-    launched = {one.id: KeptReason.awaited for one in state.runners.values() if one.state is LOADING}
-    kept = {**launched, **dict.fromkeys(plan.victims, KeptReason.other_victim), **plan.barred, **planned.kept}
+    loading = [one for one in state.runners.values() if one.state is LOADING and state.groups_served_by(one)]
+    awaited = {one.id: KeptReason.awaited for one in loading}
+    kept = {**awaited, **dict.fromkeys(plan.victims, KeptReason.other_victim), **plan.barred, **planned.kept}
     return tuple(
         _considered(state, runner, known.get(id), kept.get(id, KeptReason.not_needed))
         for id, runner in state.runners.items()

@@ -162,9 +162,11 @@ def _suffices(context: PlanningContext, need: Requirement, horizon: Horizon, vic
 
 def _evict(context: PlanningContext, group: RequestGroup, victims: Sequence[Candidate]) -> None:
     context.wait(group, WaitForRunners(_models(victims), RunnerStep.leave))
-    own = [victim.runner for victim in victims if victim.runner not in context.plan.victims]
-    context.plan.victims |= dict.fromkeys(own, NeededFor(group.spec.model))
-    context.plan.evicted[group.spec] = tuple(own)
+    for victim in victims:
+        context.plan.victims.setdefault(victim.runner, NeededFor(group.spec.model))
+    others = {runner for evicted in context.plan.evicted.values() for runner in evicted}
+    if own := [victim.runner for victim in victims if victim.runner not in others]:
+        context.plan.evicted[group.spec] = tuple(own)
 
 
 def _wait_for_idle(

@@ -59,7 +59,8 @@ class Resolution:
     def __post_init__(self) -> None:
         if not self.loads or self.loads[-1].least_gpu_bytes:
             raise ValueError(f"no load of {self.asked} can be taken on any machine")
-        if not all(isinstance(load.footprint, Footprint) for load in self.loads):
+        loads = [*self.loads, *(batch.load for load in self.loads for batch in load.batches)]
+        if not all(isinstance(load.footprint, Footprint) for load in loads):
             raise ValueError(f"a load of {self.asked} has no footprint")
 
 

@@ -141,6 +141,7 @@ class RequestParser:
             _check(name, value)
             if isinstance(spec, PythonModel) and value is not None:
                 raise UnsupportedOption(name, value, "an object has no load-time options")
+        named = {name: value for name, value in named.items() if value is not None}
         options = Options() if isinstance(spec, PythonModel) else replace(spec.options, **named)
         keep_alive, timeout = asking.get("keep_alive"), asking.get("timeout")
         if keep_alive is None:

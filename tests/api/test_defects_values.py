@@ -81,6 +81,10 @@ def test_none_is_a_keyword_that_is_not_named(scheduler: Scheduler) -> None:
     """A program may pass all keywords on: None names no option, no part of a model and no priority."""
     for name in AcquireOptions.__annotations__:
         scheduler.acquire(a_model(), **{name: None}).release()  # type: ignore[misc]  # made up of names
+    parser = RequestParser(Catalog([]), lambda model: None, pin=lambda model: None)
+    spec = ModelSpec("a", "/a.gguf", options=Options(num_ctx=8192), priority=3, keep_alive="5m")
+    asked = parser.parse(spec, {"num_ctx": None, "priority": None, "keep_alive": None})[1]
+    assert asked == parser.parse(spec, {})[1] and asked.spec.options.num_ctx == 8192
 
 
 @pytest.mark.parametrize("name", ["num_ctx", "num_batch", "num_parallel", "num_gpu", "main_gpu", "num_thread"])

@@ -8,9 +8,10 @@ from fsm.domain.devices import HOST, MIB, Placement
 from fsm.eviction.policies import LeastRecentlyUsed
 from fsm.machine.runner import RunnerState
 from fsm.messages.decision_log import ConsideredDevice, ConsideredRunner, Decision
-from fsm.messages.reasons import KeptReason, RunnerStep, WaitForRunners
+from fsm.messages.reasons import KeptReason, RunnerStep, WaitFor, WaitForRunners
 from fsm.sizing.footprint import Footprint
-from tests.support.pool import PoolUnderTest, a_pool, acquire, exited, expire, loaded, pin, release
+from tests.support.models import a_model
+from tests.support.pool import PoolUnderTest, a_pool, acquire, amount, cancel, exited, expire, loaded, pin, release
 
 GIB = 1024 * MIB
 
@@ -118,6 +119,22 @@ def test_a_runner_that_was_evicted_for_a_request_is_said_to_be() -> None:
     assert reasons(told(pool, "waits")) == {"a": None, "b": None, "c": KeptReason.expiring}
     pool.feed(exited(2))
     assert reasons(told(pool, "waits")) == {"a": KeptReason.evicted, "b": KeptReason.evicted, "c": KeptReason.expiring}
+
+
+def test_a_load_that_no_request_waits_for_is_not_said_to_be_waited_for() -> None:
+    """A load whose requests have left is kept because no runner has to be evicted."""
+    pool = listened(a_pool("9GiB", each="2GiB").loading("left", 1))
+    pool.feed(cancel(1), acquire("new", request=2))
+    assert reasons(told(pool, "waits")) == {"left": KeptReason.not_needed, "new": KeptReason.awaited}
+
+
+def test_a_runner_that_leaves_for_a_device_and_is_loaded_again_leaves_for_its_request() -> None:
+    """A runner that is evicted from a shrunk device, and loaded again for a request, is evicted for that request."""
+    pool = listened(a_pool("16GiB", ["8GiB"]).declare("a", a_model((2**30,) * 4)).ready("a", lease=1))
+    pool.capacities |= {"gpu0": amount("2GiB")}
+    pool.feed(pool.sample(), acquire("a", request=2, num_gpu=0), release(1))
+    assert reasons(told(pool, "evicts")) == {"a": None}
+    assert pool.waits_for(2) == WaitFor.load
 
 
 def launched_model(pool: PoolUnderTest) -> str:

@@ -12,7 +12,7 @@ from fsm.machine.runner import Runner, RunnerId
 from fsm.messages.commands import Inspect
 from fsm.messages.reasons import WaitFor
 from fsm.sizing.footprint import Footprint
-from fsm.sizing.model_profile import Resolution, ResolvedLoad
+from fsm.sizing.model_profile import LargerBatch, Resolution, ResolvedLoad
 from fsm.state.model_record import MOST_RESOLUTIONS, ModelRecord
 from scheduler.engines.llama_profile import LlamaSettings, profile_of
 from tests.support.models import a_model
@@ -109,7 +109,8 @@ def test_a_launch_carries_the_settings_of_its_load() -> None:
 
 def test_a_resolution_has_a_load_for_any_machine() -> None:
     """A resolution without a load, or whose last load needs GPUs of some size, is a fault of its engine."""
-    larger = ResolvedLoad(Options(), Footprint(), least_gpu_bytes=1)
-    for loads in ((), (larger,), (replace(larger, least_gpu_bytes=0, footprint=None),)):
+    load = ResolvedLoad(Options(), Footprint())
+    larger, without = replace(load, least_gpu_bytes=1), replace(load, footprint=None)
+    for loads in ((), (larger,), (without,), (replace(load, batches=(LargerBatch(without, 0.5, 0),)),)):
         with pytest.raises(ValueError, match=r"any machine|no footprint"):
             Resolution(Options(), loads)

@@ -98,7 +98,7 @@ def _held(scheduler: Scheduler) -> list[str]:
     """
     check_scheduler(scheduler)
     books = scheduler.debug_state()
-    left = [f"ticket {id}" for id in books.requests]
+    left = [f"pending request {id}" for id in books.requests]
     left += [f"the lock of {device}" for device in books.locked]
     if books.error is not None:
         return left
@@ -114,7 +114,7 @@ def no_leaks() -> Iterator[None]:
     """Fail if a thread, process, descriptor or lock is there afterwards that was not there before.
 
     Checked are threads, file descriptors, descendants of this process (orphans and zombies too), and of each scheduler
-    that was made meanwhile its requests, tickets, runners, leases, bytes in the ledger, and locks of devices.
+    that was made meanwhile its requests, pending requests, runners, leases, bytes in the ledger, and locks of devices.
     """
     gc.collect()
     threads, descriptors, processes = set(threading.enumerate()), _descriptors(), _processes()

@@ -135,13 +135,15 @@ def wait_reason(reason: WaitReason, name: Name) -> str:
             assert_never(reason)
 
 
-def transition_reason(reason: TransitionReason, name: Name) -> str:
-    """Return why a runner changed its state."""
+def transition_reason(reason: TransitionReason, name: Name, own: ModelId) -> str:
+    """Return why a runner of the model `own` changed its state."""
     match reason:
         case RunnerReason():
             return RUNNERS[reason]
         case AskedBy(request):
             return f"request {request} waits for it"
+        case NeededFor(model) if model == own:
+            return "its model is loaded with other options"
         case NeededFor(model, load_slot):
             return f"{name(model) if model else 'the program'} needs its {'load slot' if load_slot else 'memory'}"
         case RunnerLimit():

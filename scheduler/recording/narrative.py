@@ -291,7 +291,7 @@ class Narrative:
     # -- what was decided ---------------------------------------------------------------------------------------------
 
     def _transition(self, entry: Transition, moment: ReplayedStep) -> Iterator[NarrativeLine]:
-        name, reason = self._runner(entry.runner), transition_reason(entry.why, self.name)
+        name, reason = self._runner(entry.runner), transition_reason(entry.why, self.name, entry.model)
         if entry.source is None:
             self.loads += 1
             launch = next(one for one in moment.commands if isinstance(one, Launch) and one.runner == entry.runner)

@@ -66,7 +66,7 @@ def event_of(entry: Entry, name: Name) -> Transition | Decision:
     """Return an entry of the core's decision log with its reasons in words."""
     match entry:
         case decision_log.Transition():
-            return Transition(**_values(entry), reason=transition_reason(entry.why, name))
+            return Transition(**_values(entry), reason=transition_reason(entry.why, name, entry.model))
         case decision_log.Decision():
             runners = tuple(ConsideredRunner(**_values(one), reason=kept_reason(one)) for one in entry.runners)
             devices = tuple(

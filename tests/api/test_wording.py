@@ -63,7 +63,7 @@ def said(union: Any, words: Any) -> dict[object, str]:
 
 WORDS: dict[str, dict[object, str]] = {
     "waits": said(WaitReason, lambda reason: wording.wait_reason(reason, name)),
-    "transitions": said(TransitionReason, lambda reason: wording.transition_reason(reason, name)),
+    "transitions": said(TransitionReason, lambda reason: wording.transition_reason(reason, name, ModelId("third"))),
     "failures": said(FailureReason, wording.failure_reason),
     "infeasible": said(InfeasibleReason, lambda reason: wording.infeasible_reason(reason, name)),
     "unsupported": said(UnsupportedReason, wording.UNSUPPORTED.__getitem__),
@@ -128,7 +128,12 @@ def test_a_wait_says_what_for(reason: WaitReason, words: str) -> None:
 )
 def test_a_runner_that_leaves_says_for_what(reason: ExpireReason, words: str) -> None:
     """An expiry's words have the model by its name, or the limit, for which the runner is stopped."""
-    assert wording.transition_reason(reason, name) == words
+    assert wording.transition_reason(reason, name, OTHER) == words
+
+
+def test_a_runner_that_is_replaced_says_so() -> None:
+    """A runner that leaves for a request for its own model leaves because the model is loaded with other options."""
+    assert wording.transition_reason(NeededFor(MODEL), name, MODEL) == "its model is loaded with other options"
 
 
 @pytest.mark.parametrize(
@@ -253,7 +258,7 @@ def test_events_have_words_beside_the_values() -> None:
         and isinstance(evicts, event_stream.Decision)
     )
     assert (moved.at, moved.destination, moved.leases, moved.why) == (1.0, READY, 1, NeededFor(MODEL))
-    assert moved.reason == "chat needs its memory"
+    assert moved.reason == "its model is loaded with other options"
     assert (rejected.what, rejected.request, rejected.until, rejected.why) == ("rejected", 3, 4.0, refusal)
     assert rejected.reason == str(error_of(refusal, name))
     assert ([one.reason for one in rejected.runners], [one.reason for one in rejected.devices]) == (
@@ -269,7 +274,13 @@ def test_a_pattern_without_names_gets_the_words_where_they_always_were() -> None
     listened.offer([Transition(1.0, RunnerId(1), MODEL, "serve", LOADING, READY, NeededFor(MODEL), 1)])
     match listened.take(0):
         case event_stream.Transition(at, _, _, trigger, _, destination, reason, leases):
-            assert (at, trigger, destination, reason, leases) == (1.0, "serve", READY, "chat needs its memory", 1)
+            assert (at, trigger, destination, reason, leases) == (
+                1.0,
+                "serve",
+                READY,
+                "its model is loaded with other options",
+                1,
+            )
         case other:
             raise AssertionError(other)
     for kind in (event_stream.Transition, event_stream.Decision, event_stream.ConsideredRunner):

@@ -23,3 +23,6 @@ class Options:
     cache_type_k: str | None = None  # the name of a type of the engine
     cache_type_v: str | None = None
     require_gpu: bool | None = None  # whole on GPUs or refused; a setting may demand it for all models
+
+
+AUTOMATIC = Options()  # every option is left open

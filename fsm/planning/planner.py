@@ -81,13 +81,12 @@ def _evict_excess(context: PlanningContext) -> None:
     may = [one for one in idle if excess or any(frees(one))]
     most = _freed(short, map(frees, may))
     wanted = [min(-left[device], amount) for device, amount in zip(short, most, strict=True)]  # more cannot be freed
+    least = min(excess, len(may))
 
     def suffices(victims: Sequence[Candidate]) -> bool:
-        return len(victims) >= min(excess, len(may)) and all(
-            map(int.__ge__, _freed(short, map(frees, victims)), wanted)
-        )
+        return len(victims) >= least and all(map(int.__ge__, _freed(short, map(frees, victims)), wanted))
 
-    victim_set = context.choose(may, (), suffices, frees, min(excess, len(may)))
+    victim_set = context.choose(may, (), suffices, frees, least)
     for victim in victim_set.victims if victim_set is not None else ():
         held = ledger.accounts["runner", victim.runner]
         device = next(filter(held.held_bytes, short), None)

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from dataclasses import fields, replace
 
-from fsm.domain.options import Options
+from fsm.domain.options import AUTOMATIC, Options
 from fsm.machine.runner import Runner
-
-_AUTOMATIC = Options()
 
 
 def match(runner: Runner, asked: Options, explicit: Options | None = None) -> bool:
@@ -36,7 +34,7 @@ def serves(loaded: Options, asked: Options) -> bool:
     for less. All other named options must be equal, but for `require_gpu`, which depends on the runner's placement. A
     request for more than the model can have is served once its options are resolved.
     """
-    return asked == _AUTOMATIC or (
+    return asked == AUTOMATIC or (
         _within(asked.num_ctx, loaded.num_ctx)
         and _within(asked.num_parallel, loaded.num_parallel)
         and (asked.num_gpu is None or asked.num_gpu < 0 or asked.num_gpu == loaded.num_gpu)

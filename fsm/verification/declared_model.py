@@ -6,11 +6,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from fsm.domain.devices import MIB
-from fsm.domain.options import MOST_SLOTS, Options
+from fsm.domain.options import AUTOMATIC, MOST_SLOTS, Options
 from fsm.sizing.footprint import Footprint
 from fsm.sizing.model_profile import LargerBatch, ModelProfile, Resolution, ResolvedLoad, UnsupportedReason
 
-AUTOMATIC = Options()
 _BATCH = 512  # tokens
 _CONTEXTS = (32768, 4096)  # tokens of an automatic context; the smaller one is for after an out of memory
 _LARGER_CONTEXT = 4096  # tokens; a model with more may have a larger batch

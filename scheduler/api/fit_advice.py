@@ -15,13 +15,13 @@ from fsm.preview import Outcome, Preview, preview
 from fsm.sizing.footprint import Footprint
 from fsm.sizing.load_history import NOTHING, LoadHistory
 from fsm.sizing.model_profile import ModelProfile
+from scheduler.engines.llama_options import UNQUANTISED
 
 MOST_TRIES = 30  # previews that one advice may cost; each is a copy of the core and two steps
 MOST_ADVICE = 3
 
 Inspection = Callable[[Sequence[Options]], ModelProfile | Footprint]  # inspects one model for some options
 
-_UNQUANTISED = frozenset({"f32", "f16", "bf16"})
 _QUANTISED = "q8_0"  # costs hardly any measurable quality; smaller types do
 # tokens; halved further only as the last resort, or for a context that is no larger to begin with, or an embedder
 _SMALL_CONTEXT = 2048
@@ -162,7 +162,7 @@ def _halves(number: int, least: int, *, most: int) -> list[int]:
 
 def _can_be_smaller(explicit: Options) -> bool:
     """Return whether the cache has a type that is not quantised."""
-    return not {explicit.cache_type_k, explicit.cache_type_v}.isdisjoint(_UNQUANTISED)
+    return not {explicit.cache_type_k, explicit.cache_type_v}.isdisjoint(UNQUANTISED)
 
 
 def _harm(explicit: Options, other: Options) -> tuple[int, ...]:

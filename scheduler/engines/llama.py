@@ -21,14 +21,14 @@ from urllib.parse import urlsplit
 import psutil
 
 from fsm.domain.devices import HOST, DeviceId, Threads
-from fsm.domain.options import Options
+from fsm.domain.options import AUTOMATIC, Options
 from fsm.sizing.model_profile import EngineSettings, ModelProfile
 from scheduler.concurrency.latch import Latch
 from scheduler.config.quantities import wait_limit
 from scheduler.devices.cpu_cores import usable_cores
 from scheduler.engines.child_process import Child, Exit, Program
 from scheduler.engines.interface import Buffer, Endpoint, Memory
-from scheduler.engines.llama_profile import AUTOMATIC, LlamaSettings, profile_of
+from scheduler.engines.llama_profile import LlamaSettings, profile_of
 from scheduler.engines.llama_protocol import largest_sequence, loaded_of
 from scheduler.engines.process_supervisor import CLOSE_TIMEOUT_S, ChildLauncher
 from scheduler.errors.exceptions import EngineMissing, ModelNotFound, is_out_of_files

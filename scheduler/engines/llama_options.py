@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
 
-from fsm.domain.options import MOST_SLOTS, MOST_THREADS, Options
+from fsm.domain.options import AUTOMATIC, MOST_SLOTS, MOST_THREADS, Options
 from fsm.sizing.model_profile import UnsupportedReason
 from scheduler.models.model_info import ModelInfo
 
@@ -43,8 +43,6 @@ UNQUANTISED = frozenset({"f32", "f16", "bf16"})  # cache types that every model 
 REPACKED = frozenset({"IQ4_NL", "MXFP4", "Q4_0", "Q4_K"})
 CACHE_CELLS = 256  # llama.cpp rounds the cache of a slot up to a multiple of this, tokens
 
-_AUTOMATIC = Options()
-
 
 @dataclass(frozen=True, slots=True)
 class Shape:
@@ -57,17 +55,17 @@ class Shape:
     cells: int  # tokens that one slot's cache can hold
 
 
-def resolve(info: ModelInfo, options: Options, defaults: Options = _AUTOMATIC) -> Options:
+def resolve(info: ModelInfo, options: Options, defaults: Options = AUTOMATIC) -> Options:
     """Return options with explicit values where the engine would choose: context, batch, slots and cache types.
 
     The context is at least 4 tokens (2048 for a vision model) and at most the context that the model was trained with.
-    A batch is at least 2 tokens, and as many as there are slots.
-    Embedders, and families that cannot share, have one slot. An embedder's batch holds its whole context, since
-    llama.cpp refuses a pooled input that takes more than one pass. `num_gpu`, `main_gpu`, `num_thread`, `use_mmap`,
-    `flash_attention` and `require_gpu` stay as they are. An option that is not named is first taken from `defaults`,
-    where the model can have it. Resolving options twice changes nothing.
+    A batch is at least 2 tokens, and as many as there are slots. Embedders, and families that cannot share, have one
+    slot. An embedder's batch holds its whole context, since llama.cpp refuses a pooled input that takes more than one
+    pass. `num_gpu`, `main_gpu`, `num_thread`, `use_mmap`, `flash_attention` and `require_gpu` stay as they are. An
+    option that is not named is first taken from `defaults`, where the model can have it. Resolving options twice
+    changes nothing.
     """
-    if defaults != _AUTOMATIC:
+    if defaults != AUTOMATIC:
         options = _with_defaults(info, options, defaults)
     shape = shape_of(info, options)
     return replace(

@@ -13,13 +13,12 @@ from dataclasses import asdict, dataclass, replace
 from typing import Self
 
 from fsm.domain.devices import MIB
-from fsm.domain.options import Options
+from fsm.domain.options import AUTOMATIC, Options
 from fsm.sizing.model_profile import EngineSettings, LargerBatch, ModelProfile, Resolution, ResolvedLoad
 from scheduler.engines.llama_options import computes_every_logit, impossible, maps_file, micro_batch, resolve
 from scheduler.engines.llama_sizing import CHECKPOINTS, estimate, results_bytes, work_bytes
 from scheduler.models.model_info import ModelInfo
 
-AUTOMATIC = Options()
 GIB = 1024 * MIB
 CONTEXTS = ((47 * GIB, 262144), (23 * GIB, 32768))  # (memory of all GPUs from which on, tokens); else the usual context
 CONTEXT_STEPS = (32768, 4096)  # tokens to which an automatic context is stepped down after it ran out of memory

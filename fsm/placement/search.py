@@ -117,7 +117,7 @@ class SplitEnumerator:
     def splits(self, layers: int) -> Iterator[Amounts]:
         """Yield the splits of so many layers over GPUs that may fit, the best first; no split that cannot fit."""
         offloaded = self.layers_bytes[len(self.layers_bytes) - layers :]
-        first_bytes = self.demand.footprint.projectors_bytes
+        first_bytes = self.demand.footprint.first_bytes(layers)
         over_all = [split for team in self.teams for split in self._spread_over(team, offloaded, first_bytes)]
         yield from over_all
         needs_bytes = sum(offloaded) + first_bytes

@@ -25,6 +25,7 @@ class Footprint:
     repacked_bytes: int = 0  # copies of weights, made where every layer is on the host
     output_copy_bytes: int = 0  # on a GPU beside `output_bytes`: input embeddings that are the output matrix too
     inputs_bytes: int = 0  # input and results of a pass, on the host where all layers are on GPUs
+    step_bytes: int = 0  # on the first GPU while layers are on the host: copies of the weights of one of their steps
     fixed: tuple[tuple[DeviceId, int], ...] = ()  # declared bytes of a model without layers; all other sizes are 0
 
     @property
@@ -44,6 +45,10 @@ class Footprint:
         The last layers go to GPUs first, so the output goes before any other layer.
         """
         return (*self.layers_bytes, self.output_bytes + self.output_copy_bytes)
+
+    def first_bytes(self, layers: int) -> int:
+        """Return the bytes that the first GPU holds beside its layers, where `layers` are on GPUs."""
+        return self.projectors_bytes + (self.step_bytes if 0 < layers <= len(self.weights_bytes) else 0)
 
     def copies_bytes(self, split: Amounts) -> int:
         """Return the bytes that each device of a split holds besides, so that several passes are computed at once."""
@@ -74,15 +79,18 @@ def bytes_by_device(footprint: Footprint, split: Amounts) -> dict[DeviceId, Devi
     offloaded = sum(layers for _, layers in split)
     found: dict[DeviceId, DeviceBytes] = {}
     at = first = min(blocks, blocks + 1 - offloaded)
-    projectors_bytes = footprint.projectors_bytes
+    projectors_bytes, step_bytes = (
+        footprint.projectors_bytes,
+        footprint.first_bytes(offloaded) - footprint.projectors_bytes,
+    )
     copies_bytes = footprint.copies_bytes(split)
     for gpu, layers in split:
         weights_bytes = projectors_bytes + sum(footprint.weights_bytes[at : at + layers])
         if at + layers > blocks:
             weights_bytes += footprint.output_bytes + footprint.output_copy_bytes
-        compute_bytes = footprint.compute_bytes + copies_bytes
+        compute_bytes = footprint.compute_bytes + copies_bytes + step_bytes
         found[gpu] = DeviceBytes(weights_bytes, sum(footprint.caches_bytes[at : at + layers]), compute_bytes)
-        at, projectors_bytes = at + layers, 0
+        at, projectors_bytes, step_bytes = at + layers, 0, 0
     weights_bytes = footprint.input_bytes + projectors_bytes + sum(footprint.weights_bytes[:first])
     weights_bytes += 0 if split else footprint.output_bytes + footprint.repacked_bytes
     computes = first > 0 or not split

@@ -244,7 +244,8 @@ class Scheduler:
     def status(self) -> Status:
         """Return the runners, the queue and the devices as they are now."""
         snapshot, failures = self._broker.query(lambda core: (core.snapshot(), core.failures()))
-        problems = (*self._devices.problems, *map(problem, failures), *self._executor.problems)
+        problems = (*self._devices.problems, *self._registry.problems, *map(problem, failures))
+        problems = (*problems, *self._executor.problems)
         if self._recorder is not None:
             problems = (*problems, *self._recorder.problems)
         return status_of(

@@ -35,6 +35,7 @@ from scheduler.runtime.model_registry import ModelRegistry
 from scheduler.runtime.request_parser import AcquireOptions, RequestParser
 
 DOES_NOT_FIT = 1  # the exit status
+_CLOSE_TIMEOUT_S = 1.0
 
 
 def run_fit(chosen: argparse.Namespace) -> int:
@@ -53,7 +54,12 @@ def run_fit(chosen: argparse.Namespace) -> int:
     core.step(now, Sampled(samples))
     file = settings.measurement_file
     known = MeasurementStore(file).read(identity) if file and identity else NOTHING
-    fit = fit_of(now, core, question, partial(registry.inspect, spec), registry.name, known)
+    try:
+        fit = fit_of(now, core, question, partial(registry.inspect, spec), registry.name, known)
+    finally:
+        for engine in engines:
+            engine.close(_CLOSE_TIMEOUT_S)
+    problems = (*problems, *registry.problems)
     if chosen.json:
         print(json.dumps(fit.to_json() | {"problems": problems}, indent=2, ensure_ascii=False))
     else:

@@ -110,6 +110,10 @@ class Process(Protocol):
 class Engine(Protocol):
     """Runs models of one kind; the scheduler decides when and where."""
 
+    @property
+    def problems(self) -> tuple[str, ...]:
+        """What the engine could not find out of models, in sentences."""
+
     def require(self) -> None:
         """Raise `EngineMissing` if a library that the engine needs is not installed."""
 

@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 
 import psutil
 
-from fsm.domain.devices import HOST, DeviceId, Threads
+from fsm.domain.devices import HOST, DeviceId, Placement, Threads
 from fsm.domain.options import AUTOMATIC, Options
 from fsm.sizing.model_profile import EngineSettings, ModelProfile
 from scheduler.concurrency.latch import Latch
@@ -28,22 +28,34 @@ from scheduler.config.quantities import wait_limit
 from scheduler.devices.cpu_cores import usable_cores
 from scheduler.engines.child_process import Child, Exit, Program
 from scheduler.engines.interface import Buffer, Endpoint, Memory
-from scheduler.engines.llama_profile import LlamaSettings, profile_of
+from scheduler.engines.llama_dry_run import DryRuns
+from scheduler.engines.llama_profile import (
+    NOTHING_TOLD,
+    LlamaSettings,
+    Told,
+    loads_of,
+    profile_of,
+    sized_options,
+)
 from scheduler.engines.llama_protocol import largest_sequence, loaded_of
+from scheduler.engines.llama_sizing import holds
 from scheduler.engines.process_supervisor import CLOSE_TIMEOUT_S, ChildLauncher
 from scheduler.errors.exceptions import EngineMissing, ModelNotFound, is_out_of_files
 from scheduler.models.gguf_metadata import read_metadata
+from scheduler.models.measurements import installed_version
 from scheduler.models.model_info import ModelInfo
 
 if TYPE_CHECKING:
-    from fsm.domain.devices import Placement
     from scheduler.engines.interface import RunnerListener
     from scheduler.engines.llama_child import Request
+    from scheduler.engines.llama_dry_run_child import DryRun
     from scheduler.models.model_spec import ModelSpec
 
 log = logging.getLogger("loadmaster")
 
+ENGINE: Final = "xllamacpp"  # the distribution that llama.cpp comes in
 CHILD: Final = Path(__file__).with_name("llama_child.py")
+DRY_RUN_CHILD: Final = Path(__file__).with_name("llama_dry_run_child.py")
 DETAIL_BYTES = 8 << 10  # longest description of an exit
 KEY_BYTES = 32
 BUSY_PART = 0.05  # share of a probe's time on a CPU: a server that works this much is only slow to answer, and not dead
@@ -287,6 +299,12 @@ class LlamaEngine:
         self._defaults = defaults  # of options that requests leave open
         self._larger_contexts = larger_contexts  # whether an automatic context follows from the GPUs' memory
         self._processes = ChildLauncher()
+        self._dry_runs = DryRuns(self._processes, _dry_run_program)
+
+    @property
+    def problems(self) -> tuple[str, ...]:
+        """The models whose memory llama.cpp did not tell, and why, in sentences."""
+        return self._dry_runs.problems
 
     def require(self) -> None:
         """Raise `EngineMissing` if the library is not installed."""
@@ -297,16 +315,30 @@ class LlamaEngine:
     def inspect(self, model: ModelSpec, asked: Iterable[Options]) -> ModelProfile:
         """Return what the model's files say, and how it is loaded for these options.
 
-        Raises `ModelNotFound` or `InvalidModel`.
+        Where the formulas are not known to hold for the model's architecture in the installed version of llama.cpp, a
+        dry run is made: blocks for a quarter of a second, and for some seconds at most. Raises `ModelNotFound` or
+        `InvalidModel`.
         """
         info = read_metadata(
             model.path, adapters=model.adapters, projectors=model.projectors, embedding=model.embedding
         )
-        return self.profile(info, asked)
+        asked = tuple(asked)
+        profile = self.profile(info, asked)
+        version = installed_version(ENGINE)
+        if not version or holds(info, version):
+            return profile
+        key = secrets.token_urlsafe(KEY_BYTES)  # of no server, but every request names one
+        loads = {
+            sized_options(load.options): self._request(
+                model, load.options, LlamaSettings.decoded(load.settings), Placement(()), key
+            )
+            for load in loads_of(profile)
+        }
+        return self.profile(info, asked, self._dry_runs.sizes(model.name, profile.fingerprint, loads))
 
-    def profile(self, info: ModelInfo, asked: Iterable[Options]) -> ModelProfile:
-        """Return how a model of this metadata is loaded for these options."""
-        return profile_of(info, asked, self._defaults, larger_contexts=self._larger_contexts)
+    def profile(self, info: ModelInfo, asked: Iterable[Options], told: Told = NOTHING_TOLD) -> ModelProfile:
+        """Return how a model of this metadata is loaded for these options, without a dry run."""
+        return profile_of(info, asked, self._defaults, larger_contexts=self._larger_contexts, told=told)
 
     def launch(
         self,
@@ -326,19 +358,14 @@ class LlamaEngine:
         key, resolved = secrets.token_urlsafe(KEY_BYTES), LlamaSettings.decoded(settings)
         request = self._request(model, options, resolved, placement, key)
         gpus = tuple(device for device, _ in placement.gpu_layers)
-        program = Program(
-            arguments=(sys.executable, "-I", "-S", str(CHILD)),  # without the user's start-up code and other packages'
-            environment=child_environment(os.environ, gpus),
-            input=json.dumps(request).encode() + b"\n",
-        )
         process = LlamaProcess(
             report,
             key,
             gpus=gpus,
-            kept_bytes=resolved.kept_bytes,
+            kept_bytes=resolved.kept_bytes + (0 if gpus else resolved.projector_work_bytes),
             results_bytes=resolved.results_bytes,
         )
-        process.child = Child(program, process)
+        process.child = Child(_program(CHILD, request, gpus), process)
         self._processes.start(process.child)
         return process
 
@@ -377,6 +404,19 @@ class LlamaEngine:
             "cache_type_v": _there(explicit.cache_type_v),
             "gpu_layers": [layers for _, layers in placement.gpu_layers],
         }
+
+
+def _program(child: Path, question: Request | DryRun, gpus: Iterable[DeviceId]) -> Program:
+    """Return a program of ours that sees these GPUs, without the user's start-up code and other packages' code."""
+    return Program(
+        arguments=(sys.executable, "-I", "-S", str(child)),
+        environment=child_environment(os.environ, gpus),
+        input=json.dumps(question).encode() + b"\n",
+    )
+
+
+def _dry_run_program(loads: Sequence[Request]) -> Program:
+    return _program(DRY_RUN_CHILD, {"parent": os.getpid(), "library": find_library(), "loads": [*loads]}, ())
 
 
 def find_library() -> str | None:

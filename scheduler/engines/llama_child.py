@@ -50,12 +50,14 @@ MIB = 1 << 20
 # The log's line of a buffer; of a projector the log says where it computes, and then how large its file is.
 BUFFER = re.compile(
     r"^\S+ I (?P<function>\w+): +"
-    r"(?:(?P<name>\S+) +(?P<what>model|LoRA|KV|RS|compute|output) +buffer size =|model size:) +(?P<mib>[\d.]+) MiB$",
+    r"(?:(?P<name>\S+) +(?:DSV4 \w+ )?(?P<what>model|LoRA|KV|RS|state|compute|output) +buffer size =|model size:) +"
+    r"(?P<mib>[\d.]+) MiB$",
     re.MULTILINE,
 )
 PROJECTOR = re.compile(r"\bCLIP using (\S+) backend$", re.MULTILINE)
 PROJECTOR_COMPUTES = "reserve_compute_meta"
-KINDS = {"model": "weights", "LoRA": "weights", "KV": "cache", "RS": "cache", "compute": "compute", "output": "output"}
+KINDS = {"model": "weights", "LoRA": "weights"} | dict.fromkeys(("KV", "RS", "state"), "cache")
+KINDS |= {"compute": "compute", "output": "output"}
 HOST_BUFFER = re.compile(r"(CPU|AMX)(_|$)|.*_Host$")  # CPU_Mapped, CPU_REPACK, CUDA_Host ...
 
 

@@ -9,32 +9,29 @@ from fsm.sizing.model_profile import UnsupportedReason
 from scheduler.models.model_info import ModelInfo
 
 DEFAULT_CONTEXT = 4096  # tokens of one slot, where a request names none
-DEFAULT_EMBEDDER_CONTEXT = 512  # of a decoder used for embeddings: it computes and keeps the logits of every token
+# of a decoder whose embeddings take a whole text in one pass: it computes and keeps the logits of every token
+DEFAULT_EMBEDDER_CONTEXT = 512
 LEAST_CONTEXT = 4
 LEAST_VISION_CONTEXT = 2048  # an image alone takes hundreds of tokens
 DEFAULT_BATCH = 512
 LEAST_BATCH = 2  # tokens; the engine also computes a token of each slot in one batch, and aborts where it cannot
 LARGEST_MICRO_BATCH = 2048  # tokens per pass of a generating model, however large its batch
 
-ONE_AT_A_TIME = frozenset(
-    {
-        "lfm2",
-        "lfm2moe",
-        "mllama",
-        "nemotron_h",
-        "nemotron_h_moe",
-        "nemotron_h_omni",
-        "qwen35",
-        "qwen35moe",
-        "qwen3next",
-        "qwen3vl",
-        "qwen3vlmoe",
-    }
-)  # families whose state the engine cannot keep for several slots
-
 # Encoders: llama.cpp gives them no cache, and they compute no logits.
 WITHOUT_CACHE = frozenset(
-    {"bert", "eurobert", "jina-bert-v2", "jina-bert-v3", "modern-bert", "neo-bert", "nomic-bert", "nomic-bert-moe"}
+    {
+        "bert",
+        "eurobert",
+        "gemma-embedding",
+        "jina-bert-v2",
+        "jina-bert-v3",
+        "llama-embed",
+        "modern-bert",
+        "neo-bert",
+        "nomic-bert",
+        "nomic-bert-moe",
+        "t5encoder",
+    }
 )
 WITHOUT_LOGITS = WITHOUT_CACHE | {"lfm2"}  # and decoders that compute no logits for embeddings
 CACHE_BLOCK = 32  # elements of a block, the same for every cache type; heads are whole blocks of quantised types
@@ -59,11 +56,11 @@ def resolve(info: ModelInfo, options: Options, defaults: Options = AUTOMATIC) ->
     """Return options with explicit values where the engine would choose: context, batch, slots and cache types.
 
     The context is at least 4 tokens (2048 for a vision model) and at most the context that the model was trained with.
-    A batch is at least 2 tokens, and as many as there are slots. Embedders, and families that cannot share, have one
-    slot. An embedder's batch holds its whole context, since llama.cpp refuses a pooled input that takes more than one
-    pass. `num_gpu`, `main_gpu`, `num_thread`, `use_mmap`, `flash_attention` and `require_gpu` stay as they are. An
-    option that is not named is first taken from `defaults`, where the model can have it. Resolving options twice
-    changes nothing.
+    A batch is at least 2 tokens, and as many as there are slots. An embedder has one slot, and its batch holds a whole
+    context, since llama.cpp refuses an input that is pooled in more than one pass, unless its last token alone counts.
+    `num_gpu`, `main_gpu`, `num_thread`, `use_mmap`, `flash_attention` and `require_gpu` stay as they are. An option
+    that is not named is first taken from `defaults`, where the model can have it. Resolving options twice changes
+    nothing.
     """
     if defaults != AUTOMATIC:
         options = _with_defaults(info, options, defaults)
@@ -82,7 +79,7 @@ def _with_defaults(info: ModelInfo, options: Options, defaults: Options) -> Opti
     """Return options with defaults where none is named, unless a load would fail or take memory beyond reason."""
     named = {each.name: getattr(options, each.name) for each in fields(options)}
     chosen = replace(defaults, **{name: value for name, value in named.items() if value is not None})
-    if computes_every_logit(info):
+    if computes_every_logit(info) and pools_in_one_pass(info):
         chosen = replace(chosen, num_ctx=options.num_ctx)
     if info.key_length % CACHE_BLOCK and chosen.cache_type_k not in UNQUANTISED:
         chosen = replace(chosen, cache_type_k=options.cache_type_k)
@@ -140,17 +137,18 @@ def micro_batch(info: ModelInfo, options: Options) -> int:
 
 def shape_of(info: ModelInfo, options: Options) -> Shape:
     """Return the sizes that follow from the named options, and from the defaults else, as far as the model allows."""
-    automatic = DEFAULT_EMBEDDER_CONTEXT if computes_every_logit(info) else DEFAULT_CONTEXT
+    whole = computes_every_logit(info) and pools_in_one_pass(info)
+    automatic = DEFAULT_EMBEDDER_CONTEXT if whole else DEFAULT_CONTEXT
     context = automatic if options.num_ctx is None else options.num_ctx
     if info.vision:
         context = max(context, LEAST_VISION_CONTEXT)
     if info.context_trained > 0:
         context = min(context, info.context_trained)
     context = max(context, LEAST_CONTEXT)
-    one_at_a_time = info.embedding or info.architecture in ONE_AT_A_TIME
-    parallel = 1 if one_at_a_time else max(1, options.num_parallel or 1)
+    parallel = 1 if info.embedding else max(1, options.num_parallel or 1)
     batch = DEFAULT_BATCH if options.num_batch is None else options.num_batch
-    batch = context if info.embedding else max(LEAST_BATCH, parallel, min(batch, context * parallel))
+    batch = context if pools_in_one_pass(info) else min(batch, context * parallel)
+    batch = max(LEAST_BATCH, parallel, batch)
     micro_batch = batch if info.embedding else min(batch, LARGEST_MICRO_BATCH)
     return Shape(context, parallel, batch, micro_batch, padded(context))
 
@@ -162,3 +160,8 @@ def padded(tokens: int) -> int:
 def computes_every_logit(info: ModelInfo) -> bool:
     """Tell whether a model keeps the logits of every token: a decoder with pooling does, although none are read."""
     return info.embedding and info.architecture not in WITHOUT_LOGITS
+
+
+def pools_in_one_pass(info: ModelInfo) -> bool:
+    """Tell whether an embedder must compute a whole text at once; the last token needs only what was kept before it."""
+    return info.embedding and (info.pooling != "last" or info.architecture in WITHOUT_CACHE)

@@ -8,15 +8,23 @@ is taken.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
+from types import MappingProxyType
 from typing import Self
 
 from fsm.domain.devices import MIB
 from fsm.domain.options import AUTOMATIC, Options
 from fsm.sizing.model_profile import EngineSettings, LargerBatch, ModelProfile, Resolution, ResolvedLoad
-from scheduler.engines.llama_options import computes_every_logit, impossible, maps_file, micro_batch, resolve
-from scheduler.engines.llama_sizing import CHECKPOINTS, estimate, results_bytes, work_bytes
+from scheduler.engines.llama_options import impossible, maps_file, micro_batch, resolve
+from scheduler.engines.llama_sizing import (
+    CHECKPOINTS,
+    EngineSizes,
+    estimate,
+    images_bytes,
+    results_bytes,
+    work_bytes,
+)
 from scheduler.models.model_info import ModelInfo
 
 GIB = 1024 * MIB
@@ -47,6 +55,7 @@ class LlamaSettings:
     use_mmap: bool  # where the runner has layers on GPUs
     use_mmap_on_host: bool  # where it has none
     pooling: str | None  # None: the pooling that the model's file names
+    projector_work_bytes: int  # the most that a projector computes with, with its first image
     kept_bytes: int  # the most that a runner keeps of earlier prompts, and works in beside its buffers, on the host
     results_bytes: int  # that an embedder takes with its first result
 
@@ -60,47 +69,77 @@ class LlamaSettings:
         return cls(**dict(settings))  # type: ignore[arg-type]  # they were encoded by this class
 
 
+Told = Mapping[Options, EngineSizes]  # what the engine itself has told, by `sized_options`
+NOTHING_TOLD: Told = MappingProxyType({})
+
+
 def profile_of(
-    info: ModelInfo, asked: Iterable[Options], defaults: Options = AUTOMATIC, *, larger_contexts: bool = False
+    info: ModelInfo,
+    asked: Iterable[Options],
+    defaults: Options = AUTOMATIC,
+    *,
+    larger_contexts: bool = False,
+    told: Told = NOTHING_TOLD,
 ) -> ModelProfile:
     """Return the profile of a model, with resolutions for the options `asked`.
 
     `defaults` are of options that a request leaves open. With `larger_contexts` an automatic context may be larger on
-    large GPUs.
+    large GPUs. A load of which the engine has `told` nothing is estimated by formulas.
     """
-    fingerprint = hashlib.sha256(repr(info).encode()).hexdigest()[:32]
     files_bytes = info.file_bytes + info.adapters_bytes + info.projectors_bytes
-    resolutions = tuple(_resolution(info, options, defaults, larger_contexts) for options in asked)
-    return ModelProfile(fingerprint, files_bytes, resolutions, info.embedding)
+    resolutions = tuple(_resolution(info, options, defaults, larger_contexts, told) for options in asked)
+    return ModelProfile(fingerprint(info), files_bytes, resolutions, info.embedding)
 
 
-def _resolution(info: ModelInfo, asked: Options, defaults: Options, larger_contexts: bool) -> Resolution:
-    usual = _load(info, asked, defaults)
+def fingerprint(info: ModelInfo) -> str:
+    """Return a short text that stays the same as long as all that is known of the model's files does."""
+    return hashlib.sha256(repr(info).encode()).hexdigest()[:32]
+
+
+def sized_options(options: Options) -> Options:
+    """Return the part of resolved options that caches and compute buffers depend on."""
+    return replace(options, num_gpu=None, main_gpu=None, num_thread=None, use_mmap=None, require_gpu=None)
+
+
+def loads_of(profile: ModelProfile) -> Iterator[ResolvedLoad]:
+    """Yield every load of a profile, larger batches included."""
+    for resolution in profile.resolutions:
+        for load in resolution.loads:
+            yield load
+            yield from (batch.load for batch in load.batches)
+
+
+def _resolution(info: ModelInfo, asked: Options, defaults: Options, larger_contexts: bool, told: Told) -> Resolution:
+    usual = _load(info, asked, defaults, told)
     loads = [usual]
     if asked.num_ctx is None:
         context = usual.options.num_ctx or 0
         steps = [replace(asked, num_ctx=step) for step in CONTEXT_STEPS if step < context]
-        loads += [_load(info, options, defaults) for options in steps]
-        if larger_contexts and defaults.num_ctx is None and not computes_every_logit(info):
+        loads += [_load(info, options, defaults, told) for options in steps]
+        if larger_contexts and defaults.num_ctx is None and not info.embedding:
             larger = [(least, replace(asked, num_ctx=tokens)) for least, tokens in CONTEXTS]
-            bonuses = [replace(_load(info, options, defaults), least_gpu_bytes=least) for least, options in larger]
+            bonuses = [
+                replace(_load(info, options, defaults, told), least_gpu_bytes=least) for least, options in larger
+            ]
             loads = [*(load for load in bonuses if (load.options.num_ctx or 0) > context), *loads]
     return Resolution(asked, tuple(loads), impossible(info, usual.options))
 
 
-def _load(info: ModelInfo, options: Options, defaults: Options) -> ResolvedLoad:
+def _load(info: ModelInfo, options: Options, defaults: Options, told: Told) -> ResolvedLoad:
     """Return the load for these options, with the larger batches that it may have: only where no batch is named."""
-    usual = _with_sizes(info, resolve(info, options, defaults))
+    usual = _with_sizes(info, resolve(info, options, defaults), told)
     if options.num_batch is not None or defaults.num_batch is not None or info.embedding:
         return usual
     batches = [batch for batch in BATCHES if (usual.options.num_ctx or 0) > batch.above]
-    loads = [_with_sizes(info, resolve(info, replace(usual.options, num_batch=batch.tokens))) for batch in batches]
+    loads = [
+        _with_sizes(info, resolve(info, replace(usual.options, num_batch=batch.tokens)), told) for batch in batches
+    ]
     larger = zip(loads, batches, strict=True)
     return replace(usual, batches=tuple(LargerBatch(load, batch.part, batch.surcharge_bytes) for load, batch in larger))
 
 
-def _with_sizes(info: ModelInfo, options: Options) -> ResolvedLoad:
-    footprint = estimate(info, options)
+def _with_sizes(info: ModelInfo, options: Options, told: Told) -> ResolvedLoad:
+    footprint = estimate(info, options, told.get(sized_options(options)))
     settings = LlamaSettings(
         num_micro_batch=micro_batch(info, options),
         prompt_cache_mib=footprint.prompt_cache_bytes // MIB,
@@ -108,7 +147,11 @@ def _with_sizes(info: ModelInfo, options: Options) -> ResolvedLoad:
         use_mmap=maps_file(info, options, on_host=False),
         use_mmap_on_host=maps_file(info, options, on_host=True),
         pooling="mean" if info.embedding and info.pooling is None else None,  # llama.cpp would refuse to embed
-        kept_bytes=footprint.prompt_cache_bytes + footprint.checkpoints_bytes + work_bytes(info, options),
+        projector_work_bytes=footprint.projectors_bytes - info.projectors_bytes,
+        kept_bytes=footprint.prompt_cache_bytes
+        + footprint.checkpoints_bytes
+        + work_bytes(info, options)
+        + images_bytes(info),
         results_bytes=results_bytes(info, options),
     )
     return ResolvedLoad(replace(options, require_gpu=None), footprint, settings.encoded())

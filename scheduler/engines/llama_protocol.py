@@ -6,17 +6,20 @@ import http.client
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, get_args
+from typing import Any, Final, TypeGuard, get_args
 from urllib.parse import urlsplit
 
 from fsm.domain.devices import HOST, DeviceId
 from scheduler.engines.interface import Buffer, BufferKind
+from scheduler.engines.llama_sizing import CacheKind, EngineCache, EngineSizes
 
 BUFFERS_LIMIT: Final = 256  # buffers that are read: a few for each GPU and kind
 BYTES_LIMIT: Final = 1 << 50  # no buffer is larger
+LAYERS_LIMIT: Final = 1 << 16
 ANSWER_LIMIT_BYTES: Final = 1 << 16  # of the metrics, which take 3 KiB
 
 _KINDS: Mapping[str, BufferKind] = {kind: kind for kind in get_args(BufferKind)}
+_CACHE_KINDS: Mapping[str, CacheKind] = {kind: kind for kind in get_args(CacheKind)}
 _URL = re.compile(r"http://127\.0\.0\.1:\d{1,5}")
 _GPU = re.compile(r"CUDA(\d{1,3})")
 _LARGEST = re.compile(rb"^llamacpp:n_tokens_max (\d+)", re.MULTILINE)
@@ -58,6 +61,31 @@ def buffers_of(told: object, gpus: Sequence[DeviceId]) -> tuple[Buffer, ...]:
         if device is not None:
             found[device, _KINDS[kind]] = found.get((device, _KINDS[kind]), 0) + amount
     return tuple(Buffer(device, kind, amount) for (device, kind), amount in sorted(found.items()))
+
+
+def sizes_of(message: Mapping[str, Any]) -> EngineSizes | None:
+    """Return what a dry run tells of one load; None where it tells no compute buffer, or something that cannot be."""
+    told, compute_bytes, projector_bytes = message.get("caches"), message.get("compute"), message.get("projector")
+    if not isinstance(told, list) or not _is_amount(compute_bytes) or not _is_amount(projector_bytes):
+        return None
+    caches = []
+    for entry in told:
+        match entry:
+            case [str(kind), [*layers], int(cells), int(amount)] if kind in _CACHE_KINDS and cells >= 0:
+                if not _is_amount(amount) or not all(map(_is_layer, layers)):
+                    return None
+                caches.append(EngineCache(_CACHE_KINDS[kind], tuple(layers), cells, amount))
+            case _:
+                return None
+    return EngineSizes(tuple(caches), compute_bytes, projector_bytes) if compute_bytes else None
+
+
+def _is_amount(value: object) -> TypeGuard[int]:
+    return isinstance(value, int) and 0 <= value <= BYTES_LIMIT
+
+
+def _is_layer(value: object) -> bool:
+    return isinstance(value, int) and 0 <= value < LAYERS_LIMIT
 
 
 def _device(name: str, gpus: Sequence[DeviceId]) -> DeviceId | None:

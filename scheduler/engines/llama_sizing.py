@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from types import MappingProxyType
+from typing import Literal
 
 from fsm.domain.devices import HOST, MIB
 from fsm.domain.options import Options
@@ -30,7 +31,11 @@ FLOAT_BYTES = 4
 # Measured on x86-64 with the xllamacpp wheel of October 2026, as resident bytes of the child.
 PROCESS_BYTES = 35 * MIB  # Python, the engine's library and its server, once the server has answered
 TOKEN_BYTES = 200  # of the tokenizer, for each token of the vocabulary
+UNIGRAM_TOKEN_BYTES = 580  # of a tokenizer that scores ways through a text (llama.cpp calls it t5)
 MERGE_BYTES = 240  # of the tokenizer, for each merge
+
+COPIED_BATCH = 32  # tokens of a pass from which on a GPU computes the host's layers too (ggml: op offload)
+IMAGE_COPIES = 5  # of an image, while it is read and computed
 
 PROMPT_CACHE_BYTES = 64 * MIB  # the most that a runner's prompt cache may take
 PROMPT_CACHE_PART = 16  # the cache takes a sixteenth of all else at most: small models refill a context quickly
@@ -41,9 +46,74 @@ PROMPT_CACHE_PART = 16  # the cache takes a sixteenth of all else at most: small
 CHECKPOINTS = 2  # copies in each slot
 
 
+VERIFIED_VERSION = "2026.10.11549"
+VERIFIED = frozenset(
+    {
+        "bailingmoe2",
+        "bert",
+        "ernie4_5",
+        "ernie4_5-moe",
+        "exaone4",
+        "gemma3",
+        "glm4",
+        "glm4moe",
+        "gpt-oss",
+        "hunyuan-dense",
+        "jina-bert-v3",
+        "lfm2",
+        "llama",
+        "minicpm3",
+        "mistral3",
+        "nomic-bert",
+        "olmo2",
+        "phi3",
+        "qwen2",
+        "qwen3",
+        "qwen3moe",
+        "seed_oss",
+        "smollm3",
+    }
+)
+
+
+def holds(info: ModelInfo, version: str) -> bool:
+    """Return whether the formulas are known to hold for a model in this version of the engine, as to its architecture.
+
+    There is none for projectors.
+    """
+    return version == VERIFIED_VERSION and info.architecture in VERIFIED and not info.projectors_bytes
+
+
+CacheKind = Literal["full", "window", "state"]
+
+
+@dataclass(frozen=True, slots=True)
+class EngineCache:
+    """What llama.cpp would keep of tokens in some layers, as it tells itself."""
+
+    kind: CacheKind  # keys and values of a whole context, or of a window, or what keeps its size
+    layers: tuple[int, ...]  # that have a part of it
+    cells: int  # tokens of one slot; 0: unknown
+    bytes: int  # of all slots and layers
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSizes:
+    """What llama.cpp would take for one load, as it tells itself."""
+
+    caches: tuple[EngineCache, ...]
+    compute_bytes: int  # compute buffers, where the host computes all layers
+    projector_bytes: int = 0  # weights and compute buffers of a projector
+
+
 def work_bytes(info: ModelInfo, options: Options) -> int:
     """Return the bytes that the processor works in beside the engine's compute buffers, which do not count them."""
     return _work_bytes(info, options, shape_of(info, options))
+
+
+def images_bytes(info: ModelInfo) -> int:
+    """Return the bytes of the host that an image takes before the projector has it."""
+    return IMAGE_COPIES * info.image_bytes
 
 
 def results_bytes(info: ModelInfo, options: Options) -> int:
@@ -51,14 +121,49 @@ def results_bytes(info: ModelInfo, options: Options) -> int:
     return _results_bytes(info, shape_of(info, options)) if info.embedding else 0
 
 
-def estimate(info: ModelInfo, options: Options) -> Footprint:
+def estimate(info: ModelInfo, options: Options, told: EngineSizes | None = None) -> Footprint:
     """Return the footprint of a runner of this model with these resolved options, once it has filled a context.
 
-    On the host the sum of all parts is the resident size of the child process, prompt cache included. docs/memory.md
-    compares all parts with the reports of llama.cpp, and the sum with the resident size of real children.
+    What the engine itself has `told` of this load takes the place of the formulas. On the host the sum of all parts is
+    the resident size of the child process, prompt cache included. docs/memory.md compares all parts with the reports of
+    llama.cpp, and the sum with the resident size of real children.
     """
     footprint = _without_prompt_cache(info, options)
+    if told is not None:
+        footprint = replace(
+            footprint,
+            caches_bytes=_told_caches_bytes(info, told),
+            checkpoints_bytes=_told_checkpoints_bytes(info, told),
+            compute_bytes=told.compute_bytes,
+            projectors_bytes=max(footprint.projectors_bytes, told.projector_bytes),
+        )
     return replace(footprint, prompt_cache_bytes=_prompt_cache_bytes(info, footprint))
+
+
+def _told_caches_bytes(info: ModelInfo, told: EngineSizes) -> tuple[int, ...]:
+    """Return the bytes of all caches by layer; layers share a cache by their heads, where all of them have some."""
+    caches_bytes = [0] * len(info.layers_bytes)
+    for cache in told.caches:
+        layers = [layer for layer in cache.layers if layer < len(caches_bytes)] or [*range(len(caches_bytes))]
+        heads = [info.heads_kv[layer] if layer < len(info.heads_kv) else 0 for layer in layers]
+        parts = heads if all(heads) else [1] * len(layers)
+        for layer, part in zip(layers, parts, strict=True):
+            caches_bytes[layer] += -(-cache.bytes * part // sum(parts))
+    return tuple(caches_bytes)
+
+
+def _told_checkpoints_bytes(info: ModelInfo, told: EngineSizes) -> int:
+    """Return the bytes of the copies of all slots' states and windows; a window is copied without the last pass."""
+    if info.embedding:
+        return 0
+    copy_bytes = 0
+    for cache in told.caches:
+        tokens = min(cache.cells, info.sliding_window or cache.cells)
+        if cache.kind == "window" and cache.cells:
+            copy_bytes += cache.bytes * tokens // cache.cells
+        elif cache.kind == "state":
+            copy_bytes += cache.bytes
+    return CHECKPOINTS * copy_bytes
 
 
 def _prompt_cache_bytes(info: ModelInfo, rest: Footprint) -> int:
@@ -75,10 +180,14 @@ def _without_prompt_cache(info: ModelInfo, options: Options) -> Footprint:
         projectors_bytes=info.projectors_bytes,
         compute_bytes=_compute_bytes(info, options, shape),
         input_bytes=info.input_bytes,
-        process_bytes=_process_bytes(info) + _results_bytes(info, shape) + _work_bytes(info, options, shape),
+        process_bytes=_process_bytes(info)
+        + _results_bytes(info, shape)
+        + _work_bytes(info, options, shape)
+        + images_bytes(info),
+        step_bytes=info.step_bytes if shape.micro_batch >= COPIED_BATCH else 0,
         checkpoints_bytes=_checkpoints_bytes(info, options, shape),
         repacked_bytes=_repacked_bytes(info, options),
-        output_copy_bytes=info.input_bytes if info.tied else 0,
+        output_copy_bytes=info.token_embd_bytes if info.tied else 0,
         inputs_bytes=_inputs_bytes(info, options, shape),
     )
 
@@ -157,7 +266,9 @@ def _compute_bytes(info: ModelInfo, options: Options, shape: Shape) -> int:
         _recurrent_floats(info, shape),
         5 * info.embedding_length + info.vocabulary if computes_every_logit(info) else 0,
     )
-    return shape.micro_batch * (FLOAT_BYTES * floats + _mask_bytes(info, options, shape))
+    logits_bytes = FLOAT_BYTES * shape.parallel * info.vocabulary  # of the last token of each slot
+    widest_bytes = max(shape.micro_batch * FLOAT_BYTES * floats, logits_bytes)
+    return widest_bytes + shape.micro_batch * _mask_bytes(info, options, shape)
 
 
 def _inputs_bytes(info: ModelInfo, options: Options, shape: Shape) -> int:
@@ -228,7 +339,8 @@ def _recurrent_floats(info: ModelInfo, shape: Shape) -> int:
 
 
 def _process_bytes(info: ModelInfo) -> int:
-    return PROCESS_BYTES + info.vocabulary * TOKEN_BYTES + info.merges * MERGE_BYTES
+    token_bytes = UNIGRAM_TOKEN_BYTES if info.tokenizer == "t5" else TOKEN_BYTES
+    return PROCESS_BYTES + info.vocabulary * token_bytes + info.merges * MERGE_BYTES
 
 
 def _results_bytes(info: ModelInfo, shape: Shape) -> int:
@@ -258,7 +370,7 @@ def _repacked_bytes(info: ModelInfo, options: Options) -> int:
 
     Without a mapping only the reordered weights are kept, but for embeddings that are the output matrix too.
     """
-    copied_bytes = info.input_bytes if info.tied and info.output_type in REPACKED else 0
+    copied_bytes = info.token_embd_bytes if info.tied and info.output_type in REPACKED else 0
     if not maps_file(info, options, on_host=True):
         return copied_bytes
     copied_bytes += 0 if info.tied or info.output_type not in REPACKED else info.output_bytes

@@ -154,6 +154,8 @@ class PythonProcess:
 class PythonEngine:
     """Runs `PythonModel`s; each object has a daemon thread of its own, so that one object may hang."""
 
+    problems: tuple[str, ...] = ()  # objects declare everything
+
     def __init__(self) -> None:
         self._lock = threading.Lock()  # guards `_processes` and `_closed`
         self._processes: set[PythonProcess] = set()  # the objects whose threads run

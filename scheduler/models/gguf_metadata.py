@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -37,10 +38,15 @@ SLIDING_PERIOD: Mapping[str, int] = MappingProxyType(
 )
 FULL_ATTENTION_FIRST = frozenset({"cohere2moe", "smallthinker"})
 
+# Tensors that llama.cpp leaves on the host, where they are looked up in; all others that are of no layer go with the
+# output, as far as it does.
+_LOOKED_UP = ("token_embd", "position_embd", "token_types", "per_layer_token_embd")
+
 _BLOCK = re.compile(r"(?:enc\.|dec\.)?blk\.(\d+)\.")
 _STATE = re.compile(r"\.(?:ssm_|shortconv\.|time_mix_)")  # tensors of layers that keep a state
 _KEYS = re.compile(r"\.attn_k(?:_b|v_a_mqa)?\.")  # tensors of layers that have keys
 _DENSE = re.compile(r"\.(?:ffn_up|channel_mix_key)\.weight$")
+_GATED = re.compile(r"\.ffn_(?:gate|up)(?:_exps)?\.weight$")
 _PART = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
 
 
@@ -55,10 +61,16 @@ def read_metadata(
     """
     parts = _read_parts(path)
     beside = [*(_read_adapter(name, parts[0]) for name in adapters), *(_read_projector(name) for name in projectors)]
-    vision = any(_sees(projector) for projector in beside[len(adapters) :])
-    info = _model_info(parts, embedding=embedding, vision=vision)
+    seeing = [projector for projector in beside[len(adapters) :] if _sees(projector)]
+    info = _model_info(parts, embedding=embedding, vision=bool(seeing))
     sizes = [each.file_bytes for each in beside]
-    return replace(info, adapters_bytes=sum(sizes[: len(adapters)]), projectors_bytes=sum(sizes[len(adapters) :]))
+    return replace(
+        info,
+        adapters_bytes=sum(sizes[: len(adapters)]),
+        projectors_bytes=sum(sizes[len(adapters) :]),
+        keys=_digest([parts[0], *beside]),
+        image_bytes=max((12 * _number(each, "clip.vision.image_size", 0) ** 2 for each in seeing), default=0),
+    )
 
 
 def _read_parts(path: str) -> list[Header]:
@@ -124,12 +136,16 @@ def _model_info(parts: Sequence[Header], *, embedding: bool, vision: bool) -> Mo
     blocks = _number(header, f"{architecture}.block_count")
     if blocks > len(tensors):
         raise _wrong(header, f"{architecture}.block_count", f"is {blocks}, with {len(tensors)} tensors")
+    # the last blocks may predict further tokens, and llama.cpp leaves those in the file
+    predicting = _number(header, f"{architecture}.nextn_predict_layers", 0)
+    used = blocks - predicting if predicting < blocks else blocks
     width = _number(header, f"{architecture}.embedding_length")
-    heads = _by_layer(header, f"{architecture}.attention.head_count", blocks, default=(0,) * blocks)
+    heads = _by_layer(header, f"{architecture}.attention.head_count", used, default=(0,) * used)
     most_heads = max(heads, default=0)
     head_size = width // most_heads if most_heads else 0
     layers, others = _layers(tensors, blocks)
-    output_bytes = sum(tensor.bytes for tensor in others if tensor.name.startswith("output"))
+    del layers[used:]
+    input_bytes = sum(tensor.bytes for tensor in others if tensor.name.startswith(_LOOKED_UP))
     info = ModelInfo(
         architecture=architecture,
         context_trained=_number(header, f"{architecture}.context_length"),
@@ -137,13 +153,13 @@ def _model_info(parts: Sequence[Header], *, embedding: bool, vision: bool) -> Mo
         feed_forward_length=_feed_forward(header, architecture, layers),
         vocabulary=_vocabulary(header, architecture),
         heads=most_heads,
-        heads_kv=_by_layer(header, f"{architecture}.attention.head_count_kv", blocks, default=heads),
+        heads_kv=_by_layer(header, f"{architecture}.attention.head_count_kv", used, default=heads),
         key_length=_number(header, f"{architecture}.attention.key_length", head_size),
         value_length=_value_length(header, architecture, head_size),
         sliding_window=_number(header, f"{architecture}.attention.sliding_window", 0),
         layers_bytes=tuple(sum(tensor.bytes for tensor in layer) for layer in layers),
-        input_bytes=sum(tensor.bytes for tensor in others) - output_bytes,
-        output_bytes=output_bytes,
+        input_bytes=input_bytes,
+        output_bytes=sum(tensor.bytes for tensor in others) - input_bytes,
         file_bytes=sum(part.file_bytes for part in parts),
         embedding=embedding,
         vision=vision or _number(header, f"{architecture}.vision.block_count", 0) > 0,
@@ -162,6 +178,7 @@ def _with_details(
         info,
         heads_kv=tuple(map(_heads_that_attend, info.heads_kv, recurrent, layers)),
         tied=not any(tensor.name == "output.weight" for tensor in others),
+        token_embd_bytes=sum(tensor.bytes for tensor in others if tensor.name == "token_embd.weight"),
         sliding_layers=_sliding_layers(header, architecture, len(layers)),
         recurrent_layers=recurrent if any(recurrent) else (),
         recurrence=_recurrence(header, architecture),
@@ -169,12 +186,19 @@ def _with_details(
         experts_used=_number(header, f"{architecture}.expert_used_count", 0),
         expert_length=_expert_length(header, architecture),
         gated=_gated(layers),
+        step_bytes=max(map(_step_bytes, layers), default=0),
+        tokenizer=_tokenizer(header),
         merges=header.lengths.get("tokenizer.ggml.merges", 0),
         types_bytes=types_bytes,
         output_type=_output_type(others),
         quantisation=max(types_bytes, key=lambda each: each[1])[0] if types_bytes else "",
         pooling=_pooling(header, architecture),
     )
+
+
+def _digest(headers: Iterable[Header]) -> str:
+    """Return a short text that differs for files with other keys, as far as keys were kept."""
+    return hashlib.sha256(repr([sorted(header.values.items()) for header in headers]).encode()).hexdigest()[:16]
 
 
 def _layers(tensors: Iterable[Tensor], blocks: int) -> tuple[list[list[Tensor]], list[Tensor]]:
@@ -250,6 +274,17 @@ def _gated(layers: Iterable[Iterable[Tensor]]) -> bool:
         if "up.weight" in names_bytes:
             return "gate.weight" in names_bytes or names_bytes["up.weight"] >= 1.5 * names_bytes.get("down.weight", 0)
     return True  # experts are
+
+
+def _step_bytes(layer: Sequence[Tensor]) -> int:
+    """Return the most bytes of a layer's weights that one step needs: two projections that are multiplied, or one."""
+    gated = sum(tensor.bytes for tensor in layer if _GATED.search(tensor.name))
+    return max(gated, max((tensor.bytes for tensor in layer), default=0))
+
+
+def _tokenizer(header: Header) -> str:
+    kind = header.values.get("tokenizer.ggml.model")
+    return kind if isinstance(kind, str) else ""
 
 
 def _pooling(header: Header, architecture: str) -> str | None:

@@ -104,12 +104,16 @@ def identity_of(model: object) -> Identity | None:
     except (OSError, ValueError):
         return None
     files = [model.path, model.adapters, model.projectors, model.embedding]
-    state = [*((each.st_size, each.st_mtime_ns) for each in found), *map(_version, ("xllamacpp", "loadmaster"))]
+    state = [
+        *((each.st_size, each.st_mtime_ns) for each in found),
+        *map(installed_version, ("xllamacpp", "loadmaster")),
+    ]
     return Identity(json.dumps(files), json.dumps(state))
 
 
 @cache
-def _version(distribution: str) -> str:
+def installed_version(distribution: str) -> str:
+    """Return the version of an installed distribution; empty where it is not installed."""
     try:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:

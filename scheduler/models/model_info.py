@@ -34,14 +34,16 @@ class ModelInfo:
     value_length: int
     sliding_window: int  # tokens; 0: full attention
     layers_bytes: tuple[int, ...]  # tensor bytes of each repeating layer
-    input_bytes: int  # token embeddings and all other tensors that stay on the host
-    output_bytes: int  # output and its norm; without the matrix where the matrix is tied to the input
+    input_bytes: int  # token embeddings and all other tensors that are only looked up in, and stay on the host
+    output_bytes: int  # output, its norm, and all else that is of no layer; without the matrix where it is tied
     file_bytes: int
     embedding: bool  # used for embeddings
     vision: bool
     adapters_bytes: int = 0  # sizes of the files beside the model's own
     projectors_bytes: int = 0
+    image_bytes: int = 0  # of the largest image that a projector takes at once, as 32-bit floats; 0: unknown
     tied: bool = False  # the token embeddings are the output matrix too
+    token_embd_bytes: int = 0
     sliding_layers: tuple[bool, ...] = ()  # per layer, whether it sees the window only; empty: no layer does
     recurrent_layers: tuple[bool, ...] = ()  # per layer, whether it keeps a state; empty: no layer does
     recurrence: Recurrence = Recurrence()
@@ -49,8 +51,11 @@ class ModelInfo:
     experts_used: int = 0
     expert_length: int = 0  # feed-forward width of one expert
     gated: bool = True  # the feed-forward multiplies two projections
+    step_bytes: int = 0  # the most weights of one layer that are computed with at once
+    tokenizer: str = ""  # llama.cpp's name of its kind
     merges: int = 0  # of the tokenizer
     types_bytes: tuple[tuple[str, int], ...] = ()  # bytes of the layers' matrices by gguf's name of their type
     output_type: str = ""  # of the output matrix, tied or not; empty: the model has no output matrix
     quantisation: str = ""  # gguf's name of the type that most of its bytes have
     pooling: str | None = None  # llama.cpp's name; None: the file names none
+    keys: str = ""  # a digest of the files' keys: the engine may go by others than those above

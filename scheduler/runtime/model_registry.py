@@ -28,6 +28,11 @@ class ModelRegistry:
         model = self._models.get(id)
         return model.name if model is not None else self._past.get(id, id) or "the program's own memory"
 
+    @property
+    def problems(self) -> tuple[str, ...]:
+        """What the engines could not find out of models, in sentences."""
+        return tuple(problem for engine in self._engines.values() for problem in engine.problems)
+
     def register(self, model: ModelSpec | PythonModel) -> None:
         """Add a model to the registry, until it is unregistered."""
         self._models[model.id] = model

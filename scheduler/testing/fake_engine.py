@@ -130,6 +130,8 @@ class FakeProcess:
 class FakeEngine:
     """Runs declared models, and Python objects, whose `load` and `unload` are really called."""
 
+    problems: tuple[str, ...] = ()  # models declare everything
+
     def __init__(self, time: VirtualTime) -> None:
         self.time = time
         self.models: dict[str, FakeModel] = {}  # by name

@@ -39,7 +39,7 @@ def footprints(draw: st.DrawFn) -> Footprint:
     return Footprint(
         draw(sizes), draw(sizes), draw(LAYER), draw(st.sampled_from([0, 0, 4])), draw(st.sampled_from([0, 1, 4])),
         draw(SMALL), draw(SMALL), 0, 0, draw(SMALL), draw(st.sampled_from([0, 0, 2])),
-        draw(st.sampled_from([0, 0, 1, 4])),
+        draw(st.sampled_from([0, 0, 1, 4])), draw(st.sampled_from([0, 0, 2])),
     )  # fmt: skip
 
 

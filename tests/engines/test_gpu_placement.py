@@ -93,7 +93,7 @@ def test_n04_spread_splits_what_one_gpu_would_take(nvml: StandIn) -> None:
 @beside_stand_in()
 def test_s13_what_fits_no_gpus_is_offloaded_in_part(nvml: StandIn) -> None:
     """S13: a model in part offloads the output and the last layers, over both GPUs."""
-    nvml.say(ONE.but(free=20 * MIB), TWO.but(free=14 * MIB))
+    nvml.say(ONE.but(free=26 * MIB), TWO.but(free=14 * MIB))
     with a_scheduler() as (scheduler, path):
         layers = loaded(scheduler, path).gpu_layers
         assert list(layers) == [ONE.id, TWO.id] and 3 < sum(layers.values()) < LAYERS + 1

@@ -8,12 +8,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fsm.domain.devices import HOST, MIB
+from fsm.domain.devices import HOST, MIB, DeviceId
 from fsm.domain.options import Options
 from fsm.sizing.footprint import Footprint, bytes_by_device
 from fsm.state.runner_match import serves
 from scheduler.config.value_parsers import CACHE_TYPES
-from scheduler.engines.llama_options import ONE_AT_A_TIME, micro_batch, resolve
+from scheduler.engines.llama_options import micro_batch, resolve
 from scheduler.engines.llama_sizing import CACHE_BLOCK_BYTES, PROMPT_CACHE_BYTES, estimate
 from scheduler.models.model_info import ModelInfo, Recurrence
 
@@ -128,17 +128,52 @@ def test_s22_an_embedder_has_one_slot() -> None:
     assert resolve(A_MODEL, Options(num_parallel=4)).num_parallel == 4
 
 
-@pytest.mark.parametrize("family", ["mllama", "qwen3vl", "qwen3vlmoe", "qwen35", "lfm2moe", "nemotron_h_omni"])
-def test_s22_families_that_cannot_share_have_one_slot(family: str) -> None:
-    """S22: the families in the table have one slot."""
-    assert family in ONE_AT_A_TIME
-    assert resolve(replace(A_MODEL, architecture=family), Options(num_parallel=4)).num_parallel == 1
+@pytest.mark.parametrize("family", ["qwen3vl", "qwen35", "qwen3next", "lfm2moe", "nemotron_h", "mamba2"])
+def test_u28_a_family_with_states_has_as_many_slots_as_are_named(family: str) -> None:
+    """U28: a model that keeps states, or sees, has the slots that its request names: llama.cpp has them too."""
+    assert resolve(replace(A_MODEL, architecture=family), Options(num_parallel=4)).num_parallel == 4
 
 
 def test_a_batch_is_never_larger_than_all_contexts() -> None:
     """A batch is at most the contexts of all slots together."""
     assert resolve(A_MODEL, Options(num_ctx=100, num_parallel=3)).num_batch == 300
     assert resolve(A_MODEL, Options(num_batch=9999)).num_batch == 4096
+
+
+LAST = replace(EMBEDDER, pooling="last")
+
+
+def test_u27_an_embedder_that_pools_the_last_token_computes_in_passes() -> None:
+    """U27: the last token needs no pass as long as the context: a batch is the usual one, and so is the context."""
+    options = resolve(LAST, Options())
+    assert (options.num_ctx, options.num_batch, micro_batch(LAST, options)) == (4096, 512, 512)
+    assert resolve(LAST, Options(num_ctx=8192)).num_batch == 512
+
+
+def test_u27_the_memory_of_passes_does_not_grow_with_the_context() -> None:
+    """U27: what is computed, and the results, take the same for a context of 4,096 tokens and for one of 8,192."""
+    short, long = cost(LAST, Options(num_ctx=4096)), cost(LAST, Options(num_ctx=8192))
+    masks_bytes = 512 * 4096 * 2
+    assert long.compute_bytes - short.compute_bytes <= masks_bytes
+    assert long.process_bytes == short.process_bytes
+
+
+@pytest.mark.parametrize(("named", "batch"), [(64, 64), (1, 2), (100_000, 1024)])
+def test_u27_a_batch_that_is_named_for_passes_holds(named: int, batch: int) -> None:
+    """U27: an embedder that computes in passes takes the batch that is named, within its context."""
+    assert resolve(LAST, Options(num_ctx=1024, num_batch=named)).num_batch == batch
+
+
+@pytest.mark.parametrize("pooling", ["mean", "cls", "rank", None])
+def test_u27_other_poolings_take_one_pass(pooling: str | None) -> None:
+    """U27: an embedder that pools all tokens, and one that is told to do so, computes a whole text at once."""
+    info = replace(EMBEDDER, pooling=pooling)
+    assert resolve(info, Options(num_ctx=2048)).num_batch == 2048
+
+
+def test_u27_an_encoder_takes_one_pass_whatever_it_pools() -> None:
+    """U27: without a cache nothing is kept of an earlier pass."""
+    assert resolve(replace(LAST, architecture="bert"), Options(num_ctx=2048)).num_batch == 2048
 
 
 @pytest.mark.parametrize("asked", [None, 64, 9999])
@@ -292,9 +327,57 @@ def test_an_output_matrix_is_reordered_too() -> None:
     """An output matrix is reordered too, and tied embeddings are copied even where the file is read."""
     untied = replace(A_MODEL, types_bytes=(("Q4_K", 60 * MIB),), output_type="Q4_K", output_bytes=9 * MIB)
     assert cost(untied, Options(use_mmap=True)).repacked_bytes == 69 * MIB
-    tied = replace(untied, tied=True, input_bytes=7 * MIB)
+    tied = replace(untied, tied=True, input_bytes=9 * MIB, token_embd_bytes=7 * MIB)
     assert cost(tied, Options(use_mmap=True)).repacked_bytes == 67 * MIB
     assert cost(tied, Options(use_mmap=False)).repacked_bytes == 7 * MIB
+
+
+UNIGRAM = replace(A_MODEL, tokenizer="t5")
+
+
+def test_u23_a_tokenizer_that_scores_takes_more_for_each_token() -> None:
+    """U23: a tokenizer of T5's kind takes three times what others do."""
+    more_bytes = cost(UNIGRAM).process_bytes - cost(A_MODEL).process_bytes
+    assert more_bytes == A_MODEL.vocabulary * 380
+
+
+STEPS = replace(A_MODEL, step_bytes=64 * MIB)
+
+
+@pytest.mark.parametrize(("layers", "copied"), [(0, 0), (1, 64), (30, 64), (31, 0)])
+def test_u25_a_gpu_is_given_copies_of_the_host_s_weights(layers: int, copied: int) -> None:
+    """U25: while a layer is on the host, the first GPU has room for the weights of a step: it computes long batches."""
+    footprint = cost(STEPS)
+    split = ((DeviceId("gpu"), layers),) if layers else ()
+    found = bytes_by_device(footprint, split)
+    device = found[DeviceId("gpu")] if layers else found[HOST]
+    assert device.compute_bytes - footprint.compute_bytes == copied * MIB
+
+
+def test_u25_only_the_first_gpu_is_given_copies() -> None:
+    """U25: of several GPUs the first computes what is on the host."""
+    footprint = cost(STEPS)
+    found = bytes_by_device(footprint, ((DeviceId("a"), 10), (DeviceId("b"), 10)))
+    assert found[DeviceId("a")].compute_bytes - found[DeviceId("b")].compute_bytes == 64 * MIB
+
+
+@pytest.mark.parametrize(("batch", "copied"), [(31, 0), (32, 64)])
+def test_u25_short_batches_are_computed_where_the_weights_are(batch: int, copied: int) -> None:
+    """U25: nothing is copied for batches of less than 32 tokens."""
+    assert cost(STEPS, Options(num_batch=batch)).step_bytes == copied * MIB
+
+
+@pytest.mark.parametrize("slots", [1, 4])
+def test_the_logits_of_each_slot_count(slots: int) -> None:
+    """A large vocabulary takes the most of a small batch: a row of logits for each slot."""
+    large = replace(A_MODEL, vocabulary=262_144)
+    assert cost(large, Options(num_batch=4, num_parallel=slots)).compute_bytes >= 4 * 262_144 * slots
+
+
+def test_u26_images_take_memory_of_the_host() -> None:
+    """U26: an image is there several times while it is read, wherever its projector is."""
+    seeing = replace(VISION, image_bytes=9 * MIB)
+    assert cost(seeing).process_bytes - cost(VISION).process_bytes == 45 * MIB
 
 
 def test_a_recurrent_layer_keeps_a_state_for_each_slot() -> None:

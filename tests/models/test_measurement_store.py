@@ -625,7 +625,7 @@ def test_a_file_that_was_replaced_is_another(how: str, tmp_path: Path, monkeypat
         case "adapter":
             os.utime(adapter, ns=(1, 2))
         case _:
-            monkeypatch.setattr("scheduler.models.measurements._version", lambda name: "99")
+            monkeypatch.setattr("scheduler.models.measurements.installed_version", lambda name: "99")
     after = identity_of(spec)
     assert before is not None and after is not None
     assert (after.files, after.state == before.state) == (before.files, False)

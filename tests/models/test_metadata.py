@@ -10,6 +10,7 @@ import struct
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -191,6 +192,71 @@ def test_experts_in_use_count_together(tmp_path: Path) -> None:
     keys = number("llama.expert_used_count", 8), number("llama.expert_feed_forward_length", 96)
     path = write(tmp_path / "m.gguf", a_model(*keys, number("llama.feed_forward_length", 128)))
     assert read_metadata(path).feed_forward_length == 768
+
+
+OUTSIDE = {  # bytes of tensors of no layer, by name
+    "token_embd.weight": 4 * 32,
+    "per_layer_token_embd.weight": 4 * 64,
+    "token_types.weight": 4 * 8,
+    "output_norm.weight": 4 * 16,
+    "per_layer_model_proj.weight": 4 * 24,
+}
+
+
+def a_model_with(*names: str) -> bytes:
+    """Return a model of one layer, with tensors of no layer."""
+    tensors, offset = [tensor("blk.0.w")], 32
+    for name in names:
+        tensors.append(tensor(name, offset=offset, sizes=(OUTSIDE[name] // 4,)))
+        offset += -(-OUTSIDE[name] // 32) * 32
+    return a_model(tensors=tensors, data=bytes(offset))
+
+
+@pytest.mark.parametrize(
+    "looked_up",
+    [("token_embd.weight",), ("token_embd.weight", "per_layer_token_embd.weight"), ("token_types.weight",)],
+)
+def test_u21_only_the_token_embeddings_are_an_output_matrix(tmp_path: Path, looked_up: tuple[str, ...]) -> None:
+    """U21: what is only looked up stays on the host; of that the token embeddings alone may be the output matrix."""
+    info = read_metadata(write(tmp_path / "m.gguf", a_model_with(*looked_up, "output_norm.weight")))
+    assert info.input_bytes == sum(OUTSIDE[name] for name in looked_up)
+    assert info.token_embd_bytes == (OUTSIDE["token_embd.weight"] if "token_embd.weight" in looked_up else 0)
+    assert info.output_bytes == OUTSIDE["output_norm.weight"]
+
+
+def test_u21_what_is_multiplied_with_goes_with_the_output(tmp_path: Path) -> None:
+    """U21: a tensor of no layer that is no table goes where the output goes, as in llama.cpp."""
+    info = read_metadata(write(tmp_path / "m.gguf", a_model_with("token_embd.weight", "per_layer_model_proj.weight")))
+    assert (info.input_bytes, info.output_bytes) == (OUTSIDE["token_embd.weight"], 4 * 24)
+
+
+@pytest.mark.parametrize(("predicting", "layers"), [(0, 3), (1, 2), (2, 1), (3, 3), (7, 3)])
+def test_u24_blocks_that_predict_further_tokens_are_no_layers(tmp_path: Path, predicting: int, layers: int) -> None:
+    """U24: llama.cpp leaves such blocks in the file; a number that leaves no layer is none of theirs."""
+    tensors = [tensor(f"blk.{layer}.ffn_up.weight", offset=32 * layer) for layer in range(3)]
+    keys = number("llama.nextn_predict_layers", predicting), number("llama.attention.head_count", 4)
+    info = read_metadata(write(tmp_path / "m.gguf", a_model(*keys, blocks=3, tensors=tensors)))
+    assert (len(info.layers_bytes), len(info.heads_kv)) == (layers, layers)
+    assert (info.input_bytes, info.output_bytes) == (0, 0)
+
+
+def test_u25_the_weights_of_a_step_are_two_projections_or_one(tmp_path: Path) -> None:
+    """U25: two projections are multiplied in a gated feed-forward; elsewhere the largest tensor is a step's."""
+    gate, up = tensor("blk.0.ffn_gate.weight", sizes=(40,)), tensor("blk.0.ffn_up.weight", offset=160, sizes=(40,))
+    down = tensor("blk.0.ffn_down.weight", offset=320, sizes=(48,))
+    gated = read_metadata(write(tmp_path / "gated.gguf", a_model(tensors=[gate, up, down], data=bytes(512))))
+    assert gated.step_bytes == 2 * 160
+    plain = read_metadata(write(tmp_path / "plain.gguf", a_model(tensors=[gate, tensor("blk.0.w", offset=160)])))
+    assert plain.step_bytes == 160
+
+
+def test_files_that_differ_in_any_key_are_told_apart(tmp_path: Path) -> None:
+    """U20: the engine may go by a key that is not read here, so the metadata of two such files are not the same."""
+    one, other = (
+        read_metadata(write(tmp_path / f"{layers}.gguf", a_model(number("llama.attention.shared_kv_layers", layers))))
+        for layers in (1, 2)
+    )
+    assert one.keys != other.keys and replace(one, keys=other.keys) == other
 
 
 @pytest.mark.parametrize("architecture", ["bert", "nomic-bert", "mamba"])

@@ -78,6 +78,7 @@ def takes_of(footprint: Footprint, split: Sequence[tuple[DeviceId, int]], gpus: 
     if split:
         takes[memory[home[blocks]]] += footprint.output_copy_bytes
         takes[memory[split[0][0]]] += footprint.projectors_bytes
+        takes[memory[split[0][0]]] += footprint.step_bytes if home[0] == HOST and blocks else 0
         for gpu, _ in split:
             takes[memory[gpu]] += footprint.compute_bytes
     else:

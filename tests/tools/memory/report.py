@@ -15,9 +15,11 @@ from scheduler.engines.llama_sizing import (
     PROMPT_CACHE_BYTES,
     PROMPT_CACHE_PART,
     TOKEN_BYTES,
+    UNIGRAM_TOKEN_BYTES,
+    VERIFIED_VERSION,
 )
 from tests.tools.memory import measure
-from tests.tools.memory.dry_run import DryRun
+from tests.tools.memory.architectures import Compared
 from tests.tools.memory.rows import Predicted, Row
 
 MOST_PART = 0.1  # by which a prediction may be wrong
@@ -74,12 +76,15 @@ def table_row(row: Row, predicted: Predicted, measured: measure.Measured | None)
     ]
 
 
-def report(results: Sequence[Result], mappings: Mapping[str, Sequence[measure.Mapping]], dry: Sequence[DryRun]) -> str:
+def report(
+    results: Sequence[Result], mappings: Mapping[str, Sequence[measure.Mapping]], compared: Sequence[Compared]
+) -> str:
     """Return the whole document."""
     return TEMPLATE.read_text(encoding="utf-8").format(
         repacked=", ".join(sorted(REPACKED)),
         process_mib=PROCESS_BYTES // MIB,
         token_bytes=TOKEN_BYTES,
+        unigram_token_bytes=UNIGRAM_TOKEN_BYTES,
         merge_bytes=MERGE_BYTES,
         prompt_cache_part=PROMPT_CACHE_PART,
         prompt_cache_mib=PROMPT_CACHE_BYTES // MIB,
@@ -87,7 +92,9 @@ def report(results: Sequence[Result], mappings: Mapping[str, Sequence[measure.Ma
         table=_table(results),
         pages=_pages(results),
         mappings=_mapping(mappings),
-        dry=_dry(dry),
+        version=VERIFIED_VERSION,
+        architectures=_architectures(compared),
+        untried=_untried(compared),
     )
 
 
@@ -136,12 +143,18 @@ def _mapping(mappings: Mapping[str, Sequence[measure.Mapping]]) -> str:
     return "\n".join(lines)
 
 
-def _dry(dry: Sequence[DryRun]) -> str:
+def _architectures(compared: Sequence[Compared]) -> str:
     lines = [
-        "| model | llama.cpp: buffers, MiB | it takes, s | ours, MiB | it takes, ms |",
-        "| --- | ---: | ---: | ---: | ---: |",
+        "| architecture | by | cache, 1 x 2048 f16 | compute, T = 512 | cache, 4 x 1024 q8_0 | compute, T = 64 |",
+        "| --- | --- | ---: | ---: | ---: | ---: |",
     ]
-    for each in dry:
-        theirs, ours = f"{each.theirs_bytes / MIB:.0f} | {each.theirs_s:.2f}", f"{each.ours_bytes / MIB:.1f}"
-        lines.append(f"| {each.model} | {theirs} | {ours} | {each.ours_s * 1000:.2f} |")
+    for each in compared:
+        if not each.untried:
+            cells = [str(pair) for pair in each.pairs] + ["", ""] * (2 - len(each.pairs) // 2)
+            by = "formula" if each.by_formula else "dry run"
+            lines.append(f"| {each.architecture} | {by} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def _untried(compared: Sequence[Compared]) -> str:
+    return "\n".join(f"- `{each.architecture}`: {each.untried}" for each in compared if each.untried)

@@ -11,9 +11,8 @@ from types import MappingProxyType
 from fsm.domain.devices import HOST
 from fsm.domain.options import Options
 from fsm.sizing.footprint import Footprint, bytes_by_device
-from scheduler.engines.llama_options import resolve
-from scheduler.engines.llama_sizing import estimate
-from scheduler.models.gguf_metadata import read_metadata
+from scheduler.engines.llama import LlamaEngine
+from scheduler.models.model_spec import ModelSpec
 from tests.support.written_models import Design, write_model
 from tests.support.written_projector import write_projector
 
@@ -135,7 +134,12 @@ def projectors_of(folder: Path, row: Row) -> tuple[str, ...]:
 
 def predict(path: Path, row: Row, projectors: tuple[str, ...] = ()) -> Predicted:
     """Return the prediction for a row before its first load."""
-    info = read_metadata(str(path), embedding=row.embedding, projectors=projectors)
-    footprint = estimate(info, resolve(info, row.explicit()))
+    engine = LlamaEngine()
+    model = ModelSpec("m", str(path), projectors=projectors, embedding=row.embedding)
+    try:
+        footprint = engine.inspect(model, [row.explicit()]).resolutions[0].loads[0].footprint
+        assert not engine.problems, engine.problems[0]
+    finally:
+        engine.close()
     whole_bytes = bytes_by_device(footprint, ())[HOST].total_bytes
     return Predicted(footprint, sum(footprint.caches_bytes), footprint.compute_bytes, whole_bytes)

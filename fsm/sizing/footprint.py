@@ -26,6 +26,9 @@ class Footprint:
     output_copy_bytes: int = 0  # on a GPU beside `output_bytes`: input embeddings that are the output matrix too
     inputs_bytes: int = 0  # input and results of a pass, on the host where all layers are on GPUs
     step_bytes: int = 0  # on the first GPU while layers are on the host: copies of the weights of one of their steps
+    mapped: bool = False  # weights on the host are pages of a mapped file, where layers are on GPUs
+    mapped_on_host: bool = False  # the same where no layers are
+    rough: bool = False  # neither verified nor told by the engine
     fixed: tuple[tuple[DeviceId, int], ...] = ()  # declared bytes of a model without layers; all other sizes are 0
 
     @property
@@ -45,6 +48,13 @@ class Footprint:
         The last layers go to GPUs first, so the output goes before any other layer.
         """
         return (*self.layers_bytes, self.output_bytes + self.output_copy_bytes)
+
+    def mapped_bytes(self, split: Amounts) -> int:
+        """Return the bytes of the host that are pages of a mapped file, which the system can take back."""
+        if not (self.mapped if split else self.mapped_on_host):
+            return 0
+        offloaded = sum(layers for _, layers in split)
+        return self.input_bytes + sum(self.weights_bytes[: max(0, len(self.weights_bytes) + 1 - offloaded)])
 
     def first_bytes(self, layers: int) -> int:
         """Return the bytes that the first GPU holds beside its layers, where `layers` are on GPUs."""

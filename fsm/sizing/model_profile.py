@@ -68,7 +68,7 @@ class Resolution:
 class ModelProfile:
     """What an engine tells of a model's files, with the resolutions that it was asked for."""
 
-    fingerprint: str  # as long as it stays the same, so do the resolutions of all options
+    fingerprint: str  # of the files: as long as it stays the same, resolutions and measurements hold
     files_bytes: int  # the sizes of the model's files, which may be read ahead
     resolutions: tuple[Resolution, ...] = ()
     embedding: bool = False  # used for embeddings

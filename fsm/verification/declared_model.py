@@ -18,7 +18,10 @@ _PROCESS_BYTES = 64 * MIB
 
 @dataclass(frozen=True, slots=True)
 class DeclaredModel:
-    """A model with layers whose cache grows with its context and slots, and its compute buffers with its batch."""
+    """A model with layers whose cache grows with its context and slots, and its compute buffers with its batch.
+
+    A model with an even number of layers is mapped.
+    """
 
     layers_bytes: tuple[int, ...]
     token_bytes: int = 128  # of a token's cache in each layer
@@ -46,7 +49,15 @@ class DeclaredModel:
         cache_bytes = (options.num_ctx or 0) * (options.num_parallel or 0) * self.token_bytes
         layers = len(self.layers_bytes)
         compute_bytes = 2 * (options.num_ctx or 0) * batch
-        return Footprint(self.layers_bytes, (cache_bytes,) * layers, 0, 0, compute_bytes, process_bytes=_PROCESS_BYTES)
+        mapped = layers % 2 == 0
+        return Footprint(
+            self.layers_bytes,
+            (cache_bytes,) * layers,
+            compute_bytes=compute_bytes,
+            process_bytes=_PROCESS_BYTES,
+            mapped=mapped,
+            mapped_on_host=mapped,
+        )
 
 
 def profile_of(

@@ -26,7 +26,7 @@ from scheduler.concurrency.clock import monotonic_clock
 from scheduler.config.settings import Settings
 from scheduler.devices.device_reader import DeviceReader
 from scheduler.engines.llama import LlamaEngine
-from scheduler.engines.llama_options import WITHOUT_CACHE
+from scheduler.engines.llama_options import ENCODERS
 from scheduler.errors.exceptions import InvalidModel
 from scheduler.errors.formatting import format_bytes
 from scheduler.models.catalog import Catalog, found_by, in_words, location_of
@@ -106,7 +106,7 @@ def _core_of(settings: Settings) -> Core:
 def _read(row: Row, spec: ModelSpec, core: Core, engine: LlamaEngine) -> Row:
     spec = spec.resolved()
     info = read_metadata(spec.path, adapters=spec.adapters, projectors=spec.projectors, embedding=spec.embedding)
-    if info.architecture in WITHOUT_CACHE:  # a model of such an architecture only embeds
+    if info.architecture in ENCODERS:  # a model of such an architecture only embeds
         info = replace(info, embedding=True)
     fits, needed_bytes = _fit(spec, engine.profile(info, [spec.options]), core)
     return replace(

@@ -11,7 +11,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
-from scheduler.recording.narrative import Narrative, NarrativeLine, printable
+from scheduler.errors.formatting import printable
+from scheduler.recording.narrative import Narrative, NarrativeLine
 from scheduler.recording.replay import Difference, RecordingError, Replay, ReplayStarted
 from scheduler.recording.request_history import GRANTED_BEFORE, UNSEEN, Wait
 

@@ -299,6 +299,7 @@ class LlamaEngine:
         self._defaults = defaults  # of options that requests leave open
         self._larger_contexts = larger_contexts  # whether an automatic context follows from the GPUs' memory
         self._processes = ChildLauncher()
+        self._version = installed_version(ENGINE)  # empty where it is not installed
         self._dry_runs = DryRuns(self._processes, _dry_run_program)
 
     @property
@@ -324,20 +325,19 @@ class LlamaEngine:
         )
         asked = tuple(asked)
         profile = self.profile(info, asked)
-        version = installed_version(ENGINE)
-        if not version or holds(info, version):
+        if holds(info, self._version) or find_library() is None:
             return profile
         key = secrets.token_urlsafe(KEY_BYTES)  # of no server, but every request names one
-        loads = {
-            sized_options(load.options): self._request(
-                model, load.options, LlamaSettings.decoded(load.settings), Placement(()), key
-            )
-            for load in loads_of(profile)
-        }
+        loads = {}
+        for load in loads_of(profile):
+            sized, settings = sized_options(load.options), LlamaSettings.decoded(load.settings)
+            loads[sized] = self._request(model, sized, settings, Placement(()), key)
         return self.profile(info, asked, self._dry_runs.sizes(model.name, profile.fingerprint, loads))
 
     def profile(self, info: ModelInfo, asked: Iterable[Options], told: Told = NOTHING_TOLD) -> ModelProfile:
         """Return how a model of this metadata is loaded for these options, without a dry run."""
+        if not told and holds(info, self._version):
+            return profile_of(info, asked, self._defaults, larger_contexts=self._larger_contexts)
         return profile_of(info, asked, self._defaults, larger_contexts=self._larger_contexts, told=told)
 
     def launch(
@@ -416,7 +416,11 @@ def _program(child: Path, question: Request | DryRun, gpus: Iterable[DeviceId]) 
 
 
 def _dry_run_program(loads: Sequence[Request]) -> Program:
-    return _program(DRY_RUN_CHILD, {"parent": os.getpid(), "library": find_library(), "loads": [*loads]}, ())
+    base = loads[0]
+    others = [{name: value for name, value in load.items() if value != base.get(name)} for load in loads]
+    return _program(
+        DRY_RUN_CHILD, {"parent": os.getpid(), "library": find_library(), "base": base, "loads": others}, ()
+    )
 
 
 def find_library() -> str | None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import threading
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from fsm.domain.options import Options
@@ -13,6 +15,7 @@ from scheduler.concurrency.latch import Latch
 from scheduler.engines.child_process import Child, Exit, Program
 from scheduler.engines.llama_protocol import sizes_of
 from scheduler.engines.llama_sizing import EngineSizes
+from scheduler.errors.formatting import printable
 
 if TYPE_CHECKING:
     from scheduler.engines.llama_child import Request
@@ -20,69 +23,125 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("loadmaster")
 
-TIMEOUT_S = 5.0  # a dry run takes a quarter of a second; no request waits long for a better estimate
+TIMEOUT_S = 4.0  # a dry run takes a quarter of a second; no request waits long for a better estimate
+SILENCE_S = 60.0  # before a load that llama.cpp did not tell is asked about again
 MOST_LOADS = 24  # of one dry run: they have to find room in a pipe
 MOST_TOLD = 1024  # loads that are remembered
-MOST_PROBLEMS = 16
+MOST_SILENT = 16  # models of which something was not told that are remembered
+REASON_CHARACTERS = 300
+
+
+@dataclass(slots=True)
+class _Silence:
+    """What llama.cpp did not tell of one model."""
+
+    model: str  # the name to show
+    reason: str = ""
+    untold: dict[Options, float] = field(default_factory=dict)  # and when it was asked
 
 
 class DryRuns:
-    """Asks llama.cpp, and remembers what it tells; any thread may use it."""
+    """Asks llama.cpp, and remembers what it tells; any thread may use it.
+
+    One dry run is made at a time: it takes memory that no request has reserved.
+    """
 
     def __init__(self, processes: ChildLauncher, program: Callable[[Sequence[Request]], Program]) -> None:
         self._processes = processes
         self._program = program  # of a dry run of these loads
+        self._asking = threading.Lock()
         self._lock = threading.Lock()  # guards all below
         self._told: dict[tuple[str, Options], EngineSizes] = {}
-        self._problems: dict[str, str] = {}  # by model
+        self._silent: dict[str, _Silence] = {}  # by fingerprint
 
     @property
     def problems(self) -> tuple[str, ...]:
-        """The models whose memory llama.cpp did not tell when it was last asked, and why, in sentences."""
+        """The models of whose memory llama.cpp did not tell all when it was last asked, and why, in sentences."""
         with self._lock:
-            return tuple(self._problems.values())
+            return tuple(
+                f"llama.cpp did not tell which memory {each.model} takes ({each.reason}): it is estimated"
+                for each in self._silent.values()
+            )
 
     def sizes(self, model: str, fingerprint: str, loads: Mapping[Options, Request]) -> dict[Options, EngineSizes]:
         """Return what the loads of a model take, without those that llama.cpp does not tell.
 
         `model` is the name to show, and `fingerprint` tells files apart. Blocks for a quarter of a second where
-        something is not remembered, and for at most `TIMEOUT_S` seconds for each `MOST_LOADS` loads.
+        something is not remembered, and for at most twice `TIMEOUT_S` seconds.
         """
+        if self._unknown(fingerprint, loads):
+            if self._asking.acquire(timeout=TIMEOUT_S):
+                try:
+                    self._ask_for(model, fingerprint, loads)
+                finally:
+                    self._asking.release()
+            else:
+                self._note(model, fingerprint, {}, self._unknown(fingerprint, loads), "it tells of other models")
         with self._lock:
-            found = {each: told for each in loads if (told := self._told.get((fingerprint, each))) is not None}
-        unknown = [each for each in loads if each not in found]
+            return {each: told for each in loads if (told := self._told.get((fingerprint, each))) is not None}
+
+    def _unknown(self, fingerprint: str, loads: Iterable[Options]) -> list[Options]:
+        """Return the loads that are neither remembered nor were asked about a moment ago."""
+        since = time.monotonic() - SILENCE_S
+        with self._lock:
+            silence = self._silent.get(fingerprint)
+            silent = {each for each, at in silence.untold.items() if at > since} if silence is not None else ()
+            return [each for each in loads if (fingerprint, each) not in self._told and each not in silent]
+
+    def _ask_for(self, model: str, fingerprint: str, loads: Mapping[Options, Request]) -> None:
+        """Ask about the loads that are unknown, until the time is over."""
+        end = time.monotonic() + TIMEOUT_S
+        unknown = self._unknown(fingerprint, loads)  # another thread may have asked meanwhile
+        found: dict[Options, EngineSizes] = {}
         reason = ""
         for first in range(0, len(unknown), MOST_LOADS):
             some = unknown[first : first + MOST_LOADS]
-            answers, failure = self._ask([loads[each] for each in some])
+            answers, failure = self._ask([loads[each] for each in some], end - time.monotonic())
             found |= {each: sizes for each, sizes in zip(some, answers, strict=True) if sizes is not None}
-            reason = failure if None in answers else reason
-        if unknown:
-            self._remember(model, fingerprint, found, reason)
-        return found
+            reason = reason or (failure if None in answers else "")
+            if time.monotonic() >= end:
+                break
+        self._note(model, fingerprint, found, unknown, reason or f"no answer within {TIMEOUT_S:g} s")
 
-    def _ask(self, loads: Sequence[Request]) -> tuple[Sequence[EngineSizes | None], str]:
+    def _ask(self, loads: Sequence[Request], timeout_s: float) -> tuple[Sequence[EngineSizes | None], str]:
         """Return what each load takes, None where llama.cpp does not tell, and why it does not."""
         answers = _Answers(len(loads))
         try:
-            self._processes.start(child := Child(self._program(loads), answers))
+            child = Child(self._program(loads), answers)
+            self._processes.start(child)
         except (RuntimeError, OSError) as error:  # closed, in a fork, or no thread or descriptor is left
             return answers.told, str(error)
-        if not answers.over.wait(TIMEOUT_S):
-            child.stop(0.0)
-            return tuple(answers.told), f"no answer within {TIMEOUT_S:g} s"
-        return answers.told, answers.reason
+        answered = False
+        try:
+            answered = answers.over.wait(timeout_s)
+        finally:
+            if not answered:  # it hangs, or this thread is interrupted
+                child.stop(0.0)
+        return tuple(answers.told), answers.reason if answered else f"no answer within {TIMEOUT_S:g} s"
 
-    def _remember(self, model: str, fingerprint: str, found: Mapping[Options, EngineSizes], reason: str) -> None:
+    def _note(
+        self,
+        model: str,
+        fingerprint: str,
+        found: Mapping[Options, EngineSizes],
+        asked: Iterable[Options],
+        reason: str,
+    ) -> None:
+        """Remember what was told, and what was not."""
+        now, untold = time.monotonic(), [each for each in asked if each not in found]
         with self._lock:
             self._told |= {(fingerprint, each): sizes for each, sizes in found.items()}
-            self._problems.pop(model, None)
-            if reason:
-                why = f"llama.cpp did not tell which memory {model} takes ({reason}): it is estimated"
-                self._problems[model] = why
-                log.info("%s", why)
+            silence = self._silent.pop(fingerprint, _Silence(model))
+            silence.untold = {each: at for each, at in silence.untold.items() if each not in found}
+            silence.untold |= dict.fromkeys(untold, now)
+            if untold:
+                silence.reason = printable(" ".join(reason.split()))[-REASON_CHARACTERS:]
+                log.info("llama.cpp did not tell which memory %s takes: %s", printable(model), silence.reason)
+            if silence.untold:
+                self._silent[fingerprint] = silence
+                _keep_newest(silence.untold, MOST_TOLD)
             _keep_newest(self._told, MOST_TOLD)
-            _keep_newest(self._problems, MOST_PROBLEMS)
+            _keep_newest(self._silent, MOST_SILENT)
 
 
 def _keep_newest(kept: dict[Any, Any], most: int) -> None:

@@ -9,32 +9,32 @@ answers with JSON objects, one a line:
              compute,
              projector
     refused  load, reason      llama.cpp would not make this context; the reason in its words
+    failed   reason            llama.cpp cannot load the model, or is not as it is known here; the last line
 
 `caches` is a list of [kind, layers, cells, bytes]. The kind is "full" for keys and values of a whole context, "window"
 for those of a sliding window, and "state" for recurrent state and all else that keeps its size; cells are tokens of one
 slot, and the bytes are those of all slots. `projector` counts its weights and its compute buffers. llama.cpp prints
-hundredths of a MiB. The process ends when all loads were answered; where it ends before, or llama.cpp is not as it is
-known here, the other loads have no answer.
+hundredths of a MiB. The process ends when all loads were answered; where it ends before, the other loads have no
+answer.
 """
 
 from __future__ import annotations
 
 import ctypes
+import json
 import os
 import re
 import sys
-from typing import Any, Never, TypedDict
+from typing import Any, Never, TypedDict, cast
 
 sys.path.append(os.path.dirname(os.path.abspath(__file__)))
 
-from llama_child import MIB, Request, load_mode, parameters, settle, take_over_output, tell
+from llama_child import DETAILS, MIB, Request, load_mode, parameters, settle, take_over_output, tell
 
-DETAILS = 4  # of llama.cpp's levels of verbosity
 LONGEST_STRUCTURE = 1024  # bytes; llama.cpp passes its parameters by value, and both structures are far smaller
 WRAPPED_AT = object.__basicsize__  # where the engine's parameters begin in the object that wraps them
 # of address space for data, of which llama.cpp touches a tenth, and recurrent states: weights would not find room
 MOST_BYTES = 4 << 30
-REASON_LINES = 3
 USES_GPU_AT, FLASH_ATTENTION_AT = 0, 40  # bytes, in the parameters of a projector
 AUTOMATIC = -1  # as llama.cpp has flash attention by itself
 VALUE_AT = 40  # bytes, in a node of a map: behind four pointers and the key
@@ -54,7 +54,8 @@ class DryRun(TypedDict):
 
     parent: int  # the process whose end ends this child
     library: str | None  # as in `Request`
-    loads: list[Request]  # of one model
+    base: Request
+    loads: list[dict[str, Any]]  # of the model of `base`, by what they have other than it
 
 
 class Parameters(ctypes.Structure):
@@ -102,21 +103,19 @@ class Engine:
         self._projector.restype, self._projector.argtypes = Map, [ctypes.c_char_p, Parameters]
 
     def load(self, request: Request) -> int | None:
-        """Load the model without its weights, and return its address; None where llama.cpp cannot load it."""
-        params = self._parameters(request)
-        address: int | None = self._load(request["model"].encode(), self._of_model(id(params) + WRAPPED_AT))
-        return address
-
-    def context(self, model: int, request: Request) -> str | None:
-        """Make a context without its memory, and return the log of it; None where llama.cpp refuses to make it.
+        """Load the model without its weights, and return its address; None where llama.cpp cannot load it.
 
         Raises RuntimeError where llama.cpp has understood other sizes than were named.
         """
         params = self._parameters(request)
-        explicit = self._of_context(id(params) + WRAPPED_AT)
-        sizes = [params.n_ctx, params.n_batch, params.n_ubatch, params.n_parallel]
-        if list((ctypes.c_uint32 * len(sizes)).from_buffer(explicit)) != sizes:
-            raise RuntimeError("the parameters of this llama.cpp are laid out in another way")
+        self._explicit(params)
+        address: int | None = self._load(request["model"].encode(), self._of_model(id(params) + WRAPPED_AT))
+        return address
+
+    def context(self, model: int, request: Request) -> str | None:
+        """Make a context without its memory, and return the log of it; None where llama.cpp refuses to make it."""
+        params = self._parameters(request)
+        explicit = self._explicit(params)
         self._lines.clear()
         context = self._context(model, explicit)
         if context is None:
@@ -125,9 +124,9 @@ class Engine:
         return "".join(self._lines)
 
     def projector_bytes(self, request: Request) -> int:
-        """Return the bytes of a projector's weights and compute buffers; 0 where there is none, or llama.cpp is silent.
+        """Return the bytes of a projector's weights and compute buffers; 0 where there is none.
 
-        Raises RuntimeError where the parameters are not where they are known to be.
+        Raises RuntimeError where llama.cpp does not tell, or its parameters are not where they are known to be.
         """
         if request["projector"] is None:
             return 0
@@ -140,12 +139,21 @@ class Engine:
             flash_attention.value = int(request["flash_attention"])
         found = self._projector(request["projector"].encode(), params)
         if found.count != 1:
-            return 0
+            raise RuntimeError("llama.cpp does not tell what the projector takes")
         return int(ctypes.c_size_t.from_address(found.root + VALUE_AT).value)
 
     def reason(self) -> str:
-        """Return the last lines of the log."""
-        return " ".join("".join(self._lines).split("\n")[-REASON_LINES - 1 :]).strip()
+        """Return the last line of the log that tells of an error, or else the last one."""
+        lines = [line for line in "".join(self._lines).splitlines() if line.strip()]
+        return next((line for line in reversed(lines) if "error" in line.lower()), lines[-1] if lines else "")
+
+    def _explicit(self, params: Any) -> Parameters:
+        """Return the parameters of a context as llama.cpp has understood them; raises RuntimeError where it has not."""
+        explicit: Parameters = self._of_context(id(params) + WRAPPED_AT)
+        sizes = [params.n_ctx, params.n_batch, params.n_ubatch, params.n_parallel]
+        if list((ctypes.c_uint32 * len(sizes)).from_buffer(explicit)) != sizes:
+            raise RuntimeError("the parameters of this llama.cpp are laid out in another way")
+        return explicit
 
     def _parameters(self, request: Request) -> Any:
         params = parameters(self._library, request, DETAILS)
@@ -183,21 +191,25 @@ def compute_bytes(log: str) -> int:
 
 
 def answer(protocol: int, dry_run: DryRun) -> None:
-    """Answer the loads, one after the other."""
+    """Answer the loads, one after the other; raises RuntimeError where llama.cpp cannot tell of any further load."""
     import xllamacpp
 
     engine = Engine(xllamacpp)
-    loads = dry_run["loads"]
-    model = engine.load(loads[0])
+    requests = [cast(Request, {**dry_run["base"], **load}) for load in dry_run["loads"]]
+    model = engine.load(requests[0])
     if model is None:
         raise RuntimeError(engine.reason())
-    for place, request in enumerate(loads):
+    projectors: dict[bool | None, int] = {}  # by flash attention
+    for place, request in enumerate(requests):
         log = engine.context(model, request)
         if log is None:
             tell(protocol, "refused", load=place, reason=engine.reason())
-        else:
-            projector = engine.projector_bytes(request)
-            tell(protocol, "sized", load=place, caches=caches(log), compute=compute_bytes(log), projector=projector)
+            continue
+        flash_attention = request["flash_attention"]
+        if flash_attention not in projectors:
+            projectors[flash_attention] = engine.projector_bytes(request)
+        sizes = {"caches": caches(log), "compute": compute_bytes(log), "projector": projectors[flash_attention]}
+        tell(protocol, "sized", load=place, **sizes)
 
 
 def limit_memory() -> None:
@@ -213,16 +225,17 @@ def limit_memory() -> None:
 
 def main() -> Never:
     """Run as the program of a dry run."""
-    import json
-
     protocol = take_over_output()
     settle()
     limit_memory()
-    dry_run: DryRun = json.loads(sys.stdin.buffer.readline())
+    dry_run: DryRun = json.loads(sys.stdin.buffer.readline() or b'{"parent": 0}')
     if dry_run["parent"] == os.getppid():
         if dry_run["library"] is not None:
             sys.path.append(dry_run["library"])
-        answer(protocol, dry_run)
+        try:
+            answer(protocol, dry_run)
+        except (RuntimeError, ImportError, AttributeError) as error:  # AttributeError: a function is not there
+            tell(protocol, "failed", reason=str(error))
     os._exit(0)
 
 

@@ -17,7 +17,7 @@ DEFAULT_BATCH = 512
 LEAST_BATCH = 2  # tokens; the engine also computes a token of each slot in one batch, and aborts where it cannot
 LARGEST_MICRO_BATCH = 2048  # tokens per pass of a generating model, however large its batch
 
-# Encoders: llama.cpp gives them no cache, and they compute no logits.
+# Encoders compute no logits, and llama.cpp gives most of them no cache.
 WITHOUT_CACHE = frozenset(
     {
         "bert",
@@ -25,15 +25,14 @@ WITHOUT_CACHE = frozenset(
         "gemma-embedding",
         "jina-bert-v2",
         "jina-bert-v3",
-        "llama-embed",
         "modern-bert",
         "neo-bert",
         "nomic-bert",
         "nomic-bert-moe",
-        "t5encoder",
     }
 )
-WITHOUT_LOGITS = WITHOUT_CACHE | {"lfm2"}  # and decoders that compute no logits for embeddings
+ENCODERS = WITHOUT_CACHE | {"llama-embed", "t5encoder"}
+WITHOUT_LOGITS = ENCODERS | {"lfm2"}  # and decoders that compute no logits for embeddings
 CACHE_BLOCK = 32  # elements of a block, the same for every cache type; heads are whole blocks of quantised types
 UNQUANTISED = frozenset({"f32", "f16", "bf16"})  # cache types that every model can have
 # Types whose matrices llama.cpp reorders on x86-64 as it loads them, by gguf's names; all other types stay as they are.
@@ -147,7 +146,10 @@ def shape_of(info: ModelInfo, options: Options) -> Shape:
     context = max(context, LEAST_CONTEXT)
     parallel = 1 if info.embedding else max(1, options.num_parallel or 1)
     batch = DEFAULT_BATCH if options.num_batch is None else options.num_batch
-    batch = context if pools_in_one_pass(info) else min(batch, context * parallel)
+    if pools_in_one_pass(info):
+        batch = context
+    else:
+        batch = min(batch, context * parallel, LARGEST_MICRO_BATCH if info.embedding else batch)
     batch = max(LEAST_BATCH, parallel, batch)
     micro_batch = batch if info.embedding else min(batch, LARGEST_MICRO_BATCH)
     return Shape(context, parallel, batch, micro_batch, padded(context))
@@ -164,4 +166,4 @@ def computes_every_logit(info: ModelInfo) -> bool:
 
 def pools_in_one_pass(info: ModelInfo) -> bool:
     """Tell whether an embedder must compute a whole text at once; the last token needs only what was kept before it."""
-    return info.embedding and (info.pooling != "last" or info.architecture in WITHOUT_CACHE)
+    return info.embedding and (info.pooling != "last" or info.architecture in ENCODERS)

@@ -19,6 +19,7 @@ from fsm.sizing.model_profile import EngineSettings, LargerBatch, ModelProfile, 
 from scheduler.engines.llama_options import impossible, maps_file, micro_batch, resolve
 from scheduler.engines.llama_sizing import (
     CHECKPOINTS,
+    MOST_TOLD_SLOTS,
     EngineSizes,
     estimate,
     images_bytes,
@@ -79,12 +80,13 @@ def profile_of(
     defaults: Options = AUTOMATIC,
     *,
     larger_contexts: bool = False,
-    told: Told = NOTHING_TOLD,
+    told: Told | None = None,
 ) -> ModelProfile:
     """Return the profile of a model, with resolutions for the options `asked`.
 
     `defaults` are of options that a request leaves open. With `larger_contexts` an automatic context may be larger on
-    large GPUs. A load of which the engine has `told` nothing is estimated by formulas.
+    large GPUs. Loads of which the engine has `told` nothing are estimated roughly, by formulas; None stands for a model
+    for which the formulas are known to hold.
     """
     files_bytes = info.file_bytes + info.adapters_bytes + info.projectors_bytes
     resolutions = tuple(_resolution(info, options, defaults, larger_contexts, told) for options in asked)
@@ -97,8 +99,10 @@ def fingerprint(info: ModelInfo) -> str:
 
 
 def sized_options(options: Options) -> Options:
-    """Return the part of resolved options that caches and compute buffers depend on."""
-    return replace(options, num_gpu=None, main_gpu=None, num_thread=None, use_mmap=None, require_gpu=None)
+    """Return the part of resolved options that caches and compute buffers depend on, with the slots of a dry run."""
+    slots = min(options.num_parallel or 1, MOST_TOLD_SLOTS)
+    named = replace(options, num_gpu=None, main_gpu=None, num_thread=None, use_mmap=None, require_gpu=None)
+    return replace(named, num_parallel=slots)
 
 
 def loads_of(profile: ModelProfile) -> Iterator[ResolvedLoad]:
@@ -109,7 +113,9 @@ def loads_of(profile: ModelProfile) -> Iterator[ResolvedLoad]:
             yield from (batch.load for batch in load.batches)
 
 
-def _resolution(info: ModelInfo, asked: Options, defaults: Options, larger_contexts: bool, told: Told) -> Resolution:
+def _resolution(
+    info: ModelInfo, asked: Options, defaults: Options, larger_contexts: bool, told: Told | None
+) -> Resolution:
     usual = _load(info, asked, defaults, told)
     loads = [usual]
     if asked.num_ctx is None:
@@ -125,7 +131,7 @@ def _resolution(info: ModelInfo, asked: Options, defaults: Options, larger_conte
     return Resolution(asked, tuple(loads), impossible(info, usual.options))
 
 
-def _load(info: ModelInfo, options: Options, defaults: Options, told: Told) -> ResolvedLoad:
+def _load(info: ModelInfo, options: Options, defaults: Options, told: Told | None) -> ResolvedLoad:
     """Return the load for these options, with the larger batches that it may have: only where no batch is named."""
     usual = _with_sizes(info, resolve(info, options, defaults), told)
     if options.num_batch is not None or defaults.num_batch is not None or info.embedding:
@@ -138,14 +144,21 @@ def _load(info: ModelInfo, options: Options, defaults: Options, told: Told) -> R
     return replace(usual, batches=tuple(LargerBatch(load, batch.part, batch.surcharge_bytes) for load, batch in larger))
 
 
-def _with_sizes(info: ModelInfo, options: Options, told: Told) -> ResolvedLoad:
-    footprint = estimate(info, options, told.get(sized_options(options)))
+def _with_sizes(info: ModelInfo, options: Options, told: Told | None) -> ResolvedLoad:
+    sizes = told.get(sized_options(options)) if told is not None else None
+    use_mmap, use_mmap_on_host = (maps_file(info, options, on_host=on_host) for on_host in (False, True))
+    footprint = replace(
+        estimate(info, options, sizes),
+        mapped=use_mmap,
+        mapped_on_host=use_mmap_on_host,
+        rough=told is not None and sizes is None,
+    )
     settings = LlamaSettings(
         num_micro_batch=micro_batch(info, options),
         prompt_cache_mib=footprint.prompt_cache_bytes // MIB,
         num_checkpoints=CHECKPOINTS,
-        use_mmap=maps_file(info, options, on_host=False),
-        use_mmap_on_host=maps_file(info, options, on_host=True),
+        use_mmap=use_mmap,
+        use_mmap_on_host=use_mmap_on_host,
         pooling="mean" if info.embedding and info.pooling is None else None,  # llama.cpp would refuse to embed
         projector_work_bytes=footprint.projectors_bytes - info.projectors_bytes,
         kept_bytes=footprint.prompt_cache_bytes

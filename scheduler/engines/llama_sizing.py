@@ -84,6 +84,9 @@ def holds(info: ModelInfo, version: str) -> bool:
     return version == VERIFIED_VERSION and info.architecture in VERIFIED and not info.projectors_bytes
 
 
+# Slots that llama.cpp is asked about: a dry run takes the states of all of them. More slots take as much for each.
+MOST_TOLD_SLOTS = 4
+
 CacheKind = Literal["full", "window", "state"]
 
 
@@ -130,6 +133,7 @@ def estimate(info: ModelInfo, options: Options, told: EngineSizes | None = None)
     """
     footprint = _without_prompt_cache(info, options)
     if told is not None:
+        told = _of_all_slots(info, options, told)
         footprint = replace(
             footprint,
             caches_bytes=_told_caches_bytes(info, told),
@@ -138,6 +142,17 @@ def estimate(info: ModelInfo, options: Options, told: EngineSizes | None = None)
             projectors_bytes=max(footprint.projectors_bytes, told.projector_bytes),
         )
     return replace(footprint, prompt_cache_bytes=_prompt_cache_bytes(info, footprint))
+
+
+def _of_all_slots(info: ModelInfo, options: Options, told: EngineSizes) -> EngineSizes:
+    """Return what is told of `MOST_TOLD_SLOTS` slots for all of them: slots share no cache."""
+    slots = options.num_parallel or 1
+    if slots <= MOST_TOLD_SLOTS:
+        return told
+    few = replace(options, num_parallel=MOST_TOLD_SLOTS)
+    more, less = (_compute_bytes(info, each, shape_of(info, each)) for each in (options, few))
+    caches = tuple(replace(cache, bytes=cache.bytes * slots // MOST_TOLD_SLOTS) for cache in told.caches)
+    return replace(told, caches=caches, compute_bytes=told.compute_bytes + max(0, more - less))
 
 
 def _told_caches_bytes(info: ModelInfo, told: EngineSizes) -> tuple[int, ...]:

@@ -50,3 +50,8 @@ _ADDRESS = re.compile(r"https?://(?:127\.|localhost|\[::1\])[^\s\"\\]*")
 def without_addresses(words: str) -> str:
     """Return a text without the addresses of servers on this machine: an address may be a runner's."""
     return _ADDRESS.sub("http://...", words)
+
+
+def printable(text: str) -> str:
+    """Return a text that a terminal can only show: other characters than printable ones are replaced."""
+    return "".join(one if one.isprintable() else "\N{REPLACEMENT CHARACTER}" for one in text)

@@ -68,7 +68,7 @@ def read_metadata(
         info,
         adapters_bytes=sum(sizes[: len(adapters)]),
         projectors_bytes=sum(sizes[len(adapters) :]),
-        keys=_digest([parts[0], *beside]),
+        digest=_digest([*parts, *beside]),
         image_bytes=max((12 * _number(each, "clip.vision.image_size", 0) ** 2 for each in seeing), default=0),
     )
 
@@ -136,15 +136,13 @@ def _model_info(parts: Sequence[Header], *, embedding: bool, vision: bool) -> Mo
     blocks = _number(header, f"{architecture}.block_count")
     if blocks > len(tensors):
         raise _wrong(header, f"{architecture}.block_count", f"is {blocks}, with {len(tensors)} tensors")
-    # the last blocks may predict further tokens, and llama.cpp leaves those in the file
-    predicting = _number(header, f"{architecture}.nextn_predict_layers", 0)
-    used = blocks - predicting if predicting < blocks else blocks
     width = _number(header, f"{architecture}.embedding_length")
-    heads = _by_layer(header, f"{architecture}.attention.head_count", used, default=(0,) * used)
+    heads = _by_layer(header, f"{architecture}.attention.head_count", blocks, default=(0,) * blocks)
     most_heads = max(heads, default=0)
     head_size = width // most_heads if most_heads else 0
     layers, others = _layers(tensors, blocks)
-    del layers[used:]
+    for layer in range(blocks - _predicting(header, architecture, blocks), blocks):
+        layers[layer] = []
     input_bytes = sum(tensor.bytes for tensor in others if tensor.name.startswith(_LOOKED_UP))
     info = ModelInfo(
         architecture=architecture,
@@ -153,7 +151,7 @@ def _model_info(parts: Sequence[Header], *, embedding: bool, vision: bool) -> Mo
         feed_forward_length=_feed_forward(header, architecture, layers),
         vocabulary=_vocabulary(header, architecture),
         heads=most_heads,
-        heads_kv=_by_layer(header, f"{architecture}.attention.head_count_kv", used, default=heads),
+        heads_kv=_by_layer(header, f"{architecture}.attention.head_count_kv", blocks, default=heads),
         key_length=_number(header, f"{architecture}.attention.key_length", head_size),
         value_length=_value_length(header, architecture, head_size),
         sliding_window=_number(header, f"{architecture}.attention.sliding_window", 0),
@@ -196,9 +194,19 @@ def _with_details(
     )
 
 
+def _predicting(header: Header, architecture: str, blocks: int) -> int:
+    """Return how many of the last blocks predict further tokens.
+
+    llama.cpp counts such blocks as layers where it deals layers to GPUs, but loads nothing of them.
+    """
+    count = _number(header, f"{architecture}.nextn_predict_layers", 0)
+    return count if count < blocks else 0
+
+
 def _digest(headers: Iterable[Header]) -> str:
-    """Return a short text that differs for files with other keys, as far as keys were kept."""
-    return hashlib.sha256(repr([sorted(header.values.items()) for header in headers]).encode()).hexdigest()[:16]
+    """Return a short text that differs for files with other keys or tensors, as far as keys were kept."""
+    parts = [(sorted(each.values.items()), sorted(each.lengths.items()), each.tensors) for each in headers]
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
 def _layers(tensors: Iterable[Tensor], blocks: int) -> tuple[list[list[Tensor]], list[Tensor]]:
@@ -212,8 +220,11 @@ def _layers(tensors: Iterable[Tensor], blocks: int) -> tuple[list[list[Tensor]],
 
 
 def _heads_that_attend(heads: int, recurrent: bool, layer: Sequence[Tensor]) -> int:
-    """Return a layer's heads; a recurrent layer has none, except heads that attend beside its state."""
-    return 0 if recurrent and not any(_KEYS.search(tensor.name) for tensor in layer) else heads
+    """Return a layer's heads; a recurrent layer has none, except heads that attend beside its state.
+
+    A layer that is not loaded has none.
+    """
+    return 0 if not layer or (recurrent and not any(_KEYS.search(tensor.name) for tensor in layer)) else heads
 
 
 def _value_length(header: Header, architecture: str, head_size: int) -> int:

@@ -58,4 +58,4 @@ class ModelInfo:
     output_type: str = ""  # of the output matrix, tied or not; empty: the model has no output matrix
     quantisation: str = ""  # gguf's name of the type that most of its bytes have
     pooling: str | None = None  # llama.cpp's name; None: the file names none
-    keys: str = ""  # a digest of the files' keys: the engine may go by others than those above
+    digest: str = ""  # of all keys and tensors of the files: the engine may go by others than those above

@@ -54,7 +54,7 @@ from fsm.messages.events import (
 )
 from fsm.messages.reasons import KeptReason
 from fsm.messages.refusals import Cancelled, InvalidModelRefusal, ModelNotFoundRefusal
-from scheduler.errors.formatting import format_bytes, format_duration
+from scheduler.errors.formatting import format_bytes, format_duration, printable
 from scheduler.errors.from_refusals import decision_words, error_of
 from scheduler.errors.wording import (
     device_reason,
@@ -375,11 +375,6 @@ class Narrative:
 
     def _runner(self, id: RunnerId) -> str:
         return f"runner {id}" + (f" of {self.name(self._models[id])}" if id in self._models else "")
-
-
-def printable(text: str) -> str:
-    """Return a text that a terminal can only show: other characters than printable ones are replaced."""
-    return "".join(one if one.isprintable() else "\N{REPLACEMENT CHARACTER}" for one in text)
 
 
 def lines_of(text: str) -> list[str]:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from fsm.domain.devices import MIB
 from fsm.domain.options import Options
 from fsm.sizing.footprint import Footprint
 from scheduler import Scheduler, Settings
+from scheduler.concurrency.latch import Latch
 from scheduler.engines import llama, llama_dry_run
 from scheduler.engines.child_process import Program
 from scheduler.engines.llama import LlamaEngine
@@ -217,6 +219,25 @@ def test_a_refused_load_leaves_the_others_their_answers(
     assert footprint_of(engine, path) == accepted.loads[0].footprint
 
 
+def test_more_slots_than_are_asked_about_take_as_much_for_each(engine: LlamaEngine, tmp_path: Path) -> None:
+    """A dry run takes the states of its slots, so few are asked about; the caches of all slots are alike."""
+    path = write(tmp_path, "mamba2")
+    four, many = (footprint_of(engine, path, replace(ASKED, num_parallel=slots)) for slots in (4, 32))
+    assert sum(many.caches_bytes) == pytest.approx(8 * sum(four.caches_bytes))
+    assert many.checkpoints_bytes == pytest.approx(8 * four.checkpoints_bytes)
+    assert many.compute_bytes >= four.compute_bytes
+
+
+def test_many_loads_of_a_long_path_find_room_in_a_pipe(engine: LlamaEngine, tmp_path: Path) -> None:
+    """What is asked is small, however long the path: only what differs is said of each load."""
+    folder = tmp_path / ("é" * 120) / ("ü" * 120)
+    folder.mkdir(parents=True)
+    path = write(folder, "gemma4")
+    asked = [replace(ASKED, num_ctx=256 * number) for number in range(1, llama_dry_run.MOST_LOADS + 1)]
+    assert len(engine.inspect(ModelSpec("m", str(path)), asked).resolutions) == len(asked)
+    assert engine.problems == ()
+
+
 # silence
 
 
@@ -229,7 +250,7 @@ class _Asked:
 
     def __call__(self, loads: Sequence[Any]) -> Program:
         self.count += 1
-        return Program((sys.executable, "-c", self.code), {}, json.dumps(len(loads)).encode() + b"\n")
+        return Program((sys.executable, "-c", self.code), {}, b"\n")
 
 
 @pytest.fixture
@@ -241,31 +262,77 @@ def processes() -> Iterator[ChildLauncher]:
         assert launcher.close()
 
 
-LOADS: Mapping[Options, Any] = {Options(num_ctx=tokens): {} for tokens in (1, 2)}
+LOADS: Mapping[Options, Any] = {Options(num_ctx=tokens): None for tokens in (1, 2)}
 SAYS_ONE = f"import sys; print({json.dumps(json.dumps(TOLD))}); sys.stderr.write('why\\n'); sys.exit(3)"
 
 
 def test_half_an_answer_is_half_used(processes: ChildLauncher) -> None:
-    """A child that dies after its first answer has given one; the other is asked for again, and named till then."""
+    """A child that dies after its first answer has given one; the other is named, and not asked about for a while."""
     program = _Asked(SAYS_ONE)
     runs = DryRuns(processes, program)
-    assert list(runs.sizes("m", "mark", LOADS)) == [Options(num_ctx=1)]
-    assert runs.problems == ("llama.cpp did not tell which memory m takes (status 3 why): it is estimated",)
-    runs.sizes("m", "mark", {Options(num_ctx=2): {}})
-    assert program.count == 2
-    runs.sizes("m", "mark", {Options(num_ctx=1): {}})
-    assert program.count == 2
+    for _ in range(2):
+        assert list(runs.sizes("m", "mark", LOADS)) == [Options(num_ctx=1)]
+        assert runs.problems == ("llama.cpp did not tell which memory m takes (status 3 why): it is estimated",)
+    assert program.count == 1
 
 
-def test_a_problem_goes_with_the_next_answer(processes: ChildLauncher) -> None:
-    """A model that is answered at last is no problem any more."""
+def test_a_problem_goes_with_the_answer_to_the_very_question(
+    processes: ChildLauncher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A load that is told at last is no problem any more; answers about other loads and models change nothing."""
+    monkeypatch.setattr(llama_dry_run, "SILENCE_S", 0.0)
     program = _Asked("import sys; sys.exit(1)")
     runs = DryRuns(processes, program)
-    runs.sizes("m", "mark", {Options(num_ctx=1): {}})
-    assert len(runs.problems) == 1
+    one, two = ({Options(num_ctx=tokens): None} for tokens in (1, 2))
+    runs.sizes("m", "mark", one)
     program.code = SAYS_ONE
-    assert runs.sizes("m", "mark", {Options(num_ctx=1): {}})
+    assert runs.sizes("m", "mark", two) and runs.sizes("m", "other mark", one)
+    assert len(runs.problems) == 1
+    assert runs.sizes("m", "mark", one)
     assert runs.problems == ()
+
+
+def test_what_a_file_says_of_itself_cannot_reach_a_terminal(processes: ChildLauncher) -> None:
+    """U64: an error that quotes a file, of any length, is shown without its escape sequences, and cut short."""
+    line = json.dumps({"event": "failed", "reason": "bad \x1b]0;owned\x07 " + 9999 * "x"})
+    runs = DryRuns(processes, _Asked(f"print({line!r})"))
+    runs.sizes("m", "mark", LOADS)
+    (problem,) = runs.problems
+    assert problem.isprintable() and len(problem) < 500
+
+
+def test_threads_that_ask_the_same_share_one_answer(processes: ChildLauncher) -> None:
+    """One dry run is made at a time, and what it tells is there for all."""
+    program = _Asked(f"import time; time.sleep(0.3); {SAYS_ONE}")
+    runs = DryRuns(processes, program)
+    with ThreadPoolExecutor(6) as pool:
+        told = [*pool.map(lambda number: runs.sizes("m", "mark", {Options(num_ctx=1): None}), range(6))]
+    assert program.count == 1 and all(told)
+
+
+def test_the_time_is_for_all_loads_together(processes: ChildLauncher, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A silent llama.cpp is asked once, however many loads there are, and then not for a while."""
+    monkeypatch.setattr(llama_dry_run, "TIMEOUT_S", 0.5)
+    monkeypatch.setattr(llama_dry_run, "MOST_LOADS", 1)
+    program = _Asked("import time; time.sleep(600)")
+    runs = DryRuns(processes, program)
+    for _ in range(3):
+        assert runs.sizes("m", "mark", {Options(num_ctx=tokens): None for tokens in range(9)}) == {}
+    assert program.count == 1
+
+
+def test_a_thread_that_is_interrupted_leaves_no_child(
+    processes: ChildLauncher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C ends the dry run too."""
+
+    def interrupted(self: Latch, timeout: float | None = None) -> bool:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Latch, "wait", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        DryRuns(processes, _Asked("import time; time.sleep(600)")).sizes("m", "mark", LOADS)
+    monkeypatch.undo()
 
 
 def test_a_child_that_hangs_is_waited_for_some_seconds_and_ended(
@@ -297,7 +364,7 @@ def test_a_closed_engine_asks_nothing(processes: ChildLauncher) -> None:
 
 def test_answers_and_problems_are_bounded(processes: ChildLauncher, monkeypatch: pytest.MonkeyPatch) -> None:
     """The oldest are forgotten first."""
-    monkeypatch.setattr(llama_dry_run, "MOST_PROBLEMS", 2)
+    monkeypatch.setattr(llama_dry_run, "MOST_SILENT", 2)
     monkeypatch.setattr(llama_dry_run, "MOST_TOLD", 1)
     program = _Asked(SAYS_ONE)
     runs = DryRuns(processes, program)

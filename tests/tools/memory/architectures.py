@@ -8,7 +8,7 @@ from pathlib import Path
 from fsm.domain.devices import MIB
 from fsm.domain.options import Options
 from scheduler.engines.llama import ENGINE, LlamaEngine
-from scheduler.engines.llama_options import WITHOUT_CACHE
+from scheduler.engines.llama_options import ENCODERS
 from scheduler.engines.llama_sizing import holds
 from scheduler.models.gguf_metadata import read_metadata
 from scheduler.models.measurements import installed_version
@@ -63,7 +63,7 @@ def compare(folder: Path, architecture: str) -> Compared:
         path = write(folder, architecture)
     except Unwritable as error:
         return Compared(architecture, False, untried=f"not written: {_short(error)}")
-    embedding = architecture in WITHOUT_CACHE
+    embedding = architecture in ENCODERS
     by_formula = holds(read_metadata(str(path), embedding=embedding), installed_version(ENGINE))
     pairs: list[Pair] = []
     try:

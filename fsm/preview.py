@@ -16,7 +16,6 @@ from fsm.messages.commands import Grant, Reject
 from fsm.messages.events import Acquire, Inspected, Tick
 from fsm.messages.reasons import WaitReason
 from fsm.messages.refusals import DoesNotFitRefusal, Refusal
-from fsm.placement.search import needed
 from fsm.planning.plan import Plan
 from fsm.sizing.footprint import DeviceBytes, Footprint, bytes_by_device
 from fsm.sizing.load_history import NOTHING, LoadHistory
@@ -119,8 +118,7 @@ def _planned(state: CoreState, spec: RequestSpec, plans: Sequence[Plan], outcome
     planned, load = next((found for found in placements if found[0].victims), placements[-1])
     if planned.victims:
         outcome = Outcome.evicts
-    exact = bool(load.footprint.fixed)
-    needs, placement = dict(needed(planned.placement, exact=exact)), planned.placement
+    needs, placement = dict(planned.needed), planned.placement
     shares = _shares(state, load.footprint, placement.gpu_layers, dict(placement.bytes), needs, dict(planned.free))
     layers = _layers(state, load.footprint)
     return Preview(outcome, load.options, shares, placement.gpu_layers, layers, placement.measured, planned.victims)

@@ -73,6 +73,7 @@ class Configure:
     max_queue: int | None = None
     max_runners: int | None = None
     keep_alive_s: float | None = None
+    memory_limited: bool | None = None  # whether a limit is set on the host's memory
 
 
 @dataclass(frozen=True, slots=True)

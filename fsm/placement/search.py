@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 
-from fsm.domain.devices import HOST, Amounts, DeviceId, Placement
+from fsm.domain.devices import HOST, MIB, Amounts, DeviceId, Placement
 from fsm.placement.layer_split import LayerSplitter
 from fsm.sizing.footprint import Footprint, bytes_by_device
 
-PREDICTED_HEADROOM = 0.25  # a prediction fits if it takes at most 80 % of the free bytes, as in the reference
+# Over a prediction, as in the reference; others leave before a runner starts with less. What cannot be made free is
+# wanted by no placement: on a device that others do not use, a small margin suffices.
+PREDICTED_HEADROOM = 0.25
 MEASURED_HEADROOM = 0.03
+MARGIN_PART = 20  # a twentieth of a prediction
+GPU_MARGIN_BYTES = 512 * MIB  # at least, since libraries and the desktop take memory of a GPU too
 
 Free = Mapping[DeviceId, int]
 
@@ -44,6 +48,7 @@ class PlacementDemand:
     known: Mapping[Amounts, Amounts] = field(default_factory=dict)  # layers by GPU -> bytes measured with that split
     spread: bool = False  # over all GPUs, even where one GPU takes the model
     require_gpu: bool = False  # whole on GPUs or not at all, also where its request names fewer layers
+    shown: Mapping[DeviceId, float] = field(default_factory=dict)  # measured / predicted bytes, by earlier runners
 
     @property
     def layers(self) -> int:
@@ -62,34 +67,86 @@ class PlacementDemand:
             return (Offload.none,)
         return (Offload.whole,) if self.num_gpu >= self.layers else (Offload.partial,)
 
+    def least_bytes(self, device: DeviceId, amount: int) -> int:
+        """Return the bytes that must be free for predicted ones, whatever can be made free.
 
-def needed(placement: Placement, *, exact: bool) -> Amounts:
-    """Return the bytes by device that must be free for a placement: its own, and the headroom unless they are exact."""
-    headroom = 0.0 if exact else MEASURED_HEADROOM if placement.measured else PREDICTED_HEADROOM
-    return tuple((device, int(amount * (1 + headroom))) for device, amount in placement.bytes)
+        A margin over them, or these bytes alone where the request names a number of layers, or requires a GPU.
+        """
+        if self.footprint.rough:
+            return int(amount * (1 + PREDICTED_HEADROOM))
+        if self.require_gpu or (self.num_gpu is not None and self.num_gpu >= 0) or not amount:
+            return amount
+        return amount + max(amount // MARGIN_PART, GPU_MARGIN_BYTES if device != HOST else 0)
+
+    def most_bytes(self, device: DeviceId, free_bytes: int) -> int:
+        """Return the most bytes for which `least_bytes` are within `free_bytes`."""
+        if self.footprint.rough:
+            return _most_with_headroom(free_bytes)
+        if self.require_gpu or (self.num_gpu is not None and self.num_gpu >= 0):
+            return free_bytes
+        parts, rest = divmod(free_bytes, MARGIN_PART + 1)
+        most = MARGIN_PART * parts + min(rest, MARGIN_PART - 1)
+        return min(most, free_bytes - GPU_MARGIN_BYTES) if device != HOST else most
 
 
-def find_placement(demand: PlacementDemand, offload: Offload, free: Free, gpus: Sequence[Gpu]) -> Placement | None:
-    """Return a placement that fits within `free`, headroom included; None where there is none.
+def shown_parts(footprint: Footprint, known: Mapping[Amounts, Amounts]) -> dict[DeviceId, float]:
+    """Return, by device, measured bytes as a part of what was predicted for the same split, the largest of all splits.
+
+    `known` are bytes by device that were measured, by split. What is on an integrated GPU cannot be told from the host.
+    """
+    shown: dict[DeviceId, float] = {}
+    for split, measured in known.items():
+        predicted = {device: part.total_bytes for device, part in bytes_by_device(footprint, split).items()}
+        for device, amount in measured if predicted.keys() == dict(measured).keys() else ():
+            if predicted[device] and amount:
+                shown[device] = max(shown.get(device, 0.0), amount / predicted[device])
+    return shown
+
+
+def needed(demand: PlacementDemand, placement: Placement, potential: Free | None = None) -> Amounts:
+    """Return the bytes by device that must be free for a placement.
+
+    These are the declared bytes of a model without layers. Else they include a headroom, as far as `potential`, the
+    bytes by device that can be made free, allows for it: at least the bytes that the demand cannot do without.
+    """
+    if demand.footprint.fixed:
+        return placement.bytes
+    headroom = MEASURED_HEADROOM if placement.measured else PREDICTED_HEADROOM
+    mapped_bytes = demand.footprint.mapped_bytes(placement.gpu_layers)
+    amounts = []
+    for device, amount in placement.bytes:
+        roomy = int(amount * (1 + headroom))
+        if potential is not None:
+            own = max(0, amount - mapped_bytes) if device == HOST else amount
+            least = own if placement.measured else demand.least_bytes(device, own)
+            roomy = min(roomy, max(least, potential.get(device, 0)))
+        amounts.append((device, roomy))
+    return tuple(amounts)
+
+
+def find_placement(
+    demand: PlacementDemand, offload: Offload, free: Free, gpus: Sequence[Gpu], potential: Free | None = None
+) -> Placement | None:
+    """Return a placement that fits within `free`, with the headroom that `needed` says; None where there is none.
 
     As many layers as possible go to GPUs, the output first and then the last layers, as llama.cpp offloads them. They
     go to one GPU, the best that takes them (the explicit `main_gpu`, else a discrete GPU before an integrated one, else
     the GPU with most free bytes), or else to as few GPUs of one library as possible, or with `spread` to all of them.
     """
     if demand.footprint.fixed:
-        return _within(Placement(_by_memory(dict(demand.footprint.fixed), gpus)), free, exact=True)
+        return _within(demand, Placement(_by_memory(dict(demand.footprint.fixed), gpus)), free, None)
     if offload is Offload.none:
-        return _within(_layout(demand, (), gpus), free)
+        return _within(demand, _layout(demand, (), gpus), free, potential)
     order = sorted(
         gpus, key=lambda gpu: (gpus.index(gpu) != demand.main_gpu, gpu.memory == HOST, -free.get(gpu.memory, 0), gpu.id)
     )
-    table = SplitEnumerator(demand, free, order)
+    table = SplitEnumerator(demand, free, order, potential)
     for layers in _layer_counts(demand, offload):
         for split in table.splits(layers):
             placement = _layout(demand, split, gpus)
-            lacking = _lacking(placement, free)
+            lacking = _lacking(demand, placement, free, potential)
             if not lacking:
-                return placement
+                return _reserved(placement, free)
             only_host = lacking == {HOST} and not demand.known and all(gpu.memory != HOST for gpu in gpus)
             if only_host and offload is Offload.partial:
                 return None  # with fewer layers on GPUs the host would lack more
@@ -107,12 +164,20 @@ def _layer_counts(demand: PlacementDemand, offload: Offload) -> Sequence[int]:
 class SplitEnumerator:
     """The splits that are worth trying, by the number of layers on GPUs."""
 
-    def __init__(self, demand: PlacementDemand, free: Free, order: Sequence[Gpu]) -> None:
+    def __init__(self, demand: PlacementDemand, free: Free, order: Sequence[Gpu], potential: Free | None) -> None:
         self.demand = demand
         self.order = order
         self.layers_bytes = demand.footprint.offloaded_bytes
-        self.rooms = {gpu.id: _room(free.get(gpu.memory, 0)) - demand.footprint.compute_bytes for gpu in order}
+        self.rooms = {gpu.id: self._room(gpu, free, potential) - demand.footprint.compute_bytes for gpu in order}
         self.teams = _teams(order)
+
+    def _room(self, gpu: Gpu, free: Free, potential: Free | None) -> int:
+        """Return the most predicted bytes that fit on a GPU, its headroom included."""
+        free_bytes = free.get(gpu.memory, 0)
+        room = _most_with_headroom(free_bytes)
+        if potential is not None and free_bytes >= potential.get(gpu.memory, 0):
+            room = max(room, self.demand.most_bytes(gpu.memory, free_bytes))
+        return int(room / self.demand.shown.get(gpu.memory, 1.0))
 
     def splits(self, layers: int) -> Iterator[Amounts]:
         """Yield the splits of so many layers over GPUs that may fit, the best first; no split that cannot fit."""
@@ -177,18 +242,26 @@ def _split_of(dealt: Sequence[tuple[int, int]], team: Sequence[Gpu]) -> Amounts:
     return tuple((team[place].id, layers) for place, layers in dealt)
 
 
-def _room(free_bytes: int) -> int:
+def _most_with_headroom(free_bytes: int) -> int:
     """Return the most bytes that fit into `free_bytes` with the headroom of a prediction, as `needed` rounds it."""
     over, under = (1 + PREDICTED_HEADROOM).as_integer_ratio()
     return (under * (free_bytes + 1) - 1) // over
 
 
-def _lacking(placement: Placement, free: Free, *, exact: bool = False) -> set[DeviceId]:
-    return {device for device, amount in needed(placement, exact=exact) if amount > free.get(device, 0)}
+def _lacking(demand: PlacementDemand, placement: Placement, free: Free, potential: Free | None) -> set[DeviceId]:
+    return {device for device, amount in needed(demand, placement, potential) if amount > free.get(device, 0)}
 
 
-def _within(placement: Placement, free: Free, *, exact: bool = False) -> Placement | None:
-    return None if _lacking(placement, free, exact=exact) else placement
+def _within(demand: PlacementDemand, placement: Placement, free: Free, potential: Free | None) -> Placement | None:
+    return None if _lacking(demand, placement, free, potential) else _reserved(placement, free)
+
+
+def _reserved(placement: Placement, free: Free) -> Placement:
+    """Return a placement that fits as it is reserved: pages of a mapped file take no more than what is left."""
+    if all(amount <= free.get(device, 0) for device, amount in placement.bytes):
+        return placement
+    bytes_ = tuple((device, min(amount, max(0, free.get(device, 0)))) for device, amount in placement.bytes)
+    return replace(placement, bytes=bytes_)
 
 
 def _by_memory(amounts: Mapping[DeviceId, int], gpus: Sequence[Gpu]) -> Amounts:
@@ -202,8 +275,14 @@ def _by_memory(amounts: Mapping[DeviceId, int], gpus: Sequence[Gpu]) -> Amounts:
 
 
 def _layout(demand: PlacementDemand, split: Amounts, gpus: Sequence[Gpu]) -> Placement:
-    """Return the placement of a split: with its measured bytes by device where it was measured, else predicted ones."""
+    """Return the placement of a split: with its measured bytes by device where it was measured, else predicted ones.
+
+    What was measured with other splits corrects a prediction.
+    """
     if (measured := demand.known.get(split)) is not None:
         return Placement(measured, split, measured=True)
     amounts = {device: part.total_bytes for device, part in bytes_by_device(demand.footprint, split).items()}
-    return Placement(_by_memory(amounts, gpus), split)
+    predicted = _by_memory(amounts, gpus)
+    return Placement(
+        tuple((device, int(amount * demand.shown.get(device, 1.0))) for device, amount in predicted), split
+    )

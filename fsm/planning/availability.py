@@ -15,7 +15,7 @@ from enum import IntEnum
 from fsm.domain.devices import HOST, Amounts, DeviceId, Placement
 from fsm.machine.request import ModelId
 from fsm.machine.runner import Runner
-from fsm.placement.search import Gpu, Offload, PlacementDemand, find_placement, needed
+from fsm.placement.search import Free, Gpu, Offload, PlacementDemand, find_placement, needed
 from fsm.state.memory_ledger import Ledger
 from fsm.state.request_queue import QueueRank
 
@@ -39,10 +39,11 @@ class Requirement:
     demand: PlacementDemand
     offload: Offload
     process: bool = True  # a process has to be started; False for memory of the program's own
+    potential: Free | None = None  # bytes by memory that can be made free; None: whatever is asked for
 
     def amounts(self, placement: Placement) -> Amounts:
         """Return the bytes that have to be free for a placement, by device, headroom included."""
-        return needed(placement, exact=bool(self.demand.footprint.fixed))
+        return needed(self.demand, placement, self.potential)
 
 
 class AvailabilityProfile:
@@ -63,8 +64,9 @@ class AvailabilityProfile:
 
     def best_offload(self, demand: PlacementDemand) -> Offload | None:
         """Return the best offload that is possible at all; None where the demand can never be placed."""
+        free = self.potential
         modes = demand.offload_modes(self.gpus)
-        return next((offload for offload in modes if find_placement(demand, offload, self.potential, self.gpus)), None)
+        return next((offload for offload in modes if find_placement(demand, offload, free, self.gpus, free)), None)
 
     def memories(self, need: Requirement) -> list[DeviceId]:
         """Return the memories in which a requirement may be placed."""
@@ -92,7 +94,8 @@ class AvailabilityProfile:
         """
         if need.process and self.process_slots[horizon] + sum(runner.process for runner in gone) <= 0:
             return None
-        return find_placement(need.demand, need.offload, self.available_after(horizon, gone), self.gpus)
+        free = self.available_after(horizon, gone)
+        return find_placement(need.demand, need.offload, free, self.gpus, need.potential)
 
     def earliest_fit(self, need: Requirement, since: Horizon = AFTER_STOPS) -> tuple[Placement, Horizon]:
         """Return the placement at the earliest horizon at which a requirement fits, and that horizon.
@@ -139,7 +142,8 @@ class AvailabilityProfile:
             self.reserve(horizon, need.amounts(placement), need.process)
 
     def _placed(self, need: Requirement, free: Mapping[DeviceId, int]) -> Placement:
-        found = (find_placement(need.demand, need.offload, there, self.gpus) for there in (free, self.potential))
+        frees = (free, self.potential)
+        found = (find_placement(need.demand, need.offload, there, self.gpus, need.potential) for there in frees)
         placement = next(filter(None, found), None)
         assert placement is not None, "a request group that can never fit is refused before"
         return placement

@@ -6,12 +6,10 @@ Entries are made only where a decision log is kept, from the plan as it was carr
 from __future__ import annotations
 
 from fsm.eviction.policies import Candidate
-from fsm.machine.request import Purpose, RequestSpec
 from fsm.machine.runner import LOADING, Runner, RunnerId
 from fsm.messages.decision_log import ConsideredDevice, ConsideredRunner, Decision, Entry
 from fsm.messages.reasons import KeptReason
 from fsm.messages.refusals import DoesNotFitRefusal, Refusal
-from fsm.placement.search import needed
 from fsm.planning.plan import Plan, PlannedPlacement
 from fsm.state.core_state import CoreState
 
@@ -22,7 +20,7 @@ def tell_victims(state: CoreState, plan: Plan, decision_log: list[Entry]) -> Non
         group, planned = state.groups[spec], plan.placements[spec]
         entry = Decision(
             state.now, "evicts", spec.model, None, group.head.id,
-            runners=runners_considered(state, plan, planned), devices=devices_considered(state, spec, planned),
+            runners=runners_considered(state, plan, planned), devices=devices_considered(state, planned),
             step=state.steps,
         )  # fmt: skip
         decision_log.append(entry)
@@ -34,7 +32,7 @@ def tell_placed(state: CoreState, plan: Plan, since: RunnerId, decision_log: lis
         spec, runner = group.spec, state.models[group.spec.model].current
         if runner is None or runner.id < since:
             continue
-        devices = devices_considered(state, spec, plan.placements[spec])
+        devices = devices_considered(state, plan.placements[spec])
         entry = Decision(
             state.now, "placed", spec.model, placement, group.head.id, runner.id, devices=devices, step=state.steps
         )
@@ -49,7 +47,7 @@ def tell_waits(state: CoreState, plan: Plan, decision_log: list[Entry]) -> None:
         group.told = group.waits_for
         planned = plan.placements.get(group.spec)
         runners = runners_considered(state, plan, planned) if planned else ()
-        devices = devices_considered(state, group.spec, planned) if planned else ()
+        devices = devices_considered(state, planned) if planned else ()
         why, id = group.waits_for, group.head.id
         entry = Decision(
             state.now, "waits", group.spec.model, why, id, None, group.until, runners, devices, state.steps
@@ -69,10 +67,9 @@ def runners_considered(state: CoreState, plan: Plan, planned: PlannedPlacement) 
     )
 
 
-def devices_considered(state: CoreState, spec: RequestSpec, planned: PlannedPlacement) -> tuple[ConsideredDevice, ...]:
+def devices_considered(state: CoreState, planned: PlannedPlacement) -> tuple[ConsideredDevice, ...]:
     """Return every device, with the bytes that a planned placement needs of it and that are available for it."""
-    exact = spec.purpose is Purpose.memory or state.models[spec.model].declared
-    needs, free = dict(needed(planned.placement, exact=exact)), dict(planned.free)
+    needs, free = dict(planned.needed), dict(planned.free)
     devices = (device.id for device in state.ledger.devices.values() if not device.integrated)
     figures = ((device, needs.get(device, 0), free.get(device, 0)) for device in devices)
     return tuple(ConsideredDevice(device, need, there, 0 < need <= there) for device, need, there in figures)

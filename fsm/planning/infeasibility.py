@@ -26,8 +26,7 @@ def infeasible_reason(
     """
     capacity = {device.id: device.capacity_bytes for device in state.ledger.devices.values() if not device.integrated}
     offload, need = _least_lacking(demand, dict.fromkeys((*capacity, HOST), BOUNDLESS), potential, gpus)
-    exact = bool(demand.footprint.fixed)
-    amounts = needed(need, exact=exact) if need else demand.footprint.fixed
+    amounts = needed(demand, need, potential) if need else demand.footprint.fixed
     reason = _reason(state, gpus, demand, offload, potential, capacity)
     return DoesNotFitRefusal(model, amounts, tuple(sorted(potential.items())), reason), need
 
@@ -48,13 +47,17 @@ def _reason(
     if unknown:
         return NoSuchDevice(unknown[0], tuple(devices))
     unmovable = [runner for runner in runners if state.is_unmovable(runner)]
-    if 0 < state.config.max_runners <= len(unmovable) and find_placement(demand, offload, potential, gpus):
+
+    def fits(there: Mapping[DeviceId, int]) -> bool:
+        return find_placement(demand, offload, there, gpus, there) is not None
+
+    if 0 < state.config.max_runners <= len(unmovable) and fits(potential):
         return RunnerLimit(state.config.max_runners, _models(unmovable))
-    if stuck and find_placement(demand, offload, state.ledger.available_after(potential, map(_owner, stuck)), gpus):
+    if stuck and fits(state.ledger.available_after(potential, map(_owner, stuck))):
         return MemoryHeld(_models(stuck), pinned=False)
-    if find_placement(demand, offload, state.ledger.available_after(free, map(_owner, runners)), gpus) and pinned:
+    if pinned and fits(state.ledger.available_after(free, map(_owner, runners))):
         return MemoryHeld(_models(pinned), pinned=True)
-    if find_placement(demand, offload, capacity, gpus):
+    if fits(capacity):
         return Infeasible.held_elsewhere
     if not gpus and offload is not Offload.none:
         return Infeasible.no_required_gpu if demand.require_gpu else Infeasible.no_gpu
@@ -67,7 +70,7 @@ def _least_lacking(
     """Return the offload for which the least memory is lacking, and its placement if memory were boundless."""
 
     def lacking_bytes(need: Placement | None) -> int:
-        amounts = needed(need, exact=bool(demand.footprint.fixed)) if need else ()
+        amounts = needed(demand, need, potential) if need else ()
         return sum(max(0, amount - potential.get(device, 0)) for device, amount in amounts)
 
     modes = [(offload, find_placement(demand, offload, boundless, gpus)) for offload in demand.offload_modes(gpus)]

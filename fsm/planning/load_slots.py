@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 
 from fsm.domain.devices import HOST, DeviceId, Placement
-from fsm.placement.search import Gpu, Offload, PlacementDemand, find_placement
+from fsm.placement.search import Free, Gpu, Offload, PlacementDemand, find_placement
 from fsm.state.core_config import CoreConfig
 
 
@@ -29,19 +29,19 @@ class LoadSlots:
             self.counts[device] = self.counts.get(device, 0) + 1
 
     def find_placement(
-        self, demand: PlacementDemand, offload: Offload, free: Mapping[DeviceId, int], gpus: Sequence[Gpu]
+        self, demand: PlacementDemand, offload: Offload, free: Free, gpus: Sequence[Gpu], potential: Free | None
     ) -> Placement | None:
         """Return where one more load may begin: its best placement, or else one without the GPUs that lack a load slot.
 
         None where it does not fit, or where it would have to wait for a load slot. The other placement is taken only if
         it has as many layers on GPUs.
         """
-        best = find_placement(demand, offload, free, gpus)
+        best = find_placement(demand, offload, free, gpus, potential)
         if best is None or not (full := self.full(best)):
             return best
         if demand.spread or demand.main_gpu is not None:  # the demand refers to all GPUs, or to an index among them
             return None
-        other = find_placement(demand, offload, free, [gpu for gpu in gpus if gpu.id not in full])
+        other = find_placement(demand, offload, free, [gpu for gpu in gpus if gpu.id not in full], potential)
         as_good = other is not None and not self.full(other) and other.offloaded >= best.offloaded
         return other if as_good else None
 

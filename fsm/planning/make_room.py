@@ -49,7 +49,7 @@ def plan_eviction(
     context.plan.contended.update(victim.runner for victim in victims if not goes)
     kept = _kept(context, group, may, victims, victim_set) if context.explains else {}
     context.plan.placements[group.spec] = PlannedPlacement(
-        placement, free, tuple(victims), tuple(may), victim_set, kept
+        placement, need.amounts(placement), free, tuple(victims), tuple(may), victim_set, kept
     )
     return placement
 

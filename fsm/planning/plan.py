@@ -23,6 +23,7 @@ class PlannedPlacement:
     """Where the runner of a request group goes, or would go, and which victims leave before."""
 
     placement: Placement
+    needed: Amounts  # bytes by device that must be free for it, headroom included
     free: Amounts  # bytes by device that the placement was judged by: free, or available once the victims have left
     victims: tuple[Candidate, ...] = ()  # no victim leaves before all of them may
     considered: tuple[Candidate, ...] = ()  # candidates, the first choice first; empty where no victim is needed

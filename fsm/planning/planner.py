@@ -179,7 +179,8 @@ def _evaluate(
         load, demand = resolved
     if (offload := _best_offload(context, group, demand)) is None:  # 6
         return None
-    return load, Requirement(demand, offload, group.spec.purpose is not Purpose.memory)
+    process, potential = group.spec.purpose is not Purpose.memory, context.availability.potential
+    return load, Requirement(demand, offload, process, potential)
 
 
 def _evaluate_model(
@@ -233,7 +234,9 @@ def _reserve_stale_estimate(context: PlanningContext, model: ModelRecord, resolu
     _, demand = resolved_demand(model, resolution, context.state, context.availability.potential, context.gpus)
     if (offload := context.availability.best_offload(demand)) is not None:
         context.availability.reserved_by_model.setdefault(model.id, context.availability.held_by(model.current))
-        context.availability.reserve_successor(model.id, Requirement(demand, offload))
+        context.availability.reserve_successor(
+            model.id, Requirement(demand, offload, potential=context.availability.potential)
+        )
 
 
 def _plan_runner(
@@ -254,12 +257,13 @@ def _plan_runner(
         context.availability.process_slots[NOW] = 0
     if not mandatory and not accompanied and places > 0:  # 2
         free = context.availability.bytes[NOW]
-        placement = context.load_slots.find_placement(need.demand, need.offload, free, context.gpus)
+        placement = context.load_slots.find_placement(need.demand, need.offload, free, context.gpus, need.potential)
         if placement is not None:
             asked, planned = group.spec.options, (load, placement)
             load, placement = with_batch(model, asked, context.state.config, planned, free, context.gpus)
             context.plan.loads[group.spec] = load
-            context.plan.placements[group.spec] = PlannedPlacement(placement, tuple(sorted(free.items())))
+            there = tuple(sorted(free.items()))
+            context.plan.placements[group.spec] = PlannedPlacement(placement, need.amounts(placement), there)
             context.plan.launches.append((group, load, placement))
             context.availability.reserve(NOW, placement.bytes, 1)
             context.availability.reserved_by_model[model.id] = dict(placement.bytes)
@@ -279,7 +283,7 @@ def _best_offload(context: PlanningContext, group: RequestGroup, demand: Placeme
     potential = context.availability.potential
     refusal, need = infeasible_reason(context.state, context.gpus, group.spec.model, demand, potential)
     if need is not None:
-        context.plan.placements[group.spec] = PlannedPlacement(need, tuple(sorted(potential.items())))
+        context.plan.placements[group.spec] = PlannedPlacement(need, refusal.needed, tuple(sorted(potential.items())))
     context.plan.refusals.append((group, refusal))
     return None
 

@@ -30,6 +30,7 @@ class CoreConfig:
     cpu_threads: int = 0  # of each runner whose request names none; 0: its part of the host's cores
     spread_over_gpus: bool = False  # a model is split over all GPUs even where one GPU takes it
     require_gpu: bool = False  # a model is refused rather than placed on the host in part or whole
+    memory_limited: bool = False  # a limit is set on the host's memory: pages of mapped files count as any other memory
     claims: bool = False  # whether launches claim their devices among all programs on the machine
     persists_measurements: bool = False  # whether measurements are kept in a store, for later programs
     claim_timeout_s: float = 60.0  # how long a launch waits for its claim; then it goes ahead without it

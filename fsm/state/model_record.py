@@ -13,7 +13,7 @@ from fsm.eviction.reuse_prediction import Histogram, count_interval
 from fsm.machine.request import ModelId
 from fsm.machine.runner import IDLE, LOADING, Runner
 from fsm.messages.reasons import FailureReason
-from fsm.placement.search import PlacementDemand
+from fsm.placement.search import PlacementDemand, shown_parts
 from fsm.sizing.footprint import Footprint
 from fsm.sizing.load_history import NOTHING, LoadHistory, note_bounded, usual_load_s, with_load
 from fsm.sizing.model_profile import ModelProfile, Resolution, ResolvedLoad
@@ -45,8 +45,8 @@ class ModelRecord(Record):
     measured: dict[tuple[Options, Amounts], Amounts] = field(default_factory=dict)
     # options -> seconds of the shortest load, the time of the last one, and the number of loads
     shortest_load: dict[Options, tuple[float, float, int]] = field(default_factory=dict)
-    # (explicit options, whether a GPU is required) -> demand; derived: computed again where missing
-    demands: dict[tuple[Options, bool], PlacementDemand] = field(default_factory=dict, metadata={"derived": True})
+    # (explicit options, whether a GPU is required, whether the host's memory is limited) -> demand; derived
+    demands: dict[tuple[Options, bool, bool], PlacementDemand] = field(default_factory=dict, metadata={"derived": True})
     rested_at: float = -math.inf  # the last use of its last runner, or the last request for a lease since
     idle_intervals: Histogram = field(default_factory=dict)  # how long it was unused before a request for a lease
 
@@ -79,14 +79,23 @@ class ModelRecord(Record):
 
     def demand(self, load: ResolvedLoad, require_gpu: bool | None, limits: CoreConfig) -> PlacementDemand:
         """Return the demand of a load; `require_gpu` is as the request names it."""
-        key = load.options, limits.require_gpu or bool(require_gpu)
+        key = load.options, limits.require_gpu or bool(require_gpu), limits.memory_limited
         if (known := self.demands.get(key)) is None:
             seen = {split: amounts for (measured, split), amounts in self.measured.items() if measured == load.options}
+            footprint = load.footprint
+            if limits.memory_limited:
+                footprint = replace(footprint, mapped=False, mapped_on_host=False)
             if isinstance(self.profile, Footprint):
-                known = PlacementDemand(load.footprint, require_gpu=limits.require_gpu)
+                known = PlacementDemand(footprint, require_gpu=limits.require_gpu)
             else:
                 options, spread = load.options, limits.spread_over_gpus
-                known = PlacementDemand(load.footprint, options.num_gpu, options.main_gpu, seen, spread, key[1])
+                alike = {
+                    split: amounts
+                    for (measured, split), amounts in self.measured.items()
+                    if _anywhere(measured) == _anywhere(options)
+                }
+                shown = shown_parts(footprint, alike)
+                known = PlacementDemand(footprint, options.num_gpu, options.main_gpu, seen, spread, key[1], shown)
             if len(self.demands) == MOST_DEMANDS:
                 self.demands.clear()
             self.demands[key] = known
@@ -158,3 +167,8 @@ class ModelRecord(Record):
             self.rested_at = now
         elif runner.state is IDLE:
             count_interval(now - runner.used_at, self.idle_intervals, common)
+
+
+def _anywhere(options: Options) -> Options:
+    """Return options without those that say where a runner goes: with the others the same, it takes the same."""
+    return replace(options, num_gpu=None, main_gpu=None)

@@ -14,6 +14,7 @@ from fsm.machine.request import ModelId, Purpose, Request, RequestId
 from fsm.machine.runner import EXPIRING, LOADING, Runner, RunnerId
 from fsm.messages.commands import Command, Grant, Launch
 from fsm.messages.events import Event, Tick
+from fsm.placement.search import MEASURED_HEADROOM, PREDICTED_HEADROOM
 from fsm.planning.plan import Plan, PlannedPlacement
 from fsm.state.core_state import CoreState
 from fsm.state.memory_ledger import Owner
@@ -65,6 +66,21 @@ def no_two_request_groups_count_on_one_victim(step: StepOutcome, plan: Plan) -> 
             if forced is None or victim.runner != forced.id:
                 assert victim.runner not in counted, f"runner {victim.runner} of {victim.model}"
                 counted.add(victim.runner)
+
+
+@of_outcome(Plan)
+def a_runner_starts_with_its_headroom_or_nothing_leaves_for_it(step: StepOutcome, plan: Plan) -> None:
+    """A runner whose headroom is not free on a device starts only where no runner there may leave for it."""
+    state = step.after._state
+    movable = [one for one in state.runners.values() if not state.is_unmovable(one) and one.state is not EXPIRING]
+    for group, load, placement in plan.launches:
+        free = dict(plan.placements[group.spec].free)
+        headroom = MEASURED_HEADROOM if placement.measured else PREDICTED_HEADROOM
+        for device, amount in placement.bytes if not load.footprint.fixed else ():
+            if free.get(device, 0) < int(amount * (1 + headroom)):
+                others = [one for one in movable if one.model != group.spec.model]
+                there = [one.id for one in others if state.ledger.accounts["runner", one.id].held_bytes(device)]
+                assert not there, f"{amount} bytes on {device}, with {free.get(device, 0)} free beside {there}"
 
 
 @of_outcome(Plan)

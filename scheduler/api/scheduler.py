@@ -196,8 +196,8 @@ class Scheduler:
 
         Takes the arguments of `acquire`. Nothing is loaded, evicted or reserved; a request that follows meets whatever
         has changed meanwhile. The engine need not be installed. The model's file is read, and so are the devices, which
-        may take at most 2 s. Raises `ModelNotFound`, `InvalidModel`, `UnsupportedOption`, `InvalidSettings`,
-        `SchedulerClosed`.
+        may take at most 2 s; llama.cpp may be asked about the model, for some seconds at most. Raises `ModelNotFound`,
+        `InvalidModel`, `UnsupportedOption`, `InvalidSettings`, `SchedulerClosed`.
         """
         self._broker.check()
         if self._broker.closing:
@@ -234,7 +234,8 @@ class Scheduler:
             self.settings, told = changed, None
             while told is not self.settings:  # or now: the devices and the core are told the last change last
                 told = self.settings
-                self._broker.post(Configure(told.max_queue, told.max_runners, told.keep_alive))
+                limited = told.memory_limit is not None
+                self._broker.post(Configure(told.max_queue, told.max_runners, told.keep_alive, limited))
                 self._devices.set_memory_limit(told.memory_limit)
         if "memory_limit" in limits:
             self._executor.refresh(_FRESH_S)
@@ -405,6 +406,7 @@ def limits_of(settings: Settings) -> CoreConfig:
         max_loads_per_gpu=settings.max_loads_per_gpu,
         max_host_loads=settings.max_host_loads,
         prefetches=_PREFETCHES if settings.prefetch else 0,
+        memory_limited=settings.memory_limit is not None,
         claims=settings.lock_folder is not None,
         cpu_threads=settings.cpu_threads or 0,
         persists_measurements=settings.measurement_file is not None,

@@ -170,7 +170,7 @@ def _explanation(fit: Fit) -> str:
     headroom = MEASURED_HEADROOM if fit.measured else PREDICTED_HEADROOM
     return (
         f"For {slots} of {options.num_ctx} tokens, a cache of type {types}, batches of {options.num_batch}. "
-        f"{source}, so {headroom * 100:.0f} % more must be free."
+        f"{source}, so {headroom * 100:.0f} % more is made free where other models can leave."
     )
 
 

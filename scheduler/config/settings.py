@@ -250,7 +250,8 @@ def _endless_from_zero(name: str, value: Any) -> float:
 
 SETTINGS = (
     Setting(
-        "memory_limit", None, optional(memory), "host memory that models may take in all; none: all there is",
+        "memory_limit", None, optional(memory),
+        "host memory that models may take in all, pages of mapped files included; none: all there is",
         changeable=True,
     ),
     Setting(

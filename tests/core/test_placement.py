@@ -72,8 +72,8 @@ def test_what_is_declared_needs_no_headroom() -> None:
     """Declared memory needs no headroom."""
     declared = Footprint(fixed=((HOST, 4 * GIB),))
     assert placed({HOST: 4}, declared, Offload.none) == Placement(((HOST, 4 * GIB),))
-    assert needed(Placement(((HOST, 100),)), exact=True) == ((HOST, 100),)
-    assert needed(Placement(((HOST, 100),)), exact=False) == ((HOST, 125),)
+    assert needed(PlacementDemand(declared), Placement(((HOST, 100),))) == ((HOST, 100),)
+    assert needed(PlacementDemand(FOUR_LAYERS), Placement(((HOST, 100),))) == ((HOST, 125),)
 
 
 def test_n04_an_explicit_main_gpu_goes_first() -> None:
@@ -257,7 +257,7 @@ def test_n02_a_prediction_covers_all_slots_and_no_more_than_was_trained() -> Non
 
 def test_a_gpu_may_be_required() -> None:
     """With `require_gpu` a model is refused rather than placed on the host, and the refusal says if there is no GPU."""
-    pool = a_gpu_pool("4GiB", require_gpu=True)
+    pool = a_gpu_pool("3.9GiB", require_gpu=True)
     assert refused(pool.feed(acquire("a", request=1))) == {1: DoesNotFitRefusal}
     pool = a_gpu_pool(require_gpu=True)
     assert refused(pool.feed(acquire("a", request=1))) == {1: DoesNotFitRefusal}
@@ -277,7 +277,7 @@ def test_s26_a_model_that_fits_nowhere_is_refused_with_the_numbers() -> None:
     """S26: with nothing loaded, a model that fits nowhere is refused with figures."""
     pool = a_pool(capacity="2GiB", gpus=("1GiB",)).declare("a", FOUR_LAYERS)
     assert refused(pool.feed(acquire("a", request=1))) == {1: DoesNotFitRefusal}
-    assert dict(pool.refusal(1).needed) == {HOST: GIB * 5 // 4, "gpu0": 3 * GIB * 5 // 4}
+    assert dict(pool.refusal(1).needed) == {HOST: 4 * GIB * 21 // 20}
     assert dict(pool.refusal(1).available) == {HOST: 2 * GIB, "gpu0": GIB}
 
 

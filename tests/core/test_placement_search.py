@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import pytest
 from hypothesis import example, given, settings
@@ -99,6 +99,56 @@ def test_what_fits_is_placed_and_what_does_not_is_not(
     assert way is None or is_one_of(way, candidates)
 
 
+UNIT = st.sampled_from([1, 2**26, 2**29, 2**30])  # bytes: from where a margin is a quarter to where it is a twentieth
+
+
+def scaled(case: Case, unit: int) -> Case:
+    """Return a case with all its bytes in another unit."""
+    sizes = {each.name: getattr(case.footprint, each.name) for each in fields(Footprint)}
+    larger = {
+        name: tuple(unit * part for part in size) if isinstance(size, tuple) else unit * size
+        for name, size in sizes.items()
+        if not isinstance(size, bool)
+    }
+    return Case(Footprint(**larger), case.gpus, {memory: unit * size for memory, size in case.free.items()})
+
+
+@pytest.mark.slow
+@settings(max_examples=500)
+@given(cases(), UNIT, st.sampled_from(Offload), st.booleans())
+def test_u01_nothing_is_refused_that_fits_by_its_bytes_and_a_margin(
+    small: Case, unit: int, offload: Offload, spread: bool
+) -> None:
+    """U01: on devices that nothing else uses, a placement is found exactly where one fits with a small margin."""
+    case = scaled(small, unit)
+    demand = PlacementDemand(case.footprint, spread=spread)
+    placement = find_placement(demand, offload, case.free, case.gpus, case.free)
+    units = len(case.footprint.weights_bytes) + 1
+    every = [way for way in ways(case.footprint, case.gpus, case.free, alone=True) if kind_of(way, units) is offload]
+    assert (placement is None) == (not every)
+    if placement is not None:
+        way = Way(placement.gpu_layers, {memory: size for memory, size in placement.bytes if size})
+        assert is_one_of(way, every)
+        assert offload is not Offload.partial or way.layers == max(other.layers for other in every)
+
+
+@given(cases(), UNIT)
+def test_u01_what_can_be_made_free_is_only_ever_less_than_the_headroom(small: Case, unit: int) -> None:
+    """U01: with more that can be made free, no placement is found that was not; with boundless, the quarter counts."""
+    case = scaled(small, unit)
+    demand = PlacementDemand(case.footprint)
+    boundless = dict.fromkeys(case.free, 2**70)
+    for offload in Offload:
+        alone = find_placement(demand, offload, case.free, case.gpus, case.free)
+        beside = find_placement(demand, offload, case.free, case.gpus, boundless)
+        assert beside == find_placement(demand, offload, case.free, case.gpus)
+        assert beside is None or alone is not None
+
+
+def kind_of(way: Way, units: int) -> Offload:
+    return Offload.none if not way.split else Offload.whole if way.layers == units else Offload.partial
+
+
 @given(cases(), st.integers(1, 5))
 def test_a_number_of_layers_that_is_named_is_placed_wherever_it_fits(case: Case, num_gpu: int) -> None:
     """A named number of layers is placed wherever it fits, with exactly so many layers."""
@@ -190,7 +240,7 @@ def test_what_was_measured_counts_instead_of_what_is_predicted(case: Case, data:
     if placement is None:
         assert not seen_to_fit
         return
-    assert all(amount <= case.free.get(memory, 0) for memory, amount in needed(placement, exact=False))
+    assert all(amount <= case.free.get(memory, 0) for memory, amount in needed(demand, placement))
     assert placement.measured == (placement.gpu_layers in known)
 
 
@@ -210,7 +260,7 @@ def test_the_core_refuses_nothing_that_fits(case: Case) -> None:
         )
     plain = pool.sample
     pool.sample = lambda number=None: replace(plain(number), devices=tuple(samples))  # type: ignore[method-assign]
-    every = ways(case.footprint, case.gpus, free)
+    every = ways(case.footprint, case.gpus, free, alone=True)
     commands = pool.feed(acquire("a", request=1))
     if not every:
         assert refused(commands)

@@ -167,7 +167,9 @@ def test_what_never_fits_says_why() -> None:
     pool = a_pool("8GiB").declare("g", layered(4, "4GiB"))
     found = look(pool, "g")
     assert isinstance(found.refusal, DoesNotFitRefusal) and found.outcome is Outcome.never
-    assert [(share.needed_bytes, share.free_bytes) for share in found.shares] == [(amount("20GiB"), amount("8GiB"))]
+    assert [(share.needed_bytes, share.free_bytes) for share in found.shares] == [
+        (amount("16GiB") * 21 // 20, amount("8GiB"))
+    ]
 
 
 def test_what_would_fit_without_a_pin_says_so() -> None:
@@ -315,9 +317,14 @@ def test_what_evicts_goes_where_it_was_shown_once_they_have_left(
 
 
 def needs(info: ModelInfo, **options: object) -> int:
-    """Return the host memory that must be free for a model with these options."""
+    """Return the least host memory with which a model with these options is loaded."""
     (share,) = look(a_pool("64GiB").declare("d", info), "d", **options).shares
-    return share.needed_bytes
+    return share.takes_bytes + share.takes_bytes // 20
+
+
+def a_limited_pool(capacity: int, **how: Any) -> PoolUnderTest:
+    """Return a pool with a limit on its memory, so that pages of mapped files count too."""
+    return a_pool(capacity, memory_limited=True, **how)
 
 
 def advised(pool: PoolUnderTest, **options: object) -> list[tuple[dict[str, Any], Outcome]]:
@@ -347,7 +354,7 @@ def test_the_least_harm_is_advised_first() -> None:
     """Advice names a quantised cache first, then the largest context that fits, then fewer slots."""
     info = a_large_model()
     asked = {"num_ctx": 8192, "num_parallel": 4}
-    pool = a_pool(needs(info, **asked, **QUANTISED)).declare("d", info)
+    pool = a_limited_pool(needs(info, **asked, **QUANTISED)).declare("d", info)
     assert look(pool, "d", **asked).outcome is Outcome.never
     assert advised(pool, **asked) == [
         (QUANTISED, Outcome.fits),
@@ -359,7 +366,7 @@ def test_the_least_harm_is_advised_first() -> None:
 def test_a_quantised_cache_allows_a_larger_context() -> None:
     """Where the context has to be smaller either way, a larger one with a quantised cache is advised too."""
     info = a_large_model()
-    pool = a_pool(needs(info, num_ctx=8192, **QUANTISED)).declare("d", info)
+    pool = a_limited_pool(needs(info, num_ctx=8192, **QUANTISED)).declare("d", info)
     assert needs(info, num_ctx=8192) > needs(info, num_ctx=8192, **QUANTISED) > needs(info, num_ctx=4096)
     assert advised(pool, num_ctx=16384) == [
         ({"num_ctx": 4096}, Outcome.fits),
@@ -371,7 +378,7 @@ def test_everything_at_once_is_advised_if_nothing_less_will_do() -> None:
     """One slot, a small context and a quantised cache are advised together where nothing less fits."""
     info = a_large_model()
     least = {"num_ctx": 2048, "num_parallel": 1, **QUANTISED}
-    pool = a_pool(needs(info, **least)).declare("d", info)
+    pool = a_limited_pool(needs(info, **least)).declare("d", info)
     assert advised(pool, num_ctx=32768, num_parallel=8) == [(least, Outcome.fits)]
 
 
@@ -379,7 +386,9 @@ def test_everything_at_once_is_advised_if_nothing_less_will_do() -> None:
 def test_a_cache_that_cannot_be_quantised_is_not_advised_to_be(head: int, options: dict[str, bool]) -> None:
     """A quantised cache is not advised for heads that are no multiple of 32, nor without flash attention."""
     info = a_large_model(head=head)
-    pool = a_pool(needs(info, num_ctx=5120, **options)).declare("d", info)  # more than 8192 tokens of q8_0 would take
+    pool = a_limited_pool(needs(info, num_ctx=5120, **options)).declare(
+        "d", info
+    )  # more than 8192 tokens of q8_0 would take
     assert advised(pool, num_ctx=8192, **options) == [({"num_ctx": 4096}, Outcome.fits)]
 
 
@@ -389,15 +398,15 @@ def test_a_cache_that_cannot_be_quantised_is_not_advised_to_be(head: int, option
 def test_a_context_is_advised_down_to_what_is_of_use(trained: int, embedding: bool, least: int) -> None:
     """The largest useful context that fits is advised, which is smaller for an embedder."""
     info = a_large_model(head=16, context=trained, embedding=embedding)
-    pool = a_pool(needs(info, num_ctx=least)).declare("d", info)
+    pool = a_limited_pool(needs(info, num_ctx=least)).declare("d", info)
     assert advised(pool, num_ctx=trained) == [({"num_ctx": least}, Outcome.fits)]
-    assert advised(a_pool(needs(info, num_ctx=256)).declare("d", info), num_ctx=trained) == []
+    assert advised(a_limited_pool(needs(info, num_ctx=256)).declare("d", info), num_ctx=trained) == []
 
 
 def test_a_context_of_little_use_is_advised_where_nothing_else_helps() -> None:
     """A context of little use is advised where no other change helps."""
     info = a_large_model(head=16, context=8192)
-    pool = a_pool(needs(info, num_ctx=512)).declare("d", info)
+    pool = a_limited_pool(needs(info, num_ctx=512)).declare("d", info)
     assert advised(pool, num_ctx=8192) == [({"num_ctx": 512}, Outcome.fits)]
 
 
@@ -417,7 +426,8 @@ def test_an_object_has_no_options_to_advise() -> None:
 def test_what_evicts_is_told_how_it_need_not() -> None:
     """A request that would evict is advised a smaller context that fits beside the loaded runners."""
     info = a_large_model()
-    pool = a_pool(needs(info, num_ctx=8192) + amount("64MiB"), sizes={"a": "64MiB"}).declare("d", info).idle("a")
+    roomy = needs(info, num_ctx=8192) * 5 // 4  # so that no other runner has to leave first
+    pool = a_limited_pool(roomy + amount("64MiB"), sizes={"a": "64MiB"}).declare("d", info).idle("a")
     pool.core._state.config = replace(pool.core._state.config, max_runners=9)
     assert look(pool, "d", num_ctx=16384).outcome in (Outcome.evicts, Outcome.never)
     advice = advised(pool, num_ctx=16384)

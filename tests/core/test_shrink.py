@@ -201,8 +201,8 @@ def test_who_goes_for_one_device_counts_for_the_other() -> None:
     pool.declare("small", layered(2, "512MiB")).declare("split", layered(8, "1GiB"))
     pool.idle("small").advance("1s")
     pool.idle("split")
-    assert dict(pool.launches[2].placement.bytes) == {"gpu0": 6 * GIB, "gpu1": 2 * GIB, HOST: 0}
-    pool.capacities |= {"gpu0": 4 * GIB, "gpu1": 2 * GIB}
+    assert dict(pool.launches[2].placement.bytes) == {"gpu0": 7 * GIB, "gpu1": GIB, HOST: 0}
+    pool.capacities |= {"gpu0": 4 * GIB, "gpu1": GIB}
     assert pool.feed(pool.sample()) == [Stop(2)]
 
 

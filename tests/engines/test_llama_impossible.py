@@ -79,4 +79,4 @@ def test_a_refusal_tells_the_way_that_lacks_least() -> None:
     """The refusal has the figures of the placement that lacks least memory."""
     pool = a_pool(capacity="1GiB", gpus=("8GiB",)).declare("a", layered(4, "1GiB", host="1GiB"))
     assert refused(pool.feed(acquire("a", request=1))) == {1: DoesNotFitRefusal}
-    assert dict(pool.refusal(1).needed) == {"gpu0": amount("5GiB"), HOST: amount("1.25GiB")}
+    assert dict(pool.refusal(1).needed) == {"gpu0": amount("5GiB"), HOST: amount("1GiB") * 21 // 20}

@@ -193,10 +193,10 @@ def test_the_command_knows_it_as_well(
     found = json.loads(capsys.readouterr().out)
     assert (found["measured"], found["devices"][0]["takes_bytes"]) == (True, remembered)
     assert main(["fit", str(model)]) == 0
-    assert "was measured before, so 3 % more must be free" in " ".join(capsys.readouterr().out.split())
+    assert "was measured before, so 3 % more is made free" in " ".join(capsys.readouterr().out.split())
     monkeypatch.setenv("LOADMASTER_MEASUREMENT_FILE", "none")
     assert main(["fit", str(model)]) == 0
-    assert "It is a prediction, so 25 % more must be free" in " ".join(capsys.readouterr().out.split())
+    assert "It is a prediction, so 25 % more is made free" in " ".join(capsys.readouterr().out.split())
 
 
 def test_the_usual_file_is_in_the_users_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

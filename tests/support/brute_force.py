@@ -27,8 +27,8 @@ class Way:
         return sum(layers for _, layers in self.split)
 
 
-def ways(footprint: Footprint, gpus: Sequence[Gpu], free: Mapping[str, int]) -> list[Way]:
-    """Return all placements that fit into `free` with a quarter over."""
+def ways(footprint: Footprint, gpus: Sequence[Gpu], free: Mapping[str, int], *, alone: bool = False) -> list[Way]:
+    """Return all placements that fit into `free` with a quarter over; `alone`: or with a margin, as nothing else is."""
     units = len(footprint.weights_bytes) + 1
     found = [Way((), takes_of(footprint, (), gpus))]
     for group in groups(gpus):
@@ -36,12 +36,19 @@ def ways(footprint: Footprint, gpus: Sequence[Gpu], free: Mapping[str, int]) -> 
             for ranges in cut(layers, len(group)):
                 split = tuple((gpu.id, size) for gpu, size in zip(group, ranges, strict=True))
                 found.append(Way(split, takes_of(footprint, split, gpus)))
-    return [way for way in found if fits(way, free)]
+    return [way for way in found if fits(way, free, alone=alone)]
 
 
-def fits(way: Way, free: Mapping[str, int]) -> bool:
-    """Return whether a prediction takes at most four fifths of each memory, rounded in its favour."""
-    return all(5 * amount // 4 <= free.get(memory, 0) for memory, amount in way.takes.items())
+def fits(way: Way, free: Mapping[str, int], *, alone: bool = False) -> bool:
+    """Return whether a prediction takes at most four fifths of each memory, rounded in its favour.
+
+    With `alone`, a margin of a twentieth will do, and of half a GiB at least on a GPU.
+    """
+    for memory, amount in way.takes.items():
+        margin = max(amount // 20, 2**29 if memory != HOST else 0)
+        if min(5 * amount // 4, amount + margin if alone else 2**70) > free.get(memory, 0):
+            return False
+    return True
 
 
 def groups(gpus: Sequence[Gpu]) -> Iterator[tuple[Gpu, ...]]:

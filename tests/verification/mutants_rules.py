@@ -14,6 +14,7 @@ from fsm.machine.request import Request
 from fsm.machine.runner import LOADING, Runner, RunnerId
 from fsm.messages.events import Acquire, ClaimContended, ClaimGranted, Event, Loaded, Progress
 from fsm.messages.reasons import FailureReason, RanOutOfMemory
+from fsm.placement import search
 from fsm.planning import planner
 from fsm.planning.availability import AFTER_DRAINS, AFTER_EVICTIONS, AFTER_STOPS, HORIZONS, AvailabilityProfile, Horizon
 from fsm.planning.planning_context import PlanningContext
@@ -33,6 +34,15 @@ def a_contended_claim_counts_as_had(patch: Patch) -> None:
     @instead(patch, device_claims, "claim_answered")
     def claim_answered(original: Callable[..., bool], step: StepContext, event: ClaimGranted | ClaimContended) -> bool:
         return original(step, ClaimGranted(event.number))
+
+
+# -- headroom ---------------------------------------------------------------------------------------------------------
+
+
+@mutant(SIMULATION)
+def a_runner_starts_beside_others_with_its_bytes_alone(patch: Patch) -> None:
+    """A runner starts as soon as its bytes are free, and no other runner leaves for its headroom."""
+    patch.setattr(search, "needed", lambda demand, placement, potential=None: placement.bytes)
 
 
 # -- the order of service ---------------------------------------------------------------------------------------------

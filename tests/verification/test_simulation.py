@@ -69,7 +69,7 @@ from tests.tools import fuzz_core
 
 AuditStep = tuple[Event, tuple[Command, ...], tuple[Entry, ...], int]  # the number is that of the requests that wait
 
-SEEDS, STEPS = 60, 700
+SEEDS, STEPS = 100, 700
 PLANTED_SEEDS = 20
 
 

@@ -1,0 +1,221 @@
+"""U01: a quarter of headroom decides who leaves first, and never what is possible at all."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from fsm.domain.devices import HOST, Amounts, DeviceId
+from fsm.messages.commands import Launch
+from fsm.messages.events import Configure
+from fsm.placement.search import Gpu, Offload, PlacementDemand, find_placement, needed, shown_parts
+from fsm.sizing.footprint import Footprint, bytes_by_device
+from tests.support.models import a_model
+from tests.support.pool import (
+    PoolUnderTest,
+    a_pool,
+    acquire,
+    amount,
+    expire,
+    filled,
+    launched,
+    layered,
+    loaded,
+    pin,
+    refused,
+    release,
+    stopped,
+)
+
+GIB = amount("1GiB")
+GPU0, GPU1 = DeviceId("gpu0"), DeviceId("gpu1")
+CARD = (Gpu(GPU0, GPU0),)
+LARGE = layered(20, "1GiB", output="1GiB", host="512MiB")  # 21 GiB on a GPU, and a quarter more is 26.25 GiB
+
+
+def gpu_layers(pool: PoolUnderTest, request: int = 1, **options: Any) -> int:
+    """Return how many layers of "a" are launched on GPUs at once; -1 where the request is refused."""
+    commands = pool.feed(acquire("a", request=request, **options))
+    if refused(commands):
+        return -1
+    (launch,) = [one for one in commands if isinstance(one, Launch)]
+    return launch.placement.offloaded
+
+
+# -- on a device that nothing else uses -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("free", "layers"), [("26.25GiB", 21), ("23GiB", 21), ("22.05GiB", 21), ("22GiB", 20)])
+def test_u01_all_layers_go_that_fit_with_a_margin(free: str, layers: int) -> None:
+    """A twentieth over a prediction is enough on an empty GPU."""
+    pool = a_pool("64GiB", gpus=(free,)).declare("a", LARGE)
+    assert gpu_layers(pool) == layers
+
+
+@pytest.mark.parametrize(("free", "layers"), [("2.5GiB", 3), ("2.4GiB", 2)])
+def test_u01_a_margin_is_half_a_gib_at_least(free: str, layers: int) -> None:
+    """A small model leaves half a GiB of an empty GPU, unless a quarter over is less."""
+    pool = a_pool("64GiB", gpus=(free,)).declare("a", layered(2, "1GiB", output="0B"))
+    assert gpu_layers(pool) == layers
+
+
+@pytest.mark.parametrize("wish", [{"num_gpu": 21}, {"num_gpu": 99}, {"require_gpu": True}])
+@pytest.mark.parametrize(("free", "layers"), [("21GiB", 21), ("20.9GiB", -1)])
+def test_u01_an_explicit_wish_needs_the_bytes_alone(wish: dict[str, Any], free: str, layers: int) -> None:
+    """A request that names all layers, or requires a GPU, is refused only where the bytes do not fit."""
+    there = {HOST: 64 * GIB, GPU0: amount(free)}
+    placement = find_placement(PlacementDemand(LARGE, **wish), Offload.whole, there, CARD, there)
+    assert (placement.offloaded if placement is not None else -1) == layers
+
+
+def test_u01_a_split_has_a_margin_on_each_gpu() -> None:
+    """A model that fills two empty GPUs but for a margin is split over them."""
+    pool = a_pool("64GiB", gpus=("11.6GiB", "11.6GiB")).declare("a", LARGE)
+    assert gpu_layers(pool) == 21
+
+
+def test_u01_the_host_has_a_margin_too() -> None:
+    """On the host a twentieth over a prediction is enough."""
+    assert launched(a_pool("4.2GiB").declare("a", layered(4, "1GiB")).feed(acquire("a", request=1))) == ["a"]
+    assert refused(a_pool("4.19GiB").declare("a", layered(4, "1GiB")).feed(acquire("a", request=1)))
+
+
+@pytest.mark.parametrize(("free", "layers"), [("26.25GiB", 21), ("26.2GiB", 20)])
+def test_u01_what_is_only_estimated_roughly_has_the_whole_headroom(free: str, layers: int) -> None:
+    """A quarter stays where neither the formulas were verified nor the engine has told."""
+    pool = a_pool("64GiB", gpus=(free,)).declare("a", replace(LARGE, rough=True))
+    assert gpu_layers(pool) == layers
+
+
+# -- beside others ----------------------------------------------------------------------------------------------------
+
+
+def test_u01_others_leave_before_a_runner_starts_with_less_than_its_headroom() -> None:
+    """An idle runner leaves where the bytes and a margin would fit beside it, and not where the headroom does."""
+    pool = a_pool("64GiB", gpus=("24GiB",)).declare("b", layered(2, "512MiB")).declare("a", LARGE)
+    pool.idle("b")  # 1 GiB: with it 23 GiB are free
+    assert stopped(pool.feed(acquire("a", request=2))) == [1]
+    roomy = a_pool("64GiB", gpus=("27.5GiB",)).declare("b", layered(2, "512MiB")).declare("a", LARGE)
+    roomy.idle("b")
+    assert launched(roomy.feed(acquire("a", request=2))) == ["a"]
+
+
+def test_u01_no_request_waits_for_a_runner_that_may_not_leave() -> None:
+    """Beside a pinned runner a margin is enough, as nothing more can be made free."""
+    pool = a_pool("64GiB", gpus=("24GiB",)).declare("b", layered(2, "512MiB")).declare("a", LARGE).idle("b")
+    pool.feed(pin("b"))
+    assert launched(pool.feed(acquire("a", request=2))) == ["a"]
+    assert dict(pool.launches[2].placement.bytes)[GPU0] == 21 * GIB
+
+
+def test_u01_what_other_programs_hold_cannot_be_made_free() -> None:
+    """Beside another program's memory a margin is enough too."""
+    pool = a_pool("64GiB", gpus=("40GiB",)).declare("a", LARGE)
+    pool.strangers = {GPU0: 17 * GIB}
+    pool.feed(pool.sample())
+    assert gpu_layers(pool) == 21
+
+
+# -- what earlier lives have shown ------------------------------------------------------------------------------------
+
+
+def measured(footprint: Footprint, split: Amounts, part: float) -> dict[Amounts, Amounts]:
+    """Return a measurement of a split, as a part of what is predicted."""
+    predicted = bytes_by_device(footprint, split)
+    return {split: tuple((device, int(size.total_bytes * part)) for device, size in predicted.items())}
+
+
+@pytest.mark.parametrize(("part", "layers"), [(1.0, 21), (1.1, 19), (0.9, 21)])
+def test_u01_what_one_split_took_corrects_the_others(part: float, layers: int) -> None:
+    """A tenth more than predicted with ten layers is expected with any number of layers, and a tenth less likewise."""
+    known = measured(LARGE, ((GPU0, 10),), part)
+    demand = PlacementDemand(LARGE, known=known, shown=shown_parts(LARGE, known))
+    free = {HOST: 64 * GIB, GPU0: int(22.5 * GIB)}
+    found = [find_placement(demand, offload, free, CARD, free) for offload in (Offload.whole, Offload.partial)]
+    placement = next(filter(None, found))
+    assert placement.offloaded == layers and not placement.measured
+    predicted = bytes_by_device(LARGE, placement.gpu_layers)[GPU0].total_bytes
+    assert dict(placement.bytes)[GPU0] == pytest.approx(part * predicted, rel=1e-6)
+
+
+def test_u01_a_correction_is_for_the_device_that_showed_it() -> None:
+    """What a GPU showed says nothing of another GPU, and an integrated one cannot be told from the host."""
+    known = measured(LARGE, ((GPU0, 10),), 1.5)
+    assert shown_parts(LARGE, known).keys() == {GPU0, HOST}
+    assert shown_parts(LARGE, {((GPU0, 10),): ((HOST, 30 * GIB),)}) == {}
+
+
+def test_u01_lives_that_took_more_than_predicted_correct_where_the_next_goes() -> None:
+    """A runner with a few layers that filled its context and took more leaves fewer layers for the next one."""
+    info = replace(a_model((GIB,) * 12), heads_kv=(0,) * 12)
+    pool = a_pool("64GiB", gpus=("10GiB",)).declare("a", info)
+    usual = gpu_layers(a_pool("64GiB", gpus=("10GiB",)).declare("a", info))
+    pool.feed(acquire("a", request=1, num_gpu=4), loaded(1))
+    predicted = dict(pool.launches[1].placement.bytes)
+    pool.occupied[1] = {device: size + size // 5 for device, size in predicted.items()}
+    pool.advance("2s")
+    pool.feed(pool.sample(), filled(1), release(1))
+    pool.feed(expire("a"))
+    pool.settle().advance("10s")
+    pool.feed(acquire("a", request=2))
+    assert 4 < pool.launches[2].placement.offloaded < usual
+
+
+# -- pages of mapped files --------------------------------------------------------------------------------------------
+
+MAPPED = replace(layered(8, "4GiB", host="2GiB"), mapped=True, mapped_on_host=True, process_bytes=GIB)  # 34 GiB
+
+
+def test_u01_pages_of_a_mapped_file_need_no_room() -> None:
+    """A mapped model larger than the host is loaded, and reserves what there is."""
+    pool = a_pool("16GiB").declare("a", MAPPED)
+    assert launched(pool.feed(acquire("a", request=1))) == ["a"]
+    assert dict(pool.launches[1].placement.bytes)[HOST] == 16 * GIB
+
+
+def test_u01_a_part_on_a_gpu_and_the_rest_mapped() -> None:
+    """A mapped model larger than GPU and host together has its layers on the GPU, and its other pages on the host."""
+    pool = a_pool("8GiB", gpus=("12GiB",)).declare("a", MAPPED)
+    assert gpu_layers(pool) == 3
+
+
+@pytest.mark.parametrize("change", [{"mapped_on_host": False}, {"process_bytes": 17 * GIB}])
+def test_u01_what_the_system_cannot_take_back_needs_room(change: dict[str, Any]) -> None:
+    """A file that is read, and what a runner takes beside its file, must fit."""
+    pool = a_pool("16GiB").declare("a", replace(MAPPED, **change))
+    assert refused(pool.feed(acquire("a", request=1)))
+
+
+def test_u01_others_leave_before_pages_do() -> None:
+    """While an idle runner could leave, a mapped model does not start with fewer pages than it has."""
+    pool = a_pool("40GiB").declare("a", MAPPED).declare("b", layered(2, "4GiB")).idle("b")
+    assert stopped(pool.feed(acquire("a", request=2))) == [1]
+
+
+def test_u01_a_limit_counts_pages_too() -> None:
+    """A limit that is set on the host's memory holds for the pages of files, from when it is set until it is not."""
+    pool = a_pool("16GiB", memory_limited=True).declare("a", MAPPED)
+    assert refused(pool.feed(acquire("a", request=1)))
+    pool.feed(Configure(memory_limited=False))
+    assert launched(pool.feed(acquire("a", request=2))) == ["a"]
+
+
+def test_u01_a_measurement_of_a_mapped_model_needs_no_more_room() -> None:
+    """What a runner with a mapped file was measured to hold are pages for the most part, and is no reason to refuse."""
+    known: dict[Amounts, Amounts] = {(): ((HOST, 20 * GIB),)}
+    demand = PlacementDemand(MAPPED, known=known)
+    free = {HOST: 16 * GIB}
+    placement = find_placement(demand, Offload.none, free, (), free)
+    assert placement is not None and (placement.measured, placement.bytes) == (True, ((HOST, 16 * GIB),))
+
+
+@pytest.mark.parametrize(("potential", "expected"), [(None, 125), (1000, 125), (110, 110), (50, 105)])
+def test_u01_what_must_be_free_is_never_more_than_can_be(potential: int | None, expected: int) -> None:
+    """A placement needs its headroom, or else all that can be made free, and its bytes and a margin at least."""
+    demand = PlacementDemand(layered(1, "100B"))
+    placement = find_placement(demand, Offload.none, {HOST: 1000}, ())
+    assert placement is not None
+    free = None if potential is None else {HOST: potential}
+    assert dict(needed(demand, placement, free)) == {HOST: expected}

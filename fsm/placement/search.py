@@ -49,6 +49,7 @@ class PlacementDemand:
     spread: bool = False  # over all GPUs, even where one GPU takes the model
     require_gpu: bool = False  # whole on GPUs or not at all, also where its request names fewer layers
     shown: Mapping[DeviceId, float] = field(default_factory=dict)  # measured / predicted bytes, by earlier runners
+    least_layers: int = 1  # on GPUs, where a model goes in part and its request names no number
 
     @property
     def layers(self) -> int:
@@ -158,7 +159,7 @@ def _layer_counts(demand: PlacementDemand, offload: Offload) -> Sequence[int]:
         return (demand.layers,)
     if demand.num_gpu is not None and demand.num_gpu > 0:
         return (demand.num_gpu,)
-    return range(demand.layers - 1, 0, -1)
+    return range(demand.layers - 1, demand.least_layers - 1, -1)
 
 
 class SplitEnumerator:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable, Sequence
+from dataclasses import replace
 
 from fsm.domain.devices import DeviceId
 from fsm.eviction.policies import Candidate, EvictionPolicy
@@ -17,7 +18,7 @@ from fsm.machine.request import ModelId, Purpose, RequestSpec
 from fsm.machine.runner import Runner
 from fsm.messages.reasons import DeviceShrunk, RunnerLimit, WaitFor, WaitReason
 from fsm.messages.refusals import UnsupportedOption
-from fsm.placement.search import Offload, PlacementDemand
+from fsm.placement.search import Offload, PlacementDemand, find_placement
 from fsm.planning.automatic_options import resolved_demand, with_batch
 from fsm.planning.availability import AFTER_DRAINS, AFTER_EVICTIONS, AFTER_STOPS, NOW, Requirement
 from fsm.planning.infeasibility import infeasible_reason
@@ -31,6 +32,7 @@ from fsm.state.model_record import ModelRecord
 from fsm.state.request_queue import RequestGroup
 from fsm.state.runner_match import match
 
+NOTABLE_PART = 10  # idle runners leave for more than a tenth of a model's layers on GPUs
 NO_MODEL = ModelId("")  # of groups for memory of the program's own
 
 
@@ -65,11 +67,10 @@ def make_plan(
 def _evict_excess(context: PlanningContext) -> None:
     """Evict idle runners where more are alive, or hold more, than allowed; busy runners follow when they are idle.
 
-    As few are evicted as suffice, or as free all that idle runners can free. The number of runners counts only where it
-    is set: the automatic number follows the devices, and a device that cannot be read now may be back in a moment.
+    As few are evicted as suffice, or as free all that idle runners can free.
     """
     limit, ledger = context.state.config.max_runners, context.state.ledger
-    excess = max(0, -context.availability.process_slots[AFTER_EVICTIONS]) if limit else 0
+    excess = max(0, -context.availability.process_slots[AFTER_EVICTIONS])
     shrunk = [sample for id, sample in sorted(ledger.devices.items()) if id in ledger.overcommitted]
     allowed = {sample.id: sample.capacity_bytes - ledger.held_bytes(sample.id) for sample in shrunk}
     left = ledger.available_after(allowed, [("runner", runner.id) for runner in context.leaving])
@@ -163,7 +164,8 @@ def _evaluate(
     3. Where the file was not inspected since the last launch, or not for these options, the group waits for that.
     4. Where the model's runner serves the group with its automatic options made explicit, the group is matched.
     5. Where the engine would refuse an option, the group is refused.
-    6. Where no placement is possible at all, the group is refused.
+    6. Where no placement is possible at all, the group is refused. Where only a part of a model goes to GPUs, as many
+       layers are asked for as would go there once the idle runners have left.
 
     `waits_for` is the reason why a group that is evaluated out of its order waits.
     """
@@ -179,8 +181,24 @@ def _evaluate(
         load, demand = resolved
     if (offload := _best_offload(context, group, demand)) is None:  # 6
         return None
+    if offload is Offload.partial and not (demand.num_gpu or 0) > 0:
+        demand = _with_least_layers(context, demand)
     process, potential = group.spec.purpose is not Purpose.memory, context.availability.potential
     return load, Requirement(demand, offload, process, potential)
+
+
+def _with_least_layers(context: PlanningContext, demand: PlacementDemand) -> PlacementDemand:
+    """Return the demand of a model that goes in part, without the placements that idle runners make notably worse.
+
+    A worse place would stay for as long as the runner does, so idle runners leave for it; for a tenth of the layers
+    none does.
+    """
+    idle = [one for one in context.candidates.evictable_until(-math.inf, context.claimed) if not one.leases]
+    free = context.availability.available_after(AFTER_STOPS, context.unclaimed(idle))
+    best = find_placement(demand, Offload.partial, free, context.gpus, context.availability.potential)
+    if best is None:
+        return demand
+    return replace(demand, least_layers=best.offloaded - best.offloaded // NOTABLE_PART)
 
 
 def _evaluate_model(

@@ -20,6 +20,8 @@ from fsm.state.request_queue import QueueRank, RequestGroup
 from fsm.state.runner_match import match
 from fsm.state.timers import Timers
 
+MOST_PROCESSES = 1 << 16  # where no limit is set: memory decides long before
+
 
 @dataclass(slots=True, eq=False)
 class OpenClaim(Record):
@@ -125,14 +127,8 @@ class CoreState(Record):
         return runner.state is not EXPIRING and self.models[runner.model].pinned
 
     def max_runners(self) -> int:
-        """Return the limit on live processes: as set, or three a GPU and at least three, as the devices are now.
-
-        Where no limit is set, unmovable runners do not count: a model that fits into memory would be refused for them.
-        """
-        if self.config.max_runners:
-            return self.config.max_runners
-        unmovable = sum(map(self.is_unmovable, self.runners.values()))
-        return 3 * max(1, sum(sample.kind == "gpu" for sample in self.ledger.devices.values())) + unmovable
+        """Return the limit on live processes: as set, or else so many that memory decides alone."""
+        return self.config.max_runners or MOST_PROCESSES
 
     def is_overdue(self, runner: Runner) -> bool:
         """Tell whether an expiring runner has not ended in time; it may never end, so no plan counts on its memory."""

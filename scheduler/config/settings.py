@@ -259,7 +259,7 @@ SETTINGS = (
         "OLLAMA_MAX_QUEUE", changeable=True,
     ),
     Setting(
-        "max_runners", 0, count(0), "runners alive at once; 0: 3 for each GPU, and at least 3",
+        "max_runners", 0, count(0), "runners alive at once; 0: as many as memory allows",
         "OLLAMA_MAX_LOADED_MODELS", changeable=True,
     ),
     Setting(

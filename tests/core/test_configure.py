@@ -149,15 +149,15 @@ def test_a_load_that_is_waited_for_serves_first() -> None:
 
 
 def test_a_higher_limit_lets_those_who_wait_start_at_once() -> None:
-    """A higher limit starts as many waiting requests as it allows, the oldest first, and 0 is the automatic limit."""
+    """A higher limit starts as many waiting requests as it allows, the oldest first, and 0 is no limit."""
     pool = a_pool(each="1GiB", max_runners=1, max_host_loads=9).ready("a", lease=1)
     pool.feed(acquire("b", request=2), acquire("c", request=3), acquire("d", request=4))
     assert launched(pool.feed(Configure(max_runners=2))) == ["b"]
-    assert launched(pool.feed(Configure(max_runners=0))) == ["c"]
+    assert launched(pool.feed(Configure(max_runners=0))) == ["c", "d"]
 
 
-def test_an_automatic_limit_that_falls_with_the_devices_stops_nobody() -> None:
-    """An automatic limit that falls because GPUs were not read stops no runner, since the GPUs may be back at once."""
+def test_gpus_that_are_not_read_stop_nobody() -> None:
+    """GPUs that were not read in a moment stop no runner, since they may be back at once."""
     pool = a_pool(gpus=("8GiB", "8GiB"), each="1GiB")
     for model in "abcd":
         pool.idle(model)

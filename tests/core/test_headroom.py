@@ -6,6 +6,8 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from fsm.domain.devices import HOST, Amounts, DeviceId
 from fsm.messages.commands import Launch
@@ -219,3 +221,81 @@ def test_u01_what_must_be_free_is_never_more_than_can_be(potential: int | None, 
     assert placement is not None
     free = None if potential is None else {HOST: potential}
     assert dict(needed(demand, placement, free)) == {HOST: expected}
+
+
+# -- in part beside others (U04) --------------------------------------------------------------------------------------
+
+PARTLY = layered(60, "500MiB", output="900MiB", host="1GiB", compute="400MiB")  # 30 GiB: a part of it fits on a card
+
+
+def a_card(**sizes: Footprint) -> PoolUnderTest:
+    """Return a pool with a card of 24 GiB, on which "large" goes in part, and other models."""
+    pool = a_pool("128GiB", gpus=["24GiB"]).declare("large", PARTLY)
+    for model, footprint in sizes.items():
+        pool.declare(model, footprint)
+    return pool
+
+
+def layers_of_large(pool: PoolUnderTest) -> int:
+    """Return how many layers "large" has on the card once it is launched."""
+    pool.feed(acquire("large", request=99))
+    pool.settle().advance("1s")
+    return pool.launches[pool.runner("large")].placement.offloaded
+
+
+def test_u04_an_idle_runner_leaves_for_notably_more_layers() -> None:
+    """A model that goes in part has as many layers beside an idle runner as on an empty card, since that one leaves."""
+    pool = a_card(small=layered(40, "380MiB", output="600MiB", host="1GiB", compute="300MiB")).idle("small")
+    assert layers_of_large(pool) == layers_of_large(a_card())
+
+
+def test_u04_an_idle_runner_stays_where_it_makes_little_difference() -> None:
+    """For a tenth of the layers no runner leaves."""
+    rough = replace(PARTLY, rough=True)  # so that the headroom is the same beside others
+    pool = a_card(large=rough, tiny=layered(4, "128MiB")).idle("tiny")
+    alone = layers_of_large(a_card(large=rough))
+    assert alone * 9 // 10 <= layers_of_large(pool) < alone
+    assert pool.state("tiny").name == "idle"
+
+
+@pytest.mark.parametrize("how", ["busy", "pinned"])
+def test_u04_what_may_not_leave_is_not_waited_for(how: str) -> None:
+    """Beside a runner in use, or a pinned one, a model goes with the layers that fit."""
+    pool = a_card(small=layered(40, "380MiB", output="600MiB", host="1GiB", compute="300MiB"))
+    if how == "busy":
+        pool.ready("small", lease=1)
+    else:
+        pool.idle("small").feed(pin("small"))
+    assert 0 < layers_of_large(pool) < layers_of_large(a_card()) // 2
+
+
+def test_u04_a_number_of_layers_that_is_named_is_not_raised() -> None:
+    """A request that names a number of layers gets this number, and no idle runner leaves for more."""
+    info = a_model((500 * 2**20,) * 60)
+    pool = a_pool("128GiB", gpus=["24GiB"]).declare("large", info).declare("tiny", layered(4, "128MiB")).idle("tiny")
+    pool.feed(acquire("large", request=99, num_gpu=8))
+    assert pool.launches[pool.runner("large")].placement.offloaded == 8
+    assert pool.state("tiny").name == "idle"
+
+
+@given(
+    card=st.integers(6, 24),
+    residents=st.lists(st.integers(1, 8), max_size=3),
+    layers=st.integers(10, 40),
+)
+def test_u04_only_idle_runners_in_the_way_make_no_difference(card: int, residents: list[int], layers: int) -> None:
+    """Whenever only idle runners are in the way, a model has the layers of an empty card, or a tenth less."""
+
+    def a_machine() -> PoolUnderTest:
+        pool = a_pool("256GiB", gpus=[f"{card}GiB"], max_runners=99)
+        pool.declare("large", layered(layers, "1GiB", output="512MiB"))
+        for number, size in enumerate(residents):
+            pool.declare(f"m{number}", layered(1, f"{size}GiB"))
+        return pool
+
+    beside = a_machine()
+    for number in range(len(residents)):
+        beside.feed(acquire(f"m{number}", request=number + 1))  # idle runners may have to leave for it
+        beside.settle().feed(loaded(beside.runner(f"m{number}")), release(number + 1))
+    alone = layers_of_large(a_machine())
+    assert layers_of_large(beside) >= alone - alone // 10

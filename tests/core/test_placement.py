@@ -224,10 +224,9 @@ def test_a_model_goes_to_the_host_where_no_layer_fits_a_gpu() -> None:
 
 
 def test_s09_num_gpu_0_considers_no_gpu() -> None:
-    """S09: with num_gpu 0 everything stays on the host, and the GPUs still count for the limit of runners (S10)."""
+    """S09: with num_gpu 0 everything stays on the host."""
     pool = a_gpu_pool("8GiB", "8GiB").declare("a", a_model()).loading("a", request=1, num_gpu=0)
     assert pool.launches[1].placement.gpu_layers == ()
-    assert pool.core._state.max_runners() == 6
 
 
 def test_s09_gpus_are_looked_at_anew_for_each_load() -> None:

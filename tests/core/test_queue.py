@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from fsm.machine.runner import RunnerState
 from fsm.messages.commands import Grant, Launch, NotifyContention, Stop
 from fsm.messages.events import Acquire, Configure
@@ -119,15 +121,40 @@ def test_what_a_refused_request_would_have_taken_is_free_for_those_behind_it() -
     assert (refused(commands), launched(commands)) == ({2: DoesNotFitRefusal}, ["c", "d"])
 
 
-def test_s10_d16_the_automatic_limit_follows_the_devices() -> None:
-    """S10, D16: the automatic limit is three runners for each GPU and at least three, by the devices of the moment."""
-    pool = a_pool(each="1GiB")
-    for model in "abc":
-        pool.idle(model)
-    assert stopped(pool.feed(acquire("d", request=1))) == [1]
-    pool.capacities |= {"gpu0": amount("8GiB"), "gpu1": amount("8GiB")}
-    assert launched(pool.feed(pool.sample())) == ["d"]
-    assert launched(pool.feed(acquire("e", request=2))) == ["e"]
+@pytest.mark.parametrize("gpus", [(), ("1GiB",), ("1GiB",) * 4])
+def test_u08_d16_without_a_limit_memory_alone_decides(gpus: tuple[str, ...]) -> None:
+    """U08, S10, D16: no number of runners evicts one where none is set, whatever the devices are or were."""
+    pool = a_pool(capacity="40GiB", gpus=gpus, each="1GiB")
+    for number in range(20):
+        pool.idle(f"m{number}")
+    while len(pool.capacities) > 1:
+        pool.capacities.popitem()
+        pool.feed(pool.sample())
+    assert launched(pool.feed(acquire("another", request=1))) == ["another"]
+    assert pool.stops == set() and len(pool.core._state.runners) == 21
+
+
+def test_u08_memory_is_what_evicts() -> None:
+    """U08: five models in turns are loaded once each where there is memory for five, and evict where there is not."""
+    for capacity, loads in (("5GiB", 5), ("3GiB", 15)):
+        pool = a_pool(capacity=capacity, each="1GiB", min_residency_s=0)
+        for model in 3 * "abcde":
+            pool.advance("10s")
+            request = pool.request_id()
+            pool.feed(acquire(model, request))
+            pool.settle()
+            if request not in pool.answers:
+                pool.feed(loaded(pool.runner(model)))
+            pool.feed(release(request))
+        assert len(pool.launches) == loads
+
+
+def test_u08_a_limit_that_is_set_still_holds() -> None:
+    """U08, S10: a number that is set evicts, and one that is taken away does so no more."""
+    pool = a_pool(capacity="40GiB", each="1GiB", max_runners=2).idle("a").idle("b")
+    assert stopped(pool.feed(acquire("c", request=1))) == [1]
+    pool.feed(Configure(max_runners=0))
+    assert launched(pool.feed(acquire("d", request=2))) == ["d"]
 
 
 def test_a_limit_that_was_raised_lets_waiters_go_ahead() -> None:

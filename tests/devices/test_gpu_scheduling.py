@@ -187,19 +187,15 @@ def test_a_lost_gpu_takes_no_more_models_and_the_others_do(nvml: StandIn) -> Non
 
 
 @beside_stand_in()
-def test_s10_d16_gpus_that_appear_later_change_how_many_may_run(nvml: StandIn) -> None:
-    """S10, D16: the limit is three runners without a GPU, and three for each GPU once there are some."""
+def test_u08_d16_gpus_that_come_and_go_change_no_number_of_runners(nvml: StandIn) -> None:
+    """U08, S10, D16: memory alone decides how many run, with GPUs and without them."""
     nvml.say()
-    with a_scheduler(eviction="lru", max_wait=0) as scheduler:  # no runner has a grace, however long it took to load
-        for name in "abcd":
-            scheduler.acquire(an_object(name)).release()
-        assert loaded(scheduler) == {"b", "c", "d"}
-        nvml.say(ONE, TWO)
-        for name in "efg":
-            scheduler.acquire(an_object(name)).release()
-        assert loaded(scheduler) == {"b", "c", "d", "e", "f", "g"}
-        scheduler.acquire(an_object("h")).release()
-        assert len(loaded(scheduler)) == 6
+    with a_scheduler(eviction="lru", max_wait=0) as scheduler:
+        for gpus, names in (((), "abcd"), ((ONE, TWO), "efgh"), ((), "ijkl")):
+            nvml.say(*gpus)
+            for name in names:
+                scheduler.acquire(an_object(name)).release()
+        assert loaded(scheduler) == set("abcdefghijkl")
 
 
 @beside_stand_in()

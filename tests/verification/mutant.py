@@ -56,6 +56,7 @@ class Mutant:
     scenario: str
     most: int  # states, or steps of a simulation
     plant: Callable[[Patch], None]
+    first: int = 0  # seed of a simulation, where it takes many to meet the fault
 
     def search(self, *, shrinks: bool = False) -> Exploration:
         """Make the mutant, search, and put the core back; with `shrinks`, the trace of a simulation is made short.
@@ -75,13 +76,13 @@ class Mutant:
 
     def _simulate(self, shrinks: bool) -> Exploration:
         """Run one seed after another."""
-        steps, seed, violation = 0, 0, None
+        steps, seed, violation = 0, self.first, None
         while violation is None and steps < self.most:
             outcome = simulate(Random(seed), STEPS, every=STEPS, shrinks=shrinks)
             steps, seed, violation = steps + outcome.steps, seed + 1, outcome.violation
         if violation is not None:
             violation = replace(violation, what=f"{violation.what} (seed {seed - 1})")
-        return Exploration(SIMULATION, steps, steps, seed, False, violation)
+        return Exploration(SIMULATION, steps, steps, seed - self.first, False, violation)
 
 
 @contextmanager
@@ -97,11 +98,13 @@ def added(checks: Checks[Subject], check: Callable[..., None], *causes: type) ->
 MUTANTS: list[Mutant] = []
 
 
-def mutant(scenario: str, defect: str = "", most: int = MOST) -> Callable[[Callable[[Patch], None]], None]:
+def mutant(
+    scenario: str, defect: str = "", most: int = MOST, first: int = 0
+) -> Callable[[Callable[[Patch], None]], None]:
     """Add the mutant that a function makes; its docstring says what is wrong."""
 
     def add(plant: Callable[[Patch], None]) -> None:
-        MUTANTS.append(Mutant(plant.__name__, plant.__doc__ or "", defect, scenario, most, plant))
+        MUTANTS.append(Mutant(plant.__name__, plant.__doc__ or "", defect, scenario, most, plant, first))
 
     return add
 

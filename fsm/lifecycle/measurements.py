@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from fsm.domain.devices import Amounts, DeviceId
+from fsm.domain.devices import HOST, Amounts, DeviceId
 from fsm.lifecycle.step_context import StepContext
 from fsm.machine.runner import Runner
 from fsm.messages.commands import PersistMeasurement
@@ -14,8 +14,14 @@ from fsm.sizing.load_history import note_bounded
 
 
 def measure(step: StepContext, runner: Runner, amounts: Amounts, mapped_bytes: int) -> bool:
-    """Enter measured bytes into a runner's account, even beyond its reservation; return whether it has grown."""
+    """Enter measured bytes into a runner's account, even beyond its reservation; return whether it has grown.
+
+    Of a runner that is placed without the pages of its file, only the bytes without pages count.
+    """
     account = step.state.ledger.accounts["runner", runner.id]
+    if runner.placement.without_pages:
+        amounts = tuple((one, max(0, size - mapped_bytes) if one == HOST else size) for one, size in amounts)
+        mapped_bytes = 0
     account.mapped_bytes = mapped_bytes
     within = [device for device, reserved in account.reserved.items() if account.peak.get(device, 0) <= reserved]
     grown = account.measure(step.state.ledger.by_memory(amounts))
@@ -52,7 +58,8 @@ def expect(step: StepContext, runner: Runner, event: Loaded) -> None:
 def record_measurement(step: StepContext, runner: Runner, load_s: float | None = None) -> None:
     """Keep the bytes that a runner took, or may yet take, as the reservation of the next runner like it.
 
-    Where neither a full context nor the engine has shown them, the prediction stands. `load_s` is given once a runner.
+    Where neither a full context nor the engine has shown them, the prediction stands, as it does for a runner that is
+    placed without the pages of its file. `load_s` is given once a runner.
     """
     model, account = step.state.models[runner.model], step.state.ledger.accounts["runner", runner.id]
     if runner.loaded_at is None or runner.id < model.first_runner_of_file:
@@ -61,7 +68,7 @@ def record_measurement(step: StepContext, runner: Runner, load_s: float | None =
     took = before = model.measured.get(key, ())
     unseen = [device for device, size in account.reserved.items() if size and device not in account.peak]
     known = load_s is None or account.projected_peak  # just loaded, only the engine can tell what is still to come
-    if not unseen and known:
+    if not unseen and known and not runner.placement.without_pages:
         took = tuple((device, account.expected_bytes(device)) for device in sorted(account.reserved))
     if took != before:
         note_bounded(model.measured, key, took)

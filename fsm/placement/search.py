@@ -48,7 +48,7 @@ class PlacementDemand:
     known: Mapping[Amounts, Amounts] = field(default_factory=dict)  # layers by GPU -> bytes measured with that split
     spread: bool = False  # over all GPUs, even where one GPU takes the model
     require_gpu: bool = False  # whole on GPUs or not at all, also where its request names fewer layers
-    shown: Mapping[DeviceId, float] = field(default_factory=dict)  # measured / predicted bytes, by earlier runners
+    shown: Mapping[DeviceId, float] = field(default_factory=dict)  # how much more than predicted runners took of GPUs
     least_layers: int = 1  # on GPUs, where a model goes in part and its request names no number
 
     @property
@@ -68,61 +68,93 @@ class PlacementDemand:
             return (Offload.none,)
         return (Offload.whole,) if self.num_gpu >= self.layers else (Offload.partial,)
 
+    @property
+    def is_explicit(self) -> bool:
+        """Whether the request says itself where the layers go."""
+        return self.require_gpu or (self.num_gpu is not None and self.num_gpu >= 0)
+
     def least_bytes(self, device: DeviceId, amount: int) -> int:
         """Return the bytes that must be free for predicted ones, whatever can be made free.
 
-        A margin over them, or these bytes alone where the request names a number of layers, or requires a GPU.
+        These bytes alone where the request says where the layers go. Else a margin over them, and over what they were
+        with other splits if that was more.
         """
         if self.footprint.rough:
             return int(amount * (1 + PREDICTED_HEADROOM))
-        if self.require_gpu or (self.num_gpu is not None and self.num_gpu >= 0) or not amount:
+        if self.is_explicit or not amount:
             return amount
-        return amount + max(amount // MARGIN_PART, GPU_MARGIN_BYTES if device != HOST else 0)
+        expected = int(amount * self.shown.get(device, 1.0))
+        return expected + max(expected // MARGIN_PART, GPU_MARGIN_BYTES if device != HOST else 0)
 
     def most_bytes(self, device: DeviceId, free_bytes: int) -> int:
         """Return the most bytes for which `least_bytes` are within `free_bytes`."""
         if self.footprint.rough:
             return _most_with_headroom(free_bytes)
-        if self.require_gpu or (self.num_gpu is not None and self.num_gpu >= 0):
+        if self.is_explicit:
             return free_bytes
         parts, rest = divmod(free_bytes, MARGIN_PART + 1)
         most = MARGIN_PART * parts + min(rest, MARGIN_PART - 1)
-        return min(most, free_bytes - GPU_MARGIN_BYTES) if device != HOST else most
+        most = min(most, free_bytes - GPU_MARGIN_BYTES) if device != HOST else most
+        return int(most / self.shown.get(device, 1.0))
 
 
 def shown_parts(footprint: Footprint, known: Mapping[Amounts, Amounts]) -> dict[DeviceId, float]:
-    """Return, by device, measured bytes as a part of what was predicted for the same split, the largest of all splits.
+    """Return how much more than predicted runners took of each GPU, as a factor: the largest of all splits.
 
-    `known` are bytes by device that were measured, by split. What is on an integrated GPU cannot be told from the host.
+    `known` are bytes by device that were measured, by split. A small prediction says nothing of a large one. No factor
+    is larger than the headroom of a prediction. The host's bytes are left out, since pages of files are among them, and
+    so are those of an integrated GPU, which cannot be told from the host's.
     """
     shown: dict[DeviceId, float] = {}
     for split, measured in known.items():
-        predicted = {device: part.total_bytes for device, part in bytes_by_device(footprint, split).items()}
-        for device, amount in measured if predicted.keys() == dict(measured).keys() else ():
-            if predicted[device] and amount:
-                shown[device] = max(shown.get(device, 0.0), amount / predicted[device])
+        predicted = bytes_by_device(footprint, split)
+        for device, amount in measured:
+            expected = predicted[device].total_bytes if device in predicted and device != HOST else 0
+            if expected > GPU_MARGIN_BYTES and amount > expected:
+                shown[device] = max(shown.get(device, 1.0), min(amount / expected, 1 + PREDICTED_HEADROOM))
     return shown
 
 
 def needed(demand: PlacementDemand, placement: Placement, potential: Free | None = None) -> Amounts:
     """Return the bytes by device that must be free for a placement.
 
-    These are the declared bytes of a model without layers. Else they include a headroom, as far as `potential`, the
-    bytes by device that can be made free, allows for it: at least the bytes that the demand cannot do without.
+    1. Of a model without layers, what it declares.
+    2. Else its bytes and a headroom, where `potential` allows for that: the bytes by device that can be made free.
+    3. Else all that can be made free, where its bytes and a margin fit.
+    4. Else what the system cannot take back: its bytes without the pages of a mapped file, with headroom or margin.
     """
-    if demand.footprint.fixed:
+    if demand.footprint.fixed:  # 1
         return placement.bytes
     headroom = MEASURED_HEADROOM if placement.measured else PREDICTED_HEADROOM
-    mapped_bytes = demand.footprint.mapped_bytes(placement.gpu_layers)
     amounts = []
     for device, amount in placement.bytes:
-        roomy = int(amount * (1 + headroom))
-        if potential is not None:
-            own = max(0, amount - mapped_bytes) if device == HOST else amount
-            least = own if placement.measured else demand.least_bytes(device, own)
-            roomy = min(roomy, max(least, potential.get(device, 0)))
-        amounts.append((device, roomy))
+        need = int(amount * (1 + headroom))  # 2
+        there = need if potential is None else potential.get(device, 0)
+        if need > there:
+            need = there  # 3
+            if _least(demand, placement, device, amount) > there:  # 4
+                own = _without_pages(demand, placement, device, amount)
+                least = _least(demand, placement, device, own)
+                need = min(int(own * (1 + headroom)), max(least, there)) if own < amount else least
+        amounts.append((device, need))
     return tuple(amounts)
+
+
+def _least(demand: PlacementDemand, placement: Placement, device: DeviceId, amount: int) -> int:
+    return amount if placement.measured else demand.least_bytes(device, amount)
+
+
+def _without_pages(demand: PlacementDemand, placement: Placement, device: DeviceId, amount: int) -> int:
+    """Return the part of a device's bytes that the system cannot take back; a measurement does not tell which it is."""
+    pages = demand.footprint.mapped_bytes(placement.gpu_layers) if device == HOST else 0
+    if not pages:
+        return amount
+    predicted = sum(
+        part.total_bytes
+        for memory, part in bytes_by_device(demand.footprint, placement.gpu_layers).items()
+        if memory == HOST or memory not in dict(placement.bytes)  # an integrated GPU's bytes are the host's
+    )
+    return min(amount, max(amount, predicted) - pages)
 
 
 def find_placement(
@@ -147,7 +179,7 @@ def find_placement(
             placement = _layout(demand, split, gpus)
             lacking = _lacking(demand, placement, free, potential)
             if not lacking:
-                return _reserved(placement, free)
+                return _reserved(demand, placement, free)
             only_host = lacking == {HOST} and not demand.known and all(gpu.memory != HOST for gpu in gpus)
             if only_host and offload is Offload.partial:
                 return None  # with fewer layers on GPUs the host would lack more
@@ -178,7 +210,7 @@ class SplitEnumerator:
         room = _most_with_headroom(free_bytes)
         if potential is not None and free_bytes >= potential.get(gpu.memory, 0):
             room = max(room, self.demand.most_bytes(gpu.memory, free_bytes))
-        return int(room / self.demand.shown.get(gpu.memory, 1.0))
+        return room
 
     def splits(self, layers: int) -> Iterator[Amounts]:
         """Yield the splits of so many layers over GPUs that may fit, the best first; no split that cannot fit."""
@@ -254,15 +286,15 @@ def _lacking(demand: PlacementDemand, placement: Placement, free: Free, potentia
 
 
 def _within(demand: PlacementDemand, placement: Placement, free: Free, potential: Free | None) -> Placement | None:
-    return None if _lacking(demand, placement, free, potential) else _reserved(placement, free)
+    return None if _lacking(demand, placement, free, potential) else _reserved(demand, placement, free)
 
 
-def _reserved(placement: Placement, free: Free) -> Placement:
-    """Return a placement that fits as it is reserved: pages of a mapped file take no more than what is left."""
+def _reserved(demand: PlacementDemand, placement: Placement, free: Free) -> Placement:
+    """Return a placement that fits as it is reserved: without the pages of a mapped file where not all find room."""
     if all(amount <= free.get(device, 0) for device, amount in placement.bytes):
         return placement
-    bytes_ = tuple((device, min(amount, max(0, free.get(device, 0)))) for device, amount in placement.bytes)
-    return replace(placement, bytes=bytes_)
+    own = ((device, _without_pages(demand, placement, device, amount)) for device, amount in placement.bytes)
+    return replace(placement, bytes=tuple(own), without_pages=True)
 
 
 def _by_memory(amounts: Mapping[DeviceId, int], gpus: Sequence[Gpu]) -> Amounts:
@@ -276,14 +308,8 @@ def _by_memory(amounts: Mapping[DeviceId, int], gpus: Sequence[Gpu]) -> Amounts:
 
 
 def _layout(demand: PlacementDemand, split: Amounts, gpus: Sequence[Gpu]) -> Placement:
-    """Return the placement of a split: with its measured bytes by device where it was measured, else predicted ones.
-
-    What was measured with other splits corrects a prediction.
-    """
+    """Return the placement of a split: with its measured bytes by device where it was measured, else predicted ones."""
     if (measured := demand.known.get(split)) is not None:
         return Placement(measured, split, measured=True)
     amounts = {device: part.total_bytes for device, part in bytes_by_device(demand.footprint, split).items()}
-    predicted = _by_memory(amounts, gpus)
-    return Placement(
-        tuple((device, int(amount * demand.shown.get(device, 1.0))) for device, amount in predicted), split
-    )
+    return Placement(_by_memory(amounts, gpus), split)

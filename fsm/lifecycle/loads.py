@@ -6,6 +6,7 @@ import math
 from dataclasses import replace
 
 from fsm.domain.devices import Placement
+from fsm.domain.options import AUTOMATIC, Options
 from fsm.lifecycle import measurements, requests, runners
 from fsm.lifecycle.step_context import StepContext
 from fsm.machine.runner import LOADING, Runner, RunnerId
@@ -16,7 +17,8 @@ from fsm.messages.reasons import AskedBy, RunnerReason, WaitFor
 from fsm.planning.deadline_admission import LOAD_TIME_TTL_S, is_fastest_placement
 from fsm.planning.thread_allocation import threads_for
 from fsm.sizing.load_history import note_bounded
-from fsm.sizing.model_profile import ResolvedLoad
+from fsm.sizing.model_profile import ModelProfile, ResolvedLoad
+from fsm.state.model_record import ModelRecord
 from fsm.state.request_queue import RequestGroup
 
 
@@ -33,6 +35,7 @@ def launch(step: StepContext, group: RequestGroup, load: ResolvedLoad, placement
     if threads is not None:
         # a request that names these threads matches
         runner.effective_options = replace(load.options, num_thread=threads.answers)
+    runner.usual_options = _usual(model, group.spec.options)
     runner.equivalent_requests.add(group.spec.options)
     runner.uses_default_keep_alive = group.head.keep_alive_s is None
     runner.fully_offloaded = placement.offloaded == load.footprint.layers
@@ -49,6 +52,20 @@ def launch(step: StepContext, group: RequestGroup, load: ResolvedLoad, placement
         entry = Transition(state.now, runner.id, model.id, "launch", None, LOADING, why, 0, state.steps)
         step.decision_log.append(entry)
     return runner
+
+
+def _usual(model: ModelRecord, asked: Options) -> Options:
+    """Return the context and slots that requests which name none have to have at least of a runner loaded for `asked`.
+
+    What a request named is not for the others. Where it named none, the others have no more to expect.
+    """
+    if not isinstance(model.profile, ModelProfile):
+        return AUTOMATIC
+    usual = model.profile.usual
+    return Options(
+        num_ctx=usual.num_ctx if asked.num_ctx is not None else None,
+        num_parallel=usual.num_parallel if asked.num_parallel is not None else None,
+    )
 
 
 def loaded(step: StepContext, runner: Runner, event: Loaded) -> None:

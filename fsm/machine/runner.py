@@ -41,7 +41,7 @@ from types import MappingProxyType
 from typing import NewType
 
 from fsm.domain.devices import DeviceId, Placement
-from fsm.domain.options import Options
+from fsm.domain.options import AUTOMATIC, Options
 from fsm.domain.record import Record
 from fsm.machine.request import ModelId, RequestId
 from fsm.machine.transition_table import Row, Table
@@ -142,6 +142,7 @@ class Runner(Record):
     launched_at: float
     state: RunnerState = RunnerState.loading  # written by Table.fire alone
     effective_options: Options = field(default_factory=Options)  # as launched (but for threads), then as loaded
+    usual_options: Options = AUTOMATIC  # context and slots that a request which names none has to have at least
     equivalent_requests: set[Options] = field(default_factory=set)  # options of requests that the runner serves
     leases: set[RequestId] = field(default_factory=set)  # non-empty iff ready, or expiring and still draining
     loaded_at: float | None = None  # set once, when the process said that it serves

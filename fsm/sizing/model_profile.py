@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
-from fsm.domain.options import Options
+from fsm.domain.options import AUTOMATIC, Options
 from fsm.sizing.footprint import Footprint
 
 EngineSettings = tuple[tuple[str, int | bool | str | None], ...]  # by name
@@ -72,3 +72,4 @@ class ModelProfile:
     files_bytes: int  # the sizes of the model's files, which may be read ahead
     resolutions: tuple[Resolution, ...] = ()
     embedding: bool = False  # used for embeddings
+    usual: Options = AUTOMATIC  # context and slots of a load for a request that names none

@@ -11,32 +11,38 @@ from fsm.machine.runner import Runner
 def match(runner: Runner, asked: Options, explicit: Options | None = None) -> bool:
     """Tell whether a runner serves a request that names the options `asked`.
 
-    An option that a request leaves open matches any value, so an automatic value is never a reason for a reload.
-    `explicit` is `asked` with every automatic value made explicit, where the model's metadata is known: a request for
-    more than the model can have is served by a runner that has all that is possible.
+    An option that a request leaves open matches any value, so an automatic value is never a reason for a reload; but
+    where neither context nor slots are named, a runner with less than usual does not serve, unless it was loaded for a
+    request that named none either. `explicit` is `asked` with every automatic value made explicit, where the model's
+    metadata is known: a request for more than the model can have is served by a runner that has all that is possible.
     """
     if asked in runner.equivalent_requests:
         return True
     if asked.require_gpu and not runner.fully_offloaded:
         return False
+    usual = runner.usual_options
     if explicit is None:
-        return serves(runner.effective_options, asked)
+        return serves(runner.effective_options, asked, usual)
     if explicit == runner.launch_options:
         return True
     left_open = [each.name for each in fields(asked) if getattr(asked, each.name) is None]
-    return serves(runner.effective_options, replace(explicit, **dict.fromkeys(left_open)))
+    least = Options(
+        num_ctx=_less(usual.num_ctx, explicit.num_ctx), num_parallel=_less(usual.num_parallel, explicit.num_parallel)
+    )
+    return serves(runner.effective_options, replace(explicit, **dict.fromkeys(left_open)), least)
 
 
-def serves(loaded: Options, asked: Options) -> bool:
+def serves(loaded: Options, asked: Options, usual: Options = AUTOMATIC) -> bool:
     """Tell whether a runner loaded with the explicit options `loaded` may serve a request for `asked`.
 
-    An option that is not named matches, as does a negative `num_gpu`. A larger context or more slots serve a request
-    for less. All other named options must be equal, but for `require_gpu`, which depends on the runner's placement. A
-    request for more than the model can have is served once its options are resolved.
+    An option that is not named matches, as does a negative `num_gpu`; but context and slots that are not named are
+    those of `usual` at least. A larger context or more slots serve a request for less. All other named options must be
+    equal, but for `require_gpu`, which depends on the runner's placement. A request for more than the model can have is
+    served once its options are resolved.
     """
-    return asked == AUTOMATIC or (
-        _within(asked.num_ctx, loaded.num_ctx)
-        and _within(asked.num_parallel, loaded.num_parallel)
+    return (
+        _within(usual.num_ctx if asked.num_ctx is None else asked.num_ctx, loaded.num_ctx)
+        and _within(usual.num_parallel if asked.num_parallel is None else asked.num_parallel, loaded.num_parallel)
         and (asked.num_gpu is None or asked.num_gpu < 0 or asked.num_gpu == loaded.num_gpu)
         and asked.num_batch in (None, loaded.num_batch)
         and asked.main_gpu in (None, loaded.main_gpu)
@@ -50,3 +56,7 @@ def serves(loaded: Options, asked: Options) -> bool:
 
 def _within(asked: int | None, loaded: int | None) -> bool:
     return asked is None or (loaded is not None and asked <= loaded)
+
+
+def _less(one: int | None, other: int | None) -> int | None:
+    return None if one is None or other is None else min(one, other)

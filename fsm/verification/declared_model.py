@@ -67,4 +67,6 @@ def profile_of(
     if isinstance(model, Footprint):
         return model
     resolutions = tuple(model.resolution(options, defaults) for options in asked)
-    return ModelProfile(repr(model), sum(model.layers_bytes), resolutions)
+    explicit = model.resolution(AUTOMATIC, defaults).loads[0].options
+    usual = Options(num_ctx=explicit.num_ctx, num_parallel=explicit.num_parallel)
+    return ModelProfile(repr(model), sum(model.layers_bytes), resolutions, usual=usual)

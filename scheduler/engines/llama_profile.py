@@ -90,7 +90,9 @@ def profile_of(
     """
     files_bytes = info.file_bytes + info.adapters_bytes + info.projectors_bytes
     resolutions = tuple(_resolution(info, options, defaults, larger_contexts, told) for options in asked)
-    return ModelProfile(fingerprint(info), files_bytes, resolutions, info.embedding)
+    explicit = resolve(info, AUTOMATIC, defaults)
+    usual = Options(num_ctx=explicit.num_ctx, num_parallel=explicit.num_parallel)
+    return ModelProfile(fingerprint(info), files_bytes, resolutions, info.embedding, usual)
 
 
 def fingerprint(info: ModelInfo) -> str:

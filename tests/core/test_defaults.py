@@ -38,8 +38,18 @@ def test_what_a_request_names_wins_over_the_settings() -> None:
 def test_n09_values_from_the_settings_are_automatic_and_never_cause_a_reload() -> None:
     """N09: a request that names no options is served by a runner that was loaded with others than the settings."""
     pool = a_pool(defaults=Options(num_ctx=4096, num_parallel=4, cache_type_k="q8_0")).declare("a", WIDE)
-    pool.idle("a", num_ctx=512, num_parallel=1, cache_type_k="f16")
+    pool.idle("a", num_ctx=8192, num_parallel=4, num_batch=64, cache_type_k="f16")
     assert pool.feed(acquire("a", request=1)) == [Grant(1, 1)]
+
+
+@pytest.mark.parametrize("named", [{"num_ctx": 512}, {"num_parallel": 1}, {"num_ctx": 4096, "num_parallel": 2}])
+def test_u07_what_is_not_named_is_what_the_settings_say_at_least(named: dict[str, int]) -> None:
+    """U07: after a request for less than the settings say, one that names nothing is loaded with them."""
+    pool = a_pool(defaults=Options(num_ctx=4096, num_parallel=4)).declare("a", WIDE).idle("a", **named)
+    pool.feed(acquire("a", request=1))
+    pool.settle()
+    launch = pool.launches[2].options
+    assert (launch.num_ctx, launch.num_parallel) == (4096, 4)
 
 
 def test_s22_slots_from_the_settings_are_one_for_models_that_take_one_at_a_time() -> None:

@@ -101,8 +101,42 @@ def test_n09_what_the_engine_really_got_is_what_later_requests_are_compared_with
 
 def test_n09_automatic_values_never_cause_a_reload() -> None:
     """N09: a request that names no options is granted the runner that is there."""
-    pool = a_pool_of_models().idle("a", num_ctx=512, num_thread=7)
+    pool = a_pool_of_models().idle("a", num_ctx=4096, num_thread=7)
     assert pool.feed(acquire("a", request=1)) == [Grant(1, 1)]
+
+
+@pytest.mark.parametrize("less", [{"num_ctx": 512}, {"num_ctx": 4095, "num_thread": 7}])
+def test_u07_what_one_request_named_is_not_for_the_others(less: dict[str, int]) -> None:
+    """U07: a request that names no context has the usual one, although a smaller one was named before it."""
+    pool = a_pool_of_models().idle("a", **less)
+    pool.feed(acquire("a", request=1))
+    pool.settle()
+    assert pool.launches[2].options.num_ctx == 4096
+
+
+def test_u07_more_than_usual_serves() -> None:
+    """U07: what was loaded for a larger context or more slots serves a request that names nothing."""
+    pool = a_pool_of_models().idle("a", num_ctx=8192, num_parallel=2)
+    assert pool.feed(acquire("a", request=1)) == [Grant(1, 1)]
+
+
+def test_u07_who_names_nothing_has_no_more_to_expect_than_the_others_who_do_not() -> None:
+    """U07: a context that the engine or a lack of memory made smaller serves all requests that name none."""
+    pool = a_pool_of_models().loading("a", request=1)
+    pool.feed(loaded(1, num_ctx=1024))
+    assert pool.feed(acquire("a", request=2)) == [Grant(2, 1)]
+    assert pool.feed(acquire("a", request=3, num_parallel=1)) == [Grant(3, 1)]
+
+
+def test_u07_a_small_context_is_served_by_the_usual_one() -> None:
+    """U07: two clients, one that names a small context and one that names none, share one runner after two loads."""
+    pool = a_pool_of_models().idle("a", num_ctx=512)
+    pool.feed(acquire("a", request=1))
+    pool.settle().feed(loaded(2), release(1))
+    for request in range(2, 8):
+        options = {"num_ctx": 512} if request % 2 else {}
+        assert pool.feed(acquire("a", request=request, **options)) == [Grant(request, 2)]
+        pool.feed(release(request))
 
 
 def test_a_wish_beyond_the_models_limits_is_served_by_what_it_comes_to() -> None:

@@ -12,6 +12,7 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 
 from fsm.domain.devices import DeviceId
+from fsm.domain.options import Options
 from fsm.eviction.policies import Candidate, EvictionPolicy
 from fsm.eviction.victim_selection import Amount
 from fsm.machine.request import ModelId, Purpose, RequestSpec
@@ -30,7 +31,7 @@ from fsm.sizing.model_profile import Resolution, ResolvedLoad
 from fsm.state.core_state import CoreState
 from fsm.state.model_record import ModelRecord
 from fsm.state.request_queue import RequestGroup
-from fsm.state.runner_match import match
+from fsm.state.runner_match import match, serves
 
 NOTABLE_PART = 10  # idle runners leave for more than a tenth of a model's layers on GPUs
 NO_MODEL = ModelId("")  # of groups for memory of the program's own
@@ -162,7 +163,8 @@ def _evaluate(
     1. A group for memory of the program's own names its bytes itself.
     2. Where a load that is under way serves the group, the group waits for it.
     3. Where the file was not inspected since the last launch, or not for these options, the group waits for that.
-    4. Where the model's runner serves the group with its automatic options made explicit, the group is matched.
+    4. Where the model's runner serves the group with its automatic options made explicit, the group is matched, and
+       also where the runner is pinned and has all that the group names.
     5. Where the engine would refuse an option, the group is refused.
     6. Where no placement is possible at all, the group is refused. Where only a part of a model goes to GPUs, as many
        layers are asked for as would go there once the idle runners have left.
@@ -220,13 +222,18 @@ def _evaluate_model(
         return None
     load, demand = resolved_demand(model, resolution, context.state, context.availability.potential, context.gpus)
     context.plan.loads[group.spec] = load
-    if current is not None and match(current, asked, load.options):  # 4
+    if current is not None and (match(current, asked, load.options) or _stays(context, current, asked)):  # 4
         context.plan.matches.append((group, current))
         return None
     if resolution.unsupported is not None:  # 5
         context.plan.refusals.append((group, UnsupportedOption(model.id, *resolution.unsupported)))
         return None
     return load, demand
+
+
+def _stays(context: PlanningContext, runner: Runner, asked: Options) -> bool:
+    """Tell whether a pinned runner serves a request although it has less than usual of what the request leaves open."""
+    return context.state.pinned(runner) and not asked.require_gpu and serves(runner.effective_options, asked)
 
 
 def _plan_memory(context: PlanningContext, group: RequestGroup, need: Requirement) -> None:

@@ -9,7 +9,7 @@ from fsm.machine.runner import RunnerState
 from fsm.messages.commands import Grant, Inspect
 from fsm.messages.reasons import WaitFor
 from tests.support.models import a_model
-from tests.support.pool import PoolUnderTest, a_pool, acquire, exited, granted, launched, loaded, preload, release
+from tests.support.pool import PoolUnderTest, a_pool, acquire, exited, granted, launched, loaded, pin, preload, release
 
 
 def a_pool_of_models(**how: object) -> PoolUnderTest:
@@ -112,6 +112,13 @@ def test_u07_what_one_request_named_is_not_for_the_others(less: dict[str, int]) 
     pool.feed(acquire("a", request=1))
     pool.settle()
     assert pool.launches[2].options.num_ctx == 4096
+
+
+def test_u07_a_pinned_runner_serves_with_less_than_usual() -> None:
+    """U07: a pinned runner is not moved, so a request that names nothing takes what it has and is not refused."""
+    pool = a_pool_of_models().idle("a", num_ctx=512)
+    pool.feed(pin("a"))
+    assert granted(pool.feed(acquire("a", request=1))) == [1]
 
 
 def test_u07_more_than_usual_serves() -> None:

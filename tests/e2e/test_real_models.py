@@ -173,8 +173,8 @@ def test_options_reach_the_engine(scheduler: Scheduler, tmp_path: Path) -> None:
 
 def test_s30_a_larger_context_serves_a_smaller_or_unspecified_wish(scheduler: Scheduler, model: Path) -> None:
     """S30: a runner with a larger context serves requests for a smaller or no context without a reload."""
-    with scheduler.acquire(model, num_ctx=512) as lease:
-        for asked in ({"num_ctx": 256}, {}, {"num_ctx": 512}):
+    with scheduler.acquire(model, num_ctx=4096) as lease:
+        for asked in ({"num_ctx": 256}, {}, {"num_ctx": 4096}):
             with scheduler.acquire(model, **asked) as other:  # type: ignore[arg-type]  # num_ctx is a number
                 assert other.runner == lease.runner
 
@@ -305,7 +305,7 @@ def test_a_keep_alive_that_runs_out_ends_the_process(scheduler: Scheduler, model
 
 def test_a_model_that_is_loaded_beforehand_serves_at_once(scheduler: Scheduler, model: Path) -> None:
     """S28: a preloaded process answers the next request."""
-    scheduler.preload(model, num_ctx=256).result(LIMIT_S)
+    scheduler.preload(model).result(LIMIT_S)
     runner = scheduler.status().runners[0]
     assert (runner.state, runner.leases) == ("idle", 0) and runner.load_s
     with scheduler.acquire(model) as lease:

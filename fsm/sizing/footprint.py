@@ -89,10 +89,8 @@ def bytes_by_device(footprint: Footprint, split: Amounts) -> dict[DeviceId, Devi
     offloaded = sum(layers for _, layers in split)
     found: dict[DeviceId, DeviceBytes] = {}
     at = first = min(blocks, blocks + 1 - offloaded)
-    projectors_bytes, step_bytes = (
-        footprint.projectors_bytes,
-        footprint.first_bytes(offloaded) - footprint.projectors_bytes,
-    )
+    projectors_bytes = footprint.projectors_bytes
+    step_bytes = footprint.first_bytes(offloaded) - projectors_bytes
     copies_bytes = footprint.copies_bytes(split)
     for gpu, layers in split:
         weights_bytes = projectors_bytes + sum(footprint.weights_bytes[at : at + layers])

@@ -16,8 +16,10 @@ from fsm.messages.events import Loaded
 from fsm.messages.reasons import AskedBy, RunnerReason, WaitFor
 from fsm.planning.deadline_admission import LOAD_TIME_TTL_S, is_fastest_placement
 from fsm.planning.thread_allocation import threads_for
+from fsm.sizing.footprint import Footprint
 from fsm.sizing.load_history import note_bounded
 from fsm.sizing.model_profile import ModelProfile, ResolvedLoad
+from fsm.state.core_state import CoreState
 from fsm.state.model_record import ModelRecord
 from fsm.state.request_queue import RequestGroup
 
@@ -35,6 +37,7 @@ def launch(step: StepContext, group: RequestGroup, load: ResolvedLoad, placement
     if threads is not None:
         # a request that names these threads matches
         runner.effective_options = replace(load.options, num_thread=threads.answers)
+    runner.chosen_options = _chosen(state, load.footprint, placement)
     runner.usual_options = _usual(model, group.spec.options)
     runner.equivalent_requests.add(group.spec.options)
     runner.uses_default_keep_alive = group.head.keep_alive_s is None
@@ -52,6 +55,19 @@ def launch(step: StepContext, group: RequestGroup, load: ResolvedLoad, placement
         entry = Transition(state.now, runner.id, model.id, "launch", None, LOADING, why, 0, state.steps)
         step.decision_log.append(entry)
     return runner
+
+
+def _chosen(state: CoreState, footprint: Footprint, placement: Placement) -> Options:
+    """Return what a plan has chosen for a runner: a request that names it matches."""
+    if footprint.fixed:
+        return AUTOMATIC
+    first = next((gpu for gpu, _ in placement.gpu_layers), None)
+    gpus = [device.id for device in state.ledger.devices.values() if device.kind == "gpu"]
+    return Options(
+        num_gpu=placement.offloaded,
+        main_gpu=gpus.index(first) if first in gpus else None,
+        use_mmap=footprint.mapped if placement.gpu_layers else footprint.mapped_on_host,
+    )
 
 
 def _usual(model: ModelRecord, asked: Options) -> Options:
@@ -82,6 +98,8 @@ def loaded(step: StepContext, runner: Runner, event: Loaded) -> None:
     model.load_exclusively = False
     if event.num_ctx is not None and runner.effective_options.num_ctx is not None:
         runner.effective_options = replace(runner.effective_options, num_ctx=event.num_ctx)
+    if event.flash_attention is not None:
+        runner.chosen_options = replace(runner.chosen_options, flash_attention=event.flash_attention)
     state.ledger.accounts["runner", runner.id].loaded = True
     measurements.measure(step, runner, event.resident, event.mapped_bytes)
     measurements.expect(step, runner, event)

@@ -142,6 +142,7 @@ class Runner(Record):
     launched_at: float
     state: RunnerState = RunnerState.loading  # written by Table.fire alone
     effective_options: Options = field(default_factory=Options)  # as launched (but for threads), then as loaded
+    chosen_options: Options = AUTOMATIC  # layers, GPU, mapping, flash attention: by the plan and the engine
     usual_options: Options = AUTOMATIC  # context and slots that a request which names none has to have at least
     equivalent_requests: set[Options] = field(default_factory=set)  # options of requests that the runner serves
     leases: set[RequestId] = field(default_factory=set)  # non-empty iff ready, or expiring and still draining

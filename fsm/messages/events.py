@@ -101,6 +101,7 @@ class Loaded:
     resident: Resident = ()
     mapped_bytes: int = 0  # of the resident bytes on the host: pages of files
     expected_growth: Resident = ()  # the most that it may still take, where its engine can tell; else empty
+    flash_attention: bool | None = None  # whether the engine has chosen it; None: not reported
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,7 +31,7 @@ from fsm.sizing.model_profile import Resolution, ResolvedLoad
 from fsm.state.core_state import CoreState
 from fsm.state.model_record import ModelRecord
 from fsm.state.request_queue import RequestGroup
-from fsm.state.runner_match import match, serves
+from fsm.state.runner_match import match, serves, without_what_is_had
 
 NOTABLE_PART = 10  # idle runners leave for more than a tenth of a model's layers on GPUs
 NO_MODEL = ModelId("")  # of groups for memory of the program's own
@@ -233,7 +233,9 @@ def _evaluate_model(
 
 def _stays(context: PlanningContext, runner: Runner, asked: Options) -> bool:
     """Tell whether a pinned runner serves a request although it has less than usual of what the request leaves open."""
-    return context.state.pinned(runner) and not asked.require_gpu and serves(runner.effective_options, asked)
+    if not context.state.pinned(runner) or asked.require_gpu:
+        return False
+    return serves(runner.effective_options, without_what_is_had(runner, asked))
 
 
 def _plan_memory(context: PlanningContext, group: RequestGroup, need: Requirement) -> None:

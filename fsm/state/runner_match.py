@@ -20,6 +20,7 @@ def match(runner: Runner, asked: Options, explicit: Options | None = None) -> bo
         return True
     if asked.require_gpu and not runner.fully_offloaded:
         return False
+    asked = without_what_is_had(runner, asked)
     usual = runner.usual_options
     if explicit is None:
         return serves(runner.effective_options, asked, usual)
@@ -30,6 +31,26 @@ def match(runner: Runner, asked: Options, explicit: Options | None = None) -> bo
         num_ctx=_less(usual.num_ctx, explicit.num_ctx), num_parallel=_less(usual.num_parallel, explicit.num_parallel)
     )
     return serves(runner.effective_options, replace(explicit, **dict.fromkeys(left_open)), least)
+
+
+def without_what_is_had(runner: Runner, asked: Options) -> Options:
+    """Return the options without those that name what the plan or the engine has chosen for the runner.
+
+    A runner with all layers on GPUs has any larger number of layers too. A GPU to prefer means nothing to a runner on
+    the host, and the one that was preferred at the launch has been considered.
+    """
+    chosen, layers, gpu = runner.chosen_options, asked.num_gpu, asked.main_gpu
+    if layers is not None and runner.fully_offloaded and layers >= runner.placement.offloaded:
+        layers = None
+    if chosen.num_gpu == 0 or gpu == runner.launch_options.main_gpu:
+        gpu = None
+    return replace(
+        asked,
+        num_gpu=None if layers == chosen.num_gpu else layers,
+        main_gpu=None if gpu == chosen.main_gpu else gpu,
+        use_mmap=None if asked.use_mmap is chosen.use_mmap else asked.use_mmap,
+        flash_attention=None if asked.flash_attention is chosen.flash_attention else asked.flash_attention,
+    )
 
 
 def serves(loaded: Options, asked: Options, usual: Options = AUTOMATIC) -> bool:

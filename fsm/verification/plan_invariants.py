@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 
 from fsm.core import Core
 from fsm.domain.devices import DeviceId
+from fsm.domain.options import Options
 from fsm.machine.request import ModelId, Purpose, Request, RequestId
 from fsm.machine.runner import EXPIRING, LOADING, Runner, RunnerId
 from fsm.messages.commands import Command, Grant, Launch
@@ -81,6 +82,35 @@ def a_runner_starts_with_its_headroom_or_nothing_leaves_for_it(step: StepOutcome
                 others = [one for one in movable if one.model != group.spec.model]
                 there = [one.id for one in others if state.ledger.accounts["runner", one.id].held_bytes(device)]
                 assert not there, f"{amount} bytes on {device}, with {free.get(device, 0)} free beside {there}"
+
+
+@of_outcome(Plan)
+def no_runner_leaves_for_what_it_has(step: StepOutcome, plan: Plan) -> None:
+    """A runner leaves for a load of its own model only where the request names what the runner has not.
+
+    The check covers requests that name layers on GPUs and a GPU to prefer alone, and runners that were loaded for a
+    request that named neither context nor slots.
+    """
+    state = step.after._state
+    for spec, planned in plan.placements.items():
+        asked = spec.options
+        about_gpus = asked == Options(num_gpu=asked.num_gpu, main_gpu=asked.main_gpu)
+        if about_gpus and spec in plan.loads and not plan.loads[spec].footprint.fixed:
+            own = [state.runners[RunnerId(one.runner)] for one in planned.victims if one.model == spec.model]
+            for runner in own:
+                usual = runner.usual_options == Options()
+                assert not (usual and _has(runner, asked, state)), f"{asked} has runner {runner.id} leave"
+
+
+def _has(runner: Runner, asked: Options, state: CoreState) -> bool:
+    layers = sum(count for _, count in runner.placement.gpu_layers)
+    wanted = asked.num_gpu
+    if wanted is not None and wanted >= 0 and wanted != layers and not (runner.fully_offloaded and wanted > layers):
+        return False
+    if asked.main_gpu is None or layers == 0:
+        return True
+    gpus = [device.id for device in state.ledger.devices.values() if device.kind == "gpu"]
+    return gpus[asked.main_gpu : asked.main_gpu + 1] == [runner.placement.gpu_layers[0][0]]
 
 
 @of_outcome(Plan)

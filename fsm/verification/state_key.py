@@ -213,7 +213,7 @@ class _View:
             self.runners[runner.id], runner.state.value, canonical.shared(runner.launch_options),
             canonical.shared(runner.effective_options), canonical.number(runner.placement), runner.keep_alive_s,
             runner.uses_default_keep_alive, sorted(map(canonical.shared, runner.equivalent_requests)),
-            canonical.shared(runner.usual_options),
+            canonical.shared(runner.usual_options), canonical.shared(runner.chosen_options),
             sorted(self.requests.get(id, -1) for id in runner.leases), runner.loaded_at is None,
             times[runner.resident_until], times[runner.drain_protected_until], times[runner.idle_grace_until],
             runner.process_state.value, runner.expire_when_served, runner.out_of_memory, runner.contended,

@@ -63,10 +63,13 @@ class RunnerListener(Protocol):
     def progressed(self) -> None:
         """Report that the load is alive; an engine may call this as often as it likes."""
 
-    def loaded(self, endpoint: Endpoint | object, num_ctx: int | None, memory: Memory) -> None:
+    def loaded(
+        self, endpoint: Endpoint | object, num_ctx: int | None, memory: Memory, flash_attention: bool | None = None
+    ) -> None:
         """Report, at most once, that the runner serves, at an endpoint or as the object itself.
 
         `num_ctx` is the context that each slot really got, in tokens, or None. `memory` is what the runner occupies.
+        `flash_attention` tells whether the engine uses it, where it could choose; None: not reported.
         """
 
     def exited(self, code: int | None, detail: str, out_of_memory: bool) -> None:

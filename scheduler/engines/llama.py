@@ -217,7 +217,7 @@ class LlamaProcess:
                 memory = self.memory()
                 self._most_bytes = self._most(memory)
                 memory = replace(memory, to_come=self._to_come(memory))
-                self._report.loaded(Endpoint(self._url, self._key), self._num_ctx, memory)
+                self._report.loaded(Endpoint(self._url, self._key), self._num_ctx, memory, loaded.flash_attention)
             case "failed":
                 self._failure = str(message.get("reason", ""))
             case _:

@@ -8,7 +8,7 @@ the stream is the order to leave. On standard output the child answers with JSON
     importing                  the process runs
     loading                    the library is imported, the model is being loaded
     loaded   url, num_ctx,     the child serves; num_ctx is the context of one slot, in tokens; the last line
-             buffers
+             buffers, flash_attention
     failed   reason            the child does not serve; its process ends with status 1; the last line
 
 `buffers` is the memory that llama.cpp reports as allocated or mapped: a list of [device, kind, bytes]. The device has
@@ -16,6 +16,8 @@ llama.cpp's name ("CPU", "CUDA0"; memory of the host that a GPU reaches counts a
 "cache" (of keys and values, or recurrent state), "compute", "output" or "projector"; llama.cpp prints hundredths of a
 MiB. A pair of device and kind may come more than once, for example for weights that are mapped and repacked. The list
 is empty where the log cannot be read.
+
+`flash_attention` tells whether llama.cpp uses it for the model, where it could choose; null: not known.
 
 Everything that llama.cpp prints goes to standard error: details of the load, but of requests no more than warnings.
 While the model loads no Python code runs in the child (the library holds the interpreter's lock), so the signal that
@@ -59,6 +61,7 @@ PROJECTOR_COMPUTES = "reserve_compute_meta"
 KINDS = {"model": "weights", "LoRA": "weights"} | dict.fromkeys(("KV", "RS", "state"), "cache")
 KINDS |= {"compute": "compute", "output": "output"}
 HOST_BUFFER = re.compile(r"(CPU|AMX)(_|$)|.*_Host$")  # CPU_Mapped, CPU_REPACK, CUDA_Host ...
+FLASH_ATTENTION = re.compile(r"\bresolve_fused_ops: Flash Attention (enabled|not supported)\b")
 
 
 class Request(TypedDict):
@@ -324,6 +327,12 @@ def buffers(log: str) -> list[tuple[str, str, int]]:
     return found
 
 
+def uses_flash_attention(log: str) -> bool | None:
+    """Tell whether llama.cpp has chosen flash attention for the model, by its log; None where that says nothing."""
+    chosen = FLASH_ATTENTION.search(log)
+    return None if chosen is None else chosen[1] == "enabled"
+
+
 def serve(protocol: int, request: Request) -> Never:
     """Load the model and serve it; never returns, the process ends in here."""
     held_back = share(LOADING_NICE)  # the runners that answer meanwhile go on evenly
@@ -347,8 +356,15 @@ def serve(protocol: int, request: Request) -> Never:
         log.flush()
         os._exit(1)
     url = server.listening_address
-    told = buffers(log.finish())
-    tell(protocol, "loaded", url=url, num_ctx=context_of_a_slot(url, request["key"]), buffers=told)
+    told = log.finish()
+    tell(
+        protocol,
+        "loaded",
+        url=url,
+        num_ctx=context_of_a_slot(url, request["key"]),
+        buffers=buffers(told),
+        flash_attention=uses_flash_attention(told),
+    )
     for _ in range(SHARE_TRIES if held_back else 0):
         time.sleep(SHARE_PAUSE_S)
         if share(0):

@@ -32,6 +32,7 @@ class Loaded:
     url: str
     num_ctx: int | None  # the context that each slot really got, in tokens; None: not reported
     buffers: tuple[Buffer, ...]  # empty: not reported
+    flash_attention: bool | None  # whether it is used; None: not reported
 
 
 def loaded_of(message: Mapping[str, Any], gpus: Sequence[DeviceId]) -> Loaded | None:
@@ -43,7 +44,8 @@ def loaded_of(message: Mapping[str, Any], gpus: Sequence[DeviceId]) -> Loaded | 
     if not isinstance(url, str) or not _URL.fullmatch(url):
         return None
     num_ctx = context if isinstance(context, int) and not isinstance(context, bool) and context > 0 else None
-    return Loaded(url, num_ctx, buffers_of(message.get("buffers"), gpus))
+    used = message.get("flash_attention")
+    return Loaded(url, num_ctx, buffers_of(message.get("buffers"), gpus), used if isinstance(used, bool) else None)
 
 
 def buffers_of(told: object, gpus: Sequence[DeviceId]) -> tuple[Buffer, ...]:

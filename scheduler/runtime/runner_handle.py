@@ -84,7 +84,9 @@ class RunnerHandle:
             self._progress_at = now
             self._post(Progress(self.runner))
 
-    def loaded(self, endpoint: Endpoint | object, num_ctx: int | None, memory: Memory) -> None:
+    def loaded(
+        self, endpoint: Endpoint | object, num_ctx: int | None, memory: Memory, flash_attention: bool | None = None
+    ) -> None:
         """Post `Loaded`: the engine reports that the runner serves, with its memory in bytes."""
         if isinstance(endpoint, Endpoint):
             self.endpoint = endpoint
@@ -92,7 +94,7 @@ class RunnerHandle:
             self.value = endpoint
         self.serves = True
         resident, to_come = (tuple(sorted(amounts.items())) for amounts in (memory.resident, memory.to_come))
-        self._post(Loaded(self.runner, num_ctx, resident, memory.mapped_bytes, to_come))
+        self._post(Loaded(self.runner, num_ctx, resident, memory.mapped_bytes, to_come, flash_attention))
 
     def exited(self, code: int | None, detail: str, out_of_memory: bool) -> None:
         """Post `Exited`, once: the engine reports that the process is gone."""

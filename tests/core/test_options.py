@@ -7,6 +7,7 @@ import pytest
 from fsm.domain.options import Options
 from fsm.machine.runner import RunnerState
 from fsm.messages.commands import Grant, Inspect
+from fsm.messages.events import Loaded
 from fsm.messages.reasons import WaitFor
 from tests.support.models import a_model
 from tests.support.pool import PoolUnderTest, a_pool, acquire, exited, granted, launched, loaded, pin, preload, release
@@ -68,12 +69,10 @@ def test_s30_a_runner_serves_what_it_covers(asked: dict[str, object]) -> None:
         {"num_ctx": 4097},
         {"num_parallel": 2},
         {"num_thread": 3},
-        {"num_gpu": 0},
         {"num_batch": 256},
         {"cache_type_v": "f32"},
         {"use_mmap": False},
         {"flash_attention": True},
-        {"main_gpu": 1},
     ],
 )
 def test_s30_any_other_option_that_is_named_needs_a_reload(asked: dict[str, object]) -> None:
@@ -103,6 +102,57 @@ def test_n09_automatic_values_never_cause_a_reload() -> None:
     """N09: a request that names no options is granted the runner that is there."""
     pool = a_pool_of_models().idle("a", num_ctx=4096, num_thread=7)
     assert pool.feed(acquire("a", request=1)) == [Grant(1, 1)]
+
+
+@pytest.mark.parametrize("named", [{"num_gpu": 0}, {"use_mmap": True}, {"main_gpu": 0}, {"num_gpu": 0, "main_gpu": 1}])
+def test_u06_naming_what_a_runner_on_the_host_has_is_no_reload(named: dict[str, int]) -> None:
+    """U06: without GPUs a model has no layers on them and is mapped; a request that says so is served."""
+    pool = a_pool_of_models().idle("a")
+    assert pool.feed(acquire("a", request=1, **named)) == [Grant(1, 1)]
+
+
+@pytest.mark.parametrize("named", [{"num_gpu": 5}, {"num_gpu": 999}, {"main_gpu": 1}, {"num_gpu": 99, "main_gpu": 1}])
+def test_u06_naming_what_a_runner_on_a_gpu_has_is_no_reload(named: dict[str, int]) -> None:
+    """U06: a model that is whole on the second GPU has all the layers that a request may name, on that GPU."""
+    pool = a_pool_of_models(gpus=("8MiB", "24GiB")).idle("a")
+    assert sum(layers for _, layers in pool.launches[1].placement.gpu_layers) == 5
+    assert pool.feed(acquire("a", request=1, **named)) == [Grant(1, 1)]
+    assert len(pool.launches) == 1
+
+
+@pytest.mark.parametrize("named", [{"num_gpu": 0}, {"num_gpu": 4}, {"main_gpu": 0}])
+def test_u06_another_number_of_layers_or_another_gpu_is_a_reload(named: dict[str, int]) -> None:
+    """U06: what the runner has not is loaded."""
+    pool = a_pool_of_models(gpus=("20GiB", "24GiB")).idle("a")
+    pool.feed(acquire("a", request=1, **named))
+    pool.settle()
+    assert pool.launches[2].options.num_gpu == named.get("num_gpu")
+    assert pool.launches[2].options.main_gpu == named.get("main_gpu")
+
+
+def test_u06_a_gpu_that_was_preferred_and_could_not_be_had_is_no_reload() -> None:
+    """U06: who prefers a GPU that is too small, and who prefers the one that was taken then, share the runner."""
+    pool = a_pool_of_models(gpus=("8MiB", "24GiB")).idle("a", main_gpu=0)
+    assert pool.feed(acquire("a", request=1, main_gpu=1, num_ctx=512)) == [Grant(1, 1)]
+    assert pool.feed(acquire("a", request=2, main_gpu=0, num_ctx=256)) == [Grant(2, 1)]
+
+
+@pytest.mark.parametrize("chosen", [True, False])
+def test_u06_what_the_engine_has_chosen_can_be_named(chosen: bool) -> None:
+    """U06: once the engine has told whether it uses flash attention, only the other wish needs a load."""
+    pool = a_pool_of_models().loading("a", request=1)
+    pool.feed(Loaded(1, flash_attention=chosen), release(1))
+    assert pool.feed(acquire("a", request=2, flash_attention=chosen)) == [Grant(2, 1)]
+    pool.feed(release(2), acquire("a", request=3, flash_attention=not chosen))
+    pool.settle()
+    assert pool.launches[2].options.flash_attention is not chosen
+
+
+def test_u06_a_wish_that_the_engine_does_not_follow_is_no_endless_reload() -> None:
+    """U06: an engine that forces flash attention off serves all who have named it with one load."""
+    pool = a_pool_of_models().loading("a", request=1, flash_attention=True)
+    pool.feed(Loaded(1, flash_attention=False), release(1))
+    assert pool.feed(acquire("a", request=2, flash_attention=True, num_ctx=512)) == [Grant(2, 1)]
 
 
 @pytest.mark.parametrize("less", [{"num_ctx": 512}, {"num_ctx": 4095, "num_thread": 7}])

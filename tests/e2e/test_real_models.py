@@ -179,6 +179,14 @@ def test_s30_a_larger_context_serves_a_smaller_or_unspecified_wish(scheduler: Sc
                 assert other.runner == lease.runner
 
 
+def test_u06_naming_what_the_engine_has_chosen_does_not_reload(scheduler: Scheduler, model: Path) -> None:
+    """U06: on the host a model has no layers on GPUs, its file is mapped, and llama.cpp has chosen flash attention."""
+    with scheduler.acquire(model, num_ctx=256) as lease:
+        for named in ({"num_gpu": 0}, {"use_mmap": True}, {"flash_attention": True}, {"main_gpu": 0}):
+            with scheduler.acquire(model, num_ctx=256, **named) as other:  # type: ignore[arg-type]  # as above
+                assert other.runner == lease.runner
+
+
 def test_s07_another_option_reloads(scheduler: Scheduler, model: Path) -> None:
     """S07: a request with another option starts a new runner with a new id, and the earlier process ends."""
     with scheduler.acquire(model, num_ctx=256) as lease:

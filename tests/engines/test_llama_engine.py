@@ -35,7 +35,7 @@ from scheduler.engines import llama_child
 from scheduler.engines.child_process import Child, Exit, Program
 from scheduler.engines.interface import Endpoint, Memory
 from scheduler.engines.llama import DETAIL_BYTES, LlamaEngine, LlamaProcess, describe
-from scheduler.engines.llama_child import parameters
+from scheduler.engines.llama_child import parameters, uses_flash_attention
 from scheduler.errors.exceptions import InvalidModel, ModelNotFound
 from scheduler.models.model_spec import ModelSpec
 from tests.support.leaks import no_leaks
@@ -61,7 +61,9 @@ class Told:
     def progressed(self) -> None:
         self.progress += 1
 
-    def loaded(self, endpoint: Endpoint | object, num_ctx: int | None, memory: Memory) -> None:
+    def loaded(
+        self, endpoint: Endpoint | object, num_ctx: int | None, memory: Memory, flash_attention: bool | None = None
+    ) -> None:
         self.loads.append((endpoint, num_ctx, dict(memory.resident)))
 
     def exited(self, code: int | None, detail: str, out_of_memory: bool) -> None:
@@ -482,9 +484,11 @@ def test_one_that_is_hard_at_work_is_healthy() -> None:
         process.child = Child(Program((), {}), process)
         process.child.pid = busy.pid
         url = f"http://127.0.0.1:{silent.getsockname()[1]}"
-        process.printed(json.dumps({"event": "loaded", "url": url, "num_ctx": 1}))
-        assert process.healthy(1.0)
-        busy.kill()
+        try:
+            process.printed(json.dumps({"event": "loaded", "url": url, "num_ctx": 1}))
+            assert process.healthy(1.0)
+        finally:
+            busy.kill()
         busy.wait()
         assert not process.healthy(0.2)
 
@@ -690,3 +694,16 @@ def test_without_errors_the_last_lines_are_shown() -> None:
     assert describe(Exit(3), output, loading=False).splitlines() == [
         "exited with status 3 while serving", "line 15", "line 16", "line 17", "line 18", "line 19",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("line", "uses"),
+    [
+        ("0.00.018.623 I resolve_fused_ops: Flash Attention enabled", True),
+        ("0.00.018.623 I resolve_fused_ops: Flash Attention not supported, set to disabled", False),
+        ("0.00.016.040 I llama_context: flash_attn            = auto", None),
+    ],
+)
+def test_u06_the_log_tells_what_llama_cpp_has_chosen(line: str, uses: bool | None) -> None:
+    """U06: flash attention that was left to llama.cpp is told by the line in which it has decided."""
+    assert uses_flash_attention(f"0.00.001.000 I load: something\n{line}\n0.00.020.000 I main: more\n") is uses

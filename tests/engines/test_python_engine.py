@@ -31,7 +31,9 @@ class Told:
     def progressed(self) -> None:
         raise AssertionError("an object says nothing while it loads")
 
-    def loaded(self, endpoint: Endpoint | object, num_ctx: int | None, memory: Memory) -> None:
+    def loaded(
+        self, endpoint: Endpoint | object, num_ctx: int | None, memory: Memory, flash_attention: bool | None = None
+    ) -> None:
         assert not self.exits
         self.loads.append((endpoint, num_ctx, dict(memory.resident)))
 
@@ -151,7 +153,9 @@ def test_without_unload_the_object_is_let_go_of(engine: PythonEngine) -> None:
     alive: list[bool] = []
 
     class Watching(Told):
-        def loaded(self, endpoint: object, num_ctx: int | None, memory: Memory) -> None:
+        def loaded(
+            self, endpoint: object, num_ctx: int | None, memory: Memory, flash_attention: bool | None = None
+        ) -> None:
             self.reference = weakref.ref(endpoint)
             self.loads.append((None, num_ctx, dict(memory.resident)))
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from fsm.core import Core
 from fsm.domain.devices import Amounts, Placement
+from fsm.domain.options import AUTOMATIC
 from fsm.lifecycle import device_claims, failures, loads, requests, runners
 from fsm.lifecycle.step_context import StepContext
 from fsm.machine.request import Request
@@ -18,6 +19,7 @@ from fsm.placement import search
 from fsm.planning import planner
 from fsm.planning.availability import AFTER_DRAINS, AFTER_EVICTIONS, AFTER_STOPS, HORIZONS, AvailabilityProfile, Horizon
 from fsm.planning.planning_context import PlanningContext
+from fsm.state import runner_match
 from fsm.state.core_config import CoreConfig
 from fsm.state.core_state import CoreState
 from fsm.state.model_record import ModelRecord
@@ -43,6 +45,22 @@ def a_contended_claim_counts_as_had(patch: Patch) -> None:
 def a_runner_starts_beside_others_with_its_bytes_alone(patch: Patch) -> None:
     """A runner starts as soon as its bytes are free, and no other runner leaves for its headroom."""
     patch.setattr(search, "needed", lambda demand, placement, potential=None: placement.bytes)
+
+
+# -- matching ---------------------------------------------------------------------------------------------------------
+
+
+@mutant(SIMULATION)
+def what_the_plan_has_chosen_counts_as_unnamed(patch: Patch) -> None:
+    """A request that names the layers or the GPU that a runner has been given loads the model anew."""
+    patch.setattr(loads, "_chosen", lambda state, footprint, placement: AUTOMATIC)
+
+
+@mutant(SIMULATION)
+def more_layers_than_there_are_is_another_number(patch: Patch) -> None:
+    """A request for 99 layers loads a model anew that has all its 33 layers on GPUs."""
+    for module in (runner_match, planner):
+        patch.setattr(module, "without_what_is_had", lambda runner, asked: asked)
 
 
 # -- the order of service ---------------------------------------------------------------------------------------------

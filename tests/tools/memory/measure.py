@@ -38,7 +38,9 @@ class Heard:
     def progressed(self) -> None:
         """Note nothing: the runner loads."""
 
-    def loaded(self, endpoint: Endpoint | object, num_ctx: int | None, memory: Memory) -> None:
+    def loaded(
+        self, endpoint: Endpoint | object, num_ctx: int | None, memory: Memory, flash_attention: bool | None = None
+    ) -> None:
         """Note that the runner serves."""
         assert isinstance(endpoint, Endpoint)
         self.endpoint = endpoint

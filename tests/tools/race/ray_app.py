@@ -32,7 +32,7 @@ class Model:
     def progressed(self) -> None:
         """Ignore progress."""
 
-    def loaded(self, endpoint: Any, num_ctx: int | None, memory: Any) -> None:
+    def loaded(self, endpoint: Any, num_ctx: int | None, memory: Any, flash_attention: bool | None = None) -> None:
         """Note that the runner serves."""
         self.endpoint = endpoint
         self._done.set()

@@ -47,7 +47,7 @@ class PlacementDemand:
     main_gpu: int | None = None
     known: Mapping[Amounts, Amounts] = field(default_factory=dict)  # layers by GPU -> bytes measured with that split
     spread: bool = False  # over all GPUs, even where one GPU takes the model
-    require_gpu: bool = False  # whole on GPUs or not at all, also where its request names fewer layers
+    require_gpu: bool = False  # whole on GPUs or not at all
     shown: Mapping[DeviceId, float] = field(default_factory=dict)  # how much more than predicted runners took of GPUs
     least_layers: int = 1  # on GPUs, where a model goes in part and its request names no number
 
@@ -67,6 +67,12 @@ class PlacementDemand:
         if self.num_gpu == 0:
             return (Offload.none,)
         return (Offload.whole,) if self.num_gpu >= self.layers else (Offload.partial,)
+
+    @property
+    def names_too_few_layers(self) -> bool:
+        """Whether the request names fewer layers on GPUs than a setting, or the request itself, requires: all."""
+        named = self.num_gpu is not None and 0 <= self.num_gpu < self.layers
+        return self.require_gpu and named and not self.footprint.fixed
 
     @property
     def is_explicit(self) -> bool:

@@ -27,7 +27,7 @@ from fsm.planning.make_room import plan_eviction
 from fsm.planning.plan import Plan, PlannedPlacement
 from fsm.planning.planning_context import GROUPS_AHEAD, PlanningContext
 from fsm.sizing.footprint import Footprint
-from fsm.sizing.model_profile import Resolution, ResolvedLoad
+from fsm.sizing.model_profile import Resolution, ResolvedLoad, UnsupportedReason
 from fsm.state.core_state import CoreState
 from fsm.state.model_record import ModelRecord
 from fsm.state.request_queue import RequestGroup
@@ -227,6 +227,10 @@ def _evaluate_model(
         return None
     if resolution.unsupported is not None:  # 5
         context.plan.refusals.append((group, UnsupportedOption(model.id, *resolution.unsupported)))
+        return None
+    if demand.names_too_few_layers:
+        refusal = UnsupportedOption(model.id, "num_gpu", demand.num_gpu or 0, UnsupportedReason.needs_all_layers)
+        context.plan.refusals.append((group, refusal))
         return None
     return load, demand
 

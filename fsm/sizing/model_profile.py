@@ -22,6 +22,7 @@ class UnsupportedReason(Enum):
     too_many_threads = "too_many_threads"
     partial_blocks = "partial_blocks"  # a quantised cache needs heads of whole blocks
     needs_flash_attention = "needs_flash_attention"  # quantised values need it
+    needs_all_layers = "needs_all_layers"  # fewer layers on GPUs than `require_gpu` demands
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,8 +9,9 @@ import pytest
 
 from fsm.domain.devices import HOST, DeviceId, Placement
 from fsm.domain.options import Options
+from fsm.messages.commands import Grant
 from fsm.messages.reasons import Infeasible, WaitFor
-from fsm.messages.refusals import DoesNotFitRefusal
+from fsm.messages.refusals import DoesNotFitRefusal, UnsupportedOption
 from fsm.placement.search import Gpu, Offload, PlacementDemand, find_placement, needed
 from fsm.sizing.footprint import Footprint
 from scheduler.engines.llama_options import resolve
@@ -261,6 +262,29 @@ def test_a_gpu_may_be_required() -> None:
     pool = a_gpu_pool(require_gpu=True)
     assert refused(pool.feed(acquire("a", request=1))) == {1: DoesNotFitRefusal}
     assert pool.refusal(1).reason is Infeasible.no_required_gpu
+
+
+@pytest.mark.parametrize("layers", [0, 2, 8])
+@pytest.mark.parametrize("where", ["setting", "request", "without GPUs"])
+def test_u09_fewer_layers_than_are_required_are_refused_by_name(layers: int, where: str) -> None:
+    """U09: where all layers are required on GPUs, fewer are neither passed over nor a reason to reload."""
+    sizes = () if where == "without GPUs" else ("24GiB",)
+    pool = a_gpu_pool(*sizes, require_gpu=where != "request").declare("a", a_model(layers_bytes=(GIB,) * 8))
+    required = {"require_gpu": True} if where == "request" else {}
+    assert refused(pool.feed(acquire("a", request=1, num_gpu=layers, **required))) == {1: UnsupportedOption}
+    assert (pool.refusal(1).option, pool.refusal(1).value) == ("num_gpu", layers)
+    assert not pool.launches
+
+
+@pytest.mark.parametrize("layers", [-1, 9, 99])
+def test_u09_all_layers_may_be_named_where_they_are_required(layers: int) -> None:
+    """U09: a request that names all layers, or leaves them to the scheduler, has the model whole on GPUs."""
+    pool = a_gpu_pool("24GiB", require_gpu=True).declare("a", a_model(layers_bytes=(GIB,) * 8))
+    pool.idle("a", num_gpu=layers)
+    assert dict(pool.launches[1].placement.gpu_layers) == {"gpu0": 9}
+    assert pool.feed(acquire("a", request=1)) == [Grant(1, 1)]
+    assert refused(pool.feed(acquire("a", request=2, num_gpu=0))) == {2: UnsupportedOption}
+    assert len(pool.launches) == 1
 
 
 def test_all_layers_on_gpus_or_nothing() -> None:

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 
 from fsm.core import Core
-from fsm.domain.devices import DeviceId
+from fsm.domain.devices import HOST, DeviceId
 from fsm.domain.options import Options
 from fsm.machine.request import ModelId, Purpose, Request, RequestId
 from fsm.machine.runner import EXPIRING, LOADING, Runner, RunnerId
@@ -71,14 +71,19 @@ def no_two_request_groups_count_on_one_victim(step: StepOutcome, plan: Plan) -> 
 
 @of_outcome(Plan)
 def a_runner_starts_with_its_headroom_or_nothing_leaves_for_it(step: StepOutcome, plan: Plan) -> None:
-    """A runner whose headroom is not free on a device starts only where no runner there may leave for it."""
+    """A runner whose headroom is not free on a device starts only where no runner there may leave for it.
+
+    Pages of a mapped file need none, since the system can take them back.
+    """
     state = step.after._state
     movable = [one for one in state.runners.values() if not state.is_unmovable(one) and one.state is not EXPIRING]
     for group, load, placement in plan.launches:
         free = dict(plan.placements[group.spec].free)
         headroom = MEASURED_HEADROOM if placement.measured else PREDICTED_HEADROOM
+        pages = 0 if placement.without_pages else load.footprint.mapped_bytes(placement.gpu_layers)
         for device, amount in placement.bytes if not load.footprint.fixed else ():
-            if free.get(device, 0) < int(amount * (1 + headroom)):
+            own = max(0, amount - pages) if device == HOST else amount
+            if free.get(device, 0) < int(own * (1 + headroom)):
                 others = [one for one in movable if one.model != group.spec.model]
                 there = [one.id for one in others if state.ledger.accounts["runner", one.id].held_bytes(device)]
                 assert not there, f"{amount} bytes on {device}, with {free.get(device, 0)} free beside {there}"

@@ -164,7 +164,7 @@ def test_a_file_that_is_taken_away_is_a_problem_and_begun_anew(
     what: str, file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A file that is moved away, as by logrotate, is a problem, and a new file is begun."""
-    monkeypatch.setattr(recorder, "_RETRY_S", 0.3)
+    monkeypatch.setattr(recorder, "_RETRY_S", 1.0)
     with recorded(file) as scheduler:
 
         def problems() -> str:

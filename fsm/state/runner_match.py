@@ -39,6 +39,8 @@ def without_what_is_had(runner: Runner, asked: Options) -> Options:
     A runner with all layers on GPUs has any larger number of layers too. A GPU to prefer means nothing to a runner on
     the host, and the one that was preferred at the launch has been considered.
     """
+    if asked.num_gpu is asked.main_gpu is asked.use_mmap is asked.flash_attention is None:
+        return asked  # most requests
     chosen, layers, gpu = runner.chosen_options, asked.num_gpu, asked.main_gpu
     if layers is not None and runner.fully_offloaded and layers >= runner.placement.offloaded:
         layers = None

@@ -8,6 +8,7 @@ late or duplicate input. This module says what each event means; the package `li
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Self, assert_never
@@ -18,7 +19,7 @@ from fsm.lifecycle import device_claims, failures, loads, measurements, memory_r
 from fsm.lifecycle.apply_plan import apply_plan, stand_down
 from fsm.lifecycle.step_context import StepContext
 from fsm.machine.request import ModelId, Purpose, Request, RequestId, RequestState
-from fsm.machine.runner import LOADING, Runner, RunnerId
+from fsm.machine.runner import IDLE, LOADING, Runner, RunnerId
 from fsm.messages.commands import Command, Finished
 from fsm.messages.decision_log import Entry
 from fsm.messages.events import (
@@ -55,6 +56,7 @@ from fsm.messages.refusals import (
 from fsm.planning.deadline_admission import infeasible_deadline
 from fsm.planning.plan import Plan
 from fsm.planning.planner import make_plan
+from fsm.planning.relocation import PLACES_LOOK_S, is_better_place_free, is_to_move, may_move
 from fsm.state.core_config import CoreConfig
 from fsm.state.core_state import CoreState
 from fsm.state.runner_match import match
@@ -217,7 +219,8 @@ class Core:
 
         1. A request whose id is known is late.
         2. While the scheduler closes, the request is refused.
-        3. A loaded runner that serves the request is granted at once, past the queue and its limit.
+        3. A loaded runner that serves the request is granted at once, past the queue and its limit. One that rests
+           where a better place has been free for long is expired instead, and the request is queued.
         4. Where as many requests wait as may wait, the request is refused.
         5. Where its model is backed off after failures, the request is refused.
         6. Else the request is queued. If no load of its model can be over within its time limit, it is refused at once.
@@ -233,7 +236,7 @@ class Core:
         model = state.models.get(spec.model)
         runner = model.current if model is not None else None
         warm = runner is not None and runner.state is not LOADING and spec.purpose is not Purpose.memory
-        if runner is not None and warm and match(runner, spec.options):  # 3
+        if runner is not None and warm and match(runner, spec.options) and not self._moved(runner, event):  # 3
             if model is not None and spec.purpose is Purpose.lease and not runner.leases:
                 model.record_arrival(state.now, state.idle_intervals)
             requests.grant(self._context, request, runner)
@@ -242,6 +245,17 @@ class Core:
             requests.reject(self._context, request, QueueFullRefusal(state.config.max_queue, retry_after_s))
         else:
             self._queue(request, event.timeout_s)
+
+    def _moved(self, runner: Runner, event: Acquire) -> bool:
+        """Expire a runner at rest that is to move to a better place; else have places looked for now and then."""
+        if runner.fully_offloaded or runner.state is not IDLE:
+            return False
+        if is_to_move(self._state, runner, event):
+            runners.expire(self._context, runner, RunnerReason.better_place)
+            return True
+        if self._state.now - self._state.read_at >= PLACES_LOOK_S and may_move(self._state, runner):
+            self._context.read_devices()
+        return False
 
     def _queue(self, request: Request, timeout_s: float | None) -> None:
         state, spec = self._state, request.spec
@@ -315,6 +329,10 @@ class Core:
             if grown and runner.state is LOADING:  # the load is alive
                 state.timers.set(("load", id), state.now + state.config.load_timeout_s)
         state.ledger.sample(event.devices)
+        state.read_at = state.now
+        for runner in state.runners.values():
+            found = is_better_place_free(state, runner)
+            runner.better_place_since = min(runner.better_place_since, state.now) if found else math.inf
         for runner in [runner for runner in state.runners.values() if not runner.process]:
             if event.number >= runner.last_sample and memory_recovery.memory_is_back(self._context, runner):
                 memory_recovery.unload(self._context, runner, RunnerReason.memory_freed)

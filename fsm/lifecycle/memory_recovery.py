@@ -8,7 +8,6 @@ from fsm.domain.devices import DeviceId
 from fsm.lifecycle import measurements
 from fsm.lifecycle.step_context import StepContext
 from fsm.machine.runner import Runner
-from fsm.messages.commands import Sample
 from fsm.messages.reasons import RunnerReason
 
 MOST_MODELS = 1024  # model records that are kept; more only while their models are in use
@@ -29,9 +28,8 @@ def await_memory(step: StepContext, runner: Runner) -> None:
     if state.now >= runner.recovery_deadline:
         unload(step, runner, RunnerReason.memory_overdue)
         return
-    state.samples += 1
+    step.read_devices()
     runner.last_sample = runner.last_sample or state.samples
-    step.commands.append(Sample(state.samples))
     wait_s = state.config.recovery_interval_s if runner.recovery_targets else math.inf
     state.timers.set(("memory", runner.id), min(runner.recovery_deadline, state.now + wait_s))
 

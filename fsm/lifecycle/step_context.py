@@ -5,7 +5,7 @@ from __future__ import annotations
 from fsm.machine.request import ModelId, RequestId, RequestSpec
 from fsm.machine.runner import PROCESS_TABLE, READY, RUNNER_TABLE, Runner, RunnerId
 from fsm.machine.transition_table import IllegalTransition, State, Table
-from fsm.messages.commands import Command
+from fsm.messages.commands import Command, Sample
 from fsm.messages.decision_log import Decision, DecisionReason, Entry, Transition
 from fsm.messages.reasons import ClaimMissed, TransitionReason
 from fsm.state.core_state import CoreState
@@ -63,6 +63,12 @@ class StepContext:
         """Have the request groups of a model evaluated again: more is known of it, or it has a runner."""
         self.unevaluated.update((group.spec, None) for group in self.state.groups_of_model(model.id))
         self.replan = True
+
+    def read_devices(self) -> None:
+        """Have the devices read."""
+        self.state.samples += 1
+        self.state.read_at = self.state.now
+        self.commands.append(Sample(self.state.samples))
 
     def model(self, id: ModelId) -> ModelRecord:
         return self.state.models.setdefault(id, ModelRecord(id))

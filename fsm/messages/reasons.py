@@ -59,6 +59,7 @@ class RunnerReason(Enum):
     abandoned = "abandoned"  # no request waits for its load any more
     asked = "asked"  # a caller expired the model
     asked_while_awaited = "asked_while_awaited"  # the same during the load: the requests that waited were served first
+    better_place = "better_place"  # has been free for longer than its load took, and a request came for it at rest
     closing = "closing"
     memory_freed = "memory_freed"
     memory_overdue = "memory_overdue"

@@ -46,6 +46,12 @@ class Requirement:
         return needed(self.demand, placement, self.potential)
 
 
+def gpus_of(ledger: Ledger) -> list[Gpu]:
+    """Return the GPUs that layers may go to, in the order in which they were read, which `main_gpu` counts in."""
+    devices = ledger.devices.values()
+    return [Gpu(one.id, one.memory, one.instance, one.library) for one in devices if one.kind == "gpu"]
+
+
 class AvailabilityProfile:
     """Bytes by memory and places for processes, at each horizon; negative where a memory is overdrawn."""
 

@@ -26,6 +26,7 @@ from fsm.planning.infeasibility import infeasible_reason
 from fsm.planning.make_room import plan_eviction
 from fsm.planning.plan import Plan, PlannedPlacement
 from fsm.planning.planning_context import GROUPS_AHEAD, PlanningContext
+from fsm.planning.relocation import NOTABLE_PART
 from fsm.sizing.footprint import Footprint
 from fsm.sizing.model_profile import Resolution, ResolvedLoad, UnsupportedReason
 from fsm.state.core_state import CoreState
@@ -33,7 +34,6 @@ from fsm.state.model_record import ModelRecord
 from fsm.state.request_queue import RequestGroup
 from fsm.state.runner_match import match, serves, without_what_is_had
 
-NOTABLE_PART = 10  # idle runners leave for more than a tenth of a model's layers on GPUs
 NO_MODEL = ModelId("")  # of groups for memory of the program's own
 
 

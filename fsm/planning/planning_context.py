@@ -12,8 +12,7 @@ from fsm.eviction.victim_selection import Amount, SelectionProblem, VictimSet, c
 from fsm.machine.request import ModelId
 from fsm.machine.runner import EXPIRING, LOADING, Runner, RunnerId
 from fsm.messages.reasons import WaitReason
-from fsm.placement.search import Gpu
-from fsm.planning.availability import AFTER_DRAINS, AFTER_STOPS, NOW, AvailabilityProfile
+from fsm.planning.availability import AFTER_DRAINS, AFTER_STOPS, NOW, AvailabilityProfile, gpus_of
 from fsm.planning.eviction_candidates import Candidates
 from fsm.planning.load_slots import LoadSlots
 from fsm.planning.plan import Plan
@@ -31,8 +30,7 @@ class PlanningContext:
         self.explains = explains
         self.plan = Plan()
         ledger = state.ledger
-        devices = ledger.devices.values()  # in the order in which they were read, which `main_gpu` counts in
-        self.gpus = [Gpu(one.id, one.memory, one.instance, one.library) for one in devices if one.kind == "gpu"]
+        self.gpus = gpus_of(ledger)
         expiring = [runner for runner in state.runners.values() if runner.state is EXPIRING]
         self.leaving = [runner for runner in expiring if not state.is_overdue(runner)]
         self.plan.replan_at = min(

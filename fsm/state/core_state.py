@@ -52,6 +52,7 @@ class CoreState(Record):
     processes: int = 0  # runners whose process may be alive
     next_runner: int = 1
     samples: int = 0  # Sample commands so far
+    read_at: float = -math.inf  # when the devices were read, or a reading was asked for, the last time
     closing: bool = False
     now: float = -math.inf
     claims: dict[int, OpenClaim] = field(default_factory=dict)  # by number; of groups whose launch is planned

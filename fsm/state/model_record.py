@@ -81,25 +81,28 @@ class ModelRecord(Record):
         """Return the demand of a load; `require_gpu` is as the request names it."""
         key = load.options, limits.require_gpu or bool(require_gpu), limits.memory_limited
         if (known := self.demands.get(key)) is None:
-            seen = {split: amounts for (measured, split), amounts in self.measured.items() if measured == load.options}
-            footprint = load.footprint
-            if limits.memory_limited:
-                footprint = replace(footprint, mapped=False, mapped_on_host=False)
-            if isinstance(self.profile, Footprint):
-                known = PlacementDemand(footprint, require_gpu=limits.require_gpu)
-            else:
-                options, spread = load.options, limits.spread_over_gpus
-                alike = {
-                    split: amounts
-                    for (measured, split), amounts in self.measured.items()
-                    if _anywhere(measured) == _anywhere(options)
-                }
-                shown = shown_parts(footprint, alike)
-                known = PlacementDemand(footprint, options.num_gpu, options.main_gpu, seen, spread, key[1], shown)
+            known = self.demand_of(load, require_gpu, limits)
             if len(self.demands) == MOST_DEMANDS:
                 self.demands.clear()
             self.demands[key] = known
         return known
+
+    def demand_of(self, load: ResolvedLoad, require_gpu: bool | None, limits: CoreConfig) -> PlacementDemand:
+        """Return the same, not kept: for options that no request has named."""
+        options, footprint, require_gpu = load.options, load.footprint, limits.require_gpu or bool(require_gpu)
+        if limits.memory_limited:
+            footprint = replace(footprint, mapped=False, mapped_on_host=False)
+        if isinstance(self.profile, Footprint):
+            return PlacementDemand(footprint, require_gpu=limits.require_gpu)
+        seen = {split: amounts for (measured, split), amounts in self.measured.items() if measured == options}
+        alike = {
+            split: amounts
+            for (measured, split), amounts in self.measured.items()
+            if _anywhere(measured) == _anywhere(options)
+        }
+        shown = shown_parts(footprint, alike)
+        spread = limits.spread_over_gpus
+        return PlacementDemand(footprint, options.num_gpu, options.main_gpu, seen, spread, require_gpu, shown)
 
     def step_down(self, failed: Runner) -> bool:
         """Limit automatic contexts after a load with one ran out of memory; return False if none is smaller."""

@@ -252,7 +252,7 @@ def sampled(
     for runner in core._state.runners.values():
         if runner.loaded_at is not None and (runner.process or not back):
             for device, size in runner.placement.bytes:
-                free[device] -= size
+                free[device] = free.get(device, 0) - size  # a device may be missing in the reading
         if runner.loaded_at is not None and (runner.process or early):
             resident.append((runner.id, runner.placement.bytes))
     devices = tuple(

@@ -133,6 +133,11 @@ SCENARIOS: tuple[Scenario, ...] = (
         closes=False,
     ),
     Scenario(
+        "better-place", "a GPU that comes and goes, and requests that name no layers, or none on GPUs",
+        ((HOST, 8 * GIB), (GPU0, 6 * GIB)), ((A, _layered(2, 2048)),), (_lease(A), _lease(A, Options(num_gpu=0))),
+        2, 60_000, LIMITS, other_devices=((HOST, 8 * GIB),), closes=False,
+    ),
+    Scenario(
         "moments-of-rest", "runners that are kept for their next user, and by what their load took",
         HOST_8, ONE_PLACE, EITHER, 2, 40_000,
         replace(LIMITS, min_residency_s=None, idle_grace_part=0.1, idle_grace_limit_s=1.0),

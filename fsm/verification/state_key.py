@@ -16,6 +16,7 @@ from types import MappingProxyType
 from fsm.core import Core
 from fsm.machine.request import ModelId, Request, RequestSpec, RequestState
 from fsm.machine.runner import IDLE, Runner
+from fsm.planning.relocation import looks_from, moves_from
 from fsm.state.core_state import CoreState, OpenClaim
 from fsm.state.memory_ledger import Account, Ledger
 from fsm.state.model_record import ModelRecord
@@ -133,7 +134,7 @@ class _View:
         return (
             models, sorted(groups.get("", [])), list(map(canonical.number, ledger.devices.values())),
             sorted(ledger.overcommitted), self._memory(ledger), [self._claim(claim) for claim in state.claims.values()],
-            self._timers(), state.closing, canonical.shared(state.config),
+            self._timers(), self.times[looks_from(state)], state.closing, canonical.shared(state.config),
         )  # fmt: skip
 
     def _order_of_times(self) -> dict[float, float]:
@@ -145,10 +146,12 @@ class _View:
                     runner.resident_until,
                     runner.drain_protected_until,
                     runner.idle_grace_until,
+                    moves_from(runner),
                     runner.stop_deadline,
                     runner.recovery_deadline,
                 )
             )
+        times.add(looks_from(state))
         times.update(map(self._bound, state.requests.values()))
         times.update(claim.by for claim in state.claims.values())
         order: dict[float, float] = dict.fromkeys(times, BEHIND)
@@ -216,6 +219,7 @@ class _View:
             canonical.shared(runner.usual_options), canonical.shared(runner.chosen_options),
             sorted(self.requests.get(id, -1) for id in runner.leases), runner.loaded_at is None,
             times[runner.resident_until], times[runner.drain_protected_until], times[runner.idle_grace_until],
+            times[moves_from(runner)],
             runner.process_state.value, runner.expire_when_served, runner.out_of_memory, runner.contended,
             runner.last_sample > 0,
             list(runner.recovery_targets.items()), times[runner.stop_deadline], times[runner.recovery_deadline],

@@ -165,7 +165,7 @@ def a_runner_expires_for_a_reason(step: CoreStep, expiry: Expiry) -> None:
     """A runner expires as the victim of a plan, or for a reason of its own.
 
     The reasons are its end, the end of its keep-alive or of its load's time-out, a user's wish, memory that ran out, a
-    close, and that no request waits for its load any more.
+    close, that no request waits for its load any more, and a better place for it at its next use.
     """
     assert expiry.victim or _has_reason(step.was, expiry.runner, step.event, step.now), name_of(expiry.runner)
 
@@ -189,6 +189,12 @@ def _has_reason(was: CoreState, runner: Runner, event: Event, now: CoreState) ->
             timers = {key for at, key in was.timers.items() if at <= now.now}
             over = runner.state is IDLE and ("keep-alive", runner.id) in timers
             return over or ("load", runner.id) in timers or unwanted
+        case Acquire():
+            load_s = math.inf if runner.loaded_at is None else runner.loaded_at - runner.launched_at
+            layers = event.spec.options.num_gpu
+            asked = event.spec.model == runner.model and (layers is None or layers < 0)
+            rests = runner.state is IDLE and not pinned and not runner.fully_offloaded
+            return asked and rests and now.now - runner.better_place_since >= load_s
         case Configure():
             return runner.uses_default_keep_alive and runner.state is IDLE and not pinned
         case OutOfMemory(id):

@@ -82,6 +82,7 @@ RUNNERS: Mapping[RunnerReason, str] = MappingProxyType(
         RunnerReason.abandoned: "no request waits for it any more",
         RunnerReason.asked: "its model was expired",
         RunnerReason.asked_while_awaited: "its model was expired after the requests that waited for it",
+        RunnerReason.better_place: "more of its layers can go to GPUs now",
         RunnerReason.closing: "the scheduler closes",
         RunnerReason.memory_freed: "its memory is free again",
         RunnerReason.memory_overdue: "its memory was not free again in time",

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
 
+import fsm.core
 from fsm.core import Core
 from fsm.domain.devices import Amounts, Placement
 from fsm.domain.options import AUTOMATIC
@@ -16,7 +17,7 @@ from fsm.machine.runner import LOADING, Runner, RunnerId
 from fsm.messages.events import Acquire, ClaimContended, ClaimGranted, Event, Loaded, Progress
 from fsm.messages.reasons import FailureReason, RanOutOfMemory
 from fsm.placement import search
-from fsm.planning import planner
+from fsm.planning import planner, relocation
 from fsm.planning.availability import AFTER_DRAINS, AFTER_EVICTIONS, AFTER_STOPS, HORIZONS, AvailabilityProfile, Horizon
 from fsm.planning.planning_context import PlanningContext
 from fsm.state import runner_match
@@ -63,6 +64,24 @@ def more_layers_than_there_are_is_another_number(patch: Patch) -> None:
         patch.setattr(module, "without_what_is_had", lambda runner, asked: asked)
 
 
+# -- better places ----------------------------------------------------------------------------------------------------
+
+
+@mutant("better-place")
+def a_runner_moves_as_soon_as_it_can(patch: Patch) -> None:
+    """A runner is loaded anew in a better place at once, however short the place has been free."""
+    patch.setattr(relocation, "moves_from", lambda runner: -math.inf)
+
+
+@mutant("better-place")
+def a_request_that_names_its_layers_moves_the_model(patch: Patch) -> None:
+    """A request for no layers on GPUs has its model loaded on one, and then loaded on the host again."""
+
+    @instead(patch, fsm.core, "is_to_move")
+    def is_to_move(original: Callable[..., bool], state: CoreState, runner: Runner, event: Acquire) -> bool:
+        return original(state, runner, replace(event, spec=replace(event.spec, options=AUTOMATIC)))
+
+
 # -- the order of service ---------------------------------------------------------------------------------------------
 
 
@@ -97,11 +116,11 @@ def one_more_waits_than_may(patch: Patch) -> None:
     """The queue takes one request more than its limit."""
 
     @instead(patch, Core, "_acquire")
-    def acquire(original: Callable[..., None], core: Core, event: Acquire) -> None:
-        limits = core._state.config
-        core._state.config = replace(limits, max_queue=limits.max_queue + 1)
-        original(core, event)
-        core._state.config = limits
+    def acquire(original: Callable[..., None], one: Core, event: Acquire) -> None:
+        limits = one._state.config
+        one._state.config = replace(limits, max_queue=limits.max_queue + 1)
+        original(one, event)
+        one._state.config = limits
 
 
 # -- back-off ---------------------------------------------------------------------------------------------------------

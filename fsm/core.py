@@ -48,6 +48,7 @@ from fsm.messages.reasons import ClaimMissed, LoadStalled, Queued, RunnerReason
 from fsm.messages.refusals import (
     Cancelled,
     InvalidModelRefusal,
+    LoadFailedRefusal,
     ModelNotFoundRefusal,
     QueueFullRefusal,
     SchedulerClosed,
@@ -261,8 +262,8 @@ class Core:
         state, spec = self._state, request.spec
         if spec.purpose is not Purpose.memory:
             model = self._context.model(spec.model)
-            if state.now < model.blocked_until:  # 5
-                refusal = failures.load_failure(self._context, model, out_of_memory=False)
+            if state.now < model.blocked_until and model.failure is not None:  # 5
+                refusal = LoadFailedRefusal(model.id, model.failure, model.blocked_until - state.now)
                 requests.reject(self._context, request, refusal)
                 return
             if spec.purpose is Purpose.lease:

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
+from fsm.domain.options import Options
 from fsm.lifecycle import memory_recovery, requests, runners
 from fsm.lifecycle.step_context import StepContext
-from fsm.machine.request import RequestState
+from fsm.machine.request import Request, RequestState
 from fsm.machine.runner import LOADING, Runner
 from fsm.messages.events import Exited
 from fsm.messages.reasons import FailureReason, LoadStalled, ProcessExited, RanOutOfMemory
-from fsm.messages.refusals import LoadFailedRefusal, LoadTimeoutRefusal
-from fsm.state.model_record import ModelRecord
+from fsm.messages.refusals import LoadFailedRefusal, LoadTimeoutRefusal, Refusal
+from fsm.planning.failed_loads import note_failed_load
+from fsm.sizing.load_history import note_bounded
+from fsm.state.core_state import CoreState
+from fsm.state.model_record import BackOff, ModelRecord
+
+MOST_BACKED_OFF = 2  # options of one model at a time: after that its model is backed off, whatever a request names
 
 
 def exited(step: StepContext, runner: Runner, event: Exited) -> None:
@@ -52,33 +60,64 @@ def ran_out(step: StepContext, runner: Runner) -> None:
 
 
 def load_failed(step: StepContext, runner: Runner, reason: FailureReason, *, out_of_memory: bool = False) -> None:
-    """Crash a runner whose load failed, and reject the requests that waited for it.
+    """Crash a runner whose load failed, and answer the requests that waited for it:
 
-    A request survives one load that ran out of memory. The next load has a smaller context where the context was
-    automatic and large, or else is exclusive: all other runners leave before. An exclusive load may fail once for
-    requests that came later, and not again: such requests might come for ever.
+    1. A request survives one load that ran out of memory. The next load has a smaller context where the context was
+       automatic and large, or else is exclusive: all other runners leave before. An exclusive load may fail once for
+       requests that came later, and not again: such requests might come for ever.
+    2. After a load with defaults of settings, all survive it: the next load is without them.
+    3. Where the file has loaded before, the options are to blame: requests with the same options are refused, now and
+       during a back-off. Requests with others that joined the load are planned by themselves.
+    4. Else all requests for the model are.
     """
-    model = step.state.models[runner.model]
-    waiting = [request for group in step.state.groups_served_by(runner) for request in group.requests.values()]
+    state, model = step.state, step.state.models[runner.model]
+    waiting = [request for group in state.groups_served_by(runner) for request in group.requests.values()]
     runners.crash(step, runner, reason)
+    note_failed_load(state, runner, out_of_memory=out_of_memory)
     again = out_of_memory and not (model.load_exclusively and model.failures)
-    survivors = [request for request in waiting if again and not request.survived]
-    if survivors:
+    if survivors := [request for request in waiting if again and not request.survived]:  # 1
         model.failure = reason
         model.failures += model.load_exclusively
         model.load_exclusively = not model.step_down(runner)
         for request in survivors:  # to a request that named its context, the load with a smaller one is no second try
             request.survived = model.load_exclusively or request.spec.options.num_ctx is None
-    else:
-        back_off(step, model, reason)
-        model.load_exclusively = False
-    stalled = LoadTimeoutRefusal(model.id, reason.timeout_s) if isinstance(reason, LoadStalled) else None
-    failure = stalled or load_failure(step, model, out_of_memory=out_of_memory)
-    if not survivors:  # the model is backed off for all its requests
-        waiting = [request for group in step.state.groups_of_model(model.id) for request in group.requests.values()]
+        refuse_failed(
+            step, [request for request in waiting if request not in survivors], reason, 0.0, out_of_memory=True
+        )
+        return
+    model.load_exclusively = False
+    options, has_defaults = model.load_of(runner)
+    if has_defaults and not out_of_memory:  # 2
+        model.without_defaults = True
+        back_off_options(step, model, options, reason)
+        return
+    model.without_defaults = False
+    if options_are_to_blame(state, model):  # 3
+        until = back_off_options(step, model, options, reason)
+        waiting = [request for request in waiting if request.spec.options == runner.asked]
+    else:  # 4
+        until = back_off(step, model, reason)
+        waiting = [request for group in state.groups_of_model(model.id) for request in group.requests.values()]
+    refuse_failed(step, waiting, reason, until, out_of_memory=out_of_memory)
+
+
+def options_are_to_blame(state: CoreState, model: ModelRecord) -> bool:
+    """Tell whether a failed load tells of its options: the file has loaded, and few others are backed off."""
+    others = [one for one in model.back_offs.values() if one.until > state.now]
+    return bool(model.loads) and not model.failures and len(others) < MOST_BACKED_OFF
+
+
+def refuse_failed(
+    step: StepContext, waiting: Iterable[Request], reason: FailureReason, until: float, *, out_of_memory: bool = False
+) -> None:
+    """Refuse requests that waited for a load that failed, or whose model is backed off `until` then."""
     for request in waiting:
-        if request not in survivors:
-            requests.answer(step, request, RequestState.rejected, failure)
+        refusal: Refusal = LoadFailedRefusal(
+            request.spec.model, reason, max(0.0, until - step.state.now), out_of_memory
+        )
+        if isinstance(reason, LoadStalled):
+            refusal = LoadTimeoutRefusal(request.spec.model, reason.timeout_s)
+        requests.answer(step, request, RequestState.rejected, refusal)
 
 
 def count_crash(step: StepContext, runner: Runner, reason: FailureReason) -> None:
@@ -89,21 +128,27 @@ def count_crash(step: StepContext, runner: Runner, reason: FailureReason) -> Non
     if model.failures:
         back_off(step, model, reason)
         for group in step.state.groups_of_model(model.id):
-            requests.reject_group(step, group, load_failure(step, model, out_of_memory=False))
+            refuse_failed(step, list(group.requests.values()), reason, model.blocked_until)
     else:
         model.failures, model.failure = 1, reason
 
 
-def back_off(step: StepContext, model: ModelRecord, reason: FailureReason) -> None:
-    limits = step.state.config
+def back_off(step: StepContext, model: ModelRecord, reason: FailureReason) -> float:
+    """Refuse all requests for a model for a while; return until when."""
     model.failure = reason
-    model.blocked_until = step.state.now + min(
-        limits.back_off_limit_s, limits.back_off_s * 2.0 ** min(model.failures, 16)
-    )
+    model.blocked_until = step.state.now + _back_off_s(step, model.failures)
     model.failures += 1
+    return model.blocked_until
 
 
-def load_failure(step: StepContext, model: ModelRecord, *, out_of_memory: bool) -> LoadFailedRefusal:
-    assert model.failure is not None, f"{model.id} has not failed"
-    retry_after_s = max(0.0, model.blocked_until - step.state.now)
-    return LoadFailedRefusal(model.id, model.failure, retry_after_s, out_of_memory)
+def back_off_options(step: StepContext, model: ModelRecord, options: Options, reason: FailureReason) -> float:
+    """Refuse requests whose load has these options for a while; return until when."""
+    failures = model.back_offs[options].failures if options in model.back_offs else 0
+    until = step.state.now + _back_off_s(step, failures)
+    note_bounded(model.back_offs, options, BackOff(failures + 1, until, reason))
+    return until
+
+
+def _back_off_s(step: StepContext, failures: int) -> float:
+    limits = step.state.config
+    return min(limits.back_off_limit_s, limits.back_off_s * 2.0 ** min(failures, 16))

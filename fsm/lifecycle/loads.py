@@ -15,6 +15,7 @@ from fsm.messages.decision_log import Transition
 from fsm.messages.events import Loaded
 from fsm.messages.reasons import AskedBy, RunnerReason, WaitFor
 from fsm.planning.deadline_admission import LOAD_TIME_TTL_S, is_fastest_placement
+from fsm.planning.failed_loads import note_load
 from fsm.planning.thread_allocation import threads_for
 from fsm.sizing.footprint import Footprint
 from fsm.sizing.load_history import note_bounded
@@ -39,7 +40,8 @@ def launch(step: StepContext, group: RequestGroup, load: ResolvedLoad, placement
         runner.effective_options = replace(load.options, num_thread=threads.answers)
     runner.chosen_options = _chosen(state, load.footprint, placement)
     runner.usual_options = _usual(model, group.spec.options)
-    runner.equivalent_requests.add(group.spec.options)
+    runner.asked = group.spec.options
+    runner.equivalent_requests.add(runner.asked)
     runner.uses_default_keep_alive = group.head.keep_alive_s is None
     runner.fully_offloaded = placement.offloaded == load.footprint.layers
     state.next_runner += 1
@@ -95,6 +97,8 @@ def loaded(step: StepContext, runner: Runner, event: Loaded) -> None:
         if state.now - measured_at > LOAD_TIME_TTL_S:
             shortest_s, count = math.inf, 0
         note_bounded(model.shortest_load, runner.launch_options, (min(load_s, shortest_s), state.now, count + 1))
+    note_load(state, runner)
+    model.back_offs.pop(model.load_of(runner)[0], None)
     model.load_exclusively = False
     if event.num_ctx is not None and runner.effective_options.num_ctx is not None:
         runner.effective_options = replace(runner.effective_options, num_ctx=event.num_ctx)

@@ -145,6 +145,7 @@ class Runner(Record):
     chosen_options: Options = AUTOMATIC  # layers, GPU, mapping, flash attention: by the plan and the engine
     usual_options: Options = AUTOMATIC  # context and slots that a request which names none has to have at least
     equivalent_requests: set[Options] = field(default_factory=set)  # options of requests that the runner serves
+    asked: Options = AUTOMATIC  # as the request named them that the runner was launched for
     leases: set[RequestId] = field(default_factory=set)  # non-empty iff ready, or expiring and still draining
     loaded_at: float | None = None  # set once, when the process said that it serves
     used_at: float = 0.0  # the last grant or release

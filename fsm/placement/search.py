@@ -49,6 +49,8 @@ class PlacementDemand:
     spread: bool = False  # over all GPUs, even where one GPU takes the model
     require_gpu: bool = False  # whole on GPUs or not at all
     shown: Mapping[DeviceId, float] = field(default_factory=dict)  # how much more than predicted runners took of GPUs
+    most: Free = field(default_factory=dict)  # memory -> bytes that the runner may take of it: it ran out with more
+    excluded: frozenset[DeviceId] = frozenset()  # GPUs that no layer may go to
     least_layers: int = 1  # on GPUs, where a model goes in part and its request names no number
 
     @property
@@ -177,7 +179,8 @@ def find_placement(
     if offload is Offload.none:
         return _within(demand, _layout(demand, (), gpus), free, potential)
     order = sorted(
-        gpus, key=lambda gpu: (gpus.index(gpu) != demand.main_gpu, gpu.memory == HOST, -free.get(gpu.memory, 0), gpu.id)
+        (gpu for gpu in gpus if gpu.id not in demand.excluded),
+        key=lambda gpu: (gpus.index(gpu) != demand.main_gpu, gpu.memory == HOST, -free.get(gpu.memory, 0), gpu.id),
     )
     table = SplitEnumerator(demand, free, order, potential)
     for layers in _layer_counts(demand, offload):
@@ -216,7 +219,7 @@ class SplitEnumerator:
         room = _most_with_headroom(free_bytes)
         if potential is not None and free_bytes >= potential.get(gpu.memory, 0):
             room = max(room, self.demand.most_bytes(gpu.memory, free_bytes))
-        return room
+        return min(room, self.demand.most.get(gpu.memory, room))
 
     def splits(self, layers: int) -> Iterator[Amounts]:
         """Yield the splits of so many layers over GPUs that may fit, the best first; no split that cannot fit."""
@@ -288,7 +291,10 @@ def _most_with_headroom(free_bytes: int) -> int:
 
 
 def _lacking(demand: PlacementDemand, placement: Placement, free: Free, potential: Free | None) -> set[DeviceId]:
-    return {device for device, amount in needed(demand, placement, potential) if amount > free.get(device, 0)}
+    lacking = {device for device, amount in needed(demand, placement, potential) if amount > free.get(device, 0)}
+    if demand.most:
+        lacking |= {device for device, amount in placement.bytes if amount > demand.most.get(device, amount)}
+    return lacking
 
 
 def _within(demand: PlacementDemand, placement: Placement, free: Free, potential: Free | None) -> Placement | None:

@@ -13,6 +13,7 @@ from collections.abc import Collection, Mapping, Sequence
 from fsm.domain.devices import DeviceId, Placement
 from fsm.domain.options import Options
 from fsm.placement.search import PREDICTED_HEADROOM, Gpu, Offload, PlacementDemand, find_placement
+from fsm.planning.failed_loads import taught
 from fsm.sizing.model_profile import LargerBatch, Resolution, ResolvedLoad
 from fsm.state.core_config import CoreConfig
 from fsm.state.core_state import CoreState
@@ -29,7 +30,8 @@ def resolved_demand(
     gpu_bytes = sum(state.ledger.devices[memory].capacity_bytes for memory in {gpu.memory for gpu in gpus})
     require_gpu = resolution.asked.require_gpu
     loads = (load for load in model.loads_for(resolution) if load.least_gpu_bytes <= gpu_bytes)
-    demands = ((load, model.demand(load, require_gpu, state.config)) for load in loads)
+    known = ((load, model.demand(load, require_gpu, state.config)) for load in loads)
+    demands = ((load, taught(state, model, load, demand, free, gpus)) for load, demand in known)
     return next(
         (load, demand)
         for load, demand in demands
@@ -50,7 +52,7 @@ def with_batch(
     A model that has run out of memory before keeps the usual batch.
     """
     usual, placement = planned
-    careful = model.load_exclusively or model.context_limit is not None
+    careful = model.load_exclusively or model.context_limit is not None or model.ran_out
     if careful or not usual.batches or not placement.gpu_layers:
         return planned
     if placement.offloaded < usual.footprint.layers:

@@ -18,7 +18,7 @@ from fsm.eviction.victim_selection import Amount
 from fsm.machine.request import ModelId, Purpose, RequestSpec
 from fsm.machine.runner import Runner
 from fsm.messages.reasons import DeviceShrunk, RunnerLimit, WaitFor, WaitReason
-from fsm.messages.refusals import UnsupportedOption
+from fsm.messages.refusals import LoadFailedRefusal, UnsupportedOption
 from fsm.placement.search import Offload, PlacementDemand, find_placement
 from fsm.planning.automatic_options import resolved_demand, with_batch
 from fsm.planning.availability import AFTER_DRAINS, AFTER_EVICTIONS, AFTER_STOPS, NOW, Requirement
@@ -165,7 +165,7 @@ def _evaluate(
     3. Where the file was not inspected since the last launch, or not for these options, the group waits for that.
     4. Where the model's runner serves the group with its automatic options made explicit, the group is matched, and
        also where the runner is pinned and has all that the group names.
-    5. Where the engine would refuse an option, the group is refused.
+    5. Where the engine would refuse an option, or a load with these options is backed off, the group is refused.
     6. Where no placement is possible at all, the group is refused. Where only a part of a model goes to GPUs, as many
        layers are asked for as would go there once the idle runners have left.
 
@@ -227,6 +227,10 @@ def _evaluate_model(
         return None
     if resolution.unsupported is not None:  # 5
         context.plan.refusals.append((group, UnsupportedOption(model.id, *resolution.unsupported)))
+        return None
+    if (back_off := model.blocked(load, context.state.now)) is not None:
+        retry_after_s = back_off.until - context.state.now
+        context.plan.refusals.append((group, LoadFailedRefusal(model.id, back_off.reason, retry_after_s)))
         return None
     if demand.names_too_few_layers:
         refusal = UnsupportedOption(model.id, "num_gpu", demand.num_gpu or 0, UnsupportedReason.needs_all_layers)

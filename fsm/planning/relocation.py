@@ -15,6 +15,7 @@ from fsm.machine.runner import IDLE, Runner
 from fsm.messages.events import Acquire
 from fsm.placement.search import Offload, find_placement
 from fsm.planning.availability import NOW, AvailabilityProfile, gpus_of
+from fsm.planning.failed_loads import taught
 from fsm.sizing.model_profile import ResolvedLoad
 from fsm.state.core_state import CoreState
 
@@ -44,9 +45,11 @@ def is_better_place_free(state: CoreState, runner: Runner) -> bool:
         return False
     footprint = state.ledger.accounts["runner", runner.id].predicted
     options = replace(runner.launch_options, num_gpu=None, main_gpu=None)
-    demand = state.models[runner.model].demand_of(ResolvedLoad(options, footprint), None, state.config)
     movable = [one for one in state.runners.values() if not state.is_unmovable(one)]
     availability = AvailabilityProfile(state.ledger, gpus, 0, movable)
+    model, load = state.models[runner.model], ResolvedLoad(options, footprint)
+    known = model.demand_of(load, None, state.config)
+    demand = taught(state, model, load, known, availability.potential, gpus)
     offload = availability.best_offload(demand)
     if offload is None or offload is Offload.none:
         return False

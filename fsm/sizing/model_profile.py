@@ -56,11 +56,14 @@ class Resolution:
     asked: Options  # as the request names them
     loads: tuple[ResolvedLoad, ...]
     unsupported: tuple[str, int | bool | str, UnsupportedReason] | None = None  # an option that is refused: name, value
+    plain_loads: tuple[
+        ResolvedLoad, ...
+    ] = ()  # without the defaults of settings that may make a load fail; empty: none
 
     def __post_init__(self) -> None:
         if not self.loads or self.loads[-1].least_gpu_bytes:
             raise ValueError(f"no load of {self.asked} can be taken on any machine")
-        loads = [*self.loads, *(batch.load for load in self.loads for batch in load.batches)]
+        loads = [*self.loads, *self.plain_loads, *(batch.load for load in self.loads for batch in load.batches)]
         if not all(isinstance(load.footprint, Footprint) for load in loads):
             raise ValueError(f"a load of {self.asked} has no footprint")
 

@@ -51,6 +51,8 @@ class CoreState(Record):
     queued: int = 0  # requests in request groups
     processes: int = 0  # runners whose process may be alive
     next_runner: int = 1
+    # (model, options but for its place, GPU) -> when a load failed there, not for want of memory; none loaded since
+    failed_loads: dict[tuple[ModelId, Options, DeviceId], float] = field(default_factory=dict)
     samples: int = 0  # Sample commands so far
     read_at: float = -math.inf  # when the devices were read, or a reading was asked for, the last time
     closing: bool = False

@@ -6,7 +6,7 @@ import math
 from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 
-from fsm.domain.devices import Amounts
+from fsm.domain.devices import Amounts, DeviceId
 from fsm.domain.options import Options
 from fsm.domain.record import Record
 from fsm.eviction.reuse_prediction import Histogram, count_interval
@@ -23,6 +23,15 @@ MOST_RESOLUTIONS = 2  # that are kept beside those of waiting requests: each loa
 MOST_DEMANDS = 2048  # of one model that are kept: mostly more than there are options that its requests name
 
 
+@dataclass(frozen=True, slots=True)
+class BackOff:
+    """The back-off of options with which loads failed."""
+
+    failures: int  # in a row
+    until: float  # requests that come before are refused
+    reason: FailureReason  # of the last one
+
+
 @dataclass(slots=True, eq=False)
 class ModelRecord(Record):
     """What the core knows of one model, whether or not a runner of it is loaded."""
@@ -37,8 +46,13 @@ class ModelRecord(Record):
     failures: int = 0  # failed loads and crashes in a row
     blocked_until: float = -math.inf  # end of the back-off: requests that come before are refused
     failure: FailureReason | None = None  # the last failure
+    # options of a load -> their own back-off: loads failed with them, and the file has loaded with others
+    back_offs: dict[Options, BackOff] = field(default_factory=dict)
+    without_defaults: bool = False  # a load failed with defaults of settings; since then the model is loaded without
     load_exclusively: bool = False  # a load ran out of memory: all other runners leave before the next load
     loads: dict[Amounts, tuple[float, ...]] = field(default_factory=dict)  # split -> seconds of the last few loads
+    # memory of a GPU -> bytes that it may take there, since when: a load with more ran out of memory
+    ran_out: dict[DeviceId, tuple[int, float]] = field(default_factory=dict)
     context_limit: int | None = None  # of automatic contexts, since one ran out of memory; until a loaded runner ends
     first_runner_of_file: int = 1  # runners with lower ids were of another file
     # (options, split) -> bytes to reserve for the next runner: measured, with the expected growth
@@ -68,10 +82,30 @@ class ModelRecord(Record):
 
     def loads_for(self, resolution: Resolution) -> tuple[ResolvedLoad, ...]:
         """Return the loads of a resolution, without the contexts that are too large since one ran out of memory."""
-        if self.context_limit is None or resolution.asked.num_ctx is not None:
-            return resolution.loads
+        loads = resolution.plain_loads if self.without_defaults and resolution.plain_loads else resolution.loads
         limit = self.context_limit
-        return tuple(load for load in resolution.loads if (load.options.num_ctx or 0) <= limit) or resolution.loads[-1:]
+        if limit is None or resolution.asked.num_ctx is not None:
+            return loads
+        return tuple(load for load in loads if (load.options.num_ctx or 0) <= limit) or loads[-1:]
+
+    def load_of(self, runner: Runner) -> tuple[Options, bool]:
+        """Return the options of the load that a runner was launched for, and whether it had doubtful defaults.
+
+        Its own batch may be a larger one.
+        """
+        launched = runner.launch_options
+        if (resolution := self.resolution(runner.asked)) is None:
+            return launched, False
+        plain = resolution.plain_loads
+        for load in (*plain, *resolution.loads):
+            if launched == load.options or launched in [batch.load.options for batch in load.batches]:
+                return load.options, bool(plain) and load not in plain
+        return launched, False
+
+    def blocked(self, load: ResolvedLoad, now: float) -> BackOff | None:
+        """Return the back-off that a load is in by its options; None where it is in none."""
+        back_off = self.back_offs.get(load.options)
+        return back_off if back_off is not None and now < back_off.until else None
 
     def fallback_load(self, resolution: Resolution) -> ResolvedLoad:
         """Return the load of a resolution that needs no GPUs of a certain size."""
@@ -98,7 +132,7 @@ class ModelRecord(Record):
         alike = {
             split: amounts
             for (measured, split), amounts in self.measured.items()
-            if _anywhere(measured) == _anywhere(options)
+            if anywhere(measured) == anywhere(options)
         }
         shown = shown_parts(footprint, alike)
         spread = limits.spread_over_gpus
@@ -134,6 +168,9 @@ class ModelRecord(Record):
             self.profile, self.first_runner_of_file = profile, next_runner
             self.resolutions.clear()
             self.measured.clear()
+            self.ran_out.clear()
+            self.back_offs.clear()
+            self.without_defaults = False
             self.loads.clear()
             self.shortest_load.clear()
             self.demands.clear()
@@ -172,6 +209,6 @@ class ModelRecord(Record):
             count_interval(now - runner.used_at, self.idle_intervals, common)
 
 
-def _anywhere(options: Options) -> Options:
+def anywhere(options: Options) -> Options:
     """Return options without those that say where a runner goes: with the others the same, it takes the same."""
     return replace(options, num_gpu=None, main_gpu=None)

@@ -113,6 +113,7 @@ def moments(state: CoreState) -> Iterator[float]:
     yield from (at for at, _ in state.timers.items())
     for model in state.models.values():
         yield model.blocked_until
+        yield from (one.until for one in model.back_offs.values())
         if model.failures and model.current is not None and model.current.loaded_at is not None:
             yield model.current.loaded_at + state.config.good_life_s
 

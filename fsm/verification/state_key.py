@@ -44,12 +44,13 @@ LEFT_OUT: Mapping[type, Mapping[str, str]] = MappingProxyType(
             "samples": "a reading is told from an early one by the runners' `last_sample` alone",
             "busy_on_host": "the sum of the ready runners on the host, which `check_state` compares",
             "peak_busy_on_host": "for the number of threads, which nothing else follows from",
+            "read_at": "`looks_from` says what follows from it",
             "steps": "numbers for people to read",
         },
         ModelRecord: {
             "current": "the runner whose state says so, which `check_state` compares",
             "failure": "for people to read",
-            "loads": "for the policy, which is nondeterministic, and an estimate for a request that is refused",
+            "loads": "whether there are any is in it; else for the policy, which is nondeterministic, and an estimate",
             "shortest_load": "a request that it refuses at once would be refused when its time is up",
             "rested_at": "for the policy, which is nondeterministic",
             "idle_intervals": "for the policy, which is nondeterministic",
@@ -58,6 +59,7 @@ LEFT_OUT: Mapping[type, Mapping[str, str]] = MappingProxyType(
         Runner: {
             "model": "the runner stands with its model",
             "fully_offloaded": "follows from its placement and what its model is made of",
+            "better_place_since": "`moves_from` says what follows from it",
             "launched_at": "how long its load took: the residency that follows is a time of its own",
             "used_at": "for the policy, which is nondeterministic; how long it is idle is told where it has no clock",
         },
@@ -68,7 +70,7 @@ LEFT_OUT: Mapping[type, Mapping[str, str]] = MappingProxyType(
         },
         RequestSpec: {"model": "the group stands with its model"},
         RequestGroup: dict.fromkeys(("waits_for", "until", "told", "evicted"), "for people to read"),
-        Account: {"predicted": "for people to read"},
+        Account: {"predicted": "follows from the options of the launch and what its model is made of"},
         Ledger: {},
         OpenClaim: {"had": "never between two steps, which `check_state` sees to"},
     }
@@ -205,7 +207,14 @@ class _View:
             sorted(map(canonical.shared, model.resolutions)),
             model.inspecting,
             model.pinned, min(model.failures, MOST_FAILURES), self.times[good_at], self.times[model.blocked_until],
-            model.load_exclusively, model.context_limit or 0, sorted(map(canonical.number, model.measured.items())),
+            model.load_exclusively, model.without_defaults, bool(model.loads), model.context_limit or 0,
+            sorted((gpu, amount) for gpu, (amount, _) in model.ran_out.items()),
+            sorted(
+                (canonical.shared(asked), min(one.failures, MOST_FAILURES), self.times[one.until])
+                for asked, one in model.back_offs.items()
+            ),
+            sorted((canonical.shared(asked), gpu) for id, asked, gpu in self.state.failed_loads if id == model.id),
+            sorted(map(canonical.number, model.measured.items())),
             self.ahead.get(model.id, ()),
         )  # fmt: skip
 
@@ -217,6 +226,7 @@ class _View:
             canonical.shared(runner.effective_options), canonical.number(runner.placement), runner.keep_alive_s,
             runner.uses_default_keep_alive, sorted(map(canonical.shared, runner.equivalent_requests)),
             canonical.shared(runner.usual_options), canonical.shared(runner.chosen_options),
+            canonical.shared(runner.asked),
             sorted(self.requests.get(id, -1) for id in runner.leases), runner.loaded_at is None,
             times[runner.resident_until], times[runner.drain_protected_until], times[runner.idle_grace_until],
             times[moves_from(runner)],

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from fsm.domain.devices import HOST
 from fsm.machine.request import Purpose
 from fsm.machine.runner import EXPIRING, LOADING, READY, UNLOADED
 from fsm.messages.commands import (
@@ -48,6 +49,7 @@ from fsm.messages.refusals import (
     SchedulerClosed,
     TimedOut,
 )
+from fsm.planning.failed_loads import FORGOTTEN_AFTER_S
 from fsm.state.core_config import CoreConfig
 from fsm.verification.property import Checks, Kind
 from fsm.verification.service_guarantees import (
@@ -64,7 +66,7 @@ from fsm.verification.state_invariants import (
     a_busy_runner_is_never_stopped,
     only_files_of_models_that_are_waited_for_are_read_ahead,
 )
-from fsm.verification.trace_state import TraceState
+from fsm.verification.trace_state import TraceState, load_of
 from fsm.verification.transition_invariants import (
     a_cancelled_request_is_answered,
     a_closed_scheduler_finishes_when_it_is_empty,
@@ -299,8 +301,28 @@ def _launched_while_open(trace: TraceState, launch: Launch) -> None:
 
 @of_trace(Launch)
 def a_failed_model_is_not_loaded_before_its_back_off_is_over(trace: TraceState, launch: Launch) -> None:
-    """After a failure a model is not loaded for the back-off, which doubles with each failure in a row, to a limit."""
-    assert trace.blocked.get(launch.model, trace.now) <= trace.now, launch.model
+    """After a failure a model is not loaded for the back-off, which doubles with each failure in a row, to a limit.
+
+    A failed load counts for the options that it had, and a crash whatever a request names.
+    """
+    for load in (load_of(launch), (launch.model, None)):
+        assert trace.blocked.get(load, trace.now) <= trace.now, launch.model
+
+
+@of_trace(Launch, ids=("N07",))
+def a_load_after_one_that_ran_out_of_memory_takes_less(trace: TraceState, launch: Launch) -> None:
+    """After a load ran out of memory, the next one of the model takes less of each GPU that the first had layers on.
+
+    Not where a request says itself where the layers go, and not for ever.
+    """
+    at, before = trace.ran_out.get(launch.model, (-math.inf, ()))
+    named = (launch.options.num_gpu or -1) >= 0 or trace.limits.require_gpu
+    required = any(spec.options.require_gpu for spec, _ in trace.waiting.values() if spec.model == launch.model)
+    if named or required or trace.now - at >= FORGOTTEN_AFTER_S:
+        return
+    most = {device: amount for device, amount in before if device != HOST and amount}
+    for device, amount in launch.placement.bytes:
+        assert amount < most.get(device, math.inf), f"runner {launch.runner}: {amount} bytes of {device}"
 
 
 @of_trace(Launch, same_as=a_load_begins_under_claims_of_all_its_devices)

@@ -7,10 +7,11 @@ tells, is taken from the decision log. The properties of a trace are in `trace_a
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import assert_never
 
-from fsm.domain.devices import DeviceId
+from fsm.domain.devices import Amounts, DeviceId, Placement
+from fsm.domain.options import Options
 from fsm.machine.request import ModelId, Purpose, RequestId, RequestSpec
 from fsm.machine.runner import EXPIRING, LOADING, UNLOADED, RunnerId
 from fsm.messages.commands import (
@@ -46,6 +47,7 @@ from fsm.messages.events import (
     Release,
     Tick,
 )
+from fsm.sizing.model_profile import ModelProfile
 from fsm.state.core_config import CoreConfig
 
 
@@ -56,6 +58,14 @@ class ClaimedDevices:
     devices: frozenset[DeviceId]
     since: float  # when the wait began; a plan that moves to other devices does not wait anew
     had: bool = False  # ClaimGranted came, and no runner was launched under the claim yet
+
+
+Load = tuple[ModelId, Options | None]  # a model, and the options that its process is started with, but for the batch
+
+
+def load_of(launch: Launch) -> Load:
+    """Return the load that a launch begins: its batch may be larger where there is memory."""
+    return launch.model, replace(launch.options, num_batch=None)
 
 
 class TraceState:
@@ -80,8 +90,13 @@ class TraceState:
         self.loaded_at: dict[RunnerId, float] = {}
         self.shown_at: dict[RunnerId, float] = {}  # when a load was launched, or last showed progress
         self.short: set[RunnerId] = set()  # runners that have told that memory ran out
-        self.failures: dict[ModelId, int] = {}  # in a row, or fewer
-        self.blocked: dict[ModelId, float] = {}  # not loaded again before
+        self.failures: dict[ModelId, int] = {}  # crashes and failed loads in a row, or fewer
+        self.loads: dict[RunnerId, Load] = {}
+        self.failed_loads: dict[Load, int] = {}  # in a row, or fewer
+        self.files: dict[ModelId, object] = {}  # what the last inspection found, but for the options it was for
+        self.placements: dict[RunnerId, Placement] = {}
+        self.ran_out: dict[ModelId, tuple[float, Amounts]] = {}  # when a load of this file did last, and its bytes
+        self.blocked: dict[Load, float] = {}  # not loaded again before; no options: whatever a request names
         self.unwanted: set[RunnerId] = set()  # runners whose models a user has expired, and that are not expiring yet
         self.asked: set[RequestId] = set()  # leases whose holders were told that other requests wait
         self.runners = self.claims = self.samples = 0  # the last number of each
@@ -126,6 +141,11 @@ class TraceState:
                 self.max_queue = self.max_queue if event.max_queue is None else event.max_queue
             case Inspected(model):
                 self.inspecting.discard(model)
+                found = event.outcome
+                file = replace(found, resolutions=()) if isinstance(found, ModelProfile) else found
+                if self.files.get(model) != file:
+                    self.files[model] = file
+                    self.ran_out.pop(model, None)
             case Close():
                 self.closing = True
                 self.held = {id: runner for id, runner in self.held.items() if runner is not None}
@@ -157,6 +177,8 @@ class TraceState:
     def learn_transition(self, entry: Transition) -> None:
         """Take in that a runner has another state."""
         self.transitions.append(entry)
+        if entry.source is LOADING and entry.destination is not EXPIRING:
+            self.failed_loads.pop(self.loads[entry.runner], None)
         if entry.source is None:
             self.current[entry.model] = entry.runner
         elif entry.destination is EXPIRING:
@@ -167,7 +189,7 @@ class TraceState:
             elif entry.source is not LOADING:  # it served, and ends in order
                 self.failures.pop(entry.model, None)
         elif entry.destination is UNLOADED:
-            del self.users[entry.runner]
+            del self.users[entry.runner], self.loads[entry.runner], self.placements[entry.runner]
             self.leaving.discard(entry.runner)
             self.serving.discard(entry.runner)
 
@@ -180,13 +202,19 @@ class TraceState:
         model, runner, limits, event = entry.model, entry.runner, self.limits, self.event
         if entry.source is LOADING:
             if isinstance(event, Exited) and (event.out_of_memory or runner in self.short):
+                if self.placements[runner].gpu_layers:
+                    self.ran_out[model] = self.now, self.placements[runner].bytes
                 return
         elif self.now - self.loaded_at[runner] >= limits.good_life_s or not self.failures.get(model):
             self.failures[model] = 1
             return
-        before = self.failures.get(model, 0)
-        self.failures[model] = before + 1
-        self.blocked[model] = self.now + min(limits.back_off_limit_s, limits.back_off_s * 2.0 ** min(before, 16))
+        load = self.loads[runner] if entry.source is LOADING else (model, None)
+        before = self.failed_loads.get(load, 0) if entry.source is LOADING else self.failures.get(model, 0)
+        if entry.source is LOADING:
+            self.failed_loads[load] = before + 1
+        else:
+            self.failures[model] = before + 1
+        self.blocked[load] = self.now + min(limits.back_off_limit_s, limits.back_off_s * 2.0 ** min(before, 16))
 
     def learn_command(self, command: Command) -> None:
         """Take in a command."""
@@ -235,6 +263,7 @@ class TraceState:
             self.given_up.remove(claim)
         elif claim is not None:
             claim.had = False
+        self.loads[launch.runner], self.placements[launch.runner] = load_of(launch), launch.placement
         self.shown_at[launch.runner], self.users[launch.runner] = self.now, 0
         self.runners, self.alive[launch.runner] = launch.runner, launch.model
 

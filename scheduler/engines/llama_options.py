@@ -87,6 +87,11 @@ def _with_defaults(info: ModelInfo, options: Options, defaults: Options) -> Opti
     return chosen
 
 
+def without_doubtful(defaults: Options) -> Options:
+    """Return defaults without those that llama.cpp refuses for some models, as no metadata tell."""
+    return replace(defaults, flash_attention=None, cache_type_k=None, cache_type_v=None)
+
+
 def impossible(info: ModelInfo, options: Options) -> tuple[str, int | bool | str, UnsupportedReason] | None:
     """Return the name of the first resolved option that llama.cpp would refuse for this model, its value, and why.
 

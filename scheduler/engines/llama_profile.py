@@ -16,7 +16,7 @@ from typing import Self
 from fsm.domain.devices import MIB
 from fsm.domain.options import AUTOMATIC, Options
 from fsm.sizing.model_profile import EngineSettings, LargerBatch, ModelProfile, Resolution, ResolvedLoad
-from scheduler.engines.llama_options import impossible, maps_file, micro_batch, resolve
+from scheduler.engines.llama_options import impossible, maps_file, micro_batch, resolve, without_doubtful
 from scheduler.engines.llama_sizing import (
     CHECKPOINTS,
     MOST_TOLD_SLOTS,
@@ -130,7 +130,11 @@ def _resolution(
                 replace(_load(info, options, defaults, told), least_gpu_bytes=least) for least, options in larger
             ]
             loads = [*(load for load in bonuses if (load.options.num_ctx or 0) > context), *loads]
-    return Resolution(asked, tuple(loads), impossible(info, usual.options))
+    plain_loads: tuple[ResolvedLoad, ...] = ()
+    plain = without_doubtful(defaults)
+    if resolve(info, asked, plain) != resolve(info, asked, defaults):
+        plain_loads = _resolution(info, asked, plain, larger_contexts, told).loads
+    return Resolution(asked, tuple(loads), impossible(info, usual.options), plain_loads)
 
 
 def _load(info: ModelInfo, options: Options, defaults: Options, told: Told | None) -> ResolvedLoad:

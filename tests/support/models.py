@@ -14,8 +14,9 @@ def a_model(
     context_trained: int = 8192,
     embedding: bool = False,
     vision: bool = False,
+    head_length: int = 16,
 ) -> ModelInfo:
-    """Return the metadata of a small model of the llama family."""
+    """Return the metadata of a small model of the llama family; heads of 32 may have quantised caches."""
     return ModelInfo(
         architecture=architecture,
         context_trained=context_trained,
@@ -24,8 +25,8 @@ def a_model(
         vocabulary=256,
         heads=4,
         heads_kv=(2,) * len(layers_bytes),
-        key_length=16,
-        value_length=16,
+        key_length=head_length,
+        value_length=head_length,
         sliding_window=0,
         layers_bytes=layers_bytes,
         input_bytes=MIB,

@@ -131,9 +131,22 @@ def nothing_is_backed_off(patch: Patch) -> None:
     """A model whose load failed is loaded again for the next request."""
 
     @instead(patch, failures, "back_off")
-    def back_off(original: Callable[..., None], step: StepContext, model: ModelRecord, reason: FailureReason) -> None:
+    def back_off(original: Callable[..., float], step: StepContext, model: ModelRecord, reason: FailureReason) -> float:
         original(step, model, reason)
         model.blocked_until = step.state.now
+        return step.state.now
+
+
+@mutant(SIMULATION)
+def options_are_not_backed_off(patch: Patch) -> None:
+    """A load that failed with options of its own is tried the same way for the next request."""
+    patch.setattr(failures, "back_off_options", lambda step, model, options, reason: step.state.now)
+
+
+@mutant(SIMULATION)
+def memory_that_ran_out_teaches_nothing(patch: Patch) -> None:
+    """After a load ran out of memory of a GPU, the next one takes as much of it."""
+    patch.setattr(failures, "note_failed_load", lambda state, runner, out_of_memory: None)
 
 
 @mutant(SIMULATION)
@@ -141,9 +154,9 @@ def each_failure_is_the_first(patch: Patch) -> None:
     """Every failure of a model has the back-off of a first one."""
 
     @instead(patch, failures, "back_off")
-    def back_off(original: Callable[..., None], step: StepContext, model: ModelRecord, reason: FailureReason) -> None:
+    def back_off(original: Callable[..., float], step: StepContext, model: ModelRecord, reason: FailureReason) -> float:
         model.failures = 0
-        original(step, model, reason)
+        return original(step, model, reason)
 
 
 @mutant(SIMULATION, most=400_000)
@@ -161,11 +174,12 @@ def back_off_has_no_limit(patch: Patch) -> None:
     """The back-off doubles without a limit."""
 
     @instead(patch, failures, "back_off")
-    def back_off(original: Callable[..., None], step: StepContext, model: ModelRecord, reason: FailureReason) -> None:
+    def back_off(original: Callable[..., float], step: StepContext, model: ModelRecord, reason: FailureReason) -> float:
         limits = step.state.config
         step.state.config = replace(limits, back_off_limit_s=math.inf)
-        original(step, model, reason)
+        until = original(step, model, reason)
         step.state.config = limits
+        return until
 
 
 # -- how long runners stay --------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from random import Random
 
 import pytest
@@ -302,6 +303,9 @@ AGAIN = Launch(RunnerId(2), ModelId("a"), Options(), Placement(()))
 ASK, EXPIRE = NotifyContention(RunnerId(1), (RequestId(1),)), Expire(ModelId("a"))
 LATE = Reject(RequestId(1), LoadFailedRefusal(ModelId("a"), "", 301.0))
 ON_GPU = Launch(RunnerId(1), ModelId("a"), Options(), Placement(((DeviceId("gpu0"), 1),)))
+LAYERED = replace(ON_GPU, placement=replace(ON_GPU.placement, gpu_layers=((DeviceId("gpu0"), 1),)))
+LAYERED_AGAIN = replace(LAYERED, runner=RunnerId(2))
+RAN_OUT = Exited(RunnerId(1), 1, out_of_memory=True)
 CLAIM = Claim(1, (DeviceId("gpu0"),))
 
 READ_AHEAD, LESS, MORE = (Prefetch(((ModelId("a"), size),)) for size in (5, 3, 7))
@@ -364,6 +368,9 @@ BLUNDERS: dict[str, tuple[AuditStep, ...]] = {
     "back off is limited": ((ASKED, (LATE,), (), 0),),
     "a failed model is not loaded before its back off is over": (
         BEGUN, (ENDED, (), (FAILED,), 1), (TICK, (AGAIN,), (), 1)
+    ),
+    "a load after one that ran out of memory takes less": (
+        (ASKED, (LAYERED,), (LAUNCHED,), 1), (RAN_OUT, (), (FAILED,), 1), (TICK, (LAYERED_AGAIN,), (), 1)
     ),
     "a load times out only without progress": (BEGUN, (Progress(RunnerId(1)), (), (), 1), (TICK, (), (FAILED,), 1)),
     "every runner expires when memory runs out": (*SERVING, (OutOfMemory(RunnerId(1)), (), (), 0)),

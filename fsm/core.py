@@ -332,7 +332,7 @@ class Core:
         state.ledger.sample(event.devices)
         state.read_at = state.now
         for runner in state.runners.values():
-            found = is_better_place_free(state, runner)
+            found = is_better_place_free(state, runner, runner.asked)
             runner.better_place_since = min(runner.better_place_since, state.now) if found else math.inf
         for runner in [runner for runner in state.runners.values() if not runner.process]:
             if event.number >= runner.last_sample and memory_recovery.memory_is_back(self._context, runner):

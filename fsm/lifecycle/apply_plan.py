@@ -33,7 +33,9 @@ def apply_plan(step: StepContext, plan: Plan) -> bool:
     for model in plan.inspections:
         if not model.inspecting:
             model.inspecting = True
-            unresolved = (asked for asked in state.options_asked_of(model.id) if model.resolution(asked) is None)
+            asked = state.options_asked_of(model.id)
+            roomier = [options for options in map(model.with_room, asked) if options is not None]
+            unresolved = [options for options in dict.fromkeys((*asked, *roomier)) if model.resolution(options) is None]
             step.commands.append(Inspect(model.id, tuple(unresolved)))
     if log is not None:
         tell_victims(state, plan, log)

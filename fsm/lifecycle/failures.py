@@ -74,6 +74,7 @@ def load_failed(step: StepContext, runner: Runner, reason: FailureReason, *, out
     waiting = [request for group in state.groups_served_by(runner) for request in group.requests.values()]
     runners.crash(step, runner, reason)
     note_failed_load(state, runner, out_of_memory=out_of_memory)
+    model.context_growths = 0  # the next load has no room to grow
     again = out_of_memory and not (model.load_exclusively and model.failures)
     if survivors := [request for request in waiting if again and not request.survived]:  # 1
         model.failure = reason

@@ -41,6 +41,7 @@ def launch(step: StepContext, group: RequestGroup, load: ResolvedLoad, placement
     runner.chosen_options = _chosen(state, load.footprint, placement)
     runner.usual_options = _usual(model, group.spec.options)
     runner.asked = group.spec.options
+    model.context_growths, model.last_context = model.growths(runner.asked), runner.asked.num_ctx or 0
     runner.equivalent_requests.add(runner.asked)
     runner.uses_default_keep_alive = group.head.keep_alive_s is None
     runner.fully_offloaded = placement.offloaded == load.footprint.layers

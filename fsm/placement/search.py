@@ -50,7 +50,9 @@ class PlacementDemand:
     require_gpu: bool = False  # whole on GPUs or not at all
     shown: Mapping[DeviceId, float] = field(default_factory=dict)  # how much more than predicted runners took of GPUs
     most: Free = field(default_factory=dict)  # memory -> bytes that the runner may take of it: it ran out with more
-    excluded: frozenset[DeviceId] = frozenset()  # GPUs that no layer may go to
+    devices: frozenset[DeviceId] | None = None  # the GPUs that layers may go to; None: any
+    libraries: tuple[str, ...] | None = None  # through which its engine can use GPUs; None: any
+    excluded: frozenset[DeviceId] = frozenset()  # GPUs that none may go to
     least_layers: int = 1  # on GPUs, where a model goes in part and its request names no number
 
     @property
@@ -65,7 +67,7 @@ class PlacementDemand:
         if self.require_gpu:
             return (Offload.whole,)
         if self.num_gpu is None or self.num_gpu < 0:
-            return (Offload.whole, Offload.partial, Offload.none) if gpus else (Offload.none,)
+            return (Offload.whole, Offload.partial, Offload.none) if any(map(self.may_use, gpus)) else (Offload.none,)
         if self.num_gpu == 0:
             return (Offload.none,)
         return (Offload.whole,) if self.num_gpu >= self.layers else (Offload.partial,)
@@ -75,6 +77,12 @@ class PlacementDemand:
         """Whether the request names fewer layers on GPUs than a setting, or the request itself, requires: all."""
         named = self.num_gpu is not None and 0 <= self.num_gpu < self.layers
         return self.require_gpu and named and not self.footprint.fixed
+
+    def may_use(self, gpu: Gpu) -> bool:
+        """Tell whether layers may go to a GPU."""
+        if self.libraries is not None and gpu.library not in self.libraries:
+            return False
+        return gpu.id not in self.excluded and (self.devices is None or gpu.id in self.devices)
 
     @property
     def is_explicit(self) -> bool:
@@ -179,7 +187,7 @@ def find_placement(
     if offload is Offload.none:
         return _within(demand, _layout(demand, (), gpus), free, potential)
     order = sorted(
-        (gpu for gpu in gpus if gpu.id not in demand.excluded),
+        filter(demand.may_use, gpus),
         key=lambda gpu: (gpus.index(gpu) != demand.main_gpu, gpu.memory == HOST, -free.get(gpu.memory, 0), gpu.id),
     )
     table = SplitEnumerator(demand, free, order, potential)

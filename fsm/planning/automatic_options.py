@@ -1,9 +1,9 @@
-"""Options that a request leaves open and the devices decide: the context by the GPUs' memory, the batch by free memory.
+"""Options that the devices decide: the context by the GPUs' memory, or with room to grow, and the batch by free memory.
 
-Both are the reference's rules, and both are only ever a bonus. A context by the GPUs' size (where the engine offers it)
-is taken as far as the model stays whole on GPUs, a batch above the usual one as far as the model goes on the same GPUs
-with memory to spare. No runner is evicted and no request is refused for a larger batch, and neither option is ever a
-reason to load a model again.
+All are only ever a bonus, and all but the room to grow are the reference's rules. A context by the GPUs' size (where
+the engine offers it) is taken as far as the model stays whole on GPUs, a context with room to grow where it costs no
+layer on GPUs, a batch above the usual one as far as the model goes on the same GPUs with memory to spare. No runner is
+evicted and no request is refused for any of them, and none is ever a reason to load a model again.
 """
 
 from __future__ import annotations
@@ -28,15 +28,37 @@ def resolved_demand(
     A load for GPUs of a certain size is taken only with such GPUs, and where the model is whole on them within `free`.
     """
     gpu_bytes = sum(state.ledger.devices[memory].capacity_bytes for memory in {gpu.memory for gpu in gpus})
-    require_gpu = resolution.asked.require_gpu
     loads = (load for load in model.loads_for(resolution) if load.least_gpu_bytes <= gpu_bytes)
-    known = ((load, model.demand(load, require_gpu, state.config)) for load in loads)
+    known = ((load, model.demand(load, resolution.asked, state.config)) for load in loads)
     demands = ((load, taught(state, model, load, demand, free, gpus)) for load, demand in known)
     return next(
         (load, demand)
         for load, demand in demands
         if not load.least_gpu_bytes or find_placement(demand, Offload.whole, free, gpus)
     )
+
+
+def with_room(
+    state: CoreState,
+    model: ModelRecord,
+    asked: Options,
+    planned: tuple[ResolvedLoad, Placement],
+    free: Mapping[DeviceId, int],
+    gpus: Sequence[Gpu],
+) -> tuple[ResolvedLoad, Placement]:
+    """Return a load and its placement with room for a context that keeps growing, where that costs no layer on GPUs.
+
+    The engine gives no more than the model was trained with.
+    """
+    _, placement = planned
+    roomier = model.with_room(asked)
+    resolution = model.resolution(roomier) if roomier is not None else None
+    if resolution is None or model.declared:
+        return planned
+    load, demand = resolved_demand(model, resolution, state, free, gpus)
+    places = (find_placement(demand, offload, free, gpus) for offload in demand.offload_modes(gpus))
+    found = next(filter(None, places), None)
+    return (load, found) if found is not None and found.offloaded >= placement.offloaded else planned
 
 
 def with_batch(
@@ -62,7 +84,7 @@ def with_batch(
     for batch in usual.batches:
         predicted_bytes = batch.load.footprint.compute_bytes - usual.footprint.compute_bytes
         free_for_it = _free_with_batch(batch, free, memories, predicted_bytes)
-        demand = model.demand(batch.load, asked.require_gpu, limits)
+        demand = model.demand(batch.load, asked, limits)
         if found := find_placement(demand, Offload.whole, free_for_it, same):
             return batch.load, found
     return planned

@@ -59,7 +59,7 @@ def _reason(
         return MemoryHeld(_models(pinned), pinned=True)
     if fits(capacity):
         return Infeasible.held_elsewhere
-    if not gpus and offload is not Offload.none:
+    if not any(map(demand.may_use, gpus)) and offload is not Offload.none:
         return Infeasible.no_required_gpu if demand.require_gpu else Infeasible.no_gpu
     return Infeasible.too_large
 

@@ -20,7 +20,7 @@ from fsm.machine.runner import Runner
 from fsm.messages.reasons import DeviceShrunk, RunnerLimit, WaitFor, WaitReason
 from fsm.messages.refusals import LoadFailedRefusal, UnsupportedOption
 from fsm.placement.search import Offload, PlacementDemand, find_placement
-from fsm.planning.automatic_options import resolved_demand, with_batch
+from fsm.planning.automatic_options import resolved_demand, with_batch, with_room
 from fsm.planning.availability import AFTER_DRAINS, AFTER_EVICTIONS, AFTER_STOPS, NOW, Requirement
 from fsm.planning.infeasibility import infeasible_reason
 from fsm.planning.make_room import plan_eviction
@@ -232,6 +232,12 @@ def _evaluate_model(
         retry_after_s = back_off.until - context.state.now
         context.plan.refusals.append((group, LoadFailedRefusal(model.id, back_off.reason, retry_after_s)))
         return None
+    if demand.devices is not None and not any(gpu.id in demand.devices for gpu in context.gpus):
+        named = ", ".join(sorted(demand.devices))
+        context.plan.refusals.append(
+            (group, UnsupportedOption(model.id, "devices", named, UnsupportedReason.no_such_gpu))
+        )
+        return None
     if demand.names_too_few_layers:
         refusal = UnsupportedOption(model.id, "num_gpu", demand.num_gpu or 0, UnsupportedReason.needs_all_layers)
         context.plan.refusals.append((group, refusal))
@@ -294,7 +300,10 @@ def _plan_runner(
         free = context.availability.bytes[NOW]
         placement = context.load_slots.find_placement(need.demand, need.offload, free, context.gpus, need.potential)
         if placement is not None:
-            asked, planned = group.spec.options, (load, placement)
+            asked, planned = (
+                group.spec.options,
+                with_room(context.state, model, group.spec.options, (load, placement), free, context.gpus),
+            )
             load, placement = with_batch(model, asked, context.state.config, planned, free, context.gpus)
             context.plan.loads[group.spec] = load
             there = tuple(sorted(free.items()))

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+from fsm.domain.options import Options
 from fsm.machine.runner import IDLE, Runner
 from fsm.messages.events import Acquire
 from fsm.placement.search import Offload, find_placement
@@ -35,10 +36,11 @@ def may_move(state: CoreState, runner: Runner) -> bool:
     return not state.models[runner.model].declared
 
 
-def is_better_place_free(state: CoreState, runner: Runner) -> bool:
+def is_better_place_free(state: CoreState, runner: Runner, asked: Options) -> bool:
     """Tell whether a runner would go to a better place if it were loaded again now, while no request waits.
 
-    Its own memory counts as free, and the placement is the planner's for a request that names no layers.
+    Its own memory counts as free. The placement is the planner's for a request that names the options `asked`, and no
+    layers.
     """
     gpus = gpus_of(state.ledger)
     if not gpus or state.groups or not may_move(state, runner):
@@ -48,7 +50,7 @@ def is_better_place_free(state: CoreState, runner: Runner) -> bool:
     movable = [one for one in state.runners.values() if not state.is_unmovable(one)]
     availability = AvailabilityProfile(state.ledger, gpus, 0, movable)
     model, load = state.models[runner.model], ResolvedLoad(options, footprint)
-    known = model.demand_of(load, None, state.config)
+    known = model.demand_of(load, asked, state.config)
     demand = taught(state, model, load, known, availability.potential, gpus)
     offload = availability.best_offload(demand)
     if offload is None or offload is Offload.none:
@@ -82,5 +84,5 @@ def is_to_move(state: CoreState, runner: Runner, event: Acquire) -> bool:
         and (event.timeout_s is None or event.timeout_s > 2 * load_s)
         and state.queued < state.config.max_queue
         and state.now >= state.models[runner.model].blocked_until
-        and is_better_place_free(state, runner)
+        and is_better_place_free(state, runner, event.spec.options)
     )

@@ -22,6 +22,7 @@ class UnsupportedReason(Enum):
     too_many_threads = "too_many_threads"
     partial_blocks = "partial_blocks"  # a quantised cache needs heads of whole blocks
     needs_flash_attention = "needs_flash_attention"  # quantised values need it
+    no_such_gpu = "no_such_gpu"  # none of the GPUs that are named is there
     needs_all_layers = "needs_all_layers"  # fewer layers on GPUs than `require_gpu` demands
 
 
@@ -77,3 +78,4 @@ class ModelProfile:
     resolutions: tuple[Resolution, ...] = ()
     embedding: bool = False  # used for embeddings
     usual: Options = AUTOMATIC  # context and slots of a load for a request that names none
+    gpu_libraries: tuple[str, ...] | None = None  # through which the engine can use GPUs; None: all that there are

@@ -20,7 +20,10 @@ from fsm.sizing.model_profile import ModelProfile, Resolution, ResolvedLoad
 from fsm.state.core_config import CoreConfig
 
 MOST_RESOLUTIONS = 2  # that are kept beside those of waiting requests: each load is inspected, and recordings hold them
+GROWTHS_THAT_GO_ON = 2  # a context that has grown twice is expected to grow again
 MOST_DEMANDS = 2048  # of one model that are kept: mostly more than there are options that its requests name
+
+DemandKey = tuple[Options, bool, bool, tuple[str, ...] | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,14 +56,16 @@ class ModelRecord(Record):
     loads: dict[Amounts, tuple[float, ...]] = field(default_factory=dict)  # split -> seconds of the last few loads
     # memory of a GPU -> bytes that it may take there, since when: a load with more ran out of memory
     ran_out: dict[DeviceId, tuple[int, float]] = field(default_factory=dict)
+    last_context: int = 0  # that the request of the last launch named, if it named one
+    context_growths: int = 0  # launches in a row, each for a request that named more context than the one before
     context_limit: int | None = None  # of automatic contexts, since one ran out of memory; until a loaded runner ends
     first_runner_of_file: int = 1  # runners with lower ids were of another file
     # (options, split) -> bytes to reserve for the next runner: measured, with the expected growth
     measured: dict[tuple[Options, Amounts], Amounts] = field(default_factory=dict)
     # options -> seconds of the shortest load, the time of the last one, and the number of loads
     shortest_load: dict[Options, tuple[float, float, int]] = field(default_factory=dict)
-    # (explicit options, whether a GPU is required, whether the host's memory is limited) -> demand; derived
-    demands: dict[tuple[Options, bool, bool], PlacementDemand] = field(default_factory=dict, metadata={"derived": True})
+    # (explicit options, whether a GPU is required, whether the host's memory is limited, GPUs) -> demand; derived
+    demands: dict[DemandKey, PlacementDemand] = field(default_factory=dict, metadata={"derived": True})
     rested_at: float = -math.inf  # the last use of its last runner, or the last request for a lease since
     idle_intervals: Histogram = field(default_factory=dict)  # how long it was unused before a request for a lease
 
@@ -79,6 +84,18 @@ class ModelRecord(Record):
     def last_resolution(self) -> Resolution | None:
         """The resolution that was made last, of any options; None where none is known."""
         return next(reversed(self.resolutions.values()), None)
+
+    def growths(self, asked: Options) -> int:
+        """Return how many launches in a row were for a larger context than the one before, if the next is for this."""
+        grows = asked.num_ctx is not None and 0 < self.last_context < asked.num_ctx
+        same = asked.num_ctx == self.last_context
+        return self.context_growths + 1 if grows else self.context_growths if same else 0
+
+    def with_room(self, asked: Options) -> Options | None:
+        """Return options with room for a context that keeps growing: the next power of two; None where none does."""
+        if asked.num_ctx is None or self.growths(asked) < GROWTHS_THAT_GO_ON:
+            return None
+        return replace(asked, num_ctx=1 << asked.num_ctx.bit_length())
 
     def loads_for(self, resolution: Resolution) -> tuple[ResolvedLoad, ...]:
         """Return the loads of a resolution, without the contexts that are too large since one ran out of memory."""
@@ -111,19 +128,19 @@ class ModelRecord(Record):
         """Return the load of a resolution that needs no GPUs of a certain size."""
         return next(load for load in self.loads_for(resolution) if not load.least_gpu_bytes)
 
-    def demand(self, load: ResolvedLoad, require_gpu: bool | None, limits: CoreConfig) -> PlacementDemand:
-        """Return the demand of a load; `require_gpu` is as the request names it."""
-        key = load.options, limits.require_gpu or bool(require_gpu), limits.memory_limited
+    def demand(self, load: ResolvedLoad, asked: Options, limits: CoreConfig) -> PlacementDemand:
+        """Return the demand of a load for a request that names the options `asked`."""
+        key = load.options, limits.require_gpu or bool(asked.require_gpu), limits.memory_limited, asked.devices
         if (known := self.demands.get(key)) is None:
-            known = self.demand_of(load, require_gpu, limits)
+            known = self.demand_of(load, asked, limits)
             if len(self.demands) == MOST_DEMANDS:
                 self.demands.clear()
             self.demands[key] = known
         return known
 
-    def demand_of(self, load: ResolvedLoad, require_gpu: bool | None, limits: CoreConfig) -> PlacementDemand:
+    def demand_of(self, load: ResolvedLoad, asked: Options, limits: CoreConfig) -> PlacementDemand:
         """Return the same, not kept: for options that no request has named."""
-        options, footprint, require_gpu = load.options, load.footprint, limits.require_gpu or bool(require_gpu)
+        options, footprint, require_gpu = load.options, load.footprint, limits.require_gpu or bool(asked.require_gpu)
         if limits.memory_limited:
             footprint = replace(footprint, mapped=False, mapped_on_host=False)
         if isinstance(self.profile, Footprint):
@@ -136,7 +153,12 @@ class ModelRecord(Record):
         }
         shown = shown_parts(footprint, alike)
         spread = limits.spread_over_gpus
-        return PlacementDemand(footprint, options.num_gpu, options.main_gpu, seen, spread, require_gpu, shown)
+        devices = None if asked.devices is None else frozenset(map(DeviceId, asked.devices))
+        libraries = self.profile.gpu_libraries if self.profile is not None else None
+        return PlacementDemand(
+            footprint, options.num_gpu, options.main_gpu, seen, spread, require_gpu, shown,
+            devices=devices, libraries=libraries,
+        )  # fmt: skip
 
     def step_down(self, failed: Runner) -> bool:
         """Limit automatic contexts after a load with one ran out of memory; return False if none is smaller."""
@@ -170,6 +192,7 @@ class ModelRecord(Record):
             self.measured.clear()
             self.ran_out.clear()
             self.back_offs.clear()
+            self.last_context = self.context_growths = 0
             self.without_defaults = False
             self.loads.clear()
             self.shortest_load.clear()

@@ -20,6 +20,8 @@ def match(runner: Runner, asked: Options, explicit: Options | None = None) -> bo
         return True
     if asked.require_gpu and not runner.fully_offloaded:
         return False
+    if asked.devices is not None and any(gpu not in asked.devices for gpu, _ in runner.placement.gpu_layers):
+        return False
     asked = without_what_is_had(runner, asked)
     usual = runner.usual_options
     if explicit is None:
@@ -60,8 +62,8 @@ def serves(loaded: Options, asked: Options, usual: Options = AUTOMATIC) -> bool:
 
     An option that is not named matches, as does a negative `num_gpu`; but context and slots that are not named are
     those of `usual` at least. A larger context or more slots serve a request for less. All other named options must be
-    equal, but for `require_gpu`, which depends on the runner's placement. A request for more than the model can have is
-    served once its options are resolved.
+    equal, but for `require_gpu` and `devices`, which depend on the runner's placement. A request for more than the
+    model can have is served once its options are resolved.
     """
     return (
         _within(usual.num_ctx if asked.num_ctx is None else asked.num_ctx, loaded.num_ctx)

@@ -119,6 +119,15 @@ def _has(runner: Runner, asked: Options, state: CoreState) -> bool:
 
 
 @of_outcome(Plan)
+def layers_go_to_the_gpus_that_are_named(_: StepOutcome, plan: Plan) -> None:
+    """Where a request names GPUs, no layer of its model goes to another one."""
+    for group, _load, placement in plan.launches:
+        if (named := group.spec.options.devices) is not None:
+            others = [gpu for gpu, _ in placement.gpu_layers if gpu not in named]
+            assert not others, f"{group.spec.model} goes to {', '.join(others)}"
+
+
+@of_outcome(Plan)
 def no_younger_request_takes_what_an_older_one_waits_for(step: StepOutcome, plan: Plan) -> None:
     """A launch, or a grant of memory, leaves alone what the oldest request group that waits will have.
 

@@ -25,7 +25,7 @@ Model = Footprint | DeclaredModel
 OPTIONS = (
     Options(), Options(), Options(), Options(), Options(num_ctx=2048), Options(num_ctx=8192), Options(num_gpu=0),
     Options(num_gpu=1), Options(num_gpu=99), Options(main_gpu=1), Options(num_parallel=2), Options(num_thread=2),
-    Options(num_ctx=10**6), Options(num_parallel=1000),
+    Options(num_ctx=10**6), Options(num_parallel=1000), Options(devices=("gpu0",)),
 )  # fmt: skip
 
 

@@ -207,7 +207,8 @@ class _View:
             sorted(map(canonical.shared, model.resolutions)),
             model.inspecting,
             model.pinned, min(model.failures, MOST_FAILURES), self.times[good_at], self.times[model.blocked_until],
-            model.load_exclusively, model.without_defaults, bool(model.loads), model.context_limit or 0,
+            model.load_exclusively, model.without_defaults, bool(model.loads), model.last_context,
+            model.context_growths, model.context_limit or 0,
             sorted((gpu, amount) for gpu, (amount, _) in model.ran_out.items()),
             sorted(
                 (canonical.shared(asked), min(one.failures, MOST_FAILURES), self.times[one.until])

@@ -17,13 +17,13 @@ from fsm.domain.devices import HOST, DeviceId, DeviceSample
 from fsm.messages.events import Sampled
 from fsm.placement.search import MEASURED_HEADROOM, PREDICTED_HEADROOM
 from fsm.sizing.load_history import NOTHING
-from scheduler.api.environment import llama_engine
+from scheduler.api.environment import device_reader, llama_engine
 from scheduler.api.fit import Fit, FitDevice, fit_of
 from scheduler.api.scheduler import limits_of
 from scheduler.concurrency.clock import monotonic_clock
 from scheduler.config.quantities import parse_bytes
 from scheduler.config.settings import Settings
-from scheduler.devices.device_reader import DeviceReader
+from scheduler.devices.device_reader import of_gpu
 from scheduler.engines.python import PythonEngine
 from scheduler.errors.exceptions import InvalidSettings
 from scheduler.errors.formatting import format_bytes
@@ -90,11 +90,7 @@ def _devices(
     settings: Settings, host: str | None, gpus: Sequence[str]
 ) -> tuple[tuple[DeviceSample, ...], tuple[str, ...]]:
     """Return the devices, as read or as imagined, and what could not be read of them, in sentences."""
-    devices = DeviceReader(
-        memory_limit_bytes=settings.memory_limit,
-        gpus=settings.gpus and not gpus,
-        gpu_reserve_bytes=settings.gpu_reserve,
-    )
+    devices = device_reader(settings, gpus=not gpus)
     samples = list(devices.sample())
     devices.close()
     if host is not None:
@@ -104,7 +100,8 @@ def _devices(
         name, separator, rest = text.rpartition("=")
         if not separator or not name or name in {sample.id for sample in samples}:
             raise InvalidSettings("--gpu", text, "a name and a size, like card=24GiB, each name once")
-        size = max(0, _size("--gpu", rest) - settings.gpu_reserve)
+        size = max(0, _size("--gpu", rest) - (of_gpu(settings.gpu_reserve, name) or 0))
+        size = min(size, of_gpu(settings.gpu_limit or (), name) or size)
         samples.append(DeviceSample(DeviceId(name), "gpu", name, size, size))
     return tuple(samples), devices.problems
 

@@ -20,11 +20,10 @@ from fsm.messages.events import Sampled
 from fsm.messages.refusals import DoesNotFitRefusal
 from fsm.preview import preview
 from fsm.sizing.model_profile import ModelProfile
-from scheduler.api.environment import llama_engine
+from scheduler.api.environment import device_reader, llama_engine
 from scheduler.api.scheduler import limits_of
 from scheduler.concurrency.clock import monotonic_clock
 from scheduler.config.settings import Settings
-from scheduler.devices.device_reader import DeviceReader
 from scheduler.engines.llama import LlamaEngine
 from scheduler.engines.llama_options import ENCODERS
 from scheduler.errors.exceptions import InvalidModel
@@ -94,9 +93,7 @@ def read_rows(catalog: Catalog, core: Core, engine: LlamaEngine, progress: Progr
 
 def _core_of(settings: Settings) -> Core:
     """Return a core that has the devices as they are, and no runners."""
-    devices = DeviceReader(
-        memory_limit_bytes=settings.memory_limit, gpus=settings.gpus, gpu_reserve_bytes=settings.gpu_reserve
-    )
+    devices = device_reader(settings)
     core = Core(limits_of(settings), settings.eviction)
     core.step(monotonic_clock(), Sampled(devices.sample()))
     devices.close()

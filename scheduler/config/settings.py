@@ -26,6 +26,7 @@ from scheduler.config.value_parsers import (
     folders,
     memory,
     optional,
+    per_gpu,
     size,
 )
 from scheduler.errors.exceptions import InvalidSettings
@@ -72,7 +73,8 @@ class SettingsArguments(ChangeableArguments, total=False):
     cache_type: str | None
     spread_over_gpus: bool
     require_gpu: bool
-    gpu_reserve: str | int
+    gpu_reserve: str | int | Mapping[str, str | int]
+    gpu_limit: str | int | Mapping[str, str | int] | None
     models: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
     lock_folder: str | os.PathLike[str] | None
     measurement_file: str | os.PathLike[str] | None
@@ -116,7 +118,8 @@ class Settings:
     cache_type: str | None
     spread_over_gpus: bool
     require_gpu: bool
-    gpu_reserve: int
+    gpu_reserve: tuple[tuple[str, int], ...]  # bytes by the id of a GPU; "" stands for each that is not named
+    gpu_limit: tuple[tuple[str, int], ...] | None
     models: tuple[Path, ...]
     lock_folder: Path | None
     measurement_file: Path | None
@@ -320,7 +323,15 @@ SETTINGS = (
         "OLLAMA_SCHED_SPREAD", former="spread",
     ),
     Setting("require_gpu", False, flag, "whether a model is refused rather than placed on the host, in part or whole"),
-    Setting("gpu_reserve", 0, size, "memory to keep free on each GPU that has its own", "OLLAMA_GPU_OVERHEAD"),
+    Setting(
+        "gpu_reserve", 0, per_gpu,
+        "memory to keep free on each GPU that has its own, beside what other programs take, or by the ids of GPUs",
+        "OLLAMA_GPU_OVERHEAD",
+    ),
+    Setting(
+        "gpu_limit", None, optional(per_gpu),
+        "memory of each GPU that models may take, whatever other programs take, or by the ids of GPUs; none: all of it",
+    ),
     Setting("models", (), folders, "folders in which models are found by name; several as in PATH"),
     Setting(
         "lock_folder", "auto", optional(_lock_folder),

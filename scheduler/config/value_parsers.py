@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -49,6 +49,20 @@ def duration(*, zero: bool = True) -> Callable[[str, Any], float]:
 def size(name: str, value: Any) -> int:
     """Return a size in bytes."""
     return parse_bytes(value, name=name)
+
+
+def per_gpu(name: str, value: Any) -> tuple[tuple[str, int], ...]:
+    """Return pairs of the id of a GPU and a size in bytes; "" stands for every GPU that is not named.
+
+    One size is for all; several are a mapping, or a text like "1GiB,GPU-5f3c=2GiB".
+    """
+    if isinstance(value, str) and "=" in value:
+        parts = [part.rpartition("=") for part in value.split(",") if part.strip()]
+        value = {gpu.strip(): amount.strip() for gpu, _, amount in parts}
+    sizes = value if isinstance(value, Mapping) else dict(value) if isinstance(value, tuple) else {"": value}
+    if not all(isinstance(gpu, str) for gpu in sizes):
+        raise InvalidSettings(name, value, "a size, or sizes by the ids of GPUs")
+    return tuple((gpu, size(name, amount)) for gpu, amount in sizes.items())
 
 
 def memory(name: str, value: Any) -> int:

@@ -20,11 +20,21 @@ TRUST_S = 30.0  # a driver that has not answered for longer gets no loads: it mi
 _CLOSE_S = 1.0
 
 
+GpuBytes = tuple[tuple[str, int], ...]  # by the id of a GPU; "" stands for every GPU that is not named
+
+
+def of_gpu(amounts: GpuBytes, gpu: str) -> int | None:
+    """Return the bytes of one GPU, or else of every GPU that is not named; None where there are none."""
+    known = dict(amounts)
+    return known.get(gpu, known.get(""))
+
+
 class DeviceReader:
     """Reads the devices; safe to call from several threads, one of which reads at a time.
 
-    `memory_limit_bytes` caps the host's capacity, and not the free bytes that it reports. `gpu_reserve_bytes` are taken
-    off both, on every GPU with memory of its own. Nothing here raises because of a GPU or its driver: a device that
+    `memory_limit_bytes` caps the host's capacity, and not the free bytes that it reports; `gpu_limit_bytes` does the
+    same on GPUs with memory of their own. `gpu_reserve_bytes` are taken off both there. These two are by the ids of
+    GPUs; "" stands for every GPU that is not named. Nothing here raises because of a GPU or its driver: a device that
     cannot be read is left out and named in `problems`.
 
     The driver is called on a thread of its own, since a call may take long or never return. A thread that reads waits
@@ -37,12 +47,14 @@ class DeviceReader:
         *,
         memory_limit_bytes: int | None = None,
         gpus: bool = True,
-        gpu_reserve_bytes: int = 0,
+        gpu_reserve_bytes: GpuBytes = (),
+        gpu_limit_bytes: GpuBytes | None = None,
         environment: Mapping[str, str] = os.environ,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._memory_limit_bytes = memory_limit_bytes
         self._gpu_reserve_bytes = gpu_reserve_bytes
+        self._gpu_limit_bytes = gpu_limit_bytes or ()
         self._clock = clock
         self._driver = Nvml(environment, clock) if gpus else None
         self._lock = threading.Lock()  # held during a reading; the driver's thread never takes it
@@ -69,6 +81,10 @@ class DeviceReader:
             host = self._sample_host()
             reading = self._reading if self._trusted() else None
             return (host, *(self._sample_gpu(gpu, host) for gpu in (reading.gpus if reading is not None else ())))
+
+    def sees_gpus(self) -> bool:
+        """Tell whether the last sample had GPUs; nothing is read for it."""
+        return self._reading is not None and bool(self._reading.gpus)
 
     def gpu_processes(self) -> Mapping[DeviceId, Mapping[int, int]]:
         """Return the bytes that each process held on each visible GPU, by pid, at the last sample.
@@ -163,8 +179,11 @@ class DeviceReader:
         """
         if not gpu.capacity_bytes:
             return DeviceSample(gpu.id, "gpu", gpu.name, host.capacity_bytes, host.free_bytes, integrated=True)
-        capacity_bytes = max(0, gpu.capacity_bytes - self._gpu_reserve_bytes)
-        free_bytes = gpu.free_bytes - self._gpu_reserve_bytes
+        reserve_bytes = of_gpu(self._gpu_reserve_bytes, gpu.id) or 0
+        limit_bytes = of_gpu(self._gpu_limit_bytes, gpu.id)
+        capacity_bytes = max(0, gpu.capacity_bytes - reserve_bytes)
+        capacity_bytes = capacity_bytes if limit_bytes is None else min(capacity_bytes, limit_bytes)
+        free_bytes = gpu.free_bytes - reserve_bytes
         return DeviceSample(
             gpu.id, "gpu", gpu.name, capacity_bytes, free_bytes, instance=gpu.instance, fresh=self._fresh
         )

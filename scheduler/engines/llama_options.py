@@ -57,9 +57,9 @@ def resolve(info: ModelInfo, options: Options, defaults: Options = AUTOMATIC) ->
     The context is at least 4 tokens (2048 for a vision model) and at most the context that the model was trained with.
     A batch is at least 2 tokens, and as many as there are slots. An embedder has one slot, and its batch holds a whole
     context, since llama.cpp refuses an input that is pooled in more than one pass, unless its last token alone counts.
-    `num_gpu`, `main_gpu`, `num_thread`, `use_mmap`, `flash_attention` and `require_gpu` stay as they are. An option
-    that is not named is first taken from `defaults`, where the model can have it. Resolving options twice changes
-    nothing.
+    `num_gpu`, `main_gpu`, `num_thread`, `use_mmap`, `flash_attention`, `devices` and `require_gpu` stay as they are. An
+    option that is not named is first taken from `defaults`, where the model can have it. Resolving options twice
+    changes nothing.
     """
     if defaults != AUTOMATIC:
         options = _with_defaults(info, options, defaults)

@@ -103,7 +103,9 @@ def fingerprint(info: ModelInfo) -> str:
 def sized_options(options: Options) -> Options:
     """Return the part of resolved options that caches and compute buffers depend on, with the slots of a dry run."""
     slots = min(options.num_parallel or 1, MOST_TOLD_SLOTS)
-    named = replace(options, num_gpu=None, main_gpu=None, num_thread=None, use_mmap=None, require_gpu=None)
+    named = replace(
+        options, num_gpu=None, main_gpu=None, num_thread=None, use_mmap=None, devices=None, require_gpu=None
+    )
     return replace(named, num_parallel=slots)
 
 
@@ -173,4 +175,4 @@ def _with_sizes(info: ModelInfo, options: Options, told: Told | None) -> Resolve
         + images_bytes(info),
         results_bytes=results_bytes(info, options),
     )
-    return ResolvedLoad(replace(options, require_gpu=None), footprint, settings.encoded())
+    return ResolvedLoad(replace(options, devices=None, require_gpu=None), footprint, settings.encoded())

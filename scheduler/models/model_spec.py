@@ -37,6 +37,7 @@ class ModelSpec:
     keep_alive: str | float | None = None
     pin: bool = False  # never evicted for other models
     priority: int = 0  # a request group of higher priority goes first
+    devices: tuple[str, ...] | None = None  # ids of the GPUs that layers may go to, unless a request names others
     id: ModelId = field(init=False)  # the same for specs of the same identity; links are followed when the spec is made
 
     def __hash__(self) -> int:
@@ -49,6 +50,7 @@ class ModelSpec:
         object.__setattr__(self, "projectors", _several("projectors", self.projectors))
         check_name(self.name)
         check_switch("pin", self.pin)
+        object.__setattr__(self, "devices", device_ids(self.devices))
         if not isinstance(self.embedding, bool):
             raise UnsupportedOption("embedding", self.embedding, "it must be of type bool")
         if not isinstance(self.options, Options):
@@ -74,6 +76,16 @@ class ModelSpec:
             adapters=tuple(map(_real, self.adapters)),
             projectors=tuple(map(_real, self.projectors)),
         )
+
+
+def device_ids(value: object) -> tuple[str, ...] | None:
+    """Return ids of GPUs, sorted, each once; raises `UnsupportedOption` for what is no list of ids, or an empty one."""
+    if value is None:
+        return None
+    names = value if isinstance(value, list | tuple | set | frozenset) else None
+    if not names or not all(isinstance(name, str) and name for name in names):
+        raise UnsupportedOption("devices", value, 'it must be a list of GPUs by their ids, as in ["GPU-5f3c…"]')
+    return tuple(sorted(set(names)))
 
 
 def check_text(name: str, value: object) -> None:

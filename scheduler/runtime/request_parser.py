@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict
@@ -17,7 +17,7 @@ from scheduler.config.value_parsers import CACHE_TYPES, LARGEST_NUMBER
 from scheduler.engines.python import PythonModel
 from scheduler.errors.exceptions import InvalidSettings, ModelNotFound, UnsupportedOption
 from scheduler.models.catalog import Catalog, is_like_a_path, is_path
-from scheduler.models.model_spec import Files, ModelSpec
+from scheduler.models.model_spec import Files, ModelSpec, device_ids
 
 Model = str | os.PathLike[str] | ModelSpec | PythonModel
 
@@ -38,6 +38,7 @@ class AcquireOptions(TypedDict, total=False):
     flash_attention: bool | None
     cache_type_k: str | None  # f32, f16, bf16, q8_0, q5_1, q5_0, q4_1, q4_0 or iq4_nl
     cache_type_v: str | None
+    devices: Sequence[str] | None  # ids of the GPUs that layers may go to
     require_gpu: bool | None  # place the model whole on GPUs, or refuse the request
     adapters: Files | None  # LoRA files
     projectors: Files | None  # files of a vision model
@@ -142,12 +143,16 @@ class RequestParser:
             if isinstance(spec, PythonModel) and value is not None:
                 raise UnsupportedOption(name, value, "an object has no load-time options")
         named = {name: value for name, value in named.items() if value is not None}
+        if "devices" in named:
+            named["devices"] = device_ids(named["devices"])
         options = Options() if isinstance(spec, PythonModel) else replace(spec.options, **named)
         keep_alive, timeout = asking.get("keep_alive"), asking.get("timeout")
         if keep_alive is None:
             keep_alive = spec.keep_alive
         keep_alive_s = None if keep_alive is None else parse_duration(keep_alive, name="keep_alive")
         timeout_s = None if timeout is None else parse_duration(timeout, name="timeout")
+        if options.devices is None and isinstance(spec, ModelSpec) and spec.devices is not None:
+            options = replace(options, devices=spec.devices)
         for each in fields(options):  # the options of the model itself are checked too
             _check(each.name, getattr(options, each.name))
         priority = asking.get("priority")
@@ -204,6 +209,9 @@ def _lasts(model: Model) -> bool:
 
 
 def _check(name: str, value: object) -> None:
+    if name == "devices":
+        device_ids(value)
+        return
     kind = _KINDS.get(name)
     if kind is None:
         known = ", ".join(sorted({*_IDENTITY, *_TIMING, *(each.name for each in fields(Options))}))

@@ -345,7 +345,7 @@ def test_who_needs_the_memory_of_what_was_stopped_waits_for_as_long_as_it_may_ta
 def test_a_reserve_is_kept_free_on_each_gpu_with_memory_of_its_own(nvml: StandIn) -> None:
     """A reserve is subtracted from capacity and free memory of each GPU with memory of its own."""
     nvml.say(Gpu("GPU-a", total=1000, free=800), Gpu("GPU-b", total=1000, free=100), Gpu("GPU-c", memory_code=3))
-    devices = DeviceReader(gpu_reserve_bytes=300)
+    devices = DeviceReader(gpu_reserve_bytes=(("", 300),))
     host, first, second, integrated = devices.sample()
     assert (first.capacity_bytes, first.free_bytes) == (700, 500)
     assert (second.capacity_bytes, second.free_bytes) == (700, -200)

@@ -275,6 +275,28 @@ def test_n12_a_load_time_out_of_0_is_without_end_in_the_references_variable_only
         Settings.from_environment({"LOADMASTER_LOAD_TIMEOUT": text})
 
 
+@pytest.mark.parametrize("name", ["gpu_reserve", "gpu_limit"])
+@pytest.mark.parametrize(
+    ("value", "meant"),
+    [
+        ("2GiB", (("", 2 << 30),)),
+        ({"GPU-a": "2GiB", "GPU-b": 1}, (("GPU-a", 2 << 30), ("GPU-b", 1))),
+        ("1GiB, GPU-a = 2GiB", (("", 1 << 30), ("GPU-a", 2 << 30))),
+        ((("GPU-a", 5),), (("GPU-a", 5),)),
+    ],
+)
+def test_u13_memory_of_gpus_is_set_for_all_or_by_their_ids(name: str, value: object, meant: object) -> None:
+    """U13: a reserve and a limit of GPUs are one size for all of them, or sizes by their ids."""
+    assert getattr(Settings(**{name: value}), name) == meant  # type: ignore[arg-type]  # by name
+
+
+@pytest.mark.parametrize("value", ["GPU-a=", "GPU-a=much", {"GPU-a": -1}, {7: "1GiB"}])
+def test_u13_memory_of_gpus_that_is_no_size_is_refused(value: object) -> None:
+    """U13: what is no size of a GPU is refused by the setting's name."""
+    with pytest.raises(InvalidSettings, match="gpu_limit"):
+        Settings(gpu_limit=value)  # type: ignore[arg-type]  # refused
+
+
 def test_our_own_variable_wins_over_the_references() -> None:
     """Our variable wins over the reference's, an argument wins over both, and a loser is not read."""
     environment = {"LOADMASTER_NUM_CTX": "0", "OLLAMA_CONTEXT_LENGTH": "8192", "OLLAMA_MAX_QUEUE": "many"}

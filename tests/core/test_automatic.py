@@ -247,3 +247,67 @@ def test_a_context_that_is_stepped_down_is_no_larger_than_without_gpus() -> None
     pool.feed(out_of_memory(1), exited(1, code=1))
     pool.advance("10s")
     assert told(pool, 2)[0] == 4096
+
+
+# -- a context that grows ---------------------------------------------------------------------------------------------
+
+
+def contexts_of(pool: PoolUnderTest, *asked: int) -> list[int | None]:
+    """Have a model requested with one context after another, each in use for a while; return those of its launches."""
+    for request, context in enumerate(asked, 1):
+        pool.feed(acquire("m", request, num_ctx=context))
+        while request not in pool.answers:
+            pool.settle().advance("1s")
+            if pool.state("m").name == "loading":
+                pool.feed(loaded(pool.runner("m")))
+        pool.feed(release(request))
+        pool.advance("30s")
+    return [launch.options.num_ctx for launch in pool.launches.values()]
+
+
+def a_growing_model(capacity: str = "64GiB") -> PoolUnderTest:
+    """Return a pool with a model that was trained with a context of 65536 tokens."""
+    return a_pool(capacity).declare("m", a_model((amount("100MiB"),) * 8, context_trained=65536))
+
+
+def test_u10_a_context_that_grew_twice_is_given_room_to_grow() -> None:
+    """U10: the third of three growing contexts is rounded up to a power of two, and serves what follows."""
+    assert contexts_of(a_growing_model(), 5000, 6000, 7000, 8000) == [5000, 6000, 8192]
+
+
+def test_u10_a_power_of_two_is_room_for_nothing() -> None:
+    """U10: a context that is a power of two itself is given twice as much."""
+    assert contexts_of(a_growing_model(), 2048, 4096, 8192, 16384) == [2048, 4096, 16384]
+
+
+def test_u10_there_is_no_more_room_than_the_model_was_trained_with() -> None:
+    """U10: the room ends at the context that the model was trained with."""
+    assert contexts_of(a_growing_model(), 20000, 40000, 65000) == [20000, 40000, 65536]
+    assert contexts_of(a_growing_model(), 60000, 65000, 65536) == [60000, 65000, 65536]
+
+
+def test_u10_contexts_that_shrink_and_grow_are_taken_as_they_are() -> None:
+    """U10: a context that is larger than the last one, and not than the one before, has grown once."""
+    pool = a_growing_model().declare("n", a_model())
+    for request, context in enumerate((5000, 6000, 3000, 7000), 1):
+        pool.feed(acquire("m", request, num_ctx=context, keep_alive=0))
+        pool.feed(loaded(pool.runner("m")), release(request))
+        pool.settle()
+    assert [launch.options.num_ctx for launch in pool.launches.values()] == [5000, 6000, 3000, 7000]
+
+
+def test_u10_nobody_leaves_for_room_to_grow() -> None:
+    """U10: where memory suffices for the context that was named, and not for more, it is taken as it is."""
+    pool = a_growing_model("2200MiB")
+    assert contexts_of(pool, 20000, 30000, 40000)[-1] == 40000
+
+
+def test_u10_after_memory_ran_out_there_is_no_room() -> None:
+    """U10: the load after one with room that ran out of memory has the context that was named."""
+    pool = a_growing_model()
+    contexts_of(pool, 5000, 6000)
+    pool.feed(acquire("m", 9, num_ctx=7000))
+    pool.settle()
+    pool.feed(exited(pool.runner("m"), 1, "out of memory", out_of_memory=True))
+    pool.settle()
+    assert [launch.options.num_ctx for launch in pool.launches.values()] == [5000, 6000, 8192, 7000]

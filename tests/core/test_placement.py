@@ -23,12 +23,14 @@ from tests.support.pool import (
     acquire,
     amount,
     exited,
+    granted,
     launched,
     layered,
     loaded,
     memory,
     pin,
     refused,
+    release,
     stopped,
 )
 
@@ -374,3 +376,47 @@ def test_compute_buffers_and_projectors_take_their_part_of_a_split() -> None:
     seeing = replace(LAYERS, projectors_bytes=100)
     assert layers({"gpu0": 500, "gpu1": 250}, seeing) == {"gpu0": 3, "gpu1": 2}
     assert layers({"gpu0": 499, "gpu1": 250}, seeing) is None
+
+
+# -- named GPUs -------------------------------------------------------------------------------------------------------
+
+
+def a_pool_of_two_gpus() -> PoolUnderTest:
+    """Return a pool with a roomy GPU and a small one, and a model of 33 layers that either takes."""
+    return a_pool("64GiB", ["24GiB", "16GiB"]).declare("m", a_model((amount("180MiB"),) * 32))
+
+
+def test_u13_layers_go_to_the_gpus_that_are_named() -> None:
+    """U13: a model whose GPUs are named goes to these, although another one has more memory."""
+    pool = a_pool_of_two_gpus().loading("m", devices=("gpu1",))
+    assert dict(pool.launches[1].placement.gpu_layers) == {"gpu1": 33}
+
+
+def test_u13_a_model_goes_in_part_rather_than_to_another_gpu() -> None:
+    """U13: what does not fit on the named GPU stays on the host."""
+    pool = a_pool("64GiB", ["24GiB", "4GiB"]).declare("m", a_model((amount("180MiB"),) * 32))
+    pool.loading("m", devices=("gpu1",))
+    ((gpu, layers),) = pool.launches[1].placement.gpu_layers
+    assert gpu == "gpu1" and 0 < layers < 33
+
+
+def test_u13_a_runner_on_a_named_gpu_serves() -> None:
+    """U13: a request is served by a runner whose GPUs it names, and one on another GPU is loaded anew."""
+    pool = a_pool_of_two_gpus().idle("m")
+    assert granted(pool.feed(acquire("m", 2, devices=("gpu0", "gpu1")), release(2))) == [2]
+    assert granted(pool.feed(acquire("m", 3, devices=("gpu1",)))) == []
+    pool.settle()
+    assert dict(pool.launches[2].placement.gpu_layers) == {"gpu1": 33}
+
+
+def test_u13_a_gpu_that_is_not_there_is_refused_by_name() -> None:
+    """U13: a request that names only GPUs that are not there is refused, and says which."""
+    pool = a_pool_of_two_gpus()
+    pool.feed(acquire("m", 1, devices=("gpu7",)))
+    assert (pool.refusal(1).option, pool.refusal(1).value) == ("devices", "gpu7")
+
+
+def test_u13_what_is_required_is_required_of_the_named_gpus() -> None:
+    """U13: a model that must be whole on GPUs, and does not fit on the named one, is refused."""
+    pool = a_pool("64GiB", ["24GiB", "4GiB"]).declare("m", a_model((amount("180MiB"),) * 32))
+    assert refused(pool.feed(acquire("m", 1, devices=("gpu1",), require_gpu=True))) == {1: DoesNotFitRefusal}

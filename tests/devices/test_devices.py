@@ -195,9 +195,22 @@ def test_memory_that_others_take_and_give_back_is_seen(nvml: StandIn) -> None:
 def test_a_reserve_is_taken_off_every_gpu_with_memory_of_its_own(nvml: StandIn) -> None:
     """A reserve is subtracted from capacity and free memory of every GPU with memory of its own."""
     nvml.say(ONE.but(free=100), Gpu("GPU-i", memory_code=NOT_SUPPORTED))
-    gpus = gpus_of(DeviceReader(gpu_reserve_bytes=200))
+    gpus = gpus_of(DeviceReader(gpu_reserve_bytes=(("", 200),)))
     assert (gpus["GPU-1"].capacity_bytes, gpus["GPU-1"].free_bytes) == (750, -100)
     assert gpus["GPU-i"].integrated
+
+
+@beside_stand_in()
+def test_u13_a_limit_holds_whatever_other_programs_take(nvml: StandIn) -> None:
+    """U13: models may take as much under a limit while others use the rest of a GPU, and less with a reserve."""
+    seen = []
+    for free in (1000, 850):
+        nvml.say(Gpu("GPU-1", total=1000, free=free), Gpu("GPU-2", total=1000, free=1000))
+        limited = gpus_of(DeviceReader(gpu_limit_bytes=(("GPU-1", 850),)))
+        reserved = gpus_of(DeviceReader(gpu_reserve_bytes=(("GPU-1", 150),)))
+        seen.append([min(gpu.capacity_bytes, gpu.free_bytes) for gpu in (limited["GPU-1"], reserved["GPU-1"])])
+        assert limited["GPU-2"].capacity_bytes == reserved["GPU-2"].capacity_bytes == 1000
+    assert seen == [[850, 850], [850, 700]]
 
 
 @beside_stand_in()

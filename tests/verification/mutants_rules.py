@@ -17,6 +17,7 @@ from fsm.machine.runner import LOADING, Runner, RunnerId
 from fsm.messages.events import Acquire, ClaimContended, ClaimGranted, Event, Loaded, Progress
 from fsm.messages.reasons import FailureReason, RanOutOfMemory
 from fsm.placement import search
+from fsm.placement.search import PlacementDemand
 from fsm.planning import planner, relocation
 from fsm.planning.availability import AFTER_DRAINS, AFTER_EVICTIONS, AFTER_STOPS, HORIZONS, AvailabilityProfile, Horizon
 from fsm.planning.planning_context import PlanningContext
@@ -62,6 +63,12 @@ def more_layers_than_there_are_is_another_number(patch: Patch) -> None:
     """A request for 99 layers loads a model anew that has all its 33 layers on GPUs."""
     for module in (runner_match, planner):
         patch.setattr(module, "without_what_is_had", lambda runner, asked: asked)
+
+
+@mutant(SIMULATION)
+def any_gpu_will_do(patch: Patch) -> None:
+    """Layers go to any GPU, although the request names others."""
+    patch.setattr(PlacementDemand, "may_use", lambda demand, gpu: True)
 
 
 # -- better places ----------------------------------------------------------------------------------------------------

@@ -21,8 +21,11 @@ from scheduler.models.sources import default_resolvers
 from scheduler.runtime.driver import Driver
 
 
-def llama_engine(settings: Settings) -> LlamaEngine:
-    """Return the engine of model files, with the settings for the options that requests leave open."""
+def llama_engine(settings: Settings, sees_gpus: Callable[[], bool] = lambda: False) -> LlamaEngine:
+    """Return the engine of model files, with the settings for the options that requests leave open.
+
+    Where `sees_gpus`, the engine is asked which GPUs it can use.
+    """
     defaults = Options(
         num_ctx=settings.num_ctx,
         num_batch=settings.num_batch,
@@ -31,7 +34,17 @@ def llama_engine(settings: Settings) -> LlamaEngine:
         cache_type_k=settings.cache_type,
         cache_type_v=settings.cache_type,
     )
-    return LlamaEngine(defaults, larger_contexts=settings.auto_context_from_vram)
+    return LlamaEngine(defaults, larger_contexts=settings.auto_context_from_vram, sees_gpus=sees_gpus)
+
+
+def device_reader(settings: Settings, *, gpus: bool = True) -> DeviceReader:
+    """Return the reader of the host and of its GPUs, unless these are left out, with the limits of settings."""
+    return DeviceReader(
+        memory_limit_bytes=settings.memory_limit,
+        gpus=settings.gpus and gpus,
+        gpu_reserve_bytes=settings.gpu_reserve,
+        gpu_limit_bytes=settings.gpu_limit,
+    )
 
 
 class Environment:
@@ -39,16 +52,16 @@ class Environment:
 
     def __init__(self) -> None:
         self.clock: Clock = monotonic_clock
+        self._devices: DeviceReader | None = None
 
     def devices(self, settings: Settings) -> DeviceReader:
         """Return the reader of the host and of its GPUs."""
-        return DeviceReader(
-            memory_limit_bytes=settings.memory_limit, gpus=settings.gpus, gpu_reserve_bytes=settings.gpu_reserve
-        )
+        self._devices = device_reader(settings)
+        return self._devices
 
     def engines(self, settings: Settings) -> tuple[Engine, Engine]:
         """Return the engine of model files and the engine of Python objects."""
-        return llama_engine(settings), PythonEngine()
+        return llama_engine(settings, lambda: self._devices is not None and self._devices.sees_gpus()), PythonEngine()
 
     def resolvers(self, settings: Settings) -> Sequence[Resolver]:
         """Return the places where models are found by name."""

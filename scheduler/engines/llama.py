@@ -11,7 +11,7 @@ import re
 import secrets
 import signal
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -29,6 +29,7 @@ from scheduler.devices.cpu_cores import usable_cores
 from scheduler.engines.child_process import Child, Exit, Program
 from scheduler.engines.interface import Buffer, Endpoint, Memory
 from scheduler.engines.llama_dry_run import DryRuns
+from scheduler.engines.llama_gpus import QUESTION, GpuBackends
 from scheduler.engines.llama_profile import (
     NOTHING_TOLD,
     LlamaSettings,
@@ -41,6 +42,7 @@ from scheduler.engines.llama_protocol import largest_sequence, loaded_of
 from scheduler.engines.llama_sizing import holds
 from scheduler.engines.process_supervisor import CLOSE_TIMEOUT_S, ChildLauncher
 from scheduler.errors.exceptions import EngineMissing, ModelNotFound, is_out_of_files
+from scheduler.errors.formatting import printable
 from scheduler.models.gguf_metadata import read_metadata
 from scheduler.models.measurements import installed_version
 from scheduler.models.model_info import ModelInfo
@@ -58,6 +60,8 @@ CHILD: Final = Path(__file__).with_name("llama_child.py")
 DRY_RUN_CHILD: Final = Path(__file__).with_name("llama_dry_run_child.py")
 DETAIL_BYTES = 8 << 10  # longest description of an exit
 KEY_BYTES = 32
+MOST_MISPLACED = 16  # models that are named
+VISIBLE_GPUS: Final = "CUDA_VISIBLE_DEVICES"
 BUSY_PART = 0.05  # share of a probe's time on a CPU: a server that works this much is only slow to answer, and not dead
 BUSY_S = 0.05  # and at least this much: CPU time is counted in ticks of 10 ms
 EXIT_S = 1.0  # how long the report of an exit may come after the end of its connections
@@ -117,6 +121,7 @@ class LlamaProcess:
         gpus: Sequence[DeviceId] = (),
         kept_bytes: int = 0,
         results_bytes: int = 0,
+        misplaced: Callable[[bool], None] = lambda found: None,
     ) -> None:
         self.child: Child | None = None  # set before its first call as a listener
         self.buffers: tuple[Buffer, ...] = ()  # as reported by the child once it serves
@@ -124,6 +129,9 @@ class LlamaProcess:
         self._key = key
         self._gpus = gpus  # the GPUs that the child sees, in its order
         self._kept_bytes = kept_bytes  # most of the host's memory for kept prompts and for computing
+        self._misplaced = (
+            misplaced  # told whether its weights are all on the host, although it was to have layers on GPUs
+        )
         self._results_bytes = results_bytes  # what an embedder allocates for its results with its first request
         self._url = ""  # set once it serves
         self._num_ctx: int | None = None  # context of a slot, once it serves and if it reports it
@@ -214,6 +222,8 @@ class LlamaProcess:
                 if (loaded := loaded_of(message, self._gpus)) is None:
                     return
                 self.buffers, self._num_ctx, self._url = loaded.buffers, loaded.num_ctx, loaded.url
+                weights = {each.device for each in self.buffers if each.kind == "weights"}
+                self._misplaced(bool(self._gpus) and weights == {HOST})
                 memory = self.memory()
                 self._most_bytes = self._most(memory)
                 memory = replace(memory, to_come=self._to_come(memory))
@@ -295,17 +305,29 @@ class LlamaProcess:
 class LlamaEngine:
     """Runs the models of `ModelSpec`s; its threads start with the first launch."""
 
-    def __init__(self, defaults: Options = AUTOMATIC, *, larger_contexts: bool = False) -> None:
+    def __init__(
+        self,
+        defaults: Options = AUTOMATIC,
+        *,
+        larger_contexts: bool = False,
+        sees_gpus: Callable[[], bool] = lambda: False,
+    ) -> None:
         self._defaults = defaults  # of options that requests leave open
         self._larger_contexts = larger_contexts  # whether an automatic context follows from the GPUs' memory
         self._processes = ChildLauncher()
         self._version = installed_version(ENGINE)  # empty where it is not installed
         self._dry_runs = DryRuns(self._processes, _dry_run_program)
+        self._misplaced: dict[str, None] = {}  # names of models, each until it is loaded where it was to go
+        self._backends = GpuBackends(self._processes, _backends_program, sees_gpus)
 
     @property
     def problems(self) -> tuple[str, ...]:
-        """The models whose memory llama.cpp did not tell, and why, in sentences."""
-        return self._dry_runs.problems
+        """That llama.cpp cannot use the GPUs, and the models whose memory it did not tell, in sentences."""
+        misplaced = (
+            f"llama.cpp has put no layer of {printable(name)} on the GPUs that were chosen for it: all are on the host"
+            for name in tuple(self._misplaced)
+        )
+        return (*self._backends.problems, *misplaced, *self._dry_runs.problems)
 
     def require(self) -> None:
         """Raise `EngineMissing` if the library is not installed."""
@@ -323,8 +345,8 @@ class LlamaEngine:
         info = read_metadata(
             model.path, adapters=model.adapters, projectors=model.projectors, embedding=model.embedding
         )
-        asked = tuple(asked)
-        profile = self.profile(info, asked)
+        asked, usable = tuple(asked), self._backends.usable()
+        profile = replace(self.profile(info, asked), gpu_libraries=usable)
         if holds(info, self._version) or find_library() is None:
             return profile
         key = secrets.token_urlsafe(KEY_BYTES)  # of no server, but every request names one
@@ -332,7 +354,8 @@ class LlamaEngine:
         for load in loads_of(profile):
             sized, settings = sized_options(load.options), LlamaSettings.decoded(load.settings)
             loads[sized] = self._request(model, sized, settings, Placement(()), key)
-        return self.profile(info, asked, self._dry_runs.sizes(model.name, profile.fingerprint, loads))
+        told = self._dry_runs.sizes(model.name, profile.fingerprint, loads)
+        return replace(self.profile(info, asked, told), gpu_libraries=usable)
 
     def profile(self, info: ModelInfo, asked: Iterable[Options], told: Told = NOTHING_TOLD) -> ModelProfile:
         """Return how a model of this metadata is loaded for these options, without a dry run."""
@@ -364,10 +387,17 @@ class LlamaEngine:
             gpus=gpus,
             kept_bytes=resolved.kept_bytes + (0 if gpus else resolved.projector_work_bytes),
             results_bytes=resolved.results_bytes,
+            misplaced=lambda found: self._note_misplaced(model.name, found),
         )
         process.child = Child(_program(CHILD, request, gpus), process)
         self._processes.start(process.child)
         return process
+
+    def _note_misplaced(self, name: str, found: bool) -> None:
+        if not found:
+            self._misplaced.pop(name, None)
+        elif len(self._misplaced) < MOST_MISPLACED:
+            self._misplaced[name] = None
 
     def close(self, timeout_s: float = CLOSE_TIMEOUT_S) -> None:
         """Kill every child that is left, reap it, and end the threads; in a fork this does nothing."""
@@ -423,6 +453,16 @@ def _dry_run_program(loads: Sequence[Request]) -> Program:
     )
 
 
+def _backends_program() -> Program | None:
+    """Return the program that asks llama.cpp for its backends, and sees the GPUs that this program does."""
+    if (library := find_library()) is None:
+        return None
+    environment = child_environment(os.environ, ())
+    del environment[VISIBLE_GPUS]  # none, for the child of a model on the host
+    visible = {VISIBLE_GPUS: os.environ[VISIBLE_GPUS]} if VISIBLE_GPUS in os.environ else {}
+    return Program((sys.executable, "-I", "-S", "-c", QUESTION, library), environment | visible)
+
+
 def find_library() -> str | None:
     """Return the folder that holds the xllamacpp package, without importing it; None if it is not installed."""
     spec = importlib.util.find_spec("xllamacpp")
@@ -432,7 +472,7 @@ def find_library() -> str | None:
 def child_environment(environment: Mapping[str, str], gpus: Iterable[DeviceId]) -> dict[str, str]:
     """Return the part of `environment` that a child gets, and the GPUs that its layers are on, in their order."""
     kept = {name: value for name, value in environment.items() if name in _KEPT or name.startswith(_KEPT_PREFIXES)}
-    return {**kept, **_WAITING, **_ABORTING, "CUDA_VISIBLE_DEVICES": ",".join(gpus)}
+    return {**kept, **_WAITING, **_ABORTING, VISIBLE_GPUS: ",".join(gpus)}
 
 
 def without_requests(output: str) -> str:

@@ -31,6 +31,8 @@ from scheduler.devices.device_reader import DeviceReader
 SOURCE = Path(__file__).with_name("stand_in.c")
 ROOT = SOURCE.parents[3]
 TIMEOUT_S = 120.0
+# set by tests in which llama.cpp says which GPUs it can use; in all others it is taken to have a backend for CUDA
+ASKS_LLAMA = "ASKS_LLAMA"
 NOT_SUPPORTED, NO_PERMISSION, NO_DRIVER, LOST, MISMATCH = 3, 4, 9, 15, 18  # what NVML's functions return
 
 
@@ -142,6 +144,8 @@ def _run(body: Callable[[StandIn], None], folder: Path, state: Path, environment
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("CUDA_", "LOADMASTER_"))}
     program = (
         "from pathlib import Path; from tests.support.leaks import no_leaks; from tests.support.nvml import StandIn\n"
+        "from scheduler.engines.llama_gpus import GpuBackends\n"
+        f"if not {ASKS_LLAMA in environment}: GpuBackends.usable = lambda self: ('CUDA',)\n"
         f"from {body.__module__} import {body.__name__} as test\n"
         f"with no_leaks(): test.body(StandIn(Path({str(state)!r})))"
     )

@@ -232,17 +232,24 @@ def _evaluate_model(
         retry_after_s = back_off.until - context.state.now
         context.plan.refusals.append((group, LoadFailedRefusal(model.id, back_off.reason, retry_after_s)))
         return None
-    if demand.devices is not None and not any(gpu.id in demand.devices for gpu in context.gpus):
-        named = ", ".join(sorted(demand.devices))
-        context.plan.refusals.append(
-            (group, UnsupportedOption(model.id, "devices", named, UnsupportedReason.no_such_gpu))
-        )
-        return None
-    if demand.names_too_few_layers:
-        refusal = UnsupportedOption(model.id, "num_gpu", demand.num_gpu or 0, UnsupportedReason.needs_all_layers)
-        context.plan.refusals.append((group, refusal))
+    if (refused := _refused_option(context, demand)) is not None:
+        context.plan.refusals.append((group, UnsupportedOption(model.id, *refused)))
         return None
     return load, demand
+
+
+def _refused_option(
+    context: PlanningContext, demand: PlacementDemand
+) -> tuple[str, int | str, UnsupportedReason] | None:
+    """Return the name of an option that no placement can obey, its value, and why."""
+    gpus, main = context.gpus, demand.main_gpu
+    if demand.devices is not None and not any(gpu.id in demand.devices for gpu in gpus):
+        return "devices", ", ".join(sorted(demand.devices)), UnsupportedReason.no_such_gpu
+    if main is not None and gpus and main not in range(len(gpus)):
+        return "main_gpu", main, UnsupportedReason.no_such_gpu
+    if demand.names_too_few_layers:
+        return "num_gpu", demand.num_gpu or 0, UnsupportedReason.needs_all_layers
+    return None
 
 
 def _stays(context: PlanningContext, runner: Runner, asked: Options) -> bool:

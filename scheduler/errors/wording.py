@@ -102,7 +102,7 @@ UNSUPPORTED: Mapping[UnsupportedReason, str] = MappingProxyType(
         UnsupportedReason.too_many_threads: f"llama.cpp has at most {MOST_THREADS} threads",
         UnsupportedReason.partial_blocks: "the model's heads are no whole blocks of the type",
         UnsupportedReason.needs_flash_attention: "without flash attention llama.cpp cannot quantise values",
-        UnsupportedReason.no_such_gpu: "there is no such GPU now: name one by its id, as the status shows it",
+        UnsupportedReason.no_such_gpu: "there is no such GPU now; the status shows those that there are",
         UnsupportedReason.needs_all_layers: "all layers are required on GPUs: name no fewer, or leave it out",
     }
 )

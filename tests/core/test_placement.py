@@ -420,3 +420,18 @@ def test_u13_what_is_required_is_required_of_the_named_gpus() -> None:
     """U13: a model that must be whole on GPUs, and does not fit on the named one, is refused."""
     pool = a_pool("64GiB", ["24GiB", "4GiB"]).declare("m", a_model((amount("180MiB"),) * 32))
     assert refused(pool.feed(acquire("m", 1, devices=("gpu1",), require_gpu=True))) == {1: DoesNotFitRefusal}
+
+
+@pytest.mark.parametrize("index", [2, 99, -1])
+def test_n21_a_gpu_to_prefer_that_is_not_there_is_refused_by_name(index: int) -> None:
+    """N21: an index of a GPU that there is not is refused; the same model is loaded for a request without it."""
+    pool = a_pool_of_two_gpus()
+    pool.feed(acquire("m", 1, main_gpu=index))
+    assert (pool.refusal(1).option, pool.refusal(1).value) == ("main_gpu", index)
+    assert launched(pool.feed(acquire("m", 2, main_gpu=1))) == ["m"]
+
+
+def test_n21_without_gpus_there_is_none_to_prefer() -> None:
+    """N21: on a machine without GPUs, a GPU to prefer means nothing."""
+    pool = a_pool("64GiB").declare("m", a_model())
+    assert launched(pool.feed(acquire("m", 1, main_gpu=3))) == ["m"]

@@ -75,16 +75,7 @@ def load_failed(step: StepContext, runner: Runner, reason: FailureReason, *, out
     runners.crash(step, runner, reason)
     note_failed_load(state, runner, out_of_memory=out_of_memory)
     model.context_growths = 0  # the next load has no room to grow
-    again = out_of_memory and not (model.load_exclusively and model.failures)
-    if survivors := [request for request in waiting if again and not request.survived]:  # 1
-        model.failure = reason
-        model.failures += model.load_exclusively
-        model.load_exclusively = not model.step_down(runner)
-        for request in survivors:  # to a request that named its context, the load with a smaller one is no second try
-            request.survived = model.load_exclusively or request.spec.options.num_ctx is None
-        refuse_failed(
-            step, [request for request in waiting if request not in survivors], reason, 0.0, out_of_memory=True
-        )
+    if out_of_memory and _try_again(step, runner, waiting, reason):  # 1
         return
     model.load_exclusively = False
     options, has_defaults = model.load_of(runner)
@@ -100,6 +91,23 @@ def load_failed(step: StepContext, runner: Runner, reason: FailureReason, *, out
         until = back_off(step, model, reason)
         waiting = [request for group in state.groups_of_model(model.id) for request in group.requests.values()]
     refuse_failed(step, waiting, reason, until, out_of_memory=out_of_memory)
+
+
+def _try_again(step: StepContext, runner: Runner, waiting: list[Request], reason: FailureReason) -> bool:
+    """Have a load that ran out of memory tried once more for each request that waited; False where there is none."""
+    model = step.state.models[runner.model]
+    again = not (model.load_exclusively and model.failures)
+    survivors = [request for request in waiting if again and not request.survived]
+    if not survivors:
+        return False
+    model.failure = reason
+    model.failures += model.load_exclusively
+    model.load_exclusively = not model.step_down(runner)
+    for request in survivors:  # to a request that named its context, the load with a smaller one is no second try
+        request.survived = model.load_exclusively or request.spec.options.num_ctx is None
+    others = [request for request in waiting if request not in survivors]
+    refuse_failed(step, others, reason, step.state.now, out_of_memory=True)
+    return True
 
 
 def options_are_to_blame(state: CoreState, model: ModelRecord) -> bool:

@@ -10,9 +10,11 @@ from scheduler.api.pending_lease import Reservation
 from scheduler.api.scheduler import Scheduler
 from scheduler.api.status import RunnerStatus, Status, WaitStatus
 from scheduler.config.settings import Settings
+from scheduler.engines.answer import Answer
 from scheduler.engines.python import PythonModel
 from scheduler.errors.exceptions import (
     AcquireTimeout,
+    AnswerTimeout,
     DoesNotFit,
     EngineError,
     EngineMissing,
@@ -38,6 +40,8 @@ from scheduler.runtime.event_stream import ConsideredDevice, ConsideredRunner, D
 
 __all__ = [
     "AcquireTimeout",
+    "Answer",
+    "AnswerTimeout",
     "Candidate",
     "Catalog",
     "ConsideredDevice",

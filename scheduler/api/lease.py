@@ -5,15 +5,17 @@ from __future__ import annotations
 import asyncio
 import threading
 import warnings
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, overload
 
 from fsm.machine.runner import RunnerId
 from scheduler.config.quantities import parse_duration, wait_limit
+from scheduler.engines.answer import Answer
+from scheduler.engines.answer_requests import Messages
 from scheduler.engines.interface import Endpoint
-from scheduler.engines.runner_client import Answer, Connection, Messages, RunnerClient
+from scheduler.engines.runner_client import Call, RunnerClient
 from scheduler.errors.exceptions import InvalidSettings, LeaseReleased, RunnerCrashed, UnsupportedOption
 from scheduler.runtime.pending_request import NonCopyable, PendingRequest
 
@@ -23,14 +25,21 @@ if TYPE_CHECKING:
 _IS_OBJECT = "it is an object without a server: use the value of the lease"
 
 
-def _silence_s(timeout: str | float | None) -> float | None:
-    """Return how many seconds a runner may be silent, None for ever; raises `InvalidSettings` for another value."""
-    if timeout is None:
+def _limits(timeout: str | float | None, total_timeout: str | float | None) -> dict[str, float | None]:
+    """Return the limits of a call in seconds, None for ever; raises `InvalidSettings` for another value."""
+    return {
+        "timeout_s": _limit_s("timeout", timeout),
+        "total_timeout_s": _limit_s("total_timeout", total_timeout),
+    }
+
+
+def _limit_s(name: str, value: str | float | None) -> float | None:
+    if value is None:
         return None
-    silence_s = parse_duration(timeout, name="timeout")
-    if silence_s == 0:
-        raise InvalidSettings("timeout", timeout, "a duration longer than 0")
-    return wait_limit(silence_s)
+    limit_s = parse_duration(value, name=name)
+    if limit_s == 0:
+        raise InvalidSettings(name, value, "a duration longer than 0")
+    return wait_limit(limit_s)
 
 
 class Lease(NonCopyable):
@@ -42,14 +51,14 @@ class Lease(NonCopyable):
     awaited.
     """
 
-    __slots__ = ("__weakref__", "_broker", "_lock", "_pending", "_released", "_streams")
+    __slots__ = ("__weakref__", "_broker", "_lock", "_pending", "_released", "_uses")
 
     def __init__(self, broker: RequestBroker, pending: PendingRequest) -> None:
         self._broker = broker
         self._pending = pending
         self._released = False
-        self._streams = 0  # open streams; the lease is released after the last
-        self._lock = threading.RLock()  # guards `_streams` and `_released`; re-entered by the finaliser of a stream
+        self._uses = 0  # answers and open streams under way; the lease is released after the last
+        self._lock = threading.RLock()  # guards `_uses` and `_released`; re-entered by the finaliser of a stream
 
     # -- what it is ---------------------------------------------------------------------------------------------------
 
@@ -111,10 +120,13 @@ class Lease(NonCopyable):
     # -- its end ------------------------------------------------------------------------------------------------------
 
     def release(self) -> None:
-        """Release the lease, at once or after its last open stream is exhausted or closed."""
+        """Release the lease, at once or when what is under way has ended: answers, and streams until they are closed.
+
+        Nothing new is begun after it.
+        """
         with self._lock:
             self._released = True
-            if self._streams:
+            if self._uses:
                 return
         self._broker.release(self._pending)
 
@@ -146,66 +158,210 @@ class Lease(NonCopyable):
 
     # -- its use ------------------------------------------------------------------------------------------------------
 
-    def chat(self, messages: Messages, *, timeout: str | float | None = None, **parameters: Any) -> str:
-        """Return the answer to a chat; `parameters` are those of OpenAI's chat completions.
+    def chat(
+        self,
+        messages: Messages,
+        *,
+        timeout: str | float | None = None,
+        total_timeout: str | float | None = None,
+        **parameters: Any,
+    ) -> Answer:
+        """Return the answer to a chat; `parameters` are those of OpenAI's chat completions, and llama.cpp's own.
 
-        `timeout` is the longest silence that is allowed; a longer one raises `TimeoutError`.
+        `timeout` is the longest silence that is allowed, in which no token is computed, and `total_timeout` the longest
+        time until the answer is complete; a longer one raises `AnswerTimeout`.
         """
-        with self._talking():
-            return self._client().chat(messages, timeout_s=_silence_s(timeout), **parameters)
+        call = self._client().chat_call(messages, **_limits(timeout, total_timeout), **parameters)
+        with self._using() as client:
+            return client.answer(call)
 
-    def complete(self, prompt: str, *, timeout: str | float | None = None, **parameters: Any) -> str:
-        """Return the continuation of a prompt."""
-        with self._talking():
-            return self._client().complete(prompt, timeout_s=_silence_s(timeout), **parameters)
+    def complete(
+        self,
+        prompt: str,
+        *,
+        timeout: str | float | None = None,
+        total_timeout: str | float | None = None,
+        **parameters: Any,
+    ) -> Answer:
+        """Return the continuation of a prompt; limits and parameters are those of `chat`."""
+        call = self._client().completion_call(prompt, **_limits(timeout, total_timeout), **parameters)
+        with self._using() as client:
+            return client.answer(call)
 
-    @overload
-    def embed(self, text: str, *, timeout: str | float | None = None, **parameters: Any) -> list[float]: ...
-    @overload
-    def embed(
-        self, text: Sequence[str], *, timeout: str | float | None = None, **parameters: Any
-    ) -> list[list[float]]: ...
-    def embed(
-        self, text: str | Sequence[str], *, timeout: str | float | None = None, **parameters: Any
-    ) -> list[float] | list[list[float]]:
-        """Return the vector of a text, or the vectors of several; the model must be acquired with `embedding=True`."""
-        with self._talking():
-            return self._client().embed(text, timeout_s=_silence_s(timeout), **parameters)
-
-    def stream(self, messages: Messages, *, timeout: str | float | None = None, **parameters: Any) -> Stream:
+    def stream(
+        self,
+        messages: Messages,
+        *,
+        timeout: str | float | None = None,
+        total_timeout: str | float | None = None,
+        **parameters: Any,
+    ) -> Stream:
         """Return the answer to a chat piece by piece; the stream holds the lease until it is exhausted or closed."""
-        return Stream(self, self._client().stream(messages, timeout_s=_silence_s(timeout), **parameters))
-
-    async def achat(self, messages: Messages, *, timeout: str | float | None = None, **parameters: Any) -> str:
-        """Like `chat`."""
-        return await self._awaiting(self._client().achat(messages, timeout_s=_silence_s(timeout), **parameters))
-
-    async def acomplete(self, prompt: str, *, timeout: str | float | None = None, **parameters: Any) -> str:
-        """Like `complete`."""
-        return await self._awaiting(self._client().acomplete(prompt, timeout_s=_silence_s(timeout), **parameters))
+        client = self._client()
+        return Stream(self, client, client.chat_call(messages, **_limits(timeout, total_timeout), **parameters))
 
     @overload
-    async def aembed(self, text: str, *, timeout: str | float | None = None, **parameters: Any) -> list[float]: ...
+    def embed(
+        self,
+        text: str,
+        *,
+        timeout: str | float | None = None,
+        total_timeout: str | float | None = None,
+        **parameters: Any,
+    ) -> list[float]: ...
+    @overload
+    def embed(
+        self,
+        text: Sequence[str],
+        *,
+        timeout: str | float | None = None,
+        total_timeout: str | float | None = None,
+        **parameters: Any,
+    ) -> list[list[float]]: ...
+    def embed(
+        self,
+        text: str | Sequence[str],
+        *,
+        timeout: str | float | None = None,
+        total_timeout: str | float | None = None,
+        **parameters: Any,
+    ) -> list[float] | list[list[float]]:
+        """Return the vector of a text, or the vectors of several; the model must be acquired with `embedding=True`.
+
+        Many texts are computed a few at a time, and `timeout` is the longest silence between them.
+        """
+        limits = _limits(timeout, total_timeout)
+        with self._using(embeds=True) as client:
+            return client.embed(text, **limits, **parameters)
+
+    def rerank(
+        self,
+        query: str,
+        documents: Sequence[str],
+        *,
+        timeout: str | float | None = None,
+        total_timeout: str | float | None = None,
+    ) -> list[float]:
+        """Return a score for each document, in their order: the higher, the better it answers the query.
+
+        The model must be a reranker, acquired with `embedding=True`.
+        """
+        limits = _limits(timeout, total_timeout)
+        with self._using() as client:
+            return client.rerank(query, documents, **limits)
+
+    def tokenize(
+        self,
+        text: str,
+        *,
+        special: bool = False,
+        timeout: str | float | None = None,
+        total_timeout: str | float | None = None,
+    ) -> list[int]:
+        """Return the tokens of a text; `special` adds those that the model puts around each text."""
+        limits = _limits(timeout, total_timeout)
+        with self._using() as client:
+            return client.tokenize(text, special=special, **limits)
+
+    async def achat(
+        self,
+        messages: Messages,
+        *,
+        timeout: str | float | None = None,
+        total_timeout: str | float | None = None,
+        **parameters: Any,
+    ) -> Answer:
+        """Like `chat`."""
+        call = self._client().chat_call(messages, **_limits(timeout, total_timeout), **parameters)
+        async with self._ausing() as client:
+            return await client.aanswer(call)
+
+    async def acomplete(
+        self,
+        prompt: str,
+        *,
+        timeout: str | float | None = None,
+        total_timeout: str | float | None = None,
+        **parameters: Any,
+    ) -> Answer:
+        """Like `complete`."""
+        call = self._client().completion_call(prompt, **_limits(timeout, total_timeout), **parameters)
+        async with self._ausing() as client:
+            return await client.aanswer(call)
+
+    def astream(
+        self,
+        messages: Messages,
+        *,
+        timeout: str | float | None = None,
+        total_timeout: str | float | None = None,
+        **parameters: Any,
+    ) -> AsyncStream:
+        """Like `stream`, for `async for`."""
+        client = self._client()
+        return AsyncStream(self, client, client.chat_call(messages, **_limits(timeout, total_timeout), **parameters))
+
     @overload
     async def aembed(
-        self, text: Sequence[str], *, timeout: str | float | None = None, **parameters: Any
+        self,
+        text: str,
+        *,
+        timeout: str | float | None = None,
+        total_timeout: str | float | None = None,
+        **parameters: Any,
+    ) -> list[float]: ...
+    @overload
+    async def aembed(
+        self,
+        text: Sequence[str],
+        *,
+        timeout: str | float | None = None,
+        total_timeout: str | float | None = None,
+        **parameters: Any,
     ) -> list[list[float]]: ...
     async def aembed(
-        self, text: str | Sequence[str], *, timeout: str | float | None = None, **parameters: Any
+        self,
+        text: str | Sequence[str],
+        *,
+        timeout: str | float | None = None,
+        total_timeout: str | float | None = None,
+        **parameters: Any,
     ) -> list[float] | list[list[float]]:
         """Like `embed`."""
-        return await self._awaiting(self._client().aembed(text, timeout_s=_silence_s(timeout), **parameters))
+        limits = _limits(timeout, total_timeout)
+        async with self._ausing(embeds=True) as client:
+            return await client.aembed(text, **limits, **parameters)
 
-    def astream(self, messages: Messages, *, timeout: str | float | None = None, **parameters: Any) -> AsyncStream:
-        """Like `stream`, for `async for`."""
-        connection = Connection()
-        pieces = self._client().astream(messages, connection=connection, timeout_s=_silence_s(timeout), **parameters)
-        return AsyncStream(self, pieces, connection)
+    async def arerank(
+        self,
+        query: str,
+        documents: Sequence[str],
+        *,
+        timeout: str | float | None = None,
+        total_timeout: str | float | None = None,
+    ) -> list[float]:
+        """Like `rerank`."""
+        limits = _limits(timeout, total_timeout)
+        async with self._ausing() as client:
+            return await client.arerank(query, documents, **limits)
+
+    async def atokenize(
+        self,
+        text: str,
+        *,
+        special: bool = False,
+        timeout: str | float | None = None,
+        total_timeout: str | float | None = None,
+    ) -> list[int]:
+        """Like `tokenize`."""
+        limits = _limits(timeout, total_timeout)
+        async with self._ausing() as client:
+            return await client.atokenize(text, special=special, **limits)
 
     def _check(self) -> None:
         if self._pending.lost:
             raise RunnerCrashed(self.model, self.runner, self._pending.lost, self._pending.closed)
-        if self._released and not self._streams:
+        if self._released:
             raise LeaseReleased(self.model)
 
     def _endpoint(self) -> Endpoint:
@@ -225,79 +381,126 @@ class Lease(NonCopyable):
         return client
 
     @contextmanager
-    def _talking(self) -> Iterator[None]:
-        """Check the runner when its connection breaks: it is most likely gone, and its exit reported a moment later."""
+    def _using(self, *, embeds: bool = False) -> Iterator[RunnerClient]:
+        """Hold the lease for one call, also past its release."""
+        client = self._client()
+        self._check_use(embeds)
+        self._begin_use()
         try:
-            yield
+            yield client
         except ConnectionError as error:
-            self._broker.verify_runner(self._pending)
-            raise RunnerCrashed(
-                self.model, self.runner, self._pending.lost or str(error), self._pending.closed
-            ) from error
+            raise self._crashed(error) from None
+        finally:
+            self._end_use()
 
-    async def _awaiting(self, answer: Awaitable[Answer]) -> Answer:
-        """As `_talking`; the event loop goes on meanwhile."""
+    @asynccontextmanager
+    async def _ausing(self, *, embeds: bool = False) -> AsyncIterator[RunnerClient]:
+        """As `_using`; the event loop goes on meanwhile."""
+        client = self._client()
+        self._check_use(embeds)
+        self._begin_use()
         try:
-            return await answer
+            yield client
         except ConnectionError as error:
-            await asyncio.to_thread(self._broker.verify_runner, self._pending)
-            raise RunnerCrashed(
-                self.model, self.runner, self._pending.lost or str(error), self._pending.closed
-            ) from error
+            raise await asyncio.to_thread(self._crashed, error) from None
+        finally:
+            self._end_use()
 
-    def _begin_stream(self) -> None:
+    def _check_use(self, embeds: bool) -> None:
+        if embeds and self._endpoint().ranks:
+            raise UnsupportedOption("model", self.model, "it is a reranker, which has no vectors: use rerank")
+
+    def _crashed(self, error: ConnectionError) -> RunnerCrashed:
+        """Check a runner whose connection broke: it is most likely gone, and its exit reported a moment later."""
+        self._broker.verify_runner(self._pending)
+        return RunnerCrashed(self.model, self.runner, self._pending.lost or str(error), self._pending.closed)
+
+    def _begin_use(self) -> None:
         with self._lock:
             self._check()
-            self._streams += 1
+            self._uses += 1
 
-    def _end_stream(self) -> None:
+    def _end_use(self) -> None:
         with self._lock:
-            self._streams -= 1
-            last = self._released and not self._streams
+            self._uses -= 1
+            last = self._released and not self._uses
         if last:
             self._broker.release(self._pending)
 
 
 class Stream(NonCopyable, Iterator[str]):
-    """The pieces of an answer; holds its lease until it is exhausted, closed, or lost to the garbage collector."""
+    """The pieces of an answer; holds its lease until it is exhausted, closed, or lost to the garbage collector.
 
-    def __init__(self, lease: Lease, pieces: Generator[str, None, None]) -> None:
-        self._pieces = pieces
-        self._lease: Lease | None = lease  # None: released
-        self._unwanted = False  # closed while another thread was reading
-        lease._begin_stream()
+    Any thread may read or close a stream.
+    """
+
+    _lease: Lease | None = None  # None: not begun, or ended
+
+    def __init__(self, lease: Lease, client: RunnerClient, call: Call) -> None:
+        self._call = call
+        self._pieces = client.pieces(call)
+        self._turn = threading.Lock()  # held by the thread that reads; the last one to leave ends a closed stream
+        lease._begin_use()
+        self._lease = lease
+
+    @property
+    def answer(self) -> Answer:
+        """What has come of the answer; all of it once the stream is exhausted."""
+        return self._call.partial.answer()
 
     def __next__(self) -> str:
         if (lease := self._lease) is None:
             raise StopIteration
         lease._broker.check()
         try:
-            with lease._talking():
-                piece = next(self._pieces)
-            if self._unwanted:
-                raise StopIteration
-            return piece
+            with self._turn:
+                return self._read()
+        finally:
+            self._end_if_closed()
+
+    def _read(self) -> str:
+        if (lease := self._lease) is None or self._is_closed():
+            raise StopIteration
+        try:
+            return next(self._pieces)
+        except ConnectionError as error:
+            crashed = None if self._is_closed() else lease._crashed(error)
+            self._finish()
+            if crashed is None:
+                raise StopIteration from None
+            raise crashed from None
         except BaseException:
-            self.close()
+            self._finish()
             raise
 
     def close(self) -> None:
         """End the answer here, and the engine's work on it; a second call is harmless.
 
-        While another thread waits for the next piece, the stream ends with that piece.
+        A thread that waits for the next piece sees the stream end.
         """
+        if (lease := self._lease) is None or lease._broker.forked:
+            return
+        self._call.connection.cut()
+        self._end_if_closed()
+
+    def _is_closed(self) -> bool:
+        return self._call.connection.is_cut and not self._call.expired
+
+    def _end_if_closed(self) -> None:
+        """End a closed stream, unless another thread reads: that thread comes here when it leaves."""
+        if self._lease is not None and self._is_closed() and self._turn.acquire(blocking=False):
+            try:
+                self._finish()
+            finally:
+                self._turn.release()
+
+    def _finish(self) -> None:
         lease, self._lease = self._lease, None
-        if lease is None or lease._broker.forked:
-            return
-        try:
-            self._pieces.close()
-        except ValueError:  # another thread is reading
-            self._unwanted, self._lease = True, lease
-            return
-        except BaseException:
-            lease._end_stream()
-            raise
-        lease._end_stream()
+        if lease is not None and not lease._broker.forked:
+            try:
+                self._pieces.close()
+            finally:
+                lease._end_use()
 
     def __enter__(self) -> Self:
         return self
@@ -306,37 +509,69 @@ class Stream(NonCopyable, Iterator[str]):
         self.close()
 
     def __del__(self) -> None:
-        if getattr(self, "_lease", None) is not None:
-            self.close()
+        self._finish()
 
 
 class AsyncStream(NonCopyable, AsyncIterator[str]):
-    """Like `Stream`, for `async for`."""
+    """Like `Stream`, for `async for`; any task of the loop may read or close it."""
 
-    def __init__(self, lease: Lease, pieces: AsyncGenerator[str, None], connection: Connection) -> None:
-        self._pieces = pieces
-        self._connection = connection
-        self._lease: Lease | None = lease
-        lease._begin_stream()
+    _lease: Lease | None = None
+
+    def __init__(self, lease: Lease, client: RunnerClient, call: Call) -> None:
+        self._call = call
+        self._pieces = client.apieces(call)
+        self._turn = asyncio.Lock()  # held by the task that reads or ends the stream
+        lease._begin_use()
+        self._lease = lease
+
+    @property
+    def answer(self) -> Answer:
+        """What has come of the answer; all of it once the stream is exhausted."""
+        return self._call.partial.answer()
 
     async def __anext__(self) -> str:
         if (lease := self._lease) is None:
             raise StopAsyncIteration
         lease._broker.check()
+        async with self._turn:
+            return await self._read()
+
+    async def _read(self) -> str:
+        if (lease := self._lease) is None or self._is_closed():
+            raise StopAsyncIteration
         try:
-            return await lease._awaiting(anext(self._pieces))
+            return await anext(self._pieces)
+        except ConnectionError as error:
+            crashed = None if self._is_closed() else await asyncio.to_thread(lease._crashed, error)
+            await self._finish()
+            if crashed is None:
+                raise StopAsyncIteration from None
+            raise crashed from None
         except BaseException:
-            await self.aclose()
+            await self._finish()
             raise
 
     async def aclose(self) -> None:
-        """End the answer here; a second call is harmless."""
+        """End the answer here; a second call is harmless.
+
+        A task that waits for the next piece sees the stream end, before this returns.
+        """
+        if (lease := self._lease) is None or lease._broker.forked:
+            return
+        self._call.connection.cut()
+        async with self._turn:
+            await self._finish()
+
+    def _is_closed(self) -> bool:
+        return self._call.connection.is_cut and not self._call.expired
+
+    async def _finish(self) -> None:
         lease, self._lease = self._lease, None
         if lease is not None and not lease._broker.forked:
             try:
                 await self._pieces.aclose()
             finally:
-                lease._end_stream()
+                lease._end_use()
 
     async def __aenter__(self) -> Self:
         return self
@@ -345,7 +580,9 @@ class AsyncStream(NonCopyable, AsyncIterator[str]):
         await self.aclose()
 
     def __del__(self) -> None:
-        lease = getattr(self, "_lease", None)
+        lease, self._lease = self._lease, None
         if lease is not None and not lease._broker.forked:
-            self._connection.cut()  # the event loop closes the generator, unless the loop ends before
-            lease._end_stream()
+            try:
+                self._call.connection.cut()  # the event loop closes the generator, unless the loop ends before
+            finally:
+                lease._end_use()

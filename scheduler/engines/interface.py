@@ -51,6 +51,7 @@ class Endpoint:
 
     url: str  # scheme, host and port
     key: str = field(repr=False)
+    ranks: bool = False  # whether it scores documents for a query, and has no vectors of texts
     client: RunnerClient | None = field(default=None, repr=False, compare=False)  # None: made when it is first needed
 
 

@@ -32,6 +32,7 @@ from scheduler.engines.llama_dry_run import DryRuns
 from scheduler.engines.llama_gpus import QUESTION, GpuBackends
 from scheduler.engines.llama_profile import (
     NOTHING_TOLD,
+    RANKS,
     LlamaSettings,
     Told,
     loads_of,
@@ -122,6 +123,7 @@ class LlamaProcess:
         kept_bytes: int = 0,
         results_bytes: int = 0,
         misplaced: Callable[[bool], None] = lambda found: None,
+        ranks: bool = False,
     ) -> None:
         self.child: Child | None = None  # set before its first call as a listener
         self.buffers: tuple[Buffer, ...] = ()  # as reported by the child once it serves
@@ -133,6 +135,7 @@ class LlamaProcess:
             misplaced  # told whether its weights are all on the host, although it was to have layers on GPUs
         )
         self._results_bytes = results_bytes  # what an embedder allocates for its results with its first request
+        self._ranks = ranks  # whether it scores documents, and has no vectors of texts
         self._url = ""  # set once it serves
         self._num_ctx: int | None = None  # context of a slot, once it serves and if it reports it
         self._most_bytes = 0  # most of the host that it can come to hold, without mapped pages; 0: unknown
@@ -227,7 +230,8 @@ class LlamaProcess:
                 memory = self.memory()
                 self._most_bytes = self._most(memory)
                 memory = replace(memory, to_come=self._to_come(memory))
-                self._report.loaded(Endpoint(self._url, self._key), self._num_ctx, memory, loaded.flash_attention)
+                endpoint = Endpoint(self._url, self._key, self._ranks)
+                self._report.loaded(endpoint, self._num_ctx, memory, loaded.flash_attention)
             case "failed":
                 self._failure = str(message.get("reason", ""))
             case _:
@@ -388,6 +392,7 @@ class LlamaEngine:
             kept_bytes=resolved.kept_bytes + (0 if gpus else resolved.projector_work_bytes),
             results_bytes=resolved.results_bytes,
             misplaced=lambda found: self._note_misplaced(model.name, found),
+            ranks=model.embedding and resolved.pooling == RANKS,
         )
         process.child = Child(_program(CHILD, request, gpus), process)
         self._processes.start(process.child)

@@ -46,6 +46,9 @@ class Batch:
 BATCHES = (Batch(2048, 32768, 0.60, 2048 * MIB), Batch(1024, 4096, 0.75, 768 * MIB))
 
 
+RANKS = "rank"  # the pooling of a reranker
+
+
 @dataclass(frozen=True, slots=True)
 class LlamaSettings:
     """What llama.cpp is told beside the options, and what is expected of it."""
@@ -139,6 +142,13 @@ def _resolution(
     return Resolution(asked, tuple(loads), impossible(info, usual.options), plain_loads)
 
 
+def _told_pooling(info: ModelInfo) -> str | None:
+    """Return the pooling that llama.cpp has to be told: it would refuse to embed without one, and to rank."""
+    if not info.embedding:
+        return None
+    return "mean" if info.pooling is None else RANKS if info.pooling == RANKS else None
+
+
 def _load(info: ModelInfo, options: Options, defaults: Options, told: Told | None) -> ResolvedLoad:
     """Return the load for these options, with the larger batches that it may have: only where no batch is named."""
     usual = _with_sizes(info, resolve(info, options, defaults), told)
@@ -167,7 +177,7 @@ def _with_sizes(info: ModelInfo, options: Options, told: Told | None) -> Resolve
         num_checkpoints=CHECKPOINTS,
         use_mmap=use_mmap,
         use_mmap_on_host=use_mmap_on_host,
-        pooling="mean" if info.embedding and info.pooling is None else None,  # llama.cpp would refuse to embed
+        pooling=_told_pooling(info),
         projector_work_bytes=footprint.projectors_bytes - info.projectors_bytes,
         kept_bytes=footprint.prompt_cache_bytes
         + footprint.checkpoints_bytes

@@ -5,19 +5,29 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
+import threading
+import time
 from collections.abc import AsyncGenerator, Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import aclosing, contextmanager, suppress
-from dataclasses import dataclass
+from contextlib import aclosing, closing, contextmanager, suppress
+from dataclasses import dataclass, field
 from typing import Any, TypeVar, overload
 from weakref import WeakKeyDictionary
 
 import httpx
 
-from scheduler.errors.exceptions import OUT_OF_FILES, EngineError, UnsupportedOption, is_out_of_files
-from scheduler.errors.formatting import format_duration
+from scheduler.engines.answer import Answer, PartialAnswer
+from scheduler.engines.answer_requests import (
+    Messages,
+    Request,
+    chat_request,
+    completion_request,
+    embedding_requests,
+    rerank_requests,
+    token_request,
+)
+from scheduler.errors.exceptions import OUT_OF_FILES, AnswerTimeout, EngineError, is_out_of_files
 
-Messages = str | Sequence[Mapping[str, Any]]
-Answer = TypeVar("Answer")
+Value = TypeVar("Value")
 
 CONNECT_TIMEOUT_S = 5.0
 # llama.cpp's server closes a connection after 5 s without a request, so no connection is kept for as long as that.
@@ -25,12 +35,84 @@ _KEEP_S = 4.0
 # llama.cpp's advice in the errors of embeddings, and the advice that fits here.
 _ADVICE = {
     "Start it with `--embeddings`": "Acquire the model with embedding=True",
+    "Start it with `--reranking`": "Acquire a reranker, with embedding=True",
     "increase the physical batch size": "shorten it, or acquire the model with a larger num_ctx",
 }
 # said of a text to embed: the request is at fault, although the server answers 500
 _TOO_LONG = "is too large to process"
 # The errors of a connection that the server closed while it was kept, or just as a request was sent.
 _STALE = (httpx.RemoteProtocolError, httpx.ReadError, httpx.WriteError, httpx.ConnectError)
+EVENTS = "text/event-stream"
+
+
+@dataclass(slots=True)
+class Limits:
+    """How long a caller waits for an answer, in seconds; None is without limit."""
+
+    silence_s: float | None = None  # for the next part of it
+    total_s: float | None = None  # for the whole
+    _until: float | None = field(default=None, init=False)  # of the monotonic clock; None: without limit, or not begun
+
+    def begin(self) -> None:
+        """Begin to count the whole; a second call is harmless."""
+        if self.total_s is not None and self._until is None:
+            self._until = time.monotonic() + self.total_s
+
+    def left_s(self) -> float | None:
+        """Return how long the next silence may be; raises `AnswerTimeout` when the whole time has passed."""
+        if self._until is None:
+            return self.silence_s
+        if (left_s := self._until - time.monotonic()) <= 0:
+            raise self.passed()
+        return left_s if self.silence_s is None else min(left_s, self.silence_s)
+
+    def passed(self) -> AnswerTimeout:
+        """Return the error for the limit that has passed."""
+        whole = self._until is not None and (self.silence_s is None or time.monotonic() >= self._until)
+        return AnswerTimeout((self.total_s if whole else self.silence_s) or 0.0, whole)
+
+
+class Connection:
+    """The connection of one call, which any thread may cut: the runner stops its work on the answer then."""
+
+    def __init__(self) -> None:
+        self.is_cut = False  # set before the connection is cut, or before there is one: it is cut as it opens
+        self._socket: Any = None
+
+    def cut(self) -> None:
+        """Cut the connection, now or as it opens, whether or not an event loop runs that could close it."""
+        self.is_cut = True
+        if self._socket is not None:
+            # the connection was closed before, or the loop's sockets cannot be shut down
+            with suppress(OSError, TypeError):
+                self._socket.shutdown(socket.SHUT_RDWR)
+
+    def trace(self, event: str, told: Mapping[str, Any]) -> None:
+        """Take in an event of httpx, which tells of the connection once it is open."""
+        if event == "connection.connect_tcp.complete":
+            self._socket = told["return_value"].get_extra_info("socket")
+            if self.is_cut:
+                self.cut()
+
+    async def atrace(self, event: str, told: Mapping[str, Any]) -> None:
+        """As `trace`, for an event loop."""
+        self.trace(event, told)
+
+
+class Call:
+    """One request for an answer that comes piece by piece, with as much of the answer as has come."""
+
+    def __init__(self, request: Request, limits: Limits, *, chat: bool) -> None:
+        self.request = request
+        self.limits = limits
+        self.partial = PartialAnswer(chat=chat)
+        self.connection = Connection()
+        self.expired = False  # the time for the whole answer has passed
+
+    def expire(self) -> None:
+        """End the answer: its time has passed."""
+        self.expired = True
+        self.connection.cut()
 
 
 class RunnerClient:
@@ -38,11 +120,13 @@ class RunnerClient:
 
     Several threads may use a client at once.
 
-    Every method takes the engine's own request parameters by name (`max_tokens`, `temperature`, …) and `timeout_s`, the
-    longest silence that is allowed, in seconds; None, which is the default, is without limit. A method returns one
-    text: `UnsupportedOption` refuses parameters that would return more (`n`, `tools`). All raise `EngineError` if the
-    runner answers with an error, `ConnectionError` if it does not answer or breaks off, and `TimeoutError` after
-    `timeout_s`. A request is sent at most twice, and never again once its answer has begun.
+    Every method takes the engine's own request parameters by name (`max_tokens`, `temperature`, …) and two limits in
+    seconds, of which None is the default and without limit: `timeout_s` for the longest silence, and `total_timeout_s`
+    for the whole answer. `UnsupportedOption` refuses parameters that the engine would pass over. All methods raise
+    `EngineError` if the runner answers with an error, `ConnectionError` if it does not answer or breaks off, and
+    `AnswerTimeout` when a limit has passed.
+
+    A text to embed is sent at most twice, and all else once.
     """
 
     def __init__(
@@ -55,146 +139,248 @@ class RunnerClient:
     ) -> None:
         self._url = url
         self._connect_timeout_s = connect_timeout_s
+        self._closed = False  # set before anything is closed: what breaks after that is no fault of the runner's
         # A runner is on this machine: no proxy is asked, and no certificates are loaded, which takes 30 ms.
         self._arguments: dict[str, Any] = {
             "base_url": url,
-            "headers": {"Authorization": f"Bearer {key}"},
+            "headers": {"Authorization": f"Bearer {key}", "Content-Type": "application/json"},
             "trust_env": False,
             "verify": url.startswith("https:"),
             "transport": transport,
         }
         self._pooled = httpx.Client(limits=httpx.Limits(keepalive_expiry=_KEEP_S), **self._arguments)
+        # A connection of its own for each answer, so that it can be cut; it takes 0.2 ms.
         self._fresh = httpx.Client(limits=httpx.Limits(max_keepalive_connections=0), **self._arguments)
         self._of_loops: WeakKeyDictionary[asyncio.AbstractEventLoop, httpx.AsyncClient] = WeakKeyDictionary()
 
-    def chat(self, messages: Messages, *, timeout_s: float | None = None, **parameters: Any) -> str:
-        """Return the whole answer to `messages`, a list of role and content, or one string that the user says."""
-        return self._post(_chat_request(messages, parameters), _chat_text, timeout_s)
+    # -- answers ------------------------------------------------------------------------------------------------------
 
-    def complete(self, prompt: str, *, timeout_s: float | None = None, **parameters: Any) -> str:
-        """Return the text that follows `prompt`."""
-        return self._post(_completion_request(prompt, parameters), _completion_text, timeout_s)
-
-    def stream(
-        self, messages: Messages, *, timeout_s: float | None = None, **parameters: Any
-    ) -> Generator[str, None, None]:
-        """Yield the answer to `messages` piece by piece; the request is sent when the first piece is requested.
-
-        Closing the iterator stops the runner's work on the answer.
-        """
-        pieces = _Pieces()
-        with self._send(_chat_request(messages, parameters, stream=True), timeout_s) as response:
-            for chunk in response.iter_bytes():
-                yield from pieces.feed(chunk)
-            pieces.finish(self._url)
-
-    @overload
-    def embed(self, text: str, *, timeout_s: float | None = None, **parameters: Any) -> list[float]: ...
-    @overload
-    def embed(self, text: Sequence[str], *, timeout_s: float | None = None, **parameters: Any) -> list[list[float]]: ...
-    def embed(
-        self, text: str | Sequence[str], *, timeout_s: float | None = None, **parameters: Any
-    ) -> list[float] | list[list[float]]:
-        """Return the vector of one string, or the vectors of several in their order."""
-        vectors = self._post(_embedding_request(text, parameters), _vectors, timeout_s)
-        return vectors[0] if isinstance(text, str) else vectors
-
-    async def achat(self, messages: Messages, *, timeout_s: float | None = None, **parameters: Any) -> str:
-        """As `chat`, in an event loop."""
-        return await self._apost(_chat_request(messages, parameters), _chat_text, timeout_s)
-
-    async def acomplete(self, prompt: str, *, timeout_s: float | None = None, **parameters: Any) -> str:
-        """As `complete`, in an event loop."""
-        return await self._apost(_completion_request(prompt, parameters), _completion_text, timeout_s)
-
-    async def astream(
+    def chat_call(
         self,
         messages: Messages,
         *,
-        connection: Connection | None = None,
         timeout_s: float | None = None,
+        total_timeout_s: float | None = None,
         **parameters: Any,
-    ) -> AsyncGenerator[str, None]:
-        """As `stream`, in an event loop.
+    ) -> Call:
+        """Return a call for the answer to `messages`: a list of role and content, or one text that the user says."""
+        return Call(chat_request(messages, parameters), Limits(timeout_s, total_timeout_s), chat=True)
 
-        `connection` holds the connection too, to be cut where no loop is left to close it.
+    def completion_call(
+        self,
+        prompt: str,
+        *,
+        timeout_s: float | None = None,
+        total_timeout_s: float | None = None,
+        **parameters: Any,
+    ) -> Call:
+        """Return a call for the text that follows `prompt`."""
+        return Call(completion_request(prompt, parameters), Limits(timeout_s, total_timeout_s), chat=False)
+
+    def chat(self, messages: Messages, **parameters: Any) -> Answer:
+        """Return the whole answer to `messages`."""
+        return self.answer(self.chat_call(messages, **parameters))
+
+    def complete(self, prompt: str, **parameters: Any) -> Answer:
+        """Return the text that follows `prompt`."""
+        return self.answer(self.completion_call(prompt, **parameters))
+
+    def stream(self, messages: Messages, **parameters: Any) -> Generator[str, None, None]:
+        """Yield the answer to `messages` piece by piece, as `pieces` does."""
+        return self.pieces(self.chat_call(messages, **parameters))
+
+    async def achat(self, messages: Messages, **parameters: Any) -> Answer:
+        """As `chat`, in an event loop."""
+        return await self.aanswer(self.chat_call(messages, **parameters))
+
+    async def acomplete(self, prompt: str, **parameters: Any) -> Answer:
+        """As `complete`, in an event loop."""
+        return await self.aanswer(self.completion_call(prompt, **parameters))
+
+    def astream(self, messages: Messages, **parameters: Any) -> AsyncGenerator[str, None]:
+        """As `stream`, in an event loop."""
+        return self.apieces(self.chat_call(messages, **parameters))
+
+    def answer(self, call: Call) -> Answer:
+        """Return the whole answer to a call."""
+        with closing(self.pieces(call)) as pieces:
+            for _ in pieces:
+                continue
+        return call.partial.answer()
+
+    async def aanswer(self, call: Call) -> Answer:
+        """As `answer`, in an event loop."""
+        async with aclosing(self.apieces(call)) as pieces:
+            async for _ in pieces:
+                continue
+        return call.partial.answer()
+
+    def pieces(self, call: Call) -> Generator[str, None, None]:
+        """Yield the text of an answer piece by piece; the request is sent when the first piece is requested.
+
+        Closing the iterator stops the runner's work on the answer.
         """
-        pieces, request = _Pieces(), _chat_request(messages, parameters, stream=True)
-        with self._translated(timeout_s):
-            async with aclosing(await self._asend(request, timeout_s)) as response:
-                if connection is not None:
-                    connection.response = response
-                async for chunk in response.aiter_bytes():
-                    for piece in pieces.feed(chunk):
+        events = _Events(call.partial)
+        with self._translated(call.limits, call), _expiring(call):
+            request = self._built(self._fresh, call.request, call.limits, call.connection.trace)
+            with closing(self._fresh.send(request, stream=True)) as response:
+                if response.is_error or not _has_events(response):
+                    yield from events.whole(response.status_code, response.read())
+                    return
+                for chunk in response.iter_bytes():
+                    yield from events.feed(chunk)
+                events.finish(self._url)
+
+    async def apieces(self, call: Call) -> AsyncGenerator[str, None]:
+        """As `pieces`, in an event loop."""
+        events, client = _Events(call.partial), self._of_running_loop()
+        with self._translated(call.limits, call), _expiring_in_loop(call):
+            request = self._built(client, call.request, call.limits, call.connection.atrace)
+            async with aclosing(await client.send(request, stream=True)) as response:
+                if response.is_error or not _has_events(response):
+                    for piece in events.whole(response.status_code, await response.aread()):
                         yield piece
-                pieces.finish(self._url)
+                    return
+                async for chunk in response.aiter_bytes():
+                    for piece in events.feed(chunk):
+                        yield piece
+                events.finish(self._url)
+
+    # -- what is answered at once -------------------------------------------------------------------------------------
 
     @overload
-    async def aembed(self, text: str, *, timeout_s: float | None = None, **parameters: Any) -> list[float]: ...
+    def embed(
+        self,
+        text: str,
+        *,
+        timeout_s: float | None = None,
+        total_timeout_s: float | None = None,
+        **parameters: Any,
+    ) -> list[float]: ...
+    @overload
+    def embed(
+        self,
+        text: Sequence[str],
+        *,
+        timeout_s: float | None = None,
+        total_timeout_s: float | None = None,
+        **parameters: Any,
+    ) -> list[list[float]]: ...
+    def embed(
+        self,
+        text: str | Sequence[str],
+        *,
+        timeout_s: float | None = None,
+        total_timeout_s: float | None = None,
+        **parameters: Any,
+    ) -> list[float] | list[list[float]]:
+        """Return the vector of one text, or the vectors of several in their order, which are sent a few at a time."""
+        limits, vectors = Limits(timeout_s, total_timeout_s), list[list[float]]()
+        for request in embedding_requests([text] if isinstance(text, str) else list(text), parameters):
+            vectors += self._post(request, _vectors, limits)
+        return vectors[0] if isinstance(text, str) else vectors
+
     @overload
     async def aembed(
-        self, text: Sequence[str], *, timeout_s: float | None = None, **parameters: Any
+        self,
+        text: str,
+        *,
+        timeout_s: float | None = None,
+        total_timeout_s: float | None = None,
+        **parameters: Any,
+    ) -> list[float]: ...
+    @overload
+    async def aembed(
+        self,
+        text: Sequence[str],
+        *,
+        timeout_s: float | None = None,
+        total_timeout_s: float | None = None,
+        **parameters: Any,
     ) -> list[list[float]]: ...
     async def aembed(
-        self, text: str | Sequence[str], *, timeout_s: float | None = None, **parameters: Any
+        self,
+        text: str | Sequence[str],
+        *,
+        timeout_s: float | None = None,
+        total_timeout_s: float | None = None,
+        **parameters: Any,
     ) -> list[float] | list[list[float]]:
         """As `embed`, in an event loop."""
-        vectors = await self._apost(_embedding_request(text, parameters), _vectors, timeout_s)
+        limits, vectors = Limits(timeout_s, total_timeout_s), list[list[float]]()
+        for request in embedding_requests([text] if isinstance(text, str) else list(text), parameters):
+            vectors += await self._apost(request, _vectors, limits)
         return vectors[0] if isinstance(text, str) else vectors
+
+    def rerank(
+        self,
+        query: str,
+        documents: Sequence[str],
+        *,
+        timeout_s: float | None = None,
+        total_timeout_s: float | None = None,
+    ) -> list[float]:
+        """Return how well each document answers the query, in their order, which are sent a few at a time."""
+        limits, scores = Limits(timeout_s, total_timeout_s), list[float]()
+        for request in rerank_requests(query, documents):
+            scores += self._post(request, _scores, limits)
+        return scores
+
+    async def arerank(
+        self,
+        query: str,
+        documents: Sequence[str],
+        *,
+        timeout_s: float | None = None,
+        total_timeout_s: float | None = None,
+    ) -> list[float]:
+        """As `rerank`, in an event loop."""
+        limits, scores = Limits(timeout_s, total_timeout_s), list[float]()
+        for request in rerank_requests(query, documents):
+            scores += await self._apost(request, _scores, limits)
+        return scores
+
+    def tokenize(
+        self, text: str, *, special: bool = False, timeout_s: float | None = None, total_timeout_s: float | None = None
+    ) -> list[int]:
+        """Return the tokens of a text; `special` adds those that the model puts around each text."""
+        return self._post(token_request(text, special), _tokens, Limits(timeout_s, total_timeout_s))
+
+    async def atokenize(
+        self, text: str, *, special: bool = False, timeout_s: float | None = None, total_timeout_s: float | None = None
+    ) -> list[int]:
+        """As `tokenize`, in an event loop."""
+        return await self._apost(token_request(text, special), _tokens, Limits(timeout_s, total_timeout_s))
 
     def close(self) -> None:
         """Close every connection; later calls, and calls under way in other threads, raise `ConnectionError`."""
+        self._closed = True
         self._pooled.close()
         self._fresh.close()
         self._drop_ended_loops()
 
     async def aclose(self) -> None:
         """Close the running event loop's client, and then the others as `close` does."""
+        self._closed = True
         client = self._of_loops.pop(asyncio.get_running_loop(), None)
         if client is not None:
             await client.aclose()
         self.close()
 
-    def _post(self, request: _Request, parse: Callable[[Any], Answer], timeout_s: float | None) -> Answer:
-        with self._send(request, timeout_s) as response:
-            return _parsed(response.read(), parse)
-
-    async def _apost(self, request: _Request, parse: Callable[[Any], Answer], timeout_s: float | None) -> Answer:
-        with self._translated(timeout_s):
-            async with aclosing(await self._asend(request, timeout_s)) as response:
-                return _parsed(await response.aread(), parse)
-
-    @contextmanager
-    def _send(self, request: _Request, timeout_s: float | None) -> Iterator[httpx.Response]:
-        """Send a request and yield its answer, of which only the head has been read."""
-        with self._translated(timeout_s):
+    def _post(self, request: Request, parse: Callable[[Any], Value], limits: Limits) -> Value:
+        with self._translated(limits):
             try:
-                response = self._pooled.send(self._built(self._pooled, request, timeout_s), stream=True)
+                response = self._pooled.send(self._built(self._pooled, request, limits))
             except _STALE:
                 # Most likely the server closed the connection while it was kept: the request is sent once more, on a
                 # new connection.
-                response = self._fresh.send(self._built(self._fresh, request, timeout_s), stream=True)
-            try:
-                if response.is_error:
-                    raise _engine_error(response.status_code, response.read())
-                yield response
-            finally:
-                response.close()
+                response = self._fresh.send(self._built(self._fresh, request, limits))
+            return _of_response(response, parse)
 
-    async def _asend(self, request: _Request, timeout_s: float | None) -> httpx.Response:
-        """As `_send`, each time on a new connection, so that no connection can be stale.
-
-        The caller closes the answer.
-
-        This is no generator as `_send` is: a loop that ends closes all generators at once, a stream and what it is
-        awaiting.
-        """
-        client = self._of_running_loop()
-        response = await client.send(self._built(client, request, timeout_s), stream=True)
-        if response.is_error:
-            async with aclosing(response):
-                raise _engine_error(response.status_code, await response.aread())
-        return response
+    async def _apost(self, request: Request, parse: Callable[[Any], Value], limits: Limits) -> Value:
+        with self._translated(limits):
+            client = self._of_running_loop()
+            return _of_response(await client.send(self._built(client, request, limits)), parse)
 
     def _of_running_loop(self) -> httpx.AsyncClient:
         """Return the running loop's client, since connections and locks belong to a loop.
@@ -217,95 +403,103 @@ class RunnerClient:
                 self._of_loops.pop(loop, None)
 
     def _built(
-        self, client: httpx.Client | httpx.AsyncClient, request: _Request, timeout_s: float | None
+        self,
+        client: httpx.Client | httpx.AsyncClient,
+        request: Request,
+        limits: Limits,
+        trace: Callable[..., object] | None = None,
     ) -> httpx.Request:
-        if self._pooled.is_closed:
-            raise ConnectionError(f"this client of the runner at {self._url} is closed")
-        timeout = httpx.Timeout(timeout_s, connect=self._connect_timeout_s, pool=None)
-        return client.build_request("POST", request.path, json=request.body, timeout=timeout)
+        if self._closed:
+            raise self._closed_error()
+        limits.begin()
+        timeout = httpx.Timeout(limits.left_s(), connect=self._connect_timeout_s, pool=None)
+        extensions = {} if trace is None else {"trace": trace}
+        return client.build_request(
+            "POST", request.path, content=request.content(), timeout=timeout, extensions=extensions
+        )
+
+    def _closed_error(self) -> ConnectionError:
+        return ConnectionError(f"this client of the runner at {self._url} is closed")
 
     @contextmanager
-    def _translated(self, timeout_s: float | None) -> Iterator[None]:
-        """Turn httpx's errors into Python's own."""
+    def _translated(self, limits: Limits, call: Call | None = None) -> Iterator[None]:
+        """Turn httpx's errors into Python's own and ours; what httpx was doing when they came says no more."""
         try:
             yield
-        except (httpx.ReadTimeout, httpx.WriteTimeout) as error:
-            limit = format_duration(timeout_s or 0.0)
-            raise TimeoutError(f"the runner at {self._url} was silent for {limit}: allow it more") from error
-        except httpx.RequestError as error:
-            if is_out_of_files(error):
-                raise EngineError(503, f"the request was not sent: {OUT_OF_FILES}") from error
-            raise ConnectionError(f"the runner at {self._url} cannot be reached: {error}") from error
+        except (EngineError, AnswerTimeout):
+            raise
+        except (httpx.ReadTimeout, httpx.WriteTimeout):
+            raise limits.passed() from None
+        except Exception as error:
+            if call is not None and call.expired:
+                raise limits.passed() from None
+            if self._closed:  # httpx has many errors for this, of several kinds
+                raise self._closed_error() from None
+            if isinstance(error, httpx.RequestError):
+                if is_out_of_files(error):
+                    raise EngineError(503, f"the request was not sent: {OUT_OF_FILES}") from None
+                raise ConnectionError(f"the runner at {self._url} cannot be reached: {error}") from None
+            raise
 
 
-@dataclass(slots=True)
-class Connection:
-    """The connection of an answer that is streamed in an event loop, once the answer has begun."""
-
-    response: httpx.Response | None = None
-
-    def cut(self) -> None:
-        """End the connection, so that the runner stops its work; from any thread, and whether or not the loop runs."""
-        if self.response is not None:
-            # the connection was closed before, or the loop's sockets cannot be shut down
-            with suppress(OSError, TypeError):
-                self.response.extensions["network_stream"].get_extra_info("socket").shutdown(socket.SHUT_RDWR)
-
-
-@dataclass(frozen=True, slots=True)
-class _Request:
-    """A request of a caller with or without an event loop."""
-
-    path: str
-    body: dict[str, Any]
+@contextmanager
+def _expiring(call: Call) -> Iterator[None]:
+    """End a call when its time has passed."""
+    if call.limits.total_s is None:
+        yield
+        return
+    timer = threading.Timer(call.limits.total_s, call.expire)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+        timer.join()
 
 
-def _check(parameters: Mapping[str, Any]) -> None:
-    """Raise `UnsupportedOption` for parameters whose answer would be more than the one text that is returned."""
-    if parameters.get("n") not in (None, 1):
-        raise UnsupportedOption("n", parameters["n"], "one answer is returned: ask once for each")
-    for name in ("tools", "functions"):
-        if parameters.get(name):
-            advice = "text is returned, and no calls: point an OpenAI client to the lease's url, with its api_key"
-            raise UnsupportedOption(name, parameters[name], advice)
+@contextmanager
+def _expiring_in_loop(call: Call) -> Iterator[None]:
+    """As `_expiring`, in an event loop."""
+    if call.limits.total_s is None:
+        yield
+        return
+    timer = asyncio.get_running_loop().call_later(call.limits.total_s, call.expire)
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
-def _chat_request(messages: Messages, parameters: Mapping[str, Any], *, stream: bool = False) -> _Request:
-    _check(parameters)
-    said = [{"role": "user", "content": messages}] if isinstance(messages, str) else list(messages)
-    return _Request("/v1/chat/completions", {**parameters, "messages": said, "stream": stream})
+def _has_events(response: httpx.Response) -> bool:
+    return bool(response.headers.get("Content-Type", "").startswith(EVENTS))
 
 
-def _completion_request(prompt: str, parameters: Mapping[str, Any]) -> _Request:
-    _check(parameters)
-    if not isinstance(prompt, str):
-        raise UnsupportedOption("prompt", prompt, "it must be one text: ask once for each")
-    return _Request("/v1/completions", {**parameters, "prompt": prompt, "stream": False})
+def _of_response(response: httpx.Response, parse: Callable[[Any], Value]) -> Value:
+    if response.is_error:
+        raise _engine_error(response.status_code, response.content)
+    return _parsed(response.content, parse)
 
 
-def _embedding_request(text: str | Sequence[str], parameters: Mapping[str, Any]) -> _Request:
-    return _Request("/v1/embeddings", {**parameters, "input": [text] if isinstance(text, str) else list(text)})
+def _scores(answer: Any) -> list[float]:
+    return [float(each["relevance_score"]) for each in sorted(answer["results"], key=lambda each: int(each["index"]))]
 
 
-def _chat_text(answer: Any) -> str:
-    return answer["choices"][0]["message"]["content"] or ""  # it may be null
-
-
-def _completion_text(answer: Any) -> str:
-    return str(answer["choices"][0]["text"])
+def _tokens(answer: Any) -> list[int]:
+    return [int(token) for token in answer["tokens"]]
 
 
 def _vectors(answer: Any) -> list[list[float]]:
     return [each["embedding"] for each in sorted(answer["data"], key=lambda each: int(each["index"]))]
 
 
-def _parsed(content: bytes, parse: Callable[[Any], Answer]) -> Answer:
+def _parsed(content: bytes, parse: Callable[[Any], Value]) -> Value:
     """Return what `parse` finds in an answer; raises `EngineError` if the answer is of another shape."""
     try:
         return parse(json.loads(content))
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError):
         shown = content[:200].decode(errors="replace")
-        raise EngineError(500, f"the answer does not have the expected form: {shown}") from error
+        raise EngineError(500, f"the answer does not have the expected form: {shown}") from None
 
 
 def _engine_error(status_code: int, content: bytes) -> EngineError:
@@ -327,14 +521,15 @@ def _error_of(error: Any, status_code: int) -> EngineError:
     return EngineError(int(code) if isinstance(code, int) else status_code, message)
 
 
-class _Pieces:
+class _Events:
     """Reads server-sent events from chunks of any size and yields the pieces of text in them.
 
     Lines end with a line feed only: httpx's own lines also end at characters such as U+2028, which llama.cpp sends
     unescaped inside its JSON.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, partial: PartialAnswer) -> None:
+        self._partial = partial
         self._rest = b""  # the beginning of a line whose end has not come yet
         self._done = False
 
@@ -347,7 +542,7 @@ class _Pieces:
                 case b"data" if value.strip() == b"[DONE]":
                     self._done = True
                 case b"data":
-                    if piece := _parsed(value, _piece):
+                    if piece := _parsed(value, self._piece):
                         yield piece
                 case b"error":
                     raise _engine_error(500, b'{"error":' + value + b"}")
@@ -359,13 +554,23 @@ class _Pieces:
         if not self._done:
             raise ConnectionError(f"the runner at {url} broke off in the middle of its answer")
 
+    def whole(self, status_code: int, content: bytes) -> Iterator[str]:
+        """Yield the text of an answer that came whole; raises `EngineError` if it is an error."""
+        if status_code >= httpx.codes.BAD_REQUEST:
+            raise _engine_error(status_code, content)
+        if piece := _parsed(content, self._whole):
+            yield piece
 
-def _piece(event: Any) -> str:
-    """Return the text in one event, or an empty string: the first event only has a role, the last only numbers."""
-    if "error" in event:
-        raise _error_of(event["error"], 500)
-    first = [choice for choice in event["choices"] if choice.get("index", 0) == 0]
-    return (first[0]["delta"].get("content") or "") if first else ""
+    def _whole(self, answer: Any) -> str:
+        """Take in a whole answer, which has a message or a text where events have a part of one."""
+        first = answer["choices"][0]
+        return self._partial.feed({**answer, "choices": [{**first, "delta": first.get("message"), "index": 0}]})
+
+    def _piece(self, event: Any) -> str:
+        """Return the text in one event, or an empty string: the first has only a role, the last only numbers."""
+        if "error" in event:
+            raise _error_of(event["error"], 500)
+        return self._partial.feed(event)
 
 
-__all__ = ["CONNECT_TIMEOUT_S", "Connection", "Messages", "RunnerClient"]
+__all__ = ["CONNECT_TIMEOUT_S", "EVENTS", "Call", "Connection", "Limits", "RunnerClient"]

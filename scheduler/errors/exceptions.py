@@ -1,7 +1,8 @@
 """The errors that users see: every error carries its figures as fields and says what to do about it.
 
 All of them are `SchedulerError`. `status` is the HTTP status a server would answer with: 400 for an option or input
-that the engine does not take, 404 for a missing file, 499 for a cancelled request, 503 for a full queue, 500 otherwise.
+that the engine does not take, 404 for a missing file, 499 for a cancelled request, 503 for a full queue, 504 for an
+answer that took too long, 500 otherwise.
 Constructors take exactly the fields, by position or by name; every error survives pickling.
 """
 
@@ -272,6 +273,24 @@ class TimeoutTooShort(AcquireTimeout):
 
 
 @dataclass(eq=False)
+class AnswerTimeout(SchedulerError, TimeoutError):
+    """An answer took longer than its caller allows; the runner has stopped its work on it and goes on serving.
+
+    `whole` says that the time for the whole answer passed, `total_timeout`; else the runner was silent for `limit_s`.
+    """
+
+    limit_s: float
+    whole: bool = False
+    status: ClassVar[int] = 504
+
+    def __str__(self) -> str:
+        limit = format_duration(self.limit_s)
+        if self.whole:
+            return f"the answer was not complete within {limit}: raise total_timeout, or ask for less"
+        return f"the runner was silent for {limit}: raise timeout"
+
+
+@dataclass(eq=False)
 class SchedulerClosed(SchedulerError):
     """The scheduler is closed, or closing: it takes no requests, and the requests that waited end with this error."""
 
@@ -345,6 +364,7 @@ class EngineError(SchedulerError):
 
 __all__ = [
     "AcquireTimeout",
+    "AnswerTimeout",
     "DoesNotFit",
     "EngineError",
     "EngineMissing",

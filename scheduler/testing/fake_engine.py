@@ -17,7 +17,7 @@ from fsm.sizing.model_profile import EngineSettings
 from scheduler.devices.device_reader import DeviceReader
 from scheduler.engines.interface import Buffer, Endpoint, Memory, RunnerListener
 from scheduler.engines.python import PythonModel
-from scheduler.engines.runner_client import RunnerClient
+from scheduler.engines.runner_client import EVENTS, RunnerClient
 from scheduler.errors.exceptions import ModelNotFound
 from scheduler.models.model_spec import ModelSpec
 from scheduler.testing.virtual_time import VirtualTime
@@ -93,7 +93,7 @@ class FakeProcess:
                 self.end(1, f"load() raised {error!r}", isinstance(error, MemoryError))
                 return
         self.loaded = True
-        serves = self._value if self._object is not None else Endpoint(URL, "", self._client)
+        serves = self._value if self._object is not None else Endpoint(URL, "", client=self._client)
         self._report.loaded(serves, None, self.memory())
 
     def end(self, code: int, reason: str, out_of_memory: bool = False) -> None:
@@ -116,15 +116,27 @@ class FakeProcess:
         if self.over:
             raise httpx.ConnectError("the runner is gone", request=request)
         asked = json.loads(request.content)
+        if "query" in asked:
+            scores = [_score(asked["query"], document) for document in asked["documents"]]
+            results = [{"index": index, "relevance_score": score} for index, score in enumerate(scores)]
+            return httpx.Response(200, json={"results": results})
+        if request.url.path == "/tokenize":
+            return httpx.Response(200, json={"tokens": list(asked["content"].encode())})
         if "input" in asked:
             vectors = [{"index": index, "embedding": self.model.vector} for index in range(len(asked["input"]))]
             return httpx.Response(200, json={"data": vectors})
         said = asked["messages"][-1]["content"] if "messages" in asked else asked["prompt"]
         text = self.model.answer if isinstance(self.model.answer, str) else self.model.answer(said)
-        if asked.get("stream"):
-            piece = json.dumps({"choices": [{"delta": {"content": text}}]})
-            return httpx.Response(200, text=f"data: {piece}\n\ndata: [DONE]\n\n")
-        return httpx.Response(200, json={"choices": [{"text": text, "message": {"content": text}}]})
+        tokens = {"prompt_tokens": len(said), "completion_tokens": len(text)}
+        part = {"delta": {"content": text}} if "messages" in asked else {"text": text}
+        event = json.dumps({"choices": [{**part, "finish_reason": "stop"}], "usage": tokens})
+        return httpx.Response(200, text=f"data: {event}\n\ndata: [DONE]\n\n", headers={"Content-Type": EVENTS})
+
+
+def _score(query: str, document: str) -> float:
+    """Return the part of a query's words that a document has."""
+    words = set(query.split())
+    return len(words.intersection(document.split())) / max(1, len(words))
 
 
 class FakeEngine:

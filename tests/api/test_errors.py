@@ -10,6 +10,7 @@ import pytest
 from scheduler.errors import exceptions
 from scheduler.errors.exceptions import (
     AcquireTimeout,
+    AnswerTimeout,
     DoesNotFit,
     EngineError,
     EngineMissing,
@@ -39,6 +40,8 @@ EXAMPLES: list[tuple[SchedulerError, int, tuple[str, ...]]] = [
         404,
         ("'lama' in the folder /models", "'lamb'"),
     ),
+    (AnswerTimeout(30.0), 504, ("30s", "silent", "timeout")),
+    (AnswerTimeout(600.0, whole=True), 504, ("10m", "not complete", "total_timeout")),
     (InvalidModel("/models/a.gguf", "bad magic", offset=4), 500, ("/models/a.gguf", "bad magic", "byte 4")),
     (DoesNotFit("a", 3 << 30, {"cpu": 2 << 30}, "it is too big"), 500, ("3 GiB", "2 GiB on cpu", "it is too big")),
     (DoesNotFit("a", 0, {"cpu": 9}, "a GPU is required, and there is none"), 500, ("has no place: a GPU is required",)),
@@ -65,7 +68,7 @@ each_example = pytest.mark.parametrize(
 
 @each_example
 def test_s34_every_kind_has_its_http_status(error: SchedulerError, status: int, words: tuple[str, ...]) -> None:
-    """S34: wrong input 400, missing file 404, cancelled 499, queue full or too little time 503, anything else 500."""
+    """S34: wrong input 400, no file 404, cancelled 499, full queue or little time 503, slow answer 504, else 500."""
     assert error.status == status
 
 

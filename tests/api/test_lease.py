@@ -174,7 +174,7 @@ def test_a_connection_that_breaks_does_not_end_a_runner_that_answers(
 
     with serving.acquire(file) as lease:
         with monkeypatch.context() as patch, pytest.raises(RunnerCrashed, match="broken"):
-            patch.setattr(RunnerClient, "chat", break_off)
+            patch.setattr(RunnerClient, "answer", break_off)
             lease.chat("hello")
         assert lease.chat("hello", **SHORT) and not lease.lost
 

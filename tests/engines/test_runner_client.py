@@ -245,11 +245,12 @@ def reply(body: bytes, *, status: str = "200 OK") -> Act:
 
 
 answer = reply(b'{"choices": [{"text": "fine"}]}')
+vector = reply(b'{"data": [{"index": 0, "embedding": [1.0]}]}')
 
 
 def answer_then_close(connection: socket.socket) -> None:
-    """Answer one completion, and close the connection at the second request."""
-    answer(connection)
+    """Return the vector of one text, and close the connection at the second request."""
+    vector(connection)
     receive(connection)
 
 
@@ -276,17 +277,24 @@ DONE = b"data: [DONE]\n\n"
 
 def test_a_stale_connection_is_replaced_once(client_of: ClientOf) -> None:
     """A request on a kept connection that the server closes is sent again on a new one."""
-    with Misbehaving(answer_then_close, answer) as server:
+    with Misbehaving(answer_then_close, vector) as server:
         client = client_of(server.url)
-        assert [client.complete("one"), client.complete("two")] == ["fine", "fine"]
+        assert [client.embed("one"), client.embed("two")] == [[1.0], [1.0]]
 
 
 def test_a_connection_is_not_replaced_twice(client_of: ClientOf) -> None:
     """A request whose new connection is closed too fails."""
     gone = pytest.raises(ConnectionError, match="cannot be reached")
     with Misbehaving(receive, receive) as server, gone:
-        client_of(server.url).complete("one")
+        client_of(server.url).embed("one")
     assert server.accepted == 2
+
+
+def test_an_answer_is_asked_for_once(client_of: ClientOf) -> None:
+    """A request for an answer has a connection of its own, which cannot be stale, and is sent once."""
+    with Misbehaving(receive) as server, pytest.raises(ConnectionError, match="cannot be reached"):
+        client_of(server.url).complete("one")
+    assert server.accepted == 1
 
 
 def test_a_runner_that_is_gone_is_a_connection_error(client_of: ClientOf) -> None:
@@ -371,7 +379,7 @@ def test_a_stream_that_is_closed_early_closes_its_connection(client_of: ClientOf
     with Misbehaving(act) as server:
         pieces = client_of(server.url).stream("hello")
         assert next(pieces) == "a"
-        pieces.close()  # type: ignore[attr-defined]  # a generator
+        pieces.close()
         assert ended.wait(SILENCE_S)
 
 
@@ -389,18 +397,9 @@ def test_a_loop_that_ends_closes_an_open_stream_quietly(
     assert not caplog.records
 
 
-@pytest.mark.parametrize(
-    ("parameters", "advice"),
-    [
-        ({"n": 2}, "one answer is returned: ask once for each"),
-        ({"tools": [{"type": "function"}]}, "url, with its api_key"),
-        ({"functions": [{}]}, "url, with its api_key"),
-    ],
-)
-def test_what_would_be_answered_with_more_than_a_text_is_refused(
-    parameters: dict[str, Any], advice: str, client_of: ClientOf
-) -> None:
-    """A request for several answers or tools is refused with what to do instead."""
+@pytest.mark.parametrize("parameters", [{"n": 2}, {"n_cmpl": 3}])
+def test_several_answers_at_once_are_refused(parameters: dict[str, Any], client_of: ClientOf) -> None:
+    """A request for several answers is refused with what to do instead."""
     client = client_of("http://127.0.0.1:1")
     asks: list[Callable[[], object]] = [
         lambda: client.chat("hello", **parameters),
@@ -409,14 +408,14 @@ def test_what_would_be_answered_with_more_than_a_text_is_refused(
         lambda: asyncio.run(client.achat("hello", **parameters)),
     ]
     for ask in asks:
-        with pytest.raises(UnsupportedOption, match=advice):
+        with pytest.raises(UnsupportedOption, match="one answer is returned: ask once for each"):
             ask()
 
 
 def test_one_answer_may_be_asked_for_by_number(client_of: ClientOf) -> None:
-    """A request for one answer, or for no tools, is allowed."""
+    """A request for one answer is allowed."""
     with Misbehaving(answer) as server:
-        assert client_of(server.url).complete("one", n=1, tools=None) == "fine"
+        assert client_of(server.url).complete("one", n=1) == "fine"
 
 
 @pytest.mark.parametrize("prompt", [["one", "two"], None, 5, b"one"])

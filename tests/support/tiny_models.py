@@ -22,13 +22,17 @@ def byte_tokens() -> list[str]:
     return [chr(moved.get(byte, byte)) for byte in range(256)]
 
 
-def write_tiny_model(path: Path, *, layers: int = 2, width: int = 64, seed: int = 0, context: int = 512) -> Path:
+def write_tiny_model(
+    path: Path, *, layers: int = 2, width: int = 64, seed: int = 0, context: int = 512, reranker: bool = False
+) -> Path:
     """Write a `llama` model with 4 heads (2 for keys and values) to `path` and return `path`.
 
     The same arguments give the same bytes. `width` is a multiple of 8. It serves chat, completions and, with mean
     pooling, embeddings; one token is one byte of text, so a prompt of n ASCII characters is n tokens.
+
+    A `reranker` is a `qwen3` model whose file names the pooling of one, and has its output.
     """
-    writer = gguf.GGUFWriter(path, "llama")
+    writer = gguf.GGUFWriter(path, "qwen3" if reranker else "llama")
     writer.add_context_length(context)
     writer.add_embedding_length(width)
     writer.add_block_count(layers)
@@ -40,11 +44,24 @@ def write_tiny_model(path: Path, *, layers: int = 2, width: int = 64, seed: int 
     tokens = [*byte_tokens(), END]
     add_tokenizer(writer, tokens)
     _add_tensors(writer, layers=layers, width=width, vocabulary=len(tokens), seed=seed)
+    if reranker:
+        _add_ranking(writer, layers=layers, width=width, end=len(tokens) - 1)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def _add_ranking(writer: gguf.GGUFWriter, *, layers: int, width: int, end: int) -> None:
+    writer.add_pooling_type(gguf.PoolingType.RANK)
+    writer.add_sep_token_id(end)
+    writer.add_classifier_output_labels(["yes", "no"])
+    weights = numpy.linspace(-1, 1, width, dtype=numpy.float32)
+    writer.add_tensor("cls.output.weight", numpy.stack([weights, -weights]))
+    for layer in range(layers):
+        for name in ("attn_q_norm", "attn_k_norm"):
+            writer.add_tensor(f"blk.{layer}.{name}.weight", numpy.ones(width // HEADS, dtype=numpy.float32))
 
 
 def add_tokenizer(writer: gguf.GGUFWriter, tokens: list[str]) -> None:

@@ -200,7 +200,10 @@ def test_a_lease_answers_what_was_declared() -> None:
             assert lease.chat([{"role": "user", "content": "hello"}]) == "HELLO"
             assert lease.complete("once") == "ONCE"
             assert "".join(lease.stream("hello")) == "HELLO"
+            assert (lease.chat("hello").finish_reason, lease.chat("hello").usage["prompt_tokens"]) == ("stop", 5)
             assert lease.embed(["one", "two"]) == [[0.5, 0.25], [0.5, 0.25]]
+            assert lease.rerank("a harbour", ["the harbour", "a harbour", "none"]) == [0.5, 1.0, 0.0]
+            assert lease.tokenize("abc") == [97, 98, 99]
 
 
 def test_an_event_loop_is_served() -> None:

@@ -20,6 +20,8 @@ from scheduler.errors.exceptions import InvalidSettings, LeaseReleased, RunnerCr
 from scheduler.runtime.pending_request import NonCopyable, PendingRequest
 
 if TYPE_CHECKING:
+    from openai import AsyncOpenAI, OpenAI
+
     from scheduler.runtime.request_broker import RequestBroker
 
 _IS_OBJECT = "it is an object without a server: use the value of the lease"
@@ -40,6 +42,16 @@ def _limit_s(name: str, value: str | float | None) -> float | None:
     if limit_s == 0:
         raise InvalidSettings(name, value, "a duration longer than 0")
     return wait_limit(limit_s)
+
+
+@contextmanager
+def _extra(name: str) -> Iterator[None]:
+    """Raise `UnsupportedOption` where a package of an extra of the same name is not installed."""
+    try:
+        yield
+    except ImportError:
+        how = f"the package is not installed: pip install 'loadmaster[{name}]'"
+        raise UnsupportedOption("client", name, how) from None
 
 
 class Lease(NonCopyable):
@@ -81,7 +93,11 @@ class Lease(NonCopyable):
 
     @property
     def url(self) -> str:
-        """The address of the runner's own OpenAI-compatible server; requests need `api_key` as a bearer token."""
+        """The address of the runner's own server; requests need `api_key` as a bearer token.
+
+        OpenAI's API is under `/v1` there. Whoever uses the address has to stop before the release: the runner may end
+        at any time after it. A client of `openai` knows that by itself.
+        """
         return self._endpoint().url
 
     @property
@@ -358,6 +374,24 @@ class Lease(NonCopyable):
         async with self._ausing() as client:
             return await client.atokenize(text, special=special, **limits)
 
+    def openai(self) -> OpenAI:
+        """Return a client of the package openai that talks to the runner; use it in a `with` block, or close it.
+
+        An answer to it that is under way holds the lease, as a stream does. After the release its requests raise
+        `LeaseReleased`. It needs the extra `openai`.
+        """
+        self._endpoint()
+        with _extra("openai"):
+            from scheduler.api.openai_clients import client_of
+        return client_of(self)
+
+    def async_openai(self) -> AsyncOpenAI:
+        """Like `openai`, for event loops."""
+        self._endpoint()
+        with _extra("openai"):
+            from scheduler.api.openai_clients import async_client_of
+        return async_client_of(self)
+
     def _check(self) -> None:
         if self._pending.lost:
             raise RunnerCrashed(self.model, self.runner, self._pending.lost, self._pending.closed)
@@ -416,6 +450,7 @@ class Lease(NonCopyable):
         return RunnerCrashed(self.model, self.runner, self._pending.lost or str(error), self._pending.closed)
 
     def _begin_use(self) -> None:
+        self._broker.check()
         with self._lock:
             self._check()
             self._uses += 1

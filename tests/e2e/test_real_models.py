@@ -346,7 +346,7 @@ def test_d04_many_threads_share_three_models_where_two_fit(folder: Path) -> None
             with scheduler.acquire(folder / f"{name}.gguf", timeout=LIMIT_S) as lease:
                 assert lease.model == name and not lease.lost
                 if turn % 6 == 0:
-                    assert lease.complete("hello", max_tokens=2, ignore_eos=True)
+                    assert lease.complete("hello", max_tokens=2, ignore_eos=True).usage["completion_tokens"] == 2
                 assert not lease.lost
                 taken.append(lease.runner)
 

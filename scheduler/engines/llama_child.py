@@ -32,6 +32,7 @@ import re
 import signal
 import socket
 import sys
+import threading
 import time
 from contextlib import suppress
 from typing import Any, Never, TypedDict
@@ -48,6 +49,9 @@ SHARE = "/proc/self/autogroup"  # share of the processors, where Linux divides t
 LOADING_NICE = 19  # a seventieth of the time of other sessions where cores are scarce; 0 is what every session has
 SHARE_PAUSE_S, SHARE_TRIES = 0.1, 100  # the kernel accepts ten changes a second from the whole machine
 MIB = 1 << 20
+LANDLOCK_CREATE_RULESET, LANDLOCK_RESTRICT_SELF = 444, 446  # system calls, the same on all architectures
+LANDLOCK_CONNECT_TCP = 1 << 1
+LINUX_NO_NEW_PRIVILEGES = 38  # PR_SET_NO_NEW_PRIVS
 
 # The log's line of a buffer; of a projector the log says where it computes, and then how large its file is.
 BUFFER = re.compile(
@@ -246,6 +250,51 @@ def context_of_a_slot(url: str, key: str) -> int | None:
     return context if isinstance(context, int) else None
 
 
+def connect_to_nothing() -> None:
+    """Have the kernel refuse all connections of this thread and of the threads that it starts, such as the server's.
+
+    A request may name the address of an image, and llama.cpp would fetch it from inside the user's network. On Linux
+    from 6.7 on; elsewhere nothing is changed, and only the parent refuses such requests. Programs that this process
+    starts afterwards get no rights beyond its own.
+    """
+    if sys.platform != "linux":
+        return
+    import ctypes
+
+    system = ctypes.CDLL(None)
+    attributes = (ctypes.c_uint64 * 2)(0, LANDLOCK_CONNECT_TCP)  # what is restricted of files, and of the network
+    size = ctypes.c_size_t(ctypes.sizeof(attributes))
+    rules = system.syscall(LANDLOCK_CREATE_RULESET, attributes, size, 0)
+    if rules >= 0:
+        system.prctl(LINUX_NO_NEW_PRIVILEGES, 1, 0, 0, 0)
+        system.syscall(LANDLOCK_RESTRICT_SELF, rules, 0)
+        os.close(rules)
+
+
+class ContextQuestion:
+    """Asks the server for the context of a slot from a thread of its own, begun while it may still connect."""
+
+    def __init__(self, key: str) -> None:
+        self._key = key
+        self._url: str | None = None
+        self._served = threading.Event()
+        self._context: int | None = None
+        self._thread = threading.Thread(target=self._ask, daemon=True)
+        self._thread.start()
+
+    def _ask(self) -> None:
+        self._served.wait()
+        if self._url is not None:
+            self._context = context_of_a_slot(self._url, self._key)
+
+    def answer(self, url: str) -> int | None:
+        """Return the context that each slot really got, in tokens; None if the server does not report it."""
+        self._url = url
+        self._served.set()
+        self._thread.join()
+        return self._context
+
+
 def share(nice: int) -> bool:
     """Set the share of the processors that this session gets beside others; return whether the kernel took it.
 
@@ -346,7 +395,11 @@ def serve(protocol: int, request: Request) -> Never:
         tell(protocol, "failed", reason=reason)
         os._exit(1)
     log = Log(xllamacpp)
+    question = ContextQuestion(request["key"])
     try:
+        if request["gpu_layers"]:
+            xllamacpp.get_device_info()  # a driver that starts a helper with rights of its own has to do it before
+        connect_to_nothing()
         params = parameters(xllamacpp, request, log.verbosity)
         tell(protocol, "loading")
         server = xllamacpp.Server(params)
@@ -361,7 +414,7 @@ def serve(protocol: int, request: Request) -> Never:
         protocol,
         "loaded",
         url=url,
-        num_ctx=context_of_a_slot(url, request["key"]),
+        num_ctx=question.answer(url),
         buffers=buffers(told),
         flash_attention=uses_flash_attention(told),
     )

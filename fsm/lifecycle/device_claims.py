@@ -33,18 +33,19 @@ def launch_all(step: StepContext, planned: Sequence[Planned]) -> None:
     state = step.state
     unused = dict(state.claims)
     needed = [frozenset(device for device, amount in placement.bytes if amount) for _, _, placement in planned]
-    matches = _match(unused, needed)
+    matches = _match(unused, needed)  # what is left is unused
+    by = min([claim.by for claim in unused.values()], default=state.now + state.config.claim_timeout_s)
     unclaimed: list[frozenset[DeviceId]] = []
     for (group, load, placement), devices, claim in zip(planned, needed, matches, strict=True):
         if not state.config.claims or not devices:
             loads.launch(step, group, load, placement)
         elif claim is None:
             unclaimed.append(devices)
+            group.wait(WaitFor.claim, by)
         elif claim.had:
             _launch_under(step, claim, group, load, placement)
-        elif claim.contended:
-            group.wait(WaitFor.other_program, claim.by)
-    by = min([claim.by for claim in unused.values()], default=state.now + state.config.claim_timeout_s)
+        else:
+            group.wait(WaitFor.other_program if claim.contended else WaitFor.claim, claim.by)
     for claim in unused.values():
         _release(step, claim)
     for devices in unclaimed:  # a plan that moved to other devices keeps the deadline of its unused claim

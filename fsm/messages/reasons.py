@@ -23,6 +23,7 @@ class WaitFor(Enum):
     same_model = "same_model"  # an earlier request for its model
     memory = "memory"  # memory that is being freed
     load_slot = "load_slot"
+    claim = "claim"  # the answer to the claim of its devices
     other_program = "other_program"  # another program that loads a model on the same device
 
 

@@ -59,6 +59,7 @@ WAITS: Mapping[WaitFor, str] = MappingProxyType(
         WaitFor.same_model: "an earlier request for its model",
         WaitFor.memory: "memory being freed",
         WaitFor.load_slot: "a load slot",
+        WaitFor.claim: "the claim of its devices among all programs",
         WaitFor.other_program: "another program that loads a model",
     }
 )

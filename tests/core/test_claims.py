@@ -203,6 +203,28 @@ def test_whoever_waits_is_told_that_another_program_loads() -> None:
     assert pool.waits_for(1) == WaitFor.other_program
 
 
+def test_u76_a_request_whose_claim_is_not_answered_says_that_it_waits_for_it() -> None:
+    """U76: a request waits for its devices to be its own for as long as its claim is neither granted nor contended."""
+    pool = claiming(claim_timeout_s=60.0)
+    waits(pool)
+    (line,) = pool.core.snapshot().queue
+    assert (line.waits_for, line.until) == (WaitFor.claim, pool.now + 60.0)
+    pool.advance("30s")
+    assert pool.waits_for(1) == WaitFor.claim
+    assert pool.advance("30s") == [ReleaseClaim(1), pool.launch(1, "a")]
+    assert pool.waits_for(1) == WaitFor.load
+
+
+def test_u76_a_request_that_comes_to_a_claimed_load_waits_for_the_same() -> None:
+    """U76: a request that joins another's claim, and one whose claim comes later, wait for a claim too."""
+    pool = claiming()
+    waits(pool)
+    pool.feed(acquire("a", request=2))
+    assert pool.waits_for(2) == WaitFor.claim
+    pool.feed(ClaimContended(1))
+    assert pool.waits_for(2) == WaitFor.other_program
+
+
 def test_after_the_limit_it_goes_ahead_without_and_says_so() -> None:
     """A launch goes ahead without its claim after the claim timeout, and the decision log says so."""
     pool = claiming(claim_timeout_s=60.0)

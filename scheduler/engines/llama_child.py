@@ -250,7 +250,7 @@ def context_of_a_slot(url: str, key: str) -> int | None:
     return context if isinstance(context, int) else None
 
 
-def connect_to_nothing() -> None:
+def connect_to_nothing(library: Any, gpu_layers: list[int]) -> None:
     """Have the kernel refuse all connections of this thread and of the threads that it starts, such as the server's.
 
     A request may name the address of an image, and llama.cpp would fetch it from inside the user's network. On Linux
@@ -259,6 +259,8 @@ def connect_to_nothing() -> None:
     """
     if sys.platform != "linux":
         return
+    if gpu_layers:
+        library.get_device_info()  # a driver that starts a helper with rights of its own does it here
     import ctypes
 
     system = ctypes.CDLL(None)
@@ -397,9 +399,7 @@ def serve(protocol: int, request: Request) -> Never:
     log = Log(xllamacpp)
     question = ContextQuestion(request["key"])
     try:
-        if request["gpu_layers"]:
-            xllamacpp.get_device_info()  # a driver that starts a helper with rights of its own has to do it before
-        connect_to_nothing()
+        connect_to_nothing(xllamacpp, request["gpu_layers"])
         params = parameters(xllamacpp, request, log.verbosity)
         tell(protocol, "loading")
         server = xllamacpp.Server(params)

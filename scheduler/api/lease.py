@@ -474,6 +474,7 @@ class Stream(NonCopyable, Iterator[str]):
     def __init__(self, lease: Lease, client: RunnerClient, call: Call) -> None:
         self._call = call
         self._pieces = client.pieces(call)
+        self._closed = False  # by `close`
         self._turn = threading.Lock()  # held by the thread that reads; the last one to leave ends a closed stream
         lease._begin_use()
         self._lease = lease
@@ -494,16 +495,14 @@ class Stream(NonCopyable, Iterator[str]):
             self._end_if_closed()
 
     def _read(self) -> str:
-        if (lease := self._lease) is None or self._is_closed():
+        if (lease := self._lease) is None or self._closed:
             raise StopIteration
         try:
             return next(self._pieces)
-        except ConnectionError as error:
-            crashed = None if self._is_closed() else lease._crashed(error)
+        except Exception as error:
+            told = lease._crashed(error) if isinstance(error, ConnectionError) and not self._closed else error
             self._finish()
-            if crashed is None:
-                raise StopIteration from None
-            raise crashed from None
+            raise StopIteration if self._closed else told from None
         except BaseException:
             self._finish()
             raise
@@ -515,15 +514,13 @@ class Stream(NonCopyable, Iterator[str]):
         """
         if (lease := self._lease) is None or lease._broker.forked:
             return
+        self._closed = True
         self._call.connection.cut()
         self._end_if_closed()
 
-    def _is_closed(self) -> bool:
-        return self._call.connection.is_cut and not self._call.expired
-
     def _end_if_closed(self) -> None:
         """End a closed stream, unless another thread reads: that thread comes here when it leaves."""
-        if self._lease is not None and self._is_closed() and self._turn.acquire(blocking=False):
+        if self._lease is not None and self._closed and self._turn.acquire(blocking=False):
             try:
                 self._finish()
             finally:
@@ -555,6 +552,7 @@ class AsyncStream(NonCopyable, AsyncIterator[str]):
     def __init__(self, lease: Lease, client: RunnerClient, call: Call) -> None:
         self._call = call
         self._pieces = client.apieces(call)
+        self._closed = False  # by `aclose`
         self._turn = asyncio.Lock()  # held by the task that reads or ends the stream
         lease._begin_use()
         self._lease = lease
@@ -572,16 +570,16 @@ class AsyncStream(NonCopyable, AsyncIterator[str]):
             return await self._read()
 
     async def _read(self) -> str:
-        if (lease := self._lease) is None or self._is_closed():
+        if (lease := self._lease) is None or self._closed:
             raise StopAsyncIteration
         try:
             return await anext(self._pieces)
-        except ConnectionError as error:
-            crashed = None if self._is_closed() else await asyncio.to_thread(lease._crashed, error)
+        except Exception as error:
+            told: Exception = error
+            if isinstance(error, ConnectionError) and not self._closed:
+                told = await asyncio.to_thread(lease._crashed, error)
             await self._finish()
-            if crashed is None:
-                raise StopAsyncIteration from None
-            raise crashed from None
+            raise StopAsyncIteration if self._closed else told from None
         except BaseException:
             await self._finish()
             raise
@@ -593,12 +591,10 @@ class AsyncStream(NonCopyable, AsyncIterator[str]):
         """
         if (lease := self._lease) is None or lease._broker.forked:
             return
+        self._closed = True
         self._call.connection.cut()
         async with self._turn:
             await self._finish()
-
-    def _is_closed(self) -> bool:
-        return self._call.connection.is_cut and not self._call.expired
 
     async def _finish(self) -> None:
         lease, self._lease = self._lease, None

@@ -148,6 +148,29 @@ def test_u63_an_async_stream_that_another_task_closes_ends_for_its_reader(
         assert asyncio.run(main()) in ([], ["a"])
 
 
+@pytest.mark.parametrize("kind", ["stream", "astream"])
+def test_u63_a_stream_whose_time_has_passed_can_be_closed_unread(scheduler: Scheduler, folder: Path, kind: str) -> None:
+    """U63: a stream whose time passes while nobody reads it gives the lease back at its close."""
+
+    async def main() -> None:
+        async with scheduler.acquire_async(folder / "slow.gguf", num_ctx=8192) as lease:
+            pieces = lease.astream("hello", total_timeout=0.3, **ENDLESS)
+        await anext(pieces)
+        await asyncio.sleep(1.0)
+        await pieces.aclose()
+
+    if kind == "astream":
+        asyncio.run(main())
+    else:
+        with scheduler.acquire(folder / "slow.gguf", num_ctx=8192) as lease:
+            pieces = lease.stream("hello", total_timeout=0.3, **ENDLESS)
+        next(pieces)
+        threading.Event().wait(1.0)
+        pieces.close()
+        assert list(pieces) == []
+    assert leases(scheduler) == [0]
+
+
 def test_u63_a_stream_may_be_closed_at_any_moment(scheduler: Scheduler, folder: Path) -> None:
     """U63: whenever another thread closes a stream, its reader ends without an error and the lease comes back."""
     for _ in range(40):

@@ -6,7 +6,7 @@ import difflib
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict, Unpack
 
@@ -14,6 +14,7 @@ from fsm.domain.options import MOST_SLOTS, MOST_THREADS
 from fsm.eviction.policies import DEFAULT_POLICY, EvictionPolicy
 from scheduler.config.paths import default_measurement_file, shared_lock_folder
 from scheduler.config.quantities import parse_bytes, parse_duration
+from scheduler.config.signatures import with_keywords
 from scheduler.config.value_parsers import (
     Parse,
     automatic,
@@ -168,6 +169,12 @@ class Settings:
         chosen.update(arguments)
         return cls(**chosen)
 
+    def with_arguments(self, **arguments: Unpack[SettingsArguments]) -> Settings:
+        """Return these settings with some replaced by `arguments`; raises `InvalidSettings`."""
+        kept = {row.name for row in SETTINGS if row.name not in arguments and row.former not in arguments}
+        given: dict[str, Any] = {name: getattr(self, name) for name in kept} | {**arguments}
+        return Settings(**given)
+
     def changed(self, **changes: Unpack[ChangeableArguments]) -> Settings:
         """Return these settings with some changed, as it is allowed while running; raises `InvalidSettings`."""
         given: dict[str, Any] = {**changes}
@@ -175,7 +182,7 @@ class Settings:
         for name, value in given.items():
             if name not in changeable:
                 raise InvalidSettings(name, value, f"one of what can change while running: {', '.join(changeable)}")
-        return replace(self, **given)
+        return self.with_arguments(**given)
 
 
 def _check_names(given: Mapping[str, str]) -> None:
@@ -353,6 +360,14 @@ SETTINGS = (
 )  # fmt: skip
 
 
+settings_keywords = with_keywords(SettingsArguments, {row.name: row.default for row in SETTINGS})
+changeable_keywords = with_keywords(ChangeableArguments)
+for _function in (Settings.__init__, Settings.from_environment.__func__):  # type: ignore[attr-defined]  # a class method
+    settings_keywords(_function)
+with_keywords(SettingsArguments)(Settings.with_arguments)
+changeable_keywords(Settings.changed)
+
+
 def settings_table() -> str:
     """Return the settings as a Markdown table: name, both environment variables, default, changeable, meaning."""
     lines = [
@@ -377,9 +392,11 @@ __all__ = [
     "ChangeableArguments",
     "Settings",
     "SettingsArguments",
+    "changeable_keywords",
     "format_bytes",
     "format_duration",
     "parse_bytes",
     "parse_duration",
+    "settings_keywords",
     "settings_table",
 ]

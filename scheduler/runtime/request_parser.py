@@ -22,8 +22,16 @@ from scheduler.models.model_spec import Files, ModelSpec, device_ids
 Model = str | os.PathLike[str] | ModelSpec | PythonModel
 
 
-class AcquireOptions(TypedDict, total=False):
-    """The keywords of a request: its waiting, its load-time options, and the parts of its model's identity."""
+class IdentityOptions(TypedDict, total=False):
+    """The keywords that are parts of a model's identity, where the model is named by its path or a name."""
+
+    adapters: Files | None  # LoRA files
+    projectors: Files | None  # files of a vision model
+    embedding: bool | None
+
+
+class RequestOptions(TypedDict, total=False):
+    """The keywords of a request that say how it waits and how its model is loaded."""
 
     keep_alive: str | float | None  # how long the runner stays loaded without leases; 0: not at all; negative: for ever
     timeout: str | float | None  # how long the request may wait
@@ -40,9 +48,10 @@ class AcquireOptions(TypedDict, total=False):
     cache_type_v: str | None
     devices: Sequence[str] | None  # ids of the GPUs that layers may go to
     require_gpu: bool | None  # place the model whole on GPUs, or refuse the request
-    adapters: Files | None  # LoRA files
-    projectors: Files | None  # files of a vision model
-    embedding: bool | None
+
+
+class AcquireOptions(RequestOptions, IdentityOptions, total=False):
+    """The keywords of a request: its waiting, its load-time options, and the parts of its model's identity."""
 
 
 class ParsedRequest(NamedTuple):
@@ -114,7 +123,7 @@ class RequestParser:
             self._known[key] = _Known(parsed, until)
         return parsed
 
-    def identity(self, model: Model, asking: AcquireOptions) -> ModelId:
+    def identity(self, model: Model, asking: IdentityOptions) -> ModelId:
         """Return the identity of the model that a caller names; raises `UnsupportedOption` for other keywords."""
         for name, value in asking.items():
             if name not in _IDENTITY:
@@ -173,7 +182,7 @@ class RequestParser:
             self._pin(spec.id)
         return parsed
 
-    def _spec(self, model: Model, asking: AcquireOptions) -> ModelSpec | PythonModel:
+    def _spec(self, model: Model, asking: IdentityOptions) -> ModelSpec | PythonModel:
         identity = {name: value for name, value in asking.items() if name in _IDENTITY}
         if isinstance(model, PythonModel):
             for name, value in identity.items():

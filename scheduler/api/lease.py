@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, overload
 
 from fsm.machine.runner import RunnerId
+from scheduler.concurrency.event_loops import warn_if_loop_runs
 from scheduler.config.quantities import parse_duration, wait_limit
 from scheduler.engines.answer import Answer
 from scheduler.engines.answer_requests import Messages
@@ -417,6 +418,7 @@ class Lease(NonCopyable):
     @contextmanager
     def _using(self, *, embeds: bool = False) -> Iterator[RunnerClient]:
         """Hold the lease for one call, also past its release."""
+        warn_if_loop_runs("this method of a lease", "await its twin, as `achat` is, or use `astream`")
         client = self._client()
         self._check_use(embeds)
         self._begin_use()

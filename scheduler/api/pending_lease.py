@@ -42,9 +42,10 @@ class Acquiring:
     left yet.
     """
 
-    def __init__(self, broker: RequestBroker, parsed: ParsedRequest) -> None:
+    def __init__(self, broker: RequestBroker, parsed: ParsedRequest, scheduler: object) -> None:
         self._broker = broker
         self._parsed = parsed
+        self._scheduler = scheduler  # stays open: see `PendingRequest`
         self._entered = False
         self._lease: Lease | None = None  # set while it is entered, once the lease is granted
 
@@ -74,7 +75,7 @@ class Acquiring:
             lease = Lease(self._broker, pending) if pending.error is None else None
             settle_in_loop(loop, future, lease, pending.error, lease.release if lease is not None else lambda: None)
 
-        pending = self._broker.new_future_request(self._parsed, deliver)
+        pending = self._broker.new_future_request(self._parsed, deliver, self._scheduler)
         try:
             return await future
         except BaseException:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import atexit
 import logging
+import math
 import os
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from functools import partial
+from contextlib import suppress
+from functools import cache, partial
+from types import TracebackType
 from typing import Self, Unpack
 from weakref import WeakSet
 
@@ -17,7 +22,6 @@ from fsm.core import Core, CoreConfig, Snapshot
 from fsm.domain.devices import DeviceId
 from fsm.domain.options import Options
 from fsm.machine.request import ModelId, Purpose, RequestSpec
-from fsm.messages.commands import Command, Finished, Grant, NotifyContention, Reject, RevokeLease
 from fsm.messages.events import Close, Configure, Expire, Pin, Unpin
 from scheduler.api.debug_state import DebugState
 from scheduler.api.environment import Environment
@@ -25,9 +29,18 @@ from scheduler.api.fit import Fit, fit_of
 from scheduler.api.lease import Lease
 from scheduler.api.pending_lease import Acquiring, Reservation
 from scheduler.api.status import Status, status_of
+from scheduler.concurrency.event_loops import warn_if_loop_runs
 from scheduler.config.quantities import parse_bytes, parse_duration
-from scheduler.config.settings import ChangeableArguments, Settings
+from scheduler.config.settings import (
+    ChangeableArguments,
+    Settings,
+    SettingsArguments,
+    changeable_keywords,
+    settings_keywords,
+)
+from scheduler.config.signatures import with_keywords
 from scheduler.errors.exceptions import InvalidSettings, SchedulerClosed
+from scheduler.errors.formatting import format_duration
 from scheduler.errors.wording import problem
 from scheduler.models.catalog import Catalog
 from scheduler.models.measurements import identity_of
@@ -37,83 +50,95 @@ from scheduler.runtime.event_stream import EventStream, Hub
 from scheduler.runtime.executor import Executor
 from scheduler.runtime.health_monitor import HealthMonitor
 from scheduler.runtime.model_registry import ModelRegistry
-from scheduler.runtime.pending_request import FutureRequest
+from scheduler.runtime.pending_request import FutureRequest, settle_in_loop
 from scheduler.runtime.request_broker import RequestBroker
-from scheduler.runtime.request_parser import AcquireOptions, Model, ParsedRequest, RequestParser
+from scheduler.runtime.request_parser import AcquireOptions, IdentityOptions, Model, ParsedRequest, RequestParser
 
 log = logging.getLogger("loadmaster")
 
 _FIRST_SAMPLE_S = 10.0  # how long a slow GPU driver may hold up the start
-_EXIT_TIMEOUT_S = 0.0  # at the interpreter's exit without a close, no thread is left to release a lease
+_AT_ONCE_S = 0.0  # leases are not waited for: at the interpreter's exit, after an exception, or where none is left
 _LAST_WORDS_S = 2.0  # beyond the timeouts, for killed processes to be reaped and threads to end
 _FRESH_S = 2.0  # how long a reservation, or a new memory limit, waits for a sample of the devices
 _PREFETCHES = 2  # models whose files are read ahead while they wait for memory
 _KILL_S = 10.0  # beyond the grace, for a driver to release the memory of a killed process
 _CLOSE_LOOK_S = 0.1  # between two checks, during a close, of whether leases are still held
+_SILENT_S = 1.0  # how long a close waits for leases before it says so
+_AWAIT_CLOSE = "use `async with Scheduler()`, or await `aclose()`"
+_AWAIT_LEASE = "await `acquire_async`"
+_request_keywords = with_keywords(AcquireOptions, {})
+_identity_keywords = with_keywords(IdentityOptions, {})
+_ON_A_THREAD = "await `asyncio.to_thread(scheduler.{}, …)`"
 
 
 class Scheduler:
     """Loads models on demand into runners, shares the runners by lease, and evicts them when their memory is needed.
 
-    Safe to use from any thread, from event loops and from signal handlers. Close it, or use it in a `with` block; a
-    scheduler that is not closed is closed when the interpreter exits. After a fork only the parent may use it.
+    Safe to use from any thread, from event loops and from signal handlers. Close it, or use it in a `with` block, or in
+    an `async with` block on an event loop. A scheduler that is not closed is closed when the main thread ends, or, with
+    a `ResourceWarning`, when neither the program nor a lease or a request has a reference to it any more. After a fork
+    only the parent may use it.
 
-    `settings` defaults to the environment's, see `Settings.from_environment`.
+    Settings are given as `Settings`, or as keywords: those that `settings` does not have, or else the environment, see
+    `Settings.from_environment`. Raises `InvalidSettings`.
     """
 
-    def __init__(self, settings: Settings | None = None, *, _environment: Environment | None = None) -> None:
-        self.settings = Settings.from_environment() if settings is None else settings
-        if not isinstance(self.settings, Settings):
-            raise InvalidSettings("settings", settings, "made of Settings, as in Scheduler(Settings(max_queue=9))")
+    @settings_keywords
+    def __init__(
+        self,
+        settings: Settings | None = None,
+        *,
+        _environment: Environment | None = None,
+        **more: Unpack[SettingsArguments],
+    ) -> None:
+        if not isinstance(settings, Settings | None):
+            raise InvalidSettings("settings", settings, "made of Settings, or keywords, as in Scheduler(max_queue=9)")
+        self.settings = Settings.from_environment(**more) if settings is None else settings.with_arguments(**more)
         self._close_lock = threading.RLock()  # one thread ends what is left, the other threads wait for it
         self._ending: int | None = None  # the thread that does
         self._configuring = threading.RLock()  # one thread changes limits; a signal handler may do so in between
-        environment = _environment or Environment()
+        self._assemble(_environment or Environment())
+        try:
+            _close_at_exit()
+            _open_schedulers.add(self)
+            self._driver.start()
+            self._executor.refresh(_FIRST_SAMPLE_S)
+            self._prober.start()
+        except BaseException:  # Ctrl-C, for example: the caller has no scheduler yet that it could close
+            self._broker.closing = True
+            self._end()
+            raise
+
+    def _assemble(self, environment: Environment) -> None:
+        """Make the parts: they hold one another and never the scheduler, as a thread would then keep it for ever."""
         self._clock = environment.clock
         self._devices = environment.devices(self.settings)
         self._engines = environment.engines(self.settings)
         self.catalog = Catalog(environment.resolvers(self.settings))
         self._registry = ModelRegistry(*self._engines)
-        self._parser = RequestParser(self.catalog, self._registry.require, lambda model: self._broker.post(Pin(model)))
+        self._parser = RequestParser(self.catalog, self._registry.require, lambda model: broker.post(Pin(model)))
         self._hub = Hub(self.settings.event_buffer, self._registry.name)
         core = Core(limits_of(self.settings), self.settings.eviction)
         self._recorder: Recorder | None = None
         if (file := self.settings.recording_file) is not None:
             self._recorder = Recorder(file, self.settings.recording_limit, core, self._registry.name)
         self._driver = environment.driver(
-            core, self._perform, self._hub.publish, lambda error: self._broker.fail(error),
-            lambda: self._executor.resample(), self._recorder.step if self._recorder is not None else None,
+            core, lambda command: broker.perform(command), self._hub.publish,
+            lambda error: broker.fail(error), lambda: executor.resample(),
+            self._recorder.step if self._recorder is not None else None,
         )  # fmt: skip
-        self._executor = Executor(
+        executor = self._executor = Executor(
             self.settings, self._devices, self._registry.engine_of, self._driver.post, core.lives,
-            lambda model: self._broker.forget(model), environment.thread_pool,
+            lambda model: broker.forget(model), environment.thread_pool,
         )  # fmt: skip
-        self._broker = RequestBroker(
+        broker = self._broker = RequestBroker(
             self._registry, self._parser, self._driver, self._executor, core.knows, self.settings.probe_timeout
         )
         self._prober = HealthMonitor(self._executor, self.settings.probe_interval, self._broker.drop_unused_objects)
-        try:
-            _open_schedulers.add(self)
-            self._driver.start()
-            self._executor.refresh(_FIRST_SAMPLE_S)
-            self._prober.start()
-        except BaseException:  # Ctrl-C, for example: the caller has no scheduler yet that it could close
-            self._end()
-            raise
-
-    def _perform(self, command: Command) -> None:
-        """Pass a command to the executor, the broker or another peer that performs it.
-
-        Called under the driver's lock.
-        """
-        match command:
-            case Grant() | Reject() | RevokeLease() | NotifyContention() | Finished():
-                self._broker.perform(command)
-            case _:
-                self._executor.perform(command)
 
     # -- asking for models --------------------------------------------------------------------------------------------
 
+    @_request_keywords
     def acquire(self, model: Model, **asking: Unpack[AcquireOptions]) -> Lease:
         """Return a lease on a runner of `model`, loading it if need be; blocks until the lease is granted.
 
@@ -124,13 +149,15 @@ class Scheduler:
         Raises `QueueFull`, `ModelNotFound`, `InvalidModel`, `DoesNotFit`, `LoadFailed`, `LoadTimeout`, `AcquireTimeout`
         (at once, as `TimeoutTooShort`, where it is certain), `UnsupportedOption`, `InvalidSettings`, `SchedulerClosed`.
         """
+        warn_if_loop_runs("acquire", _AWAIT_LEASE)
         parsed = self._parser.parse_cached(model, asking)
-        pending = self._broker.new_request(parsed)
+        pending = self._broker.new_request(parsed, self)
         # made first: if Ctrl-C interrupts, the end of the lease releases what was granted
         lease = Lease(self._broker, pending)
         self._broker.submit_and_wait(pending, parsed)
         return lease
 
+    @_request_keywords
     def submit(self, model: Model, **asking: Unpack[AcquireOptions]) -> Future[Lease]:
         """Like `acquire`, as a future.
 
@@ -143,13 +170,15 @@ class Scheduler:
             if not pending.settle(future, lease) and lease is not None:
                 lease.release()
 
-        self._broker.submit_future(future, self._parser.parse_cached(model, asking), deliver)
+        self._broker.submit_future(future, self._parser.parse_cached(model, asking), deliver, self)
         return future
 
+    @_request_keywords
     def acquire_async(self, model: Model, **asking: Unpack[AcquireOptions]) -> Acquiring:
         """Like `acquire`, for `await` and `async with`; cancelling a task while it waits cancels its request."""
-        return Acquiring(self._broker, self._parser.parse_cached(model, asking))
+        return Acquiring(self._broker, self._parser.parse_cached(model, asking), self)
 
+    @_request_keywords
     def preload(self, model: Model, **asking: Unpack[AcquireOptions]) -> Future[None]:
         """Load a model without a lease; the future is done when the model is loaded and its runner idle."""
         future: Future[None] = Future()
@@ -158,18 +187,21 @@ class Scheduler:
             self._broker.requests.pop(pending.id, None)
             pending.settle(future, None)
 
-        self._broker.submit_future(future, self._parser.parse_cached(model, asking, Purpose.preload), deliver)
+        self._broker.submit_future(future, self._parser.parse_cached(model, asking, Purpose.preload), deliver, self)
         return future
 
-    def expire(self, model: Model, **asking: Unpack[AcquireOptions]) -> None:
+    @_identity_keywords
+    def expire(self, model: Model, **asking: Unpack[IdentityOptions]) -> None:
         """Unload a model: at once if its runner is idle, after its leases if busy; harmless if it is not loaded."""
         self._broker.post(Expire(self._parser.identity(model, asking)))
 
-    def pin(self, model: Model, **asking: Unpack[AcquireOptions]) -> None:
+    @_identity_keywords
+    def pin(self, model: Model, **asking: Unpack[IdentityOptions]) -> None:
         """Keep a model from eviction and from ending by its keep-alive from now on; it need not be loaded yet."""
         self._broker.post(Pin(self._parser.identity(model, asking)))
 
-    def unpin(self, model: Model, **asking: Unpack[AcquireOptions]) -> None:
+    @_identity_keywords
+    def unpin(self, model: Model, **asking: Unpack[IdentityOptions]) -> None:
         """Let a model be evicted, or end by its keep-alive, again."""
         self._broker.post(Unpin(self._parser.identity(model, asking)))
 
@@ -179,6 +211,7 @@ class Scheduler:
         `device` is "cpu" or a GPU's id as `status()` shows it. Blocks until there is room. Raises `DoesNotFit` at once
         where there never can be room, `AcquireTimeout`, `InvalidSettings`, `SchedulerClosed`.
         """
+        warn_if_loop_runs("reserve", _ON_A_THREAD.format("reserve"))
         self._broker.check()
         check_text("device", device)
         amount = ((DeviceId(device), parse_bytes(size)),)
@@ -186,11 +219,12 @@ class Scheduler:
         spec = RequestSpec(ModelId(""), Options(), Purpose.memory, 0, amount)
         timeout_s = None if timeout is None else parse_duration(timeout, name="timeout")
         parsed = ParsedRequest(spec, f"{size} on {device}", None, timeout_s)
-        pending = self._broker.new_request(parsed)
+        pending = self._broker.new_request(parsed, self)
         reservation = Reservation(self._broker, pending)
         self._broker.submit_and_wait(pending, parsed)
         return reservation
 
+    @_request_keywords
     def fit(self, model: Model, **asking: Unpack[AcquireOptions]) -> Fit:
         """Return what would become of a request now: its placement, its victims, and options with which it would fit.
 
@@ -199,6 +233,7 @@ class Scheduler:
         may take at most 2 s; llama.cpp may be asked about the model, for some seconds at most. Raises `ModelNotFound`,
         `InvalidModel`, `UnsupportedOption`, `InvalidSettings`, `SchedulerClosed`.
         """
+        warn_if_loop_runs("fit", _ON_A_THREAD.format("fit"))
         self._broker.check()
         if self._broker.closing:
             raise SchedulerClosed()
@@ -210,6 +245,7 @@ class Scheduler:
 
     # -- changing its limits ------------------------------------------------------------------------------------------
 
+    @changeable_keywords
     def configure(self, **limits: Unpack[ChangeableArguments]) -> None:
         """Change limits while running: `memory_limit`, `max_queue`, `max_runners`, `keep_alive`.
 
@@ -305,9 +341,59 @@ class Scheduler:
     def close(self, timeout: str | float | None = None) -> None:
         """Refuse new requests, answer the queued ones, let leases finish for `timeout`, then stop every runner.
 
-        `timeout` defaults to the setting `close_timeout`; leases that last longer are revoked. Returns soon after the
-        timeout in every case; an object whose `unload` hangs is named in a warning. A second call is harmless.
+        `timeout` defaults to the setting `close_timeout`; leases that last longer are revoked. A close that waits for
+        leases names their models in a warning. Returns soon after the timeout in every case; an object whose `unload`
+        hangs is named in a warning. A second call is harmless.
         """
+        warn_if_loop_runs("close", _AWAIT_CLOSE)
+        self._close(timeout)
+
+    async def aclose(self, timeout: str | float | None = None) -> None:
+        """Like `close`; the tasks of the event loop go on meanwhile, and may release their leases.
+
+        The close goes on where the task is cancelled that awaits it.
+        """
+        loop = asyncio.get_running_loop()
+        closed: asyncio.Future[None] = loop.create_future()
+
+        def close() -> None:
+            error: BaseException | None = None
+            try:
+                self._close(timeout)
+            except BaseException as raised:
+                error = raised
+            settle_in_loop(loop, closed, None, error, lambda: None)
+
+        # of its own: the threads of the loop's executor may all wait for the scheduler
+        threading.Thread(target=close, name="loadmaster-closer", daemon=True).start()
+        await closed
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close(_AT_ONCE_S if kind is not None else None)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.aclose(_AT_ONCE_S if kind is not None else None)
+
+    def __del__(self) -> None:
+        broker = getattr(self, "_broker", None)
+        if broker is None or broker.closing or broker.forked:
+            return
+        _open_schedulers.add(self)  # again: the garbage collector may have taken it out
+        # on another thread: a finaliser may run anywhere, in a step of the core too; no lease and no request is left
+        self._executor.call(lambda: self._close(_AT_ONCE_S))
+        warnings.warn("a scheduler was never closed", ResourceWarning, stacklevel=2, source=self)
+
+    def _close(self, timeout: str | float | None) -> None:
         if self._broker.forked or self._ending == threading.get_ident():  # the latter: called in a signal handler
             return
         timeout_s = self.settings.close_timeout if timeout is None else parse_duration(timeout, name="timeout")
@@ -324,20 +410,18 @@ class Scheduler:
                 finally:
                     self._ending = None
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
     def _await_the_end(self, timeout_s: float) -> None:
         """Wait until every runner is unloaded: as long as leases may last, and then as long as a stop may take."""
         stop_s = self.settings.stop_grace + _LAST_WORDS_S
         now = time.monotonic()
-        leases_end, end = now + timeout_s, now + stop_s
+        leases_end, end, silent_end = now + timeout_s, now + stop_s, now + _SILENT_S
         while not self._broker.finished.is_set() and (now := time.monotonic()) < end:
             if self._broker.requests and now < leases_end:
                 end = now + stop_s
+                if now >= silent_end and (held := self._broker.held()):
+                    left = format_duration(leases_end - now)
+                    log.warning("the close waits up to %s more for the release of %s", left, ", ".join(held))
+                    silent_end = math.inf
             self._broker.finished.wait(min(end - now, _CLOSE_LOOK_S))
 
     def _end(self) -> None:
@@ -420,7 +504,7 @@ _open_schedulers: WeakSet[Scheduler] = WeakSet()
 
 def _close_all() -> None:
     for scheduler in list(_open_schedulers):
-        scheduler.close(_EXIT_TIMEOUT_S)
+        scheduler._close(_AT_ONCE_S)
 
 
 def _disown() -> None:
@@ -428,6 +512,22 @@ def _disown() -> None:
         scheduler._broker.forked = True
 
 
-atexit.register(_close_all)
+@cache
+def _close_at_exit() -> None:
+    """Have every scheduler closed when the main thread ends, before the interpreter joins the program's threads.
+
+    `atexit` comes too late for threads that wait for a grant or an event: they are joined first, and would be waited
+    for without end. `concurrent.futures` closes its pools by `threading._register_atexit`, which is there from Python
+    3.9 to 3.14 at least and has no public name. It calls the last registered function first, so importing
+    `concurrent.futures.thread` before this has the schedulers closed before that joins its workers, who may wait for
+    them. `atexit` is for a Python without that function, and for a scheduler that is made later still.
+    """
+    import concurrent.futures.thread  # noqa: F401
+
+    with suppress(AttributeError, RuntimeError):  # the latter: the interpreter is ending already
+        threading._register_atexit(_close_all)  # type: ignore[attr-defined]  # it has no public name
+    atexit.register(_close_all)
+
+
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_disown)

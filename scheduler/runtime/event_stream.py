@@ -14,6 +14,7 @@ from weakref import ReferenceType, ref
 
 from fsm.messages import decision_log
 from fsm.messages.decision_log import Entry
+from scheduler.concurrency.event_loops import warn_if_loop_runs
 from scheduler.config.quantities import parse_duration, wait_limit
 from scheduler.errors.exceptions import SchedulerForked
 from scheduler.errors.from_refusals import decision_words
@@ -137,6 +138,8 @@ class EventStream(Iterator[Transition | Decision | Gap]):
                 return found if isinstance(found, Gap) else event_of(found, self._name)
             if self.ended:
                 return None
+            if wait_s != 0 and self._there.empty():
+                warn_if_loop_runs("reading events", "read them on a thread, as with `asyncio.to_thread(events.take)`")
             try:
                 self._there.get(timeout=wait_s)
             except Empty:

@@ -42,13 +42,16 @@ class PendingRequest:
         "model",
         "model_id",
         "runner",
+        "scheduler",
         "wanted",
     )
 
-    def __init__(self, id: RequestId, model_id: ModelId, model: str) -> None:
+    def __init__(self, id: RequestId, model_id: ModelId, model: str, scheduler: object) -> None:
         self.id = id
         self.model_id = model_id
         self.model = model  # name of the model, for errors
+        # held for as long as the request waits or its lease exists: a scheduler that nothing holds is closed
+        self.scheduler = scheduler
         self.gate = allocate_lock()
         self.gate.acquire()
         self.answered = False
@@ -77,10 +80,11 @@ class FutureRequest(PendingRequest):
         id: RequestId,
         model_id: ModelId,
         model: str,
+        scheduler: object,
         put: Callable[[Callback], None],
         deliver: Callable[[FutureRequest], None],
     ) -> None:
-        super().__init__(id, model_id, model)
+        super().__init__(id, model_id, model, scheduler)
         self.put = put
         # None once answered: `deliver` leads to the lease, and only the holder may keep the lease alive.
         self.deliver: Callable[[FutureRequest], None] | None = deliver

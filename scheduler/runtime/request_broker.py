@@ -6,11 +6,11 @@ import itertools
 import logging
 from collections.abc import Callable
 from concurrent.futures import Future
-from typing import Any, assert_never
+from typing import Any
 
 from fsm.core import Core
 from fsm.machine.request import ModelId, RequestId
-from fsm.messages.commands import Finished, Grant, NotifyContention, Reject, RevokeLease
+from fsm.messages.commands import Command, Finished, Grant, NotifyContention, Reject, RevokeLease
 from fsm.messages.events import Acquire, Cancel, Event, Release, Unresponsive
 from fsm.messages.reasons import NoAnswer
 from fsm.messages.refusals import QueueFullRefusal
@@ -32,8 +32,6 @@ from scheduler.runtime.pending_request import Callback, FutureRequest, PendingRe
 from scheduler.runtime.request_parser import ParsedRequest, RequestParser
 
 log = logging.getLogger("loadmaster")
-
-Answer = Grant | Reject | RevokeLease | NotifyContention | Finished  # the executor performs all other commands
 
 _LOOK_UP_S = 1.0  # longest single wait: a Ctrl-C that comes right before a wait is seen only when the wait ends
 
@@ -63,9 +61,9 @@ class RequestBroker:
         self._knows = knows  # whether the core knows a model; called under the driver's lock
         self._probe_timeout_s = probe_timeout_s
 
-    def new_request(self, parsed: ParsedRequest) -> PendingRequest:
-        """Return a pending request that has not been submitted."""
-        return PendingRequest(RequestId(next(self._ids)), parsed.spec.model, parsed.name)
+    def new_request(self, parsed: ParsedRequest, scheduler: object) -> PendingRequest:
+        """Return a pending request that has not been submitted; it holds the scheduler, which stays open with it."""
+        return PendingRequest(RequestId(next(self._ids)), parsed.spec.model, parsed.name, scheduler)
 
     def submit_and_wait(self, pending: PendingRequest, parsed: ParsedRequest) -> None:
         """Submit a request and block until it is granted; raises the error of a refusal."""
@@ -76,14 +74,18 @@ class RequestBroker:
         except BaseException:  # Ctrl-C, for example: a caller that leaves cancels its request
             self.cancel(pending)
             raise
-        if pending.error is not None:
-            raise pending.error
+        if (error := pending.error) is not None:
+            pending.error = None  # the traceback of the error leads to the request: no cycle that holds the scheduler
+            try:
+                raise error
+            finally:
+                del error
 
     def submit_future(
-        self, future: Future[Any], parsed: ParsedRequest, deliver: Callable[[FutureRequest], None]
+        self, future: Future[Any], parsed: ParsedRequest, deliver: Callable[[FutureRequest], None], scheduler: object
     ) -> None:
         """Submit a request for a future; cancelling the future while the request waits cancels the request."""
-        pending = self.new_future_request(parsed, deliver)
+        pending = self.new_future_request(parsed, deliver, scheduler)
 
         def leave(done: Future[Any]) -> None:
             if done.cancelled():
@@ -92,10 +94,12 @@ class RequestBroker:
 
         future.add_done_callback(leave)
 
-    def new_future_request(self, parsed: ParsedRequest, deliver: Callable[[FutureRequest], None]) -> FutureRequest:
+    def new_future_request(
+        self, parsed: ParsedRequest, deliver: Callable[[FutureRequest], None], scheduler: object
+    ) -> FutureRequest:
         """Submit a request and return it; `deliver` is called from a thread pool when the request is answered."""
         id, model = RequestId(next(self._ids)), parsed.spec.model
-        pending = FutureRequest(id, model, parsed.name, self._executor.call, deliver)
+        pending = FutureRequest(id, model, parsed.name, scheduler, self._executor.call, deliver)
         self.submit(pending, parsed)
         return pending
 
@@ -107,6 +111,10 @@ class RequestBroker:
         self.post(Acquire(pending.id, parsed.spec, parsed.keep_alive_s, parsed.timeout_s))
         if self.closing and self.finished.is_set() and self.requests.pop(pending.id, None) is not None:
             pending.answer(None, SchedulerClosed())  # the driver has ended, or is about to
+
+    def held(self) -> list[str]:
+        """Return the models, and the memory of the program's own, whose leases and reservations are not released."""
+        return sorted({pending.model for pending in list(self.requests.values()) if pending.answered})
 
     def check(self) -> None:
         """Raise `SchedulerForked` in a forked child: threads that do not exist in the child may hold its locks."""
@@ -175,8 +183,8 @@ class RequestBroker:
             if when == what:
                 self._executor.call(lambda callback=callback: _call(callback))  # type: ignore[misc]  # binds the callback now
 
-    def perform(self, command: Answer) -> None:
-        """Perform one answer of the core; called under the driver's lock."""
+    def perform(self, command: Command) -> None:
+        """Perform one answer of the core, or pass another command to the executor; called under the driver's lock."""
         match command:
             case Grant(request, runner):
                 if (pending := self.requests.get(request)) is not None:
@@ -202,7 +210,7 @@ class RequestBroker:
             case Finished():
                 self.finished.set()
             case _:
-                assert_never(command)
+                self._executor.perform(command)
 
     def drop_unused_objects(self) -> None:
         """Forget objects that are not requested, pinned or loaded, and the load-time options of their launches."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Self, Unpack
 
 from fsm.core import Core
@@ -15,12 +16,13 @@ from scheduler.api.environment import Environment
 from scheduler.api.scheduler import Scheduler
 from scheduler.concurrency.thread_pool import ThreadPool
 from scheduler.config.quantities import parse_bytes, parse_duration
-from scheduler.config.settings import Settings, SettingsArguments
+from scheduler.config.settings import Settings, SettingsArguments, settings_keywords
 from scheduler.devices.device_reader import DeviceReader
 from scheduler.engines.interface import Engine
 from scheduler.errors.exceptions import InvalidSettings
 from scheduler.models.catalog import Resolver
 from scheduler.runtime.driver import Driver
+from scheduler.runtime.request_broker import RequestBroker
 from scheduler.testing.fake_engine import Answer, Failure, FakeDevices, FakeEngine, FakeModel, FakeProcess, FakeResolver
 from scheduler.testing.virtual_time import InlinePool, VirtualDriver, VirtualPool, VirtualTime
 
@@ -35,16 +37,16 @@ class FakeMachine:
     alone. `settings` are those of `Settings`. Close it, or use it in a `with` block.
     """
 
+    @settings_keywords
     def __init__(
         self, memory: Size = "8GiB", *, auto_advance: bool = True, **settings: Unpack[SettingsArguments]
     ) -> None:
-        self._auto_advance = auto_advance
         self._time = VirtualTime()
         self._engine = FakeEngine(self._time)
         alone: SettingsArguments = {"lock_folder": None, "measurement_file": None, "prefetch": False}
         environment = _FakeEnvironment(self._time, self._engine, dict(_amounts(memory)))
         self.scheduler = Scheduler(Settings(**(alone | settings)), _environment=environment)
-        self._time.start(self.scheduler._driver, self._waits)
+        self._time.start(self.scheduler._driver, partial(_waits, self.scheduler._broker, auto_advance))
 
     # -- what there is, and what fails --------------------------------------------------------------------------------
 
@@ -128,7 +130,7 @@ class FakeMachine:
 
     def close(self) -> None:
         """Close the scheduler; a lease that is still held is broken without a wait. Twice is harmless."""
-        self.scheduler.close()
+        self.scheduler._close(None)  # on an event loop too: nothing is waited for but virtual time
 
     def __enter__(self) -> Self:
         return self
@@ -136,12 +138,12 @@ class FakeMachine:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _waits(self) -> bool:
-        """Tell whether a request, or the close, waits for what only time can bring."""
-        broker = self.scheduler._broker
-        if broker.closing:
-            return not broker.finished.is_set()
-        return self._auto_advance and any(not pending.answered for pending in list(broker.requests.values()))
+
+def _waits(broker: RequestBroker, auto_advance: bool) -> bool:
+    """Tell whether a request, or the close, waits for what only time can bring."""
+    if broker.closing:
+        return not broker.finished.is_set()
+    return auto_advance and any(not pending.answered for pending in list(broker.requests.values()))
 
 
 class _FakeEnvironment(Environment):

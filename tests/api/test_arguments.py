@@ -163,7 +163,7 @@ def test_options_are_a_kind_of_their_own(value: Any) -> None:
 @pytest.mark.parametrize("value", [{"max_queue": 3}, {}, Settings, "4GiB"])
 def test_settings_are_a_kind_of_their_own(value: Any) -> None:
     """Settings have to be a `Settings`, also where another value is empty."""
-    with pytest.raises(InvalidSettings, match=r"settings cannot be .*Settings\(max_queue="):
+    with pytest.raises(InvalidSettings, match=r"settings cannot be .*Scheduler\(max_queue="):
         Scheduler(value)
 
 

@@ -43,8 +43,8 @@ def decide(scheduler: Scheduler) -> None:
     def look(_: object) -> None:
         for pool in (executor.worker_pool, executor.callback_pool):
             pool.put(lambda: None)
-        scheduler._perform(Sample(0))
-        scheduler._perform(Prefetch(()))
+        scheduler._driver._perform(Sample(0))
+        scheduler._driver._perform(Prefetch(()))
         scheduler._hub.publish([entry])
         assert executor.measurements is not None
         executor.measurements._put(lambda: None)

@@ -6,9 +6,8 @@ import errno
 import os
 import stat
 import struct
-import threading
-from collections import OrderedDict
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
 from math import prod
@@ -110,27 +109,29 @@ def _identity(path: str, status: os.stat_result) -> _Identity:
 
 
 class _Cache:
-    """The headers read last, by the identity of their files."""
+    """The headers read last, by the identity of their files.
+
+    Without a lock: a fork of the program would inherit it as it is, and for good where another thread holds it. Each
+    step is one operation of a dictionary; where two threads meet, a header may be read once more.
+    """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._headers: OrderedDict[_Identity, Header] = OrderedDict()  # the least recently used header first
+        self._headers: dict[_Identity, Header] = {}  # the least recently used header first
 
     def clear(self) -> None:
-        with self._lock:
-            self._headers.clear()
+        self._headers = {}
 
     def get(self, key: _Identity) -> Header | None:
-        with self._lock:
-            if (header := self._headers.get(key)) is not None:
-                self._headers.move_to_end(key)
-            return header
+        if (header := self._headers.pop(key, None)) is not None:
+            self._headers[key] = header  # at the end
+        return header
 
     def put(self, key: _Identity, header: Header) -> None:
-        with self._lock:
-            self._headers[key] = header
-            while len(self._headers) > CACHED_HEADERS:
-                self._headers.popitem(last=False)
+        headers = self._headers
+        headers[key] = header
+        while len(headers) > CACHED_HEADERS:
+            with suppress(StopIteration, RuntimeError):  # another thread has changed it
+                headers.pop(next(iter(headers)), None)
 
 
 _cache = _Cache()

@@ -163,15 +163,13 @@ class Scheduler:
 
         `cancel()` works until the lease is granted, and after that the lease is released.
         """
-        future: Future[Lease] = Future()
 
-        def deliver(pending: FutureRequest) -> None:
+        def settle(pending: FutureRequest, future: Future[Lease]) -> None:
             lease = Lease(self._broker, pending) if pending.error is None else None
             if not pending.settle(future, lease) and lease is not None:
                 lease.release()
 
-        self._broker.submit_future(future, self._parser.parse_cached(model, asking), deliver, self)
-        return future
+        return self._broker.submit_future(self._parser.parse_cached(model, asking), settle, self)
 
     @_request_keywords
     def acquire_async(self, model: Model, **asking: Unpack[AcquireOptions]) -> Acquiring:
@@ -181,14 +179,12 @@ class Scheduler:
     @_request_keywords
     def preload(self, model: Model, **asking: Unpack[AcquireOptions]) -> Future[None]:
         """Load a model without a lease; the future is done when the model is loaded and its runner idle."""
-        future: Future[None] = Future()
 
-        def deliver(pending: FutureRequest) -> None:
+        def settle(pending: FutureRequest, future: Future[None]) -> None:
             self._broker.requests.pop(pending.id, None)
             pending.settle(future, None)
 
-        self._broker.submit_future(future, self._parser.parse_cached(model, asking, Purpose.preload), deliver, self)
-        return future
+        return self._broker.submit_future(self._parser.parse_cached(model, asking, Purpose.preload), settle, self)
 
     @_identity_keywords
     def expire(self, model: Model, **asking: Unpack[IdentityOptions]) -> None:
@@ -390,7 +386,7 @@ class Scheduler:
             return
         _open_schedulers.add(self)  # again: the garbage collector may have taken it out
         # on another thread: a finaliser may run anywhere, in a step of the core too; no lease and no request is left
-        self._executor.call(lambda: self._close(_AT_ONCE_S))
+        self._executor.deliver(lambda: self._close(_AT_ONCE_S))
         warnings.warn("a scheduler was never closed", ResourceWarning, stacklevel=2, source=self)
 
     def _close(self, timeout: str | float | None) -> None:

@@ -6,6 +6,7 @@ import logging
 import queue
 import threading
 import time
+from _thread import start_new_thread
 from collections import deque
 from collections.abc import Callable
 
@@ -17,8 +18,9 @@ log = logging.getLogger("loadmaster")
 class ThreadPool:
     """At most `limit` daemon threads that run jobs in the order in which they were put.
 
-    `put` takes no lock and starts no thread: it is called under the driver's lock, in finalisers and in signal
-    handlers. A thread that takes a job first makes sure that another thread waits for the next job.
+    `put` takes no lock, not even one of `threading`: it is called under the driver's lock, in finalisers and in signal
+    handlers. So it starts no thread before the close. A thread that takes a job first makes sure that another thread
+    waits for the next job.
 
     Unlike `concurrent.futures`, nothing joins the threads when the interpreter exits: a job that hangs cannot hang the
     exit.
@@ -63,6 +65,11 @@ class ThreadPool:
             self._threads.append(thread)
             self._idle += 1
 
+    @property
+    def full(self) -> bool:
+        """Whether every thread that may run is busy, and a job waits."""
+        return not self._idle and len(self._threads) >= self._limit and not self._jobs.empty()
+
     def close(self, timeout_s: float) -> list[str]:
         """Let the threads end after the queued jobs, wait for them, and return the names of threads that hang."""
         self._closed = True
@@ -89,9 +96,9 @@ class ThreadPool:
     def _staff_late(self) -> None:
         if not self._take_a_place():  # the threads that have a place look for jobs once more before they end
             return
-        thread = threading.Thread(target=self._run_late, name=f"{self._name}-late", daemon=True)
         try:
-            thread.start()
+            # `Thread.start` would wait for a lock of `threading`, which a thread may hold that a signal has interrupted
+            start_new_thread(self._run_late, ())
         except RuntimeError:  # the system allows no more threads now: the job waits for the next put
             self._places.append(None)
             log.warning("no thread could be started for %s", self._name)

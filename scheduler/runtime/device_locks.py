@@ -50,7 +50,7 @@ class DeviceLocks:
         self._contended = contended
         # a job without devices releases its claim; None ends the thread
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
-        self._thread: threading.Thread | None = None  # started by the first claim
+        self._thread: threading.Thread | None = None  # None: the system allowed no more threads
         self._closed = False
         # Only the thread uses the attributes below.
         self._locks: dict[DeviceId, filelock.BaseFileLock] = {}  # the locks that are held
@@ -58,18 +58,25 @@ class DeviceLocks:
         self._waiting: dict[int, tuple[DeviceId, ...]] = {}
         self._pause_s = _FIRST_PAUSE_S
         self._try_at = 0.0  # when the waiting claims are tried again
+        self.ensure_threads()
+
+    def ensure_threads(self) -> None:
+        """Start the thread where it does not run; not in `claim`, which is called under the driver's lock."""
+        if self._thread is not None or self._closed:
+            return
+        thread = threading.Thread(target=self._run, name="loadmaster-locks", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError as error:  # the system allows no more threads now
+            self.problem = f"devices are not locked against other programs: {error}"
+            return
+        self._thread, self.problem = thread, ""
 
     def claim(self, number: int, devices: Iterable[DeviceId]) -> None:
         """Order the locks of a claim and return at once; a number is used for one claim only."""
-        if self._thread is None and not self._closed:
-            thread = threading.Thread(target=self._run, name="loadmaster-locks", daemon=True)
-            try:
-                thread.start()
-            except RuntimeError as error:  # the system allows no more threads now
-                self.problem = f"devices are not locked against other programs: {error}"
-                self._had(number)
-                return
-            self._thread = thread
+        if self._thread is None:
+            self._had(number)
+            return
         self._jobs.put((number, tuple(sorted(devices))))
 
     def give_back(self, number: int) -> None:

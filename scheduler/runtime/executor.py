@@ -32,7 +32,9 @@ log = logging.getLogger("loadmaster")
 
 _WORKERS = 8  # jobs that may block at once (inspections, launches, probes, polls); all but launches wait for a reading
 _CALLERS = 64  # callbacks of the user's at once: each may block, even on the scheduler
+_DELIVERERS = 4  # answers that are delivered at once: each may meet a lock of a future that a signal interrupted
 _STOPPERS = 2  # threads for stops only, so that no other job can delay a stop
+_CALLBACKS_WAIT = f"{_CALLERS} callbacks of futures and leases have not returned: all others wait for one of them"
 _FRESH_S = 2.0  # how long an inspection, or a device claim, waits for a sample of the devices
 _LOOK_S = 1.0  # how long a runner may take to say whether its context is filled
 _LEAST_S = 0.1  # for each thread pool to end where another has used up the time, so that it is not reported as hanging
@@ -58,7 +60,9 @@ class Executor:
         self._forget = forget  # called for a model that was refused, after the core was told
         self.worker_pool = pool("loadmaster-worker", _WORKERS)
         self.callback_pool = pool("loadmaster-caller", _CALLERS)
+        self.delivery_pool = pool("loadmaster-deliverer", _DELIVERERS)  # never runs the user's code
         self.stop_pool = pool("loadmaster-stopper", _STOPPERS)
+        self._callbacks_wait = False  # all threads for callbacks were busy at the last look
         self._lives_on = lives_on  # whether the core still knows a runner; called under the driver's lock
         # the runners that the core knows, and a few past ones; written under the driver's lock
         self.runner_handles: dict[RunnerId, RunnerHandle] = {}
@@ -156,6 +160,10 @@ class Executor:
         """Run a callback of the user's on a thread that may block, and return at once."""
         self.callback_pool.put(callback)
 
+    def deliver(self, answer: Callable[[], object]) -> None:
+        """Deliver an answer on a thread that runs no code of the user's, and return at once."""
+        self.delivery_pool.put(answer)
+
     def refresh(self, timeout_s: float) -> bool:
         """Order a reading of the devices and wait for it; return whether it came within `timeout_s` seconds.
 
@@ -182,13 +190,19 @@ class Executor:
         for pool in (
             self.worker_pool,
             self.callback_pool,
+            self.delivery_pool,
             self.stop_pool,
             self._readers,
             self.prefetcher,
             self.measurements,
+            self.locks,
         ):
             if pool is not None:
                 pool.ensure_threads()
+        full = self.callback_pool.full
+        if full and not self._callbacks_wait:
+            log.warning("%s", _CALLBACKS_WAIT)
+        self._callbacks_wait = full
 
     def close(self, timeout_s: float) -> list[str]:
         """End the threads within `timeout_s` seconds; return the names of the threads that hang."""
@@ -197,7 +211,8 @@ class Executor:
         ends = [self.locks.close] if self.locks is not None else []
         ends += [pool.close for pool in (self.prefetcher, self.stop_pool, self.worker_pool, self._readers)]
         ends += [self.measurements.close] if self.measurements is not None else []
-        ends += [self.callback_pool.close]  # last: the callbacks of users may take all the time
+        # last: the callbacks of users may take all the time
+        ends += [self.delivery_pool.close, self.callback_pool.close]
         return [name for close in ends for name in close(max(_LEAST_S, end - time.monotonic()))]
 
     @property
@@ -214,7 +229,7 @@ class Executor:
     def problems(self) -> tuple[str, ...]:
         """Problems that the executor works round, in sentences."""
         found = [each.problem for each in (self.locks, self.measurements) if each is not None]
-        return tuple(filter(None, found))
+        return tuple(filter(None, [*found, _CALLBACKS_WAIT if self._callbacks_wait else ""]))
 
     def _running(self) -> Iterator[tuple[RunnerId, Process]]:
         for id, handle in list(self.runner_handles.items()):

@@ -29,6 +29,7 @@ from scheduler.runtime.driver import Driver, Value
 from scheduler.runtime.executor import Executor
 from scheduler.runtime.model_registry import ModelRegistry
 from scheduler.runtime.pending_request import Callback, FutureRequest, PendingRequest
+from scheduler.runtime.request_future import RequestFuture
 from scheduler.runtime.request_parser import ParsedRequest, RequestParser
 
 log = logging.getLogger("loadmaster")
@@ -82,24 +83,29 @@ class RequestBroker:
                 del error
 
     def submit_future(
-        self, future: Future[Any], parsed: ParsedRequest, deliver: Callable[[FutureRequest], None], scheduler: object
-    ) -> None:
-        """Submit a request for a future; cancelling the future while the request waits cancels the request."""
-        pending = self.new_future_request(parsed, deliver, scheduler)
+        self, parsed: ParsedRequest, settle: Callable[[FutureRequest, Future[Any]], None], scheduler: object
+    ) -> Future[Any]:
+        """Submit a request and return its future, which `settle` completes; cancelling the future cancels the request.
+
+        `settle` is called on a thread pool when the request is answered.
+        """
+        future: RequestFuture[Any] = RequestFuture(self._executor.call)
+        pending = self.new_future_request(parsed, lambda pending: settle(pending, future), scheduler)
 
         def leave(done: Future[Any]) -> None:
             if done.cancelled():
                 self.cancel(pending)
                 pending.settle(done, None)
 
-        future.add_done_callback(leave)
+        future.add_own_callback(leave)
+        return future
 
     def new_future_request(
         self, parsed: ParsedRequest, deliver: Callable[[FutureRequest], None], scheduler: object
     ) -> FutureRequest:
         """Submit a request and return it; `deliver` is called from a thread pool when the request is answered."""
         id, model = RequestId(next(self._ids)), parsed.spec.model
-        pending = FutureRequest(id, model, parsed.name, scheduler, self._executor.call, deliver)
+        pending = FutureRequest(id, model, parsed.name, scheduler, self._executor.deliver, deliver)
         self.submit(pending, parsed)
         return pending
 
@@ -214,7 +220,7 @@ class RequestBroker:
 
     def drop_unused_objects(self) -> None:
         """Forget objects that are not requested, pinned or loaded, and the load-time options of their launches."""
-        if self._registry.objects():
+        if self._registry.objects() or self._parser.objects():
             self.query(self._let_go)
 
     def _let_go(self, core: Core) -> None:
@@ -223,6 +229,8 @@ class RequestBroker:
         for id in self._registry.objects():
             if id not in used:
                 self._drop(id)
+        for id in sorted(self._parser.objects().difference(self._registry.objects())):
+            self._parser.forget(id)  # parsed for a request that was not made
 
     def forget(self, model: ModelId) -> None:
         """Forget a model that the core does not know, unless a request for it is pending."""

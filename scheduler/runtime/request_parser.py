@@ -130,6 +130,11 @@ class RequestParser:
                 raise UnsupportedOption(name, value, f"it is no part of a model's identity; {', '.join(_IDENTITY)} are")
         return self._spec(model, asking).id
 
+    def objects(self) -> set[ModelId]:
+        """Return the Python objects whose parsed requests are kept, whether or not a request was made."""
+        kept = (known.parsed for known in self._known.copy().values())
+        return {parsed.spec.model for parsed in kept if isinstance(parsed.model, PythonModel)}
+
     def forget(self, id: ModelId) -> None:
         """Drop the parsed requests for an object, which would keep it alive; not for two threads at the same time."""
         for key, known in self._known.copy().items():

@@ -500,7 +500,29 @@ def cancel(scheduler: Scheduler, model: PythonModel) -> None:
         assert waiting.cancel()
 
 
-@pytest.mark.parametrize("use", [ask_and_release, be_refused, cancel])
+def never_await(scheduler: Scheduler, model: PythonModel) -> None:
+    """Make an awaitable that is never awaited."""
+    scheduler.acquire_async(model)
+
+
+def fail_to_submit(scheduler: Scheduler, model: PythonModel) -> None:
+    """Parse a request that is interrupted before it is submitted."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scheduler._broker, "new_request", Mock(side_effect=KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            scheduler.acquire(model)
+
+
+def plan(scheduler: Scheduler, model: PythonModel) -> None:
+    """Ask what would become of an object, and of its expiry."""
+    assert scheduler.fit(model).fits
+    scheduler.expire(model)
+
+
+USES = [ask_and_release, be_refused, cancel, never_await, fail_to_submit, plan]
+
+
+@pytest.mark.parametrize("use", USES, ids=lambda use: f"u69-{use.__name__}")
 def test_what_the_load_of_an_object_refers_to_is_let_go_of(
     scheduler: Scheduler, use: Callable[[Scheduler, PythonModel], None]
 ) -> None:

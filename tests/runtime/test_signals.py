@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
+from fsm.domain.devices import HOST
 from fsm.machine.request import ModelId
-from fsm.messages.commands import Prefetch, Sample
+from fsm.messages.commands import Claim, Prefetch, Sample
 from fsm.messages.decision_log import Decision
 from fsm.messages.reasons import Queued
 from scheduler import Lease, PythonModel, Scheduler, Settings
@@ -74,6 +75,39 @@ def test_a_decision_waits_for_nothing_that_an_interrupted_thread_holds(name: str
 
         as_main(scheduler._driver, call)
         assert moments[0] > 5
+
+
+COMMANDS: dict[str, Callable[[Scheduler], object]] = {
+    "claim": lambda scheduler: scheduler._driver._perform(Claim(10**9, (HOST,))),
+    "a job after the close": lambda scheduler: scheduler._executor.worker_pool.put(lambda: None),
+    "an answer after the close": lambda scheduler: scheduler._executor.deliver(lambda: None),
+    "every command": decide,
+}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_u72_nothing_under_the_lock_of_the_core_waits_for_a_thread_to_start(name: str, tmp_path: Path) -> None:
+    """A decision needs no lock that the main thread holds inside Thread.start(), where a signal may interrupt it."""
+    scheduler, begin, done = a_scheduler(lock_folder=tmp_path), threading.Event(), threading.Event()
+    if name.endswith("after the close"):
+        scheduler.close()
+
+    def perform() -> None:
+        begin.wait(LIMIT_S)
+        if name == "every command":
+            decide(scheduler)
+        else:
+            scheduler._driver.query(lambda _: COMMANDS[name](scheduler))
+        done.set()
+
+    thread = threading.Thread(target=perform, daemon=True)
+    thread.start()
+    with threading._active_limbo_lock:  # type: ignore[attr-defined]  # as Thread.start() does for a moment
+        begin.set()
+        performed = done.wait(LIMIT_S)
+    thread.join(LIMIT_S)
+    scheduler.close()
+    assert performed, "a decision waits for the main thread"
 
 
 @pytest.mark.parametrize("every", [3, 7])

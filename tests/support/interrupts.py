@@ -20,13 +20,14 @@ from scheduler.runtime import (
     memory_sampler,
     pending_request,
     request_broker,
+    request_future,
 )
 from scheduler.runtime.driver import Driver
 from tests.support.waiting import LIMIT_S
 
 MODULES = (
     driver, event_stream, executor, health_monitor, latch, measurements, memory_sampler, pending_lease, pending_request,
-    request_broker, scheduler, thread_pool, threading,
+    request_broker, request_future, scheduler, thread_pool, threading,
 )  # fmt: skip  # in which the handler is called between instructions
 FILES = frozenset(str(module.__file__) for module in MODULES)
 

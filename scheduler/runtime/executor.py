@@ -24,13 +24,15 @@ from scheduler.models.measurement_store import Identity
 from scheduler.models.measurements import Measurements, identity_of
 from scheduler.models.model_spec import ModelSpec
 from scheduler.runtime.device_locks import DeviceLocks
+from scheduler.runtime.inspections import MOST_AT_ONCE, Inspection, Inspections
 from scheduler.runtime.memory_sampler import MemorySampler
 from scheduler.runtime.prefetcher import Prefetcher
 from scheduler.runtime.runner_handle import RunnerHandle
 
 log = logging.getLogger("loadmaster")
 
-_WORKERS = 8  # jobs that may block at once (inspections, launches, probes, polls); all but launches wait for a reading
+_WORKERS = 8  # jobs that may block at once: probes, polls, claims, and ends of inspections, which wait for a reading
+_LAUNCHERS = 8  # launches at once: each may wait for a file that cannot be read
 _CALLERS = 64  # callbacks of the user's at once: each may block, even on the scheduler
 _DELIVERERS = 4  # answers that are delivered at once: each may meet a lock of a future that a signal interrupted
 _STOPPERS = 2  # threads for stops only, so that no other job can delay a stop
@@ -59,6 +61,7 @@ class Executor:
         self._post = post
         self._forget = forget  # called for a model that was refused, after the core was told
         self.worker_pool = pool("loadmaster-worker", _WORKERS)
+        self.launch_pool = pool("loadmaster-launcher", _LAUNCHERS)
         self.callback_pool = pool("loadmaster-caller", _CALLERS)
         self.delivery_pool = pool("loadmaster-deliverer", _DELIVERERS)  # never runs the user's code
         self.stop_pool = pool("loadmaster-stopper", _STOPPERS)
@@ -71,6 +74,7 @@ class Executor:
         self.prefetcher = Prefetcher(self._files_of, lambda: any(self._loading()))
         self.locks = self._locks(settings)
         self.measurements = Measurements(settings.measurement_file) if settings.measurement_file is not None else None
+        self.inspections = Inspections(pool("loadmaster-inspector", MOST_AT_ONCE), self._read, self._give_up)
         self._identities: dict[ModelId, Identity | None] = {}  # as of the last inspection, unless it refused the model
 
     def perform(
@@ -80,13 +84,13 @@ class Executor:
         """Queue a command, in the order in which the core decided the commands, and return at once."""
         match command:
             case Inspect(model, options):
-                self.worker_pool.put(lambda: self._inspect(model, options))
+                self._inspect(model, options)
             case Launch(runner, model):
                 engine, what = self._engine_of(model)
                 self.forget_past()
                 handle = self.runner_handles[runner] = RunnerHandle(command, engine, what, self._post)
                 handle.identity = self._identities.get(model)
-                self.worker_pool.put(handle.begin)
+                self.launch_pool.put(handle.begin)
             case Stop(runner):
                 if (stopped := self.runner_handles.get(runner)) is not None:
                     self.stop_pool.put(lambda: self._stop(stopped))
@@ -189,6 +193,8 @@ class Executor:
         """Start the threads that could not be started when jobs needed them."""
         for pool in (
             self.worker_pool,
+            self.launch_pool,
+            self.inspections,
             self.callback_pool,
             self.delivery_pool,
             self.stop_pool,
@@ -209,10 +215,11 @@ class Executor:
         end = time.monotonic() + timeout_s
         self.sampler.close()  # first: a job may wait for a reading that never begins, or hangs
         ends = [self.locks.close] if self.locks is not None else []
-        ends += [pool.close for pool in (self.prefetcher, self.stop_pool, self.worker_pool, self._readers)]
+        ends += [self.prefetcher.close, self.stop_pool.close, self.worker_pool.close, self._readers.close]
         ends += [self.measurements.close] if self.measurements is not None else []
-        # last: the callbacks of users may take all the time
-        ends += [self.delivery_pool.close, self.callback_pool.close]
+        ends += [self.delivery_pool.close]
+        # last: files that cannot be read, and the callbacks of users, may take all the time
+        ends += [self.launch_pool.close, self.inspections.close, self.callback_pool.close]
         return [name for close in ends for name in close(max(_LEAST_S, end - time.monotonic()))]
 
     @property
@@ -229,7 +236,9 @@ class Executor:
     def problems(self) -> tuple[str, ...]:
         """Problems that the executor works round, in sentences."""
         found = [each.problem for each in (self.locks, self.measurements) if each is not None]
-        return tuple(filter(None, [*found, _CALLBACKS_WAIT if self._callbacks_wait else ""]))
+        return tuple(
+            filter(None, [*found, *self.inspections.problems, _CALLBACKS_WAIT if self._callbacks_wait else ""])
+        )
 
     def _running(self) -> Iterator[tuple[RunnerId, Process]]:
         for id, handle in list(self.runner_handles.items()):
@@ -242,7 +251,10 @@ class Executor:
                 yield handle
 
     def _files_of(self, model: ModelId) -> tuple[str, ...]:
-        _, what = self._engine_of(model)
+        try:
+            _, what = self._engine_of(model)
+        except KeyError:  # forgotten, since the caller has left
+            return ()
         return what.files if isinstance(what, ModelSpec) else ()
 
     def _locks(self, settings: Settings) -> DeviceLocks | None:
@@ -259,29 +271,30 @@ class Executor:
         self.sampler.refresh(_FRESH_S)  # includes the memory that other programs took before the claim
         self._post(ClaimGranted(number))
 
-    def _inspect(self, model: ModelId, asked: Sequence[Options]) -> None:
+    def _inspect(self, model: ModelId, asked: tuple[Options, ...]) -> None:
+        """Queue an inspection: an object has no files, and needs no thread that may wait for them."""
+        if files := self._files_of(model):
+            self.inspections.put(files, model, asked)
+        else:
+            inspection = Inspection(model, asked, "", time.monotonic())
+            self.worker_pool.put(lambda: self._read(inspection))
+
+    def _read(self, inspection: Inspection) -> None:
+        """Read a model's files; the reading of the devices, which follows, is waited for on another thread."""
         try:
-            engine, what = self._engine_of(model)
+            engine, what = self._engine_of(inspection.model)
         except KeyError:  # forgotten, since the caller has left
-            self._post(Inspected(model, refusals.ModelNotFoundRefusal(model)))
+            if inspection.answer():
+                self._post(Inspected(inspection.model, refusals.ModelNotFoundRefusal(inspection.model)))
             return
         identity = identity_of(what)  # read before and after the inspection: the file may be replaced in between
-        try:
-            outcome: object = inspect(engine, what, asked)
-        except ModelNotFound as error:
-            outcome = refusals.ModelNotFoundRefusal(error.path)
-        except InvalidModel as error:
-            outcome = refusals.InvalidModelRefusal(error.path, error.reason, error.offset)
-        except SchedulerError as error:
-            outcome = refusals.InvalidModelRefusal(model, str(error))
-        except Exception as error:
-            log.debug("an inspection failed", exc_info=True)
-            lacking = isinstance(error, OSError | MemoryError | ImportError)
-            hint = "; see what this program may use (ulimit -a)" if lacking else ""
-            reason = f"its inspection failed with {type(error).__name__}: {error}{hint}"
-            outcome = refusals.InvalidModelRefusal(model, reason)
-        self.sampler.refresh(_FRESH_S)  # free memory is read again right before each launch
+        outcome = _outcome(engine, inspection.model, what, inspection.options)
         identity = identity if identity == identity_of(what) else None
+        if inspection.answer():
+            self.worker_pool.put(lambda: self._inspected(inspection.model, outcome, identity))
+
+    def _inspected(self, model: ModelId, outcome: object, identity: Identity | None) -> None:
+        self.sampler.refresh(_FRESH_S)  # free memory is read again right before each launch
         refused = isinstance(outcome, refusals.ModelNotFoundRefusal | refusals.InvalidModelRefusal)
         if refused:
             self._identities.pop(model, None)
@@ -292,6 +305,30 @@ class Executor:
         if refused:
             self._forget(model)
 
+    def _give_up(self, inspection: Inspection, reason: str) -> None:
+        if inspection.answer():
+            log.warning("%s cannot be read: %s", inspection.path, reason)
+            refusal = refusals.InvalidModelRefusal(inspection.path, reason)
+            self.worker_pool.put(lambda: self._inspected(inspection.model, refusal, None))
+
     def load_measurements(self, identity: Identity | None) -> LoadHistory:
         """Return the measurements of earlier runners of these files, of any program; `NOTHING` where there are none."""
         return self.measurements.recall(identity) if self.measurements is not None else NOTHING
+
+
+def _outcome(engine: Engine, model: ModelId, what: object, asked: Sequence[Options]) -> object:
+    """Return what an engine tells of a model, or the refusal of its requests."""
+    try:
+        return inspect(engine, what, asked)
+    except ModelNotFound as error:
+        return refusals.ModelNotFoundRefusal(error.path)
+    except InvalidModel as error:
+        return refusals.InvalidModelRefusal(error.path, error.reason, error.offset)
+    except SchedulerError as error:
+        return refusals.InvalidModelRefusal(model, str(error))
+    except Exception as error:
+        log.debug("an inspection failed", exc_info=True)
+        lacking = isinstance(error, OSError | MemoryError | ImportError)
+        hint = "; see what this program may use (ulimit -a)" if lacking else ""
+        reason = f"its inspection failed with {type(error).__name__}: {error}{hint}"
+        return refusals.InvalidModelRefusal(model, reason)

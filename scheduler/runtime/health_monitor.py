@@ -18,8 +18,9 @@ class HealthMonitor:
     """Has memory sampled about once a second and each loaded runner probed once an interval, and waits for neither.
 
     Threads that could not be started when jobs needed them are started here, as soon as the system allows more again.
-    `let_go` is called about once a second too, to forget the objects that are not used any more. A runner is polled
-    until its context is filled: once an interval, and within a second after the end of a lease on it.
+    Inspections that take too long are given up. `let_go` is called about once a second too, to forget the objects that
+    are not used any more. A runner is polled until its context is filled: once an interval, and within a second after
+    the end of a lease on it.
     """
 
     def __init__(self, executor: Executor, interval_s: float, let_go: Callable[[], None]) -> None:
@@ -44,6 +45,7 @@ class HealthMonitor:
         pause_s = min(_SAMPLE_INTERVAL_S, self._interval_s)
         while not self._stop.wait(pause_s):
             self._executor.ensure_threads()
+            self._executor.inspections.look()
             self._executor.request_sample()
             self._let_go()
             waited_s += pause_s

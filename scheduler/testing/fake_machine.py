@@ -167,7 +167,7 @@ class _FakeEnvironment(Environment):
 
     def thread_pool(self, name: str, limit: int) -> ThreadPool:
         match name:
-            case "loadmaster-worker" | "loadmaster-stopper":
+            case "loadmaster-worker" | "loadmaster-launcher" | "loadmaster-inspector" | "loadmaster-stopper":
                 return VirtualPool(self._time)
             case "loadmaster-sampler":
                 return InlinePool()

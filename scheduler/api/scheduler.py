@@ -29,7 +29,7 @@ from scheduler.api.fit import Fit, fit_of
 from scheduler.api.lease import Lease
 from scheduler.api.pending_lease import Acquiring, Reservation
 from scheduler.api.status import Status, status_of
-from scheduler.concurrency.event_loops import warn_if_loop_runs
+from scheduler.concurrency.event_loops import running_loop, warn_if_loop_runs
 from scheduler.config.quantities import parse_bytes, parse_duration
 from scheduler.config.settings import (
     ChangeableArguments,
@@ -149,7 +149,8 @@ class Scheduler:
         Raises `QueueFull`, `ModelNotFound`, `InvalidModel`, `DoesNotFit`, `LoadFailed`, `LoadTimeout`, `AcquireTimeout`
         (at once, as `TimeoutTooShort`, where it is certain), `UnsupportedOption`, `InvalidSettings`, `SchedulerClosed`.
         """
-        warn_if_loop_runs("acquire", _AWAIT_LEASE)
+        if running_loop() is not None:  # looked up here, without a call more, for the sake of warm requests
+            warn_if_loop_runs("acquire", _AWAIT_LEASE)
         parsed = self._parser.parse_cached(model, asking)
         pending = self._broker.new_request(parsed, self)
         # made first: if Ctrl-C interrupts, the end of the lease releases what was granted

@@ -34,7 +34,8 @@ def quiet_end(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
     with no_leaks():
         yield
     warnings = [each.getMessage() for each in caplog.get_records("call") if each.levelno >= logging.WARNING]
-    assert not warnings
+    # a close may have to wait for an answer on a busy machine, and says so
+    assert not [text for text in warnings if not text.startswith("the close waits up to")]
 
 
 def settings(**arguments: Any) -> Settings:

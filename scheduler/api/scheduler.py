@@ -514,8 +514,8 @@ def _close_at_exit() -> None:
     """Have every scheduler closed when the main thread ends, before the interpreter joins the program's threads.
 
     `atexit` comes too late for threads that wait for a grant or an event: they are joined first, and would be waited
-    for without end. `concurrent.futures` closes its pools by `threading._register_atexit`, which is there from Python
-    3.9 to 3.14 at least and has no public name. It calls the last registered function first, so importing
+    for without end. `concurrent.futures` closes its pools by `threading._register_atexit`, which is there since Python
+    3.9 and has no public name. It calls the last registered function first, so importing
     `concurrent.futures.thread` before this has the schedulers closed before that joins its workers, who may wait for
     them. `atexit` is for a Python without that function, and for a scheduler that is made later still.
     """

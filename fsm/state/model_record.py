@@ -143,8 +143,9 @@ class ModelRecord(Record):
         options, footprint, require_gpu = load.options, load.footprint, limits.require_gpu or bool(asked.require_gpu)
         if limits.memory_limited:
             footprint = replace(footprint, mapped=False, mapped_on_host=False)
+        devices = None if asked.devices is None else frozenset(map(DeviceId, asked.devices))
         if isinstance(self.profile, Footprint):
-            return PlacementDemand(footprint, require_gpu=limits.require_gpu)
+            return PlacementDemand(footprint, require_gpu=limits.require_gpu, devices=devices)
         seen = {split: amounts for (measured, split), amounts in self.measured.items() if measured == options}
         alike = {
             split: amounts
@@ -153,7 +154,6 @@ class ModelRecord(Record):
         }
         shown = shown_parts(footprint, alike)
         spread = limits.spread_over_gpus
-        devices = None if asked.devices is None else frozenset(map(DeviceId, asked.devices))
         libraries = self.profile.gpu_libraries if self.profile is not None else None
         return PlacementDemand(
             footprint, options.num_gpu, options.main_gpu, seen, spread, require_gpu, shown,

@@ -146,6 +146,9 @@ class TraceState:
                 if self.files.get(model) != file:
                     self.files[model] = file
                     self.ran_out.pop(model, None)
+                    for load in [load for load in self.blocked if load[0] == model and load[1] is not None]:
+                        del self.blocked[load]
+                        self.failed_loads.pop(load, None)
             case Close():
                 self.closing = True
                 self.held = {id: runner for id, runner in self.held.items() if runner is not None}
@@ -188,6 +191,7 @@ class TraceState:
                 self._learn_failure(entry)
             elif entry.source is not LOADING:  # it served, and ends in order
                 self.failures.pop(entry.model, None)
+                self.failed_loads = {load: count for load, count in self.failed_loads.items() if load[0] != entry.model}
         elif entry.destination is UNLOADED:
             del self.users[entry.runner], self.loads[entry.runner], self.placements[entry.runner]
             self.leaving.discard(entry.runner)

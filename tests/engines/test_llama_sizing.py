@@ -223,7 +223,7 @@ def test_s30_any_other_difference_needs_a_reload(name: str, value: object) -> No
 
 def test_s30_every_option_is_compared() -> None:
     """S30: every field of the options is compared."""
-    assert {each.name for each in fields(Options)} == {*CHANGES, "num_ctx", "num_parallel", "require_gpu"}
+    assert {each.name for each in fields(Options)} == {*CHANGES, "num_ctx", "num_parallel", "devices", "require_gpu"}
 
 
 def test_s30_a_negative_num_gpu_matches_any() -> None:

@@ -403,7 +403,7 @@ def test_what_is_found_again_from_the_rest_is_not_written() -> None:
     model.apply_inspection(profile_of(a_model(), asked), 1, kept=asked)
     empty = encode(pool.core.checkpoint())
     for options in asked:
-        model.demand(model.resolutions[options].loads[0], None, pool.core._state.config)
+        model.demand(model.resolutions[options].loads[0], options, pool.core._state.config)
     assert len(model.demands) >= 1000 and encode(pool.core.checkpoint()) == empty
     core, twin = pool.core, restored(pool.core)
     assert not twin._state.models[ModelId("a")].demands

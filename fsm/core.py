@@ -60,6 +60,7 @@ from fsm.planning.planner import make_plan
 from fsm.planning.relocation import PLACES_LOOK_S, is_better_place_free, is_to_move, may_move
 from fsm.state.core_config import CoreConfig
 from fsm.state.core_state import CoreState
+from fsm.state.model_record import ModelRecord
 from fsm.state.runner_match import match
 from fsm.state.snapshot import DeviceView, HeldView, RunnerView, Snapshot, WaitView, take_snapshot
 from fsm.state.timers import Key
@@ -220,8 +221,9 @@ class Core:
 
         1. A request whose id is known is late.
         2. While the scheduler closes, the request is refused.
-        3. A loaded runner that serves the request is granted at once, past the queue and its limit. One that rests
-           where a better place has been free for long is expired instead, and the request is queued.
+        3. A loaded runner that serves the request is granted at once, past the queue and its limit, unless it holds as
+           many leases as it may. One that rests where a better place has been free for long is expired instead, and the
+           request is queued.
         4. Where as many requests wait as may wait, the request is refused.
         5. Where its model is backed off after failures, the request is refused.
         6. Else the request is queued. If no load of its model can be over within its time limit, it is refused at once.
@@ -236,7 +238,10 @@ class Core:
             return
         model = state.models.get(spec.model)
         runner = model.current if model is not None else None
+        if model is not None:
+            self._limit_leases(model, event.max_leases)
         warm = runner is not None and runner.state is not LOADING and spec.purpose is not Purpose.memory
+        warm = warm and runner is not None and state.may_be_granted(runner, spec.purpose)
         if runner is not None and warm and match(runner, spec.options) and not self._moved(runner, event):  # 3
             if model is not None and spec.purpose is Purpose.lease and not runner.leases:
                 model.record_arrival(state.now, state.idle_intervals)
@@ -245,7 +250,7 @@ class Core:
             retry_after_s = requests.retry_after_s(self._context)
             requests.reject(self._context, request, QueueFullRefusal(state.config.max_queue, retry_after_s))
         else:
-            self._queue(request, event.timeout_s)
+            self._queue(request, event)
 
     def _moved(self, runner: Runner, event: Acquire) -> bool:
         """Expire a runner at rest that is to move to a better place; else have places looked for now and then."""
@@ -258,10 +263,19 @@ class Core:
             self._context.read_devices()
         return False
 
-    def _queue(self, request: Request, timeout_s: float | None) -> None:
-        state, spec = self._state, request.spec
+    def _limit_leases(self, model: ModelRecord, max_leases: int | None) -> None:
+        """Take over the limit of leases that a request names; with a higher one, requests that waited go before it."""
+        if max_leases is None or max_leases == model.max_leases:
+            return
+        model.max_leases = max_leases
+        if model.current is not None and model.current.state is not LOADING:
+            requests.serve(self._context, model.current, self._state.groups_served_by(model.current))
+
+    def _queue(self, request: Request, event: Acquire) -> None:
+        state, spec, timeout_s = self._state, request.spec, event.timeout_s
         if spec.purpose is not Purpose.memory:
             model = self._context.model(spec.model)
+            self._limit_leases(model, event.max_leases)
             if state.now < model.blocked_until and model.failure is not None:  # 5
                 refusal = LoadFailedRefusal(model.id, model.failure, model.blocked_until - state.now)
                 requests.reject(self._context, request, refusal)

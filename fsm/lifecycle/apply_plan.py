@@ -62,10 +62,11 @@ def apply_plan(step: StepContext, plan: Plan) -> bool:
 def _answer_at_once(step: StepContext, plan: Plan) -> None:
     """Answer the groups that need no load: a runner serves them after all, or they can never be served."""
     for group, runner in plan.matches:
-        if len(runner.equivalent_requests) >= MOST_KINDS and runner.state is not LOADING:
+        granted = runner.state is not LOADING and step.state.may_be_granted(runner, group.spec.purpose)
+        if len(runner.equivalent_requests) >= MOST_KINDS and granted:
             runner.equivalent_requests.clear()  # requests with these options are evaluated again
         runner.equivalent_requests.add(group.spec.options)
-        if runner.state is not LOADING:
+        if granted:
             requests.serve(step, runner, [group])
     for group, refusal in plan.refusals:
         requests.reject_group(step, group, refusal)

@@ -43,7 +43,10 @@ def grant(step: StepContext, request: Request, runner: Runner) -> None:
 
 
 def release(step: StepContext, request: Request) -> None:
-    """Release the lease or memory of a request; after its last lease a runner becomes idle, expires or is stopped."""
+    """Release the lease or memory of a request; a request that waits for a lease of its runner has the next one.
+
+    After its last lease a runner becomes idle, expires or is stopped.
+    """
     state = step.state
     request.state = RequestState.released
     del state.requests[request.id]
@@ -54,7 +57,10 @@ def release(step: StepContext, request: Request) -> None:
     runner = state.runners[RunnerId(request.runner)]
     runner.leases.discard(request.id)
     runner.used_at = state.now
+    if runner.state is not EXPIRING and (waiting := state.groups_served_by(runner)):
+        serve(step, runner, waiting)
     if runner.leases:
+        step.replan = step.replan or runner.model in state.specs_by_model
         return
     if runner.state is EXPIRING:
         model = state.models[runner.model]
@@ -130,17 +136,22 @@ def grant_memory(step: StepContext, request: Request) -> None:
 
 
 def serve(step: StepContext, runner: Runner, groups: list[RequestGroup]) -> None:
-    """Grant a loaded runner to the requests that wait for it, by age; preloads come after the requests for leases."""
-    requests = sorted((r for group in groups for r in group.requests.values()), key=lambda request: request.id)
-    for request in requests:
-        step.state.dequeue(request)
-        del step.state.requests[request.id]
-    for request in requests:
-        if request.spec.purpose is Purpose.lease:
-            grant(step, request, runner)
-    for request in requests:
-        if request.spec.purpose is Purpose.preload:
-            if runner.state is LOADING:
-                runner.keep_alive_s = runner.keep_alive_s if request.keep_alive_s is None else request.keep_alive_s
-                runners.rest(step, runner, RunnerReason.preloaded)
-            grant(step, request, runner)
+    """Grant a loaded runner to the requests that wait for it, in the order of the queue, as many leases as it may hold.
+
+    Preloads come after the requests for leases. Requests beyond the limit of leases go on waiting.
+    """
+    state = step.state
+    requests = sorted((r for group in groups for r in group.requests.values()), key=state.rank)
+    leases = [request for request in requests if request.spec.purpose is Purpose.lease][: state.leases_left(runner)]
+    preloads = [request for request in requests if request.spec.purpose is Purpose.preload]
+    for request in (*leases, *preloads):
+        state.dequeue(request)
+        del state.requests[request.id]
+    for request in leases:
+        grant(step, request, runner)
+    for request in preloads:
+        if runner.state is LOADING:
+            runner.keep_alive_s = runner.keep_alive_s if request.keep_alive_s is None else request.keep_alive_s
+            runners.rest(step, runner, RunnerReason.preloaded)
+        grant(step, request, runner)
+    step.replan = step.replan or bool(leases or preloads)  # another request is the first that waits

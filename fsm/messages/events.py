@@ -24,6 +24,7 @@ class Acquire:
     spec: RequestSpec
     keep_alive_s: float | None = None  # None: the runner keeps its own; infinite: for ever
     timeout_s: float | None = None  # None: the request has no time limit of its own
+    max_leases: int | None = None  # of a runner of its model, from now on; 0: no limit; None: as it was
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,15 +66,17 @@ class Unpin:
 class Configure:
     """Limits were changed; None leaves a limit as it is. A changed memory limit comes with the next Sampled.
 
-    A lower `max_queue` refuses no request that is queued. Where more runners are alive than a lower `max_runners`
-    allows, idle runners are evicted at once, in the policy's order, busy runners once they are idle, pinned runners
-    never. A keep-alive holds for new runners, and for runners whose keep-alive no request has named.
+    A lower `max_queue` refuses no request that is queued, and a lower `max_leases` ends no lease. Where more runners
+    are alive than a lower `max_runners` allows, idle runners are evicted at once, in the policy's order, busy runners
+    once they are idle, pinned runners never. A keep-alive holds for new runners, and for runners whose keep-alive no
+    request has named.
     """
 
     max_queue: int | None = None
     max_runners: int | None = None
     keep_alive_s: float | None = None
     memory_limited: bool | None = None  # whether a limit is set on the host's memory
+    max_leases: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

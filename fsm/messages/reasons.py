@@ -21,6 +21,7 @@ class WaitFor(Enum):
     other_load = "other_load"  # of its model, with other options
     earlier_requests = "earlier_requests"
     same_model = "same_model"  # an earlier request for its model
+    lease = "lease"  # its model's runner holds as many leases as it may
     memory = "memory"  # memory that is being freed
     load_slot = "load_slot"
     claim = "claim"  # the answer to the claim of its devices

@@ -119,10 +119,12 @@ def _select_victims(
     2. A group behind `GROUPS_AHEAD` groups that lack the same memory is given idle runners only.
     3. Idle runners that may leave now come before the memory of victims of earlier groups, which leave later.
     4. Else any candidate may leave, and the memory of victims of earlier groups counts.
+
+    A runner whose leases earlier requests wait for is no candidate.
     """
     bound = context.bound(group)
     must = [context.candidates.candidate(runner, bound) for runner in mandatory]
-    taken = context.claimed.union(runner.id for runner in mandatory)
+    taken = context.claimed.union(context.serving_before(group), (runner.id for runner in mandatory))
     context.waiting += 1
     if _suffices(context, need, AFTER_DRAINS, must):  # 1
         return [], VictimSet(tuple(must), 0.0)

@@ -16,7 +16,7 @@ from fsm.domain.options import Options
 from fsm.eviction.policies import Candidate, EvictionPolicy
 from fsm.eviction.victim_selection import Amount
 from fsm.machine.request import ModelId, Purpose, RequestSpec
-from fsm.machine.runner import Runner
+from fsm.machine.runner import LOADING, Runner
 from fsm.messages.reasons import DeviceShrunk, RunnerLimit, WaitFor, WaitReason
 from fsm.messages.refusals import LoadFailedRefusal, UnsupportedOption
 from fsm.placement.search import Offload, PlacementDemand, find_placement
@@ -118,7 +118,7 @@ def _is_behind_same_model(context: PlanningContext, group: RequestGroup, unevalu
     if context.successors[group.spec.model] < GROUPS_AHEAD or group.spec in unevaluated:
         return False
     current = context.state.models[group.spec.model].current
-    if current is not None and current.id in context.awaited and match(current, group.spec.options):
+    if current is not None and match(current, group.spec.options):
         return False
     context.wait(group, WaitFor.same_model)
     return True
@@ -132,7 +132,8 @@ def _plan_group(context: PlanningContext, group: RequestGroup) -> None:
     3. Memory of the program's own is granted, or victims are chosen for it.
     4. Where an older group has a runner of the same model planned, this group waits, since a model has one runner at a
        time. The memory of its runner is reserved as the successor's.
-    5. Where the model's runner loads for other requests with other options, likewise.
+    5. Where the model's runner loads for other requests with other options, likewise; and where earlier requests wait
+       for its leases.
     6. Else a runner is planned.
     """
     context.availability.reserve_earlier(context.state.rank(group.head))  # 1
@@ -148,11 +149,20 @@ def _plan_group(context: PlanningContext, group: RequestGroup) -> None:
         context.successors[model.id] += 1
         context.availability.reserve_successor(model.id, need)
     elif model.current is not None and model.current.id in context.awaited:  # 5
-        context.wait(group, WaitFor.other_load, context.state.expected_at(model.current))
-        context.availability.reserved_by_model[model.id] = context.availability.held_by(model.current)
-        context.availability.reserve_successor(model.id, need)
+        _plan_successor(context, group, model.current, need, WaitFor.other_load)
+    elif model.current is not None and model.current.id in context.serving_before(group):  # 5
+        _plan_successor(context, group, model.current, need, WaitFor.same_model)
     else:  # 6
         _plan_runner(context, group, model, load, need)
+
+
+def _plan_successor(
+    context: PlanningContext, group: RequestGroup, current: Runner, need: Requirement, waits_for: WaitFor
+) -> None:
+    """Let a group wait for the runner of its model with other options, and reserve what its own needs beyond that."""
+    context.wait(group, waits_for, context.state.expected_at(current) if current.state is LOADING else math.inf)
+    context.availability.reserved_by_model[current.model] = context.availability.held_by(current)
+    context.availability.reserve_successor(current.model, need)
 
 
 def _evaluate(
@@ -161,7 +171,8 @@ def _evaluate(
     """Return the load and the requirement of a group; None where it needs no placement, or none is known:
 
     1. A group for memory of the program's own names its bytes itself.
-    2. Where a load that is under way serves the group, the group waits for it.
+    2. Where a load that is under way serves the group, the group waits for it; where a loaded runner does, it is
+       matched, or waits for one of the runner's leases.
     3. Where the file was not inspected since the last launch, or not for these options, the group waits for that.
     4. Where the model's runner serves the group with its automatic options made explicit, the group is matched, and
        also where the runner is pinned and has all that the group names.
@@ -209,8 +220,8 @@ def _evaluate_model(
     """Return the load and the demand of a group for a model; None by the branches 2 to 5 of `_evaluate`."""
     model, asked = context.state.models[group.spec.model], group.spec.options
     current = model.current
-    if current is not None and current.id in context.awaited and match(current, asked):  # 2
-        context.wait(group, WaitFor.load, context.state.expected_at(current))
+    if current is not None and match(current, asked):  # 2
+        _await_or_match(context, group, current)
         return None
     resolution = model.resolution(asked)
     if not model.inspected_since_launch or resolution is None:  # 3
@@ -223,7 +234,7 @@ def _evaluate_model(
     load, demand = resolved_demand(model, resolution, context.state, context.availability.potential, context.gpus)
     context.plan.loads[group.spec] = load
     if current is not None and (match(current, asked, load.options) or _stays(context, current, asked)):  # 4
-        context.plan.matches.append((group, current))
+        _await_or_match(context, group, current)
         return None
     if resolution.unsupported is not None:  # 5
         context.plan.refusals.append((group, UnsupportedOption(model.id, *resolution.unsupported)))
@@ -250,6 +261,18 @@ def _refused_option(
     if demand.names_too_few_layers:
         return "num_gpu", demand.num_gpu or 0, UnsupportedReason.needs_all_layers
     return None
+
+
+def _await_or_match(context: PlanningContext, group: RequestGroup, current: Runner) -> None:
+    """Match a group with the runner that serves it, or let it wait for the runner's load, or for one of its leases."""
+    if not match(current, group.spec.options):  # from now on the runner is known to serve the group
+        context.plan.matches.append((group, current))
+    elif current.state is LOADING:
+        context.wait(group, WaitFor.load, context.state.expected_at(current))
+    elif context.state.may_be_granted(current, group.spec.purpose):
+        context.plan.matches.append((group, current))
+    else:
+        context.wait(group, WaitFor.lease)
 
 
 def _stays(context: PlanningContext, runner: Runner, asked: Options) -> bool:

@@ -17,7 +17,7 @@ from fsm.planning.eviction_candidates import Candidates
 from fsm.planning.load_slots import LoadSlots
 from fsm.planning.plan import Plan
 from fsm.state.core_state import CoreState
-from fsm.state.request_queue import RequestGroup
+from fsm.state.request_queue import QueueRank, RequestGroup
 
 GROUPS_AHEAD = 16  # victims are chosen for so many request groups at a time; a group behind them takes free memory only
 
@@ -50,6 +50,8 @@ class PlanningContext:
         if self.alone is not None:
             self.availability.process_slots[NOW] = 0  # no other load begins beside an exclusive one
         self.load_slots = LoadSlots(state.config, (runner.placement for runner in self.loading))
+        # runners with no lease left -> the rank of the first request that waits for one of their leases
+        self.serving = {runner.id: rank for runner in state.runners.values() if (rank := _first_waiting(state, runner))}
         self.candidates = Candidates(state, policy, self.awaited)
         self.waiting = 0  # request groups for which victims were looked for
         self.ahead: Counter[DeviceId] = Counter()  # how many of these groups lack memory of a device
@@ -61,6 +63,13 @@ class PlanningContext:
     def bound(self, group: RequestGroup) -> float:
         """Return the time until which a request group leaves busy runners alone."""
         return group.head.queued_at + self.state.config.max_wait_s
+
+    def serving_before(self, group: RequestGroup) -> set[RunnerId]:
+        """Return the runners whose leases requests wait for that come before a group: they are not evicted for it."""
+        if not self.serving:
+            return set()
+        own = self.state.rank(group.head)
+        return {runner for runner, rank in self.serving.items() if rank < own}
 
     def choose(
         self,
@@ -81,3 +90,10 @@ class PlanningContext:
     def unclaimed(self, victims: Iterable[Candidate]) -> list[Runner]:
         """Return the runners of victims that no earlier request group counts on; a mandatory victim may be claimed."""
         return [self.state.runners[victim.runner] for victim in victims if victim.runner not in self.claimed]
+
+
+def _first_waiting(state: CoreState, runner: Runner) -> QueueRank | None:
+    """Return the rank of the first request that waits for a lease of a runner; None where it has leases left."""
+    if not runner.leases or not runner.current or state.leases_left(runner) != 0:
+        return None
+    return min((state.rank(group.head) for group in state.groups_served_by(runner)), default=None)

@@ -115,6 +115,16 @@ class CoreState(Record):
         """Return the request groups that wait for this runner's load, or that the runner could serve now."""
         return [group for group in self.groups_of_model(runner.model) if match(runner, group.spec.options)]
 
+    def leases_left(self, runner: Runner) -> int | None:
+        """Return how many more leases a runner may hold, none below 0; None where its leases are not limited."""
+        named = self.models[runner.model].max_leases
+        limit = self.config.max_leases if named is None else named
+        return max(0, limit - len(runner.leases)) if limit else None
+
+    def may_be_granted(self, runner: Runner, purpose: Purpose) -> bool:
+        """Tell whether a loaded runner may be granted now to a request that it matches: a preload takes no lease."""
+        return purpose is Purpose.preload or self.leases_left(runner) != 0
+
     def models_in_use(self) -> frozenset[ModelId]:
         """Return the models that are requested, inspected, pinned or have a runner."""
         used = {*self.specs_by_model, *(runner.model for runner in self.runners.values())}

@@ -152,6 +152,12 @@ SCENARIOS: tuple[Scenario, ...] = (
         ),
     ),
     Scenario(
+        "leases", "runners that may hold one lease at a time, or two, and requests that are worth more than others",
+        HOST_8, ONE_PLACE, (*EITHER, _lease(A, priority=1)), 4, 60_000,
+        replace(LIMITS, max_leases=1),
+        expires=False, closes=False, configures=(Configure(max_leases=1), Configure(max_leases=2)),
+    ),
+    Scenario(
         "full-queue", "a queue of one place",
         HOST_8, ONE_PLACE, EITHER, 3, 60_000,
         replace(LIMITS, max_queue=1),

@@ -29,7 +29,7 @@ from fsm.messages.events import (
 from fsm.state.core_config import USE_PER_LOAD
 from fsm.state.core_state import CoreState
 from fsm.state.memory_ledger import Owner
-from fsm.verification.state_invariants import name_of
+from fsm.verification.state_invariants import most_leases, name_of
 from fsm.verification.step import CoreStep, Expiry, of_step
 
 # -- the queue --------------------------------------------------------------------------------------------------------
@@ -43,11 +43,55 @@ def no_more_requests_wait_than_may(step: CoreStep, _: Acquire) -> None:
 
 @of_step(Grant)
 def a_runner_is_granted_in_queue_order(step: CoreStep, grant: Grant) -> None:
-    """Requests that waited for one runner are granted in the order in which they came, preloads after leases."""
+    """Requests that waited for one runner are granted by priority and age, preloads after leases."""
     granted = _granted(step, grant.runner)
     waited = [request for id in granted if (request := step.was.requests.get(id)) is not None]
-    ranks = [(request.spec.purpose is not Purpose.lease, request.queued_at, request.id) for request in waited]
+    worth = step.now.config.priority_s
+    ranks = [
+        (one.spec.purpose is not Purpose.lease, one.queued_at - worth * one.spec.priority, one.id) for one in waited
+    ]
     assert ranks == sorted(ranks), f"request {grant.request}"
+    served = [(queued_at, id) for preload, queued_at, id in ranks if not preload]
+    assert not any(left < served[-1] for left in _still_waiting(step, grant.runner) if served), f"{grant.request} first"
+
+
+@of_step(Grant)
+def a_runner_holds_no_more_leases_than_may(step: CoreStep, grant: Grant) -> None:
+    """A runner is granted a lease only while it holds fewer leases than the limit of its model, or of all models."""
+    runner = step.now.runners.get(grant.runner) if grant.runner is not None else None
+    most = most_leases(step.now, runner) if runner is not None else 0
+    if runner is not None and most:
+        earlier = step.was.runners.get(runner.id)
+        assert len(runner.leases) <= max(most, len(earlier.leases) if earlier is not None else 0), name_of(runner)
+
+
+@of_step(Expiry)
+def a_runner_is_not_evicted_for_a_request_behind_those_that_wait_for_its_lease(step: CoreStep, expiry: Expiry) -> None:
+    """A runner that holds all the leases it may is not evicted for a request while an earlier request waits for one.
+
+    An exclusive load may evict it.
+    """
+    state, runner = step.now, expiry.runner
+    waiting = _still_waiting(step, runner.id) if runner.loaded_at is not None else []
+    for plan in (step.after.plans or ()) if expiry.victim and waiting else ():
+        for spec in [spec for spec, evicted in plan.evicted.items() if runner.id in evicted]:
+            model = state.models.get(spec.model)
+            heads = [group.head for group in step.was.groups.values() if group.spec == spec]
+            for head in heads if model is None or not model.load_exclusively else ():
+                own = head.queued_at - state.config.priority_s * spec.priority, head.id
+                assert own < min(waiting), f"{name_of(runner)} leaves for request {head.id}"
+
+
+def _still_waiting(step: CoreStep, id: RunnerId | None) -> list[tuple[float, RequestId]]:
+    """Return the ranks of the requests for a lease that a runner served or was to serve, and that wait as before."""
+    runner = step.was.runners.get(id) if id is not None else None
+    if runner is None or not runner.current:
+        return []
+    groups = [group for group in step.was.groups_served_by(runner) if group.spec.purpose is Purpose.lease]
+    waited = [one for group in groups for one in group.requests.values()]
+    left = [one for one in waited if one.id in step.now.requests and step.now.requests[one.id].runner is None]
+    worth = step.now.config.priority_s
+    return [(one.queued_at - worth * one.spec.priority, one.id) for one in left]
 
 
 @of_step(Launch)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from random import Random
 
 from fsm.domain.devices import HOST, MIB, DeviceId, DeviceSample
@@ -18,6 +18,7 @@ from fsm.verification.sim_faults import Faults, draw_faults
 
 GIB = 1024 * MIB
 CORES = 8  # of the host
+NAMED_LEASES = (None, 1, None, 0, None, 2)  # limits of leases that requests for a model name
 INTEGRATED = DeviceId("gpu-integrated")
 
 Model = Footprint | DeclaredModel
@@ -62,6 +63,7 @@ class SimConfig:
     hold_s: float  # how long a lease is held, on average
     load_s: float  # how long a load takes, on average
     look_s: float  # between two readings of the devices
+    max_leases: Mapping[ModelId, int | None]  # that the requests for a model name
 
 
 def draw_sim_config(draw: Random) -> SimConfig:
@@ -69,9 +71,11 @@ def draw_sim_config(draw: Random) -> SimConfig:
     devices = _devices(draw)
     models = tuple((ModelId(f"model-{number}"), draw_model(draw, devices)) for number in range(draw.randint(1, 6)))
     names = tuple(name for name, _ in models)
+    number = len(devices) + 2 * len(models)  # limits of leases follow from it: what else a seed draws stays as it is
     return SimConfig(
         defaults=draw.choice((Options(), Options(), Options(num_ctx=65536))),
-        limits=_limits(draw),
+        max_leases={name: NAMED_LEASES[(number + place) % 6] for place, name in enumerate(names)},
+        limits=replace(_limits(draw), max_leases=(0, 0, 1, 3)[number % 4]),
         policy=_policy(draw),
         devices=devices,
         models=models,

@@ -212,7 +212,8 @@ class SimEnvironment:
         self.asked[id] = spec.purpose
         if self._happens(config.faults.cancels):
             self.after(self._about(draw.choice((0.01, 1.0, 60.0))), lambda: self._leave(id))
-        event = Acquire(id, spec, draw.choice(config.keep_alives_s), draw.choice(config.timeouts_s))
+        most = config.max_leases.get(spec.model)
+        event = Acquire(id, spec, draw.choice(config.keep_alives_s), draw.choice(config.timeouts_s), most)
         if self._happens(config.faults.duplicate):
             self.after(self._about(1.0), lambda: event if id in self.asked else None)
         return event

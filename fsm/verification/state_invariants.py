@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from fsm.core import Core
-from fsm.machine.request import RequestId, RequestState
+from fsm.machine.request import Purpose, RequestId, RequestState
 from fsm.machine.runner import EXPIRING, IDLE, LOADING, READY, RUNNING, STOPPING, UNLOADED, Runner
 from fsm.state.core_state import CoreState
 from fsm.verification.property import Checks, Kind
@@ -196,10 +196,18 @@ def no_request_waits_after_the_close(state: CoreState) -> None:
 
 @of_state()
 def no_request_waits_for_a_runner_that_could_serve_it_now(state: CoreState) -> None:
-    """No request is queued while the current runner of its model has loaded and satisfies its options."""
+    """No request is queued while the current runner of its model has loaded, satisfies it and has a lease left."""
     for runner in state.runners.values():
         if runner.current and runner.state is not LOADING:
-            assert not state.groups_served_by(runner), name_of(runner)
+            full = 0 < most_leases(state, runner) <= len(runner.leases)
+            waiting = [group.spec.purpose for group in state.groups_served_by(runner)]
+            assert not waiting or (full and set(waiting) == {Purpose.lease}), name_of(runner)
+
+
+def most_leases(state: CoreState, runner: Runner) -> int:
+    """Return how many leases a runner may hold; 0: as many as there are requests."""
+    named = state.models[runner.model].max_leases
+    return state.config.max_leases if named is None else named
 
 
 # -- memory -----------------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self, overload
+from typing import TYPE_CHECKING, Any, Generic, Self, cast, overload
 
 from fsm.machine.runner import RunnerId
 from scheduler.concurrency.event_loops import warn_if_loop_runs
@@ -16,6 +16,7 @@ from scheduler.config.quantities import parse_duration, wait_limit
 from scheduler.engines.answer import Answer
 from scheduler.engines.answer_requests import Messages
 from scheduler.engines.interface import Endpoint
+from scheduler.engines.python import Value
 from scheduler.engines.runner_client import Call, RunnerClient
 from scheduler.errors.exceptions import InvalidSettings, LeaseReleased, RunnerCrashed, UnsupportedOption
 from scheduler.runtime.pending_request import NonCopyable, PendingRequest
@@ -55,7 +56,7 @@ def _extra(name: str) -> Iterator[None]:
         raise UnsupportedOption("client", name, how) from None
 
 
-class Lease(NonCopyable):
+class Lease(NonCopyable, Generic[Value]):
     """A runner that serves for as long as its lease is held: it is not stopped before `release`, unless it crashes.
 
     Use a lease in a `with` block, or call `release`; a second call is harmless. A lease that is lost to the garbage
@@ -107,11 +108,11 @@ class Lease(NonCopyable):
         return self._endpoint().key
 
     @property
-    def value(self) -> Any:
-        """The object itself, where the model is one (`PythonModel`)."""
+    def value(self) -> Value:
+        """The object itself, where the model is one (`PythonModel`); every other lease on it has the same object."""
         self._check()
         assert self._pending.runner is not None, "a lease is granted with a runner"
-        return self._pending.runner.value
+        return cast(Value, self._pending.runner.value)
 
     @property
     def lost(self) -> bool:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Generator
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Generic, Self
 
 from scheduler.api.lease import Lease
+from scheduler.engines.python import Value
 from scheduler.runtime.pending_request import FutureRequest, NonCopyable, PendingRequest, settle_in_loop
 from scheduler.runtime.request_parser import ParsedRequest
 
@@ -35,7 +36,7 @@ class Reservation(NonCopyable):
         self.release()
 
 
-class Acquiring:
+class Acquiring(Generic[Value]):
     """A request that is submitted when it is awaited, or entered with `async with`, and not before.
 
     Each time that it is awaited or entered, it submits a new request. Raises RuntimeError where it is entered and not
@@ -47,12 +48,12 @@ class Acquiring:
         self._parsed = parsed
         self._scheduler = scheduler  # stays open: see `PendingRequest`
         self._entered = False
-        self._lease: Lease | None = None  # set while it is entered, once the lease is granted
+        self._lease: Lease[Value] | None = None  # set while it is entered, once the lease is granted
 
-    def __await__(self) -> Generator[Any, None, Lease]:
+    def __await__(self) -> Generator[Any, None, Lease[Value]]:
         return self._acquire().__await__()
 
-    async def __aenter__(self) -> Lease:
+    async def __aenter__(self) -> Lease[Value]:
         if self._entered:
             raise RuntimeError("this request is entered already: call acquire_async again for another lease")
         self._entered = True
@@ -67,9 +68,9 @@ class Acquiring:
         lease, self._lease, self._entered = self._lease, None, False
         lease.release()
 
-    async def _acquire(self) -> Lease:
+    async def _acquire(self) -> Lease[Value]:
         loop = asyncio.get_running_loop()
-        future: asyncio.Future[Lease] = loop.create_future()
+        future: asyncio.Future[Lease[Value]] = loop.create_future()
 
         def deliver(pending: FutureRequest) -> None:
             lease = Lease(self._broker, pending) if pending.error is None else None

@@ -15,7 +15,7 @@ from concurrent.futures import Future
 from contextlib import suppress
 from functools import cache, partial
 from types import TracebackType
-from typing import Self, Unpack
+from typing import Self, Unpack, overload
 from weakref import WeakSet
 
 from fsm.core import Core, CoreConfig, Snapshot
@@ -39,6 +39,7 @@ from scheduler.config.settings import (
     settings_keywords,
 )
 from scheduler.config.signatures import with_keywords
+from scheduler.engines.python import PythonModel, Value
 from scheduler.errors.exceptions import InvalidSettings, SchedulerClosed
 from scheduler.errors.formatting import format_duration
 from scheduler.errors.wording import problem
@@ -138,6 +139,10 @@ class Scheduler:
 
     # -- asking for models --------------------------------------------------------------------------------------------
 
+    @overload
+    def acquire(self, model: PythonModel[Value], **asking: Unpack[AcquireOptions]) -> Lease[Value]: ...
+    @overload
+    def acquire(self, model: Model, **asking: Unpack[AcquireOptions]) -> Lease: ...
     @_request_keywords
     def acquire(self, model: Model, **asking: Unpack[AcquireOptions]) -> Lease:
         """Return a lease on a runner of `model`, loading it if need be; blocks until the lease is granted.
@@ -158,6 +163,10 @@ class Scheduler:
         self._broker.submit_and_wait(pending, parsed)
         return lease
 
+    @overload
+    def submit(self, model: PythonModel[Value], **asking: Unpack[AcquireOptions]) -> Future[Lease[Value]]: ...
+    @overload
+    def submit(self, model: Model, **asking: Unpack[AcquireOptions]) -> Future[Lease]: ...
     @_request_keywords
     def submit(self, model: Model, **asking: Unpack[AcquireOptions]) -> Future[Lease]:
         """Like `acquire`, as a future.
@@ -172,6 +181,10 @@ class Scheduler:
 
         return self._broker.submit_future(self._parser.parse_cached(model, asking), settle, self)
 
+    @overload
+    def acquire_async(self, model: PythonModel[Value], **asking: Unpack[AcquireOptions]) -> Acquiring[Value]: ...
+    @overload
+    def acquire_async(self, model: Model, **asking: Unpack[AcquireOptions]) -> Acquiring: ...
     @_request_keywords
     def acquire_async(self, model: Model, **asking: Unpack[AcquireOptions]) -> Acquiring:
         """Like `acquire`, for `await` and `async with`; cancelling a task while it waits cancels its request."""
@@ -244,7 +257,7 @@ class Scheduler:
 
     @changeable_keywords
     def configure(self, **limits: Unpack[ChangeableArguments]) -> None:
-        """Change limits while running: `memory_limit`, `max_queue`, `max_runners`, `keep_alive`.
+        """Change limits while running: `memory_limit`, `max_queue`, `max_runners`, `max_leases`, `keep_alive`.
 
         Either all of them change, or none.
 
@@ -268,7 +281,8 @@ class Scheduler:
             while told is not self.settings:  # or now: the devices and the core are told the last change last
                 told = self.settings
                 limited = told.memory_limit is not None
-                self._broker.post(Configure(told.max_queue, told.max_runners, told.keep_alive, limited))
+                limits_told = told.max_queue, told.max_runners, told.keep_alive, limited, told.max_leases
+                self._broker.post(Configure(*limits_told))
                 self._devices.set_memory_limit(told.memory_limit)
         if "memory_limit" in limits:
             self._executor.refresh(_FRESH_S)
@@ -478,6 +492,7 @@ def limits_of(settings: Settings) -> CoreConfig:
     return CoreConfig(
         max_queue=settings.max_queue,
         max_runners=settings.max_runners,
+        max_leases=settings.max_leases,
         keep_alive_s=settings.keep_alive,
         max_wait_s=settings.max_wait,
         min_residency_s=settings.min_residency,

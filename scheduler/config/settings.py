@@ -45,6 +45,7 @@ class ChangeableArguments(TypedDict, total=False):
     memory_limit: str | int | None
     max_queue: int
     max_runners: int
+    max_leases: int
     keep_alive: str | float
 
 
@@ -95,6 +96,7 @@ class Settings:
     memory_limit: int | None
     max_queue: int
     max_runners: int
+    max_leases: int
     keep_alive: float
     max_wait: float
     min_residency: float | None
@@ -271,6 +273,10 @@ SETTINGS = (
     Setting(
         "max_runners", 0, count(0), "runners alive at once; 0: as many as memory allows",
         "OLLAMA_MAX_LOADED_MODELS", changeable=True,
+    ),
+    Setting(
+        "max_leases", 0, count(0), "leases of one runner at once, where its model names no limit; 0: no limit",
+        changeable=True,
     ),
     Setting(
         "keep_alive", "5m", duration(), "how long an idle model stays loaded; 0: not at all, negative: for ever",

@@ -9,7 +9,7 @@ import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic
 
 from fsm.domain.devices import DeviceId
 from fsm.domain.options import Options
@@ -20,11 +20,20 @@ from scheduler.concurrency.latch import Latch
 from scheduler.config.settings import parse_bytes
 from scheduler.engines.interface import Buffer, Memory
 from scheduler.errors.exceptions import InvalidSettings
-from scheduler.models.model_spec import check_name, check_switch
+from scheduler.models.model_spec import check_limit, check_name, check_switch
 
 if TYPE_CHECKING:
     from fsm.domain.devices import Placement
     from scheduler.engines.interface import RunnerListener
+
+if TYPE_CHECKING:
+    from typing_extensions import TypeVar  # type checkers know it; only its default needs it
+
+    Value = TypeVar("Value", default=Any)
+else:
+    from typing import TypeVar
+
+    Value = TypeVar("Value")
 
 log = logging.getLogger("loadmaster")
 
@@ -32,24 +41,29 @@ CLOSE_TIMEOUT_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
-class PythonModel:
+class PythonModel(Generic[Value]):
     """An object that is loaded on demand and shared by lease, in this process; its name is its identity.
+
+    Every lease on it has the same object, and several threads may use it at once. An object that is not made for that
+    is given `max_leases=1`: the next lease is granted when the one before it is released.
 
     `load` and `unload` run on one thread of the object's own and may take as long as they need. Without `unload` the
     object is dropped. Raises `InvalidSettings` for bytes that cannot be read, and for arguments of a wrong type.
     """
 
     name: str
-    load: Callable[[], object]
-    unload: Callable[[Any], object] | None = None
+    load: Callable[[], Value]
+    unload: Callable[[Value], object] | None = None
     memory: Mapping[str, str | int] = field(default_factory=dict)  # bytes by device: {"cpu": "200MiB"}
     keep_alive: str | float | None = None
     pin: bool = False  # never evicted for other models
     priority: int = 0  # a request group of higher priority goes first
+    max_leases: int | None = None  # at once; 0: no limit; None: the setting
 
     def __post_init__(self) -> None:
         check_name(self.name)
         check_switch("pin", self.pin)
+        check_limit("max_leases", self.max_leases)
         for name, call in (("load", self.load), ("unload", self.unload)):
             if not callable(call) and (name, call) != ("unload", None):
                 raise InvalidSettings(name, call, "callable")

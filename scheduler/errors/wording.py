@@ -57,6 +57,7 @@ WAITS: Mapping[WaitFor, str] = MappingProxyType(
         WaitFor.other_load: "the load of its model with other options",
         WaitFor.earlier_requests: "earlier requests",
         WaitFor.same_model: "an earlier request for its model",
+        WaitFor.lease: "a lease on its model to be released",
         WaitFor.memory: "memory being freed",
         WaitFor.load_slot: "a load slot",
         WaitFor.claim: "the claim of its devices among all programs",

@@ -38,6 +38,7 @@ class ModelSpec:
     pin: bool = False  # never evicted for other models
     priority: int = 0  # a request group of higher priority goes first
     devices: tuple[str, ...] | None = None  # ids of the GPUs that layers may go to, unless a request names others
+    max_leases: int | None = None  # leases of its runner at once; 0: no limit; None: the setting
     id: ModelId = field(init=False)  # the same for specs of the same identity; links are followed when the spec is made
 
     def __hash__(self) -> int:
@@ -51,6 +52,7 @@ class ModelSpec:
         check_name(self.name)
         check_switch("pin", self.pin)
         object.__setattr__(self, "devices", device_ids(self.devices))
+        check_limit("max_leases", self.max_leases)
         if not isinstance(self.embedding, bool):
             raise UnsupportedOption("embedding", self.embedding, "it must be of type bool")
         if not isinstance(self.options, Options):
@@ -107,6 +109,12 @@ def check_switch(name: str, value: object) -> None:
     """Raise `InvalidSettings` for a value that is neither True nor False; "no" would count as True."""
     if not isinstance(value, bool):
         raise InvalidSettings(name, value, "True or False")
+
+
+def check_limit(name: str, value: object) -> None:
+    """Raise `InvalidSettings` for a limit that is neither None nor a whole number of at least 0."""
+    if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 0):
+        raise InvalidSettings(name, value, "a whole number of at least 0, or None")
 
 
 def _several(option: str, value: Files) -> tuple[str, ...]:

@@ -114,7 +114,7 @@ class RequestBroker:
         self.requests[pending.id] = pending
         if parsed.model is not None:
             self._registry.register(parsed.model)  # after the pending request is in `requests`: see _drop
-        self.post(Acquire(pending.id, parsed.spec, parsed.keep_alive_s, parsed.timeout_s))
+        self.post(Acquire(pending.id, parsed.spec, parsed.keep_alive_s, parsed.timeout_s, parsed.max_leases))
         if self.closing and self.finished.is_set() and self.requests.pop(pending.id, None) is not None:
             pending.answer(None, SchedulerClosed())  # the driver has ended, or is about to
 

@@ -62,6 +62,7 @@ class ParsedRequest(NamedTuple):
     keep_alive_s: float | None
     timeout_s: float | None
     model: ModelSpec | PythonModel | None = None  # None: the request is for memory of the program's own
+    max_leases: int | None = None  # of the model's runner; 0: no limit; None: as another request has named it
 
 
 class _Known(NamedTuple):
@@ -175,9 +176,8 @@ class RequestParser:
         if not isinstance(priority, int) or isinstance(priority, bool) or abs(priority) > MOST_PRIORITY:
             raise InvalidSettings("priority", priority, f"a whole number from -{MOST_PRIORITY} to {MOST_PRIORITY}")
         request_spec = RequestSpec(spec.id, options, purpose, priority)
-        return spec, ParsedRequest(
-            request_spec, spec.name, keep_alive_s, None if timeout_s == math.inf else timeout_s, spec
-        )
+        timeout_s = None if timeout_s == math.inf else timeout_s
+        return spec, ParsedRequest(request_spec, spec.name, keep_alive_s, timeout_s, spec, spec.max_leases)
 
     def _understand(self, model: Model, asking: AcquireOptions, purpose: Purpose) -> ParsedRequest:
         spec, parsed = self.parse(model, asking, purpose)

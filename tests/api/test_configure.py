@@ -296,13 +296,13 @@ def test_every_setting_that_the_core_works_by_reaches_it() -> None:
         Settings(
             max_queue=3, max_runners=4, keep_alive=5, max_wait=6, min_residency=7, load_timeout=8, recovery_timeout=9,
             max_loads_per_gpu=10, max_host_loads=11, prefetch=False, cpu_threads=15, spread_over_gpus=True,
-            require_gpu=True, lock_folder=None, measurement_file=None, stop_grace=16,
+            require_gpu=True, lock_folder=None, measurement_file=None, stop_grace=16, max_leases=17,
         )
     )  # fmt: skip
     assert limits == CoreConfig(
         max_queue=3, max_runners=4, keep_alive_s=5.0, max_wait_s=6.0, min_residency_s=7.0, load_timeout_s=8.0,
         recovery_timeout_s=9.0, max_loads_per_gpu=10, max_host_loads=11, prefetches=0, cpu_threads=15,
-        spread_over_gpus=True, require_gpu=True, stop_timeout_s=26.0,
+        spread_over_gpus=True, require_gpu=True, stop_timeout_s=26.0, max_leases=17,
     )  # fmt: skip
 
 

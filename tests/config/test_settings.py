@@ -416,7 +416,7 @@ def test_what_can_change_while_running_is_changed_in_a_copy() -> None:
 @pytest.mark.parametrize(("name", "value"), [("max_wait", "1m"), ("gpus", False), ("max_qeueu", 5)])
 def test_what_cannot_change_while_running_is_refused(name: str, value: object) -> None:
     """A setting that cannot change while running is refused with the names of those that can."""
-    with pytest.raises(InvalidSettings, match="memory_limit, max_queue, max_runners, keep_alive") as caught:
+    with pytest.raises(InvalidSettings, match="memory_limit, max_queue, max_runners, max_leases, keep_alive") as caught:
         Settings().changed(**{name: value})  # type: ignore[arg-type]  # wrong on purpose
     assert (caught.value.name, caught.value.value) == (name, value)
 

@@ -6,6 +6,8 @@ import math
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
 
+import pytest
+
 import fsm.core
 from fsm.core import Core
 from fsm.domain.devices import Amounts, Placement
@@ -128,6 +130,64 @@ def one_more_waits_than_may(patch: Patch) -> None:
         one._state.config = replace(limits, max_queue=limits.max_queue + 1)
         original(one, event)
         one._state.config = limits
+
+
+# -- leases -----------------------------------------------------------------------------------------------------------
+
+
+@mutant("leases")
+def a_runner_takes_one_lease_more(patch: Patch) -> None:
+    """A runner takes one lease more than it may."""
+
+    @instead(patch, CoreState, "leases_left")
+    def leases_left(original: Callable[..., int | None], state: CoreState, runner: Runner) -> int | None:
+        left = original(state, runner)
+        return None if left is None else left + 1
+
+
+@mutant(SIMULATION)
+def a_limit_that_a_request_names_is_ignored(patch: Patch) -> None:
+    """The limit of leases that requests name for their model holds for nothing."""
+
+    @instead(patch, CoreState, "leases_left")
+    def leases_left(original: Callable[..., int | None], state: CoreState, runner: Runner) -> int | None:
+        model = state.models[runner.model]
+        named, model.max_leases = model.max_leases, None
+        left = original(state, runner)
+        model.max_leases = named
+        return left
+
+
+@mutant("leases")
+def a_lease_that_comes_back_is_given_to_nobody(patch: Patch) -> None:
+    """A request that waits for a lease is not looked at when one is released, where other leases remain."""
+
+    @instead(patch, requests, "release")
+    def release(original: Callable[..., None], step: StepContext, request: Request) -> None:
+        planned, runner = step.replan, step.state.runners.get(RunnerId(request.runner or 0))
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            monkeypatch.setattr(requests, "serve", lambda step, runner, groups: None)
+            original(step, request)
+        if runner is not None and runner.leases:
+            step.replan = planned
+
+
+@mutant("leases")
+def a_lease_goes_to_the_one_that_came_first(patch: Patch) -> None:
+    """Priority does not count among the requests that wait for a lease."""
+
+    @instead(patch, requests, "serve")
+    def serve(
+        original: Callable[..., None], step: StepContext, runner: Runner, groups: Collection[RequestGroup]
+    ) -> None:
+        original(step, runner, sorted(groups, key=lambda group: group.head.id)[:1])
+        original(step, runner, [group for group in groups if group.requests])
+
+
+@mutant("leases")
+def a_runner_leaves_before_those_who_wait_for_it(patch: Patch) -> None:
+    """A runner is evicted for a request although earlier requests wait for its leases."""
+    patch.setattr(PlanningContext, "serving_before", lambda context, group: set())
 
 
 # -- back-off ---------------------------------------------------------------------------------------------------------

@@ -30,34 +30,37 @@ class Candidates:
             for runner in self.movable
             if not runner.leases and evictable_at(state, runner, -math.inf) <= state.now
         }
-        self._orders: tuple[list[Candidate], list[Candidate]] | None = None
+        self._orders: dict[bool, tuple[list[Candidate], list[Candidate]]] = {}  # by whether the group is hurried
         self._statistics: IdleTimeStatistics | None = None
         self._forecasts: dict[RunnerId, ReuseForecast] = {}  # of the runners that the policy has asked about
 
-    def evictable_until(self, bound: float, without: Collection[RunnerId]) -> list[Candidate]:
+    def evictable_until(self, bound: float, without: Collection[RunnerId], *, hurried: bool = False) -> list[Candidate]:
         """Return the candidates for a group with this bound: first all that may leave now, then idle, then busy ones.
 
         The time from which on each may leave is exact only where that is now: `timed` returns the others.
         """
-        if self._orders is None:
-            past = self._preferred([self.candidate(runner, -math.inf) for runner in self.movable])
-            self._orders = self._first_to_go(self.timed(math.inf, past)), self._first_to_go(past)
-        return [one for one in self._orders[bound <= self.state.now] if one.runner not in without]
+        if (orders := self._orders.get(hurried)) is None:
+            past = self._preferred([self.candidate(one, -math.inf, hurried=hurried) for one in self.movable])
+            later = self.timed(math.inf, past, hurried=hurried)
+            orders = self._orders[hurried] = self._first_to_go(later), self._first_to_go(past)
+        return [one for one in orders[bound <= self.state.now] if one.runner not in without]
 
-    def timed(self, bound: float, candidates: Iterable[Candidate]) -> list[Candidate]:
+    def timed(self, bound: float, candidates: Iterable[Candidate], *, hurried: bool = False) -> list[Candidate]:
         """Return candidates with the time from which on each may be evicted for a group whose bound is `bound`."""
-        runners = self.state.runners
-        return [replace(one, free_at=evictable_at(self.state, runners[one.runner], bound)) for one in candidates]
+        runners, state = self.state.runners, self.state
+        return [
+            replace(one, free_at=evictable_at(state, runners[one.runner], bound, hurried=hurried)) for one in candidates
+        ]
 
-    def candidate(self, runner: Runner, bound: float) -> Candidate:
+    def candidate(self, runner: Runner, bound: float, *, hurried: bool = False) -> Candidate:
         """Return a runner as a policy sees it."""
         account = self.state.ledger.accounts["runner", runner.id]
         model = self.state.models[runner.model]
         load_s = None if runner.loaded_at is None else model.usual_load_s(runner.placement.gpu_layers)
         return Candidate(
             runner.id, runner.model, sum(map(account.held_bytes, self.state.ledger.devices)), runner.keep_alive_s,
-            runner.used_at, load_s, len(runner.leases), evictable_at(self.state, runner, bound),
-            partial(self._forecast, runner),
+            runner.used_at, load_s, len(runner.leases),
+            evictable_at(self.state, runner, bound, hurried=hurried), partial(self._forecast, runner),
         )  # fmt: skip
 
     def _first_to_go(self, candidates: Iterable[Candidate]) -> list[Candidate]:
@@ -89,17 +92,18 @@ def _barred(state: CoreState, runner: Runner, awaited: Collection[RunnerId]) -> 
     return KeptReason.awaited if runner.id in awaited else None
 
 
-def evictable_at(state: CoreState, runner: Runner, bound: float) -> float:
+def evictable_at(state: CoreState, runner: Runner, bound: float, *, hurried: bool = False) -> float:
     """Return the time from which on `runner` may be evicted for a request group whose bound is `bound`; now or later.
 
-    A busy runner may be evicted at the bound, and not within its minimum residency. An idle runner may be evicted after
-    its grace, a small part of what its load took: callers that ask again at once find it there, and its memory does not
-    change hands between two of their requests. The end of the grace ends an automatic minimum residency too, which is
-    there for the callers: a runner that is idle while others wait has none left. A minimum residency that was set holds
-    to its end.
+    A busy runner may be evicted at the bound, and not within its minimum residency in use. For a `hurried` group, whose
+    bound follows from a request's own time limit, only the shorter residency counts: as long as the load took. An idle
+    runner may be evicted after its grace, a small part of what its load took: callers that ask again at once find it
+    there, and its memory does not change hands between two of their requests. The end of the grace ends an automatic
+    minimum residency too, which is there for the callers: a runner that is idle while others wait has none left. A
+    minimum residency that was set holds to its end.
     """
     if runner.leases:
-        return max(state.now, runner.drain_protected_until, bound)
+        return max(state.now, runner.resident_until if hurried else runner.drain_protected_until, bound)
     resident_until = runner.resident_until if state.config.min_residency_s is not None else state.now
     kept_until = min(runner.idle_grace_until, bound) if runner.state is IDLE else state.now
     return max(state.now, resident_until, kept_until)

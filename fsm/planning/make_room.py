@@ -30,7 +30,8 @@ def plan_eviction(
     4. Else the group waits for memory that is being freed, or for a load slot.
     """
     may, victim_set = _select_victims(context, group, need, mandatory)
-    victims = context.candidates.timed(context.bound(group), victim_set.victims) if victim_set is not None else []
+    hurried, chosen = context.hurried(group), victim_set.victims if victim_set is not None else ()
+    victims = context.candidates.timed(context.bound(group), chosen, hurried=hurried)
     at = max((victim.free_at for victim in victims), default=math.inf)
     horizon = _horizon_after(context, need, victims, at)
     goes = horizon == AFTER_STOPS or (horizon == AFTER_DRAINS and any(victim.leases for victim in victims))
@@ -122,13 +123,13 @@ def _select_victims(
 
     A runner whose leases earlier requests wait for is no candidate.
     """
-    bound = context.bound(group)
-    must = [context.candidates.candidate(runner, bound) for runner in mandatory]
+    bound, hurried = context.bound(group), context.hurried(group)
+    must = [context.candidates.candidate(runner, bound, hurried=hurried) for runner in mandatory]
     taken = context.claimed.union(context.serving_before(group), (runner.id for runner in mandatory))
     context.waiting += 1
     if _suffices(context, need, AFTER_DRAINS, must):  # 1
         return [], VictimSet(tuple(must), 0.0)
-    may = context.candidates.evictable_until(bound, taken)
+    may = context.candidates.evictable_until(bound, taken, hurried=hurried)
     memories = context.availability.memories(need)
     where = [device for device in memories if device != HOST] or memories
     if all(context.ahead[device] >= GROUPS_AHEAD for device in where):  # 2

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from fsm.domain.devices import DeviceId
 from fsm.eviction.policies import Candidate, EvictionPolicy
 from fsm.eviction.victim_selection import Amount, SelectionProblem, VictimSet, choose_victims
-from fsm.machine.request import ModelId
+from fsm.machine.request import ModelId, RequestSpec
 from fsm.machine.runner import EXPIRING, LOADING, Runner, RunnerId
 from fsm.messages.reasons import WaitReason
 from fsm.planning.availability import AFTER_DRAINS, AFTER_STOPS, NOW, AvailabilityProfile, gpus_of
@@ -53,6 +53,7 @@ class PlanningContext:
         # runners with no lease left -> the rank of the first request that waits for one of their leases
         self.serving = {runner.id: rank for runner in state.runners.values() if (rank := _first_waiting(state, runner))}
         self.candidates = Candidates(state, policy, self.awaited)
+        self._own_bounds: dict[RequestSpec, float] = {}
         self.waiting = 0  # request groups for which victims were looked for
         self.ahead: Counter[DeviceId] = Counter()  # how many of these groups lack memory of a device
 
@@ -61,8 +62,22 @@ class PlanningContext:
         self.plan.waits[group.spec] = (reason, until)
 
     def bound(self, group: RequestGroup) -> float:
-        """Return the time until which a request group leaves busy runners alone."""
-        return group.head.queued_at + self.state.config.max_wait_s
+        """Return the time until which a request group leaves busy runners alone.
+
+        A time limit of one of its requests' own shortens it, so that there is time left for the drain and the load.
+        """
+        return min(group.head.queued_at + self.state.config.max_wait_s, self._own_bound(group))
+
+    def hurried(self, group: RequestGroup) -> bool:
+        """Tell whether the bound of a request group follows from a request's own time limit."""
+        return self._own_bound(group) < group.head.queued_at + self.state.config.max_wait_s
+
+    def _own_bound(self, group: RequestGroup) -> float:
+        known = self._own_bounds.get(group.spec)
+        if known is None:
+            known = min(map(self.state.own_bound, group.requests.values()))
+            self._own_bounds[group.spec] = known
+        return known
 
     def serving_before(self, group: RequestGroup) -> set[RunnerId]:
         """Return the runners whose leases requests wait for that come before a group: they are not evicted for it."""

@@ -115,6 +115,20 @@ class CoreState(Record):
         """Return the request groups that wait for this runner's load, or that the runner could serve now."""
         return [group for group in self.groups_of_model(runner.model) if match(runner, group.spec.options)]
 
+    def own_bound(self, request: Request) -> float:
+        """Return when busy runners drain for a request because of its own time limit; infinite where none does.
+
+        Half of the time that the limit leaves beside a load of its model is for runners to become idle by themselves.
+        The other half is for the leases that are held then. For a limit that is shorter than a load no runner hurries.
+        """
+        gives_up_at = self.timers.at(("request", request.id))
+        if gives_up_at == math.inf:
+            return math.inf
+        model = self.models.get(request.spec.model)
+        load_s = (model.load_s if model is not None else None) or 0.0
+        spare_s = gives_up_at - request.queued_at - load_s
+        return request.queued_at + spare_s / 2 if spare_s > 0.0 else math.inf
+
     def leases_left(self, runner: Runner) -> int | None:
         """Return how many more leases a runner may hold, none below 0; None where its leases are not limited."""
         named = self.models[runner.model].max_leases

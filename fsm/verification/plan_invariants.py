@@ -20,6 +20,7 @@ from fsm.planning.plan import Plan, PlannedPlacement
 from fsm.state.core_state import CoreState
 from fsm.state.memory_ledger import Owner
 from fsm.state.request_queue import RequestGroup
+from fsm.verification.state_invariants import bound_of
 from fsm.verification.step import StepOutcome, of_outcome
 
 
@@ -204,14 +205,14 @@ def a_request_waits_for_victims_for_a_limited_time(step: StepOutcome, plan: Plan
     """
     state = step.after._state
     for group, victims, others_free_at in _waited_for(step, plan):
-        bound = _bound(group.head, state)
+        bound = min(bound_of(request, state) for request in group.requests.values())
+        hurried = bound < group.head.queued_at + state.config.max_wait_s
+        resident_until = max(_resident_until(runner, hurried) for runner in state.runners.values())
         for runner, free_at in victims:
-            latest = max(bound, runner.resident_until, runner.drain_protected_until)
+            latest = max(bound, _resident_until(runner, hurried))
             where = f"{group.spec.model} waits for {runner.model}"
             assert free_at <= max(latest, state.now), f"{where} without a bound"
-            assert state.now < max(bound, others_free_at, *map(_resident_until, state.runners.values())), (
-                f"{where} still"
-            )
+            assert state.now < max(bound, others_free_at, resident_until), f"{where} still"
 
 
 @of_outcome(Plan)
@@ -247,14 +248,9 @@ def _waited_for(step: StepOutcome, plan: Plan) -> Iterator[tuple[RequestGroup, l
         others_free_at = max([others_free_at, *(victim.free_at for victim in planned.victims)])
 
 
-def _bound(request: Request, state: CoreState) -> float:
-    """Return when busy runners have to leave for a request."""
-    return request.queued_at + state.config.max_wait_s
-
-
-def _resident_until(runner: Runner) -> float:
-    """Return until when a runner keeps its place at most, in use or not."""
-    return max(runner.resident_until, runner.drain_protected_until)
+def _resident_until(runner: Runner, hurried: bool) -> float:
+    """Return until when a runner keeps its place at most; a request with a limit of its own waits less."""
+    return runner.resident_until if hurried else max(runner.resident_until, runner.drain_protected_until)
 
 
 # -- time -------------------------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from fsm.core import Core
-from fsm.machine.request import Purpose, RequestId, RequestState
+from fsm.machine.request import Purpose, Request, RequestId, RequestState
 from fsm.machine.runner import EXPIRING, IDLE, LOADING, READY, RUNNING, STOPPING, UNLOADED, Runner
 from fsm.state.core_state import CoreState
 from fsm.verification.property import Checks, Kind
@@ -208,6 +208,19 @@ def most_leases(state: CoreState, runner: Runner) -> int:
     """Return how many leases a runner may hold; 0: as many as there are requests."""
     named = state.models[runner.model].max_leases
     return state.config.max_leases if named is None else named
+
+
+def bound_of(request: Request, state: CoreState) -> float:
+    """Return when busy runners have to leave for a request.
+
+    That is after the longest wait, or earlier where its own time limit leaves less: half of what is left beside a load
+    of its model.
+    """
+    spare_s = state.timers.at(("request", request.id)) - request.queued_at
+    if request.spec.model in state.models:
+        spare_s -= state.models[request.spec.model].load_s or 0.0
+    most_s = state.config.max_wait_s
+    return request.queued_at + (min(most_s, spare_s / 2) if spare_s > 0 else most_s)
 
 
 # -- memory -----------------------------------------------------------------------------------------------------------

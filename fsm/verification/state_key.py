@@ -50,7 +50,7 @@ LEFT_OUT: Mapping[type, Mapping[str, str]] = MappingProxyType(
         ModelRecord: {
             "current": "the runner whose state says so, which `check_state` compares",
             "failure": "for people to read",
-            "loads": "whether there are any is in it; else for the policy, which is nondeterministic, and an estimate",
+            "loads": "whether there are any, and bounds of requests, are in it; else for the policy, and an estimate",
             "shortest_load": "a request that it refuses at once would be refused when its time is up",
             "rested_at": "for the policy, which is nondeterministic",
             "idle_intervals": "for the policy, which is nondeterministic",
@@ -164,7 +164,9 @@ class _View:
 
     def _bound(self, request: Request) -> float:
         """Return when busy runners have to drain for a request; of one that is granted, nothing is left of it."""
-        return request.queued_at + self.state.config.max_wait_s if request.state is RequestState.queued else -math.inf
+        if request.state is not RequestState.queued:
+            return -math.inf
+        return min(request.queued_at + self.state.config.max_wait_s, self.state.own_bound(request))
 
     def _turns(self) -> dict[int, int]:
         """Return the order in which requests are planned: by age, priority being worth some of it."""

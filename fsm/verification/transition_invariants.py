@@ -35,7 +35,7 @@ from fsm.state.memory_ledger import Owner
 from fsm.verification import service_guarantees
 from fsm.verification.environment import IdHighWater
 from fsm.verification.plan_invariants import check_outcome
-from fsm.verification.state_invariants import a_busy_runner_is_never_stopped, name_of
+from fsm.verification.state_invariants import a_busy_runner_is_never_stopped, bound_of, name_of
 from fsm.verification.step import CoreStep, EndedLease, Expiry, of_step
 
 ALSO_ASKED = (service_guarantees,)  # imported so that its checks are added
@@ -224,10 +224,15 @@ def a_pinned_model_is_never_evicted(step: CoreStep, expiry: Expiry) -> None:
 
 @of_step(Expiry)
 def a_runner_is_not_evicted_within_its_residency(step: CoreStep, expiry: Expiry) -> None:
-    """A runner keeps its place for its minimum residency; an automatic one is over when the runner is idle."""
+    """A runner keeps its place for its minimum residency; an automatic one is over when the runner is idle.
+
+    In use it keeps its place for as long as its load took, where a request's own time limit would pass, and for longer
+    else.
+    """
     runner = expiry.runner
     if expiry.victim and (expiry.in_use or step.now.config.min_residency_s is not None):
-        until = runner.drain_protected_until if expiry.in_use else runner.resident_until
+        longer = expiry.in_use and not _hurried(step)
+        until = runner.drain_protected_until if longer else runner.resident_until
         assert until <= step.now.now or _overfull(step), name_of(runner)
 
 
@@ -249,7 +254,14 @@ def a_busy_runner_is_not_evicted_before_a_request_is_overdue(step: CoreStep, exp
 def _overdue(step: CoreStep) -> bool:
     """Tell whether a request has waited for as long as busy runners may keep it waiting."""
     queued = [request for group in step.now.groups.values() for request in group.requests.values()]
-    return any(_bound(request, step.now) <= step.now.now for request in queued)
+    return any(bound_of(request, step.now) <= step.now.now for request in queued)
+
+
+def _hurried(step: CoreStep) -> bool:
+    """Tell whether busy runners have to leave for a request because of its own time limit."""
+    queued = [request for group in step.now.groups.values() for request in group.requests.values()]
+    most_s = step.now.config.max_wait_s
+    return any(bound_of(one, step.now) <= min(step.now.now, one.queued_at + most_s) for one in queued)
 
 
 def _memory_was_granted(step: CoreStep) -> bool:
@@ -258,11 +270,6 @@ def _memory_was_granted(step: CoreStep) -> bool:
 
 def _overfull(step: CoreStep) -> bool:
     return step.was.overfull() or step.now.overfull()
-
-
-def _bound(request: Request, state: CoreState) -> float:
-    """Return when busy runners have to leave for a request."""
-    return request.queued_at + state.config.max_wait_s
 
 
 # -- stops and launches -----------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from tests.support.pool import (
     PoolUnderTest,
     a_pool,
     acquire,
+    cancel,
     exited,
     expire,
     granted,
@@ -204,3 +205,73 @@ def test_a_load_from_long_ago_does_not_make_one_of_now_two() -> None:
     pool.advance(LOAD_TIME_TTL_S + 1.0)
     load_and_go(pool, "a", 30.0)
     assert launched(pool.feed(acquire("a", request=9, timeout=20))) == ["a"]
+
+
+# -- a limit of its own shortens the wait for busy runners -------------------------------------------------------------
+
+
+def test_u41_a_busy_runner_drains_in_time_for_a_limit_of_ones_own() -> None:
+    """Half of a limit that is shorter than `max_wait` is for others; then a busy runner drains, and a load follows."""
+    pool = a_pool(max_wait_s=120.0).ready("a", lease=1)
+    pool.feed(acquire("b", request=2, timeout="60s"))
+    (wait,) = pool.core.snapshot().queue
+    assert wait.until == pool.now + 30.0 < wait.gives_up_at
+    pool.advance("29s")
+    assert pool.state("a") is RunnerState.ready
+    pool.advance("2s")
+    assert pool.state("a") is RunnerState.expiring
+    assert launched(pool.feed(release(1), exited(1))) == ["b"]
+    assert granted(pool.feed(loaded(2))) == [2]
+
+
+def test_u41_the_load_is_left_its_time() -> None:
+    """The time that loads of the model usually take is no part of what is divided."""
+    pool = after_two_loads("b", 20.0).ready("a", lease=1)
+    pool.feed(acquire("b", request=2, timeout="40s"))
+    pool.advance("11s")
+    assert pool.state("a") is RunnerState.expiring
+
+
+def test_u41_a_limit_beyond_the_bound_changes_nothing() -> None:
+    """A limit of more than twice `max_wait` hurries nothing, and neither does one that is shorter than a load."""
+    for timeout, until in (("5m", 120.0), ("7s", 120.0)):
+        pool = load_and_go(a_pool(max_wait_s=120.0), "b", 8.0).ready("a", lease=1)
+        pool.feed(acquire("b", request=2, timeout=timeout))
+        (wait,) = pool.core.snapshot().queue
+        assert wait.until == pool.now + until
+
+
+def test_u41_residency_in_use_is_shorter_for_a_limit_of_ones_own() -> None:
+    """A runner in use stays for as long as its load took at least, and for nine times as long only without a limit."""
+    kept, drains = RunnerState.ready, RunnerState.expiring
+    for timeout, then_s, state in (("5m", 22.0, kept), ("60s", 22.0, drains), ("12s", 2.0, drains)):
+        pool = a_pool(max_wait_s=120.0).loading("a", 1)
+        pool.advance("10s")
+        pool.feed(loaded(1), acquire("b", request=2, timeout=timeout))
+        pool.advance("9s")  # half of the shortest limit has passed, and the residency of 10 s has not
+        assert pool.state("a") is RunnerState.ready
+        pool.advance(then_s)
+        assert pool.state("a") is state
+
+
+def test_u41_a_residency_that_was_set_holds() -> None:
+    """A minimum residency that was set by hand holds whatever limits requests have."""
+    pool = a_pool(max_wait_s=120.0, min_residency_s=50.0).ready("a", lease=1)
+    pool.feed(acquire("b", request=2, timeout="60s"))
+    pool.advance("49s")
+    assert pool.state("a") is RunnerState.ready
+    pool.advance("2s")
+    assert pool.state("a") is RunnerState.expiring
+
+
+def test_u41_a_younger_request_hurries_its_group() -> None:
+    """Requests that are served together leave the queue together: the shortest limit counts, while it is there."""
+    for leaves in (False, True):
+        pool = a_pool(max_wait_s=120.0, min_residency_s=0.0).ready("a", lease=1)
+        pool.feed(acquire("b", request=2))
+        pool.advance("10s")
+        pool.feed(acquire("b", request=3, timeout="20s"))
+        if leaves:
+            pool.feed(cancel(3))
+        pool.advance("11s")
+        assert pool.state("a") is (RunnerState.ready if leaves else RunnerState.expiring)

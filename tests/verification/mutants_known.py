@@ -36,8 +36,8 @@ def busy_for_ever(patch: Patch) -> None:
     """A victim that is always in use is waited for without end."""
 
     @instead(patch, eviction_candidates, "evictable_at")
-    def may_go_at(original: Callable[..., float], pool: CoreState, runner: Runner, bound: float) -> float:
-        return math.inf if runner.leases else original(pool, runner, bound)
+    def may_go_at(original: Callable[..., float], pool: CoreState, runner: Runner, bound: float, **how: bool) -> float:
+        return math.inf if runner.leases else original(pool, runner, bound, **how)
 
 
 @mutant("keep-alive", "D03")

@@ -199,7 +199,7 @@ def busy_runners_go_at_once(patch: Patch) -> None:
     """A busy runner is drained before the bound on a request's wait is over."""
 
     @instead(patch, eviction_candidates, "evictable_at")
-    def may_go_at(original: Callable[..., float], pool: CoreState, runner: Runner, bound: float) -> float:
+    def may_go_at(original: Callable[..., float], pool: CoreState, runner: Runner, bound: float, **how: bool) -> float:
         return max(pool.now, runner.resident_until)
 
 
@@ -208,8 +208,8 @@ def no_residency(patch: Patch) -> None:
     """A runner may be evicted as soon as it is loaded, so two clients could unload each other's models for ever."""
 
     @instead(patch, eviction_candidates, "evictable_at")
-    def may_go_at(original: Callable[..., float], pool: CoreState, runner: Runner, bound: float) -> float:
-        return original(pool, runner, bound) if runner.leases else pool.now
+    def may_go_at(original: Callable[..., float], pool: CoreState, runner: Runner, bound: float, **how: bool) -> float:
+        return original(pool, runner, bound, **how) if runner.leases else pool.now
 
 
 @mutant("pins")
@@ -393,5 +393,5 @@ def nobody_is_kept_for_the_next_user(patch: Patch) -> None:
     """A runner is evicted in the moment of its last release, although its client may ask again at once."""
 
     @instead(patch, eviction_candidates, "evictable_at")
-    def may_go_at(original: Callable[..., float], pool: CoreState, runner: Runner, bound: float) -> float:
-        return original(pool, runner, bound if runner.leases else -math.inf)
+    def may_go_at(original: Callable[..., float], pool: CoreState, runner: Runner, bound: float, **how: bool) -> float:
+        return original(pool, runner, bound if runner.leases else -math.inf, **how)

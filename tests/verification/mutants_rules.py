@@ -344,6 +344,12 @@ def a_load_goes_on_for_nobody(patch: Patch) -> None:
     patch.setattr(requests, "abandon_load", lambda step, request: None)
 
 
+@mutant(SIMULATION)
+def a_time_limit_of_ones_own_hurries_no_runner(patch: Patch) -> None:
+    """A busy runner drains for a request after `max_wait` alone, although the request leaves the queue before."""
+    patch.setattr(PlanningContext, "_own_bound", lambda context, group: math.inf)
+
+
 # -- runners in the way -----------------------------------------------------------------------------------------------
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self, assert_never
 
 from fsm.domain.options import Options
@@ -44,7 +44,7 @@ from fsm.messages.events import (
     Unpin,
     Unresponsive,
 )
-from fsm.messages.reasons import ClaimMissed, LoadStalled, Queued, RunnerReason
+from fsm.messages.reasons import ClaimMissed, LoadStalled, Queued, RunnerReason, RunnerStep, WaitForRunners
 from fsm.messages.refusals import (
     Cancelled,
     InvalidModelRefusal,
@@ -55,6 +55,7 @@ from fsm.messages.refusals import (
     TimedOut,
 )
 from fsm.planning.deadline_admission import infeasible_deadline
+from fsm.planning.deadlock import held_up, would_deadlock
 from fsm.planning.plan import Plan
 from fsm.planning.planner import make_plan
 from fsm.planning.relocation import PLACES_LOOK_S, is_better_place_free, is_to_move, may_move
@@ -140,7 +141,16 @@ class Core:
 
     def snapshot(self) -> Snapshot:
         """Return what can be seen of the state from outside, immutable."""
-        return take_snapshot(self._state)
+        snapshot = take_snapshot(self._state)
+        if not (models := held_up(self._state)):
+            return snapshot
+        waits = {request: WaitForRunners(names, RunnerStep.release) for request, names in models.items()}
+        queue = tuple(replace(one, waits_for=waits.get(one.request, one.waits_for)) for one in snapshot.queue)
+        return replace(snapshot, queue=queue)
+
+    def held_up(self) -> dict[RequestId, tuple[ModelId, ...]]:
+        """Return the requests that wait for leases whose holders wait themselves, and the models of these leases."""
+        return held_up(self._state)
 
     def knows(self, model: ModelId) -> bool:
         """Tell whether a model has a model record."""
@@ -226,10 +236,11 @@ class Core:
            request is queued.
         4. Where as many requests wait as may wait, the request is refused.
         5. Where its model is backed off after failures, the request is refused.
-        6. Else the request is queued. If no load of its model can be over within its time limit, it is refused at once.
+        6. Else the request is queued. If no load of its model can be over within its time limit, or if its own caller
+           keeps what it waits for, it is refused at once.
         """
         state, spec = self._state, event.spec
-        request = Request(event.request, spec, event.keep_alive_s, state.now)
+        request = Request(event.request, spec, event.keep_alive_s, state.now, holds=event.holds, keeps=event.keeps)
         if request.id in state.requests:  # 1
             self.late += 1
             return
@@ -290,7 +301,7 @@ class Core:
             state.timers.set(("request", request.id), state.now + timeout_s)
         self._context.decide("queued", spec.model, Queued(state.queued), request.id)
         self._context.replan = True
-        self._refuse_in_time([request])
+        self._refuse_hopeless([request])
 
     def _leave(self, event: Release | Cancel) -> None:
         """End a request for its caller. A Cancel after the Grant releases: the caller never received the lease."""
@@ -374,12 +385,16 @@ class Core:
                 waiting = [
                     request for group in self._state.groups_of_model(model.id) for request in group.requests.values()
                 ]
-                self._refuse_in_time(waiting)
+                self._refuse_hopeless(waiting)
 
-    def _refuse_in_time(self, waiting: Iterable[Request]) -> None:
-        """Refuse the requests whose time limit ends before their model can be loaded; no runner is evicted for them."""
+    def _refuse_hopeless(self, waiting: Iterable[Request]) -> None:
+        """Refuse the requests that would wait in vain for certain; no runner is evicted for them.
+
+        Their time limit ends before their model can be loaded, or their own callers keep what they wait for.
+        """
         for request in waiting:
-            if (refusal := infeasible_deadline(self._state, request)) is not None:
+            refusal = infeasible_deadline(self._state, request) or would_deadlock(self._state, request)
+            if refusal is not None:
                 requests.answer(self._context, request, RequestState.rejected, refusal)
 
     def _runner_event(

@@ -5,7 +5,7 @@ import importlib.metadata
 from fsm.domain.options import Options
 from fsm.eviction.policies import Candidate, EvictionPolicy
 from scheduler.api.fit import Fit, FitAdvice, FitDevice, FitVictim
-from scheduler.api.lease import Lease
+from scheduler.api.lease import Lease, Leases
 from scheduler.api.pending_lease import Reservation
 from scheduler.api.scheduler import Scheduler
 from scheduler.api.status import RunnerStatus, Status, WaitStatus
@@ -33,6 +33,7 @@ from scheduler.errors.exceptions import (
     SchedulerForked,
     TimeoutTooShort,
     UnsupportedOption,
+    WouldDeadlock,
 )
 from scheduler.models.catalog import Catalog, Resolver
 from scheduler.models.model_spec import ModelSpec
@@ -61,6 +62,7 @@ __all__ = [
     "InvalidSettings",
     "Lease",
     "LeaseReleased",
+    "Leases",
     "LoadFailed",
     "LoadTimeout",
     "ModelNotFound",
@@ -84,6 +86,7 @@ __all__ = [
     "Transition",
     "UnsupportedOption",
     "WaitStatus",
+    "WouldDeadlock",
 ]
 
 

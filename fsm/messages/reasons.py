@@ -35,6 +35,7 @@ class RunnerStep(Enum):
     idle = "idle"
     drain = "drain"
     load_then_idle = "load_then_idle"
+    release = "release"  # their leases are held by callers of requests that wait themselves
     load_alone = "load_alone"  # the load is exclusive: no other load may begin beside it
 
 

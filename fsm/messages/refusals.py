@@ -96,6 +96,14 @@ class DeadlineInfeasible:
 
 
 @dataclass(frozen=True, slots=True)
+class WouldDeadlockRefusal:
+    """The request waits for leases that its own caller keeps until the answer; it is refused at once."""
+
+    model: ModelId
+    holders: tuple[ModelId, ...]  # models on which the caller keeps leases, and beside which there is no room
+
+
+@dataclass(frozen=True, slots=True)
 class Cancelled:
     """The caller left before its request was answered."""
 
@@ -117,6 +125,7 @@ Refusal = (
     | LoadTimeoutRefusal
     | TimedOut
     | DeadlineInfeasible
+    | WouldDeadlockRefusal
     | Cancelled
     | SchedulerClosed
 )

@@ -68,6 +68,7 @@ class Scenario:
     closes: bool = True
     other_devices: Amounts = ()  # the devices may come to these capacities, and back again
     configures: tuple[Configure, ...] = ()  # limits may be changed like this
+    keeps: bool = False  # callers that keep all leases there are may ask for more
     strangers_bytes: int = 0  # of each GPU, that other programs may take while memory is waited for
 
 
@@ -279,6 +280,9 @@ def _asked(state: CoreState, scenario: Scenario, past: IdHighWater) -> Iterator[
         for keep_alive_s in scenario.keep_alives_s:
             for timeout_s in scenario.timeouts_s:
                 yield Acquire(request, spec, keep_alive_s, timeout_s)
+        granted = tuple(one.id for one in state.requests.values() if one.state is RequestState.granted)
+        if scenario.keeps and granted:
+            yield Acquire(request, spec, holds=granted, keeps=granted)
 
 
 def _readings(core: Core, scenario: Scenario) -> Iterator[Event]:

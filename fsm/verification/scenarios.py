@@ -158,6 +158,11 @@ SCENARIOS: tuple[Scenario, ...] = (
         expires=False, closes=False, configures=(Configure(max_leases=1), Configure(max_leases=2)),
     ),
     Scenario(
+        "own-leases", "callers that ask for more while they keep leases, with room for one model or two",
+        HOST_8, ((A, _on_host(6)), (B, _on_host(6)), (C, _on_host(1))), tuple(map(_lease, (A, B, C))), 3, 40_000,
+        replace(LIMITS, max_leases=1), expires=False, closes=False, keeps=True,
+    ),
+    Scenario(
         "full-queue", "a queue of one place",
         HOST_8, ONE_PLACE, EITHER, 3, 60_000,
         replace(LIMITS, max_queue=1),

@@ -26,9 +26,12 @@ from fsm.messages.events import (
     Tick,
     Unpin,
 )
+from fsm.messages.refusals import WouldDeadlockRefusal
+from fsm.sizing.footprint import Footprint
 from fsm.state.core_config import USE_PER_LOAD
 from fsm.state.core_state import CoreState
 from fsm.state.memory_ledger import Owner
+from fsm.state.model_record import ModelRecord
 from fsm.verification.state_invariants import most_leases, name_of
 from fsm.verification.step import CoreStep, Expiry, of_step
 
@@ -110,6 +113,45 @@ def a_lease_that_is_given_back_is_not_held(step: CoreStep, event: Release | Canc
     request = step.was.requests.get(event.request)
     late = isinstance(event, Release) and request is not None and request.state is RequestState.queued
     assert late or event.request not in step.now.requests, f"lease {event.request}"
+
+
+@of_step(Reject)
+def only_a_request_that_its_own_caller_blocks_is_refused_as_a_deadlock(step: CoreStep, reject: Reject) -> None:
+    """A request is refused as a deadlock only where its caller keeps leases beside which there is no room for it.
+
+    The check covers models that have declared their bytes.
+    """
+    if isinstance(reject.refusal, WouldDeadlockRefusal):
+        event = step.event
+        acquired = isinstance(event, Acquire) and event.request == reject.request
+        keeps = event.keeps if acquired else step.was.requests[reject.request].keeps  # type: ignore[union-attr]  # it is
+        model = step.now.models[reject.refusal.model]
+        assert _blocked(step.now, model, set(keeps)) or not model.declared, f"request {reject.request}"
+
+
+@of_step()
+def no_request_waits_for_its_own_caller(step: CoreStep) -> None:
+    """No request waits while its caller keeps leases beside which there is no room for it, once its model is known.
+
+    The check covers models that have declared their bytes.
+    """
+    for group in step.now.groups.values():
+        model = step.now.models.get(group.spec.model)
+        if model is not None and model.declared and model.inspected_since_launch and not model.current:
+            for request in group.requests.values():
+                assert not _blocked(step.now, model, set(request.keeps)), f"request {request.id}"
+
+
+def _blocked(state: CoreState, model: ModelRecord, kept: set[RequestId]) -> bool:
+    """Tell whether the runners with leases in `kept` leave no room for a model of declared bytes, or no lease on it."""
+    staying = [runner for runner in state.runners.values() if runner.leases & kept]
+    needs = model.profile.fixed if isinstance(model.profile, Footprint) else ()
+    if model.current is not None:
+        return model.current in staying
+    held = {id: sum(state.ledger.accounts["runner", one.id].held_bytes(id) for one in staying) for id, _ in needs}
+    capacity = {id: sample.capacity_bytes for id, sample in state.ledger.devices.items()}
+    lacks = any(capacity.get(id, 0) >= size > capacity.get(id, 0) - held[id] for id, size in needs)
+    return lacks or 0 < state.config.max_runners <= len(staying)
 
 
 # -- how long runners stay --------------------------------------------------------------------------------------------

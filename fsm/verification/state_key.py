@@ -66,6 +66,7 @@ LEFT_OUT: Mapping[type, Mapping[str, str]] = MappingProxyType(
         Request: {
             "spec": "the request stands in its group; once granted nothing reads it",
             "runner": "it is among the leases",
+            "holds": "for people to read: what a request waits for",
             "asked": "nothing follows from it but which holders are told",
         },
         RequestSpec: {"model": "the group stands with its model"},
@@ -252,6 +253,7 @@ class _View:
             (
                 self.requests[request.id], self.turns[request.id], request.survived,
                 -1.0 if request.keep_alive_s is None else request.keep_alive_s, self.times[self._bound(request)],
+                sorted(self.requests.get(id, -1) for id in request.keeps),
             )
             for request in group.requests.values()
         ]  # fmt: skip

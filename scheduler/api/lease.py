@@ -65,12 +65,14 @@ class Lease(NonCopyable, Generic[Value]):
     awaited.
     """
 
-    __slots__ = ("__weakref__", "_broker", "_lock", "_pending", "_released", "_uses")
+    __slots__ = ("__weakref__", "_broker", "_entered", "_holder", "_lock", "_pending", "_released", "_uses")
 
     def __init__(self, broker: RequestBroker, pending: PendingRequest) -> None:
         self._broker = broker
         self._pending = pending
         self._released = False
+        self._holder: object = None  # the thread or task that holds it, as far as is known
+        self._entered = False  # in a `with` block of the holder
         self._uses = 0  # answers and open streams under way; the lease is released after the last
         self._lock = threading.RLock()  # guards `_uses` and `_released`; re-entered by the finaliser of a stream
 
@@ -147,8 +149,10 @@ class Lease(NonCopyable, Generic[Value]):
             if self._uses:
                 return
         self._broker.release(self._pending)
+        self._broker.holders.drop(self._holder, self._pending.id)
 
     def __enter__(self) -> Self:
+        self._hold(entered=True)
         return self
 
     def __exit__(
@@ -157,6 +161,7 @@ class Lease(NonCopyable, Generic[Value]):
         self.release()
 
     async def __aenter__(self) -> Self:
+        self._hold(entered=True)
         return self
 
     async def __aexit__(
@@ -167,8 +172,19 @@ class Lease(NonCopyable, Generic[Value]):
     def __del__(self) -> None:
         if not hasattr(self, "_lock"):  # Ctrl-C came while the lease was made, before anything was requested
             return
+        self._broker.holders.drop(self._holder, self._pending.id)
         if self._broker.release(self._pending) and not self._released:
             warnings.warn(f"a lease on {self.model} was never released", ResourceWarning, stacklevel=2, source=self)
+
+    def _hold(self, *, entered: bool = False) -> None:
+        """Note that the thread or task that runs here holds the lease from now on."""
+        holders = self._broker.holders
+        holders.drop(self._holder, self._pending.id)
+        self._holder, self._entered = holders.hold(self._pending.id, self), entered
+
+    def _kept(self) -> bool:
+        """Tell whether the lease is released by its holder alone, as far as the lease knows."""
+        return self._entered and not (self._uses or self._released or self._pending.callbacks)
 
     def __repr__(self) -> str:
         state = "lost" if self.lost else "released" if self._released else "held"
@@ -464,6 +480,23 @@ class Lease(NonCopyable, Generic[Value]):
             last = self._released and not self._uses
         if last:
             self._broker.release(self._pending)
+
+
+class Leases(list[Lease[Any]]):
+    """Several leases that were granted together, in the order of their models; a `with` block releases all of them."""
+
+    def release(self) -> None:
+        """Release all of them; a second call is harmless."""
+        for lease in reversed(self):
+            lease.release()
+
+    def __enter__(self) -> Self:
+        for lease in self:
+            lease._hold(entered=True)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
 
 
 class Stream(NonCopyable, Iterator[str]):

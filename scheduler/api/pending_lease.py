@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, Generic, Self
 
 from scheduler.api.lease import Lease
 from scheduler.engines.python import Value
+from scheduler.errors.exceptions import WouldDeadlock
+from scheduler.runtime.lease_holders import Held
 from scheduler.runtime.pending_request import FutureRequest, NonCopyable, PendingRequest, settle_in_loop
 from scheduler.runtime.request_parser import ParsedRequest
 
@@ -59,6 +61,7 @@ class Acquiring(Generic[Value]):
         self._entered = True
         try:
             self._lease = await self._acquire()
+            self._lease._hold(entered=True)
         finally:
             self._entered = self._lease is not None
         return self._lease
@@ -69,6 +72,15 @@ class Acquiring(Generic[Value]):
         lease.release()
 
     async def _acquire(self) -> Lease[Value]:
+        held = self._broker.holders.held()
+        try:
+            return await self._answer(held)
+        except WouldDeadlock:
+            if self._broker.holders.are_out_of_reach(held.keeps):
+                raise
+        return await self._answer(Held(held.holds))  # a lease may be released elsewhere: the request waits
+
+    async def _answer(self, held: Held) -> Lease[Value]:
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Lease[Value]] = loop.create_future()
 
@@ -76,9 +88,11 @@ class Acquiring(Generic[Value]):
             lease = Lease(self._broker, pending) if pending.error is None else None
             settle_in_loop(loop, future, lease, pending.error, lease.release if lease is not None else lambda: None)
 
-        pending = self._broker.new_future_request(self._parsed, deliver, self._scheduler)
+        pending = self._broker.new_future_request(self._parsed, deliver, self._scheduler, held)
         try:
-            return await future
+            lease = await future
+            lease._hold()
+            return lease
         except BaseException:
             self._broker.cancel(pending)
             raise

@@ -10,7 +10,7 @@ import os
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from contextlib import suppress
 from functools import cache, partial
@@ -26,7 +26,7 @@ from fsm.messages.events import Close, Configure, Expire, Pin, Unpin
 from scheduler.api.debug_state import DebugState
 from scheduler.api.environment import Environment
 from scheduler.api.fit import Fit, fit_of
-from scheduler.api.lease import Lease
+from scheduler.api.lease import Lease, Leases
 from scheduler.api.pending_lease import Acquiring, Reservation
 from scheduler.api.status import Status, status_of
 from scheduler.concurrency.event_loops import running_loop, warn_if_loop_runs
@@ -40,7 +40,7 @@ from scheduler.config.settings import (
 )
 from scheduler.config.signatures import with_keywords
 from scheduler.engines.python import PythonModel, Value
-from scheduler.errors.exceptions import InvalidSettings, SchedulerClosed
+from scheduler.errors.exceptions import InvalidSettings, SchedulerClosed, WouldDeadlock, not_beside
 from scheduler.errors.formatting import format_duration
 from scheduler.errors.wording import problem
 from scheduler.models.catalog import Catalog
@@ -50,6 +50,7 @@ from scheduler.recording.recorder import Recorder
 from scheduler.runtime.event_stream import EventStream, Hub
 from scheduler.runtime.executor import Executor
 from scheduler.runtime.health_monitor import HealthMonitor
+from scheduler.runtime.lease_holders import Held
 from scheduler.runtime.model_registry import ModelRegistry
 from scheduler.runtime.pending_request import FutureRequest, settle_in_loop
 from scheduler.runtime.request_broker import RequestBroker
@@ -97,6 +98,7 @@ class Scheduler:
         self.settings = Settings.from_environment(**more) if settings is None else settings.with_arguments(**more)
         self._close_lock = threading.RLock()  # one thread ends what is left, the other threads wait for it
         self._ending: int | None = None  # the thread that does
+        self._acquiring_all = threading.RLock()  # callers of `acquire_all` take turns
         self._configuring = threading.RLock()  # one thread changes limits; a signal handler may do so in between
         self._assemble(_environment or Environment())
         try:
@@ -135,7 +137,7 @@ class Scheduler:
         broker = self._broker = RequestBroker(
             self._registry, self._parser, self._driver, self._executor, core.knows, self.settings.probe_timeout
         )
-        self._prober = HealthMonitor(self._executor, self.settings.probe_interval, self._broker.drop_unused_objects)
+        self._prober = HealthMonitor(self._executor, self.settings.probe_interval, self._broker.look_round)
 
     # -- asking for models --------------------------------------------------------------------------------------------
 
@@ -152,16 +154,55 @@ class Scheduler:
         with other options serves a request that names none.
 
         Raises `QueueFull`, `ModelNotFound`, `InvalidModel`, `DoesNotFit`, `LoadFailed`, `LoadTimeout`, `AcquireTimeout`
-        (at once, as `TimeoutTooShort`, where it is certain), `UnsupportedOption`, `InvalidSettings`, `SchedulerClosed`.
+        (at once, as `TimeoutTooShort`, where it is certain), `UnsupportedOption`, `InvalidSettings`, `SchedulerClosed`,
+        `WouldDeadlock` (where there is no room beside leases that this thread or task keeps in `with` blocks).
         """
         if running_loop() is not None:  # looked up here, without a call more, for the sake of warm requests
             warn_if_loop_runs("acquire", _AWAIT_LEASE)
-        parsed = self._parser.parse_cached(model, asking)
+        parsed, holders = self._parser.parse_cached(model, asking), self._broker.holders
+        held = holders.held()
+        try:
+            return self._acquire(parsed, held)
+        except WouldDeadlock:
+            if holders.are_out_of_reach(held.keeps):
+                raise
+        return self._acquire(parsed, Held(held.holds))  # a lease may be released elsewhere: the request waits
+
+    def _acquire(self, parsed: ParsedRequest, held: Held) -> Lease:
         pending = self._broker.new_request(parsed, self)
         # made first: if Ctrl-C interrupts, the end of the lease releases what was granted
-        lease = Lease(self._broker, pending)
-        self._broker.submit_and_wait(pending, parsed)
+        lease: Lease = Lease(self._broker, pending)
+        self._broker.submit_and_wait(pending, parsed, held)
+        lease._hold()
         return lease
+
+    @_request_keywords
+    def acquire_all(self, models: Iterable[Model], **asking: Unpack[AcquireOptions]) -> Leases:
+        """Return leases on several models at once, in their order; blocks until all are granted.
+
+        Callers that ask for several models one after the other may wait for one another for ever; callers of this
+        method do not, since they take turns. The keywords are those of `acquire`, and hold for each model; `timeout` is
+        for all together. Raises what `acquire` raises, with nothing granted, and `DoesNotFit` where a model never fits
+        beside the others.
+        """
+        parsed = [self._parser.parse_cached(model, asking) for model in models]
+        timeout_s = min((one.timeout_s for one in parsed if one.timeout_s is not None), default=math.inf)
+        end = time.monotonic() + timeout_s
+        leases = Leases()
+        with self._acquiring_all:
+            try:
+                for one in parsed:
+                    if timeout_s < math.inf:
+                        one = one._replace(timeout_s=max(0.0, end - time.monotonic()))
+                    taken = tuple(lease._pending.id for lease in leases)
+                    leases.append(self._acquire(one, Held((*self._broker.holders.held().holds, *taken), taken)))
+            except WouldDeadlock as error:
+                leases.release()
+                raise not_beside(error) from None
+            except BaseException:  # Ctrl-C, for example
+                leases.release()
+                raise
+        return leases
 
     @overload
     def submit(self, model: PythonModel[Value], **asking: Unpack[AcquireOptions]) -> Future[Lease[Value]]: ...

@@ -291,6 +291,32 @@ class AnswerTimeout(SchedulerError, TimeoutError):
 
 
 @dataclass(eq=False)
+class WouldDeadlock(SchedulerError):
+    """The request would have waited for its own caller: refused at once, and no runner was evicted.
+
+    There is no room for the model beside those of `holders`, on which the caller keeps leases while it waits: each was
+    entered in a `with` block by the very thread, or asyncio task, that asks.
+    """
+
+    model: str
+    holders: tuple[str, ...]
+
+    def __str__(self) -> str:
+        names = " and ".join(map(repr, self.holders))
+        return (
+            f"{self.model!r} would never be granted: there is no room for it beside {names}, on which this thread or "
+            "task keeps a lease while it waits; release that lease first, or acquire all of them with acquire_all"
+        )
+
+
+def not_beside(refused: WouldDeadlock) -> DoesNotFit:
+    """Return the error of models that were asked for together and do not fit beside each other."""
+    names = " and ".join(map(repr, refused.holders))
+    reason = f"there is no room for it beside {names}, with which it was asked for"
+    return DoesNotFit(refused.model, 0, {}, reason, "ask for fewer models at once")
+
+
+@dataclass(eq=False)
 class SchedulerClosed(SchedulerError):
     """The scheduler is closed, or closing: it takes no requests, and the requests that waited end with this error."""
 
@@ -383,6 +409,7 @@ __all__ = [
     "SchedulerForked",
     "TimeoutTooShort",
     "UnsupportedOption",
+    "WouldDeadlock",
     "format_bytes",
     "format_duration",
 ]

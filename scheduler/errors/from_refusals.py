@@ -19,6 +19,7 @@ from fsm.messages.refusals import (
     SchedulerClosed,
     TimedOut,
     UnsupportedOption,
+    WouldDeadlockRefusal,
 )
 from scheduler.errors import exceptions, wording
 
@@ -51,6 +52,8 @@ def error_of(refusal: Refusal, name: wording.Name) -> exceptions.SchedulerError:
             return exceptions.AcquireTimeout(name(model), timeout_s, wording.wait_reason(waiting_for, name))
         case DeadlineInfeasible(model, timeout_s, least_s, load_s, begun_s):
             return exceptions.TimeoutTooShort(name(model), timeout_s, least_s, load_s, begun_s)
+        case WouldDeadlockRefusal(model, holders):
+            return exceptions.WouldDeadlock(name(model), tuple(map(name, holders)))
         case Cancelled(model):
             return exceptions.RequestCancelled(name(model))
         case SchedulerClosed():

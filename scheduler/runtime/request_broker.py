@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any
 
@@ -27,6 +27,7 @@ from scheduler.errors.from_refusals import error_of
 from scheduler.errors.wording import revoke_reason
 from scheduler.runtime.driver import Driver, Value
 from scheduler.runtime.executor import Executor
+from scheduler.runtime.lease_holders import NOTHING_HELD, Held, LeaseHolders
 from scheduler.runtime.model_registry import ModelRegistry
 from scheduler.runtime.pending_request import Callback, FutureRequest, PendingRequest
 from scheduler.runtime.request_future import RequestFuture
@@ -51,6 +52,8 @@ class RequestBroker:
     ) -> None:
         self.forked = False  # this broker is a copy in a forked child, and must not be used
         self.closing = False
+        self.holders = LeaseHolders()
+        self._warned: set[RequestId] = set()  # requests that were warned of, and wait as before
         self.finished = Latch()  # every runner is unloaded after a close
         # from Acquire until the request is refused, lost or released
         self.requests: dict[RequestId, PendingRequest] = {}
@@ -66,10 +69,10 @@ class RequestBroker:
         """Return a pending request that has not been submitted; it holds the scheduler, which stays open with it."""
         return PendingRequest(RequestId(next(self._ids)), parsed.spec.model, parsed.name, scheduler)
 
-    def submit_and_wait(self, pending: PendingRequest, parsed: ParsedRequest) -> None:
+    def submit_and_wait(self, pending: PendingRequest, parsed: ParsedRequest, held: Held = NOTHING_HELD) -> None:
         """Submit a request and block until it is granted; raises the error of a refusal."""
         try:
-            self.submit(pending, parsed)
+            self.submit(pending, parsed, held)
             while not pending.gate.acquire(timeout=_LOOK_UP_S):
                 continue
         except BaseException:  # Ctrl-C, for example: a caller that leaves cancels its request
@@ -101,20 +104,24 @@ class RequestBroker:
         return future
 
     def new_future_request(
-        self, parsed: ParsedRequest, deliver: Callable[[FutureRequest], None], scheduler: object
+        self,
+        parsed: ParsedRequest,
+        deliver: Callable[[FutureRequest], None],
+        scheduler: object,
+        held: Held = NOTHING_HELD,
     ) -> FutureRequest:
         """Submit a request and return it; `deliver` is called from a thread pool when the request is answered."""
         id, model = RequestId(next(self._ids)), parsed.spec.model
         pending = FutureRequest(id, model, parsed.name, scheduler, self._executor.deliver, deliver)
-        self.submit(pending, parsed)
+        self.submit(pending, parsed, held)
         return pending
 
-    def submit(self, pending: PendingRequest, parsed: ParsedRequest) -> None:
+    def submit(self, pending: PendingRequest, parsed: ParsedRequest, held: Held = NOTHING_HELD) -> None:
         """Post a request; the pending request is answered before this call returns or any time after."""
         self.requests[pending.id] = pending
         if parsed.model is not None:
             self._registry.register(parsed.model)  # after the pending request is in `requests`: see _drop
-        self.post(Acquire(pending.id, parsed.spec, parsed.keep_alive_s, parsed.timeout_s, parsed.max_leases))
+        self.post(Acquire(pending.id, parsed.spec, parsed.keep_alive_s, parsed.timeout_s, parsed.max_leases, *held))
         if self.closing and self.finished.is_set() and self.requests.pop(pending.id, None) is not None:
             pending.answer(None, SchedulerClosed())  # the driver has ended, or is about to
 
@@ -217,6 +224,23 @@ class RequestBroker:
                 self.finished.set()
             case _:
                 self._executor.perform(command)
+
+    def look_round(self) -> None:
+        """Forget objects that are not used any more, and warn, once each, of requests that may wait for ever."""
+        self.drop_unused_objects()
+        if any(not pending.answered for pending in list(self.requests.values())):
+            self._warn(self.query(Core.held_up))
+
+    def _warn(self, held_up: Mapping[RequestId, Sequence[ModelId]]) -> None:
+        for id in held_up.keys() - self._warned:
+            if (pending := self.requests.get(id)) is not None:
+                holders = ", ".join(map(self._registry.name, held_up[id]))
+                log.warning(
+                    "request %d for %s waits for leases on %s, which are held by callers that wait for other leases "
+                    "themselves: unless one of these leases is released elsewhere, it waits for ever",
+                    id, pending.model, holders,
+                )  # fmt: skip
+        self._warned = set(held_up)
 
     def drop_unused_objects(self) -> None:
         """Forget objects that are not requested, pinned or loaded, and the load-time options of their launches."""

@@ -29,6 +29,7 @@ from scheduler.errors.exceptions import (
     SchedulerForked,
     TimeoutTooShort,
     UnsupportedOption,
+    WouldDeadlock,
 )
 from scheduler.errors.formatting import format_bytes, format_duration
 
@@ -53,6 +54,7 @@ EXAMPLES: list[tuple[SchedulerError, int, tuple[str, ...]]] = [
     (RequestCancelled("a"), 499, ("cancelled",)),
     (AcquireTimeout("a", 1.5, waiting_for="memory of 'b'"), 500, ("1.5s", "memory of 'b'")),
     (TimeoutTooShort("a", 1.5, 7.0, 9.0, 2.0), 503, ("1.5s", "7s", "9s", "2s of which")),
+    (WouldDeadlock("a", ("b", "c")), 500, ("'a'", "beside 'b' and 'c'", "acquire_all")),
     (SchedulerClosed(), 500, ("closed",)),
     (SchedulerForked(), 500, ("forked", "new one")),
     (UnsupportedOption("num_parallel", 4, "embedders take 1"), 400, ("num_parallel=4", "embedders take 1")),

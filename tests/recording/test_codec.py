@@ -78,6 +78,7 @@ from fsm.messages.refusals import (
     SchedulerClosed,
     TimedOut,
     UnsupportedOption,
+    WouldDeadlockRefusal,
 )
 from fsm.sizing.footprint import Footprint
 from fsm.sizing.load_history import LoadHistory, LoadTimes, MeasuredBytes
@@ -189,6 +190,7 @@ REFUSALS: list[Refusal] = [
     UnsupportedOption(WANT.model, "flash_attention", False, UnsupportedReason.needs_flash_attention),
     UnsupportedOption(WANT.model, "cache_type_k", "q9", UnsupportedReason.partial_blocks),
     LoadTimeoutRefusal(WANT.model, math.inf), DeadlineInfeasible(WANT.model, 0.1, 0.2, 0.3, None),
+    WouldDeadlockRefusal(WANT.model, (WANT.model,)),
     Cancelled(WANT.model),
     SchedulerClosed(),
 ]  # fmt: skip

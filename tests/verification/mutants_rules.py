@@ -20,7 +20,7 @@ from fsm.messages.events import Acquire, ClaimContended, ClaimGranted, Event, Lo
 from fsm.messages.reasons import FailureReason, RanOutOfMemory
 from fsm.placement import search
 from fsm.placement.search import PlacementDemand
-from fsm.planning import planner, relocation
+from fsm.planning import deadlock, planner, relocation
 from fsm.planning.availability import AFTER_DRAINS, AFTER_EVICTIONS, AFTER_STOPS, HORIZONS, AvailabilityProfile, Horizon
 from fsm.planning.planning_context import PlanningContext
 from fsm.state import runner_match
@@ -188,6 +188,18 @@ def a_lease_goes_to_the_one_that_came_first(patch: Patch) -> None:
 def a_runner_leaves_before_those_who_wait_for_it(patch: Patch) -> None:
     """A runner is evicted for a request although earlier requests wait for its leases."""
     patch.setattr(PlanningContext, "serving_before", lambda context, group: set())
+
+
+@mutant("own-leases")
+def a_caller_waits_for_itself(patch: Patch) -> None:
+    """A request waits although its own caller keeps the leases beside which there is no room for it."""
+    patch.setattr(fsm.core, "would_deadlock", lambda state, request: None)
+
+
+@mutant("own-leases")
+def any_lease_that_is_kept_counts_as_in_the_way(patch: Patch) -> None:
+    """A request of a caller that keeps a lease is refused as a deadlock although there is room for both."""
+    patch.setattr(deadlock, "_has_room", lambda state, demand, staying, process: not staying)
 
 
 # -- back-off ---------------------------------------------------------------------------------------------------------

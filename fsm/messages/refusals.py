@@ -83,16 +83,18 @@ class TimedOut:
 
 @dataclass(frozen=True, slots=True)
 class DeadlineInfeasible:
-    """The request's own time limit is shorter than any measured load of its model; it is refused at once.
+    """The request's own time limit is shorter than what it must wait at least; it is refused at once.
 
-    Only the load counts: every other wait is uncertain, since memory may be free at any moment.
+    That is a load of its model, and the rest of a minimum residency that was set: every other wait is uncertain, since
+    memory may be free at any moment.
     """
 
     model: ModelId
     timeout_s: float
     least_s: float  # the shortest load, less the time since the load began, if it has begun
-    load_s: float  # the shortest load that was measured of this file with these options
+    load_s: float  # the shortest load that was measured of this file with these options; 0: not known
     begun_s: float | None  # how many seconds ago the load began; None: it has not begun
+    resident_s: float = 0.0  # for how long runners beside which there is no room keep a minimum residency that was set
 
 
 @dataclass(frozen=True, slots=True)

@@ -51,20 +51,20 @@ def _in_the_way(state: CoreState, request: Request, held: Collection[RequestId])
     if current is not None and match(current, spec.options):  # 1
         full = current.state is not LOADING and not state.may_be_granted(current, spec.purpose)
         return (current.model,) if full and current.leases <= set(held) else ()
-    if (demand := _demand(state, request)) is None:
+    if (demand := known_demand(state, request)) is None:
         return ()
     if current is not None and current in staying:  # 2
         return (current.model,)
     process = spec.purpose is not Purpose.memory
-    if not _has_room(state, demand, (), process) or _has_room(state, demand, staying, process):  # 3
+    if not has_room(state, demand, (), process) or has_room(state, demand, staying, process):  # 3
         return ()
     for runner in list(staying):  # one beside which there is room without the others is not in the way
         others = [other for other in staying if other is not runner]
-        staying = staying if _has_room(state, demand, others, process) else others
+        staying = staying if has_room(state, demand, others, process) else others
     return tuple(dict.fromkeys(runner.model for runner in staying))
 
 
-def _demand(state: CoreState, request: Request) -> PlacementDemand | None:
+def known_demand(state: CoreState, request: Request) -> PlacementDemand | None:
     """Return what a request needs; None where that is not known yet, or where a runner serves it after all."""
     spec = request.spec
     if spec.purpose is Purpose.memory:
@@ -78,7 +78,7 @@ def _demand(state: CoreState, request: Request) -> PlacementDemand | None:
     return None if serves else demand
 
 
-def _has_room(state: CoreState, demand: PlacementDemand, staying: Collection[Runner], process: bool) -> bool:
+def has_room(state: CoreState, demand: PlacementDemand, staying: Collection[Runner], process: bool) -> bool:
     """Tell whether there is room where only the runners `staying` are alive: for a demand, and for a process."""
     if process and 0 < state.config.max_runners <= len(staying):
         return False

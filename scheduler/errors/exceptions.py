@@ -251,20 +251,28 @@ class AcquireTimeout(SchedulerError, TimeoutError):
 
 @dataclass(eq=False)
 class TimeoutTooShort(AcquireTimeout):
-    """The caller's timeout is shorter than any measured load of the model: refused at once, and no runner was evicted.
+    """The caller's timeout is shorter than what the request must wait: refused at once, and no runner was evicted.
 
     The request would have waited for `least_s` seconds at least: the quickest load that was measured of this file, with
-    these options, took `load_s`, and the load that the request would wait for began `begun_s` seconds ago (None: it has
-    not begun).
+    these options, took `load_s` (0: not known), and the load that the request would wait for began `begun_s` seconds
+    ago (None: it has not begun). Before the load, for `resident_s`, runners that leave no room keep the setting
+    `min_residency`.
     """
 
     waiting_for: str = field(init=False, default="its model to load")
     least_s: float
     load_s: float
     begun_s: float | None = None
+    resident_s: float = 0.0
     status: ClassVar[int] = 503
 
     def __str__(self) -> str:
+        if self.resident_s:
+            return (
+                f"{self.model!r} cannot be granted within {format_duration(self.timeout_s)}: other models keep their "
+                f"place for {format_duration(self.resident_s)} (the setting min_residency); wait for more than "
+                f"{format_duration(self.least_s)}"
+            )
         begun = "" if self.begun_s is None else f", {format_duration(self.begun_s)} of which have passed"
         return (
             f"{self.model!r} cannot be granted within {format_duration(self.timeout_s)}: its quickest load took "

@@ -50,8 +50,8 @@ def error_of(refusal: Refusal, name: wording.Name) -> exceptions.SchedulerError:
             return exceptions.LoadTimeout(name(model), stalled_s)
         case TimedOut(model, timeout_s, waiting_for):
             return exceptions.AcquireTimeout(name(model), timeout_s, wording.wait_reason(waiting_for, name))
-        case DeadlineInfeasible(model, timeout_s, least_s, load_s, begun_s):
-            return exceptions.TimeoutTooShort(name(model), timeout_s, least_s, load_s, begun_s)
+        case DeadlineInfeasible(model, timeout_s, least_s, load_s, begun_s, resident_s):
+            return exceptions.TimeoutTooShort(name(model), timeout_s, least_s, load_s, begun_s, resident_s)
         case WouldDeadlockRefusal(model, holders):
             return exceptions.WouldDeadlock(name(model), tuple(map(name, holders)))
         case Cancelled(model):

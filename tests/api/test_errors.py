@@ -54,6 +54,7 @@ EXAMPLES: list[tuple[SchedulerError, int, tuple[str, ...]]] = [
     (RequestCancelled("a"), 499, ("cancelled",)),
     (AcquireTimeout("a", 1.5, waiting_for="memory of 'b'"), 500, ("1.5s", "memory of 'b'")),
     (TimeoutTooShort("a", 1.5, 7.0, 9.0, 2.0), 503, ("1.5s", "7s", "9s", "2s of which")),
+    (TimeoutTooShort("a", 8.0, 25.0, 3.0, None, 22.0), 503, ("8s", "for 22s", "more than 25s", "min_residency")),
     (WouldDeadlock("a", ("b", "c")), 500, ("'a'", "beside 'b' and 'c'", "acquire_all")),
     (SchedulerClosed(), 500, ("closed",)),
     (SchedulerForked(), 500, ("forked", "new one")),

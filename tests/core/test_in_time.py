@@ -275,3 +275,29 @@ def test_u41_a_younger_request_hurries_its_group() -> None:
             pool.feed(cancel(3))
         pool.advance("11s")
         assert pool.state("a") is (RunnerState.ready if leaves else RunnerState.expiring)
+
+
+def test_u41_a_limit_within_a_residency_that_was_set_is_told_at_once() -> None:
+    """Where runners keep a residency that was set, and there is no room beside them, a short limit is refused."""
+    pool = a_pool(max_wait_s=120.0, min_residency_s=50.0).ready("a", lease=1)
+    pool.advance("10s")
+    refusal = DeadlineInfeasible("b", 39.0, 40.0, 0.0, None, 40.0)
+    assert pool.feed(acquire("b", request=2, timeout="39s")) == [Reject(2, refusal)]
+    assert refused(pool.feed(acquire("b", request=3, timeout="41s"))) == {}
+    pool.feed(release(1))  # an idle runner keeps it too
+    assert refused(pool.feed(acquire("b", request=4, timeout="39s"))) == {4: DeadlineInfeasible}
+    for residency in (None, 0.0):
+        pool = a_pool(max_wait_s=120.0, min_residency_s=residency).ready("a", lease=1)
+        assert refused(pool.feed(acquire("b", request=2, timeout="1s"))) == {}
+
+
+def test_u41_only_runners_that_are_in_the_way_keep_a_request_waiting() -> None:
+    """The first of the runners that leave room counts, and the model's own runner with other options."""
+    pool = a_pool("8GiB", min_residency_s=50.0, sizes={"a": "4GiB", "b": "3GiB", "c": "4GiB"}).ready("a", lease=1)
+    pool.advance("10s")
+    pool.ready("b", lease=2)
+    assert pool.feed(acquire("c", request=3, timeout="30s")) == [
+        Reject(3, DeadlineInfeasible("c", 30.0, 40.0, 0.0, None, 40.0))
+    ]
+    assert refused(pool.feed(acquire("a", request=4, timeout="30s", num_thread=3))) == {4: DeadlineInfeasible}
+    assert granted(pool.feed(acquire("a", request=5, timeout="30s"))) == [5]

@@ -199,7 +199,7 @@ def a_caller_waits_for_itself(patch: Patch) -> None:
 @mutant("own-leases")
 def any_lease_that_is_kept_counts_as_in_the_way(patch: Patch) -> None:
     """A request of a caller that keeps a lease is refused as a deadlock although there is room for both."""
-    patch.setattr(deadlock, "_has_room", lambda state, demand, staying, process: not staying)
+    patch.setattr(deadlock, "has_room", lambda state, demand, staying, process: not staying)
 
 
 # -- back-off ---------------------------------------------------------------------------------------------------------

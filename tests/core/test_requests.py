@@ -365,7 +365,7 @@ def test_a_request_times_out_by_its_own_limit() -> None:
     pool = a_pool().ready("a", lease=1)
     pool.feed(acquire("b", request=2, timeout="10s"))
     assert pool.advance("9s") == []
-    assert pool.advance("1s") == [Reject(2, TimedOut("b", 10.0, WaitForRunners(("a",), RunnerStep.idle)))]
+    assert pool.advance("1s") == [Reject(2, TimedOut("b", 10.0, WaitForRunners(("a",), RunnerStep.drain)))]
     assert pool.waiting() == []
 
 

@@ -66,6 +66,7 @@ Thunk = Callable[[], Event | None]
 SLOWER = 30  # a slow load takes so many times as long
 LONGER = 20  # a forgotten lease is held so many times as long
 LIFE_S = 60.0  # how long a process serves before its fault happens, on average
+NESTED = 16  # one request of so many is of a caller that keeps all leases there are
 LONG_S = 1000.0  # the latest end of a process that is stuck
 LOST_S = 5000.0  # how long lost memory is missing
 CHANGES_S = 15.0  # between two changes of a device, on average
@@ -123,6 +124,7 @@ class SimEnvironment:
     missing: set[DeviceId] = field(default_factory=set)
     last: dict[DeviceId, DeviceSample] = field(default_factory=dict)  # as they were read last
     asked: dict[RequestId, Purpose] = field(default_factory=dict)  # until refused or given back
+    held: dict[RequestId, None] = field(default_factory=dict)  # granted, until lost or given back
     requests: int = 0
     preloads: int = 0  # granted
     launched: int = 0  # the last runner
@@ -164,6 +166,7 @@ class SimEnvironment:
                 self._granted(id)
             case Reject(id) | RevokeLease(id):
                 self.asked.pop(id, None)
+                self.held.pop(id, None)
             case Launch():
                 self._launch(command)
             case Stop(runner):
@@ -213,7 +216,8 @@ class SimEnvironment:
         if self._happens(config.faults.cancels):
             self.after(self._about(draw.choice((0.01, 1.0, 60.0))), lambda: self._leave(id))
         most = config.max_leases.get(spec.model)
-        event = Acquire(id, spec, draw.choice(config.keep_alives_s), draw.choice(config.timeouts_s), most)
+        kept = tuple(self.held) if self.requests % NESTED == 0 else ()  # its caller holds leases meanwhile
+        event = Acquire(id, spec, draw.choice(config.keep_alives_s), draw.choice(config.timeouts_s), most, kept, kept)
         if self._happens(config.faults.duplicate):
             self.after(self._about(1.0), lambda: event if id in self.asked else None)
         return event
@@ -223,6 +227,7 @@ class SimEnvironment:
             del self.asked[id]
             self.preloads += 1
             return
+        self.held[id] = None
         faults = self.config.faults
         hold_s = self._about(self.config.hold_s) * (LONGER if self._happens(faults.forgets) else 1)
         self.after(hold_s, lambda: self._give_back(id))
@@ -231,10 +236,12 @@ class SimEnvironment:
 
     def _give_back(self, id: RequestId) -> Event:
         self.asked.pop(id, None)
+        self.held.pop(id, None)
         return Release(id)
 
     def _leave(self, id: RequestId) -> Event:
         self.asked.pop(id, None)
+        self.held.pop(id, None)
         return Cancel(id)
 
     def _meddle(self) -> Event:

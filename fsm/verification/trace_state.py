@@ -139,21 +139,25 @@ class TraceState:
                     self.unwanted.add(self.current[model])
             case Configure():
                 self.max_queue = self.max_queue if event.max_queue is None else event.max_queue
-            case Inspected(model):
-                self.inspecting.discard(model)
-                found = event.outcome
-                file = replace(found, resolutions=()) if isinstance(found, ModelProfile) else found
-                if self.files.get(model) != file:
-                    self.files[model] = file
-                    self.ran_out.pop(model, None)
-                    for load in [load for load in self.blocked if load[0] == model and load[1] is not None]:
-                        del self.blocked[load]
-                        self.failed_loads.pop(load, None)
+            case Inspected():
+                self._learn_inspection(event)
             case Close():
                 self.closing = True
                 self.held = {id: runner for id, runner in self.held.items() if runner is not None}
             case _:
                 pass
+
+    def _learn_inspection(self, event: Inspected) -> None:
+        """Take in what an inspection found: failures of loads of another file say nothing of this one."""
+        model, found = event.model, event.outcome
+        self.inspecting.discard(model)
+        file = replace(found, resolutions=()) if isinstance(found, ModelProfile) else found
+        if self.files.get(model) != file:
+            self.files[model] = file
+            self.ran_out.pop(model, None)
+            for load in [load for load in self.blocked if load[0] == model and load[1] is not None]:
+                del self.blocked[load]
+                self.failed_loads.pop(load, None)
 
     def _learn_of_process(self, event: Exited | Loaded | Progress | OutOfMemory) -> None:
         """Take in an event of a process."""

@@ -185,6 +185,7 @@ class Scheduler:
         for all together. Raises what `acquire` raises, with nothing granted, and `DoesNotFit` where a model never fits
         beside the others.
         """
+        warn_if_loop_runs("acquire_all", _AWAIT_LEASE)
         parsed = [self._parser.parse_cached(model, asking) for model in models]
         timeout_s = min((one.timeout_s for one in parsed if one.timeout_s is not None), default=math.inf)
         end = time.monotonic() + timeout_s

@@ -35,6 +35,7 @@ def exited(step: StepContext, runner: Runner, event: Exited) -> None:
     step.fire_process(runner, "exit")
     step.state.processes -= 1
     step.replan = True  # another process may be started
+    memory_recovery.note_end(step, runner, stopped=False)
     runner.recovery_targets = memory_recovery.memory_to_come(step, runner)
     runner.recovery_deadline = runner.stop_deadline = step.state.now + step.state.config.recovery_timeout_s
     memory_recovery.await_memory(step, runner)

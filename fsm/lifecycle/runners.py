@@ -6,6 +6,7 @@ import math
 from collections.abc import Collection
 from dataclasses import replace
 
+from fsm.lifecycle import memory_recovery
 from fsm.lifecycle.step_context import StepContext
 from fsm.machine.request import ModelId, RequestState
 from fsm.machine.runner import IDLE, LOADING, RUNNING, Runner, RunnerId
@@ -107,6 +108,7 @@ def notify_contention(step: StepContext, contended: Collection[RunnerId]) -> Non
 def stop(step: StepContext, runner: Runner) -> None:
     if runner.process_state is RUNNING:
         step.fire_process(runner, "stop")
+        memory_recovery.note_end(step, runner, stopped=True)
         runner.stop_deadline = step.state.now + step.state.config.stop_timeout_s
         step.commands.append(Stop(runner.id))
     if runner.claim:

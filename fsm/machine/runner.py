@@ -157,6 +157,7 @@ class Runner(Record):
     out_of_memory: bool = False  # the process reported it; the exit that follows is judged by it
     contended: bool = False  # a group waited for its memory in the last plan, and the runner might not leave yet
     last_sample: int = 0  # number of the Sample after its exit; only this or a later one tells which memory is back
+    available_before: dict[DeviceId, int] = field(default_factory=dict)  # bytes on its GPUs as its process began to end
     recovery_targets: dict[DeviceId, int] = field(default_factory=dict)  # bytes available on a GPU once memory is back
     stop_deadline: float = math.inf  # expiring: when it is overdue; no plan counts on its memory from then on
     recovery_deadline: float = 0.0  # when the wait for its memory is over

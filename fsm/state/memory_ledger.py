@@ -86,10 +86,13 @@ class Ledger(Record):
 
     devices: dict[DeviceId, DeviceSample] = field(default_factory=dict)
     accounts: dict[Owner, Account] = field(default_factory=dict)
+    available_before: dict[DeviceId, int] = field(default_factory=dict)  # of GPUs in total, one reading before
     overcommitted: set[DeviceId] = field(default_factory=set)  # shrunk or gone devices, while they hold too much
 
     def sample(self, samples: Iterable[DeviceSample]) -> None:
         """Take over a reading of the devices; a device that is missing in it is gone, its reservations stay."""
+        gpus = [id for id, sample in self.devices.items() if sample.kind == "gpu"]
+        self.available_before = {gpu: self.total_available(gpu) for gpu in gpus}
         devices = {sample.id: sample for sample in samples}
         for id, old in self.devices.items():
             if id not in devices or devices[id].capacity_bytes < old.capacity_bytes:

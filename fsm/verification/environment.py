@@ -70,6 +70,7 @@ class Scenario:
     configures: tuple[Configure, ...] = ()  # limits may be changed like this
     keeps: bool = False  # callers that keep all leases there are may ask for more
     strangers_bytes: int = 0  # of each GPU, that other programs may take while memory is waited for
+    gives_back: bool = False  # memory of a GPU may be back before the exit of the process is told
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,11 +242,13 @@ def sampled(
     early: bool = False,
     capacities: Amounts = (),
     strangers_bytes: int = 0,
+    given_back: bool = False,
 ) -> Sampled:
     """Return what a reading of the devices finds: what a loaded process occupies is gone from what is free.
 
     With `back=False` the memory of ended processes is still missing; an `early` reading began before they ended.
-    Other programs hold `strangers_bytes` of each GPU.
+    With `given_back` the memory that stopped processes had on GPUs is free before they have ended. Other programs hold
+    `strangers_bytes` of each GPU.
     """
     now = tuple((sample.id, sample.capacity_bytes) for sample in core._state.ledger.devices.values())
     capacities = capacities or now or scenario.devices
@@ -254,7 +257,8 @@ def sampled(
     for runner in core._state.runners.values():
         if runner.loaded_at is not None and (runner.process or not back):
             for device, size in runner.placement.bytes:
-                free[device] = free.get(device, 0) - size  # a device may be missing in the reading
+                back = given_back and device != HOST and runner.process_state is STOPPING
+                free[device] = free.get(device, 0) - (0 if back else size)  # a device may be missing in the reading
         if runner.loaded_at is not None and (runner.process or early):
             resident.append((runner.id, runner.placement.bytes))
     devices = tuple(
@@ -294,6 +298,9 @@ def _readings(core: Core, scenario: Scenario) -> Iterator[Event]:
             yield sampled(core, scenario, back=False)
             if scenario.strangers_bytes:
                 yield sampled(core, scenario, back=False, strangers_bytes=scenario.strangers_bytes)
+    stopping = [runner for runner in state.runners.values() if runner.process_state is STOPPING]
+    if scenario.gives_back and any(runner.loaded_at is not None for runner in stopping):
+        yield sampled(core, scenario, given_back=True)
     if scenario.other_devices:
         now = [sample.capacity_bytes for sample in state.ledger.devices.values()]
         others = [scenario.devices, scenario.other_devices]

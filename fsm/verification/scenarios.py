@@ -81,6 +81,11 @@ SCENARIOS: tuple[Scenario, ...] = (
         tuple(map(_lease, (A, B, C))), 3, 60_000, LIMITS, strangers_bytes=GIB,
     ),
     Scenario(
+        "early-return", "a GPU whose memory is back before the exit of a process is told",
+        ((HOST, GIB), (GPU0, GIB)), ((A, _layered(2, 256)), (B, _layered(2, 128))), EITHER, 2, 40_000, LIMITS,
+        gives_back=True, closes=False,
+    ),
+    Scenario(
         "reload", "a model with a small context and a large one, measured, beside another",
         ((HOST, GIB), (GPU0, GIB)), ((A, _resolved(200)), (B, _resolved(200))),
         (_lease(A, SMALL), _lease(A, LARGE), _lease(B)), 3, 40_000, LIMITS, fills=True,

@@ -136,6 +136,7 @@ class _View:
         )
         return (
             models, sorted(groups.get("", [])), list(map(canonical.number, ledger.devices.values())),
+            sorted(ledger.available_before.items()),
             sorted(ledger.overcommitted), self._memory(ledger), [self._claim(claim) for claim in state.claims.values()],
             self._timers(), self.times[looks_from(state)], state.closing, canonical.shared(state.config),
         )  # fmt: skip
@@ -237,6 +238,7 @@ class _View:
             times[moves_from(runner)],
             runner.process_state.value, runner.expire_when_served, runner.out_of_memory, runner.contended,
             runner.last_sample > 0,
+            list(runner.available_before.items()),
             list(runner.recovery_targets.items()), times[runner.stop_deadline], times[runner.recovery_deadline],
             self.claims[runner.claim], runner.id < model.first_runner_of_file, self._rests_for(runner),
             _account(self.state.ledger.accounts["runner", runner.id]),

@@ -146,8 +146,30 @@ def a_runner_is_unloaded_when_its_memory_is_back(step: CoreStep, sampled: Sample
         if not runner.process and runner.id not in step.now.runners:
             assert sampled.number >= runner.last_sample, f"{name_of(runner)}: the reading was begun too early"
             for_us = {one.id: _for_us(step.was, sampled, one) for one in sampled.devices if one.fresh}
-            back = all(for_us.get(gpu, math.inf) >= awaited for gpu, awaited in runner.recovery_targets.items())
+            account = step.was.ledger.accounts["runner", runner.id]
+            all_free = {one.id: one.capacity_bytes + account.occupied_bytes(one.id) for one in sampled.devices}
+            back = all(
+                for_us.get(gpu, math.inf) >= min(awaited, all_free.get(gpu, math.inf))
+                for gpu, awaited in runner.recovery_targets.items()
+            )
             assert back, f"{name_of(runner)}: its memory is not back"
+
+
+@of_step(Sampled)
+def no_runner_waits_for_memory_that_is_free(step: CoreStep, sampled: Sampled) -> None:
+    """A reading unloads a runner whose process has gone if nothing but what others hold is missing on its GPUs."""
+    samples = {one.id: one for one in sampled.devices}
+    accounts = step.now.ledger.accounts
+    for runner in step.now.runners.values():
+        read = [samples.get(gpu) for gpu in runner.recovery_targets]
+        if runner.process or sampled.number < runner.last_sample or not all(one and one.fresh for one in read):
+            continue
+        missing = {
+            one.id: one.capacity_bytes - one.free_bytes
+            - sum(held.occupied_bytes(one.id) for owner, held in accounts.items() if owner != ("runner", runner.id))
+            for one in read if one
+        }  # fmt: skip
+        assert any(amount > 0 for amount in missing.values()), f"{name_of(runner)}: its memory is free"
 
 
 def _for_us(was: CoreState, event: Sampled, sample: DeviceSample) -> int:

@@ -291,6 +291,92 @@ def test_s31_memory_is_waited_for_five_seconds_and_no_longer() -> None:
     assert pool.state("a") is RunnerState.unloaded
 
 
+def stopping_on_one_gpu(*models: str, desktop: str = "1GiB") -> PoolUnderTest:
+    """Return a pool whose models are loaded on one GPU of 16 GiB, of which a desktop holds some, and read."""
+    pool = a_pool(capacity="64GiB", gpus=("16GiB",), samples=False)
+    pool.strangers = {GPU: amount(desktop)}
+    for model in models:
+        pool.declare(model, Footprint((GIB,) * 4, (0,) * 4)).idle(model)
+    pool.feed(pool.sample())
+    return pool
+
+
+def has_returned(pool: PoolUnderTest, model: str) -> None:
+    """Read the GPU once more, with the memory of a model's process free, which has not exited."""
+    pool.strangers = {GPU: pool.strangers[GPU] - 4 * GIB}
+    pool.feed(pool.sample(number=0))
+    assert pool.life(model).process
+
+
+def exits(pool: PoolUnderTest, model: str) -> None:
+    """Tell the exit of a model's process, whose memory was free before."""
+    pool.strangers = {GPU: pool.strangers[GPU] + 4 * GIB}
+    pool.feed(exited(pool.runner(model)))
+
+
+def test_u60_memory_that_was_back_before_the_exit_is_not_waited_for() -> None:
+    """What was seen back since the process was stopped counts: the first reading after the exit ends the recovery."""
+    pool = stopping_on_one_gpu("a")
+    pool.feed(expire("a"))
+    has_returned(pool, "a")
+    has_returned_again = pool.sample(number=0)
+    pool.feed(has_returned_again)
+    exits(pool, "a")
+    assert pool.state("a") is RunnerState.expiring
+    pool.feed(pool.sample())
+    assert pool.state("a") is RunnerState.unloaded
+
+
+def test_u60_memory_of_a_process_that_died_is_back_before_its_exit_is_told() -> None:
+    """A reading between a crash and the news of it shows the memory as free already; a desktop holds some as before."""
+    pool = stopping_on_one_gpu("a")
+    has_returned(pool, "a")
+    exits(pool, "a")
+    pool.feed(pool.sample())
+    assert pool.state("a") is RunnerState.unloaded
+
+
+def test_u60_memory_that_came_back_in_part_before_the_exit_counts() -> None:
+    """Half of the memory was back before the exit: the recovery goes on, and ends with another quarter."""
+    pool = stopping_on_one_gpu("a")
+    pool.feed(expire("a"))
+    pool.strangers = {GPU: -GIB}
+    pool.feed(pool.sample(number=0))
+    pool.strangers = {GPU: 3 * GIB}
+    pool.feed(exited(1))
+    pool.feed(pool.sample())
+    assert pool.state("a") is RunnerState.expiring
+    pool.strangers = {GPU: 2 * GIB}
+    pool.feed(pool.sample())
+    assert pool.state("a") is RunnerState.unloaded
+
+
+def test_u60_what_came_back_of_one_runner_does_not_come_back_again_for_another() -> None:
+    """The memory of one runner is back when another is stopped: neither is waited for once all is free."""
+    pool = stopping_on_one_gpu("a", "b")
+    pool.feed(expire("a"))
+    has_returned(pool, "a")
+    pool.feed(expire("b"))
+    has_returned(pool, "b")
+    exits(pool, "a")
+    exits(pool, "b")
+    pool.feed(pool.sample())
+    assert (pool.state("a"), pool.state("b")) == (RunnerState.unloaded, RunnerState.unloaded)
+
+
+def test_u60_a_runner_is_not_waited_for_since_the_memory_of_another_was_overdue() -> None:
+    """The memory of one runner does not come back in time; that of a second, which was stopped later, does."""
+    pool = stopping_on_one_gpu("a", "b")
+    pool.feed(expire("a"), expire("b"))
+    pool.strangers = {GPU: 5 * GIB}
+    pool.feed(exited(1))
+    pool.advance("5s")
+    assert pool.state("a") is RunnerState.unloaded
+    pool.feed(exited(2))
+    pool.feed(pool.sample())
+    assert pool.state("b") is RunnerState.unloaded
+
+
 def test_s31_a_reading_from_before_the_exit_says_nothing() -> None:
     """S31: a reading that began before the exit shows nothing about memory recovery."""
     pool = a_runner_that_left()

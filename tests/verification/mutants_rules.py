@@ -12,7 +12,7 @@ import fsm.core
 from fsm.core import Core
 from fsm.domain.devices import Amounts, Placement
 from fsm.domain.options import AUTOMATIC
-from fsm.lifecycle import device_claims, failures, loads, requests, runners
+from fsm.lifecycle import device_claims, failures, loads, memory_recovery, requests, runners
 from fsm.lifecycle.step_context import StepContext
 from fsm.machine.request import Request
 from fsm.machine.runner import LOADING, Runner, RunnerId
@@ -466,3 +466,21 @@ def the_second_try_begins_beside_others(patch: Patch) -> None:
         alone, model.load_exclusively = model.load_exclusively, False
         original(context, group, model, *args)
         model.load_exclusively = alone
+
+
+# -- memory recovery --------------------------------------------------------------------------------------------------
+
+
+@mutant("early-return")
+def memory_counts_from_the_exit_on(patch: Patch) -> None:
+    """What a driver had back before the exit of a process was told is waited for once more."""
+
+    @instead(patch, memory_recovery, "note_end")
+    def note_end(original: Callable[..., None], step: StepContext, runner: Runner, *, stopped: bool) -> None:
+        if not stopped:
+            original(step, runner, stopped=True)
+
+    @instead(patch, memory_recovery, "memory_is_back")
+    def memory_is_back(original: Callable[..., bool], step: StepContext, runner: Runner) -> bool:
+        available = step.state.ledger.total_available
+        return all(available(gpu) >= target for gpu, target in runner.recovery_targets.items())

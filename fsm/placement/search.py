@@ -299,7 +299,8 @@ def _most_with_headroom(free_bytes: int) -> int:
 
 
 def _lacking(demand: PlacementDemand, placement: Placement, free: Free, potential: Free | None) -> set[DeviceId]:
-    lacking = {device for device, amount in needed(demand, placement, potential) if amount > free.get(device, 0)}
+    amounts = needed(demand, placement, potential)  # no bytes are there even where a device is overdrawn
+    lacking = {device for device, amount in amounts if amount > max(0, free.get(device, 0))}
     if demand.most:
         lacking |= {device for device, amount in placement.bytes if amount > demand.most.get(device, amount)}
     return lacking

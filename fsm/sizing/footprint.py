@@ -31,6 +31,12 @@ class Footprint:
     rough: bool = False  # neither verified nor told by the engine
     fixed: tuple[tuple[DeviceId, int], ...] = ()  # declared bytes of a model without layers; all other sizes are 0
 
+    def __post_init__(self) -> None:
+        """Have a model of which nothing is predicted or declared take no bytes of the host, and have no layers."""
+        layered = self.weights_bytes or self.output_bytes or self.input_bytes or self.compute_bytes
+        if not (layered or self.process_bytes or self.fixed):
+            object.__setattr__(self, "fixed", ((HOST, 0),))
+
     @property
     def layers(self) -> int:
         """Layers that can be offloaded; the output counts as one more."""

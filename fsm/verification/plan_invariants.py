@@ -91,6 +91,19 @@ def a_runner_starts_with_its_headroom_or_nothing_leaves_for_it(step: StepOutcome
 
 
 @of_outcome(Plan)
+def no_runner_leaves_for_no_bytes(step: StepOutcome, plan: Plan) -> None:
+    """A request group that needs no bytes has no victims but its model's own runner, unless it needs a place."""
+    state = step.after._state
+    for spec, planned in plan.placements.items():
+        model = state.models.get(spec.model)
+        alone = model is not None and model.load_exclusively
+        if any(amount for _, amount in planned.needed) or state.config.max_runners or alone:
+            continue
+        others = [victim.runner for victim in planned.victims if victim.model != spec.model]
+        assert not others, f"{spec.model}: runner {others[0]} is to leave for no bytes"
+
+
+@of_outcome(Plan)
 def no_runner_leaves_for_what_it_has(step: StepOutcome, plan: Plan) -> None:
     """A runner leaves for a load of its own model only where the request names what the runner has not.
 

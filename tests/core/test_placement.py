@@ -9,6 +9,7 @@ import pytest
 
 from fsm.domain.devices import HOST, DeviceId, Placement
 from fsm.domain.options import Options
+from fsm.machine.runner import RunnerState
 from fsm.messages.commands import Grant
 from fsm.messages.reasons import Infeasible, WaitFor
 from fsm.messages.refusals import DoesNotFitRefusal, UnsupportedOption
@@ -435,3 +436,48 @@ def test_n21_without_gpus_there_is_none_to_prefer() -> None:
     """N21: on a machine without GPUs, a GPU to prefer means nothing."""
     pool = a_pool("64GiB").declare("m", a_model())
     assert launched(pool.feed(acquire("m", 1, main_gpu=3))) == ["m"]
+
+
+# -- nothing is needed ------------------------------------------------------------------------------------------------
+
+
+def an_overdrawn_host() -> PoolUnderTest:
+    """Return a pool whose host has shrunk below what a runner holds that is in use."""
+    pool = a_pool("8GiB", sizes={"none": 0}).declare("nothing", Footprint()).ready("a", lease=1)
+    pool.capacities[HOST] = amount("5GiB")
+    pool.feed(pool.sample())
+    assert pool.free() < 0
+    return pool
+
+
+@pytest.mark.parametrize("model", ["nothing", "none"])
+@pytest.mark.parametrize("gpus", [(), ("8GiB",)], ids=["no GPU", "a GPU"])
+def test_u61_a_model_that_declares_no_memory_starts_under_require_gpu(model: str, gpus: tuple[str, ...]) -> None:
+    """A model that declares nothing, or no bytes of the host, has no layers that could be required on a GPU."""
+    pool = a_pool(gpus=gpus, require_gpu=True, sizes={"none": 0}).declare("nothing", Footprint())
+    assert launched(pool.feed(acquire(model, 1))) == [model]
+    assert pool.launches[1].placement.gpu_layers == ()
+
+
+@pytest.mark.parametrize("model", ["nothing", "none"])
+def test_u61_no_bytes_are_there_where_the_host_is_overdrawn(model: str) -> None:
+    """A model that needs no memory starts beside a runner that holds more than there is, which stays in use."""
+    pool = an_overdrawn_host()
+    assert launched(pool.feed(acquire(model, 2))) == [model]
+    pool.feed(loaded(2))
+    pool.advance("10m")
+    assert pool.state("a") is RunnerState.ready and not pool.stops
+
+
+def test_u61_a_reservation_of_no_bytes_is_granted_where_the_host_is_overdrawn() -> None:
+    """The program's own memory, of no bytes: nothing has to be made free for it."""
+    assert granted(an_overdrawn_host().feed(memory(2, cpu="0B"))) == [2]
+
+
+def test_u61_memory_that_is_needed_elsewhere_is_not_looked_for_on_an_overdrawn_host() -> None:
+    """An object that takes a GPU, and no bytes of the host, starts where the host is overdrawn."""
+    pool = a_pool("8GiB", ["8GiB"]).declare("on the GPU", Footprint(fixed=((HOST, 0), (DeviceId("gpu0"), 4 * GIB))))
+    pool.ready("a", lease=1)
+    pool.capacities[HOST] = amount("5GiB")
+    pool.feed(pool.sample())
+    assert launched(pool.feed(acquire("on the GPU", 2))) == ["on the GPU"]

@@ -93,7 +93,7 @@ def test_what_it_takes_is_what_was_declared(engine: PythonEngine) -> None:
     """An object takes what it declares, in numbers or text, for any number of devices."""
     model = PythonModel("thing", Thing, memory={"gpu": 5, "cpu": "200MiB"})
     assert engine.inspect(model, ()) == Footprint(fixed=((HOST, 200 * MIB), (DeviceId("gpu"), 5)))
-    assert engine.inspect(PythonModel("thing", Thing), ()) == Footprint()
+    assert engine.inspect(PythonModel("thing", Thing), ()) == Footprint(fixed=(("cpu", 0),))
 
 
 def test_a_size_that_cannot_be_read_is_refused_at_once() -> None:

@@ -10,7 +10,7 @@ import pytest
 
 import fsm.core
 from fsm.core import Core
-from fsm.domain.devices import Amounts, Placement
+from fsm.domain.devices import Amounts, DeviceId, Placement
 from fsm.domain.options import AUTOMATIC
 from fsm.lifecycle import device_claims, failures, loads, memory_recovery, requests, runners
 from fsm.lifecycle.step_context import StepContext
@@ -21,6 +21,8 @@ from fsm.messages.reasons import FailureReason, RanOutOfMemory
 from fsm.placement import search
 from fsm.placement.search import PlacementDemand
 from fsm.planning import deadlock, planner, relocation
+from fsm.placement.search import Free, PlacementDemand
+from fsm.planning import planner, relocation
 from fsm.planning.availability import AFTER_DRAINS, AFTER_EVICTIONS, AFTER_STOPS, HORIZONS, AvailabilityProfile, Horizon
 from fsm.planning.planning_context import PlanningContext
 from fsm.state import runner_match
@@ -484,3 +486,17 @@ def memory_counts_from_the_exit_on(patch: Patch) -> None:
     def memory_is_back(original: Callable[..., bool], step: StepContext, runner: Runner) -> bool:
         available = step.state.ledger.total_available
         return all(available(gpu) >= target for gpu, target in runner.recovery_targets.items())
+
+
+# -- nothing is needed ------------------------------------------------------------------------------------------------
+
+
+@mutant("shrinking")
+def no_bytes_lack_room_on_an_overdrawn_device(patch: Patch) -> None:
+    """A model that needs no bytes of a device waits until the device is not overdrawn."""
+
+    def lacking(demand: PlacementDemand, placement: Placement, free: Free, potential: Free | None) -> set[DeviceId]:
+        amounts = search.needed(demand, placement, potential)
+        return {device for device, amount in amounts if amount > free.get(device, 0)}
+
+    patch.setattr(search, "_lacking", lacking)

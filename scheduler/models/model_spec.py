@@ -59,7 +59,9 @@ class ModelSpec:
             raise InvalidSettings("options", self.options, "made of Options, as in options=Options(num_ctx=4096)")
         parts = [_real(self.path), *map(_real, self.adapters)]
         parts += [f"projector:{_real(name)}" for name in self.projectors]
-        object.__setattr__(self, "id", ModelId("|".join(parts) + ("|embedding" if self.embedding else "")))
+        parts += ["embedding"] if self.embedding else []
+        # no part begins with the separator, so that a doubled one inside a path cannot be taken for it
+        object.__setattr__(self, "id", ModelId("|".join(part.replace("|", "||") for part in parts)))
 
     @property
     def files(self) -> tuple[str, ...]:

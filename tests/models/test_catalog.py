@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import sys
@@ -920,3 +921,31 @@ def test_an_error_of_the_catalogs_is_one_of_ours(catalog: Catalog) -> None:
     for name in ("nothing", "../nothing", "user/repo:Q1_0"):
         with pytest.raises(SchedulerError):
             catalog.find(name)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ({"path": "/m/x|embedding"}, {"path": "/m/x", "embedding": True}),
+        ({"path": "/m/x|/m/a"}, {"path": "/m/x", "adapters": "/m/a"}),
+        ({"path": "/m/x|projector:/m/a"}, {"path": "/m/x", "projectors": "/m/a"}),
+        ({"path": "/m/x", "adapters": "/m/a|/m/b"}, {"path": "/m/x", "adapters": ("/m/a", "/m/b")}),
+        ({"path": "/m/x|", "adapters": "/m/a"}, {"path": "/m/x||/m/a"}),
+        ({"path": "/m/x||", "adapters": "/m/a"}, {"path": "/m/x|", "adapters": "/|/m/a"}),
+    ],
+    ids=["embedding", "an adapter", "a projector", "two adapters", "at the end", "doubled"],
+)
+def test_u70_no_name_of_a_file_looks_like_another_part_of_an_identity(
+    one: dict[str, Any], other: dict[str, Any]
+) -> None:
+    """A file's name may have what separates the parts of an identity: the models are two all the same."""
+    assert ModelSpec("a", **one).id != ModelSpec("a", **other).id
+
+
+def test_u70_every_identity_tells_its_parts() -> None:
+    """Of all files with names of a few awkward characters, with and without adapters, no two have one identity."""
+    names = ["/m" + "".join(each) for length in (1, 2, 3) for each in itertools.product("|/a", repeat=length)]
+    paths = sorted({os.path.realpath(name) for name in names})
+    adapters: list[tuple[str, ...]] = [(), *((path,) for path in paths)]
+    specs = [ModelSpec("a", *each) for each in itertools.product(paths, adapters, [()], [False, True])]
+    assert len({spec.id for spec in specs}) == len({(spec.path, spec.adapters, spec.embedding) for spec in specs})

@@ -9,8 +9,7 @@ from fsm.lifecycle import measurements
 from fsm.lifecycle.step_context import StepContext
 from fsm.machine.runner import Runner
 from fsm.messages.reasons import RunnerReason
-
-MOST_MODELS = 1024  # model records that are kept; more only while their models are in use
+from fsm.state.core_state import MOST_MODELS
 
 
 def note_end(step: StepContext, runner: Runner, *, stopped: bool) -> None:
@@ -75,7 +74,7 @@ def unload(step: StepContext, runner: Runner, reason: RunnerReason) -> None:
     step.fire(runner, "unload", reason)
     del state.runners[runner.id]
     if len(state.models) > MOST_MODELS:
-        forget_models(step)
+        state.forget_models()
     step.replan = True
 
 
@@ -89,12 +88,3 @@ def _count_as_others(step: StepContext, runner: Runner) -> None:
         for bytes_by_gpu in (other.available_before, other.recovery_targets):
             for gpu in bytes_by_gpu.keys() & runner.available_before.keys():
                 bytes_by_gpu[gpu] -= lost.get(gpu, 0)
-
-
-def forget_models(step: StepContext) -> None:
-    """Delete records of models that are not in use, the longest unused first, until half of `MOST_MODELS` remain."""
-    state = step.state
-    kept = state.models_in_use().union(id for id, one in state.models.items() if one.failures)
-    rested = sorted((one.rested_at, id) for id, one in state.models.items() if id not in kept)
-    for _, id in rested[: len(state.models) - MOST_MODELS // 2]:
-        del state.models[id]

@@ -71,7 +71,7 @@ class StepContext:
         self.commands.append(Sample(self.state.samples))
 
     def model(self, id: ModelId) -> ModelRecord:
-        return self.state.models.setdefault(id, ModelRecord(id))
+        return self.state.model(id)
 
     def _story(self, runner: Runner) -> str:
         """Return a runner's last transitions in words, where they are in the decision log, and else its own times."""

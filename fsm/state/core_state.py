@@ -20,6 +20,7 @@ from fsm.state.request_queue import QueueRank, RequestGroup
 from fsm.state.runner_match import match
 from fsm.state.timers import Timers
 
+MOST_MODELS = 1024  # model records that are kept; more only while their models are in use
 MOST_PROCESSES = 1 << 16  # where no limit is set: memory decides long before
 
 
@@ -143,6 +144,25 @@ class CoreState(Record):
         """Return the models that are requested, inspected, pinned or have a runner."""
         used = {*self.specs_by_model, *(runner.model for runner in self.runners.values())}
         return frozenset(used.union(id for id, model in self.models.items() if model.pinned or model.inspecting))
+
+    def model(self, id: ModelId) -> ModelRecord:
+        """Return the record of a model; a new one may take the place of others, since most may never be loaded."""
+        if id not in self.models:
+            if len(self.models) >= MOST_MODELS and len(self.models) % (MOST_MODELS // 2) == 0:
+                self.forget_models()
+            self.models[id] = ModelRecord(id)
+        return self.models[id]
+
+    def forget_models(self) -> None:
+        """Delete records of models that are not in use until half of `MOST_MODELS` remain.
+
+        The longest unused go first, and last the models that are backed off, those first whose back-off ends first.
+        """
+        used = self.models_in_use()
+        unused = [one for id, one in self.models.items() if id not in used]
+        by_use = sorted((max(one.blocked_until, self.now), one.rested_at, one.id) for one in unused)
+        for *_, id in by_use[: len(self.models) - MOST_MODELS // 2]:
+            del self.models[id]
 
     def expected_at(self, runner: Runner) -> float:
         """Return the time at which a load is expected to be over, by earlier loads; infinite where none is known."""

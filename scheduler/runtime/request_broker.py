@@ -35,6 +35,7 @@ from scheduler.runtime.request_parser import ParsedRequest, RequestParser
 
 log = logging.getLogger("loadmaster")
 
+_MOST_MODELS = 1024  # files that stay registered although the core knows them no more
 _LOOK_UP_S = 1.0  # longest single wait: a Ctrl-C that comes right before a wait is seen only when the wait ends
 
 
@@ -243,8 +244,11 @@ class RequestBroker:
         self._warned = set(held_up)
 
     def drop_unused_objects(self) -> None:
-        """Forget objects that are not requested, pinned or loaded, and the load-time options of their launches."""
-        if self._registry.objects() or self._parser.objects():
+        """Forget objects that are not requested, pinned or loaded, and the load-time options of their launches.
+
+        Of many files, those that the core has forgotten are forgotten too.
+        """
+        if self._registry.objects() or self._parser.objects() or len(self._registry.known()) > _MOST_MODELS:
             self.query(self._let_go)
 
     def _let_go(self, core: Core) -> None:
@@ -255,6 +259,10 @@ class RequestBroker:
                 self._drop(id)
         for id in sorted(self._parser.objects().difference(self._registry.objects())):
             self._parser.forget(id)  # parsed for a request that was not made
+        if len(self._registry.known()) > _MOST_MODELS:
+            for id in sorted(self._registry.known()):
+                if not core.knows(id):
+                    self._drop(id)
 
     def forget(self, model: ModelId) -> None:
         """Forget a model that the core does not know, unless a request for it is pending."""

@@ -42,6 +42,7 @@ from scheduler import (
     LeaseReleased,
     LoadFailed,
     ModelNotFound,
+    ModelSpec,
     PythonModel,
     QueueFull,
     Scheduler,
@@ -649,6 +650,21 @@ def test_an_inspection_that_fails_for_another_reason_does_not_blame_the_file(
     with pytest.raises(InvalidModel, match=r"ImportError: failed to map segment; .*ulimit -a") as told:
         scheduler.acquire(a_model("a"))
     assert "download" not in str(told.value)
+
+
+def test_u65_files_that_the_core_has_forgotten_are_forgotten(
+    scheduler: Scheduler, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Beyond a number of files, those that no request waits for and no runner serves are let go."""
+    monkeypatch.setattr("scheduler.runtime.request_broker._MOST_MODELS", 4)
+    registry, broker = scheduler._registry, scheduler._broker
+    for number in range(10):
+        spec = ModelSpec(f"m{number}", str(tmp_path / f"m{number}.gguf"))
+        registry.register(spec)
+        if number < 2:
+            scheduler.pin(spec)
+    broker.drop_unused_objects()
+    assert sorted(map(registry.name, registry.known())) == ["m0", "m1"]
 
 
 def test_a_name_that_a_full_queue_refuses_is_forgotten() -> None:

@@ -28,6 +28,7 @@ from tests.support.pool import (
     launched,
     loaded,
     pin,
+    preload,
     refused,
     release,
     unpin,
@@ -178,9 +179,15 @@ def test_a_name_that_is_unpinned_and_was_never_pinned_is_not_kept() -> None:
     assert not pool.core._state.models
 
 
+def few_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have a core keep the records of eight models that are not in use."""
+    for module in ("fsm.state.core_state", "fsm.lifecycle.memory_recovery"):
+        monkeypatch.setattr(f"{module}.MOST_MODELS", 8)
+
+
 def test_models_that_nobody_uses_any_more_are_forgotten_beyond_a_number(monkeypatch: pytest.MonkeyPatch) -> None:
     """Beyond a number of models the least recently used are forgotten, and models in use or pinned stay."""
-    monkeypatch.setattr("fsm.lifecycle.memory_recovery.MOST_MODELS", 8)
+    few_models(monkeypatch)
     pool = a_pool(each="1GiB", max_runners=20).ready("in use", lease=1)
     pool.feed(pin("pinned"))
     for number in range(50):
@@ -190,3 +197,54 @@ def test_models_that_nobody_uses_any_more_are_forgotten_beyond_a_number(monkeypa
     models = set(pool.core._state.models)
     assert {"in use", "pinned", "model 48", "model 49"} < models
     assert len(models) <= 8 + 1
+
+
+def test_u65_models_that_are_refused_are_forgotten_beyond_a_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Models that never load, since there is no room for them, are bounded like models that were loaded."""
+    few_models(monkeypatch)
+    pool = a_pool(each="9GiB", sizes={"in use": "1GiB"}).ready("in use", lease=1)
+    for number in range(50):
+        pool.feed(acquire(f"model {number:02}", 10 + number))
+        assert isinstance(pool.refusal(10 + number), DoesNotFitRefusal)
+        pool.advance("1s")
+    models = set(pool.core._state.models)
+    assert {"in use", "model 49"} < models
+    assert len(models) <= 8
+
+
+def test_u65_models_that_fail_to_load_are_forgotten_when_their_back_off_is_over(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A load that fails leaves a back-off, and not a record for ever."""
+    few_models(monkeypatch)
+    pool = a_pool(each="1GiB")
+    for number in range(50):
+        pool.feed(acquire(f"model {number:02}", 10 + number))
+        pool.feed(exited(pool.runner(f"model {number:02}"), 1, "broken"))
+        pool.advance("11s")
+    assert len(pool.core._state.models) <= 8
+
+
+def test_u65_models_that_are_backed_off_are_bounded_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of models that all fail at one time, those are kept whose back-off lasts longest; models without one go first."""
+    few_models(monkeypatch)
+    pool = a_pool(each="1GiB", back_off_s=1e6, back_off_limit_s=1e6)
+    for number in range(50):
+        pool.idle(f"good {number:02}").feed(expire(f"good {number:02}"))
+        pool.settle()
+        pool.feed(acquire(f"model {number:02}", 10 + number))
+        pool.feed(exited(pool.runner(f"model {number:02}"), 1, "broken"))
+        pool.advance("1s")
+    models = set(pool.core._state.models)
+    assert {"model 49", "model 48", "model 47", "model 46"} < models
+    assert len(models) <= 8
+
+
+def test_u65_models_that_requests_gave_up_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A preload and a request that were cancelled before anything was loaded leave no record for ever."""
+    few_models(monkeypatch)
+    pool = a_pool(sizes={"in use": "6GiB"}, each="4GiB").ready("in use", lease=1)
+    for number in range(2, 50, 2):
+        pool.feed(acquire(f"a {number}", number), preload(f"b {number}", number + 1))
+        pool.feed(cancel(number), cancel(number + 1))
+    assert len(pool.core._state.models) <= 8

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import heapq
 import inspect
 import os
 import stat
 import threading
 from collections.abc import Iterable, Iterator, MutableMapping, Sequence
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Protocol
 
@@ -18,6 +20,9 @@ from scheduler.models.model_spec import FIRST_PART, MOST_PARTS, ModelSpec
 
 LONGEST_NAME = 512  # characters
 CLOSEST = 5  # names that an error suggests, at most
+MOST_NAMES = 20_000  # that are compared with an unknown one, and unknown ones that are remembered
+MOST_COMPARED = 40  # texts that are compared exactly
+PAIR_BITS = 1021
 LISTED_S = 5.0  # for so long a list of all names serves for suggestions: unknown names must not keep disks busy
 
 _RESOLVERS = "an object with location, find(name) and names(); a folder of models goes into Settings(models=...)"
@@ -51,7 +56,8 @@ class Catalog:
             _warn_of_place(resolver)
         self._clock = clock
         self._lock = threading.Lock()  # one lists all names, for suggestions; others take those that were listed before
-        self._listed: tuple[str, ...] = ()
+        self._names: tuple[str, ...] = ()  # that were listed last
+        self._listed = KnownNames()
         self._listed_until = -float("inf")
 
     @property
@@ -94,7 +100,7 @@ class Catalog:
             except Exception as error:  # it is broken, or may not look: the others are not
                 places = (f"{location_of(resolver)}, which failed with {in_words(error)}",)
             looked_in += filter(None, map(str, places))
-        suggestions += closest_names(name, self._all_names())
+        suggestions += self._all_names().closest(name)
         raise ModelNotFound(name, tuple(looked_in), tuple(dict.fromkeys(suggestions)))
 
     def listing(self, unlisted: MutableMapping[str, str] | None = None) -> Iterator[tuple[str, Resolver]]:
@@ -113,12 +119,14 @@ class Catalog:
                 if unlisted is not None:
                     unlisted[location_of(resolver)] = in_words(error)
 
-    def _all_names(self) -> tuple[str, ...]:
+    def _all_names(self) -> KnownNames:
         with self._lock:  # and not while they are listed: a resolver may ask here for what it is to list
             if self._clock() < self._listed_until:
                 return self._listed
             self._listed_until = self._clock() + LISTED_S
-        self._listed = tuple(name for name, _ in self.listing())
+        names = tuple(name for name, _ in islice(self.listing(), MOST_NAMES))
+        if names != self._names:
+            self._names, self._listed = names, KnownNames(names)
         return self._listed
 
 
@@ -157,15 +165,45 @@ def in_words(error: Exception) -> str:
     return str(error) if isinstance(error, SchedulerError) else f"{type(error).__name__}: {error}"
 
 
-def closest_names(name: str, names: Iterable[str]) -> list[str]:
-    """Return the few names that are likest to one, in whole, without their tags, or without what comes before."""
-    whole: dict[str, list[str]] = {}  # by what is compared
-    for each in names:
-        short = each.rpartition("/")[2]
-        for text in {each, each.partition(":")[0], short, short.partition(":")[0]}:
-            whole.setdefault(text.casefold(), []).append(each)
-    likely = difflib.get_close_matches(name.casefold(), whole, CLOSEST)
-    return list(dict.fromkeys(each for text in likely for each in whole[text]))[:CLOSEST]
+class KnownNames:
+    """Names that may be suggested; compared in whole, without their tags, and without what comes before.
+
+    Only the texts that have the most pairs of characters in common with an unknown name are compared exactly, and what
+    was found for a name is remembered: unknown names may come from strangers, and in any number.
+    """
+
+    def __init__(self, names: Iterable[str] = ()) -> None:
+        self._names: dict[str, list[str]] = {}  # by what is compared
+        for each in islice(names, MOST_NAMES):
+            short = each.rpartition("/")[2]
+            for text in {each, each.partition(":")[0], short, short.partition(":")[0]}:
+                self._names.setdefault(text.casefold(), []).append(each)
+        self._pairs = [(_pairs(text), text) for text in self._names]
+        self._found: dict[str, tuple[str, ...]] = {}
+
+    def closest(self, name: str) -> tuple[str, ...]:
+        """Return the few names that are likest to one."""
+        if (known := self._found.get(name)) is None:
+            if len(self._found) >= MOST_NAMES:
+                self._found.clear()
+            known = self._found[name] = self._closest(name.casefold())
+        return known
+
+    def _closest(self, wanted: str) -> tuple[str, ...]:
+        pairs, size = _pairs(wanted), len(wanted)
+        alike = heapq.nlargest(
+            MOST_COMPARED, self._pairs, key=lambda one: (one[0] & pairs).bit_count() / (size + len(one[1]))
+        )
+        likely = difflib.get_close_matches(wanted, [text for _, text in alike], CLOSEST)
+        return tuple(dict.fromkeys(each for text in likely for each in self._names[text]))[:CLOSEST]
+
+
+def _pairs(text: str) -> int:
+    """Return which pairs of neighbouring characters a text has, as bits: much alike for texts that are much alike."""
+    bits = 0
+    for first, second in pairwise(f" {text} "):
+        bits |= 1 << (31 * ord(first) + ord(second)) % PAIR_BITS
+    return bits
 
 
 def is_path(text: str) -> bool:

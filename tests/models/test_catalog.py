@@ -10,6 +10,7 @@ import threading
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from difflib import SequenceMatcher, get_close_matches
 from pathlib import Path
 from typing import Any, cast
 
@@ -28,7 +29,7 @@ from scheduler import (
     SchedulerError,
     UnsupportedOption,
 )
-from scheduler.models.catalog import LISTED_S, Catalog, Resolver, is_path
+from scheduler.models.catalog import LISTED_S, MOST_COMPARED, Catalog, KnownNames, Resolver, is_path
 from scheduler.models.sources import MANIFEST_BYTES, Folder, HuggingFaceCache, OllamaStore, default_resolvers
 from scheduler.runtime.request_parser import LASTING_S, RequestParser
 from tests.support.leaks import no_leaks
@@ -949,3 +950,74 @@ def test_u70_every_identity_tells_its_parts() -> None:
     adapters: list[tuple[str, ...]] = [(), *((path,) for path in paths)]
     specs = [ModelSpec("a", *each) for each in itertools.product(paths, adapters, [()], [False, True])]
     assert len({spec.id for spec in specs}) == len({(spec.path, spec.adapters, spec.embedding) for spec in specs})
+
+
+class Crowded:
+    """A resolver that lists so many names and finds none."""
+
+    location = "a store"
+
+    def __init__(self, count: int) -> None:
+        self.listed = [
+            f"organisation-{number % 97}/some-model-{number}-instruct:Q{number % 8}_K_M" for number in range(count)
+        ]
+
+    def find(self, name: str) -> None:
+        return None
+
+    def names(self) -> list[str]:
+        return self.listed
+
+
+def compared(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Return a list of the texts that are compared exactly from now on."""
+    texts: list[str] = []
+
+    def closest(word: str, possibilities: list[str], n: int) -> list[str]:
+        texts.extend(possibilities)
+        return get_close_matches(word, possibilities, n)
+
+    monkeypatch.setattr("scheduler.models.catalog.difflib.get_close_matches", closest)
+    return texts
+
+
+@pytest.mark.parametrize("count", [100, 5000])
+def test_u66_an_unknown_name_is_compared_with_a_few_names(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many names there are, an unknown name is compared exactly with those alone that have most in common."""
+    catalog, texts = Catalog([Crowded(count)]), compared(monkeypatch)
+    with pytest.raises(ModelNotFound) as told:
+        catalog.find("organisation-7/some-modle-7-instruct:Q7_K_M")
+    assert told.value.suggestions[0] == "organisation-7/some-model-7-instruct:Q7_K_M"
+    assert 0 < len(texts) <= MOST_COMPARED
+
+
+def test_u66_what_is_closest_to_an_unknown_name_is_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A name that is asked for again and again is compared once, and again when other names are listed."""
+    now = [0.0]
+    store = Crowded(100)
+    catalog, texts = Catalog([store], clock=lambda: now[0]), compared(monkeypatch)
+    for _ in range(3):
+        with pytest.raises(ModelNotFound):
+            catalog.find("some-model-8-instrukt")
+        now[0] += 2 * LISTED_S
+    assert 0 < len(texts) <= MOST_COMPARED
+    store.listed = ["some-model-8-instruct"]
+    with pytest.raises(ModelNotFound) as told:
+        catalog.find("some-model-8-instrukt")
+    assert told.value.suggestions == ("some-model-8-instruct",)
+
+
+@pytest.mark.parametrize("wrong", ["mistral-7b", "qwen3:8", "Qwen-3:8b", "lama3.2:1b", "llama3.2:1b-instruct", "gemm"])
+def test_u66_the_likest_names_are_those_of_a_comparison_with_all(wrong: str) -> None:
+    """What is suggested is what a comparison with all of a thousand names finds."""
+    kinds = ("mistral:7b", "qwen3:8b", "llama3.2:1b", "gemma3:4b", "phi4:mini", "user/repo:Q4_K_M")
+    names = [f"{kind}-{number}" for number in range(200) for kind in kinds] + list(kinds)
+    texts = {text for each in names for text in (each, each.partition(":")[0], each.rpartition("/")[2])}
+    best = max(SequenceMatcher(None, text, wrong).ratio() for text in texts)
+    found = KnownNames(names).closest(wrong)
+    ratios = [
+        SequenceMatcher(None, text, wrong.casefold()).ratio()
+        for each in found
+        for text in (each, each.partition(":")[0])
+    ]
+    assert found and max(ratios) >= best - 0.05

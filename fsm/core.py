@@ -379,8 +379,7 @@ class Core:
                 if not (lives or model.pinned or model.failures or model.measured):
                     del self._state.models[model.id]  # a name without a model is not kept
             case profile:
-                kept = self._state.options_asked_of(model.id)
-                model.apply_inspection(profile, self._state.next_runner, event.history, kept)
+                self._state.apply_inspection(model, profile, event.history)
                 self._context.reevaluate(model)
                 waiting = [
                     request for group in self._state.groups_of_model(model.id) for request in group.requests.values()

@@ -8,6 +8,7 @@ in memory that an older one will need: conservative backfilling (A. W. Mu'alem a
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
@@ -65,8 +66,9 @@ class AvailabilityProfile:
         self.process_slots = [places] * len(HORIZONS)
         # bytes that the runner which is to come first takes, by its model
         self.reserved_by_model: dict[ModelId, dict[DeviceId, int]] = {}
-        # requests behind the head of their group, which get a reservation when planning reaches their rank
-        self.queued_members: list[tuple[QueueRank, Requirement]] = []
+        # what each request of a group for the program's own memory needs, and the ranks of those behind its head, which
+        # get their reservations when planning reaches them
+        self.queued_members: list[tuple[Requirement, deque[QueueRank]]] = []
 
     def best_offload(self, demand: PlacementDemand) -> Offload | None:
         """Return the best offload that is possible at all; None where the demand can never be placed."""
@@ -142,10 +144,27 @@ class AvailabilityProfile:
 
     def reserve_earlier(self, rank: QueueRank) -> None:
         """Reserve for the requests that are not the heads of their groups and stand before `rank` in the queue."""
-        while self.queued_members and self.queued_members[0][0] < rank:
-            _, need = self.queued_members.pop(0)
-            placement, horizon = self.earliest_fit(need)
-            self.reserve(horizon, need.amounts(placement), need.process)
+        for need, members in self.queued_members:
+            count = 0
+            while members and members[0] < rank:
+                members.popleft()
+                count += 1
+            for horizon in HORIZONS[AFTER_STOPS:] if count else ():
+                fits = self.count(horizon, need, count) if horizon < AFTER_EVICTIONS else count
+                self.reserve_several(horizon, need, fits)
+                count -= fits
+
+    def count(self, horizon: Horizon, need: Requirement, most: int) -> int:
+        """Return how many equal requests for the program's own memory fit at a horizon, `most` at most."""
+        amounts = self.ledger.by_memory(need.demand.footprint.fixed)
+        fits = (self.bytes[horizon].get(device, 0) // amount for device, amount in amounts.items() if amount)
+        return max(0, min((most, *fits)))
+
+    def reserve_several(self, horizon: Horizon, need: Requirement, count: int) -> None:
+        """Reserve what equal requests for the program's own memory need, from a horizon on."""
+        amounts = self.ledger.by_memory(need.demand.footprint.fixed)
+        if count:
+            self.reserve(horizon, tuple((device, count * amount) for device, amount in amounts.items()), 0)
 
     def _placed(self, need: Requirement, free: Mapping[DeviceId, int]) -> Placement:
         frees = (free, self.potential)

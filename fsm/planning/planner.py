@@ -8,8 +8,10 @@ anything. A younger group starts only in memory that the older groups leave (`av
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
+from itertools import takewhile
 
 from fsm.domain.devices import DeviceId
 from fsm.domain.options import Options
@@ -48,13 +50,15 @@ def make_plan(
     """
     context = PlanningContext(state, policy, explains=explains)
     _evict_excess(context)
-    for group in state.groups_in_order():
+    for group in state.groups_in_order(unevaluated):
         if _nothing_left(context):
             break
         if not _is_behind_same_model(context, group, unevaluated):
             _plan_group(context, group)
     ahead = {group.spec for group in context.plan.evaluated}
     for spec in state.specs_by_model.get(NO_MODEL, ()):  # memory of the program's own takes no place of a process
+        if context.waiting >= GROUPS_AHEAD and _no_memory_left(context):
+            break
         if spec not in ahead:
             _plan_group(context, state.groups[spec])
             ahead.add(spec)
@@ -109,6 +113,12 @@ def _nothing_left(context: PlanningContext) -> bool:
     idle = [context.state.runners[id] for id in context.candidates.idle - context.claimed]
     if context.availability.process_slots[AFTER_DRAINS] + sum(runner.process for runner in idle) <= 0:
         return True
+    return _no_memory_left(context)
+
+
+def _no_memory_left(context: PlanningContext) -> bool:
+    """Tell whether no memory is left that can be freed now, and enough groups wait for each."""
+    idle = [context.state.runners[id] for id in context.candidates.idle - context.claimed]
     there = context.availability.available_after(AFTER_DRAINS, idle)
     return all(amount <= 0 and context.ahead[device] >= GROUPS_AHEAD for device, amount in there.items())
 
@@ -283,31 +293,41 @@ def _stays(context: PlanningContext, runner: Runner, asked: Options) -> bool:
 
 
 def _plan_memory(context: PlanningContext, group: RequestGroup, need: Requirement) -> None:
-    """Grant the head of a group its memory, or choose victims for it; its other requests follow by their own age."""
-    head, *others = group.requests.values()  # once the head has its memory, the next request is the head
-    context.availability.queued_members = sorted(
-        [*context.availability.queued_members, *((context.state.rank(request), need) for request in others)],
-        key=lambda one: one[0],
-    )
-    if context.availability.find_placement(NOW, need) is None:
+    """Grant a group its memory, or choose victims for its head.
+
+    The requests that are older than the next group are granted together, as far as there is room; the others follow by
+    their own age.
+    """
+    members = list(group.requests.values())
+    after = context.state.rank_after(group)
+    older = sum(1 for _ in takewhile(lambda one: after is None or context.state.rank(one) < after, members))
+    fits = context.availability.count(NOW, need, older)
+    others = deque(map(context.state.rank, members[max(1, fits) :]))  # the next request is the head then
+    if others:
+        context.availability.queued_members.append((need, others))
+    if not fits:
         plan_eviction(context, group, need, ())
     else:
-        context.plan.memory.append(head)
-        context.availability.reserve(NOW, tuple(context.state.ledger.by_memory(group.spec.memory).items()), 0)
+        context.plan.memory += members[:fits]
+        context.availability.reserve_several(NOW, need, fits)
 
 
 def _reserve_stale_estimate(context: PlanningContext, model: ModelRecord, resolution: Resolution) -> None:
     """Reserve what a model needs by its last inspection: its file may have changed, but most likely it has not.
 
     Where the options of the group are not resolved yet, the resolution is of other options: no younger group starts in
-    the memory that the model is likely to need.
+    the memory that the model is likely to need. The group counts among those that wait for it.
     """
+    before = context.availability.bytes[AFTER_DRAINS].copy()
     _, demand = resolved_demand(model, resolution, context.state, context.availability.potential, context.gpus)
     if (offload := context.availability.best_offload(demand)) is not None:
         context.availability.reserved_by_model.setdefault(model.id, context.availability.held_by(model.current))
         context.availability.reserve_successor(
             model.id, Requirement(demand, offload, potential=context.availability.potential)
         )
+        left = context.availability.bytes[AFTER_DRAINS]
+        context.ahead.update(device for device, amount in left.items() if amount <= 0 and amount < before[device])
+        context.waiting += 1
 
 
 def _plan_runner(

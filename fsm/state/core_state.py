@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import heapq
 import math
-from bisect import bisect_left, insort
-from collections.abc import Iterator
+from bisect import bisect_left, bisect_right, insort
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 
 from fsm.domain.devices import DeviceId
@@ -13,6 +14,9 @@ from fsm.domain.record import Record
 from fsm.eviction.reuse_prediction import Histogram
 from fsm.machine.request import ModelId, Purpose, Request, RequestId, RequestSpec
 from fsm.machine.runner import EXPIRING, Runner, RunnerId
+from fsm.sizing.footprint import Footprint
+from fsm.sizing.load_history import NOTHING, LoadHistory
+from fsm.sizing.model_profile import ModelProfile
 from fsm.state.core_config import CoreConfig
 from fsm.state.memory_ledger import Ledger
 from fsm.state.model_record import ModelRecord
@@ -46,7 +50,8 @@ class CoreState(Record):
     runners: dict[RunnerId, Runner] = field(default_factory=dict)  # every runner that is not unloaded
     requests: dict[RequestId, Request] = field(default_factory=dict)  # queued, or holding a lease or memory
     groups: dict[RequestSpec, RequestGroup] = field(default_factory=dict)
-    ranks: list[QueueRank] = field(default_factory=list)  # of the head of each request group, in order
+    ranks: list[QueueRank] = field(default_factory=list)  # of the heads of request groups, in order
+    unread_ranks: list[QueueRank] = field(default_factory=list)  # the same of groups whose model was never inspected
     specs_by_model: dict[ModelId, list[RequestSpec]] = field(default_factory=dict)  # of its groups, as they began
     timers: Timers = field(default_factory=Timers)
     queued: int = 0  # requests in request groups
@@ -72,7 +77,7 @@ class CoreState(Record):
         if group is None:
             group = self.groups[request.spec] = RequestGroup(request.spec)
             self.specs_by_model.setdefault(request.spec.model, []).append(request.spec)
-            insort(self.ranks, self.rank(request))
+            insort(self._ranks_of(request.spec.model), self.rank(request))
         group.requests[request.id] = request
         self.requests[request.id] = request
         self.queued += 1
@@ -84,7 +89,8 @@ class CoreState(Record):
         group = self.groups[spec]
         was_head = group.head is request
         if was_head:
-            del self.ranks[bisect_left(self.ranks, self.rank(request))]
+            ranks = self._ranks_of(spec.model)
+            del ranks[bisect_left(ranks, self.rank(request))]
         del group.requests[request.id]
         if not group.requests:
             del self.groups[spec]
@@ -92,7 +98,7 @@ class CoreState(Record):
             if not self.specs_by_model[spec.model]:
                 del self.specs_by_model[spec.model]
         elif was_head:
-            insort(self.ranks, self.rank(group.head))
+            insort(self._ranks_of(spec.model), self.rank(group.head))
         self.queued -= 1
         self.timers.clear(("request", request.id))
 
@@ -100,9 +106,38 @@ class CoreState(Record):
         """Return the rank of a request group by its head: the time when it was queued, less a time for its priority."""
         return head.queued_at - self.config.priority_s * head.spec.priority, head.id
 
-    def groups_in_order(self) -> Iterator[RequestGroup]:
-        """Yield the request groups in the order in which they are planned; no group may come or go meanwhile."""
-        return (self.groups[self.requests[head].spec] for _, head in self.ranks)
+    def _ranks_of(self, model: ModelId) -> list[QueueRank]:
+        """Return the ranks that those of a model's request groups are among."""
+        record = self.models.get(model)
+        return self.ranks if record is None or record.profile is not None else self.unread_ranks
+
+    def apply_inspection(
+        self, model: ModelRecord, profile: ModelProfile | Footprint, known: LoadHistory = NOTHING
+    ) -> None:
+        """Take over what an inspection found; after the first of a model its request groups can be planned."""
+        if model.profile is None:
+            for group in self.groups_of_model(model.id):
+                rank = self.rank(group.head)
+                del self.unread_ranks[bisect_left(self.unread_ranks, rank)]
+                insort(self.ranks, rank)
+        model.apply_inspection(profile, self.next_runner, known, self.options_asked_of(model.id))
+
+    def groups_in_order(self, unread: Collection[RequestSpec] | None = None) -> Iterator[RequestGroup]:
+        """Yield the request groups in the order in which they are planned; no group may come or go meanwhile.
+
+        With `unread`, those of the groups whose model was never inspected are left out that are not among them: nothing
+        can be planned for them, and nothing is reserved.
+        """
+        others = self.unread_ranks
+        if unread is not None and others:
+            named = [self.groups[spec] for spec in unread if spec in self.groups]
+            others = sorted(self.rank(one.head) for one in named if self._ranks_of(one.spec.model) is self.unread_ranks)
+        return (self.groups[self.requests[head].spec] for _, head in heapq.merge(self.ranks, others))
+
+    def rank_after(self, group: RequestGroup) -> QueueRank | None:
+        """Return the rank of the next request group behind one; None where there is none."""
+        at = bisect_right(self.ranks, self.rank(group.head))
+        return self.ranks[at] if at < len(self.ranks) else None
 
     def groups_of_model(self, model: ModelId) -> list[RequestGroup]:
         """Return the request groups for a model, in the order in which they began."""

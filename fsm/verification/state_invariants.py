@@ -164,8 +164,15 @@ def queued_requests_are_counted(state: CoreState) -> None:
 
 @of_state()
 def request_groups_are_in_queue_order(state: CoreState) -> None:
-    """The order of the queue is the order of the first requests of all request groups, by priority and age."""
-    assert state.ranks == sorted([state.rank(group.head) for group in state.groups.values()])
+    """The order of the queue is the order of the first requests of all request groups, by priority and age.
+
+    Groups for models that were never inspected stand in an order of their own, until their model is inspected.
+    """
+    unread = {id for id, model in state.models.items() if model.profile is None}
+    known = [group for group in state.groups.values() if group.spec.model not in unread]
+    others = [group for group in state.groups.values() if group.spec.model in unread]
+    assert state.ranks == sorted([state.rank(group.head) for group in known])
+    assert state.unread_ranks == sorted([state.rank(group.head) for group in others])
 
 
 @of_state()

@@ -36,6 +36,7 @@ LEFT_OUT: Mapping[type, Mapping[str, str]] = MappingProxyType(
         CoreState: {
             "queued": "the sum of the request groups, which `check_state` compares",
             "ranks": "follows from the request groups, which `check_state` compares",
+            "unread_ranks": "likewise",
             "specs_by_model": "follows from the request groups, which `check_state` compares",
             "processes": "the sum of the runners that have one, which `check_state` compares",
             "next_runner": "ids are replaced by their order; that they grow is checked by a property",

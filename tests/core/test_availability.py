@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+from collections import deque
+
 from fsm.domain.devices import HOST, DeviceId, DeviceSample, Placement
 from fsm.domain.options import Options
-from fsm.machine.request import ModelId
+from fsm.machine.request import ModelId, RequestId
 from fsm.machine.runner import Runner, RunnerId
 from fsm.placement.search import Gpu, Offload, PlacementDemand
-from fsm.planning.availability import AFTER_DRAINS, AFTER_EVICTIONS, AFTER_STOPS, NOW, AvailabilityProfile, Requirement
+from fsm.planning.availability import (
+    AFTER_DRAINS,
+    AFTER_EVICTIONS,
+    AFTER_STOPS,
+    HORIZONS,
+    NOW,
+    AvailabilityProfile,
+    Requirement,
+)
 from fsm.sizing.footprint import Footprint
 from fsm.state.memory_ledger import Ledger
 from tests.support.pool import amount
@@ -115,11 +125,25 @@ def test_what_one_model_holds_elsewhere_is_not_forgotten_where_the_next_goes() -
 def test_who_is_not_first_in_a_line_has_a_booking_once_it_is_their_turn() -> None:
     """Queued members of request groups get their reservations in the order of the queue, and none before its turn."""
     supply = a_supply(100)
-    supply.queued_members = [((1.0, 1), of_host(10, process=False)), ((3.0, 3), of_host(20, process=False))]
+    supply.queued_members = [
+        (of_host(10, process=False), deque([(1.0, 1)])), (of_host(20, process=False), deque([(3.0, 3)]))
+    ]  # fmt: skip
     supply.reserve_earlier((2.0, 2))
-    assert (host(supply), len(supply.queued_members)) == ([90] * 4, 1)
+    assert (host(supply), [len(members) for _, members in supply.queued_members]) == ([90] * 4, [0, 1])
     supply.reserve_earlier((4.0, 4))
-    assert (host(supply), supply.queued_members, supply.process_slots) == ([70] * 4, [], [9] * 4)
+    assert (host(supply), any(members for _, members in supply.queued_members)) == ([70] * 4, False)
+    assert supply.process_slots == [9] * 4
+
+
+def test_u66_many_equal_reservations_are_made_at_once_at_the_horizons_where_each_fits_first() -> None:
+    """Of four requests that wait, two fit once stopped runners have gone, one after drains, and one after that."""
+    supply = a_supply(0)
+    for horizon, left in zip(HORIZONS, (0, 25, 35, 35), strict=True):
+        supply.bytes[horizon][HOST] = left
+    supply.queued_members = [(of_host(10, process=False), deque((float(one), RequestId(one)) for one in range(5)))]
+    supply.reserve_earlier((4.0, 4))
+    assert host(supply) == [-5, -5, -5, -5]
+    assert len(supply.queued_members[0][1]) == 1
 
 
 def test_somebody_lacks_memory_where_they_may_go() -> None:

@@ -27,6 +27,7 @@ from tests.support.pool import (
     granted,
     launched,
     loaded,
+    memory,
     pin,
     preload,
     refused,
@@ -248,3 +249,70 @@ def test_u65_models_that_requests_gave_up_are_forgotten(monkeypatch: pytest.Monk
         pool.feed(acquire(f"a {number}", number), preload(f"b {number}", number + 1))
         pool.feed(cancel(number), cancel(number + 1))
     assert len(pool.core._state.models) <= 8
+
+
+def in_line(count: int, *, of: int) -> PoolUnderTest:
+    """Return a pool whose runner fills the host, with requests for memory that wait, of so many sizes in turns."""
+    pool = a_pool(samples=False, max_queue=10_000, keep_alive_s=0.0).declare("all", "8GiB").ready("all", lease=1)
+    for number in range(count):
+        pool.core.step(pool.now, memory(2 + number, cpu=f"{1 + number % of}KiB"))
+    return pool
+
+
+@pytest.mark.parametrize("of", [1, 2, 1000], ids=["one size", "two in turns", "each its own"])
+def test_u66_letting_reservations_in_costs_in_proportion_to_their_number(of: int) -> None:
+    """The step that grants eight times as many requests for memory costs at most twelve times as much."""
+
+    def cost(count: int) -> int:
+        pool = in_line(count, of=of)
+        pool.core.step(pool.now, release(1))
+        pool.core.step(pool.now, exited(1))
+        reading = pool.sample()
+        del reading
+        before = pool.core.copy()
+        calls = calls_of(lambda: pool.core.step(pool.now, pool.sample()))
+        assert before._state.queued == count and not pool.core._state.queued, "all are let in"
+        return calls
+
+    assert cost(160) < 12 * cost(20)
+
+
+@pytest.mark.parametrize("of", [1, 2, 1000], ids=["one size", "two in turns", "each its own"])
+def test_u66_an_event_costs_about_the_same_however_many_reservations_wait(of: int) -> None:
+    """Whether 40 requests for memory wait or 400: a request that comes costs at most three times as much."""
+
+    def cost(count: int) -> int:
+        pool = in_line(count, of=of)
+        return calls_of(lambda: pool.core.step(pool.now, acquire("new", 9000)))
+
+    assert cost(400) <= 3 * cost(40)
+
+
+@pytest.mark.parametrize("known", [False, True], ids=["never read", "read before"])
+def test_u66_a_request_costs_about_the_same_however_many_models_are_still_to_be_read(known: bool) -> None:
+    """Whether the files of 40 models are still to be read or of 400: a request costs at most three times as much."""
+
+    def cost(count: int) -> int:
+        pool = a_pool(each="1GiB", max_queue=10_000)
+        models = [f"model {number}" for number in range(count)]
+        for model in models if known else ():
+            record = pool.core._state.model(model)
+            record.apply_inspection(pool.outcome(model), 1)
+            record.inspected_since_launch = False
+        for number, model in enumerate(models):
+            pool.core.step(pool.now, acquire(model, 10 + number))
+        calls = calls_of(lambda: pool.core.step(pool.now, acquire("new", 9000)))
+        assert len(pool.core._state.groups) == count + 1
+        return calls
+
+    assert cost(400) <= 3 * cost(40)
+
+
+def test_u66_the_order_is_that_of_the_requests_and_not_of_the_inspections() -> None:
+    """Of two models whose files are read in the other order, the one that was asked for first is loaded first."""
+    pool = a_pool(inspects=False)
+    pool.feed(acquire("a", 1), acquire("b", 2), acquire("c", 3, priority=1))
+    assert pool.waiting() == [3, 1, 2]
+    assert launched(pool.feed(pool.inspection("b"))) == ["b"]
+    assert launched(pool.feed(pool.inspection("c"), pool.inspection("a"))) == []
+    assert pool.waiting() == [3, 1, 2]

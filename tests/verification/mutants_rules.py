@@ -25,6 +25,8 @@ from fsm.placement.search import Free, PlacementDemand
 from fsm.planning import planner, relocation
 from fsm.planning.availability import AFTER_DRAINS, AFTER_EVICTIONS, AFTER_STOPS, HORIZONS, AvailabilityProfile, Horizon
 from fsm.planning.planning_context import PlanningContext
+from fsm.sizing.footprint import Footprint
+from fsm.sizing.load_history import LoadHistory
 from fsm.state import runner_match
 from fsm.state.core_config import CoreConfig
 from fsm.state.core_state import CoreState
@@ -101,8 +103,8 @@ def the_newest_goes_first(patch: Patch) -> None:
     """The youngest request group is planned before older ones."""
 
     @instead(patch, CoreState, "groups_in_order")
-    def lines_in_order(original: Callable[..., Iterator[RequestGroup]], pool: CoreState) -> Iterator[RequestGroup]:
-        return reversed(list(original(pool)))
+    def lines_in_order(original: Callable[..., Iterator[RequestGroup]], *args: object) -> Iterator[RequestGroup]:
+        return reversed(list(original(*args)))
 
 
 @mutant("pins")
@@ -500,3 +502,17 @@ def no_bytes_lack_room_on_an_overdrawn_device(patch: Patch) -> None:
         return {device for device, amount in amounts if amount > free.get(device, 0)}
 
     patch.setattr(search, "_lacking", lacking)
+
+
+# -- bounded costs ----------------------------------------------------------------------------------------------------
+
+
+@mutant("one-place")
+def a_group_is_not_planned_when_its_model_is_read(patch: Patch) -> None:
+    """A request group whose model is inspected for the first time stays among those that cannot be planned."""
+
+    @instead(patch, CoreState, "apply_inspection")
+    def apply_inspection(
+        original: Callable[..., None], state: CoreState, model: ModelRecord, profile: Footprint, known: LoadHistory
+    ) -> None:
+        model.apply_inspection(profile, state.next_runner, known, state.options_asked_of(model.id))

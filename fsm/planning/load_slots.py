@@ -31,25 +31,25 @@ class LoadSlots:
     def find_placement(
         self, demand: PlacementDemand, offload: Offload, free: Free, gpus: Sequence[Gpu], potential: Free | None
     ) -> Placement | None:
-        """Return where one more load may begin: its best placement, or else one without the GPUs that lack a load slot.
+        """Return where one more load may begin: its best placement, or else the best on GPUs that have a load slot.
 
         None where it does not fit, or where it would have to wait for a load slot. The other placement is taken only if
         it has as many layers on GPUs.
         """
         best = find_placement(demand, offload, free, gpus, potential)
-        if best is None or not (full := self.full(best)):
+        if best is None or not self.full(best):
             return best
         if demand.spread or demand.main_gpu is not None:  # the demand refers to all GPUs, or to an index among them
             return None
-        other = find_placement(demand, offload, free, [gpu for gpu in gpus if gpu.id not in full], potential)
+        others = [gpu for gpu in gpus if not self._is_full(gpu.id)]
+        other = find_placement(demand, offload, free, others, potential)
         as_good = other is not None and not self.full(other) and other.offloaded >= best.offloaded
         return other if as_good else None
 
     def full(self, placement: Placement) -> set[DeviceId]:
         """Return the devices of a placement that have no load slot left."""
-        limits = self.limits
-        return {
-            device
-            for device in loads_on(placement)
-            if self.counts.get(device, 0) >= (limits.max_host_loads if device == HOST else limits.max_loads_per_gpu)
-        }
+        return set(filter(self._is_full, loads_on(placement)))
+
+    def _is_full(self, device: DeviceId) -> bool:
+        limit = self.limits.max_host_loads if device == HOST else self.limits.max_loads_per_gpu
+        return self.counts.get(device, 0) >= limit

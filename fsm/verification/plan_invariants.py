@@ -15,7 +15,9 @@ from fsm.machine.request import ModelId, Purpose, Request, RequestId
 from fsm.machine.runner import EXPIRING, LOADING, Runner, RunnerId
 from fsm.messages.commands import Command, Grant, Launch
 from fsm.messages.events import Event, Tick
-from fsm.placement.search import MEASURED_HEADROOM, PREDICTED_HEADROOM
+from fsm.messages.reasons import WaitFor
+from fsm.placement.search import MEASURED_HEADROOM, PREDICTED_HEADROOM, Gpu, Offload, find_placement
+from fsm.planning.load_slots import loads_on
 from fsm.planning.plan import Plan, PlannedPlacement
 from fsm.state.core_state import CoreState
 from fsm.state.memory_ledger import Owner
@@ -259,6 +261,29 @@ def _waited_for(step: StepOutcome, plan: Plan) -> Iterator[tuple[RequestGroup, l
         if group is not None and found:
             yield group, found, others_free_at
         others_free_at = max([others_free_at, *(victim.free_at for victim in planned.victims)])
+
+
+@of_outcome(Plan)
+def the_first_group_waits_for_a_load_slot_only_where_no_other_gpu_takes_its_model(
+    step: StepOutcome, plan: Plan
+) -> None:
+    """The first request group does not wait for a load slot while GPUs that nothing loads on take its model whole."""
+    state = step.after._state
+    group = next(iter(plan.evaluated), None)
+    if group is None or plan.waits.get(group.spec, (None,))[0] is not WaitFor.load_slot:
+        return
+    model, config = state.models[group.spec.model], state.config
+    demand = model.demand(plan.loads[group.spec], group.spec.options.require_gpu, config)
+    if demand.spread or demand.main_gpu is not None:
+        return
+    places = state.max_runners() - state.processes
+    loading = [device for one in state.runners.values() if one.state is LOADING for device in loads_on(one.placement)]
+    devices = [one for one in state.ledger.devices.values() if loading.count(one.id) < config.max_loads_per_gpu]
+    gpus = [Gpu(one.id, one.memory, one.instance, one.library) for one in devices if one.kind == "gpu"]
+    free = {one.id: state.ledger.free_bytes(one.id) for one in devices if not one.integrated}
+    if places > 0 and Offload.whole in demand.offload_modes(gpus) and HOST in free:
+        found = find_placement(demand, Offload.whole, free, gpus)
+        assert found is None, f"{group.spec.model} waits for a load slot"
 
 
 def _resident_until(runner: Runner, hurried: bool) -> float:

@@ -16,7 +16,7 @@ from fsm.verification.environment import Scenario
 
 GIB = 1024 * MIB
 A, B, C = map(ModelId, "abc")
-GPU0, GPU1 = map(DeviceId, ("gpu0", "gpu1"))
+GPU0, GPU1, GPU2 = map(DeviceId, ("gpu0", "gpu1", "gpu2"))
 HOST_8 = ((HOST, 8 * GIB),)
 # All different, so that no two deadlines fall together by chance. Nothing rests for a time unless a scenario says so;
 # nothing is kept for its next user, which would be one more deadline of the kind of a residency, for every use;
@@ -79,6 +79,12 @@ SCENARIOS: tuple[Scenario, ...] = (
         "two-gpus", "three models on two GPUs that hold one each, whose memory comes back late",
         TWO_GPUS, tuple((model, _layered(2, 2048)) for model in (A, B, C)),
         tuple(map(_lease, (A, B, C))), 3, 60_000, LIMITS, strangers_bytes=GIB,
+    ),
+    Scenario(
+        "three-gpus", "three models that load at once, on GPUs of which each is roomier than the next",
+        ((HOST, 2 * GIB), (GPU0, 12 * GIB), (GPU1, 10 * GIB), (GPU2, 4 * GIB)),
+        tuple((model, _layered(2, 1024)) for model in (A, B, C)), tuple(map(_lease, (A, B, C))), 3, 10_000, LIMITS,
+        closes=False,
     ),
     Scenario(
         "early-return", "a GPU whose memory is back before the exit of a process is told",

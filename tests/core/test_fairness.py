@@ -252,3 +252,43 @@ def test_a_load_waits_for_its_place_where_the_other_gpus_do_not_take_it() -> Non
     pool.declare("a", layered(8, "1GiB")).declare("b", layered(8, "1GiB"))
     assert launched(pool.feed(acquire("a", request=1), acquire("b", request=2))) == ["a"]
     assert pool.waits_for(2) == WaitFor.load_slot
+
+
+def four_gpus(*sizes: str, **limits: int) -> PoolUnderTest:
+    """Return a pool of GPUs of these sizes, the roomiest first, and models of which each takes 5 GiB of one."""
+    pool = a_pool("64GiB", sizes, **limits)
+    for model in "abcde":
+        pool.declare(model, layered(4, "1GiB"))
+    return pool
+
+
+def test_u74_a_model_is_loaded_on_the_next_best_gpu_that_nothing_loads_on() -> None:
+    """While models load on the two roomiest of four GPUs, others load on the other two, and a fifth model waits."""
+    pool = four_gpus("16GiB", "14GiB", "12GiB", "10GiB")
+    assert launched(pool.feed(*(acquire(model, number) for number, model in enumerate("abcde", 1)))) == list("abcd")
+    gpus = [next(gpu for gpu, _ in launch.placement.gpu_layers) for launch in pool.launches.values()]
+    assert gpus == ["gpu0", "gpu1", "gpu2", "gpu3"]
+    assert pool.waits_for(5) == WaitFor.load_slot
+    assert launched(pool.feed(loaded(3))) == ["e"]
+
+
+def test_u74_a_model_is_split_over_the_gpus_that_nothing_loads_on() -> None:
+    """A model that no free GPU takes alone is loaded over two of them, while the roomiest two have loads."""
+    pool = four_gpus("32GiB", "31GiB", "12GiB", "12GiB").declare("large", layered(8, "2GiB"))
+    assert launched(pool.feed(acquire("a", 1), acquire("b", 2), acquire("large", 3))) == ["a", "b", "large"]
+    assert {gpu for gpu, _ in pool.launches[3].placement.gpu_layers} == {"gpu2", "gpu3"}
+
+
+def test_u74_two_loads_a_gpu_fill_two_gpus_before_the_next() -> None:
+    """Where two loads may run on a GPU, a fifth model goes to the third GPU."""
+    pool = four_gpus("16GiB", "16GiB", "6GiB", max_loads_per_gpu=2)
+    pool.feed(*(acquire(model, number) for number, model in enumerate("abcde", 1)))
+    gpus = [next(gpu for gpu, _ in launch.placement.gpu_layers) for launch in pool.launches.values()]
+    assert sorted(gpus) == ["gpu0", "gpu0", "gpu1", "gpu1", "gpu2"]
+
+
+def test_u74_a_model_that_only_the_roomiest_gpus_take_waits_for_them() -> None:
+    """Where the GPUs that nothing loads on do not take a model whole, it waits for a load slot."""
+    pool = four_gpus("32GiB", "31GiB", "6GiB").declare("large", layered(10, "2GiB"))
+    assert launched(pool.feed(acquire("a", 1), acquire("b", 2), acquire("large", 3))) == ["a", "b"]
+    assert pool.waits_for(3) == WaitFor.load_slot

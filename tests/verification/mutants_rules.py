@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
 
 import pytest
@@ -19,11 +19,10 @@ from fsm.machine.runner import LOADING, Runner, RunnerId
 from fsm.messages.events import Acquire, ClaimContended, ClaimGranted, Event, Loaded, Progress
 from fsm.messages.reasons import FailureReason, RanOutOfMemory
 from fsm.placement import search
-from fsm.placement.search import PlacementDemand
+from fsm.placement.search import Free, Gpu, Offload, PlacementDemand
 from fsm.planning import deadlock, planner, relocation
-from fsm.placement.search import Free, PlacementDemand
-from fsm.planning import planner, relocation
 from fsm.planning.availability import AFTER_DRAINS, AFTER_EVICTIONS, AFTER_STOPS, HORIZONS, AvailabilityProfile, Horizon
+from fsm.planning.load_slots import LoadSlots
 from fsm.planning.planning_context import PlanningContext
 from fsm.sizing.footprint import Footprint
 from fsm.sizing.load_history import LoadHistory
@@ -516,3 +515,21 @@ def a_group_is_not_planned_when_its_model_is_read(patch: Patch) -> None:
         original: Callable[..., None], state: CoreState, model: ModelRecord, profile: Footprint, known: LoadHistory
     ) -> None:
         model.apply_inspection(profile, state.next_runner, known, state.options_asked_of(model.id))
+
+
+# -- load slots -------------------------------------------------------------------------------------------------------
+
+
+@mutant("three-gpus")
+def only_the_best_placement_is_passed_over(patch: Patch) -> None:
+    """A model waits for a load slot where the two roomiest GPUs have loads, although a third takes it."""
+
+    @instead(patch, LoadSlots, "find_placement")
+    def find(
+        original: Callable[..., Placement | None], slots: LoadSlots, demand: PlacementDemand, offload: Offload,
+        free: Free, gpus: Sequence[Gpu], potential: Free | None,
+    ) -> Placement | None:  # fmt: skip
+        best = search.find_placement(demand, offload, free, gpus, potential)
+        full = slots.full(best) if best is not None else set()
+        other = search.find_placement(demand, offload, free, [gpu for gpu in gpus if gpu.id not in full], potential)
+        return None if other is None or slots.full(other) else other

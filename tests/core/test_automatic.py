@@ -20,6 +20,7 @@ from tests.support.pool import (
     acquire,
     amount,
     exited,
+    expire,
     granted,
     launched,
     loaded,
@@ -157,6 +158,17 @@ def test_n06_n07_a_context_that_ran_out_of_memory_is_stepped_down() -> None:
     pool = with_gpus("80GiB", auto_context_from_vram=True).loading("a", request=1)
     pool.feed(out_of_memory(1), exited(1, out_of_memory=True))
     assert told(pool, 2)[0] == 32768
+
+
+def test_a_context_that_was_stepped_down_is_tried_again_after_a_life() -> None:
+    """The smaller context of a load that ran out of memory holds until a runner that has loaded ends, and no longer."""
+    pool = with_gpus("80GiB", auto_context_from_vram=True).loading("a", request=1)
+    whole = told(pool, 1)[0]
+    pool.feed(out_of_memory(1), exited(1, out_of_memory=True))
+    pool.feed(loaded(2), release(1), expire("a"))
+    pool.settle()
+    pool.loading("a", request=2)
+    assert told(pool, 3)[0] == whole > 32768
 
 
 def test_n06_n09_gpus_that_come_and_go_never_cause_a_reload() -> None:

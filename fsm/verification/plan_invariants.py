@@ -273,7 +273,7 @@ def the_first_group_waits_for_a_load_slot_only_where_no_other_gpu_takes_its_mode
     if group is None or plan.waits.get(group.spec, (None,))[0] is not WaitFor.load_slot:
         return
     model, config = state.models[group.spec.model], state.config
-    demand = model.demand(plan.loads[group.spec], group.spec.options.require_gpu, config)
+    demand = model.demand(plan.loads[group.spec], group.spec.options, config)
     if demand.spread or demand.main_gpu is not None:
         return
     places = state.max_runners() - state.processes

@@ -27,10 +27,6 @@ from tests.support.waiting import LIMIT_S
 MODULES = (
     driver, event_stream, executor, health_monitor, latch, measurements, memory_sampler, pending_lease, pending_request,
     request_broker, request_future, scheduler, thread_pool, threading,
-)  # fmt: skip  # in which the handler is called between instructions
-
-
-    request_broker, scheduler, thread_pool, threading,
 )  # fmt: skip  # in which the handler is called
 FILES = frozenset(str(module.__file__) for module in MODULES)
 

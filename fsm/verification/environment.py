@@ -217,7 +217,10 @@ def fair_next_event(core: Core, scenario: Scenario) -> Event | None:
         read = state.ledger.copy()
         read.sample(reading.devices)
         back = any(
-            all(read.total_available(gpu) >= for_us for gpu, for_us in runner.recovery_targets.items())
+            all(
+                gpu not in read.devices or read.total_available(gpu) >= for_us
+                for gpu, for_us in runner.recovery_targets.items()
+            )
             for runner in gone
         )
         return reading if back else Tick()  # other programs took memory meanwhile: the wait ends by its own time-out

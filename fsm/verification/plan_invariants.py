@@ -86,7 +86,7 @@ def a_runner_starts_with_its_headroom_or_nothing_leaves_for_it(step: StepOutcome
         pages = 0 if placement.without_pages else load.footprint.mapped_bytes(placement.gpu_layers)
         for device, amount in placement.bytes if not load.footprint.fixed else ():
             own = max(0, amount - pages) if device == HOST else amount
-            if free.get(device, 0) < int(own * (1 + headroom)):
+            if own and free.get(device, 0) < int(own * (1 + headroom)):
                 others = [one for one in movable if one.model != group.spec.model]
                 there = [one.id for one in others if state.ledger.accounts["runner", one.id].held_bytes(device)]
                 assert not there, f"{amount} bytes on {device}, with {free.get(device, 0)} free beside {there}"

@@ -119,7 +119,7 @@ def no_runner_leaves_for_what_it_has(step: StepOutcome, plan: Plan) -> None:
         if about_gpus and spec in plan.loads and not plan.loads[spec].footprint.fixed:
             own = [state.runners[RunnerId(one.runner)] for one in planned.victims if one.model == spec.model]
             for runner in own:
-                usual = runner.usual_options == Options()
+                usual = runner.usual_options == Options() and runner.id >= state.models[spec.model].first_runner_of_file
                 assert not (usual and _has(runner, asked, state)), f"{asked} has runner {runner.id} leave"
 
 
@@ -274,8 +274,8 @@ def the_first_group_waits_for_a_load_slot_only_where_no_other_gpu_takes_its_mode
         return
     model, config = state.models[group.spec.model], state.config
     demand = model.demand(plan.loads[group.spec], group.spec.options, config)
-    if demand.spread or demand.main_gpu is not None:
-        return
+    if demand.spread or demand.main_gpu is not None or model.ran_out or state.failed_loads:
+        return  # the placement is another than that of the demand alone
     places = state.max_runners() - state.processes
     loading = [device for one in state.runners.values() if one.state is LOADING for device in loads_on(one.placement)]
     devices = [one for one in state.ledger.devices.values() if loading.count(one.id) < config.max_loads_per_gpu]

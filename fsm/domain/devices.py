@@ -51,6 +51,7 @@ class Placement:
     gpu_layers: tuple[tuple[DeviceId, int], ...] = ()  # empty: host only
     measured: bool = False  # the bytes were measured on an earlier runner placed the same way
     without_pages: bool = False  # pages of its mapped file are not among the bytes of the host: not all find room there
+    projector_on_host: bool = False  # although layers are on GPUs: a load with it there ran out of memory
     threads: Threads | None = None  # chosen at the launch; None: the model is an object, or the engine decides
 
     @property

@@ -34,6 +34,8 @@ def launch(step: StepContext, group: RequestGroup, load: ResolvedLoad, placement
         keep_alive_s = state.config.keep_alive_s
     if (threads := threads_for(state, model, load, placement)) is not None:
         placement = replace(placement, threads=threads)
+    if model.projector_on_host and placement.gpu_layers:
+        placement = replace(placement, projector_on_host=True)
     runner = Runner(RunnerId(state.next_runner), model.id, load.options, placement, keep_alive_s, state.now)
     if threads is not None:
         # a request that names these threads matches

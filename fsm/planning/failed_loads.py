@@ -1,6 +1,7 @@
 """What failed loads have taught of places: where a model needs more than predicted, and which GPUs come last.
 
-After a load that ran out of memory the model may take a fifth less of each GPU that it had layers on, so the next load
+After a load that ran out of memory with its projector on a GPU the projector stays on the host. After another one, or
+without a projector, the model may take a fifth less of each GPU that it had layers on, so the next load
 has fewer layers there, or goes elsewhere. A GPU on which a load failed otherwise comes last, after the host: for the
 same load, and for all models where several have failed there and no runner is loaded on it. Both are forgotten in time:
 what held the memory, or was wrong with the GPU, may be over.
@@ -29,7 +30,11 @@ MODELS_THAT_FAIL = 2  # so many models whose loads failed on a GPU tell of the G
 def note_failed_load(state: CoreState, runner: Runner, *, out_of_memory: bool) -> None:
     """Note what a runner's failed load says of the GPUs that it had layers on."""
     model, gpus = state.models[runner.model], [gpu for gpu, _ in runner.placement.gpu_layers]
-    if out_of_memory:
+    predicted = state.ledger.accounts["runner", runner.id].predicted
+    if out_of_memory and gpus and predicted.projectors_bytes and not model.projector_on_host:
+        model.projector_on_host = True
+        model.demands.clear()
+    elif out_of_memory:
         taken = [(memory, amount) for memory, amount in runner.placement.bytes if gpus and memory != HOST]
         model.ran_out |= {memory: (int(amount * NEXT_PART), state.now) for memory, amount in taken}
     else:

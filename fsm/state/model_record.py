@@ -57,6 +57,7 @@ class ModelRecord(Record):
     loads: dict[Amounts, tuple[float, ...]] = field(default_factory=dict)  # split -> seconds of the last few loads
     # memory of a GPU -> bytes that it may take there, since when: a load with more ran out of memory
     ran_out: dict[DeviceId, tuple[int, float]] = field(default_factory=dict)
+    projector_on_host: bool = False  # since a load of this file with it on a GPU ran out of memory
     last_context: int = 0  # that the request of the last launch named, if it named one
     context_growths: int = 0  # launches in a row, each for a request that named more context than the one before
     context_limit: int | None = None  # of automatic contexts, since one ran out of memory; until a loaded runner ends
@@ -142,6 +143,9 @@ class ModelRecord(Record):
     def demand_of(self, load: ResolvedLoad, asked: Options, limits: CoreConfig) -> PlacementDemand:
         """Return the same, not kept: for options that no request has named."""
         options, footprint, require_gpu = load.options, load.footprint, limits.require_gpu or bool(asked.require_gpu)
+        if self.projector_on_host:
+            on_host_bytes = footprint.input_bytes + footprint.projectors_bytes
+            footprint = replace(footprint, projectors_bytes=0, input_bytes=on_host_bytes)
         if limits.memory_limited:
             footprint = replace(footprint, mapped=False, mapped_on_host=False)
         devices = None if asked.devices is None else frozenset(map(DeviceId, asked.devices))
@@ -192,6 +196,7 @@ class ModelRecord(Record):
             self.resolutions.clear()
             self.measured.clear()
             self.ran_out.clear()
+            self.projector_on_host = False
             self.back_offs.clear()
             self.last_context = self.context_growths = 0
             self.without_defaults = False

@@ -213,8 +213,8 @@ class _View:
             model.inspecting,
             model.pinned, -1 if model.max_leases is None else model.max_leases,
             min(model.failures, MOST_FAILURES), self.times[good_at], self.times[model.blocked_until],
-            model.load_exclusively, model.without_defaults, bool(model.loads), model.last_context,
-            model.context_growths, model.context_limit or 0,
+            model.load_exclusively, model.without_defaults, bool(model.loads), model.projector_on_host,
+            model.last_context, model.context_growths, model.context_limit or 0,
             sorted((gpu, amount) for gpu, (amount, _) in model.ran_out.items()),
             sorted(
                 (canonical.shared(asked), min(one.failures, MOST_FAILURES), self.times[one.until])

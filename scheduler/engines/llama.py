@@ -389,7 +389,7 @@ class LlamaEngine:
             report,
             key,
             gpus=gpus,
-            kept_bytes=resolved.kept_bytes + (0 if gpus else resolved.projector_work_bytes),
+            kept_bytes=resolved.kept_bytes + (0 if _has_projector_on_gpu(placement) else resolved.projector_work_bytes),
             results_bytes=resolved.results_bytes,
             misplaced=lambda found: self._note_misplaced(model.name, found),
             ranks=model.embedding and resolved.pooling == RANKS,
@@ -423,6 +423,7 @@ class LlamaEngine:
             "model": model.path,
             "adapters": list(model.adapters),
             "projector": model.projectors[0] if model.projectors else None,
+            "projector_on_gpu": _has_projector_on_gpu(placement),
             "embedding": model.embedding,
             "pooling": settings.pooling,
             "num_ctx": _there(explicit.num_ctx),
@@ -439,6 +440,10 @@ class LlamaEngine:
             "cache_type_v": _there(explicit.cache_type_v),
             "gpu_layers": [layers for _, layers in placement.gpu_layers],
         }
+
+
+def _has_projector_on_gpu(placement: Placement) -> bool:
+    return bool(placement.gpu_layers) and not placement.projector_on_host
 
 
 def _program(child: Path, question: Request | DryRun, gpus: Iterable[DeviceId]) -> Program:

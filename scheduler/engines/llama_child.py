@@ -78,6 +78,7 @@ class Request(TypedDict):
     model: str
     adapters: list[str]
     projector: str | None
+    projector_on_gpu: bool
     embedding: bool
     pooling: str | None  # None: the pooling that the model's file names
     num_ctx: int  # context of one slot
@@ -185,7 +186,7 @@ def add_files(library: Any, params: Any, request: Request) -> None:
     params.lora_adapters = adapters
     if request["projector"] is not None:
         params.mmproj.path = request["projector"]
-        params.mmproj_use_gpu = bool(request["gpu_layers"])
+        params.mmproj_use_gpu = request["projector_on_gpu"]
 
 
 def place(params: Any, gpu_layers: list[int]) -> None:

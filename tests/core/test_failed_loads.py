@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
+from fsm.domain.devices import HOST, DeviceId
 from fsm.domain.options import Options
 from fsm.machine.request import ModelId
 from fsm.messages.commands import Grant
@@ -11,6 +14,7 @@ from fsm.messages.refusals import LoadFailedRefusal
 from tests.support.models import a_model
 from tests.support.pool import PoolUnderTest, a_pool, acquire, amount, cancel, exited, granted, loaded, release
 
+GPU = DeviceId("gpu0")
 LAYERS = 33
 Q8 = Options(cache_type_k="q8_0", cache_type_v="q8_0")
 
@@ -65,6 +69,35 @@ def test_u02_after_memory_ran_out_another_gpu_takes_the_model() -> None:
     pool.capacities["gpu0"] -= amount("500MiB")
     pool.feed(pool.sample())
     assert goes_to(pool, 2) == {"gpu1": LAYERS}
+
+
+def test_u26_n22_after_memory_ran_out_the_projector_goes_to_the_host() -> None:
+    """U26, N22: a vision model whose load ran out of memory is tried with all its layers, its projector on the host."""
+    model = replace(a_model((amount("180MiB"),) * (LAYERS - 1), vision=True), projectors_bytes=amount("600MiB"))
+    pool = a_pool("64GiB", ["8GiB"]).declare("m", model)
+    assert fails(pool, 1, memory=True) == {"gpu0": LAYERS}
+    assert goes_to(pool, 2) == {"gpu0": LAYERS}
+    first, second = (pool.launches[runner].placement for runner in (1, 2))
+    assert (first.projector_on_host, second.projector_on_host) == (False, True)
+    moved = dict(first.bytes)[GPU] - dict(second.bytes)[GPU], dict(second.bytes)[HOST] - dict(first.bytes)[HOST]
+    assert moved[0] >= amount("600MiB") and moved[1] >= amount("600MiB")
+
+
+def test_u26_after_memory_ran_out_again_fewer_layers_go_to_the_gpu() -> None:
+    """U26: a load that runs out of memory with its projector on the host is followed by one with fewer layers."""
+    model = replace(a_model((amount("180MiB"),) * (LAYERS - 1), vision=True), projectors_bytes=amount("600MiB"))
+    pool = a_pool("64GiB", ["8GiB"]).declare("m", model)
+    layers = [sum(fails(pool, request, memory=True).values()) for request in (1, 2, 3)]
+    assert layers[:2] == [LAYERS, LAYERS] and layers[2] < LAYERS
+
+
+def test_u26_a_model_without_layers_on_gpus_has_its_projector_on_the_host_anyway() -> None:
+    """U26: memory that runs out on the host says nothing of a projector."""
+    model = replace(a_model(vision=True), projectors_bytes=amount("600MiB"))
+    pool = a_pool("64GiB").declare("m", model)
+    fails(pool, 1, memory=True)
+    goes_to(pool, 2)
+    assert not pool.launches[2].placement.projector_on_host
 
 
 def test_u02_what_ran_out_half_an_hour_ago_is_forgotten() -> None:

@@ -1,6 +1,7 @@
 """Loads models on demand, keeps them loaded, shares them by lease, and evicts them when memory is full."""
 
 import importlib.metadata
+import logging
 
 from fsm.domain.options import Options
 from fsm.eviction.policies import Candidate, EvictionPolicy
@@ -97,5 +98,7 @@ def _version() -> str:
     except importlib.metadata.PackageNotFoundError:
         return "0+unknown"
 
+
+logging.getLogger("loadmaster").addHandler(logging.NullHandler())  # the program says where lines go
 
 __version__ = _version()

@@ -10,7 +10,7 @@ from fsm.lifecycle.step_context import StepContext
 from fsm.machine.request import Request, RequestState
 from fsm.machine.runner import LOADING, Runner
 from fsm.messages.events import Exited
-from fsm.messages.reasons import FailureReason, LoadStalled, ProcessExited, RanOutOfMemory
+from fsm.messages.reasons import BackedOff, FailureReason, LoadStalled, ProcessExited, RanOutOfMemory
 from fsm.messages.refusals import LoadFailedRefusal, LoadTimeoutRefusal, Refusal
 from fsm.planning.failed_loads import note_failed_load
 from fsm.sizing.load_history import note_bounded
@@ -146,16 +146,20 @@ def count_crash(step: StepContext, runner: Runner, reason: FailureReason) -> Non
 def back_off(step: StepContext, model: ModelRecord, reason: FailureReason) -> float:
     """Refuse all requests for a model for a while; return until when."""
     model.failure = reason
-    model.blocked_until = step.state.now + _back_off_s(step, model.failures)
+    back_off_s = _back_off_s(step, model.failures)
+    model.blocked_until = step.state.now + back_off_s
     model.failures += 1
+    step.decide("backs off", model.id, BackedOff(model.failures, back_off_s), None)
     return model.blocked_until
 
 
 def back_off_options(step: StepContext, model: ModelRecord, options: Options, reason: FailureReason) -> float:
     """Refuse requests whose load has these options for a while; return until when."""
     failures = model.back_offs[options].failures if options in model.back_offs else 0
-    until = step.state.now + _back_off_s(step, failures)
+    back_off_s = _back_off_s(step, failures)
+    until = step.state.now + back_off_s
     note_bounded(model.back_offs, options, BackOff(failures + 1, until, reason))
+    step.decide("backs off", model.id, BackedOff(failures + 1, back_off_s, these_options=True), None)
     return until
 
 

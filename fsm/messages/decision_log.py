@@ -9,6 +9,7 @@ from fsm.domain.devices import Amounts, DeviceId, Placement
 from fsm.machine.request import ModelId, RequestId
 from fsm.machine.runner import RunnerId, RunnerState
 from fsm.messages.reasons import (
+    BackedOff,
     ClaimMissed,
     KeptReason,
     Measured,
@@ -62,15 +63,17 @@ class Transition:
     step: int = 0  # number of the core's step that made the transition
 
 
-DecisionReason = Queued | Waited | WaitReason | Placement | Refusal | ClaimMissed | Prefetched | Measured
+DecisionReason = Queued | Waited | WaitReason | Placement | Refusal | ClaimMissed | Prefetched | Measured | BackedOff
 
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """The core decided about a request, or learned the measurement of a runner."""
+    """The core decided about a request or a model, or learned the measurement of a runner."""
 
     at: float  # seconds of the scheduler's clock
-    what: str  # queued, waits, evicts, placed, launched, prefetched, granted or rejected; of a runner: measured
+    # queued, waits, evicts, placed, launched, prefetched, granted or rejected; of a runner: measured; of a model: backs
+    # off
+    what: str
     model: ModelId
     why: DecisionReason | None = None  # None for `evicts`, where `runners` says it
     request: RequestId | None = None

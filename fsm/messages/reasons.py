@@ -213,6 +213,15 @@ class Measured:
 
 
 @dataclass(frozen=True, slots=True)
+class BackedOff:
+    """A model is not loaded for this time, after failed loads and crashes in a row."""
+
+    failures: int
+    back_off_s: float
+    these_options: bool = False  # only the options that failed are not tried again
+
+
+@dataclass(frozen=True, slots=True)
 class ClaimMissed:
     """A launch goes ahead without its claim, since other programs that load models kept these devices for this time."""
 

@@ -20,7 +20,7 @@ class DebugState:
     named_models: frozenset[ModelId]  # models whose names and engines are registered: at least the requested ones
     requests: frozenset[RequestId]  # submitted, and not refused, lost or released
     locked: frozenset[DeviceId]  # devices that other programs on this machine may not load on now
-    listening: bool  # the decision log is kept, since a stream of `events()` is open
+    listening: bool  # a stream of `events()` is open
     to_record: int  # steps that are not written to the recording yet
     read_ahead_bytes: int  # bytes of models' files that were read ahead, in all
     ended: bool  # every runner was unloaded after a close

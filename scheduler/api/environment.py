@@ -34,7 +34,8 @@ def llama_engine(settings: Settings, sees_gpus: Callable[[], bool] = lambda: Fal
         cache_type_k=settings.cache_type,
         cache_type_v=settings.cache_type,
     )
-    return LlamaEngine(defaults, larger_contexts=settings.auto_context_from_vram, sees_gpus=sees_gpus)
+    larger_contexts, log_file = settings.auto_context_from_vram, settings.engine_log
+    return LlamaEngine(defaults, larger_contexts=larger_contexts, sees_gpus=sees_gpus, log_file=log_file)
 
 
 def device_reader(settings: Settings, *, gpus: bool = True) -> DeviceReader:

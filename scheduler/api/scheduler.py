@@ -47,6 +47,7 @@ from scheduler.models.catalog import Catalog
 from scheduler.models.measurements import identity_of
 from scheduler.models.model_spec import check_text
 from scheduler.recording.recorder import Recorder
+from scheduler.runtime.event_log import EventLog
 from scheduler.runtime.event_stream import EventStream, Hub
 from scheduler.runtime.executor import Executor
 from scheduler.runtime.health_monitor import HealthMonitor
@@ -120,7 +121,8 @@ class Scheduler:
         self.catalog = Catalog(environment.resolvers(self.settings))
         self._registry = ModelRegistry(*self._engines)
         self._parser = RequestParser(self.catalog, self._registry.require, lambda model: broker.post(Pin(model)))
-        self._hub = Hub(self.settings.event_buffer, self._registry.name)
+        event_log = self._event_log = EventLog(self.settings.event_buffer, self._registry.name, environment.thread_pool)
+        self._hub = Hub(self.settings.event_buffer, self._registry.name, event_log)
         core = Core(limits_of(self.settings), self.settings.eviction)
         self._recorder: Recorder | None = None
         if (file := self.settings.recording_file) is not None:
@@ -137,7 +139,12 @@ class Scheduler:
         broker = self._broker = RequestBroker(
             self._registry, self._parser, self._driver, self._executor, core.knows, self.settings.probe_timeout
         )
-        self._prober = HealthMonitor(self._executor, self.settings.probe_interval, self._broker.look_round)
+
+        def tend() -> None:
+            event_log.ensure_threads()
+            broker.look_round()
+
+        self._prober = HealthMonitor(self._executor, self.settings.probe_interval, tend)
 
     # -- asking for models --------------------------------------------------------------------------------------------
 
@@ -348,10 +355,10 @@ class Scheduler:
         Raises `SchedulerForked` in a fork.
         """
 
-        def look(core: Core) -> tuple[Snapshot, int, int, tuple[ModelId, ...], bool]:
-            return core.snapshot(), core.steps, core.late, core.checkpoint().models(), core.decision_log is not None
+        def look(core: Core) -> tuple[Snapshot, int, int, tuple[ModelId, ...]]:
+            return core.snapshot(), core.steps, core.late, core.checkpoint().models()
 
-        snapshot, step, late, models, listening = self._broker.query(look)
+        snapshot, step, late, models = self._broker.query(look)
         return DebugState(
             snapshot=snapshot,
             step=step,
@@ -360,7 +367,7 @@ class Scheduler:
             named_models=self._registry.known(),
             requests=frozenset(self._broker.requests),
             locked=self._executor.locked,
-            listening=listening,
+            listening=self._hub.listening,
             to_record=self._recorder.waiting if self._recorder is not None else 0,
             read_ahead_bytes=self._executor.read_ahead_bytes,
             ended=self._broker.finished.is_set(),
@@ -498,6 +505,8 @@ class Scheduler:
             self._dismiss()  # again, as Ctrl-C may have come between two steps
         if raised is not None:
             raise raised
+        if self in _open_schedulers:
+            log.info("the scheduler is closed")
         _open_schedulers.discard(self)
 
     def _last_steps(self, hung: list[str]) -> Iterator[Callable[[float], object]]:
@@ -510,6 +519,7 @@ class Scheduler:
             yield engine.close
         yield lambda timeout_s: hung.extend(self._executor.close(timeout_s))
         yield self._driver.stop
+        yield lambda timeout_s: hung.extend(self._event_log.close(timeout_s))
         if (recorder := self._recorder) is not None:
             yield lambda timeout_s: None if recorder.close(timeout_s) else hung.append("the recorder")
         yield lambda _: self._tell(hung)

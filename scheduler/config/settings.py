@@ -82,6 +82,7 @@ class SettingsArguments(ChangeableArguments, total=False):
     measurement_file: str | os.PathLike[str] | None
     recording_file: str | os.PathLike[str] | None
     recording_limit: str | int
+    engine_log: str | os.PathLike[str] | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, init=False)
@@ -128,6 +129,7 @@ class Settings:
     measurement_file: Path | None
     recording_file: Path | None
     recording_limit: int
+    engine_log: Path | None
 
     def __init__(self, **arguments: Unpack[SettingsArguments]) -> None:
         given: dict[str, object] = {**arguments}
@@ -362,6 +364,10 @@ SETTINGS = (
     Setting(
         "recording_limit", "64MiB", _recording_limit, "size of that file and of the one before it, FILE.1, together",
         former="record_limit",
+    ),
+    Setting(
+        "engine_log", None, optional(file),
+        "file for what llama.cpp writes to its log, which only its owner may read: it may hold prompts",
     ),
 )  # fmt: skip
 

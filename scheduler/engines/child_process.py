@@ -37,8 +37,8 @@ class Listener(Protocol):
     def printed(self, line: str) -> None:
         """Called when the child has written a line to standard output."""
 
-    def logged(self) -> None:
-        """Called when the child has written to standard error."""
+    def logged(self, chunk: bytes) -> None:
+        """Called when the child has written to standard error, with what it wrote."""
 
     def on_tick(self) -> bool:
         """Called about once a second; returns whether to go on with these calls."""

@@ -27,6 +27,7 @@ from scheduler.concurrency.latch import Latch
 from scheduler.config.quantities import wait_limit
 from scheduler.devices.cpu_cores import usable_cores
 from scheduler.engines.child_process import Child, Exit, Program
+from scheduler.engines.engine_log import EngineLog
 from scheduler.engines.interface import Buffer, Endpoint, Memory
 from scheduler.engines.llama_dry_run import DryRuns
 from scheduler.engines.llama_gpus import QUESTION, GpuBackends
@@ -49,6 +50,7 @@ from scheduler.models.measurements import installed_version
 from scheduler.models.model_info import ModelInfo
 
 if TYPE_CHECKING:
+    from scheduler.engines.engine_log import RunnerLog
     from scheduler.engines.interface import RunnerListener
     from scheduler.engines.llama_child import Request
     from scheduler.engines.llama_dry_run_child import DryRun
@@ -124,11 +126,13 @@ class LlamaProcess:
         results_bytes: int = 0,
         misplaced: Callable[[bool], None] = lambda found: None,
         ranks: bool = False,
+        log: RunnerLog | None = None,
     ) -> None:
         self.child: Child | None = None  # set before its first call as a listener
         self.buffers: tuple[Buffer, ...] = ()  # as reported by the child once it serves
         self._report = report
         self._key = key
+        self._log = log  # None: what the child writes is not kept
         self._gpus = gpus  # the GPUs that the child sees, in its order
         self._kept_bytes = kept_bytes  # most of the host's memory for kept prompts and for computing
         self._misplaced = (
@@ -258,8 +262,10 @@ class LlamaProcess:
         unread_bytes = max(0, sum(filled) - memory.resident[HOST])
         return {HOST: self._most_bytes - memory.private_bytes + self._results_bytes + unread_bytes}
 
-    def logged(self) -> None:
-        """Report progress: the child wrote to its log, so its load is alive."""
+    def logged(self, chunk: bytes) -> None:
+        """Report progress: the child wrote to its log, so its load is alive; pass what it wrote to the engine log."""
+        if self._log is not None:
+            self._log.write(self.pid, chunk)
         if not self._url:
             self._report.progressed()
 
@@ -282,6 +288,8 @@ class LlamaProcess:
     def ended(self, exit: Exit) -> None:
         """Report how the child ended."""
         self._gone = True
+        if self._log is not None:
+            self._log.end(self.pid)
         loading = not self._url
         output = f"{exit.tail}\n{self._failure}".replace(self._key, "(key)")
         if not loading:
@@ -315,9 +323,11 @@ class LlamaEngine:
         *,
         larger_contexts: bool = False,
         sees_gpus: Callable[[], bool] = lambda: False,
+        log_file: Path | None = None,
     ) -> None:
         self._defaults = defaults  # of options that requests leave open
         self._larger_contexts = larger_contexts  # whether an automatic context follows from the GPUs' memory
+        self._log = EngineLog(log_file) if log_file is not None else None
         self._processes = ChildLauncher()
         self._version = installed_version(ENGINE)  # empty where it is not installed
         self._dry_runs = DryRuns(self._processes, _dry_run_program)
@@ -326,12 +336,13 @@ class LlamaEngine:
 
     @property
     def problems(self) -> tuple[str, ...]:
-        """That llama.cpp cannot use the GPUs, and the models whose memory it did not tell, in sentences."""
+        """That llama.cpp cannot use the GPUs, the models whose memory it did not tell, and why its log is not kept."""
+        kept = (self._log.problem,) if self._log is not None and self._log.problem else ()
         misplaced = (
             f"llama.cpp has put no layer of {printable(name)} on the GPUs that were chosen for it: all are on the host"
             for name in tuple(self._misplaced)
         )
-        return (*self._backends.problems, *misplaced, *self._dry_runs.problems)
+        return (*self._backends.problems, *misplaced, *self._dry_runs.problems, *kept)
 
     def require(self) -> None:
         """Raise `EngineMissing` if the library is not installed."""
@@ -393,6 +404,7 @@ class LlamaEngine:
             results_bytes=resolved.results_bytes,
             misplaced=lambda found: self._note_misplaced(model.name, found),
             ranks=model.embedding and resolved.pooling == RANKS,
+            log=self._log.of_runner(model.name, key) if self._log is not None else None,
         )
         process.child = Child(_program(CHILD, request, gpus), process)
         self._processes.start(process.child)
@@ -408,6 +420,8 @@ class LlamaEngine:
         """Kill every child that is left, reap it, and end the threads; in a fork this does nothing."""
         if not self._processes.close(timeout_s):
             log.warning("a child process could not be ended within %g s", timeout_s)
+        if self._log is not None and not self._log.close(timeout_s):
+            log.warning("the engine log could not be written within %g s", timeout_s)
 
     def _request(
         self, model: ModelSpec, explicit: Options, settings: LlamaSettings, placement: Placement, key: str

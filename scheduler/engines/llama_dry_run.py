@@ -168,7 +168,7 @@ class _Answers:
         except (ValueError, TypeError, LookupError):
             return
 
-    def logged(self) -> None:
+    def logged(self, chunk: bytes) -> None:
         """Nothing follows from what the child writes to its log."""
 
     def on_tick(self) -> bool:

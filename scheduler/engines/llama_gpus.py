@@ -106,7 +106,7 @@ class _Answer:
         self.told = tuple(sorted({name[1] for name in found if name is not None}))
         self.over.set()
 
-    def logged(self) -> None:
+    def logged(self, chunk: bytes) -> None:
         """Nothing follows from what the child writes to its log."""
 
     def on_tick(self) -> bool:

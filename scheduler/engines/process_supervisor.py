@@ -239,7 +239,7 @@ class ChildSupervisor:
         elif stream is run.process.stderr:
             run.tail += chunk
             del run.tail[:-TAIL_BYTES]
-            _attempt(run.child.listener.logged)
+            _attempt(functools.partial(run.child.listener.logged, chunk))
         else:
             for line in run.take_lines(chunk):
                 _attempt(functools.partial(run.child.listener.printed, line))

@@ -25,6 +25,7 @@ from scheduler.engines.answer_requests import (
     rerank_requests,
     token_request,
 )
+from scheduler.engines.quiet_client import quiet, quiet_anext, quiet_next
 from scheduler.errors.exceptions import OUT_OF_FILES, AnswerTimeout, EngineError, is_out_of_files
 
 Value = TypeVar("Value")
@@ -223,28 +224,46 @@ class RunnerClient:
         events = _Events(call.partial)
         with self._translated(call.limits, call), _expiring(call):
             request = self._built(self._fresh, call.request, call.limits, call.connection.trace)
-            with closing(self._fresh.send(request, stream=True)) as response:
+            with quiet():  # not around a yield: what the caller logs meanwhile is its own
+                response = self._fresh.send(request, stream=True)
+            chunks = response.iter_bytes()
+            try:
                 if response.is_error or not _has_events(response):
-                    yield from events.whole(response.status_code, response.read())
+                    with quiet():
+                        body = response.read()
+                    yield from events.whole(response.status_code, body)
                     return
-                for chunk in response.iter_bytes():
+                while (chunk := quiet_next(chunks)) is not None:
                     yield from events.feed(chunk)
                 events.finish(self._url)
+            finally:
+                with quiet():
+                    del chunks
+                    response.close()
 
     async def apieces(self, call: Call) -> AsyncGenerator[str, None]:
         """As `pieces`, in an event loop."""
         events, client = _Events(call.partial), self._of_running_loop()
         with self._translated(call.limits, call), _expiring_in_loop(call):
             request = self._built(client, call.request, call.limits, call.connection.atrace)
-            async with aclosing(await client.send(request, stream=True)) as response:
+            with quiet():
+                response = await client.send(request, stream=True)
+            chunks = response.aiter_bytes()
+            try:
                 if response.is_error or not _has_events(response):
-                    for piece in events.whole(response.status_code, await response.aread()):
+                    with quiet():
+                        body = await response.aread()
+                    for piece in events.whole(response.status_code, body):
                         yield piece
                     return
-                async for chunk in response.aiter_bytes():
+                while (chunk := await quiet_anext(chunks)) is not None:
                     for piece in events.feed(chunk):
                         yield piece
                 events.finish(self._url)
+            finally:
+                with quiet():
+                    del chunks
+                    await response.aclose()
 
     # -- what is answered at once -------------------------------------------------------------------------------------
 
@@ -355,8 +374,9 @@ class RunnerClient:
     def close(self) -> None:
         """Close every connection; later calls, and calls under way in other threads, raise `ConnectionError`."""
         self._closed = True
-        self._pooled.close()
-        self._fresh.close()
+        with quiet():
+            self._pooled.close()
+            self._fresh.close()
         self._drop_ended_loops()
 
     async def aclose(self) -> None:
@@ -364,11 +384,12 @@ class RunnerClient:
         self._closed = True
         client = self._of_loops.pop(asyncio.get_running_loop(), None)
         if client is not None:
-            await client.aclose()
+            with quiet():
+                await client.aclose()
         self.close()
 
     def _post(self, request: Request, parse: Callable[[Any], Value], limits: Limits) -> Value:
-        with self._translated(limits):
+        with self._translated(limits), quiet():
             try:
                 response = self._pooled.send(self._built(self._pooled, request, limits))
             except _STALE:
@@ -378,7 +399,7 @@ class RunnerClient:
             return _of_response(response, parse)
 
     async def _apost(self, request: Request, parse: Callable[[Any], Value], limits: Limits) -> Value:
-        with self._translated(limits):
+        with self._translated(limits), quiet():
             client = self._of_running_loop()
             return _of_response(await client.send(self._built(client, request, limits)), parse)
 

@@ -4,11 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    pass
-
 
 _BYTE_UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB", "PiB")
 _SECONDS_PER_UNIT = (("h", 3600), ("m", 60), ("s", 1))
@@ -55,3 +50,13 @@ def without_addresses(words: str) -> str:
 def printable(text: str) -> str:
     """Return a text that a terminal can only show: other characters than printable ones are replaced."""
     return "".join(one if one.isprintable() else "\N{REPLACEMENT CHARACTER}" for one in text)
+
+
+def lines_of(text: str) -> list[str]:
+    """Return the lines of a text, safe to show."""
+    return [printable(line.strip()) for line in text.splitlines() if line.strip()]
+
+
+def one_line(text: str) -> str:
+    """Return a text, which may have several lines, as one line that is safe to show."""
+    return "; ".join(lines_of(text))

@@ -69,3 +69,8 @@ def decision_words(entry: Decision, name: wording.Name) -> str:
     if isinstance(entry.why, Refusal):
         return str(error_of(entry.why, name))
     return wording.decision_reason(entry.why, name)
+
+
+def decision_line(entry: Decision, name: wording.Name) -> str:
+    """Return a decision, with its reason, as a sentence of one line that is safe to show."""
+    return wording.decision_line(entry, name, decision_words(entry, name))

@@ -13,9 +13,11 @@ from typing import assert_never
 from fsm.domain.devices import Placement
 from fsm.domain.options import MOST_SLOTS, MOST_THREADS
 from fsm.machine.request import ModelId
-from fsm.messages.decision_log import ConsideredDevice, ConsideredRunner
+from fsm.machine.runner import LOADING
+from fsm.messages.decision_log import ConsideredDevice, ConsideredRunner, Decision, Transition
 from fsm.messages.reasons import (
     AskedBy,
+    BackedOff,
     ClaimMissed,
     DeviceShrunk,
     FailureReason,
@@ -42,7 +44,7 @@ from fsm.messages.reasons import (
     WaitReason,
 )
 from fsm.sizing.model_profile import UnsupportedReason
-from scheduler.errors.formatting import format_bytes, format_duration
+from scheduler.errors.formatting import format_bytes, format_duration, one_line
 
 Name = Callable[[ModelId], str]
 
@@ -126,6 +128,22 @@ KEPT: Mapping[KeptReason, str] = MappingProxyType(
         KeptReason.not_enough: "evicting all runners that may be evicted would not be enough",
         KeptReason.others_cost_less: "evicting other runners is expected to cost less",
         KeptReason.others_come_first: "other runners come first in the policy's order, and suffice",
+    }
+)
+
+
+DECISIONS: Mapping[str, str] = MappingProxyType(
+    {
+        "queued": "{subject} is queued: {reason}",
+        "waits": "{subject} waits {reason}",
+        "evicts": "{subject} evicts {reason}",
+        "placed": "{subject} is placed: {reason}",
+        "launched": "{subject} is started {reason}",
+        "prefetched": "{subject} reads ahead {reason}",
+        "granted": "{subject} is granted: {reason}",
+        "rejected": "{subject} is refused: {reason}",
+        "measured": "{subject} was measured: {reason}",
+        "backs off": "{subject} backs off: {reason}",
     }
 )
 
@@ -246,7 +264,7 @@ def victims(runners: Iterable[ConsideredRunner], name: Name) -> str:
 
 
 def decision_reason(
-    reason: WaitReason | Queued | Waited | Placement | ClaimMissed | Prefetched | Measured, name: Name
+    reason: WaitReason | Queued | Waited | Placement | ClaimMissed | Prefetched | Measured | BackedOff, name: Name
 ) -> str:
     """Return why a decision is as it is, for decisions that are not refusals."""
     match reason:
@@ -270,8 +288,31 @@ def decision_reason(
                 for on, predicted, most, held in amounts
             ]
             return "; ".join((["a request filled a context"] if filled else []) + figures)
+        case BackedOff(failures, back_off_s, these_options):
+            times = "it failed" if failures == 1 else f"it failed {failures} times in a row"
+            options = " with these options" if these_options else ""
+            return f"{times}{options}, and is not loaded{options and ' so'} for {format_duration(back_off_s)}"
         case _:
             assert_never(reason)
+
+
+def transition_line(entry: Transition, name: Name) -> str:
+    """Return a transition, with its reason, as a sentence of one line that is safe to show."""
+    what = f"is {entry.destination.value}"
+    if entry.trigger == "crash":
+        what = "has failed to load" if entry.source is LOADING else "has crashed"
+    reason = transition_reason(entry.why, name, entry.model)
+    return one_line(f"runner {entry.runner} of {name(entry.model)} {what}: {reason}")
+
+
+def decision_line(entry: Decision, name: Name, reason: str) -> str:
+    """Return a decision, with its reason in words, as a sentence of one line that is safe to show."""
+    subject = name(entry.model)
+    if entry.request is not None:
+        subject = f"request {entry.request} for {subject}"
+    elif entry.runner is not None:
+        subject = f"runner {entry.runner} of {subject}"
+    return one_line(DECISIONS[entry.what].format(subject=subject, reason=reason))
 
 
 def claim_missed(reason: ClaimMissed) -> str:

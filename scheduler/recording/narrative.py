@@ -54,7 +54,7 @@ from fsm.messages.events import (
 )
 from fsm.messages.reasons import KeptReason
 from fsm.messages.refusals import Cancelled, InvalidModelRefusal, ModelNotFoundRefusal
-from scheduler.errors.formatting import format_bytes, format_duration, printable
+from scheduler.errors.formatting import format_bytes, format_duration, lines_of, printable
 from scheduler.errors.from_refusals import decision_words, error_of
 from scheduler.errors.wording import (
     device_reason,
@@ -375,11 +375,6 @@ class Narrative:
 
     def _runner(self, id: RunnerId) -> str:
         return f"runner {id}" + (f" of {self.name(self._models[id])}" if id in self._models else "")
-
-
-def lines_of(text: str) -> list[str]:
-    """Return the lines of a text, safe to show."""
-    return [printable(line.strip()) for line in text.splitlines() if line.strip()]
 
 
 def _number(request: RequestId) -> str:

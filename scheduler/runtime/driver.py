@@ -79,7 +79,7 @@ class Driver:
         self._core = core
         self._clock = clock
         self._perform = perform  # under the lock: queues a command, does not block
-        # under the lock: offers the entries of the decision log to the listeners; returns whether there are any
+        # under the lock: offers the entries of the decision log, or none; returns whether anything listens
         self._publish = publish
         # called when a step raised, to fail every pending request, and again for each event after that
         self._fail = fail
@@ -141,20 +141,24 @@ class Driver:
 
     def _drain(self, *, wait: bool = False) -> None:
         while self._inbox and self._lock.acquire(blocking=wait):
+            failed: BaseException | None = None
             try:
                 self._step_all()
             except BaseException as error:
-                log.error("step %d failed; the scheduler has stopped", self._core.steps, exc_info=error)
-                self.broken = error
+                failed = self.broken = error
                 self._deadline = math.inf  # no deadline is due any more
                 self._fail(error)
             finally:
                 self._lock.release()
+            if failed is not None:  # not under the lock: a handler may block
+                log.error("step %d failed; the scheduler has stopped", self._core.steps, exc_info=failed)
             if self._deadline < self._asleep_until:
                 self._wake.put(True)
 
     def _step_all(self) -> None:
         core, inbox = self._core, self._inbox
+        if core.decision_log is None and self._publish(()):  # logging was set up, for example
+            core.decision_log = []
         while inbox:
             event = inbox.popleft()
             if isinstance(event, _Query):

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, fields
 from queue import Empty, SimpleQueue
-from typing import Any, assert_never
+from typing import Any, Protocol, assert_never
 from weakref import ReferenceType, ref
 
 from fsm.messages import decision_log
@@ -174,12 +174,24 @@ class EventStream(Iterator[Transition | Decision | Gap]):
         return entry
 
 
-class Hub:
-    """Hands the entries of the decision log to every open event stream."""
+class Log(Protocol):
+    """What writes the entries of the decision log to Python's logging."""
 
-    def __init__(self, limit: int, name: Name) -> None:
+    @property
+    def heard(self) -> bool:
+        """Whether any entry would reach a handler."""
+
+    def offer(self, entries: Sequence[Entry]) -> None:
+        """Have the entries written, and return at once."""
+
+
+class Hub:
+    """Hands the entries of the decision log to every open event stream, and to the event log."""
+
+    def __init__(self, limit: int, name: Name, log: Log) -> None:
         self._limit = limit
         self._name = name
+        self._log = log
         # replaced, never changed; a stream that its listener has dropped is gone
         self._streams: tuple[ReferenceType[EventStream], ...] = ()
         self._closed = False
@@ -193,12 +205,21 @@ class Hub:
         return stream
 
     def publish(self, entries: Sequence[Entry]) -> bool:
-        """Offer `entries` to every stream and return whether there is one; never blocks, and runs no user's code."""
+        """Offer `entries`, which may be none, to every stream and to the log; return whether anything listens.
+
+        Never blocks, and runs no user's code.
+        """
         streams = [(reference, stream) for reference in self._streams if (stream := reference()) and not stream.ended]
         self._streams = tuple(reference for reference, _ in streams)
         for _, stream in streams:
             stream.offer(entries)
-        return bool(streams)
+        self._log.offer(entries)
+        return bool(streams) or self._log.heard
+
+    @property
+    def listening(self) -> bool:
+        """Whether an event stream is open."""
+        return any((stream := reference()) is not None and not stream.ended for reference in self._streams)
 
     def close(self) -> None:
         """End every stream."""

@@ -167,7 +167,13 @@ class _FakeEnvironment(Environment):
 
     def thread_pool(self, name: str, limit: int) -> ThreadPool:
         match name:
-            case "loadmaster-worker" | "loadmaster-launcher" | "loadmaster-inspector" | "loadmaster-stopper":
+            case (
+                "loadmaster-worker"
+                | "loadmaster-launcher"
+                | "loadmaster-inspector"
+                | "loadmaster-stopper"
+                | "loadmaster-log"
+            ):
                 return VirtualPool(self._time)
             case "loadmaster-sampler":
                 return InlinePool()

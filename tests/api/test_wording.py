@@ -13,6 +13,7 @@ from fsm.machine.runner import LOADING, READY, RunnerId, RunnerState
 from fsm.messages import refusals
 from fsm.messages.decision_log import ConsideredDevice, ConsideredRunner, Decision, Transition
 from fsm.messages.reasons import (
+    BackedOff,
     ClaimMissed,
     ExpireReason,
     FailureReason,
@@ -69,7 +70,7 @@ WORDS: dict[str, dict[object, str]] = {
     "unsupported": said(UnsupportedReason, wording.UNSUPPORTED.__getitem__),
     "kept": said(KeptReason, lambda why: wording.kept_reason(a_runner(why, goes_in_s=90.0))),
     "decisions": said(
-        WaitReason | Queued | Waited | Prefetched | Measured | ClaimMissed,
+        WaitReason | Queued | Waited | Prefetched | Measured | ClaimMissed | BackedOff,
         lambda reason: wording.decision_reason(reason, name),
     ),
     "problems": said(ClaimMissed, wording.problem),

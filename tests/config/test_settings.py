@@ -348,7 +348,7 @@ def test_folders_are_one_path_or_several() -> None:
     assert Settings().models == Settings(models="").models == ()
 
 
-@pytest.mark.parametrize("name", ["models", "lock_folder", "measurement_file", "recording_file"])
+@pytest.mark.parametrize("name", ["models", "lock_folder", "measurement_file", "recording_file", "engine_log"])
 def test_a_path_stays_where_it_was_when_the_working_folder_changes(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -358,7 +358,7 @@ def test_a_path_stays_where_it_was_when_the_working_folder_changes(
     assert value == ((tmp_path / "here",) if name == "models" else tmp_path / "here")
 
 
-@pytest.mark.parametrize("name", ["models", "lock_folder", "measurement_file", "recording_file"])
+@pytest.mark.parametrize("name", ["models", "lock_folder", "measurement_file", "recording_file", "engine_log"])
 def test_a_relative_path_in_a_working_folder_that_is_gone_is_refused_by_name(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -385,6 +385,7 @@ def test_as_many_slots_as_a_runner_can_have_are_allowed() -> None:
 OPTIONAL = (
     "memory_limit", "min_residency", "cpu_threads", "num_ctx", "num_batch", "num_parallel", "flash_attention",
     "cache_type", "models", "lock_folder", "measurement_file", "recording_file",
+    "engine_log",
 )  # fmt: skip
 
 
@@ -397,7 +398,12 @@ def test_none_is_understood_in_any_case(name: str, text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", [name for name in OPTIONAL if name not in ("models", "recording_file", "lock_folder", "measurement_file")]
+    "name",
+    [
+        name
+        for name in OPTIONAL
+        if name not in ("models", "recording_file", "lock_folder", "measurement_file", "engine_log")
+    ],
 )
 def test_who_is_told_what_is_allowed_is_told_of_none_too(name: str) -> None:
     """The refusal of a wrong value names None as allowed where it is."""

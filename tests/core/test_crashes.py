@@ -6,7 +6,8 @@ import pytest
 
 from fsm.machine.runner import RunnerState
 from fsm.messages.commands import RevokeLease
-from fsm.messages.reasons import NoAnswer, ProcessExited
+from fsm.messages.decision_log import Decision
+from fsm.messages.reasons import BackedOff, NoAnswer, ProcessExited
 from fsm.messages.refusals import LoadFailedRefusal
 from tests.support.pool import a_pool, acquire, exited, launched, refused, release, stopped, unresponsive
 
@@ -35,6 +36,16 @@ def test_the_second_crash_in_a_row_is_backed_off() -> None:
     pool.ready("a", lease=2).feed(exited(2, code=-9, reason="killed"))
     assert refused(pool.feed(acquire("a", request=3))) == {3: LoadFailedRefusal}
     assert pool.refusal(3).reason == KILLED
+
+
+def test_u46_a_back_off_is_a_decision_of_its_own() -> None:
+    """The decision log has a back-off also where no request is refused with it, and none for the first crash."""
+    pool = a_pool(back_off_s=10.0).ready("a", lease=1)
+    pool.core.decision_log = []
+    pool.feed(exited(1, code=-9))
+    pool.ready("a", lease=2).feed(exited(2, code=-9))
+    entries = [entry for entry in pool.core.decision_log if isinstance(entry, Decision)]
+    assert [(each.model, each.why) for each in entries if each.what == "backs off"] == [("a", BackedOff(2, 20.0))]
 
 
 def test_the_second_crash_in_a_row_is_the_answer_of_those_who_wait() -> None:

@@ -48,7 +48,7 @@ class Heard:
         self.threads.add(threading.current_thread().name)
         self.lines.append(line)
 
-    def logged(self) -> None:
+    def logged(self, chunk: bytes) -> None:
         self.logs += 1
 
     def on_tick(self) -> bool:

@@ -30,12 +30,13 @@ LONG: dict[str, Any] = {"temperature": 0, "max_tokens": 900, "ignore_eos": True}
 
 @contextmanager
 def quiet_end(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
-    """Fail if anything is left over afterwards, or if a warning was logged meanwhile."""
+    """Fail if anything is left over afterwards, or if a warning was logged meanwhile that is about no decision."""
     with no_leaks():
         yield
-    warnings = [each.getMessage() for each in caplog.get_records("call") if each.levelno >= logging.WARNING]
+    warnings = [each for each in caplog.get_records("call") if each.levelno >= logging.WARNING]
+    told = [each.getMessage() for each in warnings if not hasattr(each, "event")]
     # a close may have to wait for an answer on a busy machine, and says so
-    assert not [text for text in warnings if not text.startswith("the close waits up to")]
+    assert not [text for text in told if not text.startswith("the close waits up to")]
 
 
 def settings(**arguments: Any) -> Settings:

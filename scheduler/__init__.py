@@ -36,6 +36,7 @@ from scheduler.errors.exceptions import (
     UnsupportedOption,
     WouldDeadlock,
 )
+from scheduler.errors.safe_log import prepare
 from scheduler.models.catalog import Catalog, Resolver
 from scheduler.models.model_spec import ModelSpec
 from scheduler.runtime.event_stream import ConsideredDevice, ConsideredRunner, Decision, EventStream, Gap, Transition
@@ -99,6 +100,6 @@ def _version() -> str:
         return "0+unknown"
 
 
-logging.getLogger("loadmaster").addHandler(logging.NullHandler())  # the program says where lines go
+prepare(logging.getLogger("loadmaster"))  # the program says where lines go
 
 __version__ = _version()

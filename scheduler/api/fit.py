@@ -15,7 +15,7 @@ from fsm.messages.refusals import DoesNotFitRefusal
 from fsm.preview import Preview, Share, preview
 from fsm.sizing.load_history import NOTHING, LoadHistory
 from scheduler.api.fit_advice import Inspection, advise
-from scheduler.errors.formatting import format_bytes, format_duration
+from scheduler.errors.formatting import format_bytes, format_duration, shown
 from scheduler.errors.from_refusals import error_of
 from scheduler.errors.wording import Name, infeasible_reason, remedy, wait_reason
 
@@ -89,6 +89,9 @@ class Fit:
         return sum(device.gpu_layers for device in self.devices)
 
     def __str__(self) -> str:
+        return shown(self._words())
+
+    def _words(self) -> str:
         match self.verdict:
             case "warm":
                 held = ", ".join(f"{format_bytes(each.takes_bytes)} on {each.name}" for each in self._giving())

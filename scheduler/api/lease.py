@@ -19,6 +19,7 @@ from scheduler.engines.interface import Endpoint
 from scheduler.engines.python import Value
 from scheduler.engines.runner_client import Call, RunnerClient
 from scheduler.errors.exceptions import InvalidSettings, LeaseReleased, RunnerCrashed, UnsupportedOption
+from scheduler.errors.formatting import printable
 from scheduler.runtime.pending_request import NonCopyable, PendingRequest
 
 if TYPE_CHECKING:
@@ -174,7 +175,9 @@ class Lease(NonCopyable, Generic[Value]):
             return
         self._broker.holders.drop(self._holder, self._pending.id)
         if self._broker.release(self._pending) and not self._released:
-            warnings.warn(f"a lease on {self.model} was never released", ResourceWarning, stacklevel=2, source=self)
+            warnings.warn(
+                f"a lease on {printable(self.model)} was never released", ResourceWarning, stacklevel=2, source=self
+            )
 
     def _hold(self, *, entered: bool = False) -> None:
         """Note that the thread or task that runs here holds the lease from now on."""
@@ -188,7 +191,7 @@ class Lease(NonCopyable, Generic[Value]):
 
     def __repr__(self) -> str:
         state = "lost" if self.lost else "released" if self._released else "held"
-        return f"<Lease {self._pending.id} on {self.model}: {state}>"
+        return f"<Lease {self._pending.id} on {printable(self.model)}: {state}>"
 
     # -- its use ------------------------------------------------------------------------------------------------------
 

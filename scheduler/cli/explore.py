@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from multiprocessing import get_context
 from multiprocessing.sharedctypes import SynchronizedArray
 
-from rich.console import Console
 from rich.table import Table
 
 from fsm.verification.environment import Scenario
 from fsm.verification.model_checker import Exploration, explore, in_words
 from fsm.verification.scenarios import SCENARIOS
+from scheduler.cli.output import SafeConsole
 from scheduler.errors.exceptions import InvalidSettings
 
 VIOLATED = 1  # the exit status
@@ -93,7 +93,7 @@ def _watch(searches: Sequence[Future[Search]], progress: Progress[int], begun: f
 
 
 def _print(searches: Sequence[Search], seconds: float, processes: int) -> None:
-    console = Console(highlight=False)
+    console = SafeConsole(highlight=False)
     table = Table(box=None, pad_edge=False, show_footer=True)
     states, edges = sum(one.found.states for one in searches), sum(one.found.edges for one in searches)
     table.add_column("scenario", "all")

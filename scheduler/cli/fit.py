@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import cast
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -20,6 +18,7 @@ from fsm.sizing.load_history import NOTHING
 from scheduler.api.environment import device_reader, llama_engine
 from scheduler.api.fit import Fit, FitDevice, fit_of
 from scheduler.api.scheduler import limits_of
+from scheduler.cli.output import SafeConsole, print_json
 from scheduler.concurrency.clock import monotonic_clock
 from scheduler.config.quantities import parse_bytes
 from scheduler.config.settings import Settings
@@ -61,7 +60,7 @@ def run_fit(chosen: argparse.Namespace) -> int:
             engine.close(_CLOSE_TIMEOUT_S)
     problems = (*problems, *registry.problems)
     if chosen.json:
-        print(json.dumps(fit.to_json() | {"problems": problems}, indent=2, ensure_ascii=False))
+        print_json(fit.to_json() | {"problems": problems})
     else:
         _print(fit, problems)
     return 0 if fit.fits else DOES_NOT_FIT
@@ -114,7 +113,7 @@ def _size(name: str, text: str) -> int:
 
 
 def _print(fit: Fit, problems: Sequence[str]) -> None:
-    console = Console(highlight=False)
+    console = SafeConsole(highlight=False)
     sentence = str(fit)
     console.print(Text(f"{sentence}.", style="bold green" if fit.fits else "bold red"), soft_wrap=True)
     if fit.devices:

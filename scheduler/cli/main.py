@@ -13,6 +13,7 @@ from typing import Never
 from scheduler import __version__
 from scheduler.config.settings import Settings, parse_bytes, parse_duration
 from scheduler.errors.exceptions import InvalidSettings, SchedulerError
+from scheduler.errors.formatting import printable
 from scheduler.errors.former_names import warn_of_former_name
 
 PROGRAM = "loadmaster"
@@ -61,7 +62,7 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> Never:
         """Exit with the status of wrong use."""
-        self.exit(WRONG_USE, f"{self.prog}: {message}; see {self.prog} --help\n")
+        self.exit(WRONG_USE, f"{self.prog}: {printable(message)}; see {self.prog} --help\n")
 
 
 def _parser() -> argparse.ArgumentParser:

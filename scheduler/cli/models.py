@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,12 +21,13 @@ from fsm.preview import preview
 from fsm.sizing.model_profile import ModelProfile
 from scheduler.api.environment import device_reader, llama_engine
 from scheduler.api.scheduler import limits_of
+from scheduler.cli.output import SafeConsole, print_json
 from scheduler.concurrency.clock import monotonic_clock
 from scheduler.config.settings import Settings
 from scheduler.engines.llama import LlamaEngine
 from scheduler.engines.llama_options import ENCODERS
 from scheduler.errors.exceptions import InvalidModel
-from scheduler.errors.formatting import format_bytes
+from scheduler.errors.formatting import format_bytes, shown
 from scheduler.models.catalog import Catalog, found_by, in_words, location_of
 from scheduler.models.gguf_metadata import read_metadata
 from scheduler.models.model_spec import ModelSpec
@@ -59,14 +59,14 @@ def run_models(settings: Settings, *, as_json: bool) -> int:
     """Print the list and return the exit status, which is 0 for an empty list too."""
     catalog = Catalog(default_resolvers(settings.models))
     core, engine = _core_of(settings), llama_engine(settings)
-    with progress_on(Console(stderr=True)) as progress:
+    with progress_on(SafeConsole(stderr=True)) as progress:
         rows = list(read_rows(catalog, core, engine, progress))
     if as_json:
-        print(json.dumps([asdict(row) for row in rows], indent=2, ensure_ascii=False))
+        print_json([asdict(row) for row in rows])
     elif rows:
         _print_tables(rows)
     else:
-        print(_nothing(catalog.places))
+        print(shown(_nothing(catalog.places)))
     return 0
 
 
@@ -128,7 +128,7 @@ def _fit(spec: ModelSpec, profile: ModelProfile, core: Core) -> tuple[str, int]:
 
 
 def _print_tables(rows: Sequence[Row]) -> None:
-    console = Console(highlight=False)
+    console = SafeConsole(highlight=False)
     for place, group in groupby(rows, key=lambda row: row.place):
         console.print(Text(place, style="bold"))
         console.print(table_of(group))

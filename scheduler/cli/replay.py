@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 from importlib import import_module
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
+from scheduler.cli.output import SafeConsole, print_json
 from scheduler.errors.formatting import printable
 from scheduler.recording.narrative import Narrative, NarrativeLine
 from scheduler.recording.replay import Difference, RecordingError, Replay, ReplayStarted
@@ -28,7 +28,7 @@ def run_replay(chosen: argparse.Namespace) -> int:
         _check_place(chosen.timeline)
     replay = Replay(chosen.recording)
     story = Narrative(replay.names)
-    out = Console(soft_wrap=True, highlight=False)
+    out = SafeConsole(soft_wrap=True, highlight=False)
     told: list[NarrativeLine] = []
     notes: list[str] = []
     difference: Difference | None = None
@@ -51,7 +51,7 @@ def run_replay(chosen: argparse.Namespace) -> int:
             notes += _draw(story, chosen.timeline)
     finally:  # also where the picture cannot be drawn
         if chosen.json:
-            print(json.dumps(_as_json(replay, story, told, notes, difference), indent=2, ensure_ascii=False))
+            print_json(_as_json(replay, story, told, notes, difference))
         else:
             _print_summary(out, replay, story, notes, difference)
     return 0 if difference is None else DIFFERS

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
-from scheduler.errors.formatting import format_bytes, format_duration
+from scheduler.errors.formatting import format_bytes, format_duration, shown
 from scheduler.errors.former_names import warn_of_former_name
 
 _LONGEST_VALUE = 200  # characters of a passed value that are shown
@@ -47,6 +47,13 @@ class SchedulerError(Exception):
 
     status: ClassVar[int] = 500
 
+    def __str__(self) -> str:
+        return shown(self._words())
+
+    def _words(self) -> str:
+        """Return the message; a name or a reason in it may hold any characters."""
+        return super().__str__()
+
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle by fields, since `args` holds only the arguments that were passed by position."""
         values = tuple(getattr(self, each.name) for each in fields(self) if each.init)
@@ -62,7 +69,7 @@ class QueueFull(SchedulerError):
     retry_after_s: float
     status: ClassVar[int] = 503
 
-    def __str__(self) -> str:
+    def _words(self) -> str:
         return (
             f"{self.limit} requests are waiting already, which is the limit: "
             f"try again in {format_duration(self.retry_after_s)}, or raise max_queue"
@@ -100,7 +107,7 @@ class ModelNotFound(SchedulerError):
         warn_of_former_name("ModelNotFound.closest", "ModelNotFound.suggestions")
         return self.suggestions
 
-    def __str__(self) -> str:
+    def _words(self) -> str:
         if not self.looked_in and not self.suggestions:
             return f"there is no model {self.path!r}: check the name, and that the file exists and can be read"
         where = f" in {'; '.join(self.looked_in)}" if self.looked_in else ""
@@ -117,7 +124,7 @@ class InvalidModel(SchedulerError):
     reason: str
     offset: int | None = None
 
-    def __str__(self) -> str:
+    def _words(self) -> str:
         where = "" if self.offset is None else f" at byte {self.offset}; download or convert the file again"
         return f"{self.path!r} cannot be loaded: {self.reason}{where}"
 
@@ -139,7 +146,7 @@ class DoesNotFit(SchedulerError):
     def __post_init__(self) -> None:
         self.free_bytes = dict(self.free_bytes)
 
-    def __str__(self) -> str:
+    def _words(self) -> str:
         devices = ", ".join(f"{format_bytes(free)} on {device}" for device, free in self.free_bytes.items())
         advice = f"; {self.advice}" if self.advice else ""
         need = f"needs {format_bytes(self.needed_bytes)} and at most {devices or 'nothing'} can be made free"
@@ -161,7 +168,7 @@ class LoadFailed(SchedulerError):
     out_of_memory: bool = False
     served: bool = False
 
-    def __str__(self) -> str:
+    def _words(self) -> str:
         cause = "it ran out of memory: " if self.out_of_memory else ""
         advice = "try again" if self.retry_after_s is None else f"try again in {format_duration(self.retry_after_s)}"
         smaller = ", or ask for a smaller context" if self.out_of_memory else ""
@@ -179,7 +186,7 @@ class LoadTimeout(LoadFailed):
     served: bool = field(init=False, default=False)
     waited_s: float
 
-    def __str__(self) -> str:
+    def _words(self) -> str:
         return (
             f"loading {self.model!r} was stopped after {format_duration(self.waited_s)} because it made no progress: "
             "try again, or raise load_timeout"
@@ -198,7 +205,7 @@ class RunnerCrashed(SchedulerError):
     reason: str
     closed: bool = False
 
-    def __str__(self) -> str:
+    def _words(self) -> str:
         advice = "" if self.closed else "; acquire the model again"
         return f"runner {self.runner} of {self.model!r} is gone: {self.reason}{advice}"
 
@@ -209,7 +216,7 @@ class LeaseReleased(SchedulerError):
 
     model: str
 
-    def __str__(self) -> str:
+    def _words(self) -> str:
         return f"the lease on {self.model!r} was released: acquire the model again"
 
 
@@ -219,7 +226,7 @@ class SchedulerBroken(SchedulerError):
 
     cause: str
 
-    def __str__(self) -> str:
+    def _words(self) -> str:
         return f"the scheduler has stopped after an internal error ({self.cause}): please report it, and make a new one"
 
 
@@ -230,7 +237,7 @@ class RequestCancelled(SchedulerError):
     model: str
     status: ClassVar[int] = 499
 
-    def __str__(self) -> str:
+    def _words(self) -> str:
         return f"the request for {self.model!r} was cancelled: acquire it again if it is still needed"
 
 
@@ -242,7 +249,7 @@ class AcquireTimeout(SchedulerError, TimeoutError):
     timeout_s: float
     waiting_for: str
 
-    def __str__(self) -> str:
+    def _words(self) -> str:
         return (
             f"{self.model!r} was not granted within {format_duration(self.timeout_s)}, waiting for {self.waiting_for}: "
             "wait longer, or release leases sooner"
@@ -266,7 +273,7 @@ class TimeoutTooShort(AcquireTimeout):
     resident_s: float = 0.0
     status: ClassVar[int] = 503
 
-    def __str__(self) -> str:
+    def _words(self) -> str:
         if self.resident_s:
             return (
                 f"{self.model!r} cannot be granted within {format_duration(self.timeout_s)}: other models keep their "
@@ -328,7 +335,7 @@ def not_beside(refused: WouldDeadlock) -> DoesNotFit:
 class SchedulerClosed(SchedulerError):
     """The scheduler is closed, or closing: it takes no requests, and the requests that waited end with this error."""
 
-    def __str__(self) -> str:
+    def _words(self) -> str:
         return "the scheduler is closed: make a new one"
 
 
@@ -336,7 +343,7 @@ class SchedulerClosed(SchedulerError):
 class SchedulerForked(SchedulerError):
     """The process was forked: its copy of a scheduler is not usable, and the parent's scheduler is not affected."""
 
-    def __str__(self) -> str:
+    def _words(self) -> str:
         return "this scheduler belongs to the process that was forked: make a new one here"
 
 
@@ -349,7 +356,7 @@ class UnsupportedOption(SchedulerError, ValueError):
     reason: str
     status: ClassVar[int] = 400
 
-    def __str__(self) -> str:
+    def _words(self) -> str:
         return f"option {self.name}={_shown(self.value)} is not supported: {self.reason}"
 
 
@@ -362,7 +369,7 @@ class InvalidSettings(SchedulerError, ValueError):
     allowed: str
     status: ClassVar[int] = 400
 
-    def __str__(self) -> str:
+    def _words(self) -> str:
         return f"{self.name} cannot be {_shown(self.value)}: it must be {self.allowed}"
 
 
@@ -373,7 +380,7 @@ class EngineMissing(SchedulerError):
     engine: str
     how: str
 
-    def __str__(self) -> str:
+    def _words(self) -> str:
         return f"the engine {self.engine!r} is not installed: {self.how}"
 
 
@@ -392,7 +399,7 @@ class EngineError(SchedulerError):
         if self.status_code in (400, 413, 422, 501):  # wrong input, or (501) a use that this runner was not loaded for
             self.status = 400  # type: ignore[misc]  # set on the instance: it depends on the answer
 
-    def __str__(self) -> str:
+    def _words(self) -> str:
         return f"the engine answered with status {self.status_code}: {self.message}"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import unicodedata
 
 _BYTE_UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB", "PiB")
 _SECONDS_PER_UNIT = (("h", 3600), ("m", 60), ("s", 1))
@@ -48,8 +49,23 @@ def without_addresses(words: str) -> str:
 
 
 def printable(text: str) -> str:
-    """Return a text that a terminal can only show: other characters than printable ones are replaced."""
-    return "".join(one if one.isprintable() else "\N{REPLACEMENT CHARACTER}" for one in text)
+    """Return a text of one line that a terminal can only show.
+
+    Control characters, and others that show nothing, are escaped as Python writes them: an escape sequence of a file's
+    would set titles, hide lines or turn them round.
+    """
+    return text if text.isprintable() else "".join(map(_escaped, text))
+
+
+def shown(text: str) -> str:
+    """Return a text as `printable` does, with its line breaks and tabs."""
+    return text if text.isprintable() else "".join(one if one in "\n\t" else _escaped(one) for one in text)
+
+
+def _escaped(one: str) -> str:
+    if one.isprintable() or unicodedata.category(one) == "Zs":  # of other alphabets' spaces too
+        return one
+    return one.encode("unicode_escape").decode("ascii")
 
 
 def lines_of(text: str) -> list[str]:

@@ -1,14 +1,15 @@
 """The words for every reason of the core: made only here, for people to read, and never searched by a program.
 
 `name` gives the name to show for a model's identity. Words of engines, the system and eviction policies are passed on
-as they are.
+as they are, but for control characters, which are escaped.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import wraps
 from types import MappingProxyType
-from typing import assert_never
+from typing import ParamSpec, assert_never
 
 from fsm.domain.devices import Placement
 from fsm.domain.options import MOST_SLOTS, MOST_THREADS
@@ -44,9 +45,21 @@ from fsm.messages.reasons import (
     WaitReason,
 )
 from fsm.sizing.model_profile import UnsupportedReason
-from scheduler.errors.formatting import format_bytes, format_duration, one_line
+from scheduler.errors.formatting import format_bytes, format_duration, one_line, shown
 
 Name = Callable[[ModelId], str]
+Arguments = ParamSpec("Arguments")
+
+
+def _safe(words: Callable[Arguments, str]) -> Callable[Arguments, str]:
+    """Escape the control characters in the words that a function returns."""
+
+    @wraps(words)
+    def escaped(*arguments: Arguments.args, **named: Arguments.kwargs) -> str:
+        return shown(words(*arguments, **named))
+
+    return escaped
+
 
 SMALLER = "use a smaller model, context or cache type"
 _WITHOUT_GPU = "ask for it without a GPU (require_gpu, num_gpu)"
@@ -148,6 +161,7 @@ DECISIONS: Mapping[str, str] = MappingProxyType(
 )
 
 
+@_safe
 def wait_reason(reason: WaitReason, name: Name) -> str:
     """Return what a request waits for, as in "it waits for …"."""
     match reason:
@@ -159,6 +173,7 @@ def wait_reason(reason: WaitReason, name: Name) -> str:
             assert_never(reason)
 
 
+@_safe
 def transition_reason(reason: TransitionReason, name: Name, own: ModelId) -> str:
     """Return why a runner of the model `own` changed its state."""
     match reason:
@@ -182,6 +197,7 @@ def transition_reason(reason: TransitionReason, name: Name, own: ModelId) -> str
             assert_never(reason)
 
 
+@_safe
 def failure_reason(reason: FailureReason) -> str:
     """Return why a runner is gone, or unusable; the text may have several lines, of which the first says most."""
     match reason:
@@ -196,11 +212,13 @@ def failure_reason(reason: FailureReason) -> str:
             assert_never(reason)
 
 
+@_safe
 def revoke_reason(reason: FailureReason | None) -> str:
     """Return why a lease is lost."""
     return "the scheduler was closed" if reason is None else failure_reason(reason)
 
 
+@_safe
 def infeasible_reason(reason: InfeasibleReason, name: Name) -> str:
     """Return why a request can never be satisfied."""
     match reason:
@@ -256,6 +274,7 @@ def device_reason(considered: ConsideredDevice, devices: Iterable[ConsideredDevi
     return "it is not needed" if whole <= free else f"{format_bytes(max(0, free))} are not enough for all of it"
 
 
+@_safe
 def victims(runners: Iterable[ConsideredRunner], name: Name) -> str:
     """Return which runners are evicted, and what that is expected to cost where the policy gives costs."""
     going = [one for one in runners if one.taken]
@@ -263,6 +282,7 @@ def victims(runners: Iterable[ConsideredRunner], name: Name) -> str:
     return f"{names}, which is expected to cost {sum(costs):.2f} s of loading" if costs else names
 
 
+@_safe
 def decision_reason(
     reason: WaitReason | Queued | Waited | Placement | ClaimMissed | Prefetched | Measured | BackedOff, name: Name
 ) -> str:
@@ -315,12 +335,14 @@ def decision_line(entry: Decision, name: Name, reason: str) -> str:
     return one_line(DECISIONS[entry.what].format(subject=subject, reason=reason))
 
 
+@_safe
 def claim_missed(reason: ClaimMissed) -> str:
     """Return which device claims a launch went ahead without."""
     devices = ", ".join(reason.devices)
     return f"other programs that load models did not release {devices} within {format_duration(reason.timeout_s)}"
 
 
+@_safe
 def problem(found: str | ClaimMissed) -> str:
     """Return what went wrong around decisions; a text is what the eviction policy raised."""
     match found:

@@ -38,7 +38,7 @@ class RecordingError(SchedulerError):
     line: int  # 0: the file as a whole
     reason: str
 
-    def __str__(self) -> str:
+    def _words(self) -> str:
         return f"{self.path}: line {self.line}: {self.reason}" if self.line else f"{self.path}: {self.reason}"
 
 

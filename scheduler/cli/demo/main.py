@@ -25,7 +25,7 @@ from scheduler.cli.demo.report import Feature, Record, missing, summary
 from scheduler.cli.demo.view import View, open_view
 from scheduler.concurrency.clock import monotonic_clock
 from scheduler.config.settings import Settings
-from scheduler.errors.formatting import format_bytes, format_duration
+from scheduler.errors.formatting import format_bytes, format_duration, shown
 from scheduler.recording.timeline import Timeline
 from scheduler.runtime.event_stream import Decision, Gap, Transition
 
@@ -65,7 +65,7 @@ def run_demo(options: DemoOptions) -> int:
             else:
                 players, notes = players_in(options.models)
                 for note in notes:
-                    print(note, file=sys.stderr)
+                    print(shown(note), file=sys.stderr)
         except OSError as error:
             raise DemoError(f"the demonstration cannot begin: {error}") from error
         available_bytes = psutil.virtual_memory().available

@@ -73,7 +73,7 @@ class DemoError(SchedulerError):
 
     message: str
 
-    def __str__(self) -> str:
+    def _words(self) -> str:
         return self.message
 
 

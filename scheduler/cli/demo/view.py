@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Protocol, TextIO
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
@@ -19,7 +19,8 @@ from fsm.domain.devices import HOST, MIB
 from fsm.machine.runner import EXPIRING
 from scheduler.api.status import RunnerStatus, Status
 from scheduler.cli.demo.report import Record
-from scheduler.errors.formatting import format_duration
+from scheduler.cli.output import SafeConsole
+from scheduler.errors.formatting import format_duration, shown
 from scheduler.runtime.event_stream import Transition
 
 _QUEUE_ROWS = 4
@@ -72,7 +73,7 @@ class PlainView:
         """Show a line that stays."""
         with self._lock:
             try:
-                print(line, file=self._output, flush=True)
+                print(shown(line), file=self._output, flush=True)
             except BrokenPipeError:
                 # the reader has gone, for example `| head`: end as with Ctrl-C, and write nothing more
                 os.dup2(os.open(os.devnull, os.O_WRONLY), self._output.fileno())
@@ -94,7 +95,7 @@ class LiveView:
 
     def __init__(self, record: Record, output: TextIO) -> None:
         self._record = record
-        self._console = Console(file=output, highlight=False)
+        self._console = SafeConsole(file=output, highlight=False)
         self._recent: deque[Text] = deque(maxlen=_RECENT)
         self._live = Live(console=self._console, transient=True, auto_refresh=False)
 
@@ -131,7 +132,8 @@ class LiveView:
     def _queue_table(self, status: Status) -> Table:
         table = _table(waits=18, since=9, until=24)
         for wait in status.queue[:_QUEUE_ROWS]:
-            table.add_row(wait.model, format_duration(round(wait.waited_s, 1)), wait.waits_for)
+            waited = format_duration(round(wait.waited_s, 1))
+            table.add_row(Text(wait.model), waited, Text(wait.waits_for))
         rest = len(status.queue) - _QUEUE_ROWS
         _fill(table, _QUEUE_ROWS + 1 - min(len(status.queue), _QUEUE_ROWS), f"and {rest} more" if rest > 0 else "")
         return table
@@ -157,7 +159,7 @@ def _runner_table(runners: Sequence[RunnerStatus], rows: int) -> Table:
         resident = runner.resident_bytes.get(HOST, 0) / MIB
         promised = runner.promised_bytes.get(HOST, 0) / MIB
         table.add_row(
-            f"{runner.model} · {runner.id}",
+            Text(f"{runner.model} · {runner.id}"),
             Text(runner.state, style=_STYLES[runner.state]),
             "●" * min(runner.leases, 8) or "–",
             f"{resident:.0f} of {promised:.0f} MiB",

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     import numpy
     from numpy.typing import NDArray
 
+LARGEST_FILE_BYTES = 1 << 50  # far above any real model
 WINDOW_BYTES = 256 * 1024
 MOST_STRING_BYTES = 1 << 30  # llama.cpp's own limit
 # Not llama.cpp's limit: far above any real model, so that a hostile file of any size costs tens of milliseconds.
@@ -55,6 +56,13 @@ class Window:
         """Return the error for a fault at `offset`, or at the present position."""
         return InvalidModel(self.path, reason, self.offset if offset is None else offset)
 
+    def cut_short(self, least_bytes: int, offset: int | None = None, *, exact: bool = False) -> InvalidModel:
+        """Return the error for a file that should have `least_bytes` bytes at least, as after a stopped download."""
+        if least_bytes > LARGEST_FILE_BYTES:
+            return self.fail(f"it is damaged: by what it says, it would have at least {least_bytes} bytes", offset)
+        least = "" if exact else "at least "
+        return self.fail(f"it is cut short: {self.file_bytes} of {least}{least_bytes} bytes", offset)
+
     def take(self, count: int) -> bytes:
         """Return the next `count` bytes; at most a window of them."""
         if self._at + count > len(self._bytes):
@@ -91,15 +99,16 @@ class Window:
         Raises `InvalidModel` where the file ends before.
         """
         if count > self.left:
-            raise self.fail("the file ends too early: it is truncated or damaged")
+            raise self.cut_short(self.offset + count)
         self._at += count
 
     def length(self) -> int:
         """Return the length of a text; raises `InvalidModel` where the text would not lie inside the file."""
         count: int = self.unpack(_U64)[0]
         if count > self.left or count > MOST_STRING_BYTES:
-            rest = "the rest of the file" if count > self.left else "a text may be"
-            raise self.fail(f"a text of {count} bytes is longer than {rest}", self.offset - _U64.size)
+            if count > MOST_STRING_BYTES:
+                raise self.fail(f"a text of {count} bytes is longer than a text may be", self.offset - _U64.size)
+            raise self.cut_short(self.offset + count, self.offset - _U64.size)
         return count
 
     def name(self, most_bytes: int) -> str:
@@ -115,8 +124,10 @@ class Window:
         """Go on behind the next `count` texts, by their lengths: a vocabulary takes milliseconds."""
         begin = self.offset - _U64.size
         self._texts_left -= count
-        if self._texts_left < 0 or count * _U64.size > self.left:
+        if self._texts_left < 0:
             raise self.fail(f"an array of {count} texts is too long", begin)
+        if (least := count * _U64.size) > self.left:
+            raise self.cut_short(self.offset + least, begin)
         while count:
             if self._at + _U64.size > len(self._bytes):
                 self._read(_U64.size)
@@ -155,12 +166,12 @@ class Window:
         """Go on at `at`, behind a text that begins at `here`."""
         self._at = at
         if self.left < 0:
-            raise self.fail("a text is longer than the rest of the file", self._start + here)
+            raise self.cut_short(self.offset, self._start + here)
 
     def _read(self, count: int) -> None:
         """Begin a new window here, with the next `count` bytes in it."""
         if count > self.left:
-            raise self.fail("the file ends too early: it is truncated or damaged")
+            raise self.cut_short(self.offset + count)
         self._start, self._at, self._chains = self.offset, 0, None
         os.lseek(self._descriptor, self._start, os.SEEK_SET)
         wanted = min(WINDOW_BYTES, self.left)  # `count` never exceeds a window

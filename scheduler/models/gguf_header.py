@@ -174,6 +174,7 @@ def _scalars(constants: ModuleType) -> dict[int, struct.Struct]:
     return {int(constants.GGUFValueType[name]): struct.Struct("<" + code) for name, code in codes.items()}
 
 
+_LEAST_PAIR_BYTES, _LEAST_ENTRY_BYTES = 13, 24  # that a key with its value, and the entry of a tensor, take
 _U32 = struct.Struct("<I")
 _U64 = struct.Struct("<Q")
 _PLACES = [struct.Struct(f"<{dimensions}QIQ") for dimensions in range(MOST_DIMENSIONS + 1)]  # sizes, type, offset
@@ -183,10 +184,13 @@ def _parse(window: Window) -> Header:
     """Read a whole header; every count and length is checked before it is used."""
     _check_version(window)
     tensor_count, key_count = window.number(_U64), window.number(_U64)
-    if tensor_count > min(MOST_TENSORS, window.left // 24):  # 24 bytes are the least that an entry takes
-        raise window.fail(f"{tensor_count} tensors cannot be", 8)
-    if key_count > min(MOST_KEYS, window.left // 13):
-        raise window.fail(f"{key_count} keys cannot be", 16)
+    if tensor_count > MOST_TENSORS:
+        raise window.fail(f"it says that it has {tensor_count} tensors, and no more than {MOST_TENSORS} are read", 8)
+    if key_count > MOST_KEYS:
+        raise window.fail(f"it says that it has {key_count} keys, and no more than {MOST_KEYS} are read", 16)
+    least_bytes = window.offset + key_count * _LEAST_PAIR_BYTES + tensor_count * _LEAST_ENTRY_BYTES
+    if least_bytes > window.file_bytes:
+        raise window.cut_short(least_bytes, 8)
     header = Header(window.path, window.file_bytes)
     for _ in range(key_count):
         _read_pair(window, header)
@@ -281,10 +285,9 @@ def _read_tensors(window: Window, count: int, alignment: int) -> tuple[Tensor, .
         if start != (expected := _aligned(end, alignment)):
             reason = f"the data of the tensor {name!r} are said to begin at {start}, and those before end at {expected}"
             raise window.fail(reason, window.offset - 8)
-        if (end := start + tensors[name].bytes) > window.file_bytes:
-            raise window.fail(f"the data of the tensor {name!r} end behind the file: it is truncated", begin)
-    if tensors and (missing := _aligned(window.offset, alignment) + end - window.file_bytes) > 0:
-        raise window.fail(f"its data end {missing} bytes behind the file: it is truncated", begin)
+        end = start + tensors[name].bytes
+    if tensors and (whole := _aligned(window.offset, alignment) + end) > window.file_bytes:
+        raise window.cut_short(whole, begin, exact=True)
     return tuple(tensors.values())
 
 

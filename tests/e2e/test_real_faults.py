@@ -230,10 +230,10 @@ def test_d06_d15_a_load_that_stands_still_holds_up_nobody_else(scheduler: Schedu
 
 
 WRONG: dict[str, tuple[Callable[[Path, bytes], object], str]] = {
-    "truncated": (lambda path, good: path.write_bytes(good[:-1000]), "truncated"),
+    "cut short": (lambda path, good: path.write_bytes(good[:-1000]), "cut short: [0-9]+ of [0-9]+ bytes"),
     "corrupt": (
         lambda path, good: path.write_bytes(good[:8] + b"\xff" * 16 + good[24:]),
-        "cannot be at byte 8",
+        "tensors, and no more than [0-9]+ are read at byte 8",
     ),
     "empty": (lambda path, _: path.touch(), "empty"),
     "text": (lambda path, _: path.write_text("hello" * 100), "no GGUF file"),
@@ -297,7 +297,7 @@ def test_a_file_that_is_cut_while_it_is_served_ends_that_runner_only(
         with pytest.raises(RunnerCrashed):
             lease.chat("hello", **SHORT)
         assert_soon(lambda: lease.lost)
-        with pytest.raises(InvalidModel, match="truncated"):
+        with pytest.raises(InvalidModel, match="cut short"):
             scheduler.acquire(path)
         assert other.chat("hello", **SHORT)
 

@@ -134,7 +134,7 @@ BESIDE = {
         words("clip.has_audio_encoder", "yes"),
     ),
     "a projector that is cut": beside(
-        "projector", a_model(architecture="clip")[:-240], "behind the file", tensor("blk.0.attn_q.weight")
+        "projector", a_model(architecture="clip")[:-240], "cut short", tensor("blk.0.attn_q.weight")
     ),
 }
 
@@ -184,7 +184,7 @@ PARTS = {
         ONE, part(1, [tensor("b")], count=3), SECOND, "not that of part 2 of 2", NUMBER
     ),
     "a model as a part": split(ONE, SOUND, SECOND, "split.no.* is missing"),
-    "a part that is cut": split(ONE, TWO[:-240], SECOND, "behind the file", tensor("blk.0.b")),
+    "a part that is cut": split(ONE, TWO[:-240], SECOND, "cut short", tensor("blk.0.b")),
     "an empty part": split(ONE, b"", SECOND, "empty", b""),
     "a part with another's tensor": split(ONE, part(1, [tensor("blk.0.a")]), SECOND, "is also in a part before it"),
     "a part of another model": split(

@@ -20,8 +20,8 @@ from scheduler.api.fit import Fit, FitDevice, fit_of
 from scheduler.api.scheduler import limits_of
 from scheduler.cli.output import SafeConsole, print_json
 from scheduler.concurrency.clock import monotonic_clock
-from scheduler.config.quantities import parse_bytes
 from scheduler.config.settings import Settings
+from scheduler.config.value_parsers import memory
 from scheduler.devices.device_reader import of_gpu
 from scheduler.engines.python import PythonEngine
 from scheduler.errors.exceptions import InvalidSettings
@@ -41,7 +41,7 @@ def run_fit(chosen: argparse.Namespace) -> int:
     """Print the fit of the chosen model and return the exit status."""
     settings = Settings.from_environment()
     if chosen.memory_limit is not None:
-        settings = settings.changed(memory_limit=_size("--memory-limit", chosen.memory_limit))
+        settings = settings.changed(memory_limit=memory("--memory-limit", chosen.memory_limit))
     samples, problems = _devices(settings, chosen.host, chosen.gpu)
     engines = (llama_engine(settings), PythonEngine())
     registry = ModelRegistry(*engines)
@@ -62,7 +62,7 @@ def run_fit(chosen: argparse.Namespace) -> int:
     if chosen.json:
         print_json(fit.to_json() | {"problems": problems})
     else:
-        _print(fit, problems)
+        _print(fit, problems, chosen.num_ctx)
     return 0 if fit.fits else DOES_NOT_FIT
 
 
@@ -93,26 +93,19 @@ def _devices(
     samples = list(devices.sample())
     devices.close()
     if host is not None:
-        size = _size("--host", host)
+        size = memory("--host", host)
         samples[0] = DeviceSample(HOST, "cpu", "host", min(size, settings.memory_limit or size), size)
     for text in gpus:
         name, separator, rest = text.rpartition("=")
         if not separator or not name or name in {sample.id for sample in samples}:
             raise InvalidSettings("--gpu", text, "a name and a size, like card=24GiB, each name once")
-        size = max(0, _size("--gpu", rest) - (of_gpu(settings.gpu_reserve, name) or 0))
+        size = max(0, memory("--gpu", rest) - (of_gpu(settings.gpu_reserve, name) or 0))
         size = min(size, of_gpu(settings.gpu_limit or (), name) or size)
         samples.append(DeviceSample(DeviceId(name), "gpu", name, size, size))
     return tuple(samples), devices.problems
 
 
-def _size(name: str, text: str) -> int:
-    size = parse_bytes(text, name=name)
-    if size == 0:
-        raise InvalidSettings(name, text, "a number of bytes above 0")
-    return size
-
-
-def _print(fit: Fit, problems: Sequence[str]) -> None:
+def _print(fit: Fit, problems: Sequence[str], num_ctx: int | None) -> None:
     console = SafeConsole(highlight=False)
     sentence = str(fit)
     console.print(Text(f"{sentence}.", style="bold green" if fit.fits else "bold red"), soft_wrap=True)
@@ -120,6 +113,9 @@ def _print(fit: Fit, problems: Sequence[str]) -> None:
         console.print()
         console.print(_table(fit.devices))
         console.print(Text(_explanation(fit), style="dim"), soft_wrap=True)
+    if num_ctx is not None and (fit.options.num_ctx or num_ctx) < num_ctx:
+        cut = f"The model was trained with {fit.options.num_ctx} tokens: --num-ctx {num_ctx} is cut to that."
+        console.print(Text(cut, style="bold"), soft_wrap=True)
     if fit.advice:
         console.print()
         better = "the whole model would go to GPUs" if fit.fits else "the model would fit"

@@ -11,7 +11,8 @@ from types import ModuleType
 from typing import Never
 
 from scheduler import __version__
-from scheduler.config.settings import Settings, parse_bytes, parse_duration
+from scheduler.config.settings import Settings, parse_duration
+from scheduler.config.value_parsers import memory
 from scheduler.errors.exceptions import InvalidSettings, SchedulerError
 from scheduler.errors.formatting import printable
 from scheduler.errors.former_names import warn_of_former_name
@@ -96,8 +97,10 @@ def _add_demo(parser: argparse.ArgumentParser) -> None:
 def _add_models(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Lists the models in the folders that LOADMASTER_MODELS names, in Ollama's store and in the Hugging Face "
-        "cache, each with the name to acquire it by, and whether it would fit into the memory that is free now."
+        "cache, each with the name to acquire it by, and whether it would fit into the memory that is free now. With "
+        "folders, lists the models in those alone."
     )
+    parser.add_argument("folders", type=Path, nargs="*", metavar="FOLDER", help="look in this folder only")
     parser.add_argument("--json", action="store_true", help="print a list of objects instead of tables")
     parser.set_defaults(run=_models)
 
@@ -183,13 +186,13 @@ def _fit(chosen: argparse.Namespace) -> int:
 def _models(chosen: argparse.Namespace) -> int:
     from scheduler.cli.models import run_models  # imported here, since no other command needs it
 
-    return run_models(Settings.from_environment(), as_json=chosen.json)
+    return run_models(Settings.from_environment(), chosen.folders, as_json=chosen.json)
 
 
 def _demo(chosen: argparse.Namespace) -> int:
     from scheduler.cli.demo.main import DemoOptions, run_demo  # imported here, since no other command needs it
 
-    limit = None if chosen.memory_limit is None else parse_bytes(chosen.memory_limit, name="--memory-limit")
+    limit = None if chosen.memory_limit is None else memory("--memory-limit", chosen.memory_limit)
     keep_alive_s = parse_duration(chosen.keep_alive, name="--keep-alive")
     if keep_alive_s > LONGEST_KEEP_ALIVE_S:
         raise InvalidSettings("--keep-alive", chosen.keep_alive, "at most 1m, since the demonstration waits for it")

@@ -7,10 +7,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import groupby
+from pathlib import Path
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-from rich.table import Table
 from rich.text import Text
 
 from fsm.core import Core
@@ -26,16 +27,18 @@ from scheduler.concurrency.clock import monotonic_clock
 from scheduler.config.settings import Settings
 from scheduler.engines.llama import LlamaEngine
 from scheduler.engines.llama_options import ENCODERS
-from scheduler.errors.exceptions import InvalidModel
-from scheduler.errors.formatting import format_bytes, shown
+from scheduler.errors.exceptions import InvalidModel, InvalidSettings
+from scheduler.errors.formatting import format_bytes, printable, shown
 from scheduler.models.catalog import Catalog, found_by, in_words, location_of
 from scheduler.models.gguf_metadata import read_metadata
 from scheduler.models.model_spec import ModelSpec
-from scheduler.models.sources import HUB_MISSING, default_resolvers, hub_is_installed
+from scheduler.models.sources import HUB_MISSING, Folder, default_resolvers, hub_is_installed
 
 PATIENCE_S = 1.0  # a list that takes longer shows its progress
 
 
+_HEADINGS = ("name", "size", "architecture", "quantisation", "context", "needs", "fits now?")
+_NUMBERS = frozenset({"size", "context", "needs"})  # to the right
 FITS, IN_PART, ON_HOST, TOO_LARGE = "fits", "fits in part on the GPU", "fits on the host only", "too large"
 
 
@@ -55,9 +58,12 @@ class Row:
     problem: str = ""
 
 
-def run_models(settings: Settings, *, as_json: bool) -> int:
-    """Print the list and return the exit status, which is 0 for an empty list too."""
-    catalog = Catalog(default_resolvers(settings.models))
+def run_models(settings: Settings, folders: Sequence[Path], *, as_json: bool) -> int:
+    """Print the list, of these folders alone if there are any; return the exit status, 0 for an empty list too."""
+    for folder in folders:
+        if not folder.is_dir():
+            raise InvalidSettings("FOLDER", str(folder), "a folder; `loadmaster fit` takes a file or a name")
+    catalog = Catalog([Folder(folder.absolute()) for folder in folders] or default_resolvers(settings.models))
     core, engine = _core_of(settings), llama_engine(settings)
     with progress_on(SafeConsole(stderr=True)) as progress:
         rows = list(read_rows(catalog, core, engine, progress))
@@ -66,7 +72,7 @@ def run_models(settings: Settings, *, as_json: bool) -> int:
     elif rows:
         _print_tables(rows)
     else:
-        print(shown(_nothing(catalog.places)))
+        print(shown(_nothing(catalog.places, named=bool(folders))))
     return 0
 
 
@@ -130,24 +136,22 @@ def _fit(spec: ModelSpec, profile: ModelProfile, core: Core) -> tuple[str, int]:
 def _print_tables(rows: Sequence[Row]) -> None:
     console = SafeConsole(highlight=False)
     for place, group in groupby(rows, key=lambda row: row.place):
-        console.print(Text(place, style="bold"))
-        console.print(table_of(group))
+        console.print(Text(place, style="bold"), soft_wrap=True)
+        for line in table_of(group):
+            console.print(Text(line), soft_wrap=True)
         console.print()
 
 
-def table_of(rows: Iterable[Row]) -> Table:
-    """Return the models of one place as a table."""
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column("name", overflow="fold")
-    table.add_column("size", justify="right", no_wrap=True)
-    table.add_column("architecture")
-    table.add_column("quantisation")
-    table.add_column("context", justify="right")
-    table.add_column("needs", justify="right", no_wrap=True)
-    table.add_column("fits now?")
-    for row in rows:
-        table.add_row(*map(Text, _cells(row)))
-    return table
+def table_of(rows: Iterable[Row]) -> Iterator[str]:
+    """Yield the models of one place as lines: one for each model, whole, however narrow the terminal is."""
+    lines = [_HEADINGS, *(tuple(map(printable, _cells(row))) for row in rows)]
+    widths = [max(map(cell_len, column)) for column in zip(*lines, strict=True)]
+    for line in lines:
+        padded = [
+            " " * (width - cell_len(text)) + text if heading in _NUMBERS else text + " " * (width - cell_len(text))
+            for text, width, heading in zip(line, widths, _HEADINGS, strict=True)
+        ]
+        yield "  ".join(padded).rstrip()
 
 
 def _cells(row: Row) -> tuple[str, ...]:
@@ -157,8 +161,8 @@ def _cells(row: Row) -> tuple[str, ...]:
     return (row.name, size, row.architecture, row.quantisation, context, needed, row.fits)
 
 
-def _nothing(places: Sequence[str]) -> str:
-    looked = "\n".join(f"  {place}" for place in (*places, *(() if hub_is_installed() else (HUB_MISSING,))))
+def _nothing(places: Sequence[str], *, named: bool) -> str:
+    looked = "\n".join(f"  {place}" for place in (*places, *(() if named or hub_is_installed() else (HUB_MISSING,))))
     return (
         f"No model has a name. Looked in\n{looked}\n"
         "Name folders of GGUF files with LOADMASTER_MODELS, several separated as in PATH; a file is also taken by its "

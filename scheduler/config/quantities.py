@@ -11,6 +11,7 @@ from scheduler.errors.exceptions import InvalidSettings
 _SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*(?:([kmgtp])(i?))?(?:b|bytes?)?", re.IGNORECASE)
 _SIZE_ALLOWED = 'a number of bytes like "600MiB", "1.5GB" or 1048576, not negative'
 _SIZE_LIMIT = 2**63
+_LEAST_BARE = 1 << 20  # of a text without a unit: a smaller one most likely means GiB or MiB
 
 _DURATION_PART = r"([0-9]+(?:\.[0-9]+)?)\s*(ms|s|m|h|d)\s*"
 _DURATION = re.compile(rf"(-?)\s*((?:{_DURATION_PART})+)")
@@ -22,6 +23,8 @@ _UNIT_SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 def parse_bytes(text: str | int, *, name: str = "size") -> int:
     """Return a number of bytes: "600MiB" and "600Mi" are binary, "600MB" and "600M" decimal, bare numbers are bytes.
 
+    A text that is a bare number under 1 MiB has most likely lost its unit, and is refused.
+
     Raises `InvalidSettings`, under `name`, for any other value and for a negative one.
     """
     if isinstance(text, int) and not isinstance(text, bool) and 0 <= text < _SIZE_LIMIT:
@@ -32,6 +35,8 @@ def parse_bytes(text: str | int, *, name: str = "size") -> int:
     number, power, binary = match.groups()
     if power is None and "." in number:  # half a byte: the unit was forgotten
         raise InvalidSettings(name, text, _SIZE_ALLOWED)
+    if number == str(text).strip() and 0 < int(number) < _LEAST_BARE:
+        raise InvalidSettings(name, text, f"{_SIZE_ALLOWED}; name the unit of a number this small")
     factor = 1 if power is None else (1024 if binary else 1000) ** ("kmgtp".index(power.lower()) + 1)
     count = Decimal(number) * factor
     if count >= _SIZE_LIMIT:

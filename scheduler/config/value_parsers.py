@@ -17,6 +17,7 @@ from scheduler.errors.exceptions import InvalidSettings
 
 CACHE_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl")  # llama.cpp's names, all of them
 LARGEST_NUMBER = 2**63
+LEAST_MEMORY_BYTES = 1 << 20  # no device, and no limit that a model fits into, has less
 
 Parse = Callable[[str, Any], object]
 
@@ -62,15 +63,20 @@ def per_gpu(name: str, value: Any) -> tuple[tuple[str, int], ...]:
     sizes = value if isinstance(value, Mapping) else dict(value) if isinstance(value, tuple) else {"": value}
     if not all(isinstance(gpu, str) for gpu in sizes):
         raise InvalidSettings(name, value, "a size, or sizes by the ids of GPUs")
-    return tuple((gpu, size(name, amount)) for gpu, amount in sizes.items())
+    return tuple((gpu, memory_or_none(name, amount)) for gpu, amount in sizes.items())
 
 
 def memory(name: str, value: Any) -> int:
-    """Return a size above 0 in bytes."""
+    """Return the size of memory in bytes, 1 MiB at least: a smaller one has lost its unit."""
     size_bytes = size(name, value)
-    if size_bytes == 0:
-        raise InvalidSettings(name, value, "a number of bytes above 0")
+    if size_bytes < LEAST_MEMORY_BYTES:
+        raise InvalidSettings(name, value, "at least 1 MiB, as 24GiB is: a number without a unit is in bytes")
     return size_bytes
+
+
+def memory_or_none(name: str, value: Any) -> int:
+    """Return the size of memory in bytes as `memory` does, or 0."""
+    return 0 if size(name, value) == 0 else memory(name, value)
 
 
 def flag(name: str, value: Any) -> bool:

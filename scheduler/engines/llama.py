@@ -65,6 +65,7 @@ DETAIL_BYTES = 8 << 10  # longest description of an exit
 KEY_BYTES = 32
 MOST_MISPLACED = 16  # models that are named
 VISIBLE_GPUS: Final = "CUDA_VISIBLE_DEVICES"
+MOST_CUTS = 1024  # contexts that are remembered as logged
 BUSY_PART = 0.05  # share of a probe's time on a CPU: a server that works this much is only slow to answer, and not dead
 BUSY_S = 0.05  # and at least this much: CPU time is counted in ticks of 10 ms
 EXIT_S = 1.0  # how long the report of an exit may come after the end of its connections
@@ -330,6 +331,7 @@ class LlamaEngine:
         self._log = EngineLog(log_file) if log_file is not None else None
         self._processes = ChildLauncher()
         self._version = installed_version(ENGINE)  # empty where it is not installed
+        self._cuts: dict[tuple[str, int], None] = {}  # contexts that were logged as cut, by the model's path
         self._dry_runs = DryRuns(self._processes, _dry_run_program)
         self._misplaced: dict[str, None] = {}  # names of models, each until it is loaded where it was to go
         self._backends = GpuBackends(self._processes, _backends_program, sees_gpus)
@@ -361,6 +363,7 @@ class LlamaEngine:
             model.path, adapters=model.adapters, projectors=model.projectors, embedding=model.embedding
         )
         asked, usable = tuple(asked), self._backends.usable()
+        self._tell_of_cuts(model, info, asked)
         profile = replace(self.profile(info, asked), gpu_libraries=usable)
         if holds(info, self._version) or find_library() is None:
             return profile
@@ -371,6 +374,18 @@ class LlamaEngine:
             loads[sized] = self._request(model, sized, settings, Placement(()), key)
         told = self._dry_runs.sizes(model.name, profile.fingerprint, loads)
         return replace(self.profile(info, asked, told), gpu_libraries=usable)
+
+    def _tell_of_cuts(self, model: ModelSpec, info: ModelInfo, asked: Iterable[Options]) -> None:
+        """Log, once each, the contexts that are asked for and that are cut to what the model was trained with."""
+        for num_ctx in {options.num_ctx or 0 for options in asked}:
+            if 0 < info.context_trained < num_ctx and (cut := (model.path, num_ctx)) not in self._cuts:
+                self._cuts[cut] = None
+                if len(self._cuts) > MOST_CUTS:
+                    del self._cuts[next(iter(self._cuts))]
+                log.warning(
+                    "%s was trained with %d tokens: a num_ctx of %d is cut to that",
+                    model.name, info.context_trained, num_ctx,
+                )  # fmt: skip
 
     def profile(self, info: ModelInfo, asked: Iterable[Options], told: Told = NOTHING_TOLD) -> ModelProfile:
         """Return how a model of this metadata is loaded for these options, without a dry run."""

@@ -6,7 +6,7 @@ import json
 import math
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,13 @@ from scheduler import (
     EngineMissing,
     Fit,
     FitVictim,
+    InvalidSettings,
     ModelNotFound,
     ModelSpec,
     PythonModel,
     Scheduler,
     SchedulerClosed,
+    Settings,
     UnsupportedOption,
 )
 from scheduler.cli import main as cli
@@ -395,3 +397,47 @@ def test_json_has_no_number_that_json_has_not() -> None:
     """In JSON, a number that is infinite is null."""
     fit = Fit("a", "evicts", Options(), victims=(FitVictim("b", 1, MIB, 1, math.inf),))
     assert json.loads(json.dumps(fit.to_json(), allow_nan=False))["victims"][0]["leaves_in_s"] is None
+
+
+@pytest.mark.parametrize(
+    "flags", [("--gpu", "card=24"), ("--memory-limit", "8"), ("--host", "64"), ("--gpu", "card=24 bytes")]
+)
+def test_u55_a_size_that_lost_its_unit_is_refused(model: Path, flags: tuple[str, str], capsys: Any) -> None:
+    """A size under 1 MiB is no device's: it is wrong use, and the message names a unit."""
+    assert cli.main(["fit", str(model), *flags]) == 2
+    told = capsys.readouterr().err
+    assert flags[0] in told and "unit" in told
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Settings(memory_limit=8),
+        lambda: Settings(gpu_reserve="1"),
+        lambda: Settings(gpu_limit="card=24"),
+        lambda: Settings.from_environment({"LOADMASTER_MEMORY_LIMIT": "24"}),
+        lambda: Settings().changed(memory_limit="512 KiB"),
+        lambda: PythonModel("a", load=object, memory={"cpu": "24"}),
+    ],
+)
+def test_u55_settings_and_objects_refuse_it_too(make: Callable[[], object]) -> None:
+    """Settings of memory, and an object's declared bytes as a bare text, are refused under 1 MiB."""
+    with pytest.raises(InvalidSettings, match=r"without a unit|name the unit"):
+        make()
+    assert Settings(gpu_reserve=0) and PythonModel("a", load=object, memory={"cpu": 24}).memory
+
+
+def test_u55_a_context_beyond_what_was_trained_is_said(
+    model: Path, capsys: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A context that is cut to what the model was trained with is told by the command, and logged once."""
+    cli.main(["fit", str(model), "--num-ctx", "4096"])
+    assert "The model was trained with 1024 tokens: --num-ctx 4096 is cut to that." in capsys.readouterr().out
+    cli.main(["fit", str(model), "--num-ctx", "1024"])
+    assert "is cut" not in capsys.readouterr().out
+    caplog.clear()
+    with Scheduler(Settings(gpus=False, measurement_file=None)) as scheduler:
+        for num_ctx in (512, 2048, 2048):
+            scheduler.fit(model, num_ctx=num_ctx)
+    told = [each.getMessage() for each in caplog.records if "trained" in each.getMessage()]
+    assert told == ["tiny was trained with 1024 tokens: a num_ctx of 2048 is cut to that"]

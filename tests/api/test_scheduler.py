@@ -1030,7 +1030,7 @@ CALLS: dict[str, Callable[[Scheduler, Lease], object]] = {
     "events": lambda scheduler, _: scheduler.events(),
     "fit": lambda scheduler, _: scheduler.fit(a_model("a")),
     "reserve": lambda scheduler, _: scheduler.reserve("cpu", 1),
-    "configure": lambda scheduler, _: scheduler.configure(memory_limit=1),
+    "configure": lambda scheduler, _: scheduler.configure(memory_limit=1 << 20),
     "acquire": lambda scheduler, _: scheduler.acquire(a_model("a")),
     "pin": lambda scheduler, _: scheduler.pin(a_model("a")),
     "on_lost": lambda _, lease: lease.on_lost(print),

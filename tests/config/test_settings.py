@@ -40,7 +40,6 @@ from scheduler.errors.exceptions import InvalidSettings
         ("8gi", 8 << 30),
         ("2G", 2_000_000_000),
         ("0.5KiB", 512),
-        ("512", 512),
         ("512 bytes", 512),
         (1048576, 1048576),
         (0, 0),
@@ -280,9 +279,9 @@ def test_n12_a_load_time_out_of_0_is_without_end_in_the_references_variable_only
     ("value", "meant"),
     [
         ("2GiB", (("", 2 << 30),)),
-        ({"GPU-a": "2GiB", "GPU-b": 1}, (("GPU-a", 2 << 30), ("GPU-b", 1))),
+        ({"GPU-a": "2GiB", "GPU-b": 1 << 20}, (("GPU-a", 2 << 30), ("GPU-b", 1 << 20))),
         ("1GiB, GPU-a = 2GiB", (("", 1 << 30), ("GPU-a", 2 << 30))),
-        ((("GPU-a", 5),), (("GPU-a", 5),)),
+        ((("GPU-a", 5 << 20),), (("GPU-a", 5 << 20),)),
     ],
 )
 def test_u13_memory_of_gpus_is_set_for_all_or_by_their_ids(name: str, value: object, meant: object) -> None:

@@ -22,7 +22,7 @@ from fsm.core import Core, CoreConfig, Snapshot
 from fsm.domain.devices import DeviceId
 from fsm.domain.options import Options
 from fsm.machine.request import ModelId, Purpose, RequestSpec
-from fsm.messages.events import Close, Configure, Expire, Pin, Unpin
+from fsm.messages.events import Close, Configure, Expire, Pin
 from scheduler.api.debug_state import DebugState
 from scheduler.api.environment import Environment
 from scheduler.api.fit import Fit, fit_of
@@ -41,7 +41,7 @@ from scheduler.config.settings import (
 from scheduler.config.signatures import with_keywords
 from scheduler.engines.python import PythonModel, Value
 from scheduler.errors.exceptions import InvalidSettings, SchedulerClosed, WouldDeadlock, not_beside
-from scheduler.errors.formatting import format_duration
+from scheduler.errors.formatting import format_duration, shown
 from scheduler.errors.wording import problem
 from scheduler.models.catalog import Catalog
 from scheduler.models.measurements import identity_of
@@ -120,7 +120,10 @@ class Scheduler:
         self._engines = environment.engines(self.settings)
         self.catalog = Catalog(environment.resolvers(self.settings))
         self._registry = ModelRegistry(*self._engines)
-        self._parser = RequestParser(self.catalog, self._registry.require, lambda model: broker.post(Pin(model)))
+        self._parser = RequestParser(
+            self.catalog, self._registry.require, lambda model: broker.post(Pin(model)),
+            lambda past, id: broker.end_life(past, id),
+        )  # fmt: skip
         event_log = self._event_log = EventLog(self.settings.event_buffer, self._registry.name, environment.thread_pool)
         self._hub = Hub(self.settings.event_buffer, self._registry.name, event_log)
         core = Core(limits_of(self.settings), self.settings.eviction)
@@ -257,12 +260,12 @@ class Scheduler:
     @_identity_keywords
     def pin(self, model: Model, **asking: Unpack[IdentityOptions]) -> None:
         """Keep a model from eviction and from ending by its keep-alive from now on; it need not be loaded yet."""
-        self._broker.post(Pin(self._parser.identity(model, asking)))
+        self._broker.pin(self._parser.identity(model, asking))
 
     @_identity_keywords
     def unpin(self, model: Model, **asking: Unpack[IdentityOptions]) -> None:
         """Let a model be evicted, or end by its keep-alive, again."""
-        self._broker.post(Unpin(self._parser.identity(model, asking)))
+        self._broker.unpin(self._parser.identity(model, asking))
 
     def reserve(self, device: str, size: str | int, *, timeout: str | float | None = None) -> Reservation:
         """Reserve memory for the program itself until the reservation is released, evicting idle runners for it.
@@ -342,12 +345,9 @@ class Scheduler:
         """Return the runners, the queue and the devices as they are now."""
         snapshot, failures = self._broker.query(lambda core: (core.snapshot(), core.failures()))
         problems = (*self._devices.problems, *self._registry.problems, *map(problem, failures))
-        problems = (*problems, *self._executor.problems)
-        if self._recorder is not None:
-            problems = (*problems, *self._recorder.problems)
-        return status_of(
-            snapshot, self._clock(), self._registry.name, dict(self._executor.runner_handles).get, problems
-        )
+        problems = (*problems, *self._executor.problems, *(self._recorder.problems if self._recorder else ()))
+        handles, told = dict(self._executor.runner_handles), tuple(map(shown, problems))
+        return status_of(snapshot, self._clock(), self._registry.name, handles.get, told)
 
     def debug_state(self) -> DebugState:
         """Return the inner state, for tests and for reports of bugs; works after a close, and after a bug, too.

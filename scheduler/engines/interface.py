@@ -73,6 +73,9 @@ class RunnerListener(Protocol):
         `flash_attention` tells whether the engine uses it, where it could choose; None: not reported.
         """
 
+    def failed(self, error: BaseException) -> None:
+        """Report, before the exit, the exception that ended the load: the user's error has it as its cause."""
+
     def exited(self, code: int | None, detail: str, out_of_memory: bool) -> None:
         """Report, exactly once and last, that the runner is gone, whether it was stopped or not, started or not.
 

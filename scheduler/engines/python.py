@@ -47,6 +47,8 @@ class PythonModel(Generic[Value]):
     Every lease on it has the same object, and several threads may use it at once. An object that is not made for that
     is given `max_leases=1`: the next lease is granted when the one before it is released.
 
+    The same name with another `load` is another model from then on.
+
     `load` and `unload` run on one thread of the object's own and may take as long as they need. Without `unload` the
     object is dropped. Raises `InvalidSettings` for bytes that cannot be read, and for arguments of a wrong type.
     """
@@ -59,6 +61,8 @@ class PythonModel(Generic[Value]):
     pin: bool = False  # never evicted for other models
     priority: int = 0  # a request group of higher priority goes first
     max_leases: int | None = None  # at once; 0: no limit; None: the setting
+    # numbers the objects that have had this name with another `load`; set by the scheduler
+    life: int = field(default=1, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         check_name(self.name)
@@ -78,7 +82,7 @@ class PythonModel(Generic[Value]):
     @property
     def id(self) -> ModelId:
         """The model's identity."""
-        return ModelId(f"python:{self.name}")
+        return ModelId(f"python:{self.name}" if self.life == 1 else f"python@{self.life}:{self.name}")
 
     @property
     def declared(self) -> tuple[tuple[DeviceId, int], ...]:
@@ -151,6 +155,9 @@ class PythonProcess:
             value = self.model.load()
         except BaseException as error:  # also what would end a program: here it only ends the load
             log.debug("load() of %r failed", self.model.name, exc_info=True)
+            trace = error.__traceback__.tb_next if error.__traceback__ is not None else None  # the user's part of it
+            traceback.clear_frames(trace)  # else what was loaded so far would stay in memory
+            self._report.failed(error.with_traceback(trace))
             return 1, f"load() raised {_in_words(error)}", _is_out_of_memory(error)
         self._loaded = True
         if not self._stop.is_set():

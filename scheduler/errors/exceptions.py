@@ -298,7 +298,7 @@ class AnswerTimeout(SchedulerError, TimeoutError):
     whole: bool = False
     status: ClassVar[int] = 504
 
-    def __str__(self) -> str:
+    def _words(self) -> str:
         limit = format_duration(self.limit_s)
         if self.whole:
             return f"the answer was not complete within {limit}: raise total_timeout, or ask for less"
@@ -316,7 +316,7 @@ class WouldDeadlock(SchedulerError):
     model: str
     holders: tuple[str, ...]
 
-    def __str__(self) -> str:
+    def _words(self) -> str:
         names = " and ".join(map(repr, self.holders))
         return (
             f"{self.model!r} would never be granted: there is no room for it beside {names}, on which this thread or "

@@ -69,6 +69,8 @@ class Executor:
         self._lives_on = lives_on  # whether the core still knows a runner; called under the driver's lock
         # the runners that the core knows, and a few past ones; written under the driver's lock
         self.runner_handles: dict[RunnerId, RunnerHandle] = {}
+        # of models whose last load raised in this process; the cause of the users' errors
+        self.load_errors: dict[ModelId, BaseException] = {}
         self._readers = pool("loadmaster-sampler", 1)  # of their own: the worker pool's jobs wait for what it reads
         self.sampler = MemorySampler(devices, self._readers, self._running, post)
         self.prefetcher = Prefetcher(self._files_of, lambda: any(self._loading()))
@@ -88,7 +90,9 @@ class Executor:
             case Launch(runner, model):
                 engine, what = self._engine_of(model)
                 self.forget_past()
-                handle = self.runner_handles[runner] = RunnerHandle(command, engine, what, self._post)
+                handle = self.runner_handles[runner] = RunnerHandle(
+                    command, engine, what, self._post, self.load_errors.__setitem__
+                )
                 handle.identity = self._identities.get(model)
                 self.launch_pool.put(handle.begin)
             case Stop(runner):
@@ -112,6 +116,7 @@ class Executor:
     def forget_model(self, model: ModelId) -> None:
         """Forget the identity of a model that the core does not know any more."""
         self._identities.pop(model, None)
+        self.load_errors.pop(model, None)
 
     def forget_past(self) -> None:
         """Drop the handles of runners that the core does not know any more; called under the driver's lock."""

@@ -21,6 +21,7 @@ class ModelRegistry:
     def __init__(self, llama: Engine, python: Engine) -> None:
         self._engines: Mapping[type, Engine] = {ModelSpec: llama, PythonModel: python}
         self._models: dict[ModelId, ModelSpec | PythonModel] = {}
+        self.pinned_by_name: set[ModelId] = set()  # by calls, not by their own declaration
         self._past: dict[ModelId, str] = {}  # names of the models that were forgotten last
 
     def name(self, id: ModelId) -> str:

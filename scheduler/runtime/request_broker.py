@@ -11,9 +11,9 @@ from typing import Any
 from fsm.core import Core
 from fsm.machine.request import ModelId, RequestId
 from fsm.messages.commands import Command, Finished, Grant, NotifyContention, Reject, RevokeLease
-from fsm.messages.events import Acquire, Cancel, Event, Release, Unresponsive
+from fsm.messages.events import Acquire, Cancel, Event, Expire, Pin, Release, Unpin, Unresponsive
 from fsm.messages.reasons import NoAnswer
-from fsm.messages.refusals import QueueFullRefusal
+from fsm.messages.refusals import LoadFailedRefusal, QueueFullRefusal
 from scheduler.concurrency.latch import Latch
 from scheduler.engines.python import PythonModel
 from scheduler.errors.exceptions import (
@@ -139,6 +139,24 @@ class RequestBroker:
         self.check()
         self._driver.post(event)
 
+    def pin(self, model: ModelId) -> None:
+        """Pin a model for a call that names it."""
+        self.post(Pin(model))
+        self._registry.pinned_by_name.add(model)
+
+    def unpin(self, model: ModelId) -> None:
+        """Unpin a model for a call that names it."""
+        self.post(Unpin(model))
+        self._registry.pinned_by_name.discard(model)
+
+    def end_life(self, past: ModelId, id: ModelId) -> None:
+        """Have an object leave whose name has another `load` from now on; what was pinned by name stays pinned."""
+        self.post(Unpin(past))
+        if past in self._registry.pinned_by_name:
+            self._registry.pinned_by_name.discard(past)
+            self.pin(id)
+        self.post(Expire(past))
+
     def query(self, look: Callable[[Core], Value]) -> Value:
         """Return what `look` returns for the core; raises `SchedulerForked` in a forked child."""
         self.check()
@@ -207,6 +225,8 @@ class RequestBroker:
                 if request in self.requests:
                     # first: if it raises, `answer_all` still finds the pending request
                     error = error_of(refusal, self._registry.name)
+                    if isinstance(refusal, LoadFailedRefusal):
+                        error.__cause__ = self._executor.load_errors.get(refusal.model)
                     if (pending := self.requests.pop(request, None)) is not None:
                         pending.answer(None, error)
                         if isinstance(refusal, QueueFullRefusal):  # the core does not know the request

@@ -18,6 +18,7 @@ from scheduler.engines.python import PythonModel
 from scheduler.errors.exceptions import InvalidSettings, ModelNotFound, UnsupportedOption
 from scheduler.models.catalog import Catalog, is_like_a_path, is_path
 from scheduler.models.model_spec import Files, ModelSpec, device_ids
+from scheduler.runtime.object_lives import ObjectLives
 
 Model = str | os.PathLike[str] | ModelSpec | PythonModel
 
@@ -94,11 +95,14 @@ class RequestParser:
         catalog: Catalog,
         require: Callable[[ModelSpec | PythonModel], None],
         pin: Callable[[ModelId], None],
+        end: Callable[[ModelId, ModelId], None] = lambda past, id: None,
         clock: Clock = monotonic_clock,
     ) -> None:
         self._catalog = catalog
         self._require = require  # raises `EngineMissing` if what a model's engine needs is not installed
         self._pin = pin  # called once for each spec with `pin`, before its first request
+        self._end = end  # called with the identities of a life of an object that is over, and of the one that follows
+        self._lives = ObjectLives()
         self._clock = clock
         self._pinned: set[ModelId] = set()
         self._known: dict[object, _Known] = {}
@@ -180,8 +184,14 @@ class RequestParser:
         return spec, ParsedRequest(request_spec, spec.name, keep_alive_s, timeout_s, spec, spec.max_leases)
 
     def _understand(self, model: Model, asking: AcquireOptions, purpose: Purpose) -> ParsedRequest:
+        past: ModelId | None = None
+        if isinstance(model, PythonModel):
+            model, past = self._lives.meet(model)
         spec, parsed = self.parse(model, asking, purpose)
         self._require(spec)
+        if past is not None:
+            self.forget(past)
+            self._end(past, spec.id)
         if spec.pin and spec.id not in self._pinned:
             self._pinned.add(spec.id)
             self._pin(spec.id)
@@ -193,7 +203,7 @@ class RequestParser:
             for name, value in identity.items():
                 if value is not None:
                     raise UnsupportedOption(name, value, "an object has no such part")
-            return model
+            return self._lives.current(model)
         spec = model if isinstance(model, ModelSpec) else self._named(model)
         identity = {name: value for name, value in identity.items() if value is not None}
         return (replace(spec, **identity) if identity else spec).resolved()  # type: ignore[arg-type]  # ModelSpec checks the types

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable
 
+from fsm.machine.request import ModelId
 from fsm.messages.commands import Launch
 from fsm.messages.events import Event, Exited, Loaded, Progress
 from scheduler.engines.interface import Endpoint, Engine, Memory, Process
@@ -21,7 +22,14 @@ _PROGRESS_S = 1.0  # least time between two posts of progress
 class RunnerHandle:
     """Holds one runner's process, from `Launch` to `Exited`, and listens to its engine; any thread may call it."""
 
-    def __init__(self, launch: Launch, engine: Engine, model: object, post: Callable[[Event], None]) -> None:
+    def __init__(
+        self,
+        launch: Launch,
+        engine: Engine,
+        model: object,
+        post: Callable[[Event], None],
+        note_failure: Callable[[ModelId, BaseException], None] = lambda model, error: None,
+    ) -> None:
         self.runner = launch.runner
         self.model = launch.model
         self.endpoint: Endpoint | None = None  # set before Loaded is posted, where the runner is a server
@@ -32,6 +40,7 @@ class RunnerHandle:
         self._engine = engine
         self._what = model  # the model as its engine takes it
         self._post = post
+        self._note_failure = note_failure
         self._lock = threading.Lock()  # orders begin and stop; held for assignments only
         self._stop_grace_s: float | None = None  # set by a Stop; a launch that has not begun by then never begins
         self.serves = False  # Loaded was posted, or is about to be
@@ -95,6 +104,10 @@ class RunnerHandle:
         self.serves = True
         resident, to_come = (tuple(sorted(amounts.items())) for amounts in (memory.resident, memory.to_come))
         self._post(Loaded(self.runner, num_ctx, resident, memory.mapped_bytes, to_come, flash_attention))
+
+    def failed(self, error: BaseException) -> None:
+        """Keep the exception that ended the load."""
+        self._note_failure(self.model, error)
 
     def exited(self, code: int | None, detail: str, out_of_memory: bool) -> None:
         """Post `Exited`, once: the engine reports that the process is gone."""

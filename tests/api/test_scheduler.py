@@ -535,7 +535,7 @@ def test_what_the_load_of_an_object_refers_to_is_let_go_of(
     assert_soon(lambda: gc.collect() >= 0 and alive() is None)
     with scheduler.acquire(a_model("job")) as lease:
         assert lease.value == "<job>"
-    assert scheduler.name(a_model("job").id) == "job"
+    assert "job" in {scheduler.name(id) for id in scheduler.debug_state().named_models}
 
 
 def test_what_looks_at_runners_now_and_then_keeps_none_of_them(monkeypatch: pytest.MonkeyPatch) -> None:

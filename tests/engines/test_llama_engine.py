@@ -66,6 +66,9 @@ class Told:
     ) -> None:
         self.loads.append((endpoint, num_ctx, dict(memory.resident)))
 
+    def failed(self, error: BaseException) -> None:
+        raise AssertionError("a child tells its failures by its exit")
+
     def exited(self, code: int | None, detail: str, out_of_memory: bool) -> None:
         self.exits.append((code, detail, out_of_memory))
 

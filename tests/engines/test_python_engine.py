@@ -27,6 +27,7 @@ class Told:
     def __init__(self) -> None:
         self.loads: list[tuple[object, int | None, dict[DeviceId, int]]] = []
         self.exits: list[tuple[int | None, str, bool]] = []
+        self.errors: list[BaseException] = []
 
     def progressed(self) -> None:
         raise AssertionError("an object says nothing while it loads")
@@ -36,6 +37,9 @@ class Told:
     ) -> None:
         assert not self.exits
         self.loads.append((endpoint, num_ctx, dict(memory.resident)))
+
+    def failed(self, error: BaseException) -> None:
+        self.errors.append(error)
 
     def exited(self, code: int | None, detail: str, out_of_memory: bool) -> None:
         self.exits.append((code, detail, out_of_memory))

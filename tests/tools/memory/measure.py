@@ -46,6 +46,9 @@ class Heard:
         self.endpoint = endpoint
         self._told.set()
 
+    def failed(self, error: BaseException) -> None:
+        """Ignore it: the exit says the same in words."""
+
     def exited(self, code: int | None, detail: str, out_of_memory: bool) -> None:
         """Note the exit."""
         self.ended = detail

@@ -37,6 +37,9 @@ class Model:
         self.endpoint = endpoint
         self._done.set()
 
+    def failed(self, error: BaseException) -> None:
+        """Ignore it: the exit says the same in words."""
+
     def exited(self, code: int | None, detail: str, out_of_memory: bool) -> None:
         """Note that the runner has gone."""
         self.failure = detail

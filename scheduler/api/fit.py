@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from fsm.domain.devices import HOST, DeviceId
@@ -15,6 +14,7 @@ from fsm.messages.refusals import DoesNotFitRefusal
 from fsm.preview import Preview, Share, preview
 from fsm.sizing.load_history import NOTHING, LoadHistory
 from scheduler.api.fit_advice import Inspection, advise
+from scheduler.api.json_values import json_value
 from scheduler.errors.formatting import format_bytes, format_duration, shown
 from scheduler.errors.from_refusals import error_of
 from scheduler.errors.wording import Name, infeasible_reason, remedy, wait_reason
@@ -115,7 +115,7 @@ class Fit:
 
     def to_json(self) -> dict[str, Any]:
         """Return the fit as JSON values, with its sentence and whether it fits; an infinite time becomes None."""
-        return {**_plain(self), "fits": self.fits, "gpu_layers": self.gpu_layers, "sentence": str(self)}
+        return {**json_value(self), "fits": self.fits, "gpu_layers": self.gpu_layers, "sentence": str(self)}
 
     def _giving(self) -> list[FitDevice]:
         return [device for device in self.devices if device.takes_bytes]
@@ -222,11 +222,3 @@ def _victim(now: float, victim: Candidate, name: Name) -> FitVictim:
 def _changes(asked: Options, advised: Options) -> dict[str, int | str]:
     named = {each.name: getattr(advised, each.name) for each in fields(Options)}
     return {name: value for name, value in named.items() if value != getattr(asked, name)}
-
-
-def _plain(value: object) -> Any:
-    if is_dataclass(value):
-        return {each.name: _plain(getattr(value, each.name)) for each in fields(value)}
-    if isinstance(value, tuple):
-        return [_plain(each) for each in value]
-    return None if value == math.inf else value

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 from fsm.core import DeviceView, RunnerView, Snapshot
 from fsm.domain.devices import HOST
 from fsm.domain.options import Options
 from fsm.machine.request import RequestId
 from fsm.machine.runner import RunnerId
+from scheduler.api.json_values import json_value
 from scheduler.errors.wording import Name, wait_reason
 
 if TYPE_CHECKING:
@@ -68,8 +69,12 @@ class Status:
     runners: tuple[RunnerStatus, ...]
     queue: tuple[WaitStatus, ...]
     devices: tuple[DeviceView, ...]
-    problems: tuple[str, ...]  # what could not be read of the devices, or went wrong in a policy, in sentences
+    problems: tuple[str, ...]  # what went wrong, and what to do about it, in sentences; empty where all is well
     closing: bool
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the status as JSON values; an infinite time becomes None."""
+        return cast(dict[str, Any], json_value(self))
 
 
 def status_of(

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from fsm.domain.devices import DeviceId
@@ -14,6 +16,9 @@ try:
 except Exception:  # whatever is wrong with the binding, the host is still there
     pynvml = None
 
+PCI = Path("/sys/bus/pci/devices")  # on Linux
+CARD = Path("/dev/nvidiactl")  # of the driver, also where a container hides the bus
+_NVIDIA, _DISPLAY = "0x10de", "0x03"  # vendor, and class of devices
 RETRY_S = 60.0  # a driver that was missing, or lost a GPU, is started again at most this often
 
 # GPUs that have no memory of their own, by compute capability: Tegra X1 and X2, Xavier, Orin, Thor (twice), GB10. Their
@@ -73,6 +78,27 @@ def visible_devices(boards: Sequence[Board], chosen: str | None) -> list[str]:
     return list(filter(None, dict.fromkeys(found)))
 
 
+def has_card() -> bool:
+    """Return whether the machine shows a graphics processor of NVIDIA's, whether or not its driver is installed."""
+    if CARD.exists():
+        return True
+    with suppress(OSError):
+        return any(_is_card(place) for place in PCI.iterdir())
+    return False
+
+
+def _is_card(place: Path) -> bool:
+    with suppress(OSError):  # the device has gone, or may not be read
+        vendor, kind = (Path(place, name).read_text(encoding="ascii").strip() for name in ("vendor", "class"))
+        return vendor == _NVIDIA and kind.startswith(_DISPLAY)
+    return False
+
+
+def _is_missing(error: Exception) -> bool:
+    """Return whether a driver's library could not be started because there is none."""
+    return pynvml is None or getattr(error, "value", None) == pynvml.NVML_ERROR_LIBRARY_NOT_FOUND
+
+
 class Nvml:
     """A session with the driver; to be used by one thread at a time.
 
@@ -86,6 +112,7 @@ class Nvml:
         self._initialised = False  # the library is usable, and has to be shut down
         self._retry_at = -float("inf")  # the library is not initialised before this time
         self._failure = ""  # why the last initialisation failed, if it did
+        self._missing = False  # it failed since there is no library, as where there is no GPU
         self._ailing = False  # a GPU could not be opened since the library was initialised
         self._boards: dict[int, Board] = {}  # by index, as of the last time that each could be opened
 
@@ -119,10 +146,10 @@ class Nvml:
             count = pynvml.nvmlDeviceGetCount() if self._initialised else 0
         except Exception as error:  # NVMLError, or an error of ctypes for a broken library: start afresh later
             self.close()
-            self._failure = str(error)
+            self._failure, self._missing = str(error), _is_missing(error)
             self._retry_at = self._clock() + RETRY_S
             count = 0
-        if not self._initialised:
+        if not self._initialised and (not self._missing or has_card()):
             problems.append(f"no GPU is used: {self._failure}")
         self._boards = {index: board for index, board in self._boards.items() if index < count}
         for index in range(count):

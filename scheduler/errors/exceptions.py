@@ -1,8 +1,8 @@
 """The errors that users see: every error carries its figures as fields and says what to do about it.
 
 All of them are `SchedulerError`. `status` is the HTTP status a server would answer with: 400 for an option or input
-that the engine does not take, 404 for a missing file, 499 for a cancelled request, 503 for a full queue, 504 for an
-answer that took too long, 500 otherwise.
+that the engine does not take, 404 for a missing file, 499 for a cancelled request, 502 for a runner that is gone, 503
+for what may be had later (a full queue, a failed load, a close), 504 for a time limit that passed, 500 otherwise.
 Constructors take exactly the fields, by position or by name; every error survives pickling.
 """
 
@@ -167,6 +167,7 @@ class LoadFailed(SchedulerError):
     retry_after_s: float | None = None
     out_of_memory: bool = False
     served: bool = False
+    status: ClassVar[int] = 503
 
     def _words(self) -> str:
         cause = "it ran out of memory: " if self.out_of_memory else ""
@@ -204,6 +205,7 @@ class RunnerCrashed(SchedulerError):
     runner: int
     reason: str
     closed: bool = False
+    status: ClassVar[int] = 502
 
     def _words(self) -> str:
         advice = "" if self.closed else "; acquire the model again"
@@ -248,6 +250,7 @@ class AcquireTimeout(SchedulerError, TimeoutError):
     model: str
     timeout_s: float
     waiting_for: str
+    status: ClassVar[int] = 504
 
     def _words(self) -> str:
         return (
@@ -334,6 +337,8 @@ def not_beside(refused: WouldDeadlock) -> DoesNotFit:
 @dataclass(eq=False)
 class SchedulerClosed(SchedulerError):
     """The scheduler is closed, or closing: it takes no requests, and the requests that waited end with this error."""
+
+    status: ClassVar[int] = 503
 
     def _words(self) -> str:
         return "the scheduler is closed: make a new one"

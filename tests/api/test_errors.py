@@ -46,17 +46,17 @@ EXAMPLES: list[tuple[SchedulerError, int, tuple[str, ...]]] = [
     (InvalidModel("/models/a.gguf", "bad magic", offset=4), 500, ("/models/a.gguf", "bad magic", "byte 4")),
     (DoesNotFit("a", 3 << 30, {"cpu": 2 << 30}, "it is too big"), 500, ("3 GiB", "2 GiB on cpu", "it is too big")),
     (DoesNotFit("a", 0, {"cpu": 9}, "a GPU is required, and there is none"), 500, ("has no place: a GPU is required",)),
-    (LoadFailed("a", "no tensors", 10.0, out_of_memory=True), 500, ("no tensors", "out of memory", "10s")),
-    (LoadTimeout("a", waited_s=300.0), 500, ("5m", "load_timeout")),
-    (RunnerCrashed("a", 7, "killed by signal 9"), 500, ("runner 7", "signal 9")),
+    (LoadFailed("a", "no tensors", 10.0, out_of_memory=True), 503, ("no tensors", "out of memory", "10s")),
+    (LoadTimeout("a", waited_s=300.0), 503, ("5m", "load_timeout")),
+    (RunnerCrashed("a", 7, "killed by signal 9"), 502, ("runner 7", "signal 9")),
     (LeaseReleased("a"), 500, ("'a'", "released", "acquire")),
     (SchedulerBroken("KeyError: 3"), 500, ("KeyError: 3", "report")),
     (RequestCancelled("a"), 499, ("cancelled",)),
-    (AcquireTimeout("a", 1.5, waiting_for="memory of 'b'"), 500, ("1.5s", "memory of 'b'")),
+    (AcquireTimeout("a", 1.5, waiting_for="memory of 'b'"), 504, ("1.5s", "memory of 'b'")),
     (TimeoutTooShort("a", 1.5, 7.0, 9.0, 2.0), 503, ("1.5s", "7s", "9s", "2s of which")),
     (TimeoutTooShort("a", 8.0, 25.0, 3.0, None, 22.0), 503, ("8s", "for 22s", "more than 25s", "min_residency")),
     (WouldDeadlock("a", ("b", "c")), 500, ("'a'", "beside 'b' and 'c'", "acquire_all")),
-    (SchedulerClosed(), 500, ("closed",)),
+    (SchedulerClosed(), 503, ("closed",)),
     (SchedulerForked(), 500, ("forked", "new one")),
     (UnsupportedOption("num_parallel", 4, "embedders take 1"), 400, ("num_parallel=4", "embedders take 1")),
     (UnsupportedOption("num_ctx", 10**300, "less"), 400, ("num_ctx=1000", "0… is not supported: less")),
@@ -71,7 +71,7 @@ each_example = pytest.mark.parametrize(
 
 @each_example
 def test_s34_every_kind_has_its_http_status(error: SchedulerError, status: int, words: tuple[str, ...]) -> None:
-    """S34: wrong input 400, no file 404, cancelled 499, full queue or little time 503, slow answer 504, else 500."""
+    """S34: wrong input 400, missing file 404, cancelled 499, a crash 502, what may be had later 503, a time-out 504."""
     assert error.status == status
 
 

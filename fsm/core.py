@@ -156,6 +156,14 @@ class Core:
         """Tell whether a model has a model record."""
         return model in self._state.models
 
+    def is_wanted(self, request: RequestId) -> bool:
+        """Tell whether others wait for the memory of the runner that a request was granted, evicted for them or not."""
+        state, granted = self._state, self._state.requests.get(request)
+        runner = state.runners.get(RunnerId(granted.runner)) if granted is not None and granted.runner else None
+        if runner is None or not state.groups:
+            return False
+        return runner.contended or any(runner.id in group.evicted for group in state.groups.values())
+
     def lives(self, runner: RunnerId) -> bool:
         """Tell whether a runner was launched and is not unloaded yet."""
         return runner in self._state.runners

@@ -124,8 +124,8 @@ class Lease(NonCopyable, Generic[Value]):
 
     @property
     def wanted(self) -> bool:
-        """Whether other requests wait for the runner's memory: a holder that keeps leases long should release it."""
-        return self._pending.wanted
+        """Whether other requests wait for the runner's memory now: a long holder does well to release its lease."""
+        return self._broker.is_wanted(self._pending)
 
     def on_lost(self, callback: Callable[[], object]) -> None:
         """Have `callback` called from another thread, once, when the runner is gone; at once if it is."""

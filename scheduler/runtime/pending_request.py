@@ -59,7 +59,7 @@ class PendingRequest:
         self.error: BaseException | None = None  # the refusal, where the request was refused
         self.lost: str = ""  # why the runner is gone
         self.closed = False  # the runner is gone because the scheduler was closed; set before `lost` is
-        self.wanted = False  # other requests wait for the runner's memory
+        self.wanted = False  # other requests have waited for the runner's memory; they may have left
         self.callbacks: tuple[tuple[str, Callback], ...] = ()  # ("lost" or "wanted", the callback)
 
     def answer(self, handle: RunnerHandle | None, error: BaseException | None) -> None:

@@ -195,6 +195,10 @@ class RequestBroker:
         if self.query(add):
             self._executor.call(lambda: _call(callback))
 
+    def is_wanted(self, pending: PendingRequest) -> bool:
+        """Return whether other requests wait for the memory of a granted request's runner now."""
+        return pending.wanted and not self.forked and self._driver.query(lambda core: core.is_wanted(pending.id))
+
     def verify_runner(self, pending: PendingRequest) -> None:
         """Check a runner whose connection broke, and revoke its leases if it is gone; blocks as long as a probe may.
 

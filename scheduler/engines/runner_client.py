@@ -469,6 +469,7 @@ def _expiring(call: Call) -> Iterator[None]:
     if call.limits.total_s is None:
         yield
         return
+    call.limits.begin()  # first: else the timer might end before the time that the limits count
     timer = threading.Timer(call.limits.total_s, call.expire)
     timer.daemon = True
     timer.start()
@@ -485,6 +486,7 @@ def _expiring_in_loop(call: Call) -> Iterator[None]:
     if call.limits.total_s is None:
         yield
         return
+    call.limits.begin()
     timer = asyncio.get_running_loop().call_later(call.limits.total_s, call.expire)
     try:
         yield

@@ -24,7 +24,7 @@ from scheduler.engines.answer_requests import (
     CHAT_PARAMETERS,
     COMPLETION_PARAMETERS,
 )
-from scheduler.engines.runner_client import EVENTS, RunnerClient
+from scheduler.engines.runner_client import EVENTS, Limits, RunnerClient
 from tests.engines.test_runner_client import DONE, LETTERS, Misbehaving, event, receive, serving, stream
 from tests.support.tiny_models import write_tiny_model
 from tests.support.waiting import LIMIT_S
@@ -322,6 +322,24 @@ def test_u49_an_answer_that_goes_on_for_too_long_is_ended(ask: str) -> None:
     ):
         ASKS[ask](client, timeout_s=LIMIT_S, total_timeout_s=0.5)
     assert (passed.value.whole, passed.value.status, isinstance(passed.value, TimeoutError)) == (True, 504, True)
+
+
+@pytest.mark.parametrize("ask", ASKS)
+def test_u49_the_error_names_the_limit_that_passed_on_a_busy_machine(ask: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """U49: a thread that is held up before it begins to count does not take the whole answer's limit for a silence."""
+    begin = Limits.begin
+
+    def held_up(limits: Limits) -> None:
+        threading.Event().wait(0.3)
+        begin(limits)
+
+    monkeypatch.setattr(Limits, "begin", held_up)
+    with (
+        Misbehaving(slowly(10000, 0.02, whole=False)) as server,
+        closing(RunnerClient(server.url, "key")) as client,
+        pytest.raises(AnswerTimeout, match="not complete within 500ms"),
+    ):
+        ASKS[ask](client, timeout_s=LIMIT_S, total_timeout_s=0.5)
 
 
 @pytest.mark.parametrize("limits", [{"timeout_s": 0.3}, {"total_timeout_s": 0.3}])

@@ -37,6 +37,7 @@ from fsm.messages.reasons import NoAnswer
 from fsm.sizing.footprint import Footprint
 from fsm.state.core_config import CoreConfig
 from fsm.state.core_state import CoreState
+from fsm.state.memory_ledger import Ledger
 from fsm.state.model_record import ModelRecord
 from fsm.verification.declared_model import DeclaredModel, profile_of
 
@@ -216,13 +217,7 @@ def fair_next_event(core: Core, scenario: Scenario) -> Event | None:
         reading = sampled(core, scenario)
         read = state.ledger.copy()
         read.sample(reading.devices)
-        back = any(
-            all(
-                gpu not in read.devices or read.total_available(gpu) >= for_us
-                for gpu, for_us in runner.recovery_targets.items()
-            )
-            for runner in gone
-        )
+        back = any(_is_back(read, runner) for runner in gone)
         return reading if back else Tick()  # other programs took memory meanwhile: the wait ends by its own time-out
     if state.closing:
         return Tick() if any(runner.leases for runner in state.runners.values()) else None
@@ -235,6 +230,12 @@ def fair_next_event(core: Core, scenario: Scenario) -> Event | None:
         if model.current is not None:
             return Expire(model.id)
     return None
+
+
+def _is_back(read: Ledger, runner: Runner) -> bool:
+    """Tell whether a reading finds the memory of a runner free on each GPU that is there."""
+    targets = [(gpu, for_us) for gpu, for_us in runner.recovery_targets.items() if gpu in read.devices]
+    return all(read.total_available(gpu) >= for_us for gpu, for_us in targets)
 
 
 def sampled(

@@ -43,7 +43,7 @@ from scheduler.engines.llama_profile import (
 from scheduler.engines.llama_protocol import largest_sequence, loaded_of
 from scheduler.engines.llama_sizing import holds
 from scheduler.engines.process_supervisor import CLOSE_TIMEOUT_S, ChildLauncher
-from scheduler.errors.exceptions import EngineMissing, ModelNotFound, is_out_of_files
+from scheduler.errors.exceptions import EngineMissing, InvalidModel, ModelNotFound, is_out_of_files
 from scheduler.errors.formatting import printable
 from scheduler.models.gguf_metadata import read_metadata
 from scheduler.models.measurements import installed_version
@@ -61,6 +61,7 @@ log = logging.getLogger("loadmaster")
 ENGINE: Final = "xllamacpp"  # the distribution that llama.cpp comes in
 CHILD: Final = Path(__file__).with_name("llama_child.py")
 DRY_RUN_CHILD: Final = Path(__file__).with_name("llama_dry_run_child.py")
+ENCODER_TENSORS = ("v.", "mm.", "a.", "s.")  # beginnings of the names that encoders' tensors have in Ollama's files
 DETAIL_BYTES = 8 << 10  # longest description of an exit
 KEY_BYTES = 32
 MOST_MISPLACED = 16  # models that are named
@@ -373,6 +374,8 @@ class LlamaEngine:
             sized, settings = sized_options(load.options), LlamaSettings.decoded(load.settings)
             loads[sized] = self._request(model, sized, settings, Placement(()), key)
         told = self._dry_runs.sizes(model.name, profile.fingerprint, loads)
+        if reason := self._dry_runs.why_unusable(profile.fingerprint):
+            raise InvalidModel(model.path, f"llama.cpp refuses it: {reason}{_way_out(info)}")
         return replace(self.profile(info, asked, told), gpu_libraries=usable)
 
     def _tell_of_cuts(self, model: ModelSpec, info: ModelInfo, asked: Iterable[Options]) -> None:
@@ -473,6 +476,16 @@ class LlamaEngine:
 
 def _has_projector_on_gpu(placement: Placement) -> bool:
     return bool(placement.gpu_layers) and not placement.projector_on_host
+
+
+def _way_out(info: ModelInfo) -> str:
+    """Return what to do about a model that llama.cpp refuses, where it is known."""
+    if any(name.startswith(ENCODER_TENSORS) for name in info.unknown):
+        return (
+            ". It has an encoder and a language model in one file, as Ollama's own engine reads them: take the GGUF "
+            "files for llama.cpp, a model and a projector (mmproj)"
+        )
+    return ". Take another conversion of it, or upgrade loadmaster[llama] if the file is newer"
 
 
 def _program(child: Path, question: Request | DryRun, gpus: Iterable[DeviceId]) -> Program:

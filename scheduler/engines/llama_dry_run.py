@@ -53,6 +53,7 @@ class DryRuns:
         self._lock = threading.Lock()  # guards all below
         self._told: dict[tuple[str, Options], EngineSizes] = {}
         self._silent: dict[str, _Silence] = {}  # by fingerprint
+        self._unusable: dict[str, str] = {}  # by fingerprint, of models that llama.cpp refuses, and why
 
     @property
     def problems(self) -> tuple[str, ...]:
@@ -80,12 +81,19 @@ class DryRuns:
         with self._lock:
             return {each: told for each in loads if (told := self._told.get((fingerprint, each))) is not None}
 
+    def why_unusable(self, fingerprint: str) -> str:
+        """Return why llama.cpp refuses a model, in its words; empty where it does not, or was not asked about it."""
+        with self._lock:
+            return self._unusable.get(fingerprint, "")
+
     def _unknown(self, fingerprint: str, loads: Iterable[Options]) -> list[Options]:
         """Return the loads that are neither remembered nor were asked about a moment ago."""
         since = time.monotonic() - SILENCE_S
         with self._lock:
             silence = self._silent.get(fingerprint)
             silent = {each for each, at in silence.untold.items() if at > since} if silence is not None else ()
+            if fingerprint in self._unusable:
+                return []
             return [each for each in loads if (fingerprint, each) not in self._told and each not in silent]
 
     def _ask_for(self, model: str, fingerprint: str, loads: Mapping[Options, Request]) -> None:
@@ -96,28 +104,39 @@ class DryRuns:
         reason = ""
         for first in range(0, len(unknown), MOST_LOADS):
             some = unknown[first : first + MOST_LOADS]
-            answers, failure = self._ask([loads[each] for each in some], end - time.monotonic())
+            answers, failure, unusable = self._ask([loads[each] for each in some], end - time.monotonic())
+            if unusable:
+                self._note_unusable(fingerprint, failure)
+                return
             found |= {each: sizes for each, sizes in zip(some, answers, strict=True) if sizes is not None}
             reason = reason or (failure if None in answers else "")
             if time.monotonic() >= end:
                 break
         self._note(model, fingerprint, found, unknown, reason or f"no answer within {TIMEOUT_S:g} s")
 
-    def _ask(self, loads: Sequence[Request], timeout_s: float) -> tuple[Sequence[EngineSizes | None], str]:
-        """Return what each load takes, None where llama.cpp does not tell, and why it does not."""
+    def _ask(self, loads: Sequence[Request], timeout_s: float) -> tuple[Sequence[EngineSizes | None], str, bool]:
+        """Return what each load takes, None where llama.cpp does not tell; why it does not; whether for any load."""
         answers = _Answers(len(loads))
         try:
             child = Child(self._program(loads), answers)
             self._processes.start(child)
         except (RuntimeError, OSError) as error:  # closed, in a fork, or no thread or descriptor is left
-            return answers.told, str(error)
+            return answers.told, str(error), False
         answered = False
         try:
             answered = answers.over.wait(timeout_s)
         finally:
             if not answered:  # it hangs, or this thread is interrupted
                 child.stop(0.0)
-        return tuple(answers.told), answers.reason if answered else f"no answer within {TIMEOUT_S:g} s"
+        if not answered:
+            return tuple(answers.told), f"no answer within {TIMEOUT_S:g} s", False
+        return tuple(answers.told), answers.reason, answers.unusable
+
+    def _note_unusable(self, fingerprint: str, reason: str) -> None:
+        with self._lock:
+            self._silent.pop(fingerprint, None)
+            self._unusable[fingerprint] = printable(" ".join(reason.split()))[-REASON_CHARACTERS:]
+            _keep_newest(self._unusable, MOST_SILENT)
 
     def _note(
         self,
@@ -156,6 +175,7 @@ class _Answers:
         self.told: list[EngineSizes | None] = [None] * loads
         self.over = Latch()
         self.reason = ""  # why a load has no answer
+        self.unusable = False  # whether llama.cpp refuses the model, whatever the load
 
     def printed(self, line: str) -> None:
         """Take in a line of the child's protocol; a line that is not of the protocol is ignored."""
@@ -165,6 +185,7 @@ class _Answers:
                 self.told[message["load"]] = sizes_of(message)
             else:
                 self.reason = str(message["reason"])
+                self.unusable = message["event"] == "unusable"
         except (ValueError, TypeError, LookupError):
             return
 

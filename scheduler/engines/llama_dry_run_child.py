@@ -9,7 +9,9 @@ answers with JSON objects, one a line:
              compute,
              projector
     refused  load, reason      llama.cpp would not make this context; the reason in its words
-    failed   reason            llama.cpp cannot load the model, or is not as it is known here; the last line
+    unusable reason            llama.cpp refuses the model's file, whatever the load; the reason in its words; the last
+                               line
+    failed   reason            llama.cpp cannot tell, or is not as it is known here; the last line
 
 `caches` is a list of [kind, layers, cells, bytes]. The kind is "full" for keys and values of a whole context, "window"
 for those of a sliding window, and "state" for recurrent state and all else that keeps its size; cells are tokens of one
@@ -45,6 +47,8 @@ WINDOW = re.compile(r"creating +SWA KV cache")
 FULL = re.compile(r"creating (?!SWA).* KV cache")
 COMPUTE = re.compile(r"compute buffer size = +([\d.]+) MiB")
 STATES = re.compile(r"recurrent|state")
+ERROR_LEVEL = 4  # of a line of the log
+OF_THE_MACHINE = re.compile(r"alloc|memory|failed to open|open files", re.IGNORECASE)  # and no error of a file's
 
 Cache = tuple[str, list[int], int, int]  # kind, layers, cells of a slot, bytes of all slots
 
@@ -85,7 +89,8 @@ class Engine:
         self._functions = functions = ctypes.CDLL(library.xllamacpp.__file__)
         self._lines: list[str] = []
         kind = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
-        self._log = kind(lambda level, text, data: self._lines.append(text.decode(errors="replace")))
+        self._errors: list[str] = []
+        self._log = kind(self._take_in)
         functions.llama_log_set(self._log, None)
         functions.llama_backend_init()
         # C++ functions, by the names that GCC and Clang give them: what the server itself makes of its parameters
@@ -101,6 +106,11 @@ class Engine:
         self._of_projector.restype = Parameters
         self._projector = functions._Z21mtmd_get_memory_usagePKc19mtmd_context_params
         self._projector.restype, self._projector.argtypes = Map, [ctypes.c_char_p, Parameters]
+
+    def _take_in(self, level: int, text: bytes, data: int | None) -> None:
+        self._lines.append(text.decode(errors="replace"))
+        if level == ERROR_LEVEL:
+            self._errors.append(self._lines[-1].strip())
 
     def load(self, request: Request) -> int | None:
         """Load the model without its weights, and return its address; None where llama.cpp cannot load it.
@@ -146,6 +156,10 @@ class Engine:
         """Return the last line of the log that tells of an error, or else the last one."""
         lines = [line for line in "".join(self._lines).splitlines() if line.strip()]
         return next((line for line in reversed(lines) if "error" in line.lower()), lines[-1] if lines else "")
+
+    def first_error(self) -> str:
+        """Return the line of the log that tells of the first error; empty where none does."""
+        return next(filter(None, self._errors), "")
 
     def _explicit(self, params: Any) -> Parameters:
         """Return the parameters of a context as llama.cpp has understood them; raises RuntimeError where it has not."""
@@ -198,7 +212,10 @@ def answer(protocol: int, dry_run: DryRun) -> None:
     requests = [cast(Request, {**dry_run["base"], **load}) for load in dry_run["loads"]]
     model = engine.load(requests[0])
     if model is None:
-        raise RuntimeError(engine.reason())
+        if not (error := engine.first_error()) or OF_THE_MACHINE.search(error):
+            raise RuntimeError(engine.reason())
+        tell(protocol, "unusable", reason=error)
+        return
     projectors: dict[bool | None, int] = {}  # by flash attention
     for place, request in enumerate(requests):
         log = engine.context(model, request)

@@ -79,9 +79,10 @@ VERIFIED = frozenset(
 def holds(info: ModelInfo, version: str) -> bool:
     """Return whether the formulas are known to hold for a model in this version of the engine, as to its architecture.
 
-    There is none for projectors.
+    There is none for projectors, and none for a file with tensors that are not the architecture's.
     """
-    return version == VERIFIED_VERSION and info.architecture in VERIFIED and not info.projectors_bytes
+    verified = version == VERIFIED_VERSION and info.architecture in VERIFIED
+    return verified and not info.projectors_bytes and not info.unknown
 
 
 # Slots that llama.cpp is asked about: a dry run takes the states of all of them. More slots take as much for each.

@@ -111,12 +111,15 @@ class Window:
             raise self.cut_short(self.offset + count, self.offset - _U64.size)
         return count
 
-    def name(self, most_bytes: int) -> str:
-        """Return the next name; raises `InvalidModel` if it is empty or longer than `most_bytes`."""
+    def name(self, most_bytes: int, *, utf8: bool = True) -> str:
+        """Return the next name; raises `InvalidModel` if it is empty or longer than `most_bytes`.
+
+        Where it need not be UTF-8, bytes that are not are written as `\\xff`.
+        """
         if not 0 < (count := self.length()) <= most_bytes:
             raise self.fail(f"a name has {count} bytes, and may have 1 to {most_bytes}", self.offset - _U64.size)
         try:
-            return self.take(count).decode()
+            return self.take(count).decode(errors="strict" if utf8 else "backslashreplace")
         except UnicodeDecodeError:
             raise self.fail("a name is not UTF-8", self.offset - count - _U64.size) from None
 

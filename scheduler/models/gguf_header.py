@@ -8,7 +8,7 @@ import stat
 import struct
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from math import prod
 from types import ModuleType
@@ -26,6 +26,8 @@ MOST_KEY_BYTES = 1 << 10
 MOST_TENSORS = 1 << 13
 KEPT_TEXT_BYTES = 256  # longer texts (chat templates) are skipped
 LARGEST_ALIGNMENT = 1 << 20
+MOST_TYPES = 1 << 8  # of tensors, known or not; ggml has some forty
+LARGEST_ELEMENT_BYTES = 8  # of any type
 CACHED_HEADERS = 64
 
 _OPEN_FLAGS = os.O_RDONLY
@@ -39,8 +41,13 @@ class Tensor:
 
     name: str
     bytes: int  # in the file and in memory
-    type: str  # the gguf package's name: F32, Q4_0 ...
+    type: str  # the gguf package's name: F32, Q4_0 ...; the number of a type that it does not know
     dimensions: int  # number of dimensions: 2 of a matrix; at most MOST_DIMENSIONS
+
+    @property
+    def known_type(self) -> bool:
+        """Whether the gguf package knows its type."""
+        return not self.type.isdigit()
 
 
 @dataclass(slots=True)
@@ -227,7 +234,7 @@ def _alignment(window: Window, header: Header) -> int:
 
 def _read_pair(window: Window, header: Header) -> None:
     begin = window.offset
-    key = window.name(MOST_KEY_BYTES)
+    key = window.name(MOST_KEY_BYTES, utf8=False)  # llama.cpp takes any bytes
     if key in header.values:
         raise window.fail(f"the key {key[:80]!r} is there twice", begin)
     header.offsets[key] = begin
@@ -272,22 +279,33 @@ def _read_array(window: Window, key: str, header: Header) -> Value:
 def _read_tensors(window: Window, count: int, alignment: int) -> tuple[Tensor, ...]:
     """Read all entries.
 
-    Each tensor's data must begin where the data before end, as ggml demands, and be in the file.
+    Each tensor's data must begin where the data before end, as ggml demands, and be in the file. The engine may know
+    types that the gguf package does not: data of such a type end where the next data begin.
     """
     tensors: dict[str, Tensor] = {}
-    begin = end = 0  # of the last entry in the file, and of its data in the data
+    begin = start = end = 0  # of the last entry in the file, and of its data in the data
+    open_ended: Tensor | None = None  # the last tensor, where its data's end is not known yet
     for _ in range(count):
         begin = window.offset
         name = window.name(MOST_NAME_BYTES - 1)
         if name in tensors:
             raise window.fail(f"the tensor {name!r} is there twice", begin)
+        before = start
         tensors[name], start = _read_tensor(window, name)
-        if start != (expected := _aligned(end, alignment)):
+        expected = _aligned(end, alignment)
+        if open_ended is not None and expected <= start <= _aligned(before + open_ended.bytes, alignment):
+            tensors[open_ended.name] = replace(open_ended, bytes=start - before)
+            expected = _aligned(start, alignment)
+        if start != expected:
             reason = f"the data of the tensor {name!r} are said to begin at {start}, and those before end at {expected}"
             raise window.fail(reason, window.offset - 8)
-        end = start + tensors[name].bytes
-    if tensors and (whole := _aligned(window.offset, alignment) + end) > window.file_bytes:
-        raise window.cut_short(whole, begin, exact=True)
+        open_ended = None if tensors[name].known_type else tensors[name]
+        end = start + (1 if open_ended else tensors[name].bytes)
+    rest = window.file_bytes - _aligned(window.offset, alignment) - end
+    if tensors and rest < 0:
+        raise window.cut_short(window.file_bytes - rest, begin, exact=open_ended is None)
+    if open_ended is not None:
+        tensors[open_ended.name] = replace(open_ended, bytes=min(open_ended.bytes, rest + 1))
     return tuple(tensors.values())
 
 
@@ -296,16 +314,20 @@ def _aligned(offset: int, alignment: int) -> int:
 
 
 def _read_tensor(window: Window, name: str) -> tuple[Tensor, int]:
-    """Return a tensor with its size from its dimensions and type, and the offset of its data."""
+    """Return a tensor with its size from its dimensions and type, and the offset of its data.
+
+    Of a type that the gguf package does not know the size is the most that it can be.
+    """
     begin = window.offset
     if (dimensions := window.number(_U32)) > MOST_DIMENSIONS:
         raise window.fail(f"the tensor {name!r} has {dimensions} dimensions", begin)
     *sizes, kind, start = window.unpack(_PLACES[dimensions])
-    if kind not in (known := _format().quantisations):
-        if kind > max(known):
-            raise window.fail(_unknown_kind(f"the tensor {name!r}", kind), window.offset - 12)
+    known = _format().quantisations
+    if kind >= MOST_TYPES:
+        raise window.fail(_unknown_kind(f"the tensor {name!r}", kind), window.offset - 12)
+    if kind not in known and kind < max(known):
         raise window.fail(f"the tensor {name!r} has type {kind}, which is no longer read: convert it again", begin)
-    kind_name, block_elements, block_bytes = known[kind]
+    kind_name, block_elements, block_bytes = known.get(kind, (str(kind), 1, LARGEST_ELEMENT_BYTES))
     if (elements := prod(sizes)) == 0:
         raise window.fail(f"the tensor {name!r} has no elements", begin)
     if elements % block_elements or (sizes and sizes[0] % block_elements):

@@ -7,6 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import cache
 from types import MappingProxyType
 
 from scheduler.errors.exceptions import InvalidModel
@@ -43,6 +44,7 @@ FULL_ATTENTION_FIRST = frozenset({"cohere2moe", "smallthinker"})
 _LOOKED_UP = ("token_embd", "position_embd", "token_types", "per_layer_token_embd")
 
 _BLOCK = re.compile(r"(?:enc\.|dec\.)?blk\.(\d+)\.")
+_BID = re.compile(r"\.\d+\.")
 _STATE = re.compile(r"\.(?:ssm_|shortconv\.|time_mix_)")  # tensors of layers that keep a state
 _KEYS = re.compile(r"\.attn_k(?:_b|v_a_mqa)?\.")  # tensors of layers that have keys
 _DENSE = re.compile(r"\.(?:ffn_up|channel_mix_key)\.weight$")
@@ -69,6 +71,7 @@ def read_metadata(
         adapters_bytes=sum(sizes[: len(adapters)]),
         projectors_bytes=sum(sizes[len(adapters) :]),
         digest=_digest([*parts, *beside]),
+        unknown=_unknown(parts),
         image_bytes=max((12 * _number(each, "clip.vision.image_size", 0) ** 2 for each in seeing), default=0),
     )
 
@@ -99,6 +102,36 @@ def _read_parts(path: str) -> list[Header]:
     if (expected := _number(first, "split.tensors.count")) != len(seen):
         raise _wrong(first, "split.tensors.count", f"is {expected}, and there are {len(seen)} in the {count} parts")
     return parts
+
+
+def _unknown(parts: Sequence[Header]) -> tuple[str, ...]:
+    """Return the tensors that the gguf package does not know, of a model of this architecture or by their type.
+
+    An architecture that the package does not know has none.
+    """
+    names = _tensor_names().get(_architecture(parts[0]))
+    return tuple(
+        tensor.name
+        for part in parts
+        for tensor in part.tensors
+        if not tensor.known_type or (names is not None and not _is_known(tensor.name, names))
+    )
+
+
+def _is_known(name: str, names: frozenset[str]) -> bool:
+    name = _BID.sub(".{bid}.", name)
+    return name in names or name.rpartition(".")[0] in names
+
+
+@cache
+def _tensor_names() -> Mapping[str, frozenset[str]]:
+    """Return the names of tensors by architecture, without their endings, as the gguf package has them."""
+    from gguf.constants import MODEL_ARCH_NAMES, MODEL_TENSORS, TENSOR_NAMES
+
+    return {
+        MODEL_ARCH_NAMES[architecture]: frozenset(TENSOR_NAMES[tensor] for tensor in tensors)
+        for architecture, tensors in MODEL_TENSORS.items()
+    }
 
 
 def _read_adapter(path: str, model: Header) -> Header:

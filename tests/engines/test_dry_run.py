@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import math
+import struct
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
 
 from fsm.domain.devices import MIB
@@ -27,10 +31,15 @@ from scheduler.engines.llama_dry_run_child import caches, compute_bytes
 from scheduler.engines.llama_protocol import sizes_of
 from scheduler.engines.llama_sizing import EngineCache, EngineSizes, estimate, holds
 from scheduler.engines.process_supervisor import ChildLauncher
+from scheduler.errors.exceptions import InvalidModel
 from scheduler.models.model_spec import ModelSpec
 from tests.support.engine_models import write
+from tests.support.gguf_bytes import tensor
 from tests.support.leaks import no_leaks
 from tests.support.models import a_model
+from tests.support.tiny_models import write_tiny_model
+
+Shapes = Mapping[str, Sequence[int]]
 
 ASKED = Options(num_ctx=1024)
 TOLD = {"event": "sized", "load": 0, "caches": [["full", [0, 1], 256, 4096]], "compute": 1024, "projector": 0}
@@ -58,6 +67,42 @@ llama_comp_state:        CPU csa state buffer size =     1.25 MiB
 llama_comp_state: csa ratio = 4, state = 8 x 1024, streams = 1, rs_seq = 0, layers = 21, size =    1.25 MiB
 sched_reserve:        CPU compute buffer size =   112.50 MiB
 """
+
+
+Q2_0 = 42
+BLOCK = struct.pack("<e", 0.05) + bytes([0b10010010] * 16)  # 64 elements of Q2_0
+
+
+def rewritten(file: bytes, change: Callable[[str, gguf.ReaderTensor], tuple[int, bytes]], more: Shapes) -> bytes:
+    """Return a file with the types and data that `change` gives its tensors, and with `more` of 32-bit zeros."""
+    with tempfile.NamedTemporaryFile() as named:
+        named.write(file)
+        named.flush()
+        reader = gguf.GGUFReader(named.name)
+        tensors = [(each.name, [int(n) for n in each.shape], *change(each.name, each)) for each in reader.tensors]
+        begin = min(each.field.offset for each in reader.tensors)
+    tensors += [(name, [*shape], 0, bytes(4 * math.prod(shape))) for name, shape in more.items()]
+    head, data = bytearray(file[:begin]), b""
+    struct.pack_into("<Q", head, 8, len(tensors))
+    for name, shape, kind, content in tensors:
+        head += tensor(name, shape, kind, len(data))
+        data += content + bytes(-len(content) % 32)
+    return bytes(head) + bytes(-len(head) % 32) + data
+
+
+def with_tensors(file: bytes, more: Shapes) -> bytes:
+    return rewritten(file, lambda name, each: (int(each.tensor_type), each.data.tobytes()), more)
+
+
+def with_types(file: bytes, part: bytes, kind: int) -> bytes:
+    """Return a file whose matrices with `part` in their names are of another type, with blocks as Q2_0 has them."""
+
+    def change(name: str, each: gguf.ReaderTensor) -> tuple[int, bytes]:
+        if part.decode() in name and len(each.shape) > 1:
+            return kind, BLOCK * (int(each.n_elements) // 64)
+        return int(each.tensor_type), each.data.tobytes()
+
+    return rewritten(file, change, {})
 
 
 # what llama.cpp says
@@ -196,14 +241,64 @@ def test_what_takes_more_slots_is_asked_for_with_them(engine: LlamaEngine, tmp_p
     assert sum(four.caches_bytes) == pytest.approx(4 * sum(one.caches_bytes), rel=0.02)
 
 
-def test_a_model_that_llama_cpp_cannot_load_is_estimated_and_named(engine: LlamaEngine, tmp_path: Path) -> None:
-    """Where llama.cpp does not answer, the formulas count, and the problem says of which model, and why."""
+ENCODER = {"v.blk.0.attn_q.weight": (8,), "mm.mm_input_projection.weight": (64, 32)}
+UNUSABLE: Mapping[str, tuple[Callable[[bytes], bytes], str, str]] = {  # a change, llama.cpp's words, and ours
+    "a tensor is missing": (lambda file: file.replace(b"attn_norm", b"attn_n0rm"), "attn_norm", "another conversion"),
+    "an architecture is unknown": (lambda file: file.replace(b"llama", b"lxama"), "'lxama'", "upgrade"),
+    "an encoder is in the file": (lambda file: with_tensors(file, ENCODER), "wrong number of tensors", "mmproj"),
+    "a tensor is too many": (lambda file: with_tensors(file, {"blk.0.more.weight": (8,)}), "wrong number", "another"),
+    "a type is unknown": (lambda file: with_types(file, b"ffn_up", 99), "invalid ggml type 99", "upgrade"),
+}
+
+
+@pytest.mark.parametrize("what", UNUSABLE)
+def test_u31_a_file_that_llama_cpp_refuses_is_told_before_a_load(
+    engine: LlamaEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    """U31: a file with what is not known here is shown to llama.cpp, and refused with its words and what to do."""
+    change, theirs, ours = UNUSABLE[what]
+    path = tmp_path / "odd.gguf"
+    path.write_bytes(change(write_tiny_model(path).read_bytes()))
+    for _ in range(2):  # the second time without llama.cpp
+        with pytest.raises(InvalidModel) as refused:
+            engine.inspect(ModelSpec("odd", str(path)), [ASKED])
+        assert theirs in refused.value.reason and ours in refused.value.reason
+        assert engine.problems == ()
+        monkeypatch.setattr(ChildLauncher, "start", lambda *arguments: pytest.fail("a process was started"))
+    path.write_bytes(write_tiny_model(path).read_bytes())
+    assert engine.inspect(ModelSpec("odd", str(path)), [ASKED]).resolutions
+
+
+def test_u31_a_machine_without_memory_is_no_fault_of_the_files(
+    engine: LlamaEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """U31: where llama.cpp cannot load for want of memory or files, the model is estimated and named, not refused."""
     path = write(tmp_path, "gemma4")
-    broken = tmp_path / "broken.gguf"
-    broken.write_bytes(path.read_bytes().replace(b"blk.0.attn_norm.weight", b"blk.0.attn_n0rm.weight"))
-    assert footprint_of(engine, broken).compute_bytes > 0
+    program = tmp_path / "child.py"
+    program.write_text(
+        f"import sys; sys.path.insert(0, {str(llama.DRY_RUN_CHILD.parent)!r}); import llama_dry_run_child as child\n"
+        "load = child.Engine.load\n"
+        "def fails(engine, request):\n"
+        "    engine._take_in(4, b'llama_model_load: error loading model: std::bad_alloc\\n', None)\n"
+        "child.Engine.load = fails; child.main()\n"
+    )
+    monkeypatch.setattr(llama, "DRY_RUN_CHILD", program)
+    assert footprint_of(engine, path).compute_bytes > 0
     (problem,) = engine.problems
-    assert "broken" in problem and "attn_norm" in problem and "estimated" in problem
+    assert path.stem in problem and "bad_alloc" in problem and "estimated" in problem
+
+
+@pytest.mark.parametrize("part", [b"ffn_up", b"token_embd", b"blk.1.ffn_down", b"weight"])
+def test_u30_types_that_the_gguf_package_does_not_know_are_served(tmp_path: Path, part: bytes) -> None:
+    """U30: a model of a type that llama.cpp has and the gguf package has not is served, in any of its matrices."""
+    pytest.importorskip("xllamacpp")
+    path = write_tiny_model(tmp_path / "m.gguf")
+    path.write_bytes(with_types(path.read_bytes(), part, Q2_0))
+    with Scheduler(Settings(gpus=False, cpu_threads=1, measurement_file=None, lock_folder=None)) as scheduler:
+        assert scheduler.fit(path, num_ctx=256).verdict == "fits"
+        with scheduler.acquire(path, num_ctx=256, timeout=60) as lease:
+            assert lease.complete("abc", max_tokens=2) is not None
+        assert scheduler.status().problems[1:] == ()
 
 
 def test_a_refused_load_leaves_the_others_their_answers(

@@ -403,7 +403,7 @@ def test_a_file_that_is_not_there_is_not_launched(engine: LlamaEngine, tmp_path:
 def test_a_failed_load_is_told_in_the_words_of_llama_cpp(engine: LlamaEngine, file: Path, tmp_path: Path) -> None:
     """A failed load's error has the cause from the child's log."""
     broken = tmp_path / "broken.gguf"
-    broken.write_bytes(file.read_bytes().replace(b"output_norm.weight", b"output_nurm.weight"))
+    broken.write_bytes(file.read_bytes().replace(b"output_norm.weight", b"blk.0.attn_k.scale"))
     _, told = launch(engine, broken)
     code, detail, out_of_memory = told.exit()
     assert code == 1 and not out_of_memory

@@ -374,7 +374,66 @@ def test_texts_are_passed_wherever_windows_end_and_whatever_they_hold(
     assert (window.offset, window.left) == (8 + len(content), more)
 
 
+def test_a_key_that_is_no_utf_8_is_read_over(tmp_path: Path) -> None:
+    """Keys of any bytes are read, as llama.cpp does, and two that differ are two."""
+    keys = [text(name) + struct.pack("<II", U32, 7) for name in (b"general.\xe7a", b"general.\xe8a", "general.ça")]
+    header = read_header(write(tmp_path / "m.gguf", a_model(*keys)))
+    assert sum(value == 7 for value in header.values.values()) == 3
+    assert all(key.encode() for key in header.values)  # no key is half a character
+
+
 # What is newer than this installation
+
+
+def typed(kind: int, *sizes: int, name: str = "blk.0.attn_q.weight", offset: int = 0) -> bytes:
+    return tensor(name, sizes, kind, offset)
+
+
+NEWER = max(GGML_QUANT_SIZES) + 1
+
+
+@pytest.mark.parametrize("kind", [NEWER, NEWER + 57])
+def test_u30_data_of_an_unknown_type_end_where_the_next_begin(tmp_path: Path, kind: int) -> None:
+    """U30: the engine may know a type that the gguf package does not: its bytes are those up to the next tensor."""
+    tensors = [
+        typed(kind, 64, 4),
+        tensor("blk.0.attn_k.weight", (8,), offset=96),
+        typed(kind, 128, name="output.weight", offset=128),
+    ]
+    path = write(tmp_path / "m.gguf", a_model(tensors=tensors, data=bytes(128 + 36)))
+    assert [each.bytes for each in read_header(path).tensors] == [96, 32, 36]
+    assert read_metadata(path).unknown == ("blk.0.attn_q.weight", "output.weight")
+
+
+def test_u30_data_of_an_unknown_type_cannot_be_of_any_size(tmp_path: Path) -> None:
+    """U30: an element has eight bytes at most, and data neither overlap nor lie behind the end of the file."""
+    for offset in (0, 96 + 32, 1 << 40):
+        tensors = [typed(NEWER, 8), tensor("blk.0.attn_k.weight", (8,), offset=offset)]
+        with pytest.raises(InvalidModel, match=r"are said to begin at|behind the file"):
+            read_metadata(write(tmp_path / "m.gguf", a_model(tensors=tensors)))
+    with pytest.raises(InvalidModel, match="truncated"):
+        read_metadata(write(tmp_path / "m.gguf", a_model(tensors=[typed(NEWER, 8)], data=b"")[:-32]))
+
+
+@pytest.mark.parametrize(
+    ("name", "known"),
+    [
+        ("output_norm.weight", True),
+        ("rope_freqs.weight", True),
+        ("blk.0.attn_q.bias", True),
+        ("blk.0.ffn_gate_exps.weight", True),
+        ("v.blk.0.attn_q.weight", False),
+        ("mm.mm_input_projection.weight", False),
+        ("blk.0.ssm_a", False),
+    ],
+)
+def test_u31_tensors_that_are_not_the_architectures_are_told(tmp_path: Path, name: str, known: bool) -> None:
+    """U31: of an architecture that the gguf package knows, tensors that are not its own are told."""
+    tensors = [tensor("blk.0.attn_q.weight"), tensor(name, offset=32)]
+    path = write(tmp_path / "m.gguf", a_model(tensors=tensors))
+    assert read_metadata(path).unknown == (() if known else (name,))
+    new = write(tmp_path / "new.gguf", a_model(tensors=tensors, architecture="never-seen"))
+    assert read_metadata(new).unknown == ()
 
 
 def test_s25_a_newer_format_says_what_to_upgrade(tmp_path: Path) -> None:

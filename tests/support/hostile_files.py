@@ -165,7 +165,6 @@ VALUES = {
     "a key of a kilobyte and one": bad(
         "may have 1 to", text(b"k" * (MOST_KEY_BYTES + 1)), number("k" * (MOST_KEY_BYTES + 1), 1)
     ),
-    "a key that is not UTF-8": bad("UTF-8", text(b"\xff\xfe"), text(b"\xff\xfe") + struct.pack("<II", U32, 1)),
     "a key twice": bad("twice", number("k", 2), number("k", 1), number("k", 2)),
     "a value of type 2^32 - 1": bad("type 4294967295", b"\xff" * 4, of_kind("k", (1 << 32) - 1, bytes(8))),
     "a text of 2^63 bytes": bad("longer than a text may be|cut short|is damaged", HUGE, of_kind("k", TEXT, HUGE)),

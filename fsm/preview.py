@@ -15,13 +15,15 @@ from fsm.machine.runner import Runner
 from fsm.messages.commands import Grant, Reject
 from fsm.messages.events import Acquire, Inspected, Tick
 from fsm.messages.reasons import WaitReason
-from fsm.messages.refusals import DoesNotFitRefusal, Refusal
+from fsm.messages.refusals import DoesNotFitRefusal, InvalidModelRefusal, ModelNotFoundRefusal, Refusal
 from fsm.planning.plan import Plan
 from fsm.sizing.footprint import DeviceBytes, Footprint, bytes_by_device
 from fsm.sizing.load_history import NOTHING, LoadHistory
 from fsm.sizing.model_profile import ModelProfile
 from fsm.state.core_state import CoreState
 from fsm.state.runner_match import match
+
+Found = ModelProfile | Footprint | ModelNotFoundRefusal | InvalidModelRefusal  # by an inspection
 
 
 class Outcome(Enum):
@@ -67,12 +69,11 @@ class Preview:
         return automatic and sum(count for _, count in self.gpu_layers) < self.layers
 
 
-def preview(
-    now: float, core: Core, spec: RequestSpec, profile: ModelProfile | Footprint, known: LoadHistory = NOTHING
-) -> Preview:
+def preview(now: float, core: Core, spec: RequestSpec, profile: Found, known: LoadHistory = NOTHING) -> Preview:
     """Return what would become of a request with `spec` at `now`, if an inspection found `profile` and `known`.
 
-    `profile` has resolutions for the options of `spec`, and of the requests that wait for the model already.
+    `profile` has resolutions for the options of `spec`, and of the requests that wait for the model already; or it is
+    why the model cannot be used.
 
     `core` does not change. Timers that are due by now are taken to have fired. `spec` is for a lease or a preload.
     """

@@ -10,11 +10,12 @@ from fsm.domain.devices import HOST, DeviceId
 from fsm.domain.options import Options
 from fsm.eviction.policies import Candidate
 from fsm.machine.request import ModelId
-from fsm.messages.refusals import DoesNotFitRefusal
+from fsm.messages.refusals import DoesNotFitRefusal, InvalidModelRefusal
 from fsm.preview import Preview, Share, preview
 from fsm.sizing.load_history import NOTHING, LoadHistory
 from scheduler.api.fit_advice import Inspection, advise
 from scheduler.api.json_values import json_value
+from scheduler.errors.exceptions import InvalidModel, ModelNotFound
 from scheduler.errors.formatting import format_bytes, format_duration, shown
 from scheduler.errors.from_refusals import error_of
 from scheduler.errors.wording import Name, infeasible_reason, remedy, wait_reason
@@ -152,7 +153,8 @@ def fit_of(
 ) -> Fit:
     """Return what would become of a request at `now`; `core` belongs to the caller alone, and is not changed.
 
-    `inspect` inspects the model for some options, and `known` holds the measurements of its file.
+    `inspect` inspects the model for some options, and `known` holds the measurements of its file. Raises what `inspect`
+    raises, unless a runner that was loaded before serves the request.
     """
 
     def named(id: ModelId) -> str:
@@ -160,7 +162,13 @@ def fit_of(
         return parsed.name if id == parsed.spec.model else name(id)
 
     devices = {device.id: device for device in core.snapshot().devices}
-    profile = inspect([*core.options_asked_of(parsed.spec.model), parsed.spec.options])
+    try:
+        profile = inspect([*core.options_asked_of(parsed.spec.model), parsed.spec.options])
+    except (ModelNotFound, InvalidModel) as error:  # a loaded runner serves all the same
+        found = preview(now, core, parsed.spec, InvalidModelRefusal(error.path, str(error)))
+        if isinstance(found.refusal, InvalidModelRefusal):
+            raise
+        return _fit(now, devices, parsed.name, found, named)
     found = preview(now, core, parsed.spec, profile, known)
     fit = _fit(now, devices, parsed.name, found, named)
     advice = []

@@ -122,7 +122,7 @@ class Scheduler:
         self._registry = ModelRegistry(*self._engines)
         self._parser = RequestParser(
             self.catalog, self._registry.require, lambda model: broker.post(Pin(model)),
-            lambda past, id: broker.end_life(past, id),
+            lambda past, id: broker.end_life(past, id), in_use=lambda: broker.query(Core.models_in_use),
         )  # fmt: skip
         event_log = self._event_log = EventLog(self.settings.event_buffer, self._registry.name, environment.thread_pool)
         self._hub = Hub(self.settings.event_buffer, self._registry.name, event_log)

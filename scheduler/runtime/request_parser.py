@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict
@@ -15,10 +15,11 @@ from scheduler.concurrency.clock import Clock, monotonic_clock
 from scheduler.config.quantities import parse_duration
 from scheduler.config.value_parsers import CACHE_TYPES, LARGEST_NUMBER
 from scheduler.engines.python import PythonModel
-from scheduler.errors.exceptions import InvalidSettings, ModelNotFound, UnsupportedOption
+from scheduler.errors.exceptions import InvalidModel, InvalidSettings, ModelNotFound, UnsupportedOption
 from scheduler.models.catalog import Catalog, is_like_a_path, is_path
 from scheduler.models.model_spec import Files, ModelSpec, device_ids
 from scheduler.runtime.object_lives import ObjectLives
+from scheduler.runtime.past_references import PastReferences, Reference, is_there
 
 Model = str | os.PathLike[str] | ModelSpec | PythonModel
 
@@ -97,6 +98,7 @@ class RequestParser:
         pin: Callable[[ModelId], None],
         end: Callable[[ModelId, ModelId], None] = lambda past, id: None,
         clock: Clock = monotonic_clock,
+        in_use: Callable[[], frozenset[ModelId]] = frozenset,
     ) -> None:
         self._catalog = catalog
         self._require = require  # raises `EngineMissing` if what a model's engine needs is not installed
@@ -104,6 +106,7 @@ class RequestParser:
         self._end = end  # called with the identities of a life of an object that is over, and of the one that follows
         self._lives = ObjectLives()
         self._clock = clock
+        self._past = PastReferences(in_use)
         self._pinned: set[ModelId] = set()
         self._known: dict[object, _Known] = {}
 
@@ -204,9 +207,19 @@ class RequestParser:
                 if value is not None:
                     raise UnsupportedOption(name, value, "an object has no such part")
             return self._lives.current(model)
-        spec = model if isinstance(model, ModelSpec) else self._named(model)
         identity = {name: value for name, value in identity.items() if value is not None}
-        return (replace(spec, **identity) if identity else spec).resolved()  # type: ignore[arg-type]  # ModelSpec checks the types
+        try:
+            spec = model if isinstance(model, ModelSpec) else self._named(model)
+            spec = (replace(spec, **identity) if identity else spec).resolved()  # type: ignore[arg-type]  # ModelSpec checks the types
+        except (ModelNotFound, InvalidModel):
+            if (loaded := self._past.model_in_use(_references(model, identity))) is None:
+                raise
+            return loaded
+        references = _references(model, identity)
+        if is_there(spec):
+            self._past.note(references[0], spec)
+            return spec
+        return self._past.model_in_use(references) or spec
 
     def _named(self, model: str | os.PathLike[str]) -> ModelSpec:
         """Return the model at a path, or of a name; raises `UnsupportedOption` or `ModelNotFound`."""
@@ -223,6 +236,17 @@ class RequestParser:
             if is_like_a_path(model):
                 error.looked_in = ("the working folder", *error.looked_in)
             raise
+
+
+def _references(model: str | os.PathLike[str] | ModelSpec, identity: Mapping[str, object]) -> list[Reference]:
+    """Return what tells a reference from others: what it counts as now, then what it may have counted as before."""
+    if isinstance(model, ModelSpec):
+        return [(model.path, repr((model.adapters, model.projectors, model.embedding, identity)))]
+    text, rest = os.fspath(model), repr(identity)
+    path = os.path.abspath(os.path.expanduser(text))
+    if not isinstance(model, str) or is_path(text):
+        return [(path, rest)]
+    return [(text, rest), (path, rest)] if is_like_a_path(text) else [(text, rest)]
 
 
 def _lasts(model: Model) -> bool:

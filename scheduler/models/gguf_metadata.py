@@ -10,7 +10,7 @@ from dataclasses import replace
 from functools import cache
 from types import MappingProxyType
 
-from scheduler.errors.exceptions import InvalidModel
+from scheduler.errors.exceptions import InvalidModel, ModelNotFound
 from scheduler.models.gguf_header import Header, Tensor, read_header
 from scheduler.models.model_info import ModelInfo, Recurrence
 from scheduler.models.model_spec import MOST_PARTS
@@ -153,6 +153,22 @@ def _read_projector(path: str) -> Header:
 
 def _is_projector(header: Header) -> bool:
     return header.values.get("general.architecture") == "clip" or header.values.get("general.type") == "mmproj"
+
+
+def is_projector_for(path: str, model: str) -> bool:
+    """Return whether a file is a projector that ends in the width of a model, as far as the two files tell.
+
+    The first projectors did not say into what they project. A file that cannot be read is none.
+    """
+    try:
+        projector, header = read_header(path), read_header(model)
+        if not _is_projector(projector):
+            return False
+        wide = _number(header, f"{_architecture(header)}.embedding_length")
+    except (InvalidModel, ModelNotFound):
+        return False
+    widths = {projector.values.get(f"clip.{what}projection_dim") for what in ("", "vision.", "audio.")} - {None}
+    return not widths or wide in widths or projector.values.get("general.type") != "mmproj"
 
 
 def _sees(projector: Header) -> bool:

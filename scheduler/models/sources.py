@@ -17,17 +17,27 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from fsm.domain.options import Options
 from scheduler.errors.exceptions import InvalidModel, ModelNotFound
 from scheduler.models.catalog import Resolver, confined, confined_model
-from scheduler.models.model_spec import FIRST_PART, ModelSpec
+from scheduler.models.file_choice import (
+    best_model,
+    best_projector,
+    is_gguf,
+    is_model,
+    is_projector,
+    is_quantisation,
+    own_projectors,
+    stem_of,
+    tag_of,
+)
+from scheduler.models.gguf_metadata import is_projector_for
+from scheduler.models.model_spec import ModelSpec
 
 if TYPE_CHECKING:
     from huggingface_hub import CachedRepoInfo, CachedRevisionInfo
 
 MANIFEST_BYTES = 4 << 20  # most bytes of a manifest or parameters; usual ones have about 1 KiB
-DEFAULT_QUANTISATION = "Q4_K_M"  # of a repository that has several quantisations, as llama.cpp and Ollama choose
 HUB_MISSING = "the Hugging Face cache, were huggingface_hub installed (pip install 'loadmaster[hub]')"
 OLLAMA_SYSTEM_STORE = "/usr/share/ollama/.ollama/models"  # of the service that Ollama's installer for Linux sets up
 
-_LATER_PART = re.compile(r"-(?!00001-)\d{5}-of-\d{5}\.gguf$", re.IGNORECASE)
 _GGUF = re.compile(r"\.gguf$", re.IGNORECASE)
 
 
@@ -55,7 +65,9 @@ def default_resolvers(folders: Iterable[str | Path], environment: Mapping[str, s
 class Folder:
     """A folder with GGUF files, also in folders of its own; a name is the path inside it, with or without `.gguf`.
 
-    A split model has the name that its parts share. Hidden folders, and projectors (`mmproj…`), have no names.
+    A split model has the name that its parts share. Hidden folders, projectors (`mmproj…`) and other files that belong
+    to a model have no names. A projector comes with its model: the one that lies beside the model, where it has the
+    model's name, or where there is no other model beside it (other quantisations are the same model).
     """
 
     root: Path
@@ -69,13 +81,31 @@ class Folder:
         """Return the model of that name, or None."""
         stem = _GGUF.sub("", name)
         for path in (self.root / name, self.root / f"{stem}.gguf", self.root / f"{stem}.GGUF"):
-            if _GGUF.search(path.name) and confined_model(self.root, path):
-                return ModelSpec(stem, str(path))
+            if is_gguf(path.name) and confined_model(self.root, path):
+                return ModelSpec(stem, str(path), projectors=self._projectors(path))
         for ending in ("", "-00001-of-*"):
             for file in sorted(glob.glob(f"{glob.escape(str(self.root / stem))}{ending}.[gG][gG][uU][fF]")):
                 if confined_model(self.root, Path(file)):
-                    return ModelSpec(stem, file)
+                    return ModelSpec(stem, file, projectors=self._projectors(Path(file)))
         return None
+
+    def _projectors(self, model: Path) -> tuple[str, ...]:
+        """Return the projector that lies beside a model, or above the folder of its quantisation, if it is its own."""
+        if not is_model(model.name):
+            return ()
+        folders = [model.parent, *([model.parent.parent] if is_quantisation(model.parent.name) else [])]
+        files: list[str] = []
+        for folder in folders:
+            if folder == self.root or self.root in folder.parents:
+                with suppress(OSError):
+                    files += [
+                        (folder / file).relative_to(folders[-1]).as_posix() for file in sorted(os.listdir(folder))
+                    ]
+        name = model.relative_to(folders[-1]).as_posix()
+        chosen = best_projector(own_projectors(files, name), name)
+        if chosen is None or confined(self.root, path := folders[-1] / chosen) is None:
+            return ()
+        return (str(path),) if is_projector_for(str(path), str(model)) else ()
 
     def names(self) -> Iterator[str]:
         """Yield the names, folder by folder; raises OSError at the end where a folder cannot be listed."""
@@ -83,9 +113,8 @@ class Folder:
         for folder, folders, files in os.walk(self.root, onerror=failed.append):
             folders[:] = sorted(inner for inner in folders if not inner.startswith("."))
             for file in sorted(files):
-                if _is_model(file):
-                    path = Path(folder, file).relative_to(self.root).as_posix()
-                    yield FIRST_PART.sub("", path) if FIRST_PART.search(path) else _GGUF.sub("", path)
+                if is_model(file):
+                    yield stem_of(Path(folder, file).relative_to(self.root).as_posix())
         if failed:
             raise failed[0]
 
@@ -209,10 +238,6 @@ _HUB_NAME = re.compile(
     r"(?:hf\.co/|huggingface\.co/)?(?P<repo>\w[\w.-]*/\w[\w.-]*)(?:/(?P<file>.+\.gguf)|:(?P<tag>[\w.-]+))?",
     re.ASCII | re.IGNORECASE,
 )
-_QUANTISATION = re.compile(
-    r"(?:^|[-._/])((?:UD-)?(?:I?Q\d\w*|TQ\d\w*|[A-Z]*FP(?:4|8|16)\w*|BF16|F16|F32))$", re.IGNORECASE
-)
-_PROJECTOR = re.compile(r"(?:^|[/._-])mmproj[^/]*\.gguf$", re.IGNORECASE)
 _KNOWN_NAMES = 1024  # names kept; beyond it all are forgotten
 _Stamp = tuple[tuple[int, int] | None, ...]
 
@@ -300,33 +325,25 @@ class HuggingFaceCache:
     def _choose(self, name: str, repository: CachedRepoInfo, file: str | None, tag: str | None) -> ModelSpec:
         revision = _revision(repository)
         files = _files(revision)
-        models = [each for each in files if _is_model(each)]
-        if file is not None:
-            chosen = [each for each in models if each == file]
-        elif tag is not None:
-            chosen = [each for each in models if _tag(each) == tag.upper()]
-        else:
-            chosen = models if len(models) == 1 else [each for each in models if _tag(each) == DEFAULT_QUANTISATION]
-        if len(chosen) != 1 or not confined_model(self._folder(), files[chosen[0]]):
-            which = "several files fit the name" if chosen else "there is no such file"
+        chosen = best_model([*files], tag) if file is None else file
+        if chosen not in files or not confined_model(self._folder(), files[chosen]):
             raise ModelNotFound(
                 name,
-                (f"the Hugging Face cache {self._folder()}, where {repository.repo_id} is, but {which}",),
+                (f"the Hugging Face cache {self._folder()}, where {repository.repo_id} is, but there is no such file",),
                 tuple(_hub_names(repository.repo_id, files)),
             )
-        path = files[chosen[0]]
-        spec = ModelSpec(name, str(path), projectors=self._projectors(files))
+        path = files[chosen]
+        spec = ModelSpec(name, str(path), projectors=self._projectors(files, chosen))
         watched = (repository.repo_path / "refs" / "main", revision.snapshot_path, path)
         if len(self._known) >= _KNOWN_NAMES:
             self._known.clear()
         self._known[name] = _Known(spec, watched, _stamp(watched))
         return spec
 
-    def _projectors(self, files: Mapping[str, Path]) -> tuple[str, ...]:
-        """Return the projector to use, if there are any: the one in 16 bits, else the first by name."""
-        there = sorted(each for each in files if _PROJECTOR.search(each) and confined(self._folder(), files[each]))
-        there.sort(key=lambda each: _tag(each) != "F16")
-        return tuple(str(files[each]) for each in there[:1])
+    def _projectors(self, files: Mapping[str, Path], model: str) -> tuple[str, ...]:
+        there = [each for each in files if is_projector(each) and confined(self._folder(), files[each])]
+        chosen = best_projector(there, model)
+        return () if chosen is None else (str(files[chosen]),)
 
 
 def hub_is_installed() -> bool:
@@ -342,29 +359,21 @@ def _revision(repository: CachedRepoInfo) -> CachedRevisionInfo:
 def _files(revision: CachedRevisionInfo) -> dict[str, Path]:
     """Return the GGUF files of a version by their path in the repository."""
     found = {each.file_path.relative_to(revision.snapshot_path).as_posix(): each.file_path for each in revision.files}
-    return {name: found[name] for name in sorted(found) if _GGUF.search(name)}
+    return {name: found[name] for name in sorted(found) if is_gguf(name)}
 
 
 def _hub_names(repository: str, files: Iterable[str]) -> list[str]:
     """Return the shortest name of each model among a repository's files."""
-    models = [file for file in files if _is_model(file)]
+    models = [file for file in files if is_model(file)]
     if len(models) == 1:
         return [repository]
-    count = Counter(map(_tag, models))
+    count = Counter(map(tag_of, models))
     return [
-        f"{repository}:{tag}" if (tag := _tag(file)) and count[tag] == 1 else f"{repository}/{file}" for file in models
+        f"{repository}:{tag}"
+        if (tag := tag_of(file)) and count[tag] == 1 and best_model(models, tag) == file
+        else f"{repository}/{file}"
+        for file in models
     ]
-
-
-def _tag(file: str) -> str:
-    """Return the quantisation that a file's name ends in, or its folder's; empty if neither does."""
-    stem = _GGUF.sub("", FIRST_PART.sub("", file))
-    found = _QUANTISATION.search(stem) or _QUANTISATION.search(stem.rpartition("/")[0])
-    return found[1].upper() if found else ""
-
-
-def _is_model(file: str) -> bool:
-    return bool(_GGUF.search(file)) and not _LATER_PART.search(file) and not _PROJECTOR.search(file)
 
 
 def _stamp(paths: Iterable[Path]) -> _Stamp:

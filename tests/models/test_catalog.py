@@ -32,6 +32,7 @@ from scheduler import (
 from scheduler.models.catalog import LISTED_S, MOST_COMPARED, Catalog, KnownNames, Resolver, is_path
 from scheduler.models.sources import MANIFEST_BYTES, Folder, HuggingFaceCache, OllamaStore, default_resolvers
 from scheduler.runtime.request_parser import LASTING_S, RequestParser
+from tests.support.gguf_bytes import a_file, number, words
 from tests.support.leaks import no_leaks
 from tests.support.real import SHORT, settings
 from tests.support.stores import (
@@ -487,6 +488,64 @@ def test_what_cannot_be_listed_of_a_folder_does_not_hide_the_rest(
     assert "PermissionError" in unlisted[f"the folder {folder}"]
 
 
+def write_eyes(path: Path, width: int = 64) -> Path:
+    """Write the header of a projector that ends in `width`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    keys = [words("general.architecture", "clip"), words("general.type", "mmproj")]
+    path.write_bytes(a_file([*keys, number("clip.vision.projection_dim", width)]))
+    return path
+
+
+def write_text(path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return write_tiny_model(path)
+
+
+def projector_of(folder: Path, name: str) -> str | None:
+    """Return the name of the projector that a folder's model comes with."""
+    spec = Folder(folder).find(name)
+    assert spec is not None
+    return Path(spec.projectors[0]).relative_to(folder).as_posix() if spec.projectors else None
+
+
+@pytest.mark.parametrize(
+    ("files", "name", "projector"),
+    [
+        ("g/gemma-3-4b-it-Q4_K_M g/mmproj-model-f16", "g/gemma-3-4b-it-Q4_K_M", "g/mmproj-model-f16"),
+        ("g/gemma-Q4_K_M g/gemma-Q8_0 g/mmproj-F16 g/mmproj-Q8_0", "g/gemma-Q8_0", "g/mmproj-Q8_0"),
+        ("g/gemma-Q4_K_M g/mmproj-BF16 g/mmproj-F16 g/mmproj-F32", "g/gemma-Q4_K_M", "g/mmproj-F16"),
+        ("gemma-Q4_K_M qwen-Q4_K_M mmproj-gemma-f16", "gemma-Q4_K_M", "mmproj-gemma-f16"),
+        ("gemma-Q4_K_M qwen-Q4_K_M mmproj-gemma-f16", "qwen-Q4_K_M", None),
+        ("gemma-Q4_K_M qwen-Q4_K_M mmproj-f16", "gemma-Q4_K_M", None),
+        ("gemma-Q4_0 gemma-it-Q4_0 gemma-it.mmproj-f16", "gemma-Q4_0", None),
+        ("gemma-Q4_0 gemma-it-Q4_0 gemma-it.mmproj-f16", "gemma-it-Q4_0", "gemma-it.mmproj-f16"),
+        ("g/Q8_0/big-Q8_0-00001-of-00002 g/mmproj-F16", "g/Q8_0/big-Q8_0", "g/mmproj-F16"),
+        ("g/in/big-Q8_0 g/mmproj-F16", "g/in/big-Q8_0", None),
+        ("m x mmproj-other-f16", "m", None),
+    ],
+)
+def test_u33_a_projector_in_a_folder_comes_with_its_model(
+    folder: Path, files: str, name: str, projector: str | None
+) -> None:
+    """U33: of the projectors beside a model its own comes along, and nobody else's."""
+    for file in files.split():
+        (write_eyes if "mmproj" in file else write_text)(folder / f"{file}.gguf")
+    found = projector_of(folder, name)
+    assert found == (f"{projector}.gguf" if projector else None)
+
+
+def test_u33_a_projector_that_does_not_fit_stays_where_it_is(folder: Path, tmp_path: Path) -> None:
+    """U33: a projector for a wider model, a file that is none, and a link that leads out, do not come along."""
+    write_text(folder / "wide" / "m.gguf"), write_eyes(folder / "wide" / "mmproj.gguf", 4096)
+    write_text(folder / "none" / "m.gguf"), write_text(folder / "none" / "mmproj.gguf")
+    write_text(folder / "torn" / "m.gguf"), (folder / "torn" / "mmproj.gguf").write_bytes(b"GGUF")
+    assert [projector_of(folder, f"{each}/m") for each in ("wide", "none", "torn")] == [None] * 3
+    write_text(folder / "out" / "m.gguf")
+    (folder / "out" / "mmproj.gguf").symlink_to(write_eyes(tmp_path / "eyes.gguf"))
+    with pytest.raises(InvalidModel, match="leads out of"):
+        Folder(folder).find("out/m")
+
+
 # -- Ollama ------------------------------------------------------------------------------------------------------------
 
 
@@ -682,13 +741,56 @@ def test_each_model_of_the_hub_is_listed_by_its_shortest_name(cache: Path) -> No
     assert len({found(resolver, name) for name in names}) == len(names)
 
 
-@pytest.mark.parametrize("name", ["user/repo", "user/repo:Q6_K", "user/repo:Q8", "user/repo/m.gguf"])
+@pytest.mark.parametrize("name", ["user/repo:Q6_K", "user/repo:Q8", "user/repo/m.gguf"])
 def test_a_hub_name_that_does_not_tell_lists_those_that_would(cache: Path, name: str) -> None:
     """A hub name that fits several files is refused with the names that fit one."""
     hub_repository(cache, "user/repo", {"m-Q5_K_M.gguf": b"5", "m-Q8_0.gguf": b"8"})
     with pytest.raises(ModelNotFound, match="where user/repo is, but") as refused:
         Catalog([HuggingFaceCache(cache)]).find(name)
     assert refused.value.suggestions[:2] == ("user/repo:Q5_K_M", "user/repo:Q8_0")
+
+
+@pytest.mark.parametrize(
+    ("files", "tag", "file"),
+    [
+        ("A-Q8_0 A-imatrix", None, "A-Q8_0"),
+        ("A-Q8_0 imatrix_A", None, "A-Q8_0"),
+        ("A-Q4_0 mtp-A-Q4_K_M eagle3-A-Q8_0 dflash-A-Q8_0 dspark-A-Q8_0", None, "A-Q4_0"),
+        ("A-Q4_0 mtp-A-Q8_0", "Q8_0", None),
+        ("A-F16 A-Q8_0", None, "A-Q8_0"),
+        ("A-F16 A-Q8_0 A-Q4_K_M", None, "A-Q4_K_M"),
+        ("A-F16 A-Q6_K", None, "A-F16"),
+        ("A-Q8_0 A-UD-Q4_K_XL", "Q4_K_XL", "A-UD-Q4_K_XL"),
+        ("A-Q8_0 UD-Q4_K_XL/A-UD-Q4_K_XL-00001-of-00002 UD-Q4_K_XL/A-UD-Q4_K_XL-00002-of-00002", "q4_k_xl",
+         "UD-Q4_K_XL/A-UD-Q4_K_XL-00001-of-00002"),
+        ("A-Q8_0 B-Q8_0", "Q8_0", "A-Q8_0"),
+        ("A-Q8_0 A-Q4_K_M", "Q4_K", None),
+        ("mmproj-F16 A-MTP-BF16", None, "A-MTP-BF16"),
+    ],
+)  # fmt: skip
+def test_u32_the_hubs_model_is_chosen_as_llama_cpp_chooses(
+    cache: Path, files: str, tag: str | None, file: str | None
+) -> None:
+    """U32: files that are no models are passed over, and of the others the one counts that llama.cpp takes."""
+    snapshot = hub_repository(cache, "user/repo", {f"{each}.gguf": each.encode() for each in files.split()})
+    resolver, name = HuggingFaceCache(cache), f"user/repo:{tag}" if tag else "user/repo"
+    if file is None:
+        with pytest.raises(ModelNotFound):
+            resolver.find(name)
+        return
+    spec = resolver.find(name)
+    assert spec is not None and spec.path == str(snapshot / f"{file}.gguf")
+    names = names_of(resolver)
+    assert not any("imatrix" in each or "3-A" in each or "mtp-A" in each for each in names)
+    assert len({found(resolver, each) for each in names}) == len(names)
+
+
+def test_u32_files_that_belong_to_a_model_have_no_name_in_a_folder(folder: Path) -> None:
+    """U32: a folder lists no importance matrix and no draft model, and a file of any name is found by its own."""
+    for file in ("A-Q8_0", "A-imatrix", "mtp-A", "A-eagle3-Q8_0", "dflash-A", "dspark-A", "MTP-B"):
+        (folder / f"{file}.gguf").touch()
+    assert names_of(Folder(folder)) == ["A-Q8_0", "MTP-B"]
+    assert found(Folder(folder), "mtp-A") == str(folder / "mtp-A.gguf")
 
 
 def test_a_projector_comes_with_its_hub_model(cache: Path) -> None:

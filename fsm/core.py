@@ -33,6 +33,7 @@ from fsm.messages.events import (
     Event,
     Exited,
     Expire,
+    FilesReplaced,
     Inspected,
     Loaded,
     OutOfMemory,
@@ -213,7 +214,7 @@ class Core:
                 self._inspected(event)
             case ClaimContended() | ClaimGranted():
                 self.late += not device_claims.claim_answered(self._context, event)
-            case Progress() | Loaded() | ContextFilled() | OutOfMemory() | Unresponsive() | Exited():
+            case Progress() | Loaded() | ContextFilled() | OutOfMemory() | FilesReplaced() | Unresponsive() | Exited():
                 runner = self._state.runners.get(event.runner)
                 if runner is None or not runner.process:
                     self.late += 1  # of a runner that has ended
@@ -405,7 +406,9 @@ class Core:
                 requests.answer(self._context, request, RequestState.rejected, refusal)
 
     def _runner_event(
-        self, runner: Runner, event: Progress | Loaded | ContextFilled | OutOfMemory | Unresponsive | Exited
+        self,
+        runner: Runner,
+        event: Progress | Loaded | ContextFilled | OutOfMemory | FilesReplaced | Unresponsive | Exited,
     ) -> None:
         match event:
             case Progress():
@@ -425,6 +428,8 @@ class Core:
                 runner.out_of_memory = True
                 if runner.loaded_at is not None:
                     failures.ran_out(self._context, runner)
+            case FilesReplaced():
+                self.late += not runners.replace_files(self._context, runner)
             case Unresponsive():
                 failures.unresponsive(self._context, runner, event.reason)
             case Exited():

@@ -9,7 +9,7 @@ from fsm.domain.devices import Placement
 from fsm.domain.options import AUTOMATIC, Options
 from fsm.lifecycle import measurements, requests, runners
 from fsm.lifecycle.step_context import StepContext
-from fsm.machine.runner import LOADING, Runner, RunnerId
+from fsm.machine.runner import IDLE, LOADING, Runner, RunnerId
 from fsm.messages.commands import Launch
 from fsm.messages.decision_log import Transition
 from fsm.messages.events import Loaded
@@ -119,5 +119,7 @@ def loaded(step: StepContext, runner: Runner, event: Loaded) -> None:
         runners.rest(step, runner, RunnerReason.loaded)
     if runner.expire_when_served and runner.current:
         runners.expire(step, runner, RunnerReason.asked_while_awaited)
+    elif runner.files_replaced and runner.state is IDLE:
+        runners.expire(step, runner, RunnerReason.files_replaced)
     step.reevaluate(model)
     runners.release_claim(step, runner)

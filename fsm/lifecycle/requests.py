@@ -70,6 +70,8 @@ def release(step: StepContext, request: Request) -> None:
         step.replan = True  # the stop sets the deadline by which the runner is gone
     elif runner.keep_alive_s <= 0 and not state.models[runner.model].pinned:
         runners.expire(step, runner, RunnerReason.no_keep_alive)
+    elif runner.files_replaced:
+        runners.expire(step, runner, RunnerReason.files_replaced)
     else:
         load_s = (runner.loaded_at or 0.0) - runner.launched_at
         grace_s = min(state.config.idle_grace_limit_s, state.config.idle_grace_part * load_s)

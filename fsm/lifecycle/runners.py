@@ -67,6 +67,19 @@ def expire_model(step: StepContext, id: ModelId) -> bool:
     return True
 
 
+def replace_files(step: StepContext, runner: Runner) -> bool:
+    """Expire a runner of other files than its model's, now or at its next rest; return False where it does so anyway.
+
+    Its leases are finished, and requests that come before its next rest are served by it.
+    """
+    if not runner.current or runner.files_replaced:
+        return False
+    runner.files_replaced = True
+    if runner.state is IDLE:
+        expire(step, runner, RunnerReason.files_replaced)
+    return True
+
+
 def expire(step: StepContext, runner: Runner, reason: ExpireReason) -> None:
     """Take a runner out of service for good: it drains if it holds leases, and is stopped else."""
     step.fire(runner, "expire", reason)

@@ -154,6 +154,7 @@ class Runner(Record):
     idle_grace_until: float = 0.0  # while idle: its callers may be about to ask again; it is not evicted before
     process_state: ProcessState = ProcessState.running  # written by Table.fire alone
     expire_when_served: bool = False  # to expire after its load: the requests that wait are served first
+    files_replaced: bool = False  # of its model, since its load: to expire at its next rest; never idle with it
     out_of_memory: bool = False  # the process reported it; the exit that follows is judged by it
     contended: bool = False  # a group waited for its memory in the last plan, and the runner might not leave yet
     last_sample: int = 0  # number of the Sample after its exit; only this or a later one tells which memory is back

@@ -125,6 +125,13 @@ class OutOfMemory:
 
 
 @dataclass(frozen=True, slots=True)
+class FilesReplaced:
+    """The files of a runner's model are not those that the runner was loaded from; it is told when a request comes."""
+
+    runner: RunnerId
+
+
+@dataclass(frozen=True, slots=True)
 class Unresponsive:
     """A runner's process lives but answers no probe."""
 
@@ -191,6 +198,7 @@ Event = (
     | Loaded
     | ContextFilled
     | OutOfMemory
+    | FilesReplaced
     | Unresponsive
     | Exited
     | Sampled

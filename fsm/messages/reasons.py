@@ -63,6 +63,7 @@ class RunnerReason(Enum):
     asked = "asked"  # a caller expired the model
     asked_while_awaited = "asked_while_awaited"  # the same during the load: the requests that waited were served first
     better_place = "better_place"  # has been free for longer than its load took, and a request came for it at rest
+    files_replaced = "files_replaced"  # its model's files are others now, and it is at rest
     closing = "closing"
     memory_freed = "memory_freed"
     memory_overdue = "memory_overdue"

@@ -23,6 +23,7 @@ from fsm.messages.events import (
     Event,
     Exited,
     Expire,
+    FilesReplaced,
     Inspected,
     Loaded,
     OutOfMemory,
@@ -42,7 +43,7 @@ Triple = tuple[Situation, type, object]  # and what was decided: a kind of comma
 
 NOTHING, LATE = "nothing", "late"
 POOL_EVENTS: frozenset[type] = frozenset((Sampled, Tick, Configure, Close))
-RUNNER_EVENTS = (Loaded, Progress, ContextFilled, OutOfMemory, Unresponsive, Exited)
+RUNNER_EVENTS = (Loaded, Progress, ContextFilled, OutOfMemory, FilesReplaced, Unresponsive, Exited)
 MODEL_EVENTS = (Expire, Pin, Unpin, Inspected)
 REQUEST_EVENTS = (Acquire, Release, Cancel)
 # Where an event meets nothing but these, nothing else is possible.
@@ -179,7 +180,15 @@ def situation_of(core: Core, event: Event) -> Situation:
             return "claimed" if number in state.claims else "given up"
         case Acquire() | Expire() | Pin() | Unpin() | Inspected():
             return _of_model(core, event.spec.model if isinstance(event, Acquire) else event.model)
-        case Loaded(id) | Progress(id) | ContextFilled(id) | OutOfMemory(id) | Unresponsive(id) | Exited(id):
+        case (
+            Loaded(id)
+            | Progress(id)
+            | ContextFilled(id)
+            | OutOfMemory(id)
+            | FilesReplaced(id)
+            | Unresponsive(id)
+            | Exited(id)
+        ):
             runner = state.runners.get(id)
             return "gone" if runner is None else _of_runner(runner)
         case _:

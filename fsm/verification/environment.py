@@ -22,6 +22,7 @@ from fsm.messages.events import (
     Event,
     Exited,
     Expire,
+    FilesReplaced,
     Inspected,
     Loaded,
     OutOfMemory,
@@ -67,6 +68,7 @@ class Scenario:
     pins: bool = False
     expires: bool = True  # models may be expired
     closes: bool = True
+    replaces: bool = False  # the files of models may be replaced while runners have loaded them
     other_devices: Amounts = ()  # the devices may come to these capacities, and back again
     configures: tuple[Configure, ...] = ()  # limits may be changed like this
     keeps: bool = False  # callers that keep all leases there are may ask for more
@@ -180,7 +182,7 @@ def stale_events(core: Core, past: IdHighWater) -> Iterator[Event]:
     alive = {runner.id for runner in state.runners.values() if runner.process}
     gone = RunnerId(next(id for id in range(past.runners, -1, -1) if id not in alive))
     yield from (Loaded(gone), Progress(gone), ContextFilled(gone), OutOfMemory(gone))
-    yield from (Unresponsive(gone, NO_ANSWER), Exited(gone, None))
+    yield from (FilesReplaced(gone), Unresponsive(gone, NO_ANSWER), Exited(gone, None))
     numbers = {*state.claims, *(runner.claim for runner in state.runners.values() if runner.claim)}
     ended = next(number for number in range(past.claims, -1, -1) if number not in numbers)
     yield from (ClaimGranted(ended), ClaimContended(ended))
@@ -321,6 +323,8 @@ def _of_a_process(state: CoreState, runner: Runner, scenario: Scenario) -> Itera
         yield OutOfMemory(runner.id)
     if scenario.fills and runner.loaded_at is not None and not state.ledger.accounts["runner", runner.id].peak_observed:
         yield ContextFilled(runner.id)
+    if scenario.replaces and runner.current and not runner.files_replaced:
+        yield FilesReplaced(runner.id)
     if scenario.hangs and runner.state is LOADING:
         yield Progress(runner.id)
     if scenario.hangs and runner.process_state is RUNNING:

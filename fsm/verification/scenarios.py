@@ -124,6 +124,10 @@ SCENARIOS: tuple[Scenario, ...] = (
         HOST_8, ONE_PLACE, EITHER, 2, 60_000, LIMITS, hangs=True,
     ),
     Scenario(
+        "replaced-files", "models whose files are replaced while they load, serve and rest",
+        HOST_8, ONE_PLACE, EITHER, 2, 30_000, LIMITS, expires=False, closes=False, replaces=True,
+    ),
+    Scenario(
         "own-memory", "memory of the program's own, and models that are loaded for later",
         HOST_8, ((A, _on_host(4)), (B, _on_host(4))), (_lease(A), _preload(B), _memory(4)), 3, 50_000, LIMITS,
         expires=False,

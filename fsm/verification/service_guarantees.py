@@ -18,6 +18,7 @@ from fsm.messages.events import (
     Configure,
     Exited,
     Expire,
+    FilesReplaced,
     Loaded,
     OutOfMemory,
     Pin,
@@ -256,6 +257,16 @@ def a_model_that_is_expired_leaves(step: CoreStep, expire: Expire) -> None:
         runner = step.now.runners.get(earlier.id)
         if earlier.current and earlier.model == expire.model and runner is not None and runner.current:
             assert runner.state is LOADING and runner.expire_when_served, name_of(runner)
+
+
+@of_step()
+def a_runner_of_replaced_files_leaves_at_rest(step: CoreStep) -> None:
+    """A runner whose model's files were replaced expires if it is idle, and as soon as it would be idle."""
+    for earlier in step.was.runners.values():
+        told = isinstance(step.event, FilesReplaced) and step.event.runner == earlier.id
+        runner = step.now.runners.get(earlier.id)
+        if (told or earlier.files_replaced) and runner is not None and runner.current:
+            assert runner.files_replaced and runner.state is not IDLE, name_of(runner)
 
 
 @of_step(OutOfMemory, Exited)

@@ -43,6 +43,7 @@ from fsm.messages.events import (
     Event,
     Exited,
     Expire,
+    FilesReplaced,
     Inspected,
     Loaded,
     OutOfMemory,
@@ -76,7 +77,7 @@ NO_ANSWER = NoAnswer(10.0)
 # What may come once more. An Acquire is not: its id would be used again once it is over.
 REPEATABLE = frozenset(
     (
-        Cancel, Release, Inspected, Progress, Loaded, ContextFilled, OutOfMemory, Unresponsive,
+        Cancel, Release, Inspected, Progress, Loaded, ContextFilled, OutOfMemory, FilesReplaced, Unresponsive,
         Exited, Sampled, ClaimContended, ClaimGranted, Close,
     )
 )  # fmt: skip
@@ -262,7 +263,7 @@ class SimEnvironment:
     def _stray(self) -> Event:
         """Return an unexpected event of one of the last runners."""
         id = RunnerId(max(1, self.launched - self.draw.randrange(4)))
-        kinds = (Progress(id), ContextFilled(id), OutOfMemory(id), Unresponsive(id, NO_ANSWER))
+        kinds = (Progress(id), ContextFilled(id), OutOfMemory(id), FilesReplaced(id), Unresponsive(id, NO_ANSWER))
         return self.draw.choice(kinds)
 
     # -- processes ----------------------------------------------------------------------------------------------------

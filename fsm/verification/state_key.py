@@ -236,7 +236,7 @@ class _View:
             canonical.shared(runner.asked),
             sorted(self.requests.get(id, -1) for id in runner.leases), runner.loaded_at is None,
             times[runner.resident_until], times[runner.drain_protected_until], times[runner.idle_grace_until],
-            times[moves_from(runner)],
+            times[moves_from(runner)], runner.files_replaced,
             runner.process_state.value, runner.expire_when_served, runner.out_of_memory, runner.contended,
             runner.last_sample > 0,
             list(runner.available_before.items()),

@@ -23,6 +23,7 @@ from fsm.messages.events import (
     Event,
     Exited,
     Expire,
+    FilesReplaced,
     Loaded,
     OutOfMemory,
     Release,
@@ -187,7 +188,8 @@ def a_runner_expires_for_a_reason(step: CoreStep, expiry: Expiry) -> None:
     """A runner expires as the victim of a plan, or for a reason of its own.
 
     The reasons are its end, the end of its keep-alive or of its load's time-out, a user's wish, memory that ran out, a
-    close, that no request waits for its load any more, and a better place for it at its next use.
+    close, that no request waits for its load any more, a better place for it at its next use, and that its model's
+    files were replaced.
     """
     assert expiry.victim or _has_reason(step.was, expiry.runner, step.event, step.now), name_of(expiry.runner)
 
@@ -203,9 +205,12 @@ def _has_reason(was: CoreState, runner: Runner, event: Event, now: CoreState) ->
         case Expire(model):
             return model == runner.model
         case Loaded(id):
-            return id == runner.id and runner.expire_when_served
+            return id == runner.id and (runner.expire_when_served or runner.files_replaced)
+        case FilesReplaced(id):
+            return id == runner.id and runner.state is IDLE
         case Release(request) | Cancel(request):
-            last = runner.leases == {request} and runner.keep_alive_s <= 0 and not pinned
+            leaves = (runner.keep_alive_s <= 0 and not pinned) or runner.files_replaced
+            last = runner.leases == {request} and leaves
             return last or unwanted
         case Tick():
             timers = {key for at, key in was.timers.items() if at <= now.now}

@@ -22,7 +22,7 @@ from fsm.core import Core, CoreConfig, Snapshot
 from fsm.domain.devices import DeviceId
 from fsm.domain.options import Options
 from fsm.machine.request import ModelId, Purpose, RequestSpec
-from fsm.messages.events import Close, Configure, Expire, Pin
+from fsm.messages.events import Close, Configure, Expire, FilesReplaced, Pin
 from scheduler.api.debug_state import DebugState
 from scheduler.api.environment import Environment
 from scheduler.api.fit import Fit, fit_of
@@ -45,7 +45,7 @@ from scheduler.errors.formatting import format_duration, shown
 from scheduler.errors.wording import problem
 from scheduler.models.catalog import Catalog
 from scheduler.models.measurements import identity_of
-from scheduler.models.model_spec import check_text
+from scheduler.models.model_spec import ModelSpec, check_text
 from scheduler.recording.recorder import Recorder
 from scheduler.runtime.event_log import EventLog
 from scheduler.runtime.event_stream import EventStream, Hub
@@ -122,7 +122,8 @@ class Scheduler:
         self._registry = ModelRegistry(*self._engines)
         self._parser = RequestParser(
             self.catalog, self._registry.require, lambda model: broker.post(Pin(model)),
-            lambda past, id: broker.end_life(past, id), in_use=lambda: broker.query(Core.models_in_use),
+            lambda past, id: broker.end_life(past, id),
+            lambda: broker.query(Core.models_in_use), lambda model: broker.look_at_files(model),
         )  # fmt: skip
         event_log = self._event_log = EventLog(self.settings.event_buffer, self._registry.name, environment.thread_pool)
         self._hub = Hub(self.settings.event_buffer, self._registry.name, event_log)
@@ -303,6 +304,8 @@ class Scheduler:
         known = self._executor.load_measurements(identity_of(spec))
         self._executor.refresh(_FRESH_S)
         core, inspect = self._broker.query(Core.copy), partial(self._registry.inspect, spec)
+        if isinstance(spec, ModelSpec) and (runner := self._executor.runner_of_other_files(spec)) is not None:
+            core.step(self._clock(), FilesReplaced(runner))
         return fit_of(self._clock(), core, parsed, inspect, self._registry.name, known)
 
     # -- changing its limits ------------------------------------------------------------------------------------------

@@ -99,6 +99,7 @@ RUNNERS: Mapping[RunnerReason, str] = MappingProxyType(
         RunnerReason.keep_alive_over: "its keep-alive is over",
         RunnerReason.abandoned: "no request waits for it any more",
         RunnerReason.asked: "its model was expired",
+        RunnerReason.files_replaced: "its model's files were replaced",
         RunnerReason.asked_while_awaited: "its model was expired after the requests that waited for it",
         RunnerReason.better_place: "more of its layers can go to GPUs now",
         RunnerReason.closing: "the scheduler closes",

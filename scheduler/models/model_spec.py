@@ -5,13 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from os import PathLike, fspath, path
+from os import PathLike, fspath, path, stat
 
 from fsm.domain.options import Options
 from fsm.machine.request import ModelId
 from scheduler.errors.exceptions import InvalidModel, InvalidSettings, UnsupportedOption
 
 Files = str | PathLike[str] | Iterable[str | PathLike[str]]  # one path or several
+FileStates = tuple[tuple[int, int, int, int], ...]  # of each file: device, number, bytes, time of its last change
 
 FIRST_PART = re.compile(r"-00001-of-(\d{5})\.gguf$", re.IGNORECASE)  # ending of a split file's first part
 MOST_PARTS = 1024  # of a split file; the largest models have about a hundred
@@ -71,6 +72,14 @@ class ModelSpec:
             stem, count = self.path[: split.start()], int(split[1])
             own += [f"{stem}-{part:05}-of-{count:05}.gguf" for part in range(2, min(count, MOST_PARTS) + 1)]
         return (*own, *self.adapters, *self.projectors)
+
+    def file_states(self) -> FileStates | None:
+        """Return what tells the files from others under the same paths; None where a file cannot be looked at."""
+        try:
+            found = [stat(name) for name in self.files]
+        except (OSError, ValueError):
+            return None
+        return tuple((each.st_dev, each.st_ino, each.st_size, each.st_mtime_ns) for each in found)
 
     def resolved(self) -> ModelSpec:
         """Return the spec with links followed as they lead now, so that the loaded file is the one of its identity."""

@@ -41,6 +41,7 @@ from fsm.messages.events import (
     Event,
     Exited,
     Expire,
+    FilesReplaced,
     Inspected,
     Loaded,
     OutOfMemory,
@@ -240,19 +241,23 @@ class Narrative:
                 yield self._say("another program loads on a device that a model is to be loaded on")
             case Close(timeout_s):
                 yield self._say(f"the scheduler is closed; leases may last {format_duration(timeout_s)}")
-            case Loaded() | OutOfMemory() | Unresponsive() | Exited():
+            case Loaded() | OutOfMemory() | FilesReplaced() | Unresponsive() | Exited():
                 yield from self._of_a_runner(event)
             case Progress() | ContextFilled() | ClaimGranted() | Tick():
                 pass
             case _:
                 assert_never(event)
 
-    def _of_a_runner(self, event: Loaded | OutOfMemory | Unresponsive | Exited) -> Iterator[NarrativeLine]:
+    def _of_a_runner(
+        self, event: Loaded | OutOfMemory | FilesReplaced | Unresponsive | Exited
+    ) -> Iterator[NarrativeLine]:
         match event:
             case Loaded(runner, _, resident, _):
                 yield self._say(f"{self._runner(runner)} is loaded{_prefixed(', and takes ', resident)}")
             case OutOfMemory(runner):
                 yield self._say(f"{self._runner(runner)} ran out of memory")
+            case FilesReplaced(runner):
+                yield self._say(f"the files of {self._runner(runner)} were replaced")
             case Unresponsive(runner, reason):
                 yield self._say(f"{self._runner(runner)} does not answer: {failure_reason(reason)}")
             case Exited(runner, code, reason, out_of_memory):

@@ -22,7 +22,7 @@ from scheduler.engines.interface import Engine, Process, inspect
 from scheduler.errors.exceptions import InvalidModel, ModelNotFound, SchedulerError
 from scheduler.models.measurement_store import Identity
 from scheduler.models.measurements import Measurements, identity_of
-from scheduler.models.model_spec import ModelSpec
+from scheduler.models.model_spec import FileStates, ModelSpec
 from scheduler.runtime.device_locks import DeviceLocks
 from scheduler.runtime.inspections import MOST_AT_ONCE, Inspection, Inspections
 from scheduler.runtime.memory_sampler import MemorySampler
@@ -77,6 +77,7 @@ class Executor:
         self.locks = self._locks(settings)
         self.measurements = Measurements(settings.measurement_file) if settings.measurement_file is not None else None
         self.inspections = Inspections(pool("loadmaster-inspector", MOST_AT_ONCE), self._read, self._give_up)
+        self._file_states: dict[ModelId, FileStates | None] = {}  # right before the last inspection
         self._identities: dict[ModelId, Identity | None] = {}  # as of the last inspection, unless it refused the model
 
     def perform(
@@ -94,6 +95,7 @@ class Executor:
                     command, engine, what, self._post, self.load_errors.__setitem__
                 )
                 handle.identity = self._identities.get(model)
+                handle.file_states = self._file_states.get(model)
                 self.launch_pool.put(handle.begin)
             case Stop(runner):
                 if (stopped := self.runner_handles.get(runner)) is not None:
@@ -117,11 +119,19 @@ class Executor:
         """Forget the identity of a model that the core does not know any more."""
         self._identities.pop(model, None)
         self.load_errors.pop(model, None)
+        self._file_states.pop(model, None)
 
     def forget_past(self) -> None:
         """Drop the handles of runners that the core does not know any more; called under the driver's lock."""
         for past in [id for id in self.runner_handles if not self._lives_on(id)]:
             del self.runner_handles[past]
+
+    def runner_of_other_files(self, model: ModelSpec) -> RunnerId | None:
+        """Return a model's newest runner if it was loaded from other files than there are now under their paths."""
+        handles = [handle for handle in list(self.runner_handles.values()) if handle.model == model.id]
+        if not handles or (handle := handles[-1]).over or handle.file_states is None:
+            return None
+        return handle.runner if model.file_states() not in (None, handle.file_states) else None
 
     def probe(self, handle: RunnerHandle) -> None:
         """Have a runner probed, and post `Unresponsive` if it does not answer; one probe of a runner at a time."""
@@ -292,19 +302,22 @@ class Executor:
             if inspection.answer():
                 self._post(Inspected(inspection.model, refusals.ModelNotFoundRefusal(inspection.model)))
             return
+        states = what.file_states() if isinstance(what, ModelSpec) else None
         identity = identity_of(what)  # read before and after the inspection: the file may be replaced in between
         outcome = _outcome(engine, inspection.model, what, inspection.options)
         identity = identity if identity == identity_of(what) else None
         if inspection.answer():
-            self.worker_pool.put(lambda: self._inspected(inspection.model, outcome, identity))
+            self.worker_pool.put(lambda: self._inspected(inspection.model, outcome, identity, states))
 
-    def _inspected(self, model: ModelId, outcome: object, identity: Identity | None) -> None:
+    def _inspected(self, model: ModelId, outcome: object, identity: Identity | None, states: FileStates | None) -> None:
         self.sampler.refresh(_FRESH_S)  # free memory is read again right before each launch
         refused = isinstance(outcome, refusals.ModelNotFoundRefusal | refusals.InvalidModelRefusal)
         if refused:
             self._identities.pop(model, None)
+            self._file_states.pop(model, None)
         else:
             self._identities[model] = identity
+            self._file_states[model] = states
         known = self.load_measurements(identity)
         self._post(Inspected(model, outcome, known))  # type: ignore[arg-type]  # either what an engine returns, or a refusal from above
         if refused:
@@ -314,7 +327,7 @@ class Executor:
         if inspection.answer():
             log.warning("%s cannot be read: %s", inspection.path, reason)
             refusal = refusals.InvalidModelRefusal(inspection.path, reason)
-            self.worker_pool.put(lambda: self._inspected(inspection.model, refusal, None))
+            self.worker_pool.put(lambda: self._inspected(inspection.model, refusal, None, None))
 
     def load_measurements(self, identity: Identity | None) -> LoadHistory:
         """Return the measurements of earlier runners of these files, of any program; `NOTHING` where there are none."""

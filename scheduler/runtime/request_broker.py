@@ -11,7 +11,7 @@ from typing import Any
 from fsm.core import Core
 from fsm.machine.request import ModelId, RequestId
 from fsm.messages.commands import Command, Finished, Grant, NotifyContention, Reject, RevokeLease
-from fsm.messages.events import Acquire, Cancel, Event, Expire, Pin, Release, Unpin, Unresponsive
+from fsm.messages.events import Acquire, Cancel, Event, Expire, FilesReplaced, Pin, Release, Unpin, Unresponsive
 from fsm.messages.reasons import NoAnswer
 from fsm.messages.refusals import LoadFailedRefusal, QueueFullRefusal
 from scheduler.concurrency.latch import Latch
@@ -25,6 +25,7 @@ from scheduler.errors.exceptions import (
 )
 from scheduler.errors.from_refusals import error_of
 from scheduler.errors.wording import revoke_reason
+from scheduler.models.model_spec import ModelSpec
 from scheduler.runtime.driver import Driver, Value
 from scheduler.runtime.executor import Executor
 from scheduler.runtime.lease_holders import NOTHING_HELD, Held, LeaseHolders
@@ -177,6 +178,11 @@ class RequestBroker:
         self._driver.post(Release(pending.id))  # first: if Ctrl-C comes in between, Release is only posted twice
         self.requests.pop(pending.id, None)
         return True
+
+    def look_at_files(self, model: ModelSpec) -> None:
+        """Tell the core if the files of a model that is asked for were replaced."""
+        if (runner := self._executor.runner_of_other_files(model)) is not None:
+            self.post(FilesReplaced(runner))
 
     def add_listener(self, pending: PendingRequest, what: str, callback: Callback) -> None:
         """Have a callback run when a lease is lost or contended, or at once where it is already.

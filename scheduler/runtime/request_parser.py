@@ -97,8 +97,9 @@ class RequestParser:
         require: Callable[[ModelSpec | PythonModel], None],
         pin: Callable[[ModelId], None],
         end: Callable[[ModelId, ModelId], None] = lambda past, id: None,
-        clock: Clock = monotonic_clock,
         in_use: Callable[[], frozenset[ModelId]] = frozenset,
+        look_at: Callable[[ModelSpec], None] = lambda model: None,
+        clock: Clock = monotonic_clock,
     ) -> None:
         self._catalog = catalog
         self._require = require  # raises `EngineMissing` if what a model's engine needs is not installed
@@ -107,6 +108,7 @@ class RequestParser:
         self._lives = ObjectLives()
         self._clock = clock
         self._past = PastReferences(in_use)
+        self._look_at = look_at  # called for the model of a request whose files may be others than before
         self._pinned: set[ModelId] = set()
         self._known: dict[object, _Known] = {}
 
@@ -198,6 +200,8 @@ class RequestParser:
         if spec.pin and spec.id not in self._pinned:
             self._pinned.add(spec.id)
             self._pin(spec.id)
+        if isinstance(spec, ModelSpec):
+            self._look_at(spec)
         return parsed
 
     def _spec(self, model: Model, asking: IdentityOptions) -> ModelSpec | PythonModel:

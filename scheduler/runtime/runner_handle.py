@@ -14,6 +14,7 @@ from scheduler.engines.interface import Endpoint, Engine, Memory, Process
 from scheduler.engines.runner_client import RunnerClient
 from scheduler.errors.formatting import without_addresses
 from scheduler.models.measurement_store import Identity
+from scheduler.models.model_spec import FileStates
 
 log = logging.getLogger("loadmaster")
 _PROGRESS_S = 1.0  # least time between two posts of progress
@@ -37,6 +38,7 @@ class RunnerHandle:
         self.process: Process | None = None  # set when the launch has begun
         self.launch = launch
         self.identity: Identity | None = None  # identity of the files that were inspected for this runner
+        self.file_states: FileStates | None = None  # of the files before that inspection; None: unknown
         self._engine = engine
         self._what = model  # the model as its engine takes it
         self._post = post

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 
 from fsm.machine.request import ModelId
-from scheduler import InvalidModel, ModelNotFound, ModelSpec, Scheduler
+from scheduler import InvalidModel, Lease, ModelNotFound, ModelSpec, Scheduler
 from scheduler.models.catalog import Catalog
 from scheduler.runtime import past_references
 from scheduler.runtime.request_parser import Model, RequestParser
 from tests.support.leaks import no_leaks
-from tests.support.real import settings
+from tests.support.real import SHORT, settings
 from tests.support.stores import hub_repository, ollama_model
 from tests.support.tiny_models import write_tiny_model
 from tests.support.waiting import assert_soon
@@ -165,3 +165,82 @@ def test_u37_references_are_kept_for_as_long_as_their_models(tmp_path: Path, mon
     assert parser.identity(str(links[0]), {}) == loaded
     assert parser.identity(str(links[1]), {}) == str(links[1])
     assert len(parser._past._led_to) <= 9
+
+
+# -- files that are replaced -------------------------------------------------------------------------------------------
+
+
+def answer_of(lease: Lease) -> str:
+    return lease.complete("abc", **SHORT)
+
+
+def replace(file: Path, seed: int) -> None:
+    """Put another model under a path, as a download does: written beside it, and moved."""
+    write_tiny_model(file.with_suffix(".new"), seed=seed).replace(file)
+
+
+@pytest.mark.parametrize("pinned", [False, True])
+def test_u38_a_replaced_file_is_served_at_the_next_request(scheduler: Scheduler, tmp_path: Path, pinned: bool) -> None:
+    """U38: an idle runner of a file that was replaced leaves, and a request is given the new file, once."""
+    file = write_tiny_model(tmp_path / "models" / "chat.gguf", seed=1)
+    spec = ModelSpec("chat", str(file), pin=pinned, keep_alive=-1)
+    with scheduler.acquire(spec) as lease:
+        before, old = answer_of(lease), lease.runner
+    replace(file, 2)
+    assert scheduler.fit(spec).verdict != "warm"
+    with scheduler.acquire(spec, timeout=60) as lease:
+        assert answer_of(lease) != before and lease.runner != old
+        new = lease.runner
+    with scheduler.acquire(spec, timeout=60) as lease:
+        assert lease.runner == new
+
+
+def test_u38_a_runner_in_use_finishes_its_leases_first(scheduler: Scheduler, tmp_path: Path) -> None:
+    """U38: leases are kept, requests meanwhile are served as before, and after the last release the new file counts."""
+    file = write_tiny_model(tmp_path / "models" / "chat.gguf", seed=1)
+    with scheduler.acquire("chat") as lease:
+        before = answer_of(lease)
+        replace(file, 2)
+        with scheduler.acquire("chat", timeout=60) as other:
+            assert other.runner == lease.runner and answer_of(other) == before
+        assert answer_of(lease) == before and not lease.lost
+    with scheduler.acquire("chat", timeout=60) as lease:
+        assert answer_of(lease) != before
+
+
+@pytest.mark.parametrize("part", ["adapters", "projectors"])
+def test_u38_the_files_beside_a_model_are_looked_at_too(tmp_path: Path, part: str) -> None:
+    """U38: an adapter, a projector or a further part of a split file that was replaced counts like the model's own."""
+    file, beside = write_tiny_model(tmp_path / "m.gguf"), tmp_path / "beside.gguf"
+    beside.write_bytes(b"1")
+    spec = ModelSpec("m", str(file), **{part: (str(beside),)})  # type: ignore[arg-type]  # one of two
+    before = spec.file_states()
+    assert before is not None and spec.file_states() == before
+    beside.unlink()
+    assert spec.file_states() is None
+    beside.write_bytes(b"1")
+    assert spec.file_states() != before
+
+
+def test_u38_a_file_that_was_not_touched_is_loaded_once(scheduler: Scheduler, tmp_path: Path) -> None:
+    """U38: looking at files costs no load where nothing has changed, nor where a file is only read or linked to."""
+    file = write_tiny_model(tmp_path / "models" / "chat.gguf")
+    runners = set()
+    for _ in range(3):
+        with scheduler.acquire("chat") as lease:
+            runners.add(lease.runner)
+        file.read_bytes()
+        (tmp_path / "link.gguf").unlink(missing_ok=True)
+        (tmp_path / "link.gguf").hardlink_to(file)
+    assert len(runners) == 1
+
+
+def test_u38_a_new_file_that_cannot_be_loaded_is_told(scheduler: Scheduler, tmp_path: Path) -> None:
+    """U38: where the new file is no model, the request is told so, and the next good file is served."""
+    file = write_tiny_model(tmp_path / "models" / "chat.gguf", seed=1)
+    scheduler.acquire("chat").release()
+    file.write_bytes(b"GGUF")
+    with pytest.raises(InvalidModel):
+        scheduler.acquire("chat", timeout=60)
+    replace(file, 3)
+    scheduler.acquire("chat", timeout=60).release()

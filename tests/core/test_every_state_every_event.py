@@ -9,7 +9,7 @@ import pytest
 from fsm.machine.request import Purpose
 from fsm.machine.runner import RUNNER_TABLE, RunnerId, RunnerState
 from fsm.messages.decision_log import Entry, Transition
-from fsm.messages.events import ClaimContended, ClaimGranted, Configure, Event, Tick
+from fsm.messages.events import ClaimContended, ClaimGranted, Configure, Event, FilesReplaced, Tick
 from tests.support.pool import (
     PoolUnderTest,
     a_pool,
@@ -73,6 +73,7 @@ EVENTS: dict[str, Callable[[PoolUnderTest], Event | None]] = {
     "Filled": lambda pool: filled(1),
     "Progress": lambda pool: progress(1),
     "OutOfMemory": lambda pool: out_of_memory(1),
+    "FilesReplaced": lambda pool: FilesReplaced(1),
     "Unresponsive": lambda pool: unresponsive(1),
     "Exited": lambda pool: exited(1, code=1),
     "Exited, out of memory": lambda pool: exited(1, code=-9, out_of_memory=True),
@@ -103,6 +104,7 @@ OUTCOMES: dict[str, dict[str, str]] = {
         "Filled": "late",
         "Progress": "loading",
         "OutOfMemory": "loading",  # the exit that follows is judged by this event
+        "FilesReplaced": "loading",
         "Unresponsive": "expiring: Reject Stop",
         "Exited": "expiring: Reject Sample",
         "Exited, out of memory": "expiring: Sample",  # the waiting request survives one lack of memory
@@ -130,6 +132,7 @@ OUTCOMES: dict[str, dict[str, str]] = {
         "Filled": "late",
         "Progress": "loading",
         "OutOfMemory": "loading",
+        "FilesReplaced": "loading",
         "Unresponsive": "expiring: Stop",
         "Exited": "expiring: Sample",
         "Exited, out of memory": "expiring: Sample",
@@ -157,6 +160,7 @@ OUTCOMES: dict[str, dict[str, str]] = {
         "Filled": "ready",
         "Progress": "late",
         "OutOfMemory": "expiring",  # the runner drains
+        "FilesReplaced": "ready",
         "Unresponsive": "expiring: RevokeLease Stop",
         "Exited": "expiring: RevokeLease Sample",
         "Exited, out of memory": "expiring: RevokeLease Sample",
@@ -184,6 +188,7 @@ OUTCOMES: dict[str, dict[str, str]] = {
         "Filled": "idle",
         "Progress": "late",
         "OutOfMemory": "expiring: Stop",
+        "FilesReplaced": "expiring: Stop",
         "Unresponsive": "expiring: Stop",
         "Exited": "expiring: Sample",
         "Exited, out of memory": "expiring: Sample",
@@ -211,6 +216,7 @@ OUTCOMES: dict[str, dict[str, str]] = {
         "Filled": "expiring",
         "Progress": "late",
         "OutOfMemory": "expiring",
+        "FilesReplaced": "late",
         "Unresponsive": "expiring: RevokeLease Stop",
         "Exited": "expiring: RevokeLease Sample",
         "Exited, out of memory": "expiring: RevokeLease Sample",
@@ -238,6 +244,7 @@ OUTCOMES: dict[str, dict[str, str]] = {
         "Filled": "expiring",
         "Progress": "late",
         "OutOfMemory": "expiring",
+        "FilesReplaced": "late",
         "Unresponsive": "expiring",
         "Exited": "expiring: Sample",
         "Exited, out of memory": "expiring: Sample",
@@ -265,6 +272,7 @@ OUTCOMES: dict[str, dict[str, str]] = {
         "Filled": "late",
         "Progress": "late",
         "OutOfMemory": "late",
+        "FilesReplaced": "late",
         "Unresponsive": "late",
         "Exited": "late",
         "Exited, out of memory": "late",
@@ -292,6 +300,7 @@ OUTCOMES: dict[str, dict[str, str]] = {
         "Filled": "late",
         "Progress": "late",
         "OutOfMemory": "late",
+        "FilesReplaced": "late",
         "Unresponsive": "late",
         "Exited": "late",
         "Exited, out of memory": "late",

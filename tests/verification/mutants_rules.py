@@ -17,7 +17,7 @@ from fsm.lifecycle.step_context import StepContext
 from fsm.machine.request import Request
 from fsm.machine.runner import LOADING, Runner, RunnerId
 from fsm.messages.events import Acquire, ClaimContended, ClaimGranted, Event, Loaded, Progress
-from fsm.messages.reasons import FailureReason, RanOutOfMemory
+from fsm.messages.reasons import FailureReason, RanOutOfMemory, RunnerReason
 from fsm.placement import search
 from fsm.placement.search import Free, Gpu, Offload, PlacementDemand
 from fsm.planning import deadlock, planner, relocation
@@ -314,6 +314,40 @@ def asked_to_leave_and_forgotten(patch: Patch) -> None:
     def loaded(original: Callable[..., None], step: StepContext, runner: Runner, event: Loaded) -> None:
         runner.expire_when_served = False
         original(step, runner, event)
+
+
+@mutant("replaced-files")
+def replaced_files_are_forgotten_in_use(patch: Patch) -> None:
+    """A runner whose files were replaced while it was in use rests with the former files."""
+
+    @instead(patch, requests, "release")
+    def release(original: Callable[..., None], step: StepContext, request: Request) -> None:
+        if request.runner is not None:
+            step.state.runners[RunnerId(request.runner)].files_replaced = False
+        original(step, request)
+
+
+@mutant("replaced-files")
+def replaced_files_are_forgotten_in_a_load(patch: Patch) -> None:
+    """A runner whose files were replaced while it loaded for nobody rests with the former files."""
+
+    @instead(patch, loads, "loaded")
+    def loaded(original: Callable[..., None], step: StepContext, runner: Runner, event: Loaded) -> None:
+        replaced, runner.files_replaced = runner.files_replaced, False
+        original(step, runner, event)
+        runner.files_replaced = replaced
+
+
+@mutant("replaced-files")
+def replaced_files_drain_a_runner(patch: Patch) -> None:
+    """A runner whose files were replaced takes no new leases although it is in use."""
+
+    @instead(patch, runners, "replace_files")
+    def replace_files(original: Callable[..., bool], step: StepContext, runner: Runner) -> bool:
+        changed = original(step, runner)
+        if runner.current:
+            runners.expire(step, runner, RunnerReason.files_replaced)
+        return changed
 
 
 @mutant("one-place")

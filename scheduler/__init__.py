@@ -38,6 +38,7 @@ from scheduler.errors.exceptions import (
 )
 from scheduler.errors.safe_log import prepare
 from scheduler.models.catalog import Catalog, Resolver
+from scheduler.models.chat_defaults import ChatDefaults
 from scheduler.models.model_spec import ModelSpec
 from scheduler.runtime.event_stream import ConsideredDevice, ConsideredRunner, Decision, EventStream, Gap, Transition
 
@@ -47,6 +48,7 @@ __all__ = [
     "AnswerTimeout",
     "Candidate",
     "Catalog",
+    "ChatDefaults",
     "ConsideredDevice",
     "ConsideredRunner",
     "Decision",

@@ -208,7 +208,7 @@ class Lease(NonCopyable, Generic[Value]):
         `timeout` is the longest silence that is allowed, in which no token is computed, and `total_timeout` the longest
         time until the answer is complete; a longer one raises `AnswerTimeout`.
         """
-        call = self._client().chat_call(messages, **_limits(timeout, total_timeout), **parameters)
+        call = self._client().chat_call(messages, self._pending.chat, **_limits(timeout, total_timeout), **parameters)
         with self._using() as client:
             return client.answer(call)
 
@@ -221,7 +221,9 @@ class Lease(NonCopyable, Generic[Value]):
         **parameters: Any,
     ) -> Answer:
         """Return the continuation of a prompt; limits and parameters are those of `chat`."""
-        call = self._client().completion_call(prompt, **_limits(timeout, total_timeout), **parameters)
+        call = self._client().completion_call(
+            prompt, self._pending.chat, **_limits(timeout, total_timeout), **parameters
+        )
         with self._using() as client:
             return client.answer(call)
 
@@ -235,7 +237,8 @@ class Lease(NonCopyable, Generic[Value]):
     ) -> Stream:
         """Return the answer to a chat piece by piece; the stream holds the lease until it is exhausted or closed."""
         client = self._client()
-        return Stream(self, client, client.chat_call(messages, **_limits(timeout, total_timeout), **parameters))
+        call = client.chat_call(messages, self._pending.chat, **_limits(timeout, total_timeout), **parameters)
+        return Stream(self, client, call)
 
     @overload
     def embed(
@@ -309,7 +312,7 @@ class Lease(NonCopyable, Generic[Value]):
         **parameters: Any,
     ) -> Answer:
         """Like `chat`."""
-        call = self._client().chat_call(messages, **_limits(timeout, total_timeout), **parameters)
+        call = self._client().chat_call(messages, self._pending.chat, **_limits(timeout, total_timeout), **parameters)
         async with self._ausing() as client:
             return await client.aanswer(call)
 
@@ -322,7 +325,9 @@ class Lease(NonCopyable, Generic[Value]):
         **parameters: Any,
     ) -> Answer:
         """Like `complete`."""
-        call = self._client().completion_call(prompt, **_limits(timeout, total_timeout), **parameters)
+        call = self._client().completion_call(
+            prompt, self._pending.chat, **_limits(timeout, total_timeout), **parameters
+        )
         async with self._ausing() as client:
             return await client.aanswer(call)
 
@@ -336,7 +341,8 @@ class Lease(NonCopyable, Generic[Value]):
     ) -> AsyncStream:
         """Like `stream`, for `async for`."""
         client = self._client()
-        return AsyncStream(self, client, client.chat_call(messages, **_limits(timeout, total_timeout), **parameters))
+        call = client.chat_call(messages, self._pending.chat, **_limits(timeout, total_timeout), **parameters)
+        return AsyncStream(self, client, call)
 
     @overload
     async def aembed(

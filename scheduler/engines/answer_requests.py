@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from scheduler.errors.exceptions import UnsupportedOption
+from scheduler.models.chat_defaults import NO_DEFAULTS, ChatDefaults
 
 Messages = str | Sequence[Mapping[str, Any]]
 
@@ -28,7 +29,8 @@ _OF_CHATS = """
     reasoning_effort response_format thinking_budget_tokens tool_choice tools top_logprobs
 """
 COMPLETION_PARAMETERS = frozenset(_OF_ALL.split())
-CHAT_PARAMETERS = COMPLETION_PARAMETERS | frozenset(_OF_CHATS.split())
+_CHATS_ALONE = frozenset(_OF_CHATS.split())
+CHAT_PARAMETERS = COMPLETION_PARAMETERS | _CHATS_ALONE
 EMBEDDING_PARAMETERS = frozenset({"embd_normalize"})
 
 # What is not a caller's to say, with what helps.
@@ -73,18 +75,24 @@ def _as_json(value: object) -> bytes:
     return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
 
 
-def chat_request(messages: Messages, parameters: Mapping[str, Any]) -> Request:
-    """Return a request for the answer to a chat; raises `UnsupportedOption` for what a runner would not do."""
+def chat_request(messages: Messages, parameters: Mapping[str, Any], defaults: ChatDefaults = NO_DEFAULTS) -> Request:
+    """Return a request for the answer to a chat; raises `UnsupportedOption` for what a runner would not do.
+
+    That holds for the defaults of a model as for what a caller says.
+    """
+    parameters = defaults.with_parameters(parameters)
     _check(parameters, CHAT_PARAMETERS)
     if isinstance(messages, Mapping | bytes) or not isinstance(messages, Sequence):
         raise UnsupportedOption("messages", messages, "it must be one text, or a list of messages")
     said = [{"role": "user", "content": messages}] if isinstance(messages, str) else list(messages)
+    said = defaults.with_messages(said)
     refuse_fetches(said)
     return Request("/v1/chat/completions", _streamed({**parameters, "messages": said}))
 
 
-def completion_request(prompt: str, parameters: Mapping[str, Any]) -> Request:
+def completion_request(prompt: str, parameters: Mapping[str, Any], defaults: ChatDefaults = NO_DEFAULTS) -> Request:
     """Return a request for the continuation of a prompt; raises `UnsupportedOption` as `chat_request` does."""
+    parameters = defaults.with_parameters(parameters, but=_CHATS_ALONE)
     _check(parameters, COMPLETION_PARAMETERS)
     if not isinstance(prompt, str):
         raise UnsupportedOption("prompt", prompt, "it must be one text: ask once for each")

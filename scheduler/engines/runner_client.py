@@ -27,6 +27,7 @@ from scheduler.engines.answer_requests import (
 )
 from scheduler.engines.quiet_client import quiet, quiet_anext, quiet_next
 from scheduler.errors.exceptions import OUT_OF_FILES, AnswerTimeout, EngineError, is_out_of_files
+from scheduler.models.chat_defaults import NO_DEFAULTS, ChatDefaults
 
 Value = TypeVar("Value")
 
@@ -159,24 +160,31 @@ class RunnerClient:
     def chat_call(
         self,
         messages: Messages,
+        defaults: ChatDefaults = NO_DEFAULTS,
+        /,
         *,
         timeout_s: float | None = None,
         total_timeout_s: float | None = None,
         **parameters: Any,
     ) -> Call:
-        """Return a call for the answer to `messages`: a list of role and content, or one text that the user says."""
-        return Call(chat_request(messages, parameters), Limits(timeout_s, total_timeout_s), chat=True)
+        """Return a call for the answer to `messages`: a list of role and content, or one text that the user says.
+
+        `defaults` are those of the model: what a caller says and names counts more.
+        """
+        return Call(chat_request(messages, parameters, defaults), Limits(timeout_s, total_timeout_s), chat=True)
 
     def completion_call(
         self,
         prompt: str,
+        defaults: ChatDefaults = NO_DEFAULTS,
+        /,
         *,
         timeout_s: float | None = None,
         total_timeout_s: float | None = None,
         **parameters: Any,
     ) -> Call:
-        """Return a call for the text that follows `prompt`."""
-        return Call(completion_request(prompt, parameters), Limits(timeout_s, total_timeout_s), chat=False)
+        """Return a call for the text that follows `prompt`; of `defaults` the parameters count."""
+        return Call(completion_request(prompt, parameters, defaults), Limits(timeout_s, total_timeout_s), chat=False)
 
     def chat(self, messages: Messages, **parameters: Any) -> Answer:
         """Return the whole answer to `messages`."""

@@ -10,6 +10,7 @@ from os import PathLike, fspath, path, stat
 from fsm.domain.options import Options
 from fsm.machine.request import ModelId
 from scheduler.errors.exceptions import InvalidModel, InvalidSettings, UnsupportedOption
+from scheduler.models.chat_defaults import NO_DEFAULTS, ChatDefaults
 
 Files = str | PathLike[str] | Iterable[str | PathLike[str]]  # one path or several
 FileStates = tuple[tuple[int, int, int, int], ...]  # of each file: device, number, bytes, time of its last change
@@ -40,6 +41,7 @@ class ModelSpec:
     priority: int = 0  # a request group of higher priority goes first
     devices: tuple[str, ...] | None = None  # ids of the GPUs that layers may go to, unless a request names others
     max_leases: int | None = None  # leases of its runner at once; 0: no limit; None: the setting
+    chat: ChatDefaults = NO_DEFAULTS  # what its chats begin with, and the parameters that callers do not name
     id: ModelId = field(init=False)  # the same for specs of the same identity; links are followed when the spec is made
 
     def __hash__(self) -> int:
@@ -54,6 +56,8 @@ class ModelSpec:
         check_switch("pin", self.pin)
         object.__setattr__(self, "devices", device_ids(self.devices))
         check_limit("max_leases", self.max_leases)
+        if not isinstance(self.chat, ChatDefaults):
+            raise InvalidSettings("chat", self.chat, "made of ChatDefaults, as in ChatDefaults(system='Be brief.')")
         if not isinstance(self.embedding, bool):
             raise UnsupportedOption("embedding", self.embedding, "it must be of type bool")
         if not isinstance(self.options, Options):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import glob
 import importlib.util
-import json
 import os
 import re
 from collections import Counter
@@ -30,11 +29,11 @@ from scheduler.models.file_choice import (
 )
 from scheduler.models.gguf_metadata import is_projector_for
 from scheduler.models.model_spec import ModelSpec
+from scheduler.models.ollama_model import chat_defaults, options_of, read_json, read_parameters
 
 if TYPE_CHECKING:
     from huggingface_hub import CachedRepoInfo, CachedRevisionInfo
 
-MANIFEST_BYTES = 4 << 20  # most bytes of a manifest or parameters; usual ones have about 1 KiB
 HUB_MISSING = "the Hugging Face cache, were huggingface_hub installed (pip install 'loadmaster[hub]')"
 OLLAMA_SYSTEM_STORE = "/usr/share/ollama/.ollama/models"  # of the service that Ollama's installer for Linux sets up
 
@@ -128,17 +127,16 @@ _OLLAMA_NAME = re.compile(
 )
 _DIGEST = re.compile(r"sha256[:-]([0-9a-f]{64})", re.ASCII)  # nothing else becomes part of a path (CVE-2024-37032)
 _LAYER = "application/vnd.ollama.image."
-_KINDS = ("model", "adapter", "projector", "params")  # of layers; engines need no others
+_KINDS = ("model", "adapter", "projector", "params", "system", "messages", "template")  # of layers
+_WITHOUT_EFFECT = frozenset({"license"})  # layers that nothing is said about
 _MOST_LAYERS = 16  # of one kind; real models have one or two
-_COUNTS = ("num_ctx", "num_batch", "num_thread")  # the parameters of an Ollama model that Options have too;
-_OTHERS = ("num_gpu", "main_gpu", "use_mmap")  # the other parameters are about sampling
 
 
 @dataclass(frozen=True, slots=True)
 class OllamaStore:
     """Models that Ollama has pulled or made, by the names that `ollama list` shows; `:latest` may be left out.
 
-    Adapters, projectors and the parameters that are load-time options here come with them.
+    Adapters, projectors, parameters, and what their chats begin with come with them; what has no effect here is told.
     """
 
     root: Path
@@ -171,7 +169,7 @@ class OllamaStore:
                 yield name
 
     def _read(self, name: str, manifest: Path) -> ModelSpec:
-        content = _read_json(manifest)
+        content = read_json(manifest)
         layers = content.get("layers") if isinstance(content, dict) else None
         if not isinstance(layers, list) or not all(isinstance(layer, dict) for layer in layers):
             raise InvalidModel(str(manifest), "it is no manifest of Ollama's: it has no list of layers")
@@ -185,10 +183,20 @@ class OllamaStore:
         if any(len(layers) > _MOST_LAYERS for layers in kinds.values()):
             raise InvalidModel(str(manifest), f"it names more than {_MOST_LAYERS} files of one kind")
         files = {kind: tuple(self._blob(manifest, layer) for layer in layers) for kind, layers in kinds.items()}
-        options: dict[str, Any] = {}
-        for params in files["params"]:
-            options |= _options(Path(params))
-        return ModelSpec(name, files["model"][0], files["adapter"], files["projector"], options=Options(**options))
+        paths = {kind: [*map(Path, files[kind])] for kind in _KINDS}
+        params = read_parameters(paths["params"])
+        others = {str(layer.get("mediaType")).rpartition(".")[2] for layer in layers} - {*_KINDS} - _WITHOUT_EFFECT
+        chat = chat_defaults(
+            params,
+            systems=paths["system"],
+            messages=paths["messages"],
+            templates=paths["template"],
+            others=sorted(others),
+        )
+        options: dict[str, Any] = options_of(params, manifest)
+        return ModelSpec(
+            name, files["model"][0], files["adapter"], files["projector"], options=Options(**options), chat=chat
+        )
 
     def _blob(self, manifest: Path, layer: Mapping[str, object]) -> str:
         digest = layer.get("digest")
@@ -199,37 +207,6 @@ class OllamaStore:
         if blob is None:
             raise InvalidModel(str(manifest), f"the file of its layer sha256-{found[1]} is missing; pull it again")
         return str(blob)
-
-
-def _read_json(path: Path) -> object:
-    """Return the content of a small JSON file; raises `InvalidModel`."""
-    try:
-        with path.open("rb") as file:
-            text = file.read(MANIFEST_BYTES + 1)
-        if len(text) > MANIFEST_BYTES:
-            raise InvalidModel(str(path), f"it is larger than {MANIFEST_BYTES} bytes, which no manifest is")
-        return json.loads(text)
-    except (OSError, ValueError, RecursionError) as error:
-        reason = "too deeply nested" if isinstance(error, RecursionError) else error
-        raise InvalidModel(str(path), f"it is no JSON that can be read, {reason}") from error
-
-
-def _options(path: Path) -> dict[str, int | bool | None]:
-    """Return the load-time options among an Ollama model's parameters; a count of 0 means automatic there."""
-    params = _read_json(path)
-    if not isinstance(params, dict):
-        raise InvalidModel(str(path), "these parameters of an Ollama model are no object")
-    options: dict[str, int | bool | None] = {}
-    for name in (*_COUNTS, *_OTHERS):
-        value = params.get(name)
-        if value is None:
-            continue
-        if isinstance(value, float) and value.is_integer():
-            value = int(value)
-        if not isinstance(value, int) or isinstance(value, bool) != (name == "use_mmap") or abs(value) >= 1 << 31:
-            raise InvalidModel(str(path), f"the parameter {name} of an Ollama model cannot be {str(value)[:80]!r}")
-        options[name] = None if name in _COUNTS and value < 1 else value
-    return options
 
 
 # -- Hugging Face ------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, Never
 
 from fsm.machine.request import ModelId, RequestId
+from scheduler.models.chat_defaults import NO_DEFAULTS
 
 if TYPE_CHECKING:
     from scheduler.runtime.runner_handle import RunnerHandle
@@ -34,6 +35,7 @@ class PendingRequest:
     __slots__ = (
         "answered",
         "callbacks",
+        "chat",
         "closed",
         "error",
         "gate",
@@ -52,6 +54,7 @@ class PendingRequest:
         self.model = model  # name of the model, for errors
         # held for as long as the request waits or its lease exists: a scheduler that nothing holds is closed
         self.scheduler = scheduler
+        self.chat = NO_DEFAULTS  # what the chats of a lease begin with
         self.gate = allocate_lock()
         self.gate.acquire()
         self.answered = False

@@ -121,6 +121,8 @@ class RequestBroker:
     def submit(self, pending: PendingRequest, parsed: ParsedRequest, held: Held = NOTHING_HELD) -> None:
         """Post a request; the pending request is answered before this call returns or any time after."""
         self.requests[pending.id] = pending
+        if isinstance(parsed.model, ModelSpec):
+            pending.chat = parsed.model.chat
         if parsed.model is not None:
             self._registry.register(parsed.model)  # after the pending request is in `requests`: see _drop
         self.post(Acquire(pending.id, parsed.spec, parsed.keep_alive_s, parsed.timeout_s, parsed.max_leases, *held))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -16,10 +17,13 @@ from scheduler.config.quantities import parse_duration
 from scheduler.config.value_parsers import CACHE_TYPES, LARGEST_NUMBER
 from scheduler.engines.python import PythonModel
 from scheduler.errors.exceptions import InvalidModel, InvalidSettings, ModelNotFound, UnsupportedOption
+from scheduler.errors.formatting import printable
 from scheduler.models.catalog import Catalog, is_like_a_path, is_path
 from scheduler.models.model_spec import Files, ModelSpec, device_ids
 from scheduler.runtime.object_lives import ObjectLives
 from scheduler.runtime.past_references import PastReferences, Reference, is_there
+
+log = logging.getLogger("loadmaster")
 
 Model = str | os.PathLike[str] | ModelSpec | PythonModel
 
@@ -109,6 +113,7 @@ class RequestParser:
         self._clock = clock
         self._past = PastReferences(in_use)
         self._look_at = look_at  # called for the model of a request whose files may be others than before
+        self._told: set[tuple[str, ...]] = set()  # names of models, with what is not applied of them
         self._pinned: set[ModelId] = set()
         self._known: dict[object, _Known] = {}
 
@@ -202,7 +207,17 @@ class RequestParser:
             self._pin(spec.id)
         if isinstance(spec, ModelSpec):
             self._look_at(spec)
+            self._tell(spec)
         return parsed
+
+    def _tell(self, model: ModelSpec) -> None:
+        """Warn, once, of what a model comes with and what has no effect here."""
+        told = (model.name, *model.chat.unapplied)
+        if len(told) > 1 and told not in self._told:
+            if len(self._told) >= _KNOWN_QUESTIONS:
+                self._told.clear()
+            self._told.add(told)
+            log.warning("%s has what is not applied: %s", printable(model.name), printable("; ".join(told[1:])))
 
     def _spec(self, model: Model, asking: IdentityOptions) -> ModelSpec | PythonModel:
         identity = {name: value for name, value in asking.items() if name in _IDENTITY}

@@ -30,7 +30,8 @@ from scheduler import (
     UnsupportedOption,
 )
 from scheduler.models.catalog import LISTED_S, MOST_COMPARED, Catalog, KnownNames, Resolver, is_path
-from scheduler.models.sources import MANIFEST_BYTES, Folder, HuggingFaceCache, OllamaStore, default_resolvers
+from scheduler.models.ollama_model import MANIFEST_BYTES
+from scheduler.models.sources import Folder, HuggingFaceCache, OllamaStore, default_resolvers
 from scheduler.runtime.request_parser import LASTING_S, RequestParser
 from tests.support.gguf_bytes import a_file, number, words
 from tests.support.leaks import no_leaks

@@ -26,7 +26,6 @@ from scheduler.cli.output import SafeConsole, print_json
 from scheduler.concurrency.clock import monotonic_clock
 from scheduler.config.settings import Settings
 from scheduler.engines.llama import LlamaEngine
-from scheduler.engines.llama_options import ENCODERS
 from scheduler.errors.exceptions import InvalidModel, InvalidSettings
 from scheduler.errors.formatting import format_bytes, printable, shown
 from scheduler.models.catalog import Catalog, found_by, in_words, location_of
@@ -109,8 +108,6 @@ def _core_of(settings: Settings) -> Core:
 def _read(row: Row, spec: ModelSpec, core: Core, engine: LlamaEngine) -> Row:
     spec = spec.resolved()
     info = read_metadata(spec.path, adapters=spec.adapters, projectors=spec.projectors, embedding=spec.embedding)
-    if info.architecture in ENCODERS:  # a model of such an architecture only embeds
-        info = replace(info, embedding=True)
     fits, needed_bytes = _fit(spec, engine.profile(info, [spec.options]), core)
     return replace(
         row,

@@ -31,6 +31,7 @@ from scheduler.engines.engine_log import EngineLog
 from scheduler.engines.interface import Buffer, Endpoint, Memory
 from scheduler.engines.llama_dry_run import DryRuns
 from scheduler.engines.llama_gpus import QUESTION, GpuBackends
+from scheduler.engines.llama_options import only_embeds
 from scheduler.engines.llama_profile import (
     NOTHING_TOLD,
     RANKS,
@@ -391,7 +392,12 @@ class LlamaEngine:
                 )  # fmt: skip
 
     def profile(self, info: ModelInfo, asked: Iterable[Options], told: Told = NOTHING_TOLD) -> ModelProfile:
-        """Return how a model of this metadata is loaded for these options, without a dry run."""
+        """Return how a model of this metadata is loaded for these options, without a dry run.
+
+        A model that can do nothing but embed is an embedder, whether or not it was asked for as one.
+        """
+        if only_embeds(info):
+            info = replace(info, embedding=True)
         if not told and holds(info, self._version):
             return profile_of(info, asked, self._defaults, larger_contexts=self._larger_contexts)
         return profile_of(info, asked, self._defaults, larger_contexts=self._larger_contexts, told=told)
@@ -412,6 +418,8 @@ class LlamaEngine:
         if not os.path.exists(model.path):
             raise ModelNotFound(model.path)
         key, resolved = secrets.token_urlsafe(KEY_BYTES), LlamaSettings.decoded(settings)
+        if resolved.embedding and not model.embedding:
+            model = replace(model, embedding=True)
         request = self._request(model, options, resolved, placement, key)
         gpus = tuple(device for device, _ in placement.gpu_layers)
         process = LlamaProcess(
@@ -456,7 +464,7 @@ class LlamaEngine:
             "adapters": list(model.adapters),
             "projector": model.projectors[0] if model.projectors else None,
             "projector_on_gpu": _has_projector_on_gpu(placement),
-            "embedding": model.embedding,
+            "embedding": settings.embedding,
             "pooling": settings.pooling,
             "num_ctx": _there(explicit.num_ctx),
             "num_parallel": _there(explicit.num_parallel),

@@ -33,6 +33,7 @@ WITHOUT_CACHE = frozenset(
 )
 ENCODERS = WITHOUT_CACHE | {"llama-embed", "t5encoder"}
 WITHOUT_LOGITS = ENCODERS | {"lfm2"}  # and decoders that compute no logits for embeddings
+EMBEDDERS = ENCODERS | {"gemma-embedding2"}  # although their files do not say that tokens see those behind them
 CACHE_BLOCK = 32  # elements of a block, the same for every cache type; heads are whole blocks of quantised types
 UNQUANTISED = frozenset({"f32", "f16", "bf16"})  # cache types that every model can have
 # Types whose matrices llama.cpp reorders on x86-64 as it loads them, by gguf's names; all other types stay as they are.
@@ -167,6 +168,11 @@ def padded(tokens: int) -> int:
 def computes_every_logit(info: ModelInfo) -> bool:
     """Tell whether a model keeps the logits of every token: a decoder with pooling does, although none are read."""
     return info.embedding and info.architecture not in WITHOUT_LOGITS
+
+
+def only_embeds(info: ModelInfo) -> bool:
+    """Tell whether a model cannot go on with a text, since its tokens see those behind them: it has vectors only."""
+    return info.architecture in EMBEDDERS or not info.causal
 
 
 def pools_in_one_pass(info: ModelInfo) -> bool:

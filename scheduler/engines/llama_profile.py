@@ -53,6 +53,7 @@ RANKS = "rank"  # the pooling of a reranker
 class LlamaSettings:
     """What llama.cpp is told beside the options, and what is expected of it."""
 
+    embedding: bool  # whether it has vectors of texts, and goes on with none
     num_micro_batch: int  # tokens of one pass
     prompt_cache_mib: int
     num_checkpoints: int
@@ -172,6 +173,7 @@ def _with_sizes(info: ModelInfo, options: Options, told: Told | None) -> Resolve
         rough=told is not None and sizes is None,
     )
     settings = LlamaSettings(
+        embedding=info.embedding,
         num_micro_batch=micro_batch(info, options),
         prompt_cache_mib=footprint.prompt_cache_bytes // MIB,
         num_checkpoints=CHECKPOINTS,

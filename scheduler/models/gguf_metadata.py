@@ -240,6 +240,7 @@ def _with_details(
         output_type=_output_type(others),
         quantisation=max(types_bytes, key=lambda each: each[1])[0] if types_bytes else "",
         pooling=_pooling(header, architecture),
+        causal=header.values.get(f"{architecture}.attention.causal") not in (False, 0),
     )
 
 

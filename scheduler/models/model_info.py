@@ -59,4 +59,5 @@ class ModelInfo:
     quantisation: str = ""  # gguf's name of the type that most of its bytes have
     pooling: str | None = None  # llama.cpp's name; None: the file names none
     digest: str = ""  # of all keys and tensors of the files: the engine may go by others than those above
+    causal: bool = True  # a token sees the tokens before it only, so that the model can go on with a text
     unknown: tuple[str, ...] = ()  # tensors that the gguf package does not know: the engine may, or may refuse the file

@@ -119,6 +119,7 @@ class Engine:
         """
         params = self._parameters(request)
         self._explicit(params)
+        self._errors.clear()  # of the beginning: there are no GPUs here, which a build for them tells as an error
         address: int | None = self._load(request["model"].encode(), self._of_model(id(params) + WRAPPED_AT))
         return address
 
@@ -157,9 +158,10 @@ class Engine:
         lines = [line for line in "".join(self._lines).splitlines() if line.strip()]
         return next((line for line in reversed(lines) if "error" in line.lower()), lines[-1] if lines else "")
 
-    def first_error(self) -> str:
-        """Return the line of the log that tells of the first error; empty where none does."""
-        return next(filter(None, self._errors), "")
+    def fault(self) -> str:
+        """Return what llama.cpp said first against a file that it did not load; empty where the machine may lack."""
+        errors = [*filter(None, self._errors)]
+        return "" if any(map(OF_THE_MACHINE.search, errors)) else next(iter(errors), "")
 
     def _explicit(self, params: Any) -> Parameters:
         """Return the parameters of a context as llama.cpp has understood them; raises RuntimeError where it has not."""
@@ -212,9 +214,9 @@ def answer(protocol: int, dry_run: DryRun) -> None:
     requests = [cast(Request, {**dry_run["base"], **load}) for load in dry_run["loads"]]
     model = engine.load(requests[0])
     if model is None:
-        if not (error := engine.first_error()) or OF_THE_MACHINE.search(error):
+        if not (fault := engine.fault()):
             raise RuntimeError(engine.reason())
-        tell(protocol, "unusable", reason=error)
+        tell(protocol, "unusable", reason=fault)
         return
     projectors: dict[bool | None, int] = {}  # by flash attention
     for place, request in enumerate(requests):

@@ -279,6 +279,7 @@ def test_u31_a_machine_without_memory_is_no_fault_of_the_files(
         f"import sys; sys.path.insert(0, {str(llama.DRY_RUN_CHILD.parent)!r}); import llama_dry_run_child as child\n"
         "load = child.Engine.load\n"
         "def fails(engine, request):\n"
+        "    engine._take_in(4, b'llama_model_load: error loading model: something\\n', None)\n"
         "    engine._take_in(4, b'llama_model_load: error loading model: std::bad_alloc\\n', None)\n"
         "child.Engine.load = fails; child.main()\n"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import gguf
@@ -13,6 +14,19 @@ HEADS_KV = 2
 END = "<|end|>"
 TEMPLATE = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
 
+# It describes tools, and puts a call of one between two signs that stand for nothing else.
+CALL = "@"
+TEMPLATE_WITH_TOOLS = """\
+{%- for tool in tools or [] %}{{ tool | tojson }}
+{% endfor %}
+{%- for message in messages %}{{ message.role }}
+{% if message.tool_calls %}{% set call = message.tool_calls[0].function -%}
+@{"name": "{{ call.name }}", "parameters": {{ call.arguments | tojson }}}@
+{%- else %}{{ message.content }}{% endif %}
+{% endfor %}
+{%- if add_generation_prompt %}assistant
+{% endif %}"""
+
 
 def byte_tokens() -> list[str]:
     """The 256 bytes in the alphabet of GPT-2, in byte order: printable bytes stand for themselves, others move up."""
@@ -23,14 +37,23 @@ def byte_tokens() -> list[str]:
 
 
 def write_tiny_model(
-    path: Path, *, layers: int = 2, width: int = 64, seed: int = 0, context: int = 512, reranker: bool = False
+    path: Path,
+    *,
+    layers: int = 2,
+    width: int = 64,
+    seed: int = 0,
+    context: int = 512,
+    reranker: bool = False,
+    template: str = TEMPLATE,
+    biases: Mapping[str, float] | None = None,
 ) -> Path:
     """Write a `llama` model with 4 heads (2 for keys and values) to `path` and return `path`.
 
     The same arguments give the same bytes. `width` is a multiple of 8. It serves chat, completions and, with mean
     pooling, embeddings; one token is one byte of text, so a prompt of n ASCII characters is n tokens.
 
-    A `reranker` is a `qwen3` model whose file names the pooling of one, and has its output.
+    A `reranker` is a `qwen3` model whose file names the pooling of one, and has its output. `biases` are added to the
+    logits of tokens, about as they are named: with 40 a token is chosen wherever it may stand, with -40 nowhere.
     """
     writer = gguf.GGUFWriter(path, "qwen3" if reranker else "llama")
     writer.add_context_length(context)
@@ -42,8 +65,9 @@ def write_tiny_model(
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_rope_dimension_count(width // HEADS)
     tokens = [*byte_tokens(), END]
-    add_tokenizer(writer, tokens)
-    _add_tensors(writer, layers=layers, width=width, vocabulary=len(tokens), seed=seed)
+    add_tokenizer(writer, tokens, template)
+    shifts = {tokens.index(token): bias for token, bias in (biases or {}).items()}
+    _add_tensors(writer, layers=layers, width=width, vocabulary=len(tokens), seed=seed, biases=shifts)
     if reranker:
         _add_ranking(writer, layers=layers, width=width, end=len(tokens) - 1)
     writer.write_header_to_file()
@@ -64,7 +88,7 @@ def _add_ranking(writer: gguf.GGUFWriter, *, layers: int, width: int, end: int) 
             writer.add_tensor(f"blk.{layer}.{name}.weight", numpy.ones(width // HEADS, dtype=numpy.float32))
 
 
-def add_tokenizer(writer: gguf.GGUFWriter, tokens: list[str]) -> None:
+def add_tokenizer(writer: gguf.GGUFWriter, tokens: list[str], template: str = TEMPLATE) -> None:
     end = len(tokens) - 1
     writer.add_vocab_size(len(tokens))
     writer.add_tokenizer_model("gpt2")
@@ -75,10 +99,12 @@ def add_tokenizer(writer: gguf.GGUFWriter, tokens: list[str]) -> None:
     writer.add_bos_token_id(end)
     writer.add_eos_token_id(end)
     writer.add_add_bos_token(False)
-    writer.add_chat_template(TEMPLATE)
+    writer.add_chat_template(template)
 
 
-def _add_tensors(writer: gguf.GGUFWriter, *, layers: int, width: int, vocabulary: int, seed: int) -> None:
+def _add_tensors(
+    writer: gguf.GGUFWriter, *, layers: int, width: int, vocabulary: int, seed: int, biases: Mapping[int, float]
+) -> None:
     random = numpy.random.default_rng(seed)
     key_width = width * HEADS_KV // HEADS
 
@@ -87,9 +113,13 @@ def _add_tensors(writer: gguf.GGUFWriter, *, layers: int, width: int, vocabulary
         return values / numpy.float32(columns**0.5)
 
     ones = numpy.ones(width, dtype=numpy.float32)
-    writer.add_tensor("token_embd.weight", matrix(vocabulary, width))
+    embeddings, output = matrix(vocabulary, width), matrix(vocabulary, width)
+    if biases:
+        embeddings[:, 0] = 100  # far above what the layers add, so that the last norm makes it about sqrt(width)
+        output[:, 0] = [biases.get(token, 0) / width**0.5 for token in range(vocabulary)]
+    writer.add_tensor("token_embd.weight", embeddings)
     writer.add_tensor("output_norm.weight", ones)
-    writer.add_tensor("output.weight", matrix(vocabulary, width))
+    writer.add_tensor("output.weight", output)
     for layer in range(layers):
         block = f"blk.{layer}"
         writer.add_tensor(f"{block}.attn_norm.weight", ones)

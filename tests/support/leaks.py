@@ -70,6 +70,11 @@ def _unnamed() -> dict[int, str]:
     return {id: _begun_with(frame) for id, frame in sys._current_frames().items() if id not in known}
 
 
+def _is_a_ghost(thread: threading.Thread) -> bool:
+    """Tell whether the module threading still lists a thread that was not started by it, and has ended."""
+    return isinstance(thread, threading._DummyThread) and thread.ident not in sys._current_frames()
+
+
 def _begun_with(frame: FrameType) -> str:
     while frame.f_back is not None:
         frame = frame.f_back
@@ -138,7 +143,7 @@ def _settle(
         gc.collect()
         _bury(_processes() - processes - started)  # adopted processes, which only this one can reap
         left = {
-            "threads": [thread.name for thread in set(threading.enumerate()) - threads],
+            "threads": [thread.name for thread in set(threading.enumerate()) - threads if not _is_a_ghost(thread)],
             "unnamed threads": [what for id, what in _unnamed().items() if id not in unnamed],
             "descriptors": [target for _, target in _descriptors() - descriptors],
             "children": sorted(_processes() - processes),

@@ -249,7 +249,7 @@ class Core:
            keeps what it waits for, it is refused at once.
         """
         state, spec = self._state, event.spec
-        request = Request(event.request, spec, event.keep_alive_s, state.now, holds=event.holds, keeps=event.keeps)
+        request = Request(event.request, spec, event.keep_alive_s, state.now, event.holds, event.keeps)
         if request.id in state.requests:  # 1
             self.late += 1
             return
@@ -258,7 +258,7 @@ class Core:
             return
         model = state.models.get(spec.model)
         runner = model.current if model is not None else None
-        if model is not None:
+        if model is not None and event.max_leases is not None:
             self._limit_leases(model, event.max_leases)
         warm = runner is not None and runner.state is not LOADING and spec.purpose is not Purpose.memory
         warm = warm and runner is not None and state.may_be_granted(runner, spec.purpose)
@@ -274,18 +274,18 @@ class Core:
 
     def _moved(self, runner: Runner, event: Acquire) -> bool:
         """Expire a runner at rest that is to move to a better place; else have places looked for now and then."""
-        if runner.fully_offloaded or runner.state is not IDLE:
+        if runner.state is not IDLE or runner.fully_offloaded:
             return False
-        if is_to_move(self._state, runner, event):
+        if runner.better_place_since <= self._state.now and is_to_move(self._state, runner, event):
             runners.expire(self._context, runner, RunnerReason.better_place)
             return True
         if self._state.now - self._state.read_at >= PLACES_LOOK_S and may_move(self._state, runner):
             self._context.read_devices()
         return False
 
-    def _limit_leases(self, model: ModelRecord, max_leases: int | None) -> None:
+    def _limit_leases(self, model: ModelRecord, max_leases: int) -> None:
         """Take over the limit of leases that a request names; with a higher one, requests that waited go before it."""
-        if max_leases is None or max_leases == model.max_leases:
+        if max_leases == model.max_leases:
             return
         model.max_leases = max_leases
         if model.current is not None and model.current.state is not LOADING:
@@ -295,7 +295,8 @@ class Core:
         state, spec, timeout_s = self._state, request.spec, event.timeout_s
         if spec.purpose is not Purpose.memory:
             model = self._context.model(spec.model)
-            self._limit_leases(model, event.max_leases)
+            if event.max_leases is not None:
+                self._limit_leases(model, event.max_leases)
             if state.now < model.blocked_until and model.failure is not None:  # 5
                 refusal = LoadFailedRefusal(model.id, model.failure, model.blocked_until - state.now)
                 requests.reject(self._context, request, refusal)

@@ -57,10 +57,10 @@ def release(step: StepContext, request: Request) -> None:
     runner = state.runners[RunnerId(request.runner)]
     runner.leases.discard(request.id)
     runner.used_at = state.now
-    if runner.state is not EXPIRING and (waiting := state.groups_served_by(runner)):
-        serve(step, runner, waiting)
+    if (awaited := runner.model in state.specs_by_model) and runner.state is not EXPIRING:
+        serve(step, runner, state.groups_served_by(runner))
     if runner.leases:
-        step.replan = step.replan or runner.model in state.specs_by_model
+        step.replan = step.replan or awaited
         return
     if runner.state is EXPIRING:
         model = state.models[runner.model]

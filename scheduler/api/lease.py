@@ -20,6 +20,7 @@ from scheduler.engines.python import Value
 from scheduler.engines.runner_client import Call, RunnerClient
 from scheduler.errors.exceptions import InvalidSettings, LeaseReleased, RunnerCrashed, UnsupportedOption
 from scheduler.errors.formatting import printable
+from scheduler.runtime.lease_holders import this_asker
 from scheduler.runtime.pending_request import NonCopyable, PendingRequest
 
 if TYPE_CHECKING:
@@ -150,10 +151,11 @@ class Lease(NonCopyable, Generic[Value]):
             if self._uses:
                 return
         self._broker.release(self._pending)
-        self._broker.holders.drop(self._holder, self._pending.id)
+        if self._holder is not None:
+            self._drop()
 
     def __enter__(self) -> Self:
-        self._hold(entered=True)
+        self._hold(this_asker(), entered=True)
         return self
 
     def __exit__(
@@ -162,7 +164,7 @@ class Lease(NonCopyable, Generic[Value]):
         self.release()
 
     async def __aenter__(self) -> Self:
-        self._hold(entered=True)
+        self._hold(this_asker(), entered=True)
         return self
 
     async def __aexit__(
@@ -173,17 +175,26 @@ class Lease(NonCopyable, Generic[Value]):
     def __del__(self) -> None:
         if not hasattr(self, "_lock"):  # Ctrl-C came while the lease was made, before anything was requested
             return
-        self._broker.holders.drop(self._holder, self._pending.id)
+        if self._holder is not None:
+            self._drop()
         if self._broker.release(self._pending) and not self._released:
             warnings.warn(
                 f"a lease on {printable(self.model)} was never released", ResourceWarning, stacklevel=2, source=self
             )
 
-    def _hold(self, *, entered: bool = False) -> None:
-        """Note that the thread or task that runs here holds the lease from now on."""
-        holders = self._broker.holders
-        holders.drop(self._holder, self._pending.id)
-        self._holder, self._entered = holders.hold(self._pending.id, self), entered
+    def _hold(self, asker: object, *, entered: bool = False) -> None:
+        """Note that a thread or task holds the lease from now on."""
+        if asker != self._holder:
+            if self._holder is not None:
+                self._drop()
+            self._broker.holders.hold(asker, self._pending.id, self)
+            self._holder = asker
+        self._entered = entered
+
+    def _drop(self) -> None:
+        """Note that nobody holds the lease any more."""
+        self._broker.holders.drop(self._holder, self._pending.id)
+        self._holder = None
 
     def _kept(self) -> bool:
         """Tell whether the lease is released by its holder alone, as far as the lease knows."""
@@ -500,8 +511,9 @@ class Leases(list[Lease[Any]]):
             lease.release()
 
     def __enter__(self) -> Self:
+        asker = this_asker()
         for lease in self:
-            lease._hold(entered=True)
+            lease._hold(asker, entered=True)
         return self
 
     def __exit__(self, *_: object) -> None:

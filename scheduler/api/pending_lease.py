@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Generic, Self
 from scheduler.api.lease import Lease
 from scheduler.engines.python import Value
 from scheduler.errors.exceptions import WouldDeadlock
-from scheduler.runtime.lease_holders import Held
+from scheduler.runtime.lease_holders import Held, this_asker
 from scheduler.runtime.pending_request import FutureRequest, NonCopyable, PendingRequest, settle_in_loop
 from scheduler.runtime.request_parser import ParsedRequest
 
@@ -61,7 +61,7 @@ class Acquiring(Generic[Value]):
         self._entered = True
         try:
             self._lease = await self._acquire()
-            self._lease._hold(entered=True)
+            self._lease._hold(this_asker(), entered=True)
         finally:
             self._entered = self._lease is not None
         return self._lease
@@ -72,7 +72,7 @@ class Acquiring(Generic[Value]):
         lease.release()
 
     async def _acquire(self) -> Lease[Value]:
-        held = self._broker.holders.held()
+        held = self._broker.holders.held(this_asker())
         try:
             return await self._answer(held)
         except WouldDeadlock:
@@ -91,7 +91,7 @@ class Acquiring(Generic[Value]):
         pending = self._broker.new_future_request(self._parsed, deliver, self._scheduler, held)
         try:
             lease = await future
-            lease._hold()
+            lease._hold(this_asker())
             return lease
         except BaseException:
             self._broker.cancel(pending)

@@ -51,7 +51,7 @@ from scheduler.runtime.event_log import EventLog
 from scheduler.runtime.event_stream import EventStream, Hub
 from scheduler.runtime.executor import Executor
 from scheduler.runtime.health_monitor import HealthMonitor
-from scheduler.runtime.lease_holders import Held
+from scheduler.runtime.lease_holders import Held, this_asker
 from scheduler.runtime.model_registry import ModelRegistry
 from scheduler.runtime.pending_request import FutureRequest, settle_in_loop
 from scheduler.runtime.request_broker import RequestBroker
@@ -168,23 +168,25 @@ class Scheduler:
         (at once, as `TimeoutTooShort`, where it is certain), `UnsupportedOption`, `InvalidSettings`, `SchedulerClosed`,
         `WouldDeadlock` (where there is no room beside leases that this thread or task keeps in `with` blocks).
         """
+        asker: object = threading.get_ident()
         if running_loop() is not None:  # looked up here, without a call more, for the sake of warm requests
             warn_if_loop_runs("acquire", _AWAIT_LEASE)
+            asker = this_asker()
         parsed, holders = self._parser.parse_cached(model, asking), self._broker.holders
-        held = holders.held()
+        held = holders.held(asker)
         try:
-            return self._acquire(parsed, held)
+            return self._acquire(parsed, held, asker)
         except WouldDeadlock:
             if holders.are_out_of_reach(held.keeps):
                 raise
-        return self._acquire(parsed, Held(held.holds))  # a lease may be released elsewhere: the request waits
+        return self._acquire(parsed, Held(held.holds), asker)  # a lease may be released elsewhere: the request waits
 
-    def _acquire(self, parsed: ParsedRequest, held: Held) -> Lease:
+    def _acquire(self, parsed: ParsedRequest, held: Held, asker: object) -> Lease:
         pending = self._broker.new_request(parsed, self)
         # made first: if Ctrl-C interrupts, the end of the lease releases what was granted
         lease: Lease = Lease(self._broker, pending)
         self._broker.submit_and_wait(pending, parsed, held)
-        lease._hold()
+        lease._hold(asker)
         return lease
 
     @_request_keywords
@@ -200,14 +202,15 @@ class Scheduler:
         parsed = [self._parser.parse_cached(model, asking) for model in models]
         timeout_s = min((one.timeout_s for one in parsed if one.timeout_s is not None), default=math.inf)
         end = time.monotonic() + timeout_s
-        leases = Leases()
+        leases, asker = Leases(), this_asker()
         with self._acquiring_all:
             try:
                 for one in parsed:
                     if timeout_s < math.inf:
                         one = one._replace(timeout_s=max(0.0, end - time.monotonic()))
                     taken = tuple(lease._pending.id for lease in leases)
-                    leases.append(self._acquire(one, Held((*self._broker.holders.held().holds, *taken), taken)))
+                    held = Held((*self._broker.holders.held(asker).holds, *taken), taken)
+                    leases.append(self._acquire(one, held, asker))
             except WouldDeadlock as error:
                 leases.release()
                 raise not_beside(error) from None

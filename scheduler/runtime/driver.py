@@ -171,7 +171,8 @@ class Driver:
                     self._perform(command)
         if self.broken is None:
             self._deadline = core.deadline()
-        self._tell()
+        if core.decision_log:
+            self._tell()
 
     def _tell(self) -> None:
         if entries := self._core.decision_log:

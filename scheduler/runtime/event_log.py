@@ -33,14 +33,23 @@ class EventLog:
 
     @property
     def heard(self) -> bool:
-        """Whether any entry would reach a handler; takes no lock, since the main thread may hold those of logging."""
-        return _least_level() <= logging.WARNING and _has_handler()
+        """Whether any entry would reach a handler; takes no lock, since the main thread may hold those of logging.
+
+        This is asked with every request.
+        """
+        logger: logging.Logger | None = log
+        while logger is not None:
+            for handler in logger.handlers:
+                if not isinstance(handler, logging.NullHandler):
+                    return _least_level() <= logging.WARNING
+            logger = logger.parent if logger.propagate else None
+        return False
 
     def offer(self, entries: Sequence[Entry]) -> None:
         """Have the entries of enabled levels written, and return at once; called under the driver's lock."""
         least = _least_level()
         told = [entry for entry in entries if level_of(entry) >= least]
-        if told and _has_handler():
+        if told and self.heard:
             self._stream.offer(told)
             if not self._due:
                 self._due = True
@@ -109,13 +118,3 @@ def level_of(entry: Entry) -> int:
 def _least_level() -> int:
     """Return the lowest level that is enabled; unlike `isEnabledFor`, this takes no lock."""
     return max(log.getEffectiveLevel(), log.manager.disable + 1)
-
-
-def _has_handler() -> bool:
-    """Return whether a record reaches a handler that does anything."""
-    logger: logging.Logger | None = log
-    while logger is not None:
-        if any(not isinstance(handler, logging.NullHandler) for handler in logger.handlers):
-            return True
-        logger = logger.parent if logger.propagate else None
-    return False

@@ -209,11 +209,14 @@ class Hub:
 
         Never blocks, and runs no user's code.
         """
+        if not entries and not self._streams:  # most requests of a program without logging
+            return self._log.heard
         streams = [(reference, stream) for reference in self._streams if (stream := reference()) and not stream.ended]
         self._streams = tuple(reference for reference, _ in streams)
         for _, stream in streams:
             stream.offer(entries)
-        self._log.offer(entries)
+        if entries:
+            self._log.offer(entries)
         return bool(streams) or self._log.heard
 
     @property

@@ -51,11 +51,9 @@ class LeaseHolders:
     def __init__(self) -> None:
         self._leases: dict[object, dict[RequestId, ReferenceType[HeldLease]]] = {}
 
-    def hold(self, id: RequestId, lease: HeldLease) -> object:
-        """Note that the thread or task that runs here holds a lease; return what stands for it."""
-        asker = this_asker()
+    def hold(self, asker: object, id: RequestId, lease: HeldLease) -> None:
+        """Note that a thread or task holds a lease."""
         self._leases.setdefault(asker, {})[id] = ref(lease)
-        return asker
 
     def drop(self, asker: object, id: RequestId) -> None:
         """Forget that a lease is held; harmless where it is not."""
@@ -65,12 +63,12 @@ class LeaseHolders:
             if not held:
                 self._leases.pop(asker, None)
 
-    def held(self) -> Held:
-        """Return the leases of the thread or task that runs here."""
-        if (held := self._leases.get(this_asker())) is None:
+    def held(self, asker: object) -> Held:
+        """Return the leases of a thread or task."""
+        if (held := self._leases.get(asker)) is None:
             return NOTHING_HELD
         leases = [(id, lease) for id, one in list(held.items()) if (lease := one()) is not None]
-        return Held(tuple(id for id, _ in leases), tuple(id for id, lease in leases if lease._kept()))
+        return Held(tuple([id for id, _ in leases]), tuple([id for id, lease in leases if lease._kept()]))
 
     def are_out_of_reach(self, keeps: tuple[RequestId, ...]) -> bool:
         """Tell whether nothing but the blocks that this thread or task is in can release the leases that it keeps.

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 MOST_SLOTS = 256  # of a runner
 MOST_THREADS = 512  # of a runner
+SLOTS = -1  # as a limit of leases: as many as the runner has slots
 
 
 @dataclass(frozen=True, slots=True)

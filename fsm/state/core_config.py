@@ -13,7 +13,7 @@ class CoreConfig:
 
     max_queue: int = 512  # requests that may wait
     max_runners: int = 0  # runners whose process may be alive; 0: memory decides
-    max_leases: int = 0  # leases of one runner, where no request names another limit for its model; 0: no limit
+    max_leases: int = 0  # of one runner, where no request names another for its model; 0: none; SLOTS: by its slots
     keep_alive_s: float = 300.0  # how long a runner stays idle, unless a request names a keep-alive
     max_wait_s: float = 120.0  # how long a waiting request leaves busy runners alone
     min_residency_s: float | None = None  # how long a loaded runner is not evicted; None: by its load time

@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 
 from fsm.domain.devices import DeviceId
-from fsm.domain.options import Options
+from fsm.domain.options import SLOTS, Options
 from fsm.domain.record import Record
 from fsm.eviction.reuse_prediction import Histogram
 from fsm.machine.request import ModelId, Purpose, Request, RequestId, RequestSpec
@@ -169,6 +169,8 @@ class CoreState(Record):
         """Return how many more leases a runner may hold, none below 0; None where its leases are not limited."""
         named = self.models[runner.model].max_leases
         limit = self.config.max_leases if named is None else named
+        if limit == SLOTS:
+            limit = runner.effective_options.num_parallel or 0
         return max(0, limit - len(runner.leases)) if limit else None
 
     def may_be_granted(self, runner: Runner, purpose: Purpose) -> bool:

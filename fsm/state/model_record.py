@@ -46,7 +46,7 @@ class ModelRecord(Record):
     inspecting: bool = False  # an Inspect is under way
     current: Runner | None = None  # its one runner that is loading, ready or idle
     pinned: bool = False
-    max_leases: int | None = None  # as requests named it last; 0: no limit; None: the limit for all models
+    max_leases: int | None = None  # as requests named it last; 0: none; SLOTS: by its slots; None: that of all models
     failures: int = 0  # failed loads and crashes in a row
     blocked_until: float = -math.inf  # end of the back-off: requests that come before are refused
     failure: FailureReason | None = None  # the last failure

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from random import Random
 
 from fsm.domain.devices import HOST, MIB, DeviceId, DeviceSample
-from fsm.domain.options import Options
+from fsm.domain.options import SLOTS, Options
 from fsm.eviction.policies import Candidate, EvictionPolicy, ExpectedReloadCost, KeepAliveOrder, LeastRecentlyUsed
 from fsm.machine.request import ModelId, Purpose, RequestSpec
 from fsm.sizing.footprint import Footprint
@@ -18,7 +18,7 @@ from fsm.verification.sim_faults import Faults, draw_faults
 
 GIB = 1024 * MIB
 CORES = 8  # of the host
-NAMED_LEASES = (None, 1, None, 0, None, 2)  # limits of leases that requests for a model name
+NAMED_LEASES = (None, 1, SLOTS, 0, None, 2)  # limits of leases that requests for a model name
 INTEGRATED = DeviceId("gpu-integrated")
 
 Model = Footprint | DeclaredModel

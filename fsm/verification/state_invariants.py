@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from fsm.core import Core
+from fsm.domain.options import SLOTS
 from fsm.machine.request import Purpose, Request, RequestId, RequestState
 from fsm.machine.runner import EXPIRING, IDLE, LOADING, READY, RUNNING, STOPPING, UNLOADED, Runner
 from fsm.state.core_state import CoreState
@@ -214,7 +215,8 @@ def no_request_waits_for_a_runner_that_could_serve_it_now(state: CoreState) -> N
 def most_leases(state: CoreState, runner: Runner) -> int:
     """Return how many leases a runner may hold; 0: as many as there are requests."""
     named = state.models[runner.model].max_leases
-    return state.config.max_leases if named is None else named
+    most = state.config.max_leases if named is None else named
+    return most if most != SLOTS else runner.effective_options.num_parallel or 0
 
 
 def bound_of(request: Request, state: CoreState) -> float:

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Generator
 from typing import TYPE_CHECKING, Any, Generic, Self
 
+from fsm.machine.request import RequestId
 from scheduler.api.lease import Lease
 from scheduler.engines.python import Value
 from scheduler.errors.exceptions import WouldDeadlock
@@ -49,6 +50,7 @@ class Acquiring(Generic[Value]):
         self._broker = broker
         self._parsed = parsed
         self._scheduler = scheduler  # stays open: see `PendingRequest`
+        self.request: RequestId | None = None  # of the request that was submitted last, as `Status` names it
         self._entered = False
         self._lease: Lease[Value] | None = None  # set while it is entered, once the lease is granted
 
@@ -89,6 +91,7 @@ class Acquiring(Generic[Value]):
             settle_in_loop(loop, future, lease, pending.error, lease.release if lease is not None else lambda: None)
 
         pending = self._broker.new_future_request(self._parsed, deliver, self._scheduler, held)
+        self.request = pending.id
         try:
             lease = await future
             lease._hold(this_asker())

@@ -55,7 +55,14 @@ from scheduler.runtime.lease_holders import Held, this_asker
 from scheduler.runtime.model_registry import ModelRegistry
 from scheduler.runtime.pending_request import FutureRequest, settle_in_loop
 from scheduler.runtime.request_broker import RequestBroker
-from scheduler.runtime.request_parser import AcquireOptions, IdentityOptions, Model, ParsedRequest, RequestParser
+from scheduler.runtime.request_parser import (
+    AcquireOptions,
+    IdentityOptions,
+    Model,
+    ParsedRequest,
+    RequestParser,
+    lease_limit,
+)
 
 log = logging.getLogger("loadmaster")
 
@@ -339,7 +346,7 @@ class Scheduler:
             while told is not self.settings:  # or now: the devices and the core are told the last change last
                 told = self.settings
                 limited = told.memory_limit is not None
-                limits_told = told.max_queue, told.max_runners, told.keep_alive, limited, told.max_leases
+                limits_told = told.max_queue, told.max_runners, told.keep_alive, limited, lease_limit(told.max_leases)
                 self._broker.post(Configure(*limits_told))
                 self._devices.set_memory_limit(told.memory_limit)
         if "memory_limit" in limits:
@@ -550,7 +557,7 @@ def limits_of(settings: Settings) -> CoreConfig:
     return CoreConfig(
         max_queue=settings.max_queue,
         max_runners=settings.max_runners,
-        max_leases=settings.max_leases,
+        max_leases=lease_limit(settings.max_leases) or 0,
         keep_alive_s=settings.keep_alive,
         max_wait_s=settings.max_wait,
         min_residency_s=settings.min_residency,

@@ -8,7 +8,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict, Unpack
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict, Unpack
 
 from fsm.domain.options import MOST_SLOTS, MOST_THREADS
 from fsm.eviction.policies import DEFAULT_POLICY, EvictionPolicy
@@ -25,6 +25,7 @@ from scheduler.config.value_parsers import (
     file,
     flag,
     folders,
+    leases,
     memory,
     optional,
     per_gpu,
@@ -45,7 +46,7 @@ class ChangeableArguments(TypedDict, total=False):
     memory_limit: str | int | None
     max_queue: int
     max_runners: int
-    max_leases: int
+    max_leases: int | Literal["slots"]
     keep_alive: str | float
 
 
@@ -97,7 +98,7 @@ class Settings:
     memory_limit: int | None
     max_queue: int
     max_runners: int
-    max_leases: int
+    max_leases: int | Literal["slots"]
     keep_alive: float
     max_wait: float
     min_residency: float | None
@@ -277,7 +278,8 @@ SETTINGS = (
         "OLLAMA_MAX_LOADED_MODELS", changeable=True,
     ),
     Setting(
-        "max_leases", 0, count(0), "leases of one runner at once, where its model names no limit; 0: no limit",
+        "max_leases", 0, leases,
+        "leases of one runner at once, where its model names no limit; 0: no limit, slots: as many as it has slots",
         changeable=True,
     ),
     Setting(

@@ -9,7 +9,7 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 from fsm.eviction.policies import POLICIES, EvictionPolicy
 from scheduler.config.quantities import parse_bytes, parse_duration
@@ -33,6 +33,16 @@ def count(minimum: int, most: int = LARGEST_NUMBER - 1) -> Callable[[str, Any], 
         return number
 
     return parse
+
+
+def leases(name: str, value: Any) -> int | Literal["slots"]:
+    """Return a limit of leases, 0 for none, or "slots"."""
+    if isinstance(value, str) and value.lower() == "slots":
+        return "slots"
+    try:
+        return count(0)(name, value)
+    except InvalidSettings as error:
+        raise InvalidSettings(name, value, f'{error.allowed}, or "slots"') from None
 
 
 def duration(*, zero: bool = True) -> Callable[[str, Any], float]:

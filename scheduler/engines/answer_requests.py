@@ -46,6 +46,10 @@ _OWN: Mapping[str, str] = {
 }
 _ADDRESS = re.compile(r"http|\s*[A-Za-z][A-Za-z0-9+.-]*:/")  # llama.cpp takes all that begins with "http" for one
 
+# Parts of a message whose addresses are words: nothing fetches them.
+_WORDS = "text input_text output_text thinking redacted_thinking tool_use refusal reasoning summary_text"
+_TEXT_PARTS = frozenset(_WORDS.split())
+
 # The texts of one request to an embedder: it is silent until all of them are computed.
 BATCH_TEXTS = 16
 BATCH_CHARACTERS = 8192
@@ -163,14 +167,23 @@ def refuse_fetches(messages: object) -> None:
 
     A runner is inside the program's network and reads as its user: who writes a message is not who may choose that.
     """
+    for part in _parts(messages):
+        for address in _texts({name: value for name, value in part.items() if name != "text"}):
+            if _ADDRESS.match(address):
+                advice = "the runner would fetch it: pass what it holds, as data:image/png;base64,…"
+                raise UnsupportedOption(str(part.get("type", "content")), address, advice)
+
+
+def _parts(messages: object) -> Iterator[Mapping[str, Any]]:
+    """Yield the parts of messages that are neither text nor calls, those in the results of tools among them."""
     for message in messages if isinstance(messages, list) else ():
-        content = message.get("content") if isinstance(message, Mapping) else None
-        for part in content if isinstance(content, list | tuple) else ():
-            if isinstance(part, Mapping):
-                for address in _texts({name: value for name, value in part.items() if name != "text"}):
-                    if _ADDRESS.match(address):
-                        advice = "the runner would fetch it: pass what it holds, as data:image/png;base64,…"
-                        raise UnsupportedOption(str(part.get("type", "content")), address, advice)
+        for field in ("content", "output"):
+            content = message.get(field) if isinstance(message, Mapping) else None
+            for part in content if isinstance(content, list | tuple) else ():
+                if isinstance(part, Mapping) and part.get("type") == "tool_result":
+                    yield from _parts([part])
+                elif isinstance(part, Mapping) and part.get("type") not in _TEXT_PARTS:
+                    yield part
 
 
 def _texts(value: object) -> Iterator[str]:

@@ -9,7 +9,7 @@ import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Generic
+from typing import TYPE_CHECKING, Any, Generic, Literal
 
 from fsm.domain.devices import DeviceId
 from fsm.domain.options import Options
@@ -60,7 +60,7 @@ class PythonModel(Generic[Value]):
     keep_alive: str | float | None = None
     pin: bool = False  # never evicted for other models
     priority: int = 0  # a request group of higher priority goes first
-    max_leases: int | None = None  # at once; 0: no limit; None: the setting
+    max_leases: int | Literal["slots"] | None = None  # at once; 0: no limit; None: the setting
     # numbers the objects that have had this name with another `load`; set by the scheduler
     life: int = field(default=1, init=False, repr=False, compare=False)
 

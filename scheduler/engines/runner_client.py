@@ -508,7 +508,7 @@ def _has_events(response: httpx.Response) -> bool:
 
 def _of_response(response: httpx.Response, parse: Callable[[Any], Value]) -> Value:
     if response.is_error:
-        raise _engine_error(response.status_code, response.content)
+        raise engine_error(response.status_code, response.content)
     return _parsed(response.content, parse)
 
 
@@ -533,7 +533,7 @@ def _parsed(content: bytes, parse: Callable[[Any], Value]) -> Value:
         raise EngineError(500, f"the answer does not have the expected form: {shown}") from None
 
 
-def _engine_error(status_code: int, content: bytes) -> EngineError:
+def engine_error(status_code: int, content: bytes) -> EngineError:
     """Return the error in an answer's body, which is JSON if the engine wrote it."""
     try:
         return _error_of(json.loads(content)["error"], status_code)
@@ -576,7 +576,7 @@ class _Events:
                     if piece := _parsed(value, self._piece):
                         yield piece
                 case b"error":
-                    raise _engine_error(500, b'{"error":' + value + b"}")
+                    raise engine_error(500, b'{"error":' + value + b"}")
                 case _:  # comments keep the connection alive; event names and ids are not used here
                     continue
 
@@ -588,7 +588,7 @@ class _Events:
     def whole(self, status_code: int, content: bytes) -> Iterator[str]:
         """Yield the text of an answer that came whole; raises `EngineError` if it is an error."""
         if status_code >= httpx.codes.BAD_REQUEST:
-            raise _engine_error(status_code, content)
+            raise engine_error(status_code, content)
         if piece := _parsed(content, self._whole):
             yield piece
 

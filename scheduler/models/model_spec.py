@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from os import PathLike, fspath, path, stat
+from typing import Literal
 
 from fsm.domain.options import Options
 from fsm.machine.request import ModelId
@@ -40,7 +41,7 @@ class ModelSpec:
     pin: bool = False  # never evicted for other models
     priority: int = 0  # a request group of higher priority goes first
     devices: tuple[str, ...] | None = None  # ids of the GPUs that layers may go to, unless a request names others
-    max_leases: int | None = None  # leases of its runner at once; 0: no limit; None: the setting
+    max_leases: int | Literal["slots"] | None = None  # leases of its runner at once; 0: no limit; None: the setting
     chat: ChatDefaults = NO_DEFAULTS  # what its chats begin with, and the parameters that callers do not name
     id: ModelId = field(init=False)  # the same for specs of the same identity; links are followed when the spec is made
 
@@ -127,9 +128,9 @@ def check_switch(name: str, value: object) -> None:
 
 
 def check_limit(name: str, value: object) -> None:
-    """Raise `InvalidSettings` for a limit that is neither None nor a whole number of at least 0."""
-    if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 0):
-        raise InvalidSettings(name, value, "a whole number of at least 0, or None")
+    """Raise `InvalidSettings` for a limit that is neither None, "slots", nor a whole number of at least 0."""
+    if value not in (None, "slots") and (not isinstance(value, int) or isinstance(value, bool) or value < 0):
+        raise InvalidSettings(name, value, 'a whole number of at least 0, "slots", or None')
 
 
 def _several(option: str, value: Files) -> tuple[str, ...]:

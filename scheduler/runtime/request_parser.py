@@ -8,9 +8,9 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any, NamedTuple, TypedDict
+from typing import Any, Literal, NamedTuple, TypedDict
 
-from fsm.domain.options import Options
+from fsm.domain.options import SLOTS, Options
 from fsm.machine.request import ModelId, Purpose, RequestSpec
 from scheduler.concurrency.clock import Clock, monotonic_clock
 from scheduler.config.quantities import parse_duration
@@ -191,7 +191,7 @@ class RequestParser:
             raise InvalidSettings("priority", priority, f"a whole number from -{MOST_PRIORITY} to {MOST_PRIORITY}")
         request_spec = RequestSpec(spec.id, options, purpose, priority)
         timeout_s = None if timeout_s == math.inf else timeout_s
-        return spec, ParsedRequest(request_spec, spec.name, keep_alive_s, timeout_s, spec, spec.max_leases)
+        return spec, ParsedRequest(request_spec, spec.name, keep_alive_s, timeout_s, spec, lease_limit(spec.max_leases))
 
     def _understand(self, model: Model, asking: AcquireOptions, purpose: Purpose) -> ParsedRequest:
         past: ModelId | None = None
@@ -255,6 +255,11 @@ class RequestParser:
             if is_like_a_path(model):
                 error.looked_in = ("the working folder", *error.looked_in)
             raise
+
+
+def lease_limit(value: int | Literal["slots"] | None) -> int | None:
+    """Return a limit of leases as the core takes it."""
+    return SLOTS if value == "slots" else value
 
 
 def _references(model: str | os.PathLike[str] | ModelSpec, identity: Mapping[str, object]) -> list[Reference]:

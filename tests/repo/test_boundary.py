@@ -44,7 +44,8 @@ LAYERS = (
     ("scheduler.runtime",),
     ("scheduler.api",),
     ("scheduler",),
-    ("scheduler.cli", "scheduler.testing"),
+    ("scheduler.http", "scheduler.testing"),
+    ("scheduler.cli",),
 )
 # Packages that few packages may import: (package, its importers).
 RESERVED = (

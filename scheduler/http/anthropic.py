@@ -1,0 +1,46 @@
+"""Anthropic's Messages: answered by the runner itself, and passed on as it comes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from scheduler.engines.answer_requests import COMPLETION_PARAMETERS
+from scheduler.http.errors import ErrorAnswer
+from scheduler.http.exchange import as_json
+from scheduler.http.protocol import EVENTS, Waiting
+from scheduler.http.runner_routes import RunnerRoute
+
+_TYPES = {
+    400: "invalid_request_error", 401: "authentication_error", 403: "permission_error", 404: "not_found_error",
+    413: "request_too_large", 503: "overloaded_error", 504: "timeout_error",
+}  # fmt: skip
+
+
+class Anthropic:
+    """Errors and signs of life in Anthropic's terms."""
+
+    content_type = EVENTS
+
+    def error(self, answer: ErrorAnswer) -> Mapping[str, Any]:
+        """Return the body of an answer that is an error."""
+        kind = _TYPES.get(answer.status, "invalid_request_error" if answer.status < 500 else "api_error")
+        return {"type": "error", "error": {**answer.figures, "type": kind, "message": answer.message}}
+
+    def error_event(self, answer: ErrorAnswer) -> bytes:
+        """Return the end of a stream that breaks."""
+        return b"\n\nevent: error\ndata: " + as_json(self.error(answer)) + b"\n\n"
+
+    def sign_of_life(self, waiting: Waiting) -> bytes:
+        """Return a ping, behind a comment that says what the request waits for."""
+        return f': {waiting.line()}\nevent: ping\ndata: {{"type": "ping"}}\n\n'.encode()
+
+
+PROTOCOL = Anthropic()
+_MESSAGES = {"model", "messages", "system", "tools", "tool_choice", "thinking", "metadata"}
+_SAMPLING = {"max_tokens", "stop_sequences", "stream", *COMPLETION_PARAMETERS} - {"id_slot", "lora"}
+ROUTES = (
+    RunnerRoute(("/v1/messages",), {*_MESSAGES, *_SAMPLING}, "answer a chat", system=True),
+    RunnerRoute(("/v1/messages/count_tokens",), _MESSAGES, "count the tokens of a chat", system=True),
+)
+ENDPOINTS = ()

@@ -1,0 +1,87 @@
+"""What a client is told of an error: one status and one code for each kind, which every protocol writes in its words.
+
+| error | status | code | a retry may help |
+| --- | --- | --- | --- |
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from scheduler.errors.exceptions import (
+    AcquireTimeout,
+    AnswerTimeout,
+    DoesNotFit,
+    EngineError,
+    InvalidModel,
+    LoadFailed,
+    ModelNotFound,
+    QueueFull,
+    RequestCancelled,
+    RunnerCrashed,
+    SchedulerClosed,
+    SchedulerError,
+    TimeoutTooShort,
+)
+
+# Where the status that an error has as an exception is not the one that a client is answered with.
+_STATUS: Mapping[type[SchedulerError], int] = {DoesNotFit: 507, InvalidModel: 400}
+# A request that is made again as it is may be answered another time.
+_MAY_HELP = (QueueFull, LoadFailed, RunnerCrashed, SchedulerClosed, AcquireTimeout, AnswerTimeout, RequestCancelled)
+_RETRY_S = 5.0  # of a server that is about to close: another may be there by then
+
+
+@dataclass(frozen=True, slots=True)
+class ErrorAnswer:
+    """What a client is told: an HTTP status, a code for programs, a message for people, and figures."""
+
+    status: int
+    code: str
+    message: str
+    figures: Mapping[str, Any] = field(default_factory=dict)
+    retry_after_s: float | None = None
+    may_retry: bool = False  # whether the same request may be answered another time
+
+    def headers(self) -> dict[str, str]:
+        """Return the headers that tell clients whether and when to try again.
+
+        The clients of OpenAI and Anthropic repeat requests after an error of the server unless they are told not to.
+        """
+        if not self.may_retry:
+            return {"x-should-retry": "false"}
+        return {} if self.retry_after_s is None else {"Retry-After": str(max(1, math.ceil(self.retry_after_s)))}
+
+
+def answer_to(error: SchedulerError) -> ErrorAnswer:
+    """Return what the client is told of an error."""
+    status = _STATUS.get(type(error), error.status)
+    may_retry = isinstance(error, _MAY_HELP) and not isinstance(error, TimeoutTooShort)
+    retry_after_s = getattr(error, "retry_after_s", None)
+    if isinstance(error, SchedulerClosed) or (isinstance(error, RunnerCrashed) and error.closed):
+        status, retry_after_s = 503, _RETRY_S
+    figures: dict[str, Any] = {}
+    match error:
+        case DoesNotFit():
+            figures = {"needed_bytes": error.needed_bytes, "free_bytes": error.free_bytes, "advice": error.advice}
+        case ModelNotFound():
+            # not where it was looked for: a stranger is not told of this machine's folders
+            return ErrorAnswer(404, "model_not_found", _not_found(error), {"suggestions": list(error.suggestions)})
+        case EngineError():
+            return ErrorAnswer(status, "engine_error", error.message, may_retry=status >= 500)
+        case QueueFull():
+            figures = {"limit": error.limit}
+    return ErrorAnswer(status, code_of(type(error)), str(error), figures, retry_after_s, may_retry)
+
+
+def code_of(kind: type[SchedulerError]) -> str:
+    """Return the code of a kind of error: `does_not_fit` for `DoesNotFit`."""
+    return re.sub(r"(?<!^)(?=[A-Z])", "_", kind.__name__).lower()
+
+
+def _not_found(error: ModelNotFound) -> str:
+    names = " or ".join(map(repr, error.suggestions))
+    return f"there is no model {error.path!r}" + (f": did you mean {names}?" if names else "")

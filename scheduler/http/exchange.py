@@ -1,0 +1,114 @@
+"""One request of a client and the response to it; a client that leaves cancels the work on its response."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Coroutine, Mapping
+from typing import Any
+
+from starlette.datastructures import Headers
+from starlette.types import Receive, Scope, Send
+
+from scheduler.errors.exceptions import UnsupportedOption
+
+
+class ClientLeft(Exception):
+    """The client has closed the connection before its request was complete."""
+
+
+class BodyRefused(Exception):
+    """The body of a request is too large, or came too slowly: `status` is the HTTP status of the answer."""
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class Exchange:
+    """A request whose body is read once, and a response that is sent in parts."""
+
+    def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self.headers = Headers(scope=scope)
+        self.path_params: Mapping[str, str] = scope.get("path_params", {})
+        self.notes: dict[str, object] = scope.setdefault("loadmaster", {})  # for the access log
+        self.status = 0  # of the response; 0: it has not begun
+        self._receive, self._send = receive, send
+
+    async def body(self, limit: int, timeout_s: float) -> bytes:
+        """Return the body; raises `BodyRefused` where it has more than `limit` bytes, and `ClientLeft`."""
+        parts: list[bytes] = []
+        length = 0
+        if int(self.headers.get("content-length") or 0) > limit:  # the server has checked that it is a number
+            raise BodyRefused(413, f"the body has more than {limit} bytes")
+        while True:
+            try:
+                message = await asyncio.wait_for(self._receive(), None if timeout_s == float("inf") else timeout_s)
+            except TimeoutError:
+                raise BodyRefused(408, f"the body did not come within {timeout_s:g} s") from None
+            if message["type"] == "http.disconnect":
+                raise ClientLeft
+            part = message.get("body", b"")
+            length += len(part)
+            if length > limit:
+                raise BodyRefused(413, f"the body has more than {limit} bytes")
+            parts.append(part)
+            if not message.get("more_body", False):
+                return b"".join(parts)
+
+    async def begin(self, status: int, headers: Mapping[str, str]) -> None:
+        """Send the status and the headers."""
+        self.status = status
+        encoded = [(name.lower().encode("latin-1"), value.encode("latin-1")) for name, value in headers.items()]
+        await self._send({"type": "http.response.start", "status": status, "headers": encoded})
+
+    async def write(self, content: bytes) -> None:
+        """Send a part of the content; waits while the client reads too slowly."""
+        await self._send({"type": "http.response.body", "body": content, "more_body": True})
+
+    async def end(self, content: bytes = b"") -> None:
+        """Send the last part of the content."""
+        await self._send({"type": "http.response.body", "body": content, "more_body": False})
+
+    async def respond(self, status: int, content: bytes, headers: Mapping[str, str]) -> None:
+        """Send a whole response."""
+        await self.begin(status, {**headers, "content-length": str(len(content))})
+        await self.end(content)
+
+    async def respond_json(self, status: int, value: object, headers: Mapping[str, str] | None = None) -> None:
+        """Send a value as JSON."""
+        await self.respond(status, as_json(value), {"content-type": "application/json", **(headers or {})})
+
+    async def while_connected(self, work: Coroutine[Any, Any, None]) -> None:
+        """Do the work of the response; it is cancelled at once when the client leaves."""
+        working, leaving = asyncio.ensure_future(work), asyncio.ensure_future(self._left())
+        try:
+            await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
+            if working.done():
+                working.result()
+            else:
+                self.notes["left"] = True
+        finally:
+            for task in (working, leaving):
+                task.cancel()
+            await asyncio.gather(working, leaving, return_exceptions=True)
+
+    async def _left(self) -> None:
+        while (await self._receive())["type"] != "http.disconnect":
+            pass
+
+
+def as_json(value: object) -> bytes:
+    """Return a value as JSON; an infinite number, which JSON lacks, raises ValueError."""
+    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
+
+
+def object_of(content: bytes) -> dict[str, Any]:
+    """Return the JSON object in a body; raises `UnsupportedOption` where the body is none."""
+    try:
+        value = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise UnsupportedOption("body", "…", f"it is not JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise UnsupportedOption("body", "…", "it must be a JSON object")
+    return value

@@ -1,0 +1,104 @@
+"""OpenAI's API, with what llama.cpp's server adds to it: answered by the runner itself, and passed on as it comes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from scheduler.engines.answer_requests import CHAT_PARAMETERS, COMPLETION_PARAMETERS, EMBEDDING_PARAMETERS
+from scheduler.http.errors import ErrorAnswer
+from scheduler.http.exchange import Exchange, as_json
+from scheduler.http.protocol import EVENTS, Waiting
+from scheduler.http.runner_routes import RunnerRoute
+from scheduler.http.service import Service
+from scheduler.models.model_spec import ModelSpec
+
+_TYPES = {400: "invalid_request_error", 401: "authentication_error", 403: "permission_error", 404: "not_found_error"}
+_STREAMED = {"model", "stream", "stream_options", "return_progress"}
+
+
+class OpenAI:
+    """Errors and signs of life in OpenAI's terms."""
+
+    content_type = EVENTS
+
+    def error(self, answer: ErrorAnswer) -> Mapping[str, Any]:
+        """Return the body of an answer that is an error."""
+        kind = _TYPES.get(answer.status, "invalid_request_error" if answer.status < 500 else "server_error")
+        told = {"message": answer.message, "type": kind, "param": None, "code": answer.code}
+        return {"error": {**answer.figures, **told}}
+
+    def error_event(self, answer: ErrorAnswer) -> bytes:
+        """Return the end of a stream that breaks."""
+        return b"\n\ndata: " + as_json(self.error(answer)) + b"\n\ndata: [DONE]\n\n"
+
+    def sign_of_life(self, waiting: Waiting) -> bytes:
+        """Return a comment, which clients skip."""
+        return f": {waiting.line()}\n\n".encode()
+
+
+_RESPONSES = """
+    include input instructions max_output_tokens max_tool_calls metadata parallel_tool_calls reasoning temperature text
+    tool_choice tools top_logprobs top_p truncation
+"""
+PROTOCOL = OpenAI()
+
+# What a route takes from a client: what reaches beyond the request, as `lora` and `id_slot` do, is not among it.
+_REACHING = {"id_slot", "lora"}
+ROUTES = (
+    RunnerRoute(
+        ("/v1/chat/completions", "/chat/completions"), {"messages", *CHAT_PARAMETERS, *_STREAMED} - _REACHING,
+        "answer a chat", chat=True,
+    ),
+    RunnerRoute(
+        ("/v1/completions", "/completions"), {"prompt", "suffix", *COMPLETION_PARAMETERS, *_STREAMED} - _REACHING,
+        "continue a text", parameters=True,
+    ),
+    RunnerRoute(
+        ("/v1/responses", "/responses"), {*_RESPONSES.split(), *COMPLETION_PARAMETERS, *_STREAMED} - _REACHING,
+        "answer with OpenAI's Responses",
+    ),
+    RunnerRoute(
+        ("/v1/embeddings", "/embeddings"), {"input", "encoding_format", "dimensions", "model", *EMBEDDING_PARAMETERS},
+        "compute vectors of texts", embedding=True,
+    ),
+    RunnerRoute(
+        ("/v1/rerank", "/rerank", "/v1/reranking", "/reranking"),
+        {"model", "query", "documents", "texts", "top_n", "return_text"}, "score documents for a query", embedding=True,
+    ),
+    RunnerRoute(
+        ("/infill",), {"input_prefix", "input_suffix", "input_extra", "prompt", *COMPLETION_PARAMETERS, *_STREAMED}
+        - _REACHING, "fill in a gap in a text", parameters=True,
+    ),
+    RunnerRoute(
+        ("/tokenize",), {"model", "content", "add_special", "parse_special", "with_pieces"}, "return a text's tokens",
+    ),
+    RunnerRoute(("/detokenize",), {"model", "tokens"}, "return the text of tokens"),
+)  # fmt: skip
+
+
+async def _list_models(service: Service, exchange: Exchange) -> None:
+    """Answer with the models that have a name."""
+    found = await service.models()
+    await exchange.respond_json(200, {"object": "list", "data": [_model(name, spec) for name, spec in found.items()]})
+
+
+async def _show_model(service: Service, exchange: Exchange) -> None:
+    """Answer with one model."""
+    name = exchange.path_params["id"]
+    await exchange.respond_json(200, _model(name, await service.find(name)))
+
+
+def _model(name: str, spec: ModelSpec) -> Mapping[str, Any]:
+    try:
+        created = int(os.stat(spec.path).st_mtime)
+    except OSError:
+        created = 0
+    return {"id": name, "object": "model", "created": created, "owned_by": "loadmaster"}
+
+
+ENDPOINTS = (
+    (("GET",), "/v1/models", _list_models),
+    (("GET",), "/v1/models/{id:path}", _show_model),
+)

@@ -1,0 +1,124 @@
+"""Routes that a runner answers itself: what of a client's request goes to the scheduler, and what to the runner."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from starlette.datastructures import Headers
+
+from scheduler.config.quantities import parse_duration
+from scheduler.engines.answer_requests import refuse_fetches
+from scheduler.errors.exceptions import InvalidSettings, UnsupportedOption
+from scheduler.http.exchange import as_json, object_of
+from scheduler.models.chat_defaults import ChatDefaults
+from scheduler.models.model_spec import ModelSpec
+from scheduler.runtime.request_parser import AcquireOptions
+
+HEADER = "x-loadmaster-"
+_LOADING = """
+    num_ctx num_batch num_gpu main_gpu num_thread num_parallel use_mmap flash_attention cache_type_k cache_type_v
+"""
+LOAD_OPTIONS = frozenset(_LOADING.split())
+_TIMING = ("keep_alive", "priority", "timeout")
+_WHOLE = re.compile(r"-?[0-9]{1,18}")
+_PING_S = 10  # the runner's own signs of life, while it computes a long prompt
+
+Defaults = Callable[[dict[str, Any], ChatDefaults], Mapping[str, Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """What a client asks of a model."""
+
+    model: str  # as the client calls it
+    asking: AcquireOptions
+    path: str  # of the runner's server
+    content: Callable[[ModelSpec], bytes]  # of the request to the runner
+    content_type: str = "application/json"
+    streamed: bool = False
+    patience_s: float | None = None  # None: the server's
+
+
+@dataclass(frozen=True, slots=True)
+class RunnerRoute:
+    """A route that the runner answers: its paths, the first being the runner's, and the fields that it takes."""
+
+    paths: tuple[str, ...]
+    fields: set[str]
+    summary: str
+    chat: bool = False  # its `messages` begin as the model's chats do, and its parameters have the model's defaults
+    parameters: bool = False  # its parameters have the model's defaults
+    system: bool = False  # the same of a chat whose system text is a field of its own
+    embedding: bool = False  # it needs an embedder or a reranker
+
+    def call(self, content: bytes, headers: Headers) -> Call:
+        """Return what a body and its headers ask for; raises `UnsupportedOption` and `InvalidSettings`."""
+        asked = object_of(content)
+        asking, patience_s = scheduling_of(asked, headers)
+        if self.embedding:
+            asking["embedding"] = True
+        body = {name: value for name, value in asked.items() if name in self.fields}
+        for name in ("messages", "input"):
+            refuse_fetches(body.get(name))
+        streamed = body.get("stream") is True
+        if streamed:
+            body["sse_ping_interval"] = _PING_S
+        return Call(
+            model_of(asked), asking, self.paths[0], lambda spec: as_json(self._with_defaults(body, spec.chat)),
+            streamed=streamed, patience_s=patience_s,
+        )  # fmt: skip
+
+    def _with_defaults(self, body: Mapping[str, Any], defaults: ChatDefaults) -> Mapping[str, Any]:
+        if not (self.chat or self.parameters or self.system):
+            return body
+        body = defaults.with_parameters(body)
+        if self.chat and isinstance(body.get("messages"), list):
+            return {**body, "messages": defaults.with_messages(body["messages"])}
+        if self.system and isinstance(body.get("messages"), list):
+            system = {"system": defaults.system} if defaults.system and not body.get("system") else {}
+            return {**body, **system, "messages": [*defaults.messages, *body["messages"]]}
+        return body
+
+
+def model_of(asked: Mapping[str, Any]) -> str:
+    """Return the name of the model that a body asks for; raises `UnsupportedOption` where there is none."""
+    name = asked.get("model")
+    if not isinstance(name, str) or not name:
+        raise UnsupportedOption("model", name, "name a model; GET /v1/models lists them")
+    return name
+
+
+def scheduling_of(asked: Mapping[str, Any], headers: Headers) -> tuple[AcquireOptions, float | None]:
+    """Return the keywords of a request to the scheduler, and the client's patience in seconds.
+
+    They are fields of the body, as `keep_alive`, `ttl` (in seconds), `priority`, `timeout` and `options` are, or
+    headers that begin with `x-loadmaster-`, which count more.
+    """
+    asking: dict[str, Any] = {name: asked[name] for name in _TIMING if asked.get(name) is not None}
+    if asked.get("ttl") is not None and "keep_alive" not in asking:
+        asking["keep_alive"] = asked["ttl"]
+    options = asked.get("options")
+    if options is not None and not isinstance(options, Mapping):
+        raise UnsupportedOption("options", options, "it must be an object")
+    for name, value in (options or {}).items():
+        if name not in LOAD_OPTIONS:
+            known = ", ".join(sorted(LOAD_OPTIONS))
+            raise UnsupportedOption(f"options.{name}", value, f"there is no such option; there are {known}")
+        asking[name] = value
+    for name in (*_TIMING, *LOAD_OPTIONS):
+        if (text := headers.get(HEADER + name.replace("_", "-"))) is not None:
+            asking[name] = _value(text)
+    patience = headers.get(f"{HEADER}patience")
+    patience_s = None if patience is None else parse_duration(_value(patience), name=f"{HEADER}patience")
+    if patience_s == 0:
+        raise InvalidSettings(f"{HEADER}patience", patience, "a duration longer than 0")
+    return asking, patience_s  # type: ignore[return-value]  # the scheduler checks the values
+
+
+def _value(text: str) -> Any:
+    if _WHOLE.fullmatch(text):
+        return int(text)
+    return {"true": True, "false": False}.get(text.lower(), text)

@@ -1,0 +1,252 @@
+"""What every protocol asks of the scheduler: a model by its name, a lease in time, the runner's answer passed on."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import re
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from dataclasses import replace
+from functools import partial
+from itertools import islice
+from typing import TypeVar
+
+import httpx2
+
+from scheduler.api.lease import Lease
+from scheduler.api.pending_lease import Acquiring
+from scheduler.api.scheduler import Scheduler
+from scheduler.api.status import Status
+from scheduler.engines.runner_client import engine_error
+from scheduler.errors.exceptions import SchedulerError
+from scheduler.http.errors import ErrorAnswer, answer_to
+from scheduler.http.exchange import Exchange, as_json
+from scheduler.http.protocol import EVENTS, Protocol, Waiting
+from scheduler.http.runner_routes import Call
+from scheduler.http.settings import ServerSettings
+from scheduler.http.upstream import BROKEN, Renaming, Upstream
+from scheduler.models.catalog import MOST_NAMES, found_by
+from scheduler.models.model_spec import ModelSpec
+
+Value = TypeVar("Value")
+
+_KNOWN_S = 2.0  # for so long a name counts as leading where it led
+_LISTED_S = 5.0  # for so long a list of all models serves
+_MOST_KNOWN = 4096  # names
+_SIGN_EVERY_S = 1.0
+_STATUS_S = 0.5  # for so long a status serves all who wait
+_LAST_BYTES = 4096  # of an answer, where its counts are
+_COUNTS = {
+    "tokens_in": re.compile(rb'"(?:prompt|input)_tokens":(\d+)'),
+    "tokens_out": re.compile(rb'"(?:completion|output)_tokens":(\d+)'),
+}
+
+
+class StillWaiting(Exception):
+    """A request that is not streamed has waited for as long as its client has patience."""
+
+    def __init__(self, model: str, waiting: Waiting) -> None:
+        super().__init__(f"{model!r} is {waiting.line()}: try again in a moment")
+        self.waiting = waiting
+
+    def answer(self) -> ErrorAnswer:
+        """Return what the client is told."""
+        eta_s = self.waiting.eta_s
+        loading = {
+            "state": self.waiting.state, "position": self.waiting.position, "progress": self.waiting.progress,
+            "eta_s": eta_s,
+        }  # fmt: skip
+        return ErrorAnswer(503, "still_waiting", str(self), {"loading": loading}, eta_s or _SIGN_EVERY_S, True)
+
+
+class Service:
+    """A scheduler as the routes see it."""
+
+    def __init__(self, scheduler: Scheduler, settings: ServerSettings) -> None:
+        self.scheduler = scheduler
+        self.settings = settings
+        self._upstream: Upstream | None = None
+        self._known: dict[str, tuple[ModelSpec, float]] = {}  # by name, and until when
+        self._listed: tuple[dict[str, ModelSpec], float] | None = None  # and until when it serves
+        self._status: tuple[Status, float] | None = None  # and until when it serves
+
+    async def find(self, name: str) -> ModelSpec:
+        """Return the model of a name, and never of a path; raises what `Catalog.find` raises."""
+        known = self._known.get(name)
+        if known is not None and time.monotonic() < known[1]:
+            return known[0]
+        spec = await asyncio.to_thread(self.scheduler.catalog.find, name)
+        if spec.max_leases is None and not self.scheduler.settings.max_leases:
+            spec = replace(spec, max_leases="slots")
+        if len(self._known) >= _MOST_KNOWN:
+            self._known.clear()
+        self._known[name] = spec, time.monotonic() + _KNOWN_S
+        return spec
+
+    async def models(self) -> dict[str, ModelSpec]:
+        """Return the models that have a name, by name; a model that cannot be read is left out."""
+        if self._listed is None or time.monotonic() >= self._listed[1]:
+            self._listed = await asyncio.to_thread(self._list), time.monotonic() + _LISTED_S
+        return self._listed[0]
+
+    def _list(self) -> dict[str, ModelSpec]:
+        found: dict[str, ModelSpec] = {}
+        for name, resolver in islice(self.scheduler.catalog.listing(), MOST_NAMES):
+            with suppress(Exception):  # a resolver may be the user's own
+                if (spec := found_by(resolver, name)) is not None:
+                    found[name] = spec
+        return found
+
+    @asynccontextmanager
+    async def lease(self, exchange: Exchange, call: Call, protocol: Protocol) -> AsyncIterator[tuple[ModelSpec, Lease]]:
+        """Yield the model that a call names and a lease on it; the client gets signs of life while the call waits."""
+        spec = await self.find(call.model)
+        exchange.notes["model"] = spec.name
+        acquiring = self.scheduler.acquire_async(spec, **call.asking)
+        patience_s = self.settings.patience if call.patience_s is None else call.patience_s
+        began, granted = time.monotonic(), list[Lease]()
+
+        async def acquire() -> None:
+            granted.append(await acquiring)
+
+        try:
+            try:
+                waiting = partial(self._waiting, spec, acquiring)
+                await self.patiently(exchange, call, protocol, acquire(), waiting, patience_s)
+            except StillWaiting:
+                loading = self.scheduler.preload(spec, **call.asking)  # the load goes on: the retry is warm
+                loading.add_done_callback(lambda done: done.cancelled() or done.exception())
+                raise
+            exchange.notes["wait_s"] = time.monotonic() - began
+            yield spec, granted[0]
+        finally:
+            for lease in granted:  # also one that was granted as the client left
+                lease.release()
+
+    async def pass_on(self, exchange: Exchange, call: Call, protocol: Protocol) -> None:
+        """Have the runner of a model answer a call, and pass the answer on as it comes."""
+        try:
+            async with self.lease(exchange, call, protocol) as (spec, lease):
+                await self._answer(exchange, call, protocol, call.content(spec), lease)
+        except (SchedulerError, StillWaiting) as error:
+            await refuse(exchange, protocol, error.answer() if isinstance(error, StillWaiting) else answer_to(error))
+
+    async def patiently(
+        self,
+        exchange: Exchange,
+        call: Call,
+        protocol: Protocol,
+        work: Awaitable[Value],
+        waiting: Callable[[], Waiting],
+        patience_s: float = math.inf,
+    ) -> Value:
+        """Return what `work` returns; meanwhile the response to a streamed call begins, and shows signs of life.
+
+        Raises `StillWaiting` where a call that is not streamed has waited for `patience_s`.
+        """
+        task = asyncio.ensure_future(work)
+        try:
+            if call.streamed:
+                await asyncio.wait((task,), timeout=self.settings.sign_of_life)
+                while not task.done():
+                    await self.begin_stream(exchange, protocol)
+                    if sign := protocol.sign_of_life(waiting()):
+                        await exchange.write(sign)
+                    await asyncio.wait((task,), timeout=_SIGN_EVERY_S)
+            else:
+                await asyncio.wait((task,), timeout=None if patience_s == math.inf else patience_s)
+                if not task.done():
+                    raise StillWaiting(call.model, waiting())
+            return task.result()
+        finally:
+            if not task.done():
+                task.cancel()
+                await asyncio.gather(task, return_exceptions=True)
+
+    async def begin_stream(self, exchange: Exchange, protocol: Protocol) -> None:
+        """Begin the response to a streamed call, if it has not begun."""
+        if not exchange.status:
+            headers = {"content-type": protocol.content_type, "cache-control": "no-cache", "x-accel-buffering": "no"}
+            await exchange.begin(200, headers)
+
+    def status(self) -> Status:
+        """Return the scheduler's status, half a second old at most."""
+        now = time.monotonic()
+        if self._status is None or now >= self._status[1]:
+            self._status = self.scheduler.status(), now + _STATUS_S
+        return self._status[0]
+
+    async def aclose(self) -> None:
+        """Close the connections to the runners."""
+        upstream, self._upstream = self._upstream, None
+        if upstream is not None:
+            await upstream.aclose()
+
+    @property
+    def upstream(self) -> Upstream:
+        """The connections to the runners, which belong to the event loop that runs."""
+        if self._upstream is None:
+            self._upstream = Upstream()
+        return self._upstream
+
+    def _waiting(self, spec: ModelSpec, acquiring: Acquiring) -> Waiting:
+        """Return what a request waits for."""
+        status = self.status()
+        for wait in status.queue:
+            if wait.id == acquiring.request:
+                loads = next(
+                    (one for one in status.runners if one.model == wait.model and one.state == "loading"), None
+                )
+                eta_s = wait.until_s if math.isfinite(wait.until_s) else None
+                if loads is None:
+                    return Waiting("queued", wait.waits_for, wait.position, eta_s=eta_s)
+                expected, there = sum(loads.promised_bytes.values()), sum(loads.resident_bytes.values())
+                progress = min(0.99, there / expected) if expected else None
+                return Waiting("loading", wait.waits_for, wait.position, progress, eta_s)
+        return Waiting("queued")
+
+    async def _answer(self, exchange: Exchange, call: Call, protocol: Protocol, content: bytes, lease: Lease) -> None:
+        try:
+            async with AsyncExitStack() as stack:
+                answer = self.upstream.answer(lease, call.path, content, call.content_type)
+                opening = stack.enter_async_context(answer)
+                response = await self.patiently(exchange, call, protocol, opening, lambda: Waiting("answering"))
+                if response.is_error:
+                    raise engine_error(response.status_code, await response.aread())
+                if response.headers.get("content-type", "").startswith(EVENTS):
+                    await self._stream(exchange, call, protocol, response)
+                else:
+                    content = Renaming(as_json(call.model)).whole(await response.aread())
+                    note_counts(exchange, content)
+                    kind = response.headers.get("content-type", "application/json")
+                    await exchange.respond(response.status_code, content, {"content-type": kind})
+        except BROKEN as error:
+            raise await asyncio.to_thread(lease._crashed, ConnectionError(str(error))) from None
+
+    async def _stream(self, exchange: Exchange, call: Call, protocol: Protocol, response: httpx2.Response) -> None:
+        renaming, last = Renaming(as_json(call.model)), b""
+        await self.begin_stream(exchange, protocol)
+        async for chunk in response.aiter_raw():
+            if lines := renaming.feed(chunk):
+                last = lines if len(lines) > _LAST_BYTES else (last + lines)[-_LAST_BYTES:]
+                await exchange.write(lines)
+        note_counts(exchange, last)
+        await exchange.end(renaming.rest())
+
+
+async def refuse(exchange: Exchange, protocol: Protocol, answer: ErrorAnswer) -> None:
+    """Answer with an error: with its status, or at the end of a response that has begun."""
+    exchange.notes["error"] = answer.code
+    if exchange.status:
+        await exchange.end(protocol.error_event(answer))
+    else:
+        await exchange.respond_json(answer.status, protocol.error(answer), answer.headers())
+
+
+def note_counts(exchange: Exchange, content: bytes) -> None:
+    """Note the tokens of an answer, which its end tells, for the access log."""
+    for name, pattern in _COUNTS.items():
+        if found := pattern.findall(content):
+            exchange.notes[name] = int(found[-1])

@@ -1,0 +1,77 @@
+"""The way from the server to the runners: requests are passed on, and answers come back, as bytes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import httpx2
+
+from scheduler.api.lease import Lease
+from scheduler.engines.quiet_client import quiet
+
+_TIMEOUT = httpx2.Timeout(None, connect=5.0)
+_MODEL = re.compile(rb'"model":("(?:[^"\\]|\\.)*")')
+
+BROKEN = (httpx2.NetworkError, httpx2.ProtocolError, httpx2.TimeoutException)
+
+
+class Upstream:
+    """Connections to the runners. A connection is used once: the runner stops its work when it is closed."""
+
+    def __init__(self) -> None:
+        limits = httpx2.Limits(max_connections=None, max_keepalive_connections=0)
+        self._client = httpx2.AsyncClient(trust_env=False, verify=False, limits=limits, timeout=_TIMEOUT)
+
+    @asynccontextmanager
+    async def answer(
+        self, lease: Lease, path: str, content: bytes, content_type: str
+    ) -> AsyncIterator[httpx2.Response]:
+        """Send a request to the runner of a lease and yield the answer, whose content has not been read."""
+        headers = {"Authorization": f"Bearer {lease.api_key}", "Content-Type": content_type}
+        request = self._client.build_request("POST", f"{lease.url}{path}", content=content, headers=headers)
+        with quiet():
+            response = await self._client.send(request, stream=True)
+        try:
+            yield response
+        finally:
+            with quiet():
+                await response.aclose()
+
+    async def aclose(self) -> None:
+        """Close every connection."""
+        await self._client.aclose()
+
+
+class Renaming:
+    """Puts the client's name for a model where an answer has the runner's; the rest of it is not looked at.
+
+    In JSON text these bytes are a field and nothing else, since a quote inside a string has a backslash before it.
+    """
+
+    def __init__(self, name: bytes) -> None:
+        self._there = b'"model":' + name
+        self._found: bytes | None = None  # as the runner has it, once it has come
+        self._held = b""  # the beginning of a line
+
+    def feed(self, chunk: bytes) -> bytes:
+        """Return what can be sent of an answer that comes in lines."""
+        if self._found == self._there:
+            return chunk
+        chunk = self._held + chunk
+        end = chunk.rfind(b"\n") + 1
+        lines, self._held = chunk[:end], chunk[end:]
+        if self._found is None and (found := _MODEL.search(lines)):
+            self._found = found[0]
+        return lines if self._found is None else lines.replace(self._found, self._there)
+
+    def whole(self, content: bytes) -> bytes:
+        """Return a whole answer."""
+        if (found := _MODEL.search(content)) and found[0] != self._there:
+            return content.replace(found[0], self._there)
+        return content
+
+    def rest(self) -> bytes:
+        """Return what is held back at the end of the answer."""
+        return self.whole(self._held)

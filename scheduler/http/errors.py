@@ -1,8 +1,4 @@
-"""What a client is told of an error: one status and one code for each kind, which every protocol writes in its words.
-
-| error | status | code | a retry may help |
-| --- | --- | --- | --- |
-"""
+"""What a client is told of an error: one status and one code for each kind, in the words of each protocol."""
 
 from __future__ import annotations
 
@@ -12,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from scheduler.errors import exceptions
 from scheduler.errors.exceptions import (
     AcquireTimeout,
     AnswerTimeout,
@@ -28,10 +25,13 @@ from scheduler.errors.exceptions import (
     TimeoutTooShort,
 )
 
+_BY_ANSWER = (EngineError,)  # kinds whose status depends on what the engine has answered
 # Where the status that an error has as an exception is not the one that a client is answered with.
 _STATUS: Mapping[type[SchedulerError], int] = {DoesNotFit: 507, InvalidModel: 400}
 # A request that is made again as it is may be answered another time.
 _MAY_HELP = (QueueFull, LoadFailed, RunnerCrashed, SchedulerClosed, AcquireTimeout, AnswerTimeout, RequestCancelled)
+# Before the name of a file: a client is not told of this machine's folders.
+_FOLDERS = re.compile(r"(?<![\w:/.])/(?:[^/\s'\";:,]+/)+")
 _RETRY_S = 5.0  # of a server that is about to close: another may be there by then
 
 
@@ -59,7 +59,7 @@ class ErrorAnswer:
 def answer_to(error: SchedulerError) -> ErrorAnswer:
     """Return what the client is told of an error."""
     status = _STATUS.get(type(error), error.status)
-    may_retry = isinstance(error, _MAY_HELP) and not isinstance(error, TimeoutTooShort)
+    may_retry = _may_retry(type(error))
     retry_after_s = getattr(error, "retry_after_s", None)
     if isinstance(error, SchedulerClosed) or (isinstance(error, RunnerCrashed) and error.closed):
         status, retry_after_s = 503, _RETRY_S
@@ -68,13 +68,30 @@ def answer_to(error: SchedulerError) -> ErrorAnswer:
         case DoesNotFit():
             figures = {"needed_bytes": error.needed_bytes, "free_bytes": error.free_bytes, "advice": error.advice}
         case ModelNotFound():
-            # not where it was looked for: a stranger is not told of this machine's folders
             return ErrorAnswer(404, "model_not_found", _not_found(error), {"suggestions": list(error.suggestions)})
         case EngineError():
             return ErrorAnswer(status, "engine_error", error.message, may_retry=status >= 500)
         case QueueFull():
             figures = {"limit": error.limit}
-    return ErrorAnswer(status, code_of(type(error)), str(error), figures, retry_after_s, may_retry)
+    message = _FOLDERS.sub("", str(error))
+    return ErrorAnswer(status, code_of(type(error)), message, figures, retry_after_s, may_retry)
+
+
+def _may_retry(kind: type[SchedulerError]) -> bool:
+    return issubclass(kind, _MAY_HELP) and not issubclass(kind, TimeoutTooShort)
+
+
+def error_table() -> str:
+    """Return the errors as a Markdown table: name, status, code, and whether a retry may help."""
+    lines = ["| error | status | code | a retry may help |", "| --- | --- | --- | --- |"]
+    for name in exceptions.__all__:
+        kind = getattr(exceptions, name)
+        if not isinstance(kind, type) or kind is SchedulerError:
+            continue
+        status = "400 or 500, by the engine's" if kind in _BY_ANSWER else str(_STATUS.get(kind, kind.status))
+        retry = "after a 500" if kind in _BY_ANSWER else "yes" if _may_retry(kind) else "no"
+        lines.append(f"| `{name}` | {status} | `{code_of(kind)}` | {retry} |")
+    return "\n".join(lines) + "\n"
 
 
 def code_of(kind: type[SchedulerError]) -> str:

@@ -85,7 +85,7 @@ class Guard:
         return None
 
     def _is_known(self, host: str) -> bool:
-        name = (urlsplit(f"//{host}").hostname or "") if _is_plain(host) else ""
+        name = _name_of(host)
         known = self._settings.allow_hosts
         return ANY in known or name in known or name == "localhost" or _is_address(name)
 
@@ -104,8 +104,14 @@ def printable_host(host: str) -> str:
     return host[:100] if host.isprintable() else ""
 
 
-def _is_plain(host: str) -> bool:
-    return not set(host) & set("/?#@\\ ")
+def _name_of(host: str) -> str:
+    """Return the name or address in a host, in lower case; empty where it has none."""
+    if set(host) & set("/?#@\\ "):
+        return ""
+    try:
+        return urlsplit(f"//{host}").hostname or ""
+    except ValueError:  # half an IPv6 address
+        return ""
 
 
 def _is_address(name: str) -> bool:
@@ -120,7 +126,7 @@ def _is_foreign(method: str, headers: Headers) -> bool:
     """Tell whether a page of another origin sends a request; a click on a link to a page here is not meant."""
     site = headers.get("sec-fetch-site", "none")
     if (origin := headers.get("origin")) is not None:
-        return urlsplit(origin).netloc.lower() != headers.get("host", "").lower() or not urlsplit(origin).scheme
+        return origin.lower().partition("://")[2] != headers.get("host", "").lower()
     link = method == "GET" and headers.get("sec-fetch-mode") == "navigate"
     return site not in ("none", "same-origin") and not link
 

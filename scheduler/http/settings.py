@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, TypedDict, Unpack
 
 from scheduler.config.settings import Setting
-from scheduler.config.value_parsers import count, duration, flag, optional, size
+from scheduler.config.value_parsers import count, duration, flag, size
 from scheduler.errors.exceptions import InvalidSettings
 
 ANY = "*"
@@ -60,15 +61,15 @@ def _names(name: str, value: Any) -> tuple[str, ...]:
     return tuple(part.strip().lower() for part in parts if part.strip())
 
 
-def _key(name: str, value: Any) -> str:
-    # the value is not shown: it is a secret
-    if not isinstance(value, str) or not value.isascii() or not value.isprintable() or not value or " " in value:
-        raise InvalidSettings(name, "…", "a text of ASCII characters without spaces")
-    return value
+def _key(name: str, value: Any) -> str | None:
+    """Return a key that a header can hold, or None; the error does not show it."""
+    if value is None or (isinstance(value, str) and re.fullmatch(r"[!-~]+", value)):
+        return value
+    raise InvalidSettings(name, "…", "a text of ASCII characters without spaces, or None")
 
 
 SERVER_SETTINGS = (
-    Setting("api_key", None, optional(_key), "key that clients must send, as a bearer token or as x-api-key"),
+    Setting("api_key", None, _key, "key that clients must send, as a bearer token or as x-api-key"),
     Setting(
         "allow_hosts", (), _names,
         'names by which clients may address the server beside localhost and addresses; "*": any',

@@ -1,0 +1,161 @@
+"""OpenAI's API: its own client as the judge, and the engine alone as the measure of answers."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import httpx2
+import openai
+import pytest
+from starlette.datastructures import Headers
+
+from scheduler.http import openai as protocol
+from scheduler.http.runner_routes import Call, RunnerRoute
+from scheduler.models.model_spec import ModelSpec
+from tests.http.conftest import Serve, Served, eventually
+
+HELLO: list[Any] = [{"role": "user", "content": "hello"}]
+GREEDY: dict[str, Any] = {"temperature": 0, "seed": 1, "max_tokens": 24}
+
+
+@pytest.fixture(scope="module")
+def client(served: Served) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0)
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_chat_is_the_one_that_the_engine_gives_alone(client: openai.OpenAI, served: Served, streamed: bool) -> None:
+    """With the same seed the text is what a lease on the same runner gives, whole and in pieces."""
+    with served.scheduler.acquire("m") as lease:
+        alone = lease.chat(HELLO, **GREEDY)
+    if streamed:
+        pieces = list(client.chat.completions.create(model="m", messages=HELLO, stream=True, **GREEDY))
+        text = "".join(piece.choices[0].delta.content or "" for piece in pieces if piece.choices)
+        assert len(pieces) > 2
+    else:
+        text = client.chat.completions.create(model="m", messages=HELLO, **GREEDY).choices[0].message.content or ""
+    assert text == str(alone)
+
+
+@pytest.mark.parametrize("name", ["m", "m.gguf"])
+@pytest.mark.parametrize("streamed", [False, True])
+def test_an_answer_names_the_model_as_the_client_does(client: openai.OpenAI, name: str, streamed: bool) -> None:
+    """One runner serves several names, and each client sees the name that it has sent."""
+    if streamed:
+        pieces = client.chat.completions.create(model=name, messages=HELLO, stream=True, max_tokens=4)
+        assert {piece.model for piece in pieces} == {name}
+    else:
+        assert client.chat.completions.create(model=name, messages=HELLO, max_tokens=4).model == name
+
+
+def test_other_routes_answer_too(client: openai.OpenAI, served: Served) -> None:
+    """Completions, responses, vectors, tokens: the runner answers each of them."""
+    assert client.completions.create(model="m", prompt="hello", max_tokens=3).usage.completion_tokens == 3  # type: ignore[union-attr]
+    assert client.responses.create(model="m", input="hello", max_output_tokens=3).status
+    vectors = client.embeddings.create(model="m", input=["a", "b"]).data
+    assert len(vectors) == 2 and len(vectors[0].embedding) == 64
+    assert served.post("/tokenize", {"model": "m", "content": "abc"}).json()["tokens"]
+    tokens = served.post("/tokenize", {"model": "m", "content": "abc"}).json()["tokens"]
+    assert served.post("/detokenize", {"model": "m", "tokens": tokens}).json() == {"content": "abc"}
+
+
+def test_models_are_listed_by_the_names_that_requests_take(client: openai.OpenAI) -> None:
+    """Every name of the catalogue is listed, names with slashes can be asked for, and unknown ones are not found."""
+    assert {model.id for model in client.models.list()} == {"m", "other", "deep/er", "slow"}
+    assert client.models.retrieve("deep/er").id == "deep/er"
+    with pytest.raises(openai.NotFoundError, match="there is no model 'othr': did you mean 'other'"):
+        client.models.retrieve("othr")
+
+
+@pytest.mark.parametrize("name", ["/etc/hostname", "../m", "~/m", "./m.gguf", "", "-m", None, 3, ["m"]])
+def test_no_name_leads_to_a_path(served: Served, name: object) -> None:
+    """A model's name is looked up in the catalogue, and is nothing else."""
+    answer = served.post("/v1/chat/completions", {"model": name, "messages": HELLO})
+    assert answer.status_code in (400, 404)
+    assert answer.headers["x-should-retry"] == "false"
+
+
+def test_a_request_may_say_how_its_model_is_loaded(serve: Serve) -> None:
+    """Fields of the body and headers name options and times; headers count more."""
+    served = serve()
+    body = {"model": "m", "messages": HELLO, "max_tokens": 2, "options": {"num_ctx": 512}, "keep_alive": "1h"}
+    assert served.post("/v1/chat/completions", body).status_code == 200
+    eventually(lambda: served.scheduler.status().runners[0].state == "idle")
+    (runner,) = served.scheduler.status().runners
+    assert runner.options.num_ctx == 512 and 3000 < runner.expires_in_s <= 3600
+    headers = {"x-loadmaster-num-ctx": "1024", "x-loadmaster-keep-alive": "30m"}
+    assert served.post("/v1/chat/completions", body, **headers).status_code == 200
+    eventually(lambda: any(one.state == "idle" for one in served.scheduler.status().runners))
+    (runner,) = [one for one in served.scheduler.status().runners if one.state == "idle"]
+    assert runner.options.num_ctx == 1024 and 1000 < runner.expires_in_s <= 1800
+    body |= {"keep_alive": 0, "ttl": 60}
+    assert served.post("/v1/chat/completions", body).status_code == 200
+    eventually(lambda: all(one.state == "expiring" for one in served.scheduler.status().runners))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"options": {"num_ctx": 0}}, {"options": {"num_ctx": "many"}}, {"options": {"nmu_ctx": 1}}, {"options": 3},
+        {"keep_alive": "soon"}, {"priority": "high"}, {"timeout": []}, {"options": {"devices": ["0"]}},
+    ],
+)  # fmt: skip
+def test_what_is_wrong_is_refused_with_a_sentence(served: Served, wrong: dict[str, object]) -> None:
+    """An option that does not exist, or has no such value, is a 400 that names it."""
+    answer = served.post("/v1/chat/completions", {"model": "m", "messages": HELLO, **wrong})
+    assert answer.status_code == 400
+    assert any(name in answer.json()["error"]["message"] for name in ("num_ctx", "nmu_ctx", "devices", *wrong))
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b'{"model": "m"', b"\xff\xfe", b"[" * 100_000])
+def test_a_body_that_is_no_object_is_refused(served: Served, content: bytes) -> None:
+    answer = httpx2.post(f"{served.url}/v1/chat/completions", content=content)
+    assert answer.status_code == 400 and answer.json()["error"]["type"] == "invalid_request_error"
+
+
+def sent(route: RunnerRoute, body: dict[str, object]) -> dict[str, Any]:
+    """Return what the runner is sent."""
+    call: Call = route.call(json.dumps(body).encode(), Headers({}))
+    content: dict[str, Any] = json.loads(call.content(ModelSpec("m", "/m.gguf")))
+    return content
+
+
+@pytest.mark.parametrize("route", protocol.ROUTES, ids=lambda route: route.paths[0])
+def test_what_reaches_beyond_a_request_does_not_reach_the_runner(route: RunnerRoute) -> None:
+    """No request touches another's slot, an adapter, or what only the server may say; unknown fields go too."""
+    reaching = {"id_slot": 1, "slot_id": 1, "lora": [{"id": 0}], "n_cache_reuse": 1, "cache_prompt": True}
+    unknown = {"user": "u", "store": True, "keep_alive": 5, "options": {}, "priority": 1, "ttl": 5, "timeout": 9}
+    told = sent(route, {"model": "m", "prompt": "p", "messages": HELLO, "input": "i", **reaching, **unknown})
+    assert not set(told) & {"id_slot", "slot_id", "lora", *unknown}
+
+
+@pytest.mark.parametrize("address", ["http://127.0.0.1:1/x", "https://a/b.png", "file:///etc/passwd", "HTTP://x/y"])
+def test_no_address_in_a_message_is_fetched(served: Served, address: str) -> None:
+    """An image by its address is refused in every protocol; words that hold an address are words."""
+    image = {"type": "image_url", "image_url": {"url": address}}
+    chat = [{"role": "user", "content": [{"type": "text", "text": address}, image]}]
+    anthropics = {"type": "image", "source": {"type": "url", "url": address}}
+    results = {"type": "tool_result", "tool_use_id": "1", "content": [anthropics]}
+    for path, body in (
+        ("/v1/chat/completions", {"messages": chat}),
+        ("/v1/responses", {"input": [{"role": "user", "content": [{"type": "input_image", "image_url": address}]}]}),
+        ("/v1/messages", {"max_tokens": 3, "messages": [{"role": "user", "content": [anthropics]}]}),
+        ("/v1/messages", {"max_tokens": 3, "messages": [{"role": "user", "content": [results]}]}),
+        ("/v1/messages/count_tokens", {"messages": [{"role": "user", "content": [results]}]}),
+    ):
+        answer = served.post(path, {"model": "m", **body})
+        assert answer.status_code == 400 and "fetch" in answer.json()["error"]["message"], path
+
+
+def test_calls_and_words_may_hold_addresses(served: Served) -> None:
+    """What a tool was called with, and what it answered as text, is not taken for an address to fetch."""
+    used = {"type": "tool_use", "id": "1", "name": "get", "input": {"url": "https://example.org"}}
+    told = {"type": "tool_result", "tool_use_id": "1", "content": [{"type": "text", "text": "https://example.org"}]}
+    messages = [
+        {"role": "user", "content": "https://example.org"},
+        {"role": "assistant", "content": [used]},
+        {"role": "user", "content": [told]},
+    ]
+    answer = served.post("/v1/messages", {"model": "m", "max_tokens": 2, "messages": messages})
+    assert answer.status_code == 200, answer.text

@@ -86,7 +86,7 @@ def error_table() -> str:
     lines = ["| error | status | code | a retry may help |", "| --- | --- | --- | --- |"]
     for name in exceptions.__all__:
         kind = getattr(exceptions, name)
-        if not isinstance(kind, type) or kind is SchedulerError:
+        if not isinstance(kind, type) or not issubclass(kind, SchedulerError) or kind is SchedulerError:
             continue
         status = "400 or 500, by the engine's" if kind in _BY_ANSWER else str(_STATUS.get(kind, kind.status))
         retry = "after a 500" if kind in _BY_ANSWER else "yes" if _may_retry(kind) else "no"

@@ -32,6 +32,7 @@ class Exchange:
         self.headers = Headers(scope=scope)
         self.path_params: Mapping[str, str] = scope.get("path_params", {})
         self.notes: dict[str, object] = scope.setdefault("loadmaster", {})  # for the access log
+        self.more_headers: dict[str, str] = {}  # of the response, whatever it is
         self.status = 0  # of the response; 0: it has not begun
         self._receive, self._send = receive, send
 
@@ -59,7 +60,8 @@ class Exchange:
     async def begin(self, status: int, headers: Mapping[str, str]) -> None:
         """Send the status and the headers."""
         self.status = status
-        encoded = [(name.lower().encode("latin-1"), value.encode("latin-1")) for name, value in headers.items()]
+        told = {**headers, **self.more_headers}.items()
+        encoded = [(name.lower().encode("latin-1"), value.encode("latin-1")) for name, value in told]
         await self._send({"type": "http.response.start", "status": status, "headers": encoded})
 
     async def write(self, content: bytes) -> None:

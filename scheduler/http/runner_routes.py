@@ -22,7 +22,7 @@ _LOADING = """
     num_ctx num_batch num_gpu main_gpu num_thread num_parallel use_mmap flash_attention cache_type_k cache_type_v
 """
 LOAD_OPTIONS = frozenset(_LOADING.split())
-_TIMING = ("keep_alive", "priority", "timeout")
+TIMING = ("keep_alive", "priority", "timeout")
 _WHOLE = re.compile(r"-?[0-9]{1,18}")
 _PING_S = 10  # the runner's own signs of life, while it computes a long prompt
 
@@ -97,7 +97,7 @@ def scheduling_of(asked: Mapping[str, Any], headers: Headers) -> tuple[AcquireOp
     They are fields of the body, as `keep_alive`, `ttl` (in seconds), `priority`, `timeout` and `options` are, or
     headers that begin with `x-loadmaster-`, which count more.
     """
-    asking: dict[str, Any] = {name: asked[name] for name in _TIMING if asked.get(name) is not None}
+    asking: dict[str, Any] = {name: asked[name] for name in TIMING if asked.get(name) is not None}
     if asked.get("ttl") is not None and "keep_alive" not in asking:
         asking["keep_alive"] = asked["ttl"]
     options = asked.get("options")
@@ -108,7 +108,7 @@ def scheduling_of(asked: Mapping[str, Any], headers: Headers) -> tuple[AcquireOp
             known = ", ".join(sorted(LOAD_OPTIONS))
             raise UnsupportedOption(f"options.{name}", value, f"there is no such option; there are {known}")
         asking[name] = value
-    for name in (*_TIMING, *LOAD_OPTIONS):
+    for name in (*TIMING, *LOAD_OPTIONS):
         if (text := headers.get(HEADER + name.replace("_", "-"))) is not None:
             asking[name] = _value(text)
     patience = headers.get(f"{HEADER}patience")

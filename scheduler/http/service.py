@@ -24,7 +24,8 @@ from scheduler.errors.exceptions import SchedulerError
 from scheduler.http.errors import ErrorAnswer, answer_to
 from scheduler.http.exchange import Exchange, as_json
 from scheduler.http.protocol import EVENTS, Protocol, Waiting
-from scheduler.http.runner_routes import Call
+from scheduler.http.rules import apply_rules
+from scheduler.http.runner_routes import HEADER, Call
 from scheduler.http.settings import ServerSettings
 from scheduler.http.upstream import BROKEN, Renaming, Upstream
 from scheduler.models.catalog import MOST_NAMES, found_by
@@ -104,7 +105,10 @@ class Service:
         """Yield the model that a call names and a lease on it; the client gets signs of life while the call waits."""
         spec = await self.find(call.model)
         exchange.notes["model"] = spec.name
-        acquiring = self.scheduler.acquire_async(spec, **call.asking)
+        asking, ignored = apply_rules(self.settings.rules, (spec.name, call.model), call.asking)
+        if ignored:
+            exchange.more_headers[f"{HEADER}ignored"] = "; ".join(ignored).encode("ascii", "replace").decode()
+        acquiring = self.scheduler.acquire_async(spec, **asking)
         patience_s = self.settings.patience if call.patience_s is None else call.patience_s
         began, granted = time.monotonic(), list[Lease]()
 
@@ -116,7 +120,7 @@ class Service:
                 waiting = partial(self._waiting, spec, acquiring)
                 await self.patiently(exchange, call, protocol, acquire(), waiting, patience_s)
             except StillWaiting:
-                loading = self.scheduler.preload(spec, **call.asking)  # the load goes on: the retry is warm
+                loading = self.scheduler.preload(spec, **asking)  # the load goes on: the retry is warm
                 loading.add_done_callback(lambda done: done.cancelled() or done.exception())
                 raise
             exchange.notes["wait_s"] = time.monotonic() - began

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypedDict, Unpack
 
 from scheduler.config.settings import Setting
 from scheduler.config.value_parsers import count, duration, flag, size
 from scheduler.errors.exceptions import InvalidSettings
+from scheduler.http.rules import Rules, parse_rules
 
 ANY = "*"
 
@@ -27,6 +28,7 @@ class ServerArguments(TypedDict, total=False):
     body_limit: str | int
     body_timeout: str | float
     max_connections: int
+    rules: Mapping[str, Mapping[str, Mapping[str, Any]]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, init=False)
@@ -43,6 +45,7 @@ class ServerSettings:
     body_limit: int
     body_timeout: float
     max_connections: int
+    rules: Rules
 
     def __init__(self, **arguments: Unpack[ServerArguments]) -> None:
         given: dict[str, object] = {**arguments}
@@ -85,4 +88,5 @@ SERVER_SETTINGS = (
     Setting("body_limit", "128MiB", size, "the largest body of a request"),
     Setting("body_timeout", "60s", duration(zero=False), "how long a client may pause while it sends a body"),
     Setting("max_connections", 1000, count(1), "requests at once; one more is refused"),
+    Setting("rules", {}, parse_rules, "what clients may ask for, by model and option: locked values, floors, ceilings"),
 )  # fmt: skip

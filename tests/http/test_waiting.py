@@ -37,7 +37,7 @@ def test_a_stream_shows_signs_of_life_before_its_answer(full: Served, path: str)
     signs = [line for line in lines if line.startswith(": ")]
     assert any("waiting at position 1, for other to become idle" in sign for sign in signs), signs
     assert ("event: ping" in lines) == (path == "/v1/messages")
-    assert lines.index(signs[0]) < next(at for at, line in enumerate(lines) if '"m"' in line)
+    assert lines[0] == signs[0] and any('"model":"m"' in line for line in lines), lines
 
 
 def test_what_is_known_at_once_has_its_status(full: Served) -> None:

@@ -1,0 +1,108 @@
+"""What clients may ask for: values that are locked, and floors and ceilings, for all models or one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import reduce
+from operator import or_
+from typing import Any
+
+from scheduler.config.quantities import parse_duration
+from scheduler.errors.exceptions import InvalidSettings
+from scheduler.http.runner_routes import LOAD_OPTIONS, TIMING
+from scheduler.runtime.request_parser import AcquireOptions
+
+ALL = "*"  # the name that stands for every model
+_DURATIONS = ("keep_alive", "timeout")
+_ALLOWED = (
+    'rules by the names of models, "*" for all: {"*": {"num_ctx": {"max": 8192}, "keep_alive": {"lock": "1h"}}}; '
+    'a rule has "lock", or "min" and "max"'
+)
+_FORMS = ({"lock"}, {"min"}, {"max"}, {"min", "max"})
+_OPEN = object()
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """What clients may name for one option: nothing beside a locked value, or what lies between two others."""
+
+    lock: Any = _OPEN  # what counts whatever a client names; None: as if no client named it
+    least: Any = None
+    most: Any = None
+
+    def takes(self, name: str, value: Any) -> bool:
+        """Tell whether a client may name this value; one that is no value at all is the scheduler's to refuse."""
+        if self.lock is not _OPEN:
+            return False
+        try:
+            number = _number(name, value)
+            return (self.least is None or _number(name, self.least) <= number) and (
+                self.most is None or number <= _number(name, self.most)
+            )
+        except (InvalidSettings, TypeError):
+            return True
+
+    def words(self) -> str:
+        """Return the rule in words."""
+        if self.lock is not _OPEN:
+            return "it is locked"
+        limits = {"at least": self.least, "at most": self.most}
+        return " and ".join(f"{words} {limit}" for words, limit in limits.items() if limit is not None)
+
+
+Rules = Mapping[str, Mapping[str, Rule]]
+
+
+def parse_rules(name: str, value: Any) -> Rules:
+    """Return rules by model and option; raises `InvalidSettings`."""
+    if not isinstance(value, Mapping):
+        raise InvalidSettings(name, value, _ALLOWED)
+    return {str(model): _rules_of(f"{name}.{model}", rules) for model, rules in value.items()}
+
+
+def apply_rules(rules: Rules, names: tuple[str, ...], asking: AcquireOptions) -> tuple[AcquireOptions, tuple[str, ...]]:
+    """Return what counts of a client's keywords, and what does not, in words; `names` are those of the model.
+
+    What a client names beyond a rule counts as not named, so that it reloads nothing.
+    """
+    left: dict[str, Any] = {**asking}
+    ignored: list[str] = []
+    for option, rule in reduce(or_, (dict(rules.get(name, {})) for name in (ALL, *names))).items():
+        if option in left and left[option] != rule.lock and not rule.takes(option, left[option]):
+            ignored.append(f"{option}={str(left.pop(option))[:40]} ({rule.words()})")
+        if rule.lock is not _OPEN and rule.lock is not None:
+            left[option] = rule.lock
+    return left, tuple(ignored)  # type: ignore[return-value]  # a part of what it was
+
+
+def _rules_of(name: str, value: Any) -> Mapping[str, Rule]:
+    if not isinstance(value, Mapping):
+        raise InvalidSettings(name, value, _ALLOWED)
+    found: dict[str, Rule] = {}
+    for option, rule in value.items():
+        if option not in LOAD_OPTIONS and option not in TIMING:
+            known = ", ".join((*TIMING, *sorted(LOAD_OPTIONS)))
+            raise InvalidSettings(f"{name}.{option}", rule, f"a rule for one of {known}")
+        if not isinstance(rule, Mapping) or {*rule} not in _FORMS:
+            raise InvalidSettings(f"{name}.{option}", rule, _ALLOWED)
+        for limit in rule.values():
+            if limit is not None and ("lock" not in rule or option in _DURATIONS):
+                _limit(f"{name}.{option}", option, limit)
+        found[option] = Rule(rule.get("lock", _OPEN), rule.get("min"), rule.get("max"))
+    return found
+
+
+def _limit(name: str, option: str, value: Any) -> None:
+    try:
+        _number(option, value)
+    except (InvalidSettings, TypeError):
+        raise InvalidSettings(name, value, "a duration" if option in _DURATIONS else "a number") from None
+
+
+def _number(option: str, value: Any) -> float:
+    if option in _DURATIONS:
+        return parse_duration(value, name=option)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(option)
+    return value

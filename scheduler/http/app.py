@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
-from typing import Protocol as Interface
 from typing import Unpack
 
 from starlette.applications import Starlette
@@ -15,37 +14,23 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from scheduler import __version__
 from scheduler.api.scheduler import Scheduler
 from scheduler.errors.exceptions import SchedulerError
 from scheduler.http import anthropic, openai, watch
 from scheduler.http.errors import ErrorAnswer, answer_to
 from scheduler.http.exchange import BodyRefused, ClientLeft, Exchange
 from scheduler.http.guard import Guard, path_of
+from scheduler.http.openapi import description
 from scheduler.http.protocol import Protocol
+from scheduler.http.protocol_module import Endpoint, ProtocolModule, Respond
 from scheduler.http.runner_routes import RunnerRoute
 from scheduler.http.service import Service, refuse
 from scheduler.http.settings import ServerArguments, ServerSettings
 
 log = logging.getLogger("loadmaster")
 
-Respond = Callable[[Service, Exchange], Awaitable[None]]
-Endpoint = tuple[Sequence[str], str, Respond]  # methods, path, what answers
-
-
-class Module(Interface):
-    """What the module of a protocol defines."""
-
-    @property
-    def PROTOCOL(self) -> Protocol:
-        """How errors and signs of life look."""
-
-    @property
-    def ROUTES(self) -> Sequence[RunnerRoute]:
-        """What the runner answers itself."""
-
-    @property
-    def ENDPOINTS(self) -> Sequence[Endpoint]:
-        """What the server answers."""
+_MODULES: tuple[ProtocolModule, ...] = (openai, anthropic, watch)
 
 
 def create_app(scheduler: Scheduler, **settings: Unpack[ServerArguments]) -> ASGIApp:
@@ -59,9 +44,10 @@ def create_app(scheduler: Scheduler, **settings: Unpack[ServerArguments]) -> ASG
     service = Service(scheduler, checked)
     routes = [
         Route(path, _Endpoint(service, module.PROTOCOL, respond), methods=[*methods])
-        for module in (openai, anthropic, watch)
+        for module in _MODULES
         for methods, path, respond in (*_runner_endpoints(module), *module.ENDPOINTS)
     ]
+    routes.append(Route("/openapi.json", _Endpoint(service, openai.PROTOCOL, _describe), methods=["GET"]))
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
@@ -97,7 +83,7 @@ class _Endpoint:
             await refuse(exchange, self._protocol, ErrorAnswer(500, "internal_error", "the server has failed"))
 
 
-def _runner_endpoints(module: Module) -> Iterator[Endpoint]:
+def _runner_endpoints(module: ProtocolModule) -> Iterator[Endpoint]:
     """Yield the endpoints of a protocol that the runner answers itself."""
     for row in module.ROUTES:
         for path in row.paths:
@@ -111,6 +97,10 @@ def _passed_on(route: RunnerRoute, protocol: Protocol) -> Respond:
         await exchange.while_connected(service.pass_on(exchange, call, protocol))
 
     return respond
+
+
+async def _describe(service: Service, exchange: Exchange) -> None:
+    await exchange.respond_json(200, description(_MODULES, __version__))
 
 
 async def _refused(request: Request, error: Exception) -> Response:

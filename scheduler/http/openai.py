@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import AsyncGenerator, Mapping
 from typing import Any
 
+import httpx2
+from starlette.datastructures import UploadFile
+from starlette.formparsers import MultiPartException, MultiPartParser
+
 from scheduler.engines.answer_requests import CHAT_PARAMETERS, COMPLETION_PARAMETERS, EMBEDDING_PARAMETERS
+from scheduler.errors.exceptions import UnsupportedOption
 from scheduler.http.errors import ErrorAnswer
 from scheduler.http.exchange import Exchange, as_json
 from scheduler.http.protocol import EVENTS, Waiting
-from scheduler.http.runner_routes import RunnerRoute
+from scheduler.http.runner_routes import Call, RunnerRoute, model_of, scheduling_of
 from scheduler.http.service import Service
 from scheduler.models.model_spec import ModelSpec
 
@@ -43,6 +48,7 @@ _RESPONSES = """
     tool_choice tools top_logprobs top_p truncation
 """
 PROTOCOL = OpenAI()
+_TRANSCRIPTION = {"model", "language", "prompt", "response_format", "temperature", "stream"}
 
 # What a route takes from a client: what reaches beyond the request, as `lora` and `id_slot` do, is not among it.
 _REACHING = {"id_slot", "lora"}
@@ -78,6 +84,34 @@ ROUTES = (
 )  # fmt: skip
 
 
+async def _transcribe(service: Service, exchange: Exchange) -> None:
+    """Transcribe speech: the fields of a form, with the file in it."""
+    content = await exchange.body(service.settings.body_limit, service.settings.body_timeout)
+
+    async def stream() -> AsyncGenerator[bytes, None]:
+        yield content
+
+    try:
+        form = await MultiPartParser(exchange.headers, stream()).parse()
+    except (MultiPartException, KeyError) as error:
+        raise UnsupportedOption("body", "…", f"it must be a form with a file ({error})") from None
+    try:
+        asked = {name: value for name, value in form.items() if isinstance(value, str)}
+        if not isinstance(file := form.get("file"), UploadFile):
+            raise UnsupportedOption("file", None, "name a file to transcribe")
+        speech = file.filename, await file.read()
+    finally:
+        await form.close()
+    fields = {name: value for name, value in asked.items() if name in _TRANSCRIPTION}
+    told = httpx2.Request("POST", "http://runner", data=fields, files={"file": speech})
+    asking, patience_s = scheduling_of({}, exchange.headers)
+    call = Call(
+        model_of(asked), asking, "/v1/audio/transcriptions", lambda spec: told.read(), told.headers["content-type"],
+        streamed=asked.get("stream") == "true", patience_s=patience_s,
+    )  # fmt: skip
+    await exchange.while_connected(service.pass_on(exchange, call, PROTOCOL))
+
+
 async def _list_models(service: Service, exchange: Exchange) -> None:
     """Answer with the models that have a name."""
     found = await service.models()
@@ -99,6 +133,7 @@ def _model(name: str, spec: ModelSpec) -> Mapping[str, Any]:
 
 
 ENDPOINTS = (
+    (("POST",), "/v1/audio/transcriptions", _transcribe),
     (("GET",), "/v1/models", _list_models),
     (("GET",), "/v1/models/{id:path}", _show_model),
 )

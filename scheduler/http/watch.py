@@ -9,10 +9,12 @@ from scheduler.http.service import Service
 
 
 async def _health(service: Service, exchange: Exchange) -> None:
+    """Tell that the server lives."""
     await exchange.respond_json(200, {"status": "ok"})
 
 
 async def _ready(service: Service, exchange: Exchange) -> None:
+    """Tell whether the server takes requests."""
     closing = service.status().closing
     await exchange.respond_json(503 if closing else 200, {"status": "closing" if closing else "ready"})
 

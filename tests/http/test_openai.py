@@ -159,3 +159,27 @@ def test_calls_and_words_may_hold_addresses(served: Served) -> None:
     ]
     answer = served.post("/v1/messages", {"model": "m", "max_tokens": 2, "messages": messages})
     assert answer.status_code == 200, answer.text
+
+
+def test_speech_is_passed_on_as_a_form(served: Served) -> None:
+    """The form reaches the runner with the fields that it takes; one without a file, and no form, are refused."""
+    url = f"{served.url}/v1/audio/transcriptions"
+    answer = httpx2.post(url, data={"model": "m", "id_slot": "1"}, files={"file": ("a.wav", b"RIFF")}, timeout=60)
+    assert answer.status_code == 400 and "audio" in answer.json()["error"]["message"].lower()
+    for wrong in (
+        {"data": {"model": "m"}, "files": {"other": ("a", b"b")}},
+        {"content": b"x"},
+        {"json": {"model": "m"}},
+    ):
+        assert httpx2.post(url, **wrong).status_code == 400  # type: ignore[arg-type]
+    files = {"file": ("a.wav", b"RIFF")}
+    assert httpx2.post(url, data={"model": "../m"}, files=files).status_code == 400
+    assert httpx2.post(url, data={"model": "nope"}, files=files).status_code == 404
+
+
+def test_the_description_names_every_route(served: Served) -> None:
+    """The OpenAPI description is made from the routes, and each operation in it says what it does."""
+    told = served.get("/openapi.json").json()
+    assert told["openapi"].startswith("3.") and {"/v1/messages", "/v1/models/{id}", "/health"} <= {*told["paths"]}
+    operations = [each for methods in told["paths"].values() for each in methods.values()]
+    assert all(each["summary"] for each in operations)

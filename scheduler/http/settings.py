@@ -90,3 +90,13 @@ SERVER_SETTINGS = (
     Setting("max_connections", 1000, count(1), "requests at once; one more is refused"),
     Setting("rules", {}, parse_rules, "what clients may ask for, by model and option: locked values, floors, ceilings"),
 )  # fmt: skip
+
+
+def server_table() -> str:
+    """Return the settings as a Markdown table: name, default, meaning."""
+    lines = ["| setting | default | meaning |", "| --- | --- | --- |"]
+    for row in SERVER_SETTINGS:
+        default = "none" if row.default in (None, (), {}) else str(row.default)
+        default = default.lower() if isinstance(row.default, bool) else default
+        lines.append(f"| `{row.name}` | {default} | {row.meaning} |")
+    return "\n".join(lines) + "\n"

@@ -26,6 +26,7 @@ from scheduler.http import create_app
 from scheduler.http.anthropic import PROTOCOL as ANTHROPIC
 from scheduler.http.errors import answer_to, error_table
 from scheduler.http.openai import PROTOCOL as OPENAI
+from scheduler.http.settings import server_table
 from tests.api.test_errors import EXAMPLES
 from tests.http.conftest import Serve, Served, running
 
@@ -51,9 +52,10 @@ def test_each_kind_has_one_status_and_body_in_each_protocol(error: SchedulerErro
     assert event == "event: error" and json.loads(data.removeprefix("data: "))["type"] == "error"
 
 
-def test_the_table_of_errors_is_the_one_that_is_generated() -> None:
-    """The page has the table that the code makes."""
-    assert error_table() in DOCS.read_text(encoding="utf-8")
+def test_the_tables_of_the_page_are_those_that_are_generated() -> None:
+    """The page has the errors and the settings of the code."""
+    page = DOCS.read_text(encoding="utf-8")
+    assert error_table() in page and server_table() in page
 
 
 @pytest.mark.parametrize(

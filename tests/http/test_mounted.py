@@ -1,0 +1,51 @@
+"""The application inside another program's: under any prefix, beside other routes, with and without a lifespan."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import fastapi
+import httpx2
+import pytest
+from starlette.applications import Starlette
+from starlette.routing import Mount
+
+from scheduler import Scheduler
+from scheduler.http import create_app
+from tests.http.conftest import running
+
+HELLO: list[Any] = [{"role": "user", "content": "hello"}]
+
+
+@pytest.mark.parametrize("prefix", ["", "/models", "/a/b"])
+@pytest.mark.parametrize("outer", ["starlette", "fastapi"])
+def test_it_may_be_mounted_under_any_prefix(model_folder: Path, prefix: str, outer: str) -> None:
+    """Routes, the key and errors in the terms of their protocol are those that it has alone."""
+    with Scheduler(gpus=False, models=model_folder) as scheduler:
+        inner = create_app(scheduler, api_key="k")
+        app: Any = Starlette(routes=[Mount(prefix, inner)])
+        if outer == "fastapi":
+            app = fastapi.FastAPI()
+            app.mount(prefix, inner)
+        with running(app) as url:
+            url += prefix
+            assert httpx2.get(f"{url}/health").status_code == 200
+            assert httpx2.get(f"{url}/v1/models").status_code == 401
+            assert httpx2.post(f"{url}/v1/messages", json={}).json()["type"] == "error"
+            key = {"x-api-key": "k"}
+            body = {"model": "m", "messages": HELLO, "max_tokens": 2, "stream": True}
+            with httpx2.stream("POST", f"{url}/v1/chat/completions", json=body, headers=key, timeout=60) as answer:
+                assert answer.status_code == 200 and "data: [DONE]" in [*answer.iter_lines()]
+            assert httpx2.get(f"{url}/nothing", headers=key).json()["error"]["code"] == "not_found"
+
+
+def test_importing_the_library_imports_no_server() -> None:
+    """The server's packages are imported where the server is."""
+    code = (
+        "import sys, scheduler; print([name for name in ('starlette', 'uvicorn', 'multipart') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"

@@ -133,8 +133,9 @@ def _is_foreign(method: str, headers: Headers) -> bool:
 
 def _has_key(headers: Headers, key: str) -> bool:
     scheme, _, token = headers.get("authorization", "").partition(" ")
-    given = token.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")
-    return secrets.compare_digest(given.encode(errors="replace"), key.encode())
+    given = (token.strip() if scheme.lower() == "bearer" else "", headers.get("x-api-key", ""))
+    same = [secrets.compare_digest(each.encode(errors="replace"), key.encode()) for each in given]
+    return any(same)
 
 
 def _with_origin(send: Send, origin: str) -> Send:

@@ -96,6 +96,7 @@ def test_a_key_comes_as_a_bearer_token_or_as_anthropics_header(serve: Serve) -> 
     served = serve(api_key="secret-1")
     assert served.get("/v1/models", Authorization="bearer secret-1").status_code == 200
     assert served.get("/v1/models", **{"x-api-key": "secret-1"}).status_code == 200
+    assert served.get("/v1/models", Authorization="Bearer none", **{"x-api-key": "secret-1"}).status_code == 200
 
 
 @pytest.mark.parametrize("key", ["", "with space", "schlüssel", "line\nbreak", 3])

@@ -15,6 +15,7 @@ import httpx2
 from openai import AsyncOpenAI, OpenAI
 
 from scheduler.engines.answer_requests import refuse_fetches
+from scheduler.engines.loop_transport import LoopTransport
 
 if TYPE_CHECKING:
     from scheduler.api.lease import Lease
@@ -89,7 +90,7 @@ class _AsyncTransport(httpx2.AsyncBaseTransport):
 
     def __init__(self, lease: Lease) -> None:
         self._lease = lease
-        self._inner = httpx2.AsyncHTTPTransport(limits=_LIMITS, trust_env=False)
+        self._inner = LoopTransport()
 
     async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
         _refuse_fetches(await request.aread())
@@ -105,9 +106,6 @@ class _AsyncTransport(httpx2.AsyncBaseTransport):
         assert isinstance(response.stream, httpx2.AsyncByteStream)
         response.stream = _AsyncHeld(response.stream, self._lease)
         return response
-
-    async def aclose(self) -> None:
-        await self._inner.aclose()
 
 
 class _AsyncHeld(httpx2.AsyncByteStream):

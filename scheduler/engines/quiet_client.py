@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
-_LOGGERS = ("httpx", *(f"httpcore.{part}" for part in ("connection", "http11", "http2", "proxy", "socks")))
+_LOGGERS = ("httpx2", *(f"httpcore2.{part}" for part in ("connection", "http11", "http2", "proxy", "socks")))
 _quiet: ContextVar[bool] = ContextVar("loadmaster_quiet", default=False)  # a request of this library's is under way
 
 
@@ -33,12 +33,6 @@ def quiet_next(chunks: Iterator[bytes]) -> bytes | None:
     """Return the next chunk of an answer, None at its end; what is logged meanwhile is kept out of the log."""
     with quiet():
         return next(chunks, None)
-
-
-async def quiet_anext(chunks: AsyncIterator[bytes]) -> bytes | None:
-    """As `quiet_next`, in an event loop."""
-    with quiet():
-        return await anext(chunks, None)
 
 
 _filter = _WithoutOurs()

@@ -11,9 +11,8 @@ from collections.abc import AsyncGenerator, Callable, Generator, Iterator, Mappi
 from contextlib import aclosing, closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, TypeVar, overload
-from weakref import WeakKeyDictionary
 
-import httpx
+import httpx2
 
 from scheduler.engines.answer import Answer, PartialAnswer
 from scheduler.engines.answer_requests import (
@@ -25,7 +24,8 @@ from scheduler.engines.answer_requests import (
     rerank_requests,
     token_request,
 )
-from scheduler.engines.quiet_client import quiet, quiet_anext, quiet_next
+from scheduler.engines.loop_transport import LoopTransport
+from scheduler.engines.quiet_client import quiet, quiet_next
 from scheduler.errors.exceptions import OUT_OF_FILES, AnswerTimeout, EngineError, is_out_of_files
 from scheduler.models.chat_defaults import NO_DEFAULTS, ChatDefaults
 
@@ -43,7 +43,7 @@ _ADVICE = {
 # said of a text to embed: the request is at fault, although the server answers 500
 _TOO_LONG = "is too large to process"
 # The errors of a connection that the server closed while it was kept, or just as a request was sent.
-_STALE = (httpx.RemoteProtocolError, httpx.ReadError, httpx.WriteError, httpx.ConnectError)
+_STALE = (httpx2.RemoteProtocolError, httpx2.ReadError, httpx2.WriteError, httpx2.ConnectError)
 EVENTS = "text/event-stream"
 
 
@@ -89,16 +89,16 @@ class Connection:
             with suppress(OSError, TypeError):
                 self._socket.shutdown(socket.SHUT_RDWR)
 
-    def trace(self, event: str, told: Mapping[str, Any]) -> None:
-        """Take in an event of httpx, which tells of the connection once it is open."""
-        if event == "connection.connect_tcp.complete":
-            self._socket = told["return_value"].get_extra_info("socket")
-            if self.is_cut:
-                self.cut()
+    def opened(self, socket: Any) -> None:
+        """Take in the socket of the connection, which is open now."""
+        self._socket = socket
+        if self.is_cut:
+            self.cut()
 
-    async def atrace(self, event: str, told: Mapping[str, Any]) -> None:
-        """As `trace`, for an event loop."""
-        self.trace(event, told)
+    def trace(self, event: str, told: Mapping[str, Any]) -> None:
+        """Take in an event of httpx2, which tells of the connection once it is open."""
+        if event == "connection.connect_tcp.complete":
+            self.opened(told["return_value"].get_extra_info("socket"))
 
 
 class Call:
@@ -137,23 +137,26 @@ class RunnerClient:
         key: str,
         *,
         connect_timeout_s: float = CONNECT_TIMEOUT_S,
-        transport: httpx.MockTransport | None = None,  # answers in the server's place
+        transport: httpx2.MockTransport | None = None,  # answers in the server's place
     ) -> None:
         self._url = url
         self._connect_timeout_s = connect_timeout_s
         self._closed = False  # set before anything is closed: what breaks after that is no fault of the runner's
         # A runner is on this machine: no proxy is asked, and no certificates are loaded, which takes 30 ms.
-        self._arguments: dict[str, Any] = {
+        arguments: dict[str, Any] = {
             "base_url": url,
             "headers": {"Authorization": f"Bearer {key}", "Content-Type": "application/json"},
             "trust_env": False,
             "verify": url.startswith("https:"),
-            "transport": transport,
         }
-        self._pooled = httpx.Client(limits=httpx.Limits(keepalive_expiry=_KEEP_S), **self._arguments)
+        limits = httpx2.Limits(keepalive_expiry=_KEEP_S)
+        self._pooled = httpx2.Client(limits=limits, transport=transport, **arguments)
         # A connection of its own for each answer, so that it can be cut; it takes 0.2 ms.
-        self._fresh = httpx.Client(limits=httpx.Limits(max_keepalive_connections=0), **self._arguments)
-        self._of_loops: WeakKeyDictionary[asyncio.AbstractEventLoop, httpx.AsyncClient] = WeakKeyDictionary()
+        limits = httpx2.Limits(max_keepalive_connections=0)
+        self._fresh = httpx2.Client(limits=limits, transport=transport, **arguments)
+        # The same for all that an event loop asks for: a connection that is kept could not be closed once its loop has
+        # ended.
+        self._in_loops = httpx2.AsyncClient(transport=transport or LoopTransport(), **arguments)
 
     # -- answers ------------------------------------------------------------------------------------------------------
 
@@ -231,7 +234,7 @@ class RunnerClient:
         """
         events = _Events(call.partial)
         with self._translated(call.limits, call), _expiring(call):
-            request = self._built(self._fresh, call.request, call.limits, call.connection.trace)
+            request = self._built(self._fresh, call.request, call.limits, call.connection)
             with quiet():  # not around a yield: what the caller logs meanwhile is its own
                 response = self._fresh.send(request, stream=True)
             chunks = response.iter_bytes()
@@ -251,27 +254,24 @@ class RunnerClient:
 
     async def apieces(self, call: Call) -> AsyncGenerator[str, None]:
         """As `pieces`, in an event loop."""
-        events, client = _Events(call.partial), self._of_running_loop()
+        events = _Events(call.partial)
         with self._translated(call.limits, call), _expiring_in_loop(call):
-            request = self._built(client, call.request, call.limits, call.connection.atrace)
+            request = self._built(self._in_loops, call.request, call.limits, call.connection)
             with quiet():
-                response = await client.send(request, stream=True)
+                response = await self._in_loops.send(request, stream=True)
             chunks = response.aiter_bytes()
             try:
                 if response.is_error or not _has_events(response):
-                    with quiet():
-                        body = await response.aread()
-                    for piece in events.whole(response.status_code, body):
+                    for piece in events.whole(response.status_code, await response.aread()):
                         yield piece
                     return
-                while (chunk := await quiet_anext(chunks)) is not None:
+                async for chunk in chunks:
                     for piece in events.feed(chunk):
                         yield piece
                 events.finish(self._url)
             finally:
-                with quiet():
-                    del chunks
-                    await response.aclose()
+                await chunks.aclose()
+                await response.aclose()
 
     # -- what is answered at once -------------------------------------------------------------------------------------
 
@@ -385,16 +385,6 @@ class RunnerClient:
         with quiet():
             self._pooled.close()
             self._fresh.close()
-        self._drop_ended_loops()
-
-    async def aclose(self) -> None:
-        """Close the running event loop's client, and then the others as `close` does."""
-        self._closed = True
-        client = self._of_loops.pop(asyncio.get_running_loop(), None)
-        if client is not None:
-            with quiet():
-                await client.aclose()
-        self.close()
 
     def _post(self, request: Request, parse: Callable[[Any], Value], limits: Limits) -> Value:
         with self._translated(limits), quiet():
@@ -408,41 +398,22 @@ class RunnerClient:
 
     async def _apost(self, request: Request, parse: Callable[[Any], Value], limits: Limits) -> Value:
         with self._translated(limits), quiet():
-            client = self._of_running_loop()
-            return _of_response(await client.send(self._built(client, request, limits)), parse)
-
-    def _of_running_loop(self) -> httpx.AsyncClient:
-        """Return the running loop's client, since connections and locks belong to a loop.
-
-        The client keeps no connection between calls: it could not be closed once its loop has ended. That costs 0.6 ms
-        a call.
-        """
-        loop = asyncio.get_running_loop()
-        client = self._of_loops.get(loop)
-        if client is None:
-            self._drop_ended_loops()
-            client = httpx.AsyncClient(limits=httpx.Limits(max_keepalive_connections=0), **self._arguments)
-            self._of_loops[loop] = client
-        return client
-
-    def _drop_ended_loops(self) -> None:
-        """Forget the clients of loops that have ended: an open connection would keep its loop alive for ever."""
-        for reference in self._of_loops.keyrefs():
-            if (loop := reference()) is not None and loop.is_closed():
-                self._of_loops.pop(loop, None)
+            response = await self._in_loops.send(self._built(self._in_loops, request, limits))
+            return _of_response(response, parse)
 
     def _built(
         self,
-        client: httpx.Client | httpx.AsyncClient,
+        client: httpx2.Client | httpx2.AsyncClient,
         request: Request,
         limits: Limits,
-        trace: Callable[..., object] | None = None,
-    ) -> httpx.Request:
+        connection: Connection | None = None,
+    ) -> httpx2.Request:
         if self._closed:
             raise self._closed_error()
         limits.begin()
-        timeout = httpx.Timeout(limits.left_s(), connect=self._connect_timeout_s, pool=None)
-        extensions = {} if trace is None else {"trace": trace}
+        timeout = httpx2.Timeout(limits.left_s(), connect=self._connect_timeout_s, pool=None)
+        # httpx2's own transport takes the first, and that of event loops the second
+        extensions = {} if connection is None else {"trace": connection.trace, "opened": connection.opened}
         return client.build_request(
             "POST", request.path, content=request.content(), timeout=timeout, extensions=extensions
         )
@@ -452,19 +423,19 @@ class RunnerClient:
 
     @contextmanager
     def _translated(self, limits: Limits, call: Call | None = None) -> Iterator[None]:
-        """Turn httpx's errors into Python's own and ours; what httpx was doing when they came says no more."""
+        """Turn httpx2's errors into Python's own and ours; what httpx2 was doing when they came says no more."""
         try:
             yield
         except (EngineError, AnswerTimeout):
             raise
-        except (httpx.ReadTimeout, httpx.WriteTimeout):
+        except (httpx2.ReadTimeout, httpx2.WriteTimeout):
             raise limits.passed() from None
         except Exception as error:
             if call is not None and call.expired:
                 raise limits.passed() from None
-            if self._closed:  # httpx has many errors for this, of several kinds
+            if self._closed:  # httpx2 has many errors for this, of several kinds
                 raise self._closed_error() from None
-            if isinstance(error, httpx.RequestError):
+            if isinstance(error, httpx2.RequestError):
                 if is_out_of_files(error):
                     raise EngineError(503, f"the request was not sent: {OUT_OF_FILES}") from None
                 raise ConnectionError(f"the runner at {self._url} cannot be reached: {error}") from None
@@ -502,11 +473,11 @@ def _expiring_in_loop(call: Call) -> Iterator[None]:
         timer.cancel()
 
 
-def _has_events(response: httpx.Response) -> bool:
+def _has_events(response: httpx2.Response) -> bool:
     return bool(response.headers.get("Content-Type", "").startswith(EVENTS))
 
 
-def _of_response(response: httpx.Response, parse: Callable[[Any], Value]) -> Value:
+def _of_response(response: httpx2.Response, parse: Callable[[Any], Value]) -> Value:
     if response.is_error:
         raise engine_error(response.status_code, response.content)
     return _parsed(response.content, parse)
@@ -546,7 +517,7 @@ def _error_of(error: Any, status_code: int) -> EngineError:
         return EngineError(status_code, str(error))
     code, message = error.get("code"), str(error.get("message", error))
     if _TOO_LONG in message:
-        code = httpx.codes.BAD_REQUEST
+        code = httpx2.codes.BAD_REQUEST
     for llamas, ours in _ADVICE.items():
         message = message.replace(llamas, ours)
     return EngineError(int(code) if isinstance(code, int) else status_code, message)
@@ -555,7 +526,7 @@ def _error_of(error: Any, status_code: int) -> EngineError:
 class _Events:
     """Reads server-sent events from chunks of any size and yields the pieces of text in them.
 
-    Lines end with a line feed only: httpx's own lines also end at characters such as U+2028, which llama.cpp sends
+    Lines end with a line feed only: httpx2's own lines also end at characters such as U+2028, which llama.cpp sends
     unescaped inside its JSON.
     """
 
@@ -587,7 +558,7 @@ class _Events:
 
     def whole(self, status_code: int, content: bytes) -> Iterator[str]:
         """Yield the text of an answer that came whole; raises `EngineError` if it is an error."""
-        if status_code >= httpx.codes.BAD_REQUEST:
+        if status_code >= httpx2.codes.BAD_REQUEST:
             raise engine_error(status_code, content)
         if piece := _parsed(content, self._whole):
             yield piece

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import httpx
+import httpx2
 
 from fsm.domain.devices import HOST, Amounts, DeviceId, DeviceSample, Placement
 from fsm.domain.options import Options
@@ -61,7 +61,7 @@ class FakeProcess:
         self._object = loads  # None: it is a server
         self._value: Any = None
         self._report = report
-        self._client = RunnerClient(URL, "", transport=httpx.MockTransport(self._answer))
+        self._client = RunnerClient(URL, "", transport=httpx2.MockTransport(self._answer))
 
     def memory(self) -> Memory:
         """Return the declared bytes once it has loaded."""
@@ -111,26 +111,26 @@ class FakeProcess:
         self._engine.processes.remove(self)
         self._report.exited(code, reason, out_of_memory)
 
-    def _answer(self, request: httpx.Request) -> httpx.Response:
+    def _answer(self, request: httpx2.Request) -> httpx2.Response:
         """Answer as llama.cpp's server does."""
         if self.over:
-            raise httpx.ConnectError("the runner is gone", request=request)
+            raise httpx2.ConnectError("the runner is gone", request=request)
         asked = json.loads(request.content)
         if "query" in asked:
             scores = [_score(asked["query"], document) for document in asked["documents"]]
             results = [{"index": index, "relevance_score": score} for index, score in enumerate(scores)]
-            return httpx.Response(200, json={"results": results})
+            return httpx2.Response(200, json={"results": results})
         if request.url.path == "/tokenize":
-            return httpx.Response(200, json={"tokens": list(asked["content"].encode())})
+            return httpx2.Response(200, json={"tokens": list(asked["content"].encode())})
         if "input" in asked:
             vectors = [{"index": index, "embedding": self.model.vector} for index in range(len(asked["input"]))]
-            return httpx.Response(200, json={"data": vectors})
+            return httpx2.Response(200, json={"data": vectors})
         said = asked["messages"][-1]["content"] if "messages" in asked else asked["prompt"]
         text = self.model.answer if isinstance(self.model.answer, str) else self.model.answer(said)
         tokens = {"prompt_tokens": len(said), "completion_tokens": len(text)}
         part = {"delta": {"content": text}} if "messages" in asked else {"text": text}
         event = json.dumps({"choices": [{**part, "finish_reason": "stop"}], "usage": tokens})
-        return httpx.Response(200, text=f"data: {event}\n\ndata: [DONE]\n\n", headers={"Content-Type": EVENTS})
+        return httpx2.Response(200, text=f"data: {event}\n\ndata: [DONE]\n\n", headers={"Content-Type": EVENTS})
 
 
 def _score(query: str, document: str) -> float:

@@ -17,7 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 import pytest
 
 from scheduler import (
@@ -292,7 +292,7 @@ def test_u71_all_callers_of_a_killed_runner_are_told_that_it_crashed(scheduler: 
             for thread in threads:
                 thread.join(LIMIT_S)
         assert [type(error) for error in seen] == [RunnerCrashed] * 8
-        assert all("httpx" not in "".join(traceback.format_exception(error)) for error in seen)
+        assert all("httpx2" not in "".join(traceback.format_exception(error)) for error in seen)
 
 
 # -- the program's end ------------------------------------------------------------------------------------------------
@@ -339,7 +339,9 @@ def test_u76_what_a_program_leaves_open_ends_without_a_word(folder: Path, left: 
 
 def computing(lease: Lease) -> bool:
     """Return whether the runner computes an answer."""
-    told = httpx.get(f"{lease.url}/metrics", headers={"Authorization": f"Bearer {lease.api_key}"}, timeout=LIMIT_S).text
+    told = httpx2.get(
+        f"{lease.url}/metrics", headers={"Authorization": f"Bearer {lease.api_key}"}, timeout=LIMIT_S
+    ).text
     (line,) = [line for line in told.splitlines() if line.startswith("llamacpp:requests_processing ")]
     return float(line.split()[1]) > 0
 

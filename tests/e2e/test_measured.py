@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 import pytest
 
 from fsm.domain.devices import HOST, DeviceId, DeviceSample
@@ -61,7 +61,7 @@ def fill(lease: Lease, **parameters: Any) -> None:
     """Fill a context as a user's own client does, with the lease's address and key only."""
     headers = {"Authorization": f"Bearer {lease.api_key}"}
     body = {"prompt": "hello", **FULL, **parameters}
-    answer = httpx.post(f"{lease.url}/v1/completions", headers=headers, json=body, timeout=LIMIT_S)
+    answer = httpx2.post(f"{lease.url}/v1/completions", headers=headers, json=body, timeout=LIMIT_S)
     assert answer.status_code == 200, answer.text
 
 

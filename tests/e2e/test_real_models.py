@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 import psutil
 import pytest
 
@@ -133,10 +133,10 @@ def test_a_lease_serves_other_clients_of_openai(scheduler: Scheduler, model: Pat
     with scheduler.acquire(model) as lease:
         body = {"messages": [{"role": "user", "content": "hello"}], **SHORT}
         path, key = f"{lease.url}/v1/chat/completions", f"Bearer {lease.api_key}"
-        answer = httpx.post(path, json=body, headers={"Authorization": key}, timeout=LIMIT_S)
+        answer = httpx2.post(path, json=body, headers={"Authorization": key}, timeout=LIMIT_S)
         assert answer.json()["choices"][0]["message"]["content"] == lease.chat("hello", **SHORT)
         for headers in ({}, {"Authorization": f"{key}x"}):
-            assert httpx.post(path, json=body, headers=headers).status_code == 401
+            assert httpx2.post(path, json=body, headers=headers).status_code == 401
 
 
 def test_a_lease_that_was_released_is_not_used(scheduler: Scheduler, model: Path) -> None:
@@ -154,7 +154,7 @@ def test_a_lease_that_was_released_is_not_used(scheduler: Scheduler, model: Path
 def properties(lease: Lease) -> Any:
     """Return the engine's properties of itself."""
     headers = {"Authorization": f"Bearer {lease.api_key}"}
-    return httpx.get(f"{lease.url}/props", headers=headers, timeout=LIMIT_S).json()
+    return httpx2.get(f"{lease.url}/props", headers=headers, timeout=LIMIT_S).json()
 
 
 def test_options_reach_the_engine(scheduler: Scheduler, tmp_path: Path) -> None:

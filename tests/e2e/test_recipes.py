@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 import psutil
 import pytest
 
@@ -178,8 +178,8 @@ class Service:
         self.url = url
         self.scheduler = scheduler
 
-    def ask(self, path: str, **question: Any) -> httpx.Response:
-        return httpx.post(f"{self.url}{path}", json={"text": "hello", **question}, timeout=LIMIT_OF_PROGRAM_S)
+    def ask(self, path: str, **question: Any) -> httpx2.Response:
+        return httpx2.post(f"{self.url}{path}", json={"text": "hello", **question}, timeout=LIMIT_OF_PROGRAM_S)
 
     @contextmanager
     def client(self, path: str, **question: Any) -> Iterator[socket.socket]:
@@ -297,7 +297,7 @@ def test_several_workers_serve_and_end_together(folder: Path) -> None:
             assert_soon(lambda: log.read_text().count("startup complete") == 2, LIMIT_OF_PROGRAM_S)
             url = re.findall(r"http://[\d.:]+", log.read_text())[0]
             for _ in range(4):
-                told = httpx.post(f"{url}/chat", json={"text": "hello", "max_tokens": 4}, timeout=LIMIT_OF_PROGRAM_S)
+                told = httpx2.post(f"{url}/chat", json={"text": "hello", "max_tokens": 4}, timeout=LIMIT_OF_PROGRAM_S)
                 assert told.status_code == 200
             children = psutil.Process(running.pid).children(recursive=True)
         finally:

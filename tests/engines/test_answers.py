@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from typing import Any
 
-import httpx
+import httpx2
 import pytest
 
 from scheduler import Answer, AnswerTimeout, EngineError, UnsupportedOption
@@ -63,7 +63,7 @@ def client(url: str) -> Iterator[RunnerClient]:
         yield client
 
 
-def unreached(request: httpx.Request) -> httpx.Response:
+def unreached(request: httpx2.Request) -> httpx2.Response:
     """Fail: nothing may be sent."""
     raise AssertionError(f"{request.url} was asked")
 
@@ -71,7 +71,7 @@ def unreached(request: httpx.Request) -> httpx.Response:
 @pytest.fixture
 def mute() -> Iterator[RunnerClient]:
     """Yield a client of a server that must not be asked."""
-    with closing(RunnerClient("http://127.0.0.1:1", "key", transport=httpx.MockTransport(unreached))) as client:
+    with closing(RunnerClient("http://127.0.0.1:1", "key", transport=httpx2.MockTransport(unreached))) as client:
         yield client
 
 
@@ -209,7 +209,7 @@ def test_u48_what_is_let_through_is_what_the_server_takes(url: str, path: str) -
     for name in (CHAT_PARAMETERS if chat else COMPLETION_PARAMETERS) - NOT_REFUSED:
         short = {} if name.startswith("max_") else {"n_predict": 1}  # it would go before the others
         answers = [
-            httpx.post(url + path, headers={"Authorization": "Bearer key"}, json={**told, **short, name: value})
+            httpx2.post(url + path, headers={"Authorization": "Bearer key"}, json={**told, **short, name: value})
             for value in ({"x": 1}, "x", 5)
         ]
         if all(answer.status_code == 200 for answer in answers):
@@ -268,11 +268,11 @@ def test_u36_addresses_in_texts_and_what_is_held_in_a_message_are_sent(content: 
     """U36: a text may name an address, and a message may hold an image or a sound itself."""
     sent = []
 
-    def reply(request: httpx.Request) -> httpx.Response:
+    def reply(request: httpx2.Request) -> httpx2.Response:
         sent.append(json.loads(request.content)["messages"])
-        return httpx.Response(200, content=event("fine") + DONE, headers={"Content-Type": EVENTS})
+        return httpx2.Response(200, content=event("fine") + DONE, headers={"Content-Type": EVENTS})
 
-    with closing(RunnerClient("http://127.0.0.1:1", "key", transport=httpx.MockTransport(reply))) as client:
+    with closing(RunnerClient("http://127.0.0.1:1", "key", transport=httpx2.MockTransport(reply))) as client:
         assert client.chat([{"role": "user", "content": content}]) == "fine"
     assert sent == [[{"role": "user", "content": content}]]
 
@@ -359,13 +359,13 @@ def test_u49_both_limits_hold_before_an_answer_begins(ask: str, limits: dict[str
 def embedder(seen: list[list[str]], pause_s: float = 0.0) -> RunnerClient:
     """Return a client of a server whose vector of a text is the text's own number."""
 
-    def reply(request: httpx.Request) -> httpx.Response:
+    def reply(request: httpx2.Request) -> httpx2.Response:
         threading.Event().wait(pause_s)
         seen.append(json.loads(request.content)["input"])
         data = [{"index": index, "embedding": [float(text.split()[0])]} for index, text in enumerate(seen[-1])]
-        return httpx.Response(200, json={"data": data[::-1]})
+        return httpx2.Response(200, json={"data": data[::-1]})
 
-    return RunnerClient("http://127.0.0.1:1", "key", transport=httpx.MockTransport(reply))
+    return RunnerClient("http://127.0.0.1:1", "key", transport=httpx2.MockTransport(reply))
 
 
 @pytest.mark.parametrize("embed", EMBEDS)
@@ -421,8 +421,8 @@ def test_u71_whatever_breaks_by_a_close_is_a_broken_connection(
         async def asend(*_: Any, **__: Any) -> Any:
             send()
 
-        monkeypatch.setattr(httpx.Client, "send", send)
-        monkeypatch.setattr(httpx.AsyncClient, "send", asend)
+        monkeypatch.setattr(httpx2.Client, "send", send)
+        monkeypatch.setattr(httpx2.AsyncClient, "send", asend)
         with pytest.raises(ConnectionError, match="is closed") as told:
             EMBEDS[ask](client, "a") if ask in EMBEDS else ASKS[ask](client)
     assert told.value.__cause__ is None and told.value.__suppress_context__
@@ -434,7 +434,7 @@ def test_u71_what_breaks_by_itself_is_not_hidden(monkeypatch: pytest.MonkeyPatch
     def send(*_: Any, **__: Any) -> Any:
         raise RuntimeError("a defect")
 
-    monkeypatch.setattr(httpx.Client, "send", send)
+    monkeypatch.setattr(httpx2.Client, "send", send)
     with closing(RunnerClient("http://127.0.0.1:1", "key")) as client, pytest.raises(RuntimeError, match="a defect"):
         client.chat("hello")
 
@@ -459,13 +459,13 @@ def test_u35_scores_are_in_the_order_of_the_documents() -> None:
     """U35: many documents are scored a few at a time, and the scores are in the documents' order."""
     seen = []
 
-    def reply(request: httpx.Request) -> httpx.Response:
+    def reply(request: httpx2.Request) -> httpx2.Response:
         asked = json.loads(request.content)
         seen.append(len(asked["documents"]))
         results = [{"index": at, "relevance_score": float(text)} for at, text in enumerate(asked["documents"])]
-        return httpx.Response(200, json={"results": sorted(results, key=lambda each: -each["relevance_score"])})
+        return httpx2.Response(200, json={"results": sorted(results, key=lambda each: -each["relevance_score"])})
 
-    with closing(RunnerClient("http://127.0.0.1:1", "key", transport=httpx.MockTransport(reply))) as client:
+    with closing(RunnerClient("http://127.0.0.1:1", "key", transport=httpx2.MockTransport(reply))) as client:
         assert client.rerank("a", [str(number) for number in range(40)]) == [float(number) for number in range(40)]
         assert asyncio.run(client.arerank("a", ["5", "7", "6"])) == [5.0, 7.0, 6.0]
     assert max(seen) <= BATCH_TEXTS

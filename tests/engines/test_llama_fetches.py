@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
 
-import httpx
+import httpx2
 import pytest
 
 from scheduler import Lease, Scheduler
@@ -75,10 +75,10 @@ def seeing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lease]:
         yield lease
 
 
-def post(lease: Lease, path: str, body: dict[str, Any]) -> httpx.Response:
+def post(lease: Lease, path: str, body: dict[str, Any]) -> httpx2.Response:
     """Send a request to the runner itself, past the lease."""
     headers = {"Authorization": f"Bearer {lease.api_key}"}
-    return httpx.post(f"{lease.url}{path}", headers=headers, json={"max_tokens": 4, **body}, timeout=LIMIT_S)
+    return httpx2.post(f"{lease.url}{path}", headers=headers, json={"max_tokens": 4, **body}, timeout=LIMIT_S)
 
 
 def requests_with(address: str) -> dict[str, tuple[str, dict[str, Any]]]:

@@ -316,7 +316,7 @@ def test_a_program_that_is_out_of_files_is_told_so_and_the_runner_goes_on(
         raise OSError(errno.EMFILE, "Too many open files")
 
     monkeypatch.setattr("socket.create_connection", fail)
-    monkeypatch.setattr("anyio.connect_tcp", fail)
+    monkeypatch.setattr("asyncio.BaseEventLoop.create_connection", fail)
     client = client_of("http://127.0.0.1:1")
     for ask in (lambda: client.chat("hello"), lambda: asyncio.run(client.achat("hello"))):
         with pytest.raises(EngineError, match=r"too many open files; close some, or raise .*ulimit -n"):
@@ -488,14 +488,16 @@ def test_a_closed_client_connects_no_more(chat_url: str, client_of: ClientOf) ->
         asyncio.run(client.achat("hello"))
 
 
-def test_closing_from_an_event_loop_closes_everything(chat_url: str, client_of: ClientOf) -> None:
-    """A close from an event loop closes the loop's connections and the others."""
+def test_a_client_is_closed_from_an_event_loop_too(chat_url: str, client_of: ClientOf) -> None:
+    """A client that an event loop closes connects no more, with or without the loop."""
 
     async def use_and_close() -> None:
         client = client_of(chat_url)
         await client.achat("hello", **LETTERS)
-        await client.aclose()
+        client.close()
         with pytest.raises(ConnectionError, match="closed"):
             client.chat("hello")
+        with pytest.raises(ConnectionError, match="closed"):
+            await client.achat("hello")
 
     asyncio.run(use_and_close())

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 import pytest
 
 from fsm.domain.options import Options
@@ -102,18 +102,18 @@ class Server:
         self.body: Mapping[str, Any] = {}
 
     def client(self) -> RunnerClient:
-        return RunnerClient("http://127.0.0.1:1", "key", transport=httpx.MockTransport(self._answer))
+        return RunnerClient("http://127.0.0.1:1", "key", transport=httpx2.MockTransport(self._answer))
 
-    def _answer(self, request: httpx.Request) -> httpx.Response:
+    def _answer(self, request: httpx2.Request) -> httpx2.Response:
         self.body = json.loads(request.content)
         choice = {"index": 0, "text": "yes", "message": {"content": "yes"}, "delta": {"content": "yes"}}
         if self.body.get("stream"):
-            return httpx.Response(
+            return httpx2.Response(
                 200,
                 text=f"data: {json.dumps({'choices': [choice]})}\n\ndata: [DONE]\n\n",
                 headers={"content-type": "text/event-stream"},
             )
-        return httpx.Response(200, json={"choices": [choice], "data": [{"index": 0, "embedding": [1.0]}]})
+        return httpx2.Response(200, json={"choices": [choice], "data": [{"index": 0, "embedding": [1.0]}]})
 
 
 MARIO = ChatDefaults("You are Mario.", (HI,), {"temperature": 0, "max_tokens": 9})
@@ -149,7 +149,7 @@ def test_u34_chats_in_an_event_loop_begin_so_too(server: Server) -> None:
     async def talk() -> None:
         client = server.client()
         await client.aanswer(client.chat_call("go", MARIO))
-        await client.aclose()
+        client.close()
 
     asyncio.run(talk())
     assert server.body["messages"][:2] == MARIOS and server.body["temperature"] == 0

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
+import httpx2
 import pytest
 
 from scheduler import PythonModel, Scheduler, SchedulerError
@@ -221,7 +222,6 @@ async def _streamed(lease: object) -> None:
 
 def test_u46_requests_of_the_program_are_still_logged(lines: Lines) -> None:
     """The HTTP library's lines for the program's own requests are as they were."""
-    httpx = pytest.importorskip("httpx")
-    with httpx.Client(transport=httpx.MockTransport(lambda _: httpx.Response(200))) as client:
+    with httpx2.Client(transport=httpx2.MockTransport(lambda _: httpx2.Response(200))) as client:
         client.get("http://example.invalid/")
-    assert [each.name for each in lines.records if each.name == "httpx"] == ["httpx"]
+    assert [each.name for each in lines.records if each.name == "httpx2"] == ["httpx2"]

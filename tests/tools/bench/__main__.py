@@ -8,7 +8,7 @@ import platform
 import sys
 from pathlib import Path
 
-from tests.tools.bench import cold, cores, footprints, growth, memory, metadata, prefetch, threads, warm
+from tests.tools.bench import cold, cores, footprints, growth, http_clients, memory, metadata, prefetch, threads, warm
 
 BENCHMARKS = {
     "warm": warm.run,
@@ -19,6 +19,7 @@ BENCHMARKS = {
     "memory": memory.run,
     "metadata": metadata.run,
     "growth": growth.run,
+    "http": http_clients.run,
     "footprints": footprints.run,
 }
 

@@ -17,6 +17,8 @@ from importlib import import_module, metadata
 from multiprocessing.connection import Connection
 from typing import Any
 
+from scheduler.engines.loop_transport import LoopTransport
+
 CHUNKS = 1_000  # of one stream
 PACE_S = 0.001  # between two chunks, so that each is read by itself, as tokens are
 REQUESTS = 300
@@ -170,12 +172,14 @@ async def of_httpcore(name: str, host: str, port: int, kept: bool) -> AsyncItera
 
 
 @asynccontextmanager
-async def of_httpx(name: str, host: str, port: int, kept: bool) -> AsyncIterator[Request]:
-    """Use httpx or httpx2."""
+async def of_httpx(
+    name: str, host: str, port: int, kept: bool, transport: Callable[[], Any] = lambda: None
+) -> AsyncIterator[Request]:
+    """Use httpx or httpx2, with a transport of its own or another one."""
     library = import_module(name)
     limits = library.Limits(max_keepalive_connections=None if kept else 0)
     told = {"base_url": f"http://{host}:{port}", "limits": limits, "timeout": None, "trust_env": False}
-    async with library.AsyncClient(**told) as client:
+    async with library.AsyncClient(transport=transport(), **told) as client:
 
         async def request(path: str) -> int:
             async with client.stream("POST", path, content=BODY) as response:
@@ -232,7 +236,8 @@ MEASURED = {"a chunk": ("/stream", True), "a request, kept": ("/ask", True), "a 
 
 def run() -> dict[str, Any]:
     """Return the figures in µs of the processor, and print them beside the floor's of the same round."""
-    clients = {FLOOR: ("", partial(of_parser, _Bytes)), **installed()}
+    ours = partial(of_httpx, "httpx2", transport=LoopTransport)  # keeps no connection
+    clients = {FLOOR: ("", partial(of_parser, _Bytes)), **installed(), "httpx2 with our transport": ("", ours)}
     taken: dict[str, dict[str, list[float]]] = {name: {what: [] for what in MEASURED} for name in clients}
     with server() as address:
         for _ in range(ROUNDS):

@@ -63,14 +63,14 @@ def deployment(task: dict[str, Any]) -> Any:
     class Host:
         def __init__(self) -> None:
             sys.path.extend(task["paths"])
-            import httpx
+            import httpx2
 
             from scheduler.engines.llama import LlamaEngine
 
             self.engine = LlamaEngine()
             # Each request has a connection of its own: a kept one that was closed meanwhile would look like a crash.
-            limits = httpx.Limits(max_keepalive_connections=0)
-            self.client = httpx.AsyncClient(timeout=None, limits=limits, trust_env=False)
+            limits = httpx2.Limits(max_keepalive_connections=0)
+            self.client = httpx2.AsyncClient(timeout=None, limits=limits, trust_env=False)
 
         @serve.multiplexed(max_num_models_per_replica=task["room"])
         async def model(self, name: str) -> Model:

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import httpx
+import httpx2
 
 from tests.tools.race.contestants import PATIENCE_S, Course, Opened
 from tests.tools.race.trace import Ask, Asker, Killed
@@ -62,13 +62,13 @@ def router(course: Course, binary: str, more: Sequence[str] = ()) -> Iterator[Op
             _stop(process)
 
 
-def fresh_client(url: str) -> httpx.Client:
+def fresh_client(url: str) -> httpx2.Client:
     """Return a client with a new connection for every request, since a kept one that was closed would be an error."""
-    limits = httpx.Limits(max_keepalive_connections=0)
-    return httpx.Client(base_url=url, timeout=PATIENCE_S, limits=limits, trust_env=False)
+    limits = httpx2.Limits(max_keepalive_connections=0)
+    return httpx2.Client(base_url=url, timeout=PATIENCE_S, limits=limits, trust_env=False)
 
 
-def http_asker(client: httpx.Client, course: Course) -> Asker:
+def http_asker(client: httpx2.Client, course: Course) -> Asker:
     """Return a function that requests by HTTP, as OpenAI's chat completions do."""
 
     def ask(ask: Ask) -> None:
@@ -77,9 +77,9 @@ def http_asker(client: httpx.Client, course: Course) -> Asker:
         headers = {"serve_multiplexed_model_id": ask.model}
         try:
             answer = client.post("/v1/chat/completions", json=body, headers=headers)
-        except httpx.TransportError as error:
+        except httpx2.TransportError as error:
             raise Killed(f"the answer broke off: {error!r}") from error
-        if answer.status_code != httpx.codes.OK:
+        if answer.status_code != httpx2.codes.OK:
             text = f"{answer.status_code}: {answer.text}"
             raise Killed(text) if any(sign in text.lower() for sign in _BROKEN) else RuntimeError(text)
         if not answer.json()["choices"]:
@@ -92,9 +92,9 @@ def _await(process: subprocess.Popen[bytes], port: int, log: Path) -> None:
     end = time.monotonic() + START_S
     while time.monotonic() < end and process.poll() is None:
         try:
-            if httpx.get(f"http://127.0.0.1:{port}/health", trust_env=False).status_code == httpx.codes.OK:
+            if httpx2.get(f"http://127.0.0.1:{port}/health", trust_env=False).status_code == httpx2.codes.OK:
                 return
-        except httpx.TransportError:
+        except httpx2.TransportError:
             time.sleep(0.1)
     raise RuntimeError(f"the router did not start: {log.read_text(errors='replace')[-500:]}")
 

@@ -89,9 +89,9 @@ class Connection:
             with suppress(OSError, TypeError):
                 self._socket.shutdown(socket.SHUT_RDWR)
 
-    def opened(self, socket: Any) -> None:
+    def opened(self, connected: Any) -> None:
         """Take in the socket of the connection, which is open now."""
-        self._socket = socket
+        self._socket = connected
         if self.is_cut:
             self.cut()
 

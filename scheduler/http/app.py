@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
+from collections.abc import Iterator
 from typing import Unpack
 
 from starlette.applications import Starlette
@@ -49,12 +48,7 @@ def create_app(scheduler: Scheduler, **settings: Unpack[ServerArguments]) -> ASG
     ]
     routes.append(Route("/openapi.json", _Endpoint(service, openai.PROTOCOL, _describe), methods=["GET"]))
 
-    @asynccontextmanager
-    async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        yield
-        await service.aclose()
-
-    inner = Starlette(routes=routes, lifespan=lifespan, exception_handlers={HTTPException: _refused})
+    inner = Starlette(routes=routes, exception_handlers={HTTPException: _refused})
     inner.router.default = _no_route
     inner.router.redirect_slashes = False
     return Guard(inner, checked, protocol_of, _needs_no_key)

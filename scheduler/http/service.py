@@ -68,7 +68,7 @@ class Service:
     def __init__(self, scheduler: Scheduler, settings: ServerSettings) -> None:
         self.scheduler = scheduler
         self.settings = settings
-        self._upstream: Upstream | None = None
+        self._upstream = Upstream()
         self._known: dict[str, tuple[ModelSpec, float]] = {}  # by name, and until when
         self._listed: tuple[dict[str, ModelSpec], float] | None = None  # and until when it serves
         self._status: tuple[Status, float] | None = None  # and until when it serves
@@ -182,19 +182,6 @@ class Service:
             self._status = self.scheduler.status(), now + _STATUS_S
         return self._status[0]
 
-    async def aclose(self) -> None:
-        """Close the connections to the runners."""
-        upstream, self._upstream = self._upstream, None
-        if upstream is not None:
-            await upstream.aclose()
-
-    @property
-    def upstream(self) -> Upstream:
-        """The connections to the runners, which belong to the event loop that runs."""
-        if self._upstream is None:
-            self._upstream = Upstream()
-        return self._upstream
-
     def _waiting(self, spec: ModelSpec, acquiring: Acquiring) -> Waiting:
         """Return what a request waits for."""
         status = self.status()
@@ -214,7 +201,7 @@ class Service:
     async def _answer(self, exchange: Exchange, call: Call, protocol: Protocol, content: bytes, lease: Lease) -> None:
         try:
             async with AsyncExitStack() as stack:
-                answer = self.upstream.answer(lease, call.path, content, call.content_type)
+                answer = self._upstream.answer(lease, call.path, content, call.content_type)
                 opening = stack.enter_async_context(answer)
                 response = await self.patiently(exchange, call, protocol, opening, lambda: Waiting("answering"))
                 if response.is_error:

@@ -9,9 +9,9 @@ from contextlib import asynccontextmanager
 import httpx2
 
 from scheduler.api.lease import Lease
-from scheduler.engines.quiet_client import quiet
+from scheduler.engines.loop_transport import LoopTransport
 
-_TIMEOUT = httpx2.Timeout(None, connect=5.0)
+_LIMITS = {"timeout": httpx2.Timeout(None, connect=5.0).as_dict()}
 _MODEL = re.compile(rb'"model":("(?:[^"\\]|\\.)*")')
 
 BROKEN = (httpx2.NetworkError, httpx2.ProtocolError, httpx2.TimeoutException)
@@ -21,8 +21,7 @@ class Upstream:
     """Connections to the runners. A connection is used once: the runner stops its work when it is closed."""
 
     def __init__(self) -> None:
-        limits = httpx2.Limits(max_connections=None, max_keepalive_connections=0)
-        self._client = httpx2.AsyncClient(trust_env=False, verify=False, limits=limits, timeout=_TIMEOUT)
+        self._transport = LoopTransport()  # without a client around it, which takes as long again for each chunk
 
     @asynccontextmanager
     async def answer(
@@ -30,18 +29,12 @@ class Upstream:
     ) -> AsyncIterator[httpx2.Response]:
         """Send a request to the runner of a lease and yield the answer, whose content has not been read."""
         headers = {"Authorization": f"Bearer {lease.api_key}", "Content-Type": content_type}
-        request = self._client.build_request("POST", f"{lease.url}{path}", content=content, headers=headers)
-        with quiet():
-            response = await self._client.send(request, stream=True)
+        request = httpx2.Request("POST", f"{lease.url}{path}", content=content, headers=headers, extensions=_LIMITS)
+        response = await self._transport.handle_async_request(request)
         try:
             yield response
         finally:
-            with quiet():
-                await response.aclose()
-
-    async def aclose(self) -> None:
-        """Close every connection."""
-        await self._client.aclose()
+            await response.aclose()
 
 
 class Renaming:

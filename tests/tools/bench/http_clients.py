@@ -17,6 +17,8 @@ from importlib import import_module, metadata
 from multiprocessing.connection import Connection
 from typing import Any
 
+import httpx2
+
 from scheduler.engines.loop_transport import LoopTransport
 
 CHUNKS = 1_000  # of one stream
@@ -189,6 +191,22 @@ async def of_httpx(
 
 
 @asynccontextmanager
+async def of_our_transport(host: str, port: int, kept: bool) -> AsyncIterator[Request]:
+    """Use the transport of event loops, which keeps no connection, without a client of httpx2."""
+    transport, extensions = LoopTransport(), {"timeout": httpx2.Timeout(None).as_dict()}
+
+    async def request(path: str) -> int:
+        sent = httpx2.Request("POST", f"http://{host}:{port}{path}", content=BODY, extensions=extensions)
+        response = await transport.handle_async_request(sent)
+        assert isinstance(response.stream, httpx2.AsyncByteStream)
+        count = sum([len(part) async for part in response.stream])
+        await response.aclose()
+        return count
+
+    yield request
+
+
+@asynccontextmanager
 async def of_aiohttp(host: str, port: int, kept: bool) -> AsyncIterator[Request]:
     """Use aiohttp."""
     library = import_module("aiohttp")
@@ -210,6 +228,12 @@ CLIENTS: dict[str, Open] = {
     "httptools": partial(of_parser, _httptools),
     "httpx": partial(of_httpx, "httpx"),
     "httpx2": partial(of_httpx, "httpx2"),
+}
+
+
+OURS: dict[str, tuple[str, Open]] = {
+    "httpx2 with our transport": ("", partial(of_httpx, "httpx2", transport=LoopTransport)),
+    "our transport alone": ("", of_our_transport),
 }
 
 
@@ -236,8 +260,7 @@ MEASURED = {"a chunk": ("/stream", True), "a request, kept": ("/ask", True), "a 
 
 def run() -> dict[str, Any]:
     """Return the figures in µs of the processor, and print them beside the floor's of the same round."""
-    ours = partial(of_httpx, "httpx2", transport=LoopTransport)  # keeps no connection
-    clients = {FLOOR: ("", partial(of_parser, _Bytes)), **installed(), "httpx2 with our transport": ("", ours)}
+    clients = {FLOOR: ("", partial(of_parser, _Bytes)), **installed(), **OURS}
     taken: dict[str, dict[str, list[float]]] = {name: {what: [] for what in MEASURED} for name in clients}
     with server() as address:
         for _ in range(ROUNDS):

@@ -106,6 +106,9 @@ class _Connection(asyncio.Protocol, httpx2.AsyncByteStream):
         if self._error is not None:
             raise self._error
         self._more = asyncio.get_running_loop().create_future()
+        if self._read_timeout_s is None:  # a timeout takes as long as all else
+            await self._more
+            return
         try:
             async with asyncio.timeout(self._read_timeout_s):
                 await self._more

@@ -219,7 +219,8 @@ class Service:
     async def _stream(self, exchange: Exchange, call: Call, protocol: Protocol, response: httpx2.Response) -> None:
         renaming, last = Renaming(as_json(call.model)), b""
         await self.begin_stream(exchange, protocol)
-        async for chunk in response.aiter_raw():
+        assert isinstance(response.stream, httpx2.AsyncByteStream)
+        async for chunk in response.stream:
             if lines := renaming.feed(chunk):
                 last = lines if len(lines) > _LAST_BYTES else (last + lines)[-_LAST_BYTES:]
                 await exchange.write(lines)

@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import socket
-import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import httpx2
 import pytest
-import uvicorn
 
 from scheduler import Scheduler
 from scheduler.http import create_app
+from tests.support.running import running
 from tests.support.tiny_models import write_tiny_model
-
-START_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -36,23 +31,6 @@ class Served:
     def get(self, path: str, **headers: str) -> httpx2.Response:
         """Return the whole answer."""
         return httpx2.get(f"{self.url}{path}", headers=headers, timeout=60, trust_env=False)
-
-
-@contextmanager
-def running(app: Any) -> Iterator[str]:
-    """Run an ASGI application and yield its address."""
-    with socket.create_server(("127.0.0.1", 0)) as listening:
-        server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1))
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
-        thread.start()
-        until = time.monotonic() + START_S
-        while not server.started and time.monotonic() < until:
-            time.sleep(0.01)
-        try:
-            yield f"http://127.0.0.1:{listening.getsockname()[1]}"
-        finally:
-            server.should_exit = True
-            thread.join(START_S)
 
 
 @pytest.fixture(scope="session")

@@ -28,7 +28,8 @@ from scheduler.http.errors import answer_to, error_table
 from scheduler.http.openai import PROTOCOL as OPENAI
 from scheduler.http.settings import server_table
 from tests.api.test_errors import EXAMPLES
-from tests.http.conftest import Serve, Served, running
+from tests.http.conftest import Serve, Served
+from tests.support.running import running
 
 HELLO: list[Any] = [{"role": "user", "content": "hello"}]
 KINDS = {type(error): error for error, _, _ in EXAMPLES}

@@ -15,7 +15,7 @@ from starlette.routing import Mount
 
 from scheduler import Scheduler
 from scheduler.http import create_app
-from tests.http.conftest import running
+from tests.support.running import running
 
 HELLO: list[Any] = [{"role": "user", "content": "hello"}]
 
@@ -44,8 +44,6 @@ def test_it_may_be_mounted_under_any_prefix(model_folder: Path, prefix: str, out
 
 def test_importing_the_library_imports_no_server() -> None:
     """The server's packages are imported where the server is."""
-    code = (
-        "import sys, scheduler; print([name for name in ('starlette', 'uvicorn', 'multipart') if name in sys.modules])"
-    )
+    code = "import sys, scheduler; print({'starlette', 'uvicorn', 'python_multipart'} & {*sys.modules})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"

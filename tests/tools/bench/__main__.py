@@ -8,7 +8,19 @@ import platform
 import sys
 from pathlib import Path
 
-from tests.tools.bench import cold, cores, footprints, growth, http_clients, memory, metadata, prefetch, threads, warm
+from tests.tools.bench import (
+    cold,
+    cores,
+    footprints,
+    growth,
+    http_clients,
+    http_server,
+    memory,
+    metadata,
+    prefetch,
+    threads,
+    warm,
+)
 
 BENCHMARKS = {
     "warm": warm.run,
@@ -18,6 +30,7 @@ BENCHMARKS = {
     "prefetch": prefetch.run,
     "memory": memory.run,
     "metadata": metadata.run,
+    "server": http_server.run,
     "growth": growth.run,
     "http": http_clients.run,
     "footprints": footprints.run,

@@ -18,7 +18,7 @@ from tests.tools.bench.cold import model_path
 from tests.tools.race import report
 from tests.tools.race.contestants import Contestant, Course, loadmaster, reference, room_for_all
 from tests.tools.race.ray_serve import find_ray, ray_serve
-from tests.tools.race.router import find_binary, router
+from tests.tools.race.router import find_binary, over_http, router
 from tests.tools.race.trace import Answered, Ask, a_trace, clock, figures, loads_one_by_one, run_clients
 
 EXPONENT = 1.0
@@ -33,6 +33,7 @@ def contestants(arguments: argparse.Namespace) -> list[Contestant]:
     python, no_ray = find_ray(arguments.ray_python)
     return [
         Contestant("a", "loadmaster", "", loadmaster),
+        Contestant("a1", "loadmaster over HTTP", "", over_http),
         Contestant("b", "llama-server's router", no_binary, partial(router, binary=binary)),
         Contestant("b1", "router, 1 thread a child", no_binary, partial(router, binary=binary, more=ONE_THREAD)),
         Contestant("c", "Ray Serve, multiplexed", no_ray, partial(ray_serve, python=python)),

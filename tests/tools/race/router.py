@@ -1,4 +1,4 @@
-"""llama.cpp's own server in its router mode, which loads and unloads models by itself."""
+"""Contestants over HTTP: llama.cpp's own server, which loads and unloads models by itself, and ours."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ from tempfile import TemporaryDirectory
 
 import httpx2
 
-from tests.tools.race.contestants import PATIENCE_S, Course, Opened
+from scheduler import Scheduler
+from scheduler.http import create_app
+from tests.support.running import running
+from tests.tools.race.contestants import PATIENCE_S, Course, Opened, Tally, settings
 from tests.tools.race.trace import Ask, Asker, Killed
 
 START_S = 60.0
@@ -40,6 +43,13 @@ def find_binary(named: str | None) -> tuple[str, str]:
 @contextmanager
 def router(course: Course, binary: str, more: Sequence[str] = ()) -> Iterator[Opened]:
     """A router with its defaults but for the number of models, and for `more` arguments."""
+    with router_at(course, binary, more) as (url, log), fresh_client(url) as client:
+        yield Opened(http_asker(client, course), lambda: log.read_text(errors="replace").count(_SPAWNS))
+
+
+@contextmanager
+def router_at(course: Course, binary: str, more: Sequence[str] = ()) -> Iterator[tuple[str, Path]]:
+    """Run a router and yield its address and its log."""
     port = _free_port()
     with TemporaryDirectory(prefix="race-router-") as folder:
         log = Path(folder) / "log"
@@ -56,10 +66,18 @@ def router(course: Course, binary: str, more: Sequence[str] = ()) -> Iterator[Op
             )  # fmt: skip
         try:
             _await(process, port, log)
-            with fresh_client(f"http://127.0.0.1:{port}") as client:
-                yield Opened(http_asker(client, course), lambda: log.read_text(errors="replace").count(_SPAWNS))
+            yield f"http://127.0.0.1:{port}", log
         finally:
             _stop(process)
+
+
+@contextmanager
+def over_http(course: Course) -> Iterator[Opened]:
+    """The scheduler behind its own server, in this process."""
+    with Scheduler(settings(course, models=course.folder)) as scheduler, running(create_app(scheduler)) as url:
+        tally = Tally(scheduler.events())
+        with fresh_client(url) as client:
+            yield Opened(http_asker(client, course), lambda: tally.loads, tally.details)
 
 
 def fresh_client(url: str) -> httpx2.Client:

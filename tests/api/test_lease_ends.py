@@ -72,6 +72,7 @@ def silent(began: threading.Event) -> Act:
     def act(connection: socket.socket) -> None:
         receive(connection)
         began.set()
+        connection.settimeout(3 * LIMIT_S)  # longer than the test waits for it
         with suppress(OSError):
             connection.recv(1)
 
@@ -84,6 +85,7 @@ def after_one_piece(began: threading.Event) -> Act:
     def act(connection: socket.socket) -> None:
         stream(event("a"))(connection)
         began.set()
+        connection.settimeout(3 * LIMIT_S)  # longer than the test waits for it
         with suppress(OSError):
             connection.recv(1)
 
@@ -139,13 +141,45 @@ def test_u63_an_async_stream_that_another_task_closes_ends_for_its_reader(
 
         reader = asyncio.create_task(reading())
         assert await asyncio.to_thread(began.wait, LIMIT_S) and leases(scheduler) == [1]
-        await pieces.aclose()
+        await asyncio.wait_for(pieces.aclose(), LIMIT_S)
         assert leases(scheduler) == [0]
         return await asyncio.wait_for(reader, LIMIT_S)
 
     with Misbehaving(ACTS[act](began)) as server:
         of_server(monkeypatch, server)
         assert asyncio.run(main()) in ([], ["a"])
+
+
+@pytest.mark.parametrize("kind", ["stream", "astream"])
+def test_u63_a_stream_that_is_closed_during_a_read_yields_nothing_more(
+    scheduler: Scheduler, folder: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """U63: a close ends a stream for a reader that waits for its turn, although more of the answer has arrived."""
+
+    async def main(lease: Lease) -> None:
+        pieces = lease.astream("hello")
+        assert await anext(pieces) == "a"
+        async with pieces._turn:  # as another reader
+            waiting = asyncio.ensure_future(anext(pieces))
+            await asyncio.sleep(0)
+            closing = asyncio.ensure_future(pieces.aclose())
+            await asyncio.sleep(0)
+        with pytest.raises(StopAsyncIteration):
+            await asyncio.wait_for(waiting, LIMIT_S)
+        await asyncio.wait_for(closing, LIMIT_S)
+
+    with Misbehaving(stream(event("a") + event("b"))) as server:
+        of_server(monkeypatch, server)
+        with scheduler.acquire(folder / "a.gguf") as lease:
+            if kind == "astream":
+                asyncio.run(main(lease))
+            else:
+                pieces = lease.stream("hello")
+                assert next(pieces) == "a"
+                with pieces._turn:  # as another reader
+                    pieces.close()
+                assert next(pieces, None) is None
+        assert leases(scheduler) == [0]
 
 
 @pytest.mark.parametrize("kind", ["stream", "astream"])

@@ -387,6 +387,32 @@ def test_s31_a_reading_from_before_the_exit_says_nothing() -> None:
     assert pool.state("a") is RunnerState.unloaded
 
 
+def test_s31_a_further_look_keeps_the_reading_that_counts() -> None:
+    """S31: the reading that was asked for at the exit shows the memory, although later looks have asked for others."""
+    pool = a_runner_that_left()
+    assert pool.advance("250ms") == [Sample(2)]
+    pool.strangers = {}
+    pool.feed(pool.sample(number=0))
+    assert pool.state("a") is RunnerState.expiring
+    pool.feed(pool.sample(number=1))
+    assert pool.state("a") is RunnerState.unloaded
+
+
+def test_the_time_that_a_stop_may_take_ends_with_the_exit() -> None:
+    """After the exit a runner is due when its memory is, so that requests are told when to expect it."""
+    pool = a_gpu_pool().declare("b", Footprint(fixed=((GPU, 7 * GIB),))).idle("a")
+    pool.feed(pool.sample(), acquire("b", request=2))
+    limits = pool.core._state.config
+    pool.advance(limits.stop_timeout_s - 1.0)
+    pool.strangers = {GPU: 4 * GIB}
+    pool.feed(exited(1))
+    due_at = pool.now + limits.recovery_timeout_s
+    pool.advance(2.0)  # beyond the time in which the process had to end
+    snapshot = pool.core.snapshot()
+    assert [(view.process, view.due_at) for view in snapshot.runners] == [(False, due_at)]
+    assert [wait.until for wait in snapshot.queue] == [due_at]
+
+
 def test_d10_memory_that_falls_is_not_memory_that_comes_back() -> None:
     """D10: free memory that falls is no memory that comes back."""
     pool = a_runner_that_left()

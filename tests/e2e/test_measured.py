@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -117,6 +118,33 @@ def test_n14_a_context_that_a_users_own_client_fills_is_noticed(scheduler: Sched
     assert after.peak_bytes["cpu"] <= after.held_bytes["cpu"] <= max(before.held_bytes["cpu"], after.peak_bytes["cpu"])
     assert [entry.runner for entry in told] == [before.id]
     assert "predicted" in told[0].reason and "measured" in told[0].reason
+
+
+def test_n14_a_filled_context_is_told_after_a_reading(
+    scheduler: Scheduler, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """N14: as long as the memory cannot be read, no measurement replaces the prediction of a full context."""
+    read, polled = threading.Event(), threading.Semaphore(0)
+    sample, poll = DeviceReader.sample, LlamaProcess.context_filled
+
+    def waiting(devices: DeviceReader) -> tuple[DeviceSample, ...]:
+        read.wait(3 * LIMIT_S)
+        return sample(devices)
+
+    def counting(process: LlamaProcess, timeout_s: float) -> Mapping[DeviceId, int] | None:
+        polled.release()
+        return poll(process, timeout_s)
+
+    with scheduler.acquire(model, num_ctx=256) as lease:
+        fill(lease)
+        monkeypatch.setattr(DeviceReader, "sample", waiting)
+        monkeypatch.setattr(LlamaProcess, "context_filled", counting)
+    try:
+        assert all(polled.acquire(timeout=LIMIT_S) for _ in range(2))  # the first poll has given up its reading
+        assert not the_runner(scheduler).settled
+    finally:
+        read.set()
+    assert_soon(lambda: the_runner(scheduler).settled)
 
 
 def test_n14_a_runner_that_stays_leased_is_looked_at_with_each_probe(model: Path) -> None:

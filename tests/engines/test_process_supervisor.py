@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import Any
@@ -209,6 +211,15 @@ def test_a_later_stop_may_shorten_the_grace(processes: ChildLauncher) -> None:
     assert heard.exit().code == -signal.SIGKILL
 
 
+def test_a_later_stop_never_lengthens_the_grace(processes: ChildLauncher) -> None:
+    """A child is killed when the grace of the first stop is over, although a later stop has a longer one."""
+    heard = Heard()
+    child = start_and_wait(processes, STUBBORN, heard)
+    child.stop(0.2)
+    child.stop(LONG_S)
+    assert heard.exit().code == -signal.SIGKILL
+
+
 def test_what_a_child_leaves_behind_is_killed(either: ChildLauncher) -> None:
     """A child that ends by itself takes its process group with it."""
     heard = Heard()
@@ -261,6 +272,31 @@ def test_a_stop_before_the_start_calls_it_off(processes: ChildLauncher, monkeypa
     go_on.set()
     assert first.exit() == Exit(-signal.SIGTERM, asked=True)
     assert waiting.pid is None
+
+
+def test_a_child_that_is_stopped_and_cannot_be_started_is_let_go(
+    processes: ChildLauncher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stop of a child whose start then fails leaves nothing that keeps the child in memory."""
+    go_on, begun = threading.Event(), threading.Event()
+
+    def fail(*_: Any, **__: Any) -> None:
+        begun.set()
+        assert go_on.wait(LIMIT_S)
+        raise FileNotFoundError
+
+    monkeypatch.setattr(subprocess, "Popen", fail)
+    heard, stopped = Heard(), threading.Event()
+    child = start(processes, FOREVER, heard)
+    assert begun.wait(LIMIT_S) and child.watcher is not None
+    child.stop(LONG_S)
+    child.watcher.post(stopped.set)  # after the stop
+    assert stopped.wait(LIMIT_S)
+    go_on.set()
+    assert heard.exit().code is None
+    ended = weakref.ref(child)
+    del child
+    wait_until(lambda: gc.collect() >= 0 and ended() is None)
 
 
 def test_a_listener_that_raises_harms_nobody(processes: ChildLauncher) -> None:

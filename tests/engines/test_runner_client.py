@@ -6,6 +6,7 @@ import asyncio
 import errno
 import gc
 import json
+import select
 import socket
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
@@ -245,7 +247,8 @@ def reply(body: bytes, *, status: str = "200 OK") -> Act:
 
 
 answer = reply(b'{"choices": [{"text": "fine"}]}')
-vector = reply(b'{"data": [{"index": 0, "embedding": [1.0]}]}')
+VECTOR = b'{"data": [{"index": 0, "embedding": [1.0]}]}'
+vector = reply(VECTOR)
 
 
 def answer_then_close(connection: socket.socket) -> None:
@@ -280,6 +283,31 @@ def test_a_stale_connection_is_replaced_once(client_of: ClientOf) -> None:
     with Misbehaving(answer_then_close, vector) as server:
         client = client_of(server.url)
         assert [client.embed("one"), client.embed("two")] == [[1.0], [1.0]]
+
+
+def test_a_stale_connection_is_never_replaced_by_another_that_was_kept(client_of: ClientOf) -> None:
+    """A request on a kept connection that the server closes has a new one next, although there is another kept one."""
+    kept: list[socket.socket] = []
+
+    def keep(connection: socket.socket) -> None:
+        receive(connection)
+        kept.append(connection.dup())
+
+    def answer_both_then_close_one(connection: socket.socket) -> None:
+        keep(connection)
+        for each in kept:
+            each.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (len(VECTOR), VECTOR))
+        (asked, *_), _, _ = select.select(kept, [], [], SILENCE_S)
+        receive(asked)
+        asked.close()
+
+    with Misbehaving(keep, answer_both_then_close_one, vector) as server:
+        client = client_of(server.url)
+        with ThreadPoolExecutor(2) as both:
+            assert list(both.map(client.embed, ("one", "two"))) == [[1.0], [1.0]]
+        assert client.embed("three", timeout_s=SILENCE_S / 2) == [1.0]
+    for each in kept:
+        each.close()
 
 
 def test_a_connection_is_not_replaced_twice(client_of: ClientOf) -> None:
@@ -381,6 +409,25 @@ def test_a_stream_that_is_closed_early_closes_its_connection(client_of: ClientOf
         assert next(pieces) == "a"
         pieces.close()
         assert ended.wait(SILENCE_S)
+
+
+def test_a_call_that_is_cut_before_its_connection_is_open_asks_nothing(client_of: ClientOf) -> None:
+    """A connection that is cut before it opens is cut as it opens, with and without an event loop."""
+    heard: list[bytes] = []
+
+    def act(connection: socket.socket) -> None:
+        heard.append(connection.recv(1))
+
+    with Misbehaving(act, act) as server:
+        client = client_of(server.url)
+        calls = [client.chat_call("hello") for _ in range(2)]
+        for call in calls:
+            call.connection.cut()
+        with pytest.raises(ConnectionError):
+            client.answer(calls[0])
+        with pytest.raises(ConnectionError):
+            asyncio.run(client.aanswer(calls[1]))
+    assert heard == [b"", b""]
 
 
 def test_a_loop_that_ends_closes_an_open_stream_quietly(

@@ -17,6 +17,7 @@ from fsm.domain.options import Options
 from scheduler import InvalidSettings, PythonModel, Scheduler, Settings
 from scheduler.cli.main import main
 from scheduler.config.paths import VERSION, default_measurement_file
+from scheduler.engines.llama import LlamaEngine
 from tests.support.leaks import no_leaks
 from tests.support.lives import live, resident_bytes
 from tests.support.real import SHORT, quiet_end, settings
@@ -114,6 +115,28 @@ def test_a_replaced_file_is_predicted_anew(store: Path, model: Path, tmp_path: P
     assert life_of(copy, store)[2]
     os.utime(copy, ns=(2, 2))
     assert not life_of(copy, store)[2]
+
+
+def test_a_file_that_is_replaced_while_it_is_inspected_measures_nothing(
+    store: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a runner takes is not kept for a file that was replaced between its inspection and the load."""
+    copy, inspect = tmp_path / "copy.gguf", LlamaEngine.inspect
+    shutil.copyfile(model, copy)
+    os.utime(copy, ns=(1, 1))
+
+    def replaced(*arguments: Any) -> Any:
+        found = inspect(*arguments)
+        os.utime(copy, ns=(2, 2))
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LlamaEngine, "inspect", replaced)
+        with Scheduler(settings(measurement_file=store)) as scheduler:
+            scheduler.acquire(copy).release()
+    os.utime(copy, ns=(1, 1))
+    assert not life_of(copy, store)[2]
+    assert life_of(copy, store)[2]
 
 
 def test_other_options_are_predicted(store: Path, model: Path) -> None:

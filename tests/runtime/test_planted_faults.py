@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import threading
 from pathlib import Path
 from unittest.mock import Mock
@@ -13,12 +12,17 @@ from fsm.core import Core
 from fsm.domain.devices import DeviceId
 from fsm.domain.options import Options
 from fsm.machine.request import ModelId, Purpose, RequestId, RequestSpec
+from fsm.messages.decision_log import Decision
 from fsm.messages.events import Acquire
+from fsm.messages.reasons import Queued
+from scheduler import Gap, PythonModel, Scheduler, Settings
 from scheduler.concurrency.thread_pool import ThreadPool
 from scheduler.engines.process_supervisor import ChildSupervisor
 from scheduler.runtime.device_locks import DeviceLocks
 from scheduler.runtime.driver import Driver
+from scheduler.runtime.event_stream import EventStream
 from scheduler.runtime.memory_sampler import MemorySampler
+from tests.support.leaks import no_leaks
 from tests.support.waiting import LIMIT_S, assert_soon
 
 
@@ -61,6 +65,29 @@ def test_a_pool_has_a_thread_for_a_job_that_comes_while_the_only_one_is_busy() -
         assert pool.close(LIMIT_S) == []
 
 
+def test_a_stop_waits_for_no_job_but_stops() -> None:
+    """A runner is stopped and unloaded while every thread for probes, loads, inspections and callbacks is busy."""
+    gate, begun = threading.Event(), threading.Semaphore(0)
+
+    def block() -> None:
+        begun.release()
+        gate.wait(3 * LIMIT_S)
+
+    with no_leaks(), Scheduler(Settings(gpus=False, measurement_file=None)) as scheduler:
+        scheduler.acquire(model := PythonModel("a", load=object)).release()
+        executor = scheduler._executor
+        pools = executor.worker_pool, executor.launch_pool, executor.inspections._pool, executor.callback_pool
+        try:
+            for pool in pools:
+                for _ in range(pool._limit):
+                    pool.put(block)
+                    assert begun.acquire(timeout=LIMIT_S)
+            scheduler.expire(model)
+            assert_soon(lambda: not scheduler.status().runners)
+        finally:
+            gate.set()
+
+
 def test_a_reading_under_way_does_not_answer_a_thread_that_asks_during_it() -> None:
     """A thread that asks while the devices are read gets a reading that begins after it has asked."""
     begun, gate = threading.Semaphore(0), threading.Semaphore(0)
@@ -91,6 +118,20 @@ def test_a_reading_under_way_does_not_answer_a_thread_that_asks_during_it() -> N
         assert pool.close(LIMIT_S) == []
 
 
+@pytest.mark.parametrize("dropped", [1, 2, 7])
+def test_a_gap_counts_each_entry_that_was_dropped(dropped: int) -> None:
+    """A listener that counts gaps and entries misses none, also in the second gap of a stream."""
+    stream, limit = EventStream(3, str), 3
+    entries = [Decision(float(number), "queued", ModelId("a"), Queued(number)) for number in range(limit + dropped)]
+    for _ in range(2):
+        stream.offer(entries[:-1])
+        stream.offer(entries[-1:])
+        assert stream.take(0) == Gap(dropped)
+        told = [stream.take(0) for _ in range(limit)]
+        assert [getattr(each, "at", None) for each in told] == [float(dropped + number) for number in range(limit)]
+        assert stream.take(0) is None
+
+
 def test_locks_that_were_taken_before_one_that_is_contended_are_not_held(tmp_path: Path) -> None:
     """A claim of two devices that waits for the second holds neither, and both once the second is free."""
     first, second = DeviceId("a"), DeviceId("b")
@@ -112,17 +153,10 @@ def test_locks_that_were_taken_before_one_that_is_contended_are_not_held(tmp_pat
 
 
 @pytest.mark.parametrize("graces_s", [(5.0, 60.0), (60.0, 5.0)])
-def test_a_later_stop_never_lengthens_the_grace_of_the_one_before(graces_s: tuple[float, float]) -> None:
-    """Of two stops of one child the shorter grace counts, in whichever order they come."""
-    supervisor = ChildSupervisor.__new__(ChildSupervisor)
-    child, run = Mock(), Mock(asked=False, killed=False, kill_at=None, process=Mock(spec=subprocess.Popen, stdin=None))
-    supervisor._runs, supervisor._stops, supervisor._children = {child: run}, {}, {child}
-    moments = []
-    for grace_s in graces_s:
-        supervisor.stop(child, grace_s)
-        moments.append(run.kill_at)
-    assert moments[1] <= moments[0] and (moments[1] < moments[0]) == (graces_s[1] < graces_s[0])
-    supervisor._runs = {}
+def test_of_two_stops_of_a_child_that_is_being_started_the_shorter_grace_counts(graces_s: tuple[float, float]) -> None:
+    """A child that is stopped twice during its start has the shorter grace, in whichever order the stops come."""
+    supervisor, child = ChildSupervisor.__new__(ChildSupervisor), Mock()
+    supervisor._runs, supervisor._stops, supervisor._children = {}, {}, {child}
     child.settle.return_value = False
     for grace_s in graces_s:
         supervisor.stop(child, grace_s)

@@ -261,7 +261,7 @@ class RequestBroker:
     def look_round(self) -> None:
         """Forget objects that are not used any more, and warn, once each, of requests that may wait for ever."""
         self.drop_unused_objects()
-        if any(not pending.answered for pending in list(self.requests.values())):
+        if self._warned or any(not pending.answered for pending in list(self.requests.values())):
             self._warn(self.query(Core.held_up))
 
     def _warn(self, held_up: Mapping[RequestId, Sequence[ModelId]]) -> None:

@@ -231,6 +231,7 @@ def test_u40_a_cycle_of_callers_is_told_of_once(scheduler: Scheduler, caplog: py
         assert all(future.result(LIMIT_S) is not WouldDeadlock for future in futures)
     said = [one.getMessage() for one in caplog.records if "waits for ever" in one.getMessage()]
     assert len(said) == 2 and all("first" in one and "second" in one for one in said)
+    assert_soon(lambda: not scheduler._broker._warned)  # nothing is kept of requests that have left
 
 
 # -- several at once --------------------------------------------------------------------------------------------------

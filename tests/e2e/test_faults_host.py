@@ -257,12 +257,17 @@ def test_ten_thousand_waiters_that_leave_at_once_are_each_answered_once() -> Non
 # -- threads that cannot be started ------------------------------------------------------------------------------------
 
 
-def test_whoever_asks_while_no_worker_can_be_started_is_served_later(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A request that no thread could be started for is served by a thread that is started later."""
-    begin = threading.Thread.start
+POOLS = ("worker", "launcher", "caller", "deliverer", "stopper", "sampler", "inspector")
+
+
+def test_whoever_asks_while_no_worker_can_be_started_is_served_later(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A request that no thread could be started for is served, and its runner stopped, by threads of a later start."""
+    begin, called = threading.Thread.start, threading.Event()
 
     def refuse(thread: threading.Thread) -> None:
-        if thread.name.startswith(("loadmaster-worker", "loadmaster-caller", "loadmaster-sampler")):
+        if thread.name.startswith(tuple(f"loadmaster-{pool}" for pool in POOLS)):
             raise RuntimeError("can't start new thread")
         begin(thread)
 
@@ -271,10 +276,14 @@ def test_whoever_asks_while_no_worker_can_be_started_is_served_later(monkeypatch
         patch.setattr(threading.Thread, "start", refuse)
         scheduler = a_scheduler()
         with ThreadPoolExecutor(1) as pool:
-            waiting = pool.submit(scheduler.submit, a_model("a")).result(LIMIT_S)
+            waiting = pool.submit(scheduler.submit, model).result(LIMIT_S)
+        waiting.add_done_callback(lambda _: called.set())
         assert not waiting.done()
     with scheduler:
         waiting.result(LIMIT_S).release()
+        assert called.wait(LIMIT_S)
+        scheduler.expire(model)
+        assert_soon(lambda: states(scheduler) == {})
 
 
 # -- close at bad moments ----------------------------------------------------------------------------------------------

@@ -202,6 +202,15 @@ def test_a_child_that_ignores_sigterm_is_killed_with_what_it_started(either: Chi
     wait_until(lambda: is_gone(grandchild))
 
 
+def test_a_child_that_nothing_else_is_due_for_is_killed_after_the_grace(processes: ChildLauncher) -> None:
+    """The end of a grace wakes the thread that watches, also when no call of a listener is due any more."""
+    heard = Heard()
+    child = start_and_wait(processes, STUBBORN, heard)
+    wait_until(lambda: heard.pulses == 1)
+    child.stop(0.2)
+    assert heard.exit().code == -signal.SIGKILL
+
+
 def test_a_later_stop_may_shorten_the_grace(processes: ChildLauncher) -> None:
     """A later stop may shorten the grace, as a close does."""
     heard = Heard()

@@ -15,7 +15,7 @@ from fsm.machine.request import ModelId, Purpose, RequestId, RequestSpec
 from fsm.messages.decision_log import Decision
 from fsm.messages.events import Acquire
 from fsm.messages.reasons import Queued
-from scheduler import Gap, PythonModel, Scheduler, Settings
+from scheduler import Gap, LoadFailed, PythonModel, Scheduler, Settings
 from scheduler.concurrency.thread_pool import ThreadPool
 from scheduler.engines.process_supervisor import ChildSupervisor
 from scheduler.runtime.device_locks import DeviceLocks
@@ -23,6 +23,7 @@ from scheduler.runtime.driver import Driver
 from scheduler.runtime.event_stream import EventStream
 from scheduler.runtime.memory_sampler import MemorySampler
 from tests.support.leaks import no_leaks
+from tests.support.tiny_models import write_tiny_model
 from tests.support.waiting import LIMIT_S, assert_soon
 
 
@@ -150,6 +151,22 @@ def test_locks_that_were_taken_before_one_that_is_contended_are_not_held(tmp_pat
         assert_soon(lambda: other.held == {first, second})
     finally:
         assert [name for each in (one, other, third) for name in each.close(LIMIT_S)] == []
+
+
+def test_the_executor_keeps_nothing_of_a_model_that_is_forgotten(tmp_path: Path) -> None:
+    """What was noted of a model's files, and of a load that failed, goes with the model."""
+    file = write_tiny_model(tmp_path / "a.gguf", context=1024)
+    with no_leaks(), Scheduler(Settings(gpus=False, measurement_file=None, cpu_threads=1)) as scheduler:
+        scheduler.acquire(file, num_ctx=256).release()
+        with pytest.raises(LoadFailed):
+            scheduler.acquire(PythonModel("b", load=lambda: 1 / 0))
+        executor = scheduler._executor
+        by_model = [each for each in vars(executor).values() if isinstance(each, dict)]
+        models = {key for each in by_model for key in each if isinstance(key, str)}
+        assert len(models) == 2
+        for model in models:
+            executor.forget_model(ModelId(model))
+        assert not [key for each in by_model for key in each if isinstance(key, str)]
 
 
 @pytest.mark.parametrize("graces_s", [(5.0, 60.0), (60.0, 5.0)])

@@ -117,13 +117,12 @@ class EventStream(Iterator[Transition | Decision | Gap]):
         with suppress(IndexError):  # a listener took the entries meanwhile
             while len(self._entries) > self._limit:
                 self._entries.popleft()
-        if self._there.empty():
-            self._there.put(None)
+        self._wake()
 
     def close(self) -> None:
         """End the stream after the entries that it still holds."""
         self.ended = True
-        self._there.put(None)
+        self._wake()
 
     def take(self, timeout_s: str | float | None = None) -> Transition | Decision | Gap | None:
         """Return the next entry, or None when none comes within `timeout_s` seconds or the stream has ended.
@@ -134,7 +133,10 @@ class EventStream(Iterator[Transition | Decision | Gap]):
         while True:
             if os.getpid() != self._owner:
                 raise SchedulerForked()
-            if (found := self._take_next()) is not None:
+            found = self._take_next()
+            if self._entries or self.ended:
+                self._wake()  # another thread that waits: a token wakes one
+            if found is not None:
                 return found if isinstance(found, Gap) else event_of(found, self._name)
             if self.ended:
                 return None
@@ -144,6 +146,10 @@ class EventStream(Iterator[Transition | Decision | Gap]):
                 self._there.get(timeout=wait_s)
             except Empty:
                 return None
+
+    def _wake(self) -> None:
+        if self._there.empty():
+            self._there.put(None)
 
     def _take_next(self) -> Entry | Gap | None:
         with self._lock:

@@ -135,5 +135,7 @@ class Inspections:
         folder.running.append(inspection)
         try:
             self._inspect(inspection)
+        except Exception as error:  # else its request, and others of the folder, would wait for ever
+            self._give_up(inspection, f"its inspection failed with {type(error).__name__}: {error}")
         finally:
             folder.running.remove(inspection)

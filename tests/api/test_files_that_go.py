@@ -5,11 +5,13 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from fsm.machine.request import ModelId
 from scheduler import InvalidModel, Lease, ModelNotFound, ModelSpec, Scheduler
+from scheduler.engines.llama import LlamaEngine
 from scheduler.models.catalog import Catalog
 from scheduler.runtime import past_references
 from scheduler.runtime.request_parser import Model, RequestParser
@@ -193,6 +195,28 @@ def test_u38_a_replaced_file_is_served_at_the_next_request(scheduler: Scheduler,
         new = lease.runner
     with scheduler.acquire(spec, timeout=60) as lease:
         assert lease.runner == new
+
+
+def test_u38_a_file_that_is_replaced_while_it_is_inspected_is_loaded_again(
+    scheduler: Scheduler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """U38: a runner whose file came after its inspection, by which it was placed, counts as one of another file."""
+    file, inspect = write_tiny_model(tmp_path / "models" / "chat.gguf", seed=1), LlamaEngine.inspect
+
+    def replaced(*arguments: Any) -> Any:
+        found = inspect(*arguments)
+        replace(file, 2)
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LlamaEngine, "inspect", replaced)
+        with scheduler.acquire("chat") as lease:
+            first = lease.runner
+    runners = []
+    for _ in range(2):
+        with scheduler.acquire("chat", timeout=60) as lease:
+            runners.append(lease.runner)
+    assert runners[0] == runners[1] != first
 
 
 def test_u38_a_runner_in_use_finishes_its_leases_first(scheduler: Scheduler, tmp_path: Path) -> None:

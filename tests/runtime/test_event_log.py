@@ -17,8 +17,13 @@ from pathlib import Path
 import httpx2
 import pytest
 
+from fsm.machine.request import ModelId
+from fsm.messages.decision_log import Decision
+from fsm.messages.reasons import Queued
 from scheduler import PythonModel, Scheduler, SchedulerError
+from scheduler.concurrency.thread_pool import ThreadPool
 from scheduler.errors.wording import DECISIONS
+from scheduler.runtime.event_log import EventLog
 from scheduler.testing import FakeMachine
 from tests.support.real import LONG, ROOM_FOR_ONE, SHORT, settings, write_models
 from tests.support.waiting import assert_soon
@@ -157,6 +162,24 @@ def test_u46_a_handler_that_blocks_delays_no_request(lines: Lines) -> None:
         assert not lines.records
         gate.set()
     assert "runner 2 of b is ready: a lease was granted" in lines.told(logging.INFO)
+
+
+def test_u46_a_line_that_comes_as_the_last_one_is_written_is_not_left_waiting(lines: Lines) -> None:
+    """An entry that is offered when the thread that writes finds none is written without another one."""
+    event_log, late = EventLog(10, str, ThreadPool), [Decision(1.0, "queued", ModelId("late"), Queued(2))]
+    take = event_log._stream.take
+
+    def take_and_offer(timeout_s: float) -> object:
+        if (found := take(timeout_s)) is None and late:
+            event_log.offer([late.pop()])
+        return found
+
+    event_log._stream.take = take_and_offer  # type: ignore[method-assign,assignment]  # offers meanwhile
+    try:
+        event_log.offer([Decision(0.0, "queued", ModelId("first"), Queued(1))])
+        assert_soon(lambda: [vars(each)["model"] for each in lines.records] == ["first", "late"])
+    finally:
+        assert event_log.close(LIMIT_S) == []
 
 
 def test_u46_a_handler_that_raises_loses_its_own_line_only(lines: Lines) -> None:

@@ -43,6 +43,8 @@ class Reader:
         self.begun.append(inspection.path)
         if (answers := self.answers.get(os.path.dirname(inspection.path))) is not None:
             answers.wait(SOON_S)
+        if "broken" in inspection.path:
+            raise MemoryError("too little")
         if inspection.answer():
             self.read.append(inspection.path)
 
@@ -94,6 +96,20 @@ def test_u67_files_that_cannot_be_read_are_given_up_in_time(reader: Reader) -> N
     assert len(reader.begun) == AT_ONCE + 1  # those that were given up while they waited are not read
     reader.inspections.look()
     assert_soon(lambda: reader.inspections.look() or not reader.inspections._folders)
+
+
+def test_u67_an_inspection_that_raises_is_refused_and_keeps_no_place(reader: Reader) -> None:
+    """More inspections of a folder that raise than run at once are all refused, and the next one there is made."""
+    reader.answers["there"] = reader.answers["dead"]
+    paths = [f"there/broken{number}" for number in range(3 * AT_ONCE)]
+    for path in paths:
+        reader.put(path)
+    reader.put("there/whole")
+    reader.answers["dead"].set()
+    assert_soon(lambda: reader.read == ["there/whole"])
+    assert_soon(lambda: sorted(reader.refused) == paths)
+    assert set(reader.refused.values()) == {"its inspection failed with MemoryError: too little"}
+    assert reader.inspections.problems == ()
 
 
 def test_u67_a_slow_folder_is_given_its_time(reader: Reader) -> None:

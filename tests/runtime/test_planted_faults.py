@@ -133,6 +133,22 @@ def test_a_gap_counts_each_entry_that_was_dropped(dropped: int) -> None:
         assert stream.take(0) is None
 
 
+def test_every_thread_that_reads_a_stream_is_woken() -> None:
+    """Threads that wait at one stream have an entry each where so many come at once, and all end with the stream."""
+    stream, told = EventStream(9, str), list[object]()
+    readers = [threading.Thread(target=lambda: told.extend(stream), daemon=True) for _ in range(3)]
+    for reader in readers:
+        reader.start()
+    try:
+        stream.offer([Decision(float(number), "queued", ModelId("a"), Queued(1)) for number in range(3)])
+        assert_soon(lambda: len(told) == 3)
+    finally:
+        stream.close()
+    for reader in readers:
+        reader.join(LIMIT_S)
+    assert not any(reader.is_alive() for reader in readers)
+
+
 def test_locks_that_were_taken_before_one_that_is_contended_are_not_held(tmp_path: Path) -> None:
     """A claim of two devices that waits for the second holds neither, and both once the second is free."""
     first, second = DeviceId("a"), DeviceId("b")

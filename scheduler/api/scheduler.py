@@ -27,7 +27,7 @@ from scheduler.api.debug_state import DebugState
 from scheduler.api.environment import Environment
 from scheduler.api.fit import Fit, fit_of
 from scheduler.api.lease import Lease, Leases
-from scheduler.api.pending_lease import Acquiring, Reservation
+from scheduler.api.pending_lease import Acquiring, AcquiringAll, GroupRequest, Reservation
 from scheduler.api.status import Status, status_of
 from scheduler.concurrency.event_loops import running_loop, warn_if_loop_runs
 from scheduler.config.quantities import parse_bytes, parse_duration
@@ -106,7 +106,7 @@ class Scheduler:
         self.settings = Settings.from_environment(**more) if settings is None else settings.with_arguments(**more)
         self._close_lock = threading.RLock()  # one thread ends what is left, the other threads wait for it
         self._ending: int | None = None  # the thread that does
-        self._acquiring_all = threading.RLock()  # callers of `acquire_all` take turns
+        self._acquiring_all = threading.RLock()  # callers of `acquire_all` take turns, tasks too
         self._configuring = threading.RLock()  # one thread changes limits; a signal handler may do so in between
         self._assemble(_environment or Environment())
         try:
@@ -205,26 +205,29 @@ class Scheduler:
         for all together. Raises what `acquire` raises, with nothing granted, and `DoesNotFit` where a model never fits
         beside the others.
         """
-        warn_if_loop_runs("acquire_all", _AWAIT_LEASE)
+        warn_if_loop_runs("acquire_all", "await `acquire_all_async`")
+        group, asker = GroupRequest([self._parser.parse_cached(model, asking) for model in models]), this_asker()
+        try:
+            if not self._acquiring_all.acquire(timeout=-1 if (left_s := group.left_s) is None else left_s):
+                raise group.too_late()
+            for one, held in group.requests(self._broker.holders):
+                group.leases.append(self._acquire(one, held, asker))
+        except WouldDeadlock as error:
+            group.leases.release()
+            raise not_beside(error) from None
+        except BaseException:  # Ctrl-C, for example
+            group.leases.release()
+            raise
+        finally:
+            with suppress(RuntimeError):  # its turn did not come
+                self._acquiring_all.release()
+        return group.leases
+
+    @_request_keywords
+    def acquire_all_async(self, models: Iterable[Model], **asking: Unpack[AcquireOptions]) -> AcquiringAll:
+        """Like `acquire_all`, for `await` and `async with`; cancelling a task while it waits cancels its requests."""
         parsed = [self._parser.parse_cached(model, asking) for model in models]
-        timeout_s = min((one.timeout_s for one in parsed if one.timeout_s is not None), default=math.inf)
-        end = time.monotonic() + timeout_s
-        leases, asker = Leases(), this_asker()
-        with self._acquiring_all:
-            try:
-                for one in parsed:
-                    if timeout_s < math.inf:
-                        one = one._replace(timeout_s=max(0.0, end - time.monotonic()))
-                    taken = tuple(lease._pending.id for lease in leases)
-                    held = Held((*self._broker.holders.held(asker).holds, *taken), taken)
-                    leases.append(self._acquire(one, held, asker))
-            except WouldDeadlock as error:
-                leases.release()
-                raise not_beside(error) from None
-            except BaseException:  # Ctrl-C, for example
-                leases.release()
-                raise
-        return leases
+        return AcquiringAll(self._broker, parsed, self, self._acquiring_all)
 
     @overload
     def submit(self, model: PythonModel[Value], **asking: Unpack[AcquireOptions]) -> Future[Lease[Value]]: ...
@@ -282,7 +285,8 @@ class Scheduler:
         """Reserve memory for the program itself until the reservation is released, evicting idle runners for it.
 
         `device` is "cpu" or a GPU's id as `status()` shows it. Blocks until there is room. Raises `DoesNotFit` at once
-        where there never can be room, `AcquireTimeout`, `InvalidSettings`, `SchedulerClosed`.
+        where there never can be room, `AcquireTimeout`, `InvalidSettings`, `SchedulerClosed`, `WouldDeadlock` (as
+        `acquire` does).
         """
         warn_if_loop_runs("reserve", _ON_A_THREAD.format("reserve"))
         self._broker.check()
@@ -291,10 +295,19 @@ class Scheduler:
         self._executor.refresh(_FRESH_S)
         spec = RequestSpec(ModelId(""), Options(), Purpose.memory, 0, amount)
         timeout_s = None if timeout is None else parse_duration(timeout, name="timeout")
-        parsed = ParsedRequest(spec, f"{size} on {device}", None, timeout_s)
+        parsed, holders = ParsedRequest(spec, f"{size} on {device}", None, timeout_s), self._broker.holders
+        held = holders.held(this_asker())
+        try:
+            return self._reserve(parsed, held)
+        except WouldDeadlock:
+            if holders.are_out_of_reach(held.keeps):
+                raise
+        return self._reserve(parsed, Held(held.holds))  # a lease may be released elsewhere: the request waits
+
+    def _reserve(self, parsed: ParsedRequest, held: Held) -> Reservation:
         pending = self._broker.new_request(parsed, self)
         reservation = Reservation(self._broker, pending)
-        self._broker.submit_and_wait(pending, parsed)
+        self._broker.submit_and_wait(pending, parsed, held)
         return reservation
 
     @_request_keywords

@@ -28,7 +28,7 @@ from scheduler.errors.wording import revoke_reason
 from scheduler.models.model_spec import ModelSpec
 from scheduler.runtime.driver import Driver, Value
 from scheduler.runtime.executor import Executor
-from scheduler.runtime.lease_holders import NOTHING_HELD, Held, LeaseHolders
+from scheduler.runtime.lease_holders import NOTHING_HELD, Held, LeaseHolders, this_asker
 from scheduler.runtime.model_registry import ModelRegistry
 from scheduler.runtime.pending_request import Callback, FutureRequest, PendingRequest
 from scheduler.runtime.request_future import RequestFuture
@@ -92,10 +92,12 @@ class RequestBroker:
     ) -> Future[Any]:
         """Submit a request and return its future, which `settle` completes; cancelling the future cancels the request.
 
-        `settle` is called on a thread pool when the request is answered.
+        `settle` is called on a thread pool when the request is answered. The caller may give leases back before it
+        waits for the future, or never wait: its leases are held, and none is kept until the answer.
         """
         future: RequestFuture[Any] = RequestFuture(self._executor.call)
-        pending = self.new_future_request(parsed, lambda pending: settle(pending, future), scheduler)
+        held = Held(self.holders.held(this_asker()).holds)
+        pending = self.new_future_request(parsed, lambda pending: settle(pending, future), scheduler, held)
 
         def leave(done: Future[Any]) -> None:
             if done.cancelled():
@@ -269,8 +271,8 @@ class RequestBroker:
             if (pending := self.requests.get(id)) is not None:
                 holders = ", ".join(map(self._registry.name, held_up[id]))
                 log.warning(
-                    "request %d for %s waits for leases on %s, which are held by callers that wait for other leases "
-                    "themselves: unless one of these leases is released elsewhere, it waits for ever",
+                    "request %d for %s waits for leases on %s, which are held by callers that have asked for other "
+                    "leases themselves: unless one of these leases is released before their answers, it waits for ever",
                     id, pending.model, holders,
                 )  # fmt: skip
         self._warned = set(held_up)

@@ -6,12 +6,23 @@ import asyncio
 import logging
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
+from typing import Any
 
 import pytest
 
-from scheduler import DoesNotFit, Lease, PythonModel, Scheduler, Settings, WouldDeadlock
+from scheduler import (
+    AcquireTimeout,
+    DoesNotFit,
+    Lease,
+    PythonModel,
+    Scheduler,
+    SchedulerClosed,
+    Settings,
+    UnsupportedOption,
+    WouldDeadlock,
+)
 from tests.support.leaks import no_leaks
 from tests.support.waiting import LIMIT_S, assert_soon
 
@@ -80,7 +91,13 @@ def in_a_task_with_a_lease(scheduler: Scheduler) -> None:
     asyncio.run(ask())
 
 
-CERTAIN = [nested, nested_with_a_name, nested_deeper, on_a_stack, in_a_task, in_a_task_with_a_lease]
+def for_its_own_memory(scheduler: Scheduler) -> None:
+    """Ask for memory of the program's own in the block of a model."""
+    with scheduler.acquire(A):
+        scheduler.reserve("cpu", "300MiB", timeout=LIMIT_S)
+
+
+CERTAIN = [nested, nested_with_a_name, nested_deeper, on_a_stack, in_a_task, in_a_task_with_a_lease, for_its_own_memory]
 
 
 @pytest.mark.parametrize("ask", CERTAIN)
@@ -90,7 +107,8 @@ def test_u40_a_caller_that_would_wait_for_itself_is_told(
     """The request is refused at once, names whose lease is in the way, and the model is free for others after it."""
     with pytest.raises(WouldDeadlock, match="beside 'a'") as caught:
         ask(scheduler)
-    assert (caught.value.model, caught.value.holders) == ("b", ("a",))
+    assert caught.value.model == ("the program's own memory" if ask is for_its_own_memory else "b")
+    assert caught.value.holders == ("a",)
     scheduler.acquire(B, timeout=LIMIT_S).release()
 
 
@@ -187,6 +205,74 @@ def test_u40_a_block_of_another_thread_is_no_deadlock(scheduler: Scheduler) -> N
     thread.join(LIMIT_S)
 
 
+def test_u40_memory_that_a_lease_elsewhere_makes_room_for_is_no_deadlock(scheduler: Scheduler) -> None:
+    """A reservation waits where another thread can release the lease that is in its way."""
+    with ThreadPoolExecutor(1) as pool, scheduler.acquire(A) as lease:
+        pool.submit(lambda: (assert_soon(lambda: scheduler.status().queue), lease.release()))
+        scheduler.reserve("cpu", "300MiB", timeout=SOON_S).release()
+
+
+def submitted(scheduler: Scheduler) -> Future[Any]:
+    """Ask by a future."""
+    return scheduler.submit(B)
+
+
+def preloaded(scheduler: Scheduler) -> Future[Any]:
+    """Ask for no lease."""
+    return scheduler.preload(B)
+
+
+IN_THE_WAY = ["a to be released by callers that have asked for other leases themselves"]
+
+
+def waits(scheduler: Scheduler) -> list[str]:
+    """Return what each request waits for."""
+    return [each.waits_for for each in scheduler.status().queue]
+
+
+@pytest.mark.parametrize("ask", [submitted, preloaded])
+def test_u40_a_future_that_waits_for_its_own_caller_is_told_of(
+    scheduler: Scheduler, ask: Callable[[Scheduler], Future[Any]], caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is not refused, since its caller need not wait for it; status and one warning name the lease in its way."""
+    with caplog.at_level(logging.WARNING, "loadmaster"), scheduler.acquire(A):
+        future = ask(scheduler)
+        assert_soon(lambda: waits(scheduler) == IN_THE_WAY)
+        assert_soon(lambda: any("for b waits for leases on a" in one.getMessage() for one in caplog.records))
+        assert not future.done()
+    granted = future.result(LIMIT_S)
+    assert not waits(scheduler)
+    if granted is not None:
+        granted.release()
+
+
+def test_u40_a_future_of_a_task_that_waits_for_it_is_told_of(scheduler: Scheduler) -> None:
+    """The leases of a task count as those of a thread do, and the future is answered once they are released."""
+
+    async def ask() -> Future[Any]:
+        async with scheduler.acquire_async(A):
+            future = scheduler.submit(B)
+            while waits(scheduler) != IN_THE_WAY:
+                await asyncio.sleep(0.01)
+        return future
+
+    asyncio.run(asyncio.wait_for(ask(), LIMIT_S)).result(LIMIT_S).release()
+
+
+def test_u40_a_future_that_others_leave_for_is_not_told_of(scheduler: Scheduler) -> None:
+    """A future waits for no caller where its model fits beside the leases of its caller, or others hold the room."""
+    with scheduler.acquire(SMALL):
+        scheduler.submit(B).result(SOON_S).release()
+    with ThreadPoolExecutor(1) as pool:
+        other = pool.submit(scheduler.acquire, A).result(LIMIT_S)
+        with scheduler.acquire(SMALL):
+            future = scheduler.submit(B)
+            assert_soon(lambda: scheduler.status().queue)
+            assert all("callers that" not in each for each in waits(scheduler))
+            other.release()
+            future.result(SOON_S).release()
+
+
 def test_u40_another_task_is_another_caller(scheduler: Scheduler) -> None:
     """A task that holds a lease is not told of a deadlock where another task of its loop asks."""
 
@@ -223,7 +309,7 @@ def test_u40_a_cycle_of_callers_is_told_of_once(scheduler: Scheduler, caplog: py
         futures = [pool.submit(ask, mine, other) for mine, other in zip(two, wanted, strict=True)]
         assert_soon(
             lambda: (
-                all("callers that wait" in each.waits_for for each in scheduler.status().queue)
+                all("callers that have asked" in each.waits_for for each in scheduler.status().queue)
                 and len(scheduler.status().queue) == 2
             )
         )
@@ -257,3 +343,114 @@ def test_u40_models_that_do_not_fit_together_are_refused(scheduler: Scheduler) -
         scheduler.acquire_all([A, B], timeout=LIMIT_S)
     assert all(runner.leases == 0 for runner in scheduler.status().runners)
     assert list(scheduler.acquire_all([])) == []
+
+
+def test_u40_a_turn_that_does_not_come_in_time_is_an_acquire_timeout(scheduler: Scheduler) -> None:
+    """The time limit of a call for several models holds while an earlier call waits for its leases."""
+    lease = scheduler.acquire(A)
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(scheduler.acquire_all, [SMALL, B])
+        assert_soon(lambda: scheduler.status().queue)
+        with pytest.raises(AcquireTimeout, match="earlier callers of acquire_all"):
+            scheduler.acquire_all([SMALL], timeout=0.2)
+        with pytest.raises(AcquireTimeout, match="earlier callers of acquire_all"):
+            asyncio.run(granted_to_a_task(scheduler, [SMALL], timeout=0.2))
+        lease.release()
+        first.result(LIMIT_S).release()
+    scheduler.acquire_all([SMALL, A], timeout=SOON_S).release()
+
+
+# -- several at once, in tasks ----------------------------------------------------------------------------------------
+
+
+async def granted_to_a_task(scheduler: Scheduler, models: list[PythonModel[object]], **asking: Any) -> list[str]:
+    """Acquire models together in a task; return their names in the order of the leases."""
+    async with scheduler.acquire_all_async(models, **asking) as leases:
+        await asyncio.sleep(0)
+        return [lease.model for lease in leases]
+
+
+def test_u40_tasks_acquire_several_models_at_once(scheduler: Scheduler) -> None:
+    """Tasks and threads that ask for the same models in different orders are all served, and all leases end."""
+    pair, tiny = [A, SMALL], PythonModel("tiny", load=object, memory={"cpu": "100MiB"})
+    orders = [pair, pair[::-1], [B, tiny], [tiny, B], [C, SMALL], pair]
+
+    async def all_of_them() -> list[list[str]]:
+        return await asyncio.gather(*(granted_to_a_task(scheduler, order, timeout=LIMIT_S) for order in orders))
+
+    def in_a_thread(models: list[PythonModel[object]]) -> list[str]:
+        with scheduler.acquire_all(models, timeout=LIMIT_S) as leases:
+            return [lease.model for lease in leases]
+
+    with ThreadPoolExecutor(4) as pool:
+        loops = [pool.submit(lambda: asyncio.run(all_of_them())) for _ in range(2)]
+        threads = [pool.submit(in_a_thread, order) for order in orders]
+        names = [[model.name for model in order] for order in orders]
+        assert [each.result(LIMIT_S) for each in threads] == names
+        assert [each.result(LIMIT_S) for each in loops] == [names, names]
+    assert all(runner.leases == 0 for runner in scheduler.status().runners)
+
+
+def test_u40_leases_of_several_models_are_awaited(scheduler: Scheduler) -> None:
+    """Awaited leases are the program's to release, each await makes new requests, and no models are none."""
+
+    async def main() -> None:
+        asked = scheduler.acquire_all_async([A, SMALL])
+        with await asked as leases, await asked as more:
+            assert [lease.model for lease in (*leases, *more)] == ["a", "small"] * 2
+            assert [runner.leases for runner in scheduler.status().runners] == [2, 2]
+        async with asked:
+            with pytest.raises(RuntimeError, match="entered already"):
+                await asked.__aenter__()
+        assert list(await scheduler.acquire_all_async([])) == []
+
+    asyncio.run(main())
+    assert all(runner.leases == 0 for runner in scheduler.status().runners)
+
+
+def test_u40_models_of_a_task_that_do_not_fit_together_are_refused(scheduler: Scheduler) -> None:
+    """A task has the error of a thread: nothing is granted, and the turn passes on."""
+    with pytest.raises(DoesNotFit, match="no room for it beside 'a', with which it was asked for"):
+        asyncio.run(granted_to_a_task(scheduler, [A, B]))
+    assert asyncio.run(granted_to_a_task(scheduler, [B, SMALL], timeout=SOON_S)) == ["b", "small"]
+    with pytest.raises(UnsupportedOption):
+        scheduler.acquire_all_async([A], num_ctx=-1)
+
+
+def test_u40_a_task_that_is_cancelled_leaves_its_turn_and_its_leases(scheduler: Scheduler) -> None:
+    """A task that waits with a lease granted, and one that waits for its turn, leave nothing behind."""
+
+    async def main() -> None:
+        async with scheduler.acquire_async(A):
+            first = asyncio.create_task(granted_to_a_task(scheduler, [SMALL, B]))
+            second = asyncio.create_task(granted_to_a_task(scheduler, [SMALL]))
+            while not scheduler.status().queue:
+                await asyncio.sleep(0.01)
+            second.cancel()
+            first.cancel()
+            await asyncio.wait([first, second])
+            assert first.cancelled() and second.cancelled()
+            assert sum(runner.leases for runner in scheduler.status().runners) == 1
+        assert await granted_to_a_task(scheduler, [B, SMALL], timeout=SOON_S) == ["b", "small"]
+
+    asyncio.run(main())
+
+
+def test_u40_a_close_refuses_tasks_that_wait_for_several_models() -> None:
+    """The task that waits for a lease, and the task that waits for its turn, are told that the scheduler is closed."""
+
+    async def main() -> None:
+        async with Scheduler(gpus=False, memory_limit="500MiB", close_timeout="1s") as scheduler:
+            held = await scheduler.acquire_async(A)
+            tasks = [asyncio.create_task(granted_to_a_task(scheduler, [SMALL, B])) for _ in range(2)]
+            while not scheduler.status().queue:
+                await asyncio.sleep(0.01)
+            await asyncio.sleep(0)
+            closing = asyncio.create_task(scheduler.aclose())
+            found = await asyncio.gather(*tasks, return_exceptions=True)
+            assert [type(one) for one in found] == [SchedulerClosed] * 2
+            held.release()
+            await closing
+
+    with no_leaks():
+        asyncio.run(main())

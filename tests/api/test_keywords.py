@@ -69,7 +69,9 @@ def test_u57_the_signature_has_every_setting_with_its_default(call: Any) -> None
     assert Settings(**shown) == Settings()
 
 
-@pytest.mark.parametrize("name", ["acquire", "submit", "acquire_async", "preload", "fit"])
+@pytest.mark.parametrize(
+    "name", ["acquire", "submit", "acquire_async", "acquire_all", "acquire_all_async", "preload", "fit"]
+)
 def test_u57_the_signature_of_a_request_has_every_option(name: str) -> None:
     """Each keyword that is shown is taken, and each load-time option is shown."""
     shown = {name: each.default for name, each in _shown(getattr(Scheduler, name)).items()}

@@ -234,7 +234,7 @@ def test_all_loads_of_a_profile_are_answered_at_once(engine: LlamaEngine, tmp_pa
     assert larger.footprint.compute_bytes > 1.5 * resolution.loads[0].footprint.compute_bytes
 
 
-def test_what_takes_more_slots_is_asked_for_with_them(engine: LlamaEngine, tmp_path: Path) -> None:
+def test_u28_what_takes_more_slots_is_asked_for_with_them(engine: LlamaEngine, tmp_path: Path) -> None:
     """U28: four slots of a model that keeps states take four times its states."""
     path = write(tmp_path, "mamba2")
     one, four = (footprint_of(engine, path, replace(ASKED, num_parallel=slots)) for slots in (1, 4))

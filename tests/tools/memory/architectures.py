@@ -65,16 +65,17 @@ def compare(folder: Path, architecture: str) -> Compared:
         return Compared(architecture, False, untried=f"not written: {_short(error)}")
     embedding = architecture in ENCODERS
     by_formula = holds(read_metadata(str(path), embedding=embedding), installed_version(ENGINE))
-    pairs: list[Pair] = []
+    found: list[Pair] = []
     try:
         for options in OPTIONS[: 1 if embedding else len(OPTIONS)]:
-            pairs += _pairs(ModelSpec(architecture, str(path), embedding=embedding), options)
+            found += pairs(ModelSpec(architecture, str(path), embedding=embedding), options)
     except AssertionError as error:
         return Compared(architecture, by_formula, untried=f"not served: {_short(error)}")
-    return Compared(architecture, by_formula, tuple(pairs))
+    return Compared(architecture, by_formula, tuple(found))
 
 
-def _pairs(model: ModelSpec, options: Options) -> list[Pair]:
+def pairs(model: ModelSpec, options: Options) -> list[Pair]:
+    """Return the caches and the compute buffers of a load: what is predicted of it, and what its child reports."""
     engine = LlamaEngine()
     try:
         footprint = engine.inspect(model, [options]).resolutions[0].loads[0].footprint

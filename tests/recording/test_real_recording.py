@@ -14,12 +14,18 @@ from typing import Any
 import pytest
 
 from fsm.messages.commands import Finished, Launch, Reject, RevokeLease, Stop
-from fsm.messages.events import Acquire, Cancel, Exited, Progress
+from fsm.messages.events import Acquire, Cancel, Exited, Inspected, Progress
+from fsm.sizing.model_profile import ModelProfile
 from scheduler import InvalidSettings, LoadFailed, PythonModel, RunnerCrashed, Scheduler, Settings
 from scheduler.cli.main import main
 from scheduler.config.settings import SMALLEST_RECORD_BYTES
+from scheduler.engines.llama import ENGINE
+from scheduler.engines.llama_sizing import holds
+from scheduler.models.gguf_metadata import read_metadata
+from scheduler.models.measurements import installed_version
 from scheduler.recording import recorder
 from scheduler.recording.replay import Replay, ReplayedStep, ReplayStarted
+from tests.support.engine_models import write
 from tests.support.leaks import no_leaks
 from tests.support.real import LONG, ROOM_FOR_TWO, SHORT, begin_a_load, send, settings, write_models
 from tests.support.waiting import LIMIT_S, assert_soon
@@ -101,6 +107,31 @@ def test_a_real_run_replays_exactly(file: Path, folder: Path, tmp_path: Path) ->
     assert picture.read_text().startswith("<?xml")
     text = file.read_text()
     assert [secret for secret in secrets if secret in text] == [] and "http://127" not in text
+
+
+def test_a_run_in_which_llama_cpp_was_asked_replays_without_it(file: Path, tmp_path: Path) -> None:
+    """What a dry run told is in the recording: it replays in a process without the engine, and without the model."""
+    model = write(tmp_path, "gemma4")
+    assert not holds(read_metadata(str(model)), installed_version(ENGINE))  # llama.cpp is asked
+    with recorded(file) as scheduler:
+        for tokens in (256, 512, 256):  # the last time the answer is remembered
+            scheduler.acquire(model, num_ctx=tokens, timeout=LIMIT_S, keep_alive=0).release()
+        assert scheduler.status().problems == ()  # and has told
+    model.unlink()
+    code = (
+        "import sys; sys.modules['xllamacpp'] = None\n"
+        "from scheduler.engines.process_supervisor import ChildLauncher; del ChildLauncher.start\n"
+        "from scheduler.cli.main import main; sys.exit(main(['replay', sys.argv[1]]))"
+    )
+    replayed = subprocess.run(
+        [sys.executable, "-c", code, file], env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUTF8": "1"},
+        cwd=tmp_path, capture_output=True, text=True, check=False, timeout=LIMIT_S * 3,
+    )  # fmt: skip
+    assert (replayed.returncode, replayed.stderr) == (0, "") and "The same" in replayed.stdout
+    profiles = [one.event.outcome for one in steps(file) if isinstance(one.event, Inspected)]
+    assert profiles and all(isinstance(one, ModelProfile) for one in profiles)
+    launched = [command for one in steps(file) for command in one.commands if isinstance(command, Launch)]
+    assert [one.options.num_ctx for one in launched] == [256, 512, 256]
 
 
 def test_a_rotated_recording_of_a_real_run_replays_exactly(file: Path, folder: Path) -> None:

@@ -69,7 +69,7 @@ def load_failed(step: StepContext, runner: Runner, reason: FailureReason, *, out
     2. After a load with defaults of settings, all survive it: the next load is without them.
     3. Where the file has loaded before, the options are to blame: requests with the same options are refused, now and
        during a back-off. Requests with others that joined the load are planned by themselves.
-    4. Else all requests for the model are.
+    4. Else all requests for the model are. Options that have failed before are backed off for longer besides.
     """
     state, model = step.state, step.state.models[runner.model]
     waiting = [request for group in state.groups_served_by(runner) for request in group.requests.values()]
@@ -90,6 +90,10 @@ def load_failed(step: StepContext, runner: Runner, reason: FailureReason, *, out
         waiting = [request for request in waiting if request.spec.options == runner.asked]
     else:  # 4
         until = back_off(step, model, reason)
+        if options in model.back_offs:
+            longer = max(until, back_off_options(step, model, options, reason))
+            asked = [request for request in waiting if request.spec.options == runner.asked]
+            refuse_failed(step, asked, reason, longer, out_of_memory=out_of_memory)
         waiting = [request for group in state.groups_of_model(model.id) for request in group.requests.values()]
     refuse_failed(step, waiting, reason, until, out_of_memory=out_of_memory)
 

@@ -218,6 +218,24 @@ def test_u11_a_model_that_fails_with_everything_is_backed_off_for_all() -> None:
     assert isinstance(pool.refusal(5), LoadFailedRefusal)
 
 
+def test_u11_an_option_that_fails_again_is_backed_off_for_longer_than_its_model() -> None:
+    """U11: where the model is backed off for 10 s, an option that failed before is for 20 s, as it would be alone."""
+    pool = a_pool_whose_model_has_loaded()
+    fails_with(pool, 2, num_ctx=512, cache_type_k="bf16")
+    pool.advance("11s")
+    for request, context in ((3, 1024), (4, 2048)):
+        fails_with(pool, request, num_ctx=context, cache_type_k="bf16")
+    fails_with(pool, 5, num_ctx=512, cache_type_k="bf16")  # too many fail by now to say that the option is to blame
+    assert pool.refusal(5).retry_after_s == pytest.approx(20.0)
+    pool.feed(acquire("m", 6))
+    assert pool.refusal(6).retry_after_s == pytest.approx(10.0)
+    pool.advance("10s")
+    pool.feed(acquire("m", 7, num_ctx=512, cache_type_k="bf16"), acquire("m", 8))
+    pool.settle()
+    assert pool.refusal(7).retry_after_s == pytest.approx(10.0)
+    assert granted(pool.feed(loaded(pool.runner("m")))) == [8]
+
+
 def test_u11_an_option_that_loads_after_all_is_no_longer_backed_off() -> None:
     """U11: the failures of an option are forgotten once a load with it has succeeded."""
     pool = a_pool_whose_model_has_loaded()

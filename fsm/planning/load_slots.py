@@ -10,7 +10,10 @@ from fsm.state.core_config import CoreConfig
 
 
 def loads_on(placement: Placement) -> list[DeviceId]:
-    """Return the devices on which a placement takes a load slot: its GPUs, or the host where it has none."""
+    """Return the devices on which a placement takes a load slot: its GPUs, or the host where it has none.
+
+    An integrated GPU has the host's memory, and so the host's load slots.
+    """
     return [device for device, amount in placement.bytes if device != HOST and amount] or [HOST]
 
 

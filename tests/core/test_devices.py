@@ -10,6 +10,7 @@ import pytest
 
 from fsm.domain.devices import HOST, DeviceId, DeviceSample
 from fsm.messages.events import Sampled
+from fsm.messages.reasons import WaitFor
 from fsm.messages.refusals import DoesNotFitRefusal
 from fsm.placement.search import Gpu, Offload, PlacementDemand, find_placement
 from fsm.state.memory_ledger import Account, Ledger
@@ -90,6 +91,16 @@ def test_n03_an_integrated_gpu_and_the_host_are_never_promised_more_than_there_i
     assert launched(pool.feed(exited(1))) == ["b"]
     assert pool.launches[2].placement.gpu_layers == ()
     assert 4 * GIB < pool.core._state.ledger.reserved_bytes(HOST) < 5 * GIB
+
+
+def test_u74_a_load_on_an_integrated_gpu_takes_the_host_s_load_slot() -> None:
+    """U74: an integrated GPU loads into the host's memory, so its loads and those of the host take turns."""
+    pool = sharing("32GiB", ("0B",), "gpu0", max_host_loads=1)
+    assert launched(pool.feed(acquire("a", request=1, num_gpu=0))) == ["a"]
+    assert launched(pool.feed(acquire("b", request=2))) == []
+    assert pool.core.snapshot().queue[-1].waits_for is WaitFor.load_slot
+    assert launched(pool.feed(loaded(1))) == ["b"]
+    assert pool.launches[2].placement.gpu_layers == (("gpu0", 5),)
 
 
 def test_n03_an_integrated_gpu_has_no_more_free_than_the_host() -> None:

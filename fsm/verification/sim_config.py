@@ -19,6 +19,7 @@ from fsm.verification.sim_faults import Faults, draw_faults
 GIB = 1024 * MIB
 CORES = 8  # of the host
 NAMED_LEASES = (None, 1, SLOTS, 0, None, 2)  # limits of leases that requests for a model name
+NAMED_FLASH = (None, None, None, True, None, False, None)  # flash attention that request specifications name
 INTEGRATED = DeviceId("gpu-integrated")
 
 Model = Footprint | DeclaredModel
@@ -71,15 +72,16 @@ def draw_sim_config(draw: Random) -> SimConfig:
     devices = _devices(draw)
     models = tuple((ModelId(f"model-{number}"), draw_model(draw, devices)) for number in range(draw.randint(1, 6)))
     names = tuple(name for name, _ in models)
-    number = len(devices) + 2 * len(models)  # limits of leases follow from it: what else a seed draws stays as it is
+    # limits of leases, of memory and flash attention follow from it: what else a seed draws stays as it is
+    number = len(devices) + 2 * len(models)
     return SimConfig(
         defaults=draw.choice((Options(), Options(), Options(num_ctx=65536))),
         max_leases={name: NAMED_LEASES[(number + place) % 6] for place, name in enumerate(names)},
-        limits=replace(_limits(draw), max_leases=(0, 0, 1, 3)[number % 4]),
+        limits=replace(_limits(draw), max_leases=(0, 0, 1, 3)[number % 4], memory_limited=number % 3 == 0),
         policy=_policy(draw),
         devices=devices,
         models=models,
-        specs=_specs(draw, names, devices),
+        specs=tuple(_with_flash(spec, number + place) for place, spec in enumerate(_specs(draw, names, devices))),
         keep_alives_s=draw.choice(((None,), (None, None, 0.0, 5.0, math.inf))),
         timeouts_s=draw.choice(((None,), (None, None, 0.0, 10.0, 100.0))),
         faults=draw_faults(draw),
@@ -154,3 +156,9 @@ def _specs(draw: Random, names: Sequence[ModelId], devices: Sequence[DeviceSampl
         specs.append(RequestSpec(ModelId(""), Options(), Purpose.memory, 0, ((device.id, amount),)))
     draw.shuffle(specs)
     return tuple(specs)
+
+
+def _with_flash(spec: RequestSpec, place: int) -> RequestSpec:
+    if spec.purpose is Purpose.memory:
+        return spec
+    return replace(spec, options=replace(spec.options, flash_attention=NAMED_FLASH[place % len(NAMED_FLASH)]))

@@ -254,7 +254,8 @@ class SimEnvironment:
                 return Pin(model)
             case 1:
                 keep_alive_s = draw.choice((None, None, 0.0, 20.0))
-                return Configure(draw.choice((None, 2, 9)), draw.choice((None, 0, 1, 3)), keep_alive_s)
+                limited = (None, True, False)[self.requests % 3]
+                return Configure(draw.choice((None, 2, 9)), draw.choice((None, 0, 1, 3)), keep_alive_s, limited)
             case 2 | 3:
                 return self._stray()
             case _:
@@ -321,7 +322,9 @@ class SimEnvironment:
         context = told // 2 if told is not None and draw.random() < 0.05 else None
         resident = tuple(process.takes.items()) if draw.random() < 0.8 else ()
         mapped = int(process.takes.get(HOST, 0) * draw.random() / 2) if resident else 0
-        return Loaded(id, context, resident, mapped)
+        named = process.launch.options.flash_attention  # else llama.cpp chooses, and may report it
+        flash_attention = (None, True, False)[id % 3] if named is None else None
+        return Loaded(id, context, resident, mapped, flash_attention=flash_attention)
 
     def _said(self, event: Unresponsive | OutOfMemory | ContextFilled) -> Event | None:
         return event if event.runner in self.processes else None

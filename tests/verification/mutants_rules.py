@@ -148,7 +148,7 @@ def a_runner_takes_one_lease_more(patch: Patch) -> None:
         return None if left is None else left + 1
 
 
-@mutant(SIMULATION)
+@mutant(SIMULATION, first=79)
 def a_limit_that_a_request_names_is_ignored(patch: Patch) -> None:
     """The limit of leases that requests name for their model holds for nothing."""
 

@@ -14,7 +14,7 @@ from fsm.messages.refusals import DoesNotFitRefusal, InvalidModelRefusal
 from fsm.preview import Preview, Share, preview
 from fsm.sizing.load_history import NOTHING, LoadHistory
 from scheduler.api.fit_advice import Inspection, advise
-from scheduler.api.json_values import json_value
+from scheduler.config.json_values import json_value
 from scheduler.errors.exceptions import InvalidModel, ModelNotFound
 from scheduler.errors.formatting import format_bytes, format_duration, shown
 from scheduler.errors.from_refusals import error_of

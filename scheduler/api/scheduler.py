@@ -40,7 +40,7 @@ from scheduler.config.settings import (
 )
 from scheduler.config.signatures import with_keywords
 from scheduler.engines.python import PythonModel, Value
-from scheduler.errors.exceptions import InvalidSettings, SchedulerClosed, WouldDeadlock, not_beside
+from scheduler.errors.exceptions import InvalidSettings, ModelNotFound, SchedulerClosed, WouldDeadlock, not_beside
 from scheduler.errors.formatting import format_duration, shown
 from scheduler.errors.wording import problem
 from scheduler.models.catalog import Catalog
@@ -407,6 +407,13 @@ class Scheduler:
         are kept; after that the identity is returned.
         """
         return self._registry.name(model)
+
+    def model(self, model: ModelId) -> ModelSpec | PythonModel:
+        """Return the model whose identity an event has; raises `ModelNotFound` where the scheduler has forgotten it."""
+        try:
+            return self._registry.engine_of(model)[1]
+        except KeyError:
+            raise ModelNotFound(self.name(model)) from None
 
     def events(self) -> EventStream:
         """Return an iterator over every transition and decision from now on, with its reason.

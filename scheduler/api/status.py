@@ -12,7 +12,8 @@ from fsm.domain.devices import HOST
 from fsm.domain.options import Options
 from fsm.machine.request import RequestId
 from fsm.machine.runner import RunnerId
-from scheduler.api.json_values import json_value
+from scheduler.config.json_values import json_value
+from scheduler.errors.kinds import kind_of
 from scheduler.errors.wording import Name, wait_reason
 
 if TYPE_CHECKING:
@@ -60,6 +61,7 @@ class WaitStatus:
     waits_for: str
     until_s: float  # in how long that is expected to be over, or to be evaluated again; infinite: unknown, or overdue
     gives_up_in_s: float  # infinite: the request has no time limit
+    waits_for_kind: str  # the same as `waits_for`, for programs: one of a few words
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +73,7 @@ class Status:
     devices: tuple[DeviceView, ...]
     problems: tuple[str, ...]  # what went wrong, and what to do about it, in sentences; empty where all is well
     closing: bool
+    at: float  # the moment, in seconds of the scheduler's clock, as events have it
 
     def to_json(self) -> dict[str, Any]:
         """Return the status as JSON values; an infinite time becomes None."""
@@ -95,10 +98,11 @@ def status_of(
             wait_reason(wait.waits_for, name),
             wait.until - now if wait.until > now else math.inf,
             wait.gives_up_at - now,
+            kind_of(wait.waits_for),
         )
         for wait in snapshot.queue
     )
-    return Status(runners, queue, snapshot.devices, problems, snapshot.closing)
+    return Status(runners, queue, snapshot.devices, problems, snapshot.closing, now)
 
 
 def _runner_status(view: RunnerView, now: float, name: str, handle: RunnerHandle | None) -> RunnerStatus:

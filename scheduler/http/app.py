@@ -20,6 +20,7 @@ from scheduler.http import anthropic, openai, watch
 from scheduler.http.errors import ErrorAnswer, answer_to
 from scheduler.http.exchange import BodyRefused, ClientLeft, Exchange
 from scheduler.http.guard import Guard, path_of
+from scheduler.http.metrics import Counted
 from scheduler.http.openapi import description
 from scheduler.http.protocol import Protocol
 from scheduler.http.protocol_module import Endpoint, ProtocolModule, Respond
@@ -51,7 +52,7 @@ def create_app(scheduler: Scheduler, **settings: Unpack[ServerArguments]) -> ASG
     inner = Starlette(routes=routes, exception_handlers={HTTPException: _refused})
     inner.router.default = _no_route
     inner.router.redirect_slashes = False
-    return Guard(inner, checked, protocol_of, _needs_no_key)
+    return Counted(Guard(inner, checked, protocol_of, _needs_no_key), service.metrics)
 
 
 class _Endpoint:

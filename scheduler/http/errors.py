@@ -24,6 +24,7 @@ from scheduler.errors.exceptions import (
     SchedulerError,
     TimeoutTooShort,
 )
+from scheduler.errors.kinds import snake_case
 
 _BY_ANSWER = (EngineError,)  # kinds whose status depends on what the engine has answered
 # Where the status that an error has as an exception is not the one that a client is answered with.
@@ -96,7 +97,7 @@ def error_table() -> str:
 
 def code_of(kind: type[SchedulerError]) -> str:
     """Return the code of a kind of error: `does_not_fit` for `DoesNotFit`."""
-    return re.sub(r"(?<!^)(?=[A-Z])", "_", kind.__name__).lower()
+    return snake_case(kind.__name__)
 
 
 def _not_found(error: ModelNotFound) -> str:

@@ -23,10 +23,12 @@ from scheduler.engines.runner_client import engine_error
 from scheduler.errors.exceptions import SchedulerError
 from scheduler.http.errors import ErrorAnswer, answer_to
 from scheduler.http.exchange import Exchange, as_json
+from scheduler.http.metrics import Metrics
 from scheduler.http.protocol import EVENTS, Protocol, Waiting
 from scheduler.http.rules import apply_rules
 from scheduler.http.runner_routes import HEADER, Call
 from scheduler.http.settings import ServerSettings
+from scheduler.http.tracing import write_spans
 from scheduler.http.upstream import BROKEN, Renaming, Upstream
 from scheduler.models.catalog import MOST_NAMES, found_by
 from scheduler.models.model_spec import ModelSpec
@@ -68,6 +70,8 @@ class Service:
     def __init__(self, scheduler: Scheduler, settings: ServerSettings) -> None:
         self.scheduler = scheduler
         self.settings = settings
+        self.metrics = Metrics(scheduler)
+        self.observer = self.metrics.observer
         self._upstream = Upstream()
         self._known: dict[str, tuple[ModelSpec, float]] = {}  # by name, and until when
         self._listed: tuple[dict[str, ModelSpec], float] | None = None  # and until when it serves
@@ -104,13 +108,13 @@ class Service:
     async def lease(self, exchange: Exchange, call: Call, protocol: Protocol) -> AsyncIterator[tuple[ModelSpec, Lease]]:
         """Yield the model that a call names and a lease on it; the client gets signs of life while the call waits."""
         spec = await self.find(call.model)
-        exchange.notes["model"] = spec.name
+        exchange.notes |= {"model": spec.name, "model_id": spec.id}
         asking, ignored = apply_rules(self.settings.rules, (spec.name, call.model), call.asking)
         if ignored:
             exchange.more_headers[f"{HEADER}ignored"] = "; ".join(ignored).encode("ascii", "replace").decode()
         acquiring = self.scheduler.acquire_async(spec, **asking)
         patience_s = self.settings.patience if call.patience_s is None else call.patience_s
-        began, granted = time.monotonic(), list[Lease]()
+        asked_at, granted_at, granted = time.monotonic(), None, list[Lease]()
 
         async def acquire() -> None:
             granted.append(await acquiring)
@@ -123,11 +127,16 @@ class Service:
                 loading = self.scheduler.preload(spec, **asking)  # the load goes on: the retry is warm
                 loading.add_done_callback(lambda done: done.cancelled() or done.exception())
                 raise
-            exchange.notes["wait_s"] = time.monotonic() - began
+            granted_at = time.monotonic()
+            exchange.notes["wait_s"] = granted_at - asked_at
             yield spec, granted[0]
         finally:
             for lease in granted:  # also one that was granted as the client left
                 lease.release()
+            if granted_at is not None:
+                exchange.notes["answer_s"] = time.monotonic() - granted_at
+            load = partial(self.observer.load_of, granted[0].runner if granted else None)
+            write_spans(exchange.notes, exchange.headers, asked_at, granted_at, load)
 
     async def pass_on(self, exchange: Exchange, call: Call, protocol: Protocol) -> None:
         """Have the runner of a model answer a call, and pass the answer on as it comes."""

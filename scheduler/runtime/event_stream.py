@@ -15,9 +15,12 @@ from weakref import ReferenceType, ref
 from fsm.messages import decision_log
 from fsm.messages.decision_log import Entry
 from scheduler.concurrency.event_loops import warn_if_loop_runs
+from scheduler.config.json_values import json_value
 from scheduler.config.quantities import parse_duration, wait_limit
 from scheduler.errors.exceptions import SchedulerForked
+from scheduler.errors.formatting import shown
 from scheduler.errors.from_refusals import decision_words
+from scheduler.errors.kinds import kind_of
 from scheduler.errors.wording import Name, device_reason, kept_reason, transition_reason
 
 
@@ -49,6 +52,13 @@ class Transition(decision_log.Transition):
 
     reason: str = ""  # `why` in words, with the models' names
 
+    def to_json(self, name: Name = str) -> dict[str, Any]:
+        """Return the transition as JSON values; `name` gives the name to show for a model, as `Scheduler.name` does.
+
+        `why` becomes the kind of the reason, and an infinite time None.
+        """
+        return _as_json(self, name)
+
 
 @dataclass(frozen=True, slots=True)
 class Decision(decision_log.Decision):
@@ -61,6 +71,13 @@ class Decision(decision_log.Decision):
     runners: tuple[ConsideredRunner, ...] = ()
     devices: tuple[ConsideredDevice, ...] = ()
     reason: str = ""  # `why` in words, with the models' names
+
+    def to_json(self, name: Name = str) -> dict[str, Any]:
+        """Return the decision as JSON values; `name` gives the name to show for a model, as `Scheduler.name` does.
+
+        `why` becomes the kind of the reason, and an infinite time None.
+        """
+        return _as_json(self, name)
 
 
 def event_of(entry: Entry, name: Name) -> Transition | Decision:
@@ -83,11 +100,29 @@ def _values(entry: object) -> dict[str, Any]:
     return {each.name: getattr(entry, each.name) for each in fields(entry)}  # type: ignore[arg-type]  # a dataclass
 
 
+def _as_json(entry: object, name: Name) -> dict[str, Any]:
+    values = _values(entry)
+    for part in ("runners", "devices"):
+        if part in values:
+            values[part] = tuple(_as_json(one, name) for one in values[part])
+    if "held_bytes" in values:
+        values["held_bytes"] = dict(values["held_bytes"])
+    if "model" in values:
+        values["model"] = shown(name(values["model"]))
+    if values.get("why") is not None:
+        values["why"] = kind_of(values["why"])
+    return {each: json_value(value) for each, value in values.items()}
+
+
 @dataclass(frozen=True, slots=True)
 class Gap:
     """Marks the place where `missed` entries were dropped because the listener was too slow."""
 
     missed: int
+
+    def to_json(self, name: Name = str) -> dict[str, Any]:
+        """Return the gap as JSON values."""
+        return {"missed": self.missed}
 
 
 class EventStream(Iterator[Transition | Decision | Gap]):

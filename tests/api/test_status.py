@@ -10,10 +10,16 @@ from typing import Any
 
 import pytest
 
+from fsm.machine.request import ModelId
+from fsm.messages.reasons import RunnerStep, WaitFor, WaitForRunners
 from scheduler import (
     AcquireTimeout,
+    Decision,
+    DoesNotFit,
+    Gap,
     LoadFailed,
     LoadTimeout,
+    ModelNotFound,
     PythonModel,
     QueueFull,
     RunnerCrashed,
@@ -21,10 +27,12 @@ from scheduler import (
     Scheduler,
     SchedulerClosed,
     Settings,
+    Transition,
     WaitStatus,
 )
 from scheduler.devices import nvml
 from scheduler.devices.nvml import Nvml
+from scheduler.errors.kinds import WAIT_KINDS, kind_of
 from scheduler.testing import FakeMachine
 
 
@@ -40,6 +48,7 @@ def test_u56_a_status_is_json_with_every_field() -> None:
         first = fake.scheduler.submit("a", num_ctx=512)
         fake.advance("1s")
         waiting = fake.scheduler.submit("b")
+        fake.advance("1s")
         status = fake.scheduler.status()
         told = parsed(status)
         (runner,), (wait,) = told["runners"], told["queue"]
@@ -49,8 +58,10 @@ def test_u56_a_status_is_json_with_every_field() -> None:
         assert runner["expires_in_s"] is wait["gives_up_in_s"] is None
         assert status.runners[0].expires_in_s == math.inf
         assert (wait["model"], wait["position"]) == ("b", 0)
+        assert (wait["waits_for"], wait["waits_for_kind"]) == ("a to become idle", "runners_idle")
         assert {device["id"] for device in told["devices"]} >= {"cpu"} and "held_bytes" in told["devices"][0]
-        assert told.keys() == {"runners", "queue", "devices", "problems", "closing"}
+        assert told.keys() == {"runners", "queue", "devices", "problems", "closing", "at"}
+        assert told["at"] == fake.now
         waiting.cancel()
         first.result(10).release()
 
@@ -62,6 +73,51 @@ def test_u56_the_status_of_real_devices_and_of_a_closed_scheduler_is_json() -> N
         (runner,) = parsed(scheduler.status())["runners"]
         assert (runner["pid"], runner["held_bytes"]) == (None, {"cpu": 10 << 20})
     assert parsed(scheduler.status())["closing"] is True
+
+
+def test_events_are_json_with_names_and_kinds_of_reasons() -> None:
+    """Each entry has all its fields; models have their names, reasons are words and a kind, and times may be null."""
+    with FakeMachine(memory="8GiB", keep_alive=-1) as fake, fake.scheduler.events() as events:
+        fake.model("a", size="5GiB").model("b", size="5GiB").model("huge", size="50GiB")
+        fake.scheduler.acquire("a").release()
+        with pytest.raises(DoesNotFit):
+            fake.scheduler.acquire("huge")
+        fake.scheduler.acquire("b").release()
+        entries = list(iter(lambda: events.take(0), None))
+        told = [json.loads(json.dumps(entry.to_json(fake.scheduler.name), allow_nan=False)) for entry in entries]
+    for entry, values in zip(entries, told, strict=True):
+        assert values.keys() == {each.name for each in fields(entry)}
+    launched = next(one for one in told if one.get("trigger") == "launch")
+    assert (launched["model"], launched["source"], launched["destination"]) == ("a", None, "loading")
+    expired = next(one for one in told if one.get("trigger") == "expire")
+    assert (expired["model"], expired["why"], expired["reason"]) == ("a", "needed_for", "b needs its memory")
+    evicts = next(one for one in told if one.get("what") == "evicts")
+    assert evicts["runners"][0]["model"] == "a" and evicts["runners"][0]["taken"] is True
+    assert evicts["runners"][0]["held_bytes"] == {"cpu": 5 << 30} and evicts["until"] is None
+    refused = next(one for one in told if one.get("what") == "rejected")
+    assert (refused["model"], refused["why"]) == ("huge", "does_not_fit")
+    assert Gap(3).to_json() == {"missed": 3}
+
+
+def test_a_wait_and_an_entry_name_the_kinds_that_there_are() -> None:
+    """What a request can wait for are few words, none of them twice."""
+    assert len(set(WAIT_KINDS)) == len(WAIT_KINDS) == len(WaitFor) + len(RunnerStep)
+    for reason in (*WaitFor, *(WaitForRunners((), step) for step in RunnerStep)):
+        assert kind_of(reason) in WAIT_KINDS
+
+
+def test_the_model_of_an_entry_can_be_named_again() -> None:
+    """The identity of an entry leads to its model, which can be expired by it, until it is forgotten."""
+    with FakeMachine(memory="8GiB", keep_alive=-1) as fake, fake.scheduler.events() as events:
+        fake.model("a", size="5GiB")
+        fake.scheduler.acquire("a").release()
+        entry = next(events)
+        assert isinstance(entry, Transition | Decision)
+        assert fake.scheduler.model(entry.model).name == "a"
+        fake.scheduler.expire(fake.scheduler.model(entry.model))
+        assert not fake.running
+        with pytest.raises(ModelNotFound):
+            fake.scheduler.model(ModelId("/none.gguf"))
 
 
 def a_library(monkeypatch: pytest.MonkeyPatch, error: Exception) -> Nvml:

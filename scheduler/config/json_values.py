@@ -1,4 +1,4 @@
-"""Statuses and fits as JSON values."""
+"""Statuses, fits and events as JSON values."""
 
 from __future__ import annotations
 

@@ -64,6 +64,7 @@ class Metrics(Collector):
 
     def text(self) -> bytes:
         """Return all figures in the text format of Prometheus."""
+        self.observer.catch_up()
         return generate_latest(self._registry)
 
     def count(self, notes: Mapping[str, object]) -> None:
@@ -83,7 +84,6 @@ class Metrics(Collector):
 
     def collect(self) -> Iterator[Metric]:
         """Yield what the scheduler's status tells."""
-        self.observer.catch_up()
         status = self._scheduler.status()
         for field, text in _DEVICE:
             metric = GaugeMetricFamily(f"loadmaster_device_{field}", text, labels=("device", "kind"))

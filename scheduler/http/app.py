@@ -16,7 +16,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from scheduler import __version__
 from scheduler.api.scheduler import Scheduler
 from scheduler.errors.exceptions import SchedulerError
-from scheduler.http import anthropic, openai, watch
+from scheduler.http import actions, anthropic, openai, page, watch
 from scheduler.http.errors import ErrorAnswer, answer_to
 from scheduler.http.exchange import BodyRefused, ClientLeft, Exchange
 from scheduler.http.guard import Guard, path_of
@@ -30,7 +30,7 @@ from scheduler.http.settings import ServerArguments, ServerSettings
 
 log = logging.getLogger("loadmaster")
 
-_MODULES: tuple[ProtocolModule, ...] = (openai, anthropic, watch)
+_MODULES: tuple[ProtocolModule, ...] = (openai, anthropic, watch, actions, page)
 
 
 def create_app(scheduler: Scheduler, **settings: Unpack[ServerArguments]) -> ASGIApp:
@@ -118,4 +118,4 @@ def protocol_of(path: str) -> Protocol:
 
 
 def _needs_no_key(method: str, path: str) -> bool:
-    return (method, path) in watch.OPEN
+    return (method, path) in watch.OPEN or page.is_open(method, path)

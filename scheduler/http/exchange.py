@@ -30,6 +30,7 @@ class Exchange:
 
     def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self.headers = Headers(scope=scope)
+        self.client: str | None = (scope.get("client") or (None,))[0]  # its address
         self.path_params: Mapping[str, str] = scope.get("path_params", {})
         self.notes: dict[str, object] = scope.setdefault("loadmaster", {})  # for the access log
         self.more_headers: dict[str, str] = {}  # of the response, whatever it is

@@ -7,6 +7,7 @@ import time
 
 from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4
 
+from scheduler.http.actions import may_act
 from scheduler.http.exchange import Exchange, as_json
 from scheduler.http.openai import PROTOCOL
 from scheduler.http.protocol import EVENTS
@@ -50,7 +51,7 @@ async def _follow(service: Service, exchange: Exchange) -> None:
     """Send the past, then each event, and the status with it or once a second."""
     observer = service.observer
     observer.catch_up()
-    count, past = observer.count, observer.past()
+    count, past = observer.count, {**observer.past(), "actions": may_act(service, exchange)}
     await exchange.begin(200, _STREAM)
     await exchange.write(_sent("past", past))
     closing, told_at = False, float("-inf")

@@ -19,6 +19,7 @@ from scheduler.errors.former_names import warn_of_former_name
 
 PROGRAM = "loadmaster"
 WRONG_USE = 2
+SERVER = "http://127.0.0.1:11434"
 LONGEST_KEEP_ALIVE_S = 60.0  # the demonstration waits for it
 
 
@@ -75,6 +76,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_demo(commands.add_parser("demo", help="run real models in too little memory and show what happens"))
     _add_models(commands.add_parser("models", help="list the models that have a name, and whether they fit"))
     _add_fit(commands.add_parser("fit", help="show what a model would take of which device, and whether it fits"))
+    _add_ps(commands.add_parser("ps", help="show what a server has loaded, and what waits"))
+    _add_top(commands.add_parser("top", help="show the same live"))
     _add_replay(commands.add_parser("replay", help="replay a recording: what was decided, and why"))
     _add_explore(commands.add_parser("explore", help="search all states of a small scheduler for errors"))
     return parser
@@ -130,6 +133,41 @@ def _add_fit(parser: argparse.ArgumentParser) -> None:
     room("--gpu", action="append", default=[], metavar="NAME=SIZE", help=imagined)
     parser.add_argument("--json", action="store_true", help="print an object instead of a table")
     parser.set_defaults(run=_fit)
+
+
+def _add_ps(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Prints the devices, the runners and the queue of a running server. A key that the server asks for is taken "
+        "from LOADMASTER_API_KEY."
+    )
+    _add_url(parser)
+    parser.add_argument("--json", action="store_true", help="print the status as JSON instead of tables")
+    parser.set_defaults(run=_ps)
+
+
+def _add_top(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Shows the devices, the runners, the queue and the last decisions of a running server, live; q or Ctrl-C ends "
+        "it. A key that the server asks for is taken from LOADMASTER_API_KEY."
+    )
+    _add_url(parser)
+    parser.set_defaults(run=_top)
+
+
+def _add_url(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("url", nargs="?", default=SERVER, metavar="URL", help=f"of the server (default: {SERVER})")
+
+
+def _ps(chosen: argparse.Namespace) -> int:
+    from scheduler.cli.top import run_ps  # imported here, since no other command needs it
+
+    return run_ps(chosen.url, as_json=chosen.json)
+
+
+def _top(chosen: argparse.Namespace) -> int:
+    from scheduler.cli.top import run_top  # imported here, since no other command needs it
+
+    return run_top(chosen.url)
 
 
 def _add_replay(parser: argparse.ArgumentParser) -> None:

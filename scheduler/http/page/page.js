@@ -110,10 +110,11 @@ function showDevice(made, device) {
   say(head, `${device.id}${device.name && device.name !== device.id ? `, ${device.name}` : ""}: ` +
     `${bytes(device.capacity_bytes)}, of which ${bytes(device.free_bytes)} are free`);
   keep(bar, parts, (part) => part.key, () => element("div"), (piece, part) => {
+    const share = part.size / Math.max(1, device.capacity_bytes);
     piece.className = part.kind;
-    piece.style.width = `${(100 * part.size) / Math.max(1, device.capacity_bytes)}%`;
+    piece.style.width = `${100 * share}%`;
     piece.title = part.name;
-    say(piece, part.name);
+    say(piece, share >= 0.1 ? part.name : "");
   });
   keep(list, parts, (part) => part.key, () => element("li"), (piece, part) => {
     piece.className = part.kind;

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from scheduler import __version__
@@ -20,7 +20,6 @@ except ImportError:  # nothing is traced
 else:
     start = trace.get_tracer("loadmaster", __version__).start_span
 
-_S = 1_000_000_000  # nanoseconds
 _NOTED = {"model": "gen_ai.request.model", "tokens_in": "gen_ai.usage.input_tokens"}
 _NOTED |= {"tokens_out": "gen_ai.usage.output_tokens"}
 
@@ -41,28 +40,38 @@ def write_spans(
     if start is None:
         return
     inside = trace.get_current_span().get_span_context().is_valid
-    ended_at, epoch_ns = time.monotonic(), time.time_ns() - time.monotonic_ns()
+    epoch_s, ended_at = time.time() - time.monotonic(), time.monotonic()
     context = None if inside else propagate.extract(headers)
-
-    def span(name: str, begins: float, ends: float, within: Any) -> Any:
-        made = start(name, within, start_time=epoch_ns + int(begins * _S))
-        made.end(epoch_ns + int(ends * _S))
-        return made
-
-    whole = start("acquire", context, start_time=epoch_ns + int(asked_at * _S))
+    whole = start("acquire", context, start_time=_ns(epoch_s + asked_at))
     if whole.is_recording():
         whole.set_attributes({name: notes[note] for note, name in _NOTED.items() if note in notes})
         if (error := sys.exception()) is not None:
             whole.set_attribute("error.type", type(error).__name__)
             whole.set_status(trace.StatusCode.ERROR)
-        within = trace.set_span_in_context(whole)
-        if granted_at is None:
-            span("wait", asked_at, ended_at, within)
-        else:
-            began, ended = load() or (granted_at, asked_at)
-            began = max(asked_at, began) if ended > asked_at else granted_at  # a load that was over is none of its own
-            span("wait", asked_at, began, within)
-            if began < granted_at:
-                span("load", began, granted_at, within)
-            span("answer", granted_at, ended_at, within)
-    whole.end(epoch_ns + int(ended_at * _S))
+        within, last = trace.set_span_in_context(whole), asked_at
+        for name, until in _parts(asked_at, granted_at, ended_at, load):
+            part = start(name, within, start_time=_ns(epoch_s + last))
+            part.end(_ns(epoch_s + until))
+            last = until
+    whole.end(_ns(epoch_s + ended_at))
+
+
+def _parts(
+    asked_at: float, granted_at: float | None, ended_at: float, load: Callable[[], tuple[float, float] | None]
+) -> Iterator[tuple[str, float]]:
+    """Yield the parts of a lease in order, each with its end."""
+    if granted_at is None:
+        yield "wait", ended_at
+        return
+    began, ended = load() or (granted_at, asked_at)
+    if ended > asked_at:  # else the load was over before
+        began = max(asked_at, began)
+        yield "wait", began
+        yield "load", granted_at
+    else:
+        yield "wait", granted_at
+    yield "answer", ended_at
+
+
+def _ns(seconds: float) -> int:
+    return int(seconds * 1e9)

@@ -27,7 +27,7 @@ from scheduler.cli.main import main
 from scheduler.cli.top import View
 from scheduler.http import create_app
 from scheduler.testing import FakeMachine
-from tests.http.conftest import running
+from tests.support.running import running
 
 KEY = "the-key-of-the-server"
 PATIENCE_S = 60.0

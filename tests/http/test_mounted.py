@@ -44,6 +44,7 @@ def test_it_may_be_mounted_under_any_prefix(model_folder: Path, prefix: str, out
 
 def test_importing_the_library_imports_no_server() -> None:
     """The server's packages are imported where the server is."""
-    code = "import sys, scheduler; print({'starlette', 'uvicorn', 'python_multipart'} & {*sys.modules})"
+    packages = {"starlette", "uvicorn", "python_multipart", "prometheus_client", "opentelemetry"}
+    code = f"import sys, scheduler, scheduler.cli.main; print({packages} & {{*sys.modules}})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"

@@ -12,7 +12,7 @@ from playwright.sync_api import sync_playwright
 
 from scheduler.http import create_app
 from scheduler.testing import FakeMachine
-from tests.http.conftest import running
+from tests.support.running import running
 
 PICTURE = Path(__file__).resolve().parents[2] / "docs" / "page.png"
 USES = (  # model, and for how many seconds it is used

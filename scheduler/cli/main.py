@@ -11,6 +11,7 @@ from types import ModuleType
 from typing import Never
 
 from scheduler import __version__
+from scheduler.cli.serve_settings import Refused, add_flags
 from scheduler.config.settings import Settings, parse_duration
 from scheduler.config.value_parsers import memory
 from scheduler.errors.exceptions import InvalidSettings, SchedulerError
@@ -33,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         status = run(chosen)
         print(end="", flush=True)  # here, where a failure can still be reported
         return status
-    except SchedulerError as error:
+    except (SchedulerError, Refused) as error:
         print(f"{PROGRAM}: {error}", file=sys.stderr)
         return WRONG_USE
     except KeyboardInterrupt:
@@ -73,6 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    _add_serve(commands.add_parser("serve", help="serve models to clients of OpenAI's, Anthropic's and Ollama's API"))
     _add_demo(commands.add_parser("demo", help="run real models in too little memory and show what happens"))
     _add_models(commands.add_parser("models", help="list the models that have a name, and whether they fit"))
     _add_fit(commands.add_parser("fit", help="show what a model would take of which device, and whether it fits"))
@@ -81,6 +83,23 @@ def _parser() -> argparse.ArgumentParser:
     _add_replay(commands.add_parser("replay", help="replay a recording: what was decided, and why"))
     _add_explore(commands.add_parser("explore", help="search all states of a small scheduler for errors"))
     return parser
+
+
+def _add_serve(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Serves models over HTTP. Every setting is a flag, a key of the file that --config names, and a variable of "
+        "the environment (LOADMASTER_PORT for --port); a flag counts more than the file, and the file more than the "
+        "environment. Ctrl-C lets answers finish and then ends it, with status 0; Ctrl-C twice ends it at once. "
+        "SIGHUP has it read the file again."
+    )
+    add_flags(parser)
+    parser.set_defaults(run=_serve)
+
+
+def _serve(chosen: argparse.Namespace) -> int:
+    from scheduler.cli.serve import run_serve  # imported here, since no other command needs it
+
+    return run_serve(vars(chosen))
 
 
 def _add_demo(parser: argparse.ArgumentParser) -> None:

@@ -36,6 +36,13 @@ from scheduler.errors.formatting import format_bytes, format_duration
 from scheduler.errors.former_names import warn_of_former_name
 
 ENVIRONMENT_PREFIX = "LOADMASTER_"
+# What the command `loadmaster serve` reads of the environment beside these settings; for a scheduler it sets nothing.
+_OF_THE_SERVER = """
+    allow_hosts allow_origins api_key api_key_file body_limit body_timeout dashboard dashboard_actions
+    forwarded_allow_ips host log_format max_connections no_key patience port root_path rules sign_of_life tls_cert
+    tls_key workers
+"""
+SERVER_VARIABLES = frozenset(ENVIRONMENT_PREFIX + name.upper() for name in _OF_THE_SERVER.split())
 SMALLEST_RECORD_BYTES = 64 * 1024
 _AROUND_VALUES = " \t\"'"  # what shells and service files leave around a value
 
@@ -195,7 +202,7 @@ def _check_names(given: Mapping[str, str]) -> None:
     known = {row.variable: row.variable for row in SETTINGS}
     known |= {row.former_variable: row.variable for row in SETTINGS if row.former}
     for name in sorted(given):
-        if name.startswith(ENVIRONMENT_PREFIX) and name not in known:
+        if name.startswith(ENVIRONMENT_PREFIX) and name not in known and name not in SERVER_VARIABLES:
             (closest,) = difflib.get_close_matches(name.upper(), known, 1, cutoff=0)
             raise InvalidSettings(
                 name, given[name], f"the variable of a setting, as {known[closest]} is: check its name"

@@ -8,6 +8,7 @@ refused before anything is looked at. Clients that are no browsers send neither 
 from __future__ import annotations
 
 import ipaddress
+import re
 import secrets
 from collections.abc import Callable
 from urllib.parse import urlsplit
@@ -90,7 +91,7 @@ class Guard:
         return ANY in known or name in known or name == "localhost" or _is_address(name)
 
     def _is_allowed(self, origin: str) -> bool:
-        return ANY in self._settings.allow_origins or origin in self._settings.allow_origins
+        return any(_matches(origin, one) for one in self._settings.allow_origins)
 
 
 def path_of(scope: Scope) -> str:
@@ -102,6 +103,12 @@ def path_of(scope: Scope) -> str:
 def printable_host(host: str) -> str:
     """Return the name of a host as far as it can be shown."""
     return host[:100] if host.isprintable() else ""
+
+
+def _matches(origin: str, allowed: str) -> bool:
+    """Tell whether an origin is one that is allowed, in which a star stands for any characters, as for Ollama."""
+    parts = allowed.split(ANY)
+    return re.fullmatch(".*".join(map(re.escape, parts)), origin) is not None
 
 
 def _name_of(host: str) -> str:

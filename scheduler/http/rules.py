@@ -10,9 +10,13 @@ from typing import Any
 
 from scheduler.config.quantities import parse_duration
 from scheduler.errors.exceptions import InvalidSettings
-from scheduler.http.runner_routes import LOAD_OPTIONS, TIMING
 from scheduler.runtime.request_parser import AcquireOptions
 
+_LOADING = """
+    num_ctx num_batch num_gpu main_gpu num_thread num_parallel use_mmap flash_attention cache_type_k cache_type_v
+"""
+LOAD_OPTIONS = frozenset(_LOADING.split())
+TIMING = ("keep_alive", "priority", "timeout")
 ALL = "*"  # the name that stands for every model
 _DURATIONS = ("keep_alive", "timeout")
 _ALLOWED = (
@@ -84,6 +88,9 @@ def _rules_of(name: str, value: Any) -> Mapping[str, Rule]:
         if option not in LOAD_OPTIONS and option not in TIMING:
             known = ", ".join((*TIMING, *sorted(LOAD_OPTIONS)))
             raise InvalidSettings(f"{name}.{option}", rule, f"a rule for one of {known}")
+        if isinstance(rule, Rule):  # it has been parsed before
+            found[option] = rule
+            continue
         if not isinstance(rule, Mapping) or {*rule} not in _FORMS:
             raise InvalidSettings(f"{name}.{option}", rule, _ALLOWED)
         for limit in rule.values():

@@ -13,16 +13,12 @@ from scheduler.config.quantities import parse_duration
 from scheduler.engines.answer_requests import refuse_fetches
 from scheduler.errors.exceptions import InvalidSettings, UnsupportedOption
 from scheduler.http.exchange import as_json, object_of
+from scheduler.http.rules import LOAD_OPTIONS, TIMING
 from scheduler.models.chat_defaults import ChatDefaults
 from scheduler.models.model_spec import ModelSpec
 from scheduler.runtime.request_parser import AcquireOptions
 
 HEADER = "x-loadmaster-"
-_LOADING = """
-    num_ctx num_batch num_gpu main_gpu num_thread num_parallel use_mmap flash_attention cache_type_k cache_type_v
-"""
-LOAD_OPTIONS = frozenset(_LOADING.split())
-TIMING = ("keep_alive", "priority", "timeout")
 _WHOLE = re.compile(r"-?[0-9]{1,18}")
 _PING_S = 10  # the runner's own signs of life, while it computes a long prompt
 

@@ -56,7 +56,8 @@ class ServerSettings:
             raise InvalidSettings(name, value, f"one of the settings of the server: {known}")
 
 
-def _names(name: str, value: Any) -> tuple[str, ...]:
+def names(name: str, value: Any) -> tuple[str, ...]:
+    """Return names, in lower case: several, or one text of them with commas in between."""
     parts = value.split(",") if isinstance(value, str) else value
     parts = list(parts) if isinstance(parts, Iterable) else [None]
     if not all(isinstance(part, str) for part in parts):
@@ -74,10 +75,14 @@ def _key(name: str, value: Any) -> str | None:
 SERVER_SETTINGS = (
     Setting("api_key", None, _key, "key that clients must send, as a bearer token or as x-api-key"),
     Setting(
-        "allow_hosts", (), _names,
+        "allow_hosts", (), names,
         'names by which clients may address the server beside localhost and addresses; "*": any',
     ),
-    Setting("allow_origins", (), _names, 'origins whose web pages may call the server, as https://host:port; "*": any'),
+    Setting(
+        "allow_origins", (), names,
+        'origins whose web pages may call the server, as https://host:port; a "*" stands for any characters',
+        "OLLAMA_ORIGINS",
+    ),
     Setting("dashboard", True, flag, "whether there is a page at /"),
     Setting("dashboard_actions", False, flag, "whether the page may load and unload models where no key is set"),
     Setting("sign_of_life", "0.5s", duration(), "how long a streamed request waits before its response begins"),

@@ -1,0 +1,190 @@
+"""The server that a command runs: uvicorn with bounds, an end in two steps, and what systemd is told."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import socket
+import ssl
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from types import FrameType
+
+import h11
+import uvicorn
+from starlette.types import ASGIApp, Receive, Scope, Send
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from scheduler.api.scheduler import Scheduler
+from scheduler.errors.exceptions import SchedulerBroken, SchedulerClosed
+from scheduler.errors.formatting import format_duration
+from scheduler.http.access_log import AccessLog
+from scheduler.http.app import create_app, protocol_of
+from scheduler.http.errors import answer_to, code_of
+from scheduler.http.exchange import Exchange
+from scheduler.http.guard import path_of
+from scheduler.http.service import refuse
+from scheduler.http.settings import ServerArguments
+
+log = logging.getLogger("loadmaster")
+
+FAILED = 1  # the exit status after a bug
+_HEADER_BYTES = 64 * 1024  # of one request
+_HEADERS_S = 30.0  # for so long they may take
+_IDLE_S = 75  # for so long a connection without a request stays: longer than usual proxies keep theirs
+_LAST_WORDS_S = 2  # for the ends of streams to be sent, when all leases are back
+_SPARE_CONNECTIONS = 1000  # beyond those whose requests are answered: idle ones, and those that are refused
+_ENDING = replace(answer_to(SchedulerClosed()), message="the server is ending: ask again in a moment")
+_WHILE_ENDING = ("/health", "/ready")  # what is answered until the end
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerOptions:
+    """How a server is reached."""
+
+    tls: ssl.SSLContext | None = None
+    root_path: str = ""  # under which a proxy publishes it
+    proxies: Sequence[str] = ()  # addresses whose forwarded headers count
+
+
+class HttpServer(uvicorn.Server):
+    """A server of a scheduler's models, which closes the scheduler.
+
+    The first SIGINT or SIGTERM lets answers finish for the setting `close_timeout` while new requests are refused, the
+    second ends the process at once. SIGHUP calls `reload` on a thread; without it, SIGHUP ends the server too.
+    """
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        arguments: ServerArguments,
+        options: ServerOptions,
+        *,
+        ready: Callable[[], None] = lambda: None,
+        reload: Callable[[], None] | None = None,
+    ) -> None:
+        self.exit_status = 0
+        self._scheduler = scheduler
+        self._ready = ready
+        self._reload = reload
+        self._ending: asyncio.Future[None] | None = None
+        app = create_app(scheduler, **arguments)
+        most = int(arguments.get("max_connections", 0)) + _SPARE_CONNECTIONS
+        super().__init__(
+            uvicorn.Config(
+                AccessLog(self._front(app)), http=_Protocol, ws="none", loop="asyncio", lifespan="on", workers=1,
+                interface="asgi3", log_config=None, log_level=logging.WARNING, access_log=False, server_header=False,
+                h11_max_incomplete_event_size=_HEADER_BYTES, timeout_keep_alive=_IDLE_S, limit_concurrency=most,
+                timeout_graceful_shutdown=_LAST_WORDS_S, root_path=options.root_path,
+                proxy_headers=bool(options.proxies), forwarded_allow_ips=[*options.proxies],
+                ssl_context_factory=None if options.tls is None else lambda config, usual: _given(options.tls),
+            )
+        )  # fmt: skip
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Begin to serve, and say so."""
+        await super().startup(sockets)
+        self._ready()
+        tell_systemd("READY=1")
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Have signals end the server while it runs, and read its file again."""
+        loop = asyncio.get_running_loop()
+
+        def end(number: int, frame: FrameType | None) -> None:
+            if self._ending is not None:
+                os._exit(128 + number)  # runners end with this process, whatever ends it
+            self._ending = loop.create_future()
+            loop.call_soon_threadsafe(lambda: loop.create_task(self._end()))
+
+        def hang_up(number: int, frame: FrameType | None) -> None:
+            if self._reload is None:
+                end(number, frame)
+            elif self._ending is None:
+                loop.call_soon_threadsafe(loop.run_in_executor, None, self._read_again)
+
+        handlers = {signal.SIGINT: end, signal.SIGTERM: end, signal.SIGHUP: hang_up}
+        before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    async def _end(self) -> None:
+        """Close the scheduler, which waits for answers and refuses what is new, and then the server."""
+        tell_systemd("STOPPING=1")
+        left = format_duration(self._scheduler.settings.close_timeout)
+        log.info("ending: answers may take up to %s more; the next signal ends them at once", left)
+        try:
+            await self._scheduler.aclose()
+        finally:
+            self.should_exit = True
+
+    def _read_again(self) -> None:
+        assert self._reload is not None
+        tell_systemd(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
+        try:
+            self._reload()
+        except Exception:
+            log.exception("reading the file again has failed")
+        finally:
+            tell_systemd("READY=1")
+
+    def _front(self, app: ASGIApp) -> ASGIApp:
+        """Return an application that refuses new requests at the end, and that ends the server after a bug."""
+
+        async def front(scope: Scope, receive: Receive, send: Send) -> None:
+            if self._ending is not None and scope["type"] == "http" and (path := path_of(scope)) not in _WHILE_ENDING:
+                await refuse(Exchange(scope, receive, send), protocol_of(path), _ENDING)
+                return
+            await app(scope, receive, send)
+            if scope.get("loadmaster", {}).get("error") == code_of(SchedulerBroken) and not self.should_exit:
+                log.error("the scheduler has failed: the server ends")
+                self.exit_status, self.should_exit = FAILED, True
+
+        return front
+
+
+def _given(context: ssl.SSLContext | None) -> ssl.SSLContext:
+    assert context is not None
+    return context
+
+
+class _Protocol(H11Protocol):
+    """A connection that is closed when the headers of a request do not come in time."""
+
+    _due: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as its base
+        super().connection_made(transport)
+        self._due = self.loop.call_later(_HEADERS_S, self.timeout_keep_alive_handler)
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self.conn.their_state is not h11.IDLE:
+            self._called_off()
+        elif self._due is None:
+            self._due = self.loop.call_later(_HEADERS_S, self.timeout_keep_alive_handler)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._called_off()
+        super().connection_lost(exc)
+
+    def _called_off(self) -> None:
+        if self._due is not None:
+            self._due.cancel()
+            self._due = None
+
+
+def tell_systemd(state: str) -> None:
+    """Tell systemd the state of this service, where it has started it and wants to know."""
+    if address := os.environ.get("NOTIFY_SOCKET"):
+        with suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
+            notify.connect(address.replace("@", "\0", 1) if address.startswith("@") else address)
+            notify.sendall(state.encode())

@@ -57,18 +57,22 @@ def run_serve(flags: Mapping[str, Any]) -> int:
         sockets = [stack.enter_context(closing(one)) for one in _bound(settings, addresses)]
         stack.enter_context(logging_to_stderr(own["log_format"]))
         start = stack.enter_context(closing(_Start()))
-        start.doing("looking for models in the folders that are named")
+        start.doing("looking for the models that are named")
         _check_folders(settings)
+        others = Catalog(default_resolvers(settings.scheduler.models))
+        specs = _checked(settings, others)
         start.doing("reading the devices")
         scheduler = stack.enter_context(Scheduler(settings.scheduler))
-        start.doing("looking for models")
-        models = _Models(flags, settings, scheduler)
+        start.doing("looking for all models")
+        models = _Models(flags, settings, scheduler, others, specs)
         count = sum(1 for _ in islice(scheduler.catalog.listing(), MOST_NAMES))
 
         def ready() -> None:
             start.close()
             if unprotected:
                 log.warning(_UNPROTECTED)
+            if not count:
+                log.warning("no model has a name: put GGUF files into a folder, and name it with --models")
             log.info("serving %s at %s; Ctrl-C ends it", _counted(count), _url(settings, sockets[0]))
 
         reload = None if settings.file is None else models.read_again
@@ -208,19 +212,43 @@ def _check_folders(settings: ServeSettings) -> None:
         raise Refused(f"there is no model in the folder {folder}: put GGUF files there, or name another with --models")
 
 
+def _checked(settings: ServeSettings, others: Catalog) -> list[ModelSpec]:
+    """Return the models of a file, based on `others`; raises `Refused` for one that cannot be served."""
+    parser = RequestParser(others, require=lambda model: None, pin=lambda model: None)
+    specs = []
+    try:
+        ConfiguredModels("", others).replace(settings.models)
+    except InvalidSettings as error:
+        raise Refused(f"{settings.file}: {error}") from None
+    for model in settings.models:
+        try:
+            specs.append(model.spec(others))
+            parser.parse(specs[-1], {})  # a request that names nothing checks what the model names
+        except SchedulerError as error:
+            raise Refused(f"the model {model.name!r} in {settings.file}: {error}") from None
+    return specs
+
+
 class _Models:
     """The models of the file, which is read again on request."""
 
-    def __init__(self, flags: Mapping[str, Any], settings: ServeSettings, scheduler: Scheduler) -> None:
+    def __init__(
+        self,
+        flags: Mapping[str, Any],
+        settings: ServeSettings,
+        scheduler: Scheduler,
+        others: Catalog,
+        specs: Sequence[ModelSpec],
+    ) -> None:
         self._flags = flags
         self._settings = settings
         self._scheduler = scheduler
-        self._others = Catalog(default_resolvers(settings.scheduler.models))
-        self._resolver = ConfiguredModels(f"the file {settings.file}", self._others)
+        self._others = others  # where the models are that those of the file are based on
+        self._resolver = ConfiguredModels(f"the file {settings.file}", others)
         self._pinned: dict[ModelId, ModelSpec] = {}
         self._reading = threading.Lock()
-        self._take(self._checked(settings))
         self._resolver.replace(settings.models)
+        self._take(specs)
         if settings.file is not None:
             scheduler.catalog.add(self._resolver)
 
@@ -229,7 +257,7 @@ class _Models:
         with self._reading:
             try:
                 fresh = read_settings(self._flags)
-                specs = self._checked(fresh)
+                specs = _checked(fresh, self._others)
                 before = self._scheduler.settings
                 changes: dict[str, Any] = {
                     row.name: getattr(fresh.scheduler, row.name)
@@ -245,23 +273,6 @@ class _Models:
             changed = f"; {', '.join(changes)} changed" if changes else ""
             kept = f"; {', '.join(stay)} cannot change before a restart" if (stay := self._staying(fresh)) else ""
             log.info("read %s again: it names %s%s%s", fresh.file, _counted(len(specs)), changed, kept)
-
-    def _checked(self, settings: ServeSettings) -> list[ModelSpec]:
-        """Return the models of a file; raises `Refused` for one that cannot be served."""
-        models = ConfiguredModels("", self._others)
-        parser = RequestParser(self._others, require=lambda model: None, pin=lambda model: None)
-        specs = []
-        try:
-            models.replace(settings.models)
-        except InvalidSettings as error:
-            raise Refused(f"{settings.file}: {error}") from None
-        for model in settings.models:
-            try:
-                specs.append(model.spec(self._others))
-                parser.parse(specs[-1], {})  # a request that names nothing checks what the model names
-            except SchedulerError as error:
-                raise Refused(f"the model {model.name!r} in {settings.file}: {error}") from None
-        return specs
 
     def _staying(self, fresh: ServeSettings) -> list[str]:
         """Return the settings that the file changes, and that cannot change."""

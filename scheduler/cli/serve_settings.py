@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import ipaddress
 import os
 import re
 import tomllib
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -82,8 +84,8 @@ def _ollama_address(name: str, value: Any) -> tuple[str, int]:
         r"\[(?P<v6>[^\[\]]*)\](?::(?P<port>\d{1,5}))?|(?P<host>[^:\[\]]*)(?::(?P<port_too>\d{1,5}))?", address
     )
     if found is None:
-        if re.fullmatch(r"[0-9a-fA-F:.%]+", address):  # an IPv6 address without brackets
-            return address, usual
+        with suppress(ValueError):
+            return str(ipaddress.IPv6Address(address)), usual  # without brackets
         raise InvalidSettings(name, value, "an address like 127.0.0.1:11434")
     port = int(found["port"] or found["port_too"] or usual)
     if port > 65535:
@@ -131,6 +133,7 @@ class ServeSettings:
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Give a parser a flag for each setting; a flag that is not named leaves nothing."""
+    parser.allow_abbrev = False  # what is meant as a key is not to be taken for the name of its file
     parser.add_argument(
         "--config", type=Path, metavar="FILE", help="TOML file of settings and models; see docs/server.md"
     )
@@ -175,12 +178,11 @@ def read_settings(flags: Mapping[str, Any], environment: Mapping[str, str] = os.
         content["models"] = models.pop("folders")
     given: dict[str, tuple[Any, int]] = {}
     for row in ROWS:
+        if path is not None and row.name in content:
+            value = _seen_from(path.absolute().parent, row.name, content.pop(row.name))
+            given[row.name] = row.parse(f"{row.name} in {path}", value), _BY_FILE
         if row.name in flags:
             given[row.name] = row.parse(_flag_of(row.name), flags[row.name]), _BY_FLAG
-        elif path is not None and row.name in content:
-            value = _seen_from(path.absolute().parent, row.name, content[row.name])
-            given[row.name] = row.parse(f"{row.name} in {path}", value), _BY_FILE
-        content.pop(row.name, None)
     for unknown in content:
         closest = difflib.get_close_matches(unknown, [row.name for row in ROWS], 1, cutoff=0)
         raise Refused(f"{path} has {unknown!r}, which is no setting: is {closest[0]} meant?")

@@ -101,13 +101,21 @@ class _Queue(QueueHandler):
             self.queue.put_nowait(record)
 
 
+class _Listener(QueueListener):
+    """Writes the lines of a queue, the last ones too where the queue is full."""
+
+    def enqueue_sentinel(self) -> None:
+        """Have the thread end behind the lines that wait."""
+        self.queue.put(None)
+
+
 @contextmanager
 def logging_to_stderr(log_format: str) -> Iterator[None]:
     """Write what this program logs to standard error, as `log_format` says: "text" or "json"."""
     stream = logging.StreamHandler(sys.stderr)
     stream.setFormatter(JsonLines() if log_format == "json" else TextLines())
     lines = _Queue(queue.Queue(_MOST_LINES))
-    listener = QueueListener(lines.queue, stream)
+    listener = _Listener(lines.queue, stream)
     root, ours = logging.getLogger(), logging.getLogger("loadmaster")
     level = ours.level
     root.addHandler(lines)

@@ -106,7 +106,7 @@ class _Listener(QueueListener):
 
     def enqueue_sentinel(self) -> None:
         """Have the thread end behind the lines that wait."""
-        self.queue.put(None)
+        self.queue.put(None)  # type: ignore[attr-defined]  # it is a queue.Queue
 
 
 @contextmanager

@@ -8,7 +8,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from scheduler.http.protocol_module import ProtocolModule
-from scheduler.http.runner_routes import LOAD_OPTIONS, TIMING, RunnerRoute
+from scheduler.http.rules import LOAD_OPTIONS, TIMING
+from scheduler.http.runner_routes import RunnerRoute
 
 _PARAMETER = re.compile(r"{(\w+)(?::\w+)?}")
 _TYPES: Mapping[str, Mapping[str, Any]] = {

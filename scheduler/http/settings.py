@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypedDict, Unpack
 
@@ -97,11 +97,11 @@ SERVER_SETTINGS = (
 )  # fmt: skip
 
 
-def server_table() -> str:
+def server_table(rows: Sequence[Setting] = SERVER_SETTINGS) -> str:
     """Return the settings as a Markdown table: name, default, meaning."""
     lines = ["| setting | default | meaning |", "| --- | --- | --- |"]
-    for row in SERVER_SETTINGS:
-        default = "none" if row.default in (None, (), {}) else str(row.default)
+    for row in rows:
+        default = "none" if row.default in (None, (), {}, "") else str(row.default)
         default = default.lower() if isinstance(row.default, bool) else default
         lines.append(f"| `{row.name}` | {default} | {row.meaning} |")
     return "\n".join(lines) + "\n"

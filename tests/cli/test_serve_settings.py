@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,9 @@ import pytest
 from scheduler.cli.serve_settings import ROWS, SERVE_SETTINGS, Refused, ServeSettings, add_flags, read_settings
 from scheduler.config.settings import SERVER_VARIABLES, SETTINGS, Settings
 from scheduler.errors.exceptions import InvalidSettings
-from scheduler.http.settings import SERVER_SETTINGS
+from scheduler.http.settings import SERVER_SETTINGS, server_table
 
+ROOT = Path(__file__).resolve().parents[2]
 # A value of each setting as text, and the same value as it is read; a path is a path in the working folder.
 VALUES: Mapping[str, str] = {
     "host": "localhost", "port": "8080", "api_key_file": "key", "no_key": "true", "tls_cert": "cert", "tls_key": "key",
@@ -108,6 +110,27 @@ def test_variables_of_a_server_do_not_disturb_a_scheduler() -> None:
     assert Settings.from_environment(dict.fromkeys(SERVER_VARIABLES, "x")) == Settings.from_environment({})
     with pytest.raises(InvalidSettings, match="LOADMASTER_HOSTS"):
         read(LOADMASTER_HOSTS="a")
+
+
+def test_the_settings_of_the_command_are_listed() -> None:
+    """The page has the generated table of what the command alone has, and a file of its section can be read."""
+    page = (ROOT / "docs" / "server.md").read_text(encoding="utf-8")
+    assert server_table(SERVE_SETTINGS) in page
+    example = page.partition("```toml\n")[2].partition("```")[0]
+    settings = read(file=example.replace("/etc/loadmaster/key", "key"))
+    assert [model.name for model in settings.models] == ["chat", "embedder", "qwen3:8b"]
+    assert settings.server.api_key == "from-the-file" and settings.server.rules["*"]["num_ctx"].most == 8192
+
+
+def test_the_recipe_of_a_container_starts_the_command() -> None:
+    """The variables of the Containerfile are settings, and the examples' flags are flags."""
+    page = (ROOT / "docs" / "recipes" / "container.md").read_text(encoding="utf-8")
+    recipe = page.partition("```dockerfile\n")[2].partition("```")[0]
+    variables = dict(re.findall(r"(LOADMASTER_\w+)=(\S+)", recipe))
+    assert 'ENTRYPOINT ["loadmaster", "serve"]' in recipe and "USER 10001" in recipe
+    settings = read("--allow-host", "loadmaster", **{**variables, "LOADMASTER_API_KEY_FILE": "key"})
+    assert (settings.own["host"], settings.scheduler.models) == ("0.0.0.0", (Path("/models"),))
+    assert len(variables) == 3 and "loadmaster" in settings.server.allow_hosts
 
 
 def test_no_two_settings_have_one_name() -> None:

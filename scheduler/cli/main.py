@@ -86,6 +86,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_serve(parser: argparse.ArgumentParser) -> None:
+    parser.usage = "%(prog)s [--config FILE] [--host VALUE] [--port VALUE] [--models DIR ...] [other flags]"
     parser.description = (
         "Serves models over HTTP. Every setting is a flag, a key of the file that --config names, and a variable of "
         "the environment (LOADMASTER_PORT for --port); a flag counts more than the file, and the file more than the "

@@ -23,6 +23,7 @@ import pytest
 
 from scheduler.cli import main as cli
 from tests.support.leaks import no_leaks
+from tests.support.stores import ollama_model
 from tests.support.tiny_models import write_tiny_model
 from tests.support.waiting import LIMIT_S, assert_soon
 
@@ -372,10 +373,14 @@ def test_a_proxy_may_publish_it_under_a_path(models: Path) -> None:
         assert_soon(lambda: server.says("GET /v1/models 200"))
 
 
-def test_ollamas_variables_count(models: Path) -> None:
-    """`OLLAMA_HOST` names host and port, `OLLAMA_ORIGINS` web pages, with stars; flags count more."""
+def test_ollamas_variables_count(models: Path, tmp_path: Path) -> None:
+    """`OLLAMA_HOST` names host and port, `OLLAMA_ORIGINS` web pages, `OLLAMA_MODELS` the store; flags count more."""
+    ollama_model(tmp_path, "pulled:latest", (models / "tiny.gguf").read_bytes())
     origins = "https://ui.example,chrome-extension://*"
-    with started(models=models, OLLAMA_HOST="localhost:1", OLLAMA_ORIGINS=origins) as server:
+    ollama = {"OLLAMA_HOST": "localhost:1", "OLLAMA_ORIGINS": origins, "OLLAMA_MODELS": str(tmp_path)}
+    with started(models=models, **ollama) as server:
+        names = [one["id"] for one in get(server, "/v1/models").json()["data"]]
+        assert names == ["slow", "tiny", "pulled:latest"]
         for origin in ("https://ui.example", "chrome-extension://abc"):
             assert get(server, "/v1/models", Origin=origin).headers["access-control-allow-origin"] == origin
         assert get(server, "/v1/models", Origin="https://other.example").status_code == 403

@@ -14,10 +14,9 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from types import FrameType
 
-import h11
 import uvicorn
 from starlette.types import ASGIApp, Receive, Scope, Send
-from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from scheduler.api.scheduler import Scheduler
 from scheduler.errors.exceptions import SchedulerBroken, SchedulerClosed
@@ -33,7 +32,7 @@ from scheduler.http.settings import ServerArguments
 log = logging.getLogger("loadmaster")
 
 FAILED = 1  # the exit status after a bug
-_HEADER_BYTES = 64 * 1024  # of one request
+_HEADER_BYTES = 64 * 1024  # of one request, beyond what comes with its end
 _HEADERS_S = 30.0  # for so long they may take
 _IDLE_S = 75  # for so long a connection without a request stays: longer than usual proxies keep theirs
 _LAST_WORDS_S = 2  # for the ends of streams to be sent, when all leases are back
@@ -78,7 +77,7 @@ class HttpServer(uvicorn.Server):
             uvicorn.Config(
                 AccessLog(self._front(app)), http=_Protocol, ws="none", loop="asyncio", lifespan="on", workers=1,
                 interface="asgi3", log_config=None, log_level=logging.WARNING, access_log=False, server_header=False,
-                h11_max_incomplete_event_size=_HEADER_BYTES, timeout_keep_alive=_IDLE_S, limit_concurrency=most,
+                timeout_keep_alive=_IDLE_S, limit_concurrency=most,
                 timeout_graceful_shutdown=_LAST_WORDS_S, root_path=options.root_path,
                 proxy_headers=bool(options.proxies), forwarded_allow_ips=[*options.proxies],
                 ssl_context_factory=None if options.tls is None else lambda config, usual: _given(options.tls),
@@ -156,30 +155,43 @@ def _given(context: ssl.SSLContext | None) -> ssl.SSLContext:
     return context
 
 
-class _Protocol(H11Protocol):
-    """A connection that is closed when the headers of a request do not come in time."""
+class _Protocol(HttpToolsProtocol):
+    """A connection that is closed when the headers of a request do not come in time, or do not end."""
 
-    _due: asyncio.TimerHandle | None = None
+    _due: asyncio.TimerHandle | None = None  # set while the end of headers is awaited
+    _unfinished_bytes = 0  # of headers without an end
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as its base
         super().connection_made(transport)
-        self._due = self.loop.call_later(_HEADERS_S, self.timeout_keep_alive_handler)
+        self._await_headers()
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._await_headers()
+
+    def on_headers_complete(self) -> None:
+        super().on_headers_complete()
+        self._call_off()
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
-        if self.conn.their_state is not h11.IDLE:
-            self._called_off()
-        elif self._due is None:
-            self._due = self.loop.call_later(_HEADERS_S, self.timeout_keep_alive_handler)
+        if self._due is not None:
+            self._unfinished_bytes += len(data)
+            if self._unfinished_bytes > _HEADER_BYTES and not self.transport.is_closing():
+                self.send_400_response("The headers are too large.")
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._called_off()
+        self._call_off()
         super().connection_lost(exc)
 
-    def _called_off(self) -> None:
+    def _await_headers(self) -> None:
+        if self._due is None:
+            self._due = self.loop.call_later(_HEADERS_S, self.timeout_keep_alive_handler)
+
+    def _call_off(self) -> None:
         if self._due is not None:
             self._due.cancel()
-            self._due = None
+        self._due, self._unfinished_bytes = None, 0
 
 
 def tell_systemd(state: str) -> None:

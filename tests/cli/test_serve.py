@@ -176,7 +176,7 @@ def test_systemd_is_told(models: Path, tmp_path: Path, abstract: bool) -> None:
 def test_the_command_needs_the_extra_only_to_serve(models: Path) -> None:
     """Neither the library nor the command's help imports the server; without it, one line says what to install."""
     program = "import sys; sys.modules['uvicorn'] = None; from scheduler.cli.main import main; "
-    quiet = f"{program}assert 'starlette' not in sys.modules and 'httpx2' not in sys.modules"
+    quiet = f"{program}assert 'starlette' not in sys.modules"
     assert subprocess.run([sys.executable, "-c", quiet]).returncode == 0
     done = subprocess.run(
         [sys.executable, "-c", f"{program}sys.exit(main(['serve', '--models', {str(models)!r}]))"],
@@ -375,7 +375,7 @@ def test_a_proxy_may_publish_it_under_a_path(models: Path) -> None:
 
 def test_ollamas_variables_count(models: Path, tmp_path: Path) -> None:
     """`OLLAMA_HOST` names host and port, `OLLAMA_ORIGINS` web pages, `OLLAMA_MODELS` the store; flags count more."""
-    ollama_model(tmp_path, "pulled:latest", (models / "tiny.gguf").read_bytes())
+    ollama_model(tmp_path, "registry.ollama.ai/library/pulled:latest", (models / "tiny.gguf").read_bytes())
     origins = "https://ui.example,chrome-extension://*"
     ollama = {"OLLAMA_HOST": "localhost:1", "OLLAMA_ORIGINS": origins, "OLLAMA_MODELS": str(tmp_path)}
     with started(models=models, **ollama) as server:

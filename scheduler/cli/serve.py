@@ -69,16 +69,20 @@ def run_serve(flags: Mapping[str, Any]) -> int:
 
         def ready() -> None:
             start.close()
-            if unprotected:
-                log.warning(_UNPROTECTED)
-            if not count:
-                log.warning("no model has a name: put GGUF files into a folder, and name it with --models")
-            log.info("serving %s at %s; Ctrl-C ends it", _counted(count), _url(settings, sockets[0]))
+            _say_ready(count, _url(settings, sockets[0]), unprotected=unprotected)
 
         reload = None if settings.file is None else models.read_again
         server = HttpServer(scheduler, settings.server_arguments(), options, ready=ready, reload=reload)
         server.run(sockets)
         return server.exit_status
+
+
+def _say_ready(count: int, url: str, *, unprotected: bool) -> None:
+    if unprotected:
+        log.warning(_UNPROTECTED)
+    if not count:
+        log.warning("no model has a name: put GGUF files into a folder, and name it with --models")
+    log.info("serving %s at %s; Ctrl-C ends it", _counted(count), url)
 
 
 class _Start:

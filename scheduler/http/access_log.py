@@ -47,7 +47,8 @@ class AccessLog:
             await self._app(scope, receive, sent)
         finally:
             wait_s = notes.get("wait_s", 0.0)
-            notes["answer_s"] = time.monotonic() - began - (wait_s if isinstance(wait_s, float) else 0.0)
+            answer_s = time.monotonic() - began - (wait_s if isinstance(wait_s, float) else 0.0)
+            notes.setdefault("answer_s", answer_s)
             _write(method, path, status or (CLIENT_LEFT if notes.get("left") else 500), notes)
 
 

@@ -21,6 +21,7 @@ class ChatDefaults:
     messages: Sequence[Mapping[str, Any]] = ()  # that come before those of a chat, behind the system message
     parameters: Mapping[str, Any] = field(default_factory=dict)  # by the engine's names, as `Lease.chat` takes them
     unapplied: Sequence[str] = ()  # what else the model comes with, in words: it has no effect here
+    template: str = field(default="", compare=False)  # in Ollama's language: shown, and not applied
 
     def with_parameters(
         self, parameters: Mapping[str, Any], *, but: Collection[str] = frozenset()

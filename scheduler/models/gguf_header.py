@@ -25,6 +25,7 @@ MOST_KEYS = 1 << 11  # not llama.cpp's limit, like all that follow: far above an
 MOST_KEY_BYTES = 1 << 10
 MOST_TENSORS = 1 << 13
 KEPT_TEXT_BYTES = 256  # longer texts (chat templates) are skipped
+LONGEST_TEXT_BYTES = 1 << 20  # that is read by itself
 LARGEST_ALIGNMENT = 1 << 20
 MOST_TYPES = 1 << 8  # of tensors, known or not; ggml has some forty
 LARGEST_ELEMENT_BYTES = 8  # of any type
@@ -87,6 +88,25 @@ def read_header(path: str) -> Header:
         raise InvalidModel(path, _because(error)) from None
     finally:
         os.close(descriptor)
+
+
+def read_text(path: str, key: str) -> str:
+    """Return the text under a key of a GGUF file, also a long one; empty where there is none, or one over 1 MiB.
+
+    Raises `ModelNotFound` or `InvalidModel`.
+    """
+    header = read_header(path)
+    if not isinstance(value := header.values.get(key, 0), str | None):
+        return ""
+    if value is not None or key in header.lengths:  # a short text, or an array
+        return value or ""
+    try:
+        with open(os.open(path, _OPEN_FLAGS), "rb") as file:
+            file.seek(header.offsets[key] + _U64.size + len(key.encode()) + _U32.size)
+            (count,) = _U64.unpack(file.read(_U64.size))
+            return file.read(count).decode(errors="replace") if count <= LONGEST_TEXT_BYTES else ""
+    except (OSError, struct.error) as error:  # it was changed, or is gone, since its header was read
+        raise InvalidModel(path, f"it cannot be read ({error})") from None
 
 
 def forget_headers() -> None:

@@ -61,9 +61,9 @@ def read_metadata(
     offset, for a file that is not complete and sound. A split model is given by its first part. Only headers are read,
     in milliseconds, or tens of milliseconds for a large vocabulary. Any thread may call this.
     """
-    parts = _read_parts(path)
+    parts = read_parts(path)
     beside = [*(_read_adapter(name, parts[0]) for name in adapters), *(_read_projector(name) for name in projectors)]
-    seeing = [projector for projector in beside[len(adapters) :] if _sees(projector)]
+    seeing = [projector for projector in beside[len(adapters) :] if sees(projector)]
     info = _model_info(parts, embedding=embedding, vision=bool(seeing))
     sizes = [each.file_bytes for each in beside]
     return replace(
@@ -76,7 +76,7 @@ def read_metadata(
     )
 
 
-def _read_parts(path: str) -> list[Header]:
+def read_parts(path: str) -> list[Header]:
     """Return the headers of all parts of a split model, or of the model's only file."""
     first = read_header(path)
     count = _number(first, "split.count", default=1)
@@ -171,7 +171,7 @@ def is_projector_for(path: str, model: str) -> bool:
     return not widths or wide in widths or projector.values.get("general.type") != "mmproj"
 
 
-def _sees(projector: Header) -> bool:
+def sees(projector: Header) -> bool:
     """Return whether a projector is for images, as a projector is that does not say: the first ones did not."""
     sound_only = _number(projector, "clip.has_audio_encoder", default=0) > 0
     return _number(projector, "clip.has_vision_encoder", default=0 if sound_only else 1) > 0

@@ -43,6 +43,7 @@ class ModelSpec:
     devices: tuple[str, ...] | None = None  # ids of the GPUs that layers may go to, unless a request names others
     max_leases: int | Literal["slots"] | None = None  # leases of its runner at once; 0: no limit; None: the setting
     chat: ChatDefaults = NO_DEFAULTS  # what its chats begin with, and the parameters that callers do not name
+    manifest: str = field(default="", compare=False)  # of a model in Ollama's store: the file that names its parts
     id: ModelId = field(init=False)  # the same for specs of the same identity; links are followed when the spec is made
 
     def __hash__(self) -> int:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from scheduler.errors.exceptions import InvalidModel
+from scheduler.errors.exceptions import InvalidModel, UnsupportedOption
 from scheduler.models.chat_defaults import ChatDefaults
 
 MANIFEST_BYTES = 4 << 20  # most bytes of a manifest or any other text; usual ones have about 1 KiB
@@ -25,6 +25,7 @@ _WHOLE_NUMBERS = {
     "num_predict": "max_tokens",
     "num_keep": "n_keep",
 }
+SAMPLING_NAMES = frozenset({*_NUMBERS, *_WHOLE_NUMBERS, "stop"})  # Ollama's own
 _NO_TEMPLATE = "{{ .Prompt }}"  # Ollama's template of a model that has none
 
 
@@ -65,9 +66,18 @@ def read_parameters(paths: Sequence[Path]) -> dict[str, Any]:
 
 
 def options_of(params: Mapping[str, Any], path: Path) -> dict[str, int | bool | None]:
-    """Return the load-time options among an Ollama model's parameters; a count of 0 means automatic there.
+    """Return the load-time options among an Ollama model's parameters; raises `InvalidModel` for the file at `path`."""
+    try:
+        return load_options(params)
+    except UnsupportedOption as error:
+        reason = f"the parameter {error.name} of an Ollama model cannot be {str(error.value)[:80]!r}"
+        raise InvalidModel(str(path), reason) from None
 
-    Raises `InvalidModel` for a value that cannot be, with the file at `path`.
+
+def load_options(params: Mapping[str, Any]) -> dict[str, int | bool | None]:
+    """Return the load-time options among parameters in Ollama's terms; a count of 0 means automatic there.
+
+    Raises `UnsupportedOption` for a value that cannot be.
     """
     options: dict[str, int | bool | None] = {}
     for name in (*_COUNTS, *_OTHERS):
@@ -77,7 +87,8 @@ def options_of(params: Mapping[str, Any], path: Path) -> dict[str, int | bool | 
         if isinstance(value, float) and value.is_integer():
             value = int(value)
         if not isinstance(value, int) or isinstance(value, bool) != (name == "use_mmap") or abs(value) >= 1 << 31:
-            raise InvalidModel(str(path), f"the parameter {name} of an Ollama model cannot be {str(value)[:80]!r}")
+            kind = "True or False" if name == "use_mmap" else "a whole number"
+            raise UnsupportedOption(name, params[name], f"it must be {kind}")
         options[name] = None if name in _COUNTS and value < 1 else value
     return options
 
@@ -94,20 +105,19 @@ def chat_defaults(
 
     Raises `InvalidModel` for a file that cannot be read.
     """
-    sampling, unknown = _sampling(params)
+    sampling, unknown = sampling_parameters(params)
     said = [each for path in messages for each in _messages(path)]
+    texts = {path: text for path in templates if (text := read_text(path)).strip() != _NO_TEMPLATE}
     unapplied = [
-        f"its template ({path}): chats are written by the chat template in the model's own file"
-        for path in templates
-        if read_text(path).strip() != _NO_TEMPLATE
+        f"its template ({path}): chats are written by the chat template in the model's own file" for path in texts
     ]
     unapplied += [f"its parameter {name}" for name in unknown]
     unapplied += [f"its {kind} layer" for kind in others]
     system = "\n".join(read_text(path) for path in systems)
-    return ChatDefaults(system, tuple(said), sampling, tuple(unapplied))
+    return ChatDefaults(system, tuple(said), sampling, tuple(unapplied), "\n".join(texts.values()))
 
 
-def _sampling(params: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+def sampling_parameters(params: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """Return the parameters about sampling by the engine's names, and the names of those that it would not obey."""
     found: dict[str, Any] = {}
     unknown = []

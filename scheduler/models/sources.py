@@ -195,8 +195,9 @@ class OllamaStore:
         )
         options: dict[str, Any] = options_of(params, manifest)
         return ModelSpec(
-            name, files["model"][0], files["adapter"], files["projector"], options=Options(**options), chat=chat
-        )
+            name, files["model"][0], files["adapter"], files["projector"], options=Options(**options), chat=chat,
+            manifest=str(manifest),
+        )  # fmt: skip
 
     def _blob(self, manifest: Path, layer: Mapping[str, object]) -> str:
         digest = layer.get("digest")

@@ -14,6 +14,8 @@ HEADS_KV = 2
 END = "<|end|>"
 TEMPLATE = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
 
+AROUND_IMAGES = ("ĊĊ", "<fake_token_around_image>", "<global-img>")
+
 # It describes tools, and puts a call of one between two signs that stand for nothing else.
 CALL = "@"
 TEMPLATE_WITH_TOOLS = """\
@@ -46,6 +48,8 @@ def write_tiny_model(
     reranker: bool = False,
     template: str = TEMPLATE,
     biases: Mapping[str, float] | None = None,
+    fills_gaps: bool = False,
+    sees: bool = False,
 ) -> Path:
     """Write a `llama` model with 4 heads (2 for keys and values) to `path` and return `path`.
 
@@ -54,6 +58,8 @@ def write_tiny_model(
 
     A `reranker` is a `qwen3` model whose file names the pooling of one, and has its output. `biases` are added to the
     logits of tokens, about as they are named: with 40 a token is chosen wherever it may stand, with -40 nowhere.
+    A model that `fills_gaps` has tokens that stand around a gap in a text, and one that `sees` those that stand around
+    an image, for the projector of `written_projector`.
     """
     writer = gguf.GGUFWriter(path, "qwen3" if reranker else "llama")
     writer.add_context_length(context)
@@ -64,8 +70,10 @@ def write_tiny_model(
     writer.add_head_count_kv(HEADS_KV)
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_rope_dimension_count(width // HEADS)
-    tokens = [*byte_tokens(), END]
+    tokens = [*byte_tokens(), *(AROUND_IMAGES if sees else ()), END]
     add_tokenizer(writer, tokens, template)
+    for name, token in (("fim_pre", "<"), ("fim_suf", "|"), ("fim_mid", ">")) if fills_gaps else ():
+        writer.add_uint32(f"tokenizer.ggml.{name}_token_id", tokens.index(token))
     shifts = {tokens.index(token): bias for token, bias in (biases or {}).items()}
     _add_tensors(writer, layers=layers, width=width, vocabulary=len(tokens), seed=seed, biases=shifts)
     if reranker:

@@ -10,13 +10,17 @@ import numpy
 IMAGE, PATCH, WIDTH, LAYERS, HEADS, MERGED = 224, 16, 256, 4, 4, 4
 
 
-def write_projector(path: Path, model_width: int) -> Path:
-    """Write an `idefics3` projector that ends in `model_width`, and return `path`."""
+def write_projector(path: Path, model_width: int, image: int = IMAGE) -> Path:
+    """Write an `idefics3` projector that ends in `model_width`, and return `path`.
+
+    It loads with any `image`, the pixels of an image's side; it takes images where that is 256, since then the patches
+    can be merged evenly.
+    """
     writer = gguf.GGUFWriter(path, "clip")
     writer.add_type("mmproj")
     writer.add_clip_has_vision_encoder(True)
     writer.add_clip_projector_type("idefics3")
-    writer.add_vision_image_size(IMAGE)
+    writer.add_vision_image_size(image)
     writer.add_vision_patch_size(PATCH)
     writer.add_vision_embedding_length(WIDTH)
     writer.add_vision_feed_forward_length(2 * WIDTH)
@@ -29,7 +33,7 @@ def write_projector(path: Path, model_width: int) -> Path:
     writer.add_vision_projector_scale_factor(MERGED)
     writer.add_vision_use_gelu(True)
     random = numpy.random.default_rng(0)
-    for name, shape in _shapes(model_width).items():
+    for name, shape in _shapes(model_width, image).items():
         writer.add_tensor(name, random.standard_normal(shape, dtype=numpy.float32) / numpy.float32(WIDTH))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -38,11 +42,11 @@ def write_projector(path: Path, model_width: int) -> Path:
     return path
 
 
-def _shapes(model_width: int) -> dict[str, tuple[int, ...]]:
+def _shapes(model_width: int, image: int) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {
         "v.patch_embd.weight": (WIDTH, 3, PATCH, PATCH),
         "v.patch_embd.bias": (WIDTH,),
-        "v.position_embd.weight": ((IMAGE // PATCH) ** 2, WIDTH),
+        "v.position_embd.weight": ((image // PATCH) ** 2, WIDTH),
         "v.post_ln.weight": (WIDTH,),
         "v.post_ln.bias": (WIDTH,),
         "mm.model.fc.weight": (model_width, WIDTH * MERGED**2),

@@ -44,6 +44,7 @@ class RunnerStatus:
         str, dict[str, int]
     ]  # by kind (weights, cache, compute, output, projector) and device, as the engine reports them
     gpu_layers: dict[str, int]  # by GPU
+    keep_alive_s: float  # how long it stays without leases; infinite: for ever
     expires_in_s: float  # infinite unless its keep-alive clock runs
     load_s: float | None  # None: still loading
     pinned: bool
@@ -125,6 +126,7 @@ def _runner_status(view: RunnerView, now: float, name: str, handle: RunnerHandle
         view.mapped_bytes,
         _buffers_bytes(process),
         dict(view.gpu_layers),
+        view.keep_alive_s,
         view.expires_at - now,
         None if view.loaded_at is None else view.loaded_at - view.launched_at,
         view.pinned,

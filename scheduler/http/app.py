@@ -16,7 +16,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from scheduler import __version__
 from scheduler.api.scheduler import Scheduler
 from scheduler.errors.exceptions import SchedulerError
-from scheduler.http import actions, anthropic, openai, page, watch
+from scheduler.http import actions, anthropic, ollama, openai, page, watch
 from scheduler.http.errors import ErrorAnswer, answer_to
 from scheduler.http.exchange import BodyRefused, ClientLeft, Exchange
 from scheduler.http.guard import Guard, path_of
@@ -25,12 +25,12 @@ from scheduler.http.openapi import description
 from scheduler.http.protocol import Protocol
 from scheduler.http.protocol_module import Endpoint, ProtocolModule, Respond
 from scheduler.http.runner_routes import RunnerRoute
-from scheduler.http.service import Service, refuse
+from scheduler.http.service import Service, StillWaiting, refuse
 from scheduler.http.settings import ServerArguments, ServerSettings
 
 log = logging.getLogger("loadmaster")
 
-_MODULES: tuple[ProtocolModule, ...] = (openai, anthropic, watch, actions, page)
+_MODULES: tuple[ProtocolModule, ...] = (openai, anthropic, ollama, watch, actions, page)
 
 
 def create_app(scheduler: Scheduler, **settings: Unpack[ServerArguments]) -> ASGIApp:
@@ -73,6 +73,8 @@ class _Endpoint:
             await refuse(exchange, self._protocol, ErrorAnswer(error.status, "body_refused", str(error)))
         except SchedulerError as error:
             await refuse(exchange, self._protocol, answer_to(error))
+        except StillWaiting as error:
+            await refuse(exchange, self._protocol, error.answer())
         except Exception:
             log.exception("a request failed")  # a bug: the client is not told of what is inside
             await refuse(exchange, self._protocol, ErrorAnswer(500, "internal_error", "the server has failed"))
@@ -114,6 +116,8 @@ async def _no_route(scope: Scope, receive: Receive, send: Send) -> None:
 
 def protocol_of(path: str) -> Protocol:
     """Return the protocol that a path belongs to."""
+    if path.startswith("/api/"):
+        return ollama.PROTOCOL
     return anthropic.PROTOCOL if path.startswith("/v1/messages") else openai.PROTOCOL
 
 

@@ -20,10 +20,11 @@ from scheduler.api.pending_lease import Acquiring
 from scheduler.api.scheduler import Scheduler
 from scheduler.api.status import Status
 from scheduler.engines.runner_client import engine_error
-from scheduler.errors.exceptions import SchedulerError
+from scheduler.errors.exceptions import ModelNotFound, SchedulerError
 from scheduler.http.errors import ErrorAnswer, answer_to
 from scheduler.http.exchange import Exchange, as_json
 from scheduler.http.metrics import Metrics
+from scheduler.http.model_files import ModelFiles
 from scheduler.http.protocol import EVENTS, Protocol, Waiting
 from scheduler.http.rules import apply_rules
 from scheduler.http.runner_routes import HEADER, Call
@@ -32,9 +33,11 @@ from scheduler.http.tracing import write_spans
 from scheduler.http.upstream import BROKEN, Renaming, Upstream
 from scheduler.models.catalog import MOST_NAMES, found_by
 from scheduler.models.model_spec import ModelSpec
+from scheduler.runtime.request_parser import AcquireOptions
 
 Value = TypeVar("Value")
 
+_LATEST = ":latest"
 _KNOWN_S = 2.0  # for so long a name counts as leading where it led
 _LISTED_S = 5.0  # for so long a list of all models serves
 _MOST_KNOWN = 4096  # names
@@ -72,23 +75,35 @@ class Service:
         self.settings = settings
         self.metrics = Metrics(scheduler)
         self.observer = self.metrics.observer
+        self.files = ModelFiles()
         self._upstream = Upstream()
         self._known: dict[str, tuple[ModelSpec, float]] = {}  # by name, and until when
         self._listed: tuple[dict[str, ModelSpec], float] | None = None  # and until when it serves
         self._status: tuple[Status, float] | None = None  # and until when it serves
 
     async def find(self, name: str) -> ModelSpec:
-        """Return the model of a name, and never of a path; raises what `Catalog.find` raises."""
+        """Return the model of a name, and never of a path; raises what `Catalog.find` raises.
+
+        `:latest` may end any name, since clients of Ollama add it.
+        """
         known = self._known.get(name)
         if known is not None and time.monotonic() < known[1]:
             return known[0]
-        spec = await asyncio.to_thread(self.scheduler.catalog.find, name)
+        spec = await asyncio.to_thread(self._find, name)
         if spec.max_leases is None and not self.scheduler.settings.max_leases:
             spec = replace(spec, max_leases="slots")
         if len(self._known) >= _MOST_KNOWN:
             self._known.clear()
         self._known[name] = spec, time.monotonic() + _KNOWN_S
         return spec
+
+    def _find(self, name: str) -> ModelSpec:
+        try:
+            return self.scheduler.catalog.find(name)
+        except ModelNotFound:
+            if not name.endswith(_LATEST):
+                raise
+            return self.scheduler.catalog.find(name.removesuffix(_LATEST))
 
     async def models(self) -> dict[str, ModelSpec]:
         """Return the models that have a name, by name; a model that cannot be read is left out."""
@@ -109,9 +124,7 @@ class Service:
         """Yield the model that a call names and a lease on it; the client gets signs of life while the call waits."""
         spec = await self.find(call.model)
         exchange.notes |= {"model": spec.name, "model_id": spec.id}
-        asking, ignored = apply_rules(self.settings.rules, (spec.name, call.model), call.asking)
-        if ignored:
-            exchange.more_headers[f"{HEADER}ignored"] = "; ".join(ignored).encode("ascii", "replace").decode()
+        asking = self.ruled(exchange, spec, call)
         acquiring = self.scheduler.acquire_async(spec, **asking)
         patience_s = self.settings.patience if call.patience_s is None else call.patience_s
         asked_at, granted_at, granted = time.monotonic(), None, list[Lease]()
@@ -137,6 +150,13 @@ class Service:
                 exchange.notes["answer_s"] = time.monotonic() - granted_at
             load = partial(self.observer.load_of, granted[0].runner if granted else None)
             write_spans(exchange.notes, exchange.headers, asked_at, granted_at, load)
+
+    def ruled(self, exchange: Exchange, spec: ModelSpec, call: Call) -> AcquireOptions:
+        """Return what counts of a call's keywords; the client is told in a header of those that do not."""
+        asking, ignored = apply_rules(self.settings.rules, (spec.name, call.model), call.asking)
+        if ignored:
+            exchange.more_headers[f"{HEADER}ignored"] = "; ".join(ignored).encode("ascii", "replace").decode()
+        return asking
 
     async def pass_on(self, exchange: Exchange, call: Call, protocol: Protocol) -> None:
         """Have the runner of a model answer a call, and pass the answer on as it comes."""
@@ -207,7 +227,11 @@ class Service:
                 return Waiting("loading", wait.waits_for, wait.position, progress, eta_s)
         return Waiting("queued")
 
-    async def _answer(self, exchange: Exchange, call: Call, protocol: Protocol, content: bytes, lease: Lease) -> None:
+    @asynccontextmanager
+    async def answer(
+        self, exchange: Exchange, call: Call, protocol: Protocol, content: bytes, lease: Lease
+    ) -> AsyncIterator[httpx2.Response]:
+        """Yield the runner's answer to a call, whose content has not been read; raises what a lease's methods raise."""
         try:
             async with AsyncExitStack() as stack:
                 answer = self._upstream.answer(lease, call.path, content, call.content_type)
@@ -215,15 +239,19 @@ class Service:
                 response = await self.patiently(exchange, call, protocol, opening, lambda: Waiting("answering"))
                 if response.is_error:
                     raise engine_error(response.status_code, await response.aread())
-                if response.headers.get("content-type", "").startswith(EVENTS):
-                    await self._stream(exchange, call, protocol, response)
-                else:
-                    content = Renaming(as_json(call.model)).whole(await response.aread())
-                    note_counts(exchange, content)
-                    kind = response.headers.get("content-type", "application/json")
-                    await exchange.respond(response.status_code, content, {"content-type": kind})
+                yield response
         except BROKEN as error:
             raise await asyncio.to_thread(lease._crashed, ConnectionError(str(error))) from None
+
+    async def _answer(self, exchange: Exchange, call: Call, protocol: Protocol, content: bytes, lease: Lease) -> None:
+        async with self.answer(exchange, call, protocol, content, lease) as response:
+            if response.headers.get("content-type", "").startswith(EVENTS):
+                await self._stream(exchange, call, protocol, response)
+            else:
+                content = Renaming(as_json(call.model)).whole(await response.aread())
+                note_counts(exchange, content)
+                kind = response.headers.get("content-type", "application/json")
+                await exchange.respond(response.status_code, content, {"content-type": kind})
 
     async def _stream(self, exchange: Exchange, call: Call, protocol: Protocol, response: httpx2.Response) -> None:
         renaming, last = Renaming(as_json(call.model)), b""

@@ -25,6 +25,7 @@ from scheduler.errors.exceptions import (
 from scheduler.http import create_app
 from scheduler.http.anthropic import PROTOCOL as ANTHROPIC
 from scheduler.http.errors import answer_to, error_table
+from scheduler.http.ollama import PROTOCOL as OLLAMA
 from scheduler.http.openai import PROTOCOL as OPENAI
 from scheduler.http.settings import server_table
 from tests.api.test_errors import EXAMPLES
@@ -51,6 +52,8 @@ def test_each_kind_has_one_status_and_body_in_each_protocol(error: SchedulerErro
     assert (done, end) == ("data: [DONE]", "")
     event, data = ANTHROPIC.error_event(answer).decode().strip().split("\n")
     assert event == "event: error" and json.loads(data.removeprefix("data: "))["type"] == "error"
+    assert json.loads(OLLAMA.error_event(answer)) == {**OLLAMA.error(answer)}
+    assert OLLAMA.error(answer)["error"] == answer.message and OLLAMA.error_event(answer).count(b"\n") == 1
 
 
 def test_the_tables_of_the_page_are_those_that_are_generated() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 from collections.abc import Coroutine, Mapping
 from typing import Any
 
@@ -106,10 +107,20 @@ def as_json(value: object) -> bytes:
     return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
 
 
+def _refuse(name: str) -> None:
+    raise ValueError(f"it has no number {name}")
+
+
+def _finite(text: str) -> float:
+    if math.isinf(number := float(text)):
+        _refuse(text[:40])
+    return number
+
+
 def object_of(content: bytes) -> dict[str, Any]:
     """Return the JSON object in a body; raises `UnsupportedOption` where the body is none."""
     try:
-        value = json.loads(content)
+        value = json.loads(content, parse_constant=_refuse, parse_float=_finite)
     except (ValueError, RecursionError) as error:
         raise UnsupportedOption("body", "…", f"it is not JSON ({error})") from None
     if not isinstance(value, dict):

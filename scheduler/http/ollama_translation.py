@@ -16,7 +16,7 @@ from scheduler.engines.answer import PartialAnswer
 from scheduler.engines.runner_client import engine_error
 from scheduler.errors.exceptions import UnsupportedOption
 from scheduler.http.exchange import as_json
-from scheduler.http.runner_routes import LOAD_OPTIONS
+from scheduler.http.rules import LOAD_OPTIONS
 from scheduler.models.ollama_model import SAMPLING_NAMES, load_options, sampling_parameters
 
 Shape = Literal["chat", "generate"]

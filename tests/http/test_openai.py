@@ -108,7 +108,20 @@ def test_what_is_wrong_is_refused_with_a_sentence(served: Served, wrong: dict[st
     assert any(name in answer.json()["error"]["message"] for name in ("num_ctx", "nmu_ctx", "devices", *wrong))
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b'{"model": "m"', b"\xff\xfe", b"[" * 100_000])
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"null",
+        b'{"model": "m"',
+        b"\xff\xfe",
+        b"[" * 100_000,
+        b'{"model": "m", "temperature": NaN}',
+        b'{"model": "m", "temperature": 1e999}',
+    ],
+)
 def test_a_body_that_is_no_object_is_refused(served: Served, content: bytes) -> None:
     answer = httpx2.post(f"{served.url}/v1/chat/completions", content=content)
     assert answer.status_code == 400 and answer.json()["error"]["type"] == "invalid_request_error"

@@ -457,7 +457,7 @@ def a_booking_binds_nobody_before(patch: Patch) -> None:
     patch.setattr(AvailabilityProfile, "reserve", take)
 
 
-@mutant(SIMULATION, most=100_000, first=1650)
+@mutant(SIMULATION, most=100_000, first=1940)
 def what_drains_counts_as_stopped(patch: Patch) -> None:
     """Memory of runners that drain counts as free as soon as that of runners that stop."""
 

@@ -216,10 +216,11 @@ class Lenient(Core):
             super()._time_is_up(key)
 
 
-def first_failure(make: type[Core]) -> Outcome:
+def first_failure(make: type[Core], what: str = "") -> Outcome:
+    """Return the first failure that is told by `what`: one fault may show in several ways."""
     for seed in range(PLANTED_SEEDS):
         outcome = simulate(Random(seed), STEPS, make=make, every=10)
-        if outcome.violation is not None:
+        if outcome.violation is not None and what in outcome.violation.what:
             return outcome
     raise AssertionError("not found")
 
@@ -238,9 +239,8 @@ def first_failure(make: type[Core]) -> Outcome:
 )
 def test_a_planted_fault_is_found_and_its_trace_is_short(make: type[Core], what: str, most: int) -> None:
     """A planted fault of safety or liveness is found, and its trace of hundreds of events is shrunk to a few."""
-    outcome = first_failure(make)
+    outcome = first_failure(make, what)
     assert outcome.violation is not None
-    assert what in outcome.violation.what
     assert len(outcome.violation.trace) <= min(most, outcome.steps)
     events = [(step.now, step.event) for step in outcome.violation.trace]
     assert what in (failure_of(outcome.config, make, events) or "")

@@ -155,7 +155,9 @@ class Lease(NonCopyable, Generic[Value]):
             self._drop()
 
     def __enter__(self) -> Self:
-        self._hold(this_asker(), entered=True)
+        if (asker := this_asker()) != self._holder:
+            self._hold(asker)
+        self._entered = True
         return self
 
     def __exit__(

@@ -34,9 +34,9 @@ class ModelRegistry:
         """What the engines could not find out of models, in sentences."""
         return tuple(problem for engine in self._engines.values() for problem in engine.problems)
 
-    def register(self, model: ModelSpec | PythonModel) -> None:
-        """Add a model to the registry, until it is unregistered."""
-        self._models[model.id] = model
+    def register(self, id: ModelId, model: ModelSpec | PythonModel) -> None:
+        """Add a model of this identity to the registry, until it is unregistered."""
+        self._models[id] = model
 
     def unregister(self, id: ModelId) -> ModelSpec | PythonModel | None:
         """Remove a model, but keep its name for a while; return the model, or None where it was not registered.

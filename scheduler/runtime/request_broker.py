@@ -125,9 +125,10 @@ class RequestBroker:
         self.requests[pending.id] = pending
         if isinstance(parsed.model, ModelSpec):
             pending.chat = parsed.model.chat
-        if parsed.model is not None:
-            self._registry.register(parsed.model)  # after the pending request is in `requests`: see _drop
-        self.post(Acquire(pending.id, parsed.spec, parsed.keep_alive_s, parsed.timeout_s, parsed.max_leases, *held))
+        if parsed.model is not None:  # after the pending request is in `requests`: see _drop
+            self._registry.register(parsed.spec.model, parsed.model)
+        self.check()
+        self._driver.post(Acquire(pending.id, parsed.spec, parsed.keep_alive_s, parsed.timeout_s, parsed.max_leases, *held))
         if self.closing and self.finished.is_set() and self.requests.pop(pending.id, None) is not None:
             pending.answer(None, SchedulerClosed())  # the driver has ended, or is about to
 
@@ -319,7 +320,7 @@ class RequestBroker:
             self._parser.forget(model)
         self._executor.forget_model(model)
         if any(pending.model_id == model for pending in list(self.requests.values())):
-            self._registry.register(forgotten)
+            self._registry.register(model, forgotten)
 
     def fail(self, error: BaseException) -> None:
         """Refuse every pending request after a step raised, and let `close` end the runners."""

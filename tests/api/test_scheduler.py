@@ -660,7 +660,7 @@ def test_u65_files_that_the_core_has_forgotten_are_forgotten(
     registry, broker = scheduler._registry, scheduler._broker
     for number in range(10):
         spec = ModelSpec(f"m{number}", str(tmp_path / f"m{number}.gguf"))
-        registry.register(spec)
+        registry.register(spec.id, spec)
         if number < 2:
             scheduler.pin(spec)
     broker.drop_unused_objects()

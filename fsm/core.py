@@ -150,7 +150,7 @@ class Core:
         return replace(snapshot, queue=queue)
 
     def held_up(self) -> dict[RequestId, tuple[ModelId, ...]]:
-        """Return the requests that wait for leases whose holders have requests too, and the models of these leases."""
+        """Return the requests that wait for leases whose holders wait themselves, and the models of these leases."""
         return held_up(self._state)
 
     def knows(self, model: ModelId) -> bool:

@@ -70,7 +70,7 @@ class Request(Record):
     spec: RequestSpec
     keep_alive_s: float | None  # None: the runner keeps its own
     queued_at: float
-    holds: tuple[RequestId, ...] = ()  # leases that its caller holds when it asks
+    holds: tuple[RequestId, ...] = ()  # leases that its caller holds while it waits
     keeps: tuple[RequestId, ...] = ()  # of these: leases that are released by its caller alone, and after the answer
     state: RequestState = RequestState.queued
     survived: bool = False  # one load ran out of memory while the request waited; the next failure is its answer

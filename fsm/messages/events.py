@@ -25,7 +25,7 @@ class Acquire:
     keep_alive_s: float | None = None  # None: the runner keeps its own; infinite: for ever
     timeout_s: float | None = None  # None: the request has no time limit of its own
     max_leases: int | None = None  # of a runner of its model from now on; 0: none; SLOTS: by its slots; None: as it was
-    holds: tuple[RequestId, ...] = ()  # leases that the caller holds when it asks
+    holds: tuple[RequestId, ...] = ()  # leases that the caller holds while it waits
     keeps: tuple[RequestId, ...] = ()  # of these: leases that are released by the caller alone, and after the answer
 
 

@@ -1,4 +1,4 @@
-"""Requests that wait for leases which are held by callers that have asked for other leases themselves."""
+"""Requests that wait for leases which are held by callers that wait themselves."""
 
 from __future__ import annotations
 
@@ -27,10 +27,9 @@ def would_deadlock(state: CoreState, request: Request) -> WouldDeadlockRefusal |
 
 
 def held_up(state: CoreState) -> dict[RequestId, tuple[ModelId, ...]]:
-    """Return the models whose leases queued requests wait for, by request, where callers of such requests hold these.
+    """Return the models whose leases queued requests wait for, by request, where callers that wait hold these leases.
 
-    The leases may be released all the same: by another thread, by a caller that does not wait for its answer, or when a
-    caller gives up.
+    The leases may be released all the same: by another thread, or when a caller gives up.
     """
     queued = [request for request in state.requests.values() if request.state is RequestState.queued]
     held = {lease for request in queued for lease in request.holds}

@@ -85,7 +85,7 @@ STEPS: Mapping[RunnerStep, str] = MappingProxyType(
         RunnerStep.idle: "to become idle",
         RunnerStep.drain: "to finish",
         RunnerStep.load_then_idle: "to load, and then to become idle",
-        RunnerStep.release: "to be released by callers that have asked for other leases themselves",
+        RunnerStep.release: "to be released by callers that wait for other leases themselves",
         RunnerStep.load_alone: "to load with no other load beside it",
     }
 )

@@ -28,7 +28,7 @@ from scheduler.errors.wording import revoke_reason
 from scheduler.models.model_spec import ModelSpec
 from scheduler.runtime.driver import Driver, Value
 from scheduler.runtime.executor import Executor
-from scheduler.runtime.lease_holders import NOTHING_HELD, Held, LeaseHolders, this_asker
+from scheduler.runtime.lease_holders import NOTHING_HELD, Held, LeaseHolders
 from scheduler.runtime.model_registry import ModelRegistry
 from scheduler.runtime.pending_request import Callback, FutureRequest, PendingRequest
 from scheduler.runtime.request_future import RequestFuture
@@ -92,12 +92,11 @@ class RequestBroker:
     ) -> Future[Any]:
         """Submit a request and return its future, which `settle` completes; cancelling the future cancels the request.
 
-        `settle` is called on a thread pool when the request is answered. The caller may give leases back before it
-        waits for the future, or never wait: its leases are held, and none is kept until the answer.
+        `settle` is called on a thread pool when the request is answered. The leases of the caller do not count: it may
+        release them before it waits for the future, or never wait.
         """
         future: RequestFuture[Any] = RequestFuture(self._executor.call)
-        held = Held(self.holders.held(this_asker()).holds)
-        pending = self.new_future_request(parsed, lambda pending: settle(pending, future), scheduler, held)
+        pending = self.new_future_request(parsed, lambda pending: settle(pending, future), scheduler)
 
         def leave(done: Future[Any]) -> None:
             if done.cancelled():
@@ -128,7 +127,9 @@ class RequestBroker:
         if parsed.model is not None:  # after the pending request is in `requests`: see _drop
             self._registry.register(parsed.spec.model, parsed.model)
         self.check()
-        self._driver.post(Acquire(pending.id, parsed.spec, parsed.keep_alive_s, parsed.timeout_s, parsed.max_leases, *held))
+        self._driver.post(
+            Acquire(pending.id, parsed.spec, parsed.keep_alive_s, parsed.timeout_s, parsed.max_leases, *held)
+        )
         if self.closing and self.finished.is_set() and self.requests.pop(pending.id, None) is not None:
             pending.answer(None, SchedulerClosed())  # the driver has ended, or is about to
 
@@ -272,8 +273,8 @@ class RequestBroker:
             if (pending := self.requests.get(id)) is not None:
                 holders = ", ".join(map(self._registry.name, held_up[id]))
                 log.warning(
-                    "request %d for %s waits for leases on %s, which are held by callers that have asked for other "
-                    "leases themselves: unless one of these leases is released before their answers, it waits for ever",
+                    "request %d for %s waits for leases on %s, which are held by callers that wait for other leases "
+                    "themselves: unless one of these leases is released elsewhere, it waits for ever",
                     id, pending.model, holders,
                 )  # fmt: skip
         self._warned = set(held_up)

@@ -105,7 +105,7 @@ def test_what_is_entered_cannot_be_entered_again(scheduler: Scheduler) -> None:
 
     async def main() -> None:
         async with acquiring:
-            with pytest.raises(RuntimeError, match="acquire_async again"):
+            with pytest.raises(RuntimeError, match="ask the scheduler again"):
                 await enter()
         assert leases(scheduler) == [0]
         await enter()

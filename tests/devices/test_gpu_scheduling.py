@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from fsm.domain.devices import HOST
-from scheduler import AcquireTimeout, DoesNotFit, PythonModel, Scheduler, Settings
+from scheduler import DoesNotFit, PythonModel, Scheduler, Settings, WouldDeadlock
 from scheduler.devices import device_reader
 from scheduler.runtime import executor
 from tests.support.nvml import LOST, NOT_SUPPORTED, Gpu, StandIn, beside_stand_in
@@ -207,7 +207,7 @@ def test_n03_an_integrated_gpu_is_shown_with_the_hosts_figures(nvml: StandIn) ->
             host, gpu = scheduler.status().devices
             assert (gpu.integrated, gpu.capacity_bytes, gpu.held_bytes) == (True, 512 << 20, 300 << 20)
             assert (host.held_bytes, host.free_bytes) == (gpu.held_bytes, gpu.free_bytes)
-            with pytest.raises(AcquireTimeout):  # there is room for one of them at a time
+            with pytest.raises(WouldDeadlock):  # there is room for one of them at a time
                 scheduler.reserve("GPU-i", "400MiB", timeout="0.1s")
         with scheduler.reserve("GPU-i", "200MiB"):
             host, gpu = scheduler.status().devices

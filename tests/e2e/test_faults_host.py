@@ -38,6 +38,7 @@ from tests.support.real import STOPPING_CHILD, begin_a_load, is_gone, settings, 
 from tests.support.waiting import LIMIT_S, assert_soon
 
 ROOT = Path(__file__).parents[2]
+TELL_THE_TIME = {"recorder.py", "tracing.py", "ollama_translation.py", "ollama_models.py"}
 ORPHANED_S = 10.0  # ten times the second within which no child of a killed host is left
 MIB = 1 << 20
 
@@ -179,11 +180,11 @@ def test_a_host_that_was_stopped_goes_on_where_it_was(model: Path, tmp_path: Pat
 def test_nothing_reads_the_clock_on_the_wall() -> None:
     """No time limit is read from the clock of the wall, which may be set.
 
-    Only recordings note it, for people.
+    What is told to people and other programs has it: recordings, spans, and the API of Ollama.
     """
     wall = {"time.time", "time.time_ns", "datetime.now", "datetime.today", "datetime.utcnow"}
     files = [path for folder in ("fsm", "scheduler") for path in (ROOT / folder).rglob("*.py")]
-    files = [path for path in files if path.name != "recorder.py"]
+    files = [path for path in files if path.name not in TELL_THE_TIME]
     found = [
         f"{path.name}:{node.lineno}"
         for path in files

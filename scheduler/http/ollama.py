@@ -28,7 +28,7 @@ from scheduler.http.ollama_translation import (
     options_of,
 )
 from scheduler.http.protocol import Waiting
-from scheduler.http.protocol_module import Endpoint, Respond
+from scheduler.http.protocol_module import Body, Endpoint, Respond
 from scheduler.http.runner_routes import Call, RunnerRoute, scheduling_of
 from scheduler.http.service import Service, refuse
 from scheduler.models.model_spec import ModelSpec
@@ -344,3 +344,12 @@ ENDPOINTS: tuple[Endpoint, ...] = (
     (("DELETE",), "/api/delete", _not_here("delete the model's file, or use `ollama rm`: nothing is deleted here")),
     (("HEAD", "POST"), "/api/blobs/{digest}", _not_here("put the model's file into a folder of models")),
 )
+_TALK = "model format think stream options keep_alive logprobs top_logprobs"
+BODIES = {
+    "/api/chat": Body(f"{_TALK} messages tools"),
+    "/api/generate": Body(f"{_TALK} prompt suffix system images raw"),
+    "/api/embed": Body("model input truncate dimensions options keep_alive"),
+    "/api/embeddings": Body("model prompt options keep_alive"),
+    "/api/show": Body("model"),
+    "/api/pull": Body("model stream"),
+}

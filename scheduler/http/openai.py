@@ -15,6 +15,7 @@ from scheduler.errors.exceptions import UnsupportedOption
 from scheduler.http.errors import ErrorAnswer
 from scheduler.http.exchange import Exchange, as_json
 from scheduler.http.protocol import EVENTS, Waiting
+from scheduler.http.protocol_module import Body
 from scheduler.http.runner_routes import Call, RunnerRoute, model_of, scheduling_of
 from scheduler.http.service import Service
 from scheduler.models.model_spec import ModelSpec
@@ -137,3 +138,4 @@ ENDPOINTS = (
     (("GET",), "/v1/models", _list_models),
     (("GET",), "/v1/models/{id:path}", _show_model),
 )
+BODIES = {"/v1/audio/transcriptions": Body(f"file {' '.join(_TRANSCRIPTION)}", "model file", form=True)}

@@ -11,6 +11,7 @@ from pathlib import Path
 from scheduler.http.errors import ErrorAnswer
 from scheduler.http.exchange import Exchange
 from scheduler.http.openai import PROTOCOL
+from scheduler.http.protocol_module import Body
 from scheduler.http.runner_routes import RunnerRoute
 from scheduler.http.service import Service, refuse
 
@@ -72,4 +73,5 @@ ENDPOINTS = (
     (("GET", "HEAD"), "/", _root),
     (("GET", "HEAD"), "/page/{name}", _file),
 )
-__all__ = ["ENDPOINTS", "PROTOCOL", "ROUTES", "is_open", "respond_page", "wants_page"]
+BODIES: dict[str, Body] = {}
+__all__ = ["BODIES", "ENDPOINTS", "PROTOCOL", "ROUTES", "is_open", "respond_page", "wants_page"]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Protocol as Interface
 
 from scheduler.http.exchange import Exchange
@@ -12,6 +13,15 @@ from scheduler.http.service import Service
 
 Respond = Callable[[Service, Exchange], Awaitable[None]]
 Endpoint = tuple[Sequence[str], str, Respond]  # methods, path, what answers
+
+
+@dataclass(frozen=True, slots=True)
+class Body:
+    """What the body of a request to an endpoint may hold: names of fields, and those of them that it must hold."""
+
+    fields: str  # with spaces in between
+    required: str = "model"
+    form: bool = False  # with a file in it
 
 
 class ProtocolModule(Interface):
@@ -28,3 +38,7 @@ class ProtocolModule(Interface):
     @property
     def ENDPOINTS(self) -> Sequence[Endpoint]:
         """What the server answers."""
+
+    @property
+    def BODIES(self) -> Mapping[str, Body]:
+        """What the endpoints take that have a body, by path: for the description."""

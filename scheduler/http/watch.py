@@ -11,6 +11,7 @@ from scheduler.http.actions import may_act
 from scheduler.http.exchange import Exchange, as_json
 from scheduler.http.openai import PROTOCOL
 from scheduler.http.protocol import EVENTS
+from scheduler.http.protocol_module import Body
 from scheduler.http.runner_routes import RunnerRoute
 from scheduler.http.service import Service
 from scheduler.runtime.event_stream import Decision, Gap, Transition
@@ -81,4 +82,5 @@ ENDPOINTS = (
     (("GET",), "/metrics", _metrics),
     (("GET",), "/events", _events),
 )
-__all__ = ["ENDPOINTS", "OPEN", "PROTOCOL", "ROUTES"]
+BODIES: dict[str, Body] = {}
+__all__ = ["BODIES", "ENDPOINTS", "OPEN", "PROTOCOL", "ROUTES"]

@@ -1,4 +1,4 @@
-"""A server with real models for clients of other packages; collected where these are installed (`make test-clients`)."""
+"""A server with real models for clients of other packages; collected where these are installed."""
 
 from __future__ import annotations
 
@@ -30,7 +30,9 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models")
     (folder / "sees").mkdir()
     write_tiny_model(folder / "m.gguf", context=8192)
-    write_tiny_model(folder / "calls.gguf", context=16384, template=TEMPLATE_WITH_TOOLS.replace(CALL, MARK), biases=BIASES)
+    write_tiny_model(
+        folder / "calls.gguf", context=16384, template=TEMPLATE_WITH_TOOLS.replace(CALL, MARK), biases=BIASES
+    )
     write_tiny_model(folder / "slow.gguf", layers=8, width=512, context=32768, seed=3, biases={END: -40})
     write_tiny_model(folder / "sees" / "sees.gguf", context=1024, sees=True)
     write_projector(folder / "sees" / "mmproj.gguf", 64, image=256)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import Any, ClassVar
 
 from langchain_ollama import ChatOllama, OllamaEmbeddings
 from langchain_openai import ChatOpenAI, OpenAIEmbeddings
@@ -18,7 +18,7 @@ class TestChatOpenAI(ChatModelIntegrationTests):
 
     chat_model_class = ChatOpenAI
     supports_json_mode = True
-    chat_model_params = {
+    chat_model_params: ClassVar[dict[str, Any]] = {
         "model": "calls", "base_url": f"{SERVER}/v1", "api_key": "none", "max_retries": 0, "stream_usage": True,
         "max_tokens": 200, **GREEDY,
     }  # fmt: skip
@@ -27,7 +27,11 @@ class TestChatOpenAI(ChatModelIntegrationTests):
 class TestChatOpenAIOfTheEngine(TestChatOpenAI):
     """The same, answered by the engine alone."""
 
-    chat_model_params = {**TestChatOpenAI.chat_model_params, "base_url": f"{ENGINE}/v1", "api_key": KEY}
+    chat_model_params: ClassVar[dict[str, Any]] = {
+        **TestChatOpenAI.chat_model_params,
+        "base_url": f"{ENGINE}/v1",
+        "api_key": KEY,
+    }
 
 
 class TestChatOllama(ChatModelIntegrationTests):
@@ -36,14 +40,14 @@ class TestChatOllama(ChatModelIntegrationTests):
     chat_model_class = ChatOllama
     supports_json_mode = True
     has_tool_choice = False  # the API has none
-    chat_model_params = {"model": "calls", "base_url": SERVER, "num_predict": 200, **GREEDY}
+    chat_model_params: ClassVar[dict[str, Any]] = {"model": "calls", "base_url": SERVER, "num_predict": 200, **GREEDY}
 
 
 class TestEmbeddingsOpenAI(EmbeddingsIntegrationTests):
     """Vectors by OpenAI's API, of texts as they are."""
 
     embeddings_class = OpenAIEmbeddings
-    embedding_model_params: dict[str, Any] = {
+    embedding_model_params: ClassVar[dict[str, Any]] = {
         "model": "m", "base_url": f"{SERVER}/v1", "api_key": "none", "check_embedding_ctx_length": False,
     }  # fmt: skip
 
@@ -52,4 +56,4 @@ class TestEmbeddingsOllama(EmbeddingsIntegrationTests):
     """Vectors by Ollama's API."""
 
     embeddings_class = OllamaEmbeddings
-    embedding_model_params = {"model": "m", "base_url": SERVER}
+    embedding_model_params: ClassVar[dict[str, Any]] = {"model": "m", "base_url": SERVER}

@@ -109,7 +109,9 @@ def test_a_tool_is_called_and_its_result_read(
 def test_an_image_is_read(client: anthropic.Anthropic, served: Served) -> None:
     """A model with a projector is given the picture, which takes tokens; one without refuses it."""
     source = {"type": "base64", "media_type": "image/png", "data": base64.b64encode(png()).decode()}
-    said: list[Any] = [{"role": "user", "content": [{"type": "image", "source": source}, {"type": "text", "text": "?"}]}]
+    said: list[Any] = [
+        {"role": "user", "content": [{"type": "image", "source": source}, {"type": "text", "text": "?"}]}
+    ]
 
     def ask(of: anthropic.Anthropic) -> tuple[int, str]:
         message = of.messages.create(model="sees/sees", messages=said, **{**GREEDY, "max_tokens": 8})
@@ -168,7 +170,10 @@ def test_a_stream_shows_life_while_its_model_waits_for_room(serve: Serve) -> Non
         with client.messages.stream(model="m", messages=HELLO, **GREEDY) as stream:
             kinds = [event.type for event in stream]
             text = stream.get_final_text()
-        assert (kinds[0], text) == ("message_start", text_of(client.messages.create(model="m", messages=HELLO, **GREEDY)))
+        assert (kinds[0], text) == (
+            "message_start",
+            text_of(client.messages.create(model="m", messages=HELLO, **GREEDY)),
+        )
 
 
 def test_an_error_after_signs_of_life_is_raised(serve: Serve) -> None:

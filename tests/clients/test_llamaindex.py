@@ -19,9 +19,7 @@ from tests.support.running import running
 from tests.support.tiny_models import write_tiny_model
 
 # Connections that the clients leave open are theirs.
-pytestmark = pytest.mark.filterwarnings(
-    "ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning"
-)
+pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
 HELLO = [ChatMessage("hello")]
 
 

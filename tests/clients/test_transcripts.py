@@ -1,4 +1,4 @@
-"""What programs that are not Python packages send, in the order in which they send it, and what they read of answers."""
+"""What programs that are no Python packages send, in the order in which they send it, and read of answers."""
 
 from __future__ import annotations
 
@@ -94,7 +94,13 @@ def test_continue(served: Served) -> None:
     """It names the model by the old field, and continues a text as it is."""
     shown = served.post("/api/show", {"name": "m"}).json()
     assert isinstance(shown["template"], str) and isinstance(shown.get("parameters", ""), str)
-    body = {"model": "m", "prompt": "hello", "raw": True, "keep_alive": 1800, "options": {"num_predict": 4, "stop": ["~"]}}
+    body = {
+        "model": "m",
+        "prompt": "hello",
+        "raw": True,
+        "keep_alive": 1800,
+        "options": {"num_predict": 4, "stop": ["~"]},
+    }
     told = lines(served.post("/api/generate", body))
     assert told[-1]["done_reason"] == "length" and "".join(each["response"] for each in told)
 

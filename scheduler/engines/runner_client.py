@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import socket
 import threading
 import time
@@ -40,8 +41,12 @@ _ADVICE = {
     "Start it with `--reranking`": "Acquire a reranker, with embedding=True",
     "increase the physical batch size": "shorten it, or acquire the model with a larger num_ctx",
 }
-# said of a text to embed: the request is at fault, although the server answers 500
-_TOO_LONG = "is too large to process"
+# Said where the request is at fault, although the server answers 500: of a text to embed, of what cannot be read, and of
+# a token that the model does not have.
+_REQUEST_AT_FAULT = re.compile(
+    r"is too large to process|^Failed to parse (?:messages|tools)|^Unknown reasoning format|^'\w+' is required"
+    r"|^vector::_M_range_check"
+)
 # The errors of a connection that the server closed while it was kept, or just as a request was sent.
 _STALE = (httpx2.RemoteProtocolError, httpx2.ReadError, httpx2.WriteError, httpx2.ConnectError)
 EVENTS = "text/event-stream"
@@ -516,7 +521,7 @@ def _error_of(error: Any, status_code: int) -> EngineError:
     if not isinstance(error, Mapping):
         return EngineError(status_code, str(error))
     code, message = error.get("code"), str(error.get("message", error))
-    if _TOO_LONG in message:
+    if _REQUEST_AT_FAULT.search(message):
         code = httpx2.codes.BAD_REQUEST
     for llamas, ours in _ADVICE.items():
         message = message.replace(llamas, ours)

@@ -44,7 +44,7 @@ _SIMPLE: Mapping[str, str] = {
         return_text return_tokens stream timings_per_token truncate use_mmap with_pieces
     """,
     "string": """
-        content grammar input_prefix input_suffix instructions language model query reasoning_format suffix
+        content grammar input_prefix input_suffix instructions language model query suffix
     """,
 }
 _PLAIN = {name: {"type": kind} for kind, names in _SIMPLE.items() for name in names.split()}
@@ -58,9 +58,10 @@ _TYPES: Mapping[str, Mapping[str, Any]] = {
     "messages": {"type": "array", "items": _MESSAGE},
     "options": {"type": "object", "properties": {name: _PLAIN.get(name, {}) for name in sorted(LOAD_OPTIONS)}},
     "prompt": _TEXTS,
+    "reasoning_format": {"enum": ["none", "auto", "deepseek", "deepseek-legacy"]},
     "stop": _TEXTS,
     "timeout": _DURATION,
-    "tokens": {"type": "array", "items": {"type": "integer"}},
+    "tokens": {"type": "array", "items": {"type": "integer", "minimum": 0}},
     "tools": _OBJECTS,
 }
 _REQUIRED = ("messages", "input", "query", "content", "tokens")  # where a route that the runner answers has them

@@ -166,3 +166,21 @@ def test_what_there_is_not_is_told_in_json(served: Served, method: str, path: st
 
     answer = httpx2.request(method, f"{served.url}{path}")
     assert answer.status_code == status and answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/chat/completions", {"messages": [{"role": 5, "content": "a"}]}),
+        ("/v1/chat/completions", {"messages": [{"role": "assistant", "tool_calls": 5}]}),
+        ("/v1/chat/completions", {"messages": HELLO, "tools": [{}]}),
+        ("/v1/chat/completions", {"messages": HELLO, "reasoning_format": "$"}),
+        ("/v1/messages", {}),
+        ("/detokenize", {"tokens": [999_999]}),
+        ("/detokenize", {"tokens": [-1]}),
+    ],
+)
+def test_what_is_wrong_with_a_request_is_its_own_fault(served: Served, path: str, body: dict[str, Any]) -> None:
+    """The engine answers some requests that are wrong with 500, as if another try could help."""
+    answer = served.post(path, {"model": "m", **body})
+    assert (answer.status_code, answer.headers["x-should-retry"]) == (400, "false"), answer.text

@@ -41,8 +41,8 @@ _ADVICE = {
     "Start it with `--reranking`": "Acquire a reranker, with embedding=True",
     "increase the physical batch size": "shorten it, or acquire the model with a larger num_ctx",
 }
-# Said where the request is at fault, although the server answers 500: of a text to embed, of what cannot be read, and of
-# a token that the model does not have.
+# Said where the request is at fault, although the server answers 500: of a text to embed, of what cannot be read, and
+# of a token that the model does not have.
 _REQUEST_AT_FAULT = re.compile(
     r"is too large to process|^Failed to parse (?:messages|tools)|^Unknown reasoning format|^'\w+' is required"
     r"|^vector::_M_range_check"

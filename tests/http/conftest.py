@@ -14,7 +14,7 @@ import pytest
 from scheduler import Scheduler
 from scheduler.http import create_app
 from tests.support.running import running
-from tests.support.tiny_models import write_tiny_model
+from tests.support.tiny_models import END, write_tiny_model
 
 
 @dataclass(frozen=True)
@@ -35,13 +35,13 @@ class Served:
 
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the models `m`, `other` and `deep/er`, and `slow`, which takes long for an answer."""
+    """A folder with the models `m`, `other` and `deep/er`, and `slow`, whose answers do not end."""
     folder = tmp_path_factory.mktemp("models")
     (folder / "deep").mkdir()
     write_tiny_model(folder / "m.gguf", context=4096)
     write_tiny_model(folder / "other.gguf", seed=1)
     write_tiny_model(folder / "deep" / "er.gguf", seed=2)
-    write_tiny_model(folder / "slow.gguf", layers=8, width=512, context=32768, seed=3)
+    write_tiny_model(folder / "slow.gguf", layers=8, width=512, context=32768, seed=3, biases={END: -40})
     return folder
 
 

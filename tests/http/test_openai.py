@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import httpx2
@@ -11,6 +12,7 @@ import pytest
 from starlette.datastructures import Headers
 
 from scheduler.http import openai as protocol
+from scheduler.http.errors import error_table
 from scheduler.http.runner_routes import Call, RunnerRoute
 from scheduler.models.model_spec import ModelSpec
 from tests.http.conftest import Serve, Served, eventually
@@ -196,3 +198,20 @@ def test_the_description_names_every_route(served: Served) -> None:
     assert told["openapi"].startswith("3.") and {"/v1/messages", "/v1/models/{id}", "/health"} <= {*told["paths"]}
     operations = [each for methods in told["paths"].values() for each in methods.values()]
     assert all(each["summary"] for each in operations)
+
+
+def test_the_description_has_fields_and_errors(served: Served) -> None:
+    """It says what a body must hold, also of forms and in other protocols, and each status that an error may have."""
+    paths = served.get("/openapi.json").json()["paths"]
+    required = {
+        path: content["schema"]["required"]
+        for path, methods in paths.items()
+        for content in methods.get("post", {}).get("requestBody", {"content": {}})["content"].values()
+    }
+    assert required["/v1/chat/completions"] == ["model", "messages"] and required["/api/chat"] == ["model"]
+    assert required["/v1/audio/transcriptions"] == ["model", "file"]
+    statuses = {*re.findall(r"\b[45]\d\d\b", error_table())}
+    for path, shape in (("/api/chat", "string"), ("/v1/messages", "object"), ("/v1/embeddings", "object")):
+        answers = paths[path]["post"]["responses"]
+        assert statuses <= {*answers}
+        assert answers["404"]["content"]["application/json"]["schema"]["properties"]["error"]["type"] == shape

@@ -60,7 +60,8 @@ def test_open_webui(serve: Serve) -> None:
 def test_open_webui_by_openais_api(served: Served) -> None:
     """As a connection of OpenAI's kind it lists models, and streams chats with usage."""
     assert "m" in {each["id"] for each in served.get("/v1/models", Authorization="Bearer none").json()["data"]}
-    body = {"model": "m", "messages": HELLO, "stream": True, "stream_options": {"include_usage": True}, "max_tokens": 5}
+    body: dict[str, Any] = {"model": "m", "messages": HELLO, "stream": True, "stream_options": {"include_usage": True}}
+    body |= {"max_tokens": 5, "temperature": 0}
     told = events(served.post("/v1/chat/completions", body, Authorization="Bearer none"))
     assert [each["usage"]["completion_tokens"] for each in told if each.get("usage")] == [5]
 
@@ -122,8 +123,8 @@ def test_codex(served: Served) -> None:
     """It streams responses, with instructions, and nothing stored."""
     said = [{"type": "message", "role": "user", "content": [{"type": "input_text", "text": "hello"}]}]
     body = {
-        "model": "m", "instructions": "short", "input": said, "stream": True, "store": False, "tools": [],
-        "tool_choice": "auto", "parallel_tool_calls": False, "include": [], "max_output_tokens": 5,
+        "model": "calls", "instructions": "short", "input": said, "stream": True, "store": False, "tools": [],
+        "tool_choice": "auto", "parallel_tool_calls": False, "include": [], "max_output_tokens": 5, "temperature": 0,
     }  # fmt: skip
     answer = served.post("/v1/responses", body)
     names = [line.removeprefix("event: ") for line in answer.text.splitlines() if line.startswith("event: ")]

@@ -29,7 +29,7 @@ help:
 	@echo "make run     install what the demonstration needs and run it"
 	@echo "make test    run the tests"
 	@echo "make test-fast  run the quick tests of the decision core"
-	@echo "make test-clients  test the server with clients of other packages, in an environment of its own (about 400 MB)"
+	@echo "make test-clients  test the server with clients of other packages, in an environment of its own (about 560 MB)"
 	@echo "make coverage  run the same, and fail if less of the core is run by them than has been"
 	@echo "make lint    run the linter, the formatter's check and the type checker"
 	@echo "make check   run make lint and make test, as continuous integration does"
@@ -145,7 +145,7 @@ $(FOR_TEST): setup.cfg | $(BIN)/python
 	@touch $(FOR_RUN) $@
 
 $(FOR_CLIENTS): setup.cfg
-	@echo "Installing the server and clients of it into $(CLIENTS) (about 400 MB) ..."
+	@echo "Installing the server and clients of it into $(CLIENTS) (about 560 MB) ..."
 	@$(PYTHON) -m venv --clear $(CLIENTS)
 	@$(CLIENTS)/bin/python -m pip --disable-pip-version-check install --editable '.[llama,server,clients]'
 	@touch $@

@@ -261,7 +261,8 @@ class Core:
         if model is not None and event.max_leases is not None:
             self._limit_leases(model, event.max_leases)
         warm = runner is not None and runner.state is not LOADING and spec.purpose is not Purpose.memory
-        warm = warm and runner is not None and state.may_be_granted(runner, spec.purpose)
+        if model is not None and runner is not None and (state.config.max_leases or model.max_leases is not None):
+            warm = warm and state.may_be_granted(runner, spec.purpose)
         if runner is not None and warm and match(runner, spec.options) and not self._moved(runner, event):  # 3
             if model is not None and spec.purpose is Purpose.lease and not runner.leases:
                 model.record_arrival(state.now, state.idle_intervals)

@@ -67,7 +67,7 @@ class Lease(NonCopyable, Generic[Value]):
     awaited.
     """
 
-    __slots__ = ("__weakref__", "_broker", "_entered", "_holder", "_lock", "_pending", "_released", "_uses")
+    __slots__ = ("__weakref__", "_broker", "_ended", "_entered", "_holder", "_lock", "_pending", "_released", "_uses")
 
     def __init__(self, broker: RequestBroker, pending: PendingRequest) -> None:
         self._broker = broker
@@ -77,6 +77,7 @@ class Lease(NonCopyable, Generic[Value]):
         self._entered = False  # in a `with` block of the holder
         self._uses = 0  # answers and open streams under way; the lease is released after the last
         self._lock = threading.RLock()  # guards `_uses` and `_released`; re-entered by the finaliser of a stream
+        self._ended = False  # released, and nothing is left of it
 
     # -- what it is ---------------------------------------------------------------------------------------------------
 
@@ -151,12 +152,12 @@ class Lease(NonCopyable, Generic[Value]):
             if self._uses:
                 return
         self._broker.release(self._pending)
-        if self._holder is not None:
-            self._drop()
+        self._drop()
+        self._ended = True
 
     def __enter__(self) -> Self:
-        if (asker := this_asker()) != self._holder:
-            self._hold(asker)
+        if threading.get_ident() != self._holder:  # it is entered elsewhere than it was granted, or in a task
+            self._hold(this_asker())
         self._entered = True
         return self
 
@@ -175,10 +176,9 @@ class Lease(NonCopyable, Generic[Value]):
         self.release()
 
     def __del__(self) -> None:
-        if not hasattr(self, "_lock"):  # Ctrl-C came while the lease was made, before anything was requested
+        if getattr(self, "_ended", True):  # without it Ctrl-C came while the lease was made, before a request
             return
-        if self._holder is not None:
-            self._drop()
+        self._drop()
         if self._broker.release(self._pending) and not self._released:
             warnings.warn(
                 f"a lease on {printable(self.model)} was never released", ResourceWarning, stacklevel=2, source=self
@@ -187,16 +187,16 @@ class Lease(NonCopyable, Generic[Value]):
     def _hold(self, asker: object, *, entered: bool = False) -> None:
         """Note that a thread or task holds the lease from now on."""
         if asker != self._holder:
-            if self._holder is not None:
-                self._drop()
+            self._drop()
             self._broker.holders.hold(asker, self._pending.id, self)
             self._holder = asker
         self._entered = entered
 
     def _drop(self) -> None:
         """Note that nobody holds the lease any more."""
-        self._broker.holders.drop(self._holder, self._pending.id)
-        self._holder = None
+        if self._holder is not None:
+            self._broker.holders.drop(self._holder, self._pending.id)
+            self._holder = None
 
     def _kept(self) -> bool:
         """Tell whether the lease is released by its holder alone, as far as the lease knows."""

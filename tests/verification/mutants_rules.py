@@ -225,7 +225,7 @@ def options_are_not_backed_off(patch: Patch) -> None:
     patch.setattr(failures, "back_off_options", lambda step, model, options, reason: step.state.now)
 
 
-@mutant(SIMULATION)
+@mutant(SIMULATION, first=25)
 def memory_that_ran_out_teaches_nothing(patch: Patch) -> None:
     """After a load ran out of memory of a GPU, the next one takes as much of it."""
     patch.setattr(failures, "note_failed_load", lambda state, runner, out_of_memory: None)
@@ -241,7 +241,7 @@ def each_failure_is_the_first(patch: Patch) -> None:
         return original(step, model, reason)
 
 
-@mutant(SIMULATION, most=400_000)
+@mutant(SIMULATION, most=400_000, first=150)
 def a_crash_loop_has_no_end(patch: Patch) -> None:
     """Each crash is followed by a load at once, as if it were the first."""
 
@@ -251,7 +251,7 @@ def a_crash_loop_has_no_end(patch: Patch) -> None:
         original(step, runner, reason)
 
 
-@mutant(SIMULATION, most=400_000)
+@mutant(SIMULATION, most=400_000, first=225)
 def back_off_has_no_limit(patch: Patch) -> None:
     """The back-off doubles without a limit."""
 

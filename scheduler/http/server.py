@@ -38,7 +38,7 @@ _IDLE_S = 75  # for so long a connection without a request stays: longer than us
 _LAST_WORDS_S = 2  # for the ends of streams to be sent, when all leases are back
 _SPARE_CONNECTIONS = 1000  # beyond those whose requests are answered: idle ones, and those that are refused
 _ENDING = replace(answer_to(SchedulerClosed()), message="the server is ending: ask again in a moment")
-_WHILE_ENDING = ("/health", "/ready", "/metrics", "/status")  # what is answered until the end: it can be watched
+_WHILE_ENDING = ("/health", "/metrics", "/status")  # what is answered until the end: it can be watched
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -29,7 +29,7 @@ async def _health(service: Service, exchange: Exchange) -> None:
 
 async def _ready(service: Service, exchange: Exchange) -> None:
     """Tell whether the server takes requests."""
-    closing = service.status().closing
+    closing = service.scheduler.status().closing
     await exchange.respond_json(503 if closing else 200, {"status": "closing" if closing else "ready"})
 
 

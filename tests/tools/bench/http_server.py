@@ -28,7 +28,7 @@ from tests.tools.bench.measure import summary
 from tests.tools.race.contestants import Course
 from tests.tools.race.router import find_binary, router_at
 
-REQUESTS = 400
+REQUESTS = 160
 CLIENTS = 16
 STREAMS = 200
 ONE = {"model": "m", "prompt": "a", "max_tokens": 1}
@@ -129,7 +129,7 @@ def _streams(pid: int, url: str, key: str) -> dict[str, Any]:
     chunks = sum(ask(url, key, LONG).count(b"data: ") for _ in range(5))
     chunk_us = (sum(process.cpu_times()[:2]) - before) * 1e6 / chunks
     rest = process.memory_info().rss
-    threads = [threading.Thread(target=ask, args=(url, key, LONG)) for _ in range(STREAMS)]
+    threads = [threading.Thread(target=ask, args=(url, key, LONG | {"max_tokens": 100})) for _ in range(STREAMS)]
     for thread in threads:
         thread.start()
     most = 0

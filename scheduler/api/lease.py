@@ -102,7 +102,7 @@ class Lease(NonCopyable, Generic[Value]):
     def url(self) -> str:
         """The address of the runner's own server; requests need `api_key` as a bearer token.
 
-        OpenAI's API is under `/v1` there. Whoever uses the address has to stop before the release: the runner may end
+        OpenAI's API is under `/v1` there. A user of the address has to stop before the release: the runner may end
         at any time after it. A client of `openai` knows that by itself.
         """
         return self._endpoint().url
@@ -193,7 +193,7 @@ class Lease(NonCopyable, Generic[Value]):
         self._entered = entered
 
     def _drop(self) -> None:
-        """Note that nobody holds the lease any more."""
+        """Note that no thread and no task holds the lease any more."""
         if self._holder is not None:
             self._broker.holders.drop(self._holder, self._pending.id)
             self._holder = None

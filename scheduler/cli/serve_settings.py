@@ -101,7 +101,7 @@ SERVE_SETTINGS = (
     ),
     Setting("port", _PORT, count(0, 65535), "port to listen at; 0: any that is free", "OLLAMA_HOST", _ollama_port),
     Setting("api_key_file", None, optional(file), "file with the key that clients must send"),
-    Setting("no_key", False, flag, "serve whoever reaches the address, without a key, where other machines reach it"),
+    Setting("no_key", False, flag, "serve without a key where other machines reach the address"),
     Setting("tls_cert", None, optional(file), "file with the certificate, and those that lead to it, as PEM"),
     Setting("tls_key", None, optional(file), "file with the key of the certificate, as PEM"),
     Setting("root_path", "", _root_path, "path under which a proxy publishes the server, and which it leaves out"),

@@ -118,10 +118,12 @@ class _Connection(asyncio.Protocol, httpx2.AsyncByteStream):
     # -- for the event loop -------------------------------------------------------------------------------------------
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Note the connection, which is open now."""
         assert isinstance(transport, asyncio.Transport)
         self.transport = transport
 
     def data_received(self, data: bytes) -> None:
+        """Parse some bytes; no more are read while too many are unread."""
         try:
             self._parser.feed_data(data)
         except HttpParserError as error:
@@ -132,6 +134,7 @@ class _Connection(asyncio.Protocol, httpx2.AsyncByteStream):
         self._wake()
 
     def connection_lost(self, error: Exception | None) -> None:
+        """Note that no more comes, and whether the answer is whole."""
         if error is not None:
             self._error = self._error or httpx2.ReadError(str(error))
         elif self._ends_with_connection():
@@ -154,19 +157,23 @@ class _Connection(asyncio.Protocol, httpx2.AsyncByteStream):
     # -- for the parser -----------------------------------------------------------------------------------------------
 
     def on_header(self, name: bytes, value: bytes) -> None:
+        """Note a header."""
         self._headers.append((name, value))
 
     def on_headers_complete(self) -> None:
+        """Note that the head has come."""
         if (status := self._parser.get_status_code()) >= httpx2.codes.OK:
             self._status = status
         else:  # an interim answer, before the answer itself
             self._headers.clear()
 
     def on_body(self, body: bytes) -> None:
+        """Keep a part of the content until it is read."""
         self._unread.append(body)
         self._unread_bytes += len(body)
 
     def on_message_complete(self) -> None:
+        """Note that the answer is whole."""
         self._is_whole = self._status > 0
 
 

@@ -94,7 +94,7 @@ def _time_of(record: logging.LogRecord) -> str:
 
 
 class _Queue(QueueHandler):
-    """Hands lines to a thread that writes them: whoever reads them slowly delays no request."""
+    """Hands lines to a thread that writes them: a slow reader of the log delays no request."""
 
     def enqueue(self, record: logging.LogRecord) -> None:
         """Take a line, or drop it where too many wait."""

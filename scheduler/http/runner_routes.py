@@ -22,8 +22,6 @@ HEADER = "x-loadmaster-"
 _WHOLE = re.compile(r"-?[0-9]{1,18}")
 _PING_S = 10  # the runner's own signs of life, while it computes a long prompt
 
-Defaults = Callable[[dict[str, Any], ChatDefaults], Mapping[str, Any]]
-
 
 @dataclass(frozen=True, slots=True)
 class Call:

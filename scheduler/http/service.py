@@ -30,7 +30,7 @@ from scheduler.http.rules import apply_rules
 from scheduler.http.runner_routes import HEADER, Call
 from scheduler.http.settings import ServerSettings
 from scheduler.http.tracing import write_spans
-from scheduler.http.upstream import BROKEN, Renaming, Upstream
+from scheduler.http.upstream import BROKEN, Renaming, answer_of
 from scheduler.models.catalog import MOST_NAMES, found_by
 from scheduler.models.model_spec import ModelSpec
 from scheduler.runtime.request_parser import AcquireOptions
@@ -76,7 +76,6 @@ class Service:
         self.metrics = Metrics(scheduler)
         self.observer = self.metrics.observer
         self.files = ModelFiles()
-        self._upstream = Upstream()
         self._known: dict[str, tuple[ModelSpec, float]] = {}  # by name, and until when
         self._listed: tuple[dict[str, ModelSpec], float] | None = None  # and until when it serves
         self._status: tuple[Status, float] | None = None  # and until when it serves
@@ -234,8 +233,7 @@ class Service:
         """Yield the runner's answer to a call, whose content has not been read; raises what a lease's methods raise."""
         try:
             async with AsyncExitStack() as stack:
-                answer = self._upstream.answer(lease, call.path, content, call.content_type)
-                opening = stack.enter_async_context(answer)
+                opening = stack.enter_async_context(answer_of(lease, call.path, content, call.content_type))
                 response = await self.patiently(exchange, call, protocol, opening, lambda: Waiting("answering"))
                 if response.is_error:
                     raise engine_error(response.status_code, await response.aread())

@@ -12,29 +12,25 @@ from scheduler.api.lease import Lease
 from scheduler.engines.loop_transport import LoopTransport
 
 _LIMITS = {"timeout": httpx2.Timeout(None, connect=5.0).as_dict()}
+_TRANSPORT = LoopTransport()  # without a client around it, which takes as long again for each chunk
 _MODEL = re.compile(rb'"model":("(?:[^"\\]|\\.)*")')
 
 BROKEN = (httpx2.NetworkError, httpx2.ProtocolError, httpx2.TimeoutException)
 
 
-class Upstream:
-    """Connections to the runners. A connection is used once: the runner stops its work when it is closed."""
+@asynccontextmanager
+async def answer_of(lease: Lease, path: str, content: bytes, content_type: str) -> AsyncIterator[httpx2.Response]:
+    """Send a request to the runner of a lease and yield the answer, whose content has not been read.
 
-    def __init__(self) -> None:
-        self._transport = LoopTransport()  # without a client around it, which takes as long again for each chunk
-
-    @asynccontextmanager
-    async def answer(
-        self, lease: Lease, path: str, content: bytes, content_type: str
-    ) -> AsyncIterator[httpx2.Response]:
-        """Send a request to the runner of a lease and yield the answer, whose content has not been read."""
-        headers = {"Authorization": f"Bearer {lease.api_key}", "Content-Type": content_type}
-        request = httpx2.Request("POST", f"{lease.url}{path}", content=content, headers=headers, extensions=_LIMITS)
-        response = await self._transport.handle_async_request(request)
-        try:
-            yield response
-        finally:
-            await response.aclose()
+    The connection is used once: the runner stops its work when it is closed.
+    """
+    headers = {"Authorization": f"Bearer {lease.api_key}", "Content-Type": content_type}
+    request = httpx2.Request("POST", f"{lease.url}{path}", content=content, headers=headers, extensions=_LIMITS)
+    response = await _TRANSPORT.handle_async_request(request)
+    try:
+        yield response
+    finally:
+        await response.aclose()
 
 
 class Renaming:

@@ -53,6 +53,8 @@ class Renaming:
         lines, self._held = chunk[:end], chunk[end:]
         if self._found is None and (found := _MODEL.search(lines)):
             self._found = found[0]
+            if self._found == self._there:  # nothing is renamed, and nothing held back any more
+                lines, self._held = chunk, b""
         return lines if self._found is None else lines.replace(self._found, self._there)
 
     def whole(self, content: bytes) -> bytes:

@@ -12,9 +12,9 @@ from tests.http.conftest import Serve, Served, eventually
 
 HELLO: list[Any] = [{"role": "user", "content": "hello"}]
 STREAMS: dict[str, dict[str, Any]] = {
-    "/v1/chat/completions": {"messages": HELLO, "max_tokens": 30, "ignore_eos": True},
-    "/v1/completions": {"prompt": "a", "max_tokens": 30, "ignore_eos": True},
-    "/v1/messages": {"messages": HELLO, "max_tokens": 30, "ignore_eos": True},
+    "/v1/chat/completions": {"messages": HELLO, "max_tokens": 3, "temperature": 0},
+    "/v1/completions": {"prompt": "a", "max_tokens": 3, "temperature": 0},
+    "/v1/messages": {"messages": HELLO, "max_tokens": 3, "temperature": 0},
     "/v1/responses": {"input": "a", "max_output_tokens": 3},
 }
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from fsm.domain.devices import Amounts, DeviceId, Placement
 from fsm.domain.options import Options
+from fsm.domain.record import message
 from fsm.machine.request import ModelId, RequestId
 from fsm.machine.runner import RunnerId
 from fsm.messages.reasons import FailureReason
@@ -83,7 +84,7 @@ class PersistMeasurement:
     load_s: float | None = None  # how long its load took; None: as told before, or not known
 
 
-@dataclass(frozen=True, slots=True)
+@message
 class Grant:
     """Answer a request with what it asked for; a lease on the runner has begun already."""
 

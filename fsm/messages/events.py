@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fsm.domain.devices import DeviceId, DeviceSample
+from fsm.domain.record import message
 from fsm.machine.request import ModelId, RequestId, RequestSpec
 from fsm.machine.runner import RunnerId
 from fsm.messages.reasons import NoAnswer
@@ -16,7 +17,7 @@ from fsm.sizing.model_profile import ModelProfile
 Resident = tuple[tuple[DeviceId, int], ...]  # measured bytes by device
 
 
-@dataclass(frozen=True, slots=True)
+@message
 class Acquire:
     """A request begins. It is answered by exactly one Grant or Reject; after a Cancel by a Reject with Cancelled."""
 
@@ -29,14 +30,14 @@ class Acquire:
     keeps: tuple[RequestId, ...] = ()  # of these: leases that are released by the caller alone, and after the answer
 
 
-@dataclass(frozen=True, slots=True)
+@message
 class Cancel:
     """The caller left. A queued request is rejected with Cancelled, a granted one released, so that no lease leaks."""
 
     request: RequestId
 
 
-@dataclass(frozen=True, slots=True)
+@message
 class Release:
     """A lease, or the program's own memory, is released; a second Release is harmless."""
 

@@ -152,7 +152,7 @@ class Lease(NonCopyable, Generic[Value]):
             if self._uses:
                 return
         self._broker.release(self._pending)
-        self._drop()
+        self._broker.holders.drop(self._holder, self._pending.id)
         self._ended = True
 
     def __enter__(self) -> Self:
@@ -178,7 +178,7 @@ class Lease(NonCopyable, Generic[Value]):
     def __del__(self) -> None:
         if getattr(self, "_ended", True):  # without it Ctrl-C came while the lease was made, before a request
             return
-        self._drop()
+        self._broker.holders.drop(self._holder, self._pending.id)
         if self._broker.release(self._pending) and not self._released:
             warnings.warn(
                 f"a lease on {printable(self.model)} was never released", ResourceWarning, stacklevel=2, source=self
@@ -187,16 +187,12 @@ class Lease(NonCopyable, Generic[Value]):
     def _hold(self, asker: object, *, entered: bool = False) -> None:
         """Note that a thread or task holds the lease from now on."""
         if asker != self._holder:
-            self._drop()
-            self._broker.holders.hold(asker, self._pending.id, self)
+            holders = self._broker.holders
+            if self._holder is not None:
+                holders.drop(self._holder, self._pending.id)
+            holders.hold(asker, self._pending.id, self)
             self._holder = asker
         self._entered = entered
-
-    def _drop(self) -> None:
-        """Note that no thread and no task holds the lease any more."""
-        if self._holder is not None:
-            self._broker.holders.drop(self._holder, self._pending.id)
-            self._holder = None
 
     def _kept(self) -> bool:
         """Tell whether the lease is released by its holder alone, as far as the lease knows."""

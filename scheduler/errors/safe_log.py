@@ -6,6 +6,8 @@ import logging
 
 from scheduler.errors.formatting import printable, shown
 
+NO_HANDLER = logging.NullHandler()  # of a logger whose lines go nowhere unless the program says where
+
 _formatter = logging.Formatter()
 
 
@@ -25,5 +27,5 @@ class Escaping(logging.Filter):
 
 def prepare(logger: logging.Logger) -> None:
     """Have a logger print nothing by itself, and only lines that are safe to show."""
-    logger.addHandler(logging.NullHandler())
+    logger.addHandler(NO_HANDLER)
     logger.addFilter(Escaping())

@@ -157,8 +157,9 @@ class Driver:
 
     def _step_all(self) -> None:
         core, inbox = self._core, self._inbox
-        if core.decision_log is None and self._publish(()):  # logging was set up, for example
-            core.decision_log = []
+        entries = core.decision_log
+        if entries is None and self._publish(()):  # logging was set up, for example
+            entries = core.decision_log = []
         while inbox:
             event = inbox.popleft()
             if isinstance(event, _Query):
@@ -171,7 +172,7 @@ class Driver:
                     self._perform(command)
         if self.broken is None:
             self._deadline = core.deadline()
-        if core.decision_log:
+        if entries:
             self._tell()
 
     def _tell(self) -> None:

@@ -13,10 +13,14 @@ from fsm.messages.refusals import Cancelled, Refusal
 from scheduler.concurrency.thread_pool import ThreadPool
 from scheduler.errors.formatting import one_line, printable
 from scheduler.errors.from_refusals import decision_line, error_of
+from scheduler.errors.safe_log import NO_HANDLER
 from scheduler.errors.wording import Name, transition_line
 from scheduler.runtime.event_stream import Decision, EventStream, Gap, Transition
 
 log = logging.getLogger("loadmaster")
+
+_ROOT = logging.getLogger()
+_SILENT: list[logging.Handler] = [NO_HANDLER]
 
 
 class EventLog:
@@ -37,13 +41,8 @@ class EventLog:
 
         This is asked with every request.
         """
-        logger: logging.Logger | None = log
-        while logger is not None:
-            for handler in logger.handlers:
-                if not isinstance(handler, logging.NullHandler):
-                    return _least_level() <= logging.WARNING
-            logger = logger.parent if logger.propagate else None
-        return False
+        handled = log.handlers != _SILENT or (log.propagate and _ROOT.handlers)
+        return bool(handled) and _least_level() <= logging.WARNING
 
     def offer(self, entries: Sequence[Entry]) -> None:
         """Have the entries of enabled levels written, and return at once; called under the driver's lock."""

@@ -75,7 +75,7 @@ class RequestBroker:
         """Submit a request and block until it is granted; raises the error of a refusal."""
         try:
             self.submit(pending, parsed, held)
-            while not pending.gate.acquire(timeout=_LOOK_UP_S):
+            while not (pending.answered or pending.gate.acquire(timeout=_LOOK_UP_S)):
                 continue
         except BaseException:  # Ctrl-C, for example: a caller that leaves cancels its request
             self.cancel(pending)
@@ -126,9 +126,10 @@ class RequestBroker:
             pending.chat = parsed.model.chat
         if parsed.model is not None:  # after the pending request is in `requests`: see _drop
             self._registry.register(parsed.spec.model, parsed.model)
-        self.check()
+        if self.forked:
+            raise SchedulerForked()
         self._driver.post(
-            Acquire(pending.id, parsed.spec, parsed.keep_alive_s, parsed.timeout_s, parsed.max_leases, *held)
+            Acquire(pending.id, parsed.spec, parsed.keep_alive_s, parsed.timeout_s, parsed.max_leases, held[0], held[1])
         )
         if self.closing and self.finished.is_set() and self.requests.pop(pending.id, None) is not None:
             pending.answer(None, SchedulerClosed())  # the driver has ended, or is about to

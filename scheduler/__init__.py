@@ -1,107 +1,42 @@
 """Loads models on demand, keeps them loaded, shares them by lease, and evicts them when memory is full."""
 
-import importlib.metadata
+from __future__ import annotations
+
 import logging
+from importlib import import_module
+from typing import TYPE_CHECKING
 
-from fsm.domain.options import Options
-from fsm.eviction.policies import Candidate, EvictionPolicy
-from scheduler.api.fit import Fit, FitAdvice, FitDevice, FitVictim
-from scheduler.api.lease import Lease, Leases
-from scheduler.api.pending_lease import Reservation
-from scheduler.api.scheduler import Scheduler
-from scheduler.api.status import RunnerStatus, Status, WaitStatus
-from scheduler.config.settings import Settings
-from scheduler.engines.answer import Answer
-from scheduler.engines.python import PythonModel
-from scheduler.errors.exceptions import (
-    AcquireTimeout,
-    AnswerTimeout,
-    DoesNotFit,
-    EngineError,
-    EngineMissing,
-    InvalidModel,
-    InvalidSettings,
-    LeaseReleased,
-    LoadFailed,
-    LoadTimeout,
-    ModelNotFound,
-    QueueFull,
-    RequestCancelled,
-    RunnerCrashed,
-    SchedulerBroken,
-    SchedulerClosed,
-    SchedulerError,
-    SchedulerForked,
-    TimeoutTooShort,
-    UnsupportedOption,
-    WouldDeadlock,
-)
 from scheduler.errors.safe_log import prepare
-from scheduler.models.catalog import Catalog, Resolver
-from scheduler.models.chat_defaults import ChatDefaults
-from scheduler.models.model_spec import ModelSpec
-from scheduler.runtime.event_stream import ConsideredDevice, ConsideredRunner, Decision, EventStream, Gap, Transition
 
-__all__ = [
-    "AcquireTimeout",
-    "Answer",
-    "AnswerTimeout",
-    "Candidate",
-    "Catalog",
-    "ChatDefaults",
-    "ConsideredDevice",
-    "ConsideredRunner",
-    "Decision",
-    "DoesNotFit",
-    "EngineError",
-    "EngineMissing",
-    "EventStream",
-    "EvictionPolicy",
-    "Fit",
-    "FitAdvice",
-    "FitDevice",
-    "FitVictim",
-    "Gap",
-    "InvalidModel",
-    "InvalidSettings",
-    "Lease",
-    "LeaseReleased",
-    "Leases",
-    "LoadFailed",
-    "LoadTimeout",
-    "ModelNotFound",
-    "ModelSpec",
-    "Options",
-    "PythonModel",
-    "QueueFull",
-    "RequestCancelled",
-    "Reservation",
-    "Resolver",
-    "RunnerCrashed",
-    "RunnerStatus",
-    "Scheduler",
-    "SchedulerBroken",
-    "SchedulerClosed",
-    "SchedulerError",
-    "SchedulerForked",
-    "Settings",
-    "Status",
-    "TimeoutTooShort",
-    "Transition",
-    "UnsupportedOption",
-    "WaitStatus",
-    "WouldDeadlock",
-]
+if TYPE_CHECKING:
+    from scheduler.public import *  # noqa: F403
+
+    __version__: str
+else:
+
+    def __getattr__(name: str) -> object:
+        """Return a public name, imported with its first use: the command's help, for example, needs none of them."""
+        if name == "__version__":
+            value = _version()
+        elif name != "__all__" and name not in __getattr__("__all__"):
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        else:
+            value = getattr(import_module("scheduler.public"), name)
+        globals()[name] = value
+        return value
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__getattr__("__all__")})
 
 
 def _version() -> str:
     """Return the version of the installed distribution; "0+unknown" where the code runs without being installed."""
+    from importlib import metadata
+
     try:
-        return importlib.metadata.version("loadmaster")
-    except importlib.metadata.PackageNotFoundError:
+        return metadata.version("loadmaster")
+    except metadata.PackageNotFoundError:
         return "0+unknown"
 
 
 prepare(logging.getLogger("loadmaster"))  # the program says where lines go
-
-__version__ = _version()

@@ -17,7 +17,6 @@ from scheduler.engines.answer import Answer
 from scheduler.engines.answer_requests import Messages
 from scheduler.engines.interface import Endpoint
 from scheduler.engines.python import Value
-from scheduler.engines.runner_client import Call, RunnerClient
 from scheduler.errors.exceptions import InvalidSettings, LeaseReleased, RunnerCrashed, UnsupportedOption
 from scheduler.errors.formatting import printable
 from scheduler.runtime.lease_holders import this_asker
@@ -26,6 +25,7 @@ from scheduler.runtime.pending_request import NonCopyable, PendingRequest
 if TYPE_CHECKING:
     from openai import AsyncOpenAI, OpenAI
 
+    from scheduler.engines.runner_client import Call, RunnerClient
     from scheduler.runtime.request_broker import RequestBroker
 
 _IS_OBJECT = "it is an object without a server: use the value of the lease"

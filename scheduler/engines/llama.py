@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import importlib
 import importlib.util
 import json
 import logging
@@ -60,6 +61,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("loadmaster")
 
 ENGINE: Final = "xllamacpp"  # the distribution that llama.cpp comes in
+CLIENT: Final = "scheduler.engines.runner_client"
 CHILD: Final = Path(__file__).with_name("llama_child.py")
 DRY_RUN_CHILD: Final = Path(__file__).with_name("llama_dry_run_child.py")
 ENCODER_TENSORS = ("v.", "mm.", "a.", "s.")  # beginnings of the names that encoders' tensors have in Ollama's files
@@ -434,6 +436,7 @@ class LlamaEngine:
         )
         process.child = Child(_program(CHILD, request, gpus), process)
         self._processes.start(process.child)
+        importlib.import_module(CLIENT)  # the first answer needs it: it is imported while the model loads
         return process
 
     def _note_misplaced(self, name: str, found: bool) -> None:

@@ -6,15 +6,18 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from fsm.machine.request import ModelId
 from fsm.messages.commands import Launch
 from fsm.messages.events import Event, Exited, Loaded, Progress
 from scheduler.engines.interface import Endpoint, Engine, Memory, Process
-from scheduler.engines.runner_client import RunnerClient
 from scheduler.errors.formatting import without_addresses
 from scheduler.models.measurement_store import Identity
 from scheduler.models.model_spec import FileStates
+
+if TYPE_CHECKING:
+    from scheduler.engines.runner_client import RunnerClient
 
 log = logging.getLogger("loadmaster")
 _PROGRESS_S = 1.0  # least time between two posts of progress
@@ -59,6 +62,8 @@ class RunnerHandle:
         """The client of a runner that is a server, made at its first use; None where the runner is an object."""
         with self._lock:
             if self._client is None and self.endpoint is not None:
+                from scheduler.engines.runner_client import RunnerClient  # here, as few programs' first lines need it
+
                 self._client = self.endpoint.client or RunnerClient(self.endpoint.url, self.endpoint.key)
             return self._client
 

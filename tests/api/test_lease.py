@@ -206,7 +206,7 @@ def test_an_answer_that_is_left_as_the_last_of_its_loop_ends_its_connection(
         ended.set()
 
     with Misbehaving(act) as server:
-        client = "scheduler.runtime.runner_handle.RunnerClient"
+        client = "scheduler.engines.runner_client.RunnerClient"
         monkeypatch.setattr(client, lambda _, key: RunnerClient(server.url, key))
         with serving.acquire(file) as lease:
             asyncio.run(end(lease))

@@ -62,7 +62,7 @@ def leases(scheduler: Scheduler) -> list[int]:
 
 def of_server(monkeypatch: pytest.MonkeyPatch, server: Misbehaving) -> None:
     """Have leases talk to another server than their runner's."""
-    client = "scheduler.runtime.runner_handle.RunnerClient"
+    client = "scheduler.engines.runner_client.RunnerClient"
     monkeypatch.setattr(client, lambda _, key: RunnerClient(server.url, key))
 
 

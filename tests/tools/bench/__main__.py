@@ -15,6 +15,7 @@ from tests.tools.bench import (
     growth,
     http_clients,
     http_server,
+    imports,
     memory,
     metadata,
     prefetch,
@@ -33,6 +34,7 @@ BENCHMARKS = {
     "server": http_server.run,
     "growth": growth.run,
     "http": http_clients.run,
+    "imports": imports.run,
     "footprints": footprints.run,
 }
 

@@ -1,0 +1,68 @@
+"""What is imported when: a program that imports the package, or asks the command for help, pays for little."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import scheduler
+import scheduler.public
+from tests.support.real import write_models
+
+MODULES = "; import sys; print(*sys.modules)"
+PARSE_HELP = """
+import sys
+from scheduler.cli.main import main
+try:
+    main(["--help"])
+except SystemExit:
+    print(*sys.modules)
+"""
+ACQUIRE = """
+import sys
+from scheduler import Scheduler
+with Scheduler(measurement_file=None, lock_folder=None) as scheduler, scheduler.acquire(sys.argv[1]):
+    print(*sys.modules)
+"""
+CLIENT = {"httpx2", "httptools", "openai", "starlette"}
+FILES = {"gguf", "numpy", "rich", "xllamacpp", "matplotlib", "huggingface_hub", "fsm.verification"}
+ALL = {"psutil", "pynvml", "filelock", "asyncio", "sqlite3", "scheduler.api.scheduler", "fsm.core"}
+
+
+def modules_after(code: str, *arguments: str) -> set[str]:
+    """Return the modules that a Python of its own has imported after this code."""
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True)
+    return set(done.stdout.splitlines()[-1].split())
+
+
+@pytest.mark.parametrize(
+    ("code", "left_out"),
+    [
+        (f"import scheduler{MODULES}", CLIENT | FILES | ALL),
+        (f"from scheduler import __version__{MODULES}", CLIENT | FILES | ALL),
+        (f"from scheduler import Scheduler{MODULES}", CLIENT | FILES),
+        (PARSE_HELP, CLIENT | FILES | ALL),
+    ],
+    ids=["package", "version", "scheduler", "help"],
+)
+def test_what_a_program_does_not_need_is_not_imported(code: str, left_out: set[str]) -> None:
+    """The package and the command's help import nothing heavy; a scheduler no HTTP client and no reader of files."""
+    assert modules_after(code) & left_out == set()
+
+
+def test_the_client_is_imported_while_the_model_loads(tmp_path: Path) -> None:
+    """The first answer does not wait for the import of the HTTP client."""
+    assert modules_after(ACQUIRE, str(write_models(tmp_path, "a") / "a.gguf")) >= {"httpx2", "httptools"}
+
+
+def test_the_package_has_every_public_name_and_no_other() -> None:
+    """Names that are imported with their first use are attributes as all others are."""
+    for name in scheduler.public.__all__:
+        assert getattr(scheduler, name) is getattr(scheduler.public, name)
+    assert {"Scheduler", "__version__"} <= {*dir(scheduler), "__version__"}
+    assert scheduler.__all__ == scheduler.public.__all__
+    with pytest.raises(AttributeError, match="'scheduler' has no attribute 'Shceduler'"):
+        _ = scheduler.Shceduler

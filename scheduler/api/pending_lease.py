@@ -9,6 +9,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Generator, Iterator, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
 
 from fsm.machine.request import RequestId
@@ -18,7 +19,7 @@ from scheduler.config.quantities import wait_limit
 from scheduler.engines.python import Value
 from scheduler.errors.exceptions import AcquireTimeout, WouldDeadlock, not_beside
 from scheduler.runtime.lease_holders import Held, LeaseHolders, this_asker
-from scheduler.runtime.pending_request import FutureRequest, NonCopyable, PendingRequest, settle_in_loop
+from scheduler.runtime.pending_request import NonCopyable, PendingRequest, settle_in_loop
 from scheduler.runtime.request_parser import ParsedRequest
 
 if TYPE_CHECKING:
@@ -86,20 +87,22 @@ class PendingGrant(ABC, Generic[Granted]):
         """Submit the request, and return what is granted."""
 
     async def _answer(self, parsed: ParsedRequest, held: Held) -> Lease[Any]:
-        loop = asyncio.get_running_loop()
-        future: asyncio.Future[Lease[Any]] = loop.create_future()
-
-        def deliver(pending: FutureRequest) -> None:
-            lease: Lease[Any] | None = Lease(self._broker, pending) if pending.error is None else None
-            settle_in_loop(loop, future, lease, pending.error, lease.release if lease is not None else lambda: None)
-
-        pending = self._broker.new_future_request(parsed, deliver, self._scheduler, held)
+        pending = self._broker.new_loop_request(parsed, self._scheduler)
         self.request = pending.id
         try:
-            lease = await future
+            self._broker.submit(pending, parsed, held)
+            if not pending.answered:
+                loop = asyncio.get_running_loop()
+                woken: asyncio.Future[None] = loop.create_future()
+                pending.wake = partial(settle_in_loop, loop, woken, None, None, partial(self._broker.cancel, pending))
+                if not pending.answered:  # in the meantime, by another thread that saw nothing to wake
+                    await woken
+            pending.raise_refusal()
+            lease: Lease[Any] = Lease(self._broker, pending)
             lease._hold(this_asker())
             return lease
         except BaseException:
+            pending.wake = None  # it leads to the request
             self._broker.cancel(pending)
             raise
 

@@ -72,6 +72,32 @@ class PendingRequest:
         self.answered = True
         self.gate.release()
 
+    def raise_refusal(self) -> None:
+        """Raise the error of a refusal, if the request was refused."""
+        if (error := self.error) is not None:
+            self.error = None  # the traceback of the error leads to the request: no cycle that holds the scheduler
+            try:
+                raise error
+            finally:
+                del error
+
+
+class LoopRequest(PendingRequest):
+    """A pending request whose answer wakes a task of an event loop."""
+
+    __slots__ = ("wake",)
+
+    def __init__(self, id: RequestId, model_id: ModelId, model: str, scheduler: object) -> None:
+        super().__init__(id, model_id, model, scheduler)
+        self.wake: Callback | None = None  # set before the task looks at `answered` and waits
+
+    def answer(self, handle: RunnerHandle | None, error: BaseException | None) -> None:
+        """Answer the request, and wake the task where it waits."""
+        super().answer(handle, error)
+        wake, self.wake = self.wake, None
+        if wake is not None:
+            wake()
+
 
 class FutureRequest(PendingRequest):
     """A pending request that answers a future from a thread pool, since a future's callbacks are the user's code."""

@@ -30,7 +30,7 @@ from scheduler.runtime.driver import Driver, Value
 from scheduler.runtime.executor import Executor
 from scheduler.runtime.lease_holders import NOTHING_HELD, Held, LeaseHolders
 from scheduler.runtime.model_registry import ModelRegistry
-from scheduler.runtime.pending_request import Callback, FutureRequest, PendingRequest
+from scheduler.runtime.pending_request import Callback, FutureRequest, LoopRequest, PendingRequest
 from scheduler.runtime.request_future import RequestFuture
 from scheduler.runtime.request_parser import ParsedRequest, RequestParser
 
@@ -71,6 +71,10 @@ class RequestBroker:
         """Return a pending request that has not been submitted; it holds the scheduler, which stays open with it."""
         return PendingRequest(RequestId(next(self._ids)), parsed.spec.model, parsed.name, scheduler)
 
+    def new_loop_request(self, parsed: ParsedRequest, scheduler: object) -> LoopRequest:
+        """Return the like for a task of an event loop."""
+        return LoopRequest(RequestId(next(self._ids)), parsed.spec.model, parsed.name, scheduler)
+
     def submit_and_wait(self, pending: PendingRequest, parsed: ParsedRequest, held: Held = NOTHING_HELD) -> None:
         """Submit a request and block until it is granted; raises the error of a refusal."""
         try:
@@ -80,12 +84,7 @@ class RequestBroker:
         except BaseException:  # Ctrl-C, for example: a caller that leaves cancels its request
             self.cancel(pending)
             raise
-        if (error := pending.error) is not None:
-            pending.error = None  # the traceback of the error leads to the request: no cycle that holds the scheduler
-            try:
-                raise error
-            finally:
-                del error
+        pending.raise_refusal()
 
     def submit_future(
         self, parsed: ParsedRequest, settle: Callable[[FutureRequest, Future[Any]], None], scheduler: object
@@ -96,7 +95,11 @@ class RequestBroker:
         release them before it waits for the future, or never wait.
         """
         future: RequestFuture[Any] = RequestFuture(self._executor.call)
-        pending = self.new_future_request(parsed, lambda pending: settle(pending, future), scheduler)
+        pending = FutureRequest(
+            RequestId(next(self._ids)), parsed.spec.model, parsed.name, scheduler,
+            self._executor.deliver, lambda pending: settle(pending, future),
+        )  # fmt: skip
+        self.submit(pending, parsed)
 
         def leave(done: Future[Any]) -> None:
             if done.cancelled():
@@ -105,19 +108,6 @@ class RequestBroker:
 
         future.add_own_callback(leave)
         return future
-
-    def new_future_request(
-        self,
-        parsed: ParsedRequest,
-        deliver: Callable[[FutureRequest], None],
-        scheduler: object,
-        held: Held = NOTHING_HELD,
-    ) -> FutureRequest:
-        """Submit a request and return it; `deliver` is called from a thread pool when the request is answered."""
-        id, model = RequestId(next(self._ids)), parsed.spec.model
-        pending = FutureRequest(id, model, parsed.name, scheduler, self._executor.deliver, deliver)
-        self.submit(pending, parsed, held)
-        return pending
 
     def submit(self, pending: PendingRequest, parsed: ParsedRequest, held: Held = NOTHING_HELD) -> None:
         """Post a request; the pending request is answered before this call returns or any time after."""

@@ -8,6 +8,9 @@ awaits nothing, so that it is closed at once, by whatever closes it.
 from __future__ import annotations
 
 import asyncio
+import socket
+from collections.abc import Callable
+from typing import cast
 
 import httpx2
 from httptools import HttpParserError, HttpResponseParser
@@ -24,25 +27,46 @@ class LoopTransport(httpx2.AsyncBaseTransport):
 
     async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
         """Return an answer whose head has come; closing it closes its connection, whatever is still to come."""
-        body = await request.aread()
-        timeouts = request.extensions["timeout"]
-        connection = await _connected(request.url, timeouts["connect"])
-        try:
-            if opened := request.extensions.get("opened"):
-                opened(connection.transport.get_extra_info("socket"))
-            connection.transport.write(_head(request) + body)
-            return await connection.response(timeouts["read"])
-        except BaseException:
-            connection.transport.abort()
-            raise
+        content = _head(request) + await request.aread()
+        timeouts, url = request.extensions["timeout"], request.url
+        secure = url.scheme == "https"
+        return await answer_from(
+            url.host, url.port or (443 if secure else 80), content, secure=secure,
+            connect_timeout_s=timeouts["connect"], read_timeout_s=timeouts["read"],
+            opened=request.extensions.get("opened"),
+        )  # fmt: skip
 
 
-async def _connected(url: httpx2.URL, timeout_s: float | None) -> _Connection:
-    secure = url.scheme == "https"
+async def answer_from(
+    host: str,
+    port: int,
+    content: bytes,
+    *,
+    connect_timeout_s: float | None,
+    read_timeout_s: float | None = None,
+    secure: bool = False,
+    opened: Callable[[socket.socket], None] | None = None,
+) -> httpx2.Response:
+    """Send the bytes of a whole request, and return the answer when its head has come.
+
+    `read_timeout_s` is for each wait for more of the answer. Closing the answer closes its connection.
+    """
+    connection = await _connected(host, port, secure=secure, timeout_s=connect_timeout_s)
+    try:
+        if opened is not None:
+            opened(connection.transport.get_extra_info("socket"))
+        connection.transport.write(content)
+        return await connection.response(read_timeout_s)
+    except BaseException:
+        connection.transport.abort()
+        raise
+
+
+async def _connected(host: str, port: int, *, secure: bool, timeout_s: float | None) -> _Connection:
     try:
         async with asyncio.timeout(timeout_s):
             _, connection = await asyncio.get_running_loop().create_connection(
-                _Connection, url.host, url.port or (443 if secure else 80), ssl=secure or None
+                _Connection, host, port, ssl=secure or None
             )
     except TimeoutError as error:
         raise httpx2.ConnectTimeout("the server does not accept the connection") from error
@@ -119,8 +143,7 @@ class _Connection(asyncio.Protocol, httpx2.AsyncByteStream):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Note the connection, which is open now."""
-        assert isinstance(transport, asyncio.Transport)
-        self.transport = transport
+        self.transport = cast(asyncio.Transport, transport)  # uvloop's own is none by its class
 
     def data_received(self, data: bytes) -> None:
         """Parse some bytes; no more are read while too many are unread."""
@@ -177,4 +200,4 @@ class _Connection(asyncio.Protocol, httpx2.AsyncByteStream):
         self._is_whole = self._status > 0
 
 
-__all__ = ["LoopTransport"]
+__all__ = ["LoopTransport", "answer_from"]

@@ -5,14 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from urllib.parse import urlsplit
 
 import httpx2
 
 from scheduler.api.lease import Lease
-from scheduler.engines.loop_transport import LoopTransport
+from scheduler.engines.loop_transport import answer_from
 
-_LIMITS = {"timeout": httpx2.Timeout(None, connect=5.0).as_dict()}
-_TRANSPORT = LoopTransport()  # without a client around it, which takes as long again for each chunk
+_CONNECT_S = 5.0
 _MODEL = re.compile(rb'"model":("(?:[^"\\]|\\.)*")')
 
 BROKEN = (httpx2.NetworkError, httpx2.ProtocolError, httpx2.TimeoutException)
@@ -22,11 +22,19 @@ BROKEN = (httpx2.NetworkError, httpx2.ProtocolError, httpx2.TimeoutException)
 async def answer_of(lease: Lease, path: str, content: bytes, content_type: str) -> AsyncIterator[httpx2.Response]:
     """Send a request to the runner of a lease and yield the answer, whose content has not been read.
 
-    The connection is used once: the runner stops its work when it is closed.
+    The connection is used once: the runner stops its work when it is closed. No client of httpx2's is around it, nor a
+    request of its own: they take as long again for each chunk, and a tenth of the time of a short answer.
     """
-    headers = {"Authorization": f"Bearer {lease.api_key}", "Content-Type": content_type}
-    request = httpx2.Request("POST", f"{lease.url}{path}", content=content, headers=headers, extensions=_LIMITS)
-    response = await _TRANSPORT.handle_async_request(request)
+    runner = urlsplit(lease.url)
+    assert runner.hostname is not None
+    assert runner.port is not None
+    head = (
+        f"POST {path} HTTP/1.1\r\nHost: {runner.netloc}\r\nAuthorization: Bearer {lease.api_key}\r\n"
+        f"Content-Type: {content_type}\r\nContent-Length: {len(content)}\r\n\r\n"
+    )
+    response = await answer_from(
+        runner.hostname, runner.port, head.encode("latin-1") + content, connect_timeout_s=_CONNECT_S
+    )
     try:
         yield response
     finally:

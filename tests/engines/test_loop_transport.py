@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from typing import Any
 
 import httpx2
 import pytest
+import uvloop
 
 from scheduler.engines.loop_transport import LoopTransport
 from tests.engines.test_runner_client import SILENCE_S, Act, Misbehaving, receive
@@ -19,7 +21,20 @@ LENGTH = b"HTTP/1.1 200 OK\r\nContent-Length: 7\r\n\r\none two"
 CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n3\r\none\r\n4;x=y\r\n two\r\n0\r\nX-Sum: 1\r\n\r\n"
 TO_THE_END = b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\none two"
 INTERIM = b"HTTP/1.1 100 Continue\r\nX-Early: 1\r\n\r\n" + LENGTH
+LOOPS = {"asyncio": asyncio.new_event_loop, "uvloop": uvloop.new_event_loop}
+Run = Callable[[Coroutine[Any, Any, Any]], Any]
 HIGH_BYTES = 64 << 20  # more than every buffer on the way holds
+
+
+@pytest.fixture(params=LOOPS)
+def run(request: pytest.FixtureRequest) -> Run:
+    """Return a function that runs a coroutine on an event loop of its own, as `asyncio.run` does."""
+
+    def on_a_loop(work: Coroutine[Any, Any, Any]) -> Any:
+        with asyncio.Runner(loop_factory=LOOPS[request.param]) as runner:
+            return runner.run(work)
+
+    return on_a_loop
 
 
 def sends(answer: bytes, size: int = 1 << 16) -> Act:
@@ -41,22 +56,22 @@ async def post(url: str, timeout_s: float | None = SILENCE_S) -> httpx2.Response
 
 @pytest.mark.parametrize("size", [1, 7, 1 << 16])
 @pytest.mark.parametrize("answer", [LENGTH, CHUNKED, TO_THE_END, INTERIM])
-def test_an_answer_is_whole_however_it_is_framed(answer: bytes, size: int) -> None:
+def test_an_answer_is_whole_however_it_is_framed(run: Run, answer: bytes, size: int) -> None:
     """Content with a length, in chunks, up to the connection's end, and after an interim answer comes whole."""
     with Misbehaving(sends(answer, size)) as server:
-        response = asyncio.run(post(server.url))
+        response = run(post(server.url))
     assert (response.status_code, response.content, "X-Early" in response.headers) == (200, b"one two", False)
 
 
 @pytest.mark.parametrize("answer", [b"", LENGTH[:20], LENGTH[:-1], CHUNKED[:-20], b"SSH-2.0-x\r\n\r\n"])
-def test_an_answer_that_is_not_whole_is_an_error(answer: bytes) -> None:
+def test_an_answer_that_is_not_whole_is_an_error(run: Run, answer: bytes) -> None:
     """An answer that breaks off anywhere, and bytes that are no HTTP, are a protocol's error."""
     with Misbehaving(sends(answer)) as server, pytest.raises(httpx2.RemoteProtocolError):
-        asyncio.run(post(server.url))
+        run(post(server.url))
 
 
 @pytest.mark.parametrize("answer", [b"", LENGTH[:-1]])
-def test_a_silent_server_is_a_timeout(answer: bytes) -> None:
+def test_a_silent_server_is_a_timeout(run: Run, answer: bytes) -> None:
     """A server that says no more, before its answer or in it, is told apart from one that breaks off."""
     over = threading.Event()
 
@@ -66,16 +81,16 @@ def test_a_silent_server_is_a_timeout(answer: bytes) -> None:
 
     with Misbehaving(silent) as server:
         with pytest.raises(httpx2.ReadTimeout):
-            asyncio.run(post(server.url, timeout_s=0.2))
+            run(post(server.url, timeout_s=0.2))
         over.set()
 
 
-def test_a_server_that_is_gone_is_an_error() -> None:
+def test_a_server_that_is_gone_is_an_error(run: Run) -> None:
     """A connection that cannot be opened has the system's error as its cause."""
     with Misbehaving() as server:
         pass
     with pytest.raises(httpx2.ConnectError) as failed:
-        asyncio.run(post(server.url))
+        run(post(server.url))
     assert isinstance(failed.value.__cause__, httpx2.ConnectError | ConnectionRefusedError)
 
 
@@ -105,7 +120,7 @@ async def is_cancelled_before_the_head(url: str) -> None:
 @pytest.mark.parametrize(
     ("leave", "head"), [(leaves, True), (is_cancelled, True), (is_cancelled_before_the_head, False)]
 )
-def test_a_request_that_is_left_has_its_connection_closed(leave: Callable[[str], object], head: bool) -> None:
+def test_a_request_that_is_left_has_its_connection_closed(run: Run, leave: Callable[[str], object], head: bool) -> None:
     """A response that is closed, and a request that is cancelled before or in its answer, close their connection."""
     ended = threading.Event()
 
@@ -120,10 +135,10 @@ def test_a_request_that_is_left_has_its_connection_closed(leave: Callable[[str],
         return await asyncio.to_thread(ended.wait, SILENCE_S)  # while the loop still runs
 
     with Misbehaving(act) as server:
-        assert asyncio.run(left(server.url))
+        assert run(left(server.url))
 
 
-def test_a_server_waits_while_its_answer_is_not_read() -> None:
+def test_a_server_waits_while_its_answer_is_not_read(run: Run) -> None:
     """An answer that is not read fills no memory here, and comes whole when it is read."""
     waited = threading.Event()
 
@@ -144,10 +159,10 @@ def test_a_server_waits_while_its_answer_is_not_read() -> None:
         return len(await response.aread())
 
     with Misbehaving(floods) as server:
-        assert asyncio.run(read(server.url)) == HIGH_BYTES
+        assert run(read(server.url)) == HIGH_BYTES
 
 
-def test_one_transport_serves_loops_at_once() -> None:
+def test_one_transport_serves_loops_at_once(run: Run) -> None:
     """Event loops of several threads may use one transport at the same time."""
     client = httpx2.AsyncClient(transport=LoopTransport(), timeout=SILENCE_S)
 
@@ -155,5 +170,5 @@ def test_one_transport_serves_loops_at_once() -> None:
         return [(await client.post(url, content=b"{}")).content for _ in range(10)]
 
     with Misbehaving(*[sends(CHUNKED)] * 40) as server, ThreadPoolExecutor(4) as threads:
-        answers = list(threads.map(lambda _: asyncio.run(several(server.url)), range(4)))
+        answers = list(threads.map(lambda _: run(several(server.url)), range(4)))
     assert answers == [[b"one two"] * 10] * 4

@@ -8,8 +8,10 @@ import os
 import signal
 import socket
 import ssl
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from types import FrameType
@@ -70,12 +72,14 @@ class HttpServer(uvicorn.Server):
         self._scheduler = scheduler
         self._ready = ready
         self._reload = reload
-        self._ending: asyncio.Future[None] | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None  # once it runs
+        self._ending = False
+        self._end_task: asyncio.Task[None] | None = None
         app = create_app(scheduler, **arguments)
         most = int(arguments.get("max_connections", 0)) + _SPARE_CONNECTIONS
         super().__init__(
             uvicorn.Config(
-                AccessLog(self._front(app)), http=_Protocol, ws="none", loop="asyncio", lifespan="on", workers=1,
+                AccessLog(self._front(app)), http=_Protocol, ws="none", lifespan="on", workers=1,
                 interface="asgi3", log_config=None, log_level=logging.WARNING, access_log=False, server_header=False,
                 timeout_keep_alive=_IDLE_S, limit_concurrency=most,
                 timeout_graceful_shutdown=_LAST_WORDS_S, root_path=options.root_path,
@@ -84,28 +88,36 @@ class HttpServer(uvicorn.Server):
             )
         )  # fmt: skip
 
+    def run(self, sockets: list[socket.socket] | None = None) -> None:
+        """Serve until a signal ends it, on a thread of its own: a scheduler decides nothing on the main thread."""
+        with ThreadPoolExecutor(1, "loadmaster-server") as thread, self._signals():
+            thread.submit(super().run, sockets).result()
+
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Begin to serve, and say so."""
+        self._loop = asyncio.get_running_loop()
         await super().startup(sockets)
         self._ready()
         tell_systemd("READY=1")
+        if self._ending:  # since before there was a loop to tell
+            self._begin_end()
 
     @contextmanager
-    def capture_signals(self) -> Iterator[None]:
+    def _signals(self) -> Iterator[None]:
         """Have signals end the server while it runs, and read its file again."""
-        loop = asyncio.get_running_loop()
 
         def end(number: int, frame: FrameType | None) -> None:
-            if self._ending is not None:
+            if self._ending:
                 os._exit(128 + number)  # runners end with this process, whatever ends it
-            self._ending = loop.create_future()
-            loop.call_soon_threadsafe(lambda: loop.create_task(self._end()))
+            self._ending = True
+            if self._loop is not None:
+                self._loop.call_soon_threadsafe(self._begin_end)
 
         def hang_up(number: int, frame: FrameType | None) -> None:
             if self._reload is None:
                 end(number, frame)
-            elif self._ending is None:
-                loop.call_soon_threadsafe(loop.run_in_executor, None, self._read_again)
+            elif not self._ending:
+                threading.Thread(target=self._read_again, name="loadmaster-reload", daemon=True).start()
 
         handlers = {signal.SIGINT: end, signal.SIGTERM: end, signal.SIGHUP: hang_up}
         before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
@@ -114,6 +126,10 @@ class HttpServer(uvicorn.Server):
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+    def _begin_end(self) -> None:
+        if self._end_task is None:
+            self._end_task = asyncio.ensure_future(self._end())
 
     async def _end(self) -> None:
         """Close the scheduler, which waits for answers and refuses what is new, and then the server."""
@@ -139,7 +155,7 @@ class HttpServer(uvicorn.Server):
         """Return an application that refuses new requests at the end, and that ends the server after a bug."""
 
         async def front(scope: Scope, receive: Receive, send: Send) -> None:
-            if self._ending is not None and scope["type"] == "http" and (path := path_of(scope)) not in _WHILE_ENDING:
+            if self._ending and scope["type"] == "http" and (path := path_of(scope)) not in _WHILE_ENDING:
                 await refuse(Exchange(scope, receive, send), protocol_of(path), _ENDING)
                 return
             await app(scope, receive, send)

@@ -19,10 +19,9 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import psutil
-import uvicorn
 
 from scheduler import Scheduler
-from scheduler.http import create_app
+from scheduler.http.server import HttpServer, ServerOptions
 from tests.support.tiny_models import write_tiny_model
 from tests.tools.bench.measure import summary
 from tests.tools.race.contestants import Course
@@ -43,8 +42,7 @@ def serve(folder: str, told: Connection) -> None:
     ):
         with scheduler.acquire("m", keep_alive=-1) as lease:
             told.send((f"http://127.0.0.1:{listening.getsockname()[1]}", lease.url, lease.api_key))
-        app = create_app(scheduler)
-        uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False)).run([listening])
+        HttpServer(scheduler, {}, ServerOptions()).run([listening])
 
 
 def ask(url: str, key: str, body: object) -> bytes:

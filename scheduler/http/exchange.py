@@ -6,6 +6,7 @@ import asyncio
 import json
 import math
 from collections.abc import Coroutine, Mapping
+from contextlib import suppress
 from typing import Any
 
 from starlette.datastructures import Headers
@@ -85,21 +86,29 @@ class Exchange:
 
     async def while_connected(self, work: Coroutine[Any, Any, None]) -> None:
         """Do the work of the response; it is cancelled at once when the client leaves."""
-        working, leaving = asyncio.ensure_future(work), asyncio.ensure_future(self._left())
+        leaving = asyncio.ensure_future(self._left())
         try:
-            await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
-            if working.done():
-                working.result()
-            else:
-                self.notes["left"] = True
+            async with asyncio.timeout(None) as scope:
+                leaving.add_done_callback(lambda _: _end(scope))
+                await work
+        except Exception:
+            if not scope.expired():
+                raise
         finally:
-            for task in (working, leaving):
-                task.cancel()
-            await asyncio.gather(working, leaving, return_exceptions=True)
+            leaving.cancel()
+            await asyncio.gather(leaving, return_exceptions=True)
+        if scope.expired():
+            self.notes["left"] = True
 
     async def _left(self) -> None:
         while (await self._receive())["type"] != "http.disconnect":
             pass
+
+
+def _end(scope: asyncio.Timeout) -> None:
+    """Cancel what runs in a scope, unless it has ended."""
+    with suppress(RuntimeError):
+        scope.reschedule(asyncio.get_running_loop().time())
 
 
 def as_json(value: object) -> bytes:

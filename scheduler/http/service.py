@@ -42,6 +42,7 @@ _KNOWN_S = 2.0  # for so long a name counts as leading where it led
 _LISTED_S = 5.0  # for so long a list of all models serves
 _MOST_KNOWN = 4096  # names
 _SIGN_EVERY_S = 1.0
+_FOR_EVER_S = 30 * 86400.0  # an event loop takes no timer without end
 _STATUS_S = 0.5  # for so long a status serves all who wait
 _LAST_BYTES = 4096  # of an answer, where its counts are
 _COUNTS = {
@@ -178,24 +179,39 @@ class Service:
 
         Raises `StillWaiting` where a call that is not streamed has waited for `patience_s`.
         """
-        task = asyncio.ensure_future(work)
-        try:
+        loop = asyncio.get_running_loop()
+        late: StillWaiting | None = None
+        signs: asyncio.Task[None] | None = None
+
+        def has_waited() -> None:
+            nonlocal late, signs
             if call.streamed:
-                await asyncio.wait((task,), timeout=self.settings.sign_of_life)
-                while not task.done():
-                    await self.begin_stream(exchange, protocol)
-                    if sign := protocol.sign_of_life(waiting()):
-                        await exchange.write(sign)
-                    await asyncio.wait((task,), timeout=_SIGN_EVERY_S)
+                signs = loop.create_task(self._show_signs(exchange, protocol, waiting))
             else:
-                await asyncio.wait((task,), timeout=None if patience_s == math.inf else patience_s)
-                if not task.done():
-                    raise StillWaiting(call.model, waiting())
-            return task.result()
+                late = StillWaiting(call.model, waiting())  # before the work, and what it waits for, is gone
+                limit.reschedule(loop.time())
+
+        patience_s = self.settings.sign_of_life if call.streamed else min(patience_s, _FOR_EVER_S)
+        timer = loop.call_later(patience_s, has_waited)
+        try:
+            async with asyncio.timeout(None) as limit:
+                return await work
+        except TimeoutError:
+            if late is None:
+                raise
+            raise late from None
         finally:
-            if not task.done():
-                task.cancel()
-                await asyncio.gather(task, return_exceptions=True)
+            timer.cancel()
+            if signs is not None:
+                signs.cancel()
+                await asyncio.gather(signs, return_exceptions=True)
+
+    async def _show_signs(self, exchange: Exchange, protocol: Protocol, waiting: Callable[[], Waiting]) -> None:
+        await self.begin_stream(exchange, protocol)
+        while True:
+            if sign := protocol.sign_of_life(waiting()):
+                await exchange.write(sign)
+            await asyncio.sleep(_SIGN_EVERY_S)
 
     async def begin_stream(self, exchange: Exchange, protocol: Protocol) -> None:
         """Begin the response to a streamed call, if it has not begun."""

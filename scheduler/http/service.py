@@ -41,6 +41,7 @@ _LATEST = ":latest"
 _KNOWN_S = 2.0  # for so long a name counts as leading where it led
 _LISTED_S = 5.0  # for so long a list of all models serves
 _MOST_KNOWN = 4096  # names
+_WARM_S = 0.01  # a request that waited for no longer has not waited for a load
 _SIGN_EVERY_S = 1.0
 _FOR_EVER_S = 30 * 86400.0  # an event loop takes no timer without end
 _STATUS_S = 0.5  # for so long a status serves all who wait
@@ -149,6 +150,10 @@ class Service:
             if granted_at is not None:
                 exchange.notes["answer_s"] = time.monotonic() - granted_at
             load = partial(self.observer.load_of, granted[0].runner if granted else None)
+            if granted_at is not None and granted_at - asked_at > _WARM_S:
+                began, ended = load() or (granted_at, asked_at)
+                if ended > asked_at:  # else the load was over before
+                    exchange.notes["load_s"] = granted_at - max(asked_at, began)
             write_spans(exchange.notes, exchange.headers, asked_at, granted_at, load)
 
     def ruled(self, exchange: Exchange, spec: ModelSpec, call: Call) -> AcquireOptions:

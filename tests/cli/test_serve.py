@@ -200,16 +200,18 @@ def test_every_line_can_be_json_and_none_has_a_prompt(models: Path) -> None:
         assert post(server, "/v1/chat/completions", CHAT, **key).status_code == 200
         assert post(server, "/v1/chat/completions", {**CHAT, "model": "none"}, **key).status_code == 404
         assert post(server, "/v1/chat/completions", {**CHAT, "messages": PROMPT}, **key).status_code >= 400
+        assert post(server, "/v1/completions", {"model": "tiny", "prompt": PROMPT}, **key).status_code == 200
         assert post(server, f"/v1/{'x' * 999}\n?q={PROMPT}".replace("\n", "%0A"), CHAT, **key).status_code == 404
         assert get(server, "/v1/models", Authorization="Bearer wrong").status_code == 401
         server.process.send_signal(signal.SIGTERM)
         assert server.ended() == 0
         found, unknown, wrong = access_lines(server, "/v1/chat/completions")
         assert (found["method"], found["status"], found["model"]) == ("POST", 200, "tiny")
-        assert found["wait_s"] > 0 and found["answer_s"] > 0
+        assert found["wait_s"] >= found["load_s"] > 0 and found["answer_s"] > 0
         assert found["tokens_in"] > len(PROMPT) and found["tokens_out"] == 4
         assert (unknown["status"], unknown["error"]) == (404, "model_not_found") and "model" not in unknown
         assert wrong["status"] == 400 or wrong["status"] == 500
+        assert all("load_s" not in line for line in access_lines(server, "/v1/completions"))  # it was warm
         assert [line["status"] for line in access_lines(server, "/v1/models")] == [401]
         assert {"time", "level", "logger"} <= json.loads(server.lines[0]).keys()
         assert max(map(len, server.lines)) < 1000

@@ -53,6 +53,7 @@ class Placement:
     without_pages: bool = False  # pages of its mapped file are not among the bytes of the host: not all find room there
     projector_on_host: bool = False  # although layers are on GPUs: a load with it there ran out of memory
     threads: Threads | None = None  # chosen at the launch; None: the model is an object, or the engine decides
+    holds_back: bool = False  # others were in use at the launch: it begins to load with what they leave of the cores
 
     @property
     def total_bytes(self) -> int:

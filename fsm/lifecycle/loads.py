@@ -33,7 +33,8 @@ def launch(step: StepContext, group: RequestGroup, load: ResolvedLoad, placement
     if keep_alive_s is None:
         keep_alive_s = state.config.keep_alive_s
     if (threads := threads_for(state, model, load, placement)) is not None:
-        placement = replace(placement, threads=threads)
+        in_use = any(other.leases for other in state.runners.values())
+        placement = replace(placement, threads=threads, holds_back=in_use)
     if model.projector_on_host and placement.gpu_layers:
         placement = replace(placement, projector_on_host=True)
     runner = Runner(RunnerId(state.next_runner), model.id, load.options, placement, keep_alive_s, state.now)

@@ -132,6 +132,7 @@ class LlamaProcess:
         misplaced: Callable[[bool], None] = lambda found: None,
         ranks: bool = False,
         log: RunnerLog | None = None,
+        holds_back: bool = False,
     ) -> None:
         self.child: Child | None = None  # set before its first call as a listener
         self.buffers: tuple[Buffer, ...] = ()  # as reported by the child once it serves
@@ -144,6 +145,7 @@ class LlamaProcess:
             misplaced  # told whether its weights are all on the host, although it was to have layers on GPUs
         )
         self._results_bytes = results_bytes  # what an embedder allocates for its results with its first request
+        self._holds_back = holds_back  # until the first tick
         self._ranks = ranks  # whether it scores documents, and has no vectors of texts
         self._url = ""  # set once it serves
         self._num_ctx: int | None = None  # context of a slot, once it serves and if it reports it
@@ -281,8 +283,10 @@ class LlamaProcess:
         """
         if self._url:
             return False
-        with suppress(OSError):  # no such file here, or too many changes at this moment: the next tick tries again
-            Path(SHARE.format(self.pid)).write_text("0", encoding="ascii")
+        if self._holds_back:
+            with suppress(OSError):  # no such file here, or too many changes at this moment: the next tick tries again
+                Path(SHARE.format(self.pid)).write_text("0", encoding="ascii")
+                self._holds_back = False
         resident_bytes, read_bytes = self._touches()
         most_bytes, read_before = self._touched
         if resident_bytes > most_bytes or read_bytes > read_before:  # pages that come and go are no progress
@@ -433,6 +437,7 @@ class LlamaEngine:
             misplaced=lambda found: self._note_misplaced(model.name, found),
             ranks=model.embedding and resolved.pooling == RANKS,
             log=self._log.of_runner(model.name, key) if self._log is not None else None,
+            holds_back=placement.holds_back,
         )
         process.child = Child(_program(CHILD, request, gpus), process)
         self._processes.start(process.child)
@@ -481,6 +486,7 @@ class LlamaEngine:
             "flash_attention": explicit.flash_attention,
             "cache_type_k": _there(explicit.cache_type_k),
             "cache_type_v": _there(explicit.cache_type_v),
+            "holds_back": placement.holds_back,
             "gpu_layers": [layers for _, layers in placement.gpu_layers],
         }
 

@@ -93,6 +93,7 @@ class Request(TypedDict):
     flash_attention: bool | None
     cache_type_k: str
     cache_type_v: str
+    holds_back: bool  # other runners are in use: the load begins with a small share of the processors
     gpu_layers: list[int]  # for each visible GPU; empty: host only
 
 
@@ -387,7 +388,7 @@ def uses_flash_attention(log: str) -> bool | None:
 
 def serve(protocol: int, request: Request) -> Never:
     """Load the model and serve it; never returns, the process ends in here."""
-    held_back = share(LOADING_NICE)  # the runners that answer meanwhile go on evenly
+    held_back = request["holds_back"] and share(LOADING_NICE)  # the runners that answer meanwhile go on evenly
     tell(protocol, "importing")
     if request["library"] is not None:
         sys.path.append(request["library"])

@@ -46,6 +46,17 @@ def test_beside_one_that_is_in_use_it_gets_half_of_them() -> None:
     assert pool.launches[2].placement.threads == Threads(4, 8)
 
 
+def test_a_load_holds_back_only_beside_runners_that_are_in_use() -> None:
+    """A load holds back beside a runner with leases, also while that runner drains, and not beside one that is idle."""
+    beside_idle = a_host(8).idle("a").loading("b", request=1)
+    beside_busy = a_host(8).ready("a", lease=1).loading("b", request=2)
+    beside_draining = a_host(8).ready("a", lease=1)
+    beside_draining.feed(expire("a"))
+    beside_draining.loading("b", request=2)
+    held_back = [pool.launches[2].placement.holds_back for pool in (beside_idle, beside_busy, beside_draining)]
+    assert held_back == [False, True, True]
+
+
 def test_three_at_once_get_a_third_each_rounded_down() -> None:
     """Of three runners at once the third has a third of the cores, rounded down."""
     pool = a_host(16, max_runners=8).ready("a", lease=1).ready("b", lease=2).loading("c", request=3)

@@ -133,9 +133,11 @@ def engine() -> Iterator[LlamaEngine]:
         engine.close()
 
 
-def launch(engine: LlamaEngine, file: Path, options: Options = SMALL, **identity: Any) -> tuple[LlamaProcess, Told]:
+def launch(
+    engine: LlamaEngine, file: Path, options: Options = SMALL, placement: Placement = ON_HOST, **identity: Any
+) -> tuple[LlamaProcess, Told]:
     told = Told()
-    return start(engine, ModelSpec("tiny", str(file), **identity), options, ON_HOST, told), told
+    return start(engine, ModelSpec("tiny", str(file), **identity), options, placement, told), told
 
 
 def start(engine: LlamaEngine, model: ModelSpec, options: Options, placement: Placement, told: Told) -> LlamaProcess:
@@ -307,7 +309,7 @@ needs_shares = pytest.mark.skipif(not Path("/proc/self/autogroup").exists(), rea
 def test_a_load_holds_back_beside_others_and_not_for_long(
     engine: LlamaEngine, file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nice: int
 ) -> None:
-    """A load has a small share of the processors at first, and the usual share again with the supervisor's next pulse.
+    """Beside runners in use a load has a small share of the processors, and the usual one from the next pulse on.
 
     The share is seen by a library that fails once it has the share, before it has used much of the processors.
     """
@@ -320,14 +322,27 @@ def test_a_load_holds_back_beside_others_and_not_for_long(
         "raise ImportError('as it should be')\n"
     )
     monkeypatch.setattr(llama_engine, "find_library", lambda: str(tmp_path))
-    _, told = launch(engine, file, SMALL)
+    _, told = launch(engine, file, SMALL, replace(ON_HOST, holds_back=True))
     assert "as it should be" in told.exit()[1]
+
+
+@needs_shares
+def test_a_load_beside_no_runner_in_use_holds_nothing_back(
+    engine: LlamaEngine, file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A load has the usual share of the processors from the first where no runner is in use, whatever else runs."""
+    monkeypatch.setattr("scheduler.engines.process_supervisor.PULSE_S", 10 * LIMIT_S)
+    (tmp_path / "xllamacpp.py").write_text("raise ImportError(open('/proc/self/autogroup').read())")
+    monkeypatch.setattr(llama_engine, "find_library", lambda: str(tmp_path))
+    _, told = launch(engine, file, SMALL)
+    assert "nice 0" in told.exit()[1]
 
 
 @needs_shares
 def test_once_it_serves_it_has_as_much_as_others(engine: LlamaEngine, file: Path) -> None:
     """A runner that serves has the same share of the processors as other programs."""
-    process, _ = launch_and_wait(engine, file)
+    process, told = launch(engine, file, placement=replace(ON_HOST, holds_back=True))
+    told.endpoint()
     wait_until(lambda: Path(f"/proc/{process.pid}/autogroup").read_text().strip().endswith("nice 0"))
 
 

@@ -277,7 +277,7 @@ class Core:
         """Expire a runner at rest that is to move to a better place; else have places looked for now and then."""
         if runner.state is not IDLE or runner.fully_offloaded:
             return False
-        if runner.better_place_since < self._state.now and is_to_move(self._state, runner, event):
+        if is_to_move(self._state, runner, event):
             runners.expire(self._context, runner, RunnerReason.better_place)
             return True
         if self._state.now - self._state.read_at >= PLACES_LOOK_S and may_move(self._state, runner):

@@ -14,6 +14,7 @@ from scheduler.errors.exceptions import InvalidModel
 if TYPE_CHECKING:
     from fsm.domain.devices import DeviceId, Placement
     from fsm.domain.options import Options
+    from fsm.machine.request import ModelId
     from fsm.sizing.model_profile import EngineSettings
     from scheduler.engines.runner_client import RunnerClient
 
@@ -114,6 +115,27 @@ class Process(Protocol):
         """Return whether the runner answers; blocks for at most `timeout_s` seconds."""
 
 
+class Prompts(Protocol):
+    """What a runner has computed of prompts, where it can be kept for the next runner like it."""
+
+    @property
+    def again_s(self) -> float:
+        """How long it takes to have the prompts again once the runner is given up, in seconds, as of the last look."""
+
+    @property
+    def restored_tokens(self) -> int:
+        """The tokens that the runner got back of an earlier one, by its engine's own count."""
+
+    def look(self, timeout_s: float) -> None:
+        """Find `again_s` out; blocks for little longer than `timeout_s` seconds."""
+
+    def save(self) -> None:
+        """Save the prompts before the runner is stopped; blocks for some seconds at most."""
+
+    def forget(self) -> None:
+        """Keep nothing of this runner, nor of an earlier one of its model."""
+
+
 class Engine(Protocol):
     """Runs models of one kind; the scheduler decides when and where."""
 
@@ -154,3 +176,15 @@ def inspect(engine: Engine, model: Any, asked: Sequence[Options]) -> ModelProfil
     if isinstance(told, ModelProfile) and (missing := {*asked}.difference(one.asked for one in told.resolutions)):
         raise InvalidModel(model.name, f"its engine has not resolved {', '.join(map(str, missing))}")
     return told
+
+
+def prompts_of(process: Process | None) -> Prompts | None:
+    """Return the prompts of a runner that serves; None where they cannot be kept: most engines know of none."""
+    found: Prompts | None = getattr(process, "prompts", None)
+    return found
+
+
+def forget_prompts(engine: Engine, model: ModelId) -> None:
+    """Have an engine remove what it keeps of a model's prompts, if it can keep any."""
+    if (forget := getattr(engine, "forget_prompts", None)) is not None:
+        forget(model)

@@ -23,6 +23,7 @@ import psutil
 
 from fsm.domain.devices import HOST, DeviceId, Placement, Threads
 from fsm.domain.options import AUTOMATIC, Options
+from fsm.machine.request import ModelId
 from fsm.sizing.model_profile import EngineSettings, ModelProfile
 from scheduler.concurrency.latch import Latch
 from scheduler.config.quantities import wait_limit
@@ -42,13 +43,14 @@ from scheduler.engines.llama_profile import (
     profile_of,
     sized_options,
 )
+from scheduler.engines.llama_prompts import RunnerPrompts
 from scheduler.engines.llama_protocol import largest_sequence, loaded_of
 from scheduler.engines.llama_sizing import holds
 from scheduler.engines.process_supervisor import CLOSE_TIMEOUT_S, ChildLauncher
 from scheduler.errors.exceptions import EngineMissing, InvalidModel, ModelNotFound, is_out_of_files
 from scheduler.errors.formatting import printable
 from scheduler.models.gguf_metadata import read_metadata
-from scheduler.models.measurements import installed_version
+from scheduler.models.measurements import identity_of, installed_version
 from scheduler.models.model_info import ModelInfo
 
 if TYPE_CHECKING:
@@ -56,6 +58,7 @@ if TYPE_CHECKING:
     from scheduler.engines.interface import RunnerListener
     from scheduler.engines.llama_child import Request
     from scheduler.engines.llama_dry_run_child import DryRun
+    from scheduler.engines.prompt_store import PromptStore
     from scheduler.models.model_spec import ModelSpec
 
 log = logging.getLogger("loadmaster")
@@ -133,12 +136,16 @@ class LlamaProcess:
         ranks: bool = False,
         log: RunnerLog | None = None,
         holds_back: bool = False,
+        prompts: RunnerPrompts | None = None,
+        slots: int = 1,
     ) -> None:
         self.child: Child | None = None  # set before its first call as a listener
         self.buffers: tuple[Buffer, ...] = ()  # as reported by the child once it serves
         self._report = report
         self._key = key
         self._log = log  # None: what the child writes is not kept
+        self._prompts = prompts  # None: they are not kept
+        self._slots = slots
         self._gpus = gpus  # the GPUs that the child sees, in its order
         self._kept_bytes = kept_bytes  # most of the host's memory for kept prompts and for computing
         self._misplaced = (
@@ -224,6 +231,11 @@ class LlamaProcess:
         finally:
             connection.close()
 
+    @property
+    def prompts(self) -> RunnerPrompts | None:
+        """The prompts of a runner that serves, where they are kept for the next runner; None else."""
+        return self._prompts if self._url and not self._gone else None
+
     def printed(self, line: str) -> None:
         """Take in a line of the child's protocol; a line that is not of the protocol is ignored."""
         try:
@@ -240,6 +252,9 @@ class LlamaProcess:
                 self._misplaced(bool(self._gpus) and weights == {HOST})
                 memory = self.memory()
                 self._most_bytes = self._most(memory)
+                if self._prompts is not None:
+                    cells = self._slots * (self._num_ctx or 0)
+                    self._prompts.loaded(loaded.engine_url, loaded.restored, self.buffers, cells)
                 memory = replace(memory, to_come=self._to_come(memory))
                 endpoint = Endpoint(self._url, self._key, self._ranks)
                 self._report.loaded(endpoint, self._num_ctx, memory, loaded.flash_attention)
@@ -301,6 +316,9 @@ class LlamaProcess:
             self._log.end(self.pid)
         loading = not self._url
         output = f"{exit.tail}\n{self._failure}".replace(self._key, "(key)")
+        if self._prompts is not None:
+            self._prompts.ended()
+            output = output.replace(self._prompts.key, "(key)")
         if not loading:
             output = without_requests(output)
         killed = loading and exit.code == -signal.SIGKILL and not exit.reason  # as the kernel does when memory runs out
@@ -333,10 +351,13 @@ class LlamaEngine:
         larger_contexts: bool = False,
         sees_gpus: Callable[[], bool] = lambda: False,
         log_file: Path | None = None,
+        prompts: PromptStore | None = None,
     ) -> None:
         self._defaults = defaults  # of options that requests leave open
         self._larger_contexts = larger_contexts  # whether an automatic context follows from the GPUs' memory
         self._log = EngineLog(log_file) if log_file is not None else None
+        self._prompts = prompts  # None: the prompts of runners end with them
+        self._without_prompts: dict[str, None] = {}  # names of models that were logged so
         self._processes = ChildLauncher()
         self._version = installed_version(ENGINE)  # empty where it is not installed
         self._cuts: dict[tuple[str, int], None] = {}  # contexts that were logged as cut, by the model's path
@@ -352,6 +373,8 @@ class LlamaEngine:
             f"llama.cpp has put no layer of {printable(name)} on the GPUs that were chosen for it: all are on the host"
             for name in tuple(self._misplaced)
         )
+        if self._prompts is not None and self._prompts.problem:
+            kept = (*kept, self._prompts.problem)
         return (*self._backends.problems, *misplaced, *self._dry_runs.problems, *kept)
 
     def require(self) -> None:
@@ -427,6 +450,8 @@ class LlamaEngine:
         if resolved.embedding and not model.embedding:
             model = replace(model, embedding=True)
         request = self._request(model, options, resolved, placement, key)
+        prompts = self._prompts_of(model, options)
+        request["prompts"] = None if prompts is None else prompts.request()
         gpus = tuple(device for device, _ in placement.gpu_layers)
         process = LlamaProcess(
             report,
@@ -436,13 +461,34 @@ class LlamaEngine:
             results_bytes=resolved.results_bytes,
             misplaced=lambda found: self._note_misplaced(model.name, found),
             ranks=model.embedding and resolved.pooling == RANKS,
-            log=self._log.of_runner(model.name, key) if self._log is not None else None,
+            log=self._log.of_runner(model.name, prompts.key if prompts else key) if self._log is not None else None,
+            prompts=prompts,
+            slots=_there(options.num_parallel),
             holds_back=placement.holds_back,
         )
         process.child = Child(_program(CHILD, request, gpus), process)
         self._processes.start(process.child)
         importlib.import_module(CLIENT)  # the first answer needs it: it is imported while the model loads
         return process
+
+    def _prompts_of(self, model: ModelSpec, options: Options) -> RunnerPrompts | None:
+        """Return the prompts of a runner that is launched; None where none are kept of it: llama.cpp may refuse to."""
+        if self._prompts is None or model.embedding:
+            return None
+        if model.projectors:
+            if model.name not in self._without_prompts and len(self._without_prompts) < MOST_MISPLACED:
+                self._without_prompts[model.name] = None
+                log.warning("%s: its prompts are not kept, as llama.cpp saves none beside a projector", model.name)
+            return None
+        folder, identity = self._prompts.folder(), identity_of(model)
+        if folder is None or identity is None:
+            return None
+        return RunnerPrompts(self._prompts, str(folder), model.name, (model.id, identity, options))
+
+    def forget_prompts(self, model: ModelId) -> None:
+        """Remove what is kept of the prompts of a model."""
+        if self._prompts is not None:
+            self._prompts.forget(model)
 
     def _note_misplaced(self, name: str, found: bool) -> None:
         if not found:
@@ -456,6 +502,8 @@ class LlamaEngine:
             log.warning("a child process could not be ended within %g s", timeout_s)
         if self._log is not None and not self._log.close(timeout_s):
             log.warning("the engine log could not be written within %g s", timeout_s)
+        if self._prompts is not None and not self._prompts.close(timeout_s):
+            log.warning("kept prompts could not be removed within %g s", timeout_s)
 
     def _request(
         self, model: ModelSpec, explicit: Options, settings: LlamaSettings, placement: Placement, key: str
@@ -488,6 +536,7 @@ class LlamaEngine:
             "cache_type_v": _there(explicit.cache_type_v),
             "holds_back": placement.holds_back,
             "gpu_layers": [layers for _, layers in placement.gpu_layers],
+            "prompts": None,
         }
 
 

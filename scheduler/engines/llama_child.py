@@ -8,7 +8,7 @@ the stream is the order to leave. On standard output the child answers with JSON
     importing                  the process runs
     loading                    the library is imported, the model is being loaded
     loaded   url, num_ctx,     the child serves; num_ctx is the context of one slot, in tokens; the last line
-             buffers, flash_attention
+             buffers, flash_attention, engine_url, restored
     failed   reason            the child does not serve; its process ends with status 1; the last line
 
 `buffers` is the memory that llama.cpp reports as allocated or mapped: a list of [device, kind, bytes]. The device has
@@ -18,6 +18,9 @@ MiB. A pair of device and kind may come more than once, for example for weights 
 is empty where the log cannot be read.
 
 `flash_attention` tells whether llama.cpp uses it for the model, where it could choose; null: not known.
+
+Where prompts are kept, `url` is the address of a gate (`llama_gate`), `engine_url` that of the engine, which takes the
+scheduler's own key, and `restored` a list of slots with the tokens that each got back; else null and empty.
 
 Everything that llama.cpp prints goes to standard error: details of the load, but of requests no more than warnings.
 While the model loads no Python code runs in the child (the library holds the interpreter's lock), so the signal that
@@ -68,6 +71,14 @@ HOST_BUFFER = re.compile(r"(CPU|AMX)(_|$)|.*_Host$")  # CPU_Mapped, CPU_REPACK, 
 FLASH_ATTENTION = re.compile(r"\bresolve_fused_ops: Flash Attention (enabled|not supported)\b")
 
 
+class Prompts(TypedDict):
+    """How the prompts of slots are kept from one runner to the next."""
+
+    folder: str
+    key: str  # of the engine itself; clients have the other one
+    restores: list[tuple[int, str, float]]  # slots, files in the folder, and how long each may take, in seconds
+
+
 class Request(TypedDict):
     """The parent's request; tokens, threads and layers are counts, paths are absolute."""
 
@@ -95,6 +106,7 @@ class Request(TypedDict):
     cache_type_v: str
     holds_back: bool  # other runners are in use: the load begins with a small share of the processors
     gpu_layers: list[int]  # for each visible GPU; empty: host only
+    prompts: Prompts | None  # None: not kept
 
 
 def settle() -> None:
@@ -173,7 +185,7 @@ def parameters(library: Any, request: Request, verbosity: int) -> Any:
             params.pooling_type = named(library.llama_pooling_type, "LLAMA_POOLING_TYPE_", request["pooling"])
     add_files(library, params, request)
     place(params, request["gpu_layers"])
-    lock_down(params, request["key"])
+    lock_down(params, request["key"], request["prompts"])
     return params
 
 
@@ -198,8 +210,11 @@ def place(params: Any, gpu_layers: list[int]) -> None:
     params.tensor_split = shares + [0.0] * (len(params.tensor_split) - len(shares))
 
 
-def lock_down(params: Any, key: str) -> None:
-    """Serve this machine only, clients with the key only, and no page that shows other clients' requests."""
+def lock_down(params: Any, key: str, prompts: Prompts | None) -> None:
+    """Serve this machine only, clients with the key only, and no page that shows other clients' requests.
+
+    Where prompts are kept, the engine serves the scheduler and the gate alone.
+    """
     params.hostnames = ["127.0.0.1"]
     params.port = 0  # the kernel picks a port, and the server reports it
     params.api_keys = [key]
@@ -210,6 +225,10 @@ def lock_down(params: Any, key: str) -> None:
     params.endpoint_metrics = True  # counts of tokens and requests
     params.ui = False
     params.n_threads_http = HTTP_THREADS
+    if prompts is not None:
+        params.api_keys = [prompts["key"]]
+        params.slot_save_path = os.path.join(prompts["folder"], "")
+        params.endpoint_slots = True  # says how many tokens each slot holds
 
 
 def named(kinds: Any, prefix: str, name: str) -> Any:
@@ -299,6 +318,17 @@ class ContextQuestion:
         return self._context
 
 
+def gate_of(request: Request) -> Any:
+    """Return the gate between clients and an engine that keeps prompts; None for an engine that keeps none."""
+    if (prompts := request["prompts"]) is None:
+        return None
+    os.umask(0o077)  # the engine writes prompts to files
+    sys.path.append(os.path.dirname(os.path.abspath(__file__)))
+    from llama_gate import Gate
+
+    return Gate(request["key"], prompts["key"], prompts["restores"])
+
+
 def share(nice: int) -> bool:
     """Set the share of the processors that this session gets beside others; return whether the kernel took it.
 
@@ -386,6 +416,20 @@ def uses_flash_attention(log: str) -> bool | None:
     return None if chosen is None else chosen[1] == "enabled"
 
 
+def loaded(url: str, log: Log, question: ContextQuestion, gate: Any) -> dict[str, object]:
+    """Return what the parent is told of an engine that serves at this address, behind a gate or without one."""
+    for_clients = url if gate is None else gate.open(url)
+    told = log.finish()
+    return {
+        "url": for_clients,
+        "num_ctx": question.answer(for_clients),
+        "buffers": buffers(told),
+        "flash_attention": uses_flash_attention(told),
+        "engine_url": None if gate is None else url,
+        "restored": [] if gate is None else gate.restored,
+    }
+
+
 def serve(protocol: int, request: Request) -> Never:
     """Load the model and serve it; never returns, the process ends in here."""
     held_back = request["holds_back"] and share(LOADING_NICE)  # the runners that answer meanwhile go on evenly
@@ -400,6 +444,7 @@ def serve(protocol: int, request: Request) -> Never:
         os._exit(1)
     log = Log(xllamacpp)
     question = ContextQuestion(request["key"])
+    gate = gate_of(request)
     try:
         connect_to_nothing(xllamacpp, request["gpu_layers"])
         params = parameters(xllamacpp, request, log.verbosity)
@@ -410,16 +455,7 @@ def serve(protocol: int, request: Request) -> Never:
         tell(protocol, "failed", reason=f"{type(error).__name__}: {error}")
         log.flush()
         os._exit(1)
-    url = server.listening_address
-    told = log.finish()
-    tell(
-        protocol,
-        "loaded",
-        url=url,
-        num_ctx=question.answer(url),
-        buffers=buffers(told),
-        flash_attention=uses_flash_attention(told),
-    )
+    tell(protocol, "loaded", **loaded(server.listening_address, log, question, gate))
     for _ in range(SHARE_TRIES if held_back else 0):
         time.sleep(SHARE_PAUSE_S)
         if share(0):

@@ -10,6 +10,7 @@ from typing import Any, Final, TypeGuard, get_args
 from urllib.parse import urlsplit
 
 from fsm.domain.devices import HOST, DeviceId
+from fsm.domain.options import MOST_SLOTS
 from scheduler.engines.interface import Buffer, BufferKind
 from scheduler.engines.llama_sizing import CacheKind, EngineCache, EngineSizes
 
@@ -33,6 +34,8 @@ class Loaded:
     num_ctx: int | None  # the context that each slot really got, in tokens; None: not reported
     buffers: tuple[Buffer, ...]  # empty: not reported
     flash_attention: bool | None  # whether it is used; None: not reported
+    engine_url: str  # of the engine itself, where clients have a gate; empty: they have none
+    restored: Mapping[int, int]  # slot -> tokens of its prompt that the engine has restored
 
 
 def loaded_of(message: Mapping[str, Any], gpus: Sequence[DeviceId]) -> Loaded | None:
@@ -44,8 +47,25 @@ def loaded_of(message: Mapping[str, Any], gpus: Sequence[DeviceId]) -> Loaded | 
     if not isinstance(url, str) or not _URL.fullmatch(url):
         return None
     num_ctx = context if isinstance(context, int) and not isinstance(context, bool) and context > 0 else None
-    used = message.get("flash_attention")
-    return Loaded(url, num_ctx, buffers_of(message.get("buffers"), gpus), used if isinstance(used, bool) else None)
+    used, engine_url = message.get("flash_attention"), message.get("engine_url")
+    return Loaded(
+        url,
+        num_ctx,
+        buffers_of(message.get("buffers"), gpus),
+        used if isinstance(used, bool) else None,
+        engine_url if isinstance(engine_url, str) and _URL.fullmatch(engine_url) else "",
+        restored_of(message.get("restored")),
+    )
+
+
+def restored_of(told: object) -> Mapping[int, int]:
+    """Return how many tokens each slot got back; entries of `told` that are not valid are left out."""
+    found = {}
+    for entry in told[:MOST_SLOTS] if isinstance(told, list) else ():
+        match entry:
+            case [int(slot), int(tokens)] if 0 <= slot < MOST_SLOTS and tokens >= 0:
+                found[slot] = tokens
+    return found
 
 
 def buffers_of(told: object, gpus: Sequence[DeviceId]) -> tuple[Buffer, ...]:

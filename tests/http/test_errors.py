@@ -159,7 +159,13 @@ def test_an_engines_refusal_is_the_clients_error(served: Served) -> None:
 
 @pytest.mark.parametrize(
     ("method", "path", "status"),
-    [("GET", "/v1/chat/completions", 405), ("POST", "/v1/models", 405), ("GET", "/nothing", 404), ("GET", "/v1/", 404)],
+    [
+        ("GET", "/v1/chat/completions", 405),
+        ("POST", "/v1/models", 405),
+        ("GET", "/nothing", 404),
+        ("GET", "/v1/", 404),
+        ("POST", "/slots/0?action=save", 404),
+    ],
 )
 def test_what_there_is_not_is_told_in_json(served: Served, method: str, path: str, status: int) -> None:
     import httpx2

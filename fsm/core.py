@@ -365,6 +365,9 @@ class Core:
             grown = measurements.measure(self._context, runner, amounts, mapped.get(id, 0))
             if grown and runner.state is LOADING:  # the load is alive
                 state.timers.set(("load", id), state.now + state.config.load_timeout_s)
+        for id, prompts_s in event.prompts:
+            if (runner := state.runners.get(id)) is not None:
+                runner.prompts_s = prompts_s
         state.ledger.sample(event.devices)
         state.read_at = state.now
         for runner in state.runners.values():

@@ -29,6 +29,7 @@ class Candidate:
     leases: int
     free_at: float  # when it may be evicted: now, after its minimum residency, or at the bound of the group that waits
     outlook: Callable[[], ReuseForecast] = field(default=tuple, compare=False, repr=False)  # of requests for its model
+    prompts_s: float = 0.0  # seconds to have its prompts again, by reading or computing them; 0: not known
     cost_s: float | None = None  # seconds of loading that its eviction costs, by the policy; None: not named
 
 
@@ -72,6 +73,8 @@ class LeastRecentlyUsed:
 class ExpectedReloadCost:
     """The expected cost of loading each candidate again, by its load time and by how soon its model may be requested.
 
+    Where prompts are kept, the time to have a runner's prompts again is part of its load time.
+
     A runner that stays loaded for some time occupies memory until its model is requested or the time is over, and saves
     a load if its model is requested. With a price for memory there is a time for which staying is worth most, and after
     it the runner would be evicted anyway. That worth is lost when the runner is evicted now: it is the candidate's
@@ -84,7 +87,7 @@ class ExpectedReloadCost:
     def order(self, now: float, candidates: Sequence[Candidate]) -> Sequence[Candidate]:
         """Return the candidates with their costs, the cheapest first; a load that no request awaits costs nothing."""
         outlooks = [candidate.outlook() for candidate in candidates]
-        loads_s = [candidate.load_s or 0.0 for candidate in candidates]
+        loads_s = [0.0 if one.load_s is None else one.load_s + one.prompts_s for one in candidates]
         rates = [
             load_s * max((asked / rest_s for asked, rest_s in outlook), default=0.0)
             for load_s, outlook in zip(loads_s, outlooks, strict=True)

@@ -12,7 +12,7 @@ from fsm.machine.request import ModelId, RequestState
 from fsm.machine.runner import IDLE, LOADING, RUNNING, Runner, RunnerId
 from fsm.messages.commands import NotifyContention, ReleaseClaim, RevokeLease, Stop
 from fsm.messages.events import Configure
-from fsm.messages.reasons import ExpireReason, FailureReason, RunnerReason
+from fsm.messages.reasons import DeviceShrunk, ExpireReason, FailureReason, NeededFor, RunnerLimit, RunnerReason
 from fsm.state.model_record import ModelRecord
 
 
@@ -85,12 +85,21 @@ def expire(step: StepContext, runner: Runner, reason: ExpireReason) -> None:
     step.fire(runner, "expire", reason)
     if runner.loaded_at is not None:
         step.state.models[runner.model].failures = 0  # the runner served, and did not crash
+        runner.keeps_prompts = step.state.config.keeps_prompts and runner.keep_alive_s > 0 and gives_up(reason)
     forget_current(step, runner)
     if not runner.leases:
         stop(step, runner)
     else:
         limits = step.state.config
         runner.stop_deadline = step.state.now + max(limits.max_wait_s, limits.stop_timeout_s)
+
+
+def gives_up(reason: ExpireReason) -> bool:
+    """Tell whether a runner expires although its caller would still have it: for others, or by its keep-alive."""
+    return isinstance(reason, NeededFor | RunnerLimit | DeviceShrunk) or reason in (
+        RunnerReason.keep_alive_over,
+        RunnerReason.better_place,
+    )
 
 
 def forget_current(step: StepContext, runner: Runner) -> None:
@@ -123,7 +132,7 @@ def stop(step: StepContext, runner: Runner) -> None:
         step.fire_process(runner, "stop")
         memory_recovery.note_end(step, runner, stopped=True)
         runner.stop_deadline = step.state.now + step.state.config.stop_timeout_s
-        step.commands.append(Stop(runner.id))
+        step.commands.append(Stop(runner.id, runner.keeps_prompts and not step.state.closing))
     if runner.claim:
         step.state.timers.set(("claim", runner.claim), runner.stop_deadline)
 

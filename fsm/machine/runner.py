@@ -165,6 +165,8 @@ class Runner(Record):
     claim: int = 0  # number of the Claim that it loads under, while it may take more memory; 0: of none
     uses_default_keep_alive: bool = True  # no request has named its keep-alive: a changed default holds for it too
     fully_offloaded: bool = False  # all its layers are on GPUs
+    prompts_s: float = 0.0  # how long it takes to have its prompts again once it is given up, as last told
+    keeps_prompts: bool = False  # expiring: its prompts are to be saved before it is stopped
     better_place_since: float = math.inf  # readings have shown a better place free since then; infinite: none
 
     def __post_init__(self) -> None:

@@ -38,6 +38,7 @@ class Stop:
     """End a runner: terminate, then kill. Ends in the Exited of its Launch, which is cancelled if it has not begun."""
 
     runner: RunnerId
+    keep_prompts: bool = False  # first save what it has computed of prompts, in bounded time, for the next one like it
 
 
 @dataclass(frozen=True, slots=True)

@@ -158,6 +158,7 @@ class Sampled:
     resident: tuple[tuple[RunnerId, Resident], ...] = ()
     number: int = 0  # the last Sample command that was known when the reading began; 0: none
     mapped: tuple[tuple[RunnerId, int], ...] = ()  # of a runner's bytes on the host: pages of files
+    prompts: tuple[tuple[RunnerId, float], ...] = ()  # seconds to have a runner's prompts again, once it is given up
 
 
 @dataclass(frozen=True, slots=True)

@@ -60,7 +60,7 @@ class Candidates:
         return Candidate(
             runner.id, runner.model, sum(map(account.held_bytes, self.state.ledger.devices)), runner.keep_alive_s,
             runner.used_at, load_s, len(runner.leases),
-            evictable_at(self.state, runner, bound, hurried=hurried), partial(self._forecast, runner),
+            evictable_at(self.state, runner, bound, hurried=hurried), partial(self._forecast, runner), runner.prompts_s,
         )  # fmt: skip
 
     def _first_to_go(self, candidates: Iterable[Candidate]) -> list[Candidate]:

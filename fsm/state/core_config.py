@@ -34,6 +34,7 @@ class CoreConfig:
     memory_limited: bool = False  # a limit is set on the host's memory: pages of mapped files count as any other memory
     claims: bool = False  # whether launches claim their devices among all programs on the machine
     persists_measurements: bool = False  # whether measurements are kept in a store, for later programs
+    keeps_prompts: bool = False  # whether prompts of a runner that is given up are kept for the next one like it
     claim_timeout_s: float = 60.0  # how long a launch waits for its claim; then it goes ahead without it
     back_off_s: float = 10.0  # after a failed load; doubles with each failure
     back_off_limit_s: float = 300.0

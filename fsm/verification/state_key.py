@@ -62,6 +62,8 @@ LEFT_OUT: Mapping[type, Mapping[str, str]] = MappingProxyType(
             "fully_offloaded": "follows from its placement and what its model is made of",
             "better_place_since": "`moves_from` says what follows from it",
             "launched_at": "how long its load took: the residency that follows is a time of its own",
+            "prompts_s": "for the policy, which is nondeterministic",
+            "keeps_prompts": "nothing follows from it but how its process is stopped",
             "used_at": "for the policy, which is nondeterministic; how long it is idle is told where it has no clock",
         },
         Request: {

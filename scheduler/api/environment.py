@@ -15,16 +15,19 @@ from scheduler.config.settings import Settings
 from scheduler.devices.device_reader import DeviceReader
 from scheduler.engines.interface import Engine
 from scheduler.engines.llama import LlamaEngine
+from scheduler.engines.prompt_store import PromptStore
 from scheduler.engines.python import PythonEngine
 from scheduler.models.catalog import Resolver
 from scheduler.models.sources import default_resolvers
 from scheduler.runtime.driver import Driver
 
 
-def llama_engine(settings: Settings, sees_gpus: Callable[[], bool] = lambda: False) -> LlamaEngine:
+def llama_engine(
+    settings: Settings, sees_gpus: Callable[[], bool] = lambda: False, prompts: PromptStore | None = None
+) -> LlamaEngine:
     """Return the engine of model files, with the settings for the options that requests leave open.
 
-    Where `sees_gpus`, the engine is asked which GPUs it can use.
+    Where `sees_gpus`, the engine is asked which GPUs it can use. Where there are `prompts`, they keep those of runners.
     """
     defaults = Options(
         num_ctx=settings.num_ctx,
@@ -34,8 +37,13 @@ def llama_engine(settings: Settings, sees_gpus: Callable[[], bool] = lambda: Fal
         cache_type_k=settings.cache_type,
         cache_type_v=settings.cache_type,
     )
-    larger_contexts, log_file = settings.auto_context_from_vram, settings.engine_log
-    return LlamaEngine(defaults, larger_contexts=larger_contexts, sees_gpus=sees_gpus, log_file=log_file)
+    return LlamaEngine(
+        defaults,
+        larger_contexts=settings.auto_context_from_vram,
+        sees_gpus=sees_gpus,
+        log_file=settings.engine_log,
+        prompts=prompts,
+    )
 
 
 def device_reader(settings: Settings, *, gpus: bool = True) -> DeviceReader:
@@ -62,7 +70,9 @@ class Environment:
 
     def engines(self, settings: Settings) -> tuple[Engine, Engine]:
         """Return the engine of model files and the engine of Python objects."""
-        return llama_engine(settings, lambda: self._devices is not None and self._devices.sees_gpus()), PythonEngine()
+        prompts = None if (kept := settings.keep_prompts) is None else PromptStore(kept.path, kept.limit_bytes)
+        engine = llama_engine(settings, lambda: self._devices is not None and self._devices.sees_gpus(), prompts)
+        return engine, PythonEngine()
 
     def resolvers(self, settings: Settings) -> Sequence[Resolver]:
         """Return the places where models are found by name."""

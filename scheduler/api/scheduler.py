@@ -39,6 +39,7 @@ from scheduler.config.settings import (
     settings_keywords,
 )
 from scheduler.config.signatures import with_keywords
+from scheduler.engines.interface import forget_prompts
 from scheduler.engines.python import PythonModel, Value
 from scheduler.errors.exceptions import InvalidSettings, ModelNotFound, SchedulerClosed, WouldDeadlock, not_beside
 from scheduler.errors.formatting import format_duration, shown
@@ -268,8 +269,15 @@ class Scheduler:
 
     @_identity_keywords
     def expire(self, model: Model, **asking: Unpack[IdentityOptions]) -> None:
-        """Unload a model: at once if its runner is idle, after its leases if busy; harmless if it is not loaded."""
-        self._broker.post(Expire(self._parser.identity(model, asking)))
+        """Unload a model: at once if its runner is idle, after its leases if busy; harmless if it is not loaded.
+
+        Prompts that were kept of it are removed.
+        """
+        id = self._parser.identity(model, asking)
+        self._executor.forget_prompts(id)
+        for engine in self._engines:
+            forget_prompts(engine, id)
+        self._broker.post(Expire(id))
 
     @_identity_keywords
     def pin(self, model: Model, **asking: Unpack[IdentityOptions]) -> None:
@@ -492,6 +500,7 @@ class Scheduler:
         timeout_s = self.settings.close_timeout if timeout is None else parse_duration(timeout, name="timeout")
         self._broker.closing = True
         self._driver.post(Close(timeout_s))
+        self._executor.end_saving()
         try:
             if self._driver.broken is None:
                 self._await_the_end(timeout_s)
@@ -591,6 +600,7 @@ def limits_of(settings: Settings) -> CoreConfig:
         claims=settings.lock_folder is not None,
         cpu_threads=settings.cpu_threads or 0,
         persists_measurements=settings.measurement_file is not None,
+        keeps_prompts=settings.keep_prompts is not None,
         spread_over_gpus=settings.spread_over_gpus,
         require_gpu=settings.require_gpu,
     )

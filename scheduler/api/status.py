@@ -13,6 +13,7 @@ from fsm.domain.options import Options
 from fsm.machine.request import RequestId
 from fsm.machine.runner import RunnerId
 from scheduler.config.json_values import json_value
+from scheduler.engines.interface import prompts_of
 from scheduler.errors.kinds import kind_of
 from scheduler.errors.wording import Name, wait_reason
 
@@ -48,6 +49,7 @@ class RunnerStatus:
     expires_in_s: float  # infinite unless its keep-alive clock runs
     load_s: float | None  # None: still loading
     pinned: bool
+    restored_tokens: int  # of prompts that an earlier runner has computed; 0 unless prompts are kept
     stuck: bool  # it was stopped and should be gone: its memory stays reserved, and no plan counts on it
 
 
@@ -130,6 +132,7 @@ def _runner_status(view: RunnerView, now: float, name: str, handle: RunnerHandle
         view.expires_at - now,
         None if view.loaded_at is None else view.loaded_at - view.launched_at,
         view.pinned,
+        prompts.restored_tokens if (prompts := prompts_of(process)) is not None else 0,
         not view.leases and now >= view.due_at,
     )
 

@@ -25,9 +25,8 @@ _PORT = 11434
 _LARGEST_FILE = 1 << 20  # bytes
 _LARGEST_KEY_FILE = 1 << 12
 _AROUND_VALUES = " \t\"'"  # what shells and service files leave around a value
-_PATHS = frozenset(
-    {"models", "lock_folder", "measurement_file", "recording_file", "engine_log", "api_key_file", "tls_cert", "tls_key"}
-)
+_PATHS = frozenset({"models", "lock_folder", "measurement_file", "recording_file", "engine_log", "keep_prompts"})
+_PATHS |= {"api_key_file", "tls_cert", "tls_key"}
 _NO_PATHS = ("auto", "none")
 _SECRET = "api_key"
 _NO_FLAGS = (_SECRET, "rules")  # other users see command lines; a table is for a file
@@ -238,7 +237,7 @@ def _key(given: Mapping[str, tuple[Any, int]]) -> str | None:
 
 def _seen_from(folder: Path, name: str, value: Any) -> Any:
     """Return the paths of a value of a file in `folder`: relative ones are seen from there."""
-    if name not in _PATHS or value in _NO_PATHS:
+    if name not in _PATHS or value in _NO_PATHS or (name == "keep_prompts" and os.sep not in str(value)):
         return value
     if isinstance(value, list):
         return [_seen_from(folder, name, part) for part in value]

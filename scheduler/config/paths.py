@@ -16,11 +16,19 @@ NO_HOME = Path(os.devnull, "no home folder")  # stands for the usual file where 
 
 def default_measurement_file() -> Path:
     """Return the file that this user's programs share; `NO_HOME` where this user has no home."""
+    return _in_cache(f"footprints-{VERSION}.sqlite3")
+
+
+def default_prompt_folder() -> Path:
+    """Return the folder in which each of this user's programs keeps prompts; `NO_HOME` where this user has no home."""
+    return _in_cache("prompts")
+
+
+def _in_cache(name: str) -> Path:
     try:
-        folder = platformdirs.user_cache_path("loadmaster", appauthor=False)
+        return Path(platformdirs.user_cache_path("loadmaster", appauthor=False)) / name
     except RuntimeError:  # as in a container whose user is a number without a name
         return NO_HOME
-    return Path(folder) / f"footprints-{VERSION}.sqlite3"
 
 
 def shared_lock_folder() -> Path:

@@ -17,6 +17,7 @@ from scheduler.config.quantities import parse_bytes, parse_duration
 from scheduler.config.signatures import with_keywords
 from scheduler.config.value_parsers import (
     Parse,
+    PromptFolder,
     automatic,
     cache_type,
     count,
@@ -29,6 +30,7 @@ from scheduler.config.value_parsers import (
     memory,
     optional,
     per_gpu,
+    prompt_folder,
     size,
 )
 from scheduler.errors.exceptions import InvalidSettings
@@ -91,6 +93,7 @@ class SettingsArguments(ChangeableArguments, total=False):
     recording_file: str | os.PathLike[str] | None
     recording_limit: str | int
     engine_log: str | os.PathLike[str] | None
+    keep_prompts: str | int | os.PathLike[str] | PromptFolder | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, init=False)
@@ -138,6 +141,7 @@ class Settings:
     recording_file: Path | None
     recording_limit: int
     engine_log: Path | None
+    keep_prompts: PromptFolder | None
 
     def __init__(self, **arguments: Unpack[SettingsArguments]) -> None:
         given: dict[str, object] = {**arguments}
@@ -378,6 +382,11 @@ SETTINGS = (
         "engine_log", None, optional(file),
         "file for what llama.cpp writes to its log, which only its owner may read: it may hold prompts",
     ),
+    Setting(
+        "keep_prompts", None, optional(prompt_folder),
+        "size that prompts of unloaded models may take on the disk until their models are loaded again, or folder for "
+        "up to 8GiB of them; none: they are forgotten",
+    ),
 )  # fmt: skip
 
 
@@ -411,6 +420,7 @@ def settings_table() -> str:
 
 __all__ = [
     "ChangeableArguments",
+    "PromptFolder",
     "Settings",
     "SettingsArguments",
     "changeable_keywords",

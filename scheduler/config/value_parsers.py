@@ -8,16 +8,19 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
 from fsm.eviction.policies import POLICIES, EvictionPolicy
+from scheduler.config.paths import default_prompt_folder
 from scheduler.config.quantities import parse_bytes, parse_duration
 from scheduler.errors.exceptions import InvalidSettings
 
 CACHE_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl")  # llama.cpp's names, all of them
 LARGEST_NUMBER = 2**63
 LEAST_MEMORY_BYTES = 1 << 20  # no device, and no limit that a model fits into, has less
+PROMPTS_BYTES = 8 << 30  # kept in a folder that is named without a size
 
 Parse = Callable[[str, Any], object]
 
@@ -155,6 +158,26 @@ def file(name: str, value: Any, allowed: str = "the path of a file") -> Path:
     if len(paths) != 1:
         raise InvalidSettings(name, value, allowed)
     return paths[0]
+
+
+@dataclass(frozen=True, slots=True)
+class PromptFolder:
+    """Where prompts are kept, and how many bytes of them."""
+
+    path: Path
+    limit_bytes: int = PROMPTS_BYTES
+
+
+def prompt_folder(name: str, value: Any) -> PromptFolder:
+    """Return where prompts are kept, by a size or a folder; a text is a folder where it has a separator of paths."""
+    if isinstance(value, PromptFolder):
+        return value
+    if isinstance(value, os.PathLike) or (isinstance(value, str) and os.sep in value):
+        return PromptFolder(file(name, value, "the path of a folder"))
+    try:
+        return PromptFolder(default_prompt_folder(), memory(name, value))
+    except InvalidSettings as error:
+        raise InvalidSettings(name, value, f"{error.allowed}, or the path of a folder, with a {os.sep} in it") from None
 
 
 def _paths(name: str, value: object, parts: Any, allowed: str) -> tuple[Path, ...]:

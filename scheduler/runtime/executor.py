@@ -18,7 +18,7 @@ from fsm.sizing.load_history import NOTHING, LoadHistory
 from scheduler.concurrency.thread_pool import ThreadPool
 from scheduler.config.settings import Settings
 from scheduler.devices.device_reader import DeviceReader
-from scheduler.engines.interface import Engine, Process, inspect
+from scheduler.engines.interface import Engine, Process, inspect, prompts_of
 from scheduler.errors.exceptions import InvalidModel, ModelNotFound, SchedulerError
 from scheduler.models.measurement_store import Identity
 from scheduler.models.measurements import Measurements, identity_of
@@ -36,6 +36,7 @@ _LAUNCHERS = 8  # launches at once: each may wait for a file that cannot be read
 _CALLERS = 64  # callbacks of the user's at once: each may block, even on the scheduler
 _DELIVERERS = 4  # answers that are delivered at once: each may meet a lock of a future that a signal interrupted
 _STOPPERS = 2  # threads for stops only, so that no other job can delay a stop
+_SAVERS = 8  # runners whose prompts are saved at once
 _CALLBACKS_WAIT = f"{_CALLERS} callbacks of futures and leases have not returned: all others wait for one of them"
 _FRESH_S = 2.0  # how long an inspection, or a device claim, waits for a sample of the devices
 _LOOK_S = 1.0  # how long a runner may take to say whether its context is filled
@@ -65,6 +66,10 @@ class Executor:
         self.callback_pool = pool("loadmaster-caller", _CALLERS)
         self.delivery_pool = pool("loadmaster-deliverer", _DELIVERERS)  # never runs the user's code
         self.stop_pool = pool("loadmaster-stopper", _STOPPERS)
+        # for runners whose prompts are saved before they are stopped
+        self.saver_pool = None if settings.keep_prompts is None else pool("loadmaster-saver", _SAVERS)
+        self._saving: dict[RunnerId, RunnerHandle] = {}
+        self._closing = False  # nothing is saved any more
         self._callbacks_wait = False  # all threads for callbacks were busy at the last look
         self._lives_on = lives_on  # whether the core still knows a runner; called under the driver's lock
         # the runners that the core knows, and a few past ones; written under the driver's lock
@@ -97,8 +102,12 @@ class Executor:
                 handle.identity = self._identities.get(model)
                 handle.file_states = self._file_states.get(model)
                 self.launch_pool.put(handle.begin)
-            case Stop(runner):
-                if (stopped := self.runner_handles.get(runner)) is not None:
+            case Stop(runner, keep_prompts):
+                if (stopped := self.runner_handles.get(runner)) is None:
+                    pass
+                elif keep_prompts and self.saver_pool is not None:
+                    self.saver_pool.put(lambda: self._save_and_stop(stopped))
+                else:
                     self.stop_pool.put(lambda: self._stop(stopped))
             case Sample(number):
                 self.sampler.request(number)
@@ -152,12 +161,20 @@ class Executor:
         """Have a runner polled, and post `ContextFilled` when its context is filled; one poll of a runner at a time."""
         if not handle.looked_at:
             handle.looked_at = True
-            self.worker_pool.put(lambda: self._look(handle, _LOOK_S))
+            self.worker_pool.put(lambda: self._poll(handle))
+
+    def _poll(self, handle: RunnerHandle) -> None:
+        try:
+            if (prompts := prompts_of(handle.process)) is not None:
+                prompts.look(_LOOK_S)
+        finally:
+            self._look(handle, _LOOK_S)
 
     def _look(self, handle: RunnerHandle, timeout_s: float) -> None:
         handle.lease_ended = False
         try:
-            to_come = handle.process.context_filled(timeout_s) if handle.process is not None else None
+            looks = handle.process is not None and not handle.settled
+            to_come = handle.process.context_filled(timeout_s) if looks and handle.process is not None else None
             if to_come is None or handle.settled:
                 return
             handle.settled = self.sampler.refresh(timeout_s)  # the sample must be read after the context was filled
@@ -174,6 +191,28 @@ class Executor:
                 self._look(handle, _LAST_LOOK_S)
         finally:
             handle.stop(self._settings.stop_grace)
+
+    def _save_and_stop(self, handle: RunnerHandle) -> None:
+        """Save a runner's prompts and then stop it; a close stops it at once."""
+        self._saving[handle.runner] = handle
+        try:
+            if (prompts := prompts_of(handle.process)) is not None and not self._closing:
+                prompts.save()
+        finally:
+            del self._saving[handle.runner]
+            self._stop(handle)
+
+    def end_saving(self) -> None:
+        """Stop the runners whose prompts are being saved; from now on none are saved."""
+        self._closing = True
+        for handle in list(self._saving.values()):
+            handle.stop(self._settings.stop_grace)
+
+    def forget_prompts(self, model: ModelId) -> None:
+        """Keep no prompts of a model's runners."""
+        for handle in list(self.runner_handles.values()):
+            if handle.model == model and (prompts := prompts_of(handle.process)) is not None:
+                prompts.forget()
 
     def call(self, callback: Callable[[], object]) -> None:
         """Run a callback of the user's on a thread that may block, and return at once."""
@@ -213,6 +252,7 @@ class Executor:
             self.callback_pool,
             self.delivery_pool,
             self.stop_pool,
+            self.saver_pool,
             self._readers,
             self.prefetcher,
             self.measurements,
@@ -231,6 +271,7 @@ class Executor:
         self.sampler.close()  # first: a job may wait for a reading that never begins, or hangs
         ends = [self.locks.close] if self.locks is not None else []
         ends += [self.prefetcher.close, self.stop_pool.close, self.worker_pool.close, self._readers.close]
+        ends += [self.saver_pool.close] if self.saver_pool is not None else []
         ends += [self.measurements.close] if self.measurements is not None else []
         ends += [self.delivery_pool.close]
         # last: files that cannot be read, and the callbacks of users, may take all the time

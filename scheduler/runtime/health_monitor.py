@@ -19,8 +19,8 @@ class HealthMonitor:
 
     Threads that could not be started when jobs needed them are started here, as soon as the system allows more again.
     Inspections that take too long are given up. `let_go` is called about once a second too, to forget the objects that
-    are not used any more. A runner is polled until its context is filled: once an interval, and within a second after
-    the end of a lease on it.
+    are not used any more. A runner is polled within a second after the end of a lease on it, and until its context is
+    filled once an interval too.
     """
 
     def __init__(self, executor: Executor, interval_s: float, let_go: Callable[[], None]) -> None:
@@ -60,5 +60,5 @@ class HealthMonitor:
                 continue
             if due:
                 self._executor.probe(handle)
-            if not handle.settled and (due or handle.lease_ended):
+            if handle.lease_ended or (due and not handle.settled):
                 self._executor.poll_context_filled(handle)

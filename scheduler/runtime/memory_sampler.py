@@ -13,7 +13,7 @@ from fsm.messages.events import Event, Resident, Sampled
 from scheduler.concurrency.latch import Latch
 from scheduler.concurrency.thread_pool import ThreadPool
 from scheduler.devices.device_reader import DeviceReader
-from scheduler.engines.interface import Process
+from scheduler.engines.interface import Process, prompts_of
 
 log = logging.getLogger("loadmaster")
 
@@ -103,4 +103,6 @@ class MemorySampler:
             (id, tuple(sorted(held.items()))) for id, held in amounts.items() if held
         )
         mapped = tuple((id, memory.mapped_bytes) for id, memory in memories if memory.mapped_bytes)
-        self._post(Sampled(samples, resident, number, mapped))
+        kept = ((id, prompts_of(process)) for id, process in running)
+        prompts = tuple((id, one.again_s) for id, one in kept if one is not None)
+        self._post(Sampled(samples, resident, number, mapped, prompts))

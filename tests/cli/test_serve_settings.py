@@ -31,6 +31,7 @@ VALUES: Mapping[str, str] = {
     "flash_attention": "true", "cache_type": "q8_0", "spread_over_gpus": "true", "require_gpu": "true",
     "gpu_reserve": "1GiB", "gpu_limit": "2GiB", "models": "folder", "lock_folder": "locks",
     "measurement_file": "measured", "recording_file": "recorded", "recording_limit": "1MiB", "engine_log": "log",
+    "keep_prompts": "3GiB",
 }  # fmt: skip
 
 

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from fsm.core import Core
 from fsm.eviction.policies import Candidate, ExpectedReloadCost, KeepAliveOrder
 from scheduler import Scheduler
+from scheduler.config.paths import default_prompt_folder
 from scheduler.config.settings import (
     SETTINGS,
     ChangeableArguments,
@@ -538,3 +539,29 @@ def test_the_documentation_has_a_line_for_every_setting() -> None:
         for line in lines
     )
     assert any(line.startswith("| `models` | `LOADMASTER_MODELS` |  | none | fixed |") for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("asked", "folder", "limit_bytes"),
+    [
+        ("3GiB", default_prompt_folder(), 3 << 30),
+        (3 << 30, default_prompt_folder(), 3 << 30),
+        ("/var/lib/prompts", Path("/var/lib/prompts"), 8 << 30),
+        (Path("/var/lib/prompts"), Path("/var/lib/prompts"), 8 << 30),
+    ],
+)
+def test_prompts_are_kept_by_a_size_or_in_a_folder(asked: Any, folder: Path, limit_bytes: int) -> None:
+    """A size is kept in the user's own folder, and a folder holds up to 8 GiB; by default nothing is kept."""
+    settings = Settings(keep_prompts=asked)
+    assert settings.keep_prompts is not None
+    assert (settings.keep_prompts.path, settings.keep_prompts.limit_bytes) == (folder, limit_bytes)
+    assert Settings.from_environment({"LOADMASTER_KEEP_PROMPTS": str(asked)}) == settings
+    assert settings.with_arguments(max_queue=9).keep_prompts == settings.keep_prompts
+    assert Settings().keep_prompts is None
+
+
+@pytest.mark.parametrize("asked", ["8GiBB", "prompts", "yes", True, 512, "", -1])
+def test_what_is_no_size_and_no_folder_keeps_no_prompts(asked: Any) -> None:
+    """A typing error in a size is no folder."""
+    with pytest.raises(InvalidSettings, match="keep_prompts cannot be"):
+        Settings(keep_prompts=asked)

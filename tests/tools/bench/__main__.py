@@ -19,6 +19,7 @@ from tests.tools.bench import (
     memory,
     metadata,
     prefetch,
+    prompts,
     threads,
     warm,
 )
@@ -29,6 +30,7 @@ BENCHMARKS = {
     "cold": cold.run,
     "cores": cores.run,
     "prefetch": prefetch.run,
+    "prompts": prompts.run,
     "memory": memory.run,
     "metadata": metadata.run,
     "server": http_server.run,

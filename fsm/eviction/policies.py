@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from fsm.eviction.reuse_prediction import ReuseForecast
@@ -31,6 +31,20 @@ class Candidate:
     outlook: Callable[[], ReuseForecast] = field(default=tuple, compare=False, repr=False)  # of requests for its model
     prompts_s: float = 0.0  # seconds to have its prompts again, by reading or computing them; 0: not known
     cost_s: float | None = None  # seconds of loading that its eviction costs, by the policy; None: not named
+
+    def at_cost(self, cost_s: float) -> Candidate:
+        """Return the candidate with this cost; for the many of a plan `dataclasses.replace` takes too long."""
+        return self._with(self.free_at, cost_s)
+
+    def from_on(self, free_at: float) -> Candidate:
+        """Return the candidate with another time from which on it may be evicted."""
+        return self._with(free_at, self.cost_s)
+
+    def _with(self, free_at: float, cost_s: float | None) -> Candidate:
+        return Candidate(
+            self.runner, self.model, self.held_bytes, self.keep_alive_s, self.used_at, self.load_s, self.leases,
+            free_at, self.outlook, self.prompts_s, cost_s,
+        )  # fmt: skip
 
 
 class EvictionPolicy(Protocol):
@@ -94,7 +108,7 @@ class ExpectedReloadCost:
         ]
         price = PRICE_FACTOR * _price(candidates, rates)
         priced = [
-            replace(candidate, cost_s=_worth(outlook, load_s, price * candidate.held_bytes) + TIE_BREAK_S * rate)
+            candidate.at_cost(_worth(outlook, load_s, price * candidate.held_bytes) + TIE_BREAK_S * rate)
             for candidate, outlook, load_s, rate in zip(candidates, outlooks, loads_s, rates, strict=True)
         ]
         return sorted(priced, key=lambda one: (one.cost_s, one.used_at, one.runner))

@@ -51,11 +51,12 @@ ReuseForecast = Sequence[tuple[float, float]]
 class IdleTimeStatistics:
     """The hazards of the rests of all models, computed once for a decision."""
 
-    __slots__ = ("hazards", "rates")
+    __slots__ = ("_known", "hazards", "rates")
 
     def __init__(self, common: Mapping[int, int]) -> None:
         self.hazards = [0.0] * BINS  # by bin: the probability that a rest which reaches the bin ends in it
         self.rates = [0.0] * BINS  # the same, as the integral of a rate over the bin
+        self._known: dict[object, ReuseForecast] = {}  # by the rests of a model: those of many models are the same
         reached = 0
         for place in range(BINS - 1, -1, -1):
             ended = common.get(place, 0)
@@ -66,6 +67,12 @@ class IdleTimeStatistics:
 
     def forecast(self, own: Mapping[int, int], rest_s: float) -> ReuseForecast:
         """Return the forecast for a model that has rested for `rest_s`, for stays of growing length."""
+        key = rest_s, *own.items()
+        if (known := self._known.get(key)) is None:
+            known = self._known[key] = self._forecast(own, rest_s)
+        return known
+
+    def _forecast(self, own: Mapping[int, int], rest_s: float) -> ReuseForecast:
         first = bin_of(rest_s)
         hazards = self._hazards_of(own, first)
         stays, asked, rest, at = 1.0, 0.0, 0.0, max(rest_s, 1.0)

@@ -15,7 +15,7 @@ from enum import IntEnum
 
 from fsm.domain.devices import HOST, Amounts, DeviceId, Placement
 from fsm.machine.request import ModelId
-from fsm.machine.runner import Runner
+from fsm.machine.runner import Runner, RunnerId
 from fsm.placement.search import Free, Gpu, Offload, PlacementDemand, find_placement, needed
 from fsm.state.memory_ledger import Ledger
 from fsm.state.request_queue import QueueRank
@@ -61,6 +61,11 @@ class AvailabilityProfile:
         self.ledger = ledger
         self.gpus = gpus
         self.bytes = [free.copy() for _ in HORIZONS]
+        self.held = {  # bytes by memory that each runner leaves to others in the end
+            RunnerId(id): {device: account.held_bytes(device) for device in (*account.reserved, *account.peak)}
+            for (kind, id), account in ledger.accounts.items()
+            if kind == "runner"
+        }
         # bytes by memory once every movable runner has left, whatever other request groups wait for
         self.potential = dict(self.available_after(NOW, movable))
         self.process_slots = [places] * len(HORIZONS)
@@ -86,21 +91,22 @@ class AvailabilityProfile:
         """Return the bytes by memory at a horizon once the runners `gone` have left too; not to be changed."""
         if not gone:
             return self.bytes[horizon]
-        return self.ledger.available_after(self.bytes[horizon], [("runner", runner.id) for runner in gone])
+        held = [self.held[runner.id] for runner in gone]
+        return {
+            device: amount + sum([one.get(device, 0) for one in held]) for device, amount in self.bytes[horizon].items()
+        }
 
-    def held_by(self, runner: Runner | None) -> dict[DeviceId, int]:
-        """Return the bytes by memory that a runner holds, and in the end leaves to the next runner of its model."""
-        if runner is None:
-            return {}
-        account = self.ledger.accounts["runner", runner.id]
-        return {device: account.held_bytes(device) for device in self.potential}
+    def left_to_next(self, runner: Runner | None) -> dict[DeviceId, int]:
+        """Return the bytes by memory that a runner leaves to the next runner of its model."""
+        return {} if runner is None else {device: self.held[runner.id].get(device, 0) for device in self.potential}
 
     def find_placement(self, horizon: Horizon, need: Requirement, gone: Collection[Runner] = ()) -> Placement | None:
         """Return a placement that is possible at a horizon once the runners `gone` have left too.
 
         None where it does not fit, or where its process may not be started.
         """
-        if need.process and self.process_slots[horizon] + sum(runner.process for runner in gone) <= 0:
+        slots = self.process_slots[horizon]
+        if need.process and slots <= 0 and slots + sum(runner.process for runner in gone) <= 0:
             return None
         free = self.available_after(horizon, gone)
         return find_placement(need.demand, need.offload, free, self.gpus, need.potential)

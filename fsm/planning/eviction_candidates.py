@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable
-from dataclasses import replace
+from collections.abc import Collection, Iterable, Sequence
 from functools import partial
 
 from fsm.eviction.policies import Candidate, EvictionPolicy
@@ -34,7 +33,7 @@ class Candidates:
         self._statistics: IdleTimeStatistics | None = None
         self._forecasts: dict[RunnerId, ReuseForecast] = {}  # of the runners that the policy has asked about
 
-    def evictable_until(self, bound: float, without: Collection[RunnerId], *, hurried: bool = False) -> list[Candidate]:
+    def ordered(self, bound: float, *, hurried: bool = False) -> Sequence[Candidate]:
         """Return the candidates for a group with this bound: first all that may leave now, then idle, then busy ones.
 
         The time from which on each may leave is exact only where that is now: `timed` returns the others.
@@ -43,14 +42,12 @@ class Candidates:
             past = self._preferred([self.candidate(one, -math.inf, hurried=hurried) for one in self.movable])
             later = self.timed(math.inf, past, hurried=hurried)
             orders = self._orders[hurried] = self._first_to_go(later), self._first_to_go(past)
-        return [one for one in orders[bound <= self.state.now] if one.runner not in without]
+        return orders[bound <= self.state.now]
 
     def timed(self, bound: float, candidates: Iterable[Candidate], *, hurried: bool = False) -> list[Candidate]:
         """Return candidates with the time from which on each may be evicted for a group whose bound is `bound`."""
         runners, state = self.state.runners, self.state
-        return [
-            replace(one, free_at=evictable_at(state, runners[one.runner], bound, hurried=hurried)) for one in candidates
-        ]
+        return [one.from_on(evictable_at(state, runners[one.runner], bound, hurried=hurried)) for one in candidates]
 
     def candidate(self, runner: Runner, bound: float, *, hurried: bool = False) -> Candidate:
         """Return a runner as a policy sees it."""

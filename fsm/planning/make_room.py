@@ -8,7 +8,7 @@ from functools import partial
 
 from fsm.domain.devices import HOST, Amounts, Placement
 from fsm.eviction.policies import Candidate
-from fsm.eviction.victim_selection import VictimSet
+from fsm.eviction.victim_selection import VictimSet, choose_ranked
 from fsm.machine.request import ModelId, Purpose
 from fsm.machine.runner import STOPPING, Runner, RunnerId
 from fsm.messages.reasons import KeptReason, NeededFor, RunnerStep, WaitFor, WaitForRunners, WaitReason
@@ -113,7 +113,7 @@ def _claim_and_reserve(
 
 def _select_victims(
     context: PlanningContext, group: RequestGroup, need: Requirement, mandatory: Sequence[Runner]
-) -> tuple[list[Candidate], VictimSet | None]:
+) -> tuple[Sequence[Candidate], VictimSet | None]:
     """Return the candidates that were considered for a request group, and its victims; None where none suffice:
 
     1. Where the memory that is free or being freed suffices, only the mandatory victims leave.
@@ -129,19 +129,17 @@ def _select_victims(
     context.waiting += 1
     if _suffices(context, need, AFTER_DRAINS, must):  # 1
         return [], VictimSet(tuple(must), 0.0)
-    may = context.candidates.evictable_until(bound, taken, hurried=hurried)
     memories = context.availability.memories(need)
     where = [device for device in memories if device != HOST] or memories
     if all(context.ahead[device] >= GROUPS_AHEAD for device in where):  # 2
-        may = [one for one in may if one.runner in context.candidates.idle]
-    idle = [one for one in may if not one.leases and one.free_at <= context.state.now]
-    passes = ((AFTER_DRAINS, idle), (AFTER_EVICTIONS, may))
-    for horizon, candidates in passes if _more_after_evictions(context) else passes[1:]:  # 3, 4
-        suffices = partial(_suffices, context, need, horizon)
+        taken.update(runner.id for runner in context.candidates.movable if runner.id not in context.candidates.idle)
+    may = context.ranking(group, memories).without(taken)
+    for horizon in (AFTER_DRAINS, AFTER_EVICTIONS) if _more_after_evictions(context) else (AFTER_EVICTIONS,):  # 3, 4
+        candidates = may.idle(context.state.now) if horizon == AFTER_DRAINS else may
         least = _fewest_victims(context, need, must, horizon)
-        if victim_set := context.choose(candidates, must, suffices, context.frees(memories), least):
-            return may, victim_set
-    return may, None
+        if victim_set := choose_ranked(candidates, must, partial(_suffices, context, need, horizon), least):
+            return may.ordered, victim_set
+    return may.ordered, None
 
 
 def _more_after_evictions(context: PlanningContext) -> bool:

@@ -16,7 +16,7 @@ from itertools import takewhile
 from fsm.domain.devices import DeviceId
 from fsm.domain.options import Options
 from fsm.eviction.policies import Candidate, EvictionPolicy
-from fsm.eviction.victim_selection import Amount
+from fsm.eviction.victim_selection import Amount, SelectionProblem, choose_victims
 from fsm.machine.request import ModelId, Purpose, RequestSpec
 from fsm.machine.runner import LOADING, Runner
 from fsm.messages.reasons import DeviceShrunk, RunnerLimit, WaitFor, WaitReason
@@ -83,7 +83,7 @@ def _evict_excess(context: PlanningContext) -> None:
         return
     short = [device for device, amount in left.items() if amount < 0]
     frees = context.frees(short)
-    idle = [one for one in context.candidates.evictable_until(-math.inf, ()) if not one.leases]
+    idle = [one for one in context.candidates.ordered(-math.inf) if not one.leases]
     may = [one for one in idle if excess or any(frees(one))]
     most = _freed(short, map(frees, may))
     wanted = [min(-left[device], amount) for device, amount in zip(short, most, strict=True)]  # more cannot be freed
@@ -92,7 +92,7 @@ def _evict_excess(context: PlanningContext) -> None:
     def suffices(victims: Sequence[Candidate]) -> bool:
         return len(victims) >= least and all(map(int.__ge__, _freed(short, map(frees, victims)), wanted))
 
-    victim_set = context.choose(may, (), suffices, frees, least)
+    victim_set = choose_victims(context.state.now, may, (), SelectionProblem(suffices, frees, least))
     for victim in victim_set.victims if victim_set is not None else ():
         held = ledger.accounts["runner", victim.runner]
         device = next(filter(held.held_bytes, short), None)
@@ -171,7 +171,7 @@ def _plan_successor(
 ) -> None:
     """Let a group wait for the runner of its model with other options, and reserve what its own needs beyond that."""
     context.wait(group, waits_for, context.state.expected_at(current) if current.state is LOADING else math.inf)
-    context.availability.reserved_by_model[current.model] = context.availability.held_by(current)
+    context.availability.reserved_by_model[current.model] = context.availability.left_to_next(current)
     context.availability.reserve_successor(current.model, need)
 
 
@@ -216,7 +216,7 @@ def _with_least_layers(context: PlanningContext, demand: PlacementDemand) -> Pla
     A worse place would stay for as long as the runner does, so idle runners leave for it; for a tenth of the layers
     none does.
     """
-    idle = [one for one in context.candidates.evictable_until(-math.inf, context.claimed) if not one.leases]
+    idle = [one for one in context.candidates.ordered(-math.inf) if not one.leases]
     free = context.availability.available_after(AFTER_STOPS, context.unclaimed(idle))
     best = find_placement(demand, Offload.partial, free, context.gpus, context.availability.potential)
     if best is None:
@@ -321,7 +321,7 @@ def _reserve_stale_estimate(context: PlanningContext, model: ModelRecord, resolu
     before = context.availability.bytes[AFTER_DRAINS].copy()
     _, demand = resolved_demand(model, resolution, context.state, context.availability.potential, context.gpus)
     if (offload := context.availability.best_offload(demand)) is not None:
-        context.availability.reserved_by_model.setdefault(model.id, context.availability.held_by(model.current))
+        context.availability.reserved_by_model.setdefault(model.id, context.availability.left_to_next(model.current))
         context.availability.reserve_successor(
             model.id, Requirement(demand, offload, potential=context.availability.potential)
         )

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from fsm.domain.devices import DeviceId
 from fsm.eviction.policies import Candidate, EvictionPolicy
-from fsm.eviction.victim_selection import Amount, SelectionProblem, VictimSet, choose_victims
+from fsm.eviction.victim_selection import Amount, Ranking, rank
 from fsm.machine.request import ModelId, RequestSpec
 from fsm.machine.runner import EXPIRING, LOADING, Runner, RunnerId
 from fsm.messages.reasons import WaitReason
@@ -54,6 +54,7 @@ class PlanningContext:
         self.serving = {runner.id: rank for runner in state.runners.values() if (rank := _first_waiting(state, runner))}
         self.candidates = Candidates(state, policy, self.awaited)
         self._own_bounds: dict[RequestSpec, float] = {}
+        self._rankings: dict[tuple[bool, bool, tuple[DeviceId, ...]], Ranking] = {}
         self.waiting = 0  # request groups for which victims were looked for
         self.ahead: Counter[DeviceId] = Counter()  # how many of these groups lack memory of a device
 
@@ -86,21 +87,19 @@ class PlanningContext:
         own = self.state.rank(group.head)
         return {runner for runner, rank in self.serving.items() if rank < own}
 
-    def choose(
-        self,
-        may: Sequence[Candidate],
-        must: Sequence[Candidate],
-        suffices: Callable[[Sequence[Candidate]], bool],
-        frees: Callable[[Candidate], Amount],
-        least: int = 0,
-    ) -> VictimSet | None:
-        """Return the mandatory victims `must` with victims chosen of `may`; None where all of them do not suffice."""
-        return choose_victims(self.state.now, may, must, SelectionProblem(suffices, frees, least))
+    def ranking(self, group: RequestGroup, memories: Sequence[DeviceId]) -> Ranking:
+        """Return every candidate for a group, ranked by what it frees of these memories; made once for many groups."""
+        bound, hurried = self.bound(group), self.hurried(group)
+        ordered = self.candidates.ordered(bound, hurried=hurried)
+        key = (hurried, bound <= self.state.now, tuple(memories))
+        if (known := self._rankings.get(key)) is None:
+            known = self._rankings[key] = rank(self.state.now, ordered, self.frees(memories))
+        return known
 
     def frees(self, memories: Sequence[DeviceId]) -> Callable[[Candidate], Amount]:
         """Return a function that returns how many bytes a candidate frees in each of these memories."""
-        accounts = self.state.ledger.accounts
-        return lambda victim: tuple(map(accounts["runner", victim.runner].held_bytes, memories))
+        held = self.availability.held
+        return lambda victim: tuple([held[victim.runner].get(memory, 0) for memory in memories])
 
     def unclaimed(self, victims: Iterable[Candidate]) -> list[Runner]:
         """Return the runners of victims that no earlier request group counts on; a mandatory victim may be claimed."""

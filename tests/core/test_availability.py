@@ -57,8 +57,8 @@ def test_what_a_runner_holds_is_there_from_its_horizon_on() -> None:
     assert (host(supply), supply.potential[HOST]) == ([70, 70, 70, 70], 100)
     supply.add(AFTER_DRAINS, [runner(30)])
     assert (host(supply), supply.process_slots) == ([70, 70, 100, 100], [2, 2, 3, 3])
-    assert supply.held_by(runner(30)) == {HOST: 30}
-    assert supply.held_by(None) == {}
+    assert supply.left_to_next(runner(30)) == {HOST: 30}
+    assert supply.left_to_next(None) == {}
 
 
 def test_what_is_booked_is_missing_from_then_on_and_is_the_most_that_is_left_before() -> None:

@@ -45,7 +45,7 @@ from fsm.messages.events import (
     Unpin,
     Unresponsive,
 )
-from fsm.messages.reasons import ClaimMissed, LoadStalled, Queued, RunnerReason, RunnerStep, WaitForRunners
+from fsm.messages.reasons import ClaimMissed, LoadStalled, Queued, RunnerReason, RunnerStep, WaitFor, WaitForRunners
 from fsm.messages.refusals import (
     Cancelled,
     InvalidModelRefusal,
@@ -57,12 +57,14 @@ from fsm.messages.refusals import (
 )
 from fsm.planning.deadline_admission import infeasible_deadline
 from fsm.planning.deadlock import held_up, would_deadlock
+from fsm.planning.explanations import tell_wait
 from fsm.planning.plan import Plan
 from fsm.planning.planner import make_plan
 from fsm.planning.relocation import PLACES_LOOK_S, is_better_place_free, is_to_move, may_move
 from fsm.state.core_config import CoreConfig
 from fsm.state.core_state import CoreState
 from fsm.state.model_record import ModelRecord
+from fsm.state.request_queue import RequestGroup
 from fsm.state.runner_match import match
 from fsm.state.snapshot import DeviceView, HeldView, RunnerView, Snapshot, WaitView, take_snapshot
 from fsm.state.timers import Key
@@ -306,13 +308,34 @@ class Core:
                 model.record_arrival(state.now, state.idle_intervals)
             if model.id not in state.specs_by_model:  # an inspection, if any, was for a request that has left
                 model.inspected_since_launch = False
-        if len(state.enqueue(request).requests) == 1:  # 6
-            self._context.unevaluated[spec] = None
+        group = state.enqueue(request)
         if timeout_s is not None:
             state.timers.set(("request", request.id), state.now + timeout_s)
         self._context.decide("queued", spec.model, Queued(state.queued), request.id)
+        self._refuse_hopeless([request])  # 6
+        if request.state is RequestState.queued:
+            self._find_next_step(group, timeout_s)
+
+    def _find_next_step(self, group: RequestGroup, timeout_s: float | None) -> None:
+        """Have a group planned that a request has just joined, unless a plan would find nothing to do:
+
+        1. A request without a time limit does not change what is planned for the requests before it.
+        2. For a model whose files have to be read first, nothing can be planned until they are.
+        """
+        spec = group.spec
+        if spec.purpose is not Purpose.memory:
+            model = self._state.models[spec.model]
+            served = model.current is not None and match(model.current, spec.options)
+            if len(group.requests) > 1 and timeout_s is None:  # 1
+                return
+            if len(group.requests) == 1 and not served and not model.is_read_for(spec.options):  # 2
+                loads.inspect(self._context, model)
+                group.wait(WaitFor.metadata)
+                if self._context.decision_log is not None:
+                    tell_wait(self._state, group, self._context.decision_log)
+                return
+        self._context.unevaluated[spec] = None
         self._context.replan = True
-        self._refuse_hopeless([request])
 
     def _leave(self, event: Release | Cancel) -> None:
         """End a request for its caller. A Cancel after the Grant releases: the caller never received the lease."""
@@ -358,6 +381,7 @@ class Core:
 
     def _sampled(self, event: Sampled) -> None:
         state, mapped = self._state, dict(event.mapped)
+        before = state.ledger.view() if (awaited := state.is_memory_awaited()) else None
         for id, amounts in event.resident:
             runner = state.runners.get(id)
             if runner is None:
@@ -376,7 +400,8 @@ class Core:
         for runner in [runner for runner in state.runners.values() if not runner.process]:
             if event.number >= runner.last_sample and memory_recovery.memory_is_back(self._context, runner):
                 memory_recovery.unload(self._context, runner, RunnerReason.memory_freed)
-        self._context.replan = True
+        if state.overfull() or (awaited and state.ledger.view() != before):
+            self._context.replan = True
 
     def _inspected(self, event: Inspected) -> None:
         model = self._state.models.get(event.model)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from fsm.lifecycle import device_claims, requests, runners
+from fsm.lifecycle.loads import inspect
 from fsm.lifecycle.prefetch import read_ahead
 from fsm.lifecycle.step_context import StepContext
 from fsm.machine.runner import LOADING, RunnerId
-from fsm.messages.commands import Inspect
 from fsm.planning.explanations import tell_placed, tell_victims, tell_waits
 from fsm.planning.plan import Plan
 from fsm.sizing.load_history import MOST_KINDS
@@ -31,12 +31,7 @@ def apply_plan(step: StepContext, plan: Plan) -> bool:
     for spec, wait in plan.waits.items():
         state.groups[spec].wait(*wait)
     for model in plan.inspections:
-        if not model.inspecting:
-            model.inspecting = True
-            asked = state.options_asked_of(model.id)
-            roomier = [options for options in map(model.with_room, asked) if options is not None]
-            unresolved = [options for options in dict.fromkeys((*asked, *roomier)) if model.resolution(options) is None]
-            step.commands.append(Inspect(model.id, tuple(unresolved)))
+        inspect(step, model)
     if log is not None:
         tell_victims(state, plan, log)
     runners.notify_contention(step, plan.contended.union(id for id in plan.victims if state.runners[id].leases))

@@ -10,7 +10,7 @@ from fsm.domain.options import AUTOMATIC, Options
 from fsm.lifecycle import measurements, requests, runners
 from fsm.lifecycle.step_context import StepContext
 from fsm.machine.runner import IDLE, LOADING, Runner, RunnerId
-from fsm.messages.commands import Launch
+from fsm.messages.commands import Inspect, Launch
 from fsm.messages.decision_log import Transition
 from fsm.messages.events import Loaded
 from fsm.messages.reasons import AskedBy, RunnerReason, WaitFor
@@ -23,6 +23,17 @@ from fsm.sizing.model_profile import ModelProfile, ResolvedLoad
 from fsm.state.core_state import CoreState
 from fsm.state.model_record import ModelRecord
 from fsm.state.request_queue import RequestGroup
+
+
+def inspect(step: StepContext, model: ModelRecord) -> None:
+    """Have a model's files read, unless they are being read, for all options that waiting requests name."""
+    if model.inspecting:
+        return
+    model.inspecting = True
+    asked = step.state.options_asked_of(model.id)
+    roomier = [options for options in map(model.with_room, asked) if options is not None]
+    unresolved = [options for options in dict.fromkeys((*asked, *roomier)) if model.resolution(options) is None]
+    step.commands.append(Inspect(model.id, tuple(unresolved)))
 
 
 def launch(step: StepContext, group: RequestGroup, load: ResolvedLoad, placement: Placement) -> Runner:

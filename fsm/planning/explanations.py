@@ -12,6 +12,7 @@ from fsm.messages.reasons import KeptReason
 from fsm.messages.refusals import DoesNotFitRefusal, Refusal
 from fsm.planning.plan import Plan, PlannedPlacement
 from fsm.state.core_state import CoreState
+from fsm.state.request_queue import RequestGroup
 
 
 def tell_victims(state: CoreState, plan: Plan, decision_log: list[Entry]) -> None:
@@ -42,17 +43,19 @@ def tell_placed(state: CoreState, plan: Plan, since: RunnerId, decision_log: lis
 def tell_waits(state: CoreState, plan: Plan, decision_log: list[Entry]) -> None:
     """Log what request groups wait for, and until when, for the groups whose reason has changed."""
     for group in plan.evaluated:
-        if group.spec not in state.groups or group.told == group.waits_for:
-            continue
-        group.told = group.waits_for
-        planned = plan.placements.get(group.spec)
-        runners = runners_considered(state, plan, planned) if planned else ()
-        devices = devices_considered(state, planned) if planned else ()
-        why, id = group.waits_for, group.head.id
-        entry = Decision(
-            state.now, "waits", group.spec.model, why, id, None, group.until, runners, devices, state.steps
-        )
-        decision_log.append(entry)
+        if group.spec in state.groups and group.told != group.waits_for:
+            tell_wait(state, group, decision_log, plan)
+
+
+def tell_wait(state: CoreState, group: RequestGroup, decision_log: list[Entry], plan: Plan | None = None) -> None:
+    """Log what a request group waits for, by a plan or without one."""
+    group.told = group.waits_for
+    planned = plan.placements.get(group.spec) if plan is not None else None
+    runners = runners_considered(state, plan, planned) if plan is not None and planned is not None else ()
+    devices = devices_considered(state, planned) if planned is not None else ()
+    why, id = group.waits_for, group.head.id
+    entry = Decision(state.now, "waits", group.spec.model, why, id, None, group.until, runners, devices, state.steps)
+    decision_log.append(entry)
 
 
 def runners_considered(state: CoreState, plan: Plan, planned: PlannedPlacement) -> tuple[ConsideredRunner, ...]:

@@ -230,6 +230,17 @@ class CoreState(Record):
         """Tell whether more processes may be alive than the set limit allows, or a device holds more than it has."""
         return bool(self.ledger.overcommitted) or 0 < self.config.max_runners < self.processes
 
+    def is_memory_awaited(self) -> bool:
+        """Tell whether a request group waits for what a reading of the devices may show."""
+        return any(map(self._awaits_memory, self.groups))
+
+    def _awaits_memory(self, spec: RequestSpec) -> bool:
+        if spec.purpose is Purpose.memory:
+            return True
+        model = self.models[spec.model]
+        served = model.current is not None and match(model.current, spec.options)
+        return not served and model.is_read_for(spec.options)
+
     def copy(self) -> CoreState:
         """Return an independent copy; immutable values are shared."""
         twin = super(CoreState, self).copy()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from fsm.domain.devices import HOST, DeviceId, DeviceSample
 from fsm.domain.record import Record
@@ -157,6 +157,14 @@ class Ledger(Record):
         """Return the bytes that would be free where `free` is now, once some owners have freed all they hold."""
         accounts = [self.accounts[owner] for owner in owners]
         return {device: amount + sum(one.held_bytes(device) for one in accounts) for device, amount in free.items()}
+
+    def view(self) -> object:
+        """Return a value of all that plans read here: it is equal to another where both lead to the same plans."""
+        devices = [
+            replace(sample, free_bytes=sample.free_bytes - self._reserved_not_touched(id), fresh=True)
+            for id, sample in self.devices.items()
+        ]
+        return devices, [(account.reserved.copy(), account.peak.copy()) for account in self.accounts.values()]
 
     def copy(self) -> Ledger:
         """Return an independent copy."""

@@ -82,6 +82,10 @@ class ModelRecord(Record):
             return Resolution(asked, (ResolvedLoad(asked, self.profile),))
         return self.resolutions.get(asked)
 
+    def is_read_for(self, asked: Options) -> bool:
+        """Tell whether the files were read since the last launch, and the engine was asked for the options `asked`."""
+        return self.inspected_since_launch and self.resolution(asked) is not None
+
     @property
     def last_resolution(self) -> Resolution | None:
         """The resolution that was made last, of any options; None where none is known."""

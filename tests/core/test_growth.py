@@ -8,11 +8,14 @@ from types import FrameType
 
 import pytest
 
-from fsm.domain.devices import MIB
+from fsm.domain.devices import HOST, MIB
+from fsm.domain.options import Options
 from fsm.machine.runner import STOPPING
-from fsm.messages.commands import Grant
+from fsm.messages.commands import Grant, Inspect
+from fsm.messages.events import Event
 from fsm.messages.reasons import WaitFor
 from fsm.messages.refusals import DoesNotFitRefusal, InvalidModelRefusal
+from fsm.planning.plan import Plan
 from fsm.planning.planning_context import GROUPS_AHEAD
 from fsm.sizing.footprint import Footprint
 from fsm.sizing.load_history import MOST_KINDS
@@ -73,6 +76,51 @@ def test_a_decision_costs_about_the_same_however_many_wait() -> None:
 def test_a_plan_ranks_its_candidates_once() -> None:
     """Beside 100 runners, a plan for sixteen request groups calls at most 2.5 times as many functions as for one."""
     assert calls_of(Crowd(100, GROUPS_AHEAD).reading) <= 2.5 * calls_of(Crowd(100, 1).reading)
+
+
+def plans_of(pool: PoolUnderTest, *events: Event) -> int:
+    """Return how many plans events lead to."""
+    plans: list[Plan] = []
+    pool.core.plans = plans
+    pool.feed(*events)
+    return len(plans)
+
+
+def test_a_reading_that_shows_nothing_new_plans_nothing() -> None:
+    """A reading is planned with only where a request waits for memory, and figures have changed."""
+    pool = a_pool(capacity="8GiB").ready("busy", lease=1)
+    pool.feed(acquire("b", request=2))
+    assert plans_of(pool, pool.sample()) == 0
+    pool.strangers = {HOST: MIB}
+    assert plans_of(pool, pool.sample()) == 1
+
+
+def test_a_reading_plans_nothing_for_requests_that_wait_for_a_file_or_a_load() -> None:
+    """Whatever a reading shows, it is not planned with for requests that wait for metadata or for their load."""
+    pool = a_pool(capacity="8GiB", inspects=False)
+    pool.feed(acquire("a", request=1))
+    pool.strangers = {HOST: MIB}
+    assert plans_of(pool, pool.sample()) == 0
+    pool.feed(pool.inspection("a", ()))
+    assert pool.waits_for(1) is WaitFor.load
+    pool.strangers = {HOST: 2 * MIB}
+    assert plans_of(pool, pool.sample()) == 0
+
+
+def test_a_newcomer_is_planned_once_its_file_is_read() -> None:
+    """A request for a model whose file has to be read has it read without a plan, and is planned after that."""
+    pool = a_crowd()
+    pool.inspects = False
+    assert plans_of(pool, acquire("new", request=9)) == 0
+    assert pool.commands[-1] == Inspect("new", (Options(),)) and pool.waits_for(9) is WaitFor.metadata
+    assert plans_of(pool, pool.inspection("new", (Options(),))) == 1
+
+
+def test_a_request_that_joins_others_is_planned_only_where_it_has_a_time_limit() -> None:
+    """A request behind others like it changes no plan, unless it has a time limit, by which busy runners may drain."""
+    pool = a_crowd()
+    assert plans_of(pool, acquire("model 0", request=8)) == 0
+    assert plans_of(pool, acquire("model 0", request=9, timeout=60.0)) == 1
 
 
 class Unscanned(dict):  # type: ignore[type-arg]  # of the mapping that it stands for

@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Self, assert_never
 
+from fsm.domain.devices import HOST
 from fsm.domain.options import Options
 from fsm.eviction.policies import DEFAULT_POLICY, EvictionPolicy
 from fsm.lifecycle import device_claims, failures, loads, measurements, memory_recovery, requests, runners
@@ -174,6 +175,11 @@ class Core:
     def options_asked_of(self, model: ModelId) -> tuple[Options, ...]:
         """Return the options that the requests which wait for a model name, each once."""
         return self._state.options_asked_of(model)
+
+    def free_host_bytes(self) -> int:
+        """Return the bytes of the host that can still be reserved; 0 before the devices were read."""
+        ledger = self._state.ledger
+        return ledger.free_bytes(HOST) if HOST in ledger.devices else 0
 
     def models_in_use(self) -> frozenset[ModelId]:
         """Return the models that are requested, inspected, pinned or have a runner."""

@@ -43,6 +43,7 @@ def llama_engine(
         sees_gpus=sees_gpus,
         log_file=settings.engine_log,
         prompts=prompts,
+        prestart=settings.prestart,
     )
 
 

@@ -125,7 +125,7 @@ class Scheduler:
         """Make the parts: they hold one another and never the scheduler, as a thread would then keep it for ever."""
         self._clock = environment.clock
         self._devices = environment.devices(self.settings)
-        self._engines = environment.engines(self.settings)
+        engines = self._engines = environment.engines(self.settings)
         self.catalog = Catalog(environment.resolvers(self.settings))
         self._registry = ModelRegistry(*self._engines)
         self._parser = RequestParser(
@@ -155,6 +155,8 @@ class Scheduler:
         def tend() -> None:
             event_log.ensure_threads()
             broker.look_round()
+            for engine in engines:
+                engine.look_round(lambda: broker.query(Core.free_host_bytes))
 
         self._prober = HealthMonitor(self._executor, self.settings.probe_interval, tend)
 

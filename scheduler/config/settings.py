@@ -71,6 +71,7 @@ class SettingsArguments(ChangeableArguments, total=False):
     max_loads_per_gpu: int
     max_host_loads: int
     prefetch: bool
+    prestart: bool
     eviction: str | EvictionPolicy
     cpu_threads: int | None
     gpus: bool
@@ -119,6 +120,7 @@ class Settings:
     max_loads_per_gpu: int
     max_host_loads: int
     prefetch: bool
+    prestart: bool
     eviction: EvictionPolicy
     cpu_threads: int | None
     gpus: bool
@@ -311,6 +313,9 @@ SETTINGS = (
     Setting("max_loads_per_gpu", 1, count(1), "loads at once on one GPU", former="loads_per_device"),
     Setting("max_host_loads", 2, count(1), "loads at once on the host", former="loads_on_host"),
     Setting("prefetch", True, flag, "whether files of models that wait for memory are read into the page cache"),
+    Setting(
+        "prestart", True, flag, "whether a process is kept ready for the next load, some 24 MiB, where there is room"
+    ),
     Setting(
         "eviction", DEFAULT_POLICY.name, eviction,
         'which idle runners go first: "reuse", "lru", "keep-alive" or a policy object',

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -160,6 +160,9 @@ class Engine(Protocol):
         Every launch ends in exactly one `RunnerListener.exited`, unless this raises: then no runner was started, and
         there is no report.
         """
+
+    def look_round(self, room: Callable[[], int]) -> None:
+        """Do what is due about once a second; `room` tells how many bytes of the host's memory are free."""
 
     def close(self, timeout_s: float) -> None:
         """End every runner that is left, by force, and the engine's own threads, within `timeout_s` seconds."""

@@ -46,6 +46,7 @@ from scheduler.engines.llama_profile import (
 from scheduler.engines.llama_prompts import RunnerPrompts
 from scheduler.engines.llama_protocol import largest_sequence, loaded_of
 from scheduler.engines.llama_sizing import holds
+from scheduler.engines.llama_spare import Spares
 from scheduler.engines.process_supervisor import CLOSE_TIMEOUT_S, ChildLauncher
 from scheduler.errors.exceptions import EngineMissing, InvalidModel, ModelNotFound, is_out_of_files
 from scheduler.errors.formatting import printable
@@ -166,6 +167,11 @@ class LlamaProcess:
     def pid(self) -> int | None:
         """The id of the child's process; None before its start."""
         return None if self.child is None else self.child.pid
+
+    @property
+    def loads(self) -> bool:
+        """Whether its model is still being loaded."""
+        return not self._url and not self._gone
 
     def stop(self, grace_s: float) -> None:
         """Terminate the child, and kill it after `grace_s` seconds.
@@ -352,6 +358,7 @@ class LlamaEngine:
         sees_gpus: Callable[[], bool] = lambda: False,
         log_file: Path | None = None,
         prompts: PromptStore | None = None,
+        prestart: bool = False,
     ) -> None:
         self._defaults = defaults  # of options that requests leave open
         self._larger_contexts = larger_contexts  # whether an automatic context follows from the GPUs' memory
@@ -359,6 +366,7 @@ class LlamaEngine:
         self._prompts = prompts  # None: the prompts of runners end with them
         self._without_prompts: dict[str, None] = {}  # names of models that were logged so
         self._processes = ChildLauncher()
+        self._spares = Spares(self._processes, enabled=prestart)
         self._version = installed_version(ENGINE)  # empty where it is not installed
         self._cuts: dict[tuple[str, int], None] = {}  # contexts that were logged as cut, by the model's path
         self._dry_runs = DryRuns(self._processes, _dry_run_program)
@@ -466,8 +474,7 @@ class LlamaEngine:
             slots=_there(options.num_parallel),
             holds_back=placement.holds_back,
         )
-        process.child = Child(_program(CHILD, request, gpus), process)
-        self._processes.start(process.child)
+        process.child = self._spares.start(_program(CHILD, request, gpus), request["library"], process)
         importlib.import_module(CLIENT)  # the first answer needs it: it is imported while the model loads
         return process
 
@@ -495,6 +502,10 @@ class LlamaEngine:
             self._misplaced.pop(name, None)
         elif len(self._misplaced) < MOST_MISPLACED:
             self._misplaced[name] = None
+
+    def look_round(self, room: Callable[[], int]) -> None:
+        """Keep a child ready for the next load, if that was wanted and while the host has room for it."""
+        self._spares.look_round(room)
 
     def close(self, timeout_s: float = CLOSE_TIMEOUT_S) -> None:
         """Kill every child that is left, reap it, and end the threads; in a fork this does nothing."""

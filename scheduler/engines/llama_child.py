@@ -2,8 +2,8 @@
 
 The program is run by its path and imports nothing of this project, since every import is time to the first token. Its
 parent writes one JSON object on a line of standard input (`Request` defines it) and keeps that stream open: the end of
-the stream is the order to leave. On standard output the child answers with JSON objects, one a line, each with an
-"event":
+the stream is the order to leave. A child that is given the library's folder as an argument imports the library before
+it reads. On standard output the child answers with JSON objects, one a line, each with an "event":
 
     importing                  the process runs
     loading                    the library is imported, the model is being loaded
@@ -464,10 +464,19 @@ def serve(protocol: int, request: Request) -> Never:
     os._exit(0)  # without the server's clean-up, which waits for answers under way
 
 
+def import_ahead(library: str) -> None:
+    """Import llama.cpp while no request has come; a failure is reported by the import that follows the request."""
+    sys.path.append(library)
+    with suppress(Exception):
+        import xllamacpp  # noqa: F401
+
+
 def main() -> None:
     """Run as the program of a runner's process."""
     protocol = take_over_output()
     settle()
+    for library in sys.argv[1:]:
+        import_ahead(library)
     request = read_request()
     if request is not None:
         serve(protocol, request)

@@ -101,6 +101,7 @@ class ChildSupervisor:
         self._wake_lock = threading.RLock()
         self._runs: dict[Child, _RunningChild] = {}
         self._stops: dict[Child, float] = {}  # the grace of children that are being started and must stop at once
+        self._inputs: dict[Child, bytes] = {}  # of children that are being started, beside their programs' own
         self._children: set[Child] = set()  # handed over and not ended
         self._changed = threading.Condition()  # guards `_children`
         self._ending = False
@@ -146,6 +147,19 @@ class ChildSupervisor:
             self.stop(child, grace_s)
         elif reason:
             self._kill(run)
+        elif (input := self._inputs.pop(child, None)) is not None:
+            self.send(child, input)
+
+    def send(self, child: Child, input: bytes) -> None:
+        """Write to a child's standard input once it has started, and have its listener's ticks begin again."""
+        if (run := self._runs.get(child)) is None:
+            if child in self._children:
+                self._inputs[child] = input
+        elif not run.asked:
+            run.pulse_at = time.monotonic() + PULSE_S
+            if reason := _feed(run.process, input):
+                run.reason = reason
+                self._kill(run)
 
     def stop(self, child: Child, grace_s: float) -> None:
         """Terminate a child, and kill it after `grace_s` seconds."""
@@ -167,6 +181,7 @@ class ChildSupervisor:
     def finish(self, child: Child, exit: Exit) -> None:
         """Report a child's end to its listener and forget the child."""
         self._stops.pop(child, None)
+        self._inputs.pop(child, None)
         _attempt(functools.partial(child.listener.ended, exit))
         with self._changed:
             self._children.discard(child)
@@ -285,11 +300,8 @@ class ChildLauncher:
 
         Raises RuntimeError once the launcher is closed, and in a fork of the process that made it.
         """
-        if os.getpid() != self._owner:
-            raise RuntimeError("a fork cannot use its parent's child processes: make a scheduler of its own")
         with self._lock:
-            if self._closed:
-                raise RuntimeError("closed: no more processes are started")
+            self.require()
             if self._watcher is None:
                 self._watcher = ChildSupervisor()
             if self._spawner is None:
@@ -299,6 +311,18 @@ class ChildLauncher:
                 self._spawner = spawner
             self._watcher.add(child)
             self._queue.put(child)
+
+    def require(self) -> None:
+        """Raise RuntimeError once the launcher is closed, and in a fork of the process that made it."""
+        if os.getpid() != self._owner:
+            raise RuntimeError("a fork cannot use its parent's child processes: make a scheduler of its own")
+        if self._closed:
+            raise RuntimeError("closed: no more processes are started")
+
+    def send(self, child: Child, input: bytes) -> None:
+        """Write some KiB to the standard input of a child that was ordered to start, unless it has ended."""
+        if child.watcher is not None:
+            child.watcher.post(functools.partial(child.watcher.send, child, input))
 
     def close(self, timeout_s: float = CLOSE_TIMEOUT_S) -> bool:
         """Kill the children that are left and end the threads.

@@ -213,6 +213,9 @@ class PythonEngine:
             raise
         return process
 
+    def look_round(self, room: Callable[[], int]) -> None:
+        """Nothing is due."""
+
     def close(self, timeout_s: float = CLOSE_TIMEOUT_S) -> None:
         """Unload every object; a load or unload that does not return within `timeout_s` seconds is left running."""
         with self._lock:

@@ -173,6 +173,9 @@ class FakeEngine:
         self.time.after(declared.load_s, process.finish_load)
         return process
 
+    def look_round(self, room: Callable[[], int]) -> None:
+        """Nothing is due."""
+
     def close(self, timeout_s: float) -> None:
         """End every runner that is left."""
         for process in list(self.processes):

@@ -40,6 +40,15 @@ def lock_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield folder
 
 
+@pytest.fixture(autouse=True, scope="session")
+def no_child_kept_ready() -> Iterator[None]:
+    """Keep no child ready for the next load: few tests have one, and they would take it for a leak."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("scheduler.engines.llama.LlamaEngine.look_round", lambda engine, room: None)
+        patch.setenv("LOADMASTER_PRESTART", "false")
+        yield
+
+
 settings.register_profile("dev", deadline=None)
 settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
 settings.register_profile("fast", deadline=None, derandomize=True, max_examples=20)

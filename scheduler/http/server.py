@@ -111,7 +111,8 @@ class HttpServer(uvicorn.Server):
                 os._exit(128 + number)  # runners end with this process, whatever ends it
             self._ending = True
             if self._loop is not None:
-                self._loop.call_soon_threadsafe(self._begin_end)
+                with suppress(RuntimeError):  # the loop has ended by itself
+                    self._loop.call_soon_threadsafe(self._begin_end)
 
         def hang_up(number: int, frame: FrameType | None) -> None:
             if self._reload is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from scheduler.models.gguf_metadata import read_metadata
 from scheduler.models.model_info import ModelInfo
 from tests.support.written_models import Design, write_model
 from tests.tools.memory.measure import measure
-from tests.tools.memory.report import HEADERS, LEAST_BYTES, MOST_PART, Result, table_row
+from tests.tools.memory.report import HEADERS, LEAST_BYTES, MOST_PART, TEMPLATE, Result, table_row
 from tests.tools.memory.rows import DESIGNS, REAL, ROWS, Row, predict, projectors_of, write_row
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "memory.md"
@@ -35,6 +36,13 @@ QUICK = {
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Make the folder in which each model is written once."""
     return tmp_path_factory.mktemp("models")
+
+
+def test_the_document_has_the_words_of_its_template() -> None:
+    """What is written by hand is in the template: `make memory` writes the document anew and loses none of it."""
+    document = DOCUMENT.read_text(encoding="utf-8")
+    parts = re.split(r"\{\w+\}", TEMPLATE.read_text(encoding="utf-8"))
+    assert [part for part in parts if part not in document] == []
 
 
 # N11

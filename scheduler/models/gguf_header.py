@@ -15,6 +15,7 @@ from types import ModuleType
 
 from scheduler.errors.exceptions import OUT_OF_FILES, InvalidModel, ModelNotFound, is_out_of_files
 from scheduler.models.bounded_reader import Window
+from scheduler.models.gguf_constants import gguf_constants
 
 Value = int | float | str | tuple[int, ...] | None
 
@@ -180,9 +181,7 @@ class _Format:
 
 @cache
 def _format() -> _Format:
-    """Import the package when the first file is read: it takes numpy and 0.14 s with it."""
-    from gguf import constants
-
+    constants = gguf_constants()
     return _Format(
         magic=constants.GGUF_MAGIC,
         version=constants.GGUF_VERSION,

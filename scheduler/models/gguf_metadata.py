@@ -11,6 +11,7 @@ from functools import cache
 from types import MappingProxyType
 
 from scheduler.errors.exceptions import InvalidModel, ModelNotFound
+from scheduler.models.gguf_constants import gguf_constants
 from scheduler.models.gguf_header import Header, Tensor, read_header
 from scheduler.models.model_info import ModelInfo, Recurrence
 from scheduler.models.model_spec import MOST_PARTS
@@ -126,11 +127,10 @@ def _is_known(name: str, names: frozenset[str]) -> bool:
 @cache
 def _tensor_names() -> Mapping[str, frozenset[str]]:
     """Return the names of tensors by architecture, without their endings, as the gguf package has them."""
-    from gguf.constants import MODEL_ARCH_NAMES, MODEL_TENSORS, TENSOR_NAMES
-
+    constants = gguf_constants()
     return {
-        MODEL_ARCH_NAMES[architecture]: frozenset(TENSOR_NAMES[tensor] for tensor in tensors)
-        for architecture, tensors in MODEL_TENSORS.items()
+        constants.MODEL_ARCH_NAMES[architecture]: frozenset(constants.TENSOR_NAMES[tensor] for tensor in tensors)
+        for architecture, tensors in constants.MODEL_TENSORS.items()
     }
 
 

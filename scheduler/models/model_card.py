@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from scheduler.models.gguf_constants import gguf_constants
 from scheduler.models.gguf_header import Tensor, Value, read_header, read_text
 from scheduler.models.gguf_metadata import read_metadata, read_parts, sees
 from scheduler.models.model_spec import ModelSpec
@@ -68,18 +69,15 @@ def read_card(spec: ModelSpec) -> ModelCard:
 
 
 def _elements(tensors: Iterable[Tensor]) -> int:
-    from gguf.constants import GGML_QUANT_SIZES
-
-    blocks = {kind.name: sizes for kind, sizes in GGML_QUANT_SIZES.items()}
+    blocks = {kind.name: sizes for kind, sizes in gguf_constants().GGML_QUANT_SIZES.items()}
     known = [tensor for tensor in tensors if tensor.type in blocks]
     return sum(tensor.bytes // blocks[tensor.type][1] * blocks[tensor.type][0] for tensor in known)
 
 
 def _quantisation(file_type: Value) -> str:
     """Return the name of a file's type, which its largest tensors have; empty where it is not known."""
-    from gguf.constants import LlamaFileType
-
-    names = {kind.value: kind.name for kind in LlamaFileType if kind is not LlamaFileType.GUESSED}
+    kinds = gguf_constants().LlamaFileType
+    names = {kind.value: kind.name for kind in kinds if kind is not kinds.GUESSED}
     name = names.get(file_type, "") if isinstance(file_type, int) else ""
     return name.removeprefix("MOSTLY_").removeprefix("ALL_")
 

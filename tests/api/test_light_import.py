@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 
 import scheduler
 import scheduler.public
+from scheduler.models.gguf_constants import gguf_constants
 from tests.support.real import write_models
 
 MODULES = "; import sys; print(*sys.modules)"
@@ -56,6 +58,21 @@ def test_what_a_program_does_not_need_is_not_imported(code: str, left_out: set[s
 def test_the_client_is_imported_while_the_model_loads(tmp_path: Path) -> None:
     """The first answer does not wait for the import of the HTTP client."""
     assert modules_after(ACQUIRE, str(write_models(tmp_path, "a") / "a.gguf")) >= {"httpx2", "httptools"}
+
+
+def test_a_file_is_read_without_the_whole_gguf_package(tmp_path: Path) -> None:
+    """Of the gguf package its constants are imported, and not its writer, its vocabularies and YAML."""
+    code = f"import sys; from scheduler.models.gguf_metadata import read_metadata; read_metadata(sys.argv[1]){MODULES}"
+    assert modules_after(code, str(write_models(tmp_path, "a") / "a.gguf")) & {"gguf", "yaml", "httpx2"} == set()
+
+
+def test_constants_that_need_their_package_are_imported_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A version of the gguf package whose constants cannot be imported by themselves is imported whole."""
+    alone = gguf_constants()
+    monkeypatch.setattr("importlib.util.module_from_spec", lambda spec: None)
+    whole = gguf_constants.__wrapped__()
+    assert whole is importlib.import_module("gguf.constants") is not alone
+    assert vars(whole).keys() == vars(alone).keys()
 
 
 def test_the_package_has_every_public_name_and_no_other() -> None:

@@ -42,6 +42,7 @@ from scheduler.engines.llama_profile import (
     loads_of,
     profile_of,
     sized_options,
+    without_place,
 )
 from scheduler.engines.llama_prompts import RunnerPrompts
 from scheduler.engines.llama_protocol import largest_sequence, loaded_of
@@ -490,7 +491,7 @@ class LlamaEngine:
         folder, identity = self._prompts.folder(), identity_of(model)
         if folder is None or identity is None:
             return None
-        return RunnerPrompts(self._prompts, str(folder), model.name, (model.id, identity, options))
+        return RunnerPrompts(self._prompts, str(folder), model.name, (model.id, identity, without_place(options)))
 
     def forget_prompts(self, model: ModelId) -> None:
         """Remove what is kept of the prompts of a model."""

@@ -107,10 +107,12 @@ def fingerprint(info: ModelInfo) -> str:
 def sized_options(options: Options) -> Options:
     """Return the part of resolved options that caches and compute buffers depend on, with the slots of a dry run."""
     slots = min(options.num_parallel or 1, MOST_TOLD_SLOTS)
-    named = replace(
-        options, num_gpu=None, main_gpu=None, num_thread=None, use_mmap=None, devices=None, require_gpu=None
-    )
-    return replace(named, num_parallel=slots)
+    return replace(without_place(options), num_parallel=slots)
+
+
+def without_place(options: Options) -> Options:
+    """Return options without where a model goes and how its file is read: its cache is the same with all of these."""
+    return replace(options, num_gpu=None, main_gpu=None, num_thread=None, use_mmap=None, devices=None, require_gpu=None)
 
 
 def loads_of(profile: ModelProfile) -> Iterator[ResolvedLoad]:

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
+from scheduler.engines.llama_spare import Spares
+
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in a shell's background, where Ctrl-C is ignored
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -44,7 +46,7 @@ def lock_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def no_child_kept_ready() -> Iterator[None]:
     """Keep no child ready for the next load: few tests have one, and they would take it for a leak."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("scheduler.engines.llama.LlamaEngine.look_round", lambda engine, room: None)
+        patch.setattr("scheduler.engines.llama.Spares", lambda launcher, enabled: Spares(launcher, enabled=False))
         patch.setenv("LOADMASTER_PRESTART", "false")
         yield
 

@@ -23,7 +23,11 @@ from scheduler.runtime.driver import Driver
 
 
 def llama_engine(
-    settings: Settings, sees_gpus: Callable[[], bool] = lambda: False, prompts: PromptStore | None = None
+    settings: Settings,
+    sees_gpus: Callable[[], bool] = lambda: False,
+    prompts: PromptStore | None = None,
+    *,
+    prestart: bool = False,
 ) -> LlamaEngine:
     """Return the engine of model files, with the settings for the options that requests leave open.
 
@@ -43,7 +47,7 @@ def llama_engine(
         sees_gpus=sees_gpus,
         log_file=settings.engine_log,
         prompts=prompts,
-        prestart=settings.prestart,
+        prestart=prestart,
     )
 
 
@@ -72,8 +76,11 @@ class Environment:
     def engines(self, settings: Settings) -> tuple[Engine, Engine]:
         """Return the engine of model files and the engine of Python objects."""
         prompts = None if (kept := settings.keep_prompts) is None else PromptStore(kept.path, kept.limit_bytes)
-        engine = llama_engine(settings, lambda: self._devices is not None and self._devices.sees_gpus(), prompts)
-        return engine, PythonEngine()
+
+        def sees_gpus() -> bool:
+            return self._devices is not None and self._devices.sees_gpus()
+
+        return llama_engine(settings, sees_gpus, prompts, prestart=settings.prestart), PythonEngine()
 
     def resolvers(self, settings: Settings) -> Sequence[Resolver]:
         """Return the places where models are found by name."""

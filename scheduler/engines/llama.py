@@ -373,6 +373,7 @@ class LlamaEngine:
         self._dry_runs = DryRuns(self._processes, _dry_run_program)
         self._misplaced: dict[str, None] = {}  # names of models, each until it is loaded where it was to go
         self._backends = GpuBackends(self._processes, _backends_program, sees_gpus)
+        self._sees_gpus = sees_gpus
 
     @property
     def problems(self) -> tuple[str, ...]:
@@ -399,6 +400,8 @@ class LlamaEngine:
         dry run is made: blocks for a quarter of a second, and for some seconds at most. Raises `ModelNotFound` or
         `InvalidModel`.
         """
+        if self._spares.untried and not self._sees_gpus():  # else the environment of the load depends on its placement
+            self._spares.expect(_program(CHILD, None, ()), find_library())
         info = read_metadata(
             model.path, adapters=model.adapters, projectors=model.projectors, embedding=model.embedding
         )
@@ -566,7 +569,7 @@ def _way_out(info: ModelInfo) -> str:
     return ". Take another conversion of it, or upgrade loadmaster[llama] if the file is newer"
 
 
-def _program(child: Path, question: Request | DryRun, gpus: Iterable[DeviceId]) -> Program:
+def _program(child: Path, question: Request | DryRun | None, gpus: Iterable[DeviceId]) -> Program:
     """Return a program of ours that sees these GPUs, without the user's start-up code and other packages' code."""
     return Program(
         arguments=(sys.executable, "-I", "-S", str(child)),

@@ -1,15 +1,15 @@
 """A child that has imported llama.cpp before there is a model for it: a load that takes it over does not wait for that.
 
-There is one at most. It is begun after a load, in a moment without one, and only while the host's memory has room for
-it; it is the first to go when that has become scarce. It knows nothing of a model: until it is taken over its standard
-input is empty, and only a load with exactly its arguments and its environment takes it over.
+There is one at most. It is begun before the first load, as its model's files are read, and after others in a moment
+without one, only while the host's memory has room for it; it is the first to go when that has become scarce. It knows
+nothing of a model: until it is taken over its standard input is empty, and only a load with exactly its arguments and
+its environment takes it over.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import replace
 from typing import Protocol
 
@@ -97,31 +97,46 @@ class Spares:
             spare.child.stop(0.0)
         return self._start(program, runner)
 
+    @property
+    def untried(self) -> bool:
+        """Whether no load has begun yet, or none since a spare child has failed, where there is to be one."""
+        return self._enabled and self._next is None
+
+    def expect(self, program: Program, library: str | None) -> None:
+        """Start a spare child for the first load, which is expected soon: its model's files are being read."""
+        if self.untried and library is not None:
+            self._next = replace(program, arguments=(*program.arguments, library), input=b"")
+            self._begin()
+
     def look_round(self, room: Callable[[], int]) -> None:
         """Start a spare child where there is none and no model loads, or end it; `room` tells the host's free bytes.
 
         Called about once a second, by one thread.
         """
         spare = self._spare
-        if spare is not None and spare.over:
+        if spare is None:
+            if self._next is not None and room() >= 2 * SPARE_BYTES:
+                self._begin()
+        elif spare.over:
             with self._lock:  # it might fail each time: the next load has another one tried
                 self._spare = self._next = None
-        elif spare is not None and room() < SPARE_BYTES:
+        elif room() < SPARE_BYTES:
             with self._lock:
-                ours, self._spare = self._spare is spare, None if self._spare is spare else self._spare
+                ours = self._spare is spare
+                self._spare = None if ours else self._spare
             if ours:
                 spare.child.stop(0.0)
-        elif spare is None and self._may_start() and room() >= 2 * SPARE_BYTES:
-            with self._lock:
-                assert self._next is not None
-                begun = self._spare = SpareChild(self._next)
-            with suppress(RuntimeError):  # closed meanwhile
-                self._launcher.start(begun.child)
 
-    def _may_start(self) -> bool:
+    def _begin(self) -> None:
         with self._lock:
             self._loads = [each for each in self._loads if each.loads]
-            return self._next is not None and not self._loads
+            if self._spare is not None or self._next is None or self._loads:
+                return
+            begun = self._spare = SpareChild(self._next)
+        try:
+            self._launcher.start(begun.child)
+        except RuntimeError as error:  # closed meanwhile, or the system allows no more threads
+            begun.ended(Exit(None, f"could not be started: {error}"))
 
     def _start(self, program: Program, runner: Listener) -> Child:
         child = Child(program, runner)

@@ -15,15 +15,15 @@ import psutil
 import pytest
 
 from scheduler import Scheduler, Settings
+from scheduler.engines.child_process import Child
 from scheduler.engines.llama import LlamaEngine, LlamaProcess, child_environment
-from scheduler.engines.llama_spare import SPARE_BYTES
+from scheduler.engines.llama_spare import SPARE_BYTES, Spares
 from scheduler.models.model_spec import ModelSpec
 from tests.engines.test_llama_engine import ON_HOST, SMALL, Told, ask, start, wait_until
 from tests.support.leaks import no_leaks
 from tests.support.tiny_models import write_tiny_model
 
 ROOM = 2 * SPARE_BYTES
-LOOK_ROUND = LlamaEngine.look_round  # which other tests do without
 
 
 @pytest.fixture(scope="module")
@@ -31,6 +31,12 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("spare") / "tiny.gguf"
     write_tiny_model(path)
     return path
+
+
+@pytest.fixture(autouse=True)
+def spares(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep a child ready, which other tests do without."""
+    monkeypatch.setattr("scheduler.engines.llama.Spares", Spares)
 
 
 @pytest.fixture
@@ -54,7 +60,7 @@ def has_served(engine: LlamaEngine, file: Path) -> LlamaProcess:
 
 
 def look_round(engine: LlamaEngine, room: int = ROOM) -> None:
-    LOOK_ROUND(engine, lambda: room)
+    engine.look_round(lambda: room)
 
 
 def spare_of(engine: LlamaEngine) -> psutil.Process | None:
@@ -98,7 +104,7 @@ def test_a_load_takes_over_a_child_that_is_just_being_started(engine: LlamaEngin
 
 
 def test_no_child_is_started_beside_a_load(engine: LlamaEngine, file: Path) -> None:
-    """There is none before the first load, and none is started while a model loads; there is one at most."""
+    """There is none before a load is expected, and none is started while a model loads; there is one at most."""
     look_round(engine)
     assert spare_of(engine) is None
     _, told = launch(engine, file)
@@ -109,6 +115,33 @@ def test_no_child_is_started_beside_a_load(engine: LlamaEngine, file: Path) -> N
     spare = spare_of(engine)
     look_round(engine)
     assert spare == spare_of(engine) is not None
+
+
+def test_the_first_load_has_one_that_was_started_as_its_file_was_read(engine: LlamaEngine, file: Path) -> None:
+    """The first inspection starts a child, the load after it takes it over, and no other inspection starts one."""
+    spec = ModelSpec("tiny", str(file))
+    engine.inspect(spec, [SMALL])
+    begun = engine._spares._spare
+    engine.inspect(spec, [SMALL])
+    assert begun is not None and engine._spares._spare is begun
+    assert has_served(engine, file).child is begun.child
+    engine.inspect(spec, [SMALL])
+    assert engine._spares._spare is None
+
+
+def test_a_child_that_cannot_be_started_is_no_child(
+    engine: LlamaEngine, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the system allows no more threads a load does not wait for a child that never runs."""
+
+    def refuse(child: Child) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine._processes, "start", refuse)
+        engine.inspect(ModelSpec("tiny", str(file)), [SMALL])
+    assert engine._spares._spare is not None and engine._spares._spare.over
+    has_served(engine, file)
 
 
 def test_it_is_there_only_where_the_host_has_room(engine: LlamaEngine, file: Path) -> None:
@@ -180,7 +213,6 @@ def test_its_parent_takes_it_along(file: Path) -> None:
 @pytest.mark.parametrize("prestart", [True, False])
 def test_a_scheduler_keeps_one_where_it_is_told_to(file: Path, monkeypatch: pytest.MonkeyPatch, prestart: bool) -> None:
     """The setting decides whether there is one; the end of the scheduler is that of the child."""
-    monkeypatch.setattr(LlamaEngine, "look_round", LOOK_ROUND)
     with no_leaks(), Scheduler(Settings(gpus=False, prestart=prestart, probe_interval=0.05)) as scheduler:
         engine = scheduler._engines[0]
         assert isinstance(engine, LlamaEngine)

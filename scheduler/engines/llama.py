@@ -483,13 +483,17 @@ class LlamaEngine:
         return process
 
     def _prompts_of(self, model: ModelSpec, options: Options) -> RunnerPrompts | None:
-        """Return the prompts of a runner that is launched; None where none are kept of it: llama.cpp may refuse to."""
+        """Return the prompts of a runner that is launched; None where none are kept of it.
+
+        llama.cpp saves none beside a projector. Of adapters it does not save with which scale, which each request may
+        choose, a prompt was computed: with another scale it would be a wrong one.
+        """
         if self._prompts is None or model.embedding:
             return None
-        if model.projectors:
+        if reason := "a projector" if model.projectors else "adapters" if model.adapters else "":
             if model.name not in self._without_prompts and len(self._without_prompts) < MOST_MISPLACED:
                 self._without_prompts[model.name] = None
-                log.warning("%s: its prompts are not kept, as llama.cpp saves none beside a projector", model.name)
+                log.warning("%s: its prompts are not kept, as llama.cpp cannot save them with %s", model.name, reason)
             return None
         folder, identity = self._prompts.folder(), identity_of(model)
         if folder is None or identity is None:

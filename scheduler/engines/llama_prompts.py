@@ -75,7 +75,13 @@ class RunnerPrompts:
         self.restored_tokens = sum(self._held.values())
         if wanted := sum(one.tokens for one in self._taken):
             level = logging.INFO if self.restored_tokens == wanted else logging.WARNING
-            log.log(level, "%s: %d of %d tokens restored", printable(self._name), self.restored_tokens, wanted)
+            log.log(
+                level,
+                "%s: %d of %d tokens of kept prompts restored",
+                printable(self._name),
+                self.restored_tokens,
+                wanted,
+            )
         self._drop_taken()
 
     def ended(self) -> None:
@@ -112,7 +118,7 @@ class RunnerPrompts:
                 saved.append(kept)
         if saved:
             tokens, size = sum(one.tokens for one in saved), format_bytes(sum(one.bytes for one in saved))
-            log.info("%s: %d tokens of %d slots kept, %s", printable(self._name), tokens, len(saved), size)
+            log.info("%s: prompts of %d tokens kept, %s", printable(self._name), tokens, size)
 
     def forget(self) -> None:
         """Keep nothing of this runner."""

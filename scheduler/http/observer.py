@@ -96,8 +96,17 @@ class Observer:
 
     def load_of(self, runner: RunnerId | None) -> tuple[float, float] | None:
         """Return when the load of a runner began and ended, in seconds of the scheduler's clock; None: not known."""
+        if runner is None:
+            return None
         self.catch_up()
-        life = None if runner is None else self.lives.get(runner)
+        if (load := self._load_of(runner)) is None:  # what has just granted a request may still tell of its load
+            self._scheduler.status()
+            self.catch_up()
+            load = self._load_of(runner)
+        return load
+
+    def _load_of(self, runner: RunnerId) -> tuple[float, float] | None:
+        life = self.lives.get(runner)
         return None if life is None else life.load
 
     def past(self) -> dict[str, Any]:

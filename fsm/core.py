@@ -112,8 +112,18 @@ class Core:
         self._context.commands = commands
         self._handle(event)
         if self._context.replan:
-            self._carry_out_plans()
+            if state.config.plans_later and state.groups:
+                self._plan_now_or_later(event)
+            else:
+                self._carry_out_plans()
         return commands
+
+    def _plan_now_or_later(self, event: Event) -> None:
+        """Leave a plan to the next Tick, unless this is one, or a request that does not wait: it has what is there."""
+        if isinstance(event, Tick) or (isinstance(event, Acquire) and event.timeout_s == 0.0):
+            self._carry_out_plans()
+        else:
+            self._state.plan_due, self._context.replan = True, False
 
     def undone(self) -> list[Command]:
         """Return the commands of a new plan at this moment: none if the last step has left nothing undone."""
@@ -137,7 +147,12 @@ class Core:
 
     def deadline(self) -> float:
         """Return the time at which the next Tick is due, or a little before; infinite when no timer is set."""
-        return self._state.timers.deadline()
+        return self._state.now if self._state.plan_due else self._state.timers.deadline()
+
+    @property
+    def plan_due(self) -> bool:
+        """Whether events wait for a plan, which the next Tick makes; it is due at once."""
+        return self._state.plan_due
 
     def failures(self) -> tuple[str | ClaimMissed, ...]:
         """Return the failures around decisions that the core has worked round; a text is the policy's exception."""
@@ -214,6 +229,7 @@ class Core:
             case Release() | Cancel():
                 self._leave(event)
             case Tick():
+                self._context.replan = self._state.plan_due
                 while (key := self._state.timers.take_due(self._state.now)) is not None:
                     self._time_is_up(key)
             case Sampled():
@@ -238,6 +254,8 @@ class Core:
                 self.late += 1  # the model was never pinned
             case Configure():
                 runners.configure(self._context, event)
+                if event.max_leases is not None:
+                    self._serve_loaded()
             case Close():
                 self._close(event.timeout_s)
             case _:
@@ -300,6 +318,12 @@ class Core:
         if model.current is not None and model.current.state is not LOADING:
             requests.serve(self._context, model.current, self._state.groups_served_by(model.current))
 
+    def _serve_loaded(self) -> None:
+        """Serve the requests that wait for leases of loaded runners, after the limit of leases has changed."""
+        state = self._state
+        for runner in [one for one in state.runners.values() if one.current and one.state is not LOADING]:
+            requests.serve(self._context, runner, state.groups_served_by(runner))
+
     def _queue(self, request: Request, event: Acquire) -> None:
         state, spec, timeout_s = self._state, request.spec, event.timeout_s
         if spec.purpose is not Purpose.memory:
@@ -340,7 +364,7 @@ class Core:
                 if self._context.decision_log is not None:
                     tell_wait(self._state, group, self._context.decision_log)
                 return
-        self._context.unevaluated[spec] = None
+        self._state.unevaluated[spec] = True
         self._context.replan = True
 
     def _leave(self, event: Release | Cancel) -> None:
@@ -485,11 +509,12 @@ class Core:
     def _carry_out_plans(self) -> None:
         """Plan and carry the plans out, until another plan would find nothing more to do."""
         context, state = self._context, self._state
+        state.plan_due = False
         while True:
             if not state.groups and not state.overfull():
                 stand_down(context)
                 break
-            plan = make_plan(state, self.policy, context.unevaluated, explains=context.decision_log is not None)
+            plan = make_plan(state, self.policy, explains=context.decision_log is not None)
             if self.plans is not None:
                 self.plans.append(plan)
             self.policy_failure = plan.policy_failure or self.policy_failure

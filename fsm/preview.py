@@ -80,7 +80,8 @@ def preview(now: float, core: Core, spec: RequestSpec, profile: Found, known: Lo
     assert spec.purpose is not Purpose.memory, "memory has no model"
     scratch = core.copy()
     state, scratch.plans = scratch._state, []
-    state.config = replace(state.config, claims=False)  # the claims of other programs are no part of the answer
+    # the claims of other programs are no part of the answer, which is all of what follows from the request
+    state.config = replace(state.config, claims=False, plans_later=False)
     scratch.step(now, Tick())
     scratch.plans.clear()
     request = RequestId(max(state.requests, default=0) + 1)

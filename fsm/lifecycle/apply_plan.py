@@ -14,7 +14,7 @@ from fsm.sizing.load_history import MOST_KINDS
 
 def stand_down(step: StepContext) -> None:
     """End the device claims and prefetches that were for request groups, now that no request group is left."""
-    step.unevaluated.clear()
+    step.state.unevaluated.clear()
     if step.state.claims:
         device_claims.launch_all(step, ())
     if step.state.prefetching:
@@ -27,7 +27,7 @@ def apply_plan(step: StepContext, plan: Plan) -> bool:
     if plan.matches or plan.refusals:
         _answer_at_once(step, plan)
         return True  # memory that was planned for these groups is free for the groups behind them
-    step.unevaluated.clear()
+    step.state.unevaluated.clear()
     for spec, wait in plan.waits.items():
         state.groups[spec].wait(*wait)
     for model in plan.inspections:

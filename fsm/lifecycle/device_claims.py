@@ -66,7 +66,7 @@ def claim_answered(step: StepContext, event: ClaimGranted | ClaimContended) -> b
 def claim_time_is_up(step: StepContext, number: int) -> None:
     """End the wait for a claim, or release the claim of a runner that was stopped and is overdue."""
     if (claim := step.state.claims.get(number)) is not None:
-        claim.had = claim.missed = True
+        claim.had, claim.missed = True, not claim.had
         step.replan = True
         return
     for runner in step.state.runners.values():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fsm.machine.request import ModelId, RequestId, RequestSpec
+from fsm.machine.request import ModelId, RequestId
 from fsm.machine.runner import PROCESS_TABLE, READY, RUNNER_TABLE, Runner, RunnerId
 from fsm.machine.transition_table import IllegalTransition, State, Table
 from fsm.messages.commands import Command, Sample
@@ -17,14 +17,13 @@ TOLD = 5  # of a runner's last transitions, in the message of one that is illega
 class StepContext:
     """The argument of every verb of the lifecycle: the state to change, and what the step produces."""
 
-    __slots__ = ("claim_failure", "commands", "decision_log", "replan", "state", "unevaluated")
+    __slots__ = ("claim_failure", "commands", "decision_log", "replan", "state")
 
     def __init__(self, state: CoreState) -> None:
         self.state = state
         self.commands: list[Command] = []  # of this step, in order
         self.decision_log: list[Entry] | None = None
         self.replan = False  # something changed that may let a request group start
-        self.unevaluated: dict[RequestSpec, None] = {}  # groups for the next plan to evaluate, however far back
         self.claim_failure: ClaimMissed | None = None  # the claim that the last launch went ahead without
 
     def fire(self, runner: Runner, trigger: str, reason: TransitionReason) -> None:
@@ -61,7 +60,7 @@ class StepContext:
 
     def reevaluate(self, model: ModelRecord) -> None:
         """Have the request groups of a model evaluated again: more is known of it, or it has a runner."""
-        self.unevaluated.update((group.spec, None) for group in self.state.groups_of_model(model.id))
+        self.state.unevaluated.update((group.spec, True) for group in self.state.groups_of_model(model.id))
         self.replan = True
 
     def read_devices(self) -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import partial
 
+from fsm.domain.devices import DeviceId
 from fsm.eviction.policies import Candidate, EvictionPolicy
 from fsm.eviction.reuse_prediction import IdleTimeStatistics, ReuseForecast
 from fsm.eviction.victim_selection import apply_policy, in_words
@@ -17,8 +18,15 @@ from fsm.state.core_state import CoreState
 class Candidates:
     """Every runner that may be evicted at all, as a policy sees it."""
 
-    def __init__(self, state: CoreState, policy: EvictionPolicy, awaited: Collection[RunnerId]) -> None:
+    def __init__(
+        self,
+        state: CoreState,
+        policy: EvictionPolicy,
+        awaited: Collection[RunnerId],
+        held: Mapping[RunnerId, Mapping[DeviceId, int]],
+    ) -> None:
         self.state = state
+        self.held = held  # bytes by device of each runner
         self.policy = policy
         self.policy_failure = ""  # the exception that the policy raised; the oldest runners go first instead
         # why each runner that may not be evicted for any request group may not; every other runner is movable
@@ -51,11 +59,11 @@ class Candidates:
 
     def candidate(self, runner: Runner, bound: float, *, hurried: bool = False) -> Candidate:
         """Return a runner as a policy sees it."""
-        account = self.state.ledger.accounts["runner", runner.id]
+        held, devices = self.held[runner.id], self.state.ledger.devices
         model = self.state.models[runner.model]
         load_s = None if runner.loaded_at is None else model.usual_load_s(runner.placement.gpu_layers)
         return Candidate(
-            runner.id, runner.model, sum(map(account.held_bytes, self.state.ledger.devices)), runner.keep_alive_s,
+            runner.id, runner.model, sum([held.get(device, 0) for device in devices]), runner.keep_alive_s,
             runner.used_at, load_s, len(runner.leases),
             evictable_at(self.state, runner, bound, hurried=hurried), partial(self._forecast, runner), runner.prompts_s,
         )  # fmt: skip

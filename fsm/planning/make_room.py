@@ -178,8 +178,8 @@ def _wait_for_idle(
     Whenever another candidate may leave, a new plan chooses again, so the first runners that may leave serve the group.
     """
     context.wait(group, WaitForRunners(_models(victims), RunnerStep.idle), at)
-    moments = (at, context.bound(group), *(one.free_at for one in may))
-    context.plan.replan_at = min(context.plan.replan_at, *(moment for moment in moments if moment > context.state.now))
+    moments = (at, context.bound(group), *[one.free_at for one in may])
+    context.plan.replan_at = min([context.plan.replan_at, *[one for one in moments if one > context.state.now]])
 
 
 def _wait_for_memory(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from itertools import takewhile
 
@@ -17,7 +17,7 @@ from fsm.domain.devices import DeviceId
 from fsm.domain.options import Options
 from fsm.eviction.policies import Candidate, EvictionPolicy
 from fsm.eviction.victim_selection import Amount, SelectionProblem, choose_victims
-from fsm.machine.request import ModelId, Purpose, RequestSpec
+from fsm.machine.request import ModelId, Purpose
 from fsm.machine.runner import LOADING, Runner
 from fsm.messages.reasons import DeviceShrunk, RunnerLimit, WaitFor, WaitReason
 from fsm.messages.refusals import LoadFailedRefusal, UnsupportedOption
@@ -39,21 +39,19 @@ from fsm.state.runner_match import match, serves, without_what_is_had
 NO_MODEL = ModelId("")  # of groups for memory of the program's own
 
 
-def make_plan(
-    state: CoreState, policy: EvictionPolicy, unevaluated: Collection[RequestSpec], *, explains: bool = False
-) -> Plan:
+def make_plan(state: CoreState, policy: EvictionPolicy, *, explains: bool = False) -> Plan:
     """Return the plan for the request groups, in order, until nothing is left that any of them could have.
 
-    Planning stops at the first group that cannot be helped. The groups of `unevaluated` are still evaluated, so a
+    Planning stops at the first group that cannot be helped. The groups of `state.unevaluated` are still evaluated, so a
     request that can never be satisfied is refused at once, whatever its position in the queue. With `explains` the plan
     says of each runner why it is not evicted.
     """
     context = PlanningContext(state, policy, explains=explains)
     _evict_excess(context)
-    for group in state.groups_in_order(unevaluated):
+    for group in state.groups_in_order(state.unevaluated):
         if _nothing_left(context):
             break
-        if not _is_behind_same_model(context, group, unevaluated):
+        if not _is_behind_same_model(context, group):
             _plan_group(context, group)
     ahead = {group.spec for group in context.plan.evaluated}
     for spec in state.specs_by_model.get(NO_MODEL, ()):  # memory of the program's own takes no place of a process
@@ -62,8 +60,8 @@ def make_plan(
         if spec not in ahead:
             _plan_group(context, state.groups[spec])
             ahead.add(spec)
-    for spec in unevaluated:
-        if spec in state.groups and spec not in ahead:
+    for spec in state.unevaluated:
+        if spec not in ahead:
             _evaluate(context, state.groups[spec], WaitFor.earlier_requests)
     context.plan.policy_failure, context.plan.barred = context.candidates.policy_failure, context.candidates.barred
     return context.plan
@@ -123,9 +121,9 @@ def _no_memory_left(context: PlanningContext) -> bool:
     return all(amount <= 0 and context.ahead[device] >= GROUPS_AHEAD for device, amount in there.items())
 
 
-def _is_behind_same_model(context: PlanningContext, group: RequestGroup, unevaluated: Collection[RequestSpec]) -> bool:
+def _is_behind_same_model(context: PlanningContext, group: RequestGroup) -> bool:
     """Tell whether an evaluated group is far behind other groups for its model, which are served first."""
-    if context.successors[group.spec.model] < GROUPS_AHEAD or group.spec in unevaluated:
+    if context.successors[group.spec.model] < GROUPS_AHEAD or group.spec in context.state.unevaluated:
         return False
     current = context.state.models[group.spec.model].current
     if current is not None and match(current, group.spec.options):
@@ -341,8 +339,7 @@ def _plan_runner(
     3. Else its victims are chosen.
     """
     mandatory = _mandatory_victims(context, model)
-    others = [runner for runner in context.state.runners.values() if runner.id not in context.overdue]
-    accompanied = model.load_exclusively and bool(context.plan.launches or not all(map(context.state.pinned, others)))
+    accompanied = model.load_exclusively and (context.plan.launches or not _all_others_pinned(context))
     places = context.availability.process_slots[NOW]
     if model.load_exclusively:  # 1
         context.availability.process_slots[NOW] = 0
@@ -365,6 +362,11 @@ def _plan_runner(
             return
     placement = plan_eviction(context, group, need, mandatory)  # 3
     context.availability.reserved_by_model[model.id] = dict(need.amounts(placement))
+
+
+def _all_others_pinned(context: PlanningContext) -> bool:
+    others = [runner for runner in context.state.runners.values() if runner.id not in context.overdue]
+    return all(map(context.state.pinned, others))
 
 
 def _best_offload(context: PlanningContext, group: RequestGroup, demand: PlacementDemand) -> Offload | None:

@@ -52,7 +52,7 @@ class PlanningContext:
         self.load_slots = LoadSlots(state.config, (runner.placement for runner in self.loading))
         # runners with no lease left -> the rank of the first request that waits for one of their leases
         self.serving = {runner.id: rank for runner in state.runners.values() if (rank := _first_waiting(state, runner))}
-        self.candidates = Candidates(state, policy, self.awaited)
+        self.candidates = Candidates(state, policy, self.awaited, self.availability.held)
         self._own_bounds: dict[RequestSpec, float] = {}
         self._rankings: dict[tuple[bool, bool, tuple[DeviceId, ...]], Ranking] = {}
         self.waiting = 0  # request groups for which victims were looked for

@@ -32,6 +32,7 @@ class CoreConfig:
     spread_over_gpus: bool = False  # a model is split over all GPUs even where one GPU takes it
     require_gpu: bool = False  # a model is refused rather than placed on the host in part or whole
     memory_limited: bool = False  # a limit is set on the host's memory: pages of mapped files count as any other memory
+    plans_later: bool = False  # the next Tick plans for all events before it; else the step of each event plans
     claims: bool = False  # whether launches claim their devices among all programs on the machine
     persists_measurements: bool = False  # whether measurements are kept in a store, for later programs
     keeps_prompts: bool = False  # whether prompts of a runner that is given up are kept for the next one like it

@@ -35,7 +35,7 @@ class OpenClaim(Record):
     number: int
     devices: frozenset[DeviceId]
     by: float  # when the wait for it is over
-    had: bool = False  # it was granted, or the wait for it is over; never between two steps
+    had: bool = False  # it was granted, or the wait for it is over; between two steps only while a plan is due
     missed: bool = False  # the wait for it is over
     contended: bool = False  # another program loads on one of the devices
 
@@ -69,6 +69,8 @@ class CoreState(Record):
     busy_on_host: int = 0  # ready runners that compute on the host
     peak_busy_on_host: int = 0  # the most of them at once so far
     idle_intervals: Histogram = field(default_factory=dict)  # of all models
+    plan_due: bool = False  # the next Tick makes a plan, and comes at once; only with `plans_later`
+    unevaluated: dict[RequestSpec, bool] = field(default_factory=dict)  # groups for the next plan, however far back
     steps: int = 0  # begun so far: the number of the step under way, or of the last step
 
     def enqueue(self, request: Request) -> RequestGroup:
@@ -94,6 +96,7 @@ class CoreState(Record):
         del group.requests[request.id]
         if not group.requests:
             del self.groups[spec]
+            self.unevaluated.pop(spec, None)
             self.specs_by_model[spec.model].remove(spec)
             if not self.specs_by_model[spec.model]:
                 del self.specs_by_model[spec.model]

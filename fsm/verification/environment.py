@@ -126,7 +126,7 @@ def moments(state: CoreState) -> Iterator[float]:
 def time_of(core: Core, event: Event) -> float:
     """Return when an event comes: now, or for a Tick at the first moment that is ahead."""
     now = core._state.now
-    if not isinstance(event, Tick) or any(at <= now for at, _ in core._state.timers.items()):
+    if not isinstance(event, Tick) or core.plan_due or any(at <= now for at, _ in core._state.timers.items()):
         return now
     return min((at for at in moments(core._state) if now < at < math.inf), default=now)
 
@@ -154,7 +154,7 @@ def enabled_events(core: Core, scenario: Scenario, past: IdHighWater) -> Iterato
         yield ClaimGranted(claim.number)
         if not claim.contended:
             yield ClaimContended(claim.number)
-    if state.timers.items() or time_of(core, Tick()) > state.now:
+    if core.plan_due or state.timers.items() or time_of(core, Tick()) > state.now:
         yield Tick()
     yield from scenario.configures
     if scenario.closes:
@@ -202,6 +202,8 @@ def fair_next_event(core: Core, scenario: Scenario) -> Event | None:
     scheduler closes, no claim is granted, no load ends, no lease is released, and time passes for the leases alone.
     """
     state = core._state
+    if core.plan_due:
+        return Tick()
     for model in state.models.values():
         if model.inspecting:
             return next(_inspections(state, model, scenario))

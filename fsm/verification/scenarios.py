@@ -179,6 +179,18 @@ SCENARIOS: tuple[Scenario, ...] = (
         replace(LIMITS, max_leases=1), expires=False, closes=False, keeps=True,
     ),
     Scenario(
+        "plans-later", "requests that wait for a limited time, or not at all, and plans that come after other events",
+        HOST_8, ONE_PLACE, EITHER, 3, 60_000,
+        replace(LIMITS, plans_later=True),
+        timeouts_s=(None, 0.0), expires=False,
+    ),
+    Scenario(
+        "claims-before-plans", "device claims, and memory of the program's own, with plans that come later",
+        HOST_8, ((A, _on_host(6)), (B, _on_host(2))), (*EITHER, _memory(4)), 3, 60_000,
+        replace(LIMITS, claims=True, plans_later=True),
+        expires=False,
+    ),
+    Scenario(
         "full-queue", "a queue of one place",
         HOST_8, ONE_PLACE, EITHER, 3, 60_000,
         replace(LIMITS, max_queue=1),

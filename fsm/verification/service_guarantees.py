@@ -27,6 +27,7 @@ from fsm.messages.events import (
     Tick,
     Unpin,
 )
+from fsm.messages.reasons import WaitFor
 from fsm.messages.refusals import WouldDeadlockRefusal
 from fsm.sizing.footprint import Footprint
 from fsm.state.core_config import USE_PER_LOAD
@@ -105,7 +106,16 @@ def a_load_begins_under_claims_of_all_its_devices(step: CoreStep, launch: Launch
         runner = step.now.runners[launch.runner]
         devices = {device for device, amount in runner.placement.bytes if amount}
         claimed = step.was.claims[runner.claim].devices if runner.claim else frozenset()
-        assert devices <= claimed or isinstance(step.event, Tick), name_of(runner)
+        over = isinstance(step.event, Tick) and any(one.by <= step.now.now for one in step.was.claims.values())
+        assert devices <= claimed or over, name_of(runner)
+
+
+@of_step(Acquire)
+def a_request_that_does_not_wait_is_planned_at_once(step: CoreStep, event: Acquire) -> None:
+    """A request whose time limit is 0 is planned in its own step, so that it has what is there."""
+    request = step.now.requests.get(event.request)
+    if event.timeout_s == 0.0 and request is not None and request.state is RequestState.queued:
+        assert step.now.groups[request.spec].waits_for is not WaitFor.plan, f"request {request.id}"
 
 
 @of_step(Release, Cancel)

@@ -36,6 +36,7 @@ PAUSE_S = 0.05  # between two events while it settles
 SETTLING = 5000  # events within which a core settles
 MOST_STEPS = 400_000  # that shrinking a trace may take
 OVERSLEPT_S = 3000.0  # a gap lasts no longer
+LATER = 0.5  # of the plans that are due
 MOST_PRIORITIES = 3  # between two request specifications
 
 Make = Callable[..., Core]
@@ -95,9 +96,11 @@ def simulate(
     every: int = 1,
     coverage: Coverage | None = None,
     shrinks: bool = True,
+    plans_later: bool = False,
 ) -> Outcome:
     """Run one seed for `most` steps and then until it has settled; with coverage, what it showed is added to that."""
     config = draw_sim_config(draw)
+    config = replace(config, limits=replace(config.limits, plans_later=plans_later))
     watched = _watched(config, make, every, coverage)
     environment = SimEnvironment(config, draw)
     violation = None
@@ -152,7 +155,9 @@ def _run(watched: _Watched, environment: SimEnvironment, most: int) -> None:
             overslept = draw.randrange(20)
         overslept = max(0, overslept - 1)
         event: Event | None
-        if deadline < environment.next_at() and not overslept:
+        if core.plan_due and draw.random() < LATER:  # its thread comes later than the next event
+            event = environment.next_event()
+        elif deadline < environment.next_at() and not overslept:
             environment.now = max(environment.now, deadline)
             event = Tick()
         else:

@@ -76,7 +76,7 @@ LEFT_OUT: Mapping[type, Mapping[str, str]] = MappingProxyType(
         RequestGroup: dict.fromkeys(("waits_for", "until", "told", "evicted"), "for people to read"),
         Account: {"predicted": "follows from the options of the launch and what its model is made of"},
         Ledger: {},
-        OpenClaim: {"had": "never between two steps, which `check_state` sees to"},
+        OpenClaim: {},
     }
 )
 
@@ -141,7 +141,8 @@ class _View:
             models, sorted(groups.get("", [])), list(map(canonical.number, ledger.devices.values())),
             sorted(ledger.available_before.items()),
             sorted(ledger.overcommitted), self._memory(ledger), [self._claim(claim) for claim in state.claims.values()],
-            self._timers(), self.times[looks_from(state)], state.closing, canonical.shared(state.config),
+            self._timers(), self.times[looks_from(state)], state.closing, state.plan_due,
+            canonical.shared(state.config),
         )  # fmt: skip
 
     def _order_of_times(self) -> dict[float, float]:
@@ -203,7 +204,8 @@ class _View:
         )
 
     def _claim(self, claim: OpenClaim) -> Part:
-        return self.claims[claim.number], sorted(claim.devices), self.times[claim.by], claim.missed, claim.contended
+        flags = claim.had, claim.missed, claim.contended
+        return self.claims[claim.number], sorted(claim.devices), self.times[claim.by], flags
 
     def _model(self, model: ModelRecord) -> Part:
         canonical, current = self.canonical, model.current
@@ -262,7 +264,8 @@ class _View:
             )
             for request in group.requests.values()
         ]  # fmt: skip
-        return waiting, self.canonical.shared(spec.options), spec.purpose.value, spec.priority, spec.memory
+        new = spec in self.state.unevaluated
+        return waiting, self.canonical.shared(spec.options), spec.purpose.value, spec.priority, spec.memory, new
 
 
 def _account(account: Account) -> Part:

@@ -278,9 +278,9 @@ class TraceState:
     def claim_for(self, launch: Launch) -> ClaimedDevices | None:
         """Return the claim of all devices of a launch: a granted claim, or a claim that was waited for in vain."""
         devices = {device for device, amount in launch.placement.bytes if amount}
-        for claim in self.open.values():
-            if devices and claim.had and devices <= claim.devices:
-                return claim
+        granted = [claim for claim in self.open.values() if devices and claim.had and devices <= claim.devices]
+        if granted:  # several may be granted before a plan; the others are for launches on more devices
+            return min(granted, key=lambda claim: len(claim.devices))
         for claim in self.given_up:
             if devices and self.now >= claim.since + self.limits.claim_timeout_s:
                 return claim

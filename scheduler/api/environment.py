@@ -64,6 +64,8 @@ def device_reader(settings: Settings, *, gpus: bool = True) -> DeviceReader:
 class Environment:
     """The machine as it is. `scheduler.testing` replaces every part of it."""
 
+    plans_later = True  # the driver's thread plans, once for all events that came meanwhile
+
     def __init__(self) -> None:
         self.clock: Clock = monotonic_clock
         self._devices: DeviceReader | None = None

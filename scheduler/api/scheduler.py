@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from contextlib import suppress
+from dataclasses import replace
 from functools import cache, partial
 from types import TracebackType
 from typing import Self, Unpack, overload
@@ -135,7 +136,7 @@ class Scheduler:
         )  # fmt: skip
         event_log = self._event_log = EventLog(self.settings.event_buffer, self._registry.name, environment.thread_pool)
         self._hub = Hub(self.settings.event_buffer, self._registry.name, event_log)
-        core = Core(limits_of(self.settings), self.settings.eviction)
+        core = Core(replace(limits_of(self.settings), plans_later=environment.plans_later), self.settings.eviction)
         self._recorder: Recorder | None = None
         if (file := self.settings.recording_file) is not None:
             self._recorder = Recorder(file, self.settings.recording_limit, core, self._registry.name)

@@ -1,5 +1,7 @@
 """The driver: steps the core with the events of an inbox, on any thread that holds its lock but the main thread.
 
+The driver's own thread posts the ticks, and so makes the plans that events leave due (`CoreConfig.plans_later`).
+
 Five things would break the driver if it did not provide for them:
 
 * **Ctrl-C** may raise inside a step at any point, and only in the main thread. So the main thread never runs a step:
@@ -139,10 +141,14 @@ class Driver:
             if taken:
                 self._lock.release()
 
-    def _drain(self, *, wait: bool = False) -> None:
-        while self._inbox and self._lock.acquire(blocking=wait):
+    def _drain(self, *, tick: bool = False) -> None:
+        """Step with all events of the inbox, where no other thread does; with `tick`, wait for the lock, and tick."""
+        while (tick or self._inbox) and self._lock.acquire(blocking=tick):
             failed: BaseException | None = None
             try:
+                if tick:  # only now: no other thread makes the plan that may be due
+                    self._inbox.append(_TICK)
+                    tick = False
                 self._step_all()
             except BaseException as error:
                 failed = self.broken = error
@@ -162,6 +168,9 @@ class Driver:
             entries = core.decision_log = []
         while inbox:
             event = inbox.popleft()
+            if isinstance(event, _Query) and core.plan_due and self.broken is None:
+                inbox.appendleft(event)  # a query sees what became of the events before it
+                event = _TICK
             if isinstance(event, _Query):
                 self._tell()  # first: the listeners get the entries of a step before a query sees that step
                 event.run(core)
@@ -203,8 +212,6 @@ class Driver:
             except queue.Empty:
                 if self._clock() - until > _GAP_S:
                     self._stood_still()
-                self._inbox.append(_TICK)
                 due = True
             self._asleep_until = -math.inf  # awake: no thread needs to wake this one
-            # an event that is due stays due until the thread that holds the lock has seen it, so wait for the lock
-            self._drain(wait=due)
+            self._drain(tick=due)

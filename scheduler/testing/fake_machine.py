@@ -149,6 +149,8 @@ def _waits(broker: RequestBroker, auto_advance: bool) -> bool:
 class _FakeEnvironment(Environment):
     """The parts of a fake machine, where a scheduler looks for them."""
 
+    plans_later = False  # what a test sees must not depend on when a thread comes to plan
+
     def __init__(self, time: VirtualTime, engine: FakeEngine, capacities: Mapping[DeviceId, int]) -> None:
         super().__init__()
         self._time = time

@@ -108,7 +108,7 @@ from tests.support.reasons import every
 
 ROOT = Path(__file__).resolve().parents[2]
 MIB = 2**20
-OF_A_STEP = {"commands", "decision_log", "unevaluated", "state", "replan"}  # of a step, or of the state
+OF_A_STEP = {"commands", "decision_log", "state", "replan"}  # of a step, or of the state
 
 
 def through_json(value: object) -> Any:

@@ -12,17 +12,23 @@ import textwrap
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
-from fsm.core import Core
+import fsm.core
+from fsm.core import Core, CoreConfig
+from fsm.domain.devices import HOST, MIB, DeviceSample
 from fsm.domain.options import Options
 from fsm.machine.request import ModelId, Purpose, RequestId, RequestSpec
 from fsm.messages.commands import Command, Inspect, Launch, Reject
 from fsm.messages.decision_log import Decision, Entry
-from fsm.messages.events import Acquire, Event, Exited, Release, Tick
+from fsm.messages.events import Acquire, Event, Exited, Inspected, Release, Sampled, Tick
 from fsm.messages.reasons import Queued
 from fsm.messages.refusals import TimedOut
+from fsm.planning.plan import Plan
+from fsm.planning.planner import make_plan
+from fsm.sizing.footprint import Footprint
 from fsm.verification.state_invariants import check_state
 from scheduler.concurrency.clock import monotonic_clock
 from scheduler.concurrency.thread_pool import ThreadPool
@@ -222,13 +228,72 @@ def test_a_deadline_that_comes_during_a_step_is_told_once(start: Callable[..., D
     holder = threading.Thread(target=lambda: driver.post(acquire(2)), daemon=True)
     holder.start()
     assert entered.wait(LIMIT_S)
-    assert_soon(lambda: driver._inbox)
+    assert_soon(lambda: driver._asleep_until == -math.inf)
     threading.Event().wait(0.05)
-    ticks = list(driver._inbox)
     go_on.set()
     holder.join(LIMIT_S)
-    assert ticks == [Tick()]
     assert_soon(lambda: 1 not in driver.query(lambda core: core._state.requests))
+    assert core.stepped.count(Tick()) == 1
+
+
+def come(driver: Driver, model: str, request: int) -> None:
+    """Post a request, and what its inspection finds: a model of no bytes."""
+    driver.post(acquire(request, model))
+    driver.post(Inspected(ModelId(model), Footprint()))
+
+
+@pytest.fixture
+def planners(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Return a list to which every plan adds the thread that makes it."""
+    threads: list[int] = []
+
+    def noted(*args: Any, **how: Any) -> Plan:
+        threads.append(threading.get_ident())
+        return make_plan(*args, **how)
+
+    monkeypatch.setattr(fsm.core, "make_plan", noted)
+    return threads
+
+
+def a_later_core() -> Core:
+    core = Core(CoreConfig(plans_later=True, max_host_loads=10))
+    core.step(0.0, Sampled((DeviceSample(HOST, "cpu", "host", 8 * MIB, 8 * MIB),)))
+    return core
+
+
+def test_only_the_driver_s_thread_plans(start: Callable[..., Driver], planners: list[int]) -> None:
+    """Whichever threads post events, the driver's own thread makes the plans, soon and without another event."""
+    core = a_later_core()
+    driver = start(core)
+    for number in range(1, 4):
+        in_thread(lambda number=number: come(driver, f"model {number}", number))  # type: ignore[misc]  # binds now
+        assert_soon(lambda number=number: len(core._state.runners) == number)
+    assert set(planners) == {driver._thread.ident}
+
+
+def test_all_that_comes_before_a_plan_is_planned_together(start: Callable[..., Driver], planners: list[int]) -> None:
+    """For ten newcomers whose events wait in the inbox there is one plan, and one more that finds nothing to do."""
+    core = a_later_core()
+    driver = start(core)
+    with driver._lock:  # another thread is in a step
+        for number in range(1, 11):
+            come(driver, f"model {number}", number)
+    in_thread(lambda: driver.post(Release(RequestId(11))))  # late: it has the inbox drained, and that is all
+    assert_soon(lambda: len(core._state.runners) == 10)
+    assert len(driver.query(lambda core: planners)) == 2
+
+
+def test_a_reader_sees_the_plan_for_what_it_posted_before(start: Callable[..., Driver], planners: list[int]) -> None:
+    """A query that comes before the driver's thread plans has the plan made first."""
+    driver = start(a_later_core())
+    found: list[int] = []
+
+    def look() -> None:
+        come(driver, "a", 1)
+        found.append(driver.query(lambda core: len(core._state.runners)))
+
+    in_thread(look)
+    assert found == [1]
 
 
 def test_a_reader_sees_what_it_posted_before(start: Callable[..., Driver]) -> None:

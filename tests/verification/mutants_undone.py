@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from fsm.core import Core
 from fsm.lifecycle import requests, runners
 from fsm.lifecycle.step_context import StepContext
 from fsm.machine.request import Request
 from fsm.machine.runner import Runner, RunnerId
+from fsm.messages.events import Acquire, Event, Pin
 from fsm.messages.reasons import RunnerReason
 from fsm.state.model_record import ModelRecord
 from tests.verification.mutant import Patch, instead, mutant
@@ -53,3 +55,22 @@ def who_takes_what_is_to_go_is_not_asked(patch: Patch) -> None:
     @instead(patch, runners, "notify_contention")
     def ask(original: Callable[..., None], step: StepContext, wanted: set[RunnerId]) -> None:
         original(step, {id for id in wanted if step.state.runners[id].leases})
+
+
+@mutant("plans-later", most=2000)
+def a_plan_that_is_due_is_forgotten(patch: Patch) -> None:
+    """An event leaves its plan to the next Tick, which never comes to know of it."""
+
+    @instead(patch, Core, "_plan_now_or_later")
+    def plan(original: Callable[..., None], core: Core, event: Event) -> None:
+        original(core, event)
+        core._state.plan_due = False
+
+
+@mutant("plans-later", most=2000)
+def a_request_that_does_not_wait_is_planned_later(patch: Patch) -> None:
+    """A request whose time limit is 0 is left to the next Tick, which refuses it before the plan."""
+
+    @instead(patch, Core, "_plan_now_or_later")
+    def plan(original: Callable[..., None], core: Core, event: Event) -> None:
+        original(core, Pin(event.spec.model) if isinstance(event, Acquire) else event)

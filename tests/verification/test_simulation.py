@@ -79,7 +79,7 @@ def covered() -> Coverage:
     """Run some short seeds, in each of which every property has to hold."""
     coverage = Coverage()
     for seed in range(SEEDS):
-        outcome = simulate(Random(seed), STEPS, every=4, coverage=coverage)
+        outcome = simulate(Random(seed), STEPS, every=4, coverage=coverage, plans_later=seed % 2 == 1)
         assert outcome.violation is None, f"python -m tests.tools.fuzz_core --first {seed} --seeds 1 --steps {STEPS}"
     return coverage
 

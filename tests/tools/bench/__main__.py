@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from tests.tools.bench import (
+    bursts,
     cold,
     cores,
     footprints,
@@ -35,6 +36,7 @@ BENCHMARKS = {
     "metadata": metadata.run,
     "server": http_server.run,
     "growth": growth.run,
+    "bursts": bursts.run,
     "http": http_clients.run,
     "imports": imports.run,
     "footprints": footprints.run,

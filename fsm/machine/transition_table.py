@@ -34,6 +34,10 @@ class _State(transitions.State):
 class _Machine(transitions.Machine):
     state_cls = _State
 
+    def get_state(self, state: str | Enum) -> transitions.State:
+        """Return a state by its name, or by ours, whose public name takes long to ask for."""
+        return self.states[state._name_ if isinstance(state, Enum) else state]
+
 
 class TableError(ValueError):
     """The table itself is wrong: duplicate, unknown, unreachable or dead-end rows."""

@@ -84,7 +84,8 @@ class RequestBroker:
         except BaseException:  # Ctrl-C, for example: a caller that leaves cancels its request
             self.cancel(pending)
             raise
-        pending.raise_refusal()
+        if pending.error is not None:
+            pending.raise_refusal()
 
     def submit_future(
         self, parsed: ParsedRequest, settle: Callable[[FutureRequest, Future[Any]], None], scheduler: object

@@ -55,6 +55,7 @@ class RunnerHandle:
         self.looked_at = False  # a poll of the runner is queued or under way
         self.settled = False  # ContextFilled was posted
         self._progress_at = 0.0
+        self._loaded: Loaded | None = None  # to be posted when the launch returns
         self._client: RunnerClient | None = None
 
     @property
@@ -81,7 +82,9 @@ class RunnerHandle:
             return
         with self._lock:
             self.process = process
-            grace_s = self._stop_grace_s
+            grace_s, loaded = self._stop_grace_s, self._loaded
+        if loaded is not None and not self.over:
+            self._post(loaded)
         if grace_s is not None:  # the Stop came during the launch, when there was no process to stop
             process.stop(grace_s)
 
@@ -110,7 +113,12 @@ class RunnerHandle:
             self.value = endpoint
         self.serves = True
         resident, to_come = (tuple(sorted(amounts.items())) for amounts in (memory.resident, memory.to_come))
-        self._post(Loaded(self.runner, num_ctx, resident, memory.mapped_bytes, to_come, flash_attention))
+        loaded = Loaded(self.runner, num_ctx, resident, memory.mapped_bytes, to_come, flash_attention)
+        with self._lock:
+            if self.process is None:  # the launch has not returned yet, and a lease needs the process
+                self._loaded = loaded
+                return
+        self._post(loaded)
 
     def failed(self, error: BaseException) -> None:
         """Keep the exception that ended the load."""

@@ -23,7 +23,7 @@ from fsm.domain.options import Options
 from fsm.machine.request import ModelId, Purpose, RequestId, RequestSpec
 from fsm.messages.commands import Command, Inspect, Launch, Reject
 from fsm.messages.decision_log import Decision, Entry
-from fsm.messages.events import Acquire, Event, Exited, Inspected, Release, Sampled, Tick
+from fsm.messages.events import Acquire, Event, Exited, Inspected, Loaded, Release, Sampled, Tick
 from fsm.messages.reasons import Queued
 from fsm.messages.refusals import TimedOut
 from fsm.planning.plan import Plan
@@ -32,6 +32,7 @@ from fsm.sizing.footprint import Footprint
 from fsm.verification.state_invariants import check_state
 from scheduler.concurrency.clock import monotonic_clock
 from scheduler.concurrency.thread_pool import ThreadPool
+from scheduler.engines.interface import Memory
 from scheduler.runtime.driver import Driver
 from scheduler.runtime.event_stream import EventStream
 from scheduler.runtime.runner_handle import RunnerHandle
@@ -356,6 +357,27 @@ def test_a_launch_that_hangs_does_not_hold_up_its_stop() -> None:
     go_on.set()
     assert stopped.wait(LIMIT_S)
     thread.join()
+
+
+def test_a_load_that_ends_within_its_launch_is_told_with_its_process() -> None:
+    """A runner that serves before its launch has returned is granted only when its process is known."""
+    processes: list[object] = []
+
+    class Engine:
+        def launch(self, *arguments: object) -> Process:
+            life.loaded(object(), None, Memory())
+            return Process()
+
+    class Process:
+        pass
+
+    def post(event: Event) -> None:
+        assert isinstance(event, Loaded)
+        processes.append(life.process)
+
+    life = RunnerHandle(Launch(7, ModelId("a"), Options(), None), Engine(), None, post)  # type: ignore[arg-type]
+    life.begin()
+    assert [type(one) for one in processes] == [Process]
 
 
 def test_a_thread_that_cannot_be_started_loses_no_job(monkeypatch: pytest.MonkeyPatch) -> None:

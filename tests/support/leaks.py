@@ -17,10 +17,13 @@ from typing import Any
 from unittest.mock import patch
 
 import psutil
+import uvloop
 
 from fsm.machine.runner import RunnerState
 from scheduler import Scheduler
 from tests.support.invariants import check_scheduler
+
+uvloop.new_event_loop().close()  # libuv opens a pipe for signals once, and keeps it
 
 _SETTLE_S = 10.0
 _ADOPT = 36  # PR_SET_CHILD_SUBREAPER: orphans become children of this process

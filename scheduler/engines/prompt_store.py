@@ -2,7 +2,7 @@
 
 The engine writes and reads the files; this store names them, counts them and removes them. They hold what was asked.
 So their folder is new for each program and this user's alone, and is removed when the program closes its scheduler.
-Where a program was killed, the next one removes it: a folder whose lock file nobody locks has no owner any more.
+Where a program was killed, the next one removes it: a folder whose lock file is not locked has no owner any more.
 """
 
 from __future__ import annotations

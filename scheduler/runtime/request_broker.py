@@ -72,7 +72,7 @@ class RequestBroker:
         return PendingRequest(RequestId(next(self._ids)), parsed.spec.model, parsed.name, scheduler)
 
     def new_loop_request(self, parsed: ParsedRequest, scheduler: object) -> LoopRequest:
-        """Return the like for a task of an event loop."""
+        """Return a pending request of a task, whose event loop the answer wakes; it has not been submitted."""
         return LoopRequest(RequestId(next(self._ids)), parsed.spec.model, parsed.name, scheduler)
 
     def submit_and_wait(self, pending: PendingRequest, parsed: ParsedRequest, held: Held = NOTHING_HELD) -> None:

@@ -25,7 +25,7 @@ from scheduler.runtime.pending_request import NonCopyable, PendingRequest
 if TYPE_CHECKING:
     from openai import AsyncOpenAI, OpenAI
 
-    from scheduler.engines.runner_client import Call, RunnerClient
+    from scheduler.engines.runner_client import Call, Progress, RunnerClient
     from scheduler.runtime.request_broker import RequestBroker
 
 _IS_OBJECT = "it is an object without a server: use the value of the lease"
@@ -263,6 +263,7 @@ class Lease(NonCopyable, Generic[Value]):
         self,
         text: Sequence[str],
         *,
+        progress: Progress | None = None,
         timeout: str | float | None = None,
         total_timeout: str | float | None = None,
         **parameters: Any,
@@ -271,33 +272,36 @@ class Lease(NonCopyable, Generic[Value]):
         self,
         text: str | Sequence[str],
         *,
+        progress: Progress | None = None,
         timeout: str | float | None = None,
         total_timeout: str | float | None = None,
         **parameters: Any,
     ) -> list[float] | list[list[float]]:
         """Return the vector of a text, or the vectors of several; the model must be acquired with `embedding=True`.
 
-        Many texts are computed a few at a time, and `timeout` is the longest silence between them.
+        Many texts are computed a few at a time: `timeout` is the longest silence between them, and `progress` is called
+        with the number of texts done and the number of all after each.
         """
         limits = _limits(timeout, total_timeout)
         with self._using(embeds=True) as client:
-            return client.embed(text, **limits, **parameters)
+            return client.embed(text, progress=progress, **limits, **parameters)
 
     def rerank(
         self,
         query: str,
         documents: Sequence[str],
         *,
+        progress: Progress | None = None,
         timeout: str | float | None = None,
         total_timeout: str | float | None = None,
     ) -> list[float]:
         """Return a score for each document, in their order: the higher, the better it answers the query.
 
-        The model must be a reranker, acquired with `embedding=True`.
+        The model must be a reranker, acquired with `embedding=True`. `progress` is called as for `embed`.
         """
         limits = _limits(timeout, total_timeout)
         with self._using() as client:
-            return client.rerank(query, documents, **limits)
+            return client.rerank(query, documents, progress=progress, **limits)
 
     def tokenize(
         self,
@@ -367,6 +371,7 @@ class Lease(NonCopyable, Generic[Value]):
         self,
         text: Sequence[str],
         *,
+        progress: Progress | None = None,
         timeout: str | float | None = None,
         total_timeout: str | float | None = None,
         **parameters: Any,
@@ -375,6 +380,7 @@ class Lease(NonCopyable, Generic[Value]):
         self,
         text: str | Sequence[str],
         *,
+        progress: Progress | None = None,
         timeout: str | float | None = None,
         total_timeout: str | float | None = None,
         **parameters: Any,
@@ -382,20 +388,21 @@ class Lease(NonCopyable, Generic[Value]):
         """Like `embed`."""
         limits = _limits(timeout, total_timeout)
         async with self._ausing(embeds=True) as client:
-            return await client.aembed(text, **limits, **parameters)
+            return await client.aembed(text, progress=progress, **limits, **parameters)
 
     async def arerank(
         self,
         query: str,
         documents: Sequence[str],
         *,
+        progress: Progress | None = None,
         timeout: str | float | None = None,
         total_timeout: str | float | None = None,
     ) -> list[float]:
         """Like `rerank`."""
         limits = _limits(timeout, total_timeout)
         async with self._ausing() as client:
-            return await client.arerank(query, documents, **limits)
+            return await client.arerank(query, documents, progress=progress, **limits)
 
     async def atokenize(
         self,

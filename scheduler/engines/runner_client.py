@@ -31,6 +31,7 @@ from scheduler.errors.exceptions import OUT_OF_FILES, AnswerTimeout, EngineError
 from scheduler.models.chat_defaults import NO_DEFAULTS, ChatDefaults
 
 Value = TypeVar("Value")
+Progress = Callable[[int, int], object]  # called with the number of texts that are done, and the number of all
 
 CONNECT_TIMEOUT_S = 5.0
 # llama.cpp's server closes a connection after 5 s without a request, so no connection is kept for as long as that.
@@ -294,6 +295,7 @@ class RunnerClient:
         self,
         text: Sequence[str],
         *,
+        progress: Progress | None = None,
         timeout_s: float | None = None,
         total_timeout_s: float | None = None,
         **parameters: Any,
@@ -302,14 +304,18 @@ class RunnerClient:
         self,
         text: str | Sequence[str],
         *,
+        progress: Progress | None = None,
         timeout_s: float | None = None,
         total_timeout_s: float | None = None,
         **parameters: Any,
     ) -> list[float] | list[list[float]]:
         """Return the vector of one text, or the vectors of several in their order, which are sent a few at a time."""
         limits, vectors = Limits(timeout_s, total_timeout_s), list[list[float]]()
-        for request in embedding_requests([text] if isinstance(text, str) else list(text), parameters):
+        texts = [text] if isinstance(text, str) else list(text)
+        for request in embedding_requests(texts, parameters):
             vectors += self._post(request, _vectors, limits)
+            if progress is not None:
+                progress(len(vectors), len(texts))
         return vectors[0] if isinstance(text, str) else vectors
 
     @overload
@@ -326,6 +332,7 @@ class RunnerClient:
         self,
         text: Sequence[str],
         *,
+        progress: Progress | None = None,
         timeout_s: float | None = None,
         total_timeout_s: float | None = None,
         **parameters: Any,
@@ -334,14 +341,18 @@ class RunnerClient:
         self,
         text: str | Sequence[str],
         *,
+        progress: Progress | None = None,
         timeout_s: float | None = None,
         total_timeout_s: float | None = None,
         **parameters: Any,
     ) -> list[float] | list[list[float]]:
         """As `embed`, in an event loop."""
         limits, vectors = Limits(timeout_s, total_timeout_s), list[list[float]]()
-        for request in embedding_requests([text] if isinstance(text, str) else list(text), parameters):
+        texts = [text] if isinstance(text, str) else list(text)
+        for request in embedding_requests(texts, parameters):
             vectors += await self._apost(request, _vectors, limits)
+            if progress is not None:
+                progress(len(vectors), len(texts))
         return vectors[0] if isinstance(text, str) else vectors
 
     def rerank(
@@ -349,6 +360,7 @@ class RunnerClient:
         query: str,
         documents: Sequence[str],
         *,
+        progress: Progress | None = None,
         timeout_s: float | None = None,
         total_timeout_s: float | None = None,
     ) -> list[float]:
@@ -356,6 +368,8 @@ class RunnerClient:
         limits, scores = Limits(timeout_s, total_timeout_s), list[float]()
         for request in rerank_requests(query, documents):
             scores += self._post(request, _scores, limits)
+            if progress is not None:
+                progress(len(scores), len(documents))
         return scores
 
     async def arerank(
@@ -363,6 +377,7 @@ class RunnerClient:
         query: str,
         documents: Sequence[str],
         *,
+        progress: Progress | None = None,
         timeout_s: float | None = None,
         total_timeout_s: float | None = None,
     ) -> list[float]:
@@ -370,6 +385,8 @@ class RunnerClient:
         limits, scores = Limits(timeout_s, total_timeout_s), list[float]()
         for request in rerank_requests(query, documents):
             scores += await self._apost(request, _scores, limits)
+            if progress is not None:
+                progress(len(scores), len(documents))
         return scores
 
     def tokenize(

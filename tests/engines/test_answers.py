@@ -11,6 +11,7 @@ import threading
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
+from itertools import accumulate
 from typing import Any
 
 import httpx2
@@ -374,8 +375,10 @@ def test_u49_many_texts_are_embedded_a_few_at_a_time(embed: str, length: int) ->
     """U49: no request has many texts or a lot of text, and the vectors are in the texts' order."""
     seen: list[list[str]] = []
     with closing(embedder(seen)) as client:
-        texts = [f"{number} {'x' * length}" for number in range(50)]
-        assert EMBEDS[embed](client, texts) == [[float(number)] for number in range(50)]
+        texts, told = [f"{number} {'x' * length}" for number in range(50)], list[tuple[int, int]]()
+        vectors = EMBEDS[embed](client, texts, progress=lambda done, total: told.append((done, total)))
+        assert vectors == [[float(number)] for number in range(50)]
+    assert told == [(done, 50) for done in accumulate(map(len, seen))]
     assert [text for batch in seen for text in batch] == texts and len(seen) > 1
     assert all(len(batch) <= BATCH_TEXTS for batch in seen)
     assert all(len(batch) == 1 or sum(map(len, batch)) <= BATCH_CHARACTERS for batch in seen)
@@ -466,7 +469,10 @@ def test_u35_scores_are_in_the_order_of_the_documents() -> None:
         return httpx2.Response(200, json={"results": sorted(results, key=lambda each: -each["relevance_score"])})
 
     with closing(RunnerClient("http://127.0.0.1:1", "key", transport=httpx2.MockTransport(reply))) as client:
-        assert client.rerank("a", [str(number) for number in range(40)]) == [float(number) for number in range(40)]
+        told: list[tuple[int, int]] = []
+        scores = client.rerank("a", [str(number) for number in range(40)], progress=lambda *done: told.append(done))
+        assert scores == [float(number) for number in range(40)]
+        assert told[-1] == (40, 40) and told == sorted(set(told)) and len(told) > 1
         assert asyncio.run(client.arerank("a", ["5", "7", "6"])) == [5.0, 7.0, 6.0]
     assert max(seen) <= BATCH_TEXTS
 

@@ -19,7 +19,7 @@ $(shell rm -rf $(VENV))
 endif
 
 # The tests that need the decision core alone.
-TESTS_OF_CORE := tests/core tests/verification tests/repo/test_boundary.py
+TESTS_OF_CORE := tests/core tests/verification tests/cluster/test_choice.py tests/cluster/test_digest.py tests/repo/test_boundary.py
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:

@@ -36,7 +36,7 @@ LAYERS = (
     ("fsm.planning",),
     ("fsm.lifecycle",),
     ("fsm.core",),
-    ("fsm.preview", "fsm.verification"),
+    ("fsm.preview", "fsm.verification", "fsm.cluster"),
     ("scheduler.errors", "scheduler.devices", "scheduler.concurrency"),
     ("scheduler.config", "scheduler.recording"),
     ("scheduler.models",),
@@ -45,6 +45,7 @@ LAYERS = (
     ("scheduler.api",),
     ("scheduler",),
     ("scheduler.http", "scheduler.testing"),
+    ("scheduler.cluster",),
     ("scheduler.cli",),
 )
 # Packages that few packages may import: (package, its importers).

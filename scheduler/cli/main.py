@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -20,6 +21,7 @@ from scheduler.errors.former_names import warn_of_former_name
 
 PROGRAM = "loadmaster"
 WRONG_USE = 2
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 SERVER = "http://127.0.0.1:11434"
 LONGEST_KEEP_ALIVE_S = 60.0  # the demonstration waits for it
 
@@ -43,13 +45,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _say_no_more()
         return 141
     except OSError as error:
-        try:
-            print(end="", flush=True)
-        except OSError:  # the output could not be written: a full disk, for example
-            _say_no_more()
-            print(f"{PROGRAM}: its output cannot be written: {error.strerror}", file=sys.stderr)
-            return WRONG_USE
-        raise
+        if error.errno not in _NO_ROOM:
+            raise
+        _say_no_more()
+        print(f"{PROGRAM}: its output cannot be written: {error.strerror}", file=sys.stderr)
+        return WRONG_USE
 
 
 def _say_no_more() -> None:

@@ -125,7 +125,9 @@ def _because(error: OSError | ValueError) -> str:
         return "it may not be read: check its permissions"
     if is_out_of_files(error):
         return f"it cannot be read: {OUT_OF_FILES}"
-    return f"it cannot be read ({error.strerror or error})" if isinstance(error, OSError) else f"its path has {error}"
+    if isinstance(error, ValueError):
+        return f"its path cannot be used ({error})"
+    return f"it cannot be read ({error.strerror or error})"
 
 
 _Identity = tuple[str, int, int, int, int]

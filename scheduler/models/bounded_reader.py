@@ -4,14 +4,9 @@ from __future__ import annotations
 
 import os
 import struct
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from scheduler.errors.exceptions import InvalidModel
-
-if TYPE_CHECKING:
-    import numpy
-    from numpy.typing import NDArray
 
 LARGEST_FILE_BYTES = 1 << 50  # far above any real model
 WINDOW_BYTES = 256 * 1024
@@ -19,11 +14,9 @@ MOST_STRING_BYTES = 1 << 30  # llama.cpp's own limit
 # Not llama.cpp's limit: far above any real model, so that a hostile file of any size costs tens of milliseconds.
 MOST_READ_BYTES = 128 * WINDOW_BYTES
 MOST_TEXTS = 1 << 21  # in all arrays together
-MOST_ODD_TEXTS = 1 << 16  # the part of them that can only be walked over one by one
 
 KEPT_ELEMENTS = 1 << 10  # longer arrays of numbers (token types, scores) are skipped
 MOST_KEPT_ELEMENTS = 1 << 17  # in all arrays together; arrays beyond it are skipped as well
-STRIDE = 32  # texts that are walked over one by one before the rest of a window is scanned as a whole
 
 _U64 = struct.Struct("<Q")
 
@@ -38,10 +31,8 @@ class Window:
         self._bytes = b""
         self._start = 0  # offset of the window in the file
         self._at = 0  # position in the window; may lie behind its end after a skip
-        self._chains: _Chains | None = None  # of this window, set once it is worth the scan
         self._elements_left = MOST_KEPT_ELEMENTS
         self._texts_left = MOST_TEXTS
-        self._odd_texts_left = MOST_ODD_TEXTS
         self._reading_left = MOST_READ_BYTES
 
     @property
@@ -134,48 +125,30 @@ class Window:
         while count:
             if self._at + _U64.size > len(self._bytes):
                 self._read(_U64.size)
-            count -= self._step(min(count, STRIDE))
-            if self._odd_texts_left < 0:
-                raise self.fail("too many of its texts are empty, have 256 bytes or more, or hold zeros", begin)
-            if count and self._at < len(self._bytes):
-                count -= self._leap(count)
+            count -= self._walk(count)
 
-    def _step(self, most: int) -> int:
-        """Walk over up to `most` texts, one by one, as long as they begin in the window; return how many."""
+    def _walk(self, most: int) -> int:
+        """Walk over up to `most` texts, as long as they begin in the window; return how many.
+
+        Numpy would find all texts of a window in a third of the time, and takes longer to import than most vocabularies
+        take to walk over.
+        """
         unpack, window, last = _U64.unpack_from, self._bytes, len(self._bytes) - _U64.size
         here = at = self._at
         count = 0
         while count < most and at <= last:
             here, at = at, at + _U64.size + unpack(window, at)[0]
             count += 1
-        self._odd_texts_left -= count
-        self._go_to(at, here)
-        return count
-
-    def _leap(self, most: int) -> int:
-        """Go on behind up to `most` texts at once, as many as are known to follow each other; return how many."""
-        if self._chains is None:
-            self._chains = _chains(self._bytes)
-        chains = self._chains
-        first = int(chains.starts.searchsorted(self._at))
-        if first == len(chains.starts) or chains.starts[first] != self._at:
-            return 0
-        last = int(chains.last[chains.last.searchsorted(first)])
-        last = min(last, first + most - 1)
-        self._go_to(int(chains.ends[last]), int(chains.starts[last]))
-        return last - first + 1
-
-    def _go_to(self, at: int, here: int) -> None:
-        """Go on at `at`, behind a text that begins at `here`."""
         self._at = at
         if self.left < 0:
             raise self.cut_short(self.offset, self._start + here)
+        return count
 
     def _read(self, count: int) -> None:
         """Begin a new window here, with the next `count` bytes in it."""
         if count > self.left:
             raise self.cut_short(self.offset + count)
-        self._start, self._at, self._chains = self.offset, 0, None
+        self._start, self._at = self.offset, 0
         os.lseek(self._descriptor, self._start, os.SEEK_SET)
         wanted = min(WINDOW_BYTES, self.left)  # `count` never exceeds a window
         self._reading_left -= wanted
@@ -188,30 +161,3 @@ class Window:
         self._bytes = b"".join(pieces)
         if count > len(self._bytes):
             raise self.fail("the file became shorter while it was read")
-
-
-@dataclass(frozen=True, slots=True)
-class _Chains:
-    """Every place in a window that may be the length of a text of less than 256 bytes: one byte and seven zeros."""
-
-    starts: NDArray[numpy.intp]  # positions, ascending
-    ends: NDArray[numpy.intp]  # where the text would end that begins at the same place in `starts`
-    last: NDArray[
-        numpy.intp
-    ]  # indices of texts whose end is not the next start: up to there, each is a text if the text before it is
-
-
-def _chains(window: bytes) -> _Chains:
-    """Scan a whole window at once, which takes a tenth of the time of walking over its texts."""
-    import numpy  # a dependency of the gguf package; it takes 0.1 s to import, which only the first file pays
-
-    content = numpy.frombuffer(window, numpy.uint8)
-    zeros = content == 0
-    for shift in (1, 2, 3):  # two zeros in a row, then four, then seven
-        zeros = zeros[:-shift] & zeros[shift:]
-    if numpy.count_nonzero(zeros) > len(window) // _U64.size:  # more than texts can have: mostly zeros, as a hole has
-        zeros = zeros[:0]
-    starts = numpy.flatnonzero(zeros[1:])
-    ends = starts + _U64.size + content[starts]
-    broken = numpy.flatnonzero(ends[:-1] != starts[1:])
-    return _Chains(starts, ends, numpy.append(broken, len(starts) - 1))

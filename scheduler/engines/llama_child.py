@@ -261,7 +261,9 @@ def context_of_a_slot(url: str, key: str) -> int | None:
     question = f"GET /v1/models HTTP/1.0\r\nHost: {host}\r\nAuthorization: Bearer {key}\r\nConnection: close\r\n\r\n"
     answer = b""
     try:
-        with socket.create_connection((host, int(port)), timeout=ANSWER_TIMEOUT_S) as connection:
+        with socket.socket() as connection:  # `create_connection` would import the codec of international names
+            connection.settimeout(ANSWER_TIMEOUT_S)
+            connection.connect((host, int(port)))
             connection.sendall(question.encode())
             while len(answer) < ANSWER_LIMIT_BYTES and (part := connection.recv(1 << 16)):
                 answer += part

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import encodings.idna  # noqa: F401 - each new connection's address goes through it, the first answer's too
 import json
 import re
 import socket
@@ -13,6 +14,7 @@ from contextlib import aclosing, closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, TypeVar, overload
 
+import httpcore2  # noqa: F401 - httpx2 imports it with its first client, which the first answer would wait for
 import httpx2
 
 from scheduler.engines.answer import Answer, PartialAnswer

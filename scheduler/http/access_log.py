@@ -21,7 +21,7 @@ log = logging.getLogger("loadmaster.access")
 CLIENT_LEFT = 499  # the status, as nginx counts it, of a request whose client left before the response began
 _LONGEST_PATH = 200  # characters
 _MOST_LINES = 10_000  # that wait to be written; more are dropped
-_NOTED = ("model", "wait_s", "load_s", "answer_s", "tokens_in", "tokens_out", "error", "left")
+_NOTED = ("model", "node", "wait_s", "load_s", "answer_s", "tokens_in", "tokens_out", "error", "left")
 
 
 class AccessLog:

@@ -17,11 +17,12 @@ from scheduler.http.openai import PROTOCOL
 from scheduler.http.protocol_module import Body
 from scheduler.http.runner_routes import RunnerRoute, model_of
 from scheduler.http.service import Service, refuse
+from scheduler.http.settings import ServerSettings
 from scheduler.models.model_spec import ModelSpec
 
 Model = ModelSpec | PythonModel[Any]
 
-_NOT_ALLOWED = ErrorAnswer(
+NOT_ALLOWED = ErrorAnswer(
     403,
     "actions_not_allowed",
     "without a key, models are loaded, expired, pinned and unpinned from this machine only, and with the setting "
@@ -29,9 +30,8 @@ _NOT_ALLOWED = ErrorAnswer(
 )
 
 
-def may_act(service: Service, exchange: Exchange) -> bool:
+def may_act(settings: ServerSettings, exchange: Exchange) -> bool:
     """Tell whether a client that the guard has let in may act: with the key, or from this machine where that is set."""
-    settings = service.settings
     return settings.api_key is not None or (settings.dashboard_actions and _is_local(exchange.client))
 
 
@@ -44,8 +44,8 @@ def _is_local(client: str | None) -> bool:
 
 def _acting(act: Callable[[Service, Model], Awaitable[str]]) -> Callable[[Service, Exchange], Awaitable[None]]:
     async def respond(service: Service, exchange: Exchange) -> None:
-        if not may_act(service, exchange):
-            await refuse(exchange, PROTOCOL, _NOT_ALLOWED)
+        if not may_act(service.settings, exchange):
+            await refuse(exchange, PROTOCOL, NOT_ALLOWED)
             return
         content = await exchange.body(service.settings.body_limit, service.settings.body_timeout)
         done = await act(service, await _model_of(service, object_of(content)))

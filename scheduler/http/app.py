@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Unpack
 
 from starlette.applications import Starlette
@@ -40,11 +40,14 @@ def create_app(scheduler: Scheduler, **settings: Unpack[ServerArguments]) -> ASG
     application needs no lifespan. Names of models are looked up in `scheduler.catalog`, and never taken as paths.
     Keywords are listed in `ServerArguments`. Raises `InvalidSettings`.
     """
-    checked = ServerSettings(**settings)
-    service = Service(scheduler, checked)
+    return application(Service(scheduler, ServerSettings(**settings)))
+
+
+def application(service: Service, more: Sequence[ProtocolModule] = ()) -> ASGIApp:
+    """Return the application of a service, with the endpoints of more modules."""
     routes = [
         Route(path, _Endpoint(service, module.PROTOCOL, respond), methods=[*methods])
-        for module in _MODULES
+        for module in (*_MODULES, *more)
         for methods, path, respond in (*_runner_endpoints(module), *module.ENDPOINTS)
     ]
     routes.append(Route("/openapi.json", _Endpoint(service, openai.PROTOCOL, _describe), methods=["GET"]))
@@ -52,7 +55,7 @@ def create_app(scheduler: Scheduler, **settings: Unpack[ServerArguments]) -> ASG
     inner = Starlette(routes=routes, exception_handlers={HTTPException: _refused})
     inner.router.default = _no_route
     inner.router.redirect_slashes = False
-    return Counted(Guard(inner, checked, protocol_of, _needs_no_key), service.metrics)
+    return Counted(Guard(inner, service.settings, protocol_of, needs_no_key), service.metrics)
 
 
 class _Endpoint:
@@ -121,5 +124,6 @@ def protocol_of(path: str) -> Protocol:
     return anthropic.PROTOCOL if path.startswith("/v1/messages") else openai.PROTOCOL
 
 
-def _needs_no_key(method: str, path: str) -> bool:
+def needs_no_key(method: str, path: str) -> bool:
+    """Tell whether a request is answered without a key."""
     return (method, path) in watch.OPEN or page.is_open(method, path)

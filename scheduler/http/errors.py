@@ -26,6 +26,7 @@ from scheduler.errors.exceptions import (
 )
 from scheduler.errors.kinds import snake_case
 
+ERROR_HEADER = "x-loadmaster-error"  # with the code, which not every protocol has in its errors
 _BY_ANSWER = (EngineError,)  # kinds whose status depends on what the engine has answered
 # Where the status that an error has as an exception is not the one that a client is answered with.
 _STATUS: Mapping[type[SchedulerError], int] = {DoesNotFit: 507, InvalidModel: 400}

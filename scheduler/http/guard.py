@@ -79,7 +79,7 @@ class Guard:
                 403, "origin_not_allowed", "a web page of another origin calls: name the origin in allow_origins"
             )
         key = self._settings.api_key
-        if key is not None and not self._is_open(method, path) and not _has_key(headers, key):
+        if key is not None and not self._is_open(method, path) and not has_key(headers, key):
             return ErrorAnswer(401, "invalid_api_key", "a valid API key is needed, as a bearer token or as x-api-key")
         if self._under_way >= self._settings.max_connections:
             return ErrorAnswer(503, "too_many_requests", "too many requests are under way", {}, _RETRY_S, True)
@@ -138,7 +138,8 @@ def _is_foreign(method: str, headers: Headers) -> bool:
     return site not in ("none", "same-origin") and not link
 
 
-def _has_key(headers: Headers, key: str) -> bool:
+def has_key(headers: Headers, key: str) -> bool:
+    """Tell whether a request has a key, as a bearer token or as x-api-key."""
     scheme, _, token = headers.get("authorization", "").partition(" ")
     given = (token.strip() if scheme.lower() == "bearer" else "", headers.get("x-api-key", ""))
     same = [secrets.compare_digest(each.encode(errors="replace"), key.encode()) for each in given]

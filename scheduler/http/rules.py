@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from enum import Enum
 from functools import reduce
 from operator import or_
 from typing import Any
@@ -24,7 +25,15 @@ _ALLOWED = (
     'a rule has "lock", or "min" and "max"'
 )
 _FORMS = ({"lock"}, {"min"}, {"max"}, {"min", "max"})
-_OPEN = object()
+
+
+class _Open(Enum):
+    """No lock; the same in every process."""
+
+    OPEN = "open"
+
+
+_OPEN = _Open.OPEN
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,12 +15,14 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from types import FrameType
+from typing import Protocol
 
 import uvicorn
 from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from scheduler.api.scheduler import Scheduler
+from scheduler.config.settings import Settings
 from scheduler.errors.exceptions import SchedulerBroken, SchedulerClosed
 from scheduler.errors.formatting import format_duration
 from scheduler.http.access_log import AccessLog
@@ -52,8 +54,17 @@ class ServerOptions:
     proxies: Sequence[str] = ()  # addresses whose forwarded headers count
 
 
+class Served(Protocol):
+    """What a server ends when it ends itself, as it ends a scheduler."""
+
+    settings: Settings  # its `close_timeout` counts
+
+    async def aclose(self) -> None:
+        """Wait for answers for `close_timeout`, then end them."""
+
+
 class HttpServer(uvicorn.Server):
-    """A server of a scheduler's models, which closes the scheduler.
+    """A server of a scheduler's models, which closes the scheduler; or of another application that ends as one does.
 
     The first SIGINT or SIGTERM lets answers finish for the setting `close_timeout` while new requests are refused, the
     second ends the process at once. SIGHUP calls `reload` on a thread; without it, SIGHUP ends the server too.
@@ -61,10 +72,11 @@ class HttpServer(uvicorn.Server):
 
     def __init__(
         self,
-        scheduler: Scheduler,
+        scheduler: Scheduler | Served,
         arguments: ServerArguments,
         options: ServerOptions,
         *,
+        app: ASGIApp | None = None,
         ready: Callable[[], None] = lambda: None,
         reload: Callable[[], None] | None = None,
     ) -> None:
@@ -75,7 +87,9 @@ class HttpServer(uvicorn.Server):
         self._loop: asyncio.AbstractEventLoop | None = None  # once it runs
         self._ending = False
         self._end_task: asyncio.Task[None] | None = None
-        app = create_app(scheduler, **arguments)
+        if app is None:
+            assert isinstance(scheduler, Scheduler)
+            app = create_app(scheduler, **arguments)
         most = int(arguments.get("max_connections", 0)) + _SPARE_CONNECTIONS
         super().__init__(
             uvicorn.Config(
@@ -92,6 +106,10 @@ class HttpServer(uvicorn.Server):
         """Serve until a signal ends it, on a thread of its own: a scheduler decides nothing on the main thread."""
         with ThreadPoolExecutor(1, "loadmaster-server") as thread, self._signals():
             thread.submit(super().run, sockets).result()
+
+    def run_without_signals(self, sockets: list[socket.socket]) -> None:
+        """Serve on this thread until `should_exit` is set; signals are left alone."""
+        super().run(sockets)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Begin to serve, and say so."""

@@ -21,7 +21,7 @@ from scheduler.api.scheduler import Scheduler
 from scheduler.api.status import Status
 from scheduler.engines.runner_client import engine_error
 from scheduler.errors.exceptions import ModelNotFound, SchedulerError
-from scheduler.http.errors import ErrorAnswer, answer_to
+from scheduler.http.errors import ERROR_HEADER, ErrorAnswer, answer_to
 from scheduler.http.exchange import Exchange, as_json
 from scheduler.http.metrics import Metrics
 from scheduler.http.model_files import ModelFiles
@@ -290,7 +290,8 @@ async def refuse(exchange: Exchange, protocol: Protocol, answer: ErrorAnswer) ->
     if exchange.status:
         await exchange.end(protocol.error_event(answer))
     else:
-        await exchange.respond_json(answer.status, protocol.error(answer), answer.headers())
+        headers = {ERROR_HEADER: answer.code, **answer.headers()}
+        await exchange.respond_json(answer.status, protocol.error(answer), headers)
 
 
 def note_counts(exchange: Exchange, content: bytes) -> None:

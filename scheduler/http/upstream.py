@@ -1,9 +1,9 @@
-"""The way from the server to the runners: requests are passed on, and answers come back, as bytes."""
+"""The way from a server to the runners, or to another server: requests are passed on, answers come back, as bytes."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from urllib.parse import urlsplit
 
@@ -20,20 +20,31 @@ BROKEN = (httpx2.NetworkError, httpx2.ProtocolError, httpx2.TimeoutException)
 
 @asynccontextmanager
 async def answer_of(lease: Lease, path: str, content: bytes, content_type: str) -> AsyncIterator[httpx2.Response]:
-    """Send a request to the runner of a lease and yield the answer, whose content has not been read.
+    """Send a request to the runner of a lease and yield the answer, whose content has not been read."""
+    headers = {"Content-Type": content_type}
+    async with answer_at(lease.url, lease.api_key, "POST", path, content, headers) as response:
+        yield response
 
-    The connection is used once: the runner stops its work when it is closed. No client of httpx2's is around it, nor a
+
+@asynccontextmanager
+async def answer_at(
+    url: str, key: str, method: str, target: str, content: bytes, headers: Mapping[str, str]
+) -> AsyncIterator[httpx2.Response]:
+    """Send a request to a server and yield the answer, whose content has not been read.
+
+    The connection is used once: the server stops its work when it is closed. No client of httpx2's is around it, nor a
     request of its own: they take as long again for each chunk, and a tenth of the time of a short answer.
     """
-    runner = urlsplit(lease.url)
-    assert runner.hostname is not None
-    assert runner.port is not None
+    server = urlsplit(url)
+    assert server.hostname is not None
+    assert server.port is not None
+    more = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
     head = (
-        f"POST {path} HTTP/1.1\r\nHost: {runner.netloc}\r\nAuthorization: Bearer {lease.api_key}\r\n"
-        f"Content-Type: {content_type}\r\nContent-Length: {len(content)}\r\n\r\n"
+        f"{method} {target} HTTP/1.1\r\nHost: {server.netloc}\r\nAuthorization: Bearer {key}\r\n{more}"
+        f"Content-Length: {len(content)}\r\n\r\n"
     )
     response = await answer_from(
-        runner.hostname, runner.port, head.encode("latin-1") + content, connect_timeout_s=_CONNECT_S
+        server.hostname, server.port, head.encode("latin-1") + content, connect_timeout_s=_CONNECT_S
     )
     try:
         yield response

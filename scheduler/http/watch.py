@@ -52,7 +52,7 @@ async def _follow(service: Service, exchange: Exchange) -> None:
     """Send the past, then each event, and the status with it or once a second."""
     observer = service.observer
     observer.catch_up()
-    count, past = observer.count, {**observer.past(), "actions": may_act(service, exchange)}
+    count, past = observer.count, {**observer.past(), "actions": may_act(service.settings, exchange)}
     await exchange.begin(200, _STREAM)
     await exchange.write(_sent("past", past))
     closing, told_at = False, float("-inf")

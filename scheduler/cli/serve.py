@@ -12,7 +12,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
 from itertools import islice
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from fsm.machine.request import ModelId
 from scheduler.api.scheduler import Scheduler
@@ -20,12 +20,15 @@ from scheduler.cli.serve_settings import SERVE_SETTINGS, Refused, ServeSettings,
 from scheduler.config.settings import SETTINGS
 from scheduler.errors.exceptions import InvalidSettings, SchedulerError
 from scheduler.errors.formatting import one_line
-from scheduler.http.settings import SERVER_SETTINGS
+from scheduler.http.settings import SERVER_SETTINGS, ServerArguments
 from scheduler.models.catalog import MOST_NAMES, Catalog
 from scheduler.models.configured_models import ConfiguredModels
 from scheduler.models.model_spec import ModelSpec
 from scheduler.models.sources import Folder, default_resolvers
 from scheduler.runtime.request_parser import RequestParser
+
+if TYPE_CHECKING:
+    from scheduler.http.server import ServerOptions
 
 log = logging.getLogger("loadmaster")
 
@@ -35,6 +38,7 @@ _UNPROTECTED = (
     "connections are not encrypted, and other machines reach this one: put a proxy with TLS in front, or name "
     "--tls-cert and --tls-key"
 )
+_OF_NODES = ("rules", "patience", "sign_of_life", "body_limit", "body_timeout", "dashboard")  # the same on each machine
 _Address = tuple[socket.AddressFamily, tuple[Any, ...]]
 
 
@@ -56,6 +60,8 @@ def run_serve(flags: Mapping[str, Any]) -> int:
         unprotected = _is_unprotected(settings, addresses)
         sockets = [stack.enter_context(closing(one)) for one in _bound(settings, addresses)]
         stack.enter_context(logging_to_stderr(own["log_format"]))
+        if own["ray"] is not None:
+            return _run_front(settings, options, sockets, unprotected=unprotected)
         start = stack.enter_context(closing(_Start()))
         start.doing("looking for the models that are named")
         _check_folders(settings)
@@ -77,9 +83,44 @@ def run_serve(flags: Mapping[str, Any]) -> int:
         return server.exit_status
 
 
-def _say_ready(count: int, url: str, *, unprotected: bool) -> None:
+def _run_front(
+    settings: ServeSettings, options: ServerOptions, sockets: list[socket.socket], *, unprotected: bool
+) -> int:
+    """Serve what the machines of a Ray cluster have; return the exit status. Raises `Refused`."""
+    from scheduler.cluster.front import Front
+    from scheduler.cluster.node import NodeArguments
+    from scheduler.cluster.nodes import Nodes
+    from scheduler.http.server import HttpServer
+
+    if settings.models:
+        raise Refused(
+            "models of the file are of one machine: with --ray, put their files where each machine finds them"
+        )
+    told = {row.name: getattr(settings.server, row.name) for row in SERVER_SETTINGS if row.name in _OF_NODES}
+    nodes = Nodes(settings.own["ray"], NodeArguments(settings.named, cast(ServerArguments, told)))
+    front = Front(nodes, settings.scheduler, settings.server)
+
+    def ready() -> None:
+        if front.failure is not None:
+            server.should_exit = True
+            return
+        _warn(unprotected)
+        log.info("serving %s at %s; Ctrl-C ends it", _counted(len([*nodes]), "node"), _url(settings, sockets[0]))
+
+    server = HttpServer(front, {}, options, app=front, ready=ready)
+    server.run(sockets)
+    if front.failure is not None:
+        raise Refused(str(front.failure))
+    return server.exit_status
+
+
+def _warn(unprotected: bool) -> None:
     if unprotected:
         log.warning(_UNPROTECTED)
+
+
+def _say_ready(count: int, url: str, *, unprotected: bool) -> None:
+    _warn(unprotected)
     if not count:
         log.warning("no model has a name: put GGUF files into a folder, and name it with --models")
     log.info("serving %s at %s; Ctrl-C ends it", _counted(count), url)
@@ -299,5 +340,5 @@ class _Models:
         self._pinned = pinned
 
 
-def _counted(count: int) -> str:
-    return "1 model" if count == 1 else f"{count} models"
+def _counted(count: int, what: str = "model") -> str:
+    return f"1 {what}" if count == 1 else f"{count} {what}s"

@@ -107,6 +107,10 @@ SERVE_SETTINGS = (
     Setting(
         "forwarded_allow_ips", (), names, 'addresses of proxies whose X-Forwarded headers count; "*": of any client',
     ),
+    Setting(
+        "ray", None, optional(_text),
+        "address of a Ray cluster, on whose machines the models are; auto: the one that this machine belongs to",
+    ),
     Setting("log_format", "text", _log_format, "how lines are logged: text or json"),
     Setting("workers", 1, _workers, "1: a server is one process", "WEB_CONCURRENCY"),
 )  # fmt: skip
@@ -124,6 +128,7 @@ class ServeSettings:
     server: ServerSettings
     own: Mapping[str, Any]  # by the names of SERVE_SETTINGS
     models: tuple[ConfiguredModel, ...]
+    named: Mapping[str, Any]  # settings of the scheduler that flags or the file name, without the environment's
 
     def server_arguments(self) -> ServerArguments:
         """Return the keywords of `create_app`."""
@@ -148,6 +153,10 @@ def _add_flag(group: argparse._ArgumentGroup, row: Setting) -> None:
     if row.name in _LISTS:
         group.add_argument(
             name, dest=row.name, nargs="+", action="extend", default=argparse.SUPPRESS, metavar="VALUE", help=meaning
+        )
+    elif row.name == "ray":
+        group.add_argument(
+            name, dest=row.name, nargs="?", const="auto", default=argparse.SUPPRESS, metavar="ADDRESS", help=meaning
         )
     elif row.default is False and row.name.startswith("no_"):
         group.add_argument(name, dest=row.name, action="store_true", default=argparse.SUPPRESS, help=meaning)
@@ -195,7 +204,7 @@ def read_settings(flags: Mapping[str, Any], environment: Mapping[str, str] = os.
     if own["host"]:  # a name that it listens by is a name that it may be called by
         server["allow_hosts"] = (*server["allow_hosts"], own["host"].lower())
     configured = tuple(_configured(cast(Path, path), name, values) for name, values in models.items())
-    return ServeSettings(path, settings, ServerSettings(**server), own, configured)
+    return ServeSettings(path, settings, ServerSettings(**server), own, configured, chosen)
 
 
 def _content_of(path: Path) -> dict[str, Any]:

@@ -41,7 +41,7 @@ ENVIRONMENT_PREFIX = "LOADMASTER_"
 # What the command `loadmaster serve` reads of the environment beside these settings; for a scheduler it sets nothing.
 _OF_THE_SERVER = """
     allow_hosts allow_origins api_key api_key_file body_limit body_timeout dashboard dashboard_actions
-    forwarded_allow_ips host log_format max_connections no_key patience port root_path rules sign_of_life tls_cert
+    forwarded_allow_ips host log_format max_connections no_key patience port ray root_path rules sign_of_life tls_cert
     tls_key workers
 """
 SERVER_VARIABLES = frozenset(ENVIRONMENT_PREFIX + name.upper() for name in _OF_THE_SERVER.split())

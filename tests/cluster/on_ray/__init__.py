@@ -1,0 +1,1 @@
+"""Real Ray, real processes, real models: `make test-cluster`."""

@@ -32,8 +32,8 @@ _BY_ANSWER = (EngineError,)  # kinds whose status depends on what the engine has
 _STATUS: Mapping[type[SchedulerError], int] = {DoesNotFit: 507, InvalidModel: 400}
 # A request that is made again as it is may be answered another time.
 _MAY_HELP = (QueueFull, LoadFailed, RunnerCrashed, SchedulerClosed, AcquireTimeout, AnswerTimeout, RequestCancelled)
-# Before the name of a file: a client is not told of this machine's folders.
-_FOLDERS = re.compile(r"(?<![\w:/.])/(?:[^/\s'\";:,]+/)+")
+# Before the name of a file: a client is not told of this machine's folders, but of the server's own paths.
+_FOLDERS = re.compile(r"(?<![\w:/.])/(?!(?:v1|api)/)(?:[^/\s'\";:,]+/)+")
 _RETRY_S = 5.0  # of a server that is about to close: another may be there by then
 
 

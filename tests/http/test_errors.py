@@ -96,6 +96,12 @@ def test_no_folder_of_this_machine_is_told() -> None:
     assert "/home" not in told and "a.gguf" in told and "3/4" in told and "https://x/y" in told
 
 
+@pytest.mark.parametrize("path", ["/v1/models", "/api/tags", "/api/chat"])
+def test_the_servers_own_paths_are_told(path: str) -> None:
+    """Advice that names a route names all of it."""
+    assert f"GET {path} has" in answer_to(UnsupportedOption("model", None, f"GET {path} has them")).message
+
+
 @pytest.fixture
 def counted(serve: Serve, model_folder: Path) -> Iterator[Callable[..., tuple[str, list[int]]]]:
     """Return a function that starts a server whose requests are counted."""

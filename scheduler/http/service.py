@@ -21,6 +21,7 @@ from scheduler.api.scheduler import Scheduler
 from scheduler.api.status import Status
 from scheduler.engines.runner_client import engine_error
 from scheduler.errors.exceptions import ModelNotFound, SchedulerError
+from scheduler.errors.formatting import printable
 from scheduler.http.errors import ERROR_HEADER, ErrorAnswer, answer_to
 from scheduler.http.exchange import Exchange, as_json
 from scheduler.http.metrics import Metrics
@@ -160,7 +161,9 @@ class Service:
         """Return what counts of a call's keywords; the client is told in a header of those that do not."""
         asking, ignored = apply_rules(self.settings.rules, (spec.name, call.model), call.asking)
         if ignored:
-            exchange.more_headers[f"{HEADER}ignored"] = "; ".join(ignored).encode("ascii", "replace").decode()
+            exchange.more_headers[f"{HEADER}ignored"] = (
+                printable("; ".join(ignored)).encode("ascii", "replace").decode()
+            )
         return asking
 
     async def pass_on(self, exchange: Exchange, call: Call, protocol: Protocol) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
+import httpx2
 import pytest
 
 from scheduler.errors.exceptions import InvalidSettings
@@ -59,6 +61,15 @@ def test_a_large_context_that_every_request_names_reloads_nothing(serve: Serve) 
         assert answer.status_code == 200
         assert all(f"{name}={value}" in answer.headers["x-loadmaster-ignored"] for name, value in options.items())
     assert [runner.id for runner in served.scheduler.status().runners] == [1]
+
+
+def test_what_is_said_to_be_ignored_is_one_header(serve: Serve) -> None:
+    """A value with line breaks ends no header, and makes none."""
+    served = serve(rules={"*": {"keep_alive": {"lock": "1h"}}})
+    body = {"model": "m", "messages": HELLO, "max_tokens": 1, "keep_alive": "5m\r\nx-evil: 1\0ü\ud800"}
+    answer = httpx2.post(f"{served.url}/v1/chat/completions", content=json.dumps(body), timeout=60)
+    assert answer.status_code == 200 and "x-evil" not in answer.headers
+    assert answer.headers["x-loadmaster-ignored"].startswith("keep_alive=5m")
 
 
 def test_a_locked_keep_alive_holds(serve: Serve) -> None:

@@ -116,6 +116,14 @@ def as_json(value: object) -> bytes:
     return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
 
 
+def body_of(value: object) -> bytes:
+    """Return what a client has sent as JSON for a runner; raises `UnsupportedOption` for what JSON or UTF-8 lacks."""
+    try:
+        return as_json(value)
+    except (ValueError, RecursionError) as error:
+        raise UnsupportedOption("body", "…", f"it cannot be written as JSON ({error})") from None
+
+
 def _refuse(name: str) -> None:
     raise ValueError(f"it has no number {name}")
 

@@ -14,7 +14,7 @@ from fsm.domain.options import AUTOMATIC
 from scheduler.api.lease import Lease
 from scheduler.errors.exceptions import EngineError, ModelNotFound, UnsupportedOption
 from scheduler.http.errors import ErrorAnswer
-from scheduler.http.exchange import Exchange, as_json, object_of
+from scheduler.http.exchange import Exchange, as_json, body_of, object_of
 from scheduler.http.ollama_models import list_models, list_runners, show_model
 from scheduler.http.ollama_translation import (
     Question,
@@ -168,10 +168,7 @@ def _content(question: Question, spec: ModelSpec) -> bytes:
     body = dict(spec.chat.with_parameters(question.body))
     if "messages" in body:
         body["messages"] = spec.chat.with_messages(body["messages"])
-    try:
-        return as_json(body)
-    except (ValueError, RecursionError) as error:
-        raise UnsupportedOption("body", "…", f"it cannot be written as JSON ({error})") from None
+    return body_of(body)
 
 
 # -- vectors -----------------------------------------------------------------------------------------------------------
@@ -265,7 +262,7 @@ def _cut_tokens(tokens: list[int], last: int, context: int | None) -> list[int]:
 
 
 async def _post(service: Service, exchange: Exchange, call: Call, lease: Lease, body: Mapping[str, Any]) -> Any:
-    async with service.answer(exchange, call, PROTOCOL, as_json(body), lease) as response:
+    async with service.answer(exchange, call, PROTOCOL, body_of(body), lease) as response:
         return json.loads(await response.aread())
 
 

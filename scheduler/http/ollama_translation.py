@@ -15,7 +15,7 @@ from typing import Any, Literal
 from scheduler.engines.answer import PartialAnswer
 from scheduler.engines.runner_client import engine_error
 from scheduler.errors.exceptions import UnsupportedOption
-from scheduler.http.exchange import as_json
+from scheduler.http.exchange import body_of
 from scheduler.http.rules import LOAD_OPTIONS
 from scheduler.models.ollama_model import SAMPLING_NAMES, load_options, sampling_parameters
 
@@ -213,7 +213,7 @@ def _calls(calls: object, place: int) -> list[dict[str, Any]]:
         arguments = function.get("arguments") or {} if isinstance(function, Mapping) else None
         if not isinstance(function, Mapping) or not isinstance(arguments, Mapping):
             raise UnsupportedOption("tool_calls", call, "each has a function with a name, and arguments in an object")
-        text = as_json(arguments).decode()
+        text = body_of(arguments).decode()
         found.append(
             {
                 "id": call.get("id") or f"call_{place}_{number}", "type": "function",

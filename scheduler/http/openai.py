@@ -49,6 +49,7 @@ _RESPONSES = """
     tool_choice tools top_logprobs top_p truncation
 """
 PROTOCOL = OpenAI()
+_NOT_KEPT = "nothing is kept between requests: send what was said before as input"
 _TRANSCRIPTION = {"model", "language", "prompt", "response_format", "temperature", "stream"}
 
 # What a route takes from a client: what reaches beyond the request, as `lora` and `id_slot` do, is not among it.
@@ -64,7 +65,7 @@ ROUTES = (
     ),
     RunnerRoute(
         ("/v1/responses", "/responses"), {*_RESPONSES.split(), *COMPLETION_PARAMETERS, *_STREAMED} - _REACHING,
-        "answer with OpenAI's Responses",
+        "answer with OpenAI's Responses", refused=dict.fromkeys(("previous_response_id", "conversation"), _NOT_KEPT),
     ),
     RunnerRoute(
         ("/v1/embeddings", "/embeddings"), {"input", "encoding_format", "dimensions", "model", *EMBEDDING_PARAMETERS},

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from starlette.datastructures import Headers
@@ -12,7 +12,7 @@ from starlette.datastructures import Headers
 from scheduler.config.quantities import parse_duration
 from scheduler.engines.answer_requests import refuse_fetches
 from scheduler.errors.exceptions import InvalidSettings, UnsupportedOption
-from scheduler.http.exchange import as_json, object_of
+from scheduler.http.exchange import body_of, object_of
 from scheduler.http.rules import LOAD_OPTIONS, TIMING
 from scheduler.models.chat_defaults import ChatDefaults
 from scheduler.models.model_spec import ModelSpec
@@ -47,11 +47,17 @@ class RunnerRoute:
     parameters: bool = False  # its parameters have the model's defaults
     system: bool = False  # the same of a chat whose system text is a field of its own
     embedding: bool = False  # it needs an embedder or a reranker
+    refused: Mapping[str, str] = field(
+        default_factory=dict
+    )  # fields without which an answer would be wrong, and advice
 
     def call(self, content: bytes, headers: Headers) -> Call:
         """Return what a body and its headers ask for; raises `UnsupportedOption` and `InvalidSettings`."""
         asked = object_of(content)
         asking, patience_s = scheduling_of(asked, headers)
+        for name, advice in self.refused.items():
+            if asked.get(name) is not None:
+                raise UnsupportedOption(name, asked[name], advice)
         if self.embedding:
             asking["embedding"] = True
         body = {name: value for name, value in asked.items() if name in self.fields}
@@ -61,7 +67,7 @@ class RunnerRoute:
         if streamed:
             body["sse_ping_interval"] = _PING_S
         return Call(
-            model_of(asked), asking, self.paths[0], lambda spec: as_json(self._with_defaults(body, spec.chat)),
+            model_of(asked), asking, self.paths[0], lambda spec: body_of(self._with_defaults(body, spec.chat)),
             streamed=streamed, patience_s=patience_s,
         )  # fmt: skip
 

@@ -129,6 +129,38 @@ def test_a_body_that_is_no_object_is_refused(served: Served, content: bytes) -> 
     assert answer.status_code == 400 and answer.json()["error"]["type"] == "invalid_request_error"
 
 
+@pytest.mark.parametrize(
+    ("path", "rest"),
+    [
+        ("/v1/completions", b'"prompt": "\\ud800"'),
+        ("/v1/chat/completions", b'"messages": [{"role": "user", "content": "\\udfff"}]'),
+        ("/v1/messages", b'"max_tokens": 1, "messages": [{"role": "user", "content": "\\ud800\\ud800"}]'),
+        ("/v1/embeddings", b'"input": ["a", "\\ud800"]'),
+        ("/tokenize", b'"content": "\\ud800"'),
+        ("/api/embed", b'"input": "\\ud800"'),
+        (
+            "/api/chat",
+            b'"messages": [{"role": "assistant", "tool_calls": [{"function": {"arguments": {"a": "\\ud800"}}}]}]',
+        ),
+    ],
+)
+def test_a_body_with_half_a_character_is_refused(served: Served, path: str, rest: bytes) -> None:
+    """JSON may name half of a surrogate pair, which no text has: that is the client's fault, in every route."""
+    answer = httpx2.post(f"{served.url}{path}", content=b'{"model": "m", ' + rest + b"}", timeout=60)
+    assert answer.status_code == 400 and "surrogates" in answer.text and answer.headers["x-should-retry"] == "false"
+
+
+@pytest.mark.parametrize("field", ["previous_response_id", "conversation"])
+def test_a_response_that_goes_on_from_another_is_refused(served: Served, field: str) -> None:
+    """Nothing is kept between requests: an answer without what was said before would be a wrong one."""
+    answer = served.post("/v1/responses", {"model": "m", "input": "a", "max_output_tokens": 1, field: "id_1"})
+    assert answer.status_code == 400 and field in answer.json()["error"]["message"]
+    assert (
+        served.post("/v1/responses", {"model": "m", "input": "a", "max_output_tokens": 1, field: None}).status_code
+        == 200
+    )
+
+
 def sent(route: RunnerRoute, body: dict[str, object]) -> dict[str, Any]:
     """Return what the runner is sent."""
     call: Call = route.call(json.dumps(body).encode(), Headers({}))

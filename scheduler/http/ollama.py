@@ -113,7 +113,7 @@ async def _load(service: Service, exchange: Exchange, shape: Shape, call: Call) 
     """Load a model without a lease, or unload it where the keep-alive is 0: that waits for nothing."""
     spec = await service.find(call.model)
     exchange.notes |= {"model": spec.name, "model_id": spec.id}
-    asking = service.ruled(exchange, spec, call)
+    asking = await service.ruled(exchange, spec, call)
     reason = "unload" if asking.get("keep_alive") == 0 else "load"
     if reason == "unload":
         for embedding in {spec.embedding, True}:
@@ -219,7 +219,7 @@ async def _vectors(
     if not any(texts):
         spec = await service.find(call.model)
         exchange.notes |= {"model": spec.name, "model_id": spec.id}
-        await _preload(service, exchange, spec, call, service.ruled(exchange, spec, call))
+        await _preload(service, exchange, spec, call, await service.ruled(exchange, spec, call))
         return [], 0, time.monotonic() - began
     async with service.lease(exchange, call, PROTOCOL) as (_, lease):
         load_s = time.monotonic() - began

@@ -10,8 +10,8 @@ from operator import or_
 from typing import Any
 
 from scheduler.config.quantities import parse_duration
-from scheduler.errors.exceptions import InvalidSettings
-from scheduler.runtime.request_parser import AcquireOptions
+from scheduler.errors.exceptions import InvalidSettings, UnsupportedOption
+from scheduler.runtime.request_parser import AcquireOptions, check_option
 
 _LOADING = """
     num_ctx num_batch num_gpu main_gpu num_thread num_parallel use_mmap flash_attention cache_type_k cache_type_v
@@ -20,6 +20,7 @@ LOAD_OPTIONS = frozenset(_LOADING.split())
 TIMING = ("keep_alive", "priority", "timeout")
 ALL = "*"  # the name that stands for every model
 _DURATIONS = ("keep_alive", "timeout")
+_NO_NUMBERS = ("use_mmap", "flash_attention", "cache_type_k", "cache_type_v")
 _ALLOWED = (
     'rules by the names of models, "*" for all: {"*": {"num_ctx": {"max": 8192}, "keep_alive": {"lock": "1h"}}}; '
     'a rule has "lock", or "min" and "max"'
@@ -102,16 +103,40 @@ def _rules_of(name: str, value: Any) -> Mapping[str, Rule]:
             continue
         if not isinstance(rule, Mapping) or {*rule} not in _FORMS:
             raise InvalidSettings(f"{name}.{option}", rule, _ALLOWED)
-        for limit in rule.values():
-            if limit is not None and ("lock" not in rule or option in _DURATIONS):
-                _limit(f"{name}.{option}", option, limit)
-        found[option] = Rule(rule.get("lock", _OPEN), rule.get("min"), rule.get("max"))
+        found[option] = _rule(f"{name}.{option}", option, rule)
     return found
 
 
-def _limit(name: str, option: str, value: Any) -> None:
+def _rule(name: str, option: str, rule: Mapping[str, Any]) -> Rule:
+    if "lock" in rule:
+        return Rule(_locked(name, option, rule["lock"]))
+    if option in _NO_NUMBERS:
+        raise InvalidSettings(name, rule, 'a rule with "lock", since it has no number')
+    limits = [_limit(name, option, limit) for limit in rule.values() if limit is not None]
+    if {*rule} == {"min", "max"} and limits != sorted(limits):
+        raise InvalidSettings(name, rule, "limits with values in between")
+    return Rule(least=rule.get("min"), most=rule.get("max"))
+
+
+def _locked(name: str, option: str, value: Any) -> Any:
+    """Return the value that is locked; None, which a file writes as "none", is locked as not named."""
+    if value in (None, "none"):
+        return None
+    if option in TIMING:
+        if option not in _DURATIONS and not isinstance(value, int):
+            raise InvalidSettings(name, value, "a whole number")
+        _limit(name, option, value)
+        return value
     try:
-        _number(option, value)
+        check_option(option, value)
+    except UnsupportedOption as error:
+        raise InvalidSettings(name, value, f"a value that the option can have ({error.reason})") from None
+    return value
+
+
+def _limit(name: str, option: str, value: Any) -> float:
+    try:
+        return _number(option, value)
     except (InvalidSettings, TypeError):
         raise InvalidSettings(name, value, "a duration" if option in _DURATIONS else "a number") from None
 

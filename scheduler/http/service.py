@@ -15,6 +15,7 @@ from typing import TypeVar
 
 import httpx2
 
+from fsm.machine.request import ModelId
 from scheduler.api.lease import Lease
 from scheduler.api.pending_lease import Acquiring
 from scheduler.api.scheduler import Scheduler
@@ -27,7 +28,7 @@ from scheduler.http.exchange import Exchange, as_json
 from scheduler.http.metrics import Metrics
 from scheduler.http.model_files import ModelFiles
 from scheduler.http.protocol import EVENTS, Protocol, Waiting
-from scheduler.http.rules import apply_rules
+from scheduler.http.rules import ALL, apply_rules
 from scheduler.http.runner_routes import HEADER, Call
 from scheduler.http.settings import ServerSettings
 from scheduler.http.tracing import write_spans
@@ -82,6 +83,7 @@ class Service:
         self._known: dict[str, tuple[ModelSpec, float]] = {}  # by name, and until when
         self._listed: tuple[dict[str, ModelSpec], float] | None = None  # and until when it serves
         self._status: tuple[Status, float] | None = None  # and until when it serves
+        self._ruled: tuple[dict[str, ModelId], float] | None = None  # models by their names in rules, and until when
 
     async def find(self, name: str) -> ModelSpec:
         """Return the model of a name, and never of a path; raises what `Catalog.find` raises.
@@ -126,7 +128,7 @@ class Service:
         """Yield the model that a call names and a lease on it; the client gets signs of life while the call waits."""
         spec = await self.find(call.model)
         exchange.notes |= {"model": spec.name, "model_id": spec.id}
-        asking = self.ruled(exchange, spec, call)
+        asking = await self.ruled(exchange, spec, call)
         acquiring = self.scheduler.acquire_async(spec, **asking)
         patience_s = self.settings.patience if call.patience_s is None else call.patience_s
         asked_at, granted_at, granted = time.monotonic(), None, list[Lease]()
@@ -157,14 +159,30 @@ class Service:
                     exchange.notes["load_s"] = granted_at - max(asked_at, began)
             write_spans(exchange.notes, exchange.headers, asked_at, granted_at, load)
 
-    def ruled(self, exchange: Exchange, spec: ModelSpec, call: Call) -> AcquireOptions:
+    async def ruled(self, exchange: Exchange, spec: ModelSpec, call: Call) -> AcquireOptions:
         """Return what counts of a call's keywords; the client is told in a header of those that do not."""
-        asking, ignored = apply_rules(self.settings.rules, (spec.name, call.model), call.asking)
+        names = (*await self._names_in_rules(spec), spec.name, call.model)
+        asking, ignored = apply_rules(self.settings.rules, names, call.asking)
         if ignored:
             exchange.more_headers[f"{HEADER}ignored"] = (
                 printable("; ".join(ignored)).encode("ascii", "replace").decode()
             )
         return asking
+
+    async def _names_in_rules(self, spec: ModelSpec) -> list[str]:
+        """Return the names by which rules name a model: a rule holds under all names that lead to it."""
+        if not self.settings.rules.keys() - {ALL}:
+            return []
+        if self._ruled is None or time.monotonic() >= self._ruled[1]:
+            self._ruled = await asyncio.to_thread(self._ids_in_rules), time.monotonic() + _LISTED_S
+        return [name for name, id in self._ruled[0].items() if id == spec.id]
+
+    def _ids_in_rules(self) -> dict[str, ModelId]:
+        found: dict[str, ModelId] = {}
+        for name in self.settings.rules.keys() - {ALL}:
+            with suppress(SchedulerError):  # there is no such model now
+                found[name] = self._find(name).id
+        return found
 
     async def pass_on(self, exchange: Exchange, call: Call, protocol: Protocol) -> None:
         """Have the runner of a model answer a call, and pass the answer on as it comes."""

@@ -168,7 +168,7 @@ class RequestParser:
             raise UnsupportedOption("projectors", spec.projectors, "llama.cpp loads one projector for a model")
         named: dict[str, Any] = {name: value for name, value in asking.items() if name not in (*_IDENTITY, *_TIMING)}
         for name, value in named.items():
-            _check(name, value)
+            check_option(name, value)
             if isinstance(spec, PythonModel) and value is not None:
                 raise UnsupportedOption(name, value, "an object has no load-time options")
         named = {name: value for name, value in named.items() if value is not None}
@@ -183,7 +183,7 @@ class RequestParser:
         if options.devices is None and isinstance(spec, ModelSpec) and spec.devices is not None:
             options = replace(options, devices=spec.devices)
         for each in fields(options):  # the options of the model itself are checked too
-            _check(each.name, getattr(options, each.name))
+            check_option(each.name, getattr(options, each.name))
         priority = asking.get("priority")
         if priority is None:
             priority = spec.priority
@@ -280,7 +280,8 @@ def _lasts(model: Model) -> bool:
     return os.path.isabs(model) or (isinstance(model, str) and not is_path(model))
 
 
-def _check(name: str, value: object) -> None:
+def check_option(name: str, value: object) -> None:
+    """Raise `UnsupportedOption` for a value that no load-time option of that name can have."""
     if name == "devices":
         device_ids(value)
         return

@@ -23,6 +23,7 @@ HELLO: list[Any] = [{"role": "user", "content": "hello"}]
         ({"*": {"num_ctx": {"max": 8192}}}, {"num_ctx": 8192}, {"num_ctx": 8192}, ()),
         ({"*": {"num_ctx": {"min": 9, "max": 99}}}, {"num_ctx": 1}, {}, ("num_ctx=1 (at least 9 and at most 99)",)),
         ({"*": {"num_gpu": {"lock": None}}}, {"num_gpu": 999}, {}, ("num_gpu=999 (it is locked)",)),
+        ({"*": {"num_gpu": {"lock": "none"}}}, {"num_gpu": 9}, {}, ("num_gpu=9 (it is locked)",)),  # as in a file
         ({"*": {"num_gpu": {"lock": 5}}}, {}, {"num_gpu": 5}, ()),
         ({"*": {"num_gpu": {"lock": 5}}}, {"num_gpu": 5}, {"num_gpu": 5}, ()),
         ({"*": {"keep_alive": {"max": "1h"}}}, {"keep_alive": -1}, {}, ("keep_alive=-1 (at most 1h)",)),
@@ -44,7 +45,10 @@ def test_what_a_client_names_beyond_a_rule_counts_as_not_named(
     "wrong",
     [3, {"*": 3}, {"*": {"nmu_ctx": {"max": 1}}}, {"*": {"num_ctx": 8192}}, {"*": {"num_ctx": {}}},
      {"*": {"num_ctx": {"most": 1}}}, {"*": {"num_ctx": {"max": "many"}}}, {"*": {"keep_alive": {"lock": "soon"}}},
-     {"*": {"num_ctx": {"lock": 1, "max": 2}}}, {"*": {"adapters": {"lock": None}}}],
+     {"*": {"num_ctx": {"lock": 1, "max": 2}}}, {"*": {"adapters": {"lock": None}}},
+     {"*": {"num_ctx": {"lock": "big"}}}, {"*": {"num_ctx": {"lock": 0}}}, {"*": {"priority": {"lock": "high"}}},
+     {"*": {"use_mmap": {"lock": 1}}}, {"*": {"use_mmap": {"max": 1}}}, {"*": {"cache_type_k": {"lock": "f17"}}},
+     {"*": {"num_ctx": {"min": 9, "max": 8}}}, {"*": {"keep_alive": {"min": "1h", "max": "1m"}}}],
 )  # fmt: skip
 def test_a_rule_that_is_none_is_refused(wrong: Any) -> None:
     with pytest.raises(InvalidSettings, match="rules"):
@@ -61,6 +65,20 @@ def test_a_large_context_that_every_request_names_reloads_nothing(serve: Serve) 
         assert answer.status_code == 200
         assert all(f"{name}={value}" in answer.headers["x-loadmaster-ignored"] for name, value in options.items())
     assert [runner.id for runner in served.scheduler.status().runners] == [1]
+
+
+@pytest.mark.parametrize(("ruled", "called"), [("m", "m.gguf"), ("m:latest", "m"), ("m.gguf", "m:latest")])
+def test_a_rule_holds_for_every_name_of_its_model(serve: Serve, ruled: str, called: str) -> None:
+    """A client evades no rule by another name that leads to the same model; a rule for the name itself counts more."""
+    rules: dict[str, Any] = {ruled: {"keep_alive": {"lock": "1h"}}, "other": {"keep_alive": {"lock": "1m"}}, "gone": {}}
+    served = serve(rules=rules)
+    body = {"model": called, "messages": HELLO, "max_tokens": 1, "keep_alive": 0}
+    assert "keep_alive=0" in served.post("/v1/chat/completions", body).headers["x-loadmaster-ignored"]
+    assert (
+        served.post("/api/generate", {"model": called, "keep_alive": 0, "stream": False}).json()["done_reason"]
+        == "load"
+    )
+    assert served.scheduler.status().runners[0].keep_alive_s == 3600
 
 
 def test_what_is_said_to_be_ignored_is_one_header(serve: Serve) -> None:

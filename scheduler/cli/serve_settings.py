@@ -235,11 +235,13 @@ def _key(given: Mapping[str, tuple[Any, int]]) -> str | None:
         return cast("str | None", key)
     try:
         with path.open("rb") as opened:
-            text = opened.read(_LARGEST_KEY_FILE).decode(errors="replace").strip()
+            text = opened.read(_LARGEST_KEY_FILE + 1).decode(errors="replace").strip()
     except OSError as error:
         raise Refused(f"the key file {path} cannot be read ({error.strerror}): let this user read it") from None
     if not text:
         raise Refused(f"the key file {path} is empty: write a key into it, as from `openssl rand -hex 32`")
+    if len(text) > _LARGEST_KEY_FILE:
+        raise Refused(f"the key file {path} is larger than 4 KiB, which no key is: name another with --api-key-file")
     row = next(row for row in SERVER_SETTINGS if row.name == _SECRET)
     return cast(str, row.parse(f"the key in {path}", text))
 

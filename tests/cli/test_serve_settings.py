@@ -180,7 +180,7 @@ def test_the_key_file_counts_unless_the_key_is_named_more_strongly() -> None:
     assert read("--api-key-file", "none", LOADMASTER_API_KEY="k").server.api_key == "k"
 
 
-@pytest.mark.parametrize("content", ["", " \n", "two words", "ümlaut"])
+@pytest.mark.parametrize("content", ["", " \n", "two words", "ümlaut", "k" * 5000])
 def test_a_key_file_without_a_key_is_refused_and_not_shown(folder: Path, content: str) -> None:
     """An empty key file is not the same as none, and what is in a wrong one is not printed."""
     (folder / "key").write_text(content)

@@ -31,6 +31,7 @@ class Exchange:
     """A request whose body is read once, and a response that is sent in parts."""
 
     def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self.method: str = scope["method"]
         self.headers = Headers(scope=scope)
         self.client: str | None = (scope.get("client") or (None,))[0]  # its address
         self.path_params: Mapping[str, str] = scope.get("path_params", {})

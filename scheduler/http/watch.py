@@ -45,7 +45,10 @@ async def _metrics(service: Service, exchange: Exchange) -> None:
 
 async def _events(service: Service, exchange: Exchange) -> None:
     """Stream what happens as server-sent events, until the scheduler closes."""
-    await exchange.while_connected(_follow(service, exchange))
+    if exchange.method == "HEAD":
+        await exchange.respond(200, b"", _STREAM)
+    else:
+        await exchange.while_connected(_follow(service, exchange))
 
 
 async def _follow(service: Service, exchange: Exchange) -> None:
@@ -73,7 +76,7 @@ def _sent(kind: str, value: object) -> bytes:
     return b"event: " + kind.encode() + b"\ndata: " + as_json(value) + b"\n\n"
 
 
-OPEN = frozenset({("GET", "/health")})  # what needs no key
+OPEN = frozenset({("GET", "/health"), ("HEAD", "/health")})  # what needs no key
 ROUTES: tuple[RunnerRoute, ...] = ()
 ENDPOINTS = (
     (("GET",), "/health", _health),

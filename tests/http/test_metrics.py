@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx2
 import pytest
@@ -242,6 +244,20 @@ def test_events_begin_with_the_past_and_go_on_until_the_close(serve: Serve) -> N
         served.scheduler.close(0)
         rest = [kind for kind, _ in islice(events, 30)]
         assert rest[-1] == "status" and len(rest) < 30  # and then it ends
+
+
+def test_the_head_of_the_events_is_whole(served: Served) -> None:
+    """A client that asks for the headers alone may go on with its connection."""
+    address = urlsplit(served.url)
+    with closing(socket.create_connection((address.hostname, address.port), 10)) as client:
+        client.sendall(
+            b"".join(b"%b HTTP/1.1\r\nHost: localhost\r\n\r\n" % each for each in (b"HEAD /events", b"GET /health"))
+        )
+        answer = b""
+        while not answer.endswith(b'{"status":"ok"}'):
+            assert (part := client.recv(4096))
+            answer += part
+    assert answer.count(b"HTTP/1.1 200 OK") == 2 and b"text/event-stream" in answer
 
 
 def test_a_follower_that_leaves_is_forgotten(serve: Serve) -> None:

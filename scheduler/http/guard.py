@@ -22,7 +22,6 @@ from scheduler.http.protocol import Protocol
 from scheduler.http.service import refuse
 from scheduler.http.settings import ANY, ServerSettings
 
-_OPEN = frozenset({"/health"})  # paths that need no key
 _PREFLIGHT = {
     "access-control-allow-methods": "GET, HEAD, POST, DELETE, OPTIONS",
     "access-control-allow-headers": "*, authorization",  # the star does not stand for authorization
@@ -151,6 +150,7 @@ def _with_origin(send: Send, origin: str) -> Send:
         if message["type"] == "http.response.start":
             headers = MutableHeaders(raw=message.setdefault("headers", []))
             headers["access-control-allow-origin"] = origin
+            headers["access-control-expose-headers"] = "*"
             headers.add_vary_header("origin")
         await send(message)
 

@@ -71,6 +71,7 @@ def test_the_same_origin_and_an_allowed_one_may_call(serve: Serve) -> None:
     assert answer.status_code == 200 and "access-control-allow-origin" not in answer.headers
     answer = served.get("/v1/models", Origin="https://app.example")
     assert answer.status_code == 200 and answer.headers["access-control-allow-origin"] == "https://app.example"
+    assert answer.headers["access-control-expose-headers"] == "*"  # whether a retry may help is in headers
     asking = {"Origin": "https://app.example", "Access-Control-Request-Method": "POST"}
     answer = httpx2.options(f"{served.url}/v1/chat/completions", headers=asking)
     assert answer.status_code == 204 and "POST" in answer.headers["access-control-allow-methods"]
@@ -86,6 +87,7 @@ def test_a_key_is_needed_once_one_is_set(serve: Serve, key: str | None) -> None:
     for path, status in (("/v1/models", 200), ("/ready", 200), ("/nothing", 404), ("/health", 200)):
         expected = status if key == "secret-1" or path == "/health" else 401
         assert httpx2.get(f"{served.url}{path}", headers=headers).status_code == expected, path
+        assert httpx2.head(f"{served.url}{path}", headers=headers).status_code == expected, path
     if key != "secret-1":
         answer = httpx2.post(f"{served.url}/v1/messages", headers=headers, json={})
         assert answer.json()["error"]["type"] == "authentication_error"

@@ -18,7 +18,6 @@ from scheduler.http.guard import path_of
 
 log = logging.getLogger("loadmaster.access")
 
-CLIENT_LEFT = 499  # the status, as nginx counts it, of a request whose client left before the response began
 _LONGEST_PATH = 200  # characters
 _MOST_LINES = 10_000  # that wait to be written; more are dropped
 _NOTED = ("model", "node", "wait_s", "load_s", "answer_s", "tokens_in", "tokens_out", "error", "left")
@@ -49,7 +48,7 @@ class AccessLog:
             wait_s = notes.get("wait_s", 0.0)
             answer_s = time.monotonic() - began - (wait_s if isinstance(wait_s, float) else 0.0)
             notes.setdefault("answer_s", answer_s)
-            _write(method, path, status or (CLIENT_LEFT if notes.get("left") else 500), notes)
+            _write(method, path, status or 500, notes)
 
 
 def _write(method: str, path: str, status: int, notes: Mapping[str, object]) -> None:

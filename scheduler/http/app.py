@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from typing import Unpack
 
 from starlette.applications import Starlette
@@ -18,7 +19,7 @@ from scheduler.api.scheduler import Scheduler
 from scheduler.errors.exceptions import SchedulerError
 from scheduler.http import actions, anthropic, ollama, openai, page, watch
 from scheduler.http.errors import ErrorAnswer, answer_to
-from scheduler.http.exchange import BodyRefused, ClientLeft, Exchange
+from scheduler.http.exchange import CLIENT_LEFT, BodyRefused, ClientLeft, Exchange
 from scheduler.http.guard import Guard, path_of
 from scheduler.http.metrics import Counted
 from scheduler.http.openapi import description
@@ -81,6 +82,9 @@ class _Endpoint:
         except Exception:
             log.exception("a request failed")  # a bug: the client is not told of what is inside
             await refuse(exchange, self._protocol, ErrorAnswer(500, "internal_error", "the server has failed"))
+        if exchange.notes.get("left") and not exchange.status:  # a program around this one may want a response
+            with suppress(ClientLeft):
+                await exchange.respond(CLIENT_LEFT, b"", {})
 
 
 def _runner_endpoints(module: ProtocolModule) -> Iterator[Endpoint]:
@@ -111,6 +115,8 @@ async def _refused(request: Request, error: Exception) -> Response:
 
 
 async def _no_route(scope: Scope, receive: Receive, send: Send) -> None:
+    if scope["type"] == "websocket":
+        await send({"type": "websocket.close"})
     if scope["type"] == "http":
         path = path_of(scope)
         answer = ErrorAnswer(404, "not_found", f"there is nothing at {scope['method']} {path}")

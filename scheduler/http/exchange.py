@@ -10,13 +10,15 @@ from contextlib import suppress
 from typing import Any
 
 from starlette.datastructures import Headers
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from scheduler.errors.exceptions import UnsupportedOption
 
+CLIENT_LEFT = 499  # the status, as nginx counts it, of a request whose client left before the response began
+
 
 class ClientLeft(Exception):
-    """The client has closed the connection before its request was complete."""
+    """The client has closed the connection before its request, or the response, was complete."""
 
 
 class BodyRefused(Exception):
@@ -66,15 +68,21 @@ class Exchange:
         self.status = status
         told = {**headers, **self.more_headers}.items()
         encoded = [(name.lower().encode("latin-1"), value.encode("latin-1")) for name, value in told]
-        await self._send({"type": "http.response.start", "status": status, "headers": encoded})
+        await self._tell({"type": "http.response.start", "status": status, "headers": encoded})
 
     async def write(self, content: bytes) -> None:
         """Send a part of the content; waits while the client reads too slowly."""
-        await self._send({"type": "http.response.body", "body": content, "more_body": True})
+        await self._tell({"type": "http.response.body", "body": content, "more_body": True})
 
     async def end(self, content: bytes = b"") -> None:
         """Send the last part of the content."""
-        await self._send({"type": "http.response.body", "body": content, "more_body": False})
+        await self._tell({"type": "http.response.body", "body": content, "more_body": False})
+
+    async def _tell(self, message: Message) -> None:
+        try:
+            await self._send(message)
+        except OSError:  # some servers tell by it that the client has left
+            raise ClientLeft from None
 
     async def respond(self, status: int, content: bytes, headers: Mapping[str, str]) -> None:
         """Send a whole response."""

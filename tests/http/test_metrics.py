@@ -255,7 +255,8 @@ def test_the_head_of_the_events_is_whole(served: Served) -> None:
         )
         answer = b""
         while not answer.endswith(b'{"status":"ok"}'):
-            assert (part := client.recv(4096))
+            part = client.recv(4096)
+            assert part
             answer += part
     assert answer.count(b"HTTP/1.1 200 OK") == 2 and b"text/event-stream" in answer
 

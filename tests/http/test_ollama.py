@@ -524,6 +524,13 @@ def test_what_ollamas_store_says_of_a_model_is_shown_and_applied(client: ollama.
     answer = client.chat("mario", HELLO, options={"num_predict": 3, "seed": 1})
     assert answer.prompt_eval_count == len("You are Mario.\nhello\n") and answer.eval_count == 3
     assert loaded(client)["mario:latest"].context_length == 256
+    for path, body in (
+        ("/v1/messages", {"messages": HELLO, "max_tokens": 2}),
+        ("/v1/responses", {"input": "hello", "max_output_tokens": 2}),
+    ):
+        usage = kept.post(path, {"model": "mario", **body}).json()["usage"]
+        tokens = usage["input_tokens"] + usage.get("cache_read_input_tokens", 0)
+        assert tokens == len("You are Mario.\nhello\n"), (path, usage)
 
 
 def test_a_pull_succeeds_where_the_model_is_there(client: ollama.Client) -> None:

@@ -11,9 +11,11 @@ import openai
 import pytest
 from starlette.datastructures import Headers
 
+from scheduler.http import anthropic
 from scheduler.http import openai as protocol
 from scheduler.http.errors import error_table
 from scheduler.http.runner_routes import Call, RunnerRoute
+from scheduler.models.chat_defaults import ChatDefaults
 from scheduler.models.model_spec import ModelSpec
 from tests.http.conftest import Serve, Served, eventually
 
@@ -175,6 +177,44 @@ def test_what_reaches_beyond_a_request_does_not_reach_the_runner(route: RunnerRo
     unknown = {"user": "u", "store": True, "keep_alive": 5, "options": {}, "priority": 1, "ttl": 5, "timeout": 9}
     told = sent(route, {"model": "m", "prompt": "p", "messages": HELLO, "input": "i", **reaching, **unknown})
     assert not set(told) & {"id_slot", "slot_id", "lora", *unknown}
+
+
+DEFAULTS = ChatDefaults(
+    "be kind",
+    ({"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}),
+    {"temperature": 0, "stop": ["~"], "max_tokens": 9},
+)
+BE_KIND = {"role": "system", "content": "be kind"}
+BEFORE: list[Any] = [*DEFAULTS.messages]
+SAID = {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "a"}]}
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "wanted"),
+    [
+        ("/v1/chat/completions", {"messages": HELLO}, {"messages": [BE_KIND, *BEFORE, *HELLO]}),
+        ("/v1/chat/completions", {"messages": [], "stop": ["x"]}, {"stop": ["x"], "temperature": 0}),
+        ("/v1/completions", {"prompt": "p"}, {"prompt": "p", "stop": ["~"], "max_tokens": 9}),
+        ("/v1/messages", {"messages": HELLO, "max_tokens": 2},
+         {"system": "be kind", "messages": [*BEFORE, *HELLO], "stop_sequences": ["~"], "temperature": 0}),
+        ("/v1/messages", {"messages": HELLO, "stop_sequences": ["x"], "system": "s"},
+         {"stop_sequences": ["x"], "system": "s"}),
+        ("/v1/responses", {"input": "hello"},
+         {"instructions": "be kind", "input": [BEFORE[0], SAID, {"role": "user", "content": "hello"}], "stop": ["~"]}),
+        ("/v1/responses", {"input": HELLO, "instructions": "s", "max_output_tokens": 2},
+         {"instructions": "s", "input": [BEFORE[0], SAID, *HELLO], "temperature": 0, "max_output_tokens": 2}),
+        ("/v1/responses", {"input": [{"role": "developer", "content": "d"}]}, {"instructions": None}),
+        ("/v1/responses", {"input": 5}, {"input": 5}),
+    ],
+)  # fmt: skip
+def test_every_route_asks_as_the_model_is_asked(path: str, body: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """What a model comes with is asked in each protocol's own fields, where the client names nothing else."""
+    route = next(each for each in (*protocol.ROUTES, *anthropic.ROUTES) if path in each.paths)
+    call = route.call(json.dumps({"model": "m", **body}).encode(), Headers({}))
+    told = json.loads(call.content(ModelSpec("m", "/m.gguf", chat=DEFAULTS)))
+    assert {name: told.get(name) for name in wanted} == wanted
+    assert "max_tokens" not in told or "max_output_tokens" not in told
+    assert "stop" not in told or "stop_sequences" not in told
 
 
 @pytest.mark.parametrize("address", ["http://127.0.0.1:1/x", "https://a/b.png", "file:///etc/passwd", "HTTP://x/y"])

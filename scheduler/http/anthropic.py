@@ -11,6 +11,7 @@ from scheduler.http.exchange import as_json
 from scheduler.http.protocol import EVENTS, Waiting
 from scheduler.http.protocol_module import Body
 from scheduler.http.runner_routes import RunnerRoute
+from scheduler.models.chat_defaults import ChatDefaults
 
 _TYPES = {
     400: "invalid_request_error", 401: "authentication_error", 403: "permission_error", 404: "not_found_error",
@@ -37,12 +38,24 @@ class Anthropic:
         return f': {waiting.line()}\nevent: ping\ndata: {{"type": "ping"}}\n\n'.encode()
 
 
+def _chat(body: Mapping[str, Any], defaults: ChatDefaults) -> Mapping[str, Any]:
+    """Return the body with what the model's chats begin with, and its parameters by their names here."""
+    named = {"stop": None, **body} if "stop_sequences" in body else body
+    body = {**defaults.with_parameters(named)}
+    if stop := body.pop("stop", None):
+        body["stop_sequences"] = stop
+    if not isinstance(body.get("messages"), list):
+        return body
+    system = {"system": defaults.system} if defaults.system and not body.get("system") else {}
+    return {**body, **system, "messages": [*defaults.messages, *body["messages"]]}
+
+
 PROTOCOL = Anthropic()
 _MESSAGES = {"model", "messages", "system", "tools", "tool_choice", "thinking", "metadata"}
 _SAMPLING = {"max_tokens", "stop_sequences", "stream", *COMPLETION_PARAMETERS} - {"id_slot", "lora"}
 ROUTES = (
-    RunnerRoute(("/v1/messages",), {*_MESSAGES, *_SAMPLING}, "answer a chat", system=True),
-    RunnerRoute(("/v1/messages/count_tokens",), _MESSAGES, "count the tokens of a chat", system=True),
+    RunnerRoute(("/v1/messages",), {*_MESSAGES, *_SAMPLING}, "answer a chat", defaulted=_chat),
+    RunnerRoute(("/v1/messages/count_tokens",), _MESSAGES, "count the tokens of a chat", defaulted=_chat),
 )
 ENDPOINTS = ()
 BODIES: dict[str, Body] = {}

@@ -91,7 +91,7 @@ def _runner_endpoints(module: ProtocolModule) -> Iterator[Endpoint]:
     """Yield the endpoints of a protocol that the runner answers itself."""
     for row in module.ROUTES:
         for path in row.paths:
-            yield ("POST",), path, _passed_on(row, module.PROTOCOL)
+            yield ("POST",), path, _passed_on(row, row.protocol or module.PROTOCOL)
 
 
 def _passed_on(route: RunnerRoute, protocol: Protocol) -> Respond:

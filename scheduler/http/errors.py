@@ -15,6 +15,7 @@ from scheduler.errors.exceptions import (
     DoesNotFit,
     EngineError,
     InvalidModel,
+    LeaseReleased,
     LoadFailed,
     ModelNotFound,
     QueueFull,
@@ -75,8 +76,21 @@ def answer_to(error: SchedulerError) -> ErrorAnswer:
             return ErrorAnswer(status, "engine_error", error.message, may_retry=status >= 500)
         case QueueFull():
             figures = {"limit": error.limit}
-    message = _FOLDERS.sub("", str(error))
+    message = _FOLDERS.sub("", _words_of(error))
     return ErrorAnswer(status, code_of(type(error)), message, figures, retry_after_s, may_retry)
+
+
+def _words_of(error: SchedulerError) -> str:
+    """Return the message, with advice for a client in place of advice for the program that has the scheduler."""
+    match error:
+        case SchedulerClosed():
+            return "the server is ending: ask again in a moment"
+        case RunnerCrashed(closed=False):
+            return f"runner {error.runner} of {error.model!r} is gone: {error.reason}; ask again"
+        case LeaseReleased():
+            return f"the lease on {error.model!r} was released: ask again"
+        case _:
+            return str(error)
 
 
 def _may_retry(kind: type[SchedulerError]) -> bool:

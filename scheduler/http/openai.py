@@ -18,6 +18,7 @@ from scheduler.http.protocol import EVENTS, Waiting
 from scheduler.http.protocol_module import Body
 from scheduler.http.runner_routes import Call, RunnerRoute, model_of, scheduling_of
 from scheduler.http.service import Service
+from scheduler.models.chat_defaults import ChatDefaults
 from scheduler.models.model_spec import ModelSpec
 
 _TYPES = {400: "invalid_request_error", 401: "authentication_error", 403: "permission_error", 404: "not_found_error"}
@@ -44,12 +45,54 @@ class OpenAI:
         return f": {waiting.line()}\n\n".encode()
 
 
+class Responses(OpenAI):
+    """The same in the events of OpenAI's Responses, which have a type and no end but the last one."""
+
+    def error_event(self, answer: ErrorAnswer) -> bytes:
+        """Return the end of a stream that breaks."""
+        told = {"type": "error", "code": answer.code, "message": answer.message, "param": None, "sequence_number": 0}
+        return b"\n\nevent: error\ndata: " + as_json({**told, **self.error(answer)}) + b"\n\n"
+
+
+def _text(body: Mapping[str, Any], defaults: ChatDefaults) -> Mapping[str, Any]:
+    return defaults.with_parameters(body)
+
+
+def _chat(body: Mapping[str, Any], defaults: ChatDefaults) -> Mapping[str, Any]:
+    body = defaults.with_parameters(body)
+    if isinstance(messages := body.get("messages"), list):
+        return {**body, "messages": defaults.with_messages(messages)}
+    return body
+
+
+def _response(body: Mapping[str, Any], defaults: ChatDefaults) -> Mapping[str, Any]:
+    """Return the body with the model's system message as `instructions`, and its others as items of the input."""
+    body = defaults.with_parameters(body)
+    said = body.get("input")
+    items = [{"role": "user", "content": said}] if isinstance(said, str) else said
+    if not isinstance(items, list):
+        return body
+    own = bool(items) and isinstance(items[0], Mapping) and items[0].get("role") in ("system", "developer")
+    named = own or bool(body.get("instructions")) or not defaults.system
+    system = {} if named else {"instructions": defaults.system}
+    first = [_item(message) for message in defaults.messages]
+    return {**body, **system, "input": [*first, *items] if first else said}
+
+
+def _item(message: Mapping[str, Any]) -> Mapping[str, Any]:
+    if message.get("role") != "assistant":
+        return message
+    return {**message, "type": "message", "content": [{"type": "output_text", "text": message.get("content", "")}]}
+
+
 _RESPONSES = """
     include input instructions max_output_tokens max_tool_calls metadata parallel_tool_calls reasoning temperature text
     tool_choice tools top_logprobs top_p truncation
 """
-PROTOCOL = OpenAI()
-_NOT_KEPT = "nothing is kept between requests: send what was said before as input"
+PROTOCOL, RESPONSES = OpenAI(), Responses()
+_NOT_KEPT = dict.fromkeys(
+    ("previous_response_id", "conversation"), "nothing is kept between requests: send what was said before as input"
+)
 _TRANSCRIPTION = {"model", "language", "prompt", "response_format", "temperature", "stream"}
 
 # What a route takes from a client: what reaches beyond the request, as `lora` and `id_slot` do, is not among it.
@@ -57,15 +100,16 @@ _REACHING = {"id_slot", "lora"}
 ROUTES = (
     RunnerRoute(
         ("/v1/chat/completions", "/chat/completions"), {"messages", *CHAT_PARAMETERS, *_STREAMED} - _REACHING,
-        "answer a chat", chat=True,
+        "answer a chat", defaulted=_chat,
     ),
     RunnerRoute(
         ("/v1/completions", "/completions"), {"prompt", "suffix", *COMPLETION_PARAMETERS, *_STREAMED} - _REACHING,
-        "continue a text", parameters=True,
+        "continue a text", defaulted=_text,
     ),
     RunnerRoute(
         ("/v1/responses", "/responses"), {*_RESPONSES.split(), *COMPLETION_PARAMETERS, *_STREAMED} - _REACHING,
-        "answer with OpenAI's Responses", refused=dict.fromkeys(("previous_response_id", "conversation"), _NOT_KEPT),
+        "answer with OpenAI's Responses", defaulted=_response, refused=_NOT_KEPT,
+        protocol=RESPONSES,
     ),
     RunnerRoute(
         ("/v1/embeddings", "/embeddings"), {"input", "encoding_format", "dimensions", "model", *EMBEDDING_PARAMETERS},
@@ -77,7 +121,7 @@ ROUTES = (
     ),
     RunnerRoute(
         ("/infill",), {"input_prefix", "input_suffix", "input_extra", "prompt", *COMPLETION_PARAMETERS, *_STREAMED}
-        - _REACHING, "fill in a gap in a text", parameters=True,
+        - _REACHING, "fill in a gap in a text", defaulted=_text,
     ),
     RunnerRoute(
         ("/tokenize",), {"model", "content", "add_special", "parse_special", "with_pieces"}, "return a text's tokens",

@@ -13,6 +13,7 @@ from scheduler.config.quantities import parse_duration
 from scheduler.engines.answer_requests import refuse_fetches
 from scheduler.errors.exceptions import InvalidSettings, UnsupportedOption
 from scheduler.http.exchange import body_of, object_of
+from scheduler.http.protocol import Protocol
 from scheduler.http.rules import LOAD_OPTIONS, TIMING
 from scheduler.models.chat_defaults import ChatDefaults
 from scheduler.models.model_spec import ModelSpec
@@ -36,6 +37,10 @@ class Call:
     patience_s: float | None = None  # None: the server's
 
 
+def _as_it_is(body: Mapping[str, Any], defaults: ChatDefaults) -> Mapping[str, Any]:
+    return body
+
+
 @dataclass(frozen=True, slots=True)
 class RunnerRoute:
     """A route that the runner answers: its paths, the first being the runner's, and the fields that it takes."""
@@ -43,10 +48,9 @@ class RunnerRoute:
     paths: tuple[str, ...]
     fields: set[str]
     summary: str
-    chat: bool = False  # its `messages` begin as the model's chats do, and its parameters have the model's defaults
-    parameters: bool = False  # its parameters have the model's defaults
-    system: bool = False  # the same of a chat whose system text is a field of its own
+    defaulted: Callable[[Mapping[str, Any], ChatDefaults], Mapping[str, Any]] = _as_it_is  # with what the model names
     embedding: bool = False  # it needs an embedder or a reranker
+    protocol: Protocol | None = None  # where its streams differ from those of the others
     refused: Mapping[str, str] = field(
         default_factory=dict
     )  # fields without which an answer would be wrong, and advice
@@ -67,20 +71,9 @@ class RunnerRoute:
         if streamed:
             body["sse_ping_interval"] = _PING_S
         return Call(
-            model_of(asked), asking, self.paths[0], lambda spec: body_of(self._with_defaults(body, spec.chat)),
+            model_of(asked), asking, self.paths[0], lambda spec: body_of(self.defaulted(body, spec.chat)),
             streamed=streamed, patience_s=patience_s,
         )  # fmt: skip
-
-    def _with_defaults(self, body: Mapping[str, Any], defaults: ChatDefaults) -> Mapping[str, Any]:
-        if not (self.chat or self.parameters or self.system):
-            return body
-        body = defaults.with_parameters(body)
-        if self.chat and isinstance(body.get("messages"), list):
-            return {**body, "messages": defaults.with_messages(body["messages"])}
-        if self.system and isinstance(body.get("messages"), list):
-            system = {"system": defaults.system} if defaults.system and not body.get("system") else {}
-            return {**body, **system, "messages": [*defaults.messages, *body["messages"]]}
-        return body
 
 
 def model_of(asked: Mapping[str, Any]) -> str:

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import FrameType
 from typing import Protocol
 
@@ -41,7 +41,7 @@ _HEADERS_S = 30.0  # for so long they may take
 _IDLE_S = 75  # for so long a connection without a request stays: longer than usual proxies keep theirs
 _LAST_WORDS_S = 2  # for the ends of streams to be sent, when all leases are back
 _SPARE_CONNECTIONS = 1000  # beyond those whose requests are answered: idle ones, and those that are refused
-_ENDING = replace(answer_to(SchedulerClosed()), message="the server is ending: ask again in a moment")
+_ENDING = answer_to(SchedulerClosed())
 _WHILE_ENDING = ("/health", "/metrics", "/status")  # what is answered until the end: it can be watched
 
 

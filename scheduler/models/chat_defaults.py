@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 # Parameters that say the same: where a caller names one, a default by another name does not count.
-_SAME = ({"max_tokens", "max_completion_tokens", "n_predict"},)
+_SAME = ({"max_tokens", "max_completion_tokens", "max_output_tokens", "n_predict"},)
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,7 @@ from scheduler.errors.exceptions import (
     AcquireTimeout,
     DoesNotFit,
     EngineError,
+    LeaseReleased,
     LoadFailed,
     QueueFull,
     RunnerCrashed,
@@ -27,6 +28,7 @@ from scheduler.http.anthropic import PROTOCOL as ANTHROPIC
 from scheduler.http.errors import answer_to, error_table
 from scheduler.http.ollama import PROTOCOL as OLLAMA
 from scheduler.http.openai import PROTOCOL as OPENAI
+from scheduler.http.openai import RESPONSES
 from scheduler.http.settings import server_table
 from tests.api.test_errors import EXAMPLES
 from tests.http.conftest import Serve, Served
@@ -50,6 +52,15 @@ def test_each_kind_has_one_status_and_body_in_each_protocol(error: SchedulerErro
     *_, data, done, end = OPENAI.error_event(answer).decode().split("\n\n")
     assert json.loads(data.removeprefix("data: "))["error"]["code"] == answer.code
     assert (done, end) == ("data: [DONE]", "")
+    event, data = RESPONSES.error_event(answer).decode().strip().split("\n")
+    told = json.loads(data.removeprefix("data: "))
+    assert (event, told["type"], told["code"], told["message"]) == (
+        "event: error",
+        "error",
+        answer.code,
+        answer.message,
+    )
+    assert told["error"] and RESPONSES.error(answer) == OPENAI.error(answer)  # official clients raise by the field
     event, data = ANTHROPIC.error_event(answer).decode().strip().split("\n")
     assert event == "event: error" and json.loads(data.removeprefix("data: "))["type"] == "error"
     assert json.loads(OLLAMA.error_event(answer)) == {**OLLAMA.error(answer)}
@@ -83,6 +94,13 @@ def test_a_client_is_told_whether_and_when_to_try_again(
 ) -> None:
     answer = answer_to(error)
     assert (answer.status, answer.headers()) == (status, headers)
+
+
+@pytest.mark.parametrize("error", [SchedulerClosed(), RunnerCrashed("a", 1, "killed"), LeaseReleased("a")])
+def test_a_client_is_given_advice_that_it_can_follow(error: SchedulerError) -> None:
+    """A client of the server makes no scheduler and acquires nothing: it asks."""
+    message = answer_to(error).message
+    assert "ask again" in message and "acquire" not in message and "make a new" not in message
 
 
 def test_figures_and_advice_come_with_a_model_that_does_not_fit() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import ipaddress
 import logging
+import resource
 import socket
 import ssl
 import threading
@@ -34,6 +35,10 @@ log = logging.getLogger("loadmaster")
 
 _SILENT_S = 1.0  # a start that takes longer says what it does
 _BACKLOG = 2048  # connections that wait to be accepted
+_FILES_OF_A_REQUEST = 2  # the connection of the client, and that to the runner
+_OTHER_FILES = 2000  # of connections without a request, of runners, and of model files that are read
+_GONE_S = 60  # a client that takes nothing for so long, or whose machine answers nothing, is gone
+_PROBE_S = 15
 _UNPROTECTED = (
     "connections are not encrypted, and other machines reach this one: put a proxy with TLS in front, or name "
     "--tls-cert and --tls-key"
@@ -54,6 +59,7 @@ def run_serve(flags: Mapping[str, Any]) -> int:
     except ModuleNotFoundError as error:
         raise Refused(f"the package {error.name} is missing: pip install 'loadmaster[server]'") from None
     own = settings.own
+    _allow_files(settings.server.max_connections)
     options = ServerOptions(tls=_tls(settings), root_path=own["root_path"], proxies=own["forwarded_allow_ips"])
     with ExitStack() as stack:
         addresses = _addresses(own["host"], own["port"])
@@ -126,6 +132,15 @@ def _say_ready(count: int, url: str, *, unprotected: bool) -> None:
     log.info("serving %s at %s; Ctrl-C ends it", _counted(count), url)
 
 
+def _allow_files(requests: int) -> None:
+    """Raise the limit of open files to what as many requests at once need, as far as this user may."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = _FILES_OF_A_REQUEST * requests + _OTHER_FILES
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        allowed = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+
+
 class _Start:
     """Says what a start does, once the start has taken more than a second."""
 
@@ -189,6 +204,7 @@ def _bound(settings: ServeSettings, addresses: Sequence[_Address]) -> list[socke
             listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             if family == socket.AF_INET6:
                 listening.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            _watch_for_the_gone(listening)
             listening.bind((address[0], port, *address[2:]))
             listening.listen(_BACKLOG)  # now, since only this tells for sure that no one else listens
         except OSError as error:
@@ -204,6 +220,16 @@ def _bound(settings: ServeSettings, addresses: Sequence[_Address]) -> list[socke
             listening.close()
         raise Refused(_why_not_bound(settings.own["host"], port, problem))
     return sockets
+
+
+def _watch_for_the_gone(listening: socket.socket) -> None:
+    """Have connections that are accepted end where a client is gone without a word: its machine, or its network."""
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in (
+        ("TCP_KEEPIDLE", _PROBE_S), ("TCP_KEEPINTVL", _PROBE_S), ("TCP_USER_TIMEOUT", 1000 * _GONE_S),
+    ):  # fmt: skip
+        if (option := getattr(socket, name, None)) is not None:  # not every system has them
+            listening.setsockopt(socket.IPPROTO_TCP, option, value)
 
 
 def _why_not_bound(host: str, port: int, problem: OSError) -> str:

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,8 @@ import psutil
 import pytest
 
 from scheduler.cli import main as cli
+from scheduler.cli import serve
+from scheduler.cli.serve_settings import read_settings
 from tests.support.leaks import no_leaks
 from tests.support.stores import ollama_model
 from tests.support.tiny_models import write_tiny_model
@@ -85,12 +87,19 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @contextmanager
-def started(*arguments: object, models: Path | None = None, **variables: str) -> Iterator[Server]:
-    """Start a server with these arguments and variables, at any free port; end it if the block has not."""
+def started(
+    *arguments: object, models: Path | None = None, files: tuple[int, int] | None = None, **variables: str
+) -> Iterator[Server]:
+    """Start a server with these arguments and variables, at any free port; end it if the block has not.
+
+    `files` are the soft and the hard limit of open files.
+    """
     command = [sys.executable, "-m", "scheduler.cli", "serve", "--port", "0", "--no-gpus", *map(str, arguments)]
     command += ["--models", str(models)] if models is not None else []
     usual = {name: value for name, value in os.environ.items() if not name.startswith("OLLAMA_")}
     environment = {**usual, "HOME": "/nonexistent", **variables}
+    if files is not None:
+        command = ["sh", "-c", f'ulimit -Sn {files[0]}; ulimit -Hn {files[1]}; exec "$@"', "sh", *command]
     with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
         server = Server(process)
         try:
@@ -137,8 +146,6 @@ def test_it_says_where_it_serves_and_answers(served: Server) -> None:
 
 def test_a_start_that_takes_long_says_what_it_does(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a start does is said once the start has taken long, and no more after its end."""
-    from scheduler.cli import serve
-
     said: list[tuple[object, ...]] = []
     monkeypatch.setattr(serve.log, "info", lambda *words: said.append(words))
     start = serve._Start()
@@ -184,6 +191,25 @@ def test_the_command_needs_the_extra_only_to_serve(models: Path) -> None:
     )  # fmt: skip
     line = "loadmaster: the package uvicorn is missing: pip install 'loadmaster[server]'\n"
     assert (done.returncode, done.stderr) == (2, line)
+
+
+def test_many_connections_are_taken_where_few_files_may_be_open(models: Path) -> None:
+    """The server raises the limit of open files, which is low for most users, to what its connections need."""
+    with started(models=models, files=(100, 4096)) as server, ExitStack() as stack:
+        port = int(server.url.rpartition(":")[2])
+        for _ in range(150):
+            stack.enter_context(socket.create_connection(("127.0.0.1", port), LIMIT_S))
+        assert post(server, "/v1/chat/completions", CHAT).status_code == 200
+
+
+def test_a_client_that_is_gone_without_a_word_is_noticed() -> None:
+    """Connections are probed, and end where nothing is taken for a minute, as of a machine that has lost its power."""
+    settings = read_settings({"port": 0})
+    (listening,) = serve._bound(settings, serve._addresses("127.0.0.1", 0))
+    with listening, socket.create_connection(listening.getsockname(), LIMIT_S), listening.accept()[0] as accepted:
+        assert accepted.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+        assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) < 60
+        assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 60_000
 
 
 # -- its logs ----------------------------------------------------------------------------------------------------------

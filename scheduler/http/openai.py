@@ -16,7 +16,8 @@ from scheduler.http.errors import ErrorAnswer
 from scheduler.http.exchange import Exchange, as_json
 from scheduler.http.protocol import EVENTS, Waiting
 from scheduler.http.protocol_module import Body
-from scheduler.http.runner_routes import Call, RunnerRoute, model_of, scheduling_of
+from scheduler.http.rules import TIMING
+from scheduler.http.runner_routes import Call, RunnerRoute, model_of, scheduling_of, value_of
 from scheduler.http.service import Service
 from scheduler.models.chat_defaults import ChatDefaults
 from scheduler.models.model_spec import ModelSpec
@@ -150,7 +151,8 @@ async def _transcribe(service: Service, exchange: Exchange) -> None:
         await form.close()
     fields = {name: value for name, value in asked.items() if name in _TRANSCRIPTION}
     told = httpx2.Request("POST", "http://runner", data=fields, files={"file": speech})
-    asking, patience_s = scheduling_of({}, exchange.headers)
+    named = {name: value_of(asked[name]) for name in (*TIMING, "ttl") if name in asked}
+    asking, patience_s = scheduling_of(named, exchange.headers)
     call = Call(
         model_of(asked), asking, "/v1/audio/transcriptions", lambda spec: told.read(), told.headers["content-type"],
         streamed=asked.get("stream") == "true", patience_s=patience_s,
@@ -183,4 +185,6 @@ ENDPOINTS = (
     (("GET",), "/v1/models", _list_models),
     (("GET",), "/v1/models/{id:path}", _show_model),
 )
-BODIES = {"/v1/audio/transcriptions": Body(f"file {' '.join(_TRANSCRIPTION)}", "model file", form=True)}
+BODIES = {
+    "/v1/audio/transcriptions": Body(f"file {' '.join((*_TRANSCRIPTION, *TIMING, 'ttl'))}", "model file", form=True)
+}

@@ -103,15 +103,16 @@ def scheduling_of(asked: Mapping[str, Any], headers: Headers) -> tuple[AcquireOp
         asking[name] = value
     for name in (*TIMING, *LOAD_OPTIONS):
         if (text := headers.get(HEADER + name.replace("_", "-"))) is not None:
-            asking[name] = _value(text)
+            asking[name] = value_of(text)
     patience = headers.get(f"{HEADER}patience")
-    patience_s = None if patience is None else parse_duration(_value(patience), name=f"{HEADER}patience")
+    patience_s = None if patience is None else parse_duration(value_of(patience), name=f"{HEADER}patience")
     if patience_s == 0:
         raise InvalidSettings(f"{HEADER}patience", patience, "a duration longer than 0")
     return asking, patience_s  # type: ignore[return-value]  # the scheduler checks the values
 
 
-def _value(text: str) -> Any:
+def value_of(text: str) -> Any:
+    """Return what a text of a header or a form stands for: a whole number, a truth value, or itself."""
     if _WHOLE.fullmatch(text):
         return int(text)
     return {"true": True, "false": False}.get(text.lower(), text)

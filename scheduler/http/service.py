@@ -47,10 +47,14 @@ _WARM_S = 0.01  # a request that waited for no longer has not waited for a load
 _SIGN_EVERY_S = 1.0
 _FOR_EVER_S = 30 * 86400.0  # an event loop takes no timer without end
 _STATUS_S = 0.5  # for so long a status serves all who wait
-_LAST_BYTES = 4096  # of an answer, where its counts are
+_LAST_BYTES = 4096  # of an answer, where its counts are, but for those that its first part may have
+_COUNT = re.compile(
+    rb'"((?:prompt|input|cache_read_input|completion|output)_tokens|(?:prompt|cache|predicted)_n)":(\d+)'
+)
+# What an answer tells its tokens by, of which the first that is there counts: a stream may have the engine's alone.
 _COUNTS = {
-    "tokens_in": re.compile(rb'"(?:prompt|input)_tokens":(\d+)'),
-    "tokens_out": re.compile(rb'"(?:completion|output)_tokens":(\d+)'),
+    "tokens_in": ((b"prompt_tokens",), (b"input_tokens", b"cache_read_input_tokens"), (b"prompt_n", b"cache_n")),
+    "tokens_out": ((b"completion_tokens",), (b"output_tokens",), (b"predicted_n",)),
 }
 
 
@@ -141,6 +145,7 @@ class Service:
                 waiting = partial(self._waiting, spec, acquiring)
                 await self.patiently(exchange, call, protocol, acquire(), waiting, patience_s)
             except StillWaiting:
+                asking.pop("keep_alive", None)  # it is for behind the answer
                 loading = self.scheduler.preload(spec, **asking)  # the load goes on: the retry is warm
                 loading.add_done_callback(lambda done: done.cancelled() or done.exception())
                 raise
@@ -294,14 +299,15 @@ class Service:
                 await exchange.respond(response.status_code, content, {"content-type": kind})
 
     async def _stream(self, exchange: Exchange, call: Call, protocol: Protocol, response: httpx2.Response) -> None:
-        renaming, last = Renaming(as_json(call.model)), b""
+        renaming, first, last = Renaming(as_json(call.model)), b"", b""
         await self.begin_stream(exchange, protocol)
         assert isinstance(response.stream, httpx2.AsyncByteStream)
         async for chunk in response.stream:
             if lines := renaming.feed(chunk):
+                first += lines if len(first) < _LAST_BYTES else b""
                 last = lines if len(lines) > _LAST_BYTES else (last + lines)[-_LAST_BYTES:]
                 await exchange.write(lines)
-        note_counts(exchange, last)
+        note_counts(exchange, first + last)
         await exchange.end(renaming.rest())
 
 
@@ -316,7 +322,8 @@ async def refuse(exchange: Exchange, protocol: Protocol, answer: ErrorAnswer) ->
 
 
 def note_counts(exchange: Exchange, content: bytes) -> None:
-    """Note the tokens of an answer, which its end tells, for the access log."""
-    for name, pattern in _COUNTS.items():
-        if found := pattern.findall(content):
-            exchange.notes[name] = int(found[-1])
+    """Note the tokens that an answer tells, the last time that it does, for the access log."""
+    told = {name: int(count) for name, count in _COUNT.findall(content)}
+    for note, ways in _COUNTS.items():
+        if (way := next((each for each in ways if each[0] in told), None)) is not None:
+            exchange.notes[note] = sum(told.get(name, 0) for name in way)

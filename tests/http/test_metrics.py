@@ -69,6 +69,29 @@ def test_requests_are_counted_by_model_and_outcome(serve: Serve) -> None:
     assert value(told, "load_seconds_sum", "m") <= value(told, "wait_seconds_sum", "m")
 
 
+def test_tokens_are_counted_in_every_protocol(serve: Serve) -> None:
+    """Those of prompts count also where the engine still had them, and those of streams that tell no usage."""
+    served, prompt = serve(), "hello " * 60
+    said = [{"role": "user", "content": prompt}]
+    for path, body in (
+        ("/v1/chat/completions", {"messages": said, "max_tokens": 3}),
+        ("/v1/completions", {"prompt": f"{prompt}\n", "max_tokens": 3}),
+        ("/v1/messages", {"messages": said, "max_tokens": 3}),
+        ("/v1/responses", {"input": prompt, "max_output_tokens": 3}),
+        ("/api/chat", {"messages": said, "options": {"num_predict": 3}}),
+    ):
+        for stream in (False, True):
+            for _ in range(2):
+                before = figures(served)
+                assert served.post(path, {"model": "m", "stream": stream, **body}).status_code == 200
+                told = figures(served)
+                new = [
+                    value(told, name, "m") - before.get((name, frozenset({"m"})), 0)
+                    for name in ("tokens_in_total", "tokens_out_total")
+                ]
+                assert new == [len(prompt) + 1, 3], (path, stream)
+
+
 def test_names_of_strangers_become_no_labels(serve: Serve) -> None:
     """Refused requests are counted by the error's code; a name that leads nowhere is in no figure."""
     served = serve()

@@ -253,6 +253,11 @@ def test_speech_is_passed_on_as_a_form(served: Served) -> None:
     url = f"{served.url}/v1/audio/transcriptions"
     answer = httpx2.post(url, data={"model": "m", "id_slot": "1"}, files={"file": ("a.wav", b"RIFF")}, timeout=60)
     assert answer.status_code == 400 and "audio" in answer.json()["error"]["message"].lower()
+    answer = httpx2.post(url, data={"model": "m", "keep_alive": "soon"}, files={"file": ("a.wav", b"RIFF")})
+    assert answer.status_code == 400 and "keep_alive cannot be 'soon'" in answer.json()["error"]["message"]
+    fields = {"model": "m", "keep_alive": "9", "priority": "1", "ttl": "8"}
+    assert httpx2.post(url, data=fields, files={"file": ("a.wav", b"RIFF")}).status_code == 400  # only of the sound
+    assert [runner.keep_alive_s for runner in served.scheduler.status().runners if runner.model == "m"] == [9]
     for wrong in (
         {"data": {"model": "m"}, "files": {"other": ("a", b"b")}},
         {"content": b"x"},

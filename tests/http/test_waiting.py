@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from typing import Any
 
 import httpx2
@@ -65,6 +66,19 @@ def test_a_request_that_is_not_streamed_waits_as_long_as_its_client_has_patience
         loading = answer.json()["error"]["loading"]
         assert loading["state"] == "queued" and loading["position"] == 0
     eventually(lambda: [one.model for one in full.scheduler.status().runners if one.state == "idle"] == ["m"])
+    assert full.post("/v1/chat/completions", body, **patience).status_code == 200
+
+
+def test_a_load_that_goes_on_stays_for_the_retry(full: Served) -> None:
+    """Also where the client wants the model unloaded behind its answer: there was no answer yet."""
+    body, patience = (
+        {"model": "m", "messages": HELLO, "max_tokens": 2, "keep_alive": 0},
+        {"x-loadmaster-patience": "300ms"},
+    )
+    with full.scheduler.acquire("other"):
+        assert full.post("/v1/chat/completions", body, **patience).status_code == 503
+    eventually(lambda: [one.model for one in full.scheduler.status().runners if one.state == "idle"] == ["m"])
+    time.sleep(0.3)
     assert full.post("/v1/chat/completions", body, **patience).status_code == 200
 
 

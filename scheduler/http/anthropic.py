@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
+from uuid import uuid4
 
 from scheduler.engines.answer_requests import COMPLETION_PARAMETERS
 from scheduler.http.errors import ErrorAnswer
@@ -32,6 +33,19 @@ class Anthropic:
     def error_event(self, answer: ErrorAnswer) -> bytes:
         """Return the end of a stream that breaks."""
         return b"\n\nevent: error\ndata: " + as_json(self.error(answer)) + b"\n\n"
+
+    def missing(self, lines: bytes, model: str) -> bytes | None:
+        """Return the beginning of a message, which llama.cpp leaves out where the first character has several tokens."""
+        _, found, first = lines.partition(b"event: ")
+        if not found:
+            return None
+        if not first.startswith((b"content_block", b"message_delta")):
+            return b""
+        message: dict[str, Any] = {
+            "id": f"msg_{uuid4().hex}", "type": "message", "role": "assistant", "content": [], "model": model,
+            "stop_reason": None, "stop_sequence": None, "usage": {"input_tokens": 0, "output_tokens": 0},
+        }  # fmt: skip
+        return b"event: message_start\ndata: " + as_json({"type": "message_start", "message": message}) + b"\n\n"
 
     def sign_of_life(self, waiting: Waiting) -> bytes:
         """Return a ping, behind a comment that says what the request waits for."""

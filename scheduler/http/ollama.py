@@ -53,6 +53,10 @@ class Ollama:
         """Return the end of a stream that breaks."""
         return as_json(self.error(answer)) + b"\n"
 
+    def missing(self, lines: bytes, model: str) -> bytes | None:
+        """Return nothing: the lines are the server's own."""
+        return b""
+
     def sign_of_life(self, waiting: Waiting) -> bytes:
         """Return nothing: clients take each line for a part of the answer."""
         return b""

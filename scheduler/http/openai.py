@@ -41,6 +41,10 @@ class OpenAI:
         """Return the end of a stream that breaks."""
         return b"\n\ndata: " + as_json(self.error(answer)) + b"\n\ndata: [DONE]\n\n"
 
+    def missing(self, lines: bytes, model: str) -> bytes | None:
+        """Return nothing: the first event is one like the others."""
+        return b""
+
     def sign_of_life(self, waiting: Waiting) -> bytes:
         """Return a comment, which clients skip."""
         return f": {waiting.line()}\n\n".encode()

@@ -43,5 +43,8 @@ class Protocol(Interface):
     def error_event(self, answer: ErrorAnswer) -> bytes:
         """Return the end of a stream that breaks."""
 
+    def missing(self, lines: bytes, model: str) -> bytes | None:
+        """Return what the engine's stream lacks before its first lines; None: its beginning is still to come."""
+
     def sign_of_life(self, waiting: Waiting) -> bytes:
         """Return a part of a stream that clients skip; empty where the protocol has none."""

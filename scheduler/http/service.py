@@ -299,13 +299,15 @@ class Service:
                 await exchange.respond(response.status_code, content, {"content-type": kind})
 
     async def _stream(self, exchange: Exchange, call: Call, protocol: Protocol, response: httpx2.Response) -> None:
-        renaming, first, last = Renaming(as_json(call.model)), b"", b""
+        renaming, first, last, begun = Renaming(as_json(call.model)), b"", b"", False
         await self.begin_stream(exchange, protocol)
         assert isinstance(response.stream, httpx2.AsyncByteStream)
         async for chunk in response.stream:
             if lines := renaming.feed(chunk):
                 first += lines if len(first) < _LAST_BYTES else b""
                 last = lines if len(lines) > _LAST_BYTES else (last + lines)[-_LAST_BYTES:]
+                if not begun and (missing := protocol.missing(lines, call.model)) is not None:
+                    begun, lines = True, missing + lines
                 await exchange.write(lines)
         note_counts(exchange, first + last)
         await exchange.end(renaming.rest())

@@ -25,7 +25,9 @@ from fsm.machine.runner import READY
 from scheduler import Gap, ModelSpec
 from scheduler.errors.kinds import WAIT_KINDS
 from scheduler.http import create_app, tracing
+from scheduler.http.exchange import Exchange
 from scheduler.http.observer import Observer
+from scheduler.http.service import note_counts
 from scheduler.testing import FakeMachine
 from tests.http.conftest import Serve, Served, eventually
 from tests.support.real import ROOM_FOR_ONE
@@ -76,7 +78,6 @@ def test_tokens_are_counted_in_every_protocol(serve: Serve) -> None:
     for path, body in (
         ("/v1/chat/completions", {"messages": said, "max_tokens": 3}),
         ("/v1/completions", {"prompt": f"{prompt}\n", "max_tokens": 3}),
-        ("/v1/messages", {"messages": said, "max_tokens": 3}),
         ("/v1/responses", {"input": prompt, "max_output_tokens": 3}),
         ("/api/chat", {"messages": said, "options": {"num_predict": 3}}),
     ):
@@ -90,6 +91,22 @@ def test_tokens_are_counted_in_every_protocol(serve: Serve) -> None:
                     for name in ("tokens_in_total", "tokens_out_total")
                 ]
                 assert new == [len(prompt) + 1, 3], (path, stream)
+
+
+def test_tokens_of_messages_are_those_that_were_read_and_those_that_the_engine_had() -> None:
+    """Anthropic's Messages part the tokens of a prompt, which a stream tells in its first event."""
+    exchange = Exchange({"type": "http", "method": "POST", "headers": []}, never, never)  # type: ignore[arg-type]
+    note_counts(
+        exchange,
+        b'data: {"usage":{"cache_read_input_tokens":360,"input_tokens":1,"output_tokens":0}}\n\n'
+        b'data: {"delta":{"text":"\\"input_tokens\\":5"}}\n\ndata: {"usage":{"output_tokens":3}}\n\n',
+    )
+    assert exchange.notes == {"tokens_in": 361, "tokens_out": 3}
+
+
+def never(*_: object) -> None:
+    """Neither receive nor send anything."""
+    raise AssertionError
 
 
 def test_names_of_strangers_become_no_labels(serve: Serve) -> None:

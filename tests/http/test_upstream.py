@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import json
 from itertools import pairwise
+from pathlib import Path
 
+import httpx2
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from scheduler import Scheduler
+from scheduler.http import anthropic, create_app
 from scheduler.http.upstream import Renaming
+from tests.support.running import running
+from tests.support.tiny_models import byte_tokens, write_tiny_model
 
 SAYS = json.dumps({"content": 'a "model":"m" inside'}, separators=(",", ":")).encode()
 STREAM = b"".join(
@@ -31,3 +37,28 @@ def test_an_answer_without_a_model_stays_as_it_is(content: bytes) -> None:
     assert Renaming(b'"m"').whole(content) == content
     renaming = Renaming(b'"m"')
     assert renaming.feed(content) + renaming.rest() == content
+
+
+def test_a_stream_of_messages_has_a_beginning(tmp_path: Path) -> None:
+    """llama.cpp sends none where the first character takes several tokens, and clients of Anthropic's break then."""
+    lead = byte_tokens()[0xC3]  # the first byte of a letter, and nothing else for ever
+    write_tiny_model(tmp_path / "m.gguf", biases={lead: 40})
+    body = {"model": "m", "messages": [{"role": "user", "content": "a"}], "max_tokens": 5, "stream": True}
+    with Scheduler(gpus=False, models=tmp_path) as scheduler, running(create_app(scheduler)) as url:
+        answer = httpx2.post(f"{url}/v1/messages", json=body, timeout=60, trust_env=False)
+    events = [line.removeprefix("event: ") for line in answer.text.splitlines() if line.startswith("event: ")]
+    assert events[0] == "message_start" and events.count("message_start") == 1 and events[-1] == "message_stop"
+
+
+@pytest.mark.parametrize(
+    ("lines", "begins"),
+    [
+        (b": a comment\n\n", None),
+        (b"event: message_start\ndata: {}\n\nevent: content_block_start\n", b""),
+        (b"event: error\ndata: {}\n\n", b""),
+        (b"event: message_delta\ndata: {}\n\n", b"event: message_start\n"),
+    ],
+)
+def test_only_a_message_without_a_beginning_is_given_one(lines: bytes, begins: bytes | None) -> None:
+    missing = anthropic.PROTOCOL.missing(lines, "m")
+    assert missing == begins or (begins and missing and missing.startswith(begins) and b'"model":"m"' in missing)

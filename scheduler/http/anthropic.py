@@ -35,7 +35,7 @@ class Anthropic:
         return b"\n\nevent: error\ndata: " + as_json(self.error(answer)) + b"\n\n"
 
     def missing(self, lines: bytes, model: str) -> bytes | None:
-        """Return the beginning of a message, which llama.cpp leaves out where the first character has several tokens."""
+        """Return the beginning that llama.cpp leaves out where the first character has several tokens."""
         _, found, first = lines.partition(b"event: ")
         if not found:
             return None

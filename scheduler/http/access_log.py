@@ -14,6 +14,7 @@ from logging.handlers import QueueHandler, QueueListener
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from scheduler.errors.formatting import printable
+from scheduler.http.exchange import CLIENT_LEFT
 from scheduler.http.guard import path_of
 
 log = logging.getLogger("loadmaster.access")
@@ -48,7 +49,7 @@ class AccessLog:
             wait_s = notes.get("wait_s", 0.0)
             answer_s = time.monotonic() - began - (wait_s if isinstance(wait_s, float) else 0.0)
             notes.setdefault("answer_s", answer_s)
-            _write(method, path, status or 500, notes)
+            _write(method, path, status or (CLIENT_LEFT if notes.get("left") else 500), notes)
 
 
 def _write(method: str, path: str, status: int, notes: Mapping[str, object]) -> None:

@@ -47,7 +47,7 @@ def create_app(scheduler: Scheduler, **settings: Unpack[ServerArguments]) -> ASG
 def application(service: Service, more: Sequence[ProtocolModule] = ()) -> ASGIApp:
     """Return the application of a service, with the endpoints of more modules."""
     routes = [
-        Route(path, _Endpoint(service, module.PROTOCOL, respond), methods=[*methods])
+        Route(path, _Endpoint(service, protocol_of(path), respond), methods=[*methods])
         for module in (*_MODULES, *more)
         for methods, path, respond in (*_runner_endpoints(module), *module.ENDPOINTS)
     ]
@@ -91,7 +91,7 @@ def _runner_endpoints(module: ProtocolModule) -> Iterator[Endpoint]:
     """Yield the endpoints of a protocol that the runner answers itself."""
     for row in module.ROUTES:
         for path in row.paths:
-            yield ("POST",), path, _passed_on(row, row.protocol or module.PROTOCOL)
+            yield ("POST",), path, _passed_on(row, protocol_of(path))
 
 
 def _passed_on(route: RunnerRoute, protocol: Protocol) -> Respond:
@@ -127,6 +127,8 @@ def protocol_of(path: str) -> Protocol:
     """Return the protocol that a path belongs to."""
     if path.startswith("/api/"):
         return ollama.PROTOCOL
+    if path.removeprefix("/v1") == "/responses":
+        return openai.RESPONSES
     return anthropic.PROTOCOL if path.startswith("/v1/messages") else openai.PROTOCOL
 
 

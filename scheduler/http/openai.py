@@ -114,7 +114,6 @@ ROUTES = (
     RunnerRoute(
         ("/v1/responses", "/responses"), {*_RESPONSES.split(), *COMPLETION_PARAMETERS, *_STREAMED} - _REACHING,
         "answer with OpenAI's Responses", defaulted=_response, refused=_NOT_KEPT,
-        protocol=RESPONSES,
     ),
     RunnerRoute(
         ("/v1/embeddings", "/embeddings"), {"input", "encoding_format", "dimensions", "model", *EMBEDDING_PARAMETERS},

@@ -13,7 +13,6 @@ from scheduler.config.quantities import parse_duration
 from scheduler.engines.answer_requests import refuse_fetches
 from scheduler.errors.exceptions import InvalidSettings, UnsupportedOption
 from scheduler.http.exchange import body_of, object_of
-from scheduler.http.protocol import Protocol
 from scheduler.http.rules import LOAD_OPTIONS, TIMING
 from scheduler.models.chat_defaults import ChatDefaults
 from scheduler.models.model_spec import ModelSpec
@@ -50,7 +49,6 @@ class RunnerRoute:
     summary: str
     defaulted: Callable[[Mapping[str, Any], ChatDefaults], Mapping[str, Any]] = _as_it_is  # with what the model names
     embedding: bool = False  # it needs an embedder or a reranker
-    protocol: Protocol | None = None  # where its streams differ from those of the others
     refused: Mapping[str, str] = field(
         default_factory=dict
     )  # fields without which an answer would be wrong, and advice

@@ -193,12 +193,16 @@ def test_what_strangers_send_is_one_line_in_the_log(monkeypatch: pytest.MonkeyPa
 
 
 def test_the_line_of_a_request_that_fails_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A request whose response never began has the status 500."""
+    """A request whose response never began has the status 500; one whose client has left has 499."""
+
+    async def left(scope: Any, receive: Any, send: Any) -> None:
+        scope["loadmaster"]["left"] = True
 
     async def nothing(scope: Any, receive: Any, send: Any) -> None:
         pass
 
     scope = {"method": "GET", "path": "/"}
+    assert " GET / 499 answer_s=" in logged(monkeypatch, "text", scope, left)
     assert " GET / 500 answer_s=" in logged(monkeypatch, "text", scope, nothing)
 
 

@@ -22,7 +22,7 @@ VALUES: Mapping[str, str] = {
     "root_path": "/llm", "forwarded_allow_ips": "10.0.0.1", "log_format": "json", "workers": "1",
     "api_key": "k3y", "allow_hosts": "a.example", "allow_origins": "https://a.example", "dashboard": "false",
     "dashboard_actions": "true", "sign_of_life": "2s", "patience": "3m", "body_limit": "2MiB", "body_timeout": "4s",
-    "max_connections": "7",
+    "max_connections": "7", "ray": "auto",
     "memory_limit": "3GiB", "max_queue": "9", "max_runners": "3", "max_leases": "2", "keep_alive": "7m",
     "max_wait": "11s", "min_residency": "3s", "load_timeout": "9m", "recovery_timeout": "6s", "stop_grace": "3s",
     "close_timeout": "12s", "max_loads_per_gpu": "2", "max_host_loads": "3", "prefetch": "false", "eviction": "lru",

@@ -43,6 +43,7 @@ from fsm.state.model_record import ModelRecord
 from fsm.verification.declared_model import DeclaredModel, profile_of
 
 CLOSE_S = 30.0  # how long a Close lets leases last
+PROMPTS_S = 0.5  # what a runner's prompts take to be had again, and as much more for each runner before it
 AT_ONCE_S = 0.0  # how long one that comes after it does
 FAILED, KILLED = 1, -9  # exit statuses of a load that failed, and of one that the kernel ended
 NO_ANSWER = NoAnswer(10.0)
@@ -278,7 +279,9 @@ def sampled(
     number = core._state.samples
     if early:
         number = min(runner.last_sample for runner in core._state.runners.values() if not runner.process) - 1
-    return Sampled(devices, tuple(resident), number)
+    told = core._state.config.keeps_prompts
+    prompts = tuple((id, PROMPTS_S * (1 + place)) for place, (id, _) in enumerate(resident) if told)
+    return Sampled(devices, tuple(resident), number, prompts=prompts)
 
 
 def _asked(state: CoreState, scenario: Scenario, past: IdHighWater) -> Iterator[Event]:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from fsm.core import Core
 from fsm.domain.devices import HOST, DeviceId
 from fsm.domain.options import Options
+from fsm.eviction.policies import TIE_BREAK_S, ExpectedReloadCost
 from fsm.machine.request import ModelId, Purpose, Request, RequestId
 from fsm.machine.runner import EXPIRING, LOADING, Runner, RunnerId
 from fsm.messages.commands import Command, Grant, Launch
@@ -70,6 +71,20 @@ def no_two_request_groups_count_on_one_victim(step: StepOutcome, plan: Plan) -> 
             if forced is None or victim.runner != forced.id:
                 assert victim.runner not in counted, f"runner {victim.runner} of {victim.model}"
                 counted.add(victim.runner)
+
+
+@of_outcome(Plan)
+def the_cost_of_a_victim_counts_its_prompts(step: StepOutcome, plan: Plan) -> None:
+    """Where `reuse` prices a victim, the time to have its prompts again counts like the time of its load."""
+    if not isinstance(step.after.policy, ExpectedReloadCost):
+        return
+    for planned in plan.placements.values():
+        for one in planned.victims:
+            runner = step.after._state.runners[one.runner]
+            if one.load_s is not None and one.cost_s is not None:
+                asked = max((asked / rest_s for asked, rest_s in one.outlook()), default=0.0)
+                least_s = TIE_BREAK_S * (one.load_s + runner.prompts_s) * asked
+                assert one.cost_s >= 0.999 * least_s, f"runner {one.runner}: {one.cost_s} s, and at least {least_s} s"
 
 
 @of_outcome(Plan)

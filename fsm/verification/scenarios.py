@@ -26,6 +26,7 @@ LIMITS = CoreConfig(
     keep_alive_s=math.inf, max_wait_s=20.0, min_residency_s=3.0, load_timeout_s=50.0, recovery_interval_s=4.0,
     recovery_timeout_s=5.0, back_off_s=11.0, good_life_s=60.0, idle_grace_part=0.0,
 )  # fmt: skip
+LATER = replace(LIMITS, plans_later=True)  # as in a scheduler: a Tick plans, and other events may come before it
 
 
 def _on_host(gib: int) -> Footprint:
@@ -94,7 +95,7 @@ SCENARIOS: tuple[Scenario, ...] = (
     Scenario(
         "reload", "a model with a small context and a large one, measured, beside another",
         ((HOST, GIB), (GPU0, GIB)), ((A, _resolved(200)), (B, _resolved(200))),
-        (_lease(A, SMALL), _lease(A, LARGE), _lease(B)), 3, 40_000, LIMITS, fills=True,
+        (_lease(A, SMALL), _lease(A, LARGE), _lease(B)), 3, 40_000, LATER, fills=True,
     ),
     Scenario(
         "read-ahead", "files that are read while a GPU is waited for, with more or less memory to spare",
@@ -102,9 +103,9 @@ SCENARIOS: tuple[Scenario, ...] = (
         other_devices=((HOST, 600 * MIB), (GPU0, GIB)), expires=False, closes=False,
     ),
     Scenario(
-        "keep-alive", "runners that rest for a time, for no time, and for ever",
+        "keep-alive", "runners that rest for a time, for no time, and for ever, and whose prompts are kept",
         HOST_8, ONE_PLACE, EITHER, 2, 40_000,
-        replace(LIMITS, keep_alive_s=70.0),
+        replace(LIMITS, keep_alive_s=70.0, keeps_prompts=True),
         keep_alives_s=(None, 0.0, math.inf),
     ),
     Scenario(
@@ -121,15 +122,15 @@ SCENARIOS: tuple[Scenario, ...] = (
     ),
     Scenario(
         "hangs", "runners that answer no more, loads that are slow",
-        HOST_8, ONE_PLACE, EITHER, 2, 60_000, LIMITS, hangs=True,
+        HOST_8, ONE_PLACE, EITHER, 2, 60_000, LATER, hangs=True,
     ),
     Scenario(
         "replaced-files", "models whose files are replaced while they load, serve and rest",
-        HOST_8, ONE_PLACE, EITHER, 2, 30_000, LIMITS, expires=False, closes=False, replaces=True,
+        HOST_8, ONE_PLACE, EITHER, 2, 30_000, LATER, expires=False, closes=False, replaces=True,
     ),
     Scenario(
         "own-memory", "memory of the program's own, and models that are loaded for later",
-        HOST_8, ((A, _on_host(4)), (B, _on_host(4))), (_lease(A), _preload(B), _memory(4)), 3, 50_000, LIMITS,
+        HOST_8, ((A, _on_host(4)), (B, _on_host(4))), (_lease(A), _preload(B), _memory(4)), 3, 50_000, LATER,
         expires=False,
     ),
     Scenario(
@@ -144,14 +145,14 @@ SCENARIOS: tuple[Scenario, ...] = (
     ),
     Scenario(
         "shrinking", "a device that shrinks and grows again, and a model that needs none of it",
-        HOST_8, ((A, _on_host(4)), (B, _on_host(4)), (C, Footprint())), (*EITHER, _lease(C)), 3, 40_000, LIMITS,
+        HOST_8, ((A, _on_host(4)), (B, _on_host(4)), (C, Footprint())), (*EITHER, _lease(C)), 3, 40_000, LATER,
         other_devices=((HOST, 5 * GIB),),
         closes=False,
     ),
     Scenario(
         "better-place", "a GPU that comes and goes, and requests that name no layers, or none on GPUs",
         ((HOST, 8 * GIB), (GPU0, 6 * GIB)), ((A, _layered(2, 2048)),), (_lease(A), _lease(A, Options(num_gpu=0))),
-        2, 60_000, LIMITS, other_devices=((HOST, 8 * GIB),), closes=False,
+        2, 60_000, LATER, other_devices=((HOST, 8 * GIB),), closes=False,
     ),
     Scenario(
         "moments-of-rest", "runners that are kept for their next user, and by what their load took",
@@ -161,7 +162,7 @@ SCENARIOS: tuple[Scenario, ...] = (
     ),
     Scenario(
         "configure", "limits that are changed while everything runs, and a queue of one place",
-        HOST_8, ((A, _on_host(4)), (B, _on_host(4))), EITHER, 3, 50_000, LIMITS, expires=False, closes=False,
+        HOST_8, ((A, _on_host(4)), (B, _on_host(4))), EITHER, 3, 50_000, LATER, expires=False, closes=False,
         configures=(
             Configure(max_queue=1, max_runners=1), Configure(max_queue=2, max_runners=2),
             Configure(keep_alive_s=70.0), Configure(keep_alive_s=0.0),
@@ -176,18 +177,18 @@ SCENARIOS: tuple[Scenario, ...] = (
     Scenario(
         "own-leases", "callers that ask for more while they keep leases, with room for one model or two",
         HOST_8, ((A, _on_host(6)), (B, _on_host(6)), (C, _on_host(1))), tuple(map(_lease, (A, B, C))), 3, 40_000,
-        replace(LIMITS, max_leases=1), expires=False, closes=False, keeps=True,
+        replace(LATER, max_leases=1), expires=False, closes=False, keeps=True,
     ),
     Scenario(
         "plans-later", "requests that wait for a limited time, or not at all, and plans that come after other events",
         HOST_8, ONE_PLACE, EITHER, 3, 60_000,
-        replace(LIMITS, plans_later=True),
+        LATER,
         timeouts_s=(None, 0.0), expires=False,
     ),
     Scenario(
         "claims-before-plans", "device claims, and memory of the program's own, with plans that come later",
         HOST_8, ((A, _on_host(6)), (B, _on_host(2))), (*EITHER, _memory(4)), 3, 60_000,
-        replace(LIMITS, claims=True, plans_later=True),
+        replace(LATER, claims=True),
         expires=False,
     ),
     Scenario(

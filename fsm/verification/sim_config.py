@@ -72,12 +72,17 @@ def draw_sim_config(draw: Random) -> SimConfig:
     devices = _devices(draw)
     models = tuple((ModelId(f"model-{number}"), draw_model(draw, devices)) for number in range(draw.randint(1, 6)))
     names = tuple(name for name, _ in models)
-    # limits of leases, of memory and flash attention follow from it: what else a seed draws stays as it is
+    # limits of leases, memory, flash attention and kept prompts follow from it: what else a seed draws stays as it is
     number = len(devices) + 2 * len(models)
     return SimConfig(
         defaults=draw.choice((Options(), Options(), Options(num_ctx=65536))),
         max_leases={name: NAMED_LEASES[(number + place) % 6] for place, name in enumerate(names)},
-        limits=replace(_limits(draw), max_leases=(0, 0, 1, 3)[number % 4], memory_limited=number % 3 == 0),
+        limits=replace(
+            _limits(draw),
+            max_leases=(0, 0, 1, 3)[number % 4],
+            memory_limited=number % 3 == 0,
+            keeps_prompts=number % 2 == 0,
+        ),
         policy=_policy(draw),
         devices=devices,
         models=models,

@@ -69,6 +69,7 @@ LONGER = 20  # a forgotten lease is held so many times as long
 LIFE_S = 60.0  # how long a process serves before its fault happens, on average
 NESTED = 16  # one request of so many is of a caller that keeps all leases there are
 LONG_S = 1000.0  # the latest end of a process that is stuck
+PROMPTS_S = 3.0  # what a runner's prompts take to be had again, at most six times as much
 LOST_S = 5000.0  # how long lost memory is missing
 CHANGES_S = 15.0  # between two changes of a device, on average
 CRASHED, KILLED = -11, -9
@@ -409,7 +410,8 @@ class SimEnvironment:
             devices.append(sample)
         measured = tuple(entry for entry in resident if entry[1])
         mapped = tuple((id, held[0][1] // 3) for id, held in measured if held[0][0] == HOST)
-        return Sampled(tuple(devices), measured, max(number, 0), mapped)
+        prompts = tuple((id, PROMPTS_S * (id % 7)) for id, _ in measured if self.config.limits.keeps_prompts)
+        return Sampled(tuple(devices), measured, max(number, 0), mapped, prompts)
 
     def _change_devices(self) -> None:
         """Other programs come and go, and so do devices."""

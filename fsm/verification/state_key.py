@@ -15,7 +15,7 @@ from types import MappingProxyType
 
 from fsm.core import Core
 from fsm.machine.request import ModelId, Request, RequestSpec, RequestState
-from fsm.machine.runner import IDLE, Runner
+from fsm.machine.runner import IDLE, RUNNING, Runner
 from fsm.planning.relocation import looks_from, moves_from
 from fsm.state.core_state import CoreState, OpenClaim
 from fsm.state.memory_ledger import Account, Ledger
@@ -63,7 +63,6 @@ LEFT_OUT: Mapping[type, Mapping[str, str]] = MappingProxyType(
             "better_place_since": "`moves_from` says what follows from it",
             "launched_at": "how long its load took: the residency that follows is a time of its own",
             "prompts_s": "for the policy, which is nondeterministic",
-            "keeps_prompts": "nothing follows from it but how its process is stopped",
             "used_at": "for the policy, which is nondeterministic; how long it is idle is told where it has no clock",
         },
         Request: {
@@ -246,6 +245,7 @@ class _View:
             list(runner.available_before.items()),
             list(runner.recovery_targets.items()), times[runner.stop_deadline], times[runner.recovery_deadline],
             self.claims[runner.claim], runner.id < model.first_runner_of_file, self._rests_for(runner),
+            runner.keeps_prompts and runner.process_state is RUNNING,
             _account(self.state.ledger.accounts["runner", runner.id]),
         )  # fmt: skip
 

@@ -41,6 +41,7 @@ from fsm.messages.events import (
     Tick,
     Unresponsive,
 )
+from fsm.messages.reasons import DeviceShrunk, NeededFor, RunnerLimit, RunnerReason
 from fsm.messages.refusals import (
     Cancelled,
     DeadlineInfeasible,
@@ -80,6 +81,7 @@ from fsm.verification.transition_invariants import (
     every_request_is_answered_once,
     no_request_waits_beyond_its_time_out,
     no_runner_is_launched_after_the_close,
+    prompts_are_saved_of_runners_that_had_to_leave,
 )
 
 of_trace = Checks[TraceState](Kind.trace, "simulation", "core tests")
@@ -341,6 +343,17 @@ def only_a_live_process_of_an_expiring_runner_is_stopped(trace: TraceState, stop
 @of_trace(Stop, same_as=a_runner_is_stopped_once)
 def _stopped_once(trace: TraceState, stop: Stop) -> None:
     assert stop.runner not in trace.stopped, f"runner {stop.runner}"
+
+
+@of_trace(Stop, same_as=prompts_are_saved_of_runners_that_had_to_leave)
+def _saved(trace: TraceState, stop: Stop) -> None:
+    why = trace.left_for.get(stop.runner)
+    had_to = isinstance(why, NeededFor | RunnerLimit | DeviceShrunk) or why in (
+        RunnerReason.keep_alive_over,
+        RunnerReason.better_place,
+    )
+    served = trace.limits.keeps_prompts and stop.runner in trace.loaded_at
+    assert not stop.keep_prompts or (had_to and served and not trace.closing), f"runner {stop.runner}: {why}"
 
 
 @of_trace(Stop, same_as=a_busy_runner_is_never_stopped)

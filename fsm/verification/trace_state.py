@@ -47,6 +47,7 @@ from fsm.messages.events import (
     Release,
     Tick,
 )
+from fsm.messages.reasons import TransitionReason
 from fsm.sizing.model_profile import ModelProfile
 from fsm.state.core_config import CoreConfig
 
@@ -83,6 +84,7 @@ class TraceState:
         self.serving: set[RunnerId] = set()  # runners that have loaded
         self.stopped: set[RunnerId] = set()  # live runners that were told to stop
         self.leaving: set[RunnerId] = set()  # expiring
+        self.left_for: dict[RunnerId, TransitionReason] = {}  # why each of them is, until it is unloaded
         self.current: dict[ModelId, RunnerId] = {}  # loading, ready or idle
         self.inspecting: set[ModelId] = set()
         self.open: dict[int, ClaimedDevices] = {}  # until ReleaseClaim
@@ -190,6 +192,7 @@ class TraceState:
             self.current[entry.model] = entry.runner
         elif entry.destination is EXPIRING:
             self.leaving.add(entry.runner)
+            self.left_for[entry.runner] = entry.why
             del self.current[entry.model]
             if entry.trigger == "crash":
                 self._learn_failure(entry)
@@ -199,6 +202,7 @@ class TraceState:
         elif entry.destination is UNLOADED:
             del self.users[entry.runner], self.loads[entry.runner], self.placements[entry.runner]
             self.leaving.discard(entry.runner)
+            self.left_for.pop(entry.runner, None)
             self.serving.discard(entry.runner)
 
     def _learn_failure(self, entry: Transition) -> None:

@@ -314,6 +314,29 @@ def _stopped_in_use(step: CoreStep, stop: Stop) -> None:
     assert stop.runner not in step.now.runners or not step.now.runners[stop.runner].leases, f"runner {stop.runner}"
 
 
+@of_step(Stop)
+def prompts_are_saved_of_runners_that_had_to_leave(step: CoreStep, stop: Stop) -> None:
+    """A runner saves its prompts before its stop where that is on and others, or its keep-alive, made it leave.
+
+    It saves none for a user who had it unloaded, by an expire or with a keep-alive of 0, and none at the close.
+    """
+    state, runner = step.now, step.now.runners[stop.runner]
+    may = state.config.keeps_prompts and not state.closing and runner.loaded_at is not None and runner.keep_alive_s > 0
+    if any(runner.id in plan.victims for plan in step.after.plans or ()):
+        assert stop.keep_prompts == may, f"{name_of(runner)}, which is evicted"
+    else:
+        may = may and not isinstance(step.event, Expire | Configure)
+        assert may or not stop.keep_prompts, name_of(runner)
+
+
+@of_step(Sampled)
+def what_prompts_take_is_as_it_was_told_last(step: CoreStep, sampled: Sampled) -> None:
+    """How long a runner's prompts take to be had again is known as the last reading told it."""
+    for id, prompts_s in sampled.prompts:
+        runner = step.now.runners.get(id)
+        assert runner is None or runner.prompts_s == prompts_s, name_of(runner)
+
+
 @of_step(Launch, ids=("D11",))
 def a_runner_id_is_never_used_again(step: CoreStep, launch: Launch) -> None:
     """The id of a launched runner is higher than that of every runner before it."""

@@ -12,11 +12,13 @@ import fsm.core
 from fsm.core import Core
 from fsm.domain.devices import Amounts, DeviceId, Placement
 from fsm.domain.options import AUTOMATIC
+from fsm.eviction.policies import Candidate, ExpectedReloadCost
 from fsm.lifecycle import device_claims, failures, loads, memory_recovery, requests, runners
 from fsm.lifecycle.step_context import StepContext
 from fsm.machine.request import Request
 from fsm.machine.runner import LOADING, Runner, RunnerId
-from fsm.messages.events import Acquire, ClaimContended, ClaimGranted, Event, Loaded, Progress
+from fsm.messages.commands import Stop
+from fsm.messages.events import Acquire, ClaimContended, ClaimGranted, Event, Loaded, Progress, Sampled
 from fsm.messages.reasons import FailureReason, RanOutOfMemory, RunnerReason
 from fsm.placement import search
 from fsm.placement.search import Free, Gpu, Offload, PlacementDemand
@@ -567,3 +569,56 @@ def only_the_best_placement_is_passed_over(patch: Patch) -> None:
         full = slots.full(best) if best is not None else set()
         other = search.find_placement(demand, offload, free, [gpu for gpu in gpus if gpu.id not in full], potential)
         return None if other is None or slots.full(other) else other
+
+
+# -- prompts that are kept --------------------------------------------------------------------------------------------
+
+
+@mutant("keep-alive")
+def prompts_are_saved_for_a_user_who_has_the_model_unloaded(patch: Patch) -> None:
+    """A runner saves its prompts whatever it leaves for, an expire by its user too."""
+    patch.setattr(runners, "gives_up", lambda reason: True)
+
+
+@mutant("keep-alive")
+def a_victim_forgets_its_prompts(patch: Patch) -> None:
+    """A runner that is evicted is stopped without its prompts being saved."""
+    patch.setattr(runners, "gives_up", lambda reason: False)
+
+
+@mutant(SIMULATION)
+def prompts_are_saved_while_the_scheduler_closes(patch: Patch) -> None:
+    """A victim that drains saves its prompts although the scheduler closes meanwhile."""
+
+    @instead(patch, runners, "stop")
+    def stop(original: Callable[..., None], step: StepContext, runner: Runner) -> None:
+        before = len(step.commands)
+        original(step, runner)
+        for place, one in enumerate(step.commands[before:], before):
+            if isinstance(one, Stop):
+                step.commands[place] = replace(one, keep_prompts=runner.keeps_prompts)
+
+
+@mutant("keep-alive")
+def what_is_told_of_prompts_is_lost(patch: Patch) -> None:
+    """A reading tells how long prompts take to be had again, and it is not noted."""
+
+    @instead(patch, Core, "_sampled")
+    def sampled(original: Callable[..., None], core: Core, event: Sampled) -> None:
+        original(core, replace(event, prompts=()))
+
+
+@mutant(SIMULATION)
+def prompts_cost_nothing(patch: Patch) -> None:
+    """The price of a victim is that of its load alone."""
+
+    @instead(patch, ExpectedReloadCost, "order")
+    def order(
+        original: Callable[..., Sequence[Candidate]],
+        policy: ExpectedReloadCost,
+        now: float,
+        candidates: Sequence[Candidate],
+    ) -> Sequence[Candidate]:
+        prompts_s = {one.runner: one.prompts_s for one in candidates}
+        ordered = original(policy, now, [replace(one, prompts_s=0.0) for one in candidates])
+        return [replace(one, prompts_s=prompts_s[one.runner]) for one in ordered]

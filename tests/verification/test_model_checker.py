@@ -300,7 +300,7 @@ def test_how_long_a_runner_rests_is_told_where_a_keep_alive_may_change() -> None
     scenario = next(one for one in SCENARIOS if one.name == "configure")
     keys, cores = StateKeys(kinds(scenario), configures=True), []
     for rested_s in (0.0, 71.0):
-        core = a_core(Acquire(1, scenario.specs[0]), inspected("a", scenario), scenario=scenario)
+        core = a_core(Acquire(1, scenario.specs[0]), inspected("a", scenario), Tick(), scenario=scenario)
         for event in (loaded(core, 1), Release(1)):
             core.step(core._state.now, event)
         core.step(core._state.now + rested_s, Cancel(9))

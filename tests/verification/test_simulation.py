@@ -292,6 +292,7 @@ LAUNCHED = Transition(0.0, RunnerId(1), ModelId("a"), "launch", None, LOADING, "
 GIVEN_UP = Transition(0.0, RunnerId(1), ModelId("a"), "expire", READY, EXPIRING, "", 0)
 UNLOADED_SOON = Transition(0.0, RunnerId(1), ModelId("a"), "unload", EXPIRING, UNLOADED, "", 0)
 LOADED, TICK, STOP, GRANT = Loaded(RunnerId(1)), Tick(), Stop(RunnerId(1)), Grant(RequestId(1), RunnerId(1))
+SAVING_STOP = Stop(RunnerId(1), keep_prompts=True)
 REFUSED = Reject(RequestId(1), DoesNotFitRefusal(ModelId("a"), (), (), ""))
 IN_A_HURRY = Acquire(RequestId(1), LEASE, None, 9.0)
 HOPELESS = Reject(RequestId(1), DeadlineInfeasible(ModelId("a"), 9.0, 8.0, 8.0, None))
@@ -331,6 +332,7 @@ BLUNDERS: dict[str, tuple[AuditStep, ...]] = {
     ),
     "a busy runner is never stopped": (*SERVING, (TICK, (STOP,), (GIVEN_UP,), 0)),
     "a runner is stopped once": (BEGUN, (TICK, (STOP, STOP), (GIVEN_UP,), 1)),
+    "prompts are saved of runners that had to leave": (BEGUN, (TICK, (SAVING_STOP,), (GIVEN_UP,), 1)),
     "a runner is unloaded after its process has gone": (BEGUN, (TICK, (STOP,), (GIVEN_UP, UNLOADED_SOON), 1)),
     "a busy runner is never unloaded": (*SERVING, (ENDED, (), (GIVEN_UP, UNLOADED_SOON), 0)),
     "a runner expires once": (BEGUN, (TICK, (), (GIVEN_UP, GIVEN_UP), 1)),

@@ -82,7 +82,10 @@ class Environment:
         def sees_gpus() -> bool:
             return self._devices is not None and self._devices.sees_gpus()
 
-        return llama_engine(settings, sees_gpus, prompts, prestart=settings.prestart), PythonEngine()
+        llama = llama_engine(settings, sees_gpus, prompts, prestart=settings.prestart)
+        if self._devices is not None:
+            self._devices.count_as_free(llama.spare_bytes)
+        return llama, PythonEngine()
 
     def resolvers(self, settings: Settings) -> Sequence[Resolver]:
         """Return the places where models are found by name."""

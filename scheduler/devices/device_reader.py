@@ -56,6 +56,7 @@ class DeviceReader:
         self._gpu_reserve_bytes = gpu_reserve_bytes
         self._gpu_limit_bytes = gpu_limit_bytes or ()
         self._clock = clock
+        self._given_up_bytes: Callable[[], int] = lambda: 0
         self._driver = Nvml(environment, clock) if gpus else None
         self._lock = threading.Lock()  # held during a reading; the driver's thread never takes it
         self._asking: threading.Thread | None = None  # the last thread that called the driver
@@ -101,6 +102,10 @@ class DeviceReader:
     def set_memory_limit(self, memory_limit_bytes: int | None) -> None:
         """Change the cap on the host's capacity, None for no cap; the next sample shows it."""
         self._memory_limit_bytes = memory_limit_bytes
+
+    def count_as_free(self, held_bytes: Callable[[], int]) -> None:
+        """Count bytes of the host as free that this program holds, and gives up as soon as they are wanted."""
+        self._given_up_bytes = held_bytes
 
     def close(self) -> None:
         """Shut the driver's library down.
@@ -168,6 +173,7 @@ class DeviceReader:
         limits = cgroup_memory()
         if limits is not None:
             capacity, free = min(capacity, limits.limit_bytes), min(free, limits.free_bytes)
+        free = min(capacity, free + self._given_up_bytes())
         if self._memory_limit_bytes is not None:
             capacity = min(capacity, self._memory_limit_bytes)
         return DeviceSample(HOST, "cpu", "host", capacity, free, cores=usable_cores())

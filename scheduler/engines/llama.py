@@ -519,6 +519,10 @@ class LlamaEngine:
         """Keep a child ready for the next load, if that was wanted and while the host has room for it."""
         self._spares.look_round(room)
 
+    def spare_bytes(self) -> int:
+        """Return the bytes of the host that the child holds which is kept ready; 0 where there is none."""
+        return self._spares.held_bytes()
+
     def close(self, timeout_s: float = CLOSE_TIMEOUT_S) -> None:
         """Kill every child that is left, reap it, and end the threads; in a fork this does nothing."""
         if not self._processes.close(timeout_s):

@@ -10,8 +10,11 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from typing import Protocol
+
+import psutil
 
 from scheduler.engines.child_process import Child, Exit, Listener, Program
 from scheduler.engines.process_supervisor import ChildLauncher
@@ -126,6 +129,15 @@ class Spares:
                 self._spare = None if ours else self._spare
             if ours:
                 spare.child.stop(0.0)
+
+    def held_bytes(self) -> int:
+        """Return the bytes of the host that the spare child holds alone: a load takes them over, or they are freed."""
+        spare = self._spare
+        if spare is not None and spare.child.pid is not None and not spare.over:
+            with suppress(psutil.Error, OSError):  # it has just ended
+                memory = psutil.Process(spare.child.pid).memory_info()
+                return max(0, memory.rss - getattr(memory, "shared", 0))  # shared: on Linux only
+        return 0
 
     def _begin(self) -> None:
         with self._lock:

@@ -210,15 +210,24 @@ def test_its_parent_takes_it_along(file: Path) -> None:
     wait_until(lambda: not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE)
 
 
+def free_is_all(scheduler: Scheduler) -> bool:
+    host = scheduler._devices.sample()[0]
+    return host.free_bytes == host.capacity_bytes
+
+
 @pytest.mark.parametrize("prestart", [True, False])
 def test_a_scheduler_keeps_one_where_it_is_told_to(file: Path, monkeypatch: pytest.MonkeyPatch, prestart: bool) -> None:
-    """The setting decides whether there is one; the end of the scheduler is that of the child."""
+    """The setting decides whether there is one; it counts as free memory, and ends with the scheduler."""
     with no_leaks(), Scheduler(Settings(gpus=False, prestart=prestart, probe_interval=0.05)) as scheduler:
         engine = scheduler._engines[0]
         assert isinstance(engine, LlamaEngine)
         with scheduler.acquire(file):
             if prestart:
                 wait_until(lambda: engine._spares._spare)
+                wait_until(lambda: 0 < engine.spare_bytes() < SPARE_BYTES)
+                monkeypatch.setattr(engine._spares, "held_bytes", lambda: 1 << 60)
+                assert free_is_all(scheduler)
             else:
+                assert not free_is_all(scheduler)
                 look_round(engine)
                 assert engine._spares._spare is None

@@ -20,7 +20,7 @@ import httpx2
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from scheduler.cluster.front_actions import ACTIONS, act
-from scheduler.cluster.merged import MERGED
+from scheduler.cluster.merged import MERGED, tell_events
 from scheduler.cluster.node_service import WITHIN
 from scheduler.cluster.nodes import Candidate, Node, NodeLost, Nodes
 from scheduler.cluster.relay import content_of, headers_along, headers_back, is_stream, parts_of
@@ -111,6 +111,10 @@ class Front:
         try:
             if (tell := MERGED.get((scope["method"], path))) is not None:
                 await exchange.while_connected(tell(self.nodes, exchange))
+                return
+            if (scope["method"], path) == ("GET", "/events"):
+                actions = may_act(self._server, exchange)
+                await exchange.while_connected(tell_events(self.nodes, exchange, actions=actions))
                 return
             content = await exchange.body(self._server.body_limit, self._server.body_timeout)
             if path in ACTIONS:

@@ -156,12 +156,12 @@ class _Collected:
         return self._families
 
 
-async def _events(nodes: Nodes, exchange: Exchange) -> None:
+async def tell_events(nodes: Nodes, exchange: Exchange, *, actions: bool) -> None:
     """Stream what happens on the nodes there are now, as one server does, until the client leaves."""
     await exchange.begin(200, _STREAM)
     lines: asyncio.Queue[bytes] = asyncio.Queue(1000)
     offsets: dict[str, float] = {}  # of this process's clock from that of each node
-    past: dict[str, Any] = {"runners": [], "decisions": [], "actions": False}
+    past: dict[str, Any] = {"runners": [], "decisions": [], "actions": actions}
     followed: dict[Node, asyncio.Task[None]] = {}
     try:
         await exchange.write(_sent("past", past))
@@ -211,9 +211,8 @@ MERGED: Mapping[tuple[str, str], Tell] = {
     ("GET", "/ready"): _ready,
     ("GET", "/status"): _status,
     ("GET", "/metrics"): _metrics,
-    ("GET", "/events"): _events,
     ("GET", "/v1/models"): _models,
     ("GET", "/api/tags"): _tags,
     ("GET", "/api/ps"): _ps,
 }
-__all__ = ["MERGED", "Tell", "status_of"]
+__all__ = ["MERGED", "Tell", "status_of", "tell_events"]

@@ -61,14 +61,14 @@ class _Nodes:
         }
 
     def restart(self, id: str, *, drained: bool) -> None:
-        """Have Ray end the actor of a node and start it again.
+        """Have Ray end the actor of a node; the next look starts another, with what this front is told.
 
         One that is not drained and answers stays: it is the network between it and the front that is at fault.
         """
         with self._lock:
             actor = self._actors.get(id)
         if actor is not None and (drained or not ray.wait([actor.endpoint.remote()], timeout=_HANGS_S)[0]):
-            ray.kill(actor, no_restart=False)
+            ray.kill(actor, no_restart=True)
 
     def _actor(self, node: dict[str, Any]) -> Any:
         """Return the actor of a node, which is started where there is none: no one else gets the node's GPUs."""

@@ -16,6 +16,8 @@ import httpx2
 import pytest
 
 from scheduler import Scheduler, Settings
+from scheduler.cli.server_client import ServerClient
+from scheduler.cli.top import run_ps
 from scheduler.cluster import node_service
 from scheduler.cluster.endpoint import Endpoint
 from scheduler.cluster.front import Front
@@ -151,6 +153,23 @@ def test_actions_are_of_one_node_or_of_all_that_have_the_model(two: Two) -> None
     assert_soon(lambda: not loaded())
     assert two.post("/loadmaster/load", {"model": "m", "node": "c"}).status_code == 404
     assert two.post("/loadmaster/drain", {"model": "m"}).status_code == 400
+
+
+def test_ps_and_top_show_the_nodes_of_a_front(two: Two, capsys: pytest.CaptureFixture[str]) -> None:
+    """What a front tells has the form of a server's status and events, with the node before each id."""
+    two.complete("alone")
+    assert run_ps(two.url, as_json=False) == 0
+    shown = capsys.readouterr().out
+    assert all(f"{node}/cpu" in shown for node in two.services) and f"{'b' * 8}/" in shown
+    kinds, nodes = list[str](), set[str]()
+    for kind, value in ServerClient(two.url).events():
+        kinds.append(kind)
+        nodes |= value.get("nodes", {}).keys()
+        if kind == "status" and "transition" in kinds:
+            break
+        if kind == "status" and kinds.count("status") == 1:
+            two.complete("alone", **{"x-loadmaster-num-ctx": "300"})  # a reload
+    assert kinds[0] == "past" and nodes == {*two.services}
 
 
 def test_the_key_of_a_client_stays_at_the_front(two: Two) -> None:

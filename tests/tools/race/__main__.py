@@ -17,6 +17,7 @@ from typing import Any
 from tests.tools.bench.cold import model_path
 from tests.tools.race import report
 from tests.tools.race.contestants import Contestant, Course, loadmaster, reference, room_for_all
+from tests.tools.race.ray_nodes import no_cluster, two_nodes
 from tests.tools.race.ray_serve import find_ray, ray_serve
 from tests.tools.race.router import find_binary, over_http, router
 from tests.tools.race.trace import Answered, Ask, a_trace, clock, figures, loads_one_by_one, run_clients
@@ -37,6 +38,8 @@ def contestants(arguments: argparse.Namespace) -> list[Contestant]:
         Contestant("b", "llama-server's router", no_binary, partial(router, binary=binary)),
         Contestant("b1", "router, 1 thread a child", no_binary, partial(router, binary=binary, more=ONE_THREAD)),
         Contestant("c", "Ray Serve, multiplexed", no_ray, partial(ray_serve, python=python)),
+        Contestant("c2", "the same, 2 replicas", no_ray, partial(ray_serve, python=python, replicas=2)),
+        Contestant("f", "loadmaster, 2 nodes of Ray", no_cluster(), two_nodes),
         Contestant("d", "the reference's order", "", reference),
         Contestant("e", "ours, with room for all", "", room_for_all),
     ]

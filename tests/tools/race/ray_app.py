@@ -56,10 +56,10 @@ class Model:
 
 
 def deployment(task: dict[str, Any]) -> Any:
-    """Return the application: one replica with a bounded number of models."""
+    """Return the application: replicas with a bounded number of models each."""
     from ray import serve
 
-    @serve.deployment(num_replicas=1, max_ongoing_requests=100, ray_actor_options={"num_cpus": 0})
+    @serve.deployment(num_replicas=task["replicas"], max_ongoing_requests=100, ray_actor_options={"num_cpus": 0})
     class Host:
         def __init__(self) -> None:
             sys.path.extend(task["paths"])

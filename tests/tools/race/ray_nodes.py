@@ -15,6 +15,7 @@ from tests.tools.race.contestants import Course, Opened
 from tests.tools.race.router import fresh_client, http_asker
 
 NODES = 2
+AUTOMATIC = {"LOADMASTER_NUM_PARALLEL": ""}  # as many slots as of every contestant
 _LOADS = re.compile(r"^loadmaster_load_seconds_count\{[^}]*\} ([0-9.]+)$", re.MULTILINE)
 
 
@@ -30,7 +31,7 @@ def two_nodes(course: Course) -> Iterator[Opened]:
 
     with TemporaryDirectory(prefix="race-nodes-") as name, machines(Path(name)) as cluster:
         for _ in range(NODES):
-            cluster.add(course.folder, memory="8GiB", LOADMASTER_MAX_RUNNERS=str(course.room // NODES))
+            cluster.add(course.folder, memory="8GiB", LOADMASTER_MAX_RUNNERS=str(course.room // NODES), **AUTOMATIC)
         with cluster.front() as front, fresh_client(front.url) as client:
             knows(front, *cluster.nodes)
 

@@ -36,14 +36,15 @@ def find_ray(named: str | None) -> tuple[str, str]:
 
 
 @contextmanager
-def ray_serve(course: Course, python: str) -> Iterator[Opened]:
-    """A deployment of one replica that holds as many models as there is room for."""
+def ray_serve(course: Course, python: str, replicas: int = 1) -> Iterator[Opened]:
+    """A deployment whose replicas hold as many models together as there is room for."""
     with TemporaryDirectory(prefix="race-ray-") as name:
         folder = Path(name)
         root = Path(__file__).parents[3]
         task = {
             "models": {model: str(course.folder / f"{model}.gguf") for model in course.models},
-            "room": course.room,
+            "room": course.room // replicas,
+            "replicas": replicas,
             "paths": [str(root), sysconfig.get_path("purelib"), sysconfig.get_path("platlib")],
             "folder": name,
         }

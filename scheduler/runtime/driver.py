@@ -111,7 +111,7 @@ class Driver:
                 self._wake.put(True)
         else:
             self._inbox.append(item)
-            self._drain()
+            self._drain(bounded=True)
 
     def query(self, look: Callable[[Core], Value]) -> Value:
         """Return what `look` returns for the core, after all events that this thread posted before; `look` is quick."""
@@ -141,15 +141,19 @@ class Driver:
             if taken:
                 self._lock.release()
 
-    def _drain(self, *, tick: bool = False) -> None:
-        """Step with all events of the inbox, where no other thread does; with `tick`, wait for the lock, and tick."""
+    def _drain(self, *, tick: bool = False, bounded: bool = False) -> None:
+        """Step with all events of the inbox, where no other thread does; with `tick`, wait for the lock, and tick.
+
+        A caller's thread is `bounded`: it steps with what was there when it got the lock, its own event among it, and
+        leaves what others post meanwhile to the driver's thread.
+        """
         while (tick or self._inbox) and self._lock.acquire(blocking=tick):
             failed: BaseException | None = None
             try:
                 if tick:  # only now: no other thread makes the plan that may be due
                     self._inbox.append(_TICK)
                     tick = False
-                self._step_all()
+                self._step_all(len(self._inbox) if bounded and self._runs else math.inf)
             except BaseException as error:
                 failed = self.broken = error
                 self._deadline = math.inf  # no deadline is due any more
@@ -160,16 +164,21 @@ class Driver:
                 log.error("step %d failed; the scheduler has stopped", self._core.steps, exc_info=failed)
             if self._deadline < self._asleep_until:
                 self._wake.put(True)
+            if bounded and self._runs and self._inbox:
+                self._wake.put(True)
+                return
 
-    def _step_all(self) -> None:
+    def _step_all(self, most: float) -> None:
         core, inbox = self._core, self._inbox
         entries = core.decision_log
         if entries is None and self._publish(()):  # logging was set up, for example
             entries = core.decision_log = []
-        while inbox:
+        while inbox and most > 0:
             event = inbox.popleft()
+            most -= 1
             if isinstance(event, _Query) and core.plan_due and self.broken is None:
                 inbox.appendleft(event)  # a query sees what became of the events before it
+                most += 1
                 event = _TICK
             if isinstance(event, _Query):
                 self._tell()  # first: the listeners get the entries of a step before a query sees that step

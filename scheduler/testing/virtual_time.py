@@ -162,6 +162,9 @@ class VirtualDriver(Driver):
         while self._wake.get():
             self._drain()
 
+    def _drain(self, *, tick: bool = False, bounded: bool = False) -> None:
+        super()._drain(tick=tick)  # all of it here: time would move on before another thread comes
+
 
 class VirtualPool(ThreadPool):
     """Jobs that may block: they run on the thread of `VirtualTime`, one after the other."""

@@ -159,7 +159,7 @@ def test_a_finaliser_inside_a_step_posts_without_a_deadlock(start: Callable[...,
     core = Watched(collect)
     driver = start(core)
     in_thread(lambda: driver.post(acquire(1)))
-    assert [type(event) for event in core.stepped] == [Acquire, Release]
+    assert_soon(lambda: [type(event) for event in core.stepped] == [Acquire, Release])
 
 
 def test_an_exception_in_a_step_fails_everybody_and_decides_nothing_more(start: Callable[..., Driver]) -> None:
@@ -295,6 +295,22 @@ def test_a_reader_sees_the_plan_for_what_it_posted_before(start: Callable[..., D
 
     in_thread(look)
     assert found == [1]
+
+
+def test_a_caller_steps_with_no_event_that_comes_meanwhile(start: Callable[..., Driver]) -> None:
+    """A caller's thread is not kept by events that others post without end: the driver's thread goes on with them."""
+    posted = iter(range(2, 50))
+
+    def post_another(event: Event) -> None:
+        if (id := next(posted, None)) is not None:
+            in_thread(lambda: driver.post(acquire(id)))
+
+    core = Watched(post_another)
+    driver = start(core)
+    by_caller: list[list[Event]] = []
+    in_thread(lambda: (driver.post(acquire(1)), by_caller.append(core.stepped.copy())))
+    assert by_caller == [[acquire(1)]]
+    assert_soon(lambda: len(driver.query(lambda core: core._state.requests)) == 49)
 
 
 def test_a_reader_sees_what_it_posted_before(start: Callable[..., Driver]) -> None:

@@ -1,11 +1,13 @@
 """Bursts of cold requests beside a warm client: how long it waits, how many plans there are, what the burst costs.
 
 Every runner is in use, so each cold request, for a model of its own, waits and leaves again. Each burst runs in a
-process of its own. BEFORE=FOLDER names another checkout of this project, whose bursts take turns with this one's.
+process of its own, and once more with Python's collector of cycles turned off. BEFORE=FOLDER names another checkout of
+this project, whose bursts take turns with this one's.
 """
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import statistics
@@ -20,9 +22,10 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parents[3]
 CASES = ((10, 50), (10, 1000), (100, 50), (100, 1000))  # runners, cold requests
-ROUNDS = 3
+ROUNDS = 7
 PAUSE_S = 0.001  # between two warm requests
-FIGURES = ("worst_ms", "p99_ms", "plans", "plan_ms", "cpu_s")
+WITHOUT_COLLECTOR = "collector-off"
+FIGURES = ("worst_ms", "p99_ms", "plans", "plan_ms", "cpu_s", "collected_ms")
 
 
 def burst(runners: int, requests: int) -> dict[str, float]:
@@ -48,6 +51,17 @@ def burst(runners: int, requests: int) -> dict[str, float]:
         return commands
 
     fsm.core.make_plan, fsm.core.Core.step = timed, counted  # type: ignore[method-assign]  # of this process alone
+    pauses = [0.0]  # milliseconds; all threads wait
+    begun = time.perf_counter()
+
+    def collects(phase: str, _: object) -> None:
+        nonlocal begun
+        if phase == "start":
+            begun = time.perf_counter()
+        else:
+            pauses.append((time.perf_counter() - begun) * 1000)
+
+    gc.callbacks.append(collects)
     models = [PythonModel(f"model {n}", load=object, memory={"cpu": "1MiB"}) for n in range(runners + requests)]
     with Scheduler(
         Settings(
@@ -83,7 +97,7 @@ def burst(runners: int, requests: int) -> dict[str, float]:
             lease.release()
     waits.sort()
     worst, p99 = waits[-1], waits[int(len(waits) * 0.99)]
-    return dict(zip(FIGURES, (worst, p99, len(plans), statistics.median(plans), cpu_s), strict=True))
+    return dict(zip(FIGURES, (worst, p99, len(plans), statistics.median(plans), cpu_s, max(pauses)), strict=True))
 
 
 def wait_for(condition: Callable[[], bool]) -> None:
@@ -93,9 +107,9 @@ def wait_for(condition: Callable[[], bool]) -> None:
     time.sleep(0.05)
 
 
-def in_a_process(tree: Path, runners: int, requests: int) -> dict[str, float]:
+def in_a_process(tree: Path, runners: int, requests: int, *how: str) -> dict[str, float]:
     """Return the figures of a burst in a new process, with the project as it is in `tree`."""
-    command = [sys.executable, "-P", __file__, str(runners), str(requests)]
+    command = [sys.executable, "-P", __file__, str(runners), str(requests), *how]
     environment = os.environ | {"PYTHONPATH": str(tree)}
     done = subprocess.run(command, env=environment, cwd=tree, check=True, stdout=subprocess.PIPE, timeout=1800)
     found: dict[str, float] = json.loads(done.stdout)
@@ -104,23 +118,30 @@ def in_a_process(tree: Path, runners: int, requests: int) -> dict[str, float]:
 
 def run() -> dict[str, Any]:
     """Return the medians of each case, and print them; with BEFORE those of that checkout too, measured in turns."""
-    trees = {"now": HERE} | ({"before": Path(os.environ["BEFORE"])} if "BEFORE" in os.environ else {})
-    print("bursts of cold requests: a warm client's longest wait and its 99th percentile, plans, time of the processor")
-    heads = ("runners", "requests", "", "worst ms", "p99 ms", "plans", "plan ms", "CPU s")
+    ways: dict[str, tuple[Path, tuple[str, ...]]] = {"now": (HERE, ()), "no gc": (HERE, (WITHOUT_COLLECTOR,))}
+    if "BEFORE" in os.environ:
+        ways["before"] = Path(os.environ["BEFORE"]), ()
+    print(
+        "bursts of cold requests: a warm client's longest wait and its 99th percentile, plans, time of the processor,"
+    )
+    print("the longest collection of cycles")
+    heads = ("runners", "requests", "", "worst ms", "p99 ms", "plans", "plan ms", "CPU s", "gc ms")
     print("".join(f"{head:>10}" for head in heads))
     rows = []
     for runners, requests in CASES:
-        found: dict[str, list[dict[str, float]]] = {name: [] for name in trees}
+        found: dict[str, list[dict[str, float]]] = {name: [] for name in ways}
         for _ in range(ROUNDS):
-            for name, tree in trees.items():
-                found[name].append(in_a_process(tree, runners, requests))
+            for name, (tree, how) in ways.items():
+                found[name].append(in_a_process(tree, runners, requests, *how))
         for name, rounds in found.items():
             medians = {figure: statistics.median(one[figure] for one in rounds) for figure in FIGURES}
-            rows.append({"runners": runners, "requests": requests, "tree": name} | medians)
+            rows.append({"runners": runners, "requests": requests, "way": name} | medians)
             figures = "".join(f"{figure:>10.2f}" for figure in medians.values())
             print(f"{runners:>10}{requests:>10}{name:>10}{figures}")
     return {"rows": rows}
 
 
 if __name__ == "__main__":
+    if WITHOUT_COLLECTOR in sys.argv:
+        gc.disable()
     print(json.dumps(burst(int(sys.argv[1]), int(sys.argv[2]))))

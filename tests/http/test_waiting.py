@@ -9,6 +9,7 @@ from typing import Any
 import httpx2
 import pytest
 
+from scheduler import Decision
 from tests.http.conftest import Serve, Served, eventually
 
 HELLO: list[Any] = [{"role": "user", "content": "hello"}]
@@ -112,20 +113,18 @@ def test_u42_requests_beyond_the_slots_wait_in_the_schedulers_queue(serve: Serve
 def test_u42_a_request_of_higher_priority_goes_first(serve: Serve) -> None:
     """Behind a slot that is taken, requests go by their priority and not by their age."""
     served = serve({"num_parallel": 1})
-    held = served.scheduler.acquire("m")
-    done: list[int] = []
-
-    def ask(priority: int) -> None:
-        body = {"model": "m", "prompt": "a", "max_tokens": 1, "priority": priority}
-        served.post("/v1/completions", body)
-        done.append(priority)
-
+    held, events = served.scheduler.acquire("m"), served.scheduler.events()
+    requests: list[int] = []
     threads = []
     for priority in (0, 5):
-        threads.append(threading.Thread(target=ask, args=(priority,)))
+        body = {"model": "m", "prompt": "a", "max_tokens": 1, "priority": priority}
+        threads.append(threading.Thread(target=served.post, args=("/v1/completions", body)))
         threads[-1].start()
         eventually(lambda: len(served.scheduler.status().queue) == len(threads))
+        requests += [wait.id for wait in served.scheduler.status().queue if wait.id not in requests]
     held.release()
     for thread in threads:
         thread.join()
-    assert done == [5, 0]
+    told = list(iter(lambda: events.take(0), None))
+    granted = [each.request for each in told if isinstance(each, Decision) and each.what == "granted"]
+    assert granted == requests[::-1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +22,7 @@ from scheduler.cli.top import run_ps
 from scheduler.cluster import node_service
 from scheduler.cluster.endpoint import Endpoint
 from scheduler.cluster.front import Front
-from scheduler.cluster.node import NodeArguments
+from scheduler.cluster.node import NodeArguments, _listening
 from scheduler.cluster.node_service import HeldLeases, NodeService
 from scheduler.cluster.nodes import Nodes
 from scheduler.http.app import application
@@ -188,3 +189,13 @@ def test_without_ray_a_front_does_not_start_and_says_how_to_get_it() -> None:
     ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     told = "loadmaster: no Ray cluster can be reached at 127.0.0.1:1: pip install 'loadmaster[ray]'\n"
     assert (ended.returncode, ended.stderr) == (2, told)
+
+
+def test_connections_to_a_node_end_when_the_other_machine_is_lost() -> None:
+    """The kernel asks a silent machine after 5 s and gives up after 15, so that its leases are given back."""
+    with _listening("127.0.0.1") as listening, socket.create_connection(listening.getsockname()):
+        accepted, _ = listening.accept()
+        with accepted:
+            options = (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT, socket.TCP_USER_TIMEOUT)
+            assert [accepted.getsockopt(socket.IPPROTO_TCP, option) for option in options] == [5, 5, 2, 15000]
+            assert accepted.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1

@@ -145,7 +145,7 @@ SCENARIOS: tuple[Scenario, ...] = (
     ),
     Scenario(
         "shrinking", "a device that shrinks and grows again, and a model that needs none of it",
-        HOST_8, ((A, _on_host(4)), (B, _on_host(4)), (C, Footprint())), (*EITHER, _lease(C)), 3, 40_000, LATER,
+        HOST_8, ((A, _on_host(4)), (B, _on_host(4)), (C, Footprint())), (*EITHER, _lease(C)), 3, 40_000, LIMITS,
         other_devices=((HOST, 5 * GIB),),
         closes=False,
     ),

@@ -337,9 +337,12 @@ def the_holders_of_a_victim_are_told_that_others_wait(step: CoreStep, expiry: Ex
 
 @of_step()
 def no_runner_rests_while_more_live_than_may(step: CoreStep) -> None:
-    """No runner is idle while more processes live than the limit that is set, but for runners of pinned models."""
+    """No runner is idle while more processes live than the limit that is set, but for runners of pinned models.
+
+    Where a plan is due, that plan sees to it.
+    """
     now = step.now
-    if now.config.max_runners:
+    if now.config.max_runners and not now.plan_due:
         alive = sum(runner.process and runner.state is not EXPIRING for runner in now.runners.values())
         assert alive <= now.config.max_runners or not _resting(now), f"{alive} live"
 
@@ -348,10 +351,11 @@ def no_runner_rests_while_more_live_than_may(step: CoreStep) -> None:
 def no_runner_rests_on_a_device_that_has_shrunk_below_what_is_held(step: CoreStep) -> None:
     """No runner is idle on a device that has less memory than is held of it, but for runners of pinned models.
 
-    The memory of expiring runners counts only after their stop deadlines, once the core has planned since.
+    The memory of expiring runners counts only after their stop deadlines, once the core has planned since. Where a plan
+    is due, that plan sees to it.
     """
     now, ledger = step.now, step.now.ledger
-    if ledger.overcommitted:
+    if ledger.overcommitted and not now.plan_due:
         planned = not now.closing and step.after.deadline() > now.now
         expiring = [runner for runner in now.runners.values() if runner.state is EXPIRING]
         gone: set[Owner] = {("runner", one.id) for one in expiring if now.now < one.stop_deadline or not planned}

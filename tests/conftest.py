@@ -12,6 +12,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from scheduler.engines.llama_spare import Spares
+from tests.support.own_server import CHOSEN, KINDS, SERVER, the_server
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in a shell's background, where Ctrl-C is ignored
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -49,6 +50,15 @@ def no_child_kept_ready() -> Iterator[None]:
         patch.setattr("scheduler.engines.llama.Spares", lambda launcher, enabled: Spares(launcher, enabled=False))
         patch.setenv("LOADMASTER_PRESTART", "false")
         yield
+
+
+@pytest.fixture(params=KINDS, scope="module")
+def served_by(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Have each test that uses this serve its models by the wheel, and once more by a `llama-server`."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == SERVER:
+            patch.setenv(CHOSEN, str(the_server()))
+        yield request.param
 
 
 settings.register_profile("dev", deadline=None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from fsm.core import Core
 from fsm.domain.options import Options
@@ -33,21 +34,40 @@ def llama_engine(
 
     Where `sees_gpus`, the engine is asked which GPUs it can use. Where there are `prompts`, they keep those of runners.
     """
-    defaults = Options(
+    if settings.llama_server is not None:
+        return server_engine(settings, settings.llama_server, sees_gpus)
+    return LlamaEngine(
+        _defaults(settings),
+        larger_contexts=settings.auto_context_from_vram,
+        sees_gpus=sees_gpus,
+        log_file=settings.engine_log,
+        prompts=prompts,
+        prestart=prestart,
+    )
+
+
+def server_engine(settings: Settings, path: Path, sees_gpus: Callable[[], bool] = lambda: False) -> LlamaEngine:
+    """Return the engine of model files that a `llama-server` serves."""
+    from scheduler.engines.llama_server import LlamaServerEngine  # most programs have the wheel serve them
+
+    return LlamaServerEngine(
+        path,
+        _defaults(settings),
+        larger_contexts=settings.auto_context_from_vram,
+        sees_gpus=sees_gpus,
+        log_file=settings.engine_log,
+        keeps_prompts=settings.keep_prompts is not None,
+    )
+
+
+def _defaults(settings: Settings) -> Options:
+    return Options(
         num_ctx=settings.num_ctx,
         num_batch=settings.num_batch,
         num_parallel=settings.num_parallel,
         flash_attention=settings.flash_attention,
         cache_type_k=settings.cache_type,
         cache_type_v=settings.cache_type,
-    )
-    return LlamaEngine(
-        defaults,
-        larger_contexts=settings.auto_context_from_vram,
-        sees_gpus=sees_gpus,
-        log_file=settings.engine_log,
-        prompts=prompts,
-        prestart=prestart,
     )
 
 
@@ -77,15 +97,19 @@ class Environment:
 
     def engines(self, settings: Settings) -> tuple[Engine, Engine]:
         """Return the engine of model files and the engine of Python objects."""
-        prompts = None if (kept := settings.keep_prompts) is None else PromptStore(kept.path, kept.limit_bytes)
-
-        def sees_gpus() -> bool:
-            return self._devices is not None and self._devices.sees_gpus()
-
-        llama = llama_engine(settings, sees_gpus, prompts, prestart=settings.prestart)
+        kept = settings.keep_prompts if settings.llama_server is None else None
+        prompts = None if kept is None else PromptStore(kept.path, kept.limit_bytes)
+        llama = llama_engine(settings, self._sees_gpus, prompts, prestart=settings.prestart)
         if self._devices is not None:
             self._devices.count_as_free(llama.spare_bytes)
         return llama, PythonEngine()
+
+    def server_engine(self, settings: Settings, path: Path) -> Engine:
+        """Return the engine of models that name this `llama-server`."""
+        return server_engine(settings, path, self._sees_gpus)
+
+    def _sees_gpus(self) -> bool:
+        return self._devices is not None and self._devices.sees_gpus()
 
     def resolvers(self, settings: Settings) -> Sequence[Resolver]:
         """Return the places where models are found by name."""

@@ -40,7 +40,7 @@ from scheduler.config.settings import (
     settings_keywords,
 )
 from scheduler.config.signatures import with_keywords
-from scheduler.engines.interface import forget_prompts
+from scheduler.engines.interface import forget_prompts, version_of
 from scheduler.engines.python import PythonModel, Value
 from scheduler.errors.exceptions import InvalidSettings, ModelNotFound, SchedulerClosed, WouldDeadlock, not_beside
 from scheduler.errors.formatting import format_duration, shown
@@ -126,9 +126,10 @@ class Scheduler:
         """Make the parts: they hold one another and never the scheduler, as a thread would then keep it for ever."""
         self._clock = environment.clock
         self._devices = environment.devices(self.settings)
-        engines = self._engines = environment.engines(self.settings)
         self.catalog = Catalog(environment.resolvers(self.settings))
-        self._registry = ModelRegistry(*self._engines)
+        registry = self._registry = ModelRegistry(
+            *environment.engines(self.settings), partial(environment.server_engine, self.settings)
+        )
         self._parser = RequestParser(
             self.catalog, self._registry.require, lambda model: broker.post(Pin(model)),
             lambda past, id: broker.end_life(past, id),
@@ -156,7 +157,7 @@ class Scheduler:
         def tend() -> None:
             event_log.ensure_threads()
             broker.look_round()
-            for engine in engines:
+            for engine in registry.engines:
                 engine.look_round(lambda: broker.query(Core.free_host_bytes))
 
         self._prober = HealthMonitor(self._executor, self.settings.probe_interval, tend)
@@ -278,7 +279,7 @@ class Scheduler:
         """
         id = self._parser.identity(model, asking)
         self._executor.forget_prompts(id)
-        for engine in self._engines:
+        for engine in self._registry.engines:
             forget_prompts(engine, id)
         self._broker.post(Expire(id))
 
@@ -335,7 +336,7 @@ class Scheduler:
         if self._broker.closing:
             raise SchedulerClosed()
         spec, parsed = self._parser.parse(model, asking)
-        known = self._executor.load_measurements(identity_of(spec))
+        known = self._executor.load_measurements(identity_of(spec, version_of(self._registry.engine_for(spec), spec)))
         self._executor.refresh(_FRESH_S)
         core, inspect = self._broker.query(Core.copy), partial(self._registry.inspect, spec)
         if isinstance(spec, ModelSpec) and (runner := self._executor.runner_of_other_files(spec)) is not None:
@@ -560,7 +561,7 @@ class Scheduler:
         What hangs is added to `hung` and to a warning.
         """
         yield self._prober.close
-        for engine in self._engines:
+        for engine in self._registry.end():
             yield engine.close
         yield lambda timeout_s: hung.extend(self._executor.close(timeout_s))
         yield self._driver.stop

@@ -15,7 +15,7 @@ from fsm.domain.devices import HOST, DeviceId, DeviceSample
 from fsm.messages.events import Sampled
 from fsm.placement.search import MEASURED_HEADROOM, PREDICTED_HEADROOM
 from fsm.sizing.load_history import NOTHING
-from scheduler.api.environment import device_reader, llama_engine
+from scheduler.api.environment import device_reader, llama_engine, server_engine
 from scheduler.api.fit import Fit, FitDevice, fit_of
 from scheduler.api.scheduler import limits_of
 from scheduler.cli.output import SafeConsole, print_json
@@ -23,6 +23,7 @@ from scheduler.concurrency.clock import monotonic_clock
 from scheduler.config.settings import Settings
 from scheduler.config.value_parsers import memory
 from scheduler.devices.device_reader import of_gpu
+from scheduler.engines.interface import version_of
 from scheduler.engines.python import PythonEngine
 from scheduler.errors.exceptions import InvalidSettings
 from scheduler.errors.formatting import format_bytes
@@ -44,10 +45,10 @@ def run_fit(chosen: argparse.Namespace) -> int:
         settings = settings.changed(memory_limit=memory("--memory-limit", chosen.memory_limit))
     samples, problems = _devices(settings, chosen.host, chosen.gpu)
     engines = (llama_engine(settings), PythonEngine())
-    registry = ModelRegistry(*engines)
+    registry = ModelRegistry(*engines, partial(server_engine, settings))
     parser = RequestParser(Catalog(default_resolvers(settings.models)), registry.require, pin=lambda model: None)
     spec, question = parser.parse(chosen.model, _asking(chosen))
-    identity = identity_of(spec)
+    identity = identity_of(spec, version_of(registry.engine_for(spec), spec))
     now = monotonic_clock()
     core = Core(limits_of(settings), settings.eviction)
     core.step(now, Sampled(samples))
@@ -56,7 +57,7 @@ def run_fit(chosen: argparse.Namespace) -> int:
     try:
         fit = fit_of(now, core, question, partial(registry.inspect, spec), registry.name, known)
     finally:
-        for engine in engines:
+        for engine in registry.end():
             engine.close(_CLOSE_TIMEOUT_S)
     problems = (*problems, *registry.problems)
     if chosen.json:

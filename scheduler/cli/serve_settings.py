@@ -26,7 +26,10 @@ _LARGEST_FILE = 1 << 20  # bytes
 _LARGEST_KEY_FILE = 1 << 12
 _AROUND_VALUES = " \t\"'"  # what shells and service files leave around a value
 _PATHS = frozenset({"models", "lock_folder", "measurement_file", "recording_file", "engine_log", "keep_prompts"})
-_PATHS |= {"api_key_file", "tls_cert", "tls_key"}
+_PATHS |= {"api_key_file", "tls_cert", "tls_key", "llama_server"}
+_PATHS_OR_NOT = frozenset({"keep_prompts", "llama_server"})  # where a text without a separator is no path
+_PROGRAM = "llama_server"  # what is run: only this user may say so
+_OF_OTHERS = 0o022  # bits of a mode that let others write
 _NO_PATHS = ("auto", "none")
 _SECRET = "api_key"
 _NO_FLAGS = (_SECRET, "rules")  # other users see command lines; a table is for a file
@@ -210,10 +213,15 @@ def read_settings(flags: Mapping[str, Any], environment: Mapping[str, str] = os.
 def _content_of(path: Path) -> dict[str, Any]:
     try:
         with path.open("rb") as opened:
-            content = opened.read(_LARGEST_FILE + 1)
+            content, mode = opened.read(_LARGEST_FILE + 1), os.fstat(opened.fileno()).st_mode
         if len(content) > _LARGEST_FILE:
             raise Refused(f"the file {path} is larger than 1 MiB, which no file of settings is")
-        return tomllib.loads(content.decode())
+        found = tomllib.loads(content.decode())
+        if _PROGRAM in found and mode & _OF_OTHERS:
+            raise Refused(
+                f"the file {path} names a program, and others may write to it: chmod go-w {path}"
+            )
+        return found
     except OSError as error:
         raise Refused(f"the file {path} cannot be read ({error.strerror}): name another with --config") from None
     except (ValueError, RecursionError) as error:
@@ -248,7 +256,7 @@ def _key(given: Mapping[str, tuple[Any, int]]) -> str | None:
 
 def _seen_from(folder: Path, name: str, value: Any) -> Any:
     """Return the paths of a value of a file in `folder`: relative ones are seen from there."""
-    if name not in _PATHS or value in _NO_PATHS or (name == "keep_prompts" and os.sep not in str(value)):
+    if name not in _PATHS or value in _NO_PATHS or (name in _PATHS_OR_NOT and os.sep not in str(value)):
         return value
     if isinstance(value, list):
         return [_seen_from(folder, name, part) for part in value]

@@ -30,6 +30,7 @@ from scheduler.config.value_parsers import (
     memory,
     optional,
     per_gpu,
+    program,
     prompt_folder,
     size,
 )
@@ -95,6 +96,7 @@ class SettingsArguments(ChangeableArguments, total=False):
     recording_limit: str | int
     engine_log: str | os.PathLike[str] | None
     keep_prompts: str | int | os.PathLike[str] | PromptFolder | None
+    llama_server: str | os.PathLike[str] | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, init=False)
@@ -144,6 +146,7 @@ class Settings:
     recording_limit: int
     engine_log: Path | None
     keep_prompts: PromptFolder | None
+    llama_server: Path | None
 
     def __init__(self, **arguments: Unpack[SettingsArguments]) -> None:
         given: dict[str, object] = {**arguments}
@@ -391,6 +394,10 @@ SETTINGS = (
         "keep_prompts", None, optional(prompt_folder),
         "size that prompts of unloaded models may take on the disk until their models are loaded again, or folder for "
         "up to 8GiB of them; none: they are forgotten",
+    ),
+    Setting(
+        "llama_server", None, optional(program),
+        "your own `llama-server`, which serves models in place of the wheel's llama.cpp; a name is looked up on PATH",
     ),
 )  # fmt: skip
 

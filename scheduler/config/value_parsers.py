@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -158,6 +159,16 @@ def file(name: str, value: Any, allowed: str = "the path of a file") -> Path:
     if len(paths) != 1:
         raise InvalidSettings(name, value, allowed)
     return paths[0]
+
+
+def program(name: str, value: Any) -> Path:
+    """Return the path of a program; a text without a separator of paths is looked up as shells do."""
+    allowed = "the path of a program, or the name of one that is on PATH"
+    if isinstance(value, str) and os.sep not in value:
+        if (found := shutil.which(value)) is None:
+            raise InvalidSettings(name, value, allowed)
+        value = found
+    return file(name, value, allowed)
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 from fsm.domain.devices import HOST
 from fsm.sizing.footprint import Footprint
 from fsm.sizing.model_profile import ModelProfile
-from scheduler.errors.exceptions import InvalidModel
+from scheduler.errors.exceptions import InvalidModel, SchedulerError
 
 if TYPE_CHECKING:
     from fsm.domain.devices import DeviceId, Placement
@@ -179,6 +179,15 @@ def inspect(engine: Engine, model: Any, asked: Sequence[Options]) -> ModelProfil
     if isinstance(told, ModelProfile) and (missing := {*asked}.difference(one.asked for one in told.resolutions)):
         raise InvalidModel(model.name, f"its engine has not resolved {', '.join(map(str, missing))}")
     return told
+
+
+def version_of(engine: Engine, model: object) -> str:
+    """Return what tells the version of an engine from others, where it tells one; else the empty text."""
+    version: Callable[[object], str] | None = getattr(engine, "version", None)
+    try:
+        return version(model) if version is not None else ""
+    except SchedulerError:  # it cannot be used, as its inspection of the model tells
+        return ""
 
 
 def prompts_of(process: Process | None) -> Prompts | None:

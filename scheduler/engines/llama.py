@@ -306,18 +306,22 @@ class LlamaProcess:
 
         Also ends the holding back of a child that has loaded.
         """
+        self.end_holding_back()
         if self._url:
-            return False
-        if self._holds_back:
-            with suppress(OSError):  # no such file here, or too many changes at this moment: the next tick tries again
-                Path(SHARE.format(self.pid)).write_text("0", encoding="ascii")
-                self._holds_back = False
+            return self._holds_back
         resident_bytes, read_bytes = self._touches()
         most_bytes, read_before = self._touched
         if resident_bytes > most_bytes or read_bytes > read_before:  # pages that come and go are no progress
             self._touched = (max(resident_bytes, most_bytes), read_bytes)
             self._report.progressed()
         return True
+
+    def end_holding_back(self) -> None:
+        """Give the child the usual share of the processors, if it has a small one."""
+        if self._holds_back:
+            with suppress(OSError):  # no such file here, or too many changes at this moment: the next tick tries again
+                Path(SHARE.format(self.pid)).write_text("0", encoding="ascii")
+                self._holds_back = False
 
     def ended(self, exit: Exit) -> None:
         """Report how the child ended."""
@@ -354,6 +358,8 @@ class LlamaProcess:
 
 class LlamaEngine:
     """Runs the models of `ModelSpec`s; its threads start with the first launch."""
+
+    process_class = LlamaProcess
 
     def __init__(
         self,
@@ -469,7 +475,7 @@ class LlamaEngine:
         prompts = self._prompts_of(model, options)
         request["prompts"] = None if prompts is None else prompts.request()
         gpus = tuple(device for device, _ in placement.gpu_layers)
-        process = LlamaProcess(
+        process = self.process_class(
             report,
             key,
             gpus=gpus,
@@ -482,9 +488,12 @@ class LlamaEngine:
             slots=_there(options.num_parallel),
             holds_back=placement.holds_back,
         )
-        process.child = self._spares.start(_program(CHILD, request, gpus), request["library"], process)
+        process.child = self._start(model, request, gpus, process)
         import_client(process.begun)
         return process
+
+    def _start(self, model: ModelSpec, request: Request, gpus: Iterable[DeviceId], process: LlamaProcess) -> Child:
+        return self._spares.start(_program(CHILD, request, gpus), request["library"], process)
 
     def _prompts_of(self, model: ModelSpec, options: Options) -> RunnerPrompts | None:
         """Return the prompts of a runner that is launched; None where none are kept of it.

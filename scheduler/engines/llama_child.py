@@ -138,14 +138,21 @@ def take_over_output() -> int:
     return protocol
 
 
-def read_request() -> Request | None:
-    """Return what the parent requests, or None if the parent is gone."""
+def read_line() -> bytes:
+    """Return the line that the parent writes, or nothing if the parent is gone."""
     line = b""
     while not line.endswith(b"\n"):
         part = os.read(0, 1 << 16)
         if not part:
-            return None
+            return b""
         line += part
+    return line
+
+
+def read_request() -> Request | None:
+    """Return what the parent requests, or None if the parent is gone."""
+    if not (line := read_line()):
+        return None
     request: Request = json.loads(line)
     return request if request["parent"] == os.getppid() else None
 
@@ -273,7 +280,7 @@ def context_of_a_slot(url: str, key: str) -> int | None:
     return context if isinstance(context, int) else None
 
 
-def connect_to_nothing(library: Any, gpu_layers: list[int]) -> None:
+def connect_to_nothing() -> None:
     """Have the kernel refuse all connections of this thread and of the threads that it starts, such as the server's.
 
     A request may name the address of an image, and llama.cpp would fetch it from inside the user's network. On Linux
@@ -282,8 +289,6 @@ def connect_to_nothing(library: Any, gpu_layers: list[int]) -> None:
     """
     if sys.platform != "linux":
         return
-    if gpu_layers:
-        library.get_device_info()  # a driver that starts a helper with rights of its own does it here
     import ctypes
 
     system = ctypes.CDLL(None)
@@ -448,7 +453,9 @@ def serve(protocol: int, request: Request) -> Never:
     question = ContextQuestion(request["key"])
     gate = gate_of(request)
     try:
-        connect_to_nothing(xllamacpp, request["gpu_layers"])
+        if request["gpu_layers"]:
+            xllamacpp.get_device_info()  # a driver that starts a helper with rights of its own does it here
+        connect_to_nothing()
         params = parameters(xllamacpp, request, log.verbosity)
         tell(protocol, "loading")
         server = xllamacpp.Server(params)

@@ -390,6 +390,14 @@ class EngineMissing(SchedulerError):
 
 
 @dataclass(eq=False)
+class EngineUnusable(EngineMissing):
+    """The engine that was named is there, and cannot be used; `how` says why, and what to do."""
+
+    def _words(self) -> str:
+        return f"the engine {self.engine!r} cannot be used: {self.how}"
+
+
+@dataclass(eq=False)
 class EngineError(SchedulerError):
     """The runner answered a request with an error; it goes on serving.
 
@@ -414,6 +422,7 @@ __all__ = [
     "DoesNotFit",
     "EngineError",
     "EngineMissing",
+    "EngineUnusable",
     "InvalidModel",
     "InvalidSettings",
     "LeaseReleased",

@@ -92,10 +92,11 @@ class Measurements:
         return True
 
 
-def identity_of(model: object) -> Identity | None:
+def identity_of(model: object, engine_version: str = "") -> Identity | None:
     """Return what tells a model's files from any others; None for an object, and for files that cannot be read.
 
-    Sizes and times are read anew. The engine's version is part of the identity: another version takes other buffers.
+    Sizes and times are read anew. The engine's version is part of the identity: another version takes other buffers. It
+    is that of the installed llama.cpp unless another one is given.
     """
     if not isinstance(model, ModelSpec):
         return None  # an object declares its bytes, and another program's object of this name is a different one
@@ -106,7 +107,8 @@ def identity_of(model: object) -> Identity | None:
     files = [model.path, model.adapters, model.projectors, model.embedding]
     state = [
         *((each.st_size, each.st_mtime_ns) for each in found),
-        *map(installed_version, ("xllamacpp", "loadmaster")),
+        engine_version or installed_version("xllamacpp"),
+        installed_version("loadmaster"),
     ]
     return Identity(json.dumps(files), json.dumps(state))
 

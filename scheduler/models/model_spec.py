@@ -10,6 +10,7 @@ from typing import Literal
 
 from fsm.domain.options import Options
 from fsm.machine.request import ModelId
+from scheduler.config.value_parsers import program
 from scheduler.errors.exceptions import InvalidModel, InvalidSettings, UnsupportedOption
 from scheduler.models.chat_defaults import NO_DEFAULTS, ChatDefaults
 
@@ -24,11 +25,11 @@ MOST_PARTS = 1024  # of a split file; the largest models have about a hundred
 class ModelSpec:
     """A model under a name, with the defaults of its requests.
 
-    The real file that `path` leads to, the real files of adapters and projectors, and `embedding` are its identity:
-    requests that agree on these share one runner, whatever names and symbolic links they used. A hard link is a file of
-    its own. `options` are the load-time options of requests that name none; `keep_alive` is a duration ("5m", seconds;
-    negative: for ever). Raises `InvalidSettings` or `UnsupportedOption` for an argument of a wrong type, and
-    `InvalidModel` for a path that is not UTF-8.
+    The real file that `path` leads to, the real files of adapters and projectors, `embedding` and `llama_server`
+    are its identity: requests that agree on these share one runner, whatever names and symbolic links they used. A
+    hard link is a file of its own. `options` are the load-time options of requests that name none; `keep_alive` is
+    a duration ("5m", seconds; negative: for ever). Raises `InvalidSettings` or `UnsupportedOption` for an argument
+    of a wrong type, and `InvalidModel` for a path that is not UTF-8.
     """
 
     name: str
@@ -43,6 +44,7 @@ class ModelSpec:
     devices: tuple[str, ...] | None = None  # ids of the GPUs that layers may go to, unless a request names others
     max_leases: int | Literal["slots"] | None = None  # leases of its runner at once; 0: no limit; None: the setting
     chat: ChatDefaults = NO_DEFAULTS  # what its chats begin with, and the parameters that callers do not name
+    llama_server: str = ""  # your own `llama-server`, which serves it; empty: as the setting says
     manifest: str = field(default="", compare=False)  # of a model in Ollama's store: the file that names its parts
     id: ModelId = field(init=False)  # the same for specs of the same identity; links are followed when the spec is made
 
@@ -54,6 +56,8 @@ class ModelSpec:
         object.__setattr__(self, "path", _absolute(self.path))
         object.__setattr__(self, "adapters", _several("adapters", self.adapters))
         object.__setattr__(self, "projectors", _several("projectors", self.projectors))
+        if self.llama_server:
+            object.__setattr__(self, "llama_server", str(program("llama_server", self.llama_server)))
         check_name(self.name)
         check_switch("pin", self.pin)
         object.__setattr__(self, "devices", device_ids(self.devices))
@@ -67,6 +71,7 @@ class ModelSpec:
         parts = [_real(self.path), *map(_real, self.adapters)]
         parts += [f"projector:{_real(name)}" for name in self.projectors]
         parts += ["embedding"] if self.embedding else []
+        parts += [f"llama-server:{_real(self.llama_server)}"] if self.llama_server else []
         # no part begins with the separator, so that a doubled one inside a path cannot be taken for it
         object.__setattr__(self, "id", ModelId("|".join(part.replace("|", "||") for part in parts)))
 

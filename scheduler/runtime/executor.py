@@ -18,8 +18,8 @@ from fsm.sizing.load_history import NOTHING, LoadHistory
 from scheduler.concurrency.thread_pool import ThreadPool
 from scheduler.config.settings import Settings
 from scheduler.devices.device_reader import DeviceReader
-from scheduler.engines.interface import Engine, Process, inspect, prompts_of
-from scheduler.errors.exceptions import InvalidModel, ModelNotFound, SchedulerError
+from scheduler.engines.interface import Engine, Process, inspect, prompts_of, version_of
+from scheduler.errors.exceptions import EngineMissing, InvalidModel, ModelNotFound, SchedulerError
 from scheduler.models.measurement_store import Identity
 from scheduler.models.measurements import Measurements, identity_of
 from scheduler.models.model_spec import FileStates, ModelSpec
@@ -74,7 +74,7 @@ class Executor:
         self._lives_on = lives_on  # whether the core still knows a runner; called under the driver's lock
         # the runners that the core knows, and a few past ones; written under the driver's lock
         self.runner_handles: dict[RunnerId, RunnerHandle] = {}
-        # of models whose last load raised in this process; the cause of the users' errors
+        # of models whose last load raised in this process, or whose engine could not be used; for the users' errors
         self.load_errors: dict[ModelId, BaseException] = {}
         self._readers = pool("loadmaster-sampler", 1)  # of their own: the worker pool's jobs wait for what it reads
         self.sampler = MemorySampler(devices, self._readers, self._running, post)
@@ -344,9 +344,12 @@ class Executor:
                 self._post(Inspected(inspection.model, refusals.ModelNotFoundRefusal(inspection.model)))
             return
         states = what.file_states() if isinstance(what, ModelSpec) else None
-        identity = identity_of(what)  # read before and after the inspection: the file may be replaced in between
-        outcome = _outcome(engine, inspection.model, what, inspection.options)
-        identity = identity if identity == identity_of(what) else None
+        # read before and after the inspection: the file may be replaced in between
+        identity = identity_of(what, version_of(engine, what))
+        if isinstance(self.load_errors.get(inspection.model), EngineMissing):
+            del self.load_errors[inspection.model]
+        outcome = _outcome(engine, inspection.model, what, inspection.options, self.load_errors)
+        identity = identity if identity == identity_of(what, version_of(engine, what)) else None
         if inspection.answer():
             self.worker_pool.put(lambda: self._inspected(inspection.model, outcome, identity, states))
 
@@ -375,8 +378,10 @@ class Executor:
         return self.measurements.recall(identity) if self.measurements is not None else NOTHING
 
 
-def _outcome(engine: Engine, model: ModelId, what: object, asked: Sequence[Options]) -> object:
-    """Return what an engine tells of a model, or the refusal of its requests."""
+def _outcome(
+    engine: Engine, model: ModelId, what: object, asked: Sequence[Options], errors: dict[ModelId, BaseException]
+) -> object:
+    """Return what an engine tells of a model, or the refusal of its requests; an unusable engine is in `errors`."""
     try:
         return inspect(engine, what, asked)
     except ModelNotFound as error:
@@ -384,6 +389,8 @@ def _outcome(engine: Engine, model: ModelId, what: object, asked: Sequence[Optio
     except InvalidModel as error:
         return refusals.InvalidModelRefusal(error.path, error.reason, error.offset)
     except SchedulerError as error:
+        if isinstance(error, EngineMissing):
+            errors[model] = error
         return refusals.InvalidModelRefusal(model, str(error))
     except Exception as error:
         log.debug("an inspection failed", exc_info=True)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 from fsm.domain.options import Options
 from fsm.machine.request import ModelId
@@ -18,8 +20,12 @@ _PAST_NAMES = 1024  # names kept of forgotten models: events and recordings are 
 class ModelRegistry:
     """Every model that is requested or that the core knows, with the engine that runs it."""
 
-    def __init__(self, llama: Engine, python: Engine) -> None:
+    def __init__(self, llama: Engine, python: Engine, server: Callable[[Path], Engine]) -> None:
         self._engines: Mapping[type, Engine] = {ModelSpec: llama, PythonModel: python}
+        self._server = server  # makes the engine of models that name a `llama-server` of their own
+        self._servers: dict[str, Engine] = {}  # by path; made when they are first needed
+        self._making = threading.Lock()
+        self._closed = False  # no more are made
         self._models: dict[ModelId, ModelSpec | PythonModel] = {}
         self.pinned_by_name: set[ModelId] = set()  # by calls, not by their own declaration
         self._past: dict[ModelId, str] = {}  # names of the models that were forgotten last
@@ -32,7 +38,30 @@ class ModelRegistry:
     @property
     def problems(self) -> tuple[str, ...]:
         """What the engines could not find out of models, in sentences."""
-        return tuple(problem for engine in self._engines.values() for problem in engine.problems)
+        return tuple(problem for engine in self.engines for problem in engine.problems)
+
+    @property
+    def engines(self) -> tuple[Engine, ...]:
+        """Every engine that there is so far."""
+        return (*dict.fromkeys((*self._engines.values(), *list(self._servers.values()))),)
+
+    def end(self) -> tuple[Engine, ...]:
+        """Make no more engines, and return those that there are."""
+        with self._making:
+            self._closed = True
+        return self.engines
+
+    def engine_for(self, model: ModelSpec | PythonModel) -> Engine:
+        """Return the engine of a model; raises RuntimeError where it would have to be made and the scheduler closes."""
+        if not isinstance(model, ModelSpec) or not (path := model.llama_server):
+            return self._engines[type(model)]
+        if (engine := self._servers.get(path)) is None:
+            with self._making:
+                if (engine := self._servers.get(path)) is None:
+                    if self._closed:
+                        raise RuntimeError("closed: no more engines are made")
+                    engine = self._servers[path] = self._server(Path(path))
+        return engine
 
     def register(self, id: ModelId, model: ModelSpec | PythonModel) -> None:
         """Add a model of this identity to the registry, until it is unregistered."""
@@ -60,15 +89,15 @@ class ModelRegistry:
     def engine_of(self, id: ModelId) -> tuple[Engine, ModelSpec | PythonModel]:
         """Return the engine of a model, and the model as its engine takes it; raises KeyError for an unknown model."""
         model = self._models[id]
-        return self._engines[type(model)], model
+        return self.engine_for(model), model
 
     def require(self, model: ModelSpec | PythonModel) -> None:
         """Raise `EngineMissing` if what the engine of a model needs is not installed."""
-        self._engines[type(model)].require()
+        self.engine_for(model).require()
 
     def inspect(self, model: ModelSpec | PythonModel, asked: Sequence[Options]) -> ModelProfile | Footprint:
         """Return what a model is, and how it would be loaded for the options `asked`.
 
         Raises `ModelNotFound` or `InvalidModel`.
         """
-        return inspect(self._engines[type(model)], model, asked)
+        return inspect(self.engine_for(model), model, asked)

@@ -6,6 +6,7 @@ import itertools
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
+from dataclasses import replace
 from typing import Any
 
 from fsm.core import Core
@@ -13,10 +14,11 @@ from fsm.machine.request import ModelId, RequestId
 from fsm.messages.commands import Command, Finished, Grant, NotifyContention, Reject, RevokeLease
 from fsm.messages.events import Acquire, Cancel, Event, Expire, FilesReplaced, Pin, Release, Unpin, Unresponsive
 from fsm.messages.reasons import NoAnswer
-from fsm.messages.refusals import LoadFailedRefusal, QueueFullRefusal
+from fsm.messages.refusals import InvalidModelRefusal, LoadFailedRefusal, QueueFullRefusal
 from scheduler.concurrency.latch import Latch
 from scheduler.engines.python import PythonModel
 from scheduler.errors.exceptions import (
+    EngineMissing,
     InvalidSettings,
     SchedulerBroken,
     SchedulerClosed,
@@ -235,6 +237,9 @@ class RequestBroker:
                     error = error_of(refusal, self._registry.name)
                     if isinstance(refusal, LoadFailedRefusal):
                         error.__cause__ = self._executor.load_errors.get(refusal.model)
+                    elif isinstance(refusal, InvalidModelRefusal):
+                        fault = self._executor.load_errors.get(self.requests[request].model_id)
+                        error = replace(fault) if isinstance(fault, EngineMissing) else error
                     if (pending := self.requests.pop(request, None)) is not None:
                         pending.answer(None, error)
                         if isinstance(refusal, QueueFullRefusal):  # the core does not know the request

@@ -265,7 +265,7 @@ def lease_limit(value: int | Literal["slots"] | None) -> int | None:
 def _references(model: str | os.PathLike[str] | ModelSpec, identity: Mapping[str, object]) -> list[Reference]:
     """Return what tells a reference from others: what it counts as now, then what it may have counted as before."""
     if isinstance(model, ModelSpec):
-        return [(model.path, repr((model.adapters, model.projectors, model.embedding, identity)))]
+        return [(model.path, repr((model.adapters, model.projectors, model.embedding, model.llama_server, identity)))]
     text, rest = os.fspath(model), repr(identity)
     path = os.path.abspath(os.path.expanduser(text))
     if not isinstance(model, str) or is_path(text):

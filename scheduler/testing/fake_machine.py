@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Self, Unpack
 
 from fsm.core import Core
@@ -163,6 +164,9 @@ class _FakeEnvironment(Environment):
 
     def engines(self, settings: Settings) -> tuple[Engine, Engine]:
         return self._engine, self._engine
+
+    def server_engine(self, settings: Settings, path: Path) -> Engine:
+        return self._engine
 
     def resolvers(self, settings: Settings) -> Sequence[Resolver]:
         return (FakeResolver(self._engine.models),)

@@ -189,7 +189,7 @@ def test_a_child_without_a_time_limit_to_end_is_waited_for(file: Path) -> None:
         with scheduler.acquire(file) as lease:
             pid = lease.pid
             assert pid is not None
-        watcher = scheduler._engines[0]._processes._watcher  # type: ignore[attr-defined]  # the first is llama.cpp's
+        watcher = scheduler._registry.engines[0]._processes._watcher  # type: ignore[attr-defined]  # the first is llama.cpp's
         assert_soon(lambda: all(run.pulse_at is None for run in watcher._runs.values()))  # nothing else wakes it
         send(pid, signal.SIGSTOP)
         scheduler.expire(file)

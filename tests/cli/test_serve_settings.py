@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ VALUES: Mapping[str, str] = {
     "flash_attention": "true", "cache_type": "q8_0", "spread_over_gpus": "true", "require_gpu": "true",
     "gpu_reserve": "1GiB", "gpu_limit": "2GiB", "models": "folder", "lock_folder": "locks",
     "measurement_file": "measured", "recording_file": "recorded", "recording_limit": "1MiB", "engine_log": "log",
-    "keep_prompts": "3GiB",
+    "keep_prompts": "3GiB", "llama_server": "./llama-server",
 }  # fmt: skip
 
 
@@ -222,3 +223,14 @@ def test_rules_are_a_table_of_the_file() -> None:
     settings = read(file="[rules.'*']\nnum_ctx = { max = 8192 }")
     assert settings.server.rules["*"]["num_ctx"].most == 8192
     assert settings.server_arguments()["rules"] == settings.server.rules
+
+
+def test_a_program_is_named_by_a_file_of_this_user_alone(folder: Path) -> None:
+    """A file that names a program is refused where others may write to it; without one it is read."""
+    named = 'llama_server = "bin/llama-server"'
+    assert read(file=named).scheduler.llama_server == folder / "bin" / "llama-server"
+    assert read(file='llama_server = "sh"').scheduler.llama_server == Path(shutil.which("sh") or "")
+    (folder / "serve.toml").chmod(0o662)
+    with pytest.raises(Refused, match="names a program"):
+        read(file=named)
+    assert read(file="max_queue = 9").scheduler.max_queue == 9

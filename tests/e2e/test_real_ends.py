@@ -22,6 +22,8 @@ from tests.support.waiting import LIMIT_S, assert_soon
 
 ORPHANED_S = 10.0  # ten times the second within which no child of a killed host is left
 
+pytestmark = pytest.mark.usefixtures("served_by")  # each by the wheel, and by a `llama-server`
+
 
 @pytest.fixture(autouse=True)
 def _quiet_end(caplog: pytest.LogCaptureFixture) -> Iterator[None]:

@@ -40,6 +40,8 @@ from tests.support.waiting import LIMIT_S, assert_soon
 NOTICED_S = 5.0  # fifty times the 100 ms within which an exit is noticed, and half of what a probe may take to
 ORPHANED_S = 10.0  # ten times the second within which no child of a killed host is left
 
+pytestmark = pytest.mark.usefixtures("served_by")  # each by the wheel, and by a `llama-server`
+
 
 @pytest.fixture(autouse=True)
 def _quiet_end(caplog: pytest.LogCaptureFixture) -> Iterator[None]:

@@ -40,6 +40,8 @@ from tests.support.real import (
 from tests.support.tiny_models import write_tiny_model
 from tests.support.waiting import LIMIT_S, assert_soon
 
+pytestmark = pytest.mark.usefixtures("served_by")  # each by the wheel, and by a `llama-server`
+
 
 @pytest.fixture(autouse=True)
 def _quiet_end(caplog: pytest.LogCaptureFixture) -> Iterator[None]:

@@ -28,7 +28,7 @@ BERT = Design("bert", layers=2, width=64, heads=2, head_size=32, feed_forward=12
 
 
 @pytest.fixture
-def scheduler() -> Iterator[Scheduler]:
+def scheduler(served_by: str) -> Iterator[Scheduler]:
     pytest.importorskip("xllamacpp")
     with no_leaks(), Scheduler(settings()) as scheduler:
         yield scheduler

@@ -76,7 +76,7 @@ def test_u20_u24_a_formula_tells_what_llama_cpp_does(
 
 
 @pytest.mark.parametrize("architecture", [*ASKED, "llama"])
-def test_u20_u24_a_prediction_is_what_a_real_runner_reports(folder: Path, architecture: str) -> None:
+def test_u20_u24_a_prediction_is_what_a_real_runner_reports(served_by: str, folder: Path, architecture: str) -> None:
     """The caches and buffers that are predicted before a load are those that its child reports after it."""
     compared = compare(folder, architecture)
     assert not compared.untried, compared.untried

@@ -196,7 +196,7 @@ TINY: Mapping[str, int] = {"layers": 4, "width": 128, "heads": 2, "heads_kv": 1,
 
 
 @pytest.mark.parametrize("architecture", ["granitehybrid", "lfm2", "mamba2"])
-def test_u28_four_slots_answer_as_one_does(tmp_path: Path, architecture: str) -> None:
+def test_u28_four_slots_answer_as_one_does(served_by: str, tmp_path: Path, architecture: str) -> None:
     """A runner with states answers four requests at once in its four slots, with the tokens of one after the other."""
     path, prompts = (
         write_model(tmp_path / "model.gguf", Design(architecture, **TINY)),

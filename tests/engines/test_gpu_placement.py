@@ -20,6 +20,7 @@ from scheduler.engines.llama_sizing import estimate
 from scheduler.models.gguf_metadata import read_metadata
 from tests.support.engine_gpus import engine_gpus
 from tests.support.nvml import Gpu, StandIn, beside_stand_in
+from tests.support.own_server import chosen
 from tests.support.tiny_models import write_tiny_model
 
 LAYERS = 6  # of the models here; the output is one more
@@ -27,13 +28,14 @@ WIDTH = 384  # so that a layer has 4 MiB and is told from the rest
 ONE = Gpu("GPU-11111111-aaaa", total=64 * MIB)  # takes a model whole: 36 MiB, and 9 MiB of headroom
 TWO = Gpu("GPU-22222222-bbbb", total=36 * MIB)  # takes most of one
 SMALL = {"num_ctx": 256, "num_parallel": 1}
+pytestmark = pytest.mark.usefixtures("served_by")  # each by the wheel, and by a `llama-server`
 ROUNDED = MIB // 50  # llama.cpp prints hundredths of a MiB of each buffer
 
 
 @contextmanager
 def a_scheduler(**settings: Any) -> Iterator[tuple[Scheduler, Path]]:
     """Yield a scheduler whose children find GPUs, and a model."""
-    settings = {"cpu_threads": 1, "recovery_timeout": "0.3s", **settings}
+    settings = {"cpu_threads": 1, "recovery_timeout": "0.3s", "llama_server": chosen(), **settings}
     with tempfile.TemporaryDirectory() as name, engine_gpus(), Scheduler(Settings(**settings)) as scheduler:
         yield scheduler, write_tiny_model(Path(name) / "m.gguf", layers=LAYERS, width=WIDTH)
 

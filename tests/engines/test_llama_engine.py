@@ -39,6 +39,7 @@ from scheduler.engines.llama_child import parameters, uses_flash_attention
 from scheduler.errors.exceptions import InvalidModel, ModelNotFound
 from scheduler.models.model_spec import ModelSpec
 from tests.support.leaks import no_leaks
+from tests.support.own_server import an_engine, chosen
 from tests.support.tiny_models import write_tiny_model
 
 LIMIT_S = 20.0  # a load takes about 0.1 s
@@ -126,7 +127,17 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def engine() -> Iterator[LlamaEngine]:
+def engine(served_by: str) -> Iterator[LlamaEngine]:
+    """Yield an engine, the wheel's and that of a `llama-server`."""
+    with no_leaks():
+        engine = an_engine()
+        yield engine
+        engine.close()
+
+
+@pytest.fixture
+def wheel() -> Iterator[LlamaEngine]:
+    """Yield the wheel's engine, for tests of its own program."""
     with no_leaks():
         engine = LlamaEngine()
         yield engine
@@ -245,13 +256,13 @@ def test_the_context_is_that_of_each_slot(engine: LlamaEngine, file: Path) -> No
     assert told.loads[0][1] == 512
 
 
-def test_options_reach_the_engine(engine: LlamaEngine, file: Path) -> None:
+def test_options_reach_the_engine(wheel: LlamaEngine, file: Path) -> None:
     """Every named option reaches llama.cpp, and without mapping the file is not in the child's memory."""
     options = Options(
         num_ctx=256, num_batch=64, num_thread=2, num_parallel=1, use_mmap=False, flash_attention=True,
         cache_type_k="bf16", cache_type_v="f32",
     )  # fmt: skip
-    process, told = launch(engine, file, options)
+    process, told = launch(wheel, file, options)
     told.endpoint()
     assert process.child is not None
     request = json.loads(process.child.program.input)
@@ -262,11 +273,11 @@ def test_options_reach_the_engine(engine: LlamaEngine, file: Path) -> None:
     assert not [mapping for mapping in psutil.Process(process.pid).memory_maps() if mapping.path == str(file)]
 
 
-def test_layers_go_to_the_gpus_of_the_placement(engine: LlamaEngine, file: Path) -> None:
+def test_layers_go_to_the_gpus_of_the_placement(wheel: LlamaEngine, file: Path) -> None:
     """The child sees the placement's GPUs only, in its order, and splits the layers as placed."""
     gpus = ((DeviceId("GPU-b"), 2), (DeviceId("GPU-a"), 1))
     placement = Placement(((DeviceId("GPU-a"), 1), (DeviceId("GPU-b"), 1)), gpu_layers=gpus)
-    process = start(engine, ModelSpec("tiny", str(file)), SMALL, placement, Told())
+    process = start(wheel, ModelSpec("tiny", str(file)), SMALL, placement, Told())
     assert process.child is not None
     assert process.child.program.environment["CUDA_VISIBLE_DEVICES"] == "GPU-b,GPU-a"
     assert json.loads(process.child.program.input)["gpu_layers"] == [2, 1]
@@ -307,7 +318,7 @@ needs_shares = pytest.mark.skipif(not Path("/proc/self/autogroup").exists(), rea
 @needs_shares
 @pytest.mark.parametrize("nice", [llama_child.LOADING_NICE, 0])
 def test_a_load_holds_back_beside_others_and_not_for_long(
-    engine: LlamaEngine, file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nice: int
+    wheel: LlamaEngine, file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nice: int
 ) -> None:
     """Beside runners in use a load has a small share of the processors, and the usual one from the next pulse on.
 
@@ -322,19 +333,19 @@ def test_a_load_holds_back_beside_others_and_not_for_long(
         "raise ImportError('as it should be')\n"
     )
     monkeypatch.setattr(llama_engine, "find_library", lambda: str(tmp_path))
-    _, told = launch(engine, file, SMALL, replace(ON_HOST, holds_back=True))
+    _, told = launch(wheel, file, SMALL, replace(ON_HOST, holds_back=True))
     assert "as it should be" in told.exit()[1]
 
 
 @needs_shares
 def test_a_load_beside_no_runner_in_use_holds_nothing_back(
-    engine: LlamaEngine, file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    wheel: LlamaEngine, file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A load has the usual share of the processors from the first where no runner is in use, whatever else runs."""
     monkeypatch.setattr("scheduler.engines.process_supervisor.PULSE_S", 10 * LIMIT_S)
     (tmp_path / "xllamacpp.py").write_text("raise ImportError(open('/proc/self/autogroup').read())")
     monkeypatch.setattr(llama_engine, "find_library", lambda: str(tmp_path))
-    _, told = launch(engine, file, SMALL)
+    _, told = launch(wheel, file, SMALL)
     assert "nice 0" in told.exit()[1]
 
 
@@ -433,18 +444,18 @@ def test_options_that_llama_cpp_cannot_combine_are_told_in_its_words(engine: Lla
     assert "K cache type q8_0 with block size 32 does not divide" in told.exit()[1].splitlines()[1]
 
 
-def test_an_option_that_llama_cpp_does_not_know_fails_the_load(engine: LlamaEngine, file: Path) -> None:
+def test_an_option_that_llama_cpp_does_not_know_fails_the_load(wheel: LlamaEngine, file: Path) -> None:
     """A load with an option that llama.cpp does not know fails with the known ones."""
-    _, told = launch(engine, file, Options(num_ctx=256, cache_type_k="q9_9"))
+    _, told = launch(wheel, file, Options(num_ctx=256, cache_type_k="q9_9"))
     assert "'q9_9' is not one of" in told.exit()[1]
 
 
 def test_an_engine_that_is_not_installed_says_how_to_install_it(
-    engine: LlamaEngine, file: Path, monkeypatch: pytest.MonkeyPatch
+    wheel: LlamaEngine, file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A load without the engine installed fails with the command that installs it."""
     monkeypatch.setattr(llama_engine, "find_library", lambda: None)
-    _, told = launch(engine, file)
+    _, told = launch(wheel, file)
     assert "pip install 'loadmaster[llama]'" in told.exit()[1]
 
 
@@ -560,15 +571,17 @@ def test_ctrl_c_is_for_the_host_alone(engine: LlamaEngine, file: Path) -> None:
     """Ctrl-C in the terminal does not reach a child."""
     process, told = launch_and_wait(engine, file)
     assert os.getpgid(process.pid or 0) == process.pid
-    os.kill(process.pid or 0, signal.SIGINT)
+    assert os.getsid(process.pid or 0) == process.pid
+    if chosen() is None:  # a `llama-server` acts upon the signal, where it is sent to it alone
+        os.kill(process.pid or 0, signal.SIGINT)
     assert process.healthy(LIMIT_S)
     assert not told.exits
 
 
-def test_close_ends_every_child_and_tells_of_it(file: Path) -> None:
+def test_close_ends_every_child_and_tells_of_it(served_by: str, file: Path) -> None:
     """After a close no child, thread or descriptor is left, each exit was reported, and nothing is launched."""
     with no_leaks():
-        engine = LlamaEngine()
+        engine = an_engine()
         _, loaded = launch_and_wait(engine, file)
         _, loading = launch(engine, file)
         engine.close()
@@ -577,13 +590,13 @@ def test_close_ends_every_child_and_tells_of_it(file: Path) -> None:
             launch(engine, file)
 
 
-def test_a_host_that_is_killed_takes_its_children_with_it(file: Path) -> None:
+def test_a_host_that_is_killed_takes_its_children_with_it(served_by: str, file: Path) -> None:
     """A second after the host was killed no child is left."""
     script = """
         import sys, threading
-        from tests.engines.test_llama_engine import LlamaEngine, launch_and_wait
+        from tests.engines.test_llama_engine import an_engine, launch_and_wait
         from pathlib import Path
-        process, told = launch_and_wait(LlamaEngine(), Path(sys.argv[1]))
+        process, told = launch_and_wait(an_engine(), Path(sys.argv[1]))
         print(process.pid, flush=True)
         threading.Event().wait()
     """

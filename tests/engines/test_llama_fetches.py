@@ -62,7 +62,7 @@ def bait() -> Iterator[Bait]:
 
 
 @pytest.fixture(scope="module")
-def seeing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lease]:
+def seeing(served_by: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lease]:
     """Yield a lease on a model that takes images."""
     folder = tmp_path_factory.mktemp("models")
     model = write_tiny_model(folder / "a.gguf", width=64, context=1024)

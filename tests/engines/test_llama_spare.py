@@ -219,7 +219,7 @@ def free_is_all(scheduler: Scheduler) -> bool:
 def test_a_scheduler_keeps_one_where_it_is_told_to(file: Path, monkeypatch: pytest.MonkeyPatch, prestart: bool) -> None:
     """The setting decides whether there is one; it counts as free memory, and ends with the scheduler."""
     with no_leaks(), Scheduler(Settings(gpus=False, prestart=prestart, probe_interval=0.05)) as scheduler:
-        engine = scheduler._engines[0]
+        engine = scheduler._registry.engines[0]
         assert isinstance(engine, LlamaEngine)
         with scheduler.acquire(file):
             if prestart:

@@ -16,12 +16,14 @@ import psutil
 import pytest
 
 from scheduler import Lease, Scheduler, Settings
-from scheduler.engines import llama
+from scheduler.engines import llama, llama_server_binary
 from tests.support.leaks import no_leaks
+from tests.support.own_server import chosen
 from tests.support.tiny_models import write_tiny_model
 from tests.support.waiting import assert_soon
 
 STOPPING_CHILD = Path(__file__).with_name("stopping_child.py")
+STOPPING_SERVER_CHILD = Path(__file__).with_name("stopping_server_child.py")
 ROOM_FOR_ONE = "64MiB"  # a tiny runner takes 35 to 41 MiB, and 25 % more must be free before its first load
 ROOM_FOR_TWO = "100MiB"
 SHORT: dict[str, Any] = {"temperature": 0, "max_tokens": 12, "ignore_eos": True}
@@ -40,8 +42,8 @@ def quiet_end(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
 
 
 def settings(**arguments: Any) -> Settings:
-    """Return settings under which models stay on the host, with one thread each."""
-    return Settings(**{"gpus": False, "cpu_threads": 1, **arguments})
+    """Return settings under which models stay on the host, with one thread each, served as `served_by` says."""
+    return Settings(**{"gpus": False, "cpu_threads": 1, "llama_server": chosen(), **arguments})
 
 
 def write_models(folder: Path, names: str) -> Path:
@@ -73,7 +75,10 @@ def send(pid: int | None, number: signal.Signals) -> None:
 @contextmanager
 def stopping_loads() -> Iterator[None]:
     """Make each process that is launched meanwhile stop itself before it loads; SIGCONT makes it go on."""
-    with patch.object(llama, "CHILD", STOPPING_CHILD):
+    with (
+        patch.object(llama, "CHILD", STOPPING_CHILD),
+        patch.object(llama_server_binary, "CHILD", STOPPING_SERVER_CHILD),
+    ):
         yield
 
 

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import pytest
 
-from scheduler.engines import llama
+from scheduler.engines import llama, llama_server_binary
 
 SOURCE = Path(__file__).with_name("stand_in.c")
 CHILD = """
@@ -33,6 +33,11 @@ visible = os.environ["CUDA_VISIBLE_DEVICES"]
 stand_in = ctypes.CDLL({stand_in!r})
 count = len(visible.split(",")) if visible else 0
 assert stand_in.add_gpus(xllamacpp.xllamacpp.__file__.encode(), count, {integrated}, {overlap}) == count
+runpy.run_path({child!r}, run_name="__main__")
+"""
+SERVER_CHILD = """
+import os, runpy
+os.environ |= {{"LD_PRELOAD": {stand_in!r}, "STAND_IN_GPUS": "{integrated} {overlap}"}}
 runpy.run_path({child!r}, run_name="__main__")
 """
 
@@ -60,13 +65,12 @@ def build() -> Path:
 @contextmanager
 def engine_gpus(*, integrated: bool = False, overlap: bool = True) -> Iterator[None]:
     """Give GPUs to child processes that start meanwhile; with `overlap` they take several passes at once."""
-    stand_in, before = build(), llama.CHILD
-    with tempfile.TemporaryDirectory() as name:
-        child = Path(name) / "child.py"
-        words = {"library": llama.find_library(), "stand_in": str(stand_in), "child": str(before)}
-        child.write_text(CHILD.format(**words, integrated=int(integrated), overlap=int(overlap)))
-        llama.CHILD = child  # type: ignore[misc]  # a constant, but for this
-        try:
-            yield
-        finally:
-            llama.CHILD = before  # type: ignore[misc]
+    stand_in, kinds = str(build()), {"integrated": int(integrated), "overlap": int(overlap)}
+    programs = ((llama, CHILD), (llama_server_binary, SERVER_CHILD))
+    with tempfile.TemporaryDirectory() as name, pytest.MonkeyPatch.context() as patch:
+        for module, text in programs:
+            child = Path(name) / f"{module.__name__}.py"
+            words = {"library": llama.find_library(), "stand_in": stand_in, "child": str(module.CHILD)}
+            child.write_text(text.format(**words, **kinds))
+            patch.setattr(module, "CHILD", child)
+        yield

@@ -144,3 +144,17 @@ int add_gpus(const char *path, int count, int shared, int asynchronous) {
     }
     return count;
 }
+
+/* Preloaded into a `llama-server`, this adds them as it looks for its backends: as many as CUDA_VISIBLE_DEVICES names,
+ * and one where it is not set. STAND_IN_GPUS has the two numbers that `add_gpus` takes. */
+void ggml_backend_load_all(void) {
+    static bool added;
+    void (*load_all)(void) = dlsym(RTLD_NEXT, "ggml_backend_load_all");
+    const char *visible = getenv("CUDA_VISIBLE_DEVICES"), *told = getenv("STAND_IN_GPUS");
+    int count = !visible || *visible, shared = 0, asynchronous = 0;
+    if (load_all) load_all();
+    if (added || !told || sscanf(told, "%d %d", &shared, &asynchronous) != 2) return;
+    for (; visible && *visible; visible++) count += *visible == ',';
+    added = true;
+    if (add_gpus("libggml.so.0", count, shared, asynchronous) != count) fprintf(stderr, "no stand-in\n");
+}

@@ -7,13 +7,14 @@ from pathlib import Path
 
 from fsm.domain.devices import MIB
 from fsm.domain.options import Options
-from scheduler.engines.llama import ENGINE, LlamaEngine
+from scheduler.engines.llama import ENGINE
 from scheduler.engines.llama_options import ENCODERS
 from scheduler.engines.llama_sizing import holds
 from scheduler.models.gguf_metadata import read_metadata
 from scheduler.models.measurements import installed_version
 from scheduler.models.model_spec import ModelSpec
 from tests.support.engine_models import Unwritable, write
+from tests.support.own_server import an_engine
 from tests.tools.memory.measure import running
 
 MOST_PART = 0.05  # by which caches or compute buffers may be wrong
@@ -76,7 +77,7 @@ def compare(folder: Path, architecture: str) -> Compared:
 
 def pairs(model: ModelSpec, options: Options) -> list[Pair]:
     """Return the caches and the compute buffers of a load: what is predicted of it, and what its child reports."""
-    engine = LlamaEngine()
+    engine = an_engine()
     try:
         footprint = engine.inspect(model, [options]).resolutions[0].loads[0].footprint
         assert not engine.problems, engine.problems[0]

@@ -18,8 +18,9 @@ import psutil
 from fsm.domain.devices import HOST, Placement
 from fsm.domain.options import Options
 from scheduler.engines.interface import Endpoint, Memory
-from scheduler.engines.llama import LlamaEngine, LlamaProcess
+from scheduler.engines.llama import LlamaProcess
 from scheduler.models.model_spec import ModelSpec
+from tests.support.own_server import an_engine
 from tests.tools.memory.rows import Row
 
 TIMEOUT_S = 600.0
@@ -78,7 +79,7 @@ class Measured:
 @contextmanager
 def running(model: ModelSpec, options: Options) -> Iterator[tuple[LlamaProcess, Endpoint, float]]:
     """Load a model on the host; yield its process, its endpoint, and the seconds of its load."""
-    engine, heard = LlamaEngine(), Heard()
+    engine, heard = an_engine(), Heard()
     begin = time.perf_counter()
     load = engine.inspect(model, [options]).resolutions[0].loads[0]
     process = engine.launch(model, load.options, load.settings, Placement(((HOST, 0),)), heard)

@@ -11,8 +11,8 @@ from types import MappingProxyType
 from fsm.domain.devices import HOST
 from fsm.domain.options import Options
 from fsm.sizing.footprint import Footprint, bytes_by_device
-from scheduler.engines.llama import LlamaEngine
 from scheduler.models.model_spec import ModelSpec
+from tests.support.own_server import an_engine
 from tests.support.written_models import Design, write_model
 from tests.support.written_projector import write_projector
 
@@ -134,7 +134,7 @@ def projectors_of(folder: Path, row: Row) -> tuple[str, ...]:
 
 def predict(path: Path, row: Row, projectors: tuple[str, ...] = ()) -> Predicted:
     """Return the prediction for a row before its first load."""
-    engine = LlamaEngine()
+    engine = an_engine()
     model = ModelSpec("m", str(path), projectors=projectors, embedding=row.embedding)
     try:
         footprint = engine.inspect(model, [row.explicit()]).resolutions[0].loads[0].footprint

@@ -14,11 +14,15 @@ from scheduler.concurrency.clock import Clock, monotonic_clock
 from scheduler.concurrency.thread_pool import ThreadPool
 from scheduler.config.settings import Settings
 from scheduler.devices.device_reader import DeviceReader
+from scheduler.engines.engine_model import EngineModel
 from scheduler.engines.interface import Engine
 from scheduler.engines.llama import LlamaEngine
 from scheduler.engines.prompt_store import PromptStore
 from scheduler.engines.python import PythonEngine
+from scheduler.engines.registered import factory_of
+from scheduler.errors.exceptions import EngineUnusable, SchedulerError
 from scheduler.models.catalog import Resolver
+from scheduler.models.model_spec import ModelSpec
 from scheduler.models.sources import default_resolvers
 from scheduler.runtime.driver import Driver
 
@@ -58,6 +62,16 @@ def server_engine(settings: Settings, path: Path, sees_gpus: Callable[[], bool] 
         log_file=settings.engine_log,
         keeps_prompts=settings.keep_prompts is not None,
     )
+
+
+def other_engine(settings: Settings, model: EngineModel) -> Engine:
+    """Return the engine of another package that a model names; raises `EngineMissing`."""
+    try:
+        return factory_of(model.engine)(settings)
+    except SchedulerError:
+        raise
+    except Exception as error:  # whatever the package raises
+        raise EngineUnusable(model.engine, f"it cannot be made: {type(error).__name__}: {error}") from error
 
 
 def _defaults(settings: Settings) -> Options:
@@ -104,9 +118,11 @@ class Environment:
             self._devices.count_as_free(llama.spare_bytes)
         return llama, PythonEngine()
 
-    def server_engine(self, settings: Settings, path: Path) -> Engine:
-        """Return the engine of models that name this `llama-server`."""
-        return server_engine(settings, path, self._sees_gpus)
+    def engine_of(self, settings: Settings, model: ModelSpec | EngineModel) -> Engine:
+        """Return the engine that a model names: a `llama-server` by its path, or another engine by its name."""
+        if isinstance(model, ModelSpec):
+            return server_engine(settings, Path(model.llama_server), self._sees_gpus)
+        return other_engine(settings, model)
 
     def _sees_gpus(self) -> bool:
         return self._devices is not None and self._devices.sees_gpus()

@@ -40,7 +40,8 @@ from scheduler.config.settings import (
     settings_keywords,
 )
 from scheduler.config.signatures import with_keywords
-from scheduler.engines.interface import forget_prompts, version_of
+from scheduler.engines.engine_model import EngineModel
+from scheduler.engines.interface import version_of
 from scheduler.engines.python import PythonModel, Value
 from scheduler.errors.exceptions import InvalidSettings, ModelNotFound, SchedulerClosed, WouldDeadlock, not_beside
 from scheduler.errors.formatting import format_duration, shown
@@ -128,7 +129,7 @@ class Scheduler:
         self._devices = environment.devices(self.settings)
         self.catalog = Catalog(environment.resolvers(self.settings))
         registry = self._registry = ModelRegistry(
-            *environment.engines(self.settings), partial(environment.server_engine, self.settings)
+            *environment.engines(self.settings), partial(environment.engine_of, self.settings)
         )
         self._parser = RequestParser(
             self.catalog, self._registry.require, lambda model: broker.post(Pin(model)),
@@ -280,7 +281,7 @@ class Scheduler:
         id = self._parser.identity(model, asking)
         self._executor.forget_prompts(id)
         for engine in self._registry.engines:
-            forget_prompts(engine, id)
+            engine.forget_prompts(id)
         self._broker.post(Expire(id))
 
     @_identity_keywords
@@ -420,7 +421,7 @@ class Scheduler:
         """
         return self._registry.name(model)
 
-    def model(self, model: ModelId) -> ModelSpec | PythonModel:
+    def model(self, model: ModelId) -> ModelSpec | PythonModel | EngineModel:
         """Return the model whose identity an event has; raises `ModelNotFound` where the scheduler has forgotten it."""
         try:
             return self._registry.engine_of(model)[1]

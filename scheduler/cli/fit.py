@@ -15,7 +15,7 @@ from fsm.domain.devices import HOST, DeviceId, DeviceSample
 from fsm.messages.events import Sampled
 from fsm.placement.search import MEASURED_HEADROOM, PREDICTED_HEADROOM
 from fsm.sizing.load_history import NOTHING
-from scheduler.api.environment import device_reader, llama_engine, server_engine
+from scheduler.api.environment import Environment, device_reader, llama_engine
 from scheduler.api.fit import Fit, FitDevice, fit_of
 from scheduler.api.scheduler import limits_of
 from scheduler.cli.output import SafeConsole, print_json
@@ -45,7 +45,7 @@ def run_fit(chosen: argparse.Namespace) -> int:
         settings = settings.changed(memory_limit=memory("--memory-limit", chosen.memory_limit))
     samples, problems = _devices(settings, chosen.host, chosen.gpu)
     engines = (llama_engine(settings), PythonEngine())
-    registry = ModelRegistry(*engines, partial(server_engine, settings))
+    registry = ModelRegistry(*engines, partial(Environment().engine_of, settings))
     parser = RequestParser(Catalog(default_resolvers(settings.models)), registry.require, pin=lambda model: None)
     spec, question = parser.parse(chosen.model, _asking(chosen))
     identity = identity_of(spec, version_of(registry.engine_for(spec), spec))

@@ -218,9 +218,7 @@ def _content_of(path: Path) -> dict[str, Any]:
             raise Refused(f"the file {path} is larger than 1 MiB, which no file of settings is")
         found = tomllib.loads(content.decode())
         if _PROGRAM in found and mode & _OF_OTHERS:
-            raise Refused(
-                f"the file {path} names a program, and others may write to it: chmod go-w {path}"
-            )
+            raise Refused(f"the file {path} names a program, and others may write to it: chmod go-w {path}")
         return found
     except OSError as error:
         raise Refused(f"the file {path} cannot be read ({error.strerror}): name another with --config") from None

@@ -1,4 +1,10 @@
-"""The interface of engines, which load placed models and run them."""
+"""The interface of engines, which load placed models and run them. `scheduler.engines` has it for other packages.
+
+An engine derives from `Engine` and tells three things: what a model is and takes, as a `ModelProfile` or a `Footprint`;
+that a runner goes on loading, serves, or is gone, by the `RunnerListener` of its launch; and what the runner takes
+now, by the `Process` that a launch returns. It is told where the runner goes and with which options. It decides
+nothing.
+"""
 
 from __future__ import annotations
 
@@ -86,7 +92,11 @@ class RunnerListener(Protocol):
 
 
 class Process(Protocol):
-    """The engine's handle of one runner, from its launch on; any thread may use it."""
+    """The engine's handle of one runner, from its launch on; any thread may use it.
+
+    A process whose prompts can be kept for the next runner like it has a property `prompts` beside these: `Prompts`
+    while it serves, and None before and after.
+    """
 
     @property
     def pid(self) -> int | None:
@@ -137,14 +147,23 @@ class Prompts(Protocol):
 
 
 class Engine(Protocol):
-    """Runs models of one kind; the scheduler decides when and where."""
+    """Runs models of one kind; the scheduler decides when and where. Any thread may call it, several at once.
+
+    What has a body here is inherited by an engine that derives from this class.
+    """
 
     @property
     def problems(self) -> tuple[str, ...]:
-        """What the engine could not find out of models, in sentences."""
+        """What the engine could not find out of models, or cannot do here, in sentences: `status()` shows them."""
+        return ()
 
     def require(self) -> None:
-        """Raise `EngineMissing` if a library that the engine needs is not installed."""
+        """Raise `EngineMissing` if what the engine needs is not there; called for each request, so it must be quick."""
+        return
+
+    def version(self, model: Any) -> str:
+        """Return what tells this engine from others that would take other memory for the model; may block."""
+        return ""
 
     def inspect(self, model: Any, asked: Sequence[Options]) -> ModelProfile | Footprint:
         """Return what the model is, and how it would be loaded for each of the options `asked`.
@@ -163,9 +182,17 @@ class Engine(Protocol):
 
     def look_round(self, room: Callable[[], int]) -> None:
         """Do what is due about once a second; `room` tells how many bytes of the host's memory are free."""
+        return
+
+    def forget_prompts(self, model: ModelId) -> None:
+        """Remove what is kept of a model's prompts, if anything is."""
+        return
 
     def close(self, timeout_s: float) -> None:
-        """End every runner that is left, by force, and the engine's own threads, within `timeout_s` seconds."""
+        """End every runner that is left, by force, and the engine's own threads, within `timeout_s` seconds.
+
+        A launch after that raises.
+        """
 
 
 def inspect(engine: Engine, model: Any, asked: Sequence[Options]) -> ModelProfile | Footprint:
@@ -182,11 +209,10 @@ def inspect(engine: Engine, model: Any, asked: Sequence[Options]) -> ModelProfil
 
 
 def version_of(engine: Engine, model: object) -> str:
-    """Return what tells the version of an engine from others, where it tells one; else the empty text."""
-    version: Callable[[object], str] | None = getattr(engine, "version", None)
+    """Return the version that an engine tells for a model; the empty text where it cannot be used."""
     try:
-        return version(model) if version is not None else ""
-    except SchedulerError:  # it cannot be used, as its inspection of the model tells
+        return engine.version(model)
+    except SchedulerError:  # its inspection of the model tells
         return ""
 
 
@@ -194,9 +220,3 @@ def prompts_of(process: Process | None) -> Prompts | None:
     """Return the prompts of a runner that serves; None where they cannot be kept: most engines know of none."""
     found: Prompts | None = getattr(process, "prompts", None)
     return found
-
-
-def forget_prompts(engine: Engine, model: ModelId) -> None:
-    """Have an engine remove what it keeps of a model's prompts, if it can keep any."""
-    if (forget := getattr(engine, "forget_prompts", None)) is not None:
-        forget(model)

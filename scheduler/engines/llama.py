@@ -30,7 +30,7 @@ from scheduler.config.quantities import wait_limit
 from scheduler.devices.cpu_cores import usable_cores
 from scheduler.engines.child_process import Child, Exit, Program
 from scheduler.engines.engine_log import EngineLog
-from scheduler.engines.interface import Buffer, Endpoint, Memory
+from scheduler.engines.interface import Buffer, Endpoint, Engine, Memory
 from scheduler.engines.llama_dry_run import DryRuns
 from scheduler.engines.llama_gpus import QUESTION, GpuBackends
 from scheduler.engines.llama_options import only_embeds
@@ -356,7 +356,7 @@ class LlamaProcess:
         return 0.0
 
 
-class LlamaEngine:
+class LlamaEngine(Engine):
     """Runs the models of `ModelSpec`s; its threads start with the first launch."""
 
     process_class = LlamaProcess

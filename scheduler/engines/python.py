@@ -18,7 +18,7 @@ from fsm.sizing.footprint import Footprint
 from fsm.sizing.model_profile import EngineSettings
 from scheduler.concurrency.latch import Latch
 from scheduler.config.settings import parse_bytes
-from scheduler.engines.interface import Buffer, Memory
+from scheduler.engines.interface import Buffer, Engine, Memory
 from scheduler.errors.exceptions import InvalidSettings
 from scheduler.models.model_spec import check_limit, check_name, check_switch
 
@@ -172,18 +172,13 @@ class PythonProcess:
         return 0, "unloaded", False
 
 
-class PythonEngine:
+class PythonEngine(Engine):
     """Runs `PythonModel`s; each object has a daemon thread of its own, so that one object may hang."""
-
-    problems: tuple[str, ...] = ()  # objects declare everything
 
     def __init__(self) -> None:
         self._lock = threading.Lock()  # guards `_processes` and `_closed`
         self._processes: set[PythonProcess] = set()  # the objects whose threads run
         self._closed = False
-
-    def require(self) -> None:
-        """Return: the engine needs no library."""
 
     def inspect(self, model: PythonModel, asked: Sequence[Options]) -> Footprint:
         """Return the bytes that were declared."""
@@ -212,9 +207,6 @@ class PythonEngine:
             self._forget(process)
             raise
         return process
-
-    def look_round(self, room: Callable[[], int]) -> None:
-        """Nothing is due."""
 
     def close(self, timeout_s: float = CLOSE_TIMEOUT_S) -> None:
         """Unload every object; a load or unload that does not return within `timeout_s` seconds is left running."""

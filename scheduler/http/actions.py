@@ -9,6 +9,7 @@ from contextlib import suppress
 from typing import Any
 
 from fsm.machine.runner import RunnerId
+from scheduler.engines.engine_model import EngineModel
 from scheduler.engines.python import PythonModel
 from scheduler.errors.exceptions import ModelNotFound
 from scheduler.http.errors import ErrorAnswer
@@ -20,7 +21,7 @@ from scheduler.http.service import Service, refuse
 from scheduler.http.settings import ServerSettings
 from scheduler.models.model_spec import ModelSpec
 
-Model = ModelSpec | PythonModel[Any]
+Model = ModelSpec | PythonModel[Any] | EngineModel
 
 NOT_ALLOWED = ErrorAnswer(
     403,

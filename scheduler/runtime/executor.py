@@ -18,6 +18,7 @@ from fsm.sizing.load_history import NOTHING, LoadHistory
 from scheduler.concurrency.thread_pool import ThreadPool
 from scheduler.config.settings import Settings
 from scheduler.devices.device_reader import DeviceReader
+from scheduler.engines.engine_model import EngineModel
 from scheduler.engines.interface import Engine, Process, inspect, prompts_of, version_of
 from scheduler.errors.exceptions import EngineMissing, InvalidModel, ModelNotFound, SchedulerError
 from scheduler.models.measurement_store import Identity
@@ -311,7 +312,7 @@ class Executor:
             _, what = self._engine_of(model)
         except KeyError:  # forgotten, since the caller has left
             return ()
-        return what.files if isinstance(what, ModelSpec) else ()
+        return what.files if isinstance(what, ModelSpec | EngineModel) else ()
 
     def _locks(self, settings: Settings) -> DeviceLocks | None:
         """Return the locks among the programs on this machine, or None where locking is off and no claim is made."""

@@ -15,6 +15,7 @@ from fsm.machine.request import ModelId, Purpose, RequestSpec
 from scheduler.concurrency.clock import Clock, monotonic_clock
 from scheduler.config.quantities import parse_duration
 from scheduler.config.value_parsers import CACHE_TYPES, LARGEST_NUMBER
+from scheduler.engines.engine_model import EngineModel
 from scheduler.engines.python import PythonModel
 from scheduler.errors.exceptions import InvalidModel, InvalidSettings, ModelNotFound, UnsupportedOption
 from scheduler.errors.formatting import printable
@@ -25,7 +26,7 @@ from scheduler.runtime.past_references import PastReferences, Reference, is_ther
 
 log = logging.getLogger("loadmaster")
 
-Model = str | os.PathLike[str] | ModelSpec | PythonModel
+Model = str | os.PathLike[str] | ModelSpec | PythonModel | EngineModel
 
 
 class IdentityOptions(TypedDict, total=False):
@@ -67,7 +68,7 @@ class ParsedRequest(NamedTuple):
     name: str  # name of the model
     keep_alive_s: float | None
     timeout_s: float | None
-    model: ModelSpec | PythonModel | None = None  # None: the request is for memory of the program's own
+    model: ModelSpec | PythonModel | EngineModel | None = None  # None: the request is for memory of the program's own
     max_leases: int | None = None  # of the model's runner; 0: no limit; None: as another request has named it
 
 
@@ -98,7 +99,7 @@ class RequestParser:
     def __init__(
         self,
         catalog: Catalog,
-        require: Callable[[ModelSpec | PythonModel], None],
+        require: Callable[[ModelSpec | PythonModel | EngineModel], None],
         pin: Callable[[ModelId], None],
         end: Callable[[ModelId, ModelId], None] = lambda past, id: None,
         in_use: Callable[[], frozenset[ModelId]] = frozenset,
@@ -158,7 +159,7 @@ class RequestParser:
 
     def parse(
         self, model: Model, asking: AcquireOptions, purpose: Purpose = Purpose.lease
-    ) -> tuple[ModelSpec | PythonModel, ParsedRequest]:
+    ) -> tuple[ModelSpec | PythonModel | EngineModel, ParsedRequest]:
         """Return a model and the parsed request for it; raises what `parse_cached` raises.
 
         The model is not pinned by this, and its engine need not be installed.
@@ -180,7 +181,7 @@ class RequestParser:
             keep_alive = spec.keep_alive
         keep_alive_s = None if keep_alive is None else parse_duration(keep_alive, name="keep_alive")
         timeout_s = None if timeout is None else parse_duration(timeout, name="timeout")
-        if options.devices is None and isinstance(spec, ModelSpec) and spec.devices is not None:
+        if options.devices is None and not isinstance(spec, PythonModel) and spec.devices is not None:
             options = replace(options, devices=spec.devices)
         for each in fields(options):  # the options of the model itself are checked too
             check_option(each.name, getattr(options, each.name))
@@ -219,13 +220,14 @@ class RequestParser:
             self._told.add(told)
             log.warning("%s has what is not applied: %s", printable(model.name), printable("; ".join(told[1:])))
 
-    def _spec(self, model: Model, asking: IdentityOptions) -> ModelSpec | PythonModel:
+    def _spec(self, model: Model, asking: IdentityOptions) -> ModelSpec | PythonModel | EngineModel:
         identity = {name: value for name, value in asking.items() if name in _IDENTITY}
-        if isinstance(model, PythonModel):
+        if isinstance(model, PythonModel | EngineModel):
             for name, value in identity.items():
                 if value is not None:
-                    raise UnsupportedOption(name, value, "an object has no such part")
-            return self._lives.current(model)
+                    what = "an object" if isinstance(model, PythonModel) else "a model of another engine"
+                    raise UnsupportedOption(name, value, f"{what} has no such part")
+            return self._lives.current(model) if isinstance(model, PythonModel) else model
         identity = {name: value for name, value in identity.items() if value is not None}
         try:
             spec = model if isinstance(model, ModelSpec) else self._named(model)
@@ -275,7 +277,7 @@ def _references(model: str | os.PathLike[str] | ModelSpec, identity: Mapping[str
 
 def _lasts(model: Model) -> bool:
     """Return whether a parsed model may be kept; a path from the working folder may not, since that folder changes."""
-    if isinstance(model, ModelSpec | PythonModel):
+    if isinstance(model, ModelSpec | PythonModel | EngineModel):
         return True
     return os.path.isabs(model) or (isinstance(model, str) and not is_path(model))
 

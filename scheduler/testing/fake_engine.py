@@ -15,7 +15,7 @@ from fsm.domain.options import Options
 from fsm.sizing.footprint import Footprint
 from fsm.sizing.model_profile import EngineSettings
 from scheduler.devices.device_reader import DeviceReader
-from scheduler.engines.interface import Buffer, Endpoint, Memory, RunnerListener
+from scheduler.engines.interface import Buffer, Endpoint, Engine, Memory, RunnerListener
 from scheduler.engines.python import PythonModel
 from scheduler.engines.runner_client import EVENTS, RunnerClient
 from scheduler.errors.exceptions import ModelNotFound
@@ -139,19 +139,14 @@ def _score(query: str, document: str) -> float:
     return len(words.intersection(document.split())) / max(1, len(words))
 
 
-class FakeEngine:
+class FakeEngine(Engine):
     """Runs declared models, and Python objects, whose `load` and `unload` are really called."""
-
-    problems: tuple[str, ...] = ()  # models declare everything
 
     def __init__(self, time: VirtualTime) -> None:
         self.time = time
         self.models: dict[str, FakeModel] = {}  # by name
         self.loads: list[str] = []  # names, in the order in which loads began
         self.processes: list[FakeProcess] = []  # that are not over, in the order in which they were launched
-
-    def require(self) -> None:
-        """Nothing is needed."""
 
     def inspect(self, model: ModelSpec | PythonModel, asked: Sequence[Options]) -> Footprint:
         """Return what was declared; raises `ModelNotFound` for a model file of no declared name."""
@@ -172,9 +167,6 @@ class FakeEngine:
         self.loads.append(declared.name)
         self.time.after(declared.load_s, process.finish_load)
         return process
-
-    def look_round(self, room: Callable[[], int]) -> None:
-        """Nothing is due."""
 
     def close(self, timeout_s: float) -> None:
         """End every runner that is left."""

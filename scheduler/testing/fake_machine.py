@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Self, Unpack
 
 from fsm.core import Core
@@ -19,9 +18,11 @@ from scheduler.concurrency.thread_pool import ThreadPool
 from scheduler.config.quantities import parse_bytes, parse_duration
 from scheduler.config.settings import Settings, SettingsArguments, settings_keywords
 from scheduler.devices.device_reader import DeviceReader
+from scheduler.engines.engine_model import EngineModel
 from scheduler.engines.interface import Engine
 from scheduler.errors.exceptions import InvalidSettings
 from scheduler.models.catalog import Resolver
+from scheduler.models.model_spec import ModelSpec
 from scheduler.runtime.driver import Driver
 from scheduler.runtime.request_broker import RequestBroker
 from scheduler.testing.fake_engine import Answer, Failure, FakeDevices, FakeEngine, FakeModel, FakeProcess, FakeResolver
@@ -165,8 +166,8 @@ class _FakeEnvironment(Environment):
     def engines(self, settings: Settings) -> tuple[Engine, Engine]:
         return self._engine, self._engine
 
-    def server_engine(self, settings: Settings, path: Path) -> Engine:
-        return self._engine
+    def engine_of(self, settings: Settings, model: ModelSpec | EngineModel) -> Engine:
+        return self._engine if isinstance(model, ModelSpec) else super().engine_of(settings, model)
 
     def resolvers(self, settings: Settings) -> Sequence[Resolver]:
         return (FakeResolver(self._engine.models),)

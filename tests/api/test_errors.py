@@ -14,6 +14,7 @@ from scheduler.errors.exceptions import (
     DoesNotFit,
     EngineError,
     EngineMissing,
+    EngineUnusable,
     InvalidModel,
     InvalidSettings,
     LeaseReleased,
@@ -62,6 +63,7 @@ EXAMPLES: list[tuple[SchedulerError, int, tuple[str, ...]]] = [
     (UnsupportedOption("num_ctx", 10**300, "less"), 400, ("num_ctx=1000", "0… is not supported: less")),
     (InvalidSettings("max_queue", 0, "at least 1"), 400, ("max_queue", "0", "at least 1")),
     (EngineMissing("llama", "pip install 'loadmaster[llama]'"), 500, ("llama", "pip install")),
+    (EngineUnusable("/bin/llama-server", "it is too old"), 500, ("/bin/llama-server", "cannot be used", "too old")),
     (EngineError(500, "slot unavailable"), 500, ("500", "slot unavailable")),
 ]
 each_example = pytest.mark.parametrize(

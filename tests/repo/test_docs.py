@@ -32,7 +32,7 @@ from tests.support.tiny_models import write_tiny_model
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("**/*.md"))]
 ARCHITECTURE = ROOT / "docs" / "architecture.md"
-EXAMPLES = [ROOT / "README.md", ROOT / "docs" / "api.md", ARCHITECTURE]
+EXAMPLES = [ROOT / "README.md", ROOT / "docs" / "api.md", ROOT / "docs" / "engines.md", ARCHITECTURE]
 LIMIT_S = 120.0  # an example takes about 2 s
 
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)

@@ -10,10 +10,10 @@ For each node that has the model, the seconds until the first token are estimate
 6. *waits*: a load, once busy runners have become idle or drained.
 7. *refused*, *never*: its loads fail there, or it is larger than the node. Such a node comes last: it says why itself.
 
-Nodes are ordered by their seconds and costs, in steps of a quarter. Nodes that are level are ordered by rendezvous
-hashing of the model, so that all fronts agree on where a cold model goes, and that a model keeps its node. So a hot
-model gets a further copy when its queue would cost more than a load elsewhere; when the queue is gone, all its requests
-go to one copy again, and the others become idle and leave for other models.
+Nodes are ordered by their seconds and costs, in steps of about a sixteenth. Nodes that are level are ordered by
+rendezvous hashing of the model, so that all fronts agree on where a cold model goes, and that a model keeps its node.
+So a hot model gets a further copy when its queue would cost more than a load elsewhere; when the queue is gone, all its
+requests go to one copy again, and the others become idle and leave for other models.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from functools import lru_cache
 from hashlib import blake2b
 from types import MappingProxyType
 
-from fsm.cluster.digest import ContentId, Copy, DeviceKind, ModelDigest, NodeDigest, NodeId
+from fsm.cluster.digest import ContentId, Copy, DeviceKind, Evictable, ModelDigest, NodeDigest, NodeId
 from fsm.domain.options import AUTOMATIC, Options
 from fsm.state.runner_match import serves
 
@@ -188,16 +188,11 @@ class _View:
             return load_s, Way.fits, 0.0
         if own is not None:
             _add(missing, own.bytes, -1)
-        cost_s = self.load_s if own is not None else 0.0  # the requests that the copy serves need it again
-        for one in digest.evictable:
-            if _fits(missing):
-                break
-            if any(missing.get(kind, 0) > 0 for kind, _ in one.bytes) and not self._in_use(one.content):
-                _add(missing, one.bytes, -1)
-                cost_s += one.cost_s
-        if _fits(missing):
-            return load_s + STOP_S, Way.evicts, cost_s
-        return load_s + STOP_S + BUSY_S, Way.waits, cost_s
+        own_s = self.load_s if own is not None else 0.0  # the requests that the copy serves need it again
+        cost_s = _eviction_cost_s(missing, [one for one in digest.evictable if not self._in_use(one.content)])
+        if cost_s is None:
+            return load_s + STOP_S + BUSY_S, Way.waits, own_s + sum([one.cost_s for one in digest.evictable])
+        return load_s + STOP_S, Way.evicts, own_s + cost_s
 
     def _need(self, model: ModelDigest) -> dict[DeviceKind, int]:
         """Return the bytes that a runner takes, by kind of device; those of a file go to GPUs if they hold it."""
@@ -247,9 +242,35 @@ def _fits(missing: Mapping[DeviceKind, int]) -> bool:
     return all(amount <= 0 for amount in missing.values())
 
 
+def _eviction_cost_s(missing: Mapping[DeviceKind, int], idle: Sequence[Evictable]) -> float | None:
+    """Return the cost of idle runners that make room together, as cheap as the core would; None where all do not.
+
+    It is the better of two greedy sets, which take the cheapest first, or the cheapest by the byte, and then keep each
+    runner that turned out not to be needed.
+    """
+    costs = []
+    for order in (idle, sorted(idle, key=lambda one: one.cost_s)):
+        left, taken = dict(missing), list[Evictable]()
+        for one in order:
+            if _fits(left):
+                break
+            if any(left.get(kind, 0) > 0 for kind, _ in one.bytes):
+                _add(left, one.bytes, -1)
+                taken.append(one)
+        if not _fits(left):
+            return None
+        cost_s = 0.0
+        for one in taken:
+            without = dict(left)
+            _add(without, one.bytes)
+            left, cost_s = (without, cost_s) if _fits(without) else (left, cost_s + one.cost_s)
+        costs.append(cost_s)
+    return min(costs)
+
+
 def _step(seconds: float) -> float:
-    """Return the place of a time on a scale whose steps are about a quarter, from a quarter of a second on."""
-    return seconds if seconds == math.inf else float(int(4.0 * math.log1p(4.0 * seconds)))
+    """Return the place of a time on a scale whose steps are about a sixteenth, from a quarter of a second on."""
+    return seconds if seconds == math.inf else float(int(16.0 * math.log1p(4.0 * seconds)))
 
 
 @lru_cache(maxsize=1 << 16)

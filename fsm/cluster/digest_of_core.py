@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import lru_cache
 
 from fsm.cluster.digest import (
     USUAL_SLOTS,
@@ -22,72 +23,79 @@ from fsm.core import Core
 from fsm.domain.devices import HOST, Amounts, DeviceId
 from fsm.domain.options import SLOTS
 from fsm.machine.request import ModelId
-from fsm.machine.runner import IDLE, LOADING, Runner
+from fsm.machine.runner import IDLE, LOADING, Runner, RunnerId
 from fsm.sizing.footprint import Footprint
 from fsm.state.core_state import CoreState
 from fsm.state.model_record import ModelRecord
 
-KEPT_S = 300.0  # a model that has been idle for so long is as likely to be asked for within the time as not
+IDLE_S = 300.0  # an eviction costs half as much where the runner has been idle for so long
+WAITING = 3.0  # requests that wait for a load together, on average
 
 
 def digest_of(now: float, core: Core, node: NodeId, offers: Mapping[ModelId, Offer]) -> NodeDigest:
     """Return the digest of a node at `now` with the models that it offers, by their identities in its core.
 
-    Takes about as long as a snapshot: some microseconds for each runner and each model. Of equal contents under several
-    identities the first one that is loaded counts, or else the first.
+    Takes some microseconds for each runner and each model. Of equal contents under several identities the first one
+    that is loaded counts, or else the first.
     """
     state = core._state
+    held = {runner.id: _held(state, runner) for runner in state.runners.values()}
     models: dict[ContentId, ModelDigest] = {}
     for id, offer in offers.items():
-        digest = _model(now, state, state.models.get(id), offer)
+        record = state.models.get(id)
+        digest = _offered(offer, state.config.max_leases) if record is None else _model(now, state, record, offer, held)
         if offer.content not in models or (models[offer.content].copy is None and digest.copy is not None):
             models[offer.content] = digest
     idle = [runner for runner in state.runners.values() if runner.state is IDLE and not state.pinned(runner)]
-    loading = sum(runner.state is LOADING for runner in state.runners.values())
-    gpus = sum(sample.kind == "gpu" for sample in state.ledger.devices.values())
+    loading = sum([runner.state is LOADING for runner in state.runners.values()])
+    gpus = sum([sample.kind == "gpu" for sample in state.ledger.devices.values()])
     return NodeDigest(
-        node, now, _devices(state, idle), models, _evictable(now, state, idle, offers), _awaited(state), loading,
+        node, now, _devices(state, idle), models, _evictable(now, state, idle, offers, held), _awaited(state), loading,
         gpus * state.config.max_loads_per_gpu or state.config.max_host_loads, state.closing,
     )  # fmt: skip
 
 
-def _model(now: float, state: CoreState, record: ModelRecord | None, offer: Offer) -> ModelDigest:
-    if record is None:
-        limit = state.config.max_leases
-        return ModelDigest(offer.names, limit if limit > 0 else USUAL_SLOTS, 0, offer.load_s, (), offer.file_bytes)
+@lru_cache(maxsize=4096)
+def _offered(offer: Offer, max_leases: int) -> ModelDigest:
+    """Return what is told of a model that the core does not know."""
+    slots = max_leases if max_leases > 0 else USUAL_SLOTS
+    return ModelDigest(offer.names, slots, 0, offer.load_s, (), offer.file_bytes)
+
+
+def _model(
+    now: float, state: CoreState, record: ModelRecord, offer: Offer, held: Mapping[RunnerId, KindBytes]
+) -> ModelDigest:
     load_s, runner = record.load_s, record.current
     return ModelDigest(
         offer.names,
         _slots(state, record, runner),
-        sum(len(group.requests) for group in state.groups_of_model(record.id)) if state.groups else 0,
+        sum([len(group.requests) for group in state.groups_of_model(record.id)]) if state.groups else 0,
         offer.load_s if load_s is None else load_s,
-        _bytes(state, record),
+        _usual_bytes(state, record) if runner is None else held[runner.id],
         offer.file_bytes,
         max(0.0, record.blocked_until - now),
-        None if runner is None else _copy(now, state, record, runner),
+        None if runner is None else _copy(now, state, record, runner, held[runner.id]),
     )
 
 
-def _copy(now: float, state: CoreState, record: ModelRecord, runner: Runner) -> Copy:
+def _copy(now: float, state: CoreState, record: ModelRecord, runner: Runner, held: KindBytes) -> Copy:
     ready_in_s = None
     if runner.state is LOADING:
         expected_at = state.expected_at(runner)
         ready_in_s = max(0.0, expected_at - now) if expected_at < math.inf else 0.0
-    held = _held(state, runner)
     return Copy(len(runner.leases), ready_in_s, runner.effective_options, held, record.pinned)
 
 
 def _slots(state: CoreState, record: ModelRecord, runner: Runner | None) -> int:
     """Return how many requests a runner of a model answers at once: its limit of leases, or else its slots."""
     limit = state.config.max_leases if record.max_leases is None else record.max_leases
-    slots = (runner.effective_options.num_parallel if runner is not None else None) or USUAL_SLOTS
-    return slots if limit in (0, SLOTS) else limit
+    if limit not in (0, SLOTS):
+        return limit
+    return (runner.effective_options.num_parallel if runner is not None else None) or USUAL_SLOTS
 
 
-def _bytes(state: CoreState, record: ModelRecord) -> KindBytes:
-    """Return what a runner of a model takes: what it holds, or else what was measured or declared."""
-    if record.current is not None:
-        return _held(state, record.current)
+def _usual_bytes(state: CoreState, record: ModelRecord) -> KindBytes:
+    """Return what a runner of a model is known to take: what was measured, or else what is declared."""
     amounts: Amounts = next(reversed(record.measured.values()), ())
     if not amounts and isinstance(record.profile, Footprint):
         amounts = record.profile.fixed
@@ -100,6 +108,8 @@ def _held(state: CoreState, runner: Runner) -> KindBytes:
 
 
 def _by_kind(state: CoreState, amounts: Mapping[DeviceId, int]) -> KindBytes:
+    if len(amounts) == 1 and HOST in amounts:
+        return (("cpu", amounts[HOST]),)
     found: dict[DeviceKind, int] = {}
     for memory, amount in state.ledger.by_memory(amounts.items()).items():
         kind: DeviceKind = "cpu" if memory == HOST else "gpu"
@@ -113,7 +123,7 @@ def _devices(state: CoreState, idle: list[Runner]) -> tuple[DeviceDigest, ...]:
     accounts = [ledger.accounts["runner", runner.id] for runner in idle]
     return tuple(
         DeviceDigest(
-            id, sample.kind, sample.capacity_bytes, ledger.free_bytes(id), sum(one.held_bytes(id) for one in accounts)
+            id, sample.kind, sample.capacity_bytes, ledger.free_bytes(id), sum([one.held_bytes(id) for one in accounts])
         )
         for id, sample in ledger.devices.items()
         if not sample.integrated
@@ -121,19 +131,22 @@ def _devices(state: CoreState, idle: list[Runner]) -> tuple[DeviceDigest, ...]:
 
 
 def _evictable(
-    now: float, state: CoreState, idle: list[Runner], offers: Mapping[ModelId, Offer]
+    now: float,
+    state: CoreState,
+    idle: list[Runner],
+    offers: Mapping[ModelId, Offer],
+    held: Mapping[RunnerId, KindBytes],
 ) -> tuple[Evictable, ...]:
     """Return the idle runners, those first whose eviction costs least by the byte."""
     found = []
     for runner in idle:
         load_s = state.models[runner.model].load_s or 0.0
         idle_s = max(0.0, now - runner.used_at)
+        cost_s = WAITING * load_s * IDLE_S / (IDLE_S + idle_s)
         offer = offers.get(runner.model)
-        one = Evictable(
-            _held(state, runner), load_s * KEPT_S / (KEPT_S + idle_s), offer.content if offer is not None else None
-        )
-        found.append((one.cost_s / max(1, sum(amount for _, amount in one.bytes)), runner.id, one))
-    return tuple(one for _, _, one in sorted(found, key=lambda each: each[:2]))
+        one = Evictable(held[runner.id], cost_s, offer.content if offer is not None else None)
+        found.append((cost_s / max(1, sum([amount for _, amount in one.bytes])), runner.id, one))
+    return tuple([one for _, _, one in sorted(found, key=lambda each: each[:2])])
 
 
 def _awaited(state: CoreState) -> KindBytes:
@@ -142,6 +155,6 @@ def _awaited(state: CoreState) -> KindBytes:
     for id in state.specs_by_model:
         record = state.models.get(id)
         if record is not None and record.current is None:
-            for kind, amount in _bytes(state, record):
+            for kind, amount in _usual_bytes(state, record):
                 found[kind] = found.get(kind, 0) + amount
     return tuple(sorted(found.items()))

@@ -26,7 +26,7 @@ TESTS_OF_CORE := tests/core tests/verification tests/cluster/test_choice.py test
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help run test test-fast test-clients test-cluster coverage lint check bench bench-cluster policies waiting race explore mutants fuzz fuzz-metadata memory soak mutation trace-request docs clean
+.PHONY: help run test test-fast test-clients test-cluster coverage lint check bench bench-cluster policies waiting cluster race explore mutants fuzz fuzz-metadata memory soak mutation trace-request docs clean
 
 help:
 	@echo "make run     install what the demonstration needs and run it"
@@ -47,6 +47,7 @@ help:
 	@echo "make memory  compare predictions of memory with real runners and write docs/memory.md (some minutes)"
 	@echo "make soak    use a scheduler hard for MINUTES (10), with real threads, real children and every fault at once"
 	@echo "make waiting compare orders of waiting: three models, one place, on virtual time (SEEDS; some minutes)"
+	@echo "make cluster compare ways to choose the node of a cluster, on virtual time (SEEDS, NODES, HOURS; an hour)"
 	@echo "make race    race loadmaster against llama.cpp's router (LLAMA_SERVER=PATH), Ray Serve (RAY_PYTHON=PATH) and the reference's order"
 	@echo "make mutation  change the core in small ways and see which changes no test notices (an hour; goes on where it was)"
 	@echo "make trace-request  count the files and functions of this project that one request passes (VERBOSE=1 lists them)"
@@ -118,6 +119,10 @@ soak: $(FOR_TEST)
 
 waiting: $(FOR_TEST)
 	$(BIN)/python -m tests.tools.waiting_simulation $(if $(SEEDS),--seeds $(SEEDS)) $(if $(HOURS),--hours $(HOURS))
+
+cluster: $(FOR_TEST)
+	$(BIN)/python -m tests.tools.cluster_simulation $(if $(SEEDS),--seeds $(SEEDS)) $(if $(NODES),--nodes $(NODES)) \
+		$(if $(HOURS),--hours $(HOURS))
 
 # Peers that are not installed are skipped with a line; nothing is fetched for them.
 race: $(FOR_TEST)

@@ -19,8 +19,6 @@ ContentId = NewType("ContentId", str)  # of a model's files and use: equal on al
 DeviceKind = Literal["cpu", "gpu"]
 KindBytes = tuple[tuple[DeviceKind, int], ...]  # bytes by kind of device
 
-USUAL_SLOTS = 4  # of a runner, where nothing says how many it will have
-
 
 @dataclass(frozen=True, slots=True)
 class Offer:
@@ -48,7 +46,7 @@ class ModelDigest:
     """A model that a node has the files of."""
 
     names: tuple[str, ...] = ()  # in the node's catalogue
-    slots: int = USUAL_SLOTS  # requests that a runner of it answers at once
+    slots: int = 1  # requests that a runner of it answers at once
     queued: int = 0  # requests that wait on the node
     load_s: float | None = None  # that a load of it usually takes; None: not known
     bytes: KindBytes = ()  # that a runner of it takes; empty: not known

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from functools import lru_cache
 
 from fsm.cluster.digest import (
-    USUAL_SLOTS,
     ContentId,
     Copy,
     DeviceDigest,
@@ -32,18 +31,19 @@ IDLE_S = 300.0  # an eviction costs half as much where the runner has been idle 
 WAITING = 3.0  # requests that wait for a load together, on average
 
 
-def digest_of(now: float, core: Core, node: NodeId, offers: Mapping[ModelId, Offer]) -> NodeDigest:
+def digest_of(now: float, core: Core, node: NodeId, offers: Mapping[ModelId, Offer], slots: int = 1) -> NodeDigest:
     """Return the digest of a node at `now` with the models that it offers, by their identities in its core.
 
-    Takes some microseconds for each runner and each model. Of equal contents under several identities the first one
-    that is loaded counts, or else the first.
+    `slots` is how many a runner has where no request names a number. Takes some microseconds for each runner and each
+    model. Of equal contents under several identities the first one that is loaded counts, or else the first.
     """
     state = core._state
     held = {runner.id: _held(state, runner) for runner in state.runners.values()}
     models: dict[ContentId, ModelDigest] = {}
+    unloaded = slots if state.config.max_leases in (0, SLOTS) else state.config.max_leases
     for id, offer in offers.items():
         record = state.models.get(id)
-        digest = _offered(offer, state.config.max_leases) if record is None else _model(now, state, record, offer, held)
+        digest = _offered(offer, unloaded) if record is None else _model(now, state, record, offer, held, slots)
         if offer.content not in models or (models[offer.content].copy is None and digest.copy is not None):
             models[offer.content] = digest
     idle = [runner for runner in state.runners.values() if runner.state is IDLE and not state.pinned(runner)]
@@ -56,19 +56,18 @@ def digest_of(now: float, core: Core, node: NodeId, offers: Mapping[ModelId, Off
 
 
 @lru_cache(maxsize=4096)
-def _offered(offer: Offer, max_leases: int) -> ModelDigest:
+def _offered(offer: Offer, slots: int) -> ModelDigest:
     """Return what is told of a model that the core does not know."""
-    slots = max_leases if max_leases > 0 else USUAL_SLOTS
     return ModelDigest(offer.names, slots, 0, offer.load_s, (), offer.file_bytes)
 
 
 def _model(
-    now: float, state: CoreState, record: ModelRecord, offer: Offer, held: Mapping[RunnerId, KindBytes]
+    now: float, state: CoreState, record: ModelRecord, offer: Offer, held: Mapping[RunnerId, KindBytes], slots: int
 ) -> ModelDigest:
     load_s, runner = record.load_s, record.current
     return ModelDigest(
         offer.names,
-        _slots(state, record, runner),
+        _slots(state, record, runner, slots),
         sum([len(group.requests) for group in state.groups_of_model(record.id)]) if state.groups else 0,
         offer.load_s if load_s is None else load_s,
         _usual_bytes(state, record) if runner is None else held[runner.id],
@@ -86,12 +85,12 @@ def _copy(now: float, state: CoreState, record: ModelRecord, runner: Runner, hel
     return Copy(len(runner.leases), ready_in_s, runner.effective_options, held, record.pinned)
 
 
-def _slots(state: CoreState, record: ModelRecord, runner: Runner | None) -> int:
+def _slots(state: CoreState, record: ModelRecord, runner: Runner | None, usual: int) -> int:
     """Return how many requests a runner of a model answers at once: its limit of leases, or else its slots."""
     limit = state.config.max_leases if record.max_leases is None else record.max_leases
     if limit not in (0, SLOTS):
         return limit
-    return (runner.effective_options.num_parallel if runner is not None else None) or USUAL_SLOTS
+    return (runner.effective_options.num_parallel if runner is not None else None) or usual
 
 
 def _usual_bytes(state: CoreState, record: ModelRecord) -> KindBytes:

@@ -18,6 +18,7 @@ def take_digest(scheduler: Scheduler, node: NodeId, offers: Mapping[ModelId, Off
     Raises `SchedulerForked` in a fork.
     """
     broker = scheduler._broker
-    digest = broker.query(lambda core: digest_of(scheduler._clock(), core, node, offers))
+    slots = scheduler.settings.num_parallel or 1
+    digest = broker.query(lambda core: digest_of(scheduler._clock(), core, node, offers, slots))
     over = broker.closing or scheduler._driver.broken is not None
     return replace(digest, closing=True) if over else digest

@@ -29,8 +29,8 @@ NOTHING: dict[NodeId, dict[ContentId, Sent]] = {}
 def node(
     name: str = "n", model: ModelDigest | None = None, *, free: int = 8, capacity: int = 16, **more: Any
 ) -> NodeDigest:
-    """Return a node of one kind of memory, in GB, with a model of 4 GB that takes 5 s to load unless one is given."""
-    of_model = ModelDigest(bytes=(("cpu", 4 * GB),), load_s=5.0) if model is None else model
+    """Return a node of one kind of memory, in GB; its model has 4 GB, 4 slots and a load of 5 s unless one is given."""
+    of_model = ModelDigest(slots=4, bytes=(("cpu", 4 * GB),), load_s=5.0) if model is None else model
     device = DeviceDigest(HOST, "cpu", capacity * GB, free * GB, 0)
     return replace(NodeDigest(NodeId(name), NOW, (device,), {MODEL: of_model}), **more)
 

@@ -6,14 +6,17 @@ import json
 import pickle
 from dataclasses import asdict
 
+import pytest
+
 from fsm.cluster.choice import Wanted, Way, choose, would_wait_longer
-from fsm.cluster.digest import USUAL_SLOTS, ContentId, DeviceDigest, NodeDigest, NodeId, Offer
+from fsm.cluster.digest import ContentId, DeviceDigest, NodeDigest, NodeId, Offer
 from fsm.cluster.digest_of_core import digest_of
 from fsm.domain.devices import HOST
+from fsm.domain.options import SLOTS
 from fsm.machine.request import ModelId
 from scheduler.cluster.digests import take_digest
 from scheduler.testing import FakeMachine
-from tests.support.pool import PoolUnderTest, a_pool, acquire, loaded, pin
+from tests.support.pool import PoolUnderTest, a_pool, acquire, cancel, loaded, pin
 
 GIB = 2**30
 NODE = NodeId("here")
@@ -36,7 +39,16 @@ def test_a_model_that_was_never_asked_for_is_told_by_its_offer() -> None:
     told = digest(a_pool(capacity="8GiB"), "a")
     model = told.models[ContentId("sha-a")]
     assert (model.names, model.load_s, model.file_bytes, model.bytes) == (("a",), 7.0, 3 * GIB, ())
-    assert (model.slots, model.queued, model.copy) == (USUAL_SLOTS, 0, None)
+    assert (model.slots, model.queued, model.copy) == (1, 0, None)
+
+
+@pytest.mark.parametrize(("max_leases", "told"), [(0, 3), (SLOTS, 3), (2, 2)])
+def test_a_model_that_is_not_loaded_will_have_the_usual_slots(max_leases: int, told: int) -> None:
+    """A cold model answers as many requests at once as the node's setting says, or as leases are limited to."""
+    pool = a_pool(capacity="8GiB", max_leases=max_leases)
+    pool.feed(acquire("known", request=1), cancel(1))
+    node = digest_of(pool.now, pool.core, NODE, offers("known", "unknown"), slots=3)
+    assert {model.slots for model in node.models.values()} == {told}
 
 
 def test_runners_are_told_as_copies() -> None:

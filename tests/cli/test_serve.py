@@ -414,6 +414,17 @@ def test_ollamas_variables_count(models: Path, tmp_path: Path) -> None:
         assert get(server, "/v1/models", Origin="https://other.example").status_code == 403
 
 
+def test_collections_of_garbage_look_at_nothing_that_was_there_before_it_served(models: Path) -> None:
+    """What was imported is out of Python's collections while it serves, and back in them afterwards."""
+    program = (
+        "import gc, sys; from scheduler.cli.main import main; from scheduler.http.server import HttpServer; "
+        "HttpServer.run = lambda self, sockets: print(len(gc.get_objects()) < 1000 < gc.get_freeze_count()); "
+        f"main(['serve', '--port', '0', '--no-gpus', '--models', {str(models)!r}]); print(gc.get_freeze_count())"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["True", "0"]
+
+
 # -- what it refuses ---------------------------------------------------------------------------------------------------
 
 

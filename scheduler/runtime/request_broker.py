@@ -82,7 +82,7 @@ class RequestBroker:
         try:
             self.submit(pending, parsed, held)
             while not (pending.answered or pending.gate.acquire(timeout=_LOOK_UP_S)):
-                continue
+                continue  # not `pass`: Python 3.13 would leave the jump back out of the `try`
         except BaseException:  # Ctrl-C, for example: a caller that leaves cancels its request
             self.cancel(pending)
             raise

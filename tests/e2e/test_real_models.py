@@ -365,7 +365,7 @@ def test_d04_many_threads_share_three_models_where_two_fit(folder: Path) -> None
                 at[entry.runner] = entry.destination.value
             case Decision(what="granted", runner=int(runner)):
                 assert at[runner] == "ready"
-            case Decision(what="queued" | "waits" | "evicts" | "placed" | "prefetched"):
+            case Decision(what="queued" | "waits" | "evicts" | "placed" | "prefetched" | "measured"):
                 continue
             case _:
                 pytest.fail(f"{entry}")

@@ -11,8 +11,8 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, closing
 from itertools import islice
 from typing import TYPE_CHECKING, Any, cast
 
@@ -30,7 +30,7 @@ from scheduler.models.sources import Folder, default_resolvers
 from scheduler.runtime.request_parser import RequestParser
 
 if TYPE_CHECKING:
-    from scheduler.http.server import ServerOptions
+    from scheduler.http.server import HttpServer, ServerOptions
 
 log = logging.getLogger("loadmaster")
 
@@ -86,9 +86,7 @@ def run_serve(flags: Mapping[str, Any]) -> int:
 
         reload = None if settings.file is None else models.read_again
         server = HttpServer(scheduler, settings.server_arguments(), options, ready=ready, reload=reload)
-        stack.enter_context(_short_collections())
-        server.run(sockets)
-        return server.exit_status
+        return _run(server, sockets)
 
 
 def _run_front(
@@ -116,11 +114,10 @@ def _run_front(
         log.info("serving %s at %s; Ctrl-C ends it", _counted(len([*nodes]), "node"), _url(settings, sockets[0]))
 
     server = HttpServer(front, {}, options, app=front, ready=ready)
-    with _short_collections():
-        server.run(sockets)
+    status = _run(server, sockets)
     if front.failure is not None:
         raise Refused(str(front.failure))
-    return server.exit_status
+    return status
 
 
 def _warn(unprotected: bool) -> None:
@@ -144,18 +141,19 @@ def _allow_files(requests: int) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
 
 
-@contextmanager
-def _short_collections() -> Iterator[None]:
-    """Leave what is there by now out of Python's collections of garbage.
+def _run(server: HttpServer, sockets: list[socket.socket]) -> int:
+    """Run a server; return the exit status.
 
-    A full one stops all threads, for some 30 ms with all that a server has imported.
+    What is there by now is left out of Python's collections of garbage meanwhile: a full one stops all threads, for
+    some 30 ms with all that a server has imported.
     """
     gc.collect()
     gc.freeze()
     try:
-        yield
+        server.run(sockets)
     finally:
         gc.unfreeze()
+    return server.exit_status
 
 
 class _Start:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -65,19 +66,19 @@ class Reports:
             self.inside.append(what)
 
 
-class EngineConformance:
+class EngineConformance(ABC):
     """The tests, for a class that makes an engine and a model of it."""
 
     limit_s = 60.0  # for a load, and for the end of a runner
     options = Options()  # of the requests
 
+    @abstractmethod
     def make_engine(self) -> Engine:
         """Return a new engine, which each test closes."""
-        raise NotImplementedError
 
+    @abstractmethod
     def make_model(self) -> Any:
         """Return a small model of it."""
-        raise NotImplementedError
 
     def placement(self, footprint: Footprint) -> Placement:
         """Return where the model goes: on the host, unless this is overridden."""

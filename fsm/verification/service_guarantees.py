@@ -48,9 +48,14 @@ def no_more_requests_wait_than_may(step: CoreStep, _: Acquire) -> None:
 
 @of_step(Grant)
 def a_runner_is_granted_in_queue_order(step: CoreStep, grant: Grant) -> None:
-    """Requests that waited for one runner are granted by priority and age, preloads after leases."""
-    granted = _granted(step, grant.runner)
+    """Requests that waited for one runner, or for equal memory, are granted by priority and age, preloads after leases.
+
+    Requests for other memory may overtake: those before them wait behind a request that the same step may refuse.
+    """
+    granted, own = _granted(step, grant.runner), step.was.requests.get(grant.request)
     waited = [request for id in granted if (request := step.was.requests.get(id)) is not None]
+    if grant.runner is None:
+        waited = [request for request in waited if own is not None and request.spec == own.spec]
     worth = step.now.config.priority_s
     ranks = [
         (one.spec.purpose is not Purpose.lease, one.queued_at - worth * one.spec.priority, one.id) for one in waited

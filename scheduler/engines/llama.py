@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import http.client
 import importlib
 import importlib.util
 import json
@@ -10,27 +9,23 @@ import logging
 import os
 import re
 import secrets
-import signal
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, TypeVar
-from urllib.parse import urlsplit
-
-import psutil
 
 from fsm.domain.devices import HOST, DeviceId, Placement, Threads
 from fsm.domain.options import AUTOMATIC, Options
 from fsm.machine.request import ModelId
 from fsm.sizing.model_profile import EngineSettings, ModelProfile
 from scheduler.concurrency.latch import Latch
-from scheduler.config.quantities import wait_limit
 from scheduler.devices.cpu_cores import usable_cores
 from scheduler.engines.child_process import Child, Exit, Program
+from scheduler.engines.child_runner import VISIBLE_GPUS, ChildRunner, kept_environment, without_stamp
 from scheduler.engines.engine_log import EngineLog
-from scheduler.engines.interface import Buffer, Endpoint, Engine, Memory
+from scheduler.engines.interface import Endpoint, Engine, Memory
 from scheduler.engines.llama_dry_run import DryRuns
 from scheduler.engines.llama_gpus import QUESTION, GpuBackends
 from scheduler.engines.llama_options import only_embeds
@@ -49,7 +44,7 @@ from scheduler.engines.llama_protocol import largest_sequence, loaded_of
 from scheduler.engines.llama_sizing import holds
 from scheduler.engines.llama_spare import Spares
 from scheduler.engines.process_supervisor import CLOSE_TIMEOUT_S, ChildLauncher
-from scheduler.errors.exceptions import EngineMissing, InvalidModel, ModelNotFound, is_out_of_files
+from scheduler.errors.exceptions import EngineMissing, InvalidModel, ModelNotFound
 from scheduler.errors.formatting import printable
 from scheduler.models.gguf_metadata import read_metadata
 from scheduler.models.measurements import identity_of, installed_version
@@ -71,19 +66,10 @@ BEGIN_S: Final = 1.0  # how long the first child may take until it has its reque
 CHILD: Final = Path(__file__).with_name("llama_child.py")
 DRY_RUN_CHILD: Final = Path(__file__).with_name("llama_dry_run_child.py")
 ENCODER_TENSORS = ("v.", "mm.", "a.", "s.")  # beginnings of the names that encoders' tensors have in Ollama's files
-DETAIL_BYTES = 8 << 10  # longest description of an exit
 KEY_BYTES = 32
 MOST_MISPLACED = 16  # models that are named
-VISIBLE_GPUS: Final = "CUDA_VISIBLE_DEVICES"
 MOST_CUTS = 1024  # contexts that are remembered as logged
-BUSY_PART = 0.05  # share of a probe's time on a CPU: a server that works this much is only slow to answer, and not dead
-BUSY_S = 0.05  # and at least this much: CPU time is counted in ticks of 10 ms
-EXIT_S = 1.0  # how long the report of an exit may come after the end of its connections
 
-# Variables that a child gets from this program's environment: no tokens, no LLAMA_ARG_*, no variable that Python or the
-# loader acts upon except the library path, which GPU libraries need.
-_KEPT = frozenset({"HOME", "LANG", "LANGUAGE", "LD_LIBRARY_PATH", "PATH", "SYSTEMROOT", "TMPDIR", "TZ"})
-_KEPT_PREFIXES = ("CUDA_", "LC_", "NVIDIA_")
 # How threads wait for each other, some hundred times in each token. The wheel is built with OpenMP (so llama.cpp's own
 # level of polling is without effect), and libgomp spins 300,000 times before it sleeps: that is fastest for a runner
 # alone, but with more threads than cores each thread spins through the time of the others. To sleep at once is slowest
@@ -95,17 +81,6 @@ _WAITING: Mapping[str, str] = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "
 # where a debugger is installed, an abort would take seconds, and its backtrace would push the reason out of the output
 _ABORTING: Mapping[str, str] = {"GGML_NO_BACKTRACE": "1"}
 
-_STAMP = re.compile(r"^[\d.]+ ([A-Z]) +")  # prefix of llama.cpp's log: time, and level (E: error)
-_OUT_OF_MEMORY = re.compile(
-    r"out of (device |host )?memory|(failed|unable|cannot|could not) (to )?allocate|bad_alloc|OutOfDeviceMemory"
-    r"|(insufficient|not enough|no more) (free |device |host )?memory|cudaMalloc failed",
-    re.IGNORECASE,
-)
-_ERROR = re.compile(
-    r"\b(errors?|failed|failure|fatal|abort(ed|ing)?|assert(ion)?|exception|cannot|could not|unable|invalid|illegal"
-    r"|corrupt(ed)?|segmentation|traceback)\b|[a-z]Error\b|_ASSERT\b",
-    re.IGNORECASE,
-)
 # Lines that may be told of a runner that has served. In other lines llama.cpp quotes requests, some over several lines;
 # in these lines only numbers and names of llama.cpp's own vary.
 _OF_ITSELF = re.compile(
@@ -119,13 +94,12 @@ _OF_ITSELF = re.compile(
     r"|(error: Insufficient Memory \(\d+:\w+\))"
 )
 SHARE: Final = "/proc/{}/autogroup"  # share of the processors; a child writes there that it holds back while it loads
-_LAST_LINES = 5  # lines shown where no line looks like an error
 
 Value = TypeVar("Value")
 
 
-class LlamaProcess:
-    """The engine's handle of one runner; its child calls the methods from `printed` on, on the supervisor's thread."""
+class LlamaProcess(ChildRunner):
+    """The engine's handle of one runner."""
 
     def __init__(
         self,
@@ -142,11 +116,8 @@ class LlamaProcess:
         prompts: RunnerPrompts | None = None,
         slots: int = 1,
     ) -> None:
-        self.child: Child | None = None  # set before its first call as a listener
-        self.buffers: tuple[Buffer, ...] = ()  # as reported by the child once it serves
-        self._report = report
+        super().__init__(report, log=log)
         self._key = key
-        self._log = log  # None: what the child writes is not kept
         self._prompts = prompts  # None: they are not kept
         self._slots = slots
         self._gpus = gpus  # the GPUs that the child sees, in its order
@@ -157,47 +128,9 @@ class LlamaProcess:
         self._results_bytes = results_bytes  # what an embedder allocates for its results with its first request
         self._holds_back = holds_back  # until the first tick
         self._ranks = ranks  # whether it scores documents, and has no vectors of texts
-        self._url = ""  # set once it serves
         self._num_ctx: int | None = None  # context of a slot, once it serves and if it reports it
         self._most_bytes = 0  # most of the host that it can come to hold, without mapped pages; 0: unknown
-        self._failure = ""  # why it does not serve, in the child's own words
-        self._gone = False
         self.begun = Latch()  # set when the child has its request, or has ended
-        self._told = Latch()  # set when the exit was reported
-        self._touched = (0, 0)  # the most memory and input that was seen of a load
-
-    @property
-    def pid(self) -> int | None:
-        """The id of the child's process; None before its start."""
-        return None if self.child is None else self.child.pid
-
-    @property
-    def loads(self) -> bool:
-        """Whether its model is still being loaded."""
-        return not self._url and not self._gone
-
-    def stop(self, grace_s: float) -> None:
-        """Terminate the child, and kill it after `grace_s` seconds.
-
-        Before its start, call the start off. Returns at once.
-        """
-        if self.child is not None:
-            self.child.stop(grace_s)
-
-    def memory(self) -> Memory:
-        """Return the memory that the runner occupies: of the host as measured, of GPUs as its buffers report."""
-        if self._gone:
-            return Memory()
-        resident_bytes = mapped_bytes = 0
-        if self.pid is not None:
-            with suppress(psutil.Error, OSError):  # OSError: too many open files
-                memory = psutil.Process(self.pid).memory_info()
-                resident_bytes, mapped_bytes = memory.rss, getattr(memory, "shared", 0)  # shared: on Linux only
-        resident: dict[DeviceId, int] = {HOST: resident_bytes} if resident_bytes else {}
-        for buffer in self.buffers:
-            if buffer.device != HOST:
-                resident[buffer.device] = resident.get(buffer.device, 0) + buffer.bytes
-        return Memory(resident, mapped_bytes)
 
     def context_filled(self, timeout_s: float) -> Mapping[DeviceId, int] | None:
         """Return the bytes of the host that may still come once a request has filled a slot's context.
@@ -216,34 +149,10 @@ class LlamaProcess:
             return None
         return {HOST: max(0, self._most_bytes - self.memory().private_bytes)}
 
-    def healthy(self, timeout_s: float) -> bool:
-        """Return whether the runner answers or is hard at work: long answers may occupy all its connections.
-
-        Returns True during the load, when the runner cannot be probed. Blocks for at most `timeout_s` seconds.
-        """
-        if self._gone or not self._url:
-            return not self._gone
-        worked_s = self._worked_s()
-        address = urlsplit(self._url)
-        connection = http.client.HTTPConnection(address.hostname or "", address.port, timeout=wait_limit(timeout_s))
-        try:
-            connection.request("GET", "/health")
-            return connection.getresponse().status == http.client.OK
-        except TimeoutError:
-            return self._worked_s() - worked_s > max(BUSY_S, BUSY_PART * timeout_s)
-        except (OSError, http.client.HTTPException) as error:
-            if is_out_of_files(error):  # then the probe says nothing about the runner
-                return True
-            # most likely the runner is just ending: its exit says more than False does
-            self._told.wait(min(timeout_s, EXIT_S))
-            return False
-        finally:
-            connection.close()
-
     @property
     def prompts(self) -> RunnerPrompts | None:
         """The prompts of a runner that serves, where they are kept for the next runner; None else."""
-        return self._prompts if self._url and not self._gone else None
+        return self._prompts if self._serves and not self._gone else None
 
     def printed(self, line: str) -> None:
         """Take in a line of the child's protocol; a line that is not of the protocol is ignored."""
@@ -258,6 +167,7 @@ class LlamaProcess:
                 if (loaded := loaded_of(message, self._gpus)) is None:
                     return
                 self.buffers, self._num_ctx, self._url = loaded.buffers, loaded.num_ctx, loaded.url
+                self._serves = True
                 weights = {each.device for each in self.buffers if each.kind == "weights"}
                 self._misplaced(bool(self._gpus) and weights == {HOST})
                 memory = self.memory()
@@ -294,27 +204,10 @@ class LlamaProcess:
         unread_bytes = max(0, sum(filled) - memory.resident[HOST])
         return {HOST: self._most_bytes - memory.private_bytes + self._results_bytes + unread_bytes}
 
-    def logged(self, chunk: bytes) -> None:
-        """Report progress: the child wrote to its log, so its load is alive; pass what it wrote to the engine log."""
-        if self._log is not None:
-            self._log.write(self.pid, chunk)
-        if not self._url:
-            self._report.progressed()
-
     def on_tick(self) -> bool:
-        """Report progress where a load goes on: llama.cpp writes no log while it reads a large file.
-
-        Also ends the holding back of a child that has loaded.
-        """
+        """Report progress of a load, and end the holding back of a child that has loaded."""
         self.end_holding_back()
-        if self._url:
-            return self._holds_back
-        resident_bytes, read_bytes = self._touches()
-        most_bytes, read_before = self._touched
-        if resident_bytes > most_bytes or read_bytes > read_before:  # pages that come and go are no progress
-            self._touched = (max(resident_bytes, most_bytes), read_bytes)
-            self._report.progressed()
-        return True
+        return super().on_tick() or self._holds_back
 
     def end_holding_back(self) -> None:
         """Give the child the usual share of the processors, if it has a small one."""
@@ -325,35 +218,15 @@ class LlamaProcess:
 
     def ended(self, exit: Exit) -> None:
         """Report how the child ended."""
-        self._gone = True
         self.begun.set()
-        if self._log is not None:
-            self._log.end(self.pid)
-        loading = not self._url
-        output = f"{exit.tail}\n{self._failure}".replace(self._key, "(key)")
         if self._prompts is not None:
             self._prompts.ended()
-            output = output.replace(self._prompts.key, "(key)")
-        if not loading:
-            output = without_requests(output)
-        killed = loading and exit.code == -signal.SIGKILL and not exit.reason  # as the kernel does when memory runs out
-        out_of_memory = not exit.asked and (killed or _OUT_OF_MEMORY.search(output) is not None)
-        self._report.exited(exit.code, describe(exit, output, loading=loading), out_of_memory)
-        self._told.set()
+        super().ended(exit)
 
-    def _touches(self) -> tuple[int, int]:
-        """Return what grows while a model is loaded: bytes resident, and bytes read."""
-        with suppress(psutil.Error, OSError, AttributeError):  # AttributeError: no counters on this system
-            process = psutil.Process(self.pid)
-            return process.memory_info().rss, process.io_counters().read_chars
-        return self._touched
-
-    def _worked_s(self) -> float:
-        """Return the seconds of CPU time that the child has used so far."""
-        with suppress(psutil.Error, OSError):
-            times = psutil.Process(self.pid).cpu_times()
-            return times.user + times.system
-        return 0.0
+    def _tellable(self, output: str) -> str:
+        for key in (self._key, *([self._prompts.key] if self._prompts is not None else [])):
+            output = output.replace(key, "(key)")
+        return without_requests(output) if self._serves else output
 
 
 class LlamaEngine(Engine):
@@ -636,44 +509,13 @@ def find_library() -> str | None:
 
 def child_environment(environment: Mapping[str, str], gpus: Iterable[DeviceId]) -> dict[str, str]:
     """Return the part of `environment` that a child gets, and the GPUs that its layers are on, in their order."""
-    kept = {name: value for name, value in environment.items() if name in _KEPT or name.startswith(_KEPT_PREFIXES)}
-    return {**kept, **_WAITING, **_ABORTING, VISIBLE_GPUS: ",".join(gpus)}
+    return {**kept_environment(environment, gpus), **_WAITING, **_ABORTING}
 
 
 def without_requests(output: str) -> str:
     """Return the lines of a server's output that cannot quote a request: where the server failed, and why."""
-    found = (_OF_ITSELF.fullmatch(_STAMP.sub("", line).strip()) for line in output.splitlines())
+    found = (_OF_ITSELF.fullmatch(without_stamp(line)) for line in output.splitlines())
     return "\n".join(match[match.lastindex or 0] for match in found if match is not None)
-
-
-def describe(exit: Exit, output: str, *, loading: bool) -> str:
-    """Return in words how a child ended, with the lines of its output that look like errors, else its last lines."""
-    text = f"{_status(exit)} while {'loading' if loading else 'serving'}" if exit.code is not None else exit.reason
-    if exit.asked or exit.code is None:
-        return text
-    lines = [line for line in output.splitlines() if line.strip()]
-    shown = [_STAMP.sub("", line).strip() for line in list(filter(_is_error, lines)) or lines[-_LAST_LINES:]]
-    reason = [exit.reason] if exit.reason else []
-    detail = "\n".join([text, *reason, *dict.fromkeys(shown)])  # each line once
-    return detail.encode()[:DETAIL_BYTES].decode(errors="ignore")
-
-
-def _is_error(line: str) -> bool:
-    stamp = _STAMP.match(line)
-    if stamp is not None and stamp[1] in "EI":  # llama.cpp's lines about a load that goes well may contain any word
-        return stamp[1] == "E"
-    return any(each.search(line) for each in (_ERROR, _OUT_OF_MEMORY))
-
-
-def _status(exit: Exit) -> str:
-    if exit.asked:
-        return "stopped"
-    if exit.code is None or exit.code >= 0:
-        return f"exited with status {exit.code}"
-    try:
-        return f"killed by {signal.Signals(-exit.code).name}"
-    except ValueError:
-        return f"killed by signal {-exit.code}"
 
 
 def _there(value: Value | None) -> Value:

@@ -143,7 +143,7 @@ def test_who_was_told_of_a_crash_is_not_given_the_same_runner(
 ) -> None:
     """A caller whose connection broke is not granted the same runner again, even if the exit is reported much later."""
     heard, tell = threading.Event(), LlamaProcess.ended
-    monkeypatch.setattr("scheduler.engines.llama.EXIT_S", 0.01)
+    monkeypatch.setattr("scheduler.engines.child_runner.EXIT_S", 0.01)
     monkeypatch.setattr(LlamaProcess, "ended", lambda self, exit: (heard.wait(LIMIT_S), tell(self, exit)))
     lease = serving.acquire(file)
     with pytest.raises(RunnerCrashed):

@@ -33,8 +33,9 @@ from scheduler.devices.cpu_cores import usable_cores
 from scheduler.engines import llama as llama_engine
 from scheduler.engines import llama_child
 from scheduler.engines.child_process import Child, Exit, Program
+from scheduler.engines.child_runner import DETAIL_BYTES, describe
 from scheduler.engines.interface import Endpoint, Memory
-from scheduler.engines.llama import DETAIL_BYTES, LlamaEngine, LlamaProcess, describe
+from scheduler.engines.llama import LlamaEngine, LlamaProcess
 from scheduler.engines.llama_child import parameters, uses_flash_attention
 from scheduler.errors.exceptions import InvalidModel, ModelNotFound
 from scheduler.models.model_spec import ModelSpec
@@ -529,12 +530,12 @@ def test_a_program_that_is_out_of_files_holds_it_against_no_runner(monkeypatch: 
         raise OSError(errno.EMFILE, "Too many open files")
 
     process = LlamaProcess(Told(), "key")
-    process._url = "http://127.0.0.1:1"
+    process._serves = True
     process.child = Mock(pid=os.getpid())
     monkeypatch.setattr("http.client.HTTPConnection.connect", fail)
     monkeypatch.setattr("psutil.Process.__init__", fail)
     assert process.healthy(1.0) and process.memory() == Memory()
-    process._url = ""
+    process._serves = False
     assert process.on_tick()
     monkeypatch.setattr("importlib.util.find_spec", fail)
     LlamaEngine().require()
@@ -676,7 +677,7 @@ class Served(LlamaProcess):
 
     def __init__(self, told: Told) -> None:
         super().__init__(told, "key")
-        self._url = "http://127.0.0.1:1"
+        self._serves = True
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ from types import MappingProxyType
 
 from fsm.cluster.digest import ContentId, Copy, DeviceKind, Evictable, ModelDigest, NodeDigest, NodeId
 from fsm.domain.options import AUTOMATIC, Options
-from fsm.state.runner_match import serves
+from fsm.state.runner_match import match
 
 USUAL_ANSWER_S = 5.0  # of a model whose answers have not been seen
 START_S = 1.0  # of a load of which nothing is known, beside reading the file
@@ -155,7 +155,7 @@ class _View:
         sent = self.sent.get(self.request.content)
         if model.refused_for_s > self.age_s:
             return math.inf, Way.refused, 0.0
-        if copy is not None and (self.request.options == AUTOMATIC or serves(copy.options, self.request.options)):
+        if copy is not None and match(copy.loaded_as, self.request.options):
             ready_in_s = None if copy.ready_in_s is None else max(0.0, copy.ready_in_s - self.age_s)
             return self._served(copy.leases, ready_in_s)
         if copy is None and sent is not None and sent.count > 0:  # the first of them has begun a load

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Literal, NewType
 
 from fsm.domain.devices import DeviceId
-from fsm.domain.options import AUTOMATIC, Options
+from fsm.state.runner_match import LoadedAs
 
 NodeId = NewType("NodeId", str)
 ContentId = NewType("ContentId", str)  # of a model's files and use: equal on all nodes that have the same files
@@ -36,7 +36,7 @@ class Copy:
 
     leases: int = 0  # 0: it is idle, or loading
     ready_in_s: float | None = None  # until its load is expected to be over; None: it is loaded
-    options: Options = AUTOMATIC  # explicit, as it was launched or loaded
+    loaded_as: LoadedAs = field(default=LoadedAs())  # what requests are matched with
     bytes: KindBytes = ()  # that it holds
     pinned: bool = False
 
@@ -63,7 +63,6 @@ class DeviceDigest:
     kind: DeviceKind
     capacity_bytes: int
     free_bytes: int  # that can be reserved at once; negative where it is overdrawn
-    idle_bytes: int  # that idle runners hold which may be evicted
 
 
 @dataclass(frozen=True, slots=True)

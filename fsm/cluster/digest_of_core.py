@@ -26,6 +26,7 @@ from fsm.machine.runner import IDLE, LOADING, Runner, RunnerId
 from fsm.sizing.footprint import Footprint
 from fsm.state.core_state import CoreState
 from fsm.state.model_record import ModelRecord
+from fsm.state.runner_match import loaded_as
 
 IDLE_S = 300.0  # an eviction costs half as much where the runner has been idle for so long
 WAITING = 3.0  # requests that wait for a load together, on average
@@ -50,7 +51,7 @@ def digest_of(now: float, core: Core, node: NodeId, offers: Mapping[ModelId, Off
     loading = sum([runner.state is LOADING for runner in state.runners.values()])
     gpus = sum([sample.kind == "gpu" for sample in state.ledger.devices.values()])
     return NodeDigest(
-        node, now, _devices(state, idle), models, _evictable(now, state, idle, offers, held), _awaited(state), loading,
+        node, now, _devices(state), models, _evictable(now, state, idle, offers, held), _awaited(state), loading,
         gpus * state.config.max_loads_per_gpu or state.config.max_host_loads, state.closing,
     )  # fmt: skip
 
@@ -82,7 +83,7 @@ def _copy(now: float, state: CoreState, record: ModelRecord, runner: Runner, hel
     if runner.state is LOADING:
         expected_at = state.expected_at(runner)
         ready_in_s = max(0.0, expected_at - now) if expected_at < math.inf else 0.0
-    return Copy(len(runner.leases), ready_in_s, runner.effective_options, held, record.pinned)
+    return Copy(len(runner.leases), ready_in_s, loaded_as(runner), held, record.pinned)
 
 
 def _slots(state: CoreState, record: ModelRecord, runner: Runner | None, usual: int) -> int:
@@ -116,14 +117,11 @@ def _by_kind(state: CoreState, amounts: Mapping[DeviceId, int]) -> KindBytes:
     return tuple(sorted(found.items()))
 
 
-def _devices(state: CoreState, idle: list[Runner]) -> tuple[DeviceDigest, ...]:
+def _devices(state: CoreState) -> tuple[DeviceDigest, ...]:
     """Return the devices; an integrated GPU is left out, since its memory is the host's."""
     ledger = state.ledger
-    accounts = [ledger.accounts["runner", runner.id] for runner in idle]
     return tuple(
-        DeviceDigest(
-            id, sample.kind, sample.capacity_bytes, ledger.free_bytes(id), sum([one.held_bytes(id) for one in accounts])
-        )
+        DeviceDigest(id, sample.kind, sample.capacity_bytes, ledger.free_bytes(id))
         for id, sample in ledger.devices.items()
         if not sample.integrated
     )

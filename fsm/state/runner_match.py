@@ -2,13 +2,38 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from dataclasses import dataclass, field, fields, replace
 
+from fsm.domain.devices import Placement
 from fsm.domain.options import AUTOMATIC, Options
 from fsm.machine.runner import Runner
 
 
-def match(runner: Runner, asked: Options, explicit: Options | None = None) -> bool:
+@dataclass(frozen=True, slots=True)
+class LoadedAs:
+    """What a runner was loaded with, as far as requests are matched with it: a value that other machines can be told.
+
+    The fields are those of `Runner`.
+    """
+
+    effective_options: Options = AUTOMATIC
+    launch_options: Options = AUTOMATIC
+    chosen_options: Options = AUTOMATIC
+    usual_options: Options = AUTOMATIC
+    equivalent_requests: tuple[Options, ...] = ()
+    placement: Placement = field(default=Placement(()))
+    fully_offloaded: bool = False
+
+
+def loaded_as(runner: Runner) -> LoadedAs:
+    """Return what a runner was loaded with; the bytes of its placement are left out, since no request names them."""
+    return LoadedAs(
+        runner.effective_options, runner.launch_options, runner.chosen_options, runner.usual_options,
+        tuple(runner.equivalent_requests), Placement((), runner.placement.gpu_layers), runner.fully_offloaded,
+    )  # fmt: skip
+
+
+def match(runner: Runner | LoadedAs, asked: Options, explicit: Options | None = None) -> bool:
     """Tell whether a runner serves a request that names the options `asked`.
 
     An option that a request leaves open matches any value, so an automatic value is never a reason for a reload; but
@@ -35,7 +60,7 @@ def match(runner: Runner, asked: Options, explicit: Options | None = None) -> bo
     return serves(runner.effective_options, replace(explicit, **dict.fromkeys(left_open)), least)
 
 
-def without_what_is_had(runner: Runner, asked: Options) -> Options:
+def without_what_is_had(runner: Runner | LoadedAs, asked: Options) -> Options:
     """Return the options without those that name what the plan or the engine has chosen for the runner.
 
     A runner with all layers on GPUs has any larger number of layers too. A GPU to prefer means nothing to a runner on

@@ -16,7 +16,7 @@ from scheduler.http.exchange import as_json
 
 def line_of(digest: NodeDigest) -> bytes:
     """Return a digest as a line, which is the same where nothing has changed."""
-    return as_json(json_value(replace(digest, at=0.0))) + b"\n"
+    return as_json(json_value(replace(digest, at=0.0), defaults=False)) + b"\n"
 
 
 def digest_of_line(line: bytes) -> NodeDigest:

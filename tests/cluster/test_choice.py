@@ -17,6 +17,7 @@ from fsm.cluster.digest import ContentId, Copy, DeviceDigest, Evictable, ModelDi
 from fsm.cluster.router import Router
 from fsm.domain.devices import HOST
 from fsm.domain.options import Options
+from fsm.state.runner_match import LoadedAs
 
 GB = 10**9
 NOW = 1000.0
@@ -31,7 +32,7 @@ def node(
 ) -> NodeDigest:
     """Return a node of one kind of memory, in GB; its model has 4 GB, 4 slots and a load of 5 s unless one is given."""
     of_model = ModelDigest(slots=4, bytes=(("cpu", 4 * GB),), load_s=5.0) if model is None else model
-    device = DeviceDigest(HOST, "cpu", capacity * GB, free * GB, 0)
+    device = DeviceDigest(HOST, "cpu", capacity * GB, free * GB)
     return replace(NodeDigest(NodeId(name), NOW, (device,), {MODEL: of_model}), **more)
 
 
@@ -49,7 +50,7 @@ copies = st.builds(
     Copy,
     st.integers(0, 9),
     st.none() | seconds,
-    st.sampled_from((Options(), Options(num_ctx=4096))),
+    st.sampled_from((LoadedAs(), LoadedAs(Options(num_ctx=4096)))),
     amounts,
     st.booleans(),
 )
@@ -58,8 +59,7 @@ models = st.builds(
     st.integers(0, 30 * GB), st.just(0.0) | seconds, st.none() | copies,
 )  # fmt: skip
 devices = st.builds(
-    DeviceDigest, st.just(HOST), st.sampled_from(("cpu", "gpu")), st.integers(0, 48 * GB), st.integers(-GB, 48 * GB),
-    st.integers(0, 48 * GB),
+    DeviceDigest, st.just(HOST), st.sampled_from(("cpu", "gpu")), st.integers(0, 48 * GB), st.integers(-GB, 48 * GB)
 )  # fmt: skip
 contents = st.dictionaries(st.sampled_from((MODEL, OTHER)), models)
 digests = st.builds(
@@ -237,8 +237,11 @@ def test_what_was_sent_since_is_counted() -> None:
 
 def test_a_runner_with_too_little_context_has_to_be_loaded_again() -> None:
     """A copy whose options do not serve the request is no ready copy; one that serves it is."""
-    small = node("small", replace(loaded(), copy=Copy(0, options=Options(num_ctx=4096), bytes=(("cpu", 4 * GB),))))
-    large = node("large", replace(loaded(), copy=Copy(0, options=Options(num_ctx=16384), bytes=(("cpu", 4 * GB),))))
+    contexts = {"small": 4096, "large": 16384}
+    small, large = (
+        node(name, replace(loaded(), copy=Copy(0, None, LoadedAs(Options(num_ctx=num_ctx)), (("cpu", 4 * GB),))))
+        for name, num_ctx in contexts.items()
+    )
     ways = {one.node: one.way for one in choose([small, large], NOTHING, Wanted(MODEL, Options(num_ctx=8192)), NOW)}
     assert ways == {"small": Way.evicts, "large": Way.ready}
 
@@ -311,7 +314,7 @@ def test_a_digest_settles_what_was_sent_before_it() -> None:
         ("_step", lambda expected_s: -expected_s, test_a_request_less_never_makes_a_node_worse),
         ("_fits", lambda missing: True, test_what_was_sent_since_is_counted),
         ("_load_s_elsewhere", lambda *_: 0.0, test_a_model_that_a_node_never_loaded_takes_as_long_as_elsewhere),
-        ("serves", lambda *_: True, test_a_runner_with_too_little_context_has_to_be_loaded_again),
+        ("match", lambda *_: True, test_a_runner_with_too_little_context_has_to_be_loaded_again),
     ],
 )
 def test_a_fault_in_the_choice_is_found(

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import pickle
-from dataclasses import asdict
+from dataclasses import replace
 
 import pytest
 
@@ -12,11 +10,13 @@ from fsm.cluster.choice import Wanted, Way, choose, would_wait_longer
 from fsm.cluster.digest import ContentId, DeviceDigest, NodeDigest, NodeId, Offer
 from fsm.cluster.digest_of_core import digest_of
 from fsm.domain.devices import HOST
-from fsm.domain.options import SLOTS
+from fsm.domain.options import SLOTS, Options
 from fsm.machine.request import ModelId
 from scheduler.cluster.digests import take_digest
+from scheduler.cluster.wire import digest_of_line, line_of
 from scheduler.testing import FakeMachine
-from tests.support.pool import PoolUnderTest, a_pool, acquire, cancel, loaded, pin
+from tests.support.models import a_model
+from tests.support.pool import PoolUnderTest, a_pool, acquire, cancel, granted, loaded, pin
 
 GIB = 2**30
 NODE = NodeId("here")
@@ -61,7 +61,7 @@ def test_runners_are_told_as_copies() -> None:
     assert copies["busy"] is not None and (copies["busy"].leases, copies["busy"].ready_in_s) == (1, None)
     assert copies["rests"] is not None and (copies["rests"].leases, copies["rests"].bytes) == (0, held(4))
     assert copies["loads"] is not None and copies["loads"].ready_in_s == 0.0  # no load of it was seen yet
-    assert told.devices == (DeviceDigest(HOST, "cpu", 20 * GIB, 8 * GIB, 4 * GIB),)
+    assert told.devices == (DeviceDigest(HOST, "cpu", 20 * GIB, 8 * GIB),)
     assert [one.content for one in told.evictable] == ["sha-rests"]
     assert (told.loading, told.models[ContentId("sha-loads")].queued) == (1, 1)
 
@@ -80,7 +80,7 @@ def test_a_pinned_runner_is_not_evictable() -> None:
     pool = a_pool(capacity="8GiB", sizes={"a": "5GiB"}).idle("a")
     pool.feed(pin("a"))
     told = digest(pool, "a")
-    assert told.evictable == () and told.devices[0].idle_bytes == 0
+    assert told.evictable == ()
     copy = told.models[ContentId("sha-a")].copy
     assert copy is not None and copy.pinned
 
@@ -127,6 +127,25 @@ def test_a_digest_of_fifty_models_is_small() -> None:
     for name in names[:20]:
         pool.idle(name)
     told = digest(pool, *names)
-    assert len(pickle.dumps(told)) <= 10_000
-    again = pickle.loads(pickle.dumps(told))
-    assert again == told and json.dumps(asdict(told))
+    assert len(line_of(told)) <= 10_000
+    assert digest_of_line(line_of(told)) == replace(told, at=0.0)
+
+
+@pytest.mark.parametrize("gpus", [("24GiB",), ()])
+@pytest.mark.parametrize(
+    "named",
+    [
+        {},
+        {"num_gpu": 99, "main_gpu": 0, "use_mmap": True},  # as many clients of Ollama ask
+        {"num_gpu": 4},
+        {"num_ctx": 512, "num_parallel": 2},
+        {"require_gpu": True},
+        {"devices": ("gpu1",)},
+    ],
+)
+def test_a_front_matches_options_as_the_core_does(named: dict[str, object], gpus: tuple[str, ...]) -> None:
+    """A request is served at once, as a front expects, if the core grants it the runner that there is."""
+    pool = a_pool("16GiB", gpus).declare("a", a_model()).idle("a", num_ctx=8192)
+    told = digest_of_line(line_of(digest(pool, "a")))
+    [choice] = choose([told], {}, Wanted(ContentId("sha-a"), Options(**named)), pool.now)
+    assert (choice.way is Way.ready) == (granted(pool.feed(acquire("a", 2, **named))) == [2])
